@@ -58,15 +58,15 @@ BIND_TRIES: Final = 10
 
 IPV4: Final = 4
 
-INDEX: Final = """workpool
-
-/           a page that shows the worker, in a browser
-/live.json  the data of that page
-/metrics    Prometheus metrics
-/healthz    200 while the process works, else 503 and why not
-/readyz     200 while it takes work, else 503 and why not
-/scale      the busy and idle slots, for autoscalers
-"""
+INDEX: Final = {
+    "/": "a page that shows the worker, in a browser",
+    "/live.json": "the data of that page",
+    "/metrics": "Prometheus metrics",
+    "/healthz": "200 while the process works, else 503 and why not",
+    "/readyz": "200 while it does its work, else 503 and why not",
+    "/scale": "numbers for autoscalers",
+}
+"""The paths, as `/` lists them; those that are not served are left out."""
 
 
 class LivePage(NamedTuple):
@@ -245,7 +245,13 @@ class Exporter:
     async def _index(self, request: web.Request) -> web.StreamResponse:
         if self._live_page is not None and "text/html" in request.headers.get("Accept", ""):
             return await self._page(request)
-        return web.Response(text=INDEX)
+        served = {resource.canonical for resource in request.app.router.resources()}
+        lines = [
+            f"{path:<12}{text}"
+            for path, text in INDEX.items()
+            if path in served and (path != "/" or self._live_page is not None)
+        ]
+        return web.Response(text="\n".join(["workpool", "", *lines, ""]))
 
     async def _live_json(self, request: web.Request) -> web.Response:
         if self._live_page is None:

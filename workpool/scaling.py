@@ -7,7 +7,10 @@ workpool/docs/operating.md, "Scale automatically".
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Final
+from typing import TYPE_CHECKING, Final
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
 
 SLOTS_PER_WORKER: Final = 8
 """The default of the setting `concurrency`; a test compares them."""
@@ -72,8 +75,30 @@ class ReplicaRule:
         return min(self.maximum, max(self.minimum, needed))
 
 
-def fleet_numbers(load: FleetLoad, rule: ReplicaRule) -> dict[str, float]:
-    """Return the numbers of an environment as a flat JSON object, without ids."""
+FLEET_NUMBERS: Final[Mapping[str, str]] = {
+    "queued": "Items that a poll could receive now.",
+    "pending": "Items that were delivered and are not acknowledged yet.",
+    "running": "Items under a lease: starting, active or stopping.",
+    "unfinished": "The sum of queued, pending and running.",
+    "oldest_queued_seconds": "Age of the oldest queued item; 0 without one.",
+    "slots_per_worker": "Sessions that one worker runs at once, for recommended_replicas.",
+    "recommended_replicas": "Workers that have a slot for each unfinished item, within the limits.",
+    "lower_bound": "1 (true) if running may be too small, as not all items could be counted.",
+    "age_seconds": "Time since the numbers were read.",
+}
+"""The numbers of an environment, in the order of their JSON, and what they mean."""
+
+
+def fleet_numbers(
+    load: FleetLoad, rule: ReplicaRule, *, age_seconds: float = 0.0
+) -> dict[str, float]:
+    """Return the numbers of an environment as a flat JSON object, without ids.
+
+    Args:
+        load: The load.
+        rule: The calculation of the number of workers.
+        age_seconds: The time since the load was read.
+    """
     return {
         "queued": load.queued,
         "pending": load.pending,
@@ -83,4 +108,5 @@ def fleet_numbers(load: FleetLoad, rule: ReplicaRule) -> dict[str, float]:
         "slots_per_worker": rule.slots_per_worker,
         "recommended_replicas": rule.recommended_replicas(load),
         "lower_bound": load.lower_bound,
+        "age_seconds": age_seconds,
     }

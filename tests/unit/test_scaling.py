@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import math
+import re
+from pathlib import Path
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from workpool.scaling import SLOTS_PER_WORKER, FleetLoad, ReplicaRule, fleet_numbers
+from workpool.scaling import FLEET_NUMBERS, SLOTS_PER_WORKER, FleetLoad, ReplicaRule, fleet_numbers
 from workpool.settings import Settings
 
 COUNTS = st.integers(0, 10_000)
@@ -61,7 +63,9 @@ def test_replica_rule_out_of_range_is_refused(wrong: tuple[int, int, int]) -> No
 
 
 def test_fleet_numbers_are_flat_numbers() -> None:
-    numbers = fleet_numbers(FleetLoad(3, 1, 12, 4.5, lower_bound=True), ReplicaRule(8, 1, 20))
+    numbers = fleet_numbers(
+        FleetLoad(3, 1, 12, 4.5, lower_bound=True), ReplicaRule(8, 1, 20), age_seconds=2.5
+    )
     assert numbers == {
         "queued": 3,
         "pending": 1,
@@ -71,4 +75,12 @@ def test_fleet_numbers_are_flat_numbers() -> None:
         "slots_per_worker": 8,
         "recommended_replicas": 2,
         "lower_bound": True,
+        "age_seconds": 2.5,
     }
+    assert list(numbers) == list(FLEET_NUMBERS)
+
+
+def test_operating_page_explains_each_number_of_the_fleet() -> None:
+    page = (Path(__file__).parents[2] / "workpool/docs/operating.md").read_text()
+    table = page.partition("### The fleet\n")[2].partition("\n### ")[0]
+    assert re.findall(r"^\| `(\w+)` \|", table, re.MULTILINE) == list(FLEET_NUMBERS)

@@ -44,6 +44,7 @@ ENTRIES: Final = (
     Entry("drain", "control:drain", "Let a worker end its sessions, and then itself."),
     Entry("top", "top:top", "Show workers and their sessions in the terminal, until Ctrl-C."),
     Entry("serve", "serve:serve", "Serve a work queue over HTTP until SIGTERM or SIGINT."),
+    Entry("scale", "scale:scale", "Serve numbers for autoscalers until SIGTERM or SIGINT."),
     Entry("check", "check:check", "Check settings, plugins, credentials, connection and clock."),
     Entry(
         "conform",

@@ -1,0 +1,133 @@
+"""`workpool scale`: numbers for autoscalers from a process that holds the credential."""
+
+from __future__ import annotations
+
+import asyncio
+import signal
+from typing import TYPE_CHECKING, Any
+
+import aiohttp
+import pytest
+from prometheus_client.parser import text_string_to_metric_families
+
+from tests.acceptance.conftest import ENVIRONMENT, SECONDS, TOKEN, TOKENS
+from workpool.scaling import FLEET_NUMBERS
+from workpool.server import ControlPlane
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from tests.acceptance.conftest import Command, Start
+
+pytestmark = [pytest.mark.acceptance, pytest.mark.timeout(120)]
+
+Numbers = dict[str, Any]
+
+
+async def url_of(command: Command) -> str:
+    """Return the URL of the ready line, without a path."""
+    word, url = (await command.prints()).split()
+    assert word == "ready"
+    return url.removesuffix("/scale")
+
+
+async def read(url: str) -> tuple[int, Any]:
+    async with aiohttp.ClientSession() as http, http.get(url) as answer:
+        body = await (answer.text() if url.endswith("/metrics") else answer.json())
+        return answer.status, body
+
+
+async def scale_until(url: str, wanted: Callable[[int, Numbers], bool]) -> tuple[int, Numbers]:
+    """Read `/scale` until an answer is wanted, and return it."""
+    async with asyncio.timeout(SECONDS):
+        while True:
+            status, numbers = await read(f"{url}/scale")
+            if wanted(status, numbers):
+                return status, numbers
+            await asyncio.sleep(0.1)
+
+
+async def test_scale_recommends_workers_for_waiting_and_running_items(
+    start: Start, plane: ControlPlane
+) -> None:
+    plane.enqueue(5, {"do": "linger"})
+    worker = await start("run", "handlers", "--concurrency", "2", "--prefetch", "0")
+    for _ in range(2):
+        await worker.logs("linger runs")
+    command = await start(
+        "scale", "--interval", "1", "--slots-per-worker", "2", "--max-replicas", "20"
+    )
+    url = await url_of(command)
+    status, numbers = await scale_until(url, lambda status, _: status == 200)
+    assert status == 200
+    assert list(numbers) == list(FLEET_NUMBERS)
+    assert (numbers["queued"] + numbers["pending"], numbers["running"]) == (3, 2)
+    assert numbers["recommended_replicas"] == 3
+    assert numbers["lower_bound"] is False
+    assert numbers["age_seconds"] < SECONDS
+
+    status, text = await read(f"{url}/metrics")
+    samples = {
+        sample.name: (sample.labels, sample.value)
+        for family in text_string_to_metric_families(text)
+        for sample in family.samples
+    }
+    assert set(samples) == {f"workpool_fleet_{key}" for key in FLEET_NUMBERS}
+    labels = {"environment_id": ENVIRONMENT}
+    assert samples["workpool_fleet_recommended_replicas"] == (labels, 3)
+    assert await read(f"{url}/healthz") == (200, {"status": "healthy"})
+    assert await read(f"{url}/readyz") == (200, {"status": "ready"})
+    command.send(signal.SIGTERM)
+    assert await command.ends() == 0
+
+
+async def test_scale_keeps_last_numbers_of_unreachable_control_plane_and_then_answers_503(
+    bare: Start,
+) -> None:
+    async with ControlPlane(environments=(ENVIRONMENT,), tokens=TOKENS) as plane:
+        plane.enqueue(3)
+        command = await bare(
+            *("scale", "--interval", "1", "--max-age", "8", "--min-replicas", "1"),
+            WORKPOOL_BASE_URL=plane.base_url,
+            WORKPOOL_ENVIRONMENT_ID=ENVIRONMENT,
+            WORKPOOL_TOKEN=TOKEN,
+            WORKPOOL_METRICS_LISTEN="127.0.0.1:0",
+        )
+        url = await url_of(command)
+        await scale_until(url, lambda status, _: status == 200)
+    _, numbers = await scale_until(url, lambda _, numbers: numbers["age_seconds"] > 2)
+    assert (numbers["queued"], numbers["recommended_replicas"]) == (3, 1)
+    _, stale = await scale_until(url, lambda status, _: status == 503)
+    assert stale == {"status": "unknown", "reasons": ["the numbers are too old"]}
+    assert (await read(f"{url}/healthz"))[0] == 200
+    status, unready = await read(f"{url}/readyz")
+    assert status == 503
+    assert unready["reasons"][0].startswith("the queue cannot be read: stats: ")
+    assert "workpool_fleet_queued{" not in (await read(f"{url}/metrics"))[1]
+
+    again = ControlPlane(environments=(ENVIRONMENT,), tokens=TOKENS, port=plane.port)
+    async with again:
+        again.enqueue(1)
+        _, numbers = await scale_until(url, lambda status, _: status == 200)
+        assert numbers["queued"] == 1
+        await command.logs("queue read again")
+        command.send(signal.SIGINT)
+        assert await command.ends() == 0
+    assert command.err.count("queue not read") == 1
+
+
+@pytest.mark.parametrize(
+    ("arguments", "problem"),
+    [
+        (("--metrics-listen", "off"), "metrics_listen: off"),
+        (("--min-replicas", "3", "--max-replicas", "2"), "--min-replicas is larger"),
+        (("--interval", "60", "--max-age", "10"), "--max-age is shorter"),
+        (("--metrics-listen", "192.0.2.1:1"), "cannot listen on 192.0.2.1:1"),
+    ],
+)
+async def test_scale_with_arguments_that_cannot_work_ends_with_status_2(
+    start: Start, arguments: tuple[str, ...], problem: str
+) -> None:
+    command = await start("scale", *arguments)
+    assert await command.ends() == 2
+    assert problem in command.err

@@ -1,0 +1,188 @@
+"""The load of an environment as `workpool scale` reads it, from control planes of several kinds."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import orjson
+import pytest
+from aiohttp import web
+
+from workpool.cli import item_count
+from workpool.cli.fleet_reader import FleetReader, load_of
+from workpool.cli.item_count import ItemCount, ItemCounter
+from workpool.errors import RefusedError, TransientError
+from workpool.scaling import FleetLoad
+from workpool.server import ControlPlane
+from workpool.settings import Settings
+from workpool.wire.client import WorkClient
+from workpool.wire.items import QueueStats
+
+if TYPE_CHECKING:
+    from collections.abc import Awaitable, Callable
+
+    Answer = Callable[[web.Request], Awaitable[web.StreamResponse]]
+
+PAGE = 100
+NEVER = 3600.0
+
+
+def client_of(plane: ControlPlane) -> WorkClient:
+    return WorkClient(
+        Settings(base_url=plane.base_url, token=plane.token, environment_id=plane.environments[0])
+    )
+
+
+def reader_of(client: WorkClient) -> FleetReader:
+    return FleetReader(client, interval=NEVER, max_age=NEVER)
+
+
+def vendor(*, statistics: bool = True, after_id: str = "known", newest: bool = False) -> Any:
+    """Return a middleware that makes the control plane one without a count of running items.
+
+    Args:
+        statistics: Whether statistics are answered at all.
+        after_id: Whether the parameter is `known`, `ignored` or `refused`.
+        newest: Whether the list begins with the newest item.
+    """
+
+    @web.middleware
+    async def middleware(request: web.Request, handler: Answer) -> web.StreamResponse:
+        if request.path.endswith("/stats"):
+            if not statistics:
+                error = {"type": "permission_error", "message": "not for this key"}
+                return web.json_response({"type": "error", "error": error}, status=403)
+            response = await handler(request)
+            assert isinstance(response, web.Response)
+            stats = orjson.loads(response.body)  # type: ignore[arg-type]  # bytes of our own
+            del stats["running"], stats["stopped"]
+            return web.json_response(stats)
+        if request.path.endswith("/work"):
+            request = _listing(request, after_id, newest=newest)
+        return await handler(request)
+
+    return middleware
+
+
+def _listing(request: web.Request, after_id: str, *, newest: bool) -> web.Request:
+    query = dict(request.query)
+    if "after_id" in query and after_id == "refused":
+        query["after_id"] = "work_of_nobody"
+    if after_id == "ignored":
+        query.pop("after_id", None)
+    if newest:
+        query["order"] = "desc"
+    return request.clone(rel_url=request.rel_url.with_query(query))
+
+
+def stop(plane: ControlPlane, *work_ids: str) -> None:
+    for work_id in work_ids:
+        plane.operations.stop(plane.environments[0], work_id, None, force=True)
+
+
+async def claim(client: WorkClient, count: int) -> None:
+    for _ in range(count):
+        item = await client.poll()
+        assert item is not None
+        await client.ack(item.id)
+
+
+async def test_load_is_read_from_statistics_that_count_running_items() -> None:
+    async with ControlPlane() as plane, client_of(plane) as client:
+        plane.enqueue(5)
+        await claim(client, 2)
+        assert await client.poll() is not None
+        load = await reader_of(client).read()
+        assert (load.queued, load.pending, load.running) == (2, 1, 2)
+        assert (load.unfinished, load.lower_bound) == (5, False)
+        assert 0 <= load.oldest_queued_seconds < 60
+
+
+@pytest.mark.parametrize("newest", [False, True])
+@pytest.mark.parametrize("statistics", [True, False])
+async def test_running_items_are_counted_in_the_list_of_other_control_planes(
+    *, statistics: bool, newest: bool
+) -> None:
+    middlewares = [vendor(statistics=statistics, newest=newest)]
+    async with ControlPlane(middlewares=middlewares) as plane, client_of(plane) as client:
+        items = plane.enqueue(6)
+        await claim(client, 3)
+        stop(plane, items[0].id, items[5].id)
+        load = await reader_of(client).read()
+        assert (load.queued + load.pending, load.running) == (2, 2)
+        assert not load.lower_bound
+
+
+async def test_list_that_is_too_long_is_a_lower_bound_until_its_stopped_items_are_passed(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(item_count, "LISTED_ITEMS_MAX", 2 * PAGE)
+    async with ControlPlane(middlewares=[vendor()]) as plane, client_of(plane) as client:
+        stop(plane, *(item.id for item in plane.enqueue(3 * PAGE)))
+        plane.enqueue(5)
+        await claim(client, 4)
+        reader = reader_of(client)
+        first, second, third = [await reader.read() for _ in range(3)]
+        assert (first.running, first.lower_bound) == (0, True)
+        for later in (second, third):
+            assert (later.running, later.lower_bound) == (4, False)
+
+
+@pytest.mark.parametrize("after_id", ["ignored", "refused"])
+async def test_list_that_cannot_begin_later_stays_a_lower_bound(
+    monkeypatch: pytest.MonkeyPatch, after_id: str
+) -> None:
+    monkeypatch.setattr(item_count, "LISTED_ITEMS_MAX", 2 * PAGE)
+    middlewares = [vendor(after_id=after_id)]
+    async with ControlPlane(middlewares=middlewares) as plane, client_of(plane) as client:
+        plane.enqueue(1)
+        await claim(client, 1)
+        stop(plane, *(item.id for item in plane.enqueue(3 * PAGE)))
+        counter = ItemCounter(client)
+        for _ in range(3):
+            count = await counter.count()
+            assert (count.running, count.complete) == (1, False)
+
+
+async def test_running_item_behind_stopped_ones_is_counted_after_they_are_skipped() -> None:
+    """A skipped beginning must never hide an item that still runs."""
+    async with ControlPlane(middlewares=[vendor()]) as plane, client_of(plane) as client:
+        items = plane.enqueue(PAGE + 3)
+        await claim(client, PAGE + 3)
+        counter = ItemCounter(client)
+        assert (await counter.count()).running == PAGE + 3
+        stop(plane, *(item.id for item in items[1:]))
+        assert await counter.count() == ItemCount(0, 1, None, complete=True)
+        stop(plane, items[0].id)
+        assert [(await counter.count()).running for _ in range(2)] == [0, 0]
+        plane.enqueue(2)
+        await claim(client, 1)
+        count = await counter.count()
+        assert (count.queued, count.running, count.complete) == (1, 1, True)
+
+
+def test_running_items_that_are_counted_as_pending_do_not_count_twice() -> None:
+    stats = QueueStats(depth=1, pending=5, oldest_queued_at=None, workers_polling=2)
+    count = ItemCount(queued=1, running=5, oldest_queued_at=None, complete=True)
+    assert load_of(stats, count) == FleetLoad(1, 0, 5)
+    assert load_of(stats, count._replace(complete=False)) == FleetLoad(1, 5, 5, lower_bound=True)
+
+
+async def test_refused_list_is_an_error_and_leaves_the_reader_without_numbers() -> None:
+    async with ControlPlane() as plane:
+        (other := ControlPlane()).port = plane.port
+        async with client_of(other) as client:  # with the token of another control plane
+            reader = reader_of(client)
+            with pytest.raises(RefusedError):
+                await reader.read()
+            assert reader.load is None
+            assert reader.unready() == ["not read yet"]
+
+
+@pytest.mark.parametrize(("asked", "wait"), [(None, 0), (40.0, 40), (9000.0, 300)])
+async def test_reader_waits_as_long_as_the_control_plane_asks(
+    asked: float | None, wait: float
+) -> None:
+    async with ControlPlane() as plane, client_of(plane) as client:
+        error = TransientError("stats", 503, "busy", reason="throttled", retry_after=asked)
+        assert reader_of(client)._failed(error) == wait

@@ -1,0 +1,142 @@
+"""Reads the load of one environment at intervals, and keeps the last one with its age."""
+
+import asyncio
+import logging
+import time
+from collections.abc import Callable
+from datetime import UTC, datetime
+from typing import Final
+
+from workpool.cli.item_count import ItemCount, ItemCounter
+from workpool.errors import ControlPlaneError, RefusedError, TransientError
+from workpool.scaling import FleetLoad
+from workpool.wire.client import WorkClient
+from workpool.wire.items import QueueStats
+
+READ_SECONDS: Final = 60.0
+"""The longest time of one reading: statistics, and some pages of the list."""
+WAIT_SECONDS_MAX: Final = 300.0
+"""The longest wait that a control plane can ask for."""
+
+log = logging.getLogger("workpool")
+
+
+class FleetReader:
+    """Reads the load of the environment of a client.
+
+    Args:
+        client: An open client.
+        interval: Seconds between two readings.
+        max_age: Seconds for which a reading counts.
+        clock: The monotonic clock.
+
+    Attributes:
+        error: The error of the last reading; None if it succeeded, or before the first.
+    """
+
+    def __init__(
+        self,
+        client: WorkClient,
+        *,
+        interval: float,
+        max_age: float,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self.error: ControlPlaneError | None = None
+        self._client = client
+        self._interval = interval
+        self._max_age = max_age
+        self._clock = clock
+        self._counter = ItemCounter(client)
+        self._last: tuple[float, FleetLoad] | None = None
+        self._without_statistics = False
+
+    @property
+    def age_seconds(self) -> float | None:
+        """The age of the last reading; None before the first. Any thread."""
+        last = self._last
+        return None if last is None else self._clock() - last[0]
+
+    @property
+    def load(self) -> FleetLoad | None:
+        """The last load; None before the first reading and once it is too old. Any thread."""
+        last = self._last
+        return None if last is None or self._clock() - last[0] > self._max_age else last[1]
+
+    def unready(self) -> list[str]:
+        """The reasons for which there is no load. Any thread."""
+        if self.load is not None:
+            return []
+        error = self.error
+        return ["not read yet" if error is None else f"the queue cannot be read: {error}"]
+
+    async def run(self) -> None:
+        """Read until cancelled. A failure leaves the last load, which grows older."""
+        while True:
+            began_at = self._clock()
+            try:
+                async with asyncio.timeout(READ_SECONDS):
+                    load = await self.read()
+            except (ControlPlaneError, TimeoutError) as error:
+                wait = max(self._interval, self._failed(error))
+            else:
+                if self.error is not None:
+                    log.info("queue read again")
+                self.error, self._last, wait = None, (began_at, load), self._interval
+            await asyncio.sleep(wait)
+
+    def _failed(self, error: ControlPlaneError | TimeoutError) -> float:
+        """Record a failure; return the seconds for which the control plane wants no request."""
+        if isinstance(error, TimeoutError):
+            error = TransientError("list", None, "no answer in time", reason="timeout")
+        if self.error is None or self.error.status != error.status:
+            log.warning("queue not read: %s", error, extra={"error": str(error)})
+        self.error = error
+        asked = error.retry_after if isinstance(error, TransientError) else None
+        return min(WAIT_SECONDS_MAX, asked or 0.0)
+
+    async def read(self) -> FleetLoad:
+        """Read the load once.
+
+        Raises:
+            ControlPlaneError: Statistics or list cannot be read.
+        """
+        # The statistics before the list: an item that is acknowledged in between counts twice.
+        # In the other order it would not count at all, and a busy worker could be removed.
+        stats = await self._stats()
+        if stats is not None and stats.running is not None:
+            return FleetLoad(
+                stats.depth, stats.pending, stats.running, _age(stats.oldest_queued_at)
+            )
+        return load_of(stats, await self._counter.count())
+
+    async def _stats(self) -> QueueStats | None:
+        """Read the statistics; None if the credential or the control plane does not allow it."""
+        try:
+            return await self._client.stats()
+        except RefusedError as error:
+            if not self._without_statistics:
+                self._without_statistics = True
+                log.warning(
+                    "statistics refused, all items are counted in the list: %s",
+                    error,
+                    extra={"error": str(error)},
+                )
+            return None
+
+
+def load_of(stats: QueueStats | None, count: ItemCount) -> FleetLoad:
+    """Combine statistics without a count of running items with a count of the list."""
+    if stats is None:
+        oldest = _age(count.oldest_queued_at)
+        return FleetLoad(count.queued, 0, count.running, oldest, lower_bound=not count.complete)
+    pending = stats.pending
+    if count.complete:
+        # Some control planes count running items as pending; these must not count twice.
+        pending = min(pending, max(0, count.queued - stats.depth))
+    oldest = _age(stats.oldest_queued_at)
+    return FleetLoad(stats.depth, pending, count.running, oldest, lower_bound=not count.complete)
+
+
+def _age(time: datetime | None) -> float:
+    return 0.0 if time is None else max(0.0, (datetime.now(UTC) - time).total_seconds())

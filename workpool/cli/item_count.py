@@ -1,0 +1,102 @@
+"""The count of unfinished items in the list, for control planes whose statistics lack one.
+
+Reads a bounded number of pages each time. See workpool/docs/operating.md, "`workpool scale`".
+"""
+
+from collections import Counter
+from collections.abc import Awaitable, Sequence
+from datetime import datetime
+from itertools import pairwise
+from typing import Final, NamedTuple
+
+from workpool.errors import RefusedError
+from workpool.wire.client import WorkClient
+from workpool.wire.item_search import FoundItems, ItemSearch
+from workpool.wire.items import WorkItem
+from workpool.wire.protocol import LIST_LIMIT_MAX, QUEUED, STOPPED
+
+LISTED_ITEMS_MAX: Final = 2000
+"""Items that one count reads: 20 pages, in at least a second."""
+
+
+class ItemCount(NamedTuple):
+    """The result of one count.
+
+    Attributes:
+        queued: Queued items, delivered or not.
+        running: Items that are starting, active or stopping.
+        oldest_queued_at: When the oldest queued item was created; None without one.
+        complete: Whether the list was read to its end. Otherwise the counts are lower bounds.
+    """
+
+    queued: int
+    running: int
+    oldest_queued_at: datetime | None
+    complete: bool
+
+
+class ItemCounter:
+    """Counts the unfinished items of one environment, again and again.
+
+    A stopped item stays stopped. So in a list that is in order of ids, the stopped items at its
+    beginning are skipped in later counts: a history that is longer than one count may read is
+    passed after some counts, and the counts are exact from then on.
+
+    Args:
+        client: An open client.
+    """
+
+    def __init__(self, client: WorkClient) -> None:
+        self._client = client
+        self._after: str | None = None
+        """The last of the stopped items that are skipped."""
+        self._may_skip = True
+
+    async def count(self) -> ItemCount:
+        """Read the list and count.
+
+        Raises:
+            ControlPlaneError: The list cannot be read.
+        """
+        found = await self._read()
+        if self._may_skip:
+            self._skip(found.items)
+        states = Counter(item.state for item in found.items)
+        queued = [item.created_at for item in found.items if item.state == QUEUED]
+        return ItemCount(
+            queued=len(queued),
+            running=sum(states.values()) - states[QUEUED] - states[STOPPED],
+            oldest_queued_at=min((time for time in queued if time is not None), default=None),
+            complete=found.complete,
+        )
+
+    async def _read(self) -> FoundItems:
+        """Read the list without the skipped items, or all of it if they cannot be skipped."""
+        if self._after is None:
+            return await self._list()
+        try:
+            found = await self._list(self._after)
+        except RefusedError:
+            pass  # the item was deleted, or this control plane knows no `after_id`
+        else:
+            if _ascending([self._after, *(item.id for item in found.items)]):
+                return found
+            self._may_skip = False  # this control plane ignores `after_id`
+        self._after = None
+        return await self._list()
+
+    def _list(self, after_id: str | None = None) -> Awaitable[FoundItems]:
+        return self._client.find(ItemSearch(LISTED_ITEMS_MAX), after_id=after_id)
+
+    def _skip(self, items: Sequence[WorkItem]) -> None:
+        """Skip the stopped items at the beginning in later counts, if the list is in order."""
+        ids = [item.id for item in items]
+        # A few ids without a meaning could be in order by chance.
+        if len(ids) >= LIST_LIMIT_MAX and _ascending(ids):
+            stopped = next((n for n, item in enumerate(items) if item.state != STOPPED), len(items))
+            if stopped:
+                self._after = ids[stopped - 1]
+
+
+def _ascending(ids: Sequence[str]) -> bool:
+    return all(first < second for first, second in pairwise(ids))
