@@ -214,6 +214,11 @@ def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     return "\n".join(line(cells) for cells in (head, rule, *rows))
 
 
+def ratio(value: float, base: float) -> str:
+    """Return a cell; a base may be so small that the kernel's clock shows nothing."""
+    return f"{value / base:.2f} ×" if base else "—"
+
+
 @contextmanager
 def process(target: Callable[..., None], *args: object) -> Iterator[Callable[[], Any]]:
     """Run `target(pipe, *args)` in a process of its own; the value receives what it sends."""

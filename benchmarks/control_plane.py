@@ -12,19 +12,17 @@ from __future__ import annotations
 
 import argparse
 import os
-import tempfile
-from contextlib import ExitStack, contextmanager, nullcontext
-from dataclasses import dataclass
-from pathlib import Path
+from contextlib import contextmanager, nullcontext
 from statistics import median
 from typing import TYPE_CHECKING
 
 import job_queue
-from arena import table, versions
+from arena import ratio, table, versions
 from backlogs import Backlog
 from contenders import workpool
 from databases import database_server
-from fleet import MEMORY, Run, control_planes, run
+from fleet import Run, run
+from served_stores import COLUMNS, SERVED, ServedStore
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -36,56 +34,34 @@ if TYPE_CHECKING:
 WARM_UP = 200
 
 
-@dataclass(frozen=True)
-class Entry:
-    """A row of the table. `nodes`: the number of servers; 0: the workers use the database."""
-
-    name: str
-    nodes: int = 1
-    on_database: bool = False
-
-
-JOB_QUEUE = Entry("procrastinate", nodes=0, on_database=True)
-ENTRIES = (
-    Entry("memory"),
-    Entry("SQLite"),
-    JOB_QUEUE,
-)
+JOB_QUEUE = ServedStore("procrastinate", "procrastinate", nodes=0, on_database=True)
+ENTRIES = SERVED | {JOB_QUEUE.name: JOB_QUEUE}
 
 
 @contextmanager
-def opened(entry: Entry, stopped: int, database: Cluster | None) -> Iterator[System]:
+def opened(entry: ServedStore, stopped: int, server: Cluster | None) -> Iterator[System]:
     """Open the system of an entry, with so many stopped items."""
-    with ExitStack() as stack:
-        if database is None:
-            folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
-            store = MEMORY if entry.name == "memory" else str(folder / "items.db")
-            planes = control_planes(store, workpool, backlog=Backlog(stopped))
-        elif entry is JOB_QUEUE:
-            planes = job_queue.opened(database, stopped)
-        else:
-            planes = control_planes(
-                database.create_database(),
-                workpool,
-                nodes=entry.nodes,
-                backlog=Backlog(stopped),
-                database=database.pid,
-            )
-        yield stack.enter_context(planes)
+    if entry is not JOB_QUEUE:
+        system = entry.opened(workpool, Backlog(stopped), server)
+    else:
+        assert server is not None
+        system = job_queue.opened(server, stopped)
+    with system as found:
+        yield found
 
 
 def measure(
-    entries: list[Entry], options: argparse.Namespace, database: Cluster | None
-) -> dict[tuple[Entry, int], list[Run]]:
+    entries: list[ServedStore], options: argparse.Namespace, server: Cluster | None
+) -> dict[tuple[ServedStore, int], list[Run]]:
     """Run each entry with each number of stopped items, if what it needs is installed."""
-    found: dict[tuple[Entry, int], list[Run]] = {}
+    found: dict[tuple[ServedStore, int], list[Run]] = {}
     for entry in entries:
-        if entry.on_database and database is None:
+        if entry.on_database and server is None:
             continue
         if entry is JOB_QUEUE and not job_queue.INSTALLED:
             continue
         for stopped in options.stopped_rows:
-            with opened(entry, stopped, database if entry.on_database else None) as system:
+            with opened(entry, stopped, server) as system:
                 found[entry, stopped] = [
                     run(system, options.items, WARM_UP, options.workers)
                     for _ in range(options.rounds)
@@ -93,7 +69,7 @@ def measure(
     return found
 
 
-def report(found: dict[tuple[Entry, int], list[Run]], fewest: int) -> str:
+def report(found: dict[tuple[ServedStore, int], list[Run]], fewest: int) -> str:
     """Return the table."""
 
     def server_ms(runs: list[Run]) -> float:
@@ -101,8 +77,7 @@ def report(found: dict[tuple[Entry, int], list[Run]], fewest: int) -> str:
 
     rows = [
         [
-            entry.name,
-            str(entry.nodes),
+            *entry.cells,
             str(stopped),
             str(runs[0].items),
             f"{median(each.ms(sum(each.use.servers)) for each in runs):.3f}",
@@ -110,33 +85,27 @@ def report(found: dict[tuple[Entry, int], list[Run]], fewest: int) -> str:
             f"{median(each.ms(sum(each.use.workers)) for each in runs):.3f}",
             f"{median(each.ms(each.use.cpu) for each in runs):.3f}",
             f"{median(each.rate for each in runs):.0f}",
-            _ratio(server_ms(runs), server_ms(found[entry, fewest])),
+            ratio(server_ms(runs), server_ms(found[entry, fewest])),
         ]
         for (entry, stopped), runs in found.items()
     ]
-    head = ("store", "nodes", "stopped rows", "items", "server ms", "database ms", "worker ms")
+    head = (*COLUMNS, "stopped rows", "items", "server ms", "database ms", "worker ms")
     return table((*head, "CPU ms/item", "items/s", "ratio"), rows)
 
 
-def _ratio(ms: float, base: float) -> str:
-    # The servers' CPU may be nothing that the clock of the kernel shows.
-    return f"{ms / base:.2f} ×" if base else "—"
-
-
 def main() -> None:
-    names = [entry.name for entry in ENTRIES]
     parser = argparse.ArgumentParser(description="CPU per item of control planes, by store.")
     parser.add_argument("--items", type=int, default=4000, help="per round")
     parser.add_argument("--workers", type=int, default=4, help="worker processes")
     parser.add_argument("--stopped-rows", type=int, nargs="+", default=[1000, 1_000_000])
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--only", nargs="+", choices=names, default=names)
+    parser.add_argument("--only", nargs="+", choices=ENTRIES, default=list(ENTRIES))
     options = parser.parse_args()
-    entries = [entry for entry in ENTRIES if entry.name in options.only]
+    entries = [ENTRIES[name] for name in options.only]
     load = os.getloadavg()[0]
     on_database = any(entry.on_database for entry in entries)
-    with database_server() if on_database else nullcontext() as database:
-        found = measure(entries, options, database)
+    with database_server() if on_database else nullcontext() as server:
+        found = measure(entries, options, server)
     print(report(found, min(options.stopped_rows)))
     print(
         f"\n{options.rounds} rounds, {options.workers} workers, a load of {load:.0f} at the start."

@@ -22,6 +22,7 @@ import uvloop
 from arena import LIMIT_SECONDS, Meter, Plane, enqueue, process
 from backlogs import Backlog, fill, fill_memory
 
+from workpool import WorkClient
 from workpool.pool.lease_renewer import new_event_loop
 from workpool.server import ControlPlane, MemoryStore, SqliteStore
 
@@ -37,7 +38,9 @@ if TYPE_CHECKING:
 
 MEMORY = "memory"
 POSTGRES = "postgresql://"
-TICK_SECONDS = 0.005
+TICK_SECONDS = 0.002
+BATCH = 10
+"""The lowest depth of a queue."""
 RETENTION_SECONDS = 86_400
 Target: TypeAlias = Callable[..., None]
 """The main function of a process. It gets a pipe, to which it sends its process id, and `Stops`."""
@@ -56,6 +59,7 @@ class System:
         servers: The ids of the control plane's processes.
         database: The id of the database's first process; the others are its children.
         settled: Returns once no item is under way anymore, although its stop was counted.
+        plane: The address of the first control plane.
     """
 
     enqueue: Callable[[int], None]
@@ -63,13 +67,19 @@ class System:
     servers: Sequence[int] = ()
     database: int | None = None
     settled: Callable[[], None] = lambda: None
+    plane: Plane | None = None
 
 
 @dataclass(frozen=True)
 class Use:
-    """CPU seconds of each process and seconds of the wall clock, so far or of one period."""
+    """CPU seconds of each process and seconds of the wall clock, so far or of one period.
+
+    Attributes:
+        machine: The CPU seconds of all programs of this machine, and those of its cores.
+    """
 
     wall: float
+    machine: tuple[float, ...]
     servers: tuple[float, ...]
     database: float
     workers: tuple[float, ...]
@@ -77,6 +87,7 @@ class Use:
     def since(self, begin: Use) -> Use:
         return Use(
             self.wall - begin.wall,
+            _differences(self.machine, begin.machine),
             _differences(self.servers, begin.servers),
             self.database - begin.database,
             _differences(self.workers, begin.workers),
@@ -146,19 +157,24 @@ class Team:
         system = self._system
         return Use(
             time.monotonic(),
+            machine_seconds(),
             tuple(map(cpu_seconds, system.servers)),
             0.0 if system.database is None else family_cpu_seconds(system.database),
             tuple(map(cpu_seconds, self.pids)),
         )
 
-    def wait(self, stops: int) -> int:
-        """Wait until so many items were stopped, and return how many were."""
-        until = time.monotonic() + LIMIT_SECONDS
-        while self._stops.value < stops:
-            if time.monotonic() > until:
-                raise TimeoutError(f"{self._stops.value} of {stops} items were stopped")
-            time.sleep(TICK_SECONDS)
+    @property
+    def stops(self) -> int:
+        """The number of stops until now."""
         return self._stops.value
+
+    def wait(self, stops: int) -> None:
+        """Wait until so many items were stopped."""
+        until = time.monotonic() + LIMIT_SECONDS
+        while self.stops < stops:
+            if time.monotonic() > until:
+                raise TimeoutError(f"{self.stops} of {stops} items were stopped")
+            time.sleep(TICK_SECONDS)
 
 
 def run(system: System, items: int, warm_up: int, workers: int) -> Run:
@@ -174,13 +190,26 @@ def run(system: System, items: int, warm_up: int, workers: int) -> Run:
         return Run(items, team.use().since(begin))
 
 
-def run_backlog(system: System, items: int, warm_up: int, workers: int) -> Run:
-    """Let the workers take so many items from a queue that has more than these."""
-    with Team(system, workers) as team:
-        first = team.wait(warm_up)
-        begin = team.use()
-        last = team.wait(first + items)
-        return Run(last - first, team.use().since(begin))
+def run_at_depth(system: System, items: int, warm_up: int) -> Run:
+    """Keep the queue at the depth that it has while a worker for each server runs items."""
+    assert system.plane is not None
+    with Team(system, len(system.servers)) as team:
+        return asyncio.run(_run_at_depth(team, system.plane, items, warm_up))
+
+
+async def _run_at_depth(team: Team, plane: Plane, items: int, warm_up: int) -> Run:
+    """Enqueue in batches of the same size at every depth, since a request has its own cost."""
+    async with WorkClient(plane.settings()) as client, asyncio.timeout(LIMIT_SECONDS):
+        added, first = 0, 0
+        begin: Use | None = None
+        while begin is None or team.stops < first + items:
+            if begin is None and team.stops >= warm_up:
+                begin, first = team.use(), team.stops
+            if team.stops >= added + BATCH:
+                added += len(await client.enqueue(BATCH))
+            else:
+                await asyncio.sleep(TICK_SECONDS)
+        return Run(team.stops - first, team.use().since(begin))
 
 
 @contextmanager
@@ -211,7 +240,16 @@ def control_planes(
             worker=lambda number: partial(_work, contender, planes[number % nodes]),
             servers=[pid for _, pid in ready],
             database=database,
+            plane=planes[0],
         )
+
+
+def machine_seconds() -> tuple[float, float]:
+    """Return the CPU time that all processes of the machine used so far, and that they could."""
+    first = (_PROC / "stat").read_text().partition("\n")[0]
+    user, nice, system, idle, waiting, *others = map(int, first.split()[1:9])
+    used = user + nice + system + sum(others)
+    return used / _TICKS_PER_SECOND, (used + idle + waiting) / _TICKS_PER_SECOND
 
 
 def cpu_seconds(pid: int) -> float:
@@ -224,6 +262,13 @@ def family_cpu_seconds(pid: int) -> float:
     """Return the CPU time of a process and of its children, also of those that have ended."""
     children = [child for child in _pids() if _parent(child) == pid]
     return sum(_ticks(pid)) / _TICKS_PER_SECOND + sum(map(cpu_seconds, children))
+
+
+def own_kib(pid: int) -> int:
+    """Return the memory that only this process uses; shared libraries are left out."""
+    lines = (_PROC / str(pid) / "smaps_rollup").read_text("ascii").splitlines()
+    [kib] = [line.split()[1] for line in lines if line.startswith("Private_Dirty:")]
+    return int(kib)
 
 
 def _ticks(pid: int) -> tuple[int, int, int, int]:

@@ -141,10 +141,22 @@ async def test_start_benchmark_compares_help_and_import_with_import_of_aiohttp()
 
 @pytest.mark.trial
 @pytest.mark.timeout(300)
-@pytest.mark.parametrize("store", ["memory", "SQLite"])
+@pytest.mark.parametrize("store", ["memory", "sqlite"])
 async def test_control_plane_benchmark_measures_servers_with_stopped_rows(store: str) -> None:
     options = ("--items", "40", "--stopped-rows", "3", "2000", "--rounds", "1", "--workers", "2")
     few, many = await rows("control_plane.py", *options, only=(store,))
-    assert few[:4] == [store, "1", "3", "40"]
-    assert many[:4] == [store, "1", "2000", "40"]
+    assert few[1:4] == ["1", "3", "40"]
+    assert many[1:4] == ["1", "2000", "40"]
     assert all(float(cells[8]) > 0 for cells in (few, many))
+
+
+@pytest.mark.trial
+@pytest.mark.timeout(300)
+@pytest.mark.parametrize("store", ["memory", "sqlite"])
+async def test_scale_benchmark_prints_workers_leases_streams_and_depths(store: str) -> None:
+    sizes = ("--workers", "2", "--leases", "3", "--streams", "4", "--depths", "10", "50")
+    options = ("--items", "30", *sizes, "--seconds", "0.2", "--settle", "0", "--stores", store)
+    found = await rows("scale.py", *options, only=("workers", "leases", "streams", "depth"))
+    tables = [cells[1:] for cells in found if cells[1].isdigit()]
+    assert [cells[1] for cells in tables] == ["2", "3", "4", "10", "50"]
+    assert [cells[-1] for cells in tables[1:3]] == ["0", "0"]  # lost leases

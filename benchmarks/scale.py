@@ -1,0 +1,177 @@
+"""The limits of control planes: workers, held leases, open event streams and long queues.
+
+    python benchmarks/scale.py [--only PART …] [--stores STORE …]
+
+- `workers`: 1, 2, 4 and 8 worker processes with eight slots each run no-op items; what limits them.
+- `leases`: one process holds 10,000 leases and renews each every 20 s.
+- `streams`: one process has 1,000 sessions with an open event stream each.
+- `depth`: an item in a queue of 10, 10,000 and 1,000,000 items, which must not cost more.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+from contextlib import nullcontext
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from arena import ratio, table, versions
+from backlogs import Backlog
+from contenders import workpool
+from databases import database_server
+from fleet import Run, Use, own_kib, run, run_at_depth
+from holding import Held, holder, watch
+from served_stores import COLUMNS, SERVED, ServedStore
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+
+    from tests.postgres.cluster import Cluster
+
+WARM_UP = 100
+BUSY = 0.85
+"""The part of a core or a machine from which on it counts as used up."""
+
+
+@dataclass(frozen=True)
+class Bench:
+    """The options of one call of this program, the stores, and the server of new databases."""
+
+    options: argparse.Namespace
+    stores: Sequence[ServedStore]
+    server: Cluster | None
+
+
+def limit(use: Use) -> str:
+    """Return what kept the items per second from being more."""
+    cores = os.cpu_count() or 1
+    used, available = use.machine
+    if max(use.servers) > BUSY * use.wall:
+        return "one core: a control plane"
+    if use.cpu > BUSY * cores * use.wall:
+        return f"all {cores} cores"
+    if max(use.workers) > BUSY * use.wall:
+        return "one core: a worker"
+    if used > BUSY * available:
+        others = 1 - use.cpu / used
+        return f"all {cores} cores, with {100 * others:.0f} % for other programs"
+    return "waiting: round trips and commits"
+
+
+def workers(bench: Bench) -> str:
+    """Return the table of workers."""
+    rows = []
+    for store in bench.stores:
+        with store.opened(workpool, Backlog(), bench.server) as system:
+            for number in bench.options.workers:
+                found = run(system, bench.options.items, WARM_UP, number)
+                rows.append([*store.cells, str(number), *costs(found), limit(found.use)])
+    return table((*COLUMNS, "workers", *COSTS, "limit"), rows)
+
+
+COSTS = ("server ms", "database ms", "worker ms", "items/s")
+
+
+def costs(found: Run) -> list[str]:
+    """Return CPU milliseconds per item of each kind of process, and items per second."""
+    use = found.use
+    each = (sum(use.servers), use.database, sum(use.workers))
+    return [*(f"{found.ms(seconds):.3f}" for seconds in each), f"{found.rate:.0f}"]
+
+
+def leases(bench: Bench) -> str:
+    """Return the table of held leases."""
+    return held(bench, bench.options.leases, streams=False)
+
+
+def streams(bench: Bench) -> str:
+    """Return the table of open event streams."""
+    return held(bench, bench.options.streams, streams=True)
+
+
+def held(bench: Bench, numbers: Sequence[int], *, streams: bool) -> str:
+    """Return the table of sessions in one process; memory beyond that of one session."""
+    rows = []
+    for store in bench.stores:
+        alone = hold(bench, store, 1, streams=streams)
+        for number in numbers:
+            found = hold(bench, store, number, streams=streams)
+            use = found.use
+            cpu = [
+                found.percent(each) for each in (sum(use.workers), sum(use.servers), use.database)
+            ]
+            rows.append(
+                [
+                    *store.cells,
+                    str(number),
+                    f"{(found.worker_kib - alone.worker_kib) / number:.1f}",
+                    f"{(found.server_kib - alone.server_kib) / number:.1f}",
+                    *(f"{each:.2f}" for each in cpu),
+                    f"{1000 * sum(cpu) / number:.3f}",
+                    f"{found.connections / number:.3f}",
+                    str(number - found.running),
+                ]
+            )
+    head = ("sessions", "worker KiB", "server KiB", "worker %", "server %", "database %")
+    return table((*COLUMNS, *head, "per 1,000 %", "connections", "lost"), rows)
+
+
+def hold(bench: Bench, store: ServedStore, sessions: int, *, streams: bool) -> Held:
+    """Hold so many sessions of a new control plane in one process."""
+    options = bench.options
+    with store.opened(holder(sessions, streams=streams), Backlog(), bench.server) as system:
+        return watch(
+            system, sessions, seconds=options.seconds, settle=options.settle, streams=streams
+        )
+
+
+def depth(bench: Bench) -> str:
+    """Return the table of queues."""
+    rows = []
+    for store in bench.stores:
+        base = 0.0
+        for queued in bench.options.depths:
+            with store.opened(workpool, Backlog(queued=queued), bench.server) as system:
+                found = run_at_depth(system, bench.options.items, WARM_UP)
+                memory = own_kib(system.servers[0]) / 1024
+            ms = found.ms(sum(found.use.servers) + found.use.database)
+            base = base or ms
+            cells = (*store.cells, str(queued), *costs(found), f"{memory:.0f}", ratio(ms, base))
+            rows.append([*cells, limit(found.use)])
+    return table((*COLUMNS, "depth", *COSTS, "server MiB", "ratio", "limit"), rows)
+
+
+PARTS: dict[str, Callable[[Bench], str]] = {
+    "workers": workers,
+    "leases": leases,
+    "streams": streams,
+    "depth": depth,
+}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="The limits of control planes.")
+    parser.add_argument("--only", nargs="+", choices=PARTS, default=list(PARTS))
+    parser.add_argument("--stores", nargs="+", choices=SERVED, default=list(SERVED))
+    parser.add_argument("--items", type=int, default=4000, help="of `workers` and `depth`")
+    parser.add_argument("--workers", type=int, nargs="+", default=[1, 2, 4, 8])
+    parser.add_argument("--leases", type=int, nargs="+", default=[100, 1000, 10_000])
+    parser.add_argument("--streams", type=int, nargs="+", default=[100, 1000])
+    parser.add_argument("--depths", type=int, nargs="+", default=[10, 10_000, 1_000_000])
+    parser.add_argument("--seconds", type=float, default=40, help="how long sessions are watched")
+    parser.add_argument("--settle", type=float, default=5, help="seconds before that")
+    options = parser.parse_args()
+    stores = [SERVED[name] for name in options.stores]
+    on_database = any(store.on_database for store in stores)
+    with database_server() if on_database else nullcontext() as server:
+        stores = [store for store in stores if server is not None or not store.on_database]
+        for name in options.only:
+            load = os.getloadavg()[0]
+            found = PARTS[name](Bench(options, stores, server))
+            print(f"{name}, at a load of {load:.0f}:\n\n{found}\n", flush=True)
+    print(versions())
+
+
+if __name__ == "__main__":
+    main()
