@@ -38,19 +38,19 @@ T = TypeVar("T")
 Ts = TypeVarTuple("Ts")
 
 
-class Sent(NamedTuple):
+class SentCall(NamedTuple):
     """A call whose bytes were sent."""
 
     at: float
     op: str
 
 
-class BenchClient(LocalClient):
+class RecordingClient(LocalClient):
     """A client that records its calls, and may delay its callers."""
 
-    def __init__(self, bench: Bench, worker_id: str) -> None:
+    def __init__(self, bench: LeaseTestbed, worker_id: str) -> None:
         super().__init__(
-            bench.operations, bench.settings, faults=bench.fault_of, worker_id=worker_id
+            bench.operations, bench.settings, faults=bench.fault_for_request, worker_id=worker_id
         )
         self._bench = bench
 
@@ -81,7 +81,7 @@ class BenchClient(LocalClient):
 
     def _note_sent(self, op: str, work_id: str | None, fault: Fault) -> None:
         del work_id, fault
-        self._bench.sent.append(Sent(self._bench.clock(), op))
+        self._bench.sent.append(SentCall(self._bench.clock(), op))
 
 
 class BenchRenewer(LoopRenewer):
@@ -90,8 +90,8 @@ class BenchRenewer(LoopRenewer):
     tick_seconds = 1.0
 
 
-class Bench:
-    """The leases of one pool, a control plane and another worker.
+class LeaseTestbed:
+    """A control plane, a pool's client and lease renewer, and another worker, in virtual time.
 
     Attributes:
         ahead: Seconds by which the control plane's clock and the wall clock are ahead of the lease
@@ -115,7 +115,7 @@ class Bench:
         self.loop = loop
         self.clock: Callable[[], float] = loop.machine_time
         self.ahead = self.latency = self.permit_seconds = 0.0
-        self.sent: list[Sent] = []
+        self.sent: list[SentCall] = []
         self.tries: list[tuple[str, float | None, CallOptions]] = []
         self.under_way = 0
         self.peaks: list[tuple[float, int]] = []
@@ -124,7 +124,7 @@ class Bench:
         self.lost_at: dict[str, float] = {}
         self.script = Script(**faults)
         self.operations = Operations(
-            [ENVIRONMENT], now=lambda: START + self.wall(), history_limit=None
+            [ENVIRONMENT], now=lambda: START + self.wall_clock(), history_limit=None
         )
         self.settings = Settings(
             environment_id=ENVIRONMENT,
@@ -133,40 +133,45 @@ class Bench:
             lease_ttl=ttl,
             request_timeout=request_timeout,
         )
-        self.client = self.connect()
+        self.client = self.open_client()
         self.rival = LocalClient(self.operations, self.settings, worker_id="rival")
         self.renewer = BenchRenewer(
             self.settings,
             self.clock,
-            self.wall,
-            self.connect,
-            Callbacks(self.observe, self.changed, self.failed, self.failed),
+            self.wall_clock,
+            self.open_client,
+            Callbacks(
+                self.record_event,
+                self.record_lease_change,
+                self.fail_on_renewer_error,
+                self.fail_on_renewer_error,
+            ),
         )
         self.optional = self.renewer.optional
         self.heartbeats = HeartbeatSender(
-            self.client, self.clock, self.renewer.pauses, self.observe
+            self.client, self.clock, self.renewer.pauses, self.record_event
         )
         self.sender = Sender(
             self.client, self.clock, request_timeout, self.renewer.pauses, self.renewer.look_soon
         )
 
-    def connect(self) -> BenchClient:
-        return BenchClient(self, "ours")
+    def open_client(self) -> RecordingClient:
+        return RecordingClient(self, "ours")
 
-    def wall(self) -> float:
+    def wall_clock(self) -> float:
         return self.clock() + self.ahead
 
-    def fault_of(self, request: Request) -> Fault | None:
+    def fault_for_request(self, request: Request) -> Fault | None:
         return self.script(request) or Fault(
             request_delay=self.latency / 2, answer_delay=self.latency / 2
         )
 
-    def observe(self, event_type: Callable[[*Ts], Event], /, *values: *Ts) -> None:
+    def record_event(self, event_type: Callable[[*Ts], Event], /, *values: *Ts) -> None:
         event = event_type(*values)
         if isinstance(event, HeartbeatFinished):
             self.results.append((self.clock(), event))
 
-    def changed(self, item: PoolItem) -> None:
+    def record_lease_change(self, item: PoolItem) -> None:
         self.changes.append((self.clock(), item.lease.status))
         if item.lease.status == "lost":
             self.lost_at.setdefault(item.id, self.clock())
@@ -174,7 +179,7 @@ class Bench:
         if item.lease.status != "held":
             self.sender.cut(item)
 
-    def failed(self, error: LeaseRenewerError | None) -> None:
+    def fail_on_renewer_error(self, error: LeaseRenewerError | None) -> None:
         raise AssertionError(error)
 
     @asynccontextmanager
@@ -183,12 +188,12 @@ class Bench:
         async with self.client, self.rival, self.renewer:
             yield
 
-    async def claim(self) -> PoolItem:
+    async def claim_item(self) -> PoolItem:
         """Create an item and acknowledge it without sending a heartbeat."""
         self.operations.enqueue(ENVIRONMENT)
-        return await self.take()
+        return await self.claim_queued_item()
 
-    async def take(self) -> PoolItem:
+    async def claim_queued_item(self) -> PoolItem:
         """Acknowledge the item in the queue."""
         delivered = await self.client.poll()
         assert delivered is not None
@@ -207,7 +212,7 @@ class Bench:
         self.tries.clear()
         return item
 
-    async def begin(self, item: PoolItem) -> Lease:
+    async def send_first_heartbeat(self, item: PoolItem) -> Lease:
         """Send the first heartbeat; from then on the renewer extends the lease."""
         lease = item.lease
         await self.heartbeats.send(lease)
@@ -215,7 +220,7 @@ class Bench:
         return lease
 
     @asynccontextmanager
-    async def handler_of(self, item: PoolItem) -> AsyncIterator[None]:
+    async def running_handler(self, item: PoolItem) -> AsyncIterator[None]:
         """Give the item a running handler for the duration of the block."""
         item.handler_task = task = self.loop.create_task(asyncio.sleep(1e9))
         try:
@@ -223,8 +228,8 @@ class Bench:
         finally:
             task.cancel()
 
-    def steal(self, work_id: str) -> None:
-        """Let another worker claim an item that is back in the queue."""
+    def claim_as_other_worker(self, work_id: str) -> None:
+        """Claim items as another worker until this item is its own."""
         while (item := self.operations.poll(ENVIRONMENT, Poll("rival", 0, 0))) is not None:
             self.operations.ack(ENVIRONMENT, item.id, "rival")
             self.operations.heartbeat(ENVIRONMENT, item.id, None, 600, "rival")
@@ -232,17 +237,17 @@ class Bench:
                 return
         raise AssertionError("it is not in the queue")
 
-    def times(self, op: str) -> list[float]:
+    def send_times(self, op: str) -> list[float]:
         return [each.at for each in self.sent if each.op == op]
 
-    def outcomes(self) -> list[str]:
+    def heartbeat_results(self) -> list[str]:
         return [event.result for _, event in self.results]
 
-    def history(self, item: Any, kind: str) -> list[Record]:
+    def item_history(self, item: Any, kind: str) -> list[Record]:
         return [each for each in self.operations.history.of(item.id) if each.kind == kind]
 
 
 @pytest.fixture
-def bench() -> type[Bench]:
-    """Return the class `Bench`, to be created inside virtual time."""
-    return Bench
+def testbed() -> type[LeaseTestbed]:
+    """Return the class `LeaseTestbed`, which a test creates inside virtual time."""
+    return LeaseTestbed

@@ -8,7 +8,7 @@ from workpool.plugins import Plugins
 from workpool.wire.items import WorkItem, parse_item
 
 
-def item(type_: str = "session", **metadata: str) -> WorkItem:
+def make_work_item(type_: str = "session", **metadata: str) -> WorkItem:
     return parse_item(
         {
             "id": "work_1",
@@ -22,10 +22,12 @@ def item(type_: str = "session", **metadata: str) -> WorkItem:
     )
 
 
-def load(*objects: object, names: tuple[str, ...] = (), **options: dict[str, Any]) -> Plugins:
+def load_plugins(
+    *objects: object, names: tuple[str, ...] = (), **options: dict[str, Any]
+) -> Plugins:
     return Plugins.load(objects, names, options)
 
 
-def chosen(plugins: Plugins, item: WorkItem) -> str | None:
+def chosen_handler_name(plugins: Plugins, item: WorkItem) -> str | None:
     answer = plugins.handler_for(item)
     return answer.name if answer else None

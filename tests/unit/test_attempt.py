@@ -1,19 +1,19 @@
-"""Attempt numbers, with and without permission to write metadata."""
+"""The number of an attempt, with and without permission to write it to an item's metadata."""
 
 from __future__ import annotations
 
 from workpool.pool.pool_item import Attempt, RunCounts
 
 
-def test_attempt_counted_in_this_process_still_writes_its_number_with_mark() -> None:
-    """If the credential may write after all, the earlier run must not be forgotten."""
+def test_attempt_number_is_written_even_if_this_process_counted_the_attempt() -> None:
+    """A credential that may write again must leave the number for other processes."""
     attempt = Attempt({}, redelivered=True)
     attempt.count_here(0)
     assert attempt.number == 1
     assert attempt.mark("draining", 0) == {"workpool.attempt": "2", "workpool.released": "draining"}
 
 
-def test_attempt_counted_in_this_process_uses_greater_of_both_numbers() -> None:
+def test_attempt_number_is_the_greater_of_the_stored_and_the_counted_one() -> None:
     attempt = Attempt({"workpool.attempt": "3"}, redelivered=True)
     attempt.count_here(1)
     assert attempt.number == 3
@@ -21,7 +21,7 @@ def test_attempt_counted_in_this_process_uses_greater_of_both_numbers() -> None:
     assert attempt.number == 5
 
 
-def test_mark_leaves_number_of_retry_to_next_run_which_deletes_it() -> None:
+def test_unfinished_retry_is_not_counted_twice_by_the_next_run() -> None:
     first = Attempt({}, redelivered=False)
     left = first.mark("draining", 2)
     assert left == {"workpool.released": "draining", "workpool.retries": "2"}
@@ -31,13 +31,13 @@ def test_mark_leaves_number_of_retry_to_next_run_which_deletes_it() -> None:
     assert following.opening() == {"workpool.released": None, "workpool.retries": None}
 
 
-def test_retries_of_lost_run_and_unreadable_numbers_do_not_count() -> None:
+def test_lost_run_or_unreadable_number_adds_no_retries() -> None:
     assert Attempt({"workpool.retries": "2"}, redelivered=True).retry == 0
     notes = {"workpool.released": "draining", "workpool.retries": "-1"}
     assert Attempt(notes, redelivered=True).retry == 0
 
 
-def test_run_counts_beyond_limit_forget_items_counted_longest_ago() -> None:
+def test_attempt_counts_beyond_their_limit_forget_the_oldest_items() -> None:
     counts = RunCounts()
     for number in range(10_001):
         counts.add(f"work_{number}")

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from workpool.backoff import Backoff
 
 
-def almost_one() -> float:
+def random_just_below_one() -> float:
     return 1 - 2**-53
 
 
@@ -32,13 +32,18 @@ def test_backoff_after_success_starts_again_at_initial_delay() -> None:
     assert backoff.next() == 1.0
 
 
-def test_backoff_after_million_failures_does_not_overflow() -> None:
+def test_backoff_after_a_million_failures_stays_at_its_cap() -> None:
     backoff = Backoff(0.1, 30.0, rng=lambda: 1.0)
     backoff.failures = 10**6
     assert backoff.next() == 30.0
 
 
-@given(st.floats(0.001, 10), st.floats(0.001, 600), st.integers(0, 100), st.floats(0, almost_one()))
+@given(
+    st.floats(0.001, 10),
+    st.floats(0.001, 600),
+    st.integers(0, 100),
+    st.floats(0, random_just_below_one()),
+)
 def test_backoff_is_never_negative_and_never_above_cap(
     initial: float, cap: float, failures: int, drawn: float
 ) -> None:
@@ -47,6 +52,6 @@ def test_backoff_is_never_negative_and_never_above_cap(
     assert 0 <= backoff.next() <= min(cap, initial * 2.0**failures)
 
 
-def test_backoffs_of_two_workers_differ() -> None:
+def test_backoff_delays_of_two_workers_differ() -> None:
     first, second = (Backoff(1.0, 30.0) for _ in range(2))
     assert [first.next() for _ in range(9)] != pytest.approx([second.next() for _ in range(9)])

@@ -1,4 +1,4 @@
-"""The bounded queue: places are never lost, never used twice, and granted in order."""
+"""The bounded queue: its places are never lost, never used twice, and granted in order."""
 
 from __future__ import annotations
 
@@ -10,13 +10,13 @@ import pytest
 from workpool.pool.bounded_queue import BoundedQueue
 
 
-async def turn() -> None:
+async def run_ready_tasks() -> None:
     """Let every ready task run until it waits."""
     for _ in range(5):
         await asyncio.sleep(0)
 
 
-async def fill(queue: BoundedQueue[str], *items: str) -> None:
+async def put_items(queue: BoundedQueue[str], *items: str) -> None:
     for item in items:
         await queue.reserve()
         queue.put(item)
@@ -24,13 +24,13 @@ async def fill(queue: BoundedQueue[str], *items: str) -> None:
 
 async def test_queue_returns_items_in_order_of_arrival() -> None:
     queue: BoundedQueue[str] = BoundedQueue(3, 0)
-    await fill(queue, "a", "b", "c")
+    await put_items(queue, "a", "b", "c")
     assert [queue.take(), queue.take(), queue.take(), queue.take()] == ["a", "b", "c", None]
 
 
 async def test_queue_runs_no_more_items_than_slots() -> None:
     queue: BoundedQueue[str] = BoundedQueue(1, 2)
-    await fill(queue, "a", "b", "c")
+    await put_items(queue, "a", "b", "c")
     assert queue.take() == "a"
     assert queue.take() is None
     assert (queue.running, queue.waiting) == (1, 2)
@@ -41,11 +41,11 @@ async def test_queue_runs_no_more_items_than_slots() -> None:
 
 async def test_reservation_waits_until_place_is_free() -> None:
     queue: BoundedQueue[str] = BoundedQueue(1, 1)
-    await fill(queue, "a", "b")
+    await put_items(queue, "a", "b")
     assert queue.take() == "a"
     async with asyncio.TaskGroup() as group:
         waiting = group.create_task(queue.reserve())
-        await turn()
+        await run_ready_tasks()
         assert not waiting.done()
         queue.release()
         queue.grant()
@@ -57,45 +57,45 @@ async def test_released_place_goes_to_first_waiter() -> None:
     await queue.reserve()
     order: list[str] = []
 
-    async def want(name: str) -> None:
+    async def reserve_in_turn(name: str) -> None:
         await queue.reserve()
         order.append(name)
 
     async with asyncio.TaskGroup() as group:
-        group.create_task(want("first"))
-        group.create_task(want("second"))
-        await turn()
+        group.create_task(reserve_in_turn("first"))
+        group.create_task(reserve_in_turn("second"))
+        await run_ready_tasks()
         queue.unreserve()
-        await turn()
+        await run_ready_tasks()
         assert order == ["first"]
         queue.unreserve()
     assert order == ["first", "second"]
     assert queue.reserved == 1
 
 
-async def test_new_reservation_does_not_overtake_earlier_waiters() -> None:
+async def test_new_reservation_waits_behind_earlier_waiters() -> None:
     queue: BoundedQueue[str] = BoundedQueue(1, 0)
     await queue.reserve()
     async with asyncio.TaskGroup() as group:
         first = group.create_task(queue.reserve())
-        await turn()
+        await run_ready_tasks()
         queue.unreserve()  # granted, but the first waiter has not run yet
         late = group.create_task(queue.reserve())
-        await turn()
+        await run_ready_tasks()
         assert first.done()
         assert not late.done()
         queue.unreserve()
 
 
-async def test_cancelled_reservation_gives_its_turn_to_next_waiter() -> None:
+async def test_cancelled_reservation_passes_its_place_to_next_waiter() -> None:
     queue: BoundedQueue[str] = BoundedQueue(1, 0)
     await queue.reserve()
     async with asyncio.TaskGroup() as group:
         first = group.create_task(queue.reserve())
         second = group.create_task(queue.reserve())
-        await turn()
+        await run_ready_tasks()
         first.cancel()
-        await turn()
+        await run_ready_tasks()
         queue.unreserve()
         await second
     assert queue.reserved == 1
@@ -107,7 +107,7 @@ async def test_place_granted_to_reservation_cancelled_at_once_is_not_lost() -> N
     async with asyncio.TaskGroup() as group:
         first = group.create_task(queue.reserve())
         second = group.create_task(queue.reserve())
-        await turn()
+        await run_ready_tasks()
         queue.unreserve()  # grants the place to the first waiter …
         first.cancel()  # … which is cancelled before it runs
         await second
@@ -115,13 +115,13 @@ async def test_place_granted_to_reservation_cancelled_at_once_is_not_lost() -> N
     assert queue.reserved == 1
 
 
-async def test_forgotten_items_free_their_places_and_wake_waiters() -> None:
+async def test_dropped_items_free_their_places_and_wake_waiters() -> None:
     queue: BoundedQueue[str] = BoundedQueue(1, 2)
-    await fill(queue, "a", "b", "c")
+    await put_items(queue, "a", "b", "c")
     queue.take()
     async with asyncio.TaskGroup() as group:
         group.create_task(queue.reserve())
-        await turn()
+        await run_ready_tasks()
         assert queue.forget_waiting() == ["b", "c"]
     assert (queue.waiting, queue.reserved, queue.running) == (0, 1, 1)
 
@@ -134,7 +134,7 @@ async def test_full_and_idle_count_items_without_reservations(
     items: int, taken: int, *, full: bool, idle: bool
 ) -> None:
     queue: BoundedQueue[str] = BoundedQueue(1, 1)
-    await fill(queue, *("ab"[:items]))
+    await put_items(queue, *("ab"[:items]))
     for _ in range(taken):
         queue.take()
     assert (queue.full, queue.idle) == (full, idle)
@@ -143,15 +143,13 @@ async def test_full_and_idle_count_items_without_reservations(
         assert (queue.full, queue.idle) == (full, idle)
 
 
-async def test_cancelled_reservation_passed_over_by_free_place_raises_cancelled_error_only() -> (
-    None
-):
-    """A poller that a drain cancels as a session ends must not continue to poll."""
+async def test_reservation_cancelled_while_a_place_becomes_free_raises_cancelled_error() -> None:
+    """A poller that is cancelled by a drain must not continue to poll."""
     queue: BoundedQueue[str] = BoundedQueue(1, 0)
     await queue.reserve()
     async with asyncio.TaskGroup() as group:
         waiting = group.create_task(queue.reserve())
-        await turn()
+        await run_ready_tasks()
         waiting.cancel()
         queue.unreserve()
         await asyncio.wait({waiting})
@@ -159,7 +157,7 @@ async def test_cancelled_reservation_passed_over_by_free_place_raises_cancelled_
     assert queue.reserved == 0
 
 
-async def test_places_that_are_used_up_stay_unavailable() -> None:
+async def test_places_of_discarded_slots_stay_unavailable() -> None:
     queue: BoundedQueue[int] = BoundedQueue(2, 1, uses=2)
     assert queue.capacity == 2
     for used_up in (False, True):
@@ -171,33 +169,33 @@ async def test_places_that_are_used_up_stay_unavailable() -> None:
     await queue.reserve()
     async with asyncio.TaskGroup() as group:
         waiting = group.create_task(queue.reserve())
-        await turn()
+        await run_ready_tasks()
         assert not waiting.done()
         queue.put(2)
         assert queue.take() == 2
         assert queue.full
         queue.release(used_up=True)
-        await turn()
+        await run_ready_tasks()
         assert not waiting.done()
         assert (queue.capacity, queue.full, queue.idle) == (0, True, True)
         waiting.cancel()
 
 
-class Users:
-    """Random users of the places of one queue."""
+class RandomPlaceUsers:
+    """Tasks that reserve and release the places of one queue at random."""
 
     def __init__(self, dice: random.Random, queue: BoundedQueue[int]) -> None:
         self.dice = dice
         self.queue = queue
 
-    async def pause(self) -> None:
+    async def random_pause(self) -> None:
         for _ in range(self.dice.randrange(4)):
             await asyncio.sleep(0)
 
-    async def use(self, number: int) -> None:
+    async def use_places(self, number: int) -> None:
         await self.queue.reserve()
         try:
-            await self.pause()
+            await self.random_pause()
         except asyncio.CancelledError:
             self.queue.unreserve()
             raise
@@ -207,7 +205,7 @@ class Users:
         self.queue.put(number)
         if self.queue.take() is not None:
             try:
-                await self.pause()
+                await self.random_pause()
             finally:
                 self.queue.release()
                 self.queue.grant()
@@ -218,11 +216,11 @@ async def test_queue_under_random_use_and_cancellation_loses_no_place(seed: int)
     """Random users reserve, wait, are cancelled, and deliver or not."""
     dice = random.Random(seed)  # noqa: S311 - repeatable, guards nothing
     queue: BoundedQueue[int] = BoundedQueue(2, dice.randrange(3))
-    users, tasks = Users(dice, queue), list[asyncio.Task[None]]()
+    users, tasks = RandomPlaceUsers(dice, queue), list[asyncio.Task[None]]()
     async with asyncio.TaskGroup() as group:
         for number in range(200):
-            tasks.append(group.create_task(users.use(number)))
-            await users.pause()
+            tasks.append(group.create_task(users.use_places(number)))
+            await users.random_pause()
             if dice.random() < 0.4:
                 dice.choice(tasks).cancel()
             assert queue.reserved + queue.running + queue.waiting <= queue.capacity
@@ -248,7 +246,7 @@ async def test_item_set_aside_occupies_no_place() -> None:
     assert (queue.reserved, queue.waiting, queue.idle) == (2, 0, False)
 
 
-async def test_as_many_items_set_aside_as_places_are_enough() -> None:
+async def test_one_item_set_aside_for_each_place_is_enough() -> None:
     queue: BoundedQueue[str] = BoundedQueue(1, 1)
     queue.set_aside("a")
     assert not queue.aside_full
@@ -260,34 +258,34 @@ async def test_item_waiting_for_its_handler_starts_before_item_waiting_for_any_s
     queue: BoundedQueue[str] = BoundedQueue(1, 1)
     queue.set_aside("a")
     queue.set_aside("b")
-    await fill(queue, "c")
+    await put_items(queue, "c")
     assert queue.take(lambda item: item != "a") == "b"
     assert (queue.aside, queue.waiting, queue.running) == (["a"], 1, 1)
 
 
 async def test_released_place_goes_to_item_set_aside_before_a_poller() -> None:
     queue: BoundedQueue[str] = BoundedQueue(1, 0)
-    await fill(queue, "a")
+    await put_items(queue, "a")
     assert queue.take() == "a"
     queue.set_aside("b")
     async with asyncio.TaskGroup() as group:
         poller = group.create_task(queue.reserve())
-        await turn()
+        await run_ready_tasks()
         queue.release()
         assert queue.take() == "b"
         queue.grant()
-        await turn()
+        await run_ready_tasks()
         assert not poller.done()
         queue.release()
         queue.grant()
     assert queue.reserved == 1
 
 
-async def test_room_aside_is_noticed_when_an_item_starts() -> None:
+async def test_free_place_among_items_set_aside_is_noticed_when_an_item_starts() -> None:
     queue: BoundedQueue[str] = BoundedQueue(1, 0)
     queue.set_aside("a")
     async with asyncio.TaskGroup() as group:
         waiting = group.create_task(queue.room_aside(3600))
-        await turn()
+        await run_ready_tasks()
         assert not waiting.done()
         assert queue.take() == "a"

@@ -1,4 +1,4 @@
-"""The clock check of `workpool check` by a `Date` header in whole seconds."""
+"""Comparison by `workpool check` of the local clock with a `Date` header in whole seconds."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Checks that refuse a request: no byte is sent, which a recording server verifies."""
+"""The check of a request right before its bytes: a request that it refuses sends no byte."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ READ: Any = endpoints.Endpoint("get", "GET", lambda _: None)
 LARGE = b"[" + b" " * 300_000 + b"]"
 
 
-def repr_of_size(body: bytes | None) -> str:
+def size_as_text(body: bytes | None) -> str:
     return "no body" if body is None else f"{len(body)} bytes"
 
 
@@ -39,12 +39,12 @@ class APIError(Exception):
     """The error that a check raises."""
 
 
-class OddRefusal(TimeoutError):
-    """An error of a check that looks like a network failure, which would be retried."""
+class NetworkLikeRefusal(TimeoutError):
+    """A refusal by a check that looks like a network error, which would be retried."""
 
 
 @dataclass
-class Recorder:
+class RecordingServer:
     """A server that records the bytes of each connection and answers each complete request.
 
     Attributes:
@@ -61,7 +61,9 @@ class Recorder:
     def __len__(self) -> int:
         return sum(map(len, self.received))
 
-    async def serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+    async def answer_connection(
+        self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter
+    ) -> None:
         this = asyncio.current_task()
         assert this is not None
         self.handlers.add(this)
@@ -72,7 +74,7 @@ class Recorder:
             bytes_of_this += piece
             self.arrived.set()
             request += piece
-            if is_complete(request):
+            if is_complete_request(request):
                 request = b""
                 answer = self.answers.pop(0) if len(self.answers) > 1 else self.answers[0]
                 if answer is None:
@@ -81,16 +83,16 @@ class Recorder:
         writer.close()
 
 
-def is_complete(request: bytes) -> bool:
+def is_complete_request(request: bytes) -> bool:
     head, end, body = request.partition(b"\r\n\r\n")
     _, _, length = head.partition(b"Content-Length: ")
     return bool(end) and len(body) >= int(length.split(b"\r\n")[0] or 0)
 
 
 @asynccontextmanager
-async def recording(*answers: bytes | None) -> AsyncIterator[Recorder]:
-    recorder = Recorder(list(answers)) if answers else Recorder()
-    listener = await asyncio.start_server(recorder.serve, "127.0.0.1", 0)
+async def recording_server(*answers: bytes | None) -> AsyncIterator[RecordingServer]:
+    recorder = RecordingServer(list(answers)) if answers else RecordingServer()
+    listener = await asyncio.start_server(recorder.answer_connection, "127.0.0.1", 0)
     recorder.url = f"http://127.0.0.1:{listener.sockets[0].getsockname()[1]}"
     async with listener:
         yield recorder
@@ -98,7 +100,7 @@ async def recording(*answers: bytes | None) -> AsyncIterator[Recorder]:
 
 
 @asynccontextmanager
-async def connected(
+async def connected_transport(
     url: str, session: aiohttp.ClientSession | None = None, **values: Any
 ) -> AsyncIterator[Transport]:
     values = {"token": TOKEN} | values if "token_file" not in values else values
@@ -110,26 +112,26 @@ async def connected(
         await transport.close()
 
 
-def settings_of(server: Recorder, **values: Any) -> Settings:
+def settings_for_url(server: RecordingServer, **values: Any) -> Settings:
     return Settings(base_url=server.url, environment_id="env_1", token=TOKEN, **values)
 
 
-def refuse() -> None:
+def refuse_request() -> None:
     raise APIError
 
 
-def refuse_oddly() -> None:
-    raise OddRefusal
+def refuse_like_network_error() -> None:
+    raise NetworkLikeRefusal
 
 
-def request(
+def send_request(
     url: str, check: Callable[[], None] | None, body: bytes | None = None, endpoint: Any = ANY
 ) -> tuple[Any, ...]:
     return endpoint, URL(f"{url}/x"), 20, None, body, CallOptions(check)
 
 
-class Closable:
-    """A check that refuses once the test says so, and counts its calls."""
+class SwitchableCheck:
+    """A check that refuses once `open` is false, and counts its calls."""
 
     def __init__(self) -> None:
         self.open = True
@@ -141,22 +143,22 @@ class Closable:
             raise APIError
 
 
-# -- nothing is sent -----------------------------------------------------------------------------
+# -- a refused request sends nothing ---------------------------------------------------------------
 
 
 @asynccontextmanager
-async def no_session() -> AsyncIterator[None]:
+async def no_client_session() -> AsyncIterator[None]:
     yield None
 
 
-def callers_session() -> aiohttp.ClientSession:
+def client_session_of_caller() -> aiohttp.ClientSession:
     return aiohttp.ClientSession(raise_for_status=True)
 
 
-def traced_session() -> aiohttp.ClientSession:
+def traced_client_session() -> aiohttp.ClientSession:
     """Return a caller's session whose traces wait around the headers and each chunk."""
 
-    async def wait(*_: object) -> None:
+    async def wait_in_trace(*_: object) -> None:
         await asyncio.sleep(0.01)
 
     trace = aiohttp.TraceConfig()
@@ -167,28 +169,30 @@ def traced_session() -> aiohttp.ClientSession:
         trace.on_connection_create_end,
         trace.on_connection_reuseconn,
     ):
-        signal.append(wait)
+        signal.append(wait_in_trace)
     return aiohttp.ClientSession(trace_configs=[trace])
 
 
 @pytest.mark.parametrize("used_before", [False, True])
 @pytest.mark.parametrize("endpoint", [ANY, READ], ids=["POST", "GET"])
-@pytest.mark.parametrize("body", [None, b"", b'{"force":true}', LARGE], ids=repr_of_size)
-@pytest.mark.parametrize("session", [no_session, callers_session, traced_session])
+@pytest.mark.parametrize("body", [None, b"", b'{"force":true}', LARGE], ids=size_as_text)
+@pytest.mark.parametrize(
+    "session", [no_client_session, client_session_of_caller, traced_client_session]
+)
 async def test_refused_check_sends_no_byte(
     session: Any, body: bytes | None, endpoint: Any, *, used_before: bool
 ) -> None:
     async with (
-        recording() as server,
+        recording_server() as server,
         session() as own,
-        connected(server.url, own) as transport,
+        connected_transport(server.url, own) as transport,
     ):
         if used_before:
-            await transport.send(*request(server.url, None))
+            await transport.send(*send_request(server.url, None))
         with pytest.raises(APIError):
-            await transport.send(*request(server.url, refuse, body, endpoint))
+            await transport.send(*send_request(server.url, refuse_request, body, endpoint))
         for _ in range(2):
-            await transport.send(*request(server.url, None))
+            await transport.send(*send_request(server.url, None))
     count = 2 + used_before
     all_bytes = b"".join(server.received)
     assert all_bytes == all_bytes[: len(all_bytes) // count] * count
@@ -197,21 +201,23 @@ async def test_refused_check_sends_no_byte(
 
 @pytest.mark.parametrize("endpoint", [ANY, READ], ids=["POST", "GET"])
 async def test_check_that_raises_network_error_is_not_repeated(endpoint: Any) -> None:
-    async with recording() as server, connected(server.url) as transport:
-        await transport.send(*request(server.url, None))
+    async with recording_server() as server, connected_transport(server.url) as transport:
+        await transport.send(*send_request(server.url, None))
         before = len(server)
-        with pytest.raises(OddRefusal):
-            await transport.send(*request(server.url, refuse_oddly, endpoint=endpoint))
+        with pytest.raises(NetworkLikeRefusal):
+            await transport.send(
+                *send_request(server.url, refuse_like_network_error, endpoint=endpoint)
+            )
         assert len(server) == before
 
 
 async def test_request_refused_by_its_check_is_not_reported_to_observers() -> None:
     reported: list[str] = []
-    async with recording() as server, connected(server.url) as transport:
+    async with recording_server() as server, connected_transport(server.url) as transport:
         transport.on_request = lambda *each: reported.append(each[1])
         with pytest.raises(APIError):
-            await transport.send(*request(server.url, refuse))
-        await transport.send(*request(server.url, lambda: None))
+            await transport.send(*send_request(server.url, refuse_request))
+        await transport.send(*send_request(server.url, lambda: None))
     assert reported == ["2xx"]
 
 
@@ -229,18 +235,18 @@ CALLS: dict[str, Callable[[WorkClient, CallOptions], Awaitable[object]]] = {
 @pytest.mark.parametrize("priority", Priority)
 async def test_every_call_for_an_item_calls_its_check(name: str, priority: Priority) -> None:
     async with (
-        recording() as server,
-        WorkClient(settings_of(server)) as client,
+        recording_server() as server,
+        WorkClient(settings_for_url(server)) as client,
     ):
         with pytest.raises(APIError):
-            await CALLS[name](client, CallOptions(refuse, priority))
+            await CALLS[name](client, CallOptions(refuse_request, priority))
     assert len(server) == 0
 
 
 # -- the check is the last step ------------------------------------------------------------------
 
 
-class LateResolver(AbstractResolver):
+class DelayedResolver(AbstractResolver):
     """A host resolver that answers when the test says so."""
 
     def __init__(self) -> None:
@@ -260,16 +266,18 @@ class LateResolver(AbstractResolver):
 
 
 async def test_check_refusing_after_slow_host_lookup_sends_no_byte() -> None:
-    check = Closable()
-    async with recording() as server:
-        resolver = LateResolver()
+    check = SwitchableCheck()
+    async with recording_server() as server:
+        resolver = DelayedResolver()
         url = server.url.replace("127.0.0.1", "pool.invalid")
         async with (
             aiohttp.ClientSession(connector=aiohttp.TCPConnector(resolver=resolver)) as session,
-            connected(url, session) as transport,
+            connected_transport(url, session) as transport,
             asyncio.TaskGroup() as group,
         ):
-            sending = group.create_task(refused_by(transport.send(*request(url, check))))
+            sending = group.create_task(
+                refusal_during_wait(transport.send(*send_request(url, check)))
+            )
             await resolver.asked.wait()
             assert check.asked == 0
             check.open = False
@@ -279,7 +287,7 @@ async def test_check_refusing_after_slow_host_lookup_sends_no_byte() -> None:
     assert len(server.received) == 1  # one connection was opened and closed again
 
 
-async def refused_by(call: Awaitable[object]) -> None:
+async def refusal_during_wait(call: Awaitable[object]) -> None:
     with pytest.raises(APIError):
         await call
 
@@ -288,10 +296,15 @@ async def test_check_refusing_after_slow_proxy_sends_no_byte(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """The proxy receives the name of the host, but the host receives no byte."""
-    check, asked, release, ended = Closable(), asyncio.Event(), asyncio.Event(), asyncio.Event()
+    check, asked, release, ended = (
+        SwitchableCheck(),
+        asyncio.Event(),
+        asyncio.Event(),
+        asyncio.Event(),
+    )
     first: list[bytes] = []
 
-    async def proxy(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+    async def delayed_proxy(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         first.append(await reader.readuntil(b"\r\n\r\n"))
         asked.set()
         await release.wait()
@@ -300,13 +313,13 @@ async def test_check_refusing_after_slow_proxy_sends_no_byte(
         writer.close()
         ended.set()
 
-    listener = await asyncio.start_server(proxy, "127.0.0.1", 0)
+    listener = await asyncio.start_server(delayed_proxy, "127.0.0.1", 0)
     host = f"127.0.0.1:{listener.sockets[0].getsockname()[1]}"
     monkeypatch.setenv("https_proxy", f"http://{host}")
     monkeypatch.setenv("no_proxy", "")
     url = "https://pool.invalid"
-    async with listener, connected(url) as transport, asyncio.TaskGroup() as group:
-        sending = group.create_task(failed(transport.send(*request(url, check))))
+    async with listener, connected_transport(url) as transport, asyncio.TaskGroup() as group:
+        sending = group.create_task(request_error(transport.send(*send_request(url, check))))
         await asked.wait()
         assert check.asked == 0
         check.open = False
@@ -317,25 +330,27 @@ async def test_check_refusing_after_slow_proxy_sends_no_byte(
     assert first[1] == b""
 
 
-async def failed(call: Awaitable[object]) -> None:
+async def request_error(call: Awaitable[object]) -> None:
     with pytest.raises(TransientError):
         await call
 
 
-async def test_check_refusing_after_wait_for_connection_sends_no_byte() -> None:
-    check = Closable()
+async def test_check_refusing_after_wait_for_free_connection_sends_no_byte() -> None:
+    check = SwitchableCheck()
     connector = aiohttp.TCPConnector(limit=1)
-    hold: list[bytes | None] = [b""]  # never answered
+    hold: list[bytes | None] = [b""]  # this request is never answered
     async with (
-        recording(*hold) as server,
+        recording_server(*hold) as server,
         aiohttp.ClientSession(connector=connector) as session,
-        connected(server.url, session) as transport,
+        connected_transport(server.url, session) as transport,
         asyncio.TaskGroup() as group,
     ):
-        first = group.create_task(transport.send(*request(server.url, None)))
+        first = group.create_task(transport.send(*send_request(server.url, None)))
         await server.arrived.wait()
         before = len(server)
-        second = group.create_task(refused_by(transport.send(*request(server.url, check))))
+        second = group.create_task(
+            refusal_during_wait(transport.send(*send_request(server.url, check)))
+        )
         await asyncio.sleep(0)
         check.open = False
         first.cancel()
@@ -344,15 +359,15 @@ async def test_check_refusing_after_wait_for_connection_sends_no_byte() -> None:
 
 
 async def test_check_refusing_after_wait_for_rate_limit_sends_no_byte() -> None:
-    check = Closable()
+    check = SwitchableCheck()
     async with (
-        recording() as server,
-        WorkClient(settings_of(server, write_rate=1)) as client,
+        recording_server() as server,
+        WorkClient(settings_for_url(server, write_rate=1)) as client,
         asyncio.TaskGroup() as group,
     ):
         await client.acquire_ack_permit()
         stopping = client.stop(WORK, force=True, options=CallOptions(check))
-        sending = group.create_task(refused_by(stopping))
+        sending = group.create_task(refusal_during_wait(stopping))
         await asyncio.sleep(0)
         check.open = False
         client.release_ack_permit()
@@ -360,58 +375,60 @@ async def test_check_refusing_after_wait_for_rate_limit_sends_no_byte() -> None:
     assert len(server) == 0
 
 
-async def test_request_bytes_follow_their_check_even_if_a_trace_waits() -> None:
+async def test_request_bytes_follow_their_check_even_if_a_trace_of_the_caller_waits() -> None:
     """The first bytes arrive while the trace of the caller's session still waits."""
     waiting, release = asyncio.Event(), asyncio.Event()
 
-    async def wait(*_: object) -> None:
+    async def wait_in_trace(*_: object) -> None:
         waiting.set()
         await release.wait()
 
     trace = aiohttp.TraceConfig()
-    trace.on_request_chunk_sent.append(wait)
+    trace.on_request_chunk_sent.append(wait_in_trace)
     async with (
-        recording() as server,
+        recording_server() as server,
         aiohttp.ClientSession(trace_configs=[trace]) as session,
-        connected(server.url, session) as transport,
+        connected_transport(server.url, session) as transport,
         asyncio.TaskGroup() as group,
     ):
-        group.create_task(transport.send(*request(server.url, lambda: None, b"{}")))
+        group.create_task(transport.send(*send_request(server.url, lambda: None, b"{}")))
         await waiting.wait()
         await server.arrived.wait()
         release.set()
 
 
-# -- what passes ---------------------------------------------------------------------------------
+# -- a check that passes ---------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("body", [None, b'{"force":true}', LARGE], ids=repr_of_size)
-@pytest.mark.parametrize("session", [no_session, traced_session])
+@pytest.mark.parametrize("body", [None, b'{"force":true}', LARGE], ids=size_as_text)
+@pytest.mark.parametrize("session", [no_client_session, traced_client_session])
 async def test_passing_check_is_called_once_and_request_arrives_complete(
     session: Any, body: bytes | None
 ) -> None:
-    check = Closable()
+    check = SwitchableCheck()
     async with (
-        recording() as server,
+        recording_server() as server,
         session() as own,
-        connected(server.url, own) as transport,
+        connected_transport(server.url, own) as transport,
     ):
-        await transport.send(*request(server.url, check, body))
+        await transport.send(*send_request(server.url, check, body))
     head, _, arrived = bytes(server.received[0]).partition(b"\r\n\r\n")
     assert (check.asked, arrived) == (1, body or b"")
     assert f"Content-Length: {len(body or b'')}".encode() in head
     assert (b"Content-Type: application/json" in head) == (body is not None)
 
 
-# -- repetition ----------------------------------------------------------------------------------
+# -- repeated requests ---------------------------------------------------------------------------
 
 
 async def test_request_repeated_with_renewed_token_is_checked_again(tmp_path: Path) -> None:
     path = tmp_path / "token"
     path.write_text("old")
-    check = Closable()
+    check = SwitchableCheck()
 
-    async def deny_once(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+    async def deny_first_request(
+        reader: asyncio.StreamReader, writer: asyncio.StreamWriter
+    ) -> None:
         await reader.readuntil(b"\r\n\r\n")
         check.open = False
         writer.write(DENIED)
@@ -421,33 +438,36 @@ async def test_request_repeated_with_renewed_token_is_checked_again(tmp_path: Pa
 
     ended = asyncio.Event()
     rest: list[bytes] = []
-    listener = await asyncio.start_server(deny_once, "127.0.0.1", 0)
+    listener = await asyncio.start_server(deny_first_request, "127.0.0.1", 0)
     url = f"http://127.0.0.1:{listener.sockets[0].getsockname()[1]}"
-    async with listener, connected(url, token_file=path) as transport:
+    async with listener, connected_transport(url, token_file=path) as transport:
         path.write_text("new")
         with pytest.raises(APIError):
-            await transport.send(*request(url, check))
+            await transport.send(*send_request(url, check))
         await ended.wait()
     assert check.asked == 2
     assert rest == [b""]
 
 
 async def test_read_repeated_by_aiohttp_on_new_connection_is_checked_again() -> None:
-    check = Closable()
+    check = SwitchableCheck()
 
-    def close_after_the_first() -> None:
+    def close_first_connection() -> None:
         check()
         check.open = False
 
-    async with recording(ANSWER, None, ANSWER) as server, connected(server.url) as transport:
-        await transport.send(*request(server.url, None))
+    async with (
+        recording_server(ANSWER, None, ANSWER) as server,
+        connected_transport(server.url) as transport,
+    ):
+        await transport.send(*send_request(server.url, None))
         with pytest.raises(APIError):
-            await transport.send(*request(server.url, close_after_the_first, endpoint=READ))
+            await transport.send(*send_request(server.url, close_first_connection, endpoint=READ))
         assert check.asked == 2
         assert [len(each) > 0 for each in server.received] in ([True], [True, False])
 
 
 async def test_request_denied_with_403_after_its_check_raises_refused_error() -> None:
-    async with recording(DENIED) as server, connected(server.url) as transport:
+    async with recording_server(DENIED) as server, connected_transport(server.url) as transport:
         with pytest.raises(RefusedError):
-            await transport.send(*request(server.url, lambda: None))
+            await transport.send(*send_request(server.url, lambda: None))

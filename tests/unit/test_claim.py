@@ -21,7 +21,7 @@ from workpool.testing.virtual_time import in_virtual_time
 from workpool.wire.protocol import ACK_LEASE_SECONDS, RECLAIM_OLDER_THAN_MS
 
 if TYPE_CHECKING:
-    from tests.unit.conftest import Bench
+    from tests.unit.conftest import LeaseTestbed
     from workpool.events import Event
 
 ENVIRONMENT = "env_00000000000070008000000000000001"
@@ -30,14 +30,14 @@ START = 1_772_366_400.0
 RECLAIM_SECONDS = RECLAIM_OLDER_THAN_MS / 1000
 
 
-def refusal(status: int, retry_after: float | None = None) -> Fault:
+def refused_answer(status: int, retry_after: float | None = None) -> Fault:
     return Fault(answer=status, applied=False, retry_after=retry_after)
 
 
-class Claims:
-    """A claimer and its reports."""
+class ClaimTestbed:
+    """A claimer with a control plane, and the events and acks that it reports."""
 
-    def __init__(self, bench: Bench) -> None:
+    def __init__(self, bench: LeaseTestbed) -> None:
         self.bench = bench
         self.events: list[Event] = []
         self.acks: list[Exception | None] = []
@@ -50,14 +50,14 @@ class Claims:
         )
         self.claimer = Claimer(context, bench.heartbeats, self.acks.append)
 
-    async def deliver(self) -> PoolItem:
+    async def deliver_item(self) -> PoolItem:
         self.bench.operations.enqueue(ENVIRONMENT)
         delivered = await self.bench.client.poll()
         assert delivered is not None
         return PoolItem(delivered, None, copy_context(), self.bench.clock())
 
-    async def acknowledge(self) -> tuple[PoolItem, str]:
-        item = await self.deliver()
+    async def acknowledge_item(self) -> tuple[PoolItem, str]:
+        item = await self.deliver_item()
         result = await self.claimer.acknowledge(item)
         assert [event.result for event in self.events if isinstance(event, AckFinished)] == [result]
         return item, result
@@ -79,42 +79,42 @@ class Claims:
     ids=["silence", "unsent", "reset", "500", "garbage", "429"],
 )
 def test_lease_counts_from_first_ack_that_may_have_been_applied(
-    bench: type[Bench], fault: Fault, *, first: bool
+    testbed: type[LeaseTestbed], fault: Fault, *, first: bool
 ) -> None:
     """If the lease counted from the last ack, another worker could hold the item already."""
 
     @in_virtual_time
-    async def check() -> None:
-        one = bench(ack=[fault])
+    async def check_lease_start() -> None:
+        one = testbed(ack=[fault])
         async with one.open():
-            item, result = await Claims(one).acknowledge()
+            item, result = await ClaimTestbed(one).acknowledge_item()
         assert result == "ok"
-        earlier, later = one.times("ack")
+        earlier, later = one.send_times("ack")
         assert earlier < later
         assert item.acked_at == (earlier if first else later)
 
-    check()
+    check_lease_start()
 
 
 @in_virtual_time
 async def test_ack_that_was_not_applied_is_repeated_within_claim_window(
-    bench: type[Bench],
+    testbed: type[LeaseTestbed],
 ) -> None:
-    one = bench(ack=[refusal(429)] * 999)
+    one = testbed(ack=[refused_answer(429)] * 999)
     async with one.open():
-        _, result = await Claims(one).acknowledge()
+        _, result = await ClaimTestbed(one).acknowledge_item()
         assert result == "error"
         assert one.clock() <= RECLAIM_SECONDS
-    assert len(one.times("ack")) > 1
+    assert len(one.send_times("ack")) > 1
 
 
 @in_virtual_time
 async def test_ack_that_may_have_been_applied_is_repeated_while_its_lease_lasts(
-    bench: type[Bench],
+    testbed: type[LeaseTestbed],
 ) -> None:
-    one = bench(ack=[Fault(answer=500, applied=False)] * 999)
+    one = testbed(ack=[Fault(answer=500, applied=False)] * 999)
     async with one.open():
-        _, result = await Claims(one).acknowledge()
+        _, result = await ClaimTestbed(one).acknowledge_item()
         assert result == "error"
         assert RECLAIM_SECONDS < one.clock() < ACK_LEASE_SECONDS
 
@@ -123,35 +123,35 @@ async def test_ack_that_may_have_been_applied_is_repeated_while_its_lease_lasts(
     ("status", "result", "reported"),
     [(404, "gone", 0), (409, "conflict", 1), (412, "conflict", 1), (403, "error", 1)],
 )
-def test_refused_ack_is_never_repeated(
-    bench: type[Bench], status: int, result: str, reported: int
+def test_refused_ack_is_never_repeated_nor_reported_to_pollers(
+    testbed: type[LeaseTestbed], status: int, result: str, reported: int
 ) -> None:
-    """A missing item says nothing about other items, so its ack is not reported to the pollers."""
+    """A missing item says nothing about other items."""
 
     @in_virtual_time
-    async def check() -> None:
-        one = bench(ack=[refusal(status)])
+    async def check_refused_ack() -> None:
+        one = testbed(ack=[refused_answer(status)])
         async with one.open():
-            claims = Claims(one)
-            assert (await claims.acknowledge())[1] == result
-        assert len(one.times("ack")) == 1
+            claims = ClaimTestbed(one)
+            assert (await claims.acknowledge_item())[1] == result
+        assert len(one.send_times("ack")) == 1
         assert [error is not None for error in claims.acks] == [True] * reported
 
-    check()
+    check_refused_ack()
 
 
 @in_virtual_time
-async def test_accepted_ack_is_reported_and_updates_item(bench: type[Bench]) -> None:
-    one = bench()
+async def test_accepted_ack_is_reported_and_updates_item(testbed: type[LeaseTestbed]) -> None:
+    one = testbed()
     async with one.open():
-        claims = Claims(one)
-        item, _ = await claims.acknowledge()
+        claims = ClaimTestbed(one)
+        item, _ = await claims.acknowledge_item()
     assert claims.acks == [None]
     assert item.work_item.state == "starting"
     assert item.work_item.acknowledged_at is not None
 
 
-def answer_state(state: str) -> Fault:
+def answer_with_state(state: str) -> Fault:
     return Fault(rewrite=lambda item: {**item, "state": state})
 
 
@@ -159,24 +159,24 @@ def answer_state(state: str) -> Fault:
     ("state", "result"),
     [("queued", "conflict"), ("active", "ok"), ("stopping", "conflict"), ("stopped", "conflict")],
 )
-def test_repeated_ack_succeeds_only_if_item_may_be_ours(
-    bench: type[Bench], state: str, result: str
+def test_repeated_ack_succeeds_only_if_item_may_belong_to_this_worker(
+    testbed: type[LeaseTestbed], state: str, result: str
 ) -> None:
     @in_virtual_time
-    async def check() -> None:
-        one = bench(ack=[answer_state(state)])
+    async def check_repeated_ack() -> None:
+        one = testbed(ack=[answer_with_state(state)])
         async with one.open():
-            assert (await Claims(one).acknowledge())[1] == result
+            assert (await ClaimTestbed(one).acknowledge_item())[1] == result
 
-    check()
+    check_repeated_ack()
 
 
 @in_virtual_time
-async def test_ack_answer_keeps_token_and_trace_of_polled_item(bench: type[Bench]) -> None:
-    one = bench()
+async def test_ack_answer_keeps_token_and_trace_of_polled_item(testbed: type[LeaseTestbed]) -> None:
+    one = testbed()
     async with one.open():
-        claims = Claims(one)
-        item = await claims.deliver()
+        claims = ClaimTestbed(one)
+        item = await claims.deliver_item()
         token, trace = Secret("token-of-the-session"), "00-" + "1" * 32 + "-" + "2" * 16 + "-01"
         item.work_item = replace(item.work_item, sessions_token=token, traceparent=trace)
         await claims.claimer.acknowledge(item)
@@ -185,11 +185,11 @@ async def test_ack_answer_keeps_token_and_trace_of_polled_item(bench: type[Bench
 
 
 @in_virtual_time
-async def test_drain_ends_repetition_of_acks(bench: type[Bench]) -> None:
-    one = bench(ack=[refusal(503, retry_after=20)] * 9)
+async def test_drain_ends_repetition_of_acks(testbed: type[LeaseTestbed]) -> None:
+    one = testbed(ack=[refused_answer(503, retry_after=20)] * 9)
     async with one.open(), asyncio.TaskGroup() as group:
-        claims = Claims(one)
-        task = group.create_task(claims.acknowledge())
+        claims = ClaimTestbed(one)
+        task = group.create_task(claims.acknowledge_item())
         await asyncio.sleep(1)
         claims.claimer.drain()
         await task
@@ -201,116 +201,120 @@ async def test_drain_ends_repetition_of_acks(bench: type[Bench]) -> None:
 
 
 @in_virtual_time
-async def test_first_heartbeat_is_sent_at_once_and_begins_lease(bench: type[Bench]) -> None:
-    one = bench()
+async def test_first_heartbeat_is_sent_at_once_and_begins_lease(
+    testbed: type[LeaseTestbed],
+) -> None:
+    one = testbed()
     async with one.open():
-        item = await one.claim()
-        await Claims(one).claimer.begin(item)
+        item = await one.claim_item()
+        await ClaimTestbed(one).claimer.begin(item)
     assert item.lease.begun
-    assert one.times("heartbeat") == [0]
-    assert one.history(item, "heartbeat")[0].state == "active"
+    assert one.send_times("heartbeat") == [0]
+    assert one.item_history(item, "heartbeat")[0].state == "active"
 
 
 @in_virtual_time
-async def test_first_heartbeat_with_lost_answer_is_recovered_by_read(bench: type[Bench]) -> None:
-    one = bench(heartbeat=[Fault(answer="silence")])
+async def test_first_heartbeat_with_lost_answer_is_recovered_by_read(
+    testbed: type[LeaseTestbed],
+) -> None:
+    one = testbed(heartbeat=[Fault(answer="silence")])
     async with one.open():
-        item = await one.claim()
-        await Claims(one).claimer.begin(item)
-    assert one.outcomes() == ["timeout", "recovered", "ok"]
+        item = await one.claim_item()
+        await ClaimTestbed(one).claimer.begin(item)
+    assert one.heartbeat_results() == ["timeout", "recovered", "ok"]
     assert [each.op for each in one.sent] == ["heartbeat", "heartbeat", "get", "heartbeat"]
     assert item.lease.begun
 
 
 @in_virtual_time
 async def test_first_heartbeat_that_fails_is_repeated_while_lease_of_ack_lasts(
-    bench: type[Bench],
+    testbed: type[LeaseTestbed],
 ) -> None:
-    one = bench(heartbeat=[refusal(503)] * 999)
+    one = testbed(heartbeat=[refused_answer(503)] * 999)
     async with one.open():
-        item = await one.claim()
-        await Claims(one).claimer.begin(item)
+        item = await one.claim_item()
+        await ClaimTestbed(one).claimer.begin(item)
         assert one.clock() == pytest.approx(54)
     assert (item.lease.status, item.lease.begun) == ("lost", False)
-    assert len(one.times("heartbeat")) > 10
+    assert len(one.send_times("heartbeat")) > 10
 
 
 @in_virtual_time
 async def test_unanswered_first_heartbeat_with_short_ttl_is_repeated_within_ttl(
-    bench: type[Bench],
+    testbed: type[LeaseTestbed],
 ) -> None:
     """With a requested TTL of 10 s, the control plane may hold the item for 10 s only."""
-    one = bench(ttl=10, heartbeat=[Fault(answer="silence")])
+    one = testbed(ttl=10, heartbeat=[Fault(answer="silence")])
     async with one.open():
-        item = await one.claim()
-        await Claims(one).claimer.begin(item)
+        item = await one.claim_item()
+        await ClaimTestbed(one).claimer.begin(item)
         assert one.clock() < 5
-    assert one.outcomes() == ["timeout", "recovered", "ok"]
+    assert one.heartbeat_results() == ["timeout", "recovered", "ok"]
 
 
 @in_virtual_time
 async def test_first_heartbeat_of_item_held_by_another_worker_is_not_repeated(
-    bench: type[Bench],
+    testbed: type[LeaseTestbed],
 ) -> None:
-    one = bench()
+    one = testbed()
     async with one.open():
-        item = await one.claim()
+        item = await one.claim_item()
         one.ahead += 300
-        one.steal(item.id)
-        await Claims(one).claimer.begin(item)
+        one.claim_as_other_worker(item.id)
+        await ClaimTestbed(one).claimer.begin(item)
     assert (item.lease.status, item.lease.confirmed) == ("lost", True)
     assert len(one.sent) == 1
 
 
 @in_virtual_time
 async def test_unsettled_item_held_by_another_worker_is_neither_read_nor_run(
-    bench: type[Bench],
+    testbed: type[LeaseTestbed],
 ) -> None:
     """A read would show the `acknowledged_at` of the holder, as the repeated ack did."""
-    one = bench(ack=[answer_state("active")], heartbeat=[UNSENT])
+    one = testbed(ack=[answer_with_state("active")], heartbeat=[UNSENT])
     async with one.open():
-        item = await one.claim()
+        item = await one.claim_item()
         one.operations.heartbeat(ENVIRONMENT, item.id, None, 60, "rival")
-        await Claims(one).claimer.begin(item)
+        await ClaimTestbed(one).claimer.begin(item)
     assert (item.lease.status, item.lease.confirmed) == ("lost", True)
     assert [each.op for each in one.sent] == ["heartbeat", "heartbeat"]
 
 
 @in_virtual_time
 async def test_unsettled_item_is_written_only_after_successful_heartbeat(
-    bench: type[Bench],
+    testbed: type[LeaseTestbed],
 ) -> None:
-    one = bench(ack=[answer_state("active")])
+    one = testbed(ack=[answer_with_state("active")])
     async with one.open():
-        item = await one.claim()
+        item = await one.claim_item()
         with pytest.raises(LeaseLost):
             one.sender.check_write(item, by_handler=False)
-        await Claims(one).claimer.begin(item)
+        await ClaimTestbed(one).claimer.begin(item)
         one.sender.check_write(item, by_handler=False)
     assert item.lease.begun
 
 
 @in_virtual_time
-async def test_first_heartbeat_during_drain_is_also_the_last(bench: type[Bench]) -> None:
-    one = bench()
+async def test_first_heartbeat_during_drain_is_also_the_last(testbed: type[LeaseTestbed]) -> None:
+    one = testbed()
     async with one.open():
-        item = await one.claim()
-        claims = Claims(one)
+        item = await one.claim_item()
+        claims = ClaimTestbed(one)
         claims.claimer.drain()
         await claims.claimer.begin(item)
-    (record,) = one.history(item, "heartbeat")
+    (record,) = one.item_history(item, "heartbeat")
     assert record.lease_end == START + 10
     assert item.lease.status == "released"
 
 
 @in_virtual_time
 async def test_drain_does_not_wait_for_retry_after_of_first_heartbeat(
-    bench: type[Bench],
+    testbed: type[LeaseTestbed],
 ) -> None:
-    one = bench(heartbeat=[refusal(503, retry_after=20)])
+    one = testbed(heartbeat=[refused_answer(503, retry_after=20)])
     async with one.open(), asyncio.TaskGroup() as group:
-        item = await one.claim()
-        claims = Claims(one)
+        item = await one.claim_item()
+        claims = ClaimTestbed(one)
         task = group.create_task(claims.claimer.begin(item))
         await asyncio.sleep(1)
         claims.claimer.drain()
@@ -321,29 +325,29 @@ async def test_drain_does_not_wait_for_retry_after_of_first_heartbeat(
 
 @in_virtual_time
 async def test_failed_first_heartbeat_during_drain_is_not_repeated_in_tight_loop(
-    bench: type[Bench],
+    testbed: type[LeaseTestbed],
 ) -> None:
-    one = bench(heartbeat=[refusal(503)] * 999)
+    one = testbed(heartbeat=[refused_answer(503)] * 999)
     one.latency = 0.01
     async with one.open():
-        item = await one.claim()
-        claims = Claims(one)
+        item = await one.claim_item()
+        claims = ClaimTestbed(one)
         claims.claimer.drain()
         await claims.claimer.begin(item)
         assert item.lease.status == "lost"
-    assert len(one.times("heartbeat")) < 100
+    assert len(one.send_times("heartbeat")) < 100
 
 
 @in_virtual_time
-async def test_cancelled_first_heartbeat_counts_as_unanswered(bench: type[Bench]) -> None:
-    one = bench(heartbeat=[Fault(answer_delay=5), None])
+async def test_cancelled_first_heartbeat_counts_as_unanswered(testbed: type[LeaseTestbed]) -> None:
+    one = testbed(heartbeat=[Fault(answer_delay=5), None])
     async with one.open():
-        item = await one.claim()
-        claims = Claims(one)
+        item = await one.claim_item()
+        claims = ClaimTestbed(one)
         async with asyncio.TaskGroup() as group:
             task = group.create_task(claims.claimer.begin(item))
             await asyncio.sleep(1)
             task.cancel()
         assert not item.lease.in_flight
         await claims.claimer.begin(item)
-    assert one.outcomes() == ["recovered", "ok"]
+    assert one.heartbeat_results() == ["recovered", "ok"]

@@ -38,8 +38,8 @@ if TYPE_CHECKING:
 UNKNOWN = "work_00000000000070008000000000000009"
 
 
-class Tap:
-    """A middleware that records requests, replaces answers or changes them."""
+class RecordingMiddleware:
+    """A middleware of the control plane that records requests, and replaces or changes answers."""
 
     def __init__(self) -> None:
         self.seen: list[web.Request] = []
@@ -50,7 +50,7 @@ class Tap:
         self.add_headers: dict[str, str] = {}
 
     @web.middleware
-    async def watch(self, request: web.Request, handler: Handler) -> web.StreamResponse:
+    async def handle_request(self, request: web.Request, handler: Handler) -> web.StreamResponse:
         self.seen.append(request)
         self.arrived.set()
         if self.hold is not None:
@@ -65,11 +65,11 @@ class Tap:
         return response
 
     @property
-    def paths(self) -> list[str]:
+    def requested_paths(self) -> list[str]:
         return [each.path_qs.split(f"{DEFAULT_ENVIRONMENT}/work", 1)[-1] for each in self.seen]
 
 
-def literal(body: bytes | None) -> web.Response:
+def json_response(body: bytes | None) -> web.Response:
     """Return a 200 response with this JSON, or a 204 for None."""
     if body is None:
         return web.Response(status=204)
@@ -77,35 +77,37 @@ def literal(body: bytes | None) -> web.Response:
 
 
 @pytest.fixture
-def tap() -> Tap:
-    return Tap()
+def middleware() -> RecordingMiddleware:
+    return RecordingMiddleware()
 
 
 @pytest.fixture
-async def plane(tap: Tap) -> AsyncIterator[ControlPlane]:
-    async with ControlPlane(middlewares=[tap.watch]) as plane:
+async def control_plane(middleware: RecordingMiddleware) -> AsyncIterator[ControlPlane]:
+    async with ControlPlane(middlewares=[middleware.handle_request]) as plane:
         yield plane
 
 
-def settings_of(plane: ControlPlane, dialect: Dialect = "qoder", **values: Any) -> Settings:
+def settings_for(plane: ControlPlane, dialect: Dialect = "qoder", **values: Any) -> Settings:
     base_url = plane.base_url if dialect == "qoder" else plane.anthropic_base_url
     common = {"token": plane.token, "environment_id": DEFAULT_ENVIRONMENT, "worker_id": "me"}
     return Settings(base_url=base_url, dialect=dialect, **{**common, **values})
 
 
 @pytest.fixture(params=["qoder", "anthropic"])
-async def client(plane: ControlPlane, request: pytest.FixtureRequest) -> AsyncIterator[WorkClient]:
-    async with WorkClient(settings_of(plane, request.param)) as client:
+async def client(
+    control_plane: ControlPlane, request: pytest.FixtureRequest
+) -> AsyncIterator[WorkClient]:
+    async with WorkClient(settings_for(control_plane, request.param)) as client:
         yield client
 
 
 @pytest.fixture
-async def qoder(plane: ControlPlane) -> AsyncIterator[WorkClient]:
-    async with WorkClient(settings_of(plane)) as client:
+async def qoder_client(control_plane: ControlPlane) -> AsyncIterator[WorkClient]:
+    async with WorkClient(settings_for(control_plane)) as client:
         yield client
 
 
-async def polled(client: WorkClient) -> WorkItem:
+async def polled_item(client: WorkClient) -> WorkItem:
     item = await client.poll()
     assert item is not None
     return item
@@ -115,10 +117,10 @@ async def polled(client: WorkClient) -> WorkItem:
 
 
 async def test_item_goes_through_all_client_calls_from_poll_to_stop(
-    plane: ControlPlane, client: WorkClient
+    control_plane: ControlPlane, client: WorkClient
 ) -> None:
-    plane.enqueue(metadata={"job": "a"})
-    delivered = await polled(client)
+    control_plane.enqueue(metadata={"job": "a"})
+    delivered = await polled_item(client)
     assert (delivered.state, delivered.type, delivered.metadata) == (
         "queued",
         "session",
@@ -149,72 +151,74 @@ async def test_poll_of_empty_queue_returns_none(client: WorkClient) -> None:
 
 
 async def test_waiting_poll_returns_item_enqueued_meanwhile(
-    plane: ControlPlane, qoder: WorkClient, tap: Tap
+    control_plane: ControlPlane, qoder_client: WorkClient, middleware: RecordingMiddleware
 ) -> None:
     async with asyncio.TaskGroup() as group:
-        poll = group.create_task(qoder.poll(999, 5000))
-        await tap.arrived.wait()
-        (item,) = plane.enqueue()
+        poll = group.create_task(qoder_client.poll(999, 5000))
+        await middleware.arrived.wait()
+        (item,) = control_plane.enqueue()
     found = poll.result()
     assert found is not None
     assert found.id == item.id
-    assert tap.paths == ["/poll?block_ms=999&reclaim_older_than_ms=5000"]
+    assert middleware.requested_paths == ["/poll?block_ms=999&reclaim_older_than_ms=5000"]
 
 
 async def test_stop_without_force_is_requested_then_confirmed(
-    plane: ControlPlane, qoder: WorkClient
+    control_plane: ControlPlane, qoder_client: WorkClient
 ) -> None:
-    plane.enqueue()
-    item = await polled(qoder)
-    await qoder.ack(item.id)
-    asked = await qoder.stop(item.id)
+    control_plane.enqueue()
+    item = await polled_item(qoder_client)
+    await qoder_client.ack(item.id)
+    asked = await qoder_client.stop(item.id)
     assert asked is not None
     assert asked.state == "stopping"
-    heartbeat = await qoder.heartbeat(item.id)
+    heartbeat = await qoder_client.heartbeat(item.id)
     assert heartbeat.state == "stopping"
-    confirmed = await qoder.stop(item.id)
+    confirmed = await qoder_client.stop(item.id)
     assert confirmed is not None
     assert confirmed.state == "stopped"
 
 
 async def test_anthropic_stop_returns_no_item_and_conflicts_when_repeated(
-    plane: ControlPlane,
+    control_plane: ControlPlane,
 ) -> None:
-    plane.enqueue()
-    async with WorkClient(settings_of(plane, "anthropic")) as client:
-        item = await polled(client)
+    control_plane.enqueue()
+    async with WorkClient(settings_for(control_plane, "anthropic")) as client:
+        item = await polled_item(client)
         assert await client.stop(item.id, force=True) is None
         with pytest.raises(ConflictError):
             await client.stop(item.id, force=True)
 
 
-async def test_anthropic_work_calls_send_beta_query(plane: ControlPlane, tap: Tap) -> None:
-    async with WorkClient(settings_of(plane, "anthropic")) as client:
+async def test_anthropic_work_calls_send_beta_query(
+    control_plane: ControlPlane, middleware: RecordingMiddleware
+) -> None:
+    async with WorkClient(settings_for(control_plane, "anthropic")) as client:
         await client.poll(1)
         await client.stats()
         (item,) = await client.enqueue()
         await client.get(item.id)
         await client.session(item.session_id)
-    assert tap.paths[:-1] == [
+    assert middleware.requested_paths[:-1] == [
         "/poll?block_ms=1&beta=true",
         "/stats?beta=true",
         "?beta=true",
         f"/{item.id}?beta=true",
     ]
-    assert tap.seen[-1].path_qs == f"/v1/sessions/{item.session_id}"
+    assert middleware.seen[-1].path_qs == f"/v1/sessions/{item.session_id}"
 
 
-async def test_stats_of_queue_are_returned(plane: ControlPlane, client: WorkClient) -> None:
-    plane.enqueue(3)
+async def test_stats_of_queue_are_returned(control_plane: ControlPlane, client: WorkClient) -> None:
+    control_plane.enqueue(3)
     await client.poll()
     stats = await client.stats()
     assert (stats.depth, stats.pending, stats.workers_polling) == (2, 1, 1)
     assert stats.oldest_queued_at is not None
 
 
-async def test_session_of_item_is_returned(plane: ControlPlane, client: WorkClient) -> None:
-    plane.enqueue()
-    item = await polled(client)
+async def test_session_of_item_is_returned(control_plane: ControlPlane, client: WorkClient) -> None:
+    control_plane.enqueue()
+    item = await polled_item(client)
     session = await client.session(item.session_id)
     assert session["id"] == item.session_id
     assert session["type"] == "session"
@@ -229,15 +233,15 @@ async def test_enqueued_items_are_returned_and_listed(client: WorkClient) -> Non
 
 
 async def test_each_error_status_raises_its_own_exception_class(
-    plane: ControlPlane, client: WorkClient
+    control_plane: ControlPlane, client: WorkClient
 ) -> None:
     with pytest.raises(RefusedError) as unknown:
         await client.get(UNKNOWN)
     assert (unknown.value.op, unknown.value.status) == ("get", 404)
     assert unknown.value.error_type == "not_found_error"
 
-    plane.enqueue()
-    item = await polled(client)
+    control_plane.enqueue()
+    item = await polled_item(client)
     with pytest.raises(ConflictError):
         await client.heartbeat(item.id)  # the item is queued
     await client.ack(item.id)
@@ -247,61 +251,61 @@ async def test_each_error_status_raises_its_own_exception_class(
         await client.poll(0)
     assert (refused.value.status, refused.value.param) == (400, "block_ms")
 
-    async with WorkClient(settings_of(plane), worker_id="other") as other:
-        plane.enqueue()
-        await polled(other)
+    async with WorkClient(settings_for(control_plane), worker_id="other") as other:
+        control_plane.enqueue()
+        await polled_item(other)
     await client.stop(item.id, force=True)
     with pytest.raises(ConflictError):
         await client.ack(item.id)
 
 
 async def test_ack_by_second_worker_id_raises_conflict(
-    plane: ControlPlane, qoder: WorkClient
+    control_plane: ControlPlane, qoder_client: WorkClient
 ) -> None:
-    plane.enqueue()
-    item = await polled(qoder)
-    async with WorkClient(settings_of(plane), worker_id="other") as other:
+    control_plane.enqueue()
+    item = await polled_item(qoder_client)
+    async with WorkClient(settings_for(control_plane), worker_id="other") as other:
         with pytest.raises(ConflictError):
             await other.ack(item.id)
 
 
-async def test_wrong_token_raises_refused_error(plane: ControlPlane) -> None:
-    async with WorkClient(settings_of(plane, token=UNKNOWN)) as client:
+async def test_wrong_token_raises_refused_error(control_plane: ControlPlane) -> None:
+    async with WorkClient(settings_for(control_plane, token=UNKNOWN)) as client:
         with pytest.raises(RefusedError) as refused:
             await client.poll()
     assert (refused.value.status, refused.value.error_type) == (401, "authentication_error")
 
 
 async def test_expected_heartbeat_is_sent_back_unchanged(
-    plane: ControlPlane, qoder: WorkClient, tap: Tap
+    control_plane: ControlPlane, qoder_client: WorkClient, middleware: RecordingMiddleware
 ) -> None:
-    plane.enqueue()
-    item = await polled(qoder)
+    control_plane.enqueue()
+    item = await polled_item(qoder_client)
     for expected in ("2026-01-01T00:00:00.5+02:00", "a&b=c#d e%/", None):
         with pytest.raises(ControlPlaneError):
-            await qoder.heartbeat(item.id, expected, 10)
-        assert tap.seen[-1].query.get("expected_last_heartbeat") == expected
-        assert tap.seen[-1].query["desired_ttl_seconds"] == "10"
+            await qoder_client.heartbeat(item.id, expected, 10)
+        assert middleware.seen[-1].query.get("expected_last_heartbeat") == expected
+        assert middleware.seen[-1].query["desired_ttl_seconds"] == "10"
 
 
-# -- other control planes --------------------------------------------------------------------------
+# -- answers of other control planes ---------------------------------------------------------------
 
 
 @pytest.mark.parametrize("body", [None, b"null", b"{}"], ids=["204", "null", "empty_object"])
 async def test_poll_answered_without_item_returns_none(
-    client: WorkClient, tap: Tap, body: bytes | None
+    client: WorkClient, middleware: RecordingMiddleware, body: bytes | None
 ) -> None:
-    tap.instead = lambda: literal(body)
+    middleware.instead = lambda: json_response(body)
     assert await client.poll() is None
 
 
 @pytest.mark.parametrize("body", [b"[]", b"false", b"0", b'""', b'"item"'])
 async def test_poll_answered_with_other_json_raises_bad_body(
-    qoder: WorkClient, tap: Tap, body: bytes
+    qoder_client: WorkClient, middleware: RecordingMiddleware, body: bytes
 ) -> None:
-    tap.instead = lambda: literal(body)
+    middleware.instead = lambda: json_response(body)
     with pytest.raises(TransientError) as raised:
-        await qoder.poll()
+        await qoder_client.poll()
     assert raised.value.reason == "bad_body"
 
 
@@ -309,11 +313,11 @@ async def test_poll_answered_with_other_json_raises_bad_body(
 
 
 async def test_list_requests_all_pages_up_to_its_limit(
-    plane: ControlPlane, client: WorkClient, tap: Tap
+    control_plane: ControlPlane, client: WorkClient, middleware: RecordingMiddleware
 ) -> None:
-    ids = [item.id for item in plane.enqueue(250)]
+    ids = [item.id for item in control_plane.enqueue(250)]
     assert [item.id async for item in client.list()] == ids
-    assert len(tap.seen) == 3
+    assert len(middleware.seen) == 3
     assert [item.id async for item in client.list(after_id=ids[200])] == ids[201:]
     assert [item.id async for item in client.list(limit=120)] == ids[:120]
     assert [item.id async for item in client.list(limit=0)] == []
@@ -322,60 +326,69 @@ async def test_list_requests_all_pages_up_to_its_limit(
 
 
 async def test_list_that_is_left_early_requests_no_further_page(
-    plane: ControlPlane, qoder: WorkClient, tap: Tap
+    control_plane: ControlPlane, qoder_client: WorkClient, middleware: RecordingMiddleware
 ) -> None:
-    plane.enqueue(150)
-    async for _ in qoder.list():
+    control_plane.enqueue(150)
+    async for _ in qoder_client.list():
         break
-    assert len(tap.seen) == 1
+    assert len(middleware.seen) == 1
 
 
 @pytest.mark.parametrize("omitted", [{"has_more"}, {"has_more", "first_id", "last_id"}])
 async def test_list_without_has_more_continues_until_last_next_page(
-    plane: ControlPlane, client: WorkClient, tap: Tap, omitted: set[str]
+    control_plane: ControlPlane,
+    client: WorkClient,
+    middleware: RecordingMiddleware,
+    omitted: set[str],
 ) -> None:
-    ids = [item.id for item in plane.enqueue(250)]
-    tap.rewrite = lambda page: {name: page[name] for name in page if name not in omitted}
+    ids = [item.id for item in control_plane.enqueue(250)]
+    middleware.rewrite = lambda page: {name: page[name] for name in page if name not in omitted}
     assert [item.id async for item in client.list()] == ids
-    assert len(tap.seen) == 3
+    assert len(middleware.seen) == 3
 
 
 async def test_list_ends_if_has_more_is_false_despite_next_page(
-    qoder: WorkClient, tap: Tap
+    qoder_client: WorkClient, middleware: RecordingMiddleware
 ) -> None:
-    tap.instead = lambda: web.json_response({"data": [], "has_more": False, "next_page": "a"})
-    assert [item async for item in qoder.list()] == []
-    assert len(tap.seen) == 1
+    middleware.instead = lambda: web.json_response(
+        {"data": [], "has_more": False, "next_page": "a"}
+    )
+    assert [item async for item in qoder_client.list()] == []
+    assert len(middleware.seen) == 1
 
 
 async def test_list_with_cyclic_page_tokens_raises_transient_error(
-    qoder: WorkClient, tap: Tap
+    qoder_client: WorkClient, middleware: RecordingMiddleware
 ) -> None:
     tokens = itertools.cycle(["a", "b"])
-    tap.instead = lambda: web.json_response({"data": [], "next_page": next(tokens)})
+    middleware.instead = lambda: web.json_response({"data": [], "next_page": next(tokens)})
     with pytest.raises(TransientError, match="repeat"):
-        _ = [item async for item in qoder.list()]
-    assert tap.paths == ["?limit=100", "?limit=100&page=a", "?limit=100&page=b"]
+        _ = [item async for item in qoder_client.list()]
+    assert middleware.requested_paths == ["?limit=100", "?limit=100&page=a", "?limit=100&page=b"]
 
 
 async def test_list_with_endless_empty_pages_raises_transient_error(
-    qoder: WorkClient, tap: Tap, monkeypatch: pytest.MonkeyPatch
+    qoder_client: WorkClient, middleware: RecordingMiddleware, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(page_limits, "PAGES_PER_SECOND", 1e6)
     numbers = itertools.count()
-    tap.instead = lambda: web.json_response({"data": [], "next_page": f"page_{next(numbers)}"})
+    middleware.instead = lambda: web.json_response(
+        {"data": [], "next_page": f"page_{next(numbers)}"}
+    )
     with pytest.raises(TransientError, match="without anything new"):
-        [item async for item in qoder.list()]
-    assert len(tap.seen) == page_limits.STALE_PAGES
+        [item async for item in qoder_client.list()]
+    assert len(middleware.seen) == page_limits.STALE_PAGES
 
 
 async def test_list_with_repeated_page_token_raises_transient_error(
-    qoder: WorkClient, tap: Tap
+    qoder_client: WorkClient, middleware: RecordingMiddleware
 ) -> None:
-    tap.instead = lambda: web.json_response({"data": [], "has_more": True, "next_page": "a/b?c"})
+    middleware.instead = lambda: web.json_response(
+        {"data": [], "has_more": True, "next_page": "a/b?c"}
+    )
     with pytest.raises(TransientError, match="repeat"):
-        _ = [item async for item in qoder.list()]
-    assert tap.paths == ["?limit=100", "?limit=100&page=a%2Fb%3Fc"]
+        _ = [item async for item in qoder_client.list()]
+    assert middleware.requested_paths == ["?limit=100", "?limit=100&page=a%2Fb%3Fc"]
 
 
 @pytest.mark.parametrize(
@@ -384,52 +397,54 @@ async def test_list_with_repeated_page_token_raises_transient_error(
      {"data": [], "next_page": 7}, [], None],
 )  # fmt: skip
 async def test_list_with_malformed_page_raises_bad_body(
-    qoder: WorkClient, tap: Tap, page: Any
+    qoder_client: WorkClient, middleware: RecordingMiddleware, page: Any
 ) -> None:
-    tap.instead = lambda: web.json_response(page)
+    middleware.instead = lambda: web.json_response(page)
     with pytest.raises(TransientError) as raised:
-        _ = [item async for item in qoder.list()]
+        _ = [item async for item in qoder_client.list()]
     assert raised.value.reason == "bad_body"
 
 
-# -- what never leaves -----------------------------------------------------------------------------
+# -- requests that are refused before they are sent ------------------------------------------------
 
 
 @pytest.mark.parametrize(
     "bad", ["", "..", "a/b", "../stats", "a?b", "a#b", "a b", "a%2fb", "ä", "a\n", "x" * 129]
 )
-async def test_invalid_id_is_never_sent_in_url(qoder: WorkClient, tap: Tap, bad: str) -> None:
+async def test_invalid_id_is_never_sent_in_url(
+    qoder_client: WorkClient, middleware: RecordingMiddleware, bad: str
+) -> None:
     calls = [
-        qoder.ack(bad),
-        qoder.heartbeat(bad),
-        qoder.stop(bad),
-        qoder.get(bad),
-        qoder.update_metadata(bad, {}),
-        qoder.session(bad),
-        anext(qoder.list(after_id=bad)),
-        anext(qoder.list(before_id=bad)),
+        qoder_client.ack(bad),
+        qoder_client.heartbeat(bad),
+        qoder_client.stop(bad),
+        qoder_client.get(bad),
+        qoder_client.update_metadata(bad, {}),
+        qoder_client.session(bad),
+        anext(qoder_client.list(after_id=bad)),
+        anext(qoder_client.list(before_id=bad)),
     ]
     for call in calls:
         with pytest.raises(ValueError, match="not an id"):
             await call
-    assert tap.seen == []
+    assert middleware.seen == []
 
 
 async def test_metadata_other_than_text_is_refused_before_sending(
-    qoder: WorkClient, tap: Tap
+    qoder_client: WorkClient, middleware: RecordingMiddleware
 ) -> None:
     for bad in ({"a": 1}, {"a": {"b": "c"}}, {1: "a"}, {"a": "\ud800"}):
         patch: Any = bad
         with pytest.raises(TypeError):
-            await qoder.update_metadata(UNKNOWN, patch)
-    assert tap.seen == []
+            await qoder_client.update_metadata(UNKNOWN, patch)
+    assert middleware.seen == []
 
 
-# -- life ------------------------------------------------------------------------------------------
+# -- opening and closing ---------------------------------------------------------------------------
 
 
-async def test_client_used_before_opening_raises_runtime_error(plane: ControlPlane) -> None:
-    client = WorkClient(settings_of(plane))
+async def test_client_used_before_opening_raises_runtime_error(control_plane: ControlPlane) -> None:
+    client = WorkClient(settings_for(control_plane))
     with pytest.raises(RuntimeError, match="async with"):
         await client.poll()
     for _ in range(2):  # a closed client may be opened again
@@ -441,9 +456,11 @@ async def test_client_used_before_opening_raises_runtime_error(plane: ControlPla
         await client.get(UNKNOWN)
 
 
-async def test_client_used_on_second_event_loop_raises_runtime_error(qoder: WorkClient) -> None:
+async def test_client_used_on_second_event_loop_raises_runtime_error(
+    qoder_client: WorkClient,
+) -> None:
     with pytest.raises(RuntimeError, match="another event loop"):
-        await asyncio.to_thread(asyncio.run, qoder.poll())
+        await asyncio.to_thread(asyncio.run, qoder_client.poll())
 
 
 async def test_missing_settings_are_reported_on_opening(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -457,112 +474,118 @@ async def test_missing_settings_are_reported_on_opening(monkeypatch: pytest.Monk
     ]
 
 
-async def test_session_of_caller_stays_open_after_client_closes(plane: ControlPlane) -> None:
+async def test_session_of_caller_stays_open_after_client_closes(
+    control_plane: ControlPlane,
+) -> None:
     async with aiohttp.ClientSession() as session:
-        async with WorkClient(settings_of(plane), session=session) as client:
+        async with WorkClient(settings_for(control_plane), session=session) as client:
             assert await client.poll() is None
         assert not session.closed
 
 
 async def test_worker_id_set_before_opening_is_sent_as_header(
-    plane: ControlPlane, tap: Tap
+    control_plane: ControlPlane, middleware: RecordingMiddleware
 ) -> None:
-    client = WorkClient(settings_of(plane))
+    client = WorkClient(settings_for(control_plane))
     client.worker_id = "me-0a1b2c3d"
     async with client:
         await client.poll()
     client.worker_id = None
     async with client:
         await client.poll()
-    assert [each.headers.get("Worker-ID") for each in tap.seen] == ["me-0a1b2c3d", None]
+    assert [each.headers.get("Worker-ID") for each in middleware.seen] == ["me-0a1b2c3d", None]
 
 
 async def test_client_callbacks_receive_requests_and_credential_refreshes(
-    plane: ControlPlane, tap: Tap
+    control_plane: ControlPlane, middleware: RecordingMiddleware
 ) -> None:
     reported: list[tuple[str, str]] = []
     refreshes: list[str] = []
-    client = WorkClient(settings_of(plane))
+    client = WorkClient(settings_for(control_plane))
     client.on_request = lambda *each: reported.append(each[:2])
     client.on_credential_refresh = refreshes.append
     async with client:
         await client.poll()
-        tap.instead = lambda: web.Response(status=401)
+        middleware.instead = lambda: web.Response(status=401)
         with pytest.raises(RefusedError):
             await client.stats()
     assert reported == [("poll", "2xx"), ("stats", "401")]
     assert refreshes == ["ok"]
 
 
-# -- bounds ----------------------------------------------------------------------------------------
+# -- time limits -----------------------------------------------------------------------------------
 
 
 async def test_call_ends_after_its_timeout_or_configured_timeout(
-    plane: ControlPlane, tap: Tap
+    control_plane: ControlPlane, middleware: RecordingMiddleware
 ) -> None:
-    tap.hold = asyncio.Event()
-    async with WorkClient(settings_of(plane, request_timeout=0.05)) as client:
+    middleware.hold = asyncio.Event()
+    async with WorkClient(settings_for(control_plane, request_timeout=0.05)) as client:
         for call in (client.stats(), client.get(UNKNOWN, timeout=0.01), client.poll()):
             with pytest.raises(TransientError) as raised:
                 await call
             assert raised.value.reason == "timeout"
-    tap.hold.set()
+    middleware.hold.set()
 
 
-async def test_poll_time_includes_block_ms_besides_timeout(plane: ControlPlane) -> None:
-    async with WorkClient(settings_of(plane, request_timeout=5)) as client:
+async def test_poll_time_includes_block_ms_besides_timeout(control_plane: ControlPlane) -> None:
+    async with WorkClient(settings_for(control_plane, request_timeout=5)) as client:
         started = time.monotonic()
         assert await client.poll(150) is None
         assert time.monotonic() - started >= 0.15
     # The control plane holds this poll for longer than a plain request may take.
-    async with WorkClient(settings_of(plane, request_timeout=0.3)) as client:
+    async with WorkClient(settings_for(control_plane, request_timeout=0.3)) as client:
         with pytest.raises(TransientError):
             await client.poll(999, timeout=0.3)
 
 
-async def test_poll_with_malformed_item_raises_bad_body(qoder: WorkClient, tap: Tap) -> None:
-    tap.instead = lambda: web.json_response({"id": "../x"})
+async def test_poll_with_malformed_item_raises_bad_body(
+    qoder_client: WorkClient, middleware: RecordingMiddleware
+) -> None:
+    middleware.instead = lambda: web.json_response({"id": "../x"})
     with pytest.raises(TransientError, match="malformed") as raised:
-        await qoder.poll()
+        await qoder_client.poll()
     assert (raised.value.reason, raised.value.status) == ("bad_body", 200)
 
 
 async def test_stop_without_reading_item_accepts_any_json_object(
-    qoder: WorkClient, tap: Tap
+    qoder_client: WorkClient, middleware: RecordingMiddleware
 ) -> None:
-    tap.instead = lambda: web.Response(body=b'{"id": 7}')
-    assert await qoder.stop(UNKNOWN, force=True, read_item=False) is None
+    middleware.instead = lambda: web.Response(body=b'{"id": 7}')
+    assert await qoder_client.stop(UNKNOWN, force=True, read_item=False) is None
     with pytest.raises(TransientError):
-        await qoder.stop(UNKNOWN, force=True)
+        await qoder_client.stop(UNKNOWN, force=True)
 
 
 @pytest.mark.parametrize("body", [b"", b"<html>", b"[]", b"{" * 5_000_000])
 async def test_stop_without_reading_item_rejects_answer_of_gateway(
-    qoder: WorkClient, tap: Tap, body: bytes
+    qoder_client: WorkClient, middleware: RecordingMiddleware, body: bytes
 ) -> None:
     """A page of a gateway with status 200 may mean that the request was not forwarded."""
-    tap.instead = lambda: web.Response(body=body)
+    middleware.instead = lambda: web.Response(body=body)
     with pytest.raises(TransientError):
-        await qoder.stop(UNKNOWN, force=True, read_item=False)
+        await qoder_client.stop(UNKNOWN, force=True, read_item=False)
 
 
-async def test_refused_stop_without_reading_item_raises_refused_error(qoder: WorkClient) -> None:
+async def test_refused_stop_without_reading_item_raises_refused_error(
+    qoder_client: WorkClient,
+) -> None:
     with pytest.raises(RefusedError) as raised:
-        await qoder.stop(UNKNOWN, read_item=False)
+        await qoder_client.stop(UNKNOWN, read_item=False)
     assert raised.value.status == 404
 
 
 # -- rate limits -----------------------------------------------------------------------------------
 
 
-def spend(limiter: RateLimiter) -> int:
+def spend_rate_limit(limiter: RateLimiter) -> int:
     return next(count for count in range(10_000) if not limiter.try_acquire())
 
 
-async def test_reads_and_writes_are_limited_separately(plane: ControlPlane) -> None:
-    plane.enqueue()
-    async with WorkClient(settings_of(plane, read_rate=0.004, write_rate=0.004)) as client:
-        item = await polled(client)  # the only read that the rate allows in four minutes
+async def test_reads_and_writes_are_limited_separately(control_plane: ControlPlane) -> None:
+    control_plane.enqueue()
+    async with WorkClient(settings_for(control_plane, read_rate=0.004, write_rate=0.004)) as client:
+        item = await polled_item(client)  # the only read that the rate allows in four minutes
         with pytest.raises(TransientError, match="our own rate limit") as raised:
             await client.stats(timeout=0.01)
         assert raised.value.reason == "timeout"
@@ -578,16 +601,18 @@ async def test_reads_and_writes_are_limited_separately(plane: ControlPlane) -> N
             await client.heartbeat(item.id, None)  # heartbeats never wait
 
 
-async def test_wait_for_rate_limit_is_reported_with_its_seconds(plane: ControlPlane) -> None:
+async def test_wait_for_rate_limit_is_reported_with_its_seconds(
+    control_plane: ControlPlane,
+) -> None:
     waits: list[tuple[str, float]] = []
-    client = WorkClient(settings_of(plane, read_rate=20, write_rate=0.004))
+    client = WorkClient(settings_for(control_plane, read_rate=20, write_rate=0.004))
     client.on_rate_limit_wait = lambda kind, seconds: waits.append((kind, seconds))
     async with client:
-        spend(client.rate_limits.read)
+        spend_rate_limit(client.rate_limits.read)
         await client.stats()
         assert [kind for kind, _ in waits] == ["read"]
         assert waits[0][1] >= 0.04
-        spend(client.rate_limits.write)
+        spend_rate_limit(client.rate_limits.write)
         with pytest.raises(TransientError):
             await client.stop(UNKNOWN, timeout=0.05)
     assert [kind for kind, _ in waits] == ["read", "write"]
@@ -595,22 +620,26 @@ async def test_wait_for_rate_limit_is_reported_with_its_seconds(plane: ControlPl
 
 
 async def test_ack_with_permit_acquired_before_poll_does_not_wait(
-    plane: ControlPlane,
+    control_plane: ControlPlane,
 ) -> None:
-    plane.enqueue()
-    async with WorkClient(settings_of(plane, write_rate=0.004, request_timeout=5)) as client:
+    control_plane.enqueue()
+    async with WorkClient(
+        settings_for(control_plane, write_rate=0.004, request_timeout=5)
+    ) as client:
         await client.acquire_ack_permit()
-        assert spend(client.rate_limits.write) == 0
-        item = await polled(client)
+        assert spend_rate_limit(client.rate_limits.write) == 0
+        item = await polled_item(client)
         await client.ack(item.id, permit=True)
         client.release_ack_permit()
         await client.acquire_ack_permit()
         client.release_ack_permit()
-        assert spend(client.rate_limits.write) == 1
+        assert spend_rate_limit(client.rate_limits.write) == 1
 
 
-async def test_ack_permit_cancelled_while_waiting_uses_no_token(plane: ControlPlane) -> None:
-    async with WorkClient(settings_of(plane, write_rate=0.004)) as client:
+async def test_ack_permit_cancelled_while_waiting_uses_no_token(
+    control_plane: ControlPlane,
+) -> None:
+    async with WorkClient(settings_for(control_plane, write_rate=0.004)) as client:
         await client.acquire_ack_permit()
         async with asyncio.TaskGroup() as group:
             waiting = group.create_task(client.acquire_ack_permit())
@@ -619,11 +648,13 @@ async def test_ack_permit_cancelled_while_waiting_uses_no_token(plane: ControlPl
             assert not waiting.done()
             waiting.cancel()
         client.release_ack_permit()
-        assert spend(client.rate_limits.write) == 1
+        assert spend_rate_limit(client.rate_limits.write) == 1
 
 
-async def test_client_without_limits_never_uses_its_rate_limiters(plane: ControlPlane) -> None:
-    class Untouchable(RateLimiter):
+async def test_client_without_limits_never_uses_its_rate_limiters(
+    control_plane: ControlPlane,
+) -> None:
+    class UnusedRateLimiter(RateLimiter):
         def try_acquire(self, priority: Priority = Priority.HANDLER) -> bool:
             raise AssertionError(priority)
 
@@ -636,45 +667,49 @@ async def test_client_without_limits_never_uses_its_rate_limiters(plane: Control
         def charge(self) -> None:
             raise AssertionError
 
-    plane.enqueue()
+    control_plane.enqueue()
     limits = RateLimits(0, 0)
-    limits.read, limits.write = Untouchable("read", 0), Untouchable("write", 0)
-    client = WorkClient(settings_of(plane), rate_limits=limits)
+    limits.read, limits.write = UnusedRateLimiter("read", 0), UnusedRateLimiter("write", 0)
+    client = WorkClient(settings_for(control_plane), rate_limits=limits)
     async with client:
         await client.acquire_ack_permit()
         client.release_ack_permit()
-        item = await polled(client)
+        item = await polled_item(client)
         await client.ack(item.id, permit=True)
         await client.heartbeat(item.id)
         await client.stop(item.id, force=True)
 
 
-async def test_two_clients_with_shared_rate_limits_share_their_rate(plane: ControlPlane) -> None:
+async def test_two_clients_with_shared_rate_limits_share_their_rate(
+    control_plane: ControlPlane,
+) -> None:
     limits = RateLimits(0, 0.004)
-    first, second = (WorkClient(settings_of(plane), rate_limits=limits) for _ in range(2))
+    first, second = (WorkClient(settings_for(control_plane), rate_limits=limits) for _ in range(2))
     async with first, second:
         await first.acquire_ack_permit()
         with pytest.raises(TransientError, match="our own rate limit"):
             await second.stop(UNKNOWN, timeout=0.01)
 
 
-async def test_calls_waiting_for_rate_limit_are_sent_by_priority(plane: ControlPlane) -> None:
+async def test_calls_waiting_for_rate_limit_are_sent_by_priority(
+    control_plane: ControlPlane,
+) -> None:
     """Completions precede claims, and calls of handlers alternate with claims."""
     sent: list[str] = []
-    client = WorkClient(settings_of(plane, write_rate=20))
+    client = WorkClient(settings_for(control_plane, write_rate=20))
     client.on_request = lambda op, *_: sent.append(op)
     async with client:
-        spend(client.rate_limits.write)
+        spend_rate_limit(client.rate_limits.write)
         completion = CallOptions(priority=Priority.COMPLETION)
         async with asyncio.TaskGroup() as group:
             for _ in range(2):
-                group.create_task(ended(client.update_metadata(UNKNOWN, {})))
+                group.create_task(record_end(client.update_metadata(UNKNOWN, {})))
             for call in (client.ack(UNKNOWN), client.stop(UNKNOWN, options=completion)):
-                group.create_task(ended(call))
+                group.create_task(record_end(call))
     assert sent == ["stop", "ack", "update", "update"]
 
 
-async def ended(call: Awaitable[object]) -> None:
+async def record_end(call: Awaitable[object]) -> None:
     with pytest.raises(RefusedError):
         await call
 
@@ -687,10 +722,14 @@ TRACE = "00-4bf92f3577b34da6a3ce929d0e0e4736-00f067aa0ba902b7-01"
     [(TRACE, TRACE), (None, None), ("", None), ("00-0-0-0", None), (TRACE + "-more", None)],
 )
 async def test_traceparent_of_poll_is_kept_only_if_valid(
-    plane: ControlPlane, tap: Tap, client: WorkClient, header: str | None, kept: str | None
+    control_plane: ControlPlane,
+    middleware: RecordingMiddleware,
+    client: WorkClient,
+    header: str | None,
+    kept: str | None,
 ) -> None:
-    plane.enqueue()
-    tap.add_headers = {} if header is None else {"Traceparent": header, "X-Other": "ignored"}
+    control_plane.enqueue()
+    middleware.add_headers = {} if header is None else {"Traceparent": header, "X-Other": "ignored"}
     item = await client.poll()
     assert item is not None
     assert item.traceparent == kept

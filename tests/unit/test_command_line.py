@@ -22,7 +22,7 @@ ROOT: Any = typer.main.get_command(app)
 COMMANDS: dict[str, Any] = {"workpool": ROOT, **dict(commands(ROOT, "workpool"))}
 
 
-def run(code: str, **variables: str) -> str:
+def run_python(code: str, **variables: str) -> str:
     """Return the output of a new Python process."""
     done = subprocess.run(  # noqa: S603 - our own words
         [sys.executable, "-c", code], env=variables, capture_output=True, text=True, check=True
@@ -30,7 +30,7 @@ def run(code: str, **variables: str) -> str:
     return done.stdout
 
 
-def help_of(path: str) -> str:
+def help_text(path: str) -> str:
     result = CliRunner().invoke(app, [*path.split()[1:], "--help"], env={"COLUMNS": "300"})
     assert result.exit_code == 0
     return result.stdout
@@ -40,13 +40,13 @@ def test_list_of_commands_has_the_first_line_of_each_help_text() -> None:
     for entry in ENTRIES:
         text = load(entry).help
         assert text.partition("\n\n")[0].replace("\n", " ") == entry.summary
-        assert entry.summary in help_of("workpool")
+        assert entry.summary in help_text("workpool")
 
 
 @pytest.mark.parametrize("path", COMMANDS)
 def test_short_flag_prints_the_help_text(path: str) -> None:
     result = CliRunner().invoke(app, [*path.split()[1:], "-h"], env={"COLUMNS": "300"})
-    assert (result.exit_code, result.stdout) == (0, help_of(path))
+    assert (result.exit_code, result.stdout) == (0, help_text(path))
 
 
 @pytest.mark.parametrize("command", ["run", "check"])
@@ -58,8 +58,8 @@ def test_each_setting_but_the_credentials_has_a_flag(command: str) -> None:
         assert flag_of(name) not in flags
 
 
-def test_flag_of_a_setting_tells_its_default_and_its_variable() -> None:
-    text = " ".join(help_of("workpool run").split())
+def test_flag_of_a_setting_shows_its_default_and_its_variable() -> None:
+    text = " ".join(help_text("workpool run").split())
     for name in DESCRIPTIONS:
         if name not in WITHOUT_FLAG:
             assert (
@@ -74,7 +74,7 @@ def test_flags_whose_value_is_called_seconds_take_numbers() -> None:
 
 
 @pytest.mark.parametrize("path", COMMANDS)
-def test_each_option_with_a_value_tells_its_default(path: str) -> None:
+def test_each_option_with_a_value_shows_its_default(path: str) -> None:
     for option in COMMANDS[path].params:
         if option.param_type_name == "option" and not option.is_flag and not option.required:
             shown = option.default not in {None, ()} or "Default: " in option.help
@@ -82,14 +82,15 @@ def test_each_option_with_a_value_tells_its_default(path: str) -> None:
 
 
 @pytest.mark.parametrize("path", COMMANDS)
-def test_help_text_has_examples_that_can_be_parsed(
+def test_every_help_text_has_examples_that_can_be_parsed(
     path: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    for name in (WORK_ID, LAST_HEARTBEAT):  # a parent process sets them
+    # these variables are set where a parent process starts a worker
+    for name in (WORK_ID, LAST_HEARTBEAT):
         monkeypatch.setenv(name, "x")
     lines = examples(COMMANDS[path])
     assert lines
-    assert all(line in help_of(path) for line in lines)
+    assert all(line in help_text(path) for line in lines)
     for line in lines:
         words = shlex.split(line)
         assert words.pop(0) == "workpool"
@@ -116,16 +117,18 @@ def test_completion_offers_commands_and_flags(typed: str, offered: str) -> None:
         "COMP_WORDS": typed,
         "COMP_CWORD": str(len(typed.split()) - 1),
     }
-    assert run(code, **variables).split() == [offered]
+    assert run_python(code, **variables).split() == [offered]
 
 
-def test_completion_can_be_shown() -> None:
+def test_completion_script_can_be_shown() -> None:
     code = "import sys; sys.argv = ['workpool', '--show-completion', 'bash']\n"
     code += "from workpool.cli import main; main()"
-    assert "_WORKPOOL_COMPLETE" in run(code, _TYPER_COMPLETE_TEST_DISABLE_SHELL_DETECTION="1")
+    assert "_WORKPOOL_COMPLETE" in run_python(
+        code, _TYPER_COMPLETE_TEST_DISABLE_SHELL_DETECTION="1"
+    )
 
 
-def test_list_of_commands_imports_none_of_them() -> None:
+def test_list_of_commands_is_printed_without_importing_a_command() -> None:
     code = (
         "import sys; sys.argv = ['workpool', '--help']\n"
         "from workpool.cli import main\n"
@@ -133,7 +136,7 @@ def test_list_of_commands_imports_none_of_them() -> None:
         "finally: print('IMPORTED', *sorted(n for n in sys.modules if n.startswith('workpool.')),"
         " *({'aiohttp', 'pydantic'} & sys.modules.keys()))"
     )
-    [line] = re.findall(r"^IMPORTED (.*)$", run(code), re.MULTILINE)
+    [line] = re.findall(r"^IMPORTED (.*)$", run_python(code), re.MULTILINE)
     assert line.split() == [
         "workpool.cli",
         "workpool.cli.commands",
@@ -145,13 +148,13 @@ def test_list_of_commands_imports_none_of_them() -> None:
 
 def test_import_of_the_supervisor_imports_no_server_and_no_pydantic() -> None:
     code = "import sys; from workpool import Settings, Supervisor, handler; print(*sys.modules)"
-    assert not {"pydantic", "aiohttp.web", "typer", "rich"} & set(run(code).split())
+    assert not {"pydantic", "aiohttp.web", "typer", "rich"} & set(run_python(code).split())
 
 
 def test_no_color_turns_colours_off_in_tables() -> None:
     code = "from workpool.cli.tables import print_table; print_table(['id'], [['work_1']])"
     colour = re.compile(r"\x1b\[[0-9;]*3[0-7]|\x1b\[[0-9;]*38;")
     variables = {"FORCE_COLOR": "1", "TERM": "xterm-256color", "COLUMNS": "80"}
-    assert not colour.search(run(code, NO_COLOR="1", **variables))
+    assert not colour.search(run_python(code, NO_COLOR="1", **variables))
     for path in COMMANDS:
-        assert "\x1b" not in help_of(path)
+        assert "\x1b" not in help_text(path)

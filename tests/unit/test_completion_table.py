@@ -1,4 +1,4 @@
-"""The completion table against a literal copy, the notes that it writes, outcomes."""
+"""The completion table against a literal copy, the error notes that it writes, and outcomes."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ COPY = [
 ]
 
 
-class _Ended:
+class EndedSession:
     """A session with these end reasons, or a lease with these attributes."""
 
     def __init__(self, **attributes: Any) -> None:
@@ -60,12 +60,12 @@ def test_graver_of_two_end_reasons_is_the_later_table_row(pair: tuple[str, str])
 
 @pytest.mark.parametrize("reason", list(EndReason))
 def test_completion_row_of_session_is_row_of_its_end_reason(reason: EndReason) -> None:
-    item: Any = _Ended(reason=reason)
+    item: Any = EndedSession(reason=reason)
     assert row_of(item) is TABLE[reason]
 
 
 def test_session_without_end_reason_has_no_completion_row() -> None:
-    item: Any = _Ended(reason=None)
+    item: Any = EndedSession(reason=None)
     with pytest.raises(RuntimeError, match="nothing ends"):
         row_of(item)
 
@@ -86,7 +86,7 @@ def test_session_without_end_reason_has_no_completion_row() -> None:
 def test_outcome_of_lease_that_expires_depends_on_status_and_stop_request(
     status: str, outcome: str, *, stop_requested: bool
 ) -> None:
-    lease: Any = _Ended(status=status, stop_requested=stop_requested)
+    lease: Any = EndedSession(status=status, stop_requested=stop_requested)
     assert outcome_by(lease) == outcome
 
 
@@ -109,15 +109,15 @@ def test_error_note_is_cut_to_limit_and_encodable(text: str, note: str) -> None:
     assert sendable(text) == note
 
 
-class _Unprintable(Exception):
+class UnprintableError(Exception):
     def __str__(self) -> str:
         raise ZeroDivisionError
 
 
 def test_error_that_cannot_be_printed_still_has_text() -> None:
     assert text_of(ValueError("why")) == "why"
-    assert "_Unprintable" not in text_of("reason")
-    assert isinstance(text_of(_Unprintable()), str)
+    assert "UnprintableError" not in text_of("reason")
+    assert isinstance(text_of(UnprintableError()), str)
 
 
 # Releases.

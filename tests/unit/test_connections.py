@@ -1,4 +1,4 @@
-"""Connections, DNS and files: code of users must not delay calls of the pool."""
+"""The pool's connections, host lookups and token files, which blocking user code must not delay."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ STOP = CallOptions(priority=Priority.COMPLETION)
 
 
 @dataclass
-class Server:
+class ConnectionServer:
     """A server that answers by the first line and the connection of a request; None: no answer.
 
     Attributes:
@@ -52,7 +52,9 @@ class Server:
     port: int = 0
     changed: asyncio.Condition = field(default_factory=asyncio.Condition)
 
-    async def serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+    async def answer_connection(
+        self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter
+    ) -> None:
         self.connections += 1
         connection = self.connections
         try:
@@ -70,22 +72,22 @@ class Server:
         finally:
             writer.close()
 
-    async def received(self, count: int) -> None:
+    async def received_requests(self, count: int) -> None:
         async with self.changed, asyncio.timeout(30):
             await self.changed.wait_for(lambda: len(self.lines) >= count)
 
-    def settings(self, host: str = "127.0.0.1", **values: Any) -> Settings:
+    def settings_for_url(self, host: str = "127.0.0.1", **values: Any) -> Settings:
         values = values if "token_file" in values else {"token": TOKEN, **values}
         url = f"http://{host}:{self.port}"
         return Settings(base_url=url, environment_id="env_1", **values)
 
 
 @asynccontextmanager
-async def serving(
+async def running_server(
     answer: Callable[[str, int], bytes | None] = lambda _line, _connection: ANSWER,
-) -> AsyncIterator[Server]:
-    server = Server(answer)
-    listener = await asyncio.start_server(server.serve, "127.0.0.1", 0)
+) -> AsyncIterator[ConnectionServer]:
+    server = ConnectionServer(answer)
+    listener = await asyncio.start_server(server.answer_connection, "127.0.0.1", 0)
     server.port = listener.sockets[0].getsockname()[1]
     async with listener:
         yield server
@@ -102,7 +104,7 @@ async def occupied_executor() -> AsyncIterator[None]:
     await asyncio.gather(*blocked)
 
 
-# -- users' code in the way ----------------------------------------------------------------------
+# -- blocking code of users ------------------------------------------------------------------------
 
 
 @pytest.mark.usefixtures("occupied_executor")
@@ -111,11 +113,11 @@ async def test_calls_succeed_while_default_executor_is_occupied(tmp_path: Path) 
     path = tmp_path / "token"
     path.write_text("old")
 
-    def deny_the_old(head: str, _: int) -> bytes:
+    def deny_old_token(head: str, _: int) -> bytes:
         return DENIED if "Bearer old" in head else ANSWER
 
-    async with serving(deny_the_old) as server:
-        async with WorkClient(server.settings("localhost", token_file=path)) as client:
+    async with running_server(deny_old_token) as server:
+        async with WorkClient(server.settings_for_url("localhost", token_file=path)) as client:
             path.write_text("new")
             await client.stop(WORK, force=True, timeout=20)
             for priority in Priority:
@@ -125,26 +127,28 @@ async def test_calls_succeed_while_default_executor_is_occupied(tmp_path: Path) 
 
 
 async def test_pool_calls_do_not_wait_for_two_hundred_handler_calls() -> None:
-    def hold_updates(head: str, _: int) -> bytes | None:
+    def hold_update_requests(head: str, _: int) -> bytes | None:
         return ANSWER if "/stop" in head else None
 
     async with (
-        serving(hold_updates) as server,
-        WorkClient(server.settings(concurrency=1, request_timeout=30)) as client,
+        running_server(hold_update_requests) as server,
+        WorkClient(server.settings_for_url(concurrency=1, request_timeout=30)) as client,
         asyncio.TaskGroup() as group,
     ):
         updates = [
             group.create_task(client.update_metadata(WORK, {"step": str(number)}))
             for number in range(200)
         ]
-        await server.received(17)  # calls of handlers: one for each session, and sixteen more
+        await server.received_requests(
+            17
+        )  # calls of handlers: one for each session, and sixteen more
         await client.stop(WORK, force=True, timeout=20, options=STOP)
         asked: list[asyncio.Task[Any]] = [
             group.create_task(client.poll()),
             group.create_task(client.ack(WORK)),
             group.create_task(client.heartbeat(WORK)),
         ]
-        await server.received(17 + 1 + 3)
+        await server.received_requests(17 + 1 + 3)
         assert server.connections == 17 + 3
         for task in (*updates, *asked):
             task.cancel()
@@ -152,22 +156,22 @@ async def test_pool_calls_do_not_wait_for_two_hundred_handler_calls() -> None:
 
 async def test_pool_calls_have_no_connection_limit() -> None:
     async with (
-        serving(lambda _line, _connection: None) as server,
-        WorkClient(server.settings(concurrency=1)) as client,
+        running_server(lambda _line, _connection: None) as server,
+        WorkClient(server.settings_for_url(concurrency=1)) as client,
         asyncio.TaskGroup() as group,
     ):
         heartbeats = [group.create_task(client.heartbeat(WORK, timeout=60)) for _ in range(150)]
-        await server.received(150)
+        await server.received_requests(150)
         assert server.connections == 150
         for task in heartbeats:
             task.cancel()
 
 
-# -- a connection of one's own -------------------------------------------------------------------
+# -- calls on a new connection -----------------------------------------------------------------
 
 
 async def test_call_with_new_connection_reuses_no_connection() -> None:
-    async with serving() as server, WorkClient(server.settings()) as client:
+    async with running_server() as server, WorkClient(server.settings_for_url()) as client:
         for _ in range(3):
             await client.stop(WORK, options=STOP)
         assert server.connections == 1
@@ -182,10 +186,13 @@ async def test_retry_after_silent_connection_uses_new_connection() -> None:
     """Every pooled connection is dead, but none was closed."""
     silent = False
 
-    def answer(_: str, connection: int) -> bytes | None:
+    def answer_by_connection(_: str, connection: int) -> bytes | None:
         return None if silent and connection <= 2 else ANSWER
 
-    async with serving(answer) as server, WorkClient(server.settings()) as client:
+    async with (
+        running_server(answer_by_connection) as server,
+        WorkClient(server.settings_for_url()) as client,
+    ):
         async with asyncio.TaskGroup() as group:  # opens two pooled connections
             for _ in range(2):
                 group.create_task(client.stop(WORK, options=STOP))
@@ -196,7 +203,7 @@ async def test_retry_after_silent_connection_uses_new_connection() -> None:
         await client.stop(WORK, timeout=20, options=STOP._replace(new_connection=True))
 
 
-# -- files ---------------------------------------------------------------------------------------
+# -- token files -----------------------------------------------------------------------------------
 
 
 class HungDisk:
@@ -229,12 +236,12 @@ async def test_token_file_on_hung_disk_is_read_once_for_all_waiting_calls(
     path = tmp_path / "token"
     path.write_text("old")
 
-    def deny_the_old(head: str, _: int) -> bytes:
+    def deny_old_token(head: str, _: int) -> bytes:
         return DENIED if "Bearer old" in head else ANSWER
 
     async with (
-        serving(deny_the_old) as server,
-        WorkClient(server.settings(token_file=path)) as client,
+        running_server(deny_old_token) as server,
+        WorkClient(server.settings_for_url(token_file=path)) as client,
     ):
         monkeypatch.setattr("workpool.settings.read_credential", hung_disk)
         asked = [client.stop(WORK, timeout=0.3) for _ in range(40)]
@@ -345,19 +352,19 @@ async def test_call_uses_existing_thread_if_no_further_thread_can_start(
 ) -> None:
     threads, release = DaemonThreads("workpool-test", 2), threading.Event()
     with monkeypatch.context() as patch:
-        patch.setattr(threading.Thread, "start", refuse_to_start)
+        patch.setattr(threading.Thread, "start", refuse_to_start_thread)
         with pytest.raises(OSError, match="no thread can be started") as raised:
             threads.submit(print)
     assert raised.value.errno == errno.EAGAIN
     held = threads.submit(release.wait)
-    monkeypatch.setattr(threading.Thread, "start", refuse_to_start)
+    monkeypatch.setattr(threading.Thread, "start", refuse_to_start_thread)
     queued = threads.submit(int, "7")
     release.set()
     assert (held.result(20), queued.result(20)) == (True, 7)
     await threads.close()
 
 
-def refuse_to_start(_thread: threading.Thread) -> None:
+def refuse_to_start_thread(_thread: threading.Thread) -> None:
     raise RuntimeError("can't start new thread")
 
 
@@ -366,14 +373,17 @@ async def test_hanging_host_lookup_is_repeated_after_its_time_limit(
 ) -> None:
     release, look_up = threading.Event(), socket.getaddrinfo
 
-    def hang_once(*arguments: Any, **named: Any) -> Any:
+    def hang_at_first_lookup(*arguments: Any, **named: Any) -> Any:
         monkeypatch.setattr(socket, "getaddrinfo", look_up)
         release.wait()
         return look_up(*arguments, **named)
 
-    monkeypatch.setattr(socket, "getaddrinfo", hang_once)
+    monkeypatch.setattr(socket, "getaddrinfo", hang_at_first_lookup)
     monkeypatch.setattr(resolver, "LOOKUP_SECONDS", 0.1)
-    async with serving() as server, WorkClient(server.settings("localhost")) as client:
+    async with (
+        running_server() as server,
+        WorkClient(server.settings_for_url("localhost")) as client,
+    ):
         with pytest.raises(TransientError):
             await client.stop(WORK, timeout=20)
         await client.stop(WORK, timeout=20)
@@ -390,7 +400,7 @@ async def test_resolver_returns_numeric_addresses() -> None:
     await threads.close()
 
 
-# Endless informational responses.
+# Informational responses (1xx) without end.
 
 FLOOD = """
 import socket, sys
@@ -409,18 +419,18 @@ with socket.create_server(("127.0.0.1", 0)) as listener:
 def test_endless_informational_responses_do_not_block_event_loop() -> None:
     """The loop of the command line (uvloop) reads as long as bytes are available."""
 
-    async def stop(port: int) -> list[float]:
+    async def stop_server(port: int) -> list[float]:
         times: list[float] = []
 
-        async def note_turns() -> None:
+        async def note_loop_turns() -> None:
             while True:
                 times.append(time.thread_time())
                 await asyncio.sleep(0)
 
-        server = Server(port=port)
-        client = WorkClient(server.settings(request_timeout=30))
+        server = ConnectionServer(port=port)
+        client = WorkClient(server.settings_for_url(request_timeout=30))
         async with client, asyncio.TaskGroup() as group:
-            noting = group.create_task(note_turns())
+            noting = group.create_task(note_loop_turns())
             with pytest.raises(TransientError, match="InformationalFlood"):
                 await client.stop(WORK)
             noting.cancel()
@@ -430,7 +440,7 @@ def test_endless_informational_responses_do_not_block_event_loop() -> None:
     assert flood.stdout is not None
     try:
         with asyncio.Runner(loop_factory=new_event_loop) as runner:
-            times = runner.run(stop(int(flood.stdout.readline())))
+            times = runner.run(stop_server(int(flood.stdout.readline())))
     finally:
         flood.kill()
         flood.wait()
@@ -444,14 +454,14 @@ async def test_connection_receives_limited_number_of_bytes_at_once(priority: Pri
     sizes: list[int] = []
     connect = socket.socket.setsockopt
 
-    def note(self: socket.socket, level: int, option: int, value: int) -> None:
+    def note_received_bytes(self: socket.socket, level: int, option: int, value: int) -> None:
         connect(self, level, option, value)
         if option == socket.SO_RCVBUF:
             sizes.append(value)
 
-    async with serving() as server, WorkClient(server.settings()) as client:
+    async with running_server() as server, WorkClient(server.settings_for_url()) as client:
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(socket.socket, "setsockopt", note)
+            patch.setattr(socket.socket, "setsockopt", note_received_bytes)
             await client.stop(WORK, options=CallOptions(priority=priority))
     expected = POOL_BUFFER_BYTES if priority is Priority.COMPLETION else BUFFER_BYTES
     assert sizes == [expected]

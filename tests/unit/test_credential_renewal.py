@@ -1,4 +1,4 @@
-"""The source of a credential: one reading at a time, on a thread."""
+"""Renewal of a credential: concurrent callers share one reading, which runs on a thread."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ class SlowFile:
         self.readings = 0
         self.may_end = threading.Event()
 
-    def read(self) -> str:
+    def read_credential(self) -> str:
         self.readings += 1
         assert self.may_end.wait(10)
         return f"token {self.readings}"
@@ -39,7 +39,7 @@ class SlowFile:
 
 async def test_concurrent_readers_of_a_file_share_one_reading(executor: ThreadPoolExecutor) -> None:
     file = SlowFile()
-    source = CredentialSource(file.read, FILE)
+    source = CredentialSource(file.read_credential, FILE)
     async with asyncio.TaskGroup() as group:
         readers = [group.create_task(source.read(executor)) for _ in range(3)]
         await asyncio.sleep(0)
@@ -50,7 +50,7 @@ async def test_concurrent_readers_of_a_file_share_one_reading(executor: ThreadPo
 
 async def test_cancelled_reader_leaves_the_reading_to_others(executor: ThreadPoolExecutor) -> None:
     file = SlowFile()
-    source = CredentialSource(file.read, FILE)
+    source = CredentialSource(file.read_credential, FILE)
     async with asyncio.TaskGroup() as group:
         first, second = (group.create_task(source.read(executor)) for _ in range(2))
         await asyncio.sleep(0)

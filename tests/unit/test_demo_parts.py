@@ -37,7 +37,7 @@ ITEM = {
 }
 
 
-class Held:
+class SessionStandIn:
     remaining = 10.0
 
     def check(self) -> None: ...
@@ -45,11 +45,11 @@ class Held:
     async def update_metadata(self, patch: object) -> object: ...
 
 
-def session() -> Session:
-    return Session(parse_item(ITEM), Held(), redelivered=False)  # type: ignore[arg-type]  # a stand-in
+def handler_session() -> Session:
+    return Session(parse_item(ITEM), SessionStandIn(), redelivered=False)  # type: ignore[arg-type]  # a stand-in
 
 
-class Scene:
+class DemoTestbed:
     """The state of a demo with one session, and the calls of two workers."""
 
     def __init__(self, count: int = 40) -> None:
@@ -71,54 +71,54 @@ class Scene:
         self.plane.operations.heartbeat(*self._at, "NO_HEARTBEAT", 10, f"{worker}-1234")
         assert self.state.follow() == []
 
-    def lapse(self) -> list[str]:
+    def expire_lease(self) -> list[str]:
         self.clock.advance(11)
         self.plane.operations.stats(self.item.environment_id)
         return self.state.follow()
 
-    def stop(self, worker: str, **metadata: str) -> list[str]:
+    def stop_item(self, worker: str, **metadata: str) -> list[str]:
         self.plane.operations.update(*self._at, metadata)
         self.plane.operations.stop(*self._at, f"{worker}-1234", force=True)
         return self.state.follow()
 
 
 def test_demo_state_shows_session_reclaimed_by_second_worker() -> None:
-    scene = Scene()
+    scene = DemoTestbed()
     assert scene.claim("one") == []
     assert scene.state.held_by("one") == []  # a session counts from its first heartbeat
     scene.send_heartbeat("one")
     assert scene.state.held_by("one") == ["session 01"]
-    assert scene.lapse() == ["session 01 is free again: the lease of one lapsed"]
+    assert scene.expire_lease() == ["session 01 is free again: the lease of one lapsed"]
     assert scene.state.held == {}
     assert scene.claim("two") == ["session 01 reclaimed by two"]
-    assert scene.stop("two") == ["session 01 finished by two"]
+    assert scene.stop_item("two") == ["session 01 finished by two"]
     assert (scene.state.stopped, scene.state.acked, scene.state.reclaimed["two"]) == (1, 2, 1)
 
 
-def test_demo_state_counts_down_to_lapse_of_last_lease() -> None:
-    scene = Scene()
+def test_demo_state_counts_down_to_expiry_of_the_last_lease() -> None:
+    scene = DemoTestbed()
     assert scene.state.lapse_seconds("one") is None
     scene.claim("one")
     scene.send_heartbeat("one")
     scene.clock.advance(4)
     assert scene.state.lapse_seconds("one") == pytest.approx(6, abs=1)
-    scene.lapse()
+    scene.expire_lease()
     assert scene.state.lapse_seconds("one") is None
 
 
 def test_demo_state_counts_failed_session_and_reports_its_error() -> None:
-    scene = Scene()
+    scene = DemoTestbed()
     scene.claim("one")
     scene.send_heartbeat("one")
     error = {"workpool.error": "ValueError"}
-    assert scene.stop("one", **error) == ["session 01 failed: ValueError"]
+    assert scene.stop_item("one", **error) == ["session 01 failed: ValueError"]
     assert (scene.state.completed["one"], scene.state.failed["one"]) == (0, 1)
     assert scene.state.results_of("one") == "0 completed, 1 failed"
 
 
-def test_demo_numbers_add_up_at_any_time() -> None:
-    scene = Scene()
-    steps = (lambda: None, lambda: scene.claim("one"), lambda: scene.stop("one"))
+def test_demo_counts_add_up_to_all_sessions_at_any_time() -> None:
+    scene = DemoTestbed()
+    steps = (lambda: None, lambda: scene.claim("one"), lambda: scene.stop_item("one"))
     for step in steps:
         step()
         assert scene.state.queued + len(scene.state.held) + scene.state.stopped == 40
@@ -155,7 +155,7 @@ def test_demo_uses_rules_of_handlers_for_sessions_without_metadata() -> None:
 
 
 @pytest.mark.usefixtures("reports")
-def test_demo_metadata_that_rule_does_not_match_is_error_at_once() -> None:
+def test_demo_metadata_that_no_rule_matches_are_an_error_at_once() -> None:
     given = {"job": "daily-report", "day": "monday"}
     assert sessions_for("demo_reports:daily_report", given, 1) == [DemoSession("session", given)]
     with pytest.raises(PluginError, match=r"takes type=session job=daily-report, not job=weekly"):
@@ -176,15 +176,15 @@ def test_worker_output_in_demo_is_filtered_by_logger_and_level() -> None:
     shown: list[str] = []
     worker = Worker("one", "echo", {}, lambda _, line: shown.append(line))
 
-    def log(logger: str, level: str, message: str, **more: object) -> None:
+    def log_line(logger: str, level: str, message: str, **more: object) -> None:
         worker._read(json.dumps({"logger": logger, "level": level, "message": message, **more}))
 
-    log("workpool.pool.supervisor", "info", "metrics served", url="http://h/metrics")
+    log_line("workpool.pool.supervisor", "info", "metrics served", url="http://h/metrics")
     assert (worker.state, worker.url) == ("running", "http://h/metrics")
-    log("workpool.pool.poller", "info", "idle")
-    log("workpool.pool.poller", "warning", "poll failed: 503", error="503")
-    log("workpool.session", "info", "from a handler", error="odd", stack="its stack")
-    log("mine", "info", "from a plugin")
+    log_line("workpool.pool.poller", "info", "idle")
+    log_line("workpool.pool.poller", "warning", "poll failed: 503", error="503")
+    log_line("workpool.session", "info", "from a handler", error="odd", stack="its stack")
+    log_line("mine", "info", "from a plugin")
     worker._read("printed")
     worker._read("[1, 2]")
     assert shown[1:] == [
@@ -230,11 +230,11 @@ def test_demo_worker_environment_overrides_settings_of_caller(
 
 
 @pytest.fixture
-def state() -> DemoState:
+def demo_state() -> DemoState:
     one, two, three = (Worker(name, "echo", {}, lambda *_: None) for name in ("one", "two", "3"))
     one.state, one.url = "running", "http://127.0.0.1:1/metrics"
     two.state = "killed"
-    scene = Scene()
+    scene = DemoTestbed()
     scene.claim("two")
     scene.send_heartbeat("two")
     scene.state.completed["one"], scene.state.failed["one"] = 7, 2
@@ -242,9 +242,9 @@ def state() -> DemoState:
     return scene.state
 
 
-def test_demo_picture_shows_queue_workers_and_results(state: DemoState) -> None:
+def test_demo_picture_shows_queue_workers_and_results(demo_state: DemoState) -> None:
     page = io.StringIO()
-    Console(file=page, width=110).print(picture(state))
+    Console(file=page, width=110).print(picture(demo_state))
     for words in ("queue 30", "running 1", "stopped 9 of 40", "1/4", "7 completed, 2 failed"):
         assert words in page.getvalue()
     assert "http://127.0.0.1:1/metrics" in page.getvalue()
@@ -254,14 +254,14 @@ def test_demo_picture_shows_queue_workers_and_results(state: DemoState) -> None:
 
 
 def test_demo_view_without_terminal_prints_lines(
-    state: DemoState, monkeypatch: pytest.MonkeyPatch
+    demo_state: DemoState, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     page = io.StringIO()
     with View(Console(file=page, width=40)) as plain:
-        plain.draw(state)
+        plain.draw(demo_state)
         assert page.getvalue() == ""  # drawn at most once per LINE_SECONDS
         monkeypatch.setattr(demo_view, "LINE_SECONDS", 0.0)
-        plain.draw(state)
+        plain.draw(demo_state)
         plain.show("one", "hello")
     assert page.getvalue().splitlines() == [
         "-- queue 30   running 1   stopped 9 of 40 | one running, 0/4 slots, 7 completed, 2 failed"
@@ -271,11 +271,11 @@ def test_demo_view_without_terminal_prints_lines(
     ]
 
 
-def test_demo_view_without_terminal_prints_the_end_at_once(state: DemoState) -> None:
+def test_demo_view_without_terminal_prints_the_end_at_once(demo_state: DemoState) -> None:
     page = io.StringIO()
-    state.count = state.stopped
+    demo_state.count = demo_state.stopped
     with View(Console(file=page, width=40)) as plain:
-        plain.draw(state)
+        plain.draw(demo_state)
     assert "stopped 9 of 9" in page.getvalue()
 
 
@@ -285,4 +285,4 @@ def test_table_cells_with_markup_are_printed_literally(capsys: pytest.CaptureFix
 
 
 async def test_sample_handler_returns_text_of_session() -> None:
-    assert await sample.sample(session()) == {"sample": "hi"}
+    assert await sample.sample(handler_session()) == {"sample": "hi"}

@@ -17,26 +17,26 @@ if TYPE_CHECKING:
 
 @pytest.fixture
 def waiting_threads() -> Iterator[Callable[[int, Callable[[], object]], list[threading.Thread]]]:
-    """Return a function that starts threads which end after `release` is set."""
+    """Return a function that starts threads, which end once `release` is set."""
     threads: list[threading.Thread] = []
 
-    def start(count: int, call: Callable[[], object]) -> list[threading.Thread]:
+    def start_threads(count: int, call: Callable[[], object]) -> list[threading.Thread]:
         threads.extend(threading.Thread(target=call) for _ in range(count))
         for thread in threads:
             thread.start()
         return threads
 
-    yield start
+    yield start_threads
     for thread in threads:
         thread.join()
 
 
 def test_error_of_a_diagnostic_report_reaches_its_caller() -> None:
-    def write() -> None:
+    def write_failing_report() -> None:
         raise SystemExit("from a log handler")
 
     with pytest.raises(SystemExit, match="from a log handler"):
-        report(write)
+        report(write_failing_report)
 
 
 def test_diagnostic_report_that_hangs_returns_after_time_limit(
@@ -45,12 +45,12 @@ def test_diagnostic_report_that_hangs_returns_after_time_limit(
     monkeypatch.setattr(diagnostics, "REPORT_SECONDS", 0.05)
     began, release, ended = threading.Event(), threading.Event(), threading.Event()
 
-    def write() -> None:
+    def write_hanging_report() -> None:
         began.set()
         release.wait()
         ended.set()
 
-    report(write)
+    report(write_hanging_report)
     assert began.is_set()
     assert not ended.is_set()
     release.set()
@@ -73,14 +73,14 @@ def test_all_stacks_of_many_deep_threads_are_limited_and_start_with_requested_th
     count = THREADS_MAX + 5
     all_deep, release = threading.Barrier(count + 1), threading.Event()
 
-    def descend(depth: int = 300) -> None:
+    def recurse(depth: int = 300) -> None:
         if depth:
-            return descend(depth - 1)
+            return recurse(depth - 1)
         all_deep.wait(20)
         release.wait()
         return None
 
-    threads = waiting_threads(count, descend)
+    threads = waiting_threads(count, recurse)
     try:
         all_deep.wait(20)
         first = threads[-1]

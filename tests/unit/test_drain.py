@@ -1,4 +1,4 @@
-"""The drain: its deadline never moves later, and stuck or abandoned sessions do not keep it."""
+"""The drain: its deadline never moves to a later time, and it does not wait for stuck sessions."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from workpool.events import Event
 
 
-class Sessions:
+class SessionsStandIn:
     """A stand-in for the dispatcher and its sessions.
 
     Attributes:
@@ -43,19 +43,19 @@ class Sessions:
     async def marked(self, seconds: float) -> None:
         """Return at once, as no session is marked."""
 
-    def end(self, count: int = 1) -> None:
+    def end_sessions(self, count: int = 1) -> None:
         self.running -= count
         if self.on_closed is not None:
             self.on_closed()
 
-    def become_stuck(self) -> None:
+    def mark_stuck(self) -> None:
         self.stuck += 1
         self.executor.on_stuck()
 
     def release_all(self) -> None:
         self.cancelled_at = self.loop.time()
         if self.ends_when_cancelled:
-            self.loop.call_later(1, self.end, self.running)
+            self.loop.call_later(1, self.end_sessions, self.running)
 
     def abandon(self) -> int:
         return self.running
@@ -69,7 +69,7 @@ class Sessions:
         return await drain.wind_down(context, dispatcher)
 
     @property
-    def result(self) -> str:
+    def drain_result(self) -> str:
         started, finished = self.events
         assert isinstance(started, DrainStarted)
         assert isinstance(finished, DrainFinished)
@@ -78,30 +78,30 @@ class Sessions:
 
 @in_virtual_time
 async def test_drain_without_sessions_is_clean_even_at_its_deadline() -> None:
-    drain, sessions = Drain(), Sessions()
+    drain, sessions = Drain(), SessionsStandIn()
     drain.begin(0)
     assert await sessions.wind_down(drain) == 0
-    assert (sessions.result, sessions.loop.time()) == ("clean", 0)
+    assert (sessions.drain_result, sessions.loop.time()) == ("clean", 0)
 
 
 @in_virtual_time
 async def test_drain_without_a_deadline_waits_for_every_session() -> None:
-    drain, sessions = Drain(), Sessions(3)
+    drain, sessions = Drain(), SessionsStandIn(3)
     drain.begin(None)
     for seconds in (10, 1_000, 100_000):
-        sessions.loop.call_later(seconds, sessions.end)
+        sessions.loop.call_later(seconds, sessions.end_sessions)
     assert await sessions.wind_down(drain) == 0
-    assert (sessions.result, sessions.cancelled_at) == ("clean", None)
+    assert (sessions.drain_result, sessions.cancelled_at) == ("clean", None)
     assert sessions.loop.time() == pytest.approx(100_000)
 
 
 @in_virtual_time
 async def test_drain_at_its_deadline_cancels_handlers() -> None:
-    drain, sessions = Drain(), Sessions(3)
+    drain, sessions = Drain(), SessionsStandIn(3)
     drain.begin(30)
     assert await sessions.wind_down(drain) == 0
     assert sessions.cancelled_at == pytest.approx(30)
-    assert sessions.result == "deadline"
+    assert sessions.drain_result == "deadline"
     assert sessions.loop.time() == pytest.approx(31)
 
 
@@ -109,57 +109,57 @@ async def test_drain_at_its_deadline_cancels_handlers() -> None:
 @pytest.mark.parametrize("second", [0, 20.0])
 def test_second_drain_shortens_deadline(first: float | None, second: float) -> None:
     @in_virtual_time
-    async def check() -> None:
-        drain, sessions = Drain(), Sessions(1)
+    async def check_deadline() -> None:
+        drain, sessions = Drain(), SessionsStandIn(1)
         drain.begin(first)
         sessions.loop.call_later(5, drain.begin, second)
         await sessions.wind_down(drain)
         assert sessions.cancelled_at == pytest.approx(5 + second)
         assert drain.timeout == first
 
-    check()
+    check_deadline()
 
 
 @pytest.mark.parametrize("second", [None, 1000.0, 30.0])
 def test_second_drain_never_extends_deadline(second: float | None) -> None:
     @in_virtual_time
-    async def check() -> None:
-        drain, sessions = Drain(), Sessions(1)
+    async def check_deadline() -> None:
+        drain, sessions = Drain(), SessionsStandIn(1)
         drain.begin(20)
         sessions.loop.call_later(5, drain.begin, second)
         await sessions.wind_down(drain)
         assert sessions.cancelled_at == pytest.approx(20)
 
-    check()
+    check_deadline()
 
 
 @in_virtual_time
 async def test_drain_does_not_wait_for_session_that_becomes_stuck() -> None:
-    drain, sessions = Drain(), Sessions(1)
+    drain, sessions = Drain(), SessionsStandIn(1)
     drain.begin(None)
-    sessions.loop.call_later(7, sessions.become_stuck)
+    sessions.loop.call_later(7, sessions.mark_stuck)
     assert await sessions.wind_down(drain) == 1
     assert sessions.loop.time() == pytest.approx(7)
-    assert (sessions.result, sessions.cancelled_at) == ("killed", None)
+    assert (sessions.drain_result, sessions.cancelled_at) == ("killed", None)
 
 
 @in_virtual_time
 async def test_sessions_that_ignore_deadline_are_abandoned(
     caplog: pytest.LogCaptureFixture,
 ) -> None:
-    drain, sessions = Drain(), Sessions(2)
+    drain, sessions = Drain(), SessionsStandIn(2)
     sessions.ends_when_cancelled = False
     drain.begin(10)
     assert await sessions.wind_down(drain) == 2
     assert sessions.loop.time() == pytest.approx(10 + AFTER_DEADLINE_SECONDS)
-    assert sessions.result == "killed"
+    assert sessions.drain_result == "killed"
     [record] = [each for each in caplog.records if each.message == "drained"]
     assert (record.levelname, vars(record)["abandoned"]) == ("ERROR", 2)
 
 
 @in_virtual_time
 async def test_cancelled_drain_leaves_no_task() -> None:
-    drain, sessions = Drain(), Sessions(1)
+    drain, sessions = Drain(), SessionsStandIn(1)
     drain.begin(None)
     async with asyncio.TaskGroup() as group:
         waiting = group.create_task(sessions.wind_down(drain))
@@ -187,13 +187,13 @@ async def test_drain_keeps_time_and_timeout_of_first_request() -> None:
 async def test_pool_end_survives_cancellations_and_raises_the_last_one() -> None:
     drain, ended = Drain(), list[str]()
 
-    async def end() -> None:
+    async def end_pool() -> None:
         await drain.requested.wait()
         await asyncio.sleep(10)
         ended.append("ended")
 
     async with asyncio.TaskGroup() as group:
-        task = group.create_task(see_through(end, drain))
+        task = group.create_task(see_through(end_pool, drain))
         for _ in range(3):
             await asyncio.sleep(1)
             task.cancel()

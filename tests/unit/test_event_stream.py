@@ -33,7 +33,7 @@ ENVIRONMENT = "env_00000000000070008000000000000001"
 START = 1_772_366_400.0
 
 
-class SessionBench:
+class EventsTestbed:
     """A control plane on the running loop with one session."""
 
     def __init__(self, **faults: list[Fault | None]) -> None:
@@ -55,38 +55,38 @@ class SessionBench:
         return [event.id for event in self.operations.sessions.conversation(self.session_id).events]
 
     @property
-    def opened(self) -> int:
+    def opened_stream(self) -> int:
         return [op for op, _ in self.script.sent].count("stream")
 
 
 @in_virtual_time
 async def test_event_stream_with_keep_alives_stays_open_for_a_day() -> None:
-    bench = SessionBench()
+    bench = EventsTestbed()
     async with bench.client as client, client.events(bench.session_id).stream() as stream:
         with pytest.raises(TimeoutError):
             async with asyncio.timeout(86_400):
                 await anext(stream)
-        assert bench.opened == 1
+        assert bench.opened_stream == 1
         bench.emit_event(1)
         assert (await anext(stream))["number"] == 1
 
 
 @in_virtual_time
-async def test_silent_event_stream_is_reopened() -> None:
-    bench = SessionBench()
+async def test_event_stream_without_keep_alives_is_reopened() -> None:
+    bench = EventsTestbed()
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(local_events, "KEEP_ALIVE_SECONDS", 1e6)
         async with bench.client as client, client.events(bench.session_id).stream() as stream:
             with pytest.raises(TimeoutError):
                 async with asyncio.timeout(450):
                     await anext(stream)
-    assert 9 <= bench.opened <= 11  # reopened every 45 s plus backoff
+    assert 9 <= bench.opened_stream <= 11  # reopened every 45 s plus backoff
 
 
 @in_virtual_time
-async def test_event_stream_of_busy_reader_keeps_events_without_reopening() -> None:
-    """A reader that does not read for an hour must not count as silence of the stream."""
-    bench = SessionBench()
+async def test_event_stream_with_a_slow_reader_keeps_events_without_reopening() -> None:
+    """An hour without a read must not count as an hour without keep-alives."""
+    bench = EventsTestbed()
     async with bench.client as client, client.events(bench.session_id).stream() as stream:
         bench.emit_event(0)
         await anext(stream)
@@ -94,12 +94,12 @@ async def test_event_stream_of_busy_reader_keeps_events_without_reopening() -> N
             await asyncio.sleep(3600)
             bench.emit_event(number)
             assert (await anext(stream))["number"] == number
-    assert bench.opened == 1
+    assert bench.opened_stream == 1
 
 
 @in_virtual_time
 async def test_event_stream_backoff_grows_to_ten_seconds_and_restarts_after_event() -> None:
-    bench = SessionBench(stream=[Fault(answer=503)] * 200)
+    bench = EventsTestbed(stream=[Fault(answer=503)] * 200)
     bench.emit_event(0)
     async with bench.client as client, client.events(bench.session_id).stream() as stream:
         assert (await anext(stream))["number"] == 0
@@ -110,7 +110,7 @@ async def test_event_stream_backoff_grows_to_ten_seconds_and_restarts_after_even
 
 @in_virtual_time
 async def test_event_stream_waits_for_retry_after() -> None:
-    bench = SessionBench(stream=[Fault(answer=429, retry_after=100)])
+    bench = EventsTestbed(stream=[Fault(answer=429, retry_after=100)])
     bench.emit_event(0)
     async with bench.client as client, client.events(bench.session_id).stream() as stream:
         await anext(stream)
@@ -119,20 +119,20 @@ async def test_event_stream_waits_for_retry_after() -> None:
 
 @in_virtual_time
 async def test_event_stream_without_timely_answer_is_requested_again() -> None:
-    bench = SessionBench(
+    bench = EventsTestbed(
         stream=[Fault(answer="silence"), Fault(answer="reset")],
         events=[Fault(answer="silence"), Fault(answer_delay=60), Fault(answer=b"[]")],
     )
     bench.emit_event(0)
     async with bench.client as client, client.events(bench.session_id).stream() as stream:
         assert (await anext(stream))["number"] == 0
-    assert bench.opened == 6
+    assert bench.opened_stream == 6
 
 
 # -- endless histories -------------------------------------------------------------------------
 
 
-class Endless:
+class EndlessHistory:
     """A history whose pages never end; `make` returns the ids of a page by its number."""
 
     resumes = False
@@ -157,10 +157,10 @@ class Endless:
 
     async def open(self, last_id: str | None) -> OpenStream:
         del last_id
-        return Mute()
+        return StreamWithoutEvents()
 
 
-class Mute:
+class StreamWithoutEvents:
     """A stream without events."""
 
     async def read(self) -> bytes:
@@ -172,8 +172,8 @@ class Mute:
 
 
 @in_virtual_time
-async def test_event_history_is_read_at_twenty_pages_a_second() -> None:
-    endless = Endless(lambda number: [f"evt_{number}"])
+async def test_event_history_is_read_at_no_more_than_twenty_pages_a_second() -> None:
+    endless = EndlessHistory(lambda number: [f"evt_{number}"])
     clock = asyncio.get_running_loop().time
     async for _ in SessionEvents(endless, "sess_1").list():
         if clock() >= 60:
@@ -190,7 +190,7 @@ async def test_event_history_is_read_at_twenty_pages_a_second() -> None:
 async def test_event_history_without_new_events_raises_transient_error(
     make: Callable[[int], list[str]],
 ) -> None:
-    endless = Endless(make)
+    endless = EndlessHistory(make)
     with pytest.raises(TransientError, match="without anything new"):
         [event async for event in SessionEvents(endless, "sess_1").list()]
     assert len(endless.asked) <= STALE_PAGES + 51
@@ -198,7 +198,7 @@ async def test_event_history_without_new_events_raises_transient_error(
 
 @in_virtual_time
 async def test_event_stream_with_endless_history_requests_pages_slowly() -> None:
-    endless = Endless(lambda _: [])
+    endless = EndlessHistory(lambda _: [])
     with pytest.raises(TimeoutError):
         async with asyncio.timeout(600), SessionEvents(endless, "sess_1").stream() as stream:
             await anext(stream)
@@ -211,12 +211,12 @@ async def test_event_stream_remembers_limited_number_of_ids(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(event_stream, "REMEMBERED_EVENTS", 10)
-    bench = SessionBench()
+    bench = EventsTestbed()
     for number in range(50):
         bench.emit_event(number)
     async with bench.client as client:
         calls: Any = client.events(bench.session_id)._calls
-        way = Flaky(calls, iter(()), resumes=False, replays=False)
+        way = FailingEventCalls(calls, iter(()), resumes=False, replays=False)
         stream = EventStream(way, Unguarded(), bench.session_id, stall_seconds=45)
         received: list[SessionEvent] = []
         async with stream:
@@ -228,7 +228,7 @@ async def test_event_stream_remembers_limited_number_of_ids(
             received += [await anext(stream) for _ in range(3)]
             assert len(stream._seen._ids) == 10
     assert [event["id"] for event in received] == bench.emitted_ids
-    assert bench.opened > 1
+    assert bench.opened_stream > 1
 
 
 def test_page_token_too_long_for_url_is_malformed() -> None:
@@ -236,10 +236,10 @@ def test_page_token_too_long_for_url_is_malformed() -> None:
         endpoints.EVENTS.parse({"data": [], "next_page": "x" * 5000})
 
 
-# -- any breakage ------------------------------------------------------------------------------
+# -- any failure -----------------------------------------------------------------------------------
 
 
-class Flaky:
+class FailingEventCalls:
     """Event calls that fail as `conditions` say, call by call, and succeed afterwards."""
 
     def __init__(
@@ -264,7 +264,7 @@ class Flaky:
     async def open(self, last_id: str | None) -> OpenStream:
         await self.next_condition()
         stream = await self._calls.open(last_id if self._replays else None)
-        return FlakyStream(stream, self)
+        return FailingEventStream(stream, self)
 
     async def next_condition(self) -> str:
         condition = next(self.conditions, "fine")
@@ -275,10 +275,10 @@ class Flaky:
         return condition
 
 
-class FlakyStream:
+class FailingEventStream:
     """An open stream; one that was cut ends after its earlier events or half an event."""
 
-    def __init__(self, stream: OpenStream, way: Flaky) -> None:
+    def __init__(self, stream: OpenStream, way: FailingEventCalls) -> None:
         self._stream = stream
         self._way = way
         self._cut = self._silent = False
@@ -321,11 +321,11 @@ CONDITIONS = st.sampled_from(["fine", "fine", "fine", "slow", "broken", "silent"
     resumes=False,
     replays=False,
 )
-# A silent stream whose reader waits only now and then:
+# A stream without keep-alives whose reader waits only now and then:
 @example(
     conditions=["fine"] * 3 + ["silent"], pauses=[7.0] * 3, patience=3.0, resumes=True, replays=True
 )
-# A silent stream whose reader waits for short times only:
+# A stream without keep-alives whose reader waits for short times only:
 @example(
     conditions=["fine", "fine", "silent"],
     pauses=[7.0] * 3,
@@ -341,16 +341,16 @@ def test_events_after_any_failure_arrive_once_and_in_order(
     resumes: bool,
     replays: bool,
 ) -> None:
-    async def follow() -> None:
-        bench = SessionBench()
+    async def follow_events() -> None:
+        bench = EventsTestbed()
         received: list[SessionEvent] = []
         flags: list[bool] = []
         async with bench.client as client:
             calls: Any = client.events(bench.session_id)._calls
-            way = Flaky(calls, iter(conditions), resumes=resumes, replays=replays)
+            way = FailingEventCalls(calls, iter(conditions), resumes=resumes, replays=replays)
             stream = EventStream(way, Unguarded(), bench.session_id, stall_seconds=45)
             async with stream, asyncio.TaskGroup() as group:
-                group.create_task(speak(bench, pauses))
+                group.create_task(emit_events(bench, pauses))
                 while len(received) < len(pauses) or bench.loop.time() < sum(pauses):
                     try:
                         async with asyncio.timeout(patience):
@@ -361,10 +361,10 @@ def test_events_after_any_failure_arrive_once_and_in_order(
         assert [event["id"] for event in received] == bench.emitted_ids
         assert flags[-1:] in ([], [True])
 
-    run_virtual(follow())
+    run_virtual(follow_events())
 
 
-async def speak(bench: SessionBench, pauses: Sequence[float]) -> None:
+async def emit_events(bench: EventsTestbed, pauses: Sequence[float]) -> None:
     for number, pause in enumerate(pauses):
         bench.emit_event(number)
         await asyncio.sleep(pause)

@@ -1,4 +1,4 @@
-"""Exhausted machines (descriptors, memory, disk), and the sessions that are released for it."""
+"""Errors of an exhausted machine (descriptors, memory, disk) release the session."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from workpool import Release, release_on_exhaustion
 from workpool.errors import TransientError, exhausted
 
 
-def caused(cause: Exception) -> Exception:
+def error_caused_by(cause: Exception) -> Exception:
     error = ValueError("x")
     error.__cause__ = cause
     return error
@@ -26,8 +26,12 @@ FULL = OSError(errno.ENOSPC, "x")
     [
         *(OSError(getattr(errno, name), "x") for name in ("EMFILE", "ENFILE", "EDQUOT", "EAGAIN")),
         *(OSError(errno.ENOMEM, "x"), FULL, MemoryError(), BlockingIOError(errno.EAGAIN, "x")),
-        *(RuntimeError("can't start new thread"), caused(FULL), caused(caused(FULL))),
-        ExceptionGroup("x", [ValueError(), ExceptionGroup("y", [caused(FULL)])]),
+        *(
+            RuntimeError("can't start new thread"),
+            error_caused_by(FULL),
+            error_caused_by(error_caused_by(FULL)),
+        ),
+        ExceptionGroup("x", [ValueError(), ExceptionGroup("y", [error_caused_by(FULL)])]),
     ],
     ids=repr,
 )

@@ -37,7 +37,7 @@ FDS = Path("/proc/self/fd")
 COUNTS_FILES = pytest.mark.skipif(not FDS.exists(), reason="counts open files in /proc")
 
 
-class Verdicts:
+class HealthReasons:
     """Health reasons that a test can change."""
 
     def __init__(self) -> None:
@@ -45,7 +45,7 @@ class Verdicts:
         self.readiness: list[str] = []
 
 
-class Stuck(Collector):
+class HangingCollector(Collector):
     """A collector that does not return until it is released."""
 
     def __init__(self) -> None:
@@ -58,14 +58,14 @@ class Stuck(Collector):
         yield GaugeMetricFamily("unstuck", "It answered.", value=1)
 
 
-class Broken(Collector):
+class FailingCollector(Collector):
     """A collector that raises."""
 
     def collect(self) -> Iterator[Metric]:
         raise ValueError("sess_secret")
 
 
-def exporter_of(registry: CollectorRegistry, verdicts: Verdicts, port: int = 0) -> Exporter:
+def make_exporter(registry: CollectorRegistry, verdicts: HealthReasons, port: int = 0) -> Exporter:
     return Exporter(
         "127.0.0.1", port, registry,
         health=lambda: verdicts.health, readiness=lambda: verdicts.readiness,
@@ -80,24 +80,26 @@ def registry() -> CollectorRegistry:
 
 
 @pytest.fixture
-def verdicts() -> Verdicts:
-    return Verdicts()
+def health_reasons() -> HealthReasons:
+    return HealthReasons()
 
 
 @pytest.fixture
-async def exporter(registry: CollectorRegistry, verdicts: Verdicts) -> AsyncIterator[Exporter]:
-    async with exporter_of(registry, verdicts) as exporter:
+async def exporter(
+    registry: CollectorRegistry, health_reasons: HealthReasons
+) -> AsyncIterator[Exporter]:
+    async with make_exporter(registry, health_reasons) as exporter:
         yield exporter
 
 
 @pytest.fixture
-async def http() -> AsyncIterator[aiohttp.ClientSession]:
+async def http_client() -> AsyncIterator[aiohttp.ClientSession]:
     timeout = aiohttp.ClientTimeout(total=20)
     async with aiohttp.ClientSession(timeout=timeout, auto_decompress=False) as session:
         yield session
 
 
-async def get(http: aiohttp.ClientSession, url: str, **headers: str) -> tuple[int, bytes, Any]:
+async def get_path(http: aiohttp.ClientSession, url: str, **headers: str) -> tuple[int, bytes, Any]:
     named = {name.replace("_", "-"): value for name, value in headers.items()}
     async with http.get(url, headers={"Accept-Encoding": "identity", **named}) as response:
         return response.status, await response.read(), response.headers
@@ -106,8 +108,10 @@ async def get(http: aiohttp.ClientSession, url: str, **headers: str) -> tuple[in
 # -- answers -------------------------------------------------------------------------------------
 
 
-async def test_metrics_are_text_by_default(exporter: Exporter, http: aiohttp.ClientSession) -> None:
-    status, body, headers = await get(http, f"{exporter.url}/metrics")
+async def test_metrics_are_text_by_default(
+    exporter: Exporter, http_client: aiohttp.ClientSession
+) -> None:
+    status, body, headers = await get_path(http_client, f"{exporter.url}/metrics")
     assert status == 200
     assert headers["Content-Type"].startswith("text/plain; version=0.0.4")
     samples = [s for f in parse_text(body.decode()) for s in f.samples]
@@ -115,10 +119,10 @@ async def test_metrics_are_text_by_default(exporter: Exporter, http: aiohttp.Cli
 
 
 async def test_metrics_are_openmetrics_on_request(
-    exporter: Exporter, http: aiohttp.ClientSession
+    exporter: Exporter, http_client: aiohttp.ClientSession
 ) -> None:
     accept = "application/openmetrics-text;version=1.0.0,text/plain;version=0.0.4;q=0.5"
-    status, body, headers = await get(http, f"{exporter.url}/metrics", Accept=accept)
+    status, body, headers = await get_path(http_client, f"{exporter.url}/metrics", Accept=accept)
     assert status == 200
     assert headers["Content-Type"].startswith("application/openmetrics-text; version=1.0.0")
     assert body.endswith(b"# EOF\n")
@@ -130,17 +134,19 @@ async def test_metrics_are_openmetrics_on_request(
     "accept", ["application/openmetrics-text;version=new", "text/plain;version=x.y", ",;="]
 )
 async def test_malformed_accept_header_gets_metrics_as_text(
-    exporter: Exporter, http: aiohttp.ClientSession, accept: str
+    exporter: Exporter, http_client: aiohttp.ClientSession, accept: str
 ) -> None:
-    status, body, headers = await get(http, f"{exporter.url}/metrics", Accept=accept)
+    status, body, headers = await get_path(http_client, f"{exporter.url}/metrics", Accept=accept)
     assert (status, headers["Content-Type"].partition(";")[0]) == (200, "text/plain")
     assert b"eggs_total 7.0" in body
 
 
 async def test_metrics_are_compressed_on_request(
-    exporter: Exporter, http: aiohttp.ClientSession
+    exporter: Exporter, http_client: aiohttp.ClientSession
 ) -> None:
-    status, body, headers = await get(http, f"{exporter.url}/metrics", Accept_Encoding="br, gzip")
+    status, body, headers = await get_path(
+        http_client, f"{exporter.url}/metrics", Accept_Encoding="br, gzip"
+    )
     assert (status, headers["Content-Encoding"]) == (200, "gzip")
     assert b"eggs_total 7.0" in gzip.decompress(body)
 
@@ -149,90 +155,96 @@ async def test_metrics_are_compressed_on_request(
     ("path", "good", "bad"), [("healthz", "healthy", "unhealthy"), ("readyz", "ready", "unready")]
 )
 async def test_health_responses_state_their_reasons(
-    exporter: Exporter, http: aiohttp.ClientSession, verdicts: Verdicts,
+    exporter: Exporter, http_client: aiohttp.ClientSession, health_reasons: HealthReasons,
     path: str, good: str, bad: str,
 ) -> None:  # fmt: skip
-    async with http.get(f"{exporter.url}/{path}") as response:
+    async with http_client.get(f"{exporter.url}/{path}") as response:
         assert (response.status, await response.json()) == (200, {"status": good})
     reasons = ["draining", "no poll succeeded in the last 30 s"]
-    (verdicts.health if path == "healthz" else verdicts.readiness)[:] = reasons
-    async with http.get(f"{exporter.url}/{path}") as response:
+    (health_reasons.health if path == "healthz" else health_reasons.readiness)[:] = reasons
+    async with http_client.get(f"{exporter.url}/{path}") as response:
         assert response.status == 503
         assert await response.json() == {"status": bad, "reasons": reasons}
     other = "readyz" if path == "healthz" else "healthz"
-    assert (await get(http, f"{exporter.url}/{other}"))[0] == 200
+    assert (await get_path(http_client, f"{exporter.url}/{other}"))[0] == 200
 
 
-async def test_index_page_lists_all_paths(exporter: Exporter, http: aiohttp.ClientSession) -> None:
-    status, body, _ = await get(http, f"{exporter.url}/")
+async def test_index_page_lists_all_paths(
+    exporter: Exporter, http_client: aiohttp.ClientSession
+) -> None:
+    status, body, _ = await get_path(http_client, f"{exporter.url}/")
     assert status == 200
     assert all(path in body for path in (b"/metrics", b"/healthz", b"/readyz"))
 
 
 @pytest.mark.parametrize("path", ["/", "/metrics", "/healthz", "/readyz"])
 async def test_head_is_answered_and_post_is_refused_on_every_path(
-    exporter: Exporter, http: aiohttp.ClientSession, path: str
+    exporter: Exporter, http_client: aiohttp.ClientSession, path: str
 ) -> None:
-    async with http.head(exporter.url + path) as response:
+    async with http_client.head(exporter.url + path) as response:
         assert (response.status, await response.read()) == (200, b"")
-    async with http.post(exporter.url + path, data=b"x") as response:
+    async with http_client.post(exporter.url + path, data=b"x") as response:
         assert response.status == 405
 
 
 @pytest.mark.parametrize("path", ["/metric", "/metrics/", "/debug", "/healthz/x", "/../etc/passwd"])
 async def test_unknown_path_is_not_found(
-    exporter: Exporter, http: aiohttp.ClientSession, path: str
+    exporter: Exporter, http_client: aiohttp.ClientSession, path: str
 ) -> None:
-    assert (await get(http, exporter.url + path))[0] == 404
+    assert (await get_path(http_client, exporter.url + path))[0] == 404
 
 
 async def test_requests_to_exporter_are_not_logged(
-    exporter: Exporter, http: aiohttp.ClientSession, caplog: pytest.LogCaptureFixture
+    exporter: Exporter, http_client: aiohttp.ClientSession, caplog: pytest.LogCaptureFixture
 ) -> None:
     caplog.set_level("INFO")
-    await get(http, f"{exporter.url}/metrics")
-    await get(http, f"{exporter.url}/nothing")
+    await get_path(http_client, f"{exporter.url}/metrics")
+    await get_path(http_client, f"{exporter.url}/nothing")
     assert caplog.records == []
 
 
 async def test_failing_collector_fails_one_scrape_and_reveals_nothing_to_client(
-    exporter: Exporter, http: aiohttp.ClientSession, registry: CollectorRegistry
+    exporter: Exporter, http_client: aiohttp.ClientSession, registry: CollectorRegistry
 ) -> None:
-    broken = Broken()
+    broken = FailingCollector()
     registry.register(broken)
-    status, body, _ = await get(http, f"{exporter.url}/metrics")
+    status, body, _ = await get_path(http_client, f"{exporter.url}/metrics")
     assert status == 500
     assert b"sess_secret" not in body
-    assert (await get(http, f"{exporter.url}/healthz"))[0] == 200
+    assert (await get_path(http_client, f"{exporter.url}/healthz"))[0] == 200
     registry.unregister(broken)
-    assert (await get(http, f"{exporter.url}/metrics"))[0] == 200
+    assert (await get_path(http_client, f"{exporter.url}/metrics"))[0] == 200
 
 
 async def test_scrapes_beyond_limit_are_refused_while_health_is_answered(
-    exporter: Exporter, http: aiohttp.ClientSession, registry: CollectorRegistry
+    exporter: Exporter, http_client: aiohttp.ClientSession, registry: CollectorRegistry
 ) -> None:
-    stuck = Stuck()
+    stuck = HangingCollector()
     registry.register(stuck)
     async with asyncio.TaskGroup() as group:
         scrapes = {
-            group.create_task(get(http, f"{exporter.url}/metrics")) for _ in range(SCRAPES_MAX + 1)
+            group.create_task(get_path(http_client, f"{exporter.url}/metrics"))
+            for _ in range(SCRAPES_MAX + 1)
         }
         done, waiting = await asyncio.wait(scrapes, return_when=asyncio.FIRST_COMPLETED)
         refused = [task.result() for task in done]
         assert [(status, headers["Retry-After"]) for status, _, headers in refused] == [(503, "1")]
-        assert (await get(http, f"{exporter.url}/healthz"))[0] == 200
+        assert (await get_path(http_client, f"{exporter.url}/healthz"))[0] == 200
         stuck.released.set()
         assert [(await task)[0] for task in waiting] == [200] * SCRAPES_MAX
-    assert (await get(http, f"{exporter.url}/metrics"))[0] == 200
+    assert (await get_path(http_client, f"{exporter.url}/metrics"))[0] == 200
 
 
 # -- listening -----------------------------------------------------------------------------------
 
 
 async def test_exporters_on_port_0_get_different_free_ports(
-    registry: CollectorRegistry, verdicts: Verdicts
+    registry: CollectorRegistry, health_reasons: HealthReasons
 ) -> None:
-    async with exporter_of(registry, verdicts) as one, exporter_of(registry, verdicts) as two:
+    async with (
+        make_exporter(registry, health_reasons) as one,
+        make_exporter(registry, health_reasons) as two,
+    ):
         assert one.port != two.port
         assert one.url == f"http://127.0.0.1:{one.port}"
 
@@ -242,13 +254,13 @@ async def test_exporters_on_port_0_get_different_free_ports(
     [("0.0.0.0", "http://127.0.0.1:{}"), ("::1", "http://[::1]:{}"), ("::", "http://[::1]:{}")],  # noqa: S104 - what is tested
 )
 async def test_exporter_url_of_wildcard_address_can_be_opened_locally(
-    registry: CollectorRegistry, http: aiohttp.ClientSession, host: str, url: str
+    registry: CollectorRegistry, http_client: aiohttp.ClientSession, host: str, url: str
 ) -> None:
     if ":" in host and not socket.has_dualstack_ipv6():
         pytest.skip("this machine has no IPv6")
     async with Exporter(host, 0, registry, health=list, readiness=list) as exporter:
         assert exporter.url == url.format(exporter.port)
-        assert (await get(http, f"{exporter.url}/healthz"))[0] == 200
+        assert (await get_path(http_client, f"{exporter.url}/healthz"))[0] == 200
 
 
 @pytest.mark.parametrize("host", ["", "localhost"])
@@ -260,7 +272,7 @@ def test_exporter_on_port_0_uses_same_port_on_each_address(
     addresses = {family.AF_INET: "127.0.0.1", family.AF_INET6: "::1"}
     every = {kind for kind, *_ in socket.getaddrinfo(host or None, 0, flags=socket.AI_PASSIVE)}
 
-    async def main() -> None:
+    async def check_port() -> None:
         exporter = Exporter(host, 0, registry, health=list, readiness=list)
         async with asyncio.timeout(20), exporter:
             for kind in every:
@@ -269,14 +281,14 @@ def test_exporter_on_port_0_uses_same_port_on_each_address(
                 await writer.wait_closed()
 
     with asyncio.Runner(loop_factory=new_loop) as runner:
-        runner.run(main())
+        runner.run(check_port())
 
 
 async def test_port_in_use_is_error_that_suggests_solutions(
-    exporter: Exporter, registry: CollectorRegistry, verdicts: Verdicts
+    exporter: Exporter, registry: CollectorRegistry, health_reasons: HealthReasons
 ) -> None:
     with pytest.raises(ListenError) as caught:
-        async with exporter_of(registry, verdicts, exporter.port):
+        async with make_exporter(registry, health_reasons, exporter.port):
             pass
     for part in (f"127.0.0.1:{exporter.port}", "metrics_listen", "second pool", "port 0", "off"):
         assert part in str(caught.value)
@@ -289,24 +301,26 @@ async def test_listen_address_of_another_host_is_an_error(registry: CollectorReg
     assert "second pool" not in str(caught.value)
 
 
-# -- leaving nothing behind ----------------------------------------------------------------------
+# -- no socket, thread or task is left -------------------------------------------------------------
 
 
-def left() -> tuple[Multiset[str], set[str], int]:
+def open_resources() -> tuple[Multiset[str], set[str], int]:
     """Return the open sockets, workpool threads and tasks of this process."""
-    sockets = Multiset(link for fd in FDS.iterdir() if (link := readlink(fd)).startswith("socket:"))
+    sockets = Multiset(
+        link for fd in FDS.iterdir() if (link := readlink_or_none(fd)).startswith("socket:")
+    )
     threads = {t.name for t in threading.enumerate() if t.name.startswith("workpool-metrics")}
     return sockets, threads, len(asyncio.all_tasks())
 
 
-def readlink(path: Path) -> str:
+def readlink_or_none(path: Path) -> str:
     try:
         return str(path.readlink())
     except OSError:  # the descriptor of the directory listing itself
         return ""
 
 
-async def connect(port: int, request: bytes) -> socket.socket:
+async def connect_without_reading(port: int, request: bytes) -> socket.socket:
     """Connect a client that sends this request and never reads."""
     client = socket.socket()
     client.settimeout(0)
@@ -317,30 +331,32 @@ async def connect(port: int, request: bytes) -> socket.socket:
     return client
 
 
-async def use_with_awkward_clients(registry: CollectorRegistry) -> None:
+async def use_with_unread_clients(registry: CollectorRegistry) -> None:
     loop = asyncio.get_running_loop()
     get_metrics = b"GET /metrics HTTP/1.1\r\nHost: x\r\n\r\n"
-    before = left()
+    before = open_resources()
     async with Exporter("127.0.0.1", 0, registry, health=list, readiness=list) as exporter:
-        idle = await connect(exporter.port, b"GET /healthz HTTP/1.1\r\nHost: x\r\n\r\n")
+        idle = await connect_without_reading(
+            exporter.port, b"GET /healthz HTTP/1.1\r\nHost: x\r\n\r\n"
+        )
         assert (await loop.sock_recv(idle, 4096)).startswith(b"HTTP/1.1 200")
         clients = [
             idle,
-            await connect(exporter.port, b""),
-            await connect(exporter.port, b"GET /metrics HTTP/1.1\r\nHo"),
-            await connect(exporter.port, get_metrics * 50),
+            await connect_without_reading(exporter.port, b""),
+            await connect_without_reading(exporter.port, b"GET /metrics HTTP/1.1\r\nHo"),
+            await connect_without_reading(exporter.port, get_metrics * 50),
         ]
-        reading = await connect(exporter.port, get_metrics)
+        reading = await connect_without_reading(exporter.port, get_metrics)
         assert await loop.sock_recv(reading, 10) == b"HTTP/1.1 2"
         clients.append(reading)
     for client in clients:
         client.close()
-    assert left() == before
+    assert open_resources() == before
 
 
 @COUNTS_FILES
 @pytest.mark.parametrize("new_loop", LOOPS)
-def test_connected_clients_do_not_delay_closing_of_exporter_and_nothing_is_left(
+def test_connected_clients_do_not_delay_closing_of_exporter(
     new_loop: Callable[[], asyncio.AbstractEventLoop],
 ) -> None:
     registry = CollectorRegistry()
@@ -348,16 +364,16 @@ def test_connected_clients_do_not_delay_closing_of_exporter_and_nothing_is_left(
     for i in range(5000):
         big.labels(f"{i:0500}").inc()
 
-    async def main() -> None:
+    async def close_with_clients() -> None:
         async with asyncio.timeout(20):
-            await use_with_awkward_clients(registry)
+            await use_with_unread_clients(registry)
 
     with asyncio.Runner(loop_factory=new_loop) as runner:
-        runner.run(main())
+        runner.run(close_with_clients())
 
 
-class Life:
-    """The life of an exporter in stages, each of which a test can wait for."""
+class ExporterStages:
+    """Opens, uses and closes an exporter in stages, each of which a test can wait for."""
 
     STAGES = ("starting", "serving", "closing")
 
@@ -366,66 +382,68 @@ class Life:
         self.ended_in = ""
         self._last = last
 
-    async def live(self) -> None:
-        self._begin("starting")
+    async def run_stages(self) -> None:
+        self._begin_stage("starting")
         async with Exporter("127.0.0.1", 0, CollectorRegistry(), health=list, readiness=list):
-            self._begin("serving")
+            self._begin_stage("serving")
             if self._last == "serving":
                 await asyncio.Event().wait()
-            self._begin("closing")
+            self._begin_stage("closing")
         self.ended_in = "nothing"
 
-    def _begin(self, stage: str) -> None:
+    def _begin_stage(self, stage: str) -> None:
         self.ended_in = stage
         self.begun[stage].set()
 
 
 @COUNTS_FILES
-@pytest.mark.parametrize("stage", Life.STAGES)
+@pytest.mark.parametrize("stage", ExporterStages.STAGES)
 @pytest.mark.parametrize("new_loop", LOOPS)
-def test_exporter_cancelled_at_any_point_leaves_nothing(
+def test_exporter_cancelled_at_any_stage_leaves_nothing_open(
     new_loop: Callable[[], asyncio.AbstractEventLoop], stage: str
 ) -> None:
-    async def cancel_after(turns: int) -> str:
-        life = Life(stage)
+    async def cancel_at_stage(turns: int) -> str:
+        life = ExporterStages(stage)
         async with asyncio.timeout(20), asyncio.TaskGroup() as group:
-            task = group.create_task(life.live())
+            task = group.create_task(life.run_stages())
             await life.begun[stage].wait()
             for _ in range(turns):
                 await asyncio.sleep(0)
             task.cancel()
         return life.ended_in
 
-    async def main() -> None:
-        before = left()
+    async def cancel_at_each_stage() -> None:
+        before = open_resources()
         for turns in range(20):
-            ended_in = await cancel_after(turns)
-            assert left() == before, turns
+            ended_in = await cancel_at_stage(turns)
+            assert open_resources() == before, turns
             assert turns or ended_in == stage
 
     with asyncio.Runner(loop_factory=new_loop) as runner:
-        runner.run(main())
+        runner.run(cancel_at_each_stage())
 
 
 @COUNTS_FILES
-async def test_exporter_opened_fifty_times_leaves_nothing(registry: CollectorRegistry) -> None:
-    before = left()
+async def test_exporter_opened_fifty_times_leaves_nothing_open(registry: CollectorRegistry) -> None:
+    before = open_resources()
     exporter = Exporter("127.0.0.1", 0, registry, health=list, readiness=list)
     for _ in range(50):
         exporter = Exporter("127.0.0.1", exporter.port, registry, health=list, readiness=list)
         async with exporter, aiohttp.ClientSession() as http:
-            assert (await get(http, f"{exporter.url}/metrics"))[0] == 200
-    assert left() == before
+            assert (await get_path(http, f"{exporter.url}/metrics"))[0] == 200
+    assert open_resources() == before
 
 
 async def test_hanging_collector_does_not_delay_closing_of_exporter(
-    registry: CollectorRegistry, verdicts: Verdicts, caplog: pytest.LogCaptureFixture
+    registry: CollectorRegistry, health_reasons: HealthReasons, caplog: pytest.LogCaptureFixture
 ) -> None:
-    stuck = Stuck()
+    stuck = HangingCollector()
     registry.register(stuck)
     async with asyncio.timeout(15):  # the collector hangs for 20 s
-        async with exporter_of(registry, verdicts) as exporter:
-            client = await connect(exporter.port, b"GET /metrics HTTP/1.1\r\nHost: x\r\n\r\n")
+        async with make_exporter(registry, health_reasons) as exporter:
+            client = await connect_without_reading(
+                exporter.port, b"GET /metrics HTTP/1.1\r\nHost: x\r\n\r\n"
+            )
             await asyncio.to_thread(stuck.entered.wait)
     assert "abandoned" in caplog.text
     client.close()

@@ -1,4 +1,4 @@
-"""The decorator `@handler` and the equality of `Handler`, by which `max_sessions` counts."""
+"""The decorator `@handler`, and the equality of `Handler` objects, which `max_sessions` uses."""
 
 import functools
 import inspect
@@ -13,25 +13,25 @@ from workpool.session import Session
 Signature = Callable[[Session], Coroutine[Any, Any, dict[str, str]]]
 
 
-async def plain(session: Session) -> dict[str, str]:
+async def unlimited_handler(session: Session) -> dict[str, str]:
     return {"id": session.id}
 
 
-def new() -> Signature:
-    async def fresh(session: Session) -> dict[str, str]:
+def limited_handler() -> Signature:
+    async def make_limited(session: Session) -> dict[str, str]:
         return {"id": session.id}
 
-    return fresh
+    return make_limited
 
 
-class Callee:
+class CallableHandler:
     async def __call__(self, session: Session) -> None: ...
 
-    async def method(self, session: Session) -> None: ...
+    async def method_handler(self, session: Session) -> None: ...
 
 
 def test_handler_without_arguments_takes_every_session() -> None:
-    function = new()
+    function = limited_handler()
     marked: Signature = handler(function)  # mypy: the signature is kept
     assert marked is function
     rule = rule_of(function)
@@ -41,7 +41,7 @@ def test_handler_without_arguments_takes_every_session() -> None:
 
 
 def test_handler_arguments_are_kept_in_its_rule() -> None:
-    function = new()
+    function = limited_handler()
     mark = handler(type="build", metadata={"job": "a"}, timeout=1.5, max_sessions=2)
     marked: Signature = mark(function)
     assert marked is function
@@ -51,16 +51,16 @@ def test_handler_arguments_are_kept_in_its_rule() -> None:
     assert (rule.timeout, rule.max_sessions) == (1.5, 2)
 
 
-def test_metadata_changed_after_marking_do_not_change_rule() -> None:
+def test_metadata_changed_after_decoration_do_not_change_rule() -> None:
     metadata = {"job": "a"}
-    function = handler(metadata=metadata)(new())
+    function = handler(metadata=metadata)(limited_handler())
     metadata["job"] = "b"
     rule = rule_of(function)
     assert rule is not None
     assert rule.metadata["job"] == "a"
 
 
-def test_marked_method_has_its_rule_on_instance() -> None:
+def test_decorated_method_has_its_rule_on_the_instance() -> None:
     class Reports:
         @handler(max_sessions=3)
         async def daily(self, session: Session) -> None: ...
@@ -70,82 +70,82 @@ def test_marked_method_has_its_rule_on_instance() -> None:
     assert rule.max_sessions == 3
 
 
-def test_partial_of_marked_function_has_its_rule() -> None:
-    assert rule_of(functools.partial(functools.partial(handler(new())))) is not None
-    assert rule_of(functools.partial(new())) is None
+def test_partial_of_decorated_function_has_its_rule() -> None:
+    assert rule_of(functools.partial(functools.partial(handler(limited_handler())))) is not None
+    assert rule_of(functools.partial(limited_handler())) is None
 
 
 def test_object_with_every_attribute_is_not_taken_for_a_decorated_handler() -> None:
-    class Anything:
+    class ObjectWithEveryAttribute:
         def __getattr__(self, name: str) -> str:
             return name
 
-    assert rule_of(Anything()) is None
+    assert rule_of(ObjectWithEveryAttribute()) is None
 
 
-def a_plain_def(session: Session) -> None: ...
+def def_function(session: Session) -> None: ...
 
 
-def a_generator(session: Session) -> Any:
+def generator_function(session: Session) -> Any:
     yield session
 
 
-@functools.wraps(plain)
-def around_async(session: Session) -> Any:
-    return plain(session)
+@functools.wraps(unlimited_handler)
+def sync_wrapper_of_async(session: Session) -> Any:
+    return unlimited_handler(session)
 
 
-async def an_async_generator(session: Session) -> Any:
+async def async_generator_function(session: Session) -> Any:
     yield session
 
 
 @pytest.mark.parametrize(
     ("function", "sentence"),
     [
-        (a_generator, "a_generator is a generator"),
-        (an_async_generator, "an_async_generator is a generator"),
-        (around_async, "plain is a plain `def` around an `async def`"),
-        (Callee, "Callee is a class"),
-        (Callee(), "is not a function"),
-        (Callee().method, r"Callee.method is not a function"),
-        (staticmethod(plain), "plain is not a function"),
-        (functools.partial(plain), "is not a function"),
+        (generator_function, "generator_function is a generator"),
+        (async_generator_function, "async_generator_function is a generator"),
+        (sync_wrapper_of_async, "unlimited_handler is a plain `def` around an `async def`"),
+        (CallableHandler, "CallableHandler is a class"),
+        (CallableHandler(), "is not a function"),
+        (CallableHandler().method_handler, r"CallableHandler.method_handler is not a function"),
+        (staticmethod(unlimited_handler), "unlimited_handler is not a function"),
+        (functools.partial(unlimited_handler), "is not a function"),
         ("session", "'session' is not a function; .* by keyword"),
     ],
 )
-def test_marking_anything_but_async_function_is_refused(function: Any, sentence: str) -> None:
+def test_decorating_anything_but_an_async_function_is_refused(function: Any, sentence: str) -> None:
     with pytest.raises(TypeError, match=sentence):
         handler(function)
     with pytest.raises(TypeError, match=sentence):
         handler(metadata={})(function)
 
 
-def test_second_mark_of_function_is_refused() -> None:
-    function = handler(metadata={"job": "a"})(new())
-    with pytest.raises(TypeError, match="fresh is marked twice"):
+def test_second_decoration_of_function_is_refused() -> None:
+    function = handler(metadata={"job": "a"})(limited_handler())
+    with pytest.raises(TypeError, match="make_limited is marked twice"):
         handler(metadata={"job": "b"})(function)
 
 
 @pytest.mark.parametrize(
     ("arguments", "error", "sentence"),
     [
-        ({"type": 1}, TypeError, "type of .*fresh must be a string"),
-        ({"type": ""}, ValueError, "type of .*fresh must not be empty"),
+        ({"type": 1}, TypeError, "type of .*make_limited must be a string"),
+        ({"type": ""}, ValueError, "type of .*make_limited must not be empty"),
         ({"type": "healthcheck"}, ValueError, "the pool answers those itself"),
-        ({"metadata": None}, TypeError, "metadata of .*fresh must map strings to strings"),
+        ({"metadata": None}, TypeError, "metadata of .*make_limited must map strings to strings"),
         ({"metadata": ["job"]}, TypeError, "metadata"),
         ({"metadata": {"job": 1}}, TypeError, "metadata"),
         ({"metadata": {1: "job"}}, TypeError, "metadata"),
-        ({"timeout": "60"}, TypeError, "timeout of .*fresh must be a number of seconds"),
+        ({"timeout": "60"}, TypeError, "timeout of .*make_limited must be a number of seconds"),
         ({"timeout": True}, TypeError, "timeout"),
-        ({"timeout": 0}, ValueError, "timeout of .*fresh must be more than 0"),
+        ({"timeout": 0}, ValueError, "timeout of .*make_limited must be more than 0"),
         ({"timeout": -1.0}, ValueError, "timeout"),
         ({"timeout": float("nan")}, ValueError, "timeout"),
         ({"timeout": float("inf")}, ValueError, "timeout"),
-        ({"max_sessions": 1.0}, TypeError, "max_sessions of .*fresh must be a whole number"),
+        ({"max_sessions": 1.0}, TypeError, "max_sessions of .*make_limited must be a whole number"),
         ({"max_sessions": True}, TypeError, "max_sessions"),
-        ({"max_sessions": 0}, ValueError, "max_sessions of .*fresh must be at least 1"),
-        ({"reserved_sessions": None}, TypeError, "reserved_sessions of .*fresh must be a whole"),
+        ({"max_sessions": 0}, ValueError, "max_sessions of .*make_limited must be at least 1"),
+        ({"reserved_sessions": None}, TypeError, "reserved_sessions of .* must be a whole"),
         (
             {"reserved_sessions": -1},
             ValueError,
@@ -154,15 +154,15 @@ def test_second_mark_of_function_is_refused() -> None:
         (
             {"reserved_sessions": 3, "max_sessions": 2},
             ValueError,
-            "reserved_sessions of .*fresh must not exceed its max_sessions, 2",
+            "reserved_sessions of .*make_limited must not exceed its max_sessions, 2",
         ),
-        ({"retry": 3}, TypeError, "retry of .*fresh must be a Retry"),
+        ({"retry": 3}, TypeError, "retry of .*make_limited must be a Retry"),
     ],
 )
 def test_invalid_handler_argument_is_refused_by_name(
     arguments: dict[str, Any], error: type[Exception], sentence: str
 ) -> None:
-    function = new()
+    function = limited_handler()
     with pytest.raises(error, match=sentence):
         handler(**arguments)(function)
     assert rule_of(function) is None
@@ -171,16 +171,16 @@ def test_invalid_handler_argument_is_refused_by_name(
 @pytest.mark.parametrize(
     ("call", "name", "is_async"),
     [
-        (plain, "plain", True),
-        (functools.partial(plain), "plain", True),
-        (Callee().method, "method", True),
-        (functools.partial(Callee().method), "method", True),
-        (Callee(), "Callee", True),
-        (functools.partial(Callee()), "Callee", True),
-        (a_plain_def, "a_plain_def", False),
-        (an_async_generator, "an_async_generator", False),
-        (functools.partial(a_plain_def), "a_plain_def", False),
-        (Callee, "Callee", False),
+        (unlimited_handler, "unlimited_handler", True),
+        (functools.partial(unlimited_handler), "unlimited_handler", True),
+        (CallableHandler().method_handler, "method_handler", True),
+        (functools.partial(CallableHandler().method_handler), "method_handler", True),
+        (CallableHandler(), "CallableHandler", True),
+        (functools.partial(CallableHandler()), "CallableHandler", True),
+        (def_function, "def_function", False),
+        (async_generator_function, "async_generator_function", False),
+        (functools.partial(def_function), "def_function", False),
+        (CallableHandler, "CallableHandler", False),
         (7, "int", False),
     ],
 )
@@ -192,13 +192,13 @@ def test_async_callables_are_recognised_and_named(
 
 
 def test_handlers_with_equal_names_and_limits_are_equal() -> None:
-    def make(call: Any, **limits: Any) -> Handler:
+    def make_handler(call: Any, **limits: Any) -> Handler:
         return Handler(name="reports.daily", plugin="reports", call=call, **limits)
 
-    one = make(new(), max_sessions=2)
-    assert one == make(new(), max_sessions=2)
-    assert hash(one) == hash(make(functools.partial(plain), max_sessions=2))
-    assert one != make(new(), max_sessions=3)
+    one = make_handler(limited_handler(), max_sessions=2)
+    assert one == make_handler(limited_handler(), max_sessions=2)
+    assert hash(one) == hash(make_handler(functools.partial(unlimited_handler), max_sessions=2))
+    assert one != make_handler(limited_handler(), max_sessions=3)
 
 
 def test_handler_decorator_has_exactly_the_documented_arguments() -> None:
@@ -239,6 +239,6 @@ def test_wrong_argument_of_retry_is_refused_by_name(
 
 def test_retry_of_a_handler_is_in_its_rule() -> None:
     retry = Retry(on=(ConnectionError, TimeoutError), times=5)
-    rule = rule_of(handler(retry=retry)(new()))
+    rule = rule_of(handler(retry=retry)(limited_handler()))
     assert rule is not None
     assert rule.retry == retry

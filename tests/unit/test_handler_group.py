@@ -17,12 +17,12 @@ async def test_handler_group_cancelled_at_any_turn_of_its_start_leaves_no_task(t
     problems: list[dict[str, Any]] = []
     asyncio.get_running_loop().set_exception_handler(lambda _, context: problems.append(context))
 
-    async def enter() -> None:
+    async def enter_group() -> None:
         async with handler_group():
             await asyncio.Event().wait()
 
     async with asyncio.TaskGroup() as group:
-        entering = group.create_task(enter())
+        entering = group.create_task(enter_group())
         for _ in range(turns):
             await asyncio.sleep(0)
         entering.cancel()

@@ -24,16 +24,17 @@ if TYPE_CHECKING:
     from workpool.session import Outcome
 
 
-async def run_nothing(session: Session) -> None:
-    """Do nothing."""
+async def handler_function(session: Session) -> None:
+    """A handler that is never called."""
 
 
 BROKEN, OTHER = (
-    Handler(name=name, call=run_nothing, plugin="test") for name in ("test.broken", "test.other")
+    Handler(name=name, call=handler_function, plugin="test")
+    for name in ("test.broken", "test.other")
 )
 
 
-class Ended:
+class EndedItem:
     """An item whose session has ended."""
 
     def __init__(self, number: int, handler: Handler | None, error: BaseException | None) -> None:
@@ -42,8 +43,8 @@ class Ended:
         self.error = error
 
 
-class HealthBench:
-    """The health of two handlers, and the number of their owned items."""
+class HealthTestbed:
+    """The health of two handlers, and the number of items that each of them has claimed."""
 
     def __init__(self) -> None:
         self.loop = asyncio.get_running_loop()
@@ -51,7 +52,7 @@ class HealthBench:
         self.health = HandlerHealth(self.owned.__getitem__)
         self.number = 0
 
-    def end(
+    def end_session(
         self,
         outcome: Outcome = "failed",
         seconds: float = 0.5,
@@ -62,51 +63,51 @@ class HealthBench:
     ) -> None:
         """End a session of a new item, or of the item with this number."""
         self.number += number is None
-        item: Any = Ended(self.number if number is None else number, handler, error)
+        item: Any = EndedItem(self.number if number is None else number, handler, error)
         self.health.record(item, outcome, seconds)
 
-    def fail(self, times: int = FAILURES) -> None:
+    def fail_sessions(self, times: int = FAILURES) -> None:
         for _ in range(times):
-            self.end()
+            self.end_session()
 
     @property
-    def failing(self) -> bool:
+    def is_failing(self) -> bool:
         return self.health.failing() == [BROKEN.name]
 
 
 @in_virtual_time
 async def test_five_quick_failures_in_a_row_mark_handler_as_failing() -> None:
-    bench = HealthBench()
+    bench = HealthTestbed()
     assert FAILURES == 5
-    bench.fail(4)
+    bench.fail_sessions(4)
     assert bench.health.failing() == []
     assert bench.health.may_claim(BROKEN)
-    bench.end()
-    assert bench.failing
+    bench.end_session()
+    assert bench.is_failing
     assert not bench.health.may_claim(BROKEN)
     assert bench.health.may_claim(OTHER)  # failures are counted per handler
 
 
 @in_virtual_time
 async def test_repeated_failures_of_one_item_count_once() -> None:
-    bench = HealthBench()
+    bench = HealthTestbed()
     for _ in range(100):
-        bench.end(number=1)
-    assert not bench.failing
+        bench.end_session(number=1)
+    assert not bench.is_failing
 
 
 @in_virtual_time
 async def test_failed_health_checks_do_not_count_as_handler_failures() -> None:
-    bench = HealthBench()
+    bench = HealthTestbed()
     for _ in range(100):
-        bench.end(handler=None)
+        bench.end_session(handler=None)
     assert bench.health.failing() == []
 
 
 FULL = OSError(errno.ENOSPC, "no space left on device")
 
 
-def caused(error: BaseException, *, implicit: bool = False) -> BaseException:
+def error_caused_by(error: BaseException, *, implicit: bool = False) -> BaseException:
     outer = ValueError("outer")
     if implicit:
         outer.__context__ = error
@@ -131,8 +132,8 @@ ENDS: list[tuple[Outcome, float, BaseException | None, bool]] = [
     ("released", 100.0, OSError(errno.ENFILE, "x"), True),
     ("released", 100.0, OSError(errno.EDQUOT, "x"), True),
     ("released", 100.0, OSError(errno.ENOMEM, "x"), True),
-    ("released", 100.0, caused(FULL), True),
-    ("released", 100.0, caused(caused(FULL, implicit=True)), True),
+    ("released", 100.0, error_caused_by(FULL), True),
+    ("released", 100.0, error_caused_by(error_caused_by(FULL, implicit=True)), True),
     ("released", 0.5, None, False),
     ("released", 0.5, Release("busy"), False),
     ("released", 0.5, OSError(errno.ECONNREFUSED, "x"), False),
@@ -145,25 +146,25 @@ def test_session_counts_as_failure_if_it_failed_at_once_or_exhausted_machine(
     outcome: Outcome, seconds: float, error: BaseException | None, *, counts: bool
 ) -> None:
     @in_virtual_time
-    async def check() -> None:
-        bench = HealthBench()
+    async def check_counted() -> None:
+        bench = HealthTestbed()
         for _ in range(FAILURES):
-            bench.end(outcome, seconds, error)
-        assert bench.failing == counts
+            bench.end_session(outcome, seconds, error)
+        assert bench.is_failing == counts
 
-    check()
+    check_counted()
 
 
 def test_cyclic_causes_of_error_are_followed_once() -> None:
     @in_virtual_time
-    async def check() -> None:
-        bench = HealthBench()
+    async def check_cyclic_cause() -> None:
+        bench = HealthTestbed()
         one, two = ValueError(), KeyError()
         one.__context__, two.__context__ = two, one
-        bench.end("released", error=one)
-        assert not bench.failing
+        bench.end_session("released", error=one)
+        assert not bench.is_failing
 
-    check()
+    check_cyclic_cause()
 
 
 @pytest.mark.parametrize(
@@ -183,25 +184,25 @@ def test_session_that_completes_or_runs_longer_resets_failing_handler(
     outcome: Outcome, seconds: float, *, resets: bool
 ) -> None:
     @in_virtual_time
-    async def check() -> None:
-        bench = HealthBench()
-        bench.fail()
-        bench.end(outcome, seconds)
-        assert bench.failing != resets
+    async def check_reset() -> None:
+        bench = HealthTestbed()
+        bench.fail_sessions()
+        bench.end_session(outcome, seconds)
+        assert bench.is_failing != resets
         assert bench.health.may_claim(BROKEN) == resets
-        again = HealthBench()
-        again.fail(4)
-        again.end(outcome, seconds)
-        again.end()
-        assert again.failing != resets  # 4 + 1 failures, or 1
+        again = HealthTestbed()
+        again.fail_sessions(4)
+        again.end_session(outcome, seconds)
+        again.end_session()
+        assert again.is_failing != resets  # 4 + 1 failures, or 1
 
-    check()
+    check_reset()
 
 
 @in_virtual_time
 async def test_failing_handler_claims_one_item_at_a_time_after_its_pause() -> None:
-    bench = HealthBench()
-    bench.fail()
+    bench = HealthTestbed()
+    bench.fail_sessions()
     await asyncio.sleep(0.9)
     assert not bench.health.may_claim(BROKEN)
     await asyncio.sleep(0.2)
@@ -212,19 +213,19 @@ async def test_failing_handler_claims_one_item_at_a_time_after_its_pause() -> No
 
 @in_virtual_time
 async def test_pause_of_failing_handler_doubles_up_to_thirty_seconds() -> None:
-    bench = HealthBench()
-    bench.fail()
+    bench = HealthTestbed()
+    bench.fail_sessions()
     pauses = []
     for _ in range(8):
         before = bench.loop.time()
         await bench.health.admission()
         assert bench.health.may_claim(BROKEN)
         pauses.append(bench.loop.time() - before)
-        bench.end()
+        bench.end_session()
     assert pauses == pytest.approx([1, 2, 4, 8, 16, 30, 30, 30])
     assert FAILING_PAUSE_MAX_SECONDS == 30
-    bench.end("completed")
-    bench.fail()
+    bench.end_session("completed")
+    bench.fail_sessions()
     before = bench.loop.time()
     await bench.health.admission()
     assert bench.loop.time() - before == pytest.approx(1)  # the pause starts again at 1 s
@@ -232,43 +233,43 @@ async def test_pause_of_failing_handler_doubles_up_to_thirty_seconds() -> None:
 
 @in_virtual_time
 async def test_admission_waits_only_if_every_used_handler_is_failing() -> None:
-    bench = HealthBench()
+    bench = HealthTestbed()
     await bench.health.admission()
     assert bench.loop.time() == 0
-    bench.end("completed", handler=OTHER)
-    bench.fail()
+    bench.end_session("completed", handler=OTHER)
+    bench.fail_sessions()
     await bench.health.admission()
     assert bench.loop.time() == 0
     for _ in range(FAILURES):
-        bench.end(handler=OTHER)
+        bench.end_session(handler=OTHER)
     await bench.health.admission()
     assert bench.loop.time() == pytest.approx(1)
 
 
 @in_virtual_time
 async def test_admission_waits_for_running_session_of_failing_handler() -> None:
-    bench = HealthBench()
-    bench.fail()
+    bench = HealthTestbed()
+    bench.fail_sessions()
     await asyncio.sleep(2)
     bench.owned[BROKEN] = 1
 
-    def succeed() -> None:
+    def complete_session() -> None:
         bench.owned[BROKEN] = 0
-        bench.end("completed")
+        bench.end_session("completed")
 
-    bench.loop.call_later(100, succeed)
+    bench.loop.call_later(100, complete_session)
     await bench.health.admission()
     assert bench.loop.time() == pytest.approx(102)
-    assert not bench.failing
+    assert not bench.is_failing
 
 
 @in_virtual_time
 async def test_admission_of_two_paused_handlers_ends_with_shorter_pause() -> None:
-    bench = HealthBench()
-    bench.fail(FAILURES + 2)  # a pause of 4 s
+    bench = HealthTestbed()
+    bench.fail_sessions(FAILURES + 2)  # this handler pauses for 4 s
     await asyncio.sleep(1)
     for _ in range(FAILURES):
-        bench.end(handler=OTHER)  # a pause of 1 s
+        bench.end_session(handler=OTHER)  # this handler pauses for 1 s
     before = bench.loop.time()
     await bench.health.admission()
     assert bench.loop.time() - before == pytest.approx(1)
@@ -276,13 +277,13 @@ async def test_admission_of_two_paused_handlers_ends_with_shorter_pause() -> Non
 
 
 @in_virtual_time
-async def test_admission_of_busy_and_paused_handler_ends_with_pause() -> None:
+async def test_admission_with_one_running_and_one_paused_handler_ends_with_the_pause() -> None:
     """One handler runs its session after its pause; the other handler may claim in 4 s."""
-    bench = HealthBench()
+    bench = HealthTestbed()
     for _ in range(FAILURES):
-        bench.end(handler=OTHER)  # a pause of 1 s
+        bench.end_session(handler=OTHER)  # this handler pauses for 1 s
     bench.owned[OTHER] = 1
-    bench.fail(FAILURES + 2)  # a pause of 4 s
+    bench.fail_sessions(FAILURES + 2)  # this handler pauses for 4 s
     await bench.health.admission()
     assert bench.loop.time() == pytest.approx(4)
     assert bench.health.may_claim(BROKEN)
@@ -290,7 +291,7 @@ async def test_admission_of_busy_and_paused_handler_ends_with_pause() -> None:
 
 @in_virtual_time
 async def test_handler_health_forgets_work_ids_of_successful_sessions() -> None:
-    bench = HealthBench()
+    bench = HealthTestbed()
     for number in range(100_000):
-        bench.end(number=number, outcome="completed")
+        bench.end_session(number=number, outcome="completed")
     assert not bench.health._failures

@@ -22,12 +22,12 @@ if TYPE_CHECKING:
 LIMITS = MetadataLimits(pairs=2, key_characters=15, value_characters=4)
 
 
-class Key(enum.StrEnum):
+class KeyEnum(enum.StrEnum):
     ROWS = "rows"
 
 
 @dataclass
-class Order:
+class OrderResult:
     amount: int
 
 
@@ -69,9 +69,9 @@ def test_none_writes_nothing() -> None:
         (range(2), "[0,1]"),
         # The type `JSON` excludes it, but a finished result must not be lost.
         ({"at": datetime(2026, 3, 1, tzinfo=UTC)}, '{"at":"2026-03-01T00:00:00+00:00"}'),
-        (Order(7), '{"amount":7}'),
+        (OrderResult(7), '{"amount":7}'),
         (uuid.UUID(int=0), '"00000000-0000-0000-0000-000000000000"'),
-        (Key.ROWS, '"rows"'),
+        (KeyEnum.ROWS, '"rows"'),
     ],
     ids=lambda value: value if isinstance(value, str) else type(value).__name__,
 )
@@ -141,6 +141,6 @@ def test_text_of_an_error_about_a_long_key_is_short() -> None:
     assert len(caught.value.key) == 100_000
 
 
-def test_limits_are_documented_for_one_dialect() -> None:
+def test_result_limits_are_documented_for_one_dialect() -> None:
     assert DIALECTS["qoder"].metadata_limits is None
     assert DIALECTS["anthropic"].metadata_limits == MetadataLimits(16, 64, 512)

@@ -27,7 +27,7 @@ ITEM = parse_item(
 )
 
 
-class Held:
+class SessionStandIn:
     remaining = 60.0
     deadline = None
 
@@ -75,10 +75,10 @@ async def test_session_handler_hook_chooses_handler_for_item() -> None:
     assert handler is not None
     assert (handler.name, handler.plugin) == ("Router.run", "Router")
     call: Any = handler.call
-    assert await call(Session(ITEM, Held(), redelivered=False)) == {"ran": "sess_1"}
+    assert await call(Session(ITEM, SessionStandIn(), redelivered=False)) == {"ran": "sess_1"}
 
 
-async def enter(contexts: Any, seen: list[str]) -> None:
+async def enter_contexts(contexts: Any, seen: list[str]) -> None:
     async with AsyncExitStack() as stack:
         for _, context in contexts:
             await stack.enter_async_context(context)
@@ -88,7 +88,7 @@ async def enter(contexts: Any, seen: list[str]) -> None:
 async def test_wrap_session_hook_contexts_are_entered_in_order_and_left_in_reverse() -> None:
     seen: list[str] = []
 
-    class First:
+    class FirstWrapper:
         @hookimpl
         @asynccontextmanager
         async def workpool_wrap_session(self, session: Session) -> AsyncIterator[None]:
@@ -96,12 +96,12 @@ async def test_wrap_session_hook_contexts_are_entered_in_order_and_left_in_rever
             yield
             seen.append("first out")
 
-    class NotThisOne:
+    class PluginWithoutContext:
         @hookimpl
         def workpool_wrap_session(self, session: Session) -> None:
             seen.append(f"asked {session.id}")
 
-    class Second:
+    class SecondWrapper:
         @hookimpl
         @asynccontextmanager
         async def workpool_wrap_session(self) -> AsyncIterator[None]:
@@ -109,10 +109,10 @@ async def test_wrap_session_hook_contexts_are_entered_in_order_and_left_in_rever
             yield
             seen.append("second out")
 
-    plugins = Plugins.load([First(), NotThisOne(), Second()], [], {})
-    contexts = plugins.contexts(Session(ITEM, Held(), redelivered=False))
-    assert [name for name, _ in contexts] == ["First", "Second"]
-    await enter(contexts, seen)
+    plugins = Plugins.load([FirstWrapper(), PluginWithoutContext(), SecondWrapper()], [], {})
+    contexts = plugins.contexts(Session(ITEM, SessionStandIn(), redelivered=False))
+    assert [name for name, _ in contexts] == ["FirstWrapper", "SecondWrapper"]
+    await enter_contexts(contexts, seen)
 
     assert seen == [
         "asked sess_1",
@@ -136,16 +136,16 @@ async def test_lifespan_hook_context_encloses_the_pool() -> None:
             seen.append("closed")
 
     plugins = Plugins.load([Database()], [], {})
-    await enter(plugins.lifespans(cast("Any", "the pool")), seen)
+    await enter_contexts(plugins.lifespans(cast("Any", "the pool")), seen)
 
     assert seen == ["open for the pool", "inside", "closed"]
 
 
-def test_admission_hook_refuses_with_reason_or_on_failure() -> None:
+def test_admission_hook_that_raises_or_returns_a_reason_refuses_claims() -> None:
     answers: list[Any] = [None, "disk full", 7, RuntimeError("x")]
     asked: list[object] = []
 
-    class Disk:
+    class DiskCheck:
         @hookimpl
         def workpool_admission(self, supervisor: object) -> str | None:
             asked.append(supervisor)
@@ -154,15 +154,15 @@ def test_admission_hook_refuses_with_reason_or_on_failure() -> None:
                 raise answer
             return cast("str | None", answer)
 
-    plugins = Plugins.load([Disk()], [], {})
+    plugins = Plugins.load([DiskCheck()], [], {})
     failures: list[Event] = []
     plugins.metrics = failures.append
     assert plugins.can_refuse
     assert [plugins.refusal("the pool") for _ in range(4)] == [
         None,
-        "Disk: disk full",
-        "Disk: workpool_admission failed",
-        "Disk: workpool_admission failed",
+        "DiskCheck: disk full",
+        "DiskCheck: workpool_admission failed",
+        "DiskCheck: workpool_admission failed",
     ]
     assert asked == ["the pool"] * 4
     assert len(failures) == 2
@@ -190,12 +190,12 @@ def test_hook_implementation_may_omit_its_argument(hook: str) -> None:
     called: list[str] = []
 
     @hookimpl
-    def implementation() -> None:
+    def hook_implementation() -> None:
         called.append(hook)
 
-    plugin = type("Plugin", (), {hook: staticmethod(implementation)})()
+    plugin = type("Plugin", (), {hook: staticmethod(hook_implementation)})()
     plugins = Plugins.load([plugin], [], {})
-    session = Session(ITEM, Held(), redelivered=False)
+    session = Session(ITEM, SessionStandIn(), redelivered=False)
     assert plugins.handler_for(ITEM) is None
     assert plugins.contexts(session) == []
     assert plugins.lifespans(cast("Any", None)) == []

@@ -39,7 +39,7 @@ OK = b"HTTP/1.1 200"
 MEGABYTE = 1_000_000
 
 
-class Site:
+class SmallSite:
     """A small server behind `InboundConnections`."""
 
     def __init__(self, limit: int = LIMIT) -> None:
@@ -48,23 +48,23 @@ class Site:
         self.waiting = 0
         self.port = 0
 
-    async def small(self, _: web.Request) -> web.Response:
+    async def answer_small(self, _: web.Request) -> web.Response:
         return web.Response(text="ok")
 
-    async def big(self, _: web.Request) -> web.Response:
+    async def answer_big(self, _: web.Request) -> web.Response:
         return web.Response(body=b"x" * 20 * MEGABYTE)
 
-    async def wait(self, _: web.Request) -> web.Response:
+    async def answer_when_released(self, _: web.Request) -> web.Response:
         self.waiting += 1
         await self.released.wait()
         return web.Response(text="ok")
 
     @asynccontextmanager
-    async def open(self) -> AsyncIterator[Site]:
+    async def open_site(self) -> AsyncIterator[SmallSite]:
         application = web.Application(middlewares=[self.connections.middleware])
-        application.router.add_get("/", self.small)
-        application.router.add_get("/big", self.big)
-        application.router.add_get("/wait", self.wait)
+        application.router.add_get("/", self.answer_small)
+        application.router.add_get("/big", self.answer_big)
+        application.router.add_get("/wait", self.answer_when_released)
         runner = web.AppRunner(application, access_log=None, handler_cancellation=True)
         await runner.setup()
         listening = socket.create_server(("127.0.0.1", 0))
@@ -84,10 +84,10 @@ class Site:
             await asyncio.sleep(0)
 
 
-class Client:
+class RawClient:
     """A raw client whose socket buffers few unread bytes."""
 
-    open: ClassVar[list[Client]] = []
+    open: ClassVar[list[RawClient]] = []
 
     def __init__(self) -> None:
         self.open.append(self)
@@ -96,11 +96,11 @@ class Client:
         self.socket.settimeout(0)
 
     @classmethod
-    async def connect(cls, port: int, request: bytes) -> Client:
+    async def connect(cls, port: int, request: bytes) -> RawClient:
         client = cls()
         loop = asyncio.get_running_loop()
         await loop.sock_connect(client.socket, ("127.0.0.1", port))
-        await client.send(request)
+        await client.send_request(request)
         return client
 
     @classmethod
@@ -108,10 +108,10 @@ class Client:
         while cls.open:
             cls.open.pop().socket.close()
 
-    async def send(self, request: bytes) -> None:
+    async def send_request(self, request: bytes) -> None:
         await asyncio.get_running_loop().sock_sendall(self.socket, request)
 
-    async def read(self, size: int = 65536) -> bytes:
+    async def read_bytes(self, size: int = 65536) -> bytes:
         """Return the bytes that the server sent; empty if it closed the connection."""
         try:
             return await asyncio.get_running_loop().sock_recv(self.socket, size)
@@ -120,19 +120,19 @@ class Client:
 
     async def read_until_closed(self) -> int:
         total = 0
-        while chunk := await self.read():
+        while chunk := await self.read_bytes():
             total += len(chunk)
         return total
 
 
-async def ask(port: int, request: bytes = WHOLE) -> bytes:
-    client = await Client.connect(port, request)
-    answer = await client.read()
+async def send_and_read(port: int, request: bytes = WHOLE) -> bytes:
+    client = await RawClient.connect(port, request)
+    answer = await client.read_bytes()
     client.socket.close()
     return answer
 
 
-async def until(condition: Callable[[], object]) -> None:
+async def wait_until(condition: Callable[[], object]) -> None:
     for _ in range(10_000):
         if condition():
             return
@@ -140,86 +140,88 @@ async def until(condition: Callable[[], object]) -> None:
     pytest.fail("it never came")
 
 
-def leave_unread(site: Site, clients: int) -> bool:
+def leave_bytes_unread(site: SmallSite, clients: int) -> bool:
     return len(site.connections._unread) == clients
 
 
-def run(
+def run_on_loop(
     new_loop: Callable[[], asyncio.AbstractEventLoop], main: Coroutine[None, None, None]
 ) -> None:
-    async def bounded() -> None:
+    async def run_with_time_limit() -> None:
         async with asyncio.timeout(20):
             await main
 
     with asyncio.Runner(loop_factory=new_loop) as runner:
-        runner.run(bounded())
+        runner.run(run_with_time_limit())
 
 
 @pytest.fixture(autouse=True)
-def quick_checks(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+def frequent_checks(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     monkeypatch.setattr(inbound_connections, "CHECK_SECONDS", 0.01)
     yield
-    Client.close_all()
+    RawClient.close_all()
 
 
-# -- how many ------------------------------------------------------------------------------------
+# -- number of connections -------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("new_loop", LOOPS)
 def test_incomplete_requests_at_connection_limit_are_closed_oldest_first(
     new_loop: Callable[[], asyncio.AbstractEventLoop],
 ) -> None:
-    async def main() -> None:
-        async with Site().open() as site:
-            clients = [await Client.connect(site.port, HALF) for _ in range(3 * LIMIT)]
+    async def check_oldest_closed() -> None:
+        async with SmallSite().open_site() as site:
+            clients = [await RawClient.connect(site.port, HALF) for _ in range(3 * LIMIT)]
             for _ in range(2 * LIMIT):
-                assert (await ask(site.port)).startswith(OK)
+                assert (await send_and_read(site.port)).startswith(OK)
                 assert len(site.connections) <= LIMIT
-            assert await clients[0].read() == b""
+            assert await clients[0].read_bytes() == b""
 
-    run(new_loop, main())
+    run_on_loop(new_loop, check_oldest_closed())
 
 
 @pytest.mark.parametrize("new_loop", LOOPS)
 def test_active_requests_at_connection_limit_refuse_new_connections(
     new_loop: Callable[[], asyncio.AbstractEventLoop],
 ) -> None:
-    async def main() -> None:
-        async with Site().open() as site:
-            clients = [await Client.connect(site.port, WAIT) for _ in range(LIMIT)]
-            await until(lambda: site.waiting == LIMIT)
-            assert await ask(site.port) == b""
+    async def check_refusal() -> None:
+        async with SmallSite().open_site() as site:
+            clients = [await RawClient.connect(site.port, WAIT) for _ in range(LIMIT)]
+            await wait_until(lambda: site.waiting == LIMIT)
+            assert await send_and_read(site.port) == b""
             site.released.set()
             for client in clients:
-                assert (await client.read()).startswith(OK)
-            assert (await ask(site.port)).startswith(OK)  # replaces a connection that is idle now
-            Client.close_all()
-            await until(lambda: not len(site.connections))
+                assert (await client.read_bytes()).startswith(OK)
+            assert (await send_and_read(site.port)).startswith(
+                OK
+            )  # replaces a connection that is idle now
+            RawClient.close_all()
+            await wait_until(lambda: not len(site.connections))
 
-    run(new_loop, main())
+    run_on_loop(new_loop, check_refusal())
 
 
 async def test_long_requests_at_connection_limit_are_ended_oldest_first(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(inbound_connections, "SERVE_SECONDS", 0.0)
-    async with asyncio.timeout(20), Site().open() as site:
-        clients = [await Client.connect(site.port, WAIT) for _ in range(LIMIT)]
-        await until(lambda: site.waiting == LIMIT)
-        assert (await ask(site.port)).startswith(OK)
-        assert await clients[0].read() == b""
+    async with asyncio.timeout(20), SmallSite().open_site() as site:
+        clients = [await RawClient.connect(site.port, WAIT) for _ in range(LIMIT)]
+        await wait_until(lambda: site.waiting == LIMIT)
+        assert (await send_and_read(site.port)).startswith(OK)
+        assert await clients[0].read_bytes() == b""
         site.released.set()
         for client in clients[1:]:
-            assert (await client.read()).startswith(OK)
-        await until(lambda: not site.connections._serving)
+            assert (await client.read_bytes()).startswith(OK)
+        await wait_until(lambda: not site.connections._serving)
 
 
 async def test_exporter_at_connection_limit_of_incomplete_requests_answers_healthz() -> None:
     registry = CollectorRegistry()
     async with Exporter("127.0.0.1", 0, registry, health=list, readiness=list) as exporter:
         for _ in range(exporter_module.CONNECTIONS_MAX + 20):
-            await Client.connect(exporter.port, HALF)
-        answer = await ask(exporter.port, WHOLE.replace(b"/", b"/healthz", 1))
+            await RawClient.connect(exporter.port, HALF)
+        answer = await send_and_read(exporter.port, WHOLE.replace(b"/", b"/healthz", 1))
         assert answer.startswith(OK)
         assert len(exporter._connections) <= exporter_module.CONNECTIONS_MAX
 
@@ -229,9 +231,9 @@ async def test_control_plane_at_connection_limit_of_incomplete_requests_answers(
 ) -> None:
     monkeypatch.setattr(control_plane, "_connections_max", lambda: LIMIT)
     async with ControlPlane() as plane:
-        clients = [await Client.connect(plane.port, HALF) for _ in range(3 * LIMIT)]
-        assert (await ask(plane.port)).startswith(b"HTTP/1.1 200")
-        assert await clients[0].read() == b""
+        clients = [await RawClient.connect(plane.port, HALF) for _ in range(3 * LIMIT)]
+        assert (await send_and_read(plane.port)).startswith(b"HTTP/1.1 200")
+        assert await clients[0].read_bytes() == b""
 
 
 def test_control_plane_connection_limit_leaves_descriptors_for_other_uses(
@@ -242,7 +244,7 @@ def test_control_plane_connection_limit_leaves_descriptors_for_other_uses(
         assert control_plane._connections_max() == expected
 
 
-# -- for how long --------------------------------------------------------------------------------
+# -- time limits of connections --------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("request_so_far", [b"", HALF])
@@ -254,23 +256,23 @@ def test_connection_without_complete_headers_in_time_is_closed(
 ) -> None:
     monkeypatch.setattr(inbound_connections, "HEADER_SECONDS", 0.05)
 
-    async def main() -> None:
-        async with Site().open() as site:
-            client = await Client.connect(site.port, request_so_far)
-            assert await client.read() == b""
+    async def check_time_limit() -> None:
+        async with SmallSite().open_site() as site:
+            client = await RawClient.connect(site.port, request_so_far)
+            assert await client.read_bytes() == b""
 
-    run(new_loop, main())
+    run_on_loop(new_loop, check_time_limit())
 
 
 async def test_slowly_sent_header_bytes_do_not_extend_time_limit(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(inbound_connections, "HEADER_SECONDS", 0.05)
-    async with asyncio.timeout(20), Site().open() as site:
-        client = await Client.connect(site.port, HALF)
+    async with asyncio.timeout(20), SmallSite().open_site() as site:
+        client = await RawClient.connect(site.port, HALF)
         with suppress(ConnectionError):
             while len(site.connections):
-                await client.send(b"x")
+                await client.send_request(b"x")
                 await asyncio.sleep(0.005)
         assert not len(site.connections)
 
@@ -279,15 +281,15 @@ async def test_idle_connection_is_kept_longer_than_header_time_limit(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(inbound_connections, "HEADER_SECONDS", 0.05)
-    async with asyncio.timeout(20), Site().open() as site:
-        idle = await Client.connect(site.port, WHOLE)
-        assert (await idle.read()).startswith(OK)
-        other = await Client.connect(site.port, b"")
-        assert await other.read() == b""  # so HEADER_SECONDS have passed
-        await idle.send(WHOLE)
-        assert (await idle.read()).startswith(OK)
-        await idle.send(HALF)
-        assert await idle.read() == b""
+    async with asyncio.timeout(20), SmallSite().open_site() as site:
+        idle = await RawClient.connect(site.port, WHOLE)
+        assert (await idle.read_bytes()).startswith(OK)
+        other = await RawClient.connect(site.port, b"")
+        assert await other.read_bytes() == b""  # so HEADER_SECONDS have passed
+        await idle.send_request(WHOLE)
+        assert (await idle.read_bytes()).startswith(OK)
+        await idle.send_request(HALF)
+        assert await idle.read_bytes() == b""
 
 
 async def test_active_request_may_last_longer_than_header_and_idle_limits(
@@ -295,14 +297,14 @@ async def test_active_request_may_last_longer_than_header_and_idle_limits(
 ) -> None:
     monkeypatch.setattr(inbound_connections, "HEADER_SECONDS", 0.05)
     monkeypatch.setattr(inbound_connections, "IDLE_SECONDS", 0.05)
-    async with asyncio.timeout(20), Site().open() as site:
-        waiting = await Client.connect(site.port, WAIT)
-        await until(lambda: site.waiting)
-        idle = await Client.connect(site.port, WHOLE)
-        assert (await idle.read()).startswith(OK)
-        assert await idle.read() == b""  # so IDLE_SECONDS have passed
+    async with asyncio.timeout(20), SmallSite().open_site() as site:
+        waiting = await RawClient.connect(site.port, WAIT)
+        await wait_until(lambda: site.waiting)
+        idle = await RawClient.connect(site.port, WHOLE)
+        assert (await idle.read_bytes()).startswith(OK)
+        assert await idle.read_bytes() == b""  # so IDLE_SECONDS have passed
         site.released.set()
-        assert (await waiting.read()).startswith(OK)
+        assert (await waiting.read_bytes()).startswith(OK)
 
 
 # -- clients that do not read --------------------------------------------------------------------
@@ -314,15 +316,15 @@ def test_client_that_reads_nothing_is_disconnected(
 ) -> None:
     monkeypatch.setattr(inbound_connections, "READ_SECONDS", 0.05)
 
-    async def main() -> None:
-        async with Site().open() as site:
-            client = await Client.connect(site.port, BIG)
-            await until(lambda: len(site.connections))
-            await until(lambda: not len(site.connections))
+    async def check_disconnection() -> None:
+        async with SmallSite().open_site() as site:
+            client = await RawClient.connect(site.port, BIG)
+            await wait_until(lambda: len(site.connections))
+            await wait_until(lambda: not len(site.connections))
             assert site.connections._unread_bytes == 0
             assert await client.read_until_closed() < 20 * MEGABYTE
 
-    run(new_loop, main())
+    run_on_loop(new_loop, check_disconnection())
 
 
 @pytest.mark.parametrize("new_loop", LOOPS)
@@ -332,18 +334,18 @@ def test_client_that_reads_slowly_gets_whole_response(
     for name in ("READ_SECONDS", "HEADER_SECONDS", "IDLE_SECONDS"):
         monkeypatch.setattr(inbound_connections, name, 1.0)
 
-    async def main() -> None:
+    async def check_slow_reader() -> None:
         loop = asyncio.get_running_loop()
-        async with Site().open() as site:
-            client = await Client.connect(site.port, BIG)
+        async with SmallSite().open_site() as site:
+            client = await RawClient.connect(site.port, BIG)
             total, started = 0, loop.time()
-            while total < 20 * MEGABYTE and (chunk := await client.read(MEGABYTE)):
+            while total < 20 * MEGABYTE and (chunk := await client.read_bytes(MEGABYTE)):
                 total += len(chunk)
                 if loop.time() < started + 1.2:
                     await asyncio.sleep(0.01)
             assert total > 20 * MEGABYTE
 
-    run(new_loop, main())
+    run_on_loop(new_loop, check_slow_reader())
 
 
 @pytest.mark.parametrize("new_loop", LOOPS)
@@ -352,23 +354,23 @@ def test_unread_bytes_above_limit_disconnect_slowest_reader(
 ) -> None:
     monkeypatch.setattr(inbound_connections, "UNREAD_BYTES_MAX", 50 * MEGABYTE)
 
-    async def main() -> None:
-        async with Site(limit=100).open() as site:
+    async def check_slowest_reader() -> None:
+        async with SmallSite(limit=100).open_site() as site:
             clients = []
             for count in range(1, 11):
-                clients.append(await Client.connect(site.port, BIG))
+                clients.append(await RawClient.connect(site.port, BIG))
                 # Each leaves almost 20 MB unread: with the third client, the first one is
                 # disconnected.
-                await until(partial(leave_unread, site, min(count, 2)))
+                await wait_until(partial(leave_bytes_unread, site, min(count, 2)))
                 assert site.connections._unread_bytes <= 50 * MEGABYTE
-            assert (await ask(site.port)).startswith(OK)
+            assert (await send_and_read(site.port)).startswith(OK)
             assert await clients[0].read_until_closed() < 20 * MEGABYTE
-            assert await clients[-1].read(1)
-            Client.close_all()
-            await until(lambda: not len(site.connections))
+            assert await clients[-1].read_bytes(1)
+            RawClient.close_all()
+            await wait_until(lambda: not len(site.connections))
             assert site.connections._unread_bytes == 0
 
-    run(new_loop, main())
+    run_on_loop(new_loop, check_slowest_reader())
 
 
 # -- the log -------------------------------------------------------------------------------------
@@ -381,7 +383,9 @@ async def test_malformed_request_to_exporter_is_one_debug_line_without_its_conte
     async with Exporter(
         "127.0.0.1", 0, CollectorRegistry(), health=list, readiness=list
     ) as exporter:
-        answer = await ask(exporter.port, b"GET / HTTP/1.1\r\nAuthorization : secret\r\n\r\n")
+        answer = await send_and_read(
+            exporter.port, b"GET / HTTP/1.1\r\nAuthorization : secret\r\n\r\n"
+        )
     assert answer.startswith(b"HTTP/1.0 400")
     assert "secret" not in caplog.text
     [record] = [each for each in caplog.records if each.name == "workpool.exporter.http"]
@@ -393,7 +397,7 @@ async def test_malformed_request_to_control_plane_is_one_debug_line(
 ) -> None:
     caplog.set_level(logging.DEBUG)
     async with ControlPlane() as plane:
-        await ask(plane.port, b"GET / HTTP/1.1\r\nAuthorization : secret\r\n\r\n")
+        await send_and_read(plane.port, b"GET / HTTP/1.1\r\nAuthorization : secret\r\n\r\n")
     assert "secret" not in caplog.text
     [record] = [each for each in caplog.records if each.name == "workpool.server.http"]
     assert record.levelno == logging.DEBUG

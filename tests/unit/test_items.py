@@ -61,7 +61,7 @@ anything = st.recursive(
 )
 
 
-def without(obj: dict[str, Any], name: str) -> dict[str, Any]:
+def without_field(obj: dict[str, Any], name: str) -> dict[str, Any]:
     return {key: value for key, value in obj.items() if key != name}
 
 
@@ -239,9 +239,9 @@ def test_response_that_is_no_object_is_refused(parse: Parse, bad: object) -> Non
 
 
 @pytest.mark.parametrize("name", ["id", "environment_id", "data", "state"])
-def test_missing_field_is_refused_by_name(name: str) -> None:
+def test_missing_field_is_refused_by_its_name(name: str) -> None:
     with pytest.raises(ValueError, match=name):
-        parse_item(without(ITEM, name))
+        parse_item(without_field(ITEM, name))
 
 
 def test_stats_json_is_read_field_by_field() -> None:
@@ -276,7 +276,7 @@ def test_heartbeat_of_stopped_item_needs_no_last_heartbeat() -> None:
     assert parse_heartbeat({**HEARTBEAT, **stopped}).last_heartbeat == ""
 
 
-def refusal(parse: Parse, obj: object) -> ValueError | None:
+def refusal_text(parse: Parse, obj: object) -> ValueError | None:
     try:
         parse(obj)
     except ValueError as error:
@@ -286,7 +286,7 @@ def refusal(parse: Parse, obj: object) -> ValueError | None:
 
 @given(st.sampled_from(sorted(ITEM)), anything)
 def test_item_with_arbitrary_field_value_is_read_or_refused(name: str, value: object) -> None:
-    error = refusal(parse_item, {**ITEM, name: value})
+    error = refusal_text(parse_item, {**ITEM, name: value})
     if error is not None:
         assert error.__context__ is None
         return
@@ -298,8 +298,8 @@ def test_item_with_arbitrary_field_value_is_read_or_refused(name: str, value: ob
 @given(anything)
 def test_arbitrary_json_is_read_or_refused(value: object) -> None:
     for parse in (parse_item, parse_heartbeat, parse_stats):
-        refusal(parse, value)
-        refusal(parse, {**ITEM, **HEARTBEAT, **STATS, "data": value, "ttl_seconds": value})
+        refusal_text(parse, value)
+        refusal_text(parse, {**ITEM, **HEARTBEAT, **STATS, "data": value, "ttl_seconds": value})
 
 
 @given(st.datetimes(timezones=st.just(UTC)), st.sampled_from([0, 3, 6]))
@@ -314,6 +314,6 @@ def test_every_timestamp_format_of_protocol_is_read(time: datetime, digits: int)
 @pytest.mark.parametrize("name", ["id", "environment_id", "data", "state"])
 @pytest.mark.parametrize("bad", [HIDDEN + "/", {"x": [HIDDEN]}, [HIDDEN]])
 def test_parse_errors_do_not_quote_content(name: str, bad: object) -> None:
-    error = refusal(parse_item, {**ITEM, name: bad})
+    error = refusal_text(parse_item, {**ITEM, name: bad})
     assert error is not None
     assert HIDDEN not in repr(error)

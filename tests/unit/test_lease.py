@@ -1,4 +1,4 @@
-"""The lease without I/O: its arithmetic as tables, its guarantees as properties."""
+"""The lease without I/O: its arithmetic as tables, and its guarantees as properties."""
 
 from __future__ import annotations
 
@@ -87,20 +87,20 @@ def success(number: int = 1, **changes: Any) -> Heartbeat:
     return Heartbeat(**{**fields, **changes})
 
 
-def transient(reason: Any = "timeout", retry_after: float | None = None) -> TransientError:
+def transient_error(reason: Any = "timeout", retry_after: float | None = None) -> TransientError:
     return TransientError("heartbeat", None, "x", reason=reason, retry_after=retry_after)
 
 
-def refused(status: int) -> RefusedError:
+def refused_error(status: int) -> RefusedError:
     return RefusedError("heartbeat", status, "x")
 
 
 CONFLICT = ConflictError("heartbeat", 409, "x")
 PRECONDITION = PreconditionError("heartbeat", 412, "x")
-THROTTLED = transient("throttled")
+THROTTLED = transient_error("throttled")
 
 
-def exchange(
+def exchange_heartbeat(
     lease: Lease, sent: float, answered: float, outcome: Heartbeat | ControlPlaneError
 ) -> Decision:
     return lease.answered(answered, lease.send(sent, sent), outcome)
@@ -109,97 +109,97 @@ def exchange(
 # The states in which the rows of the tables start. Each lease ends at 60.
 
 
-def fresh() -> Lease:
+def fresh_lease() -> Lease:
     """Return a lease acknowledged at 0, without a heartbeat."""
     return make_lease()
 
 
-def unsettled() -> Lease:
+def unsettled_lease() -> Lease:
     """Return a lease whose ack answered `active`, without a heartbeat."""
     return make_lease(state="active")
 
 
-def unsettled_unanswered() -> Lease:
+def unanswered_unsettled() -> Lease:
     """Return a lease whose ack answered `active` and whose first heartbeat was not answered."""
-    lease = unsettled()
-    exchange(lease, 5.0, 6.0, transient())
+    lease = unsettled_lease()
+    exchange_heartbeat(lease, 5.0, 6.0, transient_error())
     return lease
 
 
-def settled() -> Lease:
+def settled_lease() -> Lease:
     """Return a lease whose ack answered `active` and whose first heartbeat succeeded."""
-    lease = unsettled()
-    exchange(lease, BEGUN_AT, BEGUN_AT, success())
+    lease = unsettled_lease()
+    exchange_heartbeat(lease, BEGUN_AT, BEGUN_AT, success())
     return lease
 
 
-def begun(**values: Any) -> Lease:
+def renewed_lease(**values: Any) -> Lease:
     """Return a lease whose first heartbeat was sent at 0 and succeeded."""
     lease = make_lease(**values)
-    exchange(lease, BEGUN_AT, BEGUN_AT, success(ttl_seconds=values.get("ttl", TTL)))
+    exchange_heartbeat(lease, BEGUN_AT, BEGUN_AT, success(ttl_seconds=values.get("ttl", TTL)))
     return lease
 
 
-def unanswered() -> Lease:
+def unanswered_lease() -> Lease:
     """Return a lease with an unanswered heartbeat after the first one."""
-    lease = begun()
-    exchange(lease, 5.0, 6.0, transient())
+    lease = renewed_lease()
+    exchange_heartbeat(lease, 5.0, 6.0, transient_error())
     return lease
 
 
-def throttled() -> Lease:
+def throttled_lease() -> Lease:
     """Return a lease with a heartbeat after the first one that was certainly not applied."""
-    lease = begun()
-    exchange(lease, 5.0, 6.0, THROTTLED)
+    lease = renewed_lease()
+    exchange_heartbeat(lease, 5.0, 6.0, THROTTLED)
     return lease
 
 
-def read_once() -> Lease:
+def checked_lease() -> Lease:
     """Return a lease that a read has shown to be held."""
-    lease = begun()
-    exchange(lease, 5.0, 6.0, CONFLICT)
-    lease.read(7.0, "conflict", ours())
+    lease = renewed_lease()
+    exchange_heartbeat(lease, 5.0, 6.0, CONFLICT)
+    lease.read(7.0, "conflict", our_item())
     return lease
 
 
-def lent() -> Lease:
+def handoff_lease() -> Lease:
     """Return a lease that a child process may have taken over."""
-    lease = begun()
+    lease = renewed_lease()
     lease.suspend()
     lease.resume(SENT)
     return lease
 
 
-def own_stop() -> Lease:
+def stopped_lease() -> Lease:
     """Return a lease for which a stop of this pool may have been applied."""
-    lease = begun()
+    lease = renewed_lease()
     lease.own_stop = True
     return lease
 
 
-def releasing() -> Lease:
+def releasing_lease() -> Lease:
     """Return a lease whose next heartbeat is the last one."""
-    lease = begun()
+    lease = renewed_lease()
     lease.release(SENT, 12.0)
     return lease
 
 
-def ours(**changes: Any) -> WorkItem:
+def our_item(**changes: Any) -> WorkItem:
     return make_item(**{"state": "active", "last_heartbeat": "hb_1", **changes})
 
 
-def stopped() -> WorkItem:
-    return ours(state="stopped")
+def stopped_item() -> WorkItem:
+    return our_item(state="stopped")
 
 
-def held_by_another() -> WorkItem:
-    return ours(acknowledged_at=ACKED + timedelta(seconds=90))
+def other_item() -> WorkItem:
+    return our_item(acknowledged_at=ACKED + timedelta(seconds=90))
 
 
-# Effects of an answer on a lease.
+# The effects of a heartbeat's answer on a lease.
 
 
-class Expected(NamedTuple):
+class ExpectedLease(NamedTuple):
     """The decision, and the lease after it.
 
     `due` is relative to the answer; None is not checked.
@@ -215,86 +215,95 @@ class Expected(NamedTuple):
 
 FIRST_REPEAT, SECOND_REPEAT = TTL / RETRY_PARTS[0], TTL / RETRY_PARTS[1]
 LOST = math.inf
-HELD = Expected("held", "ok", deadline=SENT + TTL)
-READ_CONFLICT = Expected("read", "conflict")
-READ_PRECONDITION = Expected("read", "precondition")
-NOT_OURS = Expected("over", "conflict", "lost", confirmed=True, due=LOST)
-GONE = Expected("over", "precondition", "lost", confirmed=True, due=LOST)
+HELD = ExpectedLease("held", "ok", deadline=SENT + TTL)
+READ_CONFLICT = ExpectedLease("read", "conflict")
+READ_PRECONDITION = ExpectedLease("read", "precondition")
+NOT_OURS = ExpectedLease("over", "conflict", "lost", confirmed=True, due=LOST)
+GONE = ExpectedLease("over", "precondition", "lost", confirmed=True, due=LOST)
 
-ANSWERS: list[tuple[Callable[[], Lease], Heartbeat | ControlPlaneError, Expected]] = [
+ANSWERS: list[tuple[Callable[[], Lease], Heartbeat | ControlPlaneError, ExpectedLease]] = [
     # successes
-    (fresh, success(), HELD),
-    (begun, success(2), HELD),
-    (unanswered, success(2), HELD),
-    (lent, success(2), HELD),
-    (begun, success(2, ttl_seconds=30), Expected("held", "ok", deadline=SENT + 30)),
-    (begun, success(2, ttl_seconds=600), Expected("held", "ok", deadline=SENT + 600)),
-    (begun, success(2, state="stopping"), HELD),
-    (unsettled, success(), HELD),
-    (unsettled_unanswered, success(), HELD),
+    (fresh_lease, success(), HELD),
+    (renewed_lease, success(2), HELD),
+    (unanswered_lease, success(2), HELD),
+    (handoff_lease, success(2), HELD),
+    (renewed_lease, success(2, ttl_seconds=30), ExpectedLease("held", "ok", deadline=SENT + 30)),
+    (renewed_lease, success(2, ttl_seconds=600), ExpectedLease("held", "ok", deadline=SENT + 600)),
+    (renewed_lease, success(2, state="stopping"), HELD),
+    (unsettled_lease, success(), HELD),
+    (unanswered_unsettled, success(), HELD),
     # `stopped` is final, extended or not, without a read
-    (begun, success(2, state="stopped"), Expected("over", "ok", "stopped", due=LOST)),
-    (own_stop, success(2, state="stopped"), Expected("over", "ok", "finished", due=LOST)),
-    (begun, success(2, state="stopped", lease_extended=False),
-     Expected("over", "ok", "stopped", due=LOST)),
-    (own_stop, success(2, state="stopped", lease_extended=False),
-     Expected("over", "ok", "finished", due=LOST)),
-    (begun, success(2, state="stopped", lease_extended=False, last_heartbeat=""),
-     Expected("over", "ok", "stopped", due=LOST)),
-    (releasing, success(2, ttl_seconds=12),
-     Expected("over", "ok", "released", deadline=SENT + 12, due=LOST)),
+    (renewed_lease, success(2, state="stopped"), ExpectedLease("over", "ok", "stopped", due=LOST)),
+    (stopped_lease, success(2, state="stopped"), ExpectedLease("over", "ok", "finished", due=LOST)),
+    (renewed_lease, success(2, state="stopped", lease_extended=False),
+     ExpectedLease("over", "ok", "stopped", due=LOST)),
+    (stopped_lease, success(2, state="stopped", lease_extended=False),
+     ExpectedLease("over", "ok", "finished", due=LOST)),
+    (renewed_lease, success(2, state="stopped", lease_extended=False, last_heartbeat=""),
+     ExpectedLease("over", "ok", "stopped", due=LOST)),
+    (releasing_lease, success(2, ttl_seconds=12),
+     ExpectedLease("over", "ok", "released", deadline=SENT + 12, due=LOST)),
     # not extended: the deadline stays
-    (begun, success(2, lease_extended=False, state="stopping"), Expected("held", "ok")),
-    (begun, success(2, lease_extended=False), READ_CONFLICT),
-    (own_stop, success(2, lease_extended=False), READ_CONFLICT),
+    (renewed_lease, success(2, lease_extended=False, state="stopping"),
+     ExpectedLease("held", "ok")),
+    (renewed_lease, success(2, lease_extended=False), READ_CONFLICT),
+    (stopped_lease, success(2, lease_extended=False), READ_CONFLICT),
     # not extended, and no last heartbeat: lost
-    (begun, success(2, lease_extended=False, last_heartbeat=""), NOT_OURS),
-    (unanswered, success(2, lease_extended=False, last_heartbeat=""), NOT_OURS),
-    (begun, success(2, lease_extended=False, last_heartbeat="", state="stopping"), NOT_OURS),
-    # an ack that answered `active` is confirmed by a heartbeat that extends the lease, not by a
-    # read
-    (unsettled, success(lease_extended=False), NOT_OURS),
-    (unsettled, success(state="stopping"), Expected("over", "conflict", "lost", due=LOST)),
-    (unsettled, CONFLICT, NOT_OURS),
-    (unsettled, PRECONDITION, GONE),
-    (unsettled_unanswered, PRECONDITION, GONE),
-    (unsettled_unanswered, CONFLICT, NOT_OURS),
+    (renewed_lease, success(2, lease_extended=False, last_heartbeat=""), NOT_OURS),
+    (unanswered_lease, success(2, lease_extended=False, last_heartbeat=""), NOT_OURS),
+    (renewed_lease, success(2, lease_extended=False, last_heartbeat="", state="stopping"),
+     NOT_OURS),
+    # a lease whose ack answered `active` is confirmed by a heartbeat that extends it, not by a read
+    (unsettled_lease, success(lease_extended=False), NOT_OURS),
+    (unsettled_lease, success(state="stopping"),
+     ExpectedLease("over", "conflict", "lost", due=LOST)),
+    (unsettled_lease, CONFLICT, NOT_OURS),
+    (unsettled_lease, PRECONDITION, GONE),
+    (unanswered_unsettled, PRECONDITION, GONE),
+    (unanswered_unsettled, CONFLICT, NOT_OURS),
     # transient errors: repeated, soon at first
-    (begun, transient("timeout"), Expected("again", "timeout", due=FIRST_REPEAT)),
-    (begun, transient("network"), Expected("again", "transient", due=FIRST_REPEAT)),
-    (begun, transient("server_error"), Expected("again", "transient", due=FIRST_REPEAT)),
-    (begun, transient("bad_body"), Expected("again", "transient", due=FIRST_REPEAT)),
-    (begun, THROTTLED, Expected("again", "transient", due=FIRST_REPEAT)),
-    (unanswered, transient("network"), Expected("again", "transient", due=SECOND_REPEAT)),
-    (begun, transient("throttled", 7.0), Expected("again", "transient", due=7.0)),
-    (begun, transient("server_error", 300.0),
-     Expected("again", "transient", due=(54.0 - ANSWERED) / 2)),
+    (renewed_lease, transient_error("timeout"),
+     ExpectedLease("again", "timeout", due=FIRST_REPEAT)),
+    (renewed_lease, transient_error("network"),
+     ExpectedLease("again", "transient", due=FIRST_REPEAT)),
+    (renewed_lease, transient_error("server_error"),
+     ExpectedLease("again", "transient", due=FIRST_REPEAT)),
+    (renewed_lease, transient_error("bad_body"),
+     ExpectedLease("again", "transient", due=FIRST_REPEAT)),
+    (renewed_lease, THROTTLED, ExpectedLease("again", "transient", due=FIRST_REPEAT)),
+    (unanswered_lease, transient_error("network"),
+     ExpectedLease("again", "transient", due=SECOND_REPEAT)),
+    (renewed_lease, transient_error("throttled", 7.0),
+     ExpectedLease("again", "transient", due=7.0)),
+    (renewed_lease, transient_error("server_error", 300.0),
+     ExpectedLease("again", "transient", due=(54.0 - ANSWERED) / 2)),
     # 412: read only if a heartbeat of this pool or of a child may have been applied
-    (fresh, PRECONDITION, GONE),
-    (begun, PRECONDITION, GONE),
-    (throttled, PRECONDITION, GONE),
-    (read_once, PRECONDITION, GONE),
-    (unanswered, PRECONDITION, READ_PRECONDITION),
-    (lent, PRECONDITION, READ_PRECONDITION),
+    (fresh_lease, PRECONDITION, GONE),
+    (renewed_lease, PRECONDITION, GONE),
+    (throttled_lease, PRECONDITION, GONE),
+    (checked_lease, PRECONDITION, GONE),
+    (unanswered_lease, PRECONDITION, READ_PRECONDITION),
+    (handoff_lease, PRECONDITION, READ_PRECONDITION),
     # 409: always read
-    (fresh, CONFLICT, READ_CONFLICT),
-    (begun, CONFLICT, READ_CONFLICT),
-    (own_stop, CONFLICT, READ_CONFLICT),
+    (fresh_lease, CONFLICT, READ_CONFLICT),
+    (renewed_lease, CONFLICT, READ_CONFLICT),
+    (stopped_lease, CONFLICT, READ_CONFLICT),
     # refusals: a credential may be renewed, an unknown item is lost
-    (begun, refused(401), Expected("again", "rejected", due=FIRST_REPEAT)),
-    (begun, refused(403), Expected("again", "rejected", due=FIRST_REPEAT)),
-    (begun, refused(405), Expected("again", "rejected", due=FIRST_REPEAT)),
-    (begun, refused(404), Expected("over", "rejected", "lost", confirmed=True, due=LOST)),
-    (begun, refused(400), Expected("over", "rejected", "lost", due=LOST)),
+    (renewed_lease, refused_error(401), ExpectedLease("again", "rejected", due=FIRST_REPEAT)),
+    (renewed_lease, refused_error(403), ExpectedLease("again", "rejected", due=FIRST_REPEAT)),
+    (renewed_lease, refused_error(405), ExpectedLease("again", "rejected", due=FIRST_REPEAT)),
+    (renewed_lease, refused_error(404),
+     ExpectedLease("over", "rejected", "lost", confirmed=True, due=LOST)),
+    (renewed_lease, refused_error(400), ExpectedLease("over", "rejected", "lost", due=LOST)),
 ]  # fmt: skip
 
 
 @pytest.mark.parametrize(("state", "outcome", "expected"), ANSWERS)
 def test_heartbeat_answer_determines_decision_status_and_deadline(
-    state: Callable[[], Lease], outcome: Heartbeat | ControlPlaneError, expected: Expected
+    state: Callable[[], Lease], outcome: Heartbeat | ControlPlaneError, expected: ExpectedLease
 ) -> None:
     lease = state()
-    decision = exchange(lease, SENT, ANSWERED, outcome)
+    decision = exchange_heartbeat(lease, SENT, ANSWERED, outcome)
     assert decision == (expected.then, expected.result)
     assert (lease.status, lease.confirmed) == (expected.status, expected.confirmed)
     assert lease.deadline == expected.deadline
@@ -305,7 +314,7 @@ def test_heartbeat_answer_determines_decision_status_and_deadline(
 
 @pytest.mark.parametrize("ttl", [10, 60, 600])
 def test_successful_heartbeat_schedules_next_after_third_of_ttl_less_jitter(ttl: int) -> None:
-    planned = {begun(ttl=ttl).due_at for _ in range(100)}
+    planned = {renewed_lease(ttl=ttl).due_at for _ in range(100)}
     assert min(planned) >= ttl / 3 * 0.9
     assert max(planned) <= ttl / 3
     assert max(planned) - min(planned) > ttl / 3 * 0.05
@@ -315,7 +324,7 @@ def test_successful_heartbeat_schedules_next_after_third_of_ttl_less_jitter(ttl:
 def test_lease_is_given_up_a_tenth_of_ttl_or_a_second_before_deadline(
     ttl: int, margin: float
 ) -> None:
-    lease = begun(ttl=ttl)
+    lease = renewed_lease(ttl=ttl)
     assert (lease.deadline, lease.give_up_at) == (ttl, ttl - margin)
 
 
@@ -330,7 +339,7 @@ def test_unsettled_lease_counts_from_poll_until_heartbeat_succeeds() -> None:
     lease = make_lease(ttl=30, state="active", polled_at=-9.0)
     assert (lease.deadline, lease.give_up_at) == (51, 45)
     assert lease.unsettled
-    exchange(lease, 1.0, 2.0, success(ttl_seconds=30))
+    exchange_heartbeat(lease, 1.0, 2.0, success(ttl_seconds=30))
     assert lease.deadline == 31
     assert not lease.unsettled
 
@@ -342,7 +351,7 @@ def test_lease_begun_by_ack_does_not_count_from_poll() -> None:
 
 def test_granted_ttl_replaces_requested_ttl() -> None:
     lease = make_lease(ttl=600)
-    exchange(lease, 0.0, 1.0, success(ttl_seconds=30))
+    exchange_heartbeat(lease, 0.0, 1.0, success(ttl_seconds=30))
     assert lease.deadline == 30
     assert lease.due_at <= 10
 
@@ -354,12 +363,12 @@ def test_granted_ttl_replaces_requested_ttl() -> None:
 def test_heartbeat_timeout_is_a_sixth_of_ttl_and_ends_before_give_up_time(
     ttl: int, request_timeout: float, sent: float, timeout: float
 ) -> None:
-    attempt = begun(ttl=ttl, request_timeout=request_timeout).send(sent, sent)
+    attempt = renewed_lease(ttl=ttl, request_timeout=request_timeout).send(sent, sent)
     assert attempt.timeout == pytest.approx(timeout, abs=0.001)
     assert attempt.timeout > 0
 
 
-@pytest.mark.parametrize("lease", [make_lease(ttl=10), releasing()], ids=["first", "release"])
+@pytest.mark.parametrize("lease", [make_lease(ttl=10), releasing_lease()], ids=["first", "release"])
 def test_heartbeat_that_may_shorten_lease_leaves_time_for_retry(lease: Lease) -> None:
     attempt = lease.send(SENT, SENT)
     assert attempt.timeout <= attempt.ttl / 6
@@ -367,64 +376,68 @@ def test_heartbeat_that_may_shorten_lease_leaves_time_for_retry(lease: Lease) ->
 
 
 def test_late_heartbeat_reports_its_lag() -> None:
-    assert begun().send(20.0, 18.5).lag == 1.5
-    assert begun().send(20.0, 21.0).lag == 0
+    assert renewed_lease().send(20.0, 18.5).lag == 1.5
+    assert renewed_lease().send(20.0, 21.0).lag == 0
 
 
 def test_failed_heartbeats_are_repeated_with_growing_delay() -> None:
-    lease, now, delays = begun(), 20.0, []
+    lease, now, delays = renewed_lease(), 20.0, []
     for _ in range(5):
-        exchange(lease, now, now, THROTTLED)
+        exchange_heartbeat(lease, now, now, THROTTLED)
         delays.append(lease.due_at - now)
         now = lease.due_at
     assert delays == [pytest.approx(seconds) for seconds in (1, 2, 4, 4, 4)]
-    exchange(lease, now, now, success(2))
-    exchange(lease, now + 20, now + 20, THROTTLED)
+    exchange_heartbeat(lease, now, now, success(2))
+    exchange_heartbeat(lease, now + 20, now + 20, THROTTLED)
     assert lease.due_at - (now + 20) == pytest.approx(1)
 
 
 def test_heartbeat_answer_after_deadline_does_not_extend_lease() -> None:
-    lease = begun()
-    assert exchange(lease, 20.0, 59.9, success(2)).then == "held"
-    lease = begun()
-    assert exchange(lease, 20.0, 60.0, success(2)) == ("over", "timeout")
+    lease = renewed_lease()
+    assert exchange_heartbeat(lease, 20.0, 59.9, success(2)).then == "held"
+    lease = renewed_lease()
+    assert exchange_heartbeat(lease, 20.0, 60.0, success(2)) == ("over", "timeout")
     assert (lease.status, lease.confirmed, lease.deadline) == ("lost", False, 60)
 
 
 def test_unanswered_heartbeat_shortens_lease_to_its_requested_ttl() -> None:
     lease = make_lease(ttl=10)
-    exchange(lease, 1.0, 2.0, transient())
+    exchange_heartbeat(lease, 1.0, 2.0, transient_error())
     assert (lease.deadline, lease.give_up_at) == (11, 10)
 
 
-@pytest.mark.parametrize("outcome", [THROTTLED, refused(401), CONFLICT, PRECONDITION], ids=repr)
+@pytest.mark.parametrize(
+    "outcome", [THROTTLED, refused_error(401), CONFLICT, PRECONDITION], ids=repr
+)
 def test_heartbeat_refused_without_effect_does_not_shorten_lease(
     outcome: ControlPlaneError,
 ) -> None:
     lease = make_lease(ttl=10)
-    exchange(lease, 1.0, 2.0, outcome)
+    exchange_heartbeat(lease, 1.0, 2.0, outcome)
     assert lease.deadline == 60
 
 
-def test_unsent_heartbeat_does_not_shorten_lease() -> None:
+def test_heartbeat_that_was_not_sent_does_not_shorten_lease() -> None:
     lease = make_lease(ttl=10)
     lease.unsent(lease.send(1.0, 1.0))
     assert (lease.deadline, lease.in_flight) == (60, False)
 
 
 def test_abandoned_heartbeat_counts_as_unanswered() -> None:
-    lease = begun()
+    lease = renewed_lease()
     lease.send(5.0, 5.0)
     lease.abandoned()
     assert not lease.in_flight
-    assert exchange(lease, SENT, ANSWERED, PRECONDITION) == READ_PRECONDITION[:2]
+    assert exchange_heartbeat(lease, SENT, ANSWERED, PRECONDITION) == READ_PRECONDITION[:2]
 
 
-@pytest.mark.parametrize("outcome", [success(2), transient(), PRECONDITION, refused(404)], ids=repr)
+@pytest.mark.parametrize(
+    "outcome", [success(2), transient_error(), PRECONDITION, refused_error(404)], ids=repr
+)
 def test_heartbeat_answer_after_end_of_lease_changes_nothing(
     outcome: Heartbeat | ControlPlaneError,
 ) -> None:
-    lease = begun()
+    lease = renewed_lease()
     attempt = lease.send(SENT, SENT)
     lease.end("released")
     assert lease.answered(ANSWERED, attempt, outcome) == ("over", None)
@@ -432,17 +445,17 @@ def test_heartbeat_answer_after_end_of_lease_changes_nothing(
     assert (lease.due_at, lease.in_flight) == (math.inf, False)
 
 
-# The expected last heartbeat.
+# The value of `expected_last_heartbeat`.
 
 
 def test_heartbeat_expects_the_last_answered_heartbeat() -> None:
     lease = make_lease()
     assert lease.send(0.0, 0.0).expected == "NO_HEARTBEAT"
-    lease = begun()
+    lease = renewed_lease()
     assert lease.expected == "hb_1"
-    exchange(lease, SENT, ANSWERED, transient())
+    exchange_heartbeat(lease, SENT, ANSWERED, transient_error())
     assert lease.expected == "hb_1"
-    exchange(lease, SENT + 5, SENT + 5, success(2))
+    exchange_heartbeat(lease, SENT + 5, SENT + 5, success(2))
     assert lease.expected == "hb_2"
 
 
@@ -453,68 +466,77 @@ def test_first_heartbeat_of_child_expects_last_heartbeat_of_parent() -> None:
 @pytest.mark.parametrize(
     ("item", "expected"),
     [
-        (ours(last_heartbeat="hb_5"), "hb_5"),
-        (ours(last_heartbeat=None), "NO_HEARTBEAT"),
+        (our_item(last_heartbeat="hb_5"), "hb_5"),
+        (our_item(last_heartbeat=None), "NO_HEARTBEAT"),
         # in `starting` it belongs to a former holder
-        (ours(state="starting", last_heartbeat="hb_5"), "NO_HEARTBEAT"),
+        (our_item(state="starting", last_heartbeat="hb_5"), "NO_HEARTBEAT"),
     ],
 )
 def test_heartbeat_after_read_expects_last_heartbeat_of_item(item: WorkItem, expected: str) -> None:
-    lease = unanswered()
-    exchange(lease, SENT, ANSWERED, PRECONDITION)
+    lease = unanswered_lease()
+    exchange_heartbeat(lease, SENT, ANSWERED, PRECONDITION)
     lease.read(23.0, "precondition", item)
     assert lease.expected == expected
 
 
 # Effects of a read on a lease.
 
-READS: list[tuple[Callable[[], Lease], WorkItem | ControlPlaneError | None, Expected]] = [
-    (unanswered, ours(), Expected("again", "recovered", due=0)),
-    (unanswered, ours(last_heartbeat="hb_2"), Expected("again", "recovered", due=0)),
-    (unanswered, ours(state="stopping"), Expected("again", "recovered", due=0)),
+READS: list[tuple[Callable[[], Lease], WorkItem | ControlPlaneError | None, ExpectedLease]] = [
+    (unanswered_lease, our_item(), ExpectedLease("again", "recovered", due=0)),
+    (unanswered_lease, our_item(last_heartbeat="hb_2"), ExpectedLease("again", "recovered", due=0)),
+    (unanswered_lease, our_item(state="stopping"), ExpectedLease("again", "recovered", due=0)),
     # the second read in a row must not be followed by a heartbeat at once
-    (read_once, ours(), Expected("again", "recovered", due=FIRST_REPEAT)),
-    (begun, stopped(), Expected("over", "conflict", "stopped", due=LOST)),
-    (own_stop, stopped(), Expected("over", "conflict", "finished", due=LOST)),
-    (begun, ours(state="queued"),
-     Expected("over", "conflict", "lost", confirmed=True, due=LOST)),
-    (begun, ours(state="starting"), Expected("again", "recovered", due=0)),
+    (checked_lease, our_item(), ExpectedLease("again", "recovered", due=FIRST_REPEAT)),
+    (renewed_lease, stopped_item(), ExpectedLease("over", "conflict", "stopped", due=LOST)),
+    (stopped_lease, stopped_item(), ExpectedLease("over", "conflict", "finished", due=LOST)),
+    (renewed_lease, our_item(state="queued"),
+     ExpectedLease("over", "conflict", "lost", confirmed=True, due=LOST)),
+    (renewed_lease, our_item(state="starting"), ExpectedLease("again", "recovered", due=0)),
     # the item was `active` before: a poll has leased it to another worker
-    (settled, ours(state="starting"),
-     Expected("over", "conflict", "lost", confirmed=True, due=LOST)),
-    (begun, held_by_another(), Expected("over", "conflict", "lost", confirmed=True, due=LOST)),
-    (own_stop, held_by_another(), Expected("over", "conflict", "lost", confirmed=True, due=LOST)),
-    (begun, ours(acknowledged_at=None),
-     Expected("over", "conflict", "lost", confirmed=True, due=LOST)),
+    (settled_lease, our_item(state="starting"),
+     ExpectedLease("over", "conflict", "lost", confirmed=True, due=LOST)),
+    (renewed_lease, other_item(),
+     ExpectedLease("over", "conflict", "lost", confirmed=True, due=LOST)),
+    (stopped_lease, other_item(),
+     ExpectedLease("over", "conflict", "lost", confirmed=True, due=LOST)),
+    (renewed_lease, our_item(acknowledged_at=None),
+     ExpectedLease("over", "conflict", "lost", confirmed=True, due=LOST)),
     # not found, or the credential may not read
-    (begun, None, Expected("over", "conflict", "lost", due=LOST)),
-    (unanswered, None, Expected("over", "conflict", "lost", due=LOST)),
-    (own_stop, None, Expected("over", "conflict", "finished", due=LOST)),
+    (renewed_lease, None, ExpectedLease("over", "conflict", "lost", due=LOST)),
+    (unanswered_lease, None, ExpectedLease("over", "conflict", "lost", due=LOST)),
+    (stopped_lease, None, ExpectedLease("over", "conflict", "finished", due=LOST)),
     # handoff: a heartbeat later than the parent's is the child's
-    (lent, ours(), Expected("again", "recovered", due=0)),
-    (lent, ours(last_heartbeat="hb_2"), Expected("over", "conflict", "handed_off", due=LOST)),
-    (lent, ours(last_heartbeat="hb_2", state="stopped"),
-     Expected("over", "conflict", "handed_off", due=LOST)),
-    (lent, ours(state="starting"),
-     Expected("over", "conflict", "lost", confirmed=True, due=LOST)),
-    (lent, held_by_another(), Expected("over", "conflict", "lost", confirmed=True, due=LOST)),
+    (handoff_lease, our_item(), ExpectedLease("again", "recovered", due=0)),
+    (handoff_lease, our_item(last_heartbeat="hb_2"),
+     ExpectedLease("over", "conflict", "handed_off", due=LOST)),
+    (handoff_lease, our_item(last_heartbeat="hb_2", state="stopped"),
+     ExpectedLease("over", "conflict", "handed_off", due=LOST)),
+    (handoff_lease, our_item(state="starting"),
+     ExpectedLease("over", "conflict", "lost", confirmed=True, due=LOST)),
+    (handoff_lease, other_item(),
+     ExpectedLease("over", "conflict", "lost", confirmed=True, due=LOST)),
     # a read that fails
-    (begun, transient("timeout"), Expected("again", "timeout", due=FIRST_REPEAT)),
-    (begun, transient("server_error", 9.0), Expected("again", "transient", due=9.0)),
-    (begun, refused(401), Expected("again", "rejected", due=FIRST_REPEAT)),
-    (begun, refused(404), Expected("over", "rejected", "lost", confirmed=True, due=LOST)),
-    (begun, CONFLICT, Expected("again", "rejected", due=FIRST_REPEAT)),
-    (begun, PRECONDITION, Expected("again", "rejected", due=FIRST_REPEAT)),
+    (renewed_lease, transient_error("timeout"),
+     ExpectedLease("again", "timeout", due=FIRST_REPEAT)),
+    (renewed_lease, transient_error("server_error", 9.0),
+     ExpectedLease("again", "transient", due=9.0)),
+    (renewed_lease, refused_error(401), ExpectedLease("again", "rejected", due=FIRST_REPEAT)),
+    (renewed_lease, refused_error(404),
+     ExpectedLease("over", "rejected", "lost", confirmed=True, due=LOST)),
+    (renewed_lease, CONFLICT, ExpectedLease("again", "rejected", due=FIRST_REPEAT)),
+    (renewed_lease, PRECONDITION, ExpectedLease("again", "rejected", due=FIRST_REPEAT)),
 ]  # fmt: skip
 READ_AT = ANSWERED + 1
 
 
 @pytest.mark.parametrize(("state", "outcome", "expected"), READS)
 def test_read_of_item_determines_decision_status_and_deadline(
-    state: Callable[[], Lease], outcome: WorkItem | ControlPlaneError | None, expected: Expected
+    state: Callable[[], Lease],
+    outcome: WorkItem | ControlPlaneError | None,
+    expected: ExpectedLease,
 ) -> None:
     lease = state()
-    exchange(lease, SENT, ANSWERED, CONFLICT)
+    exchange_heartbeat(lease, SENT, ANSWERED, CONFLICT)
     assert lease.in_flight
     decision = lease.read(READ_AT, "conflict", outcome)
     assert decision == (expected.then, expected.result)
@@ -523,40 +545,40 @@ def test_read_of_item_determines_decision_status_and_deadline(
     assert lease.due_at == pytest.approx(READ_AT + (expected.due or 0))
 
 
-def test_failed_read_keeps_412_in_doubt_and_successful_read_does_not() -> None:
-    lease = begun()
-    exchange(lease, SENT, ANSWERED, CONFLICT)
-    lease.read(READ_AT, "conflict", transient())
-    assert exchange(lease, 25.0, 25.0, PRECONDITION).then == "read"
-    lease.read(26.0, "precondition", ours())
-    assert exchange(lease, 26.0, 26.0, PRECONDITION) == ("over", "precondition")
+def test_failed_read_after_412_leaves_ownership_unknown_and_successful_read_does_not() -> None:
+    lease = renewed_lease()
+    exchange_heartbeat(lease, SENT, ANSWERED, CONFLICT)
+    lease.read(READ_AT, "conflict", transient_error())
+    assert exchange_heartbeat(lease, 25.0, 25.0, PRECONDITION).then == "read"
+    lease.read(26.0, "precondition", our_item())
+    assert exchange_heartbeat(lease, 26.0, 26.0, PRECONDITION) == ("over", "precondition")
 
 
 def test_read_after_end_of_lease_changes_nothing() -> None:
-    lease = begun()
-    exchange(lease, SENT, ANSWERED, CONFLICT)
+    lease = renewed_lease()
+    exchange_heartbeat(lease, SENT, ANSWERED, CONFLICT)
     lease.end("released")
-    assert lease.read(READ_AT, "conflict", held_by_another()) == ("over", None)
+    assert lease.read(READ_AT, "conflict", other_item()) == ("over", None)
     assert (lease.status, lease.confirmed, lease.in_flight) == ("released", False, False)
 
 
-# Stop requests, releases, doubt.
+# Stop requests, releases, and leases in doubt after a pause of the machine.
 
 
-@pytest.mark.parametrize(("state", "requested"), [(begun, True), (own_stop, False)])
+@pytest.mark.parametrize(("state", "requested"), [(renewed_lease, True), (stopped_lease, False)])
 def test_state_stopping_is_stop_request_unless_pool_itself_stops_item(
     state: Callable[[], Lease], *, requested: bool
 ) -> None:
     lease = state()
-    exchange(lease, SENT, ANSWERED, success(2, state="stopping"))
+    exchange_heartbeat(lease, SENT, ANSWERED, success(2, state="stopping"))
     assert lease.stop_requested == requested
-    exchange(lease, 40.0, 41.0, success(3))
+    exchange_heartbeat(lease, 40.0, 41.0, success(3))
     assert lease.stop_requested == requested  # a stop request is never withdrawn
 
 
 def test_first_heartbeat_in_state_stopping_begins_lease() -> None:
-    lease = fresh()
-    exchange(lease, 0.0, 1.0, success(state="stopping"))
+    lease = fresh_lease()
+    exchange_heartbeat(lease, 0.0, 1.0, success(state="stopping"))
     assert lease.begun
     assert lease.stop_requested
     assert lease.held(1.0)
@@ -566,7 +588,7 @@ def test_first_heartbeat_in_state_stopping_begins_lease() -> None:
     ("delay", "ttl"), [(0, 10), (-1, 10), (9.9, 10), (12.4, 12), (1e9, 600), (math.inf, 600)]
 )
 def test_release_delay_is_limited_to_range_of_protocol(delay: float, ttl: int) -> None:
-    lease = begun()
+    lease = renewed_lease()
     lease.release(5.0, delay)
     assert lease.due_at == 5.0
     attempt = lease.send(5.0, 5.0)
@@ -574,18 +596,18 @@ def test_release_delay_is_limited_to_range_of_protocol(delay: float, ttl: int) -
 
 
 def test_release_during_heartbeat_makes_next_heartbeat_the_last() -> None:
-    lease = begun()
+    lease = renewed_lease()
     attempt = lease.send(SENT, SENT)
     lease.release(SENT + 1, 10.0)
     assert lease.answered(ANSWERED, attempt, success(2)).then == "held"
     assert (lease.status, lease.due_at) == ("held", SENT + 1)
-    assert exchange(lease, ANSWERED, ANSWERED, success(3, ttl_seconds=10)).then == "over"
+    assert exchange_heartbeat(lease, ANSWERED, ANSWERED, success(3, ttl_seconds=10)).then == "over"
     assert lease.status == "released"
 
 
-def test_repeated_release_remains_the_last_heartbeat() -> None:
-    lease = releasing()
-    exchange(lease, SENT, ANSWERED, transient())
+def test_second_release_request_leaves_the_heartbeat_the_last_one() -> None:
+    lease = releasing_lease()
+    exchange_heartbeat(lease, SENT, ANSWERED, transient_error())
     assert lease.deadline == SENT + 12  # the heartbeat may have been applied
     attempt = lease.send(23.0, 23.0)
     assert (attempt.ttl, attempt.last) == (12, True)
@@ -593,50 +615,50 @@ def test_repeated_release_remains_the_last_heartbeat() -> None:
 
 
 def test_release_without_extension_in_state_stopping_ends_lease() -> None:
-    lease = releasing()
-    exchange(lease, SENT, ANSWERED, success(2, lease_extended=False, state="stopping"))
+    lease = releasing_lease()
+    exchange_heartbeat(lease, SENT, ANSWERED, success(2, lease_extended=False, state="stopping"))
     assert lease.status == "released"
 
 
-def test_check_soon_makes_heartbeat_due_at_once() -> None:
-    lease = begun()
+def test_check_requested_soon_makes_heartbeat_due_at_once() -> None:
+    lease = renewed_lease()
     lease.check_soon(5.0)
     lease.check_soon(6.0)
     assert lease.due_at == 5.0
 
 
-def test_check_soon_of_suspended_lease_schedules_no_heartbeat() -> None:
-    lease = begun()
+def test_check_requested_soon_while_suspended_schedules_no_heartbeat() -> None:
+    lease = renewed_lease()
     lease.suspend()
     lease.check_soon(5.0)
     assert lease.due_at == math.inf
 
 
-def test_doubted_lease_schedules_heartbeat_at_once() -> None:
-    lease = begun()
+def test_lease_in_doubt_schedules_heartbeat_at_once() -> None:
+    lease = renewed_lease()
     assert lease.doubt(5.0)
     assert lease.due_at == 5.0
 
 
-def test_failed_heartbeat_of_doubted_lease_is_repeated_after_delay() -> None:
-    lease = begun()
+def test_failed_heartbeat_of_lease_in_doubt_is_repeated_after_delay() -> None:
+    lease = renewed_lease()
     lease.doubt(5.0)
-    exchange(lease, 5.0, 5.1, THROTTLED)
+    exchange_heartbeat(lease, 5.0, 5.1, THROTTLED)
     due_at = lease.due_at
     assert due_at > 5.1
     assert not lease.doubt(5.2)
     assert lease.due_at == due_at
 
 
-def test_lease_can_be_doubted_again_after_successful_heartbeat() -> None:
-    lease = begun()
+def test_lease_can_be_in_doubt_again_after_successful_heartbeat() -> None:
+    lease = renewed_lease()
     lease.doubt(5.0)
-    exchange(lease, 5.0, 5.1, success(2))
+    exchange_heartbeat(lease, 5.0, 5.1, success(2))
     assert lease.doubt(7.0)
 
 
 def test_successful_heartbeat_records_clock_offset_of_its_sending() -> None:
-    lease = begun()
+    lease = renewed_lease()
     attempt = lease.send(SENT, SENT, 30.0)
     assert lease.clock_offset == 0.0
     lease.answered(ANSWERED, attempt, success(2))
@@ -644,8 +666,8 @@ def test_successful_heartbeat_records_clock_offset_of_its_sending() -> None:
 
 
 @pytest.mark.parametrize("extended", [True, False])
-def test_answer_stopping_after_a_pause_does_not_verify_the_lease(*, extended: bool) -> None:
-    lease = begun()
+def test_answer_stopping_after_a_pause_leaves_lease_in_doubt(*, extended: bool) -> None:
+    lease = renewed_lease()
     lease.doubt(SENT)
     attempt = lease.send(SENT, SENT, 30.0)
     answer = success(2, lease_extended=extended, state="stopping")
@@ -654,12 +676,12 @@ def test_answer_stopping_after_a_pause_does_not_verify_the_lease(*, extended: bo
 
 
 def test_failed_heartbeat_records_no_clock_offset() -> None:
-    lease = begun()
-    lease.answered(ANSWERED, lease.send(SENT, SENT, 30.0), transient())
+    lease = renewed_lease()
+    lease.answered(ANSWERED, lease.send(SENT, SENT, 30.0), transient_error())
     assert lease.clock_offset == 0.0
 
 
-# The check before a request.
+# The check of the lease before each request.
 
 
 @pytest.mark.parametrize(
@@ -677,7 +699,7 @@ def test_failed_heartbeat_records_no_clock_offset() -> None:
 def test_lease_check_raises_unless_lease_is_held(
     change: Callable[[Lease], None], error: type[Exception] | None
 ) -> None:
-    lease = begun()
+    lease = renewed_lease()
     change(lease)
     assert lease.held(1.0) == (error is None)
     assert (lease.remaining(1.0) == 59.0) == (error is None)
@@ -693,7 +715,7 @@ def test_lease_check_raises_unless_lease_is_held(
 
 
 def test_lease_expires_at_give_up_time() -> None:
-    lease = begun()
+    lease = renewed_lease()
     assert not lease.expire(53.9)
     assert lease.expire(54.0)
     assert (lease.status, lease.confirmed, lease.due_at) == ("lost", False, math.inf)
@@ -701,8 +723,8 @@ def test_lease_expires_at_give_up_time() -> None:
 
 @pytest.mark.parametrize("first", ["finished", "released", "stopped", "lost", "handed_off"])
 @pytest.mark.parametrize("second", ["finished", "released", "stopped", "lost", "handed_off"])
-def test_first_end_status_of_lease_is_kept(first: Any, second: Any) -> None:
-    lease = begun()
+def test_first_final_status_of_lease_is_kept(first: Any, second: Any) -> None:
+    lease = renewed_lease()
     lease.end(first, "taken")
     lease.end(second, "taken")
     lease.expire(1000.0)
@@ -718,7 +740,7 @@ seconds = st.floats(0.0, 40.0, allow_nan=False, allow_subnormal=False)
 statuses = st.sampled_from([400, 401, 403, 404, 409, 412, 429, 500, 503])
 
 
-class ControlPlane:
+class SimulatedControlPlane:
     """The operations of the embedded control plane with a clock that the test moves."""
 
     def __init__(self) -> None:
@@ -737,7 +759,7 @@ class ControlPlane:
         try:
             item = self.operations.heartbeat(ENVIRONMENT, self.work_id, expected, ttl)
         except APIError as refusal:
-            return error_of(refusal.status)
+            return error_of_call(refusal.status)
         return parse_heartbeat({"type": WORK_HEARTBEAT, **heartbeat_answer(item, extended=True)})
 
     def get(self) -> WorkItem:
@@ -747,11 +769,11 @@ class ControlPlane:
         self.operations.queue(ENVIRONMENT)
         return self.operations.get(ENVIRONMENT, self.work_id).state
 
-    def stop(self, worker: str, *, force: bool) -> None:
+    def stop_item(self, worker: str, *, force: bool) -> None:
         self.operations.stop(ENVIRONMENT, self.work_id, worker, force=force)
 
 
-def error_of(status: int) -> ControlPlaneError:
+def error_of_call(status: int) -> ControlPlaneError:
     match status:
         case 409:
             return CONFLICT
@@ -760,17 +782,19 @@ def error_of(status: int) -> ControlPlaneError:
         case 429:
             return THROTTLED
         case 500 | 503:
-            return transient("server_error", 3.0)
+            return transient_error("server_error", 3.0)
         case _:
-            return refused(status)
+            return refused_error(status)
 
 
-class LeaseMachine(RuleBasedStateMachine):
-    """Heartbeats that arrive late, twice or never; lost answers; another worker."""
+class LeaseStateMachine(RuleBasedStateMachine):
+    """A lease whose heartbeats may arrive late, twice or never, and another worker that claims its
+    item.
+    """
 
     def __init__(self) -> None:
         super().__init__()
-        self.plane = ControlPlane()
+        self.plane = SimulatedControlPlane()
         self.rival_has_it = False
         self.attempt: HeartbeatAttempt | None = None
         self.reading = False
@@ -791,7 +815,7 @@ class LeaseMachine(RuleBasedStateMachine):
         self.plane.now += latency
         self.lease = Lease(self.plane.ack("ours"), acked_at, ttl=ttl, request_timeout=10.0)
 
-    # Time, and actions of others.
+    # The passing of time, and actions of others.
 
     @rule(length=seconds)
     def wait(self, length: float) -> None:
@@ -809,7 +833,7 @@ class LeaseMachine(RuleBasedStateMachine):
 
     @precondition(lambda self: not self.rival_has_it)
     @rule(begins=st.booleans())
-    def rival_takes_it(self, *, begins: bool) -> None:
+    def other_worker_claims_item(self, *, begins: bool) -> None:
         if self.plane.poll("rival"):
             self.plane.ack("rival")
             self.rival_has_it = True
@@ -817,32 +841,32 @@ class LeaseMachine(RuleBasedStateMachine):
                 self.plane.heartbeat("NO_HEARTBEAT", 600)
 
     @rule(force=st.booleans())
-    def operator_stops_it(self, *, force: bool) -> None:
-        self.plane.stop("operator", force=force)
+    def operator_stops_item(self, *, force: bool) -> None:
+        self.plane.stop_item("operator", force=force)
 
-    # The session.
+    # Requests of the session.
 
     @precondition(lambda self: self.lease.held(self.now))
     @rule(applied=st.booleans())
-    def stop_it_ourselves(self, *, applied: bool) -> None:
+    def pool_stops_item(self, *, applied: bool) -> None:
         self.lease.own_stop = True
         if applied:
-            self.plane.stop("ours", force=True)
+            self.plane.stop_item("ours", force=True)
 
     @precondition(lambda self: not self.lease.over)
     @rule(delay=st.floats(-5, 700))
-    def release_it(self, delay: float) -> None:
+    def pool_releases_item(self, delay: float) -> None:
         self.lease.release(self.now, delay)
 
     @rule()
-    def check_it_soon(self) -> None:
+    def pool_requests_check(self) -> None:
         self.lease.check_soon(self.now)
 
     # Heartbeats.
 
     @precondition(lambda self: not self.lease.in_flight and not self.lease.over)
     @rule()
-    def send(self) -> None:
+    def send_heartbeat(self) -> None:
         if self.lease.due_at <= self.now:
             assert self.lease.held(self.now)
             self.attempt = self.lease.send(self.now, self.lease.due_at)
@@ -862,20 +886,20 @@ class LeaseMachine(RuleBasedStateMachine):
     @rule()
     def answer_arrives(self) -> None:
         assert self.answer is not None
-        self._answered(self.answer)
+        self._apply_answer(self.answer)
 
     @precondition(lambda self: self.attempt is not None)
     @rule(reason=st.sampled_from(["timeout", "network", "bad_body"]))
     def answer_is_lost(self, reason: str) -> None:
-        self._answered(transient(reason))
+        self._apply_answer(transient_error(reason))
 
     @precondition(lambda self: self.attempt in self.under_way)
     @rule(status=statuses)
-    def proxy_answers(self, status: int) -> None:
+    def proxy_refuses_request(self, status: int) -> None:
         """Let a proxy refuse the request, which then does not reach the control plane."""
         assert self.attempt is not None
         self.under_way.remove(self.attempt)
-        self._answered(error_of(status))
+        self._apply_answer(error_of_call(status))
 
     @precondition(lambda self: self.attempt in self.under_way)
     @rule()
@@ -891,13 +915,13 @@ class LeaseMachine(RuleBasedStateMachine):
         self.lease.abandoned()
         self.attempt = self.answer = None
 
-    def _answered(self, outcome: Heartbeat | ControlPlaneError) -> None:
+    def _apply_answer(self, outcome: Heartbeat | ControlPlaneError) -> None:
         assert self.attempt is not None
         decision = self.lease.answered(self.now, self.attempt, outcome)
         self.reading = decision.then == "read"
         if decision.then == "held" and isinstance(outcome, Heartbeat) and outcome.lease_extended:
             assert self.lease.deadline == self.attempt.at + outcome.ttl_seconds
-        self._settled(decision)
+        self._check_decision(decision)
         self.attempt = self.answer = None
 
     # Reads.
@@ -911,20 +935,20 @@ class LeaseMachine(RuleBasedStateMachine):
     @rule()
     def read_is_answered(self) -> None:
         assert self.item is not None
-        self._read(self.item)
+        self._start_read(self.item)
 
     @precondition(lambda self: self.reading)
     @rule(status=statuses | st.none())
     def read_fails(self, status: int | None) -> None:
-        self._read(transient() if status is None else error_of(status))
+        self._start_read(transient_error() if status is None else error_of_call(status))
 
-    def _read(self, outcome: WorkItem | ControlPlaneError) -> None:
+    def _start_read(self, outcome: WorkItem | ControlPlaneError) -> None:
         before = self.lease.deadline
-        self._settled(self.lease.read(self.now, "conflict", outcome))
+        self._check_decision(self.lease.read(self.now, "conflict", outcome))
         assert self.lease.deadline == before
         self.reading, self.item = False, None
 
-    def _settled(self, decision: Decision) -> None:
+    def _check_decision(self, decision: Decision) -> None:
         """Check the conditions that hold after every decision."""
         assert self.lease.in_flight == (decision.then == "read")
         assert (decision.then == "over") == self.lease.over
@@ -940,13 +964,13 @@ class LeaseMachine(RuleBasedStateMachine):
     # Invariants.
 
     @invariant()
-    def lease_that_is_held_is_nobody_elses(self) -> None:
+    def held_lease_belongs_to_no_other_worker(self) -> None:
         if self.lease.held(self.now):
             assert not self.rival_has_it
             assert self.plane.state() != "queued"
 
     @invariant()
-    def lease_that_is_over_stays_over(self) -> None:
+    def ended_lease_stays_ended(self) -> None:
         if self.final is not None:
             assert (self.lease.status, self.lease.confirmed) == self.final
             assert self.lease.due_at == math.inf
@@ -959,11 +983,11 @@ class LeaseMachine(RuleBasedStateMachine):
         assert self.lease.give_up_at <= self.lease.deadline - 1
 
     @invariant()
-    def confirmed_loss_is_a_loss(self) -> None:
+    def lost_lease_is_not_held(self) -> None:
         assert not self.lease.confirmed or self.lease.status == "lost"
 
 
-TestLeaseMachine = pytest.mark.trial(LeaseMachine.TestCase)
+TestLeaseMachine = pytest.mark.trial(LeaseStateMachine.TestCase)
 TestLeaseMachine.settings = settings(max_examples=100, stateful_step_count=30, deadline=None)
 
 
@@ -990,11 +1014,11 @@ def test_lease_deadline_never_exceeds_send_time_plus_granted_ttl(
     lost=st.lists(st.booleans(), min_size=5, max_size=5),
     pauses=st.lists(st.floats(0.01, 15), min_size=5, max_size=5),
 )
-def test_handoff_never_gives_item_to_parent_and_child(
+def test_handoff_never_leaves_item_to_both_parent_and_child(
     order: list[str], lost: list[bool], pauses: list[float]
 ) -> None:
-    """Both expect the same last heartbeat, so that only one of them can get the item."""
-    plane = ControlPlane()
+    """Parent and child expect the same last heartbeat, so only one of them can extend the lease."""
+    plane = SimulatedControlPlane()
     plane.poll("ours")
     parent = Lease(plane.ack("ours"), 0.0, ttl=60, request_timeout=10.0)
     attempt = parent.send(0.0, 0.0)
@@ -1023,14 +1047,14 @@ def test_handoff_never_gives_item_to_parent_and_child(
         assert parent.status in {"handed_off", "lost"}
 
 
-def heartbeat(plane: ControlPlane, lease: Lease, *, lost: bool = False) -> str:
+def heartbeat(plane: SimulatedControlPlane, lease: Lease, *, lost: bool = False) -> str:
     """Send one heartbeat, and read the item if the decision requires it."""
     if lease.over:
         return "over"
     attempt = lease.send(plane.now, plane.now)
     plane.now += LATENCY
     answer = plane.heartbeat(attempt.expected, attempt.ttl)
-    decision = lease.answered(plane.now, attempt, transient() if lost else answer)
+    decision = lease.answered(plane.now, attempt, transient_error() if lost else answer)
     if decision.then == "read":
         decision = lease.read(plane.now, decision.result, plane.get())
     return decision.then

@@ -1,4 +1,4 @@
-"""The lease clock, which counts sleep on every platform, and pauses as jumps between two clocks."""
+"""The lease clock, which counts sleep on every platform, and the detection of pauses."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def test_lease_clock_counts_sleep_on_macos(monkeypatch: pytest.MonkeyPatch) -> N
     assert clock_that_counts_sleep()() == float(time.CLOCK_MONOTONIC)
 
 
-def test_lease_clock_elsewhere_is_the_monotonic_one(
+def test_lease_clock_of_other_platforms_is_the_monotonic_clock(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.delattr(time, "CLOCK_BOOTTIME", raising=False)
@@ -49,7 +49,7 @@ def test_lease_clock_elsewhere_is_the_monotonic_one(
     assert before <= clock_that_counts_sleep()() <= time.monotonic()
 
 
-class Clocks:
+class MovableClocks:
     """A lease clock and a wall clock that the test moves."""
 
     def __init__(self) -> None:
@@ -57,7 +57,7 @@ class Clocks:
         self.wall = 1_772_366_400.0
         self.detector = PauseDetector(lambda: self.lease, lambda: self.wall)
 
-    def paused_after(self, lease: float, wall: float) -> bool:
+    def pause_reported_after(self, lease: float, wall: float) -> bool:
         """Move both clocks, and return whether the detector reports a pause."""
         before = self.detector.offset()
         self.lease += lease
@@ -81,4 +81,4 @@ class Clocks:
 def test_clock_jump_of_wall_clock_against_lease_clock_is_a_pause(
     lease: float, wall: float, *, paused: bool
 ) -> None:
-    assert Clocks().paused_after(lease, wall) == paused
+    assert MovableClocks().pause_reported_after(lease, wall) == paused

@@ -1,4 +1,6 @@
-"""The lease renewer in virtual time: heartbeats in time, releases, pacing, machines that sleep."""
+"""The lease renewer in virtual time: timely heartbeats, releases, limits, and machines that
+sleep.
+"""
 
 from __future__ import annotations
 
@@ -17,7 +19,7 @@ from workpool.testing.virtual_time import in_virtual_time
 from workpool.wire.items import Heartbeat
 
 if TYPE_CHECKING:
-    from tests.unit.conftest import Bench
+    from tests.unit.conftest import LeaseTestbed
 
 START = 1_772_366_400.0
 LOST = Fault(answer="silence")
@@ -28,15 +30,15 @@ LOOK = 0.1
 """A little more than the shortest time between two ticks of the renewer."""
 
 
-def refusal(status: int) -> Fault:
+def refused_answer(status: int) -> Fault:
     return Fault(answer=status, applied=False)
 
 
-def gaps(times: list[float]) -> list[float]:
+def time_gaps(times: list[float]) -> list[float]:
     return [later - earlier for earlier, later in pairwise(times)]
 
 
-def assert_changed(one: Bench, at: float, status: str) -> None:
+def assert_lease_change(one: LeaseTestbed, at: float, status: str) -> None:
     """Assert that one change was reported, at this time and with this status."""
     [(changed_at, changed_to)] = one.changes
     assert changed_at == pytest.approx(at, abs=LOOK)
@@ -47,36 +49,36 @@ def assert_changed(one: Bench, at: float, status: str) -> None:
 
 
 @in_virtual_time
-async def test_lease_is_renewed_every_third_of_ttl_for_an_hour(bench: type[Bench]) -> None:
-    one = bench()
+async def test_lease_is_renewed_every_third_of_ttl_for_an_hour(testbed: type[LeaseTestbed]) -> None:
+    one = testbed()
     async with one.open():
-        lease = await one.begin(await one.claim())
+        lease = await one.send_first_heartbeat(await one.claim_item())
         await asyncio.sleep(3_600)
         assert lease.held(one.clock())
-    between = gaps(one.times("heartbeat"))
+    between = time_gaps(one.send_times("heartbeat"))
     assert len(between) > 3_600 / 20.1
     assert all(18 <= gap <= 20 + LOOK for gap in between)
-    assert set(one.outcomes()) == {"ok"}
+    assert set(one.heartbeat_results()) == {"ok"}
     assert max(event.lag_seconds for _, event in one.results) < LOOK
     assert not one.changes
 
 
 @in_virtual_time
-async def test_new_lease_is_renewed_from_next_tick(bench: type[Bench]) -> None:
-    one = bench(ttl=10)
+async def test_new_lease_is_renewed_from_next_tick(testbed: type[LeaseTestbed]) -> None:
+    one = testbed(ttl=10)
     async with one.open():
         await asyncio.sleep(100.5)
-        lease = await one.begin(await one.claim())
+        lease = await one.send_first_heartbeat(await one.claim_item())
         await asyncio.sleep(100)
         assert lease.held(one.clock())
-    assert max(gaps(one.times("heartbeat"))) < 10 / 3 + LOOK
+    assert max(time_gaps(one.send_times("heartbeat"))) < 10 / 3 + LOOK
 
 
 @in_virtual_time
-async def test_removed_lease_is_not_renewed(bench: type[Bench]) -> None:
-    one = bench()
+async def test_removed_lease_is_not_renewed(testbed: type[LeaseTestbed]) -> None:
+    one = testbed()
     async with one.open():
-        lease = await one.begin(await one.claim())
+        lease = await one.send_first_heartbeat(await one.claim_item())
         assert one.renewer.leases() == [lease]
         one.renewer.remove(lease)
         assert one.renewer.leases() == []
@@ -86,57 +88,61 @@ async def test_removed_lease_is_not_renewed(bench: type[Bench]) -> None:
 
 
 @in_virtual_time
-async def test_ended_lease_is_not_added_to_renewer(bench: type[Bench]) -> None:
-    one = bench()
+async def test_ended_lease_is_not_added_to_renewer(testbed: type[LeaseTestbed]) -> None:
+    one = testbed()
     async with one.open():
-        item = await one.claim()
+        item = await one.claim_item()
         item.lease.end("lost")
         one.renewer.add(item.lease, item)
         assert one.renewer.leases() == []
 
 
 @in_virtual_time
-async def test_failed_heartbeat_is_repeated_with_growing_delay(bench: type[Bench]) -> None:
-    one = bench(heartbeat=[None, *[RESET] * 6])
+async def test_failed_heartbeat_is_repeated_with_growing_delay(testbed: type[LeaseTestbed]) -> None:
+    one = testbed(heartbeat=[None, *[RESET] * 6])
     async with one.open():
-        lease = await one.begin(await one.claim())
+        lease = await one.send_first_heartbeat(await one.claim_item())
         await asyncio.sleep(50)
         assert lease.held(one.clock())
-    assert gaps(one.times("heartbeat"))[1:7] == pytest.approx([1, 2, 4, 4, 4, 4], abs=LOOK)
-    assert one.outcomes() == ["ok", *["transient"] * 6, "ok"]
+    assert time_gaps(one.send_times("heartbeat"))[1:7] == pytest.approx(
+        [1, 2, 4, 4, 4, 4], abs=LOOK
+    )
+    assert one.heartbeat_results() == ["ok", *["transient"] * 6, "ok"]
 
 
 @in_virtual_time
-async def test_urgent_heartbeat_is_sent_without_waiting_for_tick(bench: type[Bench]) -> None:
+async def test_urgent_heartbeat_is_sent_without_waiting_for_tick(
+    testbed: type[LeaseTestbed],
+) -> None:
     slow = Fault(answer=409, applied=False, answer_delay=3)
-    one = bench(heartbeat=[None, slow], get=[Fault(answer_delay=3)])
+    one = testbed(heartbeat=[None, slow], get=[Fault(answer_delay=3)])
     async with one.open():
-        await one.begin(await one.claim())
+        await one.send_first_heartbeat(await one.claim_item())
         await asyncio.sleep(30)
-    assert one.outcomes() == ["ok", "recovered", "ok"]
-    _, second, third = one.times("heartbeat")
+    assert one.heartbeat_results() == ["ok", "recovered", "ok"]
+    _, second, third = one.send_times("heartbeat")
     assert third == pytest.approx(second + 6)
-    # The time of earlier answers is not lag of the renewer.
+    # The duration of earlier answers does not count as lag of the renewer.
     assert max(event.lag_seconds for _, event in one.results) < LOOK
 
 
 @in_virtual_time
-async def test_lost_heartbeat_answer_is_recovered_by_read(bench: type[Bench]) -> None:
-    one = bench(heartbeat=[None, LOST])
+async def test_lost_answer_of_heartbeat_is_recovered_by_a_read(testbed: type[LeaseTestbed]) -> None:
+    one = testbed(heartbeat=[None, LOST])
     async with one.open():
-        lease = await one.begin(await one.claim())
+        lease = await one.send_first_heartbeat(await one.claim_item())
         await asyncio.sleep(120)
         assert lease.held(one.clock())
-    assert one.outcomes()[:4] == ["ok", "timeout", "recovered", "ok"]
+    assert one.heartbeat_results()[:4] == ["ok", "timeout", "recovered", "ok"]
 
 
 @in_virtual_time
 async def test_contradictory_answers_of_control_plane_cause_few_requests(
-    bench: type[Bench],
+    testbed: type[LeaseTestbed],
 ) -> None:
-    one = bench(heartbeat=[None, LOST, *[refusal(412)] * 999])
+    one = testbed(heartbeat=[None, LOST, *[refused_answer(412)] * 999])
     async with one.open():
-        lease = await one.begin(await one.claim())
+        lease = await one.send_first_heartbeat(await one.claim_item())
         await asyncio.sleep(600)
         assert lease.status == "lost"
     assert len(one.sent) < 30
@@ -144,29 +150,29 @@ async def test_contradictory_answers_of_control_plane_cause_few_requests(
 
 @pytest.mark.parametrize(("ttl", "end"), [(60, 54), (10, 9)])
 def test_lease_without_answers_is_lost_before_its_deadline(
-    bench: type[Bench], ttl: int, end: float
+    testbed: type[LeaseTestbed], ttl: int, end: float
 ) -> None:
     @in_virtual_time
-    async def check() -> None:
-        one = bench(ttl=ttl, heartbeat=[None, *[UNSENT] * 999])
+    async def check_lost_in_time() -> None:
+        one = testbed(ttl=ttl, heartbeat=[None, *[UNSENT] * 999])
         async with one.open():
-            lease = await one.begin(await one.claim())
+            lease = await one.send_first_heartbeat(await one.claim_item())
             await asyncio.sleep(300)
-        assert_changed(one, end, "lost")
+        assert_lease_change(one, end, "lost")
         assert not lease.confirmed
-        assert max(one.times("heartbeat")) < end
+        assert max(one.send_times("heartbeat")) < end
 
-    check()
+    check_lost_in_time()
 
 
 @in_virtual_time
-async def test_lease_whose_heartbeat_waits_in_line_is_lost_before_its_deadline(
-    bench: type[Bench],
+async def test_lease_whose_heartbeat_waits_for_a_connection_is_lost_before_its_deadline(
+    testbed: type[LeaseTestbed],
 ) -> None:
-    """The lease has no heartbeat in flight whose end would give it up."""
-    one = bench(ttl=10)
+    """No heartbeat of the lease is in flight whose time limit could end it."""
+    one = testbed(ttl=10)
     async with one.open():
-        leases = [await one.begin(await one.claim()) for _ in range(200)]
+        leases = [await one.send_first_heartbeat(await one.claim_item()) for _ in range(200)]
         one.script = Script(heartbeat=[UNSENT] * 9_999)
         await asyncio.sleep(30)
     assert len(one.lost_at) == 200
@@ -174,26 +180,28 @@ async def test_lease_whose_heartbeat_waits_in_line_is_lost_before_its_deadline(
 
 
 @in_virtual_time
-async def test_crashed_heartbeat_loses_its_own_lease_only(
-    bench: type[Bench], caplog: pytest.LogCaptureFixture
+async def test_heartbeat_that_crashes_loses_its_own_lease_only(
+    testbed: type[LeaseTestbed], caplog: pytest.LogCaptureFixture
 ) -> None:
-    one = bench()
+    one = testbed()
     async with one.open():
-        leases = [await one.begin(await one.claim()) for _ in range(2)]
+        leases = [await one.send_first_heartbeat(await one.claim_item()) for _ in range(2)]
         leases[0]._ttl_asked = "a bug"  # type: ignore[assignment]  # a bug
         one.renewer.check_soon(leases[0])
         await asyncio.sleep(60)
         assert [lease.held(one.clock()) for lease in leases] == [False, True]
-    assert_changed(one, 0, "lost")
+    assert_lease_change(one, 0, "lost")
     assert "heartbeat crashed" in caplog.text
 
 
 @in_virtual_time
-async def test_stop_request_is_reported_once_while_lease_is_renewed(bench: type[Bench]) -> None:
-    one = bench()
+async def test_stop_request_is_reported_once_while_lease_is_renewed(
+    testbed: type[LeaseTestbed],
+) -> None:
+    one = testbed()
     async with one.open():
-        item = await one.claim()
-        lease = await one.begin(item)
+        item = await one.claim_item()
+        lease = await one.send_first_heartbeat(item)
         await one.rival.stop(item.id)
         await asyncio.sleep(600)
         assert lease.held(one.clock())
@@ -202,11 +210,11 @@ async def test_stop_request_is_reported_once_while_lease_is_renewed(bench: type[
 
 
 @in_virtual_time
-async def test_item_stopped_by_another_client_is_reported(bench: type[Bench]) -> None:
-    one = bench()
+async def test_item_stopped_by_another_client_is_reported(testbed: type[LeaseTestbed]) -> None:
+    one = testbed()
     async with one.open():
-        item = await one.claim()
-        await one.begin(item)
+        item = await one.claim_item()
+        await one.send_first_heartbeat(item)
         await one.rival.stop(item.id, force=True)
         await asyncio.sleep(60)
     assert [status for _, status in one.changes] == ["stopped"]
@@ -214,102 +222,109 @@ async def test_item_stopped_by_another_client_is_reported(bench: type[Bench]) ->
 
 
 @in_virtual_time
-async def test_check_soon_sends_heartbeat_at_once(bench: type[Bench]) -> None:
-    one = bench()
+async def test_check_requested_soon_sends_heartbeat_at_once(testbed: type[LeaseTestbed]) -> None:
+    one = testbed()
     async with one.open():
-        lease = await one.begin(await one.claim())
+        lease = await one.send_first_heartbeat(await one.claim_item())
         await asyncio.sleep(5)
         one.renewer.check_soon(lease)
         await asyncio.sleep(LOOK)
-    assert one.times("heartbeat") == pytest.approx([0, 5])
+    assert one.send_times("heartbeat") == pytest.approx([0, 5])
 
 
 @in_virtual_time
-async def test_suspended_renewer_sends_no_heartbeats(bench: type[Bench]) -> None:
+async def test_suspended_renewer_sends_no_heartbeats(testbed: type[LeaseTestbed]) -> None:
     """The renewer is suspended while the handlers' loop is blocked for too long."""
-    one = bench()
+    one = testbed()
     async with one.open():
-        first, second = await one.begin(await one.claim()), await one.begin(await one.claim())
+        first, second = (
+            await one.send_first_heartbeat(await one.claim_item()),
+            await one.send_first_heartbeat(await one.claim_item()),
+        )
         one.renewer.renewing = False
         one.renewer.monitor._ping += 1  # as if the loop had not answered
         one.renewer.remove(second)
         await asyncio.sleep(300)
         assert first.status == "lost"
     assert len(one.sent) == 1
-    assert_changed(one, 54, "lost")
+    assert_lease_change(one, 54, "lost")
 
 
 # Releases.
 
 
 @in_virtual_time
-async def test_release_sends_one_last_heartbeat(bench: type[Bench]) -> None:
-    one = bench()
+async def test_release_sends_one_last_heartbeat(testbed: type[LeaseTestbed]) -> None:
+    one = testbed()
     async with one.open():
-        item = await one.claim()
-        lease = await one.begin(item)
+        item = await one.claim_item()
+        lease = await one.send_first_heartbeat(item)
         await asyncio.sleep(5)
         one.renewer.release(lease, 12.4)
         await asyncio.sleep(300)
-    assert one.times("heartbeat") == pytest.approx([0, 5])
+    assert one.send_times("heartbeat") == pytest.approx([0, 5])
     assert lease.status == "released"
-    assert_changed(one, 5, "released")
-    assert one.history(item, "heartbeat")[1].lease_end == pytest.approx(START + 5 + 12)
+    assert_lease_change(one, 5, "released")
+    assert one.item_history(item, "heartbeat")[1].lease_end == pytest.approx(START + 5 + 12)
 
 
 @pytest.mark.parametrize("answer", [Fault(answer_delay=4), RESET], ids=["slow", "reset"])
 def test_release_during_heartbeat_or_retry_sends_one_last_heartbeat(
-    bench: type[Bench], answer: Fault
+    testbed: type[LeaseTestbed], answer: Fault
 ) -> None:
     @in_virtual_time
-    async def check() -> None:
-        one = bench(heartbeat=[None, answer, RESET])
+    async def check_last_heartbeat() -> None:
+        one = testbed(heartbeat=[None, answer, RESET])
         async with one.open():
-            item = await one.claim()
-            lease = await one.begin(item)
+            item = await one.claim_item()
+            lease = await one.send_first_heartbeat(item)
             one.renewer.check_soon(lease)
             await asyncio.sleep(0.5)
             one.renewer.release(lease, 10)
             await asyncio.sleep(300)
         assert lease.status == "released"
-        ttls = [round((each.lease_end or 0) - each.time) for each in one.history(item, "heartbeat")]
+        ttls = [
+            round((each.lease_end or 0) - each.time) for each in one.item_history(item, "heartbeat")
+        ]
         assert ttls == ([60, 60, 10] if answer.applied else [60, 10])
 
-    check()
+    check_last_heartbeat()
 
 
 @in_virtual_time
 async def test_release_that_cannot_be_sent_ends_in_lost_lease(
-    bench: type[Bench],
+    testbed: type[LeaseTestbed],
 ) -> None:
-    one = bench(heartbeat=[None, *[UNSENT] * 99])
+    one = testbed(heartbeat=[None, *[UNSENT] * 99])
     async with one.open():
-        lease = await one.begin(await one.claim())
+        lease = await one.send_first_heartbeat(await one.claim_item())
         await asyncio.sleep(5)
         one.renewer.release(lease, 10)
         await asyncio.sleep(300)
     assert one.changes[0][0] == pytest.approx(5 + 9, abs=LOOK)
     assert lease.status == "lost"
-    assert len(one.times("heartbeat")) > 3
+    assert len(one.send_times("heartbeat")) > 3
     assert not lease.confirmed
 
 
 @in_virtual_time
-async def test_release_of_ended_lease_sends_nothing(bench: type[Bench]) -> None:
-    one = bench()
+async def test_release_of_ended_lease_sends_nothing(testbed: type[LeaseTestbed]) -> None:
+    one = testbed()
     async with one.open():
-        item = await one.claim()
-        lease = await one.begin(item)
+        item = await one.claim_item()
+        lease = await one.send_first_heartbeat(item)
         lease.end("lost")
         one.renewer.release(lease, 10)
         await asyncio.sleep(30)
     assert len(one.sent) == 1
 
 
-# Pacing.
+# Limits of concurrent heartbeats and of their rate.
 
 
-def assert_paced(peaks: list[tuple[float, int]], since: float, width: int = WIDTH_MIN) -> None:
+def assert_heartbeats_limited(
+    peaks: list[tuple[float, int]], since: float, width: int = WIDTH_MIN
+) -> None:
     """Assert that at most 50 more calls were in flight each second after `since`."""
     for at, under_way in peaks:
         assert under_way <= width + NEW_CONNECTIONS_PER_SECOND * (at - since + LOOK) + 1
@@ -317,11 +332,11 @@ def assert_paced(peaks: list[tuple[float, int]], since: float, width: int = WIDT
 
 @in_virtual_time
 async def test_heartbeats_after_sleep_start_at_no_more_than_fifty_a_second(
-    bench: type[Bench],
+    testbed: type[LeaseTestbed],
 ) -> None:
-    one = bench()
+    one = testbed()
     async with one.open():
-        leases = [await one.begin(await one.claim()) for _ in range(800)]
+        leases = [await one.send_first_heartbeat(await one.claim_item()) for _ in range(800)]
         await asyncio.sleep(10)
         one.peaks.clear()
         one.latency = 5.0
@@ -329,19 +344,19 @@ async def test_heartbeats_after_sleep_start_at_no_more_than_fifty_a_second(
         await asyncio.sleep(20)
         assert all(lease.held(one.clock()) for lease in leases)
     assert len(one.peaks) >= 800
-    assert_paced(one.peaks, since=32)
+    assert_heartbeats_limited(one.peaks, since=32)
     assert max(under_way for _, under_way in one.peaks) > 100
 
 
 @in_virtual_time
 async def test_quick_heartbeats_are_never_more_than_ten_at_once(
-    bench: type[Bench],
+    testbed: type[LeaseTestbed],
 ) -> None:
     """Existing connections are reused before new ones are opened."""
-    one = bench()
+    one = testbed()
     async with one.open():
         for _ in range(300):
-            await one.begin(await one.claim())
+            await one.send_first_heartbeat(await one.claim_item())
         one.peaks.clear()
         one.latency = 0.001
         for lease in one.renewer.leases():
@@ -352,10 +367,12 @@ async def test_quick_heartbeats_are_never_more_than_ten_at_once(
 
 
 @in_virtual_time
-async def test_heartbeat_concurrency_limit_shrinks_after_disuse(bench: type[Bench]) -> None:
-    one = bench()
+async def test_heartbeat_concurrency_limit_shrinks_after_disuse(
+    testbed: type[LeaseTestbed],
+) -> None:
+    one = testbed()
     async with one.open():
-        leases = [await one.begin(await one.claim()) for _ in range(400)]
+        leases = [await one.send_first_heartbeat(await one.claim_item()) for _ in range(400)]
         one.latency = 5.0
         await asyncio.sleep(40)
         assert max(under_way for _, under_way in one.peaks) > 100
@@ -371,7 +388,7 @@ class SlowClient(LocalClient):
     Simulated control planes are too slow.
     """
 
-    def __init__(self, bench: Bench) -> None:
+    def __init__(self, bench: LeaseTestbed) -> None:
         super().__init__(bench.operations, bench.settings)
         self.under_way = 0
         self.peaks: list[tuple[float, int]] = []
@@ -391,32 +408,32 @@ class SlowClient(LocalClient):
 @pytest.mark.timeout(180)
 @in_virtual_time
 async def test_six_thousand_leases_with_half_a_second_latency_stay_held(
-    bench: type[Bench],
+    testbed: type[LeaseTestbed],
 ) -> None:
     """A fixed limit of concurrent heartbeats below latency times rate would lose some leases."""
-    one = bench()
+    one = testbed()
     client = SlowClient(one)
     one.renewer._connect = lambda: client
     async with one.open():
-        item = await one.claim()
+        item = await one.claim_item()
         leases = [Lease(item.work_item, 0.0, ttl=60, request_timeout=10.0) for _ in range(6_000)]
         for lease in leases:
             lease.begun, lease.due_at = True, 20.0
             one.renewer.add(lease, item)
         await asyncio.sleep(75)
         assert all(lease.remaining(one.clock()) > 20 for lease in leases)
-    assert_paced(client.peaks, since=20)
+    assert_heartbeats_limited(client.peaks, since=20)
     assert not one.changes
 
 
 @in_virtual_time
-async def test_leases_with_earliest_deadline_are_renewed_first(bench: type[Bench]) -> None:
-    one = bench()
+async def test_leases_with_earliest_deadline_are_renewed_first(testbed: type[LeaseTestbed]) -> None:
+    one = testbed()
     async with one.open():
         items = []
         for _ in range(100):
-            items.append(await one.claim())
-            await one.begin(items[-1])
+            items.append(await one.claim_item())
+            await one.send_first_heartbeat(items[-1])
             await asyncio.sleep(0.01)
         one.script.sent.clear()
         one.latency = 1.0
@@ -430,10 +447,10 @@ async def test_leases_with_earliest_deadline_are_renewed_first(bench: type[Bench
 
 
 @in_virtual_time
-async def test_machine_that_slept_beyond_ttl_loses_its_leases(bench: type[Bench]) -> None:
-    one = bench()
+async def test_machine_that_slept_beyond_ttl_loses_its_leases(testbed: type[LeaseTestbed]) -> None:
+    one = testbed()
     async with one.open():
-        lease = await one.begin(await one.claim())
+        lease = await one.send_first_heartbeat(await one.claim_item())
         await asyncio.sleep(5)
         one.loop.suspend(55)
         await asyncio.sleep(1 + LOOK)
@@ -442,11 +459,13 @@ async def test_machine_that_slept_beyond_ttl_loses_its_leases(bench: type[Bench]
 
 
 @in_virtual_time
-async def test_machine_that_slept_within_ttl_renews_its_leases_at_once(bench: type[Bench]) -> None:
+async def test_machine_that_slept_within_ttl_renews_its_leases_at_once(
+    testbed: type[LeaseTestbed],
+) -> None:
     """The timers stood still, so the next heartbeat would come after the end of the lease."""
-    one = bench()
+    one = testbed()
     async with one.open():
-        lease = await one.begin(await one.claim())
+        lease = await one.send_first_heartbeat(await one.claim_item())
         await asyncio.sleep(1)
         one.loop.suspend(50)
         await asyncio.sleep(1 + LOOK)
@@ -455,11 +474,11 @@ async def test_machine_that_slept_within_ttl_renews_its_leases_at_once(bench: ty
 
 @in_virtual_time
 async def test_lease_with_hanging_heartbeat_is_lost_in_time_after_sleep(
-    bench: type[Bench],
+    testbed: type[LeaseTestbed],
 ) -> None:
-    one = bench(heartbeat=[None, UNSENT])
+    one = testbed(heartbeat=[None, UNSENT])
     async with one.open():
-        lease = await one.begin(await one.claim())
+        lease = await one.send_first_heartbeat(await one.claim_item())
         one.renewer.check_soon(lease)
         await asyncio.sleep(0.5)
         one.loop.suspend(53.5)
@@ -470,11 +489,11 @@ async def test_lease_with_hanging_heartbeat_is_lost_in_time_after_sleep(
 
 @in_virtual_time
 async def test_heartbeat_answer_read_after_sleep_beyond_ttl_does_not_extend_lease(
-    bench: type[Bench],
+    testbed: type[LeaseTestbed],
 ) -> None:
-    one = bench(heartbeat=[None, Fault(answer_delay=5)])
+    one = testbed(heartbeat=[None, Fault(answer_delay=5)])
     async with one.open():
-        lease = await one.begin(await one.claim())
+        lease = await one.send_first_heartbeat(await one.claim_item())
         one.renewer.check_soon(lease)
         await asyncio.sleep(1)
         one.loop.suspend(60)
@@ -485,13 +504,13 @@ async def test_heartbeat_answer_read_after_sleep_beyond_ttl_does_not_extend_leas
 
 @in_virtual_time
 async def test_paused_machine_sends_only_heartbeats_until_each_lease_is_verified(
-    bench: type[Bench],
+    testbed: type[LeaseTestbed],
 ) -> None:
-    one = bench()
+    one = testbed()
     async with one.open():
-        items = [await one.claim() for _ in range(3)]
+        items = [await one.claim_item() for _ in range(3)]
         for item in items:
-            await one.begin(item)
+            await one.send_first_heartbeat(item)
         await asyncio.sleep(5)
         one.latency = 1.0
         one.ahead += 30  # as if the lease clock had stood still
@@ -504,15 +523,15 @@ async def test_paused_machine_sends_only_heartbeats_until_each_lease_is_verified
         await asyncio.sleep(0.3)
         for item in items:
             one.sender.check(item, by_handler=False)
-    assert one.times("heartbeat") == pytest.approx([0, 0, 0, 5, 5, 5])
+    assert one.send_times("heartbeat") == pytest.approx([0, 0, 0, 5, 5, 5])
     assert [status for _, status in one.changes] == ["held"] * 3  # the reports wake waiting calls
 
 
 @in_virtual_time
-async def test_renewer_notices_pause_of_machine_at_next_tick(bench: type[Bench]) -> None:
-    one = bench()
+async def test_renewer_detects_pause_of_machine_at_next_tick(testbed: type[LeaseTestbed]) -> None:
+    one = testbed()
     async with one.open():
-        lease = await one.begin(await one.claim())
+        lease = await one.send_first_heartbeat(await one.claim_item())
         await asyncio.sleep(5)
         one.ahead += 30
         await asyncio.sleep(1 + LOOK)
@@ -522,15 +541,15 @@ async def test_renewer_notices_pause_of_machine_at_next_tick(bench: type[Bench])
 
 @in_virtual_time
 async def test_item_claimed_by_another_worker_during_pause_is_lost_before_any_write(
-    bench: type[Bench],
+    testbed: type[LeaseTestbed],
 ) -> None:
-    one = bench()
+    one = testbed()
     async with one.open():
-        item = await one.claim()
-        lease = await one.begin(item)
+        item = await one.claim_item()
+        lease = await one.send_first_heartbeat(item)
         await asyncio.sleep(5)
         one.ahead += 300
-        one.steal(item.id)
+        one.claim_as_other_worker(item.id)
         with pytest.raises(TransientError, match="verified first"):
             one.sender.check_write(item, by_handler=False)
         await asyncio.sleep(1)
@@ -542,12 +561,12 @@ async def test_item_claimed_by_another_worker_during_pause_is_lost_before_any_wr
 
 @in_virtual_time
 async def test_pause_during_heartbeat_causes_another_heartbeat_at_once(
-    bench: type[Bench],
+    testbed: type[LeaseTestbed],
 ) -> None:
-    one = bench(heartbeat=[None, Fault(answer_delay=2)])
+    one = testbed(heartbeat=[None, Fault(answer_delay=2)])
     async with one.open():
-        item = await one.claim()
-        lease = await one.begin(item)
+        item = await one.claim_item()
+        lease = await one.send_first_heartbeat(item)
         one.renewer.check_soon(lease)
         await asyncio.sleep(1)
         one.ahead += 30
@@ -555,23 +574,25 @@ async def test_pause_during_heartbeat_causes_another_heartbeat_at_once(
             one.sender.check_write(item, by_handler=False)
         await asyncio.sleep(1.1)
         one.sender.check(item, by_handler=False)
-    assert one.times("heartbeat") == pytest.approx([0, 0, 2], abs=LOOK)
+    assert one.send_times("heartbeat") == pytest.approx([0, 0, 2], abs=LOOK)
 
 
 @in_virtual_time
-async def test_pause_during_claim_puts_lease_in_doubt(
-    bench: type[Bench],
+async def test_pause_during_claim_of_item_puts_its_lease_in_doubt(
+    testbed: type[LeaseTestbed],
 ) -> None:
-    """The first heartbeat was answered before the pause, which another item's check noticed."""
-    one = bench(heartbeat=[None, Fault(answer_delay=2)])
+    """The first heartbeat was answered before the pause; another item's heartbeat detected the
+    pause.
+    """
+    one = testbed(heartbeat=[None, Fault(answer_delay=2)])
     async with one.open():
-        first, second = await one.claim(), await one.claim()
-        await one.begin(first)
+        first, second = await one.claim_item(), await one.claim_item()
+        await one.send_first_heartbeat(first)
         async with asyncio.TaskGroup() as group:
-            group.create_task(one.begin(second))
+            group.create_task(one.send_first_heartbeat(second))
             await asyncio.sleep(1)
             one.ahead += 300
-            one.steal(second.id)
+            one.claim_as_other_worker(second.id)
             with pytest.raises(TransientError, match="verified first"):
                 one.sender.check_write(first, by_handler=False)
         with pytest.raises(TransientError, match="verified first"):
@@ -582,16 +603,16 @@ async def test_pause_during_claim_puts_lease_in_doubt(
 
 
 @in_virtual_time
-async def test_pause_before_first_heartbeat_loses_lease(bench: type[Bench]) -> None:
-    """A drain would then mark the item, which another worker may hold by now."""
-    one = bench()
+async def test_pause_before_first_heartbeat_loses_lease(testbed: type[LeaseTestbed]) -> None:
+    """The item may be another worker's by now, so that a drain must not write to it."""
+    one = testbed()
     async with one.open():
-        item = await one.claim()
+        item = await one.claim_item()
         await asyncio.sleep(1)
         one.ahead += 300
         for _ in range(2):
             with pytest.raises(LeaseLost):
                 one.sender.check_write(item, by_handler=False)
         await asyncio.sleep(1)
-        other = await one.claim()  # acknowledged after the pause
+        other = await one.claim_item()  # acknowledged after the pause
         one.sender.check(other, by_handler=False)

@@ -35,7 +35,7 @@ ENVIRONMENT = "env_00000000000070008000000000000001"
 TICK_SECONDS = 0.02
 
 
-class RenewerBench:
+class RenewerTestbed:
     """A renewer with its reports, and a clock that the test can move forward."""
 
     def __init__(self) -> None:
@@ -51,77 +51,86 @@ class RenewerBench:
         self.script = Script()
         self.sent = threading.Semaphore(0)
         self.threads: set[str] = set()
-        self.operations = Operations([ENVIRONMENT], now=lambda: 1_772_366_400.0 + self.clock())
+        self.operations = Operations(
+            [ENVIRONMENT], now=lambda: 1_772_366_400.0 + self.lease_clock()
+        )
 
-    def clock(self) -> float:
+    def lease_clock(self) -> float:
         return lease_clock() + self.ahead
 
-    def fault_of(self, request: Request) -> Fault | None:
+    def fault_for_request(self, request: Request) -> Fault | None:
         self.threads.add(threading.current_thread().name)
         self.sent.release()
         return self.script(request)
 
-    def observe(self, kind: Any, /, *values: Any) -> None:
+    def record_event(self, kind: Any, /, *values: Any) -> None:
         """Record an event; called on the renewer thread."""
         event = kind(*values)
         if self.fault is not None:
             raise self.fault
         self.events.append(event)
-        self._notify()
+        self._set_events()
 
-    def changed(self, item: PoolItem) -> None:
+    def record_lease_change(self, item: PoolItem) -> None:
         assert item.lease is not None
         self.reported.append(item.lease.status)
         self.changes.notify()
 
-    def failed(self, error: LeaseRenewerError) -> None:
+    def record_failure(self, error: LeaseRenewerError) -> None:
         self.failures.append(error)
         self.changes.notify()
 
-    def stopped_renewing(self, error: LeaseRenewerError | None) -> None:
+    def record_end_of_renewal(self, error: LeaseRenewerError | None) -> None:
         """Record the end of renewal; called on the renewer thread."""
         self.ended.append(error)
         self.blocked.set()
-        self._notify()
+        self._set_events()
 
-    def _notify(self) -> None:
+    def _set_events(self) -> None:
         with contextlib.suppress(RuntimeError):  # the handlers' loop is closed
             self.loop.call_soon_threadsafe(self.changes.notify)
 
-    def renewer(
+    def make_renewer(
         self, *services: contextlib.AbstractAsyncContextManager[Any], **values: Any
     ) -> LeaseRenewer:
-        settings = self.settings(**values)
+        settings = self.make_settings(**values)
         return LeaseRenewer(
             settings,
-            self.clock,
-            self.clock,
-            lambda: LocalClient(self.operations, settings, faults=self.fault_of),
-            Callbacks(cast("Any", self.observe), self.changed, self.failed, self.stopped_renewing),
+            self.lease_clock,
+            self.lease_clock,
+            lambda: LocalClient(self.operations, settings, faults=self.fault_for_request),
+            Callbacks(
+                cast("Any", self.record_event),
+                self.record_lease_change,
+                self.record_failure,
+                self.record_end_of_renewal,
+            ),
             services,
         )
 
-    def settings(self, **values: Any) -> Settings:
+    def make_settings(self, **values: Any) -> Settings:
         return Settings(
             environment_id=ENVIRONMENT, base_url="http://127.0.0.1:1", token=ENVIRONMENT, **values
         )
 
-    async def claim(self) -> PoolItem:
-        """Return an acknowledged item. Call this before the renewer thread uses the operations."""
+    async def claim_item(self) -> PoolItem:
+        """Return an acknowledged item; only before the renewer thread uses the operations."""
         self.operations.enqueue(ENVIRONMENT)
-        async with LocalClient(self.operations, self.settings()) as client:
+        async with LocalClient(self.operations, self.make_settings()) as client:
             item = await client.poll()
             assert item is not None
-            sent = self.clock()
+            sent = self.lease_clock()
             ours = PoolItem(await client.ack(item.id), None, copy_context(), sent)
             ours.lease = Lease(ours.work_item, sent, ttl=60, request_timeout=10.0)
-            pauses = PauseDetector(self.clock, self.clock)
-            heartbeats = HeartbeatSender(client, self.clock, pauses, cast("Any", lambda *_: None))
+            pauses = PauseDetector(self.lease_clock, self.lease_clock)
+            heartbeats = HeartbeatSender(
+                client, self.lease_clock, pauses, cast("Any", lambda *_: None)
+            )
             await heartbeats.send(ours.lease)
         assert ours.lease.begun
         return ours
 
-    async def renewed(self, renewer: LeaseRenewer, *items: PoolItem) -> list[Lease]:
+    async def renew_leases(self, renewer: LeaseRenewer, *items: PoolItem) -> list[Lease]:
         """Give the leases to the renewer and wait until it has sent a heartbeat for each."""
         leases = []
         for item in items:
@@ -129,18 +138,18 @@ class RenewerBench:
             renewer.add(item.lease, item)
             renewer.check_soon(item.lease)
             leases.append(item.lease)
-        await self.heartbeats(len(items))
+        await self.wait_for_heartbeats(len(items))
         return leases
 
-    def results(self) -> list[str]:
+    def heartbeat_results(self) -> list[str]:
         return [each.result for each in list(self.events) if isinstance(each, HeartbeatFinished)]
 
-    async def heartbeats(self, count: int) -> None:
+    async def wait_for_heartbeats(self, count: int) -> None:
         """Wait for this number of finished heartbeats."""
-        await self.until(lambda: len(self.results()) >= count)
+        await self.wait_until(lambda: len(self.heartbeat_results()) >= count)
 
-    async def until(self, condition: Any) -> None:
-        await self.changes.until(condition, lambda: f"{self.results()} {self.failures}")
+    async def wait_until(self, condition: Any) -> None:
+        await self.changes.until(condition, lambda: f"{self.heartbeat_results()} {self.failures}")
 
 
 @pytest.fixture(autouse=True)
@@ -158,8 +167,8 @@ def no_thread_left() -> Iterator[None]:
 
 
 @pytest.fixture
-async def bench() -> RenewerBench:
-    return RenewerBench()
+async def testbed() -> RenewerTestbed:
+    return RenewerTestbed()
 
 
 def renewer_threads() -> list[threading.Thread]:
@@ -169,26 +178,26 @@ def renewer_threads() -> list[threading.Thread]:
 # Start and end.
 
 
-async def test_heartbeats_are_sent_on_renewer_thread(bench: RenewerBench) -> None:
-    item = await bench.claim()
-    renewer = bench.renewer()
+async def test_heartbeats_are_sent_on_renewer_thread(testbed: RenewerTestbed) -> None:
+    item = await testbed.claim_item()
+    renewer = testbed.make_renewer()
     async with renewer:
         (thread,) = renewer_threads()
         assert thread.daemon
-        [lease] = await bench.renewed(renewer, item)
-        assert bench.threads == {thread.name}
+        [lease] = await testbed.renew_leases(renewer, item)
+        assert testbed.threads == {thread.name}
         assert renewer.leases() == [lease]
         renewer.remove(lease)
         assert renewer.leases() == []
 
 
 async def test_failed_start_of_renewer_raises_error_and_closes_opened_services(
-    bench: RenewerBench,
+    testbed: RenewerTestbed,
 ) -> None:
     opened: list[str] = []
 
     @contextlib.asynccontextmanager
-    async def first() -> AsyncIterator[None]:
+    async def first_service() -> AsyncIterator[None]:
         opened.append("first")
         try:
             yield
@@ -196,44 +205,44 @@ async def test_failed_start_of_renewer_raises_error_and_closes_opened_services(
             opened.append("closed")
 
     @contextlib.asynccontextmanager
-    async def taken() -> AsyncIterator[None]:
+    async def occupied_service() -> AsyncIterator[None]:
         raise ListenError("metrics_listen: taken")
         yield
 
     with pytest.raises(ListenError):
-        await bench.renewer(first(), taken()).__aenter__()
+        await testbed.make_renewer(first_service(), occupied_service()).__aenter__()
     assert opened == ["first", "closed"]
-    assert not bench.failures
+    assert not testbed.failures
 
 
-async def test_cancelled_start_of_renewer_leaves_no_thread(bench: RenewerBench) -> None:
+async def test_cancelled_start_of_renewer_leaves_no_thread(testbed: RenewerTestbed) -> None:
     hanging = threading.Event()
 
     @contextlib.asynccontextmanager
-    async def slow() -> AsyncIterator[None]:
+    async def slow_service() -> AsyncIterator[None]:
         hanging.set()
         await asyncio.sleep(0.2)
         yield
 
     async with asyncio.TaskGroup() as group:
-        starting = group.create_task(bench.renewer(slow()).__aenter__())
+        starting = group.create_task(testbed.make_renewer(slow_service()).__aenter__())
         await asyncio.to_thread(hanging.wait, 5)
         starting.cancel()
     assert starting.cancelled()
 
 
 async def test_close_of_renewer_is_bounded_and_logs_abandoned_thread(
-    bench: RenewerBench, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    testbed: RenewerTestbed, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     release = threading.Event()
 
     @contextlib.asynccontextmanager
-    async def stubborn() -> AsyncIterator[None]:
+    async def service_that_hangs_on_close() -> AsyncIterator[None]:
         yield
         await asyncio.to_thread(release.wait, 20)
 
     monkeypatch.setattr(lease_renewer, "CLOSE_SECONDS", 0.05)
-    async with bench.renewer(stubborn()):
+    async with testbed.make_renewer(service_that_hangs_on_close()):
         pass
     assert "lease renewer did not end" in caplog.text
     release.set()
@@ -242,92 +251,92 @@ async def test_close_of_renewer_is_bounded_and_logs_abandoned_thread(
 
 
 async def test_error_while_closing_service_is_logged_and_not_fatal(
-    bench: RenewerBench, caplog: pytest.LogCaptureFixture
+    testbed: RenewerTestbed, caplog: pytest.LogCaptureFixture
 ) -> None:
     @contextlib.asynccontextmanager
-    async def failing_call() -> AsyncIterator[None]:
+    async def call_that_fails() -> AsyncIterator[None]:
         yield
         raise RuntimeError("dropped it")
 
-    async with bench.renewer(failing_call()):
+    async with testbed.make_renewer(call_that_fails()):
         pass
     assert "dropped it" in caplog.text
-    assert not bench.failures
+    assert not testbed.failures
 
 
 # Failures of the thread.
 
 
-async def test_failed_renewer_thread_is_fatal_and_loses_its_leases(bench: RenewerBench) -> None:
-    item, later = await bench.claim(), await bench.claim()
-    renewer = bench.renewer()
+async def test_failed_renewer_thread_is_fatal_and_loses_its_leases(testbed: RenewerTestbed) -> None:
+    item, later = await testbed.claim_item(), await testbed.claim_item()
+    renewer = testbed.make_renewer()
     async with renewer:
-        [lease] = await bench.renewed(renewer, item)
-        bench.fault = ZeroDivisionError("in the tick")
-        await bench.until(lambda: bench.failures)
-        assert bench.failures[0].__cause__ is bench.fault
+        [lease] = await testbed.renew_leases(renewer, item)
+        testbed.fault = ZeroDivisionError("in the tick")
+        await testbed.wait_until(lambda: testbed.failures)
+        assert testbed.failures[0].__cause__ is testbed.fault
         assert (lease.status, lease.confirmed) == ("lost", False)
-        assert bench.reported == ["lost"]
+        assert testbed.reported == ["lost"]
         assert later.lease is not None
         renewer.add(later.lease, later)
         assert later.lease.status == "lost"
         renewer.release(lease, 10)  # the renewer thread has ended
         renewer.remove(lease)
-    assert len(bench.failures) == 1
+    assert len(testbed.failures) == 1
 
 
 @pytest.mark.parametrize("error", [ZeroDivisionError(), SystemExit(), KeyboardInterrupt()])
 async def test_exception_in_call_on_renewer_thread_is_fatal(
-    bench: RenewerBench, error: BaseException
+    testbed: RenewerTestbed, error: BaseException
 ) -> None:
-    def crash() -> None:
+    def crash_call() -> None:
         raise error
 
-    item = await bench.claim()
-    renewer = bench.renewer()
+    item = await testbed.claim_item()
+    renewer = testbed.make_renewer()
     async with renewer:
-        [lease] = await bench.renewed(renewer, item)
-        renewer.call(crash)
-        await bench.until(lambda: bench.failures and bench.ended)
-        assert bench.failures[0].__cause__ is error
-        assert bench.ended == bench.failures
+        [lease] = await testbed.renew_leases(renewer, item)
+        renewer.call(crash_call)
+        await testbed.wait_until(lambda: testbed.failures and testbed.ended)
+        assert testbed.failures[0].__cause__ is error
+        assert testbed.ended == testbed.failures
         assert not renewer.renewing
         assert lease.status == "lost"
 
 
 @pytest.mark.parametrize("error", [SystemExit(), GeneratorExit()])
 async def test_heartbeat_that_raises_base_exception_is_fatal(
-    bench: RenewerBench, monkeypatch: pytest.MonkeyPatch, error: BaseException
+    testbed: RenewerTestbed, monkeypatch: pytest.MonkeyPatch, error: BaseException
 ) -> None:
-    async def crash(*_: object) -> bool:
+    async def crash_heartbeat(*_: object) -> bool:
         raise error
 
-    item = await bench.claim()
-    renewer = bench.renewer()
+    item = await testbed.claim_item()
+    renewer = testbed.make_renewer()
     async with renewer:
-        [lease] = await bench.renewed(renewer, item)
-        monkeypatch.setattr(HeartbeatSender, "send", crash)
+        [lease] = await testbed.renew_leases(renewer, item)
+        monkeypatch.setattr(HeartbeatSender, "send", crash_heartbeat)
         renewer.check_soon(lease)
-        await bench.until(lambda: bench.failures and bench.ended)
-        assert bench.ended == bench.failures
+        await testbed.wait_until(lambda: testbed.failures and testbed.ended)
+        assert testbed.ended == testbed.failures
         assert lease.status == "lost"
 
 
 async def test_failure_of_renewer_is_reported_before_services_have_closed(
-    bench: RenewerBench,
+    testbed: RenewerTestbed,
 ) -> None:
     release = threading.Event()
 
     @contextlib.asynccontextmanager
-    async def slow() -> AsyncIterator[None]:
+    async def slow_service() -> AsyncIterator[None]:
         try:
             yield
         finally:
             await asyncio.to_thread(release.wait, 20)
 
-    async with bench.renewer(slow()):
-        bench.fault = ZeroDivisionError("in the tick")
-        await bench.until(lambda: bench.failures and bench.ended)
+    async with testbed.make_renewer(slow_service()):
+        testbed.fault = ZeroDivisionError("in the tick")
+        await testbed.wait_until(lambda: testbed.failures and testbed.ended)
         assert not release.is_set()
         release.set()
 
@@ -335,72 +344,78 @@ async def test_failure_of_renewer_is_reported_before_services_have_closed(
 # Monitoring of the handlers' loop.
 
 
-async def test_loop_lag_of_handlers_loop_is_measured(bench: RenewerBench) -> None:
-    async with bench.renewer():
-        await bench.until(lambda: [e for e in bench.events if isinstance(e, LoopLagMeasured)])
+async def test_lag_of_the_handlers_loop_is_measured(testbed: RenewerTestbed) -> None:
+    async with testbed.make_renewer():
+        await testbed.wait_until(
+            lambda: [e for e in testbed.events if isinstance(e, LoopLagMeasured)]
+        )
         time.sleep(0.3)  # noqa: ASYNC251 - blocking the loop is the point
-        await bench.until(
-            lambda: [e for e in bench.events if isinstance(e, LoopLagMeasured) and e.seconds > 0.2]
+        await testbed.wait_until(
+            lambda: [
+                e for e in testbed.events if isinstance(e, LoopLagMeasured) and e.seconds > 0.2
+            ]
         )
 
 
 async def test_blocked_loop_warning_names_the_handler(
-    bench: RenewerBench, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    testbed: RenewerTestbed, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     monkeypatch.setattr(diagnostics, "LAG_WARNING_SECONDS", 0.1)
 
-    async def handler() -> None:
+    async def blocking_handler() -> None:
         while "event loop is blocked" not in caplog.text:
             time.sleep(0.05)  # noqa: ASYNC251 - blocking the loop is the point
 
-    async with bench.renewer() as renewer, asyncio.TaskGroup() as group:
-        group.create_task(handler(), name="reports.daily_report work_1")
-        await bench.until(lambda: "event loop runs again" in caplog.text)
+    async with testbed.make_renewer() as renewer, asyncio.TaskGroup() as group:
+        group.create_task(blocking_handler(), name="reports.daily_report work_1")
+        await testbed.wait_until(lambda: "event loop runs again" in caplog.text)
         assert renewer.renewing
     tasks = {vars(record).get("task") for record in caplog.records}
     assert "reports.daily_report work_1" in tasks
 
 
 async def test_loop_blocked_for_max_block_suspends_renewal_until_it_runs(
-    bench: RenewerBench, caplog: pytest.LogCaptureFixture
+    testbed: RenewerTestbed, caplog: pytest.LogCaptureFixture
 ) -> None:
-    item = await bench.claim()
-    renewer = bench.renewer(max_block=0.3)
+    item = await testbed.claim_item()
+    renewer = testbed.make_renewer(max_block=0.3)
     async with renewer:
-        [lease] = await bench.renewed(renewer, item)
-        assert bench.blocked.wait(10)  # the wait itself blocks this loop
+        [lease] = await testbed.renew_leases(renewer, item)
+        assert testbed.blocked.wait(10)  # the wait itself blocks this loop
         assert not renewer.renewing
-        assert bench.ended == [None]
+        assert testbed.ended == [None]
         assert "leases are not renewed any more" in caplog.text
         # all stacks, including the one of this test
         assert "test_loop_blocked_for_max_block" in caplog.text
-        await bench.until(lambda: renewer.renewing)
-        assert lease.held(bench.clock())
+        await testbed.wait_until(lambda: renewer.renewing)
+        assert lease.held(testbed.lease_clock())
 
 
 async def test_heartbeat_due_while_loop_is_blocked_too_long_is_not_sent(
-    bench: RenewerBench,
+    testbed: RenewerTestbed,
 ) -> None:
-    item = await bench.claim()
-    renewer = bench.renewer(max_block=0.3)
+    item = await testbed.claim_item()
+    renewer = testbed.make_renewer(max_block=0.3)
     async with renewer:
-        [lease] = await bench.renewed(renewer, item)
-        assert bench.blocked.wait(10)  # the wait itself blocks this loop
+        [lease] = await testbed.renew_leases(renewer, item)
+        assert testbed.blocked.wait(10)  # the wait itself blocks this loop
         renewer.check_soon(lease)
         time.sleep(5 * TICK_SECONDS)  # noqa: ASYNC251 - blocking the loop is the point
-        assert bench.results() == ["ok"]
-        await bench.heartbeats(2)
+        assert testbed.heartbeat_results() == ["ok"]
+        await testbed.wait_for_heartbeats(2)
 
 
 async def test_blocked_time_is_exact_despite_late_ticks(
-    bench: RenewerBench, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    testbed: RenewerTestbed, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     """Every tick takes three times as long as one tick may count."""
     monkeypatch.setattr(diagnostics, "TICK_SECONDS", TICK_SECONDS / 6)
-    async with bench.renewer(max_block=0.1):
-        await bench.until(lambda: [e for e in bench.events if isinstance(e, LoopLagMeasured)])
+    async with testbed.make_renewer(max_block=0.1):
+        await testbed.wait_until(
+            lambda: [e for e in testbed.events if isinstance(e, LoopLagMeasured)]
+        )
         began, wall = time.monotonic(), time.time()  # noqa: TID251 - log records carry wall time
-        assert bench.blocked.wait(10)  # the wait itself blocks this loop
+        assert testbed.blocked.wait(10)  # the wait itself blocks this loop
         lasted = time.monotonic() - began
     [record] = [each for each in caplog.records if each.message.startswith("event loop blocked")]
     assert record.created - wall - 0.1 <= vars(record)["seconds"]
@@ -408,7 +423,7 @@ async def test_blocked_time_is_exact_despite_late_ticks(
     assert vars(record)["seconds"] <= lasted + TICK_SECONDS + 0.1
 
 
-async def test_stopped_process_is_not_taken_for_blocked_loop() -> None:
+async def test_stop_and_continuation_of_process_do_not_count_as_blocked_loop() -> None:
     pings: list[object] = []
     monitor = LoopMonitor(pings.append, max_block=5)
     monitor.ask()
@@ -416,7 +431,7 @@ async def test_stopped_process_is_not_taken_for_blocked_loop() -> None:
     assert not monitor.wait(3_600.0)
 
 
-class Logged(logging.Handler):
+class LogWatcher(logging.Handler):
     """A log handler that sets an event when a message containing `text` is logged on any thread."""
 
     def __init__(self, text: str) -> None:
@@ -430,9 +445,9 @@ class Logged(logging.Handler):
 
 
 @pytest.fixture
-def not_running() -> Iterator[threading.Event]:
+def loop_stop_logged() -> Iterator[threading.Event]:
     """Return an event that is set when the renewer logs that the handlers' loop has stopped."""
-    logged = Logged("the handlers' event loop does not run")
+    logged = LogWatcher("the handlers' event loop does not run")
     log = logging.getLogger("workpool.pool.lease_renewer")
     log.addHandler(logged)
     yield logged.seen
@@ -440,87 +455,89 @@ def not_running() -> Iterator[threading.Event]:
 
 
 def test_stopped_loop_suspends_renewal_until_it_runs_again(
-    not_running: threading.Event,
+    loop_stop_logged: threading.Event,
 ) -> None:
     loop = asyncio.new_event_loop()
 
-    async def start() -> tuple[RenewerBench, LeaseRenewer, Lease]:
-        bench = RenewerBench()
-        item = await bench.claim()
-        renewer = await bench.renewer().__aenter__()
-        [lease] = await bench.renewed(renewer, item)
+    async def start_renewer() -> tuple[RenewerTestbed, LeaseRenewer, Lease]:
+        bench = RenewerTestbed()
+        item = await bench.claim_item()
+        renewer = await bench.make_renewer().__aenter__()
+        [lease] = await bench.renew_leases(renewer, item)
         return bench, renewer, lease
 
-    bench, renewer, lease = loop.run_until_complete(start())
-    assert not_running.wait(10)
+    bench, renewer, lease = loop.run_until_complete(start_renewer())
+    assert loop_stop_logged.wait(10)
     assert not renewer.renewing
     renewer.check_soon(lease)
     time.sleep(5 * TICK_SECONDS)
-    assert bench.results() == ["ok"]
+    assert bench.heartbeat_results() == ["ok"]
 
-    async def go_on() -> None:
-        await bench.until(lambda: renewer.renewing)
-        await bench.heartbeats(2)
+    async def run_loop_again() -> None:
+        await bench.wait_until(lambda: renewer.renewing)
+        await bench.wait_for_heartbeats(2)
         await renewer.__aexit__()
 
-    loop.run_until_complete(go_on())
+    loop.run_until_complete(run_loop_again())
     loop.close()
 
 
-def test_closed_loop_ends_renewer_thread(not_running: threading.Event) -> None:
+def test_closed_loop_ends_renewer_thread(loop_stop_logged: threading.Event) -> None:
     loop = asyncio.new_event_loop()
 
-    async def start() -> LeaseRenewer:
-        bench = RenewerBench()
-        item = await bench.claim()
-        renewer = await bench.renewer().__aenter__()
-        await bench.renewed(renewer, item)
+    async def start_renewer() -> LeaseRenewer:
+        bench = RenewerTestbed()
+        item = await bench.claim_item()
+        renewer = await bench.make_renewer().__aenter__()
+        await bench.renew_leases(renewer, item)
         return renewer
 
-    renewer = loop.run_until_complete(start())
+    renewer = loop.run_until_complete(start_renewer())
     (thread,) = renewer_threads()
     loop.close()
-    assert not_running.wait(10)
+    assert loop_stop_logged.wait(10)
     thread.join(10)
     assert not thread.is_alive()
     assert not renewer.renewing
 
 
-# The clock.
+# Machines that sleep.
 
 
-async def test_machine_that_slept_beyond_ttl_loses_its_leases(bench: RenewerBench) -> None:
-    item = await bench.claim()
-    renewer = bench.renewer()
+async def test_machine_that_slept_beyond_ttl_loses_its_leases(testbed: RenewerTestbed) -> None:
+    item = await testbed.claim_item()
+    renewer = testbed.make_renewer()
     async with renewer:
-        [lease] = await bench.renewed(renewer, item)
-        bench.ahead += 55
-        await bench.until(lambda: bench.reported)
+        [lease] = await testbed.renew_leases(renewer, item)
+        testbed.ahead += 55
+        await testbed.wait_until(lambda: testbed.reported)
         assert (lease.status, lease.confirmed) == ("lost", False)
-    assert [op for op, _ in bench.script.sent] == ["heartbeat"]
+    assert [op for op, _ in testbed.script.sent] == ["heartbeat"]
 
 
-async def test_machine_that_slept_within_ttl_renews_its_leases_at_once(bench: RenewerBench) -> None:
-    item = await bench.claim()
-    renewer = bench.renewer()
+async def test_machine_that_slept_within_ttl_renews_its_leases_at_once(
+    testbed: RenewerTestbed,
+) -> None:
+    item = await testbed.claim_item()
+    renewer = testbed.make_renewer()
     async with renewer:
-        [lease] = await bench.renewed(renewer, item)
-        bench.ahead += 50
-        await bench.heartbeats(2)
-        assert lease.remaining(bench.clock()) > 50
+        [lease] = await testbed.renew_leases(renewer, item)
+        testbed.ahead += 50
+        await testbed.wait_for_heartbeats(2)
+        assert lease.remaining(testbed.lease_clock()) > 50
 
 
-async def test_lease_with_hanging_heartbeat_is_lost_in_time(bench: RenewerBench) -> None:
+async def test_lease_with_hanging_heartbeat_is_lost_in_time(testbed: RenewerTestbed) -> None:
     """The timer of the heartbeat stood still while the machine slept."""
-    item = await bench.claim()
-    renewer = bench.renewer()
+    item = await testbed.claim_item()
+    renewer = testbed.make_renewer()
     async with renewer:
-        [lease] = await bench.renewed(renewer, item)
-        bench.sent.acquire()
-        bench.script = Script(heartbeat=[Fault(answer="silence", applied=False)])
+        [lease] = await testbed.renew_leases(renewer, item)
+        testbed.sent.acquire()
+        testbed.script = Script(heartbeat=[Fault(answer="silence", applied=False)])
         renewer.check_soon(lease)
-        assert await asyncio.to_thread(bench.sent.acquire, timeout=5)
-        bench.ahead += 53.5
-        await bench.until(lambda: bench.reported)
+        assert await asyncio.to_thread(testbed.sent.acquire, timeout=5)
+        testbed.ahead += 53.5
+        await testbed.wait_until(lambda: testbed.reported)
         assert lease.status == "lost"
-        assert bench.clock() < lease.deadline
+        assert testbed.lease_clock() < lease.deadline

@@ -48,7 +48,7 @@ def message_of(call: ast.Call) -> str:
     return str(texts[0]) if texts else ""
 
 
-def names_of(call: ast.Call, function: ast.AST) -> set[str]:
+def field_names(call: ast.Call, function: ast.AST) -> set[str]:
     """Return the names of the fields that a call gives."""
     if isinstance(call.func, ast.Name):
         return {each.arg for each in call.keywords if each.arg is not None}
@@ -64,8 +64,8 @@ def names_of(call: ast.Call, function: ast.AST) -> set[str]:
     }
 
 
-def test_every_field_that_the_package_logs_is_in_the_schema() -> None:
-    found = {place: names_of(call, function) for place, call, function in log_calls()}
+def test_every_field_logged_by_the_package_is_in_the_schema() -> None:
+    found = {place: field_names(call, function) for place, call, function in log_calls()}
     assert len(found) > 40
     unknown = {place: names - set(FIELDS) for place, names in found.items() if names - set(FIELDS)}
     assert not unknown
@@ -73,13 +73,13 @@ def test_every_field_that_the_package_logs_is_in_the_schema() -> None:
     assert set(FIELDS) == of_formatters.union(*found.values())
 
 
-def test_no_message_contains_a_field() -> None:
+def test_no_log_message_contains_a_field() -> None:
     messages = {place: message_of(call) for place, call, _ in log_calls()}
     wrong = {place: text for place, text in messages.items() if re.search(r"=[%{]", text)}
     assert not wrong
 
 
-def test_schema_of_the_page_is_the_schema_of_the_code() -> None:
+def test_documented_schema_equals_schema_of_the_code() -> None:
     page = (PACKAGE / "docs" / "operating.md").read_text()
     section = page.partition("### Fields\n")[2].partition("\n## ")[0]
     rows = re.findall(r"^\| (`.*?`) \| (text|number) \|", section, re.MULTILINE)
@@ -94,11 +94,11 @@ def records() -> Iterator[list[logging.LogRecord]]:
     """Return the records of the logger `workpool.test`."""
     found: list[logging.LogRecord] = []
 
-    class Keep(logging.Handler):
+    class CollectingHandler(logging.Handler):
         def emit(self, record: logging.LogRecord) -> None:
             found.append(record)
 
-    handler, logger = Keep(), pool_logger("workpool.test")
+    handler, logger = CollectingHandler(), pool_logger("workpool.test")
     logger.addHandler(handler)
     yield found
     logger.removeHandler(handler)
@@ -107,7 +107,9 @@ def records() -> Iterator[list[logging.LogRecord]]:
 IDS = {"environment_id": "env_1", "worker_id": "host-1"}
 
 
-def test_record_in_a_pools_context_has_its_ids(records: list[logging.LogRecord]) -> None:
+def test_record_in_the_context_of_a_pool_has_the_pools_ids(
+    records: list[logging.LogRecord],
+) -> None:
     log = pool_logger("workpool.test")
     with record_ids(IDS):
         log.warning("inside", extra={"worker_id": "given"})
@@ -117,7 +119,7 @@ def test_record_in_a_pools_context_has_its_ids(records: list[logging.LogRecord])
     assert not set(IDS) & set(outside)
 
 
-def test_filter_gives_its_default_ids_to_records_outside_of_pools() -> None:
+def test_record_outside_of_pools_has_the_default_ids_of_the_filter() -> None:
     record: Any = logging.makeLogRecord({})
     assert PoolIds(lambda: IDS).filter(record)
     assert record.worker_id == "host-1"
@@ -158,7 +160,9 @@ def test_record_without_opentelemetry_or_during_its_import_has_no_trace(
     assert found is not None or "opentelemetry.trace" not in sys.modules
 
 
-def test_record_has_the_trace_of_the_library_itself(records: list[logging.LogRecord]) -> None:
+def test_record_has_the_trace_of_the_real_opentelemetry_library(
+    records: list[logging.LogRecord],
+) -> None:
     trace = pytest.importorskip("opentelemetry.trace")
     span = trace.NonRecordingSpan(trace.SpanContext(0xCD, 1, is_remote=False))
     with trace.use_span(span):

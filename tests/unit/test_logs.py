@@ -33,14 +33,14 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
 
-def record(message: str, *arguments: object, **more: object) -> logging.LogRecord:
+def make_record(message: str, *arguments: object, **more: object) -> logging.LogRecord:
     made = logging.LogRecord("workpool.x", logging.INFO, __file__, 1, message, arguments, None)
     made.created = 1_772_366_400.25
     vars(made).update(more)
     return made
 
 
-def raised() -> object:
+def raised_error() -> object:
     def fail() -> NoReturn:
         raise ValueError("two\nlines")
 
@@ -51,13 +51,15 @@ def raised() -> object:
 
 
 def test_text_log_line_has_time_level_logger_message_and_extras() -> None:
-    line = TextFormatter().format(record("claimed n=%d", 3, work_id="work_1", why="a b\n"))
+    line = TextFormatter().format(make_record("claimed n=%d", 3, work_id="work_1", why="a b\n"))
     expected = "2026-03-01T12:00:00.250Z INFO    workpool.x claimed n=3 work_id=work_1 why='a b\\n'"
     assert line == expected
 
 
 def test_text_log_line_has_stack_on_following_lines() -> None:
-    line = TextFormatter().format(record("failed", exc_info=raised(), stack_info="Stack: here"))
+    line = TextFormatter().format(
+        make_record("failed", exc_info=raised_error(), stack_info="Stack: here")
+    )
     head, *stack = line.splitlines()
     assert head.endswith("failed")
     assert stack[-1] == "  Stack: here"
@@ -65,7 +67,7 @@ def test_text_log_line_has_stack_on_following_lines() -> None:
 
 
 def test_json_log_line_has_all_fields_and_error() -> None:
-    made = record("failed %s", "x", exc_info=raised(), work_id="work_1", n=1, odd=object)
+    made = make_record("failed %s", "x", exc_info=raised_error(), work_id="work_1", n=1, odd=object)
     made.stack_info = "Stack: here"
     text = JsonFormatter().format(made)
     assert "\n" not in text
@@ -87,7 +89,7 @@ def test_json_log_line_has_all_fields_and_error() -> None:
 
 
 def test_extra_of_plugin_cannot_replace_standard_field() -> None:
-    fields = json.loads(JsonFormatter().format(record("true", time="never", level="none")))
+    fields = json.loads(JsonFormatter().format(make_record("true", time="never", level="none")))
     assert fields["level"] == "info"
     assert fields["time"].startswith("2026")
 
@@ -107,13 +109,13 @@ def hostile_record(text: str) -> logging.LogRecord:
     error = ValueError(text)
     error.add_note(text)
     exc_info = (ValueError, error, None)
-    made = record("item %s", text, exc_info=exc_info, stack_info=text, why=text, odd=[text])
+    made = make_record("item %s", text, exc_info=exc_info, stack_info=text, why=text, odd=[text])
     made.name = made.levelname = text
     vars(made)[f"extra {text}"] = text
     return made
 
 
-def check_harmless(made: logging.LogRecord) -> None:
+def check_single_safe_line(made: logging.LogRecord) -> None:
     text = TextFormatter().format(made)
     first, *more = text.split("\n")
     assert first.isprintable()
@@ -130,13 +132,13 @@ def check_harmless(made: logging.LogRecord) -> None:
 @pytest.mark.parametrize("char", HOSTILE.values(), ids=HOSTILE)
 def test_control_character_in_log_record_is_escaped(char: str) -> None:
     made = hostile_record(f"a{char}{FORGED}{char}b")
-    check_harmless(made)
+    check_single_safe_line(made)
     assert ascii(char)[1:-1] in TextFormatter().format(made)
 
 
 @given(st.text())
 def test_arbitrary_text_in_record_keeps_log_lines_valid(text: str) -> None:
-    check_harmless(hostile_record(text))
+    check_single_safe_line(hostile_record(text))
 
 
 @pytest.mark.parametrize("char", ["x", "\n", "\x1b", "\U000e0041", "\\", '"'])
@@ -144,14 +146,14 @@ def test_log_record_of_megabytes_is_cut_to_limit(char: str) -> None:
     made = hostile_record(char * 1_000_000)
     limit = LINE_CHARACTERS + 2 * ERROR_CHARACTERS + STACK_CHARACTERS
     for form in (TextFormatter(), JsonFormatter()):
-        # A line of a stack costs its indent, or an escape sequence in JSON.
+        # The indentation of each line of a stack counts too, as an escape sequence in JSON.
         assert len(form.format(made)) < 3 * limit
     made.exc_info = made.stack_info = None
     assert len(TextFormatter().format(made)) <= LINE_CHARACTERS
 
 
 def test_cut_log_message_keeps_both_ends_and_ids() -> None:
-    made = record("declined type=%s reason=unwanted", "x" * 3_900_000, work_id="work_1")
+    made = make_record("declined type=%s reason=unwanted", "x" * 3_900_000, work_id="work_1")
     line = TextFormatter().format(made)
     assert "declined type=xxx" in line
     assert f"… {3_900_000 + 30} characters …" in line
@@ -162,12 +164,12 @@ def test_cut_log_message_keeps_both_ends_and_ids() -> None:
 
 
 def test_log_record_with_many_extras_is_cut_to_limit() -> None:
-    made = record("hello", **{f"name{number}": "x" * 5000 for number in range(1000)})
+    made = make_record("hello", **{f"name{number}": "x" * 5000 for number in range(1000)})
     assert len(TextFormatter().format(made)) <= LINE_CHARACTERS
     assert len(JsonFormatter().format(made)) < 200_000
 
 
-class Odd(Exception):
+class UnprintableObject(Exception):
     def __str__(self) -> str:
         raise RuntimeError("no text")
 
@@ -175,21 +177,25 @@ class Odd(Exception):
 @pytest.mark.parametrize("form", [TextFormatter(), JsonFormatter()])
 def test_log_record_that_cannot_be_formatted_is_still_logged(form: logging.Formatter) -> None:
     """After an error of a formatter, `logging` would print the unescaped arguments itself."""
-    assert "cannot be formatted: n=%d" in form.format(record("n=%d", "x" * 1_000_000))
-    assert "Odd that has no text" in form.format(record("hello", odd=Odd()))
-    assert "hello" in form.format(record("hello", exc_info=(Odd, Odd(), None)))
+    assert "cannot be formatted: n=%d" in form.format(make_record("n=%d", "x" * 1_000_000))
+    assert "UnprintableObject that has no text" in form.format(
+        make_record("hello", odd=UnprintableObject())
+    )
+    assert "hello" in form.format(
+        make_record("hello", exc_info=(UnprintableObject, UnprintableObject(), None))
+    )
 
 
 # Tokens.
 
 
 @pytest.fixture
-def no_tokens(monkeypatch: pytest.MonkeyPatch) -> None:
+def forgotten_tokens(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(logs, "_tokens", {})
     monkeypatch.setattr(logs, "_item_tokens", {})
 
 
-@pytest.mark.usefixtures("no_tokens")
+@pytest.mark.usefixtures("forgotten_tokens")
 @pytest.mark.parametrize("hiding", [hide, hide_item_token])
 def test_token_anywhere_in_log_record_is_redacted(hiding: Callable[[str], None]) -> None:
     token = "pat-" + "\"hunter2\\hunter2+/'"
@@ -201,20 +207,20 @@ def test_token_anywhere_in_log_record_is_redacted(hiding: Callable[[str], None])
         assert "a[token]b" in text
 
 
-@pytest.mark.usefixtures("no_tokens")
+@pytest.mark.usefixtures("forgotten_tokens")
 def test_token_of_three_characters_leaves_words_readable() -> None:
     hide("and")
     assert readable("workers and handlers") == "workers and handlers"
 
 
-@pytest.mark.usefixtures("no_tokens")
+@pytest.mark.usefixtures("forgotten_tokens")
 def test_text_redacted_twice_stays_the_same() -> None:
     hide("token")
     hide("hunter2-hunter2")
     assert readable(readable("Bearer hunter2-hunter2")) == "Bearer [token]"
 
 
-@pytest.mark.usefixtures("no_tokens")
+@pytest.mark.usefixtures("forgotten_tokens")
 def test_token_at_cut_of_long_message_leaves_no_part() -> None:
     hide("hunter2-" * 8)
     for before in range(0, 2 * MESSAGE_CHARACTERS, 50):
@@ -222,7 +228,7 @@ def test_token_at_cut_of_long_message_leaves_no_part() -> None:
         assert "hunter2" not in readable(text)
 
 
-@pytest.mark.usefixtures("no_tokens")
+@pytest.mark.usefixtures("forgotten_tokens")
 def test_number_of_remembered_tokens_is_limited() -> None:
     for number in range(1000):
         hide(f"token-{number:04}")
@@ -232,7 +238,7 @@ def test_number_of_remembered_tokens_is_limited() -> None:
 
 
 @pytest.fixture
-def untouched(monkeypatch: pytest.MonkeyPatch) -> None:
+def restored_logging(monkeypatch: pytest.MonkeyPatch) -> None:
     """Restore the logging configuration of the process after the test."""
     root = logging.getLogger()
     monkeypatch.setattr(root, "handlers", [])
@@ -240,7 +246,7 @@ def untouched(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sys, "excepthook", sys.excepthook)
 
 
-@pytest.mark.usefixtures("untouched")
+@pytest.mark.usefixtures("restored_logging")
 def test_configured_logging_writes_records_and_uncaught_errors_to_stderr(
     capsys: pytest.CaptureFixture[str],
 ) -> None:

@@ -1,4 +1,4 @@
-"""Metric stores, which must expose the same text as those of prometheus_client."""
+"""The pool's own metric values, which must expose the same text as those of prometheus_client."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ AMOUNTS = st.lists(
 LABELS = ("env_1", "ok"), ('quote"\\d\n', "error")
 
 
-def text_of(collector: Collector) -> list[str]:
+def exposed_text(collector: Collector) -> list[str]:
     """Return the exposed text without creation times."""
     registry = CollectorRegistry()
     registry.register(collector)
@@ -36,7 +36,7 @@ def text_of(collector: Collector) -> list[str]:
     return [line for line in lines if "_created" not in line]
 
 
-def library_of(row: Definition) -> Counter | Histogram:
+def library_text(row: Definition) -> Counter | Histogram:
     labels = tuple(row.labels)
     if row.kind == "counter":
         return Counter(row.full_name, row.help, labels, registry=None)
@@ -45,26 +45,26 @@ def library_of(row: Definition) -> Counter | Histogram:
 
 @given(AMOUNTS)
 def test_histogram_store_exposes_same_text_as_client_library(amounts: Iterable[float]) -> None:
-    ours, theirs = store_of(HISTOGRAM, threading.RLock()), library_of(HISTOGRAM)
+    ours, theirs = store_of(HISTOGRAM, threading.RLock()), library_text(HISTOGRAM)
     assert isinstance(theirs, Histogram)
     for labels in LABELS:
         series, child = ours.series(labels), theirs.labels(*labels)
         for amount in amounts:
             series.add(amount)
             child.observe(amount)
-    assert text_of(ours) == text_of(theirs)
+    assert exposed_text(ours) == exposed_text(theirs)
 
 
 @given(st.lists(st.floats(0, 1e9), max_size=30))
 def test_counter_store_exposes_same_text_as_client_library(amounts: Iterable[float]) -> None:
-    ours, theirs = store_of(COUNTER, threading.RLock()), library_of(COUNTER)
+    ours, theirs = store_of(COUNTER, threading.RLock()), library_text(COUNTER)
     assert isinstance(theirs, Counter)
     for labels in LABELS:
         series, child = ours.series(labels), theirs.labels(*labels)
         for amount in amounts:
             series.add(amount)
             child.inc(amount)
-    assert text_of(ours) == text_of(theirs)
+    assert exposed_text(ours) == exposed_text(theirs)
 
 
 @pytest.mark.parametrize("row", [COUNTER, HISTOGRAM], ids=lambda row: row.kind)
@@ -72,13 +72,13 @@ def test_increments_from_four_threads_to_one_series_are_all_counted(row: Definit
     lock, begin = threading.RLock(), threading.Barrier(4)
     store = store_of(row, lock)
 
-    def count() -> None:
+    def count_up() -> None:
         begin.wait()
         for _ in range(2000):
             with lock:
                 store.series(("a", "b")).add(1)
 
-    threads = [threading.Thread(target=count) for _ in range(4)]
+    threads = [threading.Thread(target=count_up) for _ in range(4)]
     for thread in threads:
         thread.start()
     for thread in threads:

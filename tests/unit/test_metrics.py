@@ -1,4 +1,4 @@
-"""The table of metrics in the documents, the events that feed it, and shared registries."""
+"""The documented table of metrics, the events that feed them, and shared registries."""
 
 from __future__ import annotations
 
@@ -149,14 +149,14 @@ BUSY = PoolSnapshot(
 )  # fmt: skip
 
 
-class Over:
-    """A stand-in for the lease of a session that has ended."""
+class EndedSession:
+    """A session that has ended, for events that carry one."""
 
     remaining = 0.0
     deadline = None
 
     def progress(self) -> None:
-        """No effect, since no test reads the progress."""
+        """Do nothing."""
 
     def waiting(self) -> NoReturn:
         raise SessionEnded(ITEM.id)
@@ -174,10 +174,10 @@ class Over:
         raise SessionEnded(ITEM.id)
 
 
-SESSION = Session(ITEM, Over(), redelivered=False)
+SESSION = Session(ITEM, EndedSession(), redelivered=False)
 
 
-class Clock:
+class MovableClock:
     """A clock that the test moves."""
 
     def __init__(self) -> None:
@@ -187,14 +187,14 @@ class Clock:
         return self.time
 
 
-class Pool:
+class PoolStandIn:
     """A stand-in for a supervisor with a snapshot that the test can change."""
 
     def __init__(
         self, registry: CollectorRegistry, environment_id: str = "env_1", **options: Any
     ) -> None:
         self.snapshot = options.pop("snapshot", IDLE)
-        self.clock = Clock()
+        self.clock = MovableClock()
         self.metrics = Metrics(
             registry, environment_id, worker_id="vm-1", dialect="qoder", version="1.2.3",
             snapshot=lambda: self.snapshot, clock=self.clock, now=self.clock, **options,
@@ -207,14 +207,14 @@ def registry() -> CollectorRegistry:
 
 
 @pytest.fixture
-def pool(registry: CollectorRegistry) -> Iterator[Pool]:
-    pool = Pool(registry)
+def pool(registry: CollectorRegistry) -> Iterator[PoolStandIn]:
+    pool = PoolStandIn(registry)
     pool.metrics.open()
     yield pool
     pool.metrics.close()
 
 
-def scrape(registry: CollectorRegistry) -> dict[str, float]:
+def scraped_samples(registry: CollectorRegistry) -> dict[str, float]:
     """Return every sample except buckets and creation times, by its line without the prefix."""
     samples = {}
     for family in text_string_to_metric_families(generate_latest(registry).decode()):
@@ -226,11 +226,11 @@ def scrape(registry: CollectorRegistry) -> dict[str, float]:
     return samples
 
 
-def gained(before: dict[str, float], after: dict[str, float]) -> dict[str, float]:
+def increments(before: dict[str, float], after: dict[str, float]) -> dict[str, float]:
     return {k: v - before.get(k, 0) for k, v in after.items() if v != before.get(k, 0)}
 
 
-def closed(labels: str) -> dict[str, tuple[str, ...]]:
+def session_closed(labels: str) -> dict[str, tuple[str, ...]]:
     pairs = (label.partition("=") for label in labels.split(", ") if label)
     return {name: tuple(values.split("|")) if values else () for name, _, values in pairs}
 
@@ -248,7 +248,7 @@ def test_metric_definitions_equal_documented_table() -> None:
         name: (
             kinds[kind] if isinstance(kind, str) else "histogram",
             () if isinstance(kind, str) else kind,
-            {label: set(values) for label, values in closed(labels).items()},
+            {label: set(values) for label, values in session_closed(labels).items()},
         )
         for name, kind, labels in TABLE
     }
@@ -265,7 +265,7 @@ def test_every_metric_family_is_exposed_with_its_type_labels_and_buckets(
     }
     for name, kind, labels in TABLE:
         family = exposed[f"workpool_{name}".removesuffix("_total")]
-        wanted = closed(labels)
+        wanted = session_closed(labels)
         names = set(wanted) | ({"le"} if isinstance(kind, tuple) else set())
         if isinstance(kind, tuple):
             assert family.type == "histogram"
@@ -279,13 +279,13 @@ def test_every_metric_family_is_exposed_with_its_type_labels_and_buckets(
 
 
 def test_metric_series_with_closed_labels_start_at_zero(registry: CollectorRegistry) -> None:
-    pool = Pool(registry, handlers=["echo.run"])
+    pool = PoolStandIn(registry, handlers=["echo.run"])
     pool.metrics.open()
-    samples = scrape(registry)
+    samples = scraped_samples(registry)
     for name, kind, labels in TABLE:
         if kind == "G" or name == "plugin_errors_total":
             continue
-        values = closed(labels)
+        values = session_closed(labels)
         known = {"environment_id": ("env_1",), "handler": ("echo.run",)}
         suffix = "" if kind == "C" else "_count"
         for combination in itertools.product(*(v or known[k] for k, v in values.items())):
@@ -389,19 +389,19 @@ FED: tuple[tuple[ev.Event, Mapping[str, float]], ...] = (
 
 @pytest.mark.parametrize(("event", "adds"), FED, ids=lambda v: type(v).__name__)
 def test_event_adds_exactly_the_expected_amounts(
-    pool: Pool, registry: CollectorRegistry, event: ev.Event, adds: Mapping[str, float]
+    pool: PoolStandIn, registry: CollectorRegistry, event: ev.Event, adds: Mapping[str, float]
 ) -> None:
-    before = scrape(registry)
+    before = scraped_samples(registry)
     pool.metrics.observe(event)
-    assert gained(before, scrape(registry)) == adds
+    assert increments(before, scraped_samples(registry)) == adds
 
 
-def test_every_event_type_has_its_expected_amounts() -> None:
+def test_every_event_type_has_expected_amounts_in_this_test() -> None:
     assert {type(event) for event, _ in FED} == set(get_args(ev.Event))
 
 
 def test_error_in_metrics_is_logged_and_not_raised(
-    pool: Pool, caplog: pytest.LogCaptureFixture
+    pool: PoolStandIn, caplog: pytest.LogCaptureFixture
 ) -> None:
     pool.metrics.count(ev.AckFinished, ITEM, "ok", "not a number", 1.0)
     assert "metrics failed" in caplog.text
@@ -411,23 +411,25 @@ def test_handlers_beyond_one_hundred_are_counted_as_other_with_one_warning(
     registry: CollectorRegistry, caplog: pytest.LogCaptureFixture
 ) -> None:
     names = [f"many.handler_{number}" for number in range(150)]
-    pool = Pool(registry, handlers=names[:20], snapshot=replace(IDLE, sessions=tuple(
+    pool = PoolStandIn(registry, handlers=names[:20], snapshot=replace(IDLE, sessions=tuple(
         (name, 1, float(age), 0.0) for age, name in enumerate(names)
     )))  # fmt: skip
     pool.metrics.open()
     for name in names:
         pool.metrics.observe(ev.SessionStarted(SESSION, name))
         pool.metrics.observe(ev.SessionFinished(SESSION, name, "completed", 1.0))
-    samples = scrape(registry)
+    samples = scraped_samples(registry)
 
-    def handlers(metric: str, rest: str = "") -> list[str]:
+    def handler_label_values(metric: str, rest: str = "") -> list[str]:
         pattern = re.compile(rf"{metric}{{(?:environment_id=env_1,)?handler=([^,}}]*){rest}}}")
         return [found[1] for name in samples if (found := pattern.fullmatch(name))]
 
     shown = {*names[:100], "other"}
-    assert set(handlers("sessions_active")) == shown
-    assert set(handlers("sessions_total", ",outcome=completed")) == shown
-    assert set(handlers("session_duration_seconds_count", ",outcome=completed")) == shown
+    assert set(handler_label_values("sessions_active")) == shown
+    assert set(handler_label_values("sessions_total", ",outcome=completed")) == shown
+    assert (
+        set(handler_label_values("session_duration_seconds_count", ",outcome=completed")) == shown
+    )
     other = "environment_id=env_1,handler=other"
     assert samples[f"sessions_total{{{other},outcome=completed}}"] == 50
     assert samples["session_duration_seconds_count{handler=other,outcome=completed}"] == 50
@@ -437,11 +439,11 @@ def test_handlers_beyond_one_hundred_are_counted_as_other_with_one_warning(
 
 
 def test_handler_series_exist_from_its_first_session(
-    pool: Pool, registry: CollectorRegistry
+    pool: PoolStandIn, registry: CollectorRegistry
 ) -> None:
-    assert "sessions_active{environment_id=env_1,handler=late.one}" not in scrape(registry)
+    assert "sessions_active{environment_id=env_1,handler=late.one}" not in scraped_samples(registry)
     pool.metrics.observe(ev.SessionStarted(SESSION, "late.one"))
-    samples = scrape(registry)
+    samples = scraped_samples(registry)
     assert samples["sessions_active{environment_id=env_1,handler=late.one}"] == 0
     for outcome in ("completed", "failed", "detached"):
         labels = f"handler=late.one,outcome={outcome}"
@@ -450,23 +452,25 @@ def test_handler_series_exist_from_its_first_session(
 
 
 def test_unknown_label_value_warns_and_is_not_counted(
-    pool: Pool, registry: CollectorRegistry
+    pool: PoolStandIn, registry: CollectorRegistry
 ) -> None:
-    before = scrape(registry)
+    before = scraped_samples(registry)
     with pytest.warns(RuntimeWarning, match=r"acks_total has no result='lost'"):
         pool.metrics.observe(ev.AckFinished(ITEM, cast("Any", "lost"), 1.0, 1.0))
     with pytest.warns(RuntimeWarning, match=r"http_requests_total has no code='418'"):
         pool.metrics.observe(ev.RequestFinished("poll", "418", 0.0))
-    after = scrape(registry)
+    after = scraped_samples(registry)
     assert after.keys() == before.keys()
-    assert [name for name in gained(before, after) if "_total" in name] == []
+    assert [name for name in increments(before, after) if "_total" in name] == []
 
 
 # -- gauges --------------------------------------------------------------------------------------
 
 
-def test_gauges_show_pool_state_at_time_of_scrape(pool: Pool, registry: CollectorRegistry) -> None:
-    idle = scrape(registry)
+def test_gauges_show_pool_state_at_time_of_scrape(
+    pool: PoolStandIn, registry: CollectorRegistry
+) -> None:
+    idle = scraped_samples(registry)
     assert idle["slots{environment_id=env_1,state=free}"] == 6
     assert idle["slots{environment_id=env_1,state=busy}"] == 0
     assert idle["last_poll_success_timestamp_seconds{environment_id=env_1}"] == 0
@@ -474,7 +478,7 @@ def test_gauges_show_pool_state_at_time_of_scrape(pool: Pool, registry: Collecto
     assert "poll_null_ratio{environment_id=env_1}" not in idle
     assert "remote_workers_polling{environment_id=env_1}" not in idle
     pool.snapshot = BUSY
-    busy = scrape(registry)
+    busy = scraped_samples(registry)
     assert {k: v for k, v in busy.items() if k.startswith(("pollers", "queue_d", "queue_c"))} == {
         "pollers{environment_id=env_1,state=polling}": 1,
         "pollers{environment_id=env_1,state=pacing}": 0,
@@ -500,61 +504,63 @@ def test_gauges_show_pool_state_at_time_of_scrape(pool: Pool, registry: Collecto
 
 
 def test_build_info_shows_version_python_and_dialect(
-    pool: Pool, registry: CollectorRegistry
+    pool: PoolStandIn, registry: CollectorRegistry
 ) -> None:
     python = ".".join(map(str, sys.version_info[:3]))
     assert pool.metrics.version == "1.2.3"
     assert (
-        scrape(registry)[
+        scraped_samples(registry)[
             f"build_info{{environment_id=env_1,worker_id=vm-1,version=1.2.3,python={python},dialect=qoder}}"
         ]
         == 1
     )
 
 
-def test_null_ratio_counts_polls_of_last_minute(pool: Pool, registry: CollectorRegistry) -> None:
+def test_null_ratio_counts_polls_of_last_minute(
+    pool: PoolStandIn, registry: CollectorRegistry
+) -> None:
     key = "poll_null_ratio{environment_id=env_1}"
     pool.metrics.observe(ev.PollFinished("item", 0.1))
     for _ in range(3):
         pool.metrics.observe(ev.PollFinished("null", 1.0))
     for other in ("throttled", "error", "timeout", "cancelled"):
         pool.metrics.observe(ev.PollFinished(other, 1.0))
-    assert scrape(registry)[key] == 0.75
+    assert scraped_samples(registry)[key] == 0.75
     pool.clock.time += 30
     pool.metrics.observe(ev.PollFinished("item", 0.1))
-    assert scrape(registry)[key] == 0.6
+    assert scraped_samples(registry)[key] == 0.6
     pool.clock.time += 29
-    assert scrape(registry)[key] == 0.6
+    assert scraped_samples(registry)[key] == 0.6
     pool.clock.time += 1
-    assert scrape(registry)[key] == 0
+    assert scraped_samples(registry)[key] == 0
     pool.clock.time += 30
-    assert key not in scrape(registry)
+    assert key not in scraped_samples(registry)
     pool.metrics.observe(ev.PollFinished("null", 1.0))  # reuses a bucket of the ring
-    assert scrape(registry)[key] == 1
+    assert scraped_samples(registry)[key] == 1
 
 
 def test_age_of_oldest_item_grows_between_reads_of_stats(
-    pool: Pool, registry: CollectorRegistry
+    pool: PoolStandIn, registry: CollectorRegistry
 ) -> None:
     key = "remote_oldest_queued_age_seconds{environment_id=env_1}"
     queued = datetime.fromtimestamp(4990, UTC)
     pool.metrics.observe(ev.QueueStatsRead(QueueStats(1, 0, queued, 1)))
-    assert scrape(registry)[key] == 10
+    assert scraped_samples(registry)[key] == 10
     pool.clock.time += 5
-    assert scrape(registry)[key] == 15
-    assert scrape(registry)["remote_stats_timestamp_seconds{environment_id=env_1}"] == 5000
+    assert scraped_samples(registry)[key] == 15
+    assert scraped_samples(registry)["remote_stats_timestamp_seconds{environment_id=env_1}"] == 5000
     pool.metrics.observe(ev.QueueStatsRead(QueueStats(0, 0, None, 1)))
-    assert scrape(registry)[key] == 0
+    assert scraped_samples(registry)[key] == 0
 
 
 def test_oldest_item_without_readable_time_has_no_age(
-    pool: Pool, registry: CollectorRegistry
+    pool: PoolStandIn, registry: CollectorRegistry
 ) -> None:
     key = "remote_oldest_queued_age_seconds{environment_id=env_1}"
     pool.metrics.observe(ev.QueueStatsRead(QueueStats(1, 0, None, 1)))
-    assert key not in scrape(registry)
+    assert key not in scraped_samples(registry)
     pool.metrics.observe(ev.QueueStatsRead(QueueStats(0, 1, None, 1)))
-    assert key not in scrape(registry)
+    assert key not in scraped_samples(registry)
 
 
 def test_metrics_use_wall_clock_by_default(
@@ -566,7 +572,7 @@ def test_metrics_use_wall_clock_by_default(
     metrics.open()
     before = datetime.now(UTC).timestamp()
     metrics.observe(ev.QueueStatsRead(QueueStats(1, 0, None, 1)))
-    read_at = scrape(registry)["remote_stats_timestamp_seconds{environment_id=env_1}"]
+    read_at = scraped_samples(registry)["remote_stats_timestamp_seconds{environment_id=env_1}"]
     assert before <= read_at <= datetime.now(UTC).timestamp()
 
 
@@ -574,7 +580,7 @@ def test_metrics_use_wall_clock_by_default(
 
 
 def test_supervisors_of_one_environment_share_their_series(registry: CollectorRegistry) -> None:
-    one, two = Pool(registry, handlers=["echo.run"]), Pool(registry, snapshot=BUSY)
+    one, two = PoolStandIn(registry, handlers=["echo.run"]), PoolStandIn(registry, snapshot=BUSY)
     second = replace(
         BUSY,
         lease_remaining_min=9.0,
@@ -590,7 +596,7 @@ def test_supervisors_of_one_environment_share_their_series(registry: CollectorRe
     two.clock.time += 1
     for pool, depth in ((two, 7), (one, 3)):  # the newer answer is shown, not the one observed last
         pool.metrics.observe(ev.QueueStatsRead(QueueStats(depth, 0, None, 1)))
-    samples = scrape(registry)
+    samples = scraped_samples(registry)
     assert samples["acks_total{environment_id=env_1,result=ok}"] == 2
     assert samples["queue_wait_seconds_count{environment_id=env_1}"] == 2
     assert samples["slots{environment_id=env_1,state=busy}"] == 16
@@ -610,10 +616,10 @@ def test_supervisors_of_one_environment_share_their_series(registry: CollectorRe
 
 @pytest.mark.usefixtures("pool")
 def test_supervisors_of_two_environments_have_separate_series(registry: CollectorRegistry) -> None:
-    other = Pool(registry, "env_2", snapshot=BUSY)
+    other = PoolStandIn(registry, "env_2", snapshot=BUSY)
     other.metrics.open()
     other.metrics.observe(ev.StopRequested(ITEM))
-    samples = scrape(registry)
+    samples = scraped_samples(registry)
     assert samples["slots{environment_id=env_1,state=busy}"] == 0
     assert samples["slots{environment_id=env_2,state=busy}"] == 8
     assert samples["stop_requests_total{environment_id=env_1}"] == 0
@@ -621,47 +627,49 @@ def test_supervisors_of_two_environments_have_separate_series(registry: Collecto
 
 
 def test_closed_metrics_drop_gauges_and_keep_counters(
-    pool: Pool, registry: CollectorRegistry
+    pool: PoolStandIn, registry: CollectorRegistry
 ) -> None:
     gauges = {row.name for row in DEFINITIONS if row.kind == "gauge"}
     pool.metrics.observe(ev.StopRequested(ITEM))
-    assert gauges & {name.partition("{")[0] for name in scrape(registry)}
+    assert gauges & {name.partition("{")[0] for name in scraped_samples(registry)}
     pool.metrics.close()
     pool.metrics.close()
     for late in (ev.StopRequested(ITEM), ev.QueueStatsRead(QueueStats(1, 1, None, 1))):
         pool.metrics.observe(late)
-    samples = scrape(registry)
+    samples = scraped_samples(registry)
     assert samples["stop_requests_total{environment_id=env_1}"] == 2
     assert not gauges & {name.partition("{")[0] for name in samples}
     pool.metrics.open()
-    assert scrape(registry)["slots_limit{environment_id=env_1}"] == 8
+    assert scraped_samples(registry)["slots_limit{environment_id=env_1}"] == 8
 
 
 @pytest.mark.usefixtures("pool")
-def test_second_opening_of_metrics_is_refused(pool: Pool, registry: CollectorRegistry) -> None:
+def test_second_opening_of_metrics_is_refused(
+    pool: PoolStandIn, registry: CollectorRegistry
+) -> None:
     with pytest.raises(RegistryError, match="open already"):
         pool.metrics.open()
-    assert scrape(registry)["slots_limit{environment_id=env_1}"] == 8
+    assert scraped_samples(registry)["slots_limit{environment_id=env_1}"] == 8
 
 
 def test_metric_name_already_registered_is_refused_and_registers_nothing(
     registry: CollectorRegistry,
 ) -> None:
     theirs = Counter("workpool_stops", "Not ours.", registry=registry)
-    pool = Pool(registry)
+    pool = PoolStandIn(registry)
     with pytest.raises(RegistryError, match="workpool_stops"):
         pool.metrics.open()
-    assert scrape(registry) == {"stops_total{}": 0}
+    assert scraped_samples(registry) == {"stops_total{}": 0}
     registry.unregister(theirs)
     pool.metrics.open()
-    assert scrape(registry)["stops_total{environment_id=env_1,mode=force,result=ok}"] == 0
+    assert scraped_samples(registry)["stops_total{environment_id=env_1,mode=force,result=ok}"] == 0
     with pytest.raises(ValueError, match="workpool_slots"):
         Counter("workpool_slots", "Not ours.", registry=registry)
 
 
 def test_registry_is_freed_after_metrics_close() -> None:
     registry = CollectorRegistry()
-    pool = Pool(registry)
+    pool = PoolStandIn(registry)
     pool.metrics.open()
     pool.metrics.close()
     gone = weakref.ref(registry)
@@ -671,12 +679,12 @@ def test_registry_is_freed_after_metrics_close() -> None:
 
 
 def test_threads_can_count_while_registry_is_scraped(
-    pool: Pool, registry: CollectorRegistry
+    pool: PoolStandIn, registry: CollectorRegistry
 ) -> None:
     rounds, errors = 2000, []
     begin = threading.Barrier(3)
 
-    def count(name: str) -> None:
+    def count_sessions(name: str) -> None:
         try:
             begin.wait()
             for i in range(rounds):
@@ -689,16 +697,16 @@ def test_threads_can_count_while_registry_is_scraped(
             errors.append(error)
             raise
 
-    threads = [threading.Thread(target=count, args=(name,)) for name in ("a", "b")]
+    threads = [threading.Thread(target=count_sessions, args=(name,)) for name in ("a", "b")]
     for thread in threads:
         thread.start()
     begin.wait()
     while any(thread.is_alive() for thread in threads):
-        scrape(registry)
+        scraped_samples(registry)
     for thread in threads:
         thread.join()
     assert errors == []
-    samples = scrape(registry)
+    samples = scraped_samples(registry)
     assert samples["http_requests_total{environment_id=env_1,op=poll,code=2xx}"] == 2 * rounds
     assert samples["http_request_duration_seconds_count{op=poll}"] == 2 * rounds
     assert samples["polls_total{environment_id=env_1,result=null}"] == 2 * rounds
@@ -711,13 +719,13 @@ def test_threads_can_count_while_registry_is_scraped(
 def test_supervisors_can_open_on_one_registry_from_several_threads(
     registry: CollectorRegistry,
 ) -> None:
-    pools = [Pool(registry, f"env_{i}") for i in range(8)]
+    pools = [PoolStandIn(registry, f"env_{i}") for i in range(8)]
     threads = [threading.Thread(target=pool.metrics.open) for pool in pools]
     for thread in threads:
         thread.start()
     for thread in threads:
         thread.join()
-    assert len([k for k in scrape(registry) if k.startswith("slots_limit")]) == 8
+    assert len([k for k in scraped_samples(registry) if k.startswith("slots_limit")]) == 8
 
 
 MULTIPROCESS = """
@@ -737,21 +745,21 @@ print(generate_latest(everybody).decode())
 
 
 def test_multiprocess_mode_adds_up_counters_and_histograms(tmp_path: Path) -> None:
-    def run() -> str:
+    def run_process() -> str:
         return subprocess.run(  # noqa: S603 - our own interpreter and text
             [sys.executable, "-c", MULTIPROCESS], env={"PROMETHEUS_MULTIPROC_DIR": str(tmp_path)},
             capture_output=True, text=True, check=True, timeout=25,
         ).stdout  # fmt: skip
 
-    run()
-    output = run()
+    run_process()
+    output = run_process()
     assert 'workpool_polls_total{environment_id="env_1",result="item"} 2.0' in output
     line = 'workpool_poll_duration_seconds_sum{environment_id="env_1",result="item"} 1.0'
     assert line in output
     assert "workpool_slots" not in output
 
 
-# -- rules ---------------------------------------------------------------------------------------
+# -- alert rules -----------------------------------------------------------------------------------
 
 
 def test_alert_rules_use_existing_metrics_and_labels_only() -> None:

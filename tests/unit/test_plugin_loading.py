@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from tests.unit.loaded_plugins import chosen, item, load
+from tests.unit.loaded_plugins import chosen_handler_name, load_plugins, make_work_item
 from workpool.errors import PluginError
 from workpool.events import Event
 from workpool.handlers import handler
@@ -22,21 +22,21 @@ from workpool.session import Session
 HEAD = "from workpool.handlers import handler\nfrom workpool.hookspecs import hookimpl\n"
 
 
-class Disk:
+class PluginDisk:
     """Modules and distributions written to disk and importable."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
         self.count = itertools.count()
 
-    def module(self, source: str, name: str | None = None) -> str:
+    def write_module(self, source: str, name: str | None = None) -> str:
         name = name or f"disk_{next(self.count)}"
         path = self.path.joinpath(*name.split(".")).with_suffix(".py")
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(HEAD + source)
         return name
 
-    def distribution(self, name: str, **points: str) -> None:
+    def write_distribution(self, name: str, **points: str) -> None:
         folder = self.path / f"{name.replace('-', '_')}-1.0.dist-info"
         folder.mkdir()
         (folder / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {name}\nVersion: 1.0\n")
@@ -45,10 +45,10 @@ class Disk:
 
 
 @pytest.fixture
-def disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Disk]:
+def plugin_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[PluginDisk]:
     monkeypatch.syspath_prepend(tmp_path)
     before = set(sys.modules)
-    yield Disk(tmp_path)
+    yield PluginDisk(tmp_path)
     roots = {path.stem for path in tmp_path.iterdir()}
     for name in set(sys.modules) - before:
         if name.partition(".")[0] in roots:
@@ -58,38 +58,38 @@ def disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Disk]:
 # -- what a plugin can be --------------------------------------------------------------------------
 
 
-async def daily(session: Session) -> None: ...
+async def daily_report(session: Session) -> None: ...
 
 
-def marked(name: str = "daily", **rule: Any) -> Any:
+def decorated_function(name: str = "daily", **rule: Any) -> Any:
     @handler(**rule)
-    async def function(session: Session) -> None: ...
+    async def handler_function(session: Session) -> None: ...
 
-    function.__name__ = name
-    return function
+    handler_function.__name__ = name
+    return handler_function
 
 
-def test_marked_function_is_loaded_as_handler_with_limits() -> None:
-    function = marked(timeout=5.0, max_sessions=2)
-    answer = load(function).handler_for(item())
+def test_decorated_function_is_loaded_as_handler_with_its_limits() -> None:
+    function = decorated_function(timeout=5.0, max_sessions=2)
+    answer = load_plugins(function).handler_for(make_work_item())
     assert answer is not None
     assert answer.call is function
     assert (answer.name, answer.plugin) == ("daily.daily", "daily")
     assert (answer.timeout, answer.max_sessions) == (5.0, 2)
 
 
-def test_marked_function_gives_same_handler_for_every_item() -> None:
-    plugins = load(marked(max_sessions=2))
-    assert plugins.handler_for(item()) is plugins.handler_for(item(job="other"))
+def test_decorated_function_gives_the_same_handler_for_every_item() -> None:
+    plugins = load_plugins(decorated_function(max_sessions=2))
+    assert plugins.handler_for(make_work_item()) is plugins.handler_for(make_work_item(job="other"))
 
 
-def test_partial_of_marked_function_is_loaded_as_handler() -> None:
+def test_partial_of_decorated_function_is_loaded_as_handler() -> None:
     @handler(max_sessions=1)
-    async def report(database: str, session: Session) -> None: ...
+    async def partial_report(database: str, session: Session) -> None: ...
 
-    answer = load(functools.partial(report, "db")).handler_for(item())
+    answer = load_plugins(functools.partial(partial_report, "db")).handler_for(make_work_item())
     assert answer is not None
-    assert (answer.name, answer.max_sessions) == ("report.report", 1)
+    assert (answer.name, answer.max_sessions) == ("partial_report.partial_report", 1)
 
 
 class Reports:
@@ -115,15 +115,17 @@ class Reports:
 
 
 @pytest.mark.parametrize("plugin", [Reports, Reports("there")])
-def test_class_or_object_gives_all_its_marked_methods(plugin: object) -> None:
-    plugins = load(plugin)
+def test_class_or_object_gives_all_its_decorated_methods(plugin: object) -> None:
+    plugins = load_plugins(plugin)
     for job in ("daily", "weekly", "yearly"):
-        assert chosen(plugins, item(job=job)) == f"Reports.{job}"
-    assert chosen(plugins, item(job="hourly")) is None
+        assert chosen_handler_name(plugins, make_work_item(job=job)) == f"Reports.{job}"
+    assert chosen_handler_name(plugins, make_work_item(job="hourly")) is None
 
 
 async def test_plugin_class_gets_its_settings_as_keyword_arguments() -> None:
-    answer = load(Reports, Reports={"folder": "/srv", "pages": 3}).handler_for(item(job="daily"))
+    answer = load_plugins(Reports, Reports={"folder": "/srv", "pages": 3}).handler_for(
+        make_work_item(job="daily")
+    )
     assert answer is not None
     session: Any = None
     call: Any = answer.call
@@ -132,31 +134,35 @@ async def test_plugin_class_gets_its_settings_as_keyword_arguments() -> None:
 
 def test_unhashable_dataclass_is_loaded_as_plugin() -> None:
     @dataclass
-    class Configured:
+    class DataclassPlugin:
         level: int = 1
 
         @hookimpl
         def workpool_event(self, event: Event) -> None: ...
 
-    assert load(Configured, Configured={"level": 2}).wanted
+    assert load_plugins(DataclassPlugin, DataclassPlugin={"level": 2}).wanted
 
 
-def test_module_gives_all_its_marked_functions_including_imported_ones(disk: Disk) -> None:
-    disk.module("@handler(metadata={'job': 'a'})\nasync def a(session): ...\n", "jobs_a.inner")
+def test_module_gives_all_its_decorated_functions_including_imported_ones(
+    plugin_disk: PluginDisk,
+) -> None:
+    plugin_disk.write_module(
+        "@handler(metadata={'job': 'a'})\nasync def a(session): ...\n", "jobs_a.inner"
+    )
     source = "from jobs_a.inner import a\nalias = a\n@handler\nasync def b(session): ...\n"
-    name = disk.module(source, "jobs_b")
-    for plugins in (load(names=(name,)), load(__import__(name))):
+    name = plugin_disk.write_module(source, "jobs_b")
+    for plugins in (load_plugins(names=(name,)), load_plugins(__import__(name))):
         [plugin] = plugins.describe()
         assert [route.handler.name for route in plugin.routes] == ["jobs_b.a", "jobs_b.b"]
 
 
-def test_lazy_attributes_of_plugin_module_are_not_imported(disk: Disk) -> None:
-    name = disk.module(
+def test_lazy_attribute_of_plugin_module_is_not_loaded(plugin_disk: PluginDisk) -> None:
+    name = plugin_disk.write_module(
         "@handler\nasync def a(session): ...\n"
         "def __dir__(): return ['a', 'lazy']\n"
         "def __getattr__(name): raise RuntimeError(name)\n"
     )
-    assert load(names=(name,)).can_handle
+    assert load_plugins(names=(name,)).can_handle
 
 
 @pytest.mark.parametrize(
@@ -168,42 +174,46 @@ def test_lazy_attributes_of_plugin_module_are_not_imported(disk: Disk) -> None:
         ("acme", "acme"),
     ],
 )
-def test_plugin_is_loaded_by_every_form_of_its_name(disk: Disk, asked: str, plugin: str) -> None:
-    disk.module(
+def test_plugin_is_loaded_by_every_form_of_its_name(
+    plugin_disk: PluginDisk, asked: str, plugin: str
+) -> None:
+    plugin_disk.write_module(
         "@handler(metadata={'job': 'monthly'})\nasync def monthly(session): ...\n"
         "class Yearly:\n    @handler\n    async def run(self, session): ...\n",
         "shop.reports",
     )
-    disk.distribution("acme-plugin", acme="shop.reports:Yearly")
-    [described] = load(names=(asked,)).describe()
+    plugin_disk.write_distribution("acme-plugin", acme="shop.reports:Yearly")
+    [described] = load_plugins(names=(asked,)).describe()
     assert described.name == plugin
     assert "shop.reports" in described.source or asked in described.source
 
 
-def test_installed_plugin_is_listed_without_import_and_inactive(disk: Disk) -> None:
-    name = disk.module("raise SystemExit('imported')\n")
-    disk.distribution("acme-plugin", acme=name)
+def test_installed_plugin_is_listed_without_being_imported_or_activated(
+    plugin_disk: PluginDisk,
+) -> None:
+    name = plugin_disk.write_module("raise SystemExit('imported')\n")
+    plugin_disk.write_distribution("acme-plugin", acme=name)
     assert Available("acme", name, "acme-plugin 1.0") in available()
-    assert not load().can_handle
-    assert load().describe() == ()
+    assert not load_plugins().can_handle
+    assert load_plugins().describe() == ()
 
 
-def test_describe_lists_hooks_and_rules_of_plugin() -> None:
-    class Both:
+def test_plugin_description_lists_its_hooks_and_rules() -> None:
+    class PluginWithHookAndRules:
         @hookimpl
         def workpool_session_handler(self) -> None: ...
 
         @handler(type="build", metadata={"job": "a"})
         async def build(self, session: Session) -> None: ...
 
-    [plugin] = load(Both).describe()
+    [plugin] = load_plugins(PluginWithHookAndRules).describe()
     assert list(plugin.hooks) == ["workpool_session_handler"]
     assert [(str(route.rule), route.handler.name) for route in plugin.routes] == [
-        ("type=build job=a", "Both.build")
+        ("type=build job=a", "PluginWithHookAndRules.build")
     ]
 
 
-# -- refused at start ------------------------------------------------------------------------------
+# -- plugins that are refused at start -------------------------------------------------------------
 
 CLASS = "class P:\n"
 MARKED = "@handler\nasync def run(session): ...\n"
@@ -307,33 +317,40 @@ MISTAKES = {
 
 
 @pytest.mark.parametrize("mistake", MISTAKES)
-def test_mistake_in_plugin_module_is_refused_with_module_name(disk: Disk, mistake: str) -> None:
+def test_mistake_in_plugin_module_is_refused_with_module_name(
+    plugin_disk: PluginDisk, mistake: str
+) -> None:
     source, sentence = MISTAKES[mistake]
-    name = disk.module(source)
+    name = plugin_disk.write_module(source)
     with pytest.raises(PluginError) as caught:
-        load(names=(name,))
+        load_plugins(names=(name,))
     assert caught.value.plugin == name
     assert sentence in str(caught.value)
     assert "\n" not in str(caught.value)
 
 
-def test_equal_rules_within_module_are_refused_naming_both_handlers(disk: Disk) -> None:
-    name = disk.module(MISTAKES["two equal rules"][0])
+def test_equal_rules_within_module_are_refused_naming_both_handlers(
+    plugin_disk: PluginDisk,
+) -> None:
+    name = plugin_disk.write_module(MISTAKES["two equal rules"][0])
     with pytest.raises(PluginError, match=f"{name}.two and {name}.one have the same rule"):
-        load(names=(name,))
+        load_plugins(names=(name,))
 
 
 def test_equal_rules_of_two_plugins_are_refused_naming_both() -> None:
     with pytest.raises(PluginError, match=r"two.two and one.one have the same rule") as caught:
-        load(marked("one", metadata={"job": "a"}), marked("two", metadata={"job": "a"}))
+        load_plugins(
+            decorated_function("one", metadata={"job": "a"}),
+            decorated_function("two", metadata={"job": "a"}),
+        )
     assert caught.value.plugin == "two"
 
 
-def test_function_active_through_two_plugins_is_refused(disk: Disk) -> None:
-    name = disk.module(MARKED)
+def test_function_that_two_plugins_supply_is_refused(plugin_disk: PluginDisk) -> None:
+    name = plugin_disk.write_module(MARKED)
     module = __import__(name)
     with pytest.raises(PluginError, match=rf"{name}.run and run.run have the same rule"):
-        load(module.run, module)
+        load_plugins(module.run, module)
 
 
 @pytest.mark.parametrize(
@@ -351,34 +368,36 @@ def test_function_active_through_two_plugins_is_refused(disk: Disk) -> None:
         ("lost", "no module named 'gone'; installed plugins: "),
     ],
 )
-def test_unknown_plugin_name_is_refused_with_hint(disk: Disk, asked: str, sentence: str) -> None:
-    disk.module("class Reports: ...\n", "shop")
-    disk.distribution("acme-plugin", acme="shop", lost="gone")
+def test_unknown_plugin_name_is_refused_with_hint(
+    plugin_disk: PluginDisk, asked: str, sentence: str
+) -> None:
+    plugin_disk.write_module("class Reports: ...\n", "shop")
+    plugin_disk.write_distribution("acme-plugin", acme="shop", lost="gone")
     with pytest.raises(PluginError) as caught:
-        load(names=(asked,))
+        load_plugins(names=(asked,))
     assert caught.value.plugin == asked
     assert sentence in str(caught.value)
 
 
-def test_plugin_name_offered_by_two_distributions_is_refused(disk: Disk) -> None:
-    disk.distribution("acme-one", acme="shop")
-    disk.distribution("acme-two", acme="shop")
+def test_plugin_name_offered_by_two_distributions_is_refused(plugin_disk: PluginDisk) -> None:
+    plugin_disk.write_distribution("acme-one", acme="shop")
+    plugin_disk.write_distribution("acme-two", acme="shop")
     with pytest.raises(PluginError, match=r"offered by acme-one 1\.0 and acme-two 1\.0"):
-        load(names=("acme",))
+        load_plugins(names=("acme",))
 
 
-def test_same_plugin_given_twice_is_refused(disk: Disk) -> None:
-    name = disk.module(MARKED)
-    disk.distribution("acme-plugin", acme=name)
+def test_same_plugin_given_twice_is_refused(plugin_disk: PluginDisk) -> None:
+    name = plugin_disk.write_module(MARKED)
+    plugin_disk.write_distribution("acme-plugin", acme=name)
     reports = Reports()
     for given in ([name, name], [name, __import__(name)], ["acme", name], [reports, reports]):
         with pytest.raises(PluginError, match="is given twice"):
-            load(*given)
+            load_plugins(*given)
 
 
 def test_two_plugins_with_one_name_are_refused() -> None:
     with pytest.raises(PluginError, match="'Reports': is the name of two plugins"):
-        load(Reports(), Reports())
+        load_plugins(Reports(), Reports())
 
 
 @pytest.mark.parametrize(
@@ -391,42 +410,42 @@ def test_two_plugins_with_one_name_are_refused() -> None:
         ),
         (type("Reports", (), {"__init__": lambda _self, *, _dsn: None}), {}, "'_dsn'"),
         (Reports(), {"folder": "x"}, "takes no settings"),
-        (marked("Reports"), {"folder": "x"}, "takes no settings"),
+        (decorated_function("Reports"), {"folder": "x"}, "takes no settings"),
     ],
 )
 def test_unsuitable_plugin_settings_are_refused_by_name(
     plugin: object, options: dict[str, Any], sentence: str
 ) -> None:
     with pytest.raises(PluginError, match=re.escape(sentence)) as caught:
-        load(plugin, Reports=options)
+        load_plugins(plugin, Reports=options)
     assert caught.value.plugin == "Reports"
 
 
 def test_plugin_class_that_fails_to_start_is_refused_with_reason() -> None:
-    class Broken:
+    class FailingPlugin:
         def __init__(self) -> None:
             raise OSError("disk\nis full")
 
     with pytest.raises(PluginError, match=r"creating it .* raised OSError: disk$") as caught:
-        load(Broken)
+        load_plugins(FailingPlugin)
     assert isinstance(caught.value.__cause__, OSError)
 
 
-def test_settings_for_inactive_plugin_are_refused_unless_installed(disk: Disk) -> None:
-    disk.distribution("acme-plugin", acme="shop")
+def test_settings_for_inactive_plugin_are_refused_unless_installed(plugin_disk: PluginDisk) -> None:
+    plugin_disk.write_distribution("acme-plugin", acme="shop")
     with pytest.raises(PluginError, match=r"Repots\] is for no active .* 'Reports'\?") as caught:
-        load(Reports, Repots={})
+        load_plugins(Reports, Repots={})
     assert caught.value.plugin == "Repots"
-    assert load(Reports, acme={"folder": "x"}).can_handle
+    assert load_plugins(Reports, acme={"folder": "x"}).can_handle
 
 
-@pytest.mark.parametrize("plugin", [7, None, object(), daily, dict, type])
+@pytest.mark.parametrize("plugin", [7, None, object(), daily_report, dict, type])
 def test_object_that_is_no_plugin_is_refused(plugin: object) -> None:
     with pytest.raises(PluginError, match=r"@handler|type\(\) takes"):
-        load(plugin)
+        load_plugins(plugin)
 
 
-def test_keyboard_interrupt_while_loading_plugin_is_raised(disk: Disk) -> None:
-    name = disk.module("raise KeyboardInterrupt\n")
+def test_keyboard_interrupt_while_loading_plugin_is_raised(plugin_disk: PluginDisk) -> None:
+    name = plugin_disk.write_module("raise KeyboardInterrupt\n")
     with pytest.raises(KeyboardInterrupt):
-        load(names=(name,))
+        load_plugins(names=(name,))

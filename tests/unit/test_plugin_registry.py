@@ -1,4 +1,4 @@
-"""Calls of plugins: handlers, contexts, events, and the plugin that an error names."""
+"""Calls of plugins: the choice of handlers, contexts, events, and the plugin named by an error."""
 
 import asyncio
 import functools
@@ -11,7 +11,7 @@ from typing import Any, Union, get_args
 
 import pytest
 
-from tests.unit.loaded_plugins import chosen, item, load
+from tests.unit.loaded_plugins import chosen_handler_name, load_plugins, make_work_item
 from workpool.errors import PluginError
 from workpool.events import DrainStarted, Event, PluginFailed, SessionFinished
 from workpool.handlers import handler
@@ -23,34 +23,34 @@ from workpool.wire.items import WorkItem
 FACT = DrainStarted(timeout=20.0)
 
 
-def marked(name: str = "daily", **rule: Any) -> Any:
+def decorated_handler(name: str = "daily", **rule: Any) -> Any:
     @handler(**rule)
-    async def function(session: Session) -> None: ...
+    async def handler_function(session: Session) -> None: ...
 
-    function.__name__ = name
-    return function
+    handler_function.__name__ = name
+    return handler_function
 
 
-class Answering:
+class AnsweringPlugin:
     """A plugin that answers every item with one method; subclasses give it names."""
 
-    async def run(self, session: Session) -> None: ...
+    async def run_session(self, session: Session) -> None: ...
 
     @hookimpl
     def workpool_session_handler(self) -> Callable[[Session], Awaitable[object]]:
-        return self.run
+        return self.run_session
 
 
-class First(Answering): ...
+class FirstPlugin(AnsweringPlugin): ...
 
 
-class Second(Answering): ...
+class SecondPlugin(AnsweringPlugin): ...
 
 
-# -- who answers -----------------------------------------------------------------------------------
+# -- which plugin supplies the handler -------------------------------------------------------------
 
 
-def test_plugin_objects_precede_names_and_first_answer_is_used(
+def test_plugin_objects_precede_named_plugins_and_first_answer_is_used(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     name = "named_plugin_of_this_test"
@@ -60,121 +60,151 @@ def test_plugin_objects_precede_names_and_first_answer_is_used(
         "@hookimpl\ndef workpool_session_handler(item): return run\n"
     )
     monkeypatch.syspath_prepend(tmp_path)
-    assert chosen(load(First(), Second(), names=(name,)), item()) == "First.run"
-    assert chosen(load(Second(), First(), names=(name,)), item()) == "Second.run"
-    assert chosen(load(names=(name,)), item()) == f"{name}.run"
-    assert chosen(load(name, First()), item()) == f"{name}.run"
+    assert (
+        chosen_handler_name(
+            load_plugins(FirstPlugin(), SecondPlugin(), names=(name,)), make_work_item()
+        )
+        == "FirstPlugin.run_session"
+    )
+    assert (
+        chosen_handler_name(
+            load_plugins(SecondPlugin(), FirstPlugin(), names=(name,)), make_work_item()
+        )
+        == "SecondPlugin.run_session"
+    )
+    assert chosen_handler_name(load_plugins(names=(name,)), make_work_item()) == f"{name}.run"
+    assert chosen_handler_name(load_plugins(name, FirstPlugin()), make_work_item()) == f"{name}.run"
     del sys.modules[name]
 
 
 def test_plugin_that_answers_none_leaves_choice_to_next_plugin() -> None:
-    class Nothing:
+    class PluginWithoutAnswer:
         @hookimpl
         def workpool_session_handler(self, item: WorkItem) -> None: ...
 
-    assert chosen(load(Nothing(), Second()), item()) == "Second.run"
+    assert (
+        chosen_handler_name(load_plugins(PluginWithoutAnswer(), SecondPlugin()), make_work_item())
+        == "SecondPlugin.run_session"
+    )
 
 
 def test_tryfirst_and_trylast_change_order_of_plugins() -> None:
-    class Early(Answering):
+    class EarlyPlugin(AnsweringPlugin):
         @hookimpl(tryfirst=True)
         def workpool_session_handler(self) -> Any:
-            return self.run
+            return self.run_session
 
-    class Late(Answering):
+    class LatePlugin(AnsweringPlugin):
         @hookimpl(trylast=True)
         def workpool_session_handler(self) -> Any:
-            return self.run
+            return self.run_session
 
-    assert chosen(load(Late(), First(), Early()), item()) == "Early.run"
-    assert chosen(load(Late(), First()), item()) == "First.run"
+    assert (
+        chosen_handler_name(
+            load_plugins(LatePlugin(), FirstPlugin(), EarlyPlugin()), make_work_item()
+        )
+        == "EarlyPlugin.run_session"
+    )
+    assert (
+        chosen_handler_name(load_plugins(LatePlugin(), FirstPlugin()), make_work_item())
+        == "FirstPlugin.run_session"
+    )
 
 
 def test_hook_of_plugin_precedes_its_rules_and_next_plugin() -> None:
-    class Mixed:
-        async def special(self, session: Session) -> None: ...
+    class PluginWithHookAndRules:
+        async def special_report(self, session: Session) -> None: ...
 
         @handler
-        async def rest(self, session: Session) -> None: ...
+        async def other_report(self, session: Session) -> None: ...
 
         @hookimpl
         def workpool_session_handler(self, item: WorkItem) -> Any:
-            return self.special if "special" in item.metadata else None
+            return self.special_report if "special" in item.metadata else None
 
-    plugins = load(Mixed(), Second())
-    assert chosen(plugins, item(special="yes")) == "Mixed.special"
-    assert chosen(plugins, item()) == "Mixed.rest"
+    plugins = load_plugins(PluginWithHookAndRules(), SecondPlugin())
+    assert (
+        chosen_handler_name(plugins, make_work_item(special="yes"))
+        == "PluginWithHookAndRules.special_report"
+    )
+    assert chosen_handler_name(plugins, make_work_item()) == "PluginWithHookAndRules.other_report"
 
 
 def test_rule_matches_equal_type_and_equal_metadata() -> None:
-    plugins = load(marked(type="build", metadata={"job": "a", "team": "x"}))
-    assert chosen(plugins, item("build", job="a", team="x", more="1")) == "daily.daily"
-    assert chosen(plugins, item("session", job="a", team="x")) is None
-    assert chosen(plugins, item("build", job="a")) is None
-    assert chosen(plugins, item("build", job="a", team="y")) is None
-    assert chosen(plugins, item("build")) is None
+    plugins = load_plugins(decorated_handler(type="build", metadata={"job": "a", "team": "x"}))
+    assert (
+        chosen_handler_name(plugins, make_work_item("build", job="a", team="x", more="1"))
+        == "daily.daily"
+    )
+    assert chosen_handler_name(plugins, make_work_item("session", job="a", team="x")) is None
+    assert chosen_handler_name(plugins, make_work_item("build", job="a")) is None
+    assert chosen_handler_name(plugins, make_work_item("build", job="a", team="y")) is None
+    assert chosen_handler_name(plugins, make_work_item("build")) is None
 
 
 @pytest.mark.parametrize("order", list(itertools.permutations(range(3))))
 def test_more_specific_rule_is_used_first_in_any_order(order: tuple[int, ...]) -> None:
     functions = [
-        marked("anything"),
-        marked("reports", metadata={"job": "report"}),
-        marked("daily", metadata={"job": "report", "every": "day"}),
+        decorated_handler("anything"),
+        decorated_handler("reports", metadata={"job": "report"}),
+        decorated_handler("daily", metadata={"job": "report", "every": "day"}),
     ]
 
     module = type("Jobs", (), {str(function): staticmethod(function) for function in functions})
-    for plugins in (load(*(functions[index] for index in order)), load(module)):
+    for plugins in (load_plugins(*(functions[index] for index in order)), load_plugins(module)):
 
-        def function_for(plugins: Plugins, **metadata: str) -> object:
-            answer = plugins.handler_for(item(**metadata))
+        def rule_function(plugins: Plugins, **metadata: str) -> object:
+            answer = plugins.handler_for(make_work_item(**metadata))
             return answer and answer.call
 
-        assert function_for(plugins) is functions[0]
-        assert function_for(plugins, job="report") is functions[1]
-        assert function_for(plugins, job="report", every="day") is functions[2]
-        assert function_for(plugins, every="day") is functions[0]
+        assert rule_function(plugins) is functions[0]
+        assert rule_function(plugins, job="report") is functions[1]
+        assert rule_function(plugins, job="report", every="day") is functions[2]
+        assert rule_function(plugins, every="day") is functions[0]
 
 
 def test_unrelated_rules_are_used_in_order_of_plugins() -> None:
-    one, two = marked("one", metadata={"a": "1"}), marked("two", metadata={"b": "1", "c": "1"})
-    both = item(a="1", b="1", c="1")
-    assert chosen(load(one, two), both) == "one.one"
-    assert chosen(load(two, one), both) == "two.two"
-    assert chosen(load(First(), two), both) == "First.run"
+    one, two = (
+        decorated_handler("one", metadata={"a": "1"}),
+        decorated_handler("two", metadata={"b": "1", "c": "1"}),
+    )
+    both = make_work_item(a="1", b="1", c="1")
+    assert chosen_handler_name(load_plugins(one, two), both) == "one.one"
+    assert chosen_handler_name(load_plugins(two, one), both) == "two.two"
+    assert chosen_handler_name(load_plugins(FirstPlugin(), two), both) == "FirstPlugin.run_session"
 
 
 def test_plugins_without_handlers_are_reported_as_unable_to_handle() -> None:
-    class Observer:
+    class ObserverOnly:
         @hookimpl
         def workpool_event(self, event: Event) -> None: ...
 
-    assert not load(Observer()).can_handle
-    assert load(Observer()).handler_for(item()) is None
-    assert load(First()).can_handle
-    assert load(marked()).can_handle
-    assert not load(First()).wanted
+    assert not load_plugins(ObserverOnly()).can_handle
+    assert load_plugins(ObserverOnly()).handler_for(make_work_item()) is None
+    assert load_plugins(FirstPlugin()).can_handle
+    assert load_plugins(decorated_handler()).can_handle
+    assert not load_plugins(FirstPlugin()).wanted
 
 
-async def top(session: Session) -> None: ...
+async def top_level_handler(session: Session) -> None: ...
 
 
 @handler(timeout=9.0, max_sessions=1)
-async def limited(session: Session) -> None: ...
+async def limited_handler(session: Session) -> None: ...
 
 
-class Call:
+class CallableObject:
     async def __call__(self, session: Session) -> None: ...
 
 
 @pytest.mark.parametrize(
     ("call", "name", "limits"),
     [
-        (top, "Router.top", (None, None)),
-        (functools.partial(top), "Router.top", (None, None)),
-        (Call(), "Router.Call", (None, None)),
-        (limited, "Router.limited", (9.0, 1)),
-        (functools.partial(limited), "Router.limited", (9.0, 1)),
+        (top_level_handler, "Router.top_level_handler", (None, None)),
+        (functools.partial(top_level_handler), "Router.top_level_handler", (None, None)),
+        (CallableObject(), "Router.CallableObject", (None, None)),
+        (limited_handler, "Router.limited_handler", (9.0, 1)),
+        (functools.partial(limited_handler), "Router.limited_handler", (9.0, 1)),
     ],
 )
 def test_async_callable_answered_by_hook_is_accepted(
@@ -185,18 +215,18 @@ def test_async_callable_answered_by_hook_is_accepted(
         def workpool_session_handler(self) -> Any:
             return functools.partial(call) if isinstance(call, functools.partial) else call
 
-    plugins = load(Router())
-    answer = plugins.handler_for(item())
+    plugins = load_plugins(Router())
+    answer = plugins.handler_for(make_work_item())
     assert answer is not None
     assert (answer.name, answer.plugin) == (name, "Router")
     assert (answer.timeout, answer.max_sessions) == limits
-    assert answer == plugins.handler_for(item(job="other"))
+    assert answer == plugins.handler_for(make_work_item(job="other"))
 
 
-# -- who observes what -----------------------------------------------------------------------------
+# -- which events an observer receives -------------------------------------------------------------
 
 
-def hook(annotation: object) -> Any:
+def observer_annotated_with(annotation: object) -> Any:
     """Return a plugin whose `workpool_event` has this annotation."""
 
     def workpool_event(event: Any) -> None: ...
@@ -222,36 +252,36 @@ def hook(annotation: object) -> Any:
 def test_observer_receives_event_types_of_its_annotation(
     annotation: object, wanted: set[type]
 ) -> None:
-    assert load(hook(annotation)).wanted == wanted
+    assert load_plugins(observer_annotated_with(annotation)).wanted == wanted
 
 
 def test_observer_without_annotation_receives_every_event_type() -> None:
-    class Bare:
+    class UnannotatedObserver:
         @hookimpl
         def workpool_event(self, event):  # type: ignore[no-untyped-def]  # the case
             ...
 
-    class Argumentless:
+    class ObserverWithoutArgument:
         @hookimpl
         def workpool_event(self) -> None: ...
 
-    for plugin in (Bare(), Argumentless()):
-        assert load(plugin).wanted == set(get_args(Event))
+    for plugin in (UnannotatedObserver(), ObserverWithoutArgument()):
+        assert load_plugins(plugin).wanted == set(get_args(Event))
 
 
 def test_observers_of_different_types_receive_only_their_types() -> None:
-    class Drains(Recorder):
+    class DrainObserver(ErrorRecorder):
         @hookimpl
         def workpool_event(self, event: DrainStarted) -> None:  # type: ignore[override]  # as in a plugin
             self.seen.append(event)
 
-    class Failures(Recorder):
+    class FailureObserver(ErrorRecorder):
         @hookimpl
         def workpool_event(self, event: PluginFailed) -> None:  # type: ignore[override]  # as in a plugin
             self.seen.append(event)
 
-    drains, failures = Drains(), Failures()
-    plugins = load(drains, failures)
+    drains, failures = DrainObserver(), FailureObserver()
+    plugins = load_plugins(drains, failures)
     failed = PluginFailed("mail", "workpool_event", ValueError())
     for event in (FACT, failed):
         plugins.notify(event)
@@ -259,10 +289,10 @@ def test_observers_of_different_types_receive_only_their_types() -> None:
     assert (drains.seen, failures.seen) == ([FACT], [failed])
 
 
-# -- errors later on -------------------------------------------------------------------------------
+# -- plugins that fail while they run --------------------------------------------------------------
 
 
-class Recorder:
+class ErrorRecorder:
     def __init__(self) -> None:
         self.seen: list[Event] = []
 
@@ -271,7 +301,7 @@ class Recorder:
         self.seen.append(event)
 
 
-class Failing:
+class FailingObserver:
     def __init__(self, error: BaseException | None = None) -> None:
         self.error = error or ValueError("secret of the plugin")
         self.calls: list[Event] = []
@@ -282,100 +312,111 @@ class Failing:
         raise self.error
 
 
-class AlsoFailing(Failing): ...
+class OtherFailingObserver(FailingObserver): ...
 
 
 @pytest.mark.parametrize("error", [ValueError("no"), asyncio.CancelledError(), SystemExit(1)])
-def test_handler_hook_that_raises_fails_choice_and_is_reported(
+def test_handler_hook_that_raises_fails_the_choice_and_is_reported(
     error: BaseException, caplog: pytest.LogCaptureFixture
 ) -> None:
-    class Broken:
+    class FailingRouter:
         @hookimpl
         def workpool_session_handler(self) -> None:
             raise error
 
-    recorder, metrics = Recorder(), Recorder()
-    plugins = load(Broken(), First(), recorder)
+    recorder, metrics = ErrorRecorder(), ErrorRecorder()
+    plugins = load_plugins(FailingRouter(), FirstPlugin(), recorder)
     plugins.metrics = metrics.workpool_event
     with pytest.raises(PluginError) as caught:
-        plugins.handler_for(item())
-    assert caught.value.plugin == "Broken"
+        plugins.handler_for(make_work_item())
+    assert caught.value.plugin == "FailingRouter"
     assert caught.value.__cause__ is error
-    fact = PluginFailed("Broken", "workpool_session_handler", error)
+    fact = PluginFailed("FailingRouter", "workpool_session_handler", error)
     assert recorder.seen == metrics.seen == [fact]
     assert "workpool_session_handler raised" in caplog.text
 
 
-def plain_def(session: Session) -> None: ...
+def def_function(session: Session) -> None: ...
 
 
-def not_async(session: Session) -> Awaitable[None]:
-    return top(session)
+def async_generator(session: Session) -> Awaitable[None]:
+    return top_level_handler(session)
 
 
-class Hostile:
+class ObjectFailingOnInspection:
     def __getattr__(self, name: str) -> object:
         raise ZeroDivisionError(name)
 
 
 def test_handler_hook_answer_that_raises_on_inspection_is_plugin_error() -> None:
-    class Broken:
+    class RouterWithHostileAnswer:
         @hookimpl
         def workpool_session_handler(self) -> object:
-            return Hostile()
+            return ObjectFailingOnInspection()
 
-    with pytest.raises(PluginError, match=r"'Broken': looking at the answer .* ZeroDivisionError"):
-        load(Broken()).handler_for(item())
+    with pytest.raises(
+        PluginError, match=r"'RouterWithHostileAnswer': looking at the answer .* ZeroDivisionError"
+    ):
+        load_plugins(RouterWithHostileAnswer()).handler_for(make_work_item())
 
 
-@pytest.mark.parametrize("answer", [plain_def, 7, Call, not_async, True])
+@pytest.mark.parametrize("answer", [def_function, 7, CallableObject, async_generator, True])
 def test_handler_hook_answer_that_is_not_callable_is_plugin_error(answer: object) -> None:
-    class Broken:
+    class RouterWithWrongAnswer:
         @hookimpl
         def workpool_session_handler(self) -> object:
             return answer
 
-    recorder = Recorder()
-    plugins = load(Broken(), recorder)
-    with pytest.raises(PluginError, match=r"'Broken': .* not an async callable") as caught:
-        plugins.handler_for(item())
-    assert recorder.seen == [PluginFailed("Broken", "workpool_session_handler", caught.value)]
+    recorder = ErrorRecorder()
+    plugins = load_plugins(RouterWithWrongAnswer(), recorder)
+    with pytest.raises(
+        PluginError, match=r"'RouterWithWrongAnswer': .* not an async callable"
+    ) as caught:
+        plugins.handler_for(make_work_item())
+    assert recorder.seen == [
+        PluginFailed("RouterWithWrongAnswer", "workpool_session_handler", caught.value)
+    ]
 
 
 @pytest.mark.parametrize("error", [ValueError("no"), asyncio.CancelledError(), SystemExit(1)])
 def test_failing_observer_is_reported_to_the_other_observers(
     error: BaseException, caplog: pytest.LogCaptureFixture
 ) -> None:
-    before, after = Recorder(), type("After", (Recorder,), {})()
-    failing, metrics = Failing(error), Recorder()
-    plugins = load(before, failing, after)
+    before, after = ErrorRecorder(), type("After", (ErrorRecorder,), {})()
+    failing, metrics = FailingObserver(error), ErrorRecorder()
+    plugins = load_plugins(before, failing, after)
     plugins.metrics = metrics.workpool_event
     plugins.notify(FACT)
 
-    failed = PluginFailed("Failing", "workpool_event", error)
+    failed = PluginFailed("FailingObserver", "workpool_event", error)
     assert before.seen == [FACT, failed]
     assert after.seen == [failed, FACT]
     assert metrics.seen == [failed]
     assert failing.calls == [FACT]
-    assert "'Failing': workpool_event raised" in caplog.text
+    assert "'FailingObserver': workpool_event raised" in caplog.text
 
 
 def test_two_failing_observers_are_reported_once_per_event() -> None:
-    one, two, metrics = Failing(), AlsoFailing(), Recorder()
-    plugins = load(one, two)
+    one, two, metrics = FailingObserver(), OtherFailingObserver(), ErrorRecorder()
+    plugins = load_plugins(one, two)
     plugins.metrics = metrics.workpool_event
     plugins.notify(FACT)
 
     assert (len(one.calls), len(two.calls)) == (2, 2)
     blamed = [event.plugin for event in metrics.seen if isinstance(event, PluginFailed)]
-    assert blamed == ["Failing", "AlsoFailing", "AlsoFailing", "Failing"]
+    assert blamed == [
+        "FailingObserver",
+        "OtherFailingObserver",
+        "OtherFailingObserver",
+        "FailingObserver",
+    ]
 
 
 def test_repeated_observer_failure_is_logged_with_traceback_once(
     caplog: pytest.LogCaptureFixture,
 ) -> None:
-    failing = Failing()
-    plugins = load(failing)
+    failing = FailingObserver()
+    plugins = load_plugins(failing)
     plugins.notify(FACT)
     plugins.notify(FACT)
     failing.error = KeyError("other")
@@ -386,15 +427,17 @@ def test_repeated_observer_failure_is_logged_with_traceback_once(
 
 def test_keyboard_interrupt_in_observer_is_raised() -> None:
     with pytest.raises(KeyboardInterrupt):
-        load(Failing(KeyboardInterrupt())).notify(FACT)
+        load_plugins(FailingObserver(KeyboardInterrupt())).notify(FACT)
 
 
 @pytest.mark.parametrize("hook", ["workpool_wrap_session", "workpool_lifespan"])
 def test_context_hook_that_raises_is_not_caught(hook: str) -> None:
-    def implementation() -> None:
+    def hook_implementation() -> None:
         raise LookupError("no database")
 
-    plugins = load(type("Broken", (), {hook: staticmethod(hookimpl(implementation))})())
+    plugins = load_plugins(
+        type("Broken", (), {hook: staticmethod(hookimpl(hook_implementation))})()
+    )
     argument: Any = None
     ask = plugins.contexts if hook == "workpool_wrap_session" else plugins.lifespans
     with pytest.raises(LookupError, match="no database"):
@@ -404,10 +447,12 @@ def test_context_hook_that_raises_is_not_caught(hook: str) -> None:
 @pytest.mark.parametrize("hook", ["workpool_wrap_session", "workpool_lifespan"])
 @pytest.mark.parametrize("answer", [7, MappingProxyType({}), open])
 def test_context_hook_answer_that_is_no_context_is_plugin_error(hook: str, answer: object) -> None:
-    def implementation() -> object:
+    def hook_implementation() -> object:
         return answer
 
-    plugins = load(type("Broken", (), {hook: staticmethod(hookimpl(implementation))})())
+    plugins = load_plugins(
+        type("Broken", (), {hook: staticmethod(hookimpl(hook_implementation))})()
+    )
     argument: Any = None
     ask = plugins.contexts if hook == "workpool_wrap_session" else plugins.lifespans
     with pytest.raises(PluginError, match=f"'Broken': {hook} returned .* async context manager"):

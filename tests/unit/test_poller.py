@@ -1,4 +1,6 @@
-"""One poller: the resources that it returns after each poll, and the errors that it survives."""
+"""One poller: the place and permit that it returns after a poll, and the errors that it
+survives.
+"""
 
 from __future__ import annotations
 
@@ -62,7 +64,7 @@ class ScriptedClient:
 
 
 class ScriptedDispatcher:
-    """Gives every offer the same answer, or crashes."""
+    """A dispatcher that gives every item the same answer, or raises."""
 
     def __init__(
         self, queue: BoundedQueue[Any], *, answer: Reception | Exception = "queued"
@@ -85,7 +87,7 @@ class ScriptedDispatcher:
         return self.answer
 
 
-class PollerBench:
+class PollerTestbed:
     """The environment of the pollers of one pool."""
 
     def __init__(
@@ -117,7 +119,7 @@ class PollerBench:
             self.context, until_empty=False, on_fatal=self.fatal.append, on_empty=lambda: None
         )
 
-    async def run(self, seconds: float = 20) -> None:
+    async def run_poller(self, seconds: float = 20) -> None:
         """Run one poller until its client has no further answer, or until the poller ends."""
         one = Poller(self.context, self.group, cast("Any", self.dispatcher), 0)
         async with asyncio.timeout(seconds), asyncio.TaskGroup() as group:
@@ -127,12 +129,12 @@ class PollerBench:
             task.cancel()
             over.cancel()
 
-    def of(self, kind: type[Any]) -> list[Any]:
+    def events_of_type(self, kind: type[Any]) -> list[Any]:
         return [event for event in self.events if isinstance(event, kind)]
 
 
 @pytest.fixture(autouse=True)
-def at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+def no_backoff(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(poller, "BACKOFF_SECONDS", 0.0)
 
 
@@ -150,23 +152,23 @@ FAILURES: dict[str, Exception] = {
 
 @pytest.mark.parametrize("failure", FAILURES.values(), ids=FAILURES)
 async def test_failed_poll_returns_its_place_and_permit(failure: Exception) -> None:
-    bench = PollerBench(None, failure, failure)  # a refusal of the first poll would be fatal
-    await bench.run()
+    bench = PollerTestbed(None, failure, failure)  # a refusal of the first poll would be fatal
+    await bench.run_poller()
     assert bench.client.polls == 4
     assert (bench.queue.reserved, bench.client.permits) == (0, 0)
-    assert len(bench.of(PollFinished)) == 4
+    assert len(bench.events_of_type(PollFinished)) == 4
     expected = PollerBackedOff if isinstance(failure, ControlPlaneError) else PollerRestarted
-    assert len(bench.of(expected)) == 2
+    assert len(bench.events_of_type(expected)) == 2
 
 
 async def test_refusal_of_the_first_poll_ends_polling_without_a_backoff(
     caplog: pytest.LogCaptureFixture,
 ) -> None:
-    bench = PollerBench(REFUSED, REFUSED)
-    await bench.run()
+    bench = PollerTestbed(REFUSED, REFUSED)
+    await bench.run_poller()
     assert bench.client.polls == 1
     assert (bench.queue.reserved, bench.client.permits) == (0, 0)
-    assert bench.of(PollerBackedOff) == []
+    assert bench.events_of_type(PollerBackedOff) == []
     assert "poll failed" not in caplog.text
 
 
@@ -183,9 +185,9 @@ async def test_unreadable_items_cause_no_backoff(
 ) -> None:
     monkeypatch.setattr(poller, "BACKOFF_SECONDS", 1000.0)
     monkeypatch.setattr(poller, "BACKOFF_CAP_SECONDS", 1000.0)
-    bench = PollerBench(*(make() for _ in range(30)), "item")
-    await bench.run()
-    assert not bench.of(PollerBackedOff)
+    bench = PollerTestbed(*(make() for _ in range(30)), "item")
+    await bench.run_poller()
+    assert not bench.events_of_type(PollerBackedOff)
     assert bench.client.polls == 32
     assert (bench.queue.reserved, bench.client.permits) == (0, 1)
     assert not bench.fatal
@@ -194,20 +196,20 @@ async def test_unreadable_items_cause_no_backoff(
 @in_virtual_time
 async def test_endless_unreadable_items_are_polled_slowly() -> None:
     count = poller.SKIPS + 60
-    bench = PollerBench(*(TooLargeError("poll", 200) for _ in range(count)), block_ms=999)
+    bench = PollerTestbed(*(TooLargeError("poll", 200) for _ in range(count)), block_ms=999)
     clock = asyncio.get_running_loop().time
     started = clock()
-    await bench.run(600)
+    await bench.run_poller(600)
     assert clock() - started == pytest.approx(poller.SKIPS * poller.SKIP_SECONDS + 60, rel=0.05)
 
 
 @in_virtual_time
 async def test_readable_answer_resets_count_of_unreadable_items() -> None:
     answers: list[object] = [TooLargeError("poll", 200) for _ in range(poller.SKIPS)]
-    bench = PollerBench(*answers, None, *answers, block_ms=999)
+    bench = PollerTestbed(*answers, None, *answers, block_ms=999)
     clock = asyncio.get_running_loop().time
     started = clock()
-    await bench.run(600)
+    await bench.run_poller(600)
     assert clock() - started < 2 * poller.SKIPS * poller.SKIP_SECONDS + 2
 
 
@@ -215,67 +217,71 @@ async def test_unreadable_item_is_logged_once_by_id(
     caplog: pytest.LogCaptureFixture,
 ) -> None:
     names = ("work_1", "work_2", None, "work_1", None)
-    bench = PollerBench(*(TooLargeError("poll", 200, work_id=name) for name in names))
-    await bench.run()
+    bench = PollerTestbed(*(TooLargeError("poll", 200, work_id=name) for name in names))
+    await bench.run_poller()
     assert all(each.startswith("item cannot be read") for each in caplog.messages)
     assert [vars(each)["work_id"] for each in caplog.records] == ["work_1", "work_2", "unknown"]
 
 
-async def test_null_poll_returns_its_place_and_permit() -> None:
-    bench = PollerBench(None, None)
-    await bench.run()
-    assert [event.result for event in bench.of(PollFinished)] == ["null", "null", "cancelled"]
+async def test_poll_without_item_returns_its_place_and_permit() -> None:
+    bench = PollerTestbed(None, None)
+    await bench.run_poller()
+    assert [event.result for event in bench.events_of_type(PollFinished)] == [
+        "null",
+        "null",
+        "cancelled",
+    ]
     assert (bench.queue.reserved, bench.client.permits) == (0, 0)
 
 
 async def test_accepted_item_keeps_place_and_permit() -> None:
-    bench = PollerBench("item")
-    await bench.run()
+    bench = PollerTestbed("item")
+    await bench.run_poller()
     assert bench.dispatcher.offered == ["item"]
     assert (bench.queue.reserved, bench.queue.waiting, bench.client.permits) == (0, 1, 1)
 
 
 @pytest.mark.parametrize("answer", ["declined", KeyError("bug")], ids=["declined", "bug"])
 async def test_rejected_item_returns_place_and_permit(answer: Any) -> None:
-    bench = PollerBench("item", answer=answer)
-    await bench.run()
+    bench = PollerTestbed("item", answer=answer)
+    await bench.run_poller()
     assert bench.dispatcher.offered == ["item"]
     assert (bench.queue.reserved, bench.queue.waiting) == (0, 0)
     assert bench.client.permits == 0
 
 
-async def test_item_set_aside_gives_back_the_place_and_keeps_the_permit() -> None:
-    bench = PollerBench("item", answer="aside")
-    await bench.run()
+async def test_item_set_aside_returns_its_place_and_keeps_its_permit() -> None:
+    bench = PollerTestbed("item", answer="aside")
+    await bench.run_poller()
     assert (bench.queue.reserved, bench.queue.aside, bench.client.permits) == (0, ["item"], 1)
 
 
 @in_virtual_time
 async def test_poller_whose_item_is_set_aside_polls_again_at_once() -> None:
-    bench = PollerBench(*("item" for _ in range(5)), answer="aside", block_ms=999, concurrency=10)
+    bench = PollerTestbed(*("item" for _ in range(5)), answer="aside", block_ms=999, concurrency=10)
     clock = asyncio.get_running_loop().time
     started = clock()
-    await bench.run(60)
+    await bench.run_poller(60)
     assert clock() - started == 0
 
 
 @in_virtual_time
-async def test_poller_whose_items_start_no_handler_polls_once_per_block() -> None:
-    bench = PollerBench(*("item" for _ in range(5)), block_ms=999, concurrency=10)
+async def test_poller_whose_items_start_no_handler_polls_once_per_block_time() -> None:
+    bench = PollerTestbed(*("item" for _ in range(5)), block_ms=999, concurrency=10)
     bench.dispatcher.paced = True
     clock = asyncio.get_running_loop().time
     started = clock()
-    await bench.run(60)
+    await bench.run_poller(60)
     assert clock() - started == pytest.approx(5 * 0.999)
 
 
 async def test_five_poller_crashes_in_a_row_are_fatal_and_four_are_not() -> None:
     bugs = [KeyError(number) for number in range(9)]
-    bench = PollerBench(*bugs[:4], None, *bugs[4:8])
-    await bench.run()
+    bench = PollerTestbed(*bugs[:4], None, *bugs[4:8])
+    await bench.run_poller()
     assert not bench.fatal
-    bench = PollerBench(*bugs[:5], None)
-    await bench.run()
+    bench = PollerTestbed(*bugs[:5], None)
+    await bench.run_poller()
     (fatal,) = bench.fatal
     assert isinstance(fatal, PollerError)
     assert fatal.__cause__ is bugs[4]
@@ -283,7 +289,7 @@ async def test_five_poller_crashes_in_a_row_are_fatal_and_four_are_not() -> None
 
 
 async def test_poller_crash_is_logged_with_traceback(caplog: pytest.LogCaptureFixture) -> None:
-    await PollerBench(KeyError("bug")).run()
+    await PollerTestbed(KeyError("bug")).run_poller()
     (record,) = [record for record in caplog.records if "poller crashed" in record.message]
     assert record.levelname == "ERROR"
     assert record.exc_info is not None

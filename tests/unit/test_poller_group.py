@@ -1,4 +1,4 @@
-"""State shared by the pollers of one pool: number, cooldown, refusals, end of the queue."""
+"""State shared by the pollers of one pool: their number, cooldown, refusals, and an empty queue."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ THROTTLED = TransientError("poll", 429, "x", reason="throttled")
 DOWN = TransientError("poll", None, "x", reason="network")
 
 
-class GroupBench:
+class GroupTestbed:
     """A poller group with a clock that the test moves."""
 
     def __init__(self, pollers: int = 3, *, until_empty: bool = False) -> None:
@@ -51,23 +51,23 @@ class GroupBench:
             threads=cast("Any", None),
         )
         self.group = PollerGroup(
-            context, until_empty=until_empty, on_fatal=self.fatal.append, on_empty=self._on_empty
+            context, until_empty=until_empty, on_fatal=self.fatal.append, on_empty=self._end_pool
         )
 
-    def _on_empty(self) -> None:
+    def _end_pool(self) -> None:
         self.emptied += 1
 
-    def null(self) -> None:
+    def finish_null_poll(self) -> None:
         self.group.succeeded(null=True)
 
-    def hit(self) -> None:
+    def finish_poll_with_item(self) -> None:
         self.group.succeeded(null=False)
 
-    def throttled(self) -> None:
+    def finish_throttled_poll(self) -> None:
         self.group.throttled()
 
-    def refuse_for(self, minutes: float) -> None:
-        """Refuse a poll now and every ten seconds for this number of minutes."""
+    def refuse_polls_for(self, minutes: float) -> None:
+        """Refuse one poll now and one every ten seconds for this number of minutes."""
         until = self.now + minutes * MINUTE
         while self.now <= until:
             self.group.failed(REFUSED)
@@ -79,13 +79,13 @@ class GroupBench:
 
 
 def test_refused_poll_before_any_success_is_fatal_at_once() -> None:
-    bench = GroupBench()
+    bench = GroupTestbed()
     bench.group.failed(REFUSED)
     assert bench.fatal == [REFUSED]
 
 
 def test_transient_poll_failures_are_never_fatal() -> None:
-    bench = GroupBench()
+    bench = GroupTestbed()
     for error in (DOWN, THROTTLED):
         for _ in range(100):
             bench.group.failed(error)
@@ -94,12 +94,12 @@ def test_transient_poll_failures_are_never_fatal() -> None:
     assert not bench.group.refused
 
 
-def test_five_minutes_of_refused_polls_are_fatal() -> None:
-    bench = GroupBench()
-    bench.null()
+def test_polls_refused_for_five_minutes_are_fatal() -> None:
+    bench = GroupTestbed()
+    bench.finish_null_poll()
     bench.now += 60 * MINUTE  # counted from the first refusal, not from the last success
     assert REFUSED_SECONDS == 5 * MINUTE
-    bench.refuse_for(5 - 1 / MINUTE)
+    bench.refuse_polls_for(5 - 1 / MINUTE)
     assert not bench.fatal
     assert bench.group.refused
     bench.now += 1
@@ -110,31 +110,31 @@ def test_five_minutes_of_refused_polls_are_fatal() -> None:
 @pytest.mark.parametrize(
     "between",
     [
-        lambda bench: bench.null(),
-        lambda bench: bench.hit(),
+        lambda bench: bench.finish_null_poll(),
+        lambda bench: bench.finish_poll_with_item(),
         lambda bench: bench.group.failed(DOWN),
         lambda bench: bench.group.failed(THROTTLED),
     ],
     ids=["null", "hit", "network", "throttled"],
 )
 def test_any_other_answer_restarts_five_minutes_of_refusals(
-    between: Callable[[GroupBench], None],
+    between: Callable[[GroupTestbed], None],
 ) -> None:
-    bench = GroupBench()
-    bench.null()
-    bench.refuse_for(4)
+    bench = GroupTestbed()
+    bench.finish_null_poll()
+    bench.refuse_polls_for(4)
     between(bench)
     assert not bench.group.refused
-    bench.refuse_for(4.9)
+    bench.refuse_polls_for(4.9)
     assert not bench.fatal
-    bench.refuse_for(0.2)
+    bench.refuse_polls_for(0.2)
     assert bench.fatal
 
 
 def test_last_successful_poll_is_measured_on_lease_clock() -> None:
-    bench = GroupBench()
+    bench = GroupTestbed()
     assert bench.group.last_success_at is None
-    bench.null()
+    bench.finish_null_poll()
     bench.now += 7
     bench.group.failed(REFUSED)
     assert bench.group.last_success_at == 1000.0
@@ -142,12 +142,12 @@ def test_last_successful_poll_is_measured_on_lease_clock() -> None:
 
 def test_start_of_idleness_is_logged_once(caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level("INFO", "workpool")
-    bench = GroupBench()
+    bench = GroupTestbed()
     for _ in range(5):
-        bench.null()
+        bench.finish_null_poll()
     assert [record.message for record in caplog.records] == ["idle; waiting for work"]
-    bench.hit()
-    bench.null()
+    bench.finish_poll_with_item()
+    bench.finish_null_poll()
     assert len(caplog.records) == 2
 
 
@@ -156,7 +156,7 @@ def test_start_of_idleness_is_logged_once(caplog: pytest.LogCaptureFixture) -> N
 
 @in_virtual_time
 async def test_cooldown_extended_meanwhile_lasts_longer_and_never_shorter() -> None:
-    group = GroupBench().group
+    group = GroupTestbed().group
     loop = asyncio.get_running_loop()
     group.hold_back(5)
     loop.call_later(1, group.hold_back, 20)
@@ -167,14 +167,14 @@ async def test_cooldown_extended_meanwhile_lasts_longer_and_never_shorter() -> N
 
 @in_virtual_time
 async def test_poller_group_without_refusals_has_no_cooldown() -> None:
-    group = GroupBench().group
+    group = GroupTestbed().group
     await group.cooldown()
     assert asyncio.get_running_loop().time() == 0
 
 
 @in_virtual_time
 async def test_second_and_later_ack_conflicts_in_a_row_hold_back_pollers() -> None:
-    group = GroupBench().group
+    group = GroupTestbed().group
     loop = asyncio.get_running_loop()
     conflict = ConflictError("ack", 409, "another worker has it")
     group.note_ack(conflict)
@@ -197,7 +197,7 @@ async def test_second_and_later_ack_conflicts_in_a_row_hold_back_pollers() -> No
 
 @in_virtual_time
 async def test_refused_acks_hold_back_pollers_with_growing_delay() -> None:
-    group = GroupBench().group
+    group = GroupTestbed().group
     loop = asyncio.get_running_loop()
     group._ack_backoff._rng = lambda: 1.0
     waits = []
@@ -220,13 +220,13 @@ async def test_refused_acks_hold_back_pollers_with_growing_delay() -> None:
 # The number of pollers.
 
 
-def test_null_polls_reduce_pollers_to_one_and_hits_restore_them() -> None:
-    bench = GroupBench(3)
+def test_polls_without_item_reduce_pollers_to_one_and_items_restore_them() -> None:
+    bench = GroupTestbed(3)
     for _ in range(4):
-        bench.null()
+        bench.finish_null_poll()
     assert bench.group.target == 1
     for _ in range(4):
-        bench.hit()
+        bench.finish_poll_with_item()
     assert bench.group.target == 3
     assert bench.events == [
         PollersScaled("down", "nulls", 2), PollersScaled("down", "nulls", 1),
@@ -235,29 +235,34 @@ def test_null_polls_reduce_pollers_to_one_and_hits_restore_them() -> None:
 
 
 def test_throttled_poll_halves_number_of_pollers() -> None:
-    bench = GroupBench(9)
+    bench = GroupTestbed(9)
     for _ in range(5):
-        bench.throttled()
+        bench.finish_throttled_poll()
     assert bench.events == [PollersScaled("down", "throttled", target) for target in (4, 2, 1)]
 
 
 @in_virtual_time
 async def test_poller_beyond_target_waits_until_items_arrive() -> None:
-    bench = GroupBench(2)
-    bench.null()
+    bench = GroupTestbed(2)
+    bench.finish_null_poll()
     await bench.group.turn(0)
     async with asyncio.TaskGroup() as group:
         waiting = group.create_task(bench.group.turn(1))
         await asyncio.sleep(100)
         assert not waiting.done()
-        bench.hit()
+        bench.finish_poll_with_item()
 
 
-@given(st.integers(1, 6), st.lists(st.sampled_from(["hit", "null", "throttled"])))
+@given(
+    st.integers(1, 6),
+    st.lists(
+        st.sampled_from(["finish_poll_with_item", "finish_null_poll", "finish_throttled_poll"])
+    ),
+)
 def test_number_of_pollers_stays_within_limits_and_changes_are_observed(
     limit: int, answers: list[str]
 ) -> None:
-    bench = GroupBench(limit)
+    bench = GroupTestbed(limit)
     group, before = bench.group, limit
     for answer in answers:
         getattr(bench, answer)()
@@ -274,13 +279,13 @@ def test_number_of_pollers_stays_within_limits_and_changes_are_observed(
         before = group.target
 
 
-# The end of the queue.
+# An empty queue.
 
 
 @in_virtual_time
-async def test_null_poll_ends_pool_only_if_until_empty_and_idle_and_no_other_poll() -> None:
-    bench = GroupBench(until_empty=True)
-    other = GroupBench()
+async def test_poll_without_item_ends_pool_only_if_until_empty_and_pool_is_idle() -> None:
+    bench = GroupTestbed(until_empty=True)
+    other = GroupTestbed()
     await other.group.settle_empty()  # until_empty is not set
     assert (other.emptied, other.group.ended) == (0, False)
     await bench.queue.reserve()

@@ -44,12 +44,13 @@ REASONS = [
 ]  # fmt: skip
 
 
-async def run_nothing(session: Session) -> None:
-    """Do nothing."""
+async def handler_function(session: Session) -> None:
+    """A handler that is never called."""
 
 
 first, second = (
-    Handler(name=name, call=run_nothing, plugin="test") for name in ("test.first", "test.second")
+    Handler(name=name, call=handler_function, plugin="test")
+    for name in ("test.first", "test.second")
 )
 
 
@@ -77,7 +78,7 @@ def make_item(
     return PoolItem(replace(work_item, **changes), run_by, copy_context(), 0.0)
 
 
-def item_in(state: str) -> PoolItem:
+def item_in_state(state: str) -> PoolItem:
     item = make_item()
     item.state = cast("State", state)
     return item
@@ -92,20 +93,20 @@ def test_item_state_table_equals_documented_table() -> None:
 
 @pytest.mark.parametrize(("state", "transition"), [pair for pair in PAIRS if pair in ALLOWED])
 def test_allowed_transition_leads_to_next_state(state: State, transition: Transition) -> None:
-    item = item_in(state)
+    item = item_in_state(state)
     item.advance(transition)
     assert item.state == ALLOWED[state, transition]
 
 
 @pytest.mark.parametrize(("state", "transition"), [pair for pair in PAIRS if pair not in ALLOWED])
 def test_forbidden_transition_raises_and_keeps_state(state: State, transition: Transition) -> None:
-    item = item_in(state)
+    item = item_in_state(state)
     with pytest.raises(RuntimeError, match=f"'{transition}' is not allowed in '{state}'"):
         item.advance(transition)
     assert item.state == state
 
 
-def test_new_item_is_delivered_and_every_path_ends_closed() -> None:
+def test_every_path_of_states_from_a_new_item_ends_closed() -> None:
     assert make_item().state == "delivered"
     for state in get_args(State):
         seen = {state}
@@ -123,7 +124,7 @@ def test_new_item_is_delivered_and_every_path_ends_closed() -> None:
         ({"last_heartbeat": "hb_1"}, True),
     ],
 )
-def test_item_with_ack_or_heartbeat_was_held_before(
+def test_item_with_ack_or_heartbeat_counts_as_held_before(
     changes: dict[str, Any], *, held_before: bool
 ) -> None:
     assert make_item(**changes).held_before == held_before
@@ -220,7 +221,7 @@ def test_owned_items_without_session_do_not_exclude_each_other() -> None:
     assert owned.count(first) == 0
 
 
-def test_owned_item_is_removed_by_session_at_delivery() -> None:
+def test_owned_item_is_removed_by_the_session_id_of_its_delivery() -> None:
     """The ack returns another copy of the item with another session id."""
     owned, item = OwnedItems(), make_item(run_by=first)
     owned.add(item)
@@ -237,7 +238,7 @@ def test_list_of_owned_items_does_not_change_later() -> None:
     assert len(owned) == 0
 
 
-def numbered(dice: random.Random) -> Iterator[PoolItem]:
+def numbered_item(dice: random.Random) -> Iterator[PoolItem]:
     for number in range(200):
         yield make_item(f"work_{number}", f"sesn_{number}", dice.choice((first, second, None)))
 
@@ -245,7 +246,7 @@ def numbered(dice: random.Random) -> Iterator[PoolItem]:
 def test_counts_of_owned_items_are_correct_after_random_changes() -> None:
     dice = random.Random(0)  # noqa: S311 - repeatable, guards nothing
     owned, mine = OwnedItems(), list[PoolItem]()
-    for item in numbered(dice):
+    for item in numbered_item(dice):
         owned.add(item)
         mine.append(item)
         while mine and dice.random() < 0.4:

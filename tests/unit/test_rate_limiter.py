@@ -17,7 +17,7 @@ from workpool.wire.http.rate_limiter import RateLimiter
 COMPLETION, CLAIM, HANDLER = Priority
 
 
-class Clock:
+class MovableClock:
     """A clock in seconds that the test moves."""
 
     def __init__(self) -> None:
@@ -27,20 +27,20 @@ class Clock:
         return self.now
 
 
-def spend(limiter: RateLimiter) -> int:
-    """Return the number of tokens that can be acquired right now."""
+def acquire_all_tokens(limiter: RateLimiter) -> int:
+    """Acquire as many tokens as possible right now, and return their number."""
     return next(count for count in range(10_000) if not limiter.try_acquire())
 
 
-async def settle() -> None:
+async def run_ready_tasks() -> None:
     """Let every ready task run."""
     for _ in range(20):
         await asyncio.sleep(0)
 
 
 @pytest.fixture
-def clock() -> Clock:
-    return Clock()
+def clock() -> MovableClock:
+    return MovableClock()
 
 
 # -- rate --------------------------------------------------------------------------------------
@@ -51,86 +51,86 @@ def test_rate_limiter_with_rate_zero_is_unlimited() -> None:
     assert RateLimiter("read", 0.1).limited
 
 
-def test_rate_limiter_allows_burst_of_a_quarter_second(clock: Clock) -> None:
+def test_rate_limiter_allows_burst_of_a_quarter_second(clock: MovableClock) -> None:
     limiter = RateLimiter("write", 20, clock)
-    assert spend(limiter) == 5
+    assert acquire_all_tokens(limiter) == 5
     clock.now += 60
-    assert spend(limiter) == 5
+    assert acquire_all_tokens(limiter) == 5
 
 
-def test_rate_limiter_with_rate_below_one_allows_single_requests(clock: Clock) -> None:
+def test_rate_limiter_with_rate_below_one_allows_single_requests(clock: MovableClock) -> None:
     limiter = RateLimiter("write", 0.5, clock)
-    assert spend(limiter) == 1
+    assert acquire_all_tokens(limiter) == 1
     clock.now += 1.9
-    assert spend(limiter) == 0
+    assert acquire_all_tokens(limiter) == 0
     clock.now += 0.2
-    assert spend(limiter) == 1
+    assert acquire_all_tokens(limiter) == 1
 
 
-def test_rate_limiter_passes_its_rate_per_second(clock: Clock) -> None:
+def test_rate_limiter_passes_its_rate_per_second(clock: MovableClock) -> None:
     limiter = RateLimiter("write", 20, clock)
-    spend(limiter)
+    acquire_all_tokens(limiter)
     passed = 0
     for _ in range(1000):
         clock.now += 0.01
-        passed += spend(limiter)
+        passed += acquire_all_tokens(limiter)
     assert passed == pytest.approx(200, abs=1)
 
 
-def test_rate_limiter_gains_nothing_from_stopped_or_reversed_clock(clock: Clock) -> None:
+def test_rate_limiter_gains_no_tokens_from_a_stopped_or_reversed_clock(clock: MovableClock) -> None:
     limiter = RateLimiter("write", 20, clock)
-    spend(limiter)
+    acquire_all_tokens(limiter)
     clock.now -= 100
-    assert spend(limiter) == 0
+    assert acquire_all_tokens(limiter) == 0
     clock.now += 0.06
-    assert spend(limiter) == 1
+    assert acquire_all_tokens(limiter) == 1
 
 
 @given(st.floats(0.1, 1000), st.lists(st.floats(0, 3), max_size=60))
 def test_rate_limiter_never_exceeds_rate_plus_burst(rate: float, pauses: list[float]) -> None:
-    clock = Clock()
+    clock = MovableClock()
     limiter = RateLimiter("write", rate, clock)
-    passed = spend(limiter)
+    passed = acquire_all_tokens(limiter)
     for pause in pauses:
         clock.now += pause
-        passed += spend(limiter)
+        passed += acquire_all_tokens(limiter)
         assert passed <= max(1.0, rate / 4) + rate * (clock.now - 1000.0) + 1e-6
 
 
 # -- heartbeats --------------------------------------------------------------------------------
 
 
-def test_heartbeats_use_up_rate_without_waiting(clock: Clock) -> None:
+def test_heartbeats_use_up_rate_without_waiting(clock: MovableClock) -> None:
     limiter = RateLimiter("write", 20, clock)
-    spend(limiter)
+    acquire_all_tokens(limiter)
     passed = 0
     for _ in range(100):
         clock.now += 0.1
         limiter.charge()  # 10 a second
-        passed += spend(limiter)
+        passed += acquire_all_tokens(limiter)
     assert passed == pytest.approx(100, abs=2)
 
 
-def test_heartbeats_above_rate_leave_a_quarter_to_other_requests(clock: Clock) -> None:
+def test_heartbeats_above_rate_leave_a_quarter_to_other_requests(clock: MovableClock) -> None:
     limiter = RateLimiter("write", 20, clock)
-    spend(limiter)
+    acquire_all_tokens(limiter)
     passed = 0
     for _ in range(1000):
         clock.now += 0.01
         limiter.charge()  # 100 a second, five times the rate
-        passed += spend(limiter)
+        passed += acquire_all_tokens(limiter)
     assert passed == pytest.approx(50, abs=1)
 
 
-def test_debt_of_many_heartbeats_is_limited_to_one_second(clock: Clock) -> None:
+def test_debt_of_many_heartbeats_is_limited_to_one_second(clock: MovableClock) -> None:
     limiter = RateLimiter("write", 20, clock)
-    spend(limiter)
+    acquire_all_tokens(limiter)
     for _ in range(10_000):
         limiter.charge()
     clock.now += 20 / 15  # the debt of one second, repaid with three quarters of the rate
-    spend(limiter)
+    acquire_all_tokens(limiter)
     clock.now += 0.25
-    assert spend(limiter) == 5
+    assert acquire_all_tokens(limiter) == 5
 
 
 # -- waiting -----------------------------------------------------------------------------------
@@ -138,7 +138,7 @@ def test_debt_of_many_heartbeats_is_limited_to_one_second(clock: Clock) -> None:
 
 async def test_rate_limiter_wait_lasts_as_long_as_rate_requires() -> None:
     limiter = RateLimiter("write", 50)
-    spend(limiter)
+    acquire_all_tokens(limiter)
     started = time.monotonic()
     for _ in range(10):
         await limiter.acquire()
@@ -149,87 +149,89 @@ async def test_rate_limiter_wait_lasts_as_long_as_rate_requires() -> None:
 async def test_rate_limiter_wait_ends_despite_debt() -> None:
     limiter = RateLimiter("write", 200)
     started = time.monotonic()  # before the tokens are spent: tokens gained meanwhile count
-    spend(limiter)
+    acquire_all_tokens(limiter)
     for _ in range(20):
         limiter.charge()
     await limiter.acquire()
     assert time.monotonic() - started >= 1 / 200
 
 
-async def test_waiters_of_one_priority_are_served_in_order(clock: Clock) -> None:
+async def test_waiters_of_one_priority_acquire_tokens_in_order(clock: MovableClock) -> None:
     limiter = RateLimiter("write", 1, clock)
-    spend(limiter)
+    acquire_all_tokens(limiter)
     served: list[int] = []
 
-    async def take(number: int) -> None:
+    async def take_token(number: int) -> None:
         await limiter.acquire()
         served.append(number)
 
     async with asyncio.TaskGroup() as group:
         for number in range(5):
-            group.create_task(take(number))
-        await settle()
+            group.create_task(take_token(number))
+        await run_ready_tasks()
         assert not limiter.try_acquire()
         for _ in range(5):
             clock.now += 1
             limiter.refund()  # moves the first waiter, which moves the next one when it leaves
-            await settle()
+            await run_ready_tasks()
     assert served == [0, 1, 2, 3, 4]
 
 
-async def test_try_acquire_while_another_waits_is_refused(clock: Clock) -> None:
+async def test_try_acquire_while_another_waits_is_refused(clock: MovableClock) -> None:
     limiter = RateLimiter("write", 1, clock)
-    spend(limiter)
+    acquire_all_tokens(limiter)
     async with asyncio.TaskGroup() as group:
         first = group.create_task(limiter.acquire())
-        await settle()
+        await run_ready_tasks()
         clock.now += 1
         assert not limiter.try_acquire()  # the available token belongs to the first waiter
         limiter.refund()
-        await settle()
+        await run_ready_tasks()
         assert first.done()
 
 
-async def test_cancelled_waiter_takes_no_token_and_next_waiter_proceeds(clock: Clock) -> None:
+async def test_cancelled_waiter_takes_no_token_and_next_waiter_proceeds(
+    clock: MovableClock,
+) -> None:
     limiter = RateLimiter("write", 1, clock)
-    spend(limiter)
+    acquire_all_tokens(limiter)
     async with asyncio.TaskGroup() as group:
         waiting = [group.create_task(limiter.acquire()) for _ in range(3)]
-        await settle()
+        await run_ready_tasks()
         waiting[0].cancel()
         waiting[1].cancel()
         clock.now += 1
-        await settle()
+        await run_ready_tasks()
         assert [task.cancelled() for task in waiting] == [True, True, False]
         assert waiting[2].done()
-    assert spend(limiter) == 0
+    assert acquire_all_tokens(limiter) == 0
     clock.now += 1
-    assert spend(limiter) == 1
+    assert acquire_all_tokens(limiter) == 1
 
 
-async def test_refunded_token_is_used_at_once(clock: Clock) -> None:
+async def test_refunded_token_is_used_at_once(clock: MovableClock) -> None:
     limiter = RateLimiter("write", 0.001, clock)
     assert limiter.try_acquire()
     async with asyncio.TaskGroup() as group:
         waiting = group.create_task(limiter.acquire())
-        await settle()
+        await run_ready_tasks()
         assert not waiting.done()
         limiter.refund()
-        await settle()
+        await run_ready_tasks()
         assert waiting.done()
 
 
-async def test_refunded_tokens_do_not_exceed_burst(clock: Clock) -> None:
+async def test_refunded_tokens_do_not_exceed_burst(clock: MovableClock) -> None:
     limiter = RateLimiter("write", 20, clock)
     for _ in range(50):
         limiter.refund()
-    assert spend(limiter) == 5
+    assert acquire_all_tokens(limiter) == 5
 
 
 # -- priority ----------------------------------------------------------------------------------
 
 
-class Queue:
+class WaiterQueue:
     """Waiters on a limiter whose tokens the test hands out one by one.
 
     Attributes:
@@ -238,76 +240,78 @@ class Queue:
 
     def __init__(self, group: asyncio.TaskGroup) -> None:
         self.served: list[Priority] = []
-        self.limiter = RateLimiter("write", 1, Clock())
+        self.limiter = RateLimiter("write", 1, MovableClock())
         self.limiter.try_acquire()
         self._group = group
 
-    async def add(self, *priorities: Priority) -> None:
+    async def add_waiter(self, *priorities: Priority) -> None:
         for priority in priorities:
-            self._group.create_task(self._acquire(priority))
-        await settle()
+            self._group.create_task(self._acquire_token(priority))
+        await run_ready_tasks()
 
-    async def serve(self, count: int) -> None:
+    async def hand_out_token(self, count: int) -> None:
         for _ in range(count):
             self.limiter.refund()
-            await settle()
+            await run_ready_tasks()
 
-    async def _acquire(self, priority: Priority) -> None:
+    async def _acquire_token(self, priority: Priority) -> None:
         await self.limiter.acquire(priority)
         self.served.append(priority)
 
 
-async def test_completions_are_served_before_all_other_priorities() -> None:
+async def test_completions_get_tokens_before_all_other_priorities() -> None:
     async with asyncio.TaskGroup() as group:
-        queue = Queue(group)
-        await queue.add(HANDLER, CLAIM, HANDLER, COMPLETION, COMPLETION)
-        await queue.serve(2)
+        queue = WaiterQueue(group)
+        await queue.add_waiter(HANDLER, CLAIM, HANDLER, COMPLETION, COMPLETION)
+        await queue.hand_out_token(2)
         assert queue.served == [COMPLETION, COMPLETION]
-        await queue.add(COMPLETION)
-        await queue.serve(1)
+        await queue.add_waiter(COMPLETION)
+        await queue.hand_out_token(1)
         assert queue.served == [COMPLETION] * 3
-        await queue.serve(3)
+        await queue.hand_out_token(3)
 
 
-async def test_claims_and_handler_calls_are_served_in_turn() -> None:
+async def test_claims_and_handler_calls_get_tokens_in_turn() -> None:
     async with asyncio.TaskGroup() as group:
-        queue = Queue(group)
-        await queue.add(*[HANDLER] * 5, *[CLAIM] * 3)
-        await queue.serve(8)
+        queue = WaiterQueue(group)
+        await queue.add_waiter(*[HANDLER] * 5, *[CLAIM] * 3)
+        await queue.hand_out_token(8)
     assert queue.served == [CLAIM, HANDLER] * 3 + [HANDLER, HANDLER]
 
 
 async def test_turns_of_claims_and_handler_calls_continue_after_completion() -> None:
     async with asyncio.TaskGroup() as group:
-        queue = Queue(group)
-        await queue.add(CLAIM, CLAIM, HANDLER, HANDLER)
-        await queue.serve(1)
-        await queue.add(COMPLETION)
-        await queue.serve(4)
+        queue = WaiterQueue(group)
+        await queue.add_waiter(CLAIM, CLAIM, HANDLER, HANDLER)
+        await queue.hand_out_token(1)
+        await queue.add_waiter(COMPLETION)
+        await queue.hand_out_token(4)
     assert queue.served == [CLAIM, COMPLETION, HANDLER, CLAIM, HANDLER]
 
 
-async def test_try_acquire_of_completion_precedes_claims_and_handler_calls(clock: Clock) -> None:
+async def test_try_acquire_of_completion_precedes_claims_and_handler_calls(
+    clock: MovableClock,
+) -> None:
     limiter = RateLimiter("write", 1, clock)
     limiter.try_acquire()
     async with asyncio.TaskGroup() as group:
         waiting = group.create_task(limiter.acquire(CLAIM))
-        await settle()
+        await run_ready_tasks()
         clock.now += 1
         assert not limiter.try_acquire(HANDLER)
         assert not limiter.try_acquire(CLAIM)
         assert limiter.try_acquire(COMPLETION)
-        await settle()
+        await run_ready_tasks()
         assert not waiting.done()
         limiter.refund()
 
 
-async def test_try_acquire_of_completion_waits_for_earlier_completions(clock: Clock) -> None:
+async def test_try_acquire_of_completion_waits_for_earlier_completions(clock: MovableClock) -> None:
     limiter = RateLimiter("write", 1, clock)
     limiter.try_acquire()
     async with asyncio.TaskGroup() as group:
         group.create_task(limiter.acquire(COMPLETION))
-        await settle()
+        await run_ready_tasks()
         clock.now += 1
         assert not limiter.try_acquire(COMPLETION)
         limiter.refund()
@@ -315,12 +319,12 @@ async def test_try_acquire_of_completion_waits_for_earlier_completions(clock: Cl
 
 async def test_heartbeats_above_rate_leave_a_quarter_to_completions() -> None:
     """Completions get that whole quarter, however many claims and handler calls wait."""
-    clock = Clock()
+    clock = MovableClock()
     async with asyncio.TaskGroup() as group:
         limiter = RateLimiter("write", 20, clock)
-        spend(limiter)
+        acquire_all_tokens(limiter)
         others = [group.create_task(limiter.acquire(each)) for each in (CLAIM, HANDLER) * 20]
-        await settle()
+        await run_ready_tasks()
         passed = 0
         for _ in range(1000):
             clock.now += 0.01
@@ -332,14 +336,14 @@ async def test_heartbeats_above_rate_leave_a_quarter_to_completions() -> None:
             task.cancel()
 
 
-class Model:
+class ReferenceModel:
     """A reference model of the waiters and their order."""
 
     def __init__(self) -> None:
         self.waiting: list[tuple[Priority, asyncio.Task[None]]] = []
         self._turn = CLAIM
 
-    def next(self) -> tuple[Priority, asyncio.Task[None]]:
+    def next_waiter(self) -> tuple[Priority, asyncio.Task[None]]:
         order = (COMPLETION, self._turn, *{CLAIM, HANDLER} - {self._turn})
         first = min(self.waiting, key=lambda each: order.index(each[0]))
         self.waiting.remove(first)
@@ -353,10 +357,10 @@ class Model:
 
 
 @given(st.lists(st.one_of(st.sampled_from(Priority), st.just("token"), st.just("cancel"))))
-def test_order_of_service_equals_reference_model(steps: list[Priority | str]) -> None:
-    async def play() -> None:
-        model, spare = Model(), False
-        limiter = RateLimiter("write", 4, Clock())  # one token may be spent at once
+def test_order_of_tokens_equals_reference_model(steps: list[Priority | str]) -> None:
+    async def compare_with_model() -> None:
+        model, spare = ReferenceModel(), False
+        limiter = RateLimiter("write", 4, MovableClock())  # one token may be spent at once
         limiter.try_acquire()
         async with asyncio.TaskGroup() as group:
             for step in steps:
@@ -367,15 +371,15 @@ def test_order_of_service_equals_reference_model(steps: list[Priority | str]) ->
                     spare = True
                 else:
                     model.cancel_one()
-                await settle()
+                await run_ready_tasks()
                 if model.waiting and spare:
-                    assert model.next()[1].done()
+                    assert model.next_waiter()[1].done()
                     spare = False
                 assert not any(task.done() for _, task in model.waiting)
             for _, task in model.waiting:
                 task.cancel()
 
-    asyncio.run(play())
+    asyncio.run(compare_with_model())
 
 
 # -- two threads -------------------------------------------------------------------------------
@@ -383,13 +387,13 @@ def test_order_of_service_equals_reference_model(steps: list[Priority | str]) ->
 
 def test_two_event_loops_on_two_threads_share_one_rate() -> None:
     limiter = RateLimiter("write", 200)
-    spend(limiter)
+    acquire_all_tokens(limiter)
     started = time.monotonic()
 
-    async def many() -> None:
+    async def acquire_many() -> None:
         await asyncio.gather(*(limiter.acquire() for _ in range(20)))
 
-    threads = [threading.Thread(target=asyncio.run, args=(many(),)) for _ in range(2)]
+    threads = [threading.Thread(target=asyncio.run, args=(acquire_many(),)) for _ in range(2)]
     for thread in threads:
         thread.start()
     for thread in threads:
@@ -398,57 +402,58 @@ def test_two_event_loops_on_two_threads_share_one_rate() -> None:
     assert time.monotonic() - started >= 39 / 200
 
 
-async def test_waiter_of_closed_loop_does_not_delay_other_waiters(clock: Clock) -> None:
+async def test_waiter_of_closed_loop_does_not_delay_other_waiters(clock: MovableClock) -> None:
     limiter = RateLimiter("write", 1, clock)
-    spend(limiter)
+    acquire_all_tokens(limiter)
     left_behind: list[Any] = []
 
-    def die_in_line() -> None:
+    def abandon_waiter() -> None:
         dead = asyncio.new_event_loop()
         left_behind.append(dead.create_task(limiter.acquire()))  # the task is never resumed
         dead.call_later(0.01, dead.stop)
         dead.run_forever()
         dead.close()
 
-    await asyncio.to_thread(die_in_line)
+    await asyncio.to_thread(abandon_waiter)
     assert not left_behind[0].done()
     async with asyncio.TaskGroup() as group:
         living = group.create_task(limiter.acquire())
-        await settle()
+        await run_ready_tasks()
         clock.now += 1
         await asyncio.wait_for(living, 10)
     left_behind[0]._log_destroy_pending = False
 
 
-async def test_refund_from_another_thread_wakes_first_waiter(clock: Clock) -> None:
+async def test_refund_from_another_thread_wakes_first_waiter(clock: MovableClock) -> None:
     limiter = RateLimiter("write", 0.001, clock)
     assert limiter.try_acquire()
     async with asyncio.TaskGroup() as group:
         waiting = group.create_task(limiter.acquire())
-        await settle()
+        await run_ready_tasks()
         await asyncio.to_thread(limiter.refund)
         await asyncio.wait_for(waiting, 10)
 
 
 def test_tokens_acquired_and_refunded_on_two_threads_add_up() -> None:
-    limiter = RateLimiter("write", 8000, Clock())  # 2000 tokens may be spent at once
+    limiter = RateLimiter("write", 8000, MovableClock())  # 2000 tokens may be spent at once
 
-    async def work(priority: Priority) -> None:
+    async def acquire_and_refund(priority: Priority) -> None:
         for number in range(300):
             await limiter.acquire(priority)
             if number % 3 == 0:
                 limiter.refund()
 
-    async def work_by_all_priorities() -> None:
+    async def acquire_with_every_priority() -> None:
         async with asyncio.TaskGroup() as group:
             for priority in Priority:
-                group.create_task(work(priority))
+                group.create_task(acquire_and_refund(priority))
 
     threads = [
-        threading.Thread(target=asyncio.run, args=(work_by_all_priorities(),)) for _ in range(2)
+        threading.Thread(target=asyncio.run, args=(acquire_with_every_priority(),))
+        for _ in range(2)
     ]
     for thread in threads:
         thread.start()
     for thread in threads:
         thread.join(20)
-    assert spend(limiter) == 2000 - 2 * 3 * 200
+    assert acquire_all_tokens(limiter) == 2000 - 2 * 3 * 200

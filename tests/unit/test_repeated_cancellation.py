@@ -20,11 +20,11 @@ from workpool.testing.virtual_time import in_virtual_time
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Callable
 
-    from tests.unit.conftest import Bench
+    from tests.unit.conftest import LeaseTestbed
     from workpool.pool.pool_item import PoolItem
 
 
-class Stubborn:
+class StubbornHandler:
     """A handler that ignores each cancellation until a given time.
 
     Attributes:
@@ -48,8 +48,8 @@ class Stubborn:
 
 
 @asynccontextmanager
-async def running(
-    bench: type[Bench], handler: Stubborn
+async def running_handler(
+    bench: type[LeaseTestbed], handler: StubbornHandler
 ) -> AsyncIterator[tuple[HandlerExecutor, PoolItem]]:
     """Run the body of the `with` statement while a handler runs, then wait until that ends."""
     parts = bench()
@@ -57,12 +57,12 @@ async def running(
         settings=parts.settings,
         plugins=Plugins.load([], [], {}),
         clock=parts.clock,
-        observe=parts.observe,
+        observe=parts.record_event,
         renewer=parts.renewer,
         threads=HandlerThreads(1, parts.clock),
     )
     async with handler_group() as handlers, parts.open(), asyncio.TaskGroup() as group:
-        item = await parts.claim()
+        item = await parts.claim_item()
         item.advance("started")
         executor = HandlerExecutor(cast("Any", context), handlers)
         call = Handler(
@@ -89,11 +89,11 @@ Step = tuple[float, EndReason]
     ids=["once", "same reason", "less grave", "graver", "graver at once"],
 )
 @in_virtual_time
-async def test_cancellation_is_repeated_every_ten_seconds_and_at_once_for_graver_reason(
-    bench: type[Bench], steps: list[Step], times: list[float]
+async def test_cancellation_is_repeated_every_ten_seconds_and_at_once_for_a_graver_reason(
+    testbed: type[LeaseTestbed], steps: list[Step], times: list[float]
 ) -> None:
-    handler = Stubborn(until=34)
-    async with running(bench, handler) as (executor, item):
+    handler = StubbornHandler(until=34)
+    async with running_handler(testbed, handler) as (executor, item):
         passed = 0.0
         for at, reason in steps:
             await asyncio.sleep(at - passed)
@@ -105,11 +105,11 @@ async def test_cancellation_is_repeated_every_ten_seconds_and_at_once_for_graver
 
 @in_virtual_time
 async def test_handler_is_reported_as_stuck_once_ten_seconds_after_cancellation(
-    bench: type[Bench], caplog: pytest.LogCaptureFixture
+    testbed: type[LeaseTestbed], caplog: pytest.LogCaptureFixture
 ) -> None:
     reports: list[float] = []
-    handler = Stubborn(until=34)
-    async with running(bench, handler) as (executor, item):
+    handler = StubbornHandler(until=34)
+    async with running_handler(testbed, handler) as (executor, item):
         now: Callable[[], float] = asyncio.get_running_loop().time
         began = now()
         executor.on_stuck = lambda: reports.append(round(now() - began, 3))
@@ -119,9 +119,9 @@ async def test_handler_is_reported_as_stuck_once_ten_seconds_after_cancellation(
 
 
 @in_virtual_time
-async def test_handler_that_has_ended_is_not_cancelled_again(bench: type[Bench]) -> None:
-    handler = Stubborn(until=12)
-    async with running(bench, handler) as (executor, item):
+async def test_handler_that_has_ended_is_not_cancelled_again(testbed: type[LeaseTestbed]) -> None:
+    handler = StubbornHandler(until=12)
+    async with running_handler(testbed, handler) as (executor, item):
         executor.cancel(item, EndReason.TIMED_OUT)
         task = item.handler_task
         assert task is not None

@@ -1,4 +1,4 @@
-"""The sender: the check before each request, retries and time limits, in virtual time."""
+"""Calls for an item: the check before each request, retries and time limits, in virtual time."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ from workpool.wire.http.call_options import Priority
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Callable
 
-    from tests.unit.conftest import Bench
+    from tests.unit.conftest import LeaseTestbed
     from workpool.pool.pool_item import PoolItem
     from workpool.wire.http.call_options import CallOptions
 
@@ -39,19 +39,19 @@ CALL = SendOptions(Priority.HANDLER, by_handler=True)
 
 
 @asynccontextmanager
-async def begun(one: Bench) -> AsyncIterator[PoolItem]:
+async def renewed_item(one: LeaseTestbed) -> AsyncIterator[PoolItem]:
     """Return an item whose lease has begun and is renewed, and whose handler runs."""
     async with one.open():
-        item = await one.claim()
-        await one.begin(item)
+        item = await one.claim_item()
+        await one.send_first_heartbeat(item)
         one.tries.clear()
         one.sent.clear()
-        async with one.handler_of(item):
+        async with one.running_handler(item):
             await asyncio.sleep(0)
             yield item
 
 
-async def update(one: Bench, item: PoolItem, request: SendOptions = WRITE) -> object:
+async def update_call(one: LeaseTestbed, item: PoolItem, request: SendOptions = WRITE) -> object:
     async def call(options: CallOptions, seconds: float) -> object:
         return await one.client.update_metadata(
             item.id, {"key": "value"}, timeout=seconds, options=options
@@ -60,60 +60,60 @@ async def update(one: Bench, item: PoolItem, request: SendOptions = WRITE) -> ob
     return await one.sender.send(item, call, request)
 
 
-def updates(one: Bench) -> list[tuple[str, float | None, CallOptions]]:
+def count_updates(one: LeaseTestbed) -> list[tuple[str, float | None, CallOptions]]:
     return [each for each in one.tries if each[0] == "update"]
 
 
-# The check.
+# The check of the lease right before a request is sent.
 
 
-def lose(item: PoolItem) -> None:
+def lose_lease(item: PoolItem) -> None:
     item.lease.end("lost")
 
 
-def stop(item: PoolItem) -> None:
+def request_stop(item: PoolItem) -> None:
     item.lease.end("stopped")
 
 
-def close(item: PoolItem) -> None:
+def close_session(item: PoolItem) -> None:
     item.lease.closed = True
 
 
-def cancel(item: PoolItem) -> None:
+def cancel_handler(item: PoolItem) -> None:
     item.cancelled_for = EndReason.TIMED_OUT
 
 
-def lend(item: PoolItem) -> None:
+def begin_handoff(item: PoolItem) -> None:
     handoff: Any = type("Handoff", (), {"state": "open"})
     item.handoff = handoff
 
 
 ENDS: list[tuple[Callable[[PoolItem], None], type[Exception], bool]] = [
-    (lose, LeaseLost, False),
-    (stop, SessionEnded, False),
-    (close, SessionEnded, False),
-    (lend, LeaseLost, False),
-    (cancel, SessionEnded, True),
+    (lose_lease, LeaseLost, False),
+    (request_stop, SessionEnded, False),
+    (close_session, SessionEnded, False),
+    (begin_handoff, LeaseLost, False),
+    (cancel_handler, SessionEnded, True),
 ]
 """Events that end the right to send, the error, and whether only the handler is affected."""
 
 
 @pytest.mark.parametrize(("end", "error", "by_handler"), ENDS)
 @pytest.mark.parametrize("wait", ["before", "rate limit", "connection"])
-def test_lease_check_is_made_right_before_request_bytes(
-    bench: type[Bench],
+def test_lease_is_checked_right_before_the_bytes_of_a_request(
+    testbed: type[LeaseTestbed],
     end: Callable[[PoolItem], None],
     error: type[Exception],
     wait: str,
     *,
     by_handler: bool,
 ) -> None:
-    """The state at the end of the wait decides."""
+    """The state at the end of a wait decides, not the one at its begin."""
 
     @in_virtual_time
-    async def check() -> None:
-        one = bench(update=[Fault(wait=5.0)] if wait == "connection" else [])
-        async with begun(one) as item:
+    async def check_no_request() -> None:
+        one = testbed(update=[Fault(wait=5.0)] if wait == "connection" else [])
+        async with renewed_item(one) as item:
             one.permit_seconds = 5.0 if wait == "rate limit" else 0.0
             request = CALL if by_handler else WRITE
             if wait == "before":
@@ -121,88 +121,94 @@ def test_lease_check_is_made_right_before_request_bytes(
             else:
                 one.loop.call_later(4.9, end, item)
             with pytest.raises(error):
-                await update(one, item, request)
-            assert len(updates(one)) <= 1  # a refused check is never retried
-        assert not one.times("update")
+                await update_call(one, item, request)
+            assert len(count_updates(one)) <= 1  # a refused check is never retried
+        assert not one.send_times("update")
 
-    check()
+    check_no_request()
 
 
 @in_virtual_time
-async def test_call_of_pool_is_allowed_after_handler_was_cancelled(bench: type[Bench]) -> None:
-    one = bench()
-    async with begun(one) as item:
+async def test_call_of_pool_is_allowed_after_handler_was_cancelled(
+    testbed: type[LeaseTestbed],
+) -> None:
+    one = testbed()
+    async with renewed_item(one) as item:
         item.cancelled_for = EndReason.TIMED_OUT
-        await update(one, item, WRITE)
+        await update_call(one, item, WRITE)
         with pytest.raises(SessionEnded):
-            await update(one, item, CALL)
-    assert len(one.times("update")) == 1
+            await update_call(one, item, CALL)
+    assert len(one.send_times("update")) == 1
 
 
 @in_virtual_time
-async def test_machine_that_slept_during_wait_sends_nothing(bench: type[Bench]) -> None:
-    one = bench(update=[Fault(wait=5.0)])
-    async with begun(one) as item:
+async def test_machine_that_slept_while_a_call_waited_sends_nothing(
+    testbed: type[LeaseTestbed],
+) -> None:
+    one = testbed(update=[Fault(wait=5.0)])
+    async with renewed_item(one) as item:
         one.loop.call_later(4.9, one.loop.suspend, 300)
         with pytest.raises(LeaseLost):
-            await update(one, item)
-    assert not one.times("update")
+            await update_call(one, item)
+    assert not one.send_times("update")
 
 
 @in_virtual_time
-async def test_machine_paused_during_wait_verifies_lease_before_sending(
-    bench: type[Bench],
+async def test_machine_paused_while_a_call_waited_verifies_lease_before_sending(
+    testbed: type[LeaseTestbed],
 ) -> None:
-    one = bench(update=[Fault(wait=5.0)])
-    async with begun(one) as item:
+    one = testbed(update=[Fault(wait=5.0)])
+    async with renewed_item(one) as item:
         one.loop.call_later(4.99, setattr, one, "ahead", 30.0)
-        await update(one, item)
-        (sent,) = one.times("update")
-        heartbeat, *_ = one.times("heartbeat")
+        await update_call(one, item)
+        (sent,) = one.send_times("update")
+        heartbeat, *_ = one.send_times("heartbeat")
         assert 4.99 <= heartbeat <= sent
 
 
 @in_virtual_time
 async def test_machine_paused_while_another_worker_claimed_sends_nothing(
-    bench: type[Bench],
+    testbed: type[LeaseTestbed],
 ) -> None:
-    one = bench(update=[Fault(wait=5.0)])
-    async with begun(one) as item:
+    one = testbed(update=[Fault(wait=5.0)])
+    async with renewed_item(one) as item:
 
-        def pause() -> None:
+        def pause_machine() -> None:
             one.ahead = 300.0
-            one.steal(item.id)
+            one.claim_as_other_worker(item.id)
 
-        one.loop.call_later(4.99, pause)
+        one.loop.call_later(4.99, pause_machine)
         with pytest.raises(SessionGoneError):
-            await update(one, item)
-    assert not one.times("update")
+            await update_call(one, item)
+    assert not one.send_times("update")
 
 
 @in_virtual_time
-async def test_callback_before_bytes_is_called_only_if_bytes_are_sent(
-    bench: type[Bench],
+async def test_callback_before_sending_is_called_only_if_bytes_are_sent(
+    testbed: type[LeaseTestbed],
 ) -> None:
     called: list[float] = []
-    one = bench(update=[Fault(wait=5.0)])
-    async with begun(one) as item:
+    one = testbed(update=[Fault(wait=5.0)])
+    async with renewed_item(one) as item:
         request = WRITE._replace(before_bytes=lambda: called.append(one.clock()))
-        await update(one, item, request)
+        await update_call(one, item, request)
         assert called == pytest.approx([5.0])
-        lose(item)
+        lose_lease(item)
         with pytest.raises(LeaseLost):
-            await update(one, item, request)
+            await update_call(one, item, request)
     assert len(called) == 1
 
 
 @in_virtual_time
-async def test_call_for_item_without_lease_raises_attribute_error(bench: type[Bench]) -> None:
-    one = bench()
+async def test_call_for_item_without_lease_raises_attribute_error(
+    testbed: type[LeaseTestbed],
+) -> None:
+    one = testbed()
     async with one.open():
-        item = await one.claim()
+        item = await one.claim_item()
         del item.lease
         with pytest.raises(AttributeError, match="lease"):
-            await update(one, item)
+            await update_call(one, item)
 
 
 # Retries.
@@ -217,61 +223,63 @@ async def test_call_for_item_without_lease_raises_attribute_error(bench: type[Be
     ],
 )
 def test_call_refused_by_control_plane_is_never_retried(
-    bench: type[Bench], error: ControlPlaneError
+    testbed: type[LeaseTestbed], error: ControlPlaneError
 ) -> None:
     @in_virtual_time
-    async def check() -> None:
+    async def check_single_request() -> None:
         assert error.status is not None
-        one = bench(update=[Fault(answer=error.status, applied=False)])
-        async with begun(one) as item:
+        one = testbed(update=[Fault(answer=error.status, applied=False)])
+        async with renewed_item(one) as item:
             with pytest.raises(type(error)):
-                await update(one, item)
-        assert len(one.times("update")) == 1
+                await update_call(one, item)
+        assert len(one.send_times("update")) == 1
 
-    check()
+    check_single_request()
 
 
 @in_virtual_time
-async def test_attempt_of_call_takes_at_most_a_third_of_remaining_lease(bench: type[Bench]) -> None:
-    one = bench(request_timeout=300.0, update=[SILENCE] * 99)
-    async with begun(one) as item:
+async def test_attempt_of_call_takes_at_most_a_third_of_remaining_lease(
+    testbed: type[LeaseTestbed],
+) -> None:
+    one = testbed(request_timeout=300.0, update=[SILENCE] * 99)
+    async with renewed_item(one) as item:
         lease = item.lease
         one.renewer.remove(lease)
         lease.closed = False  # the lease is not renewed anymore
         with pytest.raises(TransientError):
-            await update(one, item)
-        sent = one.times("update")
+            await update_call(one, item)
+        sent = one.send_times("update")
         assert len(sent) > 5
         assert all(
             seconds is not None and seconds <= (60 - at) / TRY_PART + 1e-6
-            for at, (_, seconds, _) in zip(sent, updates(one), strict=True)
+            for at, (_, seconds, _) in zip(sent, count_updates(one), strict=True)
         )
-        assert updates(one)[0][1] == pytest.approx(20)
+        assert count_updates(one)[0][1] == pytest.approx(20)
         assert one.clock() <= lease.deadline
 
 
 @in_virtual_time
-async def test_attempt_of_call_takes_at_most_request_timeout(bench: type[Bench]) -> None:
-    one = bench(request_timeout=2.0, update=[SILENCE])
-    async with begun(one) as item:
-        await update(one, item)
-    assert [seconds for _, seconds, _ in updates(one)] == [2.0, 2.0]
-    first, second = one.times("update")
+async def test_attempt_of_call_takes_at_most_request_timeout(testbed: type[LeaseTestbed]) -> None:
+    one = testbed(request_timeout=2.0, update=[SILENCE])
+    async with renewed_item(one) as item:
+        await update_call(one, item)
+    assert [seconds for _, seconds, _ in count_updates(one)] == [2.0, 2.0]
+    first, second = one.send_times("update")
     assert 2.0 <= second - first <= 2.0 + 0.2
 
 
 @in_virtual_time
 async def test_attempt_of_call_takes_at_most_a_third_of_its_own_time_limit(
-    bench: type[Bench],
+    testbed: type[LeaseTestbed],
 ) -> None:
-    one = bench(update=[SILENCE] * 99)
-    async with begun(one) as item:
+    one = testbed(update=[SILENCE] * 99)
+    async with renewed_item(one) as item:
         with pytest.raises(TransientError) as caught:
-            await update(one, item, WRITE._replace(seconds=3.0))
+            await update_call(one, item, WRITE._replace(seconds=3.0))
         assert caught.value.reason == "timeout"
         assert 1.0 < one.clock() <= 3.0
-    assert updates(one)[0][1] == pytest.approx(1.0)
-    assert len(updates(one)) > 1
+    assert count_updates(one)[0][1] == pytest.approx(1.0)
+    assert len(count_updates(one)) > 1
 
 
 @pytest.mark.parametrize(
@@ -286,114 +294,122 @@ async def test_attempt_of_call_takes_at_most_a_third_of_its_own_time_limit(
     ids=["silence", "reset", "503", "429", "garbage"],
 )
 def test_retry_after_attempt_without_answer_uses_new_connection(
-    bench: type[Bench], failure: Fault, *, new: bool
+    testbed: type[LeaseTestbed], failure: Fault, *, new: bool
 ) -> None:
     @in_virtual_time
-    async def check() -> None:
-        one = bench(update=[failure])
-        async with begun(one) as item:
-            await update(one, item)
-            await update(one, item)
-        assert [options.new_connection for *_, options in updates(one)] == [False, new, False]
+    async def check_new_connection() -> None:
+        one = testbed(update=[failure])
+        async with renewed_item(one) as item:
+            await update_call(one, item)
+            await update_call(one, item)
+        assert [options.new_connection for *_, options in count_updates(one)] == [False, new, False]
 
-    check()
+    check_new_connection()
 
 
 @in_virtual_time
-async def test_each_attempt_of_call_has_its_priority_and_permit(bench: type[Bench]) -> None:
-    one = bench(update=[SILENCE])
-    async with begun(one) as item:
-        await update(one, item, WRITE)
-        await update(one, item, CALL)
-    assert [options.priority for *_, options in updates(one)] == [
+async def test_each_attempt_of_call_has_its_priority_and_permit(
+    testbed: type[LeaseTestbed],
+) -> None:
+    one = testbed(update=[SILENCE])
+    async with renewed_item(one) as item:
+        await update_call(one, item, WRITE)
+        await update_call(one, item, CALL)
+    assert [options.priority for *_, options in count_updates(one)] == [
         Priority.COMPLETION,
         Priority.COMPLETION,
         Priority.HANDLER,
     ]
-    assert all(options.permit for *_, options in updates(one))
+    assert all(options.permit for *_, options in count_updates(one))
 
 
 @in_virtual_time
-async def test_completion_is_retried_as_long_as_its_lease_is_renewed(bench: type[Bench]) -> None:
-    one = bench(update=[Fault(answer=503, applied=False)] * 200)
-    async with begun(one) as item:
-        await update(one, item)
+async def test_completion_is_retried_as_long_as_its_lease_is_renewed(
+    testbed: type[LeaseTestbed],
+) -> None:
+    one = testbed(update=[Fault(answer=503, applied=False)] * 200)
+    async with renewed_item(one) as item:
+        await update_call(one, item)
         assert one.clock() > 200
-        between = [later - earlier for earlier, later in pairwise(one.times("update"))]
+        between = [later - earlier for earlier, later in pairwise(one.send_times("update"))]
         assert max(between) <= 3.0 + 1e-6
 
 
 @in_virtual_time
 async def test_retry_after_is_obeyed_for_at_most_half_of_remaining_time(
-    bench: type[Bench],
+    testbed: type[LeaseTestbed],
 ) -> None:
-    one = bench(update=[Fault(answer=503, applied=False, retry_after=5)])
-    async with begun(one) as item:
-        await update(one, item)
+    one = testbed(update=[Fault(answer=503, applied=False, retry_after=5)])
+    async with renewed_item(one) as item:
+        await update_call(one, item)
         assert one.clock() == pytest.approx(5)
-    two = bench(update=[Fault(answer=429, applied=False, retry_after=300)])
+    two = testbed(update=[Fault(answer=429, applied=False, retry_after=300)])
     begun_at = two.clock()
-    async with begun(two) as item:
-        await update(two, item, WRITE._replace(seconds=20.0))
+    async with renewed_item(two) as item:
+        await update_call(two, item, WRITE._replace(seconds=20.0))
         assert two.clock() == pytest.approx(begun_at + 10)
 
 
 @in_virtual_time
 async def test_lease_lost_between_two_attempts_ends_call_at_once(
-    bench: type[Bench],
+    testbed: type[LeaseTestbed],
 ) -> None:
-    one = bench(update=[Fault(answer=503, applied=False, retry_after=20)])
-    async with begun(one) as item:
+    one = testbed(update=[Fault(answer=503, applied=False, retry_after=20)])
+    async with renewed_item(one) as item:
 
-        def end() -> None:
-            lose(item)
+        def end_lease() -> None:
+            lose_lease(item)
             item.notify()
 
-        one.loop.call_later(1, end)
+        one.loop.call_later(1, end_lease)
         with pytest.raises(LeaseLost):
-            await update(one, item)
+            await update_call(one, item)
         assert one.clock() == pytest.approx(1)
 
 
 @in_virtual_time
-async def test_call_in_progress_is_cancelled_when_lease_is_lost(bench: type[Bench]) -> None:
-    one = bench(update=[SILENCE])
-    async with begun(one) as item:
+async def test_call_in_progress_is_cancelled_when_lease_is_lost(
+    testbed: type[LeaseTestbed],
+) -> None:
+    one = testbed(update=[SILENCE])
+    async with renewed_item(one) as item:
 
-        def end() -> None:
-            lose(item)
+        def end_lease() -> None:
+            lose_lease(item)
             one.sender.cut(item)
 
-        one.loop.call_later(1, end)
+        one.loop.call_later(1, end_lease)
         with pytest.raises(LeaseLost):
-            await update(one, item)
+            await update_call(one, item)
         assert one.clock() == pytest.approx(1)
 
 
 @in_virtual_time
 async def test_lease_lost_in_same_loop_turn_as_timeout_is_raised(
-    bench: type[Bench],
+    testbed: type[LeaseTestbed],
 ) -> None:
     """Both happen in one turn of the loop, as after a handler that blocked the loop."""
-    one = bench(update=[SILENCE] * 9)
-    async with begun(one) as item:
+    one = testbed(update=[SILENCE] * 9)
+    async with renewed_item(one) as item:
 
-        def end() -> None:
-            lose(item)
+        def end_lease() -> None:
+            lose_lease(item)
             one.sender.cut(item)
             item.notify()
 
-        one.loop.call_at(10 + 1e-7, end)  # so soon after the timeout that both are in one turn
+        one.loop.call_at(
+            10 + 1e-7, end_lease
+        )  # so soon after the timeout that both are in one turn
         with pytest.raises(LeaseLost):
-            await update(one, item)
+            await update_call(one, item)
         assert one.clock() < 11
 
 
 @in_virtual_time
-async def test_cancellation_of_calling_task_is_not_swallowed(bench: type[Bench]) -> None:
-    one = bench(update=[SILENCE])
-    async with begun(one) as item, asyncio.TaskGroup() as group:
-        task = group.create_task(update(one, item))
+async def test_cancellation_of_calling_task_is_not_swallowed(testbed: type[LeaseTestbed]) -> None:
+    one = testbed(update=[SILENCE])
+    async with renewed_item(one) as item, asyncio.TaskGroup() as group:
+        task = group.create_task(update_call(one, item))
         await asyncio.sleep(1)
         task.cancel()
         await asyncio.wait({task})
@@ -405,32 +421,34 @@ async def test_cancellation_of_calling_task_is_not_swallowed(bench: type[Bench])
 
 
 @in_virtual_time
-async def test_read_of_session_continues_across_lease_renewals(bench: type[Bench]) -> None:
-    one = bench()
+async def test_read_of_session_continues_across_lease_renewals(testbed: type[LeaseTestbed]) -> None:
+    one = testbed()
     answered = asyncio.Event()
-    async with begun(one) as item:
+    async with renewed_item(one) as item:
 
-        async def read() -> str:
+        async def read_session() -> str:
             await answered.wait()
             return "answer"
 
         one.loop.call_later(300, answered.set)
-        assert await one.sender.read(item, read) == "answer"
+        assert await one.sender.read(item, read_session) == "answer"
 
 
 @in_virtual_time
-async def test_read_of_session_ends_at_its_time_limit_or_with_session(bench: type[Bench]) -> None:
-    one = bench()
-    async with begun(one) as item:
+async def test_read_of_session_ends_at_its_time_limit_or_with_session(
+    testbed: type[LeaseTestbed],
+) -> None:
+    one = testbed()
+    async with renewed_item(one) as item:
         with pytest.raises(TimeoutError):
             await one.sender.read(item, asyncio.Event().wait, 7.0)
         assert one.clock() == pytest.approx(7)
 
-        def end() -> None:
-            lose(item)
+        def end_session() -> None:
+            lose_lease(item)
             one.sender.cut(item)
 
-        one.loop.call_later(3, end)
+        one.loop.call_later(3, end_session)
         with pytest.raises(LeaseLost):
             await one.sender.read(item, asyncio.Event().wait, 100.0)
         assert one.clock() == pytest.approx(10)
@@ -441,13 +459,13 @@ async def test_read_of_session_ends_at_its_time_limit_or_with_session(bench: typ
 
 @in_virtual_time
 async def test_calls_of_one_handler_are_limited_without_delaying_other_handlers(
-    bench: type[Bench],
+    testbed: type[LeaseTestbed],
 ) -> None:
-    one = bench()
-    async with begun(one) as item:
-        other = await one.claim()
-        await one.begin(other)
-        async with one.handler_of(other), asyncio.TaskGroup() as group:
+    one = testbed()
+    async with renewed_item(one) as item:
+        other = await one.claim_item()
+        await one.send_first_heartbeat(other)
+        async with one.running_handler(other), asyncio.TaskGroup() as group:
             await asyncio.sleep(0)
             one.peaks.clear()
             one.latency = 1.0
@@ -463,9 +481,11 @@ async def test_calls_of_one_handler_are_limited_without_delaying_other_handlers(
 
 
 @in_virtual_time
-async def test_call_of_handler_is_retried_for_its_own_time_limit(bench: type[Bench]) -> None:
-    one = bench(update=[Fault(answer=503, applied=False)] * 999)
-    async with begun(one) as item:
+async def test_call_of_handler_is_retried_for_its_own_time_limit(
+    testbed: type[LeaseTestbed],
+) -> None:
+    one = testbed(update=[Fault(answer=503, applied=False)] * 999)
+    async with renewed_item(one) as item:
         context: Any = one
         with pytest.raises(TransientError):
             await SessionCalls(item, context, one.sender).update_metadata({"a": "b"})

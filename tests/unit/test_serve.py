@@ -36,7 +36,7 @@ class SlowStore(MemoryStore):
 
 
 @pytest.fixture(autouse=True)
-def recorder() -> Iterator[SignalRecorder]:
+def signal_recorder() -> Iterator[SignalRecorder]:
     recorder = SignalRecorder()
     former = recorder.install()
     yield recorder
@@ -48,7 +48,7 @@ def recorder() -> Iterator[SignalRecorder]:
     ("store", "given", "expected"),
     [("memory", None, 3600), ("work.db", None, 86_400), ("memory", 60, 60), ("work.db", 90, 90)],
 )
-def test_retention_default_depends_on_store(
+def test_default_retention_depends_on_the_store(
     store: str, given: float | None, expected: float
 ) -> None:
     assert _retention(store, given) == expected
@@ -68,11 +68,11 @@ async def test_sigterm_while_store_opens_ends_serve(
 
 
 async def test_failure_of_store_ends_serve_with_its_error() -> None:
-    class BrokenStore(SlowStore):
+    class FailingStore(SlowStore):
         async def failed(self) -> None:
             raise StoreError("it is full")
 
-    store = BrokenStore()
+    store = FailingStore()
     store.opened.set()
     async with asyncio.timeout(20):
         with pytest.raises(StoreError, match="it is full"):

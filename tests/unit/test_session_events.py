@@ -52,20 +52,20 @@ async def client(
 
 
 @pytest.fixture
-async def qoder(make_settings: Callable[..., Settings]) -> AsyncIterator[WorkClient]:
+async def qoder_control_plane(make_settings: Callable[..., Settings]) -> AsyncIterator[WorkClient]:
     async with WorkClient(make_settings()) as client:
         yield client
 
 
-def scripted(plane: ControlPlane, *script: dict[str, Any]) -> str:
+def scripted_item(plane: ControlPlane, *script: dict[str, Any]) -> str:
     return plane.enqueue(script=script)[0].session_id
 
 
-def ids(events: Sequence[SessionEvent]) -> list[str]:
+def event_ids(events: Sequence[SessionEvent]) -> list[str]:
     return [event["id"] for event in events]
 
 
-def result(use: SessionEvent, text: str = "done") -> dict[str, Any]:
+def tool_result(use: SessionEvent, text: str = "done") -> dict[str, Any]:
     return {
         "type": "user.tool_result",
         "tool_use_id": use["id"],
@@ -74,47 +74,50 @@ def result(use: SessionEvent, text: str = "done") -> dict[str, Any]:
     }
 
 
-def open_use(plane: ControlPlane, session_id: str) -> SessionEvent:
+def open_tool_use(plane: ControlPlane, session_id: str) -> SessionEvent:
     return [event for event in plane.events(session_id) if event["type"] == "agent.tool_use"][-1]
 
 
-async def read(stream: EventStream, count: int) -> list[SessionEvent]:
+async def read_events(stream: EventStream, count: int) -> list[SessionEvent]:
     async with asyncio.timeout(10):
         return [await anext(stream) for _ in range(count)]
 
 
-def talk(plane: ControlPlane, session_id: str, count: int) -> list[str]:
+def append_events(plane: ControlPlane, session_id: str, count: int) -> list[str]:
     """Append this number of events; return the ids of all events."""
     for number in range(count):
         plane.emit(session_id, {"type": "agent.thinking", "number": number})
-    return ids(plane.events(session_id))
+    return event_ids(plane.events(session_id))
 
 
 # -- list and send -----------------------------------------------------------------------------
 
 
 async def test_event_list_returns_whole_history(plane: ControlPlane, client: WorkClient) -> None:
-    session_id = scripted(plane)
-    events_said = talk(plane, session_id, 250)
+    session_id = scripted_item(plane)
+    events_said = append_events(plane, session_id, 250)
     events = [event async for event in client.events(session_id).list()]
-    assert ids(events) == events_said
+    assert event_ids(events) == events_said
     assert events == list(plane.events(session_id))
 
 
 async def test_event_page_that_is_too_large_is_requested_in_smaller_pages(
-    plane: ControlPlane, qoder: WorkClient, faults: Faults, monkeypatch: pytest.MonkeyPatch
+    plane: ControlPlane,
+    qoder_control_plane: WorkClient,
+    faults: Faults,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(endpoints, "EVENTS", replace(endpoints.EVENTS, limit=20_000))
-    session_id = scripted(plane)
+    session_id = scripted_item(plane)
     for _ in range(30):
         plane.emit(session_id, {"type": "agent.thinking", "text": "x" * 5_000})
-    events = [event async for event in qoder.events(session_id).list()]
-    assert ids(events) == ids(plane.events(session_id))
+    events = [event async for event in qoder_control_plane.events(session_id).list()]
+    assert event_ids(events) == event_ids(plane.events(session_id))
     assert {request.query["limit"] for request in faults.of("events")} == {"100", "10", "1"}
 
 
 async def test_event_list_without_has_more_continues_until_last_next_page(
-    plane: ControlPlane, qoder: WorkClient, faults: Faults
+    plane: ControlPlane, qoder_control_plane: WorkClient, faults: Faults
 ) -> None:
     bodies = [
         b'{"data": [{"id": "evt_1", "type": "x"}], "next_page": "a"}',
@@ -123,17 +126,17 @@ async def test_event_list_without_has_more_continues_until_last_next_page(
     ]
     for number, body in enumerate(bodies):
         faults.add(literal(body), "events", skip=number, times=1)
-    events = [event async for event in qoder.events(scripted(plane)).list()]
-    assert ids(events) == ["evt_1", "evt_2"]
+    events = [event async for event in qoder_control_plane.events(scripted_item(plane)).list()]
+    assert event_ids(events) == ["evt_1", "evt_2"]
 
 
 async def test_event_list_with_repeated_page_token_raises_transient_error(
-    plane: ControlPlane, qoder: WorkClient, faults: Faults
+    plane: ControlPlane, qoder_control_plane: WorkClient, faults: Faults
 ) -> None:
     body = b'{"data": [], "has_more": true, "next_page": "same"}'
     faults.add(literal(body), "events")
     with pytest.raises(TransientError, match="repeat"):
-        [event async for event in qoder.events(scripted(plane)).list()]
+        [event async for event in qoder_control_plane.events(scripted_item(plane)).list()]
 
 
 @pytest.mark.parametrize(
@@ -143,23 +146,23 @@ async def test_event_list_with_repeated_page_token_raises_transient_error(
      b'{"data": [], "next_page": 1}'],
 )  # fmt: skip
 async def test_event_list_with_malformed_page_raises_bad_body(
-    plane: ControlPlane, qoder: WorkClient, faults: Faults, body: bytes
+    plane: ControlPlane, qoder_control_plane: WorkClient, faults: Faults, body: bytes
 ) -> None:
     faults.add(literal(body), "events")
     with pytest.raises(TransientError) as caught:
-        [event async for event in qoder.events(scripted(plane)).list()]
+        [event async for event in qoder_control_plane.events(scripted_item(plane)).list()]
     assert caught.value.reason == "bad_body"
 
 
 async def test_sent_events_are_returned_as_stored(plane: ControlPlane, client: WorkClient) -> None:
-    session_id = scripted(plane, BASH)
-    use = open_use(plane, session_id)
-    stored = await client.events(session_id).send(MESSAGE, result(use))
+    session_id = scripted_item(plane, BASH)
+    use = open_tool_use(plane, session_id)
+    stored = await client.events(session_id).send(MESSAGE, tool_result(use))
     assert list(stored) == list(plane.events(session_id)[3:5])
 
 
 async def test_invalid_events_are_refused(plane: ControlPlane, client: WorkClient) -> None:
-    session_id = scripted(plane, BASH)
+    session_id = scripted_item(plane, BASH)
     events = client.events(session_id)
     with pytest.raises(RefusedError) as refused:
         await events.send({"type": "agent.message"})
@@ -178,12 +181,12 @@ async def test_invalid_events_are_refused(plane: ControlPlane, client: WorkClien
 async def test_result_repeated_after_lost_answer_counts_as_sent(
     plane: ControlPlane, client: WorkClient, faults: Faults
 ) -> None:
-    session_id = scripted(plane, BASH)
-    use = open_use(plane, session_id)
+    session_id = scripted_item(plane, BASH)
+    use = open_tool_use(plane, session_id)
     faults.add(lost(applied=True), "send", times=1)
     with pytest.raises(TransientError):
-        await client.events(session_id).send(result(use))
-    (stored,) = await client.events(session_id).send(result(use))
+        await client.events(session_id).send(tool_result(use))
+    (stored,) = await client.events(session_id).send(tool_result(use))
     assert stored == plane.events(session_id)[3]
 
 
@@ -193,41 +196,41 @@ async def test_result_repeated_after_lost_answer_counts_as_sent(
      {"content": [{"type": "text", "text": "done"}, {"type": "text", "text": "done"}]}],
 )  # fmt: skip
 async def test_second_result_with_other_content_raises_conflict(
-    plane: ControlPlane, qoder: WorkClient, other: dict[str, Any]
+    plane: ControlPlane, qoder_control_plane: WorkClient, other: dict[str, Any]
 ) -> None:
-    session_id = scripted(plane, BASH)
-    use = open_use(plane, session_id)
-    await qoder.events(session_id).send(result(use))
+    session_id = scripted_item(plane, BASH)
+    use = open_tool_use(plane, session_id)
+    await qoder_control_plane.events(session_id).send(tool_result(use))
     with pytest.raises(ConflictError):
-        await qoder.events(session_id).send({**result(use), **other})
+        await qoder_control_plane.events(session_id).send({**tool_result(use), **other})
 
 
 async def test_repeated_confirmation_counts_as_sent_and_opposite_raises_conflict(
-    plane: ControlPlane, qoder: WorkClient
+    plane: ControlPlane, qoder_control_plane: WorkClient
 ) -> None:
-    session_id = scripted(plane, {**BASH, "permission": "ask"})
+    session_id = scripted_item(plane, {**BASH, "permission": "ask"})
     verdict = {
         "type": "user.tool_confirmation",
-        "tool_use_id": open_use(plane, session_id)["id"],
+        "tool_use_id": open_tool_use(plane, session_id)["id"],
         "result": "allow",
     }
-    first = await qoder.events(session_id).send(verdict)
-    assert await qoder.events(session_id).send(verdict) == first
+    first = await qoder_control_plane.events(session_id).send(verdict)
+    assert await qoder_control_plane.events(session_id).send(verdict) == first
     with pytest.raises(ConflictError):
-        await qoder.events(session_id).send({**verdict, "result": "deny"})
+        await qoder_control_plane.events(session_id).send({**verdict, "result": "deny"})
 
 
 async def test_repeated_message_never_counts_as_sent(
-    plane: ControlPlane, qoder: WorkClient
+    plane: ControlPlane, qoder_control_plane: WorkClient
 ) -> None:
-    session_id = scripted(plane)
-    await qoder.events(session_id).send(MESSAGE)
+    session_id = scripted_item(plane)
+    await qoder_control_plane.events(session_id).send(MESSAGE)
     plane.emit(session_id, {"type": "session.status_terminated"})
     with pytest.raises(ConflictError):
-        await qoder.events(session_id).send(MESSAGE)
+        await qoder_control_plane.events(session_id).send(MESSAGE)
 
 
-class Impatient(Unguarded):
+class ImpatientGuard(Unguarded):
     """A guard that gives up on a call without an immediate answer and repeats it."""
 
     async def carry(self, call: Callable[[CallOptions], Awaitable[T]]) -> T:
@@ -238,17 +241,17 @@ class Impatient(Unguarded):
 
 
 async def test_unanswered_message_is_not_repeated_but_result_is(
-    plane: ControlPlane, qoder: WorkClient, faults: Faults
+    plane: ControlPlane, qoder_control_plane: WorkClient, faults: Faults
 ) -> None:
-    session_id = scripted(plane, BASH)
+    session_id = scripted_item(plane, BASH)
     hold = Hold(applied=True)
     faults.add(hold, "send", times=2)
-    events = qoder.events(session_id, guard=Impatient())
+    events = qoder_control_plane.events(session_id, guard=ImpatientGuard())
     with pytest.raises(TransientError) as caught:
         await events.send(MESSAGE)
     assert caught.value.reason == "timeout"
     assert len(faults.of("send")) == 1
-    (stored,) = await events.send(result(open_use(plane, session_id)))
+    (stored,) = await events.send(tool_result(open_tool_use(plane, session_id)))
     assert len(faults.of("send")) == 3
     assert [event["type"] for event in plane.events(session_id)[3:5]] == [
         "user.message",
@@ -263,7 +266,7 @@ async def test_token_given_for_events_is_used_and_not_renewed(
 ) -> None:
     refreshed: list[str] = []
     client.on_credential_refresh = refreshed.append
-    events = client.events(scripted(plane), token=Secret("-".join(("not", "known"))))
+    events = client.events(scripted_item(plane), token=Secret("-".join(("not", "known"))))
     with pytest.raises(RefusedError) as refused:
         await events.send(MESSAGE)
     assert (refused.value.status, len(faults.of("send"))) == (401, 1)
@@ -274,14 +277,14 @@ async def test_token_given_for_events_is_used_and_not_renewed(
     assert (await client.stats()).depth == 1
 
 
-# -- follow ------------------------------------------------------------------------------------
+# -- streams ---------------------------------------------------------------------------------------
 
 
 async def test_stream_returns_history_before_live_events(
     plane: ControlPlane, client: WorkClient
 ) -> None:
-    session_id = scripted(plane)
-    events_said = talk(plane, session_id, 120)
+    session_id = scripted_item(plane)
+    events_said = append_events(plane, session_id, 120)
     async with client.events(session_id).stream() as stream:
         caught_up = []
         for expected in events_said:
@@ -290,41 +293,41 @@ async def test_stream_returns_history_before_live_events(
         assert caught_up == [False] * (len(events_said) - 1) + [True]
         for _ in range(3):
             plane.emit(session_id, {"type": "agent.thinking"})
-            assert await read(stream, 1) == list(plane.events(session_id)[-1:])
+            assert await read_events(stream, 1) == list(plane.events(session_id)[-1:])
             assert stream.caught_up
 
 
-async def test_stream_of_empty_history_is_caught_up_at_first_event(
+async def test_stream_of_empty_history_yields_its_first_event_as_live(
     plane: ControlPlane, client: WorkClient
 ) -> None:
     (item,) = plane.enqueue()
     async with client.events(item.session_id).stream() as stream:
         plane.emit(item.session_id, {"type": "agent.thinking"})
-        await read(stream, 1)
+        await read_events(stream, 1)
         assert stream.caught_up
 
 
 async def test_stream_loses_no_event_between_opening_and_history(
     plane: ControlPlane, client: WorkClient, faults: Faults
 ) -> None:
-    session_id = scripted(plane)
+    session_id = scripted_item(plane)
     hold = Hold()
     faults.add(hold, "events", times=1)
     async with client.events(session_id).stream() as stream, asyncio.TaskGroup() as group:
-        reader = group.create_task(read(stream, 9))
+        reader = group.create_task(read_events(stream, 9))
         await hold.reached()  # the stream is open, but the history is not read
-        talk(plane, session_id, 3)
+        append_events(plane, session_id, 3)
         hold.release()
         await faults.wait_for("events", answered=True)
-        talk(plane, session_id, 2)
-    assert ids(reader.result()) == ids(plane.events(session_id))
+        append_events(plane, session_id, 2)
+    assert event_ids(reader.result()) == event_ids(plane.events(session_id))
 
 
 async def test_stream_is_opened_before_history_is_read(
-    plane: ControlPlane, qoder: WorkClient, faults: Faults
+    plane: ControlPlane, qoder_control_plane: WorkClient, faults: Faults
 ) -> None:
-    async with qoder.events(scripted(plane)).stream() as stream:
-        await read(stream, 4)
+    async with qoder_control_plane.events(scripted_item(plane)).stream() as stream:
+        await read_events(stream, 4)
     assert [request.op for request in faults.seen] == ["stream", "events"]
 
 
@@ -332,7 +335,7 @@ async def test_cancelled_wait_for_event_loses_no_event(
     plane: ControlPlane, client: WorkClient
 ) -> None:
     """A cancelled wait loses nothing: the next wait continues at the same event."""
-    session_id = scripted(plane)
+    session_id = scripted_item(plane)
     seen: list[SessionEvent] = []
     seconds = 0.0
     async with client.events(session_id).stream() as stream, asyncio.timeout(20):
@@ -343,37 +346,37 @@ async def test_cancelled_wait_for_event_loses_no_event(
                     seen.append(await anext(stream))
             except TimeoutError:
                 if len(plane.events(session_id)) < 30:
-                    talk(plane, session_id, 1)
-    assert ids(seen) == ids(plane.events(session_id))
+                    append_events(plane, session_id, 1)
+    assert event_ids(seen) == event_ids(plane.events(session_id))
 
 
 async def test_broken_streams_lose_and_repeat_no_event(
     plane: ControlPlane, client: WorkClient, faults: Faults
 ) -> None:
-    session_id = scripted(plane)
+    session_id = scripted_item(plane)
     cut = Cut()
     faults.add(cut, "stream")
     faults.add(status(503), "stream", probability=0.2)
     faults.add(reset(), "events", probability=0.2)
     async with client.events(session_id).stream() as stream, asyncio.TaskGroup() as group:
-        reader = group.create_task(read(stream, 64))
+        reader = group.create_task(read_events(stream, 64))
         for number in range(20):
             await faults.wait_for("stream", count=number // 2 + 1)
-            talk(plane, session_id, 3)
+            append_events(plane, session_id, 3)
             if number % 2:
                 cut.now()
     assert len(faults.of("stream")) >= 10
-    assert ids(reader.result()) == ids(plane.events(session_id))
+    assert event_ids(reader.result()) == event_ids(plane.events(session_id))
 
 
 async def test_events_missed_while_stream_was_broken_are_replayed_as_history(
     plane: ControlPlane, client: WorkClient, faults: Faults
 ) -> None:
-    session_id = scripted(plane)
+    session_id = scripted_item(plane)
     cut = Cut()
     faults.add(cut, "stream")
     async with client.events(session_id).stream() as stream:
-        (*_, last) = await read(stream, 4)
+        (*_, last) = await read_events(stream, 4)
         assert stream.caught_up
         hold = Hold()
         faults.add(hold, "stream", times=1)
@@ -381,48 +384,48 @@ async def test_events_missed_while_stream_was_broken_are_replayed_as_history(
         async with asyncio.TaskGroup() as group:
             reader = group.create_task(anext(stream))
             await hold.reached()
-            talk(plane, session_id, 3)
+            append_events(plane, session_id, 3)
             hold.release()
         flags = [stream.caught_up]
         for _ in range(2):
-            await read(stream, 1)
+            await read_events(stream, 1)
             flags.append(stream.caught_up)
         assert flags == [False, False, True]
-        assert reader.result()["id"] == ids(plane.events(session_id))[4]
+        assert reader.result()["id"] == event_ids(plane.events(session_id))[4]
     if client.events(session_id)._calls.resumes:
         assert faults.of("events")[-1].query["after_id"] == last["id"]
 
 
-async def test_silent_stream_is_reopened(
+async def test_stream_that_receives_nothing_is_reopened(
     plane: ControlPlane, make_settings: Callable[..., Settings]
 ) -> None:
-    session_id = scripted(plane)
+    session_id = scripted_item(plane)
     async with (
         Proxy(plane.base_url) as way,
         WorkClient(make_settings(base_url=way.base_url)) as client,
         client.events(session_id).stream(stall_seconds=0.1) as stream,
     ):
-        await read(stream, 4)
+        await read_events(stream, 4)
         way.partition()  # neither side is notified
         async with asyncio.TaskGroup() as group:
-            reader = group.create_task(read(stream, 1))
-            talk(plane, session_id, 1)
+            reader = group.create_task(read_events(stream, 1))
+            append_events(plane, session_id, 1)
             await asyncio.to_thread(lambda: None)
             way.heal()
-        assert ids(reader.result()) == ids(plane.events(session_id))[4:]
+        assert event_ids(reader.result()) == event_ids(plane.events(session_id))[4:]
 
 
 async def test_stream_without_keep_alives_is_reopened(
-    plane: ControlPlane, qoder: WorkClient, faults: Faults
+    plane: ControlPlane, qoder_control_plane: WorkClient, faults: Faults
 ) -> None:
-    session_id = scripted(plane)
-    async with qoder.events(session_id).stream(stall_seconds=0.05) as stream:
-        await read(stream, 4)
+    session_id = scripted_item(plane)
+    async with qoder_control_plane.events(session_id).stream(stall_seconds=0.05) as stream:
+        await read_events(stream, 4)
         async with asyncio.TaskGroup() as group:
-            reader = group.create_task(read(stream, 1))
+            reader = group.create_task(read_events(stream, 1))
             await faults.wait_for("stream", count=3)
-            talk(plane, session_id, 1)
-        assert ids(reader.result()) == ids(plane.events(session_id))[4:]
+            append_events(plane, session_id, 1)
+        assert event_ids(reader.result()) == event_ids(plane.events(session_id))[4:]
     assert faults.of("stream")[-1].status is None
 
 
@@ -431,7 +434,7 @@ async def test_refused_stream_raises_refused_error(
     plane: ControlPlane, client: WorkClient, faults: Faults, code: int
 ) -> None:
     faults.add(status(code), "stream")
-    async with client.events(scripted(plane)).stream() as stream:
+    async with client.events(scripted_item(plane)).stream() as stream:
         with pytest.raises(RefusedError) as refused:
             await anext(stream)
     assert (refused.value.op, refused.value.status) == ("stream", code)
@@ -443,8 +446,8 @@ async def test_transient_stream_error_is_retried(
 ) -> None:
     for op in ("stream", "events"):
         faults.add(status(code), op, times=2)
-    async with client.events(scripted(plane)).stream() as stream:
-        assert len(await read(stream, 4)) == 4
+    async with client.events(scripted_item(plane)).stream() as stream:
+        assert len(await read_events(stream, 4)) == 4
     assert len(faults.of("stream")) == 5
 
 
@@ -463,39 +466,39 @@ PAGE = b"<html>busy</html>"
     ],
 )
 async def test_stream_with_malformed_frames_is_reopened(
-    plane: ControlPlane, qoder: WorkClient, faults: Faults, frames: bytes | None
+    plane: ControlPlane, qoder_control_plane: WorkClient, faults: Faults, frames: bytes | None
 ) -> None:
     headers = {"Content-Type": "text/html" if frames is None else "text/event-stream"}
     faults.add(literal(frames or PAGE, headers=headers), "stream", times=2)
-    session_id = scripted(plane)
-    async with qoder.events(session_id).stream() as stream:
-        assert ids(await read(stream, 4)) == ids(plane.events(session_id))
+    session_id = scripted_item(plane)
+    async with qoder_control_plane.events(session_id).stream() as stream:
+        assert event_ids(await read_events(stream, 4)) == event_ids(plane.events(session_id))
         async with asyncio.TaskGroup() as group:
-            reader = group.create_task(read(stream, 1))
+            reader = group.create_task(read_events(stream, 1))
             await faults.wait_for("stream", count=3)
-            talk(plane, session_id, 1)
-        assert ids(reader.result()) == ids(plane.events(session_id))[4:]
+            append_events(plane, session_id, 1)
+        assert event_ids(reader.result()) == event_ids(plane.events(session_id))[4:]
 
 
 async def test_frames_other_than_events_are_ignored(
-    plane: ControlPlane, qoder: WorkClient, faults: Faults
+    plane: ControlPlane, qoder_control_plane: WorkClient, faults: Faults
 ) -> None:
-    session_id = scripted(plane)
+    session_id = scripted_item(plane)
     events_said = plane.events(session_id)
     event = {"id": "evt_live", "type": "agent.thinking"}
     body = b'event: ping\ndata: {"type": "ping"}\n\n: alive\n\n' + b"".join(
         b"data: " + orjson.dumps(each) + b"\n\n" for each in (*events_said, event, event)
     )
     faults.add(literal(body, headers={"Content-Type": "text/event-stream"}), "stream", times=1)
-    async with qoder.events(session_id).stream() as stream:
-        assert await read(stream, 5) == [*events_said, event]
+    async with qoder_control_plane.events(session_id).stream() as stream:
+        assert await read_events(stream, 5) == [*events_said, event]
 
 
 @pytest.mark.parametrize("kind", ["session.status_terminated", "session.deleted"])
 async def test_stream_ends_with_its_session(
     plane: ControlPlane, client: WorkClient, kind: str
 ) -> None:
-    session_id = scripted(plane)
+    session_id = scripted_item(plane)
     plane.emit(session_id, {"type": kind})
     async with client.events(session_id).stream() as stream, asyncio.timeout(10):
         types = [event["type"] async for event in stream]
@@ -504,30 +507,30 @@ async def test_stream_ends_with_its_session(
 
 
 async def test_stream_used_outside_async_with_raises_runtime_error(
-    plane: ControlPlane, qoder: WorkClient
+    plane: ControlPlane, qoder_control_plane: WorkClient
 ) -> None:
-    stream = qoder.events(scripted(plane)).stream()
+    stream = qoder_control_plane.events(scripted_item(plane)).stream()
     with pytest.raises(RuntimeError, match="async with"):
         await anext(stream)
     async with stream:
-        await read(stream, 1)
-    await read(stream, 3)  # events that were received before
+        await read_events(stream, 1)
+    await read_events(stream, 3)  # events that were received before
     with pytest.raises(StopAsyncIteration):
         await anext(stream)
 
 
 async def test_many_open_streams_do_not_delay_other_calls(
-    plane: ControlPlane, qoder: WorkClient
+    plane: ControlPlane, qoder_control_plane: WorkClient
 ) -> None:
     """More streams than the client has connections for all other calls."""
-    session_id = scripted(plane)
-    streams = [qoder.events(session_id).stream() for _ in range(40)]
+    session_id = scripted_item(plane)
+    streams = [qoder_control_plane.events(session_id).stream() for _ in range(40)]
     try:
         for stream in streams:
             await stream.__aenter__()
-            await read(stream, 4)
+            await read_events(stream, 4)
         async with asyncio.timeout(5):
-            await qoder.stats()
+            await qoder_control_plane.stats()
     finally:
         for stream in streams:
             await stream.__aexit__(None, None, None)
@@ -538,20 +541,20 @@ async def test_stream_request_has_headers_of_its_dialect(
 ) -> None:
     asked: list[Mapping[str, str]] = []
 
-    def look(request: Request) -> bool:
+    def record_headers(request: Request) -> bool:
         asked.append(request.headers)
         return False
 
     cut = Cut()
     faults.add(cut, "stream")
-    faults.add(status(500), "stream", "events", "send", where=look)
-    session_id = scripted(plane)
+    faults.add(status(500), "stream", "events", "send", where=record_headers)
+    session_id = scripted_item(plane)
     events = client.events(session_id)
     async with events.stream() as stream:
-        (*_, last) = await read(stream, 4)
+        (*_, last) = await read_events(stream, 4)
         cut.now()
         plane.emit(session_id, {"type": "agent.thinking"})
-        await read(stream, 1)
+        await read_events(stream, 1)
     await events.send(MESSAGE)
     for headers in asked:
         assert headers["Authorization"] == f"Bearer {plane.token}"
@@ -573,11 +576,11 @@ async def test_event_requests_are_reported_by_name_and_status(
     client.on_request = lambda op, code, _: reported.append((op, code))
     faults.add(status(404), "stream", times=1)
     async with client:
-        events = client.events(scripted(plane))
+        events = client.events(scripted_item(plane))
         async with events.stream() as stream:
             with pytest.raises(RefusedError):
-                await read(stream, 1)
-            await read(stream, 1)
+                await read_events(stream, 1)
+            await read_events(stream, 1)
         await events.send(MESSAGE)
     assert reported == [("stream", "404"), ("stream", "2xx"), ("events", "2xx"), ("events", "2xx")]
 
@@ -589,9 +592,9 @@ async def test_event_requests_wait_for_own_rate_limit(
     client = WorkClient(make_settings(read_rate=2, write_rate=2))
     client.on_rate_limit_wait = lambda kind, _: waits.append(kind)
     async with client:
-        events = client.events(scripted(plane))
+        events = client.events(scripted_item(plane))
         async with events.stream() as stream:
-            await read(stream, 1)
+            await read_events(stream, 1)
         await events.send(MESSAGE)
         await events.send(MESSAGE)
     assert waits == ["read", "write"]
@@ -606,8 +609,8 @@ async def test_stream_after_token_rotation_uses_renewed_token(
     file.write_text("stale")
     async with WorkClient(make_settings(token_file=file)) as client:
         file.write_text(plane.token)
-        async with client.events(scripted(plane)).stream() as stream:
-            assert len(await read(stream, 4)) == 4
+        async with client.events(scripted_item(plane)).stream() as stream:
+            assert len(await read_events(stream, 4)) == 4
 
 
 async def test_events_without_reachable_control_plane_time_out(

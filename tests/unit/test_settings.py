@@ -33,7 +33,7 @@ def clean_environment(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.fixture
-def config(tmp_path: Path) -> Callable[[str], Path]:
+def config_file(tmp_path: Path) -> Callable[[str], Path]:
     def write(text: str) -> Path:
         path = tmp_path / "workpool.toml"
         path.write_text(text)
@@ -42,7 +42,7 @@ def config(tmp_path: Path) -> Callable[[str], Path]:
     return write
 
 
-def refused(**values: Any) -> SettingsError:
+def refused_settings(**values: Any) -> SettingsError:
     with pytest.raises(SettingsError) as raised:
         Settings(**values)
     return raised.value
@@ -101,7 +101,7 @@ def test_every_setting_describes_itself_and_its_default() -> None:
 
 
 @pytest.mark.parametrize("value", ["unlimited", "Unlimited", None])
-def test_drain_timeout_unlimited_means_no_limit(value: str | None, tmp_path: Path) -> None:
+def test_unlimited_drain_timeout_means_no_limit(value: str | None, tmp_path: Path) -> None:
     assert Settings(drain_timeout=value).drain_timeout is None
     if value is not None:
         file = tmp_path / "workpool.toml"
@@ -109,7 +109,7 @@ def test_drain_timeout_unlimited_means_no_limit(value: str | None, tmp_path: Pat
         assert Settings(config=file).drain_timeout is None
 
 
-def test_drain_timeout_unlimited_gives_no_warning_about_completions() -> None:
+def test_unlimited_drain_timeout_gives_no_warning_about_completions() -> None:
     assert not Settings(
         concurrency=50, lease_ttl=60, write_rate=10, drain_timeout="unlimited"
     ).warnings()
@@ -142,9 +142,9 @@ def test_worker_id_defaults_to_cleaned_host_name(
 
 
 def test_keyword_overrides_variable_and_variable_overrides_file(
-    monkeypatch: pytest.MonkeyPatch, config: Callable[[str], Path]
+    monkeypatch: pytest.MonkeyPatch, config_file: Callable[[str], Path]
 ) -> None:
-    path = config("[workpool]\npollers = 3\nconcurrency = 3\nprefetch = 3\n")
+    path = config_file("[workpool]\npollers = 3\nconcurrency = 3\nprefetch = 3\n")
     monkeypatch.setenv("WORKPOOL_POLLERS", "4")
     monkeypatch.setenv("WORKPOOL_CONCURRENCY", "4")
     found = Settings(config=path, pollers=5)
@@ -152,9 +152,9 @@ def test_keyword_overrides_variable_and_variable_overrides_file(
 
 
 def test_config_file_is_read_only_if_named_by_variable(
-    monkeypatch: pytest.MonkeyPatch, config: Callable[[str], Path], tmp_path: Path
+    monkeypatch: pytest.MonkeyPatch, config_file: Callable[[str], Path], tmp_path: Path
 ) -> None:
-    path = config("[workpool]\npollers = 3\n")
+    path = config_file("[workpool]\npollers = 3\n")
     monkeypatch.chdir(tmp_path)
     assert Settings().pollers == 2
     monkeypatch.setenv("WORKPOOL_CONFIG", str(path))
@@ -218,8 +218,10 @@ def test_empty_environment_variable_counts_as_unset(monkeypatch: pytest.MonkeyPa
     assert Settings().pollers == 2
 
 
-def test_plugin_tables_of_config_file_are_kept_as_options(config: Callable[[str], Path]) -> None:
-    path = config(
+def test_plugin_tables_of_config_file_are_kept_as_options(
+    config_file: Callable[[str], Path],
+) -> None:
+    path = config_file(
         f'[workpool]\nplugins = ["sql"]\n[workpool.plugin.sql]\ndsn = "{HIDDEN}"\n[other]\nx = 1\n'
     )
     found = Settings(config=path)
@@ -249,10 +251,10 @@ def test_plugin_tables_of_config_file_are_kept_as_options(config: Callable[[str]
     ],
 )
 def test_invalid_config_file_is_refused(
-    config: Callable[[str], Path], text: str, problem: str
+    config_file: Callable[[str], Path], text: str, problem: str
 ) -> None:
-    file = config(text)
-    error = refused(config=file)
+    file = config_file(text)
+    error = refused_settings(config=file)
     assert error.problems[0].startswith(problem.format(file=file))
     assert HIDDEN not in str(error)
 
@@ -261,7 +263,7 @@ def test_unreadable_config_file_is_refused(tmp_path: Path) -> None:
     absent, latin = tmp_path / "none", tmp_path / "latin"
     latin.write_bytes(b"\xff\xfe")
     for file, problem in ((absent, "No such file or directory"), (latin, "not TOML")):
-        assert refused(config=file).problems == (f"config: {file}: {problem}",)
+        assert refused_settings(config=file).problems == (f"config: {file}: {problem}",)
 
 
 # -- bad values --------------------------------------------------------------------------------
@@ -341,7 +343,7 @@ BAD: list[tuple[str, tuple[object, ...]]] = [
 
 @pytest.mark.parametrize(("name", "bad"), [(name, bad) for name, bads in BAD for bad in bads])
 def test_invalid_value_is_refused_by_setting_name(name: str, bad: object) -> None:
-    error = refused(**{name: bad})
+    error = refused_settings(**{name: bad})
     assert len(error.problems) == 1
     assert error.problems[0].startswith(f"{name}: ")
 
@@ -351,11 +353,11 @@ def test_every_setting_has_invalid_values_in_this_test() -> None:
 
 
 def test_all_invalid_values_are_reported_at_once(
-    monkeypatch: pytest.MonkeyPatch, config: Callable[[str], Path]
+    monkeypatch: pytest.MonkeyPatch, config_file: Callable[[str], Path]
 ) -> None:
     monkeypatch.setenv("WORKPOOL_LEASE_TTL", HIDDEN)
-    path = config(f'[workpool]\npolers = 1\nmetrics_listen = "{HIDDEN}"\n')
-    error = refused(config=path, token=HIDDEN, token_file=GIVEN, block_ms=0, tokn=HIDDEN)
+    path = config_file(f'[workpool]\npolers = 1\nmetrics_listen = "{HIDDEN}"\n')
+    error = refused_settings(config=path, token=HIDDEN, token_file=GIVEN, block_ms=0, tokn=HIDDEN)
     names = sorted(problem.split(":")[0] for problem in error.problems)
     assert names == [
         "block_ms",
@@ -387,14 +389,14 @@ def test_arbitrary_setting_value_raises_settings_error_or_is_accepted(
 # -- the source of a value -----------------------------------------------------------------------
 
 
-def test_problem_names_the_variable_or_the_file_of_the_value(
-    monkeypatch: pytest.MonkeyPatch, config: Callable[[str], Path]
+def test_settings_error_names_the_variable_or_file_of_the_value(
+    monkeypatch: pytest.MonkeyPatch, config_file: Callable[[str], Path]
 ) -> None:
     monkeypatch.setenv("WORKPOOL_LEASE_TTL", "9")
     monkeypatch.setenv("workpool_prefetch", "x")
-    file = config("[workpool]\npollers = 0\npolers = 1\n")
+    file = config_file("[workpool]\npollers = 0\npolers = 1\n")
     monkeypatch.setenv("WORKPOOL_CONFIG", str(file))
-    assert set(refused(block_ms=0).problems) == {
+    assert set(refused_settings(block_ms=0).problems) == {
         "block_ms: must be a whole number from 1 to 999",
         "lease_ttl: must be a whole number from 10 to 600 (from WORKPOOL_LEASE_TTL)",
         "prefetch: must be a whole number, 0 or more (from workpool_prefetch)",
@@ -403,12 +405,12 @@ def test_problem_names_the_variable_or_the_file_of_the_value(
     }
 
 
-def test_file_that_a_variable_names_and_that_is_missing_is_refused_with_both_names(
+def test_missing_file_named_by_a_variable_is_refused_with_both_names(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     absent = tmp_path / "absent"
     monkeypatch.setenv("WORKPOOL_CONFIG", str(absent))
-    assert refused().problems == (
+    assert refused_settings().problems == (
         f"config: {absent}: No such file or directory (from WORKPOOL_CONFIG)",
     )
     monkeypatch.delenv("WORKPOOL_CONFIG")
@@ -420,27 +422,27 @@ def test_file_that_a_variable_names_and_that_is_missing_is_refused_with_both_nam
     )
 
 
-def test_credential_in_the_place_of_a_path_is_not_shown() -> None:
+def test_credential_given_in_place_of_a_path_is_not_shown() -> None:
     with pytest.raises(SettingsError) as raised:
         Settings(token_file=HIDDEN + HIDDEN).read_token()
     assert HIDDEN not in str(raised.value)
 
 
-def test_empty_address_in_a_variable_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_empty_address_in_a_variable_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("WORKPOOL_BASE_URL", "")
-    assert refused().problems == (
+    assert refused_settings().problems == (
         "base_url: empty; give an address, or remove it (from WORKPOOL_BASE_URL)",
     )
 
 
-def test_table_of_a_plugin_under_a_wrong_name_is_an_error(config: Callable[[str], Path]) -> None:
-    file = config('[workpool.plugins.sql]\ndsn = "x"\n')
-    assert refused(config=file, plugins="sql").problems == (
+def test_plugin_table_under_a_wrong_name_is_refused(config_file: Callable[[str], Path]) -> None:
+    file = config_file('[workpool.plugins.sql]\ndsn = "x"\n')
+    assert refused_settings(config=file, plugins="sql").problems == (
         f"config: {file}: the tables of plugins are [workpool.plugin.NAME], without an s",
     )
 
 
-def test_copy_with_other_values_has_the_rest_of_the_settings(tmp_path: Path) -> None:
+def test_settings_copied_with_some_other_values_keep_the_rest(tmp_path: Path) -> None:
     given = Settings(pollers=3, token_file=tmp_path)
     copied = given.replace(pollers=4, concurrency=1)
     assert (copied.pollers, copied.concurrency, copied.token_file) == (4, 1, tmp_path)
@@ -459,20 +461,22 @@ def test_token_is_never_shown_by_settings(tmp_path: Path) -> None:
             assert HIDDEN not in text
 
 
-def test_values_of_extra_headers_are_never_shown(config: Callable[[str], Path]) -> None:
-    path = config(f'[workpool]\n[workpool.extra_headers]\nx-worker-token = "{HIDDEN}"\n')
+def test_values_of_extra_headers_are_never_shown(config_file: Callable[[str], Path]) -> None:
+    path = config_file(f'[workpool]\n[workpool.extra_headers]\nx-worker-token = "{HIDDEN}"\n')
     found = Settings(config=path)
     assert found.extra_headers["x-worker-token"].get_secret_value() == HIDDEN
     for text in (repr(found), str(found), json.dumps(dataclasses.asdict(found), default=str)):
         assert HIDDEN not in text
         assert "x-worker-token" in text
     for bad in ({"x-a": f"{HIDDEN}\n"}, {f"{HIDDEN} ": "x"}, f'{{"x-a": "{HIDDEN}"'):
-        error = refused(extra_headers=bad if isinstance(bad, str) else {**bad, "x b": HIDDEN})
+        error = refused_settings(
+            extra_headers=bad if isinstance(bad, str) else {**bad, "x b": HIDDEN}
+        )
         assert HIDDEN not in "".join(traceback.format_exception(error))
 
 
 def test_settings_error_and_its_traceback_do_not_show_value() -> None:
-    error = refused(metrics_listen=HIDDEN, token=[HIDDEN], lease_ttl=HIDDEN)
+    error = refused_settings(metrics_listen=HIDDEN, token=[HIDDEN], lease_ttl=HIDDEN)
     chain = [error, error.__context__, error.__cause__]
     assert chain == [error, None, None]
     assert HIDDEN not in "".join(traceback.format_exception(error))
@@ -494,12 +498,12 @@ def test_token_is_read_from_setting_or_file_or_variable_of_service(
     assert Settings(token=GIVEN).read_token() == GIVEN
 
 
-def test_token_setting_overrides_token_file_of_weaker_source(
-    monkeypatch: pytest.MonkeyPatch, config: Callable[[str], Path], tmp_path: Path
+def test_token_setting_overrides_token_file_from_a_lower_source(
+    monkeypatch: pytest.MonkeyPatch, config_file: Callable[[str], Path], tmp_path: Path
 ) -> None:
     monkeypatch.setenv("WORKPOOL_TOKEN_FILE", str(tmp_path / "none"))
     assert Settings(token=GIVEN).read_token() == GIVEN
-    path = config('[workpool]\ntoken = "in-toml"\n')
+    path = config_file('[workpool]\ntoken = "in-toml"\n')
     assert Settings(config=path).token is None
 
 
@@ -571,7 +575,7 @@ def test_all_missing_connection_settings_are_reported_at_once() -> None:
     Settings(environment_id="env_1", token=GIVEN).require_connection()
 
 
-# -- derived -----------------------------------------------------------------------------------
+# -- values derived from other settings ----------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -624,7 +628,7 @@ def test_host_name_with_invalid_label_is_refused_by_setting_name(host: str) -> N
         "base_url": f"https://{host}/api",
         "metrics_listen": f"{host}:9464",
     }.items():
-        assert refused(**{setting: value}).problems == (
+        assert refused_settings(**{setting: value}).problems == (
             f"{setting}: each part of a host name has 1 to 63 characters",
         )
 
@@ -663,15 +667,15 @@ def test_suspicious_settings_give_warnings(monkeypatch: pytest.MonkeyPatch) -> N
 def test_write_rate_too_low_to_complete_sessions_within_lease_gives_warning(
     lease_ttl: int, held: int, fitting: int
 ) -> None:
-    def warnings(concurrency: int) -> list[str]:
+    def warning_texts(concurrency: int) -> list[str]:
         settings = Settings(
             lease_ttl=lease_ttl, concurrency=concurrency, write_rate=20, drain_timeout=10_000
         )
         return [each for each in settings.warnings() if "heartbeats" not in each]
 
-    assert warnings(fitting) == []
+    assert warning_texts(fitting) == []
     seconds = f"{(fitting + 1) / 10:.1f}"
-    assert warnings(fitting + 1) == [
+    assert warning_texts(fitting + 1) == [
         f"write_rate: {fitting + 1} sessions that end together need 2 writes each, {seconds} s at"
         f" 20 a second, but their leases are held for {held} s; raise write_rate or lease_ttl, or"
         " lower concurrency"
@@ -710,7 +714,7 @@ def test_second_credential_is_read_from_setting_or_file(tmp_path: Path) -> None:
     assert Settings(api_key=GIVEN).read_api_key() == GIVEN
     assert Settings(api_key_file=path).read_api_key() == "from-file"
     assert Settings(token=HIDDEN, api_key=GIVEN).read_token() == HIDDEN
-    assert refused(api_key=GIVEN, api_key_file=path).problems == (
+    assert refused_settings(api_key=GIVEN, api_key_file=path).problems == (
         "api_key, api_key_file: set one of the two",
     )
 

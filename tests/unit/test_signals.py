@@ -21,7 +21,7 @@ WATCHED = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1, signal.
 
 
 @pytest.fixture(autouse=True)
-def unchanged() -> Iterator[None]:
+def unchanged_handlers() -> Iterator[None]:
     """Check that every former signal handler is restored."""
     before = [signal.getsignal(each) for each in WATCHED]
     yield
@@ -29,7 +29,7 @@ def unchanged() -> Iterator[None]:
 
 
 @pytest.fixture
-def recorder() -> Iterator[SignalRecorder]:
+def signal_recorder() -> Iterator[SignalRecorder]:
     """Return a recorder installed before the loop exists, as the entry point does."""
     recorder = SignalRecorder()
     former = recorder.install()
@@ -38,20 +38,20 @@ def recorder() -> Iterator[SignalRecorder]:
         signal.signal(number, handler)
 
 
-def send(number: signal.Signals) -> None:
+def send_signal(number: signal.Signals) -> None:
     """Send the signal from another thread, so that only the signal itself can wake the loop."""
     sender = threading.Timer(0.05, signal.pthread_kill, (threading.main_thread().ident, number))
     sender.start()
 
 
-async def first_and_second() -> None:
+async def wait_for_both_signals() -> None:
     async with asyncio.timeout(20):
         with Signals() as signals:
             assert not signals.first.is_set()
-            send(signal.SIGTERM)
+            send_signal(signal.SIGTERM)
             await signals.first.wait()
             assert not signals.second.is_set()
-            send(signal.SIGINT)
+            send_signal(signal.SIGINT)
             await signals.second.wait()
             assert signals.last is signal.SIGINT
 
@@ -59,18 +59,18 @@ async def first_and_second() -> None:
 @pytest.mark.parametrize("factory", [asyncio.new_event_loop, uvloop.new_event_loop])
 def test_first_and_second_signal_wake_waiting_loop(factory: object) -> None:
     with asyncio.Runner(loop_factory=factory) as runner:  # type: ignore[arg-type]  # uvloop
-        runner.run(first_and_second())
+        runner.run(wait_for_both_signals())
 
 
 async def test_signals_are_received_on_loop_without_signal_handlers(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    def refuse(*_: object) -> NoReturn:
+    def refuse_signal_handler(*_: object) -> NoReturn:
         raise NotImplementedError
 
     loop = asyncio.get_running_loop()
-    monkeypatch.setattr(loop, "add_signal_handler", refuse)
-    monkeypatch.setattr(loop, "remove_signal_handler", refuse)
+    monkeypatch.setattr(loop, "add_signal_handler", refuse_signal_handler)
+    monkeypatch.setattr(loop, "remove_signal_handler", refuse_signal_handler)
     async with asyncio.timeout(20):
         with Signals() as signals:
             signal.raise_signal(signal.SIGTERM)
@@ -79,21 +79,21 @@ async def test_signals_are_received_on_loop_without_signal_handlers(
 
 
 async def test_signal_received_before_loop_starts_sets_first_event(
-    recorder: SignalRecorder,
+    signal_recorder: SignalRecorder,
 ) -> None:
     signal.raise_signal(signal.SIGTERM)
     async with asyncio.timeout(20):
         with Signals() as signals:
             await signals.first.wait()
             assert not signals.second.is_set()
-    assert recorder.received == [signal.SIGTERM]
+    assert signal_recorder.received == [signal.SIGTERM]
 
 
 @pytest.mark.parametrize("factory", [asyncio.new_event_loop, uvloop.new_event_loop])
 def test_signal_received_while_loop_starts_counts_once(
-    factory: object, recorder: SignalRecorder, monkeypatch: pytest.MonkeyPatch
+    factory: object, signal_recorder: SignalRecorder, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    async def receive() -> None:
+    async def receive_signal() -> None:
         signal.raise_signal(signal.SIGTERM)
         with Signals() as signals:
             await signals.first.wait()
@@ -104,21 +104,21 @@ def test_signal_received_while_loop_starts_counts_once(
             assert not signals.second.is_set()
 
     with asyncio.Runner(loop_factory=factory) as runner:  # type: ignore[arg-type]  # uvloop
-        runner.run(asyncio.wait_for(receive(), 20))
-    assert recorder.received == [signal.SIGTERM, signal.SIGUSR1]
+        runner.run(asyncio.wait_for(receive_signal(), 20))
+    assert signal_recorder.received == [signal.SIGTERM, signal.SIGUSR1]
 
 
 @pytest.mark.parametrize("hung_up", [True, False])
 @pytest.mark.parametrize("hangup_ends", [True, False])
-async def test_sighup_requests_end_once_and_only_if_terminal_hung_up(
-    recorder: SignalRecorder,
+async def test_sighup_requests_end_only_after_the_terminal_has_hung_up(
+    signal_recorder: SignalRecorder,
     monkeypatch: pytest.MonkeyPatch,
     caplog: pytest.LogCaptureFixture,
     *,
     hung_up: bool,
     hangup_ends: bool,
 ) -> None:
-    monkeypatch.setattr(recorder, "terminal_hung_up", lambda: hung_up)
+    monkeypatch.setattr(signal_recorder, "terminal_hung_up", lambda: hung_up)
     async with asyncio.timeout(20):
         with Signals(hangup_ends=hangup_ends) as signals:
             signal.raise_signal(signal.SIGHUP)

@@ -1,4 +1,4 @@
-"""The time bound of requests, which behaves like `asyncio.timeout`: each test runs with both."""
+"""The time limit of requests, which behaves like `asyncio.timeout`: each test runs with both."""
 
 from __future__ import annotations
 
@@ -20,18 +20,18 @@ LONG = 60.0
 
 
 @asynccontextmanager
-async def ours(seconds: float) -> AsyncIterator[None]:
+async def workpool_timeout(seconds: float) -> AsyncIterator[None]:
     with Bound(seconds, asyncio.get_running_loop()):
         yield
 
 
-@pytest.fixture(params=[ours, asyncio.timeout])
-def bounded(request: pytest.FixtureRequest) -> Bounded:
+@pytest.fixture(params=[workpool_timeout, asyncio.timeout])
+def time_limit(request: pytest.FixtureRequest) -> Bounded:
     bound: Bounded = request.param
     return bound
 
 
-def left() -> int:
+def pending_cancellations() -> int:
     """Return the number of cancellation requests of this task that are still pending."""
     task = asyncio.current_task()
     assert task is not None
@@ -40,78 +40,78 @@ def left() -> int:
 
 @pytest.mark.parametrize("seconds", [0.0, 0.01, -1.0])
 async def test_block_beyond_time_bound_raises_timeout_error(
-    bounded: Bounded, seconds: float
+    time_limit: Bounded, seconds: float
 ) -> None:
     with pytest.raises(TimeoutError) as caught:
-        async with bounded(seconds):
+        async with time_limit(seconds):
             await asyncio.sleep(LONG)
     assert isinstance(caught.value.__cause__, asyncio.CancelledError)
-    assert left() == 0
+    assert pending_cancellations() == 0
 
 
-async def test_block_that_ends_within_time_bound_is_unchanged(bounded: Bounded) -> None:
-    async with bounded(0.01):
+async def test_block_that_ends_within_time_bound_is_unchanged(time_limit: Bounded) -> None:
+    async with time_limit(0.01):
         pass
     with pytest.raises(KeyError):
-        async with bounded(0.01):
+        async with time_limit(0.01):
             raise KeyError
     await asyncio.sleep(0.02)
-    assert left() == 0
+    assert pending_cancellations() == 0
 
 
-async def test_error_raised_in_answer_to_time_bound_is_not_replaced(bounded: Bounded) -> None:
-    async def wait() -> None:
-        async with bounded(0):
+async def test_error_raised_in_answer_to_time_bound_is_not_replaced(time_limit: Bounded) -> None:
+    async def wait_and_raise() -> None:
+        async with time_limit(0):
             try:
                 await asyncio.sleep(LONG)
             except asyncio.CancelledError:
                 raise KeyError from None
 
     with pytest.raises(KeyError):
-        await wait()
-    assert left() == 0
+        await wait_and_raise()
+    assert pending_cancellations() == 0
 
 
-async def test_cancellation_within_time_bound_is_raised(bounded: Bounded) -> None:
+async def test_cancellation_within_time_bound_is_raised(time_limit: Bounded) -> None:
     started = asyncio.Event()
 
-    async def wait() -> None:
-        async with bounded(LONG):
+    async def wait_in_time_limit() -> None:
+        async with time_limit(LONG):
             started.set()
             await asyncio.sleep(LONG)
 
     async with asyncio.TaskGroup() as group:
-        task = group.create_task(wait())
+        task = group.create_task(wait_in_time_limit())
         await started.wait()
         task.cancel()
     assert task.cancelled()
 
 
 async def test_cancellation_in_same_loop_turn_as_time_bound_is_raised(
-    bounded: Bounded,
+    time_limit: Bounded,
 ) -> None:
     started = asyncio.Event()
 
-    async def wait() -> None:
-        async with bounded(0.05):
+    async def wait_in_time_limit() -> None:
+        async with time_limit(0.05):
             started.set()
             await asyncio.sleep(LONG)
 
     async with asyncio.TaskGroup() as group:
-        task = group.create_task(wait())
+        task = group.create_task(wait_in_time_limit())
         await started.wait()
         asyncio.get_running_loop().call_later(0.05, task.cancel)
         time.sleep(0.1)  # noqa: ASYNC251 - both are due in one turn of the loop, the bound first
     assert task.cancelled()
 
 
-async def test_inner_time_bound_that_runs_out_raises_before_outer(bounded: Bounded) -> None:
+async def test_inner_time_bound_that_runs_out_raises_before_outer(time_limit: Bounded) -> None:
     texts = []
-    async with bounded(LONG):
+    async with time_limit(LONG):
         try:
-            async with bounded(0.01):
+            async with time_limit(0.01):
                 await asyncio.sleep(LONG)
         except TimeoutError:
             texts.append("inner")
     assert texts == ["inner"]
-    assert left() == 0
+    assert pending_cancellations() == 0

@@ -27,38 +27,40 @@ WORK, TOKEN = "work_1", "token"
 KEY = "-newkey ec -pkeyopt ec_paramgen_curve:P-256"
 
 
-def openssl(command: str, where: Path) -> None:
+def run_openssl(command: str, where: Path) -> None:
     subprocess.run(  # noqa: S603 - a command of our own
         [str(OPENSSL), *command.split()], cwd=where, check=True, capture_output=True
     )
 
 
 @pytest.fixture(scope="module")
-def pki(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def certificate_files(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Return a directory with a CA, certificates of server and client, and invalid files."""
     path = tmp_path_factory.mktemp("pki")
     # With the extensions that Python requires of certificates since 3.13.
     usage = "-addext keyUsage=critical,keyCertSign"
-    openssl(f"req -x509 {KEY} {usage} -nodes -days 2 -subj /CN=ca -keyout ca.key -out ca.pem", path)
+    run_openssl(
+        f"req -x509 {KEY} {usage} -nodes -days 2 -subj /CN=ca -keyout ca.key -out ca.pem", path
+    )
     issuer = "authorityKeyIdentifier=keyid\n"
     (path / "server.ext").write_text(f"{issuer}subjectAltName=IP:127.0.0.1")
     (path / "client.ext").write_text(f"{issuer}extendedKeyUsage=clientAuth")
     for name in ("server", "client"):
-        openssl(f"req {KEY} -nodes -subj /CN={name} -keyout {name}.key -out {name}.csr", path)
-        openssl(
+        run_openssl(f"req {KEY} -nodes -subj /CN={name} -keyout {name}.key -out {name}.csr", path)
+        run_openssl(
             f"x509 -req -in {name}.csr -CA ca.pem -CAkey ca.key -CAcreateserial -days 2"
             f" -extfile {name}.ext -out {name}.pem",
             path,
         )
     both = (path / "client.pem").read_text() + (path / "client.key").read_text()
     (path / "both.pem").write_text(both)
-    openssl("pkey -in client.key -aes256 -passout pass:secret -out encrypted.key", path)
+    run_openssl("pkey -in client.key -aes256 -passout pass:secret -out encrypted.key", path)
     (path / "text.pem").write_text("no certificate")
     return path
 
 
 @dataclass
-class Server:
+class TLSServer:
     """A TLS server that requests a client certificate.
 
     Attributes:
@@ -70,7 +72,9 @@ class Server:
     names: list[str] = field(default_factory=list)
     received: bytearray = field(default_factory=bytearray)
 
-    async def serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+    async def answer_connection(
+        self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter
+    ) -> None:
         subject = writer.get_extra_info("peercert")["subject"]
         self.names.append(dict(pair for each in subject for pair in each)["commonName"])
         with suppress(ConnectionError):
@@ -79,7 +83,7 @@ class Server:
                 writer.write(b"HTTP/1.1 204 No Content\r\n\r\n")
         writer.close()
 
-    def settings(self, pki: Path, **names: str | None) -> Settings:
+    def settings_for(self, pki: Path, **names: str | None) -> Settings:
         files: dict[str, Any] = {
             name: None if file is None else pki / file for name, file in (FILES | names).items()
         }
@@ -95,12 +99,14 @@ FILES: dict[str, str | None] = {
 
 
 @pytest.fixture
-async def server(pki: Path) -> AsyncIterator[Server]:
-    context = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH, cafile=pki / "ca.pem")
-    context.load_cert_chain(pki / "server.pem", pki / "server.key")
+async def tls_server(certificate_files: Path) -> AsyncIterator[TLSServer]:
+    context = ssl.create_default_context(
+        ssl.Purpose.CLIENT_AUTH, cafile=certificate_files / "ca.pem"
+    )
+    context.load_cert_chain(certificate_files / "server.pem", certificate_files / "server.key")
     context.verify_mode = ssl.CERT_REQUIRED
-    server = Server()
-    listener = await asyncio.start_server(server.serve, "127.0.0.1", 0, ssl=context)
+    server = TLSServer()
+    listener = await asyncio.start_server(server.answer_connection, "127.0.0.1", 0, ssl=context)
     server.port = listener.sockets[0].getsockname()[1]
     async with listener:
         yield server
@@ -109,44 +115,44 @@ async def server(pki: Path) -> AsyncIterator[Server]:
 @pytest.mark.parametrize("key", [{}, {"client_cert_file": "both.pem", "client_key_file": None}])
 @pytest.mark.parametrize("session", [None, aiohttp.ClientSession])
 async def test_every_connection_trusts_ca_file_and_presents_client_certificate(
-    pki: Path, server: Server, key: dict[str, str | None], session: Any
+    certificate_files: Path, tls_server: TLSServer, key: dict[str, str | None], session: Any
 ) -> None:
     options = [CallOptions(priority=priority) for priority in Priority]
     own = session() if session else None
-    async with WorkClient(server.settings(pki, **key), session=own) as client:
+    async with WorkClient(tls_server.settings_for(certificate_files, **key), session=own) as client:
         for each in (*options, CallOptions(new_connection=True)):
             await client.stop(WORK, options=each)
         with pytest.raises(ControlPlaneError):  # the answer is no event stream
             await client.events("sess_1")._calls.open(None)
         if own is not None:
             await own.close()
-    assert set(server.names) == {"client"}
-    assert server.received.count(b"HTTP/1.1\r\n") == 5
+    assert set(tls_server.names) == {"client"}
+    assert tls_server.received.count(b"HTTP/1.1\r\n") == 5
 
 
 async def test_server_of_private_ca_is_not_trusted_without_ca_file(
-    pki: Path, server: Server
+    certificate_files: Path, tls_server: TLSServer
 ) -> None:
-    async with WorkClient(server.settings(pki, ca_file=None)) as client:
+    async with WorkClient(tls_server.settings_for(certificate_files, ca_file=None)) as client:
         with pytest.raises(RefusedError, match="certificate is not trusted"):
             await client.stop(WORK)
-    assert server.names == []
+    assert tls_server.names == []
 
 
 async def test_server_that_requires_certificate_refuses_client_without_one(
-    pki: Path, server: Server
+    certificate_files: Path, tls_server: TLSServer
 ) -> None:
     without = {"client_cert_file": None, "client_key_file": None}
-    async with WorkClient(server.settings(pki, **without)) as client:
+    async with WorkClient(tls_server.settings_for(certificate_files, **without)) as client:
         with pytest.raises(ControlPlaneError):
             await client.stop(WORK)
-    assert not server.received
+    assert not tls_server.received
 
 
 # -- a check behind a tunnel ---------------------------------------------------------------------
 
 
-class LateTunnel:
+class DelayedTunnelProxy:
     """An HTTP proxy that opens its tunnel to `port` when the test says so."""
 
     def __init__(self, port: int) -> None:
@@ -159,11 +165,11 @@ class LateTunnel:
         await self.release.wait()
         far_reader, far_writer = await asyncio.open_connection("127.0.0.1", self._port)
         writer.write(b"HTTP/1.1 200 OK\r\n\r\n")
-        await asyncio.gather(pump(reader, far_writer), pump(far_reader, writer))
+        await asyncio.gather(copy_bytes(reader, far_writer), copy_bytes(far_reader, writer))
         self.ended.set()
 
 
-async def pump(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+async def copy_bytes(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
     with suppress(ConnectionError):
         while piece := await reader.read(65536):
             writer.write(piece)
@@ -171,48 +177,51 @@ async def pump(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> No
 
 
 @asynccontextmanager
-async def tunnel_to(port: int) -> AsyncIterator[tuple[LateTunnel, str]]:
-    tunnel = LateTunnel(port)
+async def tunnel_proxy(port: int) -> AsyncIterator[tuple[DelayedTunnelProxy, str]]:
+    tunnel = DelayedTunnelProxy(port)
     listener = await asyncio.start_server(tunnel.serve, "127.0.0.1", 0)
     async with listener:
         yield tunnel, f"http://127.0.0.1:{listener.sockets[0].getsockname()[1]}"
 
 
-class APIError(Exception):
+class CheckError(Exception):
     """The error that the check raises."""
 
 
 @pytest.mark.parametrize("held", [True, False])
 async def test_check_is_called_after_tunnel_and_tls_handshake(
-    pki: Path, server: Server, monkeypatch: pytest.MonkeyPatch, *, held: bool
+    certificate_files: Path, tls_server: TLSServer, monkeypatch: pytest.MonkeyPatch, *, held: bool
 ) -> None:
     states: list[bool] = []
 
     def check() -> None:
         states.append(tunnel.release.is_set())
         if not held:
-            raise APIError
+            raise CheckError
 
-    async with tunnel_to(server.port) as (tunnel, url):
+    async with tunnel_proxy(tls_server.port) as (tunnel, url):
         monkeypatch.setenv("https_proxy", url)
         monkeypatch.setenv("no_proxy", "")
-        async with WorkClient(server.settings(pki)) as client, asyncio.TaskGroup() as group:
+        async with (
+            WorkClient(tls_server.settings_for(certificate_files)) as client,
+            asyncio.TaskGroup() as group,
+        ):
             stopping = client.stop(WORK, options=CallOptions(check), timeout=20)
-            result = group.create_task(outcome(stopping))
+            result = group.create_task(connection_error(stopping))
             await tunnel.asked.wait()
             assert states == []
             tunnel.release.set()
-            assert await result == (None if held else APIError)
+            assert await result == (None if held else CheckError)
         await tunnel.ended.wait()
     assert states == [True]
-    assert server.names == ["client"]
-    assert bool(server.received) == held
+    assert tls_server.names == ["client"]
+    assert bool(tls_server.received) == held
 
 
-async def outcome(call: Any) -> type[BaseException] | None:
+async def connection_error(call: Any) -> type[BaseException] | None:
     try:
         await call
-    except APIError as refusal:
+    except CheckError as refusal:
         return type(refusal)
     return None
 
@@ -252,17 +261,19 @@ async def outcome(call: Any) -> type[BaseException] | None:
     ],
 )
 async def test_invalid_tls_file_is_error_at_start(
-    pki: Path, names: dict[str, str | None], problem: str
+    certificate_files: Path, names: dict[str, str | None], problem: str
 ) -> None:
-    settings = Server(port=1).settings(pki, **names)
+    settings = TLSServer(port=1).settings_for(certificate_files, **names)
     with pytest.raises(SettingsError) as raised:
         async with WorkClient(settings):
             pass
-    assert raised.value.problems == (problem.format(pki=pki),)
+    assert raised.value.problems == (problem.format(pki=certificate_files),)
 
 
-def test_all_connection_problems_are_reported_at_once(pki: Path) -> None:
-    settings = Settings(ca_file=pki / "nowhere", client_cert_file=pki / "neither")
+def test_all_connection_problems_are_reported_at_once(certificate_files: Path) -> None:
+    settings = Settings(
+        ca_file=certificate_files / "nowhere", client_cert_file=certificate_files / "neither"
+    )
     with pytest.raises(SettingsError) as raised:
         settings.require_connection()
     text = "\n".join(raised.value.problems)

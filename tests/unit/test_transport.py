@@ -1,4 +1,4 @@
-"""One request and its answer over a real socket: unusual answers, and secrets that are never shown.
+"""One request and its answer over a real socket: unusual answers, and credentials never shown.
 
 The server sends raw bytes, because no HTTP library would send most of these answers.
 """
@@ -60,7 +60,7 @@ STATS = b'{"depth": 1, "pending": 0, "oldest_queued_at": null, "workers_polling"
 
 
 @dataclass
-class Received:
+class ReceivedRequest:
     method: str
     path: str
     headers: dict[str, str]
@@ -68,17 +68,19 @@ class Received:
 
 
 @dataclass
-class Server:
+class ScriptedServer:
     """A server that answers each request with the next of `answers`, the last one repeatedly."""
 
-    answers: list[bytes | Callable[[Server, asyncio.StreamWriter], Awaitable[None]]]
+    answers: list[bytes | Callable[[ScriptedServer, asyncio.StreamWriter], Awaitable[None]]]
     url: str = ""
-    requests: list[Received] = field(default_factory=list)
+    requests: list[ReceivedRequest] = field(default_factory=list)
     connections: int = 0
     arrived: asyncio.Event = field(default_factory=asyncio.Event)
     release: asyncio.Event = field(default_factory=asyncio.Event)
 
-    async def serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+    async def answer_connection(
+        self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter
+    ) -> None:
         self.connections += 1
         try:
             while True:
@@ -96,34 +98,36 @@ class Server:
             writer.close()
 
 
-async def read_request(reader: asyncio.StreamReader) -> Received:
+async def read_request(reader: asyncio.StreamReader) -> ReceivedRequest:
     head = (await reader.readuntil(b"\r\n\r\n")).decode()
     start, *lines = head.strip().split("\r\n")
     headers = dict(line.split(": ", 1) for line in lines)
     method, path, _ = start.split(" ")
     body = await reader.readexactly(int(headers.get("Content-Length", 0)))
-    return Received(method, path, headers, body)
+    return ReceivedRequest(method, path, headers, body)
 
 
-def answer(status: int, body: bytes = b"", **headers: str) -> bytes:
+def http_answer(status: int, body: bytes = b"", **headers: str) -> bytes:
     fields = {"Content-Length": str(len(body)), **headers}
     lines = "".join(f"{name.replace('_', '-')}: {value}\r\n" for name, value in fields.items())
     return f"HTTP/1.1 {status} Whatever\r\n{lines}\r\n".encode() + body
 
 
-def refusal(status: int, message: str = "no", **more: Any) -> bytes:
-    return answer(
+def refusal_answer(status: int, message: str = "no", **more: Any) -> bytes:
+    return http_answer(
         status, json.dumps({"type": "error", "error": {"message": message, **more}}).encode()
     )
 
 
-OK = answer(200, STATS)
+OK = http_answer(200, STATS)
 
 
 @asynccontextmanager
-async def serving(*answers: Any, tls: ssl.SSLContext | None = None) -> AsyncIterator[Server]:
-    server = Server(list(answers))
-    listener = await asyncio.start_server(server.serve, "127.0.0.1", 0, ssl=tls)
+async def running_server(
+    *answers: Any, tls: ssl.SSLContext | None = None
+) -> AsyncIterator[ScriptedServer]:
+    server = ScriptedServer(list(answers))
+    listener = await asyncio.start_server(server.answer_connection, "127.0.0.1", 0, ssl=tls)
     port = listener.sockets[0].getsockname()[1]
     server.url = f"{'https' if tls else 'http'}://127.0.0.1:{port}/api"
     try:
@@ -134,7 +138,9 @@ async def serving(*answers: Any, tls: ssl.SSLContext | None = None) -> AsyncIter
 
 
 @asynccontextmanager
-async def connected(url: str, session: Any = None, **values: Any) -> AsyncIterator[Transport]:
+async def connected_transport(
+    url: str, session: Any = None, **values: Any
+) -> AsyncIterator[Transport]:
     if "token_file" not in values:
         values.setdefault("token", TOKEN)
     transport = Transport(Settings(base_url=url, environment_id="env_1", **values), session)
@@ -145,18 +151,18 @@ async def connected(url: str, session: Any = None, **values: Any) -> AsyncIterat
         await transport.close()
 
 
-async def ask(
+async def send_request(
     transport: Transport, url: str, seconds: float = 20, endpoint: Any = endpoints.STATS
 ) -> Any:
     return await transport.send(endpoint, URL(f"{url}/x", encoded=True), seconds)
 
 
-async def failure(
+async def request_error(
     *answers: Any, seconds: float = 20, endpoint: Any = endpoints.STATS
 ) -> ControlPlaneError:
-    async with serving(*answers) as server, connected(server.url) as transport:
+    async with running_server(*answers) as server, connected_transport(server.url) as transport:
         with pytest.raises(ControlPlaneError) as raised:
-            await ask(transport, server.url, seconds, endpoint)
+            await send_request(transport, server.url, seconds, endpoint)
     assert TOKEN not in "".join(traceback.format_exception(raised.value))
     assert raised.value.__context__ is None
     return raised.value
@@ -166,8 +172,8 @@ async def failure(
 
 
 async def test_request_has_standard_headers() -> None:
-    async with serving(OK) as server, connected(server.url) as transport:
-        await ask(transport, server.url)
+    async with running_server(OK) as server, connected_transport(server.url) as transport:
+        await send_request(transport, server.url)
     (request,) = server.requests
     assert (request.method, request.path, request.body) == ("GET", "/api/x", b"")
     headers = request.headers
@@ -179,7 +185,7 @@ async def test_request_has_standard_headers() -> None:
 
 
 async def test_request_with_body_has_json_content_type() -> None:
-    async with serving(OK) as server, connected(server.url) as transport:
+    async with running_server(OK) as server, connected_transport(server.url) as transport:
         endpoint: Any = endpoints.Endpoint("stop", "POST", endpoints.STATS.parse)
         await transport.send(endpoint, URL(f"{server.url}/x"), body=b'{"force":true}')
     (request,) = server.requests
@@ -188,8 +194,11 @@ async def test_request_with_body_has_json_content_type() -> None:
 
 
 async def test_anthropic_request_has_headers_of_its_dialect() -> None:
-    async with serving(OK) as server, connected(server.url, dialect="anthropic") as transport:
-        await ask(transport, server.url)
+    async with (
+        running_server(OK) as server,
+        connected_transport(server.url, dialect="anthropic") as transport,
+    ):
+        await send_request(transport, server.url)
     headers = server.requests[0].headers
     assert headers["anthropic-worker-id"] == "me"
     assert headers["anthropic-version"] == "2023-06-01"
@@ -199,31 +208,31 @@ async def test_anthropic_request_has_headers_of_its_dialect() -> None:
 
 async def test_connection_is_reused_and_cookies_are_not_kept() -> None:
     async with (
-        serving(answer(200, STATS, Set_Cookie="a=b")) as server,
-        connected(server.url) as transport,
+        running_server(http_answer(200, STATS, Set_Cookie="a=b")) as server,
+        connected_transport(server.url) as transport,
     ):
         for _ in range(3):
-            await ask(transport, server.url)
+            await send_request(transport, server.url)
     assert server.connections == 1
     assert all("Cookie" not in request.headers for request in server.requests)
 
 
 async def test_requests_of_all_pollers_and_slots_are_sent_concurrently() -> None:
-    async def hold(server: Server, writer: asyncio.StreamWriter) -> None:
+    async def hold_requests(server: ScriptedServer, writer: asyncio.StreamWriter) -> None:
         if len(server.requests) == 40:
             server.release.set()
         await server.release.wait()
         writer.write(OK)
 
     async with (
-        serving(hold) as server,
-        connected(server.url, concurrency=30, pollers=8, prefetch=2) as transport,
+        running_server(hold_requests) as server,
+        connected_transport(server.url, concurrency=30, pollers=8, prefetch=2) as transport,
     ):
-        await asyncio.gather(*(ask(transport, server.url) for _ in range(40)))
+        await asyncio.gather(*(send_request(transport, server.url) for _ in range(40)))
     assert server.connections == 40
 
 
-# -- answers that may pass -----------------------------------------------------------------------
+# -- answers after which a request is retried ------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -244,7 +253,7 @@ async def test_requests_of_all_pollers_and_slots_are_sent_concurrently() -> None
     [b"<html>Bad Gateway</html>", b"", b"\xff", b'{"error": 7}', b"[]", b"7", b'{"error": {}}'],
 )
 async def test_error_status_of_gateway_is_transient(status: int, reason: str, body: bytes) -> None:
-    error = await failure(answer(status, body))
+    error = await request_error(http_answer(status, body))
     assert isinstance(error, TransientError)
     assert (error.op, error.status, error.reason) == ("stats", status, reason)
     assert "html" not in str(error)
@@ -269,7 +278,7 @@ async def test_error_status_of_gateway_is_transient(status: int, reason: str, bo
     ],
 )
 async def test_malformed_success_body_is_transient(body: bytes) -> None:
-    error = await failure(answer(200, body))
+    error = await request_error(http_answer(200, body))
     assert isinstance(error, TransientError)
     assert (error.status, error.reason) == (200, "bad_body")
     assert "hunter2" not in str(error)
@@ -277,50 +286,58 @@ async def test_malformed_success_body_is_transient(body: bytes) -> None:
 
 async def test_empty_response_is_accepted_for_poll_and_stop_only() -> None:
     for empty in (endpoints.POLL, endpoints.STOP):
-        async with serving(answer(204)) as server, connected(server.url) as transport:
-            assert await ask(transport, server.url, endpoint=empty) is None
+        async with (
+            running_server(http_answer(204)) as server,
+            connected_transport(server.url) as transport,
+        ):
+            assert await send_request(transport, server.url, endpoint=empty) is None
     strict: tuple[Any, ...] = (endpoints.ACK, endpoints.STATS)
     for endpoint in strict:
-        error = await failure(answer(204), endpoint=endpoint)
+        error = await request_error(http_answer(204), endpoint=endpoint)
         assert isinstance(error, TransientError)
         assert error.reason == "bad_body"
     for endpoint in (endpoints.STOP, endpoints.ACK):
-        assert isinstance(await failure(answer(200, b"null"), endpoint=endpoint), TransientError)
+        assert isinstance(
+            await request_error(http_answer(200, b"null"), endpoint=endpoint), TransientError
+        )
 
 
 async def test_null_response_to_poll_is_accepted() -> None:
-    async with serving(answer(200, b"null")) as server, connected(server.url) as transport:
-        assert await ask(transport, server.url, endpoint=endpoints.POLL) is None
+    async with (
+        running_server(http_answer(200, b"null")) as server,
+        connected_transport(server.url) as transport,
+    ):
+        assert await send_request(transport, server.url, endpoint=endpoints.POLL) is None
 
 
 async def test_response_above_size_limit_is_aborted() -> None:
-    async def flood(_: Server, writer: asyncio.StreamWriter) -> None:
+    async def send_endless_body(_: ScriptedServer, writer: asyncio.StreamWriter) -> None:
         writer.write(b"HTTP/1.1 200 OK\r\nContent-Length: 99000000000\r\n\r\n")
         while True:
             writer.write(b" " * 65536)
             await writer.drain()
 
-    async def trickle(_: Server, writer: asyncio.StreamWriter) -> None:
+    async def send_slow_body(_: ScriptedServer, writer: asyncio.StreamWriter) -> None:
         writer.write(b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n")
         while True:
             writer.write(b"10000\r\n" + b" " * 65536 + b"\r\n")
             await writer.drain()
 
     packed = gzip.compress(b" " * (ANSWER_LIMIT_BYTES * 8))
-    bomb = answer(200, packed, Content_Encoding="gzip")
-    for large in (flood, trickle, bomb):
-        error = await failure(large)
+    bomb = http_answer(200, packed, Content_Encoding="gzip")
+    for large in (send_endless_body, send_slow_body, bomb):
+        error = await request_error(large)
         assert isinstance(error, TooLargeError)
         assert (error.reason, error.status) == ("bad_body", 200)
         assert "too large" in str(error)
         assert error.work_id is None
 
 
-def oversized(beginning: bytes) -> list[Any]:
-    """Return oversized answers that begin so: one with and one without a Content-Length."""
+def oversized_answers(beginning: bytes) -> list[Any]:
+    """Return two oversized answers with this beginning: with and without a Content-Length."""
     body = beginning + b"x" * ANSWER_LIMIT_BYTES
     chunked = b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n%x\r\n%b\r\n0\r\n\r\n"
-    return [answer(200, body), chunked % (len(body), body)]
+    return [http_answer(200, body), chunked % (len(body), body)]
 
 
 @pytest.mark.parametrize(
@@ -343,18 +360,18 @@ def oversized(beginning: bytes) -> list[Any]:
 async def test_oversized_response_error_has_work_id_from_its_beginning(
     beginning: bytes, work_id: str | None
 ) -> None:
-    for odd in oversized(beginning):
-        error = await failure(odd, endpoint=endpoints.POLL)
+    for odd in oversized_answers(beginning):
+        error = await request_error(odd, endpoint=endpoints.POLL)
         assert isinstance(error, TooLargeError)
         assert error.work_id == work_id
 
 
 async def test_response_with_oversized_content_length_is_not_read() -> None:
-    async def slow(server: Server, writer: asyncio.StreamWriter) -> None:
+    async def send_slow_body(server: ScriptedServer, writer: asyncio.StreamWriter) -> None:
         writer.write(b"HTTP/1.1 200 OK\r\nContent-Length: 9000000\r\n\r\n" + b" " * 5000)
-        await never(server, writer)
+        await never_answer(server, writer)
 
-    assert isinstance(await failure(slow), TooLargeError)  # before the timeout
+    assert isinstance(await request_error(send_slow_body), TooLargeError)  # before the timeout
 
 
 @pytest.mark.parametrize(
@@ -364,70 +381,72 @@ async def test_response_with_oversized_content_length_is_not_read() -> None:
 async def test_malformed_item_error_has_its_work_id(
     item: dict[str, Any], work_id: str | None
 ) -> None:
-    error = await failure(answer(200, json.dumps(item).encode()), endpoint=endpoints.POLL)
+    error = await request_error(
+        http_answer(200, json.dumps(item).encode()), endpoint=endpoints.POLL
+    )
     assert isinstance(error, TransientError)
     assert getattr(error, "work_id", None) == work_id
 
 
 async def test_response_at_size_limit_is_accepted() -> None:
     body = STATS + b" " * (ANSWER_LIMIT_BYTES - len(STATS))
-    packed = answer(200, gzip.compress(body), Content_Encoding="gzip")
-    for fitting in (answer(200, body), packed, answer(200, STATS, Connection="close")):
-        async with serving(fitting) as server, connected(server.url) as transport:
-            assert (await ask(transport, server.url)).depth == 1
+    packed = http_answer(200, gzip.compress(body), Content_Encoding="gzip")
+    for fitting in (http_answer(200, body), packed, http_answer(200, STATS, Connection="close")):
+        async with running_server(fitting) as server, connected_transport(server.url) as transport:
+            assert (await send_request(transport, server.url)).depth == 1
 
 
-# -- no answer -----------------------------------------------------------------------------------
+# -- requests without an answer --------------------------------------------------------------------
 
 
 async def hang_up(*_: object) -> None:
     raise ConnectionError
 
 
-async def half(_: Server, writer: asyncio.StreamWriter) -> None:
+async def send_half_answer(_: ScriptedServer, writer: asyncio.StreamWriter) -> None:
     writer.write(b"HTTP/1.1 200 OK\r\nContent-Length: 100\r\n\r\n{")
     await writer.drain()
     raise ConnectionError
 
 
-async def reset(_: Server, writer: asyncio.StreamWriter) -> None:
+async def reset_connection(_: ScriptedServer, writer: asyncio.StreamWriter) -> None:
     writer.transport.abort()
     raise ConnectionError
 
 
-async def never(server: Server, *_: object) -> None:
+async def never_answer(server: ScriptedServer, *_: object) -> None:
     await server.release.wait()
     raise ConnectionError
 
 
-async def stall(server: Server, writer: asyncio.StreamWriter) -> None:
+async def stall_in_body(server: ScriptedServer, writer: asyncio.StreamWriter) -> None:
     writer.write(b"HTTP/1.1 200 OK\r\nContent-Length: 100\r\n\r\n{")
-    await never(server, writer)
+    await never_answer(server, writer)
 
 
 @pytest.mark.parametrize(
     "odd",
     [
         hang_up,
-        half,
-        reset,
+        send_half_answer,
+        reset_connection,
         b"SSH-2.0-OpenSSH_9.6\r\n\r\n",
         b"HTTP/1.1 200 OK\r\nX: " + b"hunter2" * 20_000 + b"\r\n\r\n",
         b"HTTP/1.1 200 OK\r\nContent-Length: hunter2\r\n\r\n",
         b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\nhunter2\r\n",
-        answer(200, b"hunter2", Content_Encoding="gzip"),
+        http_answer(200, b"hunter2", Content_Encoding="gzip"),
     ],
 )
 async def test_broken_connection_is_transient_network_error(odd: Any) -> None:
-    error = await failure(odd)
+    error = await request_error(odd)
     assert isinstance(error, TransientError)
     assert error.reason == "network"
     assert "hunter2" not in str(error)
 
 
-@pytest.mark.parametrize("odd", [never, stall])
+@pytest.mark.parametrize("odd", [never_answer, stall_in_body])
 async def test_missing_response_raises_timeout_after_limit(odd: Any) -> None:
-    error = await failure(odd, seconds=0.05)
+    error = await request_error(odd, seconds=0.05)
     assert isinstance(error, TransientError)
     assert (error.reason, error.status) == ("timeout", None)
 
@@ -438,7 +457,7 @@ async def test_cancellation_in_same_loop_turn_as_timeout_is_raised(
 ) -> None:
     """aiohttp's own timeout swallows such a cancellation, so that a poller would go on forever."""
     seconds, loop = 0.5, asyncio.get_running_loop()
-    async with serving(never) as server, connected(server.url) as transport:
+    async with running_server(never_answer) as server, connected_transport(server.url) as transport:
         async with asyncio.TaskGroup() as group:
             url = URL(server.url)
             task = group.create_task(transport.send(endpoints.STATS, url, seconds))
@@ -451,29 +470,29 @@ async def test_cancellation_in_same_loop_turn_as_timeout_is_raised(
 
 async def test_request_without_remaining_time_is_not_sent() -> None:
     for seconds in (0, -1.0):
-        error = await failure(OK, seconds=seconds)
+        error = await request_error(OK, seconds=seconds)
         assert isinstance(error, TransientError)
         assert error.reason == "timeout"
 
 
 async def test_connection_refused_is_transient_network_error() -> None:
-    async with serving(OK) as server:
+    async with running_server(OK) as server:
         url = server.url
-    async with connected(url) as transport:
+    async with connected_transport(url) as transport:
         with pytest.raises(TransientError, match="Cannot connect") as raised:
-            await ask(transport, url)
+            await send_request(transport, url)
     assert raised.value.reason == "network"
 
 
 async def test_unknown_host_is_transient_network_error() -> None:
-    async with connected("http://no-such-host.invalid") as transport:
+    async with connected_transport("http://no-such-host.invalid") as transport:
         with pytest.raises(TransientError) as raised:
-            await ask(transport, "http://no-such-host.invalid")
+            await send_request(transport, "http://no-such-host.invalid")
     assert raised.value.reason == "network"
 
 
 @pytest.fixture(scope="module")
-def untrusted(tmp_path_factory: pytest.TempPathFactory) -> ssl.SSLContext:
+def self_signed_context(tmp_path_factory: pytest.TempPathFactory) -> ssl.SSLContext:
     """Return the TLS context of a server with a self-signed certificate."""
     path = tmp_path_factory.mktemp("tls") / "both.pem"
     command = f"{OPENSSL} req -x509 -newkey rsa:2048 -nodes -days 1 -subj /CN=127.0.0.1"
@@ -488,20 +507,25 @@ def untrusted(tmp_path_factory: pytest.TempPathFactory) -> ssl.SSLContext:
 
 
 @pytest.mark.skipif(OPENSSL is None, reason="makes a certificate with the openssl command")
-async def test_untrusted_certificate_raises_refused_error(untrusted: ssl.SSLContext) -> None:
-    async with serving(OK, tls=untrusted) as server, connected(server.url) as transport:
+async def test_untrusted_certificate_raises_refused_error(
+    self_signed_context: ssl.SSLContext,
+) -> None:
+    async with (
+        running_server(OK, tls=self_signed_context) as server,
+        connected_transport(server.url) as transport,
+    ):
         with pytest.raises(RefusedError, match="certificate is not trusted") as raised:
-            await ask(transport, server.url)
+            await send_request(transport, server.url)
     assert raised.value.status is None
     assert server.requests == []
 
 
 async def test_server_without_tls_is_transient_error() -> None:
-    async with serving(OK) as server:
+    async with running_server(OK) as server:
         url = server.url.replace("http", "https")
-        async with connected(url) as transport:
+        async with connected_transport(url) as transport:
             with pytest.raises(TransientError) as raised:
-                await ask(transport, url, 2)
+                await send_request(transport, url, 2)
     assert raised.value.reason in {"network", "timeout"}
 
 
@@ -526,7 +550,9 @@ async def test_server_without_tls_is_transient_error() -> None:
 async def test_error_response_is_raised_with_fields_of_its_body(
     status: int, kind: type[ControlPlaneError]
 ) -> None:
-    error = await failure(refusal(status, "not\nthis\x1b[31m", type="some_error", param="block_ms"))
+    error = await request_error(
+        refusal_answer(status, "not\nthis\x1b[31m", type="some_error", param="block_ms")
+    )
     assert type(error) is kind
     assert (error.op, error.status) == ("stats", status)
     assert (error.error_type, error.param) == ("some_error", "block_ms")
@@ -543,34 +569,34 @@ LARGE = b"HTTP/1.1 103 Early Hints\r\nLink: " + b"x" * 7_000 + b"\r\n\r\n"
     "before", [EARLY, EARLY * INFORMATIONAL_MAX, LARGE * 9, b"HTTP/1.1 100 C\r\n\r\n"]
 )
 async def test_informational_responses_before_response_are_skipped(before: bytes) -> None:
-    async with serving(before + OK) as server, connected(server.url) as transport:
+    async with running_server(before + OK) as server, connected_transport(server.url) as transport:
         for _ in range(3):
-            assert (await ask(transport, server.url)).depth == 1
+            assert (await send_request(transport, server.url)).depth == 1
     assert server.connections == 1
 
 
 @pytest.mark.parametrize("before", [EARLY * (INFORMATIONAL_MAX + 1), LARGE * 10])
 async def test_too_many_informational_responses_raise_network_error(before: bytes) -> None:
-    error = await failure(before + OK)
+    error = await request_error(before + OK)
     assert isinstance(error, TransientError)
     assert error.reason == "network"
     assert "InformationalFlood" in str(error)
 
 
-# -- answers that no control plane gives -----------------------------------------------------------
+# -- answers that no control plane sends -----------------------------------------------------------
 
 
 @pytest.mark.parametrize(
     "odd",
     [
-        *map(answer, (300, 304, 305, 306, 310, 399, 430, 444, 460, 499, 600, 799, 999)),
+        *map(http_answer, (300, 304, 305, 306, 310, 399, 430, 444, 460, 499, 600, 799, 999)),
         b"HTTP/1.1 000 None\r\nContent-Length: 0\r\n\r\n",
         b"HTTP/1.1 101 Switching Protocols\r\nUpgrade: x\r\nConnection: upgrade\r\n\r\nx",
         b"HTTP/1.1 101 Switching Protocols\r\n\r\n",
     ],
 )
 async def test_unexpected_status_is_transient_server_error(odd: bytes) -> None:
-    error = await failure(odd)
+    error = await request_error(odd)
     assert isinstance(error, TransientError)
     assert error.reason == "server_error"
     assert error.status == int(odd.split()[1])
@@ -578,8 +604,8 @@ async def test_unexpected_status_is_transient_server_error(odd: bytes) -> None:
 
 @pytest.mark.parametrize("status", [300, 301, 302, 303, 307, 308])
 async def test_redirect_is_not_followed_and_is_transient(status: int) -> None:
-    async with serving(OK) as other:
-        error = await failure(answer(status, b"", Location=f"{other.url}/{TOKEN}"))
+    async with running_server(OK) as other:
+        error = await request_error(http_answer(status, b"", Location=f"{other.url}/{TOKEN}"))
         assert other.requests == []
     assert isinstance(error, TransientError)
     assert error.reason == "server_error"
@@ -618,7 +644,7 @@ def test_redirect_error_with_long_host_is_cut() -> None:
 
 async def test_token_in_error_response_is_redacted() -> None:
     reported = f"{'x' * 290} Bearer {TOKEN} or {TOKEN[:9]}\n{TOKEN[9:]}"
-    error = await failure(refusal(403, reported, type=TOKEN, param=f"a{TOKEN}b"))
+    error = await request_error(refusal_answer(403, reported, type=TOKEN, param=f"a{TOKEN}b"))
     assert (error.error_type, error.param) == ("[token]", "a[token]b")
     assert TOKEN not in str(error)
     assert TOKEN[:5] not in str(error)
@@ -629,30 +655,33 @@ EXTRA = {"x-worker-token": "worker-token-1", "X-Team": "worker-token"}
 
 async def test_extra_headers_are_sent_with_every_request() -> None:
     async with (
-        serving(OK) as server,
-        connected(server.url, extra_headers=EXTRA) as transport,
+        running_server(OK) as server,
+        connected_transport(server.url, extra_headers=EXTRA) as transport,
         aiohttp.ClientSession() as own,
-        connected(server.url, own, extra_headers=EXTRA) as other,
+        connected_transport(server.url, own, extra_headers=EXTRA) as other,
     ):
-        await ask(transport, server.url)
-        await ask(transport.with_own_token("token-of-a-session"), server.url)
-        await ask(other, server.url)
+        await send_request(transport, server.url)
+        await send_request(transport.with_own_token("token-of-a-session"), server.url)
+        await send_request(other, server.url)
     assert len(server.requests) == 3
     for request in server.requests:
         assert {name: request.headers[name] for name in EXTRA} == EXTRA
 
 
 async def test_values_of_extra_headers_in_error_response_are_redacted() -> None:
-    reported = refusal(403, "no worker-token-1 of worker-token")
-    async with serving(reported) as server, connected(server.url, extra_headers=EXTRA) as transport:
+    reported = refusal_answer(403, "no worker-token-1 of worker-token")
+    async with (
+        running_server(reported) as server,
+        connected_transport(server.url, extra_headers=EXTRA) as transport,
+    ):
         with pytest.raises(RefusedError) as raised:
-            await ask(transport, server.url)
+            await send_request(transport, server.url)
     assert str(raised.value).endswith("no [token] of [token]")
     assert "worker-token" not in "".join(traceback.format_exception(raised.value))
 
 
 async def test_long_error_message_is_cut() -> None:
-    error = await failure(refusal(400, "x" * 100_000, type="y" * 1000))
+    error = await request_error(refusal_answer(400, "x" * 100_000, type="y" * 1000))
     assert len(str(error)) < 400
     assert len(error.error_type or "") <= 64
 
@@ -714,7 +743,7 @@ def test_retry_after_date_without_server_date_is_measured_on_local_clock() -> No
 
 
 async def test_retry_after_is_passed_to_caller() -> None:
-    error = await failure(answer(503, b"busy", Retry_After="7"))
+    error = await request_error(http_answer(503, b"busy", Retry_After="7"))
     assert isinstance(error, TransientError)
     assert error.retry_after == 7
 
@@ -728,17 +757,23 @@ def test_arbitrary_retry_after_gives_valid_seconds_or_none(value: str) -> None:
 # -- repetition ----------------------------------------------------------------------------------
 
 
-async def test_request_on_dead_connection_is_repeated_if_read_and_not_if_write() -> None:
-    # aiohttp repeats a GET on a new connection; transport.py says why this is right.
-    async with serving(OK, hang_up, OK) as server, connected(server.url) as transport:
-        await ask(transport, server.url)
-        await ask(transport, server.url)
+async def test_read_on_closed_connection_is_repeated_and_write_is_not() -> None:
+    # aiohttp repeats a GET on a new connection, which is right: a read changes nothing.
+    async with (
+        running_server(OK, hang_up, OK) as server,
+        connected_transport(server.url) as transport,
+    ):
+        await send_request(transport, server.url)
+        await send_request(transport, server.url)
     assert len(server.requests) == 3
     post: Any = endpoints.Endpoint("stop", "POST", endpoints.STATS.parse)
-    async with serving(OK, hang_up, OK) as server, connected(server.url) as transport:
-        await ask(transport, server.url, endpoint=post)
+    async with (
+        running_server(OK, hang_up, OK) as server,
+        connected_transport(server.url) as transport,
+    ):
+        await send_request(transport, server.url, endpoint=post)
         with pytest.raises(TransientError):
-            await ask(transport, server.url, endpoint=post)
+            await send_request(transport, server.url, endpoint=post)
     assert len(server.requests) == 2
 
 
@@ -751,12 +786,12 @@ async def test_rotated_token_is_used_after_refusal(tmp_path: Path, status: int) 
     path.write_text("old")
     refreshes: list[str] = []
     async with (
-        serving(refusal(status), OK) as server,
-        connected(server.url, token_file=path) as transport,
+        running_server(refusal_answer(status), OK) as server,
+        connected_transport(server.url, token_file=path) as transport,
     ):
         transport.on_credential_refresh = refreshes.append
         path.write_text("new\n")
-        assert (await ask(transport, server.url)).depth == 1
+        assert (await send_request(transport, server.url)).depth == 1
     assert [each.headers["Authorization"] for each in server.requests] == [
         "Bearer old",
         "Bearer new",
@@ -769,11 +804,11 @@ async def test_token_from_variable_is_read_again_after_refusal(
 ) -> None:
     monkeypatch.setenv("QODER_PAT", "old")
     async with (
-        serving(refusal(401), OK) as server,
-        connected(server.url, token=None) as transport,
+        running_server(refusal_answer(401), OK) as server,
+        connected_transport(server.url, token=None) as transport,
     ):
         monkeypatch.setenv("QODER_PAT", "new")
-        await ask(transport, server.url)
+        await send_request(transport, server.url)
     assert server.requests[1].headers["Authorization"] == "Bearer new"
 
 
@@ -782,8 +817,8 @@ async def test_request_body_is_sent_again_with_rotated_token(tmp_path: Path) -> 
     path.write_text("old")
     post: Any = endpoints.Endpoint("stop", "POST", endpoints.STATS.parse)
     async with (
-        serving(refusal(401), OK) as server,
-        connected(server.url, token_file=path) as transport,
+        running_server(refusal_answer(401), OK) as server,
+        connected_transport(server.url, token_file=path) as transport,
     ):
         path.write_text("new")
         await transport.send(post, URL(f"{server.url}/x"), body=b"{}")
@@ -792,10 +827,13 @@ async def test_request_body_is_sent_again_with_rotated_token(tmp_path: Path) -> 
 
 async def test_unchanged_token_is_not_tried_again() -> None:
     refreshes: list[str] = []
-    async with serving(refusal(401)) as server, connected(server.url) as transport:
+    async with (
+        running_server(refusal_answer(401)) as server,
+        connected_transport(server.url) as transport,
+    ):
         transport.on_credential_refresh = refreshes.append
         with pytest.raises(RefusedError):
-            await ask(transport, server.url)
+            await send_request(transport, server.url)
     assert len(server.requests) == 1
     assert refreshes == ["ok"]
 
@@ -804,13 +842,16 @@ async def test_token_is_renewed_at_most_once_per_request(tmp_path: Path) -> None
     path = tmp_path / "token"
     path.write_text("a")
 
-    async def rotate(_: Server, writer: asyncio.StreamWriter) -> None:
+    async def rotate_token(_: ScriptedServer, writer: asyncio.StreamWriter) -> None:
         path.write_text(path.read_text() + "a")
-        writer.write(refusal(401))
+        writer.write(refusal_answer(401))
 
-    async with serving(rotate) as server, connected(server.url, token_file=path) as transport:
+    async with (
+        running_server(rotate_token) as server,
+        connected_transport(server.url, token_file=path) as transport,
+    ):
         with pytest.raises(RefusedError):
-            await ask(transport, server.url)
+            await send_request(transport, server.url)
     assert len(server.requests) == 2
 
 
@@ -819,13 +860,13 @@ async def test_unreadable_token_source_is_reported_and_refusal_is_raised(tmp_pat
     path.write_text("old")
     refreshes: list[str] = []
     async with (
-        serving(refusal(401, "expired")) as server,
-        connected(server.url, token_file=path) as transport,
+        running_server(refusal_answer(401, "expired")) as server,
+        connected_transport(server.url, token_file=path) as transport,
     ):
         transport.on_credential_refresh = refreshes.append
         path.unlink()
         with pytest.raises(RefusedError, match="expired") as raised:
-            await ask(transport, server.url)
+            await send_request(transport, server.url)
     assert raised.value.status == 401
     assert refreshes == ["error"]
 
@@ -834,13 +875,16 @@ async def test_concurrent_refused_requests_all_succeed_with_rotated_token(tmp_pa
     path = tmp_path / "token"
     path.write_text("old")
 
-    async def judge(server: Server, writer: asyncio.StreamWriter) -> None:
+    async def accept_new_token(server: ScriptedServer, writer: asyncio.StreamWriter) -> None:
         old = server.requests[-1].headers["Authorization"] == "Bearer old"
-        writer.write(refusal(401) if old else OK)
+        writer.write(refusal_answer(401) if old else OK)
 
-    async with serving(judge) as server, connected(server.url, token_file=path) as transport:
+    async with (
+        running_server(accept_new_token) as server,
+        connected_transport(server.url, token_file=path) as transport,
+    ):
         path.write_text("new")
-        found = await asyncio.gather(*(ask(transport, server.url) for _ in range(8)))
+        found = await asyncio.gather(*(send_request(transport, server.url) for _ in range(8)))
     assert [each.depth for each in found] == [1] * 8
 
 
@@ -850,7 +894,7 @@ async def test_late_refusal_uses_token_renewed_meanwhile(tmp_path: Path) -> None
     refreshes: list[str] = []
     both_arrived = asyncio.Event()
 
-    async def judge(server: Server, writer: asyncio.StreamWriter) -> None:
+    async def accept_new_token(server: ScriptedServer, writer: asyncio.StreamWriter) -> None:
         if server.requests[-1].headers["Authorization"] == "Bearer new":
             writer.write(OK)
             return
@@ -859,22 +903,25 @@ async def test_late_refusal_uses_token_renewed_meanwhile(tmp_path: Path) -> None
         else:
             both_arrived.set()
             await server.release.wait()  # until the first request has renewed the token
-        writer.write(refusal(401))
+        writer.write(refusal_answer(401))
 
-    async with serving(judge) as server, connected(server.url, token_file=path) as transport:
+    async with (
+        running_server(accept_new_token) as server,
+        connected_transport(server.url, token_file=path) as transport,
+    ):
         transport.on_credential_refresh = refreshes.append
         path.write_text("new")
         async with asyncio.TaskGroup() as group:
-            first = group.create_task(ask(transport, server.url))
+            first = group.create_task(send_request(transport, server.url))
             await server.arrived.wait()
-            group.create_task(ask(transport, server.url))
+            group.create_task(send_request(transport, server.url))
             await first
             server.release.set()
     assert refreshes == ["ok"]
     assert len(server.requests) == 4
 
 
-# -- observers, cancellation, life ---------------------------------------------------------------
+# -- observers, cancellation, opening and closing --------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -904,45 +951,47 @@ def test_status_is_mapped_to_metric_label(status: int, code: str) -> None:
 async def test_every_request_is_reported_with_its_status_label() -> None:
     reported: list[tuple[str, str]] = []
     async with (
-        serving(OK, refusal(404), answer(200, b"junk"), hang_up) as server,
-        connected(server.url) as transport,
+        running_server(OK, refusal_answer(404), http_answer(200, b"junk"), hang_up) as server,
+        connected_transport(server.url) as transport,
     ):
         transport.on_request = lambda *each: reported.append(each[:2])
-        await ask(transport, server.url)
+        await send_request(transport, server.url)
         for _ in range(3):
             with pytest.raises(ControlPlaneError):
-                await ask(transport, server.url)
+                await send_request(transport, server.url)
     assert reported == [("stats", "2xx"), ("stats", "404"), ("stats", "2xx"), ("stats", "reset")]
 
 
-@pytest.mark.parametrize("odd", [never, stall])
+@pytest.mark.parametrize("odd", [never_answer, stall_in_body])
 async def test_cancelled_request_closes_its_connection(odd: Any) -> None:
     reported: list[str] = []
-    async with serving(odd, OK) as server, connected(server.url) as transport:
+    async with running_server(odd, OK) as server, connected_transport(server.url) as transport:
         transport.on_request = lambda *each: reported.append(each[1])
         async with asyncio.TaskGroup() as group:
-            task = group.create_task(ask(transport, server.url))
+            task = group.create_task(send_request(transport, server.url))
             await server.arrived.wait()
             task.cancel("by the test")
         assert task.cancelled()
         assert reported == ["error"]
         server.release.set()
-        assert (await ask(transport, server.url)).depth == 1  # on a new connection
+        assert (await send_request(transport, server.url)).depth == 1  # on a new connection
     assert server.connections == 2
 
 
 async def test_unexpected_exception_in_parsing_is_raised() -> None:
-    class Bug(Exception):
+    class ParserError(Exception):
         pass
 
-    def parse(_: object) -> None:
-        raise Bug
+    def failing_parser(_: object) -> None:
+        raise ParserError
 
     reported: list[str] = []
-    async with serving(OK) as server, connected(server.url) as transport:
+    async with running_server(OK) as server, connected_transport(server.url) as transport:
         transport.on_request = lambda *each: reported.append(each[1])
-        with pytest.raises(Bug):
-            await ask(transport, server.url, endpoint=endpoints.Endpoint("stats", "GET", parse))
+        with pytest.raises(ParserError):
+            await send_request(
+                transport, server.url, endpoint=endpoints.Endpoint("stats", "GET", failing_parser)
+            )
         with pytest.raises(aiohttp.InvalidURL):
             await transport.send(endpoints.STATS, URL("http:///x"))
     assert reported == ["2xx", "error"]
@@ -955,12 +1004,12 @@ async def test_session_of_caller_is_used_and_left_open() -> None:
             raise_for_status=True,
             timeout=aiohttp.ClientTimeout(total=0.001),
         ) as session,
-        serving(OK, refusal(404, "gone")) as server,
+        running_server(OK, refusal_answer(404, "gone")) as server,
     ):
-        async with connected(server.url, session) as transport:
-            await ask(transport, server.url)
+        async with connected_transport(server.url, session) as transport:
+            await send_request(transport, server.url)
             with pytest.raises(RefusedError, match="gone"):
-                await ask(transport, server.url)
+                await send_request(transport, server.url)
         assert not session.closed
     assert server.requests[0].headers["X-Theirs"] == "1"
     assert server.requests[0].headers["Authorization"] == f"Bearer {TOKEN}"
@@ -970,27 +1019,27 @@ async def test_transport_used_while_closed_raises_runtime_error() -> None:
     settings = Settings(token=TOKEN, environment_id="env_1")
     transport = Transport(settings, None)
     with pytest.raises(RuntimeError, match="not open"):
-        await ask(transport, "http://localhost")
+        await send_request(transport, "http://localhost")
     await transport.open(None)
     with pytest.raises(RuntimeError, match="open already"):
         await transport.open(None)
     await transport.close()
     with pytest.raises(RuntimeError, match="not open"):
-        await ask(transport, "http://localhost")
+        await send_request(transport, "http://localhost")
 
 
 async def test_transport_used_on_another_loop_raises_runtime_error() -> None:
-    async with serving(OK) as server, connected(server.url) as transport:
+    async with running_server(OK) as server, connected_transport(server.url) as transport:
         with pytest.raises(RuntimeError, match="another event loop"):
-            await asyncio.to_thread(asyncio.run, ask(transport, server.url))
+            await asyncio.to_thread(asyncio.run, send_request(transport, server.url))
 
 
 async def test_request_without_worker_id_has_no_worker_id_header() -> None:
-    async with serving(OK) as server:
+    async with running_server(OK) as server:
         settings = Settings(base_url=server.url, token=TOKEN, environment_id="env_1")
         transport = Transport(settings, None)
         await transport.open(None)
-        await ask(transport, server.url)
+        await send_request(transport, server.url)
         await transport.close()
     assert "Worker-ID" not in server.requests[0].headers
 
@@ -1001,13 +1050,13 @@ async def test_request_without_worker_id_has_no_worker_id_header() -> None:
 async def test_proxy_of_environment_is_used_with_its_own_credentials(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    async with serving(OK) as proxy:
+    async with running_server(OK) as proxy:
         host = proxy.url.removeprefix("http://").removesuffix("/api")
         monkeypatch.setenv("http_proxy", f"http://user:pass@{host}")
         monkeypatch.setenv("no_proxy", "")
-        async with connected("http://pool.invalid/api") as transport:
+        async with connected_transport("http://pool.invalid/api") as transport:
             for _ in range(2):
-                assert (await ask(transport, "http://pool.invalid/api")).depth == 1
+                assert (await send_request(transport, "http://pool.invalid/api")).depth == 1
     assert [each.path for each in proxy.requests] == ["http://pool.invalid/api/x"] * 2
     assert proxy.requests[0].headers["Proxy-Authorization"] == "Basic dXNlcjpwYXNz"
     assert proxy.requests[0].headers["Authorization"] == f"Bearer {TOKEN}"
@@ -1016,12 +1065,12 @@ async def test_proxy_of_environment_is_used_with_its_own_credentials(
 async def test_proxy_tunnel_request_does_not_contain_token(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    async with serving(answer(407)) as proxy:
+    async with running_server(http_answer(407)) as proxy:
         monkeypatch.setenv("https_proxy", proxy.url.removesuffix("/api"))
         monkeypatch.setenv("no_proxy", "")
-        async with connected("https://pool.invalid/api") as transport:
+        async with connected_transport("https://pool.invalid/api") as transport:
             with pytest.raises(TransientError) as raised:
-                await ask(transport, "https://pool.invalid/api")
+                await send_request(transport, "https://pool.invalid/api")
     assert raised.value.reason == "network"
     assert [each.method for each in proxy.requests] == ["CONNECT"]
     assert "Authorization" not in proxy.requests[0].headers
@@ -1050,8 +1099,8 @@ async def test_netrc_file_does_not_replace_token(
     netrc = tmp_path / "netrc"
     netrc.write_text("machine 127.0.0.1 login other password other\n")
     monkeypatch.setenv("NETRC", str(netrc))
-    async with serving(OK) as server, connected(server.url) as transport:
-        await ask(transport, server.url)
+    async with running_server(OK) as server, connected_transport(server.url) as transport:
+        await send_request(transport, server.url)
     assert server.requests[0].headers["Authorization"] == f"Bearer {TOKEN}"
 
 
@@ -1068,11 +1117,11 @@ async def test_second_credential_is_sent_in_place_of_token(
     dialect: str, header: str, value: str
 ) -> None:
     async with (
-        serving(OK) as server,
-        connected(server.url, dialect=dialect, api_key=KEY) as transport,
+        running_server(OK) as server,
+        connected_transport(server.url, dialect=dialect, api_key=KEY) as transport,
     ):
-        await ask(transport.with_api_key(), server.url)
-        await ask(transport, server.url)
+        await send_request(transport.with_api_key(), server.url)
+        await send_request(transport, server.url)
     with_key, with_token = server.requests
     assert with_key.headers[header] == value
     assert TOKEN not in str(with_key.headers)
@@ -1080,7 +1129,7 @@ async def test_second_credential_is_sent_in_place_of_token(
 
 
 async def test_transport_without_second_credential_uses_token() -> None:
-    async with serving(OK) as server, connected(server.url) as transport:
+    async with running_server(OK) as server, connected_transport(server.url) as transport:
         assert transport.with_api_key() is transport
 
 
@@ -1088,15 +1137,15 @@ async def test_second_credential_is_read_again_after_refusal(tmp_path: Path) -> 
     path = tmp_path / "key"
     path.write_text("old-key")
 
-    async def replaced(_: Server, writer: asyncio.StreamWriter) -> None:
+    async def replaced_credential(_: ScriptedServer, writer: asyncio.StreamWriter) -> None:
         path.write_text(KEY)
-        writer.write(refusal(403))
+        writer.write(refusal_answer(403))
 
     async with (
-        serving(replaced, OK) as server,
-        connected(server.url, api_key_file=path) as transport,
+        running_server(replaced_credential, OK) as server,
+        connected_transport(server.url, api_key_file=path) as transport,
     ):
-        await ask(transport.with_api_key(), server.url)
-        await ask(transport, server.url)
+        await send_request(transport.with_api_key(), server.url)
+        await send_request(transport, server.url)
     sent = [request.headers["Authorization"] for request in server.requests]
     assert sent == ["Bearer old-key", f"Bearer {KEY}", f"Bearer {TOKEN}"]

@@ -20,19 +20,19 @@ from workpool.testing.virtual_time import in_virtual_time, run_virtual
 from workpool.wire.http.call_options import CallOptions
 
 if TYPE_CHECKING:
-    from tests.unit.conftest import Bench
+    from tests.unit.conftest import LeaseTestbed
     from workpool import Session
 
 ENVIRONMENT = "env_00000000000070008000000000000001"
 
 
 def test_year_in_virtual_time_passes_at_once_and_exactly() -> None:
-    async def main() -> float:
+    async def wait_for_a_year() -> float:
         await asyncio.sleep(365 * 86_400)
         return asyncio.get_running_loop().time()
 
     before = time.monotonic()
-    assert run_virtual(main()) == 365 * 86_400
+    assert run_virtual(wait_for_a_year()) == 365 * 86_400
     assert time.monotonic() - before < 10
 
 
@@ -42,20 +42,22 @@ def test_wait_without_timer_in_virtual_time_raises() -> None:
 
 
 @in_virtual_time
-async def test_timers_of_suspended_virtual_machine_stand_still(bench: type[Bench]) -> None:
-    one = bench()
+async def test_timers_stand_still_while_virtual_machine_is_suspended(
+    testbed: type[LeaseTestbed],
+) -> None:
+    one = testbed()
     one.loop.suspend(100)
     await asyncio.sleep(5)
     assert (one.loop.time(), one.loop.machine_time()) == (5, 105)
 
 
 @in_virtual_time
-async def test_item_goes_through_all_calls_of_local_client(bench: type[Bench]) -> None:
-    one = bench()
+async def test_item_goes_through_all_calls_of_local_client(testbed: type[LeaseTestbed]) -> None:
+    one = testbed()
     codes: list[tuple[str, str]] = []
     one.client.on_request = lambda op, code, _: codes.append((op, code))
     async with one.client, one.rival:
-        work_id = (await one.claim()).id
+        work_id = (await one.claim_item()).id
         heartbeat = await one.client.heartbeat(work_id, "NO_HEARTBEAT", 30)
         assert (heartbeat.state, heartbeat.ttl_seconds) == ("active", 30)
         assert (await one.client.update_metadata(work_id, {"a": "b"})).metadata == {"a": "b"}
@@ -83,8 +85,8 @@ async def test_item_goes_through_all_calls_of_local_client(bench: type[Bench]) -
 
 
 @in_virtual_time
-async def test_local_client_poll_waits_and_injects_faults(bench: type[Bench]) -> None:
-    one = bench(
+async def test_local_client_poll_waits_and_injects_faults(testbed: type[LeaseTestbed]) -> None:
+    one = testbed(
         poll=[None, None, Fault(answer="silence"), Fault(answer_delay=2), Fault(answer=503)]
     )
     async with one.client:
@@ -104,11 +106,11 @@ async def test_local_client_poll_waits_and_injects_faults(bench: type[Bench]) ->
 
 @in_virtual_time
 async def test_request_already_sent_arrives_although_caller_was_cancelled(
-    bench: type[Bench],
+    testbed: type[LeaseTestbed],
 ) -> None:
-    one = bench(stop=[Fault(request_delay=30)])
+    one = testbed(stop=[Fault(request_delay=30)])
     async with one.client:
-        item = await one.claim()
+        item = await one.claim_item()
         with pytest.raises(TransientError) as caught:
             await one.client.stop(item.id, force=True, timeout=1)
         assert caught.value.reason == "timeout"
@@ -118,16 +120,16 @@ async def test_request_already_sent_arrives_although_caller_was_cancelled(
 
 
 @in_virtual_time
-async def test_local_client_that_is_not_open_raises(bench: type[Bench]) -> None:
+async def test_local_client_that_is_not_open_raises(testbed: type[LeaseTestbed]) -> None:
     with pytest.raises(RuntimeError, match="not open"):
-        await bench().client.get("work_1")
+        await testbed().client.get("work_1")
 
 
 async def test_pool_with_local_client_completes_session_on_real_loop() -> None:
     """The loop is real, because the lease renewer is a thread."""
 
     @handler
-    async def work(session: Session) -> dict[str, str]:
+    async def handle_session(session: Session) -> dict[str, str]:
         return {"seen": session.id}
 
     operations = Operations([ENVIRONMENT])
@@ -135,7 +137,7 @@ async def test_pool_with_local_client_completes_session_on_real_loop() -> None:
     settings = Settings(environment_id=ENVIRONMENT, token=ENVIRONMENT, stats_interval=0)
     connect = partial(LocalClient, operations, faults=script)
     (item,) = operations.enqueue(ENVIRONMENT)
-    async with Supervisor(settings, plugins=[work, recorder], connect=connect):
+    async with Supervisor(settings, plugins=[handle_session, recorder], connect=connect):
         finished = await recorder.wait_for(SessionFinished)
     assert finished.outcome == "completed"
     assert operations.get(ENVIRONMENT, item.id).state == "stopped"
@@ -143,14 +145,14 @@ async def test_pool_with_local_client_completes_session_on_real_loop() -> None:
 
 @in_virtual_time
 async def test_local_client_sends_nothing_if_check_refuses() -> None:
-    def refuse() -> None:
+    def refuse_request() -> None:
         raise LookupError
 
     operations = Operations([ENVIRONMENT])
     (item,) = operations.enqueue(ENVIRONMENT)
     settings = Settings(environment_id=ENVIRONMENT)
     async with LocalClient(operations, settings) as client:
-        options = CallOptions(refuse)
+        options = CallOptions(refuse_request)
         for call in (
             client.ack(item.id, options=options),
             client.heartbeat(item.id, options=options),

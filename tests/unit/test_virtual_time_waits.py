@@ -12,20 +12,20 @@ import pytest
 from workpool.testing.virtual_time import run_virtual
 
 
-def digest(release: threading.Event) -> str:
+def hash_bytes(release: threading.Event) -> str:
     release.wait(20)
     return "done"
 
 
-async def in_executor(call: functools.partial[str]) -> None:
+async def hash_in_executor(call: functools.partial[str]) -> None:
     await asyncio.get_running_loop().run_in_executor(None, call)
 
 
-async def in_thread(call: functools.partial[str]) -> None:
+async def hash_in_thread(call: functools.partial[str]) -> None:
     await asyncio.to_thread(call)
 
 
-@pytest.mark.parametrize("wait", [in_executor, in_thread])
+@pytest.mark.parametrize("wait", [hash_in_executor, hash_in_thread])
 @pytest.mark.parametrize("seconds", [None, 3600])
 def test_thread_function_is_named_by_virtual_time_error(
     wait: object, seconds: float | None
@@ -33,31 +33,33 @@ def test_thread_function_is_named_by_virtual_time_error(
     release = threading.Event()
     assert callable(wait)
 
-    async def main() -> None:
+    async def wait_for_executor() -> None:
         async with asyncio.timeout(seconds):
-            await wait(functools.partial(digest, release))
+            await wait(functools.partial(hash_bytes, release))
 
-    with pytest.raises(RuntimeError, match=r"virtual time cannot wait for the thread of digest\b"):
-        run_virtual(main())
+    with pytest.raises(
+        RuntimeError, match=r"virtual time cannot wait for the thread of hash_bytes\b"
+    ):
+        run_virtual(wait_for_executor())
     release.set()
 
 
 def test_thread_function_that_has_returned_causes_no_virtual_time_error() -> None:
-    async def main() -> None:
+    async def return_from_thread() -> None:
         loop = asyncio.get_running_loop()
         returned = asyncio.Event()
-        loop.run_in_executor(None, digest, release).add_done_callback(lambda _: returned.set())
+        loop.run_in_executor(None, hash_bytes, release).add_done_callback(lambda _: returned.set())
         while not returned.is_set():  # noqa: ASYNC110 - to wait for it is the error
             await asyncio.sleep(0)
         await asyncio.sleep(3600)
 
     release = threading.Event()
     release.set()
-    run_virtual(main())
+    run_virtual(return_from_thread())
 
 
 def test_socket_is_named_by_virtual_time_error() -> None:
-    async def main() -> None:
+    async def wait_for_socket() -> None:
         async with asyncio.timeout(3600):
             await asyncio.get_running_loop().sock_recv(client, 1)
 
@@ -67,12 +69,12 @@ def test_socket_is_named_by_virtual_time_error() -> None:
             client.settimeout(0)
             text = f"virtual time cannot wait for the socket connected to 127.0.0.1:{port}$"
             with pytest.raises(RuntimeError, match=text):
-                run_virtual(main())
+                run_virtual(wait_for_socket())
 
 
 @pytest.mark.parametrize("output", [None, asyncio.subprocess.PIPE])
 def test_process_is_named_by_virtual_time_error(output: int | None) -> None:
-    async def main() -> None:
+    async def wait_for_process() -> None:
         process = await asyncio.create_subprocess_exec("sleep", "30", stdout=output)
         try:
             async with asyncio.timeout(3600):
@@ -82,7 +84,7 @@ def test_process_is_named_by_virtual_time_error(output: int | None) -> None:
             await process.wait()  # the clean-up after the error has real time
 
     with pytest.raises(RuntimeError, match=r"virtual time cannot wait for process \d+ \(sleep\)$"):
-        run_virtual(main())
+        run_virtual(wait_for_process())
 
 
 def test_event_that_no_task_sets_raises_error_naming_running_threads() -> None:
