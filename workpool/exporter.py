@@ -24,7 +24,7 @@ from aiohttp import web
 from prometheus_client.exposition import choose_encoder, gzip_accepted
 
 from workpool.errors import ListenError
-from workpool.inbound_connections import HttpLog, InboundConnections
+from workpool.inbound_connections import HttpLog, InboundConnections, names_an_address
 from workpool.log_fields import pool_logger
 from workpool.pages import CONFINED, add_page
 from workpool.wire.http.daemon_threads import DaemonThreads
@@ -257,7 +257,7 @@ class Exporter:
         if self._live_page is None:
             raise web.HTTPNotFound
         # A page of another site could reach the loopback interface under a name of its own.
-        local = _is_loopback(self._host) and _names_an_address(request.host)
+        local = _is_loopback(self._host) and names_an_address(request.host)
         data = await self._render(self._live_page.status, local or self._live_page.always_ids)
         return web.json_response(data, headers=CONFINED)
 
@@ -306,16 +306,6 @@ def _is_loopback(host: str) -> bool:
         return ip_address(host).is_loopback
     except ValueError:
         return host == "localhost"
-
-
-def _names_an_address(host: str) -> bool:
-    """Return whether a `Host` header has an IP address or `localhost`, with or without a port."""
-    name = host.rpartition(":")[0] if host.rpartition(":")[2].isdigit() else host
-    try:
-        ip_address(name.strip("[]"))
-    except ValueError:
-        return name == "localhost"
-    return True
 
 
 def _verdict(good: str, reasons: Sequence[str]) -> web.Response:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+from ipaddress import ip_address
 from typing import TYPE_CHECKING, Any, Final, cast
 
 from aiohttp import web
@@ -235,3 +236,13 @@ class HttpLog(logging.LoggerAdapter[logging.Logger]):
         if isinstance(kwargs.get("exc_info"), HttpProcessingError):
             level, kwargs = logging.DEBUG, {**kwargs, "exc_info": None}
         super().log(level, msg, *args, **kwargs)
+
+
+def names_an_address(host: str) -> bool:
+    """Return whether a `Host` header has an IP address or `localhost`, with or without a port."""
+    name = host.rpartition(":")[0] if host.rpartition(":")[2].isdigit() else host
+    try:
+        ip_address(name.strip("[]"))
+    except ValueError:
+        return name == "localhost"
+    return True

@@ -63,7 +63,7 @@ class ReplicaRule:
         if self.slots_per_worker < 1:
             raise ValueError("slots_per_worker: not 1 or more")
         if not 0 <= self.minimum <= self.maximum:
-            raise ValueError("minimum and maximum: not 0 <= minimum <= maximum")
+            raise ValueError("minimum and maximum of the replicas: not 0 <= minimum <= maximum")
 
     def recommended_replicas(self, load: FleetLoad) -> int:
         """Return `ceil(unfinished / slots_per_worker)`, within the minimum and the maximum.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import signal
 from typing import TYPE_CHECKING, Any
 
@@ -10,14 +11,15 @@ import aiohttp
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
-from tests.acceptance.conftest import ENVIRONMENT, SECONDS, TOKEN, TOKENS
+from tests.acceptance.conftest import ENVIRONMENT, LIMITED, SECONDS, TOKEN, TOKENS
 from workpool.scaling import FLEET_NUMBERS
 from workpool.server import ControlPlane
 
 if TYPE_CHECKING:
     from collections.abc import Callable
+    from pathlib import Path
 
-    from tests.acceptance.conftest import Command, Start
+    from tests.acceptance.conftest import Ask, Command, Start
 
 pytestmark = [pytest.mark.acceptance, pytest.mark.timeout(120)]
 
@@ -31,8 +33,8 @@ async def url_of(command: Command) -> str:
     return url.removesuffix("/scale")
 
 
-async def read(url: str) -> tuple[int, Any]:
-    async with aiohttp.ClientSession() as http, http.get(url) as answer:
+async def read(url: str, headers: dict[str, str] | None = None) -> tuple[int, Any]:
+    async with aiohttp.ClientSession() as http, http.get(url, headers=headers) as answer:
         body = await (answer.text() if url.endswith("/metrics") else answer.json())
         return answer.status, body
 
@@ -114,6 +116,54 @@ async def test_scale_keeps_last_numbers_of_unreachable_control_plane_and_then_an
         command.send(signal.SIGINT)
         assert await command.ends() == 0
     assert command.err.count("queue not read") == 1
+
+
+async def test_serve_scale_and_worker_agree_on_the_numbers(
+    bare: Start, ask: Ask, folder: Path
+) -> None:
+    (folder / "tokens").write_text(f"{TOKEN}\n")
+    (folder / "scale-tokens").write_text(f"{LIMITED} {ENVIRONMENT}\n")
+    serve = await bare(
+        *("serve", "--port", "0", "--json", "--environment", ENVIRONMENT),
+        *("--token-file", "tokens", "--scale-token-file", "scale-tokens"),
+    )
+    base_url = json.loads(await serve.prints())["base_url"]
+    variables = {
+        "WORKPOOL_BASE_URL": base_url,
+        "WORKPOOL_ENVIRONMENT_ID": ENVIRONMENT,
+        "WORKPOOL_TOKEN": TOKEN,
+        "WORKPOOL_METRICS_LISTEN": "127.0.0.1:0",
+    }
+    enqueued = await ask("work", "enqueue", "--count", "3", "--metadata", "do=linger", **variables)
+    assert enqueued.status == 0
+    worker = await bare("run", "handlers", "--concurrency", "2", "--prefetch", "0", **variables)
+    for _ in range(2):
+        await worker.logs("linger runs")
+    worker_url = (await worker.logs("metrics served")).partition("url=")[2].partition("/metrics")[0]
+    _, slots = await read(f"{worker_url}/scale")
+    assert (slots["busy"], slots["idle"], slots["claiming"]) == (2, 0, True)
+
+    scale = await bare("scale", "--slots-per-worker", "2", **variables)
+    _, numbers = await scale_until(await url_of(scale), lambda status, _: status == 200)
+    origin = base_url.removesuffix("/api/v1/cloud")
+    url = f"{origin}/scale/{ENVIRONMENT}?slots_per_worker=2"
+    _, served = await read(url)
+    assert list(served) == list(numbers)
+    assert {**served, "age_seconds": 0, "oldest_queued_seconds": 0} == {
+        **numbers,
+        "age_seconds": 0,
+        "oldest_queued_seconds": 0,
+    }
+    assert (served["running"], served["recommended_replicas"]) == (2, 2)
+    proxied = {"Host": "queue.example"}
+    assert (await read(url, proxied))[0] == 401
+    assert (await read(url, proxied | {"X-Api-Key": LIMITED}))[0] == 200
+    for command in (worker, scale, serve):
+        command.send(signal.SIGTERM)
+        if command is worker:  # its sessions do not end by themselves
+            command.send(signal.SIGTERM)
+    assert await scale.ends() == 0
+    assert await serve.ends() == 0
 
 
 @pytest.mark.parametrize(

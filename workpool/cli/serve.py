@@ -78,6 +78,14 @@ def serve(
             help="A token on each line, then the environments that it may use. Default: none.",
         ),
     ] = None,
+    scale_token_file: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FILE",
+            help="A token for `/scale` only on each line, then the environments that it may read. "
+            "Default: none.",
+        ),
+    ] = None,
     environment: Ids = None,
     cloud_environment: CloudIds = None,
     retention: Annotated[
@@ -103,12 +111,13 @@ def serve(
     """
     log_config.configure("debug" if is_verbose(context) else "info", "text")
     with exits.reported():
-        grants = _grants(token or [], token_file)
+        grants = dict.fromkeys(token or []) | _read_grants(token_file, "--token-file")
+        scale_grants = _read_grants(scale_token_file, "--scale-token-file")
         if not grants and not _is_loopback(host):
             raise ServeError(
                 f"{host} is not a loopback address: set WORKPOOL_SERVE_TOKEN or give --token-file"
             )
-        for each in grants:
+        for each in (*grants, *scale_grants):
             hide(each)
         plan = read_plan(faults) if faults is not None else Plan()
         injected = Faults(plan.seed, remember=False)
@@ -121,6 +130,7 @@ def serve(
             environments=environment or [DEFAULT_ENVIRONMENT],
             cloud_environments=cloud_environment or [],
             tokens=grants or None,
+            scale_tokens=scale_grants,
             store=MemoryStore() if store == "memory" else SqliteStore(store),
             host=host,
             port=port,
@@ -176,16 +186,15 @@ def _ready_line(plane: ControlPlane, token: str | None, *, as_json: bool) -> str
     return " ".join(words if token is None else [*words, f"WORKPOOL_TOKEN={token}"])
 
 
-def _grants(tokens: list[str], file: Path | None) -> dict[str, frozenset[str] | None]:
-    grants: dict[str, frozenset[str] | None] = dict.fromkeys(tokens)
-    if file is not None:
-        try:
-            text = file.read_text("utf-8")
-        except (OSError, UnicodeDecodeError) as error:
-            problem = getattr(error, "strerror", None) or "not text"
-            raise ServeError(f"token file: {file}: {problem} (from --token-file)") from None
-        grants |= parse_token_file(text)
-    return grants
+def _read_grants(file: Path | None, flag: str) -> dict[str, frozenset[str] | None]:
+    """Read a file of tokens, if there is one."""
+    if file is None:
+        return {}
+    try:
+        return parse_token_file(file.read_text("utf-8"))
+    except (OSError, UnicodeDecodeError) as error:
+        problem = getattr(error, "strerror", None) or "not text"
+        raise ServeError(f"token file: {file}: {problem} (from {flag})") from None
 
 
 def _retention(store: str, seconds: float | None) -> float:

@@ -12,6 +12,7 @@ import re
 import secrets
 import socket
 from contextlib import AsyncExitStack
+from ipaddress import ip_address
 from typing import TYPE_CHECKING, Any, Final
 
 from aiohttp import web
@@ -20,12 +21,14 @@ from workpool.inbound_connections import HttpLog, InboundConnections
 from workpool.server.api_errors import ServeError
 from workpool.server.history import summarize
 from workpool.server.http.application_routes import ApplicationRoutes
+from workpool.server.http.scale_routes import ScaleRoutes
 from workpool.server.http.server_dialects import ANTHROPIC, DIALECTS, QODER
 from workpool.server.http.session_routes import SessionRoutes
 from workpool.server.http.tokens import Tokens, check_token
 from workpool.server.http.work_routes import Routes, application
 from workpool.server.index_engine import IndexEngine
 from workpool.server.operations import Operations
+from workpool.server.timestamps import system_clock
 from workpool.wire.protocol import ID_PATTERN, SESSION
 
 try:
@@ -65,6 +68,7 @@ class ControlPlane:
         worker_keys: Further tokens with the limits of vendors' keys for workers: they allow poll,
             ack, heartbeat, stop, list and the calls on sessions, but not to read an item, write its
             metadata, query statistics or create anything.
+        scale_tokens: Further tokens as `tokens`, which open the numbers for autoscalers only.
         store: The store of the items; None: in memory.
         host: The address to listen on.
         port: 0: any free port.
@@ -86,6 +90,7 @@ class ControlPlane:
         cloud_environments: Sequence[str] = (),
         tokens: Grants | None = None,
         worker_keys: Sequence[str] = (),
+        scale_tokens: Grants | None = None,
         store: Store | None = None,
         host: str = "127.0.0.1",
         port: int = 0,
@@ -98,17 +103,19 @@ class ControlPlane:
         self.cloud_environments = tuple(cloud_environments)
         self.host = host
         self.port = port
+        self._now = now or system_clock()
         self.operations = Operations(
             self.environments,
             self.cloud_environments,
             store=store,
-            now=now,
+            now=self._now,
             history_limit=history_limit,
             retention=retention,
         )
         self.engine: Engine = IndexEngine(self.operations)
         self._tokens = tokens
         self._worker_keys = tuple(worker_keys)
+        self._scale_tokens = dict(scale_tokens or {})
         self._middlewares = tuple(middlewares)
         self._stack = AsyncExitStack()
         self._connections: InboundConnections
@@ -207,9 +214,10 @@ class ControlPlane:
             raise ServeError("environments: at least one, and none twice")
         if not 0 <= self.port <= _PORT_MAX:
             raise ServeError(f"port {self.port}: not in 0-{_PORT_MAX}")
-        for token in (*self.tokens, *self._worker_keys):
+        for token in (*self.tokens, *self._worker_keys, *self._scale_tokens):
             check_token(token)
-        limited = {name for limits in (self._tokens or {}).values() for name in limits or ()}
+        grants = (*(self._tokens or {}).values(), *self._scale_tokens.values())
+        limited = {name for limits in grants for name in limits or ()}
         for name in sorted(limited.difference(names)):
             raise ServeError(f"a token is limited to {name!r}, which is not served")
 
@@ -232,6 +240,7 @@ class ControlPlane:
                 self.engine, tokens, dialect, self.cloud_environments
             ).table()
         ]
+        routes += self._scale_routes(bound).table()
         runner = web.AppRunner(
             application(
                 routes=routes,
@@ -255,6 +264,13 @@ class ControlPlane:
         )
         stack.callback(server.close)
         await server.start_serving()
+
+    def _scale_routes(self, bound: socket.socket) -> ScaleRoutes:
+        """Return the routes for autoscalers, who have tokens of their own."""
+        grants = {**self._scale_tokens, **(self._tokens or {})}
+        tokens = Tokens(grants, self.engine.signing_key, self._worker_keys)
+        local = ip_address(bound.getsockname()[0]).is_loopback
+        return ScaleRoutes(self.engine, tokens, self._now, local=local)
 
     def _bind(self, stack: AsyncExitStack) -> socket.socket:
         """Bind the port here: a cancelled `create_server` would leave it bound forever."""

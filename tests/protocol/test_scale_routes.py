@@ -1,0 +1,133 @@
+"""The numbers of an environment at `/scale/{environment_id}`, and who may read them."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import aiohttp
+import pytest
+
+from workpool.scaling import FLEET_NUMBERS
+from workpool.server import ControlPlane
+from workpool.wire.items import parse_item
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+ENV = "env_0199aaaaaaaa70008000000000000001"
+OTHER = "env_0199aaaaaaaa70008000000000000002"
+CLOUD = "env_0199aaaaaaaa70008000000000000003"
+TOKEN, LIMITED, KEY = "token-Zx9", "limited-Zx9", "key-Zx9"
+SCALE, SCALE_LIMITED = "scale-Zx9", "scale-limited-Zx9"
+NAMED = {"Host": "queue.example"}
+"""A request through a proxy, which needs a token also on loopback."""
+
+
+def control_plane(host: str = "127.0.0.1") -> ControlPlane:
+    return ControlPlane(
+        environments=(ENV, OTHER),
+        cloud_environments=(CLOUD,),
+        tokens={TOKEN: None, LIMITED: frozenset({OTHER})},
+        worker_keys=(KEY,),
+        scale_tokens={SCALE: None, SCALE_LIMITED: frozenset({OTHER})},
+        host=host,
+    )
+
+
+async def ask(
+    plane: ControlPlane,
+    path: str = ENV,
+    headers: Mapping[str, str] | None = None,
+    query: Mapping[str, str] | None = None,
+) -> tuple[int, Any]:
+    url = f"http://127.0.0.1:{plane.port}/scale/{path}"
+    async with (
+        aiohttp.ClientSession() as http,
+        http.get(url, headers=headers, params=query or {}) as answer,
+    ):
+        return answer.status, await answer.json()
+
+
+async def test_scale_counts_unfinished_items_and_recommends_workers() -> None:
+    async with control_plane() as plane:
+        items = plane.enqueue(7)
+        plane.operations.ack(ENV, items[0].id, "worker-1")
+        plane.operations.stop(ENV, items[6].id, None, force=True)
+        status, numbers = await ask(plane, query={"slots_per_worker": "2", "min_replicas": "1"})
+        assert (status, list(numbers)) == (200, list(FLEET_NUMBERS))
+        assert (numbers["queued"], numbers["pending"], numbers["running"]) == (5, 0, 1)
+        assert (numbers["unfinished"], numbers["recommended_replicas"]) == (6, 3)
+        assert 0 <= numbers["oldest_queued_seconds"] < 60
+        _, limited = await ask(plane, query={"slots_per_worker": "1", "max_replicas": "2"})
+        assert limited["recommended_replicas"] == 2
+        assert (await ask(plane, OTHER))[1]["recommended_replicas"] == 0
+
+
+@pytest.mark.parametrize(
+    "query",
+    [
+        {"slots_per_worker": "0"},
+        {"slots_per_worker": "-1"},
+        {"min_replicas": "3", "max_replicas": "2"},
+        {"max_replicas": "many"},
+    ],
+)
+async def test_scale_with_wrong_query_is_refused(query: dict[str, str]) -> None:
+    async with control_plane() as plane:
+        status, body = await ask(plane, query=query)
+        assert (status, body["error"]["type"]) == (400, "invalid_request_error")
+
+
+@pytest.mark.parametrize(("environment", "status"), [("env_unknown", 404), (CLOUD, 400)])
+async def test_scale_of_environment_without_queue_is_an_error(
+    environment: str, status: int
+) -> None:
+    async with control_plane() as plane:
+        assert (await ask(plane, environment))[0] == status
+
+
+@pytest.mark.parametrize(
+    ("headers", "status"),
+    [
+        ({}, 401),
+        ({"Authorization": "Bearer wrong"}, 401),
+        ({"Authorization": f"Bearer {SCALE}"}, 200),
+        ({"X-Api-Key": SCALE}, 200),
+        ({"Authorization": f"Bearer {SCALE_LIMITED}"}, 403),
+        ({"Authorization": f"Bearer {TOKEN}"}, 200),
+        ({"Authorization": f"Bearer {LIMITED}"}, 403),
+        ({"Authorization": f"Bearer {KEY}"}, 200),
+    ],
+)
+async def test_scale_through_a_proxy_needs_a_token_of_the_environment(
+    headers: dict[str, str], status: int
+) -> None:
+    """A proxy on the machine would otherwise open the numbers to everybody."""
+    async with control_plane() as plane:
+        assert (await ask(plane, headers=NAMED | headers))[0] == status
+
+
+async def test_scale_beyond_loopback_needs_a_token() -> None:
+    async with control_plane("0.0.0.0") as plane:  # noqa: S104 - it is what this test is about
+        assert (await ask(plane))[0] == 401
+        assert (await ask(plane, headers={"X-Api-Key": SCALE}))[0] == 200
+
+
+async def test_scale_token_opens_nothing_else() -> None:
+    async with control_plane() as plane, aiohttp.ClientSession() as http:
+        for path in ("/v1/environments", f"/v1/environments/{ENV}/work/stats"):
+            url = f"http://127.0.0.1:{plane.port}{path}"
+            async with http.get(url, headers={"X-Api-Key": SCALE}) as answer:
+                assert answer.status == 401
+
+
+async def test_token_of_an_item_does_not_open_the_numbers() -> None:
+    async with control_plane() as plane, aiohttp.ClientSession() as http:
+        plane.enqueue()
+        url = f"http://127.0.0.1:{plane.port}/v1/environments/{ENV}/work/poll"
+        async with http.get(url, headers={"X-Api-Key": TOKEN}) as answer:
+            item = parse_item(await answer.json())
+        assert item.sessions_token is not None
+        token = item.sessions_token.get_secret_value()
+        status, _ = await ask(plane, headers=NAMED | {"Authorization": f"Bearer {token}"})
+        assert status == 403

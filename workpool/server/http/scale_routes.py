@@ -1,0 +1,83 @@
+"""The numbers of an environment for autoscalers, outside the paths of the dialects.
+
+An answer has numbers only. See workpool/docs/operating.md, "`workpool serve`".
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from aiohttp import web
+
+from workpool.inbound_connections import names_an_address
+from workpool.scaling import (
+    REPLICAS_MAX,
+    SLOTS_PER_WORKER,
+    FleetLoad,
+    ReplicaRule,
+    fleet_numbers,
+)
+from workpool.server.api_errors import APIError
+from workpool.server.http.server_dialects import ANTHROPIC
+from workpool.server.http.work_routes import answer
+from workpool.server.parsing import request_values as requests
+from workpool.server.timestamps import SECOND
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from workpool.server.engine import Engine
+    from workpool.server.http.tokens import Tokens
+    from workpool.server.queue.work_queue import Stats
+
+
+class ScaleRoutes:
+    """The endpoint of the numbers.
+
+    Args:
+        engine: The engine.
+        tokens: The accepted tokens: all others, and those for this endpoint only.
+        now: Returns epoch seconds.
+        local: Whether the server listens on the loopback interface only. Then no token is needed.
+    """
+
+    def __init__(
+        self, engine: Engine, tokens: Tokens, now: Callable[[], float], *, local: bool
+    ) -> None:
+        self._engine = engine
+        self._tokens = tokens
+        self._now = now
+        self._local = local
+
+    def table(self) -> list[web.RouteDef]:
+        """Return the routes."""
+        return [web.get("/scale/{environment_id}", self.scale, allow_head=False)]
+
+    async def scale(self, request: web.Request) -> web.Response:
+        """Answer with the numbers of an environment."""
+        environment_id = request.match_info["environment_id"]
+        # A proxy on this machine, or a page of another site, has a name in place of an address.
+        if not (self._local and names_an_address(request.host)):
+            caller = self._tokens.admit(request.headers, ANTHROPIC)  # also reads X-Api-Key
+            caller.check_environment(environment_id)
+            caller.check_item(None)
+        await self._engine.admit(environment_id)
+        rule = _rule(request)
+        return answer(fleet_numbers(self._load(await self._engine.stats(environment_id)), rule))
+
+    def _load(self, stats: Stats) -> FleetLoad:
+        oldest = stats.oldest_queued_at
+        age = 0.0 if oldest is None else max(0.0, self._now() - oldest / SECOND)
+        return FleetLoad(stats.depth, stats.pending, stats.running, age)
+
+
+def _rule(request: web.Request) -> ReplicaRule:
+    """Return the rule of the query; 400 if it cannot be one."""
+    try:
+        return ReplicaRule(
+            requests.number(request, "slots_per_worker", SLOTS_PER_WORKER),
+            requests.number(request, "min_replicas", 0),
+            requests.number(request, "max_replicas", REPLICAS_MAX),
+        )
+    except ValueError as error:
+        raise APIError(400, str(error)) from None
