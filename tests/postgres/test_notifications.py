@@ -1,0 +1,253 @@
+"""Wake-ups between nodes: announced, lost, and after a lost connection."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import signal
+from contextlib import asynccontextmanager, suppress
+from typing import TYPE_CHECKING
+
+import pytest
+
+from workpool.server.postgres import connection_pool, notifications
+from workpool.server.postgres.connection_pool import open_connection
+from workpool.server.postgres.notifications import NotificationHub, session_topic, work_topic
+
+if TYPE_CHECKING:
+    from collections.abc import AsyncIterator, Callable
+
+    from tests.postgres.cluster import Cluster
+
+SECONDS = 45.0
+LONG = 600.0
+WORK, SESSION = work_topic("env_1"), session_topic("sess_1")
+LISTENER = """
+SELECT pid FROM pg_stat_activity WHERE datname = current_database() AND pid <> pg_backend_pid()
+"""
+
+
+@asynccontextmanager
+async def running(*hubs: NotificationHub) -> AsyncIterator[None]:
+    async with asyncio.timeout(SECONDS), asyncio.TaskGroup() as group:
+        tasks = [group.create_task(hub.run()) for hub in hubs]
+        for hub in hubs:
+            await hub.listening.wait()
+        yield
+        for task in tasks:
+            task.cancel()
+
+
+class Waits:
+    """Calls that wait for one topic, each in a task."""
+
+    def __init__(self, group: asyncio.TaskGroup, hub: NotificationHub, topic: str, n: int) -> None:
+        self.ended: list[bool] = []
+        self.tasks = [group.create_task(self._wait(hub, topic)) for _ in range(n)]
+
+    async def _wait(self, hub: NotificationHub, topic: str) -> None:
+        self.ended.append(await hub.wait(topic, hub.seen(), LONG))
+
+    def cancel(self) -> None:
+        for task in self.tasks:
+            task.cancel()
+
+
+async def until(condition: Callable[[], object]) -> None:
+    async with asyncio.timeout(SECONDS):
+        while not condition():  # noqa: ASYNC110 - the loop brings it about
+            await asyncio.sleep(0.005)
+
+
+@pytest.fixture
+def no_fallback(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(notifications, "FALLBACK_SECONDS", LONG)
+
+
+@pytest.fixture
+def hubs(database_url: str) -> tuple[NotificationHub, NotificationHub]:
+    return NotificationHub(database_url), NotificationHub(database_url)
+
+
+@pytest.mark.usefixtures("no_fallback")
+async def test_announcement_wakes_as_many_polls_of_each_node_as_there_are_items(
+    hubs: tuple[NotificationHub, NotificationHub],
+) -> None:
+    async with running(*hubs), asyncio.TaskGroup() as group:
+        here, there = (Waits(group, hub, WORK, 20) for hub in hubs)
+        other = Waits(group, hubs[1], work_topic("env_2"), 1)
+        await asyncio.sleep(0)
+        hubs[0].announce(WORK, 3)
+        assert len(hubs[0]._waiting[WORK]) == 17
+        await until(lambda: len(there.ended) >= 3)
+        hubs[0].announce(work_topic("env_2"))  # arrives after the first
+        await until(lambda: other.ended)
+        assert (here.ended, there.ended) == ([True] * 3, [True] * 3)
+        here.cancel()
+        there.cancel()
+
+
+@pytest.mark.usefixtures("no_fallback")
+async def test_announcement_wakes_all_streams_of_a_session(
+    hubs: tuple[NotificationHub, NotificationHub],
+) -> None:
+    async with running(*hubs), asyncio.TaskGroup() as group:
+        waits = [Waits(group, hub, SESSION, 3) for hub in hubs]
+        await asyncio.sleep(0)
+        hubs[0].announce(SESSION)
+        await until(lambda: all(len(each.ended) == 3 for each in waits))
+
+
+@pytest.mark.usefixtures("no_fallback")
+async def test_change_between_read_and_wait_ends_the_wait(
+    hubs: tuple[NotificationHub, NotificationHub], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(notifications, "_TOPICS_MAX", 2)
+    here, there = hubs
+    async with running(here, there):
+        before, far = here.seen(), there.seen()
+        here.announce(WORK)
+        assert await here.wait(WORK, before, LONG)
+        assert not await here.wait(SESSION, before, 0.01)
+        await until(lambda: there.seen() > far)
+        assert await there.wait(WORK, far, LONG)
+        # A change that was dropped from the record still counts.
+        for number in range(3):
+            here.announce(f"session:{number}")
+        assert await here.wait(WORK, before, LONG)
+        assert not await here.wait(WORK, here.seen(), 0.01)
+
+
+async def test_lost_notification_costs_only_the_fallback(
+    hubs: tuple[NotificationHub, NotificationHub], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(notifications, "FALLBACK_SECONDS", 0.3)
+    async with running(*hubs), asyncio.TaskGroup() as group:
+        polls, streams = Waits(group, hubs[0], WORK, 3), Waits(group, hubs[0], SESSION, 3)
+        await until(lambda: len(polls.ended) == 1)
+        await until(lambda: len(streams.ended) == 3)
+        # The poll that was woken wakes the next if it found an item; otherwise that one is next.
+        hubs[0].wake(WORK)
+        await until(lambda: len(polls.ended) == 2)
+        await until(lambda: len(polls.ended) == 3)
+        assert sorted(polls.ended) == [False, False, True]
+
+
+@pytest.mark.usefixtures("no_fallback")
+async def test_lost_connection_is_replaced_and_nothing_is_missed(
+    hubs: tuple[NotificationHub, NotificationHub], postgres: Cluster, database_url: str
+) -> None:
+    here, there = hubs
+    async with running(here, there), asyncio.TaskGroup() as group:
+        polls, streams = Waits(group, there, WORK, 3), Waits(group, there, SESSION, 3)
+        await asyncio.sleep(0)
+        before = there.seen()
+        name = database_url.rpartition("/")[2]
+        await asyncio.to_thread(
+            postgres.execute,
+            "SELECT pg_terminate_backend(pid) FROM pg_stat_activity "  # noqa: S608 - our own name
+            f"WHERE datname = '{name}' AND backend_type = 'client backend'",
+        )
+        await until(lambda: len(streams.ended) == 3)  # after the new LISTEN
+        await until(lambda: len(polls.ended) == 1)
+        assert polls.ended == [False]
+        assert await there.wait("work:any", before, LONG)
+        await here.listening.wait()
+        here.announce(WORK, 2)
+        await until(lambda: len(polls.ended) == 3)
+
+
+@pytest.mark.usefixtures("no_fallback")
+async def test_connection_without_answers_is_replaced(
+    hubs: tuple[NotificationHub, NotificationHub],
+    postgres: Cluster,
+    database_url: str,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(notifications, "_PING_SECONDS", 0.2)
+    monkeypatch.setattr(connection_pool, "STATEMENT_SECONDS", 0.2)
+    hub = hubs[0]
+    async with running(hub), asyncio.TaskGroup() as group:
+        streams = Waits(group, hub, SESSION, 1)
+        process = int(await asyncio.to_thread(postgres.execute, LISTENER, database_url))
+        os.kill(process, signal.SIGSTOP)  # as a network that drops everything
+        try:
+            await until(lambda: streams.ended)
+        finally:
+            os.kill(process, signal.SIGCONT)
+
+
+@pytest.mark.usefixtures("no_fallback")
+async def test_more_topics_than_fit_one_notification_all_arrive(
+    hubs: tuple[NotificationHub, NotificationHub],
+) -> None:
+    topics = [work_topic(f"env_{number:064}") for number in range(500)]
+    async with running(*hubs), asyncio.TaskGroup() as group:
+        waits = [Waits(group, hubs[1], topic, 1) for topic in topics]
+        await asyncio.sleep(0)
+        for topic in topics:
+            hubs[0].announce(topic)
+        await until(lambda: all(each.ended == [True] for each in waits))
+
+
+@pytest.mark.usefixtures("no_fallback")
+async def test_too_many_unsent_topics_become_one_for_everything(
+    hubs: tuple[NotificationHub, NotificationHub], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(notifications, "_TOPICS_MAX", 10)
+    async with running(*hubs), asyncio.TaskGroup() as group:
+        waits = Waits(group, hubs[1], WORK, 1)
+        await asyncio.sleep(0)
+        for number in range(11):
+            hubs[0].announce(session_topic(f"sess_{number}"))
+        await until(lambda: waits.ended == [False])
+
+
+@pytest.mark.parametrize("payload", ["nonsense\nwithout a number", "other\n1 *", "x\n² work:"])
+@pytest.mark.usefixtures("no_fallback")
+async def test_unknown_notification_lets_calls_read_again(
+    hubs: tuple[NotificationHub, NotificationHub], database_url: str, payload: str
+) -> None:
+    async with running(hubs[0]), asyncio.TaskGroup() as group:
+        waits = Waits(group, hubs[0], WORK, 1)
+        await asyncio.sleep(0)
+        connection = await open_connection(database_url)
+        await connection.execute("SELECT pg_notify($1, $2)", notifications.CHANNEL, payload)
+        await connection.close()
+        await until(lambda: waits.ended == [False])
+
+
+async def test_cancelled_poll_passes_its_wake_up_on(database_url: str) -> None:
+    hub = NotificationHub(database_url)
+    async with asyncio.timeout(SECONDS), asyncio.TaskGroup() as group:
+        first, second = (Waits(group, hub, WORK, 1) for _ in range(2))
+        await asyncio.sleep(0)
+        hub.announce(WORK)
+        first.cancel()
+        await until(lambda: second.ended)
+    assert first.ended == []
+
+
+async def test_release_ends_all_waits_and_later_ones(database_url: str) -> None:
+    hub = NotificationHub(database_url)
+    async with asyncio.timeout(SECONDS), asyncio.TaskGroup() as group:
+        waits = [Waits(group, hub, topic, 3) for topic in (WORK, SESSION)]
+        await asyncio.sleep(0)
+        hub.release()
+        await until(lambda: all(len(each.ended) == 3 for each in waits))
+        assert await hub.wait(WORK, hub.seen(), LONG)
+
+
+async def test_hub_without_database_keeps_trying_and_waits_end_in_time(
+    own_postgres: Cluster,
+) -> None:
+    hub = NotificationHub(own_postgres.url())
+    own_postgres.stop()
+    async with asyncio.timeout(SECONDS), asyncio.TaskGroup() as group:
+        task = group.create_task(hub.run())
+        assert not await hub.wait(WORK, hub.seen(), 0.3)
+        await asyncio.to_thread(own_postgres.start)
+        await hub.listening.wait()
+        task.cancel()
+        with suppress(asyncio.CancelledError):
+            await task

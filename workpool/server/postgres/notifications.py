@@ -1,0 +1,272 @@
+"""Wake-ups between the nodes of one database, over LISTEN and NOTIFY.
+
+A node announces a change after its commit: its own waiting calls wake at once, and those of other
+nodes through one notification for all changes since the last. A notification can be lost, when a
+node dies after a commit or is not connected, so each waiting call reads again after some seconds.
+See workpool/docs/architecture.md, "Wake-ups".
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import random
+import secrets
+from collections import OrderedDict
+from typing import TYPE_CHECKING, Any, Final, TypeAlias
+
+from workpool.server.postgres.connection_pool import end_connection, open_connection
+from workpool.server.postgres.database_errors import DRIVER_ERRORS, unavailable
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    Waiter: TypeAlias = asyncio.Future[bool]
+
+log = logging.getLogger("workpool.server.postgres")
+
+FALLBACK_SECONDS: Final = 5.0
+"""Longest time until a change is seen whose notification was lost."""
+CHANNEL: Final = "workpool"
+EVERYTHING: Final = "*"
+"""The topic of a notification that may be about any topic."""
+_WORK: Final = "work:"
+_PAYLOAD_MAX: Final = 7900
+"""Bytes; PostgreSQL accepts fewer than 8000."""
+_TOPICS_MAX: Final = 10_000
+"""Number of topics with a record of their last change, and of those not yet sent."""
+_PING_SECONDS: Final = 10.0
+_RECONNECT_SECONDS: Final = (0.1, 5.0)
+"""Shortest and longest pause before another attempt to connect."""
+
+
+def work_topic(environment_id: str) -> str:
+    """Return the topic of new work in an environment: `count` changes wake `count` calls."""
+    return _WORK + environment_id
+
+
+def session_topic(session_id: str) -> str:
+    """Return the topic of a session's events: a change wakes all calls."""
+    return "session:" + session_id
+
+
+class NotificationHub:
+    """The waiting calls of one node, by topic, on one loop.
+
+    A call takes `seen`, reads the database, and then waits with that value, so that a change
+    between the two ends the wait at once.
+
+    Attributes:
+        listening: Set while the node receives notifications.
+    """
+
+    def __init__(self, url: str) -> None:
+        self._url = url
+        self._node = secrets.token_hex(8)
+        self._waiting: dict[str, OrderedDict[Waiter, None]] = {}
+        self._fallbacks: dict[str, asyncio.TimerHandle] = {}
+        self._changes = 0
+        # The number of the last change of each topic, the least recent first; beyond the limit,
+        # `_forgotten` is the greatest number that was dropped.
+        self._last: OrderedDict[str, int] = OrderedDict()
+        self._forgotten = 0
+        self._unsent: dict[str, int] = {}
+        self._wanted = asyncio.Event()  # something to send, or the connection was lost
+        self._released = False
+        self.listening = asyncio.Event()
+
+    def seen(self) -> int:
+        """Return the number of changes so far; read the database after that."""
+        return self._changes
+
+    async def wait(self, topic: str, seen: int, seconds: float) -> bool:
+        """Wait for a change of a topic after `seen`, and return whether one was announced.
+
+        False: `seconds` have passed, or a change may have gone unnoticed. A call for work that then
+        finds an item must `wake` the next call, since only one is woken for any number of items.
+        """
+        if self._released or self._last.get(topic, self._forgotten) > seen:
+            return True
+        loop = asyncio.get_running_loop()
+        waiter: Waiter = loop.create_future()
+        self._add(topic, waiter)
+        timer = loop.call_later(seconds, _end, waiter, False)  # noqa: FBT003 - the result
+        try:
+            return await waiter
+        except asyncio.CancelledError:
+            # Woken and cancelled in one step: another call must be woken for the item.
+            if waiter.done() and not waiter.cancelled():
+                self.wake(topic)
+            raise
+        finally:
+            timer.cancel()
+            self._discard(topic, waiter)
+
+    def announce(self, topic: str, count: int = 1) -> None:
+        """Announce changes that are committed, to this node at once and to the others soon."""
+        self._note(topic)
+        self.wake(topic, count)
+        self._unsent[topic] = self._unsent.get(topic, 0) + count
+        if len(self._unsent) > _TOPICS_MAX:
+            self._unsent = {EVERYTHING: 1}
+        self._wanted.set()
+
+    def wake(self, topic: str, count: int = 1) -> None:
+        """Wake calls of this node: `count` of those for work, all of those for a session."""
+        waiters = self._waiting.get(topic)
+        if waiters is None:
+            return
+        count = count if topic.startswith(_WORK) else len(waiters)
+        while count > 0 and waiters:
+            waiter, _ = waiters.popitem(last=False)
+            count -= _end(waiter, True)  # noqa: FBT003 - the result
+
+    def release(self) -> None:
+        """End all waits, and let no further call wait, since the node closes."""
+        self._released = True
+        for timer in self._fallbacks.values():
+            timer.cancel()
+        self._fallbacks.clear()
+        for topic in list(self._waiting):
+            self.wake(topic, len(self._waiting[topic]))
+
+    async def run(self) -> None:
+        """Exchange notifications with the other nodes until cancelled, over any lost connection."""
+        shortest, longest = _RECONNECT_SECONDS
+        pause = shortest
+        while True:
+            try:
+                connection = await open_connection(self._url)
+                try:
+                    await self._listen(connection)
+                    pause = shortest
+                    await self._send(connection)
+                finally:
+                    self.listening.clear()
+                    await end_connection(connection)
+            except DRIVER_ERRORS as error:
+                refusal = unavailable(error)
+                if refusal is None:
+                    raise
+                log.warning("notifications interrupted: %s", refusal.reason)
+            await asyncio.sleep(random.uniform(0.5, 1) * pause)  # noqa: S311 - no secret
+            pause = min(2 * pause, longest)
+
+    async def _listen(self, connection: Any) -> None:
+        # A lost notification costs some seconds, so its commit need not wait for the disk. All
+        # transactions with a notification wait for each other until they have committed.
+        await connection.execute("SET synchronous_commit = off")
+        connection.add_termination_listener(lambda _: self._wanted.set())
+        await connection.add_listener(CHANNEL, self._received)
+        self.listening.set()
+        self._missed()  # what was announced before LISTEN
+
+    async def _send(self, connection: Any) -> None:
+        """Send what is announced, until the connection is lost. Raises `DRIVER_ERRORS`.
+
+        Everything that is announced while one batch is sent forms the next batch.
+        """
+        while True:
+            try:
+                async with asyncio.timeout(_PING_SECONDS):
+                    await self._wanted.wait()
+            except TimeoutError:
+                await connection.execute("SELECT 1")  # fails if the other end has vanished
+            self._wanted.clear()
+            for payload, topics in list(self._payloads()):
+                await connection.execute("SELECT pg_notify($1, $2)", CHANNEL, payload)
+                for topic, count in topics:
+                    self._sent(topic, count)
+            if connection.is_closed():
+                raise ConnectionResetError
+
+    def _payloads(self) -> Iterator[tuple[str, list[tuple[str, int]]]]:
+        """Iterate over the notifications to send, each with its topics and counts."""
+        lines = [self._node]
+        topics: list[tuple[str, int]] = []
+        length = len(self._node)
+        for topic, count in self._unsent.items():
+            line = f"{count} {topic}"
+            length += len(line.encode()) + 1
+            if length > _PAYLOAD_MAX and topics:
+                yield "\n".join(lines), topics
+                lines, topics = [self._node], []
+                length = len(self._node) + len(line.encode()) + 1
+            lines.append(line)
+            topics.append((topic, count))
+        if topics:
+            yield "\n".join(lines), topics
+
+    def _sent(self, topic: str, count: int) -> None:
+        left = self._unsent.get(topic, 0) - count
+        if left > 0:
+            self._unsent[topic] = left  # announced meanwhile
+        else:
+            self._unsent.pop(topic, None)
+
+    def _received(self, _connection: object, _pid: int, _channel: str, payload: str) -> None:
+        node, *lines = payload.split("\n")
+        if node == self._node:
+            return  # woken already
+        for line in lines:
+            count, _, topic = line.partition(" ")
+            if topic == EVERYTHING or not count.isdecimal():
+                self._missed()  # anything, or a text that this release does not know
+                return
+            self._note(topic)
+            self.wake(topic, int(count))
+
+    def _missed(self) -> None:
+        """Let calls read again, since changes may have gone unnoticed: one for each work topic."""
+        self._changes += 1
+        self._last.clear()
+        self._forgotten = self._changes
+        for topic in list(self._waiting):
+            self._recheck(topic)
+
+    def _note(self, topic: str) -> None:
+        self._changes += 1
+        self._last[topic] = self._changes
+        self._last.move_to_end(topic)
+        if len(self._last) > _TOPICS_MAX:
+            _, self._forgotten = self._last.popitem(last=False)
+
+    def _add(self, topic: str, waiter: Waiter) -> None:
+        self._waiting.setdefault(topic, OrderedDict())[waiter] = None
+        if topic not in self._fallbacks:
+            self._fallbacks[topic] = asyncio.get_running_loop().call_later(
+                FALLBACK_SECONDS, self._fall_back, topic
+            )
+
+    def _discard(self, topic: str, waiter: Waiter) -> None:
+        waiters = self._waiting.get(topic)
+        if waiters is None:
+            return
+        waiters.pop(waiter, None)
+        if not waiters:
+            del self._waiting[topic]
+
+    def _fall_back(self, topic: str) -> None:
+        del self._fallbacks[topic]
+        waiters = self._waiting.get(topic)
+        if waiters:
+            self._fallbacks[topic] = asyncio.get_running_loop().call_later(
+                FALLBACK_SECONDS, self._fall_back, topic
+            )
+            self._recheck(topic)
+
+    def _recheck(self, topic: str) -> None:
+        """Let one call for work, or all calls of a session, read again."""
+        waiters = self._waiting[topic]
+        for waiter in list(waiters):
+            del waiters[waiter]
+            if _end(waiter, False) and topic.startswith(_WORK):  # noqa: FBT003 - the result
+                return
+
+
+def _end(waiter: Waiter, announced: bool) -> bool:  # noqa: FBT001 - the result
+    """End a wait, unless it has ended; return whether it had not."""
+    if waiter.done():
+        return False
+    waiter.set_result(announced)
+    return True
