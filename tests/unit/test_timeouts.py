@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from workpool.wire.http.timeouts import Bound
+from workpool.wire.http.timeouts import CLOCK_SECONDS, Bound, RequestBound, RequestTimer
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Callable
@@ -25,7 +25,13 @@ async def workpool_timeout(seconds: float) -> AsyncIterator[None]:
         yield
 
 
-@pytest.fixture(params=[workpool_timeout, asyncio.timeout])
+@asynccontextmanager
+async def request_timeout(seconds: float) -> AsyncIterator[None]:
+    with RequestBound(seconds, RequestTimer(asyncio.get_running_loop())):
+        yield
+
+
+@pytest.fixture(params=[workpool_timeout, request_timeout, asyncio.timeout])
 def time_limit(request: pytest.FixtureRequest) -> Bounded:
     bound: Bounded = request.param
     return bound
@@ -115,3 +121,36 @@ async def test_inner_time_bound_that_runs_out_raises_before_outer(time_limit: Bo
             texts.append("inner")
     assert texts == ["inner"]
     assert pending_cancellations() == 0
+
+
+async def test_requests_with_one_timer_end_each_at_its_own_time() -> None:
+    loop = asyncio.get_running_loop()
+    timer = RequestTimer(loop)
+    early: list[float] = []
+
+    async def wait(seconds: float) -> None:
+        until = loop.time() + seconds
+        with pytest.raises(TimeoutError), RequestBound(seconds, timer):
+            await asyncio.sleep(LONG)
+        if loop.time() < until - 2 * CLOCK_SECONDS:
+            early.append(seconds)
+
+    async with asyncio.TaskGroup() as group:
+        for seconds in (0.2, 0.1, 0.3):  # the second one is earlier than the timer
+            group.create_task(wait(seconds))
+        with RequestBound(LONG, timer):
+            await asyncio.sleep(0)
+    assert not early
+    assert not timer.open
+    assert timer.at == float("inf")
+
+
+async def test_request_after_an_ended_one_is_bounded_by_the_same_timer() -> None:
+    timer = RequestTimer(asyncio.get_running_loop())
+    with RequestBound(0.05, timer):
+        pass
+    for seconds in (0.1, 0.05):  # then the timer has fired, and is set again
+        with pytest.raises(TimeoutError), RequestBound(seconds, timer):
+            await asyncio.sleep(LONG)
+    timer.cancel()
+    assert timer.at == float("inf")

@@ -77,12 +77,15 @@ class WorkClient:
         self._transport = self._key_transport = Transport(settings, session)
         self._sessions = f"{settings.base_url}/sessions"
         self._work = f"{settings.base_url}/environments/{settings.environment_id}/work"
-        self._work_base = URL(self._work, encoded=True)
-        self._work_path = self._work_base.raw_path
         self._work_query = DIALECTS[settings.dialect].work_query
-        # A pool polls with the same values each time.
+        # A URL with another path keeps the parsed host and query, which saves most of its cost.
+        # A pool polls, and sends first heartbeats, with the same values each time.
+        self._base = self._work_url()
+        self._path = self._base.raw_path
         self._last_poll: tuple[tuple[int | None, int | None], URL]
         self._last_poll = (None, None), self._poll_url(None, None)
+        self._first_heartbeat: tuple[int | None, URL]
+        self._first_heartbeat = None, self._heartbeat_base(protocol.NO_HEARTBEAT, None)
         self.worker_id: str | None = worker_id or settings.worker_id
         """The name that the worker sends, None for none. Set it before opening."""
         self.rate_limits = rate_limits or RateLimits(settings.read_limit, settings.write_limit)
@@ -221,13 +224,14 @@ class WorkClient:
             PreconditionError: `expected` is not the last heartbeat of the lease.
             ConflictError: The item is queued or stopped.
         """
-        asked = []
-        if expected is not None:
-            quoted = expected if expected == protocol.NO_HEARTBEAT else quote(expected, safe=":")
-            asked.append(f"expected_last_heartbeat={quoted}")
-        if ttl is not None:
-            asked.append(f"desired_ttl_seconds={ttl:d}")
-        url = self._item_url(work_id, "/heartbeat", "&".join(asked))
+        if expected == protocol.NO_HEARTBEAT:
+            asked, base = self._first_heartbeat
+            if asked != ttl:
+                base = self._heartbeat_base(expected, ttl)
+                self._first_heartbeat = ttl, base
+        else:
+            base = self._heartbeat_base(expected, ttl)
+        url = self._item_url(work_id, "/heartbeat", base)
         if self.rate_limits.write.limited:
             self.rate_limits.write.charge()
         return await self._transport.send(
@@ -443,13 +447,22 @@ class WorkClient:
         mark = "?" if query else ""
         return URL(f"{self._work}{path}{mark}{query}", encoded=True)
 
-    def _item_url(self, work_id: str, path: str = "", query: str = "") -> URL:
+    def _item_url(self, work_id: str, path: str = "", base: URL | None = None) -> URL:
+        """Return the URL of a call for an item, with the query of `base` if it is given."""
         if type(work_id) is not str or not _is_id(work_id):
             _check_id("work_id", work_id)
-        if query or self._work_query:
-            return self._work_url(f"/{work_id}{path}", query)
-        # Keeps the parsed scheme and host, which halves the cost of a URL.
-        return self._work_base.with_path(f"{self._work_path}/{work_id}{path}", encoded=True)
+        path = f"{self._path}/{work_id}{path}"
+        base = self._base if base is None else base
+        return base.with_path(path, encoded=True, keep_query=True)
+
+    def _heartbeat_base(self, expected: str | None, ttl: int | None) -> URL:
+        asked = []
+        if expected is not None:
+            quoted = expected if expected == protocol.NO_HEARTBEAT else quote(expected, safe=":")
+            asked.append(f"expected_last_heartbeat={quoted}")
+        if ttl is not None:
+            asked.append(f"desired_ttl_seconds={ttl:d}")
+        return self._work_url("", "&".join(asked))
 
     def _poll_url(self, block_ms: int | None, reclaim_older_than_ms: int | None) -> URL:
         asked = (("block_ms", block_ms), ("reclaim_older_than_ms", reclaim_older_than_ms))

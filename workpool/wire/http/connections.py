@@ -32,6 +32,8 @@ KEEPALIVE_SECONDS: Final = 30.0
 """Longer than the 20 s between heartbeats, shorter than the 60 s after which gateways hang up."""
 SPARE_CONNECTIONS: Final = 16
 """Connections for the calls of handlers, in addition to one for each session."""
+ENDLESS: Final = aiohttp.ClientTimeout(total=None)
+"""No timeout of aiohttp's: each request has one of its own."""
 POOL_BUFFER_BYTES: Final = 64 * 1024
 BUFFER_BYTES: Final = 208 * 1024
 """The most that a connection of a handler receives at once; a larger buffer would be faster on long
@@ -97,4 +99,5 @@ class Connections:
             request_class=GuardedRequest,
             cookie_jar=aiohttp.DummyCookieJar(),
             headers=self._headers,
+            timeout=ENDLESS,
         )

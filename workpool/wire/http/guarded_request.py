@@ -33,42 +33,27 @@ class NotSentError(aiohttp.ClientConnectionError):
     """The check of a request refused: nothing was sent."""
 
 
-class CheckedBody(aiohttp.payload.Payload):
-    """A body, possibly empty, whose check is the last step before the bytes are written.
+class RequestCheck:
+    """A body, possibly empty, whose check is the last step before the request's bytes are written.
 
-    aiohttp (since 3.12) writes a request's headers together with the body, once it has a
-    connection: resolved, connected, encrypted, through any proxy. So after a refused check nothing
-    was sent, also in a caller's own session. Bytes that the kernel already holds cannot be taken
-    back. aiohttp reports the refusal as a connection error, and does not repeat the request because
-    of it.
+    Bytes that the kernel already holds cannot be taken back.
 
     Args:
         body: The body.
         check: Raises an error if the request must not be sent.
-        headers_first: Write the headers separately: a trace of a caller's own session may wait
-            between the check and the body's first byte.
 
     Attributes:
         refusal: The error that `check` raised.
     """
 
-    _value: bytes
-    _autoclose = True  # nothing to close
+    __slots__ = ("_check", "body", "refusal")
 
-    def __init__(
-        self, body: bytes, check: Callable[[], None], *, headers_first: bool = False
-    ) -> None:
-        super().__init__(body)
-        self._size = len(body)
+    def __init__(self, body: bytes, check: Callable[[], None]) -> None:
+        self.body = body
         self._check = check
-        self._headers_first = headers_first or not body
         self.refusal: Exception | None = None
 
-    def decode(self, encoding: str = "utf-8", errors: str = "strict") -> str:
-        """Return the body as text."""
-        return self._value.decode(encoding, errors)
-
-    def check(self) -> None:
+    def verify(self) -> None:
         """Check whether the request may be sent.
 
         Raises:
@@ -80,6 +65,34 @@ class CheckedBody(aiohttp.payload.Payload):
             self.refusal = refusal
             raise NotSentError from None
 
+
+class CheckedBody(aiohttp.payload.Payload):
+    """The body of a `RequestCheck` for aiohttp, which checks right before it is written.
+
+    aiohttp (since 3.12) writes a request's headers together with the body, once it has a
+    connection: resolved, connected, encrypted, through any proxy. So after a refused check nothing
+    was sent, also in a caller's own session. aiohttp reports the refusal as a connection error, and
+    does not repeat the request because of it.
+
+    Args:
+        check: The body and its check.
+        headers_first: Write the headers separately: a trace of a caller's own session may wait
+            between the check and the body's first byte.
+    """
+
+    _value: bytes
+    _autoclose = True  # nothing to close
+
+    def __init__(self, check: RequestCheck, *, headers_first: bool = False) -> None:
+        super().__init__(check.body)
+        self._size = len(check.body)
+        self._check = check
+        self._headers_first = headers_first or not check.body
+
+    def decode(self, encoding: str = "utf-8", errors: str = "strict") -> str:
+        """Return the body as text."""
+        return self._value.decode(encoding, errors)
+
     async def write(self, writer: AbstractStreamWriter) -> None:
         """Check, then write the headers and the body."""
         await self.write_with_length(writer, None)
@@ -89,7 +102,7 @@ class CheckedBody(aiohttp.payload.Payload):
     ) -> None:
         """Check, then write the headers and the body."""
         del content_length  # the length is that of the body
-        self.check()
+        self._check.verify()
         if self._headers_first:
             writer.send_headers()
         for start in range(0, len(self._value), _PIECE_BYTES):
@@ -128,24 +141,33 @@ class _LimitedFeed:
 
 
 class GuardedRequest(aiohttp.ClientRequest):
-    """A request that limits informational answers and checks an empty body.
+    """A request that limits informational answers and verifies a `RequestCheck` given as its data.
 
-    To write a body, also an empty one, aiohttp starts a task on Python 3.11: 2 % of what the pool
-    spends on an item. Without a body, it writes the headers before the next await.
+    To write a body, also an empty one, aiohttp makes a payload and on Python 3.11 starts a task:
+    5 % of what the pool spends on an item. Without a body, it writes the headers before the next
+    await, so that the check of a POST without a body is called here.
     """
 
+    check: RequestCheck | None = None
+
+    def update_body_from_data(self, body: object, _stacklevel: int = 3) -> None:
+        """Keep a check; aiohttp gets a body only if there is one, or if it may repeat a request."""
+        if type(body) is RequestCheck:
+            self.check = body
+            body = CheckedBody(body) if body.body or self.method != "POST" else None
+        super().update_body_from_data(body, _stacklevel)
+
     async def send(self, conn: Connection) -> aiohttp.ClientResponse:
-        """Check here unless the body does, then send the request."""
-        protocol, body = conn.protocol, self.body
-        if protocol is not None:
-            # The method is replaced once for each connection, with `setattr`: after an access to
-            # `__dict__`, Python 3.11 reads all attributes of the object more slowly, which cost
-            # 14,000 instructions a request.
-            if not isinstance(protocol.feed_data, _LimitedFeed):
-                setattr(protocol, "feed_data", _LimitedFeed(protocol))  # noqa: B010 - types forbid it
-            # With a body if aiohttp may wait before it writes, or may repeat the request.
-            at_once = self.method == "POST" and not protocol.writing_paused
-            if at_once and isinstance(body, CheckedBody) and not body.size:
-                body.check()
-                await self.update_body(None)
+        """Verify the check unless the body does, then send the request."""
+        protocol = conn.protocol
+        # The method is replaced once for each connection, with `setattr`: after an access to
+        # `__dict__`, Python 3.11 reads all attributes of the object more slowly, which cost 14,000
+        # instructions a request.
+        if protocol is not None and not isinstance(protocol.feed_data, _LimitedFeed):
+            setattr(protocol, "feed_data", _LimitedFeed(protocol))  # noqa: B010 - types forbid it
+        if self.check is not None and not self.body:
+            if protocol is None or protocol.writing_paused:  # aiohttp waits before it writes
+                await self.update_body(CheckedBody(self.check))
+            else:
+                self.check.verify()
         return await super().send(conn)

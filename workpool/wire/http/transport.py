@@ -20,9 +20,8 @@ import io
 import math
 import time
 from functools import cache, partial
-from typing import TYPE_CHECKING, Final, NoReturn, TypeAlias, TypeVar
+from typing import TYPE_CHECKING, Any, Final, NoReturn, TypeVar
 
-import aiohttp
 from multidict import CIMultiDict
 
 from workpool.errors import RefusedError, SettingsError, TransientError
@@ -30,10 +29,10 @@ from workpool.logs import hide
 from workpool.wire.client_dialects import DIALECTS
 from workpool.wire.endpoints import STREAM
 from workpool.wire.http.call_options import DEFAULT_OPTIONS, CallOptions, Priority
-from workpool.wire.http.connections import Connections
+from workpool.wire.http.connections import ENDLESS, Connections
 from workpool.wire.http.credential_renewal import CredentialSource
 from workpool.wire.http.daemon_threads import DaemonThreads
-from workpool.wire.http.guarded_request import CheckedBody, NotSentError
+from workpool.wire.http.guarded_request import CheckedBody, NotSentError, RequestCheck
 from workpool.wire.http.response_reader import (
     TRANSIENT,
     checked_stream,
@@ -41,13 +40,14 @@ from workpool.wire.http.response_reader import (
     no_answer,
     read_bounded,
 )
-from workpool.wire.http.timeouts import Bound
+from workpool.wire.http.timeouts import RequestBound, RequestTimer
 from workpool.wire.response import CODES, SUCCESS, Oversized, Response, parse_error, parse_success
 
 if TYPE_CHECKING:
     import ssl
     from collections.abc import Awaitable, Callable, Mapping
 
+    import aiohttp
     from yarl import URL
 
     from workpool.settings import Settings
@@ -55,7 +55,6 @@ if TYPE_CHECKING:
     from workpool.wire.http.rate_limiter import RateLimiter
 
 T = TypeVar("T")
-Body: TypeAlias = bytes | io.BytesIO | CheckedBody | None
 
 LARGE_BYTES: Final = 256 * 1024
 THREADS: Final = 8
@@ -63,7 +62,6 @@ THREADS: Final = 8
 HIDDEN_CHARACTERS: Final = 8
 """A shorter value of an extra header, such as `1`, is not treated as a secret."""
 _DENIED: Final = frozenset({401, 403})
-_ENDLESS: Final = aiohttp.ClientTimeout(total=None)
 
 
 class Transport:
@@ -104,15 +102,18 @@ class Transport:
             self._hide_secrets()
             headers = self._public_headers()
             self._connections = Connections(self._settings, self._given, headers, self._threads)
+            self._request_options = self._options()
         except BaseException:
             await self._threads.close()
             raise
         self._loop = asyncio.get_running_loop()
+        self._timer = RequestTimer(self._loop)
 
     async def close(self) -> None:
         """Close the connections except those of a caller's own session."""
         if self._loop is not None:
             self._loop = None
+            self._timer.cancel()
             try:
                 await self._connections.close()
             finally:
@@ -170,8 +171,7 @@ class Transport:
                 none.
             RuntimeError: The client is not open, or was opened on another event loop.
         """
-        loop = asyncio.get_running_loop()
-        if self._loop is not loop:
+        if self._loop is not asyncio.get_running_loop():
             self._raise_wrong_loop()
         if seconds is None:
             seconds = self._seconds
@@ -180,11 +180,11 @@ class Transport:
             await self.acquire(limiter, endpoint.op, options.priority, seconds)
         token = self._token
         try:
-            return await self._attempt(endpoint, url, until, body, options, loop)
+            return await self._attempt(endpoint, url, until, body, options)
         except RefusedError as refused:
             if refused.status not in _DENIED or not await self._renewed(token, until):
                 raise
-        return await self._attempt(endpoint, url, until, body, options, loop)
+        return await self._attempt(endpoint, url, until, body, options)
 
     async def open_stream(
         self, url: URL, headers: Mapping[str, str], limiter: RateLimiter
@@ -240,20 +240,17 @@ class Transport:
         until: float,
         body: bytes | None,
         options: CallOptions,
-        loop: asyncio.AbstractEventLoop,
     ) -> T:
         op, started = endpoint.op, time.monotonic()
         if started >= until:
             raise TransientError(op, None, "no time left to send the request", reason="timeout")
-        secrets, code, check = self._secrets, "error", options.check
-        checked = None
-        if check is not None:
-            checked = CheckedBody(body or b"", check, headers_first=self._given is not None)
+        secrets, code = self._secrets, "error"
+        check = None if options.check is None else RequestCheck(body or b"", options.check)
         try:
             # Not aiohttp's timeout: it takes a cancellation in the same turn of the loop for its
             # own.
-            with Bound(until - started, loop):
-                response, content = await self._exchange(endpoint, url, body, options, checked)
+            with RequestBound(until - started, self._timer):
+                response, content = await self._exchange(endpoint, url, body, options, check)
             self._answered = True
             status = response.status
             code = CODES.get(status, "error")
@@ -268,11 +265,11 @@ class Transport:
                 return value if add is None else add(value, response.headers)
             failure = parse_error(op, Response(status, response.headers, content), *secrets)
         finally:
-            if self.on_request is not None and (checked is None or checked.refusal is None):
+            if self.on_request is not None and (check is None or check.refusal is None):
                 self.on_request(op, code, time.monotonic() - started)
         # Raised outside of the except block: aiohttp's errors contain the headers with the token.
-        if checked is not None and checked.refusal is not None:
-            raise checked.refusal
+        if check is not None and check.refusal is not None:
+            raise check.refusal
         raise failure
 
     async def _attempt_stream(
@@ -309,11 +306,7 @@ class Transport:
         return await self._connections.single_use.get(
             url,
             headers=CIMultiDict(self._headers, **headers),
-            timeout=_ENDLESS,
-            proxy=self._connections.proxy,
-            ssl=self._tls,
-            allow_redirects=False,
-            raise_for_status=False,
+            **self._request_options,
         )
 
     async def _exchange(
@@ -322,23 +315,24 @@ class Transport:
         url: URL,
         body: bytes | None,
         options: CallOptions,
-        checked: CheckedBody | None,
+        check: RequestCheck | None,
     ) -> tuple[aiohttp.ClientResponse, bytes | Oversized]:
+        data: object = check
+        if check is None:
+            # A large body is sent in pieces, or it would block the loop and aiohttp would warn of
+            # that.
+            data = io.BytesIO(body) if body and len(body) > LARGE_BYTES else body
+        elif self._given is not None:  # whose requests do not know a `RequestCheck`
+            data = CheckedBody(check, headers_first=True)
         response = await self._connections.session_for(options).request(
             endpoint.method,
             url,
-            # A large body is sent in pieces, or it would block the loop and aiohttp would warn of
-            # that.
-            data=checked or (io.BytesIO(body) if body and len(body) > LARGE_BYTES else body),
+            data=data,
             headers=self._headers if body is None else self._json_headers,
-            timeout=_ENDLESS,
-            proxy=self._connections.proxy,
-            ssl=self._tls,
-            allow_redirects=False,
-            raise_for_status=False,
+            **self._request_options,
         )
         try:
-            if checked is not None and checked.refusal is not None:
+            if check is not None and check.refusal is not None:
                 # The connection has bytes that no request asked for.
                 raise NotSentError
             return response, await read_bounded(response, endpoint.limit)
@@ -346,6 +340,20 @@ class Transport:
             # the answer was not read to its end, so the connection cannot be reused
             if not response.closed:
                 response.release()
+
+    def _options(self) -> dict[str, Any]:
+        """Return the options of every request that differ from the defaults of its session.
+
+        aiohttp takes each one apart in two functions, so few of them are cheaper.
+        """
+        options: dict[str, Any] = {"allow_redirects": False}
+        if self._given is not None:
+            options |= {"timeout": ENDLESS, "raise_for_status": False}
+        if self._connections.proxy is not None:
+            options["proxy"] = self._connections.proxy
+        if self._tls is not True:
+            options["ssl"] = self._tls
+        return options
 
     def _raise_wrong_loop(self) -> NoReturn:
         raise RuntimeError(
