@@ -13,17 +13,17 @@ from dataclasses import fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import aiohttp
 import jsonschema
 import kubernetes_validate
 import pytest
 import yaml
+from yarl import URL
 
 from workpool import Settings
 from workpool.metrics.definitions import DEFINITIONS
 from workpool.pool.lease import RENEW_PART
-from workpool.server import ControlPlane
-from workpool.settings import lease_margin
+from workpool.scaling import FLEET_NUMBERS
+from workpool.settings import lease_margin, parse_listen
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -31,7 +31,8 @@ if TYPE_CHECKING:
 ROOT = Path(__file__).parents[2]
 KUBERNETES = ROOT / "workpool/deploy/kubernetes"
 SCHEMAS = Path(__file__).parent / "schemas"
-OVERLAYS = ("base", "overlays/monitored", "overlays/autoscaled", "overlays/job-per-session")
+AUTOSCALED = ("overlays/autoscaled", "overlays/autoscaled-by-api", "overlays/autoscaled-by-hpa")
+OVERLAYS = ("base", "overlays/monitored", *AUTOSCALED, "overlays/job-per-session")
 VERSIONS = ("1.30", "1.37")
 """The oldest and the newest Kubernetes that the manifests are validated for."""
 KUBECTL = (1, 22)
@@ -55,7 +56,17 @@ def files() -> list[Manifest]:
 
 
 def of_kind(found: list[Manifest], kind: str) -> Manifest:
-    [one] = [each for each in found if each["kind"] == kind]
+    """Return the only manifest of a kind; of several, that of the workers."""
+    ones = [each for each in found if each["kind"] == kind]
+    if len(ones) > 1:
+        ones = [each for each in ones if each["metadata"]["name"] == "workpool"]
+    [one] = ones
+    return one
+
+
+def in_file(path: str) -> Manifest:
+    """Return the only manifest of a file."""
+    [one] = manifests((KUBERNETES / path).read_text())
     return one
 
 
@@ -154,9 +165,7 @@ def test_manifests_in_files_are_valid_for_kubernetes(version: str) -> None:
 
 def test_custom_resources_have_known_fields_only() -> None:
     custom = [each for each in files() if schema_of(each).exists()]
-    assert {each["kind"] for each in custom} == {
-        *("PodMonitor", "ScaledJob", "ScaledObject", "TriggerAuthentication")
-    }
+    assert {each["kind"] for each in custom} == {"PodMonitor", "ScaledJob", "ScaledObject"}
     for each in custom:
         check_custom(each)
 
@@ -164,7 +173,7 @@ def test_custom_resources_have_known_fields_only() -> None:
 def test_unknown_field_of_a_manifest_is_found() -> None:
     for each in files():
         wrong = copy.deepcopy(each)
-        wrong.get("spec", wrong)["minReplicas"] = 1
+        wrong.get("spec", wrong)["limitOfReplicas"] = 1
         check = check_custom if schema_of(wrong).exists() else check_native
         with pytest.raises(jsonschema.ValidationError):
             check(wrong)
@@ -194,7 +203,7 @@ def test_names_in_an_overlay_resolve_within_it(rendered: list[Manifest]) -> None
             assert volumes["token"]["secret"]["secretName"] == "workpool-token"
             mounted = {mount["name"] for mount in container_of(each)["volumeMounts"]}
             assert mounted == set(volumes)
-        if each["kind"] == "ScaledObject":
+        if each["kind"] in {"ScaledObject", "HorizontalPodAutoscaler"}:
             assert ("Deployment", each["spec"]["scaleTargetRef"]["name"]) in names
         for trigger in each.get("spec", {}).get("triggers", ()):
             if "authenticationRef" in trigger:
@@ -202,17 +211,23 @@ def test_names_in_an_overlay_resolve_within_it(rendered: list[Manifest]) -> None
 
 
 def test_selectors_of_an_overlay_match_its_pods(rendered: list[Manifest]) -> None:
-    [worker] = [each for each in rendered if each["kind"] in {"Deployment", "ScaledJob"}]
-    spec = worker["spec"]
-    labels = spec.get("jobTargetRef", spec)["template"]["metadata"]["labels"]
-    selectors = [
-        each["spec"].get("podSelector", each["spec"].get("selector"))["matchLabels"]
+    pods = {
+        each["metadata"]["name"]: each["spec"].get("jobTargetRef", each["spec"])["template"]
         for each in rendered
-        if each["kind"] in {"NetworkPolicy", "PodDisruptionBudget", "PodMonitor", "Deployment"}
-    ]
-    assert selectors
-    for selector in selectors:
-        assert selector.items() <= labels.items()
+        if each["kind"] in {"Deployment", "ScaledJob"}
+    }
+    seen = set()
+    for each in rendered:
+        if each["kind"] in {"NetworkPolicy", "PodDisruptionBudget", "PodMonitor", "Deployment"}:
+            selector = each["spec"].get("podSelector", each["spec"].get("selector"))["matchLabels"]
+        elif each["kind"] == "Service":
+            selector = each["spec"]["selector"]
+        else:
+            continue
+        name = each["metadata"]["name"]
+        assert selector.items() <= pods[name]["metadata"]["labels"].items()
+        seen.add(name)
+    assert seen == set(pods)
 
 
 def test_example_of_the_page_sets_image_settings_and_namespace(
@@ -231,9 +246,15 @@ def test_example_of_the_page_sets_image_settings_and_namespace(
         check_native(each)
 
 
-def test_autoscaled_deployment_leaves_the_number_of_pods_to_keda(kubectl: str) -> None:
-    found = render(kubectl, KUBERNETES / "overlays/autoscaled")
+@pytest.mark.parametrize("overlay", AUTOSCALED)
+def test_autoscaled_deployment_leaves_the_number_of_pods_to_the_autoscaler(
+    kubectl: str, overlay: str
+) -> None:
+    found = render(kubectl, KUBERNETES / overlay)
     assert "replicas" not in of_kind(found, "Deployment")["spec"]
+    for each in found:
+        if each["kind"] == "Deployment" and each["metadata"]["name"] != "workpool":
+            assert each["spec"]["replicas"] == 1
 
 
 def test_deletion_cost_component_gives_pods_a_token_a_name_and_the_role(
@@ -342,8 +363,6 @@ def test_credential_of_the_settings_is_the_mounted_file() -> None:
     mounts = container_of(of_kind(files(), "Deployment"))["volumeMounts"]
     [mount] = [each for each in mounts if each["name"] == "token"]
     assert str(path.parent) == mount["mountPath"]
-    [target] = of_kind(files(), "TriggerAuthentication")["spec"]["secretTargetRef"]
-    assert (target["name"], target["key"]) == ("workpool-token", path.name)
 
 
 def test_pods_of_jobs_differ_from_those_of_the_deployment_in_their_limits_only() -> None:
@@ -360,28 +379,137 @@ def test_pods_of_jobs_differ_from_those_of_the_deployment_in_their_limits_only()
     assert job == deployment
 
 
-def test_query_of_the_autoscaler_names_metrics_of_the_worker(settings: Settings) -> None:
-    [trigger] = of_kind(files(), "ScaledObject")["spec"]["triggers"]
-    names = set(re.findall(r"workpool_(\w+)", trigger["metadata"]["query"]))
-    assert names == {"slots", "remote_queue_items"}
+def test_targets_of_the_autoscalers_are_the_slots_of_a_worker(settings: Settings) -> None:
+    [trigger] = in_file("overlays/autoscaled/scaledobject.yaml")["spec"]["triggers"]
+    assert float(trigger["metadata"]["threshold"]) == settings.concurrency
+    [metric] = of_kind(files(), "HorizontalPodAutoscaler")["spec"]["metrics"]
+    target = metric["external"]["target"]
+    assert (target["type"], target["averageValue"]) == ("AverageValue", str(settings.concurrency))
+
+
+def query_of_keda() -> str:
+    [trigger] = in_file("overlays/autoscaled/scaledobject.yaml")["spec"]["triggers"]
+    query: str = trigger["metadata"]["query"]
+    return query
+
+
+def test_queries_of_the_autoscalers_are_equal_and_name_metrics_of_the_worker() -> None:
+    query = query_of_keda()
+    names = set(re.findall(r"workpool_(\w+)", query))
+    assert names == {"slots", "remote_queue_items", "remote_stats_timestamp_seconds"}
     assert names <= {each.name for each in DEFINITIONS}
-    assert float(trigger["metadata"]["threshold"]) <= settings.concurrency
+    page = (ROOT / "workpool/docs/operating.md").read_text()
+    [example] = re.findall(r"```yaml\n(externalRules:.*?)```", page, re.DOTALL)
+    [rule] = yaml.safe_load(example)["externalRules"]
+    adapted = rule["metricsQuery"].replace("<<.LabelMatchers>>", 'environment_id="env_CHANGE_ME"')
+    assert adapted.split() == query.split()
+    [metric] = of_kind(files(), "HorizontalPodAutoscaler")["spec"]["metrics"]
+    assert rule["name"]["as"] == metric["external"]["metric"]["name"]
 
 
-async def test_trigger_of_the_jobs_reads_the_depth_of_the_queue() -> None:
-    """From the embedded control plane, as KEDA's `metrics-api` does."""
-    [trigger] = of_kind(files(), "ScaledJob")["spec"]["triggers"]
-    wanted = trigger["metadata"]
-    async with ControlPlane() as plane, aiohttp.ClientSession() as http:
-        plane.enqueue(count=3)
-        [path] = re.findall(r"/environments/.*", wanted["url"])
-        url = plane.base_url + path.replace("env_CHANGE_ME", plane.environments[0])
-        assert wanted["authMode"] == "bearer"
-        headers = {"Authorization": f"Bearer {plane.token}"}
-        async with http.get(url, headers=headers) as answer:
-            assert (await answer.json())[wanted["valueLocation"]] == 3
-    assert wanted["url"].partition("/environments/")[0].endswith("/api/v1/cloud")
-    assert plane.base_url.endswith("/api/v1/cloud")
+def test_query_counts_the_queue_once_whatever_the_number_of_workers(tmp_path: Path) -> None:
+    """Three workers, two slots busy in each; they all report the same queue, one an old state."""
+    promtool = shutil.which("promtool")
+    if promtool is None:
+        pytest.skip("promtool is not installed")
+    environment = 'environment_id="env_CHANGE_ME"'
+    workers = [("5x20", "0+15x20"), ("5x20", "0+15x20"), ("99x20", "0x20")]
+    series = [
+        {"series": f'workpool_{name}{{{labels}, instance="w{number}"}}', "values": values}
+        for number, (claimable, read_at) in enumerate(workers)
+        for name, labels, values in (
+            ("slots", f'{environment}, state="busy"', "2x20"),
+            ("slots", f'{environment}, state="free"', "6x20"),
+            ("remote_queue_items", f'{environment}, state="claimable"', claimable),
+            ("remote_queue_items", f'{environment}, state="pending"', "1x20"),
+            ("remote_stats_timestamp_seconds", environment, read_at),
+        )
+    ]
+    tests = {
+        "evaluation_interval": "15s",
+        "tests": [
+            {
+                "interval": "15s",
+                "input_series": series,
+                "promql_expr_test": [
+                    {
+                        "eval_time": "4m",
+                        "expr": query_of_keda(),
+                        "exp_samples": [{"labels": "{}", "value": 3 * 2 + 5 + 1}],
+                    }
+                ],
+            }
+        ],
+    }
+    (tmp_path / "query.yml").write_text(yaml.safe_dump(tests))
+    done = subprocess.run(  # noqa: S603 - our own words
+        [promtool, "test", "rules", "query.yml"],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=60,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+@pytest.mark.parametrize(
+    "path",
+    ["overlays/autoscaled-by-api/scaledobject.yaml", "overlays/job-per-session/scaledjob.yaml"],
+)
+def test_triggers_read_a_number_of_the_scale_service(path: str) -> None:
+    [trigger] = in_file(path)["spec"]["triggers"]
+    url = URL(trigger["metadata"]["url"])
+    service = of_kind(files(), "Service")
+    [port] = service["spec"]["ports"]
+    assert url.host is not None
+    assert url.host.split(".")[0] == service["metadata"]["name"]
+    assert (url.port, url.path) == (port["port"], "/scale")
+    assert trigger["metadata"]["valueLocation"] in FLEET_NUMBERS
+    assert "authenticationRef" not in trigger
+
+
+def test_scale_process_listens_where_service_and_probes_ask() -> None:
+    container = container_of(in_file("scale/deployment.yaml"))
+    command, flag, address = container["args"]
+    assert (command, flag) == ("scale", "--metrics-listen")
+    [port] = container["ports"]
+    listen = parse_listen(address)
+    assert listen is not None
+    assert (listen.host, listen.port) == (None, port["containerPort"])
+    [served] = of_kind(files(), "Service")["spec"]["ports"]
+    assert served["targetPort"] == port["name"]
+    for name, path in {"livenessProbe": "/healthz", "readinessProbe": "/readyz"}.items():
+        assert container[name]["httpGet"] == {"path": path, "port": port["name"]}
+
+
+def test_lists_of_jobs_count_running_items_as_their_strategy_wants() -> None:
+    """The strategy `default` subtracts running jobs, so running items must be in the number."""
+    spec = of_kind(files(), "ScaledJob")["spec"]
+    [trigger] = spec["triggers"]
+    assert spec["scalingStrategy"] == {"strategy": "default"}
+    assert trigger["metadata"]["valueLocation"] == "unfinished"
+    assert trigger["metadata"]["targetValue"] == "1"
+
+
+@pytest.mark.parametrize("overlay", ["autoscaled", "autoscaled-by-api"])
+def test_autoscaler_without_numbers_leaves_the_number_of_pods(overlay: str) -> None:
+    spec = in_file(f"overlays/{overlay}/scaledobject.yaml")["spec"]
+    assert spec["fallback"]["behavior"] == "currentReplicas"
+
+
+def test_trigger_authentication_of_the_page_is_valid_and_has_the_token_of_the_numbers() -> None:
+    page = (ROOT / "workpool/docs/operating.md").read_text()
+    [example] = re.findall(r"```yaml\n([^`]*?kind: TriggerAuthentication.*?)```", page, re.DOTALL)
+    authentication, trigger = manifests(example)
+    check_custom(authentication)
+    [target] = authentication["spec"]["secretTargetRef"]
+    assert target["parameter"] == "token"
+    [wanted] = trigger["triggers"]
+    assert wanted["authenticationRef"]["name"] == authentication["metadata"]["name"]
+    assert wanted["metadata"]["authMode"] == "bearer"
+    assert URL(wanted["metadata"]["url"]).path.startswith("/scale/env_")
+    assert wanted["metadata"]["valueLocation"] in FLEET_NUMBERS
 
 
 def test_update_of_the_manifests_ends_no_job_and_no_worker_too_early() -> None:
