@@ -12,6 +12,7 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 
 from tests.protocol.conftest import ENV, Clock
 from workpool.server import APIError, Item, Operations, Poll
+from workpool.server.ascending_ids import CHUNK_MAX, AscendingIds, walk
 from workpool.server.queue.deliveries import Deliveries
 from workpool.server.queue.lease_expiry import Leases
 from workpool.server.stored_item import Ids
@@ -43,6 +44,40 @@ def test_delivery_index_answers_like_a_full_scan(steps: Sequence[tuple[str, int,
         assert deliveries.lowest() == min(model, default=None)
         assert deliveries.first() == min(model.values(), default=None)
         assert len(deliveries) == len(model)
+
+
+IDS = st.integers(0, 4 * CHUNK_MAX).map(lambda number: f"work_{number:05}")
+
+
+@given(st.sets(IDS), st.data())
+@settings(max_examples=50)
+def test_ascending_ids_answer_like_a_sorted_list(removed: set[str], data: st.DataObject) -> None:
+    every = [f"work_{number:05}" for number in range(3 * CHUNK_MAX + 7)]
+    ids = AscendingIds(every)
+    for each in removed.intersection(every):
+        ids.remove(each)
+    model = [each for each in every if each not in removed]
+    after = data.draw(st.just("") | IDS)
+    before = data.draw(st.none() | IDS)
+    between = [each for each in model if each > after and (before is None or each < before)]
+    if before is None:
+        assert list(walk(ids, after=after)) == between
+    else:
+        assert list(walk(ids, after=after, before=before)) == between[::-1]
+    assert list(walk(ids, after=after, before=before, newest_first=True)) == between[::-1]
+
+
+def test_ascending_ids_may_change_while_they_are_walked() -> None:
+    every = [f"work_{number:05}" for number in range(3 * CHUNK_MAX)]
+    for newest_first in (False, True):
+        ids = AscendingIds(every)
+        walked = walk(ids, newest_first=newest_first)
+        first = next(walked)
+        for each in every:
+            if each[-1] in "02468" or each == first:
+                ids.remove(each)
+        kept = [each for each in every if each[-1] in "13579" and each != first]
+        assert [each for each in walked if each in kept] == (kept[::-1] if newest_first else kept)
 
 
 @given(STEPS)

@@ -8,7 +8,6 @@ streams. See workpool/docs/protocol.md, "Sessions".
 from __future__ import annotations
 
 import asyncio
-from bisect import bisect_left, bisect_right
 from contextlib import suppress
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
@@ -16,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 import orjson
 
 from workpool.server.api_errors import APIError
+from workpool.server.ascending_ids import AscendingIds, walk
 from workpool.server.conversation import EVENT_PREFIX, Conversation, StoredEvent
 from workpool.server.stored_item import SESSION_PREFIX
 from workpool.server.stored_session import SessionView, StoredSession
@@ -40,7 +40,7 @@ class Sessions:
         self._ids = ids
         self._sessions: dict[str, tuple[StoredSession, str]] = {}
         self._earlier: dict[str, list[str]] = {}  # earlier items of a session, if there are any
-        self._order: list[str] = []  # the ids of `_sessions`, ascending
+        self._order = AscendingIds()  # the ids of `_sessions`
         self._conversations: dict[str, Conversation] = {}
         self._following: dict[str, set[asyncio.Event]] = {}
         self._closing = False
@@ -51,7 +51,7 @@ class Sessions:
         sessions = {session.id: session for session in contents.sessions}
         for item in contents.items:
             self._add(sessions[item.session_id], item.id)
-        self._order = sorted(self._sessions)
+        self._order = AscendingIds(sorted(self._sessions))
         for event in contents.events:
             self.conversation(event.session_id).append(event)
         for session, _ in self._sessions.values():
@@ -74,7 +74,7 @@ class Sessions:
         """Remove a session and its events, and return them. Its streams end."""
         session, _ = self._sessions.pop(session_id)
         self._earlier.pop(session_id, None)
-        del self._order[bisect_left(self._order, session_id)]
+        self._order.remove(session_id)
         conversation = self._conversations.pop(session_id, None)
         self._tell(session_id)
         return [session, *(conversation.events if conversation is not None else ())]
@@ -89,12 +89,9 @@ class Sessions:
         self, *, after: str = "", before: str | None = None, newest_first: bool = False
     ) -> Iterator[tuple[StoredSession, str]]:
         """Iterate over the sessions next to a place, nearest first, each with its latest item."""
-        start = bisect_right(self._order, after)
-        end = len(self._order) if before is None else bisect_left(self._order, before)
-        places = range(start, end)
-        if newest_first or before is not None:
-            places = places[::-1]
-        return (self._sessions[self._order[place]] for place in places)
+        walked = walk(self._order, after=after, before=before, newest_first=newest_first)
+        # other calls may delete sessions while a long list is filtered
+        return (self._sessions[each] for each in walked if each in self._sessions)
 
     def conversation(self, session_id: str) -> Conversation:
         """Return the conversation of a session; 404 if it is unknown."""

@@ -6,12 +6,13 @@ decisions.
 
 from __future__ import annotations
 
-from bisect import bisect_left, bisect_right
 from collections import OrderedDict
 from heapq import heappop, heappush
+from itertools import islice
 from typing import TYPE_CHECKING, Final, NamedTuple
 
 from workpool.server.api_errors import APIError
+from workpool.server.ascending_ids import AscendingIds, walk
 from workpool.server.queue.deliveries import Deliveries
 from workpool.server.queue.lease_expiry import Leases
 from workpool.server.queue.long_polls import WaitingPolls
@@ -54,14 +55,14 @@ class Queue:
         self.deliveries = Deliveries()
         self.waiting = WaitingPolls()
         self._items: dict[str, Item] = {}
-        self._ids: list[str] = []
+        self._ids = AscendingIds()
         self._fresh: list[str] = []
         self._queued = self._stopped = 0
         self._recent: OrderedDict[str, int] = OrderedDict()
         self._pollers: OrderedDict[str, int] = OrderedDict()
 
     def __len__(self) -> int:
-        return len(self._ids)
+        return len(self._items)
 
     def get(self, work_id: str) -> Item:
         """Return the item; 404 if the id is unknown or malformed."""
@@ -101,7 +102,7 @@ class Queue:
     def remove(self, work_id: str) -> None:
         """Remove a stopped item."""
         self._stopped -= self._items.pop(work_id).state == STOPPED
-        del self._ids[bisect_left(self._ids, work_id)]
+        self._ids.remove(work_id)
 
     def _put_queued(self, item: Item, former: Item | None) -> None:
         if item.delivered_at is None:
@@ -127,24 +128,16 @@ class Queue:
 
     def page(self, limit: int, *, after: str = "", before: str | None = None) -> Sequence[Item]:
         """Return up to `limit` items next to a place in the order of ids, ascending."""
-        if before is None:
-            start = bisect_right(self._ids, after)
-            ids = self._ids[start : start + limit]
-        else:
-            end = bisect_left(self._ids, before)
-            ids = self._ids[max(0, end - limit) : end]
-        return [self._items[work_id] for work_id in ids]
+        walked = walk(self._ids, after=after, before=before)
+        items = [self._items[work_id] for work_id in islice(walked, limit)]
+        return items if before is None else items[::-1]
 
     def walk(
         self, *, after: str = "", before: str | None = None, newest_first: bool = False
     ) -> Iterator[Item]:
         """Iterate over the items next to a place, nearest first."""
-        start = bisect_right(self._ids, after)
-        end = len(self._ids) if before is None else bisect_left(self._ids, before)
-        places = range(start, end)
-        if newest_first or before is not None:
-            places = places[::-1]
-        return (self._items[self._ids[place]] for place in places)
+        walked = walk(self._ids, after=after, before=before, newest_first=newest_first)
+        return (self._items[work_id] for work_id in walked)
 
     def poll_seen(self, worker_id: str, now: int) -> None:
         """Record that this worker polls."""
@@ -163,7 +156,7 @@ class Queue:
             pending=len(self._recent),
             oldest_queued_at=None if oldest is None else self._items[oldest].created_at,
             workers_polling=len(self._pollers),
-            running=len(self._ids) - self._queued - self._stopped,
+            running=len(self._items) - self._queued - self._stopped,
             stopped=self._stopped,
         )
 

@@ -1,0 +1,88 @@
+"""Ids in ascending order, where removing one costs the same however many there are.
+
+With one list of a million ids, each removal would move all later ids: 0.2 ms in which no request is
+served, for each item and each session whose retention is over.
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_left, bisect_right
+from operator import itemgetter
+from typing import TYPE_CHECKING, Final
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Iterator
+
+CHUNK_MAX: Final = 512
+_first: Final = itemgetter(0)
+
+
+class AscendingIds:
+    """A list of ids in chunks; a new id must be greater than all before it.
+
+    An id that is added or removed while an iterator is open may be in what it returns or not.
+    """
+
+    def __init__(self, ids: Iterable[str] = ()) -> None:
+        self._chunks: list[list[str]] = []
+        for each in ids:
+            self.append(each)
+
+    def append(self, new_id: str) -> None:
+        """Add the greatest id."""
+        if not self._chunks or len(self._chunks[-1]) == CHUNK_MAX:
+            self._chunks.append([])
+        self._chunks[-1].append(new_id)
+
+    def remove(self, old_id: str) -> None:
+        """Remove an id that is in the list."""
+        place = bisect_right(self._chunks, old_id, key=_first) - 1
+        chunk = self._chunks[place]
+        del chunk[bisect_left(chunk, old_id)]
+        if not chunk:
+            del self._chunks[place]
+
+    def after(self, place: str) -> Iterator[str]:
+        """Iterate over the ids that are greater than `place`, ascending."""
+        while ids := self._next(place):
+            yield from ids
+            place = ids[-1]
+
+    def before(self, place: str | None) -> Iterator[str]:
+        """Iterate over the ids that are less than `place` (None: over all), descending."""
+        while ids := self._previous(place):
+            yield from ids
+            place = ids[-1]
+
+    def _next(self, place: str) -> list[str]:
+        first = max(0, bisect_right(self._chunks, place, key=_first) - 1)
+        for chunk in self._chunks[first : first + 2]:
+            start = bisect_right(chunk, place)
+            if start < len(chunk):
+                return chunk[start:]
+        return []
+
+    def _previous(self, place: str | None) -> list[str]:
+        if place is None:
+            return self._chunks[-1][::-1] if self._chunks else []
+        number = bisect_left(self._chunks, place, key=_first)
+        if number == 0:
+            return []
+        chunk = self._chunks[number - 1]
+        return chunk[: bisect_left(chunk, place)][::-1]
+
+
+def walk(
+    ids: AscendingIds, *, after: str = "", before: str | None = None, newest_first: bool = False
+) -> Iterator[str]:
+    """Iterate over the ids between two places, ascending from `after` unless `before` is given.
+
+    `newest_first`: descending in any case.
+    """
+    if before is None and not newest_first:
+        yield from ids.after(after)
+        return
+    for each in ids.before(before):
+        if each <= after:
+            return
+        yield each
