@@ -101,7 +101,7 @@ async def own_thread(session: Session) -> None:
 """
 
 
-class Command:
+class RunningCommand:
     """A running `workpool` process and its output so far."""
 
     def __init__(self, process: asyncio.subprocess.Process) -> None:
@@ -113,7 +113,7 @@ class Command:
         self._process = process
         self._stdout, self._stderr = process.stdout, process.stderr
 
-    async def logs(self, text: str) -> str:
+    async def wait_for_log(self, text: str) -> str:
         """Wait for a line on stderr that contains `text`, which may have arrived before."""
         for line in self.err.splitlines():
             if text in line:
@@ -125,7 +125,7 @@ class Command:
                     return line
         pytest.fail(f"ended without {text!r}: {self.out}{self.err}")
 
-    async def prints(self, text: str = "") -> str:
+    async def wait_for_output(self, text: str = "") -> str:
         """Wait for the next line on stdout that contains `text`."""
         async with asyncio.timeout(SECONDS):
             while line := (await self._stdout.readline()).decode():
@@ -134,10 +134,10 @@ class Command:
                     return line
         pytest.fail(f"ended without {text!r}: {self.out}{self.err}")
 
-    def send(self, number: signal.Signals) -> None:
+    def send_signal(self, number: signal.Signals) -> None:
         self._process.send_signal(number)
 
-    async def ends(self, seconds: float = SECONDS) -> int:
+    async def wait_for_end(self, seconds: float = SECONDS) -> int:
         """Wait for the end of the process, read the rest, and return the exit status."""
         async with asyncio.timeout(seconds):
             out, err = await self._process.communicate()
@@ -155,12 +155,12 @@ class Command:
             await self._process.communicate()
 
 
-class Start(Protocol):
-    async def __call__(self, *arguments: str, **variables: str) -> Command: ...
+class StartCommand(Protocol):
+    async def __call__(self, *arguments: str, **variables: str) -> RunningCommand: ...
 
 
 @pytest.fixture(autouse=True)
-def interruptible() -> Iterator[None]:
+def interruptible_commands() -> Iterator[None]:
     """Let commands obey Ctrl-C, which a shell disables if it runs the tests in the background."""
     former = signal.getsignal(signal.SIGINT)
     if former is signal.SIG_IGN:
@@ -170,7 +170,7 @@ def interruptible() -> Iterator[None]:
 
 
 @pytest.fixture
-async def plane() -> AsyncIterator[ControlPlane]:
+async def control_plane() -> AsyncIterator[ControlPlane]:
     async with ControlPlane(
         environments=(ENVIRONMENT, FORBIDDEN),
         cloud_environments=(CLOUD,),
@@ -181,7 +181,7 @@ async def plane() -> AsyncIterator[ControlPlane]:
 
 
 @pytest.fixture
-def folder(tmp_path: Path) -> Path:
+def command_directory(tmp_path: Path) -> Path:
     """Return the current directory of the commands, with `handlers.py` in it."""
     (tmp_path / "handlers.py").write_text(HANDLERS)
     return tmp_path
@@ -194,46 +194,50 @@ def launcher() -> tuple[str, ...]:
 
 
 @pytest.fixture
-async def bare(folder: Path, launcher: tuple[str, ...]) -> AsyncIterator[Start]:
+async def start_without_settings(
+    command_directory: Path, launcher: tuple[str, ...]
+) -> AsyncIterator[StartCommand]:
     """Return a function that starts a command without any settings but the given ones."""
-    commands: list[Command] = []
+    commands: list[RunningCommand] = []
     foreign = ("WORKPOOL_", "QODER_PAT", "ANTHROPIC_")
 
-    async def start(*arguments: str, **variables: str) -> Command:
+    async def start_process(*arguments: str, **variables: str) -> RunningCommand:
         inherited = {k: v for k, v in os.environ.items() if not k.startswith(foreign)}
         process = await asyncio.create_subprocess_exec(
             *(*launcher, *arguments),
             env={**inherited, **variables},
-            cwd=folder,
+            cwd=command_directory,
             stdin=asyncio.subprocess.DEVNULL,
             stdout=asyncio.subprocess.PIPE,
             stderr=asyncio.subprocess.PIPE,
         )
-        commands.append(Command(process))
+        commands.append(RunningCommand(process))
         return commands[-1]
 
-    yield start
+    yield start_process
     for command in commands:
         await command.kill()
 
 
 @pytest.fixture
-def start(bare: Start, plane: ControlPlane) -> Start:
+def start_command(
+    start_without_settings: StartCommand, control_plane: ControlPlane
+) -> StartCommand:
     """Return a function that starts a command whose environment points to the control plane."""
 
-    async def begin(*arguments: str, **variables: str) -> Command:
+    async def start_process(*arguments: str, **variables: str) -> RunningCommand:
         defaults = {
-            "WORKPOOL_BASE_URL": plane.base_url,
+            "WORKPOOL_BASE_URL": control_plane.base_url,
             "WORKPOOL_ENVIRONMENT_ID": ENVIRONMENT,
             "WORKPOOL_TOKEN": TOKEN,
             "WORKPOOL_METRICS_LISTEN": "127.0.0.1:0",
         }
-        return await bare(*arguments, **{**defaults, **variables})
+        return await start_without_settings(*arguments, **{**defaults, **variables})
 
-    return begin
+    return start_process
 
 
-class Ended(NamedTuple):
+class EndedCommand(NamedTuple):
     """A command that has ended."""
 
     status: int
@@ -241,21 +245,25 @@ class Ended(NamedTuple):
     err: str
 
 
-class Ask(Protocol):
-    async def __call__(self, *arguments: str, **variables: str) -> Ended: ...
+class RunInProcess(Protocol):
+    async def __call__(self, *arguments: str, **variables: str) -> EndedCommand: ...
 
 
 @pytest.fixture
-def ask(plane: ControlPlane, folder: Path, monkeypatch: pytest.MonkeyPatch) -> Ask:
-    """Return a function that runs a short command in this process; a new process takes a second."""
-    monkeypatch.chdir(folder)
-    monkeypatch.setattr(sys, "path", [str(folder), *sys.path])
+def run_in_process(
+    control_plane: ControlPlane, command_directory: Path, monkeypatch: pytest.MonkeyPatch
+) -> RunInProcess:
+    """Return a function that runs a short command in this process, because a new one takes a
+    second.
+    """
+    monkeypatch.chdir(command_directory)
+    monkeypatch.setattr(sys, "path", [str(command_directory), *sys.path])
     monkeypatch.delitem(sys.modules, "handlers", raising=False)
 
-    async def run(*arguments: str, **variables: str) -> Ended:
+    async def run(*arguments: str, **variables: str) -> EndedCommand:
         environment = dict.fromkeys((n for n in os.environ if n.startswith("WORKPOOL_")), "")
         environment |= {
-            "WORKPOOL_BASE_URL": plane.base_url,
+            "WORKPOOL_BASE_URL": control_plane.base_url,
             "WORKPOOL_ENVIRONMENT_ID": ENVIRONMENT,
             "WORKPOOL_TOKEN": TOKEN,
         }
@@ -267,6 +275,6 @@ def ask(plane: ControlPlane, folder: Path, monkeypatch: pytest.MonkeyPatch) -> A
         assert LIMITED not in result.output
         if result.exception is not None and not isinstance(result.exception, SystemExit):
             raise result.exception
-        return Ended(result.exit_code, result.stdout, result.stderr)
+        return EndedCommand(result.exit_code, result.stdout, result.stderr)
 
     return run

@@ -48,7 +48,7 @@ class UnavailableError(Exception):
     """The error that the control plane cannot be installed, with the reason."""
 
 
-def interpreter() -> str:
+def python_interpreter() -> str:
     """Return the path of a Python that can run the control plane.
 
     Raises:
@@ -58,15 +58,15 @@ def interpreter() -> str:
         return sys.executable
     for version in PYTHONS:
         # The pyenv shim `python3.12` fails unless pyenv has selected that version.
-        for variables in ({}, {"PYENV_VERSION": output("pyenv", "latest", version)}):
+        for variables in ({}, {"PYENV_VERSION": command_output("pyenv", "latest", version)}):
             code = "import sys; print(sys.executable)"
-            path = output(f"python{version}", "-c", code, **variables)
+            path = command_output(f"python{version}", "-c", code, **variables)
             if path:
                 return path
     raise UnavailableError(f"none of Python {', '.join(PYTHONS)} is installed")
 
 
-def output(*command: str, **variables: str) -> str:
+def command_output(*command: str, **variables: str) -> str:
     """Return what a command prints; empty when it fails or does not exist."""
     with suppress(OSError, subprocess.SubprocessError):
         return subprocess.check_output(  # noqa: S603 - our own words
@@ -75,7 +75,7 @@ def output(*command: str, **variables: str) -> str:
     return ""
 
 
-def install(folder: Path) -> str:
+def install_control_plane(folder: Path) -> str:
     """Install the control plane into a virtual environment; return the path of its Python.
 
     Raises:
@@ -83,7 +83,7 @@ def install(folder: Path) -> str:
     """
     python = str(folder / "bin" / "python")
     for command in (
-        [interpreter(), "-m", "venv", str(folder)],
+        [python_interpreter(), "-m", "venv", str(folder)],
         [python, "-m", "pip", "install", "-q", "--disable-pip-version-check", PACKAGE],
     ):
         try:
@@ -126,7 +126,7 @@ async def post(http: aiohttp.ClientSession, url: str, body: object) -> dict[str,
 
 
 @asynccontextmanager
-async def running(python: str, folder: Path) -> AsyncIterator[OpenManagedAgents]:
+async def running_control_plane(python: str, folder: Path) -> AsyncIterator[OpenManagedAgents]:
     """Run the control plane on a free port of the loopback interface, with an empty queue."""
     database = f"sqlite+aiosqlite:///{folder / 'open_managed_agents.db'}"
     with socket.create_server(("127.0.0.1", 0), backlog=128) as listening:

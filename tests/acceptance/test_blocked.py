@@ -1,4 +1,4 @@
-"""`workpool run` reports a blocked event loop and ends, whatever else fails at the same time."""
+"""`workpool run` reports a blocked event loop and ends, even if logs or directories fail too."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from tests.acceptance.conftest import ENVIRONMENT, SECONDS, TOKEN
 if TYPE_CHECKING:
     from pathlib import Path
 
-    from tests.acceptance.conftest import Start
+    from tests.acceptance.conftest import StartCommand
     from workpool.server import ControlPlane
 
 pytestmark = [pytest.mark.acceptance, pytest.mark.timeout(120)]
@@ -83,15 +83,15 @@ async def flood(session):
 
 
 @pytest.fixture
-def no_writable_directory(
-    request: pytest.FixtureRequest, folder: Path
+def launcher_without_writable_directory(
+    request: pytest.FixtureRequest, command_directory: Path
 ) -> tuple[tuple[str, ...], dict[str, str]]:
     """Return a launcher whose process can write no temporary file, and its variables."""
     if request.param == "no temporary directory":
         return (sys.executable, "-c", NO_TEMPORARY_DIRECTORY), {}
     launcher = ("unshare", "--mount", "sh", "-c", READ_ONLY, "sh")
     try:
-        subprocess.check_call((*launcher, "true"), cwd=folder)  # noqa: S603 - fixed words
+        subprocess.check_call((*launcher, "true"), cwd=command_directory)  # noqa: S603 - fixed words
     except (OSError, subprocess.CalledProcessError):
         pytest.skip("this machine does not permit a read-only mount namespace")
     return (*launcher, sys.executable, "-m", "workpool"), {"TMPDIR": "/proc"}
@@ -99,8 +99,8 @@ def no_writable_directory(
 
 @pytest.fixture
 def launcher(request: pytest.FixtureRequest) -> tuple[str, ...]:
-    if "no_writable_directory" in request.fixturenames:
-        found: tuple[str, ...] = request.getfixturevalue("no_writable_directory")[0]
+    if "launcher_without_writable_directory" in request.fixturenames:
+        found: tuple[str, ...] = request.getfixturevalue("launcher_without_writable_directory")[0]
         return found
     return (sys.executable, "-m", "workpool")
 
@@ -110,28 +110,32 @@ def log_time(line: str) -> float:
 
 
 @pytest.mark.parametrize(
-    "no_writable_directory", ["read-only mounts", "no temporary directory"], indirect=True
+    "launcher_without_writable_directory",
+    ["read-only mounts", "no temporary directory"],
+    indirect=True,
 )
 async def test_blocked_loop_without_writable_directory_is_reported_and_ends_process(
-    start: Start,
-    plane: ControlPlane,
-    no_writable_directory: tuple[tuple[str, ...], dict[str, str]],
+    start_command: StartCommand,
+    control_plane: ControlPlane,
+    launcher_without_writable_directory: tuple[tuple[str, ...], dict[str, str]],
 ) -> None:
-    plane.enqueue(metadata={"do": "block"})
-    command = await start("run", "handlers", WORKPOOL_MAX_BLOCK="1.5", **no_writable_directory[1])
-    assert await command.ends() == 1
+    control_plane.enqueue(metadata={"do": "block"})
+    command = await start_command(
+        "run", "handlers", WORKPOOL_MAX_BLOCK="1.5", **launcher_without_writable_directory[1]
+    )
+    assert await command.wait_for_end() == 1
     assert "event loop blocked" in command.err
     assert "in block" in command.err  # a line of the printed stacks
 
 
 async def test_blocked_loop_report_states_seconds_since_loop_answered(
-    start: Start, plane: ControlPlane
+    start_command: StartCommand, control_plane: ControlPlane
 ) -> None:
-    plane.enqueue(metadata={"do": "block"})
-    command = await start("run", "handlers", WORKPOOL_MAX_BLOCK="2.5")
-    began = log_time(await command.logs("block runs"))
-    line = await command.logs("event loop blocked")
-    assert await command.ends() == 1
+    control_plane.enqueue(metadata={"do": "block"})
+    command = await start_command("run", "handlers", WORKPOOL_MAX_BLOCK="2.5")
+    began = log_time(await command.wait_for_log("block runs"))
+    line = await command.wait_for_log("event loop blocked")
+    assert await command.wait_for_end() == 1
     stated = re.search(r"seconds=(\d+\.\d+) ", line)
     assert stated is not None
     blocked = log_time(line) - began
@@ -142,62 +146,62 @@ async def test_blocked_loop_report_states_seconds_since_loop_answered(
 
 
 @pytest.mark.parametrize("error", ["RuntimeError", "SystemExit", "KeyboardInterrupt"])
-async def test_log_handler_that_raises_while_loop_is_blocked_ends_process(
-    start: Start, plane: ControlPlane, folder: Path, error: str
+async def test_log_handler_that_raises_while_loop_is_blocked_does_not_keep_process_running(
+    start_command: StartCommand, control_plane: ControlPlane, command_directory: Path, error: str
 ) -> None:
-    (folder / "raising.py").write_text(RAISING_LOG.format(error=error))
-    plane.enqueue(metadata={"do": "block"})
-    command = await start("run", "raising", WORKPOOL_MAX_BLOCK="3600")
-    assert await command.ends() == 1
+    (command_directory / "raising.py").write_text(RAISING_LOG.format(error=error))
+    control_plane.enqueue(metadata={"do": "block"})
+    command = await start_command("run", "raising", WORKPOOL_MAX_BLOCK="3600")
+    assert await command.wait_for_end() == 1
     assert "raised by a log handler" in command.err
 
 
 @pytest.mark.parametrize("do", ["block", "linger"])
 async def test_exporter_that_raises_system_exit_ends_process(
-    start: Start, plane: ControlPlane, folder: Path, do: str
+    start_command: StartCommand, control_plane: ControlPlane, command_directory: Path, do: str
 ) -> None:
     """The loop is blocked in one case, and runs in the other."""
-    (folder / "raising.py").write_text(RAISING_EXPORTER.format(error="SystemExit"))
-    plane.enqueue(metadata={"do": do})
-    command = await start("run", "raising", WORKPOOL_MAX_BLOCK="3600")
-    url = (await command.logs("metrics served url=")).partition("url=")[2].split()[0]
-    await command.logs(f"{do} runs")
+    (command_directory / "raising.py").write_text(RAISING_EXPORTER.format(error="SystemExit"))
+    control_plane.enqueue(metadata={"do": do})
+    command = await start_command("run", "raising", WORKPOOL_MAX_BLOCK="3600")
+    url = (await command.wait_for_log("metrics served url=")).partition("url=")[2].split()[0]
+    await command.wait_for_log(f"{do} runs")
     async with aiohttp.ClientSession() as http:
         with pytest.raises(aiohttp.ClientError):
             await http.get(url.removesuffix("metrics") + "healthz")
-    assert await command.ends() == 1
+    assert await command.wait_for_end() == 1
     assert "raised by the exporter" in command.err
 
 
 async def test_failed_renewer_thread_while_loop_runs_lets_handlers_clean_up(
-    start: Start, plane: ControlPlane, folder: Path
+    start_command: StartCommand, control_plane: ControlPlane, command_directory: Path
 ) -> None:
-    (folder / "raising.py").write_text(RAISING_EXPORTER.format(error="SystemExit"))
-    (folder / "tidy.py").write_text(CLEANUP)
-    plane.enqueue()
-    command = await start("run", "tidy", "raising")
-    url = (await command.logs("metrics served url=")).partition("url=")[2].split()[0]
-    await command.logs("tidy runs")
+    (command_directory / "raising.py").write_text(RAISING_EXPORTER.format(error="SystemExit"))
+    (command_directory / "tidy.py").write_text(CLEANUP)
+    control_plane.enqueue()
+    command = await start_command("run", "tidy", "raising")
+    url = (await command.wait_for_log("metrics served url=")).partition("url=")[2].split()[0]
+    await command.wait_for_log("tidy runs")
     async with aiohttp.ClientSession() as http:
         with pytest.raises(aiohttp.ClientError):
             await http.get(url.removesuffix("metrics") + "healthz")
-    assert await command.ends() == 1
+    assert await command.wait_for_end() == 1
     assert "tidy cleans up" in command.err
     assert "pool failed" in command.err
 
 
 async def test_handler_blocked_on_full_stderr_does_not_keep_process_running(
-    plane: ControlPlane, folder: Path
+    control_plane: ControlPlane, command_directory: Path
 ) -> None:
     """The handler holds the lock of the only log output, which is not read."""
-    (folder / "flood.py").write_text(FLOOD)
-    plane.enqueue()
+    (command_directory / "flood.py").write_text(FLOOD)
+    control_plane.enqueue()
     process = subprocess.Popen(  # noqa: ASYNC220 - it must not be read, which asyncio would
         (sys.executable, "-m", "workpool", "run", "flood"),
-        cwd=folder,
+        cwd=command_directory,
         env=os.environ
         | {
-            "WORKPOOL_BASE_URL": plane.base_url,
+            "WORKPOOL_BASE_URL": control_plane.base_url,
             "WORKPOOL_ENVIRONMENT_ID": ENVIRONMENT,
             "WORKPOOL_TOKEN": TOKEN,
             "WORKPOOL_METRICS_LISTEN": "off",

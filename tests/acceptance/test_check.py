@@ -10,15 +10,17 @@ import pytest
 from tests.acceptance.conftest import WORKER_KEY
 
 if TYPE_CHECKING:
-    from tests.acceptance.conftest import Ask, Start
+    from tests.acceptance.conftest import RunInProcess, StartCommand
     from workpool.server import ControlPlane
 
 pytestmark = [pytest.mark.acceptance, pytest.mark.timeout(120)]
 
 
-async def test_check_without_problems_reports_ok_for_every_subject(start: Start) -> None:
-    command = await start("check", "handlers")
-    assert await command.ends() == 0
+async def test_check_without_problems_reports_ok_for_every_subject(
+    start_command: StartCommand,
+) -> None:
+    command = await start_command("check", "handlers")
+    assert await command.wait_for_end() == 0
     lines = command.out.splitlines()
     assert [line.split()[0] for line in lines] == ["ok"] * 5
     for subject in ("settings", "plugins: handlers", "credentials", "control plane", "clock"):
@@ -27,18 +29,20 @@ async def test_check_without_problems_reports_ok_for_every_subject(start: Start)
 
 @pytest.mark.parametrize("dialect", ["qoder", "anthropic"])
 async def test_check_with_key_that_may_not_query_statistics_succeeds(
-    ask: Ask, plane: ControlPlane, dialect: str
+    run_in_process: RunInProcess, control_plane: ControlPlane, dialect: str
 ) -> None:
-    url = {"qoder": plane.base_url, "anthropic": plane.anthropic_base_url}[dialect]
+    url = {"qoder": control_plane.base_url, "anthropic": control_plane.anthropic_base_url}[dialect]
     variables = {"WORKPOOL_BASE_URL": url, "WORKPOOL_DIALECT": dialect}
-    ended = await ask("check", "handlers", WORKPOOL_TOKEN=WORKER_KEY, **variables)
+    ended = await run_in_process("check", "handlers", WORKPOOL_TOKEN=WORKER_KEY, **variables)
     assert ended.status == 0
     assert "FAIL" not in ended.out
 
 
-async def test_check_output_does_not_show_values_of_extra_headers(ask: Ask) -> None:
+async def test_check_output_does_not_show_values_of_extra_headers(
+    run_in_process: RunInProcess,
+) -> None:
     headers = '{"x-worker-token": "hunter2-hunter2"}'
-    ended = await ask("check", "handlers", "--json", WORKPOOL_EXTRA_HEADERS=headers)
+    ended = await run_in_process("check", "handlers", "--json", WORKPOOL_EXTRA_HEADERS=headers)
     assert ended.status == 0
     assert "hunter2" not in ended.out + ended.err
 
@@ -56,14 +60,14 @@ async def test_check_output_does_not_show_values_of_extra_headers(ask: Ask) -> N
     ],
 )
 async def test_failed_check_has_exit_status_and_names_setting(
-    ask: Ask,
+    run_in_process: RunInProcess,
     arguments: list[str],
     variables: dict[str, str],
     status: int,
     check: str,
     expected_text: str,
 ) -> None:
-    ended = await ask("check", *arguments, "--json", **variables)
+    ended = await run_in_process("check", *arguments, "--json", **variables)
     assert ended.status == status
     found = json.loads(ended.out)
     assert found["ok"] is False
@@ -72,8 +76,10 @@ async def test_failed_check_has_exit_status_and_names_setting(
     assert expected_text in failed["message"] + failed["advice"]
 
 
-async def test_probable_mistake_in_settings_is_a_warning_of_check(ask: Ask) -> None:
-    ended = await ask("check", WORKPOOL_WRITE_RATE="0.5", WORKPOOL_LAESE_TTL="30")
+async def test_probable_mistake_in_settings_is_a_warning_of_check(
+    run_in_process: RunInProcess,
+) -> None:
+    ended = await run_in_process("check", WORKPOOL_WRITE_RATE="0.5", WORKPOOL_LAESE_TTL="30")
     assert ended.status == 0
     warnings = [line for line in ended.out.splitlines() if line.startswith("warn")]
     assert len(warnings) == 4
@@ -86,8 +92,10 @@ async def test_probable_mistake_in_settings_is_a_warning_of_check(ask: Ask) -> N
         assert any(expected_text in line for line in warnings)
 
 
-async def test_plugins_command_as_json_lists_hooks_and_handlers(ask: Ask) -> None:
-    ended = await ask("plugins", "handlers:finish", "--json")
+async def test_plugins_command_as_json_lists_hooks_and_handlers(
+    run_in_process: RunInProcess,
+) -> None:
+    ended = await run_in_process("plugins", "handlers:finish", "--json")
     assert ended.status == 0
     found: dict[str, Any] = json.loads(ended.out)
     [echo] = [each for each in found["available"] if each["name"] == "echo"]
@@ -105,8 +113,10 @@ async def test_plugins_command_as_json_lists_hooks_and_handlers(ask: Ask) -> Non
     ]
 
 
-async def test_plugins_command_as_text_lists_plugins_and_handlers(ask: Ask) -> None:
-    ended = await ask("plugins", "handlers")
+async def test_plugins_command_as_text_lists_plugins_and_handlers(
+    run_in_process: RunInProcess,
+) -> None:
+    ended = await run_in_process("plugins", "handlers")
     assert ended.status == 0
     rows = [line.split("\t") for line in ended.out.splitlines()]
     assert ["available", "echo", "workpool_echo"] in [row[:3] for row in rows]
@@ -114,7 +124,9 @@ async def test_plugins_command_as_text_lists_plugins_and_handlers(ask: Ask) -> N
     assert ["handler", "handlers.finish", "type=session do=finish"] in [row[:3] for row in rows]
 
 
-async def test_plugins_command_with_unknown_plugin_suggests_a_name(ask: Ask) -> None:
-    ended = await ask("plugins", "eco")
+async def test_plugins_command_with_unknown_plugin_suggests_a_name(
+    run_in_process: RunInProcess,
+) -> None:
+    ended = await run_in_process("plugins", "eco")
     assert ended.status == 2
     assert "did you mean 'echo'" in ended.err

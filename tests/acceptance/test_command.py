@@ -11,27 +11,27 @@ import pytest
 import workpool
 
 if TYPE_CHECKING:
-    from tests.acceptance.conftest import Start
+    from tests.acceptance.conftest import StartCommand
 
 pytestmark = [pytest.mark.acceptance, pytest.mark.timeout(120)]
 
 
-async def test_command_without_arguments_prints_help(bare: Start) -> None:
-    command = await bare()
-    assert await command.ends() == 0
+async def test_command_without_arguments_prints_help(start_without_settings: StartCommand) -> None:
+    command = await start_without_settings()
+    assert await command.wait_for_end() == 0
     for name in ("demo", "run", "serve", "check", "plugins", "new", "work"):
         assert name in command.out
 
 
-async def test_version_flag_prints_version(bare: Start) -> None:
-    command = await bare("--version")
-    assert await command.ends() == 0
+async def test_version_flag_prints_version(start_without_settings: StartCommand) -> None:
+    command = await start_without_settings("--version")
+    assert await command.wait_for_end() == 0
     assert command.out == f"workpool {workpool.__version__}\n"
 
 
-async def test_unknown_command_ends_with_status_2(bare: Start) -> None:
-    command = await bare("rnu")
-    assert await command.ends() == 2
+async def test_unknown_command_ends_with_status_2(start_without_settings: StartCommand) -> None:
+    command = await start_without_settings("rnu")
+    assert await command.wait_for_end() == 2
     assert command.out == ""
 
 

@@ -13,15 +13,17 @@ from workpool.server import ControlPlane
 from workpool.testing import Faults, delay
 
 if TYPE_CHECKING:
-    from tests.acceptance.conftest import Ask, Start
+    from tests.acceptance.conftest import RunInProcess, StartCommand
 
 pytestmark = [pytest.mark.acceptance, pytest.mark.timeout(120)]
 
 
 async def test_conform_with_holding_clauses_ends_with_status_0(
-    ask: Ask, plane: ControlPlane
+    run_in_process: RunInProcess, control_plane: ControlPlane
 ) -> None:
-    ended = await ask("conform", plane.base_url, "--clause", "ack-starts", "--clause", "stop-force")
+    ended = await run_in_process(
+        "conform", control_plane.base_url, "--clause", "ack-starts", "--clause", "stop-force"
+    )
     assert ended.out.splitlines() == [
         "holds               ack-starts",
         "holds               stop-force",
@@ -30,9 +32,11 @@ async def test_conform_with_holding_clauses_ends_with_status_0(
     assert ended.status == 0
 
 
-async def test_conform_with_dialect_flag_uses_that_dialect(ask: Ask, plane: ControlPlane) -> None:
-    ended = await ask(
-        *("conform", plane.anthropic_base_url, "--dialect", "anthropic"),
+async def test_conform_with_dialect_flag_uses_that_dialect(
+    run_in_process: RunInProcess, control_plane: ControlPlane
+) -> None:
+    ended = await run_in_process(
+        *("conform", control_plane.anthropic_base_url, "--dialect", "anthropic"),
         *("--clause", "stop-force", "--json"),
     )
     report = json.loads(ended.out)
@@ -48,19 +52,21 @@ async def test_conform_with_dialect_flag_uses_that_dialect(ask: Ask, plane: Cont
 
 
 async def test_conform_with_wrong_dialect_for_address_ends_with_status_4(
-    ask: Ask, plane: ControlPlane
+    run_in_process: RunInProcess, control_plane: ControlPlane
 ) -> None:
-    ended = await ask("conform", plane.base_url, "--dialect", "anthropic", "--clause", "stop-force")
+    ended = await run_in_process(
+        "conform", control_plane.base_url, "--dialect", "anthropic", "--clause", "stop-force"
+    )
     assert "differs harmlessly  stop-force: HTTP 200 with a body" in ended.out
     assert ended.status == 4
 
 
 async def test_conform_with_untried_clause_ends_with_status_5(
-    ask: Ask, plane: ControlPlane
+    run_in_process: RunInProcess, control_plane: ControlPlane
 ) -> None:
-    (item,) = plane.enqueue()
-    ended = await ask(
-        *("conform", plane.base_url, "--work-id", item.id),
+    (item,) = control_plane.enqueue()
+    ended = await run_in_process(
+        *("conform", control_plane.base_url, "--work-id", item.id),
         *("--clause", "ack-starts", "--clause", "stop-force"),
     )
     assert "could not be tried  stop-force: all given items are used" in ended.out
@@ -68,28 +74,30 @@ async def test_conform_with_untried_clause_ends_with_status_5(
 
 
 async def test_conform_in_environment_with_foreign_items_is_refused(
-    ask: Ask, plane: ControlPlane
+    run_in_process: RunInProcess, control_plane: ControlPlane
 ) -> None:
-    (item,) = plane.enqueue()
-    ended = await ask("conform", plane.base_url)
+    (item,) = control_plane.enqueue()
+    ended = await run_in_process("conform", control_plane.base_url)
     assert f"item {item.id} was not created by the suite; --test-environment" in ended.err
     assert (ended.status, ended.out) == (2, "")
-    assert plane.operations.get(ENVIRONMENT, item.id).state == "queued"
+    assert control_plane.operations.get(ENVIRONMENT, item.id).state == "queued"
 
 
 async def test_conform_with_test_environment_flag_accepts_foreign_items(
-    ask: Ask, plane: ControlPlane
+    run_in_process: RunInProcess, control_plane: ControlPlane
 ) -> None:
-    plane.enqueue()
-    ended = await ask("conform", plane.base_url, "--test-environment", "--clause", "ack-starts")
+    control_plane.enqueue()
+    ended = await run_in_process(
+        "conform", control_plane.base_url, "--test-environment", "--clause", "ack-starts"
+    )
     assert ended.status == 0
 
 
 async def test_conform_without_permission_to_list_items_ends_with_status_3(
-    ask: Ask, plane: ControlPlane
+    run_in_process: RunInProcess, control_plane: ControlPlane
 ) -> None:
     variables = {"WORKPOOL_TOKEN": "wrong"}
-    ended = await ask("conform", plane.base_url, **variables)
+    ended = await run_in_process("conform", control_plane.base_url, **variables)
     assert "the items cannot be listed: HTTP 401" in ended.err
     assert ended.status == 3
 
@@ -103,15 +111,20 @@ async def test_conform_without_permission_to_list_items_ends_with_status_3(
     ],
 )
 async def test_conform_with_invalid_arguments_ends_with_status_2(
-    ask: Ask, plane: ControlPlane, arguments: list[str], expected_text: str
+    run_in_process: RunInProcess,
+    control_plane: ControlPlane,
+    arguments: list[str],
+    expected_text: str,
 ) -> None:
-    ended = await ask("conform", plane.base_url, *arguments)
+    ended = await run_in_process("conform", control_plane.base_url, *arguments)
     assert expected_text in ended.err
     assert ended.status == 2
 
 
-async def test_conform_without_answer_of_control_plane_ends_with_status_1(ask: Ask) -> None:
-    ended = await ask("conform", "http://127.0.0.1:9")
+async def test_conform_without_answer_of_control_plane_ends_with_status_1(
+    run_in_process: RunInProcess,
+) -> None:
+    ended = await run_in_process("conform", "http://127.0.0.1:9")
     assert "http://127.0.0.1:9: no answer: ClientConnectorError" in ended.err
     assert ended.status == 1
 
@@ -120,25 +133,27 @@ async def test_conform_without_answer_of_control_plane_ends_with_status_1(ask: A
 @pytest.mark.timeout(300)
 @pytest.mark.parametrize("dialect", ["qoder", "anthropic"])
 async def test_conform_of_embedded_control_plane_holds_every_clause(
-    start: Start, plane: ControlPlane, dialect: str
+    start_command: StartCommand, control_plane: ControlPlane, dialect: str
 ) -> None:
     """In real time this takes 80 s; the quick tests move the clock instead."""
-    address = plane.base_url if dialect == "qoder" else plane.anthropic_base_url
-    command = await start("conform", address, "--dialect", dialect)
-    assert await command.ends(seconds=290) == 0
+    address = control_plane.base_url if dialect == "qoder" else control_plane.anthropic_base_url
+    command = await start_command("conform", address, "--dialect", dialect)
+    assert await command.wait_for_end(seconds=290) == 0
     assert command.out.splitlines()[-1] == f"{len(CLAUSES)} holds"
 
 
 @pytest.mark.trial
 @pytest.mark.timeout(300)
-async def test_conform_of_slow_control_plane_finds_no_difference(bare: Start) -> None:
+async def test_conform_of_slow_control_plane_finds_no_difference(
+    start_without_settings: StartCommand,
+) -> None:
     """A fifth of a second for every answer must not look like lost leases."""
     faults = Faults()
     faults.add(delay(0.2))
     async with ControlPlane(
         environments=(ENVIRONMENT,), tokens={TOKEN: None}, middlewares=[faults.middleware]
     ) as plane:
-        command = await bare(
+        command = await start_without_settings(
             *("conform", plane.base_url, "--environment-id", ENVIRONMENT), WORKPOOL_TOKEN=TOKEN
         )
-        assert await command.ends(seconds=290) == 0
+        assert await command.wait_for_end(seconds=290) == 0

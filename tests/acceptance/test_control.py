@@ -24,51 +24,53 @@ from tests.acceptance.conftest import ENVIRONMENT
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-    from tests.acceptance.conftest import Ask, Command, Ended, Start
+    from tests.acceptance.conftest import EndedCommand, RunInProcess, RunningCommand, StartCommand
     from workpool.server import ControlPlane
 
 pytestmark = [
     pytest.mark.acceptance,
     pytest.mark.timeout(120),
-    pytest.mark.usefixtures("runtime"),
+    pytest.mark.usefixtures("socket_directory"),
 ]
 
 
 @pytest.fixture
-def runtime(monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
-    """The directory of the workers' sockets; its path is short, as those of sockets must be."""
+def socket_directory(monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """The directory of the workers' sockets, whose path is short because socket paths are
+    limited.
+    """
     with tempfile.TemporaryDirectory(prefix="wp-") as directory:
         for name in ("XDG_RUNTIME_DIR", "TMPDIR"):
             monkeypatch.setenv(name, directory)
         yield Path(directory) / "workpool"
 
 
-def mode(path: Path) -> int:
+def file_mode(path: Path) -> int:
     return stat.S_IMODE(path.stat().st_mode)
 
 
-def make(directory: Path, permissions: int) -> None:
+def make_directory(directory: Path, permissions: int) -> None:
     directory.mkdir(permissions)
 
 
-def names(directory: Path) -> list[str] | None:
+def file_names(directory: Path) -> list[str] | None:
     """Return the names of the files in a directory; None if it does not exist."""
     return sorted(path.name for path in directory.iterdir()) if directory.exists() else None
 
 
-async def socket_of(worker: Command) -> Path:
-    line = await worker.logs("control socket open")
+async def socket_path(worker: RunningCommand) -> Path:
+    line = await worker.wait_for_log("control socket open")
     return Path(re.search(r"file=(\S+)", line)[1])  # type: ignore[index] # - it matches
 
 
-async def readiness(worker: Command) -> tuple[int, str]:
-    line = await worker.logs("metrics served")
+async def readiness_status(worker: RunningCommand) -> tuple[int, str]:
+    line = await worker.wait_for_log("metrics served")
     url = re.search(r"url=(\S+)/metrics", line)[1] + "/readyz"  # type: ignore[index] # - it matches
     async with aiohttp.ClientSession() as session, session.get(url) as answer:
         return answer.status, await answer.text()
 
 
-def send(path: Path, data: bytes) -> Any:
+def send_bytes(path: Path, data: bytes) -> Any:
     """Send bytes to a worker's socket and return its answer; None if it gives none."""
     with socket.socket(socket.AF_UNIX) as connection:
         connection.settimeout(20)
@@ -79,52 +81,55 @@ def send(path: Path, data: bytes) -> Any:
 
 
 async def test_worker_is_paused_and_resumed_by_command(
-    start: Start, ask: Ask, plane: ControlPlane, runtime: Path
+    start_command: StartCommand,
+    run_in_process: RunInProcess,
+    control_plane: ControlPlane,
+    socket_directory: Path,
 ) -> None:
-    worker = await start("run", "handlers")
-    path = await socket_of(worker)
-    assert path.parent == runtime
-    assert mode(path) == 0o600
-    assert mode(runtime) == 0o700
-    await worker.logs("idle; waiting for work")
-    paused = await ask("pause", "database is moved")
+    worker = await start_command("run", "handlers")
+    path = await socket_path(worker)
+    assert path.parent == socket_directory
+    assert file_mode(path) == 0o600
+    assert file_mode(socket_directory) == 0o700
+    await worker.wait_for_log("idle; waiting for work")
+    paused = await run_in_process("pause", "database is moved")
     assert (paused.status, paused.err) == (0, "")
     assert paused.out.startswith(f"paused pid={worker.pid} environment_id={ENVIRONMENT} running=0")
-    assert "database is moved" in await worker.logs(" paused ")
-    status, body = await readiness(worker)
+    assert "database is moved" in await worker.wait_for_log(" paused ")
+    status, body = await readiness_status(worker)
     assert status == 503
     assert "paused: database is moved" in body
-    plane.enqueue(metadata={"do": "finish"})
-    assert (await ask("resume")).out.startswith(f"resumed pid={worker.pid} ")
-    await worker.logs("resumed")
-    await worker.logs("finish runs")
-    assert (await ask("drain")).out.startswith(f"draining pid={worker.pid} ")
-    assert await worker.ends() == 0
+    control_plane.enqueue(metadata={"do": "finish"})
+    assert (await run_in_process("resume")).out.startswith(f"resumed pid={worker.pid} ")
+    await worker.wait_for_log("resumed")
+    await worker.wait_for_log("finish runs")
+    assert (await run_in_process("drain")).out.startswith(f"draining pid={worker.pid} ")
+    assert await worker.wait_for_end() == 0
     assert "result=clean" in worker.err
-    assert names(runtime) == []
+    assert file_names(socket_directory) == []
 
 
-async def test_drain_by_command_gives_sessions_the_time_of_its_flag(
-    start: Start, ask: Ask, plane: ControlPlane
+async def test_drain_command_gives_sessions_the_time_of_its_flag(
+    start_command: StartCommand, run_in_process: RunInProcess, control_plane: ControlPlane
 ) -> None:
-    plane.enqueue(metadata={"do": "linger"})
-    worker = await start("run", "handlers", WORKPOOL_DRAIN_TIMEOUT="3600")
-    await worker.logs("linger runs")
-    assert (await ask("drain", "--timeout", "soon")).status == 2
-    assert (await ask("drain", "--timeout", "unlimited")).status == 0
-    await worker.logs("draining")
-    assert (await ask("drain", "--timeout", "0")).status == 0
-    assert await worker.ends() == 0
+    control_plane.enqueue(metadata={"do": "linger"})
+    worker = await start_command("run", "handlers", WORKPOOL_DRAIN_TIMEOUT="3600")
+    await worker.wait_for_log("linger runs")
+    assert (await run_in_process("drain", "--timeout", "soon")).status == 2
+    assert (await run_in_process("drain", "--timeout", "unlimited")).status == 0
+    await worker.wait_for_log("draining")
+    assert (await run_in_process("drain", "--timeout", "0")).status == 0
+    assert await worker.wait_for_end() == 0
     assert "result=deadline" in worker.err
 
 
 async def test_one_of_two_workers_is_chosen_by_its_process_id_or_environment(
-    start: Start, ask: Ask
+    start_command: StartCommand, run_in_process: RunInProcess
 ) -> None:
-    workers = [await start("run", "handlers") for _ in range(2)]
+    workers = [await start_command("run", "handlers") for _ in range(2)]
     for worker in workers:
-        await worker.logs("idle; waiting for work")
-    unclear = await ask("pause")
+        await worker.wait_for_log("idle; waiting for work")
+    unclear = await run_in_process("pause")
     assert unclear.status == 2
     assert (
         "several workers listen; choose one with --pid, --environment-id or --socket" in unclear.err
@@ -132,23 +137,25 @@ async def test_one_of_two_workers_is_chosen_by_its_process_id_or_environment(
     for worker in workers:
         assert f"pid={worker.pid} environment_id={ENVIRONMENT}" in unclear.err
     first, second = workers
-    assert (await ask("pause", "first", "--pid", str(first.pid))).status == 0
-    assert (await ask("pause", "second", "--socket", str(await socket_of(second)))).status == 0
-    assert "first" in await first.logs(" paused ")
-    assert "second" in await second.logs(" paused ")
-    other = await ask("pause", "--environment-id", "env_other")
+    assert (await run_in_process("pause", "first", "--pid", str(first.pid))).status == 0
+    assert (
+        await run_in_process("pause", "second", "--socket", str(await socket_path(second)))
+    ).status == 0
+    assert "first" in await first.wait_for_log(" paused ")
+    assert "second" in await second.wait_for_log(" paused ")
+    other = await run_in_process("pause", "--environment-id", "env_other")
     assert other.status == 1
     assert "no worker that the flags fit listens" in other.err
 
 
-async def test_no_worker_is_an_error_that_names_the_places_looked_at(
-    ask: Ask, runtime: Path
+async def test_command_without_running_worker_names_the_directories_searched(
+    run_in_process: RunInProcess, socket_directory: Path
 ) -> None:
-    ended: Ended = await ask("resume")
+    ended: EndedCommand = await run_in_process("resume")
     assert ended.status == 1
     assert "no worker listens (looked at " in ended.err
-    assert str(runtime) in ended.err
-    missing = await ask("resume", "--socket", "nowhere.sock")
+    assert str(socket_directory) in ended.err
+    missing = await run_in_process("resume", "--socket", "nowhere.sock")
     assert (missing.status, missing.err) == (
         1,
         "workpool: nowhere.sock: No such file or directory\n",
@@ -156,115 +163,123 @@ async def test_no_worker_is_an_error_that_names_the_places_looked_at(
 
 
 async def test_socket_of_a_killed_worker_is_removed_by_the_next_one(
-    start: Start, ask: Ask, runtime: Path
+    start_command: StartCommand, run_in_process: RunInProcess, socket_directory: Path
 ) -> None:
-    killed = await start("run", "handlers")
-    left = await socket_of(killed)
-    killed.send(signal.SIGKILL)
-    await killed.ends()
+    killed = await start_command("run", "handlers")
+    left = await socket_path(killed)
+    killed.send_signal(signal.SIGKILL)
+    await killed.wait_for_end()
     assert left.exists()
-    assert (await ask("pause")).status == 1
-    gone = await ask("pause", "--socket", str(left))
+    assert (await run_in_process("pause")).status == 1
+    gone = await run_in_process("pause", "--socket", str(left))
     assert (gone.status, gone.err) == (1, f"workpool: {left}: no worker listens there anymore\n")
-    worker = await start("run", "handlers")
-    path = await socket_of(worker)
-    assert names(runtime) == [path.name] != [left.name]
-    await worker.logs("idle; waiting for work")
-    assert (await ask("pause")).status == 0
+    worker = await start_command("run", "handlers")
+    path = await socket_path(worker)
+    assert file_names(socket_directory) == [path.name] != [left.name]
+    await worker.wait_for_log("idle; waiting for work")
+    assert (await run_in_process("pause")).status == 0
 
 
-async def test_socket_at_a_given_path_is_taken_over_from_a_killed_worker_only(
-    start: Start, ask: Ask, runtime: Path
+async def test_socket_at_a_given_path_is_replaced_only_after_its_worker_was_killed(
+    start_command: StartCommand, run_in_process: RunInProcess, socket_directory: Path
 ) -> None:
-    path = runtime.parent / "reports.sock"
+    path = socket_directory.parent / "reports.sock"
     arguments = ("run", "handlers", "--control-socket", str(path))
-    killed = await start(*arguments)
-    await killed.logs("idle; waiting for work")
-    second = await start(*arguments)
-    assert await second.ends() == 2
+    killed = await start_command(*arguments)
+    await killed.wait_for_log("idle; waiting for work")
+    second = await start_command(*arguments)
+    assert await second.wait_for_end() == 2
     assert f"control_socket: {path}: another worker listens there" in second.err
-    assert (await ask("pause", "--socket", str(path))).status == 0  # the first worker still listens
-    killed.send(signal.SIGKILL)
-    await killed.ends()
-    third = await start(*arguments)
-    await third.logs("idle; waiting for work")
-    assert (await ask("pause", "third", "--socket", str(path))).status == 0
-    assert "third" in await third.logs(" paused ")
+    assert (
+        await run_in_process("pause", "--socket", str(path))
+    ).status == 0  # the first worker still listens
+    killed.send_signal(signal.SIGKILL)
+    await killed.wait_for_end()
+    third = await start_command(*arguments)
+    await third.wait_for_log("idle; waiting for work")
+    assert (await run_in_process("pause", "third", "--socket", str(path))).status == 0
+    assert "third" in await third.wait_for_log(" paused ")
 
 
-async def test_file_in_the_place_of_the_socket_is_kept_and_an_error(
-    start: Start, folder: Path
+async def test_file_at_the_path_of_the_socket_is_kept_and_an_error(
+    start_command: StartCommand, command_directory: Path
 ) -> None:
-    (folder / "file").write_text("mine")
-    worker = await start("run", "handlers", WORKPOOL_CONTROL_SOCKET="file")
-    assert await worker.ends() == 2
+    (command_directory / "file").write_text("mine")
+    worker = await start_command("run", "handlers", WORKPOOL_CONTROL_SOCKET="file")
+    assert await worker.wait_for_end() == 2
     assert "control_socket: file: exists and is no socket" in worker.err
-    assert (folder / "file").read_text() == "mine"
+    assert (command_directory / "file").read_text() == "mine"
 
 
-async def test_worker_without_a_socket_is_not_found(start: Start, ask: Ask, runtime: Path) -> None:
-    worker = await start("run", "handlers", "--control-socket", "off")
-    await worker.logs("idle; waiting for work")
-    assert (await ask("pause")).status == 1
-    assert names(runtime) is None
+async def test_worker_without_a_socket_is_not_found(
+    start_command: StartCommand, run_in_process: RunInProcess, socket_directory: Path
+) -> None:
+    worker = await start_command("run", "handlers", "--control-socket", "off")
+    await worker.wait_for_log("idle; waiting for work")
+    assert (await run_in_process("pause")).status == 1
+    assert file_names(socket_directory) is None
 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="only root can give a file to another user")
 async def test_socket_and_directory_of_another_user_are_not_trusted(
-    start: Start, ask: Ask, runtime: Path
+    start_command: StartCommand, run_in_process: RunInProcess, socket_directory: Path
 ) -> None:
     with socket.socket(socket.AF_UNIX) as listener:
-        make(runtime, 0o700)
-        path = runtime / "other.sock"
+        make_directory(socket_directory, 0o700)
+        path = socket_directory / "other.sock"
         listener.bind(str(path))
         listener.listen()
         os.chown(path, 12345, 12345)
-        found = await ask("pause")
+        found = await run_in_process("pause")
         assert found.status == 1
         assert f"{path}: belongs to the user 12345: run the command as that user" in found.err
-        os.chown(runtime, 12345, 12345)
-        found = await ask("pause")
+        os.chown(socket_directory, 12345, 12345)
+        found = await run_in_process("pause")
         assert found.status == 1
-        assert f"{runtime}: not used, as others have access to it" in found.err
+        assert f"{socket_directory}: not used, as others have access to it" in found.err
         listener.settimeout(0)
         with pytest.raises(BlockingIOError):
             listener.accept()  # no client has connected
-    worker = await start("run", "handlers", "--control-socket", str(path))
-    assert await worker.ends() == 2
+    worker = await start_command("run", "handlers", "--control-socket", str(path))
+    assert await worker.wait_for_end() == 2
     assert f"control_socket: {path}: is the socket of another user" in worker.err
     assert path.exists()
 
 
-async def test_directory_that_others_may_read_is_not_used(start: Start, runtime: Path) -> None:
-    make(runtime, 0o755)
-    worker = await start("run", "handlers")
-    path = await socket_of(worker)
-    assert path.parent != runtime
-    worker.send(signal.SIGTERM)
-    assert await worker.ends() == 0
+async def test_directory_that_others_may_read_is_not_used_for_sockets(
+    start_command: StartCommand, socket_directory: Path
+) -> None:
+    make_directory(socket_directory, 0o755)
+    worker = await start_command("run", "handlers")
+    path = await socket_path(worker)
+    assert path.parent != socket_directory
+    worker.send_signal(signal.SIGTERM)
+    assert await worker.wait_for_end() == 0
     assert not path.exists()
 
 
-async def test_reason_is_limited_and_escaped(start: Start, ask: Ask) -> None:
-    worker = await start("run", "handlers")
-    await worker.logs("idle; waiting for work")
-    assert (await ask("pause", "\x1b[31mred\nline" + "x" * 1000)).status == 0
-    line = await worker.logs(" paused ")
+async def test_pause_reason_is_limited_and_escaped(
+    start_command: StartCommand, run_in_process: RunInProcess
+) -> None:
+    worker = await start_command("run", "handlers")
+    await worker.wait_for_log("idle; waiting for work")
+    assert (await run_in_process("pause", "\x1b[31mred\nline" + "x" * 1000)).status == 0
+    line = await worker.wait_for_log(" paused ")
     assert "\x1b" not in line
     assert "[31mred" in line
     assert line.count("x") < 250
-    shown = (await ask("resume")).out
+    shown = (await run_in_process("resume")).out
     assert "\x1b" not in shown
-    long = await ask("pause", "x" * 10_000)
+    long = await run_in_process("pause", "x" * 10_000)
     assert (long.status, long.err) == (1, "workpool: the reason is too long\n")
 
 
-async def test_request_that_cannot_be_read_is_answered_with_the_reason(
-    start: Start, ask: Ask
+async def test_malformed_request_is_answered_with_the_reason(
+    start_command: StartCommand, run_in_process: RunInProcess
 ) -> None:
-    worker = await start("run", "handlers")
-    path = await socket_of(worker)
-    await worker.logs("idle; waiting for work")
+    worker = await start_command("run", "handlers")
+    path = await socket_path(worker)
+    await worker.wait_for_log("idle; waiting for work")
     for data, problem in {
         b"x" * 4097: "the request is too long",
         b"pause\n": "the request is not JSON",
@@ -274,31 +289,36 @@ async def test_request_that_cannot_be_read_is_answered_with_the_reason(
         b'{"command": "pause", "reason": 7}\n': "the request is unknown",
         b'{"command": "drain", "timeout": -1}\n': "must be a number, 0 or more, or unlimited",
     }.items():
-        assert await asyncio.to_thread(send, path, data) == {"error": problem}
-    assert (await ask("pause")).status == 0
+        assert await asyncio.to_thread(send_bytes, path, data) == {"error": problem}
+    assert (await run_in_process("pause")).status == 0
 
 
-async def test_silent_client_is_cut_off_and_the_next_one_served(start: Start, ask: Ask) -> None:
-    worker = await start("run", "handlers")
-    path = await socket_of(worker)
-    await worker.logs("idle; waiting for work")
+async def test_client_that_sends_nothing_is_disconnected_and_the_next_one_served(
+    start_command: StartCommand, run_in_process: RunInProcess
+) -> None:
+    worker = await start_command("run", "handlers")
+    path = await socket_path(worker)
+    await worker.wait_for_log("idle; waiting for work")
     with socket.socket(socket.AF_UNIX) as silent:
         silent.connect(str(path))
         silent.sendall(b'{"command"')
-        assert (await ask("pause", "after the silent one")).status == 0
-    assert "after the silent one" in await worker.logs(" paused ")
+        assert (await run_in_process("pause", "after the silent one")).status == 0
+    assert "after the silent one" in await worker.wait_for_log(" paused ")
 
 
 async def test_worker_whose_event_loop_is_blocked_gives_no_answer(
-    start: Start, ask: Ask, plane: ControlPlane, folder: Path
+    start_command: StartCommand,
+    run_in_process: RunInProcess,
+    control_plane: ControlPlane,
+    command_directory: Path,
 ) -> None:
-    plane.enqueue(metadata={"do": "block"})
-    worker = await start("run", "handlers")
-    path = await socket_of(worker)
-    await worker.logs("block runs")
-    ended = await ask("drain", "--socket", str(path))
+    control_plane.enqueue(metadata={"do": "block"})
+    worker = await start_command("run", "handlers")
+    path = await socket_path(worker)
+    await worker.wait_for_log("block runs")
+    ended = await run_in_process("drain", "--socket", str(path))
     assert ended.status == 1
     assert "no answer in 5 s" in ended.err
-    (folder / "free").touch()
-    worker.send(signal.SIGTERM)
-    assert await worker.ends() == 0
+    (command_directory / "free").touch()
+    worker.send_signal(signal.SIGTERM)
+    assert await worker.wait_for_end() == 0

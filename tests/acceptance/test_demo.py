@@ -18,7 +18,7 @@ from workpool.cli.demo.demo_sessions import DemoSession
 from workpool.cli.signals import Signals
 
 if TYPE_CHECKING:
-    from tests.acceptance.conftest import Start
+    from tests.acceptance.conftest import StartCommand
 
 pytestmark = [pytest.mark.acceptance, pytest.mark.trial, pytest.mark.timeout(120)]
 
@@ -29,7 +29,7 @@ PROMISE = re.compile(
 LAST_FRAME = re.compile(r"queue (\d+)   running (\d+)   stopped (\d+) of (\d+)")
 
 
-def alive(pid: int) -> bool:
+def is_running(pid: int) -> bool:
     stat = Path(f"/proc/{pid}/stat")
     try:
         return stat.read_text().rpartition(")")[2].split()[0] != "Z"
@@ -37,9 +37,11 @@ def alive(pid: int) -> bool:
         return False
 
 
-async def test_demo_loses_no_session_although_a_worker_is_killed(bare: Start) -> None:
-    command = await bare("demo")
-    assert await command.ends(100) == 0
+async def test_demo_loses_no_session_although_a_worker_is_killed(
+    start_without_settings: StartCommand,
+) -> None:
+    command = await start_without_settings("demo")
+    assert await command.wait_for_end(100) == 0
     assert command.err == ""
     promise = PROMISE.search(command.out)
     assert promise is not None
@@ -59,8 +61,10 @@ async def test_demo_loses_no_session_although_a_worker_is_killed(bare: Start) ->
     assert "Try next" in command.out.partition("overlapping")[2]
 
 
-async def test_demo_with_handler_of_user_runs_that_handler(bare: Start, folder: Path) -> None:
-    (folder / "reports.py").write_text(
+async def test_demo_with_handler_of_user_runs_that_handler(
+    start_without_settings: StartCommand, command_directory: Path
+) -> None:
+    (command_directory / "reports.py").write_text(
         "from workpool import Session, handler\n"
         '@handler(metadata={"job": "daily-report"})\n'
         "async def daily_report(session: Session) -> dict[str, str]:\n"
@@ -68,8 +72,8 @@ async def test_demo_with_handler_of_user_runs_that_handler(bare: Start, folder: 
         '    print("a printed line")\n'
         '    return {"rows": "42"}\n'
     )
-    command = await bare("demo", "reports:daily_report")
-    assert await command.ends(100) == 0
+    command = await start_without_settings("demo", "reports:daily_report")
+    assert await command.wait_for_end(100) == 0
     assert re.search(r"worker-\d  the report of sess_", command.out)
     assert re.search(r"worker-\d  a printed line", command.out)
     promise = PROMISE.search(command.out)
@@ -77,31 +81,35 @@ async def test_demo_with_handler_of_user_runs_that_handler(bare: Start, folder: 
     assert [promise[1], promise[2], promise[4], promise[5]] == ["40", "40", "0", "0"]
 
 
-async def test_demo_with_unknown_handler_ends_with_status_2(bare: Start) -> None:
-    command = await bare("demo", "nowhere:nothing")
-    assert await command.ends() == 2
+async def test_demo_with_unknown_handler_ends_with_status_2(
+    start_without_settings: StartCommand,
+) -> None:
+    command = await start_without_settings("demo", "nowhere:nothing")
+    assert await command.wait_for_end() == 2
     assert "no module named 'nowhere'" in command.err
     assert "Try next" not in command.out
 
 
-async def test_demo_ended_by_ctrl_c_leaves_no_process(bare: Start) -> None:
-    command = await bare("demo")
-    lines = [await command.prints("runs pid=") for _ in range(2)]
+async def test_demo_ended_by_ctrl_c_leaves_no_process(start_without_settings: StartCommand) -> None:
+    command = await start_without_settings("demo")
+    lines = [await command.wait_for_output("runs pid=") for _ in range(2)]
     pids = [int(line.partition("pid=")[2].split()[0]) for line in lines]
-    command.send(signal.SIGINT)
-    assert await command.ends() == 130
-    assert not any(alive(pid) for pid in pids)
+    command.send_signal(signal.SIGINT)
+    assert await command.wait_for_end() == 130
+    assert not any(is_running(pid) for pid in pids)
 
 
-async def test_demo_with_failing_handler_ends_with_status_1(bare: Start, folder: Path) -> None:
-    (folder / "broken.py").write_text(
+async def test_demo_with_failing_handler_ends_with_status_1(
+    start_without_settings: StartCommand, command_directory: Path
+) -> None:
+    (command_directory / "broken.py").write_text(
         "from workpool import Session, handler\n"
         "@handler\n"
         "async def broken(session: Session) -> None:\n"
         '    raise ValueError("on purpose")\n'
     )
-    command = await bare("demo", "broken", "--count", "4")
-    assert await command.ends(100) == 1
+    command = await start_without_settings("demo", "broken", "--count", "4")
+    assert await command.wait_for_end(100) == 1
     assert "session 01 failed: ValueError" in command.out
     promise = PROMISE.search(command.out)
     assert promise is not None
@@ -109,31 +117,33 @@ async def test_demo_with_failing_handler_ends_with_status_1(bare: Start, folder:
 
 
 async def test_demo_whose_sessions_all_fail_ends_early_and_says_so(
-    bare: Start, folder: Path
+    start_without_settings: StartCommand, command_directory: Path
 ) -> None:
-    """The workers hold back a handler that fails at once, so the demo would seem to stand still."""
-    (folder / "broken.py").write_text(
+    """The workers hold back a handler that fails at once, so the demo could appear to hang."""
+    (command_directory / "broken.py").write_text(
         "from workpool import Session, handler\n"
         "@handler\n"
         "async def broken(session: Session) -> None:\n"
         '    raise ValueError("on purpose")\n'
     )
-    command = await bare("demo", "broken")
-    assert await command.ends() == 1
+    command = await start_without_settings("demo", "broken")
+    assert await command.wait_for_end() == 1
     assert re.search(r"^\d+ sessions failed, and none was completed: ", command.out, re.MULTILINE)
     assert "does --metadata match" not in command.out
 
 
-async def test_demo_with_metadata_that_match_no_handler_ends_at_once(bare: Start) -> None:
-    command = await bare("demo", "handlers:finish", "--metadata", "do=nothing")
-    assert await command.ends() == 2
+async def test_demo_with_metadata_that_match_no_handler_ends_at_once(
+    start_without_settings: StartCommand,
+) -> None:
+    command = await start_without_settings("demo", "handlers:finish", "--metadata", "do=nothing")
+    assert await command.wait_for_end() == 2
     assert "takes type=session do=finish, not do=nothing: change --metadata" in command.err
 
 
 async def test_demo_whose_sessions_no_hook_takes_ends_with_status_1(
-    folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    command_directory: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.chdir(folder)
+    monkeypatch.chdir(command_directory)
     monkeypatch.setattr(demo_runner, "STALL_SECONDS", 4.0)
     runner = demo_runner.DemoRunner(
         "handlers:finish", [DemoSession("session", {"do": "nothing"})] * 4
@@ -144,11 +154,11 @@ async def test_demo_whose_sessions_no_hook_takes_ends_with_status_1(
     assert "does --metadata match" in capsys.readouterr().out
 
 
-async def test_demo_on_terminal_shows_live_view(folder: Path) -> None:
+async def test_demo_on_terminal_shows_live_view(command_directory: Path) -> None:
     master, slave = pty.openpty()
     process = await asyncio.create_subprocess_exec(
         *(sys.executable, "-m", "workpool", "demo", "--count", "4"),
-        cwd=folder,
+        cwd=command_directory,
         env={**os.environ, "TERM": "xterm", "COLUMNS": "80"},
         stdin=slave,
         stdout=slave,
@@ -157,7 +167,7 @@ async def test_demo_on_terminal_shows_live_view(folder: Path) -> None:
     os.close(slave)
     with os.fdopen(master, "rb", buffering=0) as terminal:
         async with asyncio.timeout(100):
-            shown = await asyncio.to_thread(read_all, terminal.fileno())
+            shown = await asyncio.to_thread(read_terminal, terminal.fileno())
             status = await process.wait()
     assert status == 0
     # Several processes write to the terminal, so an escape sequence may cut a character.
@@ -167,7 +177,7 @@ async def test_demo_on_terminal_shows_live_view(folder: Path) -> None:
     assert PROMISE.search(text)
 
 
-def read_all(terminal: int) -> bytes:
+def read_terminal(terminal: int) -> bytes:
     """Read until the last writer has closed the terminal, which a pty reports as an error."""
     shown = b""
     try:

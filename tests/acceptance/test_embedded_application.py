@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, NamedTuple, Protocol
 import aiohttp
 import pytest
 
-from tests.acceptance.conftest import ENVIRONMENT, TOKEN, Command
+from tests.acceptance.conftest import ENVIRONMENT, TOKEN, RunningCommand
 from tests.test_docs import block
 
 if TYPE_CHECKING:
@@ -49,26 +49,28 @@ TRIAL = pytest.mark.trial
 """Only the extra `trials` has FastAPI and uvicorn."""
 
 
-class Application(NamedTuple):
+class RunningApplication(NamedTuple):
     """A process and the address of its server."""
 
-    command: Command
+    command: RunningCommand
     url: str
 
 
 class StartExample(Protocol):
-    async def __call__(self, module: str, **variables: str) -> Application: ...
+    async def __call__(self, module: str, **variables: str) -> RunningApplication: ...
 
 
 @pytest.fixture
-async def start_example(folder: Path, plane: ControlPlane) -> AsyncIterator[StartExample]:
+async def start_example(
+    command_directory: Path, control_plane: ControlPlane
+) -> AsyncIterator[StartExample]:
     """Start an example of the page: with aiohttp, uvicorn, or as a program."""
-    (folder / "reports.py").write_text(REPORTS)
+    (command_directory / "reports.py").write_text(REPORTS)
     for name in EXAMPLES:
-        (folder / f"{name}.py").write_text(block(f"# {name}.py"))
-    commands: list[Command] = []
+        (command_directory / f"{name}.py").write_text(block(f"# {name}.py"))
+    commands: list[RunningCommand] = []
 
-    async def begin(module: str, **variables: str) -> Application:
+    async def start_process(module: str, **variables: str) -> RunningApplication:
         with socket.create_server(("127.0.0.1", 0)) as listener:
             number = str(listener.fileno())
             arguments = ["-m", module]
@@ -78,38 +80,38 @@ async def start_example(folder: Path, plane: ControlPlane) -> AsyncIterator[Star
                 arguments = ["-m", "uvicorn", f"{module}:app", "--fd", number]
             inherited = {k: v for k, v in os.environ.items() if not k.startswith("WORKPOOL_")}
             settings = {
-                "WORKPOOL_BASE_URL": plane.base_url,
+                "WORKPOOL_BASE_URL": control_plane.base_url,
                 "WORKPOOL_ENVIRONMENT_ID": ENVIRONMENT,
                 "QODER_PAT": TOKEN,
             }
             process = await asyncio.create_subprocess_exec(
                 *(sys.executable, *arguments),
-                cwd=folder,
+                cwd=command_directory,
                 env={**inherited, **settings, **variables},
                 pass_fds=[listener.fileno()],
                 stdin=asyncio.subprocess.DEVNULL,
                 stdout=asyncio.subprocess.PIPE,
                 stderr=asyncio.subprocess.PIPE,
             )
-            commands.append(Command(process))
-            return Application(commands[-1], f"http://127.0.0.1:{listener.getsockname()[1]}")
+            commands.append(RunningCommand(process))
+            return RunningApplication(commands[-1], f"http://127.0.0.1:{listener.getsockname()[1]}")
 
-    yield begin
+    yield start_process
     for command in commands:
         await command.kill()
 
 
-def now(plane: ControlPlane, item: Item) -> Item:
+def utc_now(plane: ControlPlane, item: Item) -> Item:
     return plane.operations.queue(ENVIRONMENT).get(item.id)
 
 
-async def status_of(url: str) -> tuple[int, str]:
+async def http_status(url: str) -> tuple[int, str]:
     async with aiohttp.ClientSession() as session, session.get(url) as answer:
         return answer.status, await answer.text()
 
 
-async def until(condition: Callable[[], Awaitable[bool]]) -> None:
-    """Wait for an answer of a server that cannot tell when it changes."""
+async def wait_for_status(condition: Callable[[], Awaitable[bool]]) -> None:
+    """Poll a server until it answers this status, because it reports no changes itself."""
     async with asyncio.timeout(45):
         while not await condition():  # noqa: ASYNC110 - another process changes it
             await asyncio.sleep(0.05)
@@ -126,18 +128,22 @@ async def until(condition: Callable[[], Awaitable[bool]]) -> None:
     ],
 )
 async def test_application_under_sigterm_lets_its_session_end(
-    start_example: StartExample, plane: ControlPlane, folder: Path, module: str, status: int
+    start_example: StartExample,
+    control_plane: ControlPlane,
+    command_directory: Path,
+    module: str,
+    status: int,
 ) -> None:
-    if module == "program":  # its own handler ends at once
-        path = folder / "program.py"
+    if module == "program":  # the application's own handler of SIGTERM ends the process at once
+        path = command_directory / "program.py"
         path.write_text(path.read_text().replace("[greet]", '["reports"]'))
-    [item] = plane.enqueue()
+    [item] = control_plane.enqueue()
     application, _ = await start_example(module)
-    await application.prints("session runs")
-    application.send(signal.SIGTERM)
-    assert await application.ends() == status
-    assert now(plane, item).state == "stopped"
-    assert now(plane, item).metadata["done"] == "when asked"
+    await application.wait_for_output("session runs")
+    application.send_signal(signal.SIGTERM)
+    assert await application.wait_for_end() == status
+    assert utc_now(control_plane, item).state == "stopped"
+    assert utc_now(control_plane, item).metadata["done"] == "when asked"
 
 
 @pytest.mark.parametrize(
@@ -148,29 +154,29 @@ async def test_application_under_sigterm_lets_its_session_end(
         pytest.param("vital_fastapi", -signal.SIGTERM, marks=TRIAL),
     ],
 )
-async def test_application_with_a_wrong_token_ends_and_tells_why(
+async def test_application_with_a_wrong_token_ends_and_logs_the_reason(
     start_example: StartExample, module: str, status: int
 ) -> None:
     application, _ = await start_example(module, QODER_PAT="wrong")
-    assert await application.ends() == status
+    assert await application.wait_for_end() == status
     assert "RefusedError: poll: 401" in application.err
 
 
 @pytest.mark.parametrize("module", ["web_aiohttp", pytest.param("web_fastapi", marks=TRIAL)])
-async def test_application_that_goes_on_tells_readiness_and_liveness_of_a_wrong_token(
+async def test_application_that_continues_reports_a_wrong_token_as_not_ready(
     start_example: StartExample, module: str
 ) -> None:
     application, url = await start_example(module, QODER_PAT="wrong")
 
-    async def failed() -> bool:
-        return (await status_of(f"{url}/live"))[0] == 503
+    async def pool_has_failed() -> bool:
+        return (await http_status(f"{url}/live"))[0] == 503
 
-    await until(failed)
-    status, body = await status_of(f"{url}/ready")
+    await wait_for_status(pool_has_failed)
+    status, body = await http_status(f"{url}/ready")
     assert status == 503
     assert "failed: RefusedError" in body
-    application.send(signal.SIGTERM)
-    await application.ends()
+    application.send_signal(signal.SIGTERM)
+    await application.wait_for_end()
 
 
 @pytest.mark.parametrize(
@@ -180,7 +186,7 @@ async def test_application_with_wrong_settings_does_not_start(
     start_example: StartExample, module: str
 ) -> None:
     application, _ = await start_example(module, WORKPOOL_CONCURRENCY="many")
-    assert await application.ends() in {1, 3}
+    assert await application.wait_for_end() in {1, 3}
     assert "concurrency: must be a whole number, 1 or more (from WORKPOOL_CONCURRENCY)" in (
         application.err
     )

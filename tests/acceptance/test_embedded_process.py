@@ -50,12 +50,12 @@ asyncio.run(main())
 
 @pytest.mark.parametrize("hangs", ["collector", "lookup"])
 async def test_embedding_process_ends_although_a_thread_of_the_pool_hangs(
-    plane: ControlPlane, hangs: str
+    control_plane: ControlPlane, hangs: str
 ) -> None:
-    base_url = plane.base_url.replace("127.0.0.1", "localhost")
+    base_url = control_plane.base_url.replace("127.0.0.1", "localhost")
     process = await asyncio.create_subprocess_exec(
         *(sys.executable, "-W", "ignore", "-c", EMBEDDER),
-        *(base_url, plane.token, plane.environments[0], hangs),
+        *(base_url, control_plane.token, control_plane.environments[0], hangs),
         stdout=asyncio.subprocess.PIPE,
     )
     try:

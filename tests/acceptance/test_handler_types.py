@@ -19,7 +19,7 @@ def wrong_lines() -> dict[int, str]:
     return {number: found[1] for number, line in lines if (found := WRONG.search(line))}
 
 
-def checked(tmp_path: Path, *command: str) -> str:
+def type_checker_output(tmp_path: Path, *command: str) -> str:
     """Return the output of a type checker for the page without its suppressions."""
     copy = tmp_path / "page.py"
     copy.write_text(WRONG.sub("", PAGE.read_text()))
@@ -37,7 +37,7 @@ def checked(tmp_path: Path, *command: str) -> str:
 @pytest.mark.trial
 @pytest.mark.timeout(300)
 def test_mypy_strict_rejects_exactly_the_wrong_handlers(tmp_path: Path) -> None:
-    output = checked(tmp_path, "mypy", "--strict", "--show-error-codes", "--no-pretty")
+    output = type_checker_output(tmp_path, "mypy", "--strict", "--show-error-codes", "--no-pretty")
     errors = re.findall(r"^page\.py:(\d+): error: .*\[([a-z-]+)\]$", output, re.MULTILINE)
     assert {int(line): code for line, code in errors} == wrong_lines()
     assert len(errors) == len(wrong_lines()) > 10
@@ -47,7 +47,7 @@ def test_mypy_strict_rejects_exactly_the_wrong_handlers(tmp_path: Path) -> None:
 @pytest.mark.timeout(300)
 @pytest.mark.skipif(not importlib.util.find_spec("pyright"), reason="pyright is not installed")
 def test_pyright_rejects_exactly_the_wrong_handlers(tmp_path: Path) -> None:
-    output = checked(tmp_path, "pyright", "--pythonpath", sys.executable)
+    output = type_checker_output(tmp_path, "pyright", "--pythonpath", sys.executable)
     assert {int(line) for line in re.findall(r"page\.py:(\d+):\d+ - error", output)} == set(
         wrong_lines()
     )

@@ -11,14 +11,14 @@ from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 import pytest
 
-from tests.acceptance.conftest import ENVIRONMENT, SECONDS, TOKEN, Command
+from tests.acceptance.conftest import ENVIRONMENT, SECONDS, TOKEN, RunningCommand
 from workpool import Settings, WorkClient
 from workpool.wire.protocol import NO_HEARTBEAT
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator
 
-    from tests.acceptance.conftest import Ask, Start
+    from tests.acceptance.conftest import RunInProcess, StartCommand
     from workpool.server import ControlPlane
 
 pytestmark = [pytest.mark.acceptance, pytest.mark.timeout(60)]
@@ -27,34 +27,34 @@ SLOW_TO_END = "trap 'echo asked; exit 3' TERM; echo begun; while :; do sleep 0.0
 IGNORES_SIGTERM = "trap '' TERM; echo begun; while :; do sleep 0.05; done"
 
 
-class Handed(NamedTuple):
+class HandedOffItem(NamedTuple):
     """An item that a parent holds and is about to hand off."""
 
     work_id: str
     variables: dict[str, str]
 
 
-class Parent(Protocol):
-    async def __call__(self, **variables: str) -> Handed: ...
+class OpenHandoff(Protocol):
+    async def __call__(self, **variables: str) -> HandedOffItem: ...
 
 
 @pytest.fixture
-async def client(plane: ControlPlane) -> AsyncIterator[WorkClient]:
-    settings = Settings(base_url=plane.base_url, token=TOKEN, environment_id=ENVIRONMENT)
+async def client(control_plane: ControlPlane) -> AsyncIterator[WorkClient]:
+    settings = Settings(base_url=control_plane.base_url, token=TOKEN, environment_id=ENVIRONMENT)
     async with WorkClient(settings) as client:
         yield client
 
 
 @pytest.fixture
-def hand_off(plane: ControlPlane, client: WorkClient) -> Parent:
+def open_handoff(control_plane: ControlPlane, client: WorkClient) -> OpenHandoff:
     """Return a function that acknowledges an item and returns its child's environment."""
 
-    async def parent(**variables: str) -> Handed:
-        (item,) = plane.enqueue(environment_id=ENVIRONMENT)
+    async def hand_off_item(**variables: str) -> HandedOffItem:
+        (item,) = control_plane.enqueue(environment_id=ENVIRONMENT)
         await client.poll()
         await client.ack(item.id)
         heartbeat = await client.heartbeat(item.id, NO_HEARTBEAT, 60)
-        return Handed(
+        return HandedOffItem(
             item.id,
             {
                 "WORKPOOL_HOLD_WORK_ID": item.id,
@@ -64,15 +64,15 @@ def hand_off(plane: ControlPlane, client: WorkClient) -> Parent:
             },
         )
 
-    return parent
+    return hand_off_item
 
 
-def kinds(plane: ControlPlane, work_id: str) -> list[str]:
+def record_kinds(plane: ControlPlane, work_id: str) -> list[str]:
     """Return the kinds of records of the item since its parent's heartbeat."""
     return [str(record.kind) for record in plane.history.of(work_id)][4:]
 
 
-async def in_shell(start: Start, handed: Handed, script: str) -> Command:
+async def shell_handler(start: StartCommand, handed: HandedOffItem, script: str) -> RunningCommand:
     return await start("hold", "--", "sh", "-c", script, **handed.variables)
 
 
@@ -85,23 +85,30 @@ async def in_shell(start: Start, handed: Handed, script: str) -> Command:
     ],
 )
 async def test_exit_status_of_held_program_ends_item(
-    client: WorkClient, start: Start, hand_off: Parent, status: int, means: object
+    client: WorkClient,
+    start_command: StartCommand,
+    open_handoff: OpenHandoff,
+    status: int,
+    means: object,
 ) -> None:
-    handed = await hand_off()
-    command = await in_shell(start, handed, f"exit {status}")
-    exits = await command.ends()
+    handed = await open_handoff()
+    command = await shell_handler(start_command, handed, f"exit {status}")
+    exits = await command.wait_for_end()
     item = await client.get(handed.work_id)
     assert (exits, item.state, dict(item.metadata)) == means
 
 
 async def test_held_program_gets_ids_but_no_credentials(
-    plane: ControlPlane, client: WorkClient, start: Start, hand_off: Parent
+    control_plane: ControlPlane,
+    client: WorkClient,
+    start_command: StartCommand,
+    open_handoff: OpenHandoff,
 ) -> None:
-    handed = await hand_off(KEPT="yes", QODER_PAT="other")
-    command = await in_shell(start, handed, "env")
-    assert await command.ends() == 0
+    handed = await open_handoff(KEPT="yes", QODER_PAT="other")
+    command = await shell_handler(start_command, handed, "env")
+    assert await command.wait_for_end() == 0
     item = await client.get(handed.work_id)
-    assert kinds(plane, handed.work_id) == ["heartbeat", "stopped"]
+    assert record_kinds(control_plane, handed.work_id) == ["heartbeat", "stopped"]
     found = dict(line.split("=", 1) for line in command.out.splitlines() if "=" in line)
     assert {name: found[name] for name in found if name.startswith("WORKPOOL_")} == {
         "WORKPOOL_WORK_ID": handed.work_id,
@@ -114,84 +121,91 @@ async def test_held_program_gets_ids_but_no_credentials(
 
 @pytest.mark.parametrize("script", [SLOW_TO_END, IGNORES_SIGTERM], ids=["obeys", "ignores_sigterm"])
 async def test_stop_request_ends_held_program_and_stops_item(
-    plane: ControlPlane, client: WorkClient, start: Start, hand_off: Parent, script: str
+    control_plane: ControlPlane,
+    client: WorkClient,
+    start_command: StartCommand,
+    open_handoff: OpenHandoff,
+    script: str,
 ) -> None:
     """The program gets SIGTERM, a grace period and SIGKILL; the item is stopped in any case."""
-    handed = await hand_off(WORKPOOL_STOP_GRACE="0.5")
-    command = await in_shell(start, handed, script)
-    await command.prints("begun")
+    handed = await open_handoff(WORKPOOL_STOP_GRACE="0.5")
+    command = await shell_handler(start_command, handed, script)
+    await command.wait_for_output("begun")
     await client.stop(handed.work_id)
-    assert await command.ends() == 0
+    assert await command.wait_for_end() == 0
     assert ("asked" in command.out) is (script is SLOW_TO_END)
     assert (await client.get(handed.work_id)).state == "stopped"
-    assert kinds(plane, handed.work_id)[-1] == "stopped"
+    assert record_kinds(control_plane, handed.work_id)[-1] == "stopped"
 
 
 async def test_sigterm_to_hold_releases_item(
-    client: WorkClient, start: Start, hand_off: Parent
+    client: WorkClient, start_command: StartCommand, open_handoff: OpenHandoff
 ) -> None:
     """`docker stop` and the end of a pod send SIGTERM, and another worker should run the item."""
-    handed = await hand_off()
-    command = await in_shell(start, handed, SLOW_TO_END)
-    await command.prints("begun")
-    command.send(signal.SIGTERM)
-    assert await command.ends() == 0
+    handed = await open_handoff()
+    command = await shell_handler(start_command, handed, SLOW_TO_END)
+    await command.wait_for_output("begun")
+    command.send_signal(signal.SIGTERM)
+    assert await command.wait_for_end() == 0
     assert "asked" in command.out
     item = await client.get(handed.work_id)
     assert (item.state, dict(item.metadata)) == ("active", {"workpool.released": "Release"})
 
 
-async def test_inherited_exit_limits_are_named_as_without_effect(
-    start: Start, hand_off: Parent
+async def test_inherited_exit_limits_are_reported_as_without_effect(
+    start_command: StartCommand, open_handoff: OpenHandoff
 ) -> None:
-    handed = await hand_off(WORKPOOL_EXIT_AFTER_SESSIONS="1", WORKPOOL_EXIT_AFTER_UPTIME="0.1")
-    command = await in_shell(start, handed, "sleep 0.3; echo done")
-    assert await command.ends() == 0
+    handed = await open_handoff(WORKPOOL_EXIT_AFTER_SESSIONS="1", WORKPOOL_EXIT_AFTER_UPTIME="0.1")
+    command = await shell_handler(start_command, handed, "sleep 0.3; echo done")
+    assert await command.wait_for_end() == 0
     assert "settings without effect: exit_after_sessions, exit_after_uptime" in command.err
     assert "done" in command.out
 
 
 async def test_lost_lease_ends_held_program_and_sends_nothing_more(
-    plane: ControlPlane, client: WorkClient, start: Start, hand_off: Parent
+    control_plane: ControlPlane,
+    client: WorkClient,
+    start_command: StartCommand,
+    open_handoff: OpenHandoff,
 ) -> None:
-    handed = await hand_off()
-    command = await in_shell(start, handed, SLOW_TO_END)
-    await command.prints("begun")
-    queue = plane.operations.queue(ENVIRONMENT)
+    handed = await open_handoff()
+    command = await shell_handler(start_command, handed, SLOW_TO_END)
+    await command.wait_for_output("begun")
+    queue = control_plane.operations.queue(ENVIRONMENT)
     queue.put(replace(queue.get(handed.work_id), lease_end=0))
     rival = await client.poll(reclaim_older_than_ms=0)
     assert rival is not None
     await client.ack(rival.id)
-    assert await command.ends() == 1
+    assert await command.wait_for_end() == 1
     assert "asked" in command.out
-    assert kinds(plane, handed.work_id)[-2:] == ["acked", "conflict"]
+    assert record_kinds(control_plane, handed.work_id)[-2:] == ["acked", "conflict"]
     assert (await client.get(handed.work_id)).state == "starting"
 
 
 async def test_hold_of_item_taken_back_by_parent_runs_no_program(
-    client: WorkClient, start: Start, hand_off: Parent
+    client: WorkClient, start_command: StartCommand, open_handoff: OpenHandoff
 ) -> None:
-    handed = await hand_off()
+    handed = await open_handoff()
     last = handed.variables["WORKPOOL_HOLD_LAST_HEARTBEAT"]
     back = await client.heartbeat(handed.work_id, last, 60)
-    command = await in_shell(start, handed, "echo begun")
-    assert await command.ends() == 1
+    command = await shell_handler(start_command, handed, "echo begun")
+    assert await command.wait_for_end() == 1
     assert command.out == ""
     item = await client.get(handed.work_id)
     assert (item.state, item.last_heartbeat) == ("active", back.last_heartbeat)
 
 
 async def test_held_program_of_killed_hold_process_is_killed_with_its_children(
-    start: Start, hand_off: Parent
+    start_command: StartCommand, open_handoff: OpenHandoff
 ) -> None:
     """The lease expires, and another worker starts the session again."""
-    handed = await hand_off()
-    command = await in_shell(start, handed, f"({IGNORES_SIGTERM}) & {IGNORES_SIGTERM}")
-    await command.prints("begun")
-    await command.prints("begun")
-    command.send(signal.SIGKILL)
+    handed = await open_handoff()
+    command = await shell_handler(start_command, handed, f"({IGNORES_SIGTERM}) & {IGNORES_SIGTERM}")
+    await command.wait_for_output("begun")
+    await command.wait_for_output("begun")
+    command.send_signal(signal.SIGKILL)
     # no process that could write to its output is left
-    assert await command.ends() == -signal.SIGKILL
+    assert await command.wait_for_end() == -signal.SIGKILL
 
 
 PARENT = """
@@ -201,15 +215,15 @@ subprocess.run([sys.executable, "-m", "workpool", "hold", "--", "sh", "-c", sys.
 """
 
 
-async def test_held_program_survives_end_of_parent_and_of_terminal(
-    plane: ControlPlane, client: WorkClient, hand_off: Parent, tmp_path: Any
+async def test_held_program_continues_after_end_of_parent_and_of_terminal(
+    control_plane: ControlPlane, client: WorkClient, open_handoff: OpenHandoff, tmp_path: Any
 ) -> None:
-    """The holder ends the item as usual."""
+    """The process `workpool hold` ends the item as usual."""
     fifo = tmp_path / "go"
     os.mkfifo(fifo)
-    handed = await hand_off()
+    handed = await open_handoff()
     connection = {
-        "WORKPOOL_BASE_URL": plane.base_url,
+        "WORKPOOL_BASE_URL": control_plane.base_url,
         "WORKPOOL_ENVIRONMENT_ID": ENVIRONMENT,
         "WORKPOOL_TOKEN": TOKEN,
     }
@@ -224,9 +238,9 @@ async def test_held_program_survives_end_of_parent_and_of_terminal(
     )
     os.close(terminal)
     pidfd = os.pidfd_open(process.pid)
-    command = Command(process)
+    command = RunningCommand(process)
     try:
-        await command.prints("begun")
+        await command.wait_for_output("begun")
         gone = asyncio.Event()
         asyncio.get_running_loop().add_reader(pidfd, gone.set)
         os.close(master)  # sends SIGHUP to all processes of the terminal
@@ -234,8 +248,8 @@ async def test_held_program_survives_end_of_parent_and_of_terminal(
             await gone.wait()
         asyncio.get_running_loop().remove_reader(pidfd)
         fifo.write_text("go\n")
-        await command.prints("ended")
-        assert await command.ends() == -signal.SIGHUP
+        await command.wait_for_output("ended")
+        assert await command.wait_for_end() == -signal.SIGHUP
     finally:
         os.close(pidfd)
         await command.kill()
@@ -243,18 +257,18 @@ async def test_held_program_survives_end_of_parent_and_of_terminal(
 
 
 async def test_hold_with_invalid_arguments_leaves_item_alone(
-    client: WorkClient, ask: Ask, hand_off: Parent
+    client: WorkClient, run_in_process: RunInProcess, open_handoff: OpenHandoff
 ) -> None:
-    handed = await hand_off()
-    assert (await ask("hold", "true")).status == 2  # the item is missing
-    assert (await ask("hold", "no-such-program", **handed.variables)).status == 2
-    assert (await ask("hold", "--ttl", "5", "true", **handed.variables)).status == 2
+    handed = await open_handoff()
+    assert (await run_in_process("hold", "true")).status == 2  # the item is missing
+    assert (await run_in_process("hold", "no-such-program", **handed.variables)).status == 2
+    assert (await run_in_process("hold", "--ttl", "5", "true", **handed.variables)).status == 2
     item = await client.get(handed.work_id)
     assert item.last_heartbeat == handed.variables["WORKPOOL_HOLD_LAST_HEARTBEAT"]
 
 
-async def test_hold_of_unknown_item_ends_with_status_3(start: Start) -> None:
-    command = await start(
+async def test_hold_of_unknown_item_ends_with_status_3(start_command: StartCommand) -> None:
+    command = await start_command(
         *("hold", "--work-id", "work_unknown", "--last-heartbeat", NO_HEARTBEAT, "true")
     )
-    assert await command.ends() == 3
+    assert await command.wait_for_end() == 3

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from workpool import Session
 
 
-async def hold(plane: ControlPlane, work_id: str, last: str, *command: str, **more: str) -> int:
+async def run_hold(plane: ControlPlane, work_id: str, last: str, *command: str, **more: str) -> int:
     """Run `workpool hold` to its end; return the exit status."""
     variables = {
         "WORKPOOL_BASE_URL": plane.base_url,
@@ -41,7 +41,7 @@ async def hold(plane: ControlPlane, work_id: str, last: str, *command: str, **mo
     return await process.wait()
 
 
-def client_of(plane: ControlPlane, name: str) -> WorkClient:
+def make_client(plane: ControlPlane, name: str) -> WorkClient:
     settings = Settings(
         base_url=plane.base_url, token=plane.token, environment_id=plane.environments[0]
     )
@@ -54,7 +54,7 @@ async def test_handoff_block_is_not_entered_before_heartbeats_are_suspended() ->
     bench = HandoffBench()
     entered = False
 
-    async def play(session: Session) -> None:
+    async def check_handoff(session: Session) -> None:
         nonlocal entered
         renewer = session._held._context.renewer  # type: ignore[attr-defined]  # no test has another way
         renewer.call = lambda *_: None  # as if the renewer thread did not run
@@ -62,7 +62,7 @@ async def test_handoff_block_is_not_entered_before_heartbeats_are_suspended() ->
             async with session.handover():
                 entered = True
 
-    await bench.run(play, reclaim_older_than_ms=60_000)
+    await bench.run(check_handoff, reclaim_older_than_ms=60_000)
     assert not entered
 
 
@@ -74,7 +74,7 @@ async def test_hold_started_after_parent_lost_lease_leaves_item_to_new_worker(
     clock = Clock()
     async with ControlPlane(now=clock) as plane:
         [item] = plane.enqueue()
-        async with client_of(plane, "parent") as parent, client_of(plane, "other") as other:
+        async with make_client(plane, "parent") as parent, make_client(plane, "other") as other:
             await parent.poll()
             await parent.ack(item.id)
             last = await parent.heartbeat(item.id, NO_HEARTBEAT, 10)
@@ -82,7 +82,7 @@ async def test_hold_started_after_parent_lost_lease_leaves_item_to_new_worker(
             await other.poll()
             await other.ack(item.id)
 
-            status = await hold(
+            status = await run_hold(
                 plane, item.id, last.last_heartbeat, "touch", str(tmp_path / "child-ran")
             )
 
@@ -100,12 +100,14 @@ async def test_hold_ignores_plugins_in_config_shared_with_parent(tmp_path: Path)
     )
     async with ControlPlane() as plane:
         [item] = plane.enqueue()
-        async with client_of(plane, "parent") as parent:
+        async with make_client(plane, "parent") as parent:
             await parent.poll()
             await parent.ack(item.id)
             last = await parent.heartbeat(item.id, NO_HEARTBEAT, 10)
             config_variable = {"WORKPOOL_CONFIG": str(config)}
-            assert await hold(plane, item.id, last.last_heartbeat, "true", **config_variable) == 0
+            assert (
+                await run_hold(plane, item.id, last.last_heartbeat, "true", **config_variable) == 0
+            )
             assert (await parent.get(item.id)).state == "stopped"
 
 
@@ -115,11 +117,11 @@ async def test_held_program_receives_hangup_although_hold_ignores_it(tmp_path: P
     script = f"kill -HUP $$; touch {note}"
     async with ControlPlane() as plane:
         [item] = plane.enqueue()
-        async with client_of(plane, "parent") as parent:
+        async with make_client(plane, "parent") as parent:
             await parent.poll()
             await parent.ack(item.id)
             last = await parent.heartbeat(item.id, NO_HEARTBEAT, 10)
-            assert await hold(plane, item.id, last.last_heartbeat, "sh", "-c", script) == 1
+            assert await run_hold(plane, item.id, last.last_heartbeat, "sh", "-c", script) == 1
     assert not note.exists()
 
 
@@ -127,11 +129,11 @@ async def test_held_program_receives_hangup_although_hold_ignores_it(tmp_path: P
 async def test_handoff_is_not_counted_as_overlap_by_control_plane() -> None:
     async with ControlPlane() as plane:
         [item] = plane.enqueue()
-        async with client_of(plane, "parent") as parent:
+        async with make_client(plane, "parent") as parent:
             await parent.poll()
             await parent.ack(item.id)
             last = await parent.heartbeat(item.id, NO_HEARTBEAT, 10)
-            assert await hold(plane, item.id, last.last_heartbeat, "true") == 0
+            assert await run_hold(plane, item.id, last.last_heartbeat, "true") == 0
         assert plane.summary().overlapping == 0
 
 
@@ -139,7 +141,7 @@ async def test_first_heartbeat_by_worker_without_ack_is_counted_as_overlap() -> 
     """Only a child knows the parent's last heartbeat, but any worker can expect none."""
     async with ControlPlane() as plane:
         [item] = plane.enqueue()
-        async with client_of(plane, "holder") as holder, client_of(plane, "thief") as thief:
+        async with make_client(plane, "holder") as holder, make_client(plane, "thief") as thief:
             await holder.poll()
             await holder.ack(item.id)
             await thief.heartbeat(item.id, NO_HEARTBEAT, 10)

@@ -1,4 +1,4 @@
-"""The fixture `workpool` in pytest configurations of other projects, and pytest without it."""
+"""The fixture `workpool` in the pytest configurations of other projects, and pytest without it."""
 
 from __future__ import annotations
 

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 import pytest
 
 from tests.acceptance.conftest import ENVIRONMENT, SECONDS, TOKEN
-from tests.acceptance.test_demo import read_all
+from tests.acceptance.test_demo import read_terminal
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -24,7 +24,9 @@ pytestmark = [pytest.mark.acceptance, pytest.mark.timeout(120)]
 WIDTHS = pytest.mark.parametrize("width", [20, 40, 60, 80, 200])
 
 
-async def shown(plane: ControlPlane, folder: Path, width: int, *arguments: str) -> list[str]:
+async def lines_on_terminal(
+    plane: ControlPlane, folder: Path, width: int, *arguments: str
+) -> list[str]:
     """Return the lines that a command prints on a real terminal of this width."""
     master, terminal = os.openpty()
     termios.tcsetwinsize(terminal, (24, width))
@@ -46,17 +48,17 @@ async def shown(plane: ControlPlane, folder: Path, width: int, *arguments: str) 
     os.close(terminal)
     with os.fdopen(master, "rb", buffering=0) as screen:
         async with asyncio.timeout(SECONDS):
-            printed = await asyncio.to_thread(read_all, screen.fileno())
+            printed = await asyncio.to_thread(read_terminal, screen.fileno())
             assert await process.wait() == 0, printed
     return re.sub(r"\x1b\[[0-9;]*m", "", printed.decode()).splitlines()
 
 
 @WIDTHS
 async def test_work_list_on_narrow_terminal_shows_whole_ids(
-    plane: ControlPlane, folder: Path, width: int
+    control_plane: ControlPlane, command_directory: Path, width: int
 ) -> None:
-    items = plane.enqueue(count=3, metadata={"job": "a job with a long description" * 3})
-    lines = await shown(plane, folder, width, "work", "list")
+    items = control_plane.enqueue(count=3, metadata={"job": "a job with a long description" * 3})
+    lines = await lines_on_terminal(control_plane, command_directory, width, "work", "list")
     for item in items:
         assert sum(item.id in line for line in lines) == 1
     columns = lines[1].split()
@@ -76,17 +78,17 @@ async def test_work_list_on_narrow_terminal_shows_whole_ids(
 
 @WIDTHS
 async def test_work_get_on_narrow_terminal_shows_whole_ids(
-    plane: ControlPlane, folder: Path, width: int
+    control_plane: ControlPlane, command_directory: Path, width: int
 ) -> None:
-    [item] = plane.enqueue(metadata={"job": "a job with a long description" * 3})
-    lines = await shown(plane, folder, width, "work", "get", item.id)
+    [item] = control_plane.enqueue(metadata={"job": "a job with a long description" * 3})
+    lines = await lines_on_terminal(control_plane, command_directory, width, "work", "get", item.id)
     for text in (item.id, item.session_id, ENVIRONMENT):
         assert any(text in line for line in lines), text
     assert any("metadata" in line for line in lines)
 
 
 async def test_plugins_command_on_narrow_terminal_shows_whole_names(
-    plane: ControlPlane, folder: Path
+    control_plane: ControlPlane, command_directory: Path
 ) -> None:
-    lines = await shown(plane, folder, 40, "plugins", "handlers")
+    lines = await lines_on_terminal(control_plane, command_directory, 40, "plugins", "handlers")
     assert any("handlers.finish" in line for line in lines)

@@ -9,12 +9,16 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from tests.acceptance.open_managed_agents import UnavailableError, install, running
+from tests.acceptance.open_managed_agents import (
+    UnavailableError,
+    install_control_plane,
+    running_control_plane,
+)
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator
 
-    from tests.acceptance.conftest import Start
+    from tests.acceptance.conftest import StartCommand
     from tests.acceptance.open_managed_agents import OpenManagedAgents
 
 pytestmark = [pytest.mark.trial, pytest.mark.acceptance, pytest.mark.timeout(400)]
@@ -32,21 +36,23 @@ async def run(session: Session) -> dict[str, str]:
 
 
 @pytest.fixture(scope="session")
-def python(tmp_path_factory: pytest.TempPathFactory) -> str:
+def control_plane_python(tmp_path_factory: pytest.TempPathFactory) -> str:
     try:
-        return install(tmp_path_factory.mktemp("open-managed-agents"))
+        return install_control_plane(tmp_path_factory.mktemp("open-managed-agents"))
     except UnavailableError as error:
         pytest.skip(str(error))
 
 
 @pytest.fixture
-async def control_plane(python: str, tmp_path: Path) -> AsyncIterator[OpenManagedAgents]:
-    async with running(python, tmp_path) as control_plane:
+async def control_plane(
+    control_plane_python: str, tmp_path: Path
+) -> AsyncIterator[OpenManagedAgents]:
+    async with running_control_plane(control_plane_python, tmp_path) as control_plane:
         yield control_plane
 
 
 async def test_check_list_and_drain_work_with_open_managed_agents(
-    control_plane: OpenManagedAgents, bare: Start, folder: Path
+    control_plane: OpenManagedAgents, start_without_settings: StartCommand, command_directory: Path
 ) -> None:
     variables = {
         "WORKPOOL_DIALECT": "anthropic",
@@ -56,51 +62,53 @@ async def test_check_list_and_drain_work_with_open_managed_agents(
         "WORKPOOL_METRICS_LISTEN": "127.0.0.1:0",
     }
 
-    async def listed() -> dict[str, dict[str, Any]]:
-        command = await bare("work", "list", "--limit", "1000", "--json", **variables)
-        assert await command.ends() == 0
+    async def listed_states() -> dict[str, dict[str, Any]]:
+        command = await start_without_settings(
+            "work", "list", "--limit", "1000", "--json", **variables
+        )
+        assert await command.wait_for_end() == 0
         items = json.loads(command.out)
         assert len({item["id"] for item in items}) == len(items)
         return {item["session_id"]: item for item in items}
 
     sessions = {await control_plane.create_session() for _ in range(SESSIONS)}
-    (folder / "run_sessions.py").write_text(HANDLER)
+    (command_directory / "run_sessions.py").write_text(HANDLER)
 
-    check = await bare("check", "run_sessions", **variables)
-    assert await check.ends() == 0
+    check = await start_without_settings("check", "run_sessions", **variables)
+    assert await check.wait_for_end() == 0
     assert "control plane: answered in" in check.out
 
-    before = await listed()
+    before = await listed_states()
     assert before.keys() == sessions
     assert {item["state"] for item in before.values()} == {"queued"}
 
-    run = await bare("run", "run_sessions", "--drain", **variables)
-    assert await run.ends(180) == 0
+    run = await start_without_settings("run", "run_sessions", "--drain", **variables)
+    assert await run.wait_for_end(180) == 0
     assert "result=clean" in run.err
 
-    after = await listed()
+    after = await listed_states()
     assert {item["state"] for item in after.values()} == {"stopped"}
     ran = {session_id: item["metadata"]["ran"] for session_id, item in after.items()}
     assert ran == {session_id: session_id for session_id in sessions}
 
 
-def results_of_the_page() -> dict[str, str]:
-    """Return the documented verdicts on this control plane that are not `holds`, by clause."""
+def documented_differences() -> dict[str, str]:
+    """Return the documented verdicts for this control plane, except `holds`, by clause."""
     table = PAGE.read_text().partition("What `open-managed-agents` does instead:")[2]
     rows = re.findall(r"^\| (`.*?`) \| ([a-z ]+) \|", table, re.MULTILINE)
     return {clause: verdict for names, verdict in rows for clause in re.findall("`(.+?)`", names)}
 
 
 async def test_conform_of_open_managed_agents_finds_documented_differences(
-    control_plane: OpenManagedAgents, bare: Start
+    control_plane: OpenManagedAgents, start_without_settings: StartCommand
 ) -> None:
     variables = {"WORKPOOL_TOKEN": "any"}
-    command = await bare(
+    command = await start_without_settings(
         *("conform", control_plane.base_url, "--dialect", "anthropic", "--json"),
         *("--environment-id", control_plane.environment_id, "--agent", control_plane.agent_id),
         **variables,
     )
-    assert await command.ends(320) == 1
+    assert await command.wait_for_end(320) == 1
     clauses = json.loads(command.out)["clauses"]
     found = {each["clause"]: each["verdict"] for each in clauses if each["verdict"] != "holds"}
-    assert found == results_of_the_page()
+    assert found == documented_differences()

@@ -19,7 +19,7 @@ from workpool.metrics.definitions import DEFINITIONS
 from workpool.scaling import FLEET_NUMBERS
 
 if TYPE_CHECKING:
-    from tests.acceptance.conftest import Command, Start
+    from tests.acceptance.conftest import RunningCommand, StartCommand
     from workpool.server import ControlPlane
 
 pytestmark = [pytest.mark.acceptance, pytest.mark.timeout(120)]
@@ -85,7 +85,7 @@ def test_every_metric_on_page_is_defined() -> None:
     assert missing == set()
 
 
-def test_table_of_trades_has_every_setting_that_is_more_or_less() -> None:
+def test_trade_off_table_has_every_setting_that_trades_one_cost_for_another() -> None:
     section = PAGE.partition("## What each setting trades")[2].partition("\n## ")[0]
     rows = re.findall(r"^\| `(\w+)` \|", section, re.MULTILINE)
     fields = [each.name for each in dataclasses.fields(Settings)]
@@ -100,9 +100,9 @@ def test_heartbeats_of_four_hundred_sessions_need_longer_leases() -> None:
     assert Settings(**many, lease_ttl=300).warnings() == ()
 
 
-async def ready(worker: Command) -> None:
+async def wait_until_ready(worker: RunningCommand) -> None:
     """Wait until `/readyz` answers 200, as the page says."""
-    line = await worker.logs("metrics served")
+    line = await worker.wait_for_log("metrics served")
     [url] = re.findall(r"url=(\S+)/metrics", line)
     async with aiohttp.ClientSession() as http:
         while True:
@@ -111,27 +111,29 @@ async def ready(worker: Command) -> None:
                     return
 
 
-async def test_upgrade_of_page_loses_no_session_and_counts_no_attempt(
-    start: Start, plane: ControlPlane
+async def test_documented_upgrade_loses_no_session_and_counts_no_attempt(
+    start_command: StartCommand, control_plane: ControlPlane
 ) -> None:
     """One session ends in the drain; the other one is released and starts again elsewhere."""
-    [waiting] = plane.enqueue(metadata={"do": "wait"})
-    [lingering] = plane.enqueue(metadata={"do": "linger"})
-    old = await start("run", "handlers", "--drain-timeout", "1")
-    await old.logs("wait runs")
-    await old.logs("linger runs")
-    new = await start("run", "handlers", "--drain-timeout", "1")
-    await ready(new)
-    old.send(signal.SIGTERM)
-    assert await old.ends() == 0
-    await new.logs("linger runs")
+    [waiting] = control_plane.enqueue(metadata={"do": "wait"})
+    [lingering] = control_plane.enqueue(metadata={"do": "linger"})
+    old = await start_command("run", "handlers", "--drain-timeout", "1")
+    await old.wait_for_log("wait runs")
+    await old.wait_for_log("linger runs")
+    new = await start_command("run", "handlers", "--drain-timeout", "1")
+    await wait_until_ready(new)
+    old.send_signal(signal.SIGTERM)
+    assert await old.wait_for_end() == 0
+    await new.wait_for_log("linger runs")
     settings = Settings(
-        base_url=plane.base_url, token=plane.token, environment_id=waiting.environment_id
+        base_url=control_plane.base_url,
+        token=control_plane.token,
+        environment_id=waiting.environment_id,
     )
     async with WorkClient(settings) as client:
         done, again = await client.get(waiting.id), await client.get(lingering.id)
     assert (done.state, done.metadata["done"]) == ("stopped", "when asked")
     assert again.state == "active"
     assert again.metadata.get("workpool.attempt", "1") == "1"
-    new.send(signal.SIGTERM)
-    assert await new.ends() == 0
+    new.send_signal(signal.SIGTERM)
+    assert await new.wait_for_end() == 0

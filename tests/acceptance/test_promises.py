@@ -19,7 +19,7 @@ from workpool.testing import Clock, Faults
 if TYPE_CHECKING:
     from pathlib import Path
 
-    from tests.acceptance.conftest import Command, Start
+    from tests.acceptance.conftest import RunningCommand, StartCommand
 
 pytestmark = [pytest.mark.acceptance, pytest.mark.trial, pytest.mark.timeout(120)]
 
@@ -43,13 +43,15 @@ ORDER = ["queued", "starting", "active", "stopping", "stopped"]
 
 
 @pytest.fixture
-def handlers_folder(folder: Path) -> Path:
+def handlers_directory(command_directory: Path) -> Path:
     """Return the workers' current directory, where handlers record the items that they ran."""
-    (folder / "works.py").write_text(HANDLER)
-    return folder
+    (command_directory / "works.py").write_text(HANDLER)
+    return command_directory
 
 
-async def run(bare: Start, base_url: str, *flags: str, **variables: str) -> Command:
+async def start_worker(
+    bare: StartCommand, base_url: str, *flags: str, **variables: str
+) -> RunningCommand:
     defaults = {
         "WORKPOOL_BASE_URL": base_url,
         "WORKPOOL_ENVIRONMENT_ID": ENVIRONMENT,
@@ -62,11 +64,13 @@ async def run(bare: Start, base_url: str, *flags: str, **variables: str) -> Comm
     return await bare("run", "works", *flags, **{**defaults, **variables})
 
 
-def runs(folder: Path) -> Counter[str]:
+def recorded_runs(folder: Path) -> Counter[str]:
     return Counter((folder / "runs").read_text().split())
 
 
-async def test_thousand_items_cost_four_requests_each(bare: Start, handlers_folder: Path) -> None:
+async def test_thousand_items_cost_four_requests_each(
+    start_without_settings: StartCommand, handlers_directory: Path
+) -> None:
     faults = Faults()
     async with ControlPlane(
         environments=(ENVIRONMENT,), tokens={TOKEN: None}, middlewares=[faults.middleware]
@@ -74,10 +78,10 @@ async def test_thousand_items_cost_four_requests_each(bare: Start, handlers_fold
         items = plane.enqueue(count=ITEMS)
         # A slow machine must not need a second heartbeat or a second delivery of an item.
         patient = {"WORKPOOL_LEASE_TTL": "600", "WORKPOOL_RECLAIM_OLDER_THAN_MS": "600000"}
-        command = await run(bare, plane.base_url, "--drain", **patient)
-        assert await command.ends(SECONDS) == 0
+        command = await start_worker(start_without_settings, plane.base_url, "--drain", **patient)
+        assert await command.wait_for_end(SECONDS) == 0
     assert plane.summary() == (ITEMS, ITEMS, 0, 0, 0)
-    assert runs(handlers_folder) == Counter({item.id: 1 for item in items})
+    assert recorded_runs(handlers_directory) == Counter({item.id: 1 for item in items})
     sent = Counter(request.op for request in faults.seen)
     empty = sent.pop("poll") - ITEMS
     assert sent == {"ack": ITEMS, "heartbeat": ITEMS, "stop": ITEMS}
@@ -87,8 +91,10 @@ async def test_thousand_items_cost_four_requests_each(bare: Start, handlers_fold
         assert kinds == ["created", "delivered", "acked", "heartbeat", "stopped"]
 
 
-@pytest.mark.usefixtures("handlers_folder")
-async def test_items_of_killed_worker_are_finished_by_another_worker(bare: Start) -> None:
+@pytest.mark.usefixtures("handlers_directory")
+async def test_items_of_killed_worker_are_finished_by_another_worker(
+    start_without_settings: StartCommand,
+) -> None:
     faults, clock = Faults(), Clock()
     async with ControlPlane(
         environments=(ENVIRONMENT,),
@@ -97,18 +103,22 @@ async def test_items_of_killed_worker_are_finished_by_another_worker(bare: Start
         middlewares=[faults.middleware],
     ) as plane:
         items = plane.enqueue(count=HELD, metadata={"do": "hold"})
-        victim = await run(bare, plane.base_url, WORKPOOL_WORKER_ID="victim")
+        victim = await start_worker(
+            start_without_settings, plane.base_url, WORKPOOL_WORKER_ID="victim"
+        )
         for item in items:
             await faults.wait_for("heartbeat", work_id=item.id, answered=True, timeout=SECONDS)
-        successor = await run(bare, plane.base_url, WORKPOOL_WORKER_ID="heir")
-        await successor.logs("idle")  # it has polled, but received no held item
-        victim.send(signal.SIGKILL)
-        assert await victim.ends() == -signal.SIGKILL
+        successor = await start_worker(
+            start_without_settings, plane.base_url, WORKPOOL_WORKER_ID="heir"
+        )
+        await successor.wait_for_log("idle")  # it has polled, but received no held item
+        victim.send_signal(signal.SIGKILL)
+        assert await victim.wait_for_end() == -signal.SIGKILL
         clock.advance(LEASE_SECONDS)  # the killed worker sends no heartbeat
         plane.operations.wake()
         await faults.wait_for("stop", count=HELD, answered=True, timeout=SECONDS)
-        successor.send(signal.SIGTERM)
-        assert await successor.ends() == 0
+        successor.send_signal(signal.SIGTERM)
+        assert await successor.wait_for_end() == 0
     assert plane.summary() == (HELD, HELD, HELD, 0, 0)
     for item in items:
         records = plane.history.of(item.id)
@@ -126,7 +136,7 @@ async def test_items_of_killed_worker_are_finished_by_another_worker(bare: Start
         assert (records[-1].worker_id or "").startswith("heir")
 
 
-class Shell:
+class ControlPlaneClient:
     """A client of a control plane that may be killed at any time."""
 
     def __init__(self, http: aiohttp.ClientSession, port: int) -> None:
@@ -141,8 +151,8 @@ class Shell:
             assert answer.status == 200
             return await answer.json()
 
-    async def enqueue(self) -> None:
-        """Enqueue items until the control plane is gone, and record every answer."""
+    async def enqueue_until_killed(self) -> None:
+        """Enqueue items until the control plane is killed, and record every answer."""
         while True:
             try:
                 created = await self.call("POST", body={"count": 5})
@@ -160,7 +170,7 @@ class Shell:
             found += page["data"]
         return found
 
-    async def stopped(self, count: int) -> list[dict[str, Any]]:
+    async def wait_until_stopped(self, count: int) -> list[dict[str, Any]]:
         """Wait until this number of items is stopped; return all items."""
         async with asyncio.timeout(SECONDS):
             while True:
@@ -171,32 +181,32 @@ class Shell:
 
 
 async def test_killed_control_plane_loses_no_item_and_its_worker_continues(
-    bare: Start, handlers_folder: Path
+    start_without_settings: StartCommand, handlers_directory: Path
 ) -> None:
     with socket.create_server(("127.0.0.1", 0)) as free:
         port = free.getsockname()[1]
     serve = ["serve", "--port", str(port), "--store", "work.db", "--token", TOKEN, "--json"]
     serve += ["--environment", ENVIRONMENT]
-    plane = await bare(*serve)
-    base_url = json.loads(await plane.prints())["base_url"]
-    worker = await run(bare, base_url, WORKPOOL_REQUEST_TIMEOUT="3")
+    plane = await start_without_settings(*serve)
+    base_url = json.loads(await plane.wait_for_output())["base_url"]
+    worker = await start_worker(start_without_settings, base_url, WORKPOOL_REQUEST_TIMEOUT="3")
     async with aiohttp.ClientSession() as http:
-        shell = Shell(http, port)
+        shell = ControlPlaneClient(http, port)
         async with asyncio.TaskGroup() as group:
-            group.create_task(shell.enqueue())
-            await shell.stopped(50)
-            plane.send(signal.SIGKILL)
-        assert await plane.ends() == -signal.SIGKILL
-        plane = await bare(*serve)
-        await plane.prints()
+            group.create_task(shell.enqueue_until_killed())
+            await shell.wait_until_stopped(50)
+            plane.send_signal(signal.SIGKILL)
+        assert await plane.wait_for_end() == -signal.SIGKILL
+        plane = await start_without_settings(*serve)
+        await plane.wait_for_output()
         after = {item["id"]: item for item in await shell.items()}
         for work_id, item in shell.known.items():
             assert ORDER.index(after[work_id]["state"]) >= ORDER.index(item["state"])
         await shell.call("POST", body={"count": 5})
-        items = await shell.stopped(len(after) + 5)
+        items = await shell.wait_until_stopped(len(after) + 5)
     assert {item["state"] for item in items} == {"stopped"}
-    worker.send(signal.SIGTERM)
-    assert await worker.ends() == 0
-    assert set(runs(handlers_folder)) == {item["id"] for item in items}
-    plane.send(signal.SIGTERM)
-    assert await plane.ends() == 0
+    worker.send_signal(signal.SIGTERM)
+    assert await worker.wait_for_end() == 0
+    assert set(recorded_runs(handlers_directory)) == {item["id"] for item in items}
+    plane.send_signal(signal.SIGTERM)
+    assert await plane.wait_for_end() == 0

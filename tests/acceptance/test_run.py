@@ -18,163 +18,167 @@ from tests.acceptance.conftest import CLOUD, ENVIRONMENT, FORBIDDEN, LIMITED
 if TYPE_CHECKING:
     from pathlib import Path
 
-    from tests.acceptance.conftest import Ask, Start
+    from tests.acceptance.conftest import RunInProcess, StartCommand
     from workpool.server import ControlPlane, Item, Operations
 
 pytestmark = [pytest.mark.acceptance, pytest.mark.timeout(120)]
 
 
-def enqueue(plane: ControlPlane, do: str, **metadata: str) -> Item:
+def enqueue_items(plane: ControlPlane, do: str, **metadata: str) -> Item:
     [item] = plane.enqueue(metadata={"do": do, **metadata})
     return item
 
 
-def now(plane: ControlPlane, item: Item) -> Item:
+def utc_now(plane: ControlPlane, item: Item) -> Item:
     operations: Operations = plane.operations
     return operations.queue(ENVIRONMENT).get(item.id)
 
 
 async def test_run_with_drain_flag_ends_with_0_when_queue_is_empty(
-    start: Start, plane: ControlPlane
+    start_command: StartCommand, control_plane: ControlPlane
 ) -> None:
-    items = [enqueue(plane, "finish") for _ in range(20)]
-    command = await start("run", "handlers", "--drain")
-    assert await command.ends() == 0
-    assert [now(plane, item).state for item in items] == ["stopped"] * 20
-    assert {now(plane, item).metadata["done"] for item in items} == {"yes"}
+    items = [enqueue_items(control_plane, "finish") for _ in range(20)]
+    command = await start_command("run", "handlers", "--drain")
+    assert await command.wait_for_end() == 0
+    assert [utc_now(control_plane, item).state for item in items] == ["stopped"] * 20
+    assert {utc_now(control_plane, item).metadata["done"] for item in items} == {"yes"}
     assert command.out == ""  # logs are on stderr
 
 
-async def test_run_with_module_and_function_uses_that_handler_only(
-    start: Start, plane: ControlPlane
+async def test_run_with_module_and_function_name_uses_that_handler_only(
+    start_command: StartCommand, control_plane: ControlPlane
 ) -> None:
-    item, other = enqueue(plane, "finish"), enqueue(plane, "fail")
-    command = await start("run", "handlers:finish")
-    await command.logs("finish runs")
-    await command.logs("item declined")
-    command.send(signal.SIGTERM)
-    assert await command.ends() == 0
-    assert now(plane, item).state == "stopped"
-    assert now(plane, other).state == "queued"
+    item, other = enqueue_items(control_plane, "finish"), enqueue_items(control_plane, "fail")
+    command = await start_command("run", "handlers:finish")
+    await command.wait_for_log("finish runs")
+    await command.wait_for_log("item declined")
+    command.send_signal(signal.SIGTERM)
+    assert await command.wait_for_end() == 0
+    assert utc_now(control_plane, item).state == "stopped"
+    assert utc_now(control_plane, other).state == "queued"
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 async def test_run_after_first_signal_lets_sessions_end(
-    start: Start, plane: ControlPlane, number: signal.Signals
+    start_command: StartCommand, control_plane: ControlPlane, number: signal.Signals
 ) -> None:
-    item = enqueue(plane, "wait")
-    command = await start("run", "handlers")
-    await command.logs("wait runs")
-    command.send(number)
-    assert await command.ends() == 0
-    assert now(plane, item).state == "stopped"
-    assert now(plane, item).metadata["done"] == "when asked"
+    item = enqueue_items(control_plane, "wait")
+    command = await start_command("run", "handlers")
+    await command.wait_for_log("wait runs")
+    command.send_signal(number)
+    assert await command.wait_for_end() == 0
+    assert utc_now(control_plane, item).state == "stopped"
+    assert utc_now(control_plane, item).metadata["done"] == "when asked"
     assert "result=clean" in command.err
 
 
-async def test_session_released_by_drain_is_not_stopped(start: Start, plane: ControlPlane) -> None:
-    item = enqueue(plane, "linger")
-    command = await start("run", "handlers", WORKPOOL_DRAIN_TIMEOUT="0.2")
-    await command.logs("linger runs")
-    command.send(signal.SIGTERM)
-    assert await command.ends() == 0
-    assert now(plane, item).state == "active"  # until its last, short lease expires
+async def test_session_released_by_drain_is_not_stopped(
+    start_command: StartCommand, control_plane: ControlPlane
+) -> None:
+    item = enqueue_items(control_plane, "linger")
+    command = await start_command("run", "handlers", WORKPOOL_DRAIN_TIMEOUT="0.2")
+    await command.wait_for_log("linger runs")
+    command.send_signal(signal.SIGTERM)
+    assert await command.wait_for_end() == 0
+    assert utc_now(control_plane, item).state == "active"  # until its last, short lease expires
     assert "result=deadline" in command.err
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 async def test_run_after_second_signal_ends_at_once_with_128_and_signal(
-    start: Start, plane: ControlPlane, number: signal.Signals
+    start_command: StartCommand, control_plane: ControlPlane, number: signal.Signals
 ) -> None:
-    item = enqueue(plane, "linger")
-    command = await start("run", "handlers", WORKPOOL_DRAIN_TIMEOUT="3600")
-    await command.logs("linger runs")
-    command.send(signal.SIGTERM)
-    await command.logs("draining")
-    command.send(number)
-    assert await command.ends() == 128 + number
-    assert now(plane, item).state == "active"
+    item = enqueue_items(control_plane, "linger")
+    command = await start_command("run", "handlers", WORKPOOL_DRAIN_TIMEOUT="3600")
+    await command.wait_for_log("linger runs")
+    command.send_signal(signal.SIGTERM)
+    await command.wait_for_log("draining")
+    command.send_signal(number)
+    assert await command.wait_for_end() == 128 + number
+    assert utc_now(control_plane, item).state == "active"
 
 
 async def test_stalled_session_is_ended_and_one_that_waits_for_a_person_is_not(
-    start: Start, plane: ControlPlane, folder: Path
+    start_command: StartCommand, control_plane: ControlPlane, command_directory: Path
 ) -> None:
-    silent, asking = enqueue(plane, "linger"), enqueue(plane, "ask")
-    command = await start("run", "handlers", WORKPOOL_STALL_TIMEOUT="1")
-    url = (await command.logs("metrics served url=")).partition("url=")[2].split()[0]
-    stalled = await command.logs("session stalled")
+    silent, asking = enqueue_items(control_plane, "linger"), enqueue_items(control_plane, "ask")
+    command = await start_command("run", "handlers", WORKPOOL_STALL_TIMEOUT="1")
+    url = (await command.wait_for_log("metrics served url=")).partition("url=")[2].split()[0]
+    stalled = await command.wait_for_log("session stalled")
     assert silent.id in stalled
     assert "handlers.linger" in stalled
-    await command.logs("outcome=stalled")
-    assert now(plane, silent).state == "stopped"
-    assert now(plane, silent).metadata["workpool.error"] == "SessionStalled"
-    assert now(plane, asking).state == "active"
+    await command.wait_for_log("outcome=stalled")
+    assert utc_now(control_plane, silent).state == "stopped"
+    assert utc_now(control_plane, silent).metadata["workpool.error"] == "SessionStalled"
+    assert utc_now(control_plane, asking).state == "active"
     async with aiohttp.ClientSession() as http, http.get(url) as answer:
         samples = (await answer.text()).splitlines()
     gauge = f'workpool_session_silence_seconds_max{{environment_id="{ENVIRONMENT}",handler='
     assert f'{gauge}"handlers.ask"}} 0.0' in samples
-    (folder / "answer").write_text("yes")
-    command.send(signal.SIGTERM)
-    assert await command.ends() == 0
-    assert now(plane, asking).metadata["done"] == "answered"
+    (command_directory / "answer").write_text("yes")
+    command.send_signal(signal.SIGTERM)
+    assert await command.wait_for_end() == 0
+    assert utc_now(control_plane, asking).metadata["done"] == "answered"
 
 
-async def test_run_with_abandoned_session_ends_with_1(start: Start, plane: ControlPlane) -> None:
-    enqueue(plane, "ignore")
-    command = await start("run", "handlers", WORKPOOL_DRAIN_TIMEOUT="0")
-    await command.logs("ignore runs")
-    command.send(signal.SIGTERM)
-    assert await command.ends() == 1
+async def test_run_with_abandoned_session_ends_with_1(
+    start_command: StartCommand, control_plane: ControlPlane
+) -> None:
+    enqueue_items(control_plane, "ignore")
+    command = await start_command("run", "handlers", WORKPOOL_DRAIN_TIMEOUT="0")
+    await command.wait_for_log("ignore runs")
+    command.send_signal(signal.SIGTERM)
+    assert await command.wait_for_end() == 1
     assert "abandoned=1" in command.err
 
 
 async def test_task_left_running_by_handler_does_not_keep_process_running(
-    start: Start, plane: ControlPlane
+    start_command: StartCommand, control_plane: ControlPlane
 ) -> None:
-    enqueue(plane, "spawn")
-    command = await start("run", "handlers", "--drain")
-    assert await command.ends() == 0
+    enqueue_items(control_plane, "spawn")
+    command = await start_command("run", "handlers", "--drain")
+    assert await command.wait_for_end() == 0
     assert "abandoned task=orphan" in command.err
 
 
 async def test_blocking_code_in_thread_does_not_keep_process_running(
-    start: Start, plane: ControlPlane
+    start_command: StartCommand, control_plane: ControlPlane
 ) -> None:
-    enqueue(plane, "thread")
-    command = await start("run", "handlers", WORKPOOL_DRAIN_TIMEOUT="0")
-    await command.logs("thread runs")
-    command.send(signal.SIGTERM)
-    assert await command.ends() == 0
+    enqueue_items(control_plane, "thread")
+    command = await start_command("run", "handlers", WORKPOOL_DRAIN_TIMEOUT="0")
+    await command.wait_for_log("thread runs")
+    command.send_signal(signal.SIGTERM)
+    assert await command.wait_for_end() == 0
     assert "thread still runs; abandoned thread_name=workpool-blocking" in command.err
 
 
-async def test_thread_of_user_does_not_keep_process_running_and_is_logged_by_name(
-    start: Start, plane: ControlPlane
+async def test_thread_started_by_user_does_not_keep_process_running_and_is_logged(
+    start_command: StartCommand, control_plane: ControlPlane
 ) -> None:
-    enqueue(plane, "own thread")
-    command = await start("run", "handlers", "--drain")
-    assert await command.ends() == 0
+    enqueue_items(control_plane, "own thread")
+    command = await start_command("run", "handlers", "--drain")
+    assert await command.wait_for_end() == 0
     assert "thread still runs; abandoned thread_name=own-thread" in command.err
     assert "idle-pool" not in command.err
 
 
-async def test_loop_blocked_for_max_block_ends_process_with_1(
-    start: Start, plane: ControlPlane
+async def test_loop_blocked_for_max_block_ends_process_with_status_1(
+    start_command: StartCommand, control_plane: ControlPlane
 ) -> None:
-    enqueue(plane, "block")
-    command = await start("run", "handlers", WORKPOOL_MAX_BLOCK="1.5")
-    assert await command.ends() == 1
+    enqueue_items(control_plane, "block")
+    command = await start_command("run", "handlers", WORKPOOL_MAX_BLOCK="1.5")
+    assert await command.wait_for_end() == 1
     assert "event loop blocked" in command.err
     assert "in block" in command.err  # a line of the printed stacks
 
 
 async def test_health_and_metrics_are_answered_while_handler_blocks_loop(
-    start: Start, plane: ControlPlane, folder: Path
+    start_command: StartCommand, control_plane: ControlPlane, command_directory: Path
 ) -> None:
-    item = enqueue(plane, "block")
-    command = await start("run", "handlers", "--drain")
-    url = (await command.logs("metrics served url=")).partition("url=")[2].split()[0]
-    await command.logs("block runs")
+    item = enqueue_items(control_plane, "block")
+    command = await start_command("run", "handlers", "--drain")
+    url = (await command.wait_for_log("metrics served url=")).partition("url=")[2].split()[0]
+    await command.wait_for_log("block runs")
     async with aiohttp.ClientSession(url.removesuffix("metrics")) as http:
         for path in ("healthz", "readyz", "metrics"):
             async with http.get(path) as answer:
@@ -182,41 +186,43 @@ async def test_health_and_metrics_are_answered_while_handler_blocks_loop(
                 text = await answer.text()
         assert 'workpool_slots{environment_id="' in text
         assert "process_cpu_seconds_total" in text
-        assert now(plane, item).state == "active"
-        (folder / "free").touch()
-        await command.logs("drained result=clean")
+        assert utc_now(control_plane, item).state == "active"
+        (command_directory / "free").touch()
+        await command.wait_for_log("drained result=clean")
         async with http.get("metrics") as answer:
             assert answer.status == 200
-    assert await command.ends() == 0
+    assert await command.wait_for_end() == 0
     assert "block ends" in command.err
 
 
-async def test_scraped_process_stays_until_a_scrape_has_shown_its_drain(start: Start) -> None:
-    command = await start("run", "handlers")
-    url = (await command.logs("metrics served url=")).partition("url=")[2].split()[0]
+async def test_scraped_process_stays_until_a_scrape_has_reported_its_drain(
+    start_command: StartCommand,
+) -> None:
+    command = await start_command("run", "handlers")
+    url = (await command.wait_for_log("metrics served url=")).partition("url=")[2].split()[0]
     async with aiohttp.ClientSession() as http:
         async with http.get(url) as answer:
             assert (
                 'workpool_drain_duration_seconds_count{result="clean"} 0.0' in await answer.text()
             )
-        command.send(signal.SIGTERM)
-        await command.logs("waiting for the last scrape")
+        command.send_signal(signal.SIGTERM)
+        await command.wait_for_log("waiting for the last scrape")
         async with http.get(url) as answer:
             assert (
                 'workpool_drain_duration_seconds_count{result="clean"} 1.0' in await answer.text()
             )
-    assert await command.ends() == 0
+    assert await command.wait_for_end() == 0
 
 
-async def test_second_signal_ends_the_wait_for_the_last_scrape(start: Start) -> None:
-    command = await start("run", "handlers")
-    url = (await command.logs("metrics served url=")).partition("url=")[2].split()[0]
+async def test_second_signal_ends_the_wait_for_the_last_scrape(start_command: StartCommand) -> None:
+    command = await start_command("run", "handlers")
+    url = (await command.wait_for_log("metrics served url=")).partition("url=")[2].split()[0]
     async with aiohttp.ClientSession() as http, http.get(url) as answer:
         assert answer.status == 200
-    command.send(signal.SIGTERM)
-    await command.logs("drained result=clean")
-    command.send(signal.SIGTERM)
-    assert await command.ends() == 128 + signal.SIGTERM
+    command.send_signal(signal.SIGTERM)
+    await command.wait_for_log("drained result=clean")
+    command.send_signal(signal.SIGTERM)
+    assert await command.wait_for_end() == 128 + signal.SIGTERM
 
 
 @pytest.mark.parametrize(
@@ -229,10 +235,10 @@ async def test_second_signal_ends_the_wait_for_the_last_scrape(start: Start) -> 
     ],
 )
 async def test_run_refused_by_control_plane_ends_with_3(
-    start: Start, variables: dict[str, str], expected_text: str
+    start_command: StartCommand, variables: dict[str, str], expected_text: str
 ) -> None:
-    command = await start("run", "handlers", **variables)
-    assert await command.ends() == 3
+    command = await start_command("run", "handlers", **variables)
+    assert await command.wait_for_end() == 3
     assert f"poll: {expected_text}" in command.err
 
 
@@ -247,9 +253,12 @@ async def test_run_refused_by_control_plane_ends_with_3(
     ],
 )
 async def test_run_with_invalid_arguments_or_settings_ends_with_2(
-    ask: Ask, arguments: list[str], variables: dict[str, str], expected_text: str
+    run_in_process: RunInProcess,
+    arguments: list[str],
+    variables: dict[str, str],
+    expected_text: str,
 ) -> None:
-    ended = await ask(*arguments, **variables)
+    ended = await run_in_process(*arguments, **variables)
     assert ended.status == 2
     assert expected_text in ended.err
     assert ended.out == ""
@@ -264,24 +273,28 @@ async def test_run_with_invalid_arguments_or_settings_ends_with_2(
     ],
 )
 async def test_run_with_unknown_plugins_ends_with_2(
-    start: Start, arguments: list[str], expected_text: str
+    start_command: StartCommand, arguments: list[str], expected_text: str
 ) -> None:
-    command = await start("run", *arguments)
-    assert await command.ends() == 2
+    command = await start_command("run", *arguments)
+    assert await command.wait_for_end() == 2
     assert expected_text in command.err
 
 
-async def test_run_on_port_in_use_names_address_and_ends_with_2(start: Start) -> None:
+async def test_run_on_port_in_use_names_address_and_ends_with_2(
+    start_command: StartCommand,
+) -> None:
     with socket.create_server(("127.0.0.1", 0)) as taken:
         address = f"127.0.0.1:{taken.getsockname()[1]}"
-        command = await start("run", "handlers", "--metrics-listen", address)
-        assert await command.ends() == 2
+        command = await start_command("run", "handlers", "--metrics-listen", address)
+        assert await command.wait_for_end() == 2
     assert address in command.err
     assert "metrics_listen" in command.err
 
 
-async def test_run_with_plugin_that_fails_to_start_ends_with_1(start: Start, folder: Path) -> None:
-    (folder / "broken.py").write_text(
+async def test_run_with_plugin_that_fails_to_start_ends_with_1(
+    start_command: StartCommand, command_directory: Path
+) -> None:
+    (command_directory / "broken.py").write_text(
         "from contextlib import asynccontextmanager\n"
         "from workpool import handler, hookimpl\n"
         "@handler\n"
@@ -293,16 +306,16 @@ async def test_run_with_plugin_that_fails_to_start_ends_with_1(start: Start, fol
         "@hookimpl\n"
         "def workpool_lifespan(supervisor): return database()\n"
     )
-    command = await start("run", "broken", "--log-format", "json")
-    assert await command.ends() == 1
+    command = await start_command("run", "broken", "--log-format", "json")
+    assert await command.wait_for_end() == 1
     last = json.loads(command.err.splitlines()[-1])
     assert "the database is away" in last["stack"]
 
 
 async def test_run_with_endless_plugin_start_ends_after_two_signals(
-    start: Start, folder: Path
+    start_command: StartCommand, command_directory: Path
 ) -> None:
-    (folder / "slow.py").write_text(
+    (command_directory / "slow.py").write_text(
         "import asyncio, logging\n"
         "from contextlib import asynccontextmanager\n"
         "from workpool import handler, hookimpl\n"
@@ -316,17 +329,22 @@ async def test_run_with_endless_plugin_start_ends_after_two_signals(
         "@hookimpl\n"
         "def workpool_lifespan(supervisor): return database()\n"
     )
-    command = await start("run", "slow")
-    await command.logs("connecting")
-    command.send(signal.SIGINT)
-    command.send(signal.SIGTERM)
-    assert await command.ends() in {130, 143}  # two signals at once may arrive in either order
+    command = await start_command("run", "slow")
+    await command.wait_for_log("connecting")
+    command.send_signal(signal.SIGINT)
+    command.send_signal(signal.SIGTERM)
+    assert await command.wait_for_end() in {
+        130,
+        143,
+    }  # two signals at once may arrive in either order
 
 
-async def test_json_log_lines_have_ids_and_errors(start: Start, plane: ControlPlane) -> None:
-    item, bad = enqueue(plane, "finish"), enqueue(plane, "fail")
-    command = await start("run", "handlers", "--drain", "--log-format", "json", "-v")
-    assert await command.ends() == 0
+async def test_json_log_lines_have_ids_and_errors(
+    start_command: StartCommand, control_plane: ControlPlane
+) -> None:
+    item, bad = enqueue_items(control_plane, "finish"), enqueue_items(control_plane, "fail")
+    command = await start_command("run", "handlers", "--drain", "--log-format", "json", "-v")
+    assert await command.wait_for_end() == 0
     records = [json.loads(line) for line in command.err.splitlines()]
     [ran] = [record for record in records if record["message"] == "finish runs"]
     assert (ran["work_id"], ran["session_id"]) == (item.id, item.session_id)
@@ -339,63 +357,67 @@ async def test_json_log_lines_have_ids_and_errors(start: Start, plane: ControlPl
 
 
 async def test_run_flags_override_variables_and_variables_override_file(
-    start: Start, plane: ControlPlane, folder: Path
+    start_command: StartCommand, control_plane: ControlPlane, command_directory: Path
 ) -> None:
-    (folder / "greeter.py").write_text(
+    (command_directory / "greeter.py").write_text(
         "from workpool import handler\n"
         "class Greeter:\n"
         "    def __init__(self, greeting): self.greeting = greeting\n"
         "    @handler\n"
         "    async def greet(self, session): return {'said': self.greeting}\n"
     )
-    (folder / "pool.toml").write_text(
+    (command_directory / "pool.toml").write_text(
         "[workpool]\nplugins = ['greeter:Greeter']\nlog_level = 'error'\n"
         "base_url = 'http://127.0.0.1:9'\n"
         "[workpool.plugin.Greeter]\ngreeting = 'hello from the file'\n"
     )
-    [item] = plane.enqueue()
-    command = await start(
+    [item] = control_plane.enqueue()
+    command = await start_command(
         "run", "--drain", "--config", "pool.toml", "--log-level", "info", WORKPOOL_LOG_LEVEL="error"
     )
-    assert await command.ends() == 0
-    assert now(plane, item).metadata["said"] == "hello from the file"
+    assert await command.wait_for_end() == 0
+    assert utc_now(control_plane, item).metadata["said"] == "hello from the file"
     assert "drained result=clean" in command.err
 
 
 async def test_run_with_exit_after_sessions_flag_ends_with_0(
-    start: Start, plane: ControlPlane
+    start_command: StartCommand, control_plane: ControlPlane
 ) -> None:
-    items = [enqueue(plane, "finish") for _ in range(3)]
+    items = [enqueue_items(control_plane, "finish") for _ in range(3)]
     flags = ("--exit-after-sessions", "2", "--drain-timeout", "unlimited")
-    command = await start("run", "handlers", *flags)
-    assert await command.ends() == 0
-    assert sorted(now(plane, item).state for item in items) == ["queued", "stopped", "stopped"]
+    command = await start_command("run", "handlers", *flags)
+    assert await command.wait_for_end() == 0
+    assert sorted(utc_now(control_plane, item).state for item in items) == [
+        "queued",
+        "stopped",
+        "stopped",
+    ]
     assert "limit=exit_after_sessions" in command.err
     assert "result=clean" in command.err
 
 
-async def test_run_for_one_session_without_work_ends_with_0(start: Start) -> None:
+async def test_run_for_one_session_without_work_ends_with_0(start_command: StartCommand) -> None:
     flags = ("--exit-after-sessions", "1", "--exit-after-idle", "0.1")
-    command = await start("run", "handlers", *flags)
-    assert await command.ends() == 0
+    command = await start_command("run", "handlers", *flags)
+    assert await command.wait_for_end() == 0
     assert "limit=exit_after_idle" in command.err
 
 
 async def test_sigusr1_pauses_pool_and_sigusr2_resumes_it(
-    start: Start, plane: ControlPlane
+    start_command: StartCommand, control_plane: ControlPlane
 ) -> None:
-    running = enqueue(plane, "wait")
-    command = await start("run", "handlers")
-    await command.logs("wait runs")
+    running = enqueue_items(control_plane, "wait")
+    command = await start_command("run", "handlers")
+    await command.wait_for_log("wait runs")
     url = (
-        (await command.logs("metrics served"))
+        (await command.wait_for_log("metrics served"))
         .partition("url=")[2]
         .split()[0]
         .removesuffix("/metrics")
     )
-    command.send(signal.SIGUSR1)
-    await command.logs("paused reason=SIGUSR1")
-    item = enqueue(plane, "finish")
+    command.send_signal(signal.SIGUSR1)
+    await command.wait_for_log("paused reason=SIGUSR1")
+    item = enqueue_items(control_plane, "finish")
     async with aiohttp.ClientSession() as session:
         async with session.get(f"{url}/readyz") as answer:
             assert answer.status == 503
@@ -404,9 +426,12 @@ async def test_sigusr1_pauses_pool_and_sigusr2_resumes_it(
             assert f'workpool_paused{{environment_id="{ENVIRONMENT}",reason="pause"}} 1' in (
                 await answer.text()
             )
-    assert (now(plane, running).state, now(plane, item).state) == ("active", "queued")
-    command.send(signal.SIGUSR2)
-    await command.logs("resumed")
-    await command.logs("finish runs")
-    command.send(signal.SIGTERM)
-    assert await command.ends() == 0
+    assert (utc_now(control_plane, running).state, utc_now(control_plane, item).state) == (
+        "active",
+        "queued",
+    )
+    command.send_signal(signal.SIGUSR2)
+    await command.wait_for_log("resumed")
+    await command.wait_for_log("finish runs")
+    command.send_signal(signal.SIGTERM)
+    assert await command.wait_for_end() == 0

@@ -19,16 +19,16 @@ if TYPE_CHECKING:
     from collections.abc import Callable
     from pathlib import Path
 
-    from tests.acceptance.conftest import Ask, Command, Start
+    from tests.acceptance.conftest import RunInProcess, RunningCommand, StartCommand
 
 pytestmark = [pytest.mark.acceptance, pytest.mark.timeout(120)]
 
 Numbers = dict[str, Any]
 
 
-async def url_of(command: Command) -> str:
+async def url_of(command: RunningCommand) -> str:
     """Return the URL of the ready line, without a path."""
-    word, url = (await command.prints()).split()
+    word, url = (await command.wait_for_output()).split()
     assert word == "ready"
     return url.removesuffix("/scale")
 
@@ -50,13 +50,13 @@ async def scale_until(url: str, wanted: Callable[[int, Numbers], bool]) -> tuple
 
 
 async def test_scale_recommends_workers_for_waiting_and_running_items(
-    start: Start, plane: ControlPlane
+    start_command: StartCommand, control_plane: ControlPlane
 ) -> None:
-    plane.enqueue(5, {"do": "linger"})
-    worker = await start("run", "handlers", "--concurrency", "2", "--prefetch", "0")
+    control_plane.enqueue(5, {"do": "linger"})
+    worker = await start_command("run", "handlers", "--concurrency", "2", "--prefetch", "0")
     for _ in range(2):
-        await worker.logs("linger runs")
-    command = await start(
+        await worker.wait_for_log("linger runs")
+    command = await start_command(
         "scale", "--interval", "1", "--slots-per-worker", "2", "--max-replicas", "20"
     )
     url = await url_of(command)
@@ -79,18 +79,18 @@ async def test_scale_recommends_workers_for_waiting_and_running_items(
     assert samples["workpool_fleet_recommended_replicas"] == (labels, 3)
     assert await read(f"{url}/healthz") == (200, {"status": "healthy"})
     assert await read(f"{url}/readyz") == (200, {"status": "ready"})
-    command.send(signal.SIGTERM)
-    assert await command.ends() == 0
+    command.send_signal(signal.SIGTERM)
+    assert await command.wait_for_end() == 0
 
 
 async def test_scale_keeps_last_numbers_of_unreachable_control_plane_and_then_answers_503(
-    bare: Start,
+    start_without_settings: StartCommand,
 ) -> None:
-    async with ControlPlane(environments=(ENVIRONMENT,), tokens=TOKENS) as plane:
-        plane.enqueue(3)
-        command = await bare(
+    async with ControlPlane(environments=(ENVIRONMENT,), tokens=TOKENS) as control_plane:
+        control_plane.enqueue(3)
+        command = await start_without_settings(
             *("scale", "--interval", "1", "--max-age", "8", "--min-replicas", "1"),
-            WORKPOOL_BASE_URL=plane.base_url,
+            WORKPOOL_BASE_URL=control_plane.base_url,
             WORKPOOL_ENVIRONMENT_ID=ENVIRONMENT,
             WORKPOOL_TOKEN=TOKEN,
             WORKPOOL_METRICS_LISTEN="127.0.0.1:0",
@@ -107,43 +107,49 @@ async def test_scale_keeps_last_numbers_of_unreachable_control_plane_and_then_an
     assert unready["reasons"][0].startswith("the queue cannot be read: stats: ")
     assert "workpool_fleet_queued{" not in (await read(f"{url}/metrics"))[1]
 
-    again = ControlPlane(environments=(ENVIRONMENT,), tokens=TOKENS, port=plane.port)
+    again = ControlPlane(environments=(ENVIRONMENT,), tokens=TOKENS, port=control_plane.port)
     async with again:
         again.enqueue(1)
         _, numbers = await scale_until(url, lambda status, _: status == 200)
         assert numbers["queued"] == 1
-        await command.logs("queue read again")
-        command.send(signal.SIGINT)
-        assert await command.ends() == 0
+        await command.wait_for_log("queue read again")
+        command.send_signal(signal.SIGINT)
+        assert await command.wait_for_end() == 0
     assert command.err.count("queue not read") == 1
 
 
 async def test_serve_scale_and_worker_agree_on_the_numbers(
-    bare: Start, ask: Ask, folder: Path
+    start_without_settings: StartCommand, run_in_process: RunInProcess, command_directory: Path
 ) -> None:
-    (folder / "tokens").write_text(f"{TOKEN}\n")
-    (folder / "scale-tokens").write_text(f"{LIMITED} {ENVIRONMENT}\n")
-    serve = await bare(
+    (command_directory / "tokens").write_text(f"{TOKEN}\n")
+    (command_directory / "scale-tokens").write_text(f"{LIMITED} {ENVIRONMENT}\n")
+    serve = await start_without_settings(
         *("serve", "--port", "0", "--json", "--environment", ENVIRONMENT),
         *("--token-file", "tokens", "--scale-token-file", "scale-tokens"),
     )
-    base_url = json.loads(await serve.prints())["base_url"]
+    base_url = json.loads(await serve.wait_for_output())["base_url"]
     variables = {
         "WORKPOOL_BASE_URL": base_url,
         "WORKPOOL_ENVIRONMENT_ID": ENVIRONMENT,
         "WORKPOOL_TOKEN": TOKEN,
         "WORKPOOL_METRICS_LISTEN": "127.0.0.1:0",
     }
-    enqueued = await ask("work", "enqueue", "--count", "3", "--metadata", "do=linger", **variables)
+    enqueued = await run_in_process(
+        "work", "enqueue", "--count", "3", "--metadata", "do=linger", **variables
+    )
     assert enqueued.status == 0
-    worker = await bare("run", "handlers", "--concurrency", "2", "--prefetch", "0", **variables)
+    worker = await start_without_settings(
+        "run", "handlers", "--concurrency", "2", "--prefetch", "0", **variables
+    )
     for _ in range(2):
-        await worker.logs("linger runs")
-    worker_url = (await worker.logs("metrics served")).partition("url=")[2].partition("/metrics")[0]
+        await worker.wait_for_log("linger runs")
+    worker_url = (
+        (await worker.wait_for_log("metrics served")).partition("url=")[2].partition("/metrics")[0]
+    )
     _, slots = await read(f"{worker_url}/scale")
     assert (slots["busy"], slots["idle"], slots["claiming"]) == (2, 0, True)
 
-    scale = await bare("scale", "--slots-per-worker", "2", **variables)
+    scale = await start_without_settings("scale", "--slots-per-worker", "2", **variables)
     _, numbers = await scale_until(await url_of(scale), lambda status, _: status == 200)
     origin = base_url.removesuffix("/api/v1/cloud")
     url = f"{origin}/scale/{ENVIRONMENT}?slots_per_worker=2"
@@ -159,11 +165,11 @@ async def test_serve_scale_and_worker_agree_on_the_numbers(
     assert (await read(url, proxied))[0] == 401
     assert (await read(url, proxied | {"X-Api-Key": LIMITED}))[0] == 200
     for command in (worker, scale, serve):
-        command.send(signal.SIGTERM)
+        command.send_signal(signal.SIGTERM)
         if command is worker:  # its sessions do not end by themselves
-            command.send(signal.SIGTERM)
-    assert await scale.ends() == 0
-    assert await serve.ends() == 0
+            command.send_signal(signal.SIGTERM)
+    assert await scale.wait_for_end() == 0
+    assert await serve.wait_for_end() == 0
 
 
 @pytest.mark.parametrize(
@@ -176,8 +182,8 @@ async def test_serve_scale_and_worker_agree_on_the_numbers(
     ],
 )
 async def test_scale_with_arguments_that_cannot_work_ends_with_status_2(
-    start: Start, arguments: tuple[str, ...], problem: str
+    start_command: StartCommand, arguments: tuple[str, ...], problem: str
 ) -> None:
-    command = await start("scale", *arguments)
-    assert await command.ends() == 2
+    command = await start_command("scale", *arguments)
+    assert await command.wait_for_end() == 2
     assert problem in command.err

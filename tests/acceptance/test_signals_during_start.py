@@ -13,14 +13,14 @@ from typing import TYPE_CHECKING, Protocol, TypeAlias
 
 import pytest
 
-from tests.acceptance.conftest import ENVIRONMENT, TOKEN, Command
+from tests.acceptance.conftest import ENVIRONMENT, TOKEN, RunningCommand
 from workpool import Settings, WorkClient
 from workpool.wire.protocol import NO_HEARTBEAT
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Callable, Iterator
 
-    from tests.acceptance.conftest import Start
+    from tests.acceptance.conftest import StartCommand
     from workpool.server import ControlPlane, Item
 
 pytestmark = [pytest.mark.acceptance, pytest.mark.timeout(120)]
@@ -47,36 +47,40 @@ Go: TypeAlias = "Callable[[], object]"
 
 
 class StartBlocked(Protocol):
-    async def __call__(self, module: str, *arguments: str, **variables: str) -> Command: ...
+    async def __call__(self, module: str, *arguments: str, **variables: str) -> RunningCommand: ...
 
 
 @pytest.fixture
-def go(folder: Path) -> Iterator[Go]:
+def continue_start(command_directory: Path) -> Iterator[Go]:
     """Return a function that lets a command with a blocked import continue."""
-    os.mkfifo(folder / "go")
-    fifo = os.open(folder / "go", os.O_RDWR)  # with O_RDWR, opening never waits for the other side
+    os.mkfifo(command_directory / "go")
+    fifo = os.open(
+        command_directory / "go", os.O_RDWR
+    )  # with O_RDWR, opening never waits for the other side
     yield lambda: os.write(fifo, b"go\n")
     os.close(fifo)
 
 
 @pytest.fixture
-def start_blocked(start: Start, folder: Path, go: object) -> StartBlocked:
+def start_blocked(
+    start_command: StartCommand, command_directory: Path, continue_start: object
+) -> StartBlocked:
     """Return a function that starts a command and waits until it is about to import a module."""
-    del go
-    site = folder / "site"
+    del continue_start
+    site = command_directory / "site"
     site.mkdir()
     (site / "sitecustomize.py").write_text(BLOCKED_IMPORT)
 
-    async def begin(module: str, *arguments: str, **variables: str) -> Command:
+    async def start_process(module: str, *arguments: str, **variables: str) -> RunningCommand:
         blocking = {"PYTHONPATH": str(site), "MODULE": module}
-        command = await start(*arguments, **blocking, **variables)
-        await command.logs(f"importing {module}")
+        command = await start_command(*arguments, **blocking, **variables)
+        await command.wait_for_log(f"importing {module}")
         return command
 
-    return begin
+    return start_process
 
 
-def kinds(plane: ControlPlane, item: Item) -> list[str]:
+def record_kinds(plane: ControlPlane, item: Item) -> list[str]:
     return [record.kind for record in plane.history.of(item.id)]
 
 
@@ -87,47 +91,50 @@ ENDING = pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 @pytest.mark.parametrize("module", ["typer", "aiohttp", "handlers"])
 async def test_run_signalled_during_start_ends_with_0_and_never_polls(
     start_blocked: StartBlocked,
-    plane: ControlPlane,
-    go: Go,
+    control_plane: ControlPlane,
+    continue_start: Go,
     module: str,
     number: signal.Signals,
 ) -> None:
-    [item] = plane.enqueue(metadata={"do": "finish"})
+    [item] = control_plane.enqueue(metadata={"do": "finish"})
     command = await start_blocked(module, "run", "handlers")
-    command.send(number)
-    go()
-    assert await command.ends() == 0
+    command.send_signal(number)
+    continue_start()
+    assert await command.wait_for_end() == 0
     assert "drained result=clean" in command.err
-    assert kinds(plane, item) == ["created"]
+    assert record_kinds(control_plane, item) == ["created"]
 
 
 @ENDING
 async def test_serve_signalled_during_start_ends_with_0(
-    start_blocked: StartBlocked, go: Go, number: signal.Signals
+    start_blocked: StartBlocked, continue_start: Go, number: signal.Signals
 ) -> None:
     command = await start_blocked("aiohttp", "serve", "--port", "0")
-    command.send(number)
-    go()
-    assert await command.ends() == 0
+    command.send_signal(number)
+    continue_start()
+    assert await command.wait_for_end() == 0
     assert f"serve ends signal={signal.Signals(number).name}" in command.err
 
 
 async def test_demo_signalled_during_start_ends_with_128_and_the_signal(
-    start_blocked: StartBlocked, go: Go
+    start_blocked: StartBlocked, continue_start: Go
 ) -> None:
     command = await start_blocked("aiohttp", "demo", "--count", "4")
-    command.send(signal.SIGTERM)
-    go()
-    assert await command.ends() == 128 + signal.SIGTERM
+    command.send_signal(signal.SIGTERM)
+    continue_start()
+    assert await command.wait_for_end() == 128 + signal.SIGTERM
     assert "ended early: 0 of 4 sessions done" in command.out
 
 
 async def test_hold_signalled_during_start_ends_with_0_and_leaves_item_to_parent(
-    start_blocked: StartBlocked, plane: ControlPlane, folder: Path, go: Go
+    start_blocked: StartBlocked,
+    control_plane: ControlPlane,
+    command_directory: Path,
+    continue_start: Go,
 ) -> None:
-    settings = Settings(base_url=plane.base_url, token=TOKEN, environment_id=ENVIRONMENT)
+    settings = Settings(base_url=control_plane.base_url, token=TOKEN, environment_id=ENVIRONMENT)
     async with WorkClient(settings) as parent:
-        [item] = plane.enqueue()
+        [item] = control_plane.enqueue()
         await parent.poll()
         await parent.ack(item.id)
         heartbeat = await parent.heartbeat(item.id, NO_HEARTBEAT, 60)
@@ -135,11 +142,11 @@ async def test_hold_signalled_during_start_ends_with_0_and_leaves_item_to_parent
         *("aiohttp", "hold", "--work-id", item.id),
         *("--last-heartbeat", heartbeat.last_heartbeat, "--", "touch", "ran"),
     )
-    command.send(signal.SIGTERM)
-    go()
-    assert await command.ends() == 0
-    assert kinds(plane, item) == ["created", "delivered", "acked", "heartbeat"]
-    assert not (folder / "ran").exists()
+    command.send_signal(signal.SIGTERM)
+    continue_start()
+    assert await command.wait_for_end() == 0
+    assert record_kinds(control_plane, item) == ["created", "delivered", "acked", "heartbeat"]
+    assert not (command_directory / "ran").exists()
 
 
 @pytest.mark.parametrize("module", ["aiohttp", "handlers"])
@@ -147,36 +154,39 @@ async def test_run_signalled_twice_during_start_ends_at_once(
     start_blocked: StartBlocked, module: str
 ) -> None:
     command = await start_blocked(module, "run", "handlers")
-    command.send(signal.SIGTERM)
-    command.send(signal.SIGINT)
-    assert await command.ends() in {130, 143}  # two signals at once may arrive in either order
+    command.send_signal(signal.SIGTERM)
+    command.send_signal(signal.SIGINT)
+    assert await command.wait_for_end() in {
+        130,
+        143,
+    }  # two signals at once may arrive in either order
 
 
 async def test_run_with_hangup_during_start_logs_one_line_and_continues(
-    start_blocked: StartBlocked, plane: ControlPlane, go: Go
+    start_blocked: StartBlocked, control_plane: ControlPlane, continue_start: Go
 ) -> None:
-    [item] = plane.enqueue(metadata={"do": "finish"})
+    [item] = control_plane.enqueue(metadata={"do": "finish"})
     command = await start_blocked("aiohttp", "run", "handlers", "--drain")
-    command.send(signal.SIGHUP)
-    go()
-    assert await command.ends() == 0
+    command.send_signal(signal.SIGHUP)
+    continue_start()
+    assert await command.wait_for_end() == 0
     assert command.err.count("signal has no effect signal=SIGHUP") == 1
-    assert kinds(plane, item)[-1] == "stopped"
+    assert record_kinds(control_plane, item)[-1] == "stopped"
 
 
 async def test_run_with_sigusr1_during_start_starts_paused(
-    start_blocked: StartBlocked, plane: ControlPlane, go: Go
+    start_blocked: StartBlocked, control_plane: ControlPlane, continue_start: Go
 ) -> None:
-    [item] = plane.enqueue(metadata={"do": "finish"})
+    [item] = control_plane.enqueue(metadata={"do": "finish"})
     command = await start_blocked("aiohttp", "run", "handlers", "--drain")
-    command.send(signal.SIGUSR1)
-    go()
-    await command.logs("paused reason=SIGUSR1")
-    await command.logs("pool started")
-    assert kinds(plane, item) == ["created"]
-    command.send(signal.SIGUSR2)
-    assert await command.ends() == 0
-    assert kinds(plane, item)[-1] == "stopped"
+    command.send_signal(signal.SIGUSR1)
+    continue_start()
+    await command.wait_for_log("paused reason=SIGUSR1")
+    await command.wait_for_log("pool started")
+    assert record_kinds(control_plane, item) == ["created"]
+    command.send_signal(signal.SIGUSR2)
+    assert await command.wait_for_end() == 0
+    assert record_kinds(control_plane, item)[-1] == "stopped"
 
 
 @pytest.mark.parametrize("arguments", [("check",), ("work", "list"), ("-v", "check")])
@@ -184,21 +194,21 @@ async def test_other_command_with_ctrl_c_during_start_ends(
     start_blocked: StartBlocked, arguments: tuple[str, ...]
 ) -> None:
     command = await start_blocked("aiohttp", *arguments)
-    command.send(signal.SIGINT)
-    assert await command.ends() in {-signal.SIGINT, 130}
+    command.send_signal(signal.SIGINT)
+    assert await command.wait_for_end() in {-signal.SIGINT, 130}
 
 
 NAMESPACE = ["unshare", "--pid", "--fork", "--kill-child", "--mount-proc"]
 
 
 @pytest.fixture
-def as_process_1(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def as_process_1(command_directory: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Let the commands be process 1 of a namespace of their own."""
     if shutil.which("unshare") is None:
         pytest.skip("unshare is not installed")
     if subprocess.run([*NAMESPACE, "true"], check=False, capture_output=True).returncode:  # noqa: S603 - our own words
         pytest.skip("unshare has no permission to make a process namespace")
-    interpreter = folder / "python"
+    interpreter = command_directory / "python"
     interpreter.write_text(f'#!/bin/sh\nexec {" ".join(NAMESPACE)} {sys.executable} "$@"\n')
     interpreter.chmod(0o755)
     monkeypatch.setattr(sys, "executable", str(interpreter))
@@ -210,66 +220,68 @@ def only_child(pid: int) -> int:
 
 @pytest.mark.usefixtures("as_process_1")
 async def test_run_as_process_1_with_sigterm_during_start_ends(
-    start_blocked: StartBlocked, plane: ControlPlane, go: Go
+    start_blocked: StartBlocked, control_plane: ControlPlane, continue_start: Go
 ) -> None:
     """The kernel drops signals to process 1 of a namespace that have no handler."""
-    [item] = plane.enqueue(metadata={"do": "finish"})
+    [item] = control_plane.enqueue(metadata={"do": "finish"})
     command = await start_blocked("aiohttp", "run", "handlers")
     os.kill(only_child(command.pid), signal.SIGTERM)
-    go()
-    assert await command.ends() == 0
-    assert kinds(plane, item) == ["created"]
+    continue_start()
+    assert await command.wait_for_end() == 0
+    assert record_kinds(control_plane, item) == ["created"]
 
 
 # Signals to a running pool.
 
 
 async def test_running_pool_with_hangup_but_no_terminal_logs_one_line_and_continues(
-    start: Start, plane: ControlPlane
+    start_command: StartCommand, control_plane: ControlPlane
 ) -> None:
-    plane.enqueue(metadata={"do": "wait"})
-    command = await start("run", "handlers")
-    await command.logs("wait runs")
-    command.send(signal.SIGHUP)
-    line = await command.logs("signal has no effect")
+    control_plane.enqueue(metadata={"do": "wait"})
+    command = await start_command("run", "handlers")
+    await command.wait_for_log("wait runs")
+    command.send_signal(signal.SIGHUP)
+    line = await command.wait_for_log("signal has no effect")
     assert "signal=SIGHUP" in line
-    command.send(signal.SIGTERM)
-    assert await command.ends() == 0
+    command.send_signal(signal.SIGTERM)
+    assert await command.wait_for_end() == 0
     assert "drained result=clean" in command.err
 
 
-class OnTerminal(Protocol):
-    async def __call__(self, *command: str) -> tuple[Command, int]: ...
+class StartOnTerminal(Protocol):
+    async def __call__(self, *command: str) -> tuple[RunningCommand, int]: ...
 
 
 @pytest.fixture
-async def on_terminal(plane: ControlPlane, folder: Path) -> AsyncIterator[OnTerminal]:
+async def start_on_terminal(
+    control_plane: ControlPlane, command_directory: Path
+) -> AsyncIterator[StartOnTerminal]:
     """Return a function that starts a command on a terminal that hangs up when it is closed."""
-    commands: list[Command] = []
+    commands: list[RunningCommand] = []
 
-    async def begin(*words: str) -> tuple[Command, int]:
+    async def start_process(*words: str) -> tuple[RunningCommand, int]:
         master, terminal = os.openpty()
         process = await asyncio.create_subprocess_exec(
             *("setsid", "--ctty", *words),
             env={
                 **os.environ,
-                "WORKPOOL_BASE_URL": plane.base_url,
+                "WORKPOOL_BASE_URL": control_plane.base_url,
                 "WORKPOOL_ENVIRONMENT_ID": ENVIRONMENT,
                 "WORKPOOL_TOKEN": TOKEN,
                 "WORKPOOL_METRICS_LISTEN": "off",
             },
-            cwd=folder,
+            cwd=command_directory,
             stdin=terminal,
             stdout=asyncio.subprocess.PIPE,
             stderr=asyncio.subprocess.PIPE,
         )
         os.close(terminal)
-        commands.append(Command(process))
+        commands.append(RunningCommand(process))
         return commands[-1], master
 
     if shutil.which("setsid") is None:
         pytest.skip("setsid is not installed")
-    yield begin
+    yield start_process
     for command in commands:
         await command.kill()
 
@@ -278,60 +290,60 @@ WORKPOOL = (sys.executable, "-m", "workpool")
 
 
 async def test_running_pool_whose_terminal_hangs_up_drains(
-    on_terminal: OnTerminal, plane: ControlPlane
+    start_on_terminal: StartOnTerminal, control_plane: ControlPlane
 ) -> None:
-    [item] = plane.enqueue(metadata={"do": "wait"})
-    command, terminal = await on_terminal(*WORKPOOL, "run", "handlers")
-    await command.logs("wait runs")
+    [item] = control_plane.enqueue(metadata={"do": "wait"})
+    command, terminal = await start_on_terminal(*WORKPOOL, "run", "handlers")
+    await command.wait_for_log("wait runs")
     os.close(terminal)
-    assert await command.ends() == 0
+    assert await command.wait_for_end() == 0
     assert "drained result=clean" in command.err
-    assert kinds(plane, item)[-1] == "stopped"
+    assert record_kinds(control_plane, item)[-1] == "stopped"
 
 
 async def test_running_pool_in_shell_whose_terminal_hangs_up_drains(
-    on_terminal: OnTerminal, plane: ControlPlane
+    start_on_terminal: StartOnTerminal, control_plane: ControlPlane
 ) -> None:
-    [item] = plane.enqueue(metadata={"do": "wait"})
+    [item] = control_plane.enqueue(metadata={"do": "wait"})
     # otherwise the shell would replace itself by the command
     script = f"{' '.join(WORKPOOL)} run handlers; true"
-    command, terminal = await on_terminal("bash", "-i", "-c", script)
-    await command.logs("wait runs")
+    command, terminal = await start_on_terminal("bash", "-i", "-c", script)
+    await command.wait_for_log("wait runs")
     os.close(terminal)
-    await command.logs("drained result=clean")
-    assert await command.ends() == -signal.SIGHUP  # the status of the shell
-    assert kinds(plane, item)[-1] == "stopped"
+    await command.wait_for_log("drained result=clean")
+    assert await command.wait_for_end() == -signal.SIGHUP  # the status of the shell
+    assert record_kinds(control_plane, item)[-1] == "stopped"
 
 
-async def test_serve_whose_terminal_hangs_up_ends(on_terminal: OnTerminal) -> None:
-    command, terminal = await on_terminal(*WORKPOOL, "serve", "--port", "0")
-    await command.prints("ready")
+async def test_serve_whose_terminal_hangs_up_ends(start_on_terminal: StartOnTerminal) -> None:
+    command, terminal = await start_on_terminal(*WORKPOOL, "serve", "--port", "0")
+    await command.wait_for_output("ready")
     os.close(terminal)
-    assert await command.ends() == 0
+    assert await command.wait_for_end() == 0
 
 
 async def test_running_pool_with_sighup_and_open_terminal_logs_one_line_and_continues(
-    on_terminal: OnTerminal, plane: ControlPlane
+    start_on_terminal: StartOnTerminal, control_plane: ControlPlane
 ) -> None:
-    plane.enqueue(metadata={"do": "wait"})
-    command, terminal = await on_terminal(*WORKPOOL, "run", "handlers")
-    await command.logs("wait runs")
-    command.send(signal.SIGHUP)
-    await command.logs("signal has no effect signal=SIGHUP")
-    command.send(signal.SIGTERM)
-    assert await command.ends() == 0
+    control_plane.enqueue(metadata={"do": "wait"})
+    command, terminal = await start_on_terminal(*WORKPOOL, "run", "handlers")
+    await command.wait_for_log("wait runs")
+    command.send_signal(signal.SIGHUP)
+    await command.wait_for_log("signal has no effect signal=SIGHUP")
+    command.send_signal(signal.SIGTERM)
+    assert await command.wait_for_end() == 0
     os.close(terminal)
 
 
 async def test_running_pool_under_nohup_continues_when_terminal_hangs_up(
-    on_terminal: OnTerminal, plane: ControlPlane
+    start_on_terminal: StartOnTerminal, control_plane: ControlPlane
 ) -> None:
-    plane.enqueue(metadata={"do": "wait"})
-    command, terminal = await on_terminal("nohup", *WORKPOOL, "run", "handlers")
-    await command.logs("wait runs")
+    control_plane.enqueue(metadata={"do": "wait"})
+    command, terminal = await start_on_terminal("nohup", *WORKPOOL, "run", "handlers")
+    await command.wait_for_log("wait runs")
     os.close(terminal)
-    [item] = plane.enqueue(metadata={"do": "finish"})
-    await command.logs("finish runs")
-    command.send(signal.SIGTERM)
-    assert await command.ends() == 0
-    assert kinds(plane, item)[-1] == "stopped"
+    [item] = control_plane.enqueue(metadata={"do": "finish"})
+    await command.wait_for_log("finish runs")
+    command.send_signal(signal.SIGTERM)
+    assert await command.wait_for_end() == 0
+    assert record_kinds(control_plane, item)[-1] == "stopped"

@@ -1,4 +1,4 @@
-"""Each mistake that a newcomer can make at the start: what the command says, and its exit status.
+"""Each mistake that a newcomer can make at the start: the message of the command and its status.
 
 The first line of the error names the setting, where its value came from, and the file or path.
 See workpool/docs/cli.md, "Exit statuses".
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from collections.abc import Mapping
     from pathlib import Path
 
-    from tests.acceptance.conftest import Ask, Start
+    from tests.acceptance.conftest import RunInProcess, StartCommand
     from workpool.server import ControlPlane
 
 pytestmark = [pytest.mark.acceptance, pytest.mark.timeout(120)]
@@ -59,7 +59,7 @@ FILES = {
 
 @dataclass(frozen=True)
 class Mistake:
-    """A command with a mistake, and what it says.
+    """A command with a mistake, and the expected message.
 
     Attributes:
         name: What is wrong.
@@ -77,14 +77,15 @@ class Mistake:
     status: int = 2
     trace: bool = False
 
-    def is_told(self, text: str) -> bool:
+    def is_reported(self, text: str) -> bool:
         pattern = ".*".join(map(re.escape, self.line.split("…")))
         return (
             re.search(rf"^(workpool: |Error: |.* ended: ){pattern}", text, re.MULTILINE) is not None
         )
 
 
-SETTINGS = [  # found before the pool is made: no process of its own is needed
+# These mistakes are found before the pool is made, so they need no process of their own.
+SETTINGS = [
     Mistake(
         "no environment",
         "run handlers",
@@ -483,48 +484,53 @@ REFUSALS = [
 
 
 @pytest.fixture(autouse=True)
-def files(folder: Path) -> None:
+def working_directory(command_directory: Path) -> None:
     for name, text in FILES.items():
-        (folder / name).write_text(text)
+        (command_directory / name).write_text(text)
 
 
 @pytest.mark.parametrize("mistake", SETTINGS, ids=lambda mistake: mistake.name)
-async def test_wrong_setting_is_told_with_its_source(mistake: Mistake, ask: Ask) -> None:
-    ended = await ask(*shlex.split(mistake.command), **mistake.variables)
-    assert mistake.is_told(ended.err), ended.err
+async def test_wrong_setting_is_reported_with_its_source(
+    mistake: Mistake, run_in_process: RunInProcess
+) -> None:
+    ended = await run_in_process(*shlex.split(mistake.command), **mistake.variables)
+    assert mistake.is_reported(ended.err), ended.err
     assert ended.status == mistake.status
     assert ended.out == ""
 
 
 @pytest.mark.parametrize("mistake", [*PROCESSES, *REFUSALS], ids=lambda mistake: mistake.name)
-async def test_start_that_fails_tells_why(mistake: Mistake, start: Start) -> None:
-    command = await start(*shlex.split(mistake.command), **mistake.variables)
-    assert await command.ends() == mistake.status
-    assert mistake.is_told(command.err), command.err
+async def test_failed_start_reports_its_reason(
+    mistake: Mistake, start_command: StartCommand
+) -> None:
+    command = await start_command(*shlex.split(mistake.command), **mistake.variables)
+    assert await command.wait_for_end() == mistake.status
+    assert mistake.is_reported(command.err), command.err
     assert ('File "' in command.err) == mistake.trace
     assert "backoff" not in command.err
-    assert "wait_seconds" not in command.err  # of a next try, which there is not
+    # A second try of the command is not reported, because there is none.
+    assert "wait_seconds" not in command.err
     if mistake.trace:
         assert "workpool/plugins" not in command.err  # only what the author of the plugin knows
 
 
-async def test_port_of_another_program_is_told_with_its_setting(start: Start) -> None:
+async def test_port_in_use_is_reported_with_its_setting(start_command: StartCommand) -> None:
     with socket.create_server(("127.0.0.1", 0)) as other:
         address = f"127.0.0.1:{other.getsockname()[1]}"
-        command = await start("run", "handlers", WORKPOOL_METRICS_LISTEN=address)
-        assert await command.ends() == 2
+        command = await start_command("run", "handlers", WORKPOOL_METRICS_LISTEN=address)
+        assert await command.wait_for_end() == 2
     mistake = Mistake("", "", f"cannot listen on {address} (Address already in use); …")
-    assert mistake.is_told(command.err)
+    assert mistake.is_reported(command.err)
     assert "(metrics_listen from WORKPOOL_METRICS_LISTEN)" in command.err
 
 
 async def test_address_without_the_prefix_of_the_dialect_is_refused(
-    start: Start, plane: ControlPlane
+    start_command: StartCommand, control_plane: ControlPlane
 ) -> None:
-    address = plane.base_url.removesuffix("/api/v1/cloud")
-    command = await start("run", "handlers", WORKPOOL_BASE_URL=address)
-    assert await command.ends() == 3
-    assert Mistake("", "", "poll: 404 …").is_told(command.err)
+    address = control_plane.base_url.removesuffix("/api/v1/cloud")
+    command = await start_command("run", "handlers", WORKPOOL_BASE_URL=address)
+    assert await command.wait_for_end() == 3
+    assert Mistake("", "", "poll: 404 …").is_reported(command.err)
 
 
 TLS_ALERT = b"\x15\x03\x01\x00\x02\x02\x46"
@@ -543,26 +549,30 @@ PLAIN_AT_TLS = {
 
 @pytest.mark.parametrize(("answer", "expected_text"), PLAIN_AT_TLS.values(), ids=PLAIN_AT_TLS)
 async def test_http_on_an_https_port_is_reported(
-    start: Start, answer: bytes, expected_text: str
+    start_command: StartCommand, answer: bytes, expected_text: str
 ) -> None:
-    async def reply(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+    async def send_reply(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         await reader.read(1000)
         writer.write(answer)
         writer.close()
 
-    server = await asyncio.start_server(reply, "127.0.0.1", 0)
+    server = await asyncio.start_server(send_reply, "127.0.0.1", 0)
     async with server:
         port = server.sockets[0].getsockname()[1]
         url = f"http://127.0.0.1:{port}/api"
-        command = await start("run", "handlers", WORKPOOL_BASE_URL=url)
-        assert expected_text in await command.logs("base_url must begin")
-        command.send(signal.SIGTERM)
-        await command.ends()
+        command = await start_command("run", "handlers", WORKPOOL_BASE_URL=url)
+        assert expected_text in await command.wait_for_log("base_url must begin")
+        command.send_signal(signal.SIGTERM)
+        await command.wait_for_end()
 
 
-async def test_https_on_an_http_port_is_reported(start: Start, plane: ControlPlane) -> None:
-    url = plane.base_url.replace("http:", "https:")
-    command = await start("run", "handlers", WORKPOOL_BASE_URL=url)
-    assert "the port does not speak TLS: base_url is https" in await command.logs("poll failed")
-    command.send(signal.SIGTERM)
-    assert await command.ends() == 0
+async def test_https_on_an_http_port_is_reported(
+    start_command: StartCommand, control_plane: ControlPlane
+) -> None:
+    url = control_plane.base_url.replace("http:", "https:")
+    command = await start_command("run", "handlers", WORKPOOL_BASE_URL=url)
+    assert "the port does not speak TLS: base_url is https" in await command.wait_for_log(
+        "poll failed"
+    )
+    command.send_signal(signal.SIGTERM)
+    assert await command.wait_for_end() == 0

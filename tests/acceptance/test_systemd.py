@@ -23,7 +23,7 @@ from workpool.settings import lease_margin
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator
 
-    from tests.acceptance.conftest import Command, Start
+    from tests.acceptance.conftest import RunningCommand, StartCommand
     from workpool.server import ControlPlane
 
 pytestmark = [pytest.mark.acceptance, pytest.mark.timeout(120)]
@@ -62,7 +62,7 @@ async def print_variables(session):
 """
 
 
-class Manager:
+class ServiceManager:
     """The socket of a service manager and the lines that it has received."""
 
     def __init__(self, folder: Path) -> None:
@@ -72,16 +72,16 @@ class Manager:
         self.socket.bind(self.address)
         self.lines: list[str] = []
 
-    async def receives(self, start: str) -> str:
+    async def wait_for_line(self, start: str) -> str:
         """Wait for an unread line that begins with `start`."""
         async with asyncio.timeout(SECONDS):
             while True:
-                lines = await self._read()
+                lines = await self._read_lines()
                 for line in lines:
                     if line.startswith(start):
                         return line
 
-    async def is_silent(self, seconds: float) -> bool:
+    async def receives_nothing(self, seconds: float) -> bool:
         """Read all lines that have arrived, then return whether none follows for `seconds`."""
         try:
             while True:
@@ -90,12 +90,12 @@ class Manager:
             pass
         try:
             async with asyncio.timeout(seconds):
-                await self._read()
+                await self._read_lines()
         except TimeoutError:
             return True
         return False
 
-    async def _read(self) -> list[str]:
+    async def _read_lines(self) -> list[str]:
         datagram = await asyncio.get_running_loop().sock_recv(self.socket, 4096)
         lines = datagram.decode().split("\n")
         self.lines += lines
@@ -103,59 +103,61 @@ class Manager:
 
 
 @pytest.fixture
-async def manager() -> AsyncIterator[Manager]:
+async def service_manager() -> AsyncIterator[ServiceManager]:
     # a short path, because socket paths have at most 108 bytes
     with tempfile.TemporaryDirectory(prefix="workpool-") as folder:
-        manager = Manager(Path(folder))
+        manager = ServiceManager(Path(folder))
         yield manager
         manager.socket.close()
 
 
 @pytest.fixture
-def supervised(start: Start, folder: Path, manager: Manager) -> Start:
+def start_supervised(
+    start_command: StartCommand, command_directory: Path, service_manager: ServiceManager
+) -> StartCommand:
     """Return a function that starts a command as systemd does, with a watchdog."""
-    (folder / "blocking.py").write_text(BLOCKING)
+    (command_directory / "blocking.py").write_text(BLOCKING)
 
-    async def begin(*arguments: str, **variables: str) -> Command:
+    async def start_process(*arguments: str, **variables: str) -> RunningCommand:
         given = {
-            "NOTIFY_SOCKET": manager.address,
+            "NOTIFY_SOCKET": service_manager.address,
             "WATCHDOG_USEC": str(int(WATCHDOG_SECONDS * 1_000_000)),
         }
-        return await start(*arguments, **given | variables)
+        return await start_command(*arguments, **given | variables)
 
-    return begin
+    return start_process
 
 
 async def test_service_manager_receives_ready_then_watchdog_until_the_process_ends(
-    supervised: Start, manager: Manager
+    start_supervised: StartCommand, service_manager: ServiceManager
 ) -> None:
-    command = await supervised("run", "handlers")
-    await manager.receives("READY=1")
-    assert manager.lines[0] == "READY=1"
+    command = await start_supervised("run", "handlers")
+    await service_manager.wait_for_line("READY=1")
+    assert service_manager.lines[0] == "READY=1"
     for _ in range(5):
-        await manager.receives("WATCHDOG=1")
-    assert manager.lines.count("READY=1") == 1
-    await manager.receives("STATUS=ready")
-    command.send(signal.SIGTERM)
-    await manager.receives("STOPPING=1")
-    assert await command.ends() == 0
-    assert manager.lines.count("STOPPING=1") == 1
+        await service_manager.wait_for_line("WATCHDOG=1")
+    assert service_manager.lines.count("READY=1") == 1
+    await service_manager.wait_for_line("STATUS=ready")
+    command.send_signal(signal.SIGTERM)
+    await service_manager.wait_for_line("STOPPING=1")
+    assert await command.wait_for_end() == 0
+    assert service_manager.lines.count("STOPPING=1") == 1
 
 
 async def test_stop_time_is_extended_while_a_drain_waits_for_its_session(
-    supervised: Start, manager: Manager, plane: ControlPlane
+    start_supervised: StartCommand, service_manager: ServiceManager, control_plane: ControlPlane
 ) -> None:
-    plane.enqueue(metadata={"do": "linger"})
-    command = await supervised("run", "handlers", "--drain-timeout", "unlimited")
-    await command.logs("linger runs")
-    command.send(signal.SIGTERM)
-    await manager.receives("STOPPING=1")
+    control_plane.enqueue(metadata={"do": "linger"})
+    command = await start_supervised("run", "handlers", "--drain-timeout", "unlimited")
+    await command.wait_for_log("linger runs")
+    command.send_signal(signal.SIGTERM)
+    await service_manager.wait_for_line("STOPPING=1")
     for _ in range(3):
-        line = await manager.receives("EXTEND_TIMEOUT_USEC=")
+        line = await service_manager.wait_for_line("EXTEND_TIMEOUT_USEC=")
         assert int(line.partition("=")[2]) >= 10_000_000
-    assert "WATCHDOG=1" in manager.lines
-    command.send(signal.SIGTERM)
-    assert await command.ends() == 128 + signal.SIGTERM
+    assert "WATCHDOG=1" in service_manager.lines
+    command.send_signal(signal.SIGTERM)
+    assert await command.wait_for_end() == 128 + signal.SIGTERM
 
 
 @pytest.mark.parametrize(
@@ -165,129 +167,144 @@ async def test_stop_time_is_extended_while_a_drain_waits_for_its_session(
         ("block the renewer", "the renewer is blocked"),
     ],
 )
-async def test_watchdog_is_silent_once_the_thread_of_the_renewer_is_blocked(
-    supervised: Start, manager: Manager, plane: ControlPlane, work: str, line: str
+async def test_watchdog_message_stops_once_the_renewer_thread_is_blocked(
+    start_supervised: StartCommand,
+    service_manager: ServiceManager,
+    control_plane: ControlPlane,
+    work: str,
+    line: str,
 ) -> None:
-    command = await supervised("run", "blocking")
-    await manager.receives("WATCHDOG=1")
-    plane.enqueue(metadata={"do": work})
-    await command.logs(line)
-    assert await manager.is_silent(10 * WATCHDOG_SECONDS)
+    command = await start_supervised("run", "blocking")
+    await service_manager.wait_for_line("WATCHDOG=1")
+    control_plane.enqueue(metadata={"do": work})
+    await command.wait_for_log(line)
+    assert await service_manager.receives_nothing(10 * WATCHDOG_SECONDS)
     await command.kill()
 
 
-async def test_watchdog_is_fed_while_a_handler_blocks_its_event_loop(
-    supervised: Start, manager: Manager, plane: ControlPlane, folder: Path
+async def test_watchdog_message_continues_while_a_handler_blocks_its_event_loop(
+    start_supervised: StartCommand,
+    service_manager: ServiceManager,
+    control_plane: ControlPlane,
+    command_directory: Path,
 ) -> None:
-    """The lease renewer ends such a process after `max_block` and renews its leases until then."""
-    plane.enqueue(metadata={"do": "block"})
-    command = await supervised("run", "handlers")
-    await command.logs("block runs")
-    assert not await manager.is_silent(SECONDS)
+    """The lease renewer ends such a process after `max_block`, and renews its leases until then."""
+    control_plane.enqueue(metadata={"do": "block"})
+    command = await start_supervised("run", "handlers")
+    await command.wait_for_log("block runs")
+    assert not await service_manager.receives_nothing(SECONDS)
     for _ in range(10):
-        await manager.receives("WATCHDOG=1")
-    (folder / "free").touch()
-    command.send(signal.SIGTERM)
-    assert await command.ends() == 0
+        await service_manager.wait_for_line("WATCHDOG=1")
+    (command_directory / "free").touch()
+    command.send_signal(signal.SIGTERM)
+    assert await command.wait_for_end() == 0
 
 
-async def test_watchdog_of_another_process_is_not_fed(supervised: Start, manager: Manager) -> None:
-    command = await supervised("run", "handlers", WATCHDOG_PID="1")
-    await manager.receives("STATUS=ready")
-    command.send(signal.SIGTERM)
-    assert await command.ends() == 0
-    assert "READY=1" in manager.lines
-    assert "WATCHDOG=1" not in manager.lines
+async def test_watchdog_of_another_process_gets_no_message(
+    start_supervised: StartCommand, service_manager: ServiceManager
+) -> None:
+    command = await start_supervised("run", "handlers", WATCHDOG_PID="1")
+    await service_manager.wait_for_line("STATUS=ready")
+    command.send_signal(signal.SIGTERM)
+    assert await command.wait_for_end() == 0
+    assert "READY=1" in service_manager.lines
+    assert "WATCHDOG=1" not in service_manager.lines
 
 
 async def test_children_do_not_inherit_the_socket_of_the_service_manager(
-    supervised: Start, manager: Manager, plane: ControlPlane, folder: Path
+    start_supervised: StartCommand,
+    service_manager: ServiceManager,
+    control_plane: ControlPlane,
+    command_directory: Path,
 ) -> None:
-    plane.enqueue(metadata={"do": "print variables"})
-    command = await supervised("run", "blocking", "--drain", WATCHDOG_PID="1")
-    assert await command.ends() == 0
-    await manager.receives("READY=1")
-    names = re.findall(r"^\w+(?==)", (folder / "variables").read_text(), re.MULTILINE)
+    control_plane.enqueue(metadata={"do": "print variables"})
+    command = await start_supervised("run", "blocking", "--drain", WATCHDOG_PID="1")
+    assert await command.wait_for_end() == 0
+    await service_manager.wait_for_line("READY=1")
+    names = re.findall(r"^\w+(?==)", (command_directory / "variables").read_text(), re.MULTILINE)
     assert "PATH" in names
     assert not {"NOTIFY_SOCKET", "WATCHDOG_USEC", "WATCHDOG_PID"} & set(names)
 
 
-async def test_service_manager_that_has_gone_costs_one_log_line(
-    supervised: Start, manager: Manager, plane: ControlPlane
+async def test_service_manager_that_has_ended_is_logged_once(
+    start_supervised: StartCommand, service_manager: ServiceManager, control_plane: ControlPlane
 ) -> None:
-    command = await supervised("run", "handlers")
-    await manager.receives("READY=1")
-    manager.socket.close()
-    await command.logs("service manager was not notified")
-    [item] = plane.enqueue(metadata={"do": "finish"})
-    await command.logs("finish runs")
-    command.send(signal.SIGTERM)
-    assert await command.ends() == 0
+    command = await start_supervised("run", "handlers")
+    await service_manager.wait_for_line("READY=1")
+    service_manager.socket.close()
+    await command.wait_for_log("service manager was not notified")
+    [item] = control_plane.enqueue(metadata={"do": "finish"})
+    await command.wait_for_log("finish runs")
+    command.send_signal(signal.SIGTERM)
+    assert await command.wait_for_end() == 0
     assert command.err.count("service manager was not notified") == 1
-    assert plane.history.of(item.id)[-1].kind == "stopped"
+    assert control_plane.history.of(item.id)[-1].kind == "stopped"
 
 
-# The unit file.
+# The unit file of systemd.
 
 
 @pytest.fixture
-def analyze() -> str:
+def run_analyze() -> str:
     program = shutil.which("systemd-analyze")
     if program is None:
         pytest.skip("systemd-analyze is not installed (Debian: systemd)")
     return program
 
 
-def run(*words: str) -> str:
+def run_command(*words: str) -> str:
     done = subprocess.run(words, capture_output=True, text=True, check=False, timeout=60)  # noqa: S603 - our own words
     assert done.returncode == 0, done.stdout + done.stderr
     return done.stdout + done.stderr
 
 
-def test_unit_file_has_no_problem_for_systemd(analyze: str, tmp_path: Path) -> None:
+def test_unit_file_has_no_problem_for_systemd(run_analyze: str, tmp_path: Path) -> None:
     """The unit is verified as an instance, with the command of this environment."""
     unit = tmp_path / UNIT.name
     program = Path(sys.executable).parent / "workpool"
     unit.write_text(UNIT.read_text().replace("/opt/workpool/bin/workpool", str(program)))
-    assert run(analyze, "verify", "--man=no", "--recursive-errors=no", str(unit)) == ""
-    assert run(analyze, "verify", "--man=no", str(tmp_path / "workpool@reports.service")) == ""
+    assert run_command(run_analyze, "verify", "--man=no", "--recursive-errors=no", str(unit)) == ""
+    assert (
+        run_command(run_analyze, "verify", "--man=no", str(tmp_path / "workpool@reports.service"))
+        == ""
+    )
 
 
-def test_unit_file_leaves_the_process_little_to_misuse(analyze: str) -> None:
+def test_unit_file_restricts_the_process(run_analyze: str) -> None:
     words = ("security", "--offline=true", "--no-pager", f"--threshold={EXPOSURE_TENTHS}")
-    assert "Overall exposure level" in run(analyze, *words, str(UNIT))
+    assert "Overall exposure level" in run_command(run_analyze, *words, str(UNIT))
 
 
-def setting(name: str) -> str:
+def unit_setting(name: str) -> str:
     [value] = re.findall(rf"^{name}=(.*)$", UNIT.read_text(), re.MULTILINE)
     return str(value)
 
 
-def seconds(name: str) -> int:
+def unit_seconds(name: str) -> int:
     """Return a setting of the unit file in seconds, which are systemd's default unit."""
-    return int(setting(name))
+    return int(unit_setting(name))
 
 
-def test_unit_file_gives_a_drain_its_time() -> None:
+def test_unit_file_gives_a_drain_enough_time() -> None:
     timeout = Settings().drain_timeout
     assert timeout is not None
-    assert seconds("TimeoutStopSec") >= timeout + 30
+    assert unit_seconds("TimeoutStopSec") >= timeout + 30
     # otherwise commands of sessions would get SIGTERM together with the worker
-    assert setting("KillMode") == "mixed"
+    assert unit_setting("KillMode") == "mixed"
 
 
 def test_unit_file_accepts_the_reports_of_the_worker() -> None:
-    assert (setting("Type"), setting("NotifyAccess")) == ("notify", "main")
-    assert seconds("WatchdogSec") >= 10  # ten reports may be late
+    assert (unit_setting("Type"), unit_setting("NotifyAccess")) == ("notify", "main")
+    assert unit_seconds("WatchdogSec") >= 10  # ten reports may be late
 
 
 def test_watchdog_ends_a_frozen_process_before_its_leases_lapse() -> None:
     ttl = Settings().lease_ttl
     left = ttl - ttl / RENEW_PART  # right before the next heartbeat is due
-    assert seconds("WatchdogSec") < left - lease_margin(ttl)
+    assert unit_seconds("WatchdogSec") < left - lease_margin(ttl)
 
 
 def test_unit_file_restarts_the_worker_unless_its_settings_are_wrong() -> None:
-    assert setting("Restart") == "always"  # exit limits end a worker with status 0
-    assert setting("RestartPreventExitStatus") == "2"
-    assert seconds("StartLimitIntervalSec") == 0
+    assert unit_setting("Restart") == "always"  # exit limits end a worker with status 0
+    assert unit_setting("RestartPreventExitStatus") == "2"
+    assert unit_seconds("StartLimitIntervalSec") == 0

@@ -9,41 +9,43 @@ from aiohttp import web
 from aiohttp.test_utils import TestServer
 
 if TYPE_CHECKING:
-    from tests.acceptance.conftest import Ask, Start
+    from tests.acceptance.conftest import RunInProcess, StartCommand
     from workpool.server import ControlPlane
 
 pytestmark = [pytest.mark.acceptance, pytest.mark.timeout(120)]
 
 
 async def test_top_shows_session_of_a_worker_and_an_address_without_one(
-    start: Start, plane: ControlPlane, ask: Ask
+    start_command: StartCommand, control_plane: ControlPlane, run_in_process: RunInProcess
 ) -> None:
-    (item,) = plane.enqueue(metadata={"do": "wait"})
-    command = await start("run", "handlers", WORKPOOL_METRICS_LISTEN="127.0.0.1:0")
-    url = (await command.logs("metrics served")).partition("url=")[2].partition("/metrics")[0]
-    await command.logs("wait runs")
-    shown = await ask("top", "--once", url, "http://127.0.0.1:1")
+    (item,) = control_plane.enqueue(metadata={"do": "wait"})
+    command = await start_command("run", "handlers", WORKPOOL_METRICS_LISTEN="127.0.0.1:0")
+    url = (
+        (await command.wait_for_log("metrics served")).partition("url=")[2].partition("/metrics")[0]
+    )
+    await command.wait_for_log("wait runs")
+    shown = await run_in_process("top", "--once", url, "http://127.0.0.1:1")
     assert shown.status == 0
     assert item.session_id in shown.out
     assert "handlers.wait" in shown.out
     assert "no answer" in shown.out
 
 
-async def test_top_fails_when_no_worker_answers(ask: Ask) -> None:
-    shown = await ask("top", "--once", "http://127.0.0.1:1", "nonsense")
+async def test_top_fails_when_no_worker_answers(run_in_process: RunInProcess) -> None:
+    shown = await run_in_process("top", "--once", "http://127.0.0.1:1", "nonsense")
     assert shown.status == 1
     assert "not a URL" in shown.out
 
 
-async def test_top_escapes_what_a_worker_sends(ask: Ask) -> None:
-    async def hostile(_: web.Request) -> web.Response:
+async def test_top_escapes_what_a_worker_sends(run_in_process: RunInProcess) -> None:
+    async def answer_hostile_text(_: web.Request) -> web.Response:
         status = {"worker_id": "w", "reasons": ["\x1b[2J[red]disk full"], "sessions": []}
         return web.json_response(status)
 
     app = web.Application()
-    app.router.add_get("/live.json", hostile)
+    app.router.add_get("/live.json", answer_hostile_text)
     async with TestServer(app) as server:
-        shown = await ask("top", "--once", str(server.make_url("")))
+        shown = await run_in_process("top", "--once", str(server.make_url("")))
     assert shown.status == 0
     assert "\x1b[2J" not in shown.out
     assert "[red]disk full" in shown.out
@@ -52,13 +54,15 @@ async def test_top_escapes_what_a_worker_sends(ask: Ask) -> None:
 @pytest.mark.parametrize(
     ("body", "expected_text"), [("{", "its answer is not JSON"), ("[1]", "not a worker")]
 )
-async def test_top_says_what_is_no_worker(ask: Ask, body: str, expected_text: str) -> None:
-    async def other(_: web.Request) -> web.Response:
+async def test_top_reports_addresses_that_are_no_worker(
+    run_in_process: RunInProcess, body: str, expected_text: str
+) -> None:
+    async def answer_other_page(_: web.Request) -> web.Response:
         return web.Response(text=body)
 
     app = web.Application()
-    app.router.add_get("/live.json", other)
+    app.router.add_get("/live.json", answer_other_page)
     async with TestServer(app) as server:
-        shown = await ask("top", "--once", str(server.make_url("")))
+        shown = await run_in_process("top", "--once", str(server.make_url("")))
     assert shown.status == 1
     assert expected_text in shown.out

@@ -28,13 +28,13 @@ chmod +x .venv/bin/pytest
 WAIT = "until (exec 3<>/dev/tcp/127.0.0.1/{port}) 2>/dev/null; do sleep 0.1; done\n"
 
 
-def blocks() -> list[tuple[str, str]]:
+def code_blocks() -> list[tuple[str, str]]:
     """Return the code blocks of the tutorial, each with its language."""
     page = (ROOT / "workpool/docs/tutorial.md").read_text()
     return re.findall(r"^```(\w+)\n(.*?)^```$", page, re.DOTALL | re.MULTILINE)
 
 
-def script_of(found: list[tuple[str, str]], port: int) -> str:
+def shell_script(found: list[tuple[str, str]], port: int) -> str:
     """Return one shell script of everything that a newcomer types."""
     steps = ["set -euo pipefail\ntrap 'kill $(jobs -p) 2>/dev/null || true' EXIT\n"]
     for language, text in found:
@@ -68,7 +68,7 @@ def checkout(place: Path) -> Path:
     return place
 
 
-def variables() -> dict[str, str]:
+def newcomer_environment() -> dict[str, str]:
     """Return the environment of a newcomer, with the packages installed here."""
     foreign = ("WORKPOOL_", "QODER_PAT", "COVERAGE_", "COV_", "PYTEST_", "PIP_", "VIRTUAL_ENV")
     inherited = {k: v for k, v in os.environ.items() if not k.startswith(foreign)}
@@ -82,9 +82,9 @@ def variables() -> dict[str, str]:
 def test_tutorial_steps_run_with_documented_results(tmp_path: Path) -> None:
     place = checkout(tmp_path / "workpool")
     done = subprocess.run(  # noqa: S603 - the tutorial's commands
-        ["/bin/bash", "-c", script_of(blocks(), free_port())],
+        ["/bin/bash", "-c", shell_script(code_blocks(), free_port())],
         cwd=place,
-        env=variables(),
+        env=newcomer_environment(),
         capture_output=True,
         text=True,
         check=False,
@@ -100,5 +100,5 @@ def test_tutorial_steps_run_with_documented_results(tmp_path: Path) -> None:
 
 
 def test_tutorial_has_all_its_steps() -> None:
-    kinds = [language for language, _ in blocks()]
+    kinds = [language for language, _ in code_blocks()]
     assert kinds == ["console", "console", "python", "python", "console", "console", "console"]

@@ -31,7 +31,7 @@ UNTRACKED = [
 
 
 @pytest.fixture(scope="module")
-def tracked() -> set[str]:
+def tracked_files() -> set[str]:
     """Return the names of all files that git tracks."""
     if not (ROOT / ".git").exists():
         pytest.skip("this is no working copy of git")
@@ -41,10 +41,10 @@ def tracked() -> set[str]:
 
 
 @pytest.fixture(scope="module")
-def copy(tracked: set[str], tmp_path_factory: pytest.TempPathFactory) -> Path:
+def working_copy(tracked_files: set[str], tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Return a copy of the working tree with untracked files added."""
     copy = tmp_path_factory.mktemp("copy")
-    for name in tracked:
+    for name in tracked_files:
         (copy / name).parent.mkdir(parents=True, exist_ok=True)
         shutil.copy(ROOT / name, copy / name)
     for name in UNTRACKED:
@@ -53,7 +53,7 @@ def copy(tracked: set[str], tmp_path_factory: pytest.TempPathFactory) -> Path:
     return copy
 
 
-def built(project: Path, target: str, directory: Path) -> Path:
+def built_distribution(project: Path, target: str, directory: Path) -> Path:
     """Build a project, and return its one distribution."""
     words = [sys.executable, "-m", "hatchling", "build", "-t", target, "-d", str(directory)]
     done = subprocess.run(words, capture_output=True, text=True, check=False, cwd=project)  # noqa: S603 - our own words
@@ -73,12 +73,12 @@ def names_in_sdist(path: Path) -> set[str]:
 
 
 def test_wheel_holds_every_tracked_file_of_the_package_but_documents_and_deployment(
-    copy: Path, tracked: set[str], tmp_path: Path
+    working_copy: Path, tracked_files: set[str], tmp_path: Path
 ) -> None:
-    path = built(copy, "wheel", tmp_path)
+    path = built_distribution(working_copy, "wheel", tmp_path)
     package = {
         name
-        for name in tracked
+        for name in tracked_files
         if name.startswith("workpool/") and not name.startswith(FOR_THE_SOURCE)
     }
     # pytest imports this module at every start, so it must not be inside the package.
@@ -89,20 +89,26 @@ def test_wheel_holds_every_tracked_file_of_the_package_but_documents_and_deploym
 
 
 def test_source_distribution_contains_every_tracked_file_except_hidden_ones(
-    copy: Path, tracked: set[str], tmp_path: Path
+    working_copy: Path, tracked_files: set[str], tmp_path: Path
 ) -> None:
-    left_out = {name for name in tracked if name.startswith(".") and name != ".gitignore"}
-    assert names_in_sdist(built(copy, "sdist", tmp_path)) == tracked - left_out
+    left_out = {name for name in tracked_files if name.startswith(".") and name != ".gitignore"}
+    assert (
+        names_in_sdist(built_distribution(working_copy, "sdist", tmp_path))
+        == tracked_files - left_out
+    )
 
 
 @pytest.mark.parametrize("name", PLUGINS)
 def test_distributions_of_plugin_contain_its_tracked_files(
-    copy: Path, tracked: set[str], tmp_path: Path, name: str
+    working_copy: Path, tracked_files: set[str], tmp_path: Path, name: str
 ) -> None:
-    project, folder = copy / "plugins" / name, f"plugins/{name}/"
-    files = {each.removeprefix(folder) for each in tracked if each.startswith(folder)}
+    project, folder = working_copy / "plugins" / name, f"plugins/{name}/"
+    files = {each.removeprefix(folder) for each in tracked_files if each.startswith(folder)}
     package = {each for each in files if each.startswith("workpool_")}
     for target in ("wheel", "sdist"):
         (tmp_path / target).mkdir()
-    assert names_in_wheel(built(project, "wheel", tmp_path / "wheel")) == package
-    assert names_in_sdist(built(project, "sdist", tmp_path / "sdist")) - {".gitignore"} == files
+    assert names_in_wheel(built_distribution(project, "wheel", tmp_path / "wheel")) == package
+    assert (
+        names_in_sdist(built_distribution(project, "sdist", tmp_path / "sdist")) - {".gitignore"}
+        == files
+    )

@@ -22,12 +22,12 @@ from workpool.testing import Faults, literal
 if TYPE_CHECKING:
     from pathlib import Path
 
-    from tests.acceptance.conftest import Ask, Start
+    from tests.acceptance.conftest import RunInProcess, StartCommand
 
 pytestmark = [pytest.mark.acceptance, pytest.mark.timeout(120)]
 
 
-async def out(ask: Ask, *arguments: str) -> str:
+async def command_output(ask: RunInProcess, *arguments: str) -> str:
     ended = await ask("work", *arguments)
     assert ended.status == 0
     # A list reports how much of it was read.
@@ -35,51 +35,71 @@ async def out(ask: Ask, *arguments: str) -> str:
     return ended.out
 
 
-async def test_work_enqueue_prints_ids_and_work_get_of_unknown_item_fails(start: Start) -> None:
-    command = await start("work", "enqueue", "--count", "2")
-    assert await command.ends() == 0
+async def test_work_enqueue_prints_ids_and_work_get_of_unknown_item_fails(
+    start_command: StartCommand,
+) -> None:
+    command = await start_command("work", "enqueue", "--count", "2")
+    assert await command.wait_for_end() == 0
     assert [line[:5] for line in command.out.splitlines()] == ["work_", "work_"]
-    command = await start("work", "get", "work_unknown")
-    assert await command.ends() == 3
+    command = await start_command("work", "get", "work_unknown")
+    assert await command.wait_for_end() == 3
     assert command.err == "workpool: get: 404 no such work item in this environment\n"
 
 
-async def test_work_commands_cover_life_of_item(ask: Ask) -> None:
-    printed = await out(ask, "enqueue", "--count", "3", "--metadata", "job=a", "--metadata", "n=")
+async def test_work_commands_take_an_item_from_creation_to_stop(
+    run_in_process: RunInProcess,
+) -> None:
+    printed = await command_output(
+        run_in_process, "enqueue", "--count", "3", "--metadata", "job=a", "--metadata", "n="
+    )
     first, second, third = printed.splitlines()
     assert all(each.startswith("work_") for each in (first, second, third))
 
-    rows = [line.split("\t") for line in (await out(ask, "list", "--limit", "2")).splitlines()]
+    rows = [
+        line.split("\t")
+        for line in (await command_output(run_in_process, "list", "--limit", "2")).splitlines()
+    ]
     assert [row[0] for row in rows] == [first, second]
     assert rows[0][2] == "queued"
     assert rows[0][-1] == "job=a n="
-    after = json.loads(await out(ask, "list", "--after", second, "--json"))
+    after = json.loads(await command_output(run_in_process, "list", "--after", second, "--json"))
     assert [item["id"] for item in after] == [third]
-    before = json.loads(await out(ask, "list", "--before", second, "--json"))
+    before = json.loads(await command_output(run_in_process, "list", "--before", second, "--json"))
     assert [item["id"] for item in before] == [first]
 
-    updated = await out(ask, "update", first, "job=b", "more=x=y", "--delete", "n", "--json")
+    updated = await command_output(
+        run_in_process, "update", first, "job=b", "more=x=y", "--delete", "n", "--json"
+    )
     assert json.loads(updated)["metadata"] == {"job": "b", "more": "x=y"}
-    assert json.loads(await out(ask, "stop", first, "--force", "--json"))["state"] == "stopped"
-    got = json.loads(await out(ask, "get", first, "--json"))
+    assert (
+        json.loads(await command_output(run_in_process, "stop", first, "--force", "--json"))[
+            "state"
+        ]
+        == "stopped"
+    )
+    got = json.loads(await command_output(run_in_process, "get", first, "--json"))
     assert got["state"] == "stopped"
     assert got["created_at"].endswith("Z")
-    assert "state\tstopped" in await out(ask, "stop", second)
+    assert "state\tstopped" in await command_output(run_in_process, "stop", second)
 
-    stats = json.loads(await out(ask, "stats", "--json"))
+    stats = json.loads(await command_output(run_in_process, "stats", "--json"))
     assert (stats["depth"], stats["pending"]) == (1, 0)
-    assert "depth\t1" in await out(ask, "stats")
-    created = json.loads(await out(ask, "enqueue", "--type", "healthcheck", "--json"))
+    assert "depth\t1" in await command_output(run_in_process, "stats")
+    created = json.loads(
+        await command_output(run_in_process, "enqueue", "--type", "healthcheck", "--json")
+    )
     assert [item["type"] for item in created] == ["healthcheck"]
 
 
 async def test_work_enqueue_with_script_creates_scripted_session(
-    ask: Ask, folder: Path, plane: ControlPlane
+    run_in_process: RunInProcess, command_directory: Path, control_plane: ControlPlane
 ) -> None:
-    (folder / "script.json").write_text('[{"name": "Bash", "input": {"command": "ls"}}]')
-    work_id = (await out(ask, "enqueue", "--script", "script.json")).strip()
-    session_id = json.loads(await out(ask, "get", work_id, "--json"))["session_id"]
-    expected_text = plane.events(session_id)
+    (command_directory / "script.json").write_text('[{"name": "Bash", "input": {"command": "ls"}}]')
+    work_id = (await command_output(run_in_process, "enqueue", "--script", "script.json")).strip()
+    session_id = json.loads(await command_output(run_in_process, "get", work_id, "--json"))[
+        "session_id"
+    ]
+    expected_text = control_plane.events(session_id)
     assert (expected_text[-1]["name"], expected_text[-1]["input"]) == ("Bash", {"command": "ls"})
 
 
@@ -96,19 +116,21 @@ async def test_work_enqueue_with_script_creates_scripted_session(
     ],
 )
 async def test_work_command_refused_by_control_plane_prints_one_line_and_exit_status(
-    ask: Ask, variables: dict[str, str], status: int, expected_text: str
+    run_in_process: RunInProcess, variables: dict[str, str], status: int, expected_text: str
 ) -> None:
-    ended = await ask("work", "stats", **variables)
+    ended = await run_in_process("work", "stats", **variables)
     assert ended.status == status
     assert expected_text in ended.err
     assert len(ended.err.splitlines()) == 1
     assert ended.out == ""
 
 
-async def test_work_command_with_invalid_arguments_ends_with_2(ask: Ask, folder: Path) -> None:
-    (folder / "bad.json").write_text("{")
-    (folder / "object.json").write_text("{}")
-    (folder / "script.json").write_text('[{"name": 5}]')
+async def test_work_command_with_invalid_arguments_ends_with_2(
+    run_in_process: RunInProcess, command_directory: Path
+) -> None:
+    (command_directory / "bad.json").write_text("{")
+    (command_directory / "object.json").write_text("{}")
+    (command_directory / "script.json").write_text('[{"name": 5}]')
     cases = [
         (["get", "not/an-id"], 2),
         (["get", "work_unknown"], 3),
@@ -122,54 +144,58 @@ async def test_work_command_with_invalid_arguments_ends_with_2(ask: Ask, folder:
         (["update", "work_unknown"], 2),
     ]
     for arguments, status in cases:
-        ended = await ask("work", *arguments)
+        ended = await run_in_process("work", *arguments)
         assert ended.status == status, (arguments, ended.err)
         assert ended.err
         assert ended.out == ""
 
 
 async def test_work_stop_under_key_that_may_not_read_shows_item(
-    ask: Ask, plane: ControlPlane
+    run_in_process: RunInProcess, control_plane: ControlPlane
 ) -> None:
     """In the anthropic dialect a stop is answered without the item."""
-    (item,) = plane.enqueue()
+    (item,) = control_plane.enqueue()
     variables = {
-        "WORKPOOL_BASE_URL": plane.anthropic_base_url,
+        "WORKPOOL_BASE_URL": control_plane.anthropic_base_url,
         "WORKPOOL_DIALECT": "anthropic",
         "WORKPOOL_TOKEN": WORKER_KEY,
     }
-    ended = await ask("work", "stop", item.id, "--force", "--json", **variables)
+    ended = await run_in_process("work", "stop", item.id, "--force", "--json", **variables)
     assert (ended.status, ended.err) == (0, "")
     assert json.loads(ended.out)["state"] == "stopped"
 
 
-async def test_failed_item_is_listed_and_retried_as_a_copy(start: Start, ask: Ask) -> None:
-    [work_id] = (await out(ask, "enqueue", "--metadata", "do=fail")).split()
-    queued = await ask("work", "retry", work_id)
+async def test_failed_item_is_listed_and_retried_as_a_copy(
+    start_command: StartCommand, run_in_process: RunInProcess
+) -> None:
+    [work_id] = (await command_output(run_in_process, "enqueue", "--metadata", "do=fail")).split()
+    queued = await run_in_process("work", "retry", work_id)
     assert queued.status == 1
     assert queued.err == f"workpool: {work_id} is queued; only a stopped item is retried\n"
-    await out(ask, "enqueue", "--metadata", "do=finish")
-    worker = await start("run", "handlers", "--drain")
-    assert await worker.ends() == 0
+    await command_output(run_in_process, "enqueue", "--metadata", "do=finish")
+    worker = await start_command("run", "handlers", "--drain")
+    assert await worker.wait_for_end() == 0
 
-    listed = await ask("work", "list", "--failed", "--json")
+    listed = await run_in_process("work", "list", "--failed", "--json")
     [failed] = json.loads(listed.out)
     assert (failed["id"], failed["metadata"]["workpool.error"]) == (work_id, "RuntimeError")
     assert listed.err == "workpool: 1 shown of 1 items read\n"
 
-    [copy] = (await out(ask, "retry", work_id)).split()
-    got = json.loads(await out(ask, "get", copy, "--json"))
+    [copy] = (await command_output(run_in_process, "retry", work_id)).split()
+    got = json.loads(await command_output(run_in_process, "get", copy, "--json"))
     assert (got["state"], got["type"]) == ("queued", failed["type"])
     assert got["metadata"] == {"do": "fail", "workpool.retry_of": work_id}
     assert got["session_id"] != failed["session_id"]
-    [newest] = json.loads(await out(ask, "list", "--newest", "--limit", "1", "--json"))
+    [newest] = json.loads(
+        await command_output(run_in_process, "list", "--newest", "--limit", "1", "--json")
+    )
     assert newest["id"] == copy
-    stats = json.loads(await out(ask, "stats", "--json"))
+    stats = json.loads(await command_output(run_in_process, "stats", "--json"))
     assert (stats["running"], stats["stopped"]) == (0, 2)
 
 
-async def test_retry_on_a_control_plane_that_cannot_create_items_says_what_to_do(
-    ask: Ask,
+async def test_retry_on_a_control_plane_that_cannot_create_items_suggests_a_solution(
+    run_in_process: RunInProcess,
 ) -> None:
     faults = Faults()
     faults.add(literal(b"", 405), "enqueue")
@@ -178,26 +204,26 @@ async def test_retry_on_a_control_plane_that_cannot_create_items_says_what_to_do
     ) as other:
         (item,) = other.enqueue(metadata={"report": "7", "workpool.error": "ValueError"})
         other.operations.stop(ENVIRONMENT, item.id, force=True)
-        ended = await ask("work", "retry", item.id, WORKPOOL_BASE_URL=other.base_url)
+        ended = await run_in_process("work", "retry", item.id, WORKPOOL_BASE_URL=other.base_url)
     assert (ended.status, ended.out) == (3, "")
     assert "no call that creates items" in ended.err
     assert ended.err.endswith("it had the metadata: report=7\n")
 
 
-async def test_list_of_an_unknown_state_ends_with_2(ask: Ask) -> None:
-    ended = await ask("work", "list", "--state", "lost")
+async def test_list_of_an_unknown_state_ends_with_2(run_in_process: RunInProcess) -> None:
+    ended = await run_in_process("work", "list", "--state", "lost")
     assert ended.status == 2
     assert "queued, starting, active, stopping, stopped" in ended.err
 
 
 async def test_watched_list_is_printed_again_until_a_signal(
-    start: Start, plane: ControlPlane
+    start_command: StartCommand, control_plane: ControlPlane
 ) -> None:
-    (first,) = plane.enqueue()
-    command = await start("work", "list", "--watch")
-    assert first.id in await command.prints()
-    (second,) = plane.enqueue()
-    while second.id not in (line := await command.prints()):
+    (first,) = control_plane.enqueue()
+    command = await start_command("work", "list", "--watch")
+    assert first.id in await command.wait_for_output()
+    (second,) = control_plane.enqueue()
+    while second.id not in (line := await command.wait_for_output()):
         assert first.id in line
-    command.send(signal.SIGINT)
-    assert await command.ends() == 130
+    command.send_signal(signal.SIGINT)
+    assert await command.wait_for_end() == 130

@@ -22,7 +22,7 @@ class Order:
     amount: int
 
 
-# Right.
+# Right handlers.
 
 
 @handler
@@ -96,7 +96,7 @@ async def has_a_default(session: Session, scale: float = 1.0) -> dict[str, float
 
 
 @handler
-def plain(session: BlockingSession) -> dict[str, list[float]]:
+def plain_def(session: BlockingSession) -> dict[str, list[float]]:
     return {session.id: [session.lease_remaining]}
 
 
@@ -134,7 +134,7 @@ class Reports:
         return session.id
 
 
-# Wrong results.
+# Handlers with wrong results.
 
 
 @handler  # type: ignore[type-var] # bytes
@@ -178,11 +178,11 @@ async def returns_an_object(session: Session) -> object:
 
 
 @handler  # type: ignore[type-var] # an async generator
-async def yields(session: Session) -> AsyncIterator[str]:
+async def yields_strings(session: Session) -> AsyncIterator[str]:
     yield session.id
 
 
-# Wrong parameters.
+# Handlers with wrong parameters.
 
 
 @handler  # type: ignore[type-var] # not the session
@@ -194,7 +194,7 @@ async def takes_nothing() -> None: ...
 
 
 @handler  # type: ignore[type-var] # a second parameter without a default
-async def takes_more(_: Session, rows: int) -> dict[str, int]:
+async def takes_a_second_argument(_: Session, rows: int) -> dict[str, int]:
     return {"rows": rows}
 
 
@@ -216,7 +216,7 @@ def plain_yields(session: BlockingSession) -> Iterator[str]:
     yield session.id
 
 
-# Wrong arguments.
+# Wrong arguments of the decorator.
 
 
 def gives_wrong_arguments() -> None:
@@ -237,9 +237,9 @@ class WrongReports:
 # The decorator keeps the type of the function.
 
 
-async def calls_a_handler(session: Session) -> list[dict[str, str]]:
+async def calls_a_decorated_function(session: Session) -> list[dict[str, str]]:
     return [await returns_strings(session)]
 
 
-async def takes_the_result_for_another(session: Session) -> int:
+async def takes_the_result_for_another_type(session: Session) -> int:
     return await returns_strings(session)  # type: ignore[return-value] # a mapping of strings

@@ -27,7 +27,7 @@ START = 1_772_366_400.0  # 2026-03-01T12:00:00Z
 WORKER_HEADER = {"qoder": "Worker-ID", "anthropic": "anthropic-worker-id"}
 
 
-class Clock:
+class MovableClock:
     """A clock in epoch seconds that only the test moves."""
 
     def __init__(self) -> None:
@@ -41,13 +41,13 @@ class Clock:
 
 
 @dataclass(frozen=True)
-class Answer:
+class HttpAnswer:
     status: int
     body: Any
     headers: Mapping[str, str]
 
     @property
-    def error(self) -> dict[str, Any]:
+    def error_type(self) -> dict[str, Any]:
         assert set(self.body) == {"type", "error"}
         assert self.body["type"] == "error"
         assert isinstance(self.body["error"]["message"], str)
@@ -56,7 +56,7 @@ class Answer:
 
 
 @dataclass
-class Api(WorkCalls[Answer]):
+class ApiClient(WorkCalls[HttpAnswer]):
     """A client that sends literal requests in one dialect as one worker."""
 
     plane: ControlPlane
@@ -68,12 +68,12 @@ class Api(WorkCalls[Answer]):
     environment: str = ENV
 
     @property
-    def base(self) -> str:
+    def base_path(self) -> str:
         return self.plane.base_url if self.dialect == "qoder" else self.plane.anthropic_base_url
 
-    base_url = base
+    base_url = base_path
 
-    async def __call__(self, method: str, url: str, **options: Any) -> Answer:
+    async def __call__(self, method: str, url: str, **options: Any) -> HttpAnswer:
         headers = {**self.extra, **options.pop("headers", {})}
         if self.token is not None:
             headers["Authorization"] = f"Bearer {self.token}"
@@ -85,9 +85,9 @@ class Api(WorkCalls[Answer]):
             if content:
                 assert response.headers["Content-Type"] == "application/json"
             body = await response.json() if content else None
-            return Answer(response.status, body, response.headers)
+            return HttpAnswer(response.status, body, response.headers)
 
-    async def claim(self, **options: Any) -> dict[str, Any]:
+    async def claim_item(self, **options: Any) -> dict[str, Any]:
         """Poll an item and return it as all other calls answer it, without the secret."""
         answer = await self.poll(**options)
         assert answer.status == 200
@@ -96,23 +96,23 @@ class Api(WorkCalls[Answer]):
         item.pop("secret", None)
         return item
 
-    async def state(self, work_id: str) -> str:
+    async def item_state(self, work_id: str) -> str:
         answer = await self.get(work_id)
         assert answer.status == 200
         state: str = answer.body["state"]
         return state
 
-    async def stats(self) -> dict[str, Any]:
+    async def queue_stats(self) -> dict[str, Any]:
         answer = await self("GET", self.work("/stats"))
         assert answer.status == 200
         body: dict[str, Any] = answer.body
         return body
 
-    async def bring_to(self, state: str, worker: str | None = None) -> str:
+    async def item_in_state(self, state: str, worker: str | None = None) -> str:
         """Create an item and bring it to a state by requests only."""
         (item,) = self.plane.enqueue()
         if state in {"starting", "active", "stopping"}:
-            await self.claim(worker=worker)
+            await self.claim_item(worker=worker)
             assert (await self.ack(item.id, worker=worker)).status == 200
         if state in {"active", "stopping"}:
             assert (await self.heartbeat(item.id, "NO_HEARTBEAT", worker=worker)).status == 200
@@ -120,11 +120,11 @@ class Api(WorkCalls[Answer]):
             assert (await self.stop(item.id)).status in {200, 204}
         if state == "stopped":
             assert (await self.stop(item.id, json={"force": True})).status in {200, 204}
-        assert await self.state(item.id) == state
+        assert await self.item_state(item.id) == state
         return item.id
 
 
-async def until(condition: Callable[[], object]) -> None:
+async def wait_until(condition: Callable[[], object]) -> None:
     """Wait until the condition is true, which the loop brings about."""
     for _ in range(10_000):
         if condition():
@@ -140,8 +140,8 @@ def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool 
 
 
 @pytest.fixture
-def clock() -> Clock:
-    return Clock()
+def clock() -> MovableClock:
+    return MovableClock()
 
 
 @pytest.fixture
@@ -151,7 +151,7 @@ def store(request: pytest.FixtureRequest, tmp_path: Path) -> Store:
 
 
 @pytest.fixture
-async def plane(clock: Clock, store: Store) -> AsyncIterator[ControlPlane]:
+async def control_plane(clock: MovableClock, store: Store) -> AsyncIterator[ControlPlane]:
     async with ControlPlane(
         environments=(ENV, OTHER),
         cloud_environments=(CLOUD,),
@@ -163,7 +163,7 @@ async def plane(clock: Clock, store: Store) -> AsyncIterator[ControlPlane]:
 
 
 @pytest.fixture
-async def http() -> AsyncIterator[aiohttp.ClientSession]:
+async def http_session() -> AsyncIterator[aiohttp.ClientSession]:
     async with aiohttp.ClientSession() as session:
         yield session
 
@@ -175,18 +175,20 @@ def dialect(request: pytest.FixtureRequest) -> str:
 
 
 @pytest.fixture
-def api(plane: ControlPlane, http: aiohttp.ClientSession, dialect: str) -> Api:
-    return Api(plane, http, dialect)
+def api(
+    control_plane: ControlPlane, http_session: aiohttp.ClientSession, dialect: str
+) -> ApiClient:
+    return ApiClient(control_plane, http_session, dialect)
 
 
 @pytest.fixture
-def qoder(plane: ControlPlane, http: aiohttp.ClientSession) -> Api:
-    return Api(plane, http, "qoder")
+def qoder_api(control_plane: ControlPlane, http_session: aiohttp.ClientSession) -> ApiClient:
+    return ApiClient(control_plane, http_session, "qoder")
 
 
 @pytest.fixture
-def anthropic(plane: ControlPlane, http: aiohttp.ClientSession) -> Api:
-    return Api(plane, http, "anthropic")
+def anthropic_api(control_plane: ControlPlane, http_session: aiohttp.ClientSession) -> ApiClient:
+    return ApiClient(control_plane, http_session, "anthropic")
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:

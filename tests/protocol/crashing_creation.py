@@ -23,7 +23,7 @@ WRITER_SECONDS = 0.5
 
 
 class CrashingStore(SqliteStore):
-    """A store whose process is killed when a session and its item, but no event, are saved."""
+    """A store whose process ends after a session and its item are saved, but before any event."""
 
     def save_events(self, events: Sequence[StoredEvent]) -> NoReturn:
         """Give the writer time for the earlier changes, then exit."""
@@ -32,11 +32,11 @@ class CrashingStore(SqliteStore):
         raise AssertionError(events)
 
 
-async def create(path: str) -> None:
+async def create_session(path: str) -> None:
     operations = Operations((ENV,), store=CrashingStore(path))
     await operations.open()
     operations.enqueue(ENV, script=[{"name": "bash", "input": {"command": "true"}}])
 
 
 if __name__ == "__main__":
-    asyncio.run(create(sys.argv[1]))
+    asyncio.run(create_session(sys.argv[1]))

@@ -7,12 +7,12 @@ from typing import TYPE_CHECKING, Any
 from tests.protocol.conftest import ENV
 
 if TYPE_CHECKING:
-    from tests.protocol.conftest import Clock
+    from tests.protocol.conftest import MovableClock
     from workpool.server import Item
 
 
-async def make_work_calls(work: Any, created: Item, clock: Clock) -> None:
-    """Acknowledge an item that was delivered, renew its lease, change and read it."""
+async def make_work_calls(work: Any, created: Item, clock: MovableClock) -> None:
+    """Acknowledge an item that was delivered, renew its lease, update it and read it."""
     acked = await work.ack(created.id, environment_id=ENV)
     assert (acked.state, acked.acknowledged_at) == ("starting", "2026-03-01T12:00:00Z")
     first = await work.heartbeat(

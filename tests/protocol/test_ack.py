@@ -10,13 +10,13 @@ from typing import TYPE_CHECKING
 import pytest
 
 if TYPE_CHECKING:
-    from tests.protocol.conftest import Api, Clock
+    from tests.protocol.conftest import ApiClient, MovableClock
 
 
 @pytest.mark.usefixtures("both_stores")
-async def test_ack_moves_item_from_queued_to_starting(api: Api, clock: Clock) -> None:
+async def test_ack_moves_item_from_queued_to_starting(api: ApiClient, clock: MovableClock) -> None:
     api.plane.enqueue()
-    item = await api.claim(worker="a")
+    item = await api.claim_item(worker="a")
     clock.advance(2.75)
     answer = await api.ack(item["id"], worker="a")
     assert answer.status == 200
@@ -29,18 +29,22 @@ async def test_ack_moves_item_from_queued_to_starting(api: Api, clock: Clock) ->
 
 @pytest.mark.usefixtures("both_stores")
 @pytest.mark.parametrize("state", ["starting", "active"])
-async def test_repeated_ack_changes_nothing(api: Api, clock: Clock, state: str) -> None:
-    work_id = await api.bring_to(state, "a")
+async def test_repeated_ack_changes_nothing(
+    api: ApiClient, clock: MovableClock, state: str
+) -> None:
+    work_id = await api.item_in_state(state, "a")
     before = (await api.get(work_id)).body
     clock.advance(59)
     answer = await api.ack(work_id, worker="a")
     assert (answer.status, answer.body) == (200, before)
     clock.advance(1)  # 60 s since the ack or heartbeat: the repeated ack did not extend the lease
-    assert await api.state(work_id) == "queued"
+    assert await api.item_state(work_id) == "queued"
 
 
 @pytest.mark.usefixtures("both_stores")
-async def test_item_never_delivered_can_be_acknowledged_by_any_worker(api: Api) -> None:
+async def test_item_that_was_never_delivered_can_be_acknowledged_by_any_worker(
+    api: ApiClient,
+) -> None:
     (item,) = api.plane.enqueue()
     assert (await api.ack(item.id, worker="anyone")).status == 200
     assert (await api.poll()).body is None
@@ -50,50 +54,54 @@ async def test_item_never_delivered_can_be_acknowledged_by_any_worker(api: Api) 
     ("polled_by", "acked_by", "status"),
     [("a", "a", 200), ("a", "b", 409), ("a", None, 200), (None, "b", 200), (None, None, 200)],
 )
-async def test_ack_by_worker_other_than_delivered_one_is_409(
-    api: Api, polled_by: str | None, acked_by: str | None, status: int
+async def test_ack_by_worker_other_than_the_delivered_one_is_409(
+    api: ApiClient, polled_by: str | None, acked_by: str | None, status: int
 ) -> None:
     api.plane.enqueue()
-    item = await api.claim(worker=polled_by)
+    item = await api.claim_item(worker=polled_by)
     answer = await api.ack(item["id"], worker=acked_by)
     assert answer.status == status
     if status == 409:
-        assert answer.error["type"] == "invalid_request_error"
-        assert await api.state(item["id"]) == "queued"
+        assert answer.error_type["type"] == "invalid_request_error"
+        assert await api.item_state(item["id"]) == "queued"
 
 
 @pytest.mark.parametrize("state", ["starting", "active"])
-async def test_ack_of_item_held_by_another_worker_is_409(api: Api, state: str) -> None:
-    work_id = await api.bring_to(state, "a")
+async def test_ack_of_item_held_by_another_worker_is_409(api: ApiClient, state: str) -> None:
+    work_id = await api.item_in_state(state, "a")
     assert (await api.ack(work_id, worker="b")).status == 409
 
 
 @pytest.mark.usefixtures("both_stores")
-async def test_ack_by_former_worker_after_redelivery_is_409(api: Api, clock: Clock) -> None:
+async def test_ack_by_former_worker_after_redelivery_is_409(
+    api: ApiClient, clock: MovableClock
+) -> None:
     api.plane.enqueue()
-    item = await api.claim(worker="a")
+    item = await api.claim_item(worker="a")
     clock.advance(5)
-    assert (await api.claim(worker="b"))["id"] == item["id"]
+    assert (await api.claim_item(worker="b"))["id"] == item["id"]
     assert (await api.ack(item["id"], worker="a")).status == 409
     assert (await api.ack(item["id"], worker="b")).status == 200
 
 
-async def test_late_ack_of_item_not_redelivered_is_accepted(api: Api, clock: Clock) -> None:
+async def test_late_ack_of_item_not_redelivered_is_accepted(
+    api: ApiClient, clock: MovableClock
+) -> None:
     api.plane.enqueue()
-    item = await api.claim(worker="a")
+    item = await api.claim_item(worker="a")
     clock.advance(3600)
     assert (await api.ack(item["id"], worker="a")).status == 200
 
 
 @pytest.mark.parametrize("state", ["stopping", "stopped"])
-async def test_ack_of_stopping_or_stopped_item_is_409(api: Api, state: str) -> None:
-    work_id = await api.bring_to(state)
+async def test_ack_of_stopping_or_stopped_item_is_409(api: ApiClient, state: str) -> None:
+    work_id = await api.item_in_state(state)
     answer = await api.ack(work_id)
     assert answer.status == 409
-    assert answer.error["type"] == "invalid_request_error"
+    assert answer.error_type["type"] == "invalid_request_error"
 
 
-async def test_anthropic_ack_without_worker_id_but_with_body_is_accepted(api: Api) -> None:
+async def test_anthropic_ack_without_worker_id_but_with_body_is_accepted(api: ApiClient) -> None:
     api.plane.enqueue()
-    item = await api.claim(worker="a")
+    item = await api.claim_item(worker="a")
     assert (await api.ack(item["id"], json={})).status == 200

@@ -1,4 +1,4 @@
-"""Size limits: each answer is readable by a worker, and slow readers use little memory."""
+"""Size limits of answers: a worker can read each one, and slow readers use little memory."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Any, cast
 import orjson
 import pytest
 
-from tests.protocol.conftest import ENV, TOKEN, Answer, Api
-from tests.protocol.test_events import path, scripted, send
+from tests.protocol.conftest import ENV, TOKEN, ApiClient, HttpAnswer
+from tests.protocol.test_events import events_path, scripted_session, send_events
 from workpool import Settings, WorkClient
 from workpool.server import APIError, Item
 from workpool.server.answer_limits import (
@@ -30,17 +30,17 @@ if TYPE_CHECKING:
 MEGABYTE = 1_000_000
 
 
-def metadata_of(size: int) -> dict[str, str]:
+def metadata_of_size(size: int) -> dict[str, str]:
     """Return metadata with this number of bytes as compact JSON."""
     frame = len(orjson.dumps({"k": ""}))
     return {"k": "x" * (size - frame)}
 
 
-async def post(api: Api, url: str, content: object) -> Answer:
+async def post(api: ApiClient, url: str, content: object) -> HttpAnswer:
     return await api("POST", url, data=BytesIO(orjson.dumps(content)))
 
 
-def client_of(plane: ControlPlane) -> WorkClient:
+def make_client(plane: ControlPlane) -> WorkClient:
     settings = Settings(environment_id=ENV, token=TOKEN, base_url=plane.base_url)
     return WorkClient(settings)
 
@@ -48,12 +48,12 @@ def client_of(plane: ControlPlane) -> WorkClient:
 # -- one item ------------------------------------------------------------------------------------
 
 
-async def test_responses_about_largest_item_are_readable_by_worker(qoder: Api) -> None:
-    created = await post(qoder, qoder.work(), {"metadata": metadata_of(4_000_000)})
+async def test_responses_about_largest_item_are_readable_by_worker(qoder_api: ApiClient) -> None:
+    created = await post(qoder_api, qoder_api.work(), {"metadata": metadata_of_size(4_000_000)})
     assert created.status == 200
     work_id = created.body["data"][0]["id"]
-    grown = metadata_of(METADATA_LIMIT_BYTES)
-    async with client_of(qoder.plane) as client:
+    grown = metadata_of_size(METADATA_LIMIT_BYTES)
+    async with make_client(qoder_api.plane) as client:
         item = await client.poll()
         assert item is not None
         assert item.id == work_id
@@ -64,46 +64,46 @@ async def test_responses_about_largest_item_are_readable_by_worker(qoder: Api) -
         assert [each.id async for each in client.list()] == [work_id]
         await client.stop(work_id, force=True)
     session_id = item.session_id
-    url = f"{qoder.base}/sessions/{session_id}"
-    async with qoder.http.get(url, headers={"Authorization": f"Bearer {TOKEN}"}) as response:
+    url = f"{qoder_api.base_path}/sessions/{session_id}"
+    async with qoder_api.http.get(url, headers={"Authorization": f"Bearer {TOKEN}"}) as response:
         assert len(await response.read()) <= ANSWER_LIMIT_BYTES
 
 
-async def test_metadata_above_limit_of_new_items_are_refused_with_limit(api: Api) -> None:
-    too_large = metadata_of(NEW_METADATA_LIMIT_BYTES + 1)
+async def test_metadata_above_limit_of_new_items_are_refused_with_limit(api: ApiClient) -> None:
+    too_large = metadata_of_size(NEW_METADATA_LIMIT_BYTES + 1)
     with pytest.raises(APIError, match=str(NEW_METADATA_LIMIT_BYTES)) as caught:
         api.plane.enqueue(metadata=too_large)
     assert (caught.value.status, caught.value.param) == (400, "metadata")
     assert len(api.plane.operations.queue(ENV)) == 0
-    assert len(api.plane.enqueue(metadata=metadata_of(NEW_METADATA_LIMIT_BYTES))) == 1
+    assert len(api.plane.enqueue(metadata=metadata_of_size(NEW_METADATA_LIMIT_BYTES))) == 1
 
 
 @pytest.mark.usefixtures("both_stores")
-async def test_update_above_metadata_limit_is_refused_and_not_applied(api: Api) -> None:
-    (item,) = api.plane.enqueue(metadata=metadata_of(NEW_METADATA_LIMIT_BYTES))
+async def test_update_above_metadata_limit_is_refused_and_not_applied(api: ApiClient) -> None:
+    (item,) = api.plane.enqueue(metadata=metadata_of_size(NEW_METADATA_LIMIT_BYTES))
     patches = [{f"more {number}": "y" * 30_000} for number in range(3)]
     answers = [await api.update(item.id, json={"metadata": patch}) for patch in patches]
     assert [answer.status for answer in answers] == [200, 200, 400]
-    assert answers[2].error["param"] == "metadata"
-    assert str(METADATA_LIMIT_BYTES) in answers[2].error["message"]
+    assert answers[2].error_type["param"] == "metadata"
+    assert str(METADATA_LIMIT_BYTES) in answers[2].error_type["message"]
     kept = (await api.get(item.id)).body["metadata"]
     assert set(kept) == {"k", "more 0", "more 1"}
     assert (await api.update(item.id, json={"metadata": {"k": None}})).status == 200
 
 
-async def test_metadata_are_measured_by_size_as_json(api: Api) -> None:
+async def test_metadata_are_measured_by_size_as_json(api: ApiClient) -> None:
     """A control character takes one byte of memory but six of JSON."""
     with pytest.raises(APIError):
         api.plane.enqueue(metadata={"k": "\0" * MEGABYTE})
 
 
-async def test_metadata_with_too_many_entries_are_refused(api: Api) -> None:
+async def test_metadata_with_too_many_entries_are_refused(api: ApiClient) -> None:
     allowed = {str(number): "" for number in range(METADATA_ENTRIES_MAX)}
     (item,) = api.plane.enqueue(metadata=allowed)
     with pytest.raises(APIError, match=str(METADATA_ENTRIES_MAX)):
         api.plane.enqueue(metadata={**allowed, "more": ""})
     answer = await api.update(item.id, json={"metadata": {"more": ""}})
-    assert (answer.status, answer.error["param"]) == (400, "metadata")
+    assert (answer.status, answer.error_type["param"]) == (400, "metadata")
     assert (await api.update(item.id, json={"metadata": {"more": "", "0": None}})).status == 200
 
 
@@ -115,34 +115,34 @@ async def test_metadata_with_too_many_entries_are_refused(api: Api) -> None:
     ],
 )
 async def test_application_object_with_metadata_above_limit_is_refused(
-    anthropic: Api, suffix: str, body: dict[str, Any]
+    anthropic_api: ApiClient, suffix: str, body: dict[str, Any]
 ) -> None:
-    content = {**body, "metadata": metadata_of(NEW_METADATA_LIMIT_BYTES + 1)}
-    answer = await post(anthropic, anthropic.base + suffix, content)
-    assert (answer.status, answer.error["param"]) == (400, "metadata")
+    content = {**body, "metadata": metadata_of_size(NEW_METADATA_LIMIT_BYTES + 1)}
+    answer = await post(anthropic_api, anthropic_api.base_path + suffix, content)
+    assert (answer.status, answer.error_type["param"]) == (400, "metadata")
 
 
 # -- many items ----------------------------------------------------------------------------------
 
 
-async def test_enqueue_with_response_above_limit_is_refused(api: Api) -> None:
-    content = {"count": 1000, "metadata": metadata_of(4_000_000)}
+async def test_enqueue_with_response_above_limit_is_refused(api: ApiClient) -> None:
+    content = {"count": 1000, "metadata": metadata_of_size(4_000_000)}
     answer = await post(api, api.work(), content)
-    assert (answer.status, answer.error["param"]) == (400, "count")
-    assert str(ANSWER_LIMIT_BYTES) in answer.error["message"]
+    assert (answer.status, answer.error_type["param"]) == (400, "count")
+    assert str(ANSWER_LIMIT_BYTES) in answer.error_type["message"]
     assert len(api.plane.operations.queue(ENV)) == 0
 
 
-async def test_largest_enqueue_response_is_readable_by_worker(qoder: Api) -> None:
+async def test_largest_enqueue_response_is_readable_by_worker(qoder_api: ApiClient) -> None:
     size = ANSWER_LIMIT_BYTES // 1000 - 1024
-    async with client_of(qoder.plane) as client:
-        items = await client.enqueue(count=1000, metadata=metadata_of(size))
+    async with make_client(qoder_api.plane) as client:
+        items = await client.enqueue(count=1000, metadata=metadata_of_size(size))
         assert len(items) == 1000
-    content = {"count": 1000, "metadata": metadata_of(size + 1)}
-    assert (await post(qoder, qoder.work(), content)).status == 400
+    content = {"count": 1000, "metadata": metadata_of_size(size + 1)}
+    assert (await post(qoder_api, qoder_api.work(), content)).status == 400
 
 
-async def walk(api: Api, url: str, **query: str) -> tuple[list[str], int]:
+async def read_all_pages(api: ApiClient, url: str, **query: str) -> tuple[list[str], int]:
     """Return the ids of all pages, and the size of the largest page."""
     ids: list[str] = []
     largest = 0
@@ -163,65 +163,69 @@ async def walk(api: Api, url: str, **query: str) -> tuple[list[str], int]:
         query.pop("before_id", None)
 
 
-async def test_item_pages_are_shortened_to_response_limit(api: Api) -> None:
-    items = [api.plane.enqueue(metadata=metadata_of(MEGABYTE))[0].id for _ in range(11)]
-    ids, largest = await walk(api, api.work())
+async def test_item_pages_are_shortened_to_response_limit(api: ApiClient) -> None:
+    items = [api.plane.enqueue(metadata=metadata_of_size(MEGABYTE))[0].id for _ in range(11)]
+    ids, largest = await read_all_pages(api, api.work())
     assert ids == items
     assert 3 * MEGABYTE < largest <= ANSWER_LIMIT_BYTES
-    ids, largest = await walk(api, api.work(), before_id=items[-1])
+    ids, largest = await read_all_pages(api, api.work(), before_id=items[-1])
     assert sorted(ids) == items[:-1]
     assert ids[:3] == items[-5:-2] or ids[:3] == items[-4:-1]
     assert largest <= ANSWER_LIMIT_BYTES
 
 
-async def test_item_page_with_largest_items_has_one_item(api: Api) -> None:
+async def test_item_page_with_largest_items_has_one_item(api: ApiClient) -> None:
     for _ in range(3):
         (item,) = api.plane.enqueue()
-        api.plane.operations.update(ENV, item.id, metadata_of(METADATA_LIMIT_BYTES))
-    ids, largest = await walk(api, api.work())
+        api.plane.operations.update(ENV, item.id, metadata_of_size(METADATA_LIMIT_BYTES))
+    ids, largest = await read_all_pages(api, api.work())
     assert len(ids) == 3
     assert largest <= ANSWER_LIMIT_BYTES
 
 
 @pytest.mark.parametrize("order", ["asc", "desc"])
-async def test_session_pages_are_shortened_to_response_limit(anthropic: Api, order: str) -> None:
+async def test_session_pages_are_shortened_to_response_limit(
+    anthropic_api: ApiClient, order: str
+) -> None:
     for _ in range(7):
-        anthropic.plane.enqueue(metadata=metadata_of(MEGABYTE))
-    ids, largest = await walk(anthropic, anthropic.base + "/sessions", order=order)
+        anthropic_api.plane.enqueue(metadata=metadata_of_size(MEGABYTE))
+    ids, largest = await read_all_pages(
+        anthropic_api, anthropic_api.base_path + "/sessions", order=order
+    )
     assert len(set(ids)) == 7
     assert ids == sorted(ids, reverse=order == "desc")
     assert largest <= ANSWER_LIMIT_BYTES
 
 
 @pytest.mark.parametrize("order", ["asc", "desc"])
-async def test_event_pages_are_shortened_to_response_limit(api: Api, order: str) -> None:
-    session_id = scripted(api)
+async def test_event_pages_are_shortened_to_response_limit(api: ApiClient, order: str) -> None:
+    session_id = scripted_session(api)
     for _ in range(9):
-        assert (await send(api, session_id, message_of(MEGABYTE))).status == 200
-    ids, largest = await walk(api, path(api, session_id, "/events"), order=order)
+        assert (await send_events(api, session_id, message_of_size(MEGABYTE))).status == 200
+    ids, largest = await read_all_pages(api, events_path(api, session_id, "/events"), order=order)
     assert sorted(ids) == [event["id"] for event in api.plane.events(session_id)]
     assert ids == sorted(ids, reverse=order == "desc")
     assert largest <= ANSWER_LIMIT_BYTES
 
 
-# -- readers that do not read ----------------------------------------------------------------------
+# -- clients that do not read ----------------------------------------------------------------------
 
 
-def message_of(size: int) -> dict[str, Any]:
+def message_of_size(size: int) -> dict[str, Any]:
     return {"type": "user.message", "content": [{"type": "text", "text": "x" * size}]}
 
 
-async def test_streams_to_readers_that_do_not_read_use_limited_memory(
-    qoder: Api,
+async def test_streams_to_clients_that_do_not_read_use_limited_memory(
+    qoder_api: ApiClient,
 ) -> None:
-    session_id = scripted(qoder)
+    session_id = scripted_session(qoder_api)
     for _ in range(20):
-        assert (await send(qoder, session_id, message_of(MEGABYTE))).status == 200
-    whole = sum(len(orjson.dumps(event)) for event in qoder.plane.events(session_id))
+        assert (await send_events(qoder_api, session_id, message_of_size(MEGABYTE))).status == 200
+    whole = sum(len(orjson.dumps(event)) for event in qoder_api.plane.events(session_id))
     tracemalloc.start()
     try:
         before, _ = tracemalloc.get_traced_memory()
-        writers = [await open_stream(qoder, session_id) for _ in range(10)]
+        writers = [await open_unread_stream(qoder_api, session_id) for _ in range(10)]
         _, peak = tracemalloc.get_traced_memory()
     finally:
         tracemalloc.stop()
@@ -230,10 +234,10 @@ async def test_streams_to_readers_that_do_not_read_use_limited_memory(
     assert peak - before < 2 * whole
 
 
-async def open_stream(api: Api, session_id: str) -> asyncio.StreamWriter:
+async def open_unread_stream(api: ApiClient, session_id: str) -> asyncio.StreamWriter:
     """Open a stream that replays all events, and read only its beginning."""
     reader, writer = await asyncio.open_connection("127.0.0.1", api.plane.port, limit=1024)
-    url = path(api, session_id, "/events/stream")
+    url = events_path(api, session_id, "/events/stream")
     lines = [
         f"GET {url[url.index('/api') :]} HTTP/1.1",
         "Host: localhost",
@@ -245,7 +249,7 @@ async def open_stream(api: Api, session_id: str) -> asyncio.StreamWriter:
     return writer
 
 
-def test_size_allowance_for_item_covers_all_its_fields(dialect: str) -> None:
+def test_size_allowance_for_an_item_covers_all_its_fields(dialect: str) -> None:
     item = Item(
         id="work_" + "0" * 32,
         environment_id="e" * 128,

@@ -7,8 +7,17 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from tests.protocol.conftest import CLOUD, ENV, LIMITED, OTHER, TOKEN, Answer, Api, Clock
-from tests.protocol.test_stream import stream
+from tests.protocol.conftest import (
+    CLOUD,
+    ENV,
+    LIMITED,
+    OTHER,
+    TOKEN,
+    ApiClient,
+    HttpAnswer,
+    MovableClock,
+)
+from tests.protocol.test_stream import open_stream
 from workpool.server import ControlPlane, SqliteStore
 from workpool.server.environments import ENVIRONMENTS_MAX
 from workpool.server.index_engine import SCAN_ROWS
@@ -24,23 +33,23 @@ SELF_HOSTED = {"name": "mine", "config": {"type": "self_hosted"}}
 MESSAGE = {"type": "user.message", "content": [{"type": "text", "text": "hello"}]}
 
 
-async def post(api: Api, path: str, body: object = None) -> Answer:
+async def post(api: ApiClient, path: str, body: object = None) -> HttpAnswer:
     options = {} if body is None else {"json": body}
-    return await api("POST", f"{api.base}{path}", **options)
+    return await api("POST", f"{api.base_path}{path}", **options)
 
 
-async def get(api: Api, path: str, *params: tuple[str, str]) -> Answer:
-    return await api("GET", f"{api.base}{path}", params=list(params))
+async def get(api: ApiClient, path: str, *params: tuple[str, str]) -> HttpAnswer:
+    return await api("GET", f"{api.base_path}{path}", params=list(params))
 
 
-async def created(api: Api, **fields: object) -> dict[str, Any]:
+async def created_session(api: ApiClient, **fields: object) -> dict[str, Any]:
     answer = await post(api, "/sessions", {"agent": "agent_1", "environment_id": ENV, **fields})
     assert answer.status == 200
     session: dict[str, Any] = answer.body
     return session
 
 
-async def walked(api: Api, path: str, *params: tuple[str, str]) -> list[str]:
+async def listed_ids(api: ApiClient, path: str, *params: tuple[str, str]) -> list[str]:
     """Return the ids of a list, read in pages of two."""
     ids: list[str] = []
     page = None
@@ -57,9 +66,9 @@ async def walked(api: Api, path: str, *params: tuple[str, str]) -> list[str]:
 # -- environments ------------------------------------------------------------------------------
 
 
-async def test_created_environment_is_served_at_once(anthropic: Api) -> None:
+async def test_created_environment_is_served_at_once(anthropic_api: ApiClient) -> None:
     body = {**SELF_HOSTED, "description": "for tests", "metadata": {"team": "a"}}
-    environment = (await post(anthropic, "/environments", body)).body
+    environment = (await post(anthropic_api, "/environments", body)).body
     assert environment == {
         "id": environment["id"],
         "type": "environment",
@@ -72,27 +81,29 @@ async def test_created_environment_is_served_at_once(anthropic: Api) -> None:
         "archived_at": None,
     }
     environment_id = environment["id"]
-    assert (await get(anthropic, f"/environments/{environment_id}")).body == environment
-    assert (await anthropic.poll(environment_id)).body is None
-    session = await created(anthropic, environment_id=environment_id)
-    item = (await anthropic.poll(environment_id)).body
+    assert (await get(anthropic_api, f"/environments/{environment_id}")).body == environment
+    assert (await anthropic_api.poll(environment_id)).body is None
+    session = await created_session(anthropic_api, environment_id=environment_id)
+    item = (await anthropic_api.poll(environment_id)).body
     assert item["data"] == {"type": "session", "id": session["id"]}
 
 
-async def test_environment_list_includes_initial_environments(anthropic: Api) -> None:
-    new = (await post(anthropic, "/environments", SELF_HOSTED)).body["id"]
-    assert await walked(anthropic, "/environments") == sorted([ENV, OTHER, CLOUD, new])
-    config = (await get(anthropic, f"/environments/{CLOUD}")).body["config"]
+async def test_environment_list_includes_initial_environments(anthropic_api: ApiClient) -> None:
+    new = (await post(anthropic_api, "/environments", SELF_HOSTED)).body["id"]
+    assert await listed_ids(anthropic_api, "/environments") == sorted([ENV, OTHER, CLOUD, new])
+    config = (await get(anthropic_api, f"/environments/{CLOUD}")).body["config"]
     assert (config["type"], config["networking"]) == ("cloud", {"type": "unrestricted"})
 
 
-async def test_token_of_one_environment_cannot_see_or_create_others(anthropic: Api) -> None:
-    anthropic.token = LIMITED
-    assert await walked(anthropic, "/environments") == [ENV]
-    assert (await get(anthropic, f"/environments/{OTHER}")).status == 403
-    assert (await post(anthropic, "/environments", SELF_HOSTED)).status == 403
+async def test_token_of_one_environment_cannot_see_or_create_others(
+    anthropic_api: ApiClient,
+) -> None:
+    anthropic_api.token = LIMITED
+    assert await listed_ids(anthropic_api, "/environments") == [ENV]
+    assert (await get(anthropic_api, f"/environments/{OTHER}")).status == 403
+    assert (await post(anthropic_api, "/environments", SELF_HOSTED)).status == 403
     body = {"agent": "agent_1", "environment_id": OTHER}
-    assert (await post(anthropic, "/sessions", body)).status == 403
+    assert (await post(anthropic_api, "/sessions", body)).status == 403
 
 
 @pytest.mark.parametrize(
@@ -109,23 +120,25 @@ async def test_token_of_one_environment_cannot_see_or_create_others(anthropic: A
         ({**SELF_HOSTED, "description": {}}, "description"),
     ],
 )
-async def test_malformed_environment_is_400(anthropic: Api, body: object, param: str) -> None:
-    answer = await post(anthropic, "/environments", body)
-    assert (answer.status, answer.error["param"]) == (400, param)
+async def test_malformed_environment_is_400(
+    anthropic_api: ApiClient, body: object, param: str
+) -> None:
+    answer = await post(anthropic_api, "/environments", body)
+    assert (answer.status, answer.error_type["param"]) == (400, param)
 
 
-async def test_environment_beyond_limit_is_400(anthropic: Api) -> None:
+async def test_environment_beyond_limit_is_400(anthropic_api: ApiClient) -> None:
     for number in range(ENVIRONMENTS_MAX):
-        anthropic.plane.operations.create_environment(str(number), None, {})
-    assert (await post(anthropic, "/environments", SELF_HOSTED)).status == 400
+        anthropic_api.plane.operations.create_environment(str(number), None, {})
+    assert (await post(anthropic_api, "/environments", SELF_HOSTED)).status == 400
 
 
 # -- sessions ----------------------------------------------------------------------------------
 
 
-async def test_created_session_has_item_with_its_metadata(anthropic: Api) -> None:
-    session = await created(
-        anthropic,
+async def test_created_session_has_item_with_its_metadata(anthropic_api: ApiClient) -> None:
+    session = await created_session(
+        anthropic_api,
         agent={"type": "agent", "id": "agent_1", "version": 7},
         title="report",
         metadata={"job": "report"},
@@ -141,68 +154,70 @@ async def test_created_session_has_item_with_its_metadata(anthropic: Api) -> Non
     agent = session["agent"]
     assert (agent["type"], agent["id"], agent["version"]) == ("agent", "agent_1", 7)
     assert (session["created_at"], session["archived_at"]) == (TIME, None)
-    assert (await get(anthropic, f"/sessions/{session['id']}")).body == session
+    assert (await get(anthropic_api, f"/sessions/{session['id']}")).body == session
 
-    item = await anthropic.claim()
+    item = await anthropic_api.claim_item()
     assert item["data"] == {"type": "session", "id": session["id"]}
     assert item["metadata"] == {"job": "report"}
-    (event,) = (await get(anthropic, f"/sessions/{session['id']}/events")).body["data"]
+    (event,) = (await get(anthropic_api, f"/sessions/{session['id']}/events")).body["data"]
     assert (event["type"], event["content"]) == ("user.message", MESSAGE["content"])
 
 
-async def test_created_session_wakes_waiting_poll(anthropic: Api) -> None:
-    async def wait() -> Answer:
-        return await anthropic.poll(params={"block_ms": "999"})
+async def test_created_session_wakes_waiting_poll(anthropic_api: ApiClient) -> None:
+    async def wait_for_item() -> HttpAnswer:
+        return await anthropic_api.poll(params={"block_ms": "999"})
 
     async with asyncio.TaskGroup() as group:
-        polling = group.create_task(wait())
-        session = await created(anthropic)
+        polling = group.create_task(wait_for_item())
+        session = await created_session(anthropic_api)
     assert polling.result().body["data"]["id"] == session["id"]
 
 
 @pytest.mark.usefixtures("both_stores")
-async def test_message_to_session_without_work_creates_new_item(anthropic: Api) -> None:
-    session = await created(anthropic, metadata={"job": "report"})
+async def test_message_to_session_without_work_creates_new_item(anthropic_api: ApiClient) -> None:
+    session = await created_session(anthropic_api, metadata={"job": "report"})
     url = f"/sessions/{session['id']}/events"
-    assert (await post(anthropic, url, {"events": [MESSAGE]})).status == 200
-    first = await anthropic.claim()
-    assert (await anthropic.poll()).body is None  # the item of the session was not stopped yet
-    await anthropic.stop(first["id"], json={"force": True})
-    assert (await post(anthropic, url, {"events": [{"type": "user.interrupt"}]})).status == 200
-    assert (await anthropic.poll()).body is None
-    assert (await post(anthropic, url, {"events": [MESSAGE, MESSAGE]})).status == 200
-    second = await anthropic.claim()
+    assert (await post(anthropic_api, url, {"events": [MESSAGE]})).status == 200
+    first = await anthropic_api.claim_item()
+    assert (await anthropic_api.poll()).body is None  # the item of the session was not stopped yet
+    await anthropic_api.stop(first["id"], json={"force": True})
+    assert (await post(anthropic_api, url, {"events": [{"type": "user.interrupt"}]})).status == 200
+    assert (await anthropic_api.poll()).body is None
+    assert (await post(anthropic_api, url, {"events": [MESSAGE, MESSAGE]})).status == 200
+    second = await anthropic_api.claim_item()
     assert second["id"] > first["id"]
     assert (second["data"], second["metadata"]) == (first["data"], {"job": "report"})
-    assert (await anthropic.poll()).body is None
-    assert (await get(anthropic, f"/sessions/{session['id']}")).body["metadata"] == {
+    assert (await anthropic_api.poll()).body is None
+    assert (await get(anthropic_api, f"/sessions/{session['id']}")).body["metadata"] == {
         "job": "report"
     }
 
 
-async def test_refused_message_creates_no_item(anthropic: Api) -> None:
-    session_id = (await created(anthropic))["id"]
-    await anthropic.stop((await anthropic.claim())["id"], json={"force": True})
+async def test_refused_message_creates_no_item(anthropic_api: ApiClient) -> None:
+    session_id = (await created_session(anthropic_api))["id"]
+    await anthropic_api.stop((await anthropic_api.claim_item())["id"], json={"force": True})
     wrong = {"type": "user.tool_result", "tool_use_id": "evt_unknown"}
     url = f"/sessions/{session_id}/events"
-    assert (await post(anthropic, url, {"events": [MESSAGE, wrong]})).status == 400
-    await post(anthropic, f"/sessions/{session_id}/archive")
-    assert (await post(anthropic, url, {"events": [MESSAGE]})).status == 409
-    assert (await anthropic.poll()).body is None
+    assert (await post(anthropic_api, url, {"events": [MESSAGE, wrong]})).status == 400
+    await post(anthropic_api, f"/sessions/{session_id}/archive")
+    assert (await post(anthropic_api, url, {"events": [MESSAGE]})).status == 409
+    assert (await anthropic_api.poll()).body is None
 
 
-async def test_message_in_qoder_dialect_creates_no_item(qoder: Api) -> None:
-    work_id = await qoder.bring_to("stopped")
-    session_id = (await qoder.get(work_id)).body["data"]["id"]
-    sent = await post(qoder, f"/sessions/{session_id}/events", {"events": [MESSAGE]})
+async def test_message_in_qoder_dialect_creates_no_item(qoder_api: ApiClient) -> None:
+    work_id = await qoder_api.item_in_state("stopped")
+    session_id = (await qoder_api.get(work_id)).body["data"]["id"]
+    sent = await post(qoder_api, f"/sessions/{session_id}/events", {"events": [MESSAGE]})
     assert sent.status == 200
-    assert (await qoder.poll()).body is None
+    assert (await qoder_api.poll()).body is None
 
 
-async def test_session_created_with_script_runs_it_after_initial_events(anthropic: Api) -> None:
+async def test_session_created_with_script_runs_it_after_initial_events(
+    anthropic_api: ApiClient,
+) -> None:
     script = [{"name": "bash", "input": {"command": "ls"}}]
-    session = await created(anthropic, script=script, initial_events=[MESSAGE])
-    events = (await get(anthropic, f"/sessions/{session['id']}/events")).body["data"]
+    session = await created_session(anthropic_api, script=script, initial_events=[MESSAGE])
+    events = (await get(anthropic_api, f"/sessions/{session['id']}/events")).body["data"]
     assert [event["type"] for event in events] == [
         "user.message",
         "session.status_running",
@@ -238,30 +253,30 @@ async def test_session_created_with_script_runs_it_after_initial_events(anthropi
     ],
 )
 async def test_invalid_session_is_refused(
-    anthropic: Api, fields: dict[str, object], status: int, param: str | None
+    anthropic_api: ApiClient, fields: dict[str, object], status: int, param: str | None
 ) -> None:
     body = {"agent": "agent_1", "environment_id": ENV, **fields}
-    answer = await post(anthropic, "/sessions", body)
+    answer = await post(anthropic_api, "/sessions", body)
     assert answer.status == status
-    assert param is None or answer.error["param"] == param
-    assert len(anthropic.plane.history) == (status == 200)
+    assert param is None or answer.error_type["param"] == param
+    assert len(anthropic_api.plane.history) == (status == 200)
 
 
-async def test_sessions_are_listed_newest_first_by_default(anthropic: Api) -> None:
-    ids = [(await created(anthropic))["id"] for _ in range(5)]
-    assert await walked(anthropic, "/sessions") == ids[::-1]
-    assert await walked(anthropic, "/sessions", ("order", "asc")) == ids
+async def test_sessions_are_listed_newest_first_by_default(anthropic_api: ApiClient) -> None:
+    ids = [(await created_session(anthropic_api))["id"] for _ in range(5)]
+    assert await listed_ids(anthropic_api, "/sessions") == ids[::-1]
+    assert await listed_ids(anthropic_api, "/sessions", ("order", "asc")) == ids
 
 
 async def test_sessions_are_filtered_by_time_status_agent_and_archive(
-    anthropic: Api, clock: Clock
+    anthropic_api: ApiClient, clock: MovableClock
 ) -> None:
-    first = (await created(anthropic, agent="agent_a"))["id"]
+    first = (await created_session(anthropic_api, agent="agent_a"))["id"]
     clock.advance(1)
-    second = (await created(anthropic, agent={"id": "agent_b", "version": 2}))["id"]
+    second = (await created_session(anthropic_api, agent={"id": "agent_b", "version": 2}))["id"]
     clock.advance(1)
-    third = (await created(anthropic, initial_events=[MESSAGE], script=[]))["id"]
-    await post(anthropic, f"/sessions/{first}/archive")
+    third = (await created_session(anthropic_api, initial_events=[MESSAGE], script=[]))["id"]
+    await post(anthropic_api, f"/sessions/{first}/archive")
     lists = {
         (): [third, second],
         (("include_archived", "true"),): [third, second, first],
@@ -273,133 +288,141 @@ async def test_sessions_are_filtered_by_time_status_agent_and_archive(
         (("agent_id", "agent_b"), ("agent_version", "1")): [],
         (("deployment_id", "depl_1"),): [],
     }
-    assert {params: await walked(anthropic, "/sessions", *params) for params in lists} == lists
+    assert {
+        params: await listed_ids(anthropic_api, "/sessions", *params) for params in lists
+    } == lists
 
 
 async def test_list_over_many_sessions_does_not_delay_other_calls(
-    anthropic: Api,
+    anthropic_api: ApiClient,
 ) -> None:
     for _ in range(10 * SCAN_ROWS):
-        anthropic.plane.enqueue()
+        anthropic_api.plane.enqueue()
     ended: list[str] = []
 
-    async def listing() -> None:
-        answer = await get(anthropic, "/sessions", ("agent_id", "agent_unknown"))
+    async def list_sessions() -> None:
+        answer = await get(anthropic_api, "/sessions", ("agent_id", "agent_unknown"))
         assert (answer.status, answer.body["data"]) == (200, [])
         ended.append("list")
 
-    async def polling() -> None:
+    async def poll_meanwhile() -> None:
         for _ in range(3):
-            assert (await anthropic.poll()).body is not None
+            assert (await anthropic_api.poll()).body is not None
         ended.append("poll")
 
     async with asyncio.TaskGroup() as group:
-        group.create_task(listing())
-        group.create_task(polling())
+        group.create_task(list_sessions())
+        group.create_task(poll_meanwhile())
     assert ended == ["poll", "list"]
 
 
 async def test_sessions_of_other_environments_are_hidden_from_limited_token(
-    anthropic: Api,
+    anthropic_api: ApiClient,
 ) -> None:
-    await created(anthropic, environment_id=OTHER)
-    own = (await created(anthropic))["id"]
-    anthropic.token = LIMITED
-    assert await walked(anthropic, "/sessions") == [own]
+    await created_session(anthropic_api, environment_id=OTHER)
+    own = (await created_session(anthropic_api))["id"]
+    anthropic_api.token = LIMITED
+    assert await listed_ids(anthropic_api, "/sessions") == [own]
 
 
 @pytest.mark.parametrize(
     ("name", "value"),
     [("order", "up"), ("include_archived", "1"), ("created_at[gt]", "x"), ("page", "x")],
 )
-async def test_malformed_filter_of_sessions_is_400(anthropic: Api, name: str, value: str) -> None:
-    answer = await get(anthropic, "/sessions", (name, value))
-    assert (answer.status, answer.error["param"]) == (400, name)
+async def test_malformed_filter_of_sessions_is_400(
+    anthropic_api: ApiClient, name: str, value: str
+) -> None:
+    answer = await get(anthropic_api, "/sessions", (name, value))
+    assert (answer.status, answer.error_type["param"]) == (400, name)
 
 
 @pytest.mark.usefixtures("both_stores")
-async def test_archived_session_is_terminated_and_accepts_no_event(anthropic: Api) -> None:
-    session_id = (await created(anthropic))["id"]
-    item = await anthropic.claim()
+async def test_archived_session_is_terminated_and_accepts_no_event(
+    anthropic_api: ApiClient,
+) -> None:
+    session_id = (await created_session(anthropic_api))["id"]
+    item = await anthropic_api.claim_item()
     own = session_id.replace("session_", "sess_")
-    async with stream(anthropic, own) as reader:
-        archived = (await post(anthropic, f"/sessions/{session_id}/archive")).body
-        assert (await reader.event())["type"] == "session.status_terminated"
+    async with open_stream(anthropic_api, own) as reader:
+        archived = (await post(anthropic_api, f"/sessions/{session_id}/archive")).body
+        assert (await reader.read_event())["type"] == "session.status_terminated"
     assert (archived["status"], archived["archived_at"]) == ("terminated", TIME)
-    assert (await get(anthropic, f"/sessions/{session_id}")).body == archived
-    assert await anthropic.state(item["id"]) == "stopped"  # the item was queued
-    sent = await post(anthropic, f"/sessions/{session_id}/events", {"events": [MESSAGE]})
+    assert (await get(anthropic_api, f"/sessions/{session_id}")).body == archived
+    assert await anthropic_api.item_state(item["id"]) == "stopped"  # the item was queued
+    sent = await post(anthropic_api, f"/sessions/{session_id}/events", {"events": [MESSAGE]})
     assert sent.status == 409
-    again = await post(anthropic, f"/sessions/{session_id}/archive")
+    again = await post(anthropic_api, f"/sessions/{session_id}/archive")
     assert (again.status, again.body) == (200, archived)
 
 
 @pytest.mark.parametrize(("state", "then"), [("starting", "stopping"), ("active", "stopping")])
 async def test_archive_of_session_with_held_item_requests_stop(
-    anthropic: Api, state: str, then: str
+    anthropic_api: ApiClient, state: str, then: str
 ) -> None:
-    work_id = await anthropic.bring_to(state)
-    session_id = (await anthropic.get(work_id)).body["data"]["id"]
-    assert (await post(anthropic, f"/sessions/{session_id}/archive")).status == 200
-    assert await anthropic.state(work_id) == then
+    work_id = await anthropic_api.item_in_state(state)
+    session_id = (await anthropic_api.get(work_id)).body["data"]["id"]
+    assert (await post(anthropic_api, f"/sessions/{session_id}/archive")).status == 200
+    assert await anthropic_api.item_state(work_id) == then
 
 
-async def test_archive_of_unknown_session_is_404(anthropic: Api) -> None:
-    assert (await post(anthropic, "/sessions/session_unknown/archive")).status == 404
+async def test_archive_of_unknown_session_is_404(anthropic_api: ApiClient) -> None:
+    assert (await post(anthropic_api, "/sessions/session_unknown/archive")).status == 404
 
 
-# -- both --------------------------------------------------------------------------------------
+# -- environments and sessions --------------------------------------------------------------------
 
 
 async def test_environments_and_sessions_survive_restart(
-    tmp_path: Path, clock: Clock, http: aiohttp.ClientSession
+    tmp_path: Path, clock: MovableClock, http_session: aiohttp.ClientSession
 ) -> None:
-    def plane() -> ControlPlane:
+    def control_plane() -> ControlPlane:
         store = SqliteStore(tmp_path / "work.db")
         return ControlPlane(environments=(ENV,), tokens={TOKEN: None}, store=store, now=clock)
 
-    async with plane() as first:
-        api = Api(first, http, "anthropic")
+    async with control_plane() as first:
+        api = ApiClient(first, http_session, "anthropic")
         environment = (await post(api, "/environments", SELF_HOSTED)).body
-        session = await created(api, environment_id=environment["id"], title="kept")
-        archived = await created(api, agent={"id": "agent_2", "version": 3})
+        session = await created_session(api, environment_id=environment["id"], title="kept")
+        archived = await created_session(api, agent={"id": "agent_2", "version": 3})
         archived = (await post(api, f"/sessions/{archived['id']}/archive")).body
-    async with plane() as second:
-        api = Api(second, http, "anthropic")
+    async with control_plane() as second:
+        api = ApiClient(second, http_session, "anthropic")
         assert (await get(api, f"/environments/{environment['id']}")).body == environment
         for before in (session, archived):
             assert (await get(api, f"/sessions/{before['id']}")).body == before
-        item = await api.claim(environment=environment["id"])
+        item = await api.claim_item(environment=environment["id"])
         assert item["data"]["id"] == session["id"]
         newer = (await post(api, "/environments", SELF_HOSTED)).body
         assert newer["id"] > environment["id"]
 
 
 @pytest.mark.parametrize("path", ["/environments", "/sessions"])
-async def test_application_calls_in_qoder_dialect_are_404(qoder: Api, path: str) -> None:
-    assert (await get(qoder, path)).status == 404
+async def test_application_calls_in_qoder_dialect_are_404(qoder_api: ApiClient, path: str) -> None:
+    assert (await get(qoder_api, path)).status == 404
 
 
-async def test_anthropic_token_is_accepted_as_api_key(anthropic: Api, qoder: Api) -> None:
-    for api, status in ((anthropic, 200), (qoder, 401)):
+async def test_anthropic_token_is_accepted_as_api_key(
+    anthropic_api: ApiClient, qoder_api: ApiClient
+) -> None:
+    for api, status in ((anthropic_api, 200), (qoder_api, 401)):
         api.token, api.extra = None, {"X-Api-Key": TOKEN}
         assert (await api.poll()).status == status
-    anthropic.extra = {"X-Api-Key": "wrong"}
-    assert (await anthropic.poll()).status == 401
-    anthropic.token = "wrong"  # noqa: S105 - it opens nothing
-    anthropic.extra = {"X-Api-Key": TOKEN}
-    assert (await anthropic.poll()).status == 401
+    anthropic_api.extra = {"X-Api-Key": "wrong"}
+    assert (await anthropic_api.poll()).status == 401
+    anthropic_api.token = "wrong"  # noqa: S105 - it opens nothing
+    anthropic_api.extra = {"X-Api-Key": TOKEN}
+    assert (await anthropic_api.poll()).status == 401
 
 
 async def test_application_calls_are_not_recorded_as_worker_calls(
-    http: aiohttp.ClientSession,
+    http_session: aiohttp.ClientSession,
 ) -> None:
     faults = Faults()
     async with ControlPlane(
         environments=(ENV,), tokens={TOKEN: None}, middlewares=[faults.middleware]
     ) as plane:
-        api = Api(plane, http, "anthropic")
-        session_id = (await created(api))["id"]
+        api = ApiClient(plane, http_session, "anthropic")
+        session_id = (await created_session(api))["id"]
         await post(api, "/environments", SELF_HOSTED)
         for path in ("/environments", f"/environments/{ENV}", "/sessions"):
             assert (await get(api, path)).status == 200

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 from aiohttp import web
 
-from tests.protocol.conftest import ENV, TOKEN, Clock, until
+from tests.protocol.conftest import ENV, TOKEN, MovableClock, wait_until
 from workpool.conformance import (
     CLAUSES,
     Api,
@@ -39,10 +39,10 @@ if TYPE_CHECKING:
 PAGE = Path(__file__).parents[2] / "workpool/docs/protocol.md"
 
 
-def suite_of(
+def suite_with_moved_clock(
     plane: ControlPlane,
     http: aiohttp.ClientSession,
-    clock: Clock,
+    clock: MovableClock,
     dialect: Dialect,
     *,
     token: str = TOKEN,
@@ -63,16 +63,22 @@ def suite_of(
 
 @pytest.mark.parametrize("clause", CLAUSES, ids=lambda clause: clause.name)
 async def test_clause_holds_for_embedded_control_plane(
-    clause: Clause, plane: ControlPlane, http: aiohttp.ClientSession, clock: Clock, dialect: Dialect
+    clause: Clause,
+    control_plane: ControlPlane,
+    http_session: aiohttp.ClientSession,
+    clock: MovableClock,
+    dialect: Dialect,
 ) -> None:
-    finding = await suite_of(plane, http, clock, dialect).check(clause)
+    finding = await suite_with_moved_clock(control_plane, http_session, clock, dialect).check(
+        clause
+    )
     assert (finding.verdict, finding.seen) == (Verdict.HOLDS, "")
 
 
-class Sleepers:
+class ConcurrentSleepers:
     """Waits of concurrent clauses; the clock moves when all of them wait."""
 
-    def __init__(self, clock: Clock) -> None:
+    def __init__(self, clock: MovableClock) -> None:
         self._clock = clock
         self._waiting: list[tuple[float, asyncio.Future[None]]] = []
 
@@ -93,11 +99,16 @@ class Sleepers:
                 wake.set_result(None)
 
 
-async def test_suite_with_concurrent_clauses_finds_the_same_as_single_clauses(
-    plane: ControlPlane, http: aiohttp.ClientSession, clock: Clock, dialect: Dialect
+async def test_suite_with_concurrent_clauses_has_the_same_verdicts_as_single_clauses(
+    control_plane: ControlPlane,
+    http_session: aiohttp.ClientSession,
+    clock: MovableClock,
+    dialect: Dialect,
 ) -> None:
-    sleepers = Sleepers(clock)
-    suite = suite_of(plane, http, clock, dialect, sleep=sleepers.sleep)
+    sleepers = ConcurrentSleepers(clock)
+    suite = suite_with_moved_clock(
+        control_plane, http_session, clock, dialect, sleep=sleepers.sleep
+    )
     started = clock()
     async with asyncio.TaskGroup() as group:
         moving = group.create_task(sleepers.move_clock())
@@ -113,40 +124,40 @@ def test_every_clause_of_protocol_page_is_in_suite() -> None:
     assert sorted(rows) == sorted(clause.name for clause in CLAUSES)
 
 
-def test_documented_results_count_every_clause() -> None:
+def test_documented_verdict_counts_add_up_to_every_clause() -> None:
     results = re.findall(r"^\| `workpool serve` \|.*$", PAGE.read_text(), re.MULTILINE)
     assert [row.split(" | ")[3:] for row in results] == [[f"{len(CLAUSES)}", "0", "0", "0 |"]] * 2
 
 
-# Control planes that differ.
+# Control planes that differ from the protocol.
 
 
-async def found_by(name: str, http: aiohttp.ClientSession, fault: Handler) -> Finding:
+async def finding_with_fault(name: str, http: aiohttp.ClientSession, fault: Handler) -> Finding:
     """Return the finding for a clause of a control plane with a fault in front of it."""
-    clock = Clock()
+    clock = MovableClock()
     [clause] = [each for each in CLAUSES if each.name == name]
     async with ControlPlane(
         environments=(ENV,), tokens={TOKEN: None}, now=clock, middlewares=[fault]
     ) as plane:
-        return await suite_of(plane, http, clock, "qoder").check(clause)
+        return await suite_with_moved_clock(plane, http, clock, "qoder").check(clause)
 
 
-def replacing(path: str, change: Callable[[web.Request], web.Response | None]) -> Any:
+def replace_answers(path: str, change: Callable[[web.Request], web.Response | None]) -> Any:
     """Return a fault that replaces answers of requests whose path ends so."""
 
     @web.middleware
-    async def fault(request: web.Request, handler: Handler) -> web.StreamResponse:
+    async def inject_replacement(request: web.Request, handler: Handler) -> web.StreamResponse:
         changed = change(request) if request.path.endswith(path) else None
         return await handler(request) if changed is None else changed
 
-    return fault
+    return inject_replacement
 
 
-def rewriting(path: str, change: Callable[[dict[str, Any]], dict[str, Any]]) -> Any:
+def rewrite_answers(path: str, change: Callable[[dict[str, Any]], dict[str, Any]]) -> Any:
     """Return a fault that changes the JSON objects in answers of requests whose path ends so."""
 
     @web.middleware
-    async def fault(request: web.Request, handler: Handler) -> web.StreamResponse:
+    async def inject_rewrite(request: web.Request, handler: Handler) -> web.StreamResponse:
         response = await handler(request)
         if not request.path.endswith(path) or not isinstance(response, web.Response):
             return response
@@ -156,18 +167,18 @@ def rewriting(path: str, change: Callable[[dict[str, Any]], dict[str, Any]]) -> 
             return web.json_response(change(value))
         return response
 
-    return fault
+    return inject_rewrite
 
 
-def without_query(name: str) -> Any:
+def drop_query_parameter(name: str) -> Any:
     """Return a fault that drops a query parameter of every request."""
 
     @web.middleware
-    async def fault(request: web.Request, handler: Handler) -> web.StreamResponse:
+    async def inject_drop(request: web.Request, handler: Handler) -> web.StreamResponse:
         query = {key: value for key, value in request.query.items() if key != name}
         return await handler(request.clone(rel_url=request.rel_url.with_query(query)))
 
-    return fault
+    return inject_drop
 
 
 @pytest.mark.parametrize(
@@ -175,62 +186,62 @@ def without_query(name: str) -> Any:
     [
         (
             "poll-empty",
-            replacing("/poll", lambda _: web.Response(status=204)),
+            replace_answers("/poll", lambda _: web.Response(status=204)),
             Verdict.DIFFERS,
             "HTTP 204 with no body",
         ),
         (
             "poll-empty",
-            replacing("/poll", lambda _: web.json_response({})),
+            replace_answers("/poll", lambda _: web.json_response({})),
             Verdict.DIFFERS,
             "HTTP 200 with {}",
         ),
         (
             "poll-empty",
-            replacing("/poll", lambda _: web.Response(text="<p>\x1b[2J")),
+            replace_answers("/poll", lambda _: web.Response(text="<p>\x1b[2J")),
             Verdict.BREAKS,
             r"HTTP 200 with <p>\x1b[2J",
         ),
         (
             "poll-item",
-            rewriting("/poll", lambda item: {**item, "state": "sleeping"}),
+            rewrite_answers("/poll", lambda item: {**item, "state": "sleeping"}),
             Verdict.BREAKS,
             "a worker cannot read the item: state: not one of the protocol's five",
         ),
         (
             "poll-item",
-            rewriting("/poll", lambda item: {**item, "created_at": "2026-03-01T12:00:00"}),
+            rewrite_answers("/poll", lambda item: {**item, "created_at": "2026-03-01T12:00:00"}),
             Verdict.DIFFERS,
             "a time without a zone: created_at",
         ),
         (
             "ack-starts",
-            rewriting("/ack", lambda item: {**item, "state": "active"}),
+            rewrite_answers("/ack", lambda item: {**item, "state": "active"}),
             Verdict.DIFFERS,
             "the item is active",
         ),
         (
             "heartbeat-mismatch",
-            without_query("expected_last_heartbeat"),
+            drop_query_parameter("expected_last_heartbeat"),
             Verdict.BREAKS,
             "two workers can hold one item",
         ),
         (
             "heartbeat-ttl",
-            rewriting("/heartbeat", lambda heartbeat: {**heartbeat, "ttl_seconds": 45}),
+            rewrite_answers("/heartbeat", lambda heartbeat: {**heartbeat, "ttl_seconds": 45}),
             Verdict.DIFFERS,
             "30 s: 45 s instead of 30 s; 10 s: 45 s instead of 10 s; "
             "1 s: 45 s instead of 10 s; 100000 s: 45 s instead of 600 s",
         ),
         (
             "lease-shortened",
-            without_query("desired_ttl_seconds"),
+            drop_query_parameter("desired_ttl_seconds"),
             Verdict.DIFFERS,
             "the item comes back only when the longer lease ends",
         ),
         (
             "lease-history",
-            rewriting(
+            rewrite_answers(
                 "/poll", lambda item: {**item, "acknowledged_at": None, "latest_heartbeat_at": None}
             ),
             Verdict.DIFFERS,
@@ -238,13 +249,13 @@ def without_query(name: str) -> Any:
         ),
         (
             "poll-redelivers",
-            without_query("block_ms"),
+            drop_query_parameter("block_ms"),
             Verdict.HOLDS,
             "",
         ),
         (
             "update-merges",
-            replacing(
+            replace_answers(
                 "", lambda request: web.Response(status=403) if request.method == "POST" else None
             ),
             Verdict.UNTRIED,
@@ -253,67 +264,77 @@ def without_query(name: str) -> Any:
     ],
 )
 async def test_difference_of_control_plane_is_found(
-    http: aiohttp.ClientSession, name: str, fault: Handler, verdict: Verdict, seen: str
+    http_session: aiohttp.ClientSession, name: str, fault: Handler, verdict: Verdict, seen: str
 ) -> None:
-    finding = await found_by(name, http, fault)
+    finding = await finding_with_fault(name, http_session, fault)
     assert (finding.verdict, finding.seen) == (verdict, seen)
 
 
 async def test_refused_read_of_item_is_a_harmless_difference(
-    http: aiohttp.ClientSession,
+    http_session: aiohttp.ClientSession,
 ) -> None:
-    def refuse(request: web.Request) -> web.Response | None:
+    def refuse_reads(request: web.Request) -> web.Response | None:
         single = request.method == "GET" and "/work/work_" in request.path
         return web.Response(status=403) if single else None
 
-    finding = await found_by("get-item", http, replacing("", refuse))
+    finding = await finding_with_fault("get-item", http_session, replace_answers("", refuse_reads))
     assert finding.verdict is Verdict.DIFFERS
-    finding = await found_by("stop-graceful", http, replacing("", refuse))
+    finding = await finding_with_fault(
+        "stop-graceful", http_session, replace_answers("", refuse_reads)
+    )
     assert finding.verdict is Verdict.HOLDS  # the item was found in the list
 
 
-async def test_item_lost_after_expired_lease_breaks_workers(http: aiohttp.ClientSession) -> None:
+async def test_item_lost_after_expired_lease_breaks_workers(
+    http_session: aiohttp.ClientSession,
+) -> None:
     polls = 0
 
-    def once(_: web.Request) -> web.Response | None:
+    def fail_once(_: web.Request) -> web.Response | None:
         nonlocal polls
         polls += 1
         return None if polls == 1 else web.json_response(None)
 
-    finding = await found_by("lease-lapses", http, replacing("/poll", once))
+    finding = await finding_with_fault(
+        "lease-lapses", http_session, replace_answers("/poll", fail_once)
+    )
     assert finding.verdict is Verdict.BREAKS
     assert finding.seen == "never: an item is lost when its worker dies"
 
 
-# Environments and sources.
+# Test environments, and the sources of items.
 
 
 async def test_environment_with_foreign_item_is_refused(
-    plane: ControlPlane, http: aiohttp.ClientSession, clock: Clock
+    control_plane: ControlPlane, http_session: aiohttp.ClientSession, clock: MovableClock
 ) -> None:
-    (item,) = plane.enqueue()
+    (item,) = control_plane.enqueue()
     with pytest.raises(ForeignItemsError, match=f"item {item.id} was not created by the suite"):
-        await suite_of(plane, http, clock, "qoder").run(CLAUSES)
-    assert plane.operations.get(ENV, item.id).state == "queued"
+        await suite_with_moved_clock(control_plane, http_session, clock, "qoder").run(CLAUSES)
+    assert control_plane.operations.get(ENV, item.id).state == "queued"
 
 
 async def test_environment_with_items_of_earlier_run_is_accepted(
-    plane: ControlPlane, http: aiohttp.ClientSession, clock: Clock
+    control_plane: ControlPlane, http_session: aiohttp.ClientSession, clock: MovableClock
 ) -> None:
     for _ in range(2):
-        [finding] = await suite_of(plane, http, clock, "qoder").run(clauses_named("ack-starts"))
+        [finding] = await suite_with_moved_clock(control_plane, http_session, clock, "qoder").run(
+            clauses_with_verdict("ack-starts")
+        )
         assert finding.verdict is Verdict.HOLDS
 
 
 async def test_foreign_item_created_during_run_ends_suite(
-    plane: ControlPlane, http: aiohttp.ClientSession, clock: Clock
+    control_plane: ControlPlane, http_session: aiohttp.ClientSession, clock: MovableClock
 ) -> None:
-    suite = suite_of(plane, http, clock, "qoder", source=Intruding(plane))
+    suite = suite_with_moved_clock(
+        control_plane, http_session, clock, "qoder", source=IntrudingSource(control_plane)
+    )
     with pytest.raises(ForeignItemsError, match="not created by the suite, came"):
-        await suite.run(clauses_named("ack-starts", "lease-held"))
+        await suite.run(clauses_with_verdict("ack-starts", "lease-held"))
 
 
-class Intruding(EnqueueSource):
+class IntrudingSource(EnqueueSource):
     """A source of items before which another client creates an item."""
 
     def __init__(self, plane: ControlPlane) -> None:
@@ -325,34 +346,40 @@ class Intruding(EnqueueSource):
 
 
 async def test_foreign_items_in_test_environment_are_stopped(
-    plane: ControlPlane, http: aiohttp.ClientSession, clock: Clock
+    control_plane: ControlPlane, http_session: aiohttp.ClientSession, clock: MovableClock
 ) -> None:
-    items = plane.enqueue(3)
-    suite = suite_of(plane, http, clock, "qoder", test_environment=True)
-    [finding] = await suite.run(clauses_named("ack-starts"))
+    items = control_plane.enqueue(3)
+    suite = suite_with_moved_clock(
+        control_plane, http_session, clock, "qoder", test_environment=True
+    )
+    [finding] = await suite.run(clauses_with_verdict("ack-starts"))
     assert finding.verdict is Verdict.HOLDS
-    assert {plane.operations.get(ENV, item.id).state for item in items} == {"stopped"}
+    assert {control_plane.operations.get(ENV, item.id).state for item in items} == {"stopped"}
 
 
 async def test_items_of_clause_are_stopped_after_it(
-    plane: ControlPlane, http: aiohttp.ClientSession, clock: Clock
+    control_plane: ControlPlane, http_session: aiohttp.ClientSession, clock: MovableClock
 ) -> None:
-    await suite_of(plane, http, clock, "qoder").run(clauses_named("list-pages", "ack-lease"))
-    items = plane.operations.page(ENV).items
+    await suite_with_moved_clock(control_plane, http_session, clock, "qoder").run(
+        clauses_with_verdict("list-pages", "ack-lease")
+    )
+    items = control_plane.operations.page(ENV).items
     assert [item.state for item in items] == ["stopped"] * 3
 
 
 async def test_clauses_beyond_given_items_are_untried(
-    plane: ControlPlane, http: aiohttp.ClientSession, clock: Clock
+    control_plane: ControlPlane, http_session: aiohttp.ClientSession, clock: MovableClock
 ) -> None:
-    given = [item.id for item in plane.enqueue(2)]
-    suite = suite_of(plane, http, clock, "qoder", source=GivenSource(given), given=given)
-    findings = await suite.run(clauses_named("ack-starts", "stop-force", "lease-held"))
+    given = [item.id for item in control_plane.enqueue(2)]
+    suite = suite_with_moved_clock(
+        control_plane, http_session, clock, "qoder", source=GivenSource(given), given=given
+    )
+    findings = await suite.run(clauses_with_verdict("ack-starts", "stop-force", "lease-held"))
     assert [each.verdict for each in findings] == [Verdict.HOLDS, Verdict.HOLDS, Verdict.UNTRIED]
     assert findings[-1].seen == "all given items are used"
 
 
-def clauses_named(*names: str) -> list[Clause]:
+def clauses_with_verdict(*names: str) -> list[Clause]:
     return [clause for name in names for clause in CLAUSES if clause.name == name]
 
 
@@ -373,27 +400,27 @@ def clauses_named(*names: str) -> list[Clause]:
     ],
 )
 async def test_malformed_response_gets_verdict_without_exception(
-    http: aiohttp.ClientSession, answer: bytes
+    http_session: aiohttp.ClientSession, answer: bytes
 ) -> None:
-    clock = Clock()
+    clock = MovableClock()
 
     @web.middleware
-    async def fault(request: web.Request, handler: Handler) -> web.StreamResponse:
+    async def malformed_answer(request: web.Request, handler: Handler) -> web.StreamResponse:
         if request.method == "POST" and request.path.endswith("/work"):
             return await handler(request)  # so that the suite can create its items
         return web.Response(body=answer, content_type="application/json")
 
     async with ControlPlane(
-        environments=(ENV,), tokens={TOKEN: None}, now=clock, middlewares=[fault]
+        environments=(ENV,), tokens={TOKEN: None}, now=clock, middlewares=[malformed_answer]
     ) as plane:
-        suite = suite_of(plane, http, clock, "qoder", test_environment=True)
+        suite = suite_with_moved_clock(plane, http_session, clock, "qoder", test_environment=True)
         for clause in CLAUSES:
             finding = await suite.check(clause)
             assert finding.verdict is not Verdict.HOLDS or clause.name == "poll-empty"
 
 
 async def test_hanging_control_plane_leaves_clauses_untried_within_time_limit(
-    http: aiohttp.ClientSession,
+    http_session: aiohttp.ClientSession,
 ) -> None:
     hung = asyncio.Event()
 
@@ -404,7 +431,9 @@ async def test_hanging_control_plane_leaves_clauses_untried_within_time_limit(
         return await handler(request)
 
     async with ControlPlane(environments=(ENV,), tokens={TOKEN: None}, middlewares=[hang]) as plane:
-        api = Api(http, plane.base_url, "qoder", ENV, token=TOKEN, worker="workpool-conform")
+        api = Api(
+            http_session, plane.base_url, "qoder", ENV, token=TOKEN, worker="workpool-conform"
+        )
         suite = Suite(api, EnqueueSource(), seconds=0.2)
         findings = await suite.run(CLAUSES)
         hung.set()
@@ -417,24 +446,28 @@ HELD = ["active", "starting"]
 
 
 async def test_cancelled_suite_stops_its_items(
-    plane: ControlPlane, http: aiohttp.ClientSession
+    control_plane: ControlPlane, http_session: aiohttp.ClientSession
 ) -> None:
-    api = Api(http, plane.base_url, "qoder", ENV, token=TOKEN, worker="workpool-conform")
+    api = Api(
+        http_session, control_plane.base_url, "qoder", ENV, token=TOKEN, worker="workpool-conform"
+    )
     suite = Suite(api, EnqueueSource())
     async with asyncio.TaskGroup() as group:
-        running = group.create_task(suite.run(clauses_named("lease-held", "ack-lease")))
-        await until(lambda: [item.state for item in plane.operations.page(ENV).items] == HELD)
+        running = group.create_task(suite.run(clauses_with_verdict("lease-held", "ack-lease")))
+        await wait_until(
+            lambda: [item.state for item in control_plane.operations.page(ENV).items] == HELD
+        )
         running.cancel()
-    assert {item.state for item in plane.operations.page(ENV).items} == {"stopped"}
+    assert {item.state for item in control_plane.operations.page(ENV).items} == {"stopped"}
 
 
 async def test_items_for_suite_can_come_from_created_sessions(
-    plane: ControlPlane, http: aiohttp.ClientSession, clock: Clock
+    control_plane: ControlPlane, http_session: aiohttp.ClientSession, clock: MovableClock
 ) -> None:
     source = SessionSource("agent_00000000000070008000000000000001")
-    suite = suite_of(plane, http, clock, "anthropic", source=source)
+    suite = suite_with_moved_clock(control_plane, http_session, clock, "anthropic", source=source)
     names = ("ack-starts", "lease-lapses", "session-object", "result-once")
-    findings = await suite.run(clauses_named(*names))
+    findings = await suite.run(clauses_with_verdict(*names))
     assert [(each.verdict, each.seen) for each in findings] == [
         (Verdict.HOLDS, ""),
         (Verdict.HOLDS, ""),
@@ -455,12 +488,14 @@ OPTIONAL = {
 
 
 async def test_worker_key_causes_no_difference_except_refusals(
-    http: aiohttp.ClientSession, clock: Clock, dialect: Dialect
+    http_session: aiohttp.ClientSession, clock: MovableClock, dialect: Dialect
 ) -> None:
     async with ControlPlane(
         environments=(ENV,), tokens={TOKEN: None}, worker_keys=(WORKER_KEY,), now=clock
     ) as plane:
-        suite = suite_of(plane, http, clock, dialect, token=WORKER_KEY, api_key=TOKEN)
+        suite = suite_with_moved_clock(
+            plane, http_session, clock, dialect, token=WORKER_KEY, api_key=TOKEN
+        )
         for clause in CLAUSES:
             finding = await suite.check(clause)
             expected = Verdict.DIFFERS if clause.name in OPTIONAL else Verdict.HOLDS
@@ -468,20 +503,24 @@ async def test_worker_key_causes_no_difference_except_refusals(
 
 
 async def test_credentials_repeated_in_response_are_not_shown(
-    http: aiohttp.ClientSession,
+    http_session: aiohttp.ClientSession,
 ) -> None:
-    def tell(request: web.Request) -> web.Response:
+    def repeat_credentials(request: web.Request) -> web.Response:
         authorization = request.headers["Authorization"]
         return web.json_response({"error": {"message": f"no: {authorization}"}}, status=404)
 
-    finding = await found_by("stop-body", http, replacing("/stop", tell))
+    finding = await finding_with_fault(
+        "stop-body", http_session, replace_answers("/stop", repeat_credentials)
+    )
     assert finding.seen == "HTTP 404 (no: Bearer [token])"
 
 
-async def test_oversized_response_is_not_read(http: aiohttp.ClientSession) -> None:
-    def tell(_: web.Request) -> web.Response:
+async def test_oversized_response_is_not_read(http_session: aiohttp.ClientSession) -> None:
+    def send_oversized_answer(_: web.Request) -> web.Response:
         return web.Response(body=b" " * (ANSWER_LIMIT_BYTES + 1))
 
-    finding = await found_by("get-unknown", http, replacing("/work_" + "0" * 32, tell))
+    finding = await finding_with_fault(
+        "get-unknown", http_session, replace_answers("/work_" + "0" * 32, send_oversized_answer)
+    )
     assert finding.verdict is Verdict.UNTRIED
     assert finding.seen == f"an answer of more than {ANSWER_LIMIT_BYTES} bytes"

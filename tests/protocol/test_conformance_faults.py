@@ -13,8 +13,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple, cast
 import pytest
 from aiohttp import web
 
-from tests.protocol.conftest import ENV, START, TOKEN, Clock
-from tests.protocol.test_conformance import suite_of
+from tests.protocol.conftest import ENV, START, TOKEN, MovableClock
+from tests.protocol.test_conformance import suite_with_moved_clock
 from workpool.conformance import CLAUSES, Clause, Verdict
 from workpool.server import ControlPlane
 
@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 FOUND = {Verdict.DIFFERS, Verdict.BREAKS}
 
 
-class Wrong(NamedTuple):
+class WrongControlPlane(NamedTuple):
     """One wrong control plane.
 
     Attributes:
@@ -46,48 +46,48 @@ class Wrong(NamedTuple):
     mixed: bool = False
 
 
-def on(path: str, change: Callable[[web.Request], web.Response | None]) -> Any:
+def replace_answers(path: str, change: Callable[[web.Request], web.Response | None]) -> Any:
     """Return a fault that replaces answers of requests whose path ends so."""
 
     @web.middleware
-    async def fault(request: web.Request, handler: Any) -> web.StreamResponse:
+    async def inject_replacement(request: web.Request, handler: Any) -> web.StreamResponse:
         changed = change(request) if request.path.endswith(path) else None
         response: web.StreamResponse = changed or await handler(request)
         return response
 
-    return fault
+    return inject_replacement
 
 
-def after(path: str, change: Callable[[Any], Any]) -> Any:
+def rewrite_answers(path: str, change: Callable[[Any], Any]) -> Any:
     """Return a fault that changes the JSON of successful answers of requests whose path ends so."""
 
     @web.middleware
-    async def fault(request: web.Request, handler: Any) -> web.StreamResponse:
+    async def inject_rewrite(request: web.Request, handler: Any) -> web.StreamResponse:
         response: web.Response = await handler(request)
         if not request.path.endswith(path) or response.status != 200:
             return response
         value = json.loads(response.text or "null")
         return web.json_response(change(value) if isinstance(value, dict) else value)
 
-    return fault
+    return inject_rewrite
 
 
-def on_errors(answer: Callable[[int], web.Response]) -> Any:
+def replace_errors(answer: Callable[[int], web.Response]) -> Any:
     """Return a fault that replaces error answers."""
 
     @web.middleware
-    async def fault(request: web.Request, handler: Any) -> web.StreamResponse:
+    async def inject_replacement(request: web.Request, handler: Any) -> web.StreamResponse:
         response: web.Response = await handler(request)
         return answer(response.status) if response.status >= 400 else response
 
-    return fault
+    return inject_replacement
 
 
-def query(path: str, **values: str | None) -> Any:
+def change_query(path: str, **values: str | None) -> Any:
     """Return a fault that changes query parameters of some requests; None removes the parameter."""
 
     @web.middleware
-    async def fault(request: web.Request, handler: Any) -> web.StreamResponse:
+    async def inject_change(request: web.Request, handler: Any) -> web.StreamResponse:
         if request.path.endswith(path):
             merged = {**request.query, **values}
             kept = {name: value for name, value in merged.items() if value is not None}
@@ -95,14 +95,14 @@ def query(path: str, **values: str | None) -> Any:
         response: web.StreamResponse = await handler(request)
         return response
 
-    return fault
+    return inject_change
 
 
-def newest_first_once() -> Any:
+def deliver_newest_first_once() -> Any:
     swapped = False
 
     @web.middleware
-    async def fault(request: web.Request, handler: Any) -> web.StreamResponse:
+    async def inject_order(request: web.Request, handler: Any) -> web.StreamResponse:
         nonlocal swapped
         response: web.Response = await handler(request)
         if not request.path.endswith("/poll") or swapped or response.body == b"null":
@@ -110,25 +110,25 @@ def newest_first_once() -> Any:
         swapped = True
         return cast("web.Response", await handler(request))
 
-    return fault
+    return inject_order
 
 
-def new_id_for_a_redelivery() -> Any:
+def change_id_at_redelivery() -> Any:
     known: set[str] = set()
 
-    def change(item: dict[str, Any]) -> dict[str, Any]:
+    def change_answer(item: dict[str, Any]) -> dict[str, Any]:
         again = item["id"] in known
         known.add(item["id"])
         return {**item, "id": f"{item['id']}-again"} if again else item
 
-    return after("/poll", change)
+    return rewrite_answers("/poll", change_answer)
 
 
-def stopped_items_come_again() -> Any:
+def deliver_stopped_items_again() -> Any:
     polled: list[web.Response] = []
 
     @web.middleware
-    async def fault(request: web.Request, handler: Any) -> web.StreamResponse:
+    async def inject_delivery(request: web.Request, handler: Any) -> web.StreamResponse:
         response: web.Response = await handler(request)
         if not request.path.endswith("/poll"):
             return response
@@ -137,120 +137,151 @@ def stopped_items_come_again() -> Any:
             return response
         return web.Response(body=polled[-1].body, content_type="application/json")
 
-    return fault
+    return inject_delivery
 
 
-def first_heartbeats_count_once() -> Any:
+def accept_first_heartbeats_once() -> Any:
     begun: set[str] = set()
 
-    def change(request: web.Request) -> web.Response | None:
+    def change_answer(request: web.Request) -> web.Response | None:
         if request.query.get("expected_last_heartbeat") != "NO_HEARTBEAT":
             return None
         again = request.path in begun
         begun.add(request.path)
         return web.Response(status=412) if again else None
 
-    return on("/heartbeat", change)
+    return replace_answers("/heartbeat", change_answer)
 
 
-def refused(request: web.Request) -> web.Response | None:
+def refuse_call(request: web.Request) -> web.Response | None:
     path = request.path.partition("/work")[2]
     item = path.startswith("/work_") and path.count("/") == 1
     return web.Response(status=403) if item or path == "/stats" else None
 
 
-def without_times(value: dict[str, Any]) -> dict[str, Any]:
+def remove_times(value: dict[str, Any]) -> dict[str, Any]:
     return {name: None if name.endswith("_at") else each for name, each in value.items()}
 
 
-def wrongs() -> list[Wrong]:
+def wrong_control_planes() -> list[WrongControlPlane]:
     acked = count(10)
     empty = web.json_response
     return [
-        Wrong(
+        WrongControlPlane(
             "auth-missing auth-wrong environment-unknown heartbeat-queued heartbeat-stopped"
             " ack-other-worker ack-stopped ack-unknown result-once result-unknown",
-            on_errors(lambda _: web.json_response({})),
+            replace_errors(lambda _: web.json_response({})),
         ),
-        Wrong("error-envelope", on_errors(lambda status: web.Response(status=status))),
-        Wrong("poll-delivers", after("/poll", lambda item: {**item, "state": "starting"})),
-        Wrong("poll-once", query("/poll", reclaim_older_than_ms="0")),
-        Wrong("poll-redelivers poll-reclaim", query("/poll", reclaim_older_than_ms="99999999")),
-        Wrong("poll-blocks poll-block-range", query("/poll", block_ms=None)),
-        Wrong("poll-empty", on("/poll", lambda _: web.Response(status=204))),
-        Wrong(
+        WrongControlPlane(
+            "error-envelope", replace_errors(lambda status: web.Response(status=status))
+        ),
+        WrongControlPlane(
+            "poll-delivers", rewrite_answers("/poll", lambda item: {**item, "state": "starting"})
+        ),
+        WrongControlPlane("poll-once", change_query("/poll", reclaim_older_than_ms="0")),
+        WrongControlPlane(
+            "poll-redelivers poll-reclaim", change_query("/poll", reclaim_older_than_ms="99999999")
+        ),
+        WrongControlPlane("poll-blocks poll-block-range", change_query("/poll", block_ms=None)),
+        WrongControlPlane(
+            "poll-empty", replace_answers("/poll", lambda _: web.Response(status=204))
+        ),
+        WrongControlPlane(
             "poll-item",
-            after("/poll", lambda item: {k: v for k, v in item.items() if k != "metadata"}),
+            rewrite_answers(
+                "/poll", lambda item: {k: v for k, v in item.items() if k != "metadata"}
+            ),
         ),
-        Wrong("poll-oldest-first", newest_first_once()),
-        Wrong("ack-starts", after("/ack", lambda item: {**item, "state": "active"})),
-        Wrong("ack-repeat", after("/ack", lambda it: {**it, "acknowledged_at": str(next(acked))})),
-        Wrong("ack-lease lease-held lease-lapses", speed=3),
-        Wrong("poll-reclaim-lease", speed=60),
-        Wrong("lease-stopping", speed=0.01),
-        Wrong("lease-shortened heartbeat-ttl", query("/heartbeat", desired_ttl_seconds="600")),
-        Wrong("heartbeat-ttl-zero", query("/heartbeat", desired_ttl_seconds=None)),
-        Wrong("lease-first-heartbeat", first_heartbeats_count_once()),
-        Wrong(
+        WrongControlPlane("poll-oldest-first", deliver_newest_first_once()),
+        WrongControlPlane(
+            "ack-starts", rewrite_answers("/ack", lambda item: {**item, "state": "active"})
+        ),
+        WrongControlPlane(
+            "ack-repeat",
+            rewrite_answers("/ack", lambda it: {**it, "acknowledged_at": str(next(acked))}),
+        ),
+        WrongControlPlane("ack-lease lease-held lease-lapses", speed=3),
+        WrongControlPlane("poll-reclaim-lease", speed=60),
+        WrongControlPlane("lease-stopping", speed=0.01),
+        WrongControlPlane(
+            "lease-shortened heartbeat-ttl", change_query("/heartbeat", desired_ttl_seconds="600")
+        ),
+        WrongControlPlane(
+            "heartbeat-ttl-zero", change_query("/heartbeat", desired_ttl_seconds=None)
+        ),
+        WrongControlPlane("lease-first-heartbeat", accept_first_heartbeats_once()),
+        WrongControlPlane(
             "lease-former-holder heartbeat-mismatch heartbeat-first-again heartbeat-malformed",
-            query("/heartbeat", expected_last_heartbeat=None),
+            change_query("/heartbeat", expected_last_heartbeat=None),
         ),
-        Wrong("lease-history heartbeat-read-back", after("", without_times)),
-        Wrong("lease-same-id", new_id_for_a_redelivery()),
-        Wrong("heartbeat-first", on("/heartbeat", lambda _: web.Response(status=412))),
-        Wrong("heartbeat-next", after("/heartbeat", lambda beat: {**beat, "last_heartbeat": "x"})),
-        Wrong(
+        WrongControlPlane("lease-history heartbeat-read-back", rewrite_answers("", remove_times)),
+        WrongControlPlane("lease-same-id", change_id_at_redelivery()),
+        WrongControlPlane(
+            "heartbeat-first", replace_answers("/heartbeat", lambda _: web.Response(status=412))
+        ),
+        WrongControlPlane(
+            "heartbeat-next",
+            rewrite_answers("/heartbeat", lambda beat: {**beat, "last_heartbeat": "x"}),
+        ),
+        WrongControlPlane(
             "heartbeat-unconditional",
-            on(
+            replace_answers(
                 "/heartbeat",
                 lambda request: (
                     None if "expected_last_heartbeat" in request.query else web.Response(status=400)
                 ),
             ),
         ),
-        Wrong(
+        WrongControlPlane(
             "heartbeat-stopping stop-force stop-graceful stop-confirm stop-queued",
-            on("/stop", lambda _: empty({})),
+            replace_answers("/stop", lambda _: empty({})),
         ),
-        Wrong("stop-repeat", mixed=True),
-        Wrong(
+        WrongControlPlane("stop-repeat", mixed=True),
+        WrongControlPlane(
             "stop-body",
-            on("/stop", lambda r: None if r.can_read_body else web.Response(status=400)),
+            replace_answers(
+                "/stop", lambda r: None if r.can_read_body else web.Response(status=400)
+            ),
         ),
-        Wrong("stop-final", stopped_items_come_again()),
-        Wrong(
+        WrongControlPlane("stop-final", deliver_stopped_items_again()),
+        WrongControlPlane(
             "update-merges update-stopped update-invalid get-item get-unknown stats-counts",
-            on("", refused),
+            replace_answers("", refuse_call),
         ),
-        Wrong("list-pages", query("/work", page=None)),
-        Wrong("list-order", after("/work", lambda page: {**page, "data": page["data"][::-1]})),
-        Wrong(
+        WrongControlPlane("list-pages", change_query("/work", page=None)),
+        WrongControlPlane(
+            "list-order",
+            rewrite_answers("/work", lambda page: {**page, "data": page["data"][::-1]}),
+        ),
+        WrongControlPlane(
             "session-object events-list events-stream",
-            on("", lambda r: web.Response(status=404) if "/sessions/" in r.path else None),
+            replace_answers(
+                "", lambda r: web.Response(status=404) if "/sessions/" in r.path else None
+            ),
         ),
-        Wrong(
+        WrongControlPlane(
             "item-secret",
-            after("/poll", lambda item: {**item, "secret": None}),
+            rewrite_answers("/poll", lambda item: {**item, "secret": None}),
             dialect="anthropic",
         ),
     ]
 
 
-CASES = {name: wrong for wrong in wrongs() for name in wrong.clauses.split()}
+CASES = {name: wrong for wrong in wrong_control_planes() for name in wrong.clauses.split()}
 
 
 @pytest.mark.parametrize("clause", CLAUSES, ids=lambda clause: clause.name)
 async def test_clause_finds_fault_of_wrong_control_plane(
-    clause: Clause, http: aiohttp.ClientSession
+    clause: Clause, http_session: aiohttp.ClientSession
 ) -> None:
-    wrong, clock = CASES[clause.name], Clock()
+    wrong, clock = CASES[clause.name], MovableClock()
     async with ControlPlane(
         environments=(ENV,),
         tokens={TOKEN: None},
         now=lambda: START + (clock() - START) * wrong.speed,
         middlewares=[] if wrong.fault is None else [wrong.fault],
     ) as plane:
-        suite = suite_of(plane, http, clock, wrong.dialect)
+        suite = suite_with_moved_clock(plane, http_session, clock, wrong.dialect)
         if wrong.mixed:
             suite.api.base_url = plane.anthropic_base_url
         finding = await suite.check(clause)

@@ -12,7 +12,7 @@ import aiohttp
 import pytest
 from aiohttp import web
 
-from tests.protocol.conftest import CLOUD, ENV, LIMITED, OTHER, TOKEN, Api
+from tests.protocol.conftest import CLOUD, ENV, LIMITED, OTHER, TOKEN, ApiClient
 from workpool.server import (
     DEFAULT_ENVIRONMENT,
     ControlPlane,
@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
 
 async def test_control_plane_without_options_has_documented_defaults(
-    http: aiohttp.ClientSession,
+    http_session: aiohttp.ClientSession,
 ) -> None:
     async with ControlPlane() as plane:
         assert plane.environments == (DEFAULT_ENVIRONMENT,)
@@ -35,7 +35,7 @@ async def test_control_plane_without_options_has_documented_defaults(
         assert plane.anthropic_base_url == f"http://127.0.0.1:{plane.port}/v1"
         assert len(plane.token) >= 32
         assert plane.token not in repr(plane)
-        api = Api(plane, http, "qoder", token=plane.token)
+        api = ApiClient(plane, http_session, "qoder", token=plane.token)
         (item,) = plane.enqueue(metadata={"k": "v"})
         claimed = (await api.poll(DEFAULT_ENVIRONMENT, params={"block_ms": "999"})).body
         assert (claimed["id"], claimed["metadata"]) == (item.id, {"k": "v"})
@@ -47,16 +47,16 @@ async def test_two_control_planes_have_different_tokens() -> None:
 
 
 async def test_second_item_of_session_shares_its_status_and_metadata(
-    http: aiohttp.ClientSession,
+    http_session: aiohttp.ClientSession,
 ) -> None:
     async with ControlPlane(environments=(ENV,), tokens={TOKEN: None}) as plane:
         (first,) = plane.enqueue(metadata={"of": "the session"})
         (second,) = plane.enqueue(session_id=first.session_id)
         assert first.session_id == second.session_id
-        api = Api(plane, http, "qoder")
+        api = ApiClient(plane, http_session, "qoder")
         await api.ack(second.id)
         await api.heartbeat(second.id)
-        session = (await api("GET", f"{api.base}/sessions/{first.session_id}")).body
+        session = (await api("GET", f"{api.base_path}/sessions/{first.session_id}")).body
         assert (session["status"], session["metadata"]) == ("running", {"of": "the session"})
 
 
@@ -65,7 +65,7 @@ async def test_control_plane_opened_fifty_times_leaves_nothing(tmp_path: Path) -
     for number in range(50):
         plane = ControlPlane(store=SqliteStore(tmp_path / f"{number % 2}.db"))
         async with plane, aiohttp.ClientSession() as session:
-            api = Api(plane, session, "qoder", token=plane.token)
+            api = ApiClient(plane, session, "qoder", token=plane.token)
             assert (await api.poll(DEFAULT_ENVIRONMENT)).status == 200
         with socket.socket() as probe:
             probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
@@ -129,10 +129,10 @@ async def test_invalid_options_are_refused_at_start(
     assert "two words" not in str(error.value)
 
 
-async def test_control_plane_on_ipv6_address_answers(http: aiohttp.ClientSession) -> None:
+async def test_control_plane_on_ipv6_address_answers(http_session: aiohttp.ClientSession) -> None:
     async with ControlPlane(host="::1") as plane:
         assert plane.base_url.startswith("http://[::1]:")
-        api = Api(plane, http, "qoder", token=plane.token)
+        api = ApiClient(plane, http_session, "qoder", token=plane.token)
         assert (await api.poll(DEFAULT_ENVIRONMENT)).status == 200
 
 
@@ -143,17 +143,17 @@ async def test_control_plane_listens_on_given_port() -> None:
         assert plane.port == port
 
 
-async def test_middlewares_apply_to_every_response(http: aiohttp.ClientSession) -> None:
+async def test_middlewares_apply_to_every_response(http_session: aiohttp.ClientSession) -> None:
     @web.middleware
-    async def fault(
+    async def inject_fault(
         request: web.Request, handler: Callable[[web.Request], Awaitable[web.StreamResponse]]
     ) -> web.StreamResponse:
         response = await handler(request)
         return web.Response(status=503) if response.status == 404 else response
 
-    async with ControlPlane(middlewares=[fault]) as plane:
-        api = Api(plane, http, "qoder", token=plane.token)
-        assert (await api("GET", api.base)).status == 503
+    async with ControlPlane(middlewares=[inject_fault]) as plane:
+        api = ApiClient(plane, http_session, "qoder", token=plane.token)
+        assert (await api("GET", api.base_path)).status == 503
         assert (await api.poll(DEFAULT_ENVIRONMENT)).status == 200
 
 

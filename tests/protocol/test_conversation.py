@@ -1,4 +1,4 @@
-"""Conversations in any sequence of events: answers, refusals and stored events of the server."""
+"""Conversations as any sequence of events: answers, refusals and the server's stored events."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
 
 from tests.protocol.sqlite_server import ENV, TOKEN
-from tests.protocol.test_sqlite import server
+from tests.protocol.test_sqlite import start_server
 from workpool.server import APIError
 from workpool.server.conversation import Conversation, EventFilter, StoredEvent
 from workpool.server.parsing.session_script import parse_script
@@ -32,76 +32,76 @@ USES = {"agent.tool_use", "agent.custom_tool_use"}
 RESULTS = {"user.tool_result", "user.custom_tool_result", "agent.tool_result"}
 
 
-def named(event: StoredEvent) -> str:
+def answered_tool_use_id(event: StoredEvent) -> str:
     """Return the tool use to which an answer belongs."""
     value = event.value
     return str(value.get("tool_use_id", value.get("custom_tool_use_id")))
 
 
-class Talk(RuleBasedStateMachine):
+class ConversationMachine(RuleBasedStateMachine):
     """Clients that send any event at any time in any order."""
 
     @initialize(script=st.none() | st.lists(ENTRY, max_size=4))
-    def begin(self, script: list[dict[str, Any]] | None) -> None:
+    def start_session(self, script: list[dict[str, Any]] | None) -> None:
         self.script = None if script is None else parse_script(script)
         self.talk = Conversation(self.script)
-        self.proceed()
+        self.advance_script()
 
-    def proceed(self) -> None:
+    def advance_script(self) -> None:
         for _ in range(50):
             if (fields := self.talk.following()) is None:
                 return
-            self.append(fields)
+            self.append_event(fields)
         raise AssertionError("it never stops talking")
 
-    def append(self, fields: dict[str, Any]) -> None:
+    def append_event(self, fields: dict[str, Any]) -> None:
         event_id = f"evt_{len(self.talk.events):03}"
         self.talk.append(StoredEvent(event_id, "sess_1", {"id": event_id, **fields}))
 
-    def say(self, *said: dict[str, Any]) -> bool:
+    def agent_says(self, *said: dict[str, Any]) -> bool:
         try:
             self.talk.check(said)
         except APIError:
             return False
         for fields in said:
-            self.append(fields)
-        self.proceed()
+            self.append_event(fields)
+        self.advance_script()
         return True
 
-    def uses(self) -> list[StoredEvent]:
+    def tool_uses(self) -> list[StoredEvent]:
         return [event for event in self.talk.events if event.type in USES]
 
-    def result(self, pick: int, *, custom: bool) -> dict[str, Any]:
-        uses = self.uses()
+    def send_result(self, pick: int, *, custom: bool) -> dict[str, Any]:
+        uses = self.tool_uses()
         use_id = uses[pick % len(uses)].id if uses else "evt_none"
         if custom:
             return {"type": "user.custom_tool_result", "custom_tool_use_id": use_id}
         return {"type": "user.tool_result", "tool_use_id": use_id}
 
     @rule(picks=st.lists(st.integers(0, 9), min_size=1, max_size=2), custom=st.booleans())
-    def answer(self, picks: list[int], *, custom: bool) -> None:
-        self.say(*[self.result(pick, custom=custom) for pick in picks])
+    def send_answer(self, picks: list[int], *, custom: bool) -> None:
+        self.agent_says(*[self.send_result(pick, custom=custom) for pick in picks])
 
     @rule(pick=st.integers(0, 9), verdict=st.sampled_from(["allow", "deny"]), at_once=st.booleans())
-    def decide(self, pick: int, verdict: str, *, at_once: bool) -> None:
-        use_id = self.result(pick, custom=False)["tool_use_id"]
+    def send_confirmation(self, pick: int, verdict: str, *, at_once: bool) -> None:
+        use_id = self.send_result(pick, custom=False)["tool_use_id"]
         said = [{"type": "user.tool_confirmation", "tool_use_id": use_id, "result": verdict}]
         if at_once:
-            said.append(self.result(pick, custom=False))
-        self.say(*said)
+            said.append(self.send_result(pick, custom=False))
+        self.agent_says(*said)
 
     @rule(first=st.booleans())
-    def message(self, *, first: bool) -> None:
+    def send_message(self, *, first: bool) -> None:
         message = {"type": "user.message", "content": []}
-        self.say(message, {"type": "user.interrupt"}) if first else self.say(message)
+        self.agent_says(message, {"type": "user.interrupt"}) if first else self.agent_says(message)
 
     @rule(more=st.booleans())
-    def interrupt(self, *, more: bool) -> None:
+    def send_interrupt(self, *, more: bool) -> None:
         said = ({"type": "user.interrupt"}, {"type": "user.message", "content": []})
-        self.say(*said) if more else self.say(said[0])
+        self.agent_says(*said) if more else self.agent_says(said[0])
 
     @rule(custom=st.booleans(), permission=st.sampled_from(["allow", "ask", "deny"]))
-    def act(self, permission: str, *, custom: bool) -> None:
+    def emit_tool_use(self, permission: str, *, custom: bool) -> None:
         """Emit a tool use as the agent does."""
         kind = "agent.custom_tool_use" if custom else "agent.tool_use"
         event = {"type": kind, "evaluated_permission": permission}
@@ -110,34 +110,40 @@ class Talk(RuleBasedStateMachine):
         except APIError:
             assert self.script is not None
             return
-        self.append(event)
-        self.proceed()
+        self.append_event(event)
+        self.advance_script()
 
     @invariant()
-    def every_use_is_answered_once_at_most(self) -> None:
-        answers = [named(event) for event in self.talk.events if event.type in RESULTS]
+    def every_tool_use_is_answered_at_most_once(self) -> None:
+        answers = [
+            answered_tool_use_id(event) for event in self.talk.events if event.type in RESULTS
+        ]
         assert len(answers) == len(set(answers))
-        assert set(answers) <= {event.id for event in self.uses()}
+        assert set(answers) <= {event.id for event in self.tool_uses()}
 
     @invariant()
-    def a_script_goes_one_by_one(self) -> None:
+    def script_emits_one_tool_use_at_a_time(self) -> None:
         if self.script is not None:
-            uses = self.uses()
+            uses = self.tool_uses()
             assert len(uses) <= len(self.script)
-            answers = {named(event) for event in self.talk.events if event.type in RESULTS}
+            answers = {
+                answered_tool_use_id(event) for event in self.talk.events if event.type in RESULTS
+            }
             assert all(use.id in answers for use in uses[:-1])
 
     @invariant()
-    def whoever_waits_is_named(self) -> None:
-        answers = {named(event) for event in self.talk.events if event.type in RESULTS}
+    def waiting_tool_uses_are_named(self) -> None:
+        answers = {
+            answered_tool_use_id(event) for event in self.talk.events if event.type in RESULTS
+        }
         allowed = {
-            named(event)
+            answered_tool_use_id(event)
             for event in self.talk.events
             if event.type == "user.tool_confirmation" and event.value["result"] == "allow"
         }
         waiting = [
             use.id
-            for use in self.uses()
+            for use in self.tool_uses()
             if use.id not in answers
             and (use.type == "agent.custom_tool_use" or use.id not in allowed)
             and (use.type == "agent.custom_tool_use" or use.value["evaluated_permission"] == "ask")
@@ -147,7 +153,7 @@ class Talk(RuleBasedStateMachine):
         assert list(reason.get("event_ids", ())) == waiting
 
     @invariant()
-    def a_restart_changes_nothing(self) -> None:
+    def restart_changes_nothing(self) -> None:
         again = Conversation(self.script)
         for event in self.talk.events:
             again.append(event)
@@ -159,24 +165,28 @@ class Talk(RuleBasedStateMachine):
         """Answer every tool use, which must lead to the end of the script from any state."""
         if getattr(self, "script", None) is None:
             return
-        self.say({"type": "user.message", "content": []})
+        self.agent_says({"type": "user.message", "content": []})
         for _ in range(len(self.script or ())):
-            use = self.uses()[-1]
-            self.say({"type": "user.tool_confirmation", "tool_use_id": use.id, "result": "allow"})
-            at = len(self.uses()) - 1
-            self.say(self.result(at, custom=use.type == "agent.custom_tool_use"))
+            use = self.tool_uses()[-1]
+            self.agent_says(
+                {"type": "user.tool_confirmation", "tool_use_id": use.id, "result": "allow"}
+            )
+            at = len(self.tool_uses()) - 1
+            self.agent_says(self.send_result(at, custom=use.type == "agent.custom_tool_use"))
         assert self.talk.events[-1].value.get("stop_reason") == {"type": "end_turn"}
-        assert len(self.uses()) == len(self.script or ())
+        assert len(self.tool_uses()) == len(self.script or ())
 
 
-Talk.TestCase.settings = settings(max_examples=60, stateful_step_count=20, deadline=None)
-TestTalk = Talk.TestCase
+ConversationMachine.TestCase.settings = settings(
+    max_examples=60, stateful_step_count=20, deadline=None
+)
+TestTalk = ConversationMachine.TestCase
 
 
-# -- kill -9 -----------------------------------------------------------------------------------
+# -- the server is killed ----------------------------------------------------------------------
 
 
-class Talker:
+class ScriptAnsweringClient:
     """A client that answers one scripted session repeatedly and records all that it receives."""
 
     def __init__(self, http: aiohttp.ClientSession, port: int) -> None:
@@ -194,7 +204,7 @@ class Talker:
             self.known[event["id"]] = event
         return body
 
-    async def begin(self) -> None:
+    async def start_session(self) -> None:
         script = [{"name": "Bash", "custom": number % 2 == 1} for number in range(400)]
         created = await self.call(
             "POST", f"{self.base}/environments/{ENV}/work", json={"script": script}
@@ -202,27 +212,27 @@ class Talker:
         self.session_id = created["data"][0]["data"]["id"]
 
     @property
-    def events(self) -> str:
+    def read_events(self) -> str:
         return f"{self.base}/sessions/{self.session_id}/events"
 
-    async def step(self) -> None:
+    async def answer_open_tool_use(self) -> None:
         """Answer the open tool use."""
         last = max(self.known, default=None)
         params = {"limit": "100"} if last is None else {"limit": "100", "after_id": last}
-        for event in (await self.call("GET", self.events, params=params))["data"]:
+        for event in (await self.call("GET", self.read_events, params=params))["data"]:
             if event["type"] in USES:
                 custom = event["type"] == "agent.custom_tool_use"
                 answer = {
                     "type": "user.custom_tool_result" if custom else "user.tool_result",
                     "custom_tool_use_id" if custom else "tool_use_id": event["id"],
                 }
-                await self.call("POST", self.events, json={"events": [answer]})
+                await self.call("POST", self.read_events, json={"events": [answer]})
 
-    async def history(self) -> list[dict[str, Any]]:
+    async def stored_history(self) -> list[dict[str, Any]]:
         events: list[dict[str, Any]] = []
         params = {"limit": "100"}
         while True:
-            page = await self.call("GET", self.events, params=params)
+            page = await self.call("GET", self.read_events, params=params)
             events += page["data"]
             if not page["has_more"]:
                 return events
@@ -232,15 +242,15 @@ class Talker:
 @pytest.mark.trial
 async def test_killed_control_plane_forgets_no_answered_event(tmp_path: Path) -> None:
     async with aiohttp.ClientSession() as http:
-        async with server(tmp_path / "work.db") as (process, port):
-            talkers = [Talker(http, port) for _ in range(4)]
+        async with start_server(tmp_path / "work.db") as (process, port):
+            talkers = [ScriptAnsweringClient(http, port) for _ in range(4)]
             enough = asyncio.Event()
 
-            async def talk(talker: Talker) -> None:
-                await talker.begin()
+            async def run_client(talker: ScriptAnsweringClient) -> None:
+                await talker.start_session()
                 try:
                     while True:
-                        await talker.step()
+                        await talker.answer_open_tool_use()
                         if sum(len(each.known) for each in talkers) > 300:
                             enough.set()
                 except (aiohttp.ClientError, ConnectionError):
@@ -248,14 +258,14 @@ async def test_killed_control_plane_forgets_no_answered_event(tmp_path: Path) ->
 
             async with asyncio.TaskGroup() as group:
                 for talker in talkers:
-                    group.create_task(talk(talker))
+                    group.create_task(run_client(talker))
                 await enough.wait()
                 process.send_signal(signal.SIGKILL)
-        async with server(tmp_path / "work.db") as (_, port):
+        async with start_server(tmp_path / "work.db") as (_, port):
             for talker in talkers:
-                again = Talker(http, port)
+                again = ScriptAnsweringClient(http, port)
                 again.session_id = talker.session_id
-                events = {event["id"]: event for event in await again.history()}
+                events = {event["id"]: event for event in await again.stored_history()}
                 assert talker.known.items() <= events.items()
                 answers = [
                     event.get("tool_use_id") or event["custom_tool_use_id"]
@@ -268,8 +278,8 @@ async def test_killed_control_plane_forgets_no_answered_event(tmp_path: Path) ->
                 assert [each["id"] for each in uses[:-1]] == answers
                 before = len(events)
                 again.known = dict(list(events.items())[:-3])
-                await again.step()  # the script continues where it was
-                assert len(await again.history()) > before
+                await again.answer_open_tool_use()  # the script continues where it was
+                assert len(await again.stored_history()) > before
 
 
 class CountedEvents(list[StoredEvent]):

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from tests.protocol.conftest import ENV, TOKEN, Api, until
+from tests.protocol.conftest import ENV, TOKEN, ApiClient, wait_until
 from workpool.server import ControlPlane, MemoryStore
 
 if TYPE_CHECKING:
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     import aiohttp
 
 
-class Gate(MemoryStore):
+class BlockingStore(MemoryStore):
     """A store whose commits wait until the test lets them continue."""
 
     def __init__(self) -> None:
@@ -36,19 +36,21 @@ class Gate(MemoryStore):
 
 
 @pytest.fixture
-def gate() -> Gate:
-    return Gate()
+def blocking_store() -> BlockingStore:
+    return BlockingStore()
 
 
 @pytest.fixture
-async def gated(gate: Gate, http: aiohttp.ClientSession) -> AsyncIterator[Api]:
-    plane = ControlPlane(environments=(ENV,), tokens={TOKEN: None}, store=gate)
+async def blocked_api(
+    blocking_store: BlockingStore, http_session: aiohttp.ClientSession
+) -> AsyncIterator[ApiClient]:
+    plane = ControlPlane(environments=(ENV,), tokens={TOKEN: None}, store=blocking_store)
     async with plane:
-        yield Api(plane, http, "qoder")
-        gate.open_gate.set()
+        yield ApiClient(plane, http_session, "qoder")
+        blocking_store.open_gate.set()
 
 
-async def hang_on(api: Api, query: str = "block_ms=999") -> socket.socket:
+async def send_poll(api: ApiClient, query: str = "block_ms=999") -> socket.socket:
     """Send a poll on a plain socket and return the socket, so that the test can close it itself."""
     connection = socket.create_connection(("127.0.0.1", api.plane.port))
     connection.setblocking(False)  # noqa: FBT003 - socket's own signature
@@ -60,113 +62,119 @@ async def hang_on(api: Api, query: str = "block_ms=999") -> socket.socket:
     return connection
 
 
-def kinds(api: Api) -> list[str]:
+def record_kinds(api: ApiClient) -> list[str]:
     return [record.kind for record in api.plane.history]
 
 
-async def test_client_gone_during_wait_receives_no_item(api: Api) -> None:
+async def test_client_disconnected_during_wait_receives_no_item(api: ApiClient) -> None:
     waiting = api.plane.operations.queue(ENV).waiting
-    connection = await hang_on(api)
-    await until(lambda: len(waiting) == 1)
+    connection = await send_poll(api)
+    await wait_until(lambda: len(waiting) == 1)
     connection.close()
-    await until(lambda: len(waiting) == 0)
+    await wait_until(lambda: len(waiting) == 0)
     api.plane.enqueue()
-    assert kinds(api) == ["created"]
-    assert (await api.claim())["id"]
+    assert record_kinds(api) == ["created"]
+    assert (await api.claim_item())["id"]
 
 
-async def test_client_gone_in_same_loop_turn_as_arrival_receives_no_item(api: Api) -> None:
+async def test_client_disconnected_in_same_loop_turn_as_arrival_receives_no_item(
+    api: ApiClient,
+) -> None:
     """When the poll wakes, the kernel knows of the closed connection, but the loop does not."""
     waiting = api.plane.operations.queue(ENV).waiting
-    connection = await hang_on(api)
-    await until(lambda: len(waiting) == 1)
+    connection = await send_poll(api)
+    await wait_until(lambda: len(waiting) == 1)
     connection.close()
     api.plane.enqueue()
-    await until(lambda: len(waiting) == 0)
-    assert (await api.claim())["id"]
-    assert kinds(api) == ["created", "delivered"]
+    await wait_until(lambda: len(waiting) == 0)
+    assert (await api.claim_item())["id"]
+    assert record_kinds(api) == ["created", "delivered"]
 
 
-async def test_item_for_gone_client_goes_to_next_waiting_poll(api: Api) -> None:
+async def test_item_for_disconnected_client_goes_to_next_waiting_poll(api: ApiClient) -> None:
     waiting = api.plane.operations.queue(ENV).waiting
-    connection = await hang_on(api)
-    await until(lambda: len(waiting) == 1)
+    connection = await send_poll(api)
+    await wait_until(lambda: len(waiting) == 1)
     async with asyncio.TaskGroup() as group:
         poll = group.create_task(api.poll(params={"block_ms": "999"}))
-        await until(lambda: len(waiting) == 2)
+        await wait_until(lambda: len(waiting) == 2)
         connection.close()
         (item,) = api.plane.enqueue()
     assert poll.result().body["id"] == item.id
-    assert kinds(api) == ["created", "delivered"]
+    assert record_kinds(api) == ["created", "delivered"]
 
 
-async def test_client_gone_right_after_request_receives_no_item(api: Api) -> None:
+async def test_client_disconnected_right_after_request_receives_no_item(api: ApiClient) -> None:
     api.plane.enqueue()
     for _ in range(20):
-        (await hang_on(api, "")).close()
-    assert (await api.claim())["id"]
-    assert kinds(api) == ["created", "delivered"]
+        (await send_poll(api, "")).close()
+    assert (await api.claim_item())["id"]
+    assert record_kinds(api) == ["created", "delivered"]
 
 
-async def test_client_gone_while_delivery_is_stored_has_it_withdrawn(
-    gated: Api, gate: Gate
+async def test_delivery_to_client_disconnected_while_it_is_stored_is_withdrawn(
+    blocked_api: ApiClient, blocking_store: BlockingStore
 ) -> None:
-    (item,) = gated.plane.enqueue()
-    connection = await hang_on(gated)
-    await until(lambda: gate.waiting == 1)
-    assert kinds(gated) == ["created", "delivered"]
+    (item,) = blocked_api.plane.enqueue()
+    connection = await send_poll(blocked_api)
+    await wait_until(lambda: blocking_store.waiting == 1)
+    assert record_kinds(blocked_api) == ["created", "delivered"]
     connection.close()
-    await until(lambda: gate.waiting == 0)
-    await until(lambda: kinds(gated) == ["created", "delivered", "withdrawn"])
-    gate.open_gate.set()
-    assert (await gated.claim(worker="b"))["id"] == item.id
-    assert (await gated.ack(item.id, worker="b")).status == 200
+    await wait_until(lambda: blocking_store.waiting == 0)
+    await wait_until(lambda: record_kinds(blocked_api) == ["created", "delivered", "withdrawn"])
+    blocking_store.open_gate.set()
+    assert (await blocked_api.claim_item(worker="b"))["id"] == item.id
+    assert (await blocked_api.ack(item.id, worker="b")).status == 200
 
 
-async def test_client_gone_in_same_loop_turn_as_storage_has_delivery_withdrawn(
-    gated: Api, gate: Gate
+async def test_delivery_to_client_disconnected_in_same_loop_turn_as_storage_is_withdrawn(
+    blocked_api: ApiClient, blocking_store: BlockingStore
 ) -> None:
-    gated.plane.enqueue()
-    connection = await hang_on(gated)
-    await until(lambda: gate.waiting == 1)
+    blocked_api.plane.enqueue()
+    connection = await send_poll(blocked_api)
+    await wait_until(lambda: blocking_store.waiting == 1)
     connection.close()
-    gate.open_gate.set()
-    await until(lambda: kinds(gated)[-1] == "withdrawn")
-    assert (await gated.claim())["id"]
+    blocking_store.open_gate.set()
+    await wait_until(lambda: record_kinds(blocked_api)[-1] == "withdrawn")
+    assert (await blocked_api.claim_item())["id"]
 
 
-async def test_withdrawn_delivery_wakes_next_poll(gated: Api, gate: Gate) -> None:
-    waiting = gated.plane.operations.queue(ENV).waiting
-    (item,) = gated.plane.enqueue()
-    connection = await hang_on(gated)
-    await until(lambda: gate.waiting == 1)
+async def test_withdrawn_delivery_wakes_next_poll(
+    blocked_api: ApiClient, blocking_store: BlockingStore
+) -> None:
+    waiting = blocked_api.plane.operations.queue(ENV).waiting
+    (item,) = blocked_api.plane.enqueue()
+    connection = await send_poll(blocked_api)
+    await wait_until(lambda: blocking_store.waiting == 1)
     async with asyncio.TaskGroup() as group:
-        poll = group.create_task(gated.poll(params={"block_ms": "999"}))
-        await until(lambda: len(waiting) == 1)
+        poll = group.create_task(blocked_api.poll(params={"block_ms": "999"}))
+        await wait_until(lambda: len(waiting) == 1)
         connection.close()
-        await until(lambda: len(waiting) == 0)
-        gate.open_gate.set()
+        await wait_until(lambda: len(waiting) == 0)
+        blocking_store.open_gate.set()
     assert poll.result().body["id"] == item.id
 
 
 async def test_delivery_of_item_acknowledged_meanwhile_is_not_withdrawn(
-    gated: Api, gate: Gate
+    blocked_api: ApiClient, blocking_store: BlockingStore
 ) -> None:
-    (item,) = gated.plane.enqueue()
-    connection = await hang_on(gated)
-    await until(lambda: gate.waiting == 1)
-    gated.plane.operations.ack(ENV, item.id, "ghost")
+    (item,) = blocked_api.plane.enqueue()
+    connection = await send_poll(blocked_api)
+    await wait_until(lambda: blocking_store.waiting == 1)
+    blocked_api.plane.operations.ack(ENV, item.id, "ghost")
     connection.close()
-    await until(lambda: gate.waiting == 0)
-    gate.open_gate.set()
-    assert await gated.state(item.id) == "starting"
-    assert "withdrawn" not in kinds(gated)
+    await wait_until(lambda: blocking_store.waiting == 0)
+    blocking_store.open_gate.set()
+    assert await blocked_api.item_state(item.id) == "starting"
+    assert "withdrawn" not in record_kinds(blocked_api)
 
 
-async def test_closing_control_plane_answers_waiting_polls(http: aiohttp.ClientSession) -> None:
+async def test_closing_control_plane_answers_waiting_polls(
+    http_session: aiohttp.ClientSession,
+) -> None:
     plane = ControlPlane(environments=(ENV,), tokens={TOKEN: None})
     async with asyncio.TaskGroup() as group, plane:
-        api = Api(plane, http, "qoder")
+        api = ApiClient(plane, http_session, "qoder")
         poll = group.create_task(api.poll(params={"block_ms": "999"}))
-        await until(lambda: len(plane.operations.queue(ENV).waiting) == 1)
+        await wait_until(lambda: len(plane.operations.queue(ENV).waiting) == 1)
     assert (poll.result().status, poll.result().body) == (200, None)

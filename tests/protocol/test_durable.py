@@ -1,4 +1,4 @@
-"""Answers leave only after their changes are stored, so that a kill -9 revokes nothing."""
+"""Answers are sent only after their changes are stored, so that a kill -9 revokes nothing."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from tests.protocol.conftest import ENV, TOKEN, Answer, Api, until
+from tests.protocol.conftest import ENV, TOKEN, ApiClient, HttpAnswer, wait_until
 from workpool.server import ControlPlane, MemoryStore
 
 if TYPE_CHECKING:
@@ -16,8 +16,8 @@ if TYPE_CHECKING:
     import aiohttp
 
 
-class Gate(MemoryStore):
-    """A store whose commits wait while the gate is closed."""
+class BlockingStore(MemoryStore):
+    """A store whose commits wait while it is blocked."""
 
     def __init__(self) -> None:
         self.gate = asyncio.Event()
@@ -31,33 +31,37 @@ class Gate(MemoryStore):
 
 
 @pytest.fixture
-def gate() -> Gate:
-    return Gate()
+def blocking_store() -> BlockingStore:
+    return BlockingStore()
 
 
 @pytest.fixture
-async def api(gate: Gate, http: aiohttp.ClientSession, dialect: str) -> AsyncIterator[Api]:
-    async with ControlPlane(environments=(ENV,), tokens={TOKEN: None}, store=gate) as plane:
-        yield Api(plane, http, dialect)
+async def api(
+    blocking_store: BlockingStore, http_session: aiohttp.ClientSession, dialect: str
+) -> AsyncIterator[ApiClient]:
+    async with ControlPlane(
+        environments=(ENV,), tokens={TOKEN: None}, store=blocking_store
+    ) as plane:
+        yield ApiClient(plane, http_session, dialect)
 
 
-async def held_back(gate: Gate, answer: Awaitable[Answer]) -> Answer:
-    """Return the answer, which must not arrive before the gate is opened."""
+async def answer_after_storage(gate: BlockingStore, answer: Awaitable[HttpAnswer]) -> HttpAnswer:
+    """Return the answer, which must not arrive before the store is unblocked."""
     gate.gate.clear()
     async with asyncio.TaskGroup() as group:
-        asking = group.create_task(_await(answer))
+        asking = group.create_task(_wait_for_answer(answer))
         async with asyncio.timeout(20):
-            await until(lambda: gate.waiting or asking.done())
+            await wait_until(lambda: gate.waiting or asking.done())
         assert not asking.done()
         gate.gate.set()
     return asking.result()
 
 
-async def _await(answer: Awaitable[Answer]) -> Answer:
+async def _wait_for_answer(answer: Awaitable[HttpAnswer]) -> HttpAnswer:
     return await answer
 
 
-CALLS: dict[str, tuple[str, Callable[[Api, str], Awaitable[Answer]]]] = {
+CALLS: dict[str, tuple[str, Callable[[ApiClient, str], Awaitable[HttpAnswer]]]] = {
     "enqueue": ("queued", lambda api, _: api("POST", api.work())),
     "poll": ("queued", lambda api, _: api.poll()),
     "a poll that finds nothing": ("stopped", lambda api, _: api.poll()),
@@ -73,38 +77,50 @@ CALLS: dict[str, tuple[str, Callable[[Api, str], Awaitable[Answer]]]] = {
 
 @pytest.mark.parametrize("call", CALLS)
 async def test_call_is_answered_only_after_its_change_is_stored(
-    api: Api, gate: Gate, call: str
+    api: ApiClient, blocking_store: BlockingStore, call: str
 ) -> None:
     state, ask = CALLS[call]
-    work_id = await api.bring_to(state)
-    assert (await held_back(gate, ask(api, work_id))).status in {200, 204}
+    work_id = await api.item_in_state(state)
+    assert (await answer_after_storage(blocking_store, ask(api, work_id))).status in {200, 204}
 
 
 async def test_session_and_events_are_returned_only_after_they_are_stored(
-    api: Api, gate: Gate
+    api: ApiClient, blocking_store: BlockingStore
 ) -> None:
     api.plane.enqueue(script=[{"name": "Bash", "input": {}}])
     [item] = (await api("GET", api.work())).body["data"]
-    session = f"{api.base}/sessions/{item['data']['id']}"
-    assert (await held_back(gate, api("GET", session))).status == 200
-    listed = await held_back(gate, api("GET", f"{session}/events"))
+    session = f"{api.base_path}/sessions/{item['data']['id']}"
+    assert (await answer_after_storage(blocking_store, api("GET", session))).status == 200
+    listed = await answer_after_storage(blocking_store, api("GET", f"{session}/events"))
     [use] = [event for event in listed.body["data"] if event["type"] == "agent.tool_use"]
     result_body = {
         "events": [{"type": "user.tool_result", "tool_use_id": use["id"], "content": []}]
     }
-    assert (await held_back(gate, api("POST", f"{session}/events", json=result_body))).status == 200
+    assert (
+        await answer_after_storage(
+            blocking_store, api("POST", f"{session}/events", json=result_body)
+        )
+    ).status == 200
     # A client that repeats the call after a lost answer takes a 409 as "stored".
-    assert (await held_back(gate, api("POST", f"{session}/events", json=result_body))).status == 409
+    assert (
+        await answer_after_storage(
+            blocking_store, api("POST", f"{session}/events", json=result_body)
+        )
+    ).status == 409
 
 
-async def test_conflict_is_answered_only_after_its_cause_is_stored(api: Api, gate: Gate) -> None:
-    stopped = await api.bring_to("stopped")
+async def test_conflict_is_answered_only_after_its_cause_is_stored(
+    api: ApiClient, blocking_store: BlockingStore
+) -> None:
+    stopped = await api.item_in_state("stopped")
     answers = [
-        await held_back(gate, api.ack(stopped)),
-        await held_back(gate, api.heartbeat(stopped)),
+        await answer_after_storage(blocking_store, api.ack(stopped)),
+        await answer_after_storage(blocking_store, api.heartbeat(stopped)),
     ]
     if api.dialect == "anthropic":  # the 409 to a second stop says that the first one was applied
-        answers.append(await held_back(gate, api.stop(stopped, json={"force": True})))
+        answers.append(
+            await answer_after_storage(blocking_store, api.stop(stopped, json={"force": True}))
+        )
     # A heartbeat in the anthropic dialect answers the state of a stopped item instead.
     allowed = {200, 409} if api.dialect == "anthropic" else {409}
     assert {answer.status for answer in answers} == allowed

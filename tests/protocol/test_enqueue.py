@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 import pytest
 
 if TYPE_CHECKING:
-    from tests.protocol.conftest import Api
+    from tests.protocol.conftest import ApiClient
 
 
 @pytest.mark.parametrize(
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     ],
 )
 async def test_enqueued_items_are_returned_in_order_of_creation(
-    api: Api, body: bytes, count: int, metadata: dict[str, str]
+    api: ApiClient, body: bytes, count: int, metadata: dict[str, str]
 ) -> None:
     answer = await api("POST", api.work(), data=body)
     assert answer.status == 200
@@ -35,7 +35,7 @@ async def test_enqueued_items_are_returned_in_order_of_creation(
     assert [item["id"] for item in items] == sorted({item["id"] for item in items})
     assert len({item["data"]["id"] for item in items}) == count
     assert all(item["state"] == "queued" and item["metadata"] == metadata for item in items)
-    assert await api.claim() == items[0]
+    assert await api.claim_item() == items[0]
 
 
 @pytest.mark.parametrize(
@@ -87,22 +87,24 @@ async def test_enqueued_items_are_returned_in_order_of_creation(
     ],
 )
 async def test_malformed_enqueue_body_is_400_and_creates_nothing(
-    api: Api, body: bytes, param: str | None
+    api: ApiClient, body: bytes, param: str | None
 ) -> None:
     answer = await api("POST", api.work(), data=body)
     assert answer.status == 400
     if param is not None:
-        assert answer.error["param"] == param
-    assert (await api.stats())["depth"] == 0
+        assert answer.error_type["param"] == param
+    assert (await api.queue_stats())["depth"] == 0
 
 
-async def test_enqueue_with_other_type_creates_item_of_that_type(api: Api) -> None:
+async def test_enqueue_with_other_type_creates_item_of_that_type(api: ApiClient) -> None:
     answer = await api("POST", api.work(), json={"type": "healthcheck"})
     assert answer.status == 200
-    assert (await api.claim())["data"]["type"] == "healthcheck"
+    assert (await api.claim_item())["data"]["type"] == "healthcheck"
 
 
 @pytest.mark.usefixtures("both_stores")
-async def test_items_are_the_same_in_both_dialects(qoder: Api, anthropic: Api) -> None:
-    created = (await anthropic("POST", anthropic.work())).body["data"][0]
-    assert (await qoder.claim())["id"] == created["id"]
+async def test_items_are_the_same_in_both_dialects(
+    qoder_api: ApiClient, anthropic_api: ApiClient
+) -> None:
+    created = (await anthropic_api("POST", anthropic_api.work())).body["data"][0]
+    assert (await qoder_api.claim_item())["id"] == created["id"]

@@ -1,4 +1,4 @@
-"""Heartbeats extend the lease.
+"""Heartbeats, which extend the lease.
 
 See workpool/docs/protocol.md, "Heartbeat".
 """
@@ -10,12 +10,12 @@ from typing import TYPE_CHECKING
 import pytest
 
 if TYPE_CHECKING:
-    from tests.protocol.conftest import Api, Clock
+    from tests.protocol.conftest import ApiClient, MovableClock
 
 
 @pytest.mark.usefixtures("both_stores")
-async def test_first_heartbeat_moves_item_to_active(api: Api, clock: Clock) -> None:
-    work_id = await api.bring_to("starting")
+async def test_first_heartbeat_moves_item_to_active(api: ApiClient, clock: MovableClock) -> None:
+    work_id = await api.item_in_state("starting")
     clock.advance(1.25)
     answer = await api.heartbeat(work_id, "NO_HEARTBEAT")
     assert answer.status == 200
@@ -33,8 +33,8 @@ async def test_first_heartbeat_moves_item_to_active(api: Api, clock: Clock) -> N
 
 
 @pytest.mark.usefixtures("both_stores")
-async def test_later_heartbeats_keep_started_at(api: Api, clock: Clock) -> None:
-    work_id = await api.bring_to("starting")
+async def test_later_heartbeats_keep_started_at(api: ApiClient, clock: MovableClock) -> None:
+    work_id = await api.item_in_state("starting")
     last = (await api.heartbeat(work_id, "NO_HEARTBEAT")).body["last_heartbeat"]
     for _ in range(3):
         clock.advance(20)
@@ -47,8 +47,8 @@ async def test_later_heartbeats_keep_started_at(api: Api, clock: Clock) -> None:
     assert item["latest_heartbeat_at"] == last == "2026-03-01T12:01:00.000000Z"
 
 
-async def test_two_heartbeats_in_one_microsecond_have_different_times(api: Api) -> None:
-    work_id = await api.bring_to("starting")
+async def test_two_heartbeats_in_one_microsecond_have_different_times(api: ApiClient) -> None:
+    work_id = await api.item_in_state("starting")
     first = (await api.heartbeat(work_id, "NO_HEARTBEAT")).body["last_heartbeat"]
     second = (await api.heartbeat(work_id, first)).body["last_heartbeat"]
     assert second == "2026-03-01T12:00:00.000001Z"
@@ -56,8 +56,8 @@ async def test_two_heartbeats_in_one_microsecond_have_different_times(api: Api) 
 
 
 @pytest.mark.parametrize("state", ["starting", "active", "stopping"])
-async def test_heartbeat_without_expectation_is_unconditional(api: Api, state: str) -> None:
-    work_id = await api.bring_to(state)
+async def test_heartbeat_without_expected_time_is_unconditional(api: ApiClient, state: str) -> None:
+    work_id = await api.item_in_state(state)
     answer = await api.heartbeat(work_id)
     assert answer.status == 200
     assert answer.body["state"] == ("stopping" if state == "stopping" else "active")
@@ -77,24 +77,24 @@ async def test_heartbeat_without_expectation_is_unconditional(api: Api, state: s
     ],
 )
 async def test_heartbeat_ttl_is_limited_to_range(
-    api: Api, clock: Clock, asked: str | None, granted: int
+    api: ApiClient, clock: MovableClock, asked: str | None, granted: int
 ) -> None:
-    work_id = await api.bring_to("starting")
+    work_id = await api.item_in_state("starting")
     answer = await api.heartbeat(work_id, "NO_HEARTBEAT", asked)
     assert (answer.status, answer.body["ttl_seconds"]) == (200, granted)
     clock.advance(granted - 0.001)
-    assert await api.state(work_id) == "active"
+    assert await api.item_state(work_id) == "active"
     clock.advance(0.001)
-    assert await api.state(work_id) == "queued"
+    assert await api.item_state(work_id) == "queued"
 
 
 @pytest.mark.parametrize("value", ["0", "00", "-1", "", "10.0", "1e1", "ten", "true", "+10"])
-async def test_heartbeat_ttl_other_than_positive_integer_is_400(api: Api, value: str) -> None:
-    work_id = await api.bring_to("starting")
+async def test_heartbeat_ttl_other_than_positive_integer_is_400(api: ApiClient, value: str) -> None:
+    work_id = await api.item_in_state("starting")
     answer = await api.heartbeat(work_id, "NO_HEARTBEAT", value)
     assert answer.status == 400
-    assert answer.error["param"] == "desired_ttl_seconds"
-    assert await api.state(work_id) == "starting"
+    assert answer.error_type["param"] == "desired_ttl_seconds"
+    assert await api.item_state(work_id) == "starting"
 
 
 @pytest.mark.parametrize(
@@ -116,13 +116,13 @@ async def test_heartbeat_ttl_other_than_positive_integer_is_400(api: Api, value:
     ],
 )
 @pytest.mark.parametrize("state", ["starting", "active"])
-async def test_heartbeat_expectation_that_is_no_time_is_400(
-    qoder: Api, value: str, state: str
+async def test_expected_last_heartbeat_that_is_no_time_is_400(
+    qoder_api: ApiClient, value: str, state: str
 ) -> None:
-    work_id = await qoder.bring_to(state)
-    answer = await qoder.heartbeat(work_id, value)
+    work_id = await qoder_api.item_in_state(state)
+    answer = await qoder_api.heartbeat(work_id, value)
     assert answer.status == 400
-    assert answer.error["param"] == "expected_last_heartbeat"
+    assert answer.error_type["param"] == "expected_last_heartbeat"
 
 
 @pytest.mark.parametrize(
@@ -136,22 +136,24 @@ async def test_heartbeat_expectation_that_is_no_time_is_400(
     ],
 )
 @pytest.mark.parametrize("state", ["starting", "active", "stopping"])
-async def test_heartbeat_expectation_of_another_time_is_412(
-    qoder: Api, value: str, state: str
+async def test_expected_last_heartbeat_of_another_time_is_412(
+    qoder_api: ApiClient, value: str, state: str
 ) -> None:
-    work_id = await qoder.bring_to(state)
-    answer = await qoder.heartbeat(work_id, value)
+    work_id = await qoder_api.item_in_state(state)
+    answer = await qoder_api.heartbeat(work_id, value)
     assert answer.status == 412
-    assert answer.error["type"] == "precondition_failed_error"
-    assert await qoder.state(work_id) == state
+    assert answer.error_type["type"] == "precondition_failed_error"
+    assert await qoder_api.item_state(work_id) == state
 
 
 @pytest.mark.parametrize("state", ["active", "stopping"])
-async def test_expectation_of_no_heartbeat_after_a_heartbeat_is_412(qoder: Api, state: str) -> None:
-    work_id = await qoder.bring_to(state)
-    answer = await qoder.heartbeat(work_id, "NO_HEARTBEAT")
+async def test_expecting_no_heartbeat_after_a_heartbeat_is_412(
+    qoder_api: ApiClient, state: str
+) -> None:
+    work_id = await qoder_api.item_in_state(state)
+    answer = await qoder_api.heartbeat(work_id, "NO_HEARTBEAT")
     assert answer.status == 412
-    assert answer.error["details"] == {
+    assert answer.error_type["details"] == {
         "error_code": "heartbeat_precondition_failed",
         "current_state": {
             "last_heartbeat": "2026-03-01T12:00:00.000000Z",
@@ -162,23 +164,23 @@ async def test_expectation_of_no_heartbeat_after_a_heartbeat_is_412(qoder: Api, 
     }
 
 
-async def test_refused_heartbeat_does_not_extend_lease(api: Api, clock: Clock) -> None:
-    work_id = await api.bring_to("active")
+async def test_refused_heartbeat_does_not_extend_lease(api: ApiClient, clock: MovableClock) -> None:
+    work_id = await api.item_in_state("active")
     clock.advance(59)
     assert (await api.heartbeat(work_id, "NO_HEARTBEAT")).status == 412
     clock.advance(1)
-    assert await api.state(work_id) == "queued"
+    assert await api.item_state(work_id) == "queued"
 
 
 @pytest.mark.parametrize("state", ["queued", "stopped"])
 @pytest.mark.parametrize("expected", [None, "NO_HEARTBEAT", "2026-03-01T12:00:00Z"])
 async def test_heartbeat_of_queued_or_stopped_item_is_409(
-    qoder: Api, state: str, expected: str | None
+    qoder_api: ApiClient, state: str, expected: str | None
 ) -> None:
-    work_id = await qoder.bring_to(state)
-    answer = await qoder.heartbeat(work_id, expected)
+    work_id = await qoder_api.item_in_state(state)
+    answer = await qoder_api.heartbeat(work_id, expected)
     assert answer.status == 409
-    assert answer.error["type"] == "invalid_request_error"
+    assert answer.error_type["type"] == "invalid_request_error"
 
 
 # -- the anthropic dialect: nothing is compared once a stop was requested ----------------------
@@ -186,11 +188,11 @@ async def test_heartbeat_of_queued_or_stopped_item_is_409(
 
 @pytest.mark.parametrize("expected", [None, "NO_HEARTBEAT", "2020-01-01T00:00:00.000000Z"])
 async def test_anthropic_heartbeat_on_stopping_item_extends_lease_without_comparison(
-    anthropic: Api, clock: Clock, expected: str | None
+    anthropic_api: ApiClient, clock: MovableClock, expected: str | None
 ) -> None:
-    work_id = await anthropic.bring_to("stopping")
+    work_id = await anthropic_api.item_in_state("stopping")
     clock.advance(59)
-    answer = await anthropic.heartbeat(work_id, expected, 30)
+    answer = await anthropic_api.heartbeat(work_id, expected, 30)
     assert answer.status == 200
     assert answer.body == {
         "type": "work_heartbeat",
@@ -200,18 +202,18 @@ async def test_anthropic_heartbeat_on_stopping_item_extends_lease_without_compar
         "ttl_seconds": 30,
     }
     clock.advance(29)
-    assert await anthropic.state(work_id) == "stopping"
+    assert await anthropic_api.item_state(work_id) == "stopping"
 
 
 @pytest.mark.parametrize("expected", [None, "NO_HEARTBEAT", "2020-01-01T00:00:00.000000Z"])
 async def test_anthropic_heartbeat_on_stopped_item_answers_state_and_changes_nothing(
-    anthropic: Api, clock: Clock, expected: str | None
+    anthropic_api: ApiClient, clock: MovableClock, expected: str | None
 ) -> None:
-    work_id = await anthropic.bring_to("active")
-    await anthropic.stop(work_id, json={"force": True})
-    before, records = (await anthropic.get(work_id)).body, len(anthropic.plane.history)
+    work_id = await anthropic_api.item_in_state("active")
+    await anthropic_api.stop(work_id, json={"force": True})
+    before, records = (await anthropic_api.get(work_id)).body, len(anthropic_api.plane.history)
     clock.advance(1)
-    answer = await anthropic.heartbeat(work_id, expected)
+    answer = await anthropic_api.heartbeat(work_id, expected)
     assert answer.status == 200
     assert answer.body == {
         "type": "work_heartbeat",
@@ -220,66 +222,66 @@ async def test_anthropic_heartbeat_on_stopped_item_answers_state_and_changes_not
         "state": "stopped",
         "ttl_seconds": 60,
     }
-    assert (await anthropic.get(work_id)).body == before
-    assert len(anthropic.plane.history) == records
+    assert (await anthropic_api.get(work_id)).body == before
+    assert len(anthropic_api.plane.history) == records
 
 
 async def test_anthropic_heartbeat_on_stopped_item_without_heartbeat_answers_empty_string(
-    anthropic: Api,
+    anthropic_api: ApiClient,
 ) -> None:
-    work_id = await anthropic.bring_to("stopped")
-    answer = await anthropic.heartbeat(work_id, "NO_HEARTBEAT")
+    work_id = await anthropic_api.item_in_state("stopped")
+    answer = await anthropic_api.heartbeat(work_id, "NO_HEARTBEAT")
     assert (answer.status, answer.body["last_heartbeat"]) == (200, "")
 
 
 @pytest.mark.parametrize("expected", [None, "NO_HEARTBEAT", "2020-01-01T00:00:00.000000Z"])
 async def test_anthropic_heartbeat_on_queued_item_is_409(
-    anthropic: Api, expected: str | None
+    anthropic_api: ApiClient, expected: str | None
 ) -> None:
-    work_id = await anthropic.bring_to("queued")
-    assert (await anthropic.heartbeat(work_id, expected)).status == 409
+    work_id = await anthropic_api.item_in_state("queued")
+    assert (await anthropic_api.heartbeat(work_id, expected)).status == 409
 
 
-async def test_anthropic_heartbeat_on_active_item_is_compared(anthropic: Api) -> None:
-    work_id = await anthropic.bring_to("active")
-    assert (await anthropic.heartbeat(work_id, "NO_HEARTBEAT")).status == 412
+async def test_anthropic_heartbeat_on_active_item_is_compared(anthropic_api: ApiClient) -> None:
+    work_id = await anthropic_api.item_in_state("active")
+    assert (await anthropic_api.heartbeat(work_id, "NO_HEARTBEAT")).status == 412
 
 
 @pytest.mark.parametrize("state", ["stopping", "stopped"])
 async def test_anthropic_heartbeat_with_malformed_expectation_is_400_in_every_state(
-    anthropic: Api, state: str
+    anthropic_api: ApiClient, state: str
 ) -> None:
-    work_id = await anthropic.bring_to(state)
-    assert (await anthropic.heartbeat(work_id, "yesterday")).status == 400
+    work_id = await anthropic_api.item_in_state(state)
+    assert (await anthropic_api.heartbeat(work_id, "yesterday")).status == 400
 
 
 @pytest.mark.usefixtures("both_stores")
 async def test_heartbeat_of_stopping_item_reports_state_and_extends_lease(
-    api: Api, clock: Clock
+    api: ApiClient, clock: MovableClock
 ) -> None:
-    work_id = await api.bring_to("stopping")
+    work_id = await api.item_in_state("stopping")
     clock.advance(59)
     last = (await api.get(work_id)).body["latest_heartbeat_at"]
     answer = await api.heartbeat(work_id, last, 30)
     assert answer.status == 200
     assert (answer.body["state"], answer.body["lease_extended"]) == ("stopping", True)
     clock.advance(29.999)
-    assert await api.state(work_id) == "stopping"
+    assert await api.item_state(work_id) == "stopping"
     clock.advance(0.001)
-    assert await api.state(work_id) == "stopped"
+    assert await api.item_state(work_id) == "stopped"
 
 
-async def test_first_heartbeat_after_stop_request_is_accepted(api: Api) -> None:
-    work_id = await api.bring_to("starting")
+async def test_first_heartbeat_after_stop_request_is_accepted(api: ApiClient) -> None:
+    work_id = await api.item_in_state("starting")
     await api.stop(work_id)
     answer = await api.heartbeat(work_id, "NO_HEARTBEAT")
     assert (answer.status, answer.body["state"]) == (200, "stopping")
 
 
 @pytest.mark.parametrize("name", ["expected_last_heartbeat", "desired_ttl_seconds"])
-async def test_heartbeat_parameter_given_twice_is_400(api: Api, name: str) -> None:
-    work_id = await api.bring_to("starting")
+async def test_heartbeat_parameter_given_twice_is_400(api: ApiClient, name: str) -> None:
+    work_id = await api.item_in_state("starting")
     url = api.work(f"/{work_id}/heartbeat")
     answer = await api("POST", url, params=[(name, "10"), (name, "10")])
     assert answer.status == 400
-    assert answer.error["param"] == name
+    assert answer.error_type["param"] == name

@@ -4,18 +4,18 @@ from __future__ import annotations
 
 import pytest
 
-from tests.protocol.conftest import ENV, Clock
+from tests.protocol.conftest import ENV, MovableClock
 from workpool.server import APIError, History, Operations, Poll, Record, Summary, summarize
 from workpool.server.timestamps import to_heartbeat_text
 
 
 @pytest.fixture
-def operations(clock: Clock) -> Operations:
+def operations(clock: MovableClock) -> Operations:
     return Operations([ENV], now=clock)
 
 
-def run(operations: Operations, worker: str) -> str:
-    """Claim, acknowledge and send one heartbeat, as one worker."""
+def claim_and_heartbeat(operations: Operations, worker: str) -> str:
+    """Poll, acknowledge and send one heartbeat, as one worker."""
     item = operations.poll(ENV, Poll(worker))
     assert item is not None
     operations.ack(ENV, item.id, worker)
@@ -23,9 +23,11 @@ def run(operations: Operations, worker: str) -> str:
     return item.id
 
 
-def test_history_records_life_of_item_in_order(operations: Operations, clock: Clock) -> None:
+def test_history_records_every_call_for_an_item_in_order(
+    operations: Operations, clock: MovableClock
+) -> None:
     operations.enqueue(ENV)
-    work_id = run(operations, "a")
+    work_id = claim_and_heartbeat(operations, "a")
     operations.update(ENV, work_id, {"k": "v"}, "a")
     clock.advance(5)
     operations.stop(ENV, work_id)
@@ -55,7 +57,7 @@ def test_history_records_life_of_item_in_order(operations: Operations, clock: Cl
 
 def test_call_without_effect_leaves_no_record(operations: Operations) -> None:
     operations.enqueue(ENV)
-    work_id = run(operations, "a")
+    work_id = claim_and_heartbeat(operations, "a")
     before = len(operations.history)
     operations.ack(ENV, work_id, "a")
     operations.update(ENV, work_id, {"missing": None})
@@ -66,51 +68,51 @@ def test_call_without_effect_leaves_no_record(operations: Operations) -> None:
 def test_summary_of_completed_items_counts_no_problem(operations: Operations) -> None:
     operations.enqueue(ENV, count=3)
     for _ in range(3):
-        operations.stop(ENV, run(operations, "a"), "a", force=True)
+        operations.stop(ENV, claim_and_heartbeat(operations, "a"), "a", force=True)
     assert summarize(operations.history) == Summary(3, 3, 0, 0, 0)
 
 
 def test_expired_lease_taken_by_another_worker_counts_as_reclaim(
-    operations: Operations, clock: Clock
+    operations: Operations, clock: MovableClock
 ) -> None:
     operations.enqueue(ENV)
-    run(operations, "a")
+    claim_and_heartbeat(operations, "a")
     clock.advance(10)
-    operations.stop(ENV, run(operations, "b"), "b", force=True)
+    operations.stop(ENV, claim_and_heartbeat(operations, "b"), "b", force=True)
     assert summarize(operations.history) == Summary(1, 1, 1, 0, 0)
 
 
 def test_redelivery_acknowledged_by_another_worker_counts_as_reclaim(
-    operations: Operations, clock: Clock
+    operations: Operations, clock: MovableClock
 ) -> None:
     operations.enqueue(ENV)
     operations.poll(ENV, Poll("a"))
     clock.advance(5)
-    operations.stop(ENV, run(operations, "b"), "b", force=True)
+    operations.stop(ENV, claim_and_heartbeat(operations, "b"), "b", force=True)
     assert summarize(operations.history) == Summary(1, 1, 1, 0, 0)
 
 
 def test_redelivery_to_same_worker_does_not_count_as_reclaim(
-    operations: Operations, clock: Clock
+    operations: Operations, clock: MovableClock
 ) -> None:
     operations.enqueue(ENV)
     operations.poll(ENV, Poll("a"))
     clock.advance(5)
-    run(operations, "a")
+    claim_and_heartbeat(operations, "a")
     assert summarize(operations.history).reclaimed == 0
 
 
 def test_item_that_was_not_stopped_counts_as_lost(operations: Operations) -> None:
     operations.enqueue(ENV, count=2)
-    run(operations, "a")
+    claim_and_heartbeat(operations, "a")
     assert summarize(operations.history) == Summary(2, 0, 0, 2, 0)
 
 
 def test_stopping_item_whose_lease_expires_does_not_count_as_reclaim(
-    operations: Operations, clock: Clock
+    operations: Operations, clock: MovableClock
 ) -> None:
     operations.enqueue(ENV)
-    operations.stop(ENV, run(operations, "a"))
+    operations.stop(ENV, claim_and_heartbeat(operations, "a"))
     clock.advance(10)
     operations.stats(ENV)
     assert summarize(operations.history) == Summary(1, 1, 0, 0, 0)
@@ -121,7 +123,7 @@ def test_action_on_item_held_by_another_worker_counts_as_overlap(
     operations: Operations, action: str
 ) -> None:
     operations.enqueue(ENV)
-    work_id = run(operations, "a")
+    work_id = claim_and_heartbeat(operations, "a")
     if action == "heartbeat":
         operations.heartbeat(ENV, work_id, None, 10, "b")
     elif action == "metadata":
@@ -135,7 +137,7 @@ def test_stops_of_operators_and_refused_calls_do_not_count_as_overlap(
     operations: Operations,
 ) -> None:
     operations.enqueue(ENV)
-    work_id = run(operations, "a")
+    work_id = claim_and_heartbeat(operations, "a")
     for expected in ("NO_HEARTBEAT", "2026-03-01T00:00:00Z"):
         with pytest.raises(APIError):
             operations.heartbeat(ENV, work_id, expected, 10, "b")
@@ -147,14 +149,14 @@ def test_stops_of_operators_and_refused_calls_do_not_count_as_overlap(
 
 
 def test_action_of_former_holder_counts_as_overlap_only_if_item_is_held(
-    operations: Operations, clock: Clock
+    operations: Operations, clock: MovableClock
 ) -> None:
     operations.enqueue(ENV)
-    work_id = run(operations, "a")
+    work_id = claim_and_heartbeat(operations, "a")
     clock.advance(10)
     operations.update(ENV, work_id, {"k": "late"}, "a")
     assert summarize(operations.history).overlapping == 0
-    run(operations, "b")
+    claim_and_heartbeat(operations, "b")
     operations.update(ENV, work_id, {"k": "later"}, "a")
     assert summarize(operations.history).overlapping == 1
 
@@ -167,10 +169,12 @@ def test_history_beyond_limit_forgets_oldest_records_and_counts_them() -> None:
     assert (len(history), history.forgotten) == (2, 3)
 
 
-def test_worker_with_last_heartbeat_of_holder_takes_item_over(operations: Operations) -> None:
+def test_worker_that_sends_the_holders_last_heartbeat_takes_item_over(
+    operations: Operations,
+) -> None:
     """A child of a handoff takes over like this; its parent must not act afterwards."""
     operations.enqueue(ENV)
-    work_id = run(operations, "a")
+    work_id = claim_and_heartbeat(operations, "a")
     last = to_heartbeat_text(operations.get(ENV, work_id).heartbeat_at or 0)
     operations.heartbeat(ENV, work_id, last, 10, "b")
     operations.update(ENV, work_id, {"k": "v"}, "b")

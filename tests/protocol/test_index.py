@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
-from tests.protocol.conftest import ENV, Clock
+from tests.protocol.conftest import ENV, MovableClock
 from workpool.server import APIError, Item, Operations, Poll
 from workpool.server.ascending_ids import CHUNK_MAX, AscendingIds, walk
 from workpool.server.queue.deliveries import Deliveries
@@ -126,53 +126,53 @@ def test_ids_ascend_regardless_of_clock(instants: Sequence[int]) -> None:
 WORKERS = st.sampled_from([None, "a", "b", "c"])
 
 
-class Everything(RuleBasedStateMachine):
+class QueueMachine(RuleBasedStateMachine):
     """Calls in any order, after which the indexes must agree with a scan of all items."""
 
     retention: ClassVar[float | None] = None
 
     @initialize()
-    def start(self) -> None:
-        self.clock = Clock()
+    def start_queue(self) -> None:
+        self.clock = MovableClock()
         self.operations = Operations([ENV], now=self.clock, retention=self.retention)
 
-    def items(self) -> Sequence[Item]:
+    def all_items(self) -> Sequence[Item]:
         return self.operations.page(ENV, 1000).items
 
-    def pick(self, number: int) -> Item:
-        items = self.items()
+    def pick_item(self, number: int) -> Item:
+        items = self.all_items()
         return items[number % len(items)]
 
-    def claimable(self, reclaim_ms: int) -> list[str]:
+    def claimable_items(self, reclaim_ms: int) -> list[str]:
         cutoff = int(self.clock.seconds * 1_000_000) - reclaim_ms * 1000
         return [
             item.id
-            for item in self.items()
+            for item in self.all_items()
             if item.state == "queued" and (item.delivered_at is None or item.delivered_at <= cutoff)
         ]
 
     @rule(count=st.integers(1, 3))
-    def enqueue(self, count: int) -> None:
+    def enqueue_items(self, count: int) -> None:
         self.operations.enqueue(ENV, count=count)
 
     @rule(seconds=st.sampled_from([0.001, 1, 4, 5, 10, 59, 60]))
-    def wait(self, seconds: float) -> None:
+    def advance_clock(self, seconds: float) -> None:
         self.clock.advance(seconds)
 
     @rule(worker=WORKERS, reclaim_ms=st.sampled_from([0, 1000, 5000, 20_000]))
     def poll(self, worker: str | None, reclaim_ms: int) -> None:
-        expected = min(self.claimable(reclaim_ms), default=None)
+        expected = min(self.claimable_items(reclaim_ms), default=None)
         item = self.operations.poll(ENV, Poll(worker, 0, reclaim_ms))
         assert (item and item.id) == expected
 
-    @precondition(lambda self: self.items())
+    @precondition(lambda self: self.all_items())
     @rule(
         number=st.integers(0, 50),
         call=st.sampled_from(["ack", "heartbeat", "stop", "force", "withdraw", "update"]),
         worker=WORKERS,
     )
-    def call(self, number: int, call: str, worker: str | None) -> None:
-        item = self.pick(number)
+    def call_operation(self, number: int, call: str, worker: str | None) -> None:
+        item = self.pick_item(number)
         try:
             if call == "ack":
                 self.operations.ack(ENV, item.id, worker)
@@ -189,41 +189,41 @@ class Everything(RuleBasedStateMachine):
                 raise
 
     @invariant()
-    def stats_are_those_of_a_scan(self) -> None:
-        queued = [item for item in self.items() if item.state == "queued"]
-        claimable = self.claimable(5000)
+    def stats_equal_those_of_a_scan(self) -> None:
+        queued = [item for item in self.all_items() if item.state == "queued"]
+        claimable = self.claimable_items(5000)
         stats = self.operations.stats(ENV)
         assert stats.depth == len(claimable)
         assert stats.pending == len(queued) - len(claimable)
         assert stats.oldest_queued_at == min((item.created_at for item in queued), default=None)
 
     @invariant()
-    def no_lease_is_over_and_none_is_without_a_state(self) -> None:
+    def no_lease_is_expired_or_without_its_state(self) -> None:
         now = int(self.clock.seconds * 1_000_000)
-        for item in self.items():
+        for item in self.all_items():
             held = item.state in {"starting", "active", "stopping"}
             assert held is (item.lease_end is not None)
             assert item.lease_end is None or item.lease_end > now
             assert item.delivered_at is None or item.state == "queued"
 
 
-class EverythingWithRetention(Everything):
+class QueueMachineWithRetention(QueueMachine):
     """The same state machine with a retention that deletes stopped items soon."""
 
     retention = 30.0
 
     @rule()
-    def poll_deletes_what_ended_long_ago(self) -> None:
+    def poll_deletes_items_stopped_long_ago(self) -> None:
         self.operations.poll(ENV, Poll("a"))
         until = self.clock.seconds - self.retention
-        for item in self.items():
+        for item in self.all_items():
             assert item.stopped_at is None or item.stopped_at / 1_000_000 > until
             assert self.operations.session(item.session_id)[1] == item
 
 
-TestEverything = Everything.TestCase
+TestEverything = QueueMachine.TestCase
 TestEverything.settings = settings(max_examples=40, stateful_step_count=40, deadline=None)
-TestEverythingWithRetention = EverythingWithRetention.TestCase
+TestEverythingWithRetention = QueueMachineWithRetention.TestCase
 TestEverythingWithRetention.settings = TestEverything.settings
 
 
@@ -231,7 +231,7 @@ TestEverythingWithRetention.settings = TestEverything.settings
 def test_cost_of_call_does_not_grow_with_queue() -> None:
     """With a hundred times the items, a scan costs a hundred times as much, an index at most 10."""
 
-    def cost(count: int) -> float:
+    def cost_of_calls(count: int) -> float:
         operations = Operations([ENV], history_limit=0)
         items = operations.enqueue(ENV, count=count)
         for _ in range(count // 2):
@@ -250,4 +250,4 @@ def test_cost_of_call_does_not_grow_with_queue() -> None:
             best = min(best, time.thread_time() - started)
         return best
 
-    assert cost(50_000) < 10 * cost(500)
+    assert cost_of_calls(50_000) < 10 * cost_of_calls(500)

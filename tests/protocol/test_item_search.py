@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 from aiohttp import web
 
-from tests.protocol.conftest import ENV, TOKEN, Api, Clock
+from tests.protocol.conftest import ENV, TOKEN, ApiClient, MovableClock
 from workpool import Settings
 from workpool.errors import RefusedError
 from workpool.server import ControlPlane, operations
@@ -23,83 +23,94 @@ STATES = ("queued", "starting", "active", "stopping", "stopped")
 
 
 @pytest.fixture
-async def ids(qoder: Api) -> dict[str, str]:
+async def item_ids(qoder_api: ApiClient) -> dict[str, str]:
     """One item in each state, oldest first, followed by a failed one."""
-    found = {state: await qoder.bring_to(state, "worker") for state in reversed(STATES)}
-    failed = await qoder.bring_to("stopped")
-    qoder.plane.operations.update(ENV, failed, {"workpool.error": "ValueError"})
+    found = {state: await qoder_api.item_in_state(state, "worker") for state in reversed(STATES)}
+    failed = await qoder_api.item_in_state("stopped")
+    qoder_api.plane.operations.update(ENV, failed, {"workpool.error": "ValueError"})
     return found | {"failed": failed}
 
 
-async def search(api: Api, **params: str) -> tuple[list[str], Any]:
+async def search_items(api: ApiClient, **params: str) -> tuple[list[str], Any]:
     answer = await api("GET", api.work(), params=params)
     assert answer.status == 200
     assert answer.body["selected"] is True
     return [item["id"] for item in answer.body["data"]], answer.body["next_page"]
 
 
-async def test_search_by_state_finds_the_items_in_that_state(api: Api, ids: dict[str, str]) -> None:
+async def test_search_by_state_finds_the_items_in_that_state(
+    api: ApiClient, item_ids: dict[str, str]
+) -> None:
     for state in STATES[:-1]:
-        assert await search(api, state=state) == ([ids[state]], None)
-    assert await search(api, state="stopped") == ([ids["stopped"], ids["failed"]], None)
+        assert await search_items(api, state=state) == ([item_ids[state]], None)
+    assert await search_items(api, state="stopped") == (
+        [item_ids["stopped"], item_ids["failed"]],
+        None,
+    )
 
 
 async def test_search_for_failed_items_leaves_out_other_stopped_ones(
-    api: Api, ids: dict[str, str]
+    api: ApiClient, item_ids: dict[str, str]
 ) -> None:
-    api.plane.operations.update(ENV, ids["queued"], {"workpool.error": "of an earlier run"})
-    assert await search(api, failed="true") == ([ids["failed"]], None)
-    assert len((await search(api, failed="false"))[0]) == len(ids)
+    api.plane.operations.update(ENV, item_ids["queued"], {"workpool.error": "of an earlier run"})
+    assert await search_items(api, failed="true") == ([item_ids["failed"]], None)
+    assert len((await search_items(api, failed="false"))[0]) == len(item_ids)
 
 
-async def test_search_for_the_newest_goes_backwards_page_by_page(
-    api: Api, ids: dict[str, str]
+async def test_search_in_descending_order_pages_towards_the_oldest(
+    api: ApiClient, item_ids: dict[str, str]
 ) -> None:
-    expected = sorted(ids.values(), reverse=True)
-    found, token = await search(api, order="desc", limit="4")
+    expected = sorted(item_ids.values(), reverse=True)
+    found, token = await search_items(api, order="desc", limit="4")
     assert found == expected[:4]
-    assert await search(api, order="desc", limit="4", page=token) == (expected[4:], None)
+    assert await search_items(api, order="desc", limit="4", page=token) == (expected[4:], None)
 
 
-async def test_page_of_a_search_looks_at_a_bounded_number_of_items(
-    api: Api, ids: dict[str, str], monkeypatch: pytest.MonkeyPatch
+async def test_page_of_a_search_examines_a_bounded_number_of_items(
+    api: ApiClient, item_ids: dict[str, str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(operations, "LOOKED_AT_MAX", 4)
-    found, token = await search(api, failed="true")
+    found, token = await search_items(api, failed="true")
     assert (found, token is None) == ([], False)
-    assert await search(api, failed="true", page=token) == ([ids["failed"]], None)
+    assert await search_items(api, failed="true", page=token) == ([item_ids["failed"]], None)
 
 
-async def test_full_page_with_nothing_after_it_has_no_next_page(
-    api: Api, ids: dict[str, str]
-) -> None:
-    assert await search(api, state="stopped", limit="2") == ([ids["stopped"], ids["failed"]], None)
-    found, token = await search(api, state="stopped", limit="1")
-    assert found == [ids["stopped"]]
-    assert await search(api, state="stopped", limit="1", page=token) == ([ids["failed"]], None)
+async def test_full_last_page_has_no_next_page(api: ApiClient, item_ids: dict[str, str]) -> None:
+    assert await search_items(api, state="stopped", limit="2") == (
+        [item_ids["stopped"], item_ids["failed"]],
+        None,
+    )
+    found, token = await search_items(api, state="stopped", limit="1")
+    assert found == [item_ids["stopped"]]
+    assert await search_items(api, state="stopped", limit="1", page=token) == (
+        [item_ids["failed"]],
+        None,
+    )
 
 
 @pytest.mark.parametrize(
     "params", [{"state": "lost"}, {"failed": "yes"}, {"order": "up"}, {"state": ""}]
 )
-async def test_search_for_something_unknown_is_400(api: Api, params: dict[str, str]) -> None:
+async def test_search_with_unknown_value_is_400(api: ApiClient, params: dict[str, str]) -> None:
     answer = await api("GET", api.work(), params=params)
-    assert (answer.status, answer.error["param"]) == (400, next(iter(params)))
+    assert (answer.status, answer.error_type["param"]) == (400, next(iter(params)))
 
 
-async def test_stats_count_running_and_stopped_items(qoder: Api, ids: dict[str, str]) -> None:
-    stats = await qoder.stats()
+async def test_stats_count_running_and_stopped_items(
+    qoder_api: ApiClient, item_ids: dict[str, str]
+) -> None:
+    stats = await qoder_api.queue_stats()
     assert (stats["running"], stats["stopped"]) == (3, 2)
-    qoder.plane.operations.stop(ENV, ids["active"], force=True)
-    stats = await qoder.stats()
+    qoder_api.plane.operations.stop(ENV, item_ids["active"], force=True)
+    stats = await qoder_api.queue_stats()
     assert (stats["running"], stats["stopped"]) == (2, 3)
 
 
-# The client.
+# Searches by the client.
 
 
-class OtherPlane:
-    """A middleware that lets the control plane answer searches as others do.
+class OtherControlPlane:
+    """A middleware that answers searches as other control planes do.
 
     Attributes:
         refuses: Unknown parameters are a 400, and are not ignored.
@@ -111,7 +122,7 @@ class OtherPlane:
         self.lists = 0
 
     @web.middleware
-    async def middleware(
+    async def handle_request(
         self,
         request: web.Request,
         handler: Callable[[web.Request], Awaitable[web.StreamResponse]],
@@ -127,77 +138,87 @@ class OtherPlane:
 
 
 @pytest.fixture
-def other() -> OtherPlane:
-    return OtherPlane()
+def other_control_plane() -> OtherControlPlane:
+    return OtherControlPlane()
 
 
 @pytest.fixture
-async def plane(clock: Clock, other: OtherPlane) -> AsyncIterator[ControlPlane]:
+async def control_plane(
+    clock: MovableClock, other_control_plane: OtherControlPlane
+) -> AsyncIterator[ControlPlane]:
     async with ControlPlane(
-        environments=(ENV,), tokens={TOKEN: None}, now=clock, middlewares=[other.middleware]
+        environments=(ENV,),
+        tokens={TOKEN: None},
+        now=clock,
+        middlewares=[other_control_plane.handle_request],
     ) as plane:
         yield plane
 
 
 @pytest.fixture
-async def client(plane: ControlPlane) -> AsyncIterator[WorkClient]:
-    settings = Settings(base_url=plane.base_url, token=TOKEN, environment_id=ENV)
+async def client(control_plane: ControlPlane) -> AsyncIterator[WorkClient]:
+    settings = Settings(base_url=control_plane.base_url, token=TOKEN, environment_id=ENV)
     async with WorkClient(settings) as client:
         yield client
 
 
 @pytest.fixture(params=["helps", "ignores", "refuses"])
-def kind(request: pytest.FixtureRequest, other: OtherPlane) -> str:
-    other.helps = request.param == "helps"
-    other.refuses = request.param == "refuses"
+def item_kind(request: pytest.FixtureRequest, other_control_plane: OtherControlPlane) -> str:
+    other_control_plane.helps = request.param == "helps"
+    other_control_plane.refuses = request.param == "refuses"
     return str(request.param)
 
 
 async def test_client_finds_the_same_items_on_every_control_plane(
-    client: WorkClient, ids: dict[str, str], clock: Clock, kind: str
+    client: WorkClient, item_ids: dict[str, str], clock: MovableClock, item_kind: str
 ) -> None:
     failed = await client.find(ItemSearch(20, failed=True))
-    assert [item.id for item in failed.items] == [ids["failed"]]
+    assert [item.id for item in failed.items] == [item_ids["failed"]]
     assert failed.complete
-    assert failed.read == (1 if kind == "helps" else 6)
+    assert failed.read == (1 if item_kind == "helps" else 6)
     clock.advance(1)
     (newer,) = await client.enqueue()
     newest = await client.find(ItemSearch(1, newest=True))
     assert [item.id for item in newest.items] == [newer.id]
     assert not newest.complete
     active = await client.find(ItemSearch(20, "active"))
-    assert [item.id for item in active.items] == [ids["active"]]
+    assert [item.id for item in active.items] == [item_ids["active"]]
 
 
 async def test_client_reads_a_bounded_number_of_pages(
-    client: WorkClient, plane: ControlPlane, other: OtherPlane, monkeypatch: pytest.MonkeyPatch
+    client: WorkClient,
+    control_plane: ControlPlane,
+    other_control_plane: OtherControlPlane,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    other.helps = False
+    other_control_plane.helps = False
     monkeypatch.setattr(client_module, "FIND_PAGES_MAX", 3)
-    items = plane.enqueue(500)
+    items = control_plane.enqueue(500)
     found = await client.find(ItemSearch(20, failed=True))
     assert (found.items, found.read, found.complete) == ([], 300, False)
-    assert (other.lists, found.last_id) == (3, items[299].id)
+    assert (other_control_plane.lists, found.last_id) == (3, items[299].id)
     found = await client.find(ItemSearch(20, failed=True), after_id=found.last_id)
     assert (found.read, found.complete) == (200, True)
 
 
 async def test_client_reads_no_more_than_the_limit_without_a_selection(
-    client: WorkClient, plane: ControlPlane
+    client: WorkClient, control_plane: ControlPlane
 ) -> None:
-    items = plane.enqueue(7)
+    items = control_plane.enqueue(7)
     found = await client.find(ItemSearch(5))
     assert ([item.id for item in found.items], found.read) == ([each.id for each in items[:5]], 5)
     assert (found.complete, found.last_id) == (False, items[4].id)
 
 
-async def test_refusal_of_a_list_itself_is_raised(client: WorkClient, other: OtherPlane) -> None:
-    other.helps, other.refuses = False, True
+async def test_refusal_of_a_list_itself_is_raised(
+    client: WorkClient, other_control_plane: OtherControlPlane
+) -> None:
+    other_control_plane.helps, other_control_plane.refuses = False, True
     with pytest.raises(RefusedError):
         await client.find(ItemSearch(5), after_id="work_unknown")
 
 
-@pytest.mark.usefixtures("ids")
+@pytest.mark.usefixtures("item_ids")
 async def test_client_reads_the_counts_of_running_and_stopped_items(client: WorkClient) -> None:
     stats = await client.stats()
     assert (stats.running, stats.stopped) == (3, 2)

@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from tests.protocol.conftest import ENV, OTHER, TOKEN, Answer, Api, Clock
-from tests.protocol.test_events import BASH, path
+from tests.protocol.conftest import ENV, OTHER, TOKEN, ApiClient, HttpAnswer, MovableClock
+from tests.protocol.test_events import BASH, events_path
 from workpool.server import ControlPlane, SqliteStore
 
 if TYPE_CHECKING:
@@ -21,7 +21,7 @@ MESSAGE = {"type": "user.message", "content": [{"type": "text", "text": "hello"}
 SELF_HOSTED = {"name": "mine", "config": {"type": "self_hosted"}}
 
 
-def token_of(item: dict[str, Any]) -> str:
+def token_in_secret(item: dict[str, Any]) -> str:
     padding = "=" * (-len(item["secret"]) % 4)
     content = json.loads(base64.urlsafe_b64decode(item["secret"] + padding))
     assert set(content) == {"sessions_token"}
@@ -29,20 +29,20 @@ def token_of(item: dict[str, Any]) -> str:
     return token
 
 
-async def claimed(api: Api, environment: str = ENV) -> tuple[dict[str, Any], Api]:
+async def claimed_item(api: ApiClient, environment: str = ENV) -> tuple[dict[str, Any], ApiClient]:
     """Return a claimed item, and a client with only the token of the item."""
     api.plane.enqueue(script=[BASH], environment_id=environment)
     item = (await api.poll(environment)).body
-    return item, Api(api.plane, api.http, "anthropic", token=token_of(item))
+    return item, ApiClient(api.plane, api.http, "anthropic", token=token_in_secret(item))
 
 
-def session_path(api: Api, item: dict[str, Any], suffix: str = "/events") -> str:
-    return path(api, item["data"]["id"].replace("session_", "sess_"), suffix)
+def session_path(api: ApiClient, item: dict[str, Any], suffix: str = "/events") -> str:
+    return events_path(api, item["data"]["id"].replace("session_", "sess_"), suffix)
 
 
 @pytest.mark.usefixtures("both_stores")
-async def test_item_token_allows_calls_for_item_from_ack_to_stop(anthropic: Api) -> None:
-    item, own = await claimed(anthropic)
+async def test_item_token_allows_calls_for_item_from_ack_to_stop(anthropic_api: ApiClient) -> None:
+    item, own = await claimed_item(anthropic_api)
     assert (await own.ack(item["id"])).status == 200
     assert (await own.heartbeat(item["id"], "NO_HEARTBEAT")).status == 200
     session = await own("GET", session_path(own, item, ""))
@@ -57,9 +57,11 @@ async def test_item_token_allows_calls_for_item_from_ack_to_stop(anthropic: Api)
     assert (await own.stop(item["id"], json={"force": True})).status == 204
 
 
-async def forbidden(own: Api, item: dict[str, Any], other: dict[str, Any]) -> list[Answer]:
+async def forbidden_answers(
+    own: ApiClient, item: dict[str, Any], other: dict[str, Any]
+) -> list[HttpAnswer]:
     """Return the answers to all calls that the token of `item` must not make."""
-    base, work_id = own.base, item["id"]
+    base, work_id = own.base_path, item["id"]
     events = {"events": [MESSAGE]}
     return [
         await own.poll(),
@@ -87,24 +89,26 @@ async def forbidden(own: Api, item: dict[str, Any], other: dict[str, Any]) -> li
 
 
 @pytest.mark.parametrize("environment", [ENV, OTHER])
-async def test_item_token_is_403_for_all_other_calls(anthropic: Api, environment: str) -> None:
-    item, own = await claimed(anthropic)
-    other, _ = await claimed(anthropic, environment)
-    answers = await forbidden(own, item, other)
+async def test_item_token_is_403_for_all_other_calls(
+    anthropic_api: ApiClient, environment: str
+) -> None:
+    item, own = await claimed_item(anthropic_api)
+    other, _ = await claimed_item(anthropic_api, environment)
+    answers = await forbidden_answers(own, item, other)
     assert [answer.status for answer in answers] == [403] * len(answers)
-    assert {answer.error["type"] for answer in answers} == {"permission_error"}
-    assert await anthropic.state(item["id"]) == "queued"
+    assert {answer.error_type["type"] for answer in answers} == {"permission_error"}
+    assert await anthropic_api.item_state(item["id"]) == "queued"
 
 
-async def test_item_token_in_path_of_another_environment_is_403(anthropic: Api) -> None:
-    item, own = await claimed(anthropic)
+async def test_item_token_in_path_of_another_environment_is_403(anthropic_api: ApiClient) -> None:
+    item, own = await claimed_item(anthropic_api)
     url = own.work(f"/{item['id']}/heartbeat", OTHER)
     assert (await own("POST", url)).status == 403
 
 
-async def test_item_token_of_stopped_item_opens_no_session(anthropic: Api) -> None:
-    item, own = await claimed(anthropic)
-    await anthropic.stop(item["id"], json={"force": True})
+async def test_item_token_of_stopped_item_opens_no_session(anthropic_api: ApiClient) -> None:
+    item, own = await claimed_item(anthropic_api)
+    await anthropic_api.stop(item["id"], json={"force": True})
     assert (await own("GET", session_path(own, item, ""))).status == 403
     assert (await own.stop(item["id"], json={"force": True})).status == 409
     assert (await own.heartbeat(item["id"])).body["state"] == "stopped"
@@ -122,40 +126,44 @@ async def test_item_token_of_stopped_item_opens_no_session(anthropic: Api) -> No
         lambda _: "item.a.b.c",
     ],
 )
-async def test_modified_item_token_is_401(anthropic: Api, change: Any) -> None:
-    item, own = await claimed(anthropic)
+async def test_modified_item_token_is_401(anthropic_api: ApiClient, change: Any) -> None:
+    item, own = await claimed_item(anthropic_api)
     own.token = change(own.token)
     assert (await own.heartbeat(item["id"], "NO_HEARTBEAT")).status == 401
 
 
-async def test_secret_is_in_polls_of_anthropic_dialect_only(anthropic: Api, qoder: Api) -> None:
-    item, own = await claimed(anthropic)
-    assert "secret" not in (await anthropic.get(item["id"])).body
-    assert "secret" not in (await anthropic.ack(item["id"])).body
-    assert all("secret" not in each for each in (await anthropic("GET", own.work())).body["data"])
-    qoder.plane.enqueue()
-    assert "secret" not in (await qoder.poll()).body
-    qoder.token = own.token
-    assert (await qoder.heartbeat(item["id"], "NO_HEARTBEAT")).status == 401
+async def test_secret_is_in_polls_of_anthropic_dialect_only(
+    anthropic_api: ApiClient, qoder_api: ApiClient
+) -> None:
+    item, own = await claimed_item(anthropic_api)
+    assert "secret" not in (await anthropic_api.get(item["id"])).body
+    assert "secret" not in (await anthropic_api.ack(item["id"])).body
+    assert all(
+        "secret" not in each for each in (await anthropic_api("GET", own.work())).body["data"]
+    )
+    qoder_api.plane.enqueue()
+    assert "secret" not in (await qoder_api.poll()).body
+    qoder_api.token = own.token
+    assert (await qoder_api.heartbeat(item["id"], "NO_HEARTBEAT")).status == 401
 
 
-async def test_item_tokens_of_two_control_planes_differ(anthropic: Api) -> None:
-    _, own = await claimed(anthropic)
+async def test_item_tokens_of_two_control_planes_differ(anthropic_api: ApiClient) -> None:
+    _, own = await claimed_item(anthropic_api)
     async with ControlPlane(environments=(ENV,), tokens={TOKEN: None}) as another:
-        item, _ = await claimed(Api(another, anthropic.http, "anthropic"))
-        stranger = Api(another, anthropic.http, "anthropic", token=own.token)
+        item, _ = await claimed_item(ApiClient(another, anthropic_api.http, "anthropic"))
+        stranger = ApiClient(another, anthropic_api.http, "anthropic", token=own.token)
         assert (await stranger.ack(item["id"])).status == 401
 
 
 async def test_item_token_is_valid_after_restart_with_sqlite(
-    tmp_path: Path, clock: Clock, http: aiohttp.ClientSession
+    tmp_path: Path, clock: MovableClock, http_session: aiohttp.ClientSession
 ) -> None:
     def plane() -> ControlPlane:
         store = SqliteStore(tmp_path / "work.db")
         return ControlPlane(environments=(ENV,), tokens={TOKEN: None}, store=store, now=clock)
 
     async with plane() as first:
-        item, own = await claimed(Api(first, http, "anthropic"))
+        item, own = await claimed_item(ApiClient(first, http_session, "anthropic"))
     async with plane() as second:
         own.plane = second
         assert (await own.ack(item["id"])).status == 200

@@ -1,4 +1,4 @@
-"""Leases and redelivery at exact times, seen by every call.
+"""Leases and redelivery at exact times, as every call reports them.
 
 See workpool/docs/protocol.md, "Leases".
 """
@@ -10,64 +10,70 @@ from typing import TYPE_CHECKING
 import pytest
 
 if TYPE_CHECKING:
-    from tests.protocol.conftest import Api, Clock
+    from tests.protocol.conftest import ApiClient, MovableClock
 
 pytestmark = pytest.mark.usefixtures("both_stores")
 
 
 @pytest.mark.parametrize("seen_by", ["poll", "get", "list", "stats", "ack", "heartbeat"])
-async def test_expired_lease_is_noticed_by_every_call(api: Api, clock: Clock, seen_by: str) -> None:
-    work_id = await api.bring_to("active", "a")
+async def test_every_call_notices_an_expired_lease(
+    api: ApiClient, clock: MovableClock, seen_by: str
+) -> None:
+    work_id = await api.item_in_state("active", "a")
     clock.advance(59.999999)
     assert (await api.get(work_id)).body["state"] == "active"
     clock.advance(0.000002)  # a float of this size loses half a microsecond
     if seen_by == "poll":
-        assert (await api.claim())["id"] == work_id
+        assert (await api.claim_item())["id"] == work_id
     elif seen_by == "get":
-        assert await api.state(work_id) == "queued"
+        assert await api.item_state(work_id) == "queued"
     elif seen_by == "list":
         assert (await api("GET", api.work())).body["data"][0]["state"] == "queued"
     elif seen_by == "stats":
-        assert (await api.stats())["depth"] == 1
+        assert (await api.queue_stats())["depth"] == 1
     elif seen_by == "ack":
         assert (await api.ack(work_id, worker="b")).body["state"] == "starting"
     else:
         assert (await api.heartbeat(work_id, worker="a")).status == 409
 
 
-async def test_lease_from_ack_to_first_heartbeat_lasts_60_seconds(api: Api, clock: Clock) -> None:
-    work_id = await api.bring_to("starting")
+async def test_lease_from_ack_to_first_heartbeat_lasts_60_seconds(
+    api: ApiClient, clock: MovableClock
+) -> None:
+    work_id = await api.item_in_state("starting")
     clock.advance(59.999)
-    assert await api.state(work_id) == "starting"
+    assert await api.item_state(work_id) == "starting"
     clock.advance(0.001)
-    assert await api.state(work_id) == "queued"
+    assert await api.item_state(work_id) == "queued"
 
 
-async def test_heartbeat_with_short_ttl_shortens_lease(api: Api, clock: Clock) -> None:
-    work_id = await api.bring_to("starting")
+async def test_heartbeat_with_short_ttl_shortens_lease(api: ApiClient, clock: MovableClock) -> None:
+    work_id = await api.item_in_state("starting")
     last = (await api.heartbeat(work_id, "NO_HEARTBEAT", 600)).body["last_heartbeat"]
     assert (await api.heartbeat(work_id, last, 10)).body["lease_extended"] is True
     clock.advance(10)
-    assert await api.state(work_id) == "queued"
+    assert await api.item_state(work_id) == "queued"
 
 
-async def test_heartbeat_with_long_ttl_extends_short_lease(api: Api, clock: Clock) -> None:
-    work_id = await api.bring_to("starting")
+async def test_heartbeat_with_long_ttl_extends_short_lease(
+    api: ApiClient, clock: MovableClock
+) -> None:
+    work_id = await api.item_in_state("starting")
     last = (await api.heartbeat(work_id, "NO_HEARTBEAT", 10)).body["last_heartbeat"]
     clock.advance(9)
     await api.heartbeat(work_id, last, 600)
     clock.advance(599)
-    assert await api.state(work_id) == "active"
+    assert await api.item_state(work_id) == "active"
     clock.advance(1)
-    assert await api.state(work_id) == "queued"
+    assert await api.item_state(work_id) == "queued"
 
 
 async def test_item_with_expired_lease_keeps_its_times_until_overwritten(
-    api: Api, clock: Clock
+    api: ApiClient, clock: MovableClock
 ) -> None:
-    work_id = await api.bring_to("active", "a")
+    work_id = await api.item_in_state("active", "a")
     clock.advance(60)
-    item = await api.claim(worker="b")
+    item = await api.claim_item(worker="b")
     assert item["state"] == "queued"
     assert item["acknowledged_at"] == "2026-03-01T12:00:00Z"
     assert item["started_at"] == "2026-03-01T12:00:00Z"
@@ -84,23 +90,27 @@ async def test_item_with_expired_lease_keeps_its_times_until_overwritten(
     assert item["started_at"] == "2026-03-01T12:01:02Z"
 
 
-async def test_expired_lease_clears_delivery(api: Api, clock: Clock) -> None:
-    work_id = await api.bring_to("starting", "a")
+async def test_expired_lease_clears_delivery(api: ApiClient, clock: MovableClock) -> None:
+    work_id = await api.item_in_state("starting", "a")
     clock.advance(60)
-    assert (await api.stats())["pending"] == 0
+    assert (await api.queue_stats())["pending"] == 0
     assert (await api.ack(work_id, worker="b")).status == 200
 
 
-async def test_item_with_expired_lease_is_delivered_at_once(api: Api, clock: Clock) -> None:
-    work_id = await api.bring_to("active")
+async def test_item_with_expired_lease_is_delivered_at_once(
+    api: ApiClient, clock: MovableClock
+) -> None:
+    work_id = await api.item_in_state("active")
     clock.advance(60)
     params = {"reclaim_older_than_ms": "600000"}
-    assert (await api.claim(params=params))["id"] == work_id
+    assert (await api.claim_item(params=params))["id"] == work_id
     assert (await api.poll(params=params)).body is None
 
 
-async def test_stopping_item_whose_lease_expires_becomes_stopped(api: Api, clock: Clock) -> None:
-    work_id = await api.bring_to("stopping")
+async def test_stopping_item_whose_lease_expires_becomes_stopped(
+    api: ApiClient, clock: MovableClock
+) -> None:
+    work_id = await api.item_in_state("stopping")
     clock.advance(3600)
     item = (await api.get(work_id)).body
     assert item["state"] == "stopped"
@@ -109,27 +119,27 @@ async def test_stopping_item_whose_lease_expires_becomes_stopped(api: Api, clock
     assert (await api.poll()).body is None
 
 
-async def test_graceful_stop_does_not_change_lease(api: Api, clock: Clock) -> None:
-    work_id = await api.bring_to("starting")
+async def test_graceful_stop_does_not_change_lease(api: ApiClient, clock: MovableClock) -> None:
+    work_id = await api.item_in_state("starting")
     clock.advance(50)
     await api.stop(work_id)
     clock.advance(10)
-    assert await api.state(work_id) == "stopped"
+    assert await api.item_state(work_id) == "stopped"
 
 
-async def test_clock_set_back_changes_no_lease(api: Api, clock: Clock) -> None:
-    work_id = await api.bring_to("active")
+async def test_clock_set_back_changes_no_lease(api: ApiClient, clock: MovableClock) -> None:
+    work_id = await api.item_in_state("active")
     clock.advance(-3600)
-    assert await api.state(work_id) == "active"
+    assert await api.item_state(work_id) == "active"
     answer = await api.heartbeat(work_id)
     assert answer.body["last_heartbeat"] == "2026-03-01T12:00:00.000001Z"
 
 
-async def test_leases_expire_in_order_of_their_ends(api: Api, clock: Clock) -> None:
-    slow, fast = await api.bring_to("active"), await api.bring_to("starting")
+async def test_leases_expire_in_order_of_their_ends(api: ApiClient, clock: MovableClock) -> None:
+    slow, fast = await api.item_in_state("active"), await api.item_in_state("starting")
     await api.heartbeat(fast, "NO_HEARTBEAT", 10)
     clock.advance(3600)
-    assert await api.state(slow) == await api.state(fast) == "queued"
+    assert await api.item_state(slow) == await api.item_state(fast) == "queued"
     lapsed = [record for record in api.plane.history if record.kind == "lapsed"]
     assert [record.work_id for record in lapsed] == [fast, slow]
     assert lapsed[1].time - lapsed[0].time == 50

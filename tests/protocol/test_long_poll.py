@@ -11,14 +11,14 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from tests.protocol.conftest import ENV, OTHER, START, until
+from tests.protocol.conftest import ENV, OTHER, START, wait_until
 from workpool.server import Operations, Poll
 from workpool.server.queue.long_polls import WaitingPolls
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable
 
-    from tests.protocol.conftest import Api, Clock
+    from tests.protocol.conftest import ApiClient, MovableClock
     from workpool.server import Item
 
 
@@ -38,80 +38,82 @@ class VirtualLoop(asyncio.SelectorEventLoop):
         super()._run_once()  # type: ignore[misc]  # asyncio's own
 
 
-def virtually(scene: Callable[[Operations], Awaitable[Any]]) -> Any:
-    """Run a scene in virtual time with a clock as large as the real time since the epoch."""
+def run_virtually(scene: Callable[[Operations], Awaitable[Any]]) -> Any:
+    """Run a test in virtual time with a clock as large as the real time since the epoch."""
     with asyncio.Runner(loop_factory=VirtualLoop) as runner:
 
-        async def play() -> Any:
+        async def main() -> Any:
             loop = asyncio.get_running_loop()
             return await scene(Operations([ENV], now=lambda: START + loop.time()))
 
-        return runner.run(play())
+        return runner.run(main())
 
 
-def present() -> bool:
+def expect_item() -> bool:
     return False
 
 
-async def timed(operations: Operations, **poll: Any) -> tuple[float, Item | None]:
-    item = await operations.long_poll(ENV, Poll(**poll), present)
+async def timed_poll(operations: Operations, **poll: Any) -> tuple[float, Item | None]:
+    item = await operations.long_poll(ENV, Poll(**poll), expect_item)
     return round(asyncio.get_running_loop().time(), 3), item
 
 
 def test_poll_of_empty_queue_waits_for_block_ms() -> None:
-    assert virtually(lambda operations: timed(operations, block_ms=250)) == (0.25, None)
+    assert run_virtually(lambda operations: timed_poll(operations, block_ms=250)) == (0.25, None)
 
 
 def test_waiting_poll_returns_at_once_when_item_arrives() -> None:
-    async def scene(operations: Operations) -> None:
+    async def check_arrival(operations: Operations) -> None:
         async with asyncio.TaskGroup() as group:
-            poll = group.create_task(timed(operations, block_ms=999))
+            poll = group.create_task(timed_poll(operations, block_ms=999))
             await asyncio.sleep(0.3)
             operations.enqueue(ENV)
         at, item = poll.result()
         assert (at, item is not None) == (0.3, True)
 
-    virtually(scene)
+    run_virtually(check_arrival)
 
 
 @pytest.mark.parametrize("reclaim", [0, 1, 200, 700])
 def test_waiting_poll_returns_when_redelivery_becomes_due(reclaim: int) -> None:
-    async def scene(operations: Operations) -> None:
+    async def check_redelivery(operations: Operations) -> None:
         operations.enqueue(ENV)
         operations.poll(ENV, Poll("a"))
         await asyncio.sleep(0.1)
-        at, item = await timed(operations, block_ms=999, reclaim_older_than_ms=reclaim)
+        at, item = await timed_poll(operations, block_ms=999, reclaim_older_than_ms=reclaim)
         assert item is not None
         assert at == max(0.1, reclaim / 1000)
 
-    virtually(scene)
+    run_virtually(check_redelivery)
 
 
 def test_delivery_made_during_wait_becomes_due_to_second_poll() -> None:
-    async def scene(operations: Operations) -> None:
+    async def check_second_poll(operations: Operations) -> None:
         async with asyncio.TaskGroup() as group:
-            first = group.create_task(timed(operations, block_ms=999))
-            second = group.create_task(timed(operations, block_ms=999, reclaim_older_than_ms=200))
+            first = group.create_task(timed_poll(operations, block_ms=999))
+            second = group.create_task(
+                timed_poll(operations, block_ms=999, reclaim_older_than_ms=200)
+            )
             await asyncio.sleep(0.1)
             operations.enqueue(ENV)
         assert [poll.result()[0] for poll in (first, second)] == [0.1, 0.3]
         assert None not in [poll.result()[1] for poll in (first, second)]
 
-    virtually(scene)
+    run_virtually(check_second_poll)
 
 
 def test_waiting_poll_ends_before_later_redelivery() -> None:
-    async def scene(operations: Operations) -> None:
+    async def check_end(operations: Operations) -> None:
         operations.enqueue(ENV)
         operations.poll(ENV, Poll("a"))
-        assert await timed(operations, block_ms=999) == (0.999, None)
+        assert await timed_poll(operations, block_ms=999) == (0.999, None)
 
-    virtually(scene)
+    run_virtually(check_end)
 
 
 @pytest.mark.parametrize("state", ["starting", "active"])
 def test_waiting_poll_returns_when_lease_expires(state: str) -> None:
-    async def scene(operations: Operations) -> None:
+    async def check_expiry(operations: Operations) -> None:
         (item,) = operations.enqueue(ENV)
         operations.ack(ENV, item.id)
         lease = 60.0
@@ -119,31 +121,31 @@ def test_waiting_poll_returns_when_lease_expires(state: str) -> None:
             operations.heartbeat(ENV, item.id, ttl_seconds=10)
             lease = 10.0
         await asyncio.sleep(lease - 0.5)
-        at, again = await timed(operations, block_ms=999)
+        at, again = await timed_poll(operations, block_ms=999)
         assert again is not None
         assert (at, again.id) == (lease, item.id)
 
-    virtually(scene)
+    run_virtually(check_expiry)
 
 
 def test_waiting_polls_receive_one_item_each_in_order() -> None:
-    async def scene(operations: Operations) -> None:
+    async def check_order(operations: Operations) -> None:
         async with asyncio.TaskGroup() as group:
             polls = []
             for _ in range(5):
-                polls.append(group.create_task(timed(operations, block_ms=999)))
+                polls.append(group.create_task(timed_poll(operations, block_ms=999)))
                 await asyncio.sleep(0.01)
             created = operations.enqueue(ENV, count=3)
         items = [poll.result()[1] for poll in polls]
         assert [item and item.id for item in items] == [*(item.id for item in created), None, None]
 
-    virtually(scene)
+    run_virtually(check_order)
 
 
 def test_thousand_waiting_polls_receive_thousand_items() -> None:
-    async def scene(operations: Operations) -> None:
+    async def check_thousand(operations: Operations) -> None:
         async with asyncio.TaskGroup() as group:
-            polls = [group.create_task(timed(operations, block_ms=999)) for _ in range(1000)]
+            polls = [group.create_task(timed_poll(operations, block_ms=999)) for _ in range(1000)]
             await asyncio.sleep(0.1)
             for _ in range(1000):
                 operations.enqueue(ENV)
@@ -151,19 +153,19 @@ def test_thousand_waiting_polls_receive_thousand_items() -> None:
         assert len({item.id for item in items if item is not None}) == 1000
         assert {poll.result()[0] for poll in polls} == {0.1}
 
-    virtually(scene)
+    run_virtually(check_thousand)
 
 
 def test_release_answers_all_waiting_polls() -> None:
-    async def scene(operations: Operations) -> None:
+    async def check_release(operations: Operations) -> None:
         async with asyncio.TaskGroup() as group:
-            polls = [group.create_task(timed(operations, block_ms=999)) for _ in range(3)]
+            polls = [group.create_task(timed_poll(operations, block_ms=999)) for _ in range(3)]
             await asyncio.sleep(0.1)
             operations.release()
         assert [poll.result() for poll in polls] == [(0.1, None)] * 3
-        assert await timed(operations, block_ms=999) == (0.1, None)
+        assert await timed_poll(operations, block_ms=999) == (0.1, None)
 
-    virtually(scene)
+    run_virtually(check_release)
 
 
 async def test_wake_up_of_cancelled_poll_goes_to_next_poll() -> None:
@@ -171,7 +173,7 @@ async def test_wake_up_of_cancelled_poll_goes_to_next_poll() -> None:
     async with asyncio.timeout(20), asyncio.TaskGroup() as group:
         first = group.create_task(waiting.wait(60, impatient=False))
         second = group.create_task(waiting.wait(60, impatient=False))
-        await until(lambda: len(waiting) == 2)
+        await wait_until(lambda: len(waiting) == 2)
         waiting.wake(1)
         first.cancel()
         await second
@@ -180,13 +182,13 @@ async def test_wake_up_of_cancelled_poll_goes_to_next_poll() -> None:
 
 
 def test_wake_up_of_poll_with_disconnected_client_goes_to_next_poll() -> None:
-    async def scene(operations: Operations) -> None:
+    async def check_next_poll(operations: Operations) -> None:
         left = False
         async with asyncio.TaskGroup() as group:
             poll = Poll(block_ms=999)
             first = group.create_task(operations.long_poll(ENV, poll, lambda: left))
             await asyncio.sleep(0.1)
-            second = group.create_task(timed(operations, block_ms=999))
+            second = group.create_task(timed_poll(operations, block_ms=999))
             await asyncio.sleep(0.1)
             left = True
             operations.enqueue(ENV)
@@ -194,44 +196,44 @@ def test_wake_up_of_poll_with_disconnected_client_goes_to_next_poll() -> None:
         at, item = second.result()
         assert (at, item is not None) == (0.2, True)
 
-    virtually(scene)
+    run_virtually(check_next_poll)
 
 
 def test_withdrawn_delivery_wakes_next_poll() -> None:
-    async def scene(operations: Operations) -> None:
+    async def check_next_poll(operations: Operations) -> None:
         operations.enqueue(ENV)
         delivered = operations.poll(ENV, Poll("gone"))
         assert delivered is not None
         async with asyncio.TaskGroup() as group:
-            poll = group.create_task(timed(operations, block_ms=999))
+            poll = group.create_task(timed_poll(operations, block_ms=999))
             await asyncio.sleep(0.3)
             operations.withdraw(delivered)
         at, item = poll.result()
         assert (at, item is not None) == (0.3, True)
 
-    virtually(scene)
+    run_virtually(check_next_poll)
 
 
 def test_expired_lease_noticed_by_another_call_wakes_poll() -> None:
-    async def scene(operations: Operations) -> None:
+    async def check_wake_up(operations: Operations) -> None:
         (item,) = operations.enqueue(ENV)
         operations.ack(ENV, item.id)
         await asyncio.sleep(59.5)
         async with asyncio.TaskGroup() as group:
-            poll = group.create_task(timed(operations, block_ms=999))
+            poll = group.create_task(timed_poll(operations, block_ms=999))
             await asyncio.sleep(0.5)
             operations.stats(ENV)
         at, again = poll.result()
         assert (at, again is not None) == (60.0, True)
 
-    virtually(scene)
+    run_virtually(check_wake_up)
 
 
-async def test_enqueue_over_http_wakes_waiting_poll(api: Api) -> None:
+async def test_enqueue_over_http_wakes_waiting_poll(api: ApiClient) -> None:
     waiting = api.plane.operations.queue(ENV).waiting
     async with asyncio.TaskGroup() as group:
         poll = group.create_task(api.poll(params={"block_ms": "999"}))
-        await until(lambda: len(waiting) == 1)
+        await wait_until(lambda: len(waiting) == 1)
         created = (await api("POST", api.work())).body["data"][0]
     assert poll.result().body["id"] == created["id"]
     delivered, made = (
@@ -242,22 +244,24 @@ async def test_enqueue_over_http_wakes_waiting_poll(api: Api) -> None:
     assert delivered.time == made.time
 
 
-async def test_clock_changed_by_test_wakes_poll_after_wake(api: Api, clock: Clock) -> None:
-    work_id = await api.bring_to("active")
+async def test_clock_changed_by_test_ends_poll_after_wake(
+    api: ApiClient, clock: MovableClock
+) -> None:
+    work_id = await api.item_in_state("active")
     waiting = api.plane.operations.queue(ENV).waiting
     async with asyncio.TaskGroup() as group:
         poll = group.create_task(api.poll(params={"block_ms": "999"}))
-        await until(lambda: len(waiting) == 1)
+        await wait_until(lambda: len(waiting) == 1)
         clock.advance(60)
         api.plane.operations.wake()
     assert poll.result().body["id"] == work_id
 
 
-async def test_enqueue_in_one_environment_does_not_wake_poll_of_another(api: Api) -> None:
+async def test_enqueue_in_one_environment_does_not_wake_poll_of_another(api: ApiClient) -> None:
     waiting = api.plane.operations.queue(ENV).waiting
     async with asyncio.TaskGroup() as group:
         poll = group.create_task(api.poll(params={"block_ms": "200"}))
-        await until(lambda: len(waiting) == 1)
+        await wait_until(lambda: len(waiting) == 1)
         api.plane.enqueue(environment_id=OTHER)
         assert len(waiting) == 1
     assert poll.result().body is None

@@ -11,18 +11,18 @@ from typing import TYPE_CHECKING
 import pytest
 
 if TYPE_CHECKING:
-    from tests.protocol.conftest import Api, Clock
+    from tests.protocol.conftest import ApiClient, MovableClock
 
 
-async def test_poll_of_empty_queue_answers_literal_null(api: Api) -> None:
+async def test_poll_of_empty_queue_answers_literal_null(api: ApiClient) -> None:
     answer = await api.poll()
     assert (answer.status, answer.body) == (200, None)
     assert answer.headers["Content-Length"] == "4"
 
 
-async def test_polled_item_has_every_documented_field(qoder: Api) -> None:
-    qoder.plane.enqueue(metadata={"job": "report"})
-    item = await qoder.claim()
+async def test_polled_item_has_every_documented_field(qoder_api: ApiClient) -> None:
+    qoder_api.plane.enqueue(metadata={"job": "report"})
+    item = await qoder_api.claim_item()
     work_id, session_id = item.pop("id"), item["data"].pop("id")
     assert re.fullmatch(r"work_[0-9a-f]{12}7[0-9a-f]{3}[89ab][0-9a-f]{15}", work_id)
     assert re.fullmatch(r"sess_[0-9a-f]{12}7[0-9a-f]{3}[89ab][0-9a-f]{15}", session_id)
@@ -41,53 +41,53 @@ async def test_polled_item_has_every_documented_field(qoder: Api) -> None:
     }
 
 
-async def test_anthropic_item_has_session_id_with_its_prefix(anthropic: Api) -> None:
-    (created,) = anthropic.plane.enqueue()
-    item = await anthropic.claim()
+async def test_anthropic_item_has_session_id_with_its_prefix(anthropic_api: ApiClient) -> None:
+    (created,) = anthropic_api.plane.enqueue()
+    item = await anthropic_api.claim_item()
     assert item["data"]["id"] == created.session_id.replace("sess_", "session_")
 
 
-async def test_beta_query_is_accepted_but_not_required(anthropic: Api) -> None:
-    anthropic.plane.enqueue(2)
-    assert (await anthropic.poll(params={"beta": "true"})).body is not None
-    assert (await anthropic.poll()).body is not None
+async def test_beta_query_is_accepted_but_not_required(anthropic_api: ApiClient) -> None:
+    anthropic_api.plane.enqueue(2)
+    assert (await anthropic_api.poll(params={"beta": "true"})).body is not None
+    assert (await anthropic_api.poll()).body is not None
 
 
 @pytest.mark.usefixtures("both_stores")
-async def test_poll_delivers_item_and_leaves_it_queued(api: Api) -> None:
+async def test_poll_delivers_item_and_leaves_it_queued(api: ApiClient) -> None:
     api.plane.enqueue()
-    item = await api.claim()
+    item = await api.claim_item()
     assert item["state"] == "queued"
-    assert await api.state(item["id"]) == "queued"
+    assert await api.item_state(item["id"]) == "queued"
     assert (await api.poll()).body is None
 
 
 @pytest.mark.usefixtures("both_stores")
-async def test_poll_returns_oldest_item_first(api: Api) -> None:
+async def test_poll_returns_oldest_item_first(api: ApiClient) -> None:
     ids = [item.id for item in api.plane.enqueue(5)]
     assert ids == sorted(ids)
-    assert [(await api.claim())["id"] for _ in range(5)] == ids
+    assert [(await api.claim_item())["id"] for _ in range(5)] == ids
 
 
-async def test_due_redelivery_precedes_younger_item(api: Api, clock: Clock) -> None:
+async def test_due_redelivery_precedes_younger_item(api: ApiClient, clock: MovableClock) -> None:
     (first,) = api.plane.enqueue()
-    await api.claim()
+    await api.claim_item()
     api.plane.enqueue()
     clock.advance(5)
-    assert (await api.claim())["id"] == first.id
+    assert (await api.claim_item())["id"] == first.id
 
 
 @pytest.mark.usefixtures("both_stores")
 async def test_redeliveries_are_oldest_first_regardless_of_last_delivery(
-    api: Api, clock: Clock
+    api: ApiClient, clock: MovableClock
 ) -> None:
     first, second = (item.id for item in api.plane.enqueue(2))
-    await api.claim()
+    await api.claim_item()
     clock.advance(1)
-    assert (await api.claim(params={"reclaim_older_than_ms": "1500"}))["id"] == second
-    assert (await api.claim(params={"reclaim_older_than_ms": "1000"}))["id"] == first
+    assert (await api.claim_item(params={"reclaim_older_than_ms": "1500"}))["id"] == second
+    assert (await api.claim_item(params={"reclaim_older_than_ms": "1000"}))["id"] == first
     clock.advance(5)
-    assert [(await api.claim())["id"], (await api.claim())["id"]] == [first, second]
+    assert [(await api.claim_item())["id"], (await api.claim_item())["id"]] == [first, second]
 
 
 @pytest.mark.parametrize(
@@ -104,69 +104,71 @@ async def test_redeliveries_are_oldest_first_regardless_of_last_delivery(
         ("9" * 5000, 10_000.0, False),
     ],
 )
-async def test_redelivery_is_due_after_window_of_new_poll(
-    qoder: Api, clock: Clock, reclaim: str | None, age: float, *, comes: bool
+async def test_redelivery_is_due_after_reclaim_window_of_the_new_poll(
+    qoder_api: ApiClient, clock: MovableClock, reclaim: str | None, age: float, *, comes: bool
 ) -> None:
-    qoder.plane.enqueue()
-    await qoder.claim()
+    qoder_api.plane.enqueue()
+    await qoder_api.claim_item()
     clock.advance(age)
     params = {} if reclaim is None else {"reclaim_older_than_ms": reclaim}
-    assert ((await qoder.poll(params=params)).body is not None) is comes
+    assert ((await qoder_api.poll(params=params)).body is not None) is comes
 
 
 @pytest.mark.parametrize(
     "value",
     ["0", "1000", "-1", "+5", "", " 5", "5 ", "1.0", "1e2", "0x10", "1_0", "five", "٣", "9" * 5000],
 )
-async def test_block_ms_out_of_range_is_400(api: Api, value: str) -> None:
+async def test_block_ms_out_of_range_is_400(api: ApiClient, value: str) -> None:
     api.plane.enqueue()
     answer = await api.poll(params={"block_ms": value})
     assert answer.status == 400
-    assert answer.error["type"] == "invalid_request_error"
-    assert answer.error["param"] == "block_ms"
-    assert (await api.stats())["depth"] == 1
+    assert answer.error_type["type"] == "invalid_request_error"
+    assert answer.error_type["param"] == "block_ms"
+    assert (await api.queue_stats())["depth"] == 1
 
 
 @pytest.mark.parametrize("value", ["1", "999", "0999"])
-async def test_block_ms_in_range_is_accepted(api: Api, value: str) -> None:
+async def test_block_ms_in_range_is_accepted(api: ApiClient, value: str) -> None:
     api.plane.enqueue()
     assert (await api.poll(params={"block_ms": value})).body is not None
 
 
 @pytest.mark.parametrize("value", ["-1", "", "1.5", "x", "+0", "NaN", "Infinity", "1_000"])
-async def test_reclaim_window_other_than_non_negative_integer_is_400(api: Api, value: str) -> None:
+async def test_reclaim_window_other_than_non_negative_integer_is_400(
+    api: ApiClient, value: str
+) -> None:
     answer = await api.poll(params={"reclaim_older_than_ms": value})
     assert answer.status == 400
-    assert answer.error["param"] == "reclaim_older_than_ms"
+    assert answer.error_type["param"] == "reclaim_older_than_ms"
 
 
 @pytest.mark.parametrize("name", ["block_ms", "reclaim_older_than_ms"])
-async def test_poll_parameter_given_twice_is_400(api: Api, name: str) -> None:
+async def test_poll_parameter_given_twice_is_400(api: ApiClient, name: str) -> None:
     answer = await api.poll(params=[(name, "5"), (name, "5")])
     assert answer.status == 400
-    assert answer.error["param"] == name
+    assert answer.error_type["param"] == name
 
 
-async def test_unknown_poll_parameters_are_ignored(api: Api) -> None:
+async def test_unknown_poll_parameters_are_ignored(api: ApiClient) -> None:
     assert (await api.poll(params={"colour": "blue"})).status == 200
 
 
 @pytest.mark.usefixtures("both_stores")
-async def test_poll_records_worker_of_delivery(api: Api) -> None:
+async def test_poll_records_worker_of_delivery(api: ApiClient) -> None:
     api.plane.enqueue()
-    item = await api.claim(worker="a")
+    item = await api.claim_item(worker="a")
     assert (await api.ack(item["id"], worker="b")).status == 409
     assert (await api.ack(item["id"], worker="a")).status == 200
 
 
 @pytest.mark.parametrize("worker", ["x" * 257, "a\tb", "\x80"])
-async def test_invalid_worker_id_is_400(qoder: Api, worker: str) -> None:
-    answer = await qoder.poll(worker=worker)
+async def test_invalid_worker_id_is_400(qoder_api: ApiClient, worker: str) -> None:
+    answer = await qoder_api.poll(worker=worker)
     assert answer.status == 400
-    assert answer.error["type"] == "invalid_request_error"
+    assert answer.error_type["type"] == "invalid_request_error"
 
 
-async def test_head_request_is_405_and_delivers_nothing(api: Api) -> None:
+async def test_head_request_is_405_and_delivers_nothing(api: ApiClient) -> None:
     api.plane.enqueue()
     assert (await api("HEAD", api.work("/poll"))).status == 405
-    assert (await api.stats())["depth"] == 1
+    assert (await api.queue_stats())["depth"] == 1

@@ -12,7 +12,7 @@ import pytest
 from tests.protocol.conftest import CLOUD, ENV, LIMITED, OTHER, TOKEN
 
 if TYPE_CHECKING:
-    from tests.protocol.conftest import Api
+    from tests.protocol.conftest import ApiClient
 
 UNKNOWN_ENV = "env_0199aaaaaaaa7000800000000000dead"
 UNKNOWN_ITEM = "work_0199aaaaaaaa7000800000000000dead"
@@ -29,7 +29,7 @@ CALLS = {
     "enqueue": ("POST", ""),
 }
 ON_ITEMS = ["ack", "heartbeat", "stop", "update", "get"]
-# All possible mistakes in a request at once.
+# Every mistake that one request can contain, all at once.
 BAD = {
     "params": {
         "block_ms": "0",
@@ -42,49 +42,49 @@ BAD = {
 
 
 @pytest.mark.parametrize("call", CALLS)
-async def test_error_statuses_have_documented_precedence(api: Api, call: str) -> None:
+async def test_error_statuses_have_documented_precedence(api: ApiClient, call: str) -> None:
     method, suffix = CALLS[call]
 
-    async def status(token: str | None, environment: str) -> int:
+    async def status_of(token: str | None, environment: str) -> int:
         api.token = token
         url = api.work(suffix.format(id=UNKNOWN_ITEM), environment)
         answer = await api(method, url, **BAD)
-        assert answer.error["type"]
+        assert answer.error_type["type"]
         return answer.status
 
-    assert await status(None, UNKNOWN_ENV) == 401
-    assert await status("wrong", CLOUD) == 401
-    assert await status(LIMITED, UNKNOWN_ENV) == 403
-    assert await status(LIMITED, OTHER) == 403
-    assert await status(LIMITED, CLOUD) == 403
-    assert await status(TOKEN, UNKNOWN_ENV) == 404
-    assert await status(TOKEN, CLOUD) == 400
+    assert await status_of(None, UNKNOWN_ENV) == 401
+    assert await status_of("wrong", CLOUD) == 401
+    assert await status_of(LIMITED, UNKNOWN_ENV) == 403
+    assert await status_of(LIMITED, OTHER) == 403
+    assert await status_of(LIMITED, CLOUD) == 403
+    assert await status_of(TOKEN, UNKNOWN_ENV) == 404
+    assert await status_of(TOKEN, CLOUD) == 400
     expected = {"get": 404, "stats": 200}.get(call, 404 if call in ON_ITEMS else 400)
     if expected != 200:
-        assert await status(TOKEN, ENV) == expected
-        assert await status(LIMITED, ENV) == expected
+        assert await status_of(TOKEN, ENV) == expected
+        assert await status_of(LIMITED, ENV) == expected
 
 
 @pytest.mark.parametrize("call", ["ack", "heartbeat", "stop", "update"])
-async def test_bad_request_precedes_409(api: Api, call: str) -> None:
-    work_id = await api.bring_to("stopped")
+async def test_bad_request_precedes_409(api: ApiClient, call: str) -> None:
+    work_id = await api.item_in_state("stopped")
     method, suffix = CALLS[call]
     answer = await api(method, api.work(suffix.format(id=work_id)), **BAD)
     # an ack has no parameter that could be malformed
     assert answer.status == (409 if call == "ack" else 400)
 
 
-async def test_conflict_409_precedes_412(qoder: Api) -> None:
-    work_id = await qoder.bring_to("stopped")
-    assert (await qoder.heartbeat(work_id, "2026-03-01T12:00:00Z")).status == 409
+async def test_conflict_409_precedes_412(qoder_api: ApiClient) -> None:
+    work_id = await qoder_api.item_in_state("stopped")
+    assert (await qoder_api.heartbeat(work_id, "2026-03-01T12:00:00Z")).status == 409
 
 
 @pytest.mark.parametrize("call", CALLS)
-async def test_environment_that_is_not_self_hosted_is_400(api: Api, call: str) -> None:
+async def test_environment_that_is_not_self_hosted_is_400(api: ApiClient, call: str) -> None:
     method, suffix = CALLS[call]
     answer = await api(method, api.work(suffix.format(id=UNKNOWN_ITEM), CLOUD))
     assert answer.status == 400
-    assert answer.error["type"] == "invalid_request_error"
+    assert answer.error_type["type"] == "invalid_request_error"
 
 
 @pytest.mark.parametrize(
@@ -104,37 +104,37 @@ async def test_environment_that_is_not_self_hosted_is_400(api: Api, call: str) -
         f"Bearer {TOKEN.upper()}",
     ],
 )
-async def test_missing_or_wrong_token_is_401(api: Api, authorization: str | None) -> None:
+async def test_missing_or_wrong_token_is_401(api: ApiClient, authorization: str | None) -> None:
     api.token = None
     headers = {} if authorization is None else {"Authorization": authorization}
     answer = await api("GET", api.work("/poll"), headers=headers)
     assert answer.status == 401
-    assert answer.error["type"] == "authentication_error"
+    assert answer.error_type["type"] == "authentication_error"
     assert TOKEN not in str(answer.body)
 
 
-async def test_authorization_scheme_is_case_insensitive(api: Api) -> None:
+async def test_authorization_scheme_is_case_insensitive(api: ApiClient) -> None:
     api.token = None
     answer = await api("GET", api.work("/poll"), headers={"Authorization": f"bearer {TOKEN}"})
     assert answer.status == 200
 
 
-async def test_token_without_permission_is_403(api: Api) -> None:
+async def test_token_without_permission_is_403(api: ApiClient) -> None:
     api.token = LIMITED
     assert (await api.poll(ENV)).status == 200
     answer = await api.poll(OTHER)
     assert answer.status == 403
-    assert answer.error["type"] == "permission_error"
+    assert answer.error_type["type"] == "permission_error"
 
 
 @pytest.mark.parametrize(
     "path",
     ["", "/", "/environment", f"/environments/{ENV}/x", f"/environments/{ENV}/work/", "/work"],
 )
-async def test_unknown_path_is_404_with_error_body(api: Api, path: str) -> None:
-    answer = await api("GET", api.base + path)
+async def test_unknown_path_is_404_with_error_body(api: ApiClient, path: str) -> None:
+    answer = await api("GET", api.base_path + path)
     assert answer.status == 404
-    assert answer.error["type"] == "not_found_error"
+    assert answer.error_type["type"] == "not_found_error"
 
 
 @pytest.mark.parametrize(
@@ -152,24 +152,26 @@ async def test_unknown_path_is_404_with_error_body(api: Api, path: str) -> None:
     ],
 )
 async def test_wrong_method_is_405_with_error_body(
-    api: Api, method: str, suffix: str, allowed: str
+    api: ApiClient, method: str, suffix: str, allowed: str
 ) -> None:
     answer = await api(method, api.work(suffix))
     assert answer.status == 405
-    assert answer.error["type"] == "invalid_request_error"
+    assert answer.error_type["type"] == "invalid_request_error"
     assert answer.headers["Allow"] == allowed
 
 
-async def test_each_dialect_answers_under_its_own_prefix_only(qoder: Api) -> None:
-    origin = qoder.base.removesuffix("/api/v1/cloud")
+async def test_each_dialect_answers_under_its_own_prefix_only(qoder_api: ApiClient) -> None:
+    origin = qoder_api.base_path.removesuffix("/api/v1/cloud")
     for prefix, status in {"/api/v1/cloud": 200, "/v1": 200, "": 404, "/api/v1": 404}.items():
         url = f"{origin}{prefix}/environments/{ENV}/work/poll"
-        assert (await qoder("GET", url)).status == status
+        assert (await qoder_api("GET", url)).status == status
 
 
-async def test_worker_id_header_of_other_dialect_is_ignored(qoder: Api, anthropic: Api) -> None:
-    qoder.plane.enqueue(2)
-    item = await anthropic.claim(headers={"Worker-ID": "not-read-here"}, worker="a")
-    assert (await qoder.ack(item["id"], worker="b")).status == 409
-    item = await qoder.claim(headers={"anthropic-worker-id": "not-read-here"})
-    assert (await qoder.ack(item["id"], worker="b")).status == 200
+async def test_worker_id_header_of_other_dialect_is_ignored(
+    qoder_api: ApiClient, anthropic_api: ApiClient
+) -> None:
+    qoder_api.plane.enqueue(2)
+    item = await anthropic_api.claim_item(headers={"Worker-ID": "not-read-here"}, worker="a")
+    assert (await qoder_api.ack(item["id"], worker="b")).status == 409
+    item = await qoder_api.claim_item(headers={"anthropic-worker-id": "not-read-here"})
+    assert (await qoder_api.ack(item["id"], worker="b")).status == 200

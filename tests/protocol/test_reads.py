@@ -13,13 +13,13 @@ from yarl import URL
 from tests.protocol.conftest import ENV, LIMITED, OTHER
 
 if TYPE_CHECKING:
-    from tests.protocol.conftest import Api, Clock
+    from tests.protocol.conftest import ApiClient, MovableClock
 
 
 @pytest.mark.parametrize(
     "work_id",
     [
-        "work_4e43a33e401a4038abe36845dff55165",  # well formed but unknown
+        "work_4e43a33e401a4038abe36845dff55165",  # well-formed ids that do not exist
         "work_",
         "x",
         "sess_" + "0" * 32,
@@ -33,7 +33,9 @@ if TYPE_CHECKING:
     ],
 )
 @pytest.mark.parametrize("call", ["get", "ack", "heartbeat", "stop", "update"])
-async def test_unknown_or_malformed_item_id_is_404(qoder: Api, call: str, work_id: str) -> None:
+async def test_unknown_or_malformed_item_id_is_404(
+    qoder_api: ApiClient, call: str, work_id: str
+) -> None:
     method, suffix = {
         "get": ("GET", ""),
         "ack": ("POST", "/ack"),
@@ -41,19 +43,19 @@ async def test_unknown_or_malformed_item_id_is_404(qoder: Api, call: str, work_i
         "stop": ("POST", "/stop"),
         "update": ("POST", ""),
     }[call]
-    url = URL(qoder.work(f"/{work_id}{suffix}"), encoded=True)
-    answer = await qoder(method, url)  # type: ignore[arg-type]  # an encoded URL, not to be quoted
+    url = URL(qoder_api.work(f"/{work_id}{suffix}"), encoded=True)
+    answer = await qoder_api(method, url)  # type: ignore[arg-type]  # an encoded URL, not to be quoted
     assert answer.status == 404
-    assert answer.error["type"] == "not_found_error"
+    assert answer.error_type["type"] == "not_found_error"
 
 
-async def test_item_of_another_environment_is_404(api: Api) -> None:
+async def test_item_of_another_environment_is_404(api: ApiClient) -> None:
     (item,) = api.plane.enqueue(environment_id=OTHER)
     assert (await api.get(item.id)).status == 404
     assert (await api("GET", api.work(f"/{item.id}", OTHER))).status == 200
 
 
-async def listed(api: Api, **params: Any) -> dict[str, Any]:
+async def listed_ids(api: ApiClient, **params: Any) -> dict[str, Any]:
     answer = await api("GET", api.work(), params={k: str(v) for k, v in params.items()})
     assert answer.status == 200
     body: dict[str, Any] = answer.body
@@ -66,8 +68,8 @@ async def listed(api: Api, **params: Any) -> dict[str, Any]:
     return {**body, "ids": ids}
 
 
-async def test_list_of_empty_queue_has_no_items(api: Api) -> None:
-    assert await listed(api) == {
+async def test_list_of_empty_queue_has_no_items(api: ApiClient) -> None:
+    assert await listed_ids(api) == {
         "data": [],
         "first_id": None,
         "last_id": None,
@@ -78,48 +80,48 @@ async def test_list_of_empty_queue_has_no_items(api: Api) -> None:
 
 
 @pytest.mark.usefixtures("both_stores")
-async def test_item_pages_continue_forward_to_the_end(api: Api) -> None:
+async def test_item_pages_continue_forward_to_the_end(api: ApiClient) -> None:
     ids = [item.id for item in api.plane.enqueue(45)]
-    page = await listed(api)
+    page = await listed_ids(api)
     seen = page["ids"]
     assert len(seen) == 20
     while page["has_more"]:
-        page = await listed(api, page=page["next_page"], limit=20)
+        page = await listed_ids(api, page=page["next_page"], limit=20)
         seen += page["ids"]
     assert seen == ids
 
 
-async def test_item_pages_continue_backward_to_the_start(api: Api) -> None:
+async def test_item_pages_continue_backward_to_the_start(api: ApiClient) -> None:
     ids = [item.id for item in api.plane.enqueue(10)]
-    page = await listed(api, before_id=ids[8], limit=3)
+    page = await listed_ids(api, before_id=ids[8], limit=3)
     assert page["ids"] == ids[5:8]
-    page = await listed(api, page=page["next_page"], limit=3)
+    page = await listed_ids(api, page=page["next_page"], limit=3)
     assert page["ids"] == ids[2:5]
-    page = await listed(api, page=page["next_page"], limit=3)
+    page = await listed_ids(api, page=page["next_page"], limit=3)
     assert page["ids"] == ids[0:2]
     assert not page["has_more"]
 
 
 @pytest.mark.parametrize(("limit", "count"), [("1", 1), ("99", 99), ("100", 100), ("1000", 100)])
-async def test_list_limit_is_capped_at_100(api: Api, limit: str, count: int) -> None:
+async def test_list_limit_is_capped_at_100(api: ApiClient, limit: str, count: int) -> None:
     ids = [item.id for item in api.plane.enqueue(101)]
-    page = await listed(api, limit=limit)
+    page = await listed_ids(api, limit=limit)
     assert page["ids"] == ids[:count]
     assert page["has_more"]
 
 
-async def test_full_last_page_has_no_more(api: Api) -> None:
+async def test_last_page_that_is_full_has_no_more(api: ApiClient) -> None:
     ids = [item.id for item in api.plane.enqueue(4)]
-    assert not (await listed(api, after_id=ids[1], limit=2))["has_more"]
-    assert not (await listed(api, before_id=ids[2], limit=2))["has_more"]
+    assert not (await listed_ids(api, after_id=ids[1], limit=2))["has_more"]
+    assert not (await listed_ids(api, before_id=ids[2], limit=2))["has_more"]
 
 
-async def test_after_id_and_before_id_exclude_their_item(api: Api) -> None:
+async def test_after_id_and_before_id_exclude_their_item(api: ApiClient) -> None:
     ids = [item.id for item in api.plane.enqueue(3)]
-    assert (await listed(api, after_id=ids[0]))["ids"] == ids[1:]
-    assert (await listed(api, before_id=ids[2]))["ids"] == ids[:2]
-    assert (await listed(api, after_id=ids[2]))["ids"] == []
-    assert (await listed(api, before_id=ids[0]))["ids"] == []
+    assert (await listed_ids(api, after_id=ids[0]))["ids"] == ids[1:]
+    assert (await listed_ids(api, before_id=ids[2]))["ids"] == ids[:2]
+    assert (await listed_ids(api, after_id=ids[2]))["ids"] == []
+    assert (await listed_ids(api, before_id=ids[0]))["ids"] == []
 
 
 @pytest.mark.parametrize(
@@ -141,18 +143,18 @@ async def test_after_id_and_before_id_exclude_their_item(api: Api) -> None:
         ({"page": "after-x"}, "page"),
     ],
 )
-async def test_invalid_list_position_or_limit_is_400(
-    api: Api, params: dict[str, str], param: str
+async def test_invalid_cursor_or_limit_of_list_is_400(
+    api: ApiClient, params: dict[str, str], param: str
 ) -> None:
     answer = await api("GET", api.work(), params=params)
     assert answer.status == 400
-    assert answer.error["param"] == param
+    assert answer.error_type["param"] == param
 
 
 @pytest.mark.parametrize(
     "names", [("after_id", "before_id"), ("after_id", "page"), ("page", "before_id")]
 )
-async def test_two_list_positions_at_once_are_400(api: Api, names: tuple[str, str]) -> None:
+async def test_two_cursors_at_once_are_400(api: ApiClient, names: tuple[str, str]) -> None:
     (item,) = api.plane.enqueue()
     value = {"after_id": item.id, "before_id": item.id, "page": f"after-{item.id}"}
     answer = await api("GET", api.work(), params={name: value[name] for name in names})
@@ -160,8 +162,8 @@ async def test_two_list_positions_at_once_are_400(api: Api, names: tuple[str, st
 
 
 @pytest.mark.usefixtures("both_stores")
-async def test_stats_count_queued_and_pending_items(api: Api, clock: Clock) -> None:
-    assert await api.stats() == {
+async def test_stats_count_queued_and_pending_items(api: ApiClient, clock: MovableClock) -> None:
+    assert await api.queue_stats() == {
         "type": "work_queue_stats",
         "depth": 0,
         "pending": 0,
@@ -172,38 +174,40 @@ async def test_stats_count_queued_and_pending_items(api: Api, clock: Clock) -> N
     }
     api.plane.enqueue(3)
     clock.advance(1)
-    await api.claim(worker="a")
-    stats = await api.stats()
+    await api.claim_item(worker="a")
+    stats = await api.queue_stats()
     assert (stats["depth"], stats["pending"], stats["workers_polling"]) == (2, 1, 1)
     assert stats["oldest_queued_at"] == "2026-03-01T12:00:00Z"
     clock.advance(5)  # the item is due for redelivery
-    stats = await api.stats()
+    stats = await api.queue_stats()
     assert (stats["depth"], stats["pending"]) == (3, 0)
 
 
-async def test_stats_exclude_acknowledged_and_stopped_items(api: Api, clock: Clock) -> None:
+async def test_stats_exclude_acknowledged_and_stopped_items(
+    api: ApiClient, clock: MovableClock
+) -> None:
     for state in ("starting", "active", "stopping", "stopped"):
-        await api.bring_to(state)
-    stats = await api.stats()
+        await api.item_in_state(state)
+    stats = await api.queue_stats()
     assert (stats["depth"], stats["pending"], stats["oldest_queued_at"]) == (0, 0, None)
     clock.advance(60)  # the leases of `starting` and `active` expire
-    stats = await api.stats()
+    stats = await api.queue_stats()
     assert (stats["depth"], stats["pending"]) == (2, 0)
     assert stats["oldest_queued_at"] == "2026-03-01T12:00:00Z"
 
 
 async def test_workers_polling_counts_distinct_named_workers_of_last_30_seconds(
-    api: Api, clock: Clock
+    api: ApiClient, clock: MovableClock
 ) -> None:
     for worker in ("a", "b", "a", None):
         await api.poll(worker=worker)
-    assert (await api.stats())["workers_polling"] == 2
+    assert (await api.queue_stats())["workers_polling"] == 2
     clock.advance(29.9)
     await api.poll(worker="b")
     clock.advance(0.1)
-    assert (await api.stats())["workers_polling"] == 1
+    assert (await api.queue_stats())["workers_polling"] == 1
     clock.advance(30)
-    assert (await api.stats())["workers_polling"] == 0
+    assert (await api.queue_stats())["workers_polling"] == 0
 
 
 @pytest.mark.parametrize(
@@ -216,11 +220,13 @@ async def test_workers_polling_counts_distinct_named_workers_of_last_30_seconds(
         ("stopped", "idle"),
     ],
 )
-async def test_session_status_follows_state_of_item(qoder: Api, state: str, status: str) -> None:
-    work_id = await qoder.bring_to(state)
-    await qoder.update(work_id, json={"metadata": {"only": "the item's"}})
-    session_id = (await qoder.get(work_id)).body["data"]["id"]
-    answer = await qoder("GET", f"{qoder.base}/sessions/{session_id}")
+async def test_session_status_follows_state_of_item(
+    qoder_api: ApiClient, state: str, status: str
+) -> None:
+    work_id = await qoder_api.item_in_state(state)
+    await qoder_api.update(work_id, json={"metadata": {"only": "the item's"}})
+    session_id = (await qoder_api.get(work_id)).body["data"]["id"]
+    answer = await qoder_api("GET", f"{qoder_api.base_path}/sessions/{session_id}")
     assert answer.status == 200
     assert answer.body["id"] == session_id
     assert answer.body["type"] == "session"
@@ -230,56 +236,58 @@ async def test_session_status_follows_state_of_item(qoder: Api, state: str, stat
     assert answer.body["agent"]["id"]
 
 
-async def test_anthropic_session_of_stopping_item_is_running(anthropic: Api) -> None:
-    work_id = await anthropic.bring_to("stopping")
-    session_id = (await anthropic.get(work_id)).body["data"]["id"]
-    answer = await anthropic("GET", f"{anthropic.base}/sessions/{session_id}")
+async def test_anthropic_session_of_stopping_item_is_running(anthropic_api: ApiClient) -> None:
+    work_id = await anthropic_api.item_in_state("stopping")
+    session_id = (await anthropic_api.get(work_id)).body["data"]["id"]
+    answer = await anthropic_api("GET", f"{anthropic_api.base_path}/sessions/{session_id}")
     assert answer.body["status"] == "running"
 
 
-async def test_session_updated_at_changes_with_item_and_events(api: Api, clock: Clock) -> None:
-    work_id = await api.bring_to("starting")
+async def test_session_updated_at_changes_with_item_and_events(
+    api: ApiClient, clock: MovableClock
+) -> None:
+    work_id = await api.item_in_state("starting")
     own = api.plane.operations.get(ENV, work_id).session_id
     session_id = (await api.get(work_id)).body["data"]["id"]
 
-    async def updated_at() -> str:
-        body = (await api("GET", f"{api.base}/sessions/{session_id}")).body
+    async def read_updated_at() -> str:
+        body = (await api("GET", f"{api.base_path}/sessions/{session_id}")).body
         updated: str = body["updated_at"]
         return updated
 
-    assert await updated_at() == "2026-03-01T12:00:00.000000Z"
+    assert await read_updated_at() == "2026-03-01T12:00:00.000000Z"
     clock.advance(1)
     await api.heartbeat(work_id, "NO_HEARTBEAT")
-    assert await updated_at() == "2026-03-01T12:00:01.000000Z"
+    assert await read_updated_at() == "2026-03-01T12:00:01.000000Z"
     clock.advance(1)
     api.plane.emit(own, {"type": "session.status_running"})
-    assert await updated_at() == "2026-03-01T12:00:02.000000Z"
+    assert await read_updated_at() == "2026-03-01T12:00:02.000000Z"
     clock.advance(1)
     await api.stop(work_id)
-    assert await updated_at() == "2026-03-01T12:00:03.000000Z"
+    assert await read_updated_at() == "2026-03-01T12:00:03.000000Z"
 
 
 @pytest.mark.parametrize("prefix", ["session_", "sesn_"])
 async def test_anthropic_session_id_is_accepted_with_either_prefix(
-    anthropic: Api, prefix: str
+    anthropic_api: ApiClient, prefix: str
 ) -> None:
-    (item,) = anthropic.plane.enqueue(metadata={"k": "v"})
+    (item,) = anthropic_api.plane.enqueue(metadata={"k": "v"})
     digits = item.session_id.removeprefix("sess_")
-    answer = await anthropic("GET", f"{anthropic.base}/sessions/{prefix}{digits}")
+    answer = await anthropic_api("GET", f"{anthropic_api.base_path}/sessions/{prefix}{digits}")
     assert answer.status == 200
     assert answer.body["id"] == f"session_{digits}"
     assert answer.body["metadata"] == {"k": "v"}
 
 
-async def test_unknown_session_is_404(api: Api) -> None:
+async def test_unknown_session_is_404(api: ApiClient) -> None:
     (item,) = api.plane.enqueue()
     for session_id in ("sess_" + "0" * 32, "session_", "x", item.id, "%00"):
-        assert (await api("GET", f"{api.base}/sessions/{session_id}")).status == 404
+        assert (await api("GET", f"{api.base_path}/sessions/{session_id}")).status == 404
 
 
-async def test_session_of_forbidden_environment_is_403(api: Api) -> None:
+async def test_session_of_forbidden_environment_is_403(api: ApiClient) -> None:
     (item,) = api.plane.enqueue(environment_id=OTHER)
-    url = f"{api.base}/sessions/{item.session_id}"
+    url = f"{api.base_path}/sessions/{item.session_id}"
     assert (await api("GET", url)).status == 200
     api.token = LIMITED
     assert (await api("GET", url)).status == 403

@@ -33,13 +33,13 @@ ANSWERS = [
 WORK_CALLS = ("poll", "ack", "heartbeat", "stop", "update", "list")
 
 
-def item_of(answer: dict[str, Any]) -> str:
+def requested_item_id(answer: dict[str, Any]) -> str:
     """Return the item id of the request: the id in the answer, if it has one."""
     body = answer["body"]
     return str(body["id"]) if isinstance(body, dict) and "id" in body else "work_1"
 
 
-async def listed(client: WorkClient) -> list[str]:
+async def list_items(client: WorkClient) -> list[str]:
     return [item.id async for item in client.list()]
 
 
@@ -50,12 +50,12 @@ CALLS: dict[str, Callable[[WorkClient, str], Awaitable[Any]]] = {
     "stop": lambda client, work_id: client.stop(work_id, force=True),
     "update": lambda client, work_id: client.update_metadata(work_id, {"k": "v"}),
     "get": lambda client, work_id: client.get(work_id),
-    "list": lambda client, _: listed(client),
+    "list": lambda client, _: list_items(client),
     "stats": lambda client, _: client.stats(),
 }
 
 
-def told(value: object, name: str) -> object:
+def as_json(value: object, name: str) -> object:
     """Return an attribute of the client's result as JSON has it."""
     found = getattr(value, name)
     if isinstance(found, Secret):
@@ -67,14 +67,14 @@ def told(value: object, name: str) -> object:
 
 @pytest.mark.parametrize("answer", ANSWERS)
 async def test_recorded_response_is_read_as_expected(answer: dict[str, Any]) -> None:
-    async def respond(_: web.Request) -> web.Response:
+    async def answer_recorded(_: web.Request) -> web.Response:
         headers = answer.get("headers")
         if answer["body"] == "no body":
             return web.Response(status=answer["status"], headers=headers)
         return web.json_response(answer["body"], status=answer["status"], headers=headers)
 
     app = web.Application()
-    app.router.add_route("*", "/{path:.*}", respond)
+    app.router.add_route("*", "/{path:.*}", answer_recorded)
     expected = answer["client"]
     async with TestServer(app, host="127.0.0.1") as server:
         settings = Settings(
@@ -84,7 +84,7 @@ async def test_recorded_response_is_read_as_expected(answer: dict[str, Any]) -> 
             token=cast("Any", "token"),
         )
         async with WorkClient(settings) as client:
-            call = CALLS[answer["call"]](client, item_of(answer))
+            call = CALLS[answer["call"]](client, requested_item_id(answer))
             if "raises" in expected:
                 with pytest.raises(ControlPlaneError) as raised:
                     await call
@@ -94,7 +94,7 @@ async def test_recorded_response_is_read_as_expected(answer: dict[str, Any]) -> 
                 return
             returned = await call
     if isinstance(expected["returns"], dict):
-        found = {name: told(returned, name) for name in expected["returns"]}
+        found = {name: as_json(returned, name) for name in expected["returns"]}
         assert found == expected["returns"]
     else:
         assert returned == expected["returns"]

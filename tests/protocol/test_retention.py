@@ -9,9 +9,9 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from tests.protocol.conftest import CLOUD, ENV, OTHER, TOKEN, Api, Clock
-from tests.protocol.test_events import path as path_of
-from tests.protocol.test_stream import stream
+from tests.protocol.conftest import CLOUD, ENV, OTHER, TOKEN, ApiClient, MovableClock
+from tests.protocol.test_events import events_path as path_of
+from tests.protocol.test_stream import open_stream
 from workpool.server import APIError, ControlPlane, Item, Operations, Poll, SqliteStore
 from workpool.server.retention import BATCH_MAX
 
@@ -27,7 +27,9 @@ KEPT = 100.0
 """Retention of stopped items in these tests, in seconds."""
 
 
-def plane_of(store: Store, clock: Clock, retention: float | None = KEPT) -> ControlPlane:
+def make_control_plane(
+    store: Store, clock: MovableClock, retention: float | None = KEPT
+) -> ControlPlane:
     return ControlPlane(
         environments=(ENV, OTHER),
         cloud_environments=(CLOUD,),
@@ -39,18 +41,18 @@ def plane_of(store: Store, clock: Clock, retention: float | None = KEPT) -> Cont
 
 
 @pytest.fixture
-async def plane(clock: Clock, store: Store) -> AsyncIterator[ControlPlane]:
-    async with plane_of(store, clock) as plane:
+async def control_plane(clock: MovableClock, store: Store) -> AsyncIterator[ControlPlane]:
+    async with make_control_plane(store, clock) as plane:
         yield plane
 
 
-def stopped(plane: ControlPlane) -> Item:
+def stopped_item(plane: ControlPlane) -> Item:
     (item,) = plane.enqueue(script=[{"name": "Bash"}])
     return plane.operations.stop(item.environment_id, item.id)
 
 
-def rows(file: Path) -> list[int]:
-    """Return the numbers of items, sessions and events in a file."""
+def row_counts(file: Path) -> list[int]:
+    """Return the numbers of items, sessions and events in a database file."""
     with closing(sqlite3.connect(file)) as connection:
         return [
             connection.execute(f"SELECT count(*) FROM {table}").fetchone()[0]  # noqa: S608 - fixed names
@@ -59,12 +61,14 @@ def rows(file: Path) -> list[int]:
 
 
 @pytest.mark.usefixtures("both_stores")
-async def test_stopped_item_is_deleted_with_session_after_retention(api: Api, clock: Clock) -> None:
-    item = stopped(api.plane)
+async def test_stopped_item_is_deleted_with_session_after_retention(
+    api: ApiClient, clock: MovableClock
+) -> None:
+    item = stopped_item(api.plane)
     (waiting,) = api.plane.enqueue()
     clock.advance(KEPT - 1)
     await api.poll()
-    assert await api.state(item.id) == "stopped"
+    assert await api.item_state(item.id) == "stopped"
     clock.advance(1)
     await api.poll()
     assert (await api.get(item.id)).status == 404
@@ -72,31 +76,31 @@ async def test_stopped_item_is_deleted_with_session_after_retention(api: Api, cl
         assert (await api("GET", path_of(api, item.session_id, suffix))).status == 404
     listed = (await api("GET", api.work())).body["data"]
     assert [each["id"] for each in listed] == [waiting.id]
-    assert await api.state(waiting.id) == "queued"
+    assert await api.item_state(waiting.id) == "queued"
 
 
 async def test_deleted_items_are_removed_from_database_file(
-    tmp_path: Path, clock: Clock, http: aiohttp.ClientSession
+    tmp_path: Path, clock: MovableClock, http_session: aiohttp.ClientSession
 ) -> None:
     file = tmp_path / "work.db"
-    async with plane_of(SqliteStore(file), clock) as plane:
-        stopped(plane)
+    async with make_control_plane(SqliteStore(file), clock) as plane:
+        stopped_item(plane)
         plane.enqueue()
         clock.advance(KEPT)
-        await Api(plane, http, "qoder").poll()
-    assert rows(file) == [1, 1, 0]
+        await ApiClient(plane, http_session, "qoder").poll()
+    assert row_counts(file) == [1, 1, 0]
 
 
 async def test_items_expired_while_server_was_down_are_deleted_at_start(
-    tmp_path: Path, clock: Clock
+    tmp_path: Path, clock: MovableClock
 ) -> None:
     file = tmp_path / "work.db"
-    async with plane_of(SqliteStore(file), clock) as plane:
+    async with make_control_plane(SqliteStore(file), clock) as plane:
         (former,) = plane.enqueue(environment_id=OTHER)  # not served after the restart
         plane.operations.stop(OTHER, former.id)
-        old = stopped(plane)
+        old = stopped_item(plane)
         clock.advance(KEPT / 2)
-        young = stopped(plane)
+        young = stopped_item(plane)
     clock.advance(KEPT / 2)
     serves_one = ControlPlane(
         environments=(ENV,), store=SqliteStore(file), now=clock, retention=KEPT
@@ -110,15 +114,15 @@ async def test_items_expired_while_server_was_down_are_deleted_at_start(
         assert len(plane.operations.queue(ENV)) == 0
         (new,) = plane.enqueue()
         assert new.id > young.id
-    assert rows(file) == [1, 1, 0]
+    assert row_counts(file) == [1, 1, 0]
 
 
 async def test_session_is_deleted_when_retention_of_its_last_item_ends(
-    plane: ControlPlane, clock: Clock
+    control_plane: ControlPlane, clock: MovableClock
 ) -> None:
-    operations = plane.operations
-    (first,) = plane.enqueue()
-    second, third = (plane.enqueue(session_id=first.session_id)[0] for _ in range(2))
+    operations = control_plane.operations
+    (first,) = control_plane.enqueue()
+    second, third = (control_plane.enqueue(session_id=first.session_id)[0] for _ in range(2))
     operations.stop(ENV, third.id)  # the latest item of the session stops first
     clock.advance(KEPT)
     operations.poll(ENV, Poll())
@@ -137,28 +141,30 @@ async def test_session_is_deleted_when_retention_of_its_last_item_ends(
 
 
 async def test_item_stopped_by_expired_lease_is_deleted_after_retention(
-    qoder: Api, clock: Clock
+    qoder_api: ApiClient, clock: MovableClock
 ) -> None:
-    work_id = await qoder.bring_to("stopping")
+    work_id = await qoder_api.item_in_state("stopping")
     clock.advance(60)
-    assert await qoder.state(work_id) == "stopped"
+    assert await qoder_api.item_state(work_id) == "stopped"
     clock.advance(KEPT)
-    await qoder.poll()
-    assert (await qoder.get(work_id)).status == 404
+    await qoder_api.poll()
+    assert (await qoder_api.get(work_id)).status == 404
 
 
-async def test_stream_of_deleted_session_ends(qoder: Api, clock: Clock) -> None:
-    item = stopped(qoder.plane)
-    async with stream(qoder, item.session_id) as reader:
+async def test_stream_of_deleted_session_ends(qoder_api: ApiClient, clock: MovableClock) -> None:
+    item = stopped_item(qoder_api.plane)
+    async with open_stream(qoder_api, item.session_id) as reader:
         clock.advance(KEPT)
-        await qoder.poll()
+        await qoder_api.poll()
         async with asyncio.timeout(20):
             assert await reader.response.content.read() == b""
 
 
-async def test_one_call_deletes_limited_number_of_items(plane: ControlPlane, clock: Clock) -> None:
-    operations = plane.operations
-    for item in plane.enqueue(2 * BATCH_MAX + 1):
+async def test_one_call_deletes_limited_number_of_items(
+    control_plane: ControlPlane, clock: MovableClock
+) -> None:
+    operations = control_plane.operations
+    for item in control_plane.enqueue(2 * BATCH_MAX + 1):
         operations.stop(ENV, item.id)
     clock.advance(KEPT)
     sizes = []
@@ -168,7 +174,7 @@ async def test_one_call_deletes_limited_number_of_items(plane: ControlPlane, clo
     assert sizes == [BATCH_MAX + 1, 1, 0]
 
 
-async def test_items_are_kept_forever_by_default(clock: Clock) -> None:
+async def test_items_are_kept_forever_by_default(clock: MovableClock) -> None:
     operations = Operations([ENV], now=clock)
     (item,) = operations.enqueue(ENV)
     operations.stop(ENV, item.id)
@@ -177,11 +183,13 @@ async def test_items_are_kept_forever_by_default(clock: Clock) -> None:
     assert operations.get(ENV, item.id).state == "stopped"
 
 
-async def test_walk_over_sessions_skips_deleted_sessions(plane: ControlPlane, clock: Clock) -> None:
-    ended = stopped(plane)
-    (going_on,) = plane.enqueue()
+async def test_paging_over_sessions_skips_deleted_sessions(
+    control_plane: ControlPlane, clock: MovableClock
+) -> None:
+    ended = stopped_item(control_plane)
+    (going_on,) = control_plane.enqueue()
     clock.advance(KEPT)
-    plane.operations.poll(ENV, Poll())
-    found = [session.id for session, _ in plane.operations.walk_sessions()]
+    control_plane.operations.poll(ENV, Poll())
+    found = [session.id for session, _ in control_plane.operations.walk_sessions()]
     assert found == [going_on.session_id]
     assert ended.session_id not in found

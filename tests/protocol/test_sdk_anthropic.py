@@ -16,14 +16,14 @@ from anthropic import (
     PermissionDeniedError,
 )
 
-from tests.protocol.conftest import CLOUD, ENV, LIMITED, OTHER, TOKEN, until
+from tests.protocol.conftest import CLOUD, ENV, LIMITED, OTHER, TOKEN, wait_until
 from tests.protocol.sdk_calls import make_work_calls
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator
     from pathlib import Path
 
-    from tests.protocol.conftest import Api, Clock
+    from tests.protocol.conftest import ApiClient, MovableClock
     from workpool.server import ControlPlane
 
 
@@ -31,16 +31,16 @@ pytestmark = pytest.mark.trial
 
 
 @pytest.fixture
-async def sdk(plane: ControlPlane) -> AsyncIterator[AsyncAnthropic]:
+async def sdk_client(control_plane: ControlPlane) -> AsyncIterator[AsyncAnthropic]:
     # The SDK appends /v1 to the base URL.
-    base_url = plane.anthropic_base_url.removesuffix("/v1")
+    base_url = control_plane.anthropic_base_url.removesuffix("/v1")
     async with AsyncAnthropic(auth_token=TOKEN, base_url=base_url) as client:
         yield client
 
 
 @pytest.fixture
-async def strict(plane: ControlPlane) -> AsyncIterator[AsyncAnthropic]:
-    base_url = plane.anthropic_base_url.removesuffix("/v1")
+async def strict_validation(control_plane: ControlPlane) -> AsyncIterator[AsyncAnthropic]:
+    base_url = control_plane.anthropic_base_url.removesuffix("/v1")
     async with AsyncAnthropic(
         auth_token=TOKEN, base_url=base_url, _strict_response_validation=True
     ) as client:
@@ -48,8 +48,8 @@ async def strict(plane: ControlPlane) -> AsyncIterator[AsyncAnthropic]:
 
 
 @pytest.fixture
-async def api_key(plane: ControlPlane) -> AsyncIterator[AsyncAnthropic]:
-    base_url = plane.anthropic_base_url.removesuffix("/v1")
+async def api_key(control_plane: ControlPlane) -> AsyncIterator[AsyncAnthropic]:
+    base_url = control_plane.anthropic_base_url.removesuffix("/v1")
     async with AsyncAnthropic(
         api_key=TOKEN, base_url=base_url, _strict_response_validation=True
     ) as client:
@@ -57,12 +57,12 @@ async def api_key(plane: ControlPlane) -> AsyncIterator[AsyncAnthropic]:
 
 
 async def test_anthropic_sdk_makes_all_eight_calls(
-    plane: ControlPlane, strict: AsyncAnthropic, clock: Clock
+    control_plane: ControlPlane, strict_validation: AsyncAnthropic, clock: MovableClock
 ) -> None:
-    sdk = strict
+    sdk = strict_validation
     work = sdk.beta.environments.work
     assert await work.poll(ENV, anthropic_worker_id="sdk") is None
-    (created,) = plane.enqueue(metadata={"job": "report"})
+    (created,) = control_plane.enqueue(metadata={"job": "report"})
     item = await work.poll(ENV, block_ms=999, reclaim_older_than_ms=0, anthropic_worker_id="sdk")
     assert item is not None
     assert (item.id, item.state, item.metadata) == (created.id, "queued", {"job": "report"})
@@ -79,40 +79,40 @@ async def test_anthropic_sdk_makes_all_eight_calls(
 
 
 async def test_anthropic_sdk_lists_items_to_the_end(
-    plane: ControlPlane, sdk: AsyncAnthropic
+    control_plane: ControlPlane, sdk_client: AsyncAnthropic
 ) -> None:
-    ids = [item.id for item in plane.enqueue(45)]
-    assert [item.id async for item in sdk.beta.environments.work.list(ENV, limit=10)] == ids
+    ids = [item.id for item in control_plane.enqueue(45)]
+    assert [item.id async for item in sdk_client.beta.environments.work.list(ENV, limit=10)] == ids
 
 
 async def test_anthropic_sdk_work_poller_claims_fifty_items(
-    plane: ControlPlane, sdk: AsyncAnthropic, caplog: pytest.LogCaptureFixture
+    control_plane: ControlPlane, sdk_client: AsyncAnthropic, caplog: pytest.LogCaptureFixture
 ) -> None:
-    ids = [item.id for item in plane.enqueue(50)]
+    ids = [item.id for item in control_plane.enqueue(50)]
     claimed = []
-    poller = sdk.beta.environments.work.poller(
+    poller = sdk_client.beta.environments.work.poller(
         environment_id=ENV, environment_key=TOKEN, block_ms=None, drain=True, auto_stop=True
     )
     async for item in poller:
         claimed.append(item.id)
-        assert (await sdk.beta.environments.work.heartbeat(item.id, environment_id=ENV)).state == (
-            "active"
-        )
+        assert (
+            await sdk_client.beta.environments.work.heartbeat(item.id, environment_id=ENV)
+        ).state == ("active")
     assert claimed == ids
     # The poller requests a graceful stop; only the end of the lease or a second stop completes it.
-    states = [item.state async for item in sdk.beta.environments.work.list(ENV)]
+    states = [item.state async for item in sdk_client.beta.environments.work.list(ENV)]
     assert states == ["stopping"] * 50
-    assert plane.summary().overlapping == 0
+    assert control_plane.summary().overlapping == 0
     assert not [record for record in caplog.records if record.levelname != "INFO"]
 
 
 @pytest.mark.parametrize("state", ["queued", "starting", "active", "stopping", "stopped"])
 async def test_session_in_every_state_validates_as_type_of_anthropic_sdk(
-    anthropic: Api, strict: AsyncAnthropic, state: str
+    anthropic_api: ApiClient, strict_validation: AsyncAnthropic, state: str
 ) -> None:
-    work_id = await anthropic.bring_to(state)
-    session_id = (await anthropic.get(work_id)).body["data"]["id"]
-    session = await strict.beta.sessions.retrieve(session_id)
+    work_id = await anthropic_api.item_in_state(state)
+    session_id = (await anthropic_api.get(work_id)).body["data"]["id"]
+    session = await strict_validation.beta.sessions.retrieve(session_id)
     assert session.id == session_id
     assert session.status == ("running" if state in {"active", "stopping"} else "idle")
     assert (session.resources, session.vault_ids, session.outcome_evaluations) == ([], [], [])
@@ -125,18 +125,18 @@ async def test_session_in_every_state_validates_as_type_of_anthropic_sdk(
 
 @pytest.mark.parametrize("status", ["running", "idle", "terminated"])
 async def test_session_after_every_status_event_validates_as_type_of_anthropic_sdk(
-    plane: ControlPlane, strict: AsyncAnthropic, status: str
+    control_plane: ControlPlane, strict_validation: AsyncAnthropic, status: str
 ) -> None:
-    (item,) = plane.enqueue()
-    plane.emit(
+    (item,) = control_plane.enqueue()
+    control_plane.emit(
         item.session_id, {"type": f"session.status_{status}", "stop_reason": {"type": "end_turn"}}
     )
     session_id = item.session_id.replace("sess_", "session_")
-    assert (await strict.beta.sessions.retrieve(session_id)).status == status
+    assert (await strict_validation.beta.sessions.retrieve(session_id)).status == status
 
 
 async def test_application_creates_work_with_anthropic_sdk_only(
-    strict: AsyncAnthropic, api_key: AsyncAnthropic
+    strict_validation: AsyncAnthropic, api_key: AsyncAnthropic
 ) -> None:
     environment = await api_key.beta.environments.create(
         name="mine", config={"type": "self_hosted"}, metadata={"team": "a"}
@@ -151,7 +151,7 @@ async def test_application_creates_work_with_anthropic_sdk_only(
         initial_events=[{"type": "user.message", "content": [{"type": "text", "text": "hello"}]}],
     )
     assert (session.agent.id, session.agent.version, session.title) == ("agent_1", 2, "report")
-    item = await strict.beta.environments.work.poll(environment.id)
+    item = await strict_validation.beta.environments.work.poll(environment.id)
     assert item is not None
     assert (item.data.id, item.metadata) == (session.id, {"job": "report"})
     another = await api_key.beta.sessions.create(agent="agent_1", environment_id=environment.id)
@@ -164,37 +164,40 @@ async def test_application_creates_work_with_anthropic_sdk_only(
 
 
 async def test_worker_of_anthropic_sdk_completes_scripted_sessions(
-    plane: ControlPlane, sdk: AsyncAnthropic, tmp_path: Path, caplog: pytest.LogCaptureFixture
+    control_plane: ControlPlane,
+    sdk_client: AsyncAnthropic,
+    tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
 ) -> None:
     script = [
         {"name": "write", "input": {"file_path": "note", "content": "hello\n"}},
         {"name": "bash", "input": {"command": "cat note; echo world >>note"}},
         {"name": "read", "input": {"file_path": "note"}},
     ]
-    items = plane.enqueue(2, script=script)
-    worker = sdk.beta.environments.work.worker(
+    items = control_plane.enqueue(2, script=script)
+    worker = sdk_client.beta.environments.work.worker(
         environment_id=ENV, environment_key=TOKEN, workdir=tmp_path, max_idle=0.05
     )
     async with asyncio.TaskGroup() as group:
         running = group.create_task(worker.run())
-        await until(lambda: plane.summary().stopped == len(items))
+        await wait_until(lambda: control_plane.summary().stopped == len(items))
         running.cancel()
     assert (tmp_path / "note").read_text() == "hello\nworld\n"
     for item in items:
-        stored = plane.events(item.session_id)
+        stored = control_plane.events(item.session_id)
         results = [event for event in stored if event["type"] == "user.tool_result"]
         assert [result["is_error"] for result in results] == [False] * len(script)
         assert results[1]["content"][0]["text"].strip() == "hello"
         assert stored[-1]["stop_reason"] == {"type": "end_turn"}
-    assert plane.summary().overlapping == 0
+    assert control_plane.summary().overlapping == 0
     assert not [record for record in caplog.records if record.levelname == "ERROR"]
 
 
 async def test_error_responses_become_exceptions_of_anthropic_sdk(
-    plane: ControlPlane, sdk: AsyncAnthropic
+    control_plane: ControlPlane, sdk_client: AsyncAnthropic
 ) -> None:
-    work = sdk.with_options(max_retries=0).beta.environments.work
-    (item,) = plane.enqueue()
+    work = sdk_client.with_options(max_retries=0).beta.environments.work
+    (item,) = control_plane.enqueue()
     with pytest.raises(NotFoundError):
         await work.retrieve("work_" + "0" * 32, environment_id=ENV)
     with pytest.raises(BadRequestError):
@@ -213,8 +216,8 @@ async def test_error_responses_become_exceptions_of_anthropic_sdk(
     await work.with_raw_response.stop(item.id, environment_id=ENV, force=True)
     with pytest.raises(ConflictError):
         await work.stop(item.id, environment_id=ENV, force=True)
-    wrong = sdk.with_options(auth_token="wrong")  # noqa: S106 - it opens nothing
+    wrong = sdk_client.with_options(auth_token="wrong")  # noqa: S106 - it opens nothing
     with pytest.raises(AuthenticationError):
         await wrong.beta.environments.work.poll(ENV)
     with pytest.raises(PermissionDeniedError):
-        await sdk.with_options(auth_token=LIMITED).beta.environments.work.poll(OTHER)
+        await sdk_client.with_options(auth_token=LIMITED).beta.environments.work.poll(OTHER)

@@ -16,7 +16,7 @@ from tests.protocol.sdk_calls import make_work_calls
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator
 
-    from tests.protocol.conftest import Api, Clock
+    from tests.protocol.conftest import ApiClient, MovableClock
     from workpool.server import ControlPlane
 
 
@@ -24,17 +24,19 @@ pytestmark = pytest.mark.trial
 
 
 @pytest.fixture
-async def sdk(plane: ControlPlane) -> AsyncIterator[AsyncManaged]:
-    client = AsyncManaged(pat=TOKEN, base_url=plane.base_url, _strict_response_validation=True)
+async def sdk_client(control_plane: ControlPlane) -> AsyncIterator[AsyncManaged]:
+    client = AsyncManaged(
+        pat=TOKEN, base_url=control_plane.base_url, _strict_response_validation=True
+    )
     async with client:
         yield client
 
 
 async def test_qoder_sdk_lists_sends_and_streams_events(
-    plane: ControlPlane, sdk: AsyncManaged
+    control_plane: ControlPlane, sdk_client: AsyncManaged
 ) -> None:
-    events = sdk.sessions.events
-    (item,) = plane.enqueue(script=[{"name": "Bash", "input": {"command": "ls"}}])
+    events = sdk_client.sessions.events
+    (item,) = control_plane.enqueue(script=[{"name": "Bash", "input": {"command": "ls"}}])
     listed = [event async for event in await events.list(item.session_id, limit=2)]
     assert [event.type for event in listed] == [
         "user.message",
@@ -63,10 +65,10 @@ async def test_qoder_sdk_lists_sends_and_streams_events(
 
 
 async def test_qoder_sdk_lists_events_by_type_time_and_order(
-    plane: ControlPlane, sdk: AsyncManaged, clock: Clock
+    control_plane: ControlPlane, sdk_client: AsyncManaged, clock: MovableClock
 ) -> None:
-    events = sdk.sessions.events
-    (item,) = plane.enqueue(script=[{"name": "Bash", "input": {"command": "ls"}}])
+    events = sdk_client.sessions.events
+    (item,) = control_plane.enqueue(script=[{"name": "Bash", "input": {"command": "ls"}}])
     since = datetime.fromtimestamp(clock.seconds, UTC)
     clock.advance(1)
     (use,) = [event async for event in await events.list(
@@ -92,11 +94,11 @@ async def test_qoder_sdk_lists_events_by_type_time_and_order(
     ],
 )
 async def test_session_in_every_state_validates_as_type_of_qoder_sdk(
-    qoder: Api, sdk: AsyncManaged, state: str, status: str
+    qoder_api: ApiClient, sdk_client: AsyncManaged, state: str, status: str
 ) -> None:
-    work_id = await qoder.bring_to(state)
-    session_id = (await qoder.get(work_id)).body["data"]["id"]
-    session = await sdk.sessions.retrieve(session_id)
+    work_id = await qoder_api.item_in_state(state)
+    session_id = (await qoder_api.get(work_id)).body["data"]["id"]
+    session = await sdk_client.sessions.retrieve(session_id)
     assert (session.id, session.type, session.status) == (session_id, "session", status)
     assert (session.resources, session.vault_ids, session.outcome_evaluations) == ([], [], [])
     assert session.stats is not None
@@ -109,11 +111,11 @@ async def test_session_in_every_state_validates_as_type_of_qoder_sdk(
 
 
 async def test_qoder_sdk_makes_all_eight_calls(
-    plane: ControlPlane, sdk: AsyncManaged, clock: Clock
+    control_plane: ControlPlane, sdk_client: AsyncManaged, clock: MovableClock
 ) -> None:
-    work = sdk.environments.work
+    work = sdk_client.environments.work
     assert await work.poll(ENV, worker_id="sdk") is None
-    (created,) = plane.enqueue(metadata={"job": "report"})
+    (created,) = control_plane.enqueue(metadata={"job": "report"})
     item = await work.poll(ENV, block_ms=999, reclaim_older_than_ms=0, worker_id="sdk")
     assert item is not None
     assert (item.id, item.state, item.metadata) == (created.id, "queued", {"job": "report"})
@@ -121,7 +123,7 @@ async def test_qoder_sdk_makes_all_eight_calls(
     assert (item.data.type, item.data.id) == ("session", created.session_id)
 
     await make_work_calls(work, created, clock)
-    session = await sdk.sessions.retrieve(created.session_id)
+    session = await sdk_client.sessions.retrieve(created.session_id)
     assert (session.id, session.status) == (created.session_id, "running")
 
     assert (await work.stop(created.id, environment_id=ENV)).state == "stopping"
@@ -129,21 +131,24 @@ async def test_qoder_sdk_makes_all_eight_calls(
     assert [one.id async for one in work.list(ENV)] == [created.id]
 
 
-async def test_qoder_sdk_lists_items_to_the_end(plane: ControlPlane, sdk: AsyncManaged) -> None:
-    ids = [item.id for item in plane.enqueue(45)]
-    assert [item.id async for item in sdk.environments.work.list(ENV, limit=10)] == ids
+async def test_qoder_sdk_lists_items_to_the_end(
+    control_plane: ControlPlane, sdk_client: AsyncManaged
+) -> None:
+    ids = [item.id for item in control_plane.enqueue(45)]
+    assert [item.id async for item in sdk_client.environments.work.list(ENV, limit=10)] == ids
     backwards = [
-        item.id async for item in sdk.environments.work.list(ENV, limit=10, before_id=ids[25])
+        item.id
+        async for item in sdk_client.environments.work.list(ENV, limit=10, before_id=ids[25])
     ]
     assert set(backwards) == set(ids[:25])
     assert len(backwards) == 25
 
 
 async def test_error_responses_become_exceptions_of_qoder_sdk(
-    plane: ControlPlane, sdk: AsyncManaged
+    control_plane: ControlPlane, sdk_client: AsyncManaged
 ) -> None:
-    work = sdk.environments.work
-    (item,) = plane.enqueue()
+    work = sdk_client.environments.work
+    (item,) = control_plane.enqueue()
     with pytest.raises(NotFoundError):
         await work.retrieve("work_" + "0" * 32, environment_id=ENV)
     with pytest.raises(BadRequestError):
@@ -159,15 +164,15 @@ async def test_error_responses_become_exceptions_of_qoder_sdk(
         )
     assert error.value.status_code == 412
     with pytest.raises(AuthenticationError):
-        await sdk.with_options(pat="wrong").environments.work.poll(ENV)
+        await sdk_client.with_options(pat="wrong").environments.work.poll(ENV)
     with pytest.raises(PermissionDeniedError):
-        await sdk.with_options(pat=LIMITED).environments.work.poll(OTHER)
+        await sdk_client.with_options(pat=LIMITED).environments.work.poll(OTHER)
 
 
-async def test_synchronous_qoder_sdk_stops_all_items(plane: ControlPlane) -> None:
-    def drain() -> list[str]:
+async def test_synchronous_qoder_sdk_stops_all_items(control_plane: ControlPlane) -> None:
+    def stop_all() -> list[str]:
         seen: list[str] = []
-        with Managed(pat=TOKEN, base_url=plane.base_url) as sdk:
+        with Managed(pat=TOKEN, base_url=control_plane.base_url) as sdk:
             while (item := sdk.environments.work.poll(ENV, worker_id="sdk")) is not None:
                 assert item.id is not None
                 sdk.environments.work.ack(item.id, environment_id=ENV)
@@ -175,5 +180,5 @@ async def test_synchronous_qoder_sdk_stops_all_items(plane: ControlPlane) -> Non
                 seen.append(item.id)
         return seen
 
-    ids = [item.id for item in plane.enqueue(5)]
-    assert await asyncio.to_thread(drain) == ids
+    ids = [item.id for item in control_plane.enqueue(5)]
+    assert await asyncio.to_thread(stop_all) == ids

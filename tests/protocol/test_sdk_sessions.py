@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from anthropic import AsyncStream
     from anthropic.types.beta.sessions import BetaManagedAgentsStreamSessionEvents
 
-    from tests.protocol.conftest import Clock
+    from tests.protocol.conftest import MovableClock
     from workpool.server import ControlPlane
 
 pytestmark = pytest.mark.trial
@@ -29,24 +29,24 @@ ASK = {**BASH, "permission": "ask"}
 
 
 @pytest.fixture
-async def sdk(plane: ControlPlane) -> AsyncIterator[AsyncAnthropic]:
-    base_url = plane.anthropic_base_url.removesuffix("/v1")
+async def sdk_client(control_plane: ControlPlane) -> AsyncIterator[AsyncAnthropic]:
+    base_url = control_plane.anthropic_base_url.removesuffix("/v1")
     async with AsyncAnthropic(
         auth_token=TOKEN, base_url=base_url, max_retries=0, _strict_response_validation=True
     ) as client:
         yield client
 
 
-def scripted(plane: ControlPlane, *script: dict[str, Any]) -> str:
+def scripted_session(plane: ControlPlane, *script: dict[str, Any]) -> str:
     (item,) = plane.enqueue(script=script)
     return item.session_id.replace("sess_", "session_")
 
 
 async def test_anthropic_sdk_lists_sends_and_streams_events(
-    plane: ControlPlane, sdk: AsyncAnthropic
+    control_plane: ControlPlane, sdk_client: AsyncAnthropic
 ) -> None:
-    events = sdk.beta.sessions.events
-    session_id = scripted(plane, BASH, ASK)
+    events = sdk_client.beta.sessions.events
+    session_id = scripted_session(control_plane, BASH, ASK)
     listed = [event async for event in events.list(session_id, limit=2)]
     assert [event.type for event in listed] == [
         "user.message",
@@ -85,16 +85,16 @@ async def test_anthropic_sdk_lists_sends_and_streams_events(
 
 
 async def test_anthropic_sdk_lists_events_by_type_time_and_order(
-    plane: ControlPlane, sdk: AsyncAnthropic, clock: Clock
+    control_plane: ControlPlane, sdk_client: AsyncAnthropic, clock: MovableClock
 ) -> None:
-    session_id = scripted(plane, BASH)
+    session_id = scripted_session(control_plane, BASH)
     since = clock.seconds
     clock.advance(1)
-    (use,) = [event async for event in sdk.beta.sessions.events.list(
+    (use,) = [event async for event in sdk_client.beta.sessions.events.list(
         session_id, types=["agent.tool_use", "agent.message"])]  # fmt: skip
     result: Any = {"type": "user.tool_result", "tool_use_id": use.id}
-    await sdk.beta.sessions.events.send(session_id, events=[result])
-    listed = sdk.beta.sessions.events.list(
+    await sdk_client.beta.sessions.events.send(session_id, events=[result])
+    listed = sdk_client.beta.sessions.events.list(
         session_id, order="desc", limit=1, created_at_gt=datetime.fromtimestamp(since, UTC)
     )
     assert [event.type async for event in listed] == [
@@ -105,10 +105,10 @@ async def test_anthropic_sdk_lists_events_by_type_time_and_order(
 
 
 async def test_refused_events_become_exceptions_of_anthropic_sdk(
-    plane: ControlPlane, sdk: AsyncAnthropic
+    control_plane: ControlPlane, sdk_client: AsyncAnthropic
 ) -> None:
-    events = sdk.beta.sessions.events
-    session_id = scripted(plane, BASH)
+    events = sdk_client.beta.sessions.events
+    session_id = scripted_session(control_plane, BASH)
     use = [event async for event in events.list(session_id)][-1]
     await events.send(session_id, events=[{"type": "user.tool_result", "tool_use_id": use.id}])
     with pytest.raises(ConflictError):
@@ -117,7 +117,7 @@ async def test_refused_events_become_exceptions_of_anthropic_sdk(
         await events.send(session_id, events=[{"type": "user.tool_result", "tool_use_id": "evt_1"}])
 
 
-async def confirm(
+async def confirm_first_only(
     sdk: AsyncAnthropic,
     session_id: str,
     stream: AsyncStream[BetaManagedAgentsStreamSessionEvents],
@@ -137,7 +137,7 @@ async def confirm(
 
 
 async def test_tool_runner_of_anthropic_sdk_answers_whole_script(
-    plane: ControlPlane, sdk: AsyncAnthropic
+    control_plane: ControlPlane, sdk_client: AsyncAnthropic
 ) -> None:
     """The tool runner is another client of this protocol: one stream, one answer per tool use."""
 
@@ -169,11 +169,11 @@ async def test_tool_runner_of_anthropic_sdk_answers_whole_script(
         {**BASH, "permission": "deny"},
         ASK,
     ]
-    session_id = scripted(plane, *script)
-    runner = SessionToolRunner(sdk, session_id, tools=[bash, weather], max_idle=0.05)
+    session_id = scripted_session(control_plane, *script)
+    runner = SessionToolRunner(sdk_client, session_id, tools=[bash, weather], max_idle=0.05)
     async with asyncio.timeout(20), asyncio.TaskGroup() as group:
-        stream = await sdk.beta.sessions.events.stream(session_id)
-        group.create_task(confirm(sdk, session_id, stream))
+        stream = await sdk_client.beta.sessions.events.stream(session_id)
+        group.create_task(confirm_first_only(sdk_client, session_id, stream))
         calls = [
             (call.name, call.is_error, call.posted, call.confirmation) async for call in runner
         ]
@@ -185,7 +185,7 @@ async def test_tool_runner_of_anthropic_sdk_answers_whole_script(
         ("bash", False, False, "deny"),
         ("bash", False, False, "deny"),
     ]
-    streamed = plane.events(session_id.replace("session_", "sess_"))
+    streamed = control_plane.events(session_id.replace("session_", "sess_"))
     assert streamed[-1]["stop_reason"] == {"type": "end_turn"}
     texts = [
         event["content"][0]["text"] for event in streamed if event["type"] == "user.tool_result"

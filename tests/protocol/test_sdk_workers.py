@@ -43,14 +43,14 @@ SCRIPT: list[dict[str, Any]] = [
 ]
 
 
-class Calls:
+class CallRecorder:
     """A middleware that records a worker's calls with the kind of credential: "key" or "item"."""
 
     def __init__(self) -> None:
         self.seen: set[tuple[str, str]] = set()
 
     @web.middleware
-    async def middleware(
+    async def handle_request(
         self,
         request: web.Request,
         handler: Callable[[web.Request], Awaitable[web.StreamResponse]],
@@ -65,34 +65,34 @@ class Calls:
 
 
 @pytest.fixture
-def calls() -> Calls:
-    return Calls()
+def call_recorder() -> CallRecorder:
+    return CallRecorder()
 
 
 @pytest.fixture
-async def plane(calls: Calls) -> AsyncIterator[ControlPlane]:
+async def control_plane(call_recorder: CallRecorder) -> AsyncIterator[ControlPlane]:
     tokens = {APPLICATION: None, KEY: None}
-    async with ControlPlane(tokens=tokens, middlewares=[calls.middleware]) as plane:
+    async with ControlPlane(tokens=tokens, middlewares=[call_recorder.handle_request]) as plane:
         yield plane
 
 
 @pytest.fixture
-async def application(plane: ControlPlane) -> AsyncIterator[AsyncAnthropic]:
+async def application(control_plane: ControlPlane) -> AsyncIterator[AsyncAnthropic]:
     async with AsyncAnthropic(
         api_key=APPLICATION,
-        base_url=plane.anthropic_base_url.removesuffix("/v1"),
+        base_url=control_plane.anthropic_base_url.removesuffix("/v1"),
         _strict_response_validation=True,
     ) as client:
         yield client
 
 
-async def decide(application: AsyncAnthropic, session_id: str) -> None:
+async def confirm_first_only(application: AsyncAnthropic, session_id: str) -> None:
     """Allow the first requested tool use and deny the next, until the turn ends."""
     verdicts: list[Literal["allow", "deny"]] = ["allow", "deny"]
     events = application.beta.sessions.events
     seen: set[str] = set()
 
-    async def decided(event: Any) -> bool:
+    async def decided_session(event: Any) -> bool:
         if event.type == "agent.tool_use" and event.evaluated_permission == "ask":
             await events.send(
                 session_id,
@@ -102,7 +102,7 @@ async def decide(application: AsyncAnthropic, session_id: str) -> None:
         ended: bool = event.type == "session.status_idle" and (event.stop_reason.type == "end_turn")
         return ended
 
-    async def in_order() -> AsyncGenerator[Any, None]:
+    async def ordered_events() -> AsyncGenerator[Any, None]:
         """Yield the history and all later events; the stream is opened first, so none is missed."""
         async with await events.stream(session_id) as stream:
             async for past in events.list(session_id):
@@ -110,9 +110,9 @@ async def decide(application: AsyncAnthropic, session_id: str) -> None:
             async for event in stream:
                 yield event
 
-    async with aclosing(in_order()) as all_events:
+    async with aclosing(ordered_events()) as all_events:
         async for event in all_events:
-            if event.id not in seen and await decided(event):
+            if event.id not in seen and await decided_session(event):
                 return
             seen.add(event.id)
 
@@ -133,11 +133,11 @@ async def weather(city: str) -> str:
 
 
 @pytest.fixture
-def python_worker(plane: ControlPlane, tmp_path: Path) -> Worker:
+def python_worker(control_plane: ControlPlane, tmp_path: Path) -> Worker:
     def tools(context: AgentToolContext) -> list[Any]:
         return [*beta_agent_toolset_20260401(context), weather]
 
-    base_url = plane.anthropic_base_url.removesuffix("/v1")
+    base_url = control_plane.anthropic_base_url.removesuffix("/v1")
 
     @asynccontextmanager
     async def worker(environment_id: str) -> AsyncIterator[None]:
@@ -184,8 +184,8 @@ def node_project(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture
-def typescript_worker(plane: ControlPlane, tmp_path: Path, node_project: Path) -> Worker:
-    base_url = plane.anthropic_base_url.removesuffix("/v1")
+def typescript_worker(control_plane: ControlPlane, tmp_path: Path, node_project: Path) -> Worker:
+    base_url = control_plane.anthropic_base_url.removesuffix("/v1")
 
     @asynccontextmanager
     async def worker(environment_id: str) -> AsyncIterator[None]:
@@ -205,7 +205,7 @@ def typescript_worker(plane: ControlPlane, tmp_path: Path, node_project: Path) -
 
 
 @pytest.fixture(params=["python_worker", "typescript_worker"])
-def worker(request: pytest.FixtureRequest) -> Worker:
+def start_worker(request: pytest.FixtureRequest) -> Worker:
     """Return a context manager that runs a worker of an environment."""
     started: Worker = request.getfixturevalue(request.param)
     return started
@@ -220,35 +220,35 @@ async def environment_id(application: AsyncAnthropic) -> str:
     return new_id
 
 
-async def eventually(condition: Callable[[], object]) -> None:
+async def wait_until(condition: Callable[[], object]) -> None:
     """Wait until the condition is true; the caller limits the time."""
     while not condition():  # noqa: ASYNC110 - a worker is a process that sets no event here
         await asyncio.sleep(0.02)
 
 
 async def test_sdk_worker_completes_a_conversation(
-    plane: ControlPlane,
+    control_plane: ControlPlane,
     application: AsyncAnthropic,
-    worker: Worker,
+    start_worker: Worker,
     environment_id: str,
-    calls: Calls,
+    call_recorder: CallRecorder,
     tmp_path: Path,
 ) -> None:
-    async with worker(environment_id), asyncio.timeout(120):
+    async with start_worker(environment_id), asyncio.timeout(120):
         session = await application.beta.sessions.create(
             agent="agent_1",
             environment_id=environment_id,
             metadata={"job": "report"},
             extra_body={"script": SCRIPT},
         )
-        await decide(application, session.id)
-        await eventually(lambda: plane.summary().stopped == 1)
-        # The worker has left the session, and a message brings it back.
+        await confirm_first_only(application, session.id)
+        await wait_until(lambda: control_plane.summary().stopped == 1)
+        # The worker has left the session, and the next message lets it return.
         await application.beta.sessions.events.send(
             session.id,
             events=[{"type": "user.message", "content": [{"type": "text", "text": "Thanks."}]}],
         )
-        await eventually(lambda: plane.summary().stopped == 2)
+        await wait_until(lambda: control_plane.summary().stopped == 2)
 
     events = application.beta.sessions.events
     stored = [event.to_dict(mode="json") async for event in events.list(session.id)]
@@ -258,19 +258,19 @@ async def test_sdk_worker_completes_a_conversation(
         event["tool_use_id"]: event for event in stored if event["type"] in answers
     }
     assert [use["name"] for use in uses] == ["write", "bash", "bash", "bash", "read"]
-    in_order = [results[use["id"]] for use in uses]
+    ordered_events = [results[use["id"]] for use in uses]
     # The fourth tool use was denied, so its result is from the control plane.
-    assert [event["type"] for event in in_order] == [
+    assert [event["type"] for event in ordered_events] == [
         *["user.tool_result"] * 3, "agent.tool_result", "user.tool_result"
     ]  # fmt: skip
-    assert [event["is_error"] for event in in_order] == [False, False, False, True, False]
-    assert [text_of(event) for event in in_order[1:3]] == ["hello", "hello\nworld"]
+    assert [event["is_error"] for event in ordered_events] == [False, False, False, True, False]
+    assert [text_of(event) for event in ordered_events[1:3]] == ["hello", "hello\nworld"]
     (custom,) = [event for event in stored if event["type"] == "user.custom_tool_result"]
     assert text_of(custom) == "rain in Ulm"
 
-    assert plane.summary()[:3] == (2, 2, 0)
-    assert plane.summary().overlapping == 0
-    assert calls.seen == {
+    assert control_plane.summary()[:3] == (2, 2, 0)
+    assert control_plane.summary().overlapping == 0
+    assert call_recorder.seen == {
         ("key", "GET environments/work/poll"),
         ("key", "POST environments/work/ack"),
         ("item", "POST environments/work/heartbeat"),
@@ -284,7 +284,7 @@ async def test_sdk_worker_completes_a_conversation(
 
 
 @dataclass(frozen=True)
-class Held:
+class HeldSession:
     """A session whose worker waits for a confirmation, and the state of its item."""
 
     session_id: str
@@ -293,55 +293,60 @@ class Held:
 
 
 @pytest.fixture
-async def held(
-    plane: ControlPlane,
+async def held_session(
+    control_plane: ControlPlane,
     application: AsyncAnthropic,
-    worker: Worker,
+    start_worker: Worker,
     environment_id: str,
-    calls: Calls,
-) -> AsyncIterator[Held]:
+    call_recorder: CallRecorder,
+) -> AsyncIterator[HeldSession]:
     ask = {"name": "bash", "input": {"command": "ls"}, "permission": "ask"}
-    async with worker(environment_id), asyncio.timeout(120):
+    async with start_worker(environment_id), asyncio.timeout(120):
         session = await application.beta.sessions.create(
             agent="agent_1", environment_id=environment_id, extra_body={"script": [ask]}
         )
-        (item,) = plane.operations.page(environment_id).items
+        (item,) = control_plane.operations.page(environment_id).items
         # The worker reads the history once its event stream is open.
-        await eventually(lambda: ("item", "GET sessions/events") in calls.seen)
-        yield Held(session.id, item.id, lambda: plane.operations.get(environment_id, item.id).state)
+        await wait_until(lambda: ("item", "GET sessions/events") in call_recorder.seen)
+        yield HeldSession(
+            session.id, item.id, lambda: control_plane.operations.get(environment_id, item.id).state
+        )
 
 
 async def test_sdk_worker_leaves_archived_session(
-    application: AsyncAnthropic, held: Held, caplog: pytest.LogCaptureFixture
+    application: AsyncAnthropic, held_session: HeldSession, caplog: pytest.LogCaptureFixture
 ) -> None:
-    assert (await application.beta.sessions.archive(held.session_id)).status == "terminated"
+    assert (await application.beta.sessions.archive(held_session.session_id)).status == "terminated"
     async with asyncio.timeout(20):  # less than the time to its next heartbeat
-        await eventually(lambda: held.state() == "stopped")
+        await wait_until(lambda: held_session.state() == "stopped")
     assert not [record for record in caplog.records if record.levelname == "ERROR"]
 
 
 async def test_sdk_worker_ends_session_when_heartbeat_answers_stopping(
-    plane: ControlPlane, held: Held, environment_id: str, caplog: pytest.LogCaptureFixture
+    control_plane: ControlPlane,
+    held_session: HeldSession,
+    environment_id: str,
+    caplog: pytest.LogCaptureFixture,
 ) -> None:
     """The workers send a heartbeat every 30 s."""
-    plane.operations.stop(environment_id, held.work_id)
-    assert held.state() == "stopping"
+    control_plane.operations.stop(environment_id, held_session.work_id)
+    assert held_session.state() == "stopping"
     async with asyncio.timeout(90):
-        await eventually(lambda: held.state() == "stopped")
-    kinds = [record.kind for record in plane.history.of(held.work_id)]
+        await wait_until(lambda: held_session.state() == "stopped")
+    kinds = [record.kind for record in control_plane.history.of(held_session.work_id)]
     assert kinds[-2:] == ["heartbeat", "stopped"]  # its own stop, not the end of its lease
     assert not [record for record in caplog.records if record.levelname == "ERROR"]
 
 
 async def test_sdk_worker_handles_item_with_its_secret_but_without_key(
-    plane: ControlPlane,
+    control_plane: ControlPlane,
     application: AsyncAnthropic,
     environment_id: str,
-    calls: Calls,
+    call_recorder: CallRecorder,
     tmp_path: Path,
 ) -> None:
     """One process polls with the key of the environment; the other one has only the secret."""
-    base_url = plane.anthropic_base_url.removesuffix("/v1")
+    base_url = control_plane.anthropic_base_url.removesuffix("/v1")
     await application.beta.sessions.create(
         agent="agent_1", environment_id=environment_id, extra_body={"script": SCRIPT[:2]}
     )
@@ -360,8 +365,8 @@ async def test_sdk_worker_handles_item_with_its_secret_but_without_key(
                 work_secret=item.secret,
             )
     assert (tmp_path / "note").read_text() == "hello\nworld\n"
-    assert plane.summary()[:2] == (1, 1)
-    assert {call for kind, call in calls.seen if kind == "key"} == {
+    assert control_plane.summary()[:2] == (1, 1)
+    assert {call for kind, call in call_recorder.seen if kind == "key"} == {
         "GET environments/work/poll",
         "POST environments/work/ack",
     }

@@ -1,4 +1,4 @@
-"""The SQLite store: answered changes survive, and files of other programs are refused."""
+"""The SQLite store: answered changes survive, and foreign files are refused."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 import aiohttp
 import pytest
 
-from tests.protocol.conftest import ENV, OTHER, TOKEN, Api, Clock
+from tests.protocol.conftest import ENV, OTHER, TOKEN, ApiClient, MovableClock
 from workpool.server import ControlPlane, Item, SqliteStore, StoreError
 from workpool.server.conversation import StoredEvent
 from workpool.server.stored_session import StoredSession
@@ -29,11 +29,11 @@ if TYPE_CHECKING:
 
 
 @pytest.fixture
-def path(tmp_path: Path) -> Path:
+def database_path(tmp_path: Path) -> Path:
     return tmp_path / "work.db"
 
 
-def plane_on(path: Path, clock: Clock, *environments: str) -> ControlPlane:
+def control_plane_on(path: Path, clock: MovableClock, *environments: str) -> ControlPlane:
     return ControlPlane(
         environments=environments or (ENV,),
         tokens={TOKEN: None},
@@ -43,26 +43,26 @@ def plane_on(path: Path, clock: Clock, *environments: str) -> ControlPlane:
 
 
 async def test_items_sessions_and_stats_survive_restart(
-    path: Path, clock: Clock, http: aiohttp.ClientSession
+    database_path: Path, clock: MovableClock, http_session: aiohttp.ClientSession
 ) -> None:
-    async with plane_on(path, clock, ENV, OTHER) as plane:
-        api = Api(plane, http, "qoder")
+    async with control_plane_on(database_path, clock, ENV, OTHER) as plane:
+        api = ApiClient(plane, http_session, "qoder")
         for state in ("stopped", "stopping", "active", "starting", "queued"):
-            await api.bring_to(state, "a")
+            await api.item_in_state(state, "a")
         plane.enqueue(metadata={"nul": "\0", "emoji": "🙂"}, environment_id=OTHER)
-        assert (await api.claim(worker="a"))["state"] == "queued"
+        assert (await api.claim_item(worker="a"))["state"] == "queued"
         sessions = [
-            (await api("GET", f"{api.base}/sessions/{item['data']['id']}")).body
+            (await api("GET", f"{api.base_path}/sessions/{item['data']['id']}")).body
             for item in (await api("GET", api.work())).body["data"]
         ]
         before = [(await api("GET", api.work("", env))).body for env in (ENV, OTHER)]
-        stats = await api.stats()
-    async with plane_on(path, clock, ENV, OTHER) as plane:
-        api = Api(plane, http, "qoder")
+        stats = await api.queue_stats()
+    async with control_plane_on(database_path, clock, ENV, OTHER) as plane:
+        api = ApiClient(plane, http_session, "qoder")
         assert [(await api("GET", api.work("", env))).body for env in (ENV, OTHER)] == before
-        assert (await api.stats()) == {**stats, "workers_polling": 0}
+        assert (await api.queue_stats()) == {**stats, "workers_polling": 0}
         for session in sessions:
-            url = f"{api.base}/sessions/{session['id']}"
+            url = f"{api.base_path}/sessions/{session['id']}"
             assert (await api("GET", url)).body == session
         _, stopping, active, starting, queued = (item["id"] for item in before[0]["data"])
         # the item was delivered to worker a
@@ -70,61 +70,65 @@ async def test_items_sessions_and_stats_survive_restart(
         assert (await api.heartbeat(active, "NO_HEARTBEAT")).status == 412
         assert (await api.heartbeat(starting, "NO_HEARTBEAT")).status == 200
         clock.advance(60)
-        states = [await api.state(work_id) for work_id in (queued, stopping, active, starting)]
+        states = [await api.item_state(work_id) for work_id in (queued, stopping, active, starting)]
         assert states == ["queued", "stopped", "queued", "queued"]
         (newer,) = plane.enqueue()
         assert newer.id > max(item["id"] for item in before[0]["data"])
 
 
 async def test_holder_of_item_survives_restart(
-    path: Path, clock: Clock, http: aiohttp.ClientSession
+    database_path: Path, clock: MovableClock, http_session: aiohttp.ClientSession
 ) -> None:
-    async with plane_on(path, clock) as plane:
-        api = Api(plane, http, "qoder")
-        starting, active = [await api.bring_to(state, "a") for state in ("starting", "active")]
-    async with plane_on(path, clock) as plane:
-        api = Api(plane, http, "qoder")
+    async with control_plane_on(database_path, clock) as plane:
+        api = ApiClient(plane, http_session, "qoder")
+        starting, active = [await api.item_in_state(state, "a") for state in ("starting", "active")]
+    async with control_plane_on(database_path, clock) as plane:
+        api = ApiClient(plane, http_session, "qoder")
         for work_id in (starting, active):
             assert (await api.ack(work_id, worker="b")).status == 409
             assert (await api.ack(work_id, worker="a")).status == 200
 
 
-async def test_ids_ascend_across_restart_with_clock_set_back(path: Path, clock: Clock) -> None:
-    async with plane_on(path, clock) as plane:
+async def test_ids_ascend_across_restart_with_clock_set_back(
+    database_path: Path, clock: MovableClock
+) -> None:
+    async with control_plane_on(database_path, clock) as plane:
         (former,) = plane.enqueue()
     clock.advance(-86_400)
-    async with plane_on(path, clock) as plane:
+    async with control_plane_on(database_path, clock) as plane:
         assert plane.enqueue()[0].id > former.id
 
 
 async def test_redelivery_order_survives_restart(
-    path: Path, clock: Clock, http: aiohttp.ClientSession
+    database_path: Path, clock: MovableClock, http_session: aiohttp.ClientSession
 ) -> None:
-    async with plane_on(path, clock) as plane:
-        api = Api(plane, http, "qoder")
+    async with control_plane_on(database_path, clock) as plane:
+        api = ApiClient(plane, http_session, "qoder")
         first, second = (item.id for item in plane.enqueue(2))
-        await api.claim()
-        await api.claim()
+        await api.claim_item()
+        await api.claim_item()
         clock.advance(5)
-        assert (await api.claim())["id"] == first  # so item 2 was delivered before item 1
-    async with plane_on(path, clock) as plane:
-        api = Api(plane, http, "qoder")
-        assert (await api.claim())["id"] == second
+        assert (await api.claim_item())["id"] == first  # so item 2 was delivered before item 1
+    async with control_plane_on(database_path, clock) as plane:
+        api = ApiClient(plane, http_session, "qoder")
+        assert (await api.claim_item())["id"] == second
         assert (await api.poll()).body is None
         clock.advance(5)
-        assert (await api.claim())["id"] == first
+        assert (await api.claim_item())["id"] == first
 
 
-async def test_environment_not_served_meanwhile_keeps_its_items(path: Path, clock: Clock) -> None:
-    async with plane_on(path, clock, ENV, OTHER) as plane:
+async def test_environment_not_served_meanwhile_keeps_its_items(
+    database_path: Path, clock: MovableClock
+) -> None:
+    async with control_plane_on(database_path, clock, ENV, OTHER) as plane:
         plane.enqueue(environment_id=OTHER)
-    async with plane_on(path, clock, ENV):
+    async with control_plane_on(database_path, clock, ENV):
         pass
-    async with plane_on(path, clock, ENV, OTHER) as plane:
+    async with control_plane_on(database_path, clock, ENV, OTHER) as plane:
         assert len(plane.operations.queue(OTHER)) == 1
 
 
-async def test_every_stored_field_is_read_back(path: Path) -> None:
+async def test_every_stored_field_is_read_back(database_path: Path) -> None:
     number = dict.fromkeys(
         ("acknowledged_at", "started_at", "heartbeat_at", "stop_requested_at", "stopped_at"), 1
     )
@@ -151,7 +155,7 @@ async def test_every_stored_field_is_read_back(path: Path) -> None:
     ]
     value = {"id": "evt_0", "type": "x", "processed_at": "2026-03-01T12:00:00Z"}
     events = [StoredEvent(f"evt_{number}", "sess_2", {**value, "n": number}) for number in range(3)]
-    store = SqliteStore(path)
+    store = SqliteStore(database_path)
     await store.open()
     for session in sessions:
         store.save_session(session)
@@ -160,7 +164,7 @@ async def test_every_stored_field_is_read_back(path: Path) -> None:
     store.save(replace(item, ttl_seconds=6))
     await store.durable()
     await store.close()
-    store = SqliteStore(path)
+    store = SqliteStore(database_path)
     contents = await store.open()
     await store.close()
     assert contents.items == [replace(item, ttl_seconds=6)]
@@ -168,50 +172,58 @@ async def test_every_stored_field_is_read_back(path: Path) -> None:
     assert contents.events == events
 
 
-async def test_database_with_newer_schema_is_refused(path: Path, clock: Clock) -> None:
-    async with plane_on(path, clock):
+async def test_database_with_newer_schema_is_refused(
+    database_path: Path, clock: MovableClock
+) -> None:
+    async with control_plane_on(database_path, clock):
         pass
-    with closing(sqlite3.connect(path)) as connection:
+    with closing(sqlite3.connect(database_path)) as connection:
         assert connection.execute("PRAGMA user_version").fetchone() == (SCHEMA_VERSION,)
         connection.execute(f"PRAGMA user_version = {SCHEMA_VERSION + 1}")
     with pytest.raises(StoreError, match="newer workpool"):
-        await plane_on(path, clock).__aenter__()
+        await control_plane_on(database_path, clock).__aenter__()
 
 
-async def test_database_of_another_program_is_refused(path: Path, clock: Clock) -> None:
-    with closing(sqlite3.connect(path)) as connection:
+async def test_database_of_another_program_is_refused(
+    database_path: Path, clock: MovableClock
+) -> None:
+    with closing(sqlite3.connect(database_path)) as connection:
         connection.execute("CREATE TABLE theirs (x)")
     with pytest.raises(StoreError, match="not a database of workpool"):
-        await plane_on(path, clock).__aenter__()
+        await control_plane_on(database_path, clock).__aenter__()
 
 
-def test_file_that_is_no_database_is_refused(path: Path, clock: Clock) -> None:
-    path.write_text("not a database, and long enough to be read as one" * 100)
+def test_file_that_is_no_database_is_refused(database_path: Path, clock: MovableClock) -> None:
+    database_path.write_text("not a database, and long enough to be read as one" * 100)
     with pytest.raises(StoreError, match="not a database"), asyncio.Runner() as runner:
-        runner.run(plane_on(path, clock).__aenter__())
-    assert path.read_text().startswith("not a database")
+        runner.run(control_plane_on(database_path, clock).__aenter__())
+    assert database_path.read_text().startswith("not a database")
 
 
-async def test_store_in_missing_directory_is_refused(tmp_path: Path, clock: Clock) -> None:
+async def test_store_in_missing_directory_is_refused(tmp_path: Path, clock: MovableClock) -> None:
     with pytest.raises(StoreError, match="unable to open"):
-        await plane_on(tmp_path / "missing" / "work.db", clock).__aenter__()
+        await control_plane_on(tmp_path / "missing" / "work.db", clock).__aenter__()
 
 
-async def test_second_server_on_same_file_is_refused(path: Path, clock: Clock) -> None:
-    async with plane_on(path, clock):
+async def test_second_server_on_same_file_is_refused(
+    database_path: Path, clock: MovableClock
+) -> None:
+    async with control_plane_on(database_path, clock):
         with pytest.raises(StoreError, match="locked"):
-            await plane_on(path, clock).__aenter__()
+            await control_plane_on(database_path, clock).__aenter__()
 
 
 @pytest.mark.parametrize("mask", [0o000, 0o022, 0o077])
-def test_files_of_new_store_are_accessible_to_owner_only(path: Path, mask: int) -> None:
+def test_files_of_new_store_are_accessible_to_owner_only(database_path: Path, mask: int) -> None:
     former = os.umask(mask)
     try:
-        with closing(SqliteStore(path)._connect()) as connection:
+        with closing(SqliteStore(database_path)._connect()) as connection:
             connection.execute("BEGIN IMMEDIATE")
             connection.execute("CREATE TABLE more (x)")
             connection.execute("COMMIT")
-            modes = {each.name: each.stat().st_mode & 0o777 for each in path.parent.iterdir()}
+            modes = {
+                each.name: each.stat().st_mode & 0o777 for each in database_path.parent.iterdir()
+            }
     finally:
         os.umask(former)
     assert modes == {"work.db": 0o600, "work.db-wal": 0o600}
@@ -233,24 +245,24 @@ MALFORMED = {
 }
 
 
-async def filled(path: Path, clock: Clock) -> None:
-    async with plane_on(path, clock) as plane:
+async def filled_database(path: Path, clock: MovableClock) -> None:
+    async with control_plane_on(path, clock) as plane:
         (item,) = plane.enqueue(script=[{"name": "Bash"}])
         plane.emit(item.session_id, {"type": "agent.message", "content": []})
 
 
 @pytest.mark.parametrize("name", MALFORMED)
 async def test_malformed_row_prevents_start_and_is_named(
-    path: Path, clock: Clock, name: str
+    database_path: Path, clock: MovableClock, name: str
 ) -> None:
-    await filled(path, clock)
-    with closing(sqlite3.connect(path)) as connection:
+    await filled_database(database_path, clock)
+    with closing(sqlite3.connect(database_path)) as connection:
         connection.execute(MALFORMED[name])
         connection.commit()
     column = name.split(maxsplit=1)[0].rpartition(".")[2]
     async with asyncio.timeout(20):
         with pytest.raises(StoreError, match=rf"work\.db: the row '\w+_\w+' .* {column} is malf"):
-            await plane_on(path, clock).__aenter__()
+            await control_plane_on(database_path, clock).__aenter__()
 
 
 @pytest.mark.parametrize(
@@ -261,20 +273,22 @@ async def test_malformed_row_prevents_start_and_is_named(
         "UPDATE work SET id = 'work_nothex'",
     ],
 )
-async def test_inconsistent_rows_prevent_start(path: Path, clock: Clock, change: str) -> None:
-    await filled(path, clock)
-    with closing(sqlite3.connect(path)) as connection:
+async def test_inconsistent_rows_prevent_start(
+    database_path: Path, clock: MovableClock, change: str
+) -> None:
+    await filled_database(database_path, clock)
+    with closing(sqlite3.connect(database_path)) as connection:
         connection.execute(change)
         connection.commit()
     async with asyncio.timeout(20):
         with pytest.raises(StoreError, match="do not fit together"):
-            await plane_on(path, clock).__aenter__()
+            await control_plane_on(database_path, clock).__aenter__()
 
 
 async def test_exception_on_writer_thread_fails_store(
-    path: Path, clock: Clock, monkeypatch: pytest.MonkeyPatch
+    database_path: Path, clock: MovableClock, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    async with plane_on(path, clock) as plane:
+    async with control_plane_on(database_path, clock) as plane:
         monkeypatch.setattr("workpool.server.stores.sqlite._write", lambda *_: 1 / 0)
         plane.enqueue()
         async with asyncio.timeout(20):
@@ -283,11 +297,11 @@ async def test_exception_on_writer_thread_fails_store(
 
 
 async def test_close_during_reading_of_store_ends_reading(
-    path: Path, clock: Clock, monkeypatch: pytest.MonkeyPatch
+    database_path: Path, clock: MovableClock, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    async with plane_on(path, clock) as plane:
+    async with control_plane_on(database_path, clock) as plane:
         plane.enqueue(10)
-    store = SqliteStore(path)
+    store = SqliteStore(database_path)
     reading = threading.Event()
     rows: list[object] = []
 
@@ -306,40 +320,43 @@ async def test_close_during_reading_of_store_ends_reading(
     assert len(rows) == 1
 
 
-def test_database_uses_wal_and_full_sync(path: Path) -> None:
-    with closing(SqliteStore(path)._connect()) as connection:
+def test_database_uses_wal_and_full_sync(database_path: Path) -> None:
+    with closing(SqliteStore(database_path)._connect()) as connection:
         assert connection.execute("PRAGMA journal_mode").fetchone() == ("wal",)
         assert connection.execute("PRAGMA synchronous").fetchone() == (2,)  # FULL
 
 
 async def test_failed_store_answers_500_to_every_later_call(
-    path: Path, clock: Clock, http: aiohttp.ClientSession, monkeypatch: pytest.MonkeyPatch
+    database_path: Path,
+    clock: MovableClock,
+    http_session: aiohttp.ClientSession,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    def full(*_: object) -> None:
+    def raise_disk_full(*_: object) -> None:
         raise sqlite3.OperationalError("database or disk is full")
 
-    async with plane_on(path, clock) as plane:
-        api = Api(plane, http, "qoder")
+    async with control_plane_on(database_path, clock) as plane:
+        api = ApiClient(plane, http_session, "qoder")
         (kept,) = (await api("POST", api.work())).body["data"]
-        monkeypatch.setattr("workpool.server.stores.sqlite._write", full)
+        monkeypatch.setattr("workpool.server.stores.sqlite._write", raise_disk_full)
         answer = await api("POST", api.work())
         assert answer.status == 500
-        assert answer.error["type"] == "api_error"
+        assert answer.error_type["type"] == "api_error"
         assert (await api.get(kept["id"])).status == 500
     monkeypatch.undo()
-    async with plane_on(path, clock) as plane:
-        api = Api(plane, http, "qoder")
-        assert await api.state(kept["id"]) == "queued"
+    async with control_plane_on(database_path, clock) as plane:
+        api = ApiClient(plane, http_session, "qoder")
+        assert await api.item_state(kept["id"]) == "queued"
         assert len(plane.operations.queue(ENV)) == 1
 
 
-# -- kill -9 under load ------------------------------------------------------------------------
+# -- the server is killed under load ------------------------------------------------------------
 
 ORDER = ["queued", "starting", "active", "stopped"]
 
 
 @asynccontextmanager
-async def server(path: Path) -> AsyncIterator[tuple[asyncio.subprocess.Process, int]]:
+async def start_server(path: Path) -> AsyncIterator[tuple[asyncio.subprocess.Process, int]]:
     script = Path(__file__).with_name("sqlite_server.py")
     process = await asyncio.create_subprocess_exec(
         sys.executable, str(script), str(path), stdout=asyncio.subprocess.PIPE
@@ -354,7 +371,7 @@ async def server(path: Path) -> AsyncIterator[tuple[asyncio.subprocess.Process, 
         await process.communicate()
 
 
-class Load:
+class LoadGenerator:
     """Workers that bring items through all states and record every answer."""
 
     def __init__(self, http: aiohttp.ClientSession, port: int) -> None:
@@ -375,15 +392,15 @@ class Load:
             self.enough.set()
         return body
 
-    async def run(self) -> None:
-        """Run one item after another until the server is gone."""
+    async def run_items(self) -> None:
+        """Run one item after another until the server is killed."""
         while True:
             try:
-                await self.one_life()
+                await self.run_one_item()
             except (aiohttp.ClientError, ConnectionError):
                 return
 
-    async def one_life(self) -> None:
+    async def run_one_item(self) -> None:
         (item,) = (await self.call("POST", "", json={"count": 1}))["data"]
         self.known[item["id"]] = item
         polled = await self.call("GET", "/poll")
@@ -396,18 +413,18 @@ class Load:
 
 @pytest.mark.trial
 async def test_killed_server_under_load_loses_no_answered_change(
-    path: Path, http: aiohttp.ClientSession
+    database_path: Path, http_session: aiohttp.ClientSession
 ) -> None:
-    async with server(path) as (process, port):
-        load = Load(http, port)
+    async with start_server(database_path) as (process, port):
+        load = LoadGenerator(http_session, port)
         async with asyncio.TaskGroup() as group:
             for _ in range(8):
-                group.create_task(load.run())
+                group.create_task(load.run_items())
             await load.enough.wait()
             process.send_signal(signal.SIGKILL)
     assert len(load.known) >= 60
-    async with server(path) as (_, port):
-        load_after = Load(http, port)
+    async with start_server(database_path) as (_, port):
+        load_after = LoadGenerator(http_session, port)
         for work_id, item in load.known.items():
             after = await load_after.call("GET", f"/{work_id}")
             assert ORDER.index(after["state"]) >= ORDER.index(item["state"])
@@ -418,15 +435,21 @@ async def test_killed_server_under_load_loses_no_answered_change(
         assert stopped
 
 
-async def test_process_killed_between_item_and_first_event_leaves_neither(path: Path) -> None:
+async def test_process_killed_between_item_and_first_event_leaves_neither(
+    database_path: Path,
+) -> None:
     """An item without its first message would bring a worker to a session that never begins."""
     program = Path(__file__).with_name("crashing_creation.py")
     root = Path(__file__).parents[2]
     process = await asyncio.create_subprocess_exec(
-        sys.executable, program, path, cwd=root, env={**os.environ, "PYTHONPATH": str(root)}
+        sys.executable,
+        program,
+        database_path,
+        cwd=root,
+        env={**os.environ, "PYTHONPATH": str(root)},
     )
     assert await process.wait() == -signal.SIGKILL
-    store = SqliteStore(path)
+    store = SqliteStore(database_path)
     contents = await store.open()
     await store.close()
     assert (contents.sessions, contents.items, contents.events) == ([], [], [])

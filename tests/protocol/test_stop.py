@@ -10,9 +10,9 @@ from typing import TYPE_CHECKING
 import pytest
 
 if TYPE_CHECKING:
-    from tests.protocol.conftest import Api, Clock
+    from tests.protocol.conftest import ApiClient, MovableClock
 
-# A second copy of the table, written by hand; `server/state_machine.py` has the first.
+# A second copy of the table in `server/state_machine.py`, written by hand.
 TABLE = [
     (False, "queued", "stopped"),
     (False, "starting", "stopping"),
@@ -31,44 +31,44 @@ SIBLING_REFUSES = [(False, "stopping"), (False, "stopped"), (True, "stopped")]
 @pytest.mark.usefixtures("both_stores")
 @pytest.mark.parametrize(("force", "state", "after"), TABLE)
 async def test_stop_of_item_in_each_state_has_documented_result(
-    qoder: Api, clock: Clock, state: str, after: str, *, force: bool
+    qoder_api: ApiClient, clock: MovableClock, state: str, after: str, *, force: bool
 ) -> None:
-    work_id = await qoder.bring_to(state)
-    before = (await qoder.get(work_id)).body
+    work_id = await qoder_api.item_in_state(state)
+    before = (await qoder_api.get(work_id)).body
     clock.advance(3)
-    answer = await qoder.stop(work_id, json={"force": force})
+    answer = await qoder_api.stop(work_id, json={"force": force})
     assert answer.status == 200
     now = "2026-03-01T12:00:03Z"
     expected = {**before, "state": after}
     if state != "stopped":
         expected["stopped_at" if after == "stopped" else "stop_requested_at"] = now
     assert answer.body == expected
-    assert (await qoder.get(work_id)).body == expected
+    assert (await qoder_api.get(work_id)).body == expected
 
 
 @pytest.mark.usefixtures("both_stores")
 @pytest.mark.parametrize(("force", "state", "after"), TABLE)
 async def test_anthropic_stop_answers_204_or_409_by_state(
-    anthropic: Api, state: str, after: str, *, force: bool
+    anthropic_api: ApiClient, state: str, after: str, *, force: bool
 ) -> None:
-    work_id = await anthropic.bring_to(state)
-    answer = await anthropic.stop(work_id, json={"force": force})
+    work_id = await anthropic_api.item_in_state(state)
+    answer = await anthropic_api.stop(work_id, json={"force": force})
     if (force, state) in SIBLING_REFUSES:
         assert answer.status == 409
-        assert answer.error["type"] == "invalid_request_error"
-        assert await anthropic.state(work_id) == state
+        assert answer.error_type["type"] == "invalid_request_error"
+        assert await anthropic_api.item_state(work_id) == state
     else:
         assert (answer.status, answer.body) == (204, None)
-        assert await anthropic.state(work_id) == after
+        assert await anthropic_api.item_state(work_id) == after
 
 
 @pytest.mark.parametrize(
     "body", [b"", b"{}", b'{"force": null}', b'{"force": false}', b' {"other": 1} ']
 )
-async def test_stop_without_force_is_graceful(api: Api, body: bytes) -> None:
-    work_id = await api.bring_to("active")
+async def test_stop_without_force_is_graceful(api: ApiClient, body: bytes) -> None:
+    work_id = await api.item_in_state("active")
     assert (await api.stop(work_id, data=body)).status in {200, 204}
-    assert await api.state(work_id) == "stopping"
+    assert await api.item_state(work_id) == "stopping"
 
 
 @pytest.mark.parametrize(
@@ -91,19 +91,21 @@ async def test_stop_without_force_is_graceful(api: Api, body: bytes) -> None:
         b'{"force": true} x',
     ],
 )
-async def test_malformed_stop_body_is_400_and_stops_nothing(api: Api, body: bytes) -> None:
-    work_id = await api.bring_to("active")
+async def test_malformed_stop_body_is_400_and_stops_nothing(api: ApiClient, body: bytes) -> None:
+    work_id = await api.item_in_state("active")
     answer = await api.stop(work_id, data=body)
     assert answer.status == 400
-    assert answer.error["type"] == "invalid_request_error"
-    assert await api.state(work_id) == "active"
+    assert answer.error_type["type"] == "invalid_request_error"
+    assert await api.item_state(work_id) == "active"
 
 
-async def test_stopped_delivered_item_is_not_delivered_again(api: Api, clock: Clock) -> None:
+async def test_stopped_delivered_item_is_not_delivered_again(
+    api: ApiClient, clock: MovableClock
+) -> None:
     api.plane.enqueue()
-    item = await api.claim()
+    item = await api.claim_item()
     await api.stop(item["id"])
-    assert await api.state(item["id"]) == "stopped"
+    assert await api.item_state(item["id"]) == "stopped"
     clock.advance(5)
     assert (await api.poll()).body is None
-    assert (await api.stats())["pending"] == 0
+    assert (await api.queue_stats())["pending"] == 0

@@ -1,4 +1,4 @@
-"""Updates of the metadata.
+"""Updates of an item's metadata.
 
 See workpool/docs/protocol.md, "Update metadata".
 """
@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 import pytest
 
 if TYPE_CHECKING:
-    from tests.protocol.conftest import Api
+    from tests.protocol.conftest import ApiClient
 
 
 @pytest.mark.usefixtures("both_stores")
@@ -30,7 +30,9 @@ if TYPE_CHECKING:
         ),
     ],
 )
-async def test_update_merges_metadata_patch(api: Api, patch: object, metadata: object) -> None:
+async def test_update_merges_metadata_patch(
+    api: ApiClient, patch: object, metadata: object
+) -> None:
     (item,) = api.plane.enqueue(metadata={"a": "1", "b": "2"})
     before = (await api.get(item.id)).body
     answer = await api.update(item.id, json={"metadata": patch})
@@ -38,22 +40,22 @@ async def test_update_merges_metadata_patch(api: Api, patch: object, metadata: o
     assert (await api.get(item.id)).body == answer.body
 
 
-async def test_update_without_metadata_changes_nothing(qoder: Api) -> None:
-    (item,) = qoder.plane.enqueue(metadata={"a": "1"})
-    answer = await qoder.update(item.id, json={"other": 1})
+async def test_update_without_metadata_changes_nothing(qoder_api: ApiClient) -> None:
+    (item,) = qoder_api.plane.enqueue(metadata={"a": "1"})
+    answer = await qoder_api.update(item.id, json={"other": 1})
     assert (answer.status, answer.body["metadata"]) == (200, {"a": "1"})
 
 
-async def test_anthropic_update_requires_metadata(anthropic: Api) -> None:
-    (item,) = anthropic.plane.enqueue()
-    answer = await anthropic.update(item.id, json={})
+async def test_anthropic_update_requires_metadata(anthropic_api: ApiClient) -> None:
+    (item,) = anthropic_api.plane.enqueue()
+    answer = await anthropic_api.update(item.id, json={})
     assert answer.status == 400
-    assert answer.error["param"] == "metadata"
+    assert answer.error_type["param"] == "metadata"
 
 
 @pytest.mark.parametrize("state", ["queued", "starting", "active", "stopping", "stopped"])
-async def test_update_is_accepted_in_every_state(api: Api, state: str) -> None:
-    work_id = await api.bring_to(state)
+async def test_update_is_accepted_in_every_state(api: ApiClient, state: str) -> None:
+    work_id = await api.item_in_state(state)
     answer = await api.update(work_id, json={"metadata": {"k": "v"}})
     assert (answer.status, answer.body["metadata"]) == (200, {"k": "v"})
     assert answer.body["state"] == state
@@ -81,9 +83,9 @@ async def test_update_is_accepted_in_every_state(api: Api, state: str) -> None:
         b'{"metadata": ' + b'{"a":' * 100_000 + b"1" + b"}" * 100_000 + b"}",
     ],
 )
-async def test_malformed_update_is_400_and_not_applied(api: Api, body: bytes) -> None:
+async def test_malformed_update_is_400_and_not_applied(api: ApiClient, body: bytes) -> None:
     (item,) = api.plane.enqueue(metadata={"a": "1"})
     answer = await api.update(item.id, data=body)
     assert answer.status == 400
-    assert answer.error["type"] == "invalid_request_error"
+    assert answer.error_type["type"] == "invalid_request_error"
     assert (await api.get(item.id)).body["metadata"] == {"a": "1"}
