@@ -35,6 +35,8 @@ _PAYLOAD_MAX: Final = 7900
 """Bytes; PostgreSQL accepts fewer than 8000."""
 _TOPICS_MAX: Final = 10_000
 """Number of topics with a record of their last change, and of those not yet sent."""
+_BATCH_SECONDS: Final = 0.005
+"""Shortest time between two notifications of one node: the first of many goes at once."""
 _PING_SECONDS: Final = 10.0
 _RECONNECT_SECONDS: Final = (0.1, 5.0)
 """Shortest and longest pause before another attempt to connect."""
@@ -164,7 +166,7 @@ class NotificationHub:
     async def _send(self, connection: Any) -> None:
         """Send what is announced, until the connection is lost. Raises `DRIVER_ERRORS`.
 
-        Everything that is announced while one batch is sent forms the next batch.
+        Everything that is announced while one batch is sent, and shortly after, forms the next.
         """
         while True:
             try:
@@ -177,6 +179,7 @@ class NotificationHub:
                 await connection.execute("SELECT pg_notify($1, $2)", CHANNEL, payload)
                 for topic, count in topics:
                     self._sent(topic, count)
+                await asyncio.sleep(_BATCH_SECONDS)
             if connection.is_closed():
                 raise ConnectionResetError
 
