@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+from datetime import timedelta
 from typing import TYPE_CHECKING, Any
 
 import orjson
@@ -14,9 +16,10 @@ from workpool.cli.item_count import ItemCount, ItemCounter
 from workpool.errors import RefusedError, TransientError
 from workpool.scaling import FleetLoad
 from workpool.server import ControlPlane
+from workpool.server.http.server_dialects import QODER
 from workpool.settings import Settings
 from workpool.wire.client import WorkClient
-from workpool.wire.items import QueueStats
+from workpool.wire.items import QueueStats, parse_item
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable
@@ -24,6 +27,7 @@ if TYPE_CHECKING:
     Answer = Callable[[web.Request], Awaitable[web.StreamResponse]]
 
 PAGE = 100
+SECOND = timedelta(seconds=1)
 NEVER = 3600.0
 
 
@@ -128,20 +132,42 @@ async def test_list_that_is_too_long_is_a_lower_bound_until_its_stopped_items_ar
             assert (later.running, later.lower_bound) == (4, False)
 
 
-@pytest.mark.parametrize("after_id", ["ignored", "refused"])
-async def test_list_that_cannot_begin_later_stays_a_lower_bound(
-    monkeypatch: pytest.MonkeyPatch, after_id: str
-) -> None:
-    monkeypatch.setattr(item_count, "LISTED_ITEMS_MAX", 2 * PAGE)
+@pytest.mark.parametrize("after_id", ["known", "ignored", "refused"])
+async def test_count_is_exact_whether_or_not_the_list_can_begin_later(after_id: str) -> None:
     middlewares = [vendor(after_id=after_id)]
     async with ControlPlane(middlewares=middlewares) as plane, client_of(plane) as client:
-        plane.enqueue(1)
-        await claim(client, 1)
-        stop(plane, *(item.id for item in plane.enqueue(3 * PAGE)))
+        stop(plane, *(item.id for item in plane.enqueue(PAGE)))
+        plane.enqueue(4)
+        await claim(client, 3)
         counter = ItemCounter(client)
         for _ in range(3):
             count = await counter.count()
-            assert (count.running, count.complete) == (1, False)
+            assert (count.queued, count.running, count.complete) == (1, 3, True)
+        assert counter._after is not None
+
+
+@pytest.mark.parametrize(
+    ("order", "skips"),
+    [("by creation", True), ("newest first", False), ("by random id", False)],
+)
+async def test_stopped_items_are_skipped_in_a_list_in_order_of_creation_only(
+    order: str, *, skips: bool
+) -> None:
+    """In another order, a new item could be before the skipped ones."""
+    async with ControlPlane() as plane, client_of(plane) as client:
+        item = plane.enqueue(1)[0]
+        shown = parse_item(QODER.item(item) | {"state": "stopped"})
+        assert shown.created_at is not None
+        ages = range(PAGE) if order != "by random id" else [n * 37 % PAGE for n in range(PAGE)]
+        items = [
+            replace(shown, id=f"work_{number:032x}", created_at=shown.created_at + age * SECOND)
+            for number, age in enumerate(ages)
+        ]
+        if order == "newest first":
+            items.reverse()
+        counter = ItemCounter(client)
+        counter._skip(items)
+        assert (counter._after is not None) == skips
 
 
 async def test_running_item_behind_stopped_ones_is_counted_after_they_are_skipped() -> None:

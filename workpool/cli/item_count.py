@@ -38,8 +38,8 @@ class ItemCount(NamedTuple):
 class ItemCounter:
     """Counts the unfinished items of one environment, again and again.
 
-    A stopped item stays stopped. So in a list that is in order of ids, the stopped items at its
-    beginning are skipped in later counts: a history that is longer than one count may read is
+    A stopped item stays stopped. So in a list that is in order of creation, the stopped items at
+    its beginning are skipped in later counts: a history that is longer than one count may read is
     passed after some counts, and the counts are exact from then on.
 
     Args:
@@ -50,7 +50,6 @@ class ItemCounter:
         self._client = client
         self._after: str | None = None
         """The last of the stopped items that are skipped."""
-        self._may_skip = True
 
     async def count(self) -> ItemCount:
         """Read the list and count.
@@ -59,8 +58,7 @@ class ItemCounter:
             ControlPlaneError: The list cannot be read.
         """
         found = await self._read()
-        if self._may_skip:
-            self._skip(found.items)
+        self._skip(found.items)
         states = Counter(item.state for item in found.items)
         queued = [item.created_at for item in found.items if item.state == QUEUED]
         return ItemCount(
@@ -72,17 +70,11 @@ class ItemCounter:
 
     async def _read(self) -> FoundItems:
         """Read the list without the skipped items, or all of it if they cannot be skipped."""
-        if self._after is None:
-            return await self._list()
-        try:
-            found = await self._list(self._after)
-        except RefusedError:
-            pass  # the item was deleted, or this control plane knows no `after_id`
-        else:
-            if _ascending([self._after, *(item.id for item in found.items)]):
-                return found
-            self._may_skip = False  # this control plane ignores `after_id`
-        self._after = None
+        if self._after is not None:
+            try:
+                return await self._list(self._after)
+            except RefusedError:  # the item was deleted, or this control plane has no `after_id`
+                self._after = None
         return await self._list()
 
     def _list(self, after_id: str | None = None) -> Awaitable[FoundItems]:
@@ -90,13 +82,19 @@ class ItemCounter:
 
     def _skip(self, items: Sequence[WorkItem]) -> None:
         """Skip the stopped items at the beginning in later counts, if the list is in order."""
-        ids = [item.id for item in items]
-        # A few ids without a meaning could be in order by chance.
-        if len(ids) >= LIST_LIMIT_MAX and _ascending(ids):
+        # A few items could be in order by chance; new ones would then be skipped.
+        if len(items) >= LIST_LIMIT_MAX and _in_order_of_creation(items):
             stopped = next((n for n, item in enumerate(items) if item.state != STOPPED), len(items))
             if stopped:
-                self._after = ids[stopped - 1]
+                self._after = items[stopped - 1].id
 
 
-def _ascending(ids: Sequence[str]) -> bool:
-    return all(first < second for first, second in pairwise(ids))
+def _in_order_of_creation(items: Sequence[WorkItem]) -> bool:
+    """Return whether ids and times ascend, so that a new item will be at the end of the list."""
+    return all(
+        first.id < second.id
+        and first.created_at is not None
+        and second.created_at is not None
+        and first.created_at <= second.created_at
+        for first, second in pairwise(items)
+    )
