@@ -173,8 +173,11 @@ class PoolView:
     @property
     def idle_seconds(self) -> float:
         """Seconds for which no slot has been taken; 0 while one is."""
-        since = self.dispatcher.idle_since
-        return 0.0 if self.context.queue.running else max(0.0, self.context.clock() - since)
+        if self.context.queue.running:
+            return 0.0
+        # Read after the slots: the dispatcher writes the time before it frees the last slot. In the
+        # other order, a session that ends meanwhile would seem to have ended long ago.
+        return max(0.0, self.context.clock() - self.dispatcher.idle_since)
 
     def unready(self) -> list[str]:
         """The reasons why the pool is not ready, except a fatal error."""
