@@ -103,26 +103,30 @@ class FleetReader:
         """
         # The statistics before the list: an item that is acknowledged in between counts twice.
         # In the other order it would not count at all, and a busy worker could be removed.
-        stats = await self._stats()
+        refusal: RefusedError | None = None
+        stats: QueueStats | None = None
+        try:
+            stats = await self._client.stats()
+        except RefusedError as error:  # many keys of workers may list and not read statistics
+            refusal = error
         if stats is not None and stats.running is not None:
             return FleetLoad(
                 stats.depth, stats.pending, stats.running, _age(stats.oldest_queued_at)
             )
-        return load_of(stats, await self._counter.count())
+        load = load_of(stats, await self._counter.count())
+        if refusal is not None:
+            self._log_refusal(refusal)
+        return load
 
-    async def _stats(self) -> QueueStats | None:
-        """Read the statistics; None if the credential or the control plane does not allow it."""
-        try:
-            return await self._client.stats()
-        except RefusedError as error:
-            if not self._without_statistics:
-                self._without_statistics = True
-                log.warning(
-                    "statistics refused, all items are counted in the list: %s",
-                    error,
-                    extra={"error": str(error)},
-                )
-            return None
+    def _log_refusal(self, refusal: RefusedError) -> None:
+        """Log once that statistics are refused, although the credential is accepted."""
+        if not self._without_statistics:
+            self._without_statistics = True
+            log.warning(
+                "statistics refused, so all items are counted in the list: %s",
+                refusal,
+                extra={"error": str(refusal)},
+            )
 
 
 def load_of(stats: QueueStats | None, count: ItemCount) -> FleetLoad:
