@@ -293,3 +293,46 @@ async def test_verbose_serve_logs_requests_without_tokens_queries_and_bodies(
     assert "limit=" not in command.err
     assert "hunter2" not in command.err
     assert ready["token"] not in command.err
+
+
+async def start_two_servers(start: StartCommand, url: str) -> list[dict[str, str]]:
+    """Start two servers on one database, and return the variables of clients of each."""
+    given = {"WORKPOOL_SERVE_STORE": url, "WORKPOOL_SERVE_TOKEN": TOKEN}
+    return [printed_variables((await start_serve(start, **given))[1], TOKEN) for _ in range(2)]
+
+
+async def test_two_servers_share_one_database(
+    start_without_settings: StartCommand, run_in_process: RunInProcess, database_url: str
+) -> None:
+    one, other = await start_two_servers(start_without_settings, database_url)
+    [work_id] = (await printed_text(run_in_process, one, "work", "enqueue")).split()
+    assert work_id in await printed_text(run_in_process, other, "work", "list")
+    await printed_text(run_in_process, other, "work", "stop", "--force", work_id)
+    assert "stopped" in await printed_text(run_in_process, one, "work", "get", work_id)
+
+
+@pytest.mark.timeout(300)  # the suite waits for the end of a lease of 60 s
+async def test_conformance_suite_passes_on_database(
+    start_without_settings: StartCommand, database_url: str
+) -> None:
+    (_, asked) = await start_two_servers(start_without_settings, database_url)
+    suite = await start_without_settings(
+        "conform", asked["WORKPOOL_BASE_URL"], "--test-environment", **asked
+    )
+    assert await suite.wait_for_end(200) == 0
+
+
+async def test_password_of_database_is_not_shown(
+    start_without_settings: StartCommand, database_url: str
+) -> None:
+    url = database_url.replace("workpool@", "workpool:pass%2Fword-9137@")
+    command, _ = await start_serve(start_without_settings, "--verbose", "--store", url)
+    command.send_signal(signal.SIGTERM)
+    assert await command.wait_for_end() == 0
+    down = await start_without_settings(
+        "serve", "--store", "postgresql://me:pass%2Fword-9137@127.0.0.1:1/queue"
+    )
+    assert await down.wait_for_end() != 0
+    assert "127.0.0.1:1/queue" in down.err
+    for text in (command.out, command.err, down.out, down.err):
+        assert "word-9137" not in text

@@ -10,7 +10,7 @@ import aiohttp
 import pytest
 
 from workpool.conformance.api import WorkCalls
-from workpool.server import ControlPlane, MemoryStore, SqliteStore
+from workpool.server import ControlPlane, MemoryStore, PostgresStore, SqliteStore
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Callable, Mapping
@@ -147,6 +147,15 @@ def clock() -> MovableClock:
 @pytest.fixture
 def store(request: pytest.FixtureRequest, tmp_path: Path) -> Store:
     kind = getattr(request, "param", "memory")
+    return MemoryStore() if kind == "memory" else SqliteStore(tmp_path / "work.db")
+
+
+@pytest.fixture
+def any_store(request: pytest.FixtureRequest, tmp_path: Path) -> Store | PostgresStore:
+    """Return the store that the fixture `engine` of this test is parametrised with."""
+    kind = request.node.callspec.params["engine"]
+    if kind == "postgres":
+        return PostgresStore(request.getfixturevalue("database_url"), history=True)
     return MemoryStore() if kind == "memory" else SqliteStore(tmp_path / "work.db")
 
 

@@ -25,6 +25,7 @@ from workpool.server import (
     DEFAULT_ENVIRONMENT,
     ControlPlane,
     MemoryStore,
+    PostgresStore,
     ServeError,
     SqliteStore,
     parse_token_file,
@@ -47,7 +48,9 @@ EXAMPLES: Final = examples(
     "workpool serve",
     "workpool serve --port 8000 --store queue.db --token-file tokens.txt",
     "workpool serve --host 0.0.0.0 --token-file tokens.txt --environment env_builds",
+    "workpool serve --store postgresql://workpool@db.example/queue --token-file tokens.txt",
 )
+_POSTGRES: Final = ("postgresql://", "postgres://")
 RETENTION_MIN: Final = 60
 """Seconds. A worker repeats a stop whose answer was lost, and must still find the item."""
 
@@ -59,7 +62,11 @@ def serve(
     store: Annotated[
         str,
         typer.Option(
-            metavar="memory|FILE", help="The store of the items; FILE is an SQLite database."
+            metavar="memory|FILE|URL",
+            envvar="WORKPOOL_SERVE_STORE",
+            help="The store of the items: FILE is an SQLite database, a URL `postgresql://…` a "
+            "PostgreSQL database that any number of servers share. A URL with a password belongs "
+            "into the variable, since the list of processes shows options.",
         ),
     ] = "memory",
     token: Annotated[
@@ -94,7 +101,7 @@ def serve(
             metavar="SECONDS",
             min=RETENTION_MIN,
             help="The time for which stopped items, sessions and events are kept; at least 60. "
-            "Default: 86400 in a FILE, 3600 in memory.",
+            "Default: 3600 in memory, else 86400.",
         ),
     ] = None,
     faults: Annotated[
@@ -120,6 +127,9 @@ def serve(
         for each in (*grants, *scale_grants):
             hide(each)
         plan = read_plan(faults) if faults is not None else Plan()
+        opened = _store(store)
+        if isinstance(opened, PostgresStore) and plan.needs_index:
+            raise ServeError(f"{faults}: no clock_skew and no expired leases with PostgreSQL")
         injected = Faults(plan.seed, remember=False)
         clock = Clock()
         clock.advance(plan.clock_skew)
@@ -131,10 +141,10 @@ def serve(
             cloud_environments=cloud_environment or [],
             tokens=grants or None,
             scale_tokens=scale_grants,
-            store=MemoryStore() if store == "memory" else SqliteStore(store),
+            store=opened,
             host=host,
             port=port,
-            now=clock,
+            now=None if isinstance(opened, PostgresStore) else clock,
             retention=_retention(store, retention),
             history_limit=0,  # it would grow, and no part of this command reads it
             middlewares=middlewares,
@@ -195,6 +205,13 @@ def _read_grants(file: Path | None, flag: str) -> dict[str, frozenset[str] | Non
     except (OSError, UnicodeDecodeError) as error:
         problem = getattr(error, "strerror", None) or "not text"
         raise ServeError(f"token file: {file}: {problem} (from {flag})") from None
+
+
+def _store(name: str) -> MemoryStore | SqliteStore | PostgresStore:
+    """Return the store that `--store` names."""
+    if name == "memory":
+        return MemoryStore()
+    return PostgresStore(name) if name.startswith(_POSTGRES) else SqliteStore(name)
 
 
 def _retention(store: str, seconds: float | None) -> float:

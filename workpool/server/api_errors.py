@@ -22,6 +22,7 @@ ERROR_TYPES: Final[Mapping[int, str]] = {
     412: protocol.PRECONDITION_FAILED_ERROR,
     429: protocol.RATE_LIMIT_ERROR,
     500: protocol.API_ERROR,
+    503: protocol.API_ERROR,
 }
 
 
@@ -34,7 +35,10 @@ class APIError(Exception):
         param: The wrong field, query parameter or header; None if there is none.
         details: The current state of the lease, for a 412.
         kind: The envelope's error type if the status does not define it.
+        retry_after: Seconds after which the client should repeat the call; None: no header.
     """
+
+    retry_after: int | None = None
 
     def __init__(
         self,

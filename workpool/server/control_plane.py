@@ -28,6 +28,7 @@ from workpool.server.http.tokens import Tokens, check_token
 from workpool.server.http.work_routes import Routes, application
 from workpool.server.index_engine import IndexEngine
 from workpool.server.operations import Operations
+from workpool.server.postgres.postgres_store import PostgresStore
 from workpool.server.timestamps import system_clock
 from workpool.wire.protocol import ID_PATTERN, SESSION
 
@@ -61,6 +62,9 @@ class ControlPlane:
     `async with ControlPlane() as plane:` serves one environment on a free port of the loopback
     interface, in memory. The port is bound from the beginning to the end of the block.
 
+    Attributes:
+        engine: The calls of the protocol, as coroutines, on every store.
+
     Args:
         environments: Ids of `self_hosted` environments.
         cloud_environments: Ids of environments whose work calls are all refused with 400.
@@ -69,10 +73,13 @@ class ControlPlane:
             ack, heartbeat, stop, list and the calls on sessions, but not to read an item, write its
             metadata, query statistics or create anything.
         scale_tokens: Further tokens as `tokens`, which open the numbers for autoscalers only.
-        store: The store of the items; None: in memory.
+        store: The store of the items; None: in memory. On a `PostgresStore`, any number of control
+            planes share one database, and `engine` replaces the synchronous calls: `enqueue`,
+            `emit`, `events`, `history` and `summary` raise `RuntimeError`.
         host: The address to listen on.
         port: 0: any free port.
-        now: Returns epoch seconds, for all times; None: the system's clock.
+        now: Returns epoch seconds, for all times; None: the clock of the database, if there is one,
+            or the system's.
         history_limit: The number of records that `history` keeps; None: all.
         retention: Seconds after which a stopped item is deleted with its session; None: never, for
             tests that read stopped items.
@@ -91,7 +98,7 @@ class ControlPlane:
         tokens: Grants | None = None,
         worker_keys: Sequence[str] = (),
         scale_tokens: Grants | None = None,
-        store: Store | None = None,
+        store: Store | PostgresStore | None = None,
         host: str = "127.0.0.1",
         port: int = 0,
         now: Callable[[], float] | None = None,
@@ -104,21 +111,44 @@ class ControlPlane:
         self.host = host
         self.port = port
         self._now = now or system_clock()
-        self.operations = Operations(
-            self.environments,
-            self.cloud_environments,
-            store=store,
-            now=self._now,
-            history_limit=history_limit,
-            retention=retention,
-        )
-        self.engine: Engine = IndexEngine(self.operations)
+        self._operations: Operations | None = None
+        self.engine: Engine
+        if isinstance(store, PostgresStore):
+            self.engine = store.engine(
+                environments=self.environments,
+                cloud_environments=self.cloud_environments,
+                now=now,
+                retention=retention,
+            )
+        else:
+            self._operations = Operations(
+                self.environments,
+                self.cloud_environments,
+                store=store,
+                now=self._now,
+                history_limit=history_limit,
+                retention=retention,
+            )
+            self.engine = IndexEngine(self._operations)
         self._tokens = tokens
         self._worker_keys = tuple(worker_keys)
         self._scale_tokens = dict(scale_tokens or {})
         self._middlewares = tuple(middlewares)
         self._stack = AsyncExitStack()
         self._connections: InboundConnections
+
+    @property
+    def operations(self) -> Operations:
+        """The calls on the index in memory, for memory and SQLite.
+
+        Raises:
+            RuntimeError: The store is a `PostgresStore`.
+        """
+        if self._operations is None:
+            raise RuntimeError(
+                "a control plane on PostgreSQL has no state in memory; await the calls of `engine`"
+            )
+        return self._operations
 
     @property
     def base_url(self) -> str:

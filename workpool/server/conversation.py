@@ -15,14 +15,17 @@ from heapq import merge
 from itertools import islice
 from typing import TYPE_CHECKING, Any, ClassVar, Final, NamedTuple
 
+import orjson
+
 from workpool.server.api_errors import APIError, conflict
-from workpool.server.timestamps import TimeRange
+from workpool.server.timestamps import TimeRange, to_heartbeat_text
 from workpool.wire import protocol
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping, Sequence
 
     from workpool.server.parsing.session_script import Script
+    from workpool.server.stored_item import Ids
 
 EVENT_PREFIX: Final = "evt_"
 RESULTS: Final[Mapping[str, str]] = {
@@ -330,6 +333,34 @@ class Conversation:
         if not self._concluded:
             return {"type": protocol.AGENT_MESSAGE, "content": _text("The script is done.")}
         return _pause(protocol.END_TURN)
+
+
+def extend(
+    conversation: Conversation,
+    session_id: str,
+    new_events: Sequence[Mapping[str, Any]],
+    ids: Ids,
+    now: int,
+) -> list[StoredEvent]:
+    """Append events and all that follow from them, and return them as stored."""
+    events: list[StoredEvent] = []
+    waiting = iter(new_events)
+    while (fields := next(waiting, None) or conversation.following()) is not None:
+        event_id = EVENT_PREFIX + ids.new(now)
+        value = {"id": event_id, **fields, "processed_at": to_heartbeat_text(now)}
+        events.append(StoredEvent(event_id, session_id, value))
+        conversation.append(events[-1])
+    return events
+
+
+def copy_events(new_events: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """Return a copy that no other code changes; 400 if it cannot be written as JSON."""
+    try:
+        content = orjson.dumps({"data": list(new_events)}, default=dict)
+    except orjson.JSONEncodeError as error:
+        raise APIError(400, f"events cannot be written as JSON: {error}", "events") from None
+    copy: list[dict[str, Any]] = orjson.loads(content)["data"]
+    return copy
 
 
 _RUNNING: Final = {"type": protocol.STATUS_RUNNING}

@@ -12,20 +12,17 @@ from contextlib import suppress
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
-import orjson
-
 from workpool.server.api_errors import APIError
 from workpool.server.ascending_ids import AscendingIds, walk
-from workpool.server.conversation import EVENT_PREFIX, Conversation, StoredEvent
+from workpool.server.conversation import Conversation, StoredEvent, copy_events, extend
 from workpool.server.stored_item import SESSION_PREFIX
 from workpool.server.stored_session import SessionView, StoredSession
-from workpool.server.timestamps import to_heartbeat_text
 from workpool.wire.protocol import (
     STATUS_TERMINATED,
 )
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Iterator, Mapping, Sequence
+    from collections.abc import Iterator, Mapping, Sequence
 
     from workpool.server.parsing.session_script import Script
     from workpool.server.stored_item import Ids, Item
@@ -56,7 +53,7 @@ class Sessions:
             self.conversation(event.session_id).append(event)
         for session, _ in self._sessions.values():
             if session.script is not None or session.id in self._conversations:
-                self._proceed(session.id, now)
+                self._say(session.id, (), now)
 
     def find(self, session_id: str) -> tuple[StoredSession, str]:
         """Return a session and the id of its latest work item; 404 if it is unknown."""
@@ -135,7 +132,7 @@ class Sessions:
         if new_events:
             self.send(session.id, new_events, now)
         elif session.script is not None:
-            self._proceed(session.id, now)
+            self._say(session.id, (), now)
 
     def archive(self, session: StoredSession, now: int) -> StoredSession:
         """Archive a session, which terminates it."""
@@ -158,12 +155,7 @@ class Sessions:
     ) -> Sequence[StoredEvent]:
         """Append the server's events, in the name of the agent."""
         self.conversation(session_id).check_server(new_events)
-        try:
-            content = orjson.dumps({"data": list(new_events)}, default=dict)
-        except orjson.JSONEncodeError as error:
-            raise APIError(400, f"events cannot be written as JSON: {error}", "events") from None
-        copy = orjson.loads(content)["data"]  # a copy that no other code changes
-        return self._say(session_id, copy, now)
+        return self._say(session_id, copy_events(new_events), now)
 
     async def wait(self, session_id: str, place: int, seconds: float) -> bool:
         """Return once there are more than `place` events, or after `seconds`.
@@ -194,30 +186,14 @@ class Sessions:
             self._tell(session_id)
 
     def _say(
-        self, session_id: str, new_events: Iterable[Mapping[str, Any]], now: int
+        self, session_id: str, new_events: Sequence[Mapping[str, Any]], now: int
     ) -> Sequence[StoredEvent]:
-        conversation = self.conversation(session_id)
-        events = [self._event(session_id, fields, now) for fields in new_events]
-        for event in events:
-            conversation.append(event)
-        self._proceed(session_id, now, events)
-        return events
-
-    def _proceed(self, session_id: str, now: int, new_events: Sequence[StoredEvent] = ()) -> None:
-        """Add the events that follow, save them with `new_events`, and notify the streams."""
-        conversation = self.conversation(session_id)
-        events = list(new_events)
-        while (fields := conversation.following()) is not None:
-            events.append(self._event(session_id, fields, now))
-            conversation.append(events[-1])
+        """Add events and those that follow, save them, and notify the streams."""
+        events = extend(self.conversation(session_id), session_id, new_events, self._ids, now)
         if events:
             self._store.save_events(events)
             self._tell(session_id)
-
-    def _event(self, session_id: str, fields: Mapping[str, Any], now: int) -> StoredEvent:
-        event_id = EVENT_PREFIX + self._ids.new(now)
-        value = {"id": event_id, **fields, "processed_at": to_heartbeat_text(now)}
-        return StoredEvent(event_id, session_id, value)
+        return events[: len(new_events)]
 
     def _tell(self, session_id: str) -> None:
         for changed in self._following.get(session_id, ()):

@@ -64,11 +64,20 @@ class Ids:
     """
 
     def __init__(self, last: str = "") -> None:
-        number = int(last, 16) if last else 0
-        self._last = (number >> 80) << 12 | (number >> 64) & 0xFFF
+        self._last = _order(last)
+
+    def follow(self, last: str) -> None:
+        """Make all further digits greater than these, which another process may have made."""
+        self._last = max(self._last, _order(last))
 
     def new(self, now: int) -> str:
         """Return 32 lowercase hex digits that are greater than all before."""
         self._last = max(now // MILLISECOND << 12, self._last + 1)
         number = self._last >> 12 << 80 | 0x7 << 76 | (self._last & 0xFFF) << 64
         return f"{number | 0b10 << 62 | secrets.randbits(62):032x}"
+
+
+def _order(digits: str) -> int:
+    """Return the part of a UUIDv7 that ascends: milliseconds and a counter."""
+    number = int(digits, 16) if digits else 0
+    return (number >> 80) << 12 | (number >> 64) & 0xFFF

@@ -22,6 +22,7 @@ _RFC3339: Final = re.compile(
     r"(\d{4}-\d{2}-\d{2})[Tt](\d{2}:\d{2}:)(\d{2})(?:\.\d+)?(?:[Zz]|[+-](?:[01]\d|2[0-3]):[0-5]\d)",
     re.ASCII,
 )
+_HEARTBEAT_TEXT: Final = re.compile(r"(\d{4}-\d{2}-\d{2}T\d{2}:\d{2}:\d{2})\.(\d{6})Z", re.ASCII)
 _LEAP_SECOND: Final = "60"
 
 
@@ -55,6 +56,19 @@ def to_heartbeat_text(instant: int) -> str:
     """Return a time as RFC 3339 with microseconds, the form of heartbeat times."""
     seconds, microseconds = divmod(instant, SECOND)
     return f"{_second(seconds)}.{microseconds:06d}Z"
+
+
+def from_heartbeat_text(text: str) -> int | None:
+    """Return the time that `to_heartbeat_text` writes as this text; None if there is none."""
+    match = _HEARTBEAT_TEXT.fullmatch(text)
+    if match is None:
+        return None
+    seconds, microseconds = match.groups()
+    try:
+        moment = datetime.fromisoformat(seconds + "+00:00")
+    except ValueError:
+        return None
+    return int(moment.timestamp()) * SECOND + int(microseconds)
 
 
 def is_rfc3339(text: str) -> bool:

@@ -117,6 +117,11 @@ class Plan(_Strict):
         Annotated[_Status | _Unanswered | _Delay | _Trickle | _Expired, Field(discriminator="kind")]
     ] = []
 
+    @property
+    def needs_index(self) -> bool:
+        """Whether the plan changes the control plane's clock or leases in its memory."""
+        return self.clock_skew != 0 or any(isinstance(each, _Expired) for each in self.fault)
+
     def install(self, faults: Faults, plane: ControlPlane) -> None:
         """Inject the plan's faults from now on."""
         for each in self.fault:

@@ -236,7 +236,10 @@ async def envelopes(
     try:
         return await handler(request)
     except APIError as refusal:
-        return answer(refusal.envelope(), refusal.status)
+        response = answer(refusal.envelope(), refusal.status)
+        if refusal.retry_after is not None:
+            response.headers["Retry-After"] = str(refusal.retry_after)
+        return response
     except StoreError as error:
         return answer(APIError(500, str(error)).envelope(), 500)
     except web.HTTPException as error:

@@ -26,7 +26,7 @@ from workpool.server.postgres.database_errors import (
 )
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Sequence
+    from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
     from contextlib import AbstractAsyncContextManager
 
 log = logging.getLogger("workpool.server.postgres")
@@ -69,9 +69,6 @@ class Connection(Protocol):
 
         Without arguments, `query` may be several statements.
         """
-
-    async def executemany(self, command: str, args: Iterable[Sequence[object]]) -> None:
-        """Run a statement once for each of these rows of arguments, in one transaction."""
 
     def transaction(self) -> AbstractAsyncContextManager[object]:
         """Return a context that is one transaction, or a savepoint in one."""

@@ -1,0 +1,240 @@
+"""The delivery of items to polls, its withdrawal, and the lapses of leases.
+
+A claim takes the oldest item that no other transaction is taking, in one statement. Leases lapse
+without a leader: each node looks for ended ones before its claims, though not before each, and
+every call on an item sees its lease's end.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections import OrderedDict
+from contextlib import suppress
+from typing import TYPE_CHECKING, Any, Final, NamedTuple
+
+from workpool.server import state_machine
+from workpool.server.postgres.database_calls import (
+    CLOCK,
+    RECORD,
+    Change,
+    DatabaseCalls,
+    lapse_of,
+)
+from workpool.server.postgres.database_errors import UnavailableError
+from workpool.server.postgres.notifications import work_topic
+from workpool.server.postgres.row_codec import ITEM_COLUMNS, ITEM_FIELDS, item_of
+from workpool.server.timestamps import MILLISECOND, SECOND
+from workpool.wire.protocol import QUEUED, WORKERS_POLLING_WINDOW_SECONDS
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from workpool.server.postgres.connection_pool import Connection
+    from workpool.server.queue.long_polls import Poll
+    from workpool.server.stored_item import Item
+
+LAPSE_CHECK_SECONDS: Final = 0.25
+"""Shortest time between two looks of a node for ended leases of an environment."""
+LAPSES_MAX: Final = 100
+"""Largest number of leases that lapse in one transaction."""
+POLLER_SECONDS: Final = 5.0
+"""Shortest time between two writes of the time of a worker's last poll."""
+_WINDOW: Final = WORKERS_POLLING_WINDOW_SECONDS * SECOND
+
+_CLAIM: Final = f"""
+WITH {CLOCK.format("$4")}, picked AS MATERIALIZED (
+    SELECT i.id FROM items AS i, clock
+    WHERE i.environment_id = $1 AND i.state = 'queued'
+        AND (i.delivered_at IS NULL OR i.delivered_at <= clock.now - $3::bigint)
+    ORDER BY i.id LIMIT 1 FOR UPDATE OF i SKIP LOCKED
+), claimed AS (
+    UPDATE items AS i SET delivered_at = clock.now, holder = $2, version = i.version + 1
+    FROM picked, clock WHERE i.environment_id = $1 AND i.id = picked.id
+    RETURNING {ITEM_COLUMNS}, i.version
+){{}}
+SELECT {ITEM_COLUMNS}, i.version, clock.now,
+    CASE WHEN i.id IS NULL THEN (
+        SELECT min(delivered_at) FROM items WHERE environment_id = $1 AND state = 'queued'
+    ) END
+FROM clock LEFT JOIN claimed AS i ON true
+"""
+_CLAIMS: Final = {
+    False: _CLAIM.format(""),
+    True: _CLAIM.format(
+        f""", recorded AS ({
+            RECORD.format(
+                "SELECT clock.now, claimed.id, 'delivered', $2, 'queued', NULL, NULL "
+                "FROM claimed, clock"
+            )
+        })"""
+    ),
+}
+"""The claim of an item, by whether there is a history."""
+
+_LEASED: Final = """
+FROM items AS i WHERE ($1::text IS NULL OR i.environment_id = $1)
+    AND i.state IN ('starting', 'active', 'stopping')
+    AND i.lease_end <= coalesce($2::bigint, workpool_now())
+"""
+_LEASED_HERE: Final = _LEASED.replace(
+    "($1::text IS NULL OR i.environment_id = $1)", "i.environment_id = $1"
+)
+_ANY_ENDED: Final = f"SELECT EXISTS (SELECT 1 {_LEASED_HERE})"
+_ENDED: Final = f"""
+SELECT {ITEM_COLUMNS}, i.version {_LEASED}
+ORDER BY i.environment_id, i.id LIMIT {LAPSES_MAX} FOR UPDATE OF i SKIP LOCKED
+"""
+_POLLED: Final = """
+INSERT INTO pollers AS p (environment_id, worker_id, seen_at)
+VALUES ($1, $2, coalesce($3::bigint, workpool_now()))
+ON CONFLICT (environment_id, worker_id)
+DO UPDATE SET seen_at = greatest(p.seen_at, excluded.seen_at)
+"""
+_FORGET_POLLERS: Final = """
+DELETE FROM pollers WHERE seen_at <= coalesce($1::bigint, workpool_now()) - $2::bigint
+"""
+
+
+class ClaimOutcome(NamedTuple):
+    """The outcome of one claim.
+
+    Attributes:
+        item: The delivered item; None: there was none.
+        version: The version of its row.
+        due_seconds: The time until an item that was delivered to another poll becomes claimable;
+            None: there is no such item.
+    """
+
+    item: Item | None
+    version: int
+    due_seconds: float | None
+
+
+class Claims(DatabaseCalls):
+    """The calls of polls."""
+
+    def __init__(self, *arguments: Any, **options: Any) -> None:
+        super().__init__(*arguments, **options)
+        self._looked: dict[str, float] = {}  # the last look for ended leases, by environment
+        self._polled: OrderedDict[tuple[str, str], float] = OrderedDict()
+        self._closing = False
+
+    async def long_poll(
+        self, environment_id: str, poll: Poll, gone: Callable[[], bool]
+    ) -> Item | None:
+        """Deliver an item, after a wait of up to `block_ms`; None: no item."""
+        loop = asyncio.get_running_loop()
+        deadline = loop.time() + poll.block_ms / 1000
+        topic = work_topic(environment_id)
+        await self._note_poller(environment_id, poll.worker_id)
+        announced = True
+        while not gone():
+            seen = self._hub.seen()
+            delivery = await self._claim_whole(environment_id, poll)
+            item = delivery.item
+            if item is not None:
+                if not announced:
+                    self._hub.wake(topic)  # there may be more items that nobody announced
+                if not gone():
+                    return item
+                await self._withdraw(item, delivery.version)
+                return None
+            remaining = deadline - loop.time()
+            if remaining <= 0 or self._closing:
+                return None
+            seconds = _wait_seconds(remaining, poll, delivery.due_seconds)
+            announced = await self._hub.wait(topic, seen, seconds)
+        self._hub.wake(topic)  # the wake-up of this poll is for another one
+        return None
+
+    async def _claim_whole(self, environment_id: str, poll: Poll) -> ClaimOutcome:
+        """Claim an item; if the client goes meanwhile, take back what may have been delivered."""
+        claim = asyncio.get_running_loop().create_task(self._claim(environment_id, poll))
+        try:
+            return await asyncio.shield(claim)
+        except asyncio.CancelledError:
+            # Bounded by the time-outs of statements; a further cancellation ends the claim itself.
+            with suppress(UnavailableError):
+                delivery = await claim
+                if delivery.item is not None:
+                    await self._withdraw(delivery.item, delivery.version)
+            raise
+
+    async def _claim(self, environment_id: str, poll: Poll) -> ClaimOutcome:
+        await self._lapse(environment_id)
+        reclaim = poll.reclaim_older_than_ms * MILLISECOND
+        row = await self._pool.fetchrow(
+            _CLAIMS[self._has_history], environment_id, poll.worker_id, reclaim, self._at()
+        )
+        version, now, first_delivered = row[len(ITEM_FIELDS) :]
+        if row[0] is not None:
+            return ClaimOutcome(item_of(row), version, None)
+        due = None if first_delivered is None else (first_delivered + reclaim - now) / SECOND
+        return ClaimOutcome(None, 0, due)
+
+    async def _withdraw(self, item: Item, version: int) -> None:
+        """Take back a delivery whose client has gone before the answer."""
+        withdrawn = state_machine.withdraw(item)
+        change = Change(withdrawn, "withdrawn", item.holder, await self._time())
+        if await self._write(self._pool, item, version, [change]):
+            self._hub.announce(work_topic(item.environment_id))
+
+    async def _lapse(self, environment_id: str) -> None:
+        """Apply the lapses that are due in this environment, unless that was done just now."""
+        now = asyncio.get_running_loop().time()
+        looked = self._looked.get(environment_id)
+        if looked is not None and now - looked < LAPSE_CHECK_SECONDS and self._now is None:
+            return
+        self._looked[environment_id] = now
+        if await self._pool.fetchval(_ANY_ENDED, environment_id, self._at()):
+            await self.lapse_due(environment_id)
+
+    async def lapse_due(self, environment_id: str | None = None) -> int:
+        """Apply lapses that are due, at most `LAPSES_MAX`, and return their number.
+
+        None: in all environments. Leases whose rows are in use are left out.
+        """
+
+        async def lapse() -> list[Item]:
+            async with self._pool.transaction() as connection:
+                rows = await connection.fetch(_ENDED, environment_id, self._at())
+                return [await self._lapse_row(connection, item_of(row), row[-1]) for row in rows]
+
+        lapsed = await self._pool.retried(lapse)
+        queued = [item.environment_id for item in lapsed if item.state == QUEUED]
+        for each in sorted(set(queued)):
+            self._hub.announce(work_topic(each), queued.count(each))
+        return len(lapsed)
+
+    async def _lapse_row(self, connection: Connection, stored: Item, version: int) -> Item:
+        change = lapse_of(stored)
+        await self._write(connection, stored, version, [change])
+        return change.item
+
+    async def forget_pollers(self) -> int:
+        """Delete the workers that have not polled for some time; return 0: all are deleted."""
+        await self._pool.execute(_FORGET_POLLERS, self._at(), _WINDOW)
+        return 0
+
+    async def _note_poller(self, environment_id: str, worker_id: str | None) -> None:
+        """Record that this worker polls, unless that was recorded just now."""
+        if worker_id is None:
+            return
+        now = asyncio.get_running_loop().time()
+        while self._polled and next(iter(self._polled.values())) <= now - POLLER_SECONDS:
+            self._polled.popitem(last=False)
+        if (environment_id, worker_id) not in self._polled:
+            self._polled[environment_id, worker_id] = now
+            await self._pool.execute(_POLLED, environment_id, worker_id, self._at())
+
+
+def _wait_seconds(remaining: float, poll: Poll, due_seconds: float | None) -> float:
+    """Return the time for which a poll waits unless it is woken.
+
+    An item that another poll receives meanwhile becomes claimable again after the poll's own window
+    at the earliest, and no notification says so.
+    """
+    limits = [remaining, max(poll.reclaim_older_than_ms / 1000, 1.0)]
+    if due_seconds is not None:
+        limits.append(max(due_seconds, 0.001))
+    return min(limits)

@@ -1,0 +1,69 @@
+"""The deletion of sessions that ended long enough ago, with their items and events."""
+
+from __future__ import annotations
+
+from typing import Final
+
+from workpool.server.postgres.database_calls import COUNT_STOPPED, SHARD, DatabaseCalls
+from workpool.server.postgres.notifications import session_topic
+
+BATCH_MAX: Final = 100
+"""Largest number of sessions that one transaction deletes."""
+
+_STILL_NEEDED: Final = """
+SELECT FROM items AS o
+WHERE o.session_id = {} AND (o.state <> 'stopped' OR o.stopped_at > $1::bigint)
+"""
+_FIND: Final = f"""
+SELECT s.id FROM sessions AS s WHERE s.id = ANY (ARRAY(
+    SELECT i.session_id FROM items AS i
+    WHERE i.state = 'stopped' AND i.stopped_at <= $1::bigint
+        AND NOT EXISTS ({_STILL_NEEDED.format("i.session_id")})
+    ORDER BY i.stopped_at LIMIT {BATCH_MAX}
+)) ORDER BY s.id FOR UPDATE OF s SKIP LOCKED
+"""
+_DELETE: Final = f"""
+WITH ended AS MATERIALIZED (
+    SELECT s.id FROM unnest($2::text[]) AS s (id)
+    WHERE NOT EXISTS ({_STILL_NEEDED.format("s.id")})
+), removed AS (
+    DELETE FROM items USING ended WHERE items.session_id = ended.id
+    RETURNING items.environment_id
+), forgotten AS (
+    DELETE FROM events USING ended WHERE events.session_id = ended.id
+), closed AS (
+    DELETE FROM sessions USING ended WHERE sessions.id = ended.id
+), counted AS (
+    {
+    COUNT_STOPPED.format(
+        f"SELECT environment_id, {SHARD}, -count(*) FROM removed GROUP BY 1 ORDER BY 1"
+    )
+}
+)
+SELECT id FROM ended
+"""
+
+
+class EndedSessions(DatabaseCalls):
+    """The retention of ended sessions."""
+
+    async def delete_ended(self, retention: int) -> int:
+        """Delete sessions whose items all stopped at least `retention` microseconds ago.
+
+        Deletes at most `BATCH_MAX` sessions and returns their number. A session is deleted under
+        its lock: a message that brings it new work either comes first, and the session stays, or
+        finds no session.
+        """
+        until = await self._time() - retention
+
+        async def delete() -> list[str]:
+            async with self._pool.transaction() as connection:
+                found = [row[0] for row in await connection.fetch(_FIND, until)]
+                if not found:
+                    return []
+                return [row[0] for row in await connection.fetch(_DELETE, until, found)]
+
+        deleted = await self._pool.retried(delete)
+        for session_id in deleted:
+            self._hub.announce(session_topic(session_id))  # its streams end
+        return len(deleted)

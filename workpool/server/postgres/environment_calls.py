@@ -1,0 +1,99 @@
+"""The environments: those that this node was given, and those that clients created."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, Final
+
+from workpool.server.answer_limits import NEW_METADATA_LIMIT_BYTES, check_metadata
+from workpool.server.api_errors import APIError
+from workpool.server.environments import ENVIRONMENT_PREFIX, ENVIRONMENTS_MAX, Environment
+from workpool.server.pagination import page_of
+from workpool.server.postgres.database_calls import DatabaseCalls
+from workpool.server.postgres.row_codec import (
+    ENVIRONMENT_COLUMNS,
+    environment_of,
+    environment_row,
+    is_id,
+)
+from workpool.server.stored_item import Ids
+
+if TYPE_CHECKING:
+    from workpool.server.pagination import ListPage
+    from workpool.server.parsing.creation_requests import NewEnvironment
+    from workpool.server.parsing.request_values import Place
+
+_READ: Final = f"SELECT {ENVIRONMENT_COLUMNS} FROM environments WHERE id = $1"
+_PAGE: Final = f"""
+SELECT {ENVIRONMENT_COLUMNS} FROM environments
+WHERE id > $1 AND ($2::text[] IS NULL OR id = ANY ($2)) ORDER BY id LIMIT $3
+"""
+_CREATE: Final = f"""
+INSERT INTO environments ({ENVIRONMENT_COLUMNS}) SELECT $1, $2, $3, $4, $5
+WHERE (SELECT count(*) FROM environments) < {ENVIRONMENTS_MAX}
+"""
+
+
+class EnvironmentCalls(DatabaseCalls):
+    """The calls on environments.
+
+    An environment is never deleted, so that a node reads each created one only once.
+    """
+
+    def __init__(self, *arguments: Any, **options: Any) -> None:
+        super().__init__(*arguments, **options)
+        self._ids = Ids()
+        self._opened_at = 0
+        self._created: dict[str, Environment] = {}
+
+    async def admit(self, environment_id: str) -> None:
+        """Check an environment for work calls: 404 unknown, 400 not `self_hosted`."""
+        if environment_id not in self._self_hosted:
+            if environment_id in self._cloud:
+                raise APIError(400, "this environment is not self_hosted")
+            await self._find(environment_id)
+
+    async def environment(self, environment_id: str) -> Environment:
+        """Return an environment; 404 unknown."""
+        if environment_id in self._self_hosted | self._cloud:
+            return self._given(environment_id)
+        return await self._find(environment_id)
+
+    async def environments(
+        self, place: Place, limits: frozenset[str] | None
+    ) -> ListPage[Environment]:
+        """Return the environments after a place, of those in `limits`; None: of all."""
+        given = [
+            self._given(name)
+            for name in self._self_hosted | self._cloud
+            if name > place.after and (limits is None or name in limits)
+        ]
+        wanted = None if limits is None else list(limits)
+        rows = await self._pool.fetch(_PAGE, place.after, wanted, place.limit + 1)
+        found = sorted([*given, *map(environment_of, rows)], key=lambda each: each.id)
+        return page_of(found[: place.limit + 1], place.limit, backwards=False)
+
+    async def create_environment(self, wanted: NewEnvironment) -> Environment:
+        """Create a `self_hosted` environment."""
+        check_metadata(wanted.metadata, NEW_METADATA_LIMIT_BYTES)
+        now = await self._time()
+        environment_id = ENVIRONMENT_PREFIX + self._ids.new(now)
+        environment = Environment(environment_id, *wanted, now)
+        if await self._pool.execute(_CREATE, *environment_row(environment)) != "INSERT 0 1":
+            raise APIError(400, f"there are {ENVIRONMENTS_MAX} environments already")
+        self._created[environment_id] = environment
+        return environment
+
+    def _given(self, environment_id: str) -> Environment:
+        return Environment(environment_id, environment_id, None, {}, self._opened_at)
+
+    async def _find(self, environment_id: str) -> Environment:
+        """Return an environment that a client created on any node; 404 unknown."""
+        found = self._created.get(environment_id)
+        if found is None:
+            row = (
+                await self._pool.fetchrow(_READ, environment_id) if is_id(environment_id) else None
+            )
+            if row is None:
+                raise APIError(404, "no such environment")
+            found = self._created[environment_id] = environment_of(row)
+        return found

@@ -1,0 +1,212 @@
+"""The calls on one item: ack, heartbeat, stop, update and get.
+
+The rules are those of `state_machine`. The heartbeat of a held lease, which is by far the most
+frequent call, is one statement; it repeats one of these rules, and a test compares the two.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Final
+
+from workpool.server import state_machine
+from workpool.server.answer_limits import check_metadata
+from workpool.server.api_errors import APIError
+from workpool.server.history import op_of_heartbeat
+from workpool.server.postgres.database_calls import (
+    CLOCK,
+    RECORD,
+    Change,
+    DatabaseCalls,
+    lapse_of,
+)
+from workpool.server.postgres.notifications import work_topic
+from workpool.server.postgres.row_codec import ITEM_COLUMNS, is_id, item_of
+from workpool.server.timestamps import from_heartbeat_text
+from workpool.wire.protocol import (
+    QUEUED,
+    STOPPING,
+    TTL_DEFAULT_SECONDS,
+    TTL_MAX_SECONDS,
+    TTL_MIN_SECONDS,
+)
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Mapping
+
+    from workpool.server.history import Kind
+    from workpool.server.postgres.connection_pool import Connection
+    from workpool.server.stored_item import Item
+
+LOCK_ITEM: Final = "SELECT FROM items WHERE environment_id = $1 AND id = $2 FOR UPDATE"
+_CONFLICT: Final = RECORD.format(
+    "VALUES (coalesce($1::bigint, workpool_now()), $2, 'conflict', $3, $4, $5, $6)"
+)
+_HEARTBEAT: Final = f"""
+WITH {CLOCK.format("$5")}, changed AS (
+    UPDATE items AS i SET
+        heartbeat_at = greatest(clock.now, i.heartbeat_at + 1),
+        lease_end = clock.now + $4::bigint * 1000000,
+        ttl_seconds = $4,
+        version = i.version + 1
+    FROM clock
+    WHERE i.environment_id = $1 AND i.id = $2 AND i.state IN ('active', 'stopping')
+        AND i.beaten AND i.heartbeat_at = $3::bigint AND i.lease_end > clock.now
+    RETURNING {ITEM_COLUMNS}
+){{}}
+SELECT {ITEM_COLUMNS} FROM changed AS i
+"""
+_HEARTBEATS: Final = {
+    False: _HEARTBEAT.format(""),
+    True: _HEARTBEAT.format(
+        f""", recorded AS ({
+            RECORD.format(
+                "SELECT clock.now, changed.id, 'heartbeat', $6, changed.state, changed.lease_end, "
+                "NULL FROM changed, clock"
+            )
+        })"""
+    ),
+}
+"""The heartbeat of a held lease, by whether there is a history."""
+
+
+class ItemCalls(DatabaseCalls):
+    """The calls on one item."""
+
+    async def get(self, environment_id: str, work_id: str) -> Item:
+        """Return an item; 404 unknown."""
+        _, item, _, _ = await self._read(self._pool, environment_id, work_id)
+        return item
+
+    async def ack(self, environment_id: str, work_id: str, worker_id: str | None = None) -> Item:
+        """Acknowledge an item."""
+
+        def decide(item: Item, now: int) -> Change:
+            acked = state_machine.ack(item, worker_id, now)
+            return Change(acked, "acked", worker_id or acked.holder, now)
+
+        return await self._change(environment_id, work_id, decide, worker_id, "ack")
+
+    async def heartbeat(
+        self,
+        environment_id: str,
+        work_id: str,
+        expected: str | None = None,
+        ttl_seconds: int = TTL_DEFAULT_SECONDS,
+        worker_id: str | None = None,
+        *,
+        compare_on_stop: bool = True,
+    ) -> Item:
+        """Extend an item's lease, as `state_machine.heartbeat` decides."""
+        extended = await self._extend(environment_id, work_id, expected, ttl_seconds, worker_id)
+        if extended is not None:
+            return extended
+
+        def decide(item: Item, now: int) -> Change:
+            beaten = state_machine.heartbeat(
+                item, expected, ttl_seconds, now, compare_on_stop=compare_on_stop
+            )
+            return Change(beaten, "heartbeat", worker_id, now, op_of_heartbeat(expected))
+
+        return await self._change(environment_id, work_id, decide, worker_id, "heartbeat")
+
+    async def _extend(
+        self,
+        environment_id: str,
+        work_id: str,
+        expected: str | None,
+        ttl_seconds: int,
+        worker_id: str | None,
+    ) -> Item | None:
+        """Extend a lease whose last heartbeat is the expected one; None: it is any other case."""
+        last = None if expected is None else from_heartbeat_text(expected)
+        if last is None or not is_id(work_id):
+            return None
+        ttl_seconds = min(max(ttl_seconds, TTL_MIN_SECONDS), TTL_MAX_SECONDS)
+        values = [environment_id, work_id, last, ttl_seconds, self._at()]
+        if self._has_history:
+            values.append(worker_id)
+        row = await self._pool.fetchrow(_HEARTBEATS[self._has_history], *values)
+        return None if row is None else item_of(row)
+
+    async def stop(
+        self,
+        environment_id: str,
+        work_id: str,
+        worker_id: str | None = None,
+        *,
+        force: bool = False,
+        refused: frozenset[tuple[bool, str]] = frozenset(),
+    ) -> Item:
+        """Stop an item. `refused`: the stops, as (force, state), that are a 409 in the dialect."""
+
+        def decide(item: Item, now: int) -> Change:
+            return stop_of(item, worker_id, now, force=force, refused=refused)
+
+        return await self._change(environment_id, work_id, decide, worker_id, "stop")
+
+    async def update(
+        self,
+        environment_id: str,
+        work_id: str,
+        patch: Mapping[str, str | None],
+        worker_id: str | None = None,
+    ) -> Item:
+        """Merge a patch into an item's metadata."""
+
+        def decide(item: Item, now: int) -> Change:
+            merged = state_machine.merge(item, patch)
+            check_metadata(merged.metadata)
+            return Change(merged, "metadata", worker_id, now)
+
+        return await self._change(environment_id, work_id, decide, worker_id)
+
+    async def _change(
+        self,
+        environment_id: str,
+        work_id: str,
+        decide: Callable[[Item, int], Change],
+        worker_id: str | None,
+        op: str | None = None,
+    ) -> Item:
+        """Replace an item by the one that `decide` returns for it and the time.
+
+        `op`: the name of the call in the record of a refusal; None: it is not recorded.
+        """
+
+        async def attempt(connection: Connection) -> Item | None:
+            stored, item, version, now = await self._read(connection, environment_id, work_id)
+            try:
+                change = decide(item, now)
+            except APIError:
+                if op is not None and self._has_history:
+                    await self._pool.execute(
+                        _CONFLICT, self._at(), item.id, worker_id, item.state, item.lease_end, op
+                    )
+                raise
+            changes = [] if item is stored else [lapse_of(stored)]
+            if change.item is not item:
+                changes.append(change)
+            if not changes or await self._write(connection, stored, version, changes):
+                return change.item
+            return None
+
+        item = await self._attempted(attempt, LOCK_ITEM, environment_id, work_id)
+        if item.state == QUEUED:
+            self._hub.announce(work_topic(environment_id))  # its lease may have lapsed only now
+        return item
+
+
+def stop_of(
+    item: Item,
+    worker_id: str | None,
+    now: int,
+    *,
+    force: bool = False,
+    refused: frozenset[tuple[bool, str]] = frozenset(),
+) -> Change:
+    """Return the stop of an item; raises the 409 of a refused one."""
+    if (force, item.state) in refused:
+        raise APIError(409, f"the item is {item.state}")
+    stopped = state_machine.stop(item, now, force=force)
+    kind: Kind = "stop_requested" if stopped.state == STOPPING else "stopped"
+    return Change(stopped, kind, worker_id, now)

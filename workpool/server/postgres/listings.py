@@ -1,0 +1,245 @@
+"""The lists, the streams of events, the statistics and the history: calls that only read.
+
+A list of items or sessions shows each lease's end; one that selects by state first lets the
+leases lapse that have ended, as the statistics do.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from typing import TYPE_CHECKING, Any, Final
+
+from workpool.server.conversation import EVERY_EVENT
+from workpool.server.operations import LOOKED_AT_MAX
+from workpool.server.pagination import ListPage, page_of
+from workpool.server.postgres.claims import Claims
+from workpool.server.postgres.database_calls import CLOCK, live
+from workpool.server.postgres.notifications import session_topic
+from workpool.server.postgres.row_codec import (
+    ITEM_COLUMNS,
+    RECORD_COLUMNS,
+    VIEW_COLUMNS,
+    event_of,
+    is_storable,
+    item_of,
+    record_of,
+    view_of,
+)
+from workpool.server.postgres.session_calls import StoredSessionCalls
+from workpool.server.queue.work_queue import Stats
+from workpool.server.timestamps import MILLISECOND, SECOND
+from workpool.wire.protocol import RECLAIM_OLDER_THAN_MS, WORKERS_POLLING_WINDOW_SECONDS
+
+if TYPE_CHECKING:
+    from collections.abc import AsyncIterator, Sequence
+
+    from workpool.server.conversation import EventFilter, StoredEvent
+    from workpool.server.history import Record
+    from workpool.server.parsing.request_values import ItemFilter, Place
+    from workpool.server.stored_item import Item
+    from workpool.server.stored_session import SessionFilter, SessionView
+
+BATCH_ROWS: Final = 500
+"""Rows that a filtered list reads at once."""
+FOLLOWED_MAX: Final = 100
+FOLLOWED_BYTES: Final = 64 * 1024
+"""Events and bytes that one wait of a stream returns at most, though at least one event."""
+
+_ITEMS: Final = f"""
+SELECT {ITEM_COLUMNS}, coalesce($5::bigint, workpool_now()) FROM items AS i
+WHERE i.environment_id = $1 AND i.id > $2 AND ($3::text IS NULL OR i.id < $3)
+ORDER BY i.id {{}} LIMIT $4
+"""
+_SESSIONS: Final = f"""
+SELECT {VIEW_COLUMNS}, coalesce($4::bigint, workpool_now())
+FROM sessions AS s JOIN items AS i ON i.environment_id = s.environment_id AND i.id = s.work_id
+WHERE s.id > $1 AND ($2::text IS NULL OR s.id < $2)
+ORDER BY s.id {{}} LIMIT $3
+"""
+_EVENTS: Final = """
+SELECT id, value FROM events
+WHERE session_id = $1 AND id > $2 AND ($3::text IS NULL OR id < $3)
+    AND ($4::text[] IS NULL OR type = ANY ($4))
+    AND ($5::text IS NULL OR processed_at > $5) AND ($6::text IS NULL OR processed_at >= $6)
+    AND ($7::text IS NULL OR processed_at < $7) AND ($8::text IS NULL OR processed_at <= $8)
+ORDER BY id {} LIMIT $9
+"""
+_PLACE: Final = """
+SELECT CASE WHEN $2::text IS NULL THEN s.event_count ELSE coalesce(
+    (SELECT e.seq FROM events AS e WHERE e.session_id = s.id AND e.id = $2), 0
+) END FROM sessions AS s WHERE s.id = $1
+"""
+_FOLLOWING: Final = f"""
+SELECT id, value FROM (
+    SELECT id, value, seq, sum(length(value)) OVER (ORDER BY seq) - length(value) AS earlier FROM (
+        SELECT id, value, seq FROM events WHERE session_id = $1 AND seq > $2
+        ORDER BY seq LIMIT {FOLLOWED_MAX}
+    ) AS next
+) AS sized WHERE earlier < {FOLLOWED_BYTES} ORDER BY seq
+"""
+_EXISTS: Final = "SELECT EXISTS (SELECT FROM sessions WHERE id = $1)"
+_STATS: Final = f"""
+WITH {CLOCK.format("$2")}, queued AS (
+    SELECT count(*) AS number, count(*) FILTER (WHERE i.delivered_at > clock.now - $3::bigint)
+        AS pending
+    FROM clock LEFT JOIN items AS i ON i.environment_id = $1 AND i.state = 'queued'
+    WHERE i.id IS NOT NULL
+)
+SELECT queued.number - queued.pending, queued.pending,
+    (
+        SELECT i.created_at FROM items AS i
+        WHERE i.environment_id = $1 AND i.state = 'queued' ORDER BY i.id LIMIT 1
+    ),
+    (
+        SELECT count(*) FROM pollers AS p
+        WHERE p.environment_id = $1 AND p.seen_at > clock.now - $4::bigint
+    ),
+    (
+        SELECT count(*) FROM items AS i
+        WHERE i.environment_id = $1 AND i.state IN ('starting', 'active', 'stopping')
+    ),
+    (SELECT coalesce(sum(c.count), 0) FROM stopped_counts AS c WHERE c.environment_id = $1)
+FROM queued, clock
+"""
+_HISTORY: Final = f"SELECT {RECORD_COLUMNS} FROM history ORDER BY number"
+
+
+class Listings(StoredSessionCalls, Claims):
+    """The calls that only read."""
+
+    async def items(
+        self, environment_id: str, place: Place, wanted: ItemFilter | None = None
+    ) -> ListPage[Item]:
+        """Return the items next to a place; `wanted`: only those, in its order."""
+        if wanted is not None:
+            return await self._search(environment_id, place, wanted)
+        limit, after, before = place
+        backwards = before is not None
+        found = await self._item_rows(environment_id, after, before, limit + 1, backwards=backwards)
+        return page_of(found[::-1] if backwards else found, limit, backwards=backwards)
+
+    async def _search(
+        self, environment_id: str, place: Place, wanted: ItemFilter
+    ) -> ListPage[Item]:
+        """Return the wanted items next to a place, of the first `LOOKED_AT_MAX` ones."""
+        limit, after, before = place
+        backwards = wanted.newest_first or before is not None
+        found: list[Item] = []
+        looked = 0
+        last: str | None = None
+        more = True
+        while more and len(found) < limit and looked < LOOKED_AT_MAX:
+            rows = await self._item_rows(
+                environment_id, after, before, BATCH_ROWS, backwards=backwards
+            )
+            more = len(rows) == BATCH_ROWS
+            for item in rows:
+                if len(found) == limit:
+                    more = True
+                    break
+                looked += 1
+                last = item.id
+                if wanted.matches(item):
+                    found.append(item)
+            if backwards:
+                before = last
+            else:
+                after = last or after
+        if backwards and not wanted.newest_first:
+            found.reverse()
+        return ListPage(found, more, backwards, last if more else None)
+
+    async def _item_rows(
+        self, environment_id: str, after: str, before: str | None, limit: int, *, backwards: bool
+    ) -> list[Item]:
+        statement = _ITEMS.format("DESC" if backwards else "")
+        rows = await self._pool.fetch(statement, environment_id, after, before, limit, self._at())
+        return [live(item_of(row), row[-1]) for row in rows]
+
+    async def sessions(self, place: Place, wanted: SessionFilter) -> ListPage[SessionView]:
+        """Return the wanted sessions next to a place."""
+        limit = place.limit
+        backwards = wanted.newest_first or place.before is not None
+        found: list[SessionView] = []
+        async for view in self._walk_sessions(place, backwards=backwards):
+            if wanted.matches(view):
+                found.append(view)
+            if len(found) > limit:
+                break
+        if backwards and not wanted.newest_first:
+            found.reverse()
+        return page_of(found, limit, backwards=backwards, newest_first=wanted.newest_first)
+
+    async def _walk_sessions(self, place: Place, *, backwards: bool) -> AsyncIterator[SessionView]:
+        """Iterate over the sessions next to a place, nearest first, each with its latest item."""
+        _, after, before = place
+        statement = _SESSIONS.format("DESC" if backwards else "")
+        batch = place.limit + 1
+        rows: Sequence[Any] = [None] * batch
+        while len(rows) == batch:
+            rows = await self._pool.fetch(statement, after, before, batch, self._at())
+            for row in rows:
+                view = view_of(row)
+                yield view._replace(item=live(view.item, row[-1]))
+            if rows and backwards:
+                before = rows[-1][0]
+            elif rows:
+                after = rows[-1][0]
+
+    async def events(
+        self, session_id: str, place: Place, wanted: EventFilter = EVERY_EVENT
+    ) -> ListPage[StoredEvent]:
+        """Return the wanted events of a session next to a place."""
+        limit, after, before = place
+        backwards = wanted.newest_first or before is not None
+        types = None if wanted.types is None else [*filter(is_storable, wanted.types)]
+        statement = _EVENTS.format("DESC" if backwards else "")
+        rows = await self._pool.fetch(
+            statement, session_id, after, before, types, *wanted.times, limit + 1
+        )
+        found = [event_of(session_id, *row) for row in rows]
+        if backwards and not wanted.newest_first:
+            found.reverse()
+        return page_of(found, limit, backwards=before is not None, newest_first=wanted.newest_first)
+
+    async def place_in_events(self, session_id: str, last_event_id: str | None) -> int:
+        """Return the number of events that a stream skips: those up to `last_event_id`."""
+        if last_event_id is not None and not is_storable(last_event_id):
+            return 0
+        return await self._pool.fetchval(_PLACE, session_id, last_event_id) or 0
+
+    async def follow(
+        self, session_id: str, place: int, seconds: float
+    ) -> Sequence[StoredEvent] | None:
+        """Return the next events after the first `place` ones, once there are any."""
+        loop = asyncio.get_running_loop()
+        deadline = loop.time() + seconds
+        while not self._closing:
+            seen = self._hub.seen()
+            rows = await self._pool.fetch(_FOLLOWING, session_id, place)
+            if rows:
+                return [event_of(session_id, *row) for row in rows]
+            if not await self._pool.fetchval(_EXISTS, session_id):
+                return None
+            remaining = deadline - loop.time()
+            if remaining <= 0:
+                return ()
+            await self._hub.wait(session_topic(session_id), seen, remaining)
+        return None
+
+    async def stats(self, environment_id: str) -> Stats:
+        """Return the statistics of an environment's queue."""
+        await self._lapse(environment_id)
+        row = await self._pool.fetchrow(
+            _STATS,
+            environment_id,
+            self._at(),
+            RECLAIM_OLDER_THAN_MS * MILLISECOND,
+            WORKERS_POLLING_WINDOW_SECONDS * SECOND,
+        )
+        depth, pending, oldest, polling, running, stopped = row
+        return Stats(depth, pending, oldest, polling, running, int(stopped))
+
+    async def history(self) -> Sequence[Record]:
+        """Return the recorded history of all items, in order."""
+        return [record_of(row) for row in await self._pool.fetch(_HISTORY)]

@@ -1,0 +1,83 @@
+"""The engine on PostgreSQL: any number of nodes share one database, and none is special.
+
+All state is in the database, and every call is one transaction, or a few that each leave a state
+which other calls may see. See workpool/docs/architecture.md, "The control plane on PostgreSQL".
+"""
+
+from __future__ import annotations
+
+import asyncio
+import secrets
+from typing import TYPE_CHECKING, Any, Final
+
+from workpool.server.postgres.connection_pool import ConnectionPool
+from workpool.server.postgres.ended_sessions import EndedSessions
+from workpool.server.postgres.listings import Listings
+from workpool.server.postgres.migrations import migrate
+from workpool.server.postgres.notifications import NotificationHub
+from workpool.server.postgres.sweeper import Sweeper
+from workpool.server.timestamps import SECOND
+
+if TYPE_CHECKING:
+    from collections.abc import Awaitable, Callable
+
+_SIGNING_KEY: Final = """
+WITH made AS (
+    INSERT INTO settings (name, value) VALUES ('signing_key', $1)
+    ON CONFLICT (name) DO NOTHING RETURNING value
+)
+SELECT value FROM made UNION ALL SELECT value FROM settings WHERE name = 'signing_key' LIMIT 1
+"""
+
+
+class PostgresEngine(Listings, EndedSessions):
+    """The calls of the protocol on one database.
+
+    Args:
+        url: The database. It may contain a password, so it is never shown.
+        retention: Seconds for which a stopped item is kept with its session; None: forever.
+        options: The further arguments of `DatabaseCalls`.
+    """
+
+    def __init__(self, url: str, *, retention: float | None = None, **options: Any) -> None:
+        super().__init__(ConnectionPool(url), NotificationHub(url), **options)
+        self._url = url
+        self._retention = retention
+        self.signing_key = b""
+        self._running: asyncio.Task[None] | None = None
+
+    async def open(self) -> None:
+        """Bring the schema up to date and connect. Raises `ServeError`."""
+        await migrate(self._url)
+        await self._pool.open()
+        self.signing_key = await self._pool.fetchval(_SIGNING_KEY, secrets.token_bytes(32))
+        self._opened_at = await self._time()
+        self._running = asyncio.get_running_loop().create_task(self._run(), name="postgres")
+
+    async def close(self) -> None:
+        """End the work in the background and all connections."""
+        running, self._running = self._running, None
+        if running is not None:
+            running.cancel()
+            await asyncio.wait([running])
+        await self._pool.close()
+
+    async def failed(self) -> None:
+        """Wait for a defect of the work in the background: a database that is away is none."""
+        if self._running is not None:
+            await asyncio.shield(self._running)
+
+    def release(self) -> None:
+        """End all long polls and streams, and let no further one wait: the server closes."""
+        self._closing = True
+        self._hub.release()
+
+    async def _run(self) -> None:
+        """Exchange notifications with the other nodes, and sweep."""
+        batches: list[Callable[[], Awaitable[int]]] = [self.lapse_due, self.forget_pollers]
+        if self._retention is not None:
+            retention = int(self._retention * SECOND)
+            batches.append(lambda: self.delete_ended(retention))
+        async with asyncio.TaskGroup() as group:
+            group.create_task(self._hub.run())
+            group.create_task(Sweeper(self._pool, *batches).run())

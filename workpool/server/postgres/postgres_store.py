@@ -1,0 +1,56 @@
+"""A PostgreSQL database as the store of a control plane."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+from urllib.parse import unquote, urlsplit
+
+from workpool.logs import hide
+from workpool.server.api_errors import ServeError
+
+if TYPE_CHECKING:
+    from workpool.server.engine import Engine
+
+
+def _password(url: str) -> str | None:
+    try:
+        return urlsplit(url).password
+    except ValueError:
+        return None  # no URL, which `open` reports
+
+
+class PostgresStore:
+    """A database that any number of control planes share.
+
+    Args:
+        url: `postgresql://USER:PASSWORD@HOST:PORT/DATABASE`. It is hidden from all logs.
+        history: Whether each change of an item is recorded in the table `history`, which nothing
+            ever shortens: for tests.
+    """
+
+    def __init__(self, url: str, *, history: bool = False) -> None:
+        hide(url)
+        password = _password(url)
+        if password is not None:
+            hide(password)
+            hide(unquote(password))
+        self._url = url
+        self._history = history
+
+    def engine(self, **options: Any) -> Engine:
+        """Return the engine on this database, with the further arguments of `PostgresEngine`.
+
+        Raises:
+            ServeError: The driver is not installed.
+        """
+        try:
+            from workpool.server.postgres.postgres_engine import (  # noqa: PLC0415 - an extra
+                PostgresEngine,
+            )
+        except ModuleNotFoundError as error:
+            if error.name != "asyncpg":
+                raise
+            raise ServeError(
+                "a PostgreSQL store needs the extra `postgres`: pip install 'workpool[postgres]'"
+            ) from None
+        return PostgresEngine(self._url, has_history=self._history, **options)

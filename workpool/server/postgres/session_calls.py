@@ -1,0 +1,285 @@
+"""The calls that read one session or append to its events.
+
+The number of its events is a session's version: an append writes on the condition that it is still
+the number that was read, so the events of a session have one order on all nodes.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, Final, NamedTuple
+
+from workpool.server.api_errors import APIError
+from workpool.server.conversation import Conversation, copy_events, extend
+from workpool.server.postgres.conversation_cache import ConversationCache
+from workpool.server.postgres.creations import NEW_ITEM_COLUMNS, Creations
+from workpool.server.postgres.database_calls import RECORD, lapse_of, live
+from workpool.server.postgres.item_calls import LOCK_ITEM, ItemCalls, stop_of
+from workpool.server.postgres.notifications import session_topic, work_topic
+from workpool.server.postgres.row_codec import (
+    VIEW_COLUMNS,
+    VIEW_WIDTH,
+    event_columns,
+    event_of,
+    is_id,
+    is_storable,
+    to_json,
+    view_of,
+)
+from workpool.server.stored_item import WORK_PREFIX, Item
+from workpool.server.stored_session import TERMINATED, SessionView
+from workpool.server.timestamps import from_heartbeat_text
+from workpool.wire.protocol import (
+    ACTIVE,
+    QUEUED,
+    SESSION,
+    STARTING,
+    STATUS_TERMINATED,
+    STOPPED,
+    TTL_DEFAULT_SECONDS,
+    USER_MESSAGE,
+)
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+
+    from workpool.server.conversation import StoredEvent
+    from workpool.server.postgres.connection_pool import Connection
+
+_READ: Final = f"""
+SELECT {VIEW_COLUMNS}, s.event_count, s.last_event_id, coalesce($2::bigint, workpool_now())
+FROM sessions AS s JOIN items AS i ON i.environment_id = s.environment_id AND i.id = s.work_id
+WHERE s.id = $1
+"""
+_LOCK: Final = "SELECT FROM sessions WHERE id = $1 FOR UPDATE"
+_EVENTS: Final = """
+SELECT id, value FROM events WHERE session_id = $1 AND seq >= $2 AND seq <= $3 ORDER BY seq
+"""
+_APPEND: Final = """
+WITH moved AS (
+    UPDATE sessions SET event_count = $2 + cardinality($8::text[]),
+        last_event_id = $4, last_event_at = $5, status = $6, work_id = $7
+    WHERE id = $1 AND event_count = $2::bigint AND work_id = $3
+    RETURNING id
+), told AS (
+    INSERT INTO events (session_id, seq, id, type, processed_at, value)
+    SELECT moved.id, $2 + e.place, e.id, e.type, e.processed_at, e.value
+    FROM moved, unnest($8::text[], $9::text[], $10::text[], $11::text[])
+        WITH ORDINALITY AS e (id, type, processed_at, value, place)
+){}
+SELECT count(*) FROM moved
+"""
+_BRINGING: Final = f"""
+, created AS (
+    INSERT INTO items ({NEW_ITEM_COLUMNS})
+    SELECT $7, $12, moved.id, $13, '{SESSION}', 'queued', $14, {TTL_DEFAULT_SECONDS}, false
+    FROM moved
+)"""
+_RECORDED: Final = f"""
+, recorded AS (
+    {RECORD.format("SELECT $13, $7, 'created', NULL, 'queued', NULL, NULL FROM moved")}
+)"""
+_APPENDS: Final = {
+    (False, False): _APPEND.format(""),
+    (False, True): _APPEND.format(""),
+    (True, False): _APPEND.format(_BRINGING),
+    (True, True): _APPEND.format(_BRINGING + _RECORDED),
+}
+"""The statement that appends events, by whether a new item comes with them and the history."""
+_ARCHIVE: Final = "UPDATE sessions SET archived_at = $2 WHERE id = $1"
+
+
+class _SessionRow(NamedTuple):
+    """A session as it was read: `now` is the time of the read."""
+
+    view: SessionView
+    event_count: int
+    last_event_id: str | None
+    now: int
+
+
+class StoredSessionCalls(ItemCalls, Creations):
+    """The calls on one session."""
+
+    def __init__(self, *arguments: Any, **options: Any) -> None:
+        super().__init__(*arguments, **options)
+        self._conversations = ConversationCache()
+
+    async def session(self, session_id: str) -> SessionView:
+        """Return a session; 404 unknown."""
+        return (await self._read_session(self._pool, session_id)).view
+
+    async def send(
+        self,
+        session_id: str,
+        new_events: Sequence[Mapping[str, Any]],
+        *,
+        messages_bring_work: bool = False,
+    ) -> Sequence[StoredEvent]:
+        """Append all events of a client, or none."""
+        has_message = any(event["type"] == USER_MESSAGE for event in new_events)
+
+        async def attempt(connection: Connection) -> Sequence[StoredEvent] | None:
+            read = await self._read_session(connection, session_id)
+            conversation = await self._conversation(connection, read)
+            try:
+                conversation.check(new_events)
+            except APIError:
+                self._conversations.keep(session_id, conversation)
+                raise
+            brings = messages_bring_work and has_message and read.view.item.state == STOPPED
+            item = self._next_item(read) if brings else None
+            return await self._append(connection, read, conversation, new_events, item)
+
+        events = await self._attempted(attempt, _LOCK, session_id)
+        self._hub.announce(session_topic(session_id))
+        if messages_bring_work and has_message:
+            view = await self.session(session_id)
+            self._hub.announce(work_topic(view.session.environment_id))
+        return events
+
+    async def emit(
+        self, session_id: str, new_events: Sequence[Mapping[str, Any]]
+    ) -> Sequence[Mapping[str, Any]]:
+        """Append events of the agent's side of a session, and return them as stored."""
+        if not all(is_storable(str(event.get("type", ""))) for event in new_events):
+            raise APIError(400, "type has characters that are not printable", "type")
+
+        async def attempt(connection: Connection) -> Sequence[StoredEvent] | None:
+            read = await self._read_session(connection, session_id)
+            conversation = await self._conversation(connection, read)
+            try:
+                conversation.check_server(new_events)
+                copies = copy_events(new_events)
+            except APIError:
+                self._conversations.keep(session_id, conversation)
+                raise
+            return await self._append(connection, read, conversation, copies)
+
+        events = await self._attempted(attempt, _LOCK, session_id)
+        self._hub.announce(session_topic(session_id))
+        return tuple(event.value for event in events)
+
+    async def archive_session(self, session_id: str) -> SessionView:
+        """Archive a session: it is terminated, and its work item is asked to stop."""
+        await self.session(session_id)  # 404 before a lock
+
+        async def archive() -> SessionView:
+            async with self._pool.transaction() as connection:
+                await connection.execute(_LOCK, session_id)
+                read = await self._read_session(connection, session_id)
+                if read.view.session.archived_at is None:
+                    await self._archive(connection, read)
+                return (await self._read_session(connection, session_id)).view
+
+        view = await self._pool.retried(archive)
+        self._hub.announce(session_topic(session_id))
+        return view
+
+    async def _archive(self, connection: Connection, read: _SessionRow) -> None:
+        """Archive a session whose row is locked."""
+        view = read.view
+        await connection.execute(_ARCHIVE, view.id, read.now)
+        if view.last_status != TERMINATED:
+            conversation = await self._conversation(connection, read)
+            await self._append(connection, read, conversation, [{"type": STATUS_TERMINATED}])
+            # The transaction may still fail.
+            self._conversations.take(view.id)
+        place = view.session.environment_id, view.item.id
+        await connection.execute(LOCK_ITEM, *place)
+        stored, item, version, now = await self._read(connection, *place)
+        if item.state in {QUEUED, STARTING, ACTIVE}:
+            changes = [] if item is stored else [lapse_of(stored)]
+            changes.append(stop_of(item, None, now))
+            await self._write(connection, stored, version, changes)
+
+    async def _read_session(self, connection: Connection, session_id: str) -> _SessionRow:
+        """Return a session; 404 unknown, and 404 if its environment is not served here."""
+        row = None
+        if is_id(session_id):
+            row = await connection.fetchrow(_READ, session_id, self._at())
+        if row is None:
+            raise APIError(404, "no such session")
+        event_count, last_event_id, now = row[VIEW_WIDTH:]
+        view = view_of(row)
+        await self.admit(view.session.environment_id)
+        return _SessionRow(
+            view._replace(item=live(view.item, now)), event_count, last_event_id, now
+        )
+
+    async def _conversation(self, connection: Connection, read: _SessionRow) -> Conversation:
+        """Return the conversation up to the events that were read, out of the cache."""
+        session = read.view.session
+        count = read.event_count
+        conversation = self._conversations.take(session.id)
+        known = 0 if conversation is None else len(conversation.events)
+        if conversation is None or known > count:
+            conversation, known = Conversation(session.script), 0
+        if known == count:
+            last = conversation.events[-1].id if conversation.events else None
+            if last == read.last_event_id:
+                return conversation
+            conversation, known = Conversation(session.script), 0
+        rows = await connection.fetch(_EVENTS, session.id, known, count)
+        if known:
+            # After a failover to a database that lacks the last commits, other events may have
+            # the numbers of those in the cache.
+            if not rows or rows[0][0] != conversation.events[-1].id:
+                conversation = Conversation(session.script)
+                rows = await connection.fetch(_EVENTS, session.id, 0, count)
+            else:
+                rows = rows[1:]
+        for event_id, value in rows:
+            conversation.append(event_of(session.id, event_id, value))
+        return conversation
+
+    def _next_item(self, read: _SessionRow) -> Item:
+        """Return a further item of a session, which brings it to a worker again."""
+        session = read.view.session
+        self._ids.follow(read.view.item.id.removeprefix(WORK_PREFIX))
+        return Item(
+            id=WORK_PREFIX + self._ids.new(read.now),
+            environment_id=session.environment_id,
+            session_id=session.id,
+            metadata=session.metadata,
+            created_at=read.now,
+        )
+
+    async def _append(
+        self,
+        connection: Connection,
+        read: _SessionRow,
+        conversation: Conversation,
+        new_events: Sequence[Mapping[str, Any]],
+        item: Item | None = None,
+    ) -> Sequence[StoredEvent] | None:
+        """Append events and those that follow; return the former, None if others were faster.
+
+        `item`: the further item that comes with them.
+        """
+        view = read.view
+        now = read.now
+        if read.last_event_id is not None:
+            # The clock of the database may go back, the times of a session's events may not.
+            self._ids.follow(read.last_event_id.rpartition("_")[2])
+            now = max(now, from_heartbeat_text(view.last_event_at or "") or 0)
+        events = extend(conversation, view.id, new_events, self._ids, now)
+        if not events:
+            self._conversations.keep(view.id, conversation)
+            return ()
+        values = [
+            view.id,
+            read.event_count,
+            view.item.id,
+            events[-1].id,
+            conversation.last_event_at,
+            conversation.status,
+            view.item.id if item is None else item.id,
+            *event_columns(events),
+        ]
+        if item is not None:
+            values += [item.environment_id, item.created_at, to_json(item.metadata)]
+        statement = _APPENDS[item is not None, self._has_history]
+        if not await connection.fetchval(statement, *values):
+            return None
+        self._conversations.keep(view.id, conversation)
+        return events[: len(new_events)]
