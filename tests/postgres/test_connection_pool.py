@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from contextlib import suppress
+from contextlib import AsyncExitStack, suppress
 from typing import TYPE_CHECKING, Any
 
 import asyncpg
@@ -72,11 +72,39 @@ async def test_transaction_with_exception_is_undone(pool: ConnectionPool) -> Non
     assert await pool.fetchval("SELECT count(*) FROM number") == 0
 
 
+async def test_transaction_that_goes_on_after_an_error_fails(pool: ConnectionPool) -> None:
+    async def go_on() -> None:
+        async with pool.transaction() as connection:
+            with suppress(asyncpg.DivisionByZeroError):
+                await connection.fetchval("SELECT 1 / 0")
+
+    with pytest.raises(RuntimeError, match="after a failed statement"):
+        await go_on()
+    assert await pool.fetchval("SELECT 7") == 7
+
+
+async def test_more_calls_than_connections_wait_in_turn(pool: ConnectionPool) -> None:
+    sql = "SELECT pg_backend_pid() FROM pg_sleep(0.01)"
+    found = await asyncio.gather(*(pool.fetchval(sql) for _ in range(40)))
+    assert 1 <= len(set(found)) <= 2
+
+
+async def test_cancelled_waiting_call_passes_the_connection_on(pool: ConnectionPool) -> None:
+    async with asyncio.timeout(SECONDS), asyncio.TaskGroup() as group, AsyncExitStack() as stack:
+        for _ in range(2):
+            await stack.enter_async_context(pool.transaction())
+        first, second = (group.create_task(pool.fetchval("SELECT 7")) for _ in range(2))
+        await asyncio.sleep(0)
+        await stack.aclose()  # wakes the first
+        first.cancel()
+        assert await second == 7
+
+
 async def test_exhausted_pool_is_503_and_recovers(
     pool: ConnectionPool, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     monkeypatch.setattr(connection_pool, "ACQUIRE_SECONDS", 0.2)
-    async with pool.connection(), pool.connection():
+    async with pool.transaction(), pool.transaction():
         with pytest.raises(UnavailableError, match="all connections are in use") as raised:
             await pool.fetchval("SELECT 7")
         assert (raised.value.status, raised.value.retry_after) == (503, 1)
@@ -169,7 +197,7 @@ async def test_too_many_connections_is_503(own_postgres: Cluster) -> None:
     pool = ConnectionPool(url.replace("workpool@", "app@"), size=2)
     await pool.open()
     try:
-        async with pool.connection():
+        async with pool.transaction():
             with pytest.raises(UnavailableError, match="too many connections"):
                 await pool.fetchval("SELECT 7")
         assert await pool.fetchval("SELECT 7") == 7
@@ -272,6 +300,8 @@ def test_shown_url_has_no_password(url: str, shown: str) -> None:
         (asyncpg.InvalidPasswordError("x"), "it refused the login"),
         (asyncpg.ConnectionDoesNotExistError("x"), "the connection was lost"),
         (asyncpg.InterfaceError("connection is closed"), "the connection was lost"),
+        (asyncpg.InternalClientError("cannot switch to state 15"), "the connection was lost"),
+        (asyncpg.OutdatedSchemaCacheError("x"), "its schema was changed"),
         (asyncpg.InterfaceError("another operation is in progress"), None),
         (asyncpg.TargetServerAttributeNotMatched("x"), "it is read-only"),
         (asyncpg.CheckViolationError("x"), None),

@@ -10,8 +10,9 @@ import asyncio
 import logging
 import random
 import time
+from collections import deque
 from contextlib import asynccontextmanager, suppress
-from typing import TYPE_CHECKING, Any, Final, Protocol, TypeVar
+from typing import TYPE_CHECKING, Any, Final, Protocol, TypeVar, cast
 from urllib.parse import urlsplit
 
 import asyncpg
@@ -45,7 +46,6 @@ _ANSWER_SECONDS: Final = STATEMENT_SECONDS + 2.0
 _START_ERRORS: Final = (*DRIVER_ERRORS, ValueError)
 """The driver's errors, and those of a URL that it cannot read."""
 _RELEASE_SECONDS: Final = 2.0
-_IDLE_SECONDS: Final = 300.0
 _RETRIES: Final = 5
 _RETRY_SECONDS: Final = 0.01
 _LOG_SECONDS: Final = 5.0
@@ -89,6 +89,10 @@ class ConnectionPool:
     Each method takes a connection, runs one statement in a transaction of its own, and returns once
     that is committed. Raises `UnavailableError` if the database is not available now.
 
+    The driver's own pool takes twice the time of a short statement, so this is one without tasks,
+    proxies and resets: no call may change a setting, listen, or take a lock beyond its transaction.
+    A connection whose call was cancelled, or has had no answer, is not used again.
+
     Args:
         url: The database, `postgresql://USER:PASSWORD@HOST:PORT/NAME?PARAMETER=VALUE`.
         size: Largest number of connections.
@@ -97,7 +101,12 @@ class ConnectionPool:
     def __init__(self, url: str, *, size: int = POOL_SIZE) -> None:
         self._url = url
         self._size = size
-        self._pool: Any = None
+        self._idle: list[Any] = []  # the last one is used first
+        self._used: set[Any] = set()
+        self._opening = 0
+        self._expired: set[Any] = set()  # those in use that are not used again
+        self._waiting: deque[asyncio.Future[None]] = deque()
+        self._closed = True
         self._logged_at = float("-inf")
 
     def __repr__(self) -> str:
@@ -105,71 +114,66 @@ class ConnectionPool:
 
     async def open(self) -> None:
         """Open the first connection. Raises `StoreError` or `ServeError`."""
-        pool = asyncpg.create_pool(
-            min_size=1,
-            max_size=self._size,
-            max_inactive_connection_lifetime=_IDLE_SECONDS,
-            reset=_keep,
-            **_options(self._url, STATEMENT_SECONDS, _ANSWER_SECONDS),
-        )
         try:
-            async with asyncio.timeout(2 * CONNECT_SECONDS):
-                await pool
+            self._idle.append(await open_connection(self._url))
         except _START_ERRORS as error:
             raise _start_error(self._url, error) from None
-        self._pool = pool
+        self._closed = False
 
     async def close(self) -> None:
         """Close all connections; may be called twice, or without `open`."""
-        pool, self._pool = self._pool, None
-        if pool is None:
-            return
-        try:
-            async with asyncio.timeout(_RELEASE_SECONDS):
-                await pool.close()
-        except DRIVER_ERRORS:
-            pool.terminate()
+        self._closed = True
+        self._wake(len(self._waiting))
+        for connection in self._used:
+            connection.terminate()
+        while self._idle:
+            await end_connection(self._idle.pop())
 
     async def fetch(self, query: str, *args: object) -> Sequence[Any]:
         """Run a statement and return its rows."""
-        async with self.connection() as connection:
-            return await connection.fetch(query, *args)
+        return cast("Sequence[Any]", await self._call("fetch", query, args))
 
     async def fetchrow(self, query: str, *args: object) -> Any:
         """Run a statement and return its first row; None if it has none."""
-        async with self.connection() as connection:
-            return await connection.fetchrow(query, *args)
+        return await self._call("fetchrow", query, args)
 
     async def fetchval(self, query: str, *args: object) -> Any:
         """Run a statement and return the first column of its first row; None if it has none."""
-        async with self.connection() as connection:
-            return await connection.fetchval(query, *args)
+        return await self._call("fetchval", query, args)
 
     async def execute(self, query: str, *args: object) -> str:
         """Run a statement and return its status, such as `UPDATE 1`."""
-        async with self.connection() as connection:
-            return await connection.execute(query, *args)
+        return cast("str", await self._call("execute", query, args))
 
-    @asynccontextmanager
-    async def connection(self) -> AsyncIterator[Connection]:
-        """Return a connection for the block; each statement is a transaction of its own."""
+    async def _call(self, method: str, query: str, args: Sequence[object]) -> Any:
+        connection = self._take() or await self._taken()
         try:
-            connection = await self._acquire()
-            try:
-                yield connection
-            finally:
-                # The release of a broken connection ends it; it must not turn a committed
-                # statement into an error.
-                with suppress(*DRIVER_ERRORS):
-                    await self._pool.release(connection, timeout=_RELEASE_SECONDS)
-        except DRIVER_ERRORS as error:
-            raise await self._translated(error) from error
+            result = await getattr(connection, method)(query, *args)
+        except BaseException as error:
+            self._put_back(connection, error)
+            self._raise_translated(error)
+            raise
+        self._put_back(connection)
+        return result
 
     @asynccontextmanager
     async def transaction(self) -> AsyncIterator[Connection]:
         """Return a connection for one transaction, which an exception in the block undoes."""
-        async with self.connection() as connection, connection.transaction():
-            yield connection
+        connection = self._take() or await self._taken()
+        try:
+            await connection.execute("BEGIN")
+            try:
+                yield connection
+            except Exception:
+                if not connection.is_closed():
+                    await connection.execute("ROLLBACK")
+                raise
+            await _commit(connection)
+        except BaseException as error:
+            self._put_back(connection, error)
+            self._raise_translated(error)
+            raise
+        self._put_back(connection)
 
     async def retried(self, call: Callable[[], Awaitable[T]]) -> T:
         """Return the result of a call, repeated while concurrent changes collide with it."""
@@ -179,40 +183,124 @@ class ConnectionPool:
             await asyncio.sleep(random.uniform(0, _RETRY_SECONDS * 2**attempt))  # noqa: S311 - no secret
         return await call()
 
-    async def _acquire(self) -> Any:
-        pool = self._pool
-        if pool is None:
-            raise UnavailableError("this node ends")
-        waits = pool.get_idle_size() == 0 and pool.get_size() == self._size
+    def _take(self) -> Any:
+        """Return an idle connection; None if there is none."""
+        while self._idle:
+            connection = self._idle.pop()
+            if not connection.is_closed():
+                self._used.add(connection)
+                return connection
+        return None
+
+    async def _taken(self) -> Any:
+        """Return a connection, after a wait or a new one. Raises `UnavailableError`."""
+        loop = asyncio.get_running_loop()
+        end = loop.time() + ACQUIRE_SECONDS
+        while not self._closed:
+            connection = self._take()
+            if connection is not None:
+                return connection
+            if len(self._used) + self._opening < self._size:
+                return await self._opened()
+            await self._wait(end - loop.time())
+        raise UnavailableError("this node ends")
+
+    async def _opened(self) -> Any:
+        self._opening += 1
         try:
-            # not the driver's own time-out, which makes a task for each call
-            async with asyncio.timeout(ACQUIRE_SECONDS):
-                return await pool.acquire()
+            connection = await open_connection(self._url)
+        except DRIVER_ERRORS as error:
+            self._wake()
+            self._raise_translated(error)
+            raise
+        except BaseException:
+            self._wake()
+            raise
+        finally:
+            self._opening -= 1
+        self._used.add(connection)
+        return connection
+
+    async def _wait(self, seconds: float) -> None:
+        """Wait until a connection may be free. Raises `UnavailableError`."""
+        waiter: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        self._waiting.append(waiter)
+        try:
+            async with asyncio.timeout(seconds):
+                await waiter
         except TimeoutError:
-            if waits:
-                raise self._logged(UnavailableError("all connections are in use"), None) from None
+            self._pass_on(waiter)
+            refusal = UnavailableError("all connections are in use")
+            self._log(refusal, None)
+            raise refusal from None
+        except asyncio.CancelledError:
+            self._pass_on(waiter)
             raise
 
-    async def _translated(self, error: BaseException) -> BaseException:
-        translated = unavailable(error)
-        if translated is None:
-            return error
-        if translated.reason == READ_ONLY and self._pool is not None:
-            # After a failover, a new connection may lead to the new primary.
-            await self._pool.expire_connections()
-        return self._logged(translated, error)
+    def _pass_on(self, waiter: asyncio.Future[None]) -> None:
+        """Wake another call if this one was woken in the step in which it ended."""
+        if waiter.done() and not waiter.cancelled():
+            self._wake()
 
-    def _logged(self, translated: UnavailableError, error: BaseException | None) -> BaseException:
-        if not isinstance(translated, RetryableError):
-            now = time.monotonic()
-            if now - self._logged_at >= _LOG_SECONDS:
-                self._logged_at = now
-                log.warning(
-                    "database is not available: %s",
-                    translated.reason,
-                    extra={"error": f"{type(error).__name__}: {error!s:.200}" if error else None},
-                )
-        return translated
+    def _put_back(self, connection: Any, error: BaseException | None = None) -> None:
+        """Let other calls use a connection, or cut it if its state is unknown after an error."""
+        self._used.discard(connection)
+        is_reusable = (
+            not self._closed
+            and connection not in self._expired
+            and _is_settled(error)
+            and not connection.is_closed()
+            and not connection.is_in_transaction()
+        )
+        self._expired.discard(connection)
+        if is_reusable:
+            self._idle.append(connection)
+        else:
+            connection.terminate()  # the server then cancels what still runs there
+        self._wake()
+
+    def _wake(self, count: int = 1) -> None:
+        while count > 0 and self._waiting:
+            waiter = self._waiting.popleft()
+            if not waiter.done():
+                waiter.set_result(None)
+                count -= 1
+
+    def _raise_translated(self, error: BaseException) -> None:
+        """Raise the `UnavailableError` of a driver's error; return if the error is another one."""
+        if not isinstance(error, DRIVER_ERRORS):
+            return
+        refusal = unavailable(error)
+        if refusal is None:
+            return
+        if refusal.reason == READ_ONLY:
+            # After a failover, a new connection may lead to the new primary.
+            self._expired |= self._used
+            while self._idle:
+                self._idle.pop().terminate()
+        self._log(refusal, error)
+        raise refusal from error
+
+    def _log(self, refusal: UnavailableError, error: BaseException | None) -> None:
+        now = time.monotonic()
+        if not isinstance(refusal, RetryableError) and now - self._logged_at >= _LOG_SECONDS:
+            self._logged_at = now
+            log.warning(
+                "database is not available: %s",
+                refusal.reason,
+                extra={"error": f"{type(error).__name__}: {error!s:.200}" if error else None},
+            )
+
+
+async def _commit(connection: Any) -> None:
+    if await connection.execute("COMMIT") != "COMMIT":
+        raise RuntimeError("a block went on after a failed statement, so nothing was committed")
+
+
+def _is_settled(error: BaseException | None) -> bool:
+    """Return whether a connection has no statement without an answer after this error."""
+    of_driver = isinstance(error, DRIVER_ERRORS) and not isinstance(error, asyncpg.PostgresError)
+    return error is None or (isinstance(error, Exception) and not of_driver)
 
 
 async def open_connection(url: str, *, statement_seconds: float = STATEMENT_SECONDS) -> Any:
@@ -255,6 +343,8 @@ def _options(url: str, statement_seconds: float, answer_seconds: float) -> dict[
             # Otherwise a node that stops in a transaction, but keeps its connections, would block
             # others at the rows that it has locked.
             "idle_in_transaction_session_timeout": f"{answer_seconds * 1000:.0f}",
+            # A node that is cut off, or has cut a call off, leaves no statement that waits on.
+            "client_connection_check_interval": "1000",
             "jit": "off",  # compiling a short statement takes longer than running it
         },
     }
@@ -271,10 +361,3 @@ def _start_error(url: str, error: BaseException) -> BaseException:
     if translated is None:
         return error
     return StoreError(f"store {shown_url(url)}: {translated.reason}")
-
-
-async def _keep(_connection: Any) -> None:
-    """Reset nothing when a connection returns, which would be a statement after each call.
-
-    No call changes a setting, listens, or takes a lock beyond its transaction.
-    """

@@ -75,7 +75,7 @@ class RetryableError(UnavailableError):
 
 def unavailable(error: BaseException) -> UnavailableError | None:
     """Return the 503 for a driver's error; None if the error is a defect."""
-    if isinstance(error, asyncpg.InvalidCachedStatementError):
+    if isinstance(error, asyncpg.InvalidCachedStatementError | asyncpg.OutdatedSchemaCacheError):
         return RetryableError("its schema was changed")
     if isinstance(error, asyncpg.PostgresError):
         state = error.sqlstate or ""
@@ -95,6 +95,10 @@ def _reason_of_client(error: BaseException) -> str | None:
         return "it cannot be reached"
     if isinstance(error, asyncpg.TargetServerAttributeNotMatched):
         return READ_ONLY
+    if isinstance(error, asyncpg.InternalClientError):
+        # Among others, a call that begins between the server's last message on a connection and
+        # the end of that connection.
+        return _CUT
     # The same class also reports wrong uses of the driver; only the text tells them apart.
     closed = type(error) is asyncpg.InterfaceError and "clos" in str(error)
     return _CUT if closed else None
