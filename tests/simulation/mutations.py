@@ -26,7 +26,8 @@ LIMIT = 2000
 class Edit(NamedTuple):
     """The replacement of `old` by `new` in the one function of `module:Class` that has it.
 
-    A module's name is relative to `workpool.pool`, or to `workpool` if it has a dot.
+    A module's name is relative to `workpool.pool`, or to `workpool` if it has a dot. One that
+    begins with `workpool` is complete.
     """
 
     where: str
@@ -531,13 +532,18 @@ def mutated(edits: list[Edit]) -> Iterator[None]:
     with ExitStack() as stack:
         for edit in edits:
             module_name, _, class_name = edit.where.partition(":")
-            package = "workpool" if "." in module_name else "workpool.pool"
-            module = importlib.import_module(f"{package}.{module_name}")
+            module = importlib.import_module(_full_name(module_name))
             owner = getattr(module, class_name)
             name, original = _found(owner, edit)
             setattr(owner, name, _rewritten(module, original, edit))
             stack.callback(setattr, owner, name, original)
         yield
+
+
+def _full_name(module: str) -> str:
+    if module.startswith("workpool"):
+        return module
+    return f"workpool.{module}" if "." in module else f"workpool.pool.{module}"
 
 
 def _found(owner: type, edit: Edit) -> tuple[str, Any]:
@@ -557,7 +563,12 @@ def _function(member: Any) -> Any:
 
 def _source(member: Any) -> str:
     function = _function(member)
-    return getattr(function, "mutated", None) or textwrap.dedent(inspect.getsource(function))
+    if (source := getattr(function, "mutated", None)) is not None:
+        return str(source)
+    try:
+        return textwrap.dedent(inspect.getsource(function))
+    except OSError:  # made by `dataclass`
+        return ""
 
 
 def _rewritten(module: Any, original: Any, edit: Edit) -> Any:

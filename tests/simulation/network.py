@@ -46,7 +46,7 @@ FADING: Final = frozenset({"heartbeat", "update", "stop"})
 OUTLASTING_SHARE: Final = 0.5
 SLEEPS: Final[tuple[Halt, ...]] = ("asleep", "paused")
 PATIENCE_MS: Final = 8_000
-"""Seconds that a poll waits, instead of `block_ms`: a shorter wait makes the simulation slower."""
+"""Milliseconds that a poll waits: a shorter wait makes the simulation slower."""
 OPTIONAL: Final = frozenset({"get", "update"})
 """Calls that a worker's key may not make."""
 THREADS: Final[Any] = object()
@@ -59,6 +59,7 @@ class Network:
     Attributes:
         healed: No more faults are injected.
         over: The simulation has ended; no call arrives.
+        patience_ms: The longest wait of a poll, instead of `block_ms`.
         serving: Tasks of the control plane that answer polls.
     """
 
@@ -69,6 +70,7 @@ class Network:
         self.trace = trace
         self.healed = False
         self.over = False
+        self.patience_ms = PATIENCE_MS
         self.serving: set[asyncio.Task[None]] = set()
         self._random = random
         self._share = schedule.fault_share
@@ -229,14 +231,16 @@ class Client(LocalClient):
         self._note_sent("poll", None, fault)
         answered: asyncio.Future[Reply] = loop.create_future()
         window = RECLAIM_OLDER_THAN_MS if reclaim_older_than_ms is None else reclaim_older_than_ms
-        poll = Poll(self.worker_id, PATIENCE_MS, window)
+        poll = Poll(self.worker_id, self._network.patience_ms, window)
         travel = partial(self._travel, poll, fault, answered)
         loop.call_at(loop.now + fault.request_delay, travel, context=NETWORK)
 
         async def exchange() -> Reply:
             return await answered
 
-        return await self._settle(endpoints.POLL, exchange(), self._timeout + PATIENCE_MS / 1000)
+        return await self._settle(
+            endpoints.POLL, exchange(), self._timeout + self._network.patience_ms / 1000
+        )
 
     async def update_metadata(
         self,

@@ -10,7 +10,7 @@ import random
 import time
 from contextlib import contextmanager
 from importlib import metadata
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Any, Final, TypeVar
 
 from prometheus_client import CollectorRegistry
 
@@ -26,10 +26,12 @@ from workpool.pool import telemetry
 from workpool.wire.http import resolver
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Iterator
+    from collections.abc import Callable, Coroutine, Iterable, Iterator
     from pathlib import Path
 
     from tests.simulation.case import Case
+
+T = TypeVar("T")
 
 PART: Final = 50
 """Number of schedules that a process simulates at a time."""
@@ -46,14 +48,21 @@ def simulate(schedule: Schedule) -> tuple[Case, list[str]]:
     """Run a schedule, and return what happened and the violations of the invariants."""
 
     async def main() -> tuple[Case, list[str]]:
-        return await World(schedule, _metrics_registry()).run(judge)
+        return await World(schedule, metrics_registry()).run(judge)
 
+    return run_world(main, schedule.seed, PLUGINS)
+
+
+def run_world(
+    main: Callable[[], Coroutine[Any, Any, T]], seed: int, plugins: tuple[object, ...]
+) -> T:
+    """Run `main()`, which makes and runs a world whose pools have these plugins."""
     state, disabled = random.getstate(), logging.root.manager.disable
-    random.seed(schedule.seed)
+    random.seed(seed)
     logging.disable(logging.CRITICAL)
     try:
-        with _shortcuts():
-            result: tuple[Case, list[str]] = run_machines(main)
+        with _shortcuts(plugins):
+            result: T = run_machines(main)
     finally:
         random.setstate(state)
         logging.disable(disabled)
@@ -63,23 +72,29 @@ def simulate(schedule: Schedule) -> tuple[Case, list[str]]:
 def simulate_all(seeds: Iterable[int], until: float = float("inf")) -> Report:
     """Simulate the seeds in this process, as long as `time.monotonic()` is before `until`."""
     report = Report()
+    for seed in collecting_rarely(seeds):
+        if time.monotonic() >= until:
+            break
+        case, violations = simulate(schedule_of(seed))
+        failures = ((seed, tuple(violations)),) if violations else ()
+        trace = case.trace
+        report = report.plus(Report(1, trace.faults, trace.actions, len(INVARIANTS), failures))
+    return report
+
+
+def collecting_rarely(seeds: Iterable[int]) -> Iterator[int]:
+    """Yield the seeds; meanwhile garbage is collected after some of them only."""
     gc.collect()
     gc.freeze()
     gc.disable()
     try:
         for number, seed in enumerate(seeds):
-            if time.monotonic() >= until:
-                break
-            case, violations = simulate(schedule_of(seed))
-            failures = ((seed, tuple(violations)),) if violations else ()
-            trace = case.trace
-            report = report.plus(Report(1, trace.faults, trace.actions, len(INVARIANTS), failures))
+            yield seed
             if number % COLLECT_EVERY == 0:
                 gc.collect()
     finally:
         gc.enable()
         gc.unfreeze()
-    return report
 
 
 def simulate_many(seed: int, schedules: int, processes: int, file: Path | None = None) -> Report:
@@ -108,13 +123,14 @@ def _simulate_part(seeds: range) -> tuple[range, Report]:
 
 
 @functools.cache
-def _metrics_registry() -> CollectorRegistry:
+def metrics_registry() -> CollectorRegistry:
+    """Return the registry of all simulations in this process."""
     return CollectorRegistry()
 
 
 @functools.cache
-def _loaded() -> tuple[tuple[Any, ...], dict[str, Any]]:
-    plugins = loading.load(PLUGINS, {})
+def _loaded(given: tuple[object, ...]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    plugins = loading.load(given, {})
     return plugins, registry._in_order(plugins)
 
 
@@ -134,9 +150,9 @@ def _series_of(metric: Any, *rest: Any) -> observer._Series:
 
 
 @contextmanager
-def _shortcuts() -> Iterator[None]:
+def _shortcuts(given: tuple[object, ...]) -> Iterator[None]:
     """Cache what each pool's start would compute again: nine tenths of the cost of a start."""
-    plugins, hooks = _loaded()
+    plugins, hooks = _loaded(given)
     replaced = [
         (registry, "load", lambda *_: plugins),
         (registry, "_in_order", lambda _: hooks),

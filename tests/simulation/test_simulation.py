@@ -10,6 +10,8 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from tests.simulation.autoscaler.fleet_mutations import FLEET_MUTATIONS
+from tests.simulation.autoscaler.scale_down import FLEET_INVARIANTS
 from tests.simulation.invariants import INVARIANTS
 from tests.simulation.mutations import MUTATIONS
 from tests.simulation.replay import replay
@@ -141,10 +143,11 @@ def promises() -> list[list[str]]:
 
 
 def test_documented_promises_name_existing_invariants_mutations_and_tests() -> None:
-    invariants = {each.__name__ for each in INVARIANTS}
+    invariants = {each.__name__ for each in (*INVARIANTS, *FLEET_INVARIANTS)}
+    known = {*MUTATIONS, *FLEET_MUTATIONS}
     for promise, named, mutations, tests in promises():
         assert set(re.findall(r"`(\w+)`", named)) <= invariants, promise
-        assert set(re.findall(r'"(.+?)"', mutations)) <= MUTATIONS.keys(), promise
+        assert set(re.findall(r'"(.+?)"', mutations)) <= known, promise
         for path, name in re.findall(r"`(tests/[\w/]+\.py)::(\w+)`", tests):
             assert f"def {name}(" in (ROOT / path).read_text(), promise
         assert mutations or tests, promise

@@ -189,6 +189,10 @@ class World:
         for action in self.schedule.actions:
             await asyncio.sleep(action.at - self.loop.now)
             self._do(action)
+        await self._end_schedule()
+
+    async def _end_schedule(self) -> None:
+        """End all faults, and let a fresh pool finish the work."""
         await asyncio.sleep(REST_SECONDS)
         self._heal()
         await self._drain_all()
@@ -196,11 +200,12 @@ class World:
         await self._wait_until_stopped()
         await self._drain_all()
 
-    def _start(self, pool: Pool, *, healed: bool = False) -> None:
+    def _start(self, pool: Pool, *, healed: bool = False) -> Node:
         node = self._node(pool)
         node.machine.handlers.healed = healed
         supervisor = MachineSupervisor(settings_of(pool), **self._surroundings(node))
         self._spawn(node, self._run_pool(node, supervisor))
+        return node
 
     def _start_child(self, parent: Node, lease: HandedLease, delay: float) -> None:
         """Start a child process after `delay`, even if the parent's machine halts before."""
@@ -219,7 +224,7 @@ class World:
         self._spawn(node, self._run_pool(node, child))
 
     def _node(self, pool: Pool) -> Node:
-        machine = Machine(self.loop, f"{len(self.trace.nodes)}", pool.rate)
+        machine = self._machine(f"{len(self.trace.nodes)}", pool.rate)
         node = Node(machine, pool, self.loop.now)
         node.no_fault = Fault(request_delay=LATENCY_SECONDS, answer_delay=LATENCY_SECONDS)
         self.trace.nodes.append(node)
@@ -229,6 +234,9 @@ class World:
         )
         self._handlers.append(machine.handlers)
         return node
+
+    def _machine(self, name: str, rate: float) -> Machine:
+        return Machine(self.loop, name, rate)
 
     def _surroundings(self, node: Node) -> dict[str, Any]:
         connect = partial(Client, self._network, node)

@@ -67,15 +67,15 @@ class APIServer:
             await self._http.close()
         await self._threads.close()
 
-    async def annotate(self, name: str, value: str) -> None:
-        """Set one annotation of the pod.
+    async def annotate(self, name: str, value: int) -> None:
+        """Set one annotation of the pod to a number.
 
         Raises:
             APIServerError: The annotation was not set, or the answer did not come in time.
         """
         if self._http is None:
             raise RuntimeError("the client is not open")
-        body = json.dumps({"metadata": {"annotations": {name: value}}})
+        body = json.dumps({"metadata": {"annotations": {name: str(value)}}})
         try:
             async with (
                 asyncio.timeout(CALL_SECONDS),

@@ -5,13 +5,13 @@ from __future__ import annotations
 import asyncio
 import logging
 import random
-from contextlib import suppress
+from contextlib import asynccontextmanager, suppress
 from typing import TYPE_CHECKING, Final
 
 from workpool_kubernetes.api_server import APIServerError
 
 if TYPE_CHECKING:
-    from collections.abc import Awaitable, Callable
+    from collections.abc import AsyncIterator, Awaitable, Callable
 
 log = logging.getLogger("workpool.kubernetes")
 
@@ -81,3 +81,14 @@ class CostWriter:
             return self._interval
         ceiling = min(BACKOFF_SECONDS, self._interval * 2.0 ** min(self._failures, 16))
         return max(self._interval, random.uniform(0.5, 1.0) * ceiling)  # noqa: S311 - no secret
+
+
+@asynccontextmanager
+async def writing(writer: CostWriter) -> AsyncIterator[CostWriter]:
+    """Run the writer in a task of its own until the end of the block."""
+    async with asyncio.TaskGroup() as group:
+        task = group.create_task(writer.run(), name="deletion-cost")
+        try:
+            yield writer
+        finally:
+            task.cancel()

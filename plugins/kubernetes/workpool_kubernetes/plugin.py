@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import os
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
@@ -12,7 +11,7 @@ from typing import TYPE_CHECKING, Final
 
 from workpool import PluginError, Supervisor, hookimpl
 from workpool_kubernetes.api_server import APIServer, APIServerError
-from workpool_kubernetes.cost_writer import CostWriter
+from workpool_kubernetes.cost_writer import CostWriter, writing
 from workpool_kubernetes.own_pod import SERVICE_ACCOUNT, NoPodError, own_pod
 
 if TYPE_CHECKING:
@@ -64,20 +63,15 @@ class Kubernetes:
             raise PluginError(NAME, "one object serves one pool; give each its own")
         try:
             pod = own_pod(os.environ, Path(self.service_account), self.pod)
-            async with APIServer(pod) as server, asyncio.TaskGroup() as group:
-
-                async def write(cost: int) -> None:
-                    await server.annotate(DELETION_COST, str(cost))
-
-                self._writer = CostWriter(partial(_cost, supervisor), write, self.interval)
-                task = group.create_task(self._writer.run(), name="deletion-cost")
-                try:
+            async with APIServer(pod) as server:
+                write = partial(server.annotate, DELETION_COST)
+                writer = CostWriter(partial(sessions_of, supervisor), write, self.interval)
+                async with writing(writer) as self._writer:
                     yield
-                finally:
-                    self._writer = None
-                    task.cancel()
         except (NoPodError, APIServerError) as error:
             raise PluginError(NAME, str(error)) from None
+        finally:
+            self._writer = None
 
     @hookimpl
     def workpool_event(self, event: AckFinished | SessionFinished | StopFinished) -> None:  # noqa: ARG002 - its annotation selects the events
@@ -86,6 +80,6 @@ class Kubernetes:
             self._writer.look()
 
 
-def _cost(supervisor: Supervisor) -> int:
-    """Return the number of sessions: items in slots, from before their ack to their stop."""
+def sessions_of(supervisor: Supervisor) -> int:
+    """Return the deletion cost: the number of items in slots, from their ack to their stop."""
     return supervisor.status().running

@@ -1,0 +1,51 @@
+"""Command line: `python -m tests.simulation.autoscaler --schedules N --seed N [--without NAME]`."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+import time
+
+from tests.simulation.autoscaler.fleet_runner import (
+    schedule_of_fleet,
+    simulate_fleet,
+    simulate_many_fleets,
+)
+from tests.simulation.autoscaler.fleet_schedule import WITHOUT
+from tests.simulation.replay import replay
+
+
+def main() -> int:
+    """Simulate, and return the exit status: 1 if an invariant was violated."""
+    parser = argparse.ArgumentParser(prog="python -m tests.simulation.autoscaler")
+    parser.add_argument("--schedules", type=int, default=1_000, help="number of schedules")
+    parser.add_argument("--seed", type=int, default=0, help="seed of the first schedule")
+    parser.add_argument("--processes", type=int, default=os.cpu_count() or 1)
+    parser.add_argument(
+        "--without",
+        action="append",
+        default=[],
+        choices=sorted(WITHOUT),
+        help="leave out a documented setting, and count the sessions that are cut; repeatable",
+    )
+    parser.add_argument("--replay", type=int, metavar="SEED", help="print all events of one")
+    options = parser.parse_args()
+    out, without = sys.stdout, frozenset(options.without)
+    if options.replay is not None:
+        schedule = schedule_of_fleet(options.replay, without)
+        result = simulate_fleet(schedule, documented=not without)
+        lines = [str(schedule.settings), *map(str, schedule.incidents)]
+        lines += [*replay(schedule.world, result.case), str(result.counts), *result.violations]
+        out.writelines(f"{line}\n" for line in lines)
+        return 1 if result.violations else 0
+    started = time.monotonic()
+    report = simulate_many_fleets(options.seed, options.schedules, options.processes, without)
+    names = ", ".join(sorted(without)) or "nothing"
+    out.write(f"{report}\nwithout {names}, seed {options.seed}, ")
+    out.write(f"{time.monotonic() - started:.1f} s\n")
+    return 1 if report.failures else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

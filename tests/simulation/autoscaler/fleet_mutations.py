@@ -1,0 +1,71 @@
+"""Mutations of what decides about pods, each of which the simulation of fleets must catch.
+
+As a script, this module prints which invariant caught each mutation, and after how many schedules:
+
+    python -m tests.simulation.autoscaler.fleet_mutations
+"""
+
+from __future__ import annotations
+
+import sys
+from typing import Final
+
+from tests.simulation.autoscaler.fleet_runner import schedule_of_fleet, simulate_fleet
+from tests.simulation.mutations import Edit, mutated
+
+LIMIT: Final = 300
+
+FLEET_MUTATIONS: Final[dict[str, list[Edit]]] = {
+    "drain without its timeout": [
+        Edit("drain:Drain", "self._deadline = now + timeout", "self._deadline = now"),
+    ],
+    "running items not counted": [
+        Edit(
+            "workpool.scaling:FleetLoad",
+            "self.queued + self.pending + self.running",
+            "self.queued + self.pending",
+        ),
+    ],
+    "number of workers rounded down": [
+        Edit(
+            "workpool.scaling:ReplicaRule",
+            "-(-load.unfinished // self.slots_per_worker)",
+            "load.unfinished // self.slots_per_worker",
+        ),
+    ],
+    "cost written once": [
+        Edit(
+            "workpool_kubernetes.cost_writer:CostWriter",
+            "if cost != self._written:",
+            "if self._written is None:",
+        ),
+    ],
+    "cost written without regard to changes": [
+        Edit("workpool_kubernetes.cost_writer:CostWriter", "self._changed.set()", "pass"),
+    ],
+}
+
+
+def hunt_fleet(edits: list[Edit], seeds: range) -> tuple[int, list[str]] | None:
+    """Return after how many schedules which invariants caught the mutation; None if none did."""
+    with mutated(edits):
+        for count, seed in enumerate(seeds, 1):
+            violations = simulate_fleet(schedule_of_fleet(seed)).violations
+            if violations:
+                return count, sorted({each.partition(":")[0] for each in violations})
+    return None
+
+
+def main() -> int:
+    survived = 0
+    for name, edits in FLEET_MUTATIONS.items():
+        found = hunt_fleet(edits, range(LIMIT))
+        survived += found is None
+        text = "SURVIVED" if found is None else f"{found[0]:5d}  {', '.join(found[1])}"
+        sys.stdout.write(f"{name:40s} {text}\n")
+        sys.stdout.flush()
+    return survived
+
+
+if __name__ == "__main__":
+    sys.exit(main())

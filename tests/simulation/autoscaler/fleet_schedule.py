@@ -1,0 +1,215 @@
+"""A schedule of an autoscaled fleet: settings, work and incidents, drawn from one seed."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Final, Literal
+
+from tests.simulation.autoscaler.horizontal import SCALE_DOWN, Autoscaling, Policy, ScalingRules
+from tests.simulation.schedule import Action, Pool, Schedule
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Mapping
+    from random import Random
+
+IncidentKind = Literal["evict", "kill", "cut", "blind"]
+INCIDENTS: Final[tuple[IncidentKind, ...]] = ("evict", "evict", "kill", "cut", "blind")
+BEHAVIOURS: Final = ("work", "work", "work", "raise", "write", "pulse", "tidy")
+"""Behaviours of handlers that end by themselves and obey a cancellation."""
+FAULT_KINDS: Final = (
+    "late",
+    "slow",
+    "silence",
+    "silence-applied",
+    "reset",
+    "500",
+    "503",
+    "garbled",
+)
+LONGEST_SECONDS: Final = (60.0, 900.0, 1_800.0)
+"""The durations of the longest sessions: `session_timeout` and `drain_timeout`."""
+SHORT_SHARE: Final = 0.4
+"""The share of sessions that end within seconds."""
+GRACE_SECONDS: Final = 30.0
+"""Seconds of the grace period beyond `drain_timeout`."""
+DEFAULT_DRAIN_SECONDS: Final = 20.0
+"""The default of `drain_timeout`."""
+DEFAULT_GRACE_SECONDS: Final = 30.0
+"""The default of `terminationGracePeriodSeconds`."""
+NOTICE_SECONDS: Final = 120.0
+"""The time between the notice of an eviction and the end of the node."""
+
+
+@dataclass(frozen=True, slots=True)
+class Incident:
+    """Something that happens to a pod, or to what the autoscaler reads.
+
+    Attributes:
+        kind: `evict`: its node goes, with a notice of two minutes. `kill`: its process is killed.
+            `cut`: it is without network for `seconds`. `blind`: the autoscaler cannot read the
+            queue for `seconds`.
+        target: Index of the pod, modulo their number.
+    """
+
+    at: float
+    kind: IncidentKind
+    target: int = 0
+    seconds: float = 0.0
+
+
+@dataclass(frozen=True, slots=True)
+class FleetSettings:
+    """The settings of the autoscaler and of the pods.
+
+    Attributes:
+        rules: The specification of the HorizontalPodAutoscaler.
+        metric: The key of `/scale` that it reads.
+        to_zero: Without work there is no pod (`minReplicaCount: 0`).
+        cooldown: `cooldownPeriod` of KEDA, in seconds.
+        polling: `pollingInterval` of KEDA, in seconds.
+        grace: `terminationGracePeriodSeconds`.
+        deletion_cost: The pods write their deletion cost.
+        start_seconds: The shortest and the longest time from the creation of a pod to the start of
+            its process.
+    """
+
+    rules: Autoscaling
+    pool: Pool
+    metric: str
+    grace: float
+    to_zero: bool
+    cooldown: float = 300.0
+    polling: float = 15.0
+    deletion_cost: bool = True
+    start_seconds: tuple[float, float] = (2.0, 20.0)
+
+    @property
+    def least(self) -> int:
+        """The number of pods without work."""
+        return 0 if self.to_zero else self.rules.minimum
+
+
+@dataclass(frozen=True, slots=True)
+class FleetSchedule:
+    """One simulation of a fleet.
+
+    Attributes:
+        world: The seed, the faults and the work.
+        incidents: In the order of their times.
+        api_failures: The share of the writes to the API server of Kubernetes that fail.
+    """
+
+    world: Schedule
+    settings: FleetSettings
+    incidents: tuple[Incident, ...]
+    api_failures: float
+
+
+def _default_grace(settings: FleetSettings) -> FleetSettings:
+    pool = replace(settings.pool, drain_timeout=DEFAULT_DRAIN_SECONDS)
+    return replace(settings, pool=pool, grace=DEFAULT_GRACE_SECONDS)
+
+
+def _queue_only(settings: FleetSettings) -> FleetSettings:
+    rules = replace(settings.rules, target=float(settings.pool.concurrency))
+    return replace(settings, metric="queued", rules=rules)
+
+
+def _no_window(settings: FleetSettings) -> FleetSettings:
+    rules = replace(settings.rules, down=ScalingRules(0.0, SCALE_DOWN.policies))
+    return replace(settings, rules=rules, cooldown=0.0)
+
+
+WITHOUT: Final[Mapping[str, Callable[[FleetSettings], FleetSettings]]] = {
+    "deletion-cost": lambda settings: replace(settings, deletion_cost=False),
+    "grace-period": _default_grace,
+    "running": _queue_only,
+    "stabilization": _no_window,
+}
+"""What each documented setting is replaced by.
+
+`deletion-cost`: pods write none. `grace-period`: `drain_timeout` and the grace period have their
+defaults. `running`: the autoscaler reads the queued items only. `stabilization`: no window, no
+cooldown and no limit of the pods that go at once.
+"""
+
+
+def fleet_schedule_of(seed: int, random: Random, without: frozenset[str]) -> FleetSchedule:
+    """Draw a schedule with the documented settings, less those of `WITHOUT` that are named."""
+    settings = _settings(random)
+    longest = settings.pool.drain_timeout
+    work = _work(random, settings, longest)
+    until = work[-1].at + longest
+    incidents = tuple(
+        sorted(
+            (_incident(random, until) for _ in range(random.choice((0, 0, 1, 2, 3)))),
+            key=lambda each: each.at,
+        )
+    )
+    kinds = tuple(random.sample(FAULT_KINDS, random.randint(1, 4)))
+    share = random.choice((0.0, 0.0, 0.02, 0.05))
+    api_failures = random.choice((0.0, 0.0, 0.2))
+    for name in sorted(without):
+        settings = WITHOUT[name](settings)
+    world = Schedule(seed, (), work, share, kinds)
+    return FleetSchedule(world, settings, incidents, api_failures)
+
+
+def _settings(random: Random) -> FleetSettings:
+    """Draw settings that workpool/docs/operating.md allows."""
+    longest = random.choice(LONGEST_SECONDS)
+    minimum = random.choice((0, 0, 1, 2))
+    concurrency = random.choice((1, 2, 2, 3))
+    metric = random.choice(("recommended_replicas", "unfinished"))
+    down = ScalingRules(random.choice((300.0, 600.0)), (Policy("Pods", 1, 60.0),))
+    rules = Autoscaling(
+        target=1.0 if metric == "recommended_replicas" else float(concurrency),
+        minimum=max(1, minimum),  # as KEDA creates it
+        maximum=random.choice((2, 3, 4, 6)),
+        down=down,
+    )
+    pool = Pool(
+        concurrency=concurrency,
+        prefetch=random.choice((0, 0, 1)),
+        lease_ttl=60,
+        drain_timeout=longest,
+        session_timeout=longest,
+    )
+    return FleetSettings(
+        rules,
+        pool,
+        metric,
+        grace=longest + GRACE_SECONDS,
+        to_zero=minimum == 0,
+    )
+
+
+def _work(random: Random, settings: FleetSettings, longest: float) -> tuple[Action, ...]:
+    """Draw waves of sessions, each as large as the fleet, or larger."""
+    slots = settings.rules.maximum * settings.pool.concurrency
+    work: list[Action] = []
+    at = random.uniform(0, 30)
+    for _ in range(random.choice((1, 2, 2, 3, 4))):
+        for _ in range(random.randint(1, round(slots * 1.3))):
+            short = random.random() < SHORT_SHARE
+            seconds = random.uniform(0.1, 10) if short else random.uniform(0.2, 0.95) * longest
+            moment = at + random.choice((0.0, random.uniform(0, 60)))
+            work.append(
+                Action(
+                    round(moment, 3),
+                    "work",
+                    seconds=round(seconds, 3),
+                    behaviour=random.choice(BEHAVIOURS),
+                )
+            )
+        at += random.uniform(30, 900)
+    return tuple(sorted(work, key=lambda each: each.at))
+
+
+def _incident(random: Random, until: float) -> Incident:
+    return Incident(
+        round(random.uniform(0, until), 3),
+        random.choice(INCIDENTS),
+        random.randrange(8),
+        round(random.choice((5.0, 40.0, 200.0)) * random.uniform(0.8, 1.2), 3),
+    )

@@ -1,0 +1,261 @@
+"""One simulation of an autoscaled fleet: the world of the pools, with a cluster that starts them.
+
+The pools, the control plane and its network are those of `tests.simulation.world`. The number of
+pods comes from `workpool scale`'s reader and the recommendation of `workpool.scaling`, which read
+the queue through the same network; the deletion costs come from the plugin of
+plugins/kubernetes/README.md.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import random
+from contextlib import asynccontextmanager
+from functools import partial
+from typing import TYPE_CHECKING, Any, Final
+
+from tests.simulation.autoscaler.cluster import Cluster
+from tests.simulation.autoscaler.fleet_schedule import Incident
+from tests.simulation.autoscaler.horizontal import Activation, HorizontalAutoscaler
+from tests.simulation.case import START
+from tests.simulation.machine import NETWORK, Machine, this_machine
+from tests.simulation.network import Client, Network
+from tests.simulation.schedule import Pool
+from tests.simulation.scripted_handlers import PLUGINS
+from tests.simulation.trace import FOREVER, LATENCY_SECONDS, Node, Trace
+from tests.simulation.world import ENVIRONMENT, World, settings_of
+from workpool import Supervisor, hookimpl
+from workpool.cli.fleet_reader import FleetReader
+from workpool.scaling import ReplicaRule, fleet_numbers
+from workpool.server.timestamps import SECOND
+from workpool.testing.fault import Fault
+from workpool.wire.protocol import STOPPED
+from workpool_kubernetes.cost_writer import CostWriter, writing
+from workpool_kubernetes.plugin import Kubernetes, sessions_of
+
+if TYPE_CHECKING:
+    from collections.abc import AsyncIterator
+
+    from prometheus_client import CollectorRegistry
+
+    from tests.simulation.autoscaler.cluster import Pod
+    from tests.simulation.autoscaler.fleet_schedule import FleetSchedule
+    from tests.simulation.schedule import Action
+    from workpool.events import AckFinished, SessionFinished, StopFinished
+
+SYNC_SECONDS: Final = 15.0
+"""The interval of the HorizontalPodAutoscaler."""
+READ_SECONDS: Final = 15.0
+"""`--interval` of `workpool scale`."""
+AGE_SECONDS: Final = 120.0
+"""`--max-age` of `workpool scale`."""
+KNOWN_SECONDS: Final = AGE_SECONDS + READ_SECONDS
+"""An item that is older is in every reading that the autoscaler uses."""
+PATIENCE_MS: Final = 60_000
+LOOK_SECONDS: Final = 30.0
+SETTLED_LOOKS: Final = 100
+"""The longest wait, after the last work, for its end and for the removal of the pods."""
+
+
+class FleetMachine(Machine):
+    """The machine of one pod's process.
+
+    Attributes:
+        pod: The pod.
+        cluster: The cluster of the pod, to which it writes its deletion cost; None: it does not.
+        writer: Writes the deletion cost while the pool runs.
+    """
+
+    pod: Pod
+    cluster: Cluster | None = None
+    writer: CostWriter | None = None
+
+
+class DeletionCosts:
+    """The plugin `kubernetes` of every pod, with the simulated API server."""
+
+    @hookimpl
+    @asynccontextmanager
+    async def workpool_lifespan(self, supervisor: Supervisor) -> AsyncIterator[None]:
+        machine = this_machine()
+        if not isinstance(machine, FleetMachine) or machine.cluster is None:
+            yield
+            return
+        write = partial(machine.cluster.write_cost, machine.pod)
+        writer = CostWriter(partial(sessions_of, supervisor), write, Kubernetes.interval)
+        async with writing(writer) as machine.writer:
+            yield
+
+    @hookimpl
+    def workpool_event(self, event: AckFinished | SessionFinished | StopFinished) -> None:  # noqa: ARG002 - its annotation selects the events
+        machine = this_machine()
+        if isinstance(machine, FleetMachine) and machine.writer is not None:
+            machine.writer.look()
+
+
+FLEET_PLUGINS: Final = (*PLUGINS, DeletionCosts())
+"""The plugins of every pod."""
+
+
+class FleetWorld(World):
+    """Runs one schedule of a fleet; created and used inside `run_machines`."""
+
+    def __init__(self, schedule: FleetSchedule, registry: CollectorRegistry) -> None:
+        super().__init__(schedule.world, registry)
+        self._fleet = schedule
+        self._network.patience_ms = PATIENCE_MS
+        self.cluster = Cluster(self, schedule, random.Random(schedule.world.seed))
+        settings = schedule.settings
+        self._rule = ReplicaRule(settings.pool.concurrency, 0, settings.rules.maximum)
+        self._reader: FleetReader | None = None
+        self._reader_network = Network(
+            schedule.world, random.Random(schedule.world.seed), self.operations, Trace()
+        )
+        self._reader_node = Node(Machine(self.loop, "scale"), Pool(), 0.0)
+        self._reader_node.no_fault = Fault(
+            request_delay=LATENCY_SECONDS, answer_delay=LATENCY_SECONDS
+        )
+
+    async def _run_schedule(self) -> None:
+        context = self._reader_node.machine.context()
+        services = [
+            self._group.create_task(self._read(), context=context),
+            *(
+                self._group.create_task(service, context=NETWORK)
+                for service in (self._sync(), self._poll(), self.cluster.probe())
+            ),
+        ]
+        self.cluster.scale(self._fleet.settings.least)
+        await self._act()
+        await self._settle()
+        self.cluster.close()
+        for service in services:
+            service.cancel()
+        await self._end_schedule()
+
+    async def _act(self) -> None:
+        """Create the work, and cause the incidents."""
+        events: list[Action | Incident] = [*self.schedule.actions, *self._fleet.incidents]
+        for event in sorted(events, key=lambda each: each.at):
+            await asyncio.sleep(max(0.0, event.at - self.loop.now))
+            if isinstance(event, Incident):
+                self._cause(event)
+            else:
+                self._do(event)
+
+    def _cause(self, incident: Incident) -> None:
+        self.trace.actions += 1
+        until = self.loop.now + incident.seconds
+        if incident.kind == "blind":
+            self._reader_node.cuts.append((self.loop.now, until))
+            return
+        pods = self.cluster.active
+        if not pods:
+            return
+        pod = pods[incident.target % len(pods)]
+        if incident.kind == "evict":
+            self.cluster.evict(pod)
+        elif pod.process is not None and pod.process in self._living():
+            if incident.kind == "kill":
+                self.kill(pod.process)
+            else:
+                pod.process.cuts.append((self.loop.now, until))
+
+    async def _settle(self) -> None:
+        """Wait until the work is done and the pods that are not needed are gone."""
+        least = self._fleet.settings.least
+        for _ in range(SETTLED_LOOKS):
+            if self.cluster.replicas <= least and self._all_stopped():
+                return
+            await asyncio.sleep(LOOK_SECONDS)
+
+    # The autoscaler.
+
+    async def _read(self) -> None:
+        """Read the queue, as `workpool scale` does."""
+        connect: Any = Client(self._reader_network, self._reader_node, settings_of(Pool()))
+        async with connect as client:
+            self._reader = FleetReader(
+                client,
+                interval=READ_SECONDS,
+                max_age=AGE_SECONDS,
+                clock=self._reader_node.machine.clock,
+            )
+            await self._reader.run()
+
+    def _metric(self) -> float | None:
+        """Return the number that the autoscaler reads at `/scale`; None: it answers 503."""
+        load = None if self._reader is None else self._reader.load
+        if load is None:
+            return None
+        return fleet_numbers(load, self._rule)[self._fleet.settings.metric]
+
+    async def _sync(self) -> None:
+        scaler = HorizontalAutoscaler(self._fleet.settings.rules)
+        while True:
+            await asyncio.sleep(SYNC_SECONDS)
+            if self.cluster.replicas > 0:
+                pods = len(self.cluster.active)
+                now, metric = self.loop.now, self._metric()
+                self._scale(scaler.sync(now, self.cluster.replicas, pods, metric))
+
+    async def _poll(self) -> None:
+        settings = self._fleet.settings
+        keda = Activation(settings.least, settings.cooldown)
+        while True:
+            await asyncio.sleep(settings.polling)
+            self._scale(keda.poll(self.loop.now, self.cluster.replicas, self._metric()))
+
+    def _scale(self, replicas: int) -> None:
+        if replicas < self.cluster.replicas:
+            lowered = (self.loop.now, replicas, self._known_items())
+            self.cluster.record.lowered.append(lowered)
+        if replicas != self.cluster.replicas:
+            self.cluster.scale(replicas)
+
+    def _known_items(self) -> int:
+        """Count the unfinished items that are in every reading which the autoscaler may use."""
+        known = self.loop.now - KNOWN_SECONDS
+        items = [self.operations.get(ENVIRONMENT, work_id) for work_id in self.items]
+        return sum(
+            item.state != STOPPED and item.created_at / SECOND - START <= known for item in items
+        )
+
+    # The processes of pods, for the cluster.
+
+    def start_process(self, pod: Pod) -> Node:
+        """Start the process of a pod."""
+        self._pod = pod
+        return self._start(self._fleet.settings.pool)
+
+    def _machine(self, name: str, rate: float) -> Machine:
+        machine = FleetMachine(self.loop, name, rate)
+        if self._fleet.settings.deletion_cost and not self.cluster.closed:
+            machine.pod, machine.cluster = self._pod, self.cluster
+        return machine
+
+    def terminate(self, process: Node) -> None:
+        """Send SIGTERM to a process."""
+        self._begin_drain(process, process.pool.drain_timeout)
+
+    def kill(self, process: Node) -> None:
+        """Send SIGKILL to a process."""
+        self._crash(process)
+
+    def is_ready(self, process: Node) -> bool:
+        """Return whether the readiness probe of a process succeeds."""
+        supervisor = self._supervisors.get(process)  # None until its first step
+        return supervisor is not None and supervisor.status().ready
+
+    def running(self, process: Node) -> int:
+        """Return the number of handlers that run in a process."""
+        return sum(run.node is process and run.ended == FOREVER for run in self.trace.runs)
+
+    def busy_seconds(self, process: Node) -> float:
+        """Return for how long a process has run at least one session; 0 if it runs none."""
+        runs = [run for run in self.trace.runs if run.node is process and run.ended == FOREVER]
+        return self.loop.now - min((run.started for run in runs), default=self.loop.now)
+
+    def idle_seconds(self, process: Node) -> float:
+        """Return for how long a process has had no item in a slot; 0 if it has one."""
+        return self._supervisors[process].status().idle_seconds

@@ -1,0 +1,184 @@
+"""The rules by which Kubernetes and KEDA choose a number of pods: no clock, no input, no output.
+
+`HorizontalAutoscaler` is the HorizontalPodAutoscaler (`autoscaling/v2`) with one external metric
+and a target average value. `Activation` is the part of KEDA that starts the first pod and removes
+the last one. Times are in seconds, on any clock.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Final, Literal, NamedTuple
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+
+class Policy(NamedTuple):
+    """How many pods may be added or removed within `period` seconds: a number, or a percentage."""
+
+    kind: Literal["Pods", "Percent"]
+    value: int
+    period: float
+
+
+class ScalingRules(NamedTuple):
+    """The rules of one direction.
+
+    Attributes:
+        window: Seconds of the stabilization window.
+        select: The policy that counts: the one with the largest or the smallest change; `Disabled`
+            allows no change.
+    """
+
+    window: float
+    policies: tuple[Policy, ...]
+    select: Literal["Max", "Min", "Disabled"] = "Max"
+
+
+SCALE_UP: Final = ScalingRules(0.0, (Policy("Percent", 100, 15.0), Policy("Pods", 4, 15.0)))
+"""The default of Kubernetes."""
+SCALE_DOWN: Final = ScalingRules(300.0, (Policy("Percent", 100, 15.0),))
+"""The default of Kubernetes."""
+
+
+@dataclass(frozen=True, slots=True)
+class Autoscaling:
+    """The specification of a HorizontalPodAutoscaler.
+
+    Attributes:
+        target: The target average value of the metric for each pod.
+        minimum: The smallest number of pods.
+        maximum: The largest number of pods.
+        tolerance: The distance of the ratio of metric and target from 1 that changes nothing.
+    """
+
+    target: float
+    minimum: int
+    maximum: int
+    up: ScalingRules = SCALE_UP
+    down: ScalingRules = SCALE_DOWN
+    tolerance: float = 0.1
+
+
+class HorizontalAutoscaler:
+    """One HorizontalPodAutoscaler, with its memory of recommendations and changes."""
+
+    def __init__(self, rules: Autoscaling) -> None:
+        self._rules = rules
+        self._recommended: list[tuple[float, int]] = []
+        self._changes: list[tuple[float, int]] = []
+
+    def sync(self, now: float, replicas: int, pods: int, metric: float | None) -> int:
+        """Return the number of pods that the target should have.
+
+        Args:
+            now: The time.
+            replicas: The number that the target has in its specification.
+            pods: The number of its pods that are not being deleted.
+            metric: The metric; None if it cannot be read, which changes nothing.
+        """
+        rules = self._rules
+        if replicas == 0 and rules.minimum != 0:
+            return 0  # deactivated
+        if not rules.minimum <= replicas <= rules.maximum:
+            desired = min(rules.maximum, max(rules.minimum, replicas))
+        elif metric is None:
+            return replicas
+        else:
+            wanted = _for_metric(metric, pods, rules)
+            desired = self._limited(now, replicas, self._stabilized(now, replicas, wanted))
+        if desired != replicas:
+            self._changes.append((now, desired - replicas))
+        return desired
+
+    def _stabilized(self, now: float, replicas: int, wanted: int) -> int:
+        """Return the number within the recommendations of both windows, and remember `wanted`."""
+        up, down = self._rules.up.window, self._rules.down.window
+        lowest = min([wanted, *(each for at, each in self._recommended if at > now - up)])
+        highest = max([wanted, *(each for at, each in self._recommended if at > now - down)])
+        self._recommended = [each for each in self._recommended if each[0] > now - max(up, down)]
+        self._recommended.append((now, wanted))
+        return min(max(replicas, lowest), highest)
+
+    def _limited(self, now: float, replicas: int, desired: int) -> int:
+        """Return the number within the limits and policies."""
+        rules = self._rules
+        if desired > replicas:
+            allowed = max(replicas, self._bound(now, replicas, rules.up, _increased))
+            return min(desired, allowed, rules.maximum)
+        if desired < replicas:
+            allowed = min(replicas, self._bound(now, replicas, rules.down, _decreased))
+            return max(desired, allowed, rules.minimum)
+        return desired
+
+    def _bound(
+        self,
+        now: float,
+        replicas: int,
+        rules: ScalingRules,
+        changed: Callable[[int, Policy], int],
+    ) -> int:
+        if rules.select == "Disabled":
+            return replicas
+        proposals = [
+            changed(replicas - self._net_change(now, policy.period), policy)
+            for policy in rules.policies
+        ]
+        largest_number = (rules.select == "Max") == (changed is _increased)
+        return max(proposals) if largest_number else min(proposals)
+
+    def _net_change(self, now: float, period: float) -> int:
+        return sum(change for at, change in self._changes if at > now - period)
+
+
+def _for_metric(metric: float, pods: int, rules: Autoscaling) -> int:
+    """Return the number of pods for the metric: the present one within the tolerance."""
+    capacity = rules.target * pods
+    if capacity and abs(1.0 - metric / capacity) <= rules.tolerance:
+        return pods
+    return math.ceil(metric / rules.target)
+
+
+def _increased(replicas: int, policy: Policy) -> int:
+    if policy.kind == "Pods":
+        return replicas + policy.value
+    return math.ceil(replicas * (100 + policy.value) / 100)
+
+
+def _decreased(replicas: int, policy: Policy) -> int:
+    if policy.kind == "Pods":
+        return replicas - policy.value
+    return replicas * (100 - policy.value) // 100
+
+
+class Activation:
+    """The step of KEDA from no pod to the first one, and back.
+
+    Args:
+        minimum: `minReplicaCount`; with 0, all pods are removed without work.
+        cooldown: `cooldownPeriod`: seconds from the last activity until they are removed.
+    """
+
+    def __init__(self, minimum: int, cooldown: float) -> None:
+        self._minimum = minimum
+        self._cooldown = cooldown
+        self._active_at = -math.inf
+
+    def poll(self, now: float, replicas: int, metric: float | None) -> int:
+        """Return the number of pods that the target should have after one `pollingInterval`.
+
+        Args:
+            now: The time.
+            replicas: The number that the target has in its specification.
+            metric: The metric, which is active above 0; None if it cannot be read.
+        """
+        if metric is None:
+            return replicas
+        if metric > 0:
+            self._active_at = now
+            return replicas or max(1, self._minimum)
+        if self._minimum == 0 and now - self._active_at > self._cooldown:
+            return 0
+        return max(replicas, self._minimum)

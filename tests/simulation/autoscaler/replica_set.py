@@ -1,0 +1,93 @@
+"""The order in which a ReplicaSet deletes pods.
+
+The rules are those of Kubernetes since 1.22, in their order. The times of readiness and creation
+are compared by the logarithm of the age, so that pods of about the same age are deleted in a random
+order.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from dataclasses import dataclass
+from functools import cmp_to_key, partial
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+
+@dataclass(frozen=True, slots=True)
+class PodState:
+    """One pod as the controller sees it.
+
+    Attributes:
+        uid: A random text, which decides between pods of about the same age.
+        created: The time of its creation.
+        host: The node that it is assigned to; None: none.
+        running: Its container has started; before that it is pending.
+        ready_since: The time since which it is ready; None: it is not ready.
+        cost: The annotation `controller.kubernetes.io/pod-deletion-cost`, 0 without one.
+        restarts: The largest number of restarts of one of its containers.
+    """
+
+    uid: str
+    created: float
+    host: str | None = None
+    running: bool = True
+    ready_since: float | None = None
+    cost: int = 0
+    restarts: int = 0
+
+
+def pods_to_delete(pods: Sequence[PodState], count: int, now: float) -> list[PodState]:
+    """Return the `count` pods that are deleted, the first one first.
+
+    Args:
+        pods: The pods that are not being deleted.
+        count: The number of pods to delete.
+        now: The time.
+    """
+    hosts = Counter(pod.host for pod in pods)
+    order = partial(_compare, hosts, now)
+    return sorted(pods, key=cmp_to_key(order))[:count]
+
+
+def _compare(hosts: Counter[str | None], now: float, one: PodState, two: PodState) -> int:
+    """Return a negative number if `one` is deleted first, a positive one if `two` is."""
+    ranks = _ranks(hosts, one), _ranks(hosts, two)
+    if ranks[0] != ranks[1]:
+        return -1 if ranks[0] < ranks[1] else 1
+    first, second = one.ready_since, two.ready_since
+    if first is not None and second is not None and first != second:
+        return _younger(now, first, second) or _by_uid(one, two)
+    if one.restarts != two.restarts:
+        return two.restarts - one.restarts
+    if one.created != two.created:
+        return _younger(now, one.created, two.created) or _by_uid(one, two)
+    return 0
+
+
+def _ranks(hosts: Counter[str | None], pod: PodState) -> tuple[int, ...]:
+    """Return what is compared first, in this order; the smaller number is deleted first."""
+    return (
+        pod.host is not None,
+        pod.running,
+        pod.ready_since is not None,
+        pod.cost,
+        -hosts[pod.host],  # rather one of several pods of a node
+    )
+
+
+def _younger(now: float, one: float, two: float) -> int:
+    return _magnitude(now - one) - _magnitude(now - two)
+
+
+def _magnitude(age: float) -> int:
+    """Return the logarithm of an age to the base 2, rounded down."""
+    nanoseconds = age * 1e9
+    return int(math.log2(nanoseconds)) if nanoseconds > 0 else -1
+
+
+def _by_uid(one: PodState, two: PodState) -> int:
+    return -1 if one.uid < two.uid else 1

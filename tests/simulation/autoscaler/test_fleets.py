@@ -1,0 +1,80 @@
+"""The invariants of autoscaled fleets on some schedules; the command line runs thousands."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import pytest
+
+from tests.simulation.autoscaler.fleet_mutations import FLEET_MUTATIONS, LIMIT, hunt_fleet
+from tests.simulation.autoscaler.fleet_runner import (
+    DOCUMENTED,
+    schedule_of_fleet,
+    simulate_fleet,
+    simulate_fleets,
+)
+from tests.simulation.autoscaler.fleet_schedule import WITHOUT
+from tests.simulation.mutations import mutated
+from tests.simulation.replay import replay
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+
+@pytest.mark.timeout(180)
+def test_scale_down_with_documented_settings_cuts_no_session_in_fifty_schedules(
+    record_property: Callable[[str, object], None],
+) -> None:
+    """The seeds differ from those of the command line's default."""
+    report = simulate_fleets(range(10_000, 10_050))
+    record_property("simulation", str(report))
+    assert report.failures == (), str(report)
+    assert report.counts.cut == 0
+    assert report.counts.pods > 50
+    assert report.counts.drained > 0  # pods with sessions were removed
+    assert report.counts.cut_by_evictions > 0
+
+
+@pytest.mark.timeout(120)
+def test_scale_down_without_documented_settings_cuts_sessions() -> None:
+    report = simulate_fleets(range(8), frozenset(WITHOUT))
+    assert report.failures == (), str(report)
+    assert report.counts.cut > 0
+
+
+@pytest.mark.parametrize("name", WITHOUT)
+def test_setting_that_is_left_out_differs_from_the_documented_one(name: str) -> None:
+    documented = schedule_of_fleet(1, DOCUMENTED)
+    without = schedule_of_fleet(1, frozenset({name}))
+    assert without.world == documented.world
+    assert without.settings != documented.settings
+
+
+def test_simulation_of_one_fleet_is_repeatable() -> None:
+    def once() -> list[object]:
+        case, counts, _ = simulate_fleet(schedule_of_fleet(3))
+        calls = [(call.at, call.op, call.answer) for call in case.trace.sent]
+        return [counts, *calls, *((each.time, each.kind, each.state) for each in case.history)]
+
+    assert once() == once()
+
+
+def test_replay_of_a_fleet_prints_its_pools_and_handlers() -> None:
+    schedule = schedule_of_fleet(3)
+    lines = list(replay(schedule.world, simulate_fleet(schedule).case))
+    for word in ("ACTION", "HISTORY", "HANDLER", "POOL"):
+        assert any(word in line for line in lines), word
+
+
+@pytest.mark.parametrize("name", FLEET_MUTATIONS)
+def test_fleet_mutation_matches_lines_of_source(name: str) -> None:
+    with mutated(FLEET_MUTATIONS[name]):
+        pass
+
+
+@pytest.mark.trial
+@pytest.mark.timeout(600)
+@pytest.mark.parametrize("name", FLEET_MUTATIONS)
+def test_fleet_mutation_is_caught_by_simulation(name: str) -> None:
+    found = hunt_fleet(FLEET_MUTATIONS[name], range(LIMIT))
+    assert found is not None, f"{name}: {LIMIT} schedules did not catch it"

@@ -1,0 +1,72 @@
+"""The order in which a ReplicaSet deletes pods: a rule counts where those before are even."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+
+from tests.simulation.autoscaler.replica_set import PodState, pods_to_delete
+
+NOW = 100_000.0
+POD = PodState("m", created=0.0, host="a", ready_since=1.0)
+"""A pod that has been ready for a day."""
+
+FIRST_AND_SECOND = {
+    "unassigned before assigned": (
+        replace(POD, host=None, cost=9),
+        replace(POD, ready_since=None, cost=-9),
+    ),
+    "pending before running": (
+        replace(POD, running=False, cost=9),
+        replace(POD, ready_since=None, cost=-9),
+    ),
+    "not ready before ready, whatever the cost": (
+        replace(POD, ready_since=None, cost=9),
+        replace(POD, cost=0),
+    ),
+    "lower cost before higher cost, whatever the age": (
+        replace(POD, cost=0),
+        replace(POD, cost=1, ready_since=NOW - 1, created=NOW - 2),
+    ),
+    "ready for a shorter time before longer": (
+        replace(POD, ready_since=NOW - 10, created=0.0),
+        replace(POD, ready_since=NOW - 1000, created=NOW - 1001, restarts=5),
+    ),
+    "more restarts before fewer": (
+        replace(POD, restarts=2),
+        replace(POD, restarts=1, created=NOW - 2),
+    ),
+    "created later before earlier": (
+        replace(POD, created=NOW - 10),
+        replace(POD, created=0.0),
+    ),
+    "about the same age: by the random identity": (
+        replace(POD, uid="a", ready_since=NOW - 600),
+        replace(POD, uid="b", ready_since=NOW - 590),
+    ),
+}
+
+
+@pytest.mark.parametrize("rule", FIRST_AND_SECOND)
+def test_first_pod_is_deleted_before_second(rule: str) -> None:
+    first, second = FIRST_AND_SECOND[rule]
+    assert pods_to_delete([first, second], 1, NOW) == [first]
+    assert pods_to_delete([second, first], 1, NOW) == [first]
+
+
+def test_pod_of_node_with_several_pods_is_deleted_before_single_pod() -> None:
+    alone = replace(POD, host="b", ready_since=NOW - 1)
+    both = [replace(POD, uid="x"), replace(POD, uid="y")]
+    assert pods_to_delete([alone, *both], 1, NOW)[0] in both
+
+
+def test_costs_decide_among_pods_of_one_node_before_the_number_of_its_pods() -> None:
+    alone = replace(POD, host="b", cost=0)
+    both = [replace(POD, uid="x", cost=1), replace(POD, uid="y", cost=1)]
+    assert pods_to_delete([*both, alone], 1, NOW) == [alone]
+
+
+def test_as_many_pods_as_wanted_are_returned_in_order_of_their_cost() -> None:
+    pods = [replace(POD, uid=str(cost), cost=cost) for cost in (3, 0, 2, 1)]
+    assert [each.cost for each in pods_to_delete(pods, 3, NOW)] == [0, 1, 2]
