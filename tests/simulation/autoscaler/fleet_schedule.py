@@ -28,6 +28,10 @@ FAULT_KINDS: Final = (
 )
 LONGEST_SECONDS: Final = (60.0, 900.0, 1_800.0)
 """The durations of the longest sessions: `session_timeout` and `drain_timeout`."""
+METRICS: Final = ("recommended_replicas", "unfinished", "busy_slots")
+WINDOW_SECONDS: Final = (300.0, 600.0)
+"""Stabilization windows: the default of Kubernetes, and that of workpool/deploy/kubernetes."""
+ONE_PER_MINUTE: Final = Policy("Pods", 1, 60.0)
 SHORT_SHARE: Final = 0.4
 """The share of sessions that end within seconds."""
 GRACE_SECONDS: Final = 30.0
@@ -63,7 +67,8 @@ class FleetSettings:
 
     Attributes:
         rules: The specification of the HorizontalPodAutoscaler.
-        metric: The key of `/scale` that it reads.
+        metric: The key of `/scale` that it reads, or `busy_slots`: it adds the busy slots of all
+            workers to the items that wait, as overlays/autoscaled does with Prometheus.
         to_zero: Without work there is no pod (`minReplicaCount: 0`).
         cooldown: `cooldownPeriod` of KEDA, in seconds.
         polling: `pollingInterval` of KEDA, in seconds.
@@ -160,8 +165,10 @@ def _settings(random: Random) -> FleetSettings:
     longest = random.choice(LONGEST_SECONDS)
     minimum = random.choice((0, 0, 1, 2))
     concurrency = random.choice((1, 2, 2, 3))
-    metric = random.choice(("recommended_replicas", "unfinished"))
-    down = ScalingRules(random.choice((300.0, 600.0)), (Policy("Pods", 1, 60.0),))
+    metric = random.choice(METRICS)
+    if metric == "busy_slots":  # without a worker it has no value
+        minimum = max(1, minimum)
+    down = ScalingRules(random.choice(WINDOW_SECONDS), (ONE_PER_MINUTE,))
     rules = Autoscaling(
         target=1.0 if metric == "recommended_replicas" else float(concurrency),
         minimum=max(1, minimum),  # as KEDA creates it

@@ -26,6 +26,7 @@ from tests.simulation.trace import FOREVER, LATENCY_SECONDS, Node, Trace
 from tests.simulation.world import ENVIRONMENT, World, settings_of
 from workpool import Supervisor, hookimpl
 from workpool.cli.fleet_reader import FleetReader
+from workpool.pool.status import worker_numbers
 from workpool.scaling import ReplicaRule, fleet_numbers
 from workpool.server.timestamps import SECOND
 from workpool.testing.fault import Fault
@@ -188,7 +189,15 @@ class FleetWorld(World):
         load = None if self._reader is None else self._reader.load
         if load is None:
             return None
+        if self._fleet.settings.metric == "busy_slots":
+            supervisors = [self._supervisors[node] for node in self._started()]
+            busy = sum(worker_numbers(each.status())["busy"] for each in supervisors)
+            return busy + load.queued + load.pending
         return fleet_numbers(load, self._rule)[self._fleet.settings.metric]
+
+    def _started(self) -> list[Node]:
+        """Return the living processes that have taken their first step."""
+        return [node for node in self._living() if node in self._supervisors]
 
     async def _sync(self) -> None:
         scaler = HorizontalAutoscaler(self._fleet.settings.rules)
@@ -244,8 +253,7 @@ class FleetWorld(World):
 
     def is_ready(self, process: Node) -> bool:
         """Return whether the readiness probe of a process succeeds."""
-        supervisor = self._supervisors.get(process)  # None until its first step
-        return supervisor is not None and supervisor.status().ready
+        return process in self._started() and self._supervisors[process].status().ready
 
     def running(self, process: Node) -> int:
         """Return the number of handlers that run in a process."""
