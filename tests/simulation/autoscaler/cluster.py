@@ -103,7 +103,7 @@ class Choice:
 
 @dataclass(slots=True)
 class FleetRecord:
-    """What the autoscaler did.
+    """The changes of one simulated fleet.
 
     Attributes:
         deletions: The pods that were deleted.

@@ -46,7 +46,7 @@ NOTICE_SECONDS: Final = 120.0
 
 @dataclass(frozen=True, slots=True)
 class Incident:
-    """Something that happens to a pod, or to what the autoscaler reads.
+    """An event that happens to a pod, or to the source of the autoscaler's numbers.
 
     Attributes:
         kind: `evict`: its node goes, with a notice of two minutes. `kill`: its process is killed.
@@ -131,7 +131,7 @@ WITHOUT: Final[Mapping[str, Callable[[FleetSettings], FleetSettings]]] = {
     "running": _queue_only,
     "stabilization": _no_window,
 }
-"""What each documented setting is replaced by.
+"""The replacement of each documented setting.
 
 `deletion-cost`: pods write none. `grace-period`: `drain_timeout` and the grace period have their
 defaults. `running`: the autoscaler reads the queued items only. `stabilization`: no window, no

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 
 class Policy(NamedTuple):
-    """How many pods may be added or removed within `period` seconds: a number, or a percentage."""
+    """The most pods that are added or removed within `period` seconds: a number or a percentage."""
 
     kind: Literal["Pods", "Percent"]
     value: int

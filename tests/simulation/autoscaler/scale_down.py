@@ -1,4 +1,4 @@
-"""What a scale-down did to sessions: the cuts, their counts, and the invariants of a fleet."""
+"""The sessions that a scale-down cut, their counts, and the invariants of a fleet."""
 
 from __future__ import annotations
 
@@ -144,7 +144,7 @@ FLEET_INVARIANTS: Final[tuple[Callable[[Fleet], Iterator[str]], ...]] = (
     idle_pods_are_removed_first,
     enough_pods_are_kept,
 )
-"""They hold with the documented settings."""
+"""The invariants that hold with the documented settings."""
 
 
 def judge_fleet(fleet: Fleet) -> list[str]:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
+import yaml
 
 from tests.simulation.autoscaler.fleet_mutations import FLEET_MUTATIONS, LIMIT, hunt_fleet
 from tests.simulation.autoscaler.fleet_runner import (
@@ -13,7 +15,13 @@ from tests.simulation.autoscaler.fleet_runner import (
     simulate_fleet,
     simulate_fleets,
 )
-from tests.simulation.autoscaler.fleet_schedule import WITHOUT
+from tests.simulation.autoscaler.fleet_schedule import (
+    METRICS,
+    ONE_PER_MINUTE,
+    WINDOW_SECONDS,
+    WITHOUT,
+)
+from tests.simulation.autoscaler.horizontal import Policy
 from tests.simulation.mutations import mutated
 from tests.simulation.replay import replay
 
@@ -48,6 +56,20 @@ def test_setting_that_is_left_out_differs_from_the_documented_one(name: str) -> 
     without = schedule_of_fleet(1, frozenset({name}))
     assert without.world == documented.world
     assert without.settings != documented.settings
+
+
+def test_simulated_settings_are_those_of_the_manifests() -> None:
+    overlays = Path(__file__).parents[3] / "workpool/deploy/kubernetes/overlays"
+    spec = yaml.safe_load((overlays / "autoscaled-by-api/scaledobject.yaml").read_text())["spec"]
+    down = spec["advanced"]["horizontalPodAutoscalerConfig"]["behavior"]["scaleDown"]
+    [policy] = down["policies"]
+    assert down["stabilizationWindowSeconds"] in WINDOW_SECONDS
+    assert Policy(policy["type"], policy["value"], policy["periodSeconds"]) == ONE_PER_MINUTE
+    settings = schedule_of_fleet(1).settings
+    assert spec["pollingInterval"] == settings.polling
+    assert spec.get("cooldownPeriod", 300) == settings.cooldown
+    [trigger] = spec["triggers"]
+    assert trigger["metadata"]["valueLocation"] in METRICS
 
 
 def test_simulation_of_one_fleet_is_repeatable() -> None:
