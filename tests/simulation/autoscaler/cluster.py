@@ -110,13 +110,11 @@ class FleetRecord:
         choices: The pods with sessions that were removed because there were too many pods.
         lowered: For each reduction of the number of pods: its time, the new number, and the number
             of unfinished items that the autoscaler must have known.
-        largest: The largest number of pods at a time.
     """
 
     deletions: list[Deletion] = field(default_factory=list)
     choices: list[Choice] = field(default_factory=list)
     lowered: list[tuple[float, int, int]] = field(default_factory=list)
-    largest: int = 0
 
 
 class Cluster:
@@ -200,7 +198,6 @@ class Cluster:
             self._note(chosen, [pod for pod in active if pod not in chosen])
             for pod in chosen:
                 self._delete(pod, "scale-down", self._schedule.settings.grace)
-        self.record.largest = max(self.record.largest, len(self.active))
 
     def _note(self, removed: list[Pod], kept: list[Pod]) -> None:
         """Record which busy pods are removed although idle ones are kept."""
