@@ -78,7 +78,7 @@ class Pod:
             self.uid,
             self.created,
             self.host,
-            running=self.process is not None,
+            running=self.process is not None or self.restarts > 0,
             ready_since=self.ready_since,
             cost=self.cost,
             restarts=self.restarts,
