@@ -57,6 +57,13 @@ SERVE_VARIABLE: Final = "WORKPOOL_SERVE_TOKEN"
 """Read by `workpool serve`, whose shell often has the settings of a worker, too."""
 PORT_MAX: Final = 65535
 OFF: Final = "off"
+PROCESS_SETTINGS: Final = frozenset(
+    {
+        *("metrics_listen", "live_page_ids", "log_level", "log_format", "control_socket"),
+        *("exit_after_sessions", "exit_after_idle", "exit_after_uptime", "max_block"),
+    }
+)
+"""Settings of a process, which the table of an environment may not hold."""
 SOCKET_PATH_BYTES: Final = 100
 """Largest length of the path of a Unix socket; systems allow 104 to 108."""
 DEFAULT_READ_RATE: Final = 50.0
@@ -189,13 +196,61 @@ class _Given(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class _Sources:
-    """The sources of the settings: the file, the source of each value, tables of plugins."""
+    """The sources of the settings: the file, the source of each value, tables of plugins.
+
+    `environment_ids`: the environments of the file, if none of them is chosen.
+    """
 
     file: Path | None = None
     origins: Mapping[str, str] = dataclasses.field(default_factory=dict)
     plugin_options: Mapping[str, Mapping[str, Any]] = dataclasses.field(
         default_factory=dict, repr=False
     )
+    environment_ids: tuple[str, ...] = ()
+
+
+class _ConfigFile(NamedTuple):
+    """A TOML file, or none: its table `[workpool]`, and the tables below it.
+
+    Attributes:
+        path: The path of the file; None: there is none.
+        table: The table without the tables below it.
+        plugins: The tables `[workpool.plugin.NAME]`, by name.
+        environments: The tables `[workpool.environments.ID]`, by id.
+    """
+
+    path: Path | None
+    table: Table
+    plugins: Mapping[str, Table]
+    environments: Mapping[str, Table]
+
+    def layer(self) -> dict[str, _Given]:
+        """Return the settings of the table `[workpool]`."""
+        return {name: _Given(value, str(self.path)) for name, value in self.table.items()}
+
+    def environment_layer(self, environment_id: str) -> dict[str, _Given]:
+        """Return the settings of an environment's table, whose name is its id."""
+        table = {**self.environments[environment_id], "environment_id": environment_id}
+        origin = self.origin(environment_id)
+        return {name: _Given(value, origin) for name, value in table.items() if name != "plugin"}
+
+    def origin(self, environment_id: str) -> str:
+        """Return the name of an environment's table in errors."""
+        return f"{self.path} [workpool.environments.{environment_id}]"
+
+    def options(self, plugins: Iterable[str]) -> Mapping[str, Table]:
+        """Return the tables of plugins, without those of plugins that only others run.
+
+        Otherwise an environment would refuse the table of a module that another one names.
+        """
+        given = [table.get("plugins") for table in (self.table, *self.environments.values())]
+        elsewhere = {name for each in given for name in _plugin_names(each)}
+        here = _plugin_names(tuple(plugins))
+        return {
+            name: table
+            for name, table in self.plugins.items()
+            if name in here or name not in elsewhere or not self.environments
+        }
 
 
 Level = Literal["debug", "info", "warning", "error", "critical"]
@@ -218,7 +273,9 @@ class Settings:
 
     Args:
         config: A TOML file; None = the one that `WORKPOOL_CONFIG` names, if any. Its table
-            `[workpool]` holds settings, its tables `[workpool.plugin.NAME]` plugins' options.
+            `[workpool]` holds settings, its tables `[workpool.plugin.NAME]` plugins' options. Its
+            tables `[workpool.environments.ID]` hold settings of one environment each, and win over
+            variables: `environment_id` chooses one.
         values: Settings by name.
 
     Raises:
@@ -404,6 +461,12 @@ class Settings:
         "Write requests per second; 0 = no limit. Default: 20 at the dialect's own "
         "`base_url`, else 0.",
     )
+    rate_limit_group: str | None = setting(
+        optional(matching(r"[\x21-\x7e]{1,128}", "1 to 128 printable ASCII characters")),
+        None,
+        "Environments of one process with the same group share their rate limits, as those "
+        "of one account should. Default: those with the same `base_url` and credential.",
+    )
     metrics_listen: str | None = setting(
         optional(checked(_check_listen)),
         None,
@@ -441,22 +504,88 @@ class Settings:
     _sources: _Sources = dataclasses.field(default_factory=_Sources, repr=False, compare=False)
 
     def __init__(self, *, config: str | os.PathLike[str] | None = None, **values: Any) -> None:
-        file, origin = config, self._origin("config")
-        if not file:
-            file, origin = os.environ.get(CONFIG_VARIABLE), CONFIG_VARIABLE
-        table, plugin_options = _read_config(file, origin)
-        given, problems = _merge(
-            {name: _Given(value, str(file)) for name, value in table.items()},
-            _variables(),
-            {name: _Given(value, self._origin(name)) for name, value in values.items()},
-        )
-        parsed, more = _parse(given)
+        file = self._file(config)
+        variables, keywords = _variables(), self._keywords(values)
+        given = {**variables, **keywords}.get("environment_id", _Given(None, ""))
+        layer: dict[str, _Given] = {}
+        problems = _choice_problems(file, given)
+        if isinstance(given.value, str) and given.value in file.environments:
+            layer = file.environment_layer(given.value)
+            problems = _table_problems(file, given.value)
+        self._load(file, (variables, layer, keywords), problems, chosen=bool(given.value))
+
+    @classmethod
+    def of_environments(
+        cls, *, config: str | os.PathLike[str] | None = None, **values: Any
+    ) -> tuple[Self, tuple[Self, ...]]:
+        """Return the settings of a process, and those of each environment of its TOML file.
+
+        There are no environments if the file has no tables of them, or if `environment_id` chooses
+        one. The `concurrency` of the process is the limit of all its environments together.
+
+        Raises:
+            SettingsError: Some values of the process, or else of its environments, are wrong.
+        """
+        process = cls(config=config, **values)
+        file = cls._file(config)
+        found: list[Self] = []
+        problems: list[str] = []
+        for environment_id in process.environment_ids:
+            layers = _variables(), file.environment_layer(environment_id), cls._keywords(values)
+            one = cls.__new__(cls)
+            try:
+                one._load(  # noqa: SLF001 - of this class
+                    file, layers, _table_problems(file, environment_id), chosen=True
+                )
+            except SettingsError as error:
+                problems += error.problems
+            else:
+                found.append(one.replace(concurrency=min(one.concurrency, process.concurrency)))
+        if len(process.environment_ids) > process.concurrency:
+            needed = len(process.environment_ids)
+            problem = f"concurrency: must be {needed} or more, one for each environment"
+            origin = {"concurrency": process.origin_of("concurrency")}
+            problems.append(_with_origin(problem, origin))
+        if problems:
+            raise SettingsError(tuple(dict.fromkeys(problems)))
+        return process, tuple(found)
+
+    def _load(
+        self,
+        file: _ConfigFile,
+        layers: Iterable[Mapping[str, _Given]],
+        problems: Iterable[str],
+        *,
+        chosen: bool,
+    ) -> None:
+        """Set all attributes from the file and from the layers that win over it.
+
+        `problems`: problems that were found before, with the sources of their values.
+        """
+        given, more = _merge(file.layer(), *layers)
+        parsed, wrong = _parse(given)
         origins = {name: each.origin for name, each in given.items()}
-        self._refuse([*problems, *more], origins)
+        problems = [*problems, *(_with_origin(each, origins) for each in (*more, *wrong))]
+        self._refuse(problems, {})
         for name, value in parsed.items():
             object.__setattr__(self, name, value)
-        sources = _Sources(Path(file) if file else None, origins, plugin_options)
+        sources = _Sources(
+            file.path,
+            origins,
+            file.options(parsed["plugins"]),
+            () if chosen else tuple(file.environments),
+        )
         object.__setattr__(self, "_sources", sources)
+
+    @classmethod
+    def _file(cls, config: str | os.PathLike[str] | None) -> _ConfigFile:
+        if config:
+            return _read_config(config, cls._origin("config"))
+        return _read_config(os.environ.get(CONFIG_VARIABLE), CONFIG_VARIABLE)
+
+    @classmethod
+    def _keywords(cls, values: Mapping[str, Any]) -> dict[str, _Given]:
+        return {name: _Given(value, cls._origin(name)) for name, value in values.items()}
 
     @staticmethod
     def _origin(name: str) -> str:
@@ -493,6 +622,11 @@ class Settings:
     def config_file(self) -> Path | None:
         """The TOML file that was read; None if there is none."""
         return self._sources.file
+
+    @property
+    def environment_ids(self) -> tuple[str, ...]:
+        """The environments that the TOML file has tables of, if none of them is chosen."""
+        return self._sources.environment_ids
 
     @property
     def metrics_address(self) -> Address | None:
@@ -561,7 +695,8 @@ class Settings:
         """
         problems: list[str] = []
         if self.environment_id is None:
-            problems.append(f"environment_id: not set (set {PREFIX}ENVIRONMENT_ID)")
+            known = f" to one of {', '.join(self.environment_ids)}" if self.environment_ids else ""
+            problems.append(f"environment_id: not set (set {PREFIX}ENVIRONMENT_ID{known})")
         for read in (self.read_token, self.read_api_key, self.tls_context):
             try:
                 read()
@@ -613,17 +748,18 @@ DESCRIPTIONS: Final[Mapping[str, str]] = {
 """The documentation of each setting, by name."""
 
 
-def _read_config(
-    file: str | os.PathLike[str] | None, origin: str
-) -> tuple[Table, Mapping[str, Table]]:
-    """Return the table `[workpool]` without the tables of plugins, and these tables.
+def _read_config(file: str | os.PathLike[str] | None, origin: str) -> _ConfigFile:
+    """Read the TOML file.
 
     Args:
         file: The path of the file; None or empty: there is none.
         origin: The source of the path.
+
+    Raises:
+        SettingsError: The file cannot be read, or a table has a wrong form.
     """
     if not file:
-        return {}, {}
+        return _ConfigFile(None, {}, {}, {})
     try:
         with Path(file).open("rb") as opened:
             table = tomllib.load(opened).get("workpool")
@@ -632,17 +768,70 @@ def _read_config(
         table, problem = None, error.strerror or "cannot be read"
     except ValueError as error:  # not TOML, or not UTF-8
         place = re.search(r"\(at line \d+, column \d+\)$", str(error))
-        table, problem = None, f"not TOML {place[0]}" if place else "not TOML"
-    plugins = table.pop("plugin", {}) if isinstance(table, dict) else {}
-    if not isinstance(plugins, dict) or not all(isinstance(t, dict) for t in plugins.values()):
-        table, problem = None, "[workpool.plugin] holds something else than tables"
-    elif isinstance(table, dict) and isinstance(table.get("plugins"), dict):
+        twice = "a table or key is given twice" if " twice " in str(error) else "not TOML"
+        table, problem = None, f"{twice} {place[0]}" if place else "not TOML"
+    if isinstance(table, dict):
+        problem = _form_problem(table)
+        if not problem:
+            below = table.pop("plugin", {}), table.pop("environments", {})
+            return _ConfigFile(Path(file), table, *below)
+    found = _with_origin(f"config: {os.fspath(file)}: {problem}", {"config": origin})
+    raise SettingsError((found,))
+
+
+def _form_problem(table: Table) -> str:
+    """Return why the tables below `[workpool]` cannot be used; empty if they can."""
+    for name in ("plugin", "environments"):
+        below = table.get(name, {})
+        if not isinstance(below, dict) or not all(isinstance(t, dict) for t in below.values()):
+            return f"[workpool.{name}] holds something else than tables"
+    if table.get("environments") == {}:
+        return "[workpool.environments] has no table of an environment"
+    if isinstance(table.get("plugins"), dict):
         # Also where another source gives `plugins`: the plugin would lose its options unnoticed.
-        table, problem = None, "the tables of plugins are [workpool.plugin.NAME], without an s"
-    if not isinstance(table, dict):
-        found = _with_origin(f"config: {os.fspath(file)}: {problem}", {"config": origin})
-        raise SettingsError((found,))
-    return table, plugins
+        return "the tables of plugins are [workpool.plugin.NAME], without an s"
+    if isinstance(table.get("environment"), dict | list):
+        return "the tables of environments are [workpool.environments.ID], with an s"
+    return ""
+
+
+def _choice_problems(file: _ConfigFile, given: _Given) -> list[str]:
+    """Return why no table of the file is of the given environment."""
+    if not file.environments:
+        return []
+    problems = []
+    if "environment_id" in file.table:
+        problems.append(
+            "environment_id: the tables [workpool.environments.ID] name the environments; remove "
+            f"it (from {file.path})"
+        )
+    if given.value:
+        known = ", ".join(file.environments)
+        problem = f"environment_id: {file.path} has tables of {known}, and none of this one"
+        problems.append(_with_origin(problem, {"environment_id": given.origin}))
+    return problems
+
+
+def _table_problems(file: _ConfigFile, environment_id: str) -> list[str]:
+    """Return the problems of what the table of an environment may not hold."""
+    refused = {
+        "environment_id": "the name of the table is the id; remove it",
+        "plugin": "the tables of plugins are [workpool.plugin.NAME], for all environments",
+        **dict.fromkeys(PROCESS_SETTINGS, "is for all environments; move it to [workpool]"),
+    }
+    table, origin = file.environments[environment_id], file.origin(environment_id)
+    problems = [f"{name}: {refused[name]} (from {origin})" for name in table if name in refused]
+    return problems + _choice_problems(file, _Given(None, ""))
+
+
+def _plugin_names(plugins: object) -> set[str]:
+    """Return the names under which plugins may have tables; empty for a wrong value."""
+    try:
+        given = names(plugins)
+    except ValueError:
+        return set()
+    # An installed plugin has its own name, a module or an attribute the last part of its path.
+    return {*given, *(re.split("[.:]", each)[-1] for each in given)}
 
 
 def _variables() -> dict[str, _Given]:

@@ -22,6 +22,7 @@ METAVARS: Final[Mapping[str, str]] = {
     "dialect": "|".join(DIALECTS),
     "environment_id": "ID",
     "worker_id": "ID",
+    "rate_limit_group": "NAME",
     "drain_timeout": "SECONDS|unlimited",
     "report_errors": "type|message",
     "metrics_listen": "HOST:PORT|off",
