@@ -18,6 +18,8 @@ from typing import TYPE_CHECKING, Generic, TypeVar
 if TYPE_CHECKING:
     from collections.abc import Callable
 
+    from workpool.pool.shared_slots import SlotShare
+
 T = TypeVar("T")
 
 
@@ -29,9 +31,17 @@ class BoundedQueue(Generic[T]):
         prefetch: The number of places to wait in.
         uses: The number of items that may use a place up; after that no place is left. None: no
             limit.
+        share: The slots that the pool shares with others, one of which each place needs. None: the
+            slots are its own.
     """
 
-    def __init__(self, concurrency: int, prefetch: int, uses: int | None = None) -> None:
+    def __init__(
+        self,
+        concurrency: int,
+        prefetch: int,
+        uses: int | None = None,
+        share: SlotShare | None = None,
+    ) -> None:
         places = concurrency + prefetch
         self.concurrency = concurrency
         self._uses = places if uses is None else uses
@@ -42,6 +52,17 @@ class BoundedQueue(Generic[T]):
         self._aside: list[T] = []
         self._room = asyncio.Event()
         self._reservers: deque[asyncio.Future[None]] = deque()
+        self._share = share
+        if share is not None:
+            share.wants, share.hand_out = self._wants, self._hand_out
+
+    @property
+    def free_slots(self) -> int:
+        """The number of slots in which no item runs and that the pool could have now."""
+        free = max(0, self.concurrency - self.running)
+        if self._share is None:
+            return free
+        return min(free, self.reserved + self._share.available)
 
     @property
     def waiting(self) -> int:
@@ -55,8 +76,14 @@ class BoundedQueue(Generic[T]):
 
     @property
     def full(self) -> bool:
-        """Whether an item is in every place; places that polls have reserved do not count."""
-        return self.running + len(self._waiting) >= self.capacity
+        """Whether an item is in every place; places that polls have reserved do not count.
+
+        Also if other pools have the other places, so that this one cannot poll.
+        """
+        items = self.running + len(self._waiting)
+        if self._share is None or not items:
+            return items >= self.capacity
+        return items >= self.capacity or not (self.reserved or self._share.available)
 
     @property
     def idle(self) -> bool:
@@ -68,7 +95,7 @@ class BoundedQueue(Generic[T]):
 
     async def reserve(self) -> None:
         """Reserve a place; wait until one is free, in the order of the calls."""
-        if self._free() > 0 and not self._reservers:
+        if self._free() > 0 and not self._reservers and self._take_slot():
             self.reserved += 1
             return
         turn: asyncio.Future[None] = asyncio.get_running_loop().create_future()
@@ -86,6 +113,7 @@ class BoundedQueue(Generic[T]):
     def unreserve(self) -> None:
         """Free a reserved place."""
         self.reserved -= 1
+        self._give_slot_back()
         self.grant()
 
     def put(self, item: T) -> None:
@@ -127,11 +155,11 @@ class BoundedQueue(Generic[T]):
         if self.running >= self.concurrency:
             return None
         if self._aside and self._free() > 0:
-            for item in self._aside:
-                if may_start(item):
-                    self.remove_aside(item)
-                    self.running += 1
-                    return item
+            item = next(filter(may_start, self._aside), None)
+            if item is not None and self._take_slot():
+                self.remove_aside(item)
+                self.running += 1
+                return item
         if not self._waiting:
             return None
         self.running += 1
@@ -144,6 +172,7 @@ class BoundedQueue(Generic[T]):
         `used_up`: the item counts as one of the `uses`.
         """
         self.running -= 1
+        self._give_slot_back(used_up=used_up)
         if used_up:
             self._uses -= 1
             self.capacity = min(self.capacity, self._uses)
@@ -151,6 +180,8 @@ class BoundedQueue(Generic[T]):
     def forget_waiting(self) -> list[T]:
         """Remove and return the waiting items, which the control plane will deliver again."""
         forgotten = [*self._waiting, *self._aside]
+        for _ in self._waiting:
+            self._give_slot_back()
         self._waiting.clear()
         self._aside.clear()
         self._room.set()
@@ -159,8 +190,30 @@ class BoundedQueue(Generic[T]):
 
     def grant(self) -> None:
         """Give the free places to the pollers that wait in `reserve`."""
+        if self._share is not None:
+            self._share.grant()
+            return
         while self._reservers and self._free() > 0:
-            turn = self._reservers.popleft()
-            if not turn.done():
-                self.reserved += 1
-                turn.set_result(None)
+            self._hand_out()
+
+    def _hand_out(self) -> None:
+        """Give a free place to the poller that has waited longest, if it still waits."""
+        turn = self._reservers.popleft()
+        if not turn.done():
+            self.reserved += 1
+            turn.set_result(None)
+
+    # The slots that the pool shares with others.
+
+    def _wants(self) -> bool:
+        """Whether a poller waits although a place is free."""
+        while self._reservers and self._reservers[0].done():  # its poller was cancelled just now
+            self._reservers.popleft()
+        return bool(self._reservers) and self._free() > 0
+
+    def _take_slot(self) -> bool:
+        return self._share is None or self._share.take()
+
+    def _give_slot_back(self, *, used_up: bool = False) -> None:
+        if self._share is not None:
+            self._share.give_back(used_up=used_up)

@@ -1,0 +1,195 @@
+"""Shared slots: never more than the total, one for each environment, the rest max-min fair."""
+
+from __future__ import annotations
+
+import asyncio
+import random
+from collections import Counter
+
+import pytest
+
+from workpool.pool.bounded_queue import BoundedQueue
+from workpool.pool.shared_slots import SharedSlots
+
+
+async def turn() -> None:
+    """Let every ready task run until it waits."""
+    for _ in range(5):
+        await asyncio.sleep(0)
+
+
+def queues(slots: SharedSlots, number: int, concurrency: int) -> list[BoundedQueue[str]]:
+    return [BoundedQueue(concurrency, 0, share=slots.share()) for _ in range(number)]
+
+
+async def run_items(queue: BoundedQueue[str], number: int) -> None:
+    for _ in range(number):
+        await queue.reserve()
+        queue.put("item")
+        assert queue.take() == "item"
+
+
+def end_item(queue: BoundedQueue[str], *, used_up: bool = False) -> None:
+    queue.release(used_up=used_up)
+    queue.grant()
+
+
+async def test_burst_of_one_environment_leaves_a_slot_to_each_other_one() -> None:
+    busy, idle, other = queues(SharedSlots(6), 3, 6)
+    async with asyncio.timeout(20), asyncio.TaskGroup() as group:
+        await run_items(busy, 4)
+        assert (busy.free_slots, busy.full) == (0, True)
+        fifth = group.create_task(busy.reserve())
+        await turn()
+        assert not fifth.done()
+        await idle.reserve()
+        await other.reserve()
+        assert (idle.free_slots, idle.full) == (1, False)
+        fifth.cancel()
+
+
+async def test_slot_that_is_freed_goes_to_the_environment_with_the_fewest() -> None:
+    busy, late = queues(SharedSlots(6), 2, 6)
+    async with asyncio.timeout(20), asyncio.TaskGroup() as group:
+        await run_items(busy, 5)
+        await run_items(late, 1)
+        own, others = group.create_task(busy.reserve()), [late.reserve() for _ in range(2)]
+        tasks = [group.create_task(each) for each in others]
+        await turn()
+        end_item(busy)
+        await tasks[0]
+        end_item(busy)
+        await tasks[1]
+        assert not own.done()
+        end_item(busy)  # three slots each: now the longest waiting one has it
+        await own
+    assert (busy.running + busy.reserved, late.running + late.reserved) == (3, 3)
+
+
+async def test_equal_environments_get_slots_in_turn() -> None:
+    three = queues(SharedSlots(3), 3, 3)
+    order: list[int] = []
+
+    async def again(number: int) -> None:
+        for _ in range(4):
+            await three[number].reserve()
+            order.append(number)
+            await asyncio.sleep(0)
+            three[number].unreserve()
+
+    async with asyncio.timeout(20), asyncio.TaskGroup() as group:
+        for number in range(3):
+            group.create_task(again(number))
+    assert Counter(order) == {0: 4, 1: 4, 2: 4}
+
+
+async def test_item_set_aside_does_not_take_the_slot_of_an_environment_with_fewer() -> None:
+    busy, late = queues(SharedSlots(4), 2, 4)
+    async with asyncio.timeout(20), asyncio.TaskGroup() as group:
+        await run_items(busy, 3)
+        await run_items(late, 1)
+        busy.set_aside("aside")
+        second = group.create_task(late.reserve())
+        await turn()
+        busy.release()
+        assert busy.take() is None
+        busy.grant()
+        await second
+        late.unreserve()
+    assert busy.take() == "aside"
+
+
+async def test_environment_that_leaves_gives_its_own_slot_to_the_others() -> None:
+    slots = SharedSlots(2)
+    share = slots.share()
+    [queue] = queues(slots, 1, 2)
+    async with asyncio.timeout(20), asyncio.TaskGroup() as group:
+        await run_items(queue, 1)
+        waiting = group.create_task(queue.reserve())
+        await turn()
+        assert not waiting.done()
+        share.leave()
+        await waiting
+
+
+async def test_slots_that_are_used_up_are_gone_for_all_environments() -> None:
+    first, second = queues(SharedSlots(4, uses=2), 2, 4)
+    async with asyncio.timeout(20), asyncio.TaskGroup() as group:
+        await run_items(first, 1)
+        await run_items(second, 1)
+        third = group.create_task(second.reserve())
+        await turn()
+        end_item(first, used_up=True)
+        end_item(second)  # it did not count
+        await third
+        fourth = group.create_task(first.reserve())
+        await turn()
+        assert not fourth.done()
+        fourth.cancel()
+
+
+async def test_forgotten_items_and_cancelled_polls_return_their_slots() -> None:
+    slots = SharedSlots(3)
+    share = slots.share()
+    queue: BoundedQueue[str] = BoundedQueue(2, 1, share=share)
+    slots.share()
+    async with asyncio.timeout(20), asyncio.TaskGroup() as group:
+        await run_items(queue, 1)
+        await queue.reserve()
+        queue.put("waits")
+        waiting = group.create_task(queue.reserve())
+        await turn()
+        assert share.taken == 2
+        waiting.cancel()
+        assert queue.forget_waiting() == ["waits"]
+        await turn()
+        end_item(queue)
+    assert share.taken == 0
+
+
+class Storm:
+    """Pollers of several environments that reserve, run and give back at random."""
+
+    def __init__(self, seed: int) -> None:
+        self.dice = random.Random(seed)  # noqa: S311 - for a test
+        self.total = self.dice.randint(3, 9)
+        slots = SharedSlots(self.total)
+        self.shares = [slots.share() for _ in range(self.dice.randint(1, 3))]
+        self.queues = [
+            BoundedQueue[str](
+                self.dice.randint(1, self.total), self.dice.choice([0, 2]), share=each
+            )
+            for each in self.shares
+        ]
+
+    async def poll(self, queue: BoundedQueue[str]) -> None:
+        for _ in range(30):
+            await queue.reserve()
+            await asyncio.sleep(0)
+            if self.dice.random() < 0.4:
+                queue.unreserve()
+            else:
+                await self.run_one(queue)
+            assert sum(share.taken for share in self.shares) <= self.total
+
+    async def run_one(self, queue: BoundedQueue[str]) -> None:
+        queue.put("item")
+        if queue.take() is None:
+            return
+        for _ in range(self.dice.randrange(3)):
+            await asyncio.sleep(0)
+        assert sum(each.running for each in self.queues) <= self.total
+        queue.release()
+        while queue.take() is not None:
+            queue.release()
+        queue.grant()
+
+
+@pytest.mark.parametrize("seed", range(20))
+async def test_random_use_never_exceeds_the_total_and_starves_nobody(seed: int) -> None:
+    storm = Storm(seed)
+    async with asyncio.timeout(20), asyncio.TaskGroup() as group:
+        for queue in storm.queues * 3:
+            group.create_task(storm.poll(queue))
+    for share, queue in zip(storm.shares, storm.queues, strict=True):
+        assert share.taken == queue.waiting + queue.running + queue.reserved

@@ -1,0 +1,131 @@
+"""The slots of a process that its environments share.
+
+Each environment has a slot of its own, which its poll reserves while it is idle: an item never
+waits because sessions of another environment occupy all slots. A further slot goes to the waiting
+environment with the fewest slots, and among equal ones to that which has waited longest for one.
+Used on one event loop only; `available` may be read on any thread.
+See workpool/docs/architecture.md, "Slots of several environments".
+"""
+
+from __future__ import annotations
+
+import itertools
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+
+class SharedSlots:
+    """The slots of a process.
+
+    Args:
+        total: The number of slots, at least that of the shares.
+        uses: The number of items that may use a slot up; after that no slot is left. None: no
+            limit.
+    """
+
+    def __init__(self, total: int, uses: int | None = None) -> None:
+        self._total = total
+        self._uses = uses
+        self._shares: list[SlotShare] = []
+        self._order = itertools.count()
+
+    def share(self) -> SlotShare:
+        """Return the share of one more environment."""
+        share = SlotShare(self)
+        self._shares.append(share)
+        return share
+
+    def leave(self, share: SlotShare) -> None:
+        """End the share of an environment, whose own slot the others may have from now on."""
+        self._shares.remove(share)
+        self.grant()
+
+    def grant(self) -> None:
+        """Give the free slots to the environments that wait for one."""
+        while (share := self._next()) is not None:
+            share.taken += 1
+            share.granted = next(self._order)
+            share.hand_out()
+
+    def available(self, share: SlotShare) -> int:
+        """Return the number of further slots that a share could have now."""
+        common, most = self._free()
+        return min(common + (not share.taken), most)
+
+    def take(self, share: SlotShare) -> bool:
+        """Take a slot, unless there is none or another environment is to have it."""
+        if not self.available(share):
+            return False
+        first = self._next()
+        if first is not None and first is not share and first.rank <= share.rank:
+            return False
+        share.taken += 1
+        share.granted = next(self._order)
+        return True
+
+    def give_back(self, share: SlotShare, *, used_up: bool) -> None:
+        """Return a slot, which `grant` gives to another environment."""
+        share.taken -= 1
+        if used_up and self._uses is not None:
+            self._uses -= 1
+
+    def _next(self) -> SlotShare | None:
+        """Return the environment that is to have the next slot; None if none waits for one."""
+        common, most = self._free()
+        waiting = (
+            each for each in self._shares if min(common + (not each.taken), most) and each.wants()
+        )
+        return min(waiting, key=lambda each: each.rank, default=None)
+
+    def _free(self) -> tuple[int, int]:
+        """Return the number of free slots that are nobody's own, and how many may be taken."""
+        taken = [each.taken for each in tuple(self._shares)]
+        common = max(0, self._total - sum(max(1, each) for each in taken))
+        left = self._total if self._uses is None else self._uses
+        return common, max(0, left - sum(taken))
+
+
+class SlotShare:
+    """The slots of one environment.
+
+    Attributes:
+        taken: The number of slots that polls have reserved or sessions occupy.
+        granted: The number of the last grant, counted over all environments.
+        wants: Returns whether the environment could use one more slot now.
+        hand_out: Gives a slot that was granted to a poller of the environment.
+    """
+
+    def __init__(self, slots: SharedSlots) -> None:
+        self.taken = 0
+        self.granted = -1
+        self.wants: Callable[[], bool] = lambda: False
+        self.hand_out: Callable[[], None] = lambda: None
+        self._slots = slots
+
+    @property
+    def rank(self) -> tuple[int, int]:
+        """The order in which environments get slots: the lowest rank is the first."""
+        return self.taken, self.granted
+
+    @property
+    def available(self) -> int:
+        """The number of further slots that the environment could have now."""
+        return self._slots.available(self)
+
+    def take(self) -> bool:
+        """Take a slot, unless there is none or another environment is to have it."""
+        return self._slots.take(self)
+
+    def give_back(self, *, used_up: bool = False) -> None:
+        """Return a slot. `used_up`: its item counts as one of the `uses`."""
+        self._slots.give_back(self, used_up=used_up)
+
+    def grant(self) -> None:
+        """Give the free slots to the environments that wait for one."""
+        self._slots.grant()
+
+    def leave(self) -> None:
+        """End the share."""
+        self._slots.leave(self)
