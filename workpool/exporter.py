@@ -100,7 +100,8 @@ class Exporter:
             before the first.
         scale: Returns the numbers of `/scale`; None makes it a 503. Called on this loop; must not
             block. Set before entering; None: there is no `/scale`.
-        on_scraped: Called after each scrape, before its answer is sent, on the exporter's loop.
+        on_scraped: Functions that are called after each scrape, before its answer is sent, on the
+            exporter's loop; added and removed on any thread.
     """
 
     def __init__(
@@ -117,7 +118,7 @@ class Exporter:
         self.url = ""
         self.scraped_at: float | None = None
         self.scale: Numbers | None = None
-        self.on_scraped: Callable[[], object] | None = None
+        self.on_scraped: set[Callable[[], object]] = set()
         self._host = host
         self._registry = registry
         self._health = health
@@ -271,8 +272,8 @@ class Exporter:
         else:
             body = await self._render(encode, self._registry)
         self.scraped_at = began_at
-        if self.on_scraped is not None:
-            self.on_scraped()
+        for call in tuple(self.on_scraped):
+            call()
         return web.Response(body=body, headers=headers)
 
     async def _render(self, render: Callable[..., R], *arguments: object) -> R:

@@ -13,6 +13,7 @@ import asyncio
 import math
 from contextlib import suppress
 from dataclasses import dataclass, field
+from functools import partial
 from typing import TYPE_CHECKING, Literal
 
 from workpool.errors import exhausted
@@ -228,29 +229,27 @@ Limit = Literal["exit_after_sessions", "exit_after_idle", "exit_after_uptime"]
 
 
 class ExitLimits:
-    """The limits of one pool.
+    """The limits of one process, whose pools have them together.
 
     Args:
-        settings: The settings of the pool.
-        admission: The admission of the pool; a pause interrupts the idle time.
+        settings: The settings of the process.
 
     Attributes:
         reached: The first limit that was reached; None before that.
     """
 
-    def __init__(self, settings: Settings, admission: Admission) -> None:
+    def __init__(self, settings: Settings) -> None:
         self.reached: Limit | None = None
         self._sessions = settings.exit_after_sessions
         self._idle = settings.exit_after_idle
         self._uptime = settings.exit_after_uptime
-        self._admission = admission
         self._claimed = 0
-        self._idle_since: float | None = None
+        self._pools: dict[Admission, _IdleTime] = {}
         self._changed = asyncio.Event()
 
     @property
     def any(self) -> bool:
-        """Whether the pool has a limit."""
+        """Whether there is a limit."""
         return (self._sessions, self._idle, self._uptime) != (None, None, None)
 
     def note_claim(self) -> None:
@@ -259,16 +258,18 @@ class ExitLimits:
         if self._claimed == self._sessions:
             self._reach("exit_after_sessions")
 
-    def note_poll(self, idle: bool) -> None:  # noqa: FBT001 - a callback
-        """Record a successful poll; `idle`: it brought no item, and the pool owns no item."""
-        if not idle:
-            self._idle_since = None
-            return
-        now = asyncio.get_running_loop().time()
-        if self._idle_since is None or self._idle_since < self._admission.granted_at:
-            self._idle_since = now
-        if self._idle is not None and now - self._idle_since >= self._idle:
-            self._reach("exit_after_idle")
+    def add(self, admission: Admission) -> Callable[[bool], None]:
+        """Add a pool; a pause of it interrupts the idle time.
+
+        Returns: The function to call after each successful poll of the pool, with True if it
+            brought no item, and the pool owns no item.
+        """
+        self._pools[admission] = _IdleTime()
+        return partial(self._note_poll, admission)
+
+    def remove(self, admission: Admission) -> None:
+        """Remove a pool, for whose queue the others do not wait any longer."""
+        self._pools.pop(admission, None)
 
     async def wait(self) -> Limit:
         """Wait until a limit is reached, and return it. The uptime counts from this call."""
@@ -277,9 +278,43 @@ class ExitLimits:
                 await self._changed.wait()
         return self._reach("exit_after_uptime")
 
+    def _note_poll(self, admission: Admission, idle: bool) -> None:  # noqa: FBT001 - a callback
+        time = self._pools.get(admission)
+        if time is None:
+            return  # a late poll of a pool that has ended
+        if not idle:
+            time.since = None
+            return
+        now = asyncio.get_running_loop().time()
+        if time.since is None or time.since < admission.granted_at:
+            time.since = now
+        time.last = now
+        if self._idle is not None and all(
+            time.seconds >= self._idle and each.paused is None and each.refused is None
+            for each, time in self._pools.items()
+        ):
+            self._reach("exit_after_idle")
+
     def _reach(self, limit: Limit) -> Limit:
         """Record that a limit is reached, and return the first one."""
         if self.reached is None:
             self.reached = limit
             self._changed.set()
         return self.reached
+
+
+@dataclass(slots=True)
+class _IdleTime:
+    """The time for which the polls of one pool have brought nothing, on the loop's clock.
+
+    Attributes:
+        since: The time of the first of these polls; None: the pool is not idle.
+        last: The time of the last one.
+    """
+
+    since: float | None = None
+    last: float = 0.0
+
+    @property
+    def seconds(self) -> float:
+        return -1.0 if self.since is None else self.last - self.since

@@ -208,7 +208,7 @@ class BoundedQueue(Generic[T]):
     def _wants(self) -> bool:
         """Whether a poller waits although a place is free."""
         while self._reservers and self._reservers[0].done():  # its poller was cancelled just now
-            self._reservers.popleft()
+            del self._reservers[0]
         return bool(self._reservers) and self._free() > 0
 
     def _take_slot(self) -> bool:

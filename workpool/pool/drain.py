@@ -119,13 +119,16 @@ class Drain:
         if self.timeout is not None and self.started_at is not None:
             seconds = min(seconds, self.started_at + self.timeout + GRACE_SECONDS - loop.time())
         log.info("waiting for the last scrape", extra={"wait_seconds": round(seconds, 1)})
-        exporter.on_scraped = partial(loop.call_soon_threadsafe, self.changed)
-        with suppress(TimeoutError):
-            async with asyncio.timeout(seconds):
-                while (exporter.scraped_at or 0.0) < since and self.requests == requests:
-                    self._changed.clear()
-                    await self._changed.wait()
-        exporter.on_scraped = None
+        on_scraped = partial(loop.call_soon_threadsafe, self.changed)
+        exporter.on_scraped.add(on_scraped)
+        try:
+            with suppress(TimeoutError):
+                async with asyncio.timeout(seconds):
+                    while (exporter.scraped_at or 0.0) < since and self.requests == requests:
+                        self._changed.clear()
+                        await self._changed.wait()
+        finally:
+            exporter.on_scraped.discard(on_scraped)
 
     async def _finished(self, dispatcher: Dispatcher, until: Callable[[], float]) -> bool:
         """Wait until no item is unfinished; return False at the time `until()`, read anew."""

@@ -1,4 +1,4 @@
-"""The data of the live page: one pool as JSON, computed only when somebody asks for it.
+"""The data of the live page: pools as JSON, computed only when somebody asks for it.
 
 Read on the exporter's thread while the pool runs: each value is read once.
 See workpool/docs/operating.md, "The live page".
@@ -6,6 +6,7 @@ See workpool/docs/operating.md, "The live page".
 
 from __future__ import annotations
 
+from collections import Counter
 from typing import TYPE_CHECKING, Any, Final
 
 from workpool.logs import readable
@@ -36,7 +37,7 @@ _COUNTED: Final = {
 
 def live_status(
     view: PoolView,
-    registry: CollectorRegistry,
+    counts_by_environment: Mapping[str, Counts],
     reasons: Sequence[str],
     worker: Mapping[str, str],
     *,
@@ -46,13 +47,13 @@ def live_status(
 
     Args:
         view: The pool.
-        registry: Where its counters are.
+        counts_by_environment: The values of its registry's counters.
         reasons: Why it is not ready.
         worker: Its names: `worker_id`, `environment_id`, `version`.
         show_ids: Whether ids of items and sessions are included.
     """
     snapshot = view.snapshot()
-    counts = _counts(registry, worker["environment_id"])
+    counts = counts_by_environment.get(worker["environment_id"], {})
     sessions = sorted(_running(view), key=lambda item: item.acked_at)
     now = view.context.clock()
     return {
@@ -80,6 +81,58 @@ def live_status(
     }
 
 
+def merged_status(
+    statuses: Sequence[Mapping[str, Any]], slots_limit: int, reasons: Sequence[str]
+) -> dict[str, Any]:
+    """Return the states of the pools of one process as the state of one worker.
+
+    It has the same names, with sums, and the sessions of all pools. Beside them, `environments` is
+    each pool's own state without its sessions.
+
+    Args:
+        statuses: The results of `live_status` of the pools that have started, at least one.
+        slots_limit: The number of slots of the process.
+        reasons: Why the process is not ready.
+    """
+    slots = _sums(statuses, "slots")
+    shortest = [each["leases"]["shortest_seconds"] for each in statuses]
+    sessions = [
+        {**session, "environment_id": each["environment_id"]}
+        for each in statuses
+        for session in each["sessions"]
+    ]
+    sessions.sort(key=lambda session: -session["age_seconds"])
+    used = slots["busy"] + slots["reserved"]
+    return {
+        "worker_id": statuses[0]["worker_id"],
+        "environment_id": ", ".join(each["environment_id"] for each in statuses),
+        "version": statuses[0]["version"],
+        "reasons": [readable(reason, TEXT_CHARACTERS) for reason in reasons],
+        "draining": all(each["draining"] for each in statuses),
+        # The free slots of each pool are partly the same.
+        "slots": {**slots, "free": max(0, slots_limit - used), "limit": slots_limit},
+        **{name: _sums(statuses, name) for name in ("queue", "pollers", "polls", "outcomes")},
+        "reclaims": _sums(statuses, "reclaims"),
+        "leases": {
+            "held": sum(each["leases"]["held"] for each in statuses),
+            "shortest_seconds": min((each for each in shortest if each is not None), default=None),
+        },
+        "loop_blocked_seconds": max(each["loop_blocked_seconds"] for each in statuses),
+        "sessions_running": sum(each["sessions_running"] for each in statuses),
+        "sessions": sessions[:SESSIONS_MAX],
+        "environments": [
+            {name: value for name, value in each.items() if name != "sessions"} for each in statuses
+        ],
+    }
+
+
+def _sums(statuses: Sequence[Mapping[str, Any]], name: str) -> dict[str, float]:
+    sums: Counter[str] = Counter()
+    for each in statuses:
+        sums.update(each[name])
+    return dict(sums)
+
+
 def _running(view: PoolView) -> Iterator[PoolItem]:
     return (item for item in view.dispatcher.items.all() if item.executing)
 
@@ -96,15 +149,17 @@ def _session(item: PoolItem, now: float, *, show_ids: bool) -> dict[str, Any]:
     }
 
 
-def _counts(registry: CollectorRegistry, environment_id: str) -> Counts:
-    counts: Counts = {}
+def read_counts(registry: CollectorRegistry) -> dict[str, Counts]:
+    """Return the values of the counters that the page shows, by environment."""
+    found: dict[str, Counts] = {}
     for family in registry.collect():
         for sample in family.samples:
             label = _COUNTED.get(sample.name)
-            if label is not None and sample.labels.get("environment_id") == environment_id:
+            if label is not None:
+                counts = found.setdefault(sample.labels.get("environment_id", ""), {})
                 key = sample.name, sample.labels.get(label, "")
                 counts[key] = counts.get(key, 0) + sample.value
-    return counts
+    return found
 
 
 def _by_label(counts: Counts, name: str) -> dict[str, float]:

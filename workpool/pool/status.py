@@ -104,7 +104,7 @@ class PoolView:
             "stopping" if lease.stop_requested else "active" if lease.begun else "starting"
             for lease in leases
         )
-        free = max(0, queue.concurrency - queue.running)
+        free = queue.free_slots
         reserved = min(queue.reserved, free)
         # Not the leases whose first heartbeat is in flight, which are as short as an
         # acknowledgement makes them, nor those that are about to lapse.

@@ -47,7 +47,9 @@ if TYPE_CHECKING:
     from workpool.exporter import Exporter
     from workpool.pool.client_protocol import ClientProtocol
     from workpool.pool.lease import Clock
+    from workpool.pool.live_status import Counts
     from workpool.pool.pool_item import PoolItem
+    from workpool.pool.shared_parts import SharedParts
     from workpool.settings import Settings
     from workpool.wire.http.rate_limiter import RateLimits
 
@@ -85,6 +87,8 @@ class Supervisor:
             most 20 s, if it was scraped in the last two minutes.
         renewer_services: Contexts that are open while leases are renewed, entered on the loop of
             the lease renewer once plugins and exporter are open. Set before the start.
+        shared: The parts that it shares with other supervisors of the process and of the event
+            loop; None: it has its own. Set before the start.
     """
 
     # The simulation replaces these.
@@ -106,13 +110,14 @@ class Supervisor:
         self.on_blocked: Callable[[], None] | None = None
         self.renewer_services: Sequence[AbstractAsyncContextManager[object]] = ()
         self.awaits_last_scrape = False
+        self.shared: SharedParts | None = None
         self.settings = settings
         self._plugin_objects = plugins
         self._connect = connect
         self._rate_limits = rate_limits
         self._drain = Drain()
         self._admission = Admission(lambda: self._wall())  # noqa: PLW0108 - simulations set it later
-        self._limits = ExitLimits(settings, self._admission)
+        self._limits = ExitLimits(settings)
         self._until_empty = False
         self._worker_id = ""
         self._root: asyncio.Task[None] | None = None
@@ -275,6 +280,33 @@ class Supervisor:
             idle_seconds=view.idle_seconds if view else 0.0,
         )
 
+    def unhealthy(self) -> list[str]:
+        """Return the reasons why the process should be restarted. May be called on any thread."""
+        return self._view.unhealthy() if self._view else []
+
+    def live_status(
+        self,
+        show_ids: bool,  # noqa: FBT001 - a callback
+        counts: Mapping[str, Counts] | None = None,
+    ) -> dict[str, Any]:
+        """Return the data of the live page. May be called on any thread.
+
+        Args:
+            show_ids: Whether ids of items and sessions are included.
+            counts: What `read_counts` returned; None: read the registry now.
+        """
+        from workpool.pool.live_status import live_status, read_counts  # noqa: PLC0415 - rarely needed
+
+        worker = {
+            "worker_id": self._worker_id,
+            "environment_id": self.settings.environment_id or "",
+            "version": version("workpool"),
+        }
+        if self._view is None:
+            return {**worker, "reasons": self._unready()}
+        counts = read_counts(self.registry) if counts is None else counts
+        return live_status(self._view, counts, self._unready(), worker, show_ids=show_ids)
+
     @property
     def log_ids(self) -> dict[str, str]:
         """The ids that all log records of this pool have: `environment_id` and `worker_id`.
@@ -330,16 +362,18 @@ class Supervisor:
         settings = self.settings
         services: list[AbstractAsyncContextManager[object]] = []
         address = settings.metrics_address
-        if address is not None:
+        if self.shared is not None:
+            self._exporter = self.shared.exporter
+        elif address is not None:
             from workpool.exporter import Exporter, LivePage  # noqa: PLC0415 - off when embedded, and slow
 
             self._exporter = Exporter(
                 address.host or "",
                 address.port,
                 self.registry,
-                health=self._unhealthy,
+                health=self.unhealthy,
                 readiness=self._unready,
-                live_page=LivePage(self._live_status, settings.live_page_ids == "always"),
+                live_page=LivePage(self.live_status, settings.live_page_ids == "always"),
             )
             self._exporter.scale = lambda: worker_numbers(self.status())
             services.append(self._exporter)
@@ -354,7 +388,7 @@ class Supervisor:
             settings, self._clock, self._wall, self._new_client, callbacks, services
         )
         await stack.enter_async_context(renewer)
-        if self._exporter is not None:
+        if self._exporter is not None and self.shared is None:
             log.info("metrics served", extra={"url": f"{self._exporter.url}/metrics"})
         threads = HandlerThreads(settings.concurrency, self._clock)
         stack.push_async_callback(threads.close)
@@ -366,7 +400,10 @@ class Supervisor:
             plugins=self._plugins,
             renewer=renewer,
             queue=BoundedQueue(
-                settings.concurrency, settings.prefetch, settings.exit_after_sessions
+                settings.concurrency,
+                settings.prefetch,
+                settings.exit_after_sessions,
+                None if self.shared is None else self.shared.slots,
             ),
             clock=self._clock,
             wall=self._wall,
@@ -392,9 +429,11 @@ class Supervisor:
                 Poller(context, group, dispatcher, number)
                 for number in range(self.settings.pollers)
             ]
+            if self.shared is not None:
+                self._limits = self.shared.limits
             if self._limits.any:
                 dispatcher.runner.on_claimed = self._limits.note_claim
-                group.on_poll = self._limits.note_poll
+                group.on_poll = self._limits.add(self._admission)
             self._view = PoolView(context, dispatcher, group, pollers, self._drain, self._limits)
             async with asyncio.TaskGroup() as fetching:
                 tasks = [
@@ -409,6 +448,7 @@ class Supervisor:
                     tasks.append(fetching.create_task(ending, name="limits"))
                 self._opened.set()
                 await self._drain.requested.wait()
+                self._limits.remove(self._admission)
                 dispatcher.drain()
                 for task in tasks:
                     task.cancel()
@@ -495,21 +535,6 @@ class Supervisor:
 
     def _snapshot(self) -> PoolSnapshot:
         return self._view.snapshot() if self._view else PoolSnapshot()
-
-    def _live_status(self, show_ids: bool) -> Mapping[str, Any]:  # noqa: FBT001 - a callback
-        from workpool.pool.live_status import live_status  # noqa: PLC0415 - rarely needed
-
-        worker = {
-            "worker_id": self._worker_id,
-            "environment_id": self.settings.environment_id or "",
-            "version": version("workpool"),
-        }
-        if self._view is None:
-            return {**worker, "reasons": self._unready()}
-        return live_status(self._view, self.registry, self._unready(), worker, show_ids=show_ids)
-
-    def _unhealthy(self) -> list[str]:
-        return self._view.unhealthy() if self._view else []
 
     def _unready(self) -> list[str]:
         reasons = [f"failed: {type(self._error).__name__}"] if self._error else []
