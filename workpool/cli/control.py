@@ -38,7 +38,11 @@ Pid = Annotated[
 ]
 Environment = Annotated[
     str | None,
-    typer.Option("--environment-id", metavar="ID", help="The worker's environment. Default: any."),
+    typer.Option(
+        "--environment-id",
+        metavar="ID",
+        help="The worker's environment; if the worker has several, the others go on. Default: any.",
+    ),
 ]
 EXAMPLES: Final = {
     "pause": examples("workpool pause", "workpool pause 'database is moved' --pid 4711"),
@@ -105,6 +109,8 @@ def _request(
     environment_id: str | None,
 ) -> None:
     """Find the worker, send it the request, and print a line; an error ends the command."""
+    if environment_id is not None:
+        request = {**request, "environment_id": environment_id}
     try:
         chosen = _choose(path, pid, environment_id)
         answer = _ask(chosen, request)
@@ -118,11 +124,12 @@ def _request(
 def _choose(path: Path | None, pid: int | None, environment_id: str | None) -> Path:
     """Return the socket of the one worker that matches."""
     wanted = {"pid": pid, "environment_id": environment_id}
+    asked = {} if environment_id is None else {"environment_id": environment_id}
     paths = [path] if path is not None else _sockets()
     found = {}
     for each in paths:
         try:
-            answer = _ask(each, {"command": "status"})
+            answer = _ask(each, {"command": "status", **asked})
         except (OSError, ControlError) as error:
             if path is not None:
                 raise ControlError(f"{path}: {_reason(error)}") from None

@@ -29,10 +29,10 @@ from workpool.setting_values import decimal, unlimited
 from workpool.settings import OFF
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Iterator, Mapping
     from types import TracebackType
 
-    from workpool.pool.supervisor import Supervisor
+    from workpool.cli.pool_interface import Controlled, Pool
 
 log = logging.getLogger("workpool")
 
@@ -87,9 +87,13 @@ class ControlSocket:
     Raises:
         ListenError: The socket of this path cannot be created. Without a path, the error is only
             logged.
+
+    Attributes:
+        environments: The environments of a worker that has several, by id.
     """
 
     def __init__(self, setting: str | None, origin: str = "") -> None:
+        self.environments: Mapping[str, Controlled] = {}
         self._listener: socket.socket | None = None
         self._path = Path()
         self._identity = (0, 0)
@@ -129,8 +133,8 @@ class ControlSocket:
             if (found.st_dev, found.st_ino) == self._identity:
                 self._path.unlink()
 
-    async def serve(self, supervisor: Supervisor) -> None:
-        """Answer requests until cancelled. On the supervisor's loop."""
+    async def serve(self, pool: Pool) -> None:
+        """Answer requests until cancelled. On the pool's loop."""
         if self._listener is None:
             return
         loop = asyncio.get_running_loop()
@@ -144,7 +148,7 @@ class ControlSocket:
                 continue
             with connection, contextlib.suppress(OSError):  # the client may have gone
                 async with asyncio.timeout(REQUEST_SECONDS):
-                    await _answer(connection, supervisor)
+                    await _answer(connection, pool, self.environments)
 
     def _open(self, path: Path) -> None:
         """Bind and listen, in the place of the sockets of workers that have ended."""
@@ -231,7 +235,9 @@ def _remove_dead(path: Path) -> None:
     path.unlink(missing_ok=True)
 
 
-async def _answer(connection: socket.socket, supervisor: Supervisor) -> None:
+async def _answer(
+    connection: socket.socket, pool: Pool, environments: Mapping[str, Controlled]
+) -> None:
     """Read one request, act on it, and answer."""
     loop = asyncio.get_running_loop()
     user = peer_of(connection)
@@ -244,7 +250,7 @@ async def _answer(connection: socket.socket, supervisor: Supervisor) -> None:
             break
         received += part
     try:
-        answer = _act(received, supervisor)
+        answer = _act(received, pool, environments)
     except orjson.JSONDecodeError:
         answer = {"error": "the request is not JSON"}
     except ValueError as error:
@@ -253,31 +259,47 @@ async def _answer(connection: socket.socket, supervisor: Supervisor) -> None:
     await loop.sock_sendall(connection, orjson.dumps(answer) + b"\n")
 
 
-def _act(line: bytes, supervisor: Supervisor) -> dict[str, Any]:
-    """Carry out one request, and return the ids of the worker.
+def _act(line: bytes, pool: Pool, environments: Mapping[str, Controlled]) -> dict[str, Any]:
+    """Carry out one request, and return the ids of what it concerned.
 
     Raises:
         ValueError: The request cannot be read.
     """
     if len(line) > LINE_BYTES:
         raise ValueError("the request is too long")
-    match orjson.loads(line):
+    request = orjson.loads(line)
+    chosen = _chosen(request, pool, environments)
+    match request:
         case {"command": "status"}:
             pass
         case {"command": "pause", "reason": str(reason)}:
-            supervisor.pause(reason)
+            chosen.pause(reason)
         case {"command": "resume"}:
-            supervisor.resume()
+            chosen.resume()
         case {"command": "drain", "timeout": timeout}:
-            supervisor.request_drain(_read_timeout(timeout))
+            chosen.request_drain(_read_timeout(timeout))
         case {"command": "drain"}:
-            supervisor.request_drain()
+            chosen.request_drain()
         case _:
             raise ValueError("the request is unknown")
-    status = supervisor.status()
+    status = chosen.status()
     return {
         "pid": os.getpid(),
-        "environment_id": supervisor.settings.environment_id,
+        "environment_id": chosen.settings.environment_id or ", ".join(environments)[:200],
         "running": status.running,
         "reasons": [reason[:200] for reason in status.reasons[:5]],
     }
+
+
+def _chosen(request: object, pool: Pool, environments: Mapping[str, Controlled]) -> Controlled:
+    """Return what a request is about: the environment that it names, or the pool.
+
+    Raises:
+        ValueError: The worker does not have this environment.
+    """
+    match request:
+        case {"environment_id": str(name)} if name in environments:
+            return environments[name]
+        case {"environment_id": name} if name != pool.settings.environment_id:
+            raise ValueError("the worker has no such environment")
+    return pool

@@ -6,12 +6,13 @@ list of processes. See workpool/docs/settings.md, "Settings".
 
 import inspect
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Final
 
 import typer
 
+from workpool.errors import SettingsError
 from workpool.settings import DESCRIPTIONS, PREFIX, Settings
 from workpool.wire.client_dialects import DIALECTS
 
@@ -104,8 +105,37 @@ def read_settings(
     Raises:
         SettingsError: Some settings are wrong.
     """
-    given = {name: value for name, value in flags.items() if value is not None and value != []}
-    return of(config=config, **given)
+    return of(config=config, **_given(flags))
+
+
+def read_environments(config: Path | None, **flags: Any) -> tuple[Settings, tuple[Settings, ...]]:
+    """Read the settings of the process, and those of each environment of its file, if any.
+
+    Raises:
+        SettingsError: Some settings are wrong.
+    """
+    return FlagSettings.of_environments(config=config, **_given(flags))
+
+
+def require_connections(settings: Settings, environments: Sequence[Settings]) -> None:
+    """Check that the settings suffice for each connection.
+
+    Raises:
+        SettingsError: Names everything that is missing.
+    """
+    problems: list[str] = []
+    for each in environments or (settings,):
+        try:
+            each.require_connection()
+        except SettingsError as error:
+            found = f"{each.environment_id}: " if environments else ""
+            problems += [f"{found}{problem}" for problem in error.problems]
+    if problems:
+        raise SettingsError(tuple(problems))
+
+
+def _given(flags: Mapping[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in flags.items() if value is not None and value != []}
 
 
 def with_setting_flags(command: Callable[..., None]) -> Callable[..., None]:

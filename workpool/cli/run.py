@@ -1,4 +1,4 @@
-"""`workpool run`: one pool in this process, until a signal, an empty queue, a limit or an error.
+"""`workpool run`: the pools of this process, until a signal, an empty queue, a limit or an error.
 
 Owns the signals, the kind of the event loop, the exit status, and the end of the process even if a
 handler does not end. See workpool/docs/cli.md, "Signals".
@@ -8,9 +8,9 @@ import asyncio
 import functools
 import signal
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import Annotated, Any, Final
+from typing import TYPE_CHECKING, Annotated, Any, Final
 
 import typer
 from prometheus_client import CollectorRegistry, ProcessCollector
@@ -21,17 +21,22 @@ from workpool.cli.flags import (
     Config,
     PluginNames,
     import_from_here,
-    read_settings,
+    read_environments,
+    require_connections,
     with_setting_flags,
 )
 from workpool.cli.help_text import examples
+from workpool.cli.pool_interface import Pool
 from workpool.cli.signals import Signals
 from workpool.cli.systemd import ServiceReporter
 from workpool.cli.verbosity import Verbose, is_verbose
 from workpool.errors import WorkpoolError
 from workpool.pool.lease_renewer import new_event_loop
 from workpool.pool.supervisor import Supervisor
-from workpool.settings import OFF
+from workpool.settings import OFF, Settings
+
+if TYPE_CHECKING:
+    from workpool.cli.environment_group import EnvironmentGroup
 
 METRICS_LISTEN: Final = "127.0.0.1:9464"
 BLOCKING_THREADS: Final = "workpool-blocking"
@@ -70,34 +75,48 @@ def run(
     with exits.reported():
         if is_verbose(context):
             flags = {**flags, "log_level": "debug"}
-        settings = read_settings(config, plugins=plugins, **flags)
-        settings.require_connection()
-    if settings.metrics_listen is None:
-        settings = settings.replace(metrics_listen=METRICS_LISTEN)
-    registry = CollectorRegistry()
-    ProcessCollector(registry=registry)
-    supervisor, signals = Supervisor(settings, registry=registry), Signals()
-    log_config.configure(settings.log_level, settings.log_format, lambda: supervisor.log_ids)
+        settings, environments = read_environments(config, plugins=plugins, **flags)
+        require_connections(settings, environments)
+        if settings.metrics_listen is None:
+            settings = settings.replace(metrics_listen=METRICS_LISTEN)
+        pool = _new_pool(settings, environments)
+    signals = Signals()
+    log_config.configure(settings.log_level, settings.log_format, lambda: pool.log_ids)
     import_from_here()
-    supervisor.awaits_last_scrape = True
-    reporter = ServiceReporter(supervisor.status)
+    reporter = ServiceReporter(pool.status)
     if reporter.wanted:
-        supervisor.renewer_services = [reporter.reporting()]
-    signals.on_user = functools.partial(_pause_or_resume, supervisor)
+        pool.renewer_services = [reporter.reporting()]
+    signals.on_user = functools.partial(_pause_or_resume, pool)
     with exits.reported():
         control = ControlSocket(settings.control_socket, settings.origin_of("control_socket"))
-    raise typer.Exit(run_supervisor(supervisor, signals, control, until_empty=drain))
+    control.environments = {} if isinstance(pool, Supervisor) else pool.by_id
+    raise typer.Exit(run_supervisor(pool, signals, control, until_empty=drain))
 
 
-def _pause_or_resume(supervisor: Supervisor, number: signal.Signals) -> None:
+def _new_pool(
+    settings: Settings, environments: Sequence[Settings]
+) -> "Supervisor | EnvironmentGroup":
+    """Create the supervisor, or that of each environment, with the metrics of the process."""
+    registry = CollectorRegistry()
+    ProcessCollector(registry=registry)
+    if not environments:
+        supervisor = Supervisor(settings, registry=registry)
+        supervisor.awaits_last_scrape = True
+        return supervisor
+    from workpool.cli.environment_group import EnvironmentGroup  # noqa: PLC0415 - rarely needed
+
+    return EnvironmentGroup(settings, environments, registry)
+
+
+def _pause_or_resume(pool: Pool, number: signal.Signals) -> None:
     if number == signal.SIGUSR1:
-        supervisor.pause(number.name)
+        pool.pause(number.name)
     else:
-        supervisor.resume()
+        pool.resume()
 
 
 def run_supervisor(
-    supervisor: Supervisor,
+    supervisor: Pool,
     signals: Signals,
     control: ControlSocket | None = None,
     *,
@@ -106,7 +125,7 @@ def run_supervisor(
     """Run a pool on a new event loop and return the exit status.
 
     Args:
-        supervisor: The pool, not started.
+        supervisor: The pool or the pools, not started.
         signals: The signals that drain it, not entered.
         control: The socket that pauses, resumes and drains it, if any; not entered.
         until_empty: Whether to drain once the queue is empty.
@@ -118,7 +137,7 @@ def run_supervisor(
         )
 
 
-def _end_process(supervisor: Supervisor) -> None:
+def _end_process(supervisor: Pool) -> None:
     """End the process with `FAILED`, since leases are not renewed anymore.
 
     Called on the thread of the lease renewer. A failed pool drains by itself unless its loop is
@@ -135,7 +154,7 @@ def _end_process(supervisor: Supervisor) -> None:
 
 
 async def _live(
-    supervisor: Supervisor, signals: Signals, control: ControlSocket, *, until_empty: bool
+    supervisor: Pool, signals: Signals, control: ControlSocket, *, until_empty: bool
 ) -> int:
     executor = ThreadPoolExecutor(thread_name_prefix=BLOCKING_THREADS)
     asyncio.get_running_loop().set_default_executor(executor)
@@ -151,7 +170,7 @@ async def _live(
 
 
 async def _serve(
-    supervisor: Supervisor, signals: Signals, control: ControlSocket, *, until_empty: bool
+    supervisor: Pool, signals: Signals, control: ControlSocket, *, until_empty: bool
 ) -> int:
     failure: WorkpoolError | None = None
     with signals, control:
@@ -185,16 +204,13 @@ async def _serve(
     return exits.FAILED if supervisor.abandoned else exits.OK
 
 
-async def _obey(
-    signals: Signals, supervisor: Supervisor, running: "asyncio.Task[int] | None"
-) -> None:
+async def _obey(signals: Signals, supervisor: Pool, running: "asyncio.Task[int] | None") -> None:
     """Drain on the first signal. The second one cancels, like a drain whose deadline is now."""
-    async with asyncio.TaskGroup() as group:
-        await signals.first.wait()
-        group.create_task(supervisor.drain(), name="drain")
-        await signals.second.wait()
-        if running is not None:  # a cancellation also ends a start that hangs
-            running.cancel()
+    await signals.first.wait()
+    supervisor.request_drain()
+    await signals.second.wait()
+    if running is not None:  # a cancellation also ends a start that hangs
+        running.cancel()
 
 
 async def _cancel_left_tasks() -> int:

@@ -82,7 +82,10 @@ def live_status(
 
 
 def merged_status(
-    statuses: Sequence[Mapping[str, Any]], slots_limit: int, reasons: Sequence[str]
+    worker: Mapping[str, str],
+    statuses: Sequence[Mapping[str, Any]],
+    slots_limit: int,
+    reasons: Sequence[str],
 ) -> dict[str, Any]:
     """Return the states of the pools of one process as the state of one worker.
 
@@ -90,10 +93,20 @@ def merged_status(
     each pool's own state without its sessions.
 
     Args:
-        statuses: The results of `live_status` of the pools that have started, at least one.
+        worker: The names of the worker: `worker_id`, `version`.
+        statuses: The states of the pools; one that has not started has only names and `reasons`.
         slots_limit: The number of slots of the process.
         reasons: Why the process is not ready.
     """
+    ids = [each["environment_id"] for each in statuses]
+    environments = [
+        {name: value for name, value in each.items() if name != "sessions"} for each in statuses
+    ]
+    names = {**worker, "environment_id": ", ".join(ids)}
+    shown = [readable(reason, TEXT_CHARACTERS) for reason in reasons]
+    statuses = [each for each in statuses if "slots" in each]
+    if not statuses:
+        return {**names, "reasons": shown, "environments": environments}
     slots = _sums(statuses, "slots")
     shortest = [each["leases"]["shortest_seconds"] for each in statuses]
     sessions = [
@@ -104,10 +117,8 @@ def merged_status(
     sessions.sort(key=lambda session: -session["age_seconds"])
     used = slots["busy"] + slots["reserved"]
     return {
-        "worker_id": statuses[0]["worker_id"],
-        "environment_id": ", ".join(each["environment_id"] for each in statuses),
-        "version": statuses[0]["version"],
-        "reasons": [readable(reason, TEXT_CHARACTERS) for reason in reasons],
+        **names,
+        "reasons": shown,
         "draining": all(each["draining"] for each in statuses),
         # The free slots of each pool are partly the same.
         "slots": {**slots, "free": max(0, slots_limit - used), "limit": slots_limit},
@@ -120,9 +131,7 @@ def merged_status(
         "loop_blocked_seconds": max(each["loop_blocked_seconds"] for each in statuses),
         "sessions_running": sum(each["sessions_running"] for each in statuses),
         "sessions": sessions[:SESSIONS_MAX],
-        "environments": [
-            {name: value for name, value in each.items() if name != "sessions"} for each in statuses
-        ],
+        "environments": environments,
     }
 
 

@@ -1,0 +1,219 @@
+"""One real process that works for several environments.
+
+See workpool/docs/operating.md, "Several environments".
+"""
+
+from __future__ import annotations
+
+import json
+import signal
+from typing import TYPE_CHECKING, Any
+
+import aiohttp
+import pytest
+
+from tests.acceptance.conftest import ENVIRONMENT, TOKEN
+from workpool.server import ControlPlane
+
+if TYPE_CHECKING:
+    from collections.abc import AsyncIterator
+    from pathlib import Path
+
+    from tests.acceptance.conftest import Command, Start
+
+pytestmark = [pytest.mark.acceptance, pytest.mark.timeout(120)]
+
+OTHER = "env_0199bbbbbbbb70008000000000000004"
+KEYS = {
+    "key-of-the-first-Zx9": frozenset({ENVIRONMENT}),
+    "key-of-the-other-Zx9": frozenset({OTHER}),
+}
+
+
+@pytest.fixture
+async def plane() -> AsyncIterator[ControlPlane]:
+    """Return a control plane with two environments, each with a token of its own."""
+    tokens = {TOKEN: None, **KEYS}
+    async with ControlPlane(environments=(ENVIRONMENT, OTHER), tokens=tokens) as plane:
+        yield plane
+
+
+@pytest.fixture
+def config(folder: Path, plane: ControlPlane) -> Path:
+    """Return the file of a worker for both environments, with a token file for each."""
+    for name, token in zip("ab", KEYS, strict=True):
+        (folder / f"{name}.token").write_text(token)
+    path = folder / "pool.toml"
+    path.write_text(f"""
+        [workpool]
+        base_url = "{plane.base_url}"
+        plugins = ["handlers"]
+        metrics_listen = "127.0.0.1:0"
+        concurrency = 4
+        [workpool.environments.{ENVIRONMENT}]
+        token_file = "a.token"
+        [workpool.environments.{OTHER}]
+        token_file = "b.token"
+        """)
+    return path
+
+
+def change(file: Path, old: str, new: str) -> None:
+    file.write_text(file.read_text().replace(old, new))
+
+
+def append(file: Path, line: str) -> None:
+    file.write_text(f"{file.read_text()}\n{line}\n")
+
+
+def remove(file: Path) -> None:
+    file.unlink()
+
+
+async def url_of(worker: Command) -> str:
+    line = await worker.logs("metrics served url=")
+    return line.partition("url=")[2].split()[0].removesuffix("/metrics")
+
+
+async def read(worker: Command, path: str) -> tuple[int, str]:
+    async with aiohttp.ClientSession() as http, http.get(await url_of(worker) + path) as answer:
+        return answer.status, await answer.text()
+
+
+async def live(worker: Command) -> Any:
+    return json.loads((await read(worker, "/live.json"))[1])
+
+
+async def test_sessions_of_both_environments_run_and_sigterm_drains_both(
+    bare: Start, plane: ControlPlane, config: Path
+) -> None:
+    del config
+    items = [
+        plane.enqueue(metadata={"do": "wait"}, environment_id=each)[0]
+        for each in (ENVIRONMENT, OTHER)
+    ]
+    worker = await bare("run", "--config", "pool.toml")
+    for item, each in zip(items, (ENVIRONMENT, OTHER), strict=True):
+        line = await worker.logs(item.id)
+        assert f"environment_id={each}" in line
+        assert "wait runs" in line
+    _, metrics = await read(worker, "/metrics")
+    for each in (ENVIRONMENT, OTHER):
+        assert f'workpool_slots{{environment_id="{each}",state="busy"}} 1.0' in metrics
+        assert f'workpool_slots{{environment_id="{each}",state="free"}} ' in metrics
+    status, body = await read(worker, "/readyz")
+    assert (status, json.loads(body)) == (200, {"status": "ready"})
+    assert json.loads((await read(worker, "/scale"))[1])["busy"] == 2
+    shown = await live(worker)
+    assert (shown["slots"]["busy"], shown["slots"]["limit"]) == (2, 4)
+    assert [each["environment_id"] for each in shown["environments"]] == [ENVIRONMENT, OTHER]
+    assert {each["environment_id"] for each in shown["sessions"]} == {ENVIRONMENT, OTHER}
+    worker.send(signal.SIGTERM)
+    assert await worker.ends() == 0
+    assert worker.err.count("result=clean") == 2
+    found = [plane.operations.get(each.environment_id, each.id) for each in items]
+    assert [each.metadata["done"] for each in found] == ["when asked"] * 2
+
+
+async def test_refused_environment_is_reported_and_the_other_one_goes_on(
+    bare: Start, plane: ControlPlane, config: Path
+) -> None:
+    change(config.parent / "b.token", "key-of-the-other", "revoked")
+    worker = await bare("run", "--config", "pool.toml")
+    failed = await worker.logs("environment failed: ")
+    assert f"environment_id={OTHER}" in failed
+    assert "the token is wrong or has expired" in failed
+    assert f"token_file from pool.toml [workpool.environments.{OTHER}]" in failed
+    plane.enqueue(metadata={"do": "finish"}, environment_id=ENVIRONMENT)
+    await worker.logs("finish runs")
+    status, body = await read(worker, "/readyz")
+    assert (status, json.loads(body)["reasons"]) == (503, [f"{OTHER}: failed: RefusedError"])
+    assert (await live(worker))["slots"]["limit"] == 4
+    worker.send(signal.SIGTERM)
+    assert await worker.ends() == 3
+    assert "revoked-Zx9" not in worker.out + worker.err
+
+
+async def test_process_ends_with_3_if_every_environment_is_refused(
+    bare: Start, config: Path
+) -> None:
+    for name in "ab":
+        change(config.parent / f"{name}.token", "key", "revoked")
+    worker = await bare("run", "--config", "pool.toml")
+    assert await worker.ends() == 3
+    assert worker.err.count("environment failed: ") == 2
+
+
+async def test_process_ends_with_2_if_an_environment_cannot_start(
+    bare: Start, config: Path
+) -> None:
+    append(config, 'plugins = ["handlers", "nowhere"]')
+    worker = await bare("run", "--config", "pool.toml")
+    assert await worker.ends() == 2
+    assert "no module named 'nowhere'" in worker.err
+
+
+async def test_wrong_tables_are_errors_with_status_2(bare: Start, config: Path) -> None:
+    remove(config.parent / "a.token")
+    append(config, 'log_level = "debug"')
+    worker = await bare("run", "--config", "pool.toml")
+    assert await worker.ends() == 2
+    assert (
+        "log_level: is for all environments; move it to [workpool] (from pool.toml " in worker.err
+    )
+    change(config, "log_level", "# log_level")
+    worker = await bare("run", "--config", "pool.toml")
+    assert await worker.ends() == 2
+    assert f"(from pool.toml [workpool.environments.{ENVIRONMENT}])" in worker.err
+
+
+async def test_flag_drain_ends_once_both_queues_are_empty(
+    bare: Start, plane: ControlPlane, config: Path
+) -> None:
+    del config
+    items = [
+        item
+        for each in (ENVIRONMENT, OTHER)
+        for item in plane.enqueue(5, metadata={"do": "finish"}, environment_id=each)
+    ]
+    worker = await bare("run", "--config", "pool.toml", "--drain")
+    assert await worker.ends() == 0
+    found = [plane.operations.get(each.environment_id, each.id).state for each in items]
+    assert found == ["stopped"] * 10
+
+
+async def test_environment_id_runs_only_that_environment(
+    bare: Start, plane: ControlPlane, config: Path
+) -> None:
+    del config
+    [item] = plane.enqueue(metadata={"do": "finish"}, environment_id=OTHER)
+    worker = await bare("run", "--config", "pool.toml", "--environment-id", OTHER, "--drain")
+    assert await worker.ends() == 0
+    assert plane.operations.get(OTHER, item.id).state == "stopped"
+    assert ENVIRONMENT not in worker.err
+
+
+async def test_exit_after_sessions_counts_the_sessions_of_all_environments(
+    bare: Start, plane: ControlPlane, config: Path
+) -> None:
+    del config
+    for each in (ENVIRONMENT, OTHER):
+        plane.enqueue(3, metadata={"do": "finish"}, environment_id=each)
+    worker = await bare("run", "--config", "pool.toml", "--exit-after-sessions", "4")
+    assert await worker.ends() == 0
+    assert worker.err.count("session ended") == 4
+
+
+async def test_burst_of_one_environment_does_not_delay_the_other(
+    bare: Start, plane: ControlPlane, config: Path
+) -> None:
+    del config
+    items = plane.enqueue(10, metadata={"do": "linger"}, environment_id=ENVIRONMENT)
+    worker = await bare("run", "--config", "pool.toml", WORKPOOL_DRAIN_TIMEOUT="0")
+    for item in items[:3]:
+        assert "linger runs" in await worker.logs(item.id)
+    plane.enqueue(metadata={"do": "finish"}, environment_id=OTHER)
+    assert f"environment_id={OTHER}" in await worker.logs("finish runs")
+    assert (await live(worker))["slots"]["busy"] == 3  # the last slot is the other's own
+    worker.send(signal.SIGTERM)
+    assert await worker.ends() == 0

@@ -1,0 +1,338 @@
+"""The supervisors of a process that works for several environments: one for each.
+
+They run on one event loop, each with a lease renewer, clients and plugins of its own. They share
+the slots, the exit limits, the registry and its exporter, and the rate limits of one account. The
+failure of one environment does not end the others: it starts again after a while, and the process
+ends once none runs. See workpool/docs/operating.md, "Several environments".
+"""
+
+from __future__ import annotations
+
+import asyncio
+from contextlib import suppress
+from typing import TYPE_CHECKING, Any, Final
+
+from workpool.cli import exits
+from workpool.cli.log_config import log
+from workpool.cli.service_thread import ServiceThread
+from workpool.errors import SettingsError, WorkpoolError
+from workpool.pool.admission import ExitLimits
+from workpool.pool.shared_parts import SharedParts
+from workpool.pool.shared_slots import SharedSlots
+from workpool.pool.status import Status, worker_numbers
+from workpool.pool.supervisor import Supervisor
+from workpool.wire.http.rate_limiter import RateLimits
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator, Mapping, Sequence
+    from contextlib import AbstractAsyncContextManager
+    from types import EllipsisType
+
+    from prometheus_client import CollectorRegistry
+
+    from workpool.exporter import Exporter
+    from workpool.settings import Settings
+
+RETRY_SECONDS: Final = 60.0
+"""Seconds from the failure of an environment to its next start."""
+
+
+class Environment:
+    """One environment of the process: its supervisor, and what the next one takes over.
+
+    Attributes:
+        settings: Its settings.
+        supervisor: The supervisor that runs, or ran last.
+        error: The error that ended it; None: it has not failed.
+        running: Whether the supervisor runs.
+        ended: Whether no further supervisor will run.
+        drained: Whether a drain was requested.
+        on_drain: Called when a drain is requested.
+    """
+
+    def __init__(self, settings: Settings, create: Callable[[Settings], Supervisor]) -> None:
+        self.settings = settings
+        self.supervisor = create(settings)
+        self.error: WorkpoolError | None = None
+        self.running = self.ended = self.drained = False
+        self.on_drain: Callable[[], object] | None = None
+        self._create = create
+        self._pause_reason: str | None = None
+
+    @property
+    def id(self) -> str:
+        """The id of the environment."""
+        return str(self.settings.environment_id)
+
+    @property
+    def reasons(self) -> Iterator[str]:
+        """The reasons why it is not ready; none once it has ended as it was asked to."""
+        if self.error is not None and not self.running:
+            yield f"{self.id}: failed: {type(self.error).__name__}"
+        elif not self.ended:
+            yield from (f"{self.id}: {reason}" for reason in self.supervisor.status().reasons)
+
+    async def run(self, *, until_empty: bool) -> None:
+        """Run the supervisor; a failure is in `error` afterwards."""
+        if self.error is not None:  # a supervisor runs once
+            self.supervisor = self._create(self.settings)
+            if self._pause_reason is not None:
+                self.supervisor.pause(self._pause_reason)
+        self.running = True
+        try:
+            await self.supervisor.run(until_empty=until_empty)
+            self.error = None
+        except WorkpoolError as error:
+            self.error = error
+        finally:
+            self.running = False
+
+    # The interface of a supervisor for the control socket.
+
+    def pause(self, reason: str) -> None:
+        """Claim no more items until `resume()`."""
+        self._pause_reason = reason
+        self.supervisor.pause(reason)
+
+    def resume(self) -> None:
+        """End the pause."""
+        self._pause_reason = None
+        self.supervisor.resume()
+
+    def request_drain(self, timeout: float | EllipsisType | None = ...) -> None:
+        """Begin a drain, after which the environment does not start again."""
+        self.drained = True
+        if self.running:
+            self.supervisor.request_drain(timeout)
+        if self.on_drain is not None:
+            self.on_drain()
+
+    def status(self) -> Status:
+        """Return the state of the supervisor."""
+        return self.supervisor.status()
+
+
+class EnvironmentGroup:
+    """The environments of one process; for the command line, it is used like one supervisor.
+
+    Args:
+        process: The settings of the process.
+        environments: The settings of each environment.
+        registry: The registry of all metrics.
+
+    Raises:
+        SettingsError: Environments that share rate limits have different ones, or a credential
+            cannot be read.
+
+    Attributes:
+        environments: The environments, in the order of the file.
+        settings: The settings of the process; after a failure, those of the environment that
+            failed.
+        abandoned: The number of sessions that drains could neither end nor hand back.
+        on_blocked: As that of a supervisor.
+        renewer_services: Contexts that are open on a thread of its own, with the exporter.
+    """
+
+    def __init__(
+        self, process: Settings, environments: Sequence[Settings], registry: CollectorRegistry
+    ) -> None:
+        self.settings = process
+        self.on_blocked: Callable[[], None] | None = None
+        self.renewer_services: Sequence[AbstractAsyncContextManager[object]] = ()
+        self._process = process
+        self._registry = registry
+        self._rate_limits = shared_rate_limits(environments)
+        self._slots = SharedSlots(process.concurrency, process.exit_after_sessions)
+        self._limits = ExitLimits(process)
+        self._exporter = self._new_exporter()
+        self._shares = {each.environment_id: self._slots.share() for each in environments}
+        self._changed = asyncio.Event()
+        self.environments = [Environment(each, self._new_supervisor) for each in environments]
+        for each in self.environments:
+            each.on_drain = self._note_change
+
+    @property
+    def log_ids(self) -> dict[str, str]:
+        """The ids of log records that are made outside of a pool's tasks: none."""
+        return {}
+
+    @property
+    def abandoned(self) -> int:
+        """The number of sessions that drains could neither end nor hand back."""
+        return sum(each.supervisor.abandoned for each in self.environments)
+
+    async def run(self, *, until_empty: bool = False) -> None:
+        """Run all environments until each has drained.
+
+        Raises:
+            WorkpoolError: The error of the first environment that has failed and not recovered.
+        """
+        services = [*([] if self._exporter is None else [self._exporter]), *self.renewer_services]
+        async with ServiceThread(services), asyncio.TaskGroup() as group:
+            if self._exporter is not None:
+                log.info("metrics served", extra={"url": f"{self._exporter.url}/metrics"})
+            for each in self.environments:
+                group.create_task(self._run(each, until_empty=until_empty), name=each.id)
+        for each in self.environments:
+            if each.error is not None:
+                self.settings = each.settings
+                raise each.error
+
+    @property
+    def by_id(self) -> dict[str, Environment]:
+        """The environments by their ids."""
+        return {each.id: each for each in self.environments}
+
+    def pause(self, reason: str) -> None:
+        """Claim no more items in any environment until `resume()`."""
+        for each in self.environments:
+            each.pause(reason)
+
+    def resume(self) -> None:
+        """End the pauses of all environments."""
+        for each in self.environments:
+            each.resume()
+
+    def request_drain(self, timeout: float | EllipsisType | None = ...) -> None:
+        """Begin a drain of all environments."""
+        for each in self.environments:
+            each.request_drain(timeout)
+
+    def status(self) -> Status:
+        """Return the state of all environments as that of one pool. May be called on any thread."""
+        reasons = self._unready()
+        found = [each.status() for each in self.environments]
+        slots = self._process.concurrency
+        return Status(
+            ready=not reasons,
+            reasons=tuple(reasons),
+            running=sum(each.running for each in found),
+            waiting=sum(each.waiting for each in found),
+            capacity=slots,
+            draining=all(each.draining for each in found),
+            error=next((each.error for each in found if each.error is not None), None),
+            slots=slots,
+            claiming=any(each.claiming for each in found),
+            paused=all(each.paused for each in found),
+            idle_seconds=min(each.idle_seconds for each in found),
+        )
+
+    # One environment.
+
+    async def _run(self, one: Environment, *, until_empty: bool) -> None:
+        """Run one environment, again after each failure while others run."""
+        while not one.drained:
+            await one.run(until_empty=until_empty)
+            if one.error is None:
+                break
+            self._log_failure(one, one.error)
+            if exits.status_of(one.error) == exits.USAGE:  # it would fail at each start
+                self.request_drain()
+            if until_empty or not await self._waited(one):
+                break
+        one.ended = True
+        self._shares[one.id].leave()
+        self._note_change()
+
+    async def _waited(self, one: Environment) -> bool:
+        """Wait until a failed environment may start again; return whether it may at all."""
+        self._note_change()
+        with suppress(TimeoutError):
+            async with asyncio.timeout(RETRY_SECONDS):
+                while self._may_start(one):
+                    await self._changed.wait()
+        return self._may_start(one)
+
+    def _may_start(self, one: Environment) -> bool:
+        others = any(each.running for each in self.environments if each is not one)
+        return others and not one.drained and self._limits.reached is None
+
+    def _note_change(self) -> None:
+        self._changed.set()
+        self._changed = asyncio.Event()
+
+    def _log_failure(self, one: Environment, error: WorkpoolError) -> None:
+        for problem in exits.lines_of(error):
+            line = exits.with_advice(problem, error, one.settings)
+            log.critical(
+                "environment failed: %s",
+                line,
+                extra={"environment_id": one.id, "error": line},
+                exc_info=exits.trace_of(error),
+            )
+
+    def _new_supervisor(self, settings: Settings) -> Supervisor:
+        supervisor = Supervisor(
+            settings,
+            registry=self._registry,
+            rate_limits=self._rate_limits[settings.environment_id],
+        )
+        share = self._shares[settings.environment_id]
+        supervisor.shared = SharedParts(share, self._limits, self._exporter)
+        supervisor.awaits_last_scrape = True
+        supervisor.on_blocked = self._blocked
+        return supervisor
+
+    def _blocked(self) -> None:
+        if self.on_blocked is not None:
+            self.on_blocked()
+
+    # What the exporter serves; called on its threads.
+
+    def _new_exporter(self) -> Exporter | None:
+        address = self._process.metrics_address
+        if address is None:
+            return None
+        from workpool.exporter import Exporter, LivePage  # noqa: PLC0415 - may be off, and slow
+
+        exporter = Exporter(
+            address.host or "",
+            address.port,
+            self._registry,
+            health=self._unhealthy,
+            readiness=self._unready,
+            live_page=LivePage(self._live_status, self._process.live_page_ids == "always"),
+        )
+        exporter.scale = lambda: worker_numbers(self.status())
+        return exporter
+
+    def _unhealthy(self) -> list[str]:
+        reasons = (each.supervisor.unhealthy() for each in self.environments)
+        return list(dict.fromkeys(reason for each in reasons for reason in each))
+
+    def _unready(self) -> list[str]:
+        return [reason for each in self.environments for reason in each.reasons]
+
+    def _live_status(self, show_ids: bool) -> Mapping[str, Any]:
+        from workpool.pool.live_status import merged_status, read_counts  # noqa: PLC0415 - rarely needed
+
+        counts = read_counts(self._registry)
+        found = [each.supervisor.live_status(show_ids, counts) for each in self.environments]
+        names = {"worker_id": self._process.worker_id, "version": found[0]["version"]}
+        return merged_status(names, found, self._process.concurrency, self._unready())
+
+
+def shared_rate_limits(environments: Sequence[Settings]) -> dict[str | None, RateLimits]:
+    """Return the rate limits of each environment: one object for those of one account.
+
+    Raises:
+        SettingsError: Environments of one account have different limits, or a credential cannot be
+            read.
+    """
+    groups: dict[object, list[Settings]] = {}
+    problems: list[str] = []
+    for each in environments:
+        key = each.rate_limit_group or (each.base_url, each.read_token())
+        groups.setdefault(key, []).append(each)
+    found: dict[str | None, RateLimits] = {}
+    for members in groups.values():
+        for name in ("read", "write"):
+            rates = {getattr(each, f"{name}_limit") for each in members}
+            if len(rates) > 1:
+                ids = ", ".join(str(each.environment_id) for each in members)
+                problems.append(f"{name}_rate: must be the same for {ids}, which share it")
+        limits = RateLimits(members[0].read_limit, members[0].write_limit)
+        found |= {each.environment_id: limits for each in members}
+    if problems:
+        raise SettingsError(tuple(problems))
+    return found
