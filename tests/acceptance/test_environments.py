@@ -108,6 +108,11 @@ async def test_sessions_of_both_environments_run_and_sigterm_drains_both(
     assert (shown["slots"]["busy"], shown["slots"]["limit"]) == (2, 4)
     assert [each["environment_id"] for each in shown["environments"]] == [ENVIRONMENT, OTHER]
     assert {each["environment_id"] for each in shown["sessions"]} == {ENVIRONMENT, OTHER}
+    top = await bare("top", "--once", await url_of(worker))
+    assert await top.ends() == 0
+    rows = [line.split("\t")[:4] for line in top.out.splitlines()]
+    for each in (ENVIRONMENT, OTHER):
+        assert [f"{shown['worker_id']} {each}", "ready", "1", "2"] in rows
     worker.send(signal.SIGTERM)
     assert await worker.ends() == 0
     assert worker.err.count("result=clean") == 2
@@ -216,4 +221,54 @@ async def test_burst_of_one_environment_does_not_delay_the_other(
     assert f"environment_id={OTHER}" in await worker.logs("finish runs")
     assert (await live(worker))["slots"]["busy"] == 3  # the last slot is the other's own
     worker.send(signal.SIGTERM)
+    assert await worker.ends() == 0
+
+
+async def test_check_reports_each_environment(
+    bare: Start, plane: ControlPlane, config: Path
+) -> None:
+    del plane
+    change(config.parent / "b.token", "key-of-the-other", "revoked")
+    check = await bare("check", "--config", "pool.toml", "--json")
+    assert await check.ends() == 3
+    found = {
+        (each["environment_id"], each["check"]): each["status"]
+        for each in json.loads(check.out)["checks"]
+    }
+    for each, status in ((ENVIRONMENT, "ok"), (OTHER, "FAIL")):
+        assert found[each, "credentials"] == "ok"
+        assert found[each, "plugins"] == "ok"
+        assert found[each, "control plane"] == status
+    text = await bare("check", "--config", "pool.toml")
+    assert await text.ends() == 3
+    assert f"FAIL  {OTHER}: control plane: " in text.out
+    assert f"ok    {ENVIRONMENT}: control plane: " in text.out
+
+
+async def test_one_environment_is_paused_and_drained_by_command_while_the_other_goes_on(
+    bare: Start, plane: ControlPlane, config: Path
+) -> None:
+    socket = config.parent / "s"
+    worker = await bare("run", "--config", "pool.toml", WORKPOOL_CONTROL_SOCKET=str(socket))
+    for each in (ENVIRONMENT, OTHER):
+        await worker.logs(f"idle; waiting for work environment_id={each}")
+
+    async def ask(*arguments: str) -> str:
+        command = await bare(*arguments, "--socket", str(socket))
+        assert await command.ends() == 0
+        return command.out
+
+    asked = await ask("pause", "moved", "--environment-id", OTHER)
+    assert asked.startswith(f"paused pid={worker.pid} environment_id={OTHER} running=0")
+    _, body = await read(worker, "/readyz")
+    assert json.loads(body)["reasons"] == [f"{OTHER}: paused: moved"]
+    assert f"environment_id={ENVIRONMENT},{OTHER} running=0" in await ask("resume")
+    unknown = await bare("pause", "--environment-id", "env_none", "--socket", str(socket))
+    assert await unknown.ends() == 1
+    await ask("drain", "--environment-id", OTHER)
+    assert f"environment_id={OTHER}" in await worker.logs("drained")
+    plane.enqueue(metadata={"do": "finish"}, environment_id=ENVIRONMENT)
+    await worker.logs("finish runs")
+    assert (await read(worker, "/readyz"))[0] == 200
+    await ask("drain")
     assert await worker.ends() == 0

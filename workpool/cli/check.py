@@ -6,8 +6,8 @@ Claims and changes nothing: it reads one item of the list. See workpool/docs/ope
 
 import asyncio
 import time
-from collections.abc import Iterator, Mapping
-from dataclasses import asdict, dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime
 from email.utils import parsedate_to_datetime
 from typing import Any, Final, Literal
@@ -16,10 +16,17 @@ import aiohttp
 import typer
 
 from workpool.cli import exits
-from workpool.cli.flags import Config, Json, PluginNames, read_settings, with_setting_flags
+from workpool.cli.flags import (
+    Config,
+    Json,
+    PluginNames,
+    read_environments,
+    with_setting_flags,
+)
 from workpool.cli.help_text import examples
 from workpool.cli.output import print_json
 from workpool.cli.plugin_list import load_plugins
+from workpool.cli.rate_limit_groups import shared_rate_limits
 from workpool.errors import ControlPlaneError, PluginError, SettingsError
 from workpool.logs import readable
 from workpool.settings import Settings
@@ -32,13 +39,17 @@ SKEW_SECONDS: Final = 5.0
 
 @dataclass(frozen=True, slots=True)
 class CheckResult:
-    """One line of the report; `exit` is its exit status."""
+    """One line of the report.
+
+    `exit` is its exit status; `environment_id` the environment, if the file has several.
+    """
 
     check: str
     status: Literal["ok", "warn", "FAIL"]
     message: str
     advice: str = ""
     exit: int = exits.OK
+    environment_id: str | None = None
 
 
 EXAMPLES: Final = examples(
@@ -63,20 +74,46 @@ def check(
     """
     findings: list[CheckResult] = []
     try:
-        settings = read_settings(config, plugins=plugins, **flags)
+        settings, environments = read_environments(config, plugins=plugins, **flags)
     except SettingsError as error:
         findings += _problems("settings", error)
     else:
-        findings += _find(settings)
+        findings += _find_all(settings, environments)
     status = next((each.exit for each in findings if each.exit), exits.OK)
     if json:
-        shown = [{k: v for k, v in asdict(each).items() if k != "exit"} for each in findings]
+        shown = [_shown(each) for each in findings]
         print_json({"ok": status == exits.OK, "checks": shown})
     else:
         for each in findings:
             advice = f"; {each.advice}" if each.advice else ""
-            typer.echo(f"{each.status:<4}  {each.check}: {readable(each.message)}{advice}")
+            environment = "" if each.environment_id is None else f"{each.environment_id}: "
+            typer.echo(
+                f"{each.status:<4}  {environment}{each.check}: {readable(each.message)}{advice}"
+            )
     raise typer.Exit(status)
+
+
+def _shown(result: CheckResult) -> dict[str, object]:
+    """Return the JSON object of a line."""
+    hidden = {"exit"} if result.environment_id is not None else {"exit", "environment_id"}
+    return {name: value for name, value in asdict(result).items() if name not in hidden}
+
+
+def _find_all(settings: Settings, environments: Sequence[Settings]) -> Iterator[CheckResult]:
+    """Check each environment of the file, or the only one."""
+    if not environments:
+        yield from _find(settings)
+        return
+    usable: list[Settings] = []
+    for each in environments:
+        found = [replace(one, environment_id=each.environment_id) for one in _find(each)]
+        yield from found
+        if not any(one.check == "credentials" and one.exit for one in found):
+            usable.append(each)
+    try:
+        shared_rate_limits(usable)
+    except SettingsError as error:
+        yield from _problems("rate limits", error)
 
 
 def _find(settings: Settings) -> Iterator[CheckResult]:

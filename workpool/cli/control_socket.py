@@ -285,7 +285,7 @@ def _act(line: bytes, pool: Pool, environments: Mapping[str, Controlled]) -> dic
     status = chosen.status()
     return {
         "pid": os.getpid(),
-        "environment_id": chosen.settings.environment_id or ", ".join(environments)[:200],
+        "environment_id": chosen.settings.environment_id or ",".join(environments)[:200],
         "running": status.running,
         "reasons": [reason[:200] for reason in status.reasons[:5]],
     }

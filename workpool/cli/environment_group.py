@@ -14,17 +14,17 @@ from typing import TYPE_CHECKING, Any, Final
 
 from workpool.cli import exits
 from workpool.cli.log_config import log
+from workpool.cli.rate_limit_groups import shared_rate_limits
 from workpool.cli.service_thread import ServiceThread
-from workpool.errors import SettingsError, WorkpoolError
+from workpool.errors import WorkpoolError
 from workpool.pool.admission import ExitLimits
 from workpool.pool.shared_parts import SharedParts
 from workpool.pool.shared_slots import SharedSlots
 from workpool.pool.status import Status, worker_numbers
 from workpool.pool.supervisor import Supervisor
-from workpool.wire.http.rate_limiter import RateLimits
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Mapping, Sequence
+    from collections.abc import Callable, Iterator, Sequence
     from contextlib import AbstractAsyncContextManager
     from types import EllipsisType
 
@@ -217,6 +217,20 @@ class EnvironmentGroup:
             idle_seconds=min(each.idle_seconds for each in found),
         )
 
+    @property
+    def metrics_url(self) -> str | None:
+        """The URL of `/metrics`, `/healthz` and `/readyz`, without a path; None if off."""
+        return self._exporter.url if self._exporter else None
+
+    def live_status(self, show_ids: bool) -> dict[str, Any]:
+        """Return the data of the live page. May be called on any thread."""
+        from workpool.pool.live_status import merged_status, read_counts  # noqa: PLC0415 - rarely needed
+
+        counts = read_counts(self._registry)
+        found = [each.supervisor.live_status(show_ids, counts) for each in self.environments]
+        names = {"worker_id": self._process.worker_id, "version": found[0]["version"]}
+        return merged_status(names, found, self._process.concurrency, self._unready())
+
     # One environment.
 
     async def _run(self, one: Environment, *, until_empty: bool) -> None:
@@ -291,7 +305,7 @@ class EnvironmentGroup:
             self._registry,
             health=self._unhealthy,
             readiness=self._unready,
-            live_page=LivePage(self._live_status, self._process.live_page_ids == "always"),
+            live_page=LivePage(self.live_status, self._process.live_page_ids == "always"),
         )
         exporter.scale = lambda: worker_numbers(self.status())
         return exporter
@@ -302,37 +316,3 @@ class EnvironmentGroup:
 
     def _unready(self) -> list[str]:
         return [reason for each in self.environments for reason in each.reasons]
-
-    def _live_status(self, show_ids: bool) -> Mapping[str, Any]:
-        from workpool.pool.live_status import merged_status, read_counts  # noqa: PLC0415 - rarely needed
-
-        counts = read_counts(self._registry)
-        found = [each.supervisor.live_status(show_ids, counts) for each in self.environments]
-        names = {"worker_id": self._process.worker_id, "version": found[0]["version"]}
-        return merged_status(names, found, self._process.concurrency, self._unready())
-
-
-def shared_rate_limits(environments: Sequence[Settings]) -> dict[str | None, RateLimits]:
-    """Return the rate limits of each environment: one object for those of one account.
-
-    Raises:
-        SettingsError: Environments of one account have different limits, or a credential cannot be
-            read.
-    """
-    groups: dict[object, list[Settings]] = {}
-    problems: list[str] = []
-    for each in environments:
-        key = each.rate_limit_group or (each.base_url, each.read_token())
-        groups.setdefault(key, []).append(each)
-    found: dict[str | None, RateLimits] = {}
-    for members in groups.values():
-        for name in ("read", "write"):
-            rates = {getattr(each, f"{name}_limit") for each in members}
-            if len(rates) > 1:
-                ids = ", ".join(str(each.environment_id) for each in members)
-                problems.append(f"{name}_rate: must be the same for {ids}, which share it")
-        limits = RateLimits(members[0].read_limit, members[0].write_limit)
-        found |= {each.environment_id: limits for each in members}
-    if problems:
-        raise SettingsError(tuple(problems))
-    return found

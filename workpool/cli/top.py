@@ -111,7 +111,24 @@ async def _read(http: aiohttp.ClientSession, url: str) -> Status:
 
 
 def _workers(urls: "Sequence[str]", statuses: "Sequence[Status]") -> "list[Row]":
-    return [_row(_worker(url, status)) for url, status in zip(urls, statuses, strict=True)]
+    return [
+        _row(_worker(url, part))
+        for url, status in zip(urls, statuses, strict=True)
+        for part in _pools(status)
+    ]
+
+
+def _pools(status: Status) -> "list[Status]":
+    """Return the status of each environment of a worker that has several, else its own."""
+    found = status.get("environments")
+    if not isinstance(found, list):
+        return [status]
+    worker = status.get("worker_id", "")
+    return [
+        {**each, "worker_id": f"{worker} {each.get('environment_id', '')}"}
+        for each in found
+        if isinstance(each, dict) and "reasons" in each
+    ]
 
 
 def _worker(url: str, status: Status) -> tuple[object, ...]:

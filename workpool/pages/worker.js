@@ -6,13 +6,21 @@ const ratios = new Array(SAMPLES).fill(null);
 let before = null;
 
 const COLUMNS = [
-  { text: (one) => one.handler },
+  { text: (one) => (one.environment_id ? `${one.handler} · ${one.environment_id}` : one.handler) },
   { text: (one) => seconds(one.age_seconds), style: "number-cell" },
   { text: (one) => String(one.attempt), style: "number-cell" },
   { text: (one) => seconds(one.lease_seconds), style: "number-cell" },
   { text: (one) => seconds(one.silence_seconds), style: "number-cell" },
   { text: (one) => one.session_id ?? "not shown", style: "id" },
   { text: (one) => one.work_id ?? "not shown", style: "id" },
+];
+
+const ENVIRONMENT_COLUMNS = [
+  { text: (one) => one.environment_id, style: "id" },
+  { text: (one) => String(one.slots?.busy ?? "–"), style: "number-cell" },
+  { text: (one) => String(one.slots?.free ?? "–"), style: "number-cell" },
+  { text: (one) => String(one.outcomes?.completed ?? "–"), style: "number-cell" },
+  { text: (one) => one.reasons.join("; ") || "ready" },
 ];
 
 function remember(list, value) {
@@ -77,6 +85,8 @@ function showStatus(status) {
   show("ratio", ratio === null ? "–" : `${Math.round(100 * ratio)} %`);
   drawLine("latency-line", latencies);
   drawLine("ratio-line", ratios, 1);
+  find("several").hidden = !status.environments; // a worker with one environment has no list
+  fillTable("environments", status.environments ?? [], ENVIRONMENT_COLUMNS);
   fillTable("sessions", status.sessions, COLUMNS);
   const hidden = status.sessions_running - status.sessions.length;
   show("more", hidden > 0 ? `(the oldest ${status.sessions.length} of ${status.sessions_running})` : "");

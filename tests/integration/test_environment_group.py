@@ -1,0 +1,264 @@
+"""The supervisors of several environments in one process.
+
+See workpool/docs/operating.md, "Several environments".
+"""
+
+from __future__ import annotations
+
+import asyncio
+import importlib
+import logging
+import sys
+from typing import TYPE_CHECKING, Any
+
+import pytest
+from prometheus_client import CollectorRegistry
+
+from tests.integration.test_live_page import driven_browser
+from workpool import Settings, SettingsError
+from workpool.cli import environment_group
+from workpool.cli.environment_group import EnvironmentGroup
+from workpool.cli.rate_limit_groups import shared_rate_limits
+from workpool.errors import ListenError
+from workpool.server import ControlPlane
+
+if TYPE_CHECKING:
+    from collections.abc import AsyncIterator, Callable, Coroutine, Iterator
+    from pathlib import Path
+
+    Running = Callable[[EnvironmentGroup], Coroutine[Any, Any, None]]
+
+pytestmark = pytest.mark.timeout(120)
+
+SECONDS = 30.0
+FIRST, OTHER = "env_0199cccccccc70008000000000000001", "env_0199cccccccc70008000000000000002"
+KEYS = {"key-of-first-Zx9": frozenset({FIRST}), "key-of-other-Zx9": frozenset({OTHER})}
+MODULE = """
+import asyncio
+from contextlib import asynccontextmanager
+from workpool import hookimpl, handler
+
+ended, opened, instances, may_end = [], [], {}, asyncio.Semaphore(0)
+
+class Tool:
+    @hookimpl
+    def workpool_lifespan(self, supervisor):
+        return self.open(supervisor.settings.environment_id)
+
+    @asynccontextmanager
+    async def open(self, environment_id):
+        opened.append(environment_id)
+        yield
+
+    @handler
+    async def work(self, session):
+        instances[session.item.environment_id] = id(self)
+        if session.item.metadata.get("wait"):
+            await may_end.acquire()
+        ended.append(session.item.environment_id)
+"""
+
+
+@pytest.fixture
+async def plane() -> AsyncIterator[ControlPlane]:
+    async with ControlPlane(environments=(FIRST, OTHER), tokens=KEYS) as plane:
+        yield plane
+
+
+@pytest.fixture
+def module(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
+    """Return the module with the plugin of the environments."""
+    (tmp_path / "group_tool.py").write_text(MODULE)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    yield importlib.import_module("group_tool")
+    del sys.modules["group_tool"]
+
+
+@pytest.fixture
+def make_group(plane: ControlPlane, module: Any, tmp_path: Path) -> Callable[..., EnvironmentGroup]:
+    """Return a function that makes a group from a file with both environments."""
+    del module
+    for name, token in zip(("first", "other"), KEYS, strict=True):
+        (tmp_path / name).write_text(token)
+    path = tmp_path / "pool.toml"
+    path.write_text(f"""
+        [workpool]
+        base_url = "{plane.base_url}"
+        plugins = ["group_tool:Tool"]
+        [workpool.environments.{FIRST}]
+        token_file = "{tmp_path / "first"}"
+        [workpool.environments.{OTHER}]
+        token_file = "{tmp_path / "other"}"
+        """)
+
+    def make(**settings: Any) -> EnvironmentGroup:
+        process, environments = Settings.of_environments(
+            config=path, **{"metrics_listen": "127.0.0.1:0", **settings}
+        )
+        return EnvironmentGroup(process, environments, CollectorRegistry())
+
+    return make
+
+
+async def until(holds: Callable[[], object]) -> None:
+    async with asyncio.timeout(SECONDS):
+        while not holds():  # noqa: ASYNC110 - the states of several pools have no event
+            await asyncio.sleep(0.01)
+
+
+async def while_running(group: EnvironmentGroup, use: Running) -> None:
+    """Call `use` while the group runs, then drain it."""
+    async with asyncio.timeout(2 * SECONDS), asyncio.TaskGroup() as tasks:
+        running = tasks.create_task(group.run())
+        try:
+            await use(group)
+        finally:
+            group.request_drain()
+        await running
+
+
+async def test_each_environment_has_plugin_instance_and_lifespan_of_its_own(
+    make_group: Callable[..., EnvironmentGroup], plane: ControlPlane, module: Any
+) -> None:
+    async def use(group: EnvironmentGroup) -> None:
+        for each in (FIRST, OTHER):
+            plane.enqueue(environment_id=each)
+        await until(lambda: len(module.ended) == 2)
+        assert group.status().ready
+
+    await while_running(make_group(), use)
+    assert sorted(module.opened) == [FIRST, OTHER]
+    assert len(set(module.instances.values())) == 2
+
+
+async def test_failed_environment_starts_again_with_its_pause_and_recovers(
+    make_group: Callable[..., EnvironmentGroup],
+    plane: ControlPlane,
+    module: Any,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    monkeypatch.setattr(environment_group, "RETRY_SECONDS", 0.05)
+    caplog.set_level(logging.CRITICAL, "workpool")
+    key = tmp_path / "other"
+    good = key.read_text()
+    key.write_text("revoked-Zx9")
+
+    async def use(group: EnvironmentGroup) -> None:
+        other = group.by_id[OTHER]
+        await until(lambda: other.error is not None)
+        other.pause("by an operator")
+        key.write_text(good)
+        paused = f"{OTHER}: paused: by an operator"
+        await until(lambda: paused in group.status().reasons)
+        plane.enqueue(environment_id=OTHER)
+        other.resume()
+        await until(lambda: module.ended)
+        await until(lambda: group.status().ready)
+
+    await while_running(make_group(), use)
+    assert module.ended == [OTHER]
+    assert "environment failed: " in caplog.text
+    assert "revoked-Zx9" not in caplog.text
+
+
+async def test_burst_leaves_one_slot_and_gives_up_those_that_others_wait_for(
+    make_group: Callable[..., EnvironmentGroup], plane: ControlPlane, module: Any
+) -> None:
+    plane.enqueue(10, {"wait": "yes"}, environment_id=FIRST)
+
+    def running(group: EnvironmentGroup) -> list[int]:
+        return [each.status().running for each in group.environments]
+
+    async def use(group: EnvironmentGroup) -> None:
+        await until(lambda: running(group) == [5, 0])
+        plane.enqueue(10, {"wait": "yes"}, environment_id=OTHER)
+        await until(lambda: running(group) == [5, 1])
+        assert group.status().ready
+        shown = group.live_status(show_ids=True)
+        assert shown["slots"] == {"busy": 6, "reserved": 0, "free": 0, "limit": 6}
+        for now in ([4, 2], [3, 3], [3, 3]):  # the sessions that began first end first
+            ended = len(module.ended)
+            module.may_end.release()
+            await until(lambda: len(module.ended) > ended and running(group) == now)  # noqa: B023 - awaited in this turn
+        for _ in range(20):
+            module.may_end.release()
+        await until(lambda: len(module.ended) == 20)
+
+    await while_running(make_group(concurrency=6), use)
+
+
+async def test_environments_of_one_account_share_rate_limits(tmp_path: Path) -> None:
+    def limits(**values: Any) -> list[Any]:
+        path = tmp_path / "pool.toml"
+        path.write_text(
+            "[workpool]\nread_rate = 7\nwrite_rate = 5\n"
+            + "\n".join(
+                f"[workpool.environments.{name}]\ntoken = '{token}'\n{more}"
+                for name, (token, more) in values.items()
+            )
+        )
+        found = shared_rate_limits(Settings.of_environments(config=path)[1])
+        return [found[name] for name in values]
+
+    one, two, three = limits(a=("t", ""), b=("t", ""), c=("u", ""))
+    assert one is two
+    assert (one.read.rate, one.write.rate) == (7, 5)
+    assert three is not one
+    other_address = "base_url = 'http://127.0.0.1:1'"
+    assert len(set(limits(a=("t", ""), b=("t", other_address)))) == 2
+    group = "rate_limit_group = 'acme'"
+    assert len(set(limits(a=("t", group), b=("u", group), c=("u", "")))) == 2
+    with pytest.raises(SettingsError) as raised:
+        limits(a=("secret-Zx9", ""), b=("secret-Zx9", "read_rate = 8"))
+    assert raised.value.problems == ("read_rate: must be the same for a, b, which share it",)
+
+
+async def test_exit_after_idle_waits_until_every_environment_is_idle(
+    make_group: Callable[..., EnvironmentGroup], plane: ControlPlane, module: Any
+) -> None:
+    plane.enqueue(1, {"wait": "yes"}, environment_id=OTHER)
+    group = make_group(exit_after_idle=0.5, block_ms=50)
+    async with asyncio.timeout(2 * SECONDS), asyncio.TaskGroup() as tasks:
+        running = tasks.create_task(group.run())
+        first = group.by_id[FIRST]
+        await until(lambda: first.status().idle_seconds > 1)
+        assert not running.done()
+        assert first.status().ready
+        module.may_end.release()
+        await running
+    assert module.ended == [OTHER]
+
+
+async def test_address_in_use_is_an_error_of_the_process(
+    make_group: Callable[..., EnvironmentGroup],
+) -> None:
+    async with asyncio.timeout(SECONDS):
+        server = await asyncio.start_server(lambda _, __: None, "127.0.0.1", 0)
+        async with server:
+            port = server.sockets[0].getsockname()[1]
+            with pytest.raises(ListenError):
+                await make_group(metrics_listen=f"127.0.0.1:{port}").run()
+
+
+@pytest.mark.trial
+async def test_page_shows_environments_in_a_browser(
+    make_group: Callable[..., EnvironmentGroup], plane: ControlPlane, module: Any, tmp_path: Path
+) -> None:
+    for each in (FIRST, OTHER):
+        plane.enqueue(1, {"wait": "yes"}, environment_id=each)
+
+    async def use(group: EnvironmentGroup) -> None:
+        await until(lambda: group.status().running == 2)
+        async with driven_browser(tmp_path) as browser:
+            await browser.open(f"{group.metrics_url}/")
+            rows = "document.getElementById('environments').textContent"
+            shown = await browser.until(rows, OTHER)
+            assert FIRST in shown
+            assert OTHER in await browser.run("document.getElementById('sessions').textContent")
+            assert await browser.run("document.getElementById('busy').textContent") == "2"
+        for _ in range(2):
+            module.may_end.release()
+
+    await while_running(make_group(), use)
