@@ -5,9 +5,13 @@ See workpool/docs/operating.md, "Several environments".
 
 from __future__ import annotations
 
+import asyncio
+import contextlib
 import json
 import signal
-from typing import TYPE_CHECKING, Any
+import socket
+import tempfile
+from typing import TYPE_CHECKING, Any, Self
 
 import aiohttp
 import pytest
@@ -19,34 +23,74 @@ if TYPE_CHECKING:
     from collections.abc import AsyncIterator
     from pathlib import Path
 
-    from tests.acceptance.conftest import Command, Start
-
-pytestmark = [pytest.mark.acceptance, pytest.mark.timeout(120)]
+    from tests.acceptance.conftest import RunningCommand, StartCommand
 
 OTHER = "env_0199bbbbbbbb70008000000000000004"
 KEYS = {
     "key-of-the-first-Zx9": frozenset({ENVIRONMENT}),
     "key-of-the-other-Zx9": frozenset({OTHER}),
 }
+SLOW = f"""
+from contextlib import asynccontextmanager
+from workpool import hookimpl
+
+@hookimpl
+def workpool_lifespan(supervisor):
+    return slowly(supervisor.settings.environment_id)
+
+@asynccontextmanager
+async def slowly(environment_id):
+    while environment_id == "{OTHER}" and not Path("open").exists():
+        print("opens slowly", file=sys.stderr, flush=True)
+        await asyncio.sleep(0.05)
+    yield
+"""
+
+
+class ServiceManager:
+    """The socket of a service manager."""
+
+    def __enter__(self) -> Self:
+        self._folder = tempfile.TemporaryDirectory(prefix="wp-")
+        self.address = f"{self._folder.name}/notify"
+        self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
+        self._socket.setblocking(False)  # noqa: FBT003 - the signature of the standard library
+        self._socket.bind(self.address)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._socket.close()
+        self._folder.cleanup()
+
+    def received(self) -> str:
+        """Return the datagrams that have arrived since the last call."""
+        found = ""
+        with contextlib.suppress(BlockingIOError):
+            while True:
+                found += self._socket.recv(4096).decode() + "\n"
+        return found
+
+
+pytestmark = [pytest.mark.acceptance, pytest.mark.timeout(120)]
 
 
 @pytest.fixture
-async def plane() -> AsyncIterator[ControlPlane]:
+async def control_plane() -> AsyncIterator[ControlPlane]:
     """Return a control plane with two environments, each with a token of its own."""
     tokens = {TOKEN: None, **KEYS}
-    async with ControlPlane(environments=(ENVIRONMENT, OTHER), tokens=tokens) as plane:
-        yield plane
+    async with ControlPlane(environments=(ENVIRONMENT, OTHER), tokens=tokens) as control_plane:
+        yield control_plane
 
 
 @pytest.fixture
-def config(folder: Path, plane: ControlPlane) -> Path:
+def config(command_directory: Path, control_plane: ControlPlane) -> Path:
     """Return the file of a worker for both environments, with a token file for each."""
     for name, token in zip("ab", KEYS, strict=True):
-        (folder / f"{name}.token").write_text(token)
-    path = folder / "pool.toml"
+        (command_directory / f"{name}.token").write_text(token)
+    path = command_directory / "pool.toml"
     path.write_text(f"""
         [workpool]
-        base_url = "{plane.base_url}"
+        base_url = "{control_plane.base_url}"
         plugins = ["handlers"]
         metrics_listen = "127.0.0.1:0"
         concurrency = 4
@@ -70,31 +114,31 @@ def remove(file: Path) -> None:
     file.unlink()
 
 
-async def url_of(worker: Command) -> str:
-    line = await worker.logs("metrics served url=")
+async def url_of(worker: RunningCommand) -> str:
+    line = await worker.wait_for_log("metrics served url=")
     return line.partition("url=")[2].split()[0].removesuffix("/metrics")
 
 
-async def read(worker: Command, path: str) -> tuple[int, str]:
+async def read(worker: RunningCommand, path: str) -> tuple[int, str]:
     async with aiohttp.ClientSession() as http, http.get(await url_of(worker) + path) as answer:
         return answer.status, await answer.text()
 
 
-async def live(worker: Command) -> Any:
+async def live(worker: RunningCommand) -> Any:
     return json.loads((await read(worker, "/live.json"))[1])
 
 
 async def test_sessions_of_both_environments_run_and_sigterm_drains_both(
-    bare: Start, plane: ControlPlane, config: Path
+    start_without_settings: StartCommand, control_plane: ControlPlane, config: Path
 ) -> None:
     del config
     items = [
-        plane.enqueue(metadata={"do": "wait"}, environment_id=each)[0]
+        control_plane.enqueue(metadata={"do": "wait"}, environment_id=each)[0]
         for each in (ENVIRONMENT, OTHER)
     ]
-    worker = await bare("run", "--config", "pool.toml")
+    worker = await start_without_settings("run", "--config", "pool.toml")
     for item, each in zip(items, (ENVIRONMENT, OTHER), strict=True):
-        line = await worker.logs(item.id)
+        line = await worker.wait_for_log(item.id)
         assert f"environment_id={each}" in line
         assert "wait runs" in line
     _, metrics = await read(worker, "/metrics")
@@ -108,129 +152,137 @@ async def test_sessions_of_both_environments_run_and_sigterm_drains_both(
     assert (shown["slots"]["busy"], shown["slots"]["limit"]) == (2, 4)
     assert [each["environment_id"] for each in shown["environments"]] == [ENVIRONMENT, OTHER]
     assert {each["environment_id"] for each in shown["sessions"]} == {ENVIRONMENT, OTHER}
-    top = await bare("top", "--once", await url_of(worker))
-    assert await top.ends() == 0
+    top = await start_without_settings("top", "--once", await url_of(worker))
+    assert await top.wait_for_end() == 0
     rows = [line.split("\t")[:4] for line in top.out.splitlines()]
     for each in (ENVIRONMENT, OTHER):
         assert [f"{shown['worker_id']} {each}", "ready", "1", "2"] in rows
-    worker.send(signal.SIGTERM)
-    assert await worker.ends() == 0
+    worker.send_signal(signal.SIGTERM)
+    assert await worker.wait_for_end() == 0
     assert worker.err.count("result=clean") == 2
-    found = [plane.operations.get(each.environment_id, each.id) for each in items]
+    found = [control_plane.operations.get(each.environment_id, each.id) for each in items]
     assert [each.metadata["done"] for each in found] == ["when asked"] * 2
 
 
 async def test_refused_environment_is_reported_and_the_other_one_goes_on(
-    bare: Start, plane: ControlPlane, config: Path
+    start_without_settings: StartCommand, control_plane: ControlPlane, config: Path
 ) -> None:
     change(config.parent / "b.token", "key-of-the-other", "revoked")
-    worker = await bare("run", "--config", "pool.toml")
-    failed = await worker.logs("environment failed: ")
+    worker = await start_without_settings("run", "--config", "pool.toml")
+    failed = await worker.wait_for_log("environment failed: ")
     assert f"environment_id={OTHER}" in failed
     assert "the token is wrong or has expired" in failed
     assert f"token_file from pool.toml [workpool.environments.{OTHER}]" in failed
-    plane.enqueue(metadata={"do": "finish"}, environment_id=ENVIRONMENT)
-    await worker.logs("finish runs")
+    control_plane.enqueue(metadata={"do": "finish"}, environment_id=ENVIRONMENT)
+    await worker.wait_for_log("finish runs")
     status, body = await read(worker, "/readyz")
     assert (status, json.loads(body)["reasons"]) == (503, [f"{OTHER}: failed: RefusedError"])
     assert (await live(worker))["slots"]["limit"] == 4
-    worker.send(signal.SIGTERM)
-    assert await worker.ends() == 3
+    worker.send_signal(signal.SIGTERM)
+    assert await worker.wait_for_end() == 3
     assert "revoked-Zx9" not in worker.out + worker.err
 
 
 async def test_process_ends_with_3_if_every_environment_is_refused(
-    bare: Start, config: Path
+    start_without_settings: StartCommand, config: Path
 ) -> None:
     for name in "ab":
         change(config.parent / f"{name}.token", "key", "revoked")
-    worker = await bare("run", "--config", "pool.toml")
-    assert await worker.ends() == 3
+    worker = await start_without_settings("run", "--config", "pool.toml")
+    assert await worker.wait_for_end() == 3
     assert worker.err.count("environment failed: ") == 2
 
 
 async def test_process_ends_with_2_if_an_environment_cannot_start(
-    bare: Start, config: Path
+    start_without_settings: StartCommand, config: Path
 ) -> None:
     append(config, 'plugins = ["handlers", "nowhere"]')
-    worker = await bare("run", "--config", "pool.toml")
-    assert await worker.ends() == 2
+    worker = await start_without_settings("run", "--config", "pool.toml")
+    assert await worker.wait_for_end() == 2
     assert "no module named 'nowhere'" in worker.err
 
 
-async def test_wrong_tables_are_errors_with_status_2(bare: Start, config: Path) -> None:
+async def test_wrong_tables_are_errors_with_status_2(
+    start_without_settings: StartCommand, config: Path
+) -> None:
     remove(config.parent / "a.token")
     append(config, 'log_level = "debug"')
-    worker = await bare("run", "--config", "pool.toml")
-    assert await worker.ends() == 2
+    worker = await start_without_settings("run", "--config", "pool.toml")
+    assert await worker.wait_for_end() == 2
     assert (
         "log_level: is for all environments; move it to [workpool] (from pool.toml " in worker.err
     )
     change(config, "log_level", "# log_level")
-    worker = await bare("run", "--config", "pool.toml")
-    assert await worker.ends() == 2
+    worker = await start_without_settings("run", "--config", "pool.toml")
+    assert await worker.wait_for_end() == 2
     assert f"(from pool.toml [workpool.environments.{ENVIRONMENT}])" in worker.err
 
 
 async def test_flag_drain_ends_once_both_queues_are_empty(
-    bare: Start, plane: ControlPlane, config: Path
+    start_without_settings: StartCommand, control_plane: ControlPlane, config: Path
 ) -> None:
     del config
     items = [
         item
         for each in (ENVIRONMENT, OTHER)
-        for item in plane.enqueue(5, metadata={"do": "finish"}, environment_id=each)
+        for item in control_plane.enqueue(5, metadata={"do": "finish"}, environment_id=each)
     ]
-    worker = await bare("run", "--config", "pool.toml", "--drain")
-    assert await worker.ends() == 0
-    found = [plane.operations.get(each.environment_id, each.id).state for each in items]
+    worker = await start_without_settings("run", "--config", "pool.toml", "--drain")
+    assert await worker.wait_for_end() == 0
+    found = [control_plane.operations.get(each.environment_id, each.id).state for each in items]
     assert found == ["stopped"] * 10
 
 
 async def test_environment_id_runs_only_that_environment(
-    bare: Start, plane: ControlPlane, config: Path
+    start_without_settings: StartCommand, control_plane: ControlPlane, config: Path
 ) -> None:
     del config
-    [item] = plane.enqueue(metadata={"do": "finish"}, environment_id=OTHER)
-    worker = await bare("run", "--config", "pool.toml", "--environment-id", OTHER, "--drain")
-    assert await worker.ends() == 0
-    assert plane.operations.get(OTHER, item.id).state == "stopped"
+    [item] = control_plane.enqueue(metadata={"do": "finish"}, environment_id=OTHER)
+    worker = await start_without_settings(
+        "run", "--config", "pool.toml", "--environment-id", OTHER, "--drain"
+    )
+    assert await worker.wait_for_end() == 0
+    assert control_plane.operations.get(OTHER, item.id).state == "stopped"
     assert ENVIRONMENT not in worker.err
 
 
 async def test_exit_after_sessions_counts_the_sessions_of_all_environments(
-    bare: Start, plane: ControlPlane, config: Path
+    start_without_settings: StartCommand, control_plane: ControlPlane, config: Path
 ) -> None:
     del config
     for each in (ENVIRONMENT, OTHER):
-        plane.enqueue(3, metadata={"do": "finish"}, environment_id=each)
-    worker = await bare("run", "--config", "pool.toml", "--exit-after-sessions", "4")
-    assert await worker.ends() == 0
+        control_plane.enqueue(3, metadata={"do": "finish"}, environment_id=each)
+    worker = await start_without_settings(
+        "run", "--config", "pool.toml", "--exit-after-sessions", "4"
+    )
+    assert await worker.wait_for_end() == 0
     assert worker.err.count("session ended") == 4
 
 
 async def test_burst_of_one_environment_does_not_delay_the_other(
-    bare: Start, plane: ControlPlane, config: Path
+    start_without_settings: StartCommand, control_plane: ControlPlane, config: Path
 ) -> None:
     del config
-    items = plane.enqueue(10, metadata={"do": "linger"}, environment_id=ENVIRONMENT)
-    worker = await bare("run", "--config", "pool.toml", WORKPOOL_DRAIN_TIMEOUT="0")
+    items = control_plane.enqueue(10, metadata={"do": "linger"}, environment_id=ENVIRONMENT)
+    worker = await start_without_settings(
+        "run", "--config", "pool.toml", WORKPOOL_DRAIN_TIMEOUT="0"
+    )
     for item in items[:3]:
-        assert "linger runs" in await worker.logs(item.id)
-    plane.enqueue(metadata={"do": "finish"}, environment_id=OTHER)
-    assert f"environment_id={OTHER}" in await worker.logs("finish runs")
+        assert "linger runs" in await worker.wait_for_log(item.id)
+    control_plane.enqueue(metadata={"do": "finish"}, environment_id=OTHER)
+    assert f"environment_id={OTHER}" in await worker.wait_for_log("finish runs")
     assert (await live(worker))["slots"]["busy"] == 3  # the last slot is the other's own
-    worker.send(signal.SIGTERM)
-    assert await worker.ends() == 0
+    worker.send_signal(signal.SIGTERM)
+    assert await worker.wait_for_end() == 0
 
 
 async def test_check_reports_each_environment(
-    bare: Start, plane: ControlPlane, config: Path
+    start_without_settings: StartCommand, control_plane: ControlPlane, config: Path
 ) -> None:
-    del plane
+    del control_plane
     change(config.parent / "b.token", "key-of-the-other", "revoked")
-    check = await bare("check", "--config", "pool.toml", "--json")
-    assert await check.ends() == 3
+    check = await start_without_settings("check", "--config", "pool.toml", "--json")
+    assert await check.wait_for_end() == 3
     found = {
         (each["environment_id"], each["check"]): each["status"]
         for each in json.loads(check.out)["checks"]
@@ -239,23 +291,25 @@ async def test_check_reports_each_environment(
         assert found[each, "credentials"] == "ok"
         assert found[each, "plugins"] == "ok"
         assert found[each, "control plane"] == status
-    text = await bare("check", "--config", "pool.toml")
-    assert await text.ends() == 3
+    text = await start_without_settings("check", "--config", "pool.toml")
+    assert await text.wait_for_end() == 3
     assert f"FAIL  {OTHER}: control plane: " in text.out
     assert f"ok    {ENVIRONMENT}: control plane: " in text.out
 
 
 async def test_one_environment_is_paused_and_drained_by_command_while_the_other_goes_on(
-    bare: Start, plane: ControlPlane, config: Path
+    start_without_settings: StartCommand, control_plane: ControlPlane, config: Path
 ) -> None:
     socket = config.parent / "s"
-    worker = await bare("run", "--config", "pool.toml", WORKPOOL_CONTROL_SOCKET=str(socket))
+    worker = await start_without_settings(
+        "run", "--config", "pool.toml", WORKPOOL_CONTROL_SOCKET=str(socket)
+    )
     for each in (ENVIRONMENT, OTHER):
-        await worker.logs(f"idle; waiting for work environment_id={each}")
+        await worker.wait_for_log(f"idle; waiting for work environment_id={each}")
 
     async def ask(*arguments: str) -> str:
-        command = await bare(*arguments, "--socket", str(socket))
-        assert await command.ends() == 0
+        command = await start_without_settings(*arguments, "--socket", str(socket))
+        assert await command.wait_for_end() == 0
         return command.out
 
     asked = await ask("pause", "moved", "--environment-id", OTHER)
@@ -263,12 +317,36 @@ async def test_one_environment_is_paused_and_drained_by_command_while_the_other_
     _, body = await read(worker, "/readyz")
     assert json.loads(body)["reasons"] == [f"{OTHER}: paused: moved"]
     assert f"environment_id={ENVIRONMENT},{OTHER} running=0" in await ask("resume")
-    unknown = await bare("pause", "--environment-id", "env_none", "--socket", str(socket))
-    assert await unknown.ends() == 1
+    unknown = await start_without_settings(
+        "pause", "--environment-id", "env_none", "--socket", str(socket)
+    )
+    assert await unknown.wait_for_end() == 1
     await ask("drain", "--environment-id", OTHER)
-    assert f"environment_id={OTHER}" in await worker.logs("drained")
-    plane.enqueue(metadata={"do": "finish"}, environment_id=ENVIRONMENT)
-    await worker.logs("finish runs")
+    assert f"environment_id={OTHER}" in await worker.wait_for_log("drained")
+    control_plane.enqueue(metadata={"do": "finish"}, environment_id=ENVIRONMENT)
+    await worker.wait_for_log("finish runs")
     assert (await read(worker, "/readyz"))[0] == 200
     await ask("drain")
-    assert await worker.ends() == 0
+    assert await worker.wait_for_end() == 0
+
+
+async def test_service_manager_gets_ready_once_every_environment_has_opened(
+    start_without_settings: StartCommand, config: Path
+) -> None:
+    append(config.parent / "handlers.py", f"import sys\n{SLOW}")
+    with ServiceManager() as manager:
+        worker = await start_without_settings(
+            "run", "--config", "pool.toml", NOTIFY_SOCKET=manager.address
+        )
+        await worker.wait_for_log("metrics served url=")
+        await worker.wait_for_log("opens slowly")
+        assert manager.received() == ""
+        (config.parent / "open").touch()
+        received = ""
+        while "READY=1" not in received:
+            await asyncio.sleep(0.05)
+            received += manager.received()
+        assert "STOPPING=1" not in received
+        worker.send_signal(signal.SIGTERM)
+        assert await worker.wait_for_end() == 0
+        assert "STOPPING=1" in manager.received()

@@ -60,9 +60,9 @@ class Tool:
 
 
 @pytest.fixture
-async def plane() -> AsyncIterator[ControlPlane]:
-    async with ControlPlane(environments=(FIRST, OTHER), tokens=KEYS) as plane:
-        yield plane
+async def control_plane() -> AsyncIterator[ControlPlane]:
+    async with ControlPlane(environments=(FIRST, OTHER), tokens=KEYS) as control_plane:
+        yield control_plane
 
 
 @pytest.fixture
@@ -75,7 +75,9 @@ def module(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
 
 
 @pytest.fixture
-def make_group(plane: ControlPlane, module: Any, tmp_path: Path) -> Callable[..., EnvironmentGroup]:
+def make_group(
+    control_plane: ControlPlane, module: Any, tmp_path: Path
+) -> Callable[..., EnvironmentGroup]:
     """Return a function that makes a group from a file with both environments."""
     del module
     for name, token in zip(("first", "other"), KEYS, strict=True):
@@ -83,7 +85,7 @@ def make_group(plane: ControlPlane, module: Any, tmp_path: Path) -> Callable[...
     path = tmp_path / "pool.toml"
     path.write_text(f"""
         [workpool]
-        base_url = "{plane.base_url}"
+        base_url = "{control_plane.base_url}"
         plugins = ["group_tool:Tool"]
         [workpool.environments.{FIRST}]
         token_file = "{tmp_path / "first"}"
@@ -118,11 +120,11 @@ async def while_running(group: EnvironmentGroup, use: Running) -> None:
 
 
 async def test_each_environment_has_plugin_instance_and_lifespan_of_its_own(
-    make_group: Callable[..., EnvironmentGroup], plane: ControlPlane, module: Any
+    make_group: Callable[..., EnvironmentGroup], control_plane: ControlPlane, module: Any
 ) -> None:
     async def use(group: EnvironmentGroup) -> None:
         for each in (FIRST, OTHER):
-            plane.enqueue(environment_id=each)
+            control_plane.enqueue(environment_id=each)
         await until(lambda: len(module.ended) == 2)
         assert group.status().ready
 
@@ -133,7 +135,7 @@ async def test_each_environment_has_plugin_instance_and_lifespan_of_its_own(
 
 async def test_failed_environment_starts_again_with_its_pause_and_recovers(
     make_group: Callable[..., EnvironmentGroup],
-    plane: ControlPlane,
+    control_plane: ControlPlane,
     module: Any,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
@@ -152,7 +154,7 @@ async def test_failed_environment_starts_again_with_its_pause_and_recovers(
         key.write_text(good)
         paused = f"{OTHER}: paused: by an operator"
         await until(lambda: paused in group.status().reasons)
-        plane.enqueue(environment_id=OTHER)
+        control_plane.enqueue(environment_id=OTHER)
         other.resume()
         await until(lambda: module.ended)
         await until(lambda: group.status().ready)
@@ -164,16 +166,16 @@ async def test_failed_environment_starts_again_with_its_pause_and_recovers(
 
 
 async def test_burst_leaves_one_slot_and_gives_up_those_that_others_wait_for(
-    make_group: Callable[..., EnvironmentGroup], plane: ControlPlane, module: Any
+    make_group: Callable[..., EnvironmentGroup], control_plane: ControlPlane, module: Any
 ) -> None:
-    plane.enqueue(10, {"wait": "yes"}, environment_id=FIRST)
+    control_plane.enqueue(10, {"wait": "yes"}, environment_id=FIRST)
 
     def running(group: EnvironmentGroup) -> list[int]:
         return [each.status().running for each in group.environments]
 
     async def use(group: EnvironmentGroup) -> None:
         await until(lambda: running(group) == [5, 0])
-        plane.enqueue(10, {"wait": "yes"}, environment_id=OTHER)
+        control_plane.enqueue(10, {"wait": "yes"}, environment_id=OTHER)
         await until(lambda: running(group) == [5, 1])
         assert group.status().ready
         shown = group.live_status(show_ids=True)
@@ -216,9 +218,9 @@ async def test_environments_of_one_account_share_rate_limits(tmp_path: Path) -> 
 
 
 async def test_exit_after_idle_waits_until_every_environment_is_idle(
-    make_group: Callable[..., EnvironmentGroup], plane: ControlPlane, module: Any
+    make_group: Callable[..., EnvironmentGroup], control_plane: ControlPlane, module: Any
 ) -> None:
-    plane.enqueue(1, {"wait": "yes"}, environment_id=OTHER)
+    control_plane.enqueue(1, {"wait": "yes"}, environment_id=OTHER)
     group = make_group(exit_after_idle=0.5, block_ms=50)
     async with asyncio.timeout(2 * SECONDS), asyncio.TaskGroup() as tasks:
         running = tasks.create_task(group.run())
@@ -244,10 +246,13 @@ async def test_address_in_use_is_an_error_of_the_process(
 
 @pytest.mark.trial
 async def test_page_shows_environments_in_a_browser(
-    make_group: Callable[..., EnvironmentGroup], plane: ControlPlane, module: Any, tmp_path: Path
+    make_group: Callable[..., EnvironmentGroup],
+    control_plane: ControlPlane,
+    module: Any,
+    tmp_path: Path,
 ) -> None:
     for each in (FIRST, OTHER):
-        plane.enqueue(1, {"wait": "yes"}, environment_id=each)
+        control_plane.enqueue(1, {"wait": "yes"}, environment_id=each)
 
     async def use(group: EnvironmentGroup) -> None:
         await until(lambda: group.status().running == 2)

@@ -9,7 +9,7 @@ ends once none runs. See workpool/docs/operating.md, "Several environments".
 from __future__ import annotations
 
 import asyncio
-from contextlib import suppress
+from contextlib import asynccontextmanager, suppress
 from typing import TYPE_CHECKING, Any, Final
 
 from workpool.cli import exits
@@ -24,7 +24,7 @@ from workpool.pool.status import Status, worker_numbers
 from workpool.pool.supervisor import Supervisor
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Sequence
+    from collections.abc import AsyncIterator, Callable, Iterator, Sequence
     from contextlib import AbstractAsyncContextManager
     from types import EllipsisType
 
@@ -45,6 +45,7 @@ class Environment:
         supervisor: The supervisor that runs, or ran last.
         error: The error that ended it; None: it has not failed.
         running: Whether the supervisor runs.
+        opened: Whether a supervisor has opened its plugins and its lease renewer.
         ended: Whether no further supervisor will run.
         drained: Whether a drain was requested.
         on_drain: Called when a drain is requested.
@@ -54,7 +55,7 @@ class Environment:
         self.settings = settings
         self.supervisor = create(settings)
         self.error: WorkpoolError | None = None
-        self.running = self.ended = self.drained = False
+        self.running = self.opened = self.ended = self.drained = False
         self.on_drain: Callable[[], object] | None = None
         self._create = create
         self._pause_reason: str | None = None
@@ -130,7 +131,8 @@ class EnvironmentGroup:
             failed.
         abandoned: The number of sessions that drains could neither end nor hand back.
         on_blocked: As that of a supervisor.
-        renewer_services: Contexts that are open on a thread of its own, with the exporter.
+        renewer_services: Contexts that are open on a thread of their own from the time on when
+            each environment has opened or failed.
     """
 
     def __init__(
@@ -167,8 +169,11 @@ class EnvironmentGroup:
         Raises:
             WorkpoolError: The error of the first environment that has failed and not recovered.
         """
-        services = [*([] if self._exporter is None else [self._exporter]), *self.renewer_services]
-        async with ServiceThread(services), asyncio.TaskGroup() as group:
+        self._loop = asyncio.get_running_loop()
+        exporter = [] if self._exporter is None else [self._exporter]
+        async with ServiceThread(exporter), asyncio.TaskGroup() as group:
+            if self.renewer_services:
+                group.create_task(self._serve(), name="services")
             if self._exporter is not None:
                 log.info("metrics served", extra={"url": f"{self._exporter.url}/metrics"})
             for each in self.environments:
@@ -248,6 +253,24 @@ class EnvironmentGroup:
         self._shares[one.id].leave()
         self._note_change()
 
+    async def _serve(self) -> None:
+        """Keep the services open from the start of all environments to their end."""
+        while not all(each.opened or each.ended or each.error for each in self.environments):
+            await self._changed.wait()
+        async with ServiceThread(self.renewer_services):
+            while not all(each.ended for each in self.environments):
+                await self._changed.wait()
+
+    @asynccontextmanager
+    async def _noting_start(self, environment_id: str | None) -> AsyncIterator[None]:
+        """Note that an environment has opened. Entered on the thread of its lease renewer."""
+        self._loop.call_soon_threadsafe(self._note_opened, str(environment_id))
+        yield
+
+    def _note_opened(self, environment_id: str) -> None:
+        self.by_id[environment_id].opened = True
+        self._note_change()
+
     async def _waited(self, one: Environment) -> bool:
         """Wait until a failed environment may start again; return whether it may at all."""
         self._note_change()
@@ -284,6 +307,7 @@ class EnvironmentGroup:
         share = self._shares[settings.environment_id]
         supervisor.shared = SharedParts(share, self._limits, self._exporter)
         supervisor.awaits_last_scrape = True
+        supervisor.renewer_services = [self._noting_start(settings.environment_id)]
         supervisor.on_blocked = self._blocked
         return supervisor
 
