@@ -37,7 +37,7 @@ RETRY_SECONDS: Final = 60.0
 """Seconds from the failure of an environment to its next start."""
 
 
-class Environment:
+class GroupMember:
     """One environment of the process: its supervisor, and what the next one takes over.
 
     Attributes:
@@ -149,7 +149,7 @@ class EnvironmentGroup:
         self._exporter = self._new_exporter()
         self._shares = {each.environment_id: self._slots.share() for each in environments}
         self._changed = asyncio.Event()
-        self.environments = [Environment(each, self._new_supervisor) for each in environments]
+        self.environments = [GroupMember(each, self._new_supervisor) for each in environments]
         for each in self.environments:
             each.on_drain = self._note_change
 
@@ -184,7 +184,7 @@ class EnvironmentGroup:
                 raise each.error
 
     @property
-    def by_id(self) -> dict[str, Environment]:
+    def by_id(self) -> dict[str, GroupMember]:
         """The environments by their ids."""
         return {each.id: each for each in self.environments}
 
@@ -238,7 +238,7 @@ class EnvironmentGroup:
 
     # One environment.
 
-    async def _run(self, one: Environment, *, until_empty: bool) -> None:
+    async def _run(self, one: GroupMember, *, until_empty: bool) -> None:
         """Run one environment, again after each failure while others run."""
         while not one.drained:
             await one.run(until_empty=until_empty)
@@ -271,7 +271,7 @@ class EnvironmentGroup:
         self.by_id[environment_id].opened = True
         self._note_change()
 
-    async def _waited(self, one: Environment) -> bool:
+    async def _waited(self, one: GroupMember) -> bool:
         """Wait until a failed environment may start again; return whether it may at all."""
         self._note_change()
         with suppress(TimeoutError):
@@ -280,7 +280,7 @@ class EnvironmentGroup:
                     await self._changed.wait()
         return self._may_start(one)
 
-    def _may_start(self, one: Environment) -> bool:
+    def _may_start(self, one: GroupMember) -> bool:
         others = any(each.running for each in self.environments if each is not one)
         return others and not one.drained and self._limits.reached is None
 
@@ -288,7 +288,7 @@ class EnvironmentGroup:
         self._changed.set()
         self._changed = asyncio.Event()
 
-    def _log_failure(self, one: Environment, error: WorkpoolError) -> None:
+    def _log_failure(self, one: GroupMember, error: WorkpoolError) -> None:
         for problem in exits.lines_of(error):
             line = exits.with_advice(problem, error, one.settings)
             log.critical(

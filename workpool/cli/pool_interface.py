@@ -14,30 +14,38 @@ if TYPE_CHECKING:
 
 
 class Controlled(Protocol):
-    """What the control socket acts on. The methods are those of `Supervisor`."""
+    """A pool that the control socket acts on. The methods are those of `Supervisor`."""
 
     @property
-    def settings(self) -> Settings: ...  # noqa: D102 - as in `Supervisor`
+    def settings(self) -> Settings:
+        """The settings."""
 
-    def pause(self, reason: str) -> None: ...  # noqa: D102 - as in `Supervisor`
+    def pause(self, reason: str) -> None:
+        """Claim no more items until `resume()`."""
 
-    def resume(self) -> None: ...  # noqa: D102 - as in `Supervisor`
+    def resume(self) -> None:
+        """End the pause."""
 
-    def request_drain(self, timeout: float | EllipsisType | None = ...) -> None: ...  # noqa: D102 - as in `Supervisor`
+    def request_drain(self, timeout: float | EllipsisType | None = ...) -> None:
+        """Begin a drain without waiting for its end."""
 
-    def status(self) -> Status: ...  # noqa: D102 - as in `Supervisor`
+    def status(self) -> Status:
+        """Return the current state."""
 
 
 class Pool(Controlled, Protocol):
-    """What `workpool run` runs. The attributes and methods are those of `Supervisor`."""
+    """The pool or pools of `workpool run`. The attributes and methods are those of `Supervisor`."""
 
     on_blocked: Callable[[], None] | None
     renewer_services: Sequence[AbstractAsyncContextManager[object]]
 
     @property
-    def abandoned(self) -> int: ...  # noqa: D102 - as in `Supervisor`
+    def abandoned(self) -> int:
+        """The number of sessions that the drain could neither end nor hand back."""
 
     @property
-    def log_ids(self) -> Mapping[str, str]: ...  # noqa: D102 - as in `Supervisor`
+    def log_ids(self) -> Mapping[str, str]:
+        """The ids of log records that are made outside of a pool's tasks."""
 
-    async def run(self, *, until_empty: bool = False) -> None: ...  # noqa: D102 - as in `Supervisor`
+    async def run(self, *, until_empty: bool = False) -> None:
+        """Run until drained."""

@@ -8,14 +8,14 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import threading
 from typing import TYPE_CHECKING, Final, Self
 
 from workpool.cli.log_config import log
 from workpool.pool.lease_renewer import new_event_loop
+from workpool.wire.http.daemon_threads import DaemonThreads
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Sequence
     from contextlib import AbstractAsyncContextManager
     from types import TracebackType
 
@@ -34,6 +34,7 @@ class ServiceThread:
 
     def __init__(self, services: Sequence[AbstractAsyncContextManager[object]]) -> None:
         self._services = services
+        self._threads = DaemonThreads("workpool-services", 1)
         self._loop = new_event_loop()
         self._stop = asyncio.Event()
 
@@ -44,11 +45,13 @@ class ServiceThread:
             WorkpoolError: One of them cannot be opened, such as the exporter.
         """
         self._owner = asyncio.get_running_loop()
-        self._opened: asyncio.Future[None] = self._owner.create_future()
-        self._ended = asyncio.Event()
-        threading.Thread(target=self._run, name="workpool-services", daemon=True).start()
+        self._opened = asyncio.Event()
+        self._thread = asyncio.wrap_future(self._threads.submit(self._run))
+        self._thread.add_done_callback(self._ended)
         try:
-            await self._opened
+            await self._opened.wait()
+            if self._thread.done():
+                await self._thread  # raises the error that ended it
         except BaseException:
             await self._close()
             raise
@@ -65,43 +68,28 @@ class ServiceThread:
     async def _close(self) -> None:
         with contextlib.suppress(RuntimeError):  # its loop is closed, so the thread has ended
             self._loop.call_soon_threadsafe(self._stop.set)
-        try:
-            async with asyncio.timeout(CLOSE_SECONDS):
-                await self._ended.wait()
-        except TimeoutError:
+        done, _ = await asyncio.wait({self._thread}, timeout=CLOSE_SECONDS)
+        if done:
+            await self._threads.close()
+        else:
             log.critical("services did not close; abandoned", extra={"seconds": CLOSE_SECONDS})
+
+    def _ended(self, thread: asyncio.Future[None]) -> None:
+        error = None if thread.cancelled() else thread.exception()
+        if error is not None and self._opened.is_set():  # otherwise `__aenter__` raises it
+            log.critical("services failed", exc_info=error)
+        self._opened.set()
 
     # On the thread.
 
     def _run(self) -> None:
-        try:
-            with asyncio.Runner(loop_factory=lambda: self._loop) as runner:
-                runner.run(self._serve())
-        except BaseException as error:  # noqa: BLE001 - passed on to the owner, or logged
-            self._tell(self._failed, error)
-        finally:
-            self._tell(self._ended.set)
+        with asyncio.Runner(loop_factory=lambda: self._loop) as runner:
+            runner.run(self._serve())
 
     async def _serve(self) -> None:
         async with contextlib.AsyncExitStack() as stack:
             for service in self._services:
                 await stack.enter_async_context(service)
-            self._tell(self._open)
+            with contextlib.suppress(RuntimeError):  # the owner's loop is closed
+                self._owner.call_soon_threadsafe(self._opened.set)
             await self._stop.wait()
-
-    def _tell(self, callback: Callable[..., object], *arguments: object) -> None:
-        """Run a callback on the owner's loop."""
-        with contextlib.suppress(RuntimeError):  # that loop is closed
-            self._owner.call_soon_threadsafe(callback, *arguments)
-
-    # On the owner's loop.
-
-    def _open(self) -> None:
-        if not self._opened.done():
-            self._opened.set_result(None)
-
-    def _failed(self, error: BaseException) -> None:
-        if not self._opened.done():
-            self._opened.set_exception(error)
-        elif not self._opened.cancelled():
-            log.critical("services failed", exc_info=error)

@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True)
 class SharedParts:
-    """What one pool uses together with the other pools of its process.
+    """The parts of one pool that the other pools of its process use, too.
 
     Attributes:
         slots: The pool's share of the slots.
