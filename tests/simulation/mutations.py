@@ -77,14 +77,14 @@ MUTATIONS: dict[str, list[Edit]] = {
     "claims under way not limited": [
         Edit(
             "supervisor:Supervisor",
-            "settings.concurrency, settings.prefetch, settings.exit_after_sessions",
-            "settings.concurrency, settings.prefetch",
+            "settings.exit_after_sessions,",
+            "None,",
         ),
     ],
     "poll before reserving": [
         Edit(
             "bounded_queue:BoundedQueue",
-            "if self._free() > 0 and not self._reservers:",
+            "if self._free() > 0 and not self._reservers and self._take_slot():",
             "if True:",
         ),
     ],
