@@ -14,6 +14,8 @@ from workpool.wire.items import parse_item
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
+    from workpool.server import PostgresStore, Store
+
 ENV = "env_0199aaaaaaaa70008000000000000001"
 OTHER = "env_0199aaaaaaaa70008000000000000002"
 CLOUD = "env_0199aaaaaaaa70008000000000000003"
@@ -23,7 +25,9 @@ NAMED = {"Host": "queue.example"}
 """A request through a proxy, which needs a token also on loopback."""
 
 
-def control_plane(host: str = "127.0.0.1") -> ControlPlane:
+def new_control_plane(
+    host: str = "127.0.0.1", store: Store | PostgresStore | None = None
+) -> ControlPlane:
     return ControlPlane(
         environments=(ENV, OTHER),
         cloud_environments=(CLOUD,),
@@ -31,6 +35,7 @@ def control_plane(host: str = "127.0.0.1") -> ControlPlane:
         worker_keys=(KEY,),
         scale_tokens={SCALE: None, SCALE_LIMITED: frozenset({OTHER})},
         host=host,
+        store=store,
     )
 
 
@@ -48,11 +53,17 @@ async def ask(
         return answer.status, await answer.json()
 
 
-async def test_scale_counts_unfinished_items_and_recommends_workers() -> None:
-    async with control_plane() as plane:
-        items = plane.enqueue(7)
-        plane.operations.ack(ENV, items[0].id, "worker-1")
-        plane.operations.stop(ENV, items[6].id, None, force=True)
+@pytest.mark.parametrize(
+    "engine", ["memory", "sqlite", pytest.param("postgres", marks=pytest.mark.trial)]
+)
+async def test_scale_counts_unfinished_items_and_recommends_workers(
+    any_store: Store | PostgresStore, engine: str
+) -> None:
+    del engine  # the name of the store
+    async with new_control_plane(store=any_store) as plane:
+        items = await plane.engine.enqueue(ENV, count=7)
+        await plane.engine.ack(ENV, items[0].id, "worker-1")
+        await plane.engine.stop(ENV, items[6].id, None, force=True)
         status, numbers = await ask(plane, query={"slots_per_worker": "2", "min_replicas": "1"})
         assert (status, list(numbers)) == (200, list(FLEET_NUMBERS))
         assert (numbers["queued"], numbers["pending"], numbers["running"]) == (5, 0, 1)
@@ -73,7 +84,7 @@ async def test_scale_counts_unfinished_items_and_recommends_workers() -> None:
     ],
 )
 async def test_scale_with_wrong_query_is_refused(query: dict[str, str]) -> None:
-    async with control_plane() as plane:
+    async with new_control_plane() as plane:
         status, body = await ask(plane, query=query)
         assert (status, body["error"]["type"]) == (400, "invalid_request_error")
 
@@ -82,7 +93,7 @@ async def test_scale_with_wrong_query_is_refused(query: dict[str, str]) -> None:
 async def test_scale_of_environment_without_queue_is_an_error(
     environment: str, status: int
 ) -> None:
-    async with control_plane() as plane:
+    async with new_control_plane() as plane:
         assert (await ask(plane, environment))[0] == status
 
 
@@ -103,18 +114,18 @@ async def test_scale_through_a_proxy_needs_a_token_of_the_environment(
     headers: dict[str, str], status: int
 ) -> None:
     """A proxy on the machine would otherwise open the numbers to everybody."""
-    async with control_plane() as plane:
+    async with new_control_plane() as plane:
         assert (await ask(plane, headers=NAMED | headers))[0] == status
 
 
 async def test_scale_beyond_loopback_needs_a_token() -> None:
-    async with control_plane("0.0.0.0") as plane:  # noqa: S104 - it is what this test is about
+    async with new_control_plane("0.0.0.0") as plane:  # noqa: S104 - it is what this test is about
         assert (await ask(plane))[0] == 401
         assert (await ask(plane, headers={"X-Api-Key": SCALE}))[0] == 200
 
 
 async def test_scale_token_opens_nothing_else() -> None:
-    async with control_plane() as plane, aiohttp.ClientSession() as http:
+    async with new_control_plane() as plane, aiohttp.ClientSession() as http:
         for path in ("/v1/environments", f"/v1/environments/{ENV}/work/stats"):
             url = f"http://127.0.0.1:{plane.port}{path}"
             async with http.get(url, headers={"X-Api-Key": SCALE}) as answer:
@@ -122,7 +133,7 @@ async def test_scale_token_opens_nothing_else() -> None:
 
 
 async def test_token_of_an_item_does_not_open_the_numbers() -> None:
-    async with control_plane() as plane, aiohttp.ClientSession() as http:
+    async with new_control_plane() as plane, aiohttp.ClientSession() as http:
         plane.enqueue()
         url = f"http://127.0.0.1:{plane.port}/v1/environments/{ENV}/work/poll"
         async with http.get(url, headers={"X-Api-Key": TOKEN}) as answer:
