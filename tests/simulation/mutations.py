@@ -91,7 +91,7 @@ MUTATIONS: dict[str, list[Edit]] = {
     "two supervisors under one Worker-ID": [
         Edit("supervisor:Supervisor", "-{secrets.token_hex(4)}", ""),
     ],
-    "409 to an ack ignored": [Edit("claim:Claimer", 'return "conflict"', 'return "ok"')],
+    "409 to an ack ignored": [Edit("claim:Claimer", '= "conflict"', '= "ok"')],
     "ack that answers active taken for ours": [
         Edit("lease:Lease", "item.state == ACTIVE and parents_heartbeat is None", "False"),
     ],
@@ -114,7 +114,7 @@ MUTATIONS: dict[str, list[Edit]] = {
     ],
     "handler before the first heartbeat": [
         Edit("claim:Claimer", "while not lease.expire(self._clock()):", "while False:"),
-        Edit("pool_item:PoolItem", "(lease.begun and lease.held(", "(lease.held("),
+        Edit("pool_item:PoolItem", "if lease.begun and lease.held(", "if lease.held("),
     ],
     "first heartbeat unchecked": [
         Edit(
@@ -205,8 +205,8 @@ MUTATIONS: dict[str, list[Edit]] = {
     "no check after the wait": [
         Edit(
             "sender:Sender",
-            "self.check_write(item, by_handler=request.by_handler)\n    if request.before_bytes",
-            "if request.before_bytes",
+            "options = CallOptions(check,",
+            "options = CallOptions(before_bytes,",
         ),
     ],
     "pause not noticed": [
@@ -252,8 +252,8 @@ MUTATIONS: dict[str, list[Edit]] = {
         ),
         Edit(
             "sender:Sender",
-            "acquire_permit, request.priority)",
-            "acquire_permit, Priority.HANDLER)",
+            "await self._client.acquire_permit(request.priority)",
+            "await self._client.acquire_permit(Priority.HANDLER)",
         ),
     ],
     # Event loops and threads.
@@ -280,7 +280,7 @@ MUTATIONS: dict[str, list[Edit]] = {
     ],
     # Items that are left to other workers.
     "ack behind completions in the line": [
-        Edit("claim:Claimer", "permit = True", "permit = False")
+        Edit("claim:Claimer", "permit=repeats is None", "permit=False")
     ],
     "refused acks not backed off": [
         Edit("poller:PollerGroup", "self.hold_back(self._ack_backoff.next())", "0"),
@@ -393,8 +393,8 @@ MUTATIONS: dict[str, list[Edit]] = {
     "own stop taken for an operator's": [
         Edit(
             "completion:Completion",
-            "seconds, lease.note_own_stop",
-            "seconds, None",
+            "options, lease.note_own_stop",
+            "options, None",
         ),
     ],
     "drained is stopped": [

@@ -58,7 +58,7 @@ class ClaimTestbed:
 
     async def acknowledge_item(self) -> tuple[PoolItem, str]:
         item = await self.deliver_item()
-        result = await self.claimer.acknowledge(item)
+        result = await self.claimer.acknowledge(item, self.bench.clock())
         assert [event.result for event in self.events if isinstance(event, AckFinished)] == [result]
         return item, result
 
@@ -179,7 +179,7 @@ async def test_ack_answer_keeps_token_and_trace_of_polled_item(testbed: type[Lea
         item = await claims.deliver_item()
         token, trace = Secret("token-of-the-session"), "00-" + "1" * 32 + "-" + "2" * 16 + "-01"
         item.work_item = replace(item.work_item, sessions_token=token, traceparent=trace)
-        await claims.claimer.acknowledge(item)
+        await claims.claimer.acknowledge(item, one.clock())
     assert item.work_item.state == "starting"
     assert (item.work_item.sessions_token, item.work_item.traceparent) == (token, trace)
 

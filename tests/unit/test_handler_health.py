@@ -294,4 +294,4 @@ async def test_handler_health_forgets_work_ids_of_successful_sessions() -> None:
     bench = HealthTestbed()
     for number in range(100_000):
         bench.end_session(number=number, outcome="completed")
-    assert not bench.health._failures
+    assert not bench.health.failures

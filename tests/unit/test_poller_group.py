@@ -58,10 +58,10 @@ class GroupTestbed:
         self.emptied += 1
 
     def finish_null_poll(self) -> None:
-        self.group.succeeded(null=True)
+        self.group.succeeded(self.now, null=True)
 
     def finish_poll_with_item(self) -> None:
-        self.group.succeeded(null=False)
+        self.group.succeeded(self.now, null=False)
 
     def finish_throttled_poll(self) -> None:
         self.group.throttled()

@@ -51,13 +51,18 @@ async def renewed_item(one: LeaseTestbed) -> AsyncIterator[PoolItem]:
             yield item
 
 
-async def update_call(one: LeaseTestbed, item: PoolItem, request: SendOptions = WRITE) -> object:
+async def update_call(
+    one: LeaseTestbed,
+    item: PoolItem,
+    request: SendOptions = WRITE,
+    before_bytes: Callable[[], None] | None = None,
+) -> object:
     async def call(options: CallOptions, seconds: float) -> object:
         return await one.client.update_metadata(
             item.id, {"key": "value"}, timeout=seconds, options=options
         )
 
-    return await one.sender.send(item, call, request)
+    return await one.sender.send(item, call, request, before_bytes)
 
 
 def count_updates(one: LeaseTestbed) -> list[tuple[str, float | None, CallOptions]]:
@@ -190,12 +195,15 @@ async def test_callback_before_sending_is_called_only_if_bytes_are_sent(
     called: list[float] = []
     one = testbed(update=[Fault(wait=5.0)])
     async with renewed_item(one) as item:
-        request = WRITE._replace(before_bytes=lambda: called.append(one.clock()))
-        await update_call(one, item, request)
+
+        def record() -> None:
+            called.append(one.clock())
+
+        await update_call(one, item, before_bytes=record)
         assert called == pytest.approx([5.0])
         lose_lease(item)
         with pytest.raises(LeaseLost):
-            await update_call(one, item, request)
+            await update_call(one, item, before_bytes=record)
     assert len(called) == 1
 
 

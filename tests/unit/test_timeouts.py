@@ -21,7 +21,7 @@ LONG = 60.0
 
 @asynccontextmanager
 async def workpool_timeout(seconds: float) -> AsyncIterator[None]:
-    with Bound(seconds, asyncio.get_running_loop()):
+    with Bound(seconds, set()):
         yield
 
 

@@ -30,6 +30,7 @@ from workpool.metrics.definitions import (
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 
+    from workpool.events import PollResult
     from workpool.wire.items import QueueStats
 
     Sample = tuple[str, tuple[str, ...], float]
@@ -48,8 +49,11 @@ class NullWindow:
         # [second, nulls, polls]; an entry is overwritten after 60 s.
         self._buckets = [[-WINDOW_SECONDS, 0, 0] for _ in range(WINDOW_SECONDS)]
 
-    def add(self, *, null: bool) -> None:
-        """Count one item or null poll."""
+    def count(self, result: PollResult, _: float) -> None:
+        """Count a poll if it brought an item or null."""
+        null = result == "null"
+        if not null and result != "item":
+            return
         second = int(self._clock())
         with self._lock:
             bucket = self._buckets[second % WINDOW_SECONDS]

@@ -275,7 +275,7 @@ class Metrics:
         for row in DEFINITIONS:
             if row.event is not None:
                 self._feeds[row.event].add(self._series[row.name], row)
-        self.forward(ev.PollFinished, self._on_poll)
+        self.forward(ev.PollFinished, self._source.polls.count)
         self.forward(ev.QueueStatsRead, self._on_stats)
         self.forward(ev.SessionStarted, self._on_start)
         for handler in self.handlers:
@@ -304,13 +304,14 @@ class Metrics:
             with self._lock:
                 # A count calls no function, which saved 4 % of the pool's instructions.
                 targets = feeds.targets.get(labels) or feeds.find(labels, values)
-                for count in targets.counts:
+                counts, spreads, others = targets
+                for count in counts:
                     count.value += 1
-                for spread, at in targets.spreads:
+                for spread, at in spreads:
                     if (amount := values[at]) is not None:
                         spread.counts[bisect_left(spread.bounds, amount)] += 1
                         spread.total += amount
-                for series, amount_at in targets.others:
+                for series, amount_at in others:
                     if (amount := 1 if amount_at is None else values[amount_at]) is not None:
                         series.add(amount)
             for callback in feeds.callbacks:
@@ -322,10 +323,6 @@ class Metrics:
         """Count one event that exists as an object."""
         event_type = type(event)
         self.count(event_type, *(getattr(event, name) for name in _FIELDS[event_type]))
-
-    def _on_poll(self, result: ev.PollResult, _: float) -> None:
-        if result in {"item", "null"}:
-            self._source.polls.add(null=result == "null")
 
     def _on_stats(self, stats: QueueStats) -> None:
         self._source.remote = (self.now(), stats)

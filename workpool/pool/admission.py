@@ -158,45 +158,47 @@ class HandlerHealth:
 
     Args:
         count: Returns the number of owned items of a handler.
+
+    Attributes:
+        failures: The failures by handler name: a handler whose last session succeeded has no entry.
     """
 
     def __init__(self, count: Callable[[Handler], int]) -> None:
         self._count = count
         self._seen: set[str] = set()
         """The names of the handlers that have run in this pool."""
-        self._failures: dict[str, _Failures] = {}
-        """The failures by handler name: a handler whose last session succeeded has no entry."""
+        self.failures: dict[str, _Failures] = {}
         self._changed = asyncio.Event()
 
     def failing(self) -> list[str]:
         """The names of the failing handlers."""
-        return [name for name, each in list(self._failures.items()) if each.pause]
+        return [name for name, each in list(self.failures.items()) if each.pause]
 
     def record(self, item: PoolItem, outcome: Outcome, seconds: float) -> None:
         """Record the end of a session."""
         if item.handler is None:
             return
-        handler, failing = item.handler, bool(self._failures)
+        handler, failing = item.handler, bool(self.failures)
         self._seen.add(handler.name)
         quick = outcome == "failed" and seconds < QUICK_SECONDS
         if quick or (outcome == "released" and exhausted(item.error)):
-            self._failed(self._failures.setdefault(handler.name, _Failures(handler)), item.id)
+            self._failed(self.failures.setdefault(handler.name, _Failures(handler)), item.id)
         elif outcome in {"completed", "failed", "timed_out", "stalled"}:
-            self._failures.pop(handler.name, None)
+            self.failures.pop(handler.name, None)
         if failing:
             self._changed.set()
 
     def may_claim(self, handler: Handler) -> bool:
         """Whether an item may be claimed for this handler now."""
-        failures = self._failures.get(handler.name)
+        failures = self.failures.get(handler.name)
         return failures is None or self._may_claim(failures)
 
     async def admission(self) -> None:
         """Wait while every handler that has run here is failing and none may claim an item."""
-        while self._failures and self._all_wait():
+        while self.failures and self._all_wait():
             now = asyncio.get_running_loop().time()
             # A handler whose pause is over waits for the end of its one session.
-            resume_at = [each.resume_at for each in self._failures.values()]
+            resume_at = [each.resume_at for each in self.failures.values()]
             pauses = [each - now for each in resume_at if each > now]
             self._changed.clear()
             with suppress(TimeoutError):
@@ -204,8 +206,8 @@ class HandlerHealth:
                     await self._changed.wait()
 
     def _all_wait(self) -> bool:
-        return len(self._failures) == len(self._seen) and not any(
-            map(self._may_claim, self._failures.values())
+        return len(self.failures) == len(self._seen) and not any(
+            map(self._may_claim, self.failures.values())
         )
 
     def _may_claim(self, failures: _Failures) -> bool:

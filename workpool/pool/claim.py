@@ -10,7 +10,7 @@ from __future__ import annotations
 import asyncio
 import math
 from contextlib import suppress
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
 from http import HTTPStatus
 from typing import TYPE_CHECKING, Final
 
@@ -47,6 +47,21 @@ A later answer leaves no time for a first heartbeat.
 """
 
 
+@dataclass(slots=True)
+class _Repeats:
+    """The repetition of one ack.
+
+    Attributes:
+        until: The time at which the pool can no longer own the item, on the lease clock.
+        first_sent: The time at which the first ack that may have been applied was sent; infinite:
+            none was.
+    """
+
+    until: float
+    first_sent: float = math.inf
+    backoff: Backoff = field(default_factory=lambda: Backoff(RETRY_SECONDS, RETRY_CAP_SECONDS))
+
+
 class Claimer:
     """Claims items. Lives on the handlers' loop.
 
@@ -77,21 +92,33 @@ class Claimer:
         """Repeat no ack from now on, and make every first heartbeat the last one."""
         self._draining.set()
 
-    async def acknowledge(self, item: PoolItem) -> CallResult:
+    async def acknowledge(self, item: PoolItem, taken_at: float) -> CallResult:
         """Acknowledge the item, repeatedly while the pool can still own it, and return the result.
 
-        After "ok", `item.work_item` is the answer and `item.acked_at` is set.
+        After "ok", `item.work_item` is the answer and `item.acked_at` is set. `taken_at` is the
+        time now, at which a slot took the item, on the lease clock.
         """
-        taken_at = self._clock()
-        result = await self._acknowledge(item, taken_at)
-        self._observe(
-            AckFinished,
-            item.work_item,
-            result,
-            taken_at - item.delivered_at,
-            self._clock() - item.delivered_at,
-        )
-        return result
+        sent, repeats = taken_at, None
+        while True:
+            try:
+                answer = await self._client.ack(item.id, permit=repeats is None)
+            except (ConflictError, PreconditionError) as error:
+                self._on_ack(error)
+                result: CallResult | None = "conflict"
+            except RefusedError as error:
+                result = self._refused(item, error)
+            except TransientError as error:
+                repeats = repeats or _Repeats(item.delivered_at + self._window)
+                result = None if await self._may_repeat(item, repeats, error, sent) else "error"
+            else:
+                self._on_ack(None)
+                first_sent = sent if repeats is None else min(repeats.first_sent, sent)
+                result = _accept(item, answer, first_sent)
+            sent, delivered_at = self._clock(), item.delivered_at
+            if result is not None:
+                waited, took = taken_at - delivered_at, sent - delivered_at
+                self._observe(AckFinished, item.work_item, result, waited, took)
+                return result
 
     async def begin(self, item: PoolItem) -> None:
         """Send first heartbeats until one succeeds or the lease is over."""
@@ -119,38 +146,20 @@ class Claimer:
             log.warning("the machine was paused during a claim", extra={"work_id": lease.item.id})
             lease.end("lost")
 
-    async def _acknowledge(self, item: PoolItem, now: float) -> CallResult:
-        backoff: Backoff | None = None
-        first_sent = math.inf
-        until = item.delivered_at + self._window
-        permit = True
-        while True:
-            sent = now
-            try:
-                answer = await self._client.ack(item.id, permit=permit)
-            except (ConflictError, PreconditionError) as error:
-                self._on_ack(error)
-                return "conflict"
-            except RefusedError as error:
-                return self._refused(item, error)
-            except TransientError as error:
-                failure = error
-            else:
-                self._on_ack(None)
-                return _accept(item, answer, min(first_sent, sent))
-            permit = False
-            if failure.reason in MAYBE_APPLIED:
-                # If it was applied, no other worker can have the item before that lease has lapsed.
-                first_sent = min(first_sent, sent)
-                until = max(until, first_sent + ACK_LEASE_SECONDS - MARGIN_SECONDS)
-            backoff = backoff or Backoff(RETRY_SECONDS, RETRY_CAP_SECONDS)
-            delay = max(backoff.next(), failure.retry_after or 0.0)
-            if self._clock() + delay >= until or await self._draining_within(delay):
-                log.warning(
-                    "ack given up: %s", failure, extra={"work_id": item.id, "error": str(failure)}
-                )
-                return "error"
-            now = self._clock()
+    async def _may_repeat(
+        self, item: PoolItem, repeats: _Repeats, failure: TransientError, sent: float
+    ) -> bool:
+        """Wait until the next try of an ack; return False if there is none."""
+        if failure.reason in MAYBE_APPLIED:
+            # If it was applied, no other worker can have the item before that lease has lapsed.
+            repeats.first_sent = min(repeats.first_sent, sent)
+            end = repeats.first_sent + ACK_LEASE_SECONDS - MARGIN_SECONDS
+            repeats.until = max(repeats.until, end)
+        delay = max(repeats.backoff.next(), failure.retry_after or 0.0)
+        if self._clock() + delay < repeats.until and not await self._draining_within(delay):
+            return True
+        log.warning("ack given up: %s", failure, extra={"work_id": item.id, "error": str(failure)})
+        return False
 
     def _refused(self, item: PoolItem, error: RefusedError) -> CallResult:
         log.warning("ack refused: %s", error, extra={"work_id": item.id, "error": str(error)})

@@ -39,7 +39,7 @@ if TYPE_CHECKING:
     from workpool.events import CallResult
     from workpool.pool.context import PoolContext
     from workpool.pool.lease import Lease
-    from workpool.pool.pool_item import Attempt, Patch, PoolItem
+    from workpool.pool.pool_item import Patch, PoolItem
     from workpool.pool.sender import Sender
     from workpool.wire.http.call_options import CallOptions
 
@@ -131,10 +131,11 @@ class Completion:
             RefusedError, TransientError: The stop was refused, or may not have been applied.
         """
         lease = item.lease
-        request = SendOptions(WRITE.priority, WRITE.by_handler, seconds, lease.note_own_stop)
+        options = WRITE if seconds == math.inf else WRITE._replace(seconds=seconds)
         result: CallResult = "error"
         try:
-            await self._sender.send(item, partial(self._send_stop, item), request)
+            call = partial(self._send_stop, item)
+            await self._sender.send(item, call, options, lease.note_own_stop)
             result = "ok"
         except (ConflictError, PreconditionError):
             result = "conflict"  # the item is stopped already
@@ -162,7 +163,7 @@ class Completion:
 
     async def _write(self, item: PoolItem, row: Row) -> Outcome:
         """Write the row's metadata, if any; return the outcome: `failed` for a refused result."""
-        attempt = _attempt_of(item)
+        attempt = item.attempt
         if row.metadata == "result" and not item.result:
             if patch := attempt.closing({}):
                 await self._remove_mark(item, patch)
@@ -217,7 +218,7 @@ class Completion:
         await self._write_mark(item, reason, WRITE._replace(seconds=seconds))
 
     async def _write_mark(self, item: PoolItem, reason: str, request: SendOptions) -> None:
-        attempt = _attempt_of(item)
+        attempt = item.attempt
         retry = 0 if item.session is None else item.session.retry
         try:
             await self._send_metadata(item, attempt.mark(reason, retry), request)
@@ -238,8 +239,6 @@ class Completion:
     async def _send_metadata(
         self, item: PoolItem, patch: Mapping[str, str | None], request: SendOptions
     ) -> None:
-        # Checked again after the wait for the rate limit and a connection.
-        request = request._replace(before_bytes=partial(self._optional.check, "update"))
         await self._optional.make(
             "update",
             lambda: self._sender.send(
@@ -248,11 +247,13 @@ class Completion:
                     item.id, patch, timeout=timeout, options=options
                 ),
                 request,
+                # Checked again after the wait for the rate limit and a connection.
+                partial(self._optional.check, "update"),
             ),
         )
 
     async def _release(self, item: PoolItem) -> Outcome:
-        lease, attempt = item.lease, _attempt_of(item)
+        lease, attempt = item.lease, item.attempt
         release = item.error if isinstance(item.error, Release) else PoolRelease(DRAIN_REASON)
         if release is item.error or (lease.status == "held" and not attempt.marked):
             draining = item.session is not None and item.session.draining
@@ -282,12 +283,6 @@ def _error_of(reason: EndReason | None) -> Exception:
     if reason is EndReason.STALLED:
         return SessionStalled("no progress for stall_timeout seconds")
     return TimeoutError("the session's time is over")
-
-
-def _attempt_of(item: PoolItem) -> Attempt:
-    if item.attempt is None:
-        raise RuntimeError(f"{item.id} has no session")
-    return item.attempt
 
 
 def row_of(item: PoolItem) -> Row:

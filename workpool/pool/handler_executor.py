@@ -219,7 +219,8 @@ class HandlerExecutor:
         self, item: PoolItem, handler: Handler, session: Session
     ) -> Mapping[str, str] | _Raised:
         # An eager task runs before `create_task` returns, and the session's calls need the task.
-        item.handler_task = asyncio.current_task()
+        if item.handler_task is None:
+            item.handler_task = asyncio.current_task()
         if not self._may_start(item):
             return {}
         CURRENT.set(ref(session))
@@ -227,7 +228,9 @@ class HandlerExecutor:
         try:
             # Reading the mapping may run code of the handler, whose errors are the handler's.
             contexts = self._plugins.contexts(session)
-            call = self._caller(item, handler)
+            call: Call = handler.call  # type: ignore[assignment]  # async - unless `blocking`
+            if handler.blocking or handler.retry is not None:
+                call = self._caller(item, handler)
             if contexts:
                 return await self._in_contexts(contexts, item, call, session)
             return metadata_of(await call(session), self._metadata_limits)

@@ -147,12 +147,11 @@ def _running(view: PoolView) -> Iterator[PoolItem]:
 
 
 def _session(item: PoolItem, now: float, *, show_ids: bool) -> dict[str, Any]:
-    attempt = item.attempt
     ids = {"session_id": item.session_id, "work_id": item.id} if show_ids else {}
     return ids | {
         "handler": readable(item.label, TEXT_CHARACTERS),
         "age_seconds": now - item.acked_at,
-        "attempt": 1 if attempt is None else attempt.number,
+        "attempt": item.attempt.number,
         "lease_seconds": item.lease.remaining(now),
         "silence_seconds": item.silence(now),
     }

@@ -148,14 +148,14 @@ class PollerGroup:
             self._answered.set()
             self._answered = asyncio.Event()
 
-    def succeeded(self, *, null: bool) -> None:
-        """Record a poll that succeeded; `null`: without an item."""
-        self.last_success_at = self._context.clock()
+    def succeeded(self, at: float, *, null: bool) -> None:
+        """Record a poll that succeeded at this time of the lease clock; `null`: without an item."""
+        self.last_success_at = at
         self.refused = False
         self._refused_since = None
         if null:
             self._scale(self.target - 1, "nulls")
-        else:
+        elif self.target < len(self._turns):
             self._scale(self.target + 1, "hits")
         idle = null and self._context.queue.idle
         if idle and not self._idle:  # once when idleness starts, and not for each poll
@@ -206,8 +206,9 @@ class PollerGroup:
         """Record the error of an ack, which may stop the pollers for a while; None: a success."""
         if error is None:
             self.ack_refused = False
-            self._ack_backoff.reset()
-            self._conflict_backoff.reset()
+            if self._ack_backoff.failures or self._conflict_backoff.failures:
+                self._ack_backoff.reset()
+                self._conflict_backoff.reset()
         elif isinstance(error, RefusedError):
             self.ack_refused = True
             self.hold_back(self._ack_backoff.next())
@@ -266,8 +267,8 @@ class Poller:
         self._group = group
         self._dispatcher = dispatcher
         self._number = number
-        self._polled_at = 0.0  # a time of the loop's clock
-        self._sent_at = 0.0  # the same moment on the lease clock
+        self._clock = context.clock
+        self._polled_at = 0.0  # a time of the lease clock
         self._backoff = Backoff(BACKOFF_SECONDS, BACKOFF_CAP_SECONDS)
         self._unreadable = 0  # number in a row
 
@@ -328,14 +329,15 @@ class Poller:
             self.state = "paused"
             if self._group.cooldown_until:
                 await self._group.cooldown()
-            await self._dispatcher.health.admission()
+            if self._dispatcher.health.failures:
+                await self._dispatcher.health.admission()
             if self._admission.gated:
                 await self._admission.granted()
             await self._context.client.acquire_ack_permit()
             permitted = True
             item = await self._poll()
             if item is not None:
-                reception = self._dispatcher.offer(item, self._sent_at)
+                reception = self._dispatcher.offer(item, self._polled_at)
         finally:
             if reception != "queued":
                 self._context.queue.unreserve()
@@ -345,9 +347,7 @@ class Poller:
 
     async def _poll(self) -> WorkItem | None:
         self.state = "polling"
-        loop = asyncio.get_running_loop()
-        started = self._polled_at = loop.time()
-        self._sent_at = self._context.clock()
+        started = self._polled_at = self._clock()
         self._group.sent()
         result: PollResult = "error"
         try:
@@ -362,11 +362,12 @@ class Poller:
             raise
         finally:
             self._group.answered()
-            seconds = loop.time() - started
-            self._context.observe(PollFinished, result, seconds)
-        self._backoff.reset()
+            ended = self._clock()
+            self._context.observe(PollFinished, result, ended - started)
+        if self._backoff.failures:
+            self._backoff.reset()
         self._unreadable = 0
-        self._group.succeeded(null=item is None)
+        self._group.succeeded(ended, null=item is None)
         return item
 
     async def _back_off(self, failure: ControlPlaneError) -> None:
@@ -408,7 +409,7 @@ class Poller:
 
     def _rest_of_block(self) -> float:
         """Seconds until `block_ms` after the last poll; negative if that has passed."""
-        return self._polled_at + self._block_ms / 1000 - asyncio.get_running_loop().time()
+        return self._polled_at + self._block_ms / 1000 - self._clock()
 
     async def _sleep(self, seconds: float, state: PollerState = "backoff") -> None:
         if seconds > 0:

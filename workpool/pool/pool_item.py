@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from contextvars import Context
 
     from workpool.handlers import Handler
-    from workpool.pool.lease import Lease
+    from workpool.pool.lease import Lease, Status
     from workpool.session import Session
     from workpool.wire.http.timeouts import Bound
     from workpool.wire.items import WorkItem
@@ -75,6 +75,14 @@ class EndReason(enum.IntEnum):
     HANDED_OFF = enum.auto()
     STOPPED = enum.auto()
     LOST = enum.auto()
+
+
+REASONS_OF_LEASE: Final[Mapping[Status, EndReason | None]] = {
+    "stopped": EndReason.STOPPED,
+    "handed_off": EndReason.HANDED_OFF,
+    "released": None,  # by the pool's own last heartbeat: no other worker took the item
+}
+"""The reasons that a lease gives to end a session once it is not held; any other: lost."""
 
 
 class Handoff:
@@ -133,7 +141,8 @@ class PoolItem:
         lease: Set once the item is acknowledged; reading it earlier is a bug (AttributeError).
         session_id: The session's id as it was delivered; empty for an item without a session.
         session: Set once the item is acknowledged; None for a health check.
-        attempt: The number of this run, and its mark; set together with `session`.
+        attempt: The number of this run, and its mark. Set together with `session`; reading it
+            earlier is a bug (AttributeError).
         mark_task: Writes the mark of a drain while the handler runs, if a drain has begun.
         handoff: The last attempt to hand the item off.
         handler_task: Runs the handler, from its start.
@@ -183,6 +192,7 @@ class PoolItem:
     )
 
     lease: Lease
+    attempt: Attempt
 
     def __init__(
         self, work_item: WorkItem, handler: Handler | None, context: Context, now: float
@@ -201,7 +211,6 @@ class PoolItem:
         self.reason: EndReason | None = None
         """The gravest reason so far; None while nothing ends the session."""
         self.session: Session | None = None
-        self.attempt: Attempt | None = None
         self.mark_task: asyncio.Task[None] | None = None
         self.handoff: Handoff | None = None
         self.handler_task: asyncio.Task[object] | None = None
@@ -254,15 +263,15 @@ class PoolItem:
     def reason_of_lease(self, now: float) -> EndReason | None:
         """Return the reason that the lease gives to end the session, or None."""
         lease = self.lease
-        if lease.status == "stopped":
-            return EndReason.STOPPED
-        if lease.status == "handed_off":
-            return EndReason.HANDED_OFF
-        if lease.status == "released":
-            return None  # by the pool's own last heartbeat: no other worker took the item
-        if not (lease.begun and lease.held(now)):
-            return EndReason.LOST
-        return EndReason.STOP_REQUESTED if lease.stop_requested else None
+        if lease.begun and lease.held(now):
+            return EndReason.STOP_REQUESTED if lease.stop_requested else None
+        return REASONS_OF_LEASE.get(lease.status, EndReason.LOST)
+
+    def end_by_lease(self, now: float) -> None:
+        """Record the reason that the lease gives to end the session, if it gives one."""
+        reason = self.reason_of_lease(now)
+        if reason is not None:
+            self.end(reason)
 
     def notify(self) -> None:
         """Wake all tasks that wait in `until`."""
@@ -350,7 +359,10 @@ class Attempt:
         self._number: Patch = {} if stored == str(self.number) else {ATTEMPT: str(self.number)}
         retries = metadata.get(RETRIES, "") if RELEASED in metadata else ""
         self.retry = int(retries) if _NUMBER(retries) else 0
-        self._notes: Patch = {key: None for key in (ERROR, RELEASED, RETRIES) if key in metadata}
+        self._notes: Patch = {}
+        for key in (ERROR, RELEASED, RETRIES):
+            if key in metadata:
+                self._notes[key] = None
 
     def count_here(self, earlier: int) -> None:
         """Number the run by the `earlier` runs of this process.

@@ -13,7 +13,7 @@ from __future__ import annotations
 import asyncio
 import math
 from functools import partial
-from typing import TYPE_CHECKING, NamedTuple, TypeVar, TypeVarTuple
+from typing import TYPE_CHECKING, NamedTuple, TypeVar
 
 from workpool.backoff import Backoff
 from workpool.errors import (
@@ -47,7 +47,6 @@ if TYPE_CHECKING:
 
 log = pool_logger(__name__)
 T = TypeVar("T")
-Ts = TypeVarTuple("Ts")
 
 
 class LeaseDoubted(TransientError):
@@ -73,13 +72,11 @@ class SendOptions(NamedTuple):
         by_handler: Whether the handler makes the call, which is then refused unless the handler
             runs.
         seconds: The seconds for which it is retried; infinite = as long as the lease is held.
-        before_bytes: Called after the check, right before the first byte is written.
     """
 
     priority: Priority
     by_handler: bool
     seconds: float = math.inf
-    before_bytes: Callable[[], None] | None = None
 
 
 class Sender:
@@ -123,8 +120,16 @@ class Sender:
         if by_handler and (item.cancelled_for is not None or not item.executing):
             raise SessionEnded(item.id)
 
-    def check_write(self, item: PoolItem, *, by_handler: bool) -> None:
+    def check_write(
+        self,
+        item: PoolItem,
+        *,
+        by_handler: bool,
+        before_bytes: Callable[[], None] | None = None,
+    ) -> None:
         """Raise an error unless something may be written for the item at this time.
+
+        `before_bytes` is called last, if nothing is wrong.
 
         Raises:
             SessionGoneError: From `check`.
@@ -138,9 +143,19 @@ class Sender:
         if paused:
             self._on_pause()
             raise LeaseDoubted
+        if before_bytes is not None:
+            before_bytes()
 
-    async def send(self, item: PoolItem, call: Call[T], request: SendOptions) -> T:
+    async def send(
+        self,
+        item: PoolItem,
+        call: Call[T],
+        request: SendOptions,
+        before_bytes: Callable[[], None] | None = None,
+    ) -> T:
         """Make a call that needs the lease; repeat it until its answer is final or time is up.
+
+        `before_bytes` is called after the check, right before the first byte is written.
 
         Raises:
             SessionGoneError: The check, right before the bytes of every try, failed.
@@ -150,14 +165,17 @@ class Sender:
         until = math.inf
         if request.seconds != math.inf:
             until = asyncio.get_running_loop().time() + request.seconds
-        new_connection = False
+        check = partial(
+            self.check_write, item, by_handler=request.by_handler, before_bytes=before_bytes
+        )
+        options = CallOptions(check, request.priority, False, True)  # noqa: FBT003 - in the order of its fields
         while True:
             try:
-                return await self._try(item, call, request, until, new_connection=new_connection)
+                return await self._try(item, call, request, until, options)
             except TransientError as error:
                 failure = error
             backoff = backoff or Backoff(RETRY_SECONDS, RETRY_CAP_SECONDS)
-            new_connection = failure.reason in {"timeout", "network"}
+            options = options._replace(new_connection=failure.reason in {"timeout", "network"})
             left = self._left(item, until, self._clock())
             # A Retry-After may take half of the time that is left, to leave time for another try: a
             # session that has ended must not be run again because of a 429.
@@ -182,7 +200,8 @@ class Sender:
             now = self._clock()
             self.check(item, by_handler=True, now=now)
             try:
-                return await self._cut(item, self._left(item, until, now), call)
+                with self._bound(item, self._left(item, until, now)):
+                    return await call()
             except TimeoutError:
                 self.check(item, by_handler=True)
                 if loop.time() >= until:
@@ -199,20 +218,18 @@ class Sender:
         call: Call[T],
         request: SendOptions,
         until: float,
-        *,
-        new_connection: bool,
+        options: CallOptions,
     ) -> T:
         now = self._clock()
         self.check(item, by_handler=request.by_handler, now=now)
         try:
             if not self._client.try_acquire_permit(request.priority):
-                left = self._left(item, until, now)
-                await self._cut(item, left, self._client.acquire_permit, request.priority)
+                with self._bound(item, self._left(item, until, now)):
+                    await self._client.acquire_permit(request.priority)
                 now = self._clock()
             seconds = min(self._request_timeout, self._left(item, until, now) / TRY_PART)
-            check = partial(self._before_bytes, item, request)
-            options = CallOptions(check, request.priority, new_connection, True)  # noqa: FBT003 - in the order of its fields
-            return await self._cut(item, None, call, options, seconds)
+            with self._bound(item, None):
+                return await call(options, seconds)
         except TimeoutError:
             self.check(item, by_handler=request.by_handler)
             raise TransientError("call", None, "no answer in time", reason="timeout") from None
@@ -223,34 +240,17 @@ class Sender:
             return True
         return lease.over
 
-    def _before_bytes(self, item: PoolItem, request: SendOptions) -> None:
-        self.check_write(item, by_handler=request.by_handler)
-        if request.before_bytes is not None:
-            request.before_bytes()
-
     def _left(self, item: PoolItem, until: float, now: float) -> float:
         left = item.lease.remaining(now)
         if until == math.inf:
             return left
         return min(until - asyncio.get_running_loop().time(), left)
 
-    async def _cut(
-        self,
-        item: PoolItem,
-        seconds: float | None,
-        call: Callable[[*Ts], Awaitable[T]],
-        *values: *Ts,
-    ) -> T:
-        """Await `call(*values)` for at most `seconds`; `cut` ends the wait earlier."""
-        bound = Bound(seconds, asyncio.get_running_loop())
+    def _bound(self, item: PoolItem, seconds: float | None) -> Bound:
+        """Return a bound of `seconds` for a call of the item; `cut` ends the wait earlier."""
         if item.open_sends is None:
             item.open_sends = set()
-        item.open_sends.add(bound)
-        try:
-            with bound:
-                return await call(*values)
-        finally:
-            item.open_sends.discard(bound)
+        return Bound(seconds, item.open_sends)
 
 
 ControlPlaneErrors = (TransientError, RefusedError, ConflictError, PreconditionError)

@@ -53,6 +53,7 @@ if TYPE_CHECKING:
     from contextlib import AbstractAsyncContextManager
 
     from workpool.events import ReclaimStage, SessionErrorKind
+    from workpool.handlers import Handler
     from workpool.pool.claim import Claimer
     from workpool.pool.context import PoolContext
     from workpool.pool.handler_executor import HandlerExecutor
@@ -134,9 +135,9 @@ class SessionRunner:
             if item.handler is None:
                 await self._answer_healthcheck(item)
                 return
-            await self._begin(item)
+            session = await self._begin(item)
             if item.reason is None:
-                await self._execute(item)
+                await self._execute(item, item.handler, session)
             item.advance("ended")
             outcome = await self.completion.complete(item)
         finally:
@@ -180,9 +181,10 @@ class SessionRunner:
             self._pass_on_stop(item, session)
 
     async def _acknowledged(self, item: PoolItem) -> bool:
-        clock_offset = self._context.renewer.pauses.offset()
+        now = self._context.clock()
+        clock_offset = self._context.renewer.pauses.offset(now)
         if item.parents_heartbeat is None:
-            result = await self._claimer.acknowledge(item)
+            result = await self._claimer.acknowledge(item, now)
             if result == "conflict":
                 self._report_lost(item, "ack")
             if result != "ok":
@@ -200,30 +202,9 @@ class SessionRunner:
         item.lease.clock_offset = clock_offset
         return True
 
-    async def _begin(self, item: PoolItem) -> None:
-        """Send the first heartbeat, and record all reasons not to call the handler."""
-        lease = item.lease
-        session, attempt = self._open_session(item)
-        if self.draining:
-            await self.completion.mark(item, DRAIN_REASON, MARK_SECONDS)
-        await self._claimer.begin(item)
-        self._context.renewer.add(lease, item)
-        self._record_lease(item)
-        counted_here = "update" in self._context.optional.refused
-        to_count = counted_here or bool(attempt.opening())
-        if to_count and item.reason is None and not self.draining:
-            await self._open_attempt(item, session, attempt)
-            self._record_lease(item)
-        if self.on_claimed is not None and item.reason is not EndReason.LOST:
-            item.counted = True
-            self.on_claimed()
-        if lease.stop_requested:
-            self._pass_on_stop(item, session)
-        if self.draining:
-            item.end(EndReason.DRAINED)
-
-    def _open_session(self, item: PoolItem) -> tuple[Session, Attempt]:
-        redelivered = item.held_before
+    async def _begin(self, item: PoolItem) -> Session:
+        """Send the first heartbeat, record all reasons not to call the handler."""
+        lease, redelivered = item.lease, item.held_before
         attempt = item.attempt = Attempt(item.work_item.metadata, redelivered=redelivered)
         session = item.session = Session(
             item.work_item,
@@ -232,19 +213,34 @@ class SessionRunner:
             attempt=attempt.number,
             retry=attempt.retry,
         )
-        return session, attempt
+        if self.draining:
+            await self.completion.mark(item, DRAIN_REASON, MARK_SECONDS)
+        await self._claimer.begin(item)
+        self._context.renewer.add(lease, item)
+        item.end_by_lease(self._context.clock())
+        counted_here = "update" in self._context.optional.refused
+        to_count = counted_here or bool(attempt.opening())
+        if to_count and item.reason is None and not self.draining:
+            await self._open_attempt(item, session, attempt)
+            item.end_by_lease(self._context.clock())
+        if self.on_claimed is not None and item.reason is not EndReason.LOST:
+            item.counted = True
+            self.on_claimed()
+        if lease.stop_requested:
+            self._pass_on_stop(item, session)
+        if self.draining:
+            item.end(EndReason.DRAINED)
+        return session
 
-    async def _execute(self, item: PoolItem) -> None:
-        if item.handler is None or item.session is None:
-            raise RuntimeError(f"{item.id} has no handler")
+    async def _execute(self, item: PoolItem, handler: Handler, session: Session) -> None:
         item.advance("started")
         self.unstarted = 0
-        await self._executor.run(item, item.handler, item.session)
+        await self._executor.run(item, handler, session)
         if item.mark_task is not None:
             await _settle_mark(item.mark_task)
         if item.handoff is not None:
             await settle(item, item.handoff, self._context.renewer)
-        self._record_lease(item)
+        item.end_by_lease(self._context.clock())
 
     def _pass_on_stop(self, item: PoolItem, session: Session) -> None:
         """Report an operator's request to stop once, and tell the session about it."""
@@ -303,11 +299,6 @@ class SessionRunner:
                 error,
                 extra={"work_id": item.id, "error": str(error)},
             )
-
-    def _record_lease(self, item: PoolItem) -> None:
-        """Record the reason that the lease gives to end the session, if it gives one."""
-        if (reason := item.reason_of_lease(self._context.clock())) is not None:
-            item.end(reason)
 
     def _report_end(self, item: PoolItem, session: Session, outcome: Outcome) -> None:
         if outcome == "lease_lost" and item.lease.confirmed:
@@ -456,7 +447,5 @@ class SessionCalls:
         # One handler with many calls must not take the connections of the others.
         self._places = self._places or asyncio.Semaphore(CALLS_PER_SESSION)
         async with self._places:
-            request = SendOptions(
-                Priority.HANDLER, by_handler=True, seconds=seconds, before_bytes=before_bytes
-            )
-            return await self._sender.send(self._item, call, request)
+            options = SendOptions(Priority.HANDLER, by_handler=True, seconds=seconds)
+            return await self._sender.send(self._item, call, options, before_bytes)

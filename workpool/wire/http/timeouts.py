@@ -27,24 +27,26 @@ class Bound:
 
     Args:
         seconds: The bound; None = only `expire_now` ends the wait.
-        loop: The running loop. It is given because Python 3.11 makes a system call to find it.
+        open_bounds: Contains the bound while its block runs, for `expire_now`.
     """
 
-    __slots__ = ("_before", "_expired", "_loop", "_seconds", "_task", "_timer")
+    __slots__ = ("_before", "_expired", "_open", "_seconds", "_task", "_timer")
 
-    def __init__(self, seconds: float | None, loop: asyncio.AbstractEventLoop) -> None:
+    def __init__(self, seconds: float | None, open_bounds: set[Bound]) -> None:
         self._seconds = seconds
-        self._loop = loop
+        self._open = open_bounds
         self._expired = False
 
     def __enter__(self) -> None:
-        task = asyncio.current_task(self._loop)
+        task = asyncio.current_task()
         if task is None:
             raise RuntimeError("a bound needs a task that it can cancel")
         self._task, self._before = task, task.cancelling()
         self._timer: asyncio.TimerHandle | None = None
         if self._seconds is not None:
-            self._timer = self._loop.call_later(max(0.0, self._seconds), self.expire_now)
+            seconds = max(0.0, self._seconds)
+            self._timer = task.get_loop().call_later(seconds, self.expire_now)
+        self._open.add(self)
 
     def __exit__(
         self,
@@ -52,6 +54,7 @@ class Bound:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
+        self._open.discard(self)
         if self._timer is not None:
             self._timer.cancel()
         if self._expired:
