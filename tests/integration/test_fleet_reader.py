@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from dataclasses import replace
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any
@@ -10,7 +11,7 @@ import orjson
 import pytest
 from aiohttp import web
 
-from workpool.cli import item_count
+from workpool.cli import fleet_reader, item_count
 from workpool.cli.fleet_reader import FleetReader, load_of
 from workpool.cli.item_count import ItemCount, ItemCounter
 from workpool.errors import RefusedError, TransientError
@@ -39,6 +40,12 @@ def client_of(plane: ControlPlane) -> WorkClient:
 
 def reader_of(client: WorkClient) -> FleetReader:
     return FleetReader(client, interval=NEVER, max_age=NEVER)
+
+
+async def read(reader: FleetReader) -> FleetLoad:
+    load = await reader.read()
+    assert load is not None
+    return load
 
 
 def vendor(*, statistics: bool = True, after_id: str = "known", newest: bool = False) -> Any:
@@ -96,7 +103,7 @@ async def test_load_is_read_from_statistics_that_count_running_items() -> None:
         plane.enqueue(5)
         await claim(client, 2)
         assert await client.poll() is not None
-        load = await reader_of(client).read()
+        load = await read(reader_of(client))
         assert (load.queued, load.pending, load.running) == (2, 1, 2)
         assert (load.unfinished, load.lower_bound) == (5, False)
         assert 0 <= load.oldest_queued_seconds < 60
@@ -114,25 +121,71 @@ async def test_running_items_are_counted_in_the_list_of_other_control_planes(
         stop(plane, items[0].id, items[5].id)
         reader = reader_of(client)
         for _ in range(2):
-            load = await reader.read()
+            load = await read(reader)
             assert (load.queued + load.pending, load.running) == (2, 2)
             assert not load.lower_bound
     assert caplog.text.count("statistics refused") == (0 if statistics else 1)
 
 
-async def test_list_that_is_too_long_is_a_lower_bound_until_its_stopped_items_are_passed(
+async def test_history_that_is_longer_than_one_count_gives_no_numbers_until_it_is_passed(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    """No running item has been reached, so the number of workers would be too small."""
     monkeypatch.setattr(item_count, "LISTED_ITEMS_MAX", 2 * PAGE)
     async with ControlPlane(middlewares=[vendor()]) as plane, client_of(plane) as client:
-        stop(plane, *(item.id for item in plane.enqueue(3 * PAGE)))
+        stop(plane, *(item.id for item in plane.enqueue(5 * PAGE)))
         plane.enqueue(5)
         await claim(client, 4)
         reader = reader_of(client)
-        first, second, third = [await reader.read() for _ in range(3)]
-        assert (first.running, first.lower_bound) == (0, True)
-        for later in (second, third):
-            assert (later.running, later.lower_bound) == (4, False)
+        assert [await reader.read() for _ in range(2)] == [None, None]
+        for _ in range(2):
+            load = await read(reader)
+            assert (load.running, load.lower_bound) == (4, False)
+
+
+async def test_reader_passes_a_long_history_and_then_has_numbers(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(item_count, "LISTED_ITEMS_MAX", PAGE)
+    monkeypatch.setattr(fleet_reader, "HISTORY_SECONDS", 0.01)
+    async with ControlPlane(middlewares=[vendor()]) as plane, client_of(plane) as client:
+        stop(plane, *(item.id for item in plane.enqueue(3 * PAGE)))
+        plane.enqueue(2)
+        reader = reader_of(client)
+        assert reader.unready() == ["the queue is not read to its end yet"]
+        async with asyncio.TaskGroup() as group:
+            reading = group.create_task(reader.run())
+            for _ in range(2000):
+                if reader.load is not None:
+                    break
+                await asyncio.sleep(0.01)
+            reading.cancel()
+        assert reader.load is not None
+        assert (reader.load.unfinished, reader.unready()) == (2, [])
+
+
+async def test_history_that_cannot_be_passed_gives_no_numbers(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(item_count, "LISTED_ITEMS_MAX", PAGE)
+    middlewares = [vendor(after_id="refused")]
+    async with ControlPlane(middlewares=middlewares) as plane, client_of(plane) as client:
+        stop(plane, *(item.id for item in plane.enqueue(3 * PAGE)))
+        reader = reader_of(client)
+        assert [await reader.read() for _ in range(4)] == [None] * 4
+
+
+async def test_long_list_that_begins_with_the_newest_items_is_a_lower_bound(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(item_count, "LISTED_ITEMS_MAX", PAGE)
+    middlewares = [vendor(newest=True)]
+    async with ControlPlane(middlewares=middlewares) as plane, client_of(plane) as client:
+        stop(plane, *(item.id for item in plane.enqueue(3 * PAGE)))
+        plane.enqueue(2)
+        await claim(client, 2)
+        load = await read(reader_of(client))
+        assert (load.running, load.lower_bound) == (2, True)
 
 
 @pytest.mark.parametrize("after_id", ["known", "ignored", "refused"])
@@ -207,7 +260,7 @@ async def test_refused_list_is_an_error_and_leaves_the_reader_without_numbers(
             with pytest.raises(RefusedError):
                 await reader.read()
             assert reader.load is None
-            assert reader.unready() == ["not read yet"]
+            assert reader.unready() == ["the queue is not read to its end yet"]
     assert "statistics refused" not in caplog.text
 
 

@@ -15,6 +15,8 @@ from workpool.wire.items import QueueStats
 
 READ_SECONDS: Final = 60.0
 """The longest time of one reading: statistics, and some pages of the list."""
+HISTORY_SECONDS: Final = 5.0
+"""The wait between two parts of a long history of stopped items."""
 WAIT_SECONDS_MAX: Final = 300.0
 """The longest wait that a control plane can ask for."""
 
@@ -67,8 +69,9 @@ class FleetReader:
         """The reasons for which there is no load. Any thread."""
         if self.load is not None:
             return []
-        error = self.error
-        return ["not read yet" if error is None else f"the queue cannot be read: {error}"]
+        if (error := self.error) is not None:
+            return [f"the queue cannot be read: {error}"]
+        return ["the queue is not read to its end yet"]
 
     async def run(self) -> None:
         """Read until cancelled. A failure leaves the last load, which grows older."""
@@ -82,7 +85,11 @@ class FleetReader:
             else:
                 if self.error is not None:
                     log.info("queue read again")
-                self.error, self._last, wait = None, (began_at, load), self._interval
+                self.error, wait = None, self._interval
+                if load is None:
+                    wait = min(wait, HISTORY_SECONDS)
+                else:
+                    self._last = began_at, load
             await asyncio.sleep(wait)
 
     def _failed(self, error: ControlPlaneError | TimeoutError) -> float:
@@ -95,8 +102,11 @@ class FleetReader:
         asked = error.retry_after if isinstance(error, TransientError) else None
         return min(WAIT_SECONDS_MAX, asked or 0.0)
 
-    async def read(self) -> FleetLoad:
-        """Read the load once.
+    async def read(self) -> FleetLoad | None:
+        """Read the load once; None as long as only a part of a history of stopped items is read.
+
+        Without unfinished items that were not reached yet, the load would seem to be nothing, and
+        each restart of this process would remove busy workers.
 
         Raises:
             ControlPlaneError: Statistics or list cannot be read.
@@ -113,10 +123,10 @@ class FleetReader:
             return FleetLoad(
                 stats.depth, stats.pending, stats.running, _age(stats.oldest_queued_at)
             )
-        load = load_of(stats, await self._counter.count())
+        count = await self._counter.count()
         if refusal is not None:
             self._log_refusal(refusal)
-        return load
+        return None if count.before_unfinished else load_of(stats, count)
 
     def _log_refusal(self, refusal: RefusedError) -> None:
         """Log once that statistics are refused, although the credential is accepted."""

@@ -27,12 +27,15 @@ class ItemCount(NamedTuple):
         running: Items that are starting, active or stopping.
         oldest_queued_at: When the oldest queued item was created; None without one.
         complete: Whether the list was read to its end. Otherwise the counts are lower bounds.
+        before_unfinished: Whether only stopped items were read, in order of creation, and the list
+            goes on: the unfinished items are still to come, and nothing is known about them.
     """
 
     queued: int
     running: int
     oldest_queued_at: datetime | None
     complete: bool
+    before_unfinished: bool = False
 
 
 class ItemCounter:
@@ -66,6 +69,7 @@ class ItemCounter:
             running=sum(states.values()) - states[QUEUED] - states[STOPPED],
             oldest_queued_at=min((time for time in queued if time is not None), default=None),
             complete=found.complete,
+            before_unfinished=not found.complete and self._after == found.last_id is not None,
         )
 
     async def _read(self) -> FoundItems:
