@@ -9,12 +9,18 @@ from contextlib import closing
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+import asyncpg
+
 from workpool.server import DEFAULT_ENVIRONMENT, SqliteStore
-from workpool.wire.protocol import ENQUEUE_COUNT_MAX
+from workpool.server.postgres.migrations import migrate
+from workpool.wire.protocol import ENQUEUE_COUNT_MAX, STOPPED
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from workpool.server import ControlPlane
 
+POSTGRES = "postgresql://"
 HOUR_MS = 3_600_000
 _AGE_MS = 10 * HOUR_MS
 """Less than the retention: nothing is deleted during a benchmark."""
@@ -39,6 +45,25 @@ _SQLITE = (
 )
 """Both kinds of backlog; `:ms` is the time of the first one in milliseconds."""
 
+_SESSIONS = """
+    INSERT INTO sessions (id, environment_id, metadata, created_at, work_id)
+    SELECT 'sess_' || digits, $3, '{}', ms * 1000, 'work_' || digits
+    FROM generate_series(1, $1::bigint) AS number (i),
+        LATERAL (SELECT $2::bigint + i / 4096 AS ms) AS clock,
+        LATERAL (SELECT lpad(to_hex(ms), 12, '0') || '7' || lpad(to_hex(i % 4096), 3, '0') || '8'
+            || lpad(to_hex(i), 15, '0') AS digits) AS id
+"""
+_ITEMS = """
+    INSERT INTO items (id, environment_id, session_id, created_at, type, state, metadata,
+                       acknowledged_at, started_at, heartbeat_at, stopped_at, holder, ttl_seconds,
+                       beaten)
+    SELECT work_id, environment_id, id, created_at, 'session', $1, '{}', at, at, at, at,
+           CASE WHEN at IS NOT NULL THEN 'worker' END, 60, at IS NOT NULL
+    FROM sessions, LATERAL (SELECT CASE WHEN $1 = 'stopped' THEN created_at END AS at) AS stop
+    WHERE created_at >= $2::bigint * 1000
+"""
+_STOPPED = "INSERT INTO stopped_counts VALUES ($1, 0, $2)"
+
 
 @dataclass(frozen=True)
 class Backlog:
@@ -49,17 +74,21 @@ class Backlog:
 
 
 def fill(store: str, backlog: Backlog) -> None:
-    """Write the backlog to an empty SQLite file."""
+    """Write the backlog to a new SQLite file, or to a database without workpool's tables."""
     asyncio.run(_create(store))
     now = time.time_ns() // 1_000_000
+    parts = [
+        ("stopped", backlog.stopped, now - _AGE_MS),
+        ("queued", backlog.queued, now - HOUR_MS),
+    ]
+    if store.startswith(POSTGRES):
+        asyncio.run(_fill_database(store, parts))
+        return
     with closing(sqlite3.connect(store)) as connection, connection:
-        for state, count, age in (
-            ("stopped", backlog.stopped, _AGE_MS),
-            ("queued", backlog.queued, HOUR_MS),
-        ):
+        for state, count, start in parts:
             values = {
                 "count": count,
-                "ms": now - age,
+                "ms": start,
                 "state": state,
                 "environment": DEFAULT_ENVIRONMENT,
             }
@@ -67,8 +96,26 @@ def fill(store: str, backlog: Backlog) -> None:
                 connection.execute(statement, values)
 
 
-async def _create(path: str) -> None:
-    store = SqliteStore(path)
+async def _fill_database(url: str, parts: Sequence[tuple[str, int, int]]) -> None:
+    connection = await asyncpg.connect(url)
+    try:
+        for state, count, start in parts:
+            await connection.execute(_SESSIONS, count, start, DEFAULT_ENVIRONMENT, timeout=600)
+            await connection.execute(_ITEMS, state, start, timeout=600)
+            if state == STOPPED:
+                await connection.execute(_STOPPED, DEFAULT_ENVIRONMENT, count)
+        # as the database does by itself some time after so many changes
+        await connection.execute("VACUUM ANALYZE", timeout=600)
+        await connection.execute("CHECKPOINT", timeout=600)
+    finally:
+        await connection.close()
+
+
+async def _create(place: str) -> None:
+    if place.startswith(POSTGRES):
+        await migrate(place)
+        return
+    store = SqliteStore(place)
     await store.open()
     await store.close()
 

@@ -20,11 +20,11 @@ from typing import TYPE_CHECKING, TypeAlias
 
 import uvloop
 from arena import LIMIT_SECONDS, Meter, Plane, enqueue, process
-from backlogs import Backlog, fill, fill_memory
+from backlogs import POSTGRES, Backlog, fill, fill_memory
 
 from workpool import WorkClient
 from workpool.pool.lease_renewer import new_event_loop
-from workpool.server import ControlPlane, MemoryStore, SqliteStore
+from workpool.server import ControlPlane, MemoryStore, PostgresStore, SqliteStore
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
@@ -37,7 +37,6 @@ if TYPE_CHECKING:
     Stops = Synchronized[int]
 
 MEMORY = "memory"
-POSTGRES = "postgresql://"
 TICK_SECONDS = 0.002
 BATCH = 10
 """The lowest depth of a queue."""
@@ -307,7 +306,7 @@ def _serve(pipe: Connection, store: str, backlog: Backlog) -> None:
 
 async def _plane(pipe: Connection, store: str, backlog: Backlog) -> None:
     plane = ControlPlane(
-        store=MemoryStore() if store == MEMORY else SqliteStore(store),
+        store=_store(store),
         tokens={"token-of-the-benchmark": None},
         history_limit=0,
         retention=RETENTION_SECONDS,
@@ -320,6 +319,12 @@ async def _plane(pipe: Connection, store: str, backlog: Backlog) -> None:
         )
         pipe.send((address, os.getpid()))
         await asyncio.get_running_loop().create_future()  # until terminated
+
+
+def _store(place: str) -> MemoryStore | SqliteStore | PostgresStore:
+    if place.startswith(POSTGRES):
+        return PostgresStore(place)
+    return MemoryStore() if place == MEMORY else SqliteStore(place)
 
 
 def _work(contender: Contender, plane: Plane, pipe: Connection, stops: Stops) -> None:

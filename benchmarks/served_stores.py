@@ -64,5 +64,8 @@ SERVED = {
     for store in (
         ServedStore("memory", MEMORY),
         ServedStore("sqlite", "SQLite"),
+        ServedStore("postgres-1", "PostgreSQL", 1, on_database=True),
+        ServedStore("postgres-2", "PostgreSQL", 2, on_database=True),
+        ServedStore("postgres-4", "PostgreSQL", 4, on_database=True),
     )
 }

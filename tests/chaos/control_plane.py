@@ -1,4 +1,4 @@
-"""A control plane process for storms: SQLite, faults from a file, and a journal on disk.
+"""A control plane process for storms: a store, faults from a file, and a journal on disk.
 
 `python control_plane.py CONFIG`, CONFIG the JSON of a `Config`. The journal is one line of JSON per
 fact, written as it happens: received requests, applied and stored changes, injected faults.
@@ -20,7 +20,7 @@ import orjson
 from aiohttp import web
 
 from workpool.pool.lease_renewer import new_event_loop
-from workpool.server import ControlPlane, History, SqliteStore
+from workpool.server import ControlPlane, History, PostgresStore, ServeError, SqliteStore
 from workpool.testing import Faults
 from workpool.testing.fault import Fault, nested
 from workpool.testing.fault_plan import read_plan
@@ -33,6 +33,7 @@ if TYPE_CHECKING:
     Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
 
 TICK_SECONDS = 0.05
+DATABASE = "postgresql://"
 LAG_SECONDS = 0.1
 
 
@@ -43,7 +44,12 @@ def boot_time() -> float:
 
 @dataclass(frozen=True)
 class Config:
-    """Configuration; `offset` is the control plane's clock minus `boot_time`."""
+    """Configuration.
+
+    Attributes:
+        store: A file of SQLite, or the URL of a database, which then records the history itself.
+        offset: The control plane's clock minus `boot_time`. A database has its own clock.
+    """
 
     store: str
     journal: str
@@ -144,27 +150,45 @@ async def measure_lag(journal: Journal) -> None:
             journal.note("lag", seconds=lag)
 
 
-async def serve(config: Config) -> None:
-    journal = Journal(config.journal, config.offset)
-    faults = Faults(config.seed, remember=False)
+def control_plane(config: Config, faults: Faults, journal: Journal) -> ControlPlane:
+    """Return the control plane with its store."""
+    middlewares = [journal.arrivals, faults.middleware, journal.durables]
+    if config.store.startswith(DATABASE):
+        return ControlPlane(
+            environments=(config.environment,),
+            tokens={config.token: None},
+            store=PostgresStore(config.store, history=True),
+            port=config.port,
+            middlewares=middlewares,
+        )
     plane = ControlPlane(
         environments=(config.environment,),
         tokens={config.token: None},
         store=SqliteStore(config.store),
         port=config.port,
         now=lambda: boot_time() + config.offset,
-        middlewares=[journal.arrivals, faults.middleware, journal.durables],
+        middlewares=middlewares,
     )
     plane.operations.history = journal
+    return plane
+
+
+async def serve(config: Config) -> None:
+    journal = Journal(config.journal, config.offset)
+    faults = Faults(config.seed, remember=False)
+    plane = control_plane(config, faults, journal)
     install(config, faults, plane, journal)
+    has_index = not config.store.startswith(DATABASE)
     ending = asyncio.Event()
     asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, ending.set)
     async with plane, asyncio.TaskGroup() as group:
-        journal.snapshot("boot", plane)
+        if has_index:
+            journal.snapshot("boot", plane)
         ticking = group.create_task(measure_lag(journal))
         print(plane.port, flush=True)  # noqa: T201 - the parent waits for it
         await ending.wait()
-        journal.snapshot("end", plane)
+        if has_index:
+            journal.snapshot("end", plane)
         ticking.cancel()
 
 
@@ -172,4 +196,7 @@ if __name__ == "__main__":
     given = orjson.loads(sys.argv[1])
     config = Config(**{field.name: given[field.name] for field in fields(Config)})
     with asyncio.Runner(loop_factory=new_event_loop) as runner:
-        runner.run(serve(config))
+        try:
+            runner.run(serve(config))
+        except ServeError as error:  # the database is not available
+            sys.exit(f"cannot start: {error}")

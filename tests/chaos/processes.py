@@ -12,12 +12,13 @@ import re
 import signal
 import socket
 import sys
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import asdict
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 
+from tests.chaos.balancer import Balancer
 from tests.chaos.control_plane import Config, boot_time
 
 if TYPE_CHECKING:
@@ -45,34 +46,46 @@ SETTINGS = {
 _NUMBERS = {"kill": signal.SIGKILL, "stop": signal.SIGSTOP, "cont": signal.SIGCONT}
 
 
+class StartError(Exception):
+    """A process ended before it was ready."""
+
+
 class Fleet:
-    """One control plane and several workers, in one folder.
+    """A control plane of one or several processes, and several workers, in one folder.
 
     Args:
         folder: Holds the store, the journal, the trace and the logs.
         write_rate: The own limit of writes per second of each worker; 0 = unlimited.
+        store: The URL of the database of all planes; empty: a file of SQLite for the only one.
+        planes: The number of the control plane's processes; several are behind a balancer.
 
     Attributes:
         base_url: The base URL of the control plane, the same after each restart.
+        offset: The system's clock minus `boot_time`.
         workers: The running or the last process of each name.
         actions: The actions on processes, in order: `kill`, `stop`, `cont`, `exit` of a `pid`.
         broken: Errors of the processes.
     """
 
-    def __init__(self, folder: Path, write_rate: float = 0.0) -> None:
+    def __init__(
+        self, folder: Path, write_rate: float = 0.0, *, store: str = "", planes: int = 1
+    ) -> None:
         self.folder = folder
         self._write_rate = write_rate
         self.workers: dict[str, Process] = {}
         self.actions: list[dict[str, Any]] = []
         self.broken: list[str] = []
-        self._plane: Process | None = None
+        self._store = store or str(folder / "work.db")
+        self._planes: dict[int, Process] = {}
         self._logs: dict[int, Path] = {}
-        self._offset = datetime.now(UTC).timestamp() - boot_time()
-        with socket.create_server(("127.0.0.1", 0)) as free:
-            self._port = free.getsockname()[1]
-        self.base_url = f"http://127.0.0.1:{self._port}/api/v1/cloud"
+        self.offset = datetime.now(UTC).timestamp() - boot_time()
+        self._ports, [port] = _free_ports(planes), _free_ports(1)
+        self._balancer = Balancer(port, self._ports) if planes > 1 else None
+        self.base_url = f"http://127.0.0.1:{port if planes > 1 else self._ports[0]}/api/v1/cloud"
 
     async def __aenter__(self) -> Self:
+        if self._balancer is not None:
+            await self._balancer.__aenter__()
         return self
 
     async def __aexit__(
@@ -81,44 +94,73 @@ class Fleet:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        for process in (*self.workers.values(), self._plane):
-            if process is not None and process.returncode is None:
+        for process in (*self.workers.values(), *self._planes.values()):
+            if process.returncode is None:
                 process.kill()
                 await process.wait()
+        if self._balancer is not None:
+            await self._balancer.__aexit__(kind, error, trace)
 
-    async def start_plane(self, seed: int, *, faults: str = "", ahead: float = 0.0) -> None:
-        """Start the control plane with its clock `ahead` by seconds; kill the running one."""
-        if self._plane is not None:
-            with suppress(ProcessLookupError):
-                self._plane.kill()
-            await self._plane.wait()
+    async def start_plane(
+        self, seed: int, *, number: int = 0, faults: str = "", ahead: float = 0.0
+    ) -> None:
+        """Start a process of the control plane; kill the running one of this number.
+
+        Args:
+            seed: The seed of its faults.
+            number: The number of the process.
+            faults: The file of its faults; empty: none.
+            ahead: Seconds by which its clock is ahead.
+
+        Raises:
+            StartError: The process ended instead.
+        """
+        await self.kill_plane(number)
         config = Config(
-            store=str(self.folder / "work.db"),
+            store=self._store,
             journal=str(self.folder / "journal"),
             environment=ENVIRONMENT,
             token=TOKEN,
-            port=self._port,
-            offset=self._offset + ahead,
+            port=self._ports[number],
+            offset=self.offset + ahead,
             seed=seed,
             faults=faults,
         )
-        with self._log("plane") as log:
-            self._plane = await asyncio.create_subprocess_exec(
+        with self._log(f"plane-{number}") as log:
+            plane = await asyncio.create_subprocess_exec(
                 *(sys.executable, "-m", "tests.chaos.control_plane", json.dumps(asdict(config))),
                 cwd=HERE.parents[1],
                 stdout=asyncio.subprocess.PIPE,
                 stderr=log,
             )
-        assert self._plane.stdout is not None
+        self._planes[number] = plane
+        assert plane.stdout is not None
         async with asyncio.timeout(SECONDS):
-            assert int(await self._plane.stdout.readline()) == self._port
+            ready = await plane.stdout.readline()
+            if not ready:
+                del self._planes[number]
+                raise StartError(f"control plane {number} ended: {await plane.wait()}")
 
-    async def end_plane(self) -> None:
+    async def kill_plane(self, number: int) -> None:
+        """Kill a process of the control plane, if it runs, and wait for its end."""
+        plane = self._planes.get(number)
+        if plane is not None:
+            if plane.returncode is not None:
+                self.broken.append(f"control plane {number} ended by itself: {plane.returncode}")
+            with suppress(ProcessLookupError):
+                plane.kill()
+            await plane.wait()
+            del self._planes[number]
+
+    async def end_planes(self) -> None:
         """End the control plane so that it writes its last snapshot."""
-        assert self._plane is not None
-        self._plane.terminate()
-        async with asyncio.timeout(SECONDS):
-            await self._plane.wait()
+        for number, plane in self._planes.items():
+            if plane.returncode is not None:
+                self.broken.append(f"control plane {number} ended by itself: {plane.returncode}")
+                continue
+            plane.terminate()
+            async with asyncio.timeout(SECONDS):
+                await plane.wait()
 
     async def start_worker(self, name: str, base_url: str = "", *flags: str) -> None:
         """Start `workpool run`, connected to the control plane directly if `base_url` is empty."""
@@ -184,6 +226,16 @@ class Fleet:
         if status != 0:
             self.broken.append(f"worker {name} ended with {status}")
 
+    def errors_of_planes(self) -> list[str]:
+        """Return the last line of each traceback in the logs of the control plane."""
+        found = []
+        for path in sorted(self.folder.glob("plane-*.log")):
+            tracebacks = path.read_text().split("Traceback (most recent call last):\n")[1:]
+            for text in tracebacks:
+                ends = [line for line in text.splitlines() if line and not line.startswith(" ")]
+                found.append(f"{path.name}: {ends[0] if ends else 'a traceback'}")
+        return found
+
     def worker_ids(self) -> dict[int, str]:
         """Return the Worker-ID of each process id that ran long enough."""
         said = {
@@ -191,3 +243,9 @@ class Fleet:
             for pid, path in self._logs.items()
         }
         return {pid: found[1] for pid, found in said.items() if found}
+
+
+def _free_ports(number: int) -> list[int]:
+    with ExitStack() as stack:
+        free = [stack.enter_context(socket.create_server(("127.0.0.1", 0))) for _ in range(number)]
+        return [each.getsockname()[1] for each in free]

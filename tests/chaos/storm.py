@@ -29,7 +29,7 @@ from tests.chaos.processes import ENVIRONMENT, LEASE_SECONDS, TOKEN, Fleet
 from workpool.testing import Proxy
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Coroutine, Iterator, Mapping, Sequence
 
 NAMES = ("one", "two", "three")
 BEHIND_PROXY = "three"
@@ -80,12 +80,18 @@ class StormSettings:
 
 
 class Storm:
-    """One storm in its own folder."""
+    """One storm in its own folder.
+
+    Attributes:
+        kinds: The kinds of faults, as a file of faults has them.
+    """
+
+    kinds: Sequence[Mapping[str, Any]] = KINDS
 
     def __init__(self, settings: StormSettings, folder: Path) -> None:
         self.settings = settings
         self._random = random.Random(settings.seed)  # noqa: S311 - a storm must be repeatable
-        self._fleet = Fleet(folder, settings.write_rate)
+        self._fleet = self._make_fleet(folder)
         self._faults = folder / "faults.json"
         self._enqueued: list[str] = []
         self._lags: list[dict[str, Any]] = []
@@ -96,7 +102,7 @@ class Storm:
         """Run the storm and return the verdict."""
         faults = [
             {"ops": WORKER_OPS, "probability": self._random.uniform(0.05, 0.1), **kind}
-            for kind in KINDS
+            for kind in self.kinds
         ]
         self._faults.write_text(json.dumps({"fault": faults}))
         async with (
@@ -104,16 +110,18 @@ class Storm:
             aiohttp.ClientSession() as http,
             self._fleet,
         ):
-            await self._start_plane()
+            await self._start_planes(str(self._faults))
             for name in NAMES:
                 await self._start_worker(name, proxy)
             await self._all_at_once(http, proxy)
             await self._heal(http, proxy)
         return self._judge()
 
-    async def _start_plane(self) -> None:
-        seed = self._random.randrange(1 << 30)
-        await self._fleet.start_plane(seed, faults=str(self._faults))
+    def _make_fleet(self, folder: Path) -> Fleet:
+        return Fleet(folder, self.settings.write_rate)
+
+    async def _start_planes(self, faults: str = "") -> None:
+        await self._fleet.start_plane(self._random.randrange(1 << 30), faults=faults)
 
     async def _start_worker(self, name: str, proxy: Proxy) -> None:
         await self._fleet.start_worker(name, proxy.base_url if name == BEHIND_PROXY else "")
@@ -128,7 +136,7 @@ class Storm:
                     self._enqueue(http),
                     self._kill_workers(proxy),
                     self._stop_workers(),
-                    self._kill_plane(),
+                    *self._break_control_plane(),
                     self._operate(http),
                     self._break_network(proxy),
                     self._measure_lag(),
@@ -200,10 +208,13 @@ class Storm:
             if busy:
                 return self._random.choice(busy)
 
+    def _break_control_plane(self) -> list[Coroutine[Any, Any, None]]:
+        return [self._kill_plane()]
+
     async def _kill_plane(self) -> None:
         while True:
             await asyncio.sleep(self.settings.plane_kill_every * self._random.uniform(0.7, 1.3))
-            await self._start_plane()
+            await self._start_planes(str(self._faults))
 
     async def _operate(self, http: aiohttp.ClientSession) -> None:
         """Stop an item every few seconds, gracefully or by force."""
@@ -251,7 +262,7 @@ class Storm:
             await self._fleet.start_worker("last", "", "--drain", "--concurrency", "64")
             await self._fleet.ends("last")
         else:
-            await self._fleet.start_plane(0)
+            await self._start_planes()
             for name in NAMES:
                 if self._fleet.was_killed(name):  # killed and not started again yet
                     await self._fleet.workers[name].wait()
@@ -260,7 +271,7 @@ class Storm:
             for name in NAMES:
                 self._fleet.workers[name].terminate()
                 await self._fleet.ends(name)
-        await self._fleet.end_plane()
+        await self._fleet.end_planes()
 
     async def _all_stopped(self, http: aiohttp.ClientSession) -> None:
         """Wait until all items are stopped, for as long as leases of killed workers may last."""
@@ -283,7 +294,7 @@ class Storm:
     def _judge(self) -> Verdict:
         folder = self._fleet.folder
         judge = Judge(
-            [*lines(folder / "journal"), *self._lags],
+            self._journal(),
             lines(folder / "trace"),
             self._fleet.actions,
             self._fleet.worker_ids(),
@@ -292,6 +303,9 @@ class Storm:
         verdict = judge.judge(self._enqueued)
         verdict.broken += self._fleet.broken
         return verdict
+
+    def _journal(self) -> list[dict[str, Any]]:
+        return [*lines(self._fleet.folder / "journal"), *self._lags]
 
 
 def lines(path: Path) -> Iterator[dict[str, Any]]:
@@ -316,18 +330,23 @@ def report(settings: StormSettings, verdict: Verdict) -> str:
 
 def main() -> None:
     """Run one storm; return exit status 1 if a guarantee was violated. The folder is kept."""
-    parser = argparse.ArgumentParser(description=__doc__)
+    # so that no worker is left when the storm is ended
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    settings = parse_settings(__doc__)
+    folder = Path(tempfile.mkdtemp(prefix="storm-"))
+    verdict = asyncio.run(Storm(settings, folder).run_to_end())
+    print(f"{folder}\n{report(settings, verdict)}")  # noqa: T201 - what it is for
+    sys.exit(1 if verdict.broken else 0)
+
+
+def parse_settings(description: str | None) -> StormSettings:
+    """Read the command line."""
+    parser = argparse.ArgumentParser(description=description)
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--seconds", type=float, default=60.0)
     parser.add_argument("--write-rate", type=float, default=20.0, help="of each worker, per second")
     given = parser.parse_args()
-    settings = StormSettings(seed=given.seed, seconds=given.seconds, write_rate=given.write_rate)
-    folder = Path(tempfile.mkdtemp(prefix="storm-"))
-    # so that no worker is left when the storm is ended
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
-    verdict = asyncio.run(Storm(settings, folder).run_to_end())
-    print(f"{folder}\n{report(settings, verdict)}")  # noqa: T201 - what it is for
-    sys.exit(1 if verdict.broken else 0)
+    return StormSettings(seed=given.seed, seconds=given.seconds, write_rate=given.write_rate)
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
-"""A short storm with real processes, after which the guarantees must hold.
+"""Storms with real processes, after which the guarantees must hold.
 
-A longer storm with any seed: `python -m tests.chaos.storm --seed 1`.
+With any seed: `python -m tests.chaos.storm --seed 1`; on PostgreSQL, `tests.chaos.database_storm`.
 """
 
 from __future__ import annotations
@@ -9,12 +9,15 @@ from typing import TYPE_CHECKING
 
 import pytest
 
+from tests.chaos.database_storm import DatabaseStorm
 from tests.chaos.storm import Storm, StormSettings, report
 
 if TYPE_CHECKING:
     from pathlib import Path
 
-pytestmark = [pytest.mark.acceptance, pytest.mark.trial, pytest.mark.timeout(180)]
+    from tests.postgres.cluster import Cluster
+
+pytestmark = [pytest.mark.acceptance, pytest.mark.trial, pytest.mark.timeout(480)]
 
 SHORT = StormSettings(
     seed=1,
@@ -38,3 +41,18 @@ async def test_storm_of_faults_loses_no_item_and_runs_none_twice_at_once(tmp_pat
     for name in ("action: kill", "action: stop", "action: cont", "runs", "record: lapsed"):
         assert verdict.counts[name] >= 1, name
     assert sum(n for name, n in verdict.counts.items() if name.startswith("fault: ")) >= 1
+
+
+@pytest.mark.parametrize("seed", [1, 2, 3])
+async def test_storm_on_three_nodes_and_one_database_loses_no_item_and_holds_none_twice(
+    tmp_path: Path, own_postgres: Cluster, seed: int
+) -> None:
+    settings = StormSettings(seed=seed, seconds=60, slack=1.5)
+    verdict = await DatabaseStorm(settings, tmp_path, own_postgres).run_to_end()
+    assert verdict.broken == [], report(settings, verdict)
+    assert verdict.counts["enqueued"] == verdict.counts["stopped"] > 0
+    assert verdict.counts["boots"] >= 1
+    restarts = ("action: database killed", "action: database stopped")
+    assert sum(verdict.counts[name] for name in restarts) >= 2
+    for name in ("action: kill", "action: kill plane", "runs", "record: lapsed"):
+        assert verdict.counts[name] >= 1, name

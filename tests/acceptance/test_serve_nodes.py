@@ -1,0 +1,49 @@
+"""Several `workpool serve` on one PostgreSQL database, behind a balancer."""
+
+from __future__ import annotations
+
+import json
+import socket
+from typing import TYPE_CHECKING
+from urllib.parse import urlsplit
+
+import pytest
+
+from tests.acceptance.conftest import ENVIRONMENT, TOKEN
+from tests.chaos.balancer import Balancer
+from workpool.conformance import CLAUSES
+
+if TYPE_CHECKING:
+    from tests.acceptance.conftest import StartCommand
+
+pytestmark = [pytest.mark.acceptance, pytest.mark.timeout(420)]
+
+
+@pytest.mark.parametrize("dialect", ["qoder", "anthropic"])
+async def test_two_servers_on_one_database_hold_every_clause(
+    start_without_settings: StartCommand, database_url: str, dialect: str
+) -> None:
+    addresses = []
+    for _ in range(2):
+        command = await start_without_settings(
+            *("serve", "--port", "0", "--environment", ENVIRONMENT, "--json"),
+            WORKPOOL_SERVE_STORE=database_url,
+            WORKPOOL_SERVE_TOKEN=TOKEN,
+        )
+        ready = json.loads(await command.wait_for_output())
+        addresses.append(ready["base_url" if dialect == "qoder" else "anthropic_base_url"])
+    nodes = [urlsplit(address).port or 0 for address in addresses]
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port: int = free.getsockname()[1]
+    async with Balancer(port, nodes):
+        conform = await start_without_settings(
+            *("conform", addresses[0].replace(f":{nodes[0]}", f":{port}")),
+            *("--dialect", dialect, "--environment-id", ENVIRONMENT, "--json"),
+            WORKPOOL_TOKEN=TOKEN,
+            ANTHROPIC_API_KEY=TOKEN,
+        )
+        status = await conform.wait_for_end(360)
+    report = json.loads(conform.out)
+    broken = [clause for clause in report["clauses"] if clause["verdict"] != "holds"]
+    assert (broken, status) == ([], 0)
+    assert len(report["clauses"]) == len(CLAUSES)

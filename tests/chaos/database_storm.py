@@ -1,0 +1,157 @@
+"""A storm on PostgreSQL; `python -m tests.chaos.database_storm --seed 1` runs it for a minute.
+
+The storm of `storm` with three control planes on one database, behind a balancer, so that the calls
+for one item reach all of them. They are killed and started again one by one, and the database is
+restarted or killed. The database's own history is the record of all changes.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import signal
+import sys
+import tempfile
+import time
+from contextlib import suppress
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from tests.chaos.control_plane import boot_time
+from tests.chaos.processes import SECONDS, Fleet, StartError
+from tests.chaos.recorded_history import read_history, violations
+from tests.chaos.storm import KINDS, Storm, StormSettings, parse_settings, report
+from tests.postgres.cluster import remove, started_cluster
+
+if TYPE_CHECKING:
+    from collections.abc import Coroutine
+
+    from tests.chaos.judge import Verdict
+    from tests.postgres.cluster import Cluster
+
+PLANES = 3
+DATABASE_EVERY = 15.0
+"""Mean time in seconds between two restarts of the database."""
+
+_SNAPSHOT = """
+    SELECT json_build_object(
+        't', extract(epoch FROM statement_timestamp()),
+        'items', coalesce(json_agg(json_build_array(
+            id, state, holder, lease_end, acknowledged_at IS NOT NULL, heartbeat_at IS NOT NULL
+        )), '[]'))
+    FROM items
+"""
+"""All items in the order of `judge.Seen`, at a time before which every change is in them."""
+
+
+class DatabaseStorm(Storm):
+    """One storm in its own folder, in a new database of a cluster that it may stop."""
+
+    # An expired lease needs the index in the memory of the only control plane.
+    kinds = [kind for kind in KINDS if kind["kind"] != "expired"]  # noqa: RUF012 - never changed
+
+    def __init__(self, settings: StormSettings, folder: Path, cluster: Cluster) -> None:
+        self._cluster = cluster
+        self._url = cluster.create_database()
+        self._snapshots: list[dict[str, Any]] = []
+        self._restart: asyncio.Task[None] | None = None
+        super().__init__(settings, folder)
+
+    def _make_fleet(self, folder: Path) -> Fleet:
+        return Fleet(folder, self.settings.write_rate, store=self._url, planes=PLANES)
+
+    async def _start_planes(self, faults: str = "") -> None:
+        for number in range(PLANES):
+            await self._start_plane(number, faults)
+
+    async def _start_plane(self, number: int, faults: str) -> None:
+        """Start a control plane; as a service manager does, again if the database is away."""
+        seed = self._random.randrange(1 << 30)
+        async with asyncio.timeout(SECONDS):
+            while True:
+                with suppress(StartError):
+                    await self._fleet.start_plane(seed, number=number, faults=faults)
+                    return
+                await asyncio.sleep(0.5)
+
+    def _break_control_plane(self) -> list[Coroutine[Any, Any, None]]:
+        return [self._kill_plane(), self._break_database()]
+
+    async def _kill_plane(self) -> None:
+        """Kill one control plane after the other; another one may be killed before it is back."""
+        every = self.settings.plane_kill_every / PLANES
+        while True:
+            await asyncio.sleep(every * self._random.uniform(0.7, 1.3))
+            number = self._random.randrange(PLANES)
+            self._note("kill plane")
+            await self._fleet.kill_plane(number)
+            await asyncio.sleep(self._random.uniform(0, 2))
+            await self._start_plane(number, str(self._faults))
+
+    async def _break_database(self) -> None:
+        """Restart the database in an orderly way or after a crash, sometimes after some seconds."""
+        while True:
+            await asyncio.sleep(DATABASE_EVERY * self._random.uniform(0.7, 1.3))
+            crash, away = self._random.random() < 0.5, self._random.choice([0, 0, 4])
+            self._note("database killed" if crash else "database stopped")
+            # A thread goes on when the storm ends: `_heal` waits until the database is back.
+            self._restart = asyncio.create_task(  # noqa: TID251 - `_heal` awaits it
+                asyncio.to_thread(self._restart_database, away, crash=crash)
+            )
+            await asyncio.shield(self._restart)
+            await self._take_snapshot("boot")
+
+    def _restart_database(self, away: float, *, crash: bool) -> None:
+        if crash:
+            self._cluster.kill()
+        else:
+            self._cluster.stop()
+        time.sleep(away)
+        self._cluster.start()
+
+    def _note(self, what: str) -> None:
+        self._fleet.actions.append({"t": boot_time(), "what": what, "pid": 0})
+
+    async def _take_snapshot(self, what: str) -> None:
+        found = json.loads(await asyncio.to_thread(self._cluster.execute, _SNAPSHOT, self._url))
+        for item in found["items"]:
+            item[3] = None if item[3] is None else item[3] / 1e6 - self._fleet.offset
+        self._snapshots.append({**found, "t": found["t"] - self._fleet.offset, "what": what})
+
+    async def _heal(self, *args: Any) -> None:
+        if self._restart is not None:
+            await self._restart
+        await super()._heal(*args)
+        await self._take_snapshot("end")
+
+    def _journal(self) -> list[dict[str, Any]]:
+        """Return all lines by time: the control planes wrote some, the database has the changes."""
+        history = read_history(self._cluster, self._url, self._fleet.offset)
+        records = [{"t": each.time, "what": "record", **each._asdict()} for each in history]
+        found = [*super()._journal(), *records, *self._snapshots]
+        return sorted(found, key=lambda line: float(line["t"]))
+
+    def _judge(self) -> Verdict:
+        verdict = super()._judge()
+        history = read_history(self._cluster, self._url, self._fleet.offset)
+        verdict.broken += [*violations(history), *self._fleet.errors_of_planes()]
+        return verdict
+
+
+def main() -> None:
+    """Run one storm; return exit status 1 if a guarantee was violated. The folder is kept."""
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    settings = parse_settings(__doc__)
+    folder = Path(tempfile.mkdtemp(prefix="storm-"))
+    cluster = started_cluster()
+    try:
+        verdict = asyncio.run(DatabaseStorm(settings, folder, cluster).run_to_end())
+    finally:
+        (folder / "database.log").write_text(cluster.log())
+        remove(cluster)
+    print(f"{folder}\n{report(settings, verdict)}")  # noqa: T201 - what it is for
+    sys.exit(1 if verdict.broken else 0)
+
+
+if __name__ == "__main__":
+    main()

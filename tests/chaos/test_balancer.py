@@ -1,0 +1,59 @@
+"""The balancer of storms: it takes its nodes in turn, and passes over one that is down."""
+
+from __future__ import annotations
+
+import asyncio
+import socket
+from contextlib import AsyncExitStack
+from typing import TYPE_CHECKING
+
+from tests.chaos.balancer import Balancer
+
+if TYPE_CHECKING:
+    from collections.abc import Awaitable, Callable
+
+
+def echo(name: bytes) -> Callable[[asyncio.StreamReader, asyncio.StreamWriter], Awaitable[None]]:
+    """Return a node that answers each line with its name and the line, until the client ends."""
+
+    async def node(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        while line := await reader.readline():
+            writer.write(name + b" " + line)
+        writer.close()
+
+    return node
+
+
+def free_port() -> int:
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port: int = free.getsockname()[1]
+        return port
+
+
+async def ask(port: int) -> bytes:
+    reader, writer = await asyncio.open_connection("127.0.0.1", port)
+    writer.write(b"hello\n")
+    answer = await reader.readline()
+    writer.close()
+    await writer.wait_closed()
+    return answer
+
+
+async def test_balancer_takes_nodes_in_turn_and_passes_over_dead_node() -> None:
+    async with AsyncExitStack() as stack:
+        ports = []
+        for name in (b"one", b"two"):
+            server = await asyncio.start_server(echo(name), "127.0.0.1", 0)
+            await stack.enter_async_context(server)
+            ports.append(server.sockets[0].getsockname()[1])
+        dead, port = free_port(), free_port()
+        async with asyncio.timeout(20), Balancer(port, [ports[0], dead, ports[1]]):
+            answers = [await ask(port) for _ in range(4)]
+    assert answers[0] == b"one hello\n"
+    assert set(answers) == {b"one hello\n", b"two hello\n"}
+
+
+async def test_balancer_without_nodes_closes_connection() -> None:
+    port = free_port()
+    async with asyncio.timeout(20), Balancer(port, [free_port()]):
+        assert await ask(port) == b""
