@@ -9,13 +9,16 @@ from typing import TYPE_CHECKING, Any
 import aiohttp
 import pytest
 
+from tests.protocol.postgres_node import PostgresPlane
 from workpool.conformance.api import WorkCalls
 from workpool.server import ControlPlane, MemoryStore, PostgresStore, SqliteStore
+from workpool.server.postgres.migrations import migrate
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Callable, Mapping
     from pathlib import Path
 
+    from tests.postgres.cluster import Cluster
     from workpool.server import Store
 
 ENV = "env_0199aaaaaaaa70008000000000000001"
@@ -23,6 +26,8 @@ OTHER = "env_0199aaaaaaaa70008000000000000002"
 CLOUD = "env_0199aaaaaaaa70008000000000000003"
 TOKEN, LIMITED = "token-of-everything", "token-of-env-only"
 START = 1_772_366_400.0  # 2026-03-01T12:00:00Z
+
+TABLES = ("environments", "sessions", "items", "events", "history", "pollers", "stopped_counts")
 
 WORKER_HEADER = {"qoder": "Worker-ID", "anthropic": "anthropic-worker-id"}
 
@@ -144,30 +149,46 @@ def clock() -> MovableClock:
     return MovableClock()
 
 
+@pytest.fixture(scope="session")
+def migrated_database_url(postgres: Cluster) -> str:
+    url = postgres.create_database()
+    asyncio.run(migrate(url))
+    return url
+
+
 @pytest.fixture
-def store(request: pytest.FixtureRequest, tmp_path: Path) -> Store:
+def emptied_database_url(postgres: Cluster, migrated_database_url: str) -> str:
+    """Return the URL of a database without rows; a database for each test would take longer."""
+    statements = [f"DELETE FROM {each};" for each in TABLES]  # noqa: S608 - our own names
+    postgres.execute("".join(statements), migrated_database_url)
+    return migrated_database_url
+
+
+@pytest.fixture
+def store(request: pytest.FixtureRequest, tmp_path: Path) -> Store | PostgresStore:
     kind = getattr(request, "param", "memory")
-    return MemoryStore() if kind == "memory" else SqliteStore(tmp_path / "work.db")
-
-
-@pytest.fixture
-def any_store(request: pytest.FixtureRequest, tmp_path: Path) -> Store | PostgresStore:
-    """Return the store that the fixture `engine` of this test is parametrised with."""
-    kind = request.node.callspec.params["engine"]
     if kind == "postgres":
-        return PostgresStore(request.getfixturevalue("database_url"), history=True)
+        return PostgresStore(request.getfixturevalue("emptied_database_url"), history=True)
     return MemoryStore() if kind == "memory" else SqliteStore(tmp_path / "work.db")
 
 
 @pytest.fixture
-async def control_plane(clock: MovableClock, store: Store) -> AsyncIterator[ControlPlane]:
-    async with ControlPlane(
-        environments=(ENV, OTHER),
-        cloud_environments=(CLOUD,),
-        tokens={TOKEN: None, LIMITED: frozenset({ENV})},
-        store=store,
-        now=clock,
-    ) as plane:
+async def control_plane(
+    clock: MovableClock, store: Store | PostgresStore
+) -> AsyncIterator[ControlPlane]:
+    options: dict[str, Any] = {
+        "environments": (ENV, OTHER),
+        "cloud_environments": (CLOUD,),
+        "tokens": {TOKEN: None, LIMITED: frozenset({ENV})},
+        "now": clock,
+    }
+    if isinstance(store, PostgresStore):
+        shared = PostgresPlane(store=store, **options)
+        with shared.node.running():
+            async with shared:
+                yield shared
+        return
+    async with ControlPlane(store=store, **options) as plane:
         yield plane
 
 
@@ -201,11 +222,16 @@ def anthropic_api(control_plane: ControlPlane, http_session: aiohttp.ClientSessi
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
-    """Run tests that use `both_stores` with memory and with SQLite."""
+    """Run tests of a control plane in memory, and as trials on PostgreSQL."""
+    if "store" not in metafunc.fixturenames:
+        return
+    stores: list[object] = ["memory"]
     if "both_stores" in metafunc.fixturenames:
-        metafunc.parametrize("store", ["memory", "sqlite"], indirect=True)
+        stores.append("sqlite")
+    stores.append(pytest.param("postgres", marks=pytest.mark.trial))
+    metafunc.parametrize("store", stores, indirect=True)
 
 
 @pytest.fixture
 def both_stores() -> None:
-    """Run the test with every store."""
+    """Run the test with SQLite too."""

@@ -33,9 +33,12 @@ def never() -> bool:
     return False
 
 
-@pytest.fixture(params=["memory", "sqlite", pytest.param("postgres", marks=pytest.mark.trial)])
-async def engine(any_store: Store | PostgresStore, clock: MovableClock) -> AsyncIterator[Engine]:
-    async with running(any_store, clock) as engine:
+pytestmark = pytest.mark.usefixtures("both_stores")
+
+
+@pytest.fixture
+async def engine(store: Store | PostgresStore, clock: MovableClock) -> AsyncIterator[Engine]:
+    async with running(store, clock) as engine:
         yield engine
 
 

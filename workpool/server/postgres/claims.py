@@ -82,7 +82,7 @@ _LEASED_HERE: Final = _LEASED.replace(
 _ANY_ENDED: Final = f"SELECT EXISTS (SELECT 1 {_LEASED_HERE})"
 _ENDED: Final = f"""
 SELECT {ITEM_COLUMNS}, i.version {_LEASED}
-ORDER BY i.environment_id, i.id LIMIT {LAPSES_MAX} FOR UPDATE OF i SKIP LOCKED
+ORDER BY i.environment_id, i.lease_end, i.id LIMIT {LAPSES_MAX} FOR UPDATE OF i SKIP LOCKED
 """
 _POLLED: Final = """
 INSERT INTO pollers AS p (environment_id, worker_id, seen_at)

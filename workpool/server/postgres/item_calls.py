@@ -12,11 +12,11 @@ from workpool.server import state_machine
 from workpool.server.answer_limits import check_metadata
 from workpool.server.api_errors import APIError
 from workpool.server.history import op_of_heartbeat
+from workpool.server.postgres.claims import Claims
 from workpool.server.postgres.database_calls import (
     CLOCK,
     RECORD,
     Change,
-    DatabaseCalls,
     lapse_of,
 )
 from workpool.server.postgres.notifications import work_topic
@@ -69,12 +69,14 @@ _HEARTBEATS: Final = {
 """The heartbeat of a held lease, by whether there is a history."""
 
 
-class ItemCalls(DatabaseCalls):
+class ItemCalls(Claims):
     """The calls on one item."""
 
     async def get(self, environment_id: str, work_id: str) -> Item:
         """Return an item; 404 unknown."""
-        _, item, _, _ = await self._read(self._pool, environment_id, work_id)
+        stored, item, _, _ = await self._read(self._pool, environment_id, work_id)
+        if item is not stored:
+            await self.lapse_due(environment_id)
         return item
 
     async def ack(self, environment_id: str, work_id: str, worker_id: str | None = None) -> Item:

@@ -12,7 +12,6 @@ from typing import TYPE_CHECKING, Any, Final
 from workpool.server.conversation import EVERY_EVENT
 from workpool.server.operations import LOOKED_AT_MAX
 from workpool.server.pagination import ListPage, page_of
-from workpool.server.postgres.claims import Claims
 from workpool.server.postgres.database_calls import CLOCK, live
 from workpool.server.postgres.notifications import session_topic
 from workpool.server.postgres.row_codec import (
@@ -104,7 +103,7 @@ FROM queued, clock
 _HISTORY: Final = f"SELECT {RECORD_COLUMNS} FROM history ORDER BY number"
 
 
-class Listings(StoredSessionCalls, Claims):
+class Listings(StoredSessionCalls):
     """The calls that only read."""
 
     async def items(

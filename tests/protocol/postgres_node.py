@@ -1,0 +1,86 @@
+"""A control plane on PostgreSQL for tests that call it synchronously: another node does the calls.
+
+A test calls `plane.enqueue()` and `plane.operations.get(…)` in the middle of a coroutine. On
+PostgreSQL these are coroutines, so a second node on the same database, with a loop on a thread of
+its own, does them meanwhile.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+import pytest
+
+from workpool.server import ControlPlane
+from workpool.server.parsing.request_values import Place
+
+if TYPE_CHECKING:
+    from collections.abc import Coroutine, Iterator
+
+    from workpool.server import Operations, PostgresStore
+    from workpool.server.engine import Engine
+    from workpool.server.pagination import ListPage
+    from workpool.server.stored_item import Item
+
+SECONDS = 20
+CALLS = {"ack", "emit", "enqueue", "get", "heartbeat", "stats", "stop", "update"}
+"""The calls of `Operations` that the engine has with the same parameters."""
+
+
+class BlockingNode:
+    """The calls of `Operations`, each done by a node on another thread."""
+
+    def __init__(self, engine: Engine) -> None:
+        self._engine = engine
+        self._loop = asyncio.new_event_loop()
+
+    @contextmanager
+    def running(self) -> Iterator[None]:
+        thread = threading.Thread(target=self._loop.run_forever)
+        thread.start()
+        try:
+            self._result(self._engine.open())
+            yield
+        finally:
+            self._result(self._engine.close())
+            self._loop.call_soon_threadsafe(self._loop.stop)
+            thread.join()
+            self._loop.close()
+
+    def __getattr__(self, name: str) -> Any:
+        if name not in CALLS:
+            pytest.skip(f"`operations.{name}` is of the index in memory")
+
+        def call(*arguments: Any, **options: Any) -> Any:
+            return self._result(getattr(self._engine, name)(*arguments, **options))
+
+        return call
+
+    def page(self, environment_id: str, limit: int = 20) -> ListPage[Item]:
+        found: ListPage[Item] = self._result(
+            self._engine.items(environment_id, Place(limit, "", None))
+        )
+        return found
+
+    @property
+    def history(self) -> Any:
+        return self._result(self._engine.history())
+
+    def _result(self, call: Coroutine[Any, Any, Any]) -> Any:
+        return asyncio.run_coroutine_threadsafe(call, self._loop).result(SECONDS)
+
+
+class PostgresPlane(ControlPlane):
+    """A control plane whose synchronous calls another node does."""
+
+    def __init__(self, *, store: PostgresStore, **options: Any) -> None:
+        super().__init__(store=store, **options)
+        self.node = BlockingNode(ControlPlane(store=store, **options).engine)
+
+    @property
+    def operations(self) -> Operations:
+        operations: Any = self.node
+        return operations  # type: ignore[no-any-return] # - it has the calls that tests use
