@@ -228,7 +228,8 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     stores: list[object] = ["memory"]
     if "both_stores" in metafunc.fixturenames:
         stores.append("sqlite")
-    stores.append(pytest.param("postgres", marks=pytest.mark.trial))
+    if {"control_plane", "engine"} & {*metafunc.fixturenames}:
+        stores.append(pytest.param("postgres", marks=pytest.mark.trial))
     metafunc.parametrize("store", stores, indirect=True)
 
 

@@ -94,8 +94,9 @@ class SessionRoutes:
         # Before the first byte is sent, so that a client with an open stream misses no later event.
         place = await self._engine.place_in_events(view.id, last)
         response = web.StreamResponse(headers=_STREAM)
-        # The stream ends if the reader has gone or stopped reading, or if the store has failed.
-        with suppress(ConnectionError, StoreError):
+        # The stream ends if the reader has gone or stopped reading, or if the store has failed or
+        # is not available. The reader then continues with the last event that it received.
+        with suppress(ConnectionError, StoreError, APIError):
             await response.prepare(request)
             await response.write(KEEP_ALIVE)
             while True:

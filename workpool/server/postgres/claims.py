@@ -24,7 +24,12 @@ from workpool.server.postgres.database_errors import UnavailableError
 from workpool.server.postgres.notifications import work_topic
 from workpool.server.postgres.row_codec import ITEM_COLUMNS, ITEM_FIELDS, item_of
 from workpool.server.timestamps import MILLISECOND, SECOND
-from workpool.wire.protocol import QUEUED, WORKERS_POLLING_WINDOW_SECONDS
+from workpool.wire.protocol import (
+    ACK_LEASE_SECONDS,
+    QUEUED,
+    TTL_MIN_SECONDS,
+    WORKERS_POLLING_WINDOW_SECONDS,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -35,6 +40,8 @@ if TYPE_CHECKING:
 
 LAPSE_CHECK_SECONDS: Final = 0.25
 """Shortest time between two looks of a node for ended leases of an environment."""
+LEASE_MIN_SECONDS: Final = min(ACK_LEASE_SECONDS, TTL_MIN_SECONDS)
+"""Shortest lease."""
 LAPSES_MAX: Final = 100
 """Largest number of leases that lapse in one transaction."""
 POLLER_SECONDS: Final = 5.0
@@ -71,19 +78,18 @@ _CLAIMS: Final = {
 }
 """The claim of an item, by whether there is a history."""
 
-_LEASED: Final = """
-FROM items AS i WHERE ($1::text IS NULL OR i.environment_id = $1)
-    AND i.state IN ('starting', 'active', 'stopping')
-    AND i.lease_end <= coalesce($2::bigint, workpool_now())
+_NEXT_LAPSE: Final = """
+SELECT min(i.lease_end) - coalesce($2::bigint, workpool_now()) FROM items AS i
+WHERE {} AND i.state IN ('starting', 'active', 'stopping')
 """
-_LEASED_HERE: Final = _LEASED.replace(
-    "($1::text IS NULL OR i.environment_id = $1)", "i.environment_id = $1"
-)
-_ANY_ENDED: Final = f"SELECT EXISTS (SELECT 1 {_LEASED_HERE})"
 _ENDED: Final = f"""
-SELECT {ITEM_COLUMNS}, i.version {_LEASED}
+SELECT {ITEM_COLUMNS}, i.version FROM items AS i
+WHERE {{}} AND i.state IN ('starting', 'active', 'stopping')
+    AND i.lease_end <= coalesce($2::bigint, workpool_now())
 ORDER BY i.environment_id, i.lease_end, i.id LIMIT {LAPSES_MAX} FOR UPDATE OF i SKIP LOCKED
 """
+_HERE: Final = "i.environment_id = $1"
+_EVERYWHERE: Final = "$1::text IS NULL"
 _POLLED: Final = """
 INSERT INTO pollers AS p (environment_id, worker_id, seen_at)
 VALUES ($1, $2, coalesce($3::bigint, workpool_now()))
@@ -115,7 +121,8 @@ class Claims(DatabaseCalls):
 
     def __init__(self, *arguments: Any, **options: Any) -> None:
         super().__init__(*arguments, **options)
-        self._looked: dict[str, float] = {}  # the last look for ended leases, by environment
+        # the time of the next look for ended leases, by environment and for all of them
+        self._next_look: dict[str | None, float] = {}
         self._polled: OrderedDict[tuple[str, str], float] = OrderedDict()
         self._closing = False
 
@@ -179,25 +186,44 @@ class Claims(DatabaseCalls):
         if await self._write(self._pool, item, version, [change]):
             self._hub.announce(work_topic(item.environment_id))
 
-    async def _lapse(self, environment_id: str) -> None:
-        """Apply the lapses that are due in this environment, unless that was done just now."""
+    async def _lapse(self, environment_id: str | None) -> int:
+        """Apply the lapses that are due in this environment, and return their number.
+
+        A look reads all leases, so the next one is as late as it may be: when the first of these
+        leases ends, or when the first lease may end that begins or is extended after this look.
+        """
         now = asyncio.get_running_loop().time()
-        looked = self._looked.get(environment_id)
-        if looked is not None and now - looked < LAPSE_CHECK_SECONDS and self._now is None:
-            return
-        self._looked[environment_id] = now
-        if await self._pool.fetchval(_ANY_ENDED, environment_id, self._at()):
-            await self.lapse_due(environment_id)
+        if now < self._next_look.get(environment_id, now) and self._now is None:
+            return 0
+        statement = _NEXT_LAPSE.format(_EVERYWHERE if environment_id is None else _HERE)
+        first = await self._pool.fetchval(statement, environment_id, self._at())
+        seconds = LEASE_MIN_SECONDS if first is None else first / SECOND
+        self._next_look[environment_id] = now + min(
+            max(seconds, LAPSE_CHECK_SECONDS), LEASE_MIN_SECONDS
+        )
+        ended = first is not None and first <= 0
+        return await self.lapse_due(environment_id) if ended else 0
+
+    async def sweep_leases(self) -> int:
+        """Apply the lapses that are due in all environments, a bounded number; return the number.
+
+        The next call looks again if there may be more.
+        """
+        lapsed = await self._lapse(None)
+        if lapsed:
+            self._next_look.pop(None)
+        return lapsed
 
     async def lapse_due(self, environment_id: str | None = None) -> int:
         """Apply lapses that are due, at most `LAPSES_MAX`, and return their number.
 
         None: in all environments. Leases whose rows are in use are left out.
         """
+        statement = _ENDED.format(_EVERYWHERE if environment_id is None else _HERE)
 
         async def lapse() -> list[Item]:
             async with self._pool.transaction() as connection:
-                rows = await connection.fetch(_ENDED, environment_id, self._at())
+                rows = await connection.fetch(statement, environment_id, self._at())
                 return [await self._lapse_row(connection, item_of(row), row[-1]) for row in rows]
 
         lapsed = await self._pool.retried(lapse)
@@ -223,7 +249,7 @@ class Claims(DatabaseCalls):
         now = asyncio.get_running_loop().time()
         while self._polled and next(iter(self._polled.values())) <= now - POLLER_SECONDS:
             self._polled.popitem(last=False)
-        if (environment_id, worker_id) not in self._polled:
+        if (environment_id, worker_id) not in self._polled or self._now is not None:
             self._polled[environment_id, worker_id] = now
             await self._pool.execute(_POLLED, environment_id, worker_id, self._at())
 

@@ -27,10 +27,14 @@ from workpool.server.postgres.row_codec import (
 from workpool.server.postgres.session_calls import StoredSessionCalls
 from workpool.server.queue.work_queue import Stats
 from workpool.server.timestamps import MILLISECOND, SECOND
-from workpool.wire.protocol import RECLAIM_OLDER_THAN_MS, WORKERS_POLLING_WINDOW_SECONDS
+from workpool.wire.protocol import (
+    RECLAIM_OLDER_THAN_MS,
+    STATES,
+    WORKERS_POLLING_WINDOW_SECONDS,
+)
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator, Sequence
+    from collections.abc import AsyncIterator, Mapping, Sequence
 
     from workpool.server.conversation import EventFilter, StoredEvent
     from workpool.server.history import Record
@@ -44,20 +48,31 @@ FOLLOWED_MAX: Final = 100
 FOLLOWED_BYTES: Final = 64 * 1024
 """Events and bytes that one wait of a stream returns at most, though at least one event."""
 
+_END: Final = "~"
+"""A text after every id. A place that may be absent would be no condition for an index."""
+
 _ITEMS: Final = f"""
 SELECT {ITEM_COLUMNS}, coalesce($5::bigint, workpool_now()) FROM items AS i
-WHERE i.environment_id = $1 AND i.id > $2 AND ($3::text IS NULL OR i.id < $3)
+WHERE i.environment_id = $1 AND i.id > $2 AND i.id < $3 {{}}
 ORDER BY i.id {{}} LIMIT $4
 """
+_IN_STATE: Final[Mapping[str | None, str]] = {
+    None: "",
+    **{state: f"AND i.state = '{state}'" for state in STATES},
+}
+"""The condition of a list by its state, as a constant: the partial indexes need one."""
 _SESSIONS: Final = f"""
 SELECT {VIEW_COLUMNS}, coalesce($4::bigint, workpool_now())
 FROM sessions AS s JOIN items AS i ON i.environment_id = s.environment_id AND i.id = s.work_id
-WHERE s.id > $1 AND ($2::text IS NULL OR s.id < $2)
+WHERE s.id > $1 AND s.id < $2 AND (
+    s.environment_id = ANY ($5::text[])
+    OR EXISTS (SELECT FROM environments AS e WHERE e.id = s.environment_id)
+)
 ORDER BY s.id {{}} LIMIT $3
 """
 _EVENTS: Final = """
 SELECT id, value FROM events
-WHERE session_id = $1 AND id > $2 AND ($3::text IS NULL OR id < $3)
+WHERE session_id = $1 AND id > $2 AND id < $3
     AND ($4::text[] IS NULL OR type = ANY ($4))
     AND ($5::text IS NULL OR processed_at > $5) AND ($6::text IS NULL OR processed_at >= $6)
     AND ($7::text IS NULL OR processed_at < $7) AND ($8::text IS NULL OR processed_at <= $8)
@@ -121,6 +136,7 @@ class Listings(StoredSessionCalls):
         self, environment_id: str, place: Place, wanted: ItemFilter
     ) -> ListPage[Item]:
         """Return the wanted items next to a place, of the first `LOOKED_AT_MAX` ones."""
+        await self._lapse(environment_id)
         limit, after, before = place
         backwards = wanted.newest_first or before is not None
         found: list[Item] = []
@@ -129,7 +145,7 @@ class Listings(StoredSessionCalls):
         more = True
         while more and len(found) < limit and looked < LOOKED_AT_MAX:
             rows = await self._item_rows(
-                environment_id, after, before, BATCH_ROWS, backwards=backwards
+                environment_id, after, before, BATCH_ROWS, wanted.state, backwards=backwards
             )
             more = len(rows) == BATCH_ROWS
             for item in rows:
@@ -149,10 +165,19 @@ class Listings(StoredSessionCalls):
         return ListPage(found, more, backwards, last if more else None)
 
     async def _item_rows(
-        self, environment_id: str, after: str, before: str | None, limit: int, *, backwards: bool
+        self,
+        environment_id: str,
+        after: str,
+        before: str | None,
+        limit: int,
+        state: str | None = None,
+        *,
+        backwards: bool,
     ) -> list[Item]:
-        statement = _ITEMS.format("DESC" if backwards else "")
-        rows = await self._pool.fetch(statement, environment_id, after, before, limit, self._at())
+        statement = _ITEMS.format(_IN_STATE[state], "DESC" if backwards else "")
+        rows = await self._pool.fetch(
+            statement, environment_id, after, before or _END, limit, self._at()
+        )
         return [live(item_of(row), row[-1]) for row in rows]
 
     async def sessions(self, place: Place, wanted: SessionFilter) -> ListPage[SessionView]:
@@ -176,7 +201,9 @@ class Listings(StoredSessionCalls):
         batch = place.limit + 1
         rows: Sequence[Any] = [None] * batch
         while len(rows) == batch:
-            rows = await self._pool.fetch(statement, after, before, batch, self._at())
+            rows = await self._pool.fetch(
+                statement, after, before or _END, batch, self._at(), [*self._self_hosted]
+            )
             for row in rows:
                 view = view_of(row)
                 yield view._replace(item=live(view.item, row[-1]))
@@ -194,7 +221,7 @@ class Listings(StoredSessionCalls):
         types = None if wanted.types is None else [*filter(is_storable, wanted.types)]
         statement = _EVENTS.format("DESC" if backwards else "")
         rows = await self._pool.fetch(
-            statement, session_id, after, before, types, *wanted.times, limit + 1
+            statement, session_id, after, before or _END, types, *wanted.times, limit + 1
         )
         found = [event_of(session_id, *row) for row in rows]
         if backwards and not wanted.newest_first:

@@ -74,7 +74,7 @@ class PostgresEngine(Listings, EndedSessions):
 
     async def _run(self) -> None:
         """Exchange notifications with the other nodes, and sweep."""
-        batches: list[Callable[[], Awaitable[int]]] = [self.lapse_due, self.forget_pollers]
+        batches: list[Callable[[], Awaitable[int]]] = [self.sweep_leases, self.forget_pollers]
         if self._retention is not None:
             retention = int(self._retention * SECOND)
             batches.append(lambda: self.delete_ended(retention))

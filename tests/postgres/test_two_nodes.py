@@ -1,0 +1,178 @@
+"""Two nodes on one database: no item is held twice, and each node sees what the other commits."""
+
+from __future__ import annotations
+
+import asyncio
+from typing import TYPE_CHECKING, Any
+
+import pytest
+
+from workpool.server import APIError, ControlPlane, Poll, PostgresStore, summarize
+from workpool.server.conversation import EVERY_EVENT
+from workpool.server.parsing.creation_requests import NewEnvironment
+from workpool.server.parsing.request_values import Place
+from workpool.server.state_machine import last_heartbeat
+
+if TYPE_CHECKING:
+    from collections.abc import AsyncIterator
+
+    from workpool.server.engine import Engine
+
+ENV = "env_0199aaaaaaaa70008000000000000001"
+MESSAGE = {"type": "user.message", "content": [{"type": "text", "text": "hello"}]}
+SECONDS = 60
+
+
+def stays() -> bool:
+    return False
+
+
+@pytest.fixture
+async def nodes(database_url: str) -> AsyncIterator[list[Engine]]:
+    store = PostgresStore(database_url, history=True)
+    nodes = [ControlPlane(environments=(ENV,), store=store).engine for _ in range(2)]
+    try:
+        await asyncio.gather(*(node.open() for node in nodes))
+        async with asyncio.timeout(SECONDS):
+            yield nodes
+    finally:
+        for node in nodes:
+            node.release()
+            await node.close()
+
+
+async def outcomes(*calls: Any) -> list[Any]:
+    """Run calls at the same time; the status of a refused one takes the place of its result."""
+    found = await asyncio.gather(*calls, return_exceptions=True)
+    for each in found:
+        if isinstance(each, BaseException) and not isinstance(each, APIError):
+            raise each
+    return [each.status if isinstance(each, APIError) else each for each in found]
+
+
+async def test_nodes_share_signing_key_and_environments(nodes: list[Engine]) -> None:
+    one, other = nodes
+    assert one.signing_key == other.signing_key
+    created = await one.create_environment(NewEnvironment("name", None, {}))
+    await other.admit(created.id)
+    assert await other.environment(created.id) == created
+
+
+async def test_concurrent_claims_of_nodes_deliver_each_item_once(nodes: list[Engine]) -> None:
+    items = await nodes[0].enqueue(ENV, count=60)
+    polls = [node.long_poll(ENV, Poll("w", 20_000), stays) for node in nodes for _ in range(30)]
+    found = await asyncio.gather(*polls)
+    assert sorted(item.id for item in found if item) == [item.id for item in items]
+
+
+async def test_waiting_poll_gets_item_that_other_node_creates(nodes: list[Engine]) -> None:
+    one, other = nodes
+    async with asyncio.TaskGroup() as group:
+        poll = group.create_task(one.long_poll(ENV, Poll("w", 999_000), stays))
+        await asyncio.sleep(0.1)  # either order is right; mostly the poll waits already
+        (item,) = await other.enqueue(ENV)
+    assert (found := poll.result()) is not None
+    assert found.id == item.id
+
+
+async def test_stream_gets_event_that_other_node_appends(nodes: list[Engine]) -> None:
+    one, other = nodes
+    (item,) = await one.enqueue(ENV)
+    async with asyncio.TaskGroup() as group:
+        stream = group.create_task(one.follow(item.session_id, 0, 999.0))
+        await asyncio.sleep(0.1)  # either order is right
+        sent = await other.send(item.session_id, [MESSAGE])
+    assert stream.result() == list(sent)
+
+
+async def test_cancelled_poll_leaves_no_delivery(nodes: list[Engine]) -> None:
+    for _ in range(20):
+        await nodes[0].enqueue(ENV)
+        async with asyncio.TaskGroup() as group:
+            poll = group.create_task(nodes[0].long_poll(ENV, Poll("w"), stays))
+            await asyncio.sleep(0.002)  # mostly in the middle of the claim
+            poll.cancel()
+        stats = await nodes[1].stats(ENV)
+        if poll.cancelled():
+            assert (stats.depth, stats.pending) == (1, 0)
+        (item,) = (await nodes[1].items(ENV, Place(100, "", None))).items[-1:]
+        await nodes[1].stop(ENV, item.id, force=True)
+
+
+async def test_heartbeats_of_nodes_with_one_expected_value_extend_lease_once(
+    nodes: list[Engine],
+) -> None:
+    (item,) = await nodes[0].enqueue(ENV)
+    await nodes[0].long_poll(ENV, Poll("w"), stays)
+    await nodes[1].ack(ENV, item.id, "w")
+    first = await nodes[0].heartbeat(ENV, item.id, "NO_HEARTBEAT", 60, "w")
+    for _ in range(10):
+        expected = last_heartbeat(first)
+        calls = [node.heartbeat(ENV, item.id, expected, 60, "w") for node in nodes]
+        found = await outcomes(*calls)
+        assert found.count(412) == 1
+        (first,) = [each for each in found if each != 412]
+
+
+async def test_concurrent_acks_and_stops_keep_one_holder(nodes: list[Engine]) -> None:
+    for item in await nodes[0].enqueue(ENV, count=10):
+        await nodes[0].long_poll(ENV, Poll("a", 0, 0), stays)
+        await outcomes(
+            nodes[0].ack(ENV, item.id, "a"),
+            nodes[1].ack(ENV, item.id, "b"),
+            nodes[1].long_poll(ENV, Poll("b", 0, 0), stays),
+            nodes[0].stop(ENV, item.id, "a", force=True),
+        )
+        await nodes[1].stop(ENV, item.id, force=True)
+    summary = summarize(await nodes[0].history())
+    assert (summary.stopped, summary.lost, summary.overlapping) == (10, 0, 0)
+    assert (await nodes[1].stats(ENV)).stopped == 10
+
+
+async def test_concurrent_sends_of_nodes_have_one_order(nodes: list[Engine]) -> None:
+    (item,) = await nodes[0].enqueue(ENV)
+    await asyncio.gather(
+        *(node.send(item.session_id, [MESSAGE, MESSAGE]) for node in nodes for _ in range(8))
+    )
+    lists = [await node.events(item.session_id, Place(99, "", None), EVERY_EVENT) for node in nodes]
+    ids = [event.id for event in lists[0].items]
+    assert ids == [event.id for event in lists[1].items]
+    assert ids == sorted(set(ids))
+    assert len(ids) == 32
+
+
+async def test_concurrent_messages_to_stopped_session_bring_one_item(nodes: list[Engine]) -> None:
+    (item,) = await nodes[0].enqueue(ENV)
+    await nodes[0].stop(ENV, item.id, force=True)
+    calls = [node.send(item.session_id, [MESSAGE], messages_bring_work=True) for node in nodes]
+    assert len(await asyncio.gather(*calls)) == 2
+    assert (await nodes[0].stats(ENV)).depth == 1
+
+
+async def test_session_archived_during_sends_ends_with_termination(nodes: list[Engine]) -> None:
+    (item,) = await nodes[0].enqueue(ENV)
+    await outcomes(
+        *(node.send(item.session_id, [MESSAGE]) for node in nodes for _ in range(4)),
+        nodes[1].archive_session(item.session_id),
+        nodes[0].archive_session(item.session_id),
+    )
+    events = await nodes[0].events(item.session_id, Place(99, "", None), EVERY_EVENT)
+    types = [event.type for event in events.items]
+    assert types.count("session.status_terminated") == 1
+    assert types[-1] == "session.status_terminated"
+    assert (await nodes[1].get(ENV, item.id)).state == "stopped"
+
+
+async def test_ended_sessions_are_deleted_while_messages_bring_work(nodes: list[Engine]) -> None:
+    items = await nodes[0].enqueue(ENV, count=8)
+    for item in items:
+        await nodes[0].stop(ENV, item.id, force=True)
+    engine: Any = nodes[1]
+    found = await outcomes(
+        engine.delete_ended(0),
+        *(nodes[0].send(item.session_id, [MESSAGE], messages_bring_work=True) for item in items),
+    )
+    deleted, refused = found[0], found[1:].count(404)
+    assert deleted == refused
+    stats = await nodes[0].stats(ENV)
+    assert (stats.depth, stats.stopped) == (8 - deleted, 8 - deleted)
