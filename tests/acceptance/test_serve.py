@@ -19,6 +19,7 @@ from tests.acceptance.conftest import ENVIRONMENT, FORBIDDEN, LIMITED, TOKEN
 
 if TYPE_CHECKING:
     from tests.acceptance.conftest import RunInProcess, RunningCommand, StartCommand
+    from tests.postgres.cluster import Cluster
 
 pytestmark = [pytest.mark.acceptance, pytest.mark.timeout(120)]
 
@@ -336,3 +337,23 @@ async def test_password_of_database_is_not_shown(
     assert "127.0.0.1:1/queue" in down.err
     for text in (command.out, command.err, down.out, down.err):
         assert "word-9137" not in text
+
+
+async def test_migrate_makes_the_schema_and_ends(
+    start_without_settings: StartCommand, postgres: Cluster, database_url: str
+) -> None:
+    for number in ("1", "0"):
+        command = await start_without_settings(
+            "serve", "--migrate", WORKPOOL_SERVE_STORE=database_url
+        )
+        assert await command.wait_for_end() == 0
+        assert command.out == f"the schema is up to date; migrations: {number}\n"
+    assert postgres.execute("SELECT count(*) FROM items", database_url) == "0"
+
+
+async def test_migrate_without_a_postgresql_database_is_refused(
+    start_without_settings: StartCommand,
+) -> None:
+    command = await start_without_settings("serve", "--migrate")
+    assert await command.wait_for_end() == 2
+    assert command.err == "workpool: --migrate needs a PostgreSQL database as --store\n"

@@ -104,6 +104,14 @@ def serve(
             "Default: 3600 in memory, else 86400.",
         ),
     ] = None,
+    migrate: Annotated[
+        bool,
+        typer.Option(
+            "--migrate",
+            help="Bring the schema of the PostgreSQL database up to date, and end. Without this "
+            "flag, each server does so at its start.",
+        ),
+    ] = False,
     faults: Annotated[
         Path | None,
         typer.Option(metavar="FILE", help="The faults to inject, as TOML or JSON. Default: none."),
@@ -118,6 +126,9 @@ def serve(
     """
     log_config.configure("debug" if is_verbose(context) else "info", "text")
     with exits.reported():
+        if migrate:
+            _migrate(store)
+            return
         grants = dict.fromkeys(token or []) | _read_grants(token_file, "--token-file")
         scale_grants = _read_grants(scale_token_file, "--scale-token-file")
         if not grants and not _is_loopback(host):
@@ -156,6 +167,14 @@ def serve(
             )
         with asyncio.Runner(loop_factory=new_event_loop) as runner:
             runner.run(_serve(plane, shown=None if grants else plane.token, as_json=json))
+
+
+def _migrate(store: str) -> None:
+    opened = _store(store)
+    if not isinstance(opened, PostgresStore):
+        raise ServeError("--migrate needs a PostgreSQL database as --store")
+    number = asyncio.run(opened.migrate())
+    typer.echo(f"the schema is up to date; migrations: {number}")
 
 
 async def _serve(plane: ControlPlane, *, shown: str | None, as_json: bool) -> None:

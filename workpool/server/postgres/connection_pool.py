@@ -41,8 +41,8 @@ ACQUIRE_SECONDS: Final = 5.0
 """Time for which a call waits for a free connection."""
 STATEMENT_SECONDS: Final = 5.0
 """Time after which the database cancels a statement."""
-_ANSWER_SECONDS: Final = STATEMENT_SECONDS + 2.0
-"""Time after which a statement counts as lost if the database has not even cancelled it."""
+_ANSWER_SECONDS: Final = 2.0
+"""Further time after which a statement counts as lost if the database has not cancelled it."""
 _START_ERRORS: Final = (*DRIVER_ERRORS, ValueError)
 """The driver's errors, and those of a URL that it cannot read."""
 _RELEASE_SECONDS: Final = 2.0
@@ -95,12 +95,12 @@ class ConnectionPool:
 
     Args:
         url: The database, `postgresql://USER:PASSWORD@HOST:PORT/NAME?PARAMETER=VALUE`.
-        size: Largest number of connections.
+        size: Largest number of connections; None: `POOL_SIZE`.
     """
 
-    def __init__(self, url: str, *, size: int = POOL_SIZE) -> None:
+    def __init__(self, url: str, *, size: int | None = None) -> None:
         self._url = url
-        self._size = size
+        self._size = POOL_SIZE if size is None else size
         self._idle: list[Any] = []  # the last one is used first
         self._used: set[Any] = set()
         self._opening = 0
@@ -303,9 +303,13 @@ def _is_settled(error: BaseException | None) -> bool:
     return error is None or (isinstance(error, Exception) and not of_driver)
 
 
-async def open_connection(url: str, *, statement_seconds: float = STATEMENT_SECONDS) -> Any:
-    """Open a connection outside of the pool. Raises `DRIVER_ERRORS`."""
-    options = _options(url, statement_seconds, statement_seconds + 2.0)
+async def open_connection(url: str, *, statement_seconds: float | None = None) -> Any:
+    """Open a connection outside of the pool. Raises `DRIVER_ERRORS`.
+
+    `statement_seconds`: None: `STATEMENT_SECONDS`.
+    """
+    seconds = STATEMENT_SECONDS if statement_seconds is None else statement_seconds
+    options = _options(url, seconds, seconds + _ANSWER_SECONDS)
     async with asyncio.timeout(CONNECT_SECONDS):
         return await asyncpg.connect(**options)
 

@@ -21,13 +21,10 @@ from workpool.server.timestamps import SECOND
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable
 
-_SIGNING_KEY: Final = """
-WITH made AS (
-    INSERT INTO settings (name, value) VALUES ('signing_key', $1)
-    ON CONFLICT (name) DO NOTHING RETURNING value
-)
-SELECT value FROM made UNION ALL SELECT value FROM settings WHERE name = 'signing_key' LIMIT 1
+_MAKE_SIGNING_KEY: Final = """
+INSERT INTO settings (name, value) VALUES ('signing_key', $1) ON CONFLICT (name) DO NOTHING
 """
+_SIGNING_KEY: Final = "SELECT value FROM settings WHERE name = 'signing_key'"
 
 
 class PostgresEngine(Listings, EndedSessions):
@@ -50,7 +47,9 @@ class PostgresEngine(Listings, EndedSessions):
         """Bring the schema up to date and connect. Raises `ServeError`."""
         await migrate(self._url)
         await self._pool.open()
-        self.signing_key = await self._pool.fetchval(_SIGNING_KEY, secrets.token_bytes(32))
+        # A statement of its own sees the key that another node made meanwhile.
+        await self._pool.execute(_MAKE_SIGNING_KEY, secrets.token_bytes(32))
+        self.signing_key = await self._pool.fetchval(_SIGNING_KEY)
         self._opened_at = await self._time()
         self._running = asyncio.get_running_loop().create_task(self._run(), name="postgres")
 

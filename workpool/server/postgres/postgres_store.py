@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 from urllib.parse import unquote, urlsplit
 
@@ -9,6 +10,8 @@ from workpool.logs import hide
 from workpool.server.api_errors import ServeError
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator
+
     from workpool.server.engine import Engine
 
 
@@ -43,14 +46,32 @@ class PostgresStore:
         Raises:
             ServeError: The driver is not installed.
         """
-        try:
+        with _driver_required():
             from workpool.server.postgres.postgres_engine import (  # noqa: PLC0415 - an extra
                 PostgresEngine,
             )
-        except ModuleNotFoundError as error:
-            if error.name != "asyncpg":
-                raise
-            raise ServeError(
-                "a PostgreSQL store needs the extra `postgres`: pip install 'workpool[postgres]'"
-            ) from None
         return PostgresEngine(self._url, has_history=self._history, **options)
+
+    async def migrate(self) -> int:
+        """Bring the schema of the database up to date; return the number of migrations.
+
+        Raises:
+            ServeError: The driver is not installed, the database cannot be reached, or its schema
+                is too new for this release.
+        """
+        with _driver_required():
+            from workpool.server.postgres.migrations import migrate  # noqa: PLC0415 - an extra
+        return await migrate(self._url)
+
+
+@contextmanager
+def _driver_required() -> Iterator[None]:
+    """Turn the failed import of a missing driver into a `ServeError` that names the extra."""
+    try:
+        yield
+    except ModuleNotFoundError as error:
+        if error.name != "asyncpg":
+            raise
+        raise ServeError(
+            "a PostgreSQL store needs the extra `postgres`: pip install 'workpool[postgres]'"
+        ) from None

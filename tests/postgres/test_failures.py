@@ -1,0 +1,307 @@
+"""Failures of the database and of nodes under load: 503s, and no lost or doubly held item."""
+
+from __future__ import annotations
+
+import asyncio
+from contextlib import AsyncExitStack, asynccontextmanager
+from functools import partial
+from typing import TYPE_CHECKING
+
+import aiohttp
+import pytest
+
+from tests.postgres.nodes import (
+    SECONDS,
+    NodeAnswer,
+    NodeClient,
+    node,
+    node_process,
+    read_line,
+)
+from workpool.server import summarize
+from workpool.server.postgres import connection_pool, migrations
+from workpool.server.postgres.connection_pool import open_connection
+from workpool.server.postgres.migrations import Migration
+
+if TYPE_CHECKING:
+    from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+
+    from tests.postgres.cluster import Cluster
+    from workpool.server import ControlPlane
+
+pytestmark = pytest.mark.timeout(300)
+
+WORKERS = 4
+RECLAIM_MS = 1000
+"""An item whose delivery was lost with its answer returns after this time."""
+CUT = "SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE application_name = 'workpool'"
+
+
+class Load:
+    """Workers on several nodes, which repeat each call that was answered with a 503.
+
+    Attributes:
+        refusals: The number of 503s.
+        created: The items whose creation was confirmed.
+        stopped: The items whose stop was confirmed.
+        holders: The worker whose ack was confirmed last, by item.
+    """
+
+    def __init__(self, http: aiohttp.ClientSession, planes: Sequence[ControlPlane]) -> None:
+        self._http = http
+        self._planes = planes
+        self.refusals = 0
+        self.created: list[str] = []
+        self.stopped: set[str] = set()
+        self.holders: dict[str, str] = {}
+        self.is_full = False
+        self._refused = asyncio.Event()
+        self._stopped = asyncio.Event()
+
+    async def refused(self) -> None:
+        """Wait for the next 503."""
+        self._refused.clear()
+        await self._refused.wait()
+
+    async def stopped_more(self, count: int) -> None:
+        """Wait until `count` more items are stopped."""
+        target = len(self.stopped) + count
+        while len(self.stopped) < target:
+            self._stopped.clear()
+            await self._stopped.wait()
+
+    async def run(self) -> None:
+        """Create items until `is_full`, and work until all of them are stopped."""
+        async with asyncio.TaskGroup() as group:
+            group.create_task(self._create(self._client(0, "creator")))
+            for number in range(WORKERS):
+                group.create_task(self._work(self._client(number, f"worker-{number}")))
+
+    def _client(self, number: int, worker: str) -> NodeClient:
+        return NodeClient(self._http, self._planes[number % len(self._planes)].base_url, worker)
+
+    def _is_done(self) -> bool:
+        return self.is_full and self.stopped >= set(self.created)
+
+    async def _answered(self, call: Callable[[], Awaitable[NodeAnswer]], *more: int) -> NodeAnswer:
+        """Return the first answer that is no 503: 200, 204, or after a 503 one of `more`."""
+        repeated = False
+        while True:
+            answer = await call()
+            if answer.status != 503:
+                assert answer.status in ({200, 204, *more} if repeated else {200, 204, 409}), answer
+                return answer
+            assert answer.headers["Retry-After"] == "1"
+            assert answer.body["error"]["type"] == "api_error"
+            self.refusals += 1
+            repeated = True
+            self._refused.set()
+            await asyncio.sleep(0.05)
+
+    async def _create(self, client: NodeClient) -> None:
+        while not self.is_full:
+            answer = await self._answered(client.enqueue)
+            self.created += [item["id"] for item in answer.body["data"]]
+            await asyncio.sleep(0.01)
+
+    async def _work(self, client: NodeClient) -> None:
+        params = {"block_ms": "500", "reclaim_older_than_ms": str(RECLAIM_MS)}
+        while not self._is_done():
+            item = (await self._answered(partial(client.poll, params=params))).body
+            if item is not None:
+                await self._serve(client, item["id"])
+
+    async def _serve(self, client: NodeClient, work_id: str) -> None:
+        acked = await self._answered(partial(client.ack, work_id), 409)
+        if acked.status == 409:
+            return  # delivered to another worker, or stopped by a call whose answer was lost
+        assert work_id not in self.holders, "two workers hold one item"
+        self.holders[work_id] = client._worker
+        first = partial(client.heartbeat, work_id, "NO_HEARTBEAT")
+        beaten = await self._answered(first, 412)  # 412: a repetition, of which the first counted
+        state = beaten.body if beaten.status == 200 else beaten.body["error"]["details"]
+        last = (state if beaten.status == 200 else state["current_state"])["last_heartbeat"]
+        await self._answered(partial(client.heartbeat, work_id, last), 412)
+        await self._answered(partial(client.stop, work_id, json={"force": True}))
+        self.stopped.add(work_id)
+        self._stopped.set()
+
+
+@asynccontextmanager
+async def loaded(url: str, nodes: int = 2) -> AsyncIterator[Load]:
+    """Run nodes under load; at the end, judge what the database says about all items."""
+    async with asyncio.timeout(4 * SECONDS), AsyncExitStack() as stack:
+        http = await stack.enter_async_context(aiohttp.ClientSession())
+        planes = [await stack.enter_async_context(node(url)) for _ in range(nodes)]
+        load = Load(http, planes)
+        async with asyncio.TaskGroup() as group:
+            group.create_task(load.run())
+            yield load
+            load.is_full = True
+        summary = summarize(await planes[0].engine.history())
+        items = await stack.enter_async_context(_stored(url))
+        assert {work_id: items.get(work_id) for work_id in load.created} == dict.fromkeys(
+            load.created, "stopped"
+        )
+        assert load.stopped >= set(load.created)
+        # An enqueue whose answer was lost may have created an item that nobody else knows.
+        assert (summary.lost, summary.overlapping) == (0, 0)
+        assert summary.stopped == summary.enqueued >= len(load.created) > 0
+
+
+@asynccontextmanager
+async def _stored(url: str) -> AsyncIterator[dict[str, str]]:
+    connection = await open_connection(url)
+    try:
+        yield {row[0]: row[1] for row in await connection.fetch("SELECT id, state FROM items")}
+    finally:
+        await connection.close()
+
+
+async def sql(cluster: Cluster, statement: str, url: str | None = None) -> str:
+    return await asyncio.to_thread(cluster.execute, statement, url)
+
+
+@pytest.mark.parametrize("end", ["stop", "kill"])
+async def test_database_that_restarts_under_load_loses_nothing(
+    own_postgres: Cluster, end: str
+) -> None:
+    async with loaded(own_postgres.create_database()) as load:
+        for _ in range(2):
+            await load.stopped_more(5)
+            await asyncio.to_thread(own_postgres.stop if end == "stop" else own_postgres.kill)
+            await load.refused()
+            await asyncio.to_thread(own_postgres.start)
+            await load.stopped_more(1)
+    assert load.refusals > 0
+
+
+async def test_connections_that_are_cut_under_load_lose_nothing(own_postgres: Cluster) -> None:
+    async with loaded(own_postgres.create_database()) as load:
+        while load.refusals < 5:
+            await asyncio.sleep(0.05)
+            await sql(own_postgres, CUT)
+
+
+async def test_database_that_is_read_only_for_a_while_refuses_writes(
+    own_postgres: Cluster,
+) -> None:
+    url = own_postgres.create_database()
+    name = url.rpartition("/")[2]
+    async with loaded(url) as load:
+        await sql(own_postgres, f"ALTER DATABASE {name} SET default_transaction_read_only = on")
+        await sql(own_postgres, CUT)
+        for _ in range(20):
+            await load.refused()
+        # As after a failover: no connection is cut a second time.
+        await sql(own_postgres, f"ALTER DATABASE {name} RESET default_transaction_read_only")
+
+
+@pytest.mark.parametrize(
+    ("size", "reason"), [(20, "a statement took too long"), (2, "all connections are in use")]
+)
+async def test_locked_table_and_exhausted_pool_are_503s(
+    own_postgres: Cluster,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+    size: int,
+    reason: str,
+) -> None:
+    monkeypatch.setattr(connection_pool, "STATEMENT_SECONDS", 0.3)
+    monkeypatch.setattr(connection_pool, "_LOG_SECONDS", 0.0)
+    monkeypatch.setattr(connection_pool, "ACQUIRE_SECONDS", 0.1 if size == 2 else 20.0)
+    monkeypatch.setattr(connection_pool, "POOL_SIZE", size)
+    url = own_postgres.create_database()
+    async with loaded(url) as load:
+        blocker = await open_connection(url, statement_seconds=SECONDS)
+        async with blocker.transaction():
+            await blocker.execute("LOCK TABLE items IN ACCESS EXCLUSIVE MODE")
+            for _ in range(3):
+                await load.refused()
+        await blocker.close()
+    assert f"database is not available: {reason}" in caplog.messages
+
+
+@pytest.mark.parametrize("call", ["work", "poll", "ack", "heartbeat", "stop"])
+async def test_node_killed_between_commit_and_answer_loses_nothing(
+    database_url: str, call: str
+) -> None:
+    async with (
+        asyncio.timeout(2 * SECONDS),
+        node(database_url) as plane,
+        node_process(database_url, call) as process,
+        aiohttp.ClientSession() as http,
+        asyncio.TaskGroup() as group,
+    ):
+        dying = NodeClient(http, await read_line(process), "a")
+        client, other = (NodeClient(http, plane.base_url, name) for name in ("a", "b"))
+        work_id = ""
+        before: list[Callable[[], Awaitable[NodeAnswer]]] = [
+            client.enqueue,
+            client.poll,
+            lambda: client.ack(work_id),
+            lambda: client.heartbeat(work_id, "NO_HEARTBEAT"),
+        ]
+        calls: dict[str, Callable[[NodeClient], Awaitable[NodeAnswer]]] = {
+            "work": lambda c: c.enqueue(),
+            "poll": lambda c: c.poll(params={"reclaim_older_than_ms": str(RECLAIM_MS)}),
+            "ack": lambda c: c.ack(work_id),
+            "heartbeat": lambda c: c.heartbeat(work_id, "NO_HEARTBEAT"),
+            "stop": lambda c: c.stop(work_id, json={"force": True}),
+        }
+        for place, step in enumerate(before[: list(calls).index(call)]):
+            answer = await step()
+            assert answer.status == 200
+            work_id = answer.body["data"][0]["id"] if place == 0 else work_id
+        held = group.create_task(_unanswered(calls[call](dying)))
+        assert await read_line(process) == "held"
+        process.kill()
+        await held
+        if call == "work":  # what was committed is delivered by the other node
+            assert (await client.poll()).body["state"] == "queued"
+            return
+        if call == "poll":  # the delivery was lost, so the item returns
+            await asyncio.sleep(RECLAIM_MS / 1000)
+            assert (await calls[call](client)).body["id"] == work_id
+            return
+        assert (await other.poll(params={"reclaim_older_than_ms": "1"})).body is None
+        assert (await other.ack(work_id)).status == 409
+        repeated = await calls[call](client)
+        assert repeated.status == (412 if call == "heartbeat" else 200)
+        records: list[str] = [each.kind for each in await plane.engine.history()]
+        assert records.count({"ack": "acked", "stop": "stopped"}.get(call, call)) == 1
+
+
+async def _unanswered(call: Awaitable[NodeAnswer]) -> None:
+    with pytest.raises(aiohttp.ClientConnectionError):
+        await call
+
+
+async def test_nodes_of_two_releases_share_a_database_during_an_upgrade(
+    own_postgres: Cluster, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    url = own_postgres.create_database()
+    steps = migrations.migrations()
+    version = steps[-1].version + 1
+    step = Migration(
+        version,
+        1,
+        "ALTER TABLE items ADD COLUMN priority integer NOT NULL DEFAULT 0;"
+        "ALTER TABLE sessions ADD COLUMN region text;"
+        "ALTER TABLE events ADD COLUMN region text;"
+        "CREATE TABLE regions (name text PRIMARY KEY);",
+    )
+    async with loaded(url) as load:  # nodes of this release
+        await load.stopped_more(20)
+        monkeypatch.setattr(migrations, "migrations", lambda: (*steps, step))
+        async with node(url) as newer:  # a node of the next release, which migrates
+            stored = await sql(own_postgres, "SELECT max(version) FROM schema_versions", url)
+            assert stored == str(version)
+            client = NodeClient(load._http, newer.base_url, "newer")
+            for _ in range(10):
+                await load._answered(client.enqueue)
+            await load.stopped_more(20)
+        monkeypatch.undo()
+        async with node(url):  # a node of this release, on the newer schema
+            pass
+    assert load.refusals == 0
