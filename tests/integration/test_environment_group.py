@@ -38,7 +38,7 @@ import asyncio
 from contextlib import asynccontextmanager
 from workpool import hookimpl, handler
 
-ended, opened, instances, may_end = [], [], {}, asyncio.Semaphore(0)
+ended, opened, broken, instances, may_end = [], [], set(), {}, asyncio.Semaphore(0)
 
 class Tool:
     @hookimpl
@@ -47,6 +47,8 @@ class Tool:
 
     @asynccontextmanager
     async def open(self, environment_id):
+        if environment_id in broken:
+            raise ConnectionError("no database")
         opened.append(environment_id)
         yield
 
@@ -163,6 +165,29 @@ async def test_failed_environment_starts_again_with_its_pause_and_recovers(
     assert module.ended == [OTHER]
     assert "environment failed: " in caplog.text
     assert "revoked-Zx9" not in caplog.text
+
+
+async def test_plugin_that_cannot_open_in_one_environment_does_not_end_the_others(
+    make_group: Callable[..., EnvironmentGroup],
+    control_plane: ControlPlane,
+    module: Any,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(environment_group, "RETRY_SECONDS", 0.05)
+    module.broken.add(OTHER)
+
+    async def use(group: EnvironmentGroup) -> None:
+        other = group.by_id[OTHER]
+        await until(lambda: other.error is not None)
+        assert isinstance(other.error, ConnectionError)
+        control_plane.enqueue(environment_id=FIRST)
+        await until(lambda: module.ended == [FIRST])
+        assert any("ConnectionError" in reason for reason in group.status().reasons)
+        module.broken.clear()
+        await until(lambda: group.status().ready)
+
+    await while_running(make_group(), use)
+    assert module.opened == [FIRST, OTHER]
 
 
 async def test_burst_leaves_one_slot_and_gives_up_those_that_others_wait_for(

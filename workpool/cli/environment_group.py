@@ -16,7 +16,7 @@ from workpool.cli import exits
 from workpool.cli.log_config import log
 from workpool.cli.rate_limit_groups import shared_rate_limits
 from workpool.cli.service_thread import ServiceThread
-from workpool.errors import WorkpoolError
+from workpool.errors import PluginError, SettingsError, WorkpoolError
 from workpool.pool.admission import ExitLimits
 from workpool.pool.shared_parts import SharedParts
 from workpool.pool.shared_slots import SharedSlots
@@ -54,7 +54,7 @@ class GroupMember:
     def __init__(self, settings: Settings, create: Callable[[Settings], Supervisor]) -> None:
         self.settings = settings
         self.supervisor = create(settings)
-        self.error: WorkpoolError | None = None
+        self.error: Exception | None = None
         self.running = self.opened = self.ended = self.drained = False
         self.on_drain: Callable[[], object] | None = None
         self._create = create
@@ -83,7 +83,7 @@ class GroupMember:
         try:
             await self.supervisor.run(until_empty=until_empty)
             self.error = None
-        except WorkpoolError as error:
+        except Exception as error:  # noqa: BLE001 - also of a plugin, which must not end the others
             self.error = error
         finally:
             self.running = False
@@ -167,7 +167,8 @@ class EnvironmentGroup:
         """Run all environments until each has drained.
 
         Raises:
-            WorkpoolError: The error of the first environment that has failed and not recovered.
+            Exception: The error of the first environment that has failed and not recovered, mostly
+                a `WorkpoolError`.
         """
         self._loop = asyncio.get_running_loop()
         exporter = [] if self._exporter is None else [self._exporter]
@@ -245,8 +246,8 @@ class EnvironmentGroup:
             if one.error is None:
                 break
             self._log_failure(one, one.error)
-            if exits.status_of(one.error) == exits.USAGE:  # it would fail at each start
-                self.request_drain()
+            if isinstance(one.error, SettingsError | PluginError) and not one.opened:
+                self.request_drain()  # it would be the same at each start
             if until_empty or not await self._waited(one):
                 break
         one.ended = True
@@ -288,14 +289,14 @@ class EnvironmentGroup:
         self._changed.set()
         self._changed = asyncio.Event()
 
-    def _log_failure(self, one: GroupMember, error: WorkpoolError) -> None:
+    def _log_failure(self, one: GroupMember, error: Exception) -> None:
         for problem in exits.lines_of(error):
             line = exits.with_advice(problem, error, one.settings)
             log.critical(
                 "environment failed: %s",
                 line,
                 extra={"environment_id": one.id, "error": line},
-                exc_info=exits.trace_of(error),
+                exc_info=exits.trace_of(error) if isinstance(error, WorkpoolError) else error,
             )
 
     def _new_supervisor(self, settings: Settings) -> Supervisor:

@@ -63,7 +63,7 @@ _REFUSED_SETTINGS: Final[Mapping[int, tuple[str, ...]]] = {
 """The settings that a refusal is probably about."""
 
 
-def with_advice(line: str, error: WorkpoolError, settings: Settings) -> str:
+def with_advice(line: str, error: Exception, settings: Settings) -> str:
     """Return the line of an error with what to do, and where the settings concerned came from."""
     names: tuple[str, ...] = ("metrics_listen",) if isinstance(error, ListenError) else ()
     if isinstance(error, RefusedError) and (advice := ADVICE.get(error.status or 0)):
