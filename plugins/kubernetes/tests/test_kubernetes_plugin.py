@@ -52,6 +52,23 @@ async def test_cost_of_the_pod_is_the_number_of_its_sessions(
     assert server.pod["metadata"]["annotations"] == {"kept": "yes", DELETION_COST: "0"}
 
 
+async def test_pools_of_one_process_are_counted_together_and_written_once(
+    workpool: Kit, server: APIServer
+) -> None:
+    held = Held()
+    first = workpool.pool(server.plugin(), held, concurrency=2)
+    async with first:
+        await server.next_cost("0")
+        async with workpool.pool(server.plugin(), held, concurrency=2):
+            workpool.enqueue(4)
+            await server.next_cost("4")
+            await first.drain(0)
+            await first.wait()
+            await server.next_cost("2")  # the plugin of the other pool goes on
+            held.end.set()
+            await server.next_cost("0")
+
+
 async def test_token_that_was_rotated_is_used_for_the_next_write(
     workpool: Kit, server: APIServer, warnings: Warnings
 ) -> None:

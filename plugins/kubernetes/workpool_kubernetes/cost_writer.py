@@ -25,13 +25,16 @@ class CostWriter:
     """Keeps a written value in step with a computed one.
 
     Args:
-        cost: Returns the value that should be written.
+        cost: Returns the value that should be written; None: none now.
         write: Writes a value; raises `APIServerError`.
         interval: The shortest time between two writes, in seconds.
     """
 
     def __init__(
-        self, cost: Callable[[], int], write: Callable[[int], Awaitable[None]], interval: float
+        self,
+        cost: Callable[[], int | None],
+        write: Callable[[int], Awaitable[None]],
+        interval: float,
     ) -> None:
         self._cost = cost
         self._write = write
@@ -49,7 +52,9 @@ class CostWriter:
         while True:
             self._changed.clear()
             cost = self._cost()
-            if cost != self._written:
+            if cost is None:
+                self._written = None  # another writer may change it
+            if cost is not None and cost != self._written:
                 await self._attempt(cost)
                 await asyncio.sleep(self._pause())
             else:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import asyncio
 import os
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, contextmanager, suppress
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -15,13 +16,16 @@ from workpool_kubernetes.cost_writer import CostWriter, writing
 from workpool_kubernetes.own_pod import SERVICE_ACCOUNT, NoPodError, own_pod
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator
+    from collections.abc import AsyncIterator, Callable, Iterator
 
     from workpool.events import AckFinished, SessionFinished, StopFinished
 
 NAME: Final = "kubernetes"
 DELETION_COST: Final = "controller.kubernetes.io/pod-deletion-cost"
 """The annotation by which a ReplicaSet chooses the pods that it deletes: lower costs first."""
+_POOLS: Final[dict[Supervisor, Callable[[], object]]] = {}
+"""The pools of this process, in the order of their start, each with the function that requests a
+look at the cost, on any thread. The plugin of the first one writes the cost for all."""
 LEAST_INTERVAL: Final = 1.0
 """The shortest `interval`, in seconds: each write is a change of the pod for all who watch it."""
 
@@ -65,9 +69,10 @@ class Kubernetes:
             pod = own_pod(os.environ, Path(self.service_account), self.pod)
             async with APIServer(pod) as server:
                 write = partial(server.annotate, DELETION_COST)
-                writer = CostWriter(partial(sessions_of, supervisor), write, self.interval)
-                async with writing(writer) as self._writer:
-                    yield
+                self._writer = CostWriter(partial(cost_of, supervisor), write, self.interval)
+                async with writing(self._writer) as writer:
+                    with _counted(supervisor, writer):
+                        yield
         except (NoPodError, APIServerError) as error:
             raise PluginError(NAME, str(error)) from None
         finally:
@@ -77,9 +82,41 @@ class Kubernetes:
     def workpool_event(self, event: AckFinished | SessionFinished | StopFinished) -> None:  # noqa: ARG002 - its annotation selects the events
         """Look the number of sessions up again."""
         if self._writer is not None:
-            self._writer.look()
+            _look()
+
+
+def cost_of(supervisor: Supervisor) -> int | None:
+    """Return the deletion cost, if the plugin of this pool writes it; None: another's does.
+
+    The cost is the number of sessions in all pools of the process: a worker for several
+    environments has several, and one pod.
+    """
+    pools = tuple(_POOLS)
+    if pools[:1] != (supervisor,):
+        return None
+    return sum(map(sessions_of, pools))
 
 
 def sessions_of(supervisor: Supervisor) -> int:
-    """Return the deletion cost: the number of items in slots, from their ack to their stop."""
+    """Return the number of items in slots, from their ack to their stop."""
     return supervisor.status().running
+
+
+@contextmanager
+def _counted(supervisor: Supervisor, writer: CostWriter) -> Iterator[None]:
+    """Count the sessions of a pool; at its end, another pool's plugin writes, if there is one."""
+    loop = asyncio.get_running_loop()
+    _POOLS[supervisor] = partial(loop.call_soon_threadsafe, writer.look)
+    _look()
+    try:
+        yield
+    finally:
+        del _POOLS[supervisor]
+        _look()
+
+
+def _look() -> None:
+    """Let the plugin that writes the cost look it up soon."""
+    for look in tuple(_POOLS.values())[:1]:
+        with suppress(RuntimeError):  # the loop of that pool is closed
+            look()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import gzip
 import re
+import subprocess
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -437,6 +438,43 @@ async def test_tool_calls_of_a_session_are_children_of_its_span(
     failed = {each.key: each.value.string_value for each in read.attributes}
     assert failed["error.type"] == "tool_error"
     assert "hello" not in str(collector.spans)
+
+
+TWO_POOLS = """
+import asyncio
+from types import SimpleNamespace
+
+from opentelemetry import trace
+from opentelemetry.sdk.trace import SpanProcessor
+from workpool import Settings
+from workpool_otel import Otel
+
+ended = []
+
+class Last(SpanProcessor):
+    def shutdown(self):
+        ended.append("ended")
+
+async def main():
+    pool = SimpleNamespace(settings=Settings())
+    first, second = Otel().workpool_lifespan(pool), Otel().workpool_lifespan(pool)
+    await first.__aenter__()
+    await second.__aenter__()
+    trace.get_tracer_provider().add_span_processor(Last())
+    await first.__aexit__(None, None, None)
+    print(ended)
+    await second.__aexit__(None, None, None)
+    print(ended)
+
+asyncio.run(main())
+"""
+
+
+def test_provider_of_two_pools_is_shut_down_by_the_last_one() -> None:
+    """In a process of its own, since a global provider cannot be removed."""
+    command = [sys.executable, "-c", TWO_POOLS]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)  # noqa: S603 - our own words
+    assert done.stdout.split() == ["[]", "['ended']"]
 
 
 def test_no_global_provider_was_set_by_these_tests() -> None:

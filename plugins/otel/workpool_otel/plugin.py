@@ -27,6 +27,10 @@ NAME: Final = "otel"
 FLUSH_SECONDS: Final = 5.0
 """Seconds by which the export of the last spans may delay the end of the pool."""
 
+_USES: Final[dict[TracerProvider, int]] = {}
+"""The providers that plugins of this process made, each with the number of pools that use it: in a
+worker for several environments one may end before the others."""
+
 log = logging.getLogger("workpool.otel")
 
 
@@ -74,7 +78,10 @@ class Otel:
             self._spans.close()
             self._spans = None
             if own is not None:
-                await _shut_down(own)
+                _USES[own] -= 1
+                if not _USES[own]:
+                    del _USES[own]
+                    await _shut_down(own)
 
     @hookimpl(tryfirst=True)
     @asynccontextmanager
@@ -96,10 +103,13 @@ class Otel:
             self._spans.observe(event)
 
     def _provider(self) -> tuple[trace.TracerProvider, TracerProvider | None]:
-        """Return the provider, and a second time if this plugin must shut it down."""
+        """Return the provider, and a second time if a plugin made it, which shuts it down."""
         if self.tracer_provider is not None:
             return self.tracer_provider, None
         current = trace.get_tracer_provider()
+        if isinstance(current, TracerProvider) and current in _USES:
+            _USES[current] += 1
+            return current, current
         if not isinstance(current, trace.ProxyTracerProvider):
             return current, None
         # Read by itself: the SDK gives the variables less weight than an explicit attribute.
@@ -109,6 +119,7 @@ class Otel:
         provider = TracerProvider(resource=resource, shutdown_on_exit=False)
         provider.add_span_processor(BatchSpanProcessor(OTLPSpanExporter()))
         trace.set_tracer_provider(provider)  # for the spans of handlers
+        _USES[provider] = 1
         return provider, provider
 
 
