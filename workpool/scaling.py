@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Mapping, Sequence
 
 SLOTS_PER_WORKER: Final = 8
 """The default of the setting `concurrency`; a test compares them."""
@@ -40,6 +40,17 @@ class FleetLoad:
     def unfinished(self) -> int:
         """The number of items for which a slot is needed, now or soon."""
         return self.queued + self.pending + self.running
+
+
+def total_load(loads: Sequence[FleetLoad]) -> FleetLoad:
+    """Return the load of several environments together."""
+    return FleetLoad(
+        queued=sum(load.queued for load in loads),
+        pending=sum(load.pending for load in loads),
+        running=sum(load.running for load in loads),
+        oldest_queued_seconds=max((load.oldest_queued_seconds for load in loads), default=0.0),
+        lower_bound=any(load.lower_bound for load in loads),
+    )
 
 
 @dataclass(frozen=True, slots=True)

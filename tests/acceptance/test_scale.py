@@ -11,7 +11,7 @@ import aiohttp
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
-from tests.acceptance.conftest import ENVIRONMENT, LIMITED, SECONDS, TOKEN, TOKENS
+from tests.acceptance.conftest import ENVIRONMENT, FORBIDDEN, LIMITED, SECONDS, TOKEN, TOKENS
 from workpool.scaling import FLEET_NUMBERS
 from workpool.server import ControlPlane
 
@@ -170,6 +170,38 @@ async def test_serve_scale_and_worker_agree_on_the_numbers(
             command.send_signal(signal.SIGTERM)
     assert await scale.wait_for_end() == 0
     assert await serve.wait_for_end() == 0
+
+
+async def test_scale_reads_all_environments_of_the_file(
+    start_without_settings: StartCommand, control_plane: ControlPlane, command_directory: Path
+) -> None:
+    control_plane.enqueue(3)
+    control_plane.enqueue(9, environment_id=FORBIDDEN)
+    (command_directory / "token").write_text(TOKEN)
+    (command_directory / "pool.toml").write_text(
+        f"""
+        [workpool]
+        base_url = "{control_plane.base_url}"
+        token_file = "token"
+        concurrency = 5
+        [workpool.environments.{ENVIRONMENT}]
+        [workpool.environments.{FORBIDDEN}]
+        concurrency = 2
+        """
+    )
+    command = await start_without_settings(
+        "scale", "--config", "pool.toml", "--metrics-listen", "127.0.0.1:0"
+    )
+    url = await url_of(command)
+    _, numbers = await scale_until(url, lambda status, _: status == 200)
+    assert (numbers["unfinished"], numbers["slots_per_worker"]) == (12, 4)
+    assert numbers["recommended_replicas"] == 5  # 9 items of two slots in each worker
+    _, text = await read(f"{url}/metrics")
+    for environment_id, queued in ((ENVIRONMENT, 3), (FORBIDDEN, 9)):
+        line = f'workpool_fleet_queued{{environment_id="{environment_id}"}} {queued}.0'
+        assert line in text
+    command.send_signal(signal.SIGTERM)
+    assert await command.wait_for_end() == 0
 
 
 @pytest.mark.parametrize(

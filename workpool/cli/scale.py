@@ -1,12 +1,14 @@
-"""`workpool scale`: the numbers of one environment for autoscalers, in a process of its own.
+"""`workpool scale`: the numbers of a fleet for autoscalers, in a process of its own.
 
 Holds the credential, so that autoscalers need none. See workpool/docs/operating.md,
 "`workpool scale`".
 """
 
 import asyncio
-from collections.abc import Callable, Iterable, Mapping
-from typing import Annotated, Final
+import functools
+from collections.abc import Callable, Coroutine, Iterable, Sequence
+from contextlib import AsyncExitStack
+from typing import Annotated, Any, Final
 
 import typer
 from prometheus_client import CollectorRegistry
@@ -14,15 +16,24 @@ from prometheus_client.metrics_core import GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
 from workpool.cli import exits, log_config
-from workpool.cli.flags import METAVARS, BaseUrl, Config, EnvironmentId, read_settings
+from workpool.cli.flags import (
+    METAVARS,
+    BaseUrl,
+    Config,
+    EnvironmentId,
+    read_environments,
+    require_connections,
+)
+from workpool.cli.fleet import Fleet
 from workpool.cli.fleet_reader import FleetReader
 from workpool.cli.help_text import examples
+from workpool.cli.rate_limit_groups import shared_rate_limits
 from workpool.cli.signals import Signals
 from workpool.cli.verbosity import Verbose, is_verbose
 from workpool.errors import SettingsError, innermost
 from workpool.exporter import Exporter
 from workpool.pool.lease_renewer import new_event_loop
-from workpool.scaling import FLEET_NUMBERS, REPLICAS_MAX, ReplicaRule, fleet_numbers
+from workpool.scaling import FLEET_NUMBERS, REPLICAS_MAX, ReplicaRule
 from workpool.settings import Settings
 from workpool.wire.client import WorkClient
 
@@ -51,7 +62,9 @@ def scale(
     slots_per_worker: Annotated[
         int | None,
         typer.Option(
-            min=1, help="The sessions of one worker at once. Default: the setting `concurrency`."
+            min=1,
+            help="The sessions of one worker at once. Default: the setting `concurrency`, less one "
+            "for each further environment.",
         ),
     ] = None,
     min_replicas: Annotated[int, typer.Option(min=0, help="The workers without work.")] = 0,
@@ -75,18 +88,19 @@ def scale(
 ) -> None:
     """Serve numbers for autoscalers until SIGTERM or SIGINT.
 
-    Reads the statistics of one environment, and answers at `/scale` with the items that wait and
-    run and the recommended number of workers, without a credential and without ids. While the
-    control plane does not answer, the last numbers are given with their age.
+    Reads the statistics of an environment, or of all environments of the TOML file, and answers at
+    `/scale` with the items that wait and run and the recommended number of workers, without a
+    credential and without ids. While the control plane does not answer, the last numbers are given
+    with their age.
     """
     with exits.reported():
-        settings = read_settings(
+        settings, tables = read_environments(
             config,
             environment_id=environment_id,
             base_url=base_url,
             metrics_listen=metrics_listen,
         )
-        settings.require_connection()
+        require_connections(settings, tables)
         if settings.metrics_listen is None:
             settings = settings.replace(metrics_listen=SCALE_LISTEN)
         if settings.metrics_address is None:
@@ -94,25 +108,24 @@ def scale(
         log_config.configure(
             "debug" if is_verbose(context) else settings.log_level, settings.log_format
         )
-        slots = settings.concurrency if slots_per_worker is None else slots_per_worker
+        environments = tables or (settings,)
+        # Each further environment keeps one slot of a worker for its own next item.
+        slots = slots_per_worker or settings.concurrency - len(environments) + 1
         if min_replicas > max_replicas:
             raise typer.BadParameter("--min-replicas is larger than --max-replicas")
         if max_age < interval:
             raise typer.BadParameter("--max-age is shorter than --interval")
         rule = ReplicaRule(slots, min_replicas, max_replicas)
+        new_reader = functools.partial(FleetReader, interval=interval, max_age=max_age)
         with asyncio.Runner(loop_factory=new_event_loop) as runner:
-            runner.run(_until_signal(settings, rule, interval=interval, max_age=max_age))
+            runner.run(_until_signal(_serve(settings, environments, rule, new_reader)))
 
 
-async def _until_signal(
-    settings: Settings, rule: ReplicaRule, *, interval: float, max_age: float
-) -> None:
+async def _until_signal(serve: Coroutine[Any, Any, None]) -> None:
     with Signals() as signals:
         try:
             async with asyncio.TaskGroup() as group:
-                serving = group.create_task(
-                    _serve(settings, rule, interval=interval, max_age=max_age)
-                )
+                serving = group.create_task(serve)
                 await signals.first.wait()
                 serving.cancel()
         except BaseExceptionGroup as group_error:
@@ -121,46 +134,47 @@ async def _until_signal(
         log_config.log.info("scale ends", extra={"signal": ending.name if ending else None})
 
 
-async def _serve(settings: Settings, rule: ReplicaRule, *, interval: float, max_age: float) -> None:
-    async with WorkClient(settings) as client:
-        reader = FleetReader(client, interval=interval, max_age=max_age)
-
-        def numbers() -> dict[str, float] | None:
-            load, age = reader.load, reader.age_seconds
-            return None if load is None else fleet_numbers(load, rule, age_seconds=age or 0.0)
-
+async def _serve(
+    settings: Settings,
+    environments: Sequence[Settings],
+    rule: ReplicaRule,
+    new_reader: Callable[[WorkClient], FleetReader],
+) -> None:
+    rate_limits = shared_rate_limits(environments)
+    readers: dict[str, FleetReader] = {}
+    slots: dict[str, int] = {}
+    async with AsyncExitStack() as stack:
+        for each in environments:
+            client = WorkClient(each, rate_limits=rate_limits[each.environment_id])
+            environment_id = str(each.environment_id)
+            readers[environment_id] = new_reader(await stack.enter_async_context(client))
+            slots[environment_id] = each.concurrency
+        fleet = Fleet(readers, slots, rule)
         registry = CollectorRegistry()
-        registry.register(FleetMetrics(settings.environment_id or "", numbers))
+        registry.register(FleetMetrics(fleet))
         address = settings.metrics_address
         assert address is not None  # noqa: S101 - checked before
         exporter = Exporter(
-            address.host or "", address.port, registry, health=list, readiness=reader.unready
+            address.host or "", address.port, registry, health=list, readiness=fleet.unready
         )
-        exporter.scale = numbers
+        exporter.scale = fleet.numbers
         async with exporter:
             typer.echo(f"ready {exporter.url}/scale")
-            await reader.run()
+            await fleet.run()
 
 
 class FleetMetrics(Collector):
-    """The numbers of `/scale` as gauges, without samples while there are none.
+    """The numbers of each environment as gauges, without samples while there are none."""
 
-    Args:
-        environment_id: The only label.
-        numbers: Returns the numbers; called on the thread of a scrape.
-    """
-
-    def __init__(
-        self, environment_id: str, numbers: Callable[[], Mapping[str, float] | None]
-    ) -> None:
-        self._environment_id = environment_id
-        self._numbers = numbers
+    def __init__(self, fleet: Fleet) -> None:
+        self._fleet = fleet
 
     def collect(self) -> Iterable[Metric]:
         """Return the current values."""
-        numbers = self._numbers() or {}
+        found = {each: self._fleet.numbers_of(each) for each in self._fleet.readers}
         for key, text in FLEET_NUMBERS.items():
             family = GaugeMetricFamily(METRIC_PREFIX + key, text, labels=("environment_id",))
-            if key in numbers:
-                family.add_metric((self._environment_id,), float(numbers[key]))
+            for environment_id, numbers in found.items():
+                if numbers is not None:
+                    family.add_metric((environment_id,), float(numbers[key]))
             yield family

@@ -1,0 +1,54 @@
+"""The numbers of several environments of the same workers."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from workpool.cli.fleet import Fleet
+from workpool.cli.fleet_reader import FleetReader
+from workpool.scaling import FleetLoad, ReplicaRule, total_load
+from workpool.settings import Settings
+from workpool.wire.client import WorkClient
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+
+def fleet_of(loads: Mapping[str, FleetLoad | None], slots: Mapping[str, int]) -> Fleet:
+    """Return a fleet whose readers have read these loads; None: nothing yet."""
+    client = WorkClient(Settings(environment_id="env_a"))
+    readers = {}
+    for number, (environment_id, load) in enumerate(loads.items(), start=1):
+        reader = FleetReader(client, interval=15, max_age=120, clock=lambda: 100.0)
+        reader._last = None if load is None else (100.0 - number, load)
+        readers[environment_id] = reader
+    return Fleet(readers, slots, ReplicaRule(7, 1, 20))
+
+
+def test_numbers_of_several_environments_are_sums_and_the_greatest_age() -> None:
+    loads = {"env_a": FleetLoad(3, 1, 6, 4.5), "env_b": FleetLoad(1, 0, 4, 9.0, lower_bound=True)}
+    numbers = fleet_of(loads, {"env_a": 8, "env_b": 8}).numbers()
+    assert numbers is not None
+    assert (numbers["queued"], numbers["pending"], numbers["running"]) == (4, 1, 10)
+    assert (numbers["oldest_queued_seconds"], numbers["lower_bound"]) == (9.0, True)
+    assert (numbers["recommended_replicas"], numbers["age_seconds"]) == (3, 2.0)
+
+
+def test_environment_with_few_slots_needs_more_workers_than_the_sum() -> None:
+    loads = {"env_a": FleetLoad(0, 0, 0), "env_b": FleetLoad(9, 0, 0)}
+    fleet = fleet_of(loads, {"env_a": 8, "env_b": 2})
+    numbers, few = fleet.numbers(), fleet.numbers_of("env_b")
+    assert numbers is not None
+    assert few is not None
+    assert numbers["recommended_replicas"] == few["recommended_replicas"] == 5
+
+
+def test_numbers_are_unknown_while_one_environment_is_not_read() -> None:
+    fleet = fleet_of({"env_a": FleetLoad(1, 0, 0), "env_b": None}, {"env_a": 8, "env_b": 8})
+    assert fleet.numbers() is None
+    assert fleet.numbers_of("env_a") is not None
+    assert fleet.unready() == ["env_b: the queue is not read to its end yet"]
+
+
+def test_total_of_no_load_is_nothing() -> None:
+    assert total_load([]) == FleetLoad(0, 0, 0)

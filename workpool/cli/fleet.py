@@ -1,0 +1,81 @@
+"""The numbers of the environments for which the workers of a fleet work, together and for each."""
+
+from __future__ import annotations
+
+import asyncio
+from typing import TYPE_CHECKING
+
+from workpool.scaling import ReplicaRule, fleet_numbers, total_load
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    from workpool.cli.fleet_reader import FleetReader
+
+
+class Fleet:
+    """The numbers of all environments, of which each worker serves all.
+
+    Args:
+        readers: The reader of each environment, by its id.
+        own_slots: The sessions that one worker runs at once for each environment.
+        rule: The calculation for all of them together, with the slots that one worker certainly has
+            for their items.
+    """
+
+    def __init__(
+        self,
+        readers: Mapping[str, FleetReader],
+        own_slots: Mapping[str, int],
+        rule: ReplicaRule,
+    ) -> None:
+        self.readers = readers
+        self._rule = rule
+        self._rules = {
+            environment_id: ReplicaRule(
+                min(slots, rule.slots_per_worker), rule.minimum, rule.maximum
+            )
+            for environment_id, slots in own_slots.items()
+        }
+
+    def numbers(self) -> dict[str, float] | None:
+        """Return the numbers of all environments together; None unless all are known. Any thread.
+
+        The recommendation suffices for all items together, and for those of each environment.
+        """
+        found = {environment_id: self.numbers_of(environment_id) for environment_id in self.readers}
+        loads = [reader.load for reader in self.readers.values()]
+        known = [each for each in found.values() if each is not None]
+        if len(known) < len(found) or None in loads:
+            return None
+        total = total_load([load for load in loads if load is not None])
+        numbers = fleet_numbers(
+            total, self._rule, age_seconds=max(each["age_seconds"] for each in known)
+        )
+        wanted = [numbers, *known]
+        numbers["recommended_replicas"] = max(each["recommended_replicas"] for each in wanted)
+        return numbers
+
+    def numbers_of(self, environment_id: str) -> dict[str, float] | None:
+        """Return the numbers of one environment; None while they are unknown. Any thread."""
+        reader = self.readers[environment_id]
+        load, age = reader.load, reader.age_seconds
+        if load is None or age is None:
+            return None
+        return fleet_numbers(load, self._rules[environment_id], age_seconds=age)
+
+    def unready(self) -> list[str]:
+        """The reasons for which there are no numbers. Any thread."""
+        if len(self.readers) == 1:
+            return [reason for reader in self.readers.values() for reason in reader.unready()]
+        return [
+            f"{environment_id}: {reason}"
+            for environment_id, reader in self.readers.items()
+            for reason in reader.unready()
+        ]
+
+    async def run(self) -> None:
+        """Read all environments until cancelled."""
+        async with asyncio.TaskGroup() as group:
+            for environment_id, reader in self.readers.items():
+                group.create_task(reader.run(), name=f"read {environment_id}")
