@@ -114,6 +114,24 @@ async def test_heartbeats_of_nodes_with_one_expected_value_extend_lease_once(
         (first,) = [each for each in found if each != 412]
 
 
+async def test_node_with_outdated_row_of_item_applies_call_to_current_one(
+    nodes: list[Engine],
+) -> None:
+    one, other = nodes
+    (item,) = await one.enqueue(ENV)
+    await one.long_poll(ENV, Poll("w"), stays)  # from now on, this node knows the row
+    await other.ack(ENV, item.id, "w")
+    beaten = await other.heartbeat(ENV, item.id, "NO_HEARTBEAT", 60, "w")
+    assert await one.ack(ENV, item.id, "w") == beaten
+    assert (await one.update(ENV, item.id, {"k": "v"}, "w")).heartbeat_at == beaten.heartbeat_at
+    assert (await other.stop(ENV, item.id, "w")).state == "stopping"
+    stopped = await one.stop(ENV, item.id, "w", force=True)
+    assert (stopped.state, stopped.metadata) == ("stopped", {"k": "v"})
+    assert await other.get(ENV, item.id) == stopped
+    kinds = [record.kind for record in await one.history()]
+    assert kinds[-4:] == ["heartbeat", "metadata", "stop_requested", "stopped"]
+
+
 async def test_concurrent_acks_and_stops_keep_one_holder(nodes: list[Engine]) -> None:
     for item in await nodes[0].enqueue(ENV, count=10):
         await nodes[0].long_poll(ENV, Poll("a", 0, 0), stays)
@@ -121,7 +139,7 @@ async def test_concurrent_acks_and_stops_keep_one_holder(nodes: list[Engine]) ->
             nodes[0].ack(ENV, item.id, "a"),
             nodes[1].ack(ENV, item.id, "b"),
             nodes[1].long_poll(ENV, Poll("b", 0, 0), stays),
-            nodes[0].stop(ENV, item.id, "a", force=True),
+            nodes[0].stop(ENV, item.id, force=True),  # an operator, who holds nothing
         )
         await nodes[1].stop(ENV, item.id, force=True)
     summary = summarize(await nodes[0].history())

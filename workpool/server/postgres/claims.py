@@ -21,6 +21,7 @@ from workpool.server.postgres.database_calls import (
     lapse_of,
 )
 from workpool.server.postgres.database_errors import UnavailableError
+from workpool.server.postgres.known_items import KnownItems
 from workpool.server.postgres.notifications import work_topic
 from workpool.server.postgres.row_codec import ITEM_COLUMNS, ITEM_FIELDS, item_of
 from workpool.server.timestamps import MILLISECOND, SECOND
@@ -123,6 +124,7 @@ class Claims(DatabaseCalls):
         super().__init__(*arguments, **options)
         # the time of the next look for ended leases, by environment and for all of them
         self._next_look: dict[str | None, float] = {}
+        self._known = KnownItems()
         self._polled: OrderedDict[tuple[str, str], float] = OrderedDict()
         self._closing = False
 
@@ -175,12 +177,15 @@ class Claims(DatabaseCalls):
         )
         version, now, first_delivered = row[len(ITEM_FIELDS) :]
         if row[0] is not None:
-            return ClaimOutcome(item_of(row), version, None)
+            item = item_of(row)
+            self._known.note(item, version, now)
+            return ClaimOutcome(item, version, None)
         due = None if first_delivered is None else (first_delivered + reclaim - now) / SECOND
         return ClaimOutcome(None, 0, due)
 
     async def _withdraw(self, item: Item, version: int) -> None:
         """Take back a delivery whose client has gone before the answer."""
+        self._known.take(item.environment_id, item.id)
         withdrawn = state_machine.withdraw(item)
         change = Change(withdrawn, "withdrawn", item.holder, await self._time())
         if await self._write(self._pool, item, version, [change]):

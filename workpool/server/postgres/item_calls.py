@@ -1,7 +1,9 @@
 """The calls on one item: ack, heartbeat, stop, update and get.
 
-The rules are those of `state_machine`. The heartbeat of a held lease, which is by far the most
-frequent call, is one statement; it repeats one of these rules, and a test compares the two.
+The rules are those of `state_machine`. A change of an item whose row this node knows is one
+statement (`known_items`); for any other, the row is read first. The heartbeat of a held lease,
+which is by far the most frequent call, is one statement on every node. It repeats one of the rules,
+and a test compares the two.
 """
 
 from __future__ import annotations
@@ -19,8 +21,9 @@ from workpool.server.postgres.database_calls import (
     Change,
     lapse_of,
 )
+from workpool.server.postgres.known_items import KnownItem, change_known
 from workpool.server.postgres.notifications import work_topic
-from workpool.server.postgres.row_codec import ITEM_COLUMNS, is_id, item_of
+from workpool.server.postgres.row_codec import ITEM_COLUMNS, ITEM_FIELDS, is_id, item_of
 from workpool.server.timestamps import from_heartbeat_text
 from workpool.wire.protocol import (
     QUEUED,
@@ -51,9 +54,9 @@ WITH {CLOCK.format("$5")}, changed AS (
     FROM clock
     WHERE i.environment_id = $1 AND i.id = $2 AND i.state IN ('active', 'stopping')
         AND i.beaten AND i.heartbeat_at = $3::bigint AND i.lease_end > clock.now
-    RETURNING {ITEM_COLUMNS}
+    RETURNING {ITEM_COLUMNS}, i.version
 ){{}}
-SELECT {ITEM_COLUMNS} FROM changed AS i
+SELECT {ITEM_COLUMNS}, i.version, clock.now FROM changed AS i, clock
 """
 _HEARTBEATS: Final = {
     False: _HEARTBEAT.format(""),
@@ -128,7 +131,11 @@ class ItemCalls(Claims):
         if self._has_history:
             values.append(worker_id)
         row = await self._pool.fetchrow(_HEARTBEATS[self._has_history], *values)
-        return None if row is None else item_of(row)
+        if row is None:
+            return None
+        item = item_of(row)
+        self._known.note(item, *row[len(ITEM_FIELDS) :])
+        return item
 
     async def stop(
         self,
@@ -174,28 +181,51 @@ class ItemCalls(Claims):
 
         `op`: the name of the call in the record of a refusal; None: it is not recorded.
         """
+        changed = None
+        known = self._known.take(environment_id, work_id)
+        if known is not None:
+            changed = await change_known(
+                self._pool, known, decide, now=self._at(), has_history=self._has_history
+            )
+        if changed is None:
+            changed = await self._change_read(environment_id, work_id, decide, worker_id, op)
+        self._known.note(*changed)
+        return changed.item
 
-        async def attempt(connection: Connection) -> Item | None:
+    async def _change_read(
+        self,
+        environment_id: str,
+        work_id: str,
+        decide: Callable[[Item, int], Change],
+        worker_id: str | None,
+        op: str | None,
+    ) -> KnownItem:
+        async def attempt(connection: Connection) -> KnownItem | None:
             stored, item, version, now = await self._read(connection, environment_id, work_id)
             try:
                 change = decide(item, now)
             except APIError:
-                if op is not None and self._has_history:
-                    await self._pool.execute(
-                        _CONFLICT, self._at(), item.id, worker_id, item.state, item.lease_end, op
-                    )
+                await self._record_refusal(item, worker_id, op)
                 raise
             changes = [] if item is stored else [lapse_of(stored)]
             if change.item is not item:
                 changes.append(change)
-            if not changes or await self._write(connection, stored, version, changes):
-                return change.item
+            if not changes:
+                return KnownItem(item, version, now)
+            if await self._write(connection, stored, version, changes):
+                return KnownItem(change.item, version + 1, now)
             return None
 
-        item = await self._attempted(attempt, LOCK_ITEM, environment_id, work_id)
-        if item.state == QUEUED:
+        changed = await self._attempted(attempt, LOCK_ITEM, environment_id, work_id)
+        if changed.item.state == QUEUED:
             self._hub.announce(work_topic(environment_id))  # its lease may have lapsed only now
-        return item
+        return changed
+
+    async def _record_refusal(self, item: Item, worker_id: str | None, op: str | None) -> None:
+        if op is not None and self._has_history:
+            await self._pool.execute(
+                _CONFLICT, self._at(), item.id, worker_id, item.state, item.lease_end, op
+            )
 
 
 def stop_of(

@@ -1,0 +1,162 @@
+"""The change of an item whose row this node knows already: one statement in place of two.
+
+A poll's answer is mostly followed by the ack, the first heartbeat and the stop on the same node, so
+the node keeps the last rows that it read or wrote. A change is decided on the known row, and
+written on the condition that the row still has the known version and a lease that has not ended.
+Otherwise nothing is written, and the caller reads the row.
+
+The time of the change is the database's at the write, which the decision does not know. No rule
+depends on it except by adding it to something, so the decision is made twice, for two times in a
+row: the statement moves those times of the new item that differ.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from itertools import product
+from operator import attrgetter
+from typing import TYPE_CHECKING, Any, Final, NamedTuple
+
+from workpool.server.api_errors import APIError
+from workpool.server.postgres.database_calls import CLOCK, COUNT_STOPPED, RECORD, SHARD
+from workpool.server.postgres.row_codec import ITEM_COLUMNS, ITEM_FIELDS, item_of, to_json
+from workpool.wire.protocol import STOPPED
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from workpool.server.postgres.connection_pool import Connection
+    from workpool.server.postgres.database_calls import Change
+    from workpool.server.stored_item import Item
+
+KNOWN_MAX: Final = 10_000
+"""Largest number of known items."""
+KNOWN_METADATA_MAX: Final = 4096
+"""Largest length of the metadata of a known item."""
+
+_TIMES: Final = (
+    "acknowledged_at",
+    "started_at",
+    "heartbeat_at",
+    "stop_requested_at",
+    "stopped_at",
+    "lease_end",
+)
+_TIMES_OF: Final = attrgetter(*_TIMES)
+_FIRST: Final = 10
+"""The parameter of the first of these times."""
+_MOVED: Final = ", ".join(
+    f"{name} = ${place}::bigint + (clock.now - $8::bigint) * ($9::bigint[])[{place - _FIRST + 1}]"
+    for place, name in enumerate(_TIMES, _FIRST)
+    if name != "heartbeat_at"
+)
+_HEARTBEAT_PLACE: Final = _FIRST + _TIMES.index("heartbeat_at")
+_CHANGE: Final = f"""
+WITH {CLOCK.format("$7")}, changed AS (
+    UPDATE items AS i SET
+        state = $4, metadata = coalesce($5, i.metadata), ttl_seconds = $6, {_MOVED},
+        heartbeat_at = CASE ($9::bigint[])[{_TIMES.index("heartbeat_at") + 1}]
+            -- as in state_machine: two heartbeats in one microsecond must differ
+            WHEN 1 THEN greatest(
+                ${_HEARTBEAT_PLACE}::bigint + clock.now - $8::bigint, i.heartbeat_at + 1
+            )
+            ELSE ${_HEARTBEAT_PLACE}::bigint END,
+        holder = $16, delivered_at = $17, beaten = $18, version = i.version + 1
+    FROM clock
+    WHERE i.environment_id = $1 AND i.id = $2 AND i.version = $3
+        AND (i.lease_end IS NULL OR i.lease_end > clock.now)
+    RETURNING {ITEM_COLUMNS}, i.version
+){{}}{{}}
+SELECT {ITEM_COLUMNS}, i.version, clock.now FROM changed AS i, clock
+"""
+_COUNTED: Final = f", counted AS ({COUNT_STOPPED.format(f'SELECT $1, {SHARD}, 1 FROM changed')})"
+_RECORDED: Final = f""", recorded AS ({
+    RECORD.format(
+        "SELECT clock.now, changed.id, $19, $20, changed.state, changed.lease_end, $21 "
+        "FROM changed, clock"
+    )
+})"""
+_CHANGES: Final = {
+    (stops, recorded): _CHANGE.format(_COUNTED if stops else "", _RECORDED if recorded else "")
+    for stops, recorded in product((False, True), repeat=2)
+}
+"""The statement, by whether the item stops and whether there is a history."""
+
+
+class KnownItem(NamedTuple):
+    """A row as this node last saw it: `seen_at` is the database's time then."""
+
+    item: Item
+    version: int
+    seen_at: int
+
+
+class KnownItems:
+    """The rows that this node read or wrote last, by environment and id."""
+
+    def __init__(self) -> None:
+        self._known: OrderedDict[tuple[str, str], KnownItem] = OrderedDict()
+
+    def note(self, item: Item, version: int, seen_at: int) -> None:
+        """Remember a row, unless no change is likely to follow or it takes much memory."""
+        size = sum(len(key) + len(value) for key, value in item.metadata.items())
+        if item.state == STOPPED or size > KNOWN_METADATA_MAX:
+            return
+        self._known[item.environment_id, item.id] = KnownItem(item, version, seen_at)
+        self._known.move_to_end((item.environment_id, item.id))
+        if len(self._known) > KNOWN_MAX:
+            self._known.popitem(last=False)
+
+    def take(self, environment_id: str, work_id: str) -> KnownItem | None:
+        """Forget a row, which is about to change, and return it; None: it is not known."""
+        return self._known.pop((environment_id, work_id), None)
+
+
+async def change_known(
+    connection: Connection,
+    known: KnownItem,
+    decide: Callable[[Item, int], Change],
+    *,
+    now: int | None,
+    has_history: bool,
+) -> KnownItem | None:
+    """Write the change that `decide` returns for a known row, and return the row afterwards.
+
+    None: nothing was written. The row has changed meanwhile, its lease has ended, or the decision
+    is a refusal or no change, which only the current row can justify.
+
+    `now`: the time of a clock that a test moves; None: the database's.
+    """
+    stored = known.item
+    time = max(known.seen_at, stored.heartbeat_at or 0) + 1
+    try:
+        change, later = decide(stored, time), decide(stored, time + 1)
+    except APIError:
+        return None
+    item = change.item
+    if item is stored:
+        return None
+    times = _TIMES_OF(item)
+    moved = [int(one != other) for one, other in zip(times, _TIMES_OF(later.item), strict=True)]
+    values: list[Any] = [
+        item.environment_id,
+        item.id,
+        known.version,
+        item.state,
+        None if item.metadata is stored.metadata else to_json(item.metadata),
+        item.ttl_seconds,
+        now,
+        time,
+        moved,
+        *times,
+        item.holder,
+        item.delivered_at,
+        item.beaten,
+    ]
+    if has_history:
+        values += [change.kind, change.worker_id, change.op]
+    row = await connection.fetchrow(_CHANGES[item.state == STOPPED, has_history], *values)
+    if row is None:
+        return None
+    version, seen_at = row[len(ITEM_FIELDS) :]
+    return KnownItem(item_of(row), version, seen_at)
