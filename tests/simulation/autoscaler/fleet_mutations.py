@@ -36,8 +36,8 @@ FLEET_MUTATIONS: Final[dict[str, list[Edit]]] = {
     "cost written once": [
         Edit(
             "workpool_kubernetes.cost_writer:CostWriter",
-            "if cost != self._written:",
-            "if self._written is None:",
+            "cost != self._written",
+            "self._written is None",
         ),
     ],
     "cost written without regard to changes": [
