@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 import pytest
 
-from tests.postgres.cluster import FIXTURES, database_url, own_postgres, postgres
+from tests.postgres.cluster import FIXTURES, database_url, own_postgres, postgres, standby
 from workpool import Settings, Supervisor, logs
 from workpool.server import ControlPlane
 from workpool.testing import Clock, Faults, Recorder
@@ -15,7 +15,7 @@ from workpool.testing import Clock, Faults, Recorder
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Callable, Generator
 
-__all__ = ["database_url", "own_postgres", "postgres"]  # fixtures
+__all__ = ["database_url", "own_postgres", "postgres", "standby"]  # fixtures
 
 
 def pytest_itemcollected(item: pytest.Item) -> None:

@@ -77,6 +77,22 @@ class Cluster:
 
     def create(self) -> None:
         """Make the data directory. Raises `PostgresMissingError`."""
+        self._make_folder()
+        self._run("initdb", "--no-sync", "--auth=trust", f"--username={SUPERUSER}", "-E", "UTF8")
+
+    def create_standby(self, primary: Cluster) -> None:
+        """Make the data directory of a standby, which follows a running primary."""
+        self._make_folder()
+        self._run(
+            *("pg_basebackup", "--no-sync", "--checkpoint=fast", "--write-recovery-conf"),
+            *("-d", primary.url()),
+        )
+
+    def promote(self) -> None:
+        """Make a standby a primary, and return once it accepts writes."""
+        self._control("promote")
+
+    def _make_folder(self) -> None:
         self.folder.mkdir(mode=0o700)
         if self._user is not None:
             try:
@@ -84,7 +100,6 @@ class Cluster:
             except KeyError:
                 raise PostgresMissingError("no user postgres to run the server as") from None
             os.chown(self.folder, owner.pw_uid, owner.pw_gid)
-        self._run("initdb", "--no-sync", "--auth=trust", f"--username={SUPERUSER}", "-E", "UTF8")
 
     def start(self) -> None:
         """Start the server and wait until it accepts connections."""
@@ -251,6 +266,24 @@ def postgres() -> Iterator[Cluster]:
 def own_postgres() -> Iterator[Cluster]:
     """Return a running cluster of this test alone, which the test may stop and kill."""
     yield from _cluster()
+
+
+@pytest.fixture
+def standby(own_postgres: Cluster) -> Iterator[Cluster]:
+    """Return a running standby of `own_postgres`, whose commits wait for it."""
+    standby = Cluster(own_postgres.folder.with_name("standby"))
+    standby.create_standby(own_postgres)
+    try:
+        standby.start()
+        own_postgres.execute("ALTER SYSTEM SET synchronous_standby_names = '*'")
+        own_postgres.execute("SELECT pg_reload_conf()")
+        waiting = "SELECT count(*) FROM pg_stat_replication WHERE sync_state = 'sync'"
+        deadline = time.monotonic() + SECONDS
+        while own_postgres.execute(waiting) != "1":
+            assert time.monotonic() < deadline, "the standby does not follow"
+        yield standby
+    finally:
+        standby.remove()
 
 
 @pytest.fixture

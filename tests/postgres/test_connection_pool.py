@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import os
+import signal
 from contextlib import AsyncExitStack, suppress
 from typing import TYPE_CHECKING, Any
 
@@ -188,6 +190,24 @@ async def test_restarted_database_is_used_again_without_action(
         await until_available(pool)
     finally:
         await pool.close()
+
+
+async def test_database_without_answers_is_503_and_its_connection_replaced(
+    pool: ConnectionPool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(connection_pool, "_ANSWER_SECONDS", 0.2)
+    monkeypatch.setattr(connection_pool, "STATEMENT_SECONDS", 0.2)
+    await pool.close()
+    await pool.open()
+    process = await pool.fetchval("SELECT pg_backend_pid()")
+    os.kill(process, signal.SIGSTOP)  # as a network that drops everything
+    try:
+        async with asyncio.timeout(SECONDS):
+            with pytest.raises(UnavailableError, match="did not answer in time"):
+                await pool.fetchval("SELECT 7")
+            assert await pool.fetchval("SELECT pg_backend_pid()") != process
+    finally:
+        os.kill(process, signal.SIGCONT)
 
 
 async def test_too_many_connections_is_503(own_postgres: Cluster) -> None:

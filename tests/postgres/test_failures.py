@@ -197,6 +197,21 @@ async def test_database_that_is_read_only_for_a_while_refuses_writes(
         await sql(own_postgres, f"ALTER DATABASE {name} RESET default_transaction_read_only")
 
 
+async def test_failover_to_a_standby_under_load_loses_nothing(
+    own_postgres: Cluster, standby: Cluster
+) -> None:
+    name = own_postgres.create_database().rpartition("/")[2]
+    hosts = f"127.0.0.1:{own_postgres.port},127.0.0.1:{standby.port}"
+    url = f"postgresql://workpool@{hosts}/{name}?target_session_attrs=read-write"
+    async with loaded(url) as load:
+        await load.stopped_more(10)
+        await asyncio.to_thread(own_postgres.kill)
+        for _ in range(20):
+            await load.refused()
+        await asyncio.to_thread(standby.promote)
+        await load.stopped_more(10)
+
+
 @pytest.mark.parametrize(
     ("size", "reason"), [(20, "a statement took too long"), (2, "all connections are in use")]
 )

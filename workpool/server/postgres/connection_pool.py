@@ -317,7 +317,9 @@ async def open_connection(url: str, *, statement_seconds: float | None = None) -
 async def end_connection(connection: Any) -> None:
     """Close a connection of `open_connection`, or cut it if that takes too long."""
     try:
-        await connection.close(timeout=_RELEASE_SECONDS)
+        # The driver's own time-out does not bound its wait for a statement that is being cancelled.
+        async with asyncio.timeout(_RELEASE_SECONDS):
+            await connection.close()
     except DRIVER_ERRORS:
         connection.terminate()
 
