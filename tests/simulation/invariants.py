@@ -348,6 +348,36 @@ def no_more_run_than_the_limit_of_their_handler(case: Case) -> Iterator[str]:
                 yield f"{_name(run)} was one of {under_way} runs, of a handler for {limit} at once"
 
 
+def shared_slots_are_never_exceeded(case: Case) -> Iterator[str]:
+    """5f. Polls under way and runs of pools that share slots are at most as many as these."""
+    total = case.trace.shared_slots
+    if total is None:
+        return
+    polls = [call for call in case.trace.sent if call.op == "poll" and call.node.share is not None]
+    runs = [run for run in case.trace.runs if run.node.share is not None]
+    for call in polls:
+        at = call.at
+        under_way = sum(
+            one.at <= at < min(one.answered_at, _slots_until(one.node)) for one in polls
+        )
+        running = sum(run.started <= at < min(run.ended, _slots_until(run.node)) for run in runs)
+        if under_way + running > total:
+            yield f"{call}: {under_way} polls and {running} runs in {total} shared slots"
+
+
+def _slots_until(node: Node) -> float:
+    """Return the time until which a pool certainly has the slots of its runs."""
+    drain = FOREVER if node.drain is None else node.drain[0]
+    return min(node.crashed, node.closed, drain)
+
+
+def shared_slots_are_given_back(case: Case) -> Iterator[str]:
+    """5g. A pool that has ended has none of the slots that it shared."""
+    for node in case.trace.nodes:
+        if node.share is not None and node.closed != FOREVER and node.share.taken:
+            yield f"{node.machine.name} has {node.share.taken} shared slots after its end"
+
+
 def no_more_is_claimed_than_the_limit(case: Case) -> Iterator[str]:
     """5c. A pool claims at most `exit_after_sessions` sessions, and ends after the last one."""
     for node in case.trace.nodes:
@@ -486,6 +516,8 @@ INVARIANTS: Final[tuple[Invariant, ...]] = (
     acknowledged_items_are_run,
     no_more_is_claimed_than_can_be_run,
     no_more_is_claimed_than_the_limit,
+    shared_slots_are_never_exceeded,
+    shared_slots_are_given_back,
     no_more_run_than_the_limit_of_their_handler,
     nothing_is_claimed_during_a_pause,
     drains_end_in_time,

@@ -81,6 +81,19 @@ MUTATIONS: dict[str, list[Edit]] = {
             "None,",
         ),
     ],
+    "shared slot taken although none is free": [
+        Edit("shared_slots:SharedSlots", "if not self.available(share):", "if False:"),
+    ],
+    "slot of another environment taken": [
+        Edit("shared_slots:SharedSlots", "max(1, each)", "each"),
+        Edit("shared_slots:SharedSlots", "max(0, left - sum(taken))", "99"),
+    ],
+    "shared slot not given back": [
+        Edit("bounded_queue:BoundedQueue", "self._give_slot_back(used_up=used_up)", "pass"),
+    ],
+    "shared slots of forgotten items not given back": [
+        Edit("bounded_queue:BoundedQueue", "for _ in self._waiting:", "for _ in ():"),
+    ],
     "poll before reserving": [
         Edit(
             "bounded_queue:BoundedQueue",

@@ -48,6 +48,8 @@ HANDLER_LIMIT_SHARE: Final = 0.15
 """The share of schedules with pools that end by themselves."""
 STALL_SHARE: Final = 0.12
 """The share of schedules with pools that end sessions without progress."""
+SHARED_SLOTS_SHARE: Final = 0.1
+"""The share of schedules whose pools share slots, as environments of one process do."""
 BURST_SHARE: Final = 0.06
 """The share of schedules with many short sessions at once."""
 CLOSE_SHARE, CLOSE_SECONDS = 0.2, 0.008
@@ -120,6 +122,7 @@ class Schedule:
         fault_kinds: The kinds of these faults.
         control_plane: `strict`: as the protocol says. `active acks`: acks answer `active`, to
             whoever sends them. `poll leases`: so they do, and a lease begins with its poll.
+        shared_slots: The number of slots that all pools share; None: each has its own.
     """
 
     seed: int
@@ -128,10 +131,15 @@ class Schedule:
     fault_share: float = 0.0
     fault_kinds: tuple[str, ...] = FAULT_KINDS
     control_plane: ControlPlaneKind = "strict"
+    shared_slots: int | None = None
 
 
 def draw(random: Random, seed: int) -> Schedule:
     """Draw a schedule."""
+    return _with_shared_slots(_draw_with_own_slots(random, seed), random)
+
+
+def _draw_with_own_slots(random: Random, seed: int) -> Schedule:
     pools = tuple(_pool(random) for _ in range(random.choice((1, 2, 2, 2, 3))))
     work = [_work(random) for _ in range(random.randint(1, 4))]
     if random.random() < BURST_SHARE:
@@ -166,6 +174,18 @@ def draw(random: Random, seed: int) -> Schedule:
         actions = sorted([*actions, *more], key=_at)
     schedule = Schedule(seed, pools, tuple(actions), share, kinds, control_plane)
     return _with_stalls(schedule, random) if random.random() < STALL_SHARE else schedule
+
+
+def _with_shared_slots(schedule: Schedule, random: Random) -> Schedule:
+    """Let the pools of some schedules share slots: sometimes no more than one for each."""
+    if random.random() >= SHARED_SLOTS_SHARE:
+        return schedule
+    pools = [
+        replace(pool, exit_after_sessions=None, exit_after_idle=None, exit_after_uptime=None)
+        for pool in schedule.pools
+    ]
+    total = random.randint(len(pools), max(len(pools), sum(pool.concurrency for pool in pools)))
+    return replace(schedule, pools=tuple(pools), shared_slots=total)
 
 
 def _with_stalls(schedule: Schedule, random: Random) -> Schedule:

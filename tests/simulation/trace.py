@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from tests.simulation.machine import Machine
     from tests.simulation.schedule import Pool
     from workpool.events import Event
+    from workpool.pool.shared_slots import SlotShare
     from workpool.testing.fault import Fault
 
 FOREVER: Final = float("inf")
@@ -158,6 +159,7 @@ class Node:
         abandoned: Number of sessions that its drain abandoned.
         polls: Number of polls begun; a poll that waits on its machine may never be sent.
         error: The error with which it ended.
+        share: Its share of the slots that pools share; None: it has its own slots.
         no_fault: The latency of a call without a fault.
         cuts: Start and end of each time in which its network was cut.
         denials: Start and end of each time in which its acks were refused.
@@ -178,6 +180,7 @@ class Node:
     abandoned: int = 0
     polls: int = 0
     error: BaseException | None = None
+    share: SlotShare | None = None
     no_fault: Fault = field(init=False)
     cuts: list[tuple[float, float]] = field(default_factory=list)
     denials: list[tuple[float, float]] = field(default_factory=list)
@@ -208,6 +211,7 @@ class Trace:
         misplaced: Node, operation and time of each call on another event loop than its client's.
         faults: Number of calls with a fault.
         actions: Number of actions.
+        shared_slots: The number of slots that all pools share; None: each has its own.
     """
 
     nodes: list[Node] = field(default_factory=list)
@@ -219,3 +223,4 @@ class Trace:
     misplaced: list[tuple[Node, str, float]] = field(default_factory=list)
     faults: int = 0
     actions: int = 0
+    shared_slots: int | None = None

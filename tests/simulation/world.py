@@ -31,7 +31,10 @@ from tests.simulation.scripted_handlers import (
 )
 from tests.simulation.trace import FOREVER, LATENCY_SECONDS, Node, Trace
 from workpool.errors import WorkpoolError
+from workpool.pool.admission import ExitLimits
 from workpool.pool.handoff_child import HandoffChild
+from workpool.pool.shared_parts import SharedParts
+from workpool.pool.shared_slots import SharedSlots
 from workpool.server import APIError, Operations
 from workpool.server.timestamps import SECOND
 from workpool.settings import Settings
@@ -154,6 +157,9 @@ class World:
         self._supervisors: dict[Node, MachineSupervisor] = {}
         self._tasks: dict[asyncio.Task[None], Node] = {}
         self._handlers: list[SimulatedHandlers] = []
+        total = schedule.shared_slots
+        self._slots = None if total is None else SharedSlots(total)
+        self.trace.shared_slots = total
 
     def _control_plane(self) -> Operations:
         kind, loop = self.schedule.control_plane, self.loop
@@ -204,6 +210,9 @@ class World:
         node = self._node(pool)
         node.machine.handlers.healed = healed
         supervisor = MachineSupervisor(settings_of(pool), **self._surroundings(node))
+        if self._slots is not None and not healed:
+            node.share = self._slots.share()
+            supervisor.shared = SharedParts(node.share, ExitLimits(supervisor.settings), None)
         self._spawn(node, self._run_pool(node, supervisor))
         return node
 
@@ -260,6 +269,8 @@ class World:
             if node.crashed == FOREVER:
                 node.closed = self.loop.now
                 node.abandoned = supervisor.abandoned
+                if node.share is not None:
+                    node.share.leave()
 
     async def _drain(self, node: Node, timeout: float) -> None:
         await self._supervisors[node].drain(timeout)
@@ -343,6 +354,8 @@ class World:
     def _crash(self, node: Node) -> None:
         node.machine.halt("crashed")
         node.crashed = self.loop.now
+        if node.share is not None:
+            node.share.leave()
         for run in self.trace.runs:
             if run.node is node and run.result is None:
                 run.ended, run.result = node.crashed, "crashed"
