@@ -201,6 +201,8 @@ async def test_serve_that_cannot_start_prints_reason(
 ) -> None:
     (command_directory / "tokens").write_text("two words are a token and no-environment!\n")
     (command_directory / "notes.txt").write_text("this is no database" * 100)
+    (command_directory / "skew.toml").write_text("clock_skew = 5\n")
+    database = "postgresql://nobody@127.0.0.1:1/queue"
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = str(taken.getsockname()[1])
         cases = [
@@ -214,6 +216,8 @@ async def test_serve_that_cannot_start_prints_reason(
             (["--store", "notes.txt"], 1, "notes.txt"),
             (["--faults", "nowhere"], 2, "faults file: nowhere: No such file"),
             (["--faults", "notes.txt"], 2, "faults file: "),
+            (["--store", database, "--faults", "skew.toml"], 2, "skew.toml: no clock_skew"),
+            (["--store", database], 1, "store postgresql://127.0.0.1:1/queue"),
         ]
         for arguments, status, words in cases:
             command = await start_without_settings("serve", "--port", "0", *arguments)

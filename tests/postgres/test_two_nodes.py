@@ -16,6 +16,7 @@ from workpool.server.state_machine import last_heartbeat
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator
 
+    from tests.postgres.cluster import Cluster
     from workpool.server.engine import Engine
 
 ENV = "env_0199aaaaaaaa70008000000000000001"
@@ -130,6 +131,21 @@ async def test_node_with_outdated_row_of_item_applies_call_to_current_one(
     assert await other.get(ENV, item.id) == stopped
     kinds = [record.kind for record in await one.history()]
     assert kinds[-4:] == ["heartbeat", "metadata", "stop_requested", "stopped"]
+
+
+async def test_node_that_knows_a_lost_commit_does_not_overwrite_later_one(
+    nodes: list[Engine], postgres: Cluster, database_url: str
+) -> None:
+    one, other = nodes
+    (item,) = await one.enqueue(ENV)
+    await one.long_poll(ENV, Poll("a"), stays)
+    # A failover to a database that lacks the last commit.
+    postgres.execute(
+        "UPDATE items SET version = 1, delivered_at = NULL, holder = NULL", database_url
+    )
+    await other.long_poll(ENV, Poll("b"), stays)
+    assert await outcomes(one.ack(ENV, item.id, "a")) == [409]
+    assert (await other.ack(ENV, item.id, "b")).holder == "b"
 
 
 async def test_concurrent_acks_and_stops_keep_one_holder(nodes: list[Engine]) -> None:

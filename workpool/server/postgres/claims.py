@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any, Final, NamedTuple
 from workpool.server import state_machine
 from workpool.server.postgres.database_calls import (
     CLOCK,
+    NEXT_VERSION,
     RECORD,
     Change,
     DatabaseCalls,
@@ -56,7 +57,7 @@ WITH {CLOCK.format("$4")}, picked AS MATERIALIZED (
         AND (i.delivered_at IS NULL OR i.delivered_at <= clock.now - $3::bigint)
     ORDER BY i.id LIMIT 1 FOR UPDATE OF i SKIP LOCKED
 ), claimed AS (
-    UPDATE items AS i SET delivered_at = clock.now, holder = $2, version = i.version + 1
+    UPDATE items AS i SET delivered_at = clock.now, holder = $2, version = {NEXT_VERSION}
     FROM picked, clock WHERE i.environment_id = $1 AND i.id = picked.id
     RETURNING {ITEM_COLUMNS}, i.version
 ){{}}
@@ -188,7 +189,7 @@ class Claims(DatabaseCalls):
         self._known.take(item.environment_id, item.id)
         withdrawn = state_machine.withdraw(item)
         change = Change(withdrawn, "withdrawn", item.holder, await self._time())
-        if await self._write(self._pool, item, version, [change]):
+        if await self._write(self._pool, item, version, [change]) is not None:
             self._hub.announce(work_topic(item.environment_id))
 
     async def _lapse(self, environment_id: str | None) -> int:

@@ -30,6 +30,9 @@ T = TypeVar("T")
 
 CLOCK: Final = "clock AS MATERIALIZED (SELECT coalesce({}::bigint, workpool_now()) AS now)"
 """The time of a statement; the parameter is the time of a clock that a test moves, or NULL."""
+NEXT_VERSION: Final = "i.version + 1 + (random() * 1000000)::bigint"
+"""The version of a changed row. After a failover to a database that lacks the last commits, another
+change must not get the version of a lost one, which a node may know."""
 COUNT_STOPPED: Final = (
     "INSERT INTO stopped_counts (environment_id, shard, count) {}"
     " ON CONFLICT (environment_id, shard)"
@@ -47,17 +50,17 @@ FROM items AS i WHERE i.environment_id = $1 AND i.id = $2
 _ATTEMPTS: Final = 3
 """Attempts before the row is locked."""
 
-_UPDATE: Final = """
+_UPDATE: Final = f"""
 WITH changed AS (
     UPDATE items AS i SET
         state = $4, metadata = coalesce($5, i.metadata), acknowledged_at = $6, started_at = $7,
         heartbeat_at = $8, stop_requested_at = $9, stopped_at = $10, holder = $11,
         delivered_at = $12, lease_end = $13, ttl_seconds = $14, beaten = $15,
-        version = i.version + 1
+        version = {NEXT_VERSION}
     WHERE i.environment_id = $1 AND i.id = $2 AND i.version = $3
-    RETURNING i.id
-){}{}
-SELECT count(*) FROM changed
+    RETURNING i.id, i.version
+){{}}{{}}
+SELECT max(version) FROM changed
 """
 _COUNTED: Final = f"""
 , counted AS (
@@ -169,8 +172,11 @@ class DatabaseCalls:
 
     async def _write(
         self, connection: Connection, stored: Item, version: int, changes: Sequence[Change]
-    ) -> bool:
-        """Replace an item by the last of its changes; return whether it had this version still."""
+    ) -> int | None:
+        """Replace an item by the last of its changes, and return its new version.
+
+        None: it had another version than this one, so nothing was written.
+        """
         item = changes[-1].item
         stops = item.state == STOPPED and stored.state != STOPPED
         values: list[Any] = [
@@ -194,7 +200,8 @@ class DatabaseCalls:
         if self._has_history:
             values += _record_columns(changes)
         statement = _UPDATES[stops, self._has_history]
-        return bool(await connection.fetchval(statement, *values))
+        written: int | None = await connection.fetchval(statement, *values)
+        return written
 
 
 def live(item: Item, now: int) -> Item:

@@ -17,6 +17,7 @@ from workpool.server.history import op_of_heartbeat
 from workpool.server.postgres.claims import Claims
 from workpool.server.postgres.database_calls import (
     CLOCK,
+    NEXT_VERSION,
     RECORD,
     Change,
     lapse_of,
@@ -50,7 +51,7 @@ WITH {CLOCK.format("$5")}, changed AS (
         heartbeat_at = greatest(clock.now, i.heartbeat_at + 1),
         lease_end = clock.now + $4::bigint * 1000000,
         ttl_seconds = $4,
-        version = i.version + 1
+        version = {NEXT_VERSION}
     FROM clock
     WHERE i.environment_id = $1 AND i.id = $2 AND i.state IN ('active', 'stopping')
         AND i.beaten AND i.heartbeat_at = $3::bigint AND i.lease_end > clock.now
@@ -212,9 +213,8 @@ class ItemCalls(Claims):
                 changes.append(change)
             if not changes:
                 return KnownItem(item, version, now)
-            if await self._write(connection, stored, version, changes):
-                return KnownItem(change.item, version + 1, now)
-            return None
+            written = await self._write(connection, stored, version, changes)
+            return None if written is None else KnownItem(change.item, written, now)
 
         changed = await self._attempted(attempt, LOCK_ITEM, environment_id, work_id)
         if changed.item.state == QUEUED:

@@ -18,7 +18,13 @@ from operator import attrgetter
 from typing import TYPE_CHECKING, Any, Final, NamedTuple
 
 from workpool.server.api_errors import APIError
-from workpool.server.postgres.database_calls import CLOCK, COUNT_STOPPED, RECORD, SHARD
+from workpool.server.postgres.database_calls import (
+    CLOCK,
+    COUNT_STOPPED,
+    NEXT_VERSION,
+    RECORD,
+    SHARD,
+)
 from workpool.server.postgres.row_codec import ITEM_COLUMNS, ITEM_FIELDS, item_of, to_json
 from workpool.wire.protocol import STOPPED
 
@@ -61,7 +67,7 @@ WITH {CLOCK.format("$7")}, changed AS (
                 ${_HEARTBEAT_PLACE}::bigint + clock.now - $8::bigint, i.heartbeat_at + 1
             )
             ELSE ${_HEARTBEAT_PLACE}::bigint END,
-        holder = $16, delivered_at = $17, beaten = $18, version = i.version + 1
+        holder = $16, delivered_at = $17, beaten = $18, version = {NEXT_VERSION}
     FROM clock
     WHERE i.environment_id = $1 AND i.id = $2 AND i.version = $3
         AND (i.lease_end IS NULL OR i.lease_end > clock.now)
