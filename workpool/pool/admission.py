@@ -1,10 +1,11 @@
-"""The admission of items to the pool: pauses, refusals by plugins, failing handlers, exit limits.
+"""The admission of items: pauses, refusals by plugins, slots and failures of handlers, exit limits.
 
 Sessions that run are not concerned. A failing handler would take item after item from the workers
 that can run them, so it claims one at a time, after a pause that doubles with every further
 failure. An exit limit that is reached ends the claiming for good; the drain follows once no session
 runs. Lives on the handlers' loop; the reasons may be read on any thread.
-See workpool/docs/architecture.md, "Admission", "Failing handlers" and "Limits of a process".
+See workpool/docs/architecture.md, "Admission", "Failing handlers" and "Limits of a process", and
+workpool/docs/routing.md, "Limits of handlers".
 """
 
 from __future__ import annotations
@@ -16,17 +17,17 @@ from dataclasses import dataclass, field
 from functools import partial
 from typing import TYPE_CHECKING, Literal
 
-from workpool.errors import exhausted
+from workpool.errors import PluginError, exhausted
 from workpool.log_fields import pool_logger
 from workpool.logs import readable
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Sequence
     from datetime import datetime
 
     from workpool.handlers import Handler
     from workpool.pool.lease import Clock
-    from workpool.pool.pool_item import PoolItem
+    from workpool.pool.pool_item import OwnedItems, PoolItem
     from workpool.session import Outcome
     from workpool.settings import Settings
 
@@ -225,6 +226,55 @@ class HandlerHealth:
         pause = max(FAILING_PAUSE_SECONDS, 2 * failures.pause)
         failures.pause = min(FAILING_PAUSE_MAX_SECONDS, pause)
         failures.resume_at = asyncio.get_running_loop().time() + failures.pause
+
+
+class HandlerSlots:
+    """The slots that each handler may use: at most `max_sessions`, and none reserved for another.
+
+    Decides nothing about items: it counts those that the pool owns.
+
+    Args:
+        items: The items that the pool owns.
+        handlers: The handlers that are known before the first item.
+        concurrency: The number of slots of the pool.
+
+    Raises:
+        PluginError: More slots are reserved than there are, or a handler would never have one.
+    """
+
+    def __init__(self, items: OwnedItems, handlers: Sequence[Handler], concurrency: int) -> None:
+        self._items = items
+        self._concurrency = concurrency
+        self._reserving = [each for each in handlers if each.reserved_sessions]
+        reserved = sum(each.reserved_sessions for each in self._reserving)
+        if reserved > concurrency:
+            names = ", ".join(f"{each.name} {each.reserved_sessions}" for each in self._reserving)
+            raise PluginError(
+                self._reserving[0].plugin,
+                f"reserved_sessions are {reserved} in all ({names}), and concurrency is "
+                f"{concurrency}: reserve less, or raise concurrency",
+            )
+        for each in handlers:
+            if reserved == concurrency and not each.reserved_sessions:
+                raise PluginError(
+                    each.plugin,
+                    f"{each.name} would never run: all {concurrency} slots are reserved for other "
+                    "handlers; reserve less, or raise concurrency",
+                )
+
+    def free(self, handler: Handler) -> bool:
+        """Return whether one more session of this handler may run."""
+        limit = handler.max_sessions
+        if limit is not None and self._items.count(handler) >= limit:
+            return False
+        if not self._reserving:
+            return True
+        kept_free = sum(
+            max(0, other.reserved_sessions - self._items.count(other))
+            for other in self._reserving
+            if other.name != handler.name
+        )
+        return len(self._items) + kept_free < self._concurrency
 
 
 Limit = Literal["exit_after_sessions", "exit_after_idle", "exit_after_uptime"]

@@ -15,10 +15,9 @@ from workpool.errors import PluginError
 from workpool.events import ItemDeclined, ItemReceived, ItemReclaimed
 from workpool.log_fields import pool_logger
 from workpool.logs import readable
-from workpool.pool.admission import HandlerHealth
+from workpool.pool.admission import HandlerHealth, HandlerSlots
 from workpool.pool.claim import Claimer
 from workpool.pool.handler_executor import HandlerExecutor
-from workpool.pool.handler_slots import HandlerSlots
 from workpool.pool.pool_item import EndReason, OwnedItems, PoolItem
 from workpool.pool.sender import HeartbeatSender, Sender
 from workpool.pool.session_runner import SessionRunner

@@ -233,7 +233,8 @@ class HandlerExecutor:
                 call = self._caller(item, handler)
             if contexts:
                 return await self._in_contexts(contexts, item, call, session)
-            return metadata_of(await call(session), self._metadata_limits)
+            returned = await call(session)
+            return {} if returned is None else metadata_of(returned, self._metadata_limits)
         except (asyncio.CancelledError, KeyboardInterrupt):
             raise
         except BaseException as error:  # noqa: BLE001 - SystemExit, too, cannot end the pool

@@ -98,6 +98,8 @@ So leases that were acquired together spread out.
 """
 RETRY_PARTS: Final = (60, 30, 15)
 """A failed heartbeat is repeated after the TTL divided by these in turn; the last one repeats."""
+ACK_MARGIN: Final = lease_margin(ACK_LEASE_SECONDS)
+"""The margin of the lease that begins with an ack, in seconds."""
 TIMEOUT_PART = 6
 """A heartbeat waits for its answer for at most the TTL divided by this."""
 
@@ -210,10 +212,10 @@ class Lease:
                 item off.
         """
         self.item = item
-        self.ttl = self._margin = 0.0
+        self.ttl, self._margin = float(ACK_LEASE_SECONDS), ACK_MARGIN
         self.unsettled = item.state == ACTIVE and parents_heartbeat is None
         began_at = polled_at if self.unsettled and polled_at is not None else acked_at
-        self._set_deadline(began_at + ACK_LEASE_SECONDS, float(ACK_LEASE_SECONDS))
+        self._set_deadline(began_at + ACK_LEASE_SECONDS, self.ttl)
         self.due_at = acked_at
         self.clock_offset = 0.0
         self.expected = parents_heartbeat or NO_HEARTBEAT

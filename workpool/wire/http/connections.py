@@ -26,7 +26,6 @@ if TYPE_CHECKING:
     from aiohttp import AddrInfoType
 
     from workpool.settings import Settings
-    from workpool.wire.http.call_options import CallOptions
 
 KEEPALIVE_SECONDS: Final = 30.0
 """Longer than the 20 s between heartbeats, shorter than the 60 s after which gateways hang up."""
@@ -49,6 +48,11 @@ class Connections:
         given: The caller's own session, used for everything and left open; None = a new one.
         headers: The headers of all requests, which a proxy may see.
         executor: Runs DNS lookups.
+
+    Attributes:
+        proxy: The proxy of all requests, if any.
+        sessions: The session for the calls of each priority, by its number.
+        single_use: The session whose connections are used once.
     """
 
     def __init__(
@@ -63,20 +67,16 @@ class Connections:
         self._is_ours = given is None
         limit = settings.concurrency + SPARE_CONNECTIONS
         self.proxy = proxy_of(URL(settings.base_url)) if given is None else None
-        self._pool = given or self._session(POOL_BUFFER_BYTES, limit=0)
-        self._handlers = given or self._session(BUFFER_BYTES, limit=limit)
+        pool = given or self._session(POOL_BUFFER_BYTES, limit=0)
+        handlers = given or self._session(BUFFER_BYTES, limit=limit)
+        # A tuple: the hash of a member of an enum costs a Python call.
+        self.sessions = tuple(handlers if each is Priority.HANDLER else pool for each in Priority)
         self.single_use = given or self._session(BUFFER_BYTES, limit=0, single_use=True)
-
-    def session_for(self, options: CallOptions) -> aiohttp.ClientSession:
-        """Return the session that sends a call."""
-        if options.new_connection:
-            return self.single_use
-        return self._handlers if options.priority is Priority.HANDLER else self._pool
 
     async def close(self) -> None:
         """Close the connections, unless they are the caller's."""
         if self._is_ours:
-            for session in (self._pool, self._handlers, self.single_use):
+            for session in {*self.sessions, self.single_use}:
                 await session.close()
 
     def _session(

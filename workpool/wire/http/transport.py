@@ -324,7 +324,10 @@ class Transport:
             data = io.BytesIO(body) if body and len(body) > LARGE_BYTES else body
         elif self._given is not None:  # whose requests do not know a `RequestCheck`
             data = CheckedBody(check, headers_first=True)
-        response = await self._connections.session_for(options).request(
+        connections = self._connections
+        new = options.new_connection
+        session = connections.single_use if new else connections.sessions[options.priority]
+        response = await session.request(
             endpoint.method,
             url,
             data=data,
