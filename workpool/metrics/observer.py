@@ -34,7 +34,6 @@ from workpool.metrics.metric_values import Count, Spread
 from workpool.wire.protocol import HEALTHCHECK, SESSION
 
 if TYPE_CHECKING:
-    import threading
     from collections.abc import Callable, Hashable, Iterable, Mapping
 
     from prometheus_client import CollectorRegistry
@@ -248,7 +247,8 @@ class Metrics:
     now: Callable[[], float] = _unix_time
     _series: dict[str, _Series] = field(init=False)
     _feeds: dict[EventType, _EventFeeds] = field(init=False)
-    _lock: threading.RLock = field(init=False)
+    _acquire: Callable[[], object] = field(init=False)
+    _release: Callable[[], None] = field(init=False)
     _source: GaugeSource = field(init=False)
     _shared: Collectors | None = field(default=None, init=False)
 
@@ -261,7 +261,7 @@ class Metrics:
         if self._shared is not None:
             raise RegistryError("these metrics are open already")
         shared = collectors_of(self.registry)
-        self._lock = shared.stores_lock
+        self._acquire, self._release = shared.stores_lock.acquire, shared.stores_lock.release
         self._source = GaugeSource(
             self.environment_id, self.worker_id, self.version, self.dialect, self.snapshot,
             NullWindow(self.clock), self.now,
@@ -301,10 +301,11 @@ class Metrics:
         try:
             feeds = self._feeds[event_type]
             labels = feeds.labels_of(values)
-            with self._lock:
+            # Without `with`, which costs twice as much: 11,000 instructions for an item.
+            self._acquire()
+            try:
                 # A count calls no function, which saved 4 % of the pool's instructions.
-                targets = feeds.targets.get(labels) or feeds.find(labels, values)
-                counts, spreads, others = targets
+                counts, spreads, others = feeds.targets.get(labels) or feeds.find(labels, values)
                 for count in counts:
                     count.value += 1
                 for spread, at in spreads:
@@ -314,6 +315,8 @@ class Metrics:
                 for series, amount_at in others:
                     if (amount := 1 if amount_at is None else values[amount_at]) is not None:
                         series.add(amount)
+            finally:
+                self._release()
             for callback in feeds.callbacks:
                 callback(*values)
         except Exception:
