@@ -89,7 +89,7 @@ MUTATIONS: dict[str, list[Edit]] = {
         Edit("shared_slots:SharedSlots", "max(0, left - sum(taken))", "99"),
     ],
     "shared slot not given back": [
-        Edit("bounded_queue:BoundedQueue", "self._give_slot_back(used_up=used_up)", "pass"),
+        Edit("bounded_queue:BoundedQueue", "self._share.give_back(used_up=used_up)", "pass"),
     ],
     "shared slots of forgotten items not given back": [
         Edit("bounded_queue:BoundedQueue", "for _ in self._waiting:", "for _ in ():"),
@@ -97,8 +97,8 @@ MUTATIONS: dict[str, list[Edit]] = {
     "poll before reserving": [
         Edit(
             "bounded_queue:BoundedQueue",
-            "if self._free() > 0 and not self._reservers and self._take_slot():",
-            "if True:",
+            "self._free() > 0 and not self._reservers and",
+            "True or",
         ),
     ],
     "two supervisors under one Worker-ID": [

@@ -95,7 +95,8 @@ class BoundedQueue(Generic[T]):
 
     async def reserve(self) -> None:
         """Reserve a place; wait until one is free, in the order of the calls."""
-        if self._free() > 0 and not self._reservers and self._take_slot():
+        # Checked here and not in a function, whose call each session of every pool would pay for.
+        if self._free() > 0 and not self._reservers and (self._share is None or self._share.take()):
             self.reserved += 1
             return
         turn: asyncio.Future[None] = asyncio.get_running_loop().create_future()
@@ -113,7 +114,8 @@ class BoundedQueue(Generic[T]):
     def unreserve(self) -> None:
         """Free a reserved place."""
         self.reserved -= 1
-        self._give_slot_back()
+        if self._share is not None:
+            self._share.give_back()
         self.grant()
 
     def put(self, item: T) -> None:
@@ -156,7 +158,7 @@ class BoundedQueue(Generic[T]):
             return None
         if self._aside and self._free() > 0:
             item = next(filter(may_start, self._aside), None)
-            if item is not None and self._take_slot():
+            if item is not None and (self._share is None or self._share.take()):
                 self.remove_aside(item)
                 self.running += 1
                 return item
@@ -172,7 +174,8 @@ class BoundedQueue(Generic[T]):
         `used_up`: the item counts as one of the `uses`.
         """
         self.running -= 1
-        self._give_slot_back(used_up=used_up)
+        if self._share is not None:
+            self._share.give_back(used_up=used_up)
         if used_up:
             self._uses -= 1
             self.capacity = min(self.capacity, self._uses)
@@ -180,8 +183,9 @@ class BoundedQueue(Generic[T]):
     def forget_waiting(self) -> list[T]:
         """Remove and return the waiting items, which the control plane will deliver again."""
         forgotten = [*self._waiting, *self._aside]
-        for _ in self._waiting:
-            self._give_slot_back()
+        if self._share is not None:
+            for _ in self._waiting:
+                self._share.give_back()
         self._waiting.clear()
         self._aside.clear()
         self._room.set()
@@ -210,10 +214,3 @@ class BoundedQueue(Generic[T]):
         while self._reservers and self._reservers[0].done():  # its poller was cancelled just now
             del self._reservers[0]
         return bool(self._reservers) and self._free() > 0
-
-    def _take_slot(self) -> bool:
-        return self._share is None or self._share.take()
-
-    def _give_slot_back(self, *, used_up: bool = False) -> None:
-        if self._share is not None:
-            self._share.give_back(used_up=used_up)
