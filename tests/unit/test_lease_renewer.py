@@ -5,7 +5,8 @@ sleep.
 from __future__ import annotations
 
 import asyncio
-from itertools import pairwise
+import gc
+from itertools import islice, pairwise
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -43,6 +44,39 @@ def assert_lease_change(one: LeaseTestbed, at: float, status: str) -> None:
     [(changed_at, changed_to)] = one.changes
     assert changed_at == pytest.approx(at, abs=LOOK)
     assert changed_to == status
+
+
+# Leases that the other thread adds.
+
+
+@in_virtual_time
+async def test_look_at_leases_survives_leases_that_other_thread_adds(
+    testbed: type[LeaseTestbed],
+) -> None:
+    one = testbed()
+    async with one.open():
+        items = [await one.claim_item() for _ in range(30)]
+        for item in items[:20]:
+            one.renewer.add(item.lease, item)
+        others = iter(items[20:])
+
+        def add_another(_phase: str, _info: object) -> None:
+            # A collection runs Python code, in which the interpreter may change to another thread.
+            for item in islice(others, 1):
+                one.renewer.add(item.lease, item)
+
+        former = gc.get_threshold()
+        # Only a new tuple starts a collection, not one of the thousands that Python keeps to reuse.
+        used = [(number, number) for number in range(5_000)]
+        gc.callbacks.append(add_another)
+        try:
+            gc.set_threshold(1)
+            one.renewer._look()
+        finally:
+            gc.set_threshold(*former)
+            gc.callbacks.remove(add_another)
+        assert len(used) == 5_000
+        assert len(one.renewer.leases()) > 20
 
 
 # Heartbeats on time.

@@ -250,7 +250,7 @@ class LeaseRenewer:
 
     def _end_leases(self) -> None:
         """End all leases as lost, because the thread that renews and writes them has failed."""
-        for lease, item in list(self._leases.items()):
+        for lease, item in self._snapshot():
             lease.end("lost")
             self._callbacks.changed(item)
         if self._error is not None:
@@ -353,6 +353,14 @@ class LeaseRenewer:
         if not lease.in_flight:
             self._send_now(lease, lease.resume)
 
+    def _snapshot(self) -> list[tuple[Lease, PoolItem]]:
+        """Return all leases, while the other thread may add and remove some.
+
+        A copy of a dict is made in one step. A list of its items is not: each new tuple may start a
+        garbage collection, whose code lets the other thread change the dict.
+        """
+        return list(self._leases.copy().items())
+
     async def _tick(self) -> None:
         while True:
             self._watch_handlers_loop()
@@ -369,7 +377,7 @@ class LeaseRenewer:
         doubted = 0
         next_at = now + self.tick_seconds
         due: list[Lease] = []
-        for lease, item in list(self._leases.items()):
+        for lease, item in self._snapshot():
             if abs(clock_offset - lease.clock_offset) >= PAUSE_SECONDS:
                 doubted += lease.doubt(now)
             if now >= lease.give_up_at and lease.status == "held":
