@@ -57,7 +57,7 @@ def clock() -> Clock:
 
 
 @pytest.fixture
-async def plane(faults: Faults, clock: Clock) -> AsyncIterator[ControlPlane]:
+async def control_plane(faults: Faults, clock: Clock) -> AsyncIterator[ControlPlane]:
     async with ControlPlane(now=clock, middlewares=[faults.middleware]) as plane:
         yield plane
 
@@ -68,14 +68,16 @@ def recorder() -> Recorder:
 
 
 @pytest.fixture
-def make_settings(plane: ControlPlane, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Settings]:
+def make_settings(
+    control_plane: ControlPlane, monkeypatch: pytest.MonkeyPatch
+) -> Callable[..., Settings]:
     """Return a factory of settings for the control plane that ignores environment variables."""
     for name in os.environ:
         if name.startswith("WORKPOOL_"):
             monkeypatch.delenv(name)
     defaults = {
-        "base_url": plane.base_url,
-        "environment_id": plane.environments[0],
+        "base_url": control_plane.base_url,
+        "environment_id": control_plane.environments[0],
         "pollers": 1,
         "concurrency": 4,
         "stats_interval": 0,
@@ -85,7 +87,7 @@ def make_settings(plane: ControlPlane, monkeypatch: pytest.MonkeyPatch) -> Calla
 
     def make(**values: Any) -> Settings:
         if "token_file" not in values:
-            values.setdefault("token", plane.token)
+            values.setdefault("token", control_plane.token)
         return Settings(**{**defaults, **values})
 
     return make

@@ -35,7 +35,7 @@ class RecordingView(View):
         """Ignore a table, since only the last one is used."""
 
 
-async def record() -> str:
+async def record_demo() -> str:
     """Run the demo and return the picture."""
     console = Console(
         record=True, width=COLUMNS, file=io.StringIO(), highlight=False, color_system="truecolor"
@@ -51,4 +51,4 @@ async def record() -> str:
 
 
 if __name__ == "__main__":
-    PICTURE.write_text(asyncio.run(record()) + "\n")
+    PICTURE.write_text(asyncio.run(record_demo()) + "\n")

@@ -44,9 +44,9 @@ LOOPS = (
     "pool/lease_renewer.py",
 )
 BLIND_EXCEPTS = {
-    "logs.py",  # texts of users' log records, from their `__str__`
-    "metrics/observer.py",  # counting, which must not affect the code that is counted
-    "session.py",  # a handler that requests it: all other errors are raised again
+    "logs.py",  # the text of objects in log records of users, from their `__str__`
+    "metrics/observer.py",  # the metrics, which must not affect the code that they count
+    "session.py",  # an option that requests it: all other errors are raised again
     "plugins/loading.py",  # the evaluation of a plugin's annotations
     "pool/handler_executor.py",  # a call of a handler
     # a plain handler and its calls, whose errors are raised where they are awaited
@@ -65,11 +65,11 @@ BLIND_EXCEPTS = {
 }
 
 
-def relative(path: Path) -> str:
+def relative_path(path: Path) -> str:
     return path.relative_to(PACKAGE).as_posix()
 
 
-def words(name: str) -> set[str]:
+def words_of_name(name: str) -> set[str]:
     return {word.lower().rstrip("s") for word in re.findall(r"[A-Z]?[a-z]+|[A-Z]+", name)}
 
 
@@ -87,7 +87,7 @@ def test_module_and_class_names_have_no_vague_words(path: Path) -> None:
         if isinstance(node, ast.ClassDef)
     ]
     for name in [path.stem, *classes]:
-        assert not words(name) & banned, name
+        assert not words_of_name(name) & banned, name
 
 
 def test_no_two_modules_share_a_name() -> None:
@@ -105,7 +105,7 @@ def test_no_two_classes_share_a_name() -> None:
     assert [name for name, count in names.items() if count > 1] == []
 
 
-@pytest.mark.parametrize("path", MODULES, ids=relative)
+@pytest.mark.parametrize("path", MODULES, ids=relative_path)
 def test_every_module_has_a_docstring(path: Path) -> None:
     assert ast.get_docstring(ast.parse(path.read_text()))
 
@@ -121,7 +121,7 @@ def test_hook_specifications_are_the_documented_five() -> None:
     ]
 
 
-def catches_everything(handler: ast.ExceptHandler) -> bool:
+def catches_every_exception(handler: ast.ExceptHandler) -> bool:
     caught = ast.unparse(handler.type) if handler.type else "BaseException"
     reraises = any(isinstance(node, ast.Raise) and node.exc is None for node in handler.body)
     return bool(re.search(r"\b(Base)?Exception\b", caught)) and not reraises
@@ -129,26 +129,28 @@ def catches_everything(handler: ast.ExceptHandler) -> bool:
 
 def test_broad_excepts_are_in_the_listed_modules_only() -> None:
     found = {
-        relative(path)
+        relative_path(path)
         for path in MODULES
         for node in ast.walk(ast.parse(path.read_text()))
-        if isinstance(node, ast.ExceptHandler) and catches_everything(node)
+        if isinstance(node, ast.ExceptHandler) and catches_every_exception(node)
     }
     assert found == BLIND_EXCEPTS
 
 
-def comments(path: Path) -> list[str]:
+def comments_by_line(path: Path) -> list[str]:
     tokens = tokenize.generate_tokens(io.StringIO(path.read_text()).readline)
     return [token.string for token in tokens if token.type == tokenize.COMMENT]
 
 
-def suppressions(path: Path) -> list[str]:
-    return [text for text in comments(path) if re.search(r"noqa|type: ignore|pragma:", text)]
+def suppression_comments(path: Path) -> list[str]:
+    return [
+        text for text in comments_by_line(path) if re.search(r"noqa|type: ignore|pragma:", text)
+    ]
 
 
 def test_suppressions_of_package_are_few_and_have_reasons() -> None:
     paths = [*MODULES, *PLUGIN_MODULES]
-    found = [(path, text) for path in paths for text in suppressions(path)]
+    found = [(path, text) for path in paths for text in suppression_comments(path)]
     for path, text in found:
         assert re.search(
             r"(noqa: [A-Z]+[0-9]+|type: ignore\[[a-z-]+\]|pragma: no cover).* - .+", text
@@ -160,7 +162,7 @@ def test_suppressions_of_package_are_few_and_have_reasons() -> None:
 def test_suppressions_of_tests_have_reasons() -> None:
     """The reason follows after a dash, or for `type: ignore` in a comment of its own."""
     paths = [*ROOT.glob("tests/**/*.py"), *ROOT.glob("plugins/*/tests/**/*.py")]
-    found = [(path, text) for path in paths for text in suppressions(path)]
+    found = [(path, text) for path in paths for text in suppression_comments(path)]
     assert len(found) > 50
     for path, text in found:
         assert re.search(r"noqa: [A-Z0-9, ]+ - .+|type: ignore\[[a-z-]+\] +# .+", text), (
@@ -171,11 +173,13 @@ def test_suppressions_of_tests_have_reasons() -> None:
 
 @pytest.mark.parametrize("name", LOOPS)
 def test_event_loop_subclass_is_covered_and_simple(name: str) -> None:
-    hidden = [text for text in suppressions(PACKAGE / name) if re.search("pragma|C901|PLR", text)]
+    hidden = [
+        text for text in suppression_comments(PACKAGE / name) if re.search("pragma|C901|PLR", text)
+    ]
     assert hidden == []
 
 
-def imported(tree: ast.AST) -> list[tuple[str, str]]:
+def imported_names(tree: ast.AST) -> list[tuple[str, str]]:
     """Return every import: the full name of the object, and its name in the module."""
     found: list[tuple[str, str]] = []
     for node in ast.walk(tree):
@@ -191,17 +195,17 @@ def imported(tree: ast.AST) -> list[tuple[str, str]]:
     return found
 
 
-def module_of(path: Path) -> str:
+def module_name(path: Path) -> str:
     """Return the dotted name of a file: `workpool.pool.lease`, `workpool_echo`."""
     root = ROOT if PACKAGE in path.parents else path.parents[len(path.parts) - len(ROOT.parts) - 3]
     return ".".join(path.relative_to(root).with_suffix("").parts).removesuffix(".__init__")
 
 
 def test_imports_including_those_for_types_form_no_cycle() -> None:
-    modules = {module_of(path): path for path in [*MODULES, *PLUGIN_MODULES]}
+    modules = {module_name(path): path for path in [*MODULES, *PLUGIN_MODULES]}
     graph: dict[str, set[str]] = {}
     for name, path in modules.items():
-        for dotted, _ in imported(ast.parse(path.read_text())):
+        for dotted, _ in imported_names(ast.parse(path.read_text())):
             found = dotted if dotted in modules else dotted.rpartition(".")[0]
             if found in modules and found != name:
                 graph.setdefault(name, set()).add(found)
@@ -217,14 +221,14 @@ def private_part(dotted: str) -> str | None:
     return None if not name or (known and name != "*") else f"{module}.{name}"
 
 
-def private_uses(source: str) -> set[str]:
+def private_names_used(source: str) -> set[str]:
     """Return all private names of workpool that a plugin's code uses.
 
     Imports and attributes count.
     """
     tree = ast.parse(source)
-    meanings = {"workpool": "workpool"} | {alias: whole for whole, alias in imported(tree)}
-    used = {whole for whole, _ in imported(tree)}
+    meanings = {"workpool": "workpool"} | {alias: whole for whole, alias in imported_names(tree)}
+    used = {whole for whole, _ in imported_names(tree)}
     for node in ast.walk(tree):
         if isinstance(node, ast.Attribute):
             root, _, rest = ast.unparse(node).partition(".")
@@ -235,7 +239,7 @@ def private_uses(source: str) -> set[str]:
 
 @pytest.mark.parametrize("path", PLUGIN_MODULES, ids=lambda path: path.name)
 def test_plugins_use_the_public_api_only(path: Path) -> None:
-    assert private_uses(path.read_text()) == set()
+    assert private_names_used(path.read_text()) == set()
 
 
 @pytest.mark.parametrize(
@@ -263,7 +267,7 @@ def test_plugins_use_the_public_api_only(path: Path) -> None:
     ],
 )
 def test_private_import_of_plugin_is_found(source: str, found: list[str]) -> None:
-    assert private_uses(source) == set(found)
+    assert private_names_used(source) == set(found)
 
 
 def is_dialect(node: ast.AST) -> bool:
@@ -308,7 +312,7 @@ DIALECT_TEXTS = {
 
 @pytest.mark.parametrize("path", [*MODULES, *PLUGIN_MODULES], ids=lambda path: path.name)
 def test_dialect_names_are_written_in_dialect_tables_only(path: Path) -> None:
-    if path.is_relative_to(PACKAGE) and relative(path) in DIALECT_TABLES | DIALECT_TEXTS:
+    if path.is_relative_to(PACKAGE) and relative_path(path) in DIALECT_TABLES | DIALECT_TEXTS:
         return
     tree = ast.parse(path.read_text())
     docstrings = {id(node.value) for node in ast.walk(tree) if isinstance(node, ast.Expr)}

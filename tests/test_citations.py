@@ -33,7 +33,7 @@ OUTSIDE = re.compile(
 """Patterns of citations of documents outside the repository, and of decisions by number."""
 
 
-def flat(text: str) -> str:
+def joined_lines(text: str) -> str:
     """Join the lines of comments and docstrings, so that a citation may span lines."""
     return re.sub(r"\s*\n\s*(?:# ?)?", " ", text)
 
@@ -42,38 +42,38 @@ def citations(text: str) -> list[tuple[str, str]]:
     """Return each pair of cited document and cited heading."""
     return [
         (path, heading)
-        for path, quoted in CITATION.findall(flat(text))
+        for path, quoted in CITATION.findall(joined_lines(text))
         for heading in re.findall(r'"([^"]+)"', quoted)
     ]
 
 
-def headings(document: Path) -> set[str]:
+def headings_of(document: Path) -> set[str]:
     text = re.sub(r"^```.*?^```", "", document.read_text(), flags=re.MULTILINE | re.DOTALL)
     return set(re.findall(r"^#+ (.+)$", text, re.MULTILINE))
 
 
-def unresolved(text: str) -> list[tuple[str, str]]:
+def unresolved_citations(text: str) -> list[tuple[str, str]]:
     """Return the citations whose document or heading does not exist."""
     return [
         (path, heading)
         for path, heading in citations(text)
-        if not (ROOT / path).is_file() or heading not in headings(ROOT / path)
+        if not (ROOT / path).is_file() or heading not in headings_of(ROOT / path)
     ]
 
 
-def strays(text: str) -> list[str]:
+def malformed_mentions(text: str) -> list[str]:
     """Return the mentions of documents that are no citation or are outside this repository."""
-    rest = CITATION.sub("", flat(text))
+    rest = CITATION.sub("", joined_lines(text))
     return OUTSIDE.findall(rest) + re.findall(r"[\w./-]+\.md\b", rest)
 
 
-def relative(path: Path) -> str:
+def relative_path(path: Path) -> str:
     return path.relative_to(ROOT).as_posix()
 
 
 def test_citation_of_every_module_names_an_existing_heading() -> None:
     modules = [*MODULES, *(path for path in TEST_MODULES if path != Path(__file__))]
-    found = {relative(path): unresolved(path.read_text()) for path in modules}
+    found = {relative_path(path): unresolved_citations(path.read_text()) for path in modules}
     assert {path: each for path, each in found.items() if each} == {}
 
 
@@ -94,10 +94,12 @@ def test_modules_of_package_cite_its_document(part: str, document: str, heading:
 
 
 @pytest.mark.parametrize(
-    "path", [each for each in MODULES if not relative(each).startswith(UNCHECKED)], ids=relative
+    "path",
+    [each for each in MODULES if not relative_path(each).startswith(UNCHECKED)],
+    ids=relative_path,
 )
 def test_module_cites_documents_of_repository_only(path: Path) -> None:
-    assert strays(path.read_text()) == []
+    assert malformed_mentions(path.read_text()) == []
 
 
 def test_no_file_cites_a_document_outside_repository() -> None:
@@ -110,7 +112,7 @@ def test_no_file_cites_a_document_outside_repository() -> None:
         if file.is_file() and file.suffix in TEXT_SUFFIXES and file != Path(__file__)
     ]
     assert len(files) > 300
-    assert [relative(file) for file in files if "§" in file.read_text()] == []
+    assert [relative_path(file) for file in files if "§" in file.read_text()] == []
 
 
 @pytest.mark.parametrize(
@@ -124,7 +126,7 @@ def test_no_file_cites_a_document_outside_repository() -> None:
     ],
 )
 def test_citation_without_its_heading_is_found(text: str, found: list[str]) -> None:
-    assert [heading for _, heading in unresolved(text)] == found
+    assert [heading for _, heading in unresolved_citations(text)] == found
 
 
 @pytest.mark.parametrize(
@@ -139,48 +141,50 @@ def test_citation_without_its_heading_is_found(text: str, found: list[str]) -> N
     ],
 )
 def test_malformed_citation_is_found(text: str, found: list[str]) -> None:
-    assert strays(text) == found
+    assert malformed_mentions(text) == found
 
 
 # Documents.
 
 
-def rows(first_column: str) -> list[list[str]]:
+def documented_rows(first_column: str) -> list[list[str]]:
     """Return the rows of the table on the architecture page with this first column."""
     table = ARCHITECTURE.partition(f"| {first_column} |")[2].partition("\n\n")[0]
     lines = table.splitlines()[2:]
     return [[cell.strip().strip("`") for cell in line.strip("|").split("|")] for line in lines]
 
 
-@pytest.mark.parametrize("document", DOCUMENTS, ids=relative)
+@pytest.mark.parametrize("document", DOCUMENTS, ids=relative_path)
 def test_document_names_existing_files_only(document: Path) -> None:
     text = document.read_text()
     named = set(re.findall(r"`((?:workpool|tests|benchmarks)/[\w./-]*)`", text))
     assert {name for name in named if not (ROOT / name).exists()} == set()
 
 
-@pytest.mark.parametrize("document", DOCUMENTS, ids=relative)
+@pytest.mark.parametrize("document", DOCUMENTS, ids=relative_path)
 def test_link_inside_document_leads_to_heading(document: Path) -> None:
     anchors = {
-        re.sub(r"[^\w\- ]", "", each.lower()).replace(" ", "-") for each in headings(document)
+        re.sub(r"[^\w\- ]", "", each.lower()).replace(" ", "-") for each in headings_of(document)
     }
     assert set(re.findall(r"\]\(#([^)]+)\)", document.read_text())) <= anchors
 
 
 def test_documented_table_of_states_equals_code() -> None:
-    documented = {(state, transition): then for state, transition, then, _ in rows("state")}
+    documented = {
+        (state, transition): then for state, transition, then, _ in documented_rows("state")
+    }
     assert documented == TRANSITIONS
 
 
 def test_documented_table_of_end_reasons_equals_code() -> None:
-    documented = [tuple(row) for row in rows("end reason")]
+    documented = [tuple(row) for row in documented_rows("end reason")]
     assert documented == [
         (reason.name, row.item, row.metadata, row.outcome) for reason, row in sorted(TABLE.items())
     ]
 
 
 def test_documented_constants_have_values_of_code() -> None:
-    constants = rows("constant")
+    constants = documented_rows("constant")
     assert constants
     for name, value in constants:
         module, _, attribute = name.partition(".")

@@ -17,7 +17,7 @@ import aiohttp
 import pytest
 
 from tests.alerts.cause_setup import CauseSetup
-from tests.alerts.causes import Cause, idle
+from tests.alerts.causes import AlertCause, start_idle_worker
 from tests.alerts.prometheus import run_prometheus
 from workpool.metrics.definitions import DEFINITIONS
 from workpool.testing.fault import silence
@@ -37,38 +37,38 @@ VARIABLES = {
 }
 
 
-def queries() -> Iterator[tuple[str, str]]:
+def panel_queries() -> Iterator[tuple[str, str]]:
     """Yield the title of a panel with each of its queries."""
     for panel in PANELS:
         for target in panel["targets"]:
             yield panel["title"], target["expr"]
 
 
-def base_name(metric: str) -> str:
+def metric_base_name(metric: str) -> str:
     return re.sub("_(bucket|count|sum)$", "", metric)
 
 
-def test_every_metric_has_a_panel_and_every_panel_only_known_metrics() -> None:
+def test_every_metric_has_a_panel_and_every_panel_uses_known_metrics_only() -> None:
     known = {row.full_name for row in DEFINITIONS}
     shown = {
-        name if name in known else base_name(name)
-        for _, query in queries()
+        name if name in known else metric_base_name(name)
+        for _, query in panel_queries()
         for name in re.findall(r"\bworkpool_\w+", query)
     }
     assert shown == known
 
 
-def test_every_selector_names_labels_of_its_metric() -> None:
+def test_every_query_selects_existing_labels_of_its_metric() -> None:
     rows = {row.full_name: row for row in DEFINITIONS}
-    for title, query in queries():
+    for title, query in panel_queries():
         for name, matchers in re.findall(r"\b(workpool_\w+)\{([^}]*)\}", query):
-            row = rows.get(name) or rows[base_name(name)]
+            row = rows.get(name) or rows[metric_base_name(name)]
             labels = re.findall(r'(\w+)!?=~?"', matchers)
             assert set(labels) <= {*row.labels, "instance"}, title
             assert ("environment_id" in labels) == ("environment_id" in row.labels), title
 
 
-def test_every_panel_has_a_place_and_an_id_of_its_own() -> None:
+def test_every_panel_has_its_own_place_and_id() -> None:
     ids = [panel["id"] for panel in DASHBOARD["panels"]]
     assert len(set(ids)) == len(ids)
     cells = [
@@ -89,51 +89,56 @@ async def test_every_query_has_an_answer_after_a_drain_a_kill_and_an_outage(tmp_
     if program is None:
         pytest.skip("prometheus is not installed")
     settings = {"STATS_INTERVAL": "1"}
-    cause = Cause(idle, settings=settings)
+    cause = AlertCause(start_idle_worker, settings=settings)
     async with (
         CauseSetup("env-of-the-dashboard", cause, tmp_path) as setup,
         run_prometheus(program, tmp_path, setup.ports, seconds=1) as url,
     ):
         killed, drained = await setup.start_worker(), await setup.start_worker()
-        setup.enqueue(count=10)
-        setup.enqueue(count=3, do="fail")
-        await setup.claimed(13)
-        setup.enqueue(count=4, seconds="600")
-        await setup.claimed(17)
-        await scraped(url, 'sum(workpool_slots{state="busy"})', 4)
+        setup.enqueue_items(count=10)
+        setup.enqueue_items(count=3, do="fail")
+        await setup.wait_for_claims(13)
+        setup.enqueue_items(count=4, seconds="600")
+        await setup.wait_for_claims(17)
+        await wait_for_value(url, 'sum(workpool_slots{state="busy"})', 4)
         killed.kill()
         with setup.faults.add(silence(applied=False)):
             await asyncio.sleep(15)
         await setup.start_worker()
-        setup.enqueue(count=5)
-        await setup.claimed(22)
+        setup.enqueue_items(count=5)
+        await setup.wait_for_claims(22)
         drained.send_signal(signal.SIGTERM)
         await drained.wait()
         drains = "sum(max_over_time(workpool_drain_duration_seconds_count[2m]))"
-        await scraped(url, drains, 1)  # the process has ended, and its series with it
-        empty = [f"{title}: {query}" for title, query in queries() if not await answers(url, query)]
+        # The process has ended, and Prometheus has dropped its series.
+        await wait_for_value(url, drains, 1)
+        empty = [
+            f"{title}: {query}"
+            for title, query in panel_queries()
+            if not await had_value(url, query)
+        ]
     assert empty == []
 
 
-async def scraped(url: str, query: str, value: float) -> None:
+async def wait_for_value(url: str, query: str, value: float) -> None:
     """Wait until the query has this value."""
     async with asyncio.timeout(60), aiohttp.ClientSession() as http:
         while True:
-            found = await _query(http, url, query)
+            found = await _query_prometheus(http, url, query)
             if found and float(found[0]["value"][1]) >= value:
                 return
             await asyncio.sleep(0.5)
 
 
-async def answers(url: str, query: str) -> bool:
+async def had_value(url: str, query: str) -> bool:
     """Return whether the query has had a value in the last minute."""
     for variable, value in VARIABLES.items():
         query = query.replace(variable, value)
     async with aiohttp.ClientSession() as http:
-        return bool(await _query(http, url, f"last_over_time(({query})[1m:1s])"))
+        return bool(await _query_prometheus(http, url, f"last_over_time(({query})[1m:1s])"))
 
 
-async def _query(http: aiohttp.ClientSession, url: str, query: str) -> list[Any]:
+async def _query_prometheus(http: aiohttp.ClientSession, url: str, query: str) -> list[Any]:
     async with http.get(f"{url}/api/v1/query", params={"query": query}) as answer:
         body = await answer.json()
     assert body["status"] == "success", f"{query}: {body}"

@@ -47,49 +47,51 @@ TOML = tomllib.loads((ROOT / "pyproject.toml").read_text())
 PROJECT, TOOLS = TOML["project"], TOML["tool"]
 
 
-def page(name: str) -> str:
+def page_text(name: str) -> str:
     """Return the text of a page under `workpool/docs/`."""
     return (DOCS / name).read_text()
 
 
-def relative(path: Path) -> str:
+def relative_path(path: Path) -> str:
     return path.relative_to(ROOT).as_posix()
 
 
-def blocks(language: str) -> list[str]:
+def code_blocks(language: str) -> list[str]:
     """Return the distinct code blocks of all pages; two pages may show the same block."""
     text = "\n".join(each.read_text() for each in PAGES)
     pattern = rf"^```{language}\n(.*?)^```$"
     return list(dict.fromkeys(re.findall(pattern, text, re.DOTALL | re.MULTILINE)))
 
 
-def block(marker: str, language: str = "python") -> str:
+def code_block_with(marker: str, language: str = "python") -> str:
     """Return the one code block that contains `marker`."""
-    [found] = [text for text in blocks(language) if marker in text]
+    [found] = [text for text in code_blocks(language) if marker in text]
     return found
 
 
 @pytest.mark.parametrize("name", references.PAGES)
 def test_generated_part_of_page_matches_code(name: str) -> None:
     """`python -m tests.references` regenerates the part."""
-    assert references.with_generated_part(page(name), references.PAGES[name]()) == page(name)
+    assert references.with_generated_part(page_text(name), references.PAGES[name]()) == page_text(
+        name
+    )
 
 
 def test_every_hook_has_a_heading_in_plugins_page() -> None:
     for name in vars(hookspecs):
         if name.startswith("workpool_"):
-            assert re.search(rf"^## `{name}\(\w+\)`$", page("plugins.md"), re.MULTILINE), name
+            assert re.search(rf"^## `{name}\(\w+\)`$", page_text("plugins.md"), re.MULTILINE), name
 
 
 def test_every_exit_status_is_in_documented_table() -> None:
-    section = page("cli.md").partition("| exit status |")[2].partition("\n\n")[0]
+    section = page_text("cli.md").partition("| exit status |")[2].partition("\n\n")[0]
     assert re.findall(r"^\| (\d)", section, re.MULTILINE) == ["0", "1", "2", "3", "1"]
     assert {exits.OK, exits.FAILED, exits.USAGE, exits.REFUSED} == {0, 1, 2, 3}
 
 
 def test_every_alert_is_in_table_of_operating_page() -> None:
     alerts = re.findall(r"alert: (\w+)", ALERTS)
-    assert re.findall(r"^\| \[`(Workpool\w+)`\]", page("operating.md"), re.MULTILINE) == alerts
+    assert re.findall(r"^\| \[`(Workpool\w+)`\]", page_text("operating.md"), re.MULTILINE) == alerts
 
 
 def test_runbook_address_of_every_alert_is_a_heading_of_operating_page() -> None:
@@ -98,7 +100,7 @@ def test_runbook_address_of_every_alert_is_a_heading_of_operating_page() -> None
     assert f"'s#{prefix}#" in ALERTS, "the first lines show how to replace the prefix"
     alerts = re.findall(r"alert: (\w+)", ALERTS)
     assert [address.partition("#")[2] for address in addresses] == [each.lower() for each in alerts]
-    headings = re.findall(r"^### (Workpool\w+)$", page("operating.md"), re.MULTILINE)
+    headings = re.findall(r"^### (Workpool\w+)$", page_text("operating.md"), re.MULTILINE)
     assert headings == alerts
 
 
@@ -156,7 +158,7 @@ def test_each_test_is_selected_by_exactly_one_tier() -> None:
     assert " -m trial " in trials
 
 
-def anchors(path: Path) -> set[str]:
+def heading_anchors(path: Path) -> set[str]:
     """Return the anchors of the headings of a page."""
     text = re.sub(r"^```.*?^```", "", path.read_text(), flags=re.MULTILINE | re.DOTALL)
     return {
@@ -165,7 +167,7 @@ def anchors(path: Path) -> set[str]:
     }
 
 
-@pytest.mark.parametrize("path", PAGES, ids=relative)
+@pytest.mark.parametrize("path", PAGES, ids=relative_path)
 def test_link_of_page_leads_to_existing_file_and_heading(path: Path) -> None:
     for link in re.findall(r"\]\(([^)]+)\)", path.read_text()):
         target, _, anchor = link.partition("#")
@@ -173,21 +175,23 @@ def test_link_of_page_leads_to_existing_file_and_heading(path: Path) -> None:
         assert file.is_relative_to(ROOT), link
         assert file.exists(), link
         if anchor:
-            assert anchor in anchors(file), link
+            assert anchor in heading_anchors(file), link
 
 
-@pytest.mark.parametrize("path", sorted(DOCS.glob("*.md")), ids=relative)
+@pytest.mark.parametrize("path", sorted(DOCS.glob("*.md")), ids=relative_path)
 def test_page_is_reachable_from_readme(path: Path) -> None:
-    assert f"]({relative(path)})" in README.read_text()
+    assert f"]({relative_path(path)})" in README.read_text()
 
 
-# The examples, run unchanged.
+# The examples of the pages, run unchanged.
 
 
 @pytest.fixture
-async def plane(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> AsyncIterator[ControlPlane]:
+async def control_plane_for_examples(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> AsyncIterator[ControlPlane]:
     """Open a control plane for the environment variables, and write an importable `reports.py`."""
-    (tmp_path / "reports.py").write_text(block("# reports.py"))
+    (tmp_path / "reports.py").write_text(code_block_with("# reports.py"))
     monkeypatch.chdir(tmp_path)
     monkeypatch.syspath_prepend(str(tmp_path))
     async with ControlPlane() as plane:
@@ -197,13 +201,13 @@ async def plane(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> AsyncIterato
         yield plane
 
 
-def run(marker: str, folder: Path) -> dict[str, Any]:
+def run_example(marker: str, folder: Path) -> dict[str, Any]:
     path = folder / "example.py"
-    path.write_text(block(marker))
+    path.write_text(code_block_with(marker))
     return runpy.run_path(str(path))
 
 
-async def finished(
+async def metadata_of_finished_item(
     metadata: dict[str, str], script: list[dict[str, Any]] | None = None
 ) -> dict[str, str]:
     """Enqueue one item, wait until it is stopped, and return its metadata."""
@@ -218,62 +222,62 @@ async def finished(
 
 async def handled_by(plugin: object, metadata: dict[str, str]) -> dict[str, str]:
     async with Supervisor(Settings(), plugins=[plugin]):
-        return await finished(metadata)
+        return await metadata_of_finished_item(metadata)
 
 
-@pytest.mark.usefixtures("plane")
+@pytest.mark.usefixtures("control_plane_for_examples")
 async def test_documented_first_handler_writes_its_metadata(tmp_path: Path) -> None:
-    names = run("# reports.py", tmp_path)
+    names = run_example("# reports.py", tmp_path)
     done = await handled_by(names["daily_report"], {"job": "daily-report"})
     assert (done["phase"], done["rows"]) == ("fetching", "42")
 
 
-@pytest.mark.usefixtures("plane")
+@pytest.mark.usefixtures("control_plane_for_examples")
 async def test_documented_embedded_pool_runs_sessions(tmp_path: Path) -> None:
-    names = run("# service.py", tmp_path)
+    names = run_example("# service.py", tmp_path)
     async with asyncio.TaskGroup() as group:
         main = group.create_task(names["main"]())
-        assert (await finished({"job": "daily-report"}))["rows"] == "42"
+        assert (await metadata_of_finished_item({"job": "daily-report"}))["rows"] == "42"
         main.cancel()
 
 
-@pytest.mark.usefixtures("plane")
+@pytest.mark.usefixtures("control_plane_for_examples")
 async def test_documented_blocking_code_in_thread_returns_its_result(tmp_path: Path) -> None:
-    names = run("pbkdf2_hmac", tmp_path)
+    names = run_example("pbkdf2_hmac", tmp_path)
     done = await handled_by(names["digest_session"], {"job": "digest"})
     assert len(done["digest"]) == 64
 
 
-@pytest.mark.usefixtures("plane")
+@pytest.mark.usefixtures("control_plane_for_examples")
 async def test_documented_handler_with_release_on_exhaustion_completes(tmp_path: Path) -> None:
-    scratch = run("# scratch.py", tmp_path)["scratch"]
+    scratch = run_example("# scratch.py", tmp_path)["scratch"]
     assert int((await handled_by(scratch, {"job": "scratch"}))["bytes"]) > 10
 
 
-@pytest.mark.usefixtures("plane")
+@pytest.mark.usefixtures("control_plane_for_examples")
 async def test_documented_json_result_is_written_as_one_text(tmp_path: Path) -> None:
-    totals = run("# totals.py", tmp_path)["totals"]
+    totals = run_example("# totals.py", tmp_path)["totals"]
     done = await handled_by(totals, {"job": "totals"})
     assert done["workpool.result"] == '{"orders":2,"amounts":[12.5,30],"currency":null}'
 
 
-@pytest.mark.usefixtures("plane")
+@pytest.mark.usefixtures("control_plane_for_examples")
 async def test_documented_retry_calls_handler_until_it_returns(tmp_path: Path) -> None:
-    stock = run("# stock.py", tmp_path)["stock"]
+    stock = run_example("# stock.py", tmp_path)["stock"]
     done = await handled_by(stock, {"job": "stock"})
     assert (done["stock"], done["retry"]) == ("7", "2")
 
 
-@pytest.mark.usefixtures("plane")
+@pytest.mark.usefixtures("control_plane_for_examples")
 async def test_documented_plain_handler_returns_its_result(tmp_path: Path) -> None:
-    resize = run("# resize.py", tmp_path)["resize"]
+    resize = run_example("# resize.py", tmp_path)["resize"]
     assert (await handled_by(resize, {"job": "resize"}))["resized"] == "3"
 
 
-@pytest.mark.usefixtures("plane")
+@pytest.mark.usefixtures("control_plane_for_examples")
 async def test_documented_pool_of_processes_computes_and_ends(tmp_path: Path) -> None:
     # the processes of a benchmark import it
-    (tmp_path / "primes.py").write_text(block("# primes.py"))
+    (tmp_path / "primes.py").write_text(code_block_with("# primes.py"))
     primes = importlib.import_module("primes").Primes
     done = await handled_by(primes, {"job": "primes", "below": "100"})
     assert done["workpool.result"] == '{"primes":25}'
@@ -283,7 +287,7 @@ async def test_documented_pool_of_processes_computes_and_ends(tmp_path: Path) ->
 
 
 async def test_documented_idempotency_key_is_the_same_in_second_run(tmp_path: Path) -> None:
-    names = run("# pay.py", tmp_path)
+    names = run_example("# pay.py", tmp_path)
     pay = names["pay"]
 
     @handler(metadata={"job": "pay"})
@@ -302,7 +306,7 @@ async def test_documented_idempotency_key_is_the_same_in_second_run(tmp_path: Pa
     assert names["bank"].payments == {item.id: 7}
 
 
-@pytest.mark.usefixtures("plane")
+@pytest.mark.usefixtures("control_plane_for_examples")
 async def test_documented_handoff_ends_session_with_its_program(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -311,12 +315,12 @@ async def test_documented_handoff_ends_session_with_its_program(
     monkeypatch.setenv("PATH", f"{commands}{os.pathsep}{os.environ['PATH']}")
     start, children = asyncio.create_subprocess_exec, []
 
-    async def started(*words: Any, **given: Any) -> asyncio.subprocess.Process:
+    async def start_and_record(*words: Any, **given: Any) -> asyncio.subprocess.Process:
         children.append(await start(*words, **given))
         return children[-1]
 
-    monkeypatch.setattr(asyncio, "create_subprocess_exec", started)
-    apart = run("def apart", tmp_path)["apart"]
+    monkeypatch.setattr(asyncio, "create_subprocess_exec", start_and_record)
+    apart = run_example("def apart", tmp_path)["apart"]
     assert await handled_by(apart, {"job": "apart"}) == {"job": "apart"}
     async with asyncio.timeout(20):
         # the child exits shortly after its item, and must exit before this loop closes
@@ -324,43 +328,43 @@ async def test_documented_handoff_ends_session_with_its_program(
 
 
 async def test_documented_handler_answers_tool_uses_of_session(
-    tmp_path: Path, plane: ControlPlane
+    tmp_path: Path, control_plane_for_examples: ControlPlane
 ) -> None:
-    names = run("async def talk(", tmp_path)
-    script = json.loads(block('"custom": true', "json"))
+    names = run_example("async def talk(", tmp_path)
+    script = json.loads(code_block_with('"custom": true', "json"))
     # entries with other keys are for other clients
     uses = [entry for entry in script if set(entry) == {"name", "input"}]
     async with Supervisor(Settings(), plugins=[names["talk"]]):
-        assert (await finished({"job": "talk"}, uses * 3))["done"] == "3"
-    plane.enqueue(script=script)
+        assert (await metadata_of_finished_item({"job": "talk"}, uses * 3))["done"] == "3"
+    control_plane_for_examples.enqueue(script=script)
 
 
-@pytest.mark.usefixtures("plane")
+@pytest.mark.usefixtures("control_plane_for_examples")
 async def test_documented_plain_program_runs_until_signal(tmp_path: Path) -> None:
-    names = run("# program.py", tmp_path)
+    names = run_example("# program.py", tmp_path)
     async with asyncio.timeout(20), asyncio.TaskGroup() as group:
         main = group.create_task(names["main"]())
-        assert "hello, " in (await finished({}))["greeting"]
+        assert "hello, " in (await metadata_of_finished_item({}))["greeting"]
         os.kill(os.getpid(), signal.SIGTERM)
         await main
 
 
-@pytest.mark.usefixtures("plane")
+@pytest.mark.usefixtures("control_plane_for_examples")
 async def test_documented_pool_in_aiohttp_application_runs_sessions(tmp_path: Path) -> None:
-    app: web.Application = run("# web_aiohttp.py", tmp_path)["app"]
+    app: web.Application = run_example("# web_aiohttp.py", tmp_path)["app"]
     async with TestClient(TestServer(app)) as client:
-        assert (await finished({"job": "daily-report"}))["rows"] == "42"
+        assert (await metadata_of_finished_item({"job": "daily-report"}))["rows"] == "42"
         for path in ("/ready", "/live"):
             async with client.get(path) as answer:
                 assert answer.status == 200
 
 
-@pytest.mark.usefixtures("plane")
+@pytest.mark.usefixtures("control_plane_for_examples")
 async def test_documented_liveness_route_fails_after_pool_failure(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("QODER_PAT", "wrong")
-    names = run("# web_aiohttp.py", tmp_path)
+    names = run_example("# web_aiohttp.py", tmp_path)
     app: web.Application = names["app"]
     async with TestClient(TestServer(app)) as client:
         with pytest.raises(RefusedError):
@@ -370,24 +374,24 @@ async def test_documented_liveness_route_fails_after_pool_failure(
 
 
 @pytest.mark.trial
-@pytest.mark.usefixtures("plane")
+@pytest.mark.usefixtures("control_plane_for_examples")
 async def test_documented_pool_in_fastapi_application_runs_sessions(tmp_path: Path) -> None:
     from httpx import ASGITransport, AsyncClient  # noqa: PLC0415 - only the trials have it
 
-    app: FastAPI = run("# web_fastapi.py", tmp_path)["app"]
+    app: FastAPI = run_example("# web_fastapi.py", tmp_path)["app"]
     async with app.router.lifespan_context(app):
-        assert (await finished({"job": "daily-report"}))["rows"] == "42"
+        assert (await metadata_of_finished_item({"job": "daily-report"}))["rows"] == "42"
         transport = ASGITransport(app=app)
         async with AsyncClient(transport=transport, base_url="http://embedded") as client:
             assert (await client.get("/running")).json() == 0
             assert (await client.get("/live")).status_code == 200
 
 
-@pytest.mark.usefixtures("plane")
+@pytest.mark.usefixtures("control_plane_for_examples")
 async def test_documented_pools_with_shared_rate_limits_run_sessions(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    names = run("# two_pools.py", tmp_path)
+    names = run_example("# two_pools.py", tmp_path)
     async with ControlPlane(environments=["env_a", "env_b"]) as plane:
         monkeypatch.setenv("WORKPOOL_BASE_URL", plane.base_url)
         monkeypatch.setenv("QODER_PAT", plane.token)
@@ -395,32 +399,32 @@ async def test_documented_pools_with_shared_rate_limits_run_sessions(
             main = group.create_task(names["main"]())
             for environment in plane.environments:
                 monkeypatch.setenv("WORKPOOL_ENVIRONMENT_ID", environment)
-                assert (await finished({"job": "daily-report"}))["rows"] == "42"
+                assert (await metadata_of_finished_item({"job": "daily-report"}))["rows"] == "42"
             main.cancel()
 
 
-@pytest.mark.usefixtures("plane")
+@pytest.mark.usefixtures("control_plane_for_examples")
 async def test_documented_plugin_with_database_reads_from_it(tmp_path: Path) -> None:
     with sqlite3.connect(tmp_path / "orders.db") as database:
         database.executescript("create table orders (id); insert into orders values (1), (2)")
     database.close()
-    orders: Callable[[], object] = run("class Orders", tmp_path)["Orders"]
+    orders: Callable[[], object] = run_example("class Orders", tmp_path)["Orders"]
     assert (await handled_by(orders, {"job": "count-orders"}))["orders"] == "2"
 
 
-@pytest.mark.usefixtures("plane")
+@pytest.mark.usefixtures("control_plane_for_examples")
 async def test_documented_observer_prints_outcome(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    audit = run("class Audit", tmp_path)["Audit"]
+    audit = run_example("class Audit", tmp_path)["Audit"]
     async with Supervisor(Settings(), plugins=[audit, "reports"]):
-        await finished({"job": "daily-report"})
+        await metadata_of_finished_item({"job": "daily-report"})
     assert "reports.daily_report completed" in capsys.readouterr().out
 
 
-@pytest.mark.usefixtures("plane")
+@pytest.mark.usefixtures("control_plane_for_examples")
 async def test_documented_routing_sends_items_to_their_handlers(tmp_path: Path) -> None:
-    names = run("# kinds.py", tmp_path)
+    names = run_example("# kinds.py", tmp_path)
     async with Supervisor(
         Settings(), plugins=[names["Heavy"], names["report"], names["huge_report"]]
     ):
@@ -429,16 +433,16 @@ async def test_documented_routing_sends_items_to_their_handlers(tmp_path: Path) 
             ({"size": "huge"}, "huge_report"),
             ({"weight": "101"}, "carry"),
         ]:
-            assert (await finished({"job": "report", **more}))["by"] == by
+            assert (await metadata_of_finished_item({"job": "report", **more}))["by"] == by
 
 
 def test_documented_tests_of_handlers_pass(
     pytester: pytest.Pytester, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("PYTEST_DISABLE_PLUGIN_AUTOLOAD", "1")
-    pytester.makepyfile(reports=block("# reports.py"))
+    pytester.makepyfile(reports=code_block_with("# reports.py"))
     for name in ("test_reports", "test_approval", "test_export", "test_answering", "test_count"):
-        pytester.makepyfile(**{name: block(f"# {name}.py")})
+        pytester.makepyfile(**{name: code_block_with(f"# {name}.py")})
     result = pytester.runpytest_inprocess("-p", "pytest_workpool")
     result.assert_outcomes(passed=7)
 
@@ -446,12 +450,12 @@ def test_documented_tests_of_handlers_pass(
 # The glossary.
 
 
-def entries_of_the_glossary() -> list[list[str]]:
-    rows = re.findall(r"^\| (.+?) \| (.+?) \| (.+?) \|$", page("glossary.md"), re.MULTILINE)
+def glossary_entries() -> list[list[str]]:
+    rows = re.findall(r"^\| (.+?) \| (.+?) \| (.+?) \|$", page_text("glossary.md"), re.MULTILINE)
     return [list(row) for row in rows if row[0] != "term"]
 
 
-def exists(path: str) -> bool:
+def code_name_exists(path: str) -> bool:
     """Return whether a dotted path below the package, or one from `tests` on, exists."""
     module, names = "workpool", path.split(".")
     if names[0] == "tests":
@@ -472,20 +476,20 @@ def exists(path: str) -> bool:
 
 
 def test_code_name_of_every_glossary_term_exists() -> None:
-    for term, _, code in entries_of_the_glossary():
+    for term, _, code in glossary_entries():
         [path] = re.findall(r"`([\w.]+)`", code)
-        assert exists(path), (term, path)
+        assert code_name_exists(path), (term, path)
 
 
 def test_missing_code_name_of_glossary_term_is_found() -> None:
-    assert not exists("pool.lease.Lease.no_such_name")
-    assert not exists("pool.no_such_module")
+    assert not code_name_exists("pool.lease.Lease.no_such_name")
+    assert not code_name_exists("pool.no_such_module")
 
 
 def test_glossary_term_has_one_sentence_and_one_entry() -> None:
-    terms = [term for term, *_ in entries_of_the_glossary()]
+    terms = [term for term, *_ in glossary_entries()]
     assert len(terms) == len(set(terms)) > 40
-    assert all(re.fullmatch(r"[A-Z][^.]*\.", each) for _, each, _ in entries_of_the_glossary())
+    assert all(re.fullmatch(r"[A-Z][^.]*\.", each) for _, each, _ in glossary_entries())
 
 
 def test_documented_scripts_use_tool_names_known_to_all_workers() -> None:

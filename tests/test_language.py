@@ -46,12 +46,12 @@ PRONOUN = re.compile(
 CITATION = re.compile(r'(?:See )?[\w./-]+\.md, "[^"]+"(?:(?:, | and |, and )"[^"]+")*\.?')
 
 
-def files() -> list[Path]:
+def checked_files() -> list[Path]:
     found = {path for pattern in CHECKED for path in ROOT.glob(pattern)}
     return sorted(found - {Path(__file__)})
 
 
-def pages() -> list[Path]:
+def checked_pages() -> list[Path]:
     patterns = ["README.md", "plugins/*/README.md", "workpool/docs/*.md"]
     return sorted(path for pattern in patterns for path in ROOT.glob(pattern))
 
@@ -74,7 +74,7 @@ def comments_and_strings(text: str) -> list[tuple[int, str]]:
     return [(token.start[0], token.string) for token in tokens if token.type in kinds]
 
 
-def banned(text: str) -> list[str]:
+def banned_words(text: str) -> list[str]:
     return [
         f"{match[0]!r}: {reason}"
         for pattern, reason in BANNED.items()
@@ -82,12 +82,12 @@ def banned(text: str) -> list[str]:
     ]
 
 
-def problems(text: str) -> list[str]:
+def problems_in(text: str) -> list[str]:
     """Return the problems of the text of a module, with line numbers."""
     found = [
         f"{line}: {problem}"
         for line, part in comments_and_strings(text)
-        for problem in banned(part)
+        for problem in banned_words(part)
     ]
     for line, docstring in docstrings(text):
         flat = " ".join(docstring.split())
@@ -98,19 +98,19 @@ def problems(text: str) -> list[str]:
     return found
 
 
-def relative(path: Path) -> str:
+def relative_path(path: Path) -> str:
     return path.relative_to(ROOT).as_posix()
 
 
-@pytest.mark.parametrize("path", files(), ids=relative)
+@pytest.mark.parametrize("path", checked_files(), ids=relative_path)
 def test_module_text_is_plain_english(path: Path) -> None:
-    assert problems(path.read_text()) == []
+    assert problems_in(path.read_text()) == []
 
 
-@pytest.mark.parametrize("path", pages(), ids=relative)
+@pytest.mark.parametrize("path", checked_pages(), ids=relative_path)
 def test_page_text_has_no_banned_words(path: Path) -> None:
     """Code blocks are checked too, but not names in backticks."""
-    assert banned(path.read_text()) == []
+    assert banned_words(path.read_text()) == []
 
 
 def test_test_names_state_subject_situation_and_expectation() -> None:
@@ -149,5 +149,5 @@ def test_every_banned_word_has_a_reason() -> None:
         ("# `use_token` quotes a name", 0),
     ],
 )
-def test_problem_in_text_is_found(text: str, count: int) -> None:
-    assert len(problems(text + "\n")) == count
+def test_problem_in_text_is_reported(text: str, count: int) -> None:
+    assert len(problems_in(text + "\n")) == count

@@ -16,7 +16,7 @@ import aiohttp
 import pytest
 
 from tests.acceptance.conftest import ENVIRONMENT, TOKEN, RunningCommand
-from tests.test_docs import block
+from tests.test_docs import code_block_with
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Awaitable, Callable
@@ -67,7 +67,7 @@ async def start_example(
     """Start an example of the page: with aiohttp, uvicorn, or as a program."""
     (command_directory / "reports.py").write_text(REPORTS)
     for name in EXAMPLES:
-        (command_directory / f"{name}.py").write_text(block(f"# {name}.py"))
+        (command_directory / f"{name}.py").write_text(code_block_with(f"# {name}.py"))
     commands: list[RunningCommand] = []
 
     async def start_process(module: str, **variables: str) -> RunningApplication:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from tests.integration.test_handoff import HandoffBench
+from tests.integration.test_handoff import HandoffTestbed
 from workpool import LeaseLost, Settings, WorkClient
 from workpool.server import ControlPlane
 from workpool.testing import Clock
@@ -51,7 +51,7 @@ def make_client(plane: ControlPlane, name: str) -> WorkClient:
 @in_virtual_time
 async def test_handoff_block_is_not_entered_before_heartbeats_are_suspended() -> None:
     """The process was suspended for a TTL: the wait has ended, but the renewer has not noticed."""
-    bench = HandoffBench()
+    bench = HandoffTestbed()
     entered = False
 
     async def check_handoff(session: Session) -> None:
@@ -62,7 +62,7 @@ async def test_handoff_block_is_not_entered_before_heartbeats_are_suspended() ->
             async with session.handover():
                 entered = True
 
-    await bench.run(check_handoff, reclaim_older_than_ms=60_000)
+    await bench.run_handler(check_handoff, reclaim_older_than_ms=60_000)
     assert not entered
 
 

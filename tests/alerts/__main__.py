@@ -33,7 +33,7 @@ TWO_WORKERS: Final = "env-kill-9-of-one-worker"
 """Replaces the threshold of the rule WorkpoolBacklog, which each operator must choose."""
 
 
-class Firings:
+class AlertFirings:
     """For each environment, the seconds from the start to the first firing of each alert."""
 
     def __init__(self, url: str, setups: Mapping[str, CauseSetup]) -> None:
@@ -45,8 +45,8 @@ class Firings:
             for port in setup.ports
         }
 
-    async def watch(self) -> None:
-        """Query Prometheus repeatedly."""
+    async def watch_alerts(self) -> None:
+        """Query Prometheus repeatedly, and record the first firing of each alert."""
         loop = asyncio.get_running_loop()
         started = loop.time()
         async with aiohttp.ClientSession() as http:
@@ -87,13 +87,13 @@ async def main() -> int:
             for name, cause in chosen.items()
         }
         ports = [port for setup in setups.values() for port in setup.ports]
-        rules = _write_rules(folder)
+        rules = _write_rule_files(folder)
         url = await stack.enter_async_context(
             run_prometheus(program, folder, ports, seconds=15, rules=[rules])
         )
-        firings = Firings(url, setups)
+        firings = AlertFirings(url, setups)
         async with asyncio.TaskGroup() as group:
-            watching = group.create_task(firings.watch())
+            watching = group.create_task(firings.watch_alerts())
             causes = [
                 group.create_task(cause.begin(setups[name])) for name, cause in chosen.items()
             ]
@@ -101,13 +101,13 @@ async def main() -> int:
             for cause_task in causes:
                 cause_task.cancel()
             for setup in setups.values():
-                setup.kill()
-            await asyncio.sleep(150)  # the kill -9 of all workers
+                setup.kill_workers()
+            await asyncio.sleep(150)  # A worker cause kills all workers at this time.
             watching.cancel()
-    return _report(firings, {name: setups[name].environment for name in chosen})
+    return _print_report(firings, {name: setups[name].environment for name in chosen})
 
 
-def _write_rules(folder: Path) -> Path:
+def _write_rule_files(folder: Path) -> Path:
     rules = (ROOT / "workpool/alerts.yml").read_text()
     path = folder / "alerts.yml"
     rules = rules.replace("_age_seconds) > 900", f"_age_seconds) > {BACKLOG_SECONDS}")
@@ -116,7 +116,7 @@ def _write_rules(folder: Path) -> Path:
     return path
 
 
-def _report(firings: Firings, environments: Mapping[str, str]) -> int:
+def _print_report(firings: AlertFirings, environments: Mapping[str, str]) -> int:
     """Print a line for each cause, and return the exit status."""
     wrong = 0
     for name, environment in environments.items():

@@ -1,4 +1,4 @@
-"""The control plane, the environment and the workers of one cause."""
+"""The control plane, the environment and the workers with which one alert is caused."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from asyncio.subprocess import Process
     from collections.abc import Iterator
 
-    from tests.alerts.causes import Cause
+    from tests.alerts.causes import AlertCause
     from workpool.server import Item
 
 ROOT = Path(__file__).parents[2]
@@ -33,14 +33,14 @@ def free_port() -> int:
 
 
 class CauseSetup:
-    """An async context manager.
+    """An async context manager that starts what one cause of alerts needs.
 
     Attributes:
         environment: The id of the environment, and the label of its alerts.
         ports: The ports at which its workers are scraped.
     """
 
-    def __init__(self, environment: str, cause: Cause, logs: Path) -> None:
+    def __init__(self, environment: str, cause: AlertCause, logs: Path) -> None:
         self.environment = environment
         self.faults = Faults()
         self.plane = ControlPlane(environments=[environment], middlewares=[self.faults.middleware])
@@ -55,12 +55,12 @@ class CauseSetup:
         return self
 
     async def __aexit__(self, *error: object) -> None:
-        self.kill()
+        self.kill_workers()
         for worker in self._workers:
             await worker.wait()
         await self.plane.__aexit__(None, None, None)
 
-    def kill(self) -> None:
+    def kill_workers(self) -> None:
         """Kill all workers of this cause."""
         for worker in self._workers:
             if worker.returncode is None:
@@ -91,13 +91,13 @@ class CauseSetup:
         await self.faults.wait_for("poll", count=polls + 1, answered=True, timeout=180)
         return worker
 
-    def enqueue(
+    def enqueue_items(
         self, *, count: int = 1, do: str = "sleep", kind: str = "wanted", seconds: str = "1"
     ) -> tuple[Item, ...]:
         """Create items."""
         metadata = {"do": do, "kind": kind, "seconds": seconds}
         return self.plane.enqueue(count, metadata)
 
-    async def claimed(self, count: int) -> None:
+    async def wait_for_claims(self, count: int) -> None:
         """Wait until `count` items were acknowledged in total."""
         await self.faults.wait_for("ack", count=count, timeout=120, answered=True)

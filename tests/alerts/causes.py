@@ -1,4 +1,4 @@
-"""The causes of alerts, each with the alerts that it must fire and may fire.
+"""The causes of alerts, each with the alerts that must fire and those that may fire.
 
 A cause has a control plane, an environment and workers of its own, so that all of them run at the
 same time. Numbers fit the default `lease_ttl` of 60 s and scrapes every 15 s.
@@ -24,8 +24,8 @@ MINUTE = 60.0
 
 
 @dataclass(frozen=True)
-class Cause:
-    """One cause.
+class AlertCause:
+    """One way to cause alerts.
 
     Attributes:
         begin: Causes the alert.
@@ -42,194 +42,207 @@ class Cause:
     plugins: tuple[str, ...] = ()
 
 
-async def idle(setup: CauseSetup) -> None:
+async def start_idle_worker(setup: CauseSetup) -> None:
     await setup.start_worker()
 
 
-async def burst(setup: CauseSetup) -> None:
+async def enqueue_burst(setup: CauseSetup) -> None:
     await setup.start_worker()
-    setup.enqueue(count=150)
+    setup.enqueue_items(count=150)
 
 
-async def kill_one(setup: CauseSetup) -> None:
+async def kill_one_worker(setup: CauseSetup) -> None:
     first = await setup.start_worker()
     await setup.start_worker()
-    setup.enqueue(count=6, seconds="120")
-    await setup.claimed(6)
+    setup.enqueue_items(count=6, seconds="120")
+    await setup.wait_for_claims(6)
     first.send_signal(signal.SIGKILL)
 
 
-async def outage(setup: CauseSetup) -> None:
+async def cause_outage(setup: CauseSetup) -> None:
     await setup.start_worker()
-    setup.enqueue(count=6, seconds="600")
-    await setup.claimed(6)
+    setup.enqueue_items(count=6, seconds="600")
+    await setup.wait_for_claims(6)
     with setup.faults.add(silence(applied=False)):
         await asyncio.sleep(90)
 
 
-async def throttling(setup: CauseSetup) -> None:
+async def throttle_requests(setup: CauseSetup) -> None:
     await setup.start_worker()
     setup.faults.add(status(429, retry_after=1), probability=0.5)
 
 
-async def blocking(setup: CauseSetup) -> None:
+async def block_event_loop(setup: CauseSetup) -> None:
     await setup.start_worker()
-    setup.enqueue(do="block", seconds="45")
+    setup.enqueue_items(do="block", seconds="45")
 
 
-async def blocking_often(setup: CauseSetup) -> None:
+async def block_event_loop_often(setup: CauseSetup) -> None:
     await setup.start_worker()
-    setup.enqueue(do="block often")
+    setup.enqueue_items(do="block often")
 
 
-async def failing_heartbeats(setup: CauseSetup) -> None:
+async def fail_heartbeats(setup: CauseSetup) -> None:
     await setup.start_worker()
-    setup.enqueue(count=6, seconds="600")
-    await setup.claimed(6)
+    setup.enqueue_items(count=6, seconds="600")
+    await setup.wait_for_claims(6)
     setup.faults.add(status(503), "heartbeat")
 
 
-async def unwanted_items(setup: CauseSetup) -> None:
+async def enqueue_unwanted_items(setup: CauseSetup) -> None:
     await setup.start_worker()
-    setup.enqueue(count=40, kind="of another pool")
+    setup.enqueue_items(count=40, kind="of another pool")
 
 
-async def operators_stop(setup: CauseSetup) -> None:
+async def stop_items_as_operator(setup: CauseSetup) -> None:
     await setup.start_worker()
-    for item in setup.enqueue(count=4, seconds="600"):
-        await setup.claimed(4)
+    for item in setup.enqueue_items(count=4, seconds="600"):
+        await setup.wait_for_claims(4)
         setup.plane.operations.stop(setup.environment, item.id, force=False)
 
 
-async def rolling_update(setup: CauseSetup) -> None:
+async def roll_out_update(setup: CauseSetup) -> None:
     old = [await setup.start_worker() for _ in range(2)]
-    setup.enqueue(count=40, seconds="8")
+    setup.enqueue_items(count=40, seconds="8")
     for process in old:
         await setup.start_worker()
         await asyncio.sleep(30)
         process.send_signal(signal.SIGTERM)
 
 
-async def refused_credential(setup: CauseSetup) -> None:
+async def refuse_credential(setup: CauseSetup) -> None:
     await setup.start_worker()
     await asyncio.sleep(60)
     setup.faults.add(status(401))
 
 
-async def failing_handler(setup: CauseSetup) -> None:
+async def fail_sessions(setup: CauseSetup) -> None:
     await setup.start_worker()
     for _ in range(60):
-        setup.enqueue(do="fail")
-        setup.enqueue()
+        setup.enqueue_items(do="fail")
+        setup.enqueue_items()
         await asyncio.sleep(5)
 
 
-async def stalling(setup: CauseSetup) -> None:
+async def stall_sessions(setup: CauseSetup) -> None:
     await setup.start_worker()
     await asyncio.sleep(45)
-    setup.enqueue(seconds="600")
+    setup.enqueue_items(seconds="600")
 
 
-async def stuck_handlers(setup: CauseSetup) -> None:
+async def get_handlers_stuck(setup: CauseSetup) -> None:
     process = await setup.start_worker()
-    setup.enqueue(count=2, do="ignore cancellation")
+    setup.enqueue_items(count=2, do="ignore cancellation")
     await asyncio.sleep(5 * MINUTE)
     process.send_signal(signal.SIGTERM)
 
 
-async def failing_plugin(setup: CauseSetup) -> None:
+async def fail_plugin(setup: CauseSetup) -> None:
     await setup.start_worker()
     await asyncio.sleep(60)
-    setup.enqueue()
+    setup.enqueue_items()
 
 
-async def crashing_poller(setup: CauseSetup) -> None:
+async def crash_poller(setup: CauseSetup) -> None:
     await setup.start_worker()
     await asyncio.sleep(60)
-    setup.enqueue()
+    setup.enqueue_items()
 
 
-async def too_much_work(setup: CauseSetup) -> None:
+async def enqueue_too_much_work(setup: CauseSetup) -> None:
     await setup.start_worker()
-    setup.enqueue(count=20, seconds="90")
+    setup.enqueue_items(count=20, seconds="90")
 
 
-async def failing_statistics(setup: CauseSetup) -> None:
+async def fail_statistics(setup: CauseSetup) -> None:
     await setup.start_worker()
     await asyncio.sleep(45)
     setup.faults.add(status(500), "stats")
 
 
-async def rare_statistics(setup: CauseSetup) -> None:
+async def read_statistics_rarely(setup: CauseSetup) -> None:
     await setup.start_worker()
 
 
-async def failing_polls(setup: CauseSetup) -> None:
+async def fail_polls(setup: CauseSetup) -> None:
     await setup.start_worker()
     await asyncio.sleep(45)
     setup.faults.add(status(502, html=True), "poll")
 
 
-async def late_acks(setup: CauseSetup) -> None:
+async def acknowledge_late(setup: CauseSetup) -> None:
     await setup.start_worker()
     await setup.start_worker()
     setup.faults.add(delay(7.0), "ack", probability=0.5)
     for _ in range(300):
-        setup.enqueue(count=2)
+        setup.enqueue_items(count=2)
         await asyncio.sleep(2)
 
 
-async def two_pools(setup: CauseSetup) -> None:
+async def run_two_pools(setup: CauseSetup) -> None:
     await setup.start_worker()
     await setup.start_worker()
     for _ in range(60):
-        setup.enqueue(count=3, seconds="3")
+        setup.enqueue_items(count=3, seconds="3")
         await asyncio.sleep(5)
 
 
-def alerts(*names: str) -> frozenset[str]:
+def full_alert_names(*names: str) -> frozenset[str]:
     """Return the full names of alerts."""
     return frozenset(f"Workpool{name}" for name in names)
 
 
-CAUSES: Mapping[str, Cause] = {
-    "idle": Cause(idle),
-    "burst": Cause(burst),
-    "kill -9 of one worker": Cause(kill_one, alerts("FewerWorkers")),
-    "an outage of 90 s": Cause(outage, alerts("SessionsLost", "LeaseLate")),
-    "throttled with 429": Cause(throttling, alerts("Throttled"), alerts("StatsStale")),
-    "a handler blocks the loop": Cause(blocking, alerts("LoopBlocked")),
-    "a handler blocks the loop often": Cause(
-        blocking_often, alerts("LoopLag"), alerts("LoopBlocked")
+CAUSES: Mapping[str, AlertCause] = {
+    "idle": AlertCause(start_idle_worker),
+    "burst": AlertCause(enqueue_burst),
+    "kill -9 of one worker": AlertCause(kill_one_worker, full_alert_names("FewerWorkers")),
+    "an outage of 90 s": AlertCause(cause_outage, full_alert_names("SessionsLost", "LeaseLate")),
+    "throttled with 429": AlertCause(
+        throttle_requests, full_alert_names("Throttled"), full_alert_names("StatsStale")
     ),
-    "heartbeats fail": Cause(failing_heartbeats, alerts("SessionsLost", "LeaseLate")),
-    "unwanted items": Cause(
-        unwanted_items, alerts("QueueNotTaken", "PollsWasted", "ItemsNotAcknowledged")
+    "a handler blocks the loop": AlertCause(block_event_loop, full_alert_names("LoopBlocked")),
+    "a handler blocks the loop often": AlertCause(
+        block_event_loop_often, full_alert_names("LoopLag"), full_alert_names("LoopBlocked")
     ),
-    "an operator's stops": Cause(operators_stop),
-    "a rolling update": Cause(rolling_update),
-    "a refused credential": Cause(
-        refused_credential, alerts("Refused"), alerts("NoSuccessfulPoll", "StatsStale")
+    "heartbeats fail": AlertCause(fail_heartbeats, full_alert_names("SessionsLost", "LeaseLate")),
+    "unwanted items": AlertCause(
+        enqueue_unwanted_items,
+        full_alert_names("QueueNotTaken", "PollsWasted", "ItemsNotAcknowledged"),
     ),
-    "a handler fails": Cause(failing_handler, alerts("SessionsFail")),
-    "a handler stalls": Cause(stalling, alerts("SessionsStall"), settings={"STALL_TIMEOUT": "20"}),
-    "a handler ignores cancellation": Cause(
-        stuck_handlers,
-        alerts("HandlersStuck", "DrainKilled"),
-        alerts("SessionsLost", "SessionsFail"),
+    "an operator's stops": AlertCause(stop_items_as_operator),
+    "a rolling update": AlertCause(roll_out_update),
+    "a refused credential": AlertCause(
+        refuse_credential,
+        full_alert_names("Refused"),
+        full_alert_names("NoSuccessfulPoll", "StatsStale"),
+    ),
+    "a handler fails": AlertCause(fail_sessions, full_alert_names("SessionsFail")),
+    "a handler stalls": AlertCause(
+        stall_sessions, full_alert_names("SessionsStall"), settings={"STALL_TIMEOUT": "20"}
+    ),
+    "a handler ignores cancellation": AlertCause(
+        get_handlers_stuck,
+        full_alert_names("HandlersStuck", "DrainKilled"),
+        full_alert_names("SessionsLost", "SessionsFail"),
         {"SESSION_TIMEOUT": "20", "DRAIN_TIMEOUT": "5"},
     ),
-    "a plugin fails": Cause(
-        failing_plugin, alerts("PluginErrors"), plugins=(PLUGIN + "FailingObserver",)
+    "a plugin fails": AlertCause(
+        fail_plugin, full_alert_names("PluginErrors"), plugins=(PLUGIN + "FailingObserver",)
     ),
-    "a poller crashes": Cause(
-        crashing_poller, alerts("PollerCrashed"), plugins=(PLUGIN + "CrashingPoller",)
+    "a poller crashes": AlertCause(
+        crash_poller, full_alert_names("PollerCrashed"), plugins=(PLUGIN + "CrashingPoller",)
     ),
-    "more work than slots": Cause(too_much_work, alerts("Backlog"), settings={"CONCURRENCY": "1"}),
-    "statistics fail": Cause(failing_statistics, alerts("StatsStale")),
-    "statistics every 120 s": Cause(rare_statistics, settings={"STATS_INTERVAL": "120"}),
-    "no statistics": Cause(rare_statistics, settings={"STATS_INTERVAL": "0"}),
-    "polls fail": Cause(failing_polls, alerts("NoSuccessfulPoll")),
-    "acks are late": Cause(late_acks, alerts("AckLate"), alerts("QueueNotTaken", "Backlog")),
-    "two pools on one environment": Cause(two_pools),
+    "more work than slots": AlertCause(
+        enqueue_too_much_work, full_alert_names("Backlog"), settings={"CONCURRENCY": "1"}
+    ),
+    "statistics fail": AlertCause(fail_statistics, full_alert_names("StatsStale")),
+    "statistics every 120 s": AlertCause(
+        read_statistics_rarely, settings={"STATS_INTERVAL": "120"}
+    ),
+    "no statistics": AlertCause(read_statistics_rarely, settings={"STATS_INTERVAL": "0"}),
+    "polls fail": AlertCause(fail_polls, full_alert_names("NoSuccessfulPoll")),
+    "acks are late": AlertCause(
+        acknowledge_late, full_alert_names("AckLate"), full_alert_names("QueueNotTaken", "Backlog")
+    ),
+    "two pools on one environment": AlertCause(run_two_pools),
 }

@@ -28,7 +28,7 @@ scrape_configs:
 async def run_prometheus(
     program: str, folder: Path, ports: Sequence[int], *, seconds: int, rules: Sequence[Path] = ()
 ) -> AsyncIterator[str]:
-    """Run it with its data and its log in `folder`, and return its URL once it is ready."""
+    """Run Prometheus with its data and its log in `folder`, and return its URL once it is ready."""
     config = CONFIG.format(
         seconds=seconds,
         rules=orjson.dumps([str(path) for path in rules]).decode(),
@@ -47,14 +47,14 @@ async def run_prometheus(
         )
     try:
         url = f"http://127.0.0.1:{port}"
-        await _ready(url)
+        await _wait_until_ready(url)
         yield url
     finally:
         process.terminate()
         await process.wait()
 
 
-async def _ready(url: str) -> None:
+async def _wait_until_ready(url: str) -> None:
     async with asyncio.timeout(60), aiohttp.ClientSession() as http:
         while True:
             try:

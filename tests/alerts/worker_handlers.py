@@ -13,20 +13,20 @@ if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable
 
 
-async def sleep(session: Session) -> None:
+async def sleep_for_hours(session: Session) -> None:
     await asyncio.sleep(float(session.item.metadata.get("seconds", "1")))
 
 
-async def fail(session: Session) -> None:
+async def raise_error(session: Session) -> None:
     await asyncio.sleep(1)
     raise RuntimeError(f"{session.item.id} fails")
 
 
-async def block(session: Session) -> None:
+async def block_loop(session: Session) -> None:
     time.sleep(float(session.item.metadata["seconds"]))  # noqa: ASYNC251 - blocks the loop
 
 
-async def block_often(session: Session) -> None:
+async def block_loop_often(session: Session) -> None:
     while not session.draining:
         time.sleep(2)  # noqa: ASYNC251 - blocks the loop
         await asyncio.sleep(0.5)
@@ -41,10 +41,10 @@ async def ignore_cancellation(_: Session) -> None:
 
 
 BEHAVIOURS: dict[str, Callable[[Session], Awaitable[None]]] = {
-    "sleep": sleep,
-    "fail": fail,
-    "block": block,
-    "block often": block_often,
+    "sleep": sleep_for_hours,
+    "fail": raise_error,
+    "block": block_loop,
+    "block often": block_loop_often,
     "ignore cancellation": ignore_cancellation,
 }
 
@@ -63,7 +63,7 @@ class FailingObserver:
         raise ValueError(f"{event.outcome} was not expected")
 
 
-class CrashingPoller:
+class CrashingPollerPlugin:
     """A plugin that makes the pool's poller crash once, since no setting can cause a bug."""
 
     def __init__(self) -> None:

@@ -85,21 +85,21 @@ sys.meta_path.insert(0, Blocked())
 """
 
 
-class Failed(Exception):
-    """A program failed."""
+class CommandFailed(Exception):
+    """The error that a program has failed."""
 
 
-class TooSlow(Failed):
-    """The time for making the image is over."""
+class TimeBudgetExceeded(CommandFailed):
+    """The error that the time for making the image is over."""
 
 
-class Budget:
+class TimeBudget:
     """The time for making the image, which a slow machine or network may exceed."""
 
     def __init__(self) -> None:
         self._until = time.monotonic() + IMAGE_SECONDS
 
-    def run(self, *words: str, **given: Any) -> str:
+    def run_program(self, *words: str, **given: Any) -> str:
         """Run a program.
 
         Raises:
@@ -118,13 +118,15 @@ class Budget:
         except subprocess.TimeoutExpired:
             os.killpg(process.pid, signal.SIGKILL)
             process.communicate()
-            raise TooSlow(f"{words[0]}: the image took more than {IMAGE_SECONDS:.0f} s") from None
+            raise TimeBudgetExceeded(
+                f"{words[0]}: the image took more than {IMAGE_SECONDS:.0f} s"
+            ) from None
         if process.returncode:
-            raise Failed(f"{words[0]}: {str(output).strip()[-1500:]}")
+            raise CommandFailed(f"{words[0]}: {str(output).strip()[-1500:]}")
         return str(output).strip()
 
 
-def unmount(folder: Path) -> None:
+def unmount_all(folder: Path) -> None:
     """Unmount what a killed engine has left mounted in a folder."""
     mounts = [line.split()[1] for line in Path("/proc/self/mounts").read_text().splitlines()]
     for mount in reversed(mounts):
@@ -132,25 +134,25 @@ def unmount(folder: Path) -> None:
             subprocess.run(["umount", "--lazy", mount], check=False)  # noqa: S603, S607 - our own words
 
 
-class Engine:
+class PodmanEngine:
     """A Podman with its own storage in `folder`."""
 
     def __init__(self, folder: Path) -> None:
-        self.budget = Budget()
+        self.budget = TimeBudget()
         (folder / "containers.conf").write_text(CONFIGURATION)
         self.environment = os.environ | {"CONTAINERS_CONF": str(folder / "containers.conf")}
         places = [f"--{name}={folder / name}" for name in ("root", "runroot", "tmpdir")]
         self.command = ["podman", *places, "--storage-driver=overlay"]
 
-    def make(self, *arguments: str, cwd: Path | None = None) -> str:
+    def run_building_command(self, *arguments: str, cwd: Path | None = None) -> str:
         """Run a Podman command that makes the image.
 
         Raises:
             Failed: The program failed, or the time is over.
         """
-        return self.budget.run(*self.command, *arguments, env=self.environment, cwd=cwd)
+        return self.budget.run_program(*self.command, *arguments, env=self.environment, cwd=cwd)
 
-    def run(self, *arguments: str) -> None:
+    def run_command(self, *arguments: str) -> None:
         """Run a command of Podman's with a container."""
         subprocess.run(  # noqa: S603 - our own words
             [*self.command, *arguments],
@@ -161,30 +163,32 @@ class Engine:
         )
 
 
-def make_base(engine: Engine, folder: Path) -> None:
+def make_base_image(engine: PodmanEngine, folder: Path) -> None:
     """Pull the base image that the environment names, or build one from Debian's packages."""
     if name := os.environ.get("TEST_CONTAINER_BASE"):
-        engine.make("pull", name)
-        engine.make("tag", name, BASE)
+        engine.run_building_command("pull", name)
+        engine.run_building_command("tag", name, BASE)
         return
     packages = "--include=python3,python3-venv,tini,ca-certificates"
     base, archive = str(folder / "base"), str(folder / "base.tar")
     # Killed at the time limit, its processes and what it has mounted must not remain.
     apart = ("unshare", "--mount", "--pid", "--fork", "--kill-child")
-    engine.budget.run(*apart, "debootstrap", "--variant=minbase", packages, "bookworm", base)
-    engine.budget.run("tar", "-C", base, "-cf", archive, ".")
-    engine.make("import", archive, BASE)
-    engine.make("run", "--rm", "--network=none", BASE, "python3", "--version")
+    engine.budget.run_program(
+        *apart, "debootstrap", "--variant=minbase", packages, "bookworm", base
+    )
+    engine.budget.run_program("tar", "-C", base, "-cf", archive, ".")
+    engine.run_building_command("import", archive, BASE)
+    engine.run_building_command("run", "--rm", "--network=none", BASE, "python3", "--version")
 
 
-def make_wheels(engine: Engine, folder: Path) -> None:
+def make_wheels(engine: PodmanEngine, folder: Path) -> None:
     """Make wheels of this checkout and of all that it depends on."""
     words = ("-m", "pip", "wheel", "--quiet", "--wheel-dir", str(folder / "dist"))
-    engine.budget.run(sys.executable, *words, f"{ROOT}[cli]", str(ROOT / "plugins/command"))
+    engine.budget.run_program(sys.executable, *words, f"{ROOT}[cli]", str(ROOT / "plugins/command"))
 
 
-def build(engine: Engine, folder: Path) -> None:
-    engine.make(
+def build_image(engine: PodmanEngine, folder: Path) -> None:
+    engine.run_building_command(
         *("build", "--layers=false", "--network=host", "--isolation=chroot"),
         *("--build-arg", f"BASE={BASE}", "--build-arg", "PIP_NO_INDEX=1"),
         *("--build-arg", "PLUGINS=workpool-command"),
@@ -194,7 +198,7 @@ def build(engine: Engine, folder: Path) -> None:
 
 
 @pytest.fixture(scope="module")
-def engine() -> Iterator[Engine]:
+def engine() -> Iterator[PodmanEngine]:
     """Podman with the image of a worker."""
     missing = [name for name in PROGRAMS if shutil.which(name) is None]
     if missing:
@@ -202,48 +206,50 @@ def engine() -> Iterator[Engine]:
     if os.geteuid() != 0:
         pytest.skip("only root makes a base image")
     folder = Path(tempfile.mkdtemp(prefix="workpool-image-"))
-    engine = Engine(folder)
+    engine = PodmanEngine(folder)
     try:
         try:
             with ThreadPoolExecutor() as both:
                 for each in [
-                    both.submit(make, engine, folder) for make in (make_base, make_wheels)
+                    both.submit(make, engine, folder) for make in (make_base_image, make_wheels)
                 ]:
                     each.result()
-        except Failed as error:
+        except CommandFailed as error:
             pytest.skip(str(error))
         try:
-            build(engine, folder)
-        except TooSlow as error:
+            build_image(engine, folder)
+        except TimeBudgetExceeded as error:
             pytest.skip(str(error))
         yield engine
-        engine.run("rm", "--all", "--force", "--time=1")
+        engine.run_command("rm", "--all", "--force", "--time=1")
     finally:
-        unmount(folder)
+        unmount_all(folder)
         shutil.rmtree(folder, ignore_errors=True)
 
 
-class Container:
+class WorkerContainer:
     """A worker in its own container."""
 
-    def __init__(self, engine: Engine, name: str, process: asyncio.subprocess.Process) -> None:
+    def __init__(
+        self, engine: PodmanEngine, name: str, process: asyncio.subprocess.Process
+    ) -> None:
         assert process.stderr is not None
         self._engine, self._name, self._process = engine, name, process
         self._stderr = process.stderr
         self.err = ""
 
-    async def logs(self, text: str) -> None:
-        """Wait for a line of its log that contains `text`."""
+    async def wait_for_log(self, text: str) -> None:
+        """Wait for a line of the container's log that contains `text`."""
         async with asyncio.timeout(120):
             while text not in self.err:
                 line = (await self._stderr.readline()).decode()
                 assert line, self.err
                 self.err += line
 
-    async def signal(self, name: str) -> None:
-        await asyncio.to_thread(self._engine.run, "kill", f"--signal={name}", self._name)
+    async def send_signal(self, name: str) -> None:
+        await asyncio.to_thread(self._engine.run_command, "kill", f"--signal={name}", self._name)
 
-    async def ends(self) -> int:
+    async def wait_for_end(self) -> int:
         async with asyncio.timeout(120):
             self.err += (await self._stderr.read()).decode()
             status = await self._process.wait()
@@ -251,10 +257,10 @@ class Container:
         return status
 
 
-class Workers:
+class StartWorkers:
     """Return a function that starts workers in containers as the documentation says."""
 
-    def __init__(self, engine: Engine, plane: ControlPlane, folder: Path) -> None:
+    def __init__(self, engine: PodmanEngine, plane: ControlPlane, folder: Path) -> None:
         self._engine = engine
         self.plane = plane
         self.folder = folder
@@ -262,7 +268,7 @@ class Workers:
         (folder / "sitecustomize.py").write_text(BLOCKED_IMPORT)
         (folder / "token").write_text(plane.token)
 
-    async def start(self, *arguments: str, **variables: str) -> Container:
+    async def start_worker(self, *arguments: str, **variables: str) -> WorkerContainer:
         given = {
             "WORKPOOL_BASE_URL": self.plane.base_url,
             "WORKPOOL_ENVIRONMENT_ID": self.plane.environments[0],
@@ -282,14 +288,14 @@ class Workers:
             stdout=asyncio.subprocess.DEVNULL,
             stderr=asyncio.subprocess.PIPE,
         )
-        return Container(self._engine, name, process)
+        return WorkerContainer(self._engine, name, process)
 
-    def kinds(self, item: Item) -> list[str]:
+    def record_kinds(self, item: Item) -> list[str]:
         return [record.kind for record in self.plane.history.of(item.id)]
 
 
 @pytest.fixture
-def folder() -> Iterator[Path]:
+def shared_directory() -> Iterator[Path]:
     """A folder that the user of the image can read."""
     with tempfile.TemporaryDirectory(prefix="workpool-") as name:
         Path(name).chmod(0o755)
@@ -297,46 +303,50 @@ def folder() -> Iterator[Path]:
 
 
 @pytest.fixture
-async def workers(engine: Engine, folder: Path) -> AsyncIterator[Workers]:
+async def start_workers(
+    engine: PodmanEngine, shared_directory: Path
+) -> AsyncIterator[StartWorkers]:
     async with ControlPlane() as plane:
-        yield Workers(engine, plane, folder)
+        yield StartWorkers(engine, plane, shared_directory)
 
 
-async def test_ten_sessions_run_without_privileges_under_an_init_process(workers: Workers) -> None:
-    items = workers.plane.enqueue(count=10, metadata={"do": "look"})
-    worker = await workers.start("handlers", "--drain")
-    assert await worker.ends() == 0
+async def test_ten_sessions_run_without_privileges_under_an_init_process(
+    start_workers: StartWorkers,
+) -> None:
+    items = start_workers.plane.enqueue(count=10, metadata={"do": "look"})
+    worker = await start_workers.start_worker("handlers", "--drain")
+    assert await worker.wait_for_end() == 0
     for item in items:
-        found = workers.plane.operations.get(workers.plane.environments[0], item.id)
+        found = start_workers.plane.operations.get(start_workers.plane.environments[0], item.id)
         assert found.state == "stopped"
         assert found.metadata["user"] == "10001"
         assert found.metadata["written"] == "Read-only file system"
         assert found.metadata["first"] == "tini"
 
 
-async def test_sigterm_during_start_ends_the_container_with_0(workers: Workers) -> None:
-    [item] = workers.plane.enqueue(metadata={"do": "look"})
-    worker = await workers.start("handlers", BLOCKED="1")
-    await worker.logs("importing handlers")
-    await worker.signal("TERM")
-    (workers.folder / "go").touch()
-    assert await worker.ends() == 0
+async def test_sigterm_during_start_ends_the_container_with_0(start_workers: StartWorkers) -> None:
+    [item] = start_workers.plane.enqueue(metadata={"do": "look"})
+    worker = await start_workers.start_worker("handlers", BLOCKED="1")
+    await worker.wait_for_log("importing handlers")
+    await worker.send_signal("TERM")
+    (start_workers.folder / "go").touch()
+    assert await worker.wait_for_end() == 0
     assert "drained result=clean" in worker.err
-    assert workers.kinds(item) == ["created"]
+    assert start_workers.record_kinds(item) == ["created"]
 
 
-async def test_sigterm_with_work_finishes_one_session_and_gives_the_other_back(
-    workers: Workers,
+async def test_sigterm_with_work_finishes_one_session_and_releases_the_other(
+    start_workers: StartWorkers,
 ) -> None:
-    [waiting] = workers.plane.enqueue(metadata={"do": "wait"})
-    [lingering] = workers.plane.enqueue(metadata={"do": "linger"})
-    worker = await workers.start("handlers", "--drain-timeout", "2")
-    await worker.logs("wait runs")
-    await worker.logs("linger runs")
-    await worker.signal("TERM")
-    assert await worker.ends() == 0
+    [waiting] = start_workers.plane.enqueue(metadata={"do": "wait"})
+    [lingering] = start_workers.plane.enqueue(metadata={"do": "linger"})
+    worker = await start_workers.start_worker("handlers", "--drain-timeout", "2")
+    await worker.wait_for_log("wait runs")
+    await worker.wait_for_log("linger runs")
+    await worker.send_signal("TERM")
+    assert await worker.wait_for_end() == 0
     assert "drained result=deadline" in worker.err
-    assert workers.kinds(waiting)[-1] == "stopped"
-    found = workers.plane.operations.get(workers.plane.environments[0], lingering.id)
+    assert start_workers.record_kinds(waiting)[-1] == "stopped"
+    found = start_workers.plane.operations.get(start_workers.plane.environments[0], lingering.id)
     assert "workpool.released" in found.metadata
     assert found.state != "stopped"

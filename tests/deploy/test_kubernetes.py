@@ -41,21 +41,21 @@ KUBECTL = (1, 22)
 Manifest = dict[str, Any]
 
 
-def manifests(text: str) -> list[Manifest]:
+def parse_manifests(text: str) -> list[Manifest]:
     return [each for each in yaml.safe_load_all(text) if each is not None]
 
 
-def files() -> list[Manifest]:
+def manifests_in_files() -> list[Manifest]:
     """Return all manifests of the YAML files."""
     paths = [
         path
         for path in sorted(KUBERNETES.rglob("*.yaml"))
         if path.name not in {"kustomization.yaml", "namereference.yaml"}
     ]
-    return [each for path in paths for each in manifests(path.read_text())]
+    return [each for path in paths for each in parse_manifests(path.read_text())]
 
 
-def of_kind(found: list[Manifest], kind: str) -> Manifest:
+def manifest_of_kind(found: list[Manifest], kind: str) -> Manifest:
     """Return the only manifest of a kind; of several, that of the workers."""
     ones = [each for each in found if each["kind"] == kind]
     if len(ones) > 1:
@@ -64,21 +64,21 @@ def of_kind(found: list[Manifest], kind: str) -> Manifest:
     return one
 
 
-def in_file(path: str) -> Manifest:
+def manifest_in_file(path: str) -> Manifest:
     """Return the only manifest of a file."""
-    [one] = manifests((KUBERNETES / path).read_text())
+    [one] = parse_manifests((KUBERNETES / path).read_text())
     return one
 
 
-def pod_of(manifest: Manifest) -> Manifest:
+def pod_spec(manifest: Manifest) -> Manifest:
     """Return the spec of the pod template of a Deployment or a ScaledJob."""
     spec = manifest["spec"]
     pod: Manifest = spec.get("jobTargetRef", spec)["template"]["spec"]
     return pod
 
 
-def container_of(manifest: Manifest) -> Manifest:
-    [container] = pod_of(manifest)["containers"]
+def worker_container(manifest: Manifest) -> Manifest:
+    [container] = pod_spec(manifest)["containers"]
     return dict(container)
 
 
@@ -94,7 +94,7 @@ def kubectl() -> str:
     return program
 
 
-def render(kubectl: str, folder: Path) -> list[Manifest]:
+def render_overlay(kubectl: str, folder: Path) -> list[Manifest]:
     done = subprocess.run(  # noqa: S603 - our own words
         [kubectl, "kustomize", str(folder)],
         capture_output=True,
@@ -104,12 +104,12 @@ def render(kubectl: str, folder: Path) -> list[Manifest]:
     )
     assert done.returncode == 0, done.stderr
     assert "Warning" not in done.stderr
-    return manifests(done.stdout)
+    return parse_manifests(done.stdout)
 
 
 def with_deletion_cost(overlay: str, folder: Path) -> Path:
     """Write an overlay as plugins/kubernetes/README.md says, and return its directory."""
-    checkout = os.path.relpath(KUBERNETES, folder)  # Kustomize wants relative paths
+    checkout = os.path.relpath(KUBERNETES, folder)  # Kustomize accepts relative paths only.
     kustomization = {
         "resources": [f"{checkout}/{overlay}"],
         "components": [f"{checkout}/components/deletion-cost"],
@@ -119,12 +119,12 @@ def with_deletion_cost(overlay: str, folder: Path) -> Path:
 
 
 @pytest.fixture(params=OVERLAYS)
-def rendered(kubectl: str, request: pytest.FixtureRequest) -> list[Manifest]:
+def rendered_overlay(kubectl: str, request: pytest.FixtureRequest) -> list[Manifest]:
     """Return the manifests of one overlay."""
-    return render(kubectl, KUBERNETES / request.param)
+    return render_overlay(kubectl, KUBERNETES / request.param)
 
 
-def natives(found: list[Manifest]) -> Iterator[Manifest]:
+def builtin_manifests(found: list[Manifest]) -> Iterator[Manifest]:
     """Return the manifests of Kubernetes itself, and the job of a ScaledJob as one of them."""
     for each in found:
         if each["kind"] == "ScaledJob":
@@ -138,43 +138,43 @@ def schema_of(manifest: Manifest) -> Path:
     return SCHEMAS / f"{manifest['kind'].lower()}.json"
 
 
-def check_custom(manifest: Manifest) -> None:
+def check_custom_resource(manifest: Manifest) -> None:
     schema = json.loads(schema_of(manifest).read_text())
     jsonschema.Draft202012Validator.check_schema(schema)
     jsonschema.validate(manifest, schema)
 
 
-def check_native(manifest: Manifest, version: str = VERSIONS[-1]) -> None:
+def check_builtin_resource(manifest: Manifest, version: str = VERSIONS[-1]) -> None:
     kubernetes_validate.validate(manifest, version, strict=True)
 
 
 @pytest.mark.parametrize("version", VERSIONS)
-def test_manifests_of_an_overlay_are_valid_for_kubernetes(
-    rendered: list[Manifest], version: str
+def test_overlay_manifests_are_valid_for_kubernetes(
+    rendered_overlay: list[Manifest], version: str
 ) -> None:
-    for each in natives(rendered):
-        check_native(each, version)
+    for each in builtin_manifests(rendered_overlay):
+        check_builtin_resource(each, version)
 
 
 @pytest.mark.parametrize("version", VERSIONS)
 def test_manifests_in_files_are_valid_for_kubernetes(version: str) -> None:
     """The check also runs on a machine without kubectl."""
-    for each in natives(files()):
-        check_native(each, version)
+    for each in builtin_manifests(manifests_in_files()):
+        check_builtin_resource(each, version)
 
 
 def test_custom_resources_have_known_fields_only() -> None:
-    custom = [each for each in files() if schema_of(each).exists()]
+    custom = [each for each in manifests_in_files() if schema_of(each).exists()]
     assert {each["kind"] for each in custom} == {"PodMonitor", "ScaledJob", "ScaledObject"}
     for each in custom:
-        check_custom(each)
+        check_custom_resource(each)
 
 
-def test_unknown_field_of_a_manifest_is_found() -> None:
-    for each in files():
+def test_unknown_field_of_a_manifest_is_reported() -> None:
+    for each in manifests_in_files():
         wrong = copy.deepcopy(each)
         wrong.get("spec", wrong)["limitOfReplicas"] = 1
-        check = check_custom if schema_of(wrong).exists() else check_native
+        check = check_custom_resource if schema_of(wrong).exists() else check_builtin_resource
         with pytest.raises(jsonschema.ValidationError):
             check(wrong)
 
@@ -191,17 +191,17 @@ def test_kustomization_lists_every_file_of_its_folder() -> None:
             assert (path.parent / name / "kustomization.yaml").is_file(), name
 
 
-def test_names_in_an_overlay_resolve_within_it(rendered: list[Manifest]) -> None:
+def test_names_in_an_overlay_resolve_within_it(rendered_overlay: list[Manifest]) -> None:
     """All secrets are created by the operator, with this credential only."""
-    names = {(each["kind"], each["metadata"]["name"]) for each in rendered}
-    for each in rendered:
+    names = {(each["kind"], each["metadata"]["name"]) for each in rendered_overlay}
+    for each in rendered_overlay:
         if each["kind"] in {"Deployment", "ScaledJob"}:
-            pod = pod_of(each)
+            pod = pod_spec(each)
             assert ("ServiceAccount", pod["serviceAccountName"]) in names
             volumes = {volume["name"]: volume for volume in pod["volumes"]}
             assert ("ConfigMap", volumes["settings"]["configMap"]["name"]) in names
             assert volumes["token"]["secret"]["secretName"] == "workpool-token"
-            mounted = {mount["name"] for mount in container_of(each)["volumeMounts"]}
+            mounted = {mount["name"] for mount in worker_container(each)["volumeMounts"]}
             assert mounted == set(volumes)
         if each["kind"] in {"ScaledObject", "HorizontalPodAutoscaler"}:
             assert ("Deployment", each["spec"]["scaleTargetRef"]["name"]) in names
@@ -210,14 +210,14 @@ def test_names_in_an_overlay_resolve_within_it(rendered: list[Manifest]) -> None
                 assert ("TriggerAuthentication", trigger["authenticationRef"]["name"]) in names
 
 
-def test_selectors_of_an_overlay_match_its_pods(rendered: list[Manifest]) -> None:
+def test_selectors_of_an_overlay_match_its_pods(rendered_overlay: list[Manifest]) -> None:
     pods = {
         each["metadata"]["name"]: each["spec"].get("jobTargetRef", each["spec"])["template"]
-        for each in rendered
+        for each in rendered_overlay
         if each["kind"] in {"Deployment", "ScaledJob"}
     }
     seen = set()
-    for each in rendered:
+    for each in rendered_overlay:
         if each["kind"] in {"NetworkPolicy", "PodDisruptionBudget", "PodMonitor", "Deployment"}:
             selector = each["spec"].get("podSelector", each["spec"].get("selector"))["matchLabels"]
         elif each["kind"] == "Service":
@@ -230,28 +230,29 @@ def test_selectors_of_an_overlay_match_its_pods(rendered: list[Manifest]) -> Non
     assert seen == set(pods)
 
 
-def test_example_of_the_page_sets_image_settings_and_namespace(
-    kubectl: str, tmp_path: Path
-) -> None:
+def test_documented_example_sets_image_settings_and_namespace(kubectl: str, tmp_path: Path) -> None:
     page = (ROOT / "workpool/docs/operating.md").read_text()
     [example] = re.findall(r"```yaml\n(# kustomization.yaml\n.*?)```", page, re.DOTALL)
-    checkout = os.path.relpath(ROOT, tmp_path)  # Kustomize wants relative paths
+    checkout = os.path.relpath(ROOT, tmp_path)  # Kustomize accepts relative paths only.
     (tmp_path / "kustomization.yaml").write_text(example.replace("PATH/TO", checkout))
     (tmp_path / "workpool.toml").write_text('[workpool]\nplugins = ["reports"]\n')
-    found = render(kubectl, tmp_path)
-    assert container_of(of_kind(found, "Deployment"))["image"] == "registry.example/reports:3"
-    assert "reports" in of_kind(found, "ConfigMap")["data"]["workpool.toml"]
+    found = render_overlay(kubectl, tmp_path)
+    assert (
+        worker_container(manifest_of_kind(found, "Deployment"))["image"]
+        == "registry.example/reports:3"
+    )
+    assert "reports" in manifest_of_kind(found, "ConfigMap")["data"]["workpool.toml"]
     assert {each["metadata"]["namespace"] for each in found} == {"workers"}
-    for each in natives(found):
-        check_native(each)
+    for each in builtin_manifests(found):
+        check_builtin_resource(each)
 
 
 @pytest.mark.parametrize("overlay", AUTOSCALED)
 def test_autoscaled_deployment_leaves_the_number_of_pods_to_the_autoscaler(
     kubectl: str, overlay: str
 ) -> None:
-    found = render(kubectl, KUBERNETES / overlay)
-    assert "replicas" not in of_kind(found, "Deployment")["spec"]
+    found = render_overlay(kubectl, KUBERNETES / overlay)
+    assert "replicas" not in manifest_of_kind(found, "Deployment")["spec"]
     for each in found:
         if each["kind"] == "Deployment" and each["metadata"]["name"] != "workpool":
             assert each["spec"]["replicas"] == 1
@@ -260,44 +261,44 @@ def test_autoscaled_deployment_leaves_the_number_of_pods_to_the_autoscaler(
 def test_deletion_cost_component_gives_pods_a_token_a_name_and_the_role(
     kubectl: str, tmp_path: Path
 ) -> None:
-    found = render(kubectl, with_deletion_cost("overlays/autoscaled", tmp_path))
-    for each in natives(found):
-        check_native(each)
-    deployment = of_kind(found, "Deployment")
-    assert pod_of(deployment)["automountServiceAccountToken"] is True
-    variables = {each["name"]: each for each in container_of(deployment)["env"]}
+    found = render_overlay(kubectl, with_deletion_cost("overlays/autoscaled", tmp_path))
+    for each in builtin_manifests(found):
+        check_builtin_resource(each)
+    deployment = manifest_of_kind(found, "Deployment")
+    assert pod_spec(deployment)["automountServiceAccountToken"] is True
+    variables = {each["name"]: each for each in worker_container(deployment)["env"]}
     assert variables["POD_NAME"]["valueFrom"]["fieldRef"]["fieldPath"] == "metadata.name"
     assert "WORKPOOL_CONFIG" in variables
-    binding = of_kind(found, "RoleBinding")
-    assert binding["roleRef"]["name"] == of_kind(found, "Role")["metadata"]["name"]
+    binding = manifest_of_kind(found, "RoleBinding")
+    assert binding["roleRef"]["name"] == manifest_of_kind(found, "Role")["metadata"]["name"]
     assert [each["name"] for each in binding["subjects"]] == [
-        pod_of(deployment)["serviceAccountName"]
+        pod_spec(deployment)["serviceAccountName"]
     ]
 
 
 def test_role_of_the_deletion_cost_may_only_patch_pods() -> None:
     readme = (ROOT / "plugins/kubernetes/README.md").read_text()
     [example] = re.findall(r"```yaml\n(apiVersion: rbac.*?)```", readme, re.DOTALL)
-    assert yaml.safe_load(example) == of_kind(files(), "Role")
-    assert of_kind(files(), "Role")["rules"] == [
+    assert yaml.safe_load(example) == manifest_of_kind(manifests_in_files(), "Role")
+    assert manifest_of_kind(manifests_in_files(), "Role")["rules"] == [
         {"apiGroups": [""], "resources": ["pods"], "verbs": ["patch"]}
     ]
 
 
 def test_policy_of_the_deletion_cost_is_for_the_service_account_of_the_workers() -> None:
-    policy = of_kind(files(), "ValidatingAdmissionPolicy")
-    account = pod_of(of_kind(files(), "Deployment"))["serviceAccountName"]
+    policy = manifest_of_kind(manifests_in_files(), "ValidatingAdmissionPolicy")
+    account = pod_spec(manifest_of_kind(manifests_in_files(), "Deployment"))["serviceAccountName"]
     [condition] = policy["spec"]["matchConditions"]
     assert condition["expression"].endswith(f"':{account}'")
-    binding = of_kind(files(), "ValidatingAdmissionPolicyBinding")
+    binding = manifest_of_kind(manifests_in_files(), "ValidatingAdmissionPolicyBinding")
     assert binding["spec"]["policyName"] == policy["metadata"]["name"]
 
 
-# Values that follow from the settings.
+# Values of the manifests that follow from the settings.
 
 
 @pytest.fixture
-def settings(tmp_path: Path) -> Settings:
+def worker_settings(tmp_path: Path) -> Settings:
     """The settings of the manifests, with a token that exists."""
     text = (KUBERNETES / "common/workpool.toml").read_text()
     (tmp_path / "token").write_text("a token")
@@ -310,47 +311,55 @@ WORKERS = pytest.mark.parametrize("kind", ["Deployment", "ScaledJob"])
 
 
 @WORKERS
-def test_grace_period_of_a_pod_fits_the_drain(settings: Settings, kind: str) -> None:
-    assert settings.drain_timeout is not None
-    grace = pod_of(of_kind(files(), kind))["terminationGracePeriodSeconds"]
-    assert grace >= settings.drain_timeout + 30
+def test_grace_period_of_a_pod_fits_the_drain(worker_settings: Settings, kind: str) -> None:
+    assert worker_settings.drain_timeout is not None
+    grace = pod_spec(manifest_of_kind(manifests_in_files(), kind))["terminationGracePeriodSeconds"]
+    assert grace >= worker_settings.drain_timeout + 30
 
 
 @WORKERS
-def test_frozen_process_is_killed_before_its_leases_lapse(settings: Settings, kind: str) -> None:
-    probe = container_of(of_kind(files(), kind))["livenessProbe"]
+def test_frozen_process_is_killed_before_its_leases_lapse(
+    worker_settings: Settings, kind: str
+) -> None:
+    probe = worker_container(manifest_of_kind(manifests_in_files(), kind))["livenessProbe"]
     failing = probe["failureThreshold"] * probe["periodSeconds"] + probe["timeoutSeconds"]
-    left = settings.lease_ttl - settings.lease_ttl / RENEW_PART - lease_margin(settings.lease_ttl)
+    left = (
+        worker_settings.lease_ttl
+        - worker_settings.lease_ttl / RENEW_PART
+        - lease_margin(worker_settings.lease_ttl)
+    )
     assert failing + probe["terminationGracePeriodSeconds"] < left
 
 
 @WORKERS
 def test_start_of_plugins_may_take_ten_minutes(kind: str) -> None:
     """The liveness probe begins after the startup probe, so it can be strict."""
-    probe = container_of(of_kind(files(), kind))["startupProbe"]
+    probe = worker_container(manifest_of_kind(manifests_in_files(), kind))["startupProbe"]
     assert probe["failureThreshold"] * probe["periodSeconds"] >= 600
 
 
 @WORKERS
-def test_probes_and_scrapes_reach_the_port_of_the_settings(settings: Settings, kind: str) -> None:
-    address = settings.metrics_address
+def test_probes_and_scrapes_use_the_port_of_the_settings(
+    worker_settings: Settings, kind: str
+) -> None:
+    address = worker_settings.metrics_address
     assert address is not None
     assert not address.host  # the default is loopback, which no probe reaches
-    container = container_of(of_kind(files(), kind))
+    container = worker_container(manifest_of_kind(manifests_in_files(), kind))
     [port] = container["ports"]
     assert port["containerPort"] == address.port
     paths = {"startupProbe": "/healthz", "livenessProbe": "/healthz", "readinessProbe": "/readyz"}
     for name, path in paths.items():
         assert container[name]["httpGet"] == {"path": path, "port": port["name"]}
-    [endpoint] = of_kind(files(), "PodMonitor")["spec"]["podMetricsEndpoints"]
+    [endpoint] = manifest_of_kind(manifests_in_files(), "PodMonitor")["spec"]["podMetricsEndpoints"]
     assert endpoint["port"] == port["name"]
-    [ingress] = of_kind(files(), "NetworkPolicy")["spec"]["ingress"]
+    [ingress] = manifest_of_kind(manifests_in_files(), "NetworkPolicy")["spec"]["ingress"]
     assert ingress["ports"] == [{"port": port["name"]}]
 
 
 @WORKERS
 def test_variables_of_a_container_are_settings_without_secrets(kind: str) -> None:
-    for variable in container_of(of_kind(files(), kind))["env"]:
+    for variable in worker_container(manifest_of_kind(manifests_in_files(), kind))["env"]:
         name = variable["name"].removeprefix("WORKPOOL_").lower()
         assert name in {*(each.name for each in fields(Settings)), "config"}
         assert "secretKeyRef" not in variable.get("valueFrom", {})
@@ -360,13 +369,16 @@ def test_credential_of_the_settings_is_the_mounted_file() -> None:
     path = Path(
         tomllib.loads((KUBERNETES / "common/workpool.toml").read_text())["workpool"]["token_file"]
     )
-    mounts = container_of(of_kind(files(), "Deployment"))["volumeMounts"]
+    mounts = worker_container(manifest_of_kind(manifests_in_files(), "Deployment"))["volumeMounts"]
     [mount] = [each for each in mounts if each["name"] == "token"]
     assert str(path.parent) == mount["mountPath"]
 
 
 def test_pods_of_jobs_differ_from_those_of_the_deployment_in_their_limits_only() -> None:
-    deployment, job = (pod_of(of_kind(files(), kind)) for kind in ("Deployment", "ScaledJob"))
+    deployment, job = (
+        pod_spec(manifest_of_kind(manifests_in_files(), kind))
+        for kind in ("Deployment", "ScaledJob")
+    )
     assert job.pop("restartPolicy") == "Never"
     [worker], [once] = deployment["containers"], job["containers"]
     more = {each["name"]: each["value"] for each in once["env"] if each not in worker["env"]}
@@ -379,22 +391,25 @@ def test_pods_of_jobs_differ_from_those_of_the_deployment_in_their_limits_only()
     assert job == deployment
 
 
-def test_targets_of_the_autoscalers_are_the_slots_of_a_worker(settings: Settings) -> None:
-    [trigger] = in_file("overlays/autoscaled/scaledobject.yaml")["spec"]["triggers"]
-    assert float(trigger["metadata"]["threshold"]) == settings.concurrency
-    [metric] = of_kind(files(), "HorizontalPodAutoscaler")["spec"]["metrics"]
+def test_targets_of_the_autoscalers_are_the_slots_of_a_worker(worker_settings: Settings) -> None:
+    [trigger] = manifest_in_file("overlays/autoscaled/scaledobject.yaml")["spec"]["triggers"]
+    assert float(trigger["metadata"]["threshold"]) == worker_settings.concurrency
+    [metric] = manifest_of_kind(manifests_in_files(), "HorizontalPodAutoscaler")["spec"]["metrics"]
     target = metric["external"]["target"]
-    assert (target["type"], target["averageValue"]) == ("AverageValue", str(settings.concurrency))
+    assert (target["type"], target["averageValue"]) == (
+        "AverageValue",
+        str(worker_settings.concurrency),
+    )
 
 
-def query_of_keda() -> str:
-    [trigger] = in_file("overlays/autoscaled/scaledobject.yaml")["spec"]["triggers"]
+def keda_query() -> str:
+    [trigger] = manifest_in_file("overlays/autoscaled/scaledobject.yaml")["spec"]["triggers"]
     query: str = trigger["metadata"]["query"]
     return query
 
 
-def test_queries_of_the_autoscalers_are_equal_and_name_metrics_of_the_worker() -> None:
-    query = query_of_keda()
+def test_queries_of_both_autoscalers_are_equal_and_name_metrics_of_the_worker() -> None:
+    query = keda_query()
     names = set(re.findall(r"workpool_(\w+)", query))
     assert names == {"slots", "remote_queue_items", "remote_stats_timestamp_seconds"}
     assert names <= {each.name for each in DEFINITIONS}
@@ -403,7 +418,7 @@ def test_queries_of_the_autoscalers_are_equal_and_name_metrics_of_the_worker() -
     [rule] = yaml.safe_load(example)["externalRules"]
     adapted = rule["metricsQuery"].replace("<<.LabelMatchers>>", 'environment_id="env_CHANGE_ME"')
     assert adapted.split() == query.split()
-    [metric] = of_kind(files(), "HorizontalPodAutoscaler")["spec"]["metrics"]
+    [metric] = manifest_of_kind(manifests_in_files(), "HorizontalPodAutoscaler")["spec"]["metrics"]
     assert rule["name"]["as"] == metric["external"]["metric"]["name"]
 
 
@@ -434,7 +449,7 @@ def test_query_counts_the_queue_once_whatever_the_number_of_workers(tmp_path: Pa
                 "promql_expr_test": [
                     {
                         "eval_time": "4m",
-                        "expr": query_of_keda(),
+                        "expr": keda_query(),
                         "exp_samples": [{"labels": "{}", "value": 3 * 2 + 5 + 1}],
                     }
                 ],
@@ -457,10 +472,10 @@ def test_query_counts_the_queue_once_whatever_the_number_of_workers(tmp_path: Pa
     "path",
     ["overlays/autoscaled-by-api/scaledobject.yaml", "overlays/job-per-session/scaledjob.yaml"],
 )
-def test_triggers_read_a_number_of_the_scale_service(path: str) -> None:
-    [trigger] = in_file(path)["spec"]["triggers"]
+def test_keda_trigger_reads_a_number_of_the_scale_service(path: str) -> None:
+    [trigger] = manifest_in_file(path)["spec"]["triggers"]
     url = URL(trigger["metadata"]["url"])
-    service = of_kind(files(), "Service")
+    service = manifest_of_kind(manifests_in_files(), "Service")
     [port] = service["spec"]["ports"]
     assert url.host is not None
     assert url.host.split(".")[0] == service["metadata"]["name"]
@@ -470,22 +485,22 @@ def test_triggers_read_a_number_of_the_scale_service(path: str) -> None:
 
 
 def test_scale_process_listens_where_service_and_probes_ask() -> None:
-    container = container_of(in_file("scale/deployment.yaml"))
+    container = worker_container(manifest_in_file("scale/deployment.yaml"))
     command, flag, address = container["args"]
     assert (command, flag) == ("scale", "--metrics-listen")
     [port] = container["ports"]
     listen = parse_listen(address)
     assert listen is not None
     assert (listen.host, listen.port) == (None, port["containerPort"])
-    [served] = of_kind(files(), "Service")["spec"]["ports"]
+    [served] = manifest_of_kind(manifests_in_files(), "Service")["spec"]["ports"]
     assert served["targetPort"] == port["name"]
     for name, path in {"livenessProbe": "/healthz", "readinessProbe": "/readyz"}.items():
         assert container[name]["httpGet"] == {"path": path, "port": port["name"]}
 
 
-def test_lists_of_jobs_count_running_items_as_their_strategy_wants() -> None:
+def test_keda_job_lists_count_running_items_as_their_strategy_requires() -> None:
     """The strategy `default` subtracts running jobs, so running items must be in the number."""
-    spec = of_kind(files(), "ScaledJob")["spec"]
+    spec = manifest_of_kind(manifests_in_files(), "ScaledJob")["spec"]
     [trigger] = spec["triggers"]
     assert spec["scalingStrategy"] == {"strategy": "default"}
     assert trigger["metadata"]["valueLocation"] == "unfinished"
@@ -493,16 +508,16 @@ def test_lists_of_jobs_count_running_items_as_their_strategy_wants() -> None:
 
 
 @pytest.mark.parametrize("overlay", ["autoscaled", "autoscaled-by-api"])
-def test_autoscaler_without_numbers_leaves_the_number_of_pods(overlay: str) -> None:
-    spec = in_file(f"overlays/{overlay}/scaledobject.yaml")["spec"]
+def test_autoscaler_without_numbers_keeps_the_number_of_pods(overlay: str) -> None:
+    spec = manifest_in_file(f"overlays/{overlay}/scaledobject.yaml")["spec"]
     assert spec["fallback"]["behavior"] == "currentReplicas"
 
 
-def test_trigger_authentication_of_the_page_is_valid_and_has_the_token_of_the_numbers() -> None:
+def test_documented_trigger_authentication_is_valid_and_has_the_token_of_serve() -> None:
     page = (ROOT / "workpool/docs/operating.md").read_text()
     [example] = re.findall(r"```yaml\n([^`]*?kind: TriggerAuthentication.*?)```", page, re.DOTALL)
-    authentication, trigger = manifests(example)
-    check_custom(authentication)
+    authentication, trigger = parse_manifests(example)
+    check_custom_resource(authentication)
     [target] = authentication["spec"]["secretTargetRef"]
     assert target["parameter"] == "token"
     [wanted] = trigger["triggers"]
@@ -513,6 +528,9 @@ def test_trigger_authentication_of_the_page_is_valid_and_has_the_token_of_the_nu
 
 
 def test_update_of_the_manifests_ends_no_job_and_no_worker_too_early() -> None:
-    job, deployment = of_kind(files(), "ScaledJob"), of_kind(files(), "Deployment")
+    job, deployment = (
+        manifest_of_kind(manifests_in_files(), "ScaledJob"),
+        manifest_of_kind(manifests_in_files(), "Deployment"),
+    )
     assert job["spec"]["rollout"]["strategy"] == "gradual"
     assert deployment["spec"]["strategy"]["rollingUpdate"]["maxUnavailable"] == 0

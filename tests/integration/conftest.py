@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 
 
 @pytest.fixture(autouse=True)
-async def nothing_left() -> AsyncIterator[None]:
+async def no_task_or_error_left() -> AsyncIterator[None]:
     """Check after each test that no task outlives its pool and that the loop logged no error."""
     problems: list[dict[str, Any]] = []
     loop = asyncio.get_running_loop()
@@ -62,7 +62,7 @@ class EndedItem:
     history: list[str]
 
     @property
-    def ops(self) -> list[str]:
+    def request_names(self) -> list[str]:
         return [request.op for request in self.sent]
 
     @property
@@ -78,57 +78,59 @@ class WaitForEnd(Protocol):
     def __call__(self, work_id: str) -> Awaitable[EndedItem]: ...
 
 
-class RunOne(Protocol):
+class RunOneItem(Protocol):
     def __call__(self, call: Callable[[Any], Any], **settings: Any) -> Awaitable[EndedItem]: ...
 
 
 @pytest.fixture
-def wait_end(plane: ControlPlane, faults: Faults, recorder: Recorder) -> WaitForEnd:
+def wait_for_end(control_plane: ControlPlane, faults: Faults, recorder: Recorder) -> WaitForEnd:
     """Return a function that waits for the end of an item's session and returns its `EndedItem`."""
 
-    async def final(work_id: str) -> EndedItem:
+    async def read_final_item(work_id: str) -> EndedItem:
         finished = await recorder.wait_for(
             SessionFinished, lambda event: event.session.item.id == work_id
         )
         return EndedItem(
-            item=plane.operations.get(plane.environments[0], work_id),
+            item=control_plane.operations.get(control_plane.environments[0], work_id),
             finished=finished,
             sent=faults.of(work_id=work_id),
-            history=[record.kind for record in plane.history.of(work_id)],
+            history=[record.kind for record in control_plane.history.of(work_id)],
         )
 
-    return final
+    return read_final_item
 
 
 @pytest.fixture
-def run_one(plane: ControlPlane, make_pool: MakePool, wait_end: WaitForEnd) -> RunOne:
+def run_one_item(
+    control_plane: ControlPlane, make_pool: MakePool, wait_for_end: WaitForEnd
+) -> RunOneItem:
     """Return a function that runs a pool with one handler until one item's session has ended."""
 
     async def run(call: Callable[[Any], Any], **settings: Any) -> EndedItem:
-        (item,) = plane.enqueue()
+        (item,) = control_plane.enqueue()
         marked = call if rule_of(call) else handler(call)
         async with make_pool(marked, **settings):
-            await wait_end(item.id)
-        return await wait_end(item.id)
+            await wait_for_end(item.id)
+        return await wait_for_end(item.id)
 
     return run
 
 
 @pytest.fixture
-def heartbeat_now(plane: ControlPlane, faults: Faults) -> Callable[[str], None]:
+def heartbeat_now(control_plane: ControlPlane, faults: Faults) -> Callable[[str], None]:
     """Return a function that makes the pool send a heartbeat at once.
 
     A poll returns a copy of the item.
     """
 
-    def nudge(work_id: str) -> None:
-        def copy() -> bytes:
-            item = plane.operations.get(plane.environments[0], work_id)
+    def request_heartbeat(work_id: str) -> None:
+        def copy_client() -> bytes:
+            item = control_plane.operations.get(control_plane.environments[0], work_id)
             return orjson.dumps(DIALECTS["qoder"].item(item))
 
-        faults.add(literal(copy), "poll", times=1)
+        faults.add(literal(copy_client), "poll", times=1)
 
-    return nudge
+    return request_heartbeat
 
 
 @pytest.fixture

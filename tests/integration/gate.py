@@ -1,4 +1,4 @@
-"""Two handlers for tests of a whole pool: one ends at once, one when the test lets it."""
+"""Two handlers for tests of a whole pool: one ends at once, the other when the test lets it."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from workpool import Session, handler
 
 
 @handler
-async def quick(_: Session) -> None:
+async def return_at_once(_: Session) -> None:
     pass
 
 
@@ -20,6 +20,6 @@ class Gate:
         self.interrupted: list[bool] = []
 
     @handler
-    async def wait(self, session: Session) -> None:
+    async def wait_until_open(self, session: Session) -> None:
         await self.may_end.wait()
         self.interrupted.append(session.draining or session.stopping)

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from tests.integration.gate import Gate, quick
+from tests.integration.gate import Gate, return_at_once
 from workpool import hookimpl
 from workpool.events import (
     ItemReceived,
@@ -30,7 +30,7 @@ SECONDS = 20.0
 """Maximum time of each wait."""
 
 
-class Disk:
+class RefusingPlugin:
     """A plugin that refuses claims while its reason is set, and counts the calls of its hook."""
 
     def __init__(self, reason: Any = None) -> None:
@@ -48,7 +48,7 @@ class Disk:
         # mypy cannot exclude an exception: the attribute is of any type
         return self.reason  # type: ignore[no-any-return]  # any value
 
-    async def is_asked(self, count: int) -> None:
+    async def wait_for_hook_calls(self, count: int) -> None:
         """Wait until the hook was called `count` more times."""
         until = self.asked + count
         async with asyncio.timeout(SECONDS):
@@ -58,7 +58,7 @@ class Disk:
 
 
 @pytest.fixture(autouse=True)
-def ask_often(monkeypatch: pytest.MonkeyPatch) -> None:
+def fast_refusal_checks(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(admission, "ASK_SECONDS", 0.02)
 
 
@@ -70,14 +70,14 @@ async def pollers_wait(supervisor: Supervisor) -> None:
             await asyncio.sleep(0.01)
 
 
-def state(plane: ControlPlane, item: Any) -> str:
+def pool_state(plane: ControlPlane, item: Any) -> str:
     return plane.operations.get(plane.environments[0], item.id).state
 
 
 async def test_paused_pool_claims_nothing_while_its_session_continues(
-    plane: ControlPlane, faults: Faults, make_pool: Any, recorder: Recorder
+    control_plane: ControlPlane, faults: Faults, make_pool: Any, recorder: Recorder
 ) -> None:
-    plane.enqueue()
+    control_plane.enqueue()
     gate = Gate()
     async with make_pool(gate, block_ms=20, pollers=2) as supervisor:
         await recorder.wait_for(SessionStarted)
@@ -86,12 +86,12 @@ async def test_paused_pool_claims_nothing_while_its_session_continues(
         (reason,) = supervisor.status().reasons
         assert reason == "paused: maintenance\\n of the \\x1b[31mdatabase"
         polls = len(faults.of("poll"))
-        (item,) = plane.enqueue()
+        (item,) = control_plane.enqueue()
         gate.may_end.set()
         await recorder.wait_for(SessionFinished)
         assert gate.interrupted == [False]
         assert len(faults.of("poll")) == polls
-        assert state(plane, item) == "queued"
+        assert pool_state(control_plane, item) == "queued"
         supervisor.resume()
         await recorder.wait_for(SessionFinished, count=2)
         assert supervisor.status().ready
@@ -99,10 +99,10 @@ async def test_paused_pool_claims_nothing_while_its_session_continues(
 
 
 async def test_pause_before_start_starts_pool_paused(
-    plane: ControlPlane, faults: Faults, make_pool: Any, recorder: Recorder
+    control_plane: ControlPlane, faults: Faults, make_pool: Any, recorder: Recorder
 ) -> None:
-    plane.enqueue()
-    supervisor = make_pool(quick)
+    control_plane.enqueue()
+    supervisor = make_pool(return_at_once)
     supervisor.pause("not yet")
     async with supervisor:
         await pollers_wait(supervisor)
@@ -114,10 +114,10 @@ async def test_pause_before_start_starts_pool_paused(
 
 
 async def test_pause_with_end_time_ends_by_itself(
-    plane: ControlPlane, make_pool: Any, recorder: Recorder
+    control_plane: ControlPlane, make_pool: Any, recorder: Recorder
 ) -> None:
-    plane.enqueue()
-    supervisor = make_pool(quick)
+    control_plane.enqueue()
+    supervisor = make_pool(return_at_once)
     supervisor.pause("long")
     supervisor.pause("short", until=datetime.now(UTC) + timedelta(seconds=0.2))
     async with supervisor:
@@ -127,38 +127,38 @@ async def test_pause_with_end_time_ends_by_itself(
 
 
 async def test_pause_of_pool_without_free_slot_ends_on_time(
-    plane: ControlPlane, make_pool: Any, recorder: Recorder
+    control_plane: ControlPlane, make_pool: Any, recorder: Recorder
 ) -> None:
-    plane.enqueue()
+    control_plane.enqueue()
     gate = Gate()
     async with make_pool(gate, concurrency=1) as supervisor:
         await recorder.wait_for(SessionStarted)
         supervisor.pause("past", until=datetime.now(UTC) - timedelta(seconds=1))
-        assert supervisor.status().ready  # no poller has looked at the end of the pause
+        assert supervisor.status().ready  # No poller has checked whether the pause has ended.
         gate.may_end.set()
 
 
 async def test_pause_with_past_end_time_has_no_effect(
-    plane: ControlPlane, make_pool: Any, recorder: Recorder
+    control_plane: ControlPlane, make_pool: Any, recorder: Recorder
 ) -> None:
-    plane.enqueue()
-    supervisor = make_pool(quick)
+    control_plane.enqueue()
+    supervisor = make_pool(return_at_once)
     supervisor.pause("past", until=datetime.now(UTC) - timedelta(days=1))
     async with supervisor:
         await recorder.wait_for(SessionFinished)
 
 
 async def test_pause_with_end_time_without_time_zone_raises(make_pool: Any) -> None:
-    supervisor = make_pool(quick)
+    supervisor = make_pool(return_at_once)
     with pytest.raises(ValueError, match="needs a time zone"):
         supervisor.pause("x", until=datetime(2030, 1, 1))  # noqa: DTZ001 - the mistake
     assert supervisor._admission.paused is None
 
 
 async def test_items_waiting_for_slot_are_forgotten_by_pause(
-    plane: ControlPlane, make_pool: Any, recorder: Recorder
+    control_plane: ControlPlane, make_pool: Any, recorder: Recorder
 ) -> None:
-    _, *waiting = plane.enqueue(3)
+    _, *waiting = control_plane.enqueue(3)
     gate = Gate()
     async with make_pool(gate, concurrency=1, prefetch=2) as supervisor:
         await recorder.wait_for(ItemReceived, count=3)
@@ -168,28 +168,28 @@ async def test_items_waiting_for_slot_are_forgotten_by_pause(
         gate.may_end.set()
         await recorder.wait_for(SessionFinished)
         assert gate.interrupted == [False]
-        assert [state(plane, item) for item in waiting] == ["queued", "queued"]
+        assert [pool_state(control_plane, item) for item in waiting] == ["queued", "queued"]
 
 
 async def test_item_delivered_during_pause_is_not_claimed(
-    plane: ControlPlane, faults: Faults, make_pool: Any, recorder: Recorder
+    control_plane: ControlPlane, faults: Faults, make_pool: Any, recorder: Recorder
 ) -> None:
     hold = Hold(applied=True)
     faults.add(hold, "poll", times=1)
-    (item,) = plane.enqueue()
-    async with make_pool(quick, block_ms=20) as supervisor:
+    (item,) = control_plane.enqueue()
+    async with make_pool(return_at_once, block_ms=20) as supervisor:
         await hold.reached()
         supervisor.pause("now")
         hold.release()
         await recorder.wait_for(PollFinished)
         await pollers_wait(supervisor)
-        assert state(plane, item) == "queued"
+        assert pool_state(control_plane, item) == "queued"
         assert not recorder.of(ItemReceived)
 
 
-async def test_paused_pool_drains_at_once(plane: ControlPlane, make_pool: Any) -> None:
-    plane.enqueue()
-    supervisor = make_pool(quick)
+async def test_paused_pool_drains_at_once(control_plane: ControlPlane, make_pool: Any) -> None:
+    control_plane.enqueue()
+    supervisor = make_pool(return_at_once)
     supervisor.pause("now")
     async with supervisor, asyncio.timeout(SECONDS):
         await pollers_wait(supervisor)
@@ -197,7 +197,7 @@ async def test_paused_pool_drains_at_once(plane: ControlPlane, make_pool: Any) -
 
 
 async def test_paused_pool_does_not_end_as_idle(make_pool: Any, recorder: Recorder) -> None:
-    async with make_pool(quick, block_ms=10, exit_after_idle=0.5) as supervisor:
+    async with make_pool(return_at_once, block_ms=10, exit_after_idle=0.5) as supervisor:
         await recorder.wait_for(PollFinished)
         supervisor.pause("now")
         await pollers_wait(supervisor)
@@ -210,20 +210,20 @@ async def test_paused_pool_does_not_end_as_idle(make_pool: Any, recorder: Record
 
 
 async def test_refusing_plugin_is_asked_again_before_each_poll(
-    plane: ControlPlane, faults: Faults, make_pool: Any, recorder: Recorder
+    control_plane: ControlPlane, faults: Faults, make_pool: Any, recorder: Recorder
 ) -> None:
-    plane.enqueue()
-    disk, gate = Disk(), Gate()
+    control_plane.enqueue()
+    disk, gate = RefusingPlugin(), Gate()
     async with make_pool(gate, disk, block_ms=20) as supervisor:
         await recorder.wait_for(SessionStarted)
         disk.reason = "disk full"
-        await disk.is_asked(2)
+        await disk.wait_for_hook_calls(2)
         await pollers_wait(supervisor)
-        assert supervisor.status().reasons == ("refused: Disk: disk full",)
+        assert supervisor.status().reasons == ("refused: RefusingPlugin: disk full",)
         assert supervisor._snapshot().paused == {"pause": 0, "plugin": 1, "limit": 0}
         polls = len(faults.of("poll"))
-        plane.enqueue()
-        await disk.is_asked(5)
+        control_plane.enqueue()
+        await disk.wait_for_hook_calls(5)
         assert len(faults.of("poll")) == polls
         gate.may_end.set()
         await recorder.wait_for(SessionFinished)
@@ -236,37 +236,37 @@ async def test_refusing_plugin_is_asked_again_before_each_poll(
 async def test_errors_of_an_admission_hook_are_logged_once_per_change_and_minute(
     make_pool: Any, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def logged() -> list[str]:
+    def logged_errors() -> list[str]:
         texts = [record.getMessage() for record in caplog.records]
         return [text.partition("RuntimeError")[2] for text in texts if "plugin failed" in text]
 
-    disk = Disk(RuntimeError("one"))
-    async with make_pool(quick, disk, pollers=2):
-        await disk.is_asked(10)
-        assert logged() == [": one"]
+    disk = RefusingPlugin(RuntimeError("one"))
+    async with make_pool(return_at_once, disk, pollers=2):
+        await disk.wait_for_hook_calls(10)
+        assert logged_errors() == [": one"]
         disk.reason = RuntimeError("two")
-        await disk.is_asked(5)
-        assert logged() == [": one"]  # one minute has not passed yet
+        await disk.wait_for_hook_calls(5)
+        assert logged_errors() == [": one"]  # one minute has not passed yet
         monkeypatch.setattr(registry, "REFUSAL_LOG_SECONDS", 0.0)
-        await disk.is_asked(5)
-        assert logged() == [": one", ": two"]
+        await disk.wait_for_hook_calls(5)
+        assert logged_errors() == [": one", ": two"]
         disk.reason = None
-        await disk.is_asked(1)
+        await disk.wait_for_hook_calls(1)
         disk.reason = RuntimeError("two")
-        await disk.is_asked(5)
-        assert logged() == [": one", ": two", ": two"]
+        await disk.wait_for_hook_calls(5)
+        assert logged_errors() == [": one", ": two", ": two"]
 
 
 @pytest.mark.parametrize("wrong", [RuntimeError("no such device"), 7])
 async def test_plugin_whose_admission_hook_fails_counts_as_refusing(
-    plane: ControlPlane, faults: Faults, make_pool: Any, recorder: Recorder, wrong: Any
+    control_plane: ControlPlane, faults: Faults, make_pool: Any, recorder: Recorder, wrong: Any
 ) -> None:
-    plane.enqueue()
-    disk = Disk(wrong)
-    async with make_pool(quick, disk) as supervisor:
-        await disk.is_asked(3)
+    control_plane.enqueue()
+    disk = RefusingPlugin(wrong)
+    async with make_pool(return_at_once, disk) as supervisor:
+        await disk.wait_for_hook_calls(3)
         assert not faults.of("poll")
-        assert "refused: Disk: workpool_admission failed" in supervisor.status().reasons
+        assert "refused: RefusingPlugin: workpool_admission failed" in supervisor.status().reasons
         disk.reason = None
         await recorder.wait_for(SessionFinished)
     assert {event.hook for event in recorder.of(PluginFailed)} == {"workpool_admission"}

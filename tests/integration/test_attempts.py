@@ -26,16 +26,16 @@ DRAINED = {"workpool.released": "the pool is draining"}
 
 
 @handler
-async def patient(_: Session) -> None:
+async def long_handler(_: Session) -> None:
     await asyncio.Event().wait()
 
 
 @handler
-async def prompt(_: Session) -> None:
+async def short_handler(_: Session) -> None:
     return None
 
 
-def ending(end: Callable[[], Any]) -> Any:
+def handler_ended_by_drain(end: Callable[[], Any]) -> Any:
     """Return a handler that waits for an interruption and then returns or raises as `end` does."""
 
     @handler
@@ -46,20 +46,20 @@ def ending(end: Callable[[], Any]) -> Any:
     return work
 
 
-def fail() -> None:
+def failing_handler() -> None:
     raise ValueError
 
 
-def only_at_first() -> Callable[[object], bool]:
+def for_a_moment() -> Callable[[object], bool]:
     """Return a predicate that is true for 0.3 s, longer than a short write is retried."""
     since: list[float] = []
 
-    def asked(_: object) -> bool:
+    def is_first_call_recent(_: object) -> bool:
         now = asyncio.get_running_loop().time()
         since.append(now)
         return now < since[0] + 0.3
 
-    return asked
+    return is_first_call_recent
 
 
 @dataclass
@@ -86,29 +86,29 @@ class ItemRuns:
         return [event.session.attempt for event in self.recorder.of(SessionStarted)]
 
     @property
-    def ends(self) -> list[str]:
+    def end_reasons(self) -> list[str]:
         return [event.outcome for event in self.recorder.of(SessionFinished)]
 
-    def write(self, **notes: str) -> None:
+    def write_metadata(self, **notes: str) -> None:
         patch = {f"workpool.{key}": value for key, value in notes.items()}
         self.plane.operations.update(self._environment, self.id, patch)
 
-    def lapse(self) -> None:
+    def expire_lease(self) -> None:
         expire_lease(self.plane, self.id)
 
-    def crash(self, work_id: str = "") -> None:
+    def run_and_crash(self, work_id: str = "") -> None:
         """Run an item and lose its lease, as a worker that is killed does."""
         operations, work_id = self.plane.operations, work_id or self.id
         operations.ack(self._environment, work_id, "another")
         operations.heartbeat(self._environment, work_id, "NO_HEARTBEAT", worker_id="another")
         expire_lease(self.plane, work_id)
 
-    async def run(self, plugin: object, **settings: Any) -> SessionFinished:
+    async def run_once(self, plugin: object, **settings: Any) -> SessionFinished:
         """Run a pool until the session has ended, then let the lease of a released item expire."""
-        before = len(self.ends)
+        before = len(self.end_reasons)
         async with self.make_pool(plugin, **settings):
             await self.recorder.wait_for(SessionFinished, count=before + 1)
-        self.lapse()
+        self.expire_lease()
         return self.recorder.of(SessionFinished)[-1]
 
     async def drain_during_session(
@@ -119,10 +119,10 @@ class ItemRuns:
             await self.recorder.wait_for(SessionStarted, count=len(self.attempts) + 1)
             await supervisor.drain(timeout=timeout)
         assert supervisor.abandoned == 0
-        self.lapse()
+        self.expire_lease()
 
     @asynccontextmanager
-    async def draining(self, plugin: object, **settings: Any) -> AsyncIterator[None]:
+    async def draining_pool(self, plugin: object, **settings: Any) -> AsyncIterator[None]:
         """Run the block while a pool drains; the drain began while the session of the item ran."""
         async with self.make_pool(plugin, **settings) as supervisor, asyncio.TaskGroup() as group:
             await self.recorder.wait_for(SessionStarted)
@@ -133,21 +133,23 @@ class ItemRuns:
 
 
 @pytest.fixture
-def item_runs(plane: ControlPlane, faults: Faults, recorder: Recorder, make_pool: Any) -> ItemRuns:
-    return ItemRuns(plane, faults, recorder, make_pool)
+def item_runs(
+    control_plane: ControlPlane, faults: Faults, recorder: Recorder, make_pool: Any
+) -> ItemRuns:
+    return ItemRuns(control_plane, faults, recorder, make_pool)
 
 
 @pytest.fixture
-def short_writes(monkeypatch: pytest.MonkeyPatch) -> None:
+def short_write_retries(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("workpool.pool.session_runner.ATTEMPT_SECONDS", 0.1)
     monkeypatch.setattr("workpool.pool.completion.MARK_TRY_SECONDS", 1.0)
 
 
-# -- what counts
+# -- which runs count as attempts
 
 
 async def test_attempt_of_new_item_is_one_without_extra_request(item_runs: ItemRuns) -> None:
-    await item_runs.run(prompt, max_attempts=1)
+    await item_runs.run_once(short_handler, max_attempts=1)
     assert item_runs.attempts == [1]
     assert [request.op for request in item_runs.faults.of(work_id=item_runs.id)] == [
         "ack",
@@ -157,8 +159,8 @@ async def test_attempt_of_new_item_is_one_without_extra_request(item_runs: ItemR
 
 
 async def test_attempt_after_crashed_run_is_counted(item_runs: ItemRuns) -> None:
-    item_runs.crash()
-    await item_runs.run(prompt)
+    item_runs.run_and_crash()
+    await item_runs.run_once(short_handler)
     assert item_runs.attempts == [2]
     assert item_runs.metadata == {"workpool.attempt": "2"}
 
@@ -167,46 +169,46 @@ async def test_session_drained_repeatedly_completes_within_max_attempts(
     item_runs: ItemRuns,
 ) -> None:
     for _ in range(3):
-        await item_runs.drain_during_session(patient, max_attempts=2)
-    assert (await item_runs.run(prompt, max_attempts=2)).outcome == "completed"
+        await item_runs.drain_during_session(long_handler, max_attempts=2)
+    assert (await item_runs.run_once(short_handler, max_attempts=2)).outcome == "completed"
     assert item_runs.attempts == [1, 1, 1, 1]
     assert item_runs.metadata == {}
 
 
 async def test_release_by_handler_is_not_counted_as_attempt(item_runs: ItemRuns) -> None:
     @handler
-    async def later(_: Session) -> None:
+    async def release_later(_: Session) -> None:
         raise Release("later")
 
     for _ in range(3):
-        assert (await item_runs.run(later, max_attempts=1)).outcome == "released"
-    assert (await item_runs.run(prompt, max_attempts=1)).outcome == "completed"
+        assert (await item_runs.run_once(release_later, max_attempts=1)).outcome == "released"
+    assert (await item_runs.run_once(short_handler, max_attempts=1)).outcome == "completed"
     assert item_runs.attempts == [1, 1, 1, 1]
     assert item_runs.metadata == {}
 
 
 async def test_crash_after_drained_run_counts_as_attempt(item_runs: ItemRuns) -> None:
-    await item_runs.drain_during_session(patient)
+    await item_runs.drain_during_session(long_handler)
     assert item_runs.metadata == DRAINED
     seen: list[dict[str, str]] = []
 
     @handler
     async def crash(_: Session) -> None:
         seen.append(item_runs.metadata)
-        item_runs.lapse()
+        item_runs.expire_lease()
         await asyncio.Event().wait()
 
-    assert (await item_runs.run(crash)).outcome == "lease_lost"
+    assert (await item_runs.run_once(crash)).outcome == "lease_lost"
     assert seen == [{}]  # the mark is deleted before the handler starts
-    await item_runs.run(prompt)
+    await item_runs.run_once(short_handler)
     assert item_runs.attempts == [1, 1, 2]
 
 
 async def test_drained_run_after_crash_keeps_attempt_number(item_runs: ItemRuns) -> None:
-    item_runs.crash()
-    await item_runs.drain_during_session(patient)
+    item_runs.run_and_crash()
+    await item_runs.drain_during_session(long_handler)
     assert item_runs.metadata == {"workpool.attempt": "2"} | DRAINED
-    await item_runs.run(prompt)
+    await item_runs.run_once(short_handler)
     assert item_runs.attempts == [2, 2]
     assert item_runs.metadata == {"workpool.attempt": "2"}
 
@@ -217,17 +219,17 @@ async def test_item_acknowledged_during_drain_is_not_counted_as_attempt(
     item_runs: ItemRuns, op: Any, number: int, *, crashed: bool
 ) -> None:
     if crashed:
-        item_runs.crash()
+        item_runs.run_and_crash()
     hold = Hold()
     item_runs.faults.add(hold, op, times=1)
-    async with item_runs.make_pool(patient) as supervisor, asyncio.TaskGroup() as group:
+    async with item_runs.make_pool(long_handler) as supervisor, asyncio.TaskGroup() as group:
         await hold.reached()
         group.create_task(supervisor.drain())
         await item_runs.recorder.wait_for(DrainStarted)
         hold.release()
     assert item_runs.attempts == []
-    item_runs.lapse()
-    await item_runs.run(prompt)
+    item_runs.expire_lease()
+    await item_runs.run_once(short_handler)
     assert item_runs.attempts == [number]
 
 
@@ -237,16 +239,16 @@ async def test_run_by_another_worker_while_item_waited_for_slot_counts_as_attemp
     may_end = asyncio.Event()
 
     @handler
-    async def work(_: Session) -> None:
+    async def record_attempt(_: Session) -> None:
         await may_end.wait()
 
     (second,) = item_runs.plane.enqueue()
-    async with item_runs.make_pool(work, concurrency=1, prefetch=1):
+    async with item_runs.make_pool(record_attempt, concurrency=1, prefetch=1):
         await item_runs.recorder.wait_for(ItemReceived, count=2)
         await item_runs.recorder.wait_for(SessionStarted)
         clock.advance(6)  # longer than the reclaim window
         item_runs.plane.operations.poll(item_runs.plane.environments[0], Poll("another"))
-        item_runs.crash(second.id)
+        item_runs.run_and_crash(second.id)
         may_end.set()
         await item_runs.recorder.wait_for(SessionFinished, count=2)
     assert item_runs.attempts == [1, 2]
@@ -256,12 +258,12 @@ async def test_run_by_another_worker_while_item_waited_for_slot_counts_as_attemp
     ]
 
 
-# -- the mark of a drain
+# -- the note of a drain in the metadata (mark)
 
 
-async def test_mark_is_written_as_soon_as_drain_is_requested(item_runs: ItemRuns) -> None:
+async def test_drain_mark_is_written_as_soon_as_drain_is_requested(item_runs: ItemRuns) -> None:
     """A process that is killed at the end of its grace period has already written the mark."""
-    async with item_runs.draining(patient):
+    async with item_runs.draining_pool(long_handler):
         await item_runs.faults.wait_for("update", answered=True)
         assert item_runs.metadata == DRAINED
         assert not item_runs.recorder.of(SessionFinished)
@@ -273,14 +275,14 @@ async def test_mark_is_written_as_soon_as_drain_is_requested(item_runs: ItemRuns
     [
         (lambda: None, "completed", {}),
         (lambda: {"rows": "7"}, "completed", {"rows": "7"}),
-        (fail, "failed", {"workpool.error": "ValueError"}),
+        (failing_handler, "failed", {"workpool.error": "ValueError"}),
     ],
     ids=["completes", "completes_with_result", "fails"],
 )
 async def test_session_that_ends_during_drain_leaves_no_mark(
     item_runs: ItemRuns, end: Any, outcome: str, metadata: Any
 ) -> None:
-    await item_runs.drain_during_session(ending(end), timeout=LONG)
+    await item_runs.drain_during_session(handler_ended_by_drain(end), timeout=LONG)
     assert item_runs.recorder.of(SessionFinished)[-1].outcome == outcome
     assert item_runs.metadata == metadata
     assert item_runs.faults.of("update")
@@ -291,7 +293,10 @@ async def test_session_that_fails_while_its_mark_is_written_leaves_no_mark(
 ) -> None:
     mark = Hold()
     item_runs.faults.add(mark, "update", times=1)
-    async with item_runs.make_pool(ending(fail)) as supervisor, asyncio.TaskGroup() as group:
+    async with (
+        item_runs.make_pool(handler_ended_by_drain(failing_handler)) as supervisor,
+        asyncio.TaskGroup() as group,
+    ):
         await item_runs.recorder.wait_for(SessionStarted)
         group.create_task(supervisor.drain(timeout=LONG))
         await mark.reached()
@@ -301,7 +306,7 @@ async def test_session_that_fails_while_its_mark_is_written_leaves_no_mark(
 
 async def test_drained_session_whose_mark_hangs_is_released_on_time(item_runs: ItemRuns) -> None:
     item_runs.faults.add(Hold(), "update")
-    async with item_runs.make_pool(patient) as supervisor:
+    async with item_runs.make_pool(long_handler) as supervisor:
         await item_runs.recorder.wait_for(SessionStarted)
         await supervisor.drain(timeout=0)
     assert supervisor.abandoned == 0
@@ -318,7 +323,7 @@ async def test_abandoned_session_is_marked_if_possible(
     cancelled, may_end = asyncio.Event(), asyncio.Event()
 
     @handler(timeout=0.05)
-    async def stubborn(_: Session) -> None:
+    async def stubborn_handler(_: Session) -> None:
         while not may_end.is_set():
             try:
                 await may_end.wait()
@@ -327,7 +332,7 @@ async def test_abandoned_session_is_marked_if_possible(
 
     if not written:
         item_runs.faults.add(Hold(), "update")
-    async with item_runs.make_pool(stubborn) as supervisor:
+    async with item_runs.make_pool(stubborn_handler) as supervisor:
         await cancelled.wait()
         async with asyncio.timeout(20):
             await supervisor.drain(timeout=0)
@@ -342,9 +347,9 @@ async def test_abandoned_session_is_marked_if_possible(
 async def test_attempt_whose_mark_could_not_be_written_is_counted(item_runs: ItemRuns) -> None:
     item_runs.faults.add(status(503), "update", where=lambda _: not recovered)
     recovered: list[bool] = []
-    await item_runs.drain_during_session(patient)
+    await item_runs.drain_during_session(long_handler)
     recovered.append(True)
-    await item_runs.run(prompt)
+    await item_runs.run_once(short_handler)
     assert item_runs.attempts == [1, 2]
 
 
@@ -352,11 +357,11 @@ async def test_release_by_handler_replaces_reason_written_by_drain(item_runs: It
     may_end = asyncio.Event()
 
     @handler
-    async def later(_: Session) -> None:
+    async def release_later(_: Session) -> None:
         await may_end.wait()
         raise Release("page 7")
 
-    async with item_runs.draining(later):
+    async with item_runs.draining_pool(release_later):
         await item_runs.faults.wait_for("update", answered=True)
         may_end.set()
         await item_runs.recorder.wait_for(SessionFinished)
@@ -365,11 +370,11 @@ async def test_release_by_handler_replaces_reason_written_by_drain(item_runs: It
 
 @pytest.mark.usefixtures("fast_heartbeats")
 async def test_session_stopped_by_operator_during_drain_leaves_no_mark(item_runs: ItemRuns) -> None:
-    async with item_runs.draining(patient, lease_ttl=10, stop_grace=0):
+    async with item_runs.draining_pool(long_handler, lease_ttl=10, stop_grace=0):
         await item_runs.faults.wait_for("update", answered=True)
         item_runs.plane.operations.stop(item_runs.plane.environments[0], item_runs.id)
         await item_runs.recorder.wait_for(SessionFinished)
-    assert item_runs.ends == ["stopped"]
+    assert item_runs.end_reasons == ["stopped"]
     assert item_runs.metadata == {}
 
 
@@ -380,26 +385,26 @@ async def test_completed_session_whose_mark_cannot_be_deleted_is_stopped(
     may_end = asyncio.Event()
 
     @handler
-    async def work(session: Session) -> None:
+    async def complete(session: Session) -> None:
         await session.interrupted()
         await may_end.wait()
 
     item_runs.faults.add(status(503), "update", skip=1)
     async with asyncio.TaskGroup() as group:
-        group.create_task(item_runs.drain_during_session(work, timeout=LONG))
+        group.create_task(item_runs.drain_during_session(complete, timeout=LONG))
         await item_runs.faults.wait_for("update", answered=True)
         may_end.set()
     assert item_runs.recorder.of(SessionFinished)[0].outcome == "completed"
     assert item_runs.metadata == DRAINED
 
 
-# -- the start of the next run
+# -- the number of the next run
 
 
 async def test_lost_answer_to_attempt_update_does_not_count_twice(item_runs: ItemRuns) -> None:
-    item_runs.crash()
+    item_runs.run_and_crash()
     item_runs.faults.add(lost(), "update", times=2)
-    await item_runs.run(prompt, request_timeout=0.2)
+    await item_runs.run_once(short_handler, request_timeout=0.2)
     assert item_runs.attempts == [2]
     assert item_runs.metadata == {"workpool.attempt": "2"}
 
@@ -409,42 +414,42 @@ async def test_lost_answer_to_attempt_update_does_not_count_twice(item_runs: Ite
     ids=["crashed", "released"],
 )  # fmt: skip
 @pytest.mark.parametrize("applied", [False, True])
-@pytest.mark.usefixtures("short_writes")
+@pytest.mark.usefixtures("short_write_retries")
 async def test_run_that_cannot_be_counted_is_released_with_its_number(
     item_runs: ItemRuns, notes: Any, number: int, *, applied: bool
 ) -> None:
-    item_runs.crash()
-    item_runs.write(**notes)
-    item_runs.faults.add(status(503, applied=applied), "update", where=only_at_first())
-    assert (await item_runs.run(patient)).outcome == "released"
+    item_runs.run_and_crash()
+    item_runs.write_metadata(**notes)
+    item_runs.faults.add(status(503, applied=applied), "update", where=for_a_moment())
+    assert (await item_runs.run_once(long_handler)).outcome == "released"
     assert item_runs.attempts == []
-    await item_runs.run(prompt)
+    await item_runs.run_once(short_handler)
     assert item_runs.attempts == [number]
 
 
-@pytest.mark.usefixtures("short_writes")
+@pytest.mark.usefixtures("short_write_retries")
 async def test_run_that_cannot_be_counted_keeps_its_mark(item_runs: ItemRuns) -> None:
-    item_runs.crash()
-    item_runs.write(released="earlier")
+    item_runs.run_and_crash()
+    item_runs.write_metadata(released="earlier")
     item_runs.faults.add(status(503), "update", where=lambda _: not recovered)
     recovered: list[bool] = []
-    assert (await item_runs.run(patient)).outcome == "released"
+    assert (await item_runs.run_once(long_handler)).outcome == "released"
     assert item_runs.metadata == {"workpool.released": "earlier"}
     recovered.append(True)
-    await item_runs.run(prompt)
+    await item_runs.run_once(short_handler)
     assert item_runs.attempts == [1]
 
 
 async def test_drain_mark_replaces_error_of_earlier_run(item_runs: ItemRuns) -> None:
     """A run that failed and could not be stopped has left its error note in the metadata."""
-    item_runs.crash()
-    item_runs.write(error="ValueError")
-    await item_runs.drain_during_session(patient)
+    item_runs.run_and_crash()
+    item_runs.write_metadata(error="ValueError")
+    await item_runs.drain_during_session(long_handler)
     assert item_runs.attempts == [2]
     assert item_runs.metadata == {"workpool.attempt": "2"} | DRAINED
 
 
-# -- the limit
+# -- max_attempts
 
 
 @pytest.mark.parametrize(
@@ -455,15 +460,17 @@ async def test_drain_mark_replaces_error_of_earlier_run(item_runs: ItemRuns) -> 
 async def test_item_lost_ten_times_fails_by_default(
     item_runs: ItemRuns, settings: Any, outcome: str
 ) -> None:
-    item_runs.crash()
-    item_runs.write(attempt="10")
-    finished = await item_runs.run(prompt, **settings)
+    item_runs.run_and_crash()
+    item_runs.write_metadata(attempt="10")
+    finished = await item_runs.run_once(short_handler, **settings)
     assert finished.outcome == outcome
     assert isinstance(finished.error, AttemptsExceeded) is (outcome == "failed")
 
 
-async def test_item_beyond_max_attempts_writes_no_attempt_to_metadata(item_runs: ItemRuns) -> None:
-    item_runs.crash()
-    item_runs.write(attempt="5", released="earlier")
-    assert (await item_runs.run(prompt, max_attempts=4)).outcome == "failed"
+async def test_item_beyond_max_attempts_is_failed_without_writing_its_attempt(
+    item_runs: ItemRuns,
+) -> None:
+    item_runs.run_and_crash()
+    item_runs.write_metadata(attempt="5", released="earlier")
+    assert (await item_runs.run_once(short_handler, max_attempts=4)).outcome == "failed"
     assert item_runs.metadata == {"workpool.attempt": "5", "workpool.error": "AttemptsExceeded"}

@@ -12,7 +12,7 @@ import pytest
 BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
 
 
-async def rows(
+async def printed_rows(
     script: str, *options: str, only: tuple[str, ...] = ("bare", "workpool")
 ) -> list[list[str]]:
     """Run a benchmark and return the cells of its table without header and rule."""
@@ -30,7 +30,7 @@ async def rows(
 @pytest.mark.trial
 @pytest.mark.timeout(120)
 async def test_throughput_benchmark_compares_pool_with_bare_loop() -> None:
-    bare, pool = await rows("throughput.py", "--items", "40", "--rounds", "2")
+    bare, pool = await printed_rows("throughput.py", "--items", "40", "--rounds", "2")
     assert bare[:2] == ["bare", "40"]
     assert pool[:2] == ["workpool", "40"]
     assert bare[3] == bare[5] == "1.00 ×"
@@ -41,7 +41,9 @@ async def test_throughput_benchmark_compares_pool_with_bare_loop() -> None:
 @pytest.mark.trial
 @pytest.mark.timeout(120)
 async def test_latency_benchmark_counts_every_item_of_both_contenders() -> None:
-    bare, pool = await rows("latency.py", "--items", "20", "--rounds", "1", "--gaps", "idle")
+    bare, pool = await printed_rows(
+        "latency.py", "--items", "20", "--rounds", "1", "--gaps", "idle"
+    )
     assert bare[:3] == ["idle", "bare", "20"]
     assert pool[:3] == ["idle", "workpool", "20"]
     for cells in (bare, pool):
@@ -52,7 +54,7 @@ async def test_latency_benchmark_counts_every_item_of_both_contenders() -> None:
 @pytest.mark.trial
 @pytest.mark.timeout(120)
 async def test_idle_benchmark_counts_requests_of_both_contenders() -> None:
-    found = await rows("idle.py", "--seconds", "1.5", "--settle", "0")
+    found = await printed_rows("idle.py", "--seconds", "1.5", "--settle", "0")
     assert [cells[0] for cells in found] == ["bare", "workpool"]
     for _, requests, cpu, memory in found:
         assert float(requests) > 0
@@ -63,9 +65,9 @@ async def test_idle_benchmark_counts_requests_of_both_contenders() -> None:
 @pytest.mark.trial
 @pytest.mark.timeout(120)
 @pytest.mark.parametrize("contender", ["bare", "workpool"])
-async def test_leases_benchmark_holds_all_leases(contender: str) -> None:
+async def test_leases_benchmark_keeps_every_lease(contender: str) -> None:
     options = ("--leases", "3", "--seconds", "0.2", "--settle", "0")
-    [cells] = await rows("leases.py", *options, only=(contender,))
+    [cells] = await printed_rows("leases.py", *options, only=(contender,))
     assert cells[:2] == [contender, "3"]
     assert cells[-1] == "0"  # number of lost leases
 
@@ -73,7 +75,7 @@ async def test_leases_benchmark_holds_all_leases(contender: str) -> None:
 @pytest.mark.trial
 @pytest.mark.timeout(120)
 async def test_drain_benchmark_abandons_no_session() -> None:
-    found = await rows("drain.py", "--sessions", "5", "10", "--rounds", "1", only=())
+    found = await printed_rows("drain.py", "--sessions", "5", "10", "--rounds", "1", only=())
     expected = [[end, number] for end in ("return", "release") for number in ("5", "10")]
     assert [cells[:2] for cells in found] == expected
     assert {cells[-1] for cells in found} == {"0"}
@@ -96,7 +98,7 @@ PARTS = ("workpool", "metrics off", "a wrapper", "one loop")
 @pytest.mark.trial
 @pytest.mark.timeout(120)
 async def test_parts_benchmark_omits_one_part_at_a_time() -> None:
-    found = await rows("parts.py", "--items", "10", "--rounds", "1", only=PARTS)
+    found = await printed_rows("parts.py", "--items", "10", "--rounds", "1", only=PARTS)
     assert sorted(cells[0] for cells in found) == sorted(PARTS)
     assert found[0][0] == "workpool"
     assert all(cells[1] == "10" and float(cells[2]) > 0 for cells in found)
@@ -105,7 +107,7 @@ async def test_parts_benchmark_omits_one_part_at_a_time() -> None:
 @pytest.mark.trial
 @pytest.mark.timeout(120)
 async def test_path_benchmark_names_files_used_for_one_item() -> None:
-    bare, pool, *files = await rows("path.py", "--items", "20", "--by-file")
+    bare, pool, *files = await printed_rows("path.py", "--items", "20", "--by-file")
     assert bare[:4] == ["bare", "0", "0", "0"]
     assert pool[0] == "workpool"
     counted = files[2:]  # after the header and the rule of the second table
@@ -131,7 +133,7 @@ async def test_instructions_benchmark_help_lists_all_contenders() -> None:
 @pytest.mark.trial
 @pytest.mark.timeout(120)
 async def test_start_benchmark_compares_help_and_import_with_import_of_aiohttp() -> None:
-    found = {name: cells for name, *cells in await rows("start.py", "--runs", "3", only=())}
+    found = {name: cells for name, *cells in await printed_rows("start.py", "--runs", "3", only=())}
     assert found["import aiohttp"][2] == "1.00 ×"
     ratios = {name: float(cells[2].split()[0]) for name, cells in found.items()}
     # The limits are loose, since other tests run at the same time: the targets are 1.1 and 1.8.
@@ -144,7 +146,7 @@ async def test_start_benchmark_compares_help_and_import_with_import_of_aiohttp()
 @pytest.mark.parametrize("store", ["memory", "sqlite"])
 async def test_control_plane_benchmark_measures_servers_with_stopped_rows(store: str) -> None:
     options = ("--items", "40", "--stopped-rows", "3", "2000", "--rounds", "1", "--workers", "2")
-    few, many = await rows("control_plane.py", *options, only=(store,))
+    few, many = await printed_rows("control_plane.py", *options, only=(store,))
     assert few[1:4] == ["1", "3", "40"]
     assert many[1:4] == ["1", "2000", "40"]
     assert all(float(cells[8]) > 0 for cells in (few, many))
@@ -156,7 +158,7 @@ async def test_control_plane_benchmark_measures_servers_with_stopped_rows(store:
 async def test_scale_benchmark_prints_workers_leases_streams_and_depths(store: str) -> None:
     sizes = ("--workers", "2", "--leases", "3", "--streams", "4", "--depths", "10", "50")
     options = ("--items", "30", *sizes, "--seconds", "0.2", "--settle", "0", "--stores", store)
-    found = await rows("scale.py", *options, only=("workers", "leases", "streams", "depth"))
+    found = await printed_rows("scale.py", *options, only=("workers", "leases", "streams", "depth"))
     tables = [cells[1:] for cells in found if cells[1].isdigit()]
     assert [cells[1] for cells in tables] == ["2", "3", "4", "10", "50"]
     assert [cells[-1] for cells in tables[1:3]] == ["0", "0"]  # lost leases

@@ -38,7 +38,7 @@ if TYPE_CHECKING:
     from workpool.testing.fault_rules import Request
 
 
-class Gate:
+class GatedHandler:
     """A handler whose sessions all end when the test says so."""
 
     def __init__(self) -> None:
@@ -57,7 +57,7 @@ class Gate:
         finally:
             self.running -= 1
 
-    async def holds(self, count: int) -> None:
+    async def wait_for_sessions(self, count: int) -> None:
         await self._changes.until(lambda: self.running >= count, lambda: f"{self.running} run")
 
 
@@ -71,16 +71,16 @@ async def work(_: Session) -> None:
     pass
 
 
-def wire(plane: ControlPlane, work_id: str, **changes: Any) -> bytes:
+def item_body(plane: ControlPlane, work_id: str, **changes: Any) -> bytes:
     item = DIALECTS["qoder"].item(plane.operations.get(plane.environments[0], work_id))
     return orjson.dumps({**item, **changes})
 
 
-def of_item(work_id: str) -> Callable[[Request], bool]:
+def is_for_item(work_id: str) -> Callable[[Request], bool]:
     return lambda request: request.work_id == work_id
 
 
-def held(plane: ControlPlane) -> int:
+def held_item_count(plane: ControlPlane) -> int:
     """Count the items that were delivered to or acknowledged by the pool and are not stopped."""
     items = plane.operations.page(plane.environments[0], 100).items
     return sum(
@@ -88,55 +88,55 @@ def held(plane: ControlPlane) -> int:
     )
 
 
-# -- a place before the poll
+# -- a place is reserved before each poll
 
 
 @pytest.mark.parametrize("shape", [(1, 0, 3), (2, 0, 4), (2, 3, 3)])
 async def test_claimed_items_never_exceed_places(
-    plane: ControlPlane, faults: Faults, make_pool: Any, recorder: Recorder, shape: Any
+    control_plane: ControlPlane, faults: Faults, make_pool: Any, recorder: Recorder, shape: Any
 ) -> None:
     concurrency, prefetch, pollers = shape
-    gate, places = Gate(), concurrency + prefetch
-    plane.enqueue(places + 10)
+    gate, places = GatedHandler(), concurrency + prefetch
+    control_plane.enqueue(places + 10)
     pool = make_pool(gate, concurrency=concurrency, prefetch=prefetch, pollers=pollers)
     async with pool as supervisor:
         await recorder.wait_for(ItemReceived, count=places)
-        await gate.holds(concurrency)
+        await gate.wait_for_sessions(concurrency)
         status = supervisor.status()
         assert (status.running, status.waiting, status.capacity) == (concurrency, prefetch, places)
         assert status.ready
         polls = len(faults.of("poll"))
-        assert polls == held(plane) == places
+        assert polls == held_item_count(control_plane) == places
         gate.opened.set()
         await recorder.wait_for(SessionFinished, count=places + 10)
     assert gate.most == concurrency
-    assert plane.summary().stopped == places + 10
+    assert control_plane.summary().stopped == places + 10
 
 
 async def test_place_is_reserved_before_poll(
-    plane: ControlPlane, faults: Faults, make_pool: Any
+    control_plane: ControlPlane, faults: Faults, make_pool: Any
 ) -> None:
     """The poll in flight has reserved the only place, so the other pollers do not poll."""
-    gate, hold = Gate(), Hold()
+    gate, hold = GatedHandler(), Hold()
     faults.add(hold, "poll")
-    plane.enqueue(3)
+    control_plane.enqueue(3)
     async with make_pool(gate, pollers=3, concurrency=1):
         await hold.reached()
         hold.release()
-        await gate.holds(1)
+        await gate.wait_for_sessions(1)
         assert len(faults.of("poll")) == 1
         gate.opened.set()
 
 
-# -- copies
+# -- duplicate deliveries
 
 
 async def test_duplicate_delivery_of_waiting_item_is_dropped(
-    plane: ControlPlane, faults: Faults, make_pool: Any, recorder: Recorder
+    control_plane: ControlPlane, faults: Faults, make_pool: Any, recorder: Recorder
 ) -> None:
-    gate = Gate()
-    first, second = plane.enqueue(2)
-    faults.add(literal(lambda: wire(plane, second.id)), "poll", skip=2, times=1)
+    gate = GatedHandler()
+    first, second = control_plane.enqueue(2)
+    faults.add(literal(lambda: item_body(control_plane, second.id)), "poll", skip=2, times=1)
     async with make_pool(gate, concurrency=1, prefetch=2, block_ms=20):
         copy = await recorder.wait_for(ItemReceived, lambda event: event.origin == "duplicate")
         gate.opened.set()
@@ -150,10 +150,14 @@ async def test_duplicate_delivery_of_waiting_item_is_dropped(
 
 
 async def test_duplicate_delivery_of_running_item_causes_heartbeat_only(
-    plane: ControlPlane, faults: Faults, make_pool: Any, recorder: Recorder, heartbeat_now: Any
+    control_plane: ControlPlane,
+    faults: Faults,
+    make_pool: Any,
+    recorder: Recorder,
+    heartbeat_now: Any,
 ) -> None:
-    gate = Gate()
-    (item,) = plane.enqueue()
+    gate = GatedHandler()
+    (item,) = control_plane.enqueue()
     async with make_pool(gate, block_ms=20):
         await recorder.wait_for(SessionStarted)
         heartbeat_now(item.id)
@@ -168,11 +172,15 @@ async def test_duplicate_delivery_of_running_item_causes_heartbeat_only(
 
 
 async def test_duplicate_delivery_of_completing_item_is_dropped(
-    plane: ControlPlane, faults: Faults, make_pool: Any, recorder: Recorder, heartbeat_now: Any
+    control_plane: ControlPlane,
+    faults: Faults,
+    make_pool: Any,
+    recorder: Recorder,
+    heartbeat_now: Any,
 ) -> None:
     hold = Hold()
     faults.add(hold, "stop")
-    (item,) = plane.enqueue()
+    (item,) = control_plane.enqueue()
     async with make_pool(work, block_ms=20):
         await hold.reached()
         heartbeat_now(item.id)
@@ -183,22 +191,22 @@ async def test_duplicate_delivery_of_completing_item_is_dropped(
 
 
 async def test_released_item_delivered_again_is_run_again(
-    plane: ControlPlane, faults: Faults, make_pool: Any, recorder: Recorder
+    control_plane: ControlPlane, faults: Faults, make_pool: Any, recorder: Recorder
 ) -> None:
-    """A released item that is delivered again is run like a new one."""
+    """The pool must not take the second delivery for a duplicate."""
     runs = 0
 
     @handler
-    async def twice(_: Session) -> None:
+    async def work_twice(_: Session) -> None:
         nonlocal runs
         runs += 1
         if runs == 1:
             raise Release
 
-    (item,) = plane.enqueue()
-    async with make_pool(twice, block_ms=20):
+    (item,) = control_plane.enqueue()
+    async with make_pool(work_twice, block_ms=20):
         await recorder.wait_for(SessionFinished)
-        expire_lease(plane, item.id)
+        expire_lease(control_plane, item.id)
         last = await recorder.wait_for(SessionFinished, count=2)
     assert last.outcome == "completed"
     assert last.session.redelivered
@@ -206,15 +214,15 @@ async def test_released_item_delivered_again_is_run_again(
     assert len(faults.of("ack")) == 2
 
 
-# -- one session at a time
+# -- one session runs at a time
 
 
 async def test_second_item_of_running_session_is_not_acknowledged(
-    plane: ControlPlane, faults: Faults, make_pool: Any, recorder: Recorder
+    control_plane: ControlPlane, faults: Faults, make_pool: Any, recorder: Recorder
 ) -> None:
-    gate = Gate()
-    (first,) = plane.enqueue()
-    (second,) = plane.enqueue(session_id=first.session_id)
+    gate = GatedHandler()
+    (first,) = control_plane.enqueue()
+    (second,) = control_plane.enqueue(session_id=first.session_id)
     async with make_pool(gate, block_ms=20, reclaim_older_than_ms=30):
         declined = await recorder.wait_for(ItemDeclined, count=2)
         assert (declined.item.id, declined.reason) == (second.id, "busy")
@@ -222,13 +230,13 @@ async def test_second_item_of_running_session_is_not_acknowledged(
         gate.opened.set()
         await recorder.wait_for(SessionFinished, count=2)
     assert gate.most == 1
-    assert plane.summary().stopped == 2
+    assert control_plane.summary().stopped == 2
 
 
-# -- declined
+# -- items that the pool declines
 
 
-class Picky:
+class SelectivePlugin:
     """A plugin that takes some items, declines others and raises for the rest."""
 
     @hookimpl
@@ -240,19 +248,19 @@ class Picky:
 
 @pytest.mark.parametrize("whose", ["others", "broken"])
 async def test_unwanted_item_stays_queued_and_is_logged_once(
-    plane: ControlPlane, faults: Faults, make_pool: Any, recorder: Recorder,
+    control_plane: ControlPlane, faults: Faults, make_pool: Any, recorder: Recorder,
     caplog: pytest.LogCaptureFixture, whose: str,
 ) -> None:  # fmt: skip
     caplog.set_level("INFO", "workpool")
-    (item,) = plane.enqueue(metadata={"for": whose})
-    async with make_pool(Picky(), block_ms=20, reclaim_older_than_ms=100):
+    (item,) = control_plane.enqueue(metadata={"for": whose})
+    async with make_pool(SelectivePlugin(), block_ms=20, reclaim_older_than_ms=100):
         declined = await recorder.wait_for(ItemDeclined, count=3)
-        plane.enqueue(metadata={"for": "us"})
+        control_plane.enqueue(metadata={"for": "us"})
         await recorder.wait_for(SessionFinished)
     reason = "unwanted" if whose == "others" else "plugin_error"
     assert (declined.item.id, declined.reason) == (item.id, reason)
     assert not faults.of(work_id=item.id)
-    assert plane.operations.get(plane.environments[0], item.id).state == "queued"
+    assert control_plane.operations.get(control_plane.environments[0], item.id).state == "queued"
     logged = [record for record in caplog.records if "item declined" in record.message]
     assert len(logged) == 1
     if whose == "broken":
@@ -260,26 +268,26 @@ async def test_unwanted_item_stays_queued_and_is_logged_once(
 
 
 async def test_polls_that_return_only_unwanted_items_are_spaced_out(
-    plane: ControlPlane, faults: Faults, make_pool: Any, recorder: Recorder
+    control_plane: ControlPlane, faults: Faults, make_pool: Any, recorder: Recorder
 ) -> None:
-    plane.enqueue(metadata={"for": "others"})
-    async with make_pool(Picky(), block_ms=100, reclaim_older_than_ms=0):
+    control_plane.enqueue(metadata={"for": "others"})
+    async with make_pool(SelectivePlugin(), block_ms=100, reclaim_older_than_ms=0):
         await recorder.wait_for(ItemDeclined, count=4)
     first, *_, fourth = faults.of("poll")[:4]
     assert fourth.at - first.at >= 0.25  # three times 0.1 s, less the time for the first connection
 
 
 async def test_handler_at_max_sessions_declines_item(
-    plane: ControlPlane, faults: Faults, make_pool: Any, recorder: Recorder
+    control_plane: ControlPlane, faults: Faults, make_pool: Any, recorder: Recorder
 ) -> None:
     opened = asyncio.Event()
 
     @handler(max_sessions=2)
-    async def narrow(_: Session) -> None:
+    async def limited_handler(_: Session) -> None:
         await opened.wait()
 
-    plane.enqueue(3)
-    async with make_pool(narrow, block_ms=20, reclaim_older_than_ms=30):
+    control_plane.enqueue(3)
+    async with make_pool(limited_handler, block_ms=20, reclaim_older_than_ms=30):
         declined = await recorder.wait_for(ItemDeclined)
         assert declined.reason == "busy"
         await recorder.wait_for(SessionStarted, count=2)
@@ -287,20 +295,25 @@ async def test_handler_at_max_sessions_declines_item(
         assert len(recorder.of(SessionStarted)) == 2
         opened.set()
         await recorder.wait_for(SessionFinished, count=3)
-    assert plane.summary().stopped == 3
+    assert control_plane.summary().stopped == 3
 
 
-# -- items that nobody can claim
+# -- items that the pool cannot claim
 
 
 @pytest.mark.parametrize(
     ("op", "code"), [("ack", 404), ("ack", 409), ("heartbeat", 404), ("heartbeat", 412)]
 )
 async def test_polls_are_spaced_out_while_items_cannot_be_claimed(
-    plane: ControlPlane, faults: Faults, make_pool: Any, recorder: Recorder, op: Any, code: int
+    control_plane: ControlPlane,
+    faults: Faults,
+    make_pool: Any,
+    recorder: Recorder,
+    op: Any,
+    code: int,
 ) -> None:
     faults.add(status(code), op, times=7)
-    plane.enqueue(count=9)
+    control_plane.enqueue(count=9)
     async with make_pool(work, concurrency=1, block_ms=200):
         await recorder.wait_for(SessionFinished, lambda event: event.outcome == "completed")
     gaps = [after.at - before.at for before, after in pairwise(faults.of("poll"))]
@@ -309,50 +322,50 @@ async def test_polls_are_spaced_out_while_items_cannot_be_claimed(
 
 
 async def test_polls_are_spaced_out_while_only_health_checks_arrive(
-    plane: ControlPlane, faults: Faults, make_pool: Any
+    control_plane: ControlPlane, faults: Faults, make_pool: Any
 ) -> None:
-    plane.enqueue(count=7, work_type="healthcheck")
+    control_plane.enqueue(count=7, work_type="healthcheck")
     async with make_pool(work, concurrency=1, block_ms=200):
         await faults.wait_for("stop", count=7)
     gaps = [after.at - before.at for before, after in pairwise(faults.of("poll"))]
     assert sum(gaps[3:6]) >= 0.5
 
 
-# -- other types of item
+# -- items of other types
 
 
 async def test_health_check_is_stopped_without_heartbeat_or_session(
-    plane: ControlPlane, faults: Faults, make_pool: Any, recorder: Recorder
+    control_plane: ControlPlane, faults: Faults, make_pool: Any, recorder: Recorder
 ) -> None:
-    (item,) = plane.enqueue(work_type="healthcheck")
+    (item,) = control_plane.enqueue(work_type="healthcheck")
     async with make_pool(work):
         await faults.wait_for("stop", answered=True)
         await recorder.wait_for(AckFinished)
     assert [request.op for request in faults.of(work_id=item.id)] == ["ack", "stop"]
     assert faults.of("stop")[0].body == {"force": True}
-    assert plane.operations.get(plane.environments[0], item.id).state == "stopped"
+    assert control_plane.operations.get(control_plane.environments[0], item.id).state == "stopped"
     assert not recorder.of(SessionStarted)
     assert not recorder.of(SessionFinished)
 
 
 async def test_health_check_is_stopped_by_pool_with_selective_plugins(
-    plane: ControlPlane, faults: Faults, make_pool: Any
+    control_plane: ControlPlane, faults: Faults, make_pool: Any
 ) -> None:
-    plane.enqueue(work_type="healthcheck")
-    async with make_pool(Picky()):
+    control_plane.enqueue(work_type="healthcheck")
+    async with make_pool(SelectivePlugin()):
         await faults.wait_for("stop", answered=True)
 
 
 async def test_item_of_unknown_type_is_offered_to_plugins(
-    plane: ControlPlane, make_pool: Any, recorder: Recorder
+    control_plane: ControlPlane, make_pool: Any, recorder: Recorder
 ) -> None:
     @handler(type="index")
-    async def index(_: Session) -> dict[str, str]:
+    async def record_index(_: Session) -> dict[str, str]:
         return {"indexed": "yes"}
 
-    (other,) = plane.enqueue(work_type="unheard_of")
-    (ours,) = plane.enqueue(work_type="index")
-    async with make_pool(index, block_ms=20):
+    (other,) = control_plane.enqueue(work_type="unheard_of")
+    (ours,) = control_plane.enqueue(work_type="index")
+    async with make_pool(record_index, block_ms=20):
         finished = await recorder.wait_for(SessionFinished)
         declined = await recorder.wait_for(ItemDeclined)
     assert finished.session.item.id == ours.id
@@ -360,21 +373,21 @@ async def test_item_of_unknown_type_is_offered_to_plugins(
 
 
 async def test_items_of_custom_type_without_session_run_concurrently(
-    plane: ControlPlane, faults: Faults, make_pool: Any, recorder: Recorder
+    control_plane: ControlPlane, faults: Faults, make_pool: Any, recorder: Recorder
 ) -> None:
     opened = asyncio.Event()
 
     @handler(type="index")
-    async def index(_: Session) -> None:
+    async def record_index(_: Session) -> None:
         await opened.wait()
 
-    items = plane.enqueue(2, work_type="index")
+    items = control_plane.enqueue(2, work_type="index")
     for number, item in enumerate(items):
-        bare = wire(plane, item.id, data={"type": "index"})
+        bare = item_body(control_plane, item.id, data={"type": "index"})
         faults.add(literal(bare), "poll", skip=number, times=1)
-        acked = wire(plane, item.id, data={"type": "index"}, state="starting")
-        faults.add(literal(acked, applied=True), "ack", where=of_item(item.id))
-    async with make_pool(index, block_ms=20):
+        acked = item_body(control_plane, item.id, data={"type": "index"}, state="starting")
+        faults.add(literal(acked, applied=True), "ack", where=is_for_item(item.id))
+    async with make_pool(record_index, block_ms=20):
         await recorder.wait_for(ItemReceived, count=2)
         assert not recorder.of(ItemDeclined)
         opened.set()
@@ -392,10 +405,10 @@ MALFORMED = {
 
 @pytest.mark.parametrize("changes", MALFORMED.values(), ids=MALFORMED)
 async def test_malformed_item_does_not_crash_poller(
-    plane: ControlPlane, faults: Faults, make_pool: Any, recorder: Recorder, changes: Any
+    control_plane: ControlPlane, faults: Faults, make_pool: Any, recorder: Recorder, changes: Any
 ) -> None:
-    (item,) = plane.enqueue()
-    faults.add(literal(wire(plane, item.id, **changes)), "poll", times=2)
+    (item,) = control_plane.enqueue()
+    faults.add(literal(item_body(control_plane, item.id, **changes)), "poll", times=2)
     async with make_pool(work, block_ms=20):
         finished = await recorder.wait_for(SessionFinished)
     assert finished.outcome == "completed"
@@ -413,12 +426,12 @@ INFORMATION_ONLY: dict[str, dict[str, Any]] = {
 
 @pytest.mark.parametrize("changes", INFORMATION_ONLY.values(), ids=INFORMATION_ONLY)
 async def test_item_with_unusual_informational_fields_is_run(
-    plane: ControlPlane, faults: Faults, make_pool: Any, recorder: Recorder, changes: Any
+    control_plane: ControlPlane, faults: Faults, make_pool: Any, recorder: Recorder, changes: Any
 ) -> None:
-    (item,) = plane.enqueue()
-    faults.add(literal(wire(plane, item.id, **changes), applied=True), "poll", times=1)
-    acked = wire(plane, item.id, state="starting", **changes)
-    faults.add(literal(acked, applied=True), "ack", where=of_item(item.id))
+    (item,) = control_plane.enqueue()
+    faults.add(literal(item_body(control_plane, item.id, **changes), applied=True), "poll", times=1)
+    acked = item_body(control_plane, item.id, state="starting", **changes)
+    faults.add(literal(acked, applied=True), "ack", where=is_for_item(item.id))
     async with make_pool(work, block_ms=20):
         finished = await recorder.wait_for(SessionFinished)
     assert finished.outcome == "completed"
@@ -428,10 +441,10 @@ async def test_item_with_unusual_informational_fields_is_run(
     assert (claimed.pickup_seconds is None) is unknown
 
 
-# -- at start
+# -- pools that refuse to start
 
 
-class Silent:
+class PluginWithoutHandlers:
     """A plugin without handlers."""
 
     @hookimpl
@@ -439,7 +452,7 @@ class Silent:
         """Ignore the event."""
 
 
-@pytest.mark.parametrize("plugins", [[], [Silent()]], ids=["none", "no_handler"])
+@pytest.mark.parametrize("plugins", [[], [PluginWithoutHandlers()]], ids=["none", "no_handler"])
 async def test_pool_without_handler_refuses_to_start(
     faults: Faults, make_settings: Any, plugins: list[object]
 ) -> None:
@@ -453,18 +466,18 @@ async def test_pool_without_environment_id_refuses_to_start(make_pool: Any) -> N
         await make_pool(work, environment_id=None).__aenter__()
 
 
-# -- ack, late
+# -- acks that come too late
 
 
 async def test_item_acknowledged_elsewhere_while_waiting_for_slot_is_lost_at_ack(
-    plane: ControlPlane, faults: Faults, make_pool: Any, recorder: Recorder
+    control_plane: ControlPlane, faults: Faults, make_pool: Any, recorder: Recorder
 ) -> None:
-    gate = Gate()
-    first, second = plane.enqueue(2)
+    gate = GatedHandler()
+    first, second = control_plane.enqueue(2)
     async with make_pool(gate, concurrency=1, prefetch=1):
         await recorder.wait_for(SessionStarted)
         await recorder.wait_for(ItemReceived, count=2)
-        operations, environment = plane.operations, plane.environments[0]
+        operations, environment = control_plane.operations, control_plane.environments[0]
         assert operations.poll(environment, Poll("another", 0, 0)) is not None
         operations.ack(environment, second.id, "another")
         gate.opened.set()
@@ -475,15 +488,15 @@ async def test_item_acknowledged_elsewhere_while_waiting_for_slot_is_lost_at_ack
 
 
 async def test_item_held_elsewhere_after_active_ack_answer_is_lost_at_first_heartbeat(
-    plane: ControlPlane, faults: Faults, make_pool: Any, recorder: Recorder
+    control_plane: ControlPlane, faults: Faults, make_pool: Any, recorder: Recorder
 ) -> None:
     hold = Hold()
     faults.add(hold, "ack")
-    (item,) = plane.enqueue()
+    (item,) = control_plane.enqueue()
     async with make_pool(work):
         await hold.reached()
-        plane.operations.ack(plane.environments[0], item.id)
-        plane.operations.heartbeat(plane.environments[0], item.id, "NO_HEARTBEAT")
+        control_plane.operations.ack(control_plane.environments[0], item.id)
+        control_plane.operations.heartbeat(control_plane.environments[0], item.id, "NO_HEARTBEAT")
         hold.release()
         reclaimed = await recorder.wait_for(ItemReclaimed)
     assert (reclaimed.stage, reclaimed.direction) == ("start", "lost")

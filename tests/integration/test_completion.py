@@ -1,4 +1,4 @@
-"""The table of end reasons, row by row: the outcome, and the requests.
+"""The table of end reasons, row by row: the outcome of the session and its requests.
 
 See workpool/docs/architecture.md, "The end of a session".
 """
@@ -24,52 +24,52 @@ BEGIN = ["ack", "heartbeat"]
 NAP = {"block_ms": 20}
 
 
-async def forever(_: Session) -> None:
+async def wait_forever(_: Session) -> None:
     await asyncio.Event().wait()
 
 
-def patient() -> Any:
+def endless_handler() -> Any:
     """Return a handler that never ends by itself."""
 
     @handler
     async def work(session: Session) -> None:
-        await forever(session)
+        await wait_forever(session)
 
     return work
 
 
-def stubborn(end: Callable[[], Any]) -> Any:
+def handler_ending_like(end: Callable[[], Any]) -> Any:
     """Return a handler that ends as `end` does once it is cancelled."""
 
     @handler
     async def work(session: Session) -> Any:
         try:
-            await forever(session)
+            await wait_forever(session)
         except asyncio.CancelledError:
             return end()
 
     return work
 
 
-def raises(error: BaseException) -> Callable[[], Any]:
-    def end() -> Any:
+def function_raising(error: BaseException) -> Callable[[], Any]:
+    def raise_error() -> Any:
         raise error
 
-    return end
+    return raise_error
 
 
-# -- returned --------------------------------------------------------------------------------------
+# -- the handler returns ---------------------------------------------------------------------------
 
 
 async def test_handler_that_returns_mapping_completes_with_metadata(
-    run_one: Any, recorder: Recorder
+    run_one_item: Any, recorder: Recorder
 ) -> None:
     async def work(_: Session) -> dict[str, str]:
         return {"rows": "7", "empty": ""}
 
-    final = await run_one(work)
+    final = await run_one_item(work)
     assert (final.outcome, final.item.state) == ("completed", "stopped")
-    assert final.ops == [*BEGIN, "update", "stop"]
+    assert final.request_names == [*BEGIN, "update", "stop"]
     assert final.metadata == {"rows": "7", "empty": ""}
     assert final.sent[-1].body == {"force": True}
     assert final.history == ["created", "delivered", "acked", "heartbeat", "metadata", "stopped"]
@@ -78,28 +78,30 @@ async def test_handler_that_returns_mapping_completes_with_metadata(
 
 
 @pytest.mark.parametrize("nothing", [None, {}])
-async def test_handler_that_returns_nothing_costs_four_requests(run_one: Any, nothing: Any) -> None:
+async def test_handler_that_returns_nothing_costs_four_requests(
+    run_one_item: Any, nothing: Any
+) -> None:
     async def work(_: Session) -> Any:
         return nothing
 
-    final = await run_one(work)
+    final = await run_one_item(work)
     assert (final.outcome, final.item.state) == ("completed", "stopped")
-    assert final.ops == [*BEGIN, "stop"]  # besides the poll
+    assert final.request_names == [*BEGIN, "stop"]  # besides the poll
     assert final.metadata == {}
 
 
-# -- raised, or returned something else ------------------------------------------------------------
+# -- the handler raises, or returns something that is no result -----------------------------------
 
 
-async def test_handler_that_raises_fails_with_error_type_as_metadata(run_one: Any) -> None:
+async def test_handler_that_raises_fails_with_error_type_as_metadata(run_one_item: Any) -> None:
     error = ValueError("the secret is 42")
 
     async def work(_: Session) -> None:
         raise error
 
-    final = await run_one(work)
+    final = await run_one_item(work)
     assert (final.outcome, final.item.state) == ("failed", "stopped")
-    assert final.ops == [*BEGIN, "update", "stop"]
+    assert final.request_names == [*BEGIN, "update", "stop"]
     assert final.sent[-1].body == {"force": True}
     assert final.metadata == {"workpool.error": "ValueError"}
     assert final.finished.error is error
@@ -111,12 +113,12 @@ async def test_handler_that_raises_fails_with_error_type_as_metadata(run_one: An
      ("a\ud800b", "ValueError: a?b")],
 )  # fmt: skip
 async def test_report_errors_message_writes_message_as_metadata(
-    run_one: Any, message: str, note: str
+    run_one_item: Any, message: str, note: str
 ) -> None:
     async def work(_: Session) -> None:
         raise ValueError(message)
 
-    final = await run_one(work, report_errors="message")
+    final = await run_one_item(work, report_errors="message")
     assert final.metadata == {"workpool.error": note}
     assert len(final.metadata["workpool.error"]) <= 512
 
@@ -128,14 +130,14 @@ async def test_report_errors_message_writes_message_as_metadata(
     ids=["object", "bytes", "number_as_key", "surrogate"],
 )  # fmt: skip
 async def test_handler_that_returns_other_value_fails(
-    run_one: Any, returned: Any, error: str
+    run_one_item: Any, returned: Any, error: str
 ) -> None:
     async def work(_: Session) -> Any:
         return returned
 
-    final = await run_one(work)
+    final = await run_one_item(work)
     assert (final.outcome, final.item.state) == ("failed", "stopped")
-    assert final.ops == [*BEGIN, "update", "stop"]
+    assert final.request_names == [*BEGIN, "update", "stop"]
     assert final.metadata == {"workpool.error": error}
 
 
@@ -144,70 +146,76 @@ async def test_handler_that_returns_other_value_fails(
     [SystemExit(3), asyncio.CancelledError("leaked"), GeneratorExit(), BaseException()],
     ids=lambda error: type(error).__name__,
 )
-async def test_handler_that_raises_base_exception_fails(run_one: Any, error: BaseException) -> None:
+async def test_handler_that_raises_base_exception_fails(
+    run_one_item: Any, error: BaseException
+) -> None:
     async def work(_: Session) -> None:
         raise error
 
-    final = await run_one(work)
+    final = await run_one_item(work)
     assert (final.outcome, final.item.state) == ("failed", "stopped")
     assert final.metadata == {"workpool.error": type(error).__name__}
 
 
-# -- timed out -------------------------------------------------------------------------------------
+# -- the handler runs too long ---------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
     ("own", "setting"), [(None, 0.05), (0.05, None), (0.05, 1000.0)], ids=["setting", "own", "both"]
 )
 async def test_handler_beyond_session_timeout_is_timed_out(
-    plane: ControlPlane, make_pool: Any, wait_end: Any, own: float | None, setting: float | None
+    control_plane: ControlPlane,
+    make_pool: Any,
+    wait_for_end: Any,
+    own: float | None,
+    setting: float | None,
 ) -> None:
     @handler(timeout=own)
     async def work(session: Session) -> None:
-        await forever(session)
+        await wait_forever(session)
 
-    (item,) = plane.enqueue()
+    (item,) = control_plane.enqueue()
     async with make_pool(work, session_timeout=setting):
-        final = await wait_end(item.id)
+        final = await wait_for_end(item.id)
     assert (final.outcome, final.item.state) == ("timed_out", "stopped")
-    assert final.ops == [*BEGIN, "update", "stop"]
+    assert final.request_names == [*BEGIN, "update", "stop"]
     assert final.metadata == {"workpool.error": "TimeoutError"}
 
 
-# -- released --------------------------------------------------------------------------------------
+# -- the session is released -----------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(("delay", "ttl"), [(10, 10), (45, 45), (600, 600)])
 async def test_handler_that_raises_release_is_released_with_delay(
-    run_one: Any, delay: float, ttl: int
+    run_one_item: Any, delay: float, ttl: int
 ) -> None:
     async def work(_: Session) -> None:
         raise Release("come back later", delay=delay)
 
-    final = await run_one(work)
+    final = await run_one_item(work)
     assert (final.outcome, final.item.state) == ("released", "active")
-    assert final.ops == [*BEGIN, "update", "heartbeat"]
+    assert final.request_names == [*BEGIN, "update", "heartbeat"]
     assert final.metadata == {"workpool.released": "Release"}
     assert final.sent[-1].query["desired_ttl_seconds"] == str(ttl)
     assert final.item.ttl_seconds == ttl
 
 
-async def test_reason_of_a_release_is_written_with_report_errors_message(run_one: Any) -> None:
+async def test_reason_of_a_release_is_written_with_report_errors_message(run_one_item: Any) -> None:
     async def work(_: Session) -> None:
         raise Release("come back later")
 
-    final = await run_one(work, report_errors="message")
+    final = await run_one_item(work, report_errors="message")
     assert final.metadata == {"workpool.released": "come back later"}
 
 
 @pytest.mark.parametrize("delay", [0, 9.9, 601, 5000, float("nan")])
 async def test_release_with_a_delay_outside_its_limits_fails_the_session(
-    run_one: Any, delay: float
+    run_one_item: Any, delay: float
 ) -> None:
     async def work(_: Session) -> None:
         raise Release("come back later", delay=delay)
 
-    final = await run_one(work)
+    final = await run_one_item(work)
     assert (final.outcome, final.item.state) == ("failed", "stopped")
     assert final.metadata == {"workpool.error": "ValueError"}
 
@@ -225,29 +233,29 @@ async def test_release_with_a_delay_outside_its_limits_fails_the_session(
     ],
     ids=["one", "two", "nested"],
 )
-async def test_group_of_releases_releases_with_longest_delay(
-    run_one: Any, group: ExceptionGroup[Release], reason: str, ttl: int
+async def test_exception_group_of_releases_releases_session_with_longest_delay(
+    run_one_item: Any, group: ExceptionGroup[Release], reason: str, ttl: int
 ) -> None:
     async def work(_: Session) -> None:
         raise group
 
-    final = await run_one(work, report_errors="message")
+    final = await run_one_item(work, report_errors="message")
     assert (final.outcome, final.item.state) == ("released", "active")
     assert final.metadata == {"workpool.released": reason}
     assert final.sent[-1].query["desired_ttl_seconds"] == str(ttl)
     assert isinstance(final.finished.error, Release)
 
 
-async def test_release_in_task_group_of_handler_releases_session(run_one: Any) -> None:
-    async def give_back() -> None:
+async def test_release_in_task_group_of_handler_releases_session(run_one_item: Any) -> None:
+    async def raise_release() -> None:
         raise Release("come back later", delay=45)
 
     async def work(session: Session) -> None:
         async with asyncio.TaskGroup() as group:
-            group.create_task(give_back())
-            group.create_task(forever(session))
+            group.create_task(raise_release())
+            group.create_task(wait_forever(session))
 
-    final = await run_one(work)
+    final = await run_one_item(work)
     assert (final.outcome, final.item.state) == ("released", "active")
     assert final.metadata == {"workpool.released": "Release"}
 
@@ -261,18 +269,20 @@ async def test_release_in_task_group_of_handler_releases_session(run_one: Any) -
     ],
     ids=["beside", "nested", "exit"],
 )
-async def test_group_of_release_and_other_error_fails_session(
-    run_one: Any, group: BaseExceptionGroup[BaseException]
+async def test_exception_group_of_release_and_other_error_fails_session(
+    run_one_item: Any, group: BaseExceptionGroup[BaseException]
 ) -> None:
     async def work(_: Session) -> None:
         raise group
 
-    final = await run_one(work)
+    final = await run_one_item(work)
     assert (final.outcome, final.item.state) == ("failed", "stopped")
     assert final.metadata == {"workpool.error": type(group).__name__}
 
 
-async def test_deeply_nested_group_of_releases_releases_session(run_one: Any) -> None:
+async def test_deeply_nested_exception_group_of_releases_releases_session(
+    run_one_item: Any,
+) -> None:
     error: Exception = Release("deep")
     for _ in range(5000):
         error = ExceptionGroup("", [error])
@@ -280,244 +290,273 @@ async def test_deeply_nested_group_of_releases_releases_session(run_one: Any) ->
     async def work(_: Session) -> None:
         raise error
 
-    final = await run_one(work)
+    final = await run_one_item(work)
     assert (final.outcome, final.item.state) == ("released", "active")
 
 
 async def test_session_is_released_although_reason_cannot_be_written(
-    run_one: Any, faults: Faults
+    run_one_item: Any, faults: Faults
 ) -> None:
     async def work(_: Session) -> None:
         raise Release("why")
 
     faults.add(status(400), "update")
-    final = await run_one(work)
+    final = await run_one_item(work)
     assert (final.outcome, final.item.state, final.metadata) == ("released", "active", {})
-    assert final.ops == [*BEGIN, "update", "heartbeat"]
+    assert final.request_names == [*BEGIN, "update", "heartbeat"]
 
 
 async def test_session_at_drain_deadline_is_released(
-    plane: ControlPlane, make_pool: Any, recorder: Recorder, wait_end: Any
+    control_plane: ControlPlane, make_pool: Any, recorder: Recorder, wait_for_end: Any
 ) -> None:
-    (item,) = plane.enqueue()
-    async with make_pool(patient()) as supervisor:
+    (item,) = control_plane.enqueue()
+    async with make_pool(endless_handler()) as supervisor:
         await recorder.wait_for(SessionStarted)
         await supervisor.drain(timeout=0)
-    final = await wait_end(item.id)
+    final = await wait_for_end(item.id)
     assert (final.outcome, final.item.state) == ("released", "active")
     assert final.metadata == {"workpool.released": "the pool is draining"}
-    assert final.ops[-1] == "heartbeat"
+    assert final.request_names[-1] == "heartbeat"
     assert final.sent[-1].query["desired_ttl_seconds"] == "10"
 
 
-# -- asked to stop ---------------------------------------------------------------------------------
+# -- an operator requests a stop -------------------------------------------------------------------
 
 
 async def test_session_that_ends_after_stop_request_is_stopped_with_result(
-    plane: ControlPlane, make_pool: Any, recorder: Recorder, wait_end: Any, heartbeat_now: Any
+    control_plane: ControlPlane,
+    make_pool: Any,
+    recorder: Recorder,
+    wait_for_end: Any,
+    heartbeat_now: Any,
 ) -> None:
     async def work(session: Session) -> dict[str, str]:
         await session.interrupted()
         return {"stopping": str(session.stopping), "draining": str(session.draining)}
 
-    (item,) = plane.enqueue()
+    (item,) = control_plane.enqueue()
     async with make_pool(handler(work), **NAP):
         await recorder.wait_for(SessionStarted)
-        plane.operations.stop(plane.environments[0], item.id)
+        control_plane.operations.stop(control_plane.environments[0], item.id)
         heartbeat_now(item.id)
-        final = await wait_end(item.id)
+        final = await wait_for_end(item.id)
     assert (final.outcome, final.item.state) == ("stopped", "stopped")
     assert final.metadata == {"stopping": "True", "draining": "False"}
-    assert final.ops == [*BEGIN, "heartbeat", "update", "stop"]
+    assert final.request_names == [*BEGIN, "heartbeat", "update", "stop"]
     assert final.sent[-1].body == {"force": True}
     (stop,) = recorder.of(StopFinished)
     assert (stop.mode, stop.result) == ("confirm", "ok")
 
 
 async def test_session_that_ignores_stop_request_is_stopped_after_grace(
-    plane: ControlPlane, make_pool: Any, recorder: Recorder, wait_end: Any, heartbeat_now: Any
+    control_plane: ControlPlane,
+    make_pool: Any,
+    recorder: Recorder,
+    wait_for_end: Any,
+    heartbeat_now: Any,
 ) -> None:
-    (item,) = plane.enqueue()
-    async with make_pool(patient(), stop_grace=0.05, **NAP):
+    (item,) = control_plane.enqueue()
+    async with make_pool(endless_handler(), stop_grace=0.05, **NAP):
         await recorder.wait_for(SessionStarted)
-        plane.operations.stop(plane.environments[0], item.id)
+        control_plane.operations.stop(control_plane.environments[0], item.id)
         heartbeat_now(item.id)
-        final = await wait_end(item.id)
+        final = await wait_for_end(item.id)
     assert (final.outcome, final.item.state, final.metadata) == ("stopped", "stopped", {})
-    assert final.ops == [*BEGIN, "heartbeat", "stop"]
+    assert final.request_names == [*BEGIN, "heartbeat", "stop"]
 
 
-async def test_stop_request_before_first_heartbeat_stops_session_unrun(
-    plane: ControlPlane, make_pool: Any, recorder: Recorder, wait_end: Any, faults: Faults
+async def test_stop_request_before_first_heartbeat_stops_session_that_has_not_run(
+    control_plane: ControlPlane,
+    make_pool: Any,
+    recorder: Recorder,
+    wait_for_end: Any,
+    faults: Faults,
 ) -> None:
     hold = Hold()
     faults.add(hold, "heartbeat")
-    (item,) = plane.enqueue()
-    async with make_pool(patient()):
+    (item,) = control_plane.enqueue()
+    async with make_pool(endless_handler()):
         await hold.reached()
-        plane.operations.stop(plane.environments[0], item.id)
+        control_plane.operations.stop(control_plane.environments[0], item.id)
         hold.release()
-        final = await wait_end(item.id)
+        final = await wait_for_end(item.id)
     assert (final.outcome, final.item.state) == ("stopped", "stopped")
-    assert final.ops == [*BEGIN, "stop"]
+    assert final.request_names == [*BEGIN, "stop"]
     assert not recorder.of(SessionStarted)
 
 
-# -- stopped by someone else, or lost: nothing is sent ---------------------------------------------
+# -- the item is stopped by another client, or its lease is lost: nothing is sent ------------------
 
 
 async def test_session_stopped_by_another_client_sends_nothing_more(
-    plane: ControlPlane, make_pool: Any, recorder: Recorder, wait_end: Any, heartbeat_now: Any
+    control_plane: ControlPlane,
+    make_pool: Any,
+    recorder: Recorder,
+    wait_for_end: Any,
+    heartbeat_now: Any,
 ) -> None:
-    (item,) = plane.enqueue()
-    async with make_pool(patient(), **NAP):
+    (item,) = control_plane.enqueue()
+    async with make_pool(endless_handler(), **NAP):
         await recorder.wait_for(SessionStarted)
-        plane.operations.stop(plane.environments[0], item.id, force=True)
+        control_plane.operations.stop(control_plane.environments[0], item.id, force=True)
         heartbeat_now(item.id)
-        final = await wait_end(item.id)
+        final = await wait_for_end(item.id)
     assert (final.outcome, final.item.state, final.metadata) == ("stopped", "stopped", {})
-    assert final.ops == [*BEGIN, "heartbeat", "get"]
+    assert final.request_names == [*BEGIN, "heartbeat", "get"]
     assert not recorder.of(StopFinished)
 
 
 async def test_session_whose_item_is_queued_again_loses_lease(
-    plane: ControlPlane, make_pool: Any, recorder: Recorder, wait_end: Any
+    control_plane: ControlPlane, make_pool: Any, recorder: Recorder, wait_for_end: Any
 ) -> None:
-    (item,) = plane.enqueue()
-    async with make_pool(patient(), reclaim_older_than_ms=600_000):
+    (item,) = control_plane.enqueue()
+    async with make_pool(endless_handler(), reclaim_older_than_ms=600_000):
         await recorder.wait_for(SessionStarted)
-        expire_lease(plane, item.id)  # the control plane then delivers the item to this pool again
-        final = await wait_end(item.id)
+        expire_lease(
+            control_plane, item.id
+        )  # the control plane then delivers the item to this pool again
+        final = await wait_for_end(item.id)
     assert (final.outcome, final.item.state, final.metadata) == ("lease_lost", "queued", {})
-    assert final.ops == [*BEGIN, "heartbeat", "get"]
+    assert final.request_names == [*BEGIN, "heartbeat", "get"]
 
 
 ENDS = {
     "returns": lambda: None,
     "returns_a_result": lambda: {"a": "b"},
-    "raises": raises(ValueError()),
-    "releases": raises(Release("why")),
+    "raises": function_raising(ValueError()),
+    "releases": function_raising(Release("why")),
 }
 
 
 @pytest.mark.parametrize("end", ENDS.values(), ids=ENDS)
 async def test_session_whose_item_another_worker_holds_loses_lease_however_handler_ends(
-    plane: ControlPlane,
+    control_plane: ControlPlane,
     make_pool: Any,
     recorder: Recorder,
-    wait_end: Any,
+    wait_for_end: Any,
     heartbeat_now: Any,
     end: Any,
 ) -> None:
-    (item,) = plane.enqueue()
-    async with make_pool(stubborn(end), **NAP):
+    (item,) = control_plane.enqueue()
+    async with make_pool(handler_ending_like(end), **NAP):
         await recorder.wait_for(SessionStarted)
-        expire_lease(plane, item.id)
-        plane.operations.ack(plane.environments[0], item.id, "another")
+        expire_lease(control_plane, item.id)
+        control_plane.operations.ack(control_plane.environments[0], item.id, "another")
         heartbeat_now(item.id)
-        final = await wait_end(item.id)
+        final = await wait_for_end(item.id)
     assert (final.outcome, final.item.state, final.metadata) == ("lease_lost", "starting", {})
     # answered 412 while no heartbeat of this pool was unanswered
-    assert final.ops == [*BEGIN, "heartbeat"]
+    assert final.request_names == [*BEGIN, "heartbeat"]
 
 
-# -- several at once: the lowest row wins ----------------------------------------------------------
+# -- several end reasons at once: the lowest row of the table applies ------------------------------
 
 
 @pytest.mark.parametrize(
     ("end", "expected"),
     [
         (lambda: {"a": "b"}, ("timed_out", "stop", {"workpool.error": "TimeoutError"})),
-        (raises(ValueError()), ("timed_out", "stop", {"workpool.error": "ValueError"})),
-        (raises(Release("why")), ("released", "heartbeat", {"workpool.released": "Release"})),
+        (function_raising(ValueError()), ("timed_out", "stop", {"workpool.error": "ValueError"})),
+        (
+            function_raising(Release("why")),
+            ("released", "heartbeat", {"workpool.released": "Release"}),
+        ),
     ],
     ids=["returned", "raised", "released"],
 )
 async def test_timed_out_session_has_outcome_of_how_its_handler_ends(
-    plane: ControlPlane, make_pool: Any, wait_end: Any, end: Any, expected: Any
+    control_plane: ControlPlane, make_pool: Any, wait_for_end: Any, end: Any, expected: Any
 ) -> None:
     outcome, last, metadata = expected
-    (item,) = plane.enqueue()
-    async with make_pool(stubborn(end), session_timeout=0.05):
-        final = await wait_end(item.id)
+    (item,) = control_plane.enqueue()
+    async with make_pool(handler_ending_like(end), session_timeout=0.05):
+        final = await wait_for_end(item.id)
     assert (final.outcome, final.metadata) == (outcome, metadata)
-    assert final.ops == [*BEGIN, "update", last]
+    assert final.request_names == [*BEGIN, "update", last]
 
 
 @pytest.mark.parametrize(
     ("end", "metadata"),
     [
         (lambda: {"a": "b"}, {"workpool.released": "the pool is draining"}),
-        (raises(ValueError()), {"workpool.released": "the pool is draining"}),
-        (raises(Release("why", delay=60)), {"workpool.released": "Release"}),
+        (function_raising(ValueError()), {"workpool.released": "the pool is draining"}),
+        (function_raising(Release("why", delay=60)), {"workpool.released": "Release"}),
     ],
     ids=["returned", "raised", "released"],
 )
 async def test_drained_session_is_released_however_its_handler_ends(
-    plane: ControlPlane, make_pool: Any, recorder: Recorder, wait_end: Any, end: Any,
+    control_plane: ControlPlane, make_pool: Any, recorder: Recorder, wait_for_end: Any, end: Any,
     metadata: dict[str, str],
 ) -> None:  # fmt: skip
-    (item,) = plane.enqueue()
-    async with make_pool(stubborn(end)) as supervisor:
+    (item,) = control_plane.enqueue()
+    async with make_pool(handler_ending_like(end)) as supervisor:
         await recorder.wait_for(SessionStarted)
         await supervisor.drain(timeout=0)
-    final = await wait_end(item.id)
+    final = await wait_for_end(item.id)
     assert (final.outcome, final.item.state, final.metadata) == ("released", "active", metadata)
-    assert "stop" not in final.ops
+    assert "stop" not in final.request_names
 
 
 @pytest.mark.parametrize(
     "ending",
-    [(lambda: {"a": "b"}, {"a": "b"}), (raises(ValueError()), {}), (raises(Release("why")), {})],
+    [
+        (lambda: {"a": "b"}, {"a": "b"}),
+        (function_raising(ValueError()), {}),
+        (function_raising(Release("why")), {}),
+    ],
     ids=["returned", "raised", "released"],
 )
 async def test_session_after_stop_request_is_stopped_however_its_handler_ends(
-    plane: ControlPlane,
+    control_plane: ControlPlane,
     make_pool: Any,
     recorder: Recorder,
-    wait_end: Any,
+    wait_for_end: Any,
     heartbeat_now: Any,
     ending: Any,
 ) -> None:
     end, metadata = ending
-    (item,) = plane.enqueue()
-    async with make_pool(stubborn(end), stop_grace=0, **NAP):
+    (item,) = control_plane.enqueue()
+    async with make_pool(handler_ending_like(end), stop_grace=0, **NAP):
         await recorder.wait_for(SessionStarted)
-        plane.operations.stop(plane.environments[0], item.id)
+        control_plane.operations.stop(control_plane.environments[0], item.id)
         heartbeat_now(item.id)
-        final = await wait_end(item.id)
+        final = await wait_for_end(item.id)
     assert (final.outcome, final.item.state, final.metadata) == ("stopped", "stopped", metadata)
-    assert final.ops[-1] == "stop"
+    assert final.request_names[-1] == "stop"
 
 
 async def test_session_with_stop_request_and_drain_is_stopped(
-    plane: ControlPlane, make_pool: Any, recorder: Recorder, wait_end: Any, heartbeat_now: Any
+    control_plane: ControlPlane,
+    make_pool: Any,
+    recorder: Recorder,
+    wait_for_end: Any,
+    heartbeat_now: Any,
 ) -> None:
-    (item,) = plane.enqueue()
-    async with make_pool(patient(), **NAP) as supervisor:
+    (item,) = control_plane.enqueue()
+    async with make_pool(endless_handler(), **NAP) as supervisor:
         started = await recorder.wait_for(SessionStarted)
-        plane.operations.stop(plane.environments[0], item.id)
+        control_plane.operations.stop(control_plane.environments[0], item.id)
         heartbeat_now(item.id)
         await started.session.interrupted()
         await supervisor.drain(timeout=0)
-    final = await wait_end(item.id)
+    final = await wait_for_end(item.id)
     assert (final.outcome, final.item.state) == ("stopped", "stopped")
 
 
 @pytest.mark.parametrize("end", ENDS.values(), ids=ENDS)
 async def test_session_stopped_by_another_client_is_stopped_however_its_handler_ends(
-    plane: ControlPlane,
+    control_plane: ControlPlane,
     make_pool: Any,
     recorder: Recorder,
-    wait_end: Any,
+    wait_for_end: Any,
     heartbeat_now: Any,
     end: Any,
 ) -> None:
-    (item,) = plane.enqueue()
-    async with make_pool(stubborn(end), **NAP):
+    (item,) = control_plane.enqueue()
+    async with make_pool(handler_ending_like(end), **NAP):
         await recorder.wait_for(SessionStarted)
-        plane.operations.stop(plane.environments[0], item.id, force=True)
+        control_plane.operations.stop(control_plane.environments[0], item.id, force=True)
         heartbeat_now(item.id)
-        final = await wait_end(item.id)
+        final = await wait_for_end(item.id)
     assert (final.outcome, final.metadata) == ("stopped", {})
-    assert final.ops == [*BEGIN, "heartbeat", "get"]
+    assert final.request_names == [*BEGIN, "heartbeat", "get"]

@@ -39,26 +39,26 @@ TRANSIENT: dict[str, Callable[[], Fault]] = {
 
 
 @handler
-async def result(_: Session) -> dict[str, str]:
+async def return_result(_: Session) -> dict[str, str]:
     return {"rows": "7"}
 
 
 @pytest.fixture
-def drained(
-    plane: ControlPlane,
+def run_until_drain_deadline(
+    control_plane: ControlPlane,
     make_pool: Any,
     faults: Faults,
-    wait_end: Any,
+    wait_for_end: Any,
     monkeypatch: pytest.MonkeyPatch,
 ) -> Any:
     """Return a function that runs one session whose completion ends at the drain's deadline."""
     monkeypatch.setattr("workpool.pool.drain.AFTER_DEADLINE_SECONDS", 0.2)
 
     async def run(call: Any, op: Any, count: int) -> Any:
-        (item,) = plane.enqueue()
+        (item,) = control_plane.enqueue()
         async with make_pool(call, drain_timeout=0.1):
             await faults.wait_for(op, count=count)
-        return await wait_end(item.id)
+        return await wait_for_end(item.id)
 
     return run
 
@@ -68,36 +68,36 @@ def quick_retries(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("workpool.pool.sender.RETRY_SECONDS", 0.01)
 
 
-# -- stop ------------------------------------------------------------------------------------------
+# -- the stop request -----------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("fault", TRANSIENT.values(), ids=TRANSIENT)
 async def test_stop_call_is_repeated_until_answered(
-    run_one: Any, faults: Faults, fault: Callable[[], Fault], recorder: Recorder
+    run_one_item: Any, faults: Faults, fault: Callable[[], Fault], recorder: Recorder
 ) -> None:
     faults.add(fault(), "stop", times=2)
-    final = await run_one(result)
+    final = await run_one_item(return_result)
     assert (final.outcome, final.item.state) == ("completed", "stopped")
-    assert final.ops == [*BEGIN, "update", "stop", "stop", "stop"]
+    assert final.request_names == [*BEGIN, "update", "stop", "stop", "stop"]
     assert [event.result for event in recorder.of(StopFinished)] == ["ok"]
 
 
 async def test_failing_stop_call_is_repeated_until_drain_deadline(
-    drained: Any, faults: Faults
+    run_until_drain_deadline: Any, faults: Faults
 ) -> None:
     faults.add(status(503), "stop")
-    final = await drained(result, "stop", 3)
+    final = await run_until_drain_deadline(return_result, "stop", 3)
     assert (final.outcome, final.item.state) == ("released", "active")
 
 
 async def test_completion_is_repeated_for_longer_than_request_timeout(
-    run_one: Any, faults: Faults
+    run_one_item: Any, faults: Faults
 ) -> None:
     """The result of a finished session is retried as long as its lease is held."""
     # Seven failures take at most 1.27 s of back-off. Twelve could take 14 s, longer than the test
     # runs.
     faults.add(status(503), "update", "stop", times=7)
-    final = await run_one(result, request_timeout=0.2)
+    final = await run_one_item(return_result, request_timeout=0.2)
     assert (final.outcome, final.item.state, final.metadata) == (
         "completed",
         "stopped",
@@ -107,12 +107,12 @@ async def test_completion_is_repeated_for_longer_than_request_timeout(
 
 @pytest.mark.parametrize("op", ["update", "stop"])
 async def test_retry_after_longer_than_lease_leaves_time_for_retry(
-    run_one: Any, faults: Faults, monkeypatch: pytest.MonkeyPatch, op: Any
+    run_one_item: Any, faults: Faults, monkeypatch: pytest.MonkeyPatch, op: Any
 ) -> None:
     """One 429 must not cause a finished session to be run again."""
     monkeypatch.setattr(Lease, "remaining", lambda lease, now: 2.0 if lease.held(now) else 0.0)
     faults.add(status(429, retry_after=60), op, times=1)
-    final = await run_one(result)
+    final = await run_one_item(return_result)
     assert (final.outcome, final.item.state) == ("completed", "stopped")
     first, second = [request.at for request in final.sent if request.op == op]
     assert second - first > 0.5  # Retry-After is obeyed as far as the lease allows
@@ -121,247 +121,251 @@ async def test_retry_after_longer_than_lease_leaves_time_for_retry(
 @pytest.mark.parametrize("code", [409, 412])
 @pytest.mark.parametrize("applied", [False, True])
 async def test_conflict_on_stop_call_counts_as_stopped(
-    run_one: Any, faults: Faults, recorder: Recorder, code: int, *, applied: bool
+    run_one_item: Any, faults: Faults, recorder: Recorder, code: int, *, applied: bool
 ) -> None:
     faults.add(status(code, applied=applied), "stop")
-    final = await run_one(result)
+    final = await run_one_item(return_result)
     assert final.outcome == "completed"
-    assert final.ops == [*BEGIN, "update", "stop"]
+    assert final.request_names == [*BEGIN, "update", "stop"]
     assert [event.result for event in recorder.of(StopFinished)] == ["conflict"]
 
 
 @pytest.mark.parametrize(("code", "result_label"), [(400, "error"), (403, "error"), (404, "gone")])
 async def test_refused_stop_call_fails_session(
-    run_one: Any, faults: Faults, recorder: Recorder, code: int, result_label: str
+    run_one_item: Any, faults: Faults, recorder: Recorder, code: int, result_label: str
 ) -> None:
     faults.add(status(code), "stop")
-    final = await run_one(result)
+    final = await run_one_item(return_result)
     assert (final.outcome, final.item.state) == ("failed", "active")
-    assert final.ops == [*BEGIN, "update", "stop"]
+    assert final.request_names == [*BEGIN, "update", "stop"]
     assert [event.result for event in recorder.of(StopFinished)] == [result_label]
 
 
 @pytest.mark.usefixtures("fast_heartbeats")
 async def test_heartbeat_conflict_after_unanswered_own_stop_counts_as_success(
-    run_one: Any, faults: Faults, recorder: Recorder
+    run_one_item: Any, faults: Faults, recorder: Recorder
 ) -> None:
     """The stop is never answered, and the next heartbeat of the lease is answered 409."""
     faults.add(Hold(applied=True), "stop")
-    final = await run_one(result, lease_ttl=10)
+    final = await run_one_item(return_result, lease_ttl=10)
     assert (final.outcome, final.item.state) == ("completed", "stopped")
     assert recorder.of(HeartbeatFinished)[-1].result == "conflict"
     assert [event.result for event in recorder.of(StopFinished)] == ["ok"]
-    assert final.ops[-1] == "get"  # a 409 could also mean that the item is queued again
+    assert final.request_names[-1] == "get"  # a 409 could also mean that the item is queued again
 
 
 @pytest.mark.usefixtures("fast_heartbeats")
 async def test_item_read_as_stopped_after_unanswered_own_stop_counts_as_success(
-    run_one: Any, faults: Faults, recorder: Recorder
+    run_one_item: Any, faults: Faults, recorder: Recorder
 ) -> None:
     """The answer to a heartbeat before the stop is lost, so the item is read after the stop."""
     hold = Hold(applied=True)
     faults.add(hold, "stop")
     faults.add(lost(), "heartbeat", where=lambda _: hold.held > 0, times=1)
     faults.add(status(412), "heartbeat", where=lambda _: hold.held > 0)
-    final = await run_one(result, lease_ttl=10)
+    final = await run_one_item(return_result, lease_ttl=10)
     assert (final.outcome, final.item.state) == ("completed", "stopped")
-    assert final.ops[-1] == "get"
+    assert final.request_names[-1] == "get"
     assert [event.result for event in recorder.of(StopFinished)] == ["ok"]
 
 
 @pytest.mark.usefixtures("fast_heartbeats")
 async def test_item_stopped_by_another_client_after_throttled_own_stop_has_outcome_stopped(
-    plane: ControlPlane, faults: Faults, run_one: Any
+    control_plane: ControlPlane, faults: Faults, run_one_item: Any
 ) -> None:
     """A call answered 429 was not applied, so another client stopped the item."""
 
-    def theirs() -> bytes:
+    def stop_by_another_client() -> bytes:
         work_id = faults.of("ack")[-1].work_id
-        plane.operations.stop(plane.environments[0], work_id or "", force=True)
+        control_plane.operations.stop(control_plane.environments[0], work_id or "", force=True)
         return b""
 
-    faults.add(literal(theirs, 429, headers={"Retry-After": "60"}), "stop", times=1)
-    final = await run_one(result, lease_ttl=10)
+    faults.add(literal(stop_by_another_client, 429, headers={"Retry-After": "60"}), "stop", times=1)
+    final = await run_one_item(return_result, lease_ttl=10)
     assert (final.outcome, final.item.state) == ("stopped", "stopped")
-    assert final.ops.count("stop") == 1
+    assert final.request_names.count("stop") == 1
 
 
-# -- a result --------------------------------------------------------------------------------------
+# -- the write of the result -----------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("fault", TRANSIENT.values(), ids=TRANSIENT)
 async def test_result_is_written_again_until_answered(
-    run_one: Any, faults: Faults, fault: Callable[[], Fault]
+    run_one_item: Any, faults: Faults, fault: Callable[[], Fault]
 ) -> None:
     faults.add(fault(), "update", times=2)
-    final = await run_one(result)
+    final = await run_one_item(return_result)
     assert (final.outcome, final.metadata) == ("completed", {"rows": "7"})
-    assert final.ops == [*BEGIN, "update", "update", "update", "stop"]
+    assert final.request_names == [*BEGIN, "update", "update", "update", "stop"]
 
 
 async def test_item_whose_result_cannot_be_written_is_not_stopped(
-    drained: Any, faults: Faults
+    run_until_drain_deadline: Any, faults: Faults
 ) -> None:
     faults.add(status(503), "update")
-    final = await drained(result, "update", 2)
+    final = await run_until_drain_deadline(return_result, "update", 2)
     assert (final.outcome, final.item.state) == ("released", "active")
-    assert "stop" not in final.ops
+    assert "stop" not in final.request_names
 
 
 async def test_item_whose_result_is_never_answered_is_not_stopped(
-    drained: Any, faults: Faults
+    run_until_drain_deadline: Any, faults: Faults
 ) -> None:
     faults.add(delay(30), "update")
-    final = await drained(result, "update", 1)
+    final = await run_until_drain_deadline(return_result, "update", 1)
     assert (final.outcome, final.item.state) == ("released", "active")
-    assert final.ops == [*BEGIN, "update"]
+    assert final.request_names == [*BEGIN, "update"]
 
 
-async def test_silent_connection_costs_one_attempt_but_not_the_result(
-    run_one: Any, faults: Faults
+async def test_unanswered_connection_costs_one_attempt_but_not_the_result(
+    run_one_item: Any, faults: Faults
 ) -> None:
     faults.add(delay(60), "update", times=1)
-    final = await run_one(result, request_timeout=0.2)
+    final = await run_one_item(return_result, request_timeout=0.2)
     assert (final.outcome, final.metadata) == ("completed", {"rows": "7"})
-    assert final.ops == [*BEGIN, "update", "update", "stop"]
+    assert final.request_names == [*BEGIN, "update", "update", "stop"]
 
 
 @pytest.mark.parametrize("code", [401, 403])
 async def test_result_denied_after_an_earlier_success_fails_session(
-    plane: ControlPlane, faults: Faults, make_pool: Any, wait_end: Any, code: int
+    control_plane: ControlPlane, faults: Faults, make_pool: Any, wait_for_end: Any, code: int
 ) -> None:
     """`test_worker_key.py` covers a credential that may never write metadata."""
     faults.add(status(code), "update", skip=1, times=1)
-    async with make_pool(result, concurrency=1):
-        lives = [await wait_end(item.id) for item in plane.enqueue(2)]
+    async with make_pool(return_result, concurrency=1):
+        lives = [await wait_for_end(item.id) for item in control_plane.enqueue(2)]
     assert [final.outcome for final in lives] == ["completed", "failed"]
 
 
 @pytest.mark.parametrize("code", [400, 404])
 async def test_refused_result_fails_session_with_error_note(
-    run_one: Any, faults: Faults, code: int
+    run_one_item: Any, faults: Faults, code: int
 ) -> None:
     faults.add(status(code), "update", times=1)
-    final = await run_one(result)
+    final = await run_one_item(return_result)
     assert (final.outcome, final.item.state) == ("failed", "stopped")
-    assert final.ops == [*BEGIN, "update", "update", "stop"]
+    assert final.request_names == [*BEGIN, "update", "update", "stop"]
     assert final.metadata == {"workpool.error": "RefusedError"}
     assert isinstance(final.finished.error, RefusedError)
 
 
 async def test_refused_result_fails_session_even_if_error_note_is_refused(
-    run_one: Any, faults: Faults
+    run_one_item: Any, faults: Faults
 ) -> None:
     faults.add(status(400), "update")
-    final = await run_one(result)
+    final = await run_one_item(return_result)
     assert (final.outcome, final.item.state, final.metadata) == ("failed", "stopped", {})
-    assert final.ops == [*BEGIN, "update", "update", "stop"]
+    assert final.request_names == [*BEGIN, "update", "update", "stop"]
 
 
 @pytest.mark.parametrize("code", [409, 412])
 async def test_result_in_conflict_counts_as_stopped_already(
-    run_one: Any, faults: Faults, code: int
+    run_one_item: Any, faults: Faults, code: int
 ) -> None:
     faults.add(status(code), "update")
-    final = await run_one(result)
+    final = await run_one_item(return_result)
     assert final.outcome == "completed"
-    assert final.ops == [*BEGIN, "update", "stop"]
+    assert final.request_names == [*BEGIN, "update", "stop"]
 
 
-async def test_refused_error_note_does_not_prevent_stop(run_one: Any, faults: Faults) -> None:
+async def test_refused_error_note_does_not_prevent_stop(run_one_item: Any, faults: Faults) -> None:
     async def work(_: Session) -> None:
         raise ValueError
 
     faults.add(status(400), "update")
-    final = await run_one(work)
+    final = await run_one_item(work)
     assert (final.outcome, final.item.state, final.metadata) == ("failed", "stopped", {})
-    assert final.ops == [*BEGIN, "update", "stop"]
+    assert final.request_names == [*BEGIN, "update", "stop"]
 
 
-# -- the lease, lost while we write ----------------------------------------------------------------
+# -- the lease is lost during the completion ------------------------------------------------------
 
 
 @pytest.mark.usefixtures("fast_heartbeats")
 async def test_completion_after_lost_lease_sends_nothing_more(
-    plane: ControlPlane, faults: Faults, make_pool: Any, wait_end: Any
+    control_plane: ControlPlane, faults: Faults, make_pool: Any, wait_for_end: Any
 ) -> None:
     hold = Hold()
     faults.add(hold, "update")
-    (item,) = plane.enqueue()
-    async with make_pool(result, lease_ttl=10, reclaim_older_than_ms=600_000):
+    (item,) = control_plane.enqueue()
+    async with make_pool(return_result, lease_ttl=10, reclaim_older_than_ms=600_000):
         await hold.reached()
-        expire_lease(plane, item.id)
-        plane.operations.ack(plane.environments[0], item.id, "another")
-        final = await wait_end(item.id)
+        expire_lease(control_plane, item.id)
+        control_plane.operations.ack(control_plane.environments[0], item.id, "another")
+        final = await wait_for_end(item.id)
     assert (final.outcome, final.item.state, final.metadata) == ("lease_lost", "starting", {})
-    assert "stop" not in final.ops
-    assert final.ops.count("update") == 1
+    assert "stop" not in final.request_names
+    assert final.request_names.count("update") == 1
 
 
 @pytest.mark.usefixtures("fast_heartbeats")
 async def test_item_stopped_by_another_client_during_completion_has_outcome_stopped(
-    plane: ControlPlane, faults: Faults, make_pool: Any, wait_end: Any
+    control_plane: ControlPlane, faults: Faults, make_pool: Any, wait_for_end: Any
 ) -> None:
     hold = Hold()
     faults.add(hold, "update")
-    (item,) = plane.enqueue()
-    async with make_pool(result, lease_ttl=10):
+    (item,) = control_plane.enqueue()
+    async with make_pool(return_result, lease_ttl=10):
         await hold.reached()
-        plane.operations.stop(plane.environments[0], item.id, force=True)
-        final = await wait_end(item.id)
+        control_plane.operations.stop(control_plane.environments[0], item.id, force=True)
+        final = await wait_for_end(item.id)
     assert (final.outcome, final.metadata) == ("stopped", {})
-    assert "stop" not in final.ops
+    assert "stop" not in final.request_names
 
 
 @pytest.mark.usefixtures("fast_heartbeats")
 async def test_lease_is_renewed_during_completion(
-    plane: ControlPlane, faults: Faults, make_pool: Any, wait_end: Any
+    control_plane: ControlPlane, faults: Faults, make_pool: Any, wait_for_end: Any
 ) -> None:
     hold = Hold()
     faults.add(hold, "update")
-    (item,) = plane.enqueue()
-    async with make_pool(result, lease_ttl=10):
+    (item,) = control_plane.enqueue()
+    async with make_pool(return_result, lease_ttl=10):
         await hold.reached()
         heartbeats = len(faults.of("heartbeat"))
         await faults.wait_for("heartbeat", count=heartbeats + 3, answered=True)
         hold.release()
-        final = await wait_end(item.id)
+        final = await wait_for_end(item.id)
     assert (final.outcome, final.metadata) == ("completed", {"rows": "7"})
 
 
 async def test_completion_continues_after_cancellation_of_embedder(
-    plane: ControlPlane, faults: Faults, make_pool: Any, recorder: Recorder, wait_end: Any
+    control_plane: ControlPlane,
+    faults: Faults,
+    make_pool: Any,
+    recorder: Recorder,
+    wait_for_end: Any,
 ) -> None:
     """The embedder is cancelled while the result is written, and the item is still stopped."""
     hold = Hold()
     faults.add(hold, "update")
-    (item,) = plane.enqueue()
+    (item,) = control_plane.enqueue()
 
-    async def embed() -> None:
-        async with make_pool(result):
+    async def embed_pool() -> None:
+        async with make_pool(return_result):
             await asyncio.Event().wait()
 
     async with asyncio.TaskGroup() as group:
-        embedder = group.create_task(embed())
+        embedder = group.create_task(embed_pool())
         await hold.reached()
         embedder.cancel()
         hold.release()
         await asyncio.wait({embedder})
     assert embedder.cancelled()
     assert len(recorder.of(SessionFinished)) == 1
-    final = await wait_end(item.id)
+    final = await wait_for_end(item.id)
     assert (final.outcome, final.item.state) == ("completed", "stopped")
-    assert final.ops == [*BEGIN, "update", "stop"]
+    assert final.request_names == [*BEGIN, "update", "stop"]
 
 
 async def test_release_that_is_never_answered_ends_at_drain_deadline(
-    drained: Any, faults: Faults
+    run_until_drain_deadline: Any, faults: Faults
 ) -> None:
     @handler
     async def work(_: Session) -> None:
         raise Release("why")
 
     faults.add(delay(30), "heartbeat", skip=1)
-    final = await drained(work, "heartbeat", 2)
+    final = await run_until_drain_deadline(work, "heartbeat", 2)
     assert (final.outcome, final.item.state) == ("released", "active")
-    assert "stop" not in final.ops
+    assert "stop" not in final.request_names

@@ -33,27 +33,27 @@ LONG = 60.0
 
 
 @handler
-async def patient(_: Session) -> None:
+async def endless_handler(_: Session) -> None:
     await asyncio.Event().wait()
 
 
 @handler
-async def polite(session: Session) -> dict[str, str]:
+async def interruptible_handler(session: Session) -> dict[str, str]:
     await session.interrupted()
     return {"draining": str(session.draining)}
 
 
-async def draining(supervisor: Supervisor, recorder: Recorder) -> None:
+async def drain_has_begun(supervisor: Supervisor, recorder: Recorder) -> None:
     await recorder.wait_for(DrainStarted)
     assert supervisor.status().draining
     assert supervisor.status().reasons == ("draining",)
 
 
-# -- what is under way
+# -- items and requests in progress when the drain begins
 
 
 async def test_idle_pool_drains_at_once(faults: Faults, make_pool: Any, recorder: Recorder) -> None:
-    async with make_pool(patient, pollers=3) as supervisor:
+    async with make_pool(endless_handler, pollers=3) as supervisor:
         await faults.wait_for("poll", count=3)
         async with asyncio.timeout(20):
             await supervisor.drain(timeout=LONG)
@@ -63,56 +63,62 @@ async def test_idle_pool_drains_at_once(faults: Faults, make_pool: Any, recorder
 
 
 async def test_waiting_items_are_forgotten_by_drain_and_stay_queued(
-    plane: ControlPlane, faults: Faults, make_pool: Any, recorder: Recorder
+    control_plane: ControlPlane, faults: Faults, make_pool: Any, recorder: Recorder
 ) -> None:
-    first, *waiting = plane.enqueue(3)
-    async with make_pool(polite, concurrency=1, prefetch=2) as supervisor:
+    first, *waiting = control_plane.enqueue(3)
+    async with make_pool(interruptible_handler, concurrency=1, prefetch=2) as supervisor:
         await recorder.wait_for(SessionStarted)
         await recorder.wait_for(ItemReceived, count=3)
         assert supervisor.status().waiting == 2
     assert supervisor.status().waiting == 0
     for item in waiting:
         assert not faults.of(work_id=item.id)
-        assert plane.operations.get(plane.environments[0], item.id).state == "queued"
+        assert (
+            control_plane.operations.get(control_plane.environments[0], item.id).state == "queued"
+        )
     assert [event.session.item.id for event in recorder.of(SessionFinished)] == [first.id]
 
 
 async def test_pollers_waiting_for_place_end_at_drain(
-    plane: ControlPlane, make_pool: Any, recorder: Recorder
+    control_plane: ControlPlane, make_pool: Any, recorder: Recorder
 ) -> None:
-    plane.enqueue()
-    async with make_pool(polite, concurrency=1, pollers=3):
+    control_plane.enqueue()
+    async with make_pool(interruptible_handler, concurrency=1, pollers=3):
         await recorder.wait_for(SessionStarted)
     assert len(recorder.of(PollFinished)) == 1
 
 
 async def test_item_delivered_during_drain_is_not_claimed(
-    plane: ControlPlane, faults: Faults, make_pool: Any, recorder: Recorder
+    control_plane: ControlPlane, faults: Faults, make_pool: Any, recorder: Recorder
 ) -> None:
     hold = Hold(applied=True)
     faults.add(hold, "poll")
-    (item,) = plane.enqueue()
-    async with make_pool(patient) as supervisor:
+    (item,) = control_plane.enqueue()
+    async with make_pool(endless_handler) as supervisor:
         await hold.reached()
         await supervisor.drain(timeout=LONG)
     assert not recorder.of(ItemReceived)
-    assert plane.operations.get(plane.environments[0], item.id).state == "queued"
+    assert control_plane.operations.get(control_plane.environments[0], item.id).state == "queued"
 
 
 async def test_ack_in_flight_that_succeeds_during_drain_is_released(
-    plane: ControlPlane, faults: Faults, make_pool: Any, recorder: Recorder, wait_end: Any
+    control_plane: ControlPlane,
+    faults: Faults,
+    make_pool: Any,
+    recorder: Recorder,
+    wait_for_end: Any,
 ) -> None:
     hold = Hold()
     faults.add(hold, "ack")
-    (item,) = plane.enqueue()
-    async with make_pool(patient) as supervisor, asyncio.TaskGroup() as group:
+    (item,) = control_plane.enqueue()
+    async with make_pool(endless_handler) as supervisor, asyncio.TaskGroup() as group:
         await hold.reached()
         group.create_task(supervisor.drain(timeout=LONG))
-        await draining(supervisor, recorder)
+        await drain_has_begun(supervisor, recorder)
         hold.release()
-    final = await wait_end(item.id)
+    final = await wait_for_end(item.id)
     assert final.outcome == "released"
-    assert final.ops == ["ack", "update", "heartbeat"]
+    assert final.request_names == ["ack", "update", "heartbeat"]
     assert final.sent[-1].query["desired_ttl_seconds"] == "10"
     assert not recorder.of(SessionStarted)
     assert recorder.of(DrainFinished)[0].result == "clean"
@@ -120,16 +126,16 @@ async def test_ack_in_flight_that_succeeds_during_drain_is_released(
 
 @pytest.mark.parametrize("code", [409, 404, 500])
 async def test_ack_in_flight_that_fails_during_drain_is_not_repeated(
-    plane: ControlPlane, faults: Faults, make_pool: Any, recorder: Recorder, code: int
+    control_plane: ControlPlane, faults: Faults, make_pool: Any, recorder: Recorder, code: int
 ) -> None:
     hold = Hold()
     faults.add(hold, "ack")
     faults.add(status(code), "ack")
-    (item,) = plane.enqueue()
-    async with make_pool(patient) as supervisor, asyncio.TaskGroup() as group:
+    (item,) = control_plane.enqueue()
+    async with make_pool(endless_handler) as supervisor, asyncio.TaskGroup() as group:
         await hold.reached()
         group.create_task(supervisor.drain(timeout=LONG))
-        await draining(supervisor, recorder)
+        await drain_has_begun(supervisor, recorder)
         hold.release()
     assert [request.op for request in faults.of(work_id=item.id)] == ["ack"]
     assert recorder.of(DrainFinished)[0].result == "clean"
@@ -137,57 +143,65 @@ async def test_ack_in_flight_that_fails_during_drain_is_not_repeated(
 
 
 async def test_first_heartbeat_in_flight_during_drain_is_followed_by_last_one(
-    plane: ControlPlane, faults: Faults, make_pool: Any, recorder: Recorder, wait_end: Any
+    control_plane: ControlPlane,
+    faults: Faults,
+    make_pool: Any,
+    recorder: Recorder,
+    wait_for_end: Any,
 ) -> None:
     hold = Hold()
     faults.add(hold, "heartbeat", times=1)
-    (item,) = plane.enqueue()
-    async with make_pool(patient) as supervisor, asyncio.TaskGroup() as group:
+    (item,) = control_plane.enqueue()
+    async with make_pool(endless_handler) as supervisor, asyncio.TaskGroup() as group:
         await hold.reached()
         group.create_task(supervisor.drain(timeout=LONG))
-        await draining(supervisor, recorder)
+        await drain_has_begun(supervisor, recorder)
         hold.release()
-    final = await wait_end(item.id)
+    final = await wait_for_end(item.id)
     assert (final.outcome, final.item.state) == ("released", "active")
-    assert final.ops == ["ack", "heartbeat", "update", "heartbeat"]
+    assert final.request_names == ["ack", "heartbeat", "update", "heartbeat"]
     assert [each.query["desired_ttl_seconds"] for each in final.sent[1::2]] == ["60", "10"]
     assert not recorder.of(SessionStarted)
 
 
 @pytest.mark.usefixtures("fast_heartbeats")
 async def test_running_sessions_keep_their_leases_during_drain(
-    plane: ControlPlane, faults: Faults, make_pool: Any, recorder: Recorder, wait_end: Any
+    control_plane: ControlPlane,
+    faults: Faults,
+    make_pool: Any,
+    recorder: Recorder,
+    wait_for_end: Any,
 ) -> None:
     may_end = asyncio.Event()
 
     @handler
-    async def slow(session: Session) -> dict[str, str]:
+    async def slow_handler(session: Session) -> dict[str, str]:
         await session.interrupted()
         await may_end.wait()
         await session.update_metadata({"phase": "last"})
         return {"draining": str(session.draining)}
 
-    (item,) = plane.enqueue()
-    async with make_pool(slow, lease_ttl=10) as supervisor, asyncio.TaskGroup() as group:
+    (item,) = control_plane.enqueue()
+    async with make_pool(slow_handler, lease_ttl=10) as supervisor, asyncio.TaskGroup() as group:
         await recorder.wait_for(SessionStarted)
         group.create_task(supervisor.drain(timeout=None))
-        await draining(supervisor, recorder)
+        await drain_has_begun(supervisor, recorder)
         heartbeats = len(faults.of("heartbeat"))
         await faults.wait_for("heartbeat", count=heartbeats + 3, answered=True)
         may_end.set()
-    final = await wait_end(item.id)
+    final = await wait_for_end(item.id)
     assert (final.outcome, final.item.state) == ("completed", "stopped")
     assert final.metadata == {"phase": "last", "draining": "True"}
 
 
-# -- the deadline
+# -- the deadline of a drain
 
 
 async def test_drain_timeout_of_settings_is_default_deadline(
-    plane: ControlPlane, make_pool: Any, recorder: Recorder
+    control_plane: ControlPlane, make_pool: Any, recorder: Recorder
 ) -> None:
-    plane.enqueue()
-    async with make_pool(patient, drain_timeout=0.05) as supervisor:
+    control_plane.enqueue()
+    async with make_pool(endless_handler, drain_timeout=0.05) as supervisor:
         await recorder.wait_for(SessionStarted)
         await supervisor.drain()
     assert recorder.of(DrainStarted)[0].timeout == 0.05
@@ -198,23 +212,23 @@ async def test_drain_timeout_of_settings_is_default_deadline(
 
 @pytest.mark.parametrize("first", [None, LONG])
 async def test_second_drain_shortens_deadline(
-    plane: ControlPlane, make_pool: Any, recorder: Recorder, first: float | None
+    control_plane: ControlPlane, make_pool: Any, recorder: Recorder, first: float | None
 ) -> None:
-    plane.enqueue()
-    async with make_pool(patient) as supervisor, asyncio.TaskGroup() as group:
+    control_plane.enqueue()
+    async with make_pool(endless_handler) as supervisor, asyncio.TaskGroup() as group:
         await recorder.wait_for(SessionStarted)
         waiting = group.create_task(supervisor.drain(timeout=first))
-        await draining(supervisor, recorder)
+        await drain_has_begun(supervisor, recorder)
         assert not waiting.done()
         await supervisor.drain(timeout=0)
     assert recorder.of(SessionFinished)[0].outcome == "released"
 
 
 async def test_many_sessions_at_drain_deadline_are_released_together(
-    plane: ControlPlane, faults: Faults, make_pool: Any, recorder: Recorder
+    control_plane: ControlPlane, faults: Faults, make_pool: Any, recorder: Recorder
 ) -> None:
-    plane.enqueue(8)
-    async with make_pool(patient, concurrency=8) as supervisor:
+    control_plane.enqueue(8)
+    async with make_pool(endless_handler, concurrency=8) as supervisor:
         await recorder.wait_for(SessionStarted, count=8)
         await supervisor.drain(timeout=0)
     assert [event.outcome for event in recorder.of(SessionFinished)] == ["released"] * 8
@@ -224,13 +238,13 @@ async def test_many_sessions_at_drain_deadline_are_released_together(
 
 
 async def test_release_without_answers_is_abandoned_after_drain_deadline(
-    plane: ControlPlane, faults: Faults, make_pool: Any, recorder: Recorder,
+    control_plane: ControlPlane, faults: Faults, make_pool: Any, recorder: Recorder,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:  # fmt: skip
     monkeypatch.setattr("workpool.pool.drain.AFTER_DEADLINE_SECONDS", 0.2)
     faults.add(lost(), "heartbeat", skip=1)
-    plane.enqueue()
-    async with make_pool(patient) as supervisor:
+    control_plane.enqueue()
+    async with make_pool(endless_handler) as supervisor:
         await recorder.wait_for(SessionStarted)
         async with asyncio.timeout(20):
             await supervisor.drain(timeout=0)
@@ -240,13 +254,13 @@ async def test_release_without_answers_is_abandoned_after_drain_deadline(
 
 
 async def test_hanging_ack_does_not_delay_drain(
-    plane: ControlPlane, faults: Faults, make_pool: Any, monkeypatch: pytest.MonkeyPatch
+    control_plane: ControlPlane, faults: Faults, make_pool: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("workpool.pool.drain.AFTER_DEADLINE_SECONDS", 0.1)
     hold = Hold()
     faults.add(hold, "ack")
-    plane.enqueue()
-    async with make_pool(patient) as supervisor:
+    control_plane.enqueue()
+    async with make_pool(endless_handler) as supervisor:
         await hold.reached()
         async with asyncio.timeout(20):
             await supervisor.drain(timeout=0)
@@ -254,21 +268,21 @@ async def test_hanging_ack_does_not_delay_drain(
 
 
 async def test_handler_that_ignores_cancellation_is_abandoned_by_drain(
-    plane: ControlPlane, make_pool: Any, recorder: Recorder, monkeypatch: pytest.MonkeyPatch
+    control_plane: ControlPlane, make_pool: Any, recorder: Recorder, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("workpool.pool.drain.AFTER_DEADLINE_SECONDS", 0.1)
     may_end = asyncio.Event()
 
     @handler
-    async def deaf(_: Session) -> None:
+    async def handler_ignoring_cancellation(_: Session) -> None:
         while not may_end.is_set():
             try:
                 await may_end.wait()
             except asyncio.CancelledError:
                 continue
 
-    plane.enqueue()
-    async with make_pool(deaf) as supervisor:
+    control_plane.enqueue()
+    async with make_pool(handler_ignoring_cancellation) as supervisor:
         await recorder.wait_for(SessionStarted)
         async with asyncio.timeout(20):
             await supervisor.drain(timeout=0)
@@ -281,15 +295,15 @@ async def test_handler_that_ignores_cancellation_is_abandoned_by_drain(
     await asyncio.wait(left, timeout=20)
 
 
-# -- who asks
+# -- drains that an exception or cancellation of the embedder causes
 
 
 async def test_exception_in_block_of_embedder_drains_with_timeout_zero(
-    plane: ControlPlane, make_pool: Any, recorder: Recorder
+    control_plane: ControlPlane, make_pool: Any, recorder: Recorder
 ) -> None:
-    plane.enqueue()
+    control_plane.enqueue()
     with pytest.raises(LookupError):  # noqa: PT012 - the block is what is tested
-        async with make_pool(patient, drain_timeout=LONG):
+        async with make_pool(endless_handler, drain_timeout=LONG):
             await recorder.wait_for(SessionStarted)
             raise LookupError
     assert recorder.of(DrainStarted)[0].timeout == 0
@@ -298,11 +312,11 @@ async def test_exception_in_block_of_embedder_drains_with_timeout_zero(
 
 @pytest.mark.parametrize("where", ["wait", "sleep", "run", "leaving"])
 async def test_cancellation_of_embedder_is_raised_after_drain(
-    plane: ControlPlane, make_pool: Any, recorder: Recorder, where: str
+    control_plane: ControlPlane, make_pool: Any, recorder: Recorder, where: str
 ) -> None:
-    supervisor = make_pool(patient, drain_timeout=LONG)
+    supervisor = make_pool(endless_handler, drain_timeout=LONG)
 
-    async def embed() -> None:
+    async def embed_pool() -> None:
         if where == "run":
             await supervisor.run()
             return
@@ -313,9 +327,9 @@ async def test_cancellation_of_embedder_is_raised_after_drain(
                 await asyncio.sleep(LONG)
             await recorder.wait_for(SessionStarted)
 
-    plane.enqueue()
+    control_plane.enqueue()
     async with asyncio.TaskGroup() as group:
-        embedder = group.create_task(embed())
+        embedder = group.create_task(embed_pool())
         await recorder.wait_for(DrainStarted if where == "leaving" else SessionStarted)
         embedder.cancel()
         await asyncio.wait({embedder}, timeout=20)
@@ -325,16 +339,16 @@ async def test_cancellation_of_embedder_is_raised_after_drain(
 
 
 async def test_embedder_cancelled_in_every_loop_turn_leaves_no_pool_task(
-    plane: ControlPlane, make_pool: Any, recorder: Recorder
+    control_plane: ControlPlane, make_pool: Any, recorder: Recorder
 ) -> None:
-    plane.enqueue()
+    control_plane.enqueue()
 
-    async def embed() -> None:
-        async with make_pool(patient, drain_timeout=LONG):
+    async def embed_pool() -> None:
+        async with make_pool(endless_handler, drain_timeout=LONG):
             await asyncio.Event().wait()
 
     async with asyncio.timeout(20), asyncio.TaskGroup() as group:
-        embedding = group.create_task(embed())
+        embedding = group.create_task(embed_pool())
         await recorder.wait_for(SessionStarted)
         while not embedding.done():
             embedding.cancel()
@@ -346,19 +360,19 @@ async def test_embedder_cancelled_in_every_loop_turn_leaves_no_pool_task(
 
 
 async def test_cancelled_wait_does_not_drain_pool(
-    plane: ControlPlane, make_pool: Any, recorder: Recorder
+    control_plane: ControlPlane, make_pool: Any, recorder: Recorder
 ) -> None:
-    async with make_pool(polite) as supervisor:
+    async with make_pool(interruptible_handler) as supervisor:
         with pytest.raises(TimeoutError):
             async with asyncio.timeout(0.01):
                 await supervisor.wait()
         assert not supervisor.status().draining
-        plane.enqueue()
+        control_plane.enqueue()
         await recorder.wait_for(SessionStarted)
 
 
 async def test_wait_returns_after_drain_and_close(make_pool: Any) -> None:
-    async with make_pool(patient) as supervisor, asyncio.TaskGroup() as group:
+    async with make_pool(endless_handler) as supervisor, asyncio.TaskGroup() as group:
         waiting = group.create_task(supervisor.wait())
         await supervisor.drain()
         async with asyncio.timeout(20):
@@ -367,7 +381,7 @@ async def test_wait_returns_after_drain_and_close(make_pool: Any) -> None:
     await supervisor.wait()
 
 
-# -- cancelled while it starts
+# -- pools that are cancelled while they start
 
 
 @pytest.mark.parametrize("chunk", range(6))
@@ -377,7 +391,7 @@ async def test_start_cancelled_at_any_point_leaves_no_task(
     """The start is cancelled at every turn of the loop. Some tries wait for the renewer thread."""
     for turns in range(chunk * 8, chunk * 8 + 8):
         supervisor = Supervisor(
-            make_settings(metrics_listen="127.0.0.1:0"), plugins=[patient, recorder]
+            make_settings(metrics_listen="127.0.0.1:0"), plugins=[endless_handler, recorder]
         )
         async with asyncio.TaskGroup() as group:
             starting = group.create_task(supervisor.__aenter__())
@@ -386,17 +400,17 @@ async def test_start_cancelled_at_any_point_leaves_no_task(
             starting.cancel()
             await asyncio.wait({starting}, timeout=20)
         if starting.cancelled():
-            assert asyncio.all_tasks() - {asyncio.current_task()} == plane_tasks()
+            assert asyncio.all_tasks() - {asyncio.current_task()} == control_plane_tasks()
         else:
             await supervisor.__aexit__(None, None, None)
 
 
-def plane_tasks() -> set[Any]:
+def control_plane_tasks() -> set[Any]:
     """Return the tasks of the control plane that answer requests."""
     return {task for task in asyncio.all_tasks() if "RequestHandler" in repr(task.get_coro())}
 
 
-class Slow:
+class HangingPlugin:
     """A plugin whose lifespan never finishes opening or closing."""
 
     def __init__(self, where: str) -> None:
@@ -405,10 +419,10 @@ class Slow:
 
     @hookimpl
     def workpool_lifespan(self) -> Any:
-        return self.context()
+        return self.hanging_context()
 
     @asynccontextmanager
-    async def context(self) -> AsyncIterator[None]:
+    async def hanging_context(self) -> AsyncIterator[None]:
         if self.where == "opening":
             self.reached.set()
             await asyncio.Event().wait()
@@ -419,8 +433,8 @@ class Slow:
 
 
 async def test_start_that_hangs_can_be_cancelled(make_pool: Any) -> None:
-    slow = Slow("opening")
-    supervisor = make_pool(patient, slow)
+    slow = HangingPlugin("opening")
+    supervisor = make_pool(endless_handler, slow)
     async with asyncio.TaskGroup() as group:
         starting = group.create_task(supervisor.__aenter__())
         await slow.reached.wait()
@@ -429,34 +443,37 @@ async def test_start_that_hangs_can_be_cancelled(make_pool: Any) -> None:
         assert starting.cancelled()
 
 
-async def test_plugin_that_does_not_close_is_abandoned(
+async def test_plugin_whose_lifespan_never_closes_is_abandoned(
     make_pool: Any, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     monkeypatch.setattr("workpool.plugins.lifespan.CLOSE_SECONDS", 0.05)
-    async with make_pool(patient, Slow("closing")):
+    async with make_pool(endless_handler, HangingPlugin("closing")):
         pass
     [record] = [each for each in caplog.records if each.message == "plugin did not close"]
-    assert vars(record)["plugin"] == "Slow"
+    assert vars(record)["plugin"] == "HangingPlugin"
 
 
 async def test_item_of_stuck_handler_is_marked_before_it_is_abandoned(
-    plane: ControlPlane, make_pool: Any, recorder: Recorder, monkeypatch: pytest.MonkeyPatch
+    control_plane: ControlPlane, make_pool: Any, recorder: Recorder, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("workpool.pool.handler_executor.REPEAT_SECONDS", 0.05)
     may_end = asyncio.Event()
 
     @handler
-    async def stubborn(_: Session) -> None:
+    async def stubborn_handler(_: Session) -> None:
         while not may_end.is_set():
             with suppress(asyncio.CancelledError):
                 await may_end.wait()
 
-    (item,) = plane.enqueue()
-    async with make_pool(stubborn, session_timeout=0.05) as supervisor:
+    (item,) = control_plane.enqueue()
+    async with make_pool(stubborn_handler, session_timeout=0.05) as supervisor:
         expected = "ignore their cancellation"
         while expected not in str(supervisor.status()):  # noqa: ASYNC110 - a state has no event
             await asyncio.sleep(0.01)
         await supervisor.drain(timeout=LONG)
     may_end.set()
     assert recorder.of(DrainFinished)[0].result == "killed"
-    assert "workpool.released" in plane.operations.get(plane.environments[0], item.id).metadata
+    assert (
+        "workpool.released"
+        in control_plane.operations.get(control_plane.environments[0], item.id).metadata
+    )

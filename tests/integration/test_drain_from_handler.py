@@ -19,37 +19,37 @@ if TYPE_CHECKING:
     from workpool.testing import Recorder
 
 
-async def directly(drain: Drain) -> None:
+async def drain_directly(drain: Drain) -> None:
     await drain()
 
 
-async def in_a_task(drain: Drain) -> None:
+async def drain_in_task(drain: Drain) -> None:
     """Await the drain in a task that the handler starts."""
     errors: list[BaseException] = []
 
-    async def attempt() -> None:
+    async def try_drain() -> None:
         try:
             await drain()
         except RuntimeError as error:
             errors.append(error)
 
     async with asyncio.TaskGroup() as group:
-        group.create_task(attempt())
+        group.create_task(try_drain())
     raise errors[0]
 
 
-@pytest.mark.parametrize("call", [directly, in_a_task])
+@pytest.mark.parametrize("call", [drain_directly, drain_in_task])
 async def test_drain_called_in_handler_raises_and_suggests_request_drain(
-    plane: ControlPlane, make_pool: Any, recorder: Recorder, call: Any
+    control_plane: ControlPlane, make_pool: Any, recorder: Recorder, call: Any
 ) -> None:
     pools: list[Supervisor] = []
 
     @handler
-    async def drains(_: Session) -> None:
+    async def handler_that_drains(_: Session) -> None:
         await call(pools[0].drain)
 
-    plane.enqueue()
-    pools.append(make_pool(drains))
+    control_plane.enqueue()
+    pools.append(make_pool(handler_that_drains))
     async with pools[0]:
         finished = await recorder.wait_for(SessionFinished)
         assert not pools[0].status().draining
@@ -58,18 +58,18 @@ async def test_drain_called_in_handler_raises_and_suggests_request_drain(
 
 
 async def test_request_drain_called_in_handler_lets_its_session_complete(
-    plane: ControlPlane, make_pool: Any, recorder: Recorder
+    control_plane: ControlPlane, make_pool: Any, recorder: Recorder
 ) -> None:
     pools: list[Supervisor] = []
 
     @handler
-    async def drains(session: Session) -> None:
+    async def handler_that_requests_drain(session: Session) -> None:
         pools[0].request_drain()
         await session.interrupted()
         assert session.draining
 
-    plane.enqueue()
-    pools.append(make_pool(drains))
+    control_plane.enqueue()
+    pools.append(make_pool(handler_that_requests_drain))
     async with asyncio.timeout(20):
         await pools[0].run()
     [finished] = recorder.of(SessionFinished)
@@ -78,28 +78,28 @@ async def test_request_drain_called_in_handler_lets_its_session_complete(
 
 
 async def test_handler_can_drain_another_pool(
-    plane: ControlPlane, make_pool: Any, make_settings: Any, recorder: Recorder
+    control_plane: ControlPlane, make_pool: Any, make_settings: Any, recorder: Recorder
 ) -> None:
-    other = Supervisor(make_settings(), plugins=[never])
+    other = Supervisor(make_settings(), plugins=[never_called])
 
     @handler
-    async def drains(_: Session) -> None:
+    async def handler_that_drains_other_pool(_: Session) -> None:
         await other.drain()
 
-    async with make_pool(drains):
+    async with make_pool(handler_that_drains_other_pool):
         async with other:
             other.request_drain(0)
             await other.wait()
-        plane.enqueue()
+        control_plane.enqueue()
         finished = await recorder.wait_for(SessionFinished)
     assert finished.error is None
 
 
 @handler(metadata={"never": "matches"})
-async def never(_: Session) -> None:
+async def never_called(_: Session) -> None:
     raise AssertionError
 
 
 def test_request_drain_before_start_raises(make_settings: Any) -> None:
     with pytest.raises(RuntimeError, match="not started"):
-        Supervisor(make_settings(), plugins=[never]).request_drain()
+        Supervisor(make_settings(), plugins=[never_called]).request_drain()

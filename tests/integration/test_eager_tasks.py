@@ -16,13 +16,13 @@ if TYPE_CHECKING:
     from workpool.server import ControlPlane
 
 pytestmark = [
-    pytest.mark.usefixtures("eager"),
+    pytest.mark.usefixtures("eager_tasks"),
     pytest.mark.skipif(sys.version_info < (3, 12), reason="Python 3.12 brought eager tasks"),
 ]
 
 
 @pytest.fixture
-async def eager() -> AsyncIterator[None]:
+async def eager_tasks() -> AsyncIterator[None]:
     loop = asyncio.get_running_loop()
     before = loop.get_task_factory()
     loop.set_task_factory(getattr(asyncio, "eager_task_factory", None))
@@ -31,23 +31,23 @@ async def eager() -> AsyncIterator[None]:
 
 
 @handler
-async def at_once(_: Session) -> dict[str, str]:
+async def return_at_once(_: Session) -> dict[str, str]:
     return {"done": "yes"}
 
 
 @handler
-async def writing(session: Session) -> dict[str, str]:
+async def write_at_once(session: Session) -> dict[str, str]:
     await session.update_metadata({"done": "yes"})
     return {}
 
 
-@pytest.mark.parametrize("work", [at_once, writing], ids=lambda work: work.__name__)
+@pytest.mark.parametrize("work", [return_at_once, write_at_once], ids=lambda work: work.__name__)
 async def test_session_is_usable_in_first_step_of_eager_handler_task(
-    plane: ControlPlane, make_pool: Any, work: Any
+    control_plane: ControlPlane, make_pool: Any, work: Any
 ) -> None:
-    items = plane.enqueue(20)
+    items = control_plane.enqueue(20)
     async with asyncio.timeout(20):
         await make_pool(work).run(until_empty=True)
     for item in items:
-        done = plane.operations.get(plane.environments[0], item.id)
+        done = control_plane.operations.get(control_plane.environments[0], item.id)
         assert (done.state, dict(done.metadata)) == ("stopped", {"done": "yes"})

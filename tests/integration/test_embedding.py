@@ -43,14 +43,14 @@ async def work(session: Session) -> dict[str, str]:
     return {"done": "yes"}
 
 
-async def until(condition: Callable[[], object]) -> None:
+async def wait_until(condition: Callable[[], object]) -> None:
     """Wait until the condition is true, which the loop or the kernel brings about."""
     async with asyncio.timeout(20):
         while not condition():  # noqa: ASYNC110 - threads and sockets tell nobody
             await asyncio.sleep(0.001)
 
 
-def taken_over() -> dict[str, Any]:
+def global_state() -> dict[str, Any]:
     """Return the state of the process that a pool must not change.
 
     Signal handlers, hooks and loggers belong to it.
@@ -67,26 +67,26 @@ def taken_over() -> dict[str, Any]:
     }
 
 
-def open_files() -> int:
+def open_file_count() -> int:
     return len(list(FDS.iterdir())) if FDS.exists() else 0
 
 
-# -- nothing is taken over, nothing is left
+# -- a pool changes no global state, and leaves no task or thread
 
 
 async def test_running_pool_changes_no_global_state(
-    plane: ControlPlane, make_pool: Any, recorder: Recorder
+    control_plane: ControlPlane, make_pool: Any, recorder: Recorder
 ) -> None:
-    before = taken_over()
-    plane.enqueue()
+    before = global_state()
+    control_plane.enqueue()
     async with make_pool(work, metrics_listen="127.0.0.1:0"):
         await recorder.wait_for(SessionFinished)
-        assert taken_over() == before
-    assert taken_over() == before
+        assert global_state() == before
+    assert global_state() == before
 
 
-async def leave_at(moment: int, supervisor: Supervisor, recorder: Recorder, plane: Any) -> None:
-    """Start a pool and leave it at a given moment of its life, in one of several ways."""
+async def end_pool_at(moment: int, supervisor: Supervisor, recorder: Recorder, plane: Any) -> None:
+    """Start a pool and end it at a given moment, in one of several ways."""
     async with supervisor:
         if moment >= 1:
             plane.enqueue(metadata={} if moment % 2 else {"wait": "yes"})
@@ -101,19 +101,21 @@ async def leave_at(moment: int, supervisor: Supervisor, recorder: Recorder, plan
 
 
 async def test_pool_ended_at_any_point_leaves_no_task_or_thread(
-    plane: ControlPlane, make_settings: Any
+    control_plane: ControlPlane, make_settings: Any
 ) -> None:
     dice = random.Random(7)  # noqa: S311 - repeatable, guards nothing
     seen: list[int] = []
 
-    async def once(moment: int) -> None:
+    async def run_and_end_pool(moment: int) -> None:
         recorder = Recorder()
         settings = make_settings(
             metrics_listen="127.0.0.1:0", drain_timeout=dice.choice([0, 5]), stats_interval=0.01
         )
         supervisor = Supervisor(settings, plugins=[work, recorder])
         async with asyncio.TaskGroup() as group:
-            task = group.create_task(swallow(leave_at(moment, supervisor, recorder, plane)))
+            task = group.create_task(
+                ignore_loop_error(end_pool_at(moment, supervisor, recorder, control_plane))
+            )
             if moment >= 6:
                 await recorder.wait_for(SessionStarted)
                 task.cancel()
@@ -122,34 +124,34 @@ async def test_pool_ended_at_any_point_leaves_no_task_or_thread(
                     await asyncio.sleep(0)
                 task.cancel()
 
-    await once(2)
-    await until(lambda: threading.active_count() == 1 or not workpool_threads())
+    await run_and_end_pool(2)
+    await wait_until(lambda: threading.active_count() == 1 or not workpool_threads())
     gc.collect()
-    before, tasks, world = open_files(), asyncio.all_tasks(), taken_over()
+    before, tasks, world = open_file_count(), asyncio.all_tasks(), global_state()
     for _ in range(50):
         seen.append(dice.randrange(8))
-        await once(seen[-1])
+        await run_and_end_pool(seen[-1])
         assert not workpool_threads()
     assert len(set(seen)) == 8
-    assert taken_over() == world
-    await until(lambda: asyncio.all_tasks() <= tasks)
-    await until(lambda: open_files() <= before)
+    assert global_state() == world
+    await wait_until(lambda: asyncio.all_tasks() <= tasks)
+    await wait_until(lambda: open_file_count() <= before)
 
 
 def workpool_threads() -> list[str]:
     return [thread.name for thread in threading.enumerate() if "workpool" in thread.name]
 
 
-async def swallow(waiting: Any) -> None:
+async def ignore_loop_error(waiting: Any) -> None:
     with suppress(LookupError):
         await waiting
 
 
-# -- several of them
+# -- several pools in one process
 
 
 async def test_several_pools_share_one_loop_and_registry(
-    plane: ControlPlane, faults: Faults, make_settings: Any
+    control_plane: ControlPlane, faults: Faults, make_settings: Any
 ) -> None:
     registry = CollectorRegistry()
     recorders = [Recorder(), Recorder(), Recorder()]
@@ -157,7 +159,7 @@ async def test_several_pools_share_one_loop_and_registry(
         Supervisor(make_settings(concurrency=1), plugins=[work, recorder], registry=registry)
         for recorder in recorders
     ]
-    plane.enqueue(3, {"wait": "yes"})
+    control_plane.enqueue(3, {"wait": "yes"})
     async with pools[0], pools[1], pools[2]:
         for recorder in recorders:
             await recorder.wait_for(SessionStarted)
@@ -167,7 +169,7 @@ async def test_several_pools_share_one_loop_and_registry(
         assert (float(limit), float(active)) == (3, 3)
         workers = {request.worker_id for request in faults.of("ack")}
         assert len(workers) == 3
-    assert plane.summary() == (3, 3, 0, 0, 0)
+    assert control_plane.summary() == (3, 3, 0, 0, 0)
 
 
 async def test_each_start_uses_a_new_worker_id(faults: Faults, make_pool: Any) -> None:
@@ -181,9 +183,9 @@ async def test_each_start_uses_a_new_worker_id(faults: Faults, make_pool: Any) -
 
 
 async def test_all_requests_of_pool_have_one_worker_id(
-    plane: ControlPlane, faults: Faults, make_pool: Any, recorder: Recorder
+    control_plane: ControlPlane, faults: Faults, make_pool: Any, recorder: Recorder
 ) -> None:
-    plane.enqueue()
+    control_plane.enqueue()
     async with make_pool(work):
         await recorder.wait_for(SessionFinished)
     assert {request.op for request in faults.seen} == {"poll", "ack", "heartbeat", "update", "stop"}
@@ -191,13 +193,13 @@ async def test_all_requests_of_pool_have_one_worker_id(
 
 
 async def test_registry_of_caller_is_used_and_reusable_afterwards(
-    plane: ControlPlane, make_settings: Any, recorder: Recorder
+    control_plane: ControlPlane, make_settings: Any, recorder: Recorder
 ) -> None:
     registry = CollectorRegistry()
     Counter("mine", "The caller's own.", registry=registry)
     supervisor = Supervisor(make_settings(), plugins=[work, recorder], registry=registry)
     assert supervisor.registry is registry
-    plane.enqueue()
+    control_plane.enqueue()
     async with supervisor:
         await recorder.wait_for(SessionFinished)
     text = generate_latest(registry).decode()
@@ -207,7 +209,7 @@ async def test_registry_of_caller_is_used_and_reusable_afterwards(
         pass
 
 
-# -- used wrongly
+# -- misuse of a supervisor
 
 
 async def test_supervisor_started_twice_raises(make_pool: Any) -> None:
@@ -248,7 +250,7 @@ async def test_second_pool_on_same_port_fails_and_first_continues(make_pool: Any
             assert ok.status == 200
 
 
-# -- a plugin's context around its life
+# -- the lifespan of a plugin encloses the pool
 
 
 class DatabasePlugin:
@@ -262,14 +264,14 @@ class DatabasePlugin:
     @hookimpl
     def workpool_lifespan(self, supervisor: Supervisor) -> Any:
         Counter("plugins_own", "The plugin's own.", registry=supervisor.registry)
-        return self.context()
+        return self.database_context()
 
     @hookimpl
     def workpool_event(self, event: object) -> None:
         self.trace.append(type(event).__name__)
 
     @asynccontextmanager
-    async def context(self) -> AsyncIterator[None]:
+    async def database_context(self) -> AsyncIterator[None]:
         self.trace.append("opening")
         if self.fails == "opening":
             raise LookupError("no database")
@@ -283,10 +285,10 @@ class DatabasePlugin:
 
 
 async def test_lifespan_of_plugin_encloses_all_sessions_and_drain(
-    plane: ControlPlane, make_pool: Any, recorder: Recorder
+    control_plane: ControlPlane, make_pool: Any, recorder: Recorder
 ) -> None:
     plugin = DatabasePlugin()
-    plane.enqueue(metadata={"wait": "yes"})
+    control_plane.enqueue(metadata={"wait": "yes"})
     async with make_pool(work, plugin) as supervisor:
         await recorder.wait_for(SessionStarted)
     facts = [fact for fact in plugin.trace if fact != "RequestFinished"]
@@ -299,28 +301,28 @@ async def test_lifespan_of_plugin_encloses_all_sessions_and_drain(
 async def test_lifespan_that_fails_to_open_prevents_start(faults: Faults, make_pool: Any) -> None:
     first = DatabasePlugin()
     with pytest.raises(LookupError, match="no database") as caught:
-        await make_pool(first_of(first), work, DatabasePlugin("opening")).__aenter__()
+        await make_pool(copy_with_other_name(first), work, DatabasePlugin("opening")).__aenter__()
     assert any("'DatabasePlugin'" in note for note in caught.value.__notes__)
     assert first.closed
     assert not faults.seen
     assert not workpool_threads()
 
 
-def first_of(plugin: DatabasePlugin) -> object:
+def copy_with_other_name(plugin: DatabasePlugin) -> object:
     """Return the same plugin under another name."""
 
-    class First:
+    class FirstPlugin:
         @hookimpl
         def workpool_lifespan(self) -> Any:
-            return plugin.context()
+            return plugin.database_context()
 
-    return First()
+    return FirstPlugin()
 
 
 async def test_lifespan_that_fails_to_close_raises_after_drain(
-    plane: ControlPlane, make_pool: Any, recorder: Recorder
+    control_plane: ControlPlane, make_pool: Any, recorder: Recorder
 ) -> None:
-    plane.enqueue(metadata={"wait": "yes"})
+    control_plane.enqueue(metadata={"wait": "yes"})
     supervisor = make_pool(work, DatabasePlugin("closing"))
     await supervisor.__aenter__()
     await recorder.wait_for(SessionStarted)
@@ -336,28 +338,28 @@ async def test_unknown_plugin_is_named_and_prevents_start(faults: Faults, make_p
 
 
 async def test_failing_observers_do_not_affect_sessions(
-    plane: ControlPlane, make_pool: Any, recorder: Recorder
+    control_plane: ControlPlane, make_pool: Any, recorder: Recorder
 ) -> None:
-    class Broken:
+    class FailingObserver:
         @hookimpl
         def workpool_event(self, event: object) -> None:
             raise LookupError(event)
 
-    plane.enqueue(5)
-    async with make_pool(Broken(), work):
+    control_plane.enqueue(5)
+    async with make_pool(FailingObserver(), work):
         await recorder.wait_for(SessionFinished, count=5)
     assert {event.outcome for event in recorder.of(SessionFinished)} == {"completed"}
 
 
-# -- its order of closing
+# -- the order of closing
 
 
-async def test_health_endpoint_and_leases_last_until_pool_has_closed(
-    plane: ControlPlane, faults: Faults, make_pool: Any
+async def test_health_endpoint_and_leases_remain_until_pool_has_closed(
+    control_plane: ControlPlane, faults: Faults, make_pool: Any
 ) -> None:
     hold = Hold()
     faults.add(hold, "stop")
-    plane.enqueue()
+    control_plane.enqueue()
     pool = make_pool(work, metrics_listen="127.0.0.1:0")
     async with aiohttp.ClientSession() as http, asyncio.TaskGroup() as group:
         running = group.create_task(pool.run())

@@ -282,12 +282,14 @@ async def test_page_shows_environments_in_a_browser(
     async def use(group: EnvironmentGroup) -> None:
         await until(lambda: group.status().running == 2)
         async with driven_browser(tmp_path) as browser:
-            await browser.open(f"{group.metrics_url}/")
+            await browser.open_page(f"{group.metrics_url}/")
             rows = "document.getElementById('environments').textContent"
-            shown = await browser.until(rows, OTHER)
+            shown = await browser.wait_for_text(rows, OTHER)
             assert FIRST in shown
-            assert OTHER in await browser.run("document.getElementById('sessions').textContent")
-            assert await browser.run("document.getElementById('busy').textContent") == "2"
+            assert OTHER in await browser.run_script(
+                "document.getElementById('sessions').textContent"
+            )
+            assert await browser.run_script("document.getElementById('busy').textContent") == "2"
         for _ in range(2):
             module.may_end.release()
 

@@ -20,7 +20,7 @@ async def work(_: Session) -> None:
     return None
 
 
-class Finished:
+class OneTypeObserver:
     """A plugin that observes one type of event."""
 
     def __init__(self) -> None:
@@ -31,21 +31,21 @@ class Finished:
         self.events.append(event)
 
 
-def count_built(monkeypatch: pytest.MonkeyPatch) -> Counter[str]:
+def count_built_events(monkeypatch: pytest.MonkeyPatch) -> Counter[str]:
     """Count the event objects that are built from now on, by type."""
     built: Counter[str] = Counter()
 
-    def watch(event_type: Any) -> None:
+    def watch_event_type(event_type: Any) -> None:
         init = event_type.__init__
 
-        def counting(*args: Any, **kwargs: Any) -> None:
+        def counting_event(*args: Any, **kwargs: Any) -> None:
             built[event_type.__name__] += 1
             init(*args, **kwargs)
 
-        monkeypatch.setattr(event_type, "__init__", counting)
+        monkeypatch.setattr(event_type, "__init__", counting_event)
 
     for event_type in get_args(Event):
-        watch(event_type)
+        watch_event_type(event_type)
     return built
 
 
@@ -58,37 +58,37 @@ async def run_items(
     return pool
 
 
-def count_of(pool: Supervisor, metric: str, **labels: str) -> float:
+def counter_value(pool: Supervisor, metric: str, **labels: str) -> float:
     labels = {"environment_id": str(pool.settings.environment_id), **labels}
     return pool.registry.get_sample_value(f"workpool_{metric}", labels) or 0.0
 
 
 async def test_events_without_observer_are_counted_and_not_built(
-    plane: ControlPlane, make_settings: Any, monkeypatch: pytest.MonkeyPatch
+    control_plane: ControlPlane, make_settings: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    built = count_built(monkeypatch)
-    pool = await run_items(plane, make_settings, 3)
+    built = count_built_events(monkeypatch)
+    pool = await run_items(control_plane, make_settings, 3)
     assert not built
-    assert count_of(pool, "items_received_total", origin="new", type="session") == 3
-    assert count_of(pool, "acks_total", result="ok") == 3
-    assert count_of(pool, "stops_total", mode="force", result="ok") == 3
-    assert count_of(pool, "http_requests_total", op="ack", code="2xx") == 3
-    assert count_of(pool, "polls_total", result="item") == 3
-    assert count_of(pool, "heartbeats_total", result="ok") == 3
-    assert count_of(pool, "sessions_total", handler="work.work", outcome="completed") == 3
+    assert counter_value(pool, "items_received_total", origin="new", type="session") == 3
+    assert counter_value(pool, "acks_total", result="ok") == 3
+    assert counter_value(pool, "stops_total", mode="force", result="ok") == 3
+    assert counter_value(pool, "http_requests_total", op="ack", code="2xx") == 3
+    assert counter_value(pool, "polls_total", result="item") == 3
+    assert counter_value(pool, "heartbeats_total", result="ok") == 3
+    assert counter_value(pool, "sessions_total", handler="work.work", outcome="completed") == 3
 
 
 async def test_observer_of_one_event_type_causes_only_that_type_to_be_built(
-    plane: ControlPlane, make_settings: Any, monkeypatch: pytest.MonkeyPatch
+    control_plane: ControlPlane, make_settings: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    finished = Finished()
-    built = count_built(monkeypatch)
-    await run_items(plane, make_settings, 3, finished)
+    finished = OneTypeObserver()
+    built = count_built_events(monkeypatch)
+    await run_items(control_plane, make_settings, 3, finished)
     assert built == {"SessionFinished": 3}
     assert [event.outcome for event in finished.events] == ["completed"] * 3
 
 
-class Requests:
+class RequestObserver:
     """A plugin that records the items of requests, on both threads."""
 
     def __init__(self) -> None:
@@ -102,19 +102,19 @@ class Requests:
             self.renewed.set()
 
 
-async def test_observer_of_requests_finds_the_item_of_each(
-    plane: ControlPlane, make_settings: Any
+async def test_observer_of_requests_receives_the_item_of_each_request(
+    control_plane: ControlPlane, make_settings: Any
 ) -> None:
-    requests = Requests()
+    requests = RequestObserver()
 
     @handler
-    async def renewed(session: Session) -> dict[str, str]:
+    async def wait_for_renewal(session: Session) -> dict[str, str]:
         assert current_work_id.get() == session.item.id
         await requests.renewed.wait()  # the second heartbeat is sent by the lease renewer
         return {"renewed": "yes"}
 
-    [item] = plane.enqueue()
-    pool = Supervisor(make_settings(lease_ttl=10), plugins=[renewed, requests])
+    [item] = control_plane.enqueue()
+    pool = Supervisor(make_settings(lease_ttl=10), plugins=[wait_for_renewal, requests])
     await pool.run(until_empty=True)
     assert current_work_id.get() is None
     items = dict.fromkeys(requests.items)

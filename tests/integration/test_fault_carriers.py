@@ -1,4 +1,4 @@
-"""The two carriers of faults, HTTP and one process, give a call the same effect and answer."""
+"""A fault has the same effect on a call and its answer over HTTP as in one process."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ SHORT_SECONDS = 0.2
 """The timeout of a call without an answer."""
 
 
-class Result(NamedTuple):
+class FaultEffect(NamedTuple):
     """The effect of one ack: for its caller, at the control plane, and in the log."""
 
     answer: object
@@ -61,24 +61,27 @@ class Result(NamedTuple):
     seen: list[tuple[str, int | None, bool]]
 
 
-async def result_of(
+async def effect_of_ack_fault(
     plane: ControlPlane, client: WorkClient | LocalClient, faults: Faults, case: str
-) -> Result:
+) -> FaultEffect:
     (item,) = plane.enqueue()
     silent = any(fault.answer == "silence" for fault in CASES[case])
     try:
         acked = await client.ack(item.id, timeout=SHORT_SECONDS if silent else None)
         answer: object = (acked.state, dict(acked.metadata))
-        await faults.wait_for("ack", answered=True)  # the carrier may record it after the client
+        # The control plane may record the call after the client has its answer.
+        await faults.wait_for("ack", answered=True)
     except WorkpoolError as error:
         answer = (type(error), getattr(error, "status", None), getattr(error, "reason", None))
     state = plane.operations.get(item.environment_id, item.id).state
-    return Result(answer, state, [(each.op, each.status, each.lost) for each in faults.of("ack")])
+    return FaultEffect(
+        answer, state, [(each.op, each.status, each.lost) for each in faults.of("ack")]
+    )
 
 
 @pytest.mark.parametrize("case", CASES)
 async def test_fault_over_http_and_in_one_process_has_the_same_effect(
-    plane: ControlPlane, faults: Faults, make_settings: Callable[..., Settings], case: str
+    control_plane: ControlPlane, faults: Faults, make_settings: Callable[..., Settings], case: str
 ) -> None:
     for fault in CASES[case]:
         faults.add(fault, "ack")
@@ -87,22 +90,25 @@ async def test_fault_over_http_and_in_one_process_has_the_same_effect(
         local_faults.add(fault, "ack")
     settings = make_settings()
     local = LocalClient(
-        plane.operations, settings, faults=local_faults.fault_of, on_answer=local_faults.answered
+        control_plane.operations,
+        settings,
+        faults=local_faults.fault_of,
+        on_answer=local_faults.answered,
     )
     async with WorkClient(settings) as client, local:
-        over_http = await result_of(plane, client, faults, case)
-        assert await result_of(plane, local, local_faults, case) == over_http
+        over_http = await effect_of_ack_fault(control_plane, client, faults, case)
+        assert await effect_of_ack_fault(control_plane, local, local_faults, case) == over_http
 
 
-async def test_expiry_over_http_and_in_one_process_ends_the_lease_before_the_call(
-    plane: ControlPlane, faults: Faults, make_settings: Callable[..., Settings]
+async def test_expiry_fault_over_http_and_in_one_process_ends_the_lease_before_the_call(
+    control_plane: ControlPlane, faults: Faults, make_settings: Callable[..., Settings]
 ) -> None:
-    faults.add(expired(plane), "heartbeat")
+    faults.add(expired(control_plane), "heartbeat")
     settings = make_settings()
-    local = LocalClient(plane.operations, settings, faults=lambda _: expired(plane))
+    local = LocalClient(control_plane.operations, settings, faults=lambda _: expired(control_plane))
     async with WorkClient(settings) as client, local:
         for each in (client, local):
-            (item,) = plane.enqueue()
+            (item,) = control_plane.enqueue()
             await client.ack(item.id)
             with pytest.raises(WorkpoolError, match="409"):
                 await each.heartbeat(item.id)

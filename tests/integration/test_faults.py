@@ -33,7 +33,7 @@ if TYPE_CHECKING:
     from workpool.testing.fault_rules import Request
 
 
-class Wire:
+class ItemApi:
     """A client that sends literal requests for one item."""
 
     def __init__(self, plane: ControlPlane, http: aiohttp.ClientSession) -> None:
@@ -48,18 +48,18 @@ class Wire:
         async with self.http.request(method, url, headers=headers, **options) as answer:
             return answer.status, answer.headers, await answer.read()
 
-    async def ack(self) -> Any:
+    async def acknowledge(self) -> Any:
         return await self("POST", f"/{self.id}/ack")
 
     @property
-    def state(self) -> str:
+    def item_state(self) -> str:
         return self.plane.operations.get(self.plane.environments[0], self.id).state
 
 
 @pytest.fixture
-async def wire(plane: ControlPlane) -> AsyncIterator[Wire]:
+async def item_api(control_plane: ControlPlane) -> AsyncIterator[ItemApi]:
     async with aiohttp.ClientSession(timeout=aiohttp.ClientTimeout(total=5)) as http:
-        yield Wire(plane, http)
+        yield ItemApi(control_plane, http)
 
 
 @pytest.mark.parametrize(("applied", "state"), [(True, "starting"), (False, "queued")])
@@ -67,183 +67,195 @@ async def wire(plane: ControlPlane) -> AsyncIterator[Wire]:
     (lost, aiohttp.ServerDisconnectedError), (reset, aiohttp.ClientOSError),
 ])  # fmt: skip
 async def test_lost_or_reset_answer_is_injected_before_or_after_operation(
-    wire: Wire, faults: Faults, fault: Any, error: Any, state: str, *, applied: bool
+    item_api: ItemApi, faults: Faults, fault: Any, error: Any, state: str, *, applied: bool
 ) -> None:
     faults.add(fault(applied=applied), "ack")
     with pytest.raises(error):
-        await wire.ack()
-    assert wire.state == state
+        await item_api.acknowledge()
+    assert item_api.item_state == state
     assert [(request.op, request.status, request.lost) for request in faults.seen] == [
         ("ack", None, True)
     ]
 
 
-async def test_injected_reset_raises_connection_reset(wire: Wire, faults: Faults) -> None:
+async def test_injected_reset_raises_connection_reset(item_api: ItemApi, faults: Faults) -> None:
     faults.add(reset(), "ack")
     with pytest.raises(aiohttp.ClientOSError) as caught:
-        await wire.ack()
+        await item_api.acknowledge()
     assert caught.value.errno == errno.ECONNRESET
 
 
 @pytest.mark.parametrize(("applied", "state"), [(True, "starting"), (False, "queued")])
 async def test_injected_status_has_json_or_html_body_and_retry_after(
-    wire: Wire, faults: Faults, state: str, *, applied: bool
+    item_api: ItemApi, faults: Faults, state: str, *, applied: bool
 ) -> None:
     faults.add(status(503, retry_after=7, applied=applied), "ack", times=1)
     faults.add(status(502, html=True), "ack", skip=1)
-    code, headers, body = await wire.ack()
-    assert (code, headers["Retry-After"], wire.state) == (503, "7", state)
+    code, headers, body = await item_api.acknowledge()
+    assert (code, headers["Retry-After"], item_api.item_state) == (503, "7", state)
     assert body.startswith(b'{"type":"error"')
-    code, headers, body = await wire.ack()
+    code, headers, body = await item_api.acknowledge()
     assert (code, headers["Content-Type"]) == (502, "text/html")
     assert b"<html>" in body
 
 
-async def test_injected_bodies_can_be_garbled_literal_or_slow(wire: Wire, faults: Faults) -> None:
+async def test_injected_bodies_can_be_garbled_literal_or_slow(
+    item_api: ItemApi, faults: Faults
+) -> None:
     faults.add(garbled(), "ack")
     faults.add(literal(lambda: b"[]", 201), "get")
     faults.add(trickle(0.0001), "stats")
-    assert (await wire.ack())[2] == b'{"id": "work_'
-    assert wire.state == "starting"
-    assert (await wire("GET", f"/{wire.id}"))[0::2] == (201, b"[]")
-    assert (await wire("GET", "/stats"))[2].endswith(b"}")
+    assert (await item_api.acknowledge())[2] == b'{"id": "work_'
+    assert item_api.item_state == "starting"
+    assert (await item_api("GET", f"/{item_api.id}"))[0::2] == (201, b"[]")
+    assert (await item_api("GET", "/stats"))[2].endswith(b"}")
 
 
 async def test_client_that_disconnects_during_slow_body_leaves_operation_applied(
-    wire: Wire, faults: Faults
+    item_api: ItemApi, faults: Faults
 ) -> None:
     faults.add(trickle(10), "ack")
     with pytest.raises(TimeoutError):
         async with asyncio.timeout(0.05):
-            await wire.ack()
-    assert wire.state == "starting"
+            await item_api.acknowledge()
+    assert item_api.item_state == "starting"
 
 
 @pytest.mark.parametrize(("applied", "state"), [(True, "starting"), (False, "queued")])
 async def test_held_request_continues_after_release(
-    wire: Wire, faults: Faults, state: str, *, applied: bool
+    item_api: ItemApi, faults: Faults, state: str, *, applied: bool
 ) -> None:
     hold = Hold(applied=applied)
     faults.add(hold, "ack")
     async with asyncio.TaskGroup() as group:
-        acking = group.create_task(wire.ack())
+        acking = group.create_task(item_api.acknowledge())
         await hold.reached()
-        assert (wire.state, acking.done()) == (state, False)
+        assert (item_api.item_state, acking.done()) == (state, False)
         hold.release()
         assert (await acking)[0] == 200
 
 
-async def test_injected_delays_add_up(wire: Wire, faults: Faults) -> None:
+async def test_injected_delays_add_up(item_api: ItemApi, faults: Faults) -> None:
     faults.add(delay(0.05), "ack")
     faults.add(delay(0.05, applied=True), "ack")
     loop = asyncio.get_running_loop()
     started = loop.time()
-    assert (await wire.ack())[0] == 200
+    assert (await item_api.acknowledge())[0] == 200
     assert loop.time() - started >= 0.099
 
 
 async def test_injected_expiry_ends_lease_at_once(
-    plane: ControlPlane, wire: Wire, faults: Faults, clock: Clock
+    control_plane: ControlPlane, item_api: ItemApi, faults: Faults, clock: Clock
 ) -> None:
-    faults.add(expired(plane), "heartbeat", times=1)
-    await wire.ack()
-    assert (await wire("POST", f"/{wire.id}/heartbeat"))[0] == 409
-    assert wire.state == "queued"
-    await wire.ack()
+    faults.add(expired(control_plane), "heartbeat", times=1)
+    await item_api.acknowledge()
+    assert (await item_api("POST", f"/{item_api.id}/heartbeat"))[0] == 409
+    assert item_api.item_state == "queued"
+    await item_api.acknowledge()
     clock.advance(61)
-    assert wire.state == "queued"
-    expire_lease(plane, wire.id)  # the item has no lease, so nothing happens
-    lapsed = [record for record in plane.history if record.kind == "lapsed"]
+    assert item_api.item_state == "queued"
+    expire_lease(control_plane, item_api.id)  # the item has no lease, so nothing happens
+    lapsed = [record for record in control_plane.history if record.kind == "lapsed"]
     assert len(lapsed) == 2
-    times = [record.time for record in plane.history]
+    times = [record.time for record in control_plane.history]
     assert times == sorted(times)
 
 
-# -- when a fault is injected
+# -- the requests to which a fault applies
 
 
-async def codes(wire: Wire, count: int) -> list[int]:
+async def poll_statuses(wire: ItemApi, count: int) -> list[int]:
     return [(await wire("GET", f"/{wire.id}"))[0] for _ in range(count)]
 
 
 async def test_fault_with_skip_and_times_applies_to_those_requests(
-    wire: Wire, faults: Faults
+    item_api: ItemApi, faults: Faults
 ) -> None:
     rule = faults.add(status(500), "get", skip=1, times=2)
-    assert await codes(wire, 5) == [200, 500, 500, 200, 200]
+    assert await poll_statuses(item_api, 5) == [200, 500, 500, 200, 200]
     assert rule.hits == 2
 
 
-async def test_fault_with_named_calls_applies_to_them_only(wire: Wire, faults: Faults) -> None:
+async def test_fault_with_named_calls_applies_to_them_only(
+    item_api: ItemApi, faults: Faults
+) -> None:
     faults.add(status(500), "get", "list")
-    assert await codes(wire, 1) == [500]
-    assert (await wire("GET"))[0] == 500
-    assert (await wire.ack())[0] == 200
+    assert await poll_statuses(item_api, 1) == [500]
+    assert (await item_api("GET"))[0] == 500
+    assert (await item_api.acknowledge())[0] == 200
 
 
-async def test_fault_without_named_calls_applies_to_all_calls(wire: Wire, faults: Faults) -> None:
+async def test_fault_without_named_calls_applies_to_all_calls(
+    item_api: ItemApi, faults: Faults
+) -> None:
     faults.add(status(500))
-    session = f"{wire.plane.base_url}/sessions/x"
-    async with wire.http.get(session) as answer:
+    session = f"{item_api.plane.base_url}/sessions/x"
+    async with item_api.http.get(session) as answer:
         assert answer.status == 500
     for method, suffix in [
         ("GET", "/poll"), ("POST", "/x/ack"), ("POST", "/x/heartbeat"), ("POST", "/x/stop"),
         ("POST", "/x"), ("GET", "/x"), ("GET", ""), ("GET", "/stats"), ("POST", ""),
     ]:  # fmt: skip
-        assert (await wire(method, suffix))[0] == 500
+        assert (await item_api(method, suffix))[0] == 500
     assert [request.op for request in faults.seen] == [
         "session", "poll", "ack", "heartbeat", "stop", "update", "get", "list", "stats", "enqueue",
     ]  # fmt: skip
-    async with wire.http.get(wire.plane.base_url) as answer:
+    async with item_api.http.get(item_api.plane.base_url) as answer:
         assert answer.status == 404  # the path is not a call of the protocol
 
 
-async def test_fault_with_predicate_applies_where_it_is_true(wire: Wire, faults: Faults) -> None:
-    def ours(request: Request) -> bool:
-        return request.work_id == wire.id
+async def test_fault_with_predicate_applies_where_it_is_true(
+    item_api: ItemApi, faults: Faults
+) -> None:
+    def is_from_this_worker(request: Request) -> bool:
+        return request.work_id == item_api.id
 
-    faults.add(status(500), "get", where=ours)
-    assert await codes(wire, 1) == [500]
-    assert (await wire("GET", "/work_other"))[0] == 404
+    faults.add(status(500), "get", where=is_from_this_worker)
+    assert await poll_statuses(item_api, 1) == [500]
+    assert (await item_api("GET", "/work_other"))[0] == 404
 
 
-async def test_fault_with_time_window_applies_within_it(wire: Wire, faults: Faults) -> None:
+async def test_fault_with_time_window_applies_within_it(item_api: ItemApi, faults: Faults) -> None:
     faults.add(status(500), "get", between=(0, 3600))
     faults.add(status(501), "get", between=(3600, 7200))
-    assert await codes(wire, 1) == [500]
+    assert await poll_statuses(item_api, 1) == [500]
 
 
 async def test_fault_with_probability_is_repeatable_by_seed(
-    wire: Wire, faults: Faults, monkeypatch: pytest.MonkeyPatch
+    item_api: ItemApi, faults: Faults, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     rule = faults.add(status(500), "get", probability=0.3)
     struck = []
     for seed in (1, 1, 2):
         monkeypatch.setattr(faults, "_random", Faults(seed)._random)
-        struck.append(await codes(wire, 60))
+        struck.append(await poll_statuses(item_api, 60))
     assert struck[0] == struck[1] != struck[2]
     assert 0.1 * 180 < rule.hits < 0.5 * 180
 
 
-async def test_fault_added_as_context_ends_with_its_block(wire: Wire, faults: Faults) -> None:
+async def test_fault_added_as_context_ends_with_its_block(
+    item_api: ItemApi, faults: Faults
+) -> None:
     with faults.add(status(500), "get") as rule:
-        assert await codes(wire, 1) == [500]
-    assert await codes(wire, 1) == [200]
+        assert await poll_statuses(item_api, 1) == [500]
+    assert await poll_statuses(item_api, 1) == [200]
     rule.remove()  # a second removal has no effect
 
 
-async def test_faults_of_one_call_are_combined(wire: Wire, faults: Faults) -> None:
+async def test_faults_of_one_call_are_combined(item_api: ItemApi, faults: Faults) -> None:
     faults.add(lost(), "ack", skip=1)
     faults.add(status(503, applied=True), "ack")
-    assert (await wire.ack())[0] == 503
+    assert (await item_api.acknowledge())[0] == 503
     with pytest.raises(aiohttp.ServerDisconnectedError):
-        await wire.ack()
+        await item_api.acknowledge()
 
 
-async def test_requests_are_recorded_with_body_and_status(wire: Wire, faults: Faults) -> None:
-    await wire("POST", f"/{wire.id}", json={"metadata": {"a": "b"}})
-    await wire("POST", f"/{wire.id}", data=b"not json")
-    first, second = faults.of("update", work_id=wire.id)
+async def test_requests_are_recorded_with_body_and_status(
+    item_api: ItemApi, faults: Faults
+) -> None:
+    await item_api("POST", f"/{item_api.id}", json={"metadata": {"a": "b"}})
+    await item_api("POST", f"/{item_api.id}", data=b"not json")
+    first, second = faults.of("update", work_id=item_api.id)
     assert (first.worker_id, first.body, first.status) == ("me", {"metadata": {"a": "b"}}, 200)
     assert (second.body, second.status) == (b"not json", 400)
     with pytest.raises(AssertionError, match="there was"):
@@ -251,13 +263,13 @@ async def test_requests_are_recorded_with_body_and_status(wire: Wire, faults: Fa
 
 
 async def test_recorder_waits_for_event_and_reports_other_events_on_timeout(
-    plane: ControlPlane, make_pool: Any, recorder: Recorder
+    control_plane: ControlPlane, make_pool: Any, recorder: Recorder
 ) -> None:
     @handler
     async def work(_: Session) -> None:
         pass
 
-    plane.enqueue(2)
+    control_plane.enqueue(2)
     async with make_pool(work):
         second = await recorder.wait_for(SessionFinished, count=2)
         assert recorder.of(SessionFinished)[1] is second

@@ -21,13 +21,13 @@ HOUR = 3600.0
 
 
 @handler(metadata={"job": "add"})
-async def add(session: Session) -> dict[str, str]:
+async def add_numbers(session: Session) -> dict[str, str]:
     metadata = session.item.metadata
     return {"sum": str(int(metadata["a"]) + int(metadata["b"]))}
 
 
 @handler
-async def wait(session: Session) -> dict[str, str]:
+async def wait_for_cancellation(session: Session) -> dict[str, str]:
     await session.interrupted()
     return {"heard": "stopping" if session.stopping else "draining"}
 
@@ -39,13 +39,13 @@ async def sleep(session: Session) -> dict[str, str]:
 
 
 @handler
-async def second_time_lucky(session: Session) -> None:
+async def release_first_time(session: Session) -> None:
     if not session.redelivered:
         raise Release("not yet", delay=60)
 
 
 @handler
-async def converse(session: Session) -> None:
+async def answer_tools(session: Session) -> None:
     async with session.events.stream() as stream:
         async for event in stream:
             if event["type"] == "agent.tool_use":
@@ -57,7 +57,7 @@ async def converse(session: Session) -> None:
 
 
 async def test_completed_session_has_its_result(workpool: Kit) -> None:
-    result = await workpool.run_session(add, metadata={"job": "add", "a": "1", "b": "2"})
+    result = await workpool.run_session(add_numbers, metadata={"job": "add", "a": "1", "b": "2"})
     assert (result.outcome, result.item.state) == ("completed", "stopped")
     assert result.metadata == {"job": "add", "a": "1", "b": "2", "sum": "3"}
     assert result.error is None
@@ -65,21 +65,21 @@ async def test_completed_session_has_its_result(workpool: Kit) -> None:
 
 
 async def test_failed_session_has_exception_of_its_handler(workpool: Kit) -> None:
-    result = await workpool.run_session(add, metadata={"job": "add", "a": "one", "b": "2"})
+    result = await workpool.run_session(add_numbers, metadata={"job": "add", "a": "one", "b": "2"})
     assert (result.outcome, result.metadata["workpool.error"]) == ("failed", "ValueError")
     assert isinstance(result.error, ValueError)
 
 
 async def test_sessions_of_one_test_share_control_plane(workpool: Kit) -> None:
     for a in ("1", "2"):
-        await workpool.run_session(add, metadata={"job": "add", "a": a, "b": "2"})
+        await workpool.run_session(add_numbers, metadata={"job": "add", "a": a, "b": "2"})
     assert workpool.server.summary().stopped == 2
     assert [each.outcome for each in workpool.recorder.of(SessionFinished)] == ["completed"] * 2
 
 
 async def test_stop_by_operator_is_noticed_at_once(workpool: Kit) -> None:
     (item,) = workpool.enqueue()
-    async with workpool.pool(wait, lease_ttl=600):
+    async with workpool.pool(wait_for_cancellation, lease_ttl=600):
         await workpool.wait_for(SessionStarted)
         workpool.stop(item)
         finished = await workpool.wait_for(SessionFinished)
@@ -90,7 +90,7 @@ async def test_stop_by_operator_is_noticed_at_once(workpool: Kit) -> None:
 
 async def test_drain_interrupts_handler(workpool: Kit) -> None:
     (item,) = workpool.enqueue()
-    async with workpool.pool(wait) as pool:
+    async with workpool.pool(wait_for_cancellation) as pool:
         await workpool.wait_for(SessionStarted)
         await pool.drain()
     done = workpool.item(item)
@@ -100,17 +100,17 @@ async def test_drain_interrupts_handler(workpool: Kit) -> None:
 async def test_faults_are_injected_into_requests_of_pool(workpool: Kit) -> None:
     workpool.faults.add(status(503, retry_after=0), "poll", times=2)
     lost_once = workpool.faults.add(lost(), "stop", times=1)
-    result = await workpool.run_session(add, metadata={"job": "add", "a": "1", "b": "2"})
+    result = await workpool.run_session(add_numbers, metadata={"job": "add", "a": "1", "b": "2"})
     assert (result.outcome, lost_once.hits) == ("completed", 1)
     assert len(workpool.faults.of("poll")) >= 3
 
 
 async def test_item_without_handler_fails_test_at_once(workpool: Kit) -> None:
     with pytest.raises(AssertionError) as caught:
-        await workpool.run_session(add, metadata={"job": "subtract"}, timeout=3600)
+        await workpool.run_session(add_numbers, metadata={"job": "subtract"}, timeout=3600)
     assert str(caught.value).splitlines() == [
         "the item was declined as unwanted; it has: job=subtract",
-        "add takes type=session job=add",
+        "add_numbers takes type=session job=add",
     ]
 
 
@@ -130,7 +130,7 @@ async def test_session_that_does_not_end_is_reported_with_its_current_await(work
 
 async def test_missing_event_is_reported_with_other_events(workpool: Kit) -> None:
     workpool.enqueue()
-    async with workpool.pool(wait):
+    async with workpool.pool(wait_for_cancellation):
         await workpool.wait_for(SessionStarted)
         with pytest.raises(
             AssertionError, match=r"another SessionFinished; the pool reported: .*Started"
@@ -141,15 +141,15 @@ async def test_missing_event_is_reported_with_other_events(workpool: Kit) -> Non
 async def test_error_of_failed_pool_is_raised(workpool: Kit) -> None:
     workpool.faults.add(status(401), "poll")
     with pytest.raises(RefusedError, match="401"):
-        await workpool.run_session(wait)
+        await workpool.run_session(wait_for_cancellation)
 
 
 async def test_kit_without_pytest_works_only_while_open() -> None:
     async with Kit() as kit:
-        result = await kit.run_session(add, metadata={"job": "add", "a": "1", "b": "2"})
+        result = await kit.run_session(add_numbers, metadata={"job": "add", "a": "1", "b": "2"})
     assert result.metadata["sum"] == "3"
     with pytest.raises(RuntimeError, match=r"async with Kit\(\)"):
-        await Kit().run_session(add)
+        await Kit().run_session(add_numbers)
 
 
 def test_fixture_in_plain_function_raises(workpool: Kit) -> None:
@@ -175,7 +175,7 @@ async def test_session_timeout_in_virtual_time_is_exact(workpool: Kit) -> None:
 @in_virtual_time
 async def test_released_item_is_delivered_again(workpool: Kit) -> None:
     (item,) = workpool.enqueue()
-    async with workpool.pool(second_time_lucky):
+    async with workpool.pool(release_first_time):
         first = await workpool.wait_for(SessionFinished)
         second = await workpool.wait_for(SessionFinished, count=2)
     assert (first.outcome, second.outcome) == ("released", "completed")
@@ -187,7 +187,7 @@ async def test_released_item_is_delivered_again(workpool: Kit) -> None:
 @in_virtual_time
 async def test_stop_in_virtual_time_ends_session(workpool: Kit) -> None:
     (item,) = workpool.enqueue()
-    async with workpool.pool(wait):
+    async with workpool.pool(wait_for_cancellation):
         await asyncio.sleep(HOUR)
         workpool.stop(item)
         finished = await workpool.wait_for(SessionFinished)
@@ -203,7 +203,7 @@ def uses_of(result: SessionResult) -> tuple[list[str], list[str]]:
 
 async def test_script_emits_next_tool_use_after_each_result(workpool: Kit) -> None:
     script = [{"name": "Bash", "input": {"seconds": 0}}] * 3
-    result = await workpool.run_session(converse, script=script)
+    result = await workpool.run_session(answer_tools, script=script)
     asked, answered = uses_of(result)
     assert (result.outcome, len(asked)) == ("completed", 3)
     assert asked == answered
@@ -213,7 +213,7 @@ async def test_script_emits_next_tool_use_after_each_result(workpool: Kit) -> No
 @in_virtual_time
 async def test_script_in_virtual_time_lasts_as_long_as_its_tools(workpool: Kit) -> None:
     script = [{"name": "Bash", "input": {"seconds": HOUR}}] * 3
-    result = await workpool.run_session(converse, script=script)
+    result = await workpool.run_session(answer_tools, script=script)
     asked, answered = uses_of(result)
     assert (result.outcome, len(asked)) == ("completed", 3)
     assert asked == answered
@@ -224,7 +224,7 @@ async def test_script_in_virtual_time_lasts_as_long_as_its_tools(workpool: Kit) 
 async def test_faults_in_virtual_time_are_injected_and_requests_recorded(workpool: Kit) -> None:
     workpool.faults.add(status(503, retry_after=30), "poll", times=2)
     lost_once = workpool.faults.add(lost(), "stop", times=1)
-    result = await workpool.run_session(add, metadata={"job": "add", "a": "1", "b": "2"})
+    result = await workpool.run_session(add_numbers, metadata={"job": "add", "a": "1", "b": "2"})
     assert (result.outcome, lost_once.hits) == ("completed", 1)
     polls, stops = workpool.faults.of("poll"), workpool.faults.of("stop", work_id=result.item.id)
     assert [poll.status for poll in polls[:3]] == [503, 503, 200]
@@ -243,7 +243,7 @@ async def test_lease_expired_by_fault_in_virtual_time_is_lost(workpool: Kit) -> 
 async def test_wait_for_request_in_virtual_time_returns_it_with_its_answer(workpool: Kit) -> None:
     workpool.faults.add(delay(8, applied=True), "ack")
     [item] = workpool.enqueue()
-    async with workpool.pool(wait):
+    async with workpool.pool(wait_for_cancellation):
         ack = await workpool.faults.wait_for("ack", work_id=item.id, answered=True)
         assert (ack.status, ack.worker_id is not None) == (200, True)
         assert asyncio.get_running_loop().time() - ack.at == pytest.approx(8)
@@ -257,7 +257,7 @@ async def test_fault_that_needs_http_is_refused_in_virtual_time(workpool: Kit) -
 
 async def test_wait_for_without_count_returns_each_event_once(workpool: Kit) -> None:
     workpool.enqueue(count=2)
-    async with workpool.pool(wait):
+    async with workpool.pool(wait_for_cancellation):
         first = await workpool.wait_for(SessionStarted)
         second = await workpool.wait_for(SessionStarted)
         assert first.session.item.id != second.session.item.id
@@ -268,19 +268,19 @@ async def test_wait_for_without_count_returns_each_event_once(workpool: Kit) -> 
 
 async def test_wait_for_that_times_out_reports_items_and_handlers(workpool: Kit) -> None:
     (running,) = workpool.enqueue()
-    async with workpool.pool(wait):
+    async with workpool.pool(wait_for_cancellation):
         await workpool.wait_for(SessionStarted)
         with pytest.raises(AssertionError) as caught:
             await workpool.wait_for(SessionFinished, timeout=0.05)
     text = str(caught.value)
     assert f"{running.id}:\nthe item is active" in text
-    assert "wait waits here:" in text
+    assert "wait_for_cancellation waits here:" in text
     assert "await session.interrupted()" in text
 
 
 async def test_lost_lease_ends_session_and_delivers_item_again(workpool: Kit) -> None:
     (item,) = workpool.enqueue()
-    async with workpool.pool(wait):
+    async with workpool.pool(wait_for_cancellation):
         await workpool.wait_for(SessionStarted)
         workpool.lose(item)
         finished = await workpool.wait_for(SessionFinished)
@@ -292,7 +292,7 @@ async def test_lost_lease_ends_session_and_delivers_item_again(workpool: Kit) ->
 @in_virtual_time
 async def test_lost_lease_in_virtual_time_ends_session(workpool: Kit) -> None:
     (item,) = workpool.enqueue()
-    async with workpool.pool(wait):
+    async with workpool.pool(wait_for_cancellation):
         await workpool.wait_for(SessionStarted)
         workpool.lose(item)
         finished = await workpool.wait_for(SessionFinished)
@@ -305,7 +305,9 @@ async def test_lose_without_lease_raises(workpool: Kit) -> None:
         workpool.lose(item)
 
 
-async def test_fixture_kit_is_same_object_as_fixture_workpool(kit: Kit, workpool: Kit) -> None:
+async def test_fixture_kit_is_the_object_that_fixture_workpool_returns(
+    kit: Kit, workpool: Kit
+) -> None:
     assert kit is workpool
 
 
@@ -315,17 +317,17 @@ async def test_fixture_kit_alone_opens_control_plane(kit: Kit) -> None:
 
 def test_handler_thread_in_virtual_time_fails_with_name_of_its_function() -> None:
     @handler
-    async def digest(_: Session) -> None:
+    async def hash_bytes(_: Session) -> None:
         await asyncio.to_thread(release.wait, 20)
 
     @in_virtual_time
-    async def test() -> None:
+    async def run_handler() -> None:
         async with Kit() as kit:
-            await kit.run_session(digest)
+            await kit.run_session(hash_bytes)
 
     release = threading.Event()
     with pytest.raises(RuntimeError, match=r"cannot wait for the thread of Event\.wait"):
-        test()
+        run_handler()
     release.set()
 
 

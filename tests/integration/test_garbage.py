@@ -22,12 +22,12 @@ if TYPE_CHECKING:
     from workpool.server import ControlPlane
 
 
-def ours() -> dict[int, object]:
+def living_objects() -> dict[int, object]:
     return {id(one): one for one in gc.get_objects() if isinstance(one, PoolItem | Lease | Session)}
 
 
 @pytest.fixture
-def no_collection() -> Iterator[None]:
+def no_garbage_collection() -> Iterator[None]:
     gc.collect()
     gc.disable()
     yield
@@ -35,17 +35,17 @@ def no_collection() -> Iterator[None]:
 
 
 @handler
-async def write(session: Session) -> dict[str, str]:
+async def write_metadata(session: Session) -> dict[str, str]:
     await session.update_metadata({"phase": "half"})
     return {"done": "yes"}
 
 
-@pytest.mark.usefixtures("no_collection")
+@pytest.mark.usefixtures("no_garbage_collection")
 async def test_finished_sessions_are_freed_without_garbage_collector(
-    plane: ControlPlane, make_settings: Callable[..., Settings]
+    control_plane: ControlPlane, make_settings: Callable[..., Settings]
 ) -> None:
-    of_other_tests = ours()
-    plane.enqueue(count=50)
-    await Supervisor(make_settings(), plugins=[write]).run(until_empty=True)
-    assert plane.summary().stopped == 50
-    assert ours().keys() <= of_other_tests.keys()
+    of_other_tests = living_objects()
+    control_plane.enqueue(count=50)
+    await Supervisor(make_settings(), plugins=[write_metadata]).run(until_empty=True)
+    assert control_plane.summary().stopped == 50
+    assert living_objects().keys() <= of_other_tests.keys()

@@ -20,12 +20,12 @@ if TYPE_CHECKING:
     from workpool.testing import Faults, Recorder
 
 
-class Phase(enum.StrEnum):
+class PhaseEnum(enum.StrEnum):
     PHASE = "phase"
     DONE = "done"
 
 
-class Changing(Mapping[str, str]):
+class ChangingMapping(Mapping[str, str]):
     """A mapping that changes while it is read, as if by another thread."""
 
     def __getitem__(self, key: str) -> str:
@@ -38,86 +38,86 @@ class Changing(Mapping[str, str]):
         raise RuntimeError("changed size during iteration")
 
 
-class Mute(Exception):
+class UnprintableError(Exception):
     def __str__(self) -> str:
         raise LookupError("no words")
 
 
-async def test_result_with_enum_keys_is_written_as_strings(run_one: Any) -> None:
+async def test_result_with_enum_keys_is_written_as_strings(run_one_item: Any) -> None:
     async def work(session: Session) -> Mapping[str, str]:
-        await session.update_metadata({Phase.DONE: Phase.PHASE})
-        return {Phase.PHASE: Phase.DONE}
+        await session.update_metadata({PhaseEnum.DONE: PhaseEnum.PHASE})
+        return {PhaseEnum.PHASE: PhaseEnum.DONE}
 
-    final = await run_one(work)
+    final = await run_one_item(work)
     assert (final.outcome, final.metadata) == ("completed", {"done": "phase", "phase": "done"})
 
 
-async def test_result_that_cannot_be_read_fails_session(run_one: Any) -> None:
+async def test_result_that_cannot_be_read_fails_session(run_one_item: Any) -> None:
     async def work(_: Session) -> Mapping[str, str]:
-        return Changing()
+        return ChangingMapping()
 
-    final = await run_one(work)
+    final = await run_one_item(work)
     assert (final.outcome, final.item.state) == ("failed", "stopped")
     assert final.metadata == {"workpool.error": "RuntimeError"}
 
 
 async def test_result_changed_after_return_is_written_as_returned(
-    run_one: Any, faults: Faults
+    run_one_item: Any, faults: Faults
 ) -> None:
     shared: dict[str, Any] = {"rows": "42"}
 
-    def change() -> bytes:
+    def change_later() -> bytes:
         shared["rows"] = 43
         return b""
 
-    async def work(_: Session) -> Mapping[str, str]:
+    async def return_mapping(_: Session) -> Mapping[str, str]:
         return shared
 
-    faults.add(literal(change, 503), "update", times=1)
-    final = await run_one(work)
+    faults.add(literal(change_later, 503), "update", times=1)
+    final = await run_one_item(return_mapping)
     assert (final.outcome, final.metadata) == ("completed", {"rows": "42"})
 
 
-async def test_error_that_cannot_be_printed_is_reported_with_placeholder(run_one: Any) -> None:
+async def test_error_that_cannot_be_printed_is_reported_with_placeholder(run_one_item: Any) -> None:
     async def work(_: Session) -> None:
-        raise Mute
+        raise UnprintableError
 
-    final = await run_one(work, report_errors="message")
+    final = await run_one_item(work, report_errors="message")
     assert final.outcome == "failed"
-    assert final.metadata == {"workpool.error": "Mute: <exception str() failed>"}
+    assert final.metadata == {"workpool.error": "UnprintableError: <exception str() failed>"}
 
 
 @pytest.mark.parametrize(
     ("reason", "note"),
-    [(ValueError("why"), "why"), (None, "None"), (Mute(), "<exception str() failed>")],
+    [(ValueError("why"), "why"), (None, "None"), (UnprintableError(), "<exception str() failed>")],
     ids=["error", "none", "mute"],
 )
 async def test_release_reason_of_any_type_is_written_as_text(
-    run_one: Any, reason: Any, note: str
+    run_one_item: Any, reason: Any, note: str
 ) -> None:
     async def work(_: Session) -> None:
         raise Release(reason)
 
-    final = await run_one(work, report_errors="message")
+    final = await run_one_item(work, report_errors="message")
     assert (final.outcome, final.item.state) == ("released", "active")
     assert final.metadata == {"workpool.released": note}
 
 
 @pytest.mark.parametrize("delay", [float("nan"), "60", None])
-async def test_release_with_invalid_delay_uses_default_delay(run_one: Any, delay: Any) -> None:
+async def test_release_with_invalid_delay_uses_default_delay(run_one_item: Any, delay: Any) -> None:
     async def work(_: Session) -> None:
         release = Release("later")
         release.delay = delay
         raise release
 
-    final = await run_one(work)
+    final = await run_one_item(work)
     assert (final.outcome, final.item.state) == ("released", "active")
     assert final.sent[-1].query["desired_ttl_seconds"] == "10"
 
 
 @pytest.mark.parametrize("op", ["ack", "get"])
 async def test_answer_about_another_item_is_ignored(
-    plane: ControlPlane, faults: Faults, make_pool: Any, recorder: Recorder, op: Any
+    control_plane: ControlPlane, faults: Faults, make_pool: Any, recorder: Recorder, op: Any
 ) -> None:
     """A proxy that mixes up answers would give such an answer."""
 
@@ -125,28 +125,28 @@ async def test_answer_about_another_item_is_ignored(
     async def work(_: Session) -> None:
         return None
 
-    ours, other = plane.enqueue(2)
+    ours, other = control_plane.enqueue(2)
 
-    def mixed_up() -> bytes:
-        item = plane.operations.get(plane.environments[0], other.id)
+    def swap_answers() -> bytes:
+        item = control_plane.operations.get(control_plane.environments[0], other.id)
         return orjson.dumps(DIALECTS["qoder"].item(item) | {"state": "starting"})
 
     if op == "get":  # the item is read after a heartbeat that was applied but not answered
         faults.add(status(503, applied=True), "heartbeat", times=1)
-    faults.add(literal(mixed_up), op, times=1)
+    faults.add(literal(swap_answers), op, times=1)
     async with make_pool(work):
         await recorder.wait_for(SessionFinished, count=2)
     assert {event.outcome for event in recorder.of(SessionFinished)} == {"completed"}
     assert len(faults.of(op, work_id=ours.id)) == 2
 
 
-async def test_handler_that_cancels_its_own_task_fails(run_one: Any) -> None:
+async def test_handler_that_cancels_its_own_task_fails(run_one_item: Any) -> None:
     async def work(_: Session) -> None:
         task = asyncio.current_task()
         assert task is not None
         task.cancel()
 
-    final = await run_one(work)
+    final = await run_one_item(work)
     assert (final.outcome, final.item.state) == ("failed", "stopped")
     assert final.metadata == {"workpool.error": "CancelledError"}
 
@@ -157,31 +157,33 @@ async def test_handler_that_cancels_its_own_task_fails(run_one: Any) -> None:
     ids=["fits", "too_large"],
 )
 async def test_result_is_written_up_to_size_limit_and_fails_session_above(
-    run_one: Any, size: int, outcome: str
+    run_one_item: Any, size: int, outcome: str
 ) -> None:
     async def work(_: Session) -> dict[str, str]:
         return {"text": "x" * size}
 
-    final = await run_one(work)
+    final = await run_one_item(work)
     assert (final.outcome, final.item.state) == (outcome, "stopped")
     assert (len(final.metadata.get("text", "")) == size) is (outcome == "completed")
     assert ("workpool.error" in final.metadata) is (outcome == "failed")
 
 
 async def test_ack_answered_with_another_session_does_not_block_either_session(
-    plane: ControlPlane, faults: Faults, make_pool: Any, recorder: Recorder
+    control_plane: ControlPlane, faults: Faults, make_pool: Any, recorder: Recorder
 ) -> None:
     @handler(type="session")
     async def work(_: Session) -> None:
         return None
 
-    (item,) = plane.enqueue()
+    (item,) = control_plane.enqueue()
 
-    def changed() -> bytes:
-        acked = DIALECTS["qoder"].item(plane.operations.ack(plane.environments[0], item.id))
+    def change_session() -> bytes:
+        acked = DIALECTS["qoder"].item(
+            control_plane.operations.ack(control_plane.environments[0], item.id)
+        )
         return orjson.dumps(acked | {"data": {"type": "session", "id": "sess_other"}})
 
-    faults.add(literal(changed), "ack", times=1)
+    faults.add(literal(change_session), "ack", times=1)
     async with make_pool(work) as pool:
         await recorder.wait_for(SessionFinished)
         again = orjson.dumps(DIALECTS["qoder"].item(item) | {"id": "work_again"})

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 MINUTE = 60.0
 
 
-def acked(workpool: Kit) -> list[str]:
+def acked_items(workpool: Kit) -> list[str]:
     return [each.work_id for each in workpool.server.history if each.kind == "acked"]
 
 
@@ -32,18 +32,20 @@ def counting_handler(
 ) -> Callable[[Session], Coroutine[Any, Any, None]]:
     """Return a handler that runs for `seconds` and records how many run at once."""
 
-    async def limited(_: Session) -> None:
+    async def limited_handler(_: Session) -> None:
         running["now"] += 1
         running["most"] = max(running["most"], running["now"])
         await asyncio.sleep(seconds)
         running["now"] -= 1
 
-    handler(metadata={"kind": "limited"}, max_sessions=most, reserved_sessions=reserved)(limited)
-    return limited
+    handler(metadata={"kind": "limited"}, max_sessions=most, reserved_sessions=reserved)(
+        limited_handler
+    )
+    return limited_handler
 
 
 @handler
-async def other(session: Session) -> None:
+async def other_handler(session: Session) -> None:
     await asyncio.sleep(float(session.item.metadata.get("seconds", "0")))
 
 
@@ -64,14 +66,14 @@ async def test_limited_handler_runs_as_fast_as_its_limit_allows(
 
 
 @in_virtual_time
-async def test_item_set_aside_is_not_acknowledged_before_its_handler_has_a_slot(
+async def test_item_set_aside_is_acknowledged_only_once_its_handler_has_a_slot(
     workpool: Kit,
 ) -> None:
     workpool.enqueue(count=2, metadata={"kind": "limited"})
     async with workpool.pool(counting_handler(3.0, Counter(), most=1)):
         await workpool.wait_for(SessionStarted)
         await asyncio.sleep(2.9)
-        assert len(acked(workpool)) == 1
+        assert len(acked_items(workpool)) == 1
         await workpool.wait_for(SessionFinished, count=2)
     assert len([each for each in workpool.server.history if each.kind == "delivered"]) == 2
 
@@ -86,15 +88,15 @@ async def test_item_set_aside_is_declined_one_second_before_its_redelivery(workp
         assert declined.reason == "busy"
         assert clock() - started == pytest.approx(4.0, abs=0.2)
         await workpool.wait_for(SessionFinished, count=2, timeout=10 * MINUTE)
-    assert len(acked(workpool)) == 2
+    assert len(acked_items(workpool)) == 2
 
 
 @in_virtual_time
-async def test_items_of_other_handlers_pass_items_that_are_set_aside(workpool: Kit) -> None:
+async def test_items_of_other_handlers_overtake_items_that_are_set_aside(workpool: Kit) -> None:
     limited = counting_handler(3.0, Counter(), most=1)
     workpool.enqueue(count=4, metadata={"kind": "limited"})
     (item,) = workpool.enqueue()
-    async with workpool.pool(limited, other):
+    async with workpool.pool(limited, other_handler):
         first = await workpool.wait_for(SessionFinished, timeout=1)
         assert first.session.item.id == item.id
 
@@ -108,7 +110,7 @@ async def test_pool_that_ends_when_empty_waits_for_items_set_aside(workpool: Kit
 
 
 @in_virtual_time
-async def test_pause_and_drain_leave_items_set_aside_to_others(workpool: Kit) -> None:
+async def test_pause_and_drain_leave_items_set_aside_to_other_workers(workpool: Kit) -> None:
     workpool.enqueue(count=4, metadata={"kind": "limited"})
     limited = counting_handler(2.0, Counter(), most=1)
     async with workpool.pool(limited) as pool:
@@ -116,10 +118,10 @@ async def test_pause_and_drain_leave_items_set_aside_to_others(workpool: Kit) ->
         await asyncio.sleep(1)
         pool.pause("a test")
         await asyncio.sleep(MINUTE)
-        assert len(acked(workpool)) == 1
+        assert len(acked_items(workpool)) == 1
         pool.resume()
         await workpool.wait_for(SessionStarted, count=2, timeout=10)
-    assert len(acked(workpool)) == 2
+    assert len(acked_items(workpool)) == 2
 
 
 @in_virtual_time
@@ -127,7 +129,7 @@ async def test_reserved_slots_stay_free_for_their_handler(workpool: Kit) -> None
     running: Counter[str] = Counter()
     urgent = counting_handler(1.0, running, reserved=2)
     workpool.enqueue(count=8, metadata={"seconds": "600"})
-    async with workpool.pool(urgent, other, concurrency=5) as pool:
+    async with workpool.pool(urgent, other_handler, concurrency=5) as pool:
         await asyncio.sleep(30)
         assert pool.status().running == 3
         workpool.enqueue(count=2, metadata={"kind": "limited"})
@@ -139,7 +141,9 @@ async def test_reserved_slots_stay_free_for_their_handler(workpool: Kit) -> None
 async def test_handler_with_reserved_slots_may_use_the_others_too(workpool: Kit) -> None:
     running: Counter[str] = Counter()
     workpool.enqueue(count=5, metadata={"kind": "limited"})
-    async with workpool.pool(counting_handler(1.0, running, reserved=1), other, concurrency=5):
+    async with workpool.pool(
+        counting_handler(1.0, running, reserved=1), other_handler, concurrency=5
+    ):
         await workpool.wait_for(SessionFinished, count=5)
     assert running["most"] == 5
 
@@ -147,8 +151,11 @@ async def test_handler_with_reserved_slots_may_use_the_others_too(workpool: Kit)
 @pytest.mark.parametrize(
     ("reserved", "message"),
     [
-        (3, "reserved_sessions are 3 in all (limited.limited 3), and concurrency is 2"),
-        (2, "other.other would never run: all 2 slots are reserved"),
+        (
+            3,
+            "(limited_handler.limited_handler 3), and concurrency is 2",
+        ),
+        (2, "other_handler.other_handler would never run: all 2 slots are reserved"),
     ],
 )
 async def test_reservation_that_leaves_no_slot_is_refused_at_the_start(
@@ -156,7 +163,7 @@ async def test_reservation_that_leaves_no_slot_is_refused_at_the_start(
 ) -> None:
     limited = counting_handler(0.0, Counter(), reserved=reserved)
     with pytest.raises(PluginError) as refused:
-        async with workpool.pool(limited, other, concurrency=2):
+        async with workpool.pool(limited, other_handler, concurrency=2):
             raise AssertionError("started")
     assert message in str(refused.value)
 
@@ -175,4 +182,4 @@ async def test_item_set_aside_that_is_delivered_again_runs_once(workpool: Kit) -
         queue.unreserve()
         assert queue.aside == [aside]
         await workpool.wait_for(SessionFinished, count=2)
-    assert len(acked(workpool)) == 2
+    assert len(acked_items(workpool)) == 2

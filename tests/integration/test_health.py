@@ -24,14 +24,14 @@ if TYPE_CHECKING:
     from workpool.testing import Recorder
 
 
-async def ask(supervisor: Supervisor, path: str) -> tuple[int, Any]:
+async def http_status(supervisor: Supervisor, path: str) -> tuple[int, Any]:
     url = f"{supervisor.metrics_url}/{path}"
     async with aiohttp.ClientSession() as http, http.get(url) as response:
         return response.status, await response.json()
 
 
 async def test_full_pool_is_ready_regardless_of_last_poll(
-    plane: ControlPlane, make_pool: Any, recorder: Recorder, monkeypatch: pytest.MonkeyPatch
+    control_plane: ControlPlane, make_pool: Any, recorder: Recorder, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A full pool claims all that it can, so it is ready and must not be restarted."""
     monkeypatch.setattr("workpool.pool.status.POLL_SUCCESS_SECONDS", 0.0)
@@ -41,19 +41,22 @@ async def test_full_pool_is_ready_regardless_of_last_poll(
     async def work(_: Session) -> None:
         await may_end.wait()
 
-    plane.enqueue()
+    control_plane.enqueue()
     async with make_pool(work, concurrency=1, metrics_listen="127.0.0.1:0") as supervisor:
         await recorder.wait_for(SessionStarted)
-        assert await ask(supervisor, "readyz") == (200, {"status": "ready"})
+        assert await http_status(supervisor, "readyz") == (200, {"status": "ready"})
         may_end.set()
         await recorder.wait_for(SessionFinished)
         reasons = ["no successful poll in the last 0 s"]
-        assert await ask(supervisor, "readyz") == (503, {"status": "unready", "reasons": reasons})
-        assert await ask(supervisor, "healthz") == (200, {"status": "healthy"})
+        assert await http_status(supervisor, "readyz") == (
+            503,
+            {"status": "unready", "reasons": reasons},
+        )
+        assert await http_status(supervisor, "healthz") == (200, {"status": "healthy"})
 
 
 async def test_loop_blocked_for_max_block_is_unhealthy(
-    plane: ControlPlane, make_settings: Callable[..., Settings]
+    control_plane: ControlPlane, make_settings: Callable[..., Settings]
 ) -> None:
     given_up, may_end = threading.Event(), threading.Event()
 
@@ -61,7 +64,7 @@ async def test_loop_blocked_for_max_block_is_unhealthy(
     async def work(_: Session) -> None:
         may_end.wait(50)  # blocks the loop, because it is not awaited
 
-    plane.enqueue()
+    control_plane.enqueue()
     settings = make_settings(max_block=1.5, metrics_listen="127.0.0.1:0")
     supervisor = Supervisor(settings, plugins=[work])
     supervisor.on_blocked = given_up.set
@@ -69,7 +72,7 @@ async def test_loop_blocked_for_max_block_is_unhealthy(
         try:
             group.create_task(asyncio.to_thread(asyncio.run, supervisor.run(until_empty=True)))
             assert await asyncio.to_thread(given_up.wait, 40)
-            status, report = await ask(supervisor, "healthz")
+            status, report = await http_status(supervisor, "healthz")
         finally:
             may_end.set()
     assert (status, report["status"]) == (503, "unhealthy")

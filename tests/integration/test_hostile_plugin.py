@@ -31,7 +31,7 @@ GOOD = 20
 BLOCK_SECONDS = 1.5
 
 
-class Hostile:
+class HostilePlugin:
     """A plugin that misbehaves as the metadata of the item say."""
 
     def __init__(self) -> None:
@@ -75,40 +75,40 @@ class Hostile:
     async def return_numbers(self, _: Session) -> Any:
         return {1: 2}
 
-    async def exit(self, _: Session) -> None:
+    async def exit_process(self, _: Session) -> None:
         raise SystemExit(3)
 
-    async def block(self, _: Session) -> None:
+    async def block_loop(self, _: Session) -> None:
         time.sleep(BLOCK_SECONDS)  # noqa: ASYNC251 - what it must not do
 
-    async def leave_a_thread(self, _: Session) -> None:
+    async def leave_thread(self, _: Session) -> None:
         threading.Thread(target=self.let_go.wait, daemon=True).start()
 
 
 @handler
-async def good(session: Session) -> dict[str, str]:
+async def good_handler(session: Session) -> dict[str, str]:
     await session.update_metadata({"half": "done"})
     return {"done": "yes"}
 
 
 @pytest.fixture
-def hostile() -> Iterator[Hostile]:
-    plugin = Hostile()
+def hostile_settings() -> Iterator[HostilePlugin]:
+    plugin = HostilePlugin()
     yield plugin
     plugin.let_go.set()
 
 
 async def test_plugin_with_every_kind_of_fault_does_not_affect_other_plugins(
-    plane: ControlPlane, make_pool: Any, recorder: Recorder, hostile: Hostile
+    control_plane: ControlPlane, make_pool: Any, recorder: Recorder, hostile_settings: HostilePlugin
 ) -> None:
     mischiefs = [
         "choose", "not callable", "wrap", "never return", "swallow cancellation", "return numbers",
-        "exit", "block", "leave a thread",
+        "exit process", "block loop", "leave thread",
     ]  # fmt: skip
     for mischief in mischiefs:
-        plane.enqueue(metadata={"mischief": mischief})
-    plane.enqueue(GOOD)
-    pool = make_pool(hostile, good, concurrency=6, pollers=2, block_ms=50)
+        control_plane.enqueue(metadata={"mischief": mischief})
+    control_plane.enqueue(GOOD)
+    pool = make_pool(hostile_settings, good_handler, concurrency=6, pollers=2, block_ms=50)
     async with pool:
         # two of the sessions never end by themselves
         await recorder.wait_for(SessionFinished, count=GOOD + 5)
@@ -125,8 +125,8 @@ async def test_plugin_with_every_kind_of_fault_does_not_affect_other_plugins(
     }
     assert outcomes == {
         None: "completed", "wrap": "failed", "never return": "released",
-        "swallow cancellation": "released", "return numbers": "failed", "exit": "failed",
-        "block": "completed", "leave a thread": "completed",
+        "swallow cancellation": "released", "return numbers": "failed", "exit process": "failed",
+        "block loop": "completed", "leave thread": "completed",
     }  # fmt: skip
     assert {event.reason for event in recorder.of(ItemDeclined)} == {"plugin_error"}
     hooks = Counter(event.hook for event in recorder.of(PluginFailed))
@@ -134,5 +134,5 @@ async def test_plugin_with_every_kind_of_fault_does_not_affect_other_plugins(
     assert len(recorder.of(SessionStarted)) == GOOD + 7
     assert not recorder.of(PollerRestarted)
     assert pool.status().error is None
-    hostile.freed.set()
+    hostile_settings.freed.set()
     await asyncio.sleep(0)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from tests.integration.test_embedding import until
+from tests.integration.test_embedding import wait_until
 from workpool import Session, handler
 from workpool.events import PollersScaled, SessionFinished
 
@@ -21,28 +21,28 @@ async def work(_: Session) -> None:
 
 
 async def test_idle_pool_keeps_one_poll_in_flight_and_restores_pollers_for_work(
-    plane: ControlPlane, faults: Faults, make_pool: Any, recorder: Recorder
+    control_plane: ControlPlane, faults: Faults, make_pool: Any, recorder: Recorder
 ) -> None:
-    (environment_id,) = plane.environments
+    (environment_id,) = control_plane.environments
     async with make_pool(work, pollers=POLLERS, block_ms=200) as supervisor:
 
-        def gauge(name: str, **labels: str) -> float | None:
+        def idle_pollers(name: str, **labels: str) -> float | None:
             labels["environment_id"] = environment_id
             found: float | None = supervisor.registry.get_sample_value(f"workpool_{name}", labels)
             return found
 
         await recorder.wait_for(PollersScaled, count=POLLERS - 1)
-        assert gauge("pollers_target") == 1
+        assert idle_pollers("pollers_target") == 1
         # pausing may begin a moment later
-        await until(lambda: gauge("pollers", state="paused") == POLLERS - 1)
+        await wait_until(lambda: idle_pollers("pollers", state="paused") == POLLERS - 1)
         asked = len(faults.of("poll"))
         for more in range(1, 4):
             await faults.wait_for("poll", count=asked + more)
             assert sum(poll.status is None for poll in faults.of("poll")) <= 1
-        assert gauge("pollers", state="paused") == POLLERS - 1
+        assert idle_pollers("pollers", state="paused") == POLLERS - 1
 
-        plane.enqueue(3)
+        control_plane.enqueue(3)
         await recorder.wait_for(SessionFinished, count=3)
         up = recorder.of(PollersScaled)[POLLERS - 1]
         assert (up.direction, up.reason, up.target) == ("up", "hits", 2)
-        assert gauge("poller_scale_events_total", direction="up", reason="hits")
+        assert idle_pollers("poller_scale_events_total", direction="up", reason="hits")

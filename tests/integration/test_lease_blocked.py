@@ -30,7 +30,7 @@ class PoolOnThread:
         self.supervisor = Supervisor(settings, plugins=[handler(call), self.recorder])
         self.errors: list[str] = []
 
-    async def run(self) -> None:
+    async def run_pool(self) -> None:
         """Run until the queue is empty and all sessions have ended."""
         await asyncio.to_thread(asyncio.run, self.supervisor.run(until_empty=True))
 
@@ -39,14 +39,14 @@ class PoolOnThread:
         return [event.outcome for event in self.recorder.of(SessionFinished)]
 
 
-async def get(url: str) -> str:
+async def http_get(url: str) -> str:
     async with aiohttp.ClientSession() as http, http.get(url) as response:
         assert response.status == 200
         return await response.text()
 
 
 async def test_heartbeats_and_metrics_continue_while_handler_blocks_loop(
-    plane: ControlPlane, faults: Faults, make_settings: Callable[..., Settings]
+    control_plane: ControlPlane, faults: Faults, make_settings: Callable[..., Settings]
 ) -> None:
     blocked, may_end = threading.Event(), threading.Event()
 
@@ -54,16 +54,16 @@ async def test_heartbeats_and_metrics_continue_while_handler_blocks_loop(
         blocked.set()
         may_end.wait(20)  # blocks the loop, because it is not awaited
 
-    (item,) = plane.enqueue()
+    (item,) = control_plane.enqueue()
     pool = PoolOnThread(make_settings(lease_ttl=10, metrics_listen="127.0.0.1:0"), work)
     async with asyncio.TaskGroup() as group:
-        group.create_task(pool.run())
+        group.create_task(pool.run_pool())
         await asyncio.to_thread(blocked.wait, 10)
         await faults.wait_for("heartbeat", work_id=item.id, count=2, answered=True)
         assert pool.supervisor.metrics_url is not None
-        text = await get(f"{pool.supervisor.metrics_url}/metrics")
+        text = await http_get(f"{pool.supervisor.metrics_url}/metrics")
         assert 'state="active"} 1.0' in text
-        assert await get(f"{pool.supervisor.metrics_url}/healthz")
+        assert await http_get(f"{pool.supervisor.metrics_url}/healthz")
         may_end.set()
     assert pool.outcomes == ["completed"]
 
@@ -71,7 +71,7 @@ async def test_heartbeats_and_metrics_continue_while_handler_blocks_loop(
 @pytest.mark.trial
 @pytest.mark.timeout(120)
 async def test_handler_that_blocks_loop_for_twice_its_ttl_keeps_lease(
-    plane: ControlPlane, faults: Faults, make_settings: Callable[..., Settings]
+    control_plane: ControlPlane, faults: Faults, make_settings: Callable[..., Settings]
 ) -> None:
     started = threading.Event()
 
@@ -79,10 +79,10 @@ async def test_handler_that_blocks_loop_for_twice_its_ttl_keeps_lease(
         started.set()
         time.sleep(25)  # noqa: ASYNC251 - blocking the loop is the point
 
-    (item,) = plane.enqueue()
+    (item,) = control_plane.enqueue()
     pool = PoolOnThread(make_settings(lease_ttl=10, metrics_listen="127.0.0.1:0"), work)
     async with asyncio.TaskGroup() as group:
-        running = group.create_task(pool.run())
+        running = group.create_task(pool.run_pool())
         await asyncio.to_thread(started.wait, 10)
         slowest = 0.0
         while not running.done():
@@ -90,14 +90,14 @@ async def test_handler_that_blocks_loop_for_twice_its_ttl_keeps_lease(
                 break
             before = time.monotonic()
             try:
-                await get(f"{pool.supervisor.metrics_url}/metrics")
+                await http_get(f"{pool.supervisor.metrics_url}/metrics")
             except aiohttp.ClientError:
                 assert faults.of("stop")  # the handler has ended and the pool is closing
             slowest = max(slowest, time.monotonic() - before)
             await asyncio.sleep(0.5)
     assert slowest < 5
     assert pool.outcomes == ["completed"]
-    kinds = [record.kind for record in plane.history.of(item.id)]
+    kinds = [record.kind for record in control_plane.history.of(item.id)]
     assert "lapsed" not in kinds
     assert kinds.count("heartbeat") >= 7
-    assert plane.summary().overlapping == 0
+    assert control_plane.summary().overlapping == 0

@@ -1,4 +1,4 @@
-"""Leases in doubt over a real socket: lost answers, and items that another worker takes over."""
+"""Leases over a real socket that may be lost: lost answers, and items claimed by another worker."""
 
 from __future__ import annotations
 
@@ -26,34 +26,34 @@ IDS = ["closed", "reset", "garbled", "502"]
 
 
 @pytest.fixture
-async def rival(make_settings: Callable[..., Settings]) -> AsyncIterator[WorkClient]:
+async def other_worker(make_settings: Callable[..., Settings]) -> AsyncIterator[WorkClient]:
     """Return the client of another worker."""
     async with WorkClient(make_settings(), worker_id="rival") as client:
         yield client
 
 
 @pytest.fixture
-def take_over(clock: Clock, rival: WorkClient) -> Callable[[str], Awaitable[None]]:
+def take_over(clock: Clock, other_worker: WorkClient) -> Callable[[str], Awaitable[None]]:
     """Let the pool's lease expire at the control plane and another worker claim the item."""
 
-    async def take(work_id: str) -> None:
+    async def claim_as_other_worker(work_id: str) -> None:
         clock.advance(1_000)
-        item = await rival.poll()
+        item = await other_worker.poll()
         assert item is not None
         assert item.id == work_id
-        await rival.ack(work_id)
-        await rival.heartbeat(work_id)
+        await other_worker.ack(work_id)
+        await other_worker.heartbeat(work_id)
 
-    return take
+    return claim_as_other_worker
 
 
-def results(recorder: Recorder) -> list[str]:
+def heartbeat_results(recorder: Recorder) -> list[str]:
     return [event.result for event in recorder.of(HeartbeatFinished)]
 
 
 @pytest.mark.parametrize("fault", OURS_IN_DOUBT, ids=IDS)
 async def test_unanswered_first_heartbeat_that_was_applied_is_recovered(
-    plane: ControlPlane, faults: Faults, make_pool: Any, recorder: Recorder, fault: Any
+    control_plane: ControlPlane, faults: Faults, make_pool: Any, recorder: Recorder, fault: Any
 ) -> None:
     faults.add(fault, "heartbeat", times=1)
 
@@ -61,18 +61,18 @@ async def test_unanswered_first_heartbeat_that_was_applied_is_recovered(
     async def work(_: Session) -> None:
         return
 
-    plane.enqueue()
+    control_plane.enqueue()
     async with make_pool(work, lease_ttl=10):
         finished = await recorder.wait_for(SessionFinished)
     assert finished.outcome == "completed"
-    assert results(recorder)[:3] == ["transient", "recovered", "ok"]
+    assert heartbeat_results(recorder)[:3] == ["transient", "recovered", "ok"]
     assert not recorder.of(ItemReclaimed)
     assert len(faults.of("get")) == 1
 
 
 @pytest.mark.parametrize("fault", OURS_IN_DOUBT, ids=IDS)
 async def test_unanswered_later_heartbeat_that_was_applied_does_not_affect_handler(
-    plane: ControlPlane,
+    control_plane: ControlPlane,
     faults: Faults,
     make_pool: Any,
     recorder: Recorder,
@@ -86,22 +86,22 @@ async def test_unanswered_later_heartbeat_that_was_applied_does_not_affect_handl
     async def work(_: Session) -> None:
         await may_end.wait()
 
-    plane.enqueue()
+    control_plane.enqueue()
     async with make_pool(work, lease_ttl=10):
         await recorder.wait_for(SessionStarted)
         rule = faults.add(fault, "heartbeat", times=1)
         await recorder.wait_for(HeartbeatFinished, lambda event: event.result == "recovered")
-        seen = len(results(recorder))
+        seen = len(heartbeat_results(recorder))
         await recorder.wait_for(HeartbeatFinished, count=seen + 2)
         assert rule.hits == 1
-        assert set(results(recorder)[seen:]) == {"ok"}
+        assert set(heartbeat_results(recorder)[seen:]) == {"ok"}
         may_end.set()
         finished = await recorder.wait_for(SessionFinished)
     assert finished.outcome == "completed"
 
 
 async def test_handler_whose_item_another_worker_holds_is_cancelled_and_sends_nothing(
-    plane: ControlPlane,
+    control_plane: ControlPlane,
     take_over: Callable[[str], Awaitable[None]],
     make_pool: Any,
     recorder: Recorder,
@@ -120,26 +120,26 @@ async def test_handler_whose_item_another_worker_holds_is_cancelled_and_sends_no
             except LeaseLost as error:
                 errors.append(error)
 
-    (item,) = plane.enqueue()
+    (item,) = control_plane.enqueue()
     # all slots are used, so it does not poll
     async with make_pool(work, lease_ttl=10, concurrency=1):
         await recorder.wait_for(SessionStarted)
         await take_over(item.id)
         finished = await recorder.wait_for(SessionFinished)
-        taken = len(plane.history)
+        taken = len(control_plane.history)
     assert finished.outcome == "lease_lost"
     assert len(errors) == 1
     (lost_to,) = recorder.of(ItemReclaimed)
     assert (lost_to.direction, lost_to.stage) == ("lost", "run")
-    assert results(recorder)[-1] == "precondition"
-    after = list(plane.history)[taken:]
+    assert heartbeat_results(recorder)[-1] == "precondition"
+    after = list(control_plane.history)[taken:]
     assert not [record for record in after if record.work_id == item.id]
-    assert plane.summary().overlapping == 0
-    assert plane.operations.get(plane.environments[0], item.id).metadata == {}
+    assert control_plane.summary().overlapping == 0
+    assert control_plane.operations.get(control_plane.environments[0], item.id).metadata == {}
 
 
 async def test_machine_that_slept_beyond_ttl_sends_nothing_after_waking(
-    plane: ControlPlane,
+    control_plane: ControlPlane,
     faults: Faults,
     make_pool: Any,
     recorder: Recorder,
@@ -160,7 +160,7 @@ async def test_machine_that_slept_beyond_ttl_sends_nothing_after_waking(
             errors.append(error)
         await asyncio.Event().wait()
 
-    (item,) = plane.enqueue()
+    (item,) = control_plane.enqueue()
     async with make_pool(work):
         await recorder.wait_for(SessionStarted)
         sent = len(faults.of(work_id=item.id))

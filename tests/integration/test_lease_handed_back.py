@@ -27,18 +27,18 @@ async def work(_: Session) -> None:
 
 
 @pytest.fixture
-async def former(make_settings: Callable[..., Settings]) -> AsyncIterator[WorkClient]:
+async def former_worker(make_settings: Callable[..., Settings]) -> AsyncIterator[WorkClient]:
     """Return the client of a worker that loses its item."""
     async with WorkClient(make_settings(), worker_id="former") as client:
         yield client
 
 
 @pytest.fixture
-def drained_in_its_ack(faults: Faults, make_pool: Any, recorder: Recorder) -> Any:
+def pool_drained_during_ack(faults: Faults, make_pool: Any, recorder: Recorder) -> Any:
     """Return a pool that is drained while its ack is in flight."""
 
     @asynccontextmanager
-    async def pool() -> AsyncIterator[Supervisor]:
+    async def start_pool() -> AsyncIterator[Supervisor]:
         ack = Hold()
         faults.add(ack, "ack", where=lambda request: request.worker_id != "former")
         async with make_pool(work) as supervisor:
@@ -49,55 +49,63 @@ def drained_in_its_ack(faults: Faults, make_pool: Any, recorder: Recorder) -> An
                 ack.release()
                 yield supervisor
 
-    return pool
+    return start_pool
 
 
 async def test_redelivered_item_acknowledged_during_drain_is_released_not_lost(
-    plane: ControlPlane,
-    former: WorkClient,
+    control_plane: ControlPlane,
+    former_worker: WorkClient,
     clock: Clock,
-    drained_in_its_ack: Any,
-    wait_end: Any,
+    pool_drained_during_ack: Any,
+    wait_for_end: Any,
     recorder: Recorder,
 ) -> None:
     """The attempt is not counted, because nothing may be written after the last heartbeat."""
-    (item,) = plane.enqueue()
-    await former.poll()
-    await former.ack(item.id)
+    (item,) = control_plane.enqueue()
+    await former_worker.poll()
+    await former_worker.ack(item.id)
     clock.advance(100)
-    async with drained_in_its_ack():
+    async with pool_drained_during_ack():
         pass
-    final = await wait_end(item.id)
+    final = await wait_for_end(item.id)
     assert final.outcome == "released"
     assert not recorder.of(SessionStarted)
-    assert final.ops[-1] == "heartbeat"
+    assert final.request_names[-1] == "heartbeat"
     assert final.sent[-1].query["desired_ttl_seconds"] == "10"
 
 
 async def test_item_in_state_stopping_at_last_heartbeat_of_drained_claim_counts_as_stopped(
-    plane: ControlPlane, drained_in_its_ack: Any, faults: Faults, wait_end: Any, recorder: Recorder
+    control_plane: ControlPlane,
+    pool_drained_during_ack: Any,
+    faults: Faults,
+    wait_for_end: Any,
+    recorder: Recorder,
 ) -> None:
     """No other worker gets the item: it becomes `stopped` when its lease expires."""
-    (item,) = plane.enqueue()
+    (item,) = control_plane.enqueue()
     heartbeat = Hold()
     faults.add(heartbeat, "heartbeat")
-    async with drained_in_its_ack():
+    async with pool_drained_during_ack():
         await heartbeat.reached()
-        plane.operations.stop(plane.environments[0], item.id)
+        control_plane.operations.stop(control_plane.environments[0], item.id)
         heartbeat.release()
-    final = await wait_end(item.id)
+    final = await wait_for_end(item.id)
     assert final.outcome == "stopped"
     assert not recorder.of(SessionStarted)
 
 
 async def test_released_session_in_state_stopping_at_last_heartbeat_counts_as_stopped(
-    plane: ControlPlane, make_pool: Any, faults: Faults, wait_end: Any, recorder: Recorder
+    control_plane: ControlPlane,
+    make_pool: Any,
+    faults: Faults,
+    wait_for_end: Any,
+    recorder: Recorder,
 ) -> None:
-    (item,) = plane.enqueue()
+    (item,) = control_plane.enqueue()
     async with make_pool(work) as supervisor:
         await recorder.wait_for(SessionStarted)
-        plane.operations.stop(plane.environments[0], item.id)
+        control_plane.operations.stop(control_plane.environments[0], item.id)
         await supervisor.drain(timeout=0)
-    final = await wait_end(item.id)
+    final = await wait_for_end(item.id)
     assert final.outcome == "stopped"
     assert faults.of("heartbeat")

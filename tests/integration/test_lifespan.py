@@ -21,7 +21,7 @@ async def work(_: Session) -> None:
     return None
 
 
-class Leaking:
+class LeakingPlugin:
     """A plugin that raises a CancelledError although nobody cancelled it."""
 
     def __init__(self, where: str) -> None:
@@ -29,16 +29,16 @@ class Leaking:
 
     @hookimpl
     def workpool_lifespan(self) -> Any:
-        self.leak("hook")
-        return self.context()
+        self.raise_cancelled_error("hook")
+        return self.leaking_context()
 
     @asynccontextmanager
-    async def context(self) -> AsyncIterator[None]:
-        self.leak("entering")
+    async def leaking_context(self) -> AsyncIterator[None]:
+        self.raise_cancelled_error("entering")
         yield
-        self.leak("leaving")
+        self.raise_cancelled_error("leaving")
 
-    def leak(self, where: str) -> None:
+    def raise_cancelled_error(self, where: str) -> None:
         if where == self.where:
             raise asyncio.CancelledError
 
@@ -47,13 +47,13 @@ class Leaking:
 async def test_cancelled_error_raised_by_plugin_is_plugin_error(make_pool: Any, where: str) -> None:
     entered = False
     with pytest.raises(PluginError, match="CancelledError") as caught:
-        async with make_pool(work, Leaking(where)):
+        async with make_pool(work, LeakingPlugin(where)):
             entered = True
-    assert caught.value.plugin == "Leaking"
+    assert caught.value.plugin == "LeakingPlugin"
     assert entered is (where == "leaving")
 
 
-class Swallowing(AbstractAsyncContextManager[None]):
+class SwallowingPlugin(AbstractAsyncContextManager[None]):
     """A plugin whose context returns True for every exception, and so swallows it."""
 
     def __init__(self) -> None:
@@ -71,15 +71,15 @@ class Swallowing(AbstractAsyncContextManager[None]):
         return True
 
 
-class FailingStart:
+class PluginFailingAtStart:
     """A plugin whose context cannot be entered."""
 
     @hookimpl
     def workpool_lifespan(self) -> Any:
-        return self.context()
+        return self.failing_context()
 
     @asynccontextmanager
-    async def context(self) -> AsyncIterator[None]:
+    async def failing_context(self) -> AsyncIterator[None]:
         raise LookupError("no database")
         yield
 
@@ -87,8 +87,8 @@ class FailingStart:
 async def test_failed_start_is_raised_although_outer_lifespan_swallows_it(
     make_pool: Any,
 ) -> None:
-    swallowing = Swallowing()
-    pool = make_pool(work, swallowing, FailingStart())
+    swallowing = SwallowingPlugin()
+    pool = make_pool(work, swallowing, PluginFailingAtStart())
     entered = False
     with pytest.raises(LookupError, match="no database"):
         async with pool:
@@ -104,7 +104,7 @@ async def test_pool_crash_is_raised_although_lifespan_swallows_it(
         raise ZeroDivisionError("a bug")
 
     monkeypatch.setattr(Drain, "wind_down", crash)
-    swallowing = Swallowing()
+    swallowing = SwallowingPlugin()
     pool = make_pool(work, swallowing)
     async with asyncio.timeout(20):
         with pytest.raises(ZeroDivisionError, match="a bug"):
@@ -112,7 +112,7 @@ async def test_pool_crash_is_raised_although_lifespan_swallows_it(
     assert swallowing.left_with[0] is not None
 
 
-class Deaf:
+class StubbornPlugin:
     """A plugin whose context ignores cancellation until the test lets it end."""
 
     def __init__(self, where: str) -> None:
@@ -122,15 +122,15 @@ class Deaf:
 
     @hookimpl
     def workpool_lifespan(self) -> Any:
-        return self.context()
+        return self.stubborn_context()
 
     @asynccontextmanager
-    async def context(self) -> AsyncIterator[None]:
-        await self.stay("opening")
+    async def stubborn_context(self) -> AsyncIterator[None]:
+        await self.stay_open("opening")
         yield
-        await self.stay("closing")
+        await self.stay_open("closing")
 
-    async def stay(self, where: str) -> None:
+    async def stay_open(self, where: str) -> None:
         if where != self.where:
             return
         self.reached.set()
@@ -138,7 +138,7 @@ class Deaf:
             with suppress(asyncio.CancelledError):
                 await self.may_end.wait()
 
-    async def end(self) -> None:
+    async def end_context(self) -> None:
         """Let the context end, and wait until the abandoned pool has closed."""
         self.may_end.set()
         [root] = [task for task in asyncio.all_tasks() if task.get_name() == "workpool"]
@@ -146,16 +146,16 @@ class Deaf:
 
 
 @pytest.fixture
-def brief(monkeypatch: pytest.MonkeyPatch) -> None:
+def brief_close_timeouts(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("workpool.pool.supervisor.CLOSE_SECONDS", 0.1)
     monkeypatch.setattr("workpool.plugins.lifespan.CLOSE_SECONDS", 0.05)
 
 
-@pytest.mark.usefixtures("brief")
+@pytest.mark.usefixtures("brief_close_timeouts")
 async def test_start_that_ignores_cancellation_is_abandoned(
     make_pool: Any, caplog: pytest.LogCaptureFixture
 ) -> None:
-    deaf = Deaf("opening")
+    deaf = StubbornPlugin("opening")
     async with asyncio.TaskGroup() as group:
         starting = group.create_task(make_pool(work, deaf).__aenter__())
         await deaf.reached.wait()
@@ -163,17 +163,17 @@ async def test_start_that_ignores_cancellation_is_abandoned(
         await asyncio.wait({starting}, timeout=20)
     assert starting.cancelled()
     assert "pool did not close" in caplog.text
-    await deaf.end()
+    await deaf.end_context()
 
 
-@pytest.mark.usefixtures("brief")
+@pytest.mark.usefixtures("brief_close_timeouts")
 async def test_pool_whose_plugin_never_closes_is_abandoned(
     make_pool: Any, caplog: pytest.LogCaptureFixture
 ) -> None:
-    deaf = Deaf("closing")
+    deaf = StubbornPlugin("closing")
     pool = make_pool(work, deaf)
     async with asyncio.timeout(20), asyncio.TaskGroup() as group:
         running = group.create_task(pool.run(until_empty=True))
         await running
     assert "pool did not close" in caplog.text
-    await deaf.end()
+    await deaf.end_context()

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from tests.integration.gate import Gate, quick
+from tests.integration.gate import Gate, return_at_once
 from workpool import Session, handler
 from workpool.events import (
     DrainFinished,
@@ -29,16 +29,16 @@ SECONDS = 20.0
 """Maximum time for the end of a pool that should end by itself."""
 
 
-async def ends(supervisor: Supervisor) -> None:
+async def end_reasons(supervisor: Supervisor) -> None:
     async with asyncio.timeout(SECONDS):
         await supervisor.wait()
 
 
-def ran(recorder: Recorder) -> int:
+def session_count(recorder: Recorder) -> int:
     return len(recorder.of(SessionFinished))
 
 
-def states(plane: ControlPlane, items: Any) -> list[str]:
+def item_states(plane: ControlPlane, items: Any) -> list[str]:
     return [plane.operations.get(plane.environments[0], item.id).state for item in items]
 
 
@@ -47,44 +47,46 @@ def states(plane: ControlPlane, items: Any) -> list[str]:
     [(1, 1, 0, 1), (1, 8, 0, 3), (3, 2, 0, 2), (3, 8, 4, 3), (2, 1, 3, 2)],
 )
 async def test_pool_with_exit_after_sessions_ends_and_claims_no_more(
-    plane: ControlPlane,
+    control_plane: ControlPlane,
     faults: Faults,
     make_pool: Any,
     recorder: Recorder,
     case: tuple[int, int, int, int],
 ) -> None:
-    items = plane.enqueue(6)
+    items = control_plane.enqueue(6)
     limit, concurrency, prefetch, pollers = case
     sizes = {"concurrency": concurrency, "prefetch": prefetch, "pollers": pollers}
-    async with make_pool(quick, exit_after_sessions=limit, **sizes) as supervisor:
-        await ends(supervisor)
-    assert ran(recorder) == limit
+    async with make_pool(return_at_once, exit_after_sessions=limit, **sizes) as supervisor:
+        await end_reasons(supervisor)
+    assert session_count(recorder) == limit
     assert len(faults.of("ack")) == limit
-    assert sorted(states(plane, items)) == ["queued"] * (6 - limit) + ["stopped"] * limit
+    assert (
+        sorted(item_states(control_plane, items)) == ["queued"] * (6 - limit) + ["stopped"] * limit
+    )
     assert recorder.of(DrainFinished)[0].result == "clean"
     assert supervisor.abandoned == 0
 
 
 async def test_last_session_before_exit_is_not_interrupted_or_time_limited(
-    plane: ControlPlane, make_pool: Any, recorder: Recorder
+    control_plane: ControlPlane, make_pool: Any, recorder: Recorder
 ) -> None:
-    plane.enqueue(2)
+    control_plane.enqueue(2)
     gate = Gate()
     async with make_pool(gate, exit_after_sessions=1, drain_timeout=0) as supervisor:
         await recorder.wait_for(SessionStarted)
         assert supervisor.status().reasons == ("ending: exit_after_sessions",)
         assert not supervisor.status().draining
         gate.may_end.set()
-        await ends(supervisor)
+        await end_reasons(supervisor)
     assert gate.interrupted == [False]
     assert [event.outcome for event in recorder.of(SessionFinished)] == ["completed"]
     assert [event.timeout for event in recorder.of(DrainStarted)] == [None]
 
 
 async def test_drain_during_last_session_uses_its_own_timeout(
-    plane: ControlPlane, make_pool: Any, recorder: Recorder
+    control_plane: ControlPlane, make_pool: Any, recorder: Recorder
 ) -> None:
-    plane.enqueue()
+    control_plane.enqueue()
     async with make_pool(Gate(), exit_after_sessions=1) as supervisor:
         await recorder.wait_for(SessionStarted)
         async with asyncio.timeout(SECONDS):
@@ -94,49 +96,49 @@ async def test_drain_during_last_session_uses_its_own_timeout(
 
 @pytest.mark.parametrize("code", [409, 404])
 async def test_lost_claim_does_not_count_towards_exit_after_sessions(
-    plane: ControlPlane, faults: Faults, make_pool: Any, recorder: Recorder, code: int
+    control_plane: ControlPlane, faults: Faults, make_pool: Any, recorder: Recorder, code: int
 ) -> None:
-    items = plane.enqueue(3)
+    items = control_plane.enqueue(3)
     faults.add(status(code), "ack", times=1)
-    async with make_pool(quick, exit_after_sessions=1, pollers=3) as supervisor:
-        await ends(supervisor)
-    assert ran(recorder) == 1
-    assert states(plane, items).count("stopped") == 1
+    async with make_pool(return_at_once, exit_after_sessions=1, pollers=3) as supervisor:
+        await end_reasons(supervisor)
+    assert session_count(recorder) == 1
+    assert item_states(control_plane, items).count("stopped") == 1
 
 
 async def test_claim_lost_at_first_heartbeat_does_not_count_towards_exit_after_sessions(
-    plane: ControlPlane, faults: Faults, make_pool: Any, recorder: Recorder
+    control_plane: ControlPlane, faults: Faults, make_pool: Any, recorder: Recorder
 ) -> None:
-    plane.enqueue(2)
+    control_plane.enqueue(2)
     faults.add(status(404), "heartbeat", times=1)
-    async with make_pool(quick, exit_after_sessions=1) as supervisor:
-        await ends(supervisor)
+    async with make_pool(return_at_once, exit_after_sessions=1) as supervisor:
+        await end_reasons(supervisor)
     outcomes = [event.outcome for event in recorder.of(SessionFinished)]
     assert outcomes == ["lease_lost", "completed"]
 
 
 async def test_health_check_does_not_count_towards_exit_after_sessions(
-    plane: ControlPlane, make_pool: Any, recorder: Recorder
+    control_plane: ControlPlane, make_pool: Any, recorder: Recorder
 ) -> None:
-    (check,) = plane.enqueue(work_type=HEALTHCHECK)
-    (item,) = plane.enqueue()
-    async with make_pool(quick, exit_after_sessions=1, concurrency=1) as supervisor:
-        await ends(supervisor)
-    assert states(plane, [check, item]) == ["stopped", "stopped"]
-    assert ran(recorder) == 1
+    (check,) = control_plane.enqueue(work_type=HEALTHCHECK)
+    (item,) = control_plane.enqueue()
+    async with make_pool(return_at_once, exit_after_sessions=1, concurrency=1) as supervisor:
+        await end_reasons(supervisor)
+    assert item_states(control_plane, [check, item]) == ["stopped", "stopped"]
+    assert session_count(recorder) == 1
 
 
 async def test_exit_after_idle_ends_pool_only_while_no_session_runs(
-    plane: ControlPlane, make_pool: Any, recorder: Recorder
+    control_plane: ControlPlane, make_pool: Any, recorder: Recorder
 ) -> None:
-    plane.enqueue()
+    control_plane.enqueue()
     gate = Gate()
     async with make_pool(gate, exit_after_idle=0.1, block_ms=10) as supervisor:
         await recorder.wait_for(SessionStarted)
         await recorder.wait_for(PollFinished, lambda event: event.result == "null", count=20)
         assert supervisor.status().ready
         gate.may_end.set()
-        await ends(supervisor)
+        await end_reasons(supervisor)
     assert [event.outcome for event in recorder.of(SessionFinished)] == ["completed"]
     assert len(recorder.of(ItemReceived)) == 1
 
@@ -145,16 +147,16 @@ async def test_exit_after_idle_ends_pool_that_waits_for_its_one_session(
     make_pool: Any, recorder: Recorder
 ) -> None:
     limits = {"exit_after_sessions": 1, "exit_after_idle": 0.05}
-    async with make_pool(quick, block_ms=10, **limits) as supervisor:
-        await ends(supervisor)
+    async with make_pool(return_at_once, block_ms=10, **limits) as supervisor:
+        await end_reasons(supervisor)
     assert not recorder.of(ItemReceived)
     assert not supervisor.abandoned
 
 
 async def test_exit_after_uptime_ends_claiming_but_not_running_session(
-    plane: ControlPlane, make_pool: Any, recorder: Recorder
+    control_plane: ControlPlane, make_pool: Any, recorder: Recorder
 ) -> None:
-    first, *others = plane.enqueue(3)
+    first, *others = control_plane.enqueue(3)
     gate = Gate()
     sizes = {"concurrency": 1, "prefetch": 2, "drain_timeout": 0}
     async with make_pool(gate, exit_after_uptime=0.3, **sizes) as supervisor:
@@ -164,43 +166,46 @@ async def test_exit_after_uptime_ends_claiming_but_not_running_session(
         assert supervisor.status().reasons == ("ending: exit_after_uptime",)
         assert supervisor.status().waiting == 0
         gate.may_end.set()
-        await ends(supervisor)
+        await end_reasons(supervisor)
     assert gate.interrupted == [False]
-    assert states(plane, [first, *others]) == ["stopped", "queued", "queued"]
+    assert item_states(control_plane, [first, *others]) == ["stopped", "queued", "queued"]
 
 
 async def test_item_delivered_after_exit_limit_is_not_claimed(
-    plane: ControlPlane, faults: Faults, make_pool: Any, recorder: Recorder
+    control_plane: ControlPlane, faults: Faults, make_pool: Any, recorder: Recorder
 ) -> None:
     hold = Hold(applied=True)
     faults.add(hold, "poll")
-    (item,) = plane.enqueue()
-    async with make_pool(quick, exit_after_uptime=0.2) as supervisor:
+    (item,) = control_plane.enqueue()
+    async with make_pool(return_at_once, exit_after_uptime=0.2) as supervisor:
         await hold.reached()
-        await ends(supervisor)
+        await end_reasons(supervisor)
     assert not recorder.of(ItemReceived)
-    assert states(plane, [item]) == ["queued"]
+    assert item_states(control_plane, [item]) == ["queued"]
 
 
 async def test_stuck_handler_of_last_session_does_not_keep_pool_running(
-    plane: ControlPlane, make_pool: Any, recorder: Recorder, monkeypatch: pytest.MonkeyPatch
+    control_plane: ControlPlane, make_pool: Any, recorder: Recorder, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("workpool.pool.handler_executor.REPEAT_SECONDS", 0.05)
     may_end = asyncio.Event()
 
     @handler
-    async def stubborn(_: Session) -> None:
+    async def stubborn_handler(_: Session) -> None:
         while not may_end.is_set():
             try:
                 await may_end.wait()
             except asyncio.CancelledError:
                 continue
 
-    (item,) = plane.enqueue()
+    (item,) = control_plane.enqueue()
     limits = {"exit_after_sessions": 1, "session_timeout": 0.05}
-    async with make_pool(stubborn, **limits) as supervisor:
-        await ends(supervisor)
+    async with make_pool(stubborn_handler, **limits) as supervisor:
+        await end_reasons(supervisor)
     may_end.set()
     assert supervisor.abandoned == 1
     assert recorder.of(DrainFinished)[0].result == "killed"
-    assert "workpool.released" in plane.operations.get(plane.environments[0], item.id).metadata
+    assert (
+        "workpool.released"
+        in control_plane.operations.get(control_plane.environments[0], item.id).metadata
+    )

@@ -34,32 +34,32 @@ async def work(session: Session) -> None:
     await session.interrupted()
 
 
-async def fetch(url: str, headers: dict[str, str] | None = None) -> tuple[int, Any, Any]:
+async def fetch_page(url: str, headers: dict[str, str] | None = None) -> tuple[int, Any, Any]:
     async with aiohttp.ClientSession() as http, http.get(url, headers=headers) as answer:
         body = await (answer.json() if url.endswith(".json") else answer.text())
         return answer.status, answer.headers, body
 
 
-async def live(pool: Supervisor, headers: dict[str, str] | None = None) -> dict[str, Any]:
-    status, _, body = await fetch(f"{pool.metrics_url}/live.json", headers)
+async def live_status(pool: Supervisor, headers: dict[str, str] | None = None) -> dict[str, Any]:
+    status, _, body = await fetch_page(f"{pool.metrics_url}/live.json", headers)
     assert status == 200
     shown: dict[str, Any] = body
     return shown
 
 
 async def test_live_status_shows_slots_sessions_polls_and_outcomes(
-    plane: ControlPlane, make_pool: Any, recorder: Recorder
+    control_plane: ControlPlane, make_pool: Any, recorder: Recorder
 ) -> None:
-    (item,) = plane.enqueue(metadata={"secret": "of the customer"})
+    (item,) = control_plane.enqueue(metadata={"secret": "of the customer"})
     may_end = asyncio.Event()
 
     @handler
-    async def wait(_: Session) -> None:
+    async def wait_in_handler(_: Session) -> None:
         await may_end.wait()
 
-    async with make_pool(wait, metrics_listen="127.0.0.1:0", concurrency=3) as pool:
+    async with make_pool(wait_in_handler, metrics_listen="127.0.0.1:0", concurrency=3) as pool:
         await recorder.wait_for(SessionStarted)
-        shown = await live(pool)
+        shown = await live_status(pool)
         assert shown["slots"]["busy"] == 1
         assert shown["slots"]["limit"] == 3
         assert shown["polls"]["item"] == 1
@@ -68,11 +68,11 @@ async def test_live_status_shows_slots_sessions_polls_and_outcomes(
         assert shown["leases"]["shortest_seconds"] > 30
         (session,) = shown["sessions"]
         assert (session["work_id"], session["session_id"]) == (item.id, item.session_id)
-        assert (session["handler"], session["attempt"]) == ("wait.wait", 1)
+        assert (session["handler"], session["attempt"]) == ("wait_in_handler.wait_in_handler", 1)
         assert "of the customer" not in str(shown)
         may_end.set()
         await recorder.wait_for(SessionFinished)
-        shown = await live(pool)
+        shown = await live_status(pool)
         assert shown["outcomes"]["completed"] == 1
         assert shown["sessions"] == []
 
@@ -90,18 +90,18 @@ async def test_live_status_shows_slots_sessions_polls_and_outcomes(
     ],
 )
 async def test_ids_are_shown_on_loopback_only_unless_a_setting_says_so(
-    plane: ControlPlane,
+    control_plane: ControlPlane,
     make_pool: Any,
     recorder: Recorder,
     address: tuple[str, str],
     host: str,
     visible: str,
 ) -> None:
-    (item,) = plane.enqueue()
+    (item,) = control_plane.enqueue()
     listen, setting = address
     async with make_pool(work, metrics_listen=listen, live_page_ids=setting) as pool:
         await recorder.wait_for(SessionStarted)
-        shown = await live(pool, {"Host": host})
+        shown = await live_status(pool, {"Host": host})
         (session,) = shown["sessions"]
         assert (session.get("work_id") == item.id) == (visible == "ids")
         assert (item.session_id in str(shown)) == (visible == "ids")
@@ -113,14 +113,14 @@ async def test_page_and_its_parts_are_confined_and_load_nothing_from_elsewhere(
 ) -> None:
     async with make_pool(work, metrics_listen="127.0.0.1:0") as pool:
         url = f"{pool.metrics_url}/"
-        status, headers, page = await fetch(url, HTML)
+        status, headers, page = await fetch_page(url, HTML)
         assert status == 200
         parts = re.findall(r'(?:src|href)="(page/[^"]+)"', page)
         assert parts == ["page/page.css", "page/worker.js"]
         for name, value in CONFINED.items():
             assert headers[name] == value
         for part in (*parts, "page/page.js"):
-            status, headers, text = await fetch(url + part)
+            status, headers, text = await fetch_page(url + part)
             assert status == 200
             assert headers["Content-Security-Policy"].startswith("default-src 'none'")
             assert "http" not in text
@@ -128,9 +128,9 @@ async def test_page_and_its_parts_are_confined_and_load_nothing_from_elsewhere(
         assert "http" not in page
 
 
-async def test_index_stays_plain_text_for_clients_that_are_no_browsers(make_pool: Any) -> None:
+async def test_index_is_plain_text_for_clients_that_are_no_browsers(make_pool: Any) -> None:
     async with make_pool(work, metrics_listen="127.0.0.1:0") as pool:
-        status, _, text = await fetch(f"{pool.metrics_url}/")
+        status, _, text = await fetch_page(f"{pool.metrics_url}/")
         assert status == 200
         assert text.startswith("workpool\n")
 
@@ -142,7 +142,7 @@ class Browser:
         self._socket = socket
         self._sent = 0
 
-    async def call(self, method: str, **params: object) -> Any:
+    async def call_method(self, method: str, **params: object) -> Any:
         """Call a method of the DevTools protocol, and return its result."""
         self._sent += 1
         await self._socket.send_json({"id": self._sent, "method": method, "params": params})
@@ -151,24 +151,24 @@ class Browser:
             if told.get("id") == self._sent:
                 return told["result"]
 
-    async def open(self, url: str) -> None:
+    async def open_page(self, url: str) -> None:
         """Open a page and wait until it is complete."""
-        await self.call("Page.navigate", url=url)
-        await self.until("document.readyState", "complete")
+        await self.call_method("Page.navigate", url=url)
+        await self.wait_for_text("document.readyState", "complete")
 
-    async def run(self, script: str) -> Any:
+    async def run_script(self, script: str) -> Any:
         """Return the value of a script."""
-        told = await self.call("Runtime.evaluate", expression=script, returnByValue=True)
+        told = await self.call_method("Runtime.evaluate", expression=script, returnByValue=True)
         return told["result"].get("value")
 
-    async def until(self, script: str, part: str) -> str:
+    async def wait_for_text(self, script: str, part: str) -> str:
         """Wait until the value of a script contains `part`, and return the value."""
         async with asyncio.timeout(30):
             while True:
-                value = str(await self.run(script))
+                value = str(await self.run_script(script))
                 if part in value:
                     return value
-                await asyncio.sleep(0.1)  # between two questions to the browser
+                await asyncio.sleep(0.1)  # The browser is queried at this interval in seconds.
 
 
 @asynccontextmanager
@@ -206,57 +206,59 @@ async def driven_browser(folder: Path) -> AsyncIterator[Browser]:
 @pytest.mark.trial
 @pytest.mark.timeout(120)
 async def test_page_shows_sessions_as_text_in_a_browser(
-    plane: ControlPlane, make_pool: Any, recorder: Recorder, tmp_path: Path
+    control_plane: ControlPlane, make_pool: Any, recorder: Recorder, tmp_path: Path
 ) -> None:
-    (item,) = plane.enqueue()
+    (item,) = control_plane.enqueue()
     async with make_pool(work, metrics_listen="127.0.0.1:0") as pool:
         await recorder.wait_for(SessionStarted)
         pool.pause("<img src=x onerror=alert(1)> disk full")
         async with driven_browser(tmp_path) as browser:
-            await browser.open(f"{pool.metrics_url}/")
-            await browser.until("document.getElementById('sessions').textContent", item.session_id)
-            shown = await browser.run("document.body.textContent")
+            await browser.open_page(f"{pool.metrics_url}/")
+            await browser.wait_for_text(
+                "document.getElementById('sessions').textContent", item.session_id
+            )
+            shown = await browser.run_script("document.body.textContent")
             assert "not ready" in shown
             assert "paused: <img src=x onerror=alert(1)> disk full" in shown
-            assert await browser.run("document.images.length") == 0
+            assert await browser.run_script("document.images.length") == 0
 
 
 # -- the page of the control plane ---------------------------------------------------------------
 
 
-async def test_queue_page_needs_no_token_and_shows_nothing_of_the_queue(
-    plane: ControlPlane,
+async def test_queue_page_needs_no_token_and_shows_no_item(
+    control_plane: ControlPlane,
 ) -> None:
-    (item,) = plane.enqueue()
-    url = plane.base_url.partition("/api/")[0] + "/"
-    status, headers, page = await fetch(url, HTML)
+    (item,) = control_plane.enqueue()
+    url = control_plane.base_url.partition("/api/")[0] + "/"
+    status, headers, page = await fetch_page(url, HTML)
     assert status == 200
     assert headers["Content-Security-Policy"].startswith("default-src 'none'")
     parts = re.findall(r'(?:src|href)="(page/[^"]+)"', page)
     assert parts == ["page/page.css", "page/queue.js"]
-    texts = [page, *[(await fetch(url + part))[2] for part in (*parts, "page/page.js")]]
+    texts = [page, *[(await fetch_page(url + part))[2] for part in (*parts, "page/page.js")]]
     for text in texts:
         assert item.id not in text
-        assert plane.environments[0] not in text
+        assert control_plane.environments[0] not in text
         assert "innerHTML" not in text
 
 
 @pytest.mark.trial
 @pytest.mark.timeout(120)
 async def test_queue_page_shows_items_as_text_after_a_token_was_typed(
-    plane: ControlPlane, tmp_path: Path
+    control_plane: ControlPlane, tmp_path: Path
 ) -> None:
     """The browser is driven through its debugging port, because a token is never in a URL."""
-    (item,) = plane.enqueue(work_type="<img src=x onerror=alert(1)>")
-    url = plane.base_url.partition("/api/")[0] + "/"
+    (item,) = control_plane.enqueue(work_type="<img src=x onerror=alert(1)>")
+    url = control_plane.base_url.partition("/api/")[0] + "/"
     async with driven_browser(tmp_path) as browser:
-        await browser.open(url)
-        await browser.run(
-            f"document.getElementById('environment').value = {plane.environments[0]!r};"
-            f"document.getElementById('token').value = {plane.token!r};"
+        await browser.open_page(url)
+        await browser.run_script(
+            f"document.getElementById('environment').value = {control_plane.environments[0]!r};"
+            f"document.getElementById('token').value = {control_plane.token!r};"
             "document.querySelector('#opener button').click()"
         )
-        shown = await browser.until("document.getElementById('items').textContent", item.id)
+        shown = await browser.wait_for_text("document.getElementById('items').textContent", item.id)
         assert "<img src=x onerror=alert(1)>" in shown
-        assert await browser.run("document.querySelectorAll('#items img').length") == 0
-        assert plane.token not in await browser.run("document.body.textContent")
+        assert await browser.run_script("document.querySelectorAll('#items img').length") == 0
+        assert control_plane.token not in await browser.run_script("document.body.textContent")

@@ -1,4 +1,4 @@
-"""Hostile answers of a control plane: forged log lines, control characters, volume, tokens."""
+"""Hostile answers of a control plane in the log: forged lines, control characters, size, tokens."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ async def quote_metadata(session: Session) -> None:
 
 
 @pytest.fixture(params=[TextFormatter, JsonFormatter])
-def output(request: pytest.FixtureRequest) -> Iterator[io.StringIO]:
+def formatted_logs(request: pytest.FixtureRequest) -> Iterator[io.StringIO]:
     """Return the log output as the command line formats it."""
     written = io.StringIO()
     handler = logging.StreamHandler(written)
@@ -49,19 +49,19 @@ def output(request: pytest.FixtureRequest) -> Iterator[io.StringIO]:
 
 
 @pytest.fixture
-def hostile_item(plane: ControlPlane, faults: Faults) -> Callable[[str], None]:
+def hostile_item(control_plane: ControlPlane, faults: Faults) -> Callable[[str], None]:
     """Return a function that answers one poll with an item of this type."""
 
-    def deliver(kind: str) -> None:
-        (item,) = plane.enqueue()
+    def answer_with_hostile_item(kind: str) -> None:
+        (item,) = control_plane.enqueue()
         answer = DIALECTS["qoder"].item(item)
         answer["data"]["type"] = kind
         faults.add(literal(orjson.dumps(answer)), "poll", times=1)
 
-    return deliver
+    return answer_with_hostile_item
 
 
-def check(output: io.StringIO, token: str, limit: int) -> None:
+def check_log_lines(output: io.StringIO, token: str, limit: int) -> None:
     text = output.getvalue()
     assert text.replace("\n", "").isprintable()
     assert not [line for line in text.split("\n") if line.startswith("2026-03-01")]
@@ -70,51 +70,51 @@ def check(output: io.StringIO, token: str, limit: int) -> None:
 
 
 async def test_hostile_type_of_declined_item_is_escaped_and_cut(
-    plane: ControlPlane,
+    control_plane: ControlPlane,
     make_pool: Any,
     recorder: Recorder,
     hostile_item: Callable[[str], None],
-    output: io.StringIO,
+    formatted_logs: io.StringIO,
     caplog: pytest.LogCaptureFixture,
 ) -> None:
     caplog.set_level(logging.INFO)
-    hostile_item(plane.token + FORGED + "x" * 3_900_000)
+    hostile_item(control_plane.token + FORGED + "x" * 3_900_000)
     async with make_pool(work, block_ms=20):
         await recorder.wait_for(ItemDeclined)
-    check(output, plane.token, 5_000)
+    check_log_lines(formatted_logs, control_plane.token, 5_000)
     (record,) = [each for each in caplog.records if each.message == "item declined"]
     message = vars(record)["type"]
     assert len(message) < 300  # also for an application with its own log format
     assert message.isprintable()
-    assert plane.token not in message
+    assert control_plane.token not in message
 
 
 async def test_hostile_error_of_control_plane_is_escaped_and_cut(
-    plane: ControlPlane,
+    control_plane: ControlPlane,
     faults: Faults,
     make_pool: Any,
     recorder: Recorder,
-    output: io.StringIO,
+    formatted_logs: io.StringIO,
     caplog: pytest.LogCaptureFixture,
 ) -> None:
-    text = plane.token + FORGED + "\u200f" * 1_000_000
+    text = control_plane.token + FORGED + "\u200f" * 1_000_000
     envelope = {"error": {"message": text, "type": text, "param": text}}
     faults.add(literal(orjson.dumps(envelope), 500), "poll", times=1)
     async with make_pool(work, block_ms=20):
         await recorder.wait_for(PollerBackedOff)
-    check(output, plane.token, 5_000)
+    check_log_lines(formatted_logs, control_plane.token, 5_000)
     (message,) = [each for each in caplog.messages if each.startswith("poll failed")]
     assert len(message) < 600
     assert message.isprintable()
-    assert plane.token not in message
+    assert control_plane.token not in message
 
 
 async def test_hostile_text_in_traceback_of_handler_is_escaped_and_cut(
-    plane: ControlPlane, make_pool: Any, recorder: Recorder, output: io.StringIO
+    control_plane: ControlPlane, make_pool: Any, recorder: Recorder, formatted_logs: io.StringIO
 ) -> None:
-    text = f"{plane.token}{FORGED}" + FORGED * 20_000
-    plane.enqueue(metadata={"text": text})
+    text = f"{control_plane.token}{FORGED}" + FORGED * 20_000
+    control_plane.enqueue(metadata={"text": text})
     async with make_pool(quote_metadata, block_ms=20):
         await recorder.wait_for(SessionFinished)
-    assert "quote_metadata" in output.getvalue()
-    check(output, plane.token, 120_000)
+    assert "quote_metadata" in formatted_logs.getvalue()
+    check_log_lines(formatted_logs, control_plane.token, 120_000)

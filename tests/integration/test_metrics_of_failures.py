@@ -1,4 +1,4 @@
-"""The metrics that tell why sessions failed, leases were lost, and what blocks a pool.
+"""The metrics that show why sessions failed, why leases were lost, and what blocks a pool.
 
 See workpool/docs/metrics.md, "All metrics".
 """
@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from workpool.testing import Kit, Recorder
 
 
-def value(pool: Supervisor, name: str, **labels: str) -> float | None:
+def metric_value(pool: Supervisor, name: str, **labels: str) -> float | None:
     labels["environment_id"] = DEFAULT_ENVIRONMENT
     return pool.registry.get_sample_value(f"workpool_{name}", labels)
 
@@ -52,7 +52,7 @@ async def test_failed_sessions_are_counted_by_kind_of_error(workpool: Kit) -> No
     async with workpool.pool(work, session_timeout=60) as pool:
         await workpool.wait_for(SessionFinished, count=3, timeout=120)
     counted = {
-        error: value(pool, "session_errors_total", error=error)
+        error: metric_value(pool, "session_errors_total", error=error)
         for error in ("exception", "timeout", "attempts_exceeded", "result_refused", "stalled")
     }
     assert counted == {
@@ -68,18 +68,18 @@ async def test_session_beyond_its_attempts_is_counted_without_a_run(workpool: Ki
         workpool.lose(item)
         failed = await workpool.wait_for(SessionFailed, timeout=120)
     assert failed.error == "attempts_exceeded"
-    assert value(pool, "session_errors_total", error="attempts_exceeded") == 1
+    assert metric_value(pool, "session_errors_total", error="attempts_exceeded") == 1
 
 
 @in_virtual_time
-async def test_lease_that_another_worker_took_is_counted_as_taken(workpool: Kit) -> None:
+async def test_lease_taken_by_another_worker_is_counted_as_taken(workpool: Kit) -> None:
     item = workpool.enqueue(metadata={"do": "wait"})[0]
     async with workpool.pool(work) as pool:
         await workpool.wait_for(SessionStarted)
         workpool.lose(item)
         await workpool.wait_for(SessionFinished, timeout=120)
-        assert value(pool, "leases_lost_total", reason="taken") == 1
-        assert value(pool, "leases_lost_total", reason="expired") == 0
+        assert metric_value(pool, "leases_lost_total", reason="taken") == 1
+        assert metric_value(pool, "leases_lost_total", reason="expired") == 0
 
 
 @in_virtual_time
@@ -87,33 +87,35 @@ async def test_pickup_latency_ignores_items_that_were_held_before(workpool: Kit)
     workpool.enqueue(metadata={"do": "release"})
     async with workpool.pool(work) as pool:
         await workpool.wait_for(ItemReceived, count=2, timeout=120)
-        assert value(pool, "item_pickup_latency_seconds_count") == 1
-        assert value(pool, "lease_ttl_seconds") == pool.settings.lease_ttl
+        assert metric_value(pool, "item_pickup_latency_seconds_count") == 1
+        assert metric_value(pool, "lease_ttl_seconds") == pool.settings.lease_ttl
 
 
 async def test_blocked_loop_is_visible_while_it_is_blocked(
-    plane: ControlPlane, recorder: Recorder, make_pool: Any
+    control_plane: ControlPlane, recorder: Recorder, make_pool: Any
 ) -> None:
     may_end = threading.Event()
 
     @handler
-    async def block(_: Session) -> None:
+    async def block_loop(_: Session) -> None:
         may_end.wait(30)  # the handler blocks the loop
 
     seen: list[tuple[float | None, float | None, tuple[str, ...]]] = []
 
-    def look(pool: Supervisor) -> None:
-        """Read the metrics on another thread, as a scrape does, until they show the block."""
-        while not (value(pool, "event_loop_blocked_seconds") or 0) > 1.5:
+    def wait_for_metric(pool: Supervisor) -> None:
+        """Read the metrics on another thread, as a scrape does, until they show the blocked
+        loop.
+        """
+        while not (metric_value(pool, "event_loop_blocked_seconds") or 0) > 1.5:
             may_end.wait(0.05)
-        polling = value(pool, "pollers", state="polling")
-        blocked = value(pool, "pollers", state="blocked")
+        polling = metric_value(pool, "pollers", state="polling")
+        blocked = metric_value(pool, "pollers", state="blocked")
         seen.append((polling, blocked, pool.status().reasons))
         may_end.set()
 
-    plane.enqueue()
-    async with make_pool(block, pollers=2) as pool:
-        looker = threading.Thread(target=look, args=(pool,))
+    control_plane.enqueue()
+    async with make_pool(block_loop, pollers=2) as pool:
+        looker = threading.Thread(target=wait_for_metric, args=(pool,))
         looker.start()
         await recorder.wait_for(SessionFinished)
         looker.join()
@@ -121,7 +123,7 @@ async def test_blocked_loop_is_visible_while_it_is_blocked(
         assert (polling, blocked) == (0, 2)
         assert any("event loop has been blocked for" in reason for reason in reasons)
         await recorder.wait_for(LoopLagMeasured, lambda event: event.seconds > 1)
-        assert value(pool, "event_loop_blocked_seconds") == pytest.approx(0, abs=1)
+        assert metric_value(pool, "event_loop_blocked_seconds") == pytest.approx(0, abs=1)
 
 
 @in_virtual_time
@@ -129,4 +131,4 @@ async def test_stalled_session_is_counted_as_stalled(workpool: Kit) -> None:
     workpool.enqueue(metadata={"do": "wait"})
     async with workpool.pool(work, stall_timeout=60) as pool:
         await workpool.wait_for(SessionFinished, timeout=120)
-    assert value(pool, "session_errors_total", error="stalled") == 1
+    assert metric_value(pool, "session_errors_total", error="stalled") == 1

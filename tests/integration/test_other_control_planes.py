@@ -29,10 +29,12 @@ if TYPE_CHECKING:
 TRACE = "00-4bf92f3577b34da6a3ce929d0e0e4736-00f067aa0ba902b7-01"
 
 
-def rewritten(change: Callable[[dict[str, Any]], dict[str, Any]], **headers: str) -> Middleware:
+def rewrite_answers(
+    change: Callable[[dict[str, Any]], dict[str, Any]], **headers: str
+) -> Middleware:
     """Return a middleware that changes the JSON of a successful answer and adds headers."""
 
-    async def answer(request: web.Request, handler: Any) -> web.StreamResponse:
+    async def answer_request(request: web.Request, handler: Any) -> web.StreamResponse:
         response = await handler(request)
         assert isinstance(response, web.Response)
         value = orjson.loads(response.text or "null")
@@ -40,7 +42,7 @@ def rewritten(change: Callable[[dict[str, Any]], dict[str, Any]], **headers: str
             return response
         return web.json_response(change(value), headers=headers)
 
-    return answer
+    return answer_request
 
 
 ACTIVE = Fault(rewrite=lambda item: {**item, "state": "active"})
@@ -49,10 +51,12 @@ LOST = Fault(rewrite=lambda answer: {**answer, "last_heartbeat": None, "lease_ex
 
 @pytest.fixture(params=["qoder", "anthropic"])
 def make_settings(
-    plane: ControlPlane, make_settings: Callable[..., Any], request: pytest.FixtureRequest
+    control_plane: ControlPlane, make_settings: Callable[..., Any], request: pytest.FixtureRequest
 ) -> Callable[..., Any]:
     """Return a factory of settings for both dialects, as each difference may occur in both."""
-    url = {"qoder": plane.base_url, "anthropic": plane.anthropic_base_url}[request.param]
+    url = {"qoder": control_plane.base_url, "anthropic": control_plane.anthropic_base_url}[
+        request.param
+    ]
     return lambda **values: make_settings(dialect=request.param, base_url=url, **values)
 
 
@@ -62,27 +66,29 @@ async def work(_: Session) -> dict[str, str]:
 
 
 async def test_item_with_active_ack_answer_is_run(
-    run_one: Any, faults: Faults, recorder: Recorder
+    run_one_item: Any, faults: Faults, recorder: Recorder
 ) -> None:
     faults.add(ACTIVE, "ack")
-    final = await run_one(work)
+    final = await run_one_item(work)
     assert final.outcome == "completed"
-    assert final.ops == ["ack", "heartbeat", "update", "stop"]
+    assert final.request_names == ["ack", "heartbeat", "update", "stop"]
     assert [event.result for event in recorder.of(AckFinished)] == ["ok"]
 
 
 async def test_item_with_active_ack_answer_held_by_another_worker_is_not_run(
-    plane: ControlPlane, faults: Faults, make_pool: Any, recorder: Recorder
+    control_plane: ControlPlane, faults: Faults, make_pool: Any, recorder: Recorder
 ) -> None:
-    (item,) = plane.enqueue()
+    (item,) = control_plane.enqueue()
 
-    async def taken(request: web.Request, handler: Any) -> web.StreamResponse:
+    async def take_item(request: web.Request, handler: Any) -> web.StreamResponse:
         response: web.StreamResponse = await handler(request)
-        plane.operations.heartbeat(plane.environments[0], item.id, "NO_HEARTBEAT", 60, "another")
+        control_plane.operations.heartbeat(
+            control_plane.environments[0], item.id, "NO_HEARTBEAT", 60, "another"
+        )
         return response
 
     faults.add(ACTIVE, "ack")
-    faults.add(taken, "ack")
+    faults.add(take_item, "ack")
     async with make_pool(work):
         finished = await recorder.wait_for(SessionFinished)
     assert finished.outcome == "lease_lost"
@@ -93,28 +99,28 @@ async def test_item_with_active_ack_answer_held_by_another_worker_is_not_run(
 
 
 async def test_health_check_with_active_ack_answer_is_stopped_after_heartbeat(
-    plane: ControlPlane, faults: Faults, make_pool: Any
+    control_plane: ControlPlane, faults: Faults, make_pool: Any
 ) -> None:
     faults.add(ACTIVE, "ack")
-    (item,) = plane.enqueue(work_type="healthcheck")
+    (item,) = control_plane.enqueue(work_type="healthcheck")
     async with make_pool(work):
         await faults.wait_for("stop", answered=True)
     assert [request.op for request in faults.of(work_id=item.id)] == ["ack", "heartbeat", "stop"]
 
 
 async def test_heartbeat_answer_without_last_heartbeat_loses_lease_without_read(
-    run_one: Any, faults: Faults, recorder: Recorder
+    run_one_item: Any, faults: Faults, recorder: Recorder
 ) -> None:
     faults.add(LOST, "heartbeat")
-    final = await run_one(work)
+    final = await run_one_item(work)
     assert final.outcome == "lease_lost"
-    assert final.ops == ["ack", "heartbeat"]
+    assert final.request_names == ["ack", "heartbeat"]
     assert [event.result for event in recorder.of(HeartbeatFinished)] == ["conflict"]
 
 
 @pytest.mark.usefixtures("fast_heartbeats")
 async def test_heartbeat_answer_in_state_stopped_ends_session_without_read(
-    run_one: Any, faults: Faults
+    run_one_item: Any, faults: Faults
 ) -> None:
     @handler
     async def never_ends(_: Session) -> None:
@@ -122,56 +128,58 @@ async def test_heartbeat_answer_in_state_stopped_ends_session_without_read(
 
     over = Fault(rewrite=lambda answer: {**answer, "state": "stopped", "lease_extended": False})
     faults.add(over, "heartbeat", skip=1)
-    final = await run_one(never_ends)
+    final = await run_one_item(never_ends)
     assert final.outcome == "stopped"
-    assert set(final.ops) == {"ack", "heartbeat"}
+    assert set(final.request_names) == {"ack", "heartbeat"}
 
 
 async def test_unknown_fields_and_headers_are_ignored_and_traceparent_is_kept(
-    run_one: Any, faults: Faults, recorder: Recorder
+    run_one_item: Any, faults: Faults, recorder: Recorder
 ) -> None:
     more = {"lease": {"id": 7}, "ttl": "x", "secret_of_another_kind": [1]}
     for op in ("ack", "heartbeat", "update", "stop"):
-        faults.add(rewritten(lambda value: {**more, **value}, **{"X-Lease": "7"}), op)
-    faults.add(rewritten(lambda value: {**more, **value}, traceparent=TRACE), "poll")
-    final = await run_one(work)
+        faults.add(rewrite_answers(lambda value: {**more, **value}, **{"X-Lease": "7"}), op)
+    faults.add(rewrite_answers(lambda value: {**more, **value}, traceparent=TRACE), "poll")
+    final = await run_one_item(work)
     assert final.outcome == "completed"
     assert recorder.of(SessionStarted)[0].session.item.traceparent == TRACE
 
 
 @pytest.mark.parametrize("window", [None, 0, 7000])
 async def test_reclaim_window_is_sent_only_if_set(
-    run_one: Any, faults: Faults, window: int | None
+    run_one_item: Any, faults: Faults, window: int | None
 ) -> None:
     """One other control plane also ends leases whose last heartbeat is older than the window."""
-    await run_one(work, **({} if window is None else {"reclaim_older_than_ms": window}))
+    await run_one_item(work, **({} if window is None else {"reclaim_older_than_ms": window}))
     sent = {request.query.get("reclaim_older_than_ms") for request in faults.of("poll")}
     assert sent == {None if window is None else str(window)}
 
 
 async def test_extra_headers_are_sent_with_every_call_and_never_logged(
-    run_one: Any, faults: Faults, caplog: pytest.LogCaptureFixture
+    run_one_item: Any, faults: Faults, caplog: pytest.LogCaptureFixture
 ) -> None:
     seen: list[str | None] = []
 
-    async def note(request: web.Request, handler: Any) -> web.StreamResponse:
+    async def record_request(request: web.Request, handler: Any) -> web.StreamResponse:
         seen.append(request.headers.get("x-worker-token"))
-        if len(seen) < 4:  # the error answer, and so the log record, quotes the header
+        if len(seen) < 4:  # The error answer, and so the log record, quotes the header.
             text = {"error": {"message": f"no {seen[-1]}"}}
             return web.json_response(text, status=503)
         response: web.StreamResponse = await handler(request)
         return response
 
-    async def talk(session: Session) -> None:
+    async def read_events(session: Session) -> None:
         await session.update_metadata({"a": "b"})
         text = {"type": "text", "text": "hello"}
         await session.events.send({"type": "user.message", "content": [text]})
         async with session.events.stream() as events:
             await anext(aiter(events))
 
-    faults.add(note, *get_args(Op))
+    faults.add(record_request, *get_args(Op))
     with caplog.at_level("DEBUG"):
-        final = await run_one(talk, extra_headers={"x-worker-token": "hunter2"}, stats_interval=60)
+        final = await run_one_item(
+            read_events, extra_headers={"x-worker-token": "hunter2"}, stats_interval=60
+        )
     assert final.outcome == "completed"
     assert set(seen) == {"hunter2"}
     assert "poll failed" in caplog.text

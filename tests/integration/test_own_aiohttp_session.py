@@ -40,7 +40,7 @@ class OwnSessionClient(WorkClient):
 
 @pytest.mark.usefixtures("fast_heartbeats")
 async def test_session_with_own_aiohttp_clients_survives_lease_renewals(
-    plane: ControlPlane, make_settings: Any, recorder: Recorder
+    control_plane: ControlPlane, make_settings: Any, recorder: Recorder
 ) -> None:
     clients: list[OwnSessionClient] = []
     renewed = asyncio.Event()
@@ -50,12 +50,12 @@ async def test_session_with_own_aiohttp_clients_survives_lease_renewals(
         return clients[-1]
 
     @handler
-    async def long(_: Session) -> dict[str, str]:
+    async def long_handler(_: Session) -> dict[str, str]:
         await renewed.wait()
         return {"done": "yes"}
 
-    (item,) = plane.enqueue()
-    pool = Supervisor(make_settings(), plugins=[long, recorder], connect=connect)
+    (item,) = control_plane.enqueue()
+    pool = Supervisor(make_settings(), plugins=[long_handler, recorder], connect=connect)
     async with pool:
         # The first heartbeat is sent on the handlers' loop, all others by the lease renewer.
         await recorder.wait_for(HeartbeatFinished, count=1 + RENEWALS)
@@ -63,7 +63,10 @@ async def test_session_with_own_aiohttp_clients_survives_lease_renewals(
         finished = await recorder.wait_for(SessionFinished)
     assert {event.result for event in recorder.of(HeartbeatFinished)} == {"ok"}
     assert finished.outcome == "completed"
-    assert plane.operations.get(plane.environments[0], item.id).metadata["done"] == "yes"
+    assert (
+        control_plane.operations.get(control_plane.environments[0], item.id).metadata["done"]
+        == "yes"
+    )
     assert [client.thread for client in clients] == [
         threading.current_thread().name,
         "workpool-lease-renewer",

@@ -41,33 +41,33 @@ WAIT_SECONDS = 20.0
 
 
 class Gate:
-    """A handler's thread waits here until the test opens the gate, whatever the pool does."""
+    """A gate at which the thread of a handler waits until the test opens it."""
 
     def __init__(self) -> None:
         self.reached = threading.Event()
         self.opened = threading.Event()
 
-    def wait(self) -> None:
+    def wait_at_gate(self) -> None:
         self.reached.set()
         assert self.opened.wait(WAIT_SECONDS)
 
-    async def until_reached(self) -> None:
+    async def wait_until_reached(self) -> None:
         assert await asyncio.to_thread(self.reached.wait, WAIT_SECONDS)
 
 
 @pytest.fixture
 def gate() -> Iterator[Gate]:
-    """A gate that is open after the test, so that no thread stays in it."""
+    """Return a gate that is opened after the test, so that no thread stays in it."""
     gate = Gate()
     yield gate
     gate.opened.set()
 
 
-def names_of_threads() -> set[str]:
+def thread_names() -> set[str]:
     return {each.name for each in threading.enumerate() if each.name.startswith("workpool-handler")}
 
 
-async def test_plain_handler_runs_on_a_thread_and_its_result_is_written(run_one: Any) -> None:
+async def test_plain_handler_runs_on_a_thread_and_its_result_is_written(run_one_item: Any) -> None:
     threads: list[str] = []
 
     def work(session: BlockingSession) -> JSON:
@@ -75,49 +75,51 @@ async def test_plain_handler_runs_on_a_thread_and_its_result_is_written(run_one:
         item = session.update_metadata({"phase": "counting"})
         return {"rows": len(item.metadata), "attempt": session.attempt}
 
-    life = await run_one(work)
+    life = await run_one_item(work)
     assert life.outcome == "completed"
     assert life.metadata == {"phase": "counting", "workpool.result": '{"rows":1,"attempt":1}'}
     assert threads == ["workpool-handler-1"]
-    assert names_of_threads() == set()
+    assert thread_names() == set()
 
 
 async def test_error_and_release_of_plain_handler_end_its_session_as_those_of_a_coroutine(
-    run_one: Any,
+    run_one_item: Any,
 ) -> None:
-    def fail(_: BlockingSession) -> None:
+    def raise_error(_: BlockingSession) -> None:
         raise StopIteration("which no future can hold")
 
-    def release(_: BlockingSession) -> None:
+    def raise_release(_: BlockingSession) -> None:
         raise Release("later", 60)
 
-    def leave(_: BlockingSession) -> None:
+    def raise_system_exit(_: BlockingSession) -> None:
         raise SystemExit(3)
 
-    def interrupt(_: BlockingSession) -> None:
+    def raise_keyboard_interrupt(_: BlockingSession) -> None:
         raise KeyboardInterrupt
 
-    life = await run_one(fail)
+    life = await run_one_item(raise_error)
     assert (life.outcome, type(life.finished.error)) == ("failed", RuntimeError)
     assert "StopIteration" in str(life.finished.error)
-    assert (await run_one(leave)).metadata == {"workpool.error": "SystemExit"}
-    assert (await run_one(interrupt)).metadata == {"workpool.error": "RuntimeError"}
-    assert (await run_one(release)).outcome == "released"
+    assert (await run_one_item(raise_system_exit)).metadata == {"workpool.error": "SystemExit"}
+    assert (await run_one_item(raise_keyboard_interrupt)).metadata == {
+        "workpool.error": "RuntimeError"
+    }
+    assert (await run_one_item(raise_release)).outcome == "released"
 
 
-async def test_plain_handler_that_returns_a_coroutine_has_failed(run_one: Any) -> None:
-    async def inner(_: Any) -> None: ...
+async def test_plain_handler_that_returns_a_coroutine_has_failed(run_one_item: Any) -> None:
+    async def coroutine_function(_: Any) -> None: ...
 
-    def outer(session: BlockingSession) -> Any:
-        return inner(session)
+    def return_coroutine(session: BlockingSession) -> Any:
+        return coroutine_function(session)
 
-    life = await run_one(outer)
+    life = await run_one_item(return_coroutine)
     assert life.outcome == "failed"
     assert "returned a coroutine" in str(life.finished.error)
 
 
 async def test_threads_are_as_many_as_needed_and_at_most_as_many_as_slots(
-    plane: ControlPlane, make_pool: Any, recorder: Recorder
+    control_plane: ControlPlane, make_pool: Any, recorder: Recorder
 ) -> None:
     together = threading.Barrier(3)
     threads: set[str] = set()
@@ -128,54 +130,54 @@ async def test_threads_are_as_many_as_needed_and_at_most_as_many_as_slots(
         together.wait(WAIT_SECONDS)
 
     async with make_pool(work, concurrency=3):
-        assert names_of_threads() == set()
-        plane.enqueue(9)
+        assert thread_names() == set()
+        control_plane.enqueue(9)
         await recorder.wait_for(SessionFinished, count=9, timeout=WAIT_SECONDS)
-        assert threads == names_of_threads() == {f"workpool-handler-{n}" for n in (1, 2, 3)}
-    assert names_of_threads() == set()
+        assert threads == thread_names() == {f"workpool-handler-{n}" for n in (1, 2, 3)}
+    assert thread_names() == set()
 
 
-async def test_loop_and_other_sessions_go_on_while_a_plain_handler_blocks(
-    plane: ControlPlane, make_pool: Any, recorder: Recorder, gate: Gate
+async def test_loop_and_other_sessions_continue_while_a_plain_handler_blocks(
+    control_plane: ControlPlane, make_pool: Any, recorder: Recorder, gate: Gate
 ) -> None:
     @handler(metadata={"kind": "plain"})
-    def block(_: BlockingSession) -> None:
-        gate.wait()
+    def blocking_handler(_: BlockingSession) -> None:
+        gate.wait_at_gate()
 
     @handler
-    async def other(_: Session) -> None: ...
+    async def other_handler(_: Session) -> None: ...
 
-    plane.enqueue(metadata={"kind": "plain"})
-    async with make_pool(block, other):
-        await gate.until_reached()
-        plane.enqueue(5)
+    control_plane.enqueue(metadata={"kind": "plain"})
+    async with make_pool(blocking_handler, other_handler):
+        await gate.wait_until_reached()
+        control_plane.enqueue(5)
         await recorder.wait_for(SessionFinished, count=5)
         gate.opened.set()
         await recorder.wait_for(SessionFinished, count=6)
 
 
 async def test_context_variables_and_plugin_contexts_reach_the_thread(
-    plane: ControlPlane, make_pool: Any, recorder: Recorder
+    control_plane: ControlPlane, make_pool: Any, recorder: Recorder
 ) -> None:
     found: list[Any] = []
 
-    class Wrap:
+    class ContextPlugin:
         @hookimpl
         def workpool_wrap_session(self, session: Session) -> Any:
             @asynccontextmanager
-            async def context() -> AsyncIterator[None]:
+            async def session_context() -> AsyncIterator[None]:
                 session.state["database"] = "open"
                 yield
 
-            return context()
+            return session_context()
 
     @handler
     def work(session: BlockingSession) -> None:
         found.append((seen.get(), session.state["database"]))
 
     seen.set("the embedder's")
-    plane.enqueue()
-    async with make_pool(work, Wrap()):
+    control_plane.enqueue()
+    async with make_pool(work, ContextPlugin()):
         await recorder.wait_for(SessionFinished)
     assert found == [("the embedder's", "open")]
 
@@ -212,7 +214,7 @@ async def test_lost_lease_sets_cancelled_and_calls_raise_lease_lost(workpool: Ki
     assert "late" not in workpool.item(item).metadata
 
 
-async def test_slot_and_id_stay_taken_while_the_thread_of_a_lost_session_lives(
+async def test_slot_and_id_remain_in_use_while_the_thread_of_a_lost_session_runs(
     workpool: Kit, gate: Gate
 ) -> None:
     runs: list[bool] = []
@@ -221,11 +223,11 @@ async def test_slot_and_id_stay_taken_while_the_thread_of_a_lost_session_lives(
     def work(session: BlockingSession) -> None:
         runs.append(session.redelivered)
         if not session.redelivered:
-            gate.wait()
+            gate.wait_at_gate()
 
     [item] = workpool.enqueue()
     async with workpool.pool(work, concurrency=2, reclaim_older_than_ms=0) as pool:
-        await gate.until_reached()
+        await gate.wait_until_reached()
         workpool.lose(item)
         await workpool.faults.wait_for("poll", count=len(workpool.faults.of("poll")) + 5)
         assert (pool.status().running, runs) == (1, [False])
@@ -268,7 +270,7 @@ async def test_result_after_a_request_to_stop_is_written(workpool: Kit) -> None:
     assert (finished.outcome, workpool.item(item).metadata) == ("stopped", {"heard": "stopping"})
 
 
-async def test_drain_tells_the_thread_and_waits_for_it(workpool: Kit) -> None:
+async def test_drain_interrupts_the_thread_and_waits_for_it(workpool: Kit) -> None:
     @handler
     def work(session: BlockingSession) -> dict[str, str]:
         assert session.interrupted(WAIT_SECONDS)
@@ -283,7 +285,7 @@ async def test_drain_tells_the_thread_and_waits_for_it(workpool: Kit) -> None:
 
 
 async def test_drain_waits_for_a_hanging_thread_within_its_bounds_and_abandons_it(
-    plane: ControlPlane, make_pool: Any, recorder: Recorder, gate: Gate,
+    control_plane: ControlPlane, make_pool: Any, recorder: Recorder, gate: Gate,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:  # fmt: skip
     monkeypatch.setattr("workpool.pool.drain.AFTER_DEADLINE_SECONDS", 1.0)
@@ -291,16 +293,16 @@ async def test_drain_waits_for_a_hanging_thread_within_its_bounds_and_abandons_i
 
     @handler
     def work(session: BlockingSession) -> None:
-        gate.wait()
+        gate.wait_at_gate()
         try:
             session.update_metadata({"late": "yes"})
         except SessionEnded as error:
             errors.append(error)
 
-    (item,) = plane.enqueue()
+    (item,) = control_plane.enqueue()
     began = time.monotonic()
     async with make_pool(work, drain_timeout=0) as pool:
-        await gate.until_reached()
+        await gate.wait_until_reached()
     assert time.monotonic() - began < 10
     assert pool.abandoned == 1
     assert recorder.of(SessionFinished)[0].outcome == "released"
@@ -309,20 +311,22 @@ async def test_drain_waits_for_a_hanging_thread_within_its_bounds_and_abandons_i
     await asyncio.to_thread(thread.join, WAIT_SECONDS)
     assert not thread.is_alive()
     assert len(errors) == 1
-    assert "late" not in plane.operations.get(plane.environments[0], item.id).metadata
+    assert (
+        "late" not in control_plane.operations.get(control_plane.environments[0], item.id).metadata
+    )
 
 
 async def test_hanging_thread_is_reported_with_its_own_stack(
-    plane: ControlPlane, make_pool: Any, recorder: Recorder, gate: Gate,
+    control_plane: ControlPlane, make_pool: Any, recorder: Recorder, gate: Gate,
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture,
 ) -> None:  # fmt: skip
     monkeypatch.setattr(handler_executor, "REPEAT_SECONDS", 0.2)
 
     @handler(timeout=0.1)
     def work(_: BlockingSession) -> None:
-        gate.wait()
+        gate.wait_at_gate()
 
-    plane.enqueue()
+    control_plane.enqueue()
     with caplog.at_level(logging.INFO, "workpool"):
         async with make_pool(work) as pool:
             stuck = asyncio.Event()
@@ -332,10 +336,10 @@ async def test_hanging_thread_is_reported_with_its_own_stack(
             finished = await recorder.wait_for(SessionFinished)
     assert finished.outcome == "timed_out"
     [report] = [each for each in caplog.records if "ignores its cancellation" in each.message]
-    assert "gate.wait()" in str(report.stack_info)
+    assert "gate.wait_at_gate()" in str(report.stack_info)
 
 
-async def test_calls_of_many_threads_of_one_handler_are_safe(run_one: Any) -> None:
+async def test_calls_of_many_threads_of_one_handler_are_safe(run_one_item: Any) -> None:
     def work(session: BlockingSession) -> None:
         threads = [
             threading.Thread(target=session.update_metadata, args=({f"key{n}": "x"},))
@@ -346,12 +350,12 @@ async def test_calls_of_many_threads_of_one_handler_are_safe(run_one: Any) -> No
         for thread in threads:
             thread.join()
 
-    life = await run_one(work)
+    life = await run_one_item(work)
     assert (life.outcome, len(life.metadata)) == ("completed", 20)
 
 
 async def test_call_after_the_handler_has_returned_raises_session_ended(
-    plane: ControlPlane, make_pool: Any, recorder: Recorder
+    control_plane: ControlPlane, make_pool: Any, recorder: Recorder
 ) -> None:
     kept: list[BlockingSession] = []
 
@@ -359,7 +363,7 @@ async def test_call_after_the_handler_has_returned_raises_session_ended(
     def work(session: BlockingSession) -> None:
         kept.append(session)
 
-    plane.enqueue()
+    control_plane.enqueue()
     async with make_pool(work):
         await recorder.wait_for(SessionFinished)
         with pytest.raises(SessionEnded):
@@ -368,7 +372,7 @@ async def test_call_after_the_handler_has_returned_raises_session_ended(
             kept[0].update_metadata({"late": "yes"})
 
 
-async def test_plain_handler_talks_to_an_agent(workpool: Kit) -> None:
+async def test_plain_handler_answers_tool_uses_of_an_agent(workpool: Kit) -> None:
     @handler
     def work(session: BlockingSession) -> dict[str, str]:
         before = len(list(session.events.list()))
@@ -388,7 +392,7 @@ async def test_plain_handler_talks_to_an_agent(workpool: Kit) -> None:
     assert (result.outcome, dict(result.metadata)) == ("completed", {"done": "3", "before": "some"})
 
 
-async def test_handover_without_a_child_raises_on_the_thread(workpool: Kit) -> None:
+async def test_handoff_without_a_child_raises_on_the_thread(workpool: Kit) -> None:
     @handler
     def work(session: BlockingSession) -> dict[str, str]:
         with pytest.raises(ValueError, match="no child"), session.handover() as lease:
@@ -429,12 +433,12 @@ async def test_plain_handler_without_progress_is_stalled_unless_it_waits(workpoo
 
 def test_plain_handler_in_virtual_time_is_an_error_that_names_it(gate: Gate) -> None:
     @handler
-    def resize(_: BlockingSession) -> None:
-        gate.wait()
+    def resize_image(_: BlockingSession) -> None:
+        gate.wait_at_gate()
 
     async def main() -> None:
         async with Kit() as kit:
-            await kit.run_session(resize)
+            await kit.run_session(resize_image)
 
     with pytest.raises(RuntimeError, match=r"cannot wait for the thread of \S*resize"):
         run_virtual(main())
@@ -452,7 +456,7 @@ async def test_plain_handler_is_retried_in_its_run(workpool: Kit) -> None:
     assert len(workpool.recorder.of(HandlerRetried)) == 2
 
 
-class Chooser:
+class ChoosingPlugin:
     """Chooses plain handlers by its hook."""
 
     def __init__(self, answer: Any) -> None:
@@ -464,43 +468,46 @@ class Chooser:
 
 
 @handler(metadata={"never": "asked"})
-def marked(_: BlockingSession) -> str:
+def decorated_handler(_: BlockingSession) -> str:
     return threading.current_thread().name
 
 
 @pytest.mark.parametrize(
     "answer",
-    [marked, Handler(name="any.name", call=marked, blocking=True, plugin="any")],
+    [
+        decorated_handler,
+        Handler(name="any.name", call=decorated_handler, blocking=True, plugin="any"),
+    ],
     ids=["marked", "handler"],
 )
 async def test_hook_may_choose_a_plain_handler(workpool: Kit, answer: Any) -> None:
-    result = await workpool.run_session(Chooser(answer))
+    result = await workpool.run_session(ChoosingPlugin(answer))
     assert result.metadata == {"workpool.result": '"workpool-handler-1"'}
 
 
-class Methods:
+class PluginWithMethod:
     @handler
     def work(self, session: BlockingSession) -> str:
         return session.id
 
 
 async def test_method_may_be_a_plain_handler(workpool: Kit) -> None:
-    result = await workpool.run_session(Methods)
+    result = await workpool.run_session(PluginWithMethod)
     assert result.metadata["workpool.result"] == f'"{result.item.session_id}"'
 
 
-async def test_heartbeats_go_on_while_a_plain_handler_blocks_its_thread(
+async def test_heartbeats_continue_while_a_plain_handler_blocks_its_thread(
     workpool: Kit, gate: Gate, fast_heartbeats: None
 ) -> None:
     del fast_heartbeats
 
     @handler
     def work(_: BlockingSession) -> None:
-        gate.wait()
+        gate.wait_at_gate()
 
     [item] = workpool.enqueue()
     async with workpool.pool(work):
-        await gate.until_reached()
+        await gate.wait_until_reached()
         await workpool.faults.wait_for("heartbeat", work_id=item.id, count=10, answered=True)
         gate.opened.set()
         assert (await workpool.wait_for(SessionFinished)).outcome == "completed"
@@ -509,20 +516,20 @@ async def test_heartbeats_go_on_while_a_plain_handler_blocks_its_thread(
 @pytest.mark.trial
 @pytest.mark.timeout(120)
 async def test_plain_handler_that_blocks_longer_than_its_lease_keeps_it(
-    plane: ControlPlane, make_pool: Any, recorder: Recorder
+    control_plane: ControlPlane, make_pool: Any, recorder: Recorder
 ) -> None:
     @handler
     def work(_: BlockingSession) -> None:
         time.sleep(25)
 
-    (item,) = plane.enqueue()
+    (item,) = control_plane.enqueue()
     async with make_pool(work, lease_ttl=10):
         finished = await recorder.wait_for(SessionFinished, timeout=60)
     assert finished.outcome == "completed"
-    kinds = [record.kind for record in plane.history.of(item.id)]
+    kinds = [record.kind for record in control_plane.history.of(item.id)]
     assert "lapsed" not in kinds
     assert kinds.count("heartbeat") >= 7
-    assert plane.summary().overlapping == 0
+    assert control_plane.summary().overlapping == 0
 
 
 def test_embedding_program_ends_although_a_thread_hangs(
@@ -533,14 +540,14 @@ def test_embedding_program_ends_although_a_thread_hangs(
 
     @handler
     def work(_: BlockingSession) -> None:
-        gate.wait()
+        gate.wait_at_gate()
 
     async def main() -> Supervisor:
         async with Kit() as kit:
             kit.enqueue()
             pool = kit.pool(work, drain_timeout=0)
             async with pool:
-                await gate.until_reached()
+                await gate.wait_until_reached()
             return pool
 
     began = time.monotonic()
@@ -551,13 +558,13 @@ def test_embedding_program_ends_although_a_thread_hangs(
 def test_program_that_leaves_its_pool_open_ends_although_a_thread_hangs(gate: Gate) -> None:
     @handler
     def work(_: BlockingSession) -> None:
-        gate.wait()
+        gate.wait_at_gate()
 
     async def main() -> None:
         async with Kit() as kit:
             kit.enqueue()
             await kit.pool(work).__aenter__()
-            await gate.until_reached()
+            await gate.wait_until_reached()
 
     began = time.monotonic()
     asyncio.run(main())

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from workpool.testing import Faults, Recorder
 
 
-class RaisingLog(logging.Handler):
+class RaisingLogHandler(logging.Handler):
     """A log handler that raises for every message that begins with `text`."""
 
     def __init__(self, text: str, error: BaseException) -> None:
@@ -36,16 +36,16 @@ class RaisingLog(logging.Handler):
 
 
 @pytest.fixture
-def raising_log(request: pytest.FixtureRequest) -> Iterator[float]:
+def raising_log_handler(request: pytest.FixtureRequest) -> Iterator[float]:
     """Add a log handler that raises; return the `max_block` of the test."""
     text, max_block, error = request.param
-    added = RaisingLog(text, error)
+    added = RaisingLogHandler(text, error)
     logging.getLogger().addHandler(added)
     yield max_block
     logging.getLogger().removeHandler(added)
 
 
-async def run_apart(supervisor: Supervisor) -> WorkpoolError | None:
+async def run_on_thread(supervisor: Supervisor) -> WorkpoolError | None:
     """Run the pool on its own thread and loop; return the error that ended it."""
     try:
         await asyncio.to_thread(asyncio.run, supervisor.run(until_empty=True))
@@ -60,7 +60,7 @@ def patient_renewer() -> None:
 
 
 @pytest.mark.parametrize(
-    "raising_log",
+    "raising_log_handler",
     [
         ("event loop is blocked", 300, RuntimeError("log")),
         ("event loop is blocked", 300, SystemExit("log")),
@@ -70,10 +70,10 @@ def patient_renewer() -> None:
     indirect=True,
 )
 async def test_log_handler_that_raises_while_loop_is_blocked_fails_pool(
-    plane: ControlPlane,
+    control_plane: ControlPlane,
     faults: Faults,
     make_settings: Callable[..., Settings],
-    raising_log: float,
+    raising_log_handler: float,
 ) -> None:
     called, may_end = threading.Event(), threading.Event()
     calls: list[BaseException | None] = []
@@ -86,11 +86,11 @@ async def test_log_handler_that_raises_while_loop_is_blocked_fails_pool(
         calls.append(supervisor.status().error)
         called.set()
 
-    (item,) = plane.enqueue()
-    supervisor = Supervisor(make_settings(max_block=raising_log), plugins=[work])
+    (item,) = control_plane.enqueue()
+    supervisor = Supervisor(make_settings(max_block=raising_log_handler), plugins=[work])
     supervisor.on_blocked = on_blocked
     async with asyncio.TaskGroup() as group:
-        running = group.create_task(run_apart(supervisor))
+        running = group.create_task(run_on_thread(supervisor))
         try:
             assert await asyncio.to_thread(called.wait, 40)
             sent = len(faults.of("heartbeat", work_id=item.id))
@@ -102,24 +102,24 @@ async def test_log_handler_that_raises_while_loop_is_blocked_fails_pool(
     assert len(faults.of("heartbeat", work_id=item.id)) == sent
     assert not faults.of("stop")
     assert isinstance(supervisor.status().error, LeaseRenewerError)
-    assert isinstance(calls[-1], LeaseRenewerError) or raising_log == 1.5
+    assert isinstance(calls[-1], LeaseRenewerError) or raising_log_handler == 1.5
 
 
 async def test_exception_on_renewer_thread_while_loop_runs_calls_on_blocked(
-    plane: ControlPlane, make_pool: Any, recorder: Recorder, monkeypatch: pytest.MonkeyPatch
+    control_plane: ControlPlane, make_pool: Any, recorder: Recorder, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     called = threading.Event()
 
     @handler
-    async def patient(_: Session) -> None:
+    async def long_handler(_: Session) -> None:
         await asyncio.Event().wait()
 
     def crash(_: Exporter) -> None:
         raise SystemExit("from the exporter")
 
     monkeypatch.setattr(Exporter, "_health", property(crash, lambda *_: None), raising=False)
-    plane.enqueue()
-    supervisor = make_pool(patient, metrics_listen="127.0.0.1:0")
+    control_plane.enqueue()
+    supervisor = make_pool(long_handler, metrics_listen="127.0.0.1:0")
     supervisor.on_blocked = called.set
     async with supervisor:
         await recorder.wait_for(SessionStarted)
@@ -136,7 +136,7 @@ async def test_exception_on_renewer_thread_while_loop_runs_calls_on_blocked(
 
 
 async def test_loop_that_runs_again_after_max_block_keeps_pool_running(
-    plane: ControlPlane, make_settings: Callable[..., Settings]
+    control_plane: ControlPlane, make_settings: Callable[..., Settings]
 ) -> None:
     """An embedded pool survives a loop that is blocked for `max_block`."""
     called, may_end = threading.Event(), threading.Event()
@@ -145,11 +145,11 @@ async def test_loop_that_runs_again_after_max_block_keeps_pool_running(
     async def work(_: Session) -> None:
         may_end.wait(50)  # blocks the loop, because it is not awaited
 
-    plane.enqueue()
+    control_plane.enqueue()
     supervisor = Supervisor(make_settings(max_block=1), plugins=[work])
     supervisor.on_blocked = called.set
     async with asyncio.TaskGroup() as group:
-        running = group.create_task(run_apart(supervisor))
+        running = group.create_task(run_on_thread(supervisor))
         try:
             assert await asyncio.to_thread(called.wait, 40)
         finally:

@@ -28,40 +28,40 @@ def no_renewer_left() -> Iterator[None]:
 
 
 @handler
-async def patient(_: Session) -> None:
+async def endless_handler(_: Session) -> None:
     await asyncio.Event().wait()
 
 
 async def test_failed_lease_renewer_is_fatal_and_sends_nothing_more(
-    plane: ControlPlane,
+    control_plane: ControlPlane,
     faults: Faults,
     make_pool: Any,
     recorder: Recorder,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    (item,) = plane.enqueue()
+    (item,) = control_plane.enqueue()
 
-    def crash(_: LeaseRenewer) -> float:
+    def crash_renewer(_: LeaseRenewer) -> float:
         raise ZeroDivisionError("a bug of the lease renewer")
 
-    async with make_pool(patient) as supervisor:
+    async with make_pool(endless_handler) as supervisor:
         await recorder.wait_for(SessionStarted)
-        monkeypatch.setattr(LeaseRenewer, "_look", crash)
+        monkeypatch.setattr(LeaseRenewer, "_look", crash_renewer)
         finished = await recorder.wait_for(SessionFinished)
         assert finished.outcome == "lease_lost"
         with pytest.raises(LeaseRenewerError) as caught:
             await supervisor.wait()
     assert caught.value.__cause__ is not None
     assert [request.op for request in faults.of(work_id=item.id)] == ["ack", "heartbeat"]
-    assert plane.operations.get(plane.environments[0], item.id).state == "active"
+    assert control_plane.operations.get(control_plane.environments[0], item.id).state == "active"
 
 
 async def test_address_in_use_is_error_at_start_and_leaves_no_request(
-    plane: ControlPlane, faults: Faults, make_pool: Any
+    control_plane: ControlPlane, faults: Faults, make_pool: Any
 ) -> None:
-    plane.enqueue()
+    control_plane.enqueue()
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]
         with pytest.raises(ListenError, match=str(port)):
-            await make_pool(patient, metrics_listen=f"127.0.0.1:{port}").__aenter__()
+            await make_pool(endless_handler, metrics_listen=f"127.0.0.1:{port}").__aenter__()
     assert not faults.seen

@@ -1,4 +1,4 @@
-"""Answers to polls, acks and heartbeats. Stops and metadata are in test_completion_writes.py."""
+"""The answers to polls, acks and heartbeats; test_completion_writes.py has stops and metadata."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ async def work(_: Session) -> None:
 
 
 @handler
-async def patient(session: Session) -> dict[str, str]:
+async def endless_handler(session: Session) -> dict[str, str]:
     await session.interrupted()
     return {"draining": str(session.draining)}
 
@@ -58,7 +58,7 @@ def quick_retries(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("workpool.pool.lease.RETRY_PARTS", (6000,))
 
 
-# -- poll: transient
+# -- transient errors of polls
 
 ELSEWHERE = {"Location": "https://portal.example:8443/login?token=hunter2"}
 POLLS: dict[str, tuple[Callable[[], Fault], str, str]] = {
@@ -85,14 +85,14 @@ POLLS: dict[str, tuple[Callable[[], Fault], str, str]] = {
 
 @pytest.mark.parametrize("case", POLLS)
 async def test_failed_poll_backs_off_and_is_repeated(
-    plane: ControlPlane, faults: Faults, make_pool: Any, recorder: Recorder, case: str
+    control_plane: ControlPlane, faults: Faults, make_pool: Any, recorder: Recorder, case: str
 ) -> None:
     fault, result, reason = POLLS[case]
     # aiohttp repeats a GET once when its connection was closed, so one failure needs two faults.
     strikes = 2 if reason == "network" and result == "error" else 1
     faults.add(fault(), "poll", times=strikes)
     async with make_pool(work, request_timeout=0.2, block_ms=20) as supervisor:
-        plane.enqueue()
+        control_plane.enqueue()
         finished = await recorder.wait_for(SessionFinished)
         assert supervisor.status().ready
     assert finished.outcome == "completed"
@@ -128,9 +128,9 @@ async def test_poll_waits_for_retry_after(
 
 @pytest.mark.parametrize(("code", "shared"), [(429, True), (503, True), (500, False), (502, False)])
 async def test_cooldown_after_429_or_503_holds_back_all_pollers(
-    plane: ControlPlane, faults: Faults, make_pool: Any, code: int, *, shared: bool
+    control_plane: ControlPlane, faults: Faults, make_pool: Any, code: int, *, shared: bool
 ) -> None:
-    plane.enqueue()  # gives the second poller an item, so that it polls again
+    control_plane.enqueue()  # gives the second poller an item, so that it polls again
     hold = Hold()
     faults.add(hold, "poll", skip=1, times=1)  # the second poll is in flight meanwhile
     faults.add(status(code, retry_after="0.4"), "poll", times=1)
@@ -142,7 +142,7 @@ async def test_cooldown_after_429_or_503_holds_back_all_pollers(
     assert (third.at - first.at >= 0.4) is shared
 
 
-# -- poll: refused
+# -- refused polls
 
 
 @pytest.mark.parametrize("code", REFUSALS)
@@ -191,22 +191,24 @@ async def test_poll_refused_after_success_backs_off_and_recovers(
 
 @pytest.mark.parametrize("code", REFUSALS)
 async def test_poll_refused_for_too_long_is_fatal_and_drains_sessions(
-    plane: ControlPlane, faults: Faults, make_pool: Any, recorder: Recorder,
+    control_plane: ControlPlane, faults: Faults, make_pool: Any, recorder: Recorder,
     monkeypatch: pytest.MonkeyPatch, code: int,
 ) -> None:  # fmt: skip
     monkeypatch.setattr("workpool.pool.poller.REFUSED_SECONDS", 0.1)
-    (item,) = plane.enqueue()
-    async with make_pool(patient, block_ms=20) as supervisor:
+    (item,) = control_plane.enqueue()
+    async with make_pool(endless_handler, block_ms=20) as supervisor:
         await recorder.wait_for(SessionStarted)
         faults.add(status(code), "poll")
         with pytest.raises(RefusedError):
             await supervisor.wait()
     (finished,) = recorder.of(SessionFinished)
     assert finished.outcome == "completed"
-    assert plane.operations.get(plane.environments[0], item.id).metadata == {"draining": "True"}
+    assert control_plane.operations.get(control_plane.environments[0], item.id).metadata == {
+        "draining": "True"
+    }
 
 
-# -- the token
+# -- the renewal of the token
 
 
 def has_token(token: str) -> Callable[[Request], bool]:
@@ -216,34 +218,34 @@ def has_token(token: str) -> Callable[[Request], bool]:
 @pytest.mark.parametrize("code", [401, 403])
 @pytest.mark.parametrize("op", ["poll", "ack", "heartbeat", "update", "stop"])
 async def test_renewed_token_is_read_and_used_at_once(
-    plane: ControlPlane, faults: Faults, make_pool: Any, tmp_path: Path, code: int, op: Any
+    control_plane: ControlPlane, faults: Faults, make_pool: Any, tmp_path: Path, code: int, op: Any
 ) -> None:
     file = tmp_path / "token"
-    file.write_text(plane.token)
+    file.write_text(control_plane.token)
     hold = Hold()
     faults.add(hold, op, times=1)
     # While the call is held, the file gets the token that the control plane accepts from now on.
-    faults.add(status(code), op, where=has_token(plane.token))
+    faults.add(status(code), op, where=has_token(control_plane.token))
 
     @handler
-    async def result(_: Session) -> dict[str, str]:
+    async def return_result(_: Session) -> dict[str, str]:
         return {"a": "b"}
 
-    async def renew() -> None:
+    async def renew_token() -> None:
         await hold.reached()
         file.write_text("renewed")
         hold.release()
 
-    faults.add(accept_as_first_token(plane), where=has_token("renewed"))
-    (item,) = plane.enqueue()
-    async with make_pool(result, token_file=file), asyncio.TaskGroup() as group:
-        group.create_task(renew())
+    faults.add(accept_renewed_token(control_plane), where=has_token("renewed"))
+    (item,) = control_plane.enqueue()
+    async with make_pool(return_result, token_file=file), asyncio.TaskGroup() as group:
+        group.create_task(renew_token())
         await faults.wait_for("stop", answered=True, count=2 if op == "stop" else 1)
-    assert plane.operations.get(plane.environments[0], item.id).state == "stopped"
+    assert control_plane.operations.get(control_plane.environments[0], item.id).state == "stopped"
     assert [request.status for request in faults.of(op)][:2] == [code, 200]
 
 
-def accept_as_first_token(plane: ControlPlane) -> Middleware:
+def accept_renewed_token(plane: ControlPlane) -> Middleware:
     """Return a middleware that makes the control plane accept the renewed token as well."""
 
     async def replace_token(request: web.Request, handler: Any) -> web.StreamResponse:
@@ -255,10 +257,10 @@ def accept_as_first_token(plane: ControlPlane) -> Middleware:
     return replace_token
 
 
-# -- a poller that crashes
+# -- pollers that crash
 
 
-class Crashing(WorkClient):
+class CrashingClient(WorkClient):
     """A client whose poll raises an unexpected exception."""
 
     crashes = 0
@@ -271,9 +273,11 @@ class Crashing(WorkClient):
         return await super().poll(*args, **named)
 
 
-def crashing(times: int, bug: BaseException | None = None) -> Callable[[Any], WorkClient]:
+def crashing_supervisor(
+    times: int, bug: BaseException | None = None
+) -> Callable[[Any], WorkClient]:
     def connect(settings: Any) -> WorkClient:
-        client = Crashing(settings)
+        client = CrashingClient(settings)
         client.crashes = times
         client.bug = bug or client.bug
         return client
@@ -282,21 +286,23 @@ def crashing(times: int, bug: BaseException | None = None) -> Callable[[Any], Wo
 
 
 async def test_crashed_poller_is_restarted_and_counted(
-    plane: ControlPlane, make_settings: Any, recorder: Recorder
+    control_plane: ControlPlane, make_settings: Any, recorder: Recorder
 ) -> None:
-    plane.enqueue()
+    control_plane.enqueue()
     plugins = [work, recorder]
-    async with Supervisor(make_settings(), plugins=plugins, connect=crashing(4)) as supervisor:
+    async with Supervisor(
+        make_settings(), plugins=plugins, connect=crashing_supervisor(4)
+    ) as supervisor:
         await recorder.wait_for(SessionFinished)
         assert supervisor.status().ready
     assert len(recorder.of(PollerRestarted)) == 4
 
 
 async def test_cancelled_error_raised_in_poller_counts_as_crash(
-    plane: ControlPlane, make_settings: Any, recorder: Recorder
+    control_plane: ControlPlane, make_settings: Any, recorder: Recorder
 ) -> None:
-    plane.enqueue()
-    connect = crashing(2, asyncio.CancelledError("leaked"))
+    control_plane.enqueue()
+    connect = crashing_supervisor(2, asyncio.CancelledError("leaked"))
     async with Supervisor(make_settings(), plugins=[work, recorder], connect=connect):
         await recorder.wait_for(SessionFinished)
     assert len(recorder.of(PollerRestarted)) == 2
@@ -306,7 +312,9 @@ async def test_five_poller_crashes_in_a_row_are_fatal(
     make_settings: Any, recorder: Recorder
 ) -> None:
     plugins = [work, recorder]
-    async with Supervisor(make_settings(), plugins=plugins, connect=crashing(5)) as supervisor:
+    async with Supervisor(
+        make_settings(), plugins=plugins, connect=crashing_supervisor(5)
+    ) as supervisor:
         with pytest.raises(PollerError) as caught:
             await supervisor.wait()
     assert isinstance(caught.value.__cause__, KeyError)
@@ -321,14 +329,16 @@ async def test_first_of_two_fatal_errors_is_raised(make_pool: Any) -> None:
 
 
 async def test_unexpected_exception_that_ends_pool_is_logged_with_traceback(
-    plane: ControlPlane, make_settings: Any, caplog: pytest.LogCaptureFixture
+    control_plane: ControlPlane, make_settings: Any, caplog: pytest.LogCaptureFixture
 ) -> None:
-    class Broken(WorkClient):
+    class ClientWithFailingAck(WorkClient):
         async def ack(self, *_: Any, **__: Any) -> Any:
             raise KeyError("a bug")
 
-    plane.enqueue()
-    supervisor = await Supervisor(make_settings(), plugins=[work], connect=Broken).__aenter__()
+    control_plane.enqueue()
+    supervisor = await Supervisor(
+        make_settings(), plugins=[work], connect=ClientWithFailingAck
+    ).__aenter__()
     await asyncio.wait({supervisor._task()})
     assert supervisor.status().reasons[0] == "failed: KeyError"
     [said] = [record for record in caplog.records if "pool failed" in record.message]
@@ -339,7 +349,7 @@ async def test_unexpected_exception_that_ends_pool_is_logged_with_traceback(
         await supervisor.__aexit__(None, None, None)
 
 
-# -- ack
+# -- failed and refused acks
 
 ACKS: dict[str, Callable[[], Fault]] = {
     "lost": lost,
@@ -358,22 +368,22 @@ ACKS: dict[str, Callable[[], Fault]] = {
 
 @pytest.mark.parametrize("fault", ACKS.values(), ids=ACKS)
 async def test_failed_ack_is_repeated_and_item_runs_once(
-    run_one: Any, faults: Faults, recorder: Recorder, fault: Any
+    run_one_item: Any, faults: Faults, recorder: Recorder, fault: Any
 ) -> None:
     faults.add(fault(), "ack", times=2)
-    final = await run_one(work, request_timeout=0.2)
+    final = await run_one_item(work, request_timeout=0.2)
     assert final.outcome == "completed"
-    assert final.ops == ["ack", "ack", "ack", "heartbeat", "stop"]
+    assert final.request_names == ["ack", "ack", "ack", "heartbeat", "stop"]
     assert [event.result for event in recorder.of(AckFinished)] == ["ok"]
     assert len(recorder.of(SessionStarted)) == 1
     assert not recorder.of(ItemReclaimed)
 
 
 async def test_throttled_ack_is_given_up_after_claim_window(
-    plane: ControlPlane, faults: Faults, make_pool: Any, recorder: Recorder
+    control_plane: ControlPlane, faults: Faults, make_pool: Any, recorder: Recorder
 ) -> None:
     faults.add(status(429), "ack")
-    plane.enqueue()
+    control_plane.enqueue()
     async with make_pool(work, reclaim_older_than_ms=100, concurrency=1) as supervisor:
         acked = await recorder.wait_for(AckFinished)
         assert supervisor.status().running == 0
@@ -383,18 +393,18 @@ async def test_throttled_ack_is_given_up_after_claim_window(
 
 
 async def test_ack_that_may_have_been_applied_is_repeated_beyond_claim_window(
-    run_one: Any, faults: Faults, recorder: Recorder
+    run_one_item: Any, faults: Faults, recorder: Recorder
 ) -> None:
     """If the ack was applied, no other worker can get the item before that lease expires."""
     faults.add(status(500, retry_after="0.2", applied=True), "ack", times=1)
-    final = await run_one(work, reclaim_older_than_ms=100)
-    assert final.ops == ["ack", "ack", "heartbeat", "stop"]
+    final = await run_one_item(work, reclaim_older_than_ms=100)
+    assert final.request_names == ["ack", "ack", "heartbeat", "stop"]
     assert [event.result for event in recorder.of(AckFinished)] == ["ok"]
 
 
-async def test_ack_waits_for_retry_after(run_one: Any, faults: Faults) -> None:
+async def test_ack_waits_for_retry_after(run_one_item: Any, faults: Faults) -> None:
     faults.add(status(429, retry_after="0.3"), "ack", times=1)
-    final = await run_one(work)
+    final = await run_one_item(work)
     first, second = faults.of("ack")
     assert second.at - first.at >= 0.3
     assert final.outcome == "completed"
@@ -404,22 +414,22 @@ async def test_ack_waits_for_retry_after(run_one: Any, faults: Faults) -> None:
     ("code", "result"), [(400, "error"), (401, "error"), (403, "error"), (404, "gone")]
 )
 async def test_refused_ack_drops_item_until_it_is_delivered_again(
-    run_one: Any, faults: Faults, recorder: Recorder, code: int, result: str
+    run_one_item: Any, faults: Faults, recorder: Recorder, code: int, result: str
 ) -> None:
     faults.add(status(code), "ack", times=1)
-    final = await run_one(work, reclaim_older_than_ms=50, block_ms=20)
+    final = await run_one_item(work, reclaim_older_than_ms=50, block_ms=20)
     assert [event.result for event in recorder.of(AckFinished)] == [result, "ok"]
     assert final.outcome == "completed"
-    assert final.ops == ["ack", "ack", "heartbeat", "stop"]
+    assert final.request_names == ["ack", "ack", "heartbeat", "stop"]
     assert not recorder.of(ItemReclaimed)
 
 
 @pytest.mark.parametrize("code", [409, 412])
 async def test_ack_in_conflict_loses_item(
-    plane: ControlPlane, faults: Faults, make_pool: Any, recorder: Recorder, code: int
+    control_plane: ControlPlane, faults: Faults, make_pool: Any, recorder: Recorder, code: int
 ) -> None:
     faults.add(status(code), "ack")
-    (item,) = plane.enqueue()
+    (item,) = control_plane.enqueue()
     async with make_pool(work):
         reclaimed = await recorder.wait_for(ItemReclaimed)
     assert (reclaimed.direction, reclaimed.stage) == ("lost", "ack")
@@ -427,15 +437,15 @@ async def test_ack_in_conflict_loses_item(
     assert [request.op for request in faults.of(work_id=item.id)] == ["ack"]
 
 
-# -- the first heartbeat
+# -- failures of the first heartbeat
 
 
 @pytest.mark.parametrize("fault", ACKS.values(), ids=ACKS)
 async def test_failed_heartbeat_is_repeated_within_lease(
-    run_one: Any, faults: Faults, recorder: Recorder, fault: Any
+    run_one_item: Any, faults: Faults, recorder: Recorder, fault: Any
 ) -> None:
     faults.add(fault(), "heartbeat", times=2)
-    final = await run_one(work, request_timeout=0.2)
+    final = await run_one_item(work, request_timeout=0.2)
     assert final.outcome == "completed"
     assert len(recorder.of(SessionStarted)) == 1
     results = [event.result for event in recorder.of(HeartbeatFinished)]
@@ -445,10 +455,10 @@ async def test_failed_heartbeat_is_repeated_within_lease(
 
 @pytest.mark.parametrize("code", [401, 403])
 async def test_heartbeat_with_invalid_token_is_repeated_within_lease(
-    run_one: Any, faults: Faults, recorder: Recorder, code: int
+    run_one_item: Any, faults: Faults, recorder: Recorder, code: int
 ) -> None:
     faults.add(status(code), "heartbeat", times=2)
-    final = await run_one(work)
+    final = await run_one_item(work)
     assert final.outcome == "completed"
     assert [event.result for event in recorder.of(HeartbeatFinished)] == [
         "rejected", "rejected", "ok",
@@ -458,12 +468,12 @@ async def test_heartbeat_with_invalid_token_is_repeated_within_lease(
 
 @pytest.mark.parametrize("code", [400, 404])
 async def test_refused_heartbeat_loses_lease(
-    run_one: Any, faults: Faults, recorder: Recorder, code: int
+    run_one_item: Any, faults: Faults, recorder: Recorder, code: int
 ) -> None:
     faults.add(status(code), "heartbeat")
-    final = await run_one(work)
+    final = await run_one_item(work)
     assert final.outcome == "lease_lost"
-    assert final.ops == ["ack", "heartbeat"]
+    assert final.request_names == ["ack", "heartbeat"]
     assert not recorder.of(SessionStarted)
     # Only a 404 says that the item is lost; a 400 concerns the request.
     reclaims = [(event.direction, event.stage) for event in recorder.of(ItemReclaimed)]

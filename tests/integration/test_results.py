@@ -1,4 +1,4 @@
-"""The result of a handler: it is written whole, or is an error of the session."""
+"""The result of a handler: it is written as a whole, or it is an error of the session."""
 
 from __future__ import annotations
 
@@ -15,27 +15,27 @@ if TYPE_CHECKING:
     from workpool.server import ControlPlane
 
 
-async def test_result_that_is_no_mapping_of_strings_is_written_as_json(run_one: Any) -> None:
+async def test_result_that_is_no_mapping_of_strings_is_written_as_json(run_one_item: Any) -> None:
     async def work(_: Session) -> JSON:
         return {"rows": 42, "names": ["a", "b"]}
 
-    final = await run_one(work)
+    final = await run_one_item(work)
     assert (final.outcome, final.item.state) == ("completed", "stopped")
     assert final.metadata.keys() == {"workpool.result"}
     assert orjson.loads(final.metadata["workpool.result"]) == {"rows": 42, "names": ["a", "b"]}
 
 
 async def test_result_that_cannot_be_written_fails_the_session_once_and_is_named_in_the_log(
-    run_one: Any, caplog: pytest.LogCaptureFixture
+    run_one_item: Any, caplog: pytest.LogCaptureFixture
 ) -> None:
     async def work(_: Session) -> Any:
         return {"rows": {1, 2}}
 
     with caplog.at_level(logging.INFO, "workpool"):
-        final = await run_one(work)
+        final = await run_one_item(work)
     assert (final.outcome, final.item.state) == ("failed", "stopped")
     assert final.metadata == {"workpool.error": "ResultError"}
-    assert final.ops.count("ack") == 1
+    assert final.request_names.count("ack") == 1
     [record] = [each for each in caplog.records if each.levelno >= logging.ERROR]
     assert "'workpool.result' cannot be written as JSON" in record.getMessage()
     assert record.exc_info is None
@@ -52,15 +52,22 @@ async def test_result_that_cannot_be_written_fails_the_session_once_and_is_named
     ids=["value", "key", "pairs", "json"],
 )
 async def test_result_beyond_a_limit_of_the_dialect_is_an_error_and_not_cut(
-    run_one: Any, plane: ControlPlane, caplog: pytest.LogCaptureFixture, result: Any, named: Any
+    run_one_item: Any,
+    control_plane: ControlPlane,
+    caplog: pytest.LogCaptureFixture,
+    result: Any,
+    named: Any,
 ) -> None:
     key, size, limit = named
 
     async def work(_: Session) -> Any:
         return result
 
-    final = await run_one(
-        work, dialect="anthropic", base_url=plane.anthropic_base_url, report_errors="message"
+    final = await run_one_item(
+        work,
+        dialect="anthropic",
+        base_url=control_plane.anthropic_base_url,
+        report_errors="message",
     )
     assert (final.outcome, final.item.state) == ("failed", "stopped")
     assert final.metadata.keys() == {"workpool.error"}
@@ -73,12 +80,12 @@ async def test_result_beyond_a_limit_of_the_dialect_is_an_error_and_not_cut(
 
 
 async def test_result_at_the_limits_of_the_dialect_is_written(
-    run_one: Any, plane: ControlPlane
+    run_one_item: Any, control_plane: ControlPlane
 ) -> None:
     result = {f"{number:064}": "☃" * 512 for number in range(16)}
 
     async def work(_: Session) -> dict[str, str]:
         return result
 
-    final = await run_one(work, dialect="anthropic", base_url=plane.anthropic_base_url)
+    final = await run_one_item(work, dialect="anthropic", base_url=control_plane.anthropic_base_url)
     assert (final.outcome, final.metadata) == ("completed", result)

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 UNREACHABLE = Retry(on=ConnectionError, times=3, backoff=20, backoff_max=60)
 
 
-class Dependency:
+class FailingDependency:
     """A resource of a handler that fails at its first calls."""
 
     def __init__(self, failures: int = 10**6, error: Exception | None = None) -> None:
@@ -37,15 +37,17 @@ class Dependency:
         return {"call": str(session.retry)}
 
 
-def flaky(dependency: Dependency, retry: Retry = UNREACHABLE, **arguments: Any) -> Any:
+def flaky_handler(
+    dependency: FailingDependency, retry: Retry = UNREACHABLE, **arguments: Any
+) -> Any:
     @handler(retry=retry, **arguments)
-    async def use(session: Session) -> dict[str, str]:
+    async def use_dependency(session: Session) -> dict[str, str]:
         return await dependency.use(session)
 
-    return use
+    return use_dependency
 
 
-async def first_failure(workpool: Kit, dependency: Dependency) -> None:
+async def wait_for_first_failure(workpool: Kit, dependency: FailingDependency) -> None:
     """Wait until the first call has failed, so that the handler waits for its retry."""
     await workpool.wait_for(SessionStarted)
     await asyncio.sleep(1.1)
@@ -60,8 +62,8 @@ def longest_delays(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @in_virtual_time
 async def test_handler_is_called_again_in_same_run_until_it_returns(workpool: Kit) -> None:
-    dependency = Dependency(failures=2)
-    result = await workpool.run_session(flaky(dependency))
+    dependency = FailingDependency(failures=2)
+    result = await workpool.run_session(flaky_handler(dependency))
     assert (result.outcome, dict(result.metadata)) == ("completed", {"call": "2"})
     assert dependency.calls == [0, 1, 2]
     assert len(workpool.recorder.of(SessionStarted)) == 1
@@ -71,15 +73,15 @@ async def test_handler_is_called_again_in_same_run_until_it_returns(workpool: Ki
 @in_virtual_time
 @pytest.mark.usefixtures("longest_delays")
 async def test_delays_between_retries_double_up_to_their_limit(workpool: Kit) -> None:
-    result = await workpool.run_session(flaky(Dependency()))
+    result = await workpool.run_session(flaky_handler(FailingDependency()))
     assert result.outcome == "failed"
     assert result.seconds == pytest.approx(4 * 1 + 20 + 40 + 60, abs=0.5)
 
 
 @in_virtual_time
 async def test_last_error_fails_session_once_retries_are_used_up(workpool: Kit) -> None:
-    dependency = Dependency()
-    result = await workpool.run_session(flaky(dependency), report_errors="message")
+    dependency = FailingDependency()
+    result = await workpool.run_session(flaky_handler(dependency), report_errors="message")
     assert (result.outcome, result.error) == ("failed", dependency.error)
     assert result.metadata == {"workpool.error": "ConnectionError: no route"}
     assert dependency.calls == [0, 1, 2, 3]
@@ -97,32 +99,32 @@ async def test_last_error_fails_session_once_retries_are_used_up(workpool: Kit) 
     ids=["subclass", "group", "mixed_group", "another"],
 )
 async def test_only_listed_errors_are_retried(workpool: Kit, error: Exception, calls: int) -> None:
-    dependency = Dependency(error=error)
-    result = await workpool.run_session(flaky(dependency))
+    dependency = FailingDependency(error=error)
+    result = await workpool.run_session(flaky_handler(dependency))
     assert (result.outcome, len(dependency.calls)) == ("failed", calls)
 
 
 @in_virtual_time
 async def test_release_and_result_that_cannot_be_written_are_never_retried(workpool: Kit) -> None:
     retry = Retry(on=Exception)
-    dependency = Dependency(error=Release("later", 60))
-    assert (await workpool.run_session(flaky(dependency, retry))).outcome == "released"
+    dependency = FailingDependency(error=Release("later", 60))
+    assert (await workpool.run_session(flaky_handler(dependency, retry))).outcome == "released"
     assert dependency.calls == [0]
 
     @handler(retry=retry)
-    async def returns_a_set(session: Session) -> Any:
+    async def return_set(session: Session) -> Any:
         return {session.retry}
 
-    assert (await workpool.run_session(returns_a_set)).outcome == "failed"
+    assert (await workpool.run_session(return_set)).outcome == "failed"
     assert not workpool.recorder.of(HandlerRetried)
 
 
 @in_virtual_time
-async def test_lost_lease_ends_wait_and_nothing_is_called(workpool: Kit) -> None:
-    dependency = Dependency()
+async def test_lost_lease_ends_wait_for_retry_without_another_call(workpool: Kit) -> None:
+    dependency = FailingDependency()
     [item] = workpool.enqueue()
-    async with workpool.pool(flaky(dependency), concurrency=1, lease_ttl=600):
-        await first_failure(workpool, dependency)
+    async with workpool.pool(flaky_handler(dependency), concurrency=1, lease_ttl=600):
+        await wait_for_first_failure(workpool, dependency)
         workpool.lose(item)
         finished = await workpool.wait_for(SessionFinished)
         assert (finished.outcome, dependency.calls[:1]) == ("lease_lost", [0])
@@ -130,11 +132,11 @@ async def test_lost_lease_ends_wait_and_nothing_is_called(workpool: Kit) -> None
 
 @in_virtual_time
 @pytest.mark.usefixtures("longest_delays")
-async def test_stop_request_ends_wait_at_once(workpool: Kit) -> None:
-    dependency = Dependency()
+async def test_stop_request_ends_wait_for_retry_at_once(workpool: Kit) -> None:
+    dependency = FailingDependency()
     [item] = workpool.enqueue()
-    async with workpool.pool(flaky(dependency)):
-        await first_failure(workpool, dependency)
+    async with workpool.pool(flaky_handler(dependency)):
+        await wait_for_first_failure(workpool, dependency)
         workpool.stop(item)
         finished = await workpool.wait_for(SessionFinished)
     assert (finished.outcome, dependency.calls) == ("stopped", [0])
@@ -143,11 +145,11 @@ async def test_stop_request_ends_wait_at_once(workpool: Kit) -> None:
 
 @in_virtual_time
 @pytest.mark.usefixtures("longest_delays")
-async def test_drain_ends_wait_at_once_and_next_run_goes_on_counting(workpool: Kit) -> None:
-    dependency = Dependency()
+async def test_drain_ends_wait_for_retry_and_next_run_continues_counting(workpool: Kit) -> None:
+    dependency = FailingDependency()
     [item] = workpool.enqueue()
-    async with workpool.pool(flaky(dependency)) as pool:
-        await first_failure(workpool, dependency)
+    async with workpool.pool(flaky_handler(dependency)) as pool:
+        await wait_for_first_failure(workpool, dependency)
         await pool.drain(timeout=600)
         finished = await workpool.wait_for(SessionFinished)
     assert (finished.outcome, dependency.calls) == ("released", [0])
@@ -158,7 +160,7 @@ async def test_drain_ends_wait_at_once_and_next_run_goes_on_counting(workpool: K
         "workpool.released": "the pool is draining",
         "workpool.retries": "1",
     }
-    async with workpool.pool(flaky(dependency)):
+    async with workpool.pool(flaky_handler(dependency)):
         again = await workpool.wait_for(SessionFinished)
     assert (again.outcome, again.session.attempt) == ("failed", 1)
     assert dependency.calls == [0, 1, 2, 3]
@@ -189,8 +191,8 @@ async def test_drain_during_retry_leaves_its_number_to_next_run(workpool: Kit) -
 @in_virtual_time
 @pytest.mark.usefixtures("longest_delays")
 async def test_timeout_bounds_whole_run_with_its_retries(workpool: Kit) -> None:
-    dependency = Dependency()
-    result = await workpool.run_session(flaky(dependency, timeout=30))
+    dependency = FailingDependency()
+    result = await workpool.run_session(flaky_handler(dependency, timeout=30))
     assert (result.outcome, dependency.calls) == ("timed_out", [0, 1])
     assert result.seconds == pytest.approx(30, abs=0.5)
 
@@ -198,11 +200,11 @@ async def test_timeout_bounds_whole_run_with_its_retries(workpool: Kit) -> None:
 @in_virtual_time
 @pytest.mark.usefixtures("longest_delays")
 async def test_machine_that_was_paused_during_wait_leaves_retry_to_next_run(workpool: Kit) -> None:
-    dependency = Dependency(failures=1)
+    dependency = FailingDependency(failures=1)
     loop: Any = asyncio.get_running_loop()
     workpool.enqueue()
-    async with workpool.pool(flaky(dependency), concurrency=1):
-        await first_failure(workpool, dependency)
+    async with workpool.pool(flaky_handler(dependency), concurrency=1):
+        await wait_for_first_failure(workpool, dependency)
         await asyncio.sleep(19.85)
         loop.pause(5)  # too late for a heartbeat that verifies the lease before the retry
         released = await workpool.wait_for(SessionFinished)
@@ -213,10 +215,12 @@ async def test_machine_that_was_paused_during_wait_leaves_retry_to_next_run(work
 
 @in_virtual_time
 @pytest.mark.usefixtures("longest_delays")
-async def test_delay_before_retry_is_no_stall_and_each_call_has_its_whole_time(
+async def test_delay_before_retry_is_no_stall_and_each_call_has_the_whole_stall_timeout(
     workpool: Kit,
 ) -> None:
-    result = await workpool.run_session(flaky(Dependency(failures=2), stall_timeout=2))
+    result = await workpool.run_session(
+        flaky_handler(FailingDependency(failures=2), stall_timeout=2)
+    )
     assert result.outcome == "completed"
     assert result.seconds == pytest.approx(3 * 1 + 20 + 40, abs=0.5)
 
@@ -240,10 +244,10 @@ async def test_handler_that_fails_after_its_handoff_is_not_called_again(workpool
 
 
 @in_virtual_time
-async def test_slot_and_lease_are_kept_between_calls(workpool: Kit) -> None:
-    dependency = Dependency(failures=2)
+async def test_slot_and_lease_are_kept_between_calls_of_handler(workpool: Kit) -> None:
+    dependency = FailingDependency(failures=2)
     workpool.enqueue(2)
-    async with workpool.pool(flaky(dependency), concurrency=1, lease_ttl=10) as pool:
+    async with workpool.pool(flaky_handler(dependency), concurrency=1, lease_ttl=10) as pool:
         await workpool.wait_for(HandlerRetried)
         assert pool.status().running == 1
         await workpool.wait_for(SessionFinished)
@@ -256,13 +260,13 @@ async def test_slot_and_lease_are_kept_between_calls(workpool: Kit) -> None:
 async def test_contexts_of_plugins_are_entered_once_around_all_calls(workpool: Kit) -> None:
     seen: list[str] = []
 
-    class Watch:
+    class ContextRecorder:
         @hookimpl
         def workpool_wrap_session(self) -> Any:
-            return self.context()
+            return self.record_context()
 
         @asynccontextmanager
-        async def context(self) -> AsyncIterator[None]:
+        async def record_context(self) -> AsyncIterator[None]:
             try:
                 yield
             except ConnectionError:
@@ -271,8 +275,8 @@ async def test_contexts_of_plugins_are_entered_once_around_all_calls(workpool: K
             finally:
                 seen.append("left")
 
-    dependency = Dependency()
-    result = await workpool.run_session(flaky(dependency), Watch())
+    dependency = FailingDependency()
+    result = await workpool.run_session(flaky_handler(dependency), ContextRecorder())
     assert (result.outcome, seen) == ("failed", ["error", "left"])
     assert len(dependency.calls) == 4
 
@@ -281,9 +285,9 @@ async def test_contexts_of_plugins_are_entered_once_around_all_calls(workpool: K
 async def test_each_retry_is_counted_reported_and_logged_in_one_line(
     workpool: Kit, caplog: pytest.LogCaptureFixture
 ) -> None:
-    dependency = Dependency(failures=2, error=ConnectionError("no route\nforged line"))
+    dependency = FailingDependency(failures=2, error=ConnectionError("no route\nforged line"))
     workpool.enqueue()
-    pool = workpool.pool(flaky(dependency))
+    pool = workpool.pool(flaky_handler(dependency))
     with caplog.at_level(logging.INFO, "workpool"):
         async with pool:
             await workpool.wait_for(SessionFinished)
@@ -306,7 +310,7 @@ async def test_each_retry_is_counted_reported_and_logged_in_one_line(
 
 @in_virtual_time
 async def test_counter_of_retries_is_zero_before_first_one(workpool: Kit) -> None:
-    async with workpool.pool(flaky(Dependency())) as pool:
+    async with workpool.pool(flaky_handler(FailingDependency())) as pool:
         [sample] = [
             sample
             for metric in pool.registry.collect()

@@ -31,29 +31,29 @@ async def any_session(_: Session) -> dict[str, str]:
 
 
 @handler(metadata={"job": "report"}, timeout=5 * MINUTES)
-async def report(session: Session) -> dict[str, str]:
+async def report_handler(session: Session) -> dict[str, str]:
     return await _work(session, "report")
 
 
 @handler(metadata={"job": "report", "size": "huge"}, timeout=50 * MINUTES, max_sessions=1)
-async def huge_report(session: Session) -> dict[str, str]:
+async def huge_report_handler(session: Session) -> dict[str, str]:
     return await _work(session, "huge_report")
 
 
 @handler(type="job")
-async def job(_: Session) -> dict[str, str]:
+async def job_handler(_: Session) -> dict[str, str]:
     return {"by": "job"}
 
 
-class Weighing:
+class WeightPlugin:
     """A plugin that chooses the handler by a comparison instead of equality."""
 
     @hookimpl
     def workpool_session_handler(self, item: WorkItem) -> Any:
         heavy = int(item.metadata.get("weight", "0")) > 100
-        return self.carry if heavy else None
+        return self.carry_item if heavy else None
 
-    async def carry(self, _: Session) -> dict[str, str]:
+    async def carry_item(self, _: Session) -> dict[str, str]:
         return {"by": "carry"}
 
 
@@ -62,7 +62,7 @@ async def _work(session: Session, by: str) -> dict[str, str]:
     return {"by": by}
 
 
-ALL = (Weighing(), any_session, report, huge_report, job)
+ALL = (WeightPlugin(), any_session, report_handler, huge_report_handler, job_handler)
 
 
 @pytest.mark.parametrize(
@@ -120,18 +120,20 @@ async def test_full_handler_declines_before_ack_and_delays_no_other_handler(work
 
 
 def declines_per_poll(pool: Supervisor) -> float:
-    """Return the ratio that the alert WorkpoolPollsWasted uses, over the life of the pool."""
+    """Return the ratio that the alert WorkpoolPollsWasted uses, since the pool started."""
     named = {"environment_id": DEFAULT_ENVIRONMENT}
 
-    def total(name: str, label: str, *values: str) -> float:
+    def metric_sum(name: str, label: str, *values: str) -> float:
         found = [pool.registry.get_sample_value(name, named | {label: each}) for each in values]
         return sum(each or 0 for each in found)
 
-    declined = total("workpool_items_declined_total", "reason", "unwanted", "busy", "plugin_error")
-    return declined / total("workpool_polls_total", "result", "item", "null")
+    declined = metric_sum(
+        "workpool_items_declined_total", "reason", "unwanted", "busy", "plugin_error"
+    )
+    return declined / metric_sum("workpool_polls_total", "result", "item", "null")
 
 
-def threshold() -> float:
+def alert_threshold() -> float:
     """Return the ratio above which the alert fires."""
     text = resources.files("workpool").joinpath("alerts.yml").read_text("utf-8")
     yaml = importlib.import_module("yaml")  # the module has no type hints
@@ -146,13 +148,13 @@ async def test_few_unwanted_items_cost_polls_and_delay_no_other_item(
     workpool: Kit, pollers: int
 ) -> None:
     workpool.enqueue(count=3, metadata={"job": "of another pool"})
-    async with workpool.pool(report, pollers=pollers) as pool:
+    async with workpool.pool(report_handler, pollers=pollers) as pool:
         for count in range(1, 30):
             await asyncio.sleep(20)
             workpool.enqueue(metadata={"job": "report"})
             finished = await workpool.wait_for(SessionFinished, count=count, timeout=10)
             assert finished.outcome == "completed"
-        assert 0.1 < declines_per_poll(pool) < threshold()
+        assert 0.1 < declines_per_poll(pool) < alert_threshold()
 
 
 @pytest.mark.parametrize("pollers", [1, 2])
@@ -161,11 +163,11 @@ async def test_more_unwanted_items_than_polls_per_reclaim_window_starve_other_it
     workpool: Kit, pollers: int
 ) -> None:
     workpool.enqueue(count=30, metadata={"job": "of another pool"})
-    async with workpool.pool(report, pollers=pollers) as pool:
+    async with workpool.pool(report_handler, pollers=pollers) as pool:
         await asyncio.sleep(60)
         (wanted,) = workpool.enqueue(metadata={"job": "report"})
         await asyncio.sleep(10 * MINUTES)
-        assert declines_per_poll(pool) > threshold()
+        assert declines_per_poll(pool) > alert_threshold()
         assert workpool.item(wanted).state == "queued"
         assert workpool.item(wanted).delivered_at is None
         # A pool with another handler runs the unwanted items, and the remaining item is delivered.

@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from workpool.testing import Faults, Recorder
 
 
-class Body:
+class RecordingHandler:
     """A handler that records its progress and the exceptions that its calls raised."""
 
     def __init__(self) -> None:
@@ -38,7 +38,7 @@ class Body:
         self._changes = Changes()
 
     @handler
-    async def stubborn(self, session: Session) -> dict[str, str]:
+    async def stubborn_end(self, session: Session) -> dict[str, str]:
         """Swallow the cancellation, try to write, and continue until the test lets it end."""
         try:
             await asyncio.Event().wait()
@@ -64,15 +64,15 @@ def stuck_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("workpool.pool.handler_executor.REPEAT_SECONDS", 0.05)
 
 
-def levels(caplog: pytest.LogCaptureFixture, text: str) -> list[str]:
+def log_levels(caplog: pytest.LogCaptureFixture, text: str) -> list[str]:
     return [record.levelname for record in caplog.records if text in record.getMessage()]
 
 
-# -- interruptions
+# -- interruptions of a handler
 
 
 async def test_stop_request_interrupts_session_and_is_reported(
-    plane: ControlPlane, make_pool: Any, recorder: Recorder, heartbeat_now: Any
+    control_plane: ControlPlane, make_pool: Any, recorder: Recorder, heartbeat_now: Any
 ) -> None:
     seen: list[tuple[bool, bool]] = []
 
@@ -84,10 +84,10 @@ async def test_stop_request_interrupts_session_and_is_reported(
         await session.interrupted()
         seen.append((session.stopping, session.draining))
 
-    (item,) = plane.enqueue()
+    (item,) = control_plane.enqueue()
     async with make_pool(work, block_ms=20) as supervisor:
         await recorder.wait_for(SessionStarted)
-        plane.operations.stop(plane.environments[0], item.id)
+        control_plane.operations.stop(control_plane.environments[0], item.id)
         heartbeat_now(item.id)
         await recorder.wait_for(SessionFinished)
         assert supervisor.status().ready
@@ -96,7 +96,7 @@ async def test_stop_request_interrupts_session_and_is_reported(
 
 
 async def test_drain_interrupts_session(
-    plane: ControlPlane, make_pool: Any, recorder: Recorder
+    control_plane: ControlPlane, make_pool: Any, recorder: Recorder
 ) -> None:
     seen: list[tuple[bool, bool]] = []
 
@@ -105,7 +105,7 @@ async def test_drain_interrupts_session(
         await session.interrupted()
         seen.append((session.stopping, session.draining))
 
-    plane.enqueue()
+    control_plane.enqueue()
     async with make_pool(work):
         await recorder.wait_for(SessionStarted)
     assert seen == [(False, True)]
@@ -113,7 +113,10 @@ async def test_drain_interrupts_session(
 
 
 async def test_session_exposes_its_item_and_lease(
-    plane: ControlPlane, make_pool: Any, recorder: Recorder, caplog: pytest.LogCaptureFixture
+    control_plane: ControlPlane,
+    make_pool: Any,
+    recorder: Recorder,
+    caplog: pytest.LogCaptureFixture,
 ) -> None:
     remaining: list[float] = []
 
@@ -122,7 +125,7 @@ async def test_session_exposes_its_item_and_lease(
         remaining.append(session.lease_remaining)
         session.log.warning("at work")
 
-    (item,) = plane.enqueue(metadata={"a": "b"})
+    (item,) = control_plane.enqueue(metadata={"a": "b"})
     async with make_pool(work, lease_ttl=120):
         session = (await recorder.wait_for(SessionFinished)).session
     assert (session.id, session.item.id) == (item.session_id, item.id)
@@ -138,11 +141,14 @@ async def test_session_exposes_its_item_and_lease(
 
 @pytest.mark.usefixtures("stuck_at_once")
 async def test_stuck_handler_keeps_its_slot_and_work_id(
-    plane: ControlPlane, make_pool: Any, recorder: Recorder, caplog: pytest.LogCaptureFixture
+    control_plane: ControlPlane,
+    make_pool: Any,
+    recorder: Recorder,
+    caplog: pytest.LogCaptureFixture,
 ) -> None:
-    body = Body()
-    (item,) = plane.enqueue()
-    plane.enqueue(session_id=item.session_id)
+    body = RecordingHandler()
+    (item,) = control_plane.enqueue()
+    control_plane.enqueue(session_id=item.session_id)
     settings = {"concurrency": 2, "session_timeout": 0.02, "block_ms": 20}
     async with make_pool(body, **settings, reclaim_older_than_ms=20) as supervisor:
         await body.is_cancelled()
@@ -151,7 +157,7 @@ async def test_stuck_handler_keeps_its_slot_and_work_id(
         await recorder.wait_for(ItemDeclined, count=declined + 2)
         assert supervisor.status().running == 1
         assert not recorder.of(SessionFinished)
-        assert levels(caplog, "handler ignores its cancellation") == ["CRITICAL"]
+        assert log_levels(caplog, "handler ignores its cancellation") == ["CRITICAL"]
         assert "stubborn" in caplog.text  # the stack of the handler
         assert supervisor.status().reasons == ("handlers that ignore their cancellation: 1",)
         body.may_end.set()
@@ -159,19 +165,21 @@ async def test_stuck_handler_keeps_its_slot_and_work_id(
         assert supervisor.status().ready
         assert finished.outcome == "timed_out"
         body.cancelled = False
-        plane.operations.stop(plane.environments[0], recorder.of(ItemDeclined)[0].item.id)
+        control_plane.operations.stop(
+            control_plane.environments[0], recorder.of(ItemDeclined)[0].item.id
+        )
     assert body.raised == [SessionEnded]
 
 
 @pytest.mark.usefixtures("stuck_at_once")
 @pytest.mark.parametrize("timeout", [None, 60.0])
 async def test_drain_does_not_wait_for_stuck_handler(
-    plane: ControlPlane, make_pool: Any, recorder: Recorder, timeout: float | None,
+    control_plane: ControlPlane, make_pool: Any, recorder: Recorder, timeout: float | None,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:  # fmt: skip
     monkeypatch.setattr("workpool.pool.drain.AFTER_DEADLINE_SECONDS", 0.1)
-    body = Body()
-    plane.enqueue()
+    body = RecordingHandler()
+    control_plane.enqueue()
     async with make_pool(body, session_timeout=0.02) as supervisor:
         await body.is_cancelled()
         async with asyncio.timeout(20):
@@ -184,18 +192,22 @@ async def test_drain_does_not_wait_for_stuck_handler(
     assert body.left
 
 
-# -- what a session may still send
+# -- the requests that a session may still send after its interruption
 
 
 async def test_session_with_lost_lease_sends_nothing_and_raises_lease_lost(
-    plane: ControlPlane, faults: Faults, make_pool: Any, recorder: Recorder, heartbeat_now: Any
+    control_plane: ControlPlane,
+    faults: Faults,
+    make_pool: Any,
+    recorder: Recorder,
+    heartbeat_now: Any,
 ) -> None:
-    body = Body()
-    (item,) = plane.enqueue()
+    body = RecordingHandler()
+    (item,) = control_plane.enqueue()
     async with make_pool(body, block_ms=20):
         await recorder.wait_for(SessionStarted)
-        expire_lease(plane, item.id)
-        plane.operations.ack(plane.environments[0], item.id, "another")
+        expire_lease(control_plane, item.id)
+        control_plane.operations.ack(control_plane.environments[0], item.id, "another")
         heartbeat_now(item.id)
         await body.is_cancelled()
         body.may_end.set()
@@ -205,13 +217,17 @@ async def test_session_with_lost_lease_sends_nothing_and_raises_lease_lost(
 
 
 async def test_session_stopped_by_another_client_sends_nothing_and_raises_session_ended(
-    plane: ControlPlane, faults: Faults, make_pool: Any, recorder: Recorder, heartbeat_now: Any
+    control_plane: ControlPlane,
+    faults: Faults,
+    make_pool: Any,
+    recorder: Recorder,
+    heartbeat_now: Any,
 ) -> None:
-    body = Body()
-    (item,) = plane.enqueue()
+    body = RecordingHandler()
+    (item,) = control_plane.enqueue()
     async with make_pool(body, block_ms=20):
         await recorder.wait_for(SessionStarted)
-        plane.operations.stop(plane.environments[0], item.id, force=True)
+        control_plane.operations.stop(control_plane.environments[0], item.id, force=True)
         heartbeat_now(item.id)
         await body.is_cancelled()
         body.may_end.set()
@@ -221,7 +237,7 @@ async def test_session_stopped_by_another_client_sends_nothing_and_raises_sessio
 
 
 async def test_session_used_after_its_end_raises_and_sends_nothing(
-    plane: ControlPlane, faults: Faults, make_pool: Any, recorder: Recorder
+    control_plane: ControlPlane, faults: Faults, make_pool: Any, recorder: Recorder
 ) -> None:
     """A task left running by a handler must not write to an item that has ended."""
 
@@ -229,7 +245,7 @@ async def test_session_used_after_its_end_raises_and_sends_nothing(
     async def work(_: Session) -> None:
         pass
 
-    plane.enqueue()
+    control_plane.enqueue()
     async with make_pool(work):
         session = (await recorder.wait_for(SessionFinished)).session
         with pytest.raises(SessionEnded):
@@ -241,7 +257,7 @@ async def test_session_used_after_its_end_raises_and_sends_nothing(
 
 @pytest.mark.usefixtures("fast_heartbeats")
 async def test_metadata_write_in_progress_is_cancelled_when_lease_is_lost(
-    plane: ControlPlane, faults: Faults, make_pool: Any, recorder: Recorder
+    control_plane: ControlPlane, faults: Faults, make_pool: Any, recorder: Recorder
 ) -> None:
     """A call that waits for an answer must not hide the lost lease from the handler."""
     hold = Hold()
@@ -256,11 +272,11 @@ async def test_metadata_write_in_progress_is_cancelled_when_lease_is_lost(
             raised.append(error)
             raise
 
-    (item,) = plane.enqueue()
+    (item,) = control_plane.enqueue()
     async with make_pool(work, lease_ttl=10):
         await hold.reached()
-        expire_lease(plane, item.id)
-        plane.operations.ack(plane.environments[0], item.id, "another")
+        expire_lease(control_plane, item.id)
+        control_plane.operations.ack(control_plane.environments[0], item.id, "another")
         finished = await recorder.wait_for(SessionFinished)
     assert finished.outcome == "lease_lost"
     assert isinstance(raised[0], LeaseLost | asyncio.CancelledError)
@@ -271,7 +287,7 @@ async def test_metadata_write_in_progress_is_cancelled_when_lease_is_lost(
 
 
 async def test_metadata_written_by_handler_are_merged_and_item_is_returned(
-    plane: ControlPlane, make_pool: Any, wait_end: Any
+    control_plane: ControlPlane, make_pool: Any, wait_for_end: Any
 ) -> None:
     answers: list[dict[str, str]] = []
 
@@ -281,17 +297,17 @@ async def test_metadata_written_by_handler_are_merged_and_item_is_returned(
         answers.append(dict((await session.update_metadata({"a": None})).metadata))
         return {"c": "3"}
 
-    (item,) = plane.enqueue(metadata={"given": "yes"})
+    (item,) = control_plane.enqueue(metadata={"given": "yes"})
     async with make_pool(work):
-        final = await wait_end(item.id)
+        final = await wait_for_end(item.id)
     assert answers == [{"given": "yes", "a": "1", "b": "2"}, {"given": "yes", "b": "2"}]
     assert final.metadata == {"given": "yes", "b": "2", "c": "3"}
-    assert final.ops == ["ack", "heartbeat", "update", "update", "update", "stop"]
+    assert final.request_names == ["ack", "heartbeat", "update", "update", "update", "stop"]
 
 
 @pytest.mark.parametrize("fault", [lost, lambda: status(503), lambda: status(429)])
 async def test_metadata_write_after_transient_error_is_repeated(
-    run_one: Any, faults: Faults, monkeypatch: pytest.MonkeyPatch, fault: Any
+    run_one_item: Any, faults: Faults, monkeypatch: pytest.MonkeyPatch, fault: Any
 ) -> None:
     monkeypatch.setattr("workpool.pool.sender.RETRY_SECONDS", 0.01)
 
@@ -300,7 +316,7 @@ async def test_metadata_write_after_transient_error_is_repeated(
         await session.update_metadata({"a": "1"})
 
     faults.add(fault(), "update", times=2)
-    final = await run_one(work)
+    final = await run_one_item(work)
     assert (final.outcome, final.metadata) == ("completed", {"a": "1"})
     assert len(faults.of("update")) == 3
 
@@ -309,21 +325,21 @@ async def test_metadata_write_after_transient_error_is_repeated(
     ("code", "error"), [(400, RefusedError), (404, RefusedError), (409, ConflictError)]
 )
 async def test_refused_metadata_write_raises_in_handler(
-    run_one: Any, faults: Faults, code: int, error: type[Exception]
+    run_one_item: Any, faults: Faults, code: int, error: type[Exception]
 ) -> None:
     @handler
     async def work(session: Session) -> None:
         await session.update_metadata({"a": "1"})
 
     faults.add(status(code), "update", times=1)
-    final = await run_one(work)
+    final = await run_one_item(work)
     assert final.outcome == "failed"
     assert type(final.finished.error) is error
     assert final.metadata == {"workpool.error": error.__name__}
 
 
 async def test_metadata_write_without_success_in_time_raises_in_handler(
-    run_one: Any, faults: Faults, monkeypatch: pytest.MonkeyPatch
+    run_one_item: Any, faults: Faults, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("workpool.pool.session_runner.UPDATE_SECONDS", 0.1)
 
@@ -333,20 +349,20 @@ async def test_metadata_write_without_success_in_time_raises_in_handler(
             await session.update_metadata({"a": "1"})
 
     rule = faults.add(status(503), "update")
-    final = await run_one(work)
+    final = await run_one_item(work)
     assert final.outcome == "completed"
     assert rule.hits >= 1
 
 
 @pytest.mark.parametrize("patch", [{"a": 1}, {"a": "\ud800"}])
 async def test_metadata_that_cannot_be_sent_raise_in_handler(
-    run_one: Any, faults: Faults, patch: Any
+    run_one_item: Any, faults: Faults, patch: Any
 ) -> None:
     @handler
     async def work(session: Session) -> None:
         await session.update_metadata(patch)
 
-    final = await run_one(work)
+    final = await run_one_item(work)
     assert final.outcome == "failed"
     assert isinstance(final.finished.error, TypeError | ValueError)
     assert len(faults.of("update")) == 1  # the error note
@@ -355,7 +371,7 @@ async def test_metadata_that_cannot_be_sent_raise_in_handler(
 # -- contexts around the handler
 
 
-class Wrapper:
+class RecordingWrapper:
     """A plugin whose context records when it is entered and left."""
 
     def __init__(self, name: str, trace: list[str]) -> None:
@@ -364,10 +380,10 @@ class Wrapper:
 
     @hookimpl
     def workpool_wrap_session(self, session: Session) -> Any:
-        return self.context(session)
+        return self.recording_context(session)
 
     @asynccontextmanager
-    async def context(self, _: Session) -> AsyncIterator[None]:
+    async def recording_context(self, _: Session) -> AsyncIterator[None]:
         self.trace.append(f"enter {self.name}")
         try:
             yield
@@ -378,14 +394,14 @@ class Wrapper:
             self.trace.append(f"leave {self.name}")
 
 
-def wrapper(name: str, trace: list[str]) -> Wrapper:
+def wrapper(name: str, trace: list[str]) -> RecordingWrapper:
     """Return a plugin of a new class, because plugins are named by their class."""
-    built: Wrapper = type(name, (Wrapper,), {})(name, trace)
+    built: RecordingWrapper = type(name, (RecordingWrapper,), {})(name, trace)
     return built
 
 
 async def test_wrapping_contexts_are_entered_in_plugin_order_and_left_in_reverse(
-    plane: ControlPlane, make_pool: Any, recorder: Recorder
+    control_plane: ControlPlane, make_pool: Any, recorder: Recorder
 ) -> None:
     trace: list[str] = []
 
@@ -393,14 +409,14 @@ async def test_wrapping_contexts_are_entered_in_plugin_order_and_left_in_reverse
     async def work(_: Session) -> None:
         trace.append("work")
 
-    plane.enqueue()
+    control_plane.enqueue()
     async with make_pool(wrapper("A", trace), work, wrapper("B", trace)):
         await recorder.wait_for(SessionFinished)
     assert trace == ["enter A", "enter B", "work", "leave B", "leave A"]
 
 
 async def test_exception_of_handler_passes_through_wrapping_contexts(
-    plane: ControlPlane, make_pool: Any, recorder: Recorder
+    control_plane: ControlPlane, make_pool: Any, recorder: Recorder
 ) -> None:
     trace: list[str] = []
 
@@ -408,14 +424,14 @@ async def test_exception_of_handler_passes_through_wrapping_contexts(
     async def work(_: Session) -> None:
         raise ValueError
 
-    plane.enqueue()
+    control_plane.enqueue()
     async with make_pool(wrapper("A", trace), work):
         finished = await recorder.wait_for(SessionFinished)
     assert finished.outcome == "failed"
     assert trace == ["enter A", "A saw ValueError", "leave A"]
 
 
-class Raising:
+class RaisingWrapper:
     """A plugin whose hook raises, or whose context raises when it is entered or left."""
 
     def __init__(self, where: str) -> None:
@@ -425,10 +441,10 @@ class Raising:
     def workpool_wrap_session(self, session: Session) -> Any:
         if self.where == "hook":
             raise LookupError("in the hook")
-        return self.context(session)
+        return self.raising_context(session)
 
     @asynccontextmanager
-    async def context(self, _: Session) -> AsyncIterator[None]:
+    async def raising_context(self, _: Session) -> AsyncIterator[None]:
         if self.where == "enter":
             raise LookupError("on entering")
         yield
@@ -438,7 +454,7 @@ class Raising:
 
 @pytest.mark.parametrize("where", ["hook", "enter", "leave"])
 async def test_exception_of_wrapping_context_fails_session(
-    plane: ControlPlane, make_pool: Any, wait_end: Any, where: str
+    control_plane: ControlPlane, make_pool: Any, wait_for_end: Any, where: str
 ) -> None:
     ran: list[bool] = []
 
@@ -448,45 +464,45 @@ async def test_exception_of_wrapping_context_fails_session(
         return {"a": "b"}
 
     trace: list[str] = []
-    (item,) = plane.enqueue()
-    async with make_pool(wrapper("A", trace), Raising(where), work):
-        final = await wait_end(item.id)
+    (item,) = control_plane.enqueue()
+    async with make_pool(wrapper("A", trace), RaisingWrapper(where), work):
+        final = await wait_for_end(item.id)
     assert (final.outcome, final.item.state) == ("failed", "stopped")
     assert final.metadata == {"workpool.error": "LookupError"}
     assert bool(ran) is (where == "leave")
     assert trace == ([] if where == "hook" else ["enter A", "A saw LookupError", "leave A"])
 
 
-class Forgiving:
+class SwallowingWrapper:
     """A plugin whose context swallows errors."""
 
     @hookimpl
     def workpool_wrap_session(self, session: Session) -> Any:
-        return self.context(session)
+        return self.swallowing_context(session)
 
     @asynccontextmanager
-    async def context(self, _: Session) -> AsyncIterator[None]:
+    async def swallowing_context(self, _: Session) -> AsyncIterator[None]:
         with suppress(ValueError):
             yield
 
 
 async def test_wrapping_context_can_swallow_exception_of_handler(
-    plane: ControlPlane, make_pool: Any, wait_end: Any
+    control_plane: ControlPlane, make_pool: Any, wait_for_end: Any
 ) -> None:
     @handler
     async def work(_: Session) -> None:
         raise ValueError
 
-    (item,) = plane.enqueue()
-    async with make_pool(Forgiving(), work):
-        final = await wait_end(item.id)
-    assert (final.outcome, final.ops) == ("completed", ["ack", "heartbeat", "stop"])
+    (item,) = control_plane.enqueue()
+    async with make_pool(SwallowingWrapper(), work):
+        final = await wait_for_end(item.id)
+    assert (final.outcome, final.request_names) == ("completed", ["ack", "heartbeat", "stop"])
 
 
-# -- redelivery
+# -- redelivered items
 
 
-async def held_before(plane: ControlPlane, **metadata: str) -> str:
+async def item_held_before(plane: ControlPlane, **metadata: str) -> str:
     """Return an item that another worker held and lost."""
     (item,) = plane.enqueue(metadata=metadata)
     operations, environment = plane.operations, plane.environments[0]
@@ -497,21 +513,21 @@ async def held_before(plane: ControlPlane, **metadata: str) -> str:
 
 
 async def test_item_held_before_is_redelivered_and_counted(
-    plane: ControlPlane, make_pool: Any, wait_end: Any, recorder: Recorder
+    control_plane: ControlPlane, make_pool: Any, wait_for_end: Any, recorder: Recorder
 ) -> None:
     seen: list[Any] = []
 
     @handler
     async def work(session: Session) -> None:
-        item = plane.operations.get(plane.environments[0], session.item.id)
+        item = control_plane.operations.get(control_plane.environments[0], session.item.id)
         seen.append((session.redelivered, dict(item.metadata)))
 
-    work_id = await held_before(plane)
+    work_id = await item_held_before(control_plane)
     async with make_pool(work):
-        final = await wait_end(work_id)
+        final = await wait_for_end(work_id)
     # the number is written before the handler starts
     assert seen == [(True, {"workpool.attempt": "2"})]
-    assert final.ops == ["ack", "heartbeat", "update", "stop"]
+    assert final.request_names == ["ack", "heartbeat", "update", "stop"]
     assert [event.origin for event in recorder.of(ItemReceived)] == ["redelivered"]
 
 
@@ -519,24 +535,24 @@ async def test_item_held_before_is_redelivered_and_counted(
     ("before", "after"), [("2", "3"), ("9", "10"), ("nonsense", "2"), ("-4", "2"), ("9" * 40, "2")]
 )
 async def test_attempt_number_continues_from_metadata(
-    plane: ControlPlane, make_pool: Any, wait_end: Any, before: str, after: str
+    control_plane: ControlPlane, make_pool: Any, wait_for_end: Any, before: str, after: str
 ) -> None:
     @handler
     async def work(_: Session) -> None:
         pass
 
-    work_id = await held_before(plane, **{"workpool.attempt": before})
+    work_id = await item_held_before(control_plane, **{"workpool.attempt": before})
     async with make_pool(work):
-        final = await wait_end(work_id)
+        final = await wait_for_end(work_id)
     assert final.metadata == {"workpool.attempt": after}
 
 
 @pytest.mark.parametrize(("limit", "runs"), [(1, False), (2, True)])
 async def test_attempt_beyond_limit_fails_session_unrun(
-    plane: ControlPlane,
+    control_plane: ControlPlane,
     make_pool: Any,
     recorder: Recorder,
-    wait_end: Any,
+    wait_for_end: Any,
     limit: int,
     *,
     runs: bool,
@@ -545,20 +561,20 @@ async def test_attempt_beyond_limit_fails_session_unrun(
     async def work(_: Session) -> None:
         pass
 
-    work_id = await held_before(plane)
+    work_id = await item_held_before(control_plane)
     async with make_pool(work, max_attempts=limit):
-        final = await wait_end(work_id)
+        final = await wait_for_end(work_id)
     assert bool(recorder.of(SessionStarted)) is runs
     assert final.item.state == "stopped"
     assert final.outcome == ("completed" if runs else "failed")
     if not runs:
-        assert final.ops == ["ack", "heartbeat", "update", "stop"]
+        assert final.request_names == ["ack", "heartbeat", "update", "stop"]
         assert final.metadata["workpool.error"] == "AttemptsExceeded"
 
 
 async def test_attempt_that_cannot_be_counted_is_released_unrun(
-    plane: ControlPlane, faults: Faults, make_pool: Any, recorder: Recorder, wait_end: Any,
-    monkeypatch: pytest.MonkeyPatch,
+    control_plane: ControlPlane, faults: Faults, make_pool: Any, recorder: Recorder,
+    wait_for_end: Any, monkeypatch: pytest.MonkeyPatch,
 ) -> None:  # fmt: skip
     """An item that crashes its worker could otherwise be tried forever."""
     monkeypatch.setattr("workpool.pool.session_runner.ATTEMPT_SECONDS", 0.1)
@@ -568,17 +584,17 @@ async def test_attempt_that_cannot_be_counted_is_released_unrun(
         pass
 
     faults.add(status(503), "update")
-    work_id = await held_before(plane)
+    work_id = await item_held_before(control_plane)
     async with make_pool(work):
-        final = await wait_end(work_id)
+        final = await wait_for_end(work_id)
     assert (final.outcome, final.item.state) == ("released", "active")
     assert not recorder.of(SessionStarted)
 
 
-async def test_item_never_held_before_is_not_counted_as_redelivered(run_one: Any) -> None:
+async def test_item_never_held_before_is_not_counted_as_redelivered(run_one_item: Any) -> None:
     @handler
     async def work(session: Session) -> dict[str, str]:
         return {"redelivered": str(session.redelivered)}
 
-    final = await run_one(work, max_attempts=1)
+    final = await run_one_item(work, max_attempts=1)
     assert final.metadata == {"redelivered": "False"}

@@ -26,7 +26,7 @@ async def scale_of(pool: Supervisor) -> dict[str, Any]:
 
 
 async def test_scale_of_worker_counts_busy_and_idle_slots(
-    plane: ControlPlane, make_pool: Any, recorder: Recorder
+    control_plane: ControlPlane, make_pool: Any, recorder: Recorder
 ) -> None:
     may_end = asyncio.Event()
 
@@ -34,7 +34,7 @@ async def test_scale_of_worker_counts_busy_and_idle_slots(
     async def wait(_: Session) -> None:
         await may_end.wait()
 
-    plane.enqueue(2)
+    control_plane.enqueue(2)
     async with make_pool(wait, concurrency=3, metrics_listen="127.0.0.1:0") as pool:
         await recorder.wait_for(SessionStarted, count=2)
         assert await scale_of(pool) == {
@@ -59,7 +59,7 @@ async def test_scale_of_worker_counts_busy_and_idle_slots(
 
 
 async def test_scale_of_paused_and_of_draining_worker_says_that_it_claims_nothing(
-    plane: ControlPlane, make_pool: Any, recorder: Recorder
+    control_plane: ControlPlane, make_pool: Any, recorder: Recorder
 ) -> None:
     may_end = asyncio.Event()
 
@@ -67,7 +67,7 @@ async def test_scale_of_paused_and_of_draining_worker_says_that_it_claims_nothin
     async def wait(_: Session) -> None:
         await may_end.wait()
 
-    plane.enqueue()
+    control_plane.enqueue()
     async with make_pool(wait, concurrency=2, metrics_listen="127.0.0.1:0") as pool:
         await recorder.wait_for(SessionStarted)
         pool.pause("the database is moved")

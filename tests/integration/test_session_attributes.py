@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from workpool.testing import Kit, Recorder
 
 
-class Connecting:
+class ConnectingPlugin:
     """A plugin whose context opens a connection and records the end of the session."""
 
     def __init__(self) -> None:
@@ -46,23 +46,23 @@ class Connecting:
             self.errors.append(error)
 
 
-async def returns(_: Session) -> None:
+async def return_handler(_: Session) -> None:
     return None
 
 
-async def fails(_: Session) -> None:
+async def failing_handler(_: Session) -> None:
     raise ValueError
 
 
-async def releases(_: Session) -> None:
+async def releasing_handler(_: Session) -> None:
     raise Release("later")
 
 
-async def is_wrong(_: Session) -> Any:
+async def wrong_result_handler(_: Session) -> Any:
     return object()
 
 
-async def hangs(_: Session) -> None:
+async def hanging_handler(_: Session) -> None:
     await asyncio.Event().wait()
 
 
@@ -70,11 +70,11 @@ async def hangs(_: Session) -> None:
 @pytest.mark.parametrize(
     ("act", "outcome", "error"),
     [
-        (returns, "completed", None),
-        (fails, "failed", ValueError),
-        (releases, "released", Release),
-        (is_wrong, "failed", ResultError),
-        (hangs, "stalled", asyncio.CancelledError),
+        (return_handler, "completed", None),
+        (failing_handler, "failed", ValueError),
+        (releasing_handler, "released", Release),
+        (wrong_result_handler, "failed", ResultError),
+        (hanging_handler, "stalled", asyncio.CancelledError),
     ],
     ids=["returned", "raised", "released", "wrong_result", "stalled"],
 )
@@ -89,50 +89,50 @@ async def test_wrapping_context_sees_the_outcome_after_its_yield(
         assert session.state["connection"] == f"to {session.id}"
         return await act(session)
 
-    connecting = Connecting()
+    connecting = ConnectingPlugin()
     result = await workpool.run_session(work, connecting, stall_timeout=5)
     assert connecting.outcomes == [outcome] == [result.outcome]
     assert connecting.errors == [error]
 
 
 async def test_wrapping_context_sees_that_an_operator_stopped_the_session(
-    make_pool: Any, plane: ControlPlane, recorder: Recorder, heartbeat_now: Any
+    make_pool: Any, control_plane: ControlPlane, recorder: Recorder, heartbeat_now: Any
 ) -> None:
     @handler
     async def work(session: Session) -> None:
         await session.interrupted()
 
-    connecting = Connecting()
-    (item,) = plane.enqueue()
+    connecting = ConnectingPlugin()
+    (item,) = control_plane.enqueue()
     async with make_pool(work, connecting):
         await recorder.wait_for(SessionStarted)
-        plane.operations.stop(plane.environments[0], item.id)
+        control_plane.operations.stop(control_plane.environments[0], item.id)
         heartbeat_now(item.id)
         finished = await recorder.wait_for(SessionFinished)
     assert connecting.outcomes == ["stopped"] == [finished.outcome]
 
 
 async def test_current_session_is_seen_by_tasks_and_threads_of_its_handler(
-    make_pool: Any, plane: ControlPlane, recorder: Recorder
+    make_pool: Any, control_plane: ControlPlane, recorder: Recorder
 ) -> None:
     seen: dict[str, list[Session | None]] = {}
     both = asyncio.Barrier(2)
 
-    async def child() -> Session | None:
+    async def read_in_thread() -> Session | None:
         return current_session()
 
     @handler
     async def work(session: Session) -> None:
         await both.wait()
         async with asyncio.TaskGroup() as group:
-            task = group.create_task(child())
+            task = group.create_task(read_in_thread())
         seen[session.id] = [
             current_session(),
             task.result(),
             await asyncio.to_thread(current_session),
         ]
 
-    plane.enqueue(2)
+    control_plane.enqueue(2)
     async with make_pool(work, concurrency=2):
         await recorder.wait_for(SessionFinished, count=2)
     sessions = [event.session for event in recorder.of(SessionFinished)]
@@ -160,7 +160,7 @@ async def test_deadline_is_none_without_a_limit_and_that_of_the_timeout_with_one
 
 
 @in_virtual_time
-async def test_deadline_comes_nearer_with_a_drain_and_a_stop_request(workpool: Kit) -> None:
+async def test_deadline_is_earlier_after_a_drain_or_a_stop_request(workpool: Kit) -> None:
     left: list[float] = []
 
     @handler(timeout=3600)

@@ -22,7 +22,7 @@ VARIABLES = {
 }
 
 
-class Setting:
+class ContextSettingPlugin:
     """A plugin that sets a context variable in each of its hooks until the first session has ended.
 
     Attributes:
@@ -33,13 +33,13 @@ class Setting:
         self.seen: list[dict[str, str]] = []
         self.first_ended = False
 
-    def set(self, name: str) -> None:
+    def set_variable(self, name: str) -> None:
         if not self.first_ended:
             VARIABLES[name].set("set")
 
     @asynccontextmanager
     async def context(self, name: str) -> AsyncIterator[None]:
-        self.set(name)
+        self.set_variable(name)
         yield
 
     @hookimpl
@@ -52,27 +52,27 @@ class Setting:
 
     @hookimpl
     def workpool_event(self, event: Event) -> None:
-        self.set("observer")
+        self.set_variable("observer")
         self.first_ended |= isinstance(event, SessionFinished)
 
     @hookimpl
     def workpool_session_handler(self) -> Callable[[Session], Any]:
-        self.set("chooser")
+        self.set_variable("chooser")
         return self.run
 
     async def run(self, _: Session) -> None:
         self.seen.append({name: each.get() for name, each in VARIABLES.items()})
-        self.set("handler")
+        self.set_variable("handler")
 
 
 async def test_context_variables_set_for_one_session_are_not_seen_by_the_next(
-    plane: ControlPlane, make_pool: Any, recorder: Recorder
+    control_plane: ControlPlane, make_pool: Any, recorder: Recorder
 ) -> None:
     VARIABLES["embedder"].set("before start")
-    setting = Setting()
+    setting = ContextSettingPlugin()
     async with make_pool(setting, concurrency=1):
         VARIABLES["embedder"].set("after start")
-        plane.enqueue(4)
+        control_plane.enqueue(4)
         await recorder.wait_for(SessionFinished, count=4)
     unset = dict.fromkeys(VARIABLES, "unset")
     own = unset | {"embedder": "before start", "lifespan": "set"}

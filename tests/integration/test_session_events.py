@@ -30,12 +30,12 @@ MESSAGE = {"type": "user.message", "content": [{"type": "text", "text": "hello"}
 SESSIONS_TOKEN = "-".join(("sessions", "token", "of", "one", "item"))
 
 
-def result(use: Mapping[str, Any]) -> dict[str, Any]:
+def tool_result(use: Mapping[str, Any]) -> dict[str, Any]:
     content = [{"type": "text", "text": f"ran {use['input']['command']}"}]
     return {"type": "user.tool_result", "tool_use_id": use["id"], "content": content}
 
 
-async def answer_all(session: Session) -> dict[str, str]:
+async def answer_all_tools(session: Session) -> dict[str, str]:
     """Execute every tool use without a result until the turn ends."""
     uses: dict[str, Mapping[str, Any]] = {}
     answered = 0
@@ -48,7 +48,7 @@ async def answer_all(session: Session) -> dict[str, str]:
             elif event["type"] == "session.status_idle":
                 return {"answered": str(answered)}
             for use in list(uses.values()) if stream.caught_up else ():
-                await session.events.send(result(use))
+                await session.events.send(tool_result(use))
                 del uses[use["id"]]
                 answered += 1
     raise AssertionError("the stream ended before the turn did")
@@ -68,37 +68,39 @@ def short_delays(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.fixture
-def run_script(plane: ControlPlane, make_pool: Any, wait_end: Any) -> Callable[..., Awaitable[Any]]:
+def run_script(
+    control_plane: ControlPlane, make_pool: Any, wait_for_end: Any
+) -> Callable[..., Awaitable[Any]]:
     """Return a function that runs a scripted session through a pool."""
 
     async def run(call: Any, *script: dict[str, Any], **settings: Any) -> Any:
-        (item,) = plane.enqueue(script=script)
+        (item,) = control_plane.enqueue(script=script)
         marked = call if rule_of(call) else handler(call)
         async with make_pool(marked, **settings):
-            return await wait_end(item.id)
+            return await wait_for_end(item.id)
 
     return run
 
 
 async def test_handler_answers_every_tool_use_of_script(
-    plane: ControlPlane, run_script: Any
+    control_plane: ControlPlane, run_script: Any
 ) -> None:
     script = [{"name": "Bash", "input": {"command": str(number)}} for number in range(10)]
-    final = await run_script(answer_all, *script)
+    final = await run_script(answer_all_tools, *script)
     assert (final.outcome, final.metadata) == ("completed", {"answered": "10"})
-    events_said = plane.events(final.item.session_id)
+    events_said = control_plane.events(final.item.session_id)
     texts = [one["content"][0]["text"] for one in events_said if one["type"] == "user.tool_result"]
     assert texts == [f"ran {number}" for number in range(10)]
 
 
 async def test_every_tool_use_is_answered_once_despite_lost_answers(
-    plane: ControlPlane, run_script: Any, faults: Faults
+    control_plane: ControlPlane, run_script: Any, faults: Faults
 ) -> None:
     for fault in (lost(applied=True), lost(applied=False), status(503), reset()):
         faults.add(fault, "send", "stream", "events", probability=0.15)
-    final = await run_script(answer_all, *[BASH] * 15)
+    final = await run_script(answer_all_tools, *[BASH] * 15)
     assert final.outcome == "completed"
-    events_said = plane.events(final.item.session_id)
+    events_said = control_plane.events(final.item.session_id)
     uses = [event["id"] for event in events_said if event["type"] == "agent.tool_use"]
     assert [one["tool_use_id"] for one in events_said if one["type"] == "user.tool_result"] == uses
     assert len(uses) == 15
@@ -114,7 +116,7 @@ async def test_session_events_list_returns_history(run_script: Any) -> None:
 
 
 async def test_message_that_may_have_been_sent_is_not_repeated(
-    plane: ControlPlane, run_script: Any, faults: Faults
+    control_plane: ControlPlane, run_script: Any, faults: Faults
 ) -> None:
     faults.add(status(429), "send", times=2)  # a 429 is never applied
     faults.add(lost(applied=True), "send", times=1, skip=2)
@@ -125,20 +127,20 @@ async def test_message_that_may_have_been_sent_is_not_repeated(
 
     final = await run_script(work, BASH)
     assert final.outcome == "completed"
-    events_said = [event["type"] for event in plane.events(final.item.session_id)]
+    events_said = [event["type"] for event in control_plane.events(final.item.session_id)]
     assert events_said.count("user.message") == 2  # one from the script, and one from the test
     assert len(faults.of("send")) == 3
 
 
 async def test_failed_check_whether_result_was_stored_is_repeated(
-    plane: ControlPlane, run_script: Any, faults: Faults
+    control_plane: ControlPlane, run_script: Any, faults: Faults
 ) -> None:
     faults.add(lost(applied=True), "send", times=1)
     faults.add(status(503), "events", times=2)
 
     async def work(session: Session) -> None:
-        (stored,) = await session.events.send(result(plane.events(session.id)[2]))
-        assert stored == plane.events(session.id)[3]
+        (stored,) = await session.events.send(tool_result(control_plane.events(session.id)[2]))
+        assert stored == control_plane.events(session.id)[3]
 
     final = await run_script(work, BASH)
     assert final.outcome == "completed"
@@ -149,33 +151,33 @@ async def test_failed_check_whether_result_was_stored_is_repeated(
 
 
 async def test_different_result_for_answered_tool_use_raises_conflict(
-    plane: ControlPlane, run_script: Any
+    control_plane: ControlPlane, run_script: Any
 ) -> None:
     async def work(session: Session) -> None:
-        use = plane.events(session.id)[-1]
-        plane.operations.send(session.id, [{**result(use), "content": []}])
+        use = control_plane.events(session.id)[-1]
+        control_plane.operations.send(session.id, [{**tool_result(use), "content": []}])
         with pytest.raises(ConflictError):
-            await session.events.send(result(use))
+            await session.events.send(tool_result(use))
 
     assert (await run_script(work, BASH)).outcome == "completed"
 
 
 async def test_events_after_lost_lease_are_neither_sent_nor_read(
-    plane: ControlPlane, run_script: Any, faults: Faults
+    control_plane: ControlPlane, run_script: Any, faults: Faults
 ) -> None:
     raised: list[type[BaseException]] = []
 
     async def work(session: Session) -> None:
         events = session.events
-        use = plane.events(session.id)[-1]
+        use = control_plane.events(session.id)[-1]
         async with events.stream() as stream:
             for _ in range(3):
                 await anext(stream)
-            lose_lease(plane, session)
+            lose_lease(control_plane, session)
             with pytest.raises(asyncio.CancelledError):
                 await anext(stream)
             before = len(faults.seen)
-            for call in (lambda: anext(stream), lambda: events.send(result(use)),
+            for call in (lambda: anext(stream), lambda: events.send(tool_result(use)),
                          lambda: anext(events.list())):  # fmt: skip
                 with pytest.raises(LeaseLost) as caught:
                     await call()
@@ -188,29 +190,29 @@ async def test_events_after_lost_lease_are_neither_sent_nor_read(
 
 
 async def test_event_stream_in_own_task_ends_with_lease(
-    plane: ControlPlane, run_script: Any
+    control_plane: ControlPlane, run_script: Any
 ) -> None:
     """No code cancels that task, so its wait must end by itself."""
     ended = asyncio.Event()
 
-    async def read(stream: EventStream, caught_up: asyncio.Event) -> None:
+    async def read_stream(stream: EventStream, caught_up: asyncio.Event) -> None:
         async for _ in stream:
             if stream.caught_up:
                 caught_up.set()
 
-    async def follow(session: Session, caught_up: asyncio.Event) -> None:
+    async def follow_stream(session: Session, caught_up: asyncio.Event) -> None:
         async with session.events.stream() as stream:
             with pytest.raises(LeaseLost):
-                await read(stream, caught_up)
+                await read_stream(stream, caught_up)
         ended.set()
 
     async with asyncio.TaskGroup() as group:
 
         async def work(session: Session) -> None:
             caught_up = asyncio.Event()
-            group.create_task(follow(session, caught_up))
+            group.create_task(follow_stream(session, caught_up))
             await caught_up.wait()
-            lose_lease(plane, session)
+            lose_lease(control_plane, session)
             async with asyncio.timeout(10):
                 await ended.wait()
 
@@ -219,23 +221,23 @@ async def test_event_stream_in_own_task_ends_with_lease(
 
 
 async def test_event_send_in_progress_is_cancelled_with_lease(
-    plane: ControlPlane, run_script: Any, faults: Faults
+    control_plane: ControlPlane, run_script: Any, faults: Faults
 ) -> None:
     hold = Hold()
     faults.add(hold, "send")
     raised: list[type[BaseException]] = []
 
-    async def send(session: Session) -> None:
+    async def send_event(session: Session) -> None:
         with pytest.raises(LeaseLost) as caught:
-            await session.events.send(result(plane.events(session.id)[-1]))
+            await session.events.send(tool_result(control_plane.events(session.id)[-1]))
         raised.append(caught.type)
 
     async with asyncio.TaskGroup() as group:
 
         async def work(session: Session) -> None:
-            group.create_task(send(session))
+            group.create_task(send_event(session))
             await hold.reached()
-            lose_lease(plane, session)
+            lose_lease(control_plane, session)
             await asyncio.Event().wait()
 
         assert (await run_script(work, BASH)).outcome == "lease_lost"
@@ -266,7 +268,7 @@ async def test_events_after_end_of_session_are_neither_sent_nor_read(
 # -- the token of an item's secret -----------------------------------------------------------------
 
 
-class Secrets:
+class SecretMiddleware:
     """A middleware that adds a secret to every polled item and records the tokens of requests."""
 
     def __init__(self, secret: object) -> None:
@@ -274,7 +276,7 @@ class Secrets:
         self.borne: dict[str, set[str]] = {}
 
     @web.middleware
-    async def middleware(self, request: web.Request, handler: Any) -> web.StreamResponse:
+    async def handle_request(self, request: web.Request, handler: Any) -> web.StreamResponse:
         tail = request.path.rpartition("/")[2]
         self.borne.setdefault(tail, set()).add(request.headers["Authorization"])
         response = await handler(request)
@@ -284,18 +286,18 @@ class Secrets:
         return response
 
 
-def packed(value: object) -> str:
+def packed_secret(value: object) -> str:
     return base64.urlsafe_b64encode(json.dumps(value).encode()).decode().rstrip("=")
 
 
 @pytest.mark.parametrize(
     ("secret", "bears_its_own"),
     [
-        (packed({"sessions_token": SESSIONS_TOKEN, "other": {"more": "?>~"}}), True),
-        (packed({"sessions_token": "not a token\r\n"}), False),
-        (packed({"sessions_token": 1}), False),
-        (packed({}), False),
-        (packed([SESSIONS_TOKEN]), False),
+        (packed_secret({"sessions_token": SESSIONS_TOKEN, "other": {"more": "?>~"}}), True),
+        (packed_secret({"sessions_token": "not a token\r\n"}), False),
+        (packed_secret({"sessions_token": 1}), False),
+        (packed_secret({}), False),
+        (packed_secret([SESSIONS_TOKEN]), False),
         ("%%%", False),
         ("é", False),
         (None, False),
@@ -315,13 +317,13 @@ async def test_token_of_item_is_used_for_its_session_calls_and_never_shown(
 
     async def work(session: Session) -> None:
         shown.append(f"{session!r} {session.item!r} {session.item}")
-        await answer_all(session)
+        await answer_all_tools(session)
 
-    secrets, faults = Secrets(secret), Faults()
+    secrets, faults = SecretMiddleware(secret), Faults()
     faults.add(status(500), "send", "stream", times=2)
     tokens = {"environment-key": None, SESSIONS_TOKEN: frozenset({DEFAULT_ENVIRONMENT})}
     async with ControlPlane(
-        tokens=tokens, middlewares=[secrets.middleware, faults.middleware]
+        tokens=tokens, middlewares=[secrets.handle_request, faults.middleware]
     ) as plane:
         (item,) = plane.enqueue(script=[BASH])
         settings = {"base_url": plane.anthropic_base_url, "token": "environment-key"}

@@ -1,4 +1,4 @@
-"""The log of a pool: one line for each session and reclaim, and the ids on every record."""
+"""The log of a pool: one line for each session and each reclaim, and the ids on every record."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ TRACE = "00-4bf92f3577b34da6a3ce929d0e0e4736-00f067aa0ba902b7-01"
 
 
 @handler
-async def report(session: Session) -> None:
+async def report_handler(session: Session) -> None:
     session.log.info("at work", extra={"reason": "a report"})
     if session.item.metadata.get("do") == "fail":
         raise RuntimeError("as it was asked to")
@@ -30,7 +30,7 @@ async def report(session: Session) -> None:
         raise Release("busy\nhere")
 
 
-def held_before(plane: ControlPlane) -> str:
+def item_held_before(plane: ControlPlane) -> str:
     """Enqueue an item that another worker held and lost; return its id."""
     (item,) = plane.enqueue()
     operations, environment = plane.operations, plane.environments[0]
@@ -40,7 +40,7 @@ def held_before(plane: ControlPlane) -> str:
     return item.id
 
 
-def fields(caplog: pytest.LogCaptureFixture, message: str) -> list[dict[str, Any]]:
+def record_fields(caplog: pytest.LogCaptureFixture, message: str) -> list[dict[str, Any]]:
     """Return the fields of the records with this message."""
     names = {*FIELDS, "levelname"}
     return [
@@ -51,16 +51,19 @@ def fields(caplog: pytest.LogCaptureFixture, message: str) -> list[dict[str, Any
 
 
 async def test_each_session_ends_with_one_line_at_info(
-    plane: ControlPlane, make_pool: Any, recorder: Recorder, caplog: pytest.LogCaptureFixture
+    control_plane: ControlPlane,
+    make_pool: Any,
+    recorder: Recorder,
+    caplog: pytest.LogCaptureFixture,
 ) -> None:
     caplog.set_level(logging.INFO, "workpool")
-    plane.enqueue()
-    plane.enqueue(metadata={"do": "fail"})
-    plane.enqueue(metadata={"do": "release"})
-    async with make_pool(report) as pool:
+    control_plane.enqueue()
+    control_plane.enqueue(metadata={"do": "fail"})
+    control_plane.enqueue(metadata={"do": "release"})
+    async with make_pool(report_handler) as pool:
         await recorder.wait_for(SessionFinished, count=3)
         ids = pool.log_ids
-    lines = fields(caplog, "session ended")
+    lines = record_fields(caplog, "session ended")
     assert sorted(line["outcome"] for line in lines) == ["completed", "failed", "released"]
     ended = {event.session.item.id: event for event in recorder.of(SessionFinished)}
     for line in lines:
@@ -79,30 +82,36 @@ async def test_each_session_ends_with_one_line_at_info(
         }
 
 
-async def test_failure_of_a_handler_is_found_by_item_and_by_session(
-    plane: ControlPlane, make_pool: Any, recorder: Recorder, caplog: pytest.LogCaptureFixture
+async def test_failure_of_a_handler_can_be_searched_by_item_and_by_session(
+    control_plane: ControlPlane,
+    make_pool: Any,
+    recorder: Recorder,
+    caplog: pytest.LogCaptureFixture,
 ) -> None:
-    (item,) = plane.enqueue(metadata={"do": "fail"})
-    async with make_pool(report) as pool:
+    (item,) = control_plane.enqueue(metadata={"do": "fail"})
+    async with make_pool(report_handler) as pool:
         await recorder.wait_for(SessionFinished)
         ids = pool.log_ids
-    (line,) = fields(caplog, "handler failed")
+    (line,) = record_fields(caplog, "handler failed")
     assert line == {
         "levelname": "ERROR",
         "work_id": item.id,
         "session_id": item.session_id,
-        "handler": "report.report",
+        "handler": "report_handler.report_handler",
         **ids,
     }
 
 
 async def test_every_record_of_a_pool_has_its_ids(
-    plane: ControlPlane, make_pool: Any, recorder: Recorder, caplog: pytest.LogCaptureFixture
+    control_plane: ControlPlane,
+    make_pool: Any,
+    recorder: Recorder,
+    caplog: pytest.LogCaptureFixture,
 ) -> None:
     """The records include those of the renewer's thread and of the embedder's own tasks."""
     caplog.set_level(logging.DEBUG, "workpool")
-    plane.enqueue(2)
-    async with make_pool(report) as pool:
+    control_plane.enqueue(2)
+    async with make_pool(report_handler) as pool:
         await recorder.wait_for(SessionFinished, count=2)
         pool.pause("for lunch")
         pool.resume()
@@ -133,15 +142,18 @@ async def test_every_record_of_a_pool_has_its_ids(
 
 @pytest.mark.usefixtures("fast_heartbeats")
 async def test_heartbeat_of_the_renewers_thread_is_logged_with_ids(
-    plane: ControlPlane, make_pool: Any, recorder: Recorder, caplog: pytest.LogCaptureFixture
+    control_plane: ControlPlane,
+    make_pool: Any,
+    recorder: Recorder,
+    caplog: pytest.LogCaptureFixture,
 ) -> None:
     @handler
-    async def wait(session: Session) -> None:
+    async def wait_for_heartbeat(session: Session) -> None:
         await session.interrupted()
 
     caplog.set_level(logging.DEBUG, "workpool")
-    plane.enqueue()
-    async with make_pool(wait) as pool:
+    control_plane.enqueue()
+    async with make_pool(wait_for_heartbeat) as pool:
         await recorder.wait_for(HeartbeatFinished, count=3)
         ids = pool.log_ids
     lines = [each for each in caplog.records if each.message == "heartbeat ended"]
@@ -150,68 +162,77 @@ async def test_heartbeat_of_the_renewers_thread_is_logged_with_ids(
 
 
 async def test_records_of_a_session_have_the_trace_of_its_item(
-    plane: ControlPlane,
+    control_plane: ControlPlane,
     faults: Faults,
     make_pool: Any,
     recorder: Recorder,
     caplog: pytest.LogCaptureFixture,
 ) -> None:
-    async def traced(request: web.Request, handler: Any) -> web.StreamResponse:
+    async def log_in_trace(request: web.Request, handler: Any) -> web.StreamResponse:
         response: web.StreamResponse = await handler(request)
         response.headers["traceparent"] = TRACE
         return response
 
     caplog.set_level(logging.INFO, "workpool")
-    faults.add(traced, "poll")
-    plane.enqueue()
-    async with make_pool(report):
+    faults.add(log_in_trace, "poll")
+    control_plane.enqueue()
+    async with make_pool(report_handler):
         await recorder.wait_for(SessionFinished)
     for message in ("at work", "session ended"):
-        [line] = fields(caplog, message)
+        [line] = record_fields(caplog, message)
         assert line["trace_id"] == TRACE.split("-")[1]
-    assert fields(caplog, "at work")[0]["reason"] == "a report"
+    assert record_fields(caplog, "at work")[0]["reason"] == "a report"
 
 
 async def test_line_of_a_session_has_the_trace_that_its_plugin_began(
-    plane: ControlPlane, make_pool: Any, recorder: Recorder, caplog: pytest.LogCaptureFixture
+    control_plane: ControlPlane,
+    make_pool: Any,
+    recorder: Recorder,
+    caplog: pytest.LogCaptureFixture,
 ) -> None:
     @handler
-    async def traced(session: Session) -> None:
+    async def log_in_trace(session: Session) -> None:
         session.traceparent = session.item.metadata["trace"]
 
     caplog.set_level(logging.INFO, "workpool")
-    plane.enqueue(metadata={"trace": TRACE})
-    plane.enqueue(metadata={"trace": "malformed"})
-    async with make_pool(traced):
+    control_plane.enqueue(metadata={"trace": TRACE})
+    control_plane.enqueue(metadata={"trace": "malformed"})
+    async with make_pool(log_in_trace):
         await recorder.wait_for(SessionFinished, count=2)
-    lines = fields(caplog, "session ended")
+    lines = record_fields(caplog, "session ended")
     assert sorted(line.get("trace_id", "") for line in lines) == ["", TRACE.split("-")[1]]
 
 
 async def test_polls_are_not_logged_at_info(
-    plane: ControlPlane, make_pool: Any, recorder: Recorder, caplog: pytest.LogCaptureFixture
+    control_plane: ControlPlane,
+    make_pool: Any,
+    recorder: Recorder,
+    caplog: pytest.LogCaptureFixture,
 ) -> None:
     caplog.set_level(logging.INFO, "workpool")
-    plane.enqueue()
-    async with make_pool(report):
+    control_plane.enqueue()
+    async with make_pool(report_handler):
         await recorder.wait_for(SessionFinished)
     assert not [each for each in caplog.records if each.levelno < logging.INFO]
-    assert len(fields(caplog, "session ended")) == 1
+    assert len(record_fields(caplog, "session ended")) == 1
 
 
 async def test_item_that_was_held_before_is_logged_as_reclaimed(
-    plane: ControlPlane, make_pool: Any, recorder: Recorder, caplog: pytest.LogCaptureFixture
+    control_plane: ControlPlane,
+    make_pool: Any,
+    recorder: Recorder,
+    caplog: pytest.LogCaptureFixture,
 ) -> None:
     caplog.set_level(logging.INFO, "workpool")
-    work_id = held_before(plane)
-    async with make_pool(report):
+    work_id = item_held_before(control_plane)
+    async with make_pool(report_handler):
         await recorder.wait_for(SessionFinished)
-    [line] = fields(caplog, "item reclaimed")
+    [line] = record_fields(caplog, "item reclaimed")
     assert (line["work_id"], line["direction"], line["stage"]) == (work_id, "gained", "poll")
 
 
 async def test_item_that_another_worker_has_is_logged_as_lost(
-    plane: ControlPlane,
+    control_plane: ControlPlane,
     faults: Faults,
     make_pool: Any,
     recorder: Recorder,
@@ -219,8 +240,8 @@ async def test_item_that_another_worker_has_is_logged_as_lost(
 ) -> None:
     caplog.set_level(logging.INFO, "workpool")
     faults.add(literal(b'{"error": {"type": "conflict"}}', 409), "ack", times=1)
-    (item,) = plane.enqueue()
-    async with make_pool(report, block_ms=20):
+    (item,) = control_plane.enqueue()
+    async with make_pool(report_handler, block_ms=20):
         await recorder.wait_for(ItemReclaimed)
-    [line] = fields(caplog, "item reclaimed")
+    [line] = record_fields(caplog, "item reclaimed")
     assert (line["work_id"], line["direction"], line["stage"]) == (item.id, "lost", "ack")

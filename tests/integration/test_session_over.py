@@ -14,10 +14,12 @@ if TYPE_CHECKING:
     from workpool.testing import Faults
 
 
-async def test_task_that_outlives_its_handler_sends_nothing(run_one: Any, faults: Faults) -> None:
+async def test_task_that_outlives_its_handler_sends_nothing(
+    run_one_item: Any, faults: Faults
+) -> None:
     over = asyncio.Event()
 
-    async def linger(session: Session) -> float:
+    async def outlive_handler(session: Session) -> float:
         await over.wait()
         with pytest.raises(SessionEnded):
             await session.update_metadata({"too": "late"})
@@ -27,9 +29,9 @@ async def test_task_that_outlives_its_handler_sends_nothing(run_one: Any, faults
         lingering: list[asyncio.Task[float]] = []
 
         async def work(session: Session) -> None:
-            lingering.append(group.create_task(linger(session)))
+            lingering.append(group.create_task(outlive_handler(session)))
 
-        assert (await run_one(work)).outcome == "completed"
+        assert (await run_one_item(work)).outcome == "completed"
         over.set()
     assert lingering[0].result() == 0
     assert not faults.of("update")

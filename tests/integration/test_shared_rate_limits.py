@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 WRITE_RATE, ITEMS = 30.0, 24
 
 
-class Watched(RateLimiter):
+class ThreadRecordingLimiter(RateLimiter):
     """A rate limiter that records the threads that acquire tokens."""
 
     def __init__(self, rate: float) -> None:
@@ -36,10 +36,10 @@ async def work(_: Session) -> None:
 
 
 async def test_two_pools_on_two_threads_share_one_rate_limit(
-    plane: ControlPlane, make_settings: Any
+    control_plane: ControlPlane, make_settings: Any
 ) -> None:
     limits = RateLimits(0, WRITE_RATE)
-    limits.write = watched = Watched(WRITE_RATE)
+    limits.write = watched = ThreadRecordingLimiter(WRITE_RATE)
     settings = make_settings()
     ready = threading.Barrier(2)
 
@@ -48,7 +48,7 @@ async def test_two_pools_on_two_threads_share_one_rate_limit(
         await asyncio.to_thread(ready.wait, 20)
         await pool.run(until_empty=True)
 
-    plane.enqueue(ITEMS)
+    control_plane.enqueue(ITEMS)
     began = time.monotonic()
     async with asyncio.timeout(40), asyncio.TaskGroup() as group:
         for _ in range(2):

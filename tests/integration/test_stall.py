@@ -29,7 +29,7 @@ async def hang() -> None:
     await asyncio.Event().wait()
 
 
-async def outcome_of(
+async def stall_outcome(
     workpool: Kit, act: Callable[[Session], Awaitable[object]], **settings: Any
 ) -> tuple[str, float]:
     """Run a session with that handler; return its outcome and its seconds."""
@@ -57,11 +57,11 @@ async def test_session_without_progress_is_stalled_and_its_item_stopped(workpool
 
 
 @in_virtual_time
-async def test_session_without_stall_timeout_may_be_silent(workpool: Kit) -> None:
+async def test_session_without_stall_timeout_may_report_no_progress(workpool: Kit) -> None:
     async def work(_: Session) -> None:
         await asyncio.sleep(10_000)
 
-    assert await outcome_of(workpool, work, stall_timeout=None) == ("completed", 10_000)
+    assert await stall_outcome(workpool, work, stall_timeout=None) == ("completed", 10_000)
 
 
 @in_virtual_time
@@ -71,7 +71,7 @@ async def test_session_that_makes_progress_is_not_stalled(workpool: Kit) -> None
             await asyncio.sleep(STALL - 1)
             session.progress()
 
-    assert await outcome_of(workpool, work) == ("completed", 290)
+    assert await stall_outcome(workpool, work) == ("completed", 290)
 
 
 @in_virtual_time
@@ -83,7 +83,7 @@ async def test_metadata_and_events_are_progress(workpool: Kit) -> None:
             await asyncio.sleep(STALL - 1)
             await session.events.send(MESSAGE)
 
-    assert await outcome_of(workpool, work) == ("completed", 290)
+    assert await stall_outcome(workpool, work) == ("completed", 290)
 
 
 @in_virtual_time
@@ -96,7 +96,7 @@ async def test_session_that_waits_for_a_person_is_not_stalled(workpool: Kit) -> 
             await asyncio.sleep(1_000)
         await hang()
 
-    outcome, seconds = await outcome_of(workpool, work)
+    outcome, seconds = await stall_outcome(workpool, work)
     assert outcome == "stalled"
     assert 3_000 + STALL <= seconds <= 3_000 + 2 * STALL
 
@@ -112,7 +112,7 @@ async def test_stall_timeout_of_handler_replaces_the_setting(workpool: Kit) -> N
 
 
 @in_virtual_time
-async def test_stalled_handler_can_clean_up_and_report_progress_in_vain(workpool: Kit) -> None:
+async def test_stalled_handler_can_clean_up_but_its_progress_changes_nothing(workpool: Kit) -> None:
     async def work(session: Session) -> None:
         try:
             await hang()
@@ -121,7 +121,7 @@ async def test_stalled_handler_can_clean_up_and_report_progress_in_vain(workpool
                 await asyncio.sleep(1)
                 session.progress()
 
-    assert await outcome_of(workpool, work) == ("stalled", 35)
+    assert await stall_outcome(workpool, work) == ("stalled", 35)
 
 
 @in_virtual_time
@@ -145,7 +145,7 @@ async def test_stall_is_logged_with_handler_and_seconds(
     async def work(_: Session) -> None:
         await hang()
 
-    await outcome_of(workpool, work)
+    await stall_outcome(workpool, work)
     assert "session stalled" in caplog.text
 
 
@@ -166,49 +166,49 @@ async def test_session_that_stalls_in_a_drain_is_stalled(workpool: Kit) -> None:
 
 
 async def test_progress_from_a_thread_counts(
-    make_pool: Any, plane: ControlPlane, recorder: Recorder
+    make_pool: Any, control_plane: ControlPlane, recorder: Recorder
 ) -> None:
-    def crunch(session: Session) -> None:
+    def report_from_thread(session: Session) -> None:
         for _ in range(10):
             time.sleep(0.1)
             session.progress()
 
     @handler
     async def work(session: Session) -> None:
-        await asyncio.to_thread(crunch, session)
+        await asyncio.to_thread(report_from_thread, session)
 
-    plane.enqueue()
+    control_plane.enqueue()
     async with make_pool(work, stall_timeout=0.5):
         finished = await recorder.wait_for(SessionFinished)
     assert finished.outcome == "completed"
 
 
 async def test_loop_that_was_blocked_stalls_no_other_session(
-    make_pool: Any, plane: ControlPlane, recorder: Recorder
+    make_pool: Any, control_plane: ControlPlane, recorder: Recorder
 ) -> None:
     @handler(metadata={"job": "steady"})
-    async def steady(session: Session) -> None:
+    async def steady_handler(session: Session) -> None:
         for _ in range(10):
             await asyncio.sleep(0.1)
             session.progress()
 
     @handler(metadata={"job": "block"})
-    async def block(_: Session) -> None:
+    async def blocking_handler(_: Session) -> None:
         await asyncio.sleep(0.15)
         time.sleep(1.5)  # noqa: ASYNC251 - it blocks the loop on purpose
 
-    plane.enqueue(metadata={"job": "steady"})
-    plane.enqueue(metadata={"job": "block"})
-    async with make_pool(steady, block, stall_timeout=1.0, concurrency=2):
+    control_plane.enqueue(metadata={"job": "steady"})
+    control_plane.enqueue(metadata={"job": "block"})
+    async with make_pool(steady_handler, blocking_handler, stall_timeout=1.0, concurrency=2):
         await recorder.wait_for(SessionFinished, count=2)
     assert {event.handler: event.outcome for event in recorder.of(SessionFinished)} == {
-        "steady.steady": "completed",
-        "block.block": "completed",
+        "steady_handler.steady_handler": "completed",
+        "blocking_handler.blocking_handler": "completed",
     }
 
 
-async def test_longest_silence_of_a_handler_is_a_gauge(
-    make_pool: Any, plane: ControlPlane, recorder: Recorder
+async def test_longest_time_without_progress_of_a_handler_is_a_gauge(
+    make_pool: Any, control_plane: ControlPlane, recorder: Recorder
 ) -> None:
     go_on, may_end = asyncio.Event(), asyncio.Event()
 
@@ -218,18 +218,18 @@ async def test_longest_silence_of_a_handler_is_a_gauge(
             await go_on.wait()
         await may_end.wait()
 
-    def silence() -> float:
+    def gauge_value() -> float:
         ((_, _, _, longest),) = supervisor._snapshot().sessions
         assert isinstance(longest, float)
         return longest
 
-    plane.enqueue()
+    control_plane.enqueue()
     async with make_pool(work) as supervisor:
         await recorder.wait_for(SessionStarted)
         await asyncio.sleep(0.1)
-        assert silence() == 0
+        assert gauge_value() == 0
         go_on.set()
         async with asyncio.timeout(10):
-            while silence() < 0.1:  # noqa: ASYNC110 - nothing tells of the time that passes
+            while gauge_value() < 0.1:  # noqa: ASYNC110 - nothing tells of the time that passes
                 await asyncio.sleep(0.02)
         may_end.set()

@@ -27,14 +27,16 @@ async def test_connect_that_raises_prevents_start_and_leaves_nothing(
 ) -> None:
     made: list[WorkClient] = []
 
-    def connect(settings: Settings) -> WorkClient:
+    def failing_connect(settings: Settings) -> WorkClient:
         if len(made) == number - 1:
             raise LookupError("no such vault")
         made.append(WorkClient(settings))
         return made[-1]
 
     registry = CollectorRegistry()
-    supervisor = Supervisor(make_settings(), plugins=[work], registry=registry, connect=connect)
+    supervisor = Supervisor(
+        make_settings(), plugins=[work], registry=registry, connect=failing_connect
+    )
     with pytest.raises(LookupError, match="no such vault"):
         await supervisor.__aenter__()
     assert not supervisor.status().ready

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from tests.integration.test_embedding import open_files, until, workpool_threads
+from tests.integration.test_embedding import open_file_count, wait_until, workpool_threads
 from workpool import Session, Supervisor, handler
 
 if TYPE_CHECKING:
@@ -33,7 +33,7 @@ async def work(session: Session) -> None:
             await session.interrupted()
 
 
-async def live(supervisor: Supervisor, dice: random.Random, end: str) -> None:
+async def run_pool(supervisor: Supervisor, dice: random.Random, end: str) -> None:
     """Run one pool and end it in the way that `end` names."""
     await asyncio.sleep(dice.uniform(0, SECONDS / 2))
     async with supervisor:
@@ -49,36 +49,38 @@ async def live(supervisor: Supervisor, dice: random.Random, end: str) -> None:
 @pytest.mark.trial
 @pytest.mark.timeout(120)
 async def test_five_hundred_concurrent_pools_leave_no_task_or_thread(
-    plane: ControlPlane, clock: Clock, make_settings: Callable[..., Settings]
+    control_plane: ControlPlane, clock: Clock, make_settings: Callable[..., Settings]
 ) -> None:
     dice = random.Random(3)  # noqa: S311 - repeatable, guards nothing
     settings = make_settings(drain_timeout=2, concurrency=2)
     async with Supervisor(settings, plugins=[work]):
-        pass  # fill caches, which do not count as leftovers
+        pass  # Caches are filled first, because they do not count as leftovers.
     gc.collect()
-    files, tasks, threads = open_files(), asyncio.all_tasks(), threading.active_count()
-    plane.enqueue(count=200)
+    files, tasks, threads = open_file_count(), asyncio.all_tasks(), threading.active_count()
+    control_plane.enqueue(count=200)
     ends = [dice.choice(["drain", "leave", "raise", "stay"]) for _ in range(POOLS)]
     async with asyncio.TaskGroup() as group:
         lives = [
-            group.create_task(swallow(live(Supervisor(settings, plugins=[work]), dice, end)))
+            group.create_task(
+                ignore_loop_error(run_pool(Supervisor(settings, plugins=[work]), dice, end))
+            )
             for end in ends
         ]
         for final, end in zip(lives, ends, strict=True):
             if end == "stay" or dice.random() < 0.2:
                 asyncio.get_running_loop().call_later(dice.uniform(0, SECONDS), final.cancel)
     assert not workpool_threads()
-    await until(lambda: threading.active_count() <= threads)
-    await until(lambda: asyncio.all_tasks() <= tasks)
+    await wait_until(lambda: threading.active_count() <= threads)
+    await wait_until(lambda: asyncio.all_tasks() <= tasks)
     gc.collect()
-    await until(lambda: open_files() <= files)
+    await wait_until(lambda: open_file_count() <= files)
     # the leases of ended pools have expired, so that another pool finishes their items
     clock.advance(60)
     await Supervisor(make_settings(concurrency=16), plugins=[work]).run(until_empty=True)
-    totals = plane.summary()
+    totals = control_plane.summary()
     assert (totals.stopped, totals.overlapping) == (200, 0)
 
 
-async def swallow(waiting: Any) -> None:
+async def ignore_loop_error(waiting: Any) -> None:
     with suppress(LookupError):
         await waiting

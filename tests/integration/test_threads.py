@@ -31,17 +31,17 @@ async def work(_: Session) -> None:
 
 
 async def test_observers_are_called_on_handlers_loop_for_events_of_any_thread(
-    plane: ControlPlane, make_pool: Any, recorder: Recorder
+    control_plane: ControlPlane, make_pool: Any, recorder: Recorder
 ) -> None:
     threads: dict[type, set[str]] = {}
 
-    class Watching:
+    class ThreadRecorder:
         @hookimpl
         def workpool_event(self, event: object) -> None:
             threads.setdefault(type(event), set()).add(threading.current_thread().name)
 
-    plane.enqueue()
-    async with make_pool(work, Watching()):
+    control_plane.enqueue()
+    async with make_pool(work, ThreadRecorder()):
         await recorder.wait_for(SessionFinished)
         await recorder.wait_for(LoopLagMeasured)
     here = threading.current_thread().name
@@ -50,25 +50,25 @@ async def test_observers_are_called_on_handlers_loop_for_events_of_any_thread(
 
 
 async def test_context_variable_set_by_handler_stays_in_its_session(
-    plane: ControlPlane, make_pool: Any, recorder: Recorder
+    control_plane: ControlPlane, make_pool: Any, recorder: Recorder
 ) -> None:
     before: list[str] = []
 
     @handler
-    async def setting(session: Session) -> None:
+    async def set_variable(session: Session) -> None:
         before.append(seen.get())
         seen.set(session.id)
 
-    plane.enqueue(5)
+    control_plane.enqueue(5)
     token = seen.set("the embedder's")
-    async with make_pool(setting, concurrency=1):
+    async with make_pool(set_variable, concurrency=1):
         await recorder.wait_for(SessionFinished, count=5)
     assert before == ["the embedder's"] * 5
     seen.reset(token)
 
 
 async def test_renewer_closes_before_plugins_and_plugins_before_connections(
-    plane: ControlPlane, make_settings: Any, recorder: Recorder
+    control_plane: ControlPlane, make_settings: Any, recorder: Recorder
 ) -> None:
     clients: list[WorkClient] = []
     closing: dict[str, Any] = {}
@@ -77,13 +77,13 @@ async def test_renewer_closes_before_plugins_and_plugins_before_connections(
         clients.append(WorkClient(settings))
         return clients[-1]
 
-    class Late:
+    class CloseOrderPlugin:
         @hookimpl
         def workpool_lifespan(self) -> Any:
-            return self.context()
+            return self.record_close()
 
         @asynccontextmanager
-        async def context(self) -> AsyncIterator[None]:
+        async def record_close(self) -> AsyncIterator[None]:
             yield
             closing["threads"] = [
                 thread.name
@@ -92,8 +92,8 @@ async def test_renewer_closes_before_plugins_and_plugins_before_connections(
             ]
             closing["stats"] = await clients[0].stats()
 
-    plane.enqueue()
-    plugins = [work, Late(), recorder]
+    control_plane.enqueue()
+    plugins = [work, CloseOrderPlugin(), recorder]
     async with Supervisor(make_settings(), plugins=plugins, connect=connect):
         await recorder.wait_for(SessionFinished)
     assert closing["threads"] == []
@@ -105,10 +105,10 @@ async def test_renewer_closes_before_plugins_and_plugins_before_connections(
 
 
 async def test_number_of_remembered_work_ids_is_limited(
-    plane: ControlPlane, make_pool: Any, recorder: Recorder, monkeypatch: pytest.MonkeyPatch
+    control_plane: ControlPlane, make_pool: Any, recorder: Recorder, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("workpool.pool.dispatcher.REMEMBERED_IDS", 3)
-    plane.enqueue(8)
+    control_plane.enqueue(8)
     async with make_pool(work) as pool:
         await recorder.wait_for(SessionFinished, count=8)
         dispatcher = pool._view.dispatcher

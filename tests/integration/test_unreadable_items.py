@@ -28,25 +28,27 @@ async def work(_: Session) -> None:
     pass
 
 
-def too_large(item: dict[str, Any]) -> bytes:
+def too_large_item(item: dict[str, Any]) -> bytes:
     item["metadata"]["pad"] = PAD
     return orjson.dumps(item)
 
 
-def too_large_with_late_id(item: dict[str, Any]) -> bytes:
+def too_large_item_with_late_id(item: dict[str, Any]) -> bytes:
     return orjson.dumps({"pad": {"x": PAD}, **item})
 
 
-def malformed(item: dict[str, Any]) -> bytes:
+def malformed_item(item: dict[str, Any]) -> bytes:
     return orjson.dumps(item | {"state": "odd"})
 
 
-@pytest.fixture(params=[too_large, too_large_with_late_id, malformed])
-def spoil(faults: Faults, request: pytest.FixtureRequest) -> Callable[[dict[str, Any]], bytes]:
+@pytest.fixture(params=[too_large_item, too_large_item_with_late_id, malformed_item])
+def spoil_items(
+    faults: Faults, request: pytest.FixtureRequest
+) -> Callable[[dict[str, Any]], bytes]:
     """Replace polled items that have the metadata `bad` by what the parameter makes of them."""
     make: Callable[[dict[str, Any]], bytes] = request.param
 
-    async def answer(request: web.Request, handler: Handler) -> web.StreamResponse:
+    async def answer_poll(request: web.Request, handler: Handler) -> web.StreamResponse:
         response = await handler(request)
         assert isinstance(response, web.Response)
         item = orjson.loads(response.text or "")
@@ -54,28 +56,30 @@ def spoil(faults: Faults, request: pytest.FixtureRequest) -> Callable[[dict[str,
             return response
         return web.Response(body=make(item), content_type="application/json")
 
-    faults.add(answer, "poll")
+    faults.add(answer_poll, "poll")
     return make
 
 
 async def test_thirty_unreadable_items_do_not_prevent_other_items(
-    plane: ControlPlane,
+    control_plane: ControlPlane,
     make_pool: Any,
     recorder: Recorder,
     caplog: pytest.LogCaptureFixture,
-    spoil: Callable[[dict[str, Any]], bytes],
+    spoil_items: Callable[[dict[str, Any]], bytes],
 ) -> None:
-    bad = plane.enqueue(count=30, metadata={"bad": "yes"})
-    plane.enqueue(count=10)
+    bad = control_plane.enqueue(count=30, metadata={"bad": "yes"})
+    control_plane.enqueue(count=10)
     async with make_pool(work):
         await recorder.wait_for(SessionFinished, count=10)
     assert not recorder.of(PollerBackedOff)
     assert len(recorder.of(PollFinished)) < 200  # 40 polls, and 30 more every 5 s
     lines = [each for each in caplog.records if each.message.startswith("item cannot be read")]
-    if spoil is too_large_with_late_id:
+    if spoil_items is too_large_item_with_late_id:
         assert len(lines) == 1
     else:
         named = {each.id for each in bad if each.id in {vars(line)["work_id"] for line in lines}}
         assert len(named) == len(lines) == 30
     for each in bad:
-        assert plane.operations.get(plane.environments[0], each.id).state == "queued"
+        assert (
+            control_plane.operations.get(control_plane.environments[0], each.id).state == "queued"
+        )

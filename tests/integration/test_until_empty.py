@@ -16,7 +16,8 @@ if TYPE_CHECKING:
     from workpool.server import ControlPlane
     from workpool.testing import Faults, Recorder
 
-NULL_EARLY = 0.09  # seconds by which a null poll that may wait for 0.1 s ends early
+# A poll without an item that may wait for 0.1 s is answered this many seconds early.
+NULL_EARLY = 0.09
 
 
 @handler
@@ -26,18 +27,18 @@ async def work(_: Session) -> None:
 
 @pytest.mark.parametrize(("pollers", "prefetch"), [(1, 0), (2, 0), (4, 4)])
 async def test_queue_run_until_empty_costs_four_requests_per_item(
-    plane: ControlPlane, faults: Faults, make_pool: Any, recorder: Recorder, pollers: int,
+    control_plane: ControlPlane, faults: Faults, make_pool: Any, recorder: Recorder, pollers: int,
     prefetch: int,
 ) -> None:  # fmt: skip
-    items = plane.enqueue(200)
+    items = control_plane.enqueue(200)
     pool = make_pool(work, pollers=pollers, prefetch=prefetch, block_ms=20)
     await pool.run(until_empty=True)
-    assert plane.summary() == (200, 200, 0, 0, 0)
+    assert control_plane.summary() == (200, 200, 0, 0, 0)
     assert [event.outcome for event in recorder.of(SessionFinished)] == ["completed"] * 200
     assert {event.session.item.id for event in recorder.of(SessionFinished)} == {
         item.id for item in items
     }
-    delivered = [record for record in plane.history if record.kind == "delivered"]
+    delivered = [record for record in control_plane.history if record.kind == "delivered"]
     assert len(delivered) == 200
     sent = Counter(request.op for request in faults.seen)
     assert set(sent) == {"poll", "ack", "heartbeat", "stop"}
@@ -45,7 +46,7 @@ async def test_queue_run_until_empty_costs_four_requests_per_item(
     assert pool.abandoned == 0
 
 
-async def test_until_empty_on_empty_queue_ends_at_first_null_poll(
+async def test_until_empty_on_empty_queue_ends_at_first_poll_without_item(
     faults: Faults, make_pool: Any
 ) -> None:
     await make_pool(work, pollers=1, block_ms=20).run(until_empty=True)
@@ -53,27 +54,27 @@ async def test_until_empty_on_empty_queue_ends_at_first_null_poll(
 
 
 async def test_until_empty_waits_for_running_sessions_and_takes_new_items(
-    plane: ControlPlane, make_pool: Any, recorder: Recorder
+    control_plane: ControlPlane, make_pool: Any, recorder: Recorder
 ) -> None:
     @handler
-    async def more(session: Session) -> None:
+    async def enqueue_more(session: Session) -> None:
         if "last" not in session.item.metadata:
             await asyncio.sleep(0.1)  # as long as several null polls
-            plane.enqueue(metadata={"last": "yes"})
+            control_plane.enqueue(metadata={"last": "yes"})
 
-    plane.enqueue()
+    control_plane.enqueue()
     async with asyncio.timeout(20):
-        await make_pool(more, pollers=2, block_ms=20).run(until_empty=True)
+        await make_pool(enqueue_more, pollers=2, block_ms=20).run(until_empty=True)
     assert len(recorder.of(SessionFinished)) == 2
 
 
 async def test_until_empty_does_not_end_during_another_poll(
-    plane: ControlPlane, faults: Faults, make_pool: Any, recorder: Recorder
+    control_plane: ControlPlane, faults: Faults, make_pool: Any, recorder: Recorder
 ) -> None:
     """One poller receives null while an answer with an item for the other poller is in flight."""
     hold = Hold(applied=True)
     faults.add(hold, "poll", times=1)
-    plane.enqueue()
+    control_plane.enqueue()
     pool = make_pool(work, pollers=2, block_ms=20)
     async with asyncio.TaskGroup() as group:
         running = group.create_task(pool.run(until_empty=True))
@@ -85,40 +86,40 @@ async def test_until_empty_does_not_end_during_another_poll(
     assert len(recorder.of(SessionFinished)) == 1
 
 
-async def test_until_empty_with_pollers_out_of_step_ends(
-    plane: ControlPlane, faults: Faults, make_pool: Any
+async def test_until_empty_with_polls_that_never_overlap_ends(
+    control_plane: ControlPlane, faults: Faults, make_pool: Any
 ) -> None:
-    """The control plane answers null early, so each poller pauses while the other one polls."""
+    """The control plane answers early, so each poller pauses while the other one polls."""
 
     @handler
-    async def until_out_of_step(_: Session) -> None:
+    async def wait_until_out_of_step(_: Session) -> None:
         await faults.wait_for("poll", count=7)
 
-    plane.enqueue()
+    control_plane.enqueue()
     faults.add(delay(NULL_EARLY / 2), "poll", skip=2, times=1)
     faults.add(delay(NULL_EARLY), "poll", skip=1)
     faults.add(literal(b"null"), "poll", skip=1)
     async with asyncio.timeout(20):
-        await make_pool(until_out_of_step, pollers=2, block_ms=100).run(until_empty=True)
+        await make_pool(wait_until_out_of_step, pollers=2, block_ms=100).run(until_empty=True)
 
 
 async def test_until_empty_with_unwanted_items_queued_ends(
-    plane: ControlPlane, make_pool: Any, recorder: Recorder
+    control_plane: ControlPlane, make_pool: Any, recorder: Recorder
 ) -> None:
-    plane.enqueue(work_type="for_others")
+    control_plane.enqueue(work_type="for_others")
     async with asyncio.timeout(20):
         await make_pool(work, pollers=2, block_ms=20).run(until_empty=True)
     assert recorder.of(ItemDeclined)
 
 
 async def test_until_empty_after_released_item_ends(
-    plane: ControlPlane, make_pool: Any, recorder: Recorder
+    control_plane: ControlPlane, make_pool: Any, recorder: Recorder
 ) -> None:
     @handler
-    async def later(_: Session) -> None:
+    async def release_later(_: Session) -> None:
         raise Release(delay=600)
 
-    plane.enqueue()
+    control_plane.enqueue()
     async with asyncio.timeout(20):
-        await make_pool(later, pollers=2, block_ms=20).run(until_empty=True)
+        await make_pool(release_later, pollers=2, block_ms=20).run(until_empty=True)
     assert [event.outcome for event in recorder.of(SessionFinished)] == ["released"]

@@ -44,7 +44,7 @@ def dialect(request: pytest.FixtureRequest) -> str:
 
 
 @pytest.fixture
-async def plane(faults: Faults, clock: Clock) -> AsyncIterator[ControlPlane]:
+async def control_plane(faults: Faults, clock: Clock) -> AsyncIterator[ControlPlane]:
     worker_keys, middlewares = [KEY], [faults.middleware]
     async with ControlPlane(now=clock, worker_keys=worker_keys, middlewares=middlewares) as plane:
         yield plane
@@ -52,9 +52,9 @@ async def plane(faults: Faults, clock: Clock) -> AsyncIterator[ControlPlane]:
 
 @pytest.fixture
 def make_settings(
-    plane: ControlPlane, make_settings: Callable[..., Any], dialect: str
+    control_plane: ControlPlane, make_settings: Callable[..., Any], dialect: str
 ) -> Callable[..., Any]:
-    urls = {"qoder": plane.base_url, "anthropic": plane.anthropic_base_url}
+    urls = {"qoder": control_plane.base_url, "anthropic": control_plane.anthropic_base_url}
 
     def make(**values: Any) -> Any:
         given = {"token": KEY, "dialect": dialect, "base_url": urls[dialect], **values}
@@ -68,17 +68,17 @@ def quick_retries(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(lease, "RETRY_PARTS", (6000,))
 
 
-def counted(faults: Faults) -> Counter[str]:
+def call_counts(faults: Faults) -> Counter[str]:
     return Counter(request.op for request in faults.seen)
 
 
-async def finished(recorder: Recorder, count: int) -> list[SessionFinished]:
+async def finished_items(recorder: Recorder, count: int) -> list[SessionFinished]:
     await recorder.wait_for(SessionFinished, count=count)
     return recorder.of(SessionFinished)
 
 
 async def test_each_optional_call_is_refused_and_logged_once(
-    plane: ControlPlane,
+    control_plane: ControlPlane,
     faults: Faults,
     make_pool: Any,
     recorder: Recorder,
@@ -86,14 +86,15 @@ async def test_each_optional_call_is_refused_and_logged_once(
 ) -> None:
     with caplog.at_level(logging.WARNING):
         async with make_pool(work, stats_interval=0.02, concurrency=1):
-            plane.enqueue(5)
-            ends = await finished(recorder, 5)
+            control_plane.enqueue(5)
+            ends = await finished_items(recorder, 5)
             await faults.wait_for("poll", count=len(faults.of("poll")) + 2, answered=True)
     assert {end.outcome for end in ends} == {"completed"}
-    assert {plane.operations.get(item.environment_id, item.id).state for item in items(plane)} == {
-        "stopped"
-    }
-    assert counted(faults)["update"] == counted(faults)["stats"] == 1
+    assert {
+        control_plane.operations.get(item.environment_id, item.id).state
+        for item in listed_items(control_plane)
+    } == {"stopped"}
+    assert call_counts(faults)["update"] == call_counts(faults)["stats"] == 1
     assert len(recorder.of(ResultDropped)) == 5
     assert not recorder.of(QueueStatsRead)
     warnings = [record for record in caplog.records if record.levelno >= logging.WARNING]
@@ -104,154 +105,158 @@ async def test_each_optional_call_is_refused_and_logged_once(
     assert "yes" not in caplog.text
 
 
-def items(plane: ControlPlane) -> tuple[Any, ...]:
+def listed_items(plane: ControlPlane) -> tuple[Any, ...]:
     return tuple(plane.operations.page(plane.environments[0], 100).items)
 
 
 async def test_unanswered_heartbeat_is_recovered_from_list_of_items(
-    run_one: Any, faults: Faults, recorder: Recorder
+    run_one_item: Any, faults: Faults, recorder: Recorder
 ) -> None:
     faults.add(lost(), "heartbeat", times=1)
-    final = await run_one(work)
+    final = await run_one_item(work)
     assert final.outcome == "completed"
     results = [event.result for event in recorder.of(HeartbeatFinished)]
     assert results == ["transient", "recovered", "ok"]
-    assert counted(faults)["get"] == 1
+    assert call_counts(faults)["get"] == 1
     expected = [each.query.get("expected_last_heartbeat") for each in faults.of("heartbeat")]
     assert expected[:2] == ["NO_HEARTBEAT", "NO_HEARTBEAT"]
     assert None not in expected
 
 
 async def test_unanswered_heartbeat_of_item_missing_in_list_loses_lease(
-    run_one: Any, faults: Faults, recorder: Recorder
+    run_one_item: Any, faults: Faults, recorder: Recorder
 ) -> None:
     faults.add(lost(), "heartbeat", times=1)
     empty = {"data": [], "has_more": False, "next_page": None}
     faults.add(literal(orjson.dumps(empty)), "list")
-    final = await run_one(work)
+    final = await run_one_item(work)
     assert final.outcome == "lease_lost"
     assert [each.op for each in final.sent if each.op != "ack"] == ["heartbeat", "heartbeat", "get"]
     assert not recorder.of(ItemReclaimed)
 
 
 async def test_heartbeat_conflict_under_worker_key_ends_lease_at_once(
-    run_one: Any, faults: Faults
+    run_one_item: Any, faults: Faults
 ) -> None:
     faults.add(status(409), "heartbeat")
-    final = await run_one(work)
+    final = await run_one_item(work)
     assert final.outcome == "lease_lost"
     assert [each.op for each in final.sent] == ["ack", "heartbeat", "get"]
     assert not faults.of("list")
 
 
 async def test_second_heartbeat_conflict_under_worker_key_causes_no_read(
-    plane: ControlPlane, faults: Faults, make_pool: Any, recorder: Recorder
+    control_plane: ControlPlane, faults: Faults, make_pool: Any, recorder: Recorder
 ) -> None:
     faults.add(status(409), "heartbeat")
     async with make_pool(work, concurrency=1):
-        plane.enqueue(3)
-        ends = await finished(recorder, 3)
+        control_plane.enqueue(3)
+        ends = await finished_items(recorder, 3)
     assert {end.outcome for end in ends} == {"lease_lost"}
-    assert counted(faults)["get"] == 1
+    assert call_counts(faults)["get"] == 1
 
 
 async def test_attempts_under_worker_key_are_counted_in_process(
-    plane: ControlPlane, clock: Clock, make_pool: Any, recorder: Recorder
+    control_plane: ControlPlane, clock: Clock, make_pool: Any, recorder: Recorder
 ) -> None:
     attempts: list[int] = []
 
     held = asyncio.Event()
 
     @handler
-    async def runs(session: Session) -> None:
+    async def record_run(session: Session) -> None:
         attempts.append(session.attempt)
         held.set()
         await asyncio.Event().wait()
 
-    async with make_pool(runs, max_attempts=2, reclaim_older_than_ms=0, block_ms=50):
-        (item,) = plane.enqueue()
+    async with make_pool(record_run, max_attempts=2, reclaim_older_than_ms=0, block_ms=50):
+        (item,) = control_plane.enqueue()
         for _ in range(2):
             await held.wait()
             held.clear()
             clock.advance(100)
-            plane.operations.wake()
+            control_plane.operations.wake()
             await recorder.wait_for(SessionFinished, count=len(attempts))
-        ends = await finished(recorder, 3)
+        ends = await finished_items(recorder, 3)
     assert attempts == [1, 2]
     assert [end.outcome for end in ends] == ["lease_lost", "lease_lost", "failed"]
     assert isinstance(ends[-1].error, AttemptsExceeded)
-    assert plane.operations.get(plane.environments[0], item.id).state == "stopped"
+    assert control_plane.operations.get(control_plane.environments[0], item.id).state == "stopped"
 
 
 async def test_release_under_worker_key_is_not_counted_as_attempt(
-    plane: ControlPlane, clock: Clock, make_pool: Any, recorder: Recorder
+    control_plane: ControlPlane, clock: Clock, make_pool: Any, recorder: Recorder
 ) -> None:
     attempts: list[int] = []
 
     @handler
-    async def releases(session: Session) -> None:
+    async def release_item(session: Session) -> None:
         attempts.append(session.attempt)
         if len(attempts) < 3:
             raise Release("not yet")
 
-    async with make_pool(releases, block_ms=50):
-        plane.enqueue()
+    async with make_pool(release_item, block_ms=50):
+        control_plane.enqueue()
         for count in (1, 2):
-            await finished(recorder, count)
+            await finished_items(recorder, count)
             clock.advance(100)
-            plane.operations.wake()
-        ends = await finished(recorder, 3)
+            control_plane.operations.wake()
+        ends = await finished_items(recorder, 3)
     assert attempts == [1, 1, 1]
     assert ends[-1].outcome == "completed"
 
 
 async def test_metadata_write_under_worker_key_is_refused_without_request(
-    plane: ControlPlane, faults: Faults, make_pool: Any, recorder: Recorder
+    control_plane: ControlPlane, faults: Faults, make_pool: Any, recorder: Recorder
 ) -> None:
     errors: list[str] = []
 
     @handler
-    async def write(session: Session) -> None:
+    async def write_metadata(session: Session) -> None:
         try:
             await session.update_metadata({"step": "1"})
         except NotPermittedError as error:
             errors.append(str(error))
 
-    async with make_pool(write):
-        plane.enqueue(3)
-        ends = await finished(recorder, 3)
+    async with make_pool(write_metadata):
+        control_plane.enqueue(3)
+        ends = await finished_items(recorder, 3)
     assert {end.outcome for end in ends} == {"completed"}
     assert len(errors) == 3
     assert "may not make this call" in errors[0]
-    assert counted(faults)["update"] <= 3  # calls that were in flight at the same time
+    assert call_counts(faults)["update"] <= 3  # calls that were in flight at the same time
 
 
-async def test_handler_error_under_worker_key_fails_session(run_one: Any, faults: Faults) -> None:
+async def test_handler_error_under_worker_key_fails_session(
+    run_one_item: Any, faults: Faults
+) -> None:
     @handler
-    async def fail(_: Session) -> None:
+    async def raise_error(_: Session) -> None:
         raise ValueError("on purpose")
 
-    final = await run_one(fail)
+    final = await run_one_item(raise_error)
     assert final.outcome == "failed"
     assert final.metadata == {}
-    assert counted(faults)["update"] == 1
+    assert call_counts(faults)["update"] == 1
 
 
 async def test_second_credential_is_used_for_optional_calls(
-    plane: ControlPlane, run_one: Any, faults: Faults, recorder: Recorder, dialect: str
+    control_plane: ControlPlane, run_one_item: Any, faults: Faults, recorder: Recorder, dialect: str
 ) -> None:
     names: list[tuple[str, bool]] = []
 
-    async def note(request: Any, handler: Any) -> Any:
+    async def record_credential(request: Any, handler: Any) -> Any:
         headers = request.headers
         key = headers.get("X-Api-Key") or headers.get("Authorization", "").split()[-1]
-        names.append((request.path.rpartition("/")[2], key == plane.token))
-        assert ("X-Api-Key" in headers) == (dialect == "anthropic" and key == plane.token)
+        names.append((request.path.rpartition("/")[2], key == control_plane.token))
+        assert ("X-Api-Key" in headers) == (dialect == "anthropic" and key == control_plane.token)
         return await handler(request)
 
-    faults.add(note, "poll", "ack", "heartbeat", "stop", "list", "get", "update", "stats")
+    faults.add(
+        record_credential, "poll", "ack", "heartbeat", "stop", "list", "get", "update", "stats"
+    )
     faults.add(lost(), "heartbeat", times=1)
-    final = await run_one(work, api_key=plane.token, stats_interval=60)
+    final = await run_one_item(work, api_key=control_plane.token, stats_interval=60)
     assert final.outcome == "completed"
     assert final.metadata == {"done": "yes"}
     assert not recorder.of(ResultDropped)
@@ -263,14 +268,14 @@ async def test_second_credential_is_used_for_optional_calls(
 
 
 async def test_optional_calls_are_tried_again_after_refused_poll(
-    plane: ControlPlane, faults: Faults, make_pool: Any, recorder: Recorder
+    control_plane: ControlPlane, faults: Faults, make_pool: Any, recorder: Recorder
 ) -> None:
     """The refused optional call may have been refused for the same temporary reason as the poll."""
     async with make_pool(work, concurrency=1, block_ms=20):
-        plane.enqueue()
-        await finished(recorder, 1)
+        control_plane.enqueue()
+        await finished_items(recorder, 1)
         faults.add(status(403), "poll", times=1)
         await faults.wait_for("poll", count=len(faults.of("poll")) + 3)
-        plane.enqueue(2)
-        await finished(recorder, 3)
-    assert counted(faults)["update"] == 2
+        control_plane.enqueue(2)
+        await finished_items(recorder, 3)
+    assert call_counts(faults)["update"] == 2

@@ -43,10 +43,12 @@ def short_delays(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture(params=["qoder", "anthropic"])
 async def client(
-    request: pytest.FixtureRequest, plane: ControlPlane, make_settings: Callable[..., Settings]
+    request: pytest.FixtureRequest,
+    control_plane: ControlPlane,
+    make_settings: Callable[..., Settings],
 ) -> AsyncIterator[WorkClient]:
     dialect = request.param
-    url = plane.base_url if dialect == "qoder" else plane.anthropic_base_url
+    url = control_plane.base_url if dialect == "qoder" else control_plane.anthropic_base_url
     async with WorkClient(make_settings(dialect=dialect, base_url=url)) as client:
         yield client
 
@@ -93,31 +95,33 @@ def append_events(plane: ControlPlane, session_id: str, count: int) -> list[str]
 # -- list and send -----------------------------------------------------------------------------
 
 
-async def test_event_list_returns_whole_history(plane: ControlPlane, client: WorkClient) -> None:
-    session_id = scripted_item(plane)
-    events_said = append_events(plane, session_id, 250)
+async def test_event_list_returns_whole_history(
+    control_plane: ControlPlane, client: WorkClient
+) -> None:
+    session_id = scripted_item(control_plane)
+    events_said = append_events(control_plane, session_id, 250)
     events = [event async for event in client.events(session_id).list()]
     assert event_ids(events) == events_said
-    assert events == list(plane.events(session_id))
+    assert events == list(control_plane.events(session_id))
 
 
 async def test_event_page_that_is_too_large_is_requested_in_smaller_pages(
-    plane: ControlPlane,
+    control_plane: ControlPlane,
     qoder_control_plane: WorkClient,
     faults: Faults,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(endpoints, "EVENTS", replace(endpoints.EVENTS, limit=20_000))
-    session_id = scripted_item(plane)
+    session_id = scripted_item(control_plane)
     for _ in range(30):
-        plane.emit(session_id, {"type": "agent.thinking", "text": "x" * 5_000})
+        control_plane.emit(session_id, {"type": "agent.thinking", "text": "x" * 5_000})
     events = [event async for event in qoder_control_plane.events(session_id).list()]
-    assert event_ids(events) == event_ids(plane.events(session_id))
+    assert event_ids(events) == event_ids(control_plane.events(session_id))
     assert {request.query["limit"] for request in faults.of("events")} == {"100", "10", "1"}
 
 
 async def test_event_list_without_has_more_continues_until_last_next_page(
-    plane: ControlPlane, qoder_control_plane: WorkClient, faults: Faults
+    control_plane: ControlPlane, qoder_control_plane: WorkClient, faults: Faults
 ) -> None:
     bodies = [
         b'{"data": [{"id": "evt_1", "type": "x"}], "next_page": "a"}',
@@ -126,17 +130,19 @@ async def test_event_list_without_has_more_continues_until_last_next_page(
     ]
     for number, body in enumerate(bodies):
         faults.add(literal(body), "events", skip=number, times=1)
-    events = [event async for event in qoder_control_plane.events(scripted_item(plane)).list()]
+    events = [
+        event async for event in qoder_control_plane.events(scripted_item(control_plane)).list()
+    ]
     assert event_ids(events) == ["evt_1", "evt_2"]
 
 
 async def test_event_list_with_repeated_page_token_raises_transient_error(
-    plane: ControlPlane, qoder_control_plane: WorkClient, faults: Faults
+    control_plane: ControlPlane, qoder_control_plane: WorkClient, faults: Faults
 ) -> None:
     body = b'{"data": [], "has_more": true, "next_page": "same"}'
     faults.add(literal(body), "events")
     with pytest.raises(TransientError, match="repeat"):
-        [event async for event in qoder_control_plane.events(scripted_item(plane)).list()]
+        [event async for event in qoder_control_plane.events(scripted_item(control_plane)).list()]
 
 
 @pytest.mark.parametrize(
@@ -146,23 +152,25 @@ async def test_event_list_with_repeated_page_token_raises_transient_error(
      b'{"data": [], "next_page": 1}'],
 )  # fmt: skip
 async def test_event_list_with_malformed_page_raises_bad_body(
-    plane: ControlPlane, qoder_control_plane: WorkClient, faults: Faults, body: bytes
+    control_plane: ControlPlane, qoder_control_plane: WorkClient, faults: Faults, body: bytes
 ) -> None:
     faults.add(literal(body), "events")
     with pytest.raises(TransientError) as caught:
-        [event async for event in qoder_control_plane.events(scripted_item(plane)).list()]
+        [event async for event in qoder_control_plane.events(scripted_item(control_plane)).list()]
     assert caught.value.reason == "bad_body"
 
 
-async def test_sent_events_are_returned_as_stored(plane: ControlPlane, client: WorkClient) -> None:
-    session_id = scripted_item(plane, BASH)
-    use = open_tool_use(plane, session_id)
+async def test_sent_events_are_returned_as_stored(
+    control_plane: ControlPlane, client: WorkClient
+) -> None:
+    session_id = scripted_item(control_plane, BASH)
+    use = open_tool_use(control_plane, session_id)
     stored = await client.events(session_id).send(MESSAGE, tool_result(use))
-    assert list(stored) == list(plane.events(session_id)[3:5])
+    assert list(stored) == list(control_plane.events(session_id)[3:5])
 
 
-async def test_invalid_events_are_refused(plane: ControlPlane, client: WorkClient) -> None:
-    session_id = scripted_item(plane, BASH)
+async def test_invalid_events_are_refused(control_plane: ControlPlane, client: WorkClient) -> None:
+    session_id = scripted_item(control_plane, BASH)
     events = client.events(session_id)
     with pytest.raises(RefusedError) as refused:
         await events.send({"type": "agent.message"})
@@ -175,19 +183,19 @@ async def test_invalid_events_are_refused(plane: ControlPlane, client: WorkClien
         await events.send({"type": "user.message", "content": "\ud800"})
     with pytest.raises(ValueError, match="session_id"):
         client.events("../work")
-    assert len(plane.events(session_id)) == 3
+    assert len(control_plane.events(session_id)) == 3
 
 
 async def test_result_repeated_after_lost_answer_counts_as_sent(
-    plane: ControlPlane, client: WorkClient, faults: Faults
+    control_plane: ControlPlane, client: WorkClient, faults: Faults
 ) -> None:
-    session_id = scripted_item(plane, BASH)
-    use = open_tool_use(plane, session_id)
+    session_id = scripted_item(control_plane, BASH)
+    use = open_tool_use(control_plane, session_id)
     faults.add(lost(applied=True), "send", times=1)
     with pytest.raises(TransientError):
         await client.events(session_id).send(tool_result(use))
     (stored,) = await client.events(session_id).send(tool_result(use))
-    assert stored == plane.events(session_id)[3]
+    assert stored == control_plane.events(session_id)[3]
 
 
 @pytest.mark.parametrize(
@@ -196,22 +204,22 @@ async def test_result_repeated_after_lost_answer_counts_as_sent(
      {"content": [{"type": "text", "text": "done"}, {"type": "text", "text": "done"}]}],
 )  # fmt: skip
 async def test_second_result_with_other_content_raises_conflict(
-    plane: ControlPlane, qoder_control_plane: WorkClient, other: dict[str, Any]
+    control_plane: ControlPlane, qoder_control_plane: WorkClient, other: dict[str, Any]
 ) -> None:
-    session_id = scripted_item(plane, BASH)
-    use = open_tool_use(plane, session_id)
+    session_id = scripted_item(control_plane, BASH)
+    use = open_tool_use(control_plane, session_id)
     await qoder_control_plane.events(session_id).send(tool_result(use))
     with pytest.raises(ConflictError):
         await qoder_control_plane.events(session_id).send({**tool_result(use), **other})
 
 
 async def test_repeated_confirmation_counts_as_sent_and_opposite_raises_conflict(
-    plane: ControlPlane, qoder_control_plane: WorkClient
+    control_plane: ControlPlane, qoder_control_plane: WorkClient
 ) -> None:
-    session_id = scripted_item(plane, {**BASH, "permission": "ask"})
+    session_id = scripted_item(control_plane, {**BASH, "permission": "ask"})
     verdict = {
         "type": "user.tool_confirmation",
-        "tool_use_id": open_tool_use(plane, session_id)["id"],
+        "tool_use_id": open_tool_use(control_plane, session_id)["id"],
         "result": "allow",
     }
     first = await qoder_control_plane.events(session_id).send(verdict)
@@ -221,11 +229,11 @@ async def test_repeated_confirmation_counts_as_sent_and_opposite_raises_conflict
 
 
 async def test_repeated_message_never_counts_as_sent(
-    plane: ControlPlane, qoder_control_plane: WorkClient
+    control_plane: ControlPlane, qoder_control_plane: WorkClient
 ) -> None:
-    session_id = scripted_item(plane)
+    session_id = scripted_item(control_plane)
     await qoder_control_plane.events(session_id).send(MESSAGE)
-    plane.emit(session_id, {"type": "session.status_terminated"})
+    control_plane.emit(session_id, {"type": "session.status_terminated"})
     with pytest.raises(ConflictError):
         await qoder_control_plane.events(session_id).send(MESSAGE)
 
@@ -241,9 +249,9 @@ class ImpatientGuard(Unguarded):
 
 
 async def test_unanswered_message_is_not_repeated_but_result_is(
-    plane: ControlPlane, qoder_control_plane: WorkClient, faults: Faults
+    control_plane: ControlPlane, qoder_control_plane: WorkClient, faults: Faults
 ) -> None:
-    session_id = scripted_item(plane, BASH)
+    session_id = scripted_item(control_plane, BASH)
     hold = Hold(applied=True)
     faults.add(hold, "send", times=2)
     events = qoder_control_plane.events(session_id, guard=ImpatientGuard())
@@ -251,22 +259,22 @@ async def test_unanswered_message_is_not_repeated_but_result_is(
         await events.send(MESSAGE)
     assert caught.value.reason == "timeout"
     assert len(faults.of("send")) == 1
-    (stored,) = await events.send(tool_result(open_tool_use(plane, session_id)))
+    (stored,) = await events.send(tool_result(open_tool_use(control_plane, session_id)))
     assert len(faults.of("send")) == 3
-    assert [event["type"] for event in plane.events(session_id)[3:5]] == [
+    assert [event["type"] for event in control_plane.events(session_id)[3:5]] == [
         "user.message",
         "user.tool_result",
     ]
-    assert stored == plane.events(session_id)[4]
+    assert stored == control_plane.events(session_id)[4]
     hold.release()
 
 
 async def test_token_given_for_events_is_used_and_not_renewed(
-    plane: ControlPlane, client: WorkClient, faults: Faults
+    control_plane: ControlPlane, client: WorkClient, faults: Faults
 ) -> None:
     refreshed: list[str] = []
     client.on_credential_refresh = refreshed.append
-    events = client.events(scripted_item(plane), token=Secret("-".join(("not", "known"))))
+    events = client.events(scripted_item(control_plane), token=Secret("-".join(("not", "known"))))
     with pytest.raises(RefusedError) as refused:
         await events.send(MESSAGE)
     assert (refused.value.status, len(faults.of("send"))) == (401, 1)
@@ -281,10 +289,10 @@ async def test_token_given_for_events_is_used_and_not_renewed(
 
 
 async def test_stream_returns_history_before_live_events(
-    plane: ControlPlane, client: WorkClient
+    control_plane: ControlPlane, client: WorkClient
 ) -> None:
-    session_id = scripted_item(plane)
-    events_said = append_events(plane, session_id, 120)
+    session_id = scripted_item(control_plane)
+    events_said = append_events(control_plane, session_id, 120)
     async with client.events(session_id).stream() as stream:
         caught_up = []
         for expected in events_said:
@@ -292,50 +300,50 @@ async def test_stream_returns_history_before_live_events(
             caught_up.append(stream.caught_up)
         assert caught_up == [False] * (len(events_said) - 1) + [True]
         for _ in range(3):
-            plane.emit(session_id, {"type": "agent.thinking"})
-            assert await read_events(stream, 1) == list(plane.events(session_id)[-1:])
+            control_plane.emit(session_id, {"type": "agent.thinking"})
+            assert await read_events(stream, 1) == list(control_plane.events(session_id)[-1:])
             assert stream.caught_up
 
 
 async def test_stream_of_empty_history_yields_its_first_event_as_live(
-    plane: ControlPlane, client: WorkClient
+    control_plane: ControlPlane, client: WorkClient
 ) -> None:
-    (item,) = plane.enqueue()
+    (item,) = control_plane.enqueue()
     async with client.events(item.session_id).stream() as stream:
-        plane.emit(item.session_id, {"type": "agent.thinking"})
+        control_plane.emit(item.session_id, {"type": "agent.thinking"})
         await read_events(stream, 1)
         assert stream.caught_up
 
 
 async def test_stream_loses_no_event_between_opening_and_history(
-    plane: ControlPlane, client: WorkClient, faults: Faults
+    control_plane: ControlPlane, client: WorkClient, faults: Faults
 ) -> None:
-    session_id = scripted_item(plane)
+    session_id = scripted_item(control_plane)
     hold = Hold()
     faults.add(hold, "events", times=1)
     async with client.events(session_id).stream() as stream, asyncio.TaskGroup() as group:
         reader = group.create_task(read_events(stream, 9))
         await hold.reached()  # the stream is open, but the history is not read
-        append_events(plane, session_id, 3)
+        append_events(control_plane, session_id, 3)
         hold.release()
         await faults.wait_for("events", answered=True)
-        append_events(plane, session_id, 2)
-    assert event_ids(reader.result()) == event_ids(plane.events(session_id))
+        append_events(control_plane, session_id, 2)
+    assert event_ids(reader.result()) == event_ids(control_plane.events(session_id))
 
 
 async def test_stream_is_opened_before_history_is_read(
-    plane: ControlPlane, qoder_control_plane: WorkClient, faults: Faults
+    control_plane: ControlPlane, qoder_control_plane: WorkClient, faults: Faults
 ) -> None:
-    async with qoder_control_plane.events(scripted_item(plane)).stream() as stream:
+    async with qoder_control_plane.events(scripted_item(control_plane)).stream() as stream:
         await read_events(stream, 4)
     assert [request.op for request in faults.seen] == ["stream", "events"]
 
 
 async def test_cancelled_wait_for_event_loses_no_event(
-    plane: ControlPlane, client: WorkClient
+    control_plane: ControlPlane, client: WorkClient
 ) -> None:
     """A cancelled wait loses nothing: the next wait continues at the same event."""
-    session_id = scripted_item(plane)
+    session_id = scripted_item(control_plane)
     seen: list[SessionEvent] = []
     seconds = 0.0
     async with client.events(session_id).stream() as stream, asyncio.timeout(20):
@@ -345,15 +353,15 @@ async def test_cancelled_wait_for_event_loses_no_event(
                 async with asyncio.timeout(seconds):
                     seen.append(await anext(stream))
             except TimeoutError:
-                if len(plane.events(session_id)) < 30:
-                    append_events(plane, session_id, 1)
-    assert event_ids(seen) == event_ids(plane.events(session_id))
+                if len(control_plane.events(session_id)) < 30:
+                    append_events(control_plane, session_id, 1)
+    assert event_ids(seen) == event_ids(control_plane.events(session_id))
 
 
 async def test_broken_streams_lose_and_repeat_no_event(
-    plane: ControlPlane, client: WorkClient, faults: Faults
+    control_plane: ControlPlane, client: WorkClient, faults: Faults
 ) -> None:
-    session_id = scripted_item(plane)
+    session_id = scripted_item(control_plane)
     cut = Cut()
     faults.add(cut, "stream")
     faults.add(status(503), "stream", probability=0.2)
@@ -362,17 +370,17 @@ async def test_broken_streams_lose_and_repeat_no_event(
         reader = group.create_task(read_events(stream, 64))
         for number in range(20):
             await faults.wait_for("stream", count=number // 2 + 1)
-            append_events(plane, session_id, 3)
+            append_events(control_plane, session_id, 3)
             if number % 2:
                 cut.now()
     assert len(faults.of("stream")) >= 10
-    assert event_ids(reader.result()) == event_ids(plane.events(session_id))
+    assert event_ids(reader.result()) == event_ids(control_plane.events(session_id))
 
 
 async def test_events_missed_while_stream_was_broken_are_replayed_as_history(
-    plane: ControlPlane, client: WorkClient, faults: Faults
+    control_plane: ControlPlane, client: WorkClient, faults: Faults
 ) -> None:
-    session_id = scripted_item(plane)
+    session_id = scripted_item(control_plane)
     cut = Cut()
     faults.add(cut, "stream")
     async with client.events(session_id).stream() as stream:
@@ -384,24 +392,24 @@ async def test_events_missed_while_stream_was_broken_are_replayed_as_history(
         async with asyncio.TaskGroup() as group:
             reader = group.create_task(anext(stream))
             await hold.reached()
-            append_events(plane, session_id, 3)
+            append_events(control_plane, session_id, 3)
             hold.release()
         flags = [stream.caught_up]
         for _ in range(2):
             await read_events(stream, 1)
             flags.append(stream.caught_up)
         assert flags == [False, False, True]
-        assert reader.result()["id"] == event_ids(plane.events(session_id))[4]
+        assert reader.result()["id"] == event_ids(control_plane.events(session_id))[4]
     if client.events(session_id)._calls.resumes:
         assert faults.of("events")[-1].query["after_id"] == last["id"]
 
 
 async def test_stream_that_receives_nothing_is_reopened(
-    plane: ControlPlane, make_settings: Callable[..., Settings]
+    control_plane: ControlPlane, make_settings: Callable[..., Settings]
 ) -> None:
-    session_id = scripted_item(plane)
+    session_id = scripted_item(control_plane)
     async with (
-        Proxy(plane.base_url) as way,
+        Proxy(control_plane.base_url) as way,
         WorkClient(make_settings(base_url=way.base_url)) as client,
         client.events(session_id).stream(stall_seconds=0.1) as stream,
     ):
@@ -409,32 +417,32 @@ async def test_stream_that_receives_nothing_is_reopened(
         way.partition()  # neither side is notified
         async with asyncio.TaskGroup() as group:
             reader = group.create_task(read_events(stream, 1))
-            append_events(plane, session_id, 1)
+            append_events(control_plane, session_id, 1)
             await asyncio.to_thread(lambda: None)
             way.heal()
-        assert event_ids(reader.result()) == event_ids(plane.events(session_id))[4:]
+        assert event_ids(reader.result()) == event_ids(control_plane.events(session_id))[4:]
 
 
 async def test_stream_without_keep_alives_is_reopened(
-    plane: ControlPlane, qoder_control_plane: WorkClient, faults: Faults
+    control_plane: ControlPlane, qoder_control_plane: WorkClient, faults: Faults
 ) -> None:
-    session_id = scripted_item(plane)
+    session_id = scripted_item(control_plane)
     async with qoder_control_plane.events(session_id).stream(stall_seconds=0.05) as stream:
         await read_events(stream, 4)
         async with asyncio.TaskGroup() as group:
             reader = group.create_task(read_events(stream, 1))
             await faults.wait_for("stream", count=3)
-            append_events(plane, session_id, 1)
-        assert event_ids(reader.result()) == event_ids(plane.events(session_id))[4:]
+            append_events(control_plane, session_id, 1)
+        assert event_ids(reader.result()) == event_ids(control_plane.events(session_id))[4:]
     assert faults.of("stream")[-1].status is None
 
 
 @pytest.mark.parametrize("code", [400, 401, 403, 404])
 async def test_refused_stream_raises_refused_error(
-    plane: ControlPlane, client: WorkClient, faults: Faults, code: int
+    control_plane: ControlPlane, client: WorkClient, faults: Faults, code: int
 ) -> None:
     faults.add(status(code), "stream")
-    async with client.events(scripted_item(plane)).stream() as stream:
+    async with client.events(scripted_item(control_plane)).stream() as stream:
         with pytest.raises(RefusedError) as refused:
             await anext(stream)
     assert (refused.value.op, refused.value.status) == ("stream", code)
@@ -442,11 +450,11 @@ async def test_refused_stream_raises_refused_error(
 
 @pytest.mark.parametrize("code", [408, 409, 425, 429, 500, 503])
 async def test_transient_stream_error_is_retried(
-    plane: ControlPlane, client: WorkClient, faults: Faults, code: int
+    control_plane: ControlPlane, client: WorkClient, faults: Faults, code: int
 ) -> None:
     for op in ("stream", "events"):
         faults.add(status(code), op, times=2)
-    async with client.events(scripted_item(plane)).stream() as stream:
+    async with client.events(scripted_item(control_plane)).stream() as stream:
         assert len(await read_events(stream, 4)) == 4
     assert len(faults.of("stream")) == 5
 
@@ -466,25 +474,30 @@ PAGE = b"<html>busy</html>"
     ],
 )
 async def test_stream_with_malformed_frames_is_reopened(
-    plane: ControlPlane, qoder_control_plane: WorkClient, faults: Faults, frames: bytes | None
+    control_plane: ControlPlane,
+    qoder_control_plane: WorkClient,
+    faults: Faults,
+    frames: bytes | None,
 ) -> None:
     headers = {"Content-Type": "text/html" if frames is None else "text/event-stream"}
     faults.add(literal(frames or PAGE, headers=headers), "stream", times=2)
-    session_id = scripted_item(plane)
+    session_id = scripted_item(control_plane)
     async with qoder_control_plane.events(session_id).stream() as stream:
-        assert event_ids(await read_events(stream, 4)) == event_ids(plane.events(session_id))
+        assert event_ids(await read_events(stream, 4)) == event_ids(
+            control_plane.events(session_id)
+        )
         async with asyncio.TaskGroup() as group:
             reader = group.create_task(read_events(stream, 1))
             await faults.wait_for("stream", count=3)
-            append_events(plane, session_id, 1)
-        assert event_ids(reader.result()) == event_ids(plane.events(session_id))[4:]
+            append_events(control_plane, session_id, 1)
+        assert event_ids(reader.result()) == event_ids(control_plane.events(session_id))[4:]
 
 
 async def test_frames_other_than_events_are_ignored(
-    plane: ControlPlane, qoder_control_plane: WorkClient, faults: Faults
+    control_plane: ControlPlane, qoder_control_plane: WorkClient, faults: Faults
 ) -> None:
-    session_id = scripted_item(plane)
-    events_said = plane.events(session_id)
+    session_id = scripted_item(control_plane)
+    events_said = control_plane.events(session_id)
     event = {"id": "evt_live", "type": "agent.thinking"}
     body = b'event: ping\ndata: {"type": "ping"}\n\n: alive\n\n' + b"".join(
         b"data: " + orjson.dumps(each) + b"\n\n" for each in (*events_said, event, event)
@@ -496,10 +509,10 @@ async def test_frames_other_than_events_are_ignored(
 
 @pytest.mark.parametrize("kind", ["session.status_terminated", "session.deleted"])
 async def test_stream_ends_with_its_session(
-    plane: ControlPlane, client: WorkClient, kind: str
+    control_plane: ControlPlane, client: WorkClient, kind: str
 ) -> None:
-    session_id = scripted_item(plane)
-    plane.emit(session_id, {"type": kind})
+    session_id = scripted_item(control_plane)
+    control_plane.emit(session_id, {"type": kind})
     async with client.events(session_id).stream() as stream, asyncio.timeout(10):
         types = [event["type"] async for event in stream]
         assert types[-1] == kind
@@ -507,9 +520,9 @@ async def test_stream_ends_with_its_session(
 
 
 async def test_stream_used_outside_async_with_raises_runtime_error(
-    plane: ControlPlane, qoder_control_plane: WorkClient
+    control_plane: ControlPlane, qoder_control_plane: WorkClient
 ) -> None:
-    stream = qoder_control_plane.events(scripted_item(plane)).stream()
+    stream = qoder_control_plane.events(scripted_item(control_plane)).stream()
     with pytest.raises(RuntimeError, match="async with"):
         await anext(stream)
     async with stream:
@@ -520,10 +533,10 @@ async def test_stream_used_outside_async_with_raises_runtime_error(
 
 
 async def test_many_open_streams_do_not_delay_other_calls(
-    plane: ControlPlane, qoder_control_plane: WorkClient
+    control_plane: ControlPlane, qoder_control_plane: WorkClient
 ) -> None:
     """More streams than the client has connections for all other calls."""
-    session_id = scripted_item(plane)
+    session_id = scripted_item(control_plane)
     streams = [qoder_control_plane.events(session_id).stream() for _ in range(40)]
     try:
         for stream in streams:
@@ -537,7 +550,7 @@ async def test_many_open_streams_do_not_delay_other_calls(
 
 
 async def test_stream_request_has_headers_of_its_dialect(
-    plane: ControlPlane, client: WorkClient, faults: Faults
+    control_plane: ControlPlane, client: WorkClient, faults: Faults
 ) -> None:
     asked: list[Mapping[str, str]] = []
 
@@ -548,16 +561,16 @@ async def test_stream_request_has_headers_of_its_dialect(
     cut = Cut()
     faults.add(cut, "stream")
     faults.add(status(500), "stream", "events", "send", where=record_headers)
-    session_id = scripted_item(plane)
+    session_id = scripted_item(control_plane)
     events = client.events(session_id)
     async with events.stream() as stream:
         (*_, last) = await read_events(stream, 4)
         cut.now()
-        plane.emit(session_id, {"type": "agent.thinking"})
+        control_plane.emit(session_id, {"type": "agent.thinking"})
         await read_events(stream, 1)
     await events.send(MESSAGE)
     for headers in asked:
-        assert headers["Authorization"] == f"Bearer {plane.token}"
+        assert headers["Authorization"] == f"Bearer {control_plane.token}"
         assert headers["Accept-Encoding"] == "identity"
         if not client.events("sess_1")._calls.resumes:
             assert headers["anthropic-version"] == "2023-06-01"
@@ -569,14 +582,14 @@ async def test_stream_request_has_headers_of_its_dialect(
 
 
 async def test_event_requests_are_reported_by_name_and_status(
-    plane: ControlPlane, make_settings: Callable[..., Settings], faults: Faults
+    control_plane: ControlPlane, make_settings: Callable[..., Settings], faults: Faults
 ) -> None:
     reported: list[tuple[str, str]] = []
     client = WorkClient(make_settings())
     client.on_request = lambda op, code, _: reported.append((op, code))
     faults.add(status(404), "stream", times=1)
     async with client:
-        events = client.events(scripted_item(plane))
+        events = client.events(scripted_item(control_plane))
         async with events.stream() as stream:
             with pytest.raises(RefusedError):
                 await read_events(stream, 1)
@@ -586,13 +599,13 @@ async def test_event_requests_are_reported_by_name_and_status(
 
 
 async def test_event_requests_wait_for_own_rate_limit(
-    plane: ControlPlane, make_settings: Callable[..., Settings]
+    control_plane: ControlPlane, make_settings: Callable[..., Settings]
 ) -> None:
     waits: list[str] = []
     client = WorkClient(make_settings(read_rate=2, write_rate=2))
     client.on_rate_limit_wait = lambda kind, _: waits.append(kind)
     async with client:
-        events = client.events(scripted_item(plane))
+        events = client.events(scripted_item(control_plane))
         async with events.stream() as stream:
             await read_events(stream, 1)
         await events.send(MESSAGE)
@@ -601,15 +614,15 @@ async def test_event_requests_wait_for_own_rate_limit(
 
 
 async def test_stream_after_token_rotation_uses_renewed_token(
-    plane: ControlPlane,
+    control_plane: ControlPlane,
     make_settings: Callable[..., Settings],
     tmp_path: Any,
 ) -> None:
     file = tmp_path / "token"
     file.write_text("stale")
     async with WorkClient(make_settings(token_file=file)) as client:
-        file.write_text(plane.token)
-        async with client.events(scripted_item(plane)).stream() as stream:
+        file.write_text(control_plane.token)
+        async with client.events(scripted_item(control_plane)).stream() as stream:
             assert len(await read_events(stream, 4)) == 4
 
 
