@@ -118,6 +118,34 @@ async def test_change_between_read_and_wait_ends_the_wait(
         assert not await here.wait(WORK, here.seen(), 0.01)
 
 
+async def test_announcement_sends_as_many_reading_polls_back_as_there_are_items(
+    database_url: str,
+) -> None:
+    hub = NotificationHub(database_url)
+    seen = hub.seen()  # all polls read the database at the same time
+    hub.announce(WORK, 3)
+    ended = [await hub.wait(WORK, seen, 0.001) for _ in range(20)]
+    assert ended == [True] * 3 + [False] * 17
+    seen = hub.seen()
+    hub.wake(WORK)  # a poll whose client has gone passes its wake-up on
+    assert [await hub.wait(WORK, seen, 0.001) for _ in range(2)] == [True, False]
+    assert not await hub.wait(WORK, hub.seen(), 0.001)
+
+
+@pytest.mark.usefixtures("no_fallback")
+async def test_poll_that_reads_is_not_sent_back_for_an_item_that_woke_another(
+    database_url: str,
+) -> None:
+    hub = NotificationHub(database_url)
+    async with asyncio.timeout(SECONDS), asyncio.TaskGroup() as group:
+        waiting = Waits(group, hub, WORK, 1)
+        await asyncio.sleep(0)
+        seen = hub.seen()
+        hub.announce(WORK)
+        assert not await hub.wait(WORK, seen, 0.001)
+        await until(lambda: waiting.ended == [True])
+
+
 async def test_lost_notification_costs_only_the_fallback(
     hubs: tuple[NotificationHub, NotificationHub], monkeypatch: pytest.MonkeyPatch
 ) -> None:

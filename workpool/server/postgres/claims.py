@@ -154,6 +154,8 @@ class Claims(DatabaseCalls):
                 return None
             seconds = _wait_seconds(remaining, poll, delivery.due_seconds)
             announced = await self._hub.wait(topic, seen, seconds)
+            if not announced and loop.time() >= deadline:
+                return None  # the next poll begins with a claim
         self._hub.wake(topic)  # the wake-up of this poll is for another one
         return None
 

@@ -72,6 +72,8 @@ class NotificationHub:
         # `_forgotten` is the greatest number that was dropped.
         self._last: OrderedDict[str, int] = OrderedDict()
         self._forgotten = 0
+        # The wake-ups of each work topic for which no call waited.
+        self._unused: dict[str, int] = {}
         self._unsent: dict[str, int] = {}
         self._wanted = asyncio.Event()  # something to send, or the connection was lost
         self._released = False
@@ -87,7 +89,7 @@ class NotificationHub:
         False: `seconds` have passed, or a change may have gone unnoticed. A call for work that then
         finds an item must `wake` the next call, since only one is woken for any number of items.
         """
-        if self._released or self._last.get(topic, self._forgotten) > seen:
+        if self._released or self._has_changed(topic, seen):
             return True
         loop = asyncio.get_running_loop()
         waiter: Waiter = loop.create_future()
@@ -114,14 +116,19 @@ class NotificationHub:
         self._wanted.set()
 
     def wake(self, topic: str, count: int = 1) -> None:
-        """Wake calls of this node: `count` of those for work, all of those for a session."""
-        waiters = self._waiting.get(topic)
-        if waiters is None:
-            return
-        count = count if topic.startswith(_WORK) else len(waiters)
+        """Wake calls of this node: `count` of those for work, all of those for a session.
+
+        If fewer wait, the next waits of calls that read the database meanwhile end at once.
+        """
+        waiters: OrderedDict[Waiter, None] = self._waiting.get(topic, OrderedDict())
+        is_work = topic.startswith(_WORK)
+        count = count if is_work else len(waiters)
         while count > 0 and waiters:
             waiter, _ = waiters.popitem(last=False)
             count -= _end(waiter, True)  # noqa: FBT003 - the result
+        if is_work and count > 0:
+            self._note(topic)
+            self._unused[topic] = self._unused.get(topic, 0) + count
 
     def release(self) -> None:
         """End all waits, and let no further call wait, since the node closes."""
@@ -223,9 +230,26 @@ class NotificationHub:
         """Let calls read again, since changes may have gone unnoticed: one for each work topic."""
         self._changes += 1
         self._last.clear()
+        self._unused.clear()
         self._forgotten = self._changes
         for topic in list(self._waiting):
             self._recheck(topic)
+
+    def _has_changed(self, topic: str, seen: int) -> bool:
+        """Return whether a call must read again, since what it read may be from before a change.
+
+        For work, as many calls as there were wake-ups for which no call waited: otherwise each new
+        item would send all calls that read at that moment to the database again.
+        """
+        changed = self._last.get(topic)
+        if changed is None:
+            return self._forgotten > seen
+        if changed <= seen or not topic.startswith(_WORK):
+            return changed > seen
+        unused = self._unused.pop(topic, 0)
+        if unused > 1:
+            self._unused[topic] = unused - 1
+        return unused > 0
 
     def _note(self, topic: str) -> None:
         self._changes += 1
