@@ -11,6 +11,7 @@ from workpool.server import APIError, ControlPlane, Poll, PostgresStore, summari
 from workpool.server.conversation import EVERY_EVENT
 from workpool.server.parsing.creation_requests import NewEnvironment
 from workpool.server.parsing.request_values import Place
+from workpool.server.postgres import ended_sessions
 from workpool.server.state_machine import last_heartbeat
 
 if TYPE_CHECKING:
@@ -210,3 +211,15 @@ async def test_ended_sessions_are_deleted_while_messages_bring_work(nodes: list[
     assert deleted == refused
     stats = await nodes[0].stats(ENV)
     assert (stats.depth, stats.stopped) == (8 - deleted, 8 - deleted)
+
+
+async def test_deletion_of_many_events_takes_several_batches(
+    nodes: list[Engine], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(ended_sessions, "EVENTS_MAX", 3)
+    for item in await nodes[0].enqueue(ENV, count=3):
+        await nodes[0].send(item.session_id, [MESSAGE, MESSAGE])
+        await nodes[0].stop(ENV, item.id, force=True)
+    engine: Any = nodes[1]
+    assert [await engine.delete_ended(0) for _ in range(4)] == [1, 1, 1, 0]
+    assert (await nodes[0].stats(ENV)).stopped == 0

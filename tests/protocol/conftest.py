@@ -226,9 +226,10 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     if "store" not in metafunc.fixturenames:
         return
     stores: list[object] = ["memory"]
-    if "both_stores" in metafunc.fixturenames:
+    names = {*metafunc.fixturenames}
+    if {"both_stores", "every_store"} & names:
         stores.append("sqlite")
-    if {"control_plane", "engine"} & {*metafunc.fixturenames}:
+    if {"control_plane", "engine", "every_store"} & names:
         stores.append(pytest.param("postgres", marks=pytest.mark.trial))
     metafunc.parametrize("store", stores, indirect=True)
 
@@ -236,3 +237,8 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
 @pytest.fixture
 def both_stores() -> None:
     """Run the test with SQLite too."""
+
+
+@pytest.fixture
+def every_store() -> None:
+    """Run the test with SQLite too, and as a trial with PostgreSQL, without `control_plane`."""

@@ -53,14 +53,11 @@ async def ask(
         return answer.status, await answer.json()
 
 
-@pytest.mark.parametrize(
-    "engine", ["memory", "sqlite", pytest.param("postgres", marks=pytest.mark.trial)]
-)
+@pytest.mark.usefixtures("every_store")
 async def test_scale_counts_unfinished_items_and_recommends_workers(
-    any_store: Store | PostgresStore, engine: str
+    store: Store | PostgresStore,
 ) -> None:
-    del engine  # the name of the store
-    async with new_control_plane(store=any_store) as plane:
+    async with new_control_plane(store=store) as plane:
         items = await plane.engine.enqueue(ENV, count=7)
         await plane.engine.ack(ENV, items[0].id, "worker-1")
         await plane.engine.stop(ENV, items[6].id, None, force=True)

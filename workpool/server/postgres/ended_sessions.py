@@ -2,20 +2,29 @@
 
 from __future__ import annotations
 
-from typing import Final
+from itertools import accumulate
+from typing import TYPE_CHECKING, Any, Final
 
 from workpool.server.postgres.database_calls import COUNT_STOPPED, SHARD, DatabaseCalls
 from workpool.server.postgres.notifications import session_topic
 
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
 BATCH_MAX: Final = 100
 """Largest number of sessions that one transaction deletes."""
+EVENTS_MAX: Final = 100_000
+"""Largest number of events that one transaction deletes, unless a single session has more.
+
+Otherwise a deletion might never end within the time-out of statements.
+"""
 
 _STILL_NEEDED: Final = """
 SELECT FROM items AS o
 WHERE o.session_id = {} AND (o.state <> 'stopped' OR o.stopped_at > $1::bigint)
 """
 _FIND: Final = f"""
-SELECT s.id FROM sessions AS s WHERE s.id = ANY (ARRAY(
+SELECT s.id, s.event_count FROM sessions AS s WHERE s.id = ANY (ARRAY(
     SELECT i.session_id FROM items AS i
     WHERE i.state = 'stopped' AND i.stopped_at <= $1::bigint
         AND NOT EXISTS ({_STILL_NEEDED.format("i.session_id")})
@@ -58,7 +67,7 @@ class EndedSessions(DatabaseCalls):
 
         async def delete() -> list[str]:
             async with self._pool.transaction() as connection:
-                found = [row[0] for row in await connection.fetch(_FIND, until)]
+                found = _first_sessions(await connection.fetch(_FIND, until))
                 if not found:
                     return []
                 return [row[0] for row in await connection.fetch(_DELETE, until, found)]
@@ -67,3 +76,13 @@ class EndedSessions(DatabaseCalls):
         for session_id in deleted:
             self._hub.announce(session_topic(session_id))  # its streams end
         return len(deleted)
+
+
+def _first_sessions(rows: Sequence[Any]) -> list[str]:
+    """Return the ids of the first rows of `_FIND` whose events one transaction deletes."""
+    totals = accumulate(row[1] for row in rows)
+    return [
+        row[0]
+        for place, (row, total) in enumerate(zip(rows, totals, strict=True))
+        if place == 0 or total <= EVENTS_MAX
+    ]

@@ -45,15 +45,20 @@ if TYPE_CHECKING:
     from workpool.server.conversation import StoredEvent
     from workpool.server.postgres.connection_pool import Connection
 
+EVENTS_READ_MAX: Final = 1000
+"""Largest number of events that one statement reads, which has a time limit."""
+
 _READ: Final = f"""
 SELECT {VIEW_COLUMNS}, s.event_count, s.last_event_id, coalesce($2::bigint, workpool_now())
 FROM sessions AS s JOIN items AS i ON i.environment_id = s.environment_id AND i.id = s.work_id
 WHERE s.id = $1
 """
 _LOCK: Final = "SELECT FROM sessions WHERE id = $1 FOR UPDATE"
-_EVENTS: Final = """
-SELECT id, value FROM events WHERE session_id = $1 AND seq >= $2 AND seq <= $3 ORDER BY seq
+_EVENTS: Final = f"""
+SELECT id, value FROM events WHERE session_id = $1 AND seq > $2 AND seq <= $3
+ORDER BY seq LIMIT {EVENTS_READ_MAX}
 """
+_EVENT_ID: Final = "SELECT id FROM events WHERE session_id = $1 AND seq = $2"
 _APPEND: Final = """
 WITH moved AS (
     UPDATE sessions SET event_count = $2 + cardinality($8::text[]),
@@ -209,28 +214,32 @@ class StoredSessionCalls(ItemCalls, Creations):
     async def _conversation(self, connection: Connection, read: _SessionRow) -> Conversation:
         """Return the conversation up to the events that were read, out of the cache."""
         session = read.view.session
-        count = read.event_count
         conversation = self._conversations.take(session.id)
-        known = 0 if conversation is None else len(conversation.events)
-        if conversation is None or known > count:
-            conversation, known = Conversation(session.script), 0
-        if known == count:
-            last = conversation.events[-1].id if conversation.events else None
-            if last == read.last_event_id:
-                return conversation
-            conversation, known = Conversation(session.script), 0
-        rows = await connection.fetch(_EVENTS, session.id, known, count)
-        if known:
-            # After a failover to a database that lacks the last commits, other events may have
-            # the numbers of those in the cache.
-            if not rows or rows[0][0] != conversation.events[-1].id:
-                conversation = Conversation(session.script)
-                rows = await connection.fetch(_EVENTS, session.id, 0, count)
-            else:
-                rows = rows[1:]
-        for event_id, value in rows:
-            conversation.append(event_of(session.id, event_id, value))
+        if conversation is None or not await self._is_part(connection, conversation, read):
+            conversation = Conversation(session.script)
+        while (known := len(conversation.events)) < read.event_count:
+            rows = await connection.fetch(_EVENTS, session.id, known, read.event_count)
+            if not rows:
+                raise APIError(404, "no such session")  # it was deleted meanwhile
+            for event_id, value in rows:
+                conversation.append(event_of(session.id, event_id, value))
         return conversation
+
+    async def _is_part(
+        self, connection: Connection, conversation: Conversation, read: _SessionRow
+    ) -> bool:
+        """Return whether a conversation has the first events of the session.
+
+        After a failover to a database that lacks the last commits, other events may have the
+        numbers of those in the cache.
+        """
+        known = len(conversation.events)
+        if known == 0 or known > read.event_count:
+            return known == 0
+        last = read.last_event_id
+        if known < read.event_count:
+            last = await connection.fetchval(_EVENT_ID, read.view.id, known)
+        return conversation.events[-1].id == last
 
     def _next_item(self, read: _SessionRow) -> Item:
         """Return a further item of a session, which brings it to a worker again."""
