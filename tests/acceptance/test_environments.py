@@ -158,6 +158,9 @@ async def test_sessions_of_both_environments_run_and_sigterm_drains_both(
     for each in (ENVIRONMENT, OTHER):
         assert [f"{shown['worker_id']} {each}", "ready", "1"] in rows
     worker.send_signal(signal.SIGTERM)
+    for each in (ENVIRONMENT, OTHER):
+        await worker.wait_for_log(f"waiting for the last scrape environment_id={each}")
+    await read(worker, "/metrics")  # one is enough for both
     assert await worker.wait_for_end() == 0
     assert worker.err.count("result=clean") == 2
     found = [control_plane.operations.get(each.environment_id, each.id) for each in items]
@@ -270,7 +273,7 @@ async def test_burst_of_one_environment_does_not_delay_the_other(
     for item in items[:3]:
         assert "linger runs" in await worker.wait_for_log(item.id)
     control_plane.enqueue(metadata={"do": "finish"}, environment_id=OTHER)
-    assert f"environment_id={OTHER}" in await worker.wait_for_log("finish runs")
+    assert f"environment_id={OTHER}" in await worker.wait_for_log("session ended")
     assert (await live(worker))["slots"]["busy"] == 3  # the last slot is the other's own
     worker.send_signal(signal.SIGTERM)
     assert await worker.wait_for_end() == 0
