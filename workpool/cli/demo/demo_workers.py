@@ -53,6 +53,7 @@ class Worker:
         self._settings = settings
         self._show = show
         self._process: asyncio.subprocess.Process | None = None
+        self._must_end = False
 
     async def live(self) -> None:
         """Run the process and read its output until it ends. A cancellation kills it."""
@@ -65,6 +66,8 @@ class Worker:
             start_new_session=True,  # Ctrl-C is for the demo, which drains its workers
         )
         self._process, self.pid = process, process.pid
+        if self._must_end:
+            self.terminate()  # the request came while the process was created
         try:
             if process.stdout is not None:
                 async for line in _lines(process.stdout):
@@ -85,7 +88,8 @@ class Worker:
                 self._process.kill()
 
     def terminate(self) -> None:
-        """Send SIGTERM, so that the worker drains."""
+        """Send SIGTERM, so that the worker drains; at once if it has a process, else after that."""
+        self._must_end = True
         if self._process is not None:
             with suppress(ProcessLookupError):
                 self._process.terminate()
