@@ -29,7 +29,7 @@ NOT_TRADED = {
     *("base_url", "dialect", "environment_id", "worker_id", "plugins", "extra_headers"),
     *("token", "token_file", "api_key", "api_key_file"),
     *("ca_file", "client_cert_file", "client_key_file"),
-    *("log_level", "log_format", "control_socket"),
+    *("log_level", "log_format", "control_socket", "rate_limit_group"),
 }
 """The settings that every worker needs; the page must show all of them."""
 
@@ -78,7 +78,7 @@ def test_every_file_of_repository_in_console_blocks_exists() -> None:
 def test_every_metric_on_page_is_defined() -> None:
     names = {each.name for each in DEFINITIONS}
     found = set(re.findall(r"`workpool_([a-z0-9_]+)[`{]", PAGE))
-    found -= {"session_handler", "admission", "event"}  # hooks
+    found -= {"session_handler", "admission", "event", "lifespan"}  # hooks
     found -= {f"fleet_{key}" for key in FLEET_NUMBERS}  # of `workpool scale`
     suffixes = re.compile(r"_(total|bucket|count|sum)$")
     missing = {each for each in found if each not in names and suffixes.sub("", each) not in names}
