@@ -707,8 +707,8 @@ async def test_calls_waiting_for_rate_limit_are_sent_by_priority(
                 group.create_task(record_end(client.update_metadata(UNKNOWN, {})))
             for call in (client.ack(UNKNOWN), client.stop(UNKNOWN, options=completion)):
                 group.create_task(record_end(call))
-            while sum(map(len, limiter._line._waiters.values())) < 4:
-                await asyncio.sleep(0)  # noqa: ASYNC110 - no event tells that a call waits
+            while sum(map(len, limiter._line._waiters.values())) < 4:  # noqa: ASYNC110 - no event tells that a call waits
+                await asyncio.sleep(0)
             for op in ("stop", "ack", "update", "update"):
                 limiter.refund()  # instead of the time that fills the bucket
                 assert await sent.get() == op
