@@ -159,7 +159,7 @@ async def test_sessions_of_both_environments_run_and_sigterm_drains_both(
         assert [f"{shown['worker_id']} {each}", "ready", "1"] in rows
     worker.send_signal(signal.SIGTERM)
     for each in (ENVIRONMENT, OTHER):
-        await worker.wait_for_log(f"waiting for the last scrape environment_id={each}")
+        await worker.wait_for_log(f"last scrape wait_seconds=20.0 environment_id={each}")
     await read(worker, "/metrics")  # one is enough for both
     assert await worker.wait_for_end() == 0
     assert worker.err.count("result=clean") == 2
