@@ -1,4 +1,4 @@
-"""The end of a command: no process of its group is left, and no wait is unbounded."""
+"""The end of a command: no process of its group is left, and no wait is without a limit."""
 
 from __future__ import annotations
 
@@ -27,12 +27,12 @@ IGNORES_SIGTERM = "trap '' TERM; sh -c 'echo $$ >>$0; sleep 60' $0 & echo $$ >>$
 
 
 async def test_command_after_stop_request_finishes_and_writes_metadata(
-    kit: Kit, shell: Shell, machine: Any, tmp_path: Path
+    kit: Kit, shell_command: Shell, process_view: Any, tmp_path: Path
 ) -> None:
     script = """trap 'echo "{\\"done\\": \\"half\\"}"; exit 0' TERM; echo $$ >$0; sleep 60 & wait"""
     [item] = kit.enqueue()
-    async with kit.pool(shell(script, tmp_path / "pids", result=True)):
-        await machine.written(tmp_path / "pids")
+    async with kit.pool(shell_command(script, tmp_path / "pids", result=True)):
+        await process_view.wait_for_lines(tmp_path / "pids")
         kit.stop(item)
         end = await kit.wait_for(SessionFinished)
 
@@ -42,62 +42,62 @@ async def test_command_after_stop_request_finishes_and_writes_metadata(
 
 
 async def test_command_that_ignores_stop_request_is_killed_with_its_children(
-    kit: Kit, shell: Shell, machine: Any, tmp_path: Path
+    kit: Kit, shell_command: Shell, process_view: Any, tmp_path: Path
 ) -> None:
     [item] = kit.enqueue()
-    async with kit.pool(shell(IGNORES_SIGTERM, tmp_path / "pids", grace=0.3)):
-        pids = await machine.written(tmp_path / "pids", 2)
+    async with kit.pool(shell_command(IGNORES_SIGTERM, tmp_path / "pids", grace=0.3)):
+        pids = await process_view.wait_for_lines(tmp_path / "pids", 2)
         kit.stop(item)
         end = await kit.wait_for(SessionFinished)
 
         assert (end.outcome, end.error) == ("stopped", None)
-        await machine.gone(pids)
+        await process_view.wait_for_end(pids)
 
 
 async def test_command_at_timeout_is_killed_with_its_children(
-    kit: Kit, shell: Shell, machine: Any, tmp_path: Path
+    kit: Kit, shell_command: Shell, process_view: Any, tmp_path: Path
 ) -> None:
     result = await kit.run_session(
-        shell(IGNORES_SIGTERM, tmp_path / "pids", grace=0.2, timeout=0.5)
+        shell_command(IGNORES_SIGTERM, tmp_path / "pids", grace=0.2, timeout=0.5)
     )
 
     assert result.outcome == "timed_out"
     # the command may have written no line or some lines
-    await machine.gone(await machine.written(tmp_path / "pids", 0))
+    await process_view.wait_for_end(await process_view.wait_for_lines(tmp_path / "pids", 0))
 
 
 async def test_command_without_output_is_stalled_and_killed_with_its_children(
-    kit: Kit, shell: Shell, machine: Any, tmp_path: Path
+    kit: Kit, shell_command: Shell, process_view: Any, tmp_path: Path
 ) -> None:
     result = await kit.run_session(
-        shell(IGNORES_SIGTERM, tmp_path / "pids", grace=0.2, stall_timeout=0.5)
+        shell_command(IGNORES_SIGTERM, tmp_path / "pids", grace=0.2, stall_timeout=0.5)
     )
 
     assert result.outcome == "stalled"
     assert dict(result.metadata) == {"workpool.error": "SessionStalled"}
-    await machine.gone(await machine.written(tmp_path / "pids", 0))
+    await process_view.wait_for_end(await process_view.wait_for_lines(tmp_path / "pids", 0))
 
 
-async def test_command_that_writes_lines_is_not_stalled(kit: Kit, shell: Shell) -> None:
+async def test_command_that_writes_lines_is_not_stalled(kit: Kit, shell_command: Shell) -> None:
     script = "for i in 1 2 3 4 5 6 7 8; do sleep 0.3; echo line $i; done"
-    result = await kit.run_session(shell(script, stall_timeout=1.5, log_lines=2))
+    result = await kit.run_session(shell_command(script, stall_timeout=1.5, log_lines=2))
 
     assert result.outcome == "completed"
     assert result.seconds > 2
 
 
 async def test_command_after_lost_lease_is_killed_with_its_children(
-    kit: Kit, shell: Shell, machine: Any, tmp_path: Path
+    kit: Kit, shell_command: Shell, process_view: Any, tmp_path: Path
 ) -> None:
     [item] = kit.enqueue()
-    async with kit.pool(shell(IGNORES_SIGTERM, tmp_path / "pids")):
-        pids = await machine.written(tmp_path / "pids", 2)
+    async with kit.pool(shell_command(IGNORES_SIGTERM, tmp_path / "pids")):
+        pids = await process_view.wait_for_lines(tmp_path / "pids", 2)
         # the redelivered item shows the pool that its lease is lost
         expire_lease(kit.server, item.id)
         end = await kit.wait_for(SessionFinished)
 
         assert end.outcome == "lease_lost"
-        await machine.gone(pids)
+        await process_view.wait_for_end(pids)
 
 
 @pytest.mark.parametrize(
@@ -111,48 +111,52 @@ async def test_command_after_lost_lease_is_killed_with_its_children(
     ids=["killed", "releases", "finishes", "ignores_sigterm"],
 )
 async def test_command_during_drain_ends_with_outcome_of_its_exit_status(
-    kit: Kit, shell: Shell, machine: Any, tmp_path: Path, script: str, outcome: str
+    kit: Kit, shell_command: Shell, process_view: Any, tmp_path: Path, script: str, outcome: str
 ) -> None:
     kit.enqueue()
-    async with kit.pool(shell(script, tmp_path / "pids", grace=0.2)):
-        pids = await machine.written(tmp_path / "pids")
+    async with kit.pool(shell_command(script, tmp_path / "pids", grace=0.2)):
+        pids = await process_view.wait_for_lines(tmp_path / "pids")
 
     assert (await kit.wait_for(SessionFinished)).outcome == outcome
-    await machine.gone(pids)
+    await process_view.wait_for_end(pids)
 
 
 async def test_background_process_after_exit_of_command_is_killed(
-    kit: Kit, shell: Shell, machine: Any, tmp_path: Path
+    kit: Kit, shell_command: Shell, process_view: Any, tmp_path: Path
 ) -> None:
-    result = await kit.run_session(shell("sleep 60 & echo $! >$0", tmp_path / "pids"))
+    result = await kit.run_session(shell_command("sleep 60 & echo $! >$0", tmp_path / "pids"))
 
     assert result.outcome == "completed"
-    await machine.gone(await machine.written(tmp_path / "pids"))
+    await process_view.wait_for_end(await process_view.wait_for_lines(tmp_path / "pids"))
 
 
 async def test_daemon_that_keeps_pipes_open_does_not_delay_session(
-    kit: Kit, shell: Shell, machine: Any, tmp_path: Path, caplog: pytest.LogCaptureFixture
+    kit: Kit,
+    shell_command: Shell,
+    process_view: Any,
+    tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
 ) -> None:
     script = (
         "setsid sh -c 'echo $$ >$0; exec sleep 60' $0 & while ! test -s $0; do :; done; echo ok"
     )
-    result = await kit.run_session(shell(script, tmp_path / "pids"))
+    result = await kit.run_session(shell_command(script, tmp_path / "pids"))
 
     assert (result.outcome, result.seconds < 30) == ("completed", True)
     assert "stdout: ok" in caplog.messages
-    [daemon] = await machine.written(tmp_path / "pids")
+    [daemon] = await process_view.wait_for_lines(tmp_path / "pids")
     os.kill(int(daemon), signal.SIGKILL)  # the plugin cannot find this process, as its readme says
 
 
 async def test_exit_status_reaped_by_other_code_fails_session(
-    kit: Kit, shell: Shell, machine: Any, tmp_path: Path
+    kit: Kit, shell_command: Shell, process_view: Any, tmp_path: Path
 ) -> None:
     kit.enqueue()
     fifo = tmp_path / "fifo"
     os.mkfifo(fifo)
-    async with kit.pool(shell("echo $$ >$0/pids; read x <$0/fifo", tmp_path)):
-        await machine.written(tmp_path / "pids")  # now the plugin watches the command
-        # from now on the kernel reaps all children
+    async with kit.pool(shell_command("echo $$ >$0/pids; read x <$0/fifo", tmp_path)):
+        await process_view.wait_for_lines(tmp_path / "pids")  # now the plugin watches the command
+        # From now on the kernel reaps all children.
         before = signal.signal(signal.SIGCHLD, signal.SIG_IGN)
         try:
             await asyncio.to_thread(fifo.write_text, "go\n")
@@ -165,21 +169,21 @@ async def test_exit_status_reaped_by_other_code_fails_session(
 
 
 async def test_exit_status_reaped_before_watch_fails_session(
-    kit: Kit, shell: Shell, machine: Any, tmp_path: Path, before_the_watch: BeforeTheWatch
+    kit: Kit, shell_command: Shell, process_view: Any, tmp_path: Path, before_watch: BeforeTheWatch
 ) -> None:
-    before_the_watch(lambda pid: os.waitpid(pid, 0))
-    result = await kit.run_session(shell("sleep 60 & echo $! >$0", tmp_path / "pids"))
+    before_watch(lambda pid: os.waitpid(pid, 0))
+    result = await kit.run_session(shell_command("sleep 60 & echo $! >$0", tmp_path / "pids"))
 
     assert result.outcome == "failed"
     assert "its exit status was taken" in str(result.error)
-    await machine.gone(await machine.written(tmp_path / "pids"))
+    await process_view.wait_for_end(await process_view.wait_for_lines(tmp_path / "pids"))
 
 
 @pytest.mark.parametrize("new_loop", [asyncio.new_event_loop, uvloop.new_event_loop])
 def test_hundred_sessions_of_all_outcomes_leave_no_process_or_descriptor(
     new_loop: Callable[[], asyncio.AbstractEventLoop],
-    shell: Shell,
-    machine: Any,
+    shell_command: Shell,
+    process_view: Any,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """Some commands exit, some are stopped, some must be killed and some kill themselves."""
@@ -194,8 +198,8 @@ def test_hundred_sessions_of_all_outcomes_leave_no_process_or_descriptor(
     kinds = {"quick": "completed", "slow": "stopped", "deaf": "stopped", "dies": "failed"}
     monkeypatch.delenv("WORKPOOL_CONFIG", raising=False)
 
-    async def run(kit: Kit, count: int) -> None:
-        command = shell(script, grace=0.3)
+    async def run_kind(kit: Kit, count: int) -> None:
+        command = shell_command(script, grace=0.3)
         # The kinds alternate: the pool pauses a handler whose sessions fail in succession.
         given = [kit.enqueue(1, {"kind": kind}) for _ in range(count) for kind in kinds]
         items = {item.id: item for (item,) in given}
@@ -208,14 +212,14 @@ def test_hundred_sessions_of_all_outcomes_leave_no_process_or_descriptor(
         for end in kit.recorder.of(SessionFinished):
             assert end.outcome == kinds[end.session.item.metadata["kind"]]
 
-    async def hundred() -> None:
+    async def run_hundred() -> None:
         async with Kit() as first, Kit() as kit:
-            await run(first, 1)  # the first run opens all descriptors that a loop opens once
-            children, descriptors = machine.children(), machine.descriptors()
-            await run(kit, 25)
-            assert machine.children() == children
-            assert machine.descriptors() == descriptors
+            await run_kind(first, 1)  # The first run opens all descriptors that a loop opens once.
+            children, descriptors = process_view.child_processes(), process_view.open_descriptors()
+            await run_kind(kit, 25)
+            assert process_view.child_processes() == children
+            assert process_view.open_descriptors() == descriptors
             assert kit.server.summary().overlapping == 0
 
     with asyncio.Runner(loop_factory=new_loop) as runner:
-        runner.run(hundred())
+        runner.run(run_hundred())

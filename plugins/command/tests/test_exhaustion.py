@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 
 @contextmanager
-def descriptors_left(count: int) -> Iterator[None]:
+def limited_descriptors(count: int) -> Iterator[None]:
     """Let this process open only this many further descriptors during the block."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     taken = [os.dup(0)]
@@ -48,7 +48,7 @@ def descriptors_left(count: int) -> Iterator[None]:
         resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
 
 
-class Wrapped:
+class WrappingPlugin:
     """A plugin that runs each session in a context."""
 
     def __init__(self, context: AbstractAsyncContextManager[None]) -> None:
@@ -60,17 +60,17 @@ class Wrapped:
 
 
 @asynccontextmanager
-async def without_descriptors(left: int) -> AsyncIterator[None]:
-    with descriptors_left(left):
+async def no_descriptors(left: int) -> AsyncIterator[None]:
+    with limited_descriptors(left):
         yield
 
 
 @pytest.mark.parametrize("left", range(13))
 async def test_session_without_free_descriptors_is_released(
-    kit: Kit, shell: Shell, left: int
+    kit: Kit, shell_command: Shell, left: int
 ) -> None:
     """Which call fails depends on the count: pipes, directory, standard input or spawn."""
-    result = await kit.run_session(shell("echo ran"), Wrapped(without_descriptors(left)))
+    result = await kit.run_session(shell_command("echo ran"), WrappingPlugin(no_descriptors(left)))
     # for counts in between, the outcome depends on the versions of Python and of the kernel
     outcomes = {0: {"released"}, 12: {"completed"}}
     assert result.outcome in outcomes.get(left, {"released", "completed"}), repr(result.error)
@@ -87,26 +87,26 @@ async def test_session_without_free_descriptors_is_released(
     ids=repr,
 )
 async def test_session_with_exhausted_resource_is_released(
-    kit: Kit, shell: Shell, error: Exception, monkeypatch: pytest.MonkeyPatch
+    kit: Kit, shell_command: Shell, error: Exception, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def refuse(*_: object) -> None:
         raise error
 
-    monkeypatch.setattr("workpool_command.plugin.reading", refuse)
-    assert (await kit.run_session(shell("echo ran"))).outcome == "released"
+    monkeypatch.setattr("workpool_command.plugin.logged_output", refuse)
+    assert (await kit.run_session(shell_command("echo ran"))).outcome == "released"
 
 
 async def test_session_whose_directory_no_thread_can_remove_is_completed(
-    kit: Kit, shell: Shell, monkeypatch: pytest.MonkeyPatch
+    kit: Kit, shell_command: Shell, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def refuse(_thread: threading.Thread) -> None:
         raise RuntimeError("can't start new thread")
 
     @asynccontextmanager
-    async def without_threads() -> AsyncIterator[None]:
+    async def no_threads() -> AsyncIterator[None]:
         with monkeypatch.context() as patch:
             patch.setattr(threading.Thread, "start", refuse)
             yield
 
-    result = await kit.run_session(shell("echo ran"), Wrapped(without_threads()))
+    result = await kit.run_session(shell_command("echo ran"), WrappingPlugin(no_threads()))
     assert result.outcome == "completed", repr(result.error)

@@ -1,4 +1,4 @@
-"""The guard's process, when the worker is killed and when the guard itself is ended."""
+"""The process of the guard: when the worker is killed, and when the guard itself ends."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 import uvloop
 
-from workpool_command.guard import guarding
+from workpool_command.guard import running_guard
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -21,39 +21,39 @@ if TYPE_CHECKING:
 @pytest.mark.filterwarnings("ignore:unclosed resource <UVProcessTransport:ResourceWarning")
 @pytest.mark.parametrize("new_loop", [asyncio.new_event_loop, uvloop.new_event_loop])
 def test_guard_reaped_by_other_code_does_not_fail_end_of_pool(
-    new_loop: Callable[[], asyncio.AbstractEventLoop], machine: Any
+    new_loop: Callable[[], asyncio.AbstractEventLoop], process_view: Any
 ) -> None:
-    children = machine.children()
+    children = process_view.child_processes()
 
-    async def lose_the_guard() -> None:
-        async with asyncio.timeout(20), guarding({}):
-            [pid] = machine.children() - children
-            # from now on the kernel reaps all children
+    async def reap_guard() -> None:
+        async with asyncio.timeout(20), running_guard({}):
+            [pid] = process_view.child_processes() - children
+            # From now on the kernel reaps all children.
             before = signal.signal(signal.SIGCHLD, signal.SIG_IGN)
             try:
                 os.kill(int(pid), signal.SIGKILL)
-                await machine.reached(lambda: machine.children() == children)
+                await process_view.wait_for_file(lambda: process_view.child_processes() == children)
             finally:
                 signal.signal(signal.SIGCHLD, before)
 
     with asyncio.Runner(loop_factory=new_loop) as runner:
-        runner.run(lose_the_guard())
+        runner.run(reap_guard())
 
 
 WORKER = """
 import asyncio, os, pathlib, signal, subprocess, sys, uvloop
-from workpool_command.group import Start
-from workpool_command.guard import guarding
+from workpool_command.group import CommandStart
+from workpool_command.guard import running_guard
 
 async def work():
-    async with guarding({}) as guard:
+    async with running_guard({}) as guard:
         env = {"PATH": os.environ["PATH"], "MARK": "of this command"}
-        start = Start(
+        start = CommandStart(
             argv=["sleep", "60"], cwd=pathlib.Path("/"), env=env, stdin=b"",
             stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, mark="MARK=of this command",
         )
         guard.expect(start.mark)
-        process = start.spawn()
+        process = start.spawn_process()
         if sys.argv[2] == "told":
             guard.add(process.pid)
         print(process.pid, flush=True)
@@ -68,7 +68,7 @@ with asyncio.Runner(loop_factory=loops[sys.argv[1]]) as runner:
 @pytest.mark.parametrize("loop", ["asyncio", "uvloop"])
 @pytest.mark.parametrize("number", ["told", "not told"])
 async def test_guard_of_worker_killed_right_after_spawn_kills_command(
-    loop: str, number: str, machine: Any
+    loop: str, number: str, process_view: Any
 ) -> None:
     worker = await asyncio.create_subprocess_exec(
         *(sys.executable, "-c", WORKER, loop, number), stdout=asyncio.subprocess.PIPE
@@ -78,7 +78,7 @@ async def test_guard_of_worker_killed_right_after_spawn_kills_command(
 
     assert worker.returncode == -signal.SIGKILL
     try:
-        await machine.gone([str(pid)])
+        await process_view.wait_for_end([str(pid)])
     finally:
         with suppress(ProcessLookupError):
             os.kill(pid, signal.SIGKILL)

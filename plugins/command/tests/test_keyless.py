@@ -1,4 +1,4 @@
-"""Commands with the item's own token: no process of a session can read the worker's key."""
+"""Commands with the item's own token: none of their processes can read the worker's key."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ with open(sys.argv[1], "wb") as dump:
 
 
 @pytest.fixture
-def settings(kit: Kit, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> dict[str, Any]:
+def worker_settings(kit: Kit, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> dict[str, Any]:
     """Settings of a worker with its key in a file and in a variable, beside other secrets."""
     key = tmp_path / "key"
     key.write_text(kit.server.token)
@@ -70,66 +70,69 @@ def settings(kit: Kit, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> dict[
 
 
 @pytest.fixture
-def secrets(kit: Kit) -> Callable[[bytes], list[bytes]]:
-    def found(dump: bytes) -> list[bytes]:
+def worker_secrets(kit: Kit) -> Callable[[bytes], list[bytes]]:
+    def secrets_in(dump: bytes) -> list[bytes]:
         secrets = (kit.server.token.encode(), b"second-credential", b"secret-of-the-header")
         return [secret for secret in secrets if secret in dump]
 
-    return found
+    return secrets_in
 
 
-def dumping(tmp_path: Path, **options: Any) -> Command:
+def dumping_command(tmp_path: Path, **options: Any) -> Command:
     command = [sys.executable, "-c", DUMP, str(tmp_path / "dump")]
     return Command(command=command, item_token=True, root=str(tmp_path / "root"), **options)
 
 
-async def test_command_with_token_of_item_finds_no_key_of_worker(
-    kit: Kit, settings: dict[str, Any], secrets: Callable[[bytes], list[bytes]], tmp_path: Path
+async def test_command_with_token_of_item_cannot_read_key_of_worker(
+    kit: Kit,
+    worker_settings: dict[str, Any],
+    worker_secrets: Callable[[bytes], list[bytes]],
+    tmp_path: Path,
 ) -> None:
-    result = await kit.run_session(dumping(tmp_path), timeout=30, **settings)
+    result = await kit.run_session(dumping_command(tmp_path), timeout=30, **worker_settings)
     assert result.outcome == "completed"
     dump = (tmp_path / "dump").read_bytes()
     assert b"WORKPOOL_TOKEN=item." in dump
     assert b"== session 200 processes 1" in dump
-    assert secrets(dump) == []
+    assert worker_secrets(dump) == []
 
 
 async def test_command_without_item_token_gets_no_token(
-    kit: Kit, settings: dict[str, Any], tmp_path: Path
+    kit: Kit, worker_settings: dict[str, Any], tmp_path: Path
 ) -> None:
     command = Command(command=["sh", "-c", f"env >{tmp_path}/env"])
-    assert (await kit.run_session(command, timeout=30, **settings)).outcome == "completed"
+    assert (await kit.run_session(command, timeout=30, **worker_settings)).outcome == "completed"
     assert "WORKPOOL_TOKEN" not in (tmp_path / "env").read_text()
 
 
 @pytest.mark.acceptance
-async def test_detached_command_and_its_hold_process_find_no_key_of_worker(
+async def test_detached_command_and_its_hold_process_cannot_read_key_of_worker(
     kit: Kit,
-    machine: Any,
-    settings: dict[str, Any],
-    secrets: Callable[[bytes], list[bytes]],
+    process_view: Any,
+    worker_settings: dict[str, Any],
+    worker_secrets: Callable[[bytes], list[bytes]],
     tmp_path: Path,
 ) -> None:
-    before = machine.children()
-    async with kit.pool(dumping(tmp_path, detach=True), lease_ttl=10, **settings):
+    before = process_view.child_processes()
+    async with kit.pool(dumping_command(tmp_path, detach=True), lease_ttl=10, **worker_settings):
         (item,) = kit.enqueue()
         finished = await kit.recorder.wait_for(SessionFinished, timeout=30)
         assert finished.outcome == "detached"
         await kit.faults.wait_for("stop", answered=True, timeout=30)
-        # the guard is the only child that may be left
-        await machine.reached(lambda: len(machine.children() - before) <= 1)
+        # Only the guard may be left as a child.
+        await process_view.wait_for_file(lambda: len(process_view.child_processes() - before) <= 1)
     assert kit.item(item).state == "stopped"
     dump = (tmp_path / "dump").read_bytes()
     assert b"WORKPOOL_TOKEN=item." in dump
     assert b"== session 200 processes 2" in dump
-    assert secrets(dump) == []
+    assert worker_secrets(dump) == []
 
 
 async def test_detached_command_for_item_without_token_fails(
-    kit: Kit, settings: dict[str, Any], tmp_path: Path
+    kit: Kit, worker_settings: dict[str, Any], tmp_path: Path
 ) -> None:
-    qoder = {**settings, "dialect": "qoder", "base_url": kit.server.base_url}
-    result = await kit.run_session(dumping(tmp_path, detach=True), timeout=30, **qoder)
+    qoder = {**worker_settings, "dialect": "qoder", "base_url": kit.server.base_url}
+    result = await kit.run_session(dumping_command(tmp_path, detach=True), timeout=30, **qoder)
     assert result.outcome == "failed"
     assert isinstance(result.error, WorkpoolError)
     assert "without a token of its own" in str(result.error)

@@ -23,14 +23,14 @@ if TYPE_CHECKING:
 
 
 async def test_command_receives_ids_and_item_but_no_credentials(
-    kit: Kit, shell: Shell, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    kit: Kit, shell_command: Shell, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     for name in ("WORKPOOL_TOKEN", "QODER_PAT", "ANTHROPIC_ENVIRONMENT_KEY", "AWS_SECRET"):
         monkeypatch.setenv(name, "hunter2")
     monkeypatch.setenv("GREETING", "hello")
 
     result = await kit.run_session(
-        shell("cat >$0/item; env >$0/env", tmp_path, environment=["PATH", "GREETING"]),
+        shell_command("cat >$0/item; env >$0/env", tmp_path, environment=["PATH", "GREETING"]),
         metadata={"job": "report"},
     )
 
@@ -52,12 +52,12 @@ async def test_command_receives_ids_and_item_but_no_credentials(
 
 
 async def test_command_with_root_gets_own_directory_that_is_removed_afterwards(
-    kit: Kit, shell: Shell, tmp_path: Path
+    kit: Kit, shell_command: Shell, tmp_path: Path
 ) -> None:
     root, note = tmp_path / "sessions", tmp_path / "note"
     script = "pwd >$0; stat -c %a . >>$0; mkdir -p a/b; touch a/b/c; chmod 500 a/b a"
 
-    result = await kit.run_session(shell(script, note, root=root))
+    result = await kit.run_session(shell_command(script, note, root=root))
 
     assert result.outcome == "completed"
     cwd, mode = note.read_text().splitlines()
@@ -68,9 +68,9 @@ async def test_command_with_root_gets_own_directory_that_is_removed_afterwards(
 
 
 async def test_kept_directory_is_reused_by_next_run_of_session(
-    kit: Kit, shell: Shell, tmp_path: Path
+    kit: Kit, shell_command: Shell, tmp_path: Path
 ) -> None:
-    command = shell("test -e here && exit 3; touch here", root=tmp_path, keep=True)
+    command = shell_command("test -e here && exit 3; touch here", root=tmp_path, keep=True)
     [item] = kit.enqueue()
     async with kit.pool(command):
         await kit.wait_for(SessionFinished)
@@ -90,9 +90,9 @@ async def test_kept_directory_is_reused_by_next_run_of_session(
     ],
 )
 async def test_error_of_failed_command_names_exit_status_or_signal(
-    kit: Kit, shell: Shell, script: str, problem: str, status: int
+    kit: Kit, shell_command: Shell, script: str, problem: str, status: int
 ) -> None:
-    result = await kit.run_session(shell(script), report_errors="message")
+    result = await kit.run_session(shell_command(script), report_errors="message")
 
     assert (result.outcome, result.item.state) == ("failed", "stopped")
     assert result.metadata["workpool.error"] == f"CommandFailed: {problem}"
@@ -100,8 +100,10 @@ async def test_error_of_failed_command_names_exit_status_or_signal(
     assert (result.error.program, result.error.status) == ("sh", status)
 
 
-async def test_command_that_exits_with_ex_tempfail_is_released(kit: Kit, shell: Shell) -> None:
-    result = await kit.run_session(shell("exit 75"), report_errors="message")
+async def test_command_that_exits_with_ex_tempfail_is_released(
+    kit: Kit, shell_command: Shell
+) -> None:
+    result = await kit.run_session(shell_command("exit 75"), report_errors="message")
 
     assert result.outcome == "released"
     assert result.metadata["workpool.released"] == "sh: exit status 75"
@@ -109,14 +111,14 @@ async def test_command_that_exits_with_ex_tempfail_is_released(kit: Kit, shell: 
 
 
 async def test_last_output_line_becomes_metadata_only_if_result_is_set(
-    kit: Kit, shell: Shell
+    kit: Kit, shell_command: Shell
 ) -> None:
     script = """echo '{"rows": "1"}'; echo '{"rows": "42", "é": "ü"}'; echo; echo no >&2"""
 
-    asked = await kit.run_session(shell(script, result=True))
+    asked = await kit.run_session(shell_command(script, result=True))
     assert (asked.outcome, dict(asked.metadata)) == ("completed", {"rows": "42", "é": "ü"})
 
-    unasked = await kit.run_session(shell(script))
+    unasked = await kit.run_session(shell_command(script))
     assert (unasked.outcome, dict(unasked.metadata)) == ("completed", {})
 
 
@@ -136,11 +138,11 @@ async def test_last_output_line_becomes_metadata_only_if_result_is_set(
     ids=["empty", "text", "list", "number", "surrogate", "bytes", "cut", "long", "deep"],
 )
 async def test_last_output_line_that_is_no_result_fails_session(
-    kit: Kit, shell: Shell, tmp_path: Path, line: str
+    kit: Kit, shell_command: Shell, tmp_path: Path, line: str
 ) -> None:
     (tmp_path / "line").write_bytes(line.encode("latin-1", "replace"))
 
-    result = await kit.run_session(shell("cat $0/line", tmp_path, result=True))
+    result = await kit.run_session(shell_command("cat $0/line", tmp_path, result=True))
 
     assert result.outcome == "failed"
     assert isinstance(result.error, CommandFailed)

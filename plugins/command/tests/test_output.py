@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from workpool.events import SessionFinished
 from workpool_command.ending import RESULT_LIMIT
-from workpool_command.output import Lines, readable
+from workpool_command.output import LineSplitter, escape_line
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -24,10 +24,10 @@ if TYPE_CHECKING:
 
 
 async def test_lines_of_both_streams_are_logged_with_session_id(
-    kit: Kit, shell: Shell, caplog: pytest.LogCaptureFixture
+    kit: Kit, shell_command: Shell, caplog: pytest.LogCaptureFixture
 ) -> None:
     script = r"printf 'one\r\n\377\033[31m\ntwo'; printf 'three\n' >&2"
-    result = await kit.run_session(shell(script))
+    result = await kit.run_session(shell_command(script))
 
     records = [record for record in caplog.records if record.name == "workpool.session"]
     assert sorted(record.getMessage() for record in records) == [
@@ -40,10 +40,10 @@ async def test_lines_of_both_streams_are_logged_with_session_id(
 
 
 async def test_command_with_too_much_output_is_not_blocked_and_log_is_limited(
-    kit: Kit, shell: Shell, caplog: pytest.LogCaptureFixture
+    kit: Kit, shell_command: Shell, caplog: pytest.LogCaptureFixture
 ) -> None:
     script = """yes | head -c 2000000; head -c 2000000 /dev/zero; echo; echo '{"bytes": "4 MB"}'"""
-    result = await kit.run_session(shell(script, log_lines=3, result=True))
+    result = await kit.run_session(shell_command(script, log_lines=3, result=True))
 
     assert (result.outcome, result.metadata["bytes"]) == ("completed", "4 MB")
     logged = [r.getMessage() for r in caplog.records if r.name == "workpool.session"]
@@ -51,10 +51,10 @@ async def test_command_with_too_much_output_is_not_blocked_and_log_is_limited(
 
 
 async def test_sessions_beside_command_that_prints_endlessly_complete(
-    kit: Kit, shell: Shell
+    kit: Kit, shell_command: Shell
 ) -> None:
     [chatty] = kit.enqueue(metadata={"kind": "chatty"})
-    async with kit.pool(shell("case $(cat) in *chatty*) exec yes;; esac", log_lines=0)):
+    async with kit.pool(shell_command("case $(cat) in *chatty*) exec yes;; esac", log_lines=0)):
         kit.enqueue(20)
         await kit.wait_for(SessionFinished, count=20)
         kit.stop(chatty)
@@ -65,7 +65,7 @@ async def test_sessions_beside_command_that_prints_endlessly_complete(
 
 def test_line_without_end_is_not_kept_in_memory() -> None:
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    lines = Lines(lambda _: None)
+    lines = LineSplitter(lambda _: None)
     for _ in range(3_000):
         lines.feed(b"\0" * 65_536)
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 100_000
@@ -74,7 +74,7 @@ def test_line_without_end_is_not_kept_in_memory() -> None:
 @given(st.lists(st.binary(max_size=9) | st.just(b"\n") | st.just(b" ")))
 def test_lines_split_into_any_chunks_are_the_same(chunks: list[bytes]) -> None:
     fed_lines: list[bytes] = []
-    lines = Lines(lambda some: fed_lines.extend(some.split(b"\n")))
+    lines = LineSplitter(lambda some: fed_lines.extend(some.split(b"\n")))
     for chunk in chunks:
         lines.feed(chunk)
     lines.close()
@@ -86,12 +86,12 @@ def test_lines_split_into_any_chunks_are_the_same(chunks: list[bytes]) -> None:
 
 @given(st.binary())
 def test_bytes_of_any_line_are_logged_as_one_printable_line(line: bytes) -> None:
-    assert readable(line).isprintable()
+    assert escape_line(line).isprintable()
 
 
 def test_long_line_is_cut_at_limit() -> None:
-    lines = Lines(lambda _: None)
+    lines = LineSplitter(lambda _: None)
     lines.feed(b"x" * 70_000 + b"\n")
     assert len(lines.last) == RESULT_LIMIT + 1
-    assert readable(lines.last).endswith("xxx … (cut)")
-    assert len(readable(lines.last)) < 2_100
+    assert escape_line(lines.last).endswith("xxx … (cut)")
+    assert len(escape_line(lines.last)) < 2_100

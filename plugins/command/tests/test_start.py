@@ -1,4 +1,4 @@
-"""Wrong settings are refused at start if they can be checked then, else when a session starts."""
+"""Wrong settings are refused at the start of the pool, or else at the start of a session."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import pytest
 from workpool import PluginError, Release
 from workpool.events import ItemDeclined, SessionFinished
 from workpool_command import Command, CommandFailed
-from workpool_command.ending import start_errors
+from workpool_command.ending import start_errors_as_session_errors
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -79,24 +79,26 @@ async def test_program_is_looked_up_on_path_of_command_not_of_worker(
 
 
 async def test_root_that_is_no_directory_is_error_at_start(
-    kit: Kit, shell: Shell, tmp_path: Path
+    kit: Kit, shell_command: Shell, tmp_path: Path
 ) -> None:
     (tmp_path / "file").touch()
     with pytest.raises(PluginError, match="cannot be used here"):
-        await kit.pool(shell("", root=tmp_path / "file")).run(until_empty=True)
+        await kit.pool(shell_command("", root=tmp_path / "file")).run(until_empty=True)
 
 
-async def test_ignored_sigchld_is_error_at_start(kit: Kit, shell: Shell) -> None:
+async def test_ignored_sigchld_is_error_at_start(kit: Kit, shell_command: Shell) -> None:
     before = signal.signal(signal.SIGCHLD, signal.SIG_IGN)
     try:
         with pytest.raises(PluginError, match="SIGCHLD is ignored"):
-            await kit.pool(shell("")).run(until_empty=True)
+            await kit.pool(shell_command("")).run(until_empty=True)
     finally:
         signal.signal(signal.SIGCHLD, before)
 
 
-async def test_command_object_in_second_pool_at_once_is_refused(kit: Kit, shell: Shell) -> None:
-    command = shell("")
+async def test_command_object_in_second_pool_at_once_is_refused(
+    kit: Kit, shell_command: Shell
+) -> None:
+    command = shell_command("")
     async with kit.pool(command):
         with pytest.raises(PluginError, match="one object serves one pool"):
             await kit.pool(command).run(until_empty=True)
@@ -124,9 +126,9 @@ async def test_program_that_vanished_after_start_is_named_by_error(
 
 
 async def test_kept_directory_replaced_by_symlink_fails_session(
-    kit: Kit, shell: Shell, tmp_path: Path
+    kit: Kit, shell_command: Shell, tmp_path: Path
 ) -> None:
-    async with kit.pool(shell("touch owned", root=tmp_path / "root", keep=True)):
+    async with kit.pool(shell_command("touch owned", root=tmp_path / "root", keep=True)):
         [item] = kit.enqueue()
         await kit.wait_for(SessionFinished)
         place = tmp_path / "root" / item.session_id
@@ -141,16 +143,16 @@ async def test_kept_directory_replaced_by_symlink_fails_session(
 
 @pytest.mark.parametrize("number", [errno.EAGAIN, errno.EMFILE, errno.ENOMEM])
 def test_start_error_of_exhausted_machine_becomes_release(number: int) -> None:
-    with pytest.raises(Release), start_errors("tool"):
+    with pytest.raises(Release), start_errors_as_session_errors("tool"):
         raise OSError(number, os.strerror(number))
 
 
 async def test_command_with_metadata_and_max_sessions_takes_matching_items_only(
-    kit: Kit, shell: Shell
+    kit: Kit, shell_command: Shell
 ) -> None:
     kit.enqueue(metadata={"job": "other"})
     kit.enqueue(metadata={"job": "report"})
-    async with kit.pool(shell("", metadata={"job": "report"}, max_sessions=1)):
+    async with kit.pool(shell_command("", metadata={"job": "report"}, max_sessions=1)):
         declined = await kit.wait_for(ItemDeclined)
         taken = await kit.wait_for(SessionFinished)
 

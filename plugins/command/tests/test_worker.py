@@ -26,7 +26,7 @@ pytestmark = pytest.mark.acceptance
 
 
 @asynccontextmanager
-async def worker(
+async def running_worker(
     kit: Kit, tmp_path: Path, **table: Any
 ) -> AsyncIterator[asyncio.subprocess.Process]:
     """Start `workpool run command` with this table of settings."""
@@ -54,15 +54,17 @@ async def worker(
         await process.wait()
 
 
-async def test_commands_of_killed_worker_are_killed(kit: Kit, machine: Any, tmp_path: Path) -> None:
+async def test_commands_of_killed_worker_are_killed(
+    kit: Kit, process_view: Any, tmp_path: Path
+) -> None:
     script = "sh -c 'echo $$ >>$0; sleep 60' $0 & echo $$ >>$0; wait"
     command = ["sh", "-c", script, str(tmp_path / "pids")]
-    async with worker(kit, tmp_path, command=command) as process:
+    async with running_worker(kit, tmp_path, command=command) as process:
         kit.enqueue(2)
-        pids = await machine.written(tmp_path / "pids", 4)
+        pids = await process_view.wait_for_lines(tmp_path / "pids", 4)
         process.kill()
         await process.wait()
-        await machine.gone(pids)
+        await process_view.wait_for_end(pids)
 
 
 LASTING = """
@@ -71,20 +73,22 @@ LASTING = """
 """
 
 
-async def test_detached_command_of_killed_worker_lives_on(
-    kit: Kit, machine: Any, tmp_path: Path
+async def test_detached_command_of_killed_worker_continues(
+    kit: Kit, process_view: Any, tmp_path: Path
 ) -> None:
     os.mkfifo(tmp_path / "fifo")
     command = ["sh", "-c", LASTING, str(tmp_path)]
     root = tmp_path / "root"
-    async with worker(kit, tmp_path, command=command, detach=True, root=str(root)) as process:
+    async with running_worker(
+        kit, tmp_path, command=command, detach=True, root=str(root)
+    ) as process:
         [item] = kit.enqueue()
-        await machine.written(tmp_path / "told")
+        await process_view.wait_for_lines(tmp_path / "told")
         process.kill()
         await process.wait()
-    assert state_of(kit, item) == "active"
+    assert process_state(kit, item) == "active"
     await asyncio.to_thread((tmp_path / "fifo").write_text, "go\n")
-    await machine.reached(lambda: state_of(kit, item) == "stopped")
+    await process_view.wait_for_file(lambda: process_state(kit, item) == "stopped")
 
     cwd = root / item.session_id
     assert json.loads((cwd / "item").read_text())["id"] == item.id
@@ -93,20 +97,22 @@ async def test_detached_command_of_killed_worker_lives_on(
     assert "hello\n" in (cwd / "output.log").read_text()
 
 
-async def test_detached_command_of_living_worker_is_reaped(
-    kit: Kit, machine: Any, tmp_path: Path
+async def test_detached_command_of_running_worker_is_reaped(
+    kit: Kit, process_view: Any, tmp_path: Path
 ) -> None:
-    children, descriptors = machine.children(), machine.descriptors()
+    children, descriptors = process_view.child_processes(), process_view.open_descriptors()
     [item] = kit.enqueue()
     async with kit.pool(Command(command=["true"], detach=True, root=tmp_path)):
         end = await kit.wait_for(SessionFinished, timeout=25)
-        await machine.reached(lambda: state_of(kit, item) == "stopped")
-        # only the guard is left
-        await machine.reached(lambda: len(machine.children() - children) == 1)
+        await process_view.wait_for_file(lambda: process_state(kit, item) == "stopped")
+        # Only the guard is left.
+        await process_view.wait_for_file(
+            lambda: len(process_view.child_processes() - children) == 1
+        )
 
     assert end.outcome == "detached"
-    assert machine.children() == children
-    assert machine.descriptors() == descriptors
+    assert process_view.child_processes() == children
+    assert process_view.open_descriptors() == descriptors
 
 
 async def test_detached_command_whose_hold_process_is_refused_releases_session(
@@ -125,5 +131,5 @@ async def test_detached_command_whose_hold_process_is_refused_releases_session(
     assert "401" in (tmp_path / item.session_id / "output.log").read_text()
 
 
-def state_of(kit: Kit, item: Item) -> str:
+def process_state(kit: Kit, item: Item) -> str:
     return kit.server.operations.get(item.environment_id, item.id).state

@@ -16,9 +16,14 @@ from weakref import WeakSet
 
 from workpool import Release
 from workpool.errors import HandoverError, innermost
-from workpool_command.ending import CommandFailed, start_errors, text_of
-from workpool_command.group import ProcessGroup, Start, started
-from workpool_command.surroundings import handed_on, item_json, redelivered, trace_of
+from workpool_command.ending import CommandFailed, exit_status_text, start_errors_as_session_errors
+from workpool_command.group import CommandStart, ProcessGroup, start_group
+from workpool_command.surroundings import (
+    inherited_variables,
+    item_json,
+    may_have_run_before,
+    trace_variables,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -33,8 +38,8 @@ UNUSABLE: Final = 2
 """Exit status of a `hold` with wrong settings."""
 
 
-class Detachable(Protocol):
-    """The settings of the plugin that a detached command needs; `plugin.Command` documents them."""
+class DetachableCommand(Protocol):
+    """The settings that a detached command needs; `plugin.Command` documents them."""
 
     command: Sequence[str]
     environment: Sequence[str]
@@ -43,21 +48,22 @@ class Detachable(Protocol):
     timeout: float | None
 
 
-class Holders:
-    """Starts a `workpool hold` for each session, and reaps those that end before the worker."""
+class HoldProcesses:
+    """Starts a `workpool hold` process per session, and reaps those that end before the worker."""
 
-    def __init__(self, command: Detachable, settings: Settings) -> None:
+    def __init__(self, command: DetachableCommand, settings: Settings) -> None:
         self._command = command
         self._settings = settings
-        self._groups: WeakSet[ProcessGroup] = WeakSet()  # removed once it has ended
+        # A process is removed from this list once it has ended.
+        self._groups: WeakSet[ProcessGroup] = WeakSet()
 
     def close(self) -> None:
-        """Let the processes outlive the worker; the init process reaps them."""
+        """Leave the processes running; the init process reaps them after the worker's end."""
         for group in list(self._groups):
             group.close()
 
     async def hand_off(self, session: Session, cwd: Path) -> None:
-        """Start the command under `hold`, and wait until it has taken the item over.
+        """Start the command under `workpool hold`, and wait until that has taken the item over.
 
         Raises:
             CommandFailed: `hold` cannot start with these settings.
@@ -73,23 +79,24 @@ class Holders:
                 async with session.handover() as lease:
                     keyless = self._command.item_token
                     given = lease.keyless_variables if keyless else lease.variables
-                    group = self._start(session, cwd, given)
+                    group = self._start_hold(session, cwd, given)
                     watching = tasks.create_task(self._detect_early_end(group, cwd), name="hold")
                 watching.cancel()
         except BaseExceptionGroup as failure:
             error = innermost(failure)
             if group is None or not isinstance(error, HandoverError):
-                raise error from error.__cause__  # the error in the group, not the group
+                # Raises the error in the group instead of the group.
+                raise error from error.__cause__
             group.signal(
                 signal.SIGKILL
-            )  # its heartbeat would be refused: the pool holds the item again
+            )  # Its heartbeat would be refused, because the pool holds the item again.
             raise Release("workpool hold was not ready in time") from error
         finally:
             if group is not None:
                 self._groups.add(group)
-                group.leave_alone()
+                group.leave_running()
 
-    def _start(self, session: Session, cwd: Path, lease: Mapping[str, str]) -> ProcessGroup:
+    def _start_hold(self, session: Session, cwd: Path, lease: Mapping[str, str]) -> ProcessGroup:
         hold = (
             sys.executable,
             "-P",
@@ -98,21 +105,25 @@ class Holders:
             "hold",
             "--",
         )  # -P: no modules of the directory `cwd`
-        more = redelivered(session) | trace_of(session)
+        more = may_have_run_before(session) | trace_variables(session)
         ids = [f"{name}={value}" for name, value in more.items()]
-        with start_errors("workpool hold"), (cwd / OUTPUT).open("ab") as output:
-            return started(
-                Start(
+        with start_errors_as_session_errors("workpool hold"), (cwd / OUTPUT).open("ab") as output:
+            return start_group(
+                CommandStart(
                     argv=(*hold, "env", *ids, *self._command.command),
                     cwd=cwd,
-                    env={**handed_on(self._command.environment), **self._variables(), **lease},
+                    env={
+                        **inherited_variables(self._command.environment),
+                        **self._hold_variables(),
+                        **lease,
+                    },
                     stdin=item_json(session.item),
                     stdout=output.fileno(),
                     stderr=output.fileno(),
                 )
             )
 
-    def _variables(self) -> dict[str, str]:
+    def _hold_variables(self) -> dict[str, str]:
         """Return the pool's settings for `hold`, which hides them from the command."""
         settings, limit = self._settings, self._command.timeout or self._settings.session_timeout
         variables = {
@@ -128,14 +139,14 @@ class Holders:
             files: tuple[str, ...] = ("ca_file",)
         else:
             files = ("token_file", "api_key_file", "ca_file", "client_cert_file", "client_key_file")
-            variables |= self._secrets()
+            variables |= self._secret_variables()
         for name in files:
             if (path := getattr(settings, name)) is not None:
                 variables[f"WORKPOOL_{name.upper()}"] = str(Path(path).absolute())
         return variables
 
-    def _secrets(self) -> dict[str, str]:
-        """Return the worker's credentials that lie in no file."""
+    def _secret_variables(self) -> dict[str, str]:
+        """Return the worker's credentials that are in no file."""
         settings, variables = self._settings, dict[str, str]()
         if settings.token_file is None:
             variables["WORKPOOL_TOKEN"] = settings.read_token()
@@ -155,7 +166,7 @@ class Holders:
         """
         await group.exited.wait()
         group.reap()
-        problem = f"{text_of(group.status)}; see {cwd / OUTPUT}"
+        problem = f"{exit_status_text(group.status)}; see {cwd / OUTPUT}"
         if group.status == UNUSABLE:
             raise CommandFailed("workpool hold", problem, group.status)
         if group.status not in ENDED:

@@ -25,7 +25,7 @@ RESULT_LIMIT: Final = 65_536
 
 
 class CommandFailed(WorkpoolError):
-    """The command failed, did not start, or has an unusable result.
+    """The command failed, could not be started, or printed an unusable result.
 
     Attributes:
         program: The name of the command, without arguments, which may be secrets.
@@ -40,7 +40,7 @@ class CommandFailed(WorkpoolError):
 
 
 @contextmanager
-def start_errors(program: str) -> Iterator[None]:
+def start_errors_as_session_errors(program: str) -> Iterator[None]:
     """Turn an error that prevents a command from being started into the session's error.
 
     Raises:
@@ -55,8 +55,8 @@ def start_errors(program: str) -> Iterator[None]:
         raise CommandFailed(program, f"cannot be started: {error}") from error
 
 
-def settle(session: Session, program: str, status: int | None) -> None:
-    """Return normally if the command has finished its work or was ended by a stop request.
+def check_exit(session: Session, program: str, status: int | None) -> None:
+    """Return if the command has finished its work or ended after a stop request; else raise.
 
     Args:
         session: The session of the command.
@@ -73,18 +73,20 @@ def settle(session: Session, program: str, status: int | None) -> None:
     if status == 0:
         return
     if status == os.EX_TEMPFAIL:
-        raise Release(f"{program}: {text_of(status)}")
-    if session.stopping:  # ended by a stop request of an operator
+        raise Release(f"{program}: {exit_status_text(status)}")
+    if session.stopping:  # The command ended because of an operator's stop request.
         session.log.info(
-            "command ended: %s", text_of(status), extra={"program": program, "status": status}
+            "command ended: %s",
+            exit_status_text(status),
+            extra={"program": program, "status": status},
         )
     elif session.draining:
         raise Release("the pool is draining")
     else:
-        raise CommandFailed(program, text_of(status), status)
+        raise CommandFailed(program, exit_status_text(status), status)
 
 
-def text_of(status: int | None) -> str:
+def exit_status_text(status: int | None) -> str:
     """Return a text such as `exit status 3` or `killed by SIGSEGV`."""
     if status is None:
         return "exit status unknown"
@@ -96,7 +98,7 @@ def text_of(status: int | None) -> str:
         return f"killed by signal {-status}"
 
 
-def result_of(program: str, line: bytes) -> dict[str, str]:
+def parse_result(program: str, line: bytes) -> dict[str, str]:
     """Parse the last line of a command as metadata.
 
     Args:
@@ -111,7 +113,7 @@ def result_of(program: str, line: bytes) -> dict[str, str]:
     try:
         found = json.loads(line)
         if isinstance(found, dict) and all(isinstance(value, str) for value in found.values()):
-            "".join((*found.keys(), *found.values())).encode()  # a lone surrogate cannot be sent
+            "".join((*found.keys(), *found.values())).encode()  # A lone surrogate cannot be sent.
             return found
     except (ValueError, RecursionError):
         pass

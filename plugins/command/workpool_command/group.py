@@ -28,7 +28,7 @@ KILLED_SECONDS: Final = 1.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Start:
+class CommandStart:
     """The command to start, with its directory and environment.
 
     Attributes:
@@ -49,13 +49,13 @@ class Start:
     stderr: int
     mark: str = ""
 
-    def spawn(self) -> subprocess.Popen[bytes]:
+    def spawn_process(self) -> subprocess.Popen[bytes]:
         """Start the command in a session of its own.
 
         Raises:
             OSError: The command cannot be started.
         """
-        # A file without a name instead of a pipe: no code has to wait until the command reads.
+        # A file without a name instead of a pipe: nothing has to wait until the command reads it.
         with os.fdopen(os.memfd_create("item"), "w+b") as stdin:
             stdin.write(self.stdin)
             stdin.seek(0)
@@ -70,7 +70,7 @@ class Start:
             )
 
 
-class Watch(Protocol):
+class GroupWatcher(Protocol):
     """The interface of the guard, which ends the groups of a worker that was killed."""
 
     def expect(self, mark: str) -> None:
@@ -113,13 +113,13 @@ class ProcessGroup:
         """
         try:
             self._pidfd = os.pidfd_open(self.number)
-            self._loop.add_reader(self._pidfd, self._leader_exited)
+            self._loop.add_reader(self._pidfd, self._on_leader_exit)
         except OSError:
-            if not self._leader_taken():
+            if not self._leader_was_reaped():
                 raise
             self.exited.set()
 
-    def _leader_taken(self) -> bool:
+    def _leader_was_reaped(self) -> bool:
         try:
             os.waitid(os.P_PID, self.number, os.WEXITED | os.WNOHANG | os.WNOWAIT)
         except ChildProcessError:
@@ -137,12 +137,12 @@ class ProcessGroup:
 
     def signal(self, number: signal.Signals) -> None:
         """Send a signal to the group, unless its number may have been reused."""
-        if self._reaped:
+        if self._set_exit_status:
             return
         try:
             os.killpg(self.number, number)
         except ProcessLookupError:
-            pass  # other code in this process has reaped the leader
+            pass  # Other code in this process has reaped the leader.
         except PermissionError:
             log.warning("command cannot be signalled, it runs as another user")
 
@@ -165,7 +165,7 @@ class ProcessGroup:
 
     def reap(self) -> None:
         """Reap the leader. `Popen.wait` would return 0 if other code has reaped it."""
-        if self._reaped:
+        if self._set_exit_status:
             return
         try:
             ended = os.waitid(os.P_PID, self.number, os.WEXITED | os.WNOHANG)
@@ -177,10 +177,10 @@ class ProcessGroup:
         self._process.returncode = -signal.SIGKILL if self.status is None else self.status
 
     @property
-    def _reaped(self) -> bool:
+    def _set_exit_status(self) -> bool:
         return self._process.returncode is not None
 
-    def leave_alone(self, before_reaping: Callable[[int], None] = lambda _number: None) -> None:
+    def leave_running(self, before_reaping: Callable[[int], None] = lambda _number: None) -> None:
         """Reap the leader and close this object once the leader has exited, or now if it has.
 
         No effect if `close` was called before.
@@ -190,7 +190,7 @@ class ProcessGroup:
         """
         self._before_reaping = before_reaping
         if self.exited.is_set():
-            self._leader_exited()
+            self._on_leader_exit()
 
     def close(self) -> None:
         """Stop watching the leader."""
@@ -199,7 +199,7 @@ class ProcessGroup:
             os.close(self._pidfd)
             self._pidfd = -1
 
-    def _leader_exited(self) -> None:
+    def _on_leader_exit(self) -> None:
         self.exited.set()
         if self._before_reaping is None:
             self._loop.remove_reader(self._pidfd)
@@ -211,14 +211,14 @@ class ProcessGroup:
             self.close()
 
 
-def started(start: Start) -> ProcessGroup:
+def start_group(start: CommandStart) -> ProcessGroup:
     """Start a command in a group of its own. After an error the whole group has ended.
 
     Raises:
         OSError: The command cannot be started or its leader cannot be watched.
     """
     loop = asyncio.get_running_loop()
-    group = ProcessGroup(start.spawn(), loop)
+    group = ProcessGroup(start.spawn_process(), loop)
     try:
         group.watch_leader()
     except BaseException:
@@ -227,18 +227,18 @@ def started(start: Start) -> ProcessGroup:
     return group
 
 
-def _announced(start: Start, watch: Watch) -> ProcessGroup:
+def _announced_group(start: CommandStart, watch: GroupWatcher) -> ProcessGroup:
     watch.expect(start.mark)
     try:
-        return started(start)
+        return start_group(start)
     except BaseException:
         watch.expect("")  # otherwise the guard would look for this command when the worker ends
         raise
 
 
 @asynccontextmanager
-async def running(
-    start: Start, watch: Watch, patience: Callable[[], float]
+async def running_group(
+    start: CommandStart, watch: GroupWatcher, patience: Callable[[], float]
 ) -> AsyncIterator[ProcessGroup]:
     """Run a command in a group of its own, which ends with the block.
 
@@ -250,7 +250,7 @@ async def running(
     Raises:
         OSError: The command cannot be started.
     """
-    group = _announced(start, watch)
+    group = _announced_group(start, watch)
     try:
         watch.add(group.number)
         yield group
@@ -258,4 +258,4 @@ async def running(
         try:
             await group.end(patience())
         finally:
-            group.leave_alone(watch.remove)
+            group.leave_running(watch.remove)

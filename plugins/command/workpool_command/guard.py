@@ -23,7 +23,8 @@ log = logging.getLogger(__name__)
 
 CLOSE_SECONDS: Final = 2.0
 """Longest wait for the guard's exit, after its pipe is closed and again after SIGKILL."""
-# Ignores the signals that the end of a service sends to all its processes: only the pipe counts.
+# The guard ignores the signals that the end of a service sends to all its processes: only the end
+# of the pipe counts.
 PROGRAM: Final = """
 import os, signal, sys, time
 
@@ -81,27 +82,27 @@ class Guard:
         moment before the kernel shows the environment of a program that is just being executed.
         An empty entry takes the announcement back.
         """
-        self._tell(b"?%s\n" % os.fsencode(mark).hex().encode())
+        self._send(b"?%s\n" % os.fsencode(mark).hex().encode())
 
     def add(self, group: int) -> None:
         """Add a group, which must not outlive the worker."""
-        self._tell(b"%d\n" % group)
+        self._send(b"%d\n" % group)
 
     def remove(self, group: int) -> None:
         """Remove a group that has ended, whose number may be reused."""
-        self._tell(b"%d\n" % -group)
+        self._send(b"%d\n" % -group)
 
-    def _tell(self, line: bytes) -> None:
+    def _send(self, line: bytes) -> None:
         try:
             written = self._lines.write(line)
-        except (OSError, ValueError):  # the guard has ended, or its pipe is closed
+        except (OSError, ValueError):  # The guard has ended, or its pipe is closed.
             written = None
-        if written is None:  # the guard has not read the last 64 KiB
+        if written is None:  # The guard has not read the last 64 KiB.
             log.warning("the guard has ended: commands may outlive a worker that is killed")
 
 
 @asynccontextmanager
-async def guarding(env: Mapping[str, str]) -> AsyncIterator[Guard]:
+async def running_guard(env: Mapping[str, str]) -> AsyncIterator[Guard]:
     """Run a guard, which kills the remaining groups at the end of the block.
 
     Raises:
@@ -110,15 +111,15 @@ async def guarding(env: Mapping[str, str]) -> AsyncIterator[Guard]:
     stdin, pipe = os.pipe()
     os.set_blocking(pipe, False)
     with os.fdopen(pipe, "wb", buffering=0) as lines:
-        process = await _start(stdin, env)
+        process = await _start_process(stdin, env)
         try:
             yield Guard(lines)
         finally:
             lines.close()
-            await _ended(process)
+            await _wait_for_exit(process)
 
 
-async def _start(stdin: int, env: Mapping[str, str]) -> asyncio.subprocess.Process:
+async def _start_process(stdin: int, env: Mapping[str, str]) -> asyncio.subprocess.Process:
     try:
         return await asyncio.create_subprocess_exec(
             sys.executable,
@@ -132,8 +133,8 @@ async def _start(stdin: int, env: Mapping[str, str]) -> asyncio.subprocess.Proce
         os.close(stdin)
 
 
-async def _ended(process: asyncio.subprocess.Process) -> None:
-    """Wait for the guard's exit, at most `CLOSE_SECONDS` before SIGKILL and after it."""
+async def _wait_for_exit(process: asyncio.subprocess.Process) -> None:
+    """Wait for the guard's exit: at most `CLOSE_SECONDS` before a SIGKILL, and as long after it."""
     try:
         async with asyncio.timeout(CLOSE_SECONDS):
             await process.wait()

@@ -1,4 +1,4 @@
-"""The output of a command, which is logged within bounds and not stored.
+"""The output of a command, which is logged up to a limit and not stored.
 
 A command is never blocked by its output forever, and cannot exhaust memory, log or CPU with it:
 output beyond the limit of the log is read slowly and dropped.
@@ -27,8 +27,8 @@ SHOWN: Final = 2_000
 """Largest number of bytes of a line in the log."""
 
 
-class Log:
-    """The session's log, for `limit` lines of both streams together."""
+class OutputLog:
+    """The session's log of a command's output: at most `limit` lines of both streams together."""
 
     def __init__(self, log: logging.LoggerAdapter[logging.Logger], limit: int) -> None:
         self._log = log
@@ -36,7 +36,7 @@ class Log:
         self._dropped = 0
 
     @property
-    def spent(self) -> bool:
+    def is_full(self) -> bool:
         """Whether the limit is reached."""
         return self._left <= 0
 
@@ -44,7 +44,7 @@ class Log:
         """Log lines of a stream until the limit is reached."""
         lines = text.split(b"\n", self._left) if self._left else [text]
         for line in lines[: self._left]:
-            self._log.info("%s: %s", name, readable(line))
+            self._log.info("%s: %s", name, escape_line(line))
         # Beyond the limit a stream of short lines costs little: the rest is one piece.
         self._dropped += sum(rest.count(b"\n") + 1 for rest in lines[self._left :])
         self._left = max(0, self._left - len(lines))
@@ -55,7 +55,7 @@ class Log:
             self._log.info("lines not logged: %d", self._dropped)
 
 
-class Lines:
+class LineSplitter:
     """Splits a stream into lines, of any length and in any encoding.
 
     Attributes:
@@ -72,23 +72,23 @@ class Lines:
         """Process a chunk of the stream."""
         whole, newline, rest = (self._part + chunk).rpartition(b"\n")
         if newline:
-            self._end(whole)
+            self._end_line(whole)
         self._part = rest[: RESULT_LIMIT + 1]
 
     def close(self) -> None:
         """Add the bytes after the last newline as a line."""
         if self._part:
-            self._end(self._part)
+            self._end_line(self._part)
             self._part = b""
 
-    def _end(self, lines: bytes) -> None:
+    def _end_line(self, lines: bytes) -> None:
         last = lines.rstrip().rpartition(b"\n")[2]
         self.last = last[: RESULT_LIMIT + 1] or self.last
         self._tell(lines)
 
 
-class Reader:
-    """Reads one stream of a command on the running loop, during the block.
+class PipeReader:
+    """Reads one stream of a command on the running loop during a `with` block.
 
     Never waits for the pipe's end: a process that has left the command's group may keep it open
     forever.
@@ -98,12 +98,12 @@ class Reader:
         writer: The command's end of the pipe.
     """
 
-    def __init__(self, name: str, log: Log, progress: Callable[[], None]) -> None:
-        def add(lines: bytes) -> None:
+    def __init__(self, name: str, log: OutputLog, progress: Callable[[], None]) -> None:
+        def _watch_pipe(lines: bytes) -> None:
             progress()
             log.add(name, lines)
 
-        self.lines = Lines(add)
+        self.lines = LineSplitter(_watch_pipe)
         self.writer = -1
         self._reader = -1
         self._log = log
@@ -113,22 +113,22 @@ class Reader:
         self._reader, self.writer = os.pipe()
         try:
             os.set_blocking(self._reader, False)
-            self._resume()
+            self._resume_reading()
         except OSError:  # the loop cannot watch another descriptor
             self._close()
             raise
         return self
 
-    def started(self) -> None:
+    def close_writing_end(self) -> None:
         """Close this process's copy of the writing end, once the command has its own."""
         os.close(self.writer)
         self.writer = -1
 
     def __exit__(self, *_: Any) -> None:
         """Read the rest of the pipe without waiting for more."""
-        self._suspend()
+        self._suspend_reading()
         taken = 0
-        while taken < REST_LIMIT and (chunk := self._read()):
+        while taken < REST_LIMIT and (chunk := self._read_chunk()):
             taken += len(chunk)
             self.lines.feed(chunk)
         self.lines.close()
@@ -139,25 +139,25 @@ class Reader:
         if self.writer != -1:
             os.close(self.writer)
 
-    def _resume(self) -> None:
-        asyncio.get_running_loop().add_reader(self._reader, self._take)
+    def _resume_reading(self) -> None:
+        asyncio.get_running_loop().add_reader(self._reader, self._read_available)
 
-    def _suspend(self) -> None:
+    def _suspend_reading(self) -> None:
         asyncio.get_running_loop().remove_reader(self._reader)
         if self._pause is not None:
             self._pause.cancel()
 
-    def _take(self) -> None:
-        chunk = self._read()
+    def _read_available(self) -> None:
+        chunk = self._read_chunk()
         if chunk:
             self.lines.feed(chunk)
         if chunk == b"":
-            self._suspend()
-        elif self._log.spent:
-            self._suspend()
-            self._pause = asyncio.get_running_loop().call_later(PAUSE_SECONDS, self._resume)
+            self._suspend_reading()
+        elif self._log.is_full:
+            self._suspend_reading()
+            self._pause = asyncio.get_running_loop().call_later(PAUSE_SECONDS, self._resume_reading)
 
-    def _read(self) -> bytes | None:
+    def _read_chunk(self) -> bytes | None:
         """Return a chunk; empty bytes at the end of the pipe; None if nothing can be read yet."""
         try:
             return os.read(self._reader, CHUNK)
@@ -166,25 +166,25 @@ class Reader:
 
 
 @contextmanager
-def reading(
+def logged_output(
     log: logging.LoggerAdapter[logging.Logger], limit: int, progress: Callable[[], None]
-) -> Iterator[tuple[Reader, Reader]]:
+) -> Iterator[tuple[PipeReader, PipeReader]]:
     """Read stdout and stderr of a command into a log of at most `limit` lines.
 
     `progress` is called for lines that were read, also beyond the limit.
     """
-    bounded = Log(log, limit)
+    bounded = OutputLog(log, limit)
     try:
         with (
-            Reader("stdout", bounded, progress) as stdout,
-            Reader("stderr", bounded, progress) as stderr,
+            PipeReader("stdout", bounded, progress) as stdout,
+            PipeReader("stderr", bounded, progress) as stderr,
         ):
             yield stdout, stderr
     finally:
         bounded.close()
 
 
-def readable(line: bytes) -> str:
+def escape_line(line: bytes) -> str:
     """Return a line for the log, in which no byte can forge another line."""
     text = line[:SHOWN].rstrip(b"\r").decode(errors="backslashreplace")
     if not text.isprintable():

@@ -29,20 +29,20 @@ from workpool import (
     release_on_exhaustion,
 )
 from workpool.settings import CREDENTIAL_PREFIXES
-from workpool_command.detached import Holders
-from workpool_command.ending import result_of, settle, start_errors
-from workpool_command.group import ProcessGroup, Start, running
-from workpool_command.guard import Guard, guarding
-from workpool_command.output import reading
+from workpool_command.detached import HoldProcesses
+from workpool_command.ending import check_exit, parse_result, start_errors_as_session_errors
+from workpool_command.group import CommandStart, ProcessGroup, running_group
+from workpool_command.guard import Guard, running_guard
+from workpool_command.output import logged_output
 from workpool_command.surroundings import (
     HANDED_ON,
-    fresh_directory,
-    handed_on,
-    ids_of,
+    id_variables,
+    inherited_variables,
     item_json,
     kept_directory,
-    redelivered,
-    trace_of,
+    may_have_run_before,
+    temporary_directory,
+    trace_variables,
 )
 
 if TYPE_CHECKING:
@@ -97,24 +97,24 @@ class Command:
     """Seconds without a line of output, as in `@handler`."""
 
     def __post_init__(self) -> None:
-        """Check the settings alone.
+        """Check the settings themselves, without looking at the machine.
 
         Raises:
             TypeError: A setting has the wrong type.
             ValueError: A setting can never work.
         """
-        _check(self)
+        _check_settings(self)
         self._root = None if self.root is None else Path(self.root).absolute()
         self._guard: Guard | None = None
-        self._holders: Holders | None = None
+        self._holders: HoldProcesses | None = None
         self._settings: Settings | None = None
         self._threads = DaemonThreads("workpool-command", THREADS)
 
         async def run(session: Session) -> Mapping[str, str] | None:
             with release_on_exhaustion():
-                return await self._run(session)
+                return await self._run_command(session)
 
-        run.__qualname__ = NAME  # in errors about the four settings that follow
+        run.__qualname__ = NAME  # The names of the four settings that follow, for errors.
         mark = handler(
             type=self.type,
             metadata=self.metadata,
@@ -134,27 +134,30 @@ class Command:
             self._threads = DaemonThreads("workpool-command", THREADS)
             stack.push_async_callback(self._threads.close)
             try:
-                # Also starts a thread, which may be impossible once sessions run.
-                await self._threads.run(self._look_around)
-                env = handed_on(("PATH", "LD_LIBRARY_PATH"))
-                self._guard = await stack.enter_async_context(guarding(env))
+                # This also starts a thread, which may be impossible once sessions run.
+                await self._threads.run(self._check_machine)
+                env = inherited_variables(("PATH", "LD_LIBRARY_PATH"))
+                self._guard = await stack.enter_async_context(running_guard(env))
             except OSError as error:
                 raise PluginError(NAME, f"cannot be used here: {error}") from error
             self._settings = supervisor.settings
-            self._holders = stack.enter_context(closing(Holders(self, supervisor.settings)))
+            self._holders = stack.enter_context(closing(HoldProcesses(self, supervisor.settings)))
             try:
                 yield
             finally:
                 self._guard = self._holders = None
 
-    def _look_around(self) -> None:
-        """Find problems that would fail every session.
+    def _check_machine(self) -> None:
+        """Find problems of the machine that would fail every session.
 
         Raises:
             PluginError: A setting does not fit the machine.
             OSError: A directory or a process cannot be created.
         """
-        program, path = self.command[0], handed_on(self.environment).get("PATH", os.defpath)
+        program, path = (
+            self.command[0],
+            inherited_variables(self.environment).get("PATH", os.defpath),
+        )
         if shutil.which(program, path=path) is None:
             raise PluginError(NAME, f"command: {program!r} is not an executable file on the PATH")
         if signal.getsignal(signal.SIGCHLD) is signal.SIG_IGN:
@@ -170,40 +173,42 @@ class Command:
         # available from Linux 5.3 on, and not in every sandbox
         os.close(os.pidfd_open(os.getpid()))
 
-    async def _run(self, session: Session) -> Mapping[str, str] | None:
+    async def _run_command(self, session: Session) -> Mapping[str, str] | None:
         if self._guard is None or self._holders is None:
             raise PluginError(NAME, "runs in a pool only")
         if self.detach and self._root is not None:
-            with start_errors("directory"):
-                cwd = kept_directory(self._root, _name(session))
+            with start_errors_as_session_errors("directory"):
+                cwd = kept_directory(self._root, _directory_name(session))
             await self._holders.hand_off(session, cwd)
             return None
         program = Path(self.command[0]).name
-        with reading(session.log, self.log_lines, session.progress) as (stdout, stderr):
+        with logged_output(session.log, self.log_lines, session.progress) as (stdout, stderr):
             async with AsyncExitStack() as stack:
-                with start_errors(program):
+                with start_errors_as_session_errors(program):
                     cwd = await stack.enter_async_context(self._directory(session))
-                    start = self._start(session, cwd, stdout.writer, stderr.writer)
-                    patience = functools.partial(self._patience, session)
-                    group = await stack.enter_async_context(running(start, self._guard, patience))
-                stdout.started()
-                stderr.started()
-                await self._attend(session, group)
-        settle(session, program, group.status)
-        return result_of(program, stdout.lines.last) if self.result else None
+                    start = self._start_of(session, cwd, stdout.writer, stderr.writer)
+                    patience = functools.partial(self._grace_seconds, session)
+                    group = await stack.enter_async_context(
+                        running_group(start, self._guard, patience)
+                    )
+                stdout.close_writing_end()
+                stderr.close_writing_end()
+                await self._wait_for_exit(session, group)
+        check_exit(session, program, group.status)
+        return parse_result(program, stdout.lines.last) if self.result else None
 
-    async def _attend(self, session: Session, group: ProcessGroup) -> None:
-        """Wait for the command's end, and end it after a stop request or in a drain."""
+    async def _wait_for_exit(self, session: Session, group: ProcessGroup) -> None:
+        """Wait for the command's end; end it after a stop request or in a drain."""
         async with asyncio.TaskGroup() as tasks:
-            ending = tasks.create_task(self._end_when_asked(session, group), name="interrupted")
+            ending = tasks.create_task(self._end_on_interrupt(session, group), name="interrupted")
             await group.exited.wait()
             ending.cancel()
 
-    async def _end_when_asked(self, session: Session, group: ProcessGroup) -> None:
+    async def _end_on_interrupt(self, session: Session, group: ProcessGroup) -> None:
         await session.interrupted()
         await group.end(self.grace)
 
-    def _patience(self, session: Session) -> float:
+    def _grace_seconds(self, session: Session) -> float:
         """Return the seconds between SIGTERM and SIGKILL for a cancelled session.
 
         The command must end before another worker can start the session, and before the drain ends.
@@ -212,17 +217,17 @@ class Command:
 
     def _directory(self, session: Session) -> AbstractAsyncContextManager[Path]:
         if self.keep and self._root is not None:
-            return nullcontext(kept_directory(self._root, _name(session)))
-        return fresh_directory(self._root, _name(session), self._threads)
+            return nullcontext(kept_directory(self._root, _directory_name(session)))
+        return temporary_directory(self._root, _directory_name(session), self._threads)
 
-    def _start(self, session: Session, cwd: Path, stdout: int, stderr: int) -> Start:
-        return Start(
+    def _start_of(self, session: Session, cwd: Path, stdout: int, stderr: int) -> CommandStart:
+        return CommandStart(
             argv=self.command,
             cwd=cwd,
-            env=handed_on(self.environment)
-            | ids_of(session)
-            | redelivered(session)
-            | trace_of(session)
+            env=inherited_variables(self.environment)
+            | id_variables(session)
+            | may_have_run_before(session)
+            | trace_variables(session)
             | self._token_variables(session),
             stdin=item_json(session.item),
             stdout=stdout,
@@ -236,13 +241,13 @@ class Command:
         return self._settings.item_token_variables(session.item)
 
 
-def _name(session: Session) -> str:
+def _directory_name(session: Session) -> str:
     return session.id or session.item.id  # items of another type may have no session
 
 
-def _check(plugin: Command) -> None:
-    """Refuse settings that can never work, whatever the machine."""
-    _check_kinds(plugin)
+def _check_settings(plugin: Command) -> None:
+    """Refuse settings that can never work on any machine."""
+    _check_types(plugin)
     if not plugin.command or not plugin.command[0]:
         raise ValueError("command: names no program")
     if "/" in plugin.command[0] and not Path(plugin.command[0]).is_absolute():
@@ -256,7 +261,7 @@ def _check(plugin: Command) -> None:
         raise ValueError("result: a command that was detached has none")
 
 
-def _check_kinds(plugin: Command) -> None:
+def _check_types(plugin: Command) -> None:
     _check_strings("command", plugin.command)
     _check_strings("environment", plugin.environment)
     _check_number("grace", plugin.grace, float)

@@ -38,12 +38,12 @@ HANDED_ON: Final = (
 """The worker's variables that a command gets by default."""
 
 
-def handed_on(names: Iterable[str]) -> dict[str, str]:
-    """Return these of the worker's variables that are set."""
+def inherited_variables(names: Iterable[str]) -> dict[str, str]:
+    """Return those of the named variables that are set in the worker's environment."""
     return {name: os.environ[name] for name in names if name in os.environ}
 
 
-def ids_of(session: Session) -> dict[str, str]:
+def id_variables(session: Session) -> dict[str, str]:
     """Return the variables with the ids of the session."""
     return {
         "WORKPOOL_WORK_ID": session.item.id,
@@ -52,12 +52,12 @@ def ids_of(session: Session) -> dict[str, str]:
     }
 
 
-def redelivered(session: Session) -> dict[str, str]:
+def may_have_run_before(session: Session) -> dict[str, str]:
     """Return whether the item may have been run before."""
     return {"WORKPOOL_REDELIVERED": "1" if session.redelivered else "0"}
 
 
-def trace_of(session: Session) -> dict[str, str]:
+def trace_variables(session: Session) -> dict[str, str]:
     """Return the variable with the trace context of the session, if it has one."""
     return {} if session.traceparent is None else {"TRACEPARENT": session.traceparent}
 
@@ -72,12 +72,12 @@ def item_json(item: WorkItem) -> bytes:
                 "environment_id": item.environment_id,
                 "data": {"type": item.type, "id": item.session_id},
                 "state": item.state,
-                "created_at": _text(item.created_at),
-                "acknowledged_at": _text(item.acknowledged_at),
-                "started_at": _text(item.started_at),
+                "created_at": _time_text(item.created_at),
+                "acknowledged_at": _time_text(item.acknowledged_at),
+                "started_at": _time_text(item.started_at),
                 "latest_heartbeat_at": item.last_heartbeat,
-                "stop_requested_at": _text(item.stop_requested_at),
-                "stopped_at": _text(item.stopped_at),
+                "stop_requested_at": _time_text(item.stop_requested_at),
+                "stopped_at": _time_text(item.stopped_at),
                 "metadata": dict(item.metadata),
             }
         ).encode()
@@ -85,12 +85,12 @@ def item_json(item: WorkItem) -> bytes:
     )
 
 
-def _text(moment: datetime | None) -> str | None:
+def _time_text(moment: datetime | None) -> str | None:
     return None if moment is None else moment.isoformat().replace("+00:00", "Z")
 
 
 def kept_directory(root: Path, name: str) -> Path:
-    """Return the private directory of this name, which an earlier run may have created.
+    """Return the private directory with this name, which an earlier run may have created.
 
     Raises:
         OSError: The directory cannot be created, or another file has its name.
@@ -107,7 +107,7 @@ def kept_directory(root: Path, name: str) -> Path:
 
 
 @asynccontextmanager
-async def fresh_directory(
+async def temporary_directory(
     root: Path | None, name: str, threads: DaemonThreads
 ) -> AsyncIterator[Path]:
     """Create a new private directory, and remove it at the end of the block.
@@ -126,10 +126,10 @@ async def fresh_directory(
     try:
         yield Path(directory.name)
     finally:
-        await threads.run(_remove, directory)
+        await threads.run(_remove_directory, directory)
 
 
-def _remove(directory: tempfile.TemporaryDirectory[str]) -> None:
+def _remove_directory(directory: tempfile.TemporaryDirectory[str]) -> None:
     directory.cleanup()
     if Path(directory.name).exists():
         log.warning("directory not removed", extra={"path": directory.name})

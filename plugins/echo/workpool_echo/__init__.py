@@ -15,12 +15,12 @@ async def echo(session: Session) -> dict[str, str]:
         async with asyncio.timeout(seconds):
             await (
                 session.interrupted()
-            )  # a real handler works here and checks `session` from time to time
+            )  # A real handler works here, and checks `session` from time to time.
     except TimeoutError:
         session.log.info("echo: %r done", text)
         return {"echo": text}
-    if session.stopping:  # an operator stops this session: return the progress so far
+    if session.stopping:  # An operator stops this session: return the progress so far.
         session.log.info("echo: %r stopped", text)
         return {"echo": "stopped early"}
-    # the pool ends soon: another pool starts the session again
+    # The pool ends soon: another pool starts the session again.
     raise Release("the pool is draining")

@@ -1,4 +1,4 @@
-"""The names of the attributes of spans.
+"""The names of the spans' attributes.
 
 The names of the semantic conventions are written out here: their package calls those of messaging
 unstable, and may remove them in any release.

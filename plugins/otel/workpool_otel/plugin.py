@@ -65,7 +65,7 @@ class Otel:
         """Create the tracer, and export the last spans at the end."""
         if self._spans is not None:
             raise PluginError(NAME, "one object serves one pool; give each its own")
-        provider, own = self._provider()
+        provider, own = self._tracer_provider()
         settings = supervisor.settings
         self._spans = SessionSpans(
             provider.get_tracer("workpool"),
@@ -89,9 +89,9 @@ class Otel:
         """Run the handler, and the other plugins' contexts, inside the session's span."""
         if self._spans is None:
             raise PluginError(NAME, "runs in a pool only")
-        with self._spans.running(session) as context:
+        with self._spans.current_span(session) as context:
             if self.write_context and context:
-                await _write(session, context)
+                await _write_context(session, context)
             yield
 
     @hookimpl
@@ -102,7 +102,7 @@ class Otel:
         if self._spans is not None:
             self._spans.observe(event)
 
-    def _provider(self) -> tuple[trace.TracerProvider, TracerProvider | None]:
+    def _tracer_provider(self) -> tuple[trace.TracerProvider, TracerProvider | None]:
         """Return the provider, and a second time if a plugin made it, which shuts it down."""
         if self.tracer_provider is not None:
             return self.tracer_provider, None
@@ -112,7 +112,7 @@ class Otel:
             return current, current
         if not isinstance(current, trace.ProxyTracerProvider):
             return current, None
-        # Read by itself: the SDK gives the variables less weight than an explicit attribute.
+        # The variables are read here, because the SDK prefers an explicit attribute to them.
         resource = Resource.create({SERVICE_NAME: "workpool"}).merge(
             OTELResourceDetector().detect()
         )
@@ -123,7 +123,7 @@ class Otel:
         return provider, provider
 
 
-async def _write(session: Session, context: dict[str, str]) -> None:
+async def _write_context(session: Session, context: dict[str, str]) -> None:
     """Write the context of this run to the metadata. After a refusal only the link is missing."""
     try:
         await session.update_metadata(

@@ -42,7 +42,7 @@ _W3C: Final = TraceContextTextMapPropagator()
 _FAILURES: Final = frozenset({"failed", "timed_out", "stalled"})
 
 
-class _Call(NamedTuple):
+class _EndedRequest(NamedTuple):
     """A request for an item that has ended; times in nanoseconds."""
 
     op: str
@@ -52,13 +52,13 @@ class _Call(NamedTuple):
 
 
 @dataclass(slots=True)
-class _Run:
-    """The span of one run, or the requests before there is one."""
+class _RunSpan:
+    """The span of one run, or the requests that were sent before it."""
 
     span: Span | None = None
     common: dict[str, str] = field(default_factory=dict)
     """The attributes of the span and of its children."""
-    calls: list[_Call] = field(default_factory=list)
+    calls: list[_EndedRequest] = field(default_factory=list)
 
 
 class SessionSpans:
@@ -74,16 +74,16 @@ class SessionSpans:
         self._tracer = tracer
         self._client = client
         self._with_messages = with_messages
-        self._runs: dict[str, _Run] = {}
+        self._runs: dict[str, _RunSpan] = {}
 
     @contextmanager
-    def running(self, session: Session) -> Iterator[dict[str, str]]:
+    def current_span(self, session: Session) -> Iterator[dict[str, str]]:
         """Make the session's span the current one during a block; its context is the value.
 
         The context is empty if the span is not sampled by anybody.
         """
-        run = self._runs.setdefault(session.item.id, _Run())
-        span = self._begin(run, session.item)
+        run = self._runs.setdefault(session.item.id, _RunSpan())
+        span = self._span_of(run, session.item)
         context: dict[str, str] = {}
         with trace.use_span(span, record_exception=False, set_status_on_exception=False):
             _W3C.inject(context)
@@ -93,13 +93,13 @@ class SessionSpans:
     def observe(self, event: Observed) -> None:
         """Record an event."""
         if isinstance(event, RequestFinished):
-            self._request_ended(event)
+            self._record_request(event)
         elif isinstance(event, SessionFinished):
-            self._session_ended(event)
+            self._end_span(event)
         elif isinstance(event, HandlerRetried):
-            self._handler_retried(event)
+            self._record_retry(event)
         elif event.result != "ok":
-            self._runs.pop(event.item.id, None)  # no session follows
+            self._runs.pop(event.item.id, None)  # No session follows.
 
     def close(self) -> None:
         """End the spans of sessions whose end was not reported."""
@@ -108,23 +108,23 @@ class SessionSpans:
                 run.span.end()
         self._runs.clear()
 
-    def _request_ended(self, event: RequestFinished) -> None:
+    def _record_request(self, event: RequestFinished) -> None:
         work_id = current_work_id.get()
         if work_id is None:
             return
         run = self._runs.get(work_id)
         if run is None:
             if event.op != "ack":
-                return  # the session has ended: the last heartbeat of a release
-            run = self._runs[work_id] = _Run()
+                return  # The session has ended: this is the last heartbeat of a release.
+            run = self._runs[work_id] = _RunSpan()
         end = time.time_ns()
-        call = _Call(event.op, event.code, end - int(event.seconds * 1e9), end)
+        call = _EndedRequest(event.op, event.code, end - int(event.seconds * 1e9), end)
         if run.span is None:
             run.calls.append(call)
         else:
-            self._add(run, run.span, call)
+            self._add_request(run, run.span, call)
 
-    def _handler_retried(self, event: HandlerRetried) -> None:
+    def _record_retry(self, event: HandlerRetried) -> None:
         run = self._runs.get(event.session.item.id)
         if run is not None and run.span is not None:
             found: dict[str, str | int] = {
@@ -133,10 +133,10 @@ class SessionSpans:
             }
             run.span.add_event("retry", found)
 
-    def _session_ended(self, event: SessionFinished) -> None:
+    def _end_span(self, event: SessionFinished) -> None:
         item = event.session.item
-        run = self._runs.pop(item.id, None) or _Run()
-        span = self._begin(run, item)
+        run = self._runs.pop(item.id, None) or _RunSpan()
+        span = self._span_of(run, item)
         span.set_attributes(
             {
                 attributes.HANDLER: event.handler,
@@ -153,7 +153,7 @@ class SessionSpans:
             span.set_status(Status(StatusCode.ERROR, text))
         span.end()
 
-    def _begin(self, run: _Run, item: WorkItem) -> Span:
+    def _span_of(self, run: _RunSpan, item: WorkItem) -> Span:
         """Return the span of a run; start it, with the requests so far, if there is none."""
         if run.span is None:
             run.common = {
@@ -166,18 +166,18 @@ class SessionSpans:
             process = {attributes.OPERATION: "process", attributes.OPERATION_TYPE: "process"}
             run.span = self._tracer.start_span(
                 f"process {item.environment_id}",
-                context=_created_in(item),
+                context=_creator_context(item),
                 kind=SpanKind.CONSUMER,
                 attributes=run.common | process,
-                links=_earlier_runs(item),
+                links=_link_to_last_run(item),
                 start_time=min((call.start for call in run.calls), default=None),
             )
             for call in run.calls:
-                self._add(run, run.span, call)
+                self._add_request(run, run.span, call)
             run.calls.clear()
         return run.span
 
-    def _add(self, run: _Run, parent: Span, call: _Call) -> None:
+    def _add_request(self, run: _RunSpan, parent: Span, call: _EndedRequest) -> None:
         """Add a request as a child of the session's span."""
         span = self._tracer.start_span(
             f"{call.op} {run.common[attributes.DESTINATION]}",
@@ -196,7 +196,7 @@ class SessionSpans:
         span.end(call.end)
 
 
-def _created_in(item: WorkItem) -> Context:
+def _creator_context(item: WorkItem) -> Context:
     """Return the trace context of the item's creator: from its metadata, or else from the poll."""
     found = propagate.extract(dict(item.metadata))
     if not trace.get_current_span(found).get_span_context().is_valid and item.traceparent:
@@ -204,7 +204,7 @@ def _created_in(item: WorkItem) -> Context:
     return found
 
 
-def _earlier_runs(item: WorkItem) -> list[Link]:
+def _link_to_last_run(item: WorkItem) -> list[Link]:
     """Return a link to the item's last run, if that wrote its context."""
     metadata: Mapping[str, str] = item.metadata
     names = {each: metadata[_PREFIX + each] for each in _W3C.fields if _PREFIX + each in metadata}

@@ -1,4 +1,4 @@
-"""Run scripted sessions of 30 tool calls through `workpool run`, and kill their workers.
+"""Run scripted sessions of 30 tool calls with `workpool run`, and kill their workers.
 
     python plugins/toolset/tests/show.py --kills 20 --seed 1
     python plugins/toolset/tests/show.py --sleeps 5 --seed 1
@@ -49,39 +49,40 @@ async def shout(call):
 """
 
 
-def line(number: int, before: str = "", permission: str = "allow") -> dict[str, Any]:
+def append_line_command(number: int, before: str = "", permission: str = "allow") -> dict[str, Any]:
     """Return a call of a command that leaves a line, so that its executions can be counted."""
     command = f"{before}echo {number} >> log; sleep 0.05; echo said {number}"
     return {"name": "Bash", "input": {"command": command}, "permission": permission}
 
 
-def tool(name: str, **fields: Any) -> dict[str, Any]:
+def tool_use(name: str, **fields: Any) -> dict[str, Any]:
     return {"name": name, "input": fields}
 
 
 SCRIPT: list[dict[str, Any]] = [
-    line(1),
-    tool("Write", file_path="notes/plan.txt", content="first\nsecond\n"),
-    tool("Read", file_path="notes/plan.txt"),
-    tool("Edit", file_path="notes/plan.txt", old_string="second", new_string="2nd"),
-    tool("Glob", pattern="**/*.txt"),
-    tool("Grep", pattern="2nd|log"),
-    line(7, "cat notes/plan.txt; "),
-    tool("Read", file_path="missing.txt"),  # a result that is an error
-    tool("Bash", command="echo to stderr >&2; (exit 3)"),  # a command that fails
-    tool("Bash", command="echo begun; sleep 60", timeout_ms=300),  # a command that exceeds its time
-    tool("Bash", restart=True),
-    line(12, permission="ask"),  # needs a confirmation, which the person gives
-    line(13, permission="deny"),  # denied by the control plane
-    line(14, permission="ask"),  # needs a confirmation, which the person refuses
+    append_line_command(1),
+    tool_use("Write", file_path="notes/plan.txt", content="first\nsecond\n"),
+    tool_use("Read", file_path="notes/plan.txt"),
+    tool_use("Edit", file_path="notes/plan.txt", old_string="second", new_string="2nd"),
+    tool_use("Glob", pattern="**/*.txt"),
+    tool_use("Grep", pattern="2nd|log"),
+    append_line_command(7, "cat notes/plan.txt; "),
+    tool_use("Read", file_path="missing.txt"),  # This custom tool returns an error.
+    tool_use("Bash", command="echo to stderr >&2; (exit 3)"),  # This command fails.
+    # This command exceeds its time limit.
+    tool_use("Bash", command="echo begun; sleep 60", timeout_ms=300),
+    tool_use("Bash", restart=True),
+    append_line_command(12, permission="ask"),  # Needs a confirmation, which the person gives.
+    append_line_command(13, permission="deny"),  # Denied by the control plane.
+    append_line_command(14, permission="ask"),  # Needs a confirmation, which the person refuses.
     {"name": "shout", "input": {"line": "15"}, "custom": True},
-    tool("Bash", command="env; cat /proc/*/environ; cat ../* ../../*; ls -la /", restart=True),
-    tool("Read", file_path="/proc/self/environ"),  # a file outside of the workspace
-    *(line(number) for number in range(18, 24)),
+    tool_use("Bash", command="env; cat /proc/*/environ; cat ../* ../../*; ls -la /", restart=True),
+    tool_use("Read", file_path="/proc/self/environ"),  # The file is outside of the workspace.
+    *(append_line_command(number) for number in range(18, 24)),
     {"name": "shout", "input": {"line": "24"}, "custom": True},
-    tool("Read", file_path="notes/plan.txt", view_range=[2, 2]),
-    tool("Write", file_path="notes/done.txt", content="done\n"),
-    *(line(number) for number in range(27, 31)),
+    tool_use("Read", file_path="notes/plan.txt", view_range=[2, 2]),
+    tool_use("Write", file_path="notes/done.txt", content="done\n"),
+    *(append_line_command(number) for number in range(27, 31)),
 ]
 VERDICTS = {12: "allow", 14: "deny"}
 DENIED = {13, 14}
@@ -92,7 +93,7 @@ COUNTED = {
 }
 
 
-class Show:
+class ScriptedRun:
     """One session, its control plane, and the workers that are started and killed for it."""
 
     def __init__(
@@ -124,19 +125,21 @@ class Show:
         )
 
     @property
-    def events(self) -> Sequence[Mapping[str, Any]]:
+    def session_events(self) -> Sequence[Mapping[str, Any]]:
         return self.plane.events(self.item.session_id)
 
-    def answered(self) -> int:
-        return sum(event["type"].endswith("tool_result") for event in self.events)
+    def answered_calls(self) -> int:
+        return sum(event["type"].endswith("tool_result") for event in self.session_events)
 
-    def over(self) -> bool:
-        last = self.events[-1]
+    def has_ended(self) -> bool:
+        last = self.session_events[-1]
         return bool(last.get("stop_reason", {}).get("type") == "end_turn")
 
     @contextlib.asynccontextmanager
-    async def worker(self, *flags: str) -> AsyncIterator[asyncio.subprocess.Process]:
-        """Start `workpool run toolset`; kill it at the end, or if it sleeps, after the session."""
+    async def running_worker(self, *flags: str) -> AsyncIterator[asyncio.subprocess.Process]:
+        """Start `workpool run toolset`; kill it at the end, or if it is suspended, after the
+        session.
+        """
         environment = {
             name: os.environ[name] for name in ("PATH", "HOME", "PYTHONPATH") if name in os.environ
         }
@@ -164,7 +167,7 @@ class Show:
                 process.kill()
                 await process.wait()
 
-    async def confirm(self) -> None:
+    async def confirm_requests(self) -> None:
         """Answer the requests for confirmation in order, as a person would."""
         waiting = list(VERDICTS.values())
         async with WorkClient(self.settings) as client:
@@ -172,31 +175,31 @@ class Show:
             async with events.stream() as stream:
                 async for event in stream:
                     for name in event.get("stop_reason", {}).get("event_ids", ()):
-                        if self._name(name) == "Bash":
+                        if self._tool_name(name) == "Bash":
                             verdict = {"tool_use_id": name, "result": waiting.pop(0)}
                             await events.send({"type": "user.tool_confirmation", **verdict})
                     if not waiting:
                         return
 
-    def _name(self, call: str) -> object:
-        return next(event["name"] for event in self.events if event["id"] == call)
+    def _tool_name(self, call: str) -> object:
+        return next(event["name"] for event in self.session_events if event["id"] == call)
 
-    async def until(self, answers: int) -> None:
+    async def wait_for_answers(self, answers: int) -> None:
         """Wait until this many calls are answered, or the session has ended."""
         async with (
             WorkClient(self.settings) as client,
             client.events(self.item.session_id).stream() as stream,
         ):
             async for _ in stream:
-                if self.answered() >= answers or self.over():
+                if self.answered_calls() >= answers or self.has_ended():
                     return
 
     @property
-    def place(self) -> tuple[str, str]:
+    def workspace_path(self) -> tuple[str, str]:
         return self.item.environment_id, self.item.id
 
-    async def wake(self) -> list[str]:
-        """Let the sleeping workers continue and end; return what they sent for the session."""
+    async def resume_suspended_workers(self) -> list[str]:
+        """Let the suspended workers continue and end; return what they sent for the session."""
         before = len(self.faults.seen)
         for process in self.asleep:
             process.send_signal(signal.SIGCONT)
@@ -208,30 +211,33 @@ class Show:
         sent = [request.op for request in self.faults.seen[before:]]
         return [f"a worker that slept made the call {op}" for op in sent if op in WRITES]
 
-    async def play(self, kills: int) -> int:
-        """Run the session to its end; return how often the worker was killed or stopped before."""
+    async def run_session(self, kills: int) -> int:
+        """Run the session to its end; return how often the worker was killed or suspended
+        before.
+        """
         killed = 0
         async with asyncio.timeout(BOUND_SECONDS), asyncio.TaskGroup() as group:
-            group.create_task(self.confirm(), name="person")
-            while killed < kills and not self.over():
-                async with self.worker():
-                    await self.until(self.answered() + 1)  # the next call has begun
+            group.create_task(self.confirm_requests(), name="person")
+            while killed < kills and not self.has_ended():
+                async with self.running_worker():
+                    # The next call has begun.
+                    await self.wait_for_answers(self.answered_calls() + 1)
                     await asyncio.sleep(self.random.choice((0.0, 0.01, 0.02, 0.05, 0.1, 0.2)))
-                if not self.over():
+                if not self.has_ended():
                     killed += 1
                 expire_lease(self.plane, self.item.id)
-            while self.plane.operations.get(*self.place).state != "stopped":
-                async with self.worker("--drain") as process:
+            while self.plane.operations.get(*self.workspace_path).state != "stopped":
+                async with self.running_worker("--drain") as process:
                     status = await process.wait()
                     assert status == 0, f"the worker ended with {status}"
         return killed
 
-    def judge(self) -> tuple[list[str], Counter[str]]:
+    def check_session(self) -> tuple[list[str], Counter[str]]:
         """Return the violated rules, and how the calls were answered."""
         wrong: list[str] = []
-        calls = [event for event in self.events if event["type"].endswith("tool_use")]
-        results = [event for event in self.events if event["type"].endswith("tool_result")]
-        done = Counter((self.workspace / "log").read_text().split())
+        calls = [event for event in self.session_events if event["type"].endswith("tool_use")]
+        results = [event for event in self.session_events if event["type"].endswith("tool_result")]
+        done = Counter((self.session_workspace / "log").read_text().split())
         done += Counter((self.folder / "shouts").read_text().split())
         counts: Counter[str] = Counter()
         if len(calls) != len(SCRIPT):
@@ -258,41 +264,43 @@ class Show:
         return wrong, counts
 
     @property
-    def workspace(self) -> Path:
+    def session_workspace(self) -> Path:
         return self.folder / "state" / self.item.session_id / "workspace"
 
 
 async def main(kills: int, seed: int, *, sleeping: bool, quiet: bool) -> int:
-    """Run sessions, at least one, until the workers were killed this often; print and judge."""
+    """Run sessions, at least one, until the workers were killed this often; print and check
+    them.
+    """
     left, failed = kills, False
     while True:
         with tempfile.TemporaryDirectory(prefix="toolset-show-") as name:
             faults = Faults()
             async with ControlPlane(tokens={TOKEN: None}, middlewares=[faults.middleware]) as plane:
-                show = Show(plane, faults, Path(name), seed, sleeping=sleeping)
-                killed, wrong = await one(show, left, quiet=quiet)
+                show = ScriptedRun(plane, faults, Path(name), seed, sleeping=sleeping)
+                killed, wrong = await run_one(show, left, quiet=quiet)
         left, seed, failed = left - killed, seed + 1, failed or bool(wrong)
         if left <= 0 or failed:
             return int(failed)
 
 
-async def one(show: Show, kills: int, *, quiet: bool) -> tuple[int, list[str]]:
+async def run_one(show: ScriptedRun, kills: int, *, quiet: bool) -> tuple[int, list[str]]:
     """Run one session; return how often its workers were killed, and the violated rules."""
     say = sys.stdout.write
     try:
-        killed = await show.play(kills)
-        wrong = await show.wake()
+        killed = await show.run_session(kills)
+        wrong = await show.resume_suspended_workers()
     except BaseException:
         say((show.folder / "worker.log").read_text()[-5000:])
         raise
-    found, counts = show.judge()
+    found, counts = show.check_session()
     wrong += found
-    for event in () if quiet else show.events:
+    for event in () if quiet else show.session_events:
         shown = {key: event[key] for key in event if key not in {"type", "id"}}
         say(f"{event['type']:24} {json.dumps(shown, ensure_ascii=False)[:150]}\n")
-    for path in () if quiet else sorted(show.workspace.rglob("*")):
+    for path in () if quiet else sorted(show.session_workspace.rglob("*")):
         if path.is_file():
-            say(f"{path.relative_to(show.workspace)}: {path.read_text()!r}\n")
+            say(f"{path.relative_to(show.session_workspace)}: {path.read_text()!r}\n")
     say(
         f"seed={show.seed} calls={len(SCRIPT)} killed={killed} own_results={counts['own']}"
         f" unknown={counts['unknown']} denied={counts['denied']} wrong={wrong}\n"

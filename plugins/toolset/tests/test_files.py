@@ -15,43 +15,61 @@ import pytest
 
 from workpool import DaemonThreads
 from workpool_toolset import files
-from workpool_toolset.files import Sizes
-from workpool_toolset.tools import THREADS, Bounds, Threads
+from workpool_toolset.files import FileSizeLimits
+from workpool_toolset.tools import THREADS, CallLimits, ToolThreads
 from workpool_toolset.workspace import Root
 
 
-async def test_written_file_is_read_back_unchanged(bare: Any, folder: Path) -> None:
+async def test_written_file_is_read_back_unchanged(
+    agent_without_sandbox: Any, workspace_directory: Path
+) -> None:
     content = "one\r\ntwo\n\n  é✓\n"
-    output = await bare.says("Write", file_path="new/deep/a.txt", content=content)
+    output = await agent_without_sandbox.call_successfully(
+        "Write", file_path="new/deep/a.txt", content=content
+    )
     assert output == f"wrote {len(content.encode())} bytes to new/deep/a.txt"
-    assert (folder / "new/deep/a.txt").read_bytes() == content.encode()
-    assert await bare.says("Read", file_path="new/deep/a.txt") == content
-    assert await bare.says("read", path=f"{folder}/./new/../new/deep/a.txt") == content
-    assert [path.name for path in (folder / "new/deep").iterdir()] == ["a.txt"]
+    assert (workspace_directory / "new/deep/a.txt").read_bytes() == content.encode()
+    assert (
+        await agent_without_sandbox.call_successfully("Read", file_path="new/deep/a.txt") == content
+    )
+    assert (
+        await agent_without_sandbox.call_successfully(
+            "read", path=f"{workspace_directory}/./new/../new/deep/a.txt"
+        )
+        == content
+    )
+    assert [path.name for path in (workspace_directory / "new/deep").iterdir()] == ["a.txt"]
 
 
-async def test_overwritten_file_keeps_mode_without_setuid(bare: Any, folder: Path) -> None:
-    (folder / "run.sh").write_text("old")
-    (folder / "run.sh").chmod(0o4750)
-    await bare.says("write", file_path="run.sh", content="new")
-    assert stat.S_IMODE((folder / "run.sh").stat().st_mode) == 0o750
+async def test_overwritten_file_keeps_mode_without_setuid(
+    agent_without_sandbox: Any, workspace_directory: Path
+) -> None:
+    (workspace_directory / "run.sh").write_text("old")
+    (workspace_directory / "run.sh").chmod(0o4750)
+    await agent_without_sandbox.call_successfully("write", file_path="run.sh", content="new")
+    assert stat.S_IMODE((workspace_directory / "run.sh").stat().st_mode) == 0o750
 
 
-async def test_links_inside_workspace_are_followed(bare: Any, folder: Path) -> None:
-    (folder / "real").mkdir()
-    (folder / "link").symlink_to("real")
-    (folder / "absolute").symlink_to(folder / "link")
-    (folder / "dangling").symlink_to("absolute/later.txt")
-    await bare.says("write", file_path="dangling", content="here")
-    assert (folder / "real/later.txt").read_text() == "here"
-    assert (folder / "dangling").is_symlink()
-    assert await bare.says("read", file_path="absolute/later.txt") == "here"
+async def test_links_inside_workspace_are_followed(
+    agent_without_sandbox: Any, workspace_directory: Path
+) -> None:
+    (workspace_directory / "real").mkdir()
+    (workspace_directory / "link").symlink_to("real")
+    (workspace_directory / "absolute").symlink_to(workspace_directory / "link")
+    (workspace_directory / "dangling").symlink_to("absolute/later.txt")
+    await agent_without_sandbox.call_successfully("write", file_path="dangling", content="here")
+    assert (workspace_directory / "real/later.txt").read_text() == "here"
+    assert (workspace_directory / "dangling").is_symlink()
+    assert (
+        await agent_without_sandbox.call_successfully("read", file_path="absolute/later.txt")
+        == "here"
+    )
     for number in range(40):
-        (folder / f"hop{number}").symlink_to(f"hop{number + 1}")
-    (folder / "hop40").write_text("end")
-    assert await bare.says("read", file_path="hop0") == "end"
-    (folder / "hop").symlink_to("hop0")
-    assert "too many levels" in await bare.fails("read", file_path="hop")
+        (workspace_directory / f"hop{number}").symlink_to(f"hop{number + 1}")
+    (workspace_directory / "hop40").write_text("end")
+    assert await agent_without_sandbox.call_successfully("read", file_path="hop0") == "end"
+    (workspace_directory / "hop").symlink_to("hop0")
+    assert "too many levels" in await agent_without_sandbox.call_with_error("read", file_path="hop")
 
 
 LINES = "one\ntwo\nthree\nfour"
@@ -80,19 +98,25 @@ LINES = "one\ntwo\nthree\nfour"
     ],
 )
 async def test_read_with_range_returns_selected_lines(
-    bare: Any, folder: Path, fields: dict[str, Any], selected: str
+    agent_without_sandbox: Any, workspace_directory: Path, fields: dict[str, Any], selected: str
 ) -> None:
-    (folder / "lines").write_text(LINES)
-    assert await bare.says("read", file_path="lines", **fields) == selected
+    (workspace_directory / "lines").write_text(LINES)
+    assert (
+        await agent_without_sandbox.call_successfully("read", file_path="lines", **fields)
+        == selected
+    )
 
 
 @pytest.mark.parametrize("fields", [{"offset": "x"}, {"limit": True}, {"limit": [1]}])
 async def test_offset_or_limit_that_is_no_number_is_refused(
-    bare: Any, folder: Path, fields: dict[str, Any]
+    agent_without_sandbox: Any, workspace_directory: Path, fields: dict[str, Any]
 ) -> None:
-    (folder / "lines").write_text(LINES)
+    (workspace_directory / "lines").write_text(LINES)
     [name] = fields
-    assert await bare.fails("read", file_path="lines", **fields) == f"{name} must be a number"
+    assert (
+        await agent_without_sandbox.call_with_error("read", file_path="lines", **fields)
+        == f"{name} must be a number"
+    )
 
 
 @pytest.mark.parametrize(
@@ -111,191 +135,254 @@ async def test_offset_or_limit_that_is_no_number_is_refused(
         {},
     ],
 )
-async def test_malformed_range_of_lines_is_refused(bare: Any, folder: Path, asked: object) -> None:
-    (folder / "lines").write_text(LINES)
-    await bare.fails("read", file_path="lines", view_range=asked)
+async def test_malformed_range_of_lines_is_refused(
+    agent_without_sandbox: Any, workspace_directory: Path, asked: object
+) -> None:
+    (workspace_directory / "lines").write_text(LINES)
+    await agent_without_sandbox.call_with_error("read", file_path="lines", view_range=asked)
 
 
-async def test_large_file_is_readable_only_by_range(bare: Any, folder: Path) -> None:
+async def test_large_file_is_readable_only_by_range(
+    agent_without_sandbox: Any, workspace_directory: Path
+) -> None:
     line = "é" * 49 + "\n"
-    (folder / "large").write_text(line * 10_000)  # 990 kB
-    assert "view_range" in await bare.fails("read", file_path="large")
-    assert await bare.says("read", file_path="large", view_range=[9_999, 0]) == line * 2
-    cut = await bare.says("read", file_path="large", view_range=[2, 0])
+    (workspace_directory / "large").write_text(line * 10_000)  # 990 kB
+    assert "view_range" in await agent_without_sandbox.call_with_error("read", file_path="large")
+    assert (
+        await agent_without_sandbox.call_successfully(
+            "read", file_path="large", view_range=[9_999, 0]
+        )
+        == line * 2
+    )
+    cut = await agent_without_sandbox.call_successfully(
+        "read", file_path="large", view_range=[2, 0]
+    )
     assert cut.endswith("[cut after 262144 bytes]")
     assert "\ufffd" not in cut
-    assert "larger" in await bare.fails(
+    assert "larger" in await agent_without_sandbox.call_with_error(
         "edit", file_path="large", old_string="é", new_string="e", replace_all=True
     )
 
 
 async def test_reads_far_into_large_file_leave_threads_to_other_sessions(
-    agents: Any, folder: Path
+    make_agents: Any, workspace_directory: Path
 ) -> None:
-    (folder / "small").write_text("here")
-    with (folder / "large").open("wb") as file:
+    (workspace_directory / "small").write_text("here")
+    with (workspace_directory / "large").open("wb") as file:
         file.truncate(1 << 40)
-    threads = Threads(DaemonThreads("test", 2), DaemonThreads("test", 2))
-    hostile = agents(bounds=Bounds(bash_seconds=20, tool_seconds=0.1), threads=threads)
+    threads = ToolThreads(DaemonThreads("test", 2), DaemonThreads("test", 2))
+    hostile = make_agents(bounds=CallLimits(bash_seconds=20, tool_seconds=0.1), threads=threads)
     async with asyncio.TaskGroup() as group:
         for _ in range(6):
-            group.create_task(hostile.call("read", file_path="large", view_range=[9, 9]))
-    assert await agents(threads=threads).says("read", file_path="small") == "here"
+            group.create_task(hostile.call_tool("read", file_path="large", view_range=[9, 9]))
+    assert await make_agents(threads=threads).call_successfully("read", file_path="small") == "here"
     await threads.files.close()
 
 
 async def test_search_for_line_range_is_limited_by_bytes_and_time(
-    bare: Any, folder: Path, monkeypatch: pytest.MonkeyPatch
+    agent_without_sandbox: Any, workspace_directory: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    (folder / "lines").write_text("line\n" * 100_000)
+    (workspace_directory / "lines").write_text("line\n" * 100_000)
     output = "lines: the lines begin or end beyond the first 131072 bytes, which is as far"
     monkeypatch.setattr(files, "SCANNED_BYTES", 100_000)
-    far = await bare.fails("read", file_path="lines", view_range=[90_000, 90_001])
+    far = await agent_without_sandbox.call_with_error(
+        "read", file_path="lines", view_range=[90_000, 90_001]
+    )
     assert far.startswith(output)
     assert far.endswith("use bash, for example tail -c or dd")
-    assert await bare.says("read", file_path="lines", view_range=[20_000, 20_001]) == "line\n" * 2
+    assert (
+        await agent_without_sandbox.call_successfully(
+            "read", file_path="lines", view_range=[20_000, 20_001]
+        )
+        == "line\n" * 2
+    )
     monkeypatch.undo()
-    assert await bare.says("read", file_path="lines", view_range=[90_000, 90_000]) == "line\n"
+    assert (
+        await agent_without_sandbox.call_successfully(
+            "read", file_path="lines", view_range=[90_000, 90_000]
+        )
+        == "line\n"
+    )
     monkeypatch.setattr(files, "SCAN_SECONDS", 0.0)
-    await bare.fails("read", file_path="lines", view_range=[90_000, 90_001])
+    await agent_without_sandbox.call_with_error(
+        "read", file_path="lines", view_range=[90_000, 90_001]
+    )
 
 
-async def test_hanging_custom_tools_leave_threads_to_file_tools(agents: Any, folder: Path) -> None:
+async def test_hanging_custom_tools_leave_threads_to_file_tools(
+    make_agents: Any, workspace_directory: Path
+) -> None:
     release = threading.Event()
-    (folder / "small").write_text("here")
-    bounds = Bounds(bash_seconds=20, tool_seconds=0.1)
-    agent = agents(custom={"hang": lambda _: release.wait()}, bounds=bounds)
+    (workspace_directory / "small").write_text("here")
+    bounds = CallLimits(bash_seconds=20, tool_seconds=0.1)
+    agent = make_agents(custom={"hang": lambda _: release.wait()}, bounds=bounds)
     try:
         async with asyncio.TaskGroup() as group:
             for _ in range(2 * THREADS):
-                group.create_task(agent.call("hang", custom=True))
-        assert await agents().says("read", file_path="small") == "here"
+                group.create_task(agent.call_tool("hang", custom=True))
+        assert await make_agents().call_successfully("read", file_path="small") == "here"
     finally:
         release.set()
 
 
-async def test_configured_size_limits_apply_to_each_type_of_file(agents: Any, folder: Path) -> None:
-    bounds = Bounds(bash_seconds=20, tool_seconds=30, sizes=Sizes(text=10, image=20, pdf=30))
-    agent = agents(bounds=bounds)
+async def test_configured_size_limits_apply_to_each_type_of_file(
+    make_agents: Any, workspace_directory: Path
+) -> None:
+    bounds = CallLimits(
+        bash_seconds=20, tool_seconds=30, sizes=FileSizeLimits(text=10, image=20, pdf=30)
+    )
+    agent = make_agents(bounds=bounds)
     for name, limit in (("a.txt", 10), ("b.png", 20), ("c.pdf", 30)):
-        (folder / name).write_bytes(b"x" * limit)
-        assert not (await agent.call("read", file_path=name)).is_error
-        (folder / name).write_bytes(b"x" * (limit + 1))
-        assert (await agent.fails("read", file_path=name)).startswith(
+        (workspace_directory / name).write_bytes(b"x" * limit)
+        assert not (await agent.call_tool("read", file_path=name)).is_error
+        (workspace_directory / name).write_bytes(b"x" * (limit + 1))
+        assert (await agent.call_with_error("read", file_path=name)).startswith(
             f"{name}: larger than {limit} bytes"
         )
 
 
-async def test_error_of_edit_above_size_limit_suggests_bash(bare: Any, folder: Path) -> None:
-    (folder / "large").write_text("a" * 300_000)
+async def test_error_of_edit_above_size_limit_suggests_bash(
+    agent_without_sandbox: Any, workspace_directory: Path
+) -> None:
+    (workspace_directory / "large").write_text("a" * 300_000)
     asked = {"file_path": "large", "old_string": "a", "new_string": "b"}
-    assert await bare.fails("edit", **asked) == (
+    assert await agent_without_sandbox.call_with_error("edit", **asked) == (
         "large: larger than 262144 bytes; change it with bash, for example with sed"
     )
 
 
-async def test_images_and_pdfs_are_returned_as_blocks(bare: Any, folder: Path) -> None:
-    (folder / "a.PNG").write_bytes(b"\x89PNG")
-    (folder / "b.pdf").write_bytes(b"%PDF")
-    [image] = (await bare.call("read", file_path="a.PNG")).content
+async def test_images_and_pdfs_are_returned_as_blocks(
+    agent_without_sandbox: Any, workspace_directory: Path
+) -> None:
+    (workspace_directory / "a.PNG").write_bytes(b"\x89PNG")
+    (workspace_directory / "b.pdf").write_bytes(b"%PDF")
+    [image] = (await agent_without_sandbox.call_tool("read", file_path="a.PNG")).content
     assert (image["type"], image["source"]["media_type"]) == ("image", "image/png")
     assert base64.b64decode(image["source"]["data"]) == b"\x89PNG"
-    [document] = (await bare.call("read", file_path="b.pdf")).content
+    [document] = (await agent_without_sandbox.call_tool("read", file_path="b.pdf")).content
     assert (document["type"], document["source"]["media_type"]) == ("document", "application/pdf")
-    await bare.fails("read", file_path="a.PNG", view_range=[1, 2])
-    (folder / "huge.jpg").write_bytes(b"x" * (4 * 1024 * 1024))
-    assert "larger" in await bare.fails("read", file_path="huge.jpg")
+    await agent_without_sandbox.call_with_error("read", file_path="a.PNG", view_range=[1, 2])
+    (workspace_directory / "huge.jpg").write_bytes(b"x" * (4 * 1024 * 1024))
+    assert "larger" in await agent_without_sandbox.call_with_error("read", file_path="huge.jpg")
 
 
-async def test_read_or_write_of_non_text_file_is_refused(bare: Any, folder: Path) -> None:
-    (folder / "binary").write_bytes(b"\xff\xfe\x00")
-    (folder / "empty").touch()
-    (folder / "directory").mkdir()
-    os.mkfifo(folder / "pipe")
-    assert "UTF-8" in await bare.fails("read", file_path="binary")
-    assert "is a directory" in await bare.fails("read", file_path="directory")
-    assert "is a directory" in await bare.fails("write", file_path=".", content="x")
-    assert "is a directory" in await bare.fails("write", file_path="directory", content="x")
-    assert "regular" in await bare.fails("read", file_path="pipe")
-    assert "regular" in await bare.fails("write", file_path="pipe", content="x")
-    assert "no such file" in await bare.fails("read", file_path="missing")
-    assert "not a directory" in await bare.fails("write", file_path="empty/x", content="x")
-    assert "surrogates" in await bare.fails("write", file_path="x", content="\ud800")
-    assert await bare.says("read", file_path="empty") == "(no output)"
+async def test_read_or_write_of_non_text_file_is_refused(
+    agent_without_sandbox: Any, workspace_directory: Path
+) -> None:
+    (workspace_directory / "binary").write_bytes(b"\xff\xfe\x00")
+    (workspace_directory / "empty").touch()
+    (workspace_directory / "directory").mkdir()
+    os.mkfifo(workspace_directory / "pipe")
+    assert "UTF-8" in await agent_without_sandbox.call_with_error("read", file_path="binary")
+    assert "is a directory" in await agent_without_sandbox.call_with_error(
+        "read", file_path="directory"
+    )
+    assert "is a directory" in await agent_without_sandbox.call_with_error(
+        "write", file_path=".", content="x"
+    )
+    assert "is a directory" in await agent_without_sandbox.call_with_error(
+        "write", file_path="directory", content="x"
+    )
+    assert "regular" in await agent_without_sandbox.call_with_error("read", file_path="pipe")
+    assert "regular" in await agent_without_sandbox.call_with_error(
+        "write", file_path="pipe", content="x"
+    )
+    assert "no such file" in await agent_without_sandbox.call_with_error(
+        "read", file_path="missing"
+    )
+    assert "not a directory" in await agent_without_sandbox.call_with_error(
+        "write", file_path="empty/x", content="x"
+    )
+    assert "surrogates" in await agent_without_sandbox.call_with_error(
+        "write", file_path="x", content="\ud800"
+    )
+    assert await agent_without_sandbox.call_successfully("read", file_path="empty") == "(no output)"
 
 
-async def test_edit_with_result_above_limit_is_refused(bare: Any, folder: Path) -> None:
-    (folder / "small").write_text("a" * 250_000)
+async def test_edit_with_result_above_limit_is_refused(
+    agent_without_sandbox: Any, workspace_directory: Path
+) -> None:
+    (workspace_directory / "small").write_text("a" * 250_000)
     asked = {"file_path": "small", "old_string": "a", "new_string": "b" * 4_000_000}
-    failed = await bare.fails("edit", **asked, replace_all=True)  # the result would have a terabyte
+    failed = await agent_without_sandbox.call_with_error(
+        "edit", **asked, replace_all=True
+    )  # the result would have a terabyte
     assert failed == "small: would be larger than 33554432 characters"
-    assert (folder / "small").stat().st_size == 250_000
+    assert (workspace_directory / "small").stat().st_size == 250_000
     asked["new_string"] = "bb"
-    assert "replaced 250000" in await bare.says("edit", **asked, replace_all=True)
+    assert "replaced 250000" in await agent_without_sandbox.call_successfully(
+        "edit", **asked, replace_all=True
+    )
 
 
 async def test_edit_replaces_one_occurrence_or_all_and_refuses_ambiguity(
-    bare: Any, folder: Path
+    agent_without_sandbox: Any, workspace_directory: Path
 ) -> None:
-    path = folder / "code.py"
+    path = workspace_directory / "code.py"
     path.write_text("a = 1\nb = 1\n")
-    assert await bare.says("edit", file_path="code.py", old_string="a = 1", new_string="a = 2") == (
-        "replaced 1 occurrence in code.py"
+    assert await agent_without_sandbox.call_successfully(
+        "edit", file_path="code.py", old_string="a = 1", new_string="a = 2"
+    ) == ("replaced 1 occurrence in code.py")
+    failed = await agent_without_sandbox.call_with_error(
+        "edit", file_path="code.py", old_string=" = ", new_string=": "
     )
-    failed = await bare.fails("edit", file_path="code.py", old_string=" = ", new_string=": ")
     assert "2 times" in failed
-    assert "not found" in await bare.fails(
+    assert "not found" in await agent_without_sandbox.call_with_error(
         "edit", file_path="code.py", old_string="c", new_string="d"
     )
-    output = await bare.says(
+    output = await agent_without_sandbox.call_successfully(
         "edit", file_path="code.py", old_string=" = ", new_string=": ", replace_all=True
     )
     assert output == "replaced 2 occurrences in code.py"
     assert path.read_text() == "a: 2\nb: 1\n"
     for old, new in [("", "x"), ("a", "a")]:
-        await bare.fails("edit", file_path="code.py", old_string=old, new_string=new)
-    await bare.fails("edit", file_path="gone/code.py", old_string="a", new_string="b")
-    assert not (folder / "gone").exists()
+        await agent_without_sandbox.call_with_error(
+            "edit", file_path="code.py", old_string=old, new_string=new
+        )
+    await agent_without_sandbox.call_with_error(
+        "edit", file_path="gone/code.py", old_string="a", new_string="b"
+    )
+    assert not (workspace_directory / "gone").exists()
 
 
 async def test_additional_roots_are_writable_or_read_only_as_configured(
-    agents: Any, folder: Path, tmp_path: Path
+    make_agents: Any, workspace_directory: Path, tmp_path: Path
 ) -> None:
     shared, frozen, nested = tmp_path / "shared", tmp_path / "frozen", tmp_path / "shared/frozen"
     nested.mkdir(parents=True)
     frozen.mkdir()
     (frozen / "a").write_text("kept")
-    (folder / "to").symlink_to(shared)
+    (workspace_directory / "to").symlink_to(shared)
     roots = [
         Root(str(shared), shared),
         *(Root(str(r), r, writable=False) for r in (frozen, nested)),
     ]
-    agent = agents(roots=roots)
-    await agent.says("write", file_path=f"{shared}/b", content="new")
-    assert await agent.says("read", file_path="to/b") == "new"
-    assert await agent.says("read", file_path=f"{frozen}/a") == "kept"
+    agent = make_agents(roots=roots)
+    await agent.call_successfully("write", file_path=f"{shared}/b", content="new")
+    assert await agent.call_successfully("read", file_path="to/b") == "new"
+    assert await agent.call_successfully("read", file_path=f"{frozen}/a") == "kept"
     for path in (f"{frozen}/a", f"{nested}/a", "to/frozen/a", f"{frozen}/made/a"):
-        assert "read-only" in await agent.fails("write", file_path=path, content="x")
-    assert "read-only" in await agent.fails(
+        assert "read-only" in await agent.call_with_error("write", file_path=path, content="x")
+    assert "read-only" in await agent.call_with_error(
         "edit", file_path=f"{frozen}/a", old_string="kept", new_string="x"
     )
-    assert await agent.says("glob", pattern="*", path=str(frozen)) == f"{frozen}/a\n"
-    assert await agent.says("grep", pattern="new", path="to") == f"{shared}/b:1:new\n"
+    assert await agent.call_successfully("glob", pattern="*", path=str(frozen)) == f"{frozen}/a\n"
+    assert await agent.call_successfully("grep", pattern="new", path="to") == f"{shared}/b:1:new\n"
     assert not (frozen / "made").exists()
 
 
 async def test_root_directory_as_additional_root_allows_every_path(
-    agents: Any, folder: Path, tmp_path: Path
+    make_agents: Any, workspace_directory: Path, tmp_path: Path
 ) -> None:
     (tmp_path / "outside").write_text("seen")
-    (folder / "link").symlink_to("/")
-    agent = agents(roots=[Root("/", Path("/"))])
+    (workspace_directory / "link").symlink_to("/")
+    agent = make_agents(roots=[Root("/", Path("/"))])
     for path in (f"{tmp_path}/outside", "../outside", f"link{tmp_path}/outside"):
-        assert await agent.says("read", file_path=path) == "seen"
+        assert await agent.call_successfully("read", file_path=path) == "seen"
 
 
 async def test_additional_roots_are_visible_in_sandbox_with_their_permissions(
-    agents: Any, sandbox: Any, tmp_path: Path
+    make_agents: Any, sandbox: Any, tmp_path: Path
 ) -> None:
     shared, frozen = tmp_path / "shared", tmp_path / "frozen"
     for path in (shared, frozen):
@@ -303,24 +390,38 @@ async def test_additional_roots_are_visible_in_sandbox_with_their_permissions(
         path.chmod(0o777)
         (path / "a").write_text("here\n")
     roots = (Root(str(shared), shared), Root(str(frozen), frozen, writable=False))
-    agent = agents(isolation=dataclasses.replace(sandbox, roots=roots), roots=roots)
-    assert await agent.says("bash", command=f"cat {shared}/a {frozen}/a") == "here\nhere\n"
-    await agent.says("bash", command=f"echo b > {shared}/b")
-    assert await agent.says("read", file_path=f"{shared}/b") == "b\n"
-    failed = await agent.fails("bash", command=f"echo b > {frozen}/b")
+    agent = make_agents(isolation=dataclasses.replace(sandbox, roots=roots), roots=roots)
+    assert (
+        await agent.call_successfully("bash", command=f"cat {shared}/a {frozen}/a")
+        == "here\nhere\n"
+    )
+    await agent.call_successfully("bash", command=f"echo b > {shared}/b")
+    assert await agent.call_successfully("read", file_path=f"{shared}/b") == "b\n"
+    failed = await agent.call_with_error("bash", command=f"echo b > {frozen}/b")
     assert "Read-only file system" in failed
-    assert await agent.says("grep", pattern="here", path=str(frozen)) == f"{frozen}/a:1:here\n"
-    assert "No such file" in await agent.fails("bash", command=f"cat {tmp_path}/outside")
+    assert (
+        await agent.call_successfully("grep", pattern="here", path=str(frozen))
+        == f"{frozen}/a:1:here\n"
+    )
+    assert "No such file" in await agent.call_with_error("bash", command=f"cat {tmp_path}/outside")
 
 
 async def test_files_of_tools_and_of_sandboxed_shell_are_shared_within_session(
-    boxed: Any, folder: Path
+    agent_with_sandbox: Any, workspace_directory: Path
 ) -> None:
-    await boxed.says("write", file_path="/workspace/made/by-tool", content="one\n")
-    await boxed.says(
+    await agent_with_sandbox.call_successfully(
+        "write", file_path="/workspace/made/by-tool", content="one\n"
+    )
+    await agent_with_sandbox.call_successfully(
         "bash", command="echo two >> made/by-tool; mkdir sub; echo three > sub/by-bash"
     )
-    assert await boxed.says("read", file_path="made/by-tool") == "one\ntwo\n"
-    await boxed.says("edit", file_path="sub/by-bash", old_string="three", new_string="four")
-    await boxed.says("bash", command="rm -r made && echo five >> /workspace/sub/by-bash")
-    assert (folder / "sub/by-bash").read_text() == "four\nfive\n"
+    assert (
+        await agent_with_sandbox.call_successfully("read", file_path="made/by-tool") == "one\ntwo\n"
+    )
+    await agent_with_sandbox.call_successfully(
+        "edit", file_path="sub/by-bash", old_string="three", new_string="four"
+    )
+    await agent_with_sandbox.call_successfully(
+        "bash", command="rm -r made && echo five >> /workspace/sub/by-bash"
+    )
+    assert (workspace_directory / "sub/by-bash").read_text() == "four\nfive\n"

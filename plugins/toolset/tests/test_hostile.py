@@ -27,22 +27,22 @@ TOKEN = "pat-Zx9-of-the-worker"  # noqa: S105 - there to be looked for
 
 
 @pytest.fixture(autouse=True)
-def secrets(folder: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+def foreign_files(workspace_directory: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     """Create files of others beside the workspace, and check at the end that none changed."""
     monkeypatch.setenv("QODER_PAT", TOKEN)
     monkeypatch.setenv("ANTHROPIC_ENVIRONMENT_KEY", TOKEN)
-    outside = folder.parent
+    outside = workspace_directory.parent
     (outside / "token").write_text(TOKEN)
     other = outside / "workspace-2"
     (other / "deep").mkdir(parents=True)
     (other / "secret.txt").write_text(TOKEN)
     (other / "deep/secret.txt").write_text(TOKEN)
-    before = snapshot(outside)
+    before = file_snapshot(outside)
     yield outside
-    assert snapshot(outside) == before
+    assert file_snapshot(outside) == before
 
 
-def snapshot(outside: Path) -> dict[str, str]:
+def file_snapshot(outside: Path) -> dict[str, str]:
     """Return all files beside the workspace with their contents."""
     return {
         str(path.relative_to(outside)): hashlib.sha256(
@@ -53,11 +53,11 @@ def snapshot(outside: Path) -> dict[str, str]:
     }
 
 
-def said(result: Result) -> str:
+def output_text(result: Result) -> str:
     return str(result.content)
 
 
-def plant(folder: Path) -> None:
+def create_links(folder: Path) -> None:
     """Create all kinds of links that a session can create with Bash."""
     outside = folder.parent
     (folder / "src").mkdir()
@@ -96,7 +96,7 @@ def plant(folder: Path) -> None:
     os.mkfifo(folder / "pipe")
 
 
-def paths(folder: Path) -> list[str]:
+def hostile_paths(folder: Path) -> list[str]:
     outside, pid = folder.parent, os.getpid()
     return [
         f"{outside}/token",
@@ -153,24 +153,24 @@ FIELD = {"glob": "path", "grep": "path"}
 
 @pytest.mark.parametrize("tool", INPUTS)
 async def test_hostile_path_in_sandboxed_workspace_reaches_no_file_outside(
-    boxed: Any, folder: Path, tool: str
+    agent_with_sandbox: Any, workspace_directory: Path, tool: str
 ) -> None:
-    await attempt(boxed, folder, tool)
+    await call_with_path(agent_with_sandbox, workspace_directory, tool)
 
 
 @pytest.mark.parametrize("tool", INPUTS)
 async def test_hostile_path_without_sandbox_reaches_no_file_outside(
-    bare: Any, folder: Path, tool: str
+    agent_without_sandbox: Any, workspace_directory: Path, tool: str
 ) -> None:
-    await attempt(bare, folder, tool)
+    await call_with_path(agent_without_sandbox, workspace_directory, tool)
 
 
-async def attempt(agent: Any, folder: Path, tool: str) -> None:
-    plant(folder)
-    for path in paths(folder):
+async def call_with_path(agent: Any, folder: Path, tool: str) -> None:
+    create_links(folder)
+    for path in hostile_paths(folder):
         for fields in INPUTS[tool]:
-            result = await agent.call(tool, **{FIELD.get(tool, "file_path"): path}, **fields)
-            answer = said(result)
+            result = await agent.call_tool(tool, **{FIELD.get(tool, "file_path"): path}, **fields)
+            answer = output_text(result)
             assert TOKEN not in answer, path
             assert "secret.txt" not in answer or "secret.txt" in path, path
             assert str(folder.parent) not in answer.replace(path, ""), path
@@ -184,11 +184,11 @@ PATTERNS = [
 
 
 async def test_hostile_glob_pattern_finds_no_file_outside_workspace(
-    boxed: Any, folder: Path
+    agent_with_sandbox: Any, workspace_directory: Path
 ) -> None:
-    plant(folder)
+    create_links(workspace_directory)
     for pattern in PATTERNS:
-        answer = said(await boxed.call("glob", pattern=pattern))
+        answer = output_text(await agent_with_sandbox.call_tool("glob", pattern=pattern))
         assert "secret.txt" not in answer or "secret.txt" in pattern, pattern
         assert "token" not in answer or "token" in pattern, pattern
 
@@ -199,15 +199,19 @@ GREPS = [
 ]
 
 
-async def test_hostile_grep_pattern_is_not_taken_for_an_option(boxed: Any, folder: Path) -> None:
-    plant(folder)
+async def test_hostile_grep_pattern_is_not_taken_for_an_option(
+    agent_with_sandbox: Any, workspace_directory: Path
+) -> None:
+    create_links(workspace_directory)
     for pattern in GREPS:
-        assert TOKEN not in said(await boxed.call("grep", pattern=pattern)), pattern
-        include = await boxed.call("grep", pattern="pat", include=pattern)
-        assert TOKEN not in said(include), pattern
+        assert TOKEN not in output_text(
+            await agent_with_sandbox.call_tool("grep", pattern=pattern)
+        ), pattern
+        include = await agent_with_sandbox.call_tool("grep", pattern="pat", include=pattern)
+        assert TOKEN not in output_text(include), pattern
 
 
-def commands(outside: Path, port: int) -> list[str]:
+def hostile_commands(outside: Path, port: int) -> list[str]:
     pid = os.getpid()
     python = "python3 -c"
     return [
@@ -276,24 +280,29 @@ def commands(outside: Path, port: int) -> list[str]:
     ]
 
 
-async def test_hostile_command_reaches_nothing_outside_sandbox(boxed: Any, secrets: Path) -> None:
+async def test_hostile_command_reaches_nothing_outside_sandbox(
+    agent_with_sandbox: Any, foreign_files: Path
+) -> None:
     with socket.create_server(("127.0.0.1", 0)) as listener:
         listener.settimeout(0)
-        for command in commands(secrets, listener.getsockname()[1]):
-            if boxed.toolbox._shell.ended:
-                await boxed.says("bash", restart=True)
-            result = await boxed.call("bash", command=command, timeout_ms=800)
-            assert TOKEN not in said(result), command
-            # a line of /etc/passwd or of /etc/shadow
-            assert not re.search("root:[x*!$]", said(result)), command
+        for command in hostile_commands(foreign_files, listener.getsockname()[1]):
+            if agent_with_sandbox.toolbox._shell.ended:
+                await agent_with_sandbox.call_successfully("bash", restart=True)
+            result = await agent_with_sandbox.call_tool("bash", command=command, timeout_ms=800)
+            assert TOKEN not in output_text(result), command
+            # A line of /etc/passwd or of /etc/shadow.
+            assert not re.search("root:[x*!$]", output_text(result)), command
         with pytest.raises(BlockingIOError):
             listener.accept()
     os.kill(os.getpid(), 0)
 
 
-def test_hostile_inputs_are_at_least_six_hundred(folder: Path) -> None:
-    files = len(paths(folder)) * sum(map(len, INPUTS.values()))
-    assert files + len(PATTERNS) + 2 * len(GREPS) + len(commands(folder, 1)) >= 600
+def test_at_least_six_hundred_hostile_inputs_are_tested(workspace_directory: Path) -> None:
+    files = len(hostile_paths(workspace_directory)) * sum(map(len, INPUTS.values()))
+    assert (
+        files + len(PATTERNS) + 2 * len(GREPS) + len(hostile_commands(workspace_directory, 1))
+        >= 600
+    )
 
 
 SWAPPER = """
@@ -311,12 +320,18 @@ while True:
 
 
 @pytest.fixture
-def race(folder: Path) -> Iterator[None]:
+def link_race(workspace_directory: Path) -> Iterator[None]:
     """A directory and a file that another process keeps replacing by links to the outside."""
-    (folder / "place").mkdir()
-    (folder / "place/secret.txt").write_text("own")
-    (folder / "leaf").write_text("own")
-    words = [sys.executable, "-c", SWAPPER, str(folder), str(folder.parent / "workspace-2")]
+    (workspace_directory / "place").mkdir()
+    (workspace_directory / "place/secret.txt").write_text("own")
+    (workspace_directory / "leaf").write_text("own")
+    words = [
+        sys.executable,
+        "-c",
+        SWAPPER,
+        str(workspace_directory),
+        str(workspace_directory.parent / "workspace-2"),
+    ]
     with subprocess.Popen(words, stdout=subprocess.PIPE) as process:  # noqa: S603 - ours
         assert process.stdout
         assert process.stdout.readline()
@@ -325,8 +340,10 @@ def race(folder: Path) -> Iterator[None]:
         process.kill()
 
 
-@pytest.mark.usefixtures("race")
-async def test_file_tool_in_race_with_moved_links_reaches_no_file_outside(bare: Any) -> None:
+@pytest.mark.usefixtures("link_race")
+async def test_file_tool_in_race_with_moved_links_reaches_no_file_outside(
+    agent_without_sandbox: Any,
+) -> None:
     outcomes = set()
     for _ in range(300):
         for tool, fields in [
@@ -337,17 +354,27 @@ async def test_file_tool_in_race_with_moved_links_reaches_no_file_outside(bare: 
             ("edit", {"file_path": "place/secret.txt", "old_string": "own", "new_string": "own2"}),
             ("edit", {"file_path": "place/secret.txt", "old_string": "own2", "new_string": "own"}),
         ]:
-            result = await bare.call(tool, **fields)
-            assert TOKEN not in said(result)
+            result = await agent_without_sandbox.call_tool(tool, **fields)
+            assert TOKEN not in output_text(result)
             outcomes.add((tool, result.is_error))
     # The race was real: each tool has both succeeded and failed.
     assert outcomes == {(tool, error) for tool in ("read", "write", "edit") for error in (0, 1)}
 
 
-@pytest.mark.usefixtures("race")
-async def test_search_in_race_with_moved_links_finds_no_file_outside(bare: Any) -> None:
+@pytest.mark.usefixtures("link_race")
+async def test_search_in_race_with_moved_links_finds_no_file_outside(
+    agent_without_sandbox: Any,
+) -> None:
     for _ in range(8):
-        assert TOKEN not in said(await bare.call("grep", pattern="Zx9|own"))
-        assert TOKEN not in said(await bare.call("grep", pattern="Zx9|own", path="place"))
-        assert "deep" not in said(await bare.call("glob", pattern="**"))
-        assert "deep" not in said(await bare.call("glob", pattern="**", path="place"))
+        assert TOKEN not in output_text(
+            await agent_without_sandbox.call_tool("grep", pattern="Zx9|own")
+        )
+        assert TOKEN not in output_text(
+            await agent_without_sandbox.call_tool("grep", pattern="Zx9|own", path="place")
+        )
+        assert "deep" not in output_text(
+            await agent_without_sandbox.call_tool("glob", pattern="**")
+        )
+        assert "deep" not in output_text(
+            await agent_without_sandbox.call_tool("glob", pattern="**", path="place")
+        )

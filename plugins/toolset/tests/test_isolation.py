@@ -1,4 +1,4 @@
-"""The parts around a sandbox: its trial run, kernel key rings, and memory that holds files."""
+"""The parts of a sandbox: its trial run, kernel key rings, and memory that holds files."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ import pytest
 import uvloop
 
 from workpool_toolset import isolation, launcher
-from workpool_toolset.isolation import Bubblewrap, Limits, problem
+from workpool_toolset.isolation import Bubblewrap, ProcessLimits, find_problem
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -33,16 +33,16 @@ def test_sandbox_check_reaped_by_other_code_reports_problem(
     program = tmp_path / "bwrap"
     program.write_text(f"#!/bin/sh\necho $$ >{tmp_path}/pid\nexec sleep 60\n")
     program.chmod(0o755)
-    sandbox = Bubblewrap(Limits(), as_root=False, program=str(program))
+    sandbox = Bubblewrap(ProcessLimits(), as_root=False, program=str(program))
 
-    async def lose_the_trial() -> str | None:
+    async def reap_trial_process() -> str | None:
         async with asyncio.timeout(20), asyncio.TaskGroup() as tasks:
-            trial = tasks.create_task(problem(sandbox, tmp_path))
+            trial = tasks.create_task(find_problem(sandbox, tmp_path))
             kill_and_reap(int(await asyncio.to_thread((tmp_path / "pid").read_text)))
         return trial.result()
 
     with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
-        assert runner.run(lose_the_trial()) == "bwrap did not answer"
+        assert runner.run(reap_trial_process()) == "bwrap did not answer"
 
 
 def kill_and_reap(pid: int) -> None:
@@ -51,7 +51,7 @@ def kill_and_reap(pid: int) -> None:
     os.waitpid(pid, 0)
 
 
-def verdict(machine: str, architecture: int, number: int) -> int:
+def seccomp_decision(machine: str, architecture: int, number: int) -> int:
     """Return the decision of the seccomp filter about a system call, by running it here."""
     program = list(struct.iter_unpack("=HBBI", launcher.seccomp_filter(machine)))
     call, accumulator, place = struct.pack("=II", number, architecture), 0, 0
@@ -83,15 +83,19 @@ def test_seccomp_filter_refuses_key_calls_in_every_instruction_set(
     machine: str, architecture: int, numbers: set[int]
 ) -> None:
     asked = {*range(600), *(number | X32 for number in range(600)), 0xFFFFFFFF}
-    refused = {one for one in asked if verdict(machine, architecture, one) == launcher.REFUSE}
+    refused = {
+        one for one in asked if seccomp_decision(machine, architecture, one) == launcher.REFUSE
+    }
     assert {number & ~X32 for number in refused} == {number & ~X32 for number in numbers}
     assert numbers <= refused
-    assert {verdict(machine, architecture, one) for one in asked - refused} == {launcher.ALLOW}
+    assert {seccomp_decision(machine, architecture, one) for one in asked - refused} == {
+        launcher.ALLOW
+    }
 
 
 def test_seccomp_filter_refuses_all_calls_of_unknown_instruction_set() -> None:
     for machine in launcher.CALLS:
-        assert verdict(machine, 0xC0000016, 1) == launcher.REFUSE
+        assert seccomp_decision(machine, 0xC0000016, 1) == launcher.REFUSE
 
 
 def test_launcher_gives_its_program_a_new_session_keyring(tmp_path: Path) -> None:
@@ -99,7 +103,7 @@ def test_launcher_gives_its_program_a_new_session_keyring(tmp_path: Path) -> Non
     program = tmp_path / "program"
     program.write_text(
         f"#!{sys.executable}\n"
-        # prints the id of the keyring
+        # This program prints the id of its keyring.
         f"import ctypes; print(ctypes.CDLL(None).syscall({keyctl}, 0, -3, 0))"
     )
     program.chmod(0o755)
@@ -150,7 +154,7 @@ async def test_sandbox_on_machine_without_call_filter_is_refused(
 ) -> None:
     monkeypatch.setattr(launcher, "CALLS", {})
     machine = os.uname().machine
-    found = await problem(Bubblewrap(Limits()), tmp_path)
+    found = await find_problem(Bubblewrap(ProcessLimits()), tmp_path)
     assert found == f"its system calls cannot be filtered on {machine}"
 
 
@@ -163,10 +167,14 @@ for number, *given in zip(calls, (b"user", b"user", 0), (b"workpool-test", b"x",
 """
 
 
-async def test_sandboxed_session_cannot_use_kernel_keyrings(boxed: Any) -> None:
-    output = await boxed.says("bash", command=f"python3 -c {shlex.quote(KEYS)}")
+async def test_sandboxed_session_cannot_use_kernel_keyrings(agent_with_sandbox: Any) -> None:
+    output = await agent_with_sandbox.call_successfully(
+        "bash", command=f"python3 -c {shlex.quote(KEYS)}"
+    )
     assert output == "-1 ENOSYS\n" * 3
-    assert "Permission denied" in await boxed.fails("bash", command="cat /proc/keys")
+    assert "Permission denied" in await agent_with_sandbox.call_with_error(
+        "bash", command="cat /proc/keys"
+    )
 
 
 INT_80 = """
@@ -179,27 +187,38 @@ print(ctypes.CFUNCTYPE(ctypes.c_int)(ctypes.addressof(ctypes.c_char.from_buffer(
 
 
 @pytest.mark.skipif(os.uname().machine != "x86_64", reason="calls of an x86 processor")
-async def test_sandboxed_session_cannot_use_keyrings_by_32_bit_calls(boxed: Any) -> None:
+async def test_sandboxed_session_cannot_use_keyrings_by_32_bit_calls(
+    agent_with_sandbox: Any,
+) -> None:
     here = await asyncio.create_subprocess_exec(sys.executable, "-c", INT_80)
     if await here.wait():
         pytest.skip("this kernel runs no 32-bit programs")
-    assert await boxed.says("bash", command=f"python3 -c {shlex.quote(INT_80)}") == "-38\n"
+    assert (
+        await agent_with_sandbox.call_successfully(
+            "bash", command=f"python3 -c {shlex.quote(INT_80)}"
+        )
+        == "-38\n"
+    )
 
 
-async def test_in_memory_directories_share_one_size_limit(agents: Any, sandbox: Any) -> None:
-    agent = agents(isolation=dataclasses.replace(sandbox, limits=Limits(memory_mb=64)))
-    await agent.says("bash", command="head -c 40M /dev/zero > /tmp/a")
-    failed = await agent.fails("bash", command="head -c 40M /dev/zero > /dev/shm/a")
+async def test_in_memory_directories_share_one_size_limit(make_agents: Any, sandbox: Any) -> None:
+    agent = make_agents(isolation=dataclasses.replace(sandbox, limits=ProcessLimits(memory_mb=64)))
+    await agent.call_successfully("bash", command="head -c 40M /dev/zero > /tmp/a")
+    failed = await agent.call_with_error("bash", command="head -c 40M /dev/zero > /dev/shm/a")
     assert "No space left on device" in failed
-    await agent.says("bash", command="rm /dev/shm/a; head -c 10M /dev/zero > /dev/shm/a")
+    await agent.call_successfully(
+        "bash", command="rm /dev/shm/a; head -c 10M /dev/zero > /dev/shm/a"
+    )
 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="only root can bound the number of files")
 async def test_in_memory_directories_hold_limited_number_of_files(
-    agents: Any, sandbox: Any
+    make_agents: Any, sandbox: Any
 ) -> None:
-    agent = agents(isolation=dataclasses.replace(sandbox, limits=Limits(memory_mb=64)))
+    agent = make_agents(isolation=dataclasses.replace(sandbox, limits=ProcessLimits(memory_mb=64)))
     script = "cd /dev/shm && for n in {1..5000}; do : > $n || break; done; ls | wc -l"
-    assert await agent.says("bash", command=f"{{ {script}; }} 2>/dev/null") == "4094\n"
-    assert "No space left on device" in await agent.fails("bash", command="touch /tmp/a")
-    assert "superuser" in await agent.fails("bash", command="mount -o remount,nr_inodes=0 /tmp")
+    assert await agent.call_successfully("bash", command=f"{{ {script}; }} 2>/dev/null") == "4094\n"
+    assert "No space left on device" in await agent.call_with_error("bash", command="touch /tmp/a")
+    assert "superuser" in await agent.call_with_error(
+        "bash", command="mount -o remount,nr_inodes=0 /tmp"
+    )

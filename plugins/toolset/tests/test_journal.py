@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 import pytest
 
 from workpool import DaemonThreads
-from workpool_toolset.journal import Journal
+from workpool_toolset.journal import CallJournal
 from workpool_toolset.results import Result
 
 if TYPE_CHECKING:
@@ -19,25 +19,25 @@ if TYPE_CHECKING:
 
 
 @pytest.fixture
-def folder(tmp_path: Path) -> Path:
+def journal_directory(tmp_path: Path) -> Path:
     return tmp_path / "journal"
 
 
-async def opened(folder: Path) -> Journal:
-    journal = Journal(folder, DaemonThreads("test", 2))
+async def open_journal(folder: Path) -> CallJournal:
+    journal = CallJournal(folder, DaemonThreads("test", 2))
     await journal.open()
     return journal
 
 
-async def test_journal_begins_each_call_once_and_keeps_its_result(folder: Path) -> None:
-    journal = await opened(folder)
+async def test_journal_begins_each_call_once_and_keeps_its_result(journal_directory: Path) -> None:
+    journal = await open_journal(journal_directory)
     assert journal.new
     assert await journal.begin("a") == "new"
     assert await journal.begin("b") == "new"
     assert await journal.begin("a") == "begun"
     kept = Result([{"type": "image", "source": {"data": "é"}}], is_error=True)
     await journal.finish("b", kept)
-    journal = await opened(folder)
+    journal = await open_journal(journal_directory)
     assert not journal.new
     assert await journal.begin("a") == "begun"
     assert await journal.begin("b") == kept
@@ -47,8 +47,8 @@ async def test_journal_begins_each_call_once_and_keeps_its_result(folder: Path) 
     assert await journal.begin("c") == "new"
 
 
-async def test_journal_of_two_workers_begins_each_call_once(folder: Path) -> None:
-    workers = [await opened(folder), await opened(folder)]
+async def test_journal_of_two_workers_begins_each_call_once(journal_directory: Path) -> None:
+    workers = [await open_journal(journal_directory), await open_journal(journal_directory)]
     both = await asyncio.gather(
         *(journal.begin(f"evt_{n}") for n in range(50) for journal in workers)
     )
@@ -59,22 +59,26 @@ async def test_journal_of_two_workers_begins_each_call_once(folder: Path) -> Non
 @pytest.mark.parametrize(
     "call", ["../../evil", "/etc/passwd", "", ".", "a\0b", "é" * 500, "\ud800"]
 )
-async def test_call_id_with_path_characters_stays_inside_journal(folder: Path, call: str) -> None:
-    journal = await opened(folder)
+async def test_call_id_with_path_characters_stays_inside_journal(
+    journal_directory: Path, call: str
+) -> None:
+    journal = await open_journal(journal_directory)
     assert await journal.begin(call) == "new"
     assert await journal.begin(call) == "begun"
-    assert [path.parent for path in folder.parent.rglob("*.begun")] == [folder]
+    assert [path.parent for path in journal_directory.parent.rglob("*.begun")] == [
+        journal_directory
+    ]
 
 
 STOPPED = """
 import asyncio, sys
 from pathlib import Path
 from workpool import DaemonThreads
-from workpool_toolset.journal import Journal
+from workpool_toolset.journal import CallJournal
 from workpool_toolset.results import Result
 
 async def main():
-    journal = Journal(Path(sys.argv[1]), DaemonThreads("test", 2))
+    journal = CallJournal(Path(sys.argv[1]), DaemonThreads("test", 2))
     await journal.open()
     await journal.begin("evt_0")
     print("up", flush=True)
@@ -86,9 +90,11 @@ asyncio.run(main())
 """
 
 
-async def test_worker_suspended_during_write_does_not_block_journal_of_others(folder: Path) -> None:
+async def test_worker_suspended_during_write_does_not_block_journal_of_others(
+    journal_directory: Path,
+) -> None:
     process = await asyncio.create_subprocess_exec(
-        *(sys.executable, "-c", STOPPED, str(folder)), stdout=asyncio.subprocess.PIPE
+        *(sys.executable, "-c", STOPPED, str(journal_directory)), stdout=asyncio.subprocess.PIPE
     )
     assert process.stdout
     try:
@@ -96,7 +102,7 @@ async def test_worker_suspended_during_write_does_not_block_journal_of_others(fo
         for number in range(10):
             os.kill(process.pid, signal.SIGSTOP)
             async with asyncio.timeout(5):
-                journal = await opened(folder)
+                journal = await open_journal(journal_directory)
                 assert await journal.begin(f"mine_{number}") == "new"
                 await journal.finish(f"mine_{number}", Result.of("x"))
                 assert await journal.begin("evt_0") != "new"

@@ -13,7 +13,7 @@ import pytest
 
 from workpool.errors import exhausted
 from workpool_toolset import Toolset
-from workpool_toolset.journal import Journal
+from workpool_toolset.journal import CallJournal
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -25,7 +25,7 @@ SPARE_DESCRIPTORS = 256
 
 
 @contextmanager
-def descriptors_left(count: int) -> Iterator[None]:
+def limited_descriptors(count: int) -> Iterator[None]:
     """Let this process open only this many further descriptors during the block.
 
     Child processes inherit the limit, so it stays above the highest descriptor that a shell uses.
@@ -49,10 +49,10 @@ def descriptors_left(count: int) -> Iterator[None]:
 
 @pytest.mark.parametrize("left", range(13))
 async def test_tool_without_free_descriptors_reports_exhaustion(
-    bare: Any, folder: Path, left: int
+    agent_without_sandbox: Any, workspace_directory: Path, left: int
 ) -> None:
     """The call that fails depends on the count."""
-    (folder / "a").write_text("b\n")
+    (workspace_directory / "a").write_text("b\n")
     calls: list[tuple[str, dict[str, Any], str]] = [
         ("read", {"file_path": "a"}, "b\n"),
         ("write", {"file_path": "a", "content": "b\n"}, "wrote 2 bytes to a"),
@@ -61,8 +61,8 @@ async def test_tool_without_free_descriptors_reports_exhaustion(
     ]
     outcomes = set()
     for tool, fields, expected in calls:
-        with descriptors_left(left):
-            result = await bare.call(tool, **fields)
+        with limited_descriptors(left):
+            result = await agent_without_sandbox.call_tool(tool, **fields)
         output = result.content[0]["text"]
         assert output == expected or output.endswith(": the worker has run out of resources"), (
             output
@@ -70,16 +70,17 @@ async def test_tool_without_free_descriptors_reports_exhaustion(
         outcomes.add(result.is_error)
     if left in {0, 12}:
         assert outcomes == {left == 0}
-    assert await bare.says("bash", command="echo later") == "later\n"  # works without a restart
+    # The tool works without a restart.
+    assert await agent_without_sandbox.call_successfully("bash", command="echo later") == "later\n"
 
 
 @pytest.mark.parametrize("left", range(3))
 async def test_call_that_journal_could_not_record_is_not_reported_as_begun(
-    tmp_path: Path, threads: Any, left: int
+    tmp_path: Path, tool_threads: Any, left: int
 ) -> None:
-    journal = Journal(tmp_path / "journal", threads.files)
+    journal = CallJournal(tmp_path / "journal", tool_threads.files)
     await journal.open()
-    with descriptors_left(left):
+    with limited_descriptors(left):
         try:
             noted: object = await journal.begin("evt_1")
         except OSError:
@@ -89,14 +90,14 @@ async def test_call_that_journal_could_not_record_is_not_reported_as_begun(
 
 
 @pytest.mark.parametrize("error", [OSError(errno.EMFILE, "x"), MemoryError()], ids=repr)
-@pytest.mark.parametrize("step", ["_make", "_begin"])
+@pytest.mark.parametrize("step", ["_make_directory", "_write_mark"])
 async def test_session_on_machine_without_resources_is_released(
     workpool: Kit, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, step: str, error: Exception
 ) -> None:
     def refuse(*_: object) -> None:
         raise error
 
-    monkeypatch.setattr(Journal, step, refuse)
+    monkeypatch.setattr(CallJournal, step, refuse)
     toolset = Toolset(isolation="none", state=str(tmp_path / "state"), max_idle=0.05)
     script = [{"name": "Bash", "input": {"command": "echo out"}}]
     result = await workpool.run_session(toolset, script=script)

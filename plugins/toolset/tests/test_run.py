@@ -15,7 +15,7 @@ ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
 
 
-async def show(*flags: str) -> str:
+async def run_show(*flags: str) -> str:
     """Run `show.py`, which checks its conversation, and return the output of `show.py`."""
     process = await asyncio.create_subprocess_exec(
         *(sys.executable, str(ROOT / "tests/show.py"), *flags),
@@ -37,7 +37,7 @@ async def show(*flags: str) -> str:
 @pytest.mark.timeout(200)
 @pytest.mark.usefixtures("sandbox")
 async def test_thirty_tool_calls_are_answered_as_expected() -> None:
-    shown_text = await show()
+    shown_text = await run_show()
     assert "killed=0 own_results=28 unknown=0 denied=2 wrong=[]" in shown_text
     assert r"notes/plan.txt: 'first\n2nd\n'" in shown_text
 
@@ -47,7 +47,7 @@ async def test_thirty_tool_calls_are_answered_as_expected() -> None:
 @pytest.mark.timeout(200)
 @pytest.mark.usefixtures("sandbox")
 async def test_thirty_tool_calls_of_killed_worker_are_answered_as_expected() -> None:
-    assert "killed=2 " in await show("--kills", "2", "--seed", "3", "--quiet")
+    assert "killed=2 " in await run_show("--kills", "2", "--seed", "3", "--quiet")
 
 
 def test_readme_lists_every_setting_with_default_and_meaning() -> None:

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
 
-def plant(folder: Path) -> None:
+def create_files(folder: Path) -> None:
     for number, name in enumerate(["a.py", "b.txt", "src/c.py", "src/deep/d.py", ".git/e.py"]):
         path = folder / name
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -41,21 +41,21 @@ def plant(folder: Path) -> None:
     ],
 )
 async def test_glob_pattern_finds_matching_files_newest_first(
-    bare: Any, folder: Path, pattern: str, found: list[str]
+    agent_without_sandbox: Any, workspace_directory: Path, pattern: str, found: list[str]
 ) -> None:
-    plant(folder)
-    output = (await bare.says("Glob", pattern=pattern)).splitlines()
+    create_files(workspace_directory)
+    output = (await agent_without_sandbox.call_successfully("Glob", pattern=pattern)).splitlines()
     assert [path for path in output if path != "src/link.py"] == found
 
 
 async def test_glob_lists_directories_and_follows_links_inside_workspace(
-    agent: Any, folder: Path, tmp_path: Path
+    agent: Any, workspace_directory: Path, tmp_path: Path
 ) -> None:
-    (folder / "src/deep").mkdir(parents=True)
-    (folder / "src/deep/file").touch()
+    (workspace_directory / "src/deep").mkdir(parents=True)
+    (workspace_directory / "src/deep/file").touch()
     (tmp_path / "outside").mkdir()
     (tmp_path / "outside/secret").touch()
-    os.mkfifo(folder / "src/pipe")
+    os.mkfifo(workspace_directory / "src/pipe")
     links: dict[str, str | Path] = {
         "to-file": "deep/file",
         "to-directory": "deep",
@@ -70,8 +70,8 @@ async def test_glob_lists_directories_and_follows_links_inside_workspace(
         "device": "/dev/zero",
     }
     for name, target in links.items():
-        (folder / "src" / name).symlink_to(target)
-    found = set((await agent.says("glob", pattern="src/**")).splitlines())
+        (workspace_directory / "src" / name).symlink_to(target)
+    found = set((await agent.call_successfully("glob", pattern="src/**")).splitlines())
     assert {
         *("src/deep", "src/deep/file", "src/to-file", "src/to-directory", "src/chain", "src/up"),
         *("src/absolute", "src/up/src/deep/file"),
@@ -81,69 +81,99 @@ async def test_glob_lists_directories_and_follows_links_inside_workspace(
     assert len(entered & found) == 1
     shown = str(found)
     assert not any(name in shown for name in ("pipe", "self", "dangling", "leaves", "device"))
-    assert await agent.says("glob", pattern="*", path="src/to-directory") == "src/deep/file\n"
-    assert await agent.says("glob", pattern="**/chain") == "src/chain\nsrc/up/src/chain\n"
-    assert (await agent.says("glob", pattern="*")).splitlines() == ["src"]
+    assert (
+        await agent.call_successfully("glob", pattern="*", path="src/to-directory")
+        == "src/deep/file\n"
+    )
+    assert (
+        await agent.call_successfully("glob", pattern="**/chain") == "src/chain\nsrc/up/src/chain\n"
+    )
+    assert (await agent.call_successfully("glob", pattern="*")).splitlines() == ["src"]
 
 
 async def test_glob_follows_links_to_additional_roots_only(
-    agents: Any, folder: Path, tmp_path: Path
+    make_agents: Any, workspace_directory: Path, tmp_path: Path
 ) -> None:
     shared = tmp_path / "shared"
     (shared / "inner").mkdir(parents=True)
     (shared / "inner/file").touch()
-    (folder / "link").symlink_to(shared / "inner")
-    assert await agents().says("glob", pattern="**") == "no matches"
-    agent = agents(roots=[Root(str(shared), shared)])
-    assert set((await agent.says("glob", pattern="**")).splitlines()) == {"link", "link/file"}
+    (workspace_directory / "link").symlink_to(shared / "inner")
+    assert await make_agents().call_successfully("glob", pattern="**") == "no matches"
+    agent = make_agents(roots=[Root(str(shared), shared)])
+    assert set((await agent.call_successfully("glob", pattern="**")).splitlines()) == {
+        "link",
+        "link/file",
+    }
 
 
 async def test_glob_below_directory_returns_at_most_200_newest_paths(
-    bare: Any, folder: Path
+    agent_without_sandbox: Any, workspace_directory: Path
 ) -> None:
-    plant(folder)
-    assert await bare.says("glob", pattern="*.py", path="src/deep") == "src/deep/d.py\n"
+    create_files(workspace_directory)
+    assert (
+        await agent_without_sandbox.call_successfully("glob", pattern="*.py", path="src/deep")
+        == "src/deep/d.py\n"
+    )
     for number in range(250):
-        (folder / f"n{number}.log").touch()
-        os.utime(folder / f"n{number}.log", (number, number))
-    output = (await bare.says("glob", pattern="*.log")).splitlines()
+        (workspace_directory / f"n{number}.log").touch()
+        os.utime(workspace_directory / f"n{number}.log", (number, number))
+    output = (await agent_without_sandbox.call_successfully("glob", pattern="*.log")).splitlines()
     assert output == [f"n{number}.log" for number in range(249, 49, -1)]
-    assert "not a directory" in await bare.fails("glob", pattern="*", path="a.py")
+    assert "not a directory" in await agent_without_sandbox.call_with_error(
+        "glob", pattern="*", path="a.py"
+    )
 
 
-async def test_grep_without_ripgrep_finds_matching_lines(bare: Any, folder: Path) -> None:
-    plant(folder)
-    output = await bare.says("Grep", pattern=r"import x\d")
+async def test_grep_without_ripgrep_finds_matching_lines(
+    agent_without_sandbox: Any, workspace_directory: Path
+) -> None:
+    create_files(workspace_directory)
+    output = await agent_without_sandbox.call_successfully("Grep", pattern=r"import x\d")
     assert output.splitlines() == [
         *("a.py:1:import x0", "b.txt:1:import x1", "src/c.py:1:import x2"),
         "src/deep/d.py:1:import x3",
     ]
-    assert await bare.says("grep", pattern="import n") == "wide:2:import narrow\n"
-    await common(bare)
-    assert "not a regular expression" in await bare.fails("grep", pattern="(")
+    assert (
+        await agent_without_sandbox.call_successfully("grep", pattern="import n")
+        == "wide:2:import narrow\n"
+    )
+    await common_lines(agent_without_sandbox)
+    assert "not a regular expression" in await agent_without_sandbox.call_with_error(
+        "grep", pattern="("
+    )
 
 
 @pytest.mark.skipif(not search.RIPGREP.exists(), reason="ripgrep is not installed")
-async def test_grep_with_ripgrep_finds_matching_lines(boxed: Any, folder: Path) -> None:
-    plant(folder)
-    output = await boxed.says("Grep", pattern=r"import x\d")
+async def test_grep_with_ripgrep_finds_matching_lines(
+    agent_with_sandbox: Any, workspace_directory: Path
+) -> None:
+    create_files(workspace_directory)
+    output = await agent_with_sandbox.call_successfully("Grep", pattern=r"import x\d")
     assert output.splitlines() == [
         *("a.py:1:import x0", "b.txt:1:import x1", "src/c.py:1:import x2"),
         "src/deep/d.py:1:import x3",
     ]
-    await common(boxed)
-    assert "not a regular expression" in await boxed.fails("grep", pattern="(")
+    await common_lines(agent_with_sandbox)
+    assert "not a regular expression" in await agent_with_sandbox.call_with_error(
+        "grep", pattern="("
+    )
 
 
-async def common(agent: Any) -> None:
-    assert await agent.says("grep", pattern="last", path="src/deep") == (
+async def common_lines(agent: Any) -> None:
+    assert await agent.call_successfully("grep", pattern="last", path="src/deep") == (
         "src/deep/d.py:2:last line of src/deep/d.py\n"
     )
-    assert await agent.says("grep", pattern="last", path="a.py") == "a.py:2:last line of a.py\n"
-    assert await agent.says("grep", pattern="import", include="*.txt") == "b.txt:1:import x1\n"
-    assert await agent.says("grep", pattern="nowhere to be found") == "no matches"
-    assert "latin:1:import caf" in await agent.says("grep", pattern="import caf")
-    assert "no such file" in await agent.fails("grep", pattern="x", path="missing")
+    assert (
+        await agent.call_successfully("grep", pattern="last", path="a.py")
+        == "a.py:2:last line of a.py\n"
+    )
+    assert (
+        await agent.call_successfully("grep", pattern="import", include="*.txt")
+        == "b.txt:1:import x1\n"
+    )
+    assert await agent.call_successfully("grep", pattern="nowhere to be found") == "no matches"
+    assert "latin:1:import caf" in await agent.call_successfully("grep", pattern="import caf")
+    assert "no such file" in await agent.call_with_error("grep", pattern="x", path="missing")
 
 
 FOUND: list[tuple[dict[str, str], list[str]]] = [
@@ -181,7 +211,7 @@ FOUND: list[tuple[dict[str, str], list[str]]] = [
 
 @pytest.mark.parametrize(("fields", "found"), FOUND, ids=str)
 async def test_grep_with_and_without_sandbox_finds_the_same_lines(
-    agent: Any, folder: Path, fields: dict[str, str], found: list[str]
+    agent: Any, workspace_directory: Path, fields: dict[str, str], found: list[str]
 ) -> None:
     contents = {
         ".env": b"word\n",
@@ -201,9 +231,9 @@ async def test_grep_with_and_without_sandbox_finds_the_same_lines(
         "wide": b"x" * 3000 + b"\nnarrow\n",
     }
     for name, content in contents.items():
-        (folder / name).parent.mkdir(parents=True, exist_ok=True)
-        (folder / name).write_bytes(content)
-    output = await agent.says("grep", **fields)
+        (workspace_directory / name).parent.mkdir(parents=True, exist_ok=True)
+        (workspace_directory / name).write_bytes(content)
+    output = await agent.call_successfully("grep", **fields)
     lines = [] if output == "no matches" else output.splitlines()
     assert [":".join(line.split(":")[:2]) for line in lines] == found
     assert not any(line.endswith("\r") for line in output.split("\n"))
@@ -213,54 +243,58 @@ async def test_grep_with_and_without_sandbox_finds_the_same_lines(
 async def test_grep_with_invalid_expression_error_names_no_option_of_ripgrep(
     agent: Any, pattern: str
 ) -> None:
-    output = await agent.fails("grep", pattern=pattern)
+    output = await agent.call_with_error("grep", pattern=pattern)
     assert output.startswith("not a regular expression: ")
     assert not re.search("rg|ripgrep|--|pcre|-U", output, re.IGNORECASE)
 
 
-async def test_grep_without_searched_files_reports_no_matches(agent: Any, folder: Path) -> None:
-    (folder / "a").write_text("word")
-    assert await agent.says("grep", pattern="word", include="*.none") == "no matches"
-    assert await agent.fails("grep", pattern="a\0b") == "the pattern holds a NUL"
+async def test_grep_without_searched_files_reports_no_matches(
+    agent: Any, workspace_directory: Path
+) -> None:
+    (workspace_directory / "a").write_text("word")
+    assert await agent.call_successfully("grep", pattern="word", include="*.none") == "no matches"
+    assert await agent.call_with_error("grep", pattern="a\0b") == "the pattern holds a NUL"
 
 
-async def test_grep_whose_sandbox_does_not_start_fails(boxed: Any, folder: Path) -> None:
-    (folder / "a").write_text("word")
-    search_ = boxed.toolbox._search
-    search_._sandboxed = search.Sandboxed(["/bin/false"], {})
-    assert await boxed.fails("grep", pattern="word") == "the search failed"
+async def test_grep_whose_sandbox_does_not_start_fails(
+    agent_with_sandbox: Any, workspace_directory: Path
+) -> None:
+    (workspace_directory / "a").write_text("word")
+    search_ = agent_with_sandbox.toolbox._search
+    search_._sandboxed = search.SandboxCommand(["/bin/false"], {})
+    assert await agent_with_sandbox.call_with_error("grep", pattern="word") == "the search failed"
 
 
-async def test_grep_output_is_cut_after_100_kib(agent: Any, folder: Path) -> None:
-    (folder / "many").write_text("the same line again\n" * 50_000)
-    output = await agent.says("grep", pattern="same")
+async def test_grep_output_is_cut_after_100_kib(agent: Any, workspace_directory: Path) -> None:
+    (workspace_directory / "many").write_text("the same line again\n" * 50_000)
+    output = await agent.call_successfully("grep", pattern="same")
     assert 90_000 < len(output) < 103_000
     assert output.endswith("the same line again\n[output truncated]\n")
 
 
 async def test_grep_with_endless_expression_ends_at_time_limit(
-    bare: Any, folder: Path, monkeypatch: pytest.MonkeyPatch
+    agent_without_sandbox: Any, workspace_directory: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(search, "SEARCH_SECONDS", 0.5)
-    (folder / "a").write_text("a" * 40 + "b")
-    assert "took more than" in await bare.fails("grep", pattern="(a+)+$")
+    (workspace_directory / "a").write_text("a" * 40 + "b")
+    assert "took more than" in await agent_without_sandbox.call_with_error("grep", pattern="(a+)+$")
 
 
 def test_directory_walk_stops_at_limits_of_entries_and_depth(
-    folder: Path, monkeypatch: pytest.MonkeyPatch
+    workspace_directory: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     for number in range(20):
-        (folder / f"f{number}").touch()
+        (workspace_directory / f"f{number}").touch()
     monkeypatch.setattr(walker, "ENTRIES", 7)
-    deep = folder / "/".join("d" * 110)
+    deep = workspace_directory / "/".join("d" * 110)
     deep.mkdir(parents=True)
     (deep / "bottom").touch()
-    directory = os.open(folder, os.O_RDONLY)
+    directory = os.open(workspace_directory, os.O_RDONLY)
     try:
-        start = walker.Place(directory, (), "/")
-        assert len(list(walker.Walk(set()).below(start))) <= 7
+        start = walker.SearchedDirectory(directory, (), "/")
+        assert len(list(walker.DirectoryWalk(set()).entries_below(start))) <= 7
         monkeypatch.setattr(walker, "ENTRIES", 1000)
-        names = {found.name for found in walker.Walk(set()).below(start)}
+        names = {found.name for found in walker.DirectoryWalk(set()).entries_below(start)}
         assert names == {"d"} | {f"f{number}" for number in range(20)}
     finally:
         os.close(directory)

@@ -15,7 +15,7 @@ from workpool.errors import TransientError
 from workpool.events import SessionFinished
 from workpool.testing import expire_lease, lost, status
 from workpool_toolset import ToolCall, Toolset, runner
-from workpool_toolset.journal import Journal
+from workpool_toolset.journal import CallJournal
 from workpool_toolset.results import Result
 
 if TYPE_CHECKING:
@@ -33,13 +33,13 @@ pytestmark = pytest.mark.timeout(90)
 
 
 @pytest.fixture(autouse=True)
-def patience(monkeypatch: pytest.MonkeyPatch) -> None:
+def long_timeouts(monkeypatch: pytest.MonkeyPatch) -> None:
     """Allow more time for the start of processes, which is slow on a busy machine."""
     monkeypatch.setattr("workpool.testing.kit.WAIT_SECONDS", 60.0)
 
 
 @pytest.fixture
-def make(tmp_path: Path) -> Make:
+def make_toolset(tmp_path: Path) -> Make:
     """Return a function that makes a toolset without isolation and with its own state directory."""
 
     def make(**given: Any) -> Toolset:
@@ -53,11 +53,11 @@ def make(tmp_path: Path) -> Make:
     return make
 
 
-def bash(command: str, **more: Any) -> dict[str, Any]:
+def bash_use(command: str, **more: Any) -> dict[str, Any]:
     return {"name": "Bash", "input": {"command": command}} | more
 
 
-def answers(events: Sequence[Mapping[str, Any]]) -> list[tuple[str, bool]]:
+def answers_in_order(events: Sequence[Mapping[str, Any]]) -> list[tuple[str, bool]]:
     """Return the answers in the order of the calls, after a check that no call has two."""
     calls = [event["id"] for event in events if event["type"].endswith("tool_use")]
     found: dict[str, tuple[str, bool]] = {}
@@ -70,12 +70,12 @@ def answers(events: Sequence[Mapping[str, Any]]) -> list[tuple[str, bool]]:
     return [found[name] for name in calls if name in found]
 
 
-def folder_of(tmp_path: Path, session: str) -> Path:
+def session_directory(tmp_path: Path, session: str) -> Path:
     return tmp_path / "state" / session
 
 
 async def test_script_with_every_tool_is_answered_as_expected(
-    workpool: Kit, make: Make, tmp_path: Path
+    workpool: Kit, make_toolset: Make, tmp_path: Path
 ) -> None:
     async def weather(call: ToolCall) -> object:
         return {"place": call.input["place"], "celsius": 21}
@@ -84,14 +84,14 @@ async def test_script_with_every_tool_is_answered_as_expected(
         raise RuntimeError(f"no {call.name}")
 
     result = await workpool.run_session(
-        make(tools={"weather": weather, "fail": fail}),
+        make_toolset(tools={"weather": weather, "fail": fail}),
         script=[
             {"name": "Write", "input": {"file_path": "a.txt", "content": "one\n"}},
             {"name": "Edit", "input": {"file_path": "a.txt", "old_string": "o", "new_string": "0"}},
             {"name": "read", "input": {"file_path": "a.txt"}},
             {"name": "GLOB", "input": {"pattern": "*"}},
             {"name": "Grep", "input": {"pattern": "ne"}},
-            bash("cat a.txt; exit_now() { return 2; }; exit_now"),
+            bash_use("cat a.txt; exit_now() { return 2; }; exit_now"),
             {"name": "Read", "input": {"file_path": "../journal/x"}},
             {"name": "Read", "input": {}},
             {"name": "weather", "input": {"place": "Oslo"}, "custom": True},
@@ -100,7 +100,7 @@ async def test_script_with_every_tool_is_answered_as_expected(
         ],
     )
     assert result.outcome == "completed"
-    assert answers(result.events) == [
+    assert answers_in_order(result.events) == [
         ("wrote 4 bytes to a.txt", False),
         ("replaced 1 occurrence in a.txt", False),
         ("0ne\n", False),
@@ -114,24 +114,24 @@ async def test_script_with_every_tool_is_answered_as_expected(
         ("fail: RuntimeError: no fail", True),
     ]
     assert result.events[-1]["stop_reason"]["type"] == "end_turn"
-    workspace = folder_of(tmp_path, result.item.session_id) / "workspace"
+    workspace = session_directory(tmp_path, result.item.session_id) / "workspace"
     assert (workspace / "a.txt").read_text() == "0ne\n"
 
 
 async def test_session_under_key_without_metadata_permission_is_completed(
-    workpool: Kit, make: Make, tmp_path: Path
+    workpool: Kit, make_toolset: Make, tmp_path: Path
 ) -> None:
     workpool.faults.add(status(403), "get", "update", "stats")
-    toolset = make()
-    result = await workpool.run_session(toolset, script=[bash("echo one")])
+    toolset = make_toolset()
+    result = await workpool.run_session(toolset, script=[bash_use("echo one")])
     assert result.outcome == "completed"
-    assert answers(result.events) == [("one\n", False)]
-    assert (folder_of(tmp_path, result.item.session_id) / "journal" / "name").exists()
+    assert answers_in_order(result.events) == [("one\n", False)]
+    assert (session_directory(tmp_path, result.item.session_id) / "journal" / "name").exists()
     assert len(workpool.faults.of("update")) == 1
 
 
 @contextlib.asynccontextmanager
-async def person(workpool: Kit, session: str, *verdicts: str) -> AsyncIterator[None]:
+async def confirming_person(workpool: Kit, session: str, *verdicts: str) -> AsyncIterator[None]:
     """Answer the requests for confirmation in this order, as a person would."""
 
     async def confirm() -> None:
@@ -152,20 +152,23 @@ async def person(workpool: Kit, session: str, *verdicts: str) -> AsyncIterator[N
 
 
 async def test_confirmed_calls_run_and_denied_calls_return_errors(
-    workpool: Kit, make: Make
+    workpool: Kit, make_toolset: Make
 ) -> None:
     script = [
-        bash("echo allowed >> log", permission="ask"),
-        bash("echo refused >> log", permission="ask"),
-        bash("echo denied >> log", permission="deny"),
-        bash("cat log"),
+        bash_use("echo allowed >> log", permission="ask"),
+        bash_use("echo refused >> log", permission="ask"),
+        bash_use("echo denied >> log", permission="deny"),
+        bash_use("cat log"),
     ]
     [item] = workpool.enqueue(script=script)
-    async with workpool.pool(make()), person(workpool, item.session_id, "allow", "deny"):
+    async with (
+        workpool.pool(make_toolset()),
+        confirming_person(workpool, item.session_id, "allow", "deny"),
+    ):
         finished = await workpool.wait_for(SessionFinished)
     assert finished.outcome == "completed"
     events = workpool.server.events(item.session_id)
-    given_answers = answers(events)
+    given_answers = answers_in_order(events)
     assert given_answers[0] == ("(no output)", False)
     assert [error for _, error in given_answers] == [False, True, True, False]
     assert given_answers[3] == ("allowed\n", False)
@@ -173,32 +176,32 @@ async def test_confirmed_calls_run_and_denied_calls_return_errors(
     assert len(ours) == 2  # the control plane answers the denied calls
 
 
-async def test_session_that_waits_for_confirmation_is_not_stalled_and_silent_agent_is(
-    workpool: Kit, make: Make
+async def test_session_waiting_for_confirmation_is_not_stalled_and_one_without_progress_is(
+    workpool: Kit, make_toolset: Make
 ) -> None:
-    [item] = workpool.enqueue(script=[bash("echo one", permission="ask"), bash("sleep 60")])
-    async with workpool.pool(make(), stall_timeout=1.0):
+    [item] = workpool.enqueue(script=[bash_use("echo one", permission="ask"), bash_use("sleep 60")])
+    async with workpool.pool(make_toolset(), stall_timeout=1.0):
         async with WorkClient(workpool.settings()) as client:
             events = client.events(item.session_id)
             async with asyncio.timeout(20), events.stream() as stream:
                 async for event in stream:
                     if waiting := event.get("stop_reason", {}).get("event_ids"):
                         break
-            await asyncio.sleep(2.5)  # the person takes longer than `stall_timeout`
+            await asyncio.sleep(2.5)  # The person takes longer than `stall_timeout`.
             verdict = {"tool_use_id": waiting[0], "result": "allow"}
             await events.send({"type": "user.tool_confirmation", **verdict})
         finished = await workpool.wait_for(SessionFinished)
-    assert finished.outcome == "stalled"  # the session stalls in the command that does not end
+    assert finished.outcome == "stalled"  # The session stalls in the command that does not end.
     assert finished.seconds > 3
-    assert answers(workpool.server.events(item.session_id)) == [("one\n", False)]
+    assert answers_in_order(workpool.server.events(item.session_id)) == [("one\n", False)]
 
 
 async def test_call_of_tool_owned_by_another_client_is_left_to_that_client(
-    workpool: Kit, make: Make
+    workpool: Kit, make_toolset: Make
 ) -> None:
-    script = [{"name": "browse", "input": {}, "custom": True}, bash("echo after")]
+    script = [{"name": "browse", "input": {}, "custom": True}, bash_use("echo after")]
     [item] = workpool.enqueue(script=script)
-    async with workpool.pool(make()), WorkClient(workpool.settings()) as client:
+    async with workpool.pool(make_toolset()), WorkClient(workpool.settings()) as client:
         events = client.events(item.session_id)
         async with asyncio.timeout(20), events.stream() as stream:
             async for event in stream:
@@ -207,119 +210,130 @@ async def test_call_of_tool_owned_by_another_client_is_left_to_that_client(
                     await events.send({"type": "user.custom_tool_result", **reply})
                     break
         await workpool.wait_for(SessionFinished)
-    assert answers(workpool.server.events(item.session_id))[1] == ("after\n", False)
+    assert answers_in_order(workpool.server.events(item.session_id))[1] == ("after\n", False)
 
 
 @pytest.mark.parametrize(
     "fault", [lost(), lost(applied=False), status(503), status(503, applied=True), status(429)]
 )
 async def test_lost_answers_cause_no_second_run_and_no_second_result(
-    workpool: Kit, make: Make, tmp_path: Path, fault: Any
+    workpool: Kit, make_toolset: Make, tmp_path: Path, fault: Any
 ) -> None:
     workpool.faults.add(fault, "send", times=2)
     workpool.faults.add(lost(), "stream", "events", times=2)
-    result = await workpool.run_session(make(), script=[bash(f"echo {n} >> log") for n in range(3)])
+    result = await workpool.run_session(
+        make_toolset(), script=[bash_use(f"echo {n} >> log") for n in range(3)]
+    )
     assert result.outcome == "completed"
-    assert answers(result.events) == [("(no output)", False)] * 3
-    log = folder_of(tmp_path, result.item.session_id) / "workspace/log"
+    assert answers_in_order(result.events) == [("(no output)", False)] * 3
+    log = session_directory(tmp_path, result.item.session_id) / "workspace/log"
     assert log.read_text() == "0\n1\n2\n"
 
 
 async def test_result_refused_by_control_plane_is_replaced_by_error(
-    workpool: Kit, make: Make, monkeypatch: pytest.MonkeyPatch
+    workpool: Kit, make_toolset: Make, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(runner, "REFUSED_SECONDS", 0.0)
     workpool.faults.add(status(400), "send", times=1)
-    result = await workpool.run_session(make(), script=[bash("echo 1"), bash("echo 2")])
-    assert answers(result.events) == [(runner.REFUSED, True), ("2\n", False)]
+    result = await workpool.run_session(
+        make_toolset(), script=[bash_use("echo 1"), bash_use("echo 2")]
+    )
+    assert answers_in_order(result.events) == [(runner.REFUSED, True), ("2\n", False)]
 
 
-async def test_result_refused_once_as_too_early_is_sent_again(workpool: Kit, make: Make) -> None:
+async def test_result_refused_once_as_too_early_is_sent_again(
+    workpool: Kit, make_toolset: Make
+) -> None:
     workpool.faults.add(status(400), "send", times=1)
-    result = await workpool.run_session(make(), script=[bash("echo 1")])
-    assert answers(result.events) == [("1\n", False)]
+    result = await workpool.run_session(make_toolset(), script=[bash_use("echo 1")])
+    assert answers_in_order(result.events) == [("1\n", False)]
 
 
 async def test_result_that_cannot_be_sent_is_kept_and_sent_by_next_run(
-    workpool: Kit, make: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    workpool: Kit, make_toolset: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(runner, "POST_SECONDS", 0.0)
     monkeypatch.setattr("workpool.pool.session_runner.EVENTS_SECONDS", 0.2)
-    toolset = make()
+    toolset = make_toolset()
     with workpool.faults.add(status(500), "send"):
-        result = await workpool.run_session(toolset, script=[bash("echo 1 | tee -a log")])
+        result = await workpool.run_session(toolset, script=[bash_use("echo 1 | tee -a log")])
     assert result.outcome == "released"
     expire_lease(workpool.server, result.item.id)
     async with workpool.pool(toolset):
         await workpool.wait_for(SessionFinished, count=2)
-    assert answers(workpool.server.events(result.item.session_id)) == [("1\n", False)]
-    log = folder_of(tmp_path, result.item.session_id) / "workspace/log"
+    assert answers_in_order(workpool.server.events(result.item.session_id)) == [("1\n", False)]
+    log = session_directory(tmp_path, result.item.session_id) / "workspace/log"
     assert log.read_text() == "1\n"
 
 
-async def opened(folder: Path) -> Journal:
+async def open_earlier_journal(folder: Path) -> CallJournal:
     """Open the journal of an earlier worker."""
     await asyncio.to_thread(folder.mkdir, parents=True)
-    journal = Journal(folder / "journal", DaemonThreads("test", 2))
+    journal = CallJournal(folder / "journal", DaemonThreads("test", 2))
     await journal.open()
     return journal
 
 
-async def running(tmp_path: Path, session: str) -> None:
+async def wait_for_command(tmp_path: Path, session: str) -> None:
     """Wait until a command of the session has opened the pipe `ready`."""
-    await there(folder_of(tmp_path, session) / "workspace/ready")
+    await wait_for_file(session_directory(tmp_path, session) / "workspace/ready")
 
 
-async def there(file: Path) -> None:
+async def wait_for_file(file: Path) -> None:
     """Wait until a command has created the file."""
     async with asyncio.timeout(20):
         while not file.exists():  # noqa: ASYNC110, ASYNC240 - nobody tells of files
             await asyncio.sleep(0.01)
 
 
-async def test_interrupt_ends_running_command(workpool: Kit, make: Make, tmp_path: Path) -> None:
-    [item] = workpool.enqueue(script=[bash("touch ready; sleep 600"), bash("echo never")])
-    async with workpool.pool(make()), WorkClient(workpool.settings()) as client:
-        await running(tmp_path, item.session_id)
+async def test_interrupt_ends_running_command(
+    workpool: Kit, make_toolset: Make, tmp_path: Path
+) -> None:
+    [item] = workpool.enqueue(script=[bash_use("touch ready; sleep 600"), bash_use("echo never")])
+    async with workpool.pool(make_toolset()), WorkClient(workpool.settings()) as client:
+        await wait_for_command(tmp_path, item.session_id)
         await client.events(item.session_id).send({"type": "user.interrupt"})
         finished = await workpool.wait_for(SessionFinished)
     assert finished.outcome == "completed"
-    [(text, error)] = answers(workpool.server.events(item.session_id))
+    [(text, error)] = answers_in_order(workpool.server.events(item.session_id))
     assert error
     assert "interrupted" in text
 
 
 async def test_forced_stop_ends_session_without_further_results(
-    workpool: Kit, make: Make, tmp_path: Path
+    workpool: Kit, make_toolset: Make, tmp_path: Path
 ) -> None:
-    script = [bash("touch ready; sleep 2; echo x >> log"), bash("echo never >> log")]
+    script = [bash_use("touch ready; sleep 2; echo x >> log"), bash_use("echo never >> log")]
     [item] = workpool.enqueue(script=script)
-    pool = workpool.pool(make())
+    pool = workpool.pool(make_toolset())
     async with pool:
-        await running(tmp_path, item.session_id)
+        await wait_for_command(tmp_path, item.session_id)
         workpool.stop(item, force=True)
         finished = await workpool.wait_for(SessionFinished)
         assert finished.outcome == "stopped"
-    assert answers(workpool.server.events(item.session_id)) == []
-    assert not (folder_of(tmp_path, item.session_id) / "workspace/log").exists()
+    assert answers_in_order(workpool.server.events(item.session_id)) == []
+    assert not (session_directory(tmp_path, item.session_id) / "workspace/log").exists()
 
 
 async def test_two_workers_with_one_session_run_no_call_twice(
-    workpool: Kit, make: Make, tmp_path: Path
+    workpool: Kit, make_toolset: Make, tmp_path: Path
 ) -> None:
     lines = [str(number) for number in range(8)]
-    script = [bash("touch ready; sleep 600"), *(bash(f"echo {line} >> log") for line in lines)]
+    script = [
+        bash_use("touch ready; sleep 600"),
+        *(bash_use(f"echo {line} >> log") for line in lines),
+    ]
     [item] = workpool.enqueue(script=script)
-    async with workpool.pool(make(), concurrency=1):
-        await running(tmp_path, item.session_id)
+    async with workpool.pool(make_toolset(), concurrency=1):
+        await wait_for_command(tmp_path, item.session_id)
         # the first worker does not notice that its lease has expired
         expire_lease(workpool.server, item.id)
-        async with workpool.pool(make()):
+        async with workpool.pool(make_toolset()):
             await workpool.wait_for(SessionFinished, count=2)
-    given_answers = answers(workpool.server.events(item.session_id))
+    given_answers = answers_in_order(workpool.server.events(item.session_id))
     assert len(given_answers) == len(script)
     assert given_answers[0] == (runner.UNKNOWN, True)
-    log = folder_of(tmp_path, item.session_id) / "workspace/log"
+    log = session_directory(tmp_path, item.session_id) / "workspace/log"
     done = log.read_text().split() if log.exists() else []
     assert len(done) == len(set(done))
     succeeded = [
@@ -329,169 +343,175 @@ async def test_two_workers_with_one_session_run_no_call_twice(
 
 
 async def test_stop_request_lets_running_call_end(
-    workpool: Kit, make: Make, tmp_path: Path
+    workpool: Kit, make_toolset: Make, tmp_path: Path
 ) -> None:
-    script = [bash("touch ready; sleep 0.3; echo done"), bash("echo never")]
+    script = [bash_use("touch ready; sleep 0.3; echo done"), bash_use("echo never")]
     [item] = workpool.enqueue(script=script)
-    async with workpool.pool(make()):
-        await running(tmp_path, item.session_id)
+    async with workpool.pool(make_toolset()):
+        await wait_for_command(tmp_path, item.session_id)
         workpool.stop(item)
         finished = await workpool.wait_for(SessionFinished)
     assert finished.outcome == "stopped"
-    assert answers(workpool.server.events(item.session_id)) == [("done\n", False)]
+    assert answers_in_order(workpool.server.events(item.session_id)) == [("done\n", False)]
 
 
 async def test_drain_lets_running_call_end_and_releases_remaining_calls(
-    workpool: Kit, make: Make, tmp_path: Path
+    workpool: Kit, make_toolset: Make, tmp_path: Path
 ) -> None:
-    script = [bash("touch ready; sleep 0.3; echo 1 | tee -a log"), bash("echo 2 | tee -a log")]
+    script = [
+        bash_use("touch ready; sleep 0.3; echo 1 | tee -a log"),
+        bash_use("echo 2 | tee -a log"),
+    ]
     [item] = workpool.enqueue(script=script)
-    toolset = make()
+    toolset = make_toolset()
     async with workpool.pool(toolset):
-        await running(tmp_path, item.session_id)
+        await wait_for_command(tmp_path, item.session_id)
     expire_lease(workpool.server, item.id)
     async with workpool.pool(toolset):
         await workpool.wait_for(SessionFinished, count=2)
     assert [end.outcome for end in workpool.recorder.of(SessionFinished)] == [
         *("released", "completed"),
     ]
-    assert answers(workpool.server.events(item.session_id)) == [("1\n", False), ("2\n", False)]
-    log = folder_of(tmp_path, item.session_id) / "workspace/log"
+    assert answers_in_order(workpool.server.events(item.session_id)) == [
+        ("1\n", False),
+        ("2\n", False),
+    ]
+    log = session_directory(tmp_path, item.session_id) / "workspace/log"
     assert log.read_text() == "1\n2\n"
 
 
 async def test_call_with_unknown_result_is_answered_with_error_and_not_run(
-    workpool: Kit, make: Make, tmp_path: Path
+    workpool: Kit, make_toolset: Make, tmp_path: Path
 ) -> None:
-    [item] = workpool.enqueue(script=[bash("echo 1 >> log"), bash("echo 2 >> log")])
+    [item] = workpool.enqueue(script=[bash_use("echo 1 >> log"), bash_use("echo 2 >> log")])
     [call] = [e["id"] for e in workpool.server.events(item.session_id) if "name" in e]
-    folder = folder_of(tmp_path, item.session_id)
-    journal = await opened(folder)
-    await journal.begin(call)  # then the worker crashes
-    async with workpool.pool(make()):
+    folder = session_directory(tmp_path, item.session_id)
+    journal = await open_earlier_journal(folder)
+    await journal.begin(call)  # Then the worker crashes.
+    async with workpool.pool(make_toolset()):
         await workpool.wait_for(SessionFinished)
-    given_answers = answers(workpool.server.events(item.session_id))
+    given_answers = answers_in_order(workpool.server.events(item.session_id))
     assert given_answers == [(runner.UNKNOWN, True), ("(no output)", False)]
     assert (folder / "workspace/log").read_text() == "2\n"
 
 
 async def test_result_computed_before_crash_is_sent_without_second_run(
-    workpool: Kit, make: Make, tmp_path: Path
+    workpool: Kit, make_toolset: Make, tmp_path: Path
 ) -> None:
-    [item] = workpool.enqueue(script=[bash("echo 1 >> log")])
+    [item] = workpool.enqueue(script=[bash_use("echo 1 >> log")])
     [call] = [e["id"] for e in workpool.server.events(item.session_id) if "name" in e]
-    folder = folder_of(tmp_path, item.session_id)
-    journal = await opened(folder)
+    folder = session_directory(tmp_path, item.session_id)
+    journal = await open_earlier_journal(folder)
     await journal.begin(call)
     await journal.finish(call, Result.of("computed before"))
-    async with workpool.pool(make()):
+    async with workpool.pool(make_toolset()):
         await workpool.wait_for(SessionFinished)
-    assert answers(workpool.server.events(item.session_id)) == [("computed before", False)]
+    assert answers_in_order(workpool.server.events(item.session_id)) == [("computed before", False)]
     assert not (folder / "workspace/log").exists()
 
 
 async def test_interrupt_sends_result_that_was_computed_before(
-    workpool: Kit, make: Make, tmp_path: Path
+    workpool: Kit, make_toolset: Make, tmp_path: Path
 ) -> None:
     [item] = workpool.enqueue()
     use = {"type": "agent.tool_use", "name": "Bash", "input": {"command": "echo never"}}
     idle = {"type": "session.status_idle", "stop_reason": {"type": "end_turn"}}
     calls = workpool.server.emit(item.session_id, use, use)
-    folder = folder_of(tmp_path, item.session_id)
-    journal = await opened(folder)
+    folder = session_directory(tmp_path, item.session_id)
+    journal = await open_earlier_journal(folder)
     for call in calls:
         await journal.begin(str(call["id"]))
     await journal.finish(str(calls[1]["id"]), Result.of("computed before"))
-    async with workpool.pool(make()), WorkClient(workpool.settings()) as client:
+    async with workpool.pool(make_toolset()), WorkClient(workpool.settings()) as client:
         await client.events(item.session_id).send({"type": "user.interrupt"})
         workpool.server.emit(item.session_id, idle)
         finished = await workpool.wait_for(SessionFinished)
     assert finished.outcome == "completed"
-    assert len(answers(workpool.server.events(item.session_id))) == 2
+    assert len(answers_in_order(workpool.server.events(item.session_id))) == 2
 
 
 async def test_call_possibly_begun_on_another_machine_is_not_executed(
-    workpool: Kit, make: Make, tmp_path: Path
+    workpool: Kit, make_toolset: Make, tmp_path: Path
 ) -> None:
-    [item] = workpool.enqueue(script=[bash("touch ready; sleep 600"), bash("echo 2")])
-    async with workpool.pool(make()) as pool:
-        await running(tmp_path, item.session_id)
+    [item] = workpool.enqueue(script=[bash_use("touch ready; sleep 600"), bash_use("echo 2")])
+    async with workpool.pool(make_toolset()) as pool:
+        await wait_for_command(tmp_path, item.session_id)
         await pool.drain(timeout=0)
     expire_lease(workpool.server, item.id)
-    async with workpool.pool(make(state=str(tmp_path / "elsewhere"))):
+    async with workpool.pool(make_toolset(state=str(tmp_path / "elsewhere"))):
         await workpool.wait_for(SessionFinished, count=2)
-    given_answers = answers(workpool.server.events(item.session_id))
+    given_answers = answers_in_order(workpool.server.events(item.session_id))
     assert given_answers == [(runner.UNKNOWN, True), ("2\n", False)]
 
 
 async def test_call_begun_elsewhere_between_two_runs_here_is_not_executed_again(
-    workpool: Kit, make: Make, tmp_path: Path
+    workpool: Kit, make_toolset: Make, tmp_path: Path
 ) -> None:
     """The session runs here, elsewhere and here again; the journal here lacks the second run."""
     side = tmp_path / "side"
     ready = [tmp_path / "ready1", tmp_path / "ready2"]
     script = [
-        bash(f"touch {ready[0]}; sleep 600"),
-        bash(f"echo 2 >> {side}; touch {ready[1]}; sleep 600"),
-        bash("echo 3"),
+        bash_use(f"touch {ready[0]}; sleep 600"),
+        bash_use(f"echo 2 >> {side}; touch {ready[1]}; sleep 600"),
+        bash_use("echo 3"),
     ]
     [item] = workpool.enqueue(script=script)
     for state, begun in zip(("here", "elsewhere"), ready, strict=True):
-        async with workpool.pool(make(state=str(tmp_path / state))) as pool:
-            await there(begun)
+        async with workpool.pool(make_toolset(state=str(tmp_path / state))) as pool:
+            await wait_for_file(begun)
             await pool.drain(timeout=0)
         expire_lease(workpool.server, item.id)
-    async with workpool.pool(make(state=str(tmp_path / "here"))):
+    async with workpool.pool(make_toolset(state=str(tmp_path / "here"))):
         await workpool.wait_for(SessionFinished, count=3)
-    given_answers = answers(workpool.server.events(item.session_id))
+    given_answers = answers_in_order(workpool.server.events(item.session_id))
     assert given_answers == [(runner.UNKNOWN, True), (runner.UNKNOWN, True), ("3\n", False)]
     assert side.read_text() == "2\n"
 
 
 async def test_call_is_not_begun_before_item_names_journal(
-    workpool: Kit, make: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    workpool: Kit, make_toolset: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    async def update(*_: object) -> None:
+    async def refuse_update(*_: object) -> None:
         raise TransientError("update", None, "no answer", reason="network")
 
-    toolset = make()
+    toolset = make_toolset()
     with monkeypatch.context() as patch:
-        patch.setattr(Session, "update_metadata", update)
-        result = await workpool.run_session(toolset, script=[bash("echo 1 | tee -a log")])
+        patch.setattr(Session, "update_metadata", refuse_update)
+        result = await workpool.run_session(toolset, script=[bash_use("echo 1 | tee -a log")])
     assert result.outcome == "released"
-    folder = folder_of(tmp_path, result.item.session_id)
+    folder = session_directory(tmp_path, result.item.session_id)
     assert not (folder / "workspace/log").exists()
     expire_lease(workpool.server, result.item.id)
     async with workpool.pool(toolset):
         await workpool.wait_for(SessionFinished, count=2)
-    assert answers(workpool.server.events(result.item.session_id)) == [("1\n", False)]
+    assert answers_in_order(workpool.server.events(result.item.session_id)) == [("1\n", False)]
 
 
 async def test_result_computed_on_full_disk_is_sent_nevertheless(
-    workpool: Kit, make: Make, monkeypatch: pytest.MonkeyPatch
+    workpool: Kit, make_toolset: Make, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     full = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
-    def fails(*_: object) -> None:
+    def raise_disk_full(*_: object) -> None:
         raise full
 
-    monkeypatch.setattr(Journal, "_written", fails)
-    result = await workpool.run_session(make(), script=[bash("echo 1")])
+    monkeypatch.setattr(CallJournal, "_temporary_file", raise_disk_full)
+    result = await workpool.run_session(make_toolset(), script=[bash_use("echo 1")])
     assert result.outcome == "released"  # without a journal no call may run
-    assert answers(result.events) == []
+    assert answers_in_order(result.events) == []
     monkeypatch.undo()
     expire_lease(workpool.server, result.item.id)
 
     monkeypatch.setattr("workpool.testing.kit.WAIT_SECONDS", 60.0)
-    monkeypatch.setattr(Journal, "_finish", fails)
-    async with workpool.pool(make()):
+    monkeypatch.setattr(CallJournal, "_write_result", raise_disk_full)
+    async with workpool.pool(make_toolset()):
         await workpool.wait_for(SessionFinished, count=2)
-    assert answers(workpool.server.events(result.item.session_id)) == [("1\n", False)]
+    assert answers_in_order(workpool.server.events(result.item.session_id)) == [("1\n", False)]
     assert workpool.recorder.of(SessionFinished)[-1].outcome == "completed"
 
 
 async def test_session_with_terminated_status_completes_without_running_calls(
-    workpool: Kit, make: Make
+    workpool: Kit, make_toolset: Make
 ) -> None:
     [item] = workpool.enqueue()
     workpool.server.emit(
@@ -499,18 +519,18 @@ async def test_session_with_terminated_status_completes_without_running_calls(
         {"type": "agent.tool_use", "name": "Bash", "input": {"command": "echo never"}},
         {"type": "session.status_terminated"},
     )
-    async with workpool.pool(make(max_idle=float("inf"))):
+    async with workpool.pool(make_toolset(max_idle=float("inf"))):
         finished = await workpool.wait_for(SessionFinished)
     assert finished.outcome == "completed"
-    assert answers(workpool.server.events(item.session_id)) == []
+    assert answers_in_order(workpool.server.events(item.session_id)) == []
 
 
-async def test_idle_time_counts_from_last_end_of_turn(workpool: Kit, make: Make) -> None:
+async def test_idle_time_counts_from_last_end_of_turn(workpool: Kit, make_toolset: Make) -> None:
     [item] = workpool.enqueue()
     idle = {"type": "session.status_idle", "stop_reason": {"type": "end_turn"}}
     use = {"type": "agent.tool_use", "name": "Bash", "input": {"command": "echo 1"}}
     workpool.server.emit(item.session_id, idle, {"type": "session.status_running"})
-    async with workpool.pool(make()), WorkClient(workpool.settings()) as client:
+    async with workpool.pool(make_toolset()), WorkClient(workpool.settings()) as client:
         async with asyncio.timeout(20), client.events(item.session_id).stream() as stream:
             async for event in stream:
                 if event["type"] == "session.status_running":

@@ -1,4 +1,4 @@
-"""The persistent bash, with and without a sandbox."""
+"""The persistent bash of a session, with and without a sandbox."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ from typing import Any
 
 import pytest
 
-from workpool_toolset.isolation import BASH, Bare, Bubblewrap, Limits
-from workpool_toolset.shell import Shell, ShellEnded
+from workpool_toolset.isolation import BASH, Bubblewrap, NoIsolation, ProcessLimits
+from workpool_toolset.shell import BashShell, ShellEnded
 
 
-def running(mark: str) -> list[int]:
+def process_descriptors(mark: str) -> list[int]:
     """Return descriptors of all processes with this word in their command line."""
     found = []
     for path in Path("/proc").glob("[0-9]*/cmdline"):
@@ -29,12 +29,12 @@ def running(mark: str) -> list[int]:
     return found
 
 
-async def ended(*processes: int) -> None:
+async def wait_for_end(*processes: int) -> None:
     """Wait until all these processes have ended, and close their descriptors."""
     loop = asyncio.get_running_loop()
     for process in processes:
         over = asyncio.Event()
-        loop.add_reader(process, over.set)  # the descriptor of an ended process is readable
+        loop.add_reader(process, over.set)  # The descriptor of an ended process is readable.
         try:
             async with asyncio.timeout(10):
                 await over.wait()
@@ -44,8 +44,10 @@ async def ended(*processes: int) -> None:
 
 
 async def test_shell_keeps_directory_variables_and_functions_between_calls(agent: Any) -> None:
-    await agent.says("Bash", command="mkdir sub && cd sub; export A=1; f() { echo f $A; }")
-    assert await agent.says("bash", command="f; pwd") == f"f 1\n{agent.shown}/sub\n"
+    await agent.call_successfully(
+        "Bash", command="mkdir sub && cd sub; export A=1; f() { echo f $A; }"
+    )
+    assert await agent.call_successfully("bash", command="f; pwd") == f"f 1\n{agent.shown}/sub\n"
 
 
 @pytest.mark.parametrize(
@@ -65,63 +67,65 @@ async def test_shell_keeps_directory_variables_and_functions_between_calls(agent
 async def test_shell_output_is_returned_without_control_sequences(
     agent: Any, command: str, output: str
 ) -> None:
-    assert await agent.says("bash", command=command) == output
+    assert await agent.call_successfully("bash", command=command) == output
 
 
 async def test_shell_that_echoes_its_input_does_not_confuse_end_marker(agent: Any) -> None:
-    shown_output = await agent.says("bash", command="set -vx; echo 1")
+    shown_output = await agent.call_successfully("bash", command="set -vx; echo 1")
     assert "\n1\n" in shown_output
-    assert "2\n" in await agent.says("bash", command="set +vx; echo 2")
+    assert "2\n" in await agent.call_successfully("bash", command="set +vx; echo 2")
 
 
 async def test_failed_command_returns_its_output_and_exit_status(agent: Any) -> None:
-    assert await agent.fails("bash", command="echo x; exit_code() { return 3; }; exit_code") == (
-        "x\n\nexit status 3"
-    )
-    assert "syntax error" in await agent.fails("bash", command="if; then")
-    assert "unexpected EOF" in await agent.fails("bash", command="echo 'open")
-    assert await agent.says("bash", command="echo still here") == "still here\n"
+    assert await agent.call_with_error(
+        "bash", command="echo x; exit_code() { return 3; }; exit_code"
+    ) == ("x\n\nexit status 3")
+    assert "syntax error" in await agent.call_with_error("bash", command="if; then")
+    assert "unexpected EOF" in await agent.call_with_error("bash", command="echo 'open")
+    assert await agent.call_successfully("bash", command="echo still here") == "still here\n"
 
 
 async def test_long_shell_output_keeps_its_end(agent: Any) -> None:
-    shown_output = await agent.says("bash", command="seq 1 200000")
+    shown_output = await agent.call_successfully("bash", command="seq 1 200000")
     assert shown_output.startswith("[output truncated]\n")
     assert shown_output.endswith("\n199999\n200000\n")
     assert 102_400 <= len(shown_output) <= 102_400 + 19
 
 
 async def test_command_beyond_timeout_is_killed_with_its_shell(agent: Any) -> None:
-    failed = await agent.fails("bash", command="echo before; sleep 600", timeout_ms=300)
+    failed = await agent.call_with_error("bash", command="echo before; sleep 600", timeout_ms=300)
     assert failed.startswith("before\n\nkilled after 0.3 s")
     assert "restart=true" in failed
-    assert "restart=true" in await agent.fails("bash", command="echo x")
-    assert await agent.says("bash", restart=True) == "bash session restarted"
-    assert await agent.says("bash", command="echo x") == "x\n"
+    assert "restart=true" in await agent.call_with_error("bash", command="echo x")
+    assert await agent.call_successfully("bash", restart=True) == "bash session restarted"
+    assert await agent.call_successfully("bash", command="echo x") == "x\n"
 
 
 async def test_command_that_exits_shell_reports_status_and_restart_option(agent: Any) -> None:
-    failed = await agent.fails("bash", command="echo bye; exit 7")
+    failed = await agent.call_with_error("bash", command="echo bye; exit 7")
     assert failed == "bye\n\nthe shell ended with status 7; use restart=true for a new one"
-    assert await agent.says("bash", command="echo new", restart=True) == "new\n"
+    assert await agent.call_successfully("bash", command="echo new", restart=True) == "new\n"
 
 
 async def test_exit_with_running_background_job_ends_shell_at_once(agent: Any) -> None:
-    async with asyncio.timeout(10):  # half of the command's time limit
-        failed = await agent.fails("bash", command="sleep 60.253 & echo bye; exit 7")
+    async with asyncio.timeout(10):  # This is half of the command's time limit.
+        failed = await agent.call_with_error("bash", command="sleep 60.253 & echo bye; exit 7")
     assert failed == "bye\n\nthe shell ended with status 7; use restart=true for a new one"
-    await ended(*running("60.253"))
+    await wait_for_end(*process_descriptors("60.253"))
 
 
 async def test_exit_with_endlessly_printing_background_job_ends_shell_at_once(
-    bare: Any,
+    agent_without_sandbox: Any,
 ) -> None:
     async with asyncio.timeout(10):
-        failed = await bare.fails("bash", command="yes & sleep 0.1; exit 7")
+        failed = await agent_without_sandbox.call_with_error(
+            "bash", command="yes & sleep 0.1; exit 7"
+        )
     assert failed.endswith("the shell ended with status 7; use restart=true for a new one")
 
 
 async def test_output_before_exit_is_returned_completely(agent: Any) -> None:
-    failed = await agent.fails("bash", command="seq 1 15000; sleep 60 & exit 7")
+    failed = await agent.call_with_error("bash", command="seq 1 15000; sleep 60 & exit 7")
     assert failed.startswith("1\n2\n")
     assert "\n15000\n\nthe shell ended with status 7" in failed
 
@@ -129,20 +133,20 @@ async def test_output_before_exit_is_returned_completely(agent: Any) -> None:
 @pytest.mark.parametrize("redirection", ["1>/dev/null", ">&-", "&>/dev/null", ">log 199>&-"])
 async def test_command_that_redirects_output_permanently_ends(agent: Any, redirection: str) -> None:
     async with asyncio.timeout(10):
-        assert await agent.says("bash", command=f"exec {redirection}") == "(no output)"
-        assert await agent.fails("bash", command="(exit 3)") == "exit status 3"
-        assert await agent.says("bash", command="echo told >&2") == "told\n"
+        assert await agent.call_successfully("bash", command=f"exec {redirection}") == "(no output)"
+        assert await agent.call_with_error("bash", command="(exit 3)") == "exit status 3"
+        assert await agent.call_successfully("bash", command="echo told >&2") == "told\n"
 
 
 async def test_commands_do_not_inherit_descriptor_of_end_marker(agent: Any) -> None:
-    shown_output = await agent.says("bash", command="ls -1 /proc/self/fd")
+    shown_output = await agent.call_successfully("bash", command="ls -1 /proc/self/fd")
     assert shown_output == "0\n1\n2\n3\n"  # 3 is the descriptor of the directory
 
 
 MARK = f"test-of-{os.getpid()}"  # the same tests may run in several processes at once
 
 
-def two(program: str) -> str:
+def start_two(program: str) -> str:
     """Return a command that starts two processes and ends when both run.
 
     They use builtins only: a shell that forks shows its command line twice for a moment.
@@ -152,62 +156,70 @@ def two(program: str) -> str:
     return f"rm -f up* stay; mkfifo stay; {start}; {wait}"
 
 
-async def test_closed_shell_leaves_no_process_of_its_group(bare: Any) -> None:
-    await bare.says("bash", command=f"trap '' TERM; {two('sh')}; trap - TERM; {two('sh')}")
-    processes = running(MARK)
+async def test_closed_shell_leaves_no_process_of_its_group(agent_without_sandbox: Any) -> None:
+    await agent_without_sandbox.call_successfully(
+        "bash", command=f"trap '' TERM; {start_two('sh')}; trap - TERM; {start_two('sh')}"
+    )
+    processes = process_descriptors(MARK)
     assert len(processes) == 4
-    await bare.toolbox.close()
-    await ended(*processes)
+    await agent_without_sandbox.toolbox.close()
+    await wait_for_end(*processes)
 
 
-async def test_closed_sandbox_leaves_no_process_in_other_process_groups(boxed: Any) -> None:
-    await boxed.says("bash", command=two("setsid sh"))
-    processes = running(MARK)
+async def test_closed_sandbox_leaves_no_process_in_other_process_groups(
+    agent_with_sandbox: Any,
+) -> None:
+    await agent_with_sandbox.call_successfully("bash", command=start_two("setsid sh"))
+    processes = process_descriptors(MARK)
     assert len(processes) == 2
-    await boxed.toolbox.close()
-    await ended(*processes)
+    await agent_with_sandbox.toolbox.close()
+    await wait_for_end(*processes)
 
 
-async def test_cancelled_command_kills_its_shell(agent: Any, folder: Path) -> None:
-    os.mkfifo(folder / "ready")
-    (folder / "ready").chmod(0o666)
+async def test_cancelled_command_kills_its_shell(agent: Any, workspace_directory: Path) -> None:
+    os.mkfifo(workspace_directory / "ready")
+    (workspace_directory / "ready").chmod(0o666)
     async with asyncio.timeout(20), asyncio.TaskGroup() as group:
         command = "trap '' TERM; echo > ready; sleep 60.127"
-        calling = group.create_task(agent.call("bash", command=command))
-        await asyncio.to_thread((folder / "ready").read_text)
+        calling = group.create_task(agent.call_tool("bash", command=command))
+        await asyncio.to_thread((workspace_directory / "ready").read_text)
         calling.cancel()
     # the processes are killed at once, but their end takes a moment
-    await ended(*running("60.127"))
-    assert "restart" in await agent.fails("bash", command="echo x")
+    await wait_for_end(*process_descriptors("60.127"))
+    assert "restart" in await agent.call_with_error("bash", command="echo x")
 
 
 async def test_shell_whose_closing_is_cancelled_during_exit_leaves_no_process(
-    folder: Path, monkeypatch: pytest.MonkeyPatch
+    workspace_directory: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     wait = asyncio.subprocess.Process.wait
 
-    async def cancelled_at_the_exit(process: asyncio.subprocess.Process) -> int:
+    async def cancel_at_exit(process: asyncio.subprocess.Process) -> int:
         status = await wait(process)
         closing.cancel()
         await asyncio.sleep(0)
         return status
 
-    shell = Shell(BASH, {"PATH": os.environ["PATH"]}, folder)
+    shell = BashShell(BASH, {"PATH": os.environ["PATH"]}, workspace_directory)
     async with asyncio.timeout(20), asyncio.TaskGroup() as group:
-        await shell.run(f"trap '' TERM; {two('sh')}; trap - TERM")
-        processes = running(MARK)
+        await shell.run_command(f"trap '' TERM; {start_two('sh')}; trap - TERM")
+        processes = process_descriptors(MARK)
         assert len(processes) == 2
         with monkeypatch.context() as patch:
-            patch.setattr(asyncio.subprocess.Process, "wait", cancelled_at_the_exit)
+            patch.setattr(asyncio.subprocess.Process, "wait", cancel_at_exit)
             closing = group.create_task(shell.close())
             await asyncio.wait({closing})
-    await ended(*processes)
+    await wait_for_end(*processes)
     await shell.close()
 
 
-async def test_sandbox_of_killed_worker_dies(sandbox: Bubblewrap, folder: Path) -> None:
-    os.chown(folder, *(sandbox.owner("s") or (-1, -1)))
-    words = sandbox.command("s", folder, [*BASH, "-c", "echo up; setsid sleep 61.25"])
+async def test_sandbox_of_killed_worker_ends(
+    sandbox: Bubblewrap, workspace_directory: Path
+) -> None:
+    os.chown(workspace_directory, *(sandbox.file_owner("s") or (-1, -1)))
+    words = sandbox.command_line(
+        "s", workspace_directory, [*BASH, "-c", "echo up; setsid sleep 61.25"]
+    )
     script = "import subprocess, sys; subprocess.run(sys.argv[1:])"
     worker = await asyncio.create_subprocess_exec(
         "python3", "-c", script, *words, stdout=asyncio.subprocess.PIPE
@@ -220,9 +232,9 @@ async def test_sandbox_of_killed_worker_dies(sandbox: Bubblewrap, folder: Path) 
         await worker.wait()
 
 
-@pytest.mark.parametrize("isolation", [Bare(), Bubblewrap(Limits())])
+@pytest.mark.parametrize("isolation", [NoIsolation(), Bubblewrap(ProcessLimits())])
 def test_shell_environment_contains_allowed_variables_only(
-    isolation: Bare | Bubblewrap, monkeypatch: pytest.MonkeyPatch
+    isolation: NoIsolation | Bubblewrap, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     for name in ("QODER_PAT", "ANTHROPIC_ENVIRONMENT_KEY", "WORKPOOL_TOKEN", "AWS_SECRET", "LANG"):
         monkeypatch.setenv(name, "C.UTF-8")
@@ -233,15 +245,21 @@ def test_shell_environment_contains_allowed_variables_only(
     assert only == {"A": "1", "PS1": "", "PS2": "", "TERM": "dumb"}
 
 
-async def test_sandbox_enforces_limits_of_memory_files_and_processes(boxed: Any) -> None:
+async def test_sandbox_enforces_limits_of_memory_files_and_processes(
+    agent_with_sandbox: Any,
+) -> None:
     memory = "python3 -c 'bytearray(3 << 30)'"
-    assert "MemoryError" in await boxed.fails("bash", command=memory)
-    assert "File size limit" in await boxed.fails("bash", command="head -c 80M /dev/zero > f")
+    assert "MemoryError" in await agent_with_sandbox.call_with_error("bash", command=memory)
+    assert "File size limit" in await agent_with_sandbox.call_with_error(
+        "bash", command="head -c 80M /dev/zero > f"
+    )
     many = "import os, time\nfor n in range(99): os.fork() or time.sleep(60)"
-    shown_output = await boxed.fails("bash", command=f"python3 -c '{many}'")
+    shown_output = await agent_with_sandbox.call_with_error("bash", command=f"python3 -c '{many}'")
     assert "Resource temporarily unavailable" in shown_output
-    await boxed.says("bash", restart=True)
-    shown_output = await boxed.says("bash", command="ulimit -H -t -u -d -f -c")
+    await agent_with_sandbox.call_successfully("bash", restart=True)
+    shown_output = await agent_with_sandbox.call_successfully(
+        "bash", command="ulimit -H -t -u -d -f -c"
+    )
     assert re.findall(r"\d+$", shown_output, re.MULTILINE) == ["20", "64", "1048576", "65536", "0"]
 
 
@@ -261,7 +279,7 @@ def test_sandbox_of_worker_without_root_hides_host_files(
             " cat /etc/shadow; unshare -U id"
         )
         done = subprocess.run(  # noqa: S603 - ours
-            other.command("s", folder, [*BASH, "-c", script]),
+            other.command_line("s", folder, [*BASH, "-c", script]),
             env=other.environment(None),
             capture_output=True,
             text=True,
@@ -280,19 +298,19 @@ def test_sandbox_of_worker_without_root_hides_host_files(
 
 
 def test_sandbox_of_root_gives_each_session_its_own_user() -> None:
-    isolation = Bubblewrap(Limits(), as_root=True)
-    users = {isolation.owner(f"sess_{number}") for number in range(200)}
+    isolation = Bubblewrap(ProcessLimits(), as_root=True)
+    users = {isolation.file_owner(f"sess_{number}") for number in range(200)}
     assert len(users) == 200
     assert all(user and 1_900_000_000 <= user[0] < 2_100_000_000 for user in users)
-    assert Bubblewrap(Limits(), as_root=False).owner("sess_1") is None
+    assert Bubblewrap(ProcessLimits(), as_root=False).file_owner("sess_1") is None
 
 
 async def test_shell_that_has_not_answered_yet_is_sent_no_command(tmp_path: Path) -> None:
     """A sandbox can outlive a worker that is killed while it starts, and must get no command."""
     words = ["/bin/bash", "-c", "head -n 3 > said; exit 3"]
-    shell = Shell(words, {"PATH": "/usr/bin:/bin"}, tmp_path)
+    shell = BashShell(words, {"PATH": "/usr/bin:/bin"}, tmp_path)
     with pytest.raises(ShellEnded):
-        await shell.run("touch made")
+        await shell.run_command("touch made")
     assert (
         (tmp_path / "said").read_text().startswith("exec 199>&1\neval : </dev/null 2>&199 199>&-\n")
     )

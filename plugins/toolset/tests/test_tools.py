@@ -10,9 +10,9 @@ import pytest
 
 from workpool import PluginError
 from workpool_toolset import ToolCall, Toolset
-from workpool_toolset.isolation import Bubblewrap, Limits, problem
+from workpool_toolset.isolation import Bubblewrap, ProcessLimits, find_problem
 from workpool_toolset.results import Result
-from workpool_toolset.tools import Bounds
+from workpool_toolset.tools import CallLimits
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -43,14 +43,21 @@ if TYPE_CHECKING:
     ],
 )
 async def test_invalid_tool_input_is_answered_with_error_to_agent(
-    bare: Any, tool: str, fields: dict[str, Any], expected: str
+    agent_without_sandbox: Any, tool: str, fields: dict[str, Any], expected: str
 ) -> None:
-    assert await bare.fails(tool, **fields) == expected
+    assert await agent_without_sandbox.call_with_error(tool, **fields) == expected
 
 
-async def test_unknown_input_fields_are_ignored(bare: Any, folder: Path) -> None:
-    (folder / "a").write_text("x")
-    assert await bare.says("read", file_path="a", pages="1-2", limit=None) == "x"
+async def test_unknown_input_fields_are_ignored(
+    agent_without_sandbox: Any, workspace_directory: Path
+) -> None:
+    (workspace_directory / "a").write_text("x")
+    assert (
+        await agent_without_sandbox.call_successfully(
+            "read", file_path="a", pages="1-2", limit=None
+        )
+        == "x"
+    )
 
 
 @pytest.mark.parametrize(
@@ -85,60 +92,70 @@ def test_long_error_text_is_cut_to_limit() -> None:
     assert len(block["text"]) == 4_001
 
 
-async def test_custom_tools_run_async_on_loop_or_plain_in_thread(agents: Any) -> None:
+async def test_custom_tools_run_async_on_loop_or_plain_in_thread(make_agents: Any) -> None:
     main = threading.current_thread()
 
-    async def later(call: ToolCall) -> object:
+    async def answer_later(call: ToolCall) -> object:
         await asyncio.sleep(0)
         return [call.session, threading.current_thread() is main]
 
-    def plain(call: ToolCall) -> object:
+    def answer_in_thread(call: ToolCall) -> object:
         return {"input": call.input, "thread": threading.current_thread() is main}
 
-    def broken(call: ToolCall) -> object:
+    def broken_tool(call: ToolCall) -> object:
         return {"a": object} if call.input else 1 / 0
 
-    agent = agents(custom={"later": later, "plain": plain, "broken": broken})
-    assert await agent.says("later", custom=True) == '["sess_1", true]'
-    expected = await agent.says("plain", custom=True, a=1)
+    agent = make_agents(
+        custom={"later": answer_later, "plain": answer_in_thread, "broken": broken_tool}
+    )
+    assert await agent.call_successfully("later", custom=True) == '["sess_1", true]'
+    expected = await agent.call_successfully("plain", custom=True, a=1)
     assert expected == '{"input": {"a": 1}, "thread": false}'
-    assert await agent.fails("broken", custom=True) == "broken: ZeroDivisionError: division by zero"
-    assert "class" in await agent.says("broken", custom=True, a=1)
+    assert (
+        await agent.call_with_error("broken", custom=True)
+        == "broken: ZeroDivisionError: division by zero"
+    )
+    assert "class" in await agent.call_successfully("broken", custom=True, a=1)
     call = ToolCall(id="e", name="LATER", input={}, custom=True, session="s")
     assert not agent.toolbox.owns(call)
 
 
 async def test_unexpected_tool_error_shows_agent_no_path_of_machine(
-    bare: Any, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    agent_without_sandbox: Any, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     def fail(*_: object) -> None:
         raise LookupError("/secret/place")
 
-    monkeypatch.setattr("workpool_toolset.files.write", fail)
-    assert await bare.fails("write", file_path="a", content="b") == "write: LookupError"
+    monkeypatch.setattr("workpool_toolset.files.write_file", fail)
+    assert (
+        await agent_without_sandbox.call_with_error("write", file_path="a", content="b")
+        == "write: LookupError"
+    )
     assert "/secret/place" in caplog.text
 
 
-async def test_custom_tool_beyond_time_limit_fails(agents: Any) -> None:
+async def test_custom_tool_beyond_time_limit_fails(make_agents: Any) -> None:
     async def sleep(_: ToolCall) -> None:
         await asyncio.sleep(600)
 
-    agent = agents(custom={"sleep": sleep}, bounds=Bounds(bash_seconds=20, tool_seconds=0.1))
-    assert await agent.fails("sleep", custom=True) == "sleep: took more than 0.1 s"
+    agent = make_agents(
+        custom={"sleep": sleep}, bounds=CallLimits(bash_seconds=20, tool_seconds=0.1)
+    )
+    assert await agent.call_with_error("sleep", custom=True) == "sleep: took more than 0.1 s"
 
 
-async def test_command_timeout_above_limit_is_reduced_to_limit(agents: Any) -> None:
-    agent = agents(bounds=Bounds(bash_seconds=20, tool_seconds=10.2))
-    expected = await agent.fails("bash", command="sleep 600", timeout_ms=3_600_000)
+async def test_command_timeout_above_limit_is_reduced_to_limit(make_agents: Any) -> None:
+    agent = make_agents(bounds=CallLimits(bash_seconds=20, tool_seconds=10.2))
+    expected = await agent.call_with_error("bash", command="sleep 600", timeout_ms=3_600_000)
     assert expected.startswith("killed after 0.2 s")
 
 
 @pytest.mark.parametrize("asked", [0, -1, -0.5, float("nan"), None])
 async def test_command_with_timeout_of_zero_or_less_uses_default(
-    agents: Any, asked: object
+    make_agents: Any, asked: object
 ) -> None:
-    agent = agents(bounds=Bounds(bash_seconds=0.3, tool_seconds=30))
-    expected = await agent.fails("bash", command="echo ran; sleep 600", timeout_ms=asked)
+    agent = make_agents(bounds=CallLimits(bash_seconds=0.3, tool_seconds=30))
+    expected = await agent.call_with_error("bash", command="echo ran; sleep 600", timeout_ms=asked)
     assert expected.startswith("ran\n\nkilled after 0.3 s")
 
 
@@ -204,7 +221,7 @@ async def test_root_below_directory_that_sessions_can_replace_is_refused(
     deep.mkdir(parents=True)
     ways = [str(tmp_path / "open"), str(tmp_path / "open/way")]
 
-    def toolset(*allowed: str, isolation: str = "none", also: tuple[str, ...] = ()) -> Toolset:
+    def make_toolset(*allowed: str, isolation: str = "none", also: tuple[str, ...] = ()) -> Toolset:
         return Toolset(
             isolation=isolation,
             state=str(tmp_path / "state"),
@@ -213,9 +230,9 @@ async def test_root_below_directory_that_sessions_can_replace_is_refused(
         )
 
     with pytest.raises(PluginError, match=r"deep: .*way, in root .*open, must be a root, too"):
-        async with workpool.pool(toolset(ways[0], isolation="bubblewrap")):
+        async with workpool.pool(make_toolset(ways[0], isolation="bubblewrap")):
             pass
-    for fine in (toolset(*ways), toolset(also=(ways[0],))):
+    for fine in (make_toolset(*ways), make_toolset(also=(ways[0],))):
         async with workpool.pool(fine):
             pass
 
@@ -253,7 +270,7 @@ async def test_sandbox_that_cannot_be_checked_is_error_at_start(
     async def refuse(*_: object) -> None:
         raise PermissionError(1, "Operation not permitted")
 
-    monkeypatch.setattr("workpool_toolset.plugin.problem", refuse)
+    monkeypatch.setattr("workpool_toolset.plugin.find_problem", refuse)
     with pytest.raises(PluginError, match=r"\(Operation not permitted\)"):
         async with workpool.pool(Toolset(state=str(tmp_path / "state"))):
             pass
@@ -266,12 +283,12 @@ async def test_sandbox_check_without_answer_reports_problem(
     silent.write_text("#!/bin/sh\nexec sleep 60\n")
     silent.chmod(0o755)
     monkeypatch.setattr("workpool_toolset.isolation.PROBE_SECONDS", 0.2)
-    sandbox = Bubblewrap(Limits(), as_root=False, program=str(silent))
-    assert await problem(sandbox, tmp_path) == "bwrap did not answer"
+    sandbox = Bubblewrap(ProcessLimits(), as_root=False, program=str(silent))
+    assert await find_problem(sandbox, tmp_path) == "bwrap did not answer"
 
 
 async def test_session_id_with_path_characters_is_refused(tmp_path: Path) -> None:
     toolset = Toolset(state=str(tmp_path / "state"), isolation="none")
     for session in ("../x", "a/b", "", ".", "..", "a\0", "x" * 129):
         with pytest.raises(ValueError, match="name"):
-            toolset._session_folder(session)
+            toolset._session_directory(session)

@@ -1,4 +1,4 @@
-"""The open tool calls of a session: for this worker, allowed, and not answered yet.
+"""The open tool calls of a session: calls for this worker that are allowed and not answered yet.
 
 Computes only. Each event of the session is applied once, in order, whether it is from the history
 or new. Nothing here waits, sends or executes.
@@ -29,8 +29,8 @@ _KEEPS_CLOCK: Final = frozenset({_VERDICT, _THREAD_ENDED})
 
 
 @dataclass(slots=True)
-class _Open:
-    """A call without an answer; `allowed` None: not decided yet."""
+class _OpenCall:
+    """A call without an answer; `allowed` is None until it is decided."""
 
     call: ToolCall
     thread: str | None
@@ -59,11 +59,11 @@ class Conversation:
     turn_over: bool = False
     agent_idle: bool = False
     answered: set[str] = field(default_factory=set)
-    _open: dict[str, _Open] = field(default_factory=dict)
+    _open: dict[str, _OpenCall] = field(default_factory=dict)
     _verdicts: dict[str, bool] = field(default_factory=dict)
 
     @property
-    def idle(self) -> bool:
+    def is_idle(self) -> bool:
         """Whether the agent's turn is over, and no call waits to run or for a decision."""
         return self.turn_over and not self._open
 
@@ -74,13 +74,13 @@ class Conversation:
         They must decide on a call, answer one of their own tools, or begin the next turn.
         """
         undecided = any(one.allowed is None for one in self._open.values())
-        return self.next() is None and (undecided or self.agent_idle)
+        return self.next_call() is None and (undecided or self.agent_idle)
 
-    def next(self) -> ToolCall | None:
+    def next_call(self) -> ToolCall | None:
         """Return the oldest call to answer now; it stays until `close`."""
         return next((o.call for o in self._open.values() if o.allowed or o.interrupted), None)
 
-    def runnable(self) -> list[ToolCall]:
+    def runnable_calls(self) -> list[ToolCall]:
         """Return all calls to answer now, oldest first."""
         return [o.call for o in self._open.values() if o.allowed and not o.interrupted]
 
@@ -89,7 +89,7 @@ class Conversation:
         found = self._open.get(call)
         return found is not None and found.interrupted
 
-    def close(self, call: str) -> None:
+    def close_call(self, call: str) -> None:
         """Remove a call that needs nothing more."""
         self.answered.add(call)
         self._open.pop(call, None)
@@ -101,24 +101,26 @@ class Conversation:
             self.agent_idle = kind == "session.status_idle"
             self.turn_over = self.agent_idle and _stop_reason(event) != _NEEDS_ACTION
         if kind in _CALLS:
-            self._called(event, custom=_CALLS[kind])
-        elif answered := result_for(event):
-            self.close(answered)
+            self._add_call(event, custom=_CALLS[kind])
+        elif answered := answered_call(event):
+            self.close_call(answered)
         elif kind == _VERDICT:
-            self._decided(str(event.get("tool_use_id")), allowed=event.get("result") == "allow")
+            self._apply_decision(
+                str(event.get("tool_use_id")), allowed=event.get("result") == "allow"
+            )
         elif kind in {_INTERRUPT, _THREAD_ENDED}:
-            self._given_up(kind, _thread(event))
+            self._cancel_calls(kind, _thread_id(event))
         self.ended = self.ended or kind in _ENDINGS
 
-    def _given_up(self, kind: str, thread: str | None) -> None:
-        """Apply an interrupt of the user, or the end of a thread, which end its calls."""
+    def _cancel_calls(self, kind: str, thread: str | None) -> None:
+        """Apply a user's interrupt or the end of a thread, each of which ends its calls."""
         for name, one in list(self._open.items()):
             if kind == _INTERRUPT:
                 one.interrupted = True
             elif thread is not None and one.thread == thread:
-                self.close(name)
+                self.close_call(name)
 
-    def _called(self, event: Event, *, custom: bool) -> None:
+    def _add_call(self, event: Event, *, custom: bool) -> None:
         id_, name, given = event.get("id"), event.get("name"), event.get("input")
         call = ToolCall(
             id=id_ if isinstance(id_, str) else "",
@@ -131,24 +133,24 @@ class Conversation:
             return
         permission = event.get("evaluated_permission", "allow")
         allowed = permission == "allow" if permission in ("allow", "deny") else None
-        self._open[call.id] = _Open(call, _thread(event), allowed)
+        self._open[call.id] = _OpenCall(call, _thread_id(event), allowed)
         if allowed is None:
             allowed = self._verdicts.get(call.id)
         if allowed is not None:
-            self._decided(call.id, allowed=allowed)
+            self._apply_decision(call.id, allowed=allowed)
 
-    def _decided(self, name: str, *, allowed: bool) -> None:
+    def _apply_decision(self, name: str, *, allowed: bool) -> None:
         """Apply a decision of the server or a person, which may precede its call."""
         self._verdicts.setdefault(name, allowed)
         waiting = self._open.get(name)
         if waiting and not allowed:
-            self.close(name)  # the control plane answers this call
+            self.close_call(name)  # the control plane answers this call
             self.denied(waiting.call)
         elif waiting:
             waiting.allowed = True
 
 
-def result_for(event: Event) -> str | None:
+def answered_call(event: Event) -> str | None:
     """Return the id of the call that this event answers, or None."""
     name = _RESULTS.get(str(event.get("type")))
     return str(event.get(name)) if name else None
@@ -159,6 +161,6 @@ def _stop_reason(event: Event) -> object:
     return reason.get("type") if isinstance(reason, Mapping) else reason
 
 
-def _thread(event: Event) -> str | None:
+def _thread_id(event: Event) -> str | None:
     thread = event.get("session_thread_id")
     return thread if isinstance(thread, str) else None

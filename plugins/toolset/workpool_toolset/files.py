@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
 
     from workpool_toolset.results import Block
-    from workpool_toolset.workspace import Spot, Workspace
+    from workpool_toolset.workspace import PathTarget, Workspace
 
 SCANNED_BYTES: Final = 256 << 20
 """Largest number of bytes that `read` searches for the lines of a range."""
@@ -46,7 +46,7 @@ LAST: Final = 1 << 62
 
 
 @dataclass(frozen=True, slots=True)
-class Sizes:
+class FileSizeLimits:
     """The largest files that the tools take, in bytes.
 
     Attributes:
@@ -60,12 +60,12 @@ class Sizes:
     pdf: int = 20 * 1024 * 1024
 
 
-SIZES: Final = Sizes()
+SIZES: Final = FileSizeLimits()
 """The default limits."""
 
 
-def read(
-    workspace: Workspace, path: str, view_range: tuple[int, int] | None, sizes: Sizes
+def read_file(
+    workspace: Workspace, path: str, view_range: tuple[int, int] | None, sizes: FileSizeLimits
 ) -> str | list[Block]:
     """Return the text of a file, or an image or a PDF as a block.
 
@@ -78,43 +78,43 @@ def read(
     Raises:
         ToolError: The file cannot be read. The text is for the agent.
     """
-    with workspace.at(path) as spot, _opened(spot, path) as (file, size):
+    with workspace.open_parent(path) as spot, _open_regular(spot, path) as (file, size):
         suffix = posixpath.splitext(spot.name)[1].lower()
         if suffix in IMAGES or suffix == ".pdf":
             if view_range:
                 raise ToolError(f"{path}: view_range is for text files only")
             limit = sizes.pdf if suffix == ".pdf" else sizes.image
-            return [_encoded(_whole(file, path, size, limit), suffix)]
+            return [_encode_block(_read_whole(file, path, size, limit), suffix)]
         if view_range:
-            return _lines(file, path, view_range, sizes.text)
+            return _read_lines(file, path, view_range, sizes.text)
         hint = "; read it in parts with view_range=[start, end]"
-        return _text(_whole(file, path, size, sizes.text, hint), path)
+        return _decode_text(_read_whole(file, path, size, sizes.text, hint), path)
 
 
-def write(workspace: Workspace, path: str, content: str) -> str:
+def write_file(workspace: Workspace, path: str, content: str) -> str:
     """Replace or create a file and its directories. Newlines are not converted."""
-    encoded = _bytes(content)
-    with workspace.at(path, write=True, make=True) as spot:
-        _replace(spot, path, encoded)
+    encoded = _encode_text(content)
+    with workspace.open_parent(path, write=True, make=True) as spot:
+        _replace_file(spot, path, encoded)
     return f"wrote {len(encoded)} bytes to {path}"
 
 
-def edit(
+def edit_file(
     workspace: Workspace,
     path: str,
     change: tuple[str, str],
     *,
     replace_all: bool = False,
-    sizes: Sizes,
+    sizes: FileSizeLimits,
 ) -> str:
     """Replace the one occurrence of `change[0]`, or all of them, by `change[1]`."""
     old, new = change
     if not old or old == new:
         raise ToolError("old_string must not be empty, nor equal to new_string")
-    with workspace.at(path, write=True) as spot:
-        with _opened(spot, path) as (file, size):
+    with workspace.open_parent(path, write=True) as spot:
+        with _open_regular(spot, path) as (file, size):
             hint = "; change it with bash, for example with sed"
-            text = _text(_whole(file, path, size, sizes.text, hint), path)
+            text = _decode_text(_read_whole(file, path, size, sizes.text, hint), path)
         count = text.count(old)
         if count == 0:
             raise ToolError(f"{path}: old_string was not found")
@@ -124,12 +124,12 @@ def edit(
             )
         if len(text) + count * (len(new) - len(old)) > EDITED_CHARACTERS:
             raise ToolError(f"{path}: would be larger than {EDITED_CHARACTERS} characters")
-        _replace(spot, path, _bytes(text.replace(old, new)))
+        _replace_file(spot, path, _encode_text(text.replace(old, new)))
     return f"replaced {count} occurrence{'s' if count > 1 else ''} in {path}"
 
 
 @contextlib.contextmanager
-def _opened(spot: Spot, path: str) -> Iterator[tuple[BinaryIO, int]]:
+def _open_regular(spot: PathTarget, path: str) -> Iterator[tuple[BinaryIO, int]]:
     """Open a regular file. Its type is checked first, since opening a device may have effects."""
     _check_regular(os.stat(spot.name, dir_fd=spot.directory, follow_symlinks=False), path)
     # O_NONBLOCK: a pipe that replaced it meanwhile must not block until it has a writer.
@@ -147,23 +147,23 @@ def _check_regular(found: os.stat_result, path: str) -> None:
         raise ToolError(f"{path}: not a regular file")
 
 
-def _whole(file: BinaryIO, path: str, size: int, limit: int, hint: str = "") -> bytes:
-    content = file.read(limit + 1) if size <= limit else b""  # the size may be outdated
+def _read_whole(file: BinaryIO, path: str, size: int, limit: int, hint: str = "") -> bytes:
+    content = file.read(limit + 1) if size <= limit else b""  # The size may be outdated.
     if size > limit or len(content) > limit:
         raise ToolError(f"{path}: larger than {limit} bytes{hint}")
     return content
 
 
-def _lines(file: BinaryIO, path: str, view_range: tuple[int, int], limit: int) -> str:
+def _read_lines(file: BinaryIO, path: str, view_range: tuple[int, int], limit: int) -> str:
     """Return the lines of a range, read in chunks: a line may be as long as the file."""
     start, end = view_range[0], view_range[1] if view_range[1] > 0 else LAST
     if end < start:
         raise ToolError("view_range is [start, end], from 1; an end of 0 is the end of the file")
     kept, line, last = bytearray(), 1, b""
-    for chunk in _chunks(file, path):
+    for chunk in _read_chunks(file, path):
         last, newlines = chunk[-1:], chunk.count(b"\n")
         if line + newlines >= start:
-            kept += _selected(chunk, start - line, end - line)
+            kept += _selected_lines(chunk, start - line, end - line)
         line += newlines
         if line > end or len(kept) > limit:
             break
@@ -171,18 +171,18 @@ def _lines(file: BinaryIO, path: str, view_range: tuple[int, int], limit: int) -
     if start > count:
         raise ToolError(f"{path}: has only {count} lines")
     if len(kept) <= limit:
-        return _text(bytes(kept), path)
-    return _text(bytes(kept[:limit]), path, final=False) + f"\n[cut after {limit} bytes]"
+        return _decode_text(bytes(kept), path)
+    return _decode_text(bytes(kept[:limit]), path, final=False) + f"\n[cut after {limit} bytes]"
 
 
-def _selected(chunk: bytes, first: int, last: int) -> bytes:
+def _selected_lines(chunk: bytes, first: int, last: int) -> bytes:
     """Return the lines of a chunk from `first` (0 or less: its beginning) to `last`."""
     lines = chunk.split(b"\n")
     ended = last + 1 < len(lines)
     return b"\n".join(lines[max(first, 0) : last + 1]) + (b"\n" if ended else b"")
 
 
-def _chunks(file: BinaryIO, path: str) -> Iterator[bytes]:
+def _read_chunks(file: BinaryIO, path: str) -> Iterator[bytes]:
     """Yield the chunks of a file, within the bounds of a search."""
     latest, read = time.monotonic() + SCAN_SECONDS, 0
     while chunk := file.read(CHUNK_BYTES):
@@ -195,7 +195,7 @@ def _chunks(file: BinaryIO, path: str) -> Iterator[bytes]:
             )
 
 
-def _encoded(content: bytes, suffix: str) -> Block:
+def _encode_block(content: bytes, suffix: str) -> Block:
     return {
         "type": "document" if suffix == ".pdf" else "image",
         "source": {
@@ -206,13 +206,14 @@ def _encoded(content: bytes, suffix: str) -> Block:
     }
 
 
-def _replace(spot: Spot, path: str, content: bytes) -> None:
+def _replace_file(spot: PathTarget, path: str, content: bytes) -> None:
     """Write to a temporary name, then rename: no reader sees an unfinished file."""
     mode = 0o644
     with contextlib.suppress(FileNotFoundError):
         found = os.stat(spot.name, dir_fd=spot.directory, follow_symlinks=False)
         _check_regular(found, path)
-        mode = stat.S_IMODE(found.st_mode) & 0o777  # never setuid: the owner may change below
+        # The mode is never setuid: the owner may change below.
+        mode = stat.S_IMODE(found.st_mode) & 0o777
     temporary = f".{secrets.token_hex(8)}.tmp"
     flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
     opened = os.open(temporary, flags, 0o600, dir_fd=spot.directory)
@@ -229,7 +230,7 @@ def _replace(spot: Spot, path: str, content: bytes) -> None:
         raise
 
 
-def _text(content: bytes, path: str, *, final: bool = True) -> str:
+def _decode_text(content: bytes, path: str, *, final: bool = True) -> str:
     """Decode strictly. Unless `final`, an incomplete last character is left out."""
     try:
         return codecs.getincrementaldecoder("utf-8")().decode(content, final)
@@ -237,7 +238,7 @@ def _text(content: bytes, path: str, *, final: bool = True) -> str:
         raise ToolError(f"{path}: not UTF-8 text") from None
 
 
-def _bytes(text: str) -> bytes:
+def _encode_text(text: str) -> bytes:
     try:
         return text.encode()
     except UnicodeEncodeError:

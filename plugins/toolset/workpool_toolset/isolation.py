@@ -45,7 +45,7 @@ INODE_BYTES: Final = 16 * 1024
 """Bytes of a directory in memory for each file that it may contain."""
 SYSTEM_PATH: Final = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
 PROBE_SECONDS: Final = 20.0
-FIRST_USER: Final = 1_900_000_000  # a range that no distribution hands out
+FIRST_USER: Final = 1_900_000_000  # This is a range that no distribution assigns.
 USERS: Final = 200_000_000
 
 _ETC: Final = (
@@ -70,7 +70,7 @@ _QUIET: Final = {"PS1": "", "PS2": "", "TERM": "dumb"}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Limits:
+class ProcessLimits:
     """The rlimits of one process of a sandbox.
 
     `memory_mb` is also the size of `/tmp` and `/dev/shm` together.
@@ -81,7 +81,7 @@ class Limits:
     processes: int = 512
     file_mb: int = 4096
 
-    def script(self) -> str:
+    def setup_script(self) -> str:
         """Return shell code that enters the workspace, sets the limits and runs its arguments."""
         # Changes the directory here: `bwrap` of a root worker cannot enter the session's directory.
         # -d, not -v: programs such as node reserve more address space than they use.
@@ -102,13 +102,13 @@ class Isolation(Protocol):
     def sandboxed(self) -> bool:
         """Whether commands see only the workspace and the shown paths."""
 
-    def shown(self, workspace: Path, /) -> str:
-        """Return the path of the workspace for the session."""
+    def workspace_path(self, workspace: Path, /) -> str:
+        """Return the path under which the session sees its workspace."""
 
-    def owner(self, session: str, /) -> tuple[int, int] | None:
+    def file_owner(self, session: str, /) -> tuple[int, int] | None:
         """Return the owner of the session's files; None: the owner of this process."""
 
-    def command(self, session: str, workspace: Path, words: Sequence[str], /) -> list[str]:
+    def command_line(self, session: str, workspace: Path, words: Sequence[str], /) -> list[str]:
         """Return the command line that runs `words` for the session."""
 
     def environment(self, explicit: Mapping[str, str] | None) -> dict[str, str]:
@@ -116,20 +116,20 @@ class Isolation(Protocol):
 
 
 @dataclass(frozen=True, slots=True)
-class Bare:
+class NoIsolation:
     """No isolation: commands may do everything that this process may."""
 
     name: str = field(default="none", init=False)
     sandboxed: bool = field(default=False, init=False)
 
-    def shown(self, workspace: Path) -> str:
+    def workspace_path(self, workspace: Path) -> str:
         """Return the real path of the workspace."""
         return str(workspace)
 
-    def owner(self, _session: str, /) -> None:
+    def file_owner(self, _session: str, /) -> None:
         """Return None: files belong to the owner of this process."""
 
-    def command(self, _session: str, _workspace: Path, words: Sequence[str], /) -> list[str]:
+    def command_line(self, _session: str, _workspace: Path, words: Sequence[str], /) -> list[str]:
         """Return `words` unchanged."""
         return list(words)
 
@@ -150,27 +150,27 @@ class Bubblewrap:
         program: The path of `bwrap`.
     """
 
-    limits: Limits
+    limits: ProcessLimits
     roots: tuple[Root, ...] = ()
     as_root: bool = field(default_factory=lambda: os.geteuid() == 0)
     program: str = field(default_factory=lambda: shutil.which("bwrap") or "bwrap")
     name: str = field(default="bubblewrap", init=False)
     sandboxed: bool = field(default=True, init=False)
 
-    def shown(self, _workspace: Path, /) -> str:
+    def workspace_path(self, _workspace: Path, /) -> str:
         """Return the path of the workspace in each sandbox."""
         return HOME
 
-    def owner(self, session: str) -> tuple[int, int] | None:
+    def file_owner(self, session: str) -> tuple[int, int] | None:
         """Return a user id for the session alone, apart from collisions of its hash."""
         if not self.as_root:
             return None
         user = FIRST_USER + zlib.crc32(session.encode()) % USERS
         return user, user
 
-    def command(self, session: str, workspace: Path, words: Sequence[str]) -> list[str]:
+    def command_line(self, session: str, workspace: Path, words: Sequence[str]) -> list[str]:
         """Return the command line: `bwrap`, the user, the limits, then `words`."""
-        owner = self.owner(session)
+        owner = self.file_owner(session)
         user: list[str] = []
         rights = ["--unshare-user", "--disable-userns", "--cap-drop", "ALL"]
         if owner:
@@ -182,9 +182,9 @@ class Bubblewrap:
                 *(SETPRIV, f"--reuid={owner[0]}", f"--regid={owner[1]}", "--clear-groups"),
                 *("--inh-caps=-all", "--no-new-privs", "--"),
             ]
-        limited = [*BASH, "-c", self.limits.script(), "limited", *words]
+        limited = [*BASH, "-c", self.limits.setup_script(), "limited", *words]
         bwrap = [sys.executable, "-I", "-S", _LAUNCHER, self.program, *_NAMESPACES, *rights]
-        return [*bwrap, *self._files(workspace), "--", *user, *limited]
+        return [*bwrap, *self._file_options(workspace), "--", *user, *limited]
 
     def environment(self, explicit: Mapping[str, str] | None) -> dict[str, str]:
         """Return the allowed variables with paths of the sandbox, or exactly the explicit ones."""
@@ -194,10 +194,10 @@ class Bubblewrap:
         kept = {name: os.environ[name] for name in ("LANG", "TZ") if name in os.environ}
         return _QUIET | kept | inside
 
-    def _memory(self) -> list[str]:
+    def _memory_options(self) -> list[str]:
         """Return the options for `/tmp` and `/dev/shm`, of `memory_mb` together."""
         size = self.limits.memory_mb << 20
-        if self.as_root:  # a directory of `/tmp` becomes `/dev/shm` later
+        if self.as_root:  # A directory of `/tmp` becomes `/dev/shm` later.
             shared = ["--perms", "1777", "--dir", f"{_TMP}/{_SHARED}"]
             return ["--perms", "1777", "--size", str(size), "--tmpfs", _TMP, *shared]
         sizes = {_TMP: size - size // 4, _SHM: size // 4}
@@ -215,32 +215,41 @@ class Bubblewrap:
             f' && {MOUNT} --bind {_TMP}/{_SHARED} {_SHM} && exec "$@"'
         )
 
-    def _files(self, workspace: Path) -> list[str]:
+    def _file_options(self, workspace: Path) -> list[str]:
         words: list[str] = []
         for folder in map(Path, _SYSTEM):
             if folder.is_symlink():
                 words += ["--symlink", str(folder.readlink()), str(folder)]
             elif folder.exists():
                 words += ["--ro-bind", str(folder), str(folder)]
-        words += _open_way("/etc/ssl/certs")
+        words += _parent_options("/etc/ssl/certs")
         for name in _ETC:
             words += ["--ro-bind-try", f"/etc/{name}", f"/etc/{name}"]
-        words += ["--proc", "/proc", "--dev", "/dev", *self._memory(), "--remount-ro", "/dev"]
+        words += [
+            "--proc",
+            "/proc",
+            "--dev",
+            "/dev",
+            *self._memory_options(),
+            "--remount-ro",
+            "/dev",
+        ]
         for name in ("/proc/keys", "/proc/key-users"):
             words += ["--ro-bind-try", "/dev/null", name]
-        for root in sorted(self.roots, key=lambda root: len(root.shown)):  # inner ones on top
-            words += _open_way(root.shown)
+        # Inner directories are mounted over outer ones.
+        for root in sorted(self.roots, key=lambda root: len(root.shown)):
+            words += _parent_options(root.shown)
             words += ["--bind" if root.writable else "--ro-bind", str(root.host), root.shown]
         return [*words, "--bind", str(workspace), HOME, "--chdir", "/", "--remount-ro", "/"]
 
 
-def _open_way(path: str) -> list[str]:
+def _parent_options(path: str) -> list[str]:
     """Return options for the parents of a path, which `bwrap` would make private."""
     ways = [str(way) for way in reversed(Path(path).parents) if str(way) != "/"]
     return [word for way in ways for word in ("--perms", "0755", "--dir", way)]
 
 
-async def problem(sandbox: Bubblewrap, folder: Path) -> str | None:
+async def find_problem(sandbox: Bubblewrap, folder: Path) -> str | None:
     """Run the sandbox once, as for a session; return its problem, or None.
 
     Args:
@@ -256,10 +265,10 @@ async def problem(sandbox: Bubblewrap, folder: Path) -> str | None:
         if shutil.which(program) is None:
             return f"{program} is not installed"
     with tempfile.TemporaryDirectory(dir=folder, prefix=".probe-") as probe:
-        owner = sandbox.owner("probe")
+        owner = sandbox.file_owner("probe")
         if owner:
             os.chown(probe, *owner)
-        words = sandbox.command("probe", Path(probe), [*BASH, "-c", "echo $$ > works"])
+        words = sandbox.command_line("probe", Path(probe), [*BASH, "-c", "echo $$ > works"])
         process = await asyncio.create_subprocess_exec(
             *words,
             stdin=asyncio.subprocess.DEVNULL,

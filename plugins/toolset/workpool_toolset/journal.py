@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from workpool import DaemonThreads
 
 
-class Journal:
+class CallJournal:
     """The journal of one session, in a directory of its own. Used on threads.
 
     Attributes:
@@ -43,7 +43,7 @@ class Journal:
 
     async def open(self) -> None:
         """Create the directory and its name, unless they exist."""
-        await self._threads.run(self._make)
+        await self._threads.run(self._make_directory)
 
     async def begin(self, call: str) -> Result | Literal["new", "begun"]:
         """Write the mark of a call. Only a call that is "new" may be executed.
@@ -51,59 +51,59 @@ class Journal:
         Returns:
             "new"; or the result of a call that was begun before, "begun" without a result.
         """
-        return await self._threads.run(self._begin, call)
+        return await self._threads.run(self._write_mark, call)
 
     async def finish(self, call: str, result: Result) -> None:
         """Store the result of a call until `forget`."""
-        await self._threads.run(self._finish, call, result)
+        await self._threads.run(self._write_result, call, result)
 
     async def forget(self, call: str) -> None:
         """Delete the result, which the control plane has. The mark stays."""
-        path = self._path(call, "result")
+        path = self._call_path(call, "result")
         await self._threads.run(path.unlink, missing_ok=True)
 
-    def _path(self, call: str, fact: str) -> Path:
+    def _call_path(self, call: str, fact: str) -> Path:
         # An id is text from outside, so it is no part of a path; the mark contains it for people.
-        return self._folder / f"{hashlib.sha256(_bytes(call)).hexdigest()[:40]}.{fact}"
+        return self._folder / f"{hashlib.sha256(_result_bytes(call)).hexdigest()[:40]}.{fact}"
 
-    def _make(self) -> None:
+    def _make_directory(self) -> None:
         with contextlib.suppress(FileExistsError):
             self._folder.mkdir(mode=0o700)
             self.new = True
-            _sync(self._folder.parent)
+            _sync_directory(self._folder.parent)
         path = self._folder / "name"
         if not path.exists():
-            written = self._written(secrets.token_hex(8))
-            with contextlib.suppress(FileExistsError):  # of two concurrent calls, one creates it
+            written = self._temporary_file(secrets.token_hex(8))
+            with contextlib.suppress(FileExistsError):  # Of two concurrent calls, one creates it.
                 path.hardlink_to(written)
             written.unlink()
-            _sync(self._folder)
+            _sync_directory(self._folder)
         self.name = path.read_text()
 
-    def _begin(self, call: str) -> Result | Literal["new", "begun"]:
-        path = self._path(call, "begun")
+    def _write_mark(self, call: str) -> Result | Literal["new", "begun"]:
+        path = self._call_path(call, "begun")
         try:
             mark = path.open("xb")
         except FileExistsError:
             try:
-                return Result(**json.loads(self._path(call, "result").read_text()))
+                return Result(**json.loads(self._call_path(call, "result").read_text()))
             except FileNotFoundError:
                 return "begun"
         try:
             with mark:
-                mark.write(_bytes(call))
-            _sync(self._folder)
-        except OSError:  # a call that was not begun must not look begun
+                mark.write(_result_bytes(call))
+            _sync_directory(self._folder)
+        except OSError:  # A call that was not begun must not look as if it was.
             path.unlink()
             raise
         return "new"
 
-    def _finish(self, call: str, result: Result) -> None:
+    def _write_result(self, call: str, result: Result) -> None:
         text = json.dumps({"content": result.content, "is_error": result.is_error})
-        self._written(text).rename(self._path(call, "result"))
-        _sync(self._folder)
+        self._temporary_file(text).rename(self._call_path(call, "result"))
+        _sync_directory(self._folder)
 
-    def _written(self, text: str) -> Path:
+    def _temporary_file(self, text: str) -> Path:
         """Write a temporary file to disk, which the block then renames or links."""
         path = self._folder / f"{secrets.token_hex(8)}.tmp"
         try:
@@ -111,18 +111,18 @@ class Journal:
                 file.write(text)
                 file.flush()
                 os.fsync(file.fileno())
-        except OSError:  # a full disk must not keep an incomplete file
+        except OSError:  # A full disk must not keep an incomplete file.
             path.unlink(missing_ok=True)
             raise
         return path
 
 
-def _bytes(call: str) -> bytes:
+def _result_bytes(call: str) -> bytes:
     return call.encode(errors="backslashreplace")
 
 
-def _sync(folder: Path) -> None:
-    """Write a directory's entries to disk: a file survives a power failure only with its name."""
+def _sync_directory(folder: Path) -> None:
+    """Write a directory's entries to disk, or a power failure could lose its new files."""
     opened = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
     try:
         os.fsync(opened)

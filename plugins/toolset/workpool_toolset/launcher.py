@@ -37,7 +37,7 @@ def seccomp_filter(machine: str) -> bytes:
     """Return the filter that refuses the calls about keys and allows all others."""
     program = [(LOAD, 0, 0, ARCHITECTURE)]
     for architecture, *numbers in CALLS[machine]:
-        refuse = range(len(numbers), 0, -1)  # the number of instructions to skip
+        refuse = range(len(numbers), 0, -1)  # The number of instructions to skip.
         block = [
             (LOAD, 0, 0, NUMBER),
             (AND, 0, 0, NOT_X32),
@@ -46,7 +46,7 @@ def seccomp_filter(machine: str) -> bytes:
             (RETURN, 0, 0, REFUSE),
         ]
         program += [(JUMP_IF_EQUAL, 0, len(block), architecture), *block]
-    program.append((RETURN, 0, 0, REFUSE))  # an unknown instruction set
+    program.append((RETURN, 0, 0, REFUSE))  # An unknown instruction set.
     return b"".join(struct.pack("=HBBI", *instruction) for instruction in program)
 
 
@@ -75,7 +75,8 @@ def main() -> int:
         opened = os.memfd_create("seccomp", 0)
         os.write(opened, seccomp_filter(machine))
         os.lseek(opened, 0, os.SEEK_SET)
-        for number in (signal.SIGPIPE, signal.SIGXFSZ):  # Python ignores these signals
+        # Python ignores these signals, and a program would inherit that.
+        for number in (signal.SIGPIPE, signal.SIGXFSZ):
             signal.signal(number, signal.SIG_DFL)
         os.execvp(program, [program, "--seccomp", str(opened), *arguments])  # noqa: S606 - no shell
     except OSError as error:

@@ -18,18 +18,26 @@ from workpool import (
     hookimpl,
     release_on_exhaustion,
 )
-from workpool_toolset.files import SIZES, Sizes
-from workpool_toolset.isolation import BASH, VISIBLE, Bare, Bubblewrap, Isolation, Limits, problem
-from workpool_toolset.journal import Journal
-from workpool_toolset.runner import Runner, kept
-from workpool_toolset.search import Sandboxed, Search
-from workpool_toolset.shell import Shell
+from workpool_toolset.files import SIZES, FileSizeLimits
+from workpool_toolset.isolation import (
+    BASH,
+    VISIBLE,
+    Bubblewrap,
+    Isolation,
+    NoIsolation,
+    ProcessLimits,
+    find_problem,
+)
+from workpool_toolset.journal import CallJournal
+from workpool_toolset.runner import SessionAnswerer, journal_errors_as_release
+from workpool_toolset.search import SandboxCommand, SearchTools
+from workpool_toolset.shell import BashShell
 from workpool_toolset.tools import (
     MARGIN_SECONDS,
-    Bounds,
+    CallLimits,
     CustomTool,
-    Threads,
     Toolbox,
+    ToolThreads,
     started_threads,
 )
 from workpool_toolset.workspace import Root, Workspace
@@ -50,7 +58,7 @@ _SESSION: Final = re.compile(r"[A-Za-z0-9_-]{1,128}")
 _log: Final = logging.getLogger("workpool.toolset")
 
 
-def _state() -> str:
+def _default_state_directory() -> str:
     home = os.environ.get("XDG_STATE_HOME") or "~/.local/state"
     return f"{home}/workpool-toolset"
 
@@ -64,7 +72,7 @@ class Toolset:
 
     isolation: str = "bubblewrap"
     """`bubblewrap`, or `none`: commands may then do everything that the worker may."""
-    state: str = field(default_factory=_state)
+    state: str = field(default_factory=_default_state_directory)
     """The directory of workspaces and journals, with a directory for each session."""
     allowed_roots: Sequence[str] = ()
     """Further directories that sessions may read and write."""
@@ -96,7 +104,7 @@ class Toolset:
     """The largest file that a process may write, in MiB; sandboxed."""
 
     _isolation: Isolation | None = field(default=None, init=False, repr=False)
-    _threads: Threads | None = field(default=None, init=False, repr=False)
+    _threads: ToolThreads | None = field(default=None, init=False, repr=False)
     _roots: tuple[Root, ...] = field(default=(), init=False, repr=False)
     _tools: Mapping[str, CustomTool] = field(default_factory=dict, init=False, repr=False)
 
@@ -105,18 +113,18 @@ class Toolset:
     async def workpool_lifespan(self, supervisor: Supervisor) -> AsyncIterator[None]:
         """Check the settings, test the isolation, and log which one is used."""
         self._check_numbers()
-        state, settings = self._folder(), supervisor.settings
+        state, settings = self._directory_name(), supervisor.settings
         credentials = (settings.token_file, settings.api_key_file)
         private = [state, *(path for path in credentials if path)]
-        self._check_hidden(private)
+        self._check_hidden_files(private)
         try:
             state.mkdir(mode=0o700, parents=True, exist_ok=True)
         except OSError as error:
             raise PluginError(NAME, f"state {state}: {error.strerror}") from error
         self._roots = tuple(self._checked_roots(private))
-        self._check_nesting()
-        self._tools = {name: _function(name, tool) for name, tool in self.tools.items()}
-        self._isolation = await self._chosen(state)
+        self._check_nested_roots()
+        self._tools = {name: _import_function(name, tool) for name, tool in self.tools.items()}
+        self._isolation = await self._choose_isolation(state)
         async with started_threads() as self._threads:
             yield
 
@@ -127,60 +135,62 @@ class Toolset:
         if isolation is None or threads is None:
             raise PluginError(NAME, "not started: its workpool_lifespan was not entered")
         with release_on_exhaustion():
-            with kept():
-                folder = await threads.files.run(self._session_folder, session.id)
-                journal = Journal(folder / "journal", threads.files)
+            with journal_errors_as_release():
+                folder = await threads.files.run(self._session_directory, session.id)
+                journal = CallJournal(folder / "journal", threads.files)
                 await journal.open()
-            toolbox = self._toolbox(session.id, folder / "workspace", isolation, threads)
+            toolbox = self._make_toolbox(session.id, folder / "workspace", isolation, threads)
             try:
-                await Runner(session, toolbox, journal, self.max_idle).run()
+                await SessionAnswerer(session, toolbox, journal, self.max_idle).run()
             finally:
                 await toolbox.close()
 
-    def _toolbox(
-        self, session: str, workspace: Path, isolation: Isolation, threads: Threads
+    def _make_toolbox(
+        self, session: str, workspace: Path, isolation: Isolation, threads: ToolThreads
     ) -> Toolbox:
-        owner = isolation.owner(session)
-        roots = Workspace([Root(isolation.shown(workspace), workspace, owner=owner), *self._roots])
+        owner = isolation.file_owner(session)
+        roots = Workspace(
+            [Root(isolation.workspace_path(workspace), workspace, owner=owner), *self._roots]
+        )
         environment = isolation.environment(self.environment)
-        prefix = isolation.command(session, workspace, ())
-        sandbox = Sandboxed(prefix, environment) if isolation.sandboxed else None
+        prefix = isolation.command_line(session, workspace, ())
+        sandbox = SandboxCommand(prefix, environment) if isolation.sandboxed else None
         return Toolbox(
             roots,
-            Shell([*prefix, *BASH], environment, None if sandbox else workspace),
-            Search(roots, sandbox),
+            BashShell([*prefix, *BASH], environment, None if sandbox else workspace),
+            SearchTools(roots, sandbox),
             custom=self._tools,
-            bounds=Bounds(
+            bounds=CallLimits(
                 bash_seconds=self.bash_timeout,
                 tool_seconds=self.tool_timeout,
-                sizes=Sizes(self.max_file_bytes, self.max_image_bytes, self.max_pdf_bytes),
+                sizes=FileSizeLimits(self.max_file_bytes, self.max_image_bytes, self.max_pdf_bytes),
             ),
             threads=threads,
         )
 
-    def _session_folder(self, session: str) -> Path:
+    def _session_directory(self, session: str) -> Path:
         """Create the session's directory and workspace. Checks the id, which is a file name."""
         if not _SESSION.fullmatch(session):
             raise ValueError("the session's id cannot be a directory's name")
-        folder = self._folder() / session
+        folder = self._directory_name() / session
         workspace = folder / "workspace"
         folder.mkdir(mode=0o700, exist_ok=True)
         workspace.mkdir(mode=0o700, exist_ok=True)
-        owner = self._isolation.owner(session) if self._isolation else None
+        owner = self._isolation.file_owner(session) if self._isolation else None
         if owner:
             os.chown(workspace, *owner)
         return folder
 
-    def _folder(self) -> Path:
+    def _directory_name(self) -> Path:
         return Path(os.path.realpath(Path(self.state).expanduser()))
 
-    async def _chosen(self, state: Path) -> Isolation:
+    async def _choose_isolation(self, state: Path) -> Isolation:
         if self.isolation == "none":
             _log.warning("toolset: isolation is none: sessions may do all that this worker may")
-            return Bare()
+            return NoIsolation()
         if self.isolation != "bubblewrap":
             raise PluginError(NAME, "isolation must be bubblewrap or none")
-        limits = Limits(
+        limits = ProcessLimits(
             memory_mb=self.memory_mb,
             cpu_seconds=self.cpu_seconds,
             processes=self.processes,
@@ -188,7 +198,7 @@ class Toolset:
         )
         sandbox = Bubblewrap(limits, self._roots)
         try:
-            found = await problem(sandbox, state)
+            found = await find_problem(sandbox, state)
         except OSError as error:
             found = error.strerror or "it cannot be run"
         if found:
@@ -208,14 +218,14 @@ class Toolset:
         if self.tool_timeout < self.bash_timeout + MARGIN_SECONDS:
             raise PluginError(NAME, f"tool_timeout must exceed bash_timeout by {MARGIN_SECONDS:g}")
 
-    def _check_hidden(self, private: Sequence[Path]) -> None:
+    def _check_hidden_files(self, private: Sequence[Path]) -> None:
         """Check that no sandbox shows files of the worker."""
         for path in private if self.isolation != "none" else ():
             for place in VISIBLE:
                 if Path(os.path.realpath(path)).is_relative_to(os.path.realpath(place)):
                     raise PluginError(NAME, f"{path}: lies in {place}, which sessions may read")
 
-    def _check_nesting(self) -> None:
+    def _check_nested_roots(self) -> None:
         """Check for nested roots: a session could replace a directory between them by a link."""
         hosts = {root.host for root in self._roots}
         for inner in hosts:
@@ -238,7 +248,7 @@ class Toolset:
             yield Root(str(host), host, writable)
 
 
-def _function(name: str, tool: object) -> CustomTool:
+def _import_function(name: str, tool: object) -> CustomTool:
     """Return a custom tool: the function, or the one that `module:function` names."""
     if isinstance(tool, str):
         module, _, attribute = tool.partition(":")

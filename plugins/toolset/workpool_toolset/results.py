@@ -34,31 +34,31 @@ class Result:
     def of(cls, value: object, *, is_error: bool = False) -> Result:
         """Return the result for text, a block, a list of these, None, or a JSON value."""
         values = value if isinstance(value, list) and all(map(_is_block, value)) else [value]
-        blocks = [_block(one) for one in values if one not in (None, "")]
-        return cls(blocks or [_text(NO_OUTPUT)], is_error)
+        blocks = [_as_block(one) for one in values if one not in (None, "")]
+        return cls(blocks or [_as_text(NO_OUTPUT)], is_error)
 
     @classmethod
     def error(cls, text: str) -> Result:
         """Return a failure with a text for the agent, at most 4,000 characters."""
         cut = text if len(text) <= ERROR_CHARACTERS else text[:ERROR_CHARACTERS] + "…"
-        return cls([_text(cut)], is_error=True)
+        return cls([_as_text(cut)], is_error=True)
 
 
 def _is_block(value: object) -> bool:
     return isinstance(value, str) or (isinstance(value, dict) and value.get("type") in BLOCKS)
 
 
-def _block(value: object) -> Block:
+def _as_block(value: object) -> Block:
     if isinstance(value, str):
-        return _text(value)
+        return _as_text(value)
     # Through JSON and back: content that cannot be sent must fail here, as an error of this tool.
     plain = json.dumps(value, ensure_ascii=False, default=str)
     clean = _SURROGATE.sub("\ufffd", plain)
     if isinstance(value, dict) and _is_block(value):
         block: Block = json.loads(clean)
         return block
-    return _text(clean)
+    return _as_text(clean)
 
 
-def _text(text: str) -> Block:
+def _as_text(text: str) -> Block:
     return {"type": "text", "text": _SURROGATE.sub("\ufffd", text)}

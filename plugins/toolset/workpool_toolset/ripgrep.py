@@ -26,7 +26,7 @@ OPTIONS: Final = (
 _CHUNK: Final = 64 * 1024
 
 
-def globs(where: str, include: str | None) -> Iterator[str]:
+def glob_options(where: str, include: str | None) -> Iterator[str]:
     """Return the options with which ripgrep searches the same files as the walker.
 
     Args:
@@ -34,32 +34,32 @@ def globs(where: str, include: str | None) -> Iterator[str]:
         include: The pattern, as for `walker.included`.
     """
     wanted = (include or "").removeprefix("!")
-    way = "/" + _literal(f"{where}/").lstrip("/")
+    way = "/" + _path_pattern(f"{where}/").lstrip("/")
     start = ("!" if wanted != include else "") + (way if walker.is_anchored(wanted) else "")
-    for pattern in walker.patterns_of(wanted) if include else ():
+    for pattern in walker.split_pattern(wanted) if include else ():
         if pattern:
-            yield f"--glob={start}{'/'.join(map(_component, pattern))}"
+            yield f"--glob={start}{'/'.join(map(_translate_component, pattern))}"
     yield from (f"--glob=!{name}/" for name in sorted(walker.SKIPPED))
 
 
-def _literal(path: str) -> str:
+def _path_pattern(path: str) -> str:
     """Return a pattern of ripgrep that matches this path only."""
     return re.sub(r"([][*?{}!\\])", r"\\\1", path)
 
 
-def _component(pattern: str) -> str:
+def _translate_component(pattern: str) -> str:
     """Translate a component of a pattern of Python's `fnmatch` for ripgrep."""
     if pattern == "**":
         return pattern
     kept = re.compile(r"\[!?\]?[^]]*\]|\*+|\?|.", re.DOTALL)
     parts = (found[0] for found in kept.finditer(pattern))
     return "".join(
-        "*" if part[0] == "*" else part if len(part) > 1 or part == "?" else _literal(part)
+        "*" if part[0] == "*" else part if len(part) > 1 or part == "?" else _path_pattern(part)
         for part in parts
     )
 
 
-def problem(error_text: str) -> str:
+def error_text(error_text: str) -> str:
     """Return the error of ripgrep, without hints at options that an agent does not have."""
     reasons = re.findall(r"^(?:error|PCRE2): (.*)", error_text, re.MULTILINE)
     if reasons:
@@ -67,7 +67,7 @@ def problem(error_text: str) -> str:
     return "not a regular expression" if "regex" in error_text else "the search failed"
 
 
-class Matches:
+class RipgrepMatches:
     """The findings of ripgrep, parsed from its messages (`--json`), file by file.
 
     Attributes:
@@ -88,21 +88,23 @@ class Matches:
         """Return the lines that were found."""
         return "".join(self._lines)
 
-    async def read(self, stream: asyncio.StreamReader | None, enough: Callable[[], None]) -> None:
+    async def read_messages(
+        self, stream: asyncio.StreamReader | None, enough: Callable[[], None]
+    ) -> None:
         """Read all messages; call `enough` once there is more than `limit` bytes."""
         part, dropped = b"", False
         while stream and (chunk := await stream.read(_CHUNK)):
             *messages, part = (part + chunk).split(b"\n")
             for message in messages:
                 if not (dropped or self.cut or len(message) > MESSAGE_BYTES):
-                    self._add(json.loads(message))
+                    self._add_message(json.loads(message))
                 dropped = False
-            if len(part) > MESSAGE_BYTES:  # about a line that exceeds the limit
+            if len(part) > MESSAGE_BYTES:  # This message is about a line that exceeds the limit.
                 part, dropped = b"", True
             if self.cut:
                 enough()
 
-    def _add(self, message: dict[str, Any]) -> None:
+    def _add_message(self, message: dict[str, Any]) -> None:
         kind, data = message["type"], message.get("data", {})
         if kind == "match":
             self._add_line(data)
@@ -116,7 +118,7 @@ class Matches:
         if len(line.removesuffix(b"\n")) > walker.LINE_BYTES:
             return
         path = _bytes_of(data["path"]).decode(errors="replace").removeprefix("./")
-        text = f"{path}:{data['line_number']}:{walker.text_of(line)}\n"
+        text = f"{path}:{data['line_number']}:{walker.line_text(line)}\n"
         self._file_size += len(text.encode())
         if self._size + self._file_size > self._limit:
             self._end_file(searched=True)

@@ -23,14 +23,14 @@ from workpool.errors import (
     TransientError,
     innermost,
 )
-from workpool_toolset.conversation import Conversation, result_for
+from workpool_toolset.conversation import Conversation, answered_call
 from workpool_toolset.results import Result
 from workpool_toolset.tracing import tool_span
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-    from workpool_toolset.journal import Journal
+    from workpool_toolset.journal import CallJournal
     from workpool_toolset.tools import Toolbox, ToolCall
 
 UNKNOWN: Final = (
@@ -53,8 +53,8 @@ _BAD_REQUEST: Final = 400
 Ending = Literal["ended", "idle", "interrupted"]
 
 
-class Runner:
-    """Answers one session's calls until it ends, is idle, or is asked to stop.
+class SessionAnswerer:
+    """Answers one session's tool calls until it ends, is idle, or is asked to stop.
 
     Args:
         session: The session.
@@ -64,13 +64,13 @@ class Runner:
     """
 
     def __init__(
-        self, session: Session, toolbox: Toolbox, journal: Journal, max_idle: float
+        self, session: Session, toolbox: Toolbox, journal: CallJournal, max_idle: float
     ) -> None:
         self._session = session
         self._toolbox = toolbox
         self._journal = journal
         self._max_idle = max_idle
-        self._conversation = Conversation(session.id, toolbox.owns, self._denied)
+        self._conversation = Conversation(session.id, toolbox.owns, self._answer_denied)
         self._changed = asyncio.Event()
         self._caught_up = False
         self._joined = False
@@ -87,40 +87,40 @@ class Runner:
         try:
             async with asyncio.TaskGroup() as group:
                 others = [
-                    group.create_task(self._read(), name="toolset-reader"),
-                    group.create_task(self._watch(), name="toolset-watch"),
+                    group.create_task(self._read_events(), name="toolset-reader"),
+                    group.create_task(self._watch_session(), name="toolset-watch"),
                 ]
-                ending = await self._work()
+                ending = await self._answer_calls()
                 for other in others:
                     other.cancel()
         except BaseExceptionGroup as group_error:
             error = innermost(group_error)
-            raise error from error.__cause__  # the error in the group, not the group
+            raise error from error.__cause__  # Raises the error in the group instead of the group.
         self._session.log.info("toolset: %s", ending)
         if ending == "interrupted" and not self._session.stopping:
             raise Release("the pool is draining")
 
-    async def _read(self) -> None:
+    async def _read_events(self) -> None:
         async with self._session.events.stream() as stream:
             async for event in stream:
                 self._conversation.apply(event)
                 self._session.progress()
                 self._caught_up = stream.caught_up
-                self._noticed()
-                if answered := result_for(event):
-                    with kept():
+                self._apply_change()
+                if answered := answered_call(event):
+                    with journal_errors_as_release():
                         await self._journal.forget(answered)
         self._conversation.ended = self._caught_up = True
-        self._noticed()
+        self._apply_change()
 
-    async def _watch(self) -> None:
+    async def _watch_session(self) -> None:
         await self._session.interrupted()
         self._changed.set()
 
-    def _noticed(self) -> None:
+    def _apply_change(self) -> None:
         """Apply a change: restart the idle time, stop interrupted calls, wake the other task."""
         now = asyncio.get_running_loop().time()
-        if not self._conversation.idle:
+        if not self._conversation.is_idle:
             self._idle_since = None
         elif self._idle_since is None:
             self._idle_since = now
@@ -129,31 +129,31 @@ class Runner:
             gone = call.id in self._conversation.answered
             if gone or self._conversation.ended or self._conversation.is_interrupted(call.id):
                 scope.reschedule(now)
-                self._running = None  # one cancellation is enough
+                self._running = None  # One cancellation is enough.
         self._changed.set()
 
-    async def _work(self) -> Ending:
+    async def _answer_calls(self) -> Ending:
         while True:
             self._changed.clear()
             if self._session.stopping or self._session.draining:
                 return "interrupted"
             if self._conversation.ended and self._caught_up:
                 return "ended"
-            call = await self._next()
+            call = await self._next_call()
             if call:
-                await self._answer(call)
-            elif not await self._wait():
+                await self._answer_call(call)
+            elif not await self._wait_for_change():
                 return "idle"
 
-    async def _next(self) -> ToolCall | None:
-        if not self._caught_up:  # a result may be among the events that are not read yet
+    async def _next_call(self) -> ToolCall | None:
+        if not self._caught_up:  # The result may be among the events that are not read yet.
             return None
         if not self._joined:
             self._joined = True
-            await self._join()
-        return self._conversation.next()
+            await self._join_session()
+        return self._conversation.next_call()
 
-    async def _join(self) -> None:
+    async def _join_session(self) -> None:
         """Skip calls that another machine may have begun, then name this journal in the metadata.
 
         In this order: after a crash in between, the calls of the other machine would look like
@@ -162,19 +162,19 @@ class Runner:
         named, ours = self._session.item.metadata.get(JOURNAL), self._journal.name
         elsewhere = self._journal.new if named is None else named != ours
         if self._session.redelivered and elsewhere:
-            with kept():
-                for call in self._conversation.runnable():
+            with journal_errors_as_release():
+                for call in self._conversation.runnable_calls():
                     await self._journal.begin(call.id)
         if named == ours:
             return
         try:
             await self._session.update_metadata({JOURNAL: ours})
         except NotPermittedError:
-            pass  # the pool has logged the error; the name is only in the state directory
+            pass  # The pool has logged the error; the name is only in the state directory.
         except TransientError as error:
             raise Release("the item cannot name its journal") from error
 
-    async def _wait(self) -> bool:
+    async def _wait_for_change(self) -> bool:
         """Wait for a change; return False once the session was idle for `max_idle` seconds."""
         since = self._idle_since if self._caught_up and math.isfinite(self._max_idle) else None
         others_next = self._caught_up and self._conversation.waits_for_others
@@ -186,9 +186,9 @@ class Runner:
             return False
         return True
 
-    async def _answer(self, call: ToolCall) -> None:
+    async def _answer_call(self, call: ToolCall) -> None:
         self._check_lease()
-        with kept():
+        with journal_errors_as_release():
             known = await self._journal.begin(call.id)
         if known != "new":
             self._session.log.info(
@@ -201,33 +201,33 @@ class Runner:
         elif self._conversation.is_interrupted(call.id):
             result = Result.error(INTERRUPTED)
         else:
-            self._check_lease()  # the journal may have been slow
+            self._check_lease()  # Writing the journal may have taken long.
             with tool_span(call) as record:
-                result = await self._execute(call)
+                result = await self._execute_call(call)
                 record(result)
-            await self._keep(call, result)
+            await self._keep_result(call, result)
         if call.id not in self._conversation.answered:
-            await self._post(call, result)
-        self._conversation.close(call.id)
-        self._noticed()
+            await self._post_result(call, result)
+        self._conversation.close_call(call.id)
+        self._apply_change()
 
-    async def _keep(self, call: ToolCall, result: Result) -> None:
+    async def _keep_result(self, call: ToolCall, result: Result) -> None:
         try:
             await self._journal.finish(call.id, result)
-        except OSError:  # the result is sent anyway; after a crash its call counts as unknown
+        except OSError:  # The result is sent anyway; after a crash its call counts as unknown.
             self._session.log.exception("toolset: result not kept", extra={"call_id": call.id})
 
     def _check_lease(self) -> None:
         if self._session.lease_remaining <= 0:
             raise LeaseLost(self._session.item.id)
 
-    async def _execute(self, call: ToolCall) -> Result:
+    async def _execute_call(self, call: ToolCall) -> Result:
         clock = asyncio.get_running_loop().time
         started = clock()
         try:
             async with asyncio.timeout(None) as scope:
                 self._running = call, scope
-                self._noticed()  # an interrupt may have come while the journal was written
+                self._apply_change()  # An interrupt may have arrived while the journal was written.
                 result = await self._toolbox.run(call)
         except TimeoutError:
             result = Result.error(INTERRUPTED)
@@ -246,25 +246,25 @@ class Runner:
         )
         return result
 
-    async def _post(self, call: ToolCall, result: Result) -> None:
+    async def _post_result(self, call: ToolCall, result: Result) -> None:
         """Send a result until it is stored. A refused one is replaced once, then dropped."""
         for candidate in (result, Result.error(REFUSED)):
             try:
-                await self._send(call, candidate)
-            except ConflictError:  # an earlier try was applied, but its answer was lost
+                await self._send_result(call, candidate)
+            except ConflictError:  # An earlier request was applied, but its answer was lost.
                 return
             except RefusedError:
                 self._session.log.exception("toolset: result refused", extra={"call_id": call.id})
             else:
                 return
 
-    async def _send(self, call: ToolCall, result: Result) -> None:
+    async def _send_result(self, call: ToolCall, result: Result) -> None:
         clock = asyncio.get_running_loop().time
         started, pause = clock(), 1.0
         while True:
             bound = POST_SECONDS
             try:
-                await self._session.events.send(_event(call, result))
+                await self._session.events.send(_result_event(call, result))
             except TransientError as error:
                 failure: TransientError | RefusedError = error
             except RefusedError as error:
@@ -272,7 +272,7 @@ class Runner:
                 bound = REFUSED_SECONDS if error.status == _BAD_REQUEST else 0.0
             else:
                 return
-            if call.id in self._conversation.answered:  # the stream showed the result
+            if call.id in self._conversation.answered:  # The stream has shown the result.
                 return
             if clock() - started >= bound:
                 if isinstance(failure, TransientError):
@@ -281,15 +281,16 @@ class Runner:
             await asyncio.sleep(random.uniform(pause / 2, pause))  # noqa: S311 - spreads retries, no secret
             pause = min(pause * 2, WAIT_MAX_SECONDS)
 
-    def _denied(self, call: ToolCall) -> None:
-        if self._caught_up:  # only once, although the history may be read several times
+    def _answer_denied(self, call: ToolCall) -> None:
+        # A call is denied only once, although the history may be read several times.
+        if self._caught_up:
             self._session.log.info(
                 "toolset: the call was denied", extra={"tool": call.name, "call_id": call.id}
             )
 
 
 @contextlib.contextmanager
-def kept() -> Iterator[None]:
+def journal_errors_as_release() -> Iterator[None]:
     """Turn an unwritable journal into a release of the session: no call runs without a journal."""
     try:
         yield
@@ -297,7 +298,7 @@ def kept() -> Iterator[None]:
         raise Release(f"the journal cannot be kept: {error.strerror}") from error
 
 
-def _event(call: ToolCall, result: Result) -> dict[str, Any]:
+def _result_event(call: ToolCall, result: Result) -> dict[str, Any]:
     kind, name = "user.tool_result", "tool_use_id"
     if call.custom:
         kind, name = "user.custom_tool_result", "custom_tool_use_id"

@@ -26,7 +26,7 @@ from workpool_toolset.shell import REAP_SECONDS
 if TYPE_CHECKING:
     from collections.abc import Callable, Coroutine, Mapping, Sequence
 
-    from workpool_toolset.workspace import Spot, Workspace
+    from workpool_toolset.workspace import PathTarget, Workspace
 
 RIPGREP: Final = Path("/usr/bin/rg")
 """The only `rg` that is used, so that an `rg` of the session never runs."""
@@ -39,14 +39,14 @@ _WALKER: Final = str(Path(walker.__file__).resolve())
 
 
 @dataclass(frozen=True, slots=True)
-class Sandboxed:
+class SandboxCommand:
     """The prefix and the variables for a program inside of the session's sandbox."""
 
     prefix: Sequence[str]
     environment: Mapping[str, str]
 
 
-class Search:
+class SearchTools:
     """The searches of one session.
 
     Args:
@@ -54,7 +54,7 @@ class Search:
         sandboxed: The session's sandbox; None without one.
     """
 
-    def __init__(self, workspace: Workspace, sandboxed: Sandboxed | None) -> None:
+    def __init__(self, workspace: Workspace, sandboxed: SandboxCommand | None) -> None:
         self._workspace = workspace
         self._sandboxed = sandboxed
 
@@ -63,54 +63,58 @@ class Search:
         if pattern.startswith("/") or ".." in pattern.split("/"):
             raise ToolError("the pattern must be relative, without `..`")
         roots = [(root.shown, str(root.host)) for root in self._workspace.roots]
-        with self._workspace.directory(path) as spot:
+        with self._workspace.open_directory(path) as spot:
             asked = {"tool": "glob", "pattern": pattern, "roots": roots}
-            found = await self._walk(spot, asked)
+            found = await self._run_walker(spot, asked)
         return found or "no matches"
 
     async def grep(self, pattern: str, path: str, include: str | None) -> str:
         """Return the lines that match, as `path:line:text`."""
         if "\0" in pattern or "\0" in (include or ""):
             raise ToolError("the pattern holds a NUL")
-        with self._workspace.at(path) as spot:
+        with self._workspace.open_parent(path) as spot:
             mode = os.stat(spot.name, dir_fd=spot.directory, follow_symlinks=False).st_mode
-            if not (stat.S_ISREG(mode) or stat.S_ISDIR(mode)):  # opening a pipe would wait
+            if not (stat.S_ISREG(mode) or stat.S_ISDIR(mode)):  # Opening a pipe would wait.
                 raise ToolError(f"{path}: neither a file nor a directory")
             is_file = stat.S_ISREG(mode)
-            if is_file and include and not walker.included((spot.name,), include):
+            if is_file and include and not walker.is_included((spot.name,), include):
                 return "no matches"
             inside = spot.root is self._workspace.home
             if self._sandboxed and inside and RIPGREP.exists():
-                where = self._workspace.relative(spot.shown)
-                globs = () if is_file else tuple(ripgrep.globs(where, include))
-                found = await self._ripgrep(self._sandboxed, spot, pattern, globs)
+                where = self._workspace.relative_path(spot.shown)
+                globs = () if is_file else tuple(ripgrep.glob_options(where, include))
+                found = await self._run_ripgrep(self._sandboxed, spot, pattern, globs)
             elif is_file:
-                found = await self._walk(spot, _grep(pattern, include) | {"name": spot.name})
+                found = await self._run_walker(
+                    spot, _grep_script(pattern, include) | {"name": spot.name}
+                )
             else:
-                with self._workspace.directory(path) as inner:
-                    found = await self._walk(inner, _grep(pattern, include))
+                with self._workspace.open_directory(path) as inner:
+                    found = await self._run_walker(inner, _grep_script(pattern, include))
         return found or "no matches"
 
-    async def _ripgrep(
-        self, sandboxed: Sandboxed, spot: Spot, pattern: str, globs: Sequence[str]
+    async def _run_ripgrep(
+        self, sandboxed: SandboxCommand, spot: PathTarget, pattern: str, globs: Sequence[str]
     ) -> str:
-        where = self._workspace.relative(spot.shown)
+        where = self._workspace.relative_path(spot.shown)
         words = [*sandboxed.prefix, str(RIPGREP), *ripgrep.OPTIONS, *globs, "-e", pattern, "--"]
-        matches = ripgrep.Matches(GREP_BYTES)
-        _, error_text = await _bounded([*words, where or "./"], sandboxed.environment, matches.read)
+        matches = ripgrep.RipgrepMatches(GREP_BYTES)
+        _, error_text = await _run_bounded(
+            [*words, where or "./"], sandboxed.environment, matches.read_messages
+        )
         if not matches.complete:
-            raise ToolError(ripgrep.problem(error_text))
+            raise ToolError(ripgrep.error_text(error_text))
         return matches.text() + (CUT if matches.cut else "")
 
-    async def _walk(self, spot: Spot, request: dict[str, Any]) -> str:
-        where = self._workspace.relative(spot.shown)
+    async def _run_walker(self, spot: PathTarget, request: dict[str, Any]) -> str:
+        where = self._workspace.relative_path(spot.shown)
         prefix = where if "name" in request or not where else f"{where}/"
         directory = os.open(".", os.O_RDONLY | os.O_DIRECTORY, dir_fd=spot.directory)
-        output = _Text()
+        output = _WalkerOutput()
         try:
             place = {"directory": directory, "shown": spot.shown, "prefix": prefix}
             words = [sys.executable, "-I", "-S", _WALKER, json.dumps(request | place)]
-            status, error_text = await _bounded(words, {}, output.read, (directory,))
+            status, error_text = await _run_bounded(words, {}, output.read_output, (directory,))
         finally:
             os.close(directory)
         if status == walker.BAD_REQUEST:
@@ -120,11 +124,11 @@ class Search:
         return output.text
 
 
-def _grep(pattern: str, include: str | None) -> dict[str, Any]:
+def _grep_script(pattern: str, include: str | None) -> dict[str, Any]:
     return {"tool": "grep", "pattern": pattern, "include": include}
 
 
-class _Text:
+class _WalkerOutput:
     """The findings of the walker, in whole lines.
 
     Attributes:
@@ -133,13 +137,15 @@ class _Text:
 
     text = ""
 
-    async def read(self, stream: asyncio.StreamReader | None, enough: Callable[[], None]) -> None:
+    async def read_output(
+        self, stream: asyncio.StreamReader | None, enough: Callable[[], None]
+    ) -> None:
         """Read all output; call `enough` once there is more than fits."""
-        text, cut = await _start_of(stream, GREP_BYTES, enough)
+        text, cut = await _first_lines(stream, GREP_BYTES, enough)
         self.text = text + (CUT if cut else "")
 
 
-async def _bounded(
+async def _run_bounded(
     words: Sequence[str],
     environment: Mapping[str, str],
     read: Callable[[asyncio.StreamReader | None, Callable[[], None]], Coroutine[Any, Any, None]],
@@ -157,22 +163,22 @@ async def _bounded(
     )
     try:
         async with asyncio.timeout(SEARCH_SECONDS), asyncio.TaskGroup() as group:
-            group.create_task(read(process.stdout, partial(_kill, process)), name="found")
+            group.create_task(read(process.stdout, partial(_kill_process, process)), name="found")
             error_text = group.create_task(
-                _start_of(process.stderr, ERROR_CHARACTERS), name="errors"
+                _first_lines(process.stderr, ERROR_CHARACTERS), name="errors"
             )
             await process.wait()
     except TimeoutError:
         raise ToolError(f"the search took more than {SEARCH_SECONDS:.0f} s") from None
     finally:
-        _kill(process)
+        _kill_process(process)
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(REAP_SECONDS):
-                await process.communicate()  # `wait` alone would never end with an unread pipe
+                await process.communicate()  # `wait` alone would never end with an unread pipe.
     return process.returncode or 0, error_text.result()[0]
 
 
-async def _start_of(
+async def _first_lines(
     stream: asyncio.StreamReader | None, limit: int, on_cut: Callable[[], None] | None = None
 ) -> tuple[str, bool]:
     """Return the first lines of a stream, and whether there was more.
@@ -192,7 +198,7 @@ async def _start_of(
     return kept.decode(errors="replace"), cut
 
 
-def _kill(process: asyncio.subprocess.Process) -> None:
+def _kill_process(process: asyncio.subprocess.Process) -> None:
     if process.returncode is None:
         with contextlib.suppress(ProcessLookupError, PermissionError):
             os.killpg(process.pid, signal.SIGKILL)

@@ -48,14 +48,14 @@ class ShellEnded(Exception):
 
 
 @dataclass(frozen=True, slots=True)
-class Output:
+class CommandOutput:
     """The last part of a command's output, and its exit status; -1 if unknown."""
 
     text: str
     status: int
 
 
-class Shell:
+class BashShell:
     """A shell that its first command starts, and that only `restart` starts again.
 
     Args:
@@ -70,33 +70,32 @@ class Shell:
         self._words = tuple(words)
         self._environment = dict(environment)
         self._folder = folder
-        self._started: _Started | None = None
-        self._printed = _Tail()
+        self._started: _StartedShell | None = None
+        self._printed = _OutputTail()
         self.ended = False
 
-    async def run(self, command: str) -> Output:
+    async def run_command(self, command: str) -> CommandOutput:
         """Run one command to its end. If it is cancelled, the shell is ended.
 
         Raises:
             ShellEnded: The shell ended by itself, for example after `exit`.
         """
-        self._printed = _Tail()
+        self._printed = _OutputTail()
         try:
             if self._started is None:
-                self._started = await self._start()
+                self._started = await self._start_shell()
                 self._started.stdin.write(f"exec {_MARKS}>&1\n".encode())
-                # Waits for a first answer before it sends a command: a sandbox that is still being
-                # built when its worker is killed may outlive the worker, and must find no command
-                # on its input.
-                await self._run(":", self._started)
-            return await self._run(command, self._started)
+                # A command is sent only after the shell's first answer: a sandbox that is being
+                # built when its worker is killed may outlive the worker, and must get no command.
+                await self._send_and_read(":", self._started)
+            return await self._send_and_read(command, self._started)
         except BaseException:
-            self.ended = self._started is not None  # a shell that did not start can be tried again
+            self.ended = self._started is not None  # A shell that did not start can be tried again.
             await self.close()
             raise
 
     @property
-    def printed(self) -> str:
+    def output_so_far(self) -> str:
         """Return the output of the current command so far."""
         return self._printed.text()
 
@@ -111,23 +110,23 @@ class Shell:
         if started is None:
             return
         try:
-            await _end(started.process)
+            await _end_group(started.process)
         finally:
             started.stdin.close()
             started.output.close()
-        # not earlier: after a cancellation, the next call waits for the shell's end
+        # Not earlier: after a cancellation, the next call waits for the shell's end.
         self._started = None
 
-    async def _start(self) -> _Started:
-        output = _Output()
+    async def _start_shell(self) -> _StartedShell:
+        output = _ShellOutput()
         try:
             process = await self._spawn(output)
         except BaseException:
             output.close()
             raise
-        return _Started(process, cast("asyncio.StreamWriter", process.stdin), output)
+        return _StartedShell(process, cast("asyncio.StreamWriter", process.stdin), output)
 
-    async def _spawn(self, output: _Output) -> Process:
+    async def _spawn(self, output: _ShellOutput) -> Process:
         with os.fdopen(output.writer, "wb", 0) as sink:
             process = await asyncio.create_subprocess_exec(
                 *self._words,
@@ -139,40 +138,41 @@ class Shell:
                 start_new_session=True,
             )
         try:
-            output.watch(process.pid)
+            output.watch_exit(process.pid)
         except OSError:
-            await _end(process)
+            await _end_group(process)
             raise
         return process
 
-    async def _run(self, command: str, started: _Started) -> Output:
+    async def _send_and_read(self, command: str, started: _StartedShell) -> CommandOutput:
         first, second = secrets.token_hex(8), secrets.token_hex(8)
         script = (
             f"eval {shlex.quote(command)} </dev/null 2>&{_MARKS} {_MARKS}>&-\n"
             f"\\builtin printf '\\n%s%s %d\\n' {first} {second} \"$?\" >&{_MARKS}\n"
         )
-        with contextlib.suppress(ConnectionError):  # the shell has ended, as the reader will notice
+        # The shell has ended, as the reader will notice.
+        with contextlib.suppress(ConnectionError):
             started.stdin.write(script.encode(errors="replace"))
             await started.stdin.drain()
         mark = re.compile(rb"\n" + (first + second).encode() + rb" (-?\d+)?[^\n]*\n")
         while True:
-            chunk = await started.output.read()
+            chunk = await started.output.read_piece()
             if not chunk:
                 with contextlib.suppress(TimeoutError):
                     async with asyncio.timeout(REAP_SECONDS):
                         await started.process.wait()
-                raise ShellEnded(self.printed, started.process.returncode)
+                raise ShellEnded(self.output_so_far, started.process.returncode)
             if status := self._printed.add(chunk, mark):
-                return Output(self.printed, status.code)
+                return CommandOutput(self.output_so_far, status.code)
 
 
-class _Started(NamedTuple):
+class _StartedShell(NamedTuple):
     process: Process
     stdin: asyncio.StreamWriter
-    output: _Output
+    output: _ShellOutput
 
 
-class _Output:
+class _ShellOutput:
     """The output of a shell until its exit: its jobs may keep the pipe open for longer.
 
     Attributes:
@@ -186,7 +186,7 @@ class _Output:
         self._rest: int | None = None
         self._changed = asyncio.Event()
 
-    def watch(self, shell: int) -> None:
+    def watch_exit(self, shell: int) -> None:
         """Notice the exit of this process.
 
         Raises:
@@ -194,14 +194,14 @@ class _Output:
         """
         try:
             self._pidfd = os.pidfd_open(shell)
-            asyncio.get_running_loop().add_reader(self._pidfd, self._exited)
+            asyncio.get_running_loop().add_reader(self._pidfd, self._on_exit)
         except ProcessLookupError:
-            self._exited()
+            self._on_exit()
 
-    async def read(self) -> bytes:
+    async def read_piece(self) -> bytes:
         """Return the next piece; empty bytes at the end of the pipe or of the shell's output."""
         while self._rest is None:
-            await self._change()
+            await self._wake_reader()
             with contextlib.suppress(BlockingIOError):
                 return os.read(self._reader, _CHUNK)
         self._rest -= _CHUNK
@@ -217,7 +217,7 @@ class _Output:
             os.close(self._reader)
             self._reader = -1
 
-    async def _change(self) -> None:
+    async def _wake_reader(self) -> None:
         # Always through the loop: a command that prints without end must not block it.
         loop = asyncio.get_running_loop()
         self._changed.clear()
@@ -227,7 +227,7 @@ class _Output:
         finally:
             loop.remove_reader(self._reader)
 
-    def _exited(self) -> None:
+    def _on_exit(self) -> None:
         self._stop_watching()
         self._rest = _REST_BYTES
         self._changed.set()
@@ -240,23 +240,23 @@ class _Output:
 
 
 @dataclass(frozen=True, slots=True)
-class _Status:
+class _ExitMark:
     code: int
 
 
-class _Tail:
+class _OutputTail:
     """The last part of a command's output, and whether it is complete."""
 
     def __init__(self) -> None:
         self._kept = bytearray()
         self._cut = False
 
-    def add(self, chunk: bytes, mark: re.Pattern[bytes]) -> _Status | None:
+    def add(self, chunk: bytes, mark: re.Pattern[bytes]) -> _ExitMark | None:
         """Add output; return the command's status after its mark."""
-        before = max(0, len(self._kept) - 128)  # two chunks may split the mark
+        before = max(0, len(self._kept) - 128)  # Two chunks may split the mark.
         self._kept += chunk
         if found := mark.search(self._kept, before):
-            status = _Status(int(found[1]) if found[1] else -1)
+            status = _ExitMark(int(found[1]) if found[1] else -1)
             del self._kept[found.start() :]
             return status
         if len(self._kept) > 2 * OUTPUT_BYTES:
@@ -271,21 +271,21 @@ class _Tail:
         return (TRUNCATED if cut else "") + _ANSI.sub("", kept.decode(errors="replace"))
 
 
-async def _end(process: Process) -> None:
+async def _end_group(process: Process) -> None:
     try:
-        _signal(process, signal.SIGTERM)
+        _signal_group(process, signal.SIGTERM)
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(TERM_SECONDS):
                 await process.wait()
     finally:
-        # Also after a cancellation or the exit of the leader: the group may have outlived it.
-        _signal(process, signal.SIGKILL)
+        # The group ends also after a cancellation or the exit of its leader, which it may outlive.
+        _signal_group(process, signal.SIGKILL)
     with contextlib.suppress(TimeoutError):
         async with asyncio.timeout(REAP_SECONDS):
             await process.wait()
 
 
-def _signal(process: Process, number: signal.Signals) -> None:
+def _signal_group(process: Process, number: signal.Signals) -> None:
     # Its pid is the group's id, which the kernel does not reuse while members are left.
     with contextlib.suppress(ProcessLookupError, PermissionError):
         os.killpg(process.pid, number)

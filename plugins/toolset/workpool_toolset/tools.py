@@ -1,4 +1,4 @@
-"""The six tools and the custom ones. Each call has a `Result`, and never raises.
+"""The six built-in tools and the custom ones; each call returns a `Result` and never raises.
 
 Names are matched without regard to case. A field has each name that a service uses for it, since
 not all services document theirs. Unknown fields are ignored.
@@ -18,12 +18,12 @@ from typing import TYPE_CHECKING, Any, Final, TypeAlias
 from workpool import DaemonThreads
 from workpool.errors import exhausted
 from workpool_toolset import files
-from workpool_toolset.files import SIZES, Sizes
+from workpool_toolset.files import SIZES, FileSizeLimits
 from workpool_toolset.results import Result, ToolError
-from workpool_toolset.shell import Shell, ShellEnded
+from workpool_toolset.shell import BashShell, ShellEnded
 
 if TYPE_CHECKING:
-    from workpool_toolset.search import Search
+    from workpool_toolset.search import SearchTools
     from workpool_toolset.workspace import Workspace
 
 Fields: TypeAlias = Mapping[str, Any]
@@ -67,7 +67,7 @@ the call exceeds its time.
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Bounds:
+class CallLimits:
     """The limits of a call.
 
     Attributes:
@@ -78,11 +78,11 @@ class Bounds:
 
     bash_seconds: float
     tool_seconds: float
-    sizes: Sizes = SIZES
+    sizes: FileSizeLimits = SIZES
 
 
 @dataclass(frozen=True, slots=True)
-class Threads:
+class ToolThreads:
     """The threads of all sessions of a pool.
 
     Attributes:
@@ -95,7 +95,7 @@ class Threads:
 
 
 @contextlib.asynccontextmanager
-async def started_threads() -> AsyncIterator[Threads]:
+async def started_threads() -> AsyncIterator[ToolThreads]:
     """Provide threads during the block, and start one of each kind."""
     async with contextlib.AsyncExitStack() as stack:
         made = [DaemonThreads(f"workpool-{name}", THREADS) for name in ("toolset", "custom-tool")]
@@ -103,7 +103,7 @@ async def started_threads() -> AsyncIterator[Threads]:
             stack.push_async_callback(threads.close)
             # A machine that has run out of processes cannot start one once sessions run.
             await threads.run(threading.current_thread)
-        yield Threads(*made)
+        yield ToolThreads(*made)
 
 
 class Toolbox:
@@ -121,12 +121,12 @@ class Toolbox:
     def __init__(
         self,
         workspace: Workspace,
-        shell: Shell,
-        search: Search,
+        shell: BashShell,
+        search: SearchTools,
         *,
         custom: Mapping[str, CustomTool],
-        bounds: Bounds,
-        threads: Threads,
+        bounds: CallLimits,
+        threads: ToolThreads,
     ) -> None:
         self._workspace = workspace
         self._shell = shell
@@ -135,12 +135,12 @@ class Toolbox:
         self._bounds = bounds
         self._threads = threads
         self._tools: Mapping[str, Callable[[Fields], Awaitable[object]]] = {
-            "bash": self._bash,
-            "read": self._read,
-            "write": self._write,
-            "edit": self._edit,
-            "glob": self._glob,
-            "grep": self._grep,
+            "bash": self._run_bash,
+            "read": self._run_read,
+            "write": self._run_write,
+            "edit": self._run_edit,
+            "glob": self._run_glob,
+            "grep": self._run_grep,
         }
 
     def owns(self, call: ToolCall) -> bool:
@@ -152,7 +152,7 @@ class Toolbox:
         try:
             async with asyncio.timeout(self._bounds.tool_seconds):
                 if call.custom:
-                    return Result.of(await self._called(self._custom[call.name], call))
+                    return Result.of(await self._call_tool(self._custom[call.name], call))
                 done = await self._tools[call.name.lower()](call.input)
                 return done if isinstance(done, Result) else Result.of(done)
         except ToolError as error:
@@ -163,7 +163,7 @@ class Toolbox:
             _log.exception("toolset: tool failed", extra={"tool": call.name, "call_id": call.id})
             if exhausted(error) and not call.custom:
                 return Result.error(f"{call.name}: {EXHAUSTED}")
-            # the error of a built-in tool may name paths of this machine
+            # The error of a built-in tool may name paths of this machine.
             detail = f": {error}" if call.custom else ""
             return Result.error(f"{call.name}: {type(error).__name__}{detail}")
 
@@ -171,16 +171,16 @@ class Toolbox:
         """End the session's shell."""
         await self._shell.close()
 
-    async def _called(self, tool: CustomTool, call: ToolCall) -> object:
+    async def _call_tool(self, tool: CustomTool, call: ToolCall) -> object:
         if inspect.iscoroutinefunction(tool):
             return await tool(call)
         return await self._threads.custom.run(tool, call)
 
-    async def _bash(self, fields: Fields) -> object:
-        again = _flag(fields, "restart")
+    async def _run_bash(self, fields: Fields) -> object:
+        again = _flag_field(fields, "restart")
         if again:
             await self._shell.restart()
-        command = _text(fields, "command", default="" if again else None)
+        command = _text_field(fields, "command", default="" if again else None)
         if not command.strip():
             if again:
                 return "bash session restarted"
@@ -189,15 +189,15 @@ class Toolbox:
             raise ToolError("command holds a NUL")
         if self._shell.ended:
             raise ToolError(f"the shell has ended; {RESTART}")
-        return await self._command(command, self._seconds(fields))
+        return await self._command_text(command, self._timeout_seconds(fields))
 
-    async def _command(self, command: str, seconds: float) -> Result:
+    async def _command_text(self, command: str, seconds: float) -> Result:
         try:
             async with asyncio.timeout(seconds):
-                output = await self._shell.run(command)
+                output = await self._shell.run_command(command)
         except TimeoutError:
             detail = f"killed after {seconds:g} s, and the shell with it; {RESTART}"
-            return Result.of([self._shell.printed, detail], is_error=True)
+            return Result.of([self._shell.output_so_far, detail], is_error=True)
         except ShellEnded as error:
             detail = f"the shell ended with status {error.status}; {RESTART}"
             return Result.of([error.output, detail], is_error=True)
@@ -205,51 +205,53 @@ class Toolbox:
             return Result.of(output.text)
         return Result.of([output.text, f"exit status {output.status}"], is_error=True)
 
-    def _seconds(self, fields: Fields) -> float:
-        asked = _number(fields, "timeout_ms", "timeout")
+    def _timeout_seconds(self, fields: Fields) -> float:
+        asked = _number_field(fields, "timeout_ms", "timeout")
         most = self._bounds.tool_seconds - MARGIN_SECONDS
         seconds = asked / 1000 if asked is not None and asked > 0 else self._bounds.bash_seconds
         return min(seconds, most)
 
-    async def _read(self, fields: Fields) -> object:
-        path = _text(fields, "file_path", "path")
+    async def _run_read(self, fields: Fields) -> object:
+        path = _text_field(fields, "file_path", "path")
         return await self._threads.files.run(
-            files.read, self._workspace, path, _range(fields), self._bounds.sizes
+            files.read_file, self._workspace, path, _line_range(fields), self._bounds.sizes
         )
 
-    async def _write(self, fields: Fields) -> object:
-        path = _text(fields, "file_path", "path")
-        content = _text(fields, "content")
-        return await self._threads.files.run(files.write, self._workspace, path, content)
+    async def _run_write(self, fields: Fields) -> object:
+        path = _text_field(fields, "file_path", "path")
+        content = _text_field(fields, "content")
+        return await self._threads.files.run(files.write_file, self._workspace, path, content)
 
-    async def _edit(self, fields: Fields) -> object:
-        path = _text(fields, "file_path", "path")
-        change = _text(fields, "old_string"), _text(fields, "new_string")
+    async def _run_edit(self, fields: Fields) -> object:
+        path = _text_field(fields, "file_path", "path")
+        change = _text_field(fields, "old_string"), _text_field(fields, "new_string")
         return await self._threads.files.run(
-            files.edit,
+            files.edit_file,
             self._workspace,
             path,
             change,
-            replace_all=_flag(fields, "replace_all"),
+            replace_all=_flag_field(fields, "replace_all"),
             sizes=self._bounds.sizes,
         )
 
-    async def _glob(self, fields: Fields) -> object:
-        return await self._search.glob(_text(fields, "pattern"), _text(fields, "path", default="."))
+    async def _run_glob(self, fields: Fields) -> object:
+        return await self._search.glob(
+            _text_field(fields, "pattern"), _text_field(fields, "path", default=".")
+        )
 
-    async def _grep(self, fields: Fields) -> object:
-        include = _text(fields, "include", "glob", default="")
-        path = _text(fields, "path", default=".")
-        return await self._search.grep(_text(fields, "pattern"), path, include or None)
+    async def _run_grep(self, fields: Fields) -> object:
+        include = _text_field(fields, "include", "glob", default="")
+        path = _text_field(fields, "path", default=".")
+        return await self._search.grep(_text_field(fields, "pattern"), path, include or None)
 
 
-def _field(fields: Fields, *names: str) -> Any:
+def _first_field(fields: Fields, *names: str) -> Any:
     """Return the first of the names that has a value."""
     return next((fields[name] for name in names if fields.get(name) is not None), None)
 
 
-def _text(fields: Fields, *names: str, default: str | None = None) -> str:
-    value = _field(fields, *names)
+def _text_field(fields: Fields, *names: str, default: str | None = None) -> str:
+    value = _first_field(fields, *names)
     if value is None:
         if default is None:
             raise ToolError(f"{names[0]} is missing")
@@ -259,15 +261,15 @@ def _text(fields: Fields, *names: str, default: str | None = None) -> str:
     return value
 
 
-def _flag(fields: Fields, name: str) -> bool:
-    value = _field(fields, name)
+def _flag_field(fields: Fields, name: str) -> bool:
+    value = _first_field(fields, name)
     if value is None or isinstance(value, bool):
         return bool(value)
     raise ToolError(f"{name} must be true or false")
 
 
-def _number(fields: Fields, *names: str) -> float | None:
-    value = _field(fields, *names)
+def _number_field(fields: Fields, *names: str) -> float | None:
+    value = _first_field(fields, *names)
     if value is None:
         return None
     if isinstance(value, bool) or not isinstance(value, int | float):
@@ -275,35 +277,35 @@ def _number(fields: Fields, *names: str) -> float | None:
     return float(value)
 
 
-def _range(fields: Fields) -> tuple[int, int] | None:
+def _line_range(fields: Fields) -> tuple[int, int] | None:
     """Return `view_range`, or the range of `offset` (a line, from 1) and `limit` (a count).
 
     An empty `view_range` is ignored. Its beginning and `offset` may be 0, the first line.
     """
-    asked = _field(fields, "view_range")
+    asked = _first_field(fields, "view_range")
     if asked == []:
         return None
     if asked is not None:
-        match [_whole(one) for one in asked] if isinstance(asked, list) else []:
+        match [_whole_number(one) for one in asked] if isinstance(asked, list) else []:
             case [int(start), int(end)] if start >= 0:
                 return max(start, 1), end
         raise ToolError("view_range is [start, end], from 1; an end of 0 is the end of the file")
-    offset, limit = (_count(fields, name) for name in ("offset", "limit"))
+    offset, limit = (_count_field(fields, name) for name in ("offset", "limit"))
     if offset is None and limit is None:
         return None
     start = max(offset or 1, 1)
     return start, start + limit - 1 if limit else 0
 
 
-def _count(fields: Fields, name: str) -> int | None:
-    value = _field(fields, name)
-    count = _whole(value)
+def _count_field(fields: Fields, name: str) -> int | None:
+    value = _first_field(fields, name)
+    count = _whole_number(value)
     if count is None and value is not None:
         raise ToolError(f"{name} must be a number")
     return count
 
 
-def _whole(value: object) -> int | None:
+def _whole_number(value: object) -> int | None:
     """Return a number as models write it: whole, with a fraction (dropped), or in quotes."""
     if isinstance(value, bool) or not isinstance(value, int | float | str):
         return None

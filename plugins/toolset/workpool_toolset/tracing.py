@@ -45,9 +45,9 @@ def tool_span(call: ToolCall) -> Iterator[Callable[[Result], None]]:
         f"execute_tool {call.name}", attributes=attributes, record_exception=False
     ) as span:
 
-        def record(result: Result) -> None:
+        def record_result(result: Result) -> None:
             if result.is_error:
                 span.set_attribute("error.type", TOOL_ERROR)
                 span.set_status(trace.StatusCode.ERROR)
 
-        yield record
+        yield record_result

@@ -1,4 +1,4 @@
-"""The search of `glob` and `grep`: a program of its own, so that an endless regex can be killed.
+"""The search of `glob` and `grep` as a separate program, so that an endless search can be killed.
 
 It uses the standard library only and is run by its path with `python -I -S`. It gets an open
 directory and a request as JSON, prints one line for each finding, and ends with status 2 and a
@@ -35,7 +35,7 @@ _PASSED = os.O_PATH | os.O_NOFOLLOW | os.O_CLOEXEC
 _READ = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
 
 
-class Found(NamedTuple):
+class DirectoryEntry(NamedTuple):
     """One entry of a directory, which is open until the next entry is requested.
 
     Attributes:
@@ -56,7 +56,7 @@ class Found(NamedTuple):
         return stat.S_ISDIR(self.state.st_mode)
 
 
-class Place(NamedTuple):
+class SearchedDirectory(NamedTuple):
     """A directory that is searched.
 
     Attributes:
@@ -70,7 +70,7 @@ class Place(NamedTuple):
     shown: str
 
 
-class Walk:
+class DirectoryWalk:
     """Yields the entries below a directory, sorted by name.
 
     Args:
@@ -85,7 +85,7 @@ class Walk:
         self._budget = iter(range(ENTRIES))
         self._linked: set[tuple[int, int]] = set()
 
-    def below(self, place: Place) -> Iterator[Found]:
+    def entries_below(self, place: SearchedDirectory) -> Iterator[DirectoryEntry]:
         """Yield all directories and regular files, at any depth; each is valid until the next."""
         with os.scandir(place.opened) as entries:
             names = sorted(entry.name for entry in entries)
@@ -95,17 +95,21 @@ class Walk:
             try:
                 state = os.lstat(name, dir_fd=place.opened)
                 if stat.S_ISLNK(state.st_mode):
-                    yield from self._link(place, name)
+                    yield from self._enter_link(place, name)
                 elif stat.S_ISDIR(state.st_mode):
                     opened = os.open(name, _LISTED, dir_fd=place.opened)
-                    yield from self._entered(place, name, opened, posixpath.join(place.shown, name))
+                    yield from self._entries_of(
+                        place, name, opened, posixpath.join(place.shown, name)
+                    )
                 elif stat.S_ISREG(state.st_mode):
-                    yield Found(place.opened, name, (*place.parts, name), state)
-            except OSError:  # replaced or forbidden
+                    yield DirectoryEntry(place.opened, name, (*place.parts, name), state)
+            except OSError:  # The entry was replaced, or may not be read.
                 continue
 
-    def _link(self, place: Place, name: str) -> Iterator[Found]:
-        target = resolved(self._roots, posixpath.join(place.shown, name)) if self._roots else None
+    def _enter_link(self, place: SearchedDirectory, name: str) -> Iterator[DirectoryEntry]:
+        target = (
+            open_target(self._roots, posixpath.join(place.shown, name)) if self._roots else None
+        )
         if target is None:
             return
         opened, shown = target
@@ -121,48 +125,49 @@ class Walk:
             # A directory is entered through links only once: two links could lead to each other.
             again = (state.st_dev, state.st_ino) in self._linked
             self._linked.add((state.st_dev, state.st_ino))
-            yield from self._entered(place, name, opened, shown, listed=not again)
+            yield from self._entries_of(place, name, opened, shown, listed=not again)
             return
         os.close(opened)
         if stat.S_ISREG(state.st_mode):
-            yield Found(place.opened, name, (*place.parts, name), state)
+            yield DirectoryEntry(place.opened, name, (*place.parts, name), state)
 
-    def _entered(
-        self, place: Place, name: str, opened: int, shown: str, *, listed: bool = True
-    ) -> Iterator[Found]:
+    def _entries_of(
+        self, place: SearchedDirectory, name: str, opened: int, shown: str, *, listed: bool = True
+    ) -> Iterator[DirectoryEntry]:
         """Yield a directory and the entries below it, then close it."""
         parts = (*place.parts, name)
         try:
-            yield Found(place.opened, name, parts, os.fstat(opened))
+            yield DirectoryEntry(place.opened, name, parts, os.fstat(opened))
             if listed and name not in self._skipped and len(place.parts) < DEPTH:
-                yield from self.below(Place(opened, parts, shown))
+                yield from self.entries_below(SearchedDirectory(opened, parts, shown))
         finally:
             os.close(opened)
 
 
-def resolved(roots: Sequence[tuple[str, str]], path: str) -> tuple[int, str] | None:
+def open_target(roots: Sequence[tuple[str, str]], path: str) -> tuple[int, str] | None:
     """Open the target of a path, following links inside of the roots.
 
     Returns:
         A descriptor (for `fstat`) and the path without links; None outside of the roots.
     """
     for _ in range(HOPS + 1):
-        inside = [(shown, host) for shown, host in roots if _lies_in(path, shown)]
+        inside = [(shown, host) for shown, host in roots if _is_below(path, shown)]
         if not inside:
             return None
-        shown, host = max(inside, key=lambda root: len(root[0]))  # the root with the longest path
-        found = _descended(shown, host, path)
+        # This is the root with the longest path.
+        shown, host = max(inside, key=lambda root: len(root[0]))
+        found = _open_in_root(shown, host, path)
         if isinstance(found, int):
             return found, path
         path = found
     return None
 
 
-def _lies_in(path: str, root: str) -> bool:
+def _is_below(path: str, root: str) -> bool:
     return root in {"/", path} or path.startswith(root + "/")
 
 
-def _descended(shown: str, host: str, path: str) -> int | str:
+def _open_in_root(shown: str, host: str, path: str) -> int | str:
     """Open a path in a root; or return the path to continue with after a link."""
     parts = [part for part in path[len(shown) :].split("/") if part]
     opened, here = os.open(host, _PASSED), shown
@@ -170,7 +175,7 @@ def _descended(shown: str, host: str, path: str) -> int | str:
         for index, part in enumerate(parts):
             try:
                 target = os.readlink(part, dir_fd=opened)
-            except OSError:  # no link
+            except OSError:  # This component is no link.
                 inner = os.open(part, _PASSED, dir_fd=opened)
                 os.close(opened)
                 opened, here = inner, posixpath.join(here, part)
@@ -186,7 +191,7 @@ def _descended(shown: str, host: str, path: str) -> int | str:
     return opened
 
 
-def patterns_of(glob: str) -> list[list[str]]:
+def split_pattern(glob: str) -> list[list[str]]:
     """Return the alternatives of a pattern without braces, each as a list of components.
 
     `*`, `?` and `[…]` are as in a shell, `**` is any number of directories, `{a,b}` is either.
@@ -207,7 +212,7 @@ def patterns_of(glob: str) -> list[list[str]]:
     ]
 
 
-def matches(parts: Sequence[str], patterns: list[str]) -> bool:
+def path_matches(parts: Sequence[str], patterns: list[str]) -> bool:
     """Return whether a path matches, component by component; `**` is any number of them.
 
     At the end of the pattern `**` is one or more: `src/**` is everything in `src`.
@@ -216,17 +221,17 @@ def matches(parts: Sequence[str], patterns: list[str]) -> bool:
         patterns = [*patterns, "*"]
     reached = {0}
     for part in parts:
-        reached = _closed(reached, patterns)
+        reached = _with_empty_wildcards(reached, patterns)
         reached = {
             place if patterns[place] == "**" else place + 1
             for place in reached
             if place < len(patterns)
             and (patterns[place] == "**" or fnmatch.fnmatchcase(part, patterns[place]))
         }
-    return len(patterns) in _closed(reached, patterns)
+    return len(patterns) in _with_empty_wildcards(reached, patterns)
 
 
-def _closed(reached: set[int], patterns: list[str]) -> set[int]:
+def _with_empty_wildcards(reached: set[int], patterns: list[str]) -> set[int]:
     """Add all places that follow if `**` matches no component."""
     for place in range(len(patterns)):
         if place in reached and patterns[place] == "**":
@@ -234,19 +239,19 @@ def _closed(reached: set[int], patterns: list[str]) -> set[int]:
     return reached
 
 
-def included(parts: Sequence[str], include: str) -> bool:
+def is_included(parts: Sequence[str], include: str) -> bool:
     """Return whether a file is searched.
 
     A pattern without `/` is compared with its name, any other with its path below the directory
     that is searched. One that begins with `!` excludes files and directories.
     """
-    wanted, patterns = include.removeprefix("!"), patterns_of(include.removeprefix("!"))
+    wanted, patterns = include.removeprefix("!"), split_pattern(include.removeprefix("!"))
     anchored = is_anchored(wanted)
     if wanted == include:
-        return any(matches(parts if anchored else parts[-1:], each) for each in patterns)
+        return any(path_matches(parts if anchored else parts[-1:], each) for each in patterns)
     last = range(1, len(parts) + 1)
     left_out = [parts[:end] if anchored else parts[end - 1 : end] for end in last]
-    return not any(matches(part, each) for part in left_out for each in patterns)
+    return not any(path_matches(part, each) for part in left_out for each in patterns)
 
 
 def is_anchored(include: str) -> bool:
@@ -254,40 +259,46 @@ def is_anchored(include: str) -> bool:
     return "/" in include.strip("/")
 
 
-def glob(start: Place, pattern: str, roots: Sequence[tuple[str, str]]) -> Iterator[str]:
+def glob_paths(
+    start: SearchedDirectory, pattern: str, roots: Sequence[tuple[str, str]]
+) -> Iterator[str]:
     """Yield the paths that match, newest first."""
-    patterns = patterns_of(pattern)
+    patterns = split_pattern(pattern)
     found = [
         (-entry.state.st_mtime_ns, "/".join(entry.parts))
-        for entry in Walk(set(), roots).below(start)
-        if any(matches(entry.parts, each) for each in patterns)
+        for entry in DirectoryWalk(set(), roots).entries_below(start)
+        if any(path_matches(entry.parts, each) for each in patterns)
     ]
     for _, path in sorted(found)[:RESULTS]:
         yield path
 
 
-def grep(start: Place, pattern: str, name: str | None, include: str | None) -> Iterator[str]:
+def grep_lines(
+    start: SearchedDirectory, pattern: str, name: str | None, include: str | None
+) -> Iterator[str]:
     """Yield `path:line:text` for each line that matches, of all files or of the file `name`."""
     wanted = re.compile(pattern)
-    entries = Walk(SKIPPED).below(start)
+    entries = DirectoryWalk(SKIPPED).entries_below(start)
     if name:
-        entries = iter([Found(start.opened, name, (), os.lstat(name, dir_fd=start.opened))])
+        entries = iter(
+            [DirectoryEntry(start.opened, name, (), os.lstat(name, dir_fd=start.opened))]
+        )
     for entry in entries:
         if not entry.is_directory and (
-            not include or included(entry.parts or (entry.name,), include)
+            not include or is_included(entry.parts or (entry.name,), include)
         ):
             path = "/".join(entry.parts)
-            for number, line in matching(entry, wanted):
+            for number, line in matching_lines(entry, wanted):
                 yield f"{path}:{number}:{line}"
 
 
-def matching(entry: Found, wanted: re.Pattern[str]) -> list[tuple[int, str]]:
+def matching_lines(entry: DirectoryEntry, wanted: re.Pattern[str]) -> list[tuple[int, str]]:
     """Yield the lines of a file that match, with their numbers; none of a file with a NUL."""
     found, size = list[tuple[int, str]](), 0
-    for number, piece, whole in pieces(entry):
+    for number, piece, whole in file_lines(entry):
         if b"\0" in piece:
             return []
-        line = text_of(piece) if whole else ""
+        line = line_text(piece) if whole else ""
         if whole and wanted.search(line):
             found.append((number, line))
             size += len(line)
@@ -296,12 +307,12 @@ def matching(entry: Found, wanted: re.Pattern[str]) -> list[tuple[int, str]]:
     return found
 
 
-def text_of(line: bytes) -> str:
+def line_text(line: bytes) -> str:
     """Return a line without its end, for search and output."""
     return line.removesuffix(b"\n").removesuffix(b"\r").decode(errors="replace")
 
 
-def pieces(entry: Found) -> Iterator[tuple[int, bytes, bool]]:
+def file_lines(entry: DirectoryEntry) -> Iterator[tuple[int, bytes, bool]]:
     """Yield the lines of a regular file: number, bytes, and whether the line is complete."""
     try:
         file = os.fdopen(os.open(entry.name, _READ, dir_fd=entry.directory), "rb")
@@ -322,18 +333,21 @@ def main() -> int:
     request = json.loads(sys.argv[1])
     resource.setrlimit(resource.RLIMIT_CPU, (CPU_SECONDS, CPU_SECONDS))
     resource.setrlimit(resource.RLIMIT_DATA, (MEMORY_BYTES, MEMORY_BYTES))
-    start, pattern = Place(request["directory"], (), request["shown"]), request["pattern"]
+    start, pattern = (
+        SearchedDirectory(request["directory"], (), request["shown"]),
+        request["pattern"],
+    )
     try:
         if request["tool"] == "glob":
-            found = glob(start, pattern, request["roots"])
+            found = glob_paths(start, pattern, request["roots"])
         else:
-            found = grep(start, pattern, request.get("name"), request["include"])
+            found = grep_lines(start, pattern, request.get("name"), request["include"])
         for line in found:
             sys.stdout.buffer.write(request["prefix"].encode() + os.fsencode(line) + b"\n")
     except (re.error, RecursionError, OverflowError) as error:
         sys.stderr.write(f"not a regular expression: {error}")
         return BAD_REQUEST
-    except BrokenPipeError:  # the reader has closed the pipe, as it needs no more
+    except BrokenPipeError:  # The reader needs no more and has closed the pipe.
         os._exit(0)
     return 0
 

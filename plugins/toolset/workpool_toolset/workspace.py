@@ -61,8 +61,8 @@ class Root:
 
 
 @dataclass(frozen=True, slots=True)
-class Spot:
-    """A place without links on the way to it: an open directory, and a name in it.
+class PathTarget:
+    """A place that was reached without links: an open directory, and a name in it.
 
     Attributes:
         directory: The descriptor, valid during the block.
@@ -76,7 +76,7 @@ class Spot:
     shown: str
     root: Root
 
-    def give(self, name: str) -> None:
+    def set_owner(self, name: str) -> None:
         """Set the owner of a new entry of the directory."""
         if self.root.owner:
             os.chown(name, *self.root.owner, dir_fd=self.directory, follow_symlinks=False)
@@ -99,7 +99,9 @@ class Workspace:
         return self._roots[0]
 
     @contextlib.contextmanager
-    def at(self, path: str, *, write: bool = False, make: bool = False) -> Iterator[Spot]:
+    def open_parent(
+        self, path: str, *, write: bool = False, make: bool = False
+    ) -> Iterator[PathTarget]:
         """Open the directory of the target of `path`, following every link.
 
         Args:
@@ -111,49 +113,51 @@ class Workspace:
             ToolError: The path is outside of the roots, a loop, or cannot be entered. An `OSError`
                 of the block becomes a `ToolError`, too.
         """
-        with plainly(path), contextlib.ExitStack() as stack:
-            yield self._find(path, stack, write=write, make=make)
+        with readable_os_errors(path), contextlib.ExitStack() as stack:
+            yield self._find_target(path, stack, write=write, make=make)
 
     @contextlib.contextmanager
-    def directory(self, path: str) -> Iterator[Spot]:
+    def open_directory(self, path: str) -> Iterator[PathTarget]:
         """Open the target of `path`, a directory, as `directory` with the name `.`."""
-        with self.at(path) as spot:
+        with self.open_parent(path) as spot:
             opened = os.open(spot.name, _ENTER & ~os.O_PATH, dir_fd=spot.directory)
             try:
-                yield Spot(opened, ".", spot.shown, spot.root)
+                yield PathTarget(opened, ".", spot.shown, spot.root)
             finally:
                 os.close(opened)
 
-    def relative(self, shown: str) -> str:
+    def relative_path(self, shown: str) -> str:
         """Return a path for the session: relative inside of its own directory."""
-        inside = _below(shown, self.home.shown)
+        inside = _components_below(shown, self.home.shown)
         return shown if inside is None else "/".join(inside)
 
-    def _find(self, path: str, stack: contextlib.ExitStack, *, write: bool, make: bool) -> Spot:
+    def _find_target(
+        self, path: str, stack: contextlib.ExitStack, *, write: bool, make: bool
+    ) -> PathTarget:
         _check_text(path)
-        wanted = _collapse(posixpath.join(self.home.shown, path))
+        wanted = _normalized(posixpath.join(self.home.shown, path))
         for _ in range(HOPS + 1):
             root, parts = self._root_of(wanted, path)
             if write and not root.writable:
                 raise ToolError(f"{path}: read-only")
-            found = _descend(root, parts, make=make)
-            if isinstance(found, Spot):
+            found = _enter_components(root, parts, make=make)
+            if isinstance(found, PathTarget):
                 stack.callback(os.close, found.directory)
                 return found
             wanted = found
         raise ToolError(f"{path}: too many levels of symbolic links")
 
     def _root_of(self, wanted: str, path: str) -> tuple[Root, list[str]]:
-        found = [(root, _below(wanted, root.shown)) for root in self._roots]
+        found = [(root, _components_below(wanted, root.shown)) for root in self._roots]
         inside = [(root, parts) for root, parts in found if parts is not None]
         if not inside:
             raise ToolError(f"{path}: outside the session's working directory")
-        # the root with the shortest rest of the path
+        # This is the root with the shortest rest of the path.
         return min(inside, key=lambda pair: len(pair[1]))
 
 
 @contextlib.contextmanager
-def plainly(path: str) -> Iterator[None]:
+def readable_os_errors(path: str) -> Iterator[None]:
     """Turn errors of the operating system into sentences, without errno and host paths.
 
     Raises:
@@ -169,60 +173,60 @@ def plainly(path: str) -> Iterator[None]:
         raise ToolError(f"{path}: {words or 'cannot be used'}") from None
 
 
-def _descend(root: Root, parts: list[str], *, make: bool) -> Spot | str:
+def _enter_components(root: Root, parts: list[str], *, make: bool) -> PathTarget | str:
     """Enter directories from a root; return the place, or after a link the path to continue."""
     here = root.shown
     directory = os.open(root.host, _ENTER)
     try:
         for index, name in enumerate(parts):
-            target = _target(directory, name)
+            target = _link_target(directory, name)
             if target is not None:
                 os.close(directory)
-                return _collapse(posixpath.join(here, target, *parts[index + 1 :]))
-            spot = Spot(directory, name, posixpath.join(here, name), root)
+                return _normalized(posixpath.join(here, target, *parts[index + 1 :]))
+            spot = PathTarget(directory, name, posixpath.join(here, name), root)
             if index == len(parts) - 1:
                 return spot
-            entered = _enter(spot, make=make)
+            entered = _enter_directory(spot, make=make)
             os.close(
                 directory
-            )  # one at a time, since a path may be deeper than the limit of descriptors
+            )  # One at a time, since a path may be deeper than the limit of descriptors.
             directory, here = entered, spot.shown
     except BaseException:
         os.close(directory)
         raise
-    return Spot(directory, ".", here, root)
+    return PathTarget(directory, ".", here, root)
 
 
-def _enter(spot: Spot, *, make: bool) -> int:
+def _enter_directory(spot: PathTarget, *, make: bool) -> int:
     try:
         return os.open(spot.name, _ENTER, dir_fd=spot.directory)
     except FileNotFoundError:
         if not make:
             raise
-    with contextlib.suppress(FileExistsError):  # the session created it first
+    with contextlib.suppress(FileExistsError):  # The session created it first.
         os.mkdir(spot.name, 0o755, dir_fd=spot.directory)
-        spot.give(spot.name)
+        spot.set_owner(spot.name)
     return os.open(spot.name, _ENTER, dir_fd=spot.directory)
 
 
-def _target(directory: int, name: str) -> str | None:
+def _link_target(directory: int, name: str) -> str | None:
     try:
         return os.readlink(name, dir_fd=directory)
     except OSError as error:
-        if error.errno in {errno.EINVAL, errno.ENOENT}:  # no link, or no file
+        if error.errno in {errno.EINVAL, errno.ENOENT}:  # The name is no link, or does not exist.
             return None
         raise
 
 
-def _below(path: str, root: str) -> list[str] | None:
+def _components_below(path: str, root: str) -> list[str] | None:
     """Return the components of `path` below `root`, or None if it is not below."""
     if root not in {"/", path} and not path.startswith(root + "/"):
         return None
     return [part for part in path[len(root) :].split("/") if part]
 
 
-def _collapse(path: str) -> str:
-    return "/" + posixpath.normpath(path).lstrip("/")  # normpath keeps a leading `//`
+def _normalized(path: str) -> str:
+    return "/" + posixpath.normpath(path).lstrip("/")  # `normpath` keeps a leading `//`.
 
 
 def _check_text(path: str) -> None:
