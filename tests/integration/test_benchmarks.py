@@ -9,7 +9,16 @@ from pathlib import Path
 
 import pytest
 
+from tests.postgres.cluster import PostgresMissingError, programs
+
 BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
+
+
+def skip_without_postgres() -> None:
+    try:
+        programs()
+    except PostgresMissingError as missing:
+        pytest.skip(str(missing))
 
 
 async def printed_rows(
@@ -143,12 +152,18 @@ async def test_start_benchmark_compares_help_and_import_with_import_of_aiohttp()
 
 @pytest.mark.trial
 @pytest.mark.timeout(300)
-@pytest.mark.parametrize("store", ["memory", "sqlite"])
-async def test_control_plane_benchmark_measures_servers_with_stopped_rows(store: str) -> None:
+@pytest.mark.parametrize(
+    ("store", "nodes"), [("memory", "1"), ("sqlite", "1"), ("postgres-2", "2")]
+)
+async def test_control_plane_benchmark_measures_servers_with_stopped_rows(
+    store: str, nodes: str
+) -> None:
+    if store.startswith("postgres"):
+        skip_without_postgres()
     options = ("--items", "40", "--stopped-rows", "3", "2000", "--rounds", "1", "--workers", "2")
     few, many = await printed_rows("control_plane.py", *options, only=(store,))
-    assert few[1:4] == ["1", "3", "40"]
-    assert many[1:4] == ["1", "2000", "40"]
+    assert few[1:4] == [nodes, "3", "40"]
+    assert many[1:4] == [nodes, "2000", "40"]
     assert all(float(cells[8]) > 0 for cells in (few, many))
 
 
