@@ -483,6 +483,28 @@ async def test_session_of_caller_stays_open_after_client_closes(
         assert not session.closed
 
 
+async def test_request_under_way_in_session_of_caller_is_bounded_after_client_closes(
+    control_plane: ControlPlane, middleware: RecordingMiddleware
+) -> None:
+    middleware.hold = asyncio.Event()
+    settings = settings_for(control_plane, request_timeout=1.0)
+
+    async def poll(client: WorkClient) -> None:
+        with pytest.raises(TransientError) as raised:
+            await client.poll()
+        assert raised.value.reason == "timeout"
+
+    async with (
+        asyncio.timeout(30),
+        aiohttp.ClientSession() as session,
+        asyncio.TaskGroup() as group,
+        WorkClient(settings, session=session) as client,
+    ):
+        group.create_task(poll(client))
+        await middleware.arrived.wait()
+    middleware.hold.set()
+
+
 async def test_worker_id_set_before_opening_is_sent_as_header(
     control_plane: ControlPlane, middleware: RecordingMiddleware
 ) -> None:

@@ -92,6 +92,11 @@ class RequestTimer:
             # An empty context: the first request's own would stay referenced until the timer fires.
             self._handle = self.loop.call_at(at, self._fire, context=Context())
 
+    def close(self) -> None:
+        """Unset the timer unless a block still runs, which must not lose its time limit."""
+        if not self.open:
+            self.cancel()
+
     def cancel(self) -> None:
         """Unset the timer."""
         if self._handle is not None:

@@ -113,7 +113,7 @@ class Transport:
         """Close the connections except those of a caller's own session."""
         if self._loop is not None:
             self._loop = None
-            self._timer.cancel()
+            self._timer.close()
             try:
                 await self._connections.close()
             finally:
