@@ -295,6 +295,7 @@ class ExitLimits:
         self._sessions = settings.exit_after_sessions
         self._idle = settings.exit_after_idle
         self._uptime = settings.exit_after_uptime
+        self._ends_at: float | None = None  # a time of the loop's clock
         self._claimed = 0
         self._pools: dict[Admission, _IdleTime] = {}
         self._changed = asyncio.Event()
@@ -324,9 +325,11 @@ class ExitLimits:
         self._pools.pop(admission, None)
 
     async def wait(self) -> Limit:
-        """Wait until a limit is reached, and return it. The uptime counts from this call."""
+        """Wait until a limit is reached, and return it. The uptime counts from the first call."""
+        if self._uptime is not None and self._ends_at is None:
+            self._ends_at = asyncio.get_running_loop().time() + self._uptime
         with suppress(TimeoutError):
-            async with asyncio.timeout(self._uptime):
+            async with asyncio.timeout_at(self._ends_at):
                 await self._changed.wait()
         return self._reach("exit_after_uptime")
 

@@ -1,0 +1,26 @@
+"""The exit limits that the pools of one process have together."""
+
+from __future__ import annotations
+
+import asyncio
+
+import pytest
+
+from workpool.pool.admission import ExitLimits
+from workpool.settings import Settings
+
+UPTIME = 600
+
+
+async def test_uptime_counts_from_start_of_process_and_not_of_a_pool_that_started_again(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    limits = ExitLimits(Settings(exit_after_uptime=UPTIME))
+    with pytest.raises(TimeoutError):
+        async with asyncio.timeout(0):  # the wait of a pool that fails
+            await limits.wait()
+    loop = asyncio.get_running_loop()
+    clock = loop.time
+    monkeypatch.setattr(loop, "time", lambda: clock() + UPTIME)
+    async with asyncio.timeout(30):
+        assert await limits.wait() == "exit_after_uptime"
