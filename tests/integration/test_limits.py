@@ -17,6 +17,10 @@ from workpool.events import (
     SessionFinished,
     SessionStarted,
 )
+from workpool.pool import supervisor as supervisor_module
+from workpool.pool.admission import Admission, ExitLimits
+from workpool.pool.shared_parts import SharedParts
+from workpool.pool.shared_slots import SharedSlots
 from workpool.testing import Hold, status
 from workpool.wire.protocol import HEALTHCHECK
 
@@ -209,3 +213,35 @@ async def test_stuck_handler_of_last_session_does_not_keep_pool_running(
         "workpool.released"
         in control_plane.operations.get(control_plane.environments[0], item.id).metadata
     )
+
+
+async def test_pool_that_fails_returns_its_shared_slots_and_does_not_hold_up_the_idle_exit(
+    control_plane: ControlPlane, make_pool: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    may_crash = asyncio.Event()
+
+    async def crash(_: object) -> None:
+        await may_crash.wait()
+        raise RuntimeError("a bug")
+
+    async def run() -> None:
+        with pytest.raises(RuntimeError, match="a bug"):
+            await supervisor.run()
+
+    monkeypatch.setattr(supervisor_module, "read_remote_stats", crash)
+    sizes = {"concurrency": 1, "prefetch": 1, "pollers": 1, "stats_interval": 30}
+    supervisor = make_pool(Gate(), exit_after_idle=0.001, **sizes)
+    share, limits = SharedSlots(4).share(), ExitLimits(supervisor.settings)
+    supervisor.shared = SharedParts(share, limits, None)
+    control_plane.enqueue(2)
+    async with asyncio.timeout(2 * SECONDS), asyncio.TaskGroup() as group:
+        group.create_task(run())
+        while supervisor.status().waiting == 0:  # noqa: ASYNC110 - no event for a waiting item
+            await asyncio.sleep(0.01)
+        may_crash.set()
+    assert share.taken == 0
+    note_poll, idle = limits.add(Admission(lambda: 0.0)), True
+    note_poll(idle)
+    await asyncio.sleep(0.01)
+    note_poll(idle)
+    assert limits.reached == "exit_after_idle"

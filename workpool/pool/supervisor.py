@@ -447,14 +447,21 @@ class Supervisor:
                     ending = self._end_at_limit(dispatcher, tasks[: len(pollers)])
                     tasks.append(fetching.create_task(ending, name="limits"))
                 self._opened.set()
-                await self._drain.requested.wait()
-                self._limits.remove(self._admission)
+                await self._until_drain(dispatcher)
                 dispatcher.drain()
                 for task in tasks:
                     task.cancel()
             self.abandoned = await self._drain.wind_down(context, dispatcher)
             if self.awaits_last_scrape and self._exporter is not None:
                 await self._drain.scraped(self._exporter)
+
+    async def _until_drain(self, dispatcher: Dispatcher) -> None:
+        """Wait until a drain is requested; give shared slots and limits up, also after an error."""
+        try:
+            await self._drain.requested.wait()
+        finally:
+            self._limits.remove(self._admission)
+            dispatcher.forget_waiting()
 
     async def _end_at_limit(
         self, dispatcher: Dispatcher, polling: Sequence[asyncio.Task[None]]
