@@ -282,7 +282,7 @@ async def test_documented_pool_of_processes_computes_and_ends(tmp_path: Path) ->
     done = await handled_by(primes, {"job": "primes", "below": "100"})
     assert done["workpool.result"] == '{"primes":25}'
     for process in multiprocessing.active_children():
-        process.join(10)
+        process.join(60)
         assert not process.is_alive()
 
 
