@@ -9,17 +9,20 @@ import asyncio
 import importlib
 import logging
 import sys
+import threading
 from typing import TYPE_CHECKING, Any
 
+import aiohttp
 import pytest
 from prometheus_client import CollectorRegistry
 
 from tests.integration.test_live_page import driven_browser
 from workpool import Settings, SettingsError
-from workpool.cli import environment_group
-from workpool.cli.environment_group import EnvironmentGroup
+from workpool.cli import environment_group, exits
+from workpool.cli.environment_group import EnvironmentGroup, GroupMember
 from workpool.cli.rate_limit_groups import shared_rate_limits
-from workpool.errors import ListenError
+from workpool.errors import LeaseRenewerError, ListenError
+from workpool.pool import drain
 from workpool.server import ControlPlane
 
 if TYPE_CHECKING:
@@ -30,15 +33,16 @@ if TYPE_CHECKING:
 
 pytestmark = pytest.mark.timeout(120)
 
-SECONDS = 30.0
+SECONDS, LONG = 30.0, 600.0
 FIRST, OTHER = "env_0199cccccccc70008000000000000001", "env_0199cccccccc70008000000000000002"
 KEYS = {"key-of-first-Zx9": frozenset({FIRST}), "key-of-other-Zx9": frozenset({OTHER})}
 MODULE = """
 import asyncio
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from workpool import hookimpl, handler
 
 ended, opened, broken, instances, may_end = [], [], set(), {}, asyncio.Semaphore(0)
+released = []
 
 class Tool:
     @hookimpl
@@ -57,6 +61,9 @@ class Tool:
         instances[session.item.environment_id] = id(self)
         if session.item.metadata.get("wait"):
             await may_end.acquire()
+        while session.item.metadata.get("ignores") and not released:
+            with suppress(asyncio.CancelledError):
+                await asyncio.sleep(0.01)
         ended.append(session.item.environment_id)
 """
 
@@ -188,6 +195,56 @@ async def test_plugin_that_cannot_open_in_one_environment_does_not_end_the_other
 
     await while_running(make_group(), use)
     assert module.opened == [FIRST, OTHER]
+
+
+@pytest.mark.parametrize("ignores_cancellation", [False, True])
+async def test_failed_renewal_in_one_environment_ends_process_only_if_its_session_goes_on(
+    make_group: Callable[..., EnvironmentGroup],
+    control_plane: ControlPlane,
+    module: Any,
+    monkeypatch: pytest.MonkeyPatch,
+    *,
+    ignores_cancellation: bool,
+) -> None:
+    monkeypatch.setattr(exits, "FAILED_SECONDS", 0.5 if ignores_cancellation else 5.0)
+    monkeypatch.setattr(drain, "AFTER_DEADLINE_SECONDS", 1.0)
+    monkeypatch.setattr(environment_group, "RETRY_SECONDS", LONG)
+    ended = threading.Event()
+
+    async def use(group: EnvironmentGroup) -> None:
+        group.on_blocked = ended.set
+        other = group.by_id[OTHER]
+        kind = "ignores" if ignores_cancellation else "wait"
+        control_plane.enqueue(environment_id=OTHER, metadata={kind: "yes"})
+        await until(lambda: OTHER in module.instances)
+        crash_renewer(other)
+        await until(lambda: other.error is not None)
+        for timer in filter(lambda each: isinstance(each, threading.Timer), threading.enumerate()):
+            await asyncio.to_thread(timer.join, SECONDS)
+        assert ended.is_set() == ignores_cancellation
+        assert group.status().error is None
+        assert group.abandoned == ignores_cancellation
+        healthy = f"{group.metrics_url}/healthz"
+        async with aiohttp.ClientSession() as http, http.get(healthy) as answer:
+            assert answer.status == 200
+        module.released.append(True)
+        control_plane.enqueue(environment_id=FIRST)
+        await until(lambda: FIRST in module.ended)
+
+    with pytest.raises(ExceptionGroup) as raised:
+        await while_running(make_group(), use)
+    assert isinstance(raised.value.exceptions[0], LeaseRenewerError)
+
+
+def crash_renewer(member: GroupMember) -> None:
+    """Raise an error on the thread that renews the leases of an environment."""
+
+    def crash() -> None:
+        raise RuntimeError("a bug")
+
+    view = member.supervisor._view
+    assert view is not None
+    view.context.renewer.call(crash)
 
 
 async def test_burst_leaves_one_slot_and_gives_up_those_that_others_wait_for(

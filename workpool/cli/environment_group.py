@@ -9,7 +9,9 @@ ends once none runs. See workpool/docs/operating.md, "Several environments".
 from __future__ import annotations
 
 import asyncio
+import threading
 from contextlib import asynccontextmanager, suppress
+from functools import partial
 from typing import TYPE_CHECKING, Any, Final
 
 from workpool.cli import exits
@@ -59,6 +61,12 @@ class GroupMember:
         self.on_drain: Callable[[], object] | None = None
         self._create = create
         self._pause_reason: str | None = None
+        self._abandoned = 0
+
+    @property
+    def abandoned(self) -> int:
+        """The number of sessions that the drains of its supervisors left running."""
+        return self._abandoned + self.supervisor.abandoned
 
     @property
     def id(self) -> str:
@@ -76,6 +84,7 @@ class GroupMember:
     async def run(self, *, until_empty: bool) -> None:
         """Run the supervisor; a failure is in `error` afterwards."""
         if self.error is not None:  # a supervisor runs once
+            self._abandoned += self.supervisor.abandoned
             self.supervisor = self._create(self.settings)
             if self._pause_reason is not None:
                 self.supervisor.pause(self._pause_reason)
@@ -161,7 +170,7 @@ class EnvironmentGroup:
     @property
     def abandoned(self) -> int:
         """The number of sessions that drains could neither end nor hand back."""
-        return sum(each.supervisor.abandoned for each in self.environments)
+        return sum(each.abandoned for each in self.environments)
 
     async def run(self, *, until_empty: bool = False) -> None:
         """Run all environments until each has drained.
@@ -205,7 +214,10 @@ class EnvironmentGroup:
             each.request_drain(timeout)
 
     def status(self) -> Status:
-        """Return the state of all environments as that of one pool. May be called on any thread."""
+        """Return the state of all environments as that of one pool. May be called on any thread.
+
+        An error of one is fatal once none runs.
+        """
         reasons = self._unready()
         found = [each.status() for each in self.environments]
         slots = self._process.concurrency
@@ -216,7 +228,7 @@ class EnvironmentGroup:
             waiting=sum(each.waiting for each in found),
             capacity=slots,
             draining=all(each.draining for each in found),
-            error=next((each.error for each in found if each.error is not None), None),
+            error=None if any(each.running for each in self.environments) else self._error,
             slots=slots,
             claiming=any(each.claiming for each in found),
             paused=all(each.paused for each in found),
@@ -236,6 +248,11 @@ class EnvironmentGroup:
         found = [each.supervisor.live_status(show_ids, counts) for each in self.environments]
         names = {"worker_id": self._process.worker_id, "version": found[0]["version"]}
         return merged_status(names, found, self._process.concurrency, self._unready())
+
+    @property
+    def _error(self) -> Exception | None:
+        """The error of the first environment that has failed and not recovered."""
+        return next((each.error for each in self.environments if each.error is not None), None)
 
     # One environment.
 
@@ -309,10 +326,32 @@ class EnvironmentGroup:
         supervisor.shared = SharedParts(share, self._limits, self._exporter)
         supervisor.awaits_last_scrape = True
         supervisor.renewer_services = [self._noting_start(settings.environment_id)]
-        supervisor.on_blocked = self._blocked
+        supervisor.on_blocked = partial(self._blocked, supervisor)
         return supervisor
 
-    def _blocked(self) -> None:
+    def _blocked(self, supervisor: Supervisor) -> None:
+        """End the process, because an environment's leases are not renewed any more.
+
+        If only the thread that renews them failed, that environment drains by itself, and the
+        others go on. It has less time for that than the shortest lease. Called on that thread.
+        """
+        if supervisor.status().error is None:  # the loop of all environments is blocked
+            self._end_process()
+            return
+        seconds = exits.FAILED_SECONDS
+        timer = threading.Timer(seconds, self._end_process_unless_drained, (supervisor,))
+        timer.daemon = True
+        try:
+            timer.start()
+        except BaseException:
+            self._end_process()
+            raise
+
+    def _end_process_unless_drained(self, supervisor: Supervisor) -> None:
+        if supervisor.status().running:
+            self._end_process()
+
+    def _end_process(self) -> None:
         if self.on_blocked is not None:
             self.on_blocked()
 
@@ -336,7 +375,8 @@ class EnvironmentGroup:
         return exporter
 
     def _unhealthy(self) -> list[str]:
-        reasons = (each.supervisor.unhealthy() for each in self.environments)
+        # A restart of the process would not help an environment that has failed alone.
+        reasons = (each.supervisor.unhealthy() for each in self.environments if each.running)
         return list(dict.fromkeys(reason for each in reasons for reason in each))
 
     def _unready(self) -> list[str]:

@@ -40,6 +40,8 @@ REFUSED: Final = 3
 """Refused by the control plane: 400, 401, 403 or 404."""
 SIGNALLED: Final = 128
 """Added to the number of a signal that ended the work early."""
+FAILED_SECONDS: Final = 3.0
+"""Seconds in which a pool whose leases are not renewed anymore may drain by itself."""
 FLUSH_SECONDS: Final = 1.0
 
 _is_loading: Final = re.compile(

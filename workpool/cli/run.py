@@ -44,9 +44,6 @@ TASKS_SECONDS: Final = 2.0
 """Seconds by which cancelled tasks of handlers may delay the end of the process."""
 THREADS_SECONDS: Final = 2.0
 """Seconds by which threads, such as blocking code of cancelled handlers, may delay the end."""
-
-FAILED_SECONDS: Final = 3.0
-"""Seconds in which a pool whose leases are not renewed anymore may drain by itself."""
 EXAMPLES: Final = examples(
     "workpool run reports",
     "workpool run reports:daily_report --concurrency 16 --drain-timeout 60",
@@ -148,7 +145,7 @@ def _end_process(supervisor: Pool) -> None:
         failed = supervisor.status().error is not None
     finally:
         if failed:
-            exits.leave_in(FAILED_SECONDS, exits.FAILED)
+            exits.leave_in(exits.FAILED_SECONDS, exits.FAILED)
         else:
             exits.leave_now(exits.FAILED)
 
