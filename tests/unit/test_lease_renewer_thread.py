@@ -384,7 +384,7 @@ async def test_loop_blocked_for_max_block_suspends_renewal_until_it_runs(
         assert testbed.blocked.wait(10)  # the wait itself blocks this loop
         assert not renewer.renewing
         assert testbed.ended == [None]
-        assert "leases are not renewed any more" in caplog.text
+        assert "leases are not renewed anymore" in caplog.text
         # all stacks, including the one of this test
         assert "test_loop_blocked_for_max_block" in caplog.text
         await testbed.wait_until(lambda: renewer.renewing)

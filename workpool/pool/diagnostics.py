@@ -103,7 +103,7 @@ class LoopMonitor:
         log_stacks(
             log,
             all_stacks(self._thread),
-            "event loop blocked; leases are not renewed any more",
+            "event loop blocked; leases are not renewed anymore",
             seconds=round(seconds, 3),
             task=self._blocker(),
         )

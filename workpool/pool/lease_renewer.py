@@ -289,7 +289,7 @@ class LeaseRenewer:
         """End the pool because of an exception on this thread. Only the first call counts."""
         if self._end_pool(cause):
             self._stop_renewing(
-                functools.partial(log.critical, "leases are not renewed any more", exc_info=cause)
+                functools.partial(log.critical, "leases are not renewed anymore", exc_info=cause)
             )
 
     def _end_pool(self, cause: BaseException) -> bool:
