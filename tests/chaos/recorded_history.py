@@ -11,7 +11,7 @@ from collections import defaultdict
 from itertools import pairwise
 from typing import TYPE_CHECKING
 
-from tests.simulation.case import Case
+from tests.simulation.case import FinishedSimulation
 from tests.simulation.invariants import every_item_ends_stopped
 from tests.simulation.trace import Trace
 from workpool.server import Record
@@ -44,7 +44,7 @@ def read_history(cluster: Cluster, url: str, offset: float) -> list[Record]:
 
 def violations(history: Sequence[Record]) -> Iterator[str]:
     """Yield a sentence for each violation."""
-    case = Case(list(history), Trace(), {})
+    case = FinishedSimulation(list(history), Trace(), {})
     yield from every_item_ends_stopped(case)
     for work_id, leases in case.leases.items():
         for lease, later in pairwise(leases):

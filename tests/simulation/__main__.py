@@ -8,7 +8,7 @@ import sys
 import time
 from pathlib import Path
 
-from tests.simulation.replay import replay
+from tests.simulation.replay import replay_lines
 from tests.simulation.runner import schedule_of, simulate, simulate_many
 
 
@@ -27,7 +27,7 @@ def main() -> int:
     if options.replay is not None:
         schedule = schedule_of(options.replay)
         case, violations = simulate(schedule)
-        out.writelines(f"{line}\n" for line in [*replay(schedule, case), *violations])
+        out.writelines(f"{line}\n" for line in [*replay_lines(schedule, case), *violations])
         return 1 if violations else 0
     started = time.monotonic()
     report = simulate_many(options.seed, options.schedules, options.processes, options.progress)

@@ -22,9 +22,9 @@ from workpool.events import (
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
 
-    from tests.simulation.case import Case, GrantedLease
-    from tests.simulation.schedule import Pool
-    from tests.simulation.trace import Node, Run
+    from tests.simulation.case import FinishedSimulation, GrantedLease
+    from tests.simulation.schedule import PoolSettings
+    from tests.simulation.trace import HandlerRun, Node
     from workpool.events import Event
 
 _EXPECTED: Final = {"returned": "completed", "raised": "failed", "released": "released"}
@@ -41,7 +41,7 @@ GIVE_UP_SECONDS: Final = 4.0
 """A lease may be given up so early: a tenth of the longest TTL, and time for a last try."""
 
 
-def outcomes_agree(case: Case) -> Iterator[str]:
+def outcomes_agree(case: FinishedSimulation) -> Iterator[str]:
     """7a. Every acknowledged session ends with one outcome, which agrees with what happened."""
     for node in case.trace.nodes:
         if node.crashed < FOREVER:
@@ -57,11 +57,13 @@ def outcomes_agree(case: Case) -> Iterator[str]:
                 yield f"{node.machine.name}: {problem}"
 
 
-def _disagreement(case: Case, node: Node, event: SessionFinished, at: float) -> str | None:
+def _disagreement(
+    case: FinishedSimulation, node: Node, event: SessionFinished, at: float
+) -> str | None:
     work_id = event.session.item.id
-    if event.outcome in {"lease_lost", "released"} and case.unsettled(node, work_id, at):
+    if event.outcome in {"lease_lost", "released"} and case.has_unsettled_claim(node, work_id, at):
         return None  # another worker may have sent the first heartbeat; a drain abandons the claim
-    lease = case.lease(node, work_id, at)
+    lease = case.lease_at(node, work_id, at)
     if lease is None:
         owned = not node.child or event.outcome in {"completed", "failed", "timed_out", "stalled"}
         return "finished an item that it never owned" if owned else None
@@ -69,22 +71,22 @@ def _disagreement(case: Case, node: Node, event: SessionFinished, at: float) -> 
     return problem and f"{work_id[-6:]} is {event.outcome} at {at:.3f}, but {problem}"
 
 
-def losses_are_real(case: Case) -> Iterator[str]:
+def losses_are_real(case: FinishedSimulation) -> Iterator[str]:
     """7c. An item that is reported as lost to another worker is no longer owned by this pool."""
     for node in case.trace.nodes:
         for at, event in node.events:
             if not isinstance(event, ItemReclaimed) or event.direction != "lost":
                 continue
-            lease = case.lease(node, event.item.id, at)
+            lease = case.lease_at(node, event.item.id, at)
             if lease is None or lease.extended_by is not None or event.stage == "ack":
                 continue
-            if case.unsettled(node, event.item.id, at):
+            if case.has_unsettled_claim(node, event.item.id, at):
                 continue
-            if lease.ended > at and not _acked_again(case, node, lease, at):
+            if lease.ended > at and not _was_acked_again(case, node, lease, at):
                 yield f"{node.machine.name}: {lease.work_id[-6:]} is not lost at {at:.3f}"
 
 
-def _acked_again(case: Case, node: Node, lease: GrantedLease, at: float) -> bool:
+def _was_acked_again(case: FinishedSimulation, node: Node, lease: GrantedLease, at: float) -> bool:
     """Return whether the loss belongs to another ack of the item than that of `lease`.
 
     The ack of a later delivery was refused, or an ack that was given up before was applied.
@@ -97,46 +99,50 @@ def _acked_again(case: Case, node: Node, lease: GrantedLease, at: float) -> bool
 
 
 def _contradiction(
-    case: Case, node: Node, lease: GrantedLease, outcome: str, at: float
+    case: FinishedSimulation, node: Node, lease: GrantedLease, outcome: str, at: float
 ) -> str | None:
     run = case.run_of(node, lease)
     handed = lease.end_kind == "detached" and lease.ended <= at
-    if handed != (outcome == "detached") and not (case.disturbed(node, lease) or node.abandoned):
+    if handed != (outcome == "detached") and not (case.had_fault(node, lease) or node.abandoned):
         return "a child has taken it" if handed else "no child has taken it"
     # a pool that may not read items cannot tell from a 409 whether the item is stopped
     unread = case.denied_at(node, "get") <= at
     match outcome:
         case "completed" | "timed_out" | "stalled" if not (
-            unread or _stopped_by(case, lease, at) or case.broken(lease)
+            unread or _was_stopped_by(case, lease, at) or case.was_ended_early(lease)
         ):
             return "it is not stopped"
         case "completed" if run is None or run.result != "returned":
             return "its handler has not returned"
-        case "timed_out" | "stalled" if _limit(node.pool, outcome) is None:
+        case "timed_out" | "stalled" if _latest_time(node.pool, outcome) is None:
             return "there is no timeout"
-        case "stopped" if not _ended_by_others(case, node, lease, at):
+        case "stopped" if not _was_ended_by_others(case, node, lease, at):
             return "nobody else has ended it"
-        case "lease_lost" if not case.disturbed(node, lease) and not _over(lease, at):
+        case "lease_lost" if not case.had_fault(node, lease) and not _last_time(lease, at):
             return f"its lease was granted until {lease.end_at(at):.3f}"
-        case "released" if _stopped_by(case, lease, _last_extended(case, node, lease, at)) and not (
-            unread or case.disturbed(node, lease)
-        ):
+        case "released" if _was_stopped_by(
+            case, lease, _last_heartbeat_applied(case, node, lease, at)
+        ) and not (unread or case.had_fault(node, lease)):
             return "it is stopped"
         case _:
-            return _unexpected(case, node, lease, run, outcome)
+            return _unexpected_outcome(case, node, lease, run, outcome)
 
 
-def _limit(pool: Pool, outcome: str) -> float | None:
+def _latest_time(pool: PoolSettings, outcome: str) -> float | None:
     return pool.session_timeout if outcome == "timed_out" else pool.stall_timeout
 
 
-def _stopped_by(case: Case, lease: GrantedLease, at: float) -> bool:
+def _was_stopped_by(case: FinishedSimulation, lease: GrantedLease, at: float) -> bool:
     stopped = case.stopped.get(lease.work_id)
     return stopped is not None and stopped.time <= at
 
 
-def _last_extended(case: Case, node: Node, lease: GrantedLease, at: float) -> float:
-    """Return when the last successful heartbeat was applied: the pool cannot know a later stop."""
+def _last_heartbeat_applied(
+    case: FinishedSimulation, node: Node, lease: GrantedLease, at: float
+) -> float:
+    """Return when the last successful heartbeat was applied: the pool cannot know of a later
+    stop.
+    """
     applied = [
         call.arrives_at
         for call in case.sent[node, lease.work_id]
@@ -145,24 +151,26 @@ def _last_extended(case: Case, node: Node, lease: GrantedLease, at: float) -> fl
     return max(applied, default=at)
 
 
-def _unexpected(
-    case: Case, node: Node, lease: GrantedLease, run: Run | None, outcome: str
+def _unexpected_outcome(
+    case: FinishedSimulation, node: Node, lease: GrantedLease, run: HandlerRun | None, outcome: str
 ) -> str | None:
     """Return why the outcome contradicts the end of a handler without faults."""
-    if run is None or run.cancelled_at < FOREVER or case.disturbed(node, lease):
+    if run is None or run.cancelled_at < FOREVER or case.had_fault(node, lease):
         return None
-    if min(lease.stop_requested, _ended_by_operator(lease)) <= run.ended + 1:
+    if min(lease.stop_requested, _was_ended_by_operator(lease)) <= run.ended + 1:
         return None
     expected = "failed" if run.behaviour == "odd" else _EXPECTED.get(str(run.result))
     return None if expected in {None, outcome} else f"its handler has {run.result}"
 
 
-def _ended_by_operator(lease: GrantedLease) -> float:
+def _was_ended_by_operator(lease: GrantedLease) -> float:
     foreign = lease.end_kind == "stopped" and lease.stopped_by != lease.worker_id
     return lease.ended if foreign else FOREVER
 
 
-def _ended_by_others(case: Case, node: Node, lease: GrantedLease, at: float) -> bool:
+def _was_ended_by_others(
+    case: FinishedSimulation, node: Node, lease: GrantedLease, at: float
+) -> bool:
     stopped = case.stopped.get(lease.work_id)
     foreign = stopped is not None and stopped.worker_id != node.worker_id and stopped.time <= at
     if foreign or lease.stop_requested <= at:
@@ -173,19 +181,19 @@ def _ended_by_others(case: Case, node: Node, lease: GrantedLease, at: float) -> 
     )
 
 
-def _over(lease: GrantedLease, at: float) -> bool:
+def _last_time(lease: GrantedLease, at: float) -> bool:
     return lease.ended <= at or lease.end_at(at) - GIVE_UP_SECONDS <= at
 
 
-def metrics_agree(case: Case) -> Iterator[str]:
+def metrics_agree(case: FinishedSimulation) -> Iterator[str]:
     """7b. The counters of all pools together agree with the network's calls."""
     counted = {key: value for key, value in case.counted.items() if value}
-    for key, seen in _seen(case).items():
+    for key, seen in _network_counts(case).items():
         if counted.get(key, 0) != seen:
             yield f"{' '.join(key)} is {counted.get(key, 0):g}, but there were {seen}"
 
 
-def _seen(case: Case) -> Counter[tuple[str, ...]]:
+def _network_counts(case: FinishedSimulation) -> Counter[tuple[str, ...]]:
     seen: Counter[tuple[str, ...]] = Counter()
     for call in case.trace.sent:
         if call.answered_at < FOREVER:
@@ -196,7 +204,7 @@ def _seen(case: Case) -> Counter[tuple[str, ...]]:
     return seen
 
 
-def _count_events(case: Case, seen: Counter[tuple[str, ...]]) -> None:
+def _count_events(case: FinishedSimulation, seen: Counter[tuple[str, ...]]) -> None:
     for node in case.trace.nodes:
         for _, event in node.events:
             if type(event) in _COUNTED:
@@ -204,10 +212,12 @@ def _count_events(case: Case, seen: Counter[tuple[str, ...]]) -> None:
                 seen[name, getattr(event, label)] += 1
     for node in case.trace.nodes:
         if node.crashed == FOREVER:
-            _check_events(case, node, seen)
+            _check_event_counts(case, node, seen)
 
 
-def _check_events(case: Case, node: Node, seen: Counter[tuple[str, ...]]) -> None:
+def _check_event_counts(
+    case: FinishedSimulation, node: Node, seen: Counter[tuple[str, ...]]
+) -> None:
     """Add numbers that the pool's events contradict, under names that no counter has."""
     calls = [run for run in case.trace.runs if run.node is node and run.behaviour != "alone"]
     runs = sum(not run.again for run in calls)
@@ -222,12 +232,12 @@ def _check_events(case: Case, node: Node, seen: Counter[tuple[str, ...]]) -> Non
         seen[node.machine.name, "polls"] = node.polls
 
 
-def everything_received_is_reported(case: Case) -> Iterator[str]:
+def everything_received_is_reported(case: FinishedSimulation) -> Iterator[str]:
     """7d. A pool reports every item, reclaim, heartbeat and stop request that it received."""
     for node in case.trace.nodes:
         if node.crashed < FOREVER or node.child:
             continue
-        for what, reported, least, most in _tallies(case, node):
+        for what, reported, least, most in _event_bounds(case, node):
             if not least <= reported <= most:
                 yield f"{node.machine.name}: {reported} {what}, not {least} to {most}"
     started = sum(
@@ -238,8 +248,8 @@ def everything_received_is_reported(case: Case) -> Iterator[str]:
         yield f"{good:g} successful heartbeats, not {started} to {sent}"
 
 
-def _tallies(case: Case, node: Node) -> Iterator[tuple[str, int, int, float]]:
-    """Yield a name, the number reported, and the least and greatest correct number."""
+def _event_bounds(case: FinishedSimulation, node: Node) -> Iterator[tuple[str, int, int, float]]:
+    """Yield a name, the number of events reported, and the least and greatest correct number."""
     events = [event for _, event in node.events]
     claimed = [(at, event) for at, event in node.events if isinstance(event, ItemReceived)]
     leaving = 0.0 if node.error is not None else node.drain[0] if node.drain else FOREVER

@@ -1,4 +1,4 @@
-"""The input of the invariants: the history and the trace, indexed by item and node.
+"""The input of the invariants: one simulation's history and trace, indexed by item and node.
 
 A *granted lease* is the time for which one worker owns one item, from its ack on, as the control
 plane granted it. An operator can end it before the time that its last heartbeat was granted.
@@ -18,7 +18,7 @@ from workpool.wire.protocol import ACTIVE
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping
 
-    from tests.simulation.trace import Node, Run, Sent, Trace
+    from tests.simulation.trace import HandlerRun, Node, SentCall, Trace
     from workpool.server import Record
 
 WRITES: Final = frozenset({"heartbeat", "stop", "update"})
@@ -70,7 +70,7 @@ class GrantedLease:
         return self.ends[-1][1]
 
 
-class Claim(NamedTuple):
+class ActiveClaim(NamedTuple):
     """An item whose ack answered `active`.
 
     Attributes:
@@ -79,23 +79,23 @@ class Claim(NamedTuple):
     """
 
     polled_at: float
-    calls: list[Sent]
+    calls: list[SentCall]
 
-    def heartbeats(self, at: float) -> list[Sent]:
+    def heartbeats_until(self, at: float) -> list[SentCall]:
         """Return the heartbeats that were answered by the time `at`."""
         return [each for each in self.calls if each.op == "heartbeat" and each.answered_at <= at]
 
-    def settled(self, at: float) -> bool:
+    def is_settled(self, at: float) -> bool:
         """Return whether a heartbeat has shown by the time `at` that the node owns the item."""
         return any(
             each.answer == "ok" and getattr(each.value, "state", None) == ACTIVE
-            for each in self.heartbeats(at)
+            for each in self.heartbeats_until(at)
         )
 
 
 @dataclass(slots=True, eq=False, repr=False)
-class Case:
-    """One finished simulation.
+class FinishedSimulation:
+    """The history and trace of one finished simulation, with what the invariants look up in them.
 
     Attributes:
         history: The control plane's history, on the loop's clock.
@@ -110,14 +110,14 @@ class Case:
     trace: Trace
     counted: Mapping[tuple[str, ...], float]
     leases: dict[str, list[GrantedLease]] = field(init=False)
-    sent: dict[tuple[Node, str], list[Sent]] = field(init=False)
-    runs: dict[str, list[Run]] = field(init=False)
+    sent: dict[tuple[Node, str], list[SentCall]] = field(init=False)
+    runs: dict[str, list[HandlerRun]] = field(init=False)
     stopped: dict[str, Record] = field(init=False)
 
     def __post_init__(self) -> None:
         """Index the history and the trace."""
         children = frozenset(node.worker_id for node in self.trace.nodes if node.child)
-        self.leases = _leases_of(self.history, children)
+        self.leases = _build_leases(self.history, children)
         self.stopped = {each.work_id: each for each in self.history if each.kind == "stopped"}
         self.stopped |= {
             each.work_id: each
@@ -132,7 +132,7 @@ class Case:
         for run in self.trace.runs:
             self.runs[run.work_id].append(run)
 
-    def lease(self, node: Node, work_id: str, at: float) -> GrantedLease | None:
+    def lease_at(self, node: Node, work_id: str, at: float) -> GrantedLease | None:
         """Return the node's last lease of the item that began at `at` or before."""
         found = None
         for lease in self.leases.get(work_id, ()):
@@ -140,7 +140,7 @@ class Case:
                 found = lease
         return found
 
-    def claim(self, node: Node, work_id: str, at: float) -> Claim | None:
+    def active_claim(self, node: Node, work_id: str, at: float) -> ActiveClaim | None:
         """Return the node's last claim of the item at `at` if its ack answered `active`."""
         calls = self.sent.get((node, work_id), [])
         ack = max(
@@ -159,15 +159,17 @@ class Case:
             and getattr(call.value, "id", None) == work_id
         )
         later = [call for call in calls if ack.answered_at <= call.at]
-        return Claim(polled_at, [call for call in later if call.op != "ack"])
+        return ActiveClaim(polled_at, [call for call in later if call.op != "ack"])
 
-    def unsettled(self, node: Node, work_id: str, at: float) -> bool:
+    def has_unsettled_claim(self, node: Node, work_id: str, at: float) -> bool:
         """Return whether the node had claimed an item by the time `at` that may be another's."""
-        claim = self.claim(node, work_id, at)
-        return claim is not None and not claim.settled(at)
+        claim = self.active_claim(node, work_id, at)
+        return claim is not None and not claim.is_settled(at)
 
     def denied_at(self, node: Node, op: str) -> float:
-        """Return when the node learnt that its key may not make a call; infinite if it did not."""
+        """Return when the node was told that its key may not make a call; infinite if it was
+        not.
+        """
         answered = sorted(
             (call for call in self.trace.sent if call.node is node and call.op == op),
             key=lambda call: call.answered_at,
@@ -179,7 +181,7 @@ class Case:
                 return call.answered_at
         return FOREVER
 
-    def extended_another(self, node: Node, work_id: str) -> bool:
+    def extended_lease_of_another(self, node: Node, work_id: str) -> bool:
         """Return whether the node extended the lease of another node after losing its own."""
         leases = self.leases.get(work_id, ())
         extended_another = any(lease.extended_by == node.worker_id for lease in leases)
@@ -192,26 +194,26 @@ class Case:
             for lease in leases:
                 yield nodes[lease.worker_id], lease
 
-    def run_of(self, node: Node, lease: GrantedLease) -> Run | None:
+    def run_of(self, node: Node, lease: GrantedLease) -> HandlerRun | None:
         """Return the last handler run during a lease; None if no handler ran."""
         found = None
         for run in self.runs.get(lease.work_id, ()):
-            if run.node is node and lease is self.lease(node, lease.work_id, run.started):
+            if run.node is node and lease is self.lease_at(node, lease.work_id, run.started):
                 found = run
         return found
 
-    def disturbed(self, node: Node, lease: GrantedLease, until: float = FOREVER) -> bool:
+    def had_fault(self, node: Node, lease: GrantedLease, until: float = FOREVER) -> bool:
         """Return whether the node or its calls for the item had a fault during the lease."""
         since = lease.began - 0.01
         return (
             any(
-                call.fault is not None and call.over_at >= since and call.at <= until
+                call.fault is not None and call.effective_until >= since and call.at <= until
                 for call in self.sent[node, lease.work_id]
             )
             or any(  # with a worker's key, items are looked up in the list
                 call.op == "list" and call.node is node and call.fault is not None
                 for call in self.trace.sent
-                if call.over_at >= since and call.at <= until
+                if call.effective_until >= since and call.at <= until
             )
             or any(
                 delay.node is node
@@ -220,14 +222,14 @@ class Case:
                 and delay.since <= until
                 for delay in self.trace.delays
             )
-            or node.paused(since, min(until, lease.last_end + 1))
-            # the ack may have waited before it was sent
-            or node.paused_unseen(since - ACK_SECONDS, until)
+            or node.was_paused(since, min(until, lease.last_end + 1))
+            # The ack may have waited before it was sent.
+            or node.was_paused_unnoticed(since - ACK_SECONDS, until)
             or node.crashed <= min(until, lease.last_end)
-            or self.broken(lease)
+            or self.was_ended_early(lease)
         )
 
-    def broken(self, lease: GrantedLease) -> bool:
+    def was_ended_early(self, lease: GrantedLease) -> bool:
         """Return whether the lease was ended before the time that was granted."""
         return any(
             work_id == lease.work_id and lease.began <= at <= lease.last_end
@@ -235,19 +237,19 @@ class Case:
         ) or (lease.end_kind == "lapsed" and lease.ended < lease.last_end - 0.001)
 
 
-def _leases_of(
+def _build_leases(
     history: Iterable[Record], children: frozenset[str]
 ) -> dict[str, list[GrantedLease]]:
     found: dict[str, list[GrantedLease]] = defaultdict(list)
     for record in history:
         leases = found[record.work_id]
         if record.kind == "acked":
-            leases.append(_granted(record))
+            leases.append(_begin_lease(record))
             leases[-1].settled = record.state != ACTIVE
             continue
         if record.kind == "heartbeat" and leases and leases[-1].end_kind == "lapsed":
             # A poll has leased the item again, and its worker repeats the first heartbeat.
-            leases.append(_granted(record))
+            leases.append(_begin_lease(record))
             continue
         if not leases or leases[-1].end_kind is not None:
             continue
@@ -255,31 +257,31 @@ def _leases_of(
             leases[-1].settled, leases[-1].worker_id = True, str(record.worker_id)
         if record.kind == "heartbeat" and record.worker_id != leases[-1].worker_id:
             if children & {str(record.worker_id), leases[-1].worker_id}:
-                leases.append(_handed_off(leases[-1], record))
+                leases.append(_mark_handoff(leases[-1], record))
             else:
                 leases[-1].extended_by = record.worker_id
             continue
-        _continue(leases[-1], record)
+        _extend_lease(leases[-1], record)
     return found
 
 
-def _granted(record: Record) -> GrantedLease:
+def _begin_lease(record: Record) -> GrantedLease:
     """Return the lease that the record began."""
     lease = GrantedLease(record.work_id, str(record.worker_id), record.time)
-    lease.ends.append((record.time, _end(record)))
+    lease.ends.append((record.time, _end_lease(record)))
     return lease
 
 
-def _handed_off(lease: GrantedLease, record: Record) -> GrantedLease:
+def _mark_handoff(lease: GrantedLease, record: Record) -> GrantedLease:
     lease.ended, lease.end_kind = record.time, "detached"
-    child = _granted(record)
+    child = _begin_lease(record)
     child.stop_requested = lease.stop_requested
     return child
 
 
-def _continue(lease: GrantedLease, record: Record) -> None:
+def _extend_lease(lease: GrantedLease, record: Record) -> None:
     if record.kind == "heartbeat":
-        lease.ends.append((record.time, _end(record)))
+        lease.ends.append((record.time, _end_lease(record)))
     elif record.kind == "stop_requested":
         lease.stop_requested = min(lease.stop_requested, record.time)
     elif record.kind in {"lapsed", "stopped"}:
@@ -288,5 +290,5 @@ def _continue(lease: GrantedLease, record: Record) -> None:
         lease.stopped_by = record.worker_id
 
 
-def _end(record: Record) -> float:
+def _end_lease(record: Record) -> float:
     return FOREVER if record.lease_end is None else record.lease_end - START

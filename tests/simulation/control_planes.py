@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from workpool.server.stored_item import Item
 
 
-class ActiveAcks(Operations):
+class ActiveAckOperations(Operations):
     """Operations whose acks answer `active`.
 
     Args:
@@ -36,7 +36,7 @@ class ActiveAcks(Operations):
         item = super().poll(environment_id, poll)
         if item is None or not self._poll_leases:
             return item
-        leased = replace(self._leased(item), state=STARTING)
+        leased = replace(self._lease_item(item), state=STARTING)
         return self._apply(self.queue(environment_id), leased, "delivered", poll.worker_id)
 
     def ack(self, environment_id: str, work_id: str, worker_id: str | None = None) -> Item:
@@ -48,11 +48,11 @@ class ActiveAcks(Operations):
         if item.state != (STARTING if self._poll_leases else QUEUED):
             self._record("conflict", item, worker_id, op="ack")
             raise APIError(409, f"the item is {item.state}")
-        leased = item if self._poll_leases else self._leased(item)
+        leased = item if self._poll_leases else self._lease_item(item)
         acked = replace(leased, state=ACTIVE, acknowledged_at=self.latest)
         return self._apply(queue, acked, "acked", worker_id)
 
-    def _leased(self, item: Item) -> Item:
+    def _lease_item(self, item: Item) -> Item:
         return replace(
             item,
             delivered_at=None,

@@ -10,16 +10,16 @@ from tests.simulation.case import WRITES
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-    from tests.simulation.case import Case, GrantedLease
+    from tests.simulation.case import FinishedSimulation, GrantedLease
     from tests.simulation.trace import Node
 
 
-def nothing_is_sent_during_a_handoff(case: Case) -> Iterator[str]:
+def nothing_is_sent_during_a_handoff(case: FinishedSimulation) -> Iterator[str]:
     """3d. While a handler starts a child, no heartbeat is under way and nothing is sent."""
     for block in case.trace.handoff_blocks:
         until = min(block.left, block.entered + block.ttl / 2)
         # A handler that is cancelled at the time of the handoff takes the item back at once.
-        if block.left <= block.entered or block.node.paused(block.entered - 1, until):
+        if block.left <= block.entered or block.node.was_paused(block.entered - 1, until):
             continue
         for call in case.sent[block.node, block.work_id]:
             under_way = call.op == "heartbeat" and call.at <= block.entered < call.answered_at
@@ -27,7 +27,7 @@ def nothing_is_sent_during_a_handoff(case: Case) -> Iterator[str]:
                 yield f"{call} was sent; its handoff began at {block.entered:.3f}"
 
 
-def only_a_child_takes_over(case: Case) -> Iterator[str]:
+def only_a_child_takes_over(case: FinishedSimulation) -> Iterator[str]:
     """3e. Only a child takes an item over during a lease, and never from another child."""
     children = {node.worker_id for node in case.trace.nodes if node.child}
     for leases in case.leases.values():
@@ -37,30 +37,33 @@ def only_a_child_takes_over(case: Case) -> Iterator[str]:
                 yield f"{one.work_id} was taken over at {one.ended:.3f}"
 
 
-def items_handed_off_are_left_alone(case: Case) -> Iterator[str]:
+def items_handed_off_are_left_alone(case: FinishedSimulation) -> Iterator[str]:
     """3f. The parent sends nothing for the item, except one heartbeat to take it back."""
     for node, lease in case.all_leases():
         if lease.end_kind == "detached":
-            yield from _sent_after_handoff(case, node, lease)
+            yield from _calls_after_handoff(case, node, lease)
 
 
-def _sent_after_handoff(case: Case, node: Node, lease: GrantedLease) -> Iterator[str]:
+def _calls_after_handoff(
+    case: FinishedSimulation, node: Node, lease: GrantedLease
+) -> Iterator[str]:
     tries = 0
     for call in case.sent[node, lease.work_id]:
-        if call.at <= lease.ended or case.lease(node, lease.work_id, call.at) is not lease:
+        if call.at <= lease.ended or case.lease_at(node, lease.work_id, call.at) is not lease:
             continue
-        if case.unsettled(node, lease.work_id, call.at):
-            continue  # the heartbeat belongs to a later claim
+        if case.has_unsettled_claim(node, lease.work_id, call.at):
+            continue  # The heartbeat belongs to a later claim.
         if call.op in {"stop", "update"}:
             yield f"{call} was sent for an item that a child owns"
         tries += call.op == "heartbeat" and call.fault is None
         tries -= call.op == "get" and (call.fault is not None or call.answer != "ok")
-    tries -= sum(  # nor a faulty list, in which a worker's key looks the item up
+    # A list with a fault does not show it either; a worker's key looks the item up there.
+    tries -= sum(
         call.node is node and call.op == "list" and call.fault is not None
         for call in case.trace.sent
         if call.at >= lease.ended
     )
-    tries -= sum(  # a read without a connection did not show the owner
+    tries -= sum(  # A read without a connection did not show the owner.
         delay.node is node
         and (delay.work_id == lease.work_id or delay.op == "list")
         and delay.since >= lease.ended

@@ -55,11 +55,11 @@ from workpool.events import ItemReceived, PollerRestarted, SessionFinished, Sess
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
-    from tests.simulation.case import Case, GrantedLease
-    from tests.simulation.trace import Node, Run, Sent
+    from tests.simulation.case import FinishedSimulation, GrantedLease
+    from tests.simulation.trace import HandlerRun, Node, SentCall
     from workpool.events import Event
 
-    Invariant = Callable[[Case], Iterator[str]]
+    Invariant = Callable[[FinishedSimulation], Iterator[str]]
 
 MARGIN_SECONDS: Final = 0.05
 """Drift of clocks that differ by 100 ppm over a lease of 60 s, and the network's latency."""
@@ -83,49 +83,49 @@ DECIDED: Final = frozenset({"ok", 400, 401, 403, 404, 409, 412})
 """Answers that say whether the call was applied."""
 
 
-def every_item_ends_stopped(case: Case) -> Iterator[str]:
+def every_item_ends_stopped(case: FinishedSimulation) -> Iterator[str]:
     """1. In the end every item is stopped, so no session is lost."""
     for work_id in {record.work_id for record in case.history}:
         if work_id not in case.stopped:
             yield f"{work_id} is not stopped"
 
 
-def handlers_run_under_a_lease(case: Case) -> Iterator[str]:
-    """2a. From its start until it is cancelled, a handler's pool owns the item.
+def handlers_run_under_a_lease(case: FinishedSimulation) -> Iterator[str]:
+    """2a. A handler's pool owns the item from the handler's start until its cancellation.
 
     It is cancelled at least a second before the lease ends. A machine that was halted may cancel it
     late, by at most one tick of its lease renewer.
     """
     for run in case.trace.runs:
-        lease = case.lease(run.node, run.work_id, run.started)
+        lease = case.lease_at(run.node, run.work_id, run.started)
         if lease is None:
-            yield f"{_name(run)} started without a lease"
+            yield f"{_run_name(run)} started without a lease"
             continue
         if not any(
             call.op == "heartbeat" and call.answer == "ok" and call.answered_at <= run.started
             for call in case.sent[run.node, run.work_id]
             if call.answered_at >= lease.began
         ):
-            yield f"{_name(run)} started before a heartbeat was answered"
+            yield f"{_run_name(run)} started before a heartbeat was answered"
         if _starts_too_late(case, lease, run):
-            yield f"{_name(run)} started; granted until {lease.end_at(run.started):.3f}"
+            yield f"{_run_name(run)} started; granted until {lease.end_at(run.started):.3f}"
         until = run.ended_or_cancelled
         limit = lease.end_at(until) - GIVE_UP_SECONDS + MARGIN_SECONDS
         excused = (
-            _just_resumed(run.node, until)
-            or case.extended_another(run.node, run.work_id)
-            or run.node.paused_unseen(lease.began, until)
+            _has_just_resumed(run.node, until)
+            or case.extended_lease_of_another(run.node, run.work_id)
+            or run.node.was_paused_unnoticed(lease.began, until)
         )
         if until > limit and not excused:
-            yield f"{_name(run)} ran until {until:.3f}, allowed until {limit:.3f}"
+            yield f"{_run_name(run)} ran until {until:.3f}, allowed until {limit:.3f}"
 
 
-def _starts_too_late(case: Case, lease: GrantedLease, run: Run) -> bool:
+def _starts_too_late(case: FinishedSimulation, lease: GrantedLease, run: HandlerRun) -> bool:
     late = run.started > lease.end_at(run.started) + MARGIN_SECONDS and run.behaviour != "alone"
-    return late and not case.extended_another(run.node, run.work_id)
+    return late and not case.extended_lease_of_another(run.node, run.work_id)
 
 
-def no_two_handlers_run_one_item(case: Case) -> Iterator[str]:
+def no_two_handlers_run_one_item(case: FinishedSimulation) -> Iterator[str]:
     """2b. No two handlers run one item at the same time.
 
     Exceptions: a handler that ignores its cancellation, one whose machine was halted, and one whose
@@ -134,58 +134,58 @@ def no_two_handlers_run_one_item(case: Case) -> Iterator[str]:
     for runs in case.runs.values():
         for one, two in combinations(sorted(runs, key=lambda run: run.started), 2):
             if two.started < one.ended and not _may_overlap(case, one, two):
-                yield f"{_name(one)} and {_name(two)} ran at the same time"
+                yield f"{_run_name(one)} and {_run_name(two)} ran at the same time"
 
 
-def _may_overlap(case: Case, one: Run, two: Run) -> bool:
+def _may_overlap(case: FinishedSimulation, one: HandlerRun, two: HandlerRun) -> bool:
     if one.node is two.node:
         return False
-    leases = [case.lease(run.node, run.work_id, run.started) for run in (one, two)]
-    broken = any(lease is not None and case.broken(lease) for lease in leases)
+    leases = [case.lease_at(run.node, run.work_id, run.started) for run in (one, two)]
+    broken = any(lease is not None and case.was_ended_early(lease) for lease in leases)
     ignored = one.cancelled_at <= two.started and one.behaviour in IGNORES_CANCELLATION
-    unseen = one.node.paused_unseen(one.started, two.started)
-    return ignored or broken or unseen or _just_resumed(one.node, two.started, TIDY_SECONDS)
+    unseen = one.node.was_paused_unnoticed(one.started, two.started)
+    return ignored or broken or unseen or _has_just_resumed(one.node, two.started, TIDY_SECONDS)
 
 
-def no_two_handlers_run_one_session(case: Case) -> Iterator[str]:
+def no_two_handlers_run_one_session(case: FinishedSimulation) -> Iterator[str]:
     """2c. A pool does not run two items of one session at the same time."""
     for one, two in combinations(case.trace.runs, 2):
         same = one.session_id == two.session_id and one.node is two.node
         if same and max(one.started, two.started) < min(one.ended, two.ended):
-            yield f"{_name(one)} and {_name(two)} are of one session"
+            yield f"{_run_name(one)} and {_run_name(two)} are of one session"
 
 
-def nothing_is_sent_without_the_lease(case: Case) -> Iterator[str]:
+def nothing_is_sent_without_the_lease(case: FinishedSimulation) -> Iterator[str]:
     """3a. Heartbeats, stops and metadata are sent during the lease only, whatever happened."""
     for call in case.trace.sent:
         if call.op not in WRITES or call.work_id is None:
             continue
-        lease = case.lease(call.node, call.work_id, call.at)
-        if call.op == "heartbeat" and _unsettled(case, call):
+        lease = case.lease_at(call.node, call.work_id, call.at)
+        if call.op == "heartbeat" and _is_unsettled(case, call):
             continue
         if lease is None:
             if call.op != "heartbeat" or not call.node.child:
                 yield f"{call} was sent without a lease"
         elif call.at > lease.end_at(call.at) + MARGIN_SECONDS and not (
-            _verifies(case, lease, call)
+            _verifies_lease(case, lease, call)
         ):
             yield f"{call} was sent; granted until {lease.end_at(call.at):.3f}"
 
 
-def _unsettled(case: Case, call: Sent) -> bool:
+def _is_unsettled(case: FinishedSimulation, call: SentCall) -> bool:
     """Return whether an ack answered `active`, so that a heartbeat shows who owns the item."""
-    claim = case.claim(call.node, str(call.work_id), call.at)
+    claim = case.active_claim(call.node, str(call.work_id), call.at)
     return (
         claim is not None
-        and not claim.settled(call.at)
+        and not claim.is_settled(call.at)
         and (
             call.at <= claim.polled_at + ACK_SECONDS + MARGIN_SECONDS
-            or call.node.paused_unseen(claim.polled_at, call.at)
+            or call.node.was_paused_unnoticed(claim.polled_at, call.at)
         )
     )
 
 
-def unsettled_items_are_left_alone(case: Case) -> Iterator[str]:
+def unsettled_items_are_left_alone(case: FinishedSimulation) -> Iterator[str]:
     """3g. After an ack that answered `active`, nothing but heartbeats is sent until one succeeds.
 
     The first of them that is refused is the last: it means that another worker owns the item.
@@ -193,18 +193,18 @@ def unsettled_items_are_left_alone(case: Case) -> Iterator[str]:
     for call in case.trace.sent:
         if call.work_id is None or call.op in {"ack", "poll"}:
             continue
-        claim = case.claim(call.node, call.work_id, call.at)
+        claim = case.active_claim(call.node, call.work_id, call.at)
         if claim is None:
             continue
-        if claim.settled(call.at):
+        if claim.is_settled(call.at):
             continue
         if call.op != "heartbeat":
             yield f"{call} was sent for an item that may be another worker's"
-        elif any(each.answer in OWNED for each in claim.heartbeats(call.at)):
+        elif any(each.answer in OWNED for each in claim.heartbeats_until(call.at)):
             yield f"{call} was sent for an item that another worker owns"
 
 
-def _verifies(case: Case, lease: GrantedLease, call: Sent) -> bool:
+def _verifies_lease(case: FinishedSimulation, lease: GrantedLease, call: SentCall) -> bool:
     """Return whether the call is the heartbeat after a pause that the lease clock does not show.
 
     It names the last heartbeat, so it cannot extend another worker's lease.
@@ -213,27 +213,32 @@ def _verifies(case: Case, lease: GrantedLease, call: Sent) -> bool:
         each.op == "heartbeat" and each.answer == "ok" and lease.began < each.answered_at <= call.at
         for each in case.sent[call.node, lease.work_id]
     )
-    return call.op == "heartbeat" and begun and call.node.paused_unseen(lease.began, call.at)
+    return call.op == "heartbeat" and begun and call.node.was_paused_unnoticed(lease.began, call.at)
 
 
-def nothing_is_sent_after_a_known_loss(case: Case) -> Iterator[str]:
+def nothing_is_sent_after_a_known_loss(case: FinishedSimulation) -> Iterator[str]:
     """3b. Nothing is sent after an answer that said that the item is stopped or lost."""
     for (node, work_id), calls in case.sent.items():
         for lease in case.leases.get(work_id, ()):
             if lease.worker_id != node.worker_id:
                 continue
             following = [  # the lease of a child begins with its first call, not with an ack
-                call for call in calls if node.child or case.lease(node, work_id, call.at) is lease
+                call
+                for call in calls
+                if node.child or case.lease_at(node, work_id, call.at) is lease
             ]
             known_at = min(
-                (_loss(case, call, following, lease) for call in following), default=FOREVER
+                (_known_loss_time(case, call, following, lease) for call in following),
+                default=FOREVER,
             )
             for call in following:
-                if call.op in WRITES and call.at > known_at and not _unsettled(case, call):
+                if call.op in WRITES and call.at > known_at and not _is_unsettled(case, call):
                     yield f"{call} was sent; its lease was known to be over at {known_at:.3f}"
 
 
-def _loss(case: Case, call: Sent, calls: list[Sent], lease: GrantedLease) -> float:
+def _known_loss_time(
+    case: FinishedSimulation, call: SentCall, calls: list[SentCall], lease: GrantedLease
+) -> float:
     """Return when this call's answer said that the lease is over; infinite if it did not."""
     if call.fault is not None and call.fault.answer is not None:
         return FOREVER
@@ -266,16 +271,16 @@ def _loss(case: Case, call: Sent, calls: list[Sent], lease: GrantedLease) -> flo
     return call.answered_at if over and call.answered_at >= lease.began else FOREVER
 
 
-def stops_are_justified(case: Case) -> Iterator[str]:
+def stops_are_justified(case: FinishedSimulation) -> Iterator[str]:
     """3c. A pool stops an item after its handler has ended, or after an operator's request."""
     for call in case.trace.sent:
         if call.op != "stop" or call.work_id is None:
             continue
-        lease = case.lease(call.node, call.work_id, call.at)
-        # a stop without a lease is covered by 3a
+        lease = case.lease_at(call.node, call.work_id, call.at)
+        # Stops without a lease are covered by invariant 3a.
         if lease is not None and lease.stop_requested > call.at:
             run = case.run_of(call.node, lease)
-            if problem := _unjustified(call, run):
+            if problem := _unjustified_stop(call, run):
                 yield f"{call} was sent {problem}"
         elif lease is not None:
             run = case.run_of(call.node, lease)
@@ -283,7 +288,7 @@ def stops_are_justified(case: Case) -> Iterator[str]:
                 yield f"{call} was sent while its handler ran"
 
 
-def _unjustified(call: Sent, run: Run | None) -> str | None:
+def _unjustified_stop(call: SentCall, run: HandlerRun | None) -> str | None:
     """Return the fault of a stop that no operator requested."""
     if run is None:
         return "for an item that had not run"
@@ -296,31 +301,31 @@ def _unjustified(call: Sent, run: Run | None) -> str | None:
     return f"for an item that was {run.result}" if untouched else None
 
 
-def finished_items_are_stopped(case: Case) -> Iterator[str]:
+def finished_items_are_stopped(case: FinishedSimulation) -> Iterator[str]:
     """4. An item is stopped as soon as its handler has ended, unless its pool had a fault."""
     for node, lease in case.all_leases():
         run = case.run_of(node, lease)
         if run is None or run.cancelled_at < FOREVER or run.result not in {"returned", "raised"}:
             continue
-        if case.disturbed(node, lease) or _leaving(node, run.ended):
+        if case.had_fault(node, lease) or _leaves_queue(node, run.ended):
             continue
         if lease.end_kind != "stopped" or lease.ended > run.ended + 1:
-            yield f"{_name(run)} was {run.result}, but not stopped"
+            yield f"{_run_name(run)} was {run.result}, but not stopped"
 
 
-def acknowledged_items_are_run(case: Case) -> Iterator[str]:
+def acknowledged_items_are_run(case: FinishedSimulation) -> Iterator[str]:
     """5a. An acknowledged item is run, unless the pool drains or the item was stopped."""
     for node, lease in case.all_leases():
-        if case.run_of(node, lease) is not None or case.disturbed(node, lease):
+        if case.run_of(node, lease) is not None or case.had_fault(node, lease):
             continue
         if not lease.settled:
-            continue  # the pool cannot know that it owns the item
+            continue  # The pool cannot know that it owns the item.
         wished = min(lease.stop_requested, lease.ended if lease.end_kind == "stopped" else FOREVER)
-        if not _leaving(node, lease.began + 1) and wished > lease.began + 1:
+        if not _leaves_queue(node, lease.began + 1) and wished > lease.began + 1:
             yield f"{lease.work_id} was acknowledged by {node.machine.name} and not run"
 
 
-def no_more_is_claimed_than_can_be_run(case: Case) -> Iterator[str]:
+def no_more_is_claimed_than_can_be_run(case: FinishedSimulation) -> Iterator[str]:
     """5b. Polls or acks under way and running handlers are at most as many as their places."""
     for node in case.trace.nodes:
         calls = [call for call in case.trace.sent if call.node is node]
@@ -335,7 +340,7 @@ def no_more_is_claimed_than_can_be_run(case: Case) -> Iterator[str]:
                     yield f"{call}: {under_way} {op}s and {running} runs in {places} places"
 
 
-def no_more_run_than_the_limit_of_their_handler(case: Case) -> Iterator[str]:
+def no_more_run_than_the_limit_of_their_handler(case: FinishedSimulation) -> Iterator[str]:
     """5e. At most `max_sessions` runs of a pool's handler are under way at once."""
     for node in case.trace.nodes:
         limit = node.pool.max_sessions
@@ -345,10 +350,10 @@ def no_more_run_than_the_limit_of_their_handler(case: Case) -> Iterator[str]:
         for run in runs:
             under_way = sum(one.started <= run.started < one.ended for one in runs)
             if under_way > limit:
-                yield f"{_name(run)} was one of {under_way} runs, of a handler for {limit} at once"
+                yield f"{_run_name(run)} was one of {under_way} runs of a handler for {limit}"
 
 
-def shared_slots_are_never_exceeded(case: Case) -> Iterator[str]:
+def shared_slots_are_never_exceeded(case: FinishedSimulation) -> Iterator[str]:
     """5f. Polls under way and runs of pools that share slots are at most as many as these."""
     total = case.trace.shared_slots
     if total is None:
@@ -371,14 +376,14 @@ def _slots_until(node: Node) -> float:
     return min(node.crashed, node.closed, drain)
 
 
-def shared_slots_are_given_back(case: Case) -> Iterator[str]:
+def shared_slots_are_given_back(case: FinishedSimulation) -> Iterator[str]:
     """5g. A pool that has ended has none of the slots that it shared."""
     for node in case.trace.nodes:
         if node.share is not None and node.closed != FOREVER and node.share.taken:
             yield f"{node.machine.name} has {node.share.taken} shared slots after its end"
 
 
-def no_more_is_claimed_than_the_limit(case: Case) -> Iterator[str]:
+def no_more_is_claimed_than_the_limit(case: FinishedSimulation) -> Iterator[str]:
     """5c. A pool claims at most `exit_after_sessions` sessions, and ends after the last one."""
     for node in case.trace.nodes:
         limit = node.pool.exit_after_sessions
@@ -396,7 +401,7 @@ def no_more_is_claimed_than_the_limit(case: Case) -> Iterator[str]:
                 yield f"{node.machine.name} closed {node.closed - ended:.1f} s after its sessions"
 
 
-def nothing_is_claimed_during_a_pause(case: Case) -> Iterator[str]:
+def nothing_is_claimed_during_a_pause(case: FinishedSimulation) -> Iterator[str]:
     """5d. A paused pool takes no item until its last pause has ended."""
     for node in case.trace.nodes:
         for number, (since, until) in enumerate(node.refrains):
@@ -414,7 +419,7 @@ def _was_claimed(event: Event) -> TypeGuard[SessionStarted | SessionFinished]:
     )
 
 
-def drains_end_in_time(case: Case) -> Iterator[str]:
+def drains_end_in_time(case: FinishedSimulation) -> Iterator[str]:
     """6a. A drain ends within its timeout and 5 s, whatever a handler or the network does."""
     for node in case.trace.nodes:
         if node.drain is None or node.crashed < FOREVER:
@@ -427,7 +432,7 @@ def drains_end_in_time(case: Case) -> Iterator[str]:
             yield f"{node.machine.name} closed after {node.closed - began:.1f} s"
 
 
-def only_stubborn_handlers_are_abandoned(case: Case) -> Iterator[str]:
+def only_stubborn_handlers_are_abandoned(case: FinishedSimulation) -> Iterator[str]:
     """6c. A drain without faults abandons only sessions whose handler ignores cancellation."""
     for node in case.trace.nodes:
         stubborn = sum(
@@ -436,11 +441,13 @@ def only_stubborn_handlers_are_abandoned(case: Case) -> Iterator[str]:
             and run.ended > run.cancelled_at
             for run in case.trace.runs
         )
-        if node.abandoned > stubborn and not (node.machine.pauses or _unanswered(case, node)):
+        if node.abandoned > stubborn and not (
+            node.machine.pauses or _had_unanswered_calls(case, node)
+        ):
             yield f"{node.machine.name} abandoned {node.abandoned} sessions, {stubborn} stubborn"
 
 
-def _unanswered(case: Case, node: Node) -> bool:
+def _had_unanswered_calls(case: FinishedSimulation, node: Node) -> bool:
     """Return whether the pool's calls had a fault in the last seconds of its drain."""
     return any(
         delay.node is node and delay.until >= node.closed - DRAIN_SECONDS
@@ -450,12 +457,12 @@ def _unanswered(case: Case, node: Node) -> bool:
         and call.op != "poll"
         and call.fault is not None
         and call.at <= node.closed
-        and call.over_at >= node.closed - DRAIN_SECONDS
+        and call.effective_until >= node.closed - DRAIN_SECONDS
         for call in case.trace.sent
     )
 
 
-def closed_pools_hold_and_run_nothing(case: Case) -> Iterator[str]:
+def closed_pools_hold_and_run_nothing(case: FinishedSimulation) -> Iterator[str]:
     """6b. A closed pool has released its items, runs no handler and sends nothing."""
     for node, lease in case.all_leases():
         if lease.ended <= node.closed or node.abandoned or node.crashed < FOREVER:
@@ -463,9 +470,9 @@ def closed_pools_hold_and_run_nothing(case: Case) -> Iterator[str]:
         if (
             lease.settled
             and lease.last_end > node.closed + RELEASED_SECONDS
-            and not case.disturbed(node, lease, node.closed)
+            and not case.had_fault(node, lease, node.closed)
             # the item may belong to another worker
-            and not case.unsettled(node, lease.work_id, node.closed)
+            and not case.has_unsettled_claim(node, lease.work_id, node.closed)
         ):
             yield f"{lease.work_id} is held by {node.machine.name}, which has closed"
     for call in case.trace.sent:
@@ -473,10 +480,10 @@ def closed_pools_hold_and_run_nothing(case: Case) -> Iterator[str]:
             yield f"{call} was sent by a pool that had closed"
     for run in case.trace.runs:
         if run.ended > run.node.closed and not run.node.abandoned:
-            yield f"{_name(run)} continues in a pool that has closed"
+            yield f"{_run_name(run)} continues in a pool that has closed"
 
 
-def nothing_crashes(case: Case) -> Iterator[str]:
+def nothing_crashes(case: FinishedSimulation) -> Iterator[str]:
     """10. A pool ends after a drain or a refusal; no poller crashes."""
     for node in case.trace.nodes:
         allowed = ControlPlaneError if node.child else RefusedError
@@ -487,16 +494,16 @@ def nothing_crashes(case: Case) -> Iterator[str]:
                 yield f"{node.machine.name}: a poller crashed: {event.error!r}"
 
 
-def _leaving(node: Node, at: float) -> bool:
+def _leaves_queue(node: Node, at: float) -> bool:
     return node.error is not None or (node.drain is not None and node.drain[0] <= at)
 
 
-def _just_resumed(node: Node, at: float, more: float = 0.0) -> bool:
+def _has_just_resumed(node: Node, at: float, more: float = 0.0) -> bool:
     slack = TICK_SECONDS + MARGIN_SECONDS + more
     return any(since <= at <= until + slack for since, until in node.machine.pauses)
 
 
-def _name(run: Run) -> str:
+def _run_name(run: HandlerRun) -> str:
     return f"{run.node.machine.name}:{run.behaviour}({run.work_id[-6:]})@{run.started:.3f}"
 
 
@@ -553,6 +560,6 @@ INVARIANTS: Final[tuple[Invariant, ...]] = (
 )
 
 
-def judge(case: Case) -> list[str]:
+def judge(case: FinishedSimulation) -> list[str]:
     """Return a description of each violation; empty if every invariant holds."""
     return [f"{each.__name__}: {text}" for each in INVARIANTS for text in each(case)]

@@ -64,15 +64,15 @@ class Machine:
         self._halted_at = 0.0
         self._kept: list[asyncio.Handle] = []
 
-    def clock(self) -> float:
+    def lease_clock(self) -> float:
         """Return the lease clock, which stands still while the machine is `paused`."""
         return (self._loop.now - self.frozen) * self._rate
 
-    def wall(self) -> float:
+    def wall_clock(self) -> float:
         """Return the wall clock, which never stands still."""
         return self._loop.now
 
-    def context(self) -> Context:
+    def callback_context(self) -> Context:
         """Return a context whose callbacks belong to this machine."""
         context = copy_context()
         context.run(_MACHINE.set, self)
@@ -92,7 +92,7 @@ class Machine:
         if seconds is not None:
             self._loop.call_at(self._loop.now + seconds, self.resume, context=NETWORK)
 
-    def halt_after(self, steps: int, how: Halt, seconds: float) -> None:
+    def halt_after_callbacks(self, steps: int, how: Halt, seconds: float) -> None:
         """Halt after `steps` more callbacks, which may be in the middle of an operation."""
         if self.halted is None:
             self.blocked = True
@@ -119,12 +119,12 @@ class Machine:
         """Run the kept callbacks at the end of a simulation, so that its tasks can be cancelled."""
         self._run_kept()
 
-    def keep(self, handle: asyncio.Handle) -> None:
+    def keep_callback(self, handle: asyncio.Handle) -> None:
         """Keep a callback until the machine resumes; run it if the machine is yet to halt."""
         if self.halted is None:
             self._steps_left -= 1
             if self._steps_left >= 0:
-                self._loop.run_soon(handle)
+                self._loop.run_kept_callback(handle)
                 return
             self.halt(*self._planned)
         self._kept.append(handle)
@@ -133,7 +133,7 @@ class Machine:
         self.halted, self.blocked = None, False
         kept, self._kept = self._kept, []
         for handle in kept:
-            self._loop.run_soon(handle)
+            self._loop.run_kept_callback(handle)
 
 
 _MACHINE: ContextVar[Machine | None] = ContextVar("machine", default=None)
@@ -152,7 +152,7 @@ def this_machine() -> Machine:
     return machine
 
 
-class _Timer(asyncio.TimerHandle):
+class _MachineTimer(asyncio.TimerHandle):
     """A timer that stands still while its machine sleeps."""
 
     __slots__ = ("_machine", "_slept")
@@ -168,15 +168,16 @@ class _Timer(asyncio.TimerHandle):
 
     def _run(self) -> None:
         machine = self._machine
-        self._loop.now = max(self._loop.now, self._when)  # otherwise a wait for `_when` may not end
+        # Otherwise a wait for `_when` may not end.
+        self._loop.now = max(self._loop.now, self._when)
         if machine is None:
             super()._run()
         elif machine.blocked:
-            machine.keep(self)
+            machine.keep_callback(self)
         elif machine.slept > self._slept:
             self._when += machine.slept - self._slept
             self._slept = machine.slept
-            self._loop.push(self)
+            self._loop.push_timer(self)
         else:
             super()._run()
 
@@ -191,7 +192,7 @@ class MachinesLoop(VirtualLoop):
     def __init__(self) -> None:
         super().__init__()
         selector: Any = self._selector
-        selector.select = self._leap  # no sockets exist
+        selector.select = self._leap  # No sockets exist in a simulation.
 
     def _leap(self, timeout: float | None = None) -> list[tuple[selectors.SelectorKey, int]]:
         if timeout is None:
@@ -225,7 +226,7 @@ class MachinesLoop(VirtualLoop):
         if machine is None or not machine.blocked:
             self._ready.append(handle)
         else:
-            machine.keep(handle)
+            machine.keep_callback(handle)
         return handle
 
     def call_soon_threadsafe(
@@ -248,8 +249,8 @@ class MachinesLoop(VirtualLoop):
         machine = _MACHINE.get() if context is None else context.get(_MACHINE)
         when += 0.0 if machine is None else machine.slept
         when = max(when, self._now + INSTANT_SECONDS)
-        timer = _Timer(when, machine, callback, args, self, context)
-        self.push(timer)
+        timer = _MachineTimer(when, machine, callback, args, self, context)
+        self.push_timer(timer)
         return timer
 
     def run_in_executor(
@@ -258,21 +259,21 @@ class MachinesLoop(VirtualLoop):
         """Call a function, unless on the default executor: calls of users block all its threads."""
         future: asyncio.Future[T] = self.create_future()
 
-        def call() -> None:
+        def call_later() -> None:
             if not future.done():
                 future.set_result(func(*args))
 
         if executor is not None:
-            self.call_later(THREAD_SECONDS, call)
+            self.call_later(THREAD_SECONDS, call_later)
         return future
 
-    def push(self, timer: asyncio.TimerHandle) -> None:
+    def push_timer(self, timer: asyncio.TimerHandle) -> None:
         """Start or restart a timer."""
         heapq.heappush(self._scheduled, timer)
         scheduled: Any = timer
         scheduled._scheduled = True
 
-    def run_soon(self, handle: asyncio.Handle) -> None:
+    def run_kept_callback(self, handle: asyncio.Handle) -> None:
         """Run a callback that its machine has kept."""
         if not handle.cancelled():
             self._ready.append(handle)

@@ -24,7 +24,7 @@ _LABEL: Final = {
 """The label by which each counter is summed up."""
 
 
-def totals(registry: CollectorRegistry) -> Counter[tuple[str, ...]]:
+def counter_totals(registry: CollectorRegistry) -> Counter[tuple[str, ...]]:
     """Return the current value of each counter, by name and label value."""
     found: Counter[tuple[str, ...]] = Counter()
     stores: Any = collectors_of(registry).stores

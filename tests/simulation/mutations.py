@@ -39,7 +39,7 @@ MUTATIONS: dict[str, list[Edit]] = {
     # Claims.
     "no deduplication of items": [
         Edit("dispatcher:Dispatcher", "owned = self.items.get(work_item.id)", "owned = None"),
-        # Otherwise the second check holds: an item of a session that runs is declined.
+        # Without this edit the second check holds: an item of a session that runs is declined.
         Edit("dispatcher:Dispatcher", "self.items.has_session(work_item.session_id)", "False"),
         Edit(
             "pool_item:OwnedItems",
@@ -547,8 +547,8 @@ def mutated(edits: list[Edit]) -> Iterator[None]:
             module_name, _, class_name = edit.where.partition(":")
             module = importlib.import_module(_full_name(module_name))
             owner = getattr(module, class_name)
-            name, original = _found(owner, edit)
-            setattr(owner, name, _rewritten(module, original, edit))
+            name, original = _edited_function(owner, edit)
+            setattr(owner, name, _rewritten_function(module, original, edit))
             stack.callback(setattr, owner, name, original)
         yield
 
@@ -559,23 +559,23 @@ def _full_name(module: str) -> str:
     return f"workpool.{module}" if "." in module else f"workpool.pool.{module}"
 
 
-def _found(owner: type, edit: Edit) -> tuple[str, Any]:
+def _edited_function(owner: type, edit: Edit) -> tuple[str, Any]:
     """Return the name and the function that the edit is for."""
     holders = [
         (name, member)
         for name, member in owner.__dict__.items()
-        if inspect.isfunction(_function(member)) and _source(member).count(edit.old) == 1
+        if inspect.isfunction(_find_function(member)) and _source_of(member).count(edit.old) == 1
     ]
     assert len(holders) == 1, f"{len(holders)} functions of {edit.where} hold {edit.old!r} once"
     return holders[0]
 
 
-def _function(member: Any) -> Any:
+def _find_function(member: Any) -> Any:
     return member.fget if isinstance(member, property) else member
 
 
-def _source(member: Any) -> str:
-    function = _function(member)
+def _source_of(member: Any) -> str:
+    function = _find_function(member)
     if (source := getattr(function, "mutated", None)) is not None:
         return str(source)
     try:
@@ -584,14 +584,14 @@ def _source(member: Any) -> str:
         return ""
 
 
-def _rewritten(module: Any, original: Any, edit: Edit) -> Any:
-    source = _source(original).replace(edit.old, edit.new)
+def _rewritten_function(module: Any, original: Any, edit: Edit) -> Any:
+    source = _source_of(original).replace(edit.old, edit.new)
     made: dict[str, Any] = {}
     code = compile("from __future__ import annotations\n" + source, f"<mutated {module}>", "exec")
     exec(code, module.__dict__, made)  # noqa: S102 - our own source, edited
     del made["annotations"]
     (member,) = made.values()
-    _function(member).mutated = source
+    _find_function(member).mutated = source
     return member
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, TypeVar
 
 from tests.simulation.machine import EVENT_LOOP, NETWORK, MachinesLoop
-from tests.simulation.trace import LATENCY_SECONDS, Delay, Sent
+from tests.simulation.trace import LATENCY_SECONDS, DelayedCall, SentCall
 from workpool.errors import ControlPlaneError, TransientError
 from workpool.server import APIError, Poll
 from workpool.server.http.server_dialects import QODER
@@ -76,42 +76,45 @@ class Network:
         self._share = schedule.fault_share
         self._kinds = schedule.fault_kinds
 
-    def fault_of(self, node: Node, op: str, work_id: str | None) -> Fault:
+    def fault_for_call(self, node: Node, op: str, work_id: str | None) -> Fault:
         """Return the fault of a call, or the node's latency if it has none."""
         if self.over:
             return SILENCE
-        fault = None if self.healed else self._draw(node, op)
+        fault = None if self.healed else self._draw_fault(node, op)
         if fault is None:
             return node.no_fault
         self.trace.faults += 1
         if fault.wait and (work_id is not None or op == "list"):
-            now = _loop().now
-            self.trace.delays.append(Delay(node, op, work_id, now, now + fault.wait))
+            now = _current_loop().now
+            self.trace.delays.append(DelayedCall(node, op, work_id, now, now + fault.wait))
         return fault
 
-    def _draw(self, node: Node, op: str) -> Fault | None:
-        if _within(node.cuts):
+    def _draw_fault(self, node: Node, op: str) -> Fault | None:
+        if _is_within_any(node.cuts):
             return SILENCE
-        if op == "ack" and _within(node.denials):
+        if op == "ack" and _is_within_any(node.denials):
             return FAULTS["403"]
         if not self._share or self._random.random() >= self._share:
             return None
         kind = self._random.choice(self._kinds)
         fault = make_fault(kind, self._random)
-        if kind == "asleep" and op != "poll":  # the machine halts while the call waits
+        if kind == "asleep" and op != "poll":  # The machine halts while the call waits.
             self._halt(node, fault.wait / 2)
-        elif kind == "drowsy":  # the machine halts in the work that follows the answer
+        elif kind == "drowsy":  # The machine halts in the work that follows the answer.
             fault = self._halt_at_answer(node, fault)
-        elif kind == "fading" and op in FADING:  # a slow answer, followed by calls without answers
-            now = _loop().now
+        # A slow answer is followed by calls without answers.
+        elif kind == "fading" and op in FADING:
+            now = _current_loop().now
             node.cuts.append((now + LATENCY_SECONDS, now + FADED_SECONDS))
         return fault
 
-    def note_sent(self, node: Node, op: str, work_id: str | None, fault: Fault) -> Sent | None:
+    def note_sent(self, node: Node, op: str, work_id: str | None, fault: Fault) -> SentCall | None:
         """Record a call whose bytes are sent now."""
         if self.over:
             return None
-        sent = Sent(_loop().now, node, op, work_id, None if fault is node.no_fault else fault)
+        sent = SentCall(
+            _current_loop().now, node, op, work_id, None if fault is node.no_fault else fault
+        )
         self.trace.sent.append(sent)
         return sent
 
@@ -126,14 +129,14 @@ class Network:
 
     def _halt(self, node: Node, seconds: float, steps: int = 0, how: Halt | None = None) -> float:
         """Halt the machine after `seconds` and then `steps` callbacks; return for how long."""
-        loop, length = _loop(), self._random.choice((5.0, 15.0, 40.0, 70.0))
+        loop, length = _current_loop(), self._random.choice((5.0, 15.0, 40.0, 70.0))
         kind = self._random.choice(SLEEPS) if how is None else how
 
-        def halt() -> None:
+        def halt_machine() -> None:
             if not self.healed:
-                node.machine.halt_after(steps, kind, length)
+                node.machine.halt_after_callbacks(steps, kind, length)
 
-        loop.call_at(loop.now + seconds, halt, context=NETWORK)
+        loop.call_at(loop.now + seconds, halt_machine, context=NETWORK)
         return length
 
 
@@ -141,33 +144,35 @@ def make_fault(kind: str, random: Random) -> Fault:
     """Return a fault of a kind of `schedule.FAULT_KINDS`."""
     match kind:
         case "wait" | "asleep":
-            return _travelling(Fault(wait=random.uniform(0.05, 9.0)))
+            return _with_latency(Fault(wait=random.uniform(0.05, 9.0)))
         case "late" | "fading":
             request_delay = random.uniform(0.01, 1.5)
             return Fault(request_delay=request_delay, answer_delay=random.uniform(0.01, 1.5))
         case "slow":
             seconds, first = random.uniform(1, 40), random.choice((True, False))
-            slow = _travelling(NO_FAULT)
+            slow = _with_latency(NO_FAULT)
             return (
                 replace(slow, request_delay=seconds)
                 if first
                 else replace(slow, answer_delay=seconds)
             )
         case "500":
-            return _travelling(status(500, applied=random.choice((True, False))))
+            return _with_latency(status(500, applied=random.choice((True, False))))
         case "503" | "429":
-            return _travelling(status(int(kind), retry_after=random.choice((None, 0.5, 5.0, 40.0))))
+            return _with_latency(
+                status(int(kind), retry_after=random.choice((None, 0.5, 5.0, 40.0)))
+            )
         case _:
             return FAULTS[kind]
 
 
-def _travelling(fault: Fault) -> Fault:
+def _with_latency(fault: Fault) -> Fault:
     """Return the fault with the usual latency."""
     return replace(fault, request_delay=LATENCY_SECONDS, answer_delay=LATENCY_SECONDS)
 
 
 FAULTS: Final = {
-    kind: _travelling(fault)
+    kind: _with_latency(fault)
     for kind, fault in {
         "drowsy": NO_FAULT,
         "silence": silence(applied=False),
@@ -185,7 +190,7 @@ FAULTS: Final = {
 SILENCE: Final = FAULTS["silence"]
 
 
-class Client(LocalClient):
+class SimulatedClient(LocalClient):
     """A client of one pool, whose calls pass the simulated network.
 
     Like a client with an aiohttp session, it belongs to the event loop on which it was created. It
@@ -196,7 +201,7 @@ class Client(LocalClient):
         super().__init__(network.operations, settings)
         self._network = network
         self._node = node
-        self._sent: Sent | None = None
+        self._sent: SentCall | None = None
         self._patch: Mapping[str, str | None] = {}
         self._event_loop = EVENT_LOOP.get()
         self._token_source = CredentialSource(lambda: "token", Path("token"))
@@ -204,9 +209,9 @@ class Client(LocalClient):
         self._connected = False
         self._work_id: str | None = None
         if rate := node.pool.write_rate:
-            self.rate_limits.write = RateLimiter("write", rate, _loop().time)
+            self.rate_limits.write = RateLimiter("write", rate, _current_loop().time)
 
-    async def __aenter__(self) -> Client:
+    async def __aenter__(self) -> SimulatedClient:
         """Open, read the token, and record the pool's `worker_id`."""
         self._node.worker_id = self.worker_id or ""
         await super().__aenter__()
@@ -222,17 +227,17 @@ class Client(LocalClient):
     ) -> WorkItem | None:
         """Poll; a poll that was sent arrives even if its caller is cancelled."""
         del block_ms, timeout
-        loop = _loop()
+        loop = _current_loop()
         self._node.polls += 1
         fault = self._fault_of(self._request("poll", None))
         if fault.wait:
             await asyncio.sleep(fault.wait)
-        await self._connect("poll", None, DEFAULT_OPTIONS, self._timeout)
+        await self._open_connection("poll", None, DEFAULT_OPTIONS, self._timeout)
         self._note_sent("poll", None, fault)
         answered: asyncio.Future[Reply] = loop.create_future()
         window = RECLAIM_OLDER_THAN_MS if reclaim_older_than_ms is None else reclaim_older_than_ms
         poll = Poll(self.worker_id, self._network.patience_ms, window)
-        travel = partial(self._travel, poll, fault, answered)
+        travel = partial(self._deliver_poll, poll, fault, answered)
         loop.call_at(loop.now + fault.request_delay, travel, context=NETWORK)
 
         async def exchange() -> Reply:
@@ -252,25 +257,25 @@ class Client(LocalClient):
     ) -> WorkItem:
         """Update metadata, and record the patch."""
 
-        def check() -> None:
+        def check_and_record() -> None:
             if options.check is not None:
                 options.check()
             self._patch = dict(patch)  # the call is sent in the same step
 
-        noting = options._replace(check=check)
+        noting = options._replace(check=check_and_record)
         return await super().update_metadata(work_id, patch, timeout=timeout, options=noting)
 
-    def _travel(self, poll: Poll, fault: Fault, answered: asyncio.Future[Reply]) -> None:
+    def _deliver_poll(self, poll: Poll, fault: Fault, answered: asyncio.Future[Reply]) -> None:
         """Serve a poll that arrived, in a task of the control plane."""
-        task = _loop().create_task(self._serve(poll, fault, answered), context=NETWORK)
+        task = _current_loop().create_task(self._serve_poll(poll, fault, answered), context=NETWORK)
         self._network.serving.add(task)
         task.add_done_callback(self._network.serving.discard, context=NETWORK)
 
-    async def _serve(self, poll: Poll, fault: Fault, answered: asyncio.Future[Reply]) -> None:
+    async def _serve_poll(self, poll: Poll, fault: Fault, answered: asyncio.Future[Reply]) -> None:
         item = None
         if fault.applied:
             item = await self._operations.long_poll(
-                self._environment_id, poll, lambda: self._gone(answered)
+                self._environment_id, poll, lambda: self._is_disconnected(answered)
             )
         reply = answer_to(fault, lambda: None if item is None else QODER.item(item))
         if reply != "silence":
@@ -278,22 +283,22 @@ class Client(LocalClient):
             if not answered.done():
                 answered.set_result(reply)
 
-    def _gone(self, answered: asyncio.Future[Reply]) -> bool:
+    def _is_disconnected(self, answered: asyncio.Future[Reply]) -> bool:
         return answered.cancelled() or self._node.machine.halted == "crashed"
 
     async def acquire_ack_permit(self) -> None:
         """Acquire a permit, and record when."""
         await super().acquire_ack_permit()
         if self.rate_limits.write.limited:
-            self._node.claim_permits.append(_loop().now)
+            self._node.claim_permits.append(_current_loop().now)
 
     async def _acquire(self, priority: Priority, seconds: float | None) -> None:
-        began = _loop().now
+        began = _current_loop().now
         try:
             await super()._acquire(priority, seconds)
         finally:
-            if (now := _loop().now) > began and priority != Priority.CLAIM:
-                self._network.trace.delays.append(Delay(self._node, "", None, began, now))
+            if (now := _current_loop().now) > began and priority != Priority.CLAIM:
+                self._network.trace.delays.append(DelayedCall(self._node, "", None, began, now))
 
     async def _send(
         self,
@@ -304,31 +309,33 @@ class Client(LocalClient):
         options: CallOptions = DEFAULT_OPTIONS,
     ) -> T:
         if self._node.pool.worker_key and endpoint.op in OPTIONAL:
-            operate = _denied
+            operate = _is_denied
         return await super()._send(endpoint, work_id, operate, timeout, options)
 
     async def _wait(self, op: str, fault: Fault, options: CallOptions, until: float) -> None:
-        work_id = self._work_id  # set in the same step
+        work_id = self._work_id  # Nothing ran between this value and its use.
         await super()._wait(op, fault, options, until)
-        await self._connect(op, work_id, options, until - _loop().time())
+        await self._open_connection(op, work_id, options, until - _current_loop().time())
 
-    async def _connect(
+    async def _open_connection(
         self, op: str, work_id: str | None, options: CallOptions, seconds: float
     ) -> None:
         """Look the host name up, unless a connection is open."""
         if self._connected and not options.new_connection:
             return
-        began = _loop().now
+        began = _current_loop().now
         try:
             async with asyncio.timeout(seconds):
                 await self._resolver.resolve("127.0.0.1")
         except TimeoutError:
-            self._network.trace.delays.append(Delay(self._node, op, work_id, began, _loop().now))
+            self._network.trace.delays.append(
+                DelayedCall(self._node, op, work_id, began, _current_loop().now)
+            )
             raise TransientError(op, None, "no answer in time", reason="timeout") from None
         self._connected = True
 
     def _carry(self, seconds: float, arrive: Callable[[], None]) -> None:
-        loop = _loop()
+        loop = _current_loop()
         loop.call_at(loop.now + seconds, arrive, context=NETWORK)
 
     def _fault_of(self, request: Request) -> Fault:
@@ -336,7 +343,7 @@ class Client(LocalClient):
             self._network.trace.misplaced.append((self._node, request.op, request.at))
             raise RuntimeError("the client belongs to another event loop")
         self._work_id = request.work_id
-        return self._network.fault_of(self._node, request.op, request.work_id)
+        return self._network.fault_for_call(self._node, request.op, request.work_id)
 
     def _note_sent(self, op: str, work_id: str | None, fault: Fault) -> None:
         self._sent = self._network.note_sent(self._node, op, work_id, fault)
@@ -346,7 +353,7 @@ class Client(LocalClient):
     async def _settle(
         self, endpoint: Endpoint[T], exchange: Coroutine[Any, Any, Reply], seconds: float
     ) -> T:
-        sent = self._sent  # set in the same step
+        sent = self._sent  # Nothing ran between this value and its use.
         answer: str | int | None = None
         try:
             value = await super()._settle(endpoint, exchange, seconds)
@@ -360,20 +367,20 @@ class Client(LocalClient):
             return value
         finally:
             if sent is not None:
-                sent.answer, sent.answered_at = answer, _loop().now
+                sent.answer, sent.answered_at = answer, _current_loop().now
 
 
-def _denied() -> object:
+def _is_denied() -> object:
     raise APIError(403, "a worker's key may not make this call")
 
 
-def _within(times: list[tuple[float, float]]) -> bool:
+def _is_within_any(times: list[tuple[float, float]]) -> bool:
     """Return whether one of the time spans includes now."""
-    now = _loop().now
+    now = _current_loop().now
     return any(since <= now < until for since, until in times)
 
 
-def _loop() -> MachinesLoop:
+def _current_loop() -> MachinesLoop:
     loop = asyncio.get_running_loop()
     assert isinstance(loop, MachinesLoop)
     return loop

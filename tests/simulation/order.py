@@ -18,8 +18,8 @@ from workpool.events import (
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-    from tests.simulation.case import Case
-    from tests.simulation.trace import Node, Run, Sent
+    from tests.simulation.case import FinishedSimulation
+    from tests.simulation.trace import HandlerRun, Node, SentCall
     from workpool.events import Event
 
 INSTANT_SECONDS: Final = 0.001
@@ -41,30 +41,32 @@ PROMPT: Final = frozenset({"work", "raise", "odd", "eager", "write"})
 """Behaviours whose completion follows at once."""
 
 
-def completions_go_first(case: Case) -> Iterator[str]:
+def completions_go_first(case: FinishedSimulation) -> Iterator[str]:
     """9a. While a completion waits for the rate limit, no permit for a new claim is granted."""
     for run in case.trace.runs:
         permits = run.node.claim_permits
         if permits and run.behaviour in PROMPT and run.result in {"returned", "raised"}:
-            yield from _overtaken(case, run, permits)
+            yield from _was_overtaken(case, run, permits)
 
 
-def _overtaken(case: Case, run: Run, permits: list[float]) -> Iterator[str]:
-    lease = case.lease(run.node, run.work_id, run.started)
+def _was_overtaken(
+    case: FinishedSimulation, run: HandlerRun, permits: list[float]
+) -> Iterator[str]:
+    lease = case.lease_at(run.node, run.work_id, run.started)
     writes = [
         call
         for call in case.sent[run.node, run.work_id]
         if call.op in {"update", "stop"}
         and call.at >= run.ended
-        and case.lease(run.node, run.work_id, call.at) is lease
+        and case.lease_at(run.node, run.work_id, call.at) is lease
     ]
     stop = next((call for call in writes if call.op == "stop"), None)
-    if stop is None or run.node.paused(run.ended, stop.at):
+    if stop is None or run.node.was_paused(run.ended, stop.at):
         return
-    if run.node.paused_unseen(run.started, stop.at):
+    if run.node.was_paused_unnoticed(run.started, stop.at):
         return  # the stop may have waited for the heartbeat that verifies the lease
     writes = [call for call in writes if call.at <= stop.at]
-    delayed = _delayed(case, run.node, run.work_id, run.ended, stop.at)
+    delayed = _was_delayed(case, run.node, run.work_id, run.ended, stop.at)
     if delayed or any(call.fault is not None for call in writes):
         return
     for at in permits:
@@ -73,7 +75,7 @@ def _overtaken(case: Case, run: Run, permits: list[float]) -> Iterator[str]:
             yield f"{stop} waited since {run.ended:.3f}, a claim was permitted at {at:.3f}"
 
 
-def acks_do_not_wait(case: Case) -> Iterator[str]:
+def acks_do_not_wait(case: FinishedSimulation) -> Iterator[str]:
     """9b. An item with a slot is acknowledged at once: its permit was acquired before the poll."""
     for node in case.trace.nodes:
         if not node.claim_permits:
@@ -83,25 +85,29 @@ def acks_do_not_wait(case: Case) -> Iterator[str]:
                 yield from _late_acks(case, node, at, event)
 
 
-def _late_acks(case: Case, node: Node, at: float, event: AckFinished) -> Iterator[str]:
+def _late_acks(
+    case: FinishedSimulation, node: Node, at: float, event: AckFinished
+) -> Iterator[str]:
     began = at - (event.delivery_seconds - event.queue_seconds) / node.pool.rate
     for call in case.sent[node, event.item.id]:
         if call.op == "ack" and began - INSTANT_SECONDS <= call.at <= at:
             late = call.at - began > MARGIN_SECONDS
-            if late and not (call.fault or _delayed(case, node, call.work_id, began, at)):
+            if late and not (call.fault or _was_delayed(case, node, call.work_id, began, at)):
                 yield f"{call} was sent; its item had a slot since {began:.3f}"
             return
 
 
-def _delayed(case: Case, node: Node, work_id: str | None, since: float, until: float) -> bool:
+def _was_delayed(
+    case: FinishedSimulation, node: Node, work_id: str | None, since: float, until: float
+) -> bool:
     """Return whether the node was halted, or a call for the item got no connection."""
-    return node.paused(since - 1, until) or any(
+    return node.was_paused(since - 1, until) or any(
         each.node is node and each.work_id == work_id and since - 1 <= each.since <= until
         for each in case.trace.delays
     )
 
 
-def refused_acks_are_backed_off(case: Case) -> Iterator[str]:
+def refused_acks_are_backed_off(case: FinishedSimulation) -> Iterator[str]:
     """9c. A pool whose acks are refused sends few of them, and so leaves items to others."""
     for node in case.trace.nodes:
         for since, until in node.denials:
@@ -116,7 +122,7 @@ def refused_acks_are_backed_off(case: Case) -> Iterator[str]:
                 yield f"{node.machine.name} sent {denied} acks that were refused"
 
 
-def failing_handlers_claim_slowly(case: Case) -> Iterator[str]:
+def failing_handlers_claim_slowly(case: FinishedSimulation) -> Iterator[str]:
     """9d. After five quick failures in a row, an item is claimed only after a pause."""
     for node in case.trace.nodes:
         declined = {
@@ -127,7 +133,7 @@ def failing_handlers_claim_slowly(case: Case) -> Iterator[str]:
 
 
 def _early_claims(node: Node, declined: set[tuple[float, str]], retried: bool) -> Iterator[str]:
-    """Yield the claims that came too early, for one of the two handlers.
+    """Yield the claims of one of the two handlers that came too early.
 
     A limit of sessions has one handler for both kinds of items.
     """
@@ -137,10 +143,10 @@ def _early_claims(node: Node, declined: set[tuple[float, str]], retried: bool) -
         if node.pool.max_sessions is None and _is_retried(event) != retried:
             continue
         if isinstance(event, SessionFinished):
-            failed, grown = _after(event, failed, pause)
-            if grown != pause or _failed(event):
+            failed, grown = _failures_after(event, failed, pause)
+            if grown != pause or _failed_quickly(event):
                 resume_at, pause = at + grown, grown
-        elif _claimed(event, at, declined) and at < resume_at - INSTANT_SECONDS:
+        elif _claimed_item(event, at, declined) and at < resume_at - INSTANT_SECONDS:
             name = node.machine.name
             yield f"{name} claimed an item at {at:.3f}, before {resume_at:.3f}"
 
@@ -153,9 +159,11 @@ def _is_retried(event: Event) -> bool:
     return item is not None and item.metadata.get("behaviour") == "retry"
 
 
-def _after(event: SessionFinished, failed: set[str], pause: float) -> tuple[set[str], float]:
+def _failures_after(
+    event: SessionFinished, failed: set[str], pause: float
+) -> tuple[set[str], float]:
     """Return the items that have failed in a row, and the pause that follows."""
-    if _failed(event):
+    if _failed_quickly(event):
         failed = failed | {event.session.item.id}
         return failed, min(30.0, 2 * pause or 1.0) if len(failed) >= FAILURES else 0.0
     if event.outcome in {"completed", "failed", "timed_out", "stalled"}:
@@ -163,11 +171,11 @@ def _after(event: SessionFinished, failed: set[str], pause: float) -> tuple[set[
     return failed, pause
 
 
-def _failed(event: SessionFinished) -> bool:
+def _failed_quickly(event: SessionFinished) -> bool:
     return event.outcome == "failed" and event.seconds < 1
 
 
-def _claimed(event: Event, at: float, declined: set[tuple[float, str]]) -> bool:
+def _claimed_item(event: Event, at: float, declined: set[tuple[float, str]]) -> bool:
     return (
         isinstance(event, ItemReceived)
         and event.origin != "duplicate"
@@ -175,7 +183,7 @@ def _claimed(event: Event, at: float, declined: set[tuple[float, str]]) -> bool:
     )
 
 
-def cancellations_are_repeated(case: Case) -> Iterator[str]:
+def cancellations_are_repeated(case: FinishedSimulation) -> Iterator[str]:
     """9e. A handler that ignores its cancellation is cancelled again after 10 s."""
     for run in case.trace.runs:
         if run.behaviour != "swallow" or run.cancelled_at == FOREVER or run.node.abandoned:
@@ -185,7 +193,7 @@ def cancellations_are_repeated(case: Case) -> Iterator[str]:
             yield f"{run.work_id[-6:]} was cancelled at {run.cancelled_at:.3f} and ran on"
 
 
-def nothing_is_sent_in_doubt(case: Case) -> Iterator[str]:
+def nothing_is_sent_in_doubt(case: FinishedSimulation) -> Iterator[str]:
     """9f. After a pause that the lease clock does not show, a heartbeat or ack succeeds first."""
     for (node, work_id), calls in case.sent.items():
         for since, until in node.machine.unseen:
@@ -193,16 +201,16 @@ def nothing_is_sent_in_doubt(case: Case) -> Iterator[str]:
                 continue
             for call in calls:
                 if call.op in {"stop", "update"} and call.at >= until:
-                    lease = case.lease(node, work_id, call.at)
+                    lease = case.lease_at(node, work_id, call.at)
                     if (
                         lease is not None
                         and lease.began < until
-                        and not _verified(calls, until, call)
+                        and not _was_verified(calls, until, call)
                     ):
                         yield f"{call} was sent; its machine was paused until {until:.3f}"
 
 
-def _verified(calls: list[Sent], since: float, until: Sent) -> bool:
+def _was_verified(calls: list[SentCall], since: float, until: SentCall) -> bool:
     return any(
         call.op in {"heartbeat", "ack"}
         and call.answer == "ok"
@@ -212,24 +220,24 @@ def _verified(calls: list[Sent], since: float, until: Sent) -> bool:
     )
 
 
-def one_heartbeat_at_a_time(case: Case) -> Iterator[str]:
+def one_heartbeat_at_a_time(case: FinishedSimulation) -> Iterator[str]:
     """9g. A pool sends no heartbeat for an item while another one is under way."""
     for (node, work_id), calls in case.sent.items():
         heartbeats = [call for call in calls if call.op == "heartbeat"]
         for one, two in pairwise(heartbeats):
             # A heartbeat of an earlier lease may be in flight; its answer is not used.
-            again = case.lease(node, work_id, one.at) is not case.lease(node, work_id, two.at)
+            again = case.lease_at(node, work_id, one.at) is not case.lease_at(node, work_id, two.at)
             if two.at < one.answered_at and not again:
                 yield f"{two} was sent while {one} was under way"
 
 
-def a_try_leaves_time_for_another(case: Case) -> Iterator[str]:
+def a_try_leaves_time_for_another(case: FinishedSimulation) -> Iterator[str]:
     """9h. A write without an answer is given up early enough to be tried again."""
     for (node, work_id), calls in case.sent.items():
         for call in calls:
             if call.op not in {"stop", "update"} or call.answered_at == FOREVER:
                 continue
-            lease = case.lease(node, work_id, call.at)
+            lease = case.lease_at(node, work_id, call.at)
             if lease is None:
                 continue
             left = (lease.end_at(call.at) - call.at) / TRY_PART
@@ -238,7 +246,7 @@ def a_try_leaves_time_for_another(case: Case) -> Iterator[str]:
                 yield f"{call} was given up at {call.answered_at:.3f} only"
 
 
-def optional_calls_are_refused_once(case: Case) -> Iterator[str]:
+def optional_calls_are_refused_once(case: FinishedSimulation) -> Iterator[str]:
     """9j. A call that the key may not make is not sent again, until a poll is refused as well.
 
     A call that is being repeated at that time is repeated until it is refused itself, and a read
@@ -263,13 +271,13 @@ def optional_calls_are_refused_once(case: Case) -> Iterator[str]:
                     call.node is node
                     and call.op == op
                     and denied_at < call.at < forgotten_at
-                    and not _repeats(case, call, denied_at)
-                    and not _waited(case, call, denied_at)
+                    and not _repeats_unanswered(case, call, denied_at)
+                    and not _waited_for_connection(case, call, denied_at)
                 ):
                     yield f"{call} was sent; it was refused at {denied_at:.3f}"
 
 
-def _waited(case: Case, call: Sent, since: float) -> bool:
+def _waited_for_connection(case: FinishedSimulation, call: SentCall, since: float) -> bool:
     """Return whether the call waited for a connection at the time `since`."""
     return any(
         each.node is call.node
@@ -279,7 +287,7 @@ def _waited(case: Case, call: Sent, since: float) -> bool:
     )
 
 
-def _repeats(case: Case, call: Sent, since: float) -> bool:
+def _repeats_unanswered(case: FinishedSimulation, call: SentCall, since: float) -> bool:
     """Return whether the call waited since before `since`, or repeats one without an answer."""
     waited = any(
         delay.node is call.node
@@ -297,20 +305,20 @@ def _repeats(case: Case, call: Sent, since: float) -> bool:
     return waited or repeated
 
 
-def sessions_share_no_context(case: Case) -> Iterator[str]:
+def sessions_share_no_context(case: FinishedSimulation) -> Iterator[str]:
     """9i. No session sees a context variable that another session's handler has set."""
     for run in case.trace.runs:
         if run.leaked:
             yield f"{run.work_id[-6:]} began in another session's context at {run.started:.3f}"
 
 
-def clients_stay_on_their_loop(case: Case) -> Iterator[str]:
+def clients_stay_on_their_loop(case: FinishedSimulation) -> Iterator[str]:
     """9k. A client is used on the event loop for which `connect` created it."""
     for node, op, at in case.trace.misplaced:
         yield f"{node.machine.name}: {op} at {at:.3f} on another event loop than its client's"
 
 
-def completions_are_tried_while_the_lease_is_held(case: Case) -> Iterator[str]:
+def completions_are_tried_while_the_lease_is_held(case: FinishedSimulation) -> Iterator[str]:
     """9l. A completion is given up only shortly before the lease ends, as far as the pool knows."""
     for node in case.trace.nodes:
         leaving = 0.0 if node.error is not None else node.drain[0] if node.drain else FOREVER
@@ -320,18 +328,18 @@ def completions_are_tried_while_the_lease_is_held(case: Case) -> Iterator[str]:
             if not isinstance(event, SessionFinished) or event.outcome != "released":
                 continue
             work_id = event.session.item.id
-            lease = case.lease(node, work_id, at)
+            lease = case.lease_at(node, work_id, at)
             run = None if lease is None else case.run_of(node, lease)
             if run is None or run.cancelled_at < FOREVER or at >= leaving:
                 continue
             if run.result not in {"returned", "raised"}:
                 continue
-            left = _known_end(case, node, work_id, at) - at
+            left = _known_lease_end(case, node, work_id, at) - at
             if left > RETRY_SECONDS:
                 yield f"{node.machine.name}: {work_id[-6:]} was given up {left:.1f} s too early"
 
 
-def _known_end(case: Case, node: Node, work_id: str, at: float) -> float:
+def _known_lease_end(case: FinishedSimulation, node: Node, work_id: str, at: float) -> float:
     """Return the end of the lease that the last answered heartbeat granted."""
     sent = [
         call.at

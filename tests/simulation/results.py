@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from collections.abc import Mapping
 
 
-class Report(NamedTuple):
+class SimulationReport(NamedTuple):
     """The result of some simulations.
 
     Attributes:
@@ -29,9 +29,9 @@ class Report(NamedTuple):
     checked: int = 0
     failures: tuple[tuple[int, tuple[str, ...]], ...] = ()
 
-    def plus(self, other: Report) -> Report:
+    def plus(self, other: SimulationReport) -> SimulationReport:
         """Return the sum of two reports."""
-        return Report(
+        return SimulationReport(
             self.schedules + other.schedules,
             self.faults + other.faults,
             self.actions + other.actions,
@@ -51,7 +51,7 @@ class Report(NamedTuple):
         return "\n".join(lines)
 
 
-class Progress:
+class ProgressFile:
     """A file with one line of JSON for each finished part of a long simulation.
 
     A line names a digest of the source of the package and of the simulation: a result holds for
@@ -62,9 +62,9 @@ class Progress:
         self._path = path
         self._source = _source_digest()
 
-    def finished(self) -> Mapping[range, Report]:
+    def finished_parts(self) -> Mapping[range, SimulationReport]:
         """Return the results for the current source by the seeds of their parts."""
-        found: dict[range, Report] = {}
+        found: dict[range, SimulationReport] = {}
         lines = self._path.read_text().splitlines() if self._path.exists() else []
         for line in lines:
             try:
@@ -73,10 +73,12 @@ class Progress:
                 continue
             if part["source"] == self._source:
                 failures = tuple((seed, tuple(texts)) for seed, texts in part["failures"])
-                found[range(*part["seeds"])] = Report(*part["numbers"])._replace(failures=failures)
+                found[range(*part["seeds"])] = SimulationReport(*part["numbers"])._replace(
+                    failures=failures
+                )
         return found
 
-    def add(self, seeds: range, report: Report) -> None:
+    def add_part(self, seeds: range, report: SimulationReport) -> None:
         """Append the result of a finished part."""
         *numbers, failures = report
         part = {

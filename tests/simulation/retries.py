@@ -5,7 +5,7 @@ from __future__ import annotations
 from itertools import pairwise
 from typing import TYPE_CHECKING, Final
 
-from tests.simulation.attempts import notes_of, was_late
+from tests.simulation.attempts import notes_of, was_applied_late
 from tests.simulation.scripted_handlers import RETRY
 from tests.simulation.trace import FOREVER
 from workpool.events import DrainStarted, HandlerRetried, SessionFinished, StopRequested
@@ -13,18 +13,18 @@ from workpool.events import DrainStarted, HandlerRetried, SessionFinished, StopR
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-    from tests.simulation.case import Case, GrantedLease
-    from tests.simulation.trace import Node, Run
+    from tests.simulation.case import FinishedSimulation, GrantedLease
+    from tests.simulation.trace import HandlerRun, Node
 
 MARGIN_SECONDS: Final = 0.05
 _RELEASED: Final = "workpool.released"
 _RETRIES: Final = "workpool.retries"
 
 
-def failed_calls_are_repeated(case: Case) -> Iterator[str]:
+def failed_calls_are_repeated(case: FinishedSimulation) -> Iterator[str]:
     """11a. After an error the handler is called again under the same lease, within its delay."""
     for node, lease in case.all_leases():
-        runs = _calls(case, node, lease)
+        runs = _calls_of_handler(case, node, lease)
         for number, (run, following) in enumerate(pairwise([*runs, None])):
             if run is None or run.result != "retried":
                 continue
@@ -32,19 +32,19 @@ def failed_calls_are_repeated(case: Case) -> Iterator[str]:
             until += node.halted_seconds(run.ended, FOREVER)
             if following is None:
                 if not _ended_meanwhile(case, node, lease, until):
-                    yield f"{_name(run)} failed, and is not called again until {until:.3f}"
+                    yield f"{_run_name(run)} failed, and is not called again until {until:.3f}"
             elif following.retry != run.retry + 1 or following.started > until:
-                yield f"{_name(run)} failed, and is called again only as {_name(following)}"
+                yield f"{_run_name(run)} failed, and is called again only as {_run_name(following)}"
 
 
-def retries_are_bounded(case: Case) -> Iterator[str]:
+def retries_are_bounded(case: FinishedSimulation) -> Iterator[str]:
     """11b. No call has a number beyond `times`."""
     for run in case.trace.runs:
         if run.retry > RETRY.times:
-            yield f"{_name(run)} is one call too many"
+            yield f"{_run_name(run)} is one call too many"
 
 
-def retries_end_with_the_pool_and_the_session(case: Case) -> Iterator[str]:
+def retries_end_with_the_pool_and_the_session(case: FinishedSimulation) -> Iterator[str]:
     """11d. No handler is called again after a drain began or an operator asked to stop."""
     for node in case.trace.nodes:
         drained = False
@@ -62,36 +62,43 @@ def retries_end_with_the_pool_and_the_session(case: Case) -> Iterator[str]:
                         yield f"{node.machine.name}: {session.id[-6:]} is called again at {at:.3f}"
 
 
-def retries_go_on_in_the_next_run(case: Case) -> Iterator[str]:
+def retries_go_on_in_the_next_run(case: FinishedSimulation) -> Iterator[str]:
     """11c. A released run leaves the number of its next call, with which the next run begins."""
     for work_id, runs in case.runs.items():
-        if was_late(case, work_id) or not any(run.behaviour == "retry" for run in runs):
+        if was_applied_late(case, work_id) or not any(run.behaviour == "retry" for run in runs):
             continue
         for lease in case.leases.get(work_id, ()):
             node = next(each for each in case.trace.nodes if each.worker_id == lease.worker_id)
-            calls = _calls(case, node, lease)
+            calls = _calls_of_handler(case, node, lease)
             if not calls:
                 continue
-            left = _left(case, work_id, lease.began)
+            left = _stored_retry_number(case, work_id, lease.began)
             if calls[0].retry != left:
-                yield f"{_name(calls[0])} is the first call, but {left} was left to it"
+                yield f"{_run_name(calls[0])} is the first call, but {left} was left to it"
             expected = calls[-1].retry + (calls[-1].result == "retried")
-            if _is_released(case, node, lease) and _left(case, work_id, lease.ended) != expected:
-                yield f"{_name(calls[-1])} was released, and {expected} is not left to the next run"
+            if (
+                _was_released(case, node, lease)
+                and _stored_retry_number(case, work_id, lease.ended) != expected
+            ):
+                yield f"{_run_name(calls[-1])} was released without {expected} for the next run"
 
 
-def _calls(case: Case, node: Node, lease: GrantedLease) -> list[Run]:
+def _calls_of_handler(
+    case: FinishedSimulation, node: Node, lease: GrantedLease
+) -> list[HandlerRun]:
     """Return the calls of the handler with `retry=` under a lease, in order."""
     return [
         run
         for run in case.runs[lease.work_id]
         if run.node is node
         and run.behaviour == "retry"
-        and case.lease(node, lease.work_id, run.started) is lease
+        and case.lease_at(node, lease.work_id, run.started) is lease
     ]
 
 
-def _ended_meanwhile(case: Case, node: Node, lease: GrantedLease, until: float) -> bool:
+def _ended_meanwhile(
+    case: FinishedSimulation, node: Node, lease: GrantedLease, until: float
+) -> bool:
     """Return whether anything may have ended the session before the next call."""
     drains = [at for at, event in node.events if isinstance(event, DrainStarted)]
     return (
@@ -101,15 +108,15 @@ def _ended_meanwhile(case: Case, node: Node, lease: GrantedLease, until: float) 
         or node.pool.session_timeout is not None
         or lease.stop_requested <= until
         or (lease.end_kind == "stopped" and lease.stopped_by != lease.worker_id)
-        or case.disturbed(node, lease)
+        or case.had_fault(node, lease)
     )
 
 
-def _is_released(case: Case, node: Node, lease: GrantedLease) -> bool:
+def _was_released(case: FinishedSimulation, node: Node, lease: GrantedLease) -> bool:
     """Return whether the session was released regularly, by a pool that may write its notes."""
     return (
         lease.stop_requested == FOREVER
-        and not case.disturbed(node, lease)
+        and not case.had_fault(node, lease)
         and not node.abandoned
         and not node.pool.worker_key
         and case.denied_at(node, "update") == FOREVER
@@ -123,7 +130,7 @@ def _is_released(case: Case, node: Node, lease: GrantedLease) -> bool:
     )
 
 
-def _left(case: Case, work_id: str, at: float) -> int:
+def _stored_retry_number(case: FinishedSimulation, work_id: str, at: float) -> int:
     """Return the number of the next call according to the item's metadata at a time."""
     standing: dict[str, str] = {}
     for call in notes_of(case, work_id):
@@ -136,5 +143,5 @@ def _left(case: Case, work_id: str, at: float) -> int:
     return int(standing.get(_RETRIES, "0")) if _RELEASED in standing else 0
 
 
-def _name(run: Run) -> str:
+def _run_name(run: HandlerRun) -> str:
     return f"{run.node.machine.name}:{run.work_id[-6:]}#{run.retry}@{run.started:.3f}"

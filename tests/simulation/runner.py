@@ -16,10 +16,10 @@ from prometheus_client import CollectorRegistry
 
 from tests.simulation.invariants import INVARIANTS, judge
 from tests.simulation.machine import run_machines
-from tests.simulation.results import Progress, Report
-from tests.simulation.schedule import Schedule, draw
+from tests.simulation.results import ProgressFile, SimulationReport
+from tests.simulation.schedule import Schedule, draw_schedule
 from tests.simulation.scripted_handlers import PLUGINS
-from tests.simulation.world import World
+from tests.simulation.world import SimulatedWorld
 from workpool.metrics import observer
 from workpool.plugins import loading, registry
 from workpool.pool import telemetry
@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Coroutine, Iterable, Iterator
     from pathlib import Path
 
-    from tests.simulation.case import Case
+    from tests.simulation.case import FinishedSimulation
 
 T = TypeVar("T")
 
@@ -41,14 +41,14 @@ COLLECT_EVERY: Final = 8
 
 def schedule_of(seed: int) -> Schedule:
     """Return the schedule of a seed."""
-    return draw(random.Random(seed), seed)
+    return draw_schedule(random.Random(seed), seed)
 
 
-def simulate(schedule: Schedule) -> tuple[Case, list[str]]:
+def simulate(schedule: Schedule) -> tuple[FinishedSimulation, list[str]]:
     """Run a schedule, and return what happened and the violations of the invariants."""
 
-    async def main() -> tuple[Case, list[str]]:
-        return await World(schedule, metrics_registry()).run(judge)
+    async def main() -> tuple[FinishedSimulation, list[str]]:
+        return await SimulatedWorld(schedule, metrics_registry()).run_schedule(judge)
 
     return run_world(main, schedule.seed, PLUGINS)
 
@@ -61,7 +61,7 @@ def run_world(
     random.seed(seed)
     logging.disable(logging.CRITICAL)
     try:
-        with _shortcuts(plugins):
+        with _cached_start(plugins):
             result: T = run_machines(main)
     finally:
         random.setstate(state)
@@ -69,16 +69,18 @@ def run_world(
     return result
 
 
-def simulate_all(seeds: Iterable[int], until: float = float("inf")) -> Report:
+def simulate_all(seeds: Iterable[int], until: float = float("inf")) -> SimulationReport:
     """Simulate the seeds in this process, as long as `time.monotonic()` is before `until`."""
-    report = Report()
+    report = SimulationReport()
     for seed in collecting_rarely(seeds):
         if time.monotonic() >= until:
             break
         case, violations = simulate(schedule_of(seed))
         failures = ((seed, tuple(violations)),) if violations else ()
         trace = case.trace
-        report = report.plus(Report(1, trace.faults, trace.actions, len(INVARIANTS), failures))
+        report = report.plus(
+            SimulationReport(1, trace.faults, trace.actions, len(INVARIANTS), failures)
+        )
     return report
 
 
@@ -97,7 +99,9 @@ def collecting_rarely(seeds: Iterable[int]) -> Iterator[int]:
         gc.unfreeze()
 
 
-def simulate_many(seed: int, schedules: int, processes: int, file: Path | None = None) -> Report:
+def simulate_many(
+    seed: int, schedules: int, processes: int, file: Path | None = None
+) -> SimulationReport:
     """Simulate the seeds from `seed` to `seed + schedules - 1` in several processes.
 
     With a `file`, each finished part is added to it, and parts that it has are not simulated again.
@@ -106,19 +110,21 @@ def simulate_many(seed: int, schedules: int, processes: int, file: Path | None =
         range(first, min(first + PART, seed + schedules))
         for first in range(seed, seed + schedules, PART)
     ]
-    progress = None if file is None else Progress(file)
-    finished = {} if progress is None else progress.finished()
-    report = functools.reduce(Report.plus, (finished[p] for p in parts if p in finished), Report())
+    progress = None if file is None else ProgressFile(file)
+    finished = {} if progress is None else progress.finished_parts()
+    report = functools.reduce(
+        SimulationReport.plus, (finished[p] for p in parts if p in finished), SimulationReport()
+    )
     missing = [part for part in parts if part not in finished]
     with multiprocessing.get_context("spawn").Pool(processes) as pool:
         for part, result in pool.imap_unordered(_simulate_part, missing):
             if progress is not None:
-                progress.add(part, result)
+                progress.add_part(part, result)
             report = report.plus(result)
     return report
 
 
-def _simulate_part(seeds: range) -> tuple[range, Report]:
+def _simulate_part(seeds: range) -> tuple[range, SimulationReport]:
     return seeds, simulate_all(seeds)
 
 
@@ -129,13 +135,13 @@ def metrics_registry() -> CollectorRegistry:
 
 
 @functools.cache
-def _loaded(given: tuple[object, ...]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+def _preloaded_plugins(given: tuple[object, ...]) -> tuple[tuple[Any, ...], dict[str, Any]]:
     plugins = loading.load(given, {})
     return plugins, registry._in_order(plugins)
 
 
 @functools.cache
-def _version(name: str) -> str:
+def _cached_version(name: str) -> str:
     return metadata.version(name)
 
 
@@ -143,21 +149,21 @@ _Series: Final = observer._Series
 _series: Final[dict[object, observer._Series]] = {}
 
 
-def _series_of(metric: Any, *rest: Any) -> observer._Series:
+def _cached_series(metric: Any, *rest: Any) -> observer._Series:
     if metric not in _series:
         _series[metric] = _Series(metric, *rest)
     return _series[metric]
 
 
 @contextmanager
-def _shortcuts(given: tuple[object, ...]) -> Iterator[None]:
+def _cached_start(given: tuple[object, ...]) -> Iterator[None]:
     """Cache what each pool's start would compute again: nine tenths of the cost of a start."""
-    plugins, hooks = _loaded(given)
+    plugins, hooks = _preloaded_plugins(given)
     replaced = [
         (registry, "load", lambda *_: plugins),
         (registry, "_in_order", lambda _: hooks),
-        (observer, "_Series", _series_of),
-        (telemetry, "version", _version),
+        (observer, "_Series", _cached_series),
+        (telemetry, "version", _cached_version),
         (resolver, "_look_up", lambda *_: []),
     ]
     before = [(module, name, getattr(module, name)) for module, name, _ in replaced]

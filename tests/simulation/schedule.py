@@ -59,7 +59,7 @@ PAUSE_SECONDS: Final = 2.5
 
 
 @dataclass(frozen=True, slots=True)
-class Pool:
+class PoolSettings:
     """One pool's settings, and the speed of its lease clock.
 
     Attributes:
@@ -126,7 +126,7 @@ class Schedule:
     """
 
     seed: int
-    pools: tuple[Pool, ...]
+    pools: tuple[PoolSettings, ...]
     actions: tuple[Action, ...]
     fault_share: float = 0.0
     fault_kinds: tuple[str, ...] = FAULT_KINDS
@@ -134,44 +134,48 @@ class Schedule:
     shared_slots: int | None = None
 
 
-def draw(random: Random, seed: int) -> Schedule:
+def draw_schedule(random: Random, seed: int) -> Schedule:
     """Draw a schedule."""
     return _with_shared_slots(_draw_with_own_slots(random, seed), random)
 
 
 def _draw_with_own_slots(random: Random, seed: int) -> Schedule:
-    pools = tuple(_pool(random) for _ in range(random.choice((1, 2, 2, 2, 3))))
-    work = [_work(random) for _ in range(random.randint(1, 4))]
+    pools = tuple(_draw_pool(random) for _ in range(random.choice((1, 2, 2, 2, 3))))
+    work = [_draw_work(random) for _ in range(random.randint(1, 4))]
     if random.random() < BURST_SHARE:
-        work.append(_burst(random))
-    actions = [_action(random) for _ in range(random.choice((0, 1, 2, 3, 4, 5)))]
-    actions = [_close_to(random.choice(work), action, random) for action in actions]
+        work.append(_draw_burst(random))
+    actions = [_draw_action(random) for _ in range(random.choice((0, 1, 2, 3, 4, 5)))]
+    actions = [_near_claim_or_completion(random.choice(work), action, random) for action in actions]
     kinds = (*random.choice(((), ("late",))), *random.sample(FAULT_KINDS, random.randint(1, 4)))
     share = random.choice((0.0, 0.0, 0.05, 0.15, 0.35))
     control_plane = random.choice(CONTROL_PLANES)
     if control_plane != "strict" and random.random() < CROWDED_SHARE:
         # Items wait for a slot for most of a lease, and their heartbeats wait for the network.
         pools = tuple(replace(pool, concurrency=1, prefetch=2) for pool in pools)
-        work += _crowd(random)
-    actions = sorted([*work, *actions], key=_at)
+        work += _draw_full_pool(random)
+    actions = sorted([*work, *actions], key=_draw_time)
     if random.random() < WORKER_KEY_SHARE:
         pools = tuple(
             replace(pool, worker_key=random.choice((True, True, False))) for pool in pools
         )
     if random.random() < LIMITS_SHARE:
-        pools = tuple(_limited(pool, random) for pool in pools)
+        pools = tuple(_draw_limits(pool, random) for pool in pools)
     if random.random() < HANDLER_LIMIT_SHARE:
         pools = tuple(
             replace(pool, concurrency=3, max_sessions=random.choice((1, 1, 2))) for pool in pools
         )
     if random.random() < REFRAIN_SHARE:
-        pauses = [replace(_action(random), kind="refrain") for _ in range(random.randint(1, 3))]
-        pauses = [_close_to(random.choice(work), pause, random) for pause in pauses]
-        actions = sorted([*actions, *pauses], key=_at)
+        pauses = [
+            replace(_draw_action(random), kind="refrain") for _ in range(random.randint(1, 3))
+        ]
+        pauses = [_near_claim_or_completion(random.choice(work), pause, random) for pause in pauses]
+        actions = sorted([*actions, *pauses], key=_draw_time)
     if random.random() < RETRY_SHARE:
-        actions = [_retried(action, random) for action in actions]
-        more = [_soon_after(random.choice(work), random) for _ in range(random.randint(0, 3))]
-        actions = sorted([*actions, *more], key=_at)
+        actions = [_draw_retried(action, random) for action in actions]
+        more = [
+            _draw_interruption(random.choice(work), random) for _ in range(random.randint(0, 3))
+        ]
+        actions = sorted([*actions, *more], key=_draw_time)
     schedule = Schedule(seed, pools, tuple(actions), share, kinds, control_plane)
     return _with_stalls(schedule, random) if random.random() < STALL_SHARE else schedule
 
@@ -193,39 +197,39 @@ def _with_stalls(schedule: Schedule, random: Random) -> Schedule:
     limits = random.choice((4.0, 10.0)), random.choice((None, 4.0, 15.0))
     pools = [replace(pool, stall_timeout=random.choice(limits)) for pool in schedule.pools]
     work = [
-        replace(_work(random), behaviour=random.choice(STALL_BEHAVIOURS))
+        replace(_draw_work(random), behaviour=random.choice(STALL_BEHAVIOURS))
         for _ in range(random.randint(1, 3))
     ]
-    actions = sorted([*schedule.actions, *work], key=_at)
+    actions = sorted([*schedule.actions, *work], key=_draw_time)
     return replace(schedule, pools=tuple(pools), actions=tuple(actions))
 
 
-def _soon_after(work: Action, random: Random) -> Action:
+def _draw_interruption(work: Action, random: Random) -> Action:
     """Return a long halt of a machine or a request to stop, perhaps before a retry of new work."""
     kinds: tuple[ActionKind, ...] = ("sleep", "freeze", "pause", "stop", "stop", "stop")
     at, seconds = work.at + random.uniform(1, 12), random.uniform(8, 20)
     return Action(round(at, 3), random.choice(kinds), random.randrange(4), round(seconds, 3))
 
 
-def _retried(action: Action, random: Random) -> Action:
+def _draw_retried(action: Action, random: Random) -> Action:
     """Return the action, or with an even chance work whose handler fails and is called again."""
     chosen = action.kind == "work" and random.random() < 0.5
     return replace(action, behaviour="retry") if chosen else action
 
 
-def _close_to(work: Action, action: Action, random: Random) -> Action:
+def _near_claim_or_completion(work: Action, action: Action, random: Random) -> Action:
     """Move some actions to the milliseconds in which an item is claimed or completed."""
     if random.random() < CLOSE_SHARE:
         return replace(action, at=round(work.at + random.uniform(0, CLOSE_SECONDS), 4))
     return action
 
 
-def _at(action: Action) -> float:
+def _draw_time(action: Action) -> float:
     return action.at
 
 
-def _pool(random: Random) -> Pool:
-    return Pool(
+def _draw_pool(random: Random) -> PoolSettings:
+    return PoolSettings(
         concurrency=random.choice((1, 1, 2, 3)),
         prefetch=random.choice((0, 0, 1, 2)),
         pollers=random.choice((1, 1, 2)),
@@ -240,7 +244,7 @@ def _pool(random: Random) -> Pool:
     )
 
 
-def _limited(pool: Pool, random: Random) -> Pool:
+def _draw_limits(pool: PoolSettings, random: Random) -> PoolSettings:
     return replace(
         pool,
         exit_after_sessions=random.choice((None, 1, 1, 2, 3)),
@@ -249,9 +253,9 @@ def _limited(pool: Pool, random: Random) -> Pool:
     )
 
 
-def _work(random: Random) -> Action:
+def _draw_work(random: Random) -> Action:
     return Action(
-        at=_moment(random, 60),
+        at=_draw_moment(random, 60),
         kind="work",
         target=random.randrange(4),
         seconds=random.choice((0.005, 3.0, 9.0, 20.0, 30.0, 45.0)) * random.uniform(0.8, 1.2),
@@ -260,16 +264,20 @@ def _work(random: Random) -> Action:
     )
 
 
-def _burst(random: Random) -> Action:
+def _draw_burst(random: Random) -> Action:
     behaviour = random.choice(("raise", "work"))
     return Action(
-        _moment(random, 30), "work", seconds=0.005, behaviour=behaviour, count=random.randint(6, 9)
+        _draw_moment(random, 30),
+        "work",
+        seconds=0.005,
+        behaviour=behaviour,
+        count=random.randint(6, 9),
     )
 
 
-def _crowd(random: Random) -> list[Action]:
+def _draw_full_pool(random: Random) -> list[Action]:
     """Return work that fills all slots, and faults that delay answers to heartbeats."""
-    seconds, at = random.uniform(25, 45), _moment(random, 10)
+    seconds, at = random.uniform(25, 45), _draw_moment(random, 10)
     work = Action(at, "work", seconds=seconds, count=random.randint(4, 7))
     ends = round(at + seconds - random.uniform(0, 2), 3)
     targets = range(random.choice((1, 3)))
@@ -280,11 +288,11 @@ def _crowd(random: Random) -> list[Action]:
     return [work, *cuts, *(Action(cut + 5, "expire", target) for target in range(3))]
 
 
-def _action(random: Random) -> Action:
+def _draw_action(random: Random) -> Action:
     kind = random.choice(ACTION_KINDS)
     seconds = random.choice((0.0, 2.0, 10.0, 20.0, 40.0)) * random.uniform(0.8, 1.2)
-    return Action(_moment(random, 120), kind, random.randrange(8), round(seconds, 3))
+    return Action(_draw_moment(random, 120), kind, random.randrange(8), round(seconds, 3))
 
 
-def _moment(random: Random, until: float) -> float:
+def _draw_moment(random: Random, until: float) -> float:
     return round(random.choice((0.0, random.uniform(0, 3), random.uniform(0, until))), 3)

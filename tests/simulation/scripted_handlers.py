@@ -9,7 +9,7 @@ from functools import partial
 from typing import TYPE_CHECKING, Any, Final
 
 from tests.simulation.machine import this_machine
-from tests.simulation.trace import HandoffBlock, Run
+from tests.simulation.trace import HandlerRun, HandoffBlock
 from workpool import Release, Retry, Session, handler, hookimpl
 from workpool.errors import ControlPlaneError, HandoverError
 from workpool.handlers import Handler
@@ -55,16 +55,16 @@ _SESSION: ContextVar[str | None] = ContextVar("session", default=None)
 @handler
 async def simulated(session: Session) -> Any:
     """Run the item's behaviour on the machine of this pool."""
-    return await this_machine().handlers.run(session)
+    return await this_machine().handlers.run_behaviour(session)
 
 
 @handler(metadata={BEHAVIOUR: "retry"}, retry=RETRY)
 async def simulated_retry(session: Session) -> Any:
     """Run the behaviour `retry` on the machine of this pool."""
-    return await this_machine().handlers.run(session)
+    return await this_machine().handlers.run_behaviour(session)
 
 
-class SimulatedLimit:
+class SimulatedLimitPlugin:
     """A plugin that limits the handler on machines whose pool has a limit for it."""
 
     @hookimpl
@@ -72,7 +72,7 @@ class SimulatedLimit:
         limit = this_machine().max_sessions
         if limit is None:
             return None
-        call = partial(SimulatedHandlers.run, this_machine().handlers)
+        call = partial(SimulatedHandlers.run_behaviour, this_machine().handlers)
         return Handler(
             name="simulated.limited",
             call=call,
@@ -82,7 +82,7 @@ class SimulatedLimit:
         )
 
 
-PLUGINS: Final = (SimulatedLimit(), simulated, simulated_retry)
+PLUGINS: Final = (SimulatedLimitPlugin(), simulated, simulated_retry)
 """The plugins of every simulated pool."""
 
 
@@ -108,31 +108,34 @@ class SimulatedHandlers:
         self._now = now
         self._sessions: set[Session] = set()
 
-    async def run(self, session: Session) -> Any:
+    async def run_behaviour(self, session: Session) -> Any:
         """Run the item's behaviour, and record the run."""
         item = session.item
         name, seconds = item.metadata[BEHAVIOUR], float(item.metadata[SECONDS])
         if self.healed:
             seconds = min(seconds, HEALED_SECONDS)
         first = not any(run.work_id == item.id for run in self._trace.runs)
-        run = Run(self._node, item.id, item.session_id, name, self._now(), attempt=session.attempt)
+        run = HandlerRun(
+            self._node, item.id, item.session_id, name, self._now(), attempt=session.attempt
+        )
         run.retry, run.again = session.retry, session in self._sessions
         self._sessions.add(session)
         run.leaked = _SESSION.get() is not None and not run.again
         _SESSION.set(item.id)
-        if self._node.crashed <= run.started:  # ended in the step in which its machine crashed
+        # The handler ended in the step in which its machine crashed.
+        if self._node.crashed <= run.started:
             run.ended, run.result = run.started, "crashed"
         self._trace.runs.append(run)
         if self._node.machine.halted == "crashed":
             run.ended, run.result = self._now(), "crashed"
         alone = self._node.child or (self.healed and name in {"detach", "hang"})
-        act = self._work if alone else getattr(self, f"_{name}", self._work)
-        return await self._recorded(act, session, run, seconds, first)
+        act = self._run_work if alone else getattr(self, f"_run_{name}", self._run_work)
+        return await self._run_recorded(act, session, run, seconds, first)
 
-    async def _recorded(
-        self, act: Any, session: Session, run: Run, seconds: float, first: bool
+    async def _run_recorded(
+        self, act: Any, session: Session, run: HandlerRun, seconds: float, first: bool
     ) -> Any:
-        """Run `act`, and record in `run` how it ended."""
+        """Run the behaviour `act`, and record in `run` how it ended."""
         result = "raised"
         try:
             returned = await act(session, run, seconds, first)
@@ -153,18 +156,24 @@ class SimulatedHandlers:
             if self._node.machine.halted != "crashed" and run.result is None:
                 run.ended, run.result, run.stop_seen = self._now(), result, session.stopping
 
-    def _note_cancelled(self, run: Run) -> None:
+    def _note_cancelled(self, run: HandlerRun) -> None:
         run.cancelled_at = min(run.cancelled_at, self._now())
 
-    async def _work(self, _session: Session, _run: Run, seconds: float, _first: bool) -> Any:
+    async def _run_work(
+        self, _session: Session, _run: HandlerRun, seconds: float, _first: bool
+    ) -> Any:
         await asyncio.sleep(seconds)
         return {"done": "yes"}
 
-    async def _raise(self, _session: Session, _run: Run, seconds: float, _first: bool) -> Any:
+    async def _run_raise(
+        self, _session: Session, _run: HandlerRun, seconds: float, _first: bool
+    ) -> Any:
         await asyncio.sleep(seconds)
         raise ValueError("on purpose")
 
-    async def _retry(self, session: Session, _run: Run, seconds: float, _first: bool) -> Any:
+    async def _run_retry(
+        self, session: Session, _run: HandlerRun, seconds: float, _first: bool
+    ) -> Any:
         """Fail in the first calls; their number follows from the duration of the work."""
         failures = round(seconds * 1000) % (RETRY.times + 2)
         await asyncio.sleep(min(seconds, RETRY_SECONDS))
@@ -172,17 +181,23 @@ class SimulatedHandlers:
             raise ConnectionError("on purpose")
         return {"calls": str(session.retry)}
 
-    async def _release(self, _session: Session, _run: Run, seconds: float, first: bool) -> Any:
+    async def _run_release(
+        self, _session: Session, _run: HandlerRun, seconds: float, first: bool
+    ) -> Any:
         await asyncio.sleep(seconds)
         if first:
             raise Release("not yet", 12)
         return {}
 
-    async def _odd(self, _session: Session, _run: Run, seconds: float, _first: bool) -> Any:
+    async def _run_odd(
+        self, _session: Session, _run: HandlerRun, seconds: float, _first: bool
+    ) -> Any:
         await asyncio.sleep(seconds)
         return object()
 
-    async def _eager(self, session: Session, _run: Run, seconds: float, _first: bool) -> Any:
+    async def _run_eager(
+        self, session: Session, _run: HandlerRun, seconds: float, _first: bool
+    ) -> Any:
         with suppress(TimeoutError):
             async with asyncio.timeout(seconds):
                 await session.interrupted()
@@ -190,7 +205,9 @@ class SimulatedHandlers:
             raise Release("draining")
         return {"done": "early"}
 
-    async def _tidy(self, _session: Session, run: Run, seconds: float, _first: bool) -> Any:
+    async def _run_tidy(
+        self, _session: Session, run: HandlerRun, seconds: float, _first: bool
+    ) -> Any:
         try:
             await asyncio.sleep(seconds)
         except asyncio.CancelledError:
@@ -199,32 +216,41 @@ class SimulatedHandlers:
             raise
         return None
 
-    async def _stubborn(self, _session: Session, run: Run, seconds: float, _first: bool) -> Any:
+    async def _run_stubborn(
+        self, _session: Session, run: HandlerRun, seconds: float, _first: bool
+    ) -> Any:
         until = self._now() + seconds
         while self._now() < min(until, run.cancelled_at + STUBBORN_SECONDS):
             try:
                 await asyncio.sleep(1)
-            except asyncio.CancelledError:  # swallowed, as no handler should do
+            # The cancellation is swallowed, as no handler should do.
+            except asyncio.CancelledError:
                 self._note_cancelled(run)
         return {"done": "at last"}
 
-    async def _swallow(self, _session: Session, run: Run, seconds: float, _first: bool) -> Any:
+    async def _run_swallow(
+        self, _session: Session, run: HandlerRun, seconds: float, _first: bool
+    ) -> Any:
         try:
             await asyncio.sleep(seconds)
-        except asyncio.CancelledError:  # swallowed, as no handler should do
+        except asyncio.CancelledError:  # The cancellation is swallowed, as no handler should do.
             self._note_cancelled(run)
             await asyncio.sleep(SWALLOW_SECONDS)
         return {"done": "at last"}
 
-    async def _brink(self, _session: Session, run: Run, seconds: float, _first: bool) -> Any:
+    async def _run_brink(
+        self, _session: Session, run: HandlerRun, seconds: float, _first: bool
+    ) -> Any:
         """Return at the time of the cancellation, if that is known before."""
         try:
             await asyncio.sleep(self._node.pool.session_timeout or seconds)
-        except asyncio.CancelledError:  # swallowed, as no handler should do
+        except asyncio.CancelledError:  # The cancellation is swallowed, as no handler should do.
             self._note_cancelled(run)
         return {"done": "in time"}
 
-    async def _write(self, session: Session, run: Run, seconds: float, _first: bool) -> Any:
+    async def _run_write(
+        self, session: Session, run: HandlerRun, seconds: float, _first: bool
+    ) -> Any:
         until, count = self._now() + seconds, 0
         while self._now() < until:
             count += 1
@@ -234,7 +260,9 @@ class SimulatedHandlers:
             await asyncio.sleep(2.5)
         return {"count": str(count)}
 
-    async def _pulse(self, session: Session, run: Run, seconds: float, _first: bool) -> Any:
+    async def _run_pulse(
+        self, session: Session, run: HandlerRun, seconds: float, _first: bool
+    ) -> Any:
         """Work, and report progress."""
         until = self._now() + seconds
         while (left := until - self._now()) > 0:
@@ -243,13 +271,17 @@ class SimulatedHandlers:
             run.progressed_at = self._now()
         return {"done": "step by step"}
 
-    async def _hang(self, session: Session, run: Run, seconds: float, first: bool) -> Any:
+    async def _run_hang(
+        self, session: Session, run: HandlerRun, seconds: float, first: bool
+    ) -> Any:
         """Report progress for a while, then hang if the pool ends such sessions."""
-        await self._pulse(session, run, seconds / 2, first)
+        await self._run_pulse(session, run, seconds / 2, first)
         await asyncio.sleep(HANG_SECONDS * (self._node.pool.stall_timeout or 0.0))
         return {"done": "after all"}
 
-    async def _ask(self, session: Session, run: Run, seconds: float, _first: bool) -> Any:
+    async def _run_ask(
+        self, session: Session, run: HandlerRun, seconds: float, _first: bool
+    ) -> Any:
         """Wait for a person."""
         with session.waiting():
             run.waits = True
@@ -257,7 +289,9 @@ class SimulatedHandlers:
         run.waits, run.progressed_at = False, self._now()
         return {"answer": "yes"}
 
-    async def _detach(self, session: Session, run: Run, seconds: float, first: bool) -> Any:
+    async def _run_detach(
+        self, session: Session, run: HandlerRun, seconds: float, first: bool
+    ) -> Any:
         """Hand the item off: to a child that starts soon, late or never, or with an error."""
         draw, way = divmod(round(seconds * 1000), len(WAYS))
         try:
@@ -266,17 +300,23 @@ class SimulatedHandlers:
                 late = bound - 1 + draw % 20 / 10
                 delays = {"soon": draw % 20 / 10, "late": late, "fails": draw % 20 / 40}
                 delay = delays.get(WAYS[way])
-                await self._hand(session, run, lease, delay, fails=WAYS[way] == "fails")
+                await self._run_hand(session, run, lease, delay, fails=WAYS[way] == "fails")
         except HandoverError:
             again = (run.work_id, run.session_id, "alone", self._now())
-            alone = Run(self._node, *again, attempt=run.attempt)
+            alone = HandlerRun(self._node, *again, attempt=run.attempt)
             alone.progressed_at = run.progressed_at
             self._trace.runs.append(alone)
-            return await self._recorded(self._work, session, alone, seconds, first)
+            return await self._run_recorded(self._run_work, session, alone, seconds, first)
         return {"ignored": "yes"}
 
-    async def _hand(
-        self, session: Session, run: Run, lease: HandedLease, delay: float | None, *, fails: bool
+    async def _run_hand(
+        self,
+        session: Session,
+        run: HandlerRun,
+        lease: HandedLease,
+        delay: float | None,
+        *,
+        fails: bool,
     ) -> None:
         """Start the child inside the block; the handler's own run ends here."""
         block = HandoffBlock(self._node, session.item.id, lease.ttl, self._now())

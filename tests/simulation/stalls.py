@@ -9,7 +9,7 @@ from workpool.events import SessionFinished
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-    from tests.simulation.case import Case
+    from tests.simulation.case import FinishedSimulation
 
 MARGIN_SECONDS: Final = 0.05
 """Drift of clocks."""
@@ -17,8 +17,8 @@ UNNOTICED_PART: Final = 0.25
 """The part of a stall timeout for which a halt of the machine may count as silence."""
 
 
-def silent_handlers_are_stalled(case: Case) -> Iterator[str]:
-    """9g. A handler without progress for `stall_timeout` is cancelled.
+def silent_handlers_are_stalled(case: FinishedSimulation) -> Iterator[str]:
+    """9g. A handler that reports no progress for `stall_timeout` is cancelled.
 
     If its machine was halted shortly before its last progress, the pool cannot tell how much of the
     delay of its next check came after the progress: the end may come one check later.
@@ -26,17 +26,17 @@ def silent_handlers_are_stalled(case: Case) -> Iterator[str]:
     for run in case.trace.runs:
         limit = run.node.pool.stall_timeout
         until = run.ended_or_cancelled
-        if limit is None or run.waits or run.node.paused(run.progressed_at, until):
+        if limit is None or run.waits or run.node.was_paused(run.progressed_at, until):
             continue
-        halted_before = run.node.paused(run.progressed_at - limit, run.progressed_at)
+        halted_before = run.node.was_paused(run.progressed_at - limit, run.progressed_at)
         latest = run.progressed_at + limit * (1 + UNNOTICED_PART * halted_before)
         if min(until, run.node.crashed) > latest + MARGIN_SECONDS:
             name = f"{run.node.machine.name}:{run.behaviour}({run.work_id[-6:]})"
             yield f"{name} ran until {until:.3f}, silent since {run.progressed_at:.3f}"
 
 
-def handlers_that_make_progress_are_not_stalled(case: Case) -> Iterator[str]:
-    """9h. A session is `stalled` only if its handler was silent for `stall_timeout`.
+def handlers_that_make_progress_are_not_stalled(case: FinishedSimulation) -> Iterator[str]:
+    """9h. A session is `stalled` only if its handler reported no progress for `stall_timeout`.
 
     Time in which its machine was halted does not count, but for a small part.
     """

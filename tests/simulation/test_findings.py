@@ -1,4 +1,4 @@
-"""Regression tests for errors of the pool that the simulation found."""
+"""Regression tests for errors of the pool that the simulation found; docstrings name the error."""
 
 from __future__ import annotations
 
@@ -45,14 +45,14 @@ async def work(session: Session) -> dict[str, str]:
 
 
 @handler
-async def ignore(_: Session) -> None:
+async def ignore_cancellation(_: Session) -> None:
     until = asyncio.get_running_loop().time() + 60
     while asyncio.get_running_loop().time() < until:
         with suppress(asyncio.CancelledError):
             await asyncio.sleep(1)
 
 
-class Bench:
+class PoolTestbed:
     """A pool in virtual time, with the faults of its calls and a recorder of its events."""
 
     def __init__(
@@ -80,15 +80,15 @@ class Bench:
         )
 
     @property
-    def outcomes(self) -> list[str]:
+    def session_outcomes(self) -> list[str]:
         return [event.outcome for event in self.recorder.of(SessionFinished)]
 
 
 @in_virtual_time
 async def test_drain_does_not_wait_for_ack_with_long_retry_after() -> None:
-    """The drain waited for the ack, and its session counted as abandoned."""
+    """Formerly the drain waited for the ack, and its session counted as abandoned."""
     refusal = Fault(answer=503, applied=False, retry_after=40)
-    bench = Bench(Script(ack=[refusal]), drain_timeout=10)
+    bench = PoolTestbed(Script(ack=[refusal]), drain_timeout=10)
     async with bench.supervisor as pool:
         bench.operations.enqueue(ENVIRONMENT)
         await bench.recorder.wait_for(ItemReceived)
@@ -102,83 +102,87 @@ async def test_drain_does_not_wait_for_ack_with_long_retry_after() -> None:
 
 @in_virtual_time
 async def test_drain_does_not_wait_for_first_heartbeat_with_long_retry_after() -> None:
-    """The session was abandoned and its item not released."""
+    """Formerly the session was abandoned and its item not released."""
     script = Script(heartbeat=[Fault(answer=429, applied=False, retry_after=40)])
-    bench = Bench(script, drain_timeout=1)
+    bench = PoolTestbed(script, drain_timeout=1)
     async with bench.supervisor as pool:
         (item,) = bench.operations.enqueue(ENVIRONMENT)
         await bench.recorder.wait_for(AckFinished)
         await asyncio.sleep(1)
         await pool.drain()
     assert pool.abandoned == 0
-    assert (bench.outcomes, bench.recorder.of(DrainFinished)[0].result) == (["released"], "clean")
+    assert (bench.session_outcomes, bench.recorder.of(DrainFinished)[0].result) == (
+        ["released"],
+        "clean",
+    )
     assert script.sent.count(("heartbeat", item.id)) == 2
     held = bench.operations.get(ENVIRONMENT, item.id)
     assert held.lease_end is not None
-    assert held.lease_end <= (START + 1 + 10.1) * 1_000_000  # the shortest delay of a release
+    # This is the shortest delay of a release.
+    assert held.lease_end <= (START + 1 + 10.1) * 1_000_000
 
 
 @in_virtual_time
 async def test_drain_during_first_heartbeat_sends_no_second_one_meanwhile() -> None:
     script = Script(heartbeat=[Fault(request_delay=4, answer_delay=4)])
-    bench = Bench(script, drain_timeout=20)
+    bench = PoolTestbed(script, drain_timeout=20)
     async with bench.supervisor as pool, asyncio.TaskGroup() as group:
         (item,) = bench.operations.enqueue(ENVIRONMENT)
         await bench.recorder.wait_for(AckFinished)
         group.create_task(pool.drain())
         await asyncio.sleep(7.9)
         assert script.sent.count(("heartbeat", item.id)) == 1
-    assert (bench.outcomes, pool.abandoned) == (["released"], 0)
+    assert (bench.session_outcomes, pool.abandoned) == (["released"], 0)
     assert script.sent.count(("heartbeat", item.id)) == 2
 
 
 @in_virtual_time
 async def test_heartbeat_conflict_after_refused_stop_is_not_success() -> None:
-    """The item was queued again, but it counted as completed and ran again."""
+    """Formerly the item, which was queued again, counted as completed, and ran again."""
     script = Script(stop=[Fault(answer=429, applied=False, retry_after=30)])
-    bench = Bench(script, lease_ttl=10)
+    bench = PoolTestbed(script, lease_ttl=10)
     async with bench.supervisor:
         (item,) = bench.operations.enqueue(ENVIRONMENT)
         await asyncio.sleep(1.5)  # the handler has run, and the stop was refused
         queue = bench.operations.queue(ENVIRONMENT)
         queue.put(replace(queue.get(item.id), lease_end=0))
         await bench.recorder.wait_for(SessionFinished, count=2, timeout=60)
-    assert bench.outcomes == ["lease_lost", "completed"]
+    assert bench.session_outcomes == ["lease_lost", "completed"]
     assert bench.operations.get(ENVIRONMENT, item.id).state == "stopped"
 
 
 @in_virtual_time
 async def test_abandoned_session_that_an_operator_stopped_counts_as_stopped() -> None:
-    """The session counted as released, although its item will not be delivered again."""
-    bench = Bench(Script(), ignore, lease_ttl=10)
+    """Formerly the session counted as released, although its item will not be delivered again."""
+    bench = PoolTestbed(Script(), ignore_cancellation, lease_ttl=10)
     async with bench.supervisor as pool:
         (item,) = bench.operations.enqueue(ENVIRONMENT)
         await asyncio.sleep(1)
         bench.operations.stop(ENVIRONMENT, item.id, "operator", force=True)
-        await asyncio.sleep(4)  # a heartbeat has reported the stop
+        await asyncio.sleep(4)  # A heartbeat has reported the stop.
         await pool.drain(0)
-    assert (bench.outcomes, pool.abandoned) == (["stopped"], 1)
+    assert (bench.session_outcomes, pool.abandoned) == (["stopped"], 1)
 
 
 @in_virtual_time
 async def test_stop_request_seen_by_first_heartbeat_is_reported() -> None:
-    """Only a stop request seen by a later heartbeat was counted."""
-    bench = Bench(Script(heartbeat=[Fault(request_delay=1)]))
+    """Formerly only a stop request seen by a later heartbeat was counted."""
+    bench = PoolTestbed(Script(heartbeat=[Fault(request_delay=1)]))
     async with bench.supervisor:
         (item,) = bench.operations.enqueue(ENVIRONMENT)
         await bench.recorder.wait_for(AckFinished)
         await asyncio.sleep(0.5)
         bench.operations.stop(ENVIRONMENT, item.id, "operator", force=False)
         await bench.recorder.wait_for(SessionFinished)
-    assert bench.outcomes == ["stopped"]
+    assert bench.session_outcomes == ["stopped"]
     assert len(bench.recorder.of(StopRequested)) == 1
 
 
 @in_virtual_time
-async def test_lease_claimed_after_machine_pause_is_not_doubted() -> None:
-    """The first write of a later session noticed the pause, and then had to wait."""
+async def test_lease_claimed_after_machine_pause_is_not_in_doubt() -> None:
+    """Formerly the first write of a later session noticed the pause, and then had to wait."""
     script = Script()
-    bench = Bench(script)
+    bench = PoolTestbed(script)
     async with bench.supervisor:
         bench.loop.pause(60)
         await asyncio.sleep(20)
@@ -188,9 +192,9 @@ async def test_lease_claimed_after_machine_pause_is_not_doubted() -> None:
 
 
 @in_virtual_time
-async def test_lease_doubted_by_write_after_pause_is_verified_at_once() -> None:
-    """The heartbeat that verifies the lease was sent with the next tick, seconds later."""
-    bench = Bench(Script())
+async def test_lease_in_doubt_at_write_after_pause_is_verified_at_once() -> None:
+    """Formerly the heartbeat that verifies the lease was sent with the next tick, seconds later."""
+    bench = PoolTestbed(Script())
     async with bench.supervisor:
         bench.operations.enqueue(ENVIRONMENT)
         await bench.recorder.wait_for(SessionStarted)
@@ -199,11 +203,11 @@ async def test_lease_doubted_by_write_after_pause_is_verified_at_once() -> None:
         bench.loop.pause(5)
         await bench.recorder.wait_for(SessionFinished)
         assert bench.loop.time() - began < 2
-    assert bench.outcomes == ["completed"]
+    assert bench.session_outcomes == ["completed"]
 
 
 @handler
-async def hand_off(session: Session) -> None:
+async def hand_off_twice(session: Session) -> None:
     loop = asyncio.get_running_loop()
     assert isinstance(loop, VirtualLoop)
     loop.pause(5)
@@ -214,19 +218,19 @@ async def hand_off(session: Session) -> None:
 
 @in_virtual_time
 async def test_handoff_after_machine_pause_verifies_lease_itself() -> None:
-    """The handoff raised a transient error, although it begins with a heartbeat."""
-    bench = Bench(Script(), hand_off, lease_ttl=10)
+    """Formerly the handoff raised a transient error, although it begins with a heartbeat."""
+    bench = PoolTestbed(Script(), hand_off_twice, lease_ttl=10)
     async with bench.supervisor:
         bench.operations.enqueue(ENVIRONMENT)
         await bench.recorder.wait_for(SessionFinished, timeout=60)
-    assert bench.outcomes == ["completed"]
+    assert bench.session_outcomes == ["completed"]
 
 
 @in_virtual_time
 async def test_first_heartbeat_after_machine_pause_is_not_sent() -> None:
-    """The heartbeat expects no earlier one, so it could extend the lease of another worker."""
+    """A first heartbeat expects no earlier one, so it could extend the lease of another worker."""
     script = Script(heartbeat=[Fault(wait=3)])
-    bench = Bench(script, drain_timeout=0)
+    bench = PoolTestbed(script, drain_timeout=0)
     async with bench.supervisor:
         (item,) = bench.operations.enqueue(ENVIRONMENT)
         await bench.recorder.wait_for(AckFinished)
@@ -235,13 +239,13 @@ async def test_first_heartbeat_after_machine_pause_is_not_sent() -> None:
         bench.operations.ack(ENVIRONMENT, item.id, "another worker")
         await bench.recorder.wait_for(SessionFinished)
         assert not any(record.kind == "heartbeat" for record in bench.operations.history)
-    assert bench.outcomes[0] == "lease_lost"
+    assert bench.session_outcomes[0] == "lease_lost"
 
 
 @in_virtual_time
 async def test_handler_does_not_start_on_lease_begun_before_machine_pause() -> None:
-    """The lease had expired, which the lease clock does not show."""
-    bench = Bench(Script(heartbeat=[Fault(answer_delay=3)]), drain_timeout=0)
+    """Formerly the lease had expired, which the lease clock does not show."""
+    bench = PoolTestbed(Script(heartbeat=[Fault(answer_delay=3)]), drain_timeout=0)
     async with bench.supervisor:
         bench.operations.enqueue(ENVIRONMENT)
         await bench.recorder.wait_for(AckFinished)
@@ -249,10 +253,10 @@ async def test_handler_does_not_start_on_lease_begun_before_machine_pause() -> N
         bench.loop.pause(120)
         await bench.recorder.wait_for(SessionFinished)
         assert bench.recorder.of(SessionStarted) == []
-    assert bench.outcomes[0] == "lease_lost"
+    assert bench.session_outcomes[0] == "lease_lost"
 
 
-class FallsAsleep:
+class MachinePausingPlugin:
     """Suspends or pauses the machine between the first heartbeat and the handler's first step."""
 
     def __init__(self, *, unseen: bool = False) -> None:
@@ -268,23 +272,25 @@ class FallsAsleep:
 
 @in_virtual_time
 async def test_handler_does_not_start_after_machine_slept_beyond_ttl() -> None:
-    """The lease was checked before the task was created; another worker could run the item."""
-    bench = Bench(Script(), observer=FallsAsleep())
+    """Formerly the lease was checked before the task was created; another worker could run the
+    item.
+    """
+    bench = PoolTestbed(Script(), observer=MachinePausingPlugin())
     async with bench.supervisor:
         bench.operations.enqueue(ENVIRONMENT)
         await bench.recorder.wait_for(SessionFinished)
         assert bench.recorder.of(SessionStarted) == []
-    assert bench.outcomes[0] == "lease_lost"
+    assert bench.session_outcomes[0] == "lease_lost"
 
 
 @in_virtual_time
 async def test_heartbeat_answered_after_machine_pause_is_followed_by_another_at_once() -> None:
-    """The heartbeat was sent before the pause, so it verified nothing; the next came too late."""
+    """Formerly the answer of a heartbeat sent before the pause verified the lease."""
     script = Script(heartbeat=[None, Fault(answer_delay=8)])
-    bench = Bench(script, ignore, lease_ttl=60)
+    bench = PoolTestbed(script, ignore_cancellation, lease_ttl=60)
     async with bench.supervisor as pool:
         (item,) = bench.operations.enqueue(ENVIRONMENT)
-        await asyncio.sleep(20.5)  # the second heartbeat is in flight for 8 s
+        await asyncio.sleep(20.5)  # The second heartbeat is in flight for 8 s.
         assert script.sent.count(("heartbeat", item.id)) == 2
         bench.loop.pause(5)
         await asyncio.sleep(8)
@@ -292,7 +298,7 @@ async def test_heartbeat_answered_after_machine_pause_is_followed_by_another_at_
         await pool.drain(0)
 
 
-class ComparesNoStop(Operations):
+class LenientStoppingOperations(Operations):
     """Operations that answer each heartbeat of a `stopping` item, as the anthropic dialect does."""
 
     def heartbeat(self, *values: Any, **named: Any) -> Item:
@@ -300,12 +306,12 @@ class ComparesNoStop(Operations):
 
 
 @in_virtual_time
-async def test_stopping_item_of_another_worker_is_left_alone_after_machine_pause() -> None:
-    """The heartbeat after the pause was answered, so the item was taken for the pool's own."""
+async def test_stopping_item_of_another_worker_is_not_touched_after_machine_pause() -> None:
+    """Formerly the answered heartbeat after the pause made the item look like the pool's own."""
     loop = asyncio.get_running_loop()
     assert isinstance(loop, VirtualLoop)
-    operations = ComparesNoStop([ENVIRONMENT], now=lambda: START + loop.wall_time())
-    bench = Bench(Script(), operations=operations, concurrency=1)
+    operations = LenientStoppingOperations([ENVIRONMENT], now=lambda: START + loop.wall_time())
+    bench = PoolTestbed(Script(), operations=operations, concurrency=1)
     async with bench.supervisor:
         (item,) = operations.enqueue(ENVIRONMENT)
         await bench.recorder.wait_for(SessionStarted)
@@ -316,13 +322,13 @@ async def test_stopping_item_of_another_worker_is_left_alone_after_machine_pause
         operations.stop(ENVIRONMENT, item.id)
         await bench.recorder.wait_for(SessionFinished)
         assert operations.get(ENVIRONMENT, item.id).state == "stopping"
-    assert bench.outcomes == ["lease_lost"]
+    assert bench.session_outcomes == ["lease_lost"]
 
 
 @in_virtual_time
 async def test_claim_during_drain_is_not_marked_after_machine_pause() -> None:
-    """Because of the mark, the run of another worker in between would not have counted."""
-    bench = Bench(Script(ack=[Fault(answer_delay=7)]))
+    """Formerly the mark hid the run of another worker in between, which must count."""
+    bench = PoolTestbed(Script(ack=[Fault(answer_delay=7)]))
     async with bench.supervisor as pool, asyncio.TaskGroup() as group:
         (item,) = bench.operations.enqueue(ENVIRONMENT)
         await bench.recorder.wait_for(ItemReceived)
@@ -331,26 +337,28 @@ async def test_claim_during_drain_is_not_marked_after_machine_pause() -> None:
         bench.loop.pause(100)
         bench.operations.ack(ENVIRONMENT, item.id, "another worker")
         await bench.recorder.wait_for(SessionFinished)
-    assert bench.outcomes == ["lease_lost"]
+    assert bench.session_outcomes == ["lease_lost"]
     assert not any(record.kind == "metadata" for record in bench.operations.history)
 
 
 @in_virtual_time
 async def test_handler_does_not_start_after_machine_was_paused_during_claim() -> None:
-    """The lease had expired, unseen by the lease clock, and another worker could run the item."""
-    bench = Bench(Script(), observer=FallsAsleep(unseen=True))
+    """Formerly the lease had expired, unseen by the lease clock, and another worker could run the
+    item.
+    """
+    bench = PoolTestbed(Script(), observer=MachinePausingPlugin(unseen=True))
     async with bench.supervisor:
         bench.operations.enqueue(ENVIRONMENT)
         await bench.recorder.wait_for(SessionFinished)
         assert bench.recorder.of(SessionStarted) == []
-    assert bench.outcomes[0] == "lease_lost"
+    assert bench.session_outcomes[0] == "lease_lost"
 
 
 @in_virtual_time
 async def test_completion_after_machine_pause_is_sent_as_soon_as_lease_is_verified() -> None:
-    """The completion waited for the rest of its backoff, up to 3 s, despite a verified lease."""
+    """Formerly the completion waited for the rest of its backoff, up to 3 s."""
     script = Script(heartbeat=[None, Fault(request_delay=0.001, answer_delay=8)])
-    bench = Bench(script, lease_ttl=60)
+    bench = PoolTestbed(script, lease_ttl=60)
     async with bench.supervisor:
         (item,) = bench.operations.enqueue(ENVIRONMENT)
         await bench.recorder.wait_for(SessionStarted)
@@ -359,20 +367,22 @@ async def test_completion_after_machine_pause_is_sent_as_soon_as_lease_is_verifi
         verified_at = bench.loop.time()
         await bench.recorder.wait_for(SessionFinished)
         assert bench.loop.time() - verified_at < 0.01
-    assert bench.outcomes == ["completed"]
+    assert bench.session_outcomes == ["completed"]
     assert bench.operations.get(ENVIRONMENT, item.id).state == "stopped"
 
 
 @in_virtual_time
-async def test_workers_in_step_do_not_take_item_from_each_other_endlessly() -> None:
-    """Each worker polled the item before the other's ack arrived, so all acks were refused."""
+async def test_workers_that_poll_in_step_do_not_take_an_item_from_each_other_endlessly() -> None:
+    """Formerly each worker polled the item before the other's ack arrived, so all acks were
+    refused.
+    """
 
-    def latency(request: Request) -> Fault:
+    def latency_of_call(request: Request) -> Fault:
         return Fault(request_delay=0.005 if request.op == "ack" else 0.001, answer_delay=0.001)
 
     settings: dict[str, Any] = {"concurrency": 1, "pollers": 1, "reclaim_older_than_ms": 0}
-    one = Bench(latency, **settings)
-    two = Bench(latency, operations=one.operations, **settings)
+    one = PoolTestbed(latency_of_call, **settings)
+    two = PoolTestbed(latency_of_call, operations=one.operations, **settings)
     async with one.supervisor:
         (item,) = one.operations.enqueue(ENVIRONMENT)
         await one.recorder.wait_for(ItemReceived)
@@ -386,22 +396,24 @@ async def test_workers_in_step_do_not_take_item_from_each_other_endlessly() -> N
 
 
 @handler
-async def hand_over_to_nobody(session: Session) -> None:
+async def hand_off_to_nobody(session: Session) -> None:
     async with session.handover():
         pass
 
 
 @in_virtual_time
 async def test_handoff_of_abandoned_session_does_not_delay_end_of_pool() -> None:
-    """The handoff waited for a heartbeat that was not sent; the renewer did not end within 10 s."""
+    """Formerly the handoff waited for a heartbeat that was not sent, and the renewer did not
+    end.
+    """
     silence = Fault(answer="silence", applied=False)
-    bench = Bench(Script(heartbeat=[None, *[silence] * 20]), hand_over_to_nobody)
+    bench = PoolTestbed(Script(heartbeat=[None, *[silence] * 20]), hand_off_to_nobody)
     async with bench.supervisor as pool:
         bench.operations.enqueue(ENVIRONMENT)
         await bench.recorder.wait_for(SessionStarted)
         await asyncio.sleep(
             5.5
-        )  # 10 s after its start a heartbeat has failed, the next is due at 11 s
+        )  # 10 s after its start a heartbeat has failed; the next one is due at 11 s.
         await pool.drain(0)
         drained_at = bench.loop.time()
     assert pool.abandoned == 1

@@ -14,15 +14,15 @@ from tests.simulation.autoscaler.fleet_mutations import FLEET_MUTATIONS
 from tests.simulation.autoscaler.scale_down import FLEET_INVARIANTS
 from tests.simulation.invariants import INVARIANTS
 from tests.simulation.mutations import MUTATIONS
-from tests.simulation.replay import replay
-from tests.simulation.results import Progress, Report
+from tests.simulation.replay import replay_lines
+from tests.simulation.results import ProgressFile, SimulationReport
 from tests.simulation.runner import schedule_of, simulate, simulate_all, simulate_many
 from tests.simulation.schedule import (
     ACTION_KINDS,
     BEHAVIOURS,
     FAULT_KINDS,
     Action,
-    Pool,
+    PoolSettings,
     Schedule,
 )
 
@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 ROOT = Path(__file__).parents[2]
 
 pools = st.builds(
-    Pool,
+    PoolSettings,
     concurrency=st.integers(1, 3),
     prefetch=st.integers(0, 2),
     pollers=st.integers(1, 2),
@@ -97,44 +97,44 @@ def test_invariants_hold_on_schedules_drawn_by_hypothesis(schedule: Schedule) ->
 def test_simulation_of_one_seed_is_repeatable() -> None:
     """Calls and records have the same times; otherwise no schedule could be replayed."""
 
-    def once() -> list[object]:
+    def simulate_once() -> list[object]:
         case, _ = simulate(schedule_of(7))
         calls = [(call.at, call.op, call.answer) for call in case.trace.sent]
         return [*calls, *((each.time, each.kind, each.state) for each in case.history)]
 
-    assert once() == once()
+    assert simulate_once() == simulate_once()
 
 
 def test_replay_prints_each_kind_of_line() -> None:
     schedule = schedule_of(7)
     case, _ = simulate(schedule)
-    lines = list(replay(schedule, case))
+    lines = list(replay_lines(schedule, case))
     for word in ("ACTION", "HISTORY", "SENT", "ANSWERED", "HANDLER", "POOL", "EVENT"):
         assert any(word in line for line in lines), word
 
 
 def test_simulation_continues_from_progress_file(tmp_path: Path) -> None:
     file = tmp_path / "progress"
-    failed = Report(50, 1, 2, 3, ((7, ("first violation", "second violation")),))
-    Progress(file).add(range(50), failed)
+    failed = SimulationReport(50, 1, 2, 3, ((7, ("first violation", "second violation")),))
+    ProgressFile(file).add_part(range(50), failed)
     with file.open("a") as cut:
         cut.write('\n{"source": "')
     first = simulate_many(0, 60, 1, file)
     assert first.schedules == 60
     assert first.failures == failed.failures
-    assert list(Progress(file).finished()) == [range(50), range(50, 60)]
+    assert list(ProgressFile(file).finished_parts()) == [range(50), range(50, 60)]
     assert simulate_many(0, 60, 1, file) == first
 
 
 def test_progress_of_other_source_is_ignored(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    Progress(tmp_path / "progress").add(range(50), Report(50))
+    ProgressFile(tmp_path / "progress").add_part(range(50), SimulationReport(50))
     monkeypatch.setattr("tests.simulation.results._source_digest", lambda: "other")
-    assert Progress(tmp_path / "progress").finished() == {}
+    assert ProgressFile(tmp_path / "progress").finished_parts() == {}
 
 
-def promises() -> list[list[str]]:
+def documented_promises() -> list[list[str]]:
     """Return the cells of the table of promises in workpool/docs/architecture.md."""
     text = (ROOT / "workpool/docs/architecture.md").read_text()
     table = text.partition("| promise | invariants |")[2].partition("\n\n")[0]
@@ -145,7 +145,7 @@ def promises() -> list[list[str]]:
 def test_documented_promises_name_existing_invariants_mutations_and_tests() -> None:
     invariants = {each.__name__ for each in (*INVARIANTS, *FLEET_INVARIANTS)}
     known = {*MUTATIONS, *FLEET_MUTATIONS}
-    for promise, named, mutations, tests in promises():
+    for promise, named, mutations, tests in documented_promises():
         assert set(re.findall(r"`(\w+)`", named)) <= invariants, promise
         assert set(re.findall(r'"(.+?)"', mutations)) <= known, promise
         for path, name in re.findall(r"`(tests/[\w/]+\.py)::(\w+)`", tests):

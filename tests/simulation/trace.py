@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from collections.abc import Mapping
 
     from tests.simulation.machine import Machine
-    from tests.simulation.schedule import Pool
+    from tests.simulation.schedule import PoolSettings
     from workpool.events import Event
     from workpool.pool.shared_slots import SlotShare
     from workpool.testing.fault import Fault
@@ -24,7 +24,7 @@ LATENCY_SECONDS: Final = 0.001
 
 
 @dataclass(slots=True, eq=False, repr=False)
-class Sent:
+class SentCall:
     """One call of a pool.
 
     Attributes:
@@ -58,7 +58,7 @@ class Sent:
         return self.at + self.fault.request_delay if self.fault.applied else FOREVER
 
     @property
-    def over_at(self) -> float:
+    def effective_until(self) -> float:
         """The time after which the call has no effect; it may arrive after its sender gave up."""
         fault = self.fault
         late = 0.0
@@ -68,7 +68,7 @@ class Sent:
 
 
 @dataclass(slots=True, eq=False, repr=False)
-class Delay:
+class DelayedCall:
     """A call that waited on its own machine before the lease was checked.
 
     It may never have been sent.
@@ -86,7 +86,7 @@ class Delay:
 
 
 @dataclass(slots=True, eq=False, repr=False)
-class Run:
+class HandlerRun:
     """One run of a handler.
 
     Attributes:
@@ -169,7 +169,7 @@ class Node:
     """
 
     machine: Machine
-    pool: Pool
+    pool: PoolSettings
     started: float
     worker_id: str = ""
     child: bool = False
@@ -188,7 +188,7 @@ class Node:
     claim_permits: list[float] = field(default_factory=list)
     events: list[tuple[float, Event]] = field(default_factory=list)
 
-    def paused(self, start: float, end: float) -> bool:
+    def was_paused(self, start: float, end: float) -> bool:
         """Return whether its machine was halted at any time between `start` and `end`."""
         return any(since < end and until > start for since, until in self.machine.pauses)
 
@@ -197,7 +197,7 @@ class Node:
         pauses = self.machine.pauses
         return sum(max(0.0, min(end, until) - max(start, since)) for since, until in pauses)
 
-    def paused_unseen(self, start: float, end: float) -> bool:
+    def was_paused_unnoticed(self, start: float, end: float) -> bool:
         """Return whether its lease clock stood still at any time between `start` and `end`."""
         return any(since < end and until > start for since, until in self.machine.unseen)
 
@@ -215,10 +215,10 @@ class Trace:
     """
 
     nodes: list[Node] = field(default_factory=list)
-    sent: list[Sent] = field(default_factory=list)
-    runs: list[Run] = field(default_factory=list)
+    sent: list[SentCall] = field(default_factory=list)
+    runs: list[HandlerRun] = field(default_factory=list)
     handoff_blocks: list[HandoffBlock] = field(default_factory=list)
-    delays: list[Delay] = field(default_factory=list)
+    delays: list[DelayedCall] = field(default_factory=list)
     broken: list[tuple[float, str]] = field(default_factory=list)
     misplaced: list[tuple[Node, str, float]] = field(default_factory=list)
     faults: int = 0

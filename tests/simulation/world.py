@@ -11,8 +11,8 @@ from datetime import UTC, datetime
 from functools import cache, partial
 from typing import TYPE_CHECKING, Any, Final, TypeVarTuple
 
-from tests.simulation.case import START, Case
-from tests.simulation.control_planes import ActiveAcks
+from tests.simulation.case import START, FinishedSimulation
+from tests.simulation.control_planes import ActiveAckOperations
 from tests.simulation.machine import (
     EVENT_LOOP,
     NETWORK,
@@ -20,9 +20,9 @@ from tests.simulation.machine import (
     Machine,
     MachinesLoop,
 )
-from tests.simulation.metric_totals import totals
-from tests.simulation.network import Client, Network
-from tests.simulation.schedule import PAUSE_SECONDS, Action, Pool, Schedule
+from tests.simulation.metric_totals import counter_totals
+from tests.simulation.network import Network, SimulatedClient
+from tests.simulation.schedule import PAUSE_SECONDS, Action, PoolSettings, Schedule
 from tests.simulation.scripted_handlers import (
     BEHAVIOUR,
     PLUGINS,
@@ -106,13 +106,13 @@ class MachineSupervisor(LoopSupervisor):
         return replace(context, observe=observe)
 
 
-class MachineHold(MachineSupervisor, HandoffChild):
+class MachineChild(MachineSupervisor, HandoffChild):
     """A child process on a simulated machine, as `workpool hold` runs it."""
 
 
-def settings_of(pool: Pool) -> Settings:
+def pool_settings(pool: PoolSettings) -> Settings:
     """Return the pool's settings. All pools have the same `worker_id`, as after a restart."""
-    return _usual_settings().replace(
+    return _common_settings().replace(
         concurrency=pool.concurrency,
         prefetch=pool.prefetch,
         pollers=pool.pollers,
@@ -130,7 +130,7 @@ def settings_of(pool: Pool) -> Settings:
 
 
 @cache
-def _usual_settings() -> Settings:
+def _common_settings() -> Settings:
     return Settings(
         environment_id=ENVIRONMENT,
         base_url="http://127.0.0.1:1",
@@ -140,7 +140,7 @@ def _usual_settings() -> Settings:
     )
 
 
-class World:
+class SimulatedWorld:
     """Runs one schedule; created and used inside `run_machines`."""
 
     def __init__(self, schedule: Schedule, registry: CollectorRegistry) -> None:
@@ -149,7 +149,7 @@ class World:
         self.loop = loop
         self.schedule = schedule
         self.trace = Trace()
-        self.operations = self._control_plane()
+        self.operations = self._open_control_plane()
         self.items: list[str] = []
         self._registry = registry
         generator = random.Random(schedule.seed)
@@ -161,7 +161,7 @@ class World:
         self._slots = None if total is None else SharedSlots(total)
         self.trace.shared_slots = total
 
-    def _control_plane(self) -> Operations:
+    def _open_control_plane(self) -> Operations:
         kind, loop = self.schedule.control_plane, self.loop
 
         def now() -> float:
@@ -170,69 +170,76 @@ class World:
         if kind == "strict":
             return Operations([ENVIRONMENT], now=now, history_limit=None)
         poll_leases = kind == "poll leases"
-        return ActiveAcks([ENVIRONMENT], now=now, history_limit=None, poll_leases=poll_leases)
+        return ActiveAckOperations(
+            [ENVIRONMENT], now=now, history_limit=None, poll_leases=poll_leases
+        )
 
-    async def run(self, judge: Callable[[Case], list[str]]) -> tuple[Case, list[str]]:
+    async def run_schedule(
+        self, judge: Callable[[FinishedSimulation], list[str]]
+    ) -> tuple[FinishedSimulation, list[str]]:
         """Run the schedule, end all faults, let a fresh pool finish the work, and judge."""
-        before = totals(self._registry)
+        before = counter_totals(self._registry)
         async with asyncio.TaskGroup() as self._group:
             try:
-                await self._run_schedule()
-                counted = totals(self._registry)
+                await self._run_actions()
+                counted = counter_totals(self._registry)
                 counted.subtract(before)
                 history = [
                     each._replace(time=each.time - START) for each in self.operations.history
                 ]
-                case = Case(history, self.trace, counted)
+                case = FinishedSimulation(history, self.trace, counted)
                 violations = judge(case)
             finally:
-                self._discard()
+                self._discard_machines()
         return case, violations
 
-    async def _run_schedule(self) -> None:
+    async def _run_actions(self) -> None:
         for pool in self.schedule.pools:
-            self._start(pool)
+            self._start_pool(pool)
         for action in self.schedule.actions:
             await asyncio.sleep(action.at - self.loop.now)
-            self._do(action)
+            self._do_action(action)
         await self._end_schedule()
 
     async def _end_schedule(self) -> None:
         """End all faults, and let a fresh pool finish the work."""
         await asyncio.sleep(REST_SECONDS)
-        self._heal()
+        self._end_all_faults()
         await self._drain_all()
-        self._start(Pool(concurrency=4, lease_ttl=30, drain_timeout=60), healed=True)
+        self._start_pool(PoolSettings(concurrency=4, lease_ttl=30, drain_timeout=60), healed=True)
         await self._wait_until_stopped()
         await self._drain_all()
 
-    def _start(self, pool: Pool, *, healed: bool = False) -> Node:
-        node = self._node(pool)
+    def _start_pool(self, pool: PoolSettings, *, healed: bool = False) -> Node:
+        node = self._new_node(pool)
         node.machine.handlers.healed = healed
-        supervisor = MachineSupervisor(settings_of(pool), **self._surroundings(node))
+        supervisor = MachineSupervisor(pool_settings(pool), **self._node_environment(node))
         if self._slots is not None and not healed:
             node.share = self._slots.share()
             supervisor.shared = SharedParts(node.share, ExitLimits(supervisor.settings), None)
-        self._spawn(node, self._run_pool(node, supervisor))
+        self._spawn_task(node, self._run_pool(node, supervisor))
         return node
 
     def _start_child(self, parent: Node, lease: HandedLease, delay: float) -> None:
         """Start a child process after `delay`, even if the parent's machine halts before."""
-        begin = partial(self._begin_child, parent, lease)
+        begin = partial(self._run_child, parent, lease)
         self.loop.call_at(self.loop.now + delay, begin, context=NETWORK)
 
-    def _begin_child(self, parent: Node, lease: HandedLease) -> None:
+    def _run_child(self, parent: Node, lease: HandedLease) -> None:
         if self._network.over:
             return
         pool = replace(parent.pool, session_timeout=None, stall_timeout=None, lease_ttl=lease.ttl)
-        node = self._node(pool)
+        node = self._new_node(pool)
         node.child = True
-        child = MachineHold(
-            settings_of(node.pool), lease.work_id, lease.last_heartbeat, **self._surroundings(node)
+        child = MachineChild(
+            pool_settings(node.pool),
+            lease.work_id,
+            lease.last_heartbeat,
+            **self._node_environment(node),
         )
-        self._spawn(node, self._run_pool(node, child))
+        self._spawn_task(node, self._run_pool(node, child))
 
-    def _node(self, pool: Pool) -> Node:
+    def _new_node(self, pool: PoolSettings) -> Node:
         machine = self._machine(f"{len(self.trace.nodes)}", pool.rate)
         node = Node(machine, pool, self.loop.now)
         node.no_fault = Fault(request_delay=LATENCY_SECONDS, answer_delay=LATENCY_SECONDS)
@@ -247,18 +254,18 @@ class World:
     def _machine(self, name: str, rate: float) -> Machine:
         return Machine(self.loop, name, rate)
 
-    def _surroundings(self, node: Node) -> dict[str, Any]:
-        connect = partial(Client, self._network, node)
+    def _node_environment(self, node: Node) -> dict[str, Any]:
+        connect = partial(SimulatedClient, self._network, node)
         return {"plugins": PLUGINS, "registry": self._registry, "connect": connect}
 
-    def _spawn(self, node: Node, coroutine: Coroutine[object, object, None]) -> None:
-        context = node.machine.context()
+    def _spawn_task(self, node: Node, coroutine: Coroutine[object, object, None]) -> None:
+        context = node.machine.callback_context()
         task = self._group.create_task(coroutine, context=context)
         self._tasks[task] = node
 
     async def _run_pool(self, node: Node, supervisor: MachineSupervisor) -> None:
         supervisor.node = node
-        supervisor._clock, supervisor._wall = node.machine.clock, node.machine.wall
+        supervisor._clock, supervisor._wall = node.machine.lease_clock, node.machine.wall_clock
         self._supervisors[node] = supervisor
         try:
             async with supervisor:
@@ -272,31 +279,31 @@ class World:
                 if node.share is not None:
                     node.share.leave()
 
-    async def _drain(self, node: Node, timeout: float) -> None:
+    async def _drain_pool(self, node: Node, timeout: float) -> None:
         await self._supervisors[node].drain(timeout)
         if node.crashed == FOREVER:
             node.drained = self.loop.now
 
     # Actions.
 
-    def _living(self) -> list[Node]:
+    def _running_nodes(self) -> list[Node]:
         return [
             node for node in self.trace.nodes if node.crashed == FOREVER and node.closed == FOREVER
         ]
 
-    def _do(self, action: Action) -> None:
+    def _do_action(self, action: Action) -> None:
         self.trace.actions += 1
         match action.kind:
             case "work":
-                self._enqueue(action)
+                self._enqueue_items(action)
             case "stop" | "force" | "expire":
                 if self.items:
                     self._act_on_item(action, self.items[action.target % len(self.items)])
             case _:
-                if living := self._living():
+                if living := self._running_nodes():
                     self._act_on_pool(action, living[action.target % len(living)])
 
-    def _enqueue(self, action: Action) -> None:
+    def _enqueue_items(self, action: Action) -> None:
         session_id = None
         if action.count < 0 and self.items:
             session_id = self.operations.get(ENVIRONMENT, self.items[-1]).session_id
@@ -314,8 +321,8 @@ class World:
             queue = self.operations.queue(ENVIRONMENT)
             item = queue.get(work_id)
             now = int((START + self.loop.now) * SECOND)
-            # Not in the second of its ack: pools distinguish owners by `acknowledged_at`, which has
-            # whole seconds, and no lease expires so early.
+            # A lease does not expire in the second of its ack: pools distinguish owners by
+            # `acknowledged_at`, which has whole seconds.
             if item.lease_end is not None and now // SECOND > (item.acknowledged_at or 0) // SECOND:
                 self.trace.broken.append((self.loop.now, work_id))
                 queue.put(replace(item, lease_end=min(item.lease_end, now)))
@@ -330,9 +337,9 @@ class World:
         now, machine = self.loop.now, node.machine
         match action.kind:
             case "crash" | "restart":
-                self._crash(node)
+                self._crash_machine(node)
                 if action.kind == "restart" and not node.child:
-                    self._start(node.pool)
+                    self._start_pool(node.pool)
             case "cut" | "deny":
                 times = node.cuts if action.kind == "cut" else node.denials
                 times.append((now, now + action.seconds))
@@ -344,14 +351,14 @@ class World:
             case "drain":
                 self._begin_drain(node, action.seconds)
                 if action.target % 2 and not node.child:
-                    self._start(node.pool)
+                    self._start_pool(node.pool)
 
     def _pause_claiming(self, node: Node, seconds: float) -> None:
         node.refrains.append((self.loop.now, self.loop.now + seconds))
-        until = datetime.fromtimestamp(node.machine.wall() + seconds, UTC)
+        until = datetime.fromtimestamp(node.machine.wall_clock() + seconds, UTC)
         self._supervisors[node].pause("operator", until)
 
-    def _crash(self, node: Node) -> None:
+    def _crash_machine(self, node: Node) -> None:
         node.machine.halt("crashed")
         node.crashed = self.loop.now
         if node.share is not None:
@@ -363,21 +370,21 @@ class World:
     def _begin_drain(self, node: Node, timeout: float) -> None:
         if node.drain is None:
             node.drain = (self.loop.now, timeout)
-            self._spawn(node, self._drain(node, timeout))
+            self._spawn_task(node, self._drain_pool(node, timeout))
 
-    # The end.
+    # The end of a simulation.
 
-    def _heal(self) -> None:
+    def _end_all_faults(self) -> None:
         self._network.healed = True
         for handlers in self._handlers:
             handlers.healed = True
-        for node in self._living():
+        for node in self._running_nodes():
             node.cuts = [(since, min(until, self.loop.now)) for since, until in node.cuts]
             node.machine.resume()
 
     async def _drain_all(self) -> None:
         """Drain all pools, each with its own timeout, and wait for their end."""
-        for node in self._living():
+        for node in self._running_nodes():
             self._begin_drain(node, node.pool.drain_timeout)
         alive = [task for task, node in self._tasks.items() if node.crashed == FOREVER]
         if alive:
@@ -395,7 +402,7 @@ class World:
             self.operations.get(ENVIRONMENT, work_id).state == "stopped" for work_id in self.items
         )
 
-    def _discard(self) -> None:
+    def _discard_machines(self) -> None:
         self._network.over = True
         for node in self.trace.nodes:
             node.machine.discard()

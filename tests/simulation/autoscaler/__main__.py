@@ -13,7 +13,7 @@ from tests.simulation.autoscaler.fleet_runner import (
     simulate_many_fleets,
 )
 from tests.simulation.autoscaler.fleet_schedule import WITHOUT
-from tests.simulation.replay import replay
+from tests.simulation.replay import replay_lines
 
 
 def main() -> int:
@@ -36,7 +36,11 @@ def main() -> int:
         schedule = schedule_of_fleet(options.replay, without)
         result = simulate_fleet(schedule, documented=not without)
         lines = [str(schedule.settings), *map(str, schedule.incidents)]
-        lines += [*replay(schedule.world, result.case), str(result.counts), *result.violations]
+        lines += [
+            *replay_lines(schedule.world, result.case),
+            str(result.counts),
+            *result.violations,
+        ]
         out.writelines(f"{line}\n" for line in lines)
         return 1 if result.violations else 0
     started = time.monotonic()

@@ -16,7 +16,7 @@ from tests.simulation.runner import PART, collecting_rarely, metrics_registry, r
 if TYPE_CHECKING:
     from collections.abc import Iterable
 
-    from tests.simulation.case import Case
+    from tests.simulation.case import FinishedSimulation
 
 Without = frozenset[str]
 DOCUMENTED: Without = frozenset()
@@ -26,7 +26,7 @@ DOCUMENTED: Without = frozenset()
 class FleetResult(NamedTuple):
     """The result of one simulation."""
 
-    case: Case
+    case: FinishedSimulation
     counts: Counts
     violations: list[str]
 
@@ -75,7 +75,7 @@ def simulate_fleet(schedule: FleetSchedule, *, documented: bool = True) -> Fleet
 
     async def main() -> FleetResult:
         world = FleetWorld(schedule, metrics_registry())
-        case, violations = await world.run(judge)
+        case, violations = await world.run_schedule(judge)
         fleet = Fleet(case.trace, world.cluster.record, schedule.settings)
         if documented:
             violations += judge_fleet(fleet)

@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Final, Literal
 
 from tests.simulation.autoscaler.horizontal import SCALE_DOWN, Autoscaling, Policy, ScalingRules
-from tests.simulation.schedule import Action, Pool, Schedule
+from tests.simulation.schedule import Action, PoolSettings, Schedule
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
@@ -79,7 +79,7 @@ class FleetSettings:
     """
 
     rules: Autoscaling
-    pool: Pool
+    pool: PoolSettings
     metric: str
     grace: float
     to_zero: bool
@@ -175,7 +175,7 @@ def _settings(random: Random) -> FleetSettings:
         maximum=random.choice((2, 3, 4, 6)),
         down=down,
     )
-    pool = Pool(
+    pool = PoolSettings(
         concurrency=concurrency,
         prefetch=random.choice((0, 0, 1)),
         lease_ttl=60,

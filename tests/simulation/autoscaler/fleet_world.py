@@ -19,11 +19,11 @@ from tests.simulation.autoscaler.fleet_schedule import Incident
 from tests.simulation.autoscaler.horizontal import Activation, HorizontalAutoscaler
 from tests.simulation.case import START
 from tests.simulation.machine import NETWORK, Machine, this_machine
-from tests.simulation.network import Client, Network
-from tests.simulation.schedule import Pool
+from tests.simulation.network import Network, SimulatedClient
+from tests.simulation.schedule import PoolSettings
 from tests.simulation.scripted_handlers import PLUGINS
 from tests.simulation.trace import FOREVER, LATENCY_SECONDS, Node, Trace
-from tests.simulation.world import ENVIRONMENT, World, settings_of
+from tests.simulation.world import ENVIRONMENT, SimulatedWorld, pool_settings
 from workpool import Supervisor, hookimpl
 from workpool.cli.fleet_reader import FleetReader
 from workpool.pool.status import worker_numbers
@@ -98,7 +98,7 @@ FLEET_PLUGINS: Final = (*PLUGINS, DeletionCosts())
 """The plugins of every pod."""
 
 
-class FleetWorld(World):
+class FleetWorld(SimulatedWorld):
     """Runs one schedule of a fleet; created and used inside `run_machines`."""
 
     def __init__(self, schedule: FleetSchedule, registry: CollectorRegistry) -> None:
@@ -112,13 +112,13 @@ class FleetWorld(World):
         self._reader_network = Network(
             schedule.world, random.Random(schedule.world.seed), self.operations, Trace()
         )
-        self._reader_node = Node(Machine(self.loop, "scale"), Pool(), 0.0)
+        self._reader_node = Node(Machine(self.loop, "scale"), PoolSettings(), 0.0)
         self._reader_node.no_fault = Fault(
             request_delay=LATENCY_SECONDS, answer_delay=LATENCY_SECONDS
         )
 
     async def _run_schedule(self) -> None:
-        context = self._reader_node.machine.context()
+        context = self._reader_node.machine.callback_context()
         services = [
             self._group.create_task(self._read(), context=context),
             *(
@@ -142,7 +142,7 @@ class FleetWorld(World):
             if isinstance(event, Incident):
                 self._cause(event)
             else:
-                self._do(event)
+                self._do_action(event)
 
     def _cause(self, incident: Incident) -> None:
         self.trace.actions += 1
@@ -156,7 +156,7 @@ class FleetWorld(World):
         pod = pods[incident.target % len(pods)]
         if incident.kind == "evict":
             self.cluster.evict(pod)
-        elif pod.process is not None and pod.process in self._living():
+        elif pod.process is not None and pod.process in self._running_nodes():
             if incident.kind == "kill":
                 self.kill(pod.process)
             else:
@@ -174,13 +174,15 @@ class FleetWorld(World):
 
     async def _read(self) -> None:
         """Read the queue, as `workpool scale` does."""
-        connect: Any = Client(self._reader_network, self._reader_node, settings_of(Pool()))
+        connect: Any = SimulatedClient(
+            self._reader_network, self._reader_node, pool_settings(PoolSettings())
+        )
         async with connect as client:
             self._reader = FleetReader(
                 client,
                 interval=READ_SECONDS,
                 max_age=AGE_SECONDS,
-                clock=self._reader_node.machine.clock,
+                clock=self._reader_node.machine.lease_clock,
             )
             await self._reader.run()
 
@@ -197,7 +199,7 @@ class FleetWorld(World):
 
     def _started(self) -> list[Node]:
         """Return the living processes that have taken their first step."""
-        return [node for node in self._living() if node in self._supervisors]
+        return [node for node in self._running_nodes() if node in self._supervisors]
 
     async def _sync(self) -> None:
         scaler = HorizontalAutoscaler(self._fleet.settings.rules)
@@ -235,7 +237,7 @@ class FleetWorld(World):
     def start_process(self, pod: Pod) -> Node:
         """Start the process of a pod."""
         self._pod = pod
-        return self._start(self._fleet.settings.pool)
+        return self._start_pool(self._fleet.settings.pool)
 
     def _machine(self, name: str, rate: float) -> Machine:
         machine = FleetMachine(self.loop, name, rate)
@@ -249,7 +251,7 @@ class FleetWorld(World):
 
     def kill(self, process: Node) -> None:
         """Send SIGKILL to a process."""
-        self._crash(process)
+        self._crash_machine(process)
 
     def is_ready(self, process: Node) -> bool:
         """Return whether the readiness probe of a process succeeds."""

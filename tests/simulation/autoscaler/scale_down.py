@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
     from tests.simulation.autoscaler.cluster import Deletion, FleetRecord
     from tests.simulation.autoscaler.fleet_schedule import FleetSettings
-    from tests.simulation.trace import Run, Trace
+    from tests.simulation.trace import HandlerRun, Trace
 
 INSTANT_SECONDS: Final = 0.01
 KNOWN_COST_SECONDS: Final = Kubernetes.interval + 1.0
@@ -80,7 +80,7 @@ def counts_of(fleet: Fleet, sessions: int) -> Counts:
     )
 
 
-def cuts_of(trace: Trace, deletion: Deletion) -> Iterator[Run]:
+def cuts_of(trace: Trace, deletion: Deletion) -> Iterator[HandlerRun]:
     """Yield the runs that ended before their time because their pod was deleted.
 
     The drain cancels and releases them, or they are killed with their process.

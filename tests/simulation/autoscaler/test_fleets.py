@@ -23,7 +23,7 @@ from tests.simulation.autoscaler.fleet_schedule import (
 )
 from tests.simulation.autoscaler.horizontal import Policy
 from tests.simulation.mutations import mutated
-from tests.simulation.replay import replay
+from tests.simulation.replay import replay_lines
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -83,7 +83,7 @@ def test_simulation_of_one_fleet_is_repeatable() -> None:
 
 def test_replay_of_a_fleet_prints_its_pools_and_handlers() -> None:
     schedule = schedule_of_fleet(3)
-    lines = list(replay(schedule.world, simulate_fleet(schedule).case))
+    lines = list(replay_lines(schedule.world, simulate_fleet(schedule).case))
     for word in ("ACTION", "HISTORY", "HANDLER", "POOL"):
         assert any(word in line for line in lines), word
 
