@@ -188,9 +188,9 @@ async def test_event_history_is_read_at_no_more_than_twenty_pages_a_second() -> 
 )
 @in_virtual_time
 async def test_event_history_without_new_events_raises_transient_error(
-    make_pool: Callable[[int], list[str]],
+    make: Callable[[int], list[str]],
 ) -> None:
-    endless = EndlessHistory(make_pool)
+    endless = EndlessHistory(make)
     with pytest.raises(TransientError, match="without anything new"):
         [event async for event in SessionEvents(endless, "sess_1").list()]
     assert len(endless.asked) <= STALE_PAGES + 51

@@ -181,11 +181,11 @@ ANSWERS = {
 
 @pytest.mark.parametrize("make", ANSWERS.values(), ids=ANSWERS)
 async def test_unreadable_items_cause_no_backoff(
-    make_pool: Callable[[], UnreadableError], monkeypatch: pytest.MonkeyPatch
+    make: Callable[[], UnreadableError], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(poller, "BACKOFF_SECONDS", 1000.0)
     monkeypatch.setattr(poller, "BACKOFF_CAP_SECONDS", 1000.0)
-    bench = PollerTestbed(*(make_pool() for _ in range(30)), "item")
+    bench = PollerTestbed(*(make() for _ in range(30)), "item")
     await bench.run_poller()
     assert not bench.events_of_type(PollerBackedOff)
     assert bench.client.polls == 32
