@@ -147,7 +147,7 @@ def test_malformed_citation_is_found(text: str, found: list[str]) -> None:
 # Documents.
 
 
-def documented_rows(first_column: str) -> list[list[str]]:
+def citation_rows_in_docs(first_column: str) -> list[list[str]]:
     """Return the rows of the table on the architecture page with this first column."""
     table = ARCHITECTURE.partition(f"| {first_column} |")[2].partition("\n\n")[0]
     lines = table.splitlines()[2:]
@@ -171,20 +171,20 @@ def test_link_inside_document_leads_to_heading(document: Path) -> None:
 
 def test_documented_table_of_states_equals_code() -> None:
     documented = {
-        (state, transition): then for state, transition, then, _ in documented_rows("state")
+        (state, transition): then for state, transition, then, _ in citation_rows_in_docs("state")
     }
     assert documented == TRANSITIONS
 
 
 def test_documented_table_of_end_reasons_equals_code() -> None:
-    documented = [tuple(row) for row in documented_rows("end reason")]
+    documented = [tuple(row) for row in citation_rows_in_docs("end reason")]
     assert documented == [
         (reason.name, row.item, row.metadata, row.outcome) for reason, row in sorted(TABLE.items())
     ]
 
 
 def test_documented_constants_have_values_of_code() -> None:
-    constants = documented_rows("constant")
+    constants = citation_rows_in_docs("constant")
     assert constants
     for name, value in constants:
         module, _, attribute = name.partition(".")

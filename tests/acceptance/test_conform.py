@@ -51,7 +51,7 @@ async def test_conform_with_dialect_flag_uses_that_dialect(
     ]
 
 
-async def test_conform_with_wrong_dialect_for_address_ends_with_status_4(
+async def test_conform_exits_with_status_4_if_address_speaks_another_dialect(
     run_in_process: RunInProcess, control_plane: ControlPlane
 ) -> None:
     ended = await run_in_process(

@@ -243,7 +243,9 @@ async def test_heartbeat_in_doubt_is_resolved_before_child_starts() -> None:
 
 @in_virtual_time
 @pytest.mark.parametrize("end", ["stopped", "lapsed"])
-async def test_child_that_ended_before_parent_checks_counts_as_holder(end: str) -> None:
+async def test_child_process_that_ended_before_parent_checked_it_is_treated_as_lease_owner(
+    end: str,
+) -> None:
     bench = HandoffTestbed()
 
     async def handle(session: Session) -> None:

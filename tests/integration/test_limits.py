@@ -147,7 +147,7 @@ async def test_exit_after_idle_ends_pool_only_while_no_session_runs(
     assert len(recorder.of(ItemReceived)) == 1
 
 
-async def test_exit_after_idle_ends_pool_that_waits_for_its_one_session(
+async def test_exit_after_idle_ends_one_session_pool_if_no_session_arrives(
     make_pool: Any, recorder: Recorder
 ) -> None:
     limits = {"exit_after_sessions": 1, "exit_after_idle": 0.05}

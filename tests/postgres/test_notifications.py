@@ -266,7 +266,7 @@ async def test_release_ends_all_waits_and_later_ones(database_url: str) -> None:
         assert await hub.wait(WORK, hub.seen(), LONG)
 
 
-async def test_hub_without_database_keeps_trying_and_waits_end_in_time(
+async def test_hub_without_database_reconnects_while_its_waiting_calls_time_out(
     own_postgres: Cluster,
 ) -> None:
     hub = NotificationHub(own_postgres.url())

@@ -1,4 +1,4 @@
-"""A control plane on PostgreSQL for tests that call it synchronously: another node does the calls.
+"""The synchronous calls of tests on PostgreSQL, made by a second node on the same database.
 
 A test calls `plane.enqueue()` and `plane.operations.get(…)` in the middle of a coroutine. On
 PostgreSQL these are coroutines, so a second node on the same database, with a loop on a thread of

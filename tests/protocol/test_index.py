@@ -51,7 +51,9 @@ IDS = st.integers(0, 4 * CHUNK_MAX).map(lambda number: f"work_{number:05}")
 
 @given(st.sets(IDS), st.data())
 @settings(max_examples=50)
-def test_ascending_ids_answer_like_a_sorted_list(removed: set[str], data: st.DataObject) -> None:
+def test_index_of_ascending_ids_gives_same_results_as_sorted_list(
+    removed: set[str], data: st.DataObject
+) -> None:
     every = [f"work_{number:05}" for number in range(3 * CHUNK_MAX + 7)]
     ids = AscendingIds(every)
     for each in removed.intersection(every):

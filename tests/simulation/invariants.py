@@ -6,12 +6,6 @@ from http import HTTPStatus
 from itertools import combinations
 from typing import TYPE_CHECKING, Final, TypeGuard
 
-from tests.simulation.agreement import (
-    everything_received_is_reported,
-    losses_are_real,
-    metrics_agree,
-    outcomes_agree,
-)
 from tests.simulation.attempts import (
     attempts_are_counted,
     lost_runs_are_counted,
@@ -19,6 +13,12 @@ from tests.simulation.attempts import (
     released_items_are_marked,
 )
 from tests.simulation.case import ACK_SECONDS, WRITES
+from tests.simulation.event_invariants import (
+    everything_received_is_reported,
+    losses_are_real,
+    metrics_agree,
+    outcomes_agree,
+)
 from tests.simulation.handoffs import (
     items_handed_off_are_left_alone,
     nothing_is_sent_during_a_handoff,

@@ -241,7 +241,7 @@ class SimulatedHandlers:
     async def _run_brink(
         self, _session: Session, run: HandlerRun, seconds: float, _first: bool
     ) -> Any:
-        """Return at the time of the cancellation, if that is known before."""
+        """Return at the same instant as the cancellation, if the pool has a session time-out."""
         try:
             await asyncio.sleep(self._node.pool.session_timeout or seconds)
         except asyncio.CancelledError:  # The cancellation is swallowed, as no handler should do.

@@ -1,7 +1,7 @@
 """The trace of a simulation: the calls of each pool, the handler runs, and the pools' events.
 
 The network records the calls, the handlers record their runs. Only `Node.events` come from the pool
-itself; `agreement` compares them with the rest of the trace.
+itself; `event_invariants` compares them with the rest of the trace.
 """
 
 from __future__ import annotations

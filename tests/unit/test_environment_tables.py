@@ -180,7 +180,7 @@ def test_environment_id_beside_the_tables_is_an_error(config: Callable[[str], Pa
     assert str(path) in problem
 
 
-def test_chosen_environment_without_a_table_is_an_error(
+def test_environment_without_table_in_file_cannot_be_chosen(
     config: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("WORKPOOL_ENVIRONMENT_ID", HIDDEN)

@@ -237,7 +237,7 @@ def test_wrong_argument_of_retry_is_refused_by_name(
         Retry(**{"on": ConnectionError} | arguments)
 
 
-def test_retry_of_a_handler_is_in_its_rule() -> None:
+def test_rule_of_handler_contains_its_retry_settings() -> None:
     retry = Retry(on=(ConnectionError, TimeoutError), times=5)
     rule = rule_of(handler(retry=retry)(limited_handler()))
     assert rule is not None

@@ -1,4 +1,4 @@
-"""The lease clock, which counts sleep on every platform, and the detection of pauses."""
+"""The lease clock, which counts the time of a suspended machine, and detected pauses."""
 
 from __future__ import annotations
 

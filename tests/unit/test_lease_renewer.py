@@ -203,7 +203,7 @@ def test_lease_without_answers_is_lost_before_its_deadline(
 async def test_lease_whose_heartbeat_waits_for_a_connection_is_lost_before_its_deadline(
     testbed: type[LeaseTestbed],
 ) -> None:
-    """No heartbeat of the lease is in flight whose time limit could end it."""
+    """The heartbeats are not sent yet, so no request timeout ends them: the renewer must."""
     one = testbed(ttl=10)
     async with one.open():
         leases = [await one.send_first_heartbeat(await one.claim_item()) for _ in range(200)]

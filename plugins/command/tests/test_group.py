@@ -104,7 +104,7 @@ async def test_leader_reaped_before_the_watch_counts_as_exited_with_unknown_stat
     await process_view.wait_for_end(await process_view.wait_for_lines(tmp_path / "pids"))
 
 
-async def test_group_left_alone_after_its_leader_was_reaped_is_closed(
+async def test_process_group_left_running_after_its_leader_was_reaped_is_closed(
     before_watch: BeforeTheWatch,
 ) -> None:
     before_watch(lambda pid: os.waitpid(pid, 0))

@@ -105,7 +105,7 @@ async def test_detached_command_of_running_worker_is_reaped(
     async with kit.pool(Command(command=["true"], detach=True, root=tmp_path)):
         end = await kit.wait_for(SessionFinished, timeout=25)
         await process_view.wait_for_file(lambda: process_state(kit, item) == "stopped")
-        # Only the guard is left.
+        # The guard process is the only child process that is left.
         await process_view.wait_for_file(
             lambda: len(process_view.child_processes() - children) == 1
         )

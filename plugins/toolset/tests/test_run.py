@@ -16,9 +16,9 @@ README = (ROOT / "README.md").read_text()
 
 
 async def run_show(*flags: str) -> str:
-    """Run `show.py`, which checks its conversation, and return the output of `show.py`."""
+    """Run `killed_workers.py`, which checks its conversation, and return its output."""
     process = await asyncio.create_subprocess_exec(
-        *(sys.executable, str(ROOT / "tests/show.py"), *flags),
+        *(sys.executable, str(ROOT / "tests/killed_workers.py"), *flags),
         stdout=asyncio.subprocess.PIPE,
         stderr=asyncio.subprocess.STDOUT,
     )

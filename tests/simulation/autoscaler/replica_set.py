@@ -60,11 +60,11 @@ def _compare(hosts: Counter[str | None], now: float, one: PodState, two: PodStat
         return -1 if ranks[0] < ranks[1] else 1
     first, second = one.ready_since, two.ready_since
     if first is not None and second is not None and first != second:
-        return _younger(now, first, second) or _by_uid(one, two)
+        return _compare_youth(now, first, second) or _by_uid(one, two)
     if one.restarts != two.restarts:
         return two.restarts - one.restarts
     if one.created != two.created:
-        return _younger(now, one.created, two.created) or _by_uid(one, two)
+        return _compare_youth(now, one.created, two.created) or _by_uid(one, two)
     return 0
 
 
@@ -79,7 +79,7 @@ def _ranks(hosts: Counter[str | None], pod: PodState) -> tuple[int, ...]:
     )
 
 
-def _younger(now: float, one: float, two: float) -> int:
+def _compare_youth(now: float, one: float, two: float) -> int:
     return _magnitude(now - one) - _magnitude(now - two)
 
 

@@ -1,7 +1,7 @@
 """Run scripted sessions of 30 tool calls with `workpool run`, and kill their workers.
 
-    python plugins/toolset/tests/show.py --kills 20 --seed 1
-    python plugins/toolset/tests/show.py --sleeps 5 --seed 1
+    python plugins/toolset/tests/killed_workers.py --kills 20 --seed 1
+    python plugins/toolset/tests/killed_workers.py --sleeps 5 --seed 1
 
 `--sleeps` stops workers with SIGSTOP instead until their leases have expired, and continues them
 after the session. Each request that they then send for it counts as wrong.
