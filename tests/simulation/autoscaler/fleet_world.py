@@ -117,7 +117,7 @@ class FleetWorld(SimulatedWorld):
             request_delay=LATENCY_SECONDS, answer_delay=LATENCY_SECONDS
         )
 
-    async def _run_schedule(self) -> None:
+    async def _run_actions(self) -> None:
         context = self._reader_node.machine.callback_context()
         services = [
             self._group.create_task(self._read(), context=context),
