@@ -372,6 +372,26 @@ async def test_completion_after_machine_pause_is_sent_as_soon_as_lease_is_verifi
 
 
 @in_virtual_time
+async def test_item_of_lost_ack_is_not_leased_again_after_machine_slept() -> None:
+    """Formerly the repeat was sent after the lease of the first ack, and counted as lost at once.
+
+    So nobody could claim the item for another 60 s, and its next run was its second attempt.
+    """
+    bench = PoolTestbed(Script(ack=[Fault(answer="reset", applied=False), Fault(wait=1)]))
+    async with bench.supervisor:
+        (item,) = bench.operations.enqueue(ENVIRONMENT)
+        await bench.recorder.wait_for(ItemReceived)
+        await asyncio.sleep(0.9)  # the second ack waits for the rate limit or a connection
+        bench.loop.suspend(60)
+        await bench.recorder.wait_for(SessionFinished, timeout=60)
+        assert bench.loop.time() < 30
+    assert bench.session_outcomes == ["completed"]
+    assert [event.result for event in bench.recorder.of(AckFinished)] == ["error", "ok"]
+    assert not bench.recorder.of(SessionFinished)[0].session.redelivered
+    assert bench.operations.get(ENVIRONMENT, item.id).state == "stopped"
+
+
+@in_virtual_time
 async def test_workers_that_poll_in_step_do_not_take_an_item_from_each_other_endlessly() -> None:
     """Formerly each worker polled the item before the other's ack arrived, so all acks were
     refused.

@@ -37,12 +37,13 @@ def refused_answer(status: int, retry_after: float | None = None) -> Fault:
 class ClaimTestbed:
     """A claimer with a control plane, and the events and acks that it reports."""
 
-    def __init__(self, bench: LeaseTestbed) -> None:
+    def __init__(self, bench: LeaseTestbed, window: float | None = None) -> None:
         self.bench = bench
         self.events: list[Event] = []
         self.acks: list[Exception | None] = []
+        window_ms = None if window is None else int(window * 1000)
         context: Any = SimpleNamespace(
-            settings=bench.settings,
+            settings=SimpleNamespace(reclaim_older_than_ms=window_ms),
             client=bench.client,
             clock=bench.clock,
             observe=lambda kind, *values: self.events.append(kind(*values)),
@@ -117,6 +118,33 @@ async def test_ack_that_may_have_been_applied_is_repeated_while_its_lease_lasts(
         _, result = await ClaimTestbed(one).acknowledge_item()
         assert result == "error"
         assert RECLAIM_SECONDS < one.clock() < ACK_LEASE_SECONDS
+
+
+@in_virtual_time
+async def test_ack_that_may_have_been_applied_is_not_repeated_after_its_lease(
+    testbed: type[LeaseTestbed],
+) -> None:
+    """With a long window it was: the item was leased to a pool that counted the lease as over."""
+    one = testbed(ack=[Fault(answer=500, applied=False)] * 999)
+    async with one.open():
+        _, result = await ClaimTestbed(one, window=300).acknowledge_item()
+        assert result == "error"
+        assert one.clock() < ACK_LEASE_SECONDS
+
+
+@in_virtual_time
+async def test_repeated_ack_that_waits_beyond_its_lease_is_not_sent(
+    testbed: type[LeaseTestbed],
+) -> None:
+    one = testbed(ack=[Fault(answer=500, applied=False), Fault(wait=1)])
+    async with one.open(), asyncio.TaskGroup() as group:
+        task = group.create_task(ClaimTestbed(one).acknowledge_item())
+        await asyncio.sleep(0.9)  # the second ack waits for the rate limit or a connection
+        one.loop.suspend(ACK_LEASE_SECONDS)
+        item, result = await task
+        assert result == "error"
+        assert one.operations.get(ENVIRONMENT, item.id).state == "queued"
+    assert len(one.send_times("ack")) == 1
 
 
 @pytest.mark.parametrize(

@@ -11,6 +11,7 @@ import asyncio
 import math
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
+from functools import partial
 from http import HTTPStatus
 from typing import TYPE_CHECKING, Final
 
@@ -19,6 +20,7 @@ from workpool.errors import ConflictError, PreconditionError, RefusedError, Tran
 from workpool.events import AckFinished
 from workpool.log_fields import pool_logger
 from workpool.pool.completion import RELEASE_DELAY_SECONDS
+from workpool.wire.http.call_options import DEFAULT_OPTIONS, CallOptions
 from workpool.wire.protocol import (
     ACK_LEASE_SECONDS,
     ACTIVE,
@@ -52,7 +54,8 @@ class _Repeats:
     """The repetition of one ack.
 
     Attributes:
-        until: The time at which the pool can no longer own the item, on the lease clock.
+        until: The time from which no ack is sent, on the lease clock: then another worker may claim
+            the item, or the lease that begins with it would count as over.
         first_sent: The time at which the first ack that may have been applied was sent; infinite:
             none was.
     """
@@ -98,10 +101,10 @@ class Claimer:
         After "ok", `item.work_item` is the answer and `item.acked_at` is set. `taken_at` is the
         time now, at which a slot took the item, on the lease clock.
         """
-        sent, repeats = taken_at, None
+        sent, repeats, options = taken_at, None, DEFAULT_OPTIONS
         while True:
             try:
-                answer = await self._client.ack(item.id, permit=repeats is None)
+                answer = await self._client.ack(item.id, permit=repeats is None, options=options)
             except (ConflictError, PreconditionError) as error:
                 self._on_ack(error)
                 result: CallResult | None = "conflict"
@@ -109,6 +112,7 @@ class Claimer:
                 result = self._refused(item, error)
             except TransientError as error:
                 repeats = repeats or _Repeats(item.delivered_at + self._window)
+                options = CallOptions(partial(self._check_repeat, repeats))
                 result = None if await self._may_repeat(item, repeats, error, sent) else "error"
             else:
                 self._on_ack(None)
@@ -119,6 +123,14 @@ class Claimer:
                 waited, took = taken_at - delivered_at, sent - delivered_at
                 self._observe(AckFinished, item.work_item, result, waited, took)
                 return result
+
+    def _check_repeat(self, repeats: _Repeats) -> None:
+        """Raise an error if it is too late for the ack, which may have waited for a connection.
+
+        It would lease the item to this pool, which could not use that lease, for 60 s.
+        """
+        if self._clock() >= repeats.until:
+            raise TransientError("ack", None, "too late to own the item", reason="throttled")
 
     async def begin(self, item: PoolItem) -> None:
         """Send first heartbeats until one succeeds or the lease is over."""
@@ -153,8 +165,7 @@ class Claimer:
         if failure.reason in MAYBE_APPLIED:
             # If it was applied, no other worker can have the item before that lease has lapsed.
             repeats.first_sent = min(repeats.first_sent, sent)
-            end = repeats.first_sent + ACK_LEASE_SECONDS - MARGIN_SECONDS
-            repeats.until = max(repeats.until, end)
+            repeats.until = repeats.first_sent + ACK_LEASE_SECONDS - MARGIN_SECONDS
         delay = max(repeats.backoff.next(), failure.retry_after or 0.0)
         if self._clock() + delay < repeats.until and not await self._draining_within(delay):
             return True
