@@ -340,10 +340,27 @@ def completions_are_tried_while_the_lease_is_held(case: FinishedSimulation) -> I
 
 
 def _known_lease_end(case: FinishedSimulation, node: Node, work_id: str, at: float) -> float:
-    """Return the end of the lease that the last answered heartbeat granted."""
-    sent = [
-        call.at
+    """Return the end of the lease that the last answered heartbeat granted, as the pool counts."""
+    decided = [
+        _decided_at(case, call)
         for call in case.sent[node, work_id]
         if call.op == "heartbeat" and call.answer == "ok" and call.answered_at <= at
     ]
-    return max(sent, default=at) + node.pool.lease_ttl
+    return max(decided, default=at) + node.pool.lease_ttl
+
+
+def _decided_at(case: FinishedSimulation, call: SentCall) -> float:
+    """Return when the pool decided to send the call, which may then have waited on its machine.
+
+    The pool counts its lease from that time, the control plane from the call's arrival. The
+    difference is large if the machine sleeps during the wait.
+    """
+    if call.fault is None or not call.fault.wait:
+        return call.at
+    return max(
+        each.since
+        for each in case.trace.delays
+        if each.node is call.node
+        and (each.op, each.work_id) == (call.op, call.work_id)
+        and each.since <= call.at
+    )

@@ -1,4 +1,4 @@
-"""Regression tests for errors of the pool that the simulation found; docstrings name the error."""
+"""Regression tests for what the simulation found; docstrings name the error of that time."""
 
 from __future__ import annotations
 
@@ -389,6 +389,36 @@ async def test_item_of_lost_ack_is_not_leased_again_after_machine_slept() -> Non
     assert [event.result for event in bench.recorder.of(AckFinished)] == ["error", "ok"]
     assert not bench.recorder.of(SessionFinished)[0].session.redelivered
     assert bench.operations.get(ENVIRONMENT, item.id).state == "stopped"
+
+
+@handler
+async def work_for_five_seconds(_: Session) -> dict[str, str]:
+    await asyncio.sleep(5)
+    return {"seen": "once"}
+
+
+@in_virtual_time
+async def test_completion_is_tried_while_lease_counted_from_delayed_heartbeat_is_held() -> None:
+    """Formerly an invariant counted the lease from the heartbeat's bytes and reported an early end.
+
+    A pool counts from before the wait for a connection, here a wait in which the machine slept.
+    That is safe, and the next heartbeat follows at once; but here that one has no answer.
+    """
+    silence = Fault(answer="silence", applied=False)
+    script = Script(heartbeat=[None, Fault(wait=1), *[silence] * 20], update=[silence] * 40)
+    bench = PoolTestbed(script, work_for_five_seconds, lease_ttl=10)
+    async with bench.supervisor:
+        bench.operations.enqueue(ENVIRONMENT)
+        await bench.recorder.wait_for(SessionStarted)
+        started = bench.loop.machine_time()
+        await asyncio.sleep(3.5)  # the second heartbeat was due after 3 to 3.4 s, and waits
+        bench.loop.suspend(4)
+        await bench.recorder.wait_for(HeartbeatFinished, count=2)
+        assert bench.loop.machine_time() - started > 8
+        await bench.recorder.wait_for(SessionFinished)
+        # A margin of 1 s before the end of 10 s, which began at 3 to 3.4 s.
+        assert 12 <= bench.loop.machine_time() - started < 12.5
+    assert bench.session_outcomes == ["lease_lost"]
 
 
 @in_virtual_time
