@@ -83,7 +83,7 @@ class DatabaseStorm(Storm):
         while True:
             await asyncio.sleep(every * self._random.uniform(0.7, 1.3))
             number = self._random.randrange(PLANES)
-            self._note("kill plane")
+            self._note_action("kill plane")
             await self._fleet.kill_plane(number)
             await asyncio.sleep(self._random.uniform(0, 2))
             await self._start_plane(number, str(self._faults))
@@ -93,7 +93,7 @@ class DatabaseStorm(Storm):
         while True:
             await asyncio.sleep(DATABASE_EVERY * self._random.uniform(0.7, 1.3))
             crash, away = self._random.random() < 0.5, self._random.choice([0, 0, 4])
-            self._note("database killed" if crash else "database stopped")
+            self._note_action("database killed" if crash else "database stopped")
             # A thread goes on when the storm ends: `_heal` waits until the database is back.
             self._restart = asyncio.create_task(  # noqa: TID251 - `_heal` awaits it
                 asyncio.to_thread(self._restart_database, away, crash=crash)
@@ -109,7 +109,7 @@ class DatabaseStorm(Storm):
         time.sleep(away)
         self._cluster.start()
 
-    def _note(self, what: str) -> None:
+    def _note_action(self, what: str) -> None:
         self._fleet.actions.append({"t": boot_time(), "what": what, "pid": 0})
 
     async def _take_snapshot(self, what: str) -> None:

@@ -100,18 +100,18 @@ class Judge:
         for line in self._journal:
             what = line["what"]
             if what == "record":
-                self._record(line)
+                self._check_record(line)
             elif what == "came":
-                self._came(line)
+                self._check_arrival(line)
             elif what == "durable" and line["worker"] is not None:
                 self._durable[line["work_id"]].add(line["op"])
             elif what in {"boot", "end"}:
                 self.verdict.counts["boots"] += what == "boot"
-                self._snapshot(line["t"], [Seen(*item) for item in line["items"]])
+                self._check_snapshot(line["t"], [Seen(*item) for item in line["items"]])
             elif what == "fault":
-                self._fault(line["kind"], line["work_id"])
+                self._check_fault(line["kind"], line["work_id"])
         self._nothing_lost(enqueued)
-        self._runs()
+        self._check_runs()
         self.verdict.counts.update(f"action: {action['what']}" for action in self._actions)
         return self.verdict
 
@@ -120,7 +120,7 @@ class Judge:
 
     # -- the journal ---------------------------------------------------------------------------
 
-    def _record(self, line: Line) -> None:
+    def _check_record(self, line: Line) -> None:
         work_id, worker, kind = line["work_id"], line["worker_id"], line["kind"]
         self.verdict.counts[f"record: {kind}"] += 1
         holder = self._holder.get(work_id)
@@ -130,17 +130,17 @@ class Judge:
         elif kind in {"lapsed", "stopped"}:
             self._holder[work_id] = None
         if None not in {worker, holder} and worker != holder and kind in {"metadata", "stopped"}:
-            # Sent in time and applied late because of an injected delay; `_came` reports late
-            # sending.
+            # Sent in time and applied late because of an injected delay; `_check_arrival` reports a
+            # request that was sent late.
             self.verdict.counts["applied late to another's item"] += 1
 
-    def _fault(self, kind: str, work_id: str | None) -> None:
+    def _check_fault(self, kind: str, work_id: str | None) -> None:
         self.verdict.counts[f"fault: {kind}"] += 1
         holder = self._holder.get(work_id or "")
         if kind == "expired" and holder is not None:
             self._cut.add((holder, work_id or ""))  # its holder cannot know of the expiry
 
-    def _came(self, line: Line) -> None:
+    def _check_arrival(self, line: Line) -> None:
         worker, work_id, op = line["worker"], line["work_id"], line["op"]
         if worker is None or op == "ack":  # an operator, or an ack, which is always allowed
             return
@@ -161,7 +161,7 @@ class Judge:
         """Return the lag that was measured just before `at`."""
         return float(sum(lag for since, until, lag in self._lags if since <= at <= until))
 
-    def _snapshot(self, at: float, items: Sequence[Seen]) -> None:
+    def _check_snapshot(self, at: float, items: Sequence[Seen]) -> None:
         """Check that each answered call is in a snapshot from the start or end of its server."""
         known = {item.id: item for item in items}
         for work_id, ops in self._durable.items():
@@ -189,7 +189,7 @@ class Judge:
 
     # -- the handlers --------------------------------------------------------------------------
 
-    def _runs(self) -> None:
+    def _check_runs(self) -> None:
         for work_id, runs in self._runs_by_item().items():
             self.verdict.counts["runs"] += len(runs)
             self.verdict.counts["runs again"] += len(runs) - 1
@@ -199,7 +199,7 @@ class Judge:
             for number, run in enumerate(runs):
                 for later in runs[number + 1 :]:
                     if later.start < run.end:
-                        self._overlap(work_id, run, later)
+                        self._check_overlap(work_id, run, later)
 
     def _runs_by_item(self) -> dict[str, list[Run]]:
         gone = {
@@ -238,7 +238,7 @@ class Judge:
         if run.end > until:
             self._breach(f"{worker} went on with {work_id} for {run.end - until:.2f} s too long")
 
-    def _overlap(self, work_id: str, run: Run, later: Run) -> None:
+    def _check_overlap(self, work_id: str, run: Run, later: Run) -> None:
         """Record that a second handler began before the first had ended, or the excuse for it."""
         worker, other = self._workers.get(run.pid, ""), self._workers.get(later.pid, "")
         seconds = min(run.end, later.end) - later.start

@@ -137,7 +137,7 @@ class Storm:
                     self._kill_workers(proxy),
                     self._stop_workers(),
                     *self._break_control_plane(),
-                    self._operate(http),
+                    self._stop_items(http),
                     self._break_network(proxy),
                     self._measure_lag(),
                 )
@@ -216,7 +216,7 @@ class Storm:
             await asyncio.sleep(self.settings.plane_kill_every * self._random.uniform(0.7, 1.3))
             await self._start_planes(str(self._faults))
 
-    async def _operate(self, http: aiohttp.ClientSession) -> None:
+    async def _stop_items(self, http: aiohttp.ClientSession) -> None:
         """Stop an item every few seconds, gracefully or by force."""
         while True:
             await asyncio.sleep(self._random.uniform(2, 4))

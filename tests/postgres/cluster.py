@@ -78,19 +78,21 @@ class Cluster:
     def create(self) -> None:
         """Make the data directory. Raises `PostgresMissingError`."""
         self._make_folder()
-        self._run("initdb", "--no-sync", "--auth=trust", f"--username={SUPERUSER}", "-E", "UTF8")
+        self._run_program(
+            "initdb", "--no-sync", "--auth=trust", f"--username={SUPERUSER}", "-E", "UTF8"
+        )
 
     def create_standby(self, primary: Cluster) -> None:
         """Make the data directory of a standby, which follows a running primary."""
         self._make_folder()
-        self._run(
+        self._run_program(
             *("pg_basebackup", "--no-sync", "--checkpoint=fast", "--write-recovery-conf"),
             *("-d", primary.url()),
         )
 
     def promote(self) -> None:
         """Make a standby a primary, and return once it accepts writes."""
-        self._control("promote")
+        self._run_pg_ctl("promote")
 
     def _make_folder(self) -> None:
         self.folder.mkdir(mode=0o700)
@@ -108,7 +110,7 @@ class Cluster:
             options = [f"-c {name}={value}" for name, value in self._settings.items()]
             options.append(f"-c port={chosen}")
             try:
-                self._control("start", "-l", str(self._log), "-o", " ".join(options))
+                self._run_pg_ctl("start", "-l", str(self._log), "-o", " ".join(options))
             except subprocess.CalledProcessError as error:
                 error.add_note(self.log())
                 if self.port or attempt == _START_ATTEMPTS:
@@ -119,7 +121,7 @@ class Cluster:
 
     def stop(self, mode: str = "fast") -> None:
         """End the server: `fast` cuts all connections, `smart` waits until they have ended."""
-        self._control("stop", "-m", mode)
+        self._run_pg_ctl("stop", "-m", mode)
 
     def restart(self) -> None:
         """End the server, which cuts all connections, and start it again on the same port."""
@@ -130,12 +132,12 @@ class Cluster:
         """Kill every process of the server, as a crash does, and return once they have ended."""
         first = self.pid
         os.kill(first, signal.SIGSTOP)  # otherwise it would start new processes meanwhile
-        processes = [first, *_children(first)]
+        processes = [first, *_children_of(first)]
         for process in processes:
             with suppress(ProcessLookupError):
                 os.kill(process, signal.SIGKILL)
         deadline = time.monotonic() + SECONDS
-        while any(_runs(process) for process in processes):
+        while any(_is_running(process) for process in processes):
             if time.monotonic() > deadline:
                 pytest.fail("a killed process of PostgreSQL did not end")
             time.sleep(0.01)
@@ -166,16 +168,16 @@ class Cluster:
         A line for each row, with `|` between its columns.
         """
         words = ("-X", "-q", "-A", "-t", "-v", "ON_ERROR_STOP=1", "-d", url or self.url())
-        return self._output("psql", *words, "-c", sql).strip()
+        return self._output_of("psql", *words, "-c", sql).strip()
 
     def log(self) -> str:
         """Return the log of the server."""
         return self._log.read_text()
 
-    def _control(self, action: str, *words: str) -> None:
-        self._run("pg_ctl", action, "-w", "-t", str(SECONDS), "-s", *words)
+    def _run_pg_ctl(self, action: str, *words: str) -> None:
+        self._run_program("pg_ctl", action, "-w", "-t", str(SECONDS), "-s", *words)
 
-    def _run(self, program: str, *words: str) -> None:
+    def _run_program(self, program: str, *words: str) -> None:
         """Run a program of the server; its output is in no pipe, which the server would inherit."""
         with tempfile.TemporaryFile() as output:
             try:
@@ -196,7 +198,7 @@ class Cluster:
                 error.add_note(output.read().decode(errors="replace"))
                 raise
 
-    def _output(self, program: str, *words: str) -> str:
+    def _output_of(self, program: str, *words: str) -> str:
         done = subprocess.run(  # noqa: S603 - our own words
             [str(self._programs / program), *words],
             capture_output=True,
@@ -245,7 +247,7 @@ def remove(cluster: Cluster) -> None:
     shutil.rmtree(cluster.folder.parent, ignore_errors=True)
 
 
-def _cluster() -> Iterator[Cluster]:
+def _running_cluster() -> Iterator[Cluster]:
     try:
         cluster = started_cluster()
     except PostgresMissingError as error:
@@ -259,13 +261,13 @@ def _cluster() -> Iterator[Cluster]:
 @pytest.fixture(scope="session")
 def postgres() -> Iterator[Cluster]:
     """Return the running cluster of this process; a test must not stop it."""
-    yield from _cluster()
+    yield from _running_cluster()
 
 
 @pytest.fixture
 def own_postgres() -> Iterator[Cluster]:
     """Return a running cluster of this test alone, which the test may stop and kill."""
-    yield from _cluster()
+    yield from _running_cluster()
 
 
 @pytest.fixture
@@ -298,7 +300,7 @@ def _free_port() -> int:
         return port
 
 
-def _children(process: int) -> list[int]:
+def _children_of(process: int) -> list[int]:
     try:
         text = Path(f"/proc/{process}/task/{process}/children").read_text()
     except FileNotFoundError:
@@ -306,7 +308,7 @@ def _children(process: int) -> list[int]:
     return [int(word) for word in text.split()]
 
 
-def _runs(process: int) -> bool:
+def _is_running(process: int) -> bool:
     """Return whether a process still runs; a zombie, which nobody waits for, does not."""
     try:
         return Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[0] != "Z"

@@ -73,9 +73,9 @@ class Load:
     async def run(self) -> None:
         """Create items until `is_full`, and work until all of them are stopped."""
         async with asyncio.TaskGroup() as group:
-            group.create_task(self._create(self._client(0, "creator")))
+            group.create_task(self._create_items(self._client(0, "creator")))
             for number in range(WORKERS):
-                group.create_task(self._work(self._client(number, f"worker-{number}")))
+                group.create_task(self._work_until_done(self._client(number, f"worker-{number}")))
 
     def _client(self, number: int, worker: str) -> NodeClient:
         return NodeClient(self._http, self._planes[number % len(self._planes)].base_url, worker)
@@ -83,7 +83,7 @@ class Load:
     def _is_done(self) -> bool:
         return self.is_full and self.stopped >= set(self.created)
 
-    async def _answered(self, call: Callable[[], Awaitable[NodeAnswer]], *more: int) -> NodeAnswer:
+    async def _answer_of(self, call: Callable[[], Awaitable[NodeAnswer]], *more: int) -> NodeAnswer:
         """Return the first answer that is no 503: 200, 204, or after a 503 one of `more`."""
         repeated = False
         while True:
@@ -98,31 +98,31 @@ class Load:
             self._refused.set()
             await asyncio.sleep(0.05)
 
-    async def _create(self, client: NodeClient) -> None:
+    async def _create_items(self, client: NodeClient) -> None:
         while not self.is_full:
-            answer = await self._answered(client.enqueue)
+            answer = await self._answer_of(client.enqueue)
             self.created += [item["id"] for item in answer.body["data"]]
             await asyncio.sleep(0.01)
 
-    async def _work(self, client: NodeClient) -> None:
+    async def _work_until_done(self, client: NodeClient) -> None:
         params = {"block_ms": "500", "reclaim_older_than_ms": str(RECLAIM_MS)}
         while not self._is_done():
-            item = (await self._answered(partial(client.poll, params=params))).body
+            item = (await self._answer_of(partial(client.poll, params=params))).body
             if item is not None:
-                await self._serve(client, item["id"])
+                await self._serve_item(client, item["id"])
 
-    async def _serve(self, client: NodeClient, work_id: str) -> None:
-        acked = await self._answered(partial(client.ack, work_id), 409)
+    async def _serve_item(self, client: NodeClient, work_id: str) -> None:
+        acked = await self._answer_of(partial(client.ack, work_id), 409)
         if acked.status == 409:
             return  # delivered to another worker, or stopped by a call whose answer was lost
         assert work_id not in self.holders, "two workers hold one item"
         self.holders[work_id] = client._worker
         first = partial(client.heartbeat, work_id, "NO_HEARTBEAT")
-        beaten = await self._answered(first, 412)  # 412: a repetition, of which the first counted
+        beaten = await self._answer_of(first, 412)  # 412: a repetition, of which the first counted
         state = beaten.body if beaten.status == 200 else beaten.body["error"]["details"]
         last = (state if beaten.status == 200 else state["current_state"])["last_heartbeat"]
-        await self._answered(partial(client.heartbeat, work_id, last), 412)
-        await self._answered(partial(client.stop, work_id, json={"force": True}))
+        await self._answer_of(partial(client.heartbeat, work_id, last), 412)
+        await self._answer_of(partial(client.stop, work_id, json={"force": True}))
         self.stopped.add(work_id)
         self._stopped.set()
 
@@ -317,7 +317,7 @@ async def test_nodes_of_two_releases_share_a_database_during_an_upgrade(
             assert stored == str(version)
             client = NodeClient(load._http, newer.base_url, "newer")
             for _ in range(10):
-                await load._answered(client.enqueue)
+                await load._answer_of(client.enqueue)
             await load.stopped_more(20)
         monkeypatch.setattr(migrations, "migrations", releases)
         async with node(url):  # a node of this release, on the newer schema

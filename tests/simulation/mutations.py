@@ -97,7 +97,7 @@ MUTATIONS: dict[str, list[Edit]] = {
     "poll before reserving": [
         Edit(
             "bounded_queue:BoundedQueue",
-            "self._free() > 0 and not self._reservers and",
+            "self._free_places() > 0\n        and not self._reservers\n        and",
             "True or",
         ),
     ],
@@ -132,8 +132,8 @@ MUTATIONS: dict[str, list[Edit]] = {
     "first heartbeat unchecked": [
         Edit(
             "sender:HeartbeatSender",
-            "partial(self._check, lease, check)",
-            "partial(self._check, lease, check) if lease.begun else None",
+            "partial(self._check_lease, lease, check)",
+            "partial(self._check_lease, lease, check) if lease.begun else None",
         ),
     ],
     "renewer takes a lease that has not begun": [
@@ -174,8 +174,8 @@ MUTATIONS: dict[str, list[Edit]] = {
     "deadline from the answer": [
         Edit(
             "lease:Lease",
-            "self._extend(attempt, heartbeat)",
-            "self._extend(attempt._replace(at=now), heartbeat)",
+            "self._apply_extension(attempt, heartbeat)",
+            "self._apply_extension(attempt._replace(at=now), heartbeat)",
         ),
     ],
     "lease not cut by an unanswered heartbeat": [
@@ -199,8 +199,8 @@ MUTATIONS: dict[str, list[Edit]] = {
     "renewal unchecked": [
         Edit(
             "sender:HeartbeatSender",
-            "partial(self._check, lease, check)",
-            "None if lease.begun else partial(self._check, lease, check)",
+            "partial(self._check_lease, lease, check)",
+            "None if lease.begun else partial(self._check_lease, lease, check)",
         ),
     ],
     # Requests for an item.
@@ -246,8 +246,8 @@ MUTATIONS: dict[str, list[Edit]] = {
     "one try for all the time that is left": [
         Edit(
             "sender:Sender",
-            "min(self._request_timeout, self._left(item, until, now) / TRY_PART)",
-            "self._left(item, until, now)",
+            "min(self._request_timeout, self._seconds_left(item, until, now) / TRY_PART)",
+            "self._seconds_left(item, until, now)",
         ),
     ],
     "completion given up after ten seconds": [
@@ -330,8 +330,8 @@ MUTATIONS: dict[str, list[Edit]] = {
     "cancellation never repeated": [
         Edit(
             "handler_executor:HandlerExecutor",
-            "call_later(REPEAT_SECONDS, self._repeat, item)",
-            "call_later(99999, self._repeat, item)",
+            "REPEAT_SECONDS, self._repeat_cancellation, item",
+            "99999, self._repeat_cancellation, item",
         ),
     ],
     "sessions in one context": [
@@ -443,7 +443,7 @@ MUTATIONS: dict[str, list[Edit]] = {
         ),
     ],
     "completion not awaited": [
-        Edit("drain:Drain", "await self._finished(dispatcher, lambda: until)", "pass"),
+        Edit("drain:Drain", "await self._wait_until_finished(dispatcher, lambda: until)", "pass"),
     ],
     "close not idempotent": [
         Edit("session_runner:SessionRunner", 'if item.state == "closed":', "if False:"),
@@ -474,7 +474,7 @@ MUTATIONS: dict[str, list[Edit]] = {
     "no child, and the item not taken back": [
         Edit(
             "handoff:HandoffRun",
-            "await self._wait_for_child()\n            await self._heartbeat()",
+            "await self._wait_for_child()\n            await self._send_heartbeat()",
             "await self._wait_for_child()",
         ),
     ],

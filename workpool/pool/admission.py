@@ -90,7 +90,7 @@ class Admission:
         self._paused, self.gated = readable(reason, REASON_CHARACTERS), True
         end = None if until is None else until.isoformat(timespec="seconds")
         log.info("paused", extra={"reason": self._paused, "until": end})
-        self._notify()
+        self._wake_waiters()
 
     def resume(self) -> None:
         """End the pause, if there is one."""
@@ -98,20 +98,20 @@ class Admission:
             return
         self._paused, self.gated = None, self._ask is not None
         log.info("resumed")
-        self._notify()
+        self._wake_waiters()
 
     async def granted(self) -> None:
         """Wait until the pool is not paused and no plugin refuses."""
         waited = False
-        while self.paused is not None or self._refusal() is not None:
+        while self.paused is not None or self._ask_plugins() is not None:
             waited = True
-            await self._change()
+            await self._wait_for_change()
         if self._paused is not None:
             self.resume()  # the pause is over
         if waited:
             self.granted_at = asyncio.get_running_loop().time()
 
-    def _refusal(self) -> str | None:
+    def _ask_plugins(self) -> str | None:
         """Ask the plugins, and log a change of their answer."""
         reason = None if self._ask is None else self._ask()
         refused = None if reason is None else readable(reason, REASON_CHARACTERS)
@@ -123,7 +123,7 @@ class Admission:
             self.refused = refused
         return refused
 
-    async def _change(self) -> None:
+    async def _wait_for_change(self) -> None:
         """Wait for a pause or a resumption, or until the next check of clock or plugin is due."""
         seconds = ASK_SECONDS
         if self._paused is not None:
@@ -132,7 +132,7 @@ class Admission:
             async with asyncio.timeout(seconds):
                 await self._changed.wait()
 
-    def _notify(self) -> None:
+    def _wake_waiters(self) -> None:
         self._changed.set()
         self._changed = asyncio.Event()
 
@@ -183,7 +183,9 @@ class HandlerHealth:
         self._seen.add(handler.name)
         quick = outcome == "failed" and seconds < QUICK_SECONDS
         if quick or (outcome == "released" and exhausted(item.error)):
-            self._failed(self.failures.setdefault(handler.name, _Failures(handler)), item.id)
+            self._record_failure(
+                self.failures.setdefault(handler.name, _Failures(handler)), item.id
+            )
         elif outcome in {"completed", "failed", "timed_out", "stalled"}:
             self.failures.pop(handler.name, None)
         if failing:
@@ -217,7 +219,7 @@ class HandlerHealth:
         now = asyncio.get_running_loop().time()
         return now >= failures.resume_at and self._count(failures.handler) == 0
 
-    def _failed(self, failures: _Failures, work_id: str) -> None:
+    def _record_failure(self, failures: _Failures, work_id: str) -> None:
         if not failures.pause:
             failures.work_ids.add(work_id)
             if len(failures.work_ids) < FAILURES:
@@ -309,7 +311,7 @@ class ExitLimits:
         """Count a claimed session."""
         self._claimed += 1
         if self._claimed == self._sessions:
-            self._reach("exit_after_sessions")
+            self._record_reached("exit_after_sessions")
 
     def add(self, admission: Admission) -> Callable[[bool], None]:
         """Add a pool; a pause of it interrupts the idle time.
@@ -331,7 +333,7 @@ class ExitLimits:
         with suppress(TimeoutError):
             async with asyncio.timeout_at(self._ends_at):
                 await self._changed.wait()
-        return self._reach("exit_after_uptime")
+        return self._record_reached("exit_after_uptime")
 
     def _note_poll(self, admission: Admission, idle: bool) -> None:  # noqa: FBT001 - a callback
         time = self._pools.get(admission)
@@ -348,9 +350,9 @@ class ExitLimits:
             time.seconds >= self._idle and each.paused is None and each.refused is None
             for each, time in self._pools.items()
         ):
-            self._reach("exit_after_idle")
+            self._record_reached("exit_after_idle")
 
-    def _reach(self, limit: Limit) -> Limit:
+    def _record_reached(self, limit: Limit) -> Limit:
         """Record that a limit is reached, and return the first one."""
         if self.reached is None:
             self.reached = limit

@@ -54,7 +54,7 @@ class BoundedQueue(Generic[T]):
         self._reservers: deque[asyncio.Future[None]] = deque()
         self._share = share
         if share is not None:
-            share.wants, share.hand_out = self._wants, self._hand_out
+            share.wants, share.hand_out = self._wants_slot, self._hand_out_place
 
     @property
     def free_slots(self) -> int:
@@ -90,13 +90,17 @@ class BoundedQueue(Generic[T]):
         """Whether no item waits or runs."""
         return not self._waiting and not self._aside and not self.running
 
-    def _free(self) -> int:
+    def _free_places(self) -> int:
         return self.capacity - self.reserved - self.running - len(self._waiting)
 
     async def reserve(self) -> None:
         """Reserve a place; wait until one is free, in the order of the calls."""
         # Checked here and not in a function, whose call each session of every pool would pay for.
-        if self._free() > 0 and not self._reservers and (self._share is None or self._share.take()):
+        if (
+            self._free_places() > 0
+            and not self._reservers
+            and (self._share is None or self._share.take())
+        ):
             self.reserved += 1
             return
         turn: asyncio.Future[None] = asyncio.get_running_loop().create_future()
@@ -156,7 +160,7 @@ class BoundedQueue(Generic[T]):
         """
         if self.running >= self.concurrency:
             return None
-        if self._aside and self._free() > 0:
+        if self._aside and self._free_places() > 0:
             item = next(filter(may_start, self._aside), None)
             if item is not None and (self._share is None or self._share.take()):
                 self.remove_aside(item)
@@ -197,10 +201,10 @@ class BoundedQueue(Generic[T]):
         if self._share is not None:
             self._share.grant()
             return
-        while self._reservers and self._free() > 0:
-            self._hand_out()
+        while self._reservers and self._free_places() > 0:
+            self._hand_out_place()
 
-    def _hand_out(self) -> None:
+    def _hand_out_place(self) -> None:
         """Give a free place to the poller that has waited longest, if it still waits."""
         turn = self._reservers.popleft()
         if not turn.done():
@@ -209,8 +213,8 @@ class BoundedQueue(Generic[T]):
 
     # The slots that the pool shares with others.
 
-    def _wants(self) -> bool:
+    def _wants_slot(self) -> bool:
         """Whether a poller waits although a place is free."""
         while self._reservers and self._reservers[0].done():  # its poller was cancelled just now
             del self._reservers[0]
-        return bool(self._reservers) and self._free() > 0
+        return bool(self._reservers) and self._free_places() > 0

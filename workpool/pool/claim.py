@@ -109,7 +109,7 @@ class Claimer:
                 self._on_ack(error)
                 result: CallResult | None = "conflict"
             except RefusedError as error:
-                result = self._refused(item, error)
+                result = self._handle_refusal(item, error)
             except TransientError as error:
                 repeats = repeats or _Repeats(item.delivered_at + self._window)
                 options = CallOptions(partial(self._check_repeat, repeats))
@@ -117,7 +117,7 @@ class Claimer:
             else:
                 self._on_ack(None)
                 first_sent = sent if repeats is None else min(repeats.first_sent, sent)
-                result = _accept(item, answer, first_sent)
+                result = _accept_answer(item, answer, first_sent)
             sent, delivered_at = self._clock(), item.delivered_at
             if result is not None:
                 waited, took = taken_at - delivered_at, sent - delivered_at
@@ -172,7 +172,7 @@ class Claimer:
         log.warning("ack given up: %s", failure, extra={"work_id": item.id, "error": str(failure)})
         return False
 
-    def _refused(self, item: PoolItem, error: RefusedError) -> CallResult:
+    def _handle_refusal(self, item: PoolItem, error: RefusedError) -> CallResult:
         log.warning("ack refused: %s", error, extra={"work_id": item.id, "error": str(error)})
         if error.status == HTTPStatus.NOT_FOUND:
             return "gone"
@@ -188,7 +188,7 @@ class Claimer:
         return self._draining.is_set()
 
 
-def _accept(item: PoolItem, answer: WorkItem, acked_at: float) -> CallResult:
+def _accept_answer(item: PoolItem, answer: WorkItem, acked_at: float) -> CallResult:
     # `active`: some control planes answer so to every ack, all of them to a repeated one. The first
     # heartbeat shows which worker has the item.
     if answer.state not in {STARTING, ACTIVE}:

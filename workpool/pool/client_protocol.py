@@ -194,7 +194,7 @@ class OptionalCalls:
         try:
             value = await call()
         except (RefusedError, TransientError) as error:
-            if not self._learn(op, error):
+            if not self._record_refusal(op, error):
                 raise
             status = error.status
         else:
@@ -206,7 +206,7 @@ class OptionalCalls:
         """Let all calls be tried again, since a call was refused that every credential permits."""
         self.refused.clear()
 
-    def _learn(self, op: Op, error: ControlPlaneError) -> bool:
+    def _record_refusal(self, op: Op, error: ControlPlaneError) -> bool:
         """Return whether a refusal means that the credential does not permit this call at all."""
         if op in self._allowed or not _means_never(op, error):
             return False

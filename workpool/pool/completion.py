@@ -103,8 +103,8 @@ class Completion:
             return row.outcome
         try:
             if row.item == "release":
-                return await self._release(item)
-            outcome = await self._write(item, row)
+                return await self._release_item(item)
+            outcome = await self._write_row(item, row)
             await self.stop(item, confirm=row.outcome == "stopped")
         except SessionGoneError:
             return "stopped" if item.lease.status == "stopped" else "lease_lost"
@@ -161,7 +161,7 @@ class Completion:
                 lease.own_stop = before  # certainly not applied
             raise
 
-    async def _write(self, item: PoolItem, row: Row) -> Outcome:
+    async def _write_row(self, item: PoolItem, row: Row) -> Outcome:
         """Write the row's metadata, if any; return the outcome: `failed` for a refused result."""
         attempt = item.attempt
         if row.metadata == "result" and not item.result:
@@ -252,7 +252,7 @@ class Completion:
             ),
         )
 
-    async def _release(self, item: PoolItem) -> Outcome:
+    async def _release_item(self, item: PoolItem) -> Outcome:
         lease, attempt = item.lease, item.attempt
         release = item.error if isinstance(item.error, Release) else PoolRelease(DRAIN_REASON)
         if release is item.error or (lease.status == "held" and not attempt.marked):

@@ -80,7 +80,7 @@ class LoopMonitor:
         self._asked_at = time.monotonic()  # before the ping, since another thread may read both
         self._ping += 1
         self._answered_before = self._answered_at
-        self._tell(functools.partial(self._answer, self._ping, self._asked_at))
+        self._tell(functools.partial(self._record_answer, self._ping, self._asked_at))
 
     def wait(self, seconds: float) -> bool:
         """Add `seconds` without an answer; return whether the sum reaches `max_block`."""
@@ -90,7 +90,7 @@ class LoopMonitor:
         if self.blocked and not was_blocked:
             _warn(
                 "event loop is blocked; use asyncio.to_thread for blocking code",
-                task=self._blocker(),
+                task=self._blocking_task(),
             )
         return self._waited >= self._max_block
 
@@ -105,16 +105,16 @@ class LoopMonitor:
             all_stacks(self._thread),
             "event loop blocked; leases are not renewed anymore",
             seconds=round(seconds, 3),
-            task=self._blocker(),
+            task=self._blocking_task(),
         )
 
-    def _answer(self, ping: int, asked_at: float) -> None:
+    def _record_answer(self, ping: int, asked_at: float) -> None:
         """Record the answer to a ping. Called on the handlers' loop."""
         self._answered_at = time.monotonic()
         self.lag = self._answered_at - asked_at
         self._pong = ping
 
-    def _blocker(self) -> str:
+    def _blocking_task(self) -> str:
         task = asyncio.current_task(self._loop)
         return "no task" if task is None else task.get_name()
 

@@ -99,7 +99,7 @@ class Dispatcher:
         self.executor = HandlerExecutor(context, handlers)
         self.health = HandlerHealth(self.items.count)
         self.runner = SessionRunner(
-            context, self._claimer, sender, self.executor, self.health.record, self._closed
+            context, self._claimer, sender, self.executor, self.health.record, self._on_item_closed
         )
         self._tasks: dict[PoolItem, asyncio.Task[None]] = {}
         self._slots = HandlerSlots(self.items, context.plugins.handlers, settings.concurrency)
@@ -127,26 +127,26 @@ class Dispatcher:
             return "declined"  # never acknowledged, so it is redelivered
         owned = self.items.get(work_item.id)
         if owned is None and self._expiry is not None:  # otherwise nothing is set aside
-            owned = self._aside(work_item.id)
+            owned = self._find_set_aside(work_item.id)
         item = PoolItem(work_item, None, self._context.start_context.copy(), self._context.clock())
         seen = item.held_before or item.id in self._seen
         origin: Origin = "duplicate" if owned else "redelivered" if seen else "new"
-        age = _age(work_item) if origin == "new" else None
+        age = _age_of(work_item) if origin == "new" else None
         self._context.observe(ItemReceived, work_item, origin, age)
         if owned is not None:
             self._received_again(owned, polled_at)
             return "declined"
         item.polled_at = polled_at
-        self._remember(item.id)
+        self._remember_id(item.id)
         if work_item.type != HEALTHCHECK:
-            item.handler = self._choose(work_item)
+            item.handler = self._choose_handler(work_item)
             if item.handler is None:
                 return "declined"
             if not self._slots.free(item.handler):
                 return self._set_aside(item)
-        self._own(item)
+        self._own_item(item)
         self._context.queue.put(item)
-        self._fill()
+        self._fill_slots()
         return "queued"
 
     async def adopt(self, work_item: WorkItem, parents_heartbeat: str) -> None:
@@ -158,7 +158,7 @@ class Dispatcher:
         self.items.add(item)
         await self._context.queue.reserve()
         self._context.queue.put(item)
-        self._fill()
+        self._fill_slots()
 
     def _received_again(self, owned: PoolItem, polled_at: float) -> None:
         """React to another delivery of an owned item, which the control plane has `queued`."""
@@ -169,7 +169,7 @@ class Dispatcher:
         else:
             owned.delivered_at = self._context.clock()
 
-    def _own(self, item: PoolItem) -> None:
+    def _own_item(self, item: PoolItem) -> None:
         if item.held_before:
             log.info(
                 "item reclaimed",
@@ -186,13 +186,13 @@ class Dispatcher:
     def _set_aside(self, item: PoolItem) -> Reception:
         """Keep an item whose handler has no slot, unacknowledged, for most of its window."""
         if self._aside_seconds <= 0:
-            self._decline(item.work_item, "busy")
+            self._decline_item(item.work_item, "busy")
             return "declined"
         self._context.queue.set_aside(item)
         self._expire_later()
         return "aside"
 
-    def _aside(self, work_id: str) -> PoolItem | None:
+    def _find_set_aside(self, work_id: str) -> PoolItem | None:
         return next((item for item in self._context.queue.aside if item.id == work_id), None)
 
     def _may_start(self, item: PoolItem) -> bool:
@@ -211,9 +211,9 @@ class Dispatcher:
         if aside and self._expiry is None:
             oldest = min(item.delivered_at for item in aside)
             seconds = max(0.0, oldest + self._aside_seconds - self._context.clock())
-            self._expiry = asyncio.get_running_loop().call_later(seconds, self._expire)
+            self._expiry = asyncio.get_running_loop().call_later(seconds, self._decline_expired)
 
-    def _expire(self) -> None:
+    def _decline_expired(self) -> None:
         """Decline the items that were set aside for so long that they will be redelivered soon."""
         self._expiry = None
         # The timer may run a moment too early; without the 10 ms it would run again at once.
@@ -222,10 +222,10 @@ class Dispatcher:
             if item.delivered_at <= latest:
                 self._context.queue.remove_aside(item)
                 self._context.client.release_ack_permit()
-                self._decline(item.work_item, "busy")
+                self._decline_item(item.work_item, "busy")
         self._expire_later()
 
-    def _choose(self, work_item: WorkItem) -> Handler | None:
+    def _choose_handler(self, work_item: WorkItem) -> Handler | None:
         """Ask the plugins for a handler; None if the item is declined."""
         handler = None
         reason: DeclineReason | None = None
@@ -243,13 +243,13 @@ class Dispatcher:
                     reason = "busy"
         if reason is None:
             return handler
-        self._decline(work_item, reason)
+        self._decline_item(work_item, reason)
         return None
 
-    def _decline(self, work_item: WorkItem, reason: DeclineReason) -> None:
+    def _decline_item(self, work_item: WorkItem, reason: DeclineReason) -> None:
         """Report that an item is left to other workers; each item is logged once."""
         if not self._seen.get(work_item.id):
-            self._remember(work_item.id)
+            self._remember_id(work_item.id)
             self._seen[work_item.id] = True
             shown = readable(work_item.type, TYPE_CHARACTERS)
             log.info(
@@ -257,7 +257,7 @@ class Dispatcher:
             )
         self._context.observe(ItemDeclined, work_item, reason)
 
-    def _remember(self, work_id: str) -> None:
+    def _remember_id(self, work_id: str) -> None:
         if work_id not in self._seen:
             self._seen[work_id] = False
             if len(self._seen) > REMEMBERED_IDS:
@@ -265,24 +265,24 @@ class Dispatcher:
 
     # Running items.
 
-    def _fill(self) -> None:
+    def _fill_slots(self) -> None:
         """Start waiting items in the slots that are free."""
         queue = self._context.queue
         while not self.draining and (item := queue.take(self._may_start)) is not None:
             if self.items.get(item.id) is None:  # the item was set aside
-                self._own(item)
+                self._own_item(item)
             item.advance("slot" if item.parents_heartbeat is None else "adopted")
             self._tasks[item] = self._group.create_task(
                 self.runner.run(item), name=item.id, context=item.context
             )
 
-    def _closed(self, item: PoolItem) -> None:
+    def _on_item_closed(self, item: PoolItem) -> None:
         """Free the slot of an item that has ended."""
         self.items.remove(item)
         self._tasks.pop(item, None)
         self.idle_since = self._context.clock()
         self._context.queue.release(used_up=item.counted)
-        self._fill()
+        self._fill_slots()
         self._context.queue.grant()
         if self.on_closed is not None:
             self.on_closed()
@@ -340,7 +340,7 @@ class Dispatcher:
         return len(abandoned)
 
 
-def _age(item: WorkItem) -> float | None:
+def _age_of(item: WorkItem) -> float | None:
     if item.created_at is None:
         return None
     return max(0.0, (datetime.now(UTC) - item.created_at).total_seconds())

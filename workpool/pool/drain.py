@@ -80,7 +80,7 @@ class Drain:
 
     async def sessions_ended(self, dispatcher: Dispatcher) -> None:
         """Wait, without a limit, until only sessions of stuck handlers run."""
-        await self._finished(dispatcher, lambda: math.inf)
+        await self._wait_until_finished(dispatcher, lambda: math.inf)
 
     async def wind_down(self, context: PoolContext, dispatcher: Dispatcher) -> int:
         """Wait for the sessions, then release the rest; return the number of abandoned items."""
@@ -88,11 +88,11 @@ class Drain:
         started = loop.time()
         log.info("draining", extra={"running": context.queue.running, "timeout": self.timeout})
         context.observe(DrainStarted, self.timeout)
-        clean = await self._finished(dispatcher, lambda: self._deadline)
+        clean = await self._wait_until_finished(dispatcher, lambda: self._deadline)
         until = loop.time() + AFTER_DEADLINE_SECONDS
         if not clean:
             dispatcher.release_all()
-            await self._finished(dispatcher, lambda: until)
+            await self._wait_until_finished(dispatcher, lambda: until)
         await dispatcher.marked(until - loop.time())
         abandoned = dispatcher.abandon()
         result: DrainResult = "killed" if abandoned else "clean" if clean else "deadline"
@@ -130,7 +130,9 @@ class Drain:
         finally:
             exporter.on_scraped.discard(on_scraped)
 
-    async def _finished(self, dispatcher: Dispatcher, until: Callable[[], float]) -> bool:
+    async def _wait_until_finished(
+        self, dispatcher: Dispatcher, until: Callable[[], float]
+    ) -> bool:
         """Wait until no item is unfinished; return False at the time `until()`, read anew."""
         dispatcher.on_closed = dispatcher.executor.on_stuck = self.changed
         loop = asyncio.get_running_loop()

@@ -90,7 +90,7 @@ class HandlerExecutor:
         """
         item.progressed_at = self._clock()
         task = item.handler_task = self._group.create_task(
-            self._call(item, handler, session),
+            self._call_handler(item, handler, session),
             name=f"{handler.name} {item.id}",
             # A copy: an eager task begins here, where the item's own context is already entered.
             context=item.context.copy(),
@@ -100,7 +100,7 @@ class HandlerExecutor:
             self.cancel_later(item, EndReason.TIMED_OUT, timeout)
         stall = self._stall_timeout if handler.stall_timeout is None else handler.stall_timeout
         if stall is not None and item.executing:
-            self._watch(item, stall)
+            self._watch_progress(item, stall)
         try:
             await ended(task)
         finally:
@@ -136,7 +136,9 @@ class HandlerExecutor:
         if first:
             self._repeat_later(item)
 
-    def _watch(self, item: PoolItem, stall: float, silence: float = 0.0, late: float = 0.0) -> None:
+    def _watch_progress(
+        self, item: PoolItem, stall: float, silence: float = 0.0, late: float = 0.0
+    ) -> None:
         """Check later whether the handler has made progress in the last `stall` seconds.
 
         Args:
@@ -169,19 +171,21 @@ class HandlerExecutor:
         if not item.executing:
             return
         if silence < stall:
-            self._watch(item, stall, silence, late)
+            self._watch_progress(item, stall, silence, late)
             return
         log.warning(
             "session stalled",
-            extra={**_names(item), "seconds": round(silence, 3)},
+            extra={**_log_fields(item), "seconds": round(silence, 3)},
         )
         self.cancel(item, EndReason.STALLED)
 
     def _repeat_later(self, item: PoolItem) -> None:
         self._stop_timer(item)
-        item.timer = asyncio.get_running_loop().call_later(REPEAT_SECONDS, self._repeat, item)
+        item.timer = asyncio.get_running_loop().call_later(
+            REPEAT_SECONDS, self._repeat_cancellation, item
+        )
 
-    def _repeat(self, item: PoolItem) -> None:
+    def _repeat_cancellation(self, item: PoolItem) -> None:
         """Cancel a handler again that ignores its cancellation."""
         if item.handler_task is None or item.handler_task.done():
             return
@@ -215,7 +219,7 @@ class HandlerExecutor:
             item.stall_timer.cancel()
             item.stall_timer = None
 
-    async def _call(
+    async def _call_handler(
         self, item: PoolItem, handler: Handler, session: Session
     ) -> Mapping[str, str] | _Raised:
         # An eager task runs before `create_task` returns, and the session's calls need the task.
@@ -230,7 +234,7 @@ class HandlerExecutor:
             contexts = self._plugins.contexts(session)
             call: Call = handler.call  # type: ignore[assignment]  # async - unless `blocking`
             if handler.blocking or handler.retry is not None:
-                call = self._caller(item, handler)
+                call = self._call_of(item, handler)
             if contexts:
                 return await self._in_contexts(contexts, item, call, session)
             returned = await call(session)
@@ -258,7 +262,7 @@ class HandlerExecutor:
                 error = None  # breaks the cycle of error, traceback and frame
         return {}  # a context has suppressed the handler's error
 
-    def _caller(self, item: PoolItem, handler: Handler) -> Call:
+    def _call_of(self, item: PoolItem, handler: Handler) -> Call:
         """Return what calls the handler, on the loop or on a thread, with its retries."""
         call = cast("Call", handler.call)
         if handler.blocking:
@@ -299,7 +303,7 @@ class HandlerExecutor:
             "handler failed and is called again: %s",
             text,
             extra={
-                **_names(item),
+                **_log_fields(item),
                 "retry": session.retry,
                 "wait_seconds": round(seconds, 3),
                 "error": text,
@@ -349,13 +353,13 @@ class HandlerExecutor:
             log.error(
                 "result not written: %s",
                 error,
-                extra={**_names(item), "error": str(error)},
+                extra={**_log_fields(item), "error": str(error)},
             )
             return
-        log.error("handler failed", extra=_names(item), exc_info=error)
+        log.error("handler failed", extra=_log_fields(item), exc_info=error)
 
 
-def _names(item: PoolItem) -> dict[str, str]:
+def _log_fields(item: PoolItem) -> dict[str, str]:
     """Return the fields by which a record of the log is found."""
     return {"work_id": item.id, "session_id": item.session_id, "handler": item.label}
 

@@ -41,18 +41,18 @@ def metadata_of(returned: object, limits: MetadataLimits | None) -> Mapping[str,
         if all(isinstance(text, str) for pair in returned.items() for text in pair):
             for key in returned:
                 _check_text(key, returned[key])
-            return _within(returned, limits)
-    return _within({RESULT: _json(returned)}, limits)
+            return _check_limits(returned, limits)
+    return _check_limits({RESULT: _to_json(returned)}, limits)
 
 
-def _json(value: object) -> str:
+def _to_json(value: object) -> str:
     try:
-        return orjson.dumps(value, default=_plain).decode()
+        return orjson.dumps(value, default=_to_plain).decode()
     except TypeError as error:  # orjson names the type and quotes no value
         raise ResultError(RESULT, f"cannot be written as JSON: {error}") from error
 
 
-def _plain(value: Any) -> Any:
+def _to_plain(value: Any) -> Any:
     """Return mappings and sequences of other classes in a form that orjson writes.
 
     Raises:
@@ -74,20 +74,22 @@ def _check_text(key: str, value: str) -> None:
         raise ResultError(key, "has a character that UTF-8 cannot encode") from error
 
 
-def _within(result: Mapping[str, str], limits: MetadataLimits | None) -> Mapping[str, str]:
+def _check_limits(result: Mapping[str, str], limits: MetadataLimits | None) -> Mapping[str, str]:
     """Return the result if it is within the limits."""
     if limits is None:
         return result
     for number, (key, value) in enumerate(result.items(), 1):
         if number > limits.pairs:
-            _refuse(key, "is pair", number, limits.pairs)
+            _raise_over_limit(key, "is pair", number, limits.pairs)
         if len(key) > limits.key_characters:
-            _refuse(key, "is a key whose length is", len(key), limits.key_characters)
+            _raise_over_limit(key, "is a key whose length is", len(key), limits.key_characters)
         if len(value) > limits.value_characters:
-            _refuse(key, "has a value whose length is", len(value), limits.value_characters)
+            _raise_over_limit(
+                key, "has a value whose length is", len(value), limits.value_characters
+            )
     return result
 
 
-def _refuse(key: str, problem: str, size: int, limit: int) -> None:
+def _raise_over_limit(key: str, problem: str, size: int, limit: int) -> None:
     text = f"{problem} {size}; the dialect allows {limit}"
     raise ResultError(key, text, size=size, limit=limit)

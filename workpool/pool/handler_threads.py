@@ -71,7 +71,7 @@ class HandlerThreads:
             blocking = BlockingSession(session, calls)
             waiting = group.create_task(_pass_on(session, blocking))
             try:
-                outcome = await self._run(item, function, blocking, calls)
+                outcome = await self._run_function(item, function, blocking, calls)
             finally:
                 calls.close()
                 waiting.cancel()
@@ -84,7 +84,7 @@ class HandlerThreads:
         except KeyboardInterrupt as error:  # raised in a task, it would end the loop
             raise RuntimeError("KeyboardInterrupt in a plain handler") from error
 
-    async def _run(
+    async def _run_function(
         self, item: PoolItem, function: Function, blocking: BlockingSession, calls: _ThreadCalls
     ) -> object:
         run = functools.partial(copy_context().run, self._on_thread(item, function), blocking)
@@ -157,7 +157,7 @@ class _ThreadCalls:
             LeaseLost, SessionEnded: The handler was cancelled or has ended.
             RuntimeError: Called on the loop, which would wait for itself.
         """
-        return self._submit(make).result()
+        return self._submit_call(make).result()
 
     @contextmanager
     def enter(self, make: Callable[[], AbstractAsyncContextManager[T]]) -> Iterator[T]:
@@ -175,16 +175,16 @@ class _ThreadCalls:
                 entered.set_result((value, left))
                 await left
 
-        ended = self._submit(hold)
+        ended = self._submit_call(hold)
         ended.add_done_callback(functools.partial(_pass_on_error, entered))
         value, left = entered.result()
         try:
             yield value
         except BaseException as error:
-            self._leave(left, error)
+            self._leave_context(left, error)
             ended.result()  # raises `error`, or the error of leaving the context
             raise
-        self._leave(left, None)
+        self._leave_context(left, None)
         ended.result()
 
     def cancel(self) -> None:
@@ -197,30 +197,30 @@ class _ThreadCalls:
         self._closed = True
         self.cancel()
 
-    def _submit(self, make: Callable[[], Awaitable[T]]) -> Future[T]:
+    def _submit_call(self, make: Callable[[], Awaitable[T]]) -> Future[T]:
         if threading.get_ident() == self._thread:
             raise RuntimeError("a blocking session cannot be used on the event loop")
         future: Future[T] = Future()
         try:
-            self._loop.call_soon_threadsafe(self._start, make, future)
+            self._loop.call_soon_threadsafe(self._start_call, make, future)
         except RuntimeError:  # the loop is closed: the session was abandoned
             raise SessionEnded(self._item.id) from None
         return future
 
-    def _start(self, make: Callable[[], Awaitable[T]], future: Future[T]) -> None:
+    def _start_call(self, make: Callable[[], Awaitable[T]], future: Future[T]) -> None:
         if self._closed:
-            future.set_exception(self._gone())
+            future.set_exception(self._error_of_end())
             return
-        task = self._group.create_task(_complete(make, future))
+        task = self._group.create_task(_complete_future(make, future))
         self._tasks.add(task)
-        task.add_done_callback(functools.partial(self._ended, future))
+        task.add_done_callback(functools.partial(self._on_call_ended, future))
 
-    def _ended(self, future: Future[Any], task: asyncio.Task[None]) -> None:
+    def _on_call_ended(self, future: Future[Any], task: asyncio.Task[None]) -> None:
         self._tasks.discard(task)
         if not future.done():  # the call was cancelled, perhaps before its first step
-            future.set_exception(self._gone())
+            future.set_exception(self._error_of_end())
 
-    def _gone(self) -> SessionGoneError:
+    def _error_of_end(self) -> SessionGoneError:
         """Return the error with the reason for which a call was ended."""
         try:
             self._item.lease.check(self._clock())
@@ -228,7 +228,7 @@ class _ThreadCalls:
             return error
         return SessionEnded(self._item.id)
 
-    def _leave(self, left: asyncio.Future[None], error: BaseException | None) -> None:
+    def _leave_context(self, left: asyncio.Future[None], error: BaseException | None) -> None:
         def leave() -> None:
             if left.done():
                 return  # its task was cancelled
@@ -243,11 +243,11 @@ class _ThreadCalls:
             raise SessionEnded(self._item.id) from error
 
 
-async def _complete(make: Callable[[], Awaitable[T]], future: Future[T]) -> None:
+async def _complete_future(make: Callable[[], Awaitable[T]], future: Future[T]) -> None:
     try:
         result = await make()
     except asyncio.CancelledError:
-        raise  # `_ended` sets the error with the reason
+        raise  # `_on_call_ended` sets the error with the reason
     except BaseException as error:  # noqa: BLE001 - raised on the thread that waits
         future.set_exception(error)
     else:

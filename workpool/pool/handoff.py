@@ -54,16 +54,16 @@ class HandoffRun:
         """Send nothing until a child has the item or the pool must take it back."""
         lease, handoff = self._lease, self._handoff
         try:
-            if await self._heartbeat():
+            if await self._send_heartbeat():
                 lease.suspend()
                 handoff.last_heartbeat, handoff.ttl = lease.expected, round(lease.ttl)
-                self._turn("open")
+                self._set_state("open")
                 await self._wait_for_child()
-                await self._heartbeat()
+                await self._send_heartbeat()
         finally:
-            self._turn("closed")
+            self._set_state("closed")
 
-    async def _heartbeat(self) -> bool:
+    async def _send_heartbeat(self) -> bool:
         """Send a heartbeat, or wait for the one in flight; return whether the lease is held."""
         lease, changed = self._lease, self._handoff.changed
         self._renewer.heartbeat_now(lease)
@@ -103,7 +103,7 @@ class HandoffRun:
         # A request to stop must not wait for a child that may never start.
         return status == "held" and item.state != STOPPING
 
-    def _turn(self, state: Literal["open", "closed"]) -> None:
+    def _set_state(self, state: Literal["open", "closed"]) -> None:
         self._handoff.state = state
         self._renewer.report(self._item)
 
@@ -119,9 +119,9 @@ async def hand_off(
     sender.cut(item)
     renewer.start(HandoffRun(item, handoff, renewer).run, "handoff")
     try:
-        yield await _opened(item, handoff, context, sender)
+        yield await _wait_until_open(item, handoff, context, sender)
         renewer.call(handoff.expect_child)
-        await _reaches(item, handoff, "closed", renewer.clock)
+        await _wait_for_state(item, handoff, "closed", renewer.clock)
     except asyncio.CancelledError:
         renewer.call(handoff.take_back)
         raise  # a cancelled handler must end at once; the runner calls `settle` afterwards
@@ -137,16 +137,16 @@ async def settle(item: PoolItem, handoff: Handoff, renewer: LeaseRenewer) -> Non
     """Wait for the end of the handoff, which decides which process has the item."""
     if handoff.state != "closed":
         renewer.call(handoff.take_back)
-        await _reaches(item, handoff, "closed", renewer.clock)
+        await _wait_for_state(item, handoff, "closed", renewer.clock)
     if item.lease.status == "handed_off":
         log.info("handed off", extra={"work_id": item.id})
 
 
-async def _opened(
+async def _wait_until_open(
     item: PoolItem, handoff: Handoff, context: PoolContext, sender: Sender
 ) -> HandedLease:
     lease = item.lease
-    await _reaches(item, handoff, "open", context.clock)
+    await _wait_for_state(item, handoff, "open", context.clock)
     if handoff.state != "open" or lease.status != "held":
         sender.check(item, by_handler=False)
         raise HandoverError(item.id)  # there was no time left for a child
@@ -165,7 +165,7 @@ async def _opened(
     )
 
 
-async def _reaches(item: PoolItem, handoff: Handoff, state: str, clock: Clock) -> None:
+async def _wait_for_state(item: PoolItem, handoff: Handoff, state: str, clock: Clock) -> None:
     """Wait until the handoff is in this state or closed, or the lease ends, which is the bound."""
     lease, states = item.lease, {state, "closed"}
     seconds = max(0.0, lease.deadline - clock())

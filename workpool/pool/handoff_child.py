@@ -72,18 +72,18 @@ class HandoffChild(Supervisor):
             group = PollerGroup(context, until_empty=False, on_fatal=self._fail, on_empty=end)
             dispatcher = Dispatcher(context, working, handlers, group.note_ack)
             self._view = PoolView(context, dispatcher, group, [], self._drain)
-            holding = working.create_task(self._hold(context, dispatcher), name="hold")
+            holding = working.create_task(self._run_item(context, dispatcher), name="hold")
             self._opened.set()
             await self._drain.requested.wait()
             holding.cancel()
             dispatcher.drain()
             self.abandoned = await self._drain.wind_down(context, dispatcher)
 
-    async def _hold(self, context: PoolContext, dispatcher: Dispatcher) -> None:
+    async def _run_item(self, context: PoolContext, dispatcher: Dispatcher) -> None:
         ended = asyncio.Event()
         dispatcher.on_closed = ended.set
         try:
-            item = await self._find(context)
+            item = await self._find_item(context)
         except ControlPlaneError as error:
             self._fail(error)
             return
@@ -91,7 +91,7 @@ class HandoffChild(Supervisor):
         await ended.wait()
         self._drain.begin(self.settings.drain_timeout)
 
-    async def _find(self, context: PoolContext) -> WorkItem:
+    async def _find_item(self, context: PoolContext) -> WorkItem:
         """Read the item, repeatedly while its parent may wait for the child's first heartbeat."""
         if self._session_id is not None:
             return _unread_item(self._work_id, self._session_id, str(self.settings.environment_id))

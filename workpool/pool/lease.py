@@ -359,9 +359,9 @@ class Lease:
         if self.status != "held":
             decision = IGNORED  # the lease ended while the heartbeat was under way
         elif isinstance(outcome, Heartbeat):
-            decision = self._succeeded(now, attempt, outcome)
+            decision = self._apply_success(now, attempt, outcome)
         else:
-            decision = self._failed(now, attempt, outcome)
+            decision = self._apply_error(now, attempt, outcome)
         self.in_flight = decision.then == "read"
         return decision
 
@@ -387,7 +387,7 @@ class Lease:
             return Decision("over", doubt)
         if isinstance(outcome, ControlPlaneError):
             self._unanswered = True  # still in doubt: the next 412 must be read again
-            return self._apply(now, judge_read_error(outcome), outcome)
+            return self._apply_judgement(now, judge_read_error(outcome), outcome)
         status = self.status_by(outcome)
         if status != "held":
             self.end(status, "taken")
@@ -421,7 +421,9 @@ class Lease:
             return "finished" if self.own_stop else "stopped"
         return "held" if ours and item.state != QUEUED else "lost"
 
-    def _succeeded(self, now: float, attempt: HeartbeatAttempt, heartbeat: Heartbeat) -> Decision:
+    def _apply_success(
+        self, now: float, attempt: HeartbeatAttempt, heartbeat: Heartbeat
+    ) -> Decision:
         if now >= attempt.deadline:
             # Between that deadline and this answer, another worker may have had the item.
             self.end("lost")
@@ -443,14 +445,14 @@ class Lease:
         if not extended and not stopping:
             self._unanswered, self.expected = False, heartbeat.last_heartbeat
             return Decision("read", "conflict")
-        self._extend(attempt, heartbeat)
+        self._apply_extension(attempt, heartbeat)
         self.begun = True
         self.stop_requested |= heartbeat.state == STOPPING and not self.own_stop
         if attempt.last:
             self.end("released")
         return Decision("over", "ok") if attempt.last else EXTENDED
 
-    def _extend(self, attempt: HeartbeatAttempt, heartbeat: Heartbeat) -> None:
+    def _apply_extension(self, attempt: HeartbeatAttempt, heartbeat: Heartbeat) -> None:
         self.expected, self.clock_offset = heartbeat.last_heartbeat, attempt.clock_offset
         self._unanswered = self._lent = self._read_twice = self.unsettled = False
         self._doubted = False
@@ -463,7 +465,9 @@ class Lease:
         jitter = 1 - JITTER * random.random()  # noqa: S311 - spreads load, guards nothing
         self.due_at = attempt.at + self.ttl / RENEW_PART * jitter
 
-    def _failed(self, now: float, attempt: HeartbeatAttempt, error: ControlPlaneError) -> Decision:
+    def _apply_error(
+        self, now: float, attempt: HeartbeatAttempt, error: ControlPlaneError
+    ) -> Decision:
         if isinstance(error, TransientError) and error.reason != "throttled":
             self._unanswered = True
         else:
@@ -475,9 +479,11 @@ class Lease:
                 return Decision("read", judgement.result)
             # A repeated ack returns the holder's `acknowledged_at`, so a read would show nothing.
             judgement = judgement._replace(then="taken")
-        return self._apply(now, judgement, error)
+        return self._apply_judgement(now, judgement, error)
 
-    def _apply(self, now: float, judgement: Judgement, error: ControlPlaneError) -> Decision:
+    def _apply_judgement(
+        self, now: float, judgement: Judgement, error: ControlPlaneError
+    ) -> Decision:
         if judgement.then == "repeat":
             self._plan_repeat(now, getattr(error, "retry_after", None) or 0.0)
             return Decision("again", judgement.result)

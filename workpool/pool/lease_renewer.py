@@ -142,7 +142,7 @@ class LeaseRenewer:
 
     async def __aenter__(self) -> LeaseRenewer:
         self._handlers_loop = asyncio.get_running_loop()
-        self.monitor = LoopMonitor(self._tell, self._max_block)
+        self.monitor = LoopMonitor(self._call_on_handlers_loop, self._max_block)
         self._opened = asyncio.Event()
         self._thread = self._start_thread()
         self._thread.add_done_callback(self._thread_ended)
@@ -152,12 +152,12 @@ class LeaseRenewer:
                 await self._thread  # raises the error that ended it
             self._serving = True
         except BaseException:
-            await self._close()
+            await self._close_thread()
             raise
         return self
 
     async def __aexit__(self, *_: object) -> None:
-        await self._close()
+        await self._close_thread()
 
     def add(self, lease: Lease, item: PoolItem) -> None:
         """Extend `lease`, which has begun, from now on.
@@ -169,7 +169,7 @@ class LeaseRenewer:
             if self._error is not None:
                 lease.end("lost")
             elif lease.due_at < self._next_look_at:  # the answer to its first heartbeat was slow
-                self._call(self._look_now.set)
+                self._schedule_call(self._look_now.set)
 
     def remove(self, lease: Lease) -> None:
         """Do not extend `lease` anymore, because its session has ended.
@@ -199,15 +199,15 @@ class LeaseRenewer:
 
     def call(self, callback: Callable[[], object]) -> None:
         """Run a callback on the renewer's loop."""
-        self._call(self._run_call, callback)
+        self._schedule_call(self._run_call, callback)
 
     def leases(self) -> list[Lease]:
         """The leases that are held now. May be called on any thread."""
         return [lease for lease in list(self._leases) if not lease.over]
 
-    async def _close(self) -> None:
+    async def _close_thread(self) -> None:
         self._closing = True
-        self._call(self._stop.set)
+        self._schedule_call(self._stop.set)
         done, _ = await asyncio.wait({self._thread}, timeout=CLOSE_SECONDS)
         if done:
             self._join_thread()
@@ -223,7 +223,7 @@ class LeaseRenewer:
         ended = self._handlers_loop.create_future()
         self._os_thread = threading.Thread(
             target=copy_context().run,  # the context has the ids for the log
-            args=(self._run, ended),
+            args=(self._run_thread, ended),
             name="workpool-lease-renewer",
             daemon=True,
         )
@@ -233,7 +233,7 @@ class LeaseRenewer:
     def _join_thread(self) -> None:
         self._os_thread.join(JOIN_SECONDS)  # only its return is left to do
 
-    def _call(self, callback: Callable[..., object], *args: object) -> None:
+    def _schedule_call(self, callback: Callable[..., object], *args: object) -> None:
         with contextlib.suppress(RuntimeError):  # its loop is closed, so the renewer has ended
             self._loop.call_soon_threadsafe(callback, *args)
 
@@ -246,11 +246,11 @@ class LeaseRenewer:
             if cause is not None:
                 log.error("lease renewer did not close cleanly", exc_info=cause)
             return
-        self._fail(cause or RuntimeError("ended without an error"))
+        self._fail_pool(cause or RuntimeError("ended without an error"))
 
     def _end_leases(self) -> None:
         """End all leases as lost, because the thread that renews and writes them has failed."""
-        for lease, item in self._snapshot():
+        for lease, item in self._copy_leases():
             lease.end("lost")
             self._callbacks.changed(item)
         if self._error is not None:
@@ -258,18 +258,18 @@ class LeaseRenewer:
 
     # Called on the renewer's thread.
 
-    def _run(self, ended: asyncio.Future[None]) -> None:
+    def _run_thread(self, ended: asyncio.Future[None]) -> None:
         error: BaseException | None = None
         try:
             with asyncio.Runner(loop_factory=lambda: self._loop) as runner:
                 try:
                     runner.run(self._main())
                 except BaseException as failure:
-                    self._fail(failure)  # first, since closing the runner may take long
+                    self._fail_pool(failure)  # first, since closing the runner may take long
                     raise
         except BaseException as failure:  # noqa: BLE001 - passed on to the handlers' loop
             error = failure
-        self._tell(functools.partial(_settle, ended, error))
+        self._call_on_handlers_loop(functools.partial(_set_outcome, ended, error))
 
     def _send_now(self, lease: Lease, plan: Callable[[float], None]) -> None:
         if lease in self._leases and not lease.over:
@@ -285,7 +285,7 @@ class LeaseRenewer:
             self._stop.set()
             raise
 
-    def _fail(self, cause: BaseException) -> None:
+    def _fail_pool(self, cause: BaseException) -> None:
         """End the pool because of an exception on this thread. Only the first call counts."""
         if self._end_pool(cause):
             self._stop_renewing(
@@ -298,7 +298,7 @@ class LeaseRenewer:
             return False
         self._error = LeaseRenewerError("the thread that renews the leases failed")
         self._error.__cause__ = cause
-        self._tell(self._end_leases)
+        self._call_on_handlers_loop(self._end_leases)
         return True
 
     def _stop_renewing(self, write_report: Callable[[], None]) -> None:
@@ -323,15 +323,17 @@ class LeaseRenewer:
                 await stack.enter_async_context(service)
             try:
                 async with asyncio.TaskGroup() as group:
-                    await self._renew(group)
+                    await self._renew_leases(group)
             except BaseExceptionGroup as errors:
-                self._fail(innermost(errors))  # first, since closing the services may take long
+                self._fail_pool(
+                    innermost(errors)
+                )  # first, since closing the services may take long
                 raise
 
-    async def _renew(self, group: asyncio.TaskGroup) -> None:
+    async def _renew_leases(self, group: asyncio.TaskGroup) -> None:
         self._group = group
-        ticker = group.create_task(self._tick(), name="lease-renewer-tick")
-        self._tell(self._opened.set)
+        ticker = group.create_task(self._run_ticks(), name="lease-renewer-tick")
+        self._call_on_handlers_loop(self._opened.set)
         await self._stop.wait()
         if self._crash is not None:
             raise self._crash
@@ -339,21 +341,21 @@ class LeaseRenewer:
         for task in list(self._tasks):
             task.cancel()
 
-    def _tell(self, callback: Callable[[], object]) -> None:
+    def _call_on_handlers_loop(self, callback: Callable[[], object]) -> None:
         """Run `callback` on the handlers' loop."""
         with contextlib.suppress(RuntimeError):  # that loop is closed
             self._handlers_loop.call_soon_threadsafe(callback)
 
     def report(self, item: PoolItem) -> None:
         """Report that the lease of an item has changed."""
-        self._tell(functools.partial(self._callbacks.changed, item))
+        self._call_on_handlers_loop(functools.partial(self._callbacks.changed, item))
 
     def heartbeat_now(self, lease: Lease) -> None:
         """Send a heartbeat for a handoff, unless one is in flight."""
         if not lease.in_flight:
             self._send_now(lease, lease.resume)
 
-    def _snapshot(self) -> list[tuple[Lease, PoolItem]]:
+    def _copy_leases(self) -> list[tuple[Lease, PoolItem]]:
         """Return all leases, while the other thread may add and remove some.
 
         A copy of a dict is made in one step. A list of its items is not: each new tuple may start a
@@ -361,7 +363,7 @@ class LeaseRenewer:
         """
         return list(self._leases.copy().items())
 
-    async def _tick(self) -> None:
+    async def _run_ticks(self) -> None:
         while True:
             self._watch_handlers_loop()
             self._next_look_at = self._look()
@@ -377,12 +379,12 @@ class LeaseRenewer:
         doubted = 0
         next_at = now + self.tick_seconds
         due: list[Lease] = []
-        for lease, item in self._snapshot():
+        for lease, item in self._copy_leases():
             if abs(clock_offset - lease.clock_offset) >= PAUSE_SECONDS:
                 doubted += lease.doubt(now)
             if now >= lease.give_up_at and lease.status == "held":
                 lease.expire(now)
-                self._changed(item)
+                self._report_change(item)
             elif lease.due_at <= now:
                 due.append(lease)
                 next_at = min(next_at, lease.give_up_at)
@@ -392,13 +394,13 @@ class LeaseRenewer:
             log.warning(
                 "the machine was paused; its leases are verified first", extra={"count": doubted}
             )
-        self._pace(now, waiting=bool(self._waiting))
-        due.sort(key=_deadline)
+        self._adjust_width(now, waiting=bool(self._waiting))
+        due.sort(key=_deadline_of)
         self._waiting = deque(due)
         self._start_waiting()
         return next_at
 
-    def _pace(self, now: float, *, waiting: bool) -> None:
+    def _adjust_width(self, now: float, *, waiting: bool) -> None:
         """Widen the limit of heartbeats in flight while others wait; narrow it after disuse."""
         if waiting:
             seconds = min(1.0, now - self._paced_at)
@@ -416,23 +418,23 @@ class LeaseRenewer:
             if item is None or lease.in_flight or lease.over:
                 continue
             if lease.due_at <= self.clock():
-                self._start(lease, item)
+                self._start_heartbeat(lease, item)
 
-    def _start(self, lease: Lease, item: PoolItem) -> None:
+    def _start_heartbeat(self, lease: Lease, item: PoolItem) -> None:
         lease.in_flight = True
         self._under_way += 1
         self._peak = max(self._peak, self._under_way)
-        task = self._group.create_task(self._heartbeat(lease, item), name=lease.item.id)
+        task = self._group.create_task(self._renew_lease(lease, item), name=lease.item.id)
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
 
-    async def _heartbeat(self, lease: Lease, item: PoolItem) -> None:
+    async def _renew_lease(self, lease: Lease, item: PoolItem) -> None:
         """Send the heartbeat that is due, and the one that must follow at once, if any."""
         current_work_id.set(item.id)
         try:
-            await self._send(lease, item)
+            await self._send_heartbeat(lease, item)
             while lease.due_at <= self.clock() and not lease.expire(self.clock()):
-                await self._send(lease, item)
+                await self._send_heartbeat(lease, item)
         finally:
             self._under_way -= 1
             if item.handoff is not None:
@@ -441,7 +443,7 @@ class LeaseRenewer:
                 self._look_now.set()
             self._start_waiting()
 
-    async def _send(self, lease: Lease, item: PoolItem) -> bool:
+    async def _send_heartbeat(self, lease: Lease, item: PoolItem) -> bool:
         before = lease.status, lease.stop_requested
         doubted = self.pauses.paused(since=lease.clock_offset)
         held = await self._heartbeats.send(lease)
@@ -452,7 +454,7 @@ class LeaseRenewer:
             lease.doubt(self.clock())
         return held
 
-    def _changed(self, item: PoolItem) -> None:
+    def _report_change(self, item: PoolItem) -> None:
         self.report(item)
         if item.handoff is not None:
             item.handoff.wake()
@@ -485,11 +487,11 @@ class LeaseRenewer:
             self._stop.set()
 
 
-def _deadline(lease: Lease) -> float:
+def _deadline_of(lease: Lease) -> float:
     return lease.deadline
 
 
-def _settle(future: asyncio.Future[None], error: BaseException | None) -> None:
+def _set_outcome(future: asyncio.Future[None], error: BaseException | None) -> None:
     if not future.done():
         if error is None:
             future.set_result(None)

@@ -54,7 +54,7 @@ def live_status(
     """
     snapshot = view.snapshot()
     counts = counts_by_environment.get(worker["environment_id"], {})
-    sessions = sorted(_running(view), key=lambda item: item.acked_at)
+    sessions = sorted(_executing_items(view), key=lambda item: item.acked_at)
     now = view.context.clock()
     return {
         **worker,
@@ -77,7 +77,9 @@ def live_status(
         },
         "loop_blocked_seconds": snapshot.loop_blocked,
         "sessions_running": len(sessions),
-        "sessions": [_session(item, now, show_ids=show_ids) for item in sessions[:SESSIONS_MAX]],
+        "sessions": [
+            _session_status(item, now, show_ids=show_ids) for item in sessions[:SESSIONS_MAX]
+        ],
     }
 
 
@@ -107,7 +109,7 @@ def merged_status(
     statuses = [each for each in statuses if "slots" in each]
     if not statuses:
         return {**names, "reasons": shown, "environments": environments}
-    slots = _sums(statuses, "slots")
+    slots = _sum_counts(statuses, "slots")
     shortest = [each["leases"]["shortest_seconds"] for each in statuses]
     sessions = [
         {**session, "environment_id": each["environment_id"]}
@@ -122,8 +124,8 @@ def merged_status(
         "draining": all(each["draining"] for each in statuses),
         # The free slots of each pool are partly the same.
         "slots": {**slots, "free": max(0, slots_limit - used), "limit": slots_limit},
-        **{name: _sums(statuses, name) for name in ("queue", "pollers", "polls", "outcomes")},
-        "reclaims": _sums(statuses, "reclaims"),
+        **{name: _sum_counts(statuses, name) for name in ("queue", "pollers", "polls", "outcomes")},
+        "reclaims": _sum_counts(statuses, "reclaims"),
         "leases": {
             "held": sum(each["leases"]["held"] for each in statuses),
             "shortest_seconds": min((each for each in shortest if each is not None), default=None),
@@ -135,18 +137,18 @@ def merged_status(
     }
 
 
-def _sums(statuses: Sequence[Mapping[str, Any]], name: str) -> dict[str, float]:
+def _sum_counts(statuses: Sequence[Mapping[str, Any]], name: str) -> dict[str, float]:
     sums: Counter[str] = Counter()
     for each in statuses:
         sums.update(each[name])
     return dict(sums)
 
 
-def _running(view: PoolView) -> Iterator[PoolItem]:
+def _executing_items(view: PoolView) -> Iterator[PoolItem]:
     return (item for item in view.dispatcher.items.all() if item.executing)
 
 
-def _session(item: PoolItem, now: float, *, show_ids: bool) -> dict[str, Any]:
+def _session_status(item: PoolItem, now: float, *, show_ids: bool) -> dict[str, Any]:
     ids = {"session_id": item.session_id, "work_id": item.id} if show_ids else {}
     return ids | {
         "handler": readable(item.label, TEXT_CHARACTERS),

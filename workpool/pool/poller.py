@@ -154,9 +154,9 @@ class PollerGroup:
         self.refused = False
         self._refused_since = None
         if null:
-            self._scale(self.target - 1, "nulls")
+            self._set_target(self.target - 1, "nulls")
         elif self.target < len(self._turns):
-            self._scale(self.target + 1, "hits")
+            self._set_target(self.target + 1, "hits")
         idle = null and self._context.queue.idle
         if idle and not self._idle:  # once when idleness starts, and not for each poll
             log.info("idle; waiting for work")
@@ -168,7 +168,7 @@ class PollerGroup:
         """Record a poll that brought an item that cannot be read; log each item once."""
         self.refused = False
         self._refused_since = None
-        self._scale(self.target + 1, "hits")
+        self._set_target(self.target + 1, "hits")
         if error.work_id in self._unreadable:
             return
         self._unreadable[error.work_id] = None
@@ -200,7 +200,7 @@ class PollerGroup:
 
     def throttled(self) -> None:
         """Halve the number of pollers after a 429."""
-        self._scale(self.target // 2, "throttled")
+        self._set_target(self.target // 2, "throttled")
 
     def note_ack(self, error: RefusedError | ConflictError | PreconditionError | None) -> None:
         """Record the error of an ack, which may stop the pollers for a while; None: a success."""
@@ -229,7 +229,7 @@ class PollerGroup:
         else:
             await self._answered.wait()  # bounded, as every poll is
 
-    def _scale(self, wanted: int, reason: ScaleReason) -> None:
+    def _set_target(self, wanted: int, reason: ScaleReason) -> None:
         target = max(1, min(wanted, len(self._turns)))
         if target == self.target:
             return
@@ -277,7 +277,7 @@ class Poller:
         crashes = 0
         while not self._group.ended:
             try:
-                await self._once()
+                await self._poll_once()
                 crashes = 0
             except (Exception, asyncio.CancelledError) as error:
                 if isinstance(error, asyncio.CancelledError) and _is_cancelled():
@@ -290,9 +290,9 @@ class Poller:
                     fatal.__cause__ = error
                     self._group.fail(fatal)
                     return
-                await self._sleep(self._backoff.next())
+                await self._sleep_in_state(self._backoff.next())
 
-    async def _once(self) -> None:
+    async def _poll_once(self) -> None:
         """Reserve a place, poll, offer the item; then wait for a time set by the answer."""
         if self._number >= self._group.target:
             self.state = "paused"
@@ -300,9 +300,9 @@ class Poller:
         self.state = "waiting_slot"
         await self._context.queue.reserve()
         try:
-            item, reception = await self._deliver()
+            item, reception = await self._poll_and_offer()
         except UnreadableError as error:
-            await self._skip(error)
+            await self._skip_item(error)
             return
         except ControlPlaneError as error:
             await self._back_off(error)
@@ -313,12 +313,12 @@ class Poller:
         if reception == "declined" or self._dispatcher.paced:
             # A control plane that does not wait for `block_ms`, or delivers items that are declined
             # or cannot be claimed, must not make this loop busy.
-            await self._sleep(self._rest_of_block(), "pacing")
+            await self._sleep_in_state(self._rest_of_block(), "pacing")
         elif reception == "aside" and self._context.queue.aside_full:
             self.state = "pacing"
             await self._context.queue.room_aside(self._rest_of_block())
 
-    async def _deliver(self) -> tuple[WorkItem | None, Reception]:
+    async def _poll_and_offer(self) -> tuple[WorkItem | None, Reception]:
         """Poll as soon as cooldown and rate limit allow, and offer the item.
 
         Returns: The item, and the dispatcher's decision about it.
@@ -335,7 +335,7 @@ class Poller:
                 await self._admission.granted()
             await self._context.client.acquire_ack_permit()
             permitted = True
-            item = await self._poll()
+            item = await self._send_poll()
             if item is not None:
                 reception = self._dispatcher.offer(item, self._polled_at)
         finally:
@@ -345,7 +345,7 @@ class Poller:
                 self._context.client.release_ack_permit()
         return item, reception
 
-    async def _poll(self) -> WorkItem | None:
+    async def _send_poll(self) -> WorkItem | None:
         self.state = "polling"
         started = self._polled_at = self._clock()
         self._group.sent()
@@ -391,9 +391,9 @@ class Poller:
             },
         )
         self._context.observe(PollerBackedOff, reason, seconds)
-        await self._sleep(seconds)
+        await self._sleep_in_state(seconds)
 
-    async def _skip(self, failure: UnreadableError) -> None:
+    async def _skip_item(self, failure: UnreadableError) -> None:
         """Leave an unreadable item to other workers, and poll for the next one soon.
 
         The item is delivered repeatedly. With a backoff each time, a few such items would stop the
@@ -405,13 +405,13 @@ class Poller:
         self._group.skipped(failure)
         rest = self._rest_of_block()
         seconds = min(SKIP_SECONDS, rest) if self._unreadable <= SKIPS else rest
-        await self._sleep(seconds, "pacing")
+        await self._sleep_in_state(seconds, "pacing")
 
     def _rest_of_block(self) -> float:
         """Seconds until `block_ms` after the last poll; negative if that has passed."""
         return self._polled_at + self._block_ms / 1000 - self._clock()
 
-    async def _sleep(self, seconds: float, state: PollerState = "backoff") -> None:
+    async def _sleep_in_state(self, seconds: float, state: PollerState = "backoff") -> None:
         if seconds > 0:
             self.state = state
             await asyncio.sleep(seconds)

@@ -171,12 +171,12 @@ class Sender:
         options = CallOptions(check, request.priority, False, True)  # noqa: FBT003 - in the order of its fields
         while True:
             try:
-                return await self._try(item, call, request, until, options)
+                return await self._try_once(item, call, request, until, options)
             except TransientError as error:
                 failure = error
             backoff = backoff or Backoff(RETRY_SECONDS, RETRY_CAP_SECONDS)
             options = options._replace(new_connection=failure.reason in {"timeout", "network"})
-            left = self._left(item, until, self._clock())
+            left = self._seconds_left(item, until, self._clock())
             # A Retry-After may take half of the time that is left, to leave time for another try: a
             # session that has ended must not be run again because of a 429.
             delay = max(backoff.next(), min(failure.retry_after or 0.0, left / 2))
@@ -200,7 +200,7 @@ class Sender:
             now = self._clock()
             self.check(item, by_handler=True, now=now)
             try:
-                with self._bound(item, self._left(item, until, now)):
+                with self._open_bound(item, self._seconds_left(item, until, now)):
                     return await call()
             except TimeoutError:
                 self.check(item, by_handler=True)
@@ -212,7 +212,7 @@ class Sender:
         for bound in list(item.open_sends or ()):
             bound.expire_now()
 
-    async def _try(
+    async def _try_once(
         self,
         item: PoolItem,
         call: Call[T],
@@ -224,11 +224,11 @@ class Sender:
         self.check(item, by_handler=request.by_handler, now=now)
         try:
             if not self._client.try_acquire_permit(request.priority):
-                with self._bound(item, self._left(item, until, now)):
+                with self._open_bound(item, self._seconds_left(item, until, now)):
                     await self._client.acquire_permit(request.priority)
                 now = self._clock()
-            seconds = min(self._request_timeout, self._left(item, until, now) / TRY_PART)
-            with self._bound(item, None):
+            seconds = min(self._request_timeout, self._seconds_left(item, until, now) / TRY_PART)
+            with self._open_bound(item, None):
                 return await call(options, seconds)
         except TimeoutError:
             self.check(item, by_handler=request.by_handler)
@@ -240,13 +240,13 @@ class Sender:
             return True
         return lease.over
 
-    def _left(self, item: PoolItem, until: float, now: float) -> float:
+    def _seconds_left(self, item: PoolItem, until: float, now: float) -> float:
         left = item.lease.remaining(now)
         if until == math.inf:
             return left
         return min(until - asyncio.get_running_loop().time(), left)
 
-    def _bound(self, item: PoolItem, seconds: float | None) -> Bound:
+    def _open_bound(self, item: PoolItem, seconds: float | None) -> Bound:
         """Return a bound of `seconds` for a call of the item; `cut` ends the wait earlier."""
         if item.open_sends is None:
             item.open_sends = set()
@@ -282,17 +282,17 @@ class HeartbeatSender:
         renewed.
         """
         try:
-            return await self._exchange(lease, check)
+            return await self._exchange_heartbeat(lease, check)
         except Exception:
             log.exception("heartbeat crashed", extra={"work_id": lease.item.id})
             lease.in_flight = False
             lease.end("lost")
             return False
 
-    async def _exchange(self, lease: Lease, check: LeaseCheck | None) -> bool:
+    async def _exchange_heartbeat(self, lease: Lease, check: LeaseCheck | None) -> bool:
         now = self._clock()
         attempt = lease.send(now, lease.due_at, self._pauses.offset(now))
-        options = CallOptions(partial(self._check, lease, check), Priority.COMPLETION)
+        options = CallOptions(partial(self._check_lease, lease, check), Priority.COMPLETION)
         outcome: Heartbeat | ControlPlaneError
         try:
             try:
@@ -311,7 +311,7 @@ class HeartbeatSender:
             decision = lease.answered(self._clock(), attempt, outcome)
             if decision.then == "read":
                 look_up = not isinstance(outcome, ConflictError)
-                decision = await self._read(lease, attempt, decision, look_up=look_up)
+                decision = await self._read_item(lease, attempt, decision, look_up=look_up)
         finally:
             if lease.in_flight:
                 lease.abandoned()
@@ -319,7 +319,7 @@ class HeartbeatSender:
             self._observe(HeartbeatFinished, lease.item, decision.result, attempt.lag)
         return decision.then == "held"
 
-    async def _read(
+    async def _read_item(
         self, lease: Lease, attempt: HeartbeatAttempt, decision: Decision, *, look_up: bool
     ) -> Decision:
         """Read the item and apply it to the lease.
@@ -342,7 +342,7 @@ class HeartbeatSender:
             outcome = error
         return lease.read(self._clock(), decision.result, outcome)
 
-    def _check(self, lease: Lease, check: LeaseCheck | None) -> None:
+    def _check_lease(self, lease: Lease, check: LeaseCheck | None) -> None:
         now = self._clock()
         if check is not None:
             check(lease, now)

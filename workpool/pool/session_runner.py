@@ -130,14 +130,14 @@ class SessionRunner:
         current_work_id.set(item.id)
         outcome: Outcome | None = None
         try:
-            if not await self._acknowledged(item):
+            if not await self._acknowledge_item(item):
                 return
             if item.handler is None:
                 await self._answer_healthcheck(item)
                 return
-            session = await self._begin(item)
+            session = await self._begin_session(item)
             if item.reason is None:
-                await self._execute(item, item.handler, session)
+                await self._execute_handler(item, item.handler, session)
             item.advance("ended")
             outcome = await self.completion.complete(item)
         finally:
@@ -180,7 +180,7 @@ class SessionRunner:
         elif lease.stop_requested:
             self._pass_on_stop(item, session)
 
-    async def _acknowledged(self, item: PoolItem) -> bool:
+    async def _acknowledge_item(self, item: PoolItem) -> bool:
         now = self._context.clock()
         clock_offset = self._context.renewer.pauses.offset(now)
         if item.parents_heartbeat is None:
@@ -202,7 +202,7 @@ class SessionRunner:
         item.lease.clock_offset = clock_offset
         return True
 
-    async def _begin(self, item: PoolItem) -> Session:
+    async def _begin_session(self, item: PoolItem) -> Session:
         """Send the first heartbeat, record all reasons not to call the handler."""
         lease, redelivered = item.lease, item.held_before
         attempt = item.attempt = Attempt(item.work_item.metadata, redelivered=redelivered)
@@ -232,7 +232,7 @@ class SessionRunner:
             item.end(EndReason.DRAINED)
         return session
 
-    async def _execute(self, item: PoolItem, handler: Handler, session: Session) -> None:
+    async def _execute_handler(self, item: PoolItem, handler: Handler, session: Session) -> None:
         item.advance("started")
         self.unstarted = 0
         await self._executor.run(item, handler, session)
@@ -412,7 +412,7 @@ class SessionCalls:
         optional = self._context.optional
         written = await optional.make(
             "update",
-            lambda: self._send(
+            lambda: self._send_call(
                 lambda options, seconds: client.update_metadata(
                     work_id, patch, timeout=seconds, options=options
                 ),
@@ -430,7 +430,7 @@ class SessionCalls:
 
     async def carry(self, call: Callable[[CallOptions], Awaitable[T]]) -> T:
         """Send something to the session, retried for `EVENTS_SECONDS`."""
-        sent = await self._send(lambda options, _: call(options), EVENTS_SECONDS)
+        sent = await self._send_call(lambda options, _: call(options), EVENTS_SECONDS)
         self.progress()
         return sent
 
@@ -438,7 +438,7 @@ class SessionCalls:
         """Await a read of the session while the handler may use the item."""
         return await self._sender.read(self._item, call, seconds)
 
-    async def _send(
+    async def _send_call(
         self,
         call: Callable[[CallOptions, float], Awaitable[T]],
         seconds: float,

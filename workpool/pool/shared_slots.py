@@ -44,21 +44,21 @@ class SharedSlots:
 
     def grant(self) -> None:
         """Give the free slots to the environments that wait for one."""
-        while (share := self._next()) is not None:
+        while (share := self._next_share()) is not None:
             share.taken += 1
             share.granted = next(self._order)
             share.hand_out()
 
     def available(self, share: SlotShare) -> int:
         """Return the number of further slots that a share could have now."""
-        common, most = self._free()
+        common, most = self._count_free()
         return min(common + (not share.taken), most)
 
     def take(self, share: SlotShare) -> bool:
         """Take a slot, unless there is none or another environment is to have it."""
         if not self.available(share):
             return False
-        first = self._next()
+        first = self._next_share()
         if first is not None and first is not share and first.rank <= share.rank:
             return False
         share.taken += 1
@@ -71,15 +71,15 @@ class SharedSlots:
         if used_up and self._uses is not None:
             self._uses -= 1
 
-    def _next(self) -> SlotShare | None:
+    def _next_share(self) -> SlotShare | None:
         """Return the environment that is to have the next slot; None if none waits for one."""
-        common, most = self._free()
+        common, most = self._count_free()
         waiting = (
             each for each in self._shares if min(common + (not each.taken), most) and each.wants()
         )
         return min(waiting, key=lambda each: each.rank, default=None)
 
-    def _free(self) -> tuple[int, int]:
+    def _count_free(self) -> tuple[int, int]:
         """Return the number of free slots that are nobody's own, and how many may be taken."""
         taken = [each.taken for each in tuple(self._shares)]
         common = max(0, self._total - sum(max(1, each) for each in taken))

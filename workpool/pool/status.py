@@ -135,12 +135,12 @@ class PoolView:
             lease_ttl=min((lease.ttl for lease in renewed), default=settings.lease_ttl),
             remote_stats_interval=settings.stats_interval,
             lease_remaining_min=min((lease.remaining(now) for lease in renewed), default=None),
-            sessions=self._sessions(now),
+            sessions=self._session_numbers(now),
             draining=self.drain.requested.is_set(),
-            paused=self._paused(),
+            paused=self._pause_flags(),
         )
 
-    def _paused(self) -> dict[str, int]:
+    def _pause_flags(self) -> dict[str, int]:
         admission, limits = self.context.admission, self.limits
         return {
             "pause": admission.paused is not None,
@@ -148,7 +148,7 @@ class PoolView:
             "limit": limits is not None and limits.reached is not None,
         }
 
-    def _sessions(self, now: float) -> list[tuple[str, int, float, float]]:
+    def _session_numbers(self, now: float) -> list[tuple[str, int, float, float]]:
         running: Counter[str] = Counter()
         oldest: dict[str, float] = {}
         silence: dict[str, float] = {}

@@ -174,7 +174,7 @@ class Supervisor:
                 self._root.cancel()  # it may be blocked in opening something
                 # a pool without sessions closes within a limit, even if it ignores the cancellation
                 self._served.set()
-            await see_through(self._gone, self._drain)
+            await see_through(self._wait_for_root, self._drain)
             raise
         if self._root.done():
             self._root.result()
@@ -192,7 +192,7 @@ class Supervisor:
             WorkpoolError: The error that ended the pool, if `wait()` has not raised it.
         """
         self._drain.begin(self.settings.drain_timeout if kind is None else 0)
-        await see_through(self._gone, self._drain)
+        await see_through(self._wait_for_root, self._drain)
         if kind is None and not self._error_raised:
             self._raise_error()
 
@@ -208,7 +208,7 @@ class Supervisor:
         Raises:
             WorkpoolError: The error that ended the pool.
         """
-        await self._gone()
+        await self._wait_for_root()
         self._raise_error()
 
     async def drain(self, timeout: float | EllipsisType | None = ...) -> None:
@@ -265,7 +265,7 @@ class Supervisor:
         """Return the current state of the pool. May be called on any thread and at any time."""
         view = self._view
         queue = view.context.queue if view else None
-        reasons = tuple(self._unready())
+        reasons = tuple(self._unready_reasons())
         return Status(
             ready=not reasons,
             reasons=reasons,
@@ -303,9 +303,9 @@ class Supervisor:
             "version": version("workpool"),
         }
         if self._view is None:
-            return {**worker, "reasons": self._unready()}
+            return {**worker, "reasons": self._unready_reasons()}
         counts = read_counts(self.registry) if counts is None else counts
-        return live_status(self._view, counts, self._unready(), worker, show_ids=show_ids)
+        return live_status(self._view, counts, self._unready_reasons(), worker, show_ids=show_ids)
 
     @property
     def log_ids(self) -> dict[str, str]:
@@ -326,7 +326,7 @@ class Supervisor:
     async def _live(self) -> None:
         try:
             async with contextlib.AsyncExitStack() as stack:
-                await self._open(stack)
+                await self._open_client_and_plugins(stack)
                 context = await self._open_renewer(stack)
                 try:
                     await self._serve(context)
@@ -338,7 +338,7 @@ class Supervisor:
             self._served.set()
             self._opened.set()
 
-    async def _open(self, stack: contextlib.AsyncExitStack) -> None:
+    async def _open_client_and_plugins(self, stack: contextlib.AsyncExitStack) -> None:
         """Open the connections and the plugins, which close after the lease renewer."""
         settings = self.settings
         self._telemetry = stack.enter_context(
@@ -372,7 +372,7 @@ class Supervisor:
                 address.port,
                 self.registry,
                 health=self.unhealthy,
-                readiness=self._unready,
+                readiness=self._unready_reasons,
                 live_page=LivePage(self.live_status, settings.live_page_ids == "always"),
             )
             self._exporter.scale = lambda: worker_numbers(self.status())
@@ -497,7 +497,7 @@ class Supervisor:
             raise RuntimeError(_NOT_STARTED)
         return self._root
 
-    async def _gone(self) -> None:
+    async def _wait_for_root(self) -> None:
         """Wait for the root task, with a limit once no session is left to wait for."""
         root = self._task()
         await self._served.wait()
@@ -543,6 +543,6 @@ class Supervisor:
     def _snapshot(self) -> PoolSnapshot:
         return self._view.snapshot() if self._view else PoolSnapshot()
 
-    def _unready(self) -> list[str]:
+    def _unready_reasons(self) -> list[str]:
         reasons = [f"failed: {type(self._error).__name__}"] if self._error else []
         return reasons + (self._view.unready() if self._view else ["not started"])

@@ -121,7 +121,7 @@ class Telemetry:
             for each, write in LOGGED:
                 self._metrics.forward(each, write)
         for event_type in self._plugins.wanted - {PluginFailed}:  # the plugins report that one
-            self._metrics.forward(event_type, partial(self._notify, event_type))
+            self._metrics.forward(event_type, partial(self._notify_plugins, event_type))
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -133,7 +133,7 @@ class Telemetry:
         client.on_rate_limit_wait = partial(self._metrics.count, RateBudgetWaited)
         client.on_credential_refresh = partial(self._metrics.count, CredentialRefreshed)
 
-    def _notify(self, event_type: Callable[..., Event], *values: Any) -> None:
+    def _notify_plugins(self, event_type: Callable[..., Event], *values: Any) -> None:
         """Call the plugins that observe this type: now, or soon if this is another thread."""
         event = event_type(*values)
         if threading.get_ident() == self._thread:

@@ -44,17 +44,17 @@ class AscendingIds:
 
     def after(self, place: str) -> Iterator[str]:
         """Iterate over the ids that are greater than `place`, ascending."""
-        while ids := self._next(place):
+        while ids := self._next_ids(place):
             yield from ids
             place = ids[-1]
 
     def before(self, place: str | None) -> Iterator[str]:
         """Iterate over the ids that are less than `place` (None: over all), descending."""
-        while ids := self._previous(place):
+        while ids := self._previous_ids(place):
             yield from ids
             place = ids[-1]
 
-    def _next(self, place: str) -> list[str]:
+    def _next_ids(self, place: str) -> list[str]:
         first = max(0, bisect_right(self._chunks, place, key=_first) - 1)
         for chunk in self._chunks[first : first + 2]:
             start = bisect_right(chunk, place)
@@ -62,7 +62,7 @@ class AscendingIds:
                 return chunk[start:]
         return []
 
-    def _previous(self, place: str | None) -> list[str]:
+    def _previous_ids(self, place: str | None) -> list[str]:
         if place is None:
             return self._chunks[-1][::-1] if self._chunks else []
         number = bisect_left(self._chunks, place, key=_first)

@@ -219,11 +219,11 @@ class ControlPlane:
         return tuple(event.value for event in stored)
 
     async def __aenter__(self) -> Self:
-        self._check()
+        self._check_names()
         async with AsyncExitStack() as stack:
             stack.push_async_callback(self.engine.close)
             await self.engine.open()
-            await self._listen(stack)
+            await self._start_server(stack)
             self._stack = stack.pop_all()
         return self
 
@@ -235,7 +235,7 @@ class ControlPlane:
     ) -> None:
         await self._stack.aclose()
 
-    def _check(self) -> None:
+    def _check_names(self) -> None:
         names = (*self.environments, *self.cloud_environments)
         for name in names:
             if not re.fullmatch(ID_PATTERN, name):
@@ -251,8 +251,8 @@ class ControlPlane:
         for name in sorted(limited.difference(names)):
             raise ServeError(f"a token is limited to {name!r}, which is not served")
 
-    async def _listen(self, stack: AsyncExitStack) -> None:
-        bound = self._bind(stack)
+    async def _start_server(self, stack: AsyncExitStack) -> None:
+        bound = self._bind_port(stack)
         tokens = Tokens(self._tokens or {}, self.engine.signing_key, self._worker_keys)
         self._connections = connections = InboundConnections(_connections_max())
         stack.callback(connections.close)
@@ -302,14 +302,14 @@ class ControlPlane:
         local = ip_address(bound.getsockname()[0]).is_loopback
         return ScaleRoutes(self.engine, tokens, self._now, local=local)
 
-    def _bind(self, stack: AsyncExitStack) -> socket.socket:
+    def _bind_port(self, stack: AsyncExitStack) -> socket.socket:
         """Bind the port here: a cancelled `create_server` would leave it bound forever."""
         family = socket.AF_INET6 if ":" in self.host else socket.AF_INET
         try:
             bound = socket.create_server((self.host, self.port), family=family, backlog=_BACKLOG)
         except OSError as error:
             raise ServeError(f"cannot listen on {self.host} port {self.port}: {error}") from error
-        stack.callback(_unbind, asyncio.get_running_loop(), bound)
+        stack.callback(_unbind_port, asyncio.get_running_loop(), bound)
         self.port = bound.getsockname()[1]
         return bound
 
@@ -327,7 +327,7 @@ def _connections_max() -> int:
     return _CONNECTIONS_MAX if soft < 0 else min(_CONNECTIONS_MAX, soft * 3 // 4)
 
 
-def _unbind(loop: asyncio.AbstractEventLoop, bound: socket.socket) -> None:
+def _unbind_port(loop: asyncio.AbstractEventLoop, bound: socket.socket) -> None:
     if bound.fileno() >= 0:  # its server has not closed it
         loop.remove_reader(bound)
         bound.close()

@@ -124,8 +124,8 @@ class Conversation:
         wanted: EventFilter = EVERY_EVENT,
     ) -> Sequence[StoredEvent]:
         """Return up to `limit` events next to a place, in the order of the list."""
-        start = max(bisect_right(self.events, after, key=_id_of), self._first(wanted.times))
-        end = self._end(wanted.times)
+        start = max(bisect_right(self.events, after, key=_id_of), self._first_place(wanted.times))
+        end = self._end_place(wanted.times)
         if before is not None:
             end = min(end, bisect_left(self.events, before, key=_id_of))
         backwards = before is not None or wanted.newest_first
@@ -133,12 +133,12 @@ class Conversation:
         nearest = [self.events[place] for place in found]
         return nearest if wanted.newest_first or not backwards else nearest[::-1]
 
-    def _first(self, times: TimeRange) -> int:
+    def _first_place(self, times: TimeRange) -> int:
         after = 0 if times.gt is None else bisect_right(self.events, times.gt, key=_time_of)
         since = 0 if times.gte is None else bisect_left(self.events, times.gte, key=_time_of)
         return max(after, since)
 
-    def _end(self, times: TimeRange) -> int:
+    def _end_place(self, times: TimeRange) -> int:
         end = len(self.events)
         until = end if times.lt is None else bisect_left(self.events, times.lt, key=_time_of)
         to = end if times.lte is None else bisect_right(self.events, times.lte, key=_time_of)
@@ -231,16 +231,16 @@ class Conversation:
         if effect is not None:
             effect(self, event)
 
-    def _message(self, _: StoredEvent) -> None:
+    def _request_turn(self, _: StoredEvent) -> None:
         if self._interrupted:
             self._next_turn = True
         else:
             self._turn = True
 
-    def _interrupt(self, _: StoredEvent) -> None:
+    def _note_interrupt(self, _: StoredEvent) -> None:
         self._interrupted = self._turn or bool(self._open)
 
-    def _use(self, event: StoredEvent) -> None:
+    def _add_use(self, event: StoredEvent) -> None:
         value = event.value
         custom = event.type == protocol.AGENT_CUSTOM_TOOL_USE
         thread = _thread_of(event)
@@ -251,21 +251,21 @@ class Conversation:
         self._place += self._script is not None
         self._concluded = False
 
-    def _answer(self, event: StoredEvent) -> None:
+    def _close_use(self, event: StoredEvent) -> None:
         self._open.pop(event.value.get(RESULTS.get(event.type, "tool_use_id"), ""), None)
 
-    def _confirm(self, event: StoredEvent) -> None:
+    def _confirm_use(self, event: StoredEvent) -> None:
         use = self._uses[event.value["tool_use_id"]]
         use.permission = event.value["result"]
         use.denial = event.value.get("deny_message", use.denial)
 
-    def _speak(self, _: StoredEvent) -> None:
+    def _conclude_turn(self, _: StoredEvent) -> None:
         self._concluded = not self._open
 
-    def _run(self, _: StoredEvent) -> None:
+    def _set_running(self, _: StoredEvent) -> None:
         self.status, self._blocking = "running", ()
 
-    def _idle(self, event: StoredEvent) -> None:
+    def _set_idle(self, event: StoredEvent) -> None:
         self.status, self._blocking = "idle", ()
         reason = event.value.get("stop_reason") or {}
         if reason.get("type") == protocol.REQUIRES_ACTION:
@@ -274,7 +274,7 @@ class Conversation:
         self._turn, self._next_turn = self._next_turn, False
         self._interrupted = self._concluded = False
 
-    def _terminate(self, _: StoredEvent) -> None:
+    def _set_terminated(self, _: StoredEvent) -> None:
         self.status = "terminated"
 
     def _end_thread(self, event: StoredEvent) -> None:
@@ -287,18 +287,18 @@ class Conversation:
             del self._open[use_id]
 
     _EFFECTS: ClassVar[Mapping[str, Callable[[Conversation, StoredEvent], None]]] = {
-        protocol.USER_MESSAGE: _message,
-        protocol.USER_INTERRUPT: _interrupt,
-        protocol.AGENT_TOOL_USE: _use,
-        protocol.AGENT_CUSTOM_TOOL_USE: _use,
-        protocol.USER_TOOL_RESULT: _answer,
-        protocol.USER_CUSTOM_TOOL_RESULT: _answer,
-        protocol.AGENT_TOOL_RESULT: _answer,
-        protocol.USER_TOOL_CONFIRMATION: _confirm,
-        protocol.AGENT_MESSAGE: _speak,
-        protocol.STATUS_RUNNING: _run,
-        protocol.STATUS_IDLE: _idle,
-        protocol.STATUS_TERMINATED: _terminate,
+        protocol.USER_MESSAGE: _request_turn,
+        protocol.USER_INTERRUPT: _note_interrupt,
+        protocol.AGENT_TOOL_USE: _add_use,
+        protocol.AGENT_CUSTOM_TOOL_USE: _add_use,
+        protocol.USER_TOOL_RESULT: _close_use,
+        protocol.USER_CUSTOM_TOOL_RESULT: _close_use,
+        protocol.AGENT_TOOL_RESULT: _close_use,
+        protocol.USER_TOOL_CONFIRMATION: _confirm_use,
+        protocol.AGENT_MESSAGE: _conclude_turn,
+        protocol.STATUS_RUNNING: _set_running,
+        protocol.STATUS_IDLE: _set_idle,
+        protocol.STATUS_TERMINATED: _set_terminated,
         protocol.THREAD_TERMINATED: _end_thread,
     }
 
@@ -310,20 +310,22 @@ class Conversation:
             return None
         for use_id, use in self._open.items():
             if use.permission == "deny":
-                return _resolved(use_id, use.denial)
+                return _error_result(use_id, use.denial)
             if self._interrupted:
-                return _resolved(use_id, "The tool use was interrupted.")
+                return _error_result(use_id, "The tool use was interrupted.")
         if self._interrupted:
-            return _pause(protocol.END_TURN)
+            return _idle_event(protocol.END_TURN)
         blocking = tuple(use_id for use_id, use in self._open.items() if use.blocks)
         if blocking != self._blocking:
-            return _pause(protocol.REQUIRES_ACTION, event_ids=blocking) if blocking else _RUNNING
+            return (
+                _idle_event(protocol.REQUIRES_ACTION, event_ids=blocking) if blocking else _RUNNING
+            )
         return None if self._open or self._script is None else self._played(self._script)
 
     def _played(self, script: Script) -> dict[str, Any] | None:
         """Return the next event of a scripted agent that does not wait for an answer."""
         if not self.events:
-            return {"type": protocol.USER_MESSAGE, "content": _text("Run the script.")}
+            return {"type": protocol.USER_MESSAGE, "content": _text_content("Run the script.")}
         if not self._turn:
             return None
         if self.status != "running":
@@ -331,8 +333,8 @@ class Conversation:
         if self._place < len(script):
             return _use_of(script[self._place])
         if not self._concluded:
-            return {"type": protocol.AGENT_MESSAGE, "content": _text("The script is done.")}
-        return _pause(protocol.END_TURN)
+            return {"type": protocol.AGENT_MESSAGE, "content": _text_content("The script is done.")}
+        return _idle_event(protocol.END_TURN)
 
 
 def extend(
@@ -380,11 +382,11 @@ def _thread_of(event: StoredEvent) -> str | None:
     return thread if isinstance(thread, str) else None
 
 
-def _text(text: str) -> list[dict[str, str]]:
+def _text_content(text: str) -> list[dict[str, str]]:
     return [{"type": "text", "text": text}]
 
 
-def _pause(reason: str, **more: object) -> dict[str, Any]:
+def _idle_event(reason: str, **more: object) -> dict[str, Any]:
     return {"type": protocol.STATUS_IDLE, "stop_reason": {"type": reason, **more}}
 
 
@@ -397,10 +399,10 @@ def _use_of(entry: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
-def _resolved(use_id: str, why: str) -> dict[str, Any]:
+def _error_result(use_id: str, why: str) -> dict[str, Any]:
     return {
         "type": protocol.AGENT_TOOL_RESULT,
         "tool_use_id": use_id,
-        "content": _text(why),
+        "content": _text_content(why),
         "is_error": True,
     }

@@ -128,7 +128,7 @@ class IndexEngine:
 
     async def create_session(self, wanted: NewSession) -> SessionView:
         """Create a session and the work item that brings it to a worker."""
-        view = self._view(*self._operations.create_session(wanted))
+        view = self._view_of(*self._operations.create_session(wanted))
         await self._operations.durable()
         return view
 
@@ -228,7 +228,7 @@ class IndexEngine:
 
     async def session(self, session_id: str) -> SessionView:
         """Return a session; 404 unknown."""
-        view = self._view(*self._operations.session(session_id))
+        view = self._view_of(*self._operations.session(session_id))
         await self._operations.durable()
         return view
 
@@ -244,7 +244,7 @@ class IndexEngine:
                 after=after, before=before, newest_first=wanted.newest_first
             )
             for each in islice(walk, SCAN_ROWS):
-                view = self._view(*each)  # now, since it may be deleted while other calls run
+                view = self._view_of(*each)  # now, since it may be deleted while other calls run
                 last = view.id
                 if wanted.matches(view):
                     found.append(view)
@@ -262,7 +262,7 @@ class IndexEngine:
 
     async def archive_session(self, session_id: str) -> SessionView:
         """Archive a session: it is terminated, and its work item is asked to stop."""
-        view = self._view(*self._operations.archive_session(session_id))
+        view = self._view_of(*self._operations.archive_session(session_id))
         await self._operations.durable()
         return view
 
@@ -322,5 +322,5 @@ class IndexEngine:
         """Return the recorded history of all items, in order."""
         return tuple(self._operations.history)
 
-    def _view(self, session: StoredSession, item: Item) -> SessionView:
+    def _view_of(self, session: StoredSession, item: Item) -> SessionView:
         return self._operations.sessions.view(session, item)

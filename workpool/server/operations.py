@@ -95,18 +95,18 @@ class Operations:
         """Open the store and read its content. Raises `StoreError`."""
         contents = await self._store.open()
         try:
-            self._restore(contents)
+            self._restore_contents(contents)
         except (APIError, LookupError, TypeError, ValueError) as error:
             raise StoreError(
                 f"the rows of the store do not fit together: {error!r:.200}"
             ) from error
 
-    def _restore(self, contents: Contents) -> None:
+    def _restore_contents(self, contents: Contents) -> None:
         self.signing_key = contents.signing_key or secrets.token_bytes(32)
         kinds = (contents.items, contents.sessions, contents.events, contents.environments)
         ids = [row.id for rows in kinds for row in rows]
         self._ids = Ids(max((name.partition("_")[2] for name in ids), default=""))
-        contents, ended = self._retention.split(contents, self._tick())
+        contents, ended = self._retention.split(contents, self._read_clock())
         self._store.delete(ended)
         self.sessions.restore(contents, self._ids, self._latest)
         self._restore_environments(contents.environments)
@@ -162,7 +162,7 @@ class Operations:
             if environment_id in self._cloud:
                 raise APIError(400, "this environment is not self_hosted")
             raise APIError(404, "no such environment")
-        self._settle(queue)
+        self._apply_lapses(queue)
         return queue
 
     def environment(self, environment_id: str) -> Environment:
@@ -183,7 +183,7 @@ class Operations:
         check_metadata(metadata, NEW_METADATA_LIMIT_BYTES)
         if self._created_environments >= ENVIRONMENTS_MAX:
             raise APIError(400, f"there are {ENVIRONMENTS_MAX} environments already")
-        now = self._tick()
+        now = self._read_clock()
         environment_id = ENVIRONMENT_PREFIX + self._ids.new(now)
         environment = Environment(environment_id, name, description, dict(metadata), now)
         self._add_environment(environment)
@@ -217,7 +217,7 @@ class Operations:
         for _ in range(count):
             with self._store.together():
                 session = known or self.sessions.new(environment_id, metadata, parsed, now)
-                item = self._create(queue, session, metadata, work_type)
+                item = self._create_item(queue, session, metadata, work_type)
                 self.sessions.attach(session, item.id, now)
             items.append(item)
         queue.waiting.wake(count)
@@ -238,12 +238,12 @@ class Operations:
                 title=wanted.title,
                 agent=wanted.agent,
             )
-            item = self._create(queue, session, wanted.metadata)
+            item = self._create_item(queue, session, wanted.metadata)
             self.sessions.attach(session, item.id, now, wanted.initial_events)
         queue.waiting.wake(1)
         return session, item
 
-    def _create(
+    def _create_item(
         self,
         queue: Queue,
         session: StoredSession,
@@ -290,11 +290,11 @@ class Operations:
             remaining = deadline - loop.time()
             if item is not None or remaining <= 0 or self._closing:
                 return item
-            await self._wait(self.queue(environment_id), poll, remaining)
+            await self._wait_for_item(self.queue(environment_id), poll, remaining)
         self.queue(environment_id).waiting.wake(1)
         return None
 
-    async def _wait(self, queue: Queue, poll: Poll, seconds: float) -> None:
+    async def _wait_for_item(self, queue: Queue, poll: Poll, seconds: float) -> None:
         """Wait until woken, or until a delivery becomes due or a lease may lapse."""
         reclaim = poll.reclaim_older_than_ms * MILLISECOND
         delivered = queue.deliveries.first()
@@ -476,7 +476,7 @@ class Operations:
                 self.sessions.conversation(session_id).check(new_events)
                 queue = self.queue(session.environment_id)
                 self.sessions.attach(
-                    session, self._create(queue, session, session.metadata).id, self._latest
+                    session, self._create_item(queue, session, session.metadata).id, self._latest
                 )
                 queue.waiting.wake(1)
             return self.sessions.send(session_id, new_events, self._latest)
@@ -490,14 +490,14 @@ class Operations:
             event.value for event in self.sessions.emit(session_id, new_events, self._latest)
         )
 
-    def _tick(self) -> int:
+    def _read_clock(self) -> int:
         """Read the clock, once for each call, so that all its decisions use one time."""
         self._latest = max(self._latest, int(self._clock() * SECOND))
         return self._latest
 
-    def _settle(self, queue: Queue) -> None:
+    def _apply_lapses(self, queue: Queue) -> None:
         """Apply the lapses that are due, each at the time when its lease ended."""
-        for work_id in queue.leases.lapsed(self._tick()):
+        for work_id in queue.leases.lapsed(self._read_clock()):
             held = queue.get(work_id)
             self._apply(queue, state_machine.lapse(held), "lapsed", held.holder, held.lease_end)
 

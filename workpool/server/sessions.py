@@ -47,13 +47,13 @@ class Sessions:
         self._ids = ids
         sessions = {session.id: session for session in contents.sessions}
         for item in contents.items:
-            self._add(sessions[item.session_id], item.id)
+            self._add_session(sessions[item.session_id], item.id)
         self._order = AscendingIds(sorted(self._sessions))
         for event in contents.events:
             self.conversation(event.session_id).append(event)
         for session, _ in self._sessions.values():
             if session.script is not None or session.id in self._conversations:
-                self._say(session.id, (), now)
+                self._append_events(session.id, (), now)
 
     def find(self, session_id: str) -> tuple[StoredSession, str]:
         """Return a session and the id of its latest work item; 404 if it is unknown."""
@@ -73,10 +73,10 @@ class Sessions:
         self._earlier.pop(session_id, None)
         self._order.remove(session_id)
         conversation = self._conversations.pop(session_id, None)
-        self._tell(session_id)
+        self._wake_followers(session_id)
         return [session, *(conversation.events if conversation is not None else ())]
 
-    def _add(self, session: StoredSession, work_id: str) -> None:
+    def _add_session(self, session: StoredSession, work_id: str) -> None:
         former = self._sessions.get(session.id)
         if former is not None:
             self._earlier.setdefault(session.id, []).append(former[1])
@@ -128,11 +128,11 @@ class Sessions:
         """Make this the session's latest work item; `new_events`: a client's first events."""
         if session.id not in self._sessions:
             self._order.append(session.id)
-        self._add(session, work_id)
+        self._add_session(session, work_id)
         if new_events:
             self.send(session.id, new_events, now)
         elif session.script is not None:
-            self._say(session.id, (), now)
+            self._append_events(session.id, (), now)
 
     def archive(self, session: StoredSession, now: int) -> StoredSession:
         """Archive a session, which terminates it."""
@@ -140,7 +140,7 @@ class Sessions:
         self._sessions[session.id] = (archived, self._sessions[session.id][1])
         self._store.save_session(archived)
         if self.conversation(session.id).status != "terminated":
-            self._say(session.id, [{"type": STATUS_TERMINATED}], now)
+            self._append_events(session.id, [{"type": STATUS_TERMINATED}], now)
         return archived
 
     def send(
@@ -148,14 +148,14 @@ class Sessions:
     ) -> Sequence[StoredEvent]:
         """Append all events of a client, or none."""
         self.conversation(session_id).check(new_events)
-        return self._say(session_id, new_events, now)
+        return self._append_events(session_id, new_events, now)
 
     def emit(
         self, session_id: str, new_events: Sequence[Mapping[str, Any]], now: int
     ) -> Sequence[StoredEvent]:
         """Append the server's events, in the name of the agent."""
         self.conversation(session_id).check_server(new_events)
-        return self._say(session_id, copy_events(new_events), now)
+        return self._append_events(session_id, copy_events(new_events), now)
 
     async def wait(self, session_id: str, place: int, seconds: float) -> bool:
         """Return once there are more than `place` events, or after `seconds`.
@@ -183,18 +183,18 @@ class Sessions:
         """End all waits, since the control plane closes."""
         self._closing = True
         for session_id in list(self._following):
-            self._tell(session_id)
+            self._wake_followers(session_id)
 
-    def _say(
+    def _append_events(
         self, session_id: str, new_events: Sequence[Mapping[str, Any]], now: int
     ) -> Sequence[StoredEvent]:
         """Add events and those that follow, save them, and notify the streams."""
         events = extend(self.conversation(session_id), session_id, new_events, self._ids, now)
         if events:
             self._store.save_events(events)
-            self._tell(session_id)
+            self._wake_followers(session_id)
         return events[: len(new_events)]
 
-    def _tell(self, session_id: str) -> None:
+    def _wake_followers(self, session_id: str) -> None:
         for changed in self._following.get(session_id, ()):
             changed.set()

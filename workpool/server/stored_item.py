@@ -64,11 +64,11 @@ class Ids:
     """
 
     def __init__(self, last: str = "") -> None:
-        self._last = _order(last)
+        self._last = _ascending_part(last)
 
     def follow(self, last: str) -> None:
         """Make all further digits greater than these, which another process may have made."""
-        self._last = max(self._last, _order(last))
+        self._last = max(self._last, _ascending_part(last))
 
     def new(self, now: int) -> str:
         """Return 32 lowercase hex digits that are greater than all before."""
@@ -77,7 +77,7 @@ class Ids:
         return f"{number | 0b10 << 62 | secrets.randbits(62):032x}"
 
 
-def _order(digits: str) -> int:
+def _ascending_part(digits: str) -> int:
     """Return the part of a UUIDv7 that ascends: milliseconds and a counter."""
     number = int(digits, 16) if digits else 0
     return (number >> 80) << 12 | (number >> 64) & 0xFFF

@@ -312,13 +312,13 @@ class WorkClient:
             before_id: The pages before this item, nearest page first, each ascending.
             timeout: See the class; for each page.
         """
-        start = _place(after_id, before_id)
+        start = _place_query(after_id, before_id)
         left = sys.maxsize if limit is None else limit
         limits = PageLimits("list")
         while left > 0:
             await limits.turn()
             url = self._work_url("", f"limit={min(left, protocol.LIST_LIMIT_MAX)}{start}")
-            page = await self._read(endpoints.LIST, url, timeout)
+            page = await self._send_read(endpoints.LIST, url, timeout)
             for item in page.items[:left]:
                 yield item
             left -= len(page.items)
@@ -346,14 +346,14 @@ class WorkClient:
             before_id: As for `list`.
             timeout: As for `list`.
         """
-        query, start = search.query, _place(after_id, before_id)
+        query, start = search.query, _place_query(after_id, before_id)
         size = min(protocol.LIST_LIMIT_MAX if query else search.limit, protocol.LIST_LIMIT_MAX)
         found, limits = FoundItems(search), PageLimits("list")
         for _ in range(FIND_PAGES_MAX):
             await limits.turn()
             url = self._work_url("", f"limit={size}{query}{start}")
             try:
-                page = await self._read(endpoints.LIST, url, timeout)
+                page = await self._send_read(endpoints.LIST, url, timeout)
             except RefusedError as error:
                 if error.status != HTTPStatus.BAD_REQUEST or not query:
                     raise
@@ -375,7 +375,7 @@ class WorkClient:
         """Read a session; returns the JSON object of the control plane."""
         _check_id("session_id", session_id)
         url = URL(f"{self._sessions}/{session_id}", encoded=True)
-        return await self._read(endpoints.SESSION, url, timeout)
+        return await self._send_read(endpoints.SESSION, url, timeout)
 
     def events(
         self, session_id: str, *, token: Secret | None = None, guard: Guard | None = None
@@ -419,9 +419,9 @@ class WorkClient:
         fields = {"count": count, "metadata": metadata, "type": item_type, "script": script}
         body = request_bodies.enqueue(fields)
         url = self._work_url()
-        return (await self._write(endpoints.ENQUEUE, url, body, timeout)).items
+        return (await self._send_write(endpoints.ENQUEUE, url, body, timeout)).items
 
-    def _read(
+    def _send_read(
         self,
         endpoint: Endpoint[T],
         url: URL,
@@ -430,7 +430,7 @@ class WorkClient:
     ) -> Coroutine[Any, Any, T]:
         return self._transport.send(endpoint, url, timeout, self.rate_limits.read, None, options)
 
-    def _write(
+    def _send_write(
         self,
         endpoint: Endpoint[T],
         url: URL,
@@ -470,7 +470,7 @@ class WorkClient:
         return self._work_url("/poll", query)
 
 
-def _place(after_id: str | None, before_id: str | None) -> str:
+def _place_query(after_id: str | None, before_id: str | None) -> str:
     """Return the parameters of the place at which a list begins."""
     place = ""
     for name, value in (("after_id", after_id), ("before_id", before_id)):

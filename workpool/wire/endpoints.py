@@ -65,7 +65,7 @@ _EMPTY_POLL: Final[tuple[object, ...]] = (None, NO_CONTENT, {})
 """The answers of a poll without an item, one per kind of control plane: null, 204, `{}`."""
 
 
-def _delivery(obj: object) -> WorkItem | None:
+def _parse_delivery(obj: object) -> WorkItem | None:
     if obj in _EMPTY_POLL:
         return None
     try:
@@ -99,21 +99,21 @@ def _shape_of_object(body: bytes) -> None:
         raise ValueError("not an object")
 
 
-def _ignore(_: object) -> None:
+def _parse_nothing(_: object) -> None:
     """Parse nothing."""
 
 
-def _stopped(obj: object) -> WorkItem | None:
+def _parse_stopped(obj: object) -> WorkItem | None:
     return None if obj is NO_CONTENT else parse_item(obj)
 
 
-def _object(obj: object) -> dict[str, Any]:
+def _require_object(obj: object) -> dict[str, Any]:
     if isinstance(obj, dict):
         return obj
     raise ValueError("not an object")
 
 
-def _rows(page: dict[str, Any]) -> list[object]:
+def _rows_of(page: dict[str, Any]) -> list[object]:
     data = page.get("data")
     if isinstance(data, list):
         return data
@@ -133,15 +133,15 @@ def _next_page(page: dict[str, Any]) -> str | None:
     raise ValueError("next_page: not a string")
 
 
-def _page(obj: object) -> ItemPage:
-    page = _object(obj)
-    items = [parse_item(row) for row in _rows(page)]
+def _parse_page(obj: object) -> ItemPage:
+    page = _require_object(obj)
+    items = [parse_item(row) for row in _rows_of(page)]
     return ItemPage(items, _next_page(page), page.get("selected") is True)
 
 
 def parse_event(obj: object) -> SessionEvent:
     """Parse one event."""
-    event = _object(obj)
+    event = _require_object(obj)
     kind, event_id = event.get("type"), event.get("id")
     # An id is sent back in a URL and in a header, so a malformed one is refused here.
     if isinstance(kind, str) and isinstance(event_id, str) and _is_id(event_id):
@@ -150,32 +150,34 @@ def parse_event(obj: object) -> SessionEvent:
 
 
 def _event_page(obj: object) -> EventPage:
-    page = _object(obj)
-    return EventPage([parse_event(row) for row in _rows(page)], _next_page(page))
+    page = _require_object(obj)
+    return EventPage([parse_event(row) for row in _rows_of(page)], _next_page(page))
 
 
 def _stored_events(obj: object) -> list[SessionEvent]:
-    page = {} if obj is NO_CONTENT else _object(obj)
+    page = {} if obj is NO_CONTENT else _require_object(obj)
     # The anthropic dialect may leave `data` out.
-    return [] if page.get("data") is None else [parse_event(row) for row in _rows(page)]
+    return [] if page.get("data") is None else [parse_event(row) for row in _rows_of(page)]
 
 
 _is_id: Final = re.compile(ID_PATTERN).fullmatch
 _is_traceparent: Final = re.compile(r"[0-9a-f]{2}-[0-9a-f]{32}-[0-9a-f]{16}-[0-9a-f]{2}").fullmatch
 
-POLL: Final[Endpoint[WorkItem | None]] = Endpoint("poll", "GET", _delivery, add_headers=_add_trace)
+POLL: Final[Endpoint[WorkItem | None]] = Endpoint(
+    "poll", "GET", _parse_delivery, add_headers=_add_trace
+)
 ACK: Final = Endpoint("ack", "POST", parse_item, ITEM_LIMIT_BYTES)
 HEARTBEAT: Final = Endpoint("heartbeat", "POST", parse_heartbeat)
-STOP: Final[Endpoint[WorkItem | None]] = Endpoint("stop", "POST", _stopped, ITEM_LIMIT_BYTES)
+STOP: Final[Endpoint[WorkItem | None]] = Endpoint("stop", "POST", _parse_stopped, ITEM_LIMIT_BYTES)
 STOP_UNREAD: Final[Endpoint[WorkItem | None]] = Endpoint(
-    "stop", "POST", _ignore, load=_shape_of_object
+    "stop", "POST", _parse_nothing, load=_shape_of_object
 )
 UPDATE: Final = Endpoint("update", "POST", parse_item, ITEM_LIMIT_BYTES)
 GET: Final = Endpoint("get", "GET", parse_item, ITEM_LIMIT_BYTES)
-LIST: Final = Endpoint("list", "GET", _page)
+LIST: Final = Endpoint("list", "GET", _parse_page)
 STATS: Final = Endpoint("stats", "GET", parse_stats)
-SESSION: Final[Endpoint[Mapping[str, Any]]] = Endpoint("session", "GET", _object)
-ENQUEUE: Final = Endpoint("enqueue", "POST", _page)
+SESSION: Final[Endpoint[Mapping[str, Any]]] = Endpoint("session", "GET", _require_object)
+ENQUEUE: Final = Endpoint("enqueue", "POST", _parse_page)
 EVENTS: Final = Endpoint("events", "GET", _event_page, FRAME_LIMIT_BYTES)
 SEND: Final = Endpoint("events", "POST", _stored_events, FRAME_LIMIT_BYTES)
 STREAM: Final = "stream"

@@ -136,7 +136,7 @@ def parse_error(op: str, answer: Response, *secrets: str) -> ControlPlaneError:
     """Return the error for a status outside `SUCCESS`; its message contains no `secrets`."""
     status = answer.status
     envelope = _envelope(answer.body)
-    message = _clean(envelope.get("message"), secrets, MESSAGE_MAX) or _phrase(status)
+    message = _clean_text(envelope.get("message"), secrets, MESSAGE_MAX) or _phrase_of(status)
     if isinstance(answer.body, bytes) and _wants_tls(answer.body):
         message = f"{message}: the port speaks TLS: base_url must begin with https://"
     if status not in _REFUSED_STATUSES:
@@ -154,8 +154,8 @@ def parse_error(op: str, answer: Response, *secrets: str) -> ControlPlaneError:
         op,
         status,
         message,
-        error_type=_clean(envelope.get("type"), secrets, _WORD_MAX),
-        param=_clean(envelope.get("param"), secrets, _WORD_MAX),
+        error_type=_clean_text(envelope.get("type"), secrets, _WORD_MAX),
+        param=_clean_text(envelope.get("param"), secrets, _WORD_MAX),
     )
 
 
@@ -167,7 +167,7 @@ def _redirect(location: str, secrets: Sequence[str]) -> str:
     try:
         # In lower case, as hosts are, so that the secrets are found in the text.
         lower = [secret.lower() for secret in secrets]
-        origin = _clean(str(URL(location).origin()).lower(), lower, _ORIGIN_MAX)
+        origin = _clean_text(str(URL(location).origin()).lower(), lower, _ORIGIN_MAX)
     except ValueError:  # relative, or not a URL
         origin = None
     to = f" to {origin}" if origin else ""
@@ -212,7 +212,7 @@ def _envelope(body: bytes | Oversized) -> dict[str, Any]:
     return error if isinstance(error, dict) else {}
 
 
-def _clean(text: object, secrets: Sequence[str], limit: int) -> str | None:
+def _clean_text(text: object, secrets: Sequence[str], limit: int) -> str | None:
     """Return text for a log: secrets are removed before the text is shortened.
 
     Characters that are not printable, and runs of spaces, become one space.
@@ -226,7 +226,7 @@ def _clean(text: object, secrets: Sequence[str], limit: int) -> str | None:
     return line if len(line) <= limit else f"{line[: limit - 1]}…"
 
 
-def _phrase(status: int) -> str:
+def _phrase_of(status: int) -> str:
     try:
         return http.HTTPStatus(status).phrase
     except ValueError:

@@ -55,7 +55,7 @@ class ApplicationRoutes:
 
     async def create_environment(self, request: web.Request) -> web.Response:
         """Create a `self_hosted` environment."""
-        if self._admit(request).environments is not None:
+        if self._admit_application(request).environments is not None:
             raise APIError(403, "this token is limited to environments that exist")
         wanted = creation_requests.parse_environment(await requests.body(request))
         environment = await self._engine.create_environment(wanted)
@@ -64,33 +64,33 @@ class ApplicationRoutes:
     async def environment(self, request: web.Request) -> web.Response:
         """Read one environment."""
         environment_id = request.match_info["environment_id"]
-        self._admit(request).check_environment(environment_id)
+        self._admit_application(request).check_environment(environment_id)
         await requests.body(request)
-        return answer(self._environment(await self._engine.environment(environment_id)))
+        return answer(self._environment_json(await self._engine.environment(environment_id)))
 
     async def environments(self, request: web.Request) -> web.Response:
         """List the environments that the token may use, in ascending order of their ids."""
-        limits = self._admit(request).environments
+        limits = self._admit_application(request).environments
         await requests.body(request)
         place = requests.place(request, "", ID_PATTERN)
         if place.before is not None:
             raise APIError(400, "before_id is not known here", "before_id")
         page = await self._engine.environments(place, limits)
-        return answer(listing(page, self._environment))
+        return answer(listing(page, self._environment_json))
 
-    def _environment(self, environment: Environment) -> dict[str, Any]:
+    def _environment_json(self, environment: Environment) -> dict[str, Any]:
         return environment.answer(cloud=environment.id in self._cloud)
 
     async def create_session(self, request: web.Request) -> web.Response:
         """Create a session, and the work item that brings it to a worker."""
-        caller = self._admit(request)
+        caller = self._admit_application(request)
         wanted = creation_requests.parse_session(await requests.body(request))
         caller.check_environment(wanted.environment_id)
-        return answer(self._session(await self._engine.create_session(wanted)))
+        return answer(self._session_json(await self._engine.create_session(wanted)))
 
     async def sessions(self, request: web.Request) -> web.Response:
         """List the sessions that the query selects, by default the newest first."""
-        limits = self._admit(request).environments
+        limits = self._admit_application(request).environments
         await requests.body(request)
         place = requests.place(request, SESSION_PREFIX)
         newest_first = requests.newest_first(request, default=True)
@@ -98,7 +98,7 @@ class ApplicationRoutes:
             raise APIError(400, "after_id goes with order=asc only", "after_id")
         wanted = self._session_filter(request, limits, newest_first=newest_first)
         page = await self._engine.sessions(place, wanted)
-        return answer(listing(page, self._session))
+        return answer(listing(page, self._session_json))
 
     def _session_filter(
         self, request: web.Request, limits: frozenset[str] | None, *, newest_first: bool
@@ -123,18 +123,18 @@ class ApplicationRoutes:
 
     async def archive(self, request: web.Request) -> web.Response:
         """Archive a session, which terminates it."""
-        caller = self._admit(request)
+        caller = self._admit_application(request)
         own = self._dialect.own_session_id(request.match_info["session_id"])
         view = await self._engine.session(own)
         caller.check_environment(view.session.environment_id)
         await requests.body(request)
-        return answer(self._session(await self._engine.archive_session(own)))
+        return answer(self._session_json(await self._engine.archive_session(own)))
 
-    def _admit(self, request: web.Request) -> Caller:
+    def _admit_application(self, request: web.Request) -> Caller:
         caller = self._tokens.admit(request.headers, self._dialect)
         caller.check_item(None)
         caller.check_application()
         return caller
 
-    def _session(self, view: SessionView) -> dict[str, Any]:
+    def _session_json(self, view: SessionView) -> dict[str, Any]:
         return self._dialect.session(view.answer())

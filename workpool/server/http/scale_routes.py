@@ -62,16 +62,16 @@ class ScaleRoutes:
             caller.check_environment(environment_id)
             caller.check_item(None)
         await self._engine.admit(environment_id)
-        rule = _rule(request)
-        return answer(fleet_numbers(self._load(await self._engine.stats(environment_id)), rule))
+        rule = _parse_rule(request)
+        return answer(fleet_numbers(self._load_of(await self._engine.stats(environment_id)), rule))
 
-    def _load(self, stats: Stats) -> FleetLoad:
+    def _load_of(self, stats: Stats) -> FleetLoad:
         oldest = stats.oldest_queued_at
         age = 0.0 if oldest is None else max(0.0, self._now() - oldest / SECOND)
         return FleetLoad(stats.depth, stats.pending, stats.running, age)
 
 
-def _rule(request: web.Request) -> ReplicaRule:
+def _parse_rule(request: web.Request) -> ReplicaRule:
     """Return the rule of the query; 400 if it cannot be one."""
     try:
         return ReplicaRule(

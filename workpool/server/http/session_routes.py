@@ -62,13 +62,13 @@ class SessionRoutes:
 
     async def session(self, request: web.Request) -> web.Response:
         """Answer with the session."""
-        view = await self._session(request)
+        view = await self._admit_to_session(request)
         await requests.body(request)
         return answer(self._dialect.session(view.answer()))
 
     async def list(self, request: web.Request) -> web.Response:
         """List the events of a session that the query selects, page by page."""
-        view = await self._session(request)
+        view = await self._admit_to_session(request)
         await requests.body(request)
         place = requests.place(request, EVENT_PREFIX)
         wanted = requests.event_filter(request)
@@ -79,7 +79,7 @@ class SessionRoutes:
 
     async def send(self, request: web.Request) -> web.Response:
         """Append all events of a client, or none."""
-        view = await self._session(request)
+        view = await self._admit_to_session(request)
         new_events = client_events(await requests.body(request))
         events = await self._engine.send(
             view.id, new_events, messages_bring_work=self._dialect.messages_bring_work
@@ -88,7 +88,7 @@ class SessionRoutes:
 
     async def stream(self, request: web.Request) -> web.StreamResponse:
         """Stream new events, after those that follow `Last-Event-ID`."""
-        view = await self._session(request)
+        view = await self._admit_to_session(request)
         await requests.body(request)
         last = request.headers.get(LAST_EVENT_ID_HEADER)
         # Before the first byte is sent, so that a client with an open stream misses no later event.
@@ -108,7 +108,7 @@ class SessionRoutes:
                     await response.write(piece)
         return response
 
-    async def _session(self, request: web.Request) -> SessionView:
+    async def _admit_to_session(self, request: web.Request) -> SessionView:
         """Admit the caller to the session of the path: 401, 404, 403, in this order.
 
         An item's token is accepted for the session of this item, until the item is stopped.

@@ -78,13 +78,13 @@ class Routes:
 
     async def poll(self, request: web.Request) -> web.Response:
         """Answer a poll. A client that has gone gets no item, whenever it went."""
-        environment_id = await self._environment(request, worker=True)
+        environment_id = await self._admit_to_environment(request, worker=True)
         await requests.body(request)
         poll = requests.poll(request, self._worker_id(request))
         item = await self._engine.long_poll(environment_id, poll, partial(has_gone, request))
-        return answer(None if item is None else self._delivery(item))
+        return answer(None if item is None else self._delivery_json(item))
 
-    def _delivery(self, item: Item) -> dict[str, Any]:
+    def _delivery_json(self, item: Item) -> dict[str, Any]:
         shown = self._dialect.item(item)
         if self._dialect.item_secrets:
             shown["secret"] = self._tokens.secret(item)
@@ -92,7 +92,7 @@ class Routes:
 
     async def stats(self, request: web.Request) -> web.Response:
         """Answer with the statistics of the queue."""
-        environment_id = await self._environment(request)
+        environment_id = await self._admit_to_environment(request)
         await requests.body(request)
         stats = await self._engine.stats(environment_id)
         oldest = stats.oldest_queued_at
@@ -106,7 +106,7 @@ class Routes:
 
     async def list(self, request: web.Request) -> web.Response:
         """Answer with a page of the list of items."""
-        environment_id = await self._environment(request, worker=True)
+        environment_id = await self._admit_to_environment(request, worker=True)
         await requests.body(request)
         place = requests.place(request, WORK_PREFIX)
         wanted = requests.item_filter(request)
@@ -116,7 +116,7 @@ class Routes:
 
     async def enqueue(self, request: web.Request) -> web.Response:
         """Create work."""
-        environment_id = await self._environment(request)
+        environment_id = await self._admit_to_environment(request)
         wanted = requests.enqueue(await requests.body(request))
         items = await self._engine.enqueue(
             environment_id,
@@ -129,14 +129,14 @@ class Routes:
 
     async def get(self, request: web.Request) -> web.Response:
         """Answer with one item."""
-        place = await self._item(request)
+        place = await self._admit_to_item(request)
         async with self._unknown_item_first(place):
             await requests.body(request)
         return answer(self._dialect.item(await self._engine.get(*place)))
 
     async def update(self, request: web.Request) -> web.Response:
         """Update metadata."""
-        place = await self._item(request)
+        place = await self._admit_to_item(request)
         async with self._unknown_item_first(place):
             patch = requests.patch(
                 await requests.body(request), required=self._dialect.metadata_required
@@ -146,7 +146,7 @@ class Routes:
 
     async def ack(self, request: web.Request) -> web.Response:
         """Acknowledge an item."""
-        place = await self._item(request, own_token=True)
+        place = await self._admit_to_item(request, own_token=True)
         async with self._unknown_item_first(place):
             await requests.body(request)
             worker_id = self._worker_id(request)
@@ -154,7 +154,7 @@ class Routes:
 
     async def heartbeat(self, request: web.Request) -> web.Response:
         """Extend the lease of an item if its state allows it."""
-        place = await self._item(request, own_token=True)
+        place = await self._admit_to_item(request, own_token=True)
         async with self._unknown_item_first(place):
             await requests.body(request)
             expected, ttl_seconds = requests.heartbeat(request)
@@ -173,7 +173,7 @@ class Routes:
 
     async def stop(self, request: web.Request) -> web.Response:
         """Stop an item; the dialect decides the form of the answer."""
-        place = await self._item(request, own_token=True)
+        place = await self._admit_to_item(request, own_token=True)
         async with self._unknown_item_first(place):
             force = requests.force(await requests.body(request))
             worker_id = self._worker_id(request)
@@ -184,7 +184,7 @@ class Routes:
             return answer(self._dialect.item(item))
         return web.Response(status=204)
 
-    async def _environment(
+    async def _admit_to_environment(
         self, request: web.Request, work_id: str | None = None, *, worker: bool = False
     ) -> str:
         """Admit the caller to the environment of the path: 401, 403, 404, 400, in this order.
@@ -203,14 +203,16 @@ class Routes:
         await self._engine.admit(environment_id)
         return environment_id
 
-    async def _item(self, request: web.Request, *, own_token: bool = False) -> tuple[str, str]:
+    async def _admit_to_item(
+        self, request: web.Request, *, own_token: bool = False
+    ) -> tuple[str, str]:
         """Admit the caller to the item of the path, and return its environment and its id.
 
         `own_token`: whether the item's own token, and a worker's key, are accepted for this call.
         """
         work_id = request.match_info["work_id"]
         own = work_id if own_token else None
-        return await self._environment(request, own, worker=own_token), work_id
+        return await self._admit_to_environment(request, own, worker=own_token), work_id
 
     @asynccontextmanager
     async def _unknown_item_first(self, place: tuple[str, str]) -> AsyncIterator[None]:

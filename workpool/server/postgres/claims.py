@@ -161,7 +161,7 @@ class Claims(DatabaseCalls):
 
     async def _claim_whole(self, environment_id: str, poll: Poll) -> ClaimOutcome:
         """Claim an item; if the client goes meanwhile, take back what may have been delivered."""
-        claim = asyncio.get_running_loop().create_task(self._claim(environment_id, poll))
+        claim = asyncio.get_running_loop().create_task(self._claim_item(environment_id, poll))
         try:
             return await asyncio.shield(claim)
         except asyncio.CancelledError:
@@ -172,7 +172,7 @@ class Claims(DatabaseCalls):
                     await self._withdraw(delivery.item, delivery.version)
             raise
 
-    async def _claim(self, environment_id: str, poll: Poll) -> ClaimOutcome:
+    async def _claim_item(self, environment_id: str, poll: Poll) -> ClaimOutcome:
         await self._lapse(environment_id)
         reclaim = poll.reclaim_older_than_ms * MILLISECOND
         row = await self._pool.fetchrow(

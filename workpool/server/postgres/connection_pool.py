@@ -123,7 +123,7 @@ class ConnectionPool:
     async def close(self) -> None:
         """Close all connections; may be called twice, or without `open`."""
         self._closed = True
-        self._wake(len(self._waiting))
+        self._wake_calls(len(self._waiting))
         for connection in self._used:
             connection.terminate()
         while self._idle:
@@ -131,22 +131,22 @@ class ConnectionPool:
 
     async def fetch(self, query: str, *args: object) -> Sequence[Any]:
         """Run a statement and return its rows."""
-        return cast("Sequence[Any]", await self._call("fetch", query, args))
+        return cast("Sequence[Any]", await self._run_statement("fetch", query, args))
 
     async def fetchrow(self, query: str, *args: object) -> Any:
         """Run a statement and return its first row; None if it has none."""
-        return await self._call("fetchrow", query, args)
+        return await self._run_statement("fetchrow", query, args)
 
     async def fetchval(self, query: str, *args: object) -> Any:
         """Run a statement and return the first column of its first row; None if it has none."""
-        return await self._call("fetchval", query, args)
+        return await self._run_statement("fetchval", query, args)
 
     async def execute(self, query: str, *args: object) -> str:
         """Run a statement and return its status, such as `UPDATE 1`."""
-        return cast("str", await self._call("execute", query, args))
+        return cast("str", await self._run_statement("execute", query, args))
 
-    async def _call(self, method: str, query: str, args: Sequence[object]) -> Any:
-        connection = self._take() or await self._taken()
+    async def _run_statement(self, method: str, query: str, args: Sequence[object]) -> Any:
+        connection = self._take_idle() or await self._take_or_open()
         try:
             result = await getattr(connection, method)(query, *args)
         except BaseException as error:
@@ -159,7 +159,7 @@ class ConnectionPool:
     @asynccontextmanager
     async def transaction(self) -> AsyncIterator[Connection]:
         """Return a connection for one transaction, which an exception in the block undoes."""
-        connection = self._take() or await self._taken()
+        connection = self._take_idle() or await self._take_or_open()
         try:
             await connection.execute("BEGIN")
             try:
@@ -183,7 +183,7 @@ class ConnectionPool:
             await asyncio.sleep(random.uniform(0, _RETRY_SECONDS * 2**attempt))  # noqa: S311 - no secret
         return await call()
 
-    def _take(self) -> Any:
+    def _take_idle(self) -> Any:
         """Return an idle connection; None if there is none."""
         while self._idle:
             connection = self._idle.pop()
@@ -192,36 +192,36 @@ class ConnectionPool:
                 return connection
         return None
 
-    async def _taken(self) -> Any:
+    async def _take_or_open(self) -> Any:
         """Return a connection, after a wait or a new one. Raises `UnavailableError`."""
         loop = asyncio.get_running_loop()
         end = loop.time() + ACQUIRE_SECONDS
         while not self._closed:
-            connection = self._take()
+            connection = self._take_idle()
             if connection is not None:
                 return connection
             if len(self._used) + self._opening < self._size:
-                return await self._opened()
-            await self._wait(end - loop.time())
+                return await self._open_new()
+            await self._wait_for_free(end - loop.time())
         raise UnavailableError("this node ends")
 
-    async def _opened(self) -> Any:
+    async def _open_new(self) -> Any:
         self._opening += 1
         try:
             connection = await open_connection(self._url)
         except DRIVER_ERRORS as error:
-            self._wake()
+            self._wake_calls()
             self._raise_translated(error)
             raise
         except BaseException:
-            self._wake()
+            self._wake_calls()
             raise
         finally:
             self._opening -= 1
         self._used.add(connection)
         return connection
 
-    async def _wait(self, seconds: float) -> None:
+    async def _wait_for_free(self, seconds: float) -> None:
         """Wait until a connection may be free. Raises `UnavailableError`."""
         waiter: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         self._waiting.append(waiter)
@@ -231,7 +231,7 @@ class ConnectionPool:
         except TimeoutError:
             self._pass_on(waiter)
             refusal = UnavailableError("all connections are in use")
-            self._log(refusal, None)
+            self._log_refusal(refusal, None)
             raise refusal from None
         except asyncio.CancelledError:
             self._pass_on(waiter)
@@ -240,7 +240,7 @@ class ConnectionPool:
     def _pass_on(self, waiter: asyncio.Future[None]) -> None:
         """Wake another call if this one was woken in the step in which it ended."""
         if waiter.done() and not waiter.cancelled():
-            self._wake()
+            self._wake_calls()
 
     def _put_back(self, connection: Any, error: BaseException | None = None) -> None:
         """Let other calls use a connection, or cut it if its state is unknown after an error."""
@@ -257,9 +257,9 @@ class ConnectionPool:
             self._idle.append(connection)
         else:
             connection.terminate()  # the server then cancels what still runs there
-        self._wake()
+        self._wake_calls()
 
-    def _wake(self, count: int = 1) -> None:
+    def _wake_calls(self, count: int = 1) -> None:
         while count > 0 and self._waiting:
             waiter = self._waiting.popleft()
             if not waiter.done():
@@ -278,10 +278,10 @@ class ConnectionPool:
             self._expired |= self._used
             while self._idle:
                 self._idle.pop().terminate()
-        self._log(refusal, error)
+        self._log_refusal(refusal, error)
         raise refusal from error
 
-    def _log(self, refusal: UnavailableError, error: BaseException | None) -> None:
+    def _log_refusal(self, refusal: UnavailableError, error: BaseException | None) -> None:
         now = time.monotonic()
         if not isinstance(refusal, RetryableError) and now - self._logged_at >= _LOG_SECONDS:
             self._logged_at = now

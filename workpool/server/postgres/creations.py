@@ -118,7 +118,7 @@ class Creations(EnvironmentCalls):
         events: list[StoredEvent] = []
         counts: list[int] = []
         for _ in range(count):
-            view, first = self._new(template, work_type, initial_events)
+            view, first = self._new_view(template, work_type, initial_events)
             views.append(view)
             events += first
             counts.append(len(first))
@@ -140,7 +140,7 @@ class Creations(EnvironmentCalls):
         self._hub.announce(work_topic(template.environment_id), count)
         return views
 
-    def _new(
+    def _new_view(
         self,
         template: StoredSession,
         work_type: str,

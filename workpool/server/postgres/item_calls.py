@@ -90,7 +90,7 @@ class ItemCalls(Claims):
             acked = state_machine.ack(item, worker_id, now)
             return Change(acked, "acked", worker_id or acked.holder, now)
 
-        return await self._change(environment_id, work_id, decide, worker_id, "ack")
+        return await self._change_item(environment_id, work_id, decide, worker_id, "ack")
 
     async def heartbeat(
         self,
@@ -103,7 +103,9 @@ class ItemCalls(Claims):
         compare_on_stop: bool = True,
     ) -> Item:
         """Extend an item's lease, as `state_machine.heartbeat` decides."""
-        extended = await self._extend(environment_id, work_id, expected, ttl_seconds, worker_id)
+        extended = await self._extend_lease(
+            environment_id, work_id, expected, ttl_seconds, worker_id
+        )
         if extended is not None:
             return extended
 
@@ -113,9 +115,9 @@ class ItemCalls(Claims):
             )
             return Change(beaten, "heartbeat", worker_id, now, op_of_heartbeat(expected))
 
-        return await self._change(environment_id, work_id, decide, worker_id, "heartbeat")
+        return await self._change_item(environment_id, work_id, decide, worker_id, "heartbeat")
 
-    async def _extend(
+    async def _extend_lease(
         self,
         environment_id: str,
         work_id: str,
@@ -152,7 +154,7 @@ class ItemCalls(Claims):
         def decide(item: Item, now: int) -> Change:
             return stop_of(item, worker_id, now, force=force, refused=refused)
 
-        return await self._change(environment_id, work_id, decide, worker_id, "stop")
+        return await self._change_item(environment_id, work_id, decide, worker_id, "stop")
 
     async def update(
         self,
@@ -168,9 +170,9 @@ class ItemCalls(Claims):
             check_metadata(merged.metadata)
             return Change(merged, "metadata", worker_id, now)
 
-        return await self._change(environment_id, work_id, decide, worker_id)
+        return await self._change_item(environment_id, work_id, decide, worker_id)
 
-    async def _change(
+    async def _change_item(
         self,
         environment_id: str,
         work_id: str,

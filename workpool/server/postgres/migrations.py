@@ -84,7 +84,7 @@ async def migrate(url: str, steps: Sequence[Migration] | None = None) -> int:
     async with start_connection(url, statement_seconds=MIGRATION_SECONDS) as connection:
         version = await _usable_version(url, connection, steps)
         missing = [step for step in steps if step.version > version]
-        applied = [await _apply(url, connection, steps, step) for step in missing]
+        applied = [await _apply_migration(url, connection, steps, step) for step in missing]
     return sum(applied)
 
 
@@ -103,12 +103,14 @@ async def _usable_version(url: str, connection: Any, steps: Sequence[Migration])
     return int(version)
 
 
-async def _apply(url: str, connection: Any, steps: Sequence[Migration], step: Migration) -> bool:
+async def _apply_migration(
+    url: str, connection: Any, steps: Sequence[Migration], step: Migration
+) -> bool:
     """Run one migration, unless another node has; return whether it ran. Raises `StoreError`."""
     for _ in range(_ATTEMPTS):
         try:
             async with connection.transaction():
-                return await _run(url, connection, steps, step)
+                return await _run_migration(url, connection, steps, step)
         except asyncpg.LockNotAvailableError:
             # Lets the calls that wait behind this migration go first.
             await asyncio.sleep(LOCK_SECONDS)
@@ -118,7 +120,9 @@ async def _apply(url: str, connection: Any, steps: Sequence[Migration], step: Mi
     )
 
 
-async def _run(url: str, connection: Any, steps: Sequence[Migration], step: Migration) -> bool:
+async def _run_migration(
+    url: str, connection: Any, steps: Sequence[Migration], step: Migration
+) -> bool:
     """Run one migration in the open transaction, unless another node has run it."""
     await connection.execute("SELECT pg_advisory_xact_lock($1)", _ADVISORY_LOCK)
     await connection.execute(_VERSIONS)

@@ -93,8 +93,8 @@ class NotificationHub:
             return True
         loop = asyncio.get_running_loop()
         waiter: Waiter = loop.create_future()
-        self._add(topic, waiter)
-        timer = loop.call_later(seconds, _end, waiter, False)  # noqa: FBT003 - the result
+        self._add_waiter(topic, waiter)
+        timer = loop.call_later(seconds, _end_wait, waiter, False)  # noqa: FBT003 - the result
         try:
             return await waiter
         except asyncio.CancelledError:
@@ -104,11 +104,11 @@ class NotificationHub:
             raise
         finally:
             timer.cancel()
-            self._discard(topic, waiter)
+            self._discard_waiter(topic, waiter)
 
     def announce(self, topic: str, count: int = 1) -> None:
         """Announce changes that are committed, to this node at once and to the others soon."""
-        self._note(topic)
+        self._record_change(topic)
         self.wake(topic, count)
         self._unsent[topic] = self._unsent.get(topic, 0) + count
         if len(self._unsent) > _TOPICS_MAX:
@@ -125,9 +125,9 @@ class NotificationHub:
         count = count if is_work else len(waiters)
         while count > 0 and waiters:
             waiter, _ = waiters.popitem(last=False)
-            count -= _end(waiter, True)  # noqa: FBT003 - the result
+            count -= _end_wait(waiter, True)  # noqa: FBT003 - the result
         if is_work and count > 0:
-            self._note(topic)
+            self._record_change(topic)
             self._unused[topic] = self._unused.get(topic, 0) + count
 
     def release(self) -> None:
@@ -149,7 +149,7 @@ class NotificationHub:
                 try:
                     await self._listen(connection)
                     pause = shortest
-                    await self._send(connection)
+                    await self._send_announced(connection)
                 finally:
                     self.listening.clear()
                     await end_connection(connection)
@@ -166,11 +166,11 @@ class NotificationHub:
         # transactions with a notification wait for each other until they have committed.
         await connection.execute("SET synchronous_commit = off")
         connection.add_termination_listener(lambda _: self._wanted.set())
-        await connection.add_listener(CHANNEL, self._received)
+        await connection.add_listener(CHANNEL, self._on_notification)
         self.listening.set()
-        self._missed()  # what was announced before LISTEN
+        self._wake_after_gap()  # what was announced before LISTEN
 
-    async def _send(self, connection: Any) -> None:
+    async def _send_announced(self, connection: Any) -> None:
         """Send what is announced, until the connection is lost. Raises `DRIVER_ERRORS`.
 
         Everything that is announced while one batch is sent, and shortly after, forms the next.
@@ -185,7 +185,7 @@ class NotificationHub:
             for payload, topics in list(self._payloads()):
                 await connection.execute("SELECT pg_notify($1, $2)", CHANNEL, payload)
                 for topic, count in topics:
-                    self._sent(topic, count)
+                    self._forget_sent(topic, count)
                 await asyncio.sleep(_BATCH_SECONDS)
             if connection.is_closed():
                 raise ConnectionResetError
@@ -207,33 +207,33 @@ class NotificationHub:
         if topics:
             yield "\n".join(lines), topics
 
-    def _sent(self, topic: str, count: int) -> None:
+    def _forget_sent(self, topic: str, count: int) -> None:
         left = self._unsent.get(topic, 0) - count
         if left > 0:
             self._unsent[topic] = left  # announced meanwhile
         else:
             self._unsent.pop(topic, None)
 
-    def _received(self, _connection: object, _pid: int, _channel: str, payload: str) -> None:
+    def _on_notification(self, _connection: object, _pid: int, _channel: str, payload: str) -> None:
         node, *lines = payload.split("\n")
         if node == self._node:
             return  # woken already
         for line in lines:
             count, _, topic = line.partition(" ")
             if topic == EVERYTHING or not count.isdecimal():
-                self._missed()  # anything, or a text that this release does not know
+                self._wake_after_gap()  # anything, or a text that this release does not know
                 return
-            self._note(topic)
+            self._record_change(topic)
             self.wake(topic, int(count))
 
-    def _missed(self) -> None:
+    def _wake_after_gap(self) -> None:
         """Let calls read again, since changes may have gone unnoticed: one for each work topic."""
         self._changes += 1
         self._last.clear()
         self._unused.clear()
         self._forgotten = self._changes
         for topic in list(self._waiting):
-            self._recheck(topic)
+            self._recheck_waiters(topic)
 
     def _has_changed(self, topic: str, seen: int) -> bool:
         """Return whether a call must read again, since what it read may be from before a change.
@@ -251,21 +251,21 @@ class NotificationHub:
             self._unused[topic] = unused - 1
         return unused > 0
 
-    def _note(self, topic: str) -> None:
+    def _record_change(self, topic: str) -> None:
         self._changes += 1
         self._last[topic] = self._changes
         self._last.move_to_end(topic)
         if len(self._last) > _TOPICS_MAX:
             _, self._forgotten = self._last.popitem(last=False)
 
-    def _add(self, topic: str, waiter: Waiter) -> None:
+    def _add_waiter(self, topic: str, waiter: Waiter) -> None:
         self._waiting.setdefault(topic, OrderedDict())[waiter] = None
         if topic not in self._fallbacks:
             self._fallbacks[topic] = asyncio.get_running_loop().call_later(
                 FALLBACK_SECONDS, self._fall_back, topic
             )
 
-    def _discard(self, topic: str, waiter: Waiter) -> None:
+    def _discard_waiter(self, topic: str, waiter: Waiter) -> None:
         waiters = self._waiting.get(topic)
         if waiters is None:
             return
@@ -280,18 +280,18 @@ class NotificationHub:
             self._fallbacks[topic] = asyncio.get_running_loop().call_later(
                 FALLBACK_SECONDS, self._fall_back, topic
             )
-            self._recheck(topic)
+            self._recheck_waiters(topic)
 
-    def _recheck(self, topic: str) -> None:
+    def _recheck_waiters(self, topic: str) -> None:
         """Let one call for work, or all calls of a session, read again."""
         waiters = self._waiting[topic]
         for waiter in list(waiters):
             del waiters[waiter]
-            if _end(waiter, False) and topic.startswith(_WORK):  # noqa: FBT003 - the result
+            if _end_wait(waiter, False) and topic.startswith(_WORK):  # noqa: FBT003 - the result
                 return
 
 
-def _end(waiter: Waiter, announced: bool) -> bool:  # noqa: FBT001 - the result
+def _end_wait(waiter: Waiter, announced: bool) -> bool:  # noqa: FBT001 - the result
     """End a wait, unless it has ended; return whether it had not."""
     if waiter.done():
         return False

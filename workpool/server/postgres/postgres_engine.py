@@ -51,7 +51,9 @@ class PostgresEngine(Listings, EndedSessions):
         await self._pool.execute(_MAKE_SIGNING_KEY, secrets.token_bytes(32))
         self.signing_key = await self._pool.fetchval(_SIGNING_KEY)
         self._opened_at = await self._time()
-        self._running = asyncio.get_running_loop().create_task(self._run(), name="postgres")
+        self._running = asyncio.get_running_loop().create_task(
+            self._run_background(), name="postgres"
+        )
 
     async def close(self) -> None:
         """End the work in the background and all connections."""
@@ -71,7 +73,7 @@ class PostgresEngine(Listings, EndedSessions):
         self._closing = True
         self._hub.release()
 
-    async def _run(self) -> None:
+    async def _run_background(self) -> None:
         """Exchange notifications with the other nodes, and sweep."""
         batches: list[Callable[[], Awaitable[int]]] = [self.sweep_leases, self.forget_pollers]
         if self._retention is not None:

@@ -133,7 +133,7 @@ class StoredSessionCalls(ItemCalls, Creations):
                 raise
             brings = messages_bring_work and has_message and read.view.item.state == STOPPED
             item = self._next_item(read) if brings else None
-            return await self._append(connection, read, conversation, new_events, item)
+            return await self._append_events(connection, read, conversation, new_events, item)
 
         events = await self._attempted(attempt, _LOCK, session_id)
         self._hub.announce(session_topic(session_id))
@@ -158,7 +158,7 @@ class StoredSessionCalls(ItemCalls, Creations):
             except APIError:
                 self._conversations.keep(session_id, conversation)
                 raise
-            return await self._append(connection, read, conversation, copies)
+            return await self._append_events(connection, read, conversation, copies)
 
         events = await self._attempted(attempt, _LOCK, session_id)
         self._hub.announce(session_topic(session_id))
@@ -186,7 +186,7 @@ class StoredSessionCalls(ItemCalls, Creations):
         await connection.execute(_ARCHIVE, view.id, read.now)
         if view.last_status != TERMINATED:
             conversation = await self._conversation(connection, read)
-            await self._append(connection, read, conversation, [{"type": STATUS_TERMINATED}])
+            await self._append_events(connection, read, conversation, [{"type": STATUS_TERMINATED}])
             # The transaction may still fail.
             self._conversations.take(view.id)
         place = view.session.environment_id, view.item.id
@@ -253,7 +253,7 @@ class StoredSessionCalls(ItemCalls, Creations):
             created_at=read.now,
         )
 
-    async def _append(
+    async def _append_events(
         self,
         connection: Connection,
         read: _SessionRow,

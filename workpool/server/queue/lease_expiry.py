@@ -25,7 +25,7 @@ class Leases:
         """
         self._ends[work_id] = end
         if end < self._scheduled.get(work_id, end + 1):
-            self._schedule(work_id, end)
+            self._push_entry(work_id, end)
 
     def drop(self, work_id: str) -> None:
         """Remove the item's lease."""
@@ -47,8 +47,8 @@ class Leases:
                 del self._ends[work_id]
                 yield work_id
             elif end is not None:
-                self._schedule(work_id, end)
+                self._push_entry(work_id, end)
 
-    def _schedule(self, work_id: str, end: int) -> None:
+    def _push_entry(self, work_id: str, end: int) -> None:
         self._scheduled[work_id] = end
         heappush(self._heap, (end, work_id))

@@ -42,7 +42,7 @@ class WaitingPolls:
         loop = asyncio.get_running_loop()
         waiter = loop.create_future()
         self._waiters[waiter] = impatient
-        timer = loop.call_later(seconds, _wake, waiter)
+        timer = loop.call_later(seconds, _wake_waiter, waiter)
         try:
             await waiter
         except asyncio.CancelledError:
@@ -66,9 +66,9 @@ class WaitingPolls:
         """Wake the polls for which a newly delivered item may become claimable while they wait."""
         for waiter, impatient in self._waiters.items():
             if impatient:
-                _wake(waiter)
+                _wake_waiter(waiter)
 
 
-def _wake(waiter: Waiter) -> None:
+def _wake_waiter(waiter: Waiter) -> None:
     if not waiter.done():
         waiter.set_result(None)

@@ -143,12 +143,12 @@ class Queue:
         """Record that this worker polls."""
         self._pollers[worker_id] = now
         self._pollers.move_to_end(worker_id)
-        self._forget(self._pollers, now - WORKERS_POLLING_WINDOW_SECONDS * SECOND)
+        self._forget_until(self._pollers, now - WORKERS_POLLING_WINDOW_SECONDS * SECOND)
 
     def stats(self, now: int) -> Stats:
         """Return the statistics of the queue."""
-        self._forget(self._recent, now - _WINDOW)
-        self._forget(self._pollers, now - WORKERS_POLLING_WINDOW_SECONDS * SECOND)
+        self._forget_until(self._recent, now - _WINDOW)
+        self._forget_until(self._pollers, now - WORKERS_POLLING_WINDOW_SECONDS * SECOND)
         ids = (self._first_fresh(), self.deliveries.lowest())
         oldest = min((work_id for work_id in ids if work_id is not None), default=None)
         return Stats(
@@ -161,6 +161,6 @@ class Queue:
         )
 
     @staticmethod
-    def _forget(entries: OrderedDict[str, int], until: int) -> None:
+    def _forget_until(entries: OrderedDict[str, int], until: int) -> None:
         while entries and next(iter(entries.values())) <= until:
             entries.popitem(last=False)

@@ -68,7 +68,7 @@ class SqliteStore:
         loop = asyncio.get_running_loop()
         opened: asyncio.Future[Contents] = loop.create_future()
         self._thread = threading.Thread(
-            target=self._run, args=(loop, opened), name="workpool-store", daemon=True
+            target=self._run_writer, args=(loop, opened), name="workpool-store", daemon=True
         )
         self._thread.start()
         return await opened
@@ -82,24 +82,24 @@ class SqliteStore:
 
     def save(self, item: Item) -> None:
         """Accept an item's new version; returns at once."""
-        self._take(item)
+        self._accept_rows(item)
 
     def save_session(self, session: StoredSession) -> None:
         """Accept a session's new version; returns at once."""
-        self._take(session)
+        self._accept_rows(session)
 
     def save_environment(self, environment: Environment) -> None:
         """Accept a new environment; returns at once."""
-        self._take(environment)
+        self._accept_rows(environment)
 
     def save_events(self, events: Sequence[StoredEvent]) -> None:
         """Accept new events, for one transaction; returns at once."""
-        self._take(*events)
+        self._accept_rows(*events)
 
     def delete(self, rows: Sequence[Row]) -> None:
         """Delete items, sessions and events; returns at once."""
         if rows:
-            self._take(*(Deleted(type(row), row.id) for row in rows))
+            self._accept_rows(*(Deleted(type(row), row.id) for row in rows))
 
     async def durable(self) -> None:
         """Return once all changes so far are on disk. Raises `StoreError`."""
@@ -126,7 +126,7 @@ class SqliteStore:
         if self._thread is not None:
             await asyncio.to_thread(self._thread.join)
 
-    def _take(self, *rows: Row | Deleted) -> None:
+    def _accept_rows(self, *rows: Row | Deleted) -> None:
         with self._changed:
             self._unsaved.update((row.id, row) for row in rows)
             self._saved += 1
@@ -134,13 +134,15 @@ class SqliteStore:
 
     # -- on the writer's thread ----------------------------------------------------------------
 
-    def _run(self, loop: asyncio.AbstractEventLoop, opened: asyncio.Future[Contents]) -> None:
+    def _run_writer(
+        self, loop: asyncio.AbstractEventLoop, opened: asyncio.Future[Contents]
+    ) -> None:
         try:
             with closing(self._connect()) as connection:
-                contents = self._read(connection)
+                contents = self._read_contents(connection)
                 if contents is None:
                     return
-                loop.call_soon_threadsafe(_resolve, opened, contents)
+                loop.call_soon_threadsafe(_resolve_future, opened, contents)
                 while (batch := self._next_batch()) is not None:
                     rows, saved = batch
                     _write(connection, rows)
@@ -170,7 +172,7 @@ class SqliteStore:
             raise
         return connection
 
-    def _read(self, connection: sqlite3.Connection) -> Contents | None:
+    def _read_contents(self, connection: sqlite3.Connection) -> Contents | None:
         """Read everything; None if closing. Raises `StoreError` for a malformed row."""
         read: list[list[Any]] = []
         for table in TABLES:
@@ -198,7 +200,7 @@ class SqliteStore:
     def _on_commit(self, saved: int) -> None:
         self._committed = saved
         while self._waiting and self._waiting[0][0] <= saved:
-            _resolve(self._waiting.popleft()[1], None)
+            _resolve_future(self._waiting.popleft()[1], None)
 
     def _on_failure(self, message: str, opened: asyncio.Future[Contents]) -> None:
         self._failure = message
@@ -215,7 +217,7 @@ class SqliteStore:
         self._waiting.clear()
 
 
-def _resolve(future: asyncio.Future[Any], value: object) -> None:
+def _resolve_future(future: asyncio.Future[Any], value: object) -> None:
     if not future.done():
         future.set_result(value)
 

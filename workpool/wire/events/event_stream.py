@@ -112,7 +112,7 @@ class EventStream:
             if self._over:
                 raise StopAsyncIteration
             try:
-                await self._advance()
+                await self._read_more()
             except (TransientError, ConflictError) as error:
                 self._begin_again(error)
 
@@ -124,7 +124,7 @@ class EventStream:
             self._disconnect()
         return event
 
-    async def _advance(self) -> None:
+    async def _read_more(self) -> None:
         if self._stream is None:
             await self._connect()
         elif not self._pages.done:

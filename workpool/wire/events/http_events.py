@@ -46,7 +46,7 @@ class HttpEvents:
         """List the first events, or those after an event, or the next page."""
         asked = {"after_id": after_id, "page": page}
         start = [f"{name}={quote(at, safe='')}" for name, at in asked.items() if at is not None]
-        url = self._at("", f"limit={limit}", *start)
+        url = self._url_of("", f"limit={limit}", *start)
         return await self._transport.send(endpoints.EVENTS, url, None, self._rate_limits.read)
 
     async def post(
@@ -54,7 +54,9 @@ class HttpEvents:
     ) -> list[SessionEvent]:
         """Append events."""
         limiter = self._rate_limits.write
-        return await self._transport.send(endpoints.SEND, self._at(), None, limiter, body, options)
+        return await self._transport.send(
+            endpoints.SEND, self._url_of(), None, limiter, body, options
+        )
 
     async def open(self, last_id: str | None) -> OpenStream:
         """Open a stream on a separate connection."""
@@ -62,9 +64,11 @@ class HttpEvents:
         if last_id is not None:
             headers[LAST_EVENT_ID_HEADER] = last_id
         limiter = self._rate_limits.read
-        return _HttpStream(await self._transport.open_stream(self._at("/stream"), headers, limiter))
+        return _HttpStream(
+            await self._transport.open_stream(self._url_of("/stream"), headers, limiter)
+        )
 
-    def _at(self, path: str = "", *query: str) -> URL:
+    def _url_of(self, path: str = "", *query: str) -> URL:
         text = "&".join((*query, self._query)).strip("&")
         return URL(f"{self._url}{path}?{text}" if text else f"{self._url}{path}", encoded=True)
 

@@ -72,7 +72,9 @@ class SessionEvents:
             try:
                 return await self._calls.post(body, options=options)
             except ConflictError:
-                stored = await self._stored(orjson.loads(body)["events"]) if repeatable else None
+                stored = (
+                    await self._find_stored(orjson.loads(body)["events"]) if repeatable else None
+                )
                 if stored is None:
                     raise
                 return stored
@@ -94,26 +96,30 @@ class SessionEvents:
         """
         return EventStream(self._calls, self._guard, self._session_id, stall_seconds=stall_seconds)
 
-    async def _stored(self, sent_events: Sequence[SessionEvent]) -> Sequence[SessionEvent] | None:
+    async def _find_stored(
+        self, sent_events: Sequence[SessionEvent]
+    ) -> Sequence[SessionEvent] | None:
         """Return the sent events from the history; None if one is missing or differs."""
-        wanted, held = {_key(event) for event in sent_events}, {}
+        wanted, held = {_key_of(event) for event in sent_events}, {}
         async for event in self.list():
-            if event["type"] in _ANSWERS and (key := _key(event)) in wanted:
+            if event["type"] in _ANSWERS and (key := _key_of(event)) in wanted:
                 held[key] = event
-        pairs = [(event, held.get(_key(event))) for event in sent_events]
-        stored = [theirs for ours, theirs in pairs if theirs is not None and _within(ours, theirs)]
+        pairs = [(event, held.get(_key_of(event))) for event in sent_events]
+        stored = [
+            theirs for ours, theirs in pairs if theirs is not None and _contains(ours, theirs)
+        ]
         return stored if len(stored) == len(pairs) else None
 
 
-def _key(event: Mapping[str, Any]) -> tuple[object, object]:
+def _key_of(event: Mapping[str, Any]) -> tuple[object, object]:
     kind = event["type"]
     return kind, event.get(_ANSWERS[kind])
 
 
-def _within(ours: object, theirs: object) -> bool:
+def _contains(ours: object, theirs: object) -> bool:
     """Return whether `theirs` has all of `ours`; the control plane may have added fields."""
     if isinstance(ours, dict) and isinstance(theirs, dict):
-        return all(_within(value, theirs.get(name)) for name, value in ours.items())
+        return all(_contains(value, theirs.get(name)) for name, value in ours.items())
     if isinstance(ours, list) and isinstance(theirs, list):
-        return len(ours) == len(theirs) and all(map(_within, ours, theirs))
+        return len(ours) == len(theirs) and all(map(_contains, ours, theirs))
     return ours == theirs or (not ours and not theirs)

@@ -62,10 +62,10 @@ class FrameParser:
             self._line += text
             if len(text) < len(piece):
                 self._after_cr = piece.endswith(b"\r")
-                self._take(frames)
+                self._take_line(frames)
         return frames
 
-    def _take(self, frames: list[Frame]) -> None:
+    def _take_line(self, frames: list[Frame]) -> None:
         """Interpret the complete line."""
         line = bytes(self._line)
         self._line.clear()
@@ -73,7 +73,7 @@ class FrameParser:
             line = line.removeprefix(_BOM)
             self._first = False
         if not line:
-            self._dispatch(frames)
+            self._dispatch_frame(frames)
             return
         name, _, rest = line.partition(b":")
         value = rest.removeprefix(b" ").decode(errors="replace")
@@ -88,7 +88,7 @@ class FrameParser:
             self._last_id = value
         # Other fields are ignored: comments, and `retry`, since the client has its own backoff.
 
-    def _dispatch(self, frames: list[Frame]) -> None:
+    def _dispatch_frame(self, frames: list[Frame]) -> None:
         if self._data:
             frames.append(Frame(self._event or "message", "\n".join(self._data), self._last_id))
         self._event, self._size = "", 0

@@ -67,11 +67,11 @@ class Connections:
         self._is_ours = given is None
         limit = settings.concurrency + SPARE_CONNECTIONS
         self.proxy = proxy_of(URL(settings.base_url)) if given is None else None
-        pool = given or self._session(POOL_BUFFER_BYTES, limit=0)
-        handlers = given or self._session(BUFFER_BYTES, limit=limit)
+        pool = given or self._new_session(POOL_BUFFER_BYTES, limit=0)
+        handlers = given or self._new_session(BUFFER_BYTES, limit=limit)
         # A tuple: the hash of a member of an enum costs a Python call.
         self.sessions = tuple(handlers if each is Priority.HANDLER else pool for each in Priority)
-        self.single_use = given or self._session(BUFFER_BYTES, limit=0, single_use=True)
+        self.single_use = given or self._new_session(BUFFER_BYTES, limit=0, single_use=True)
 
     async def close(self) -> None:
         """Close the connections, unless they are the caller's."""
@@ -79,7 +79,7 @@ class Connections:
             for session in {*self.sessions, self.single_use}:
                 await session.close()
 
-    def _session(
+    def _new_session(
         self, buffer_bytes: int, *, limit: int, single_use: bool = False
     ) -> aiohttp.ClientSession:
         def new_socket(address: AddrInfoType) -> socket.socket:

@@ -38,10 +38,10 @@ class CredentialSource:
         if self._reading is None or self._reading.done():
             loop = asyncio.get_running_loop()
             self._reading = loop.run_in_executor(executor, self._read)
-            self._reading.add_done_callback(_retrieve)
+            self._reading.add_done_callback(_retrieve_exception)
         return await asyncio.shield(self._reading)
 
 
-def _retrieve(reading: asyncio.Future[str | None]) -> None:
+def _retrieve_exception(reading: asyncio.Future[str | None]) -> None:
     if not reading.cancelled():
         reading.exception()  # otherwise asyncio complains if no task waits for it anymore

@@ -58,7 +58,7 @@ class DaemonThreads(Executor):
                 raise RuntimeError("these threads were closed")
             if not self._idle.acquire(blocking=False) and self._alive < self._limit:
                 self._start_one()
-            self._calls.put(partial(_call, future, partial(fn, *args, **kwargs)))
+            self._calls.put(partial(_run_call, future, partial(fn, *args, **kwargs)))
         return future
 
     async def run(self, fn: Callable[P, T], /, *args: P.args, **kwargs: P.kwargs) -> T:
@@ -90,7 +90,7 @@ class DaemonThreads(Executor):
 
     def _start_one(self) -> None:
         name = f"{self._name}-{self._alive + 1}"
-        thread = threading.Thread(target=self._work, name=name, daemon=True)
+        thread = threading.Thread(target=self._run_calls, name=name, daemon=True)
         try:
             thread.start()
         except RuntimeError as error:
@@ -100,7 +100,7 @@ class DaemonThreads(Executor):
         self._alive += 1
         self._threads.append(thread)
 
-    def _work(self) -> None:
+    def _run_calls(self) -> None:
         while (call := self._calls.get()) is not None:
             call()
             del call  # otherwise the call would stay referenced until the next one
@@ -113,7 +113,7 @@ class DaemonThreads(Executor):
                 tell_end()
 
 
-def _call(future: Future[T], call: Callable[[], T]) -> None:
+def _run_call(future: Future[T], call: Callable[[], T]) -> None:
     if not future.set_running_or_notify_cancel():
         return
     try:

@@ -126,13 +126,13 @@ class _LimitedFeed:
 
     def __call__(self, answer: Message, size: int = 0) -> None:
         if answer[0].code in _INFORMATIONAL:
-            self._add(answer[0])
+            self._count_message(answer[0])
         else:
             self._count = self._bytes = 0
         if not self._flooded:  # everything after a flood is too late
             self._feed(answer, size)
 
-    def _add(self, message: RawResponseMessage) -> None:
+    def _count_message(self, message: RawResponseMessage) -> None:
         self._count += 1
         self._bytes += sum(len(name) + len(value) + 4 for name, value in message.raw_headers)
         if self._count > INFORMATIONAL_MAX or self._bytes > INFORMATIONAL_BYTES:

@@ -108,7 +108,7 @@ class RateLimiter:
     def try_acquire(self, priority: Priority = Priority.HANDLER) -> bool:
         """Take a token if there is one and no call waits that this call must not overtake."""
         with self._lock:
-            return not self._line.holds_back(priority) and self._take() == 0
+            return not self._line.holds_back(priority) and self._take_token() == 0
 
     async def acquire(self, priority: Priority = Priority.HANDLER) -> None:
         """Take a token, waiting for it by priority; a cancelled wait takes none."""
@@ -118,7 +118,7 @@ class RateLimiter:
         try:
             # There is no await between the successful attempt and the return, so a cancellation
             # cannot lose the token.
-            while delay := self._serve(waiter):
+            while delay := self._serve_waiter(waiter):
                 with suppress(TimeoutError):
                     async with asyncio.timeout(delay):
                         await waiter.moved.wait()
@@ -137,25 +137,25 @@ class RateLimiter:
     def charge(self) -> None:
         """Count a request that did not wait."""
         with self._lock:
-            self._fill()
+            self._add_tokens()
             # At most the tokens of one second: many heartbeats at once must not delay calls for
             # long.
             self._debt = min(self._debt + 1, max(1.0, self.rate))
 
-    def _serve(self, waiter: _Waiter) -> float:
+    def _serve_waiter(self, waiter: _Waiter) -> float:
         """Take a token if `waiter` is the first; else return seconds until the next attempt."""
         with self._lock:
             first = self._line.first()
             if first is not waiter:
                 return _RECHECK_SECONDS
-            delay = self._take()
+            delay = self._take_token()
             if delay == 0:
                 self._line.served(waiter)
             return min(delay, _RECHECK_SECONDS)
 
-    def _take(self) -> float:
+    def _take_token(self) -> float:
         """Take a token and return 0, or return seconds until there is one."""
-        self._fill()
+        self._add_tokens()
         missing = 1 - self._tokens
         if missing <= 0:
             self._tokens -= 1
@@ -164,7 +164,7 @@ class RateLimiter:
         # is at least a millisecond, so that a timer that fires early does not loop.
         return max(0.001, min(missing / (1 - _DEBT_SHARE), missing + self._debt) / self.rate)
 
-    def _fill(self) -> None:
+    def _add_tokens(self) -> None:
         now = self._clock()
         grown = max(0.0, now - self._filled_at) * self.rate
         self._filled_at = now

@@ -90,7 +90,7 @@ class RequestTimer:
         if at != math.inf:
             self.at = at
             # An empty context: the first request's own would stay referenced until the timer fires.
-            self._handle = self.loop.call_at(at, self._fire, context=Context())
+            self._handle = self.loop.call_at(at, self._expire_due, context=Context())
 
     def close(self) -> None:
         """Unset the timer unless a block still runs, which must not lose its time limit."""
@@ -103,7 +103,7 @@ class RequestTimer:
             self._handle.cancel()
         self._handle, self.at = None, math.inf
 
-    def _fire(self) -> None:
+    def _expire_due(self) -> None:
         now = self.loop.time() + CLOCK_SECONDS
         for bound, at in self.open.items():
             if at <= now:

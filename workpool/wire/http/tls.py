@@ -37,7 +37,7 @@ def tls_context(
         raise SettingsError(found)
     if ca_file is None and client_cert_file is None:
         return None
-    context = _trusting(ca_file)
+    context = _trusting_context(ca_file)
     context.set_alpn_protocols(["http/1.1"])
     if client_cert_file is not None:
         _load_certificate(context, client_cert_file, client_key_file)
@@ -55,7 +55,7 @@ def _unreadable(name: str, path: Path) -> str:
         return f"{name}: {path}: {error.strerror or 'cannot be read'}"
 
 
-def _trusting(ca_file: Path | None) -> ssl.SSLContext:
+def _trusting_context(ca_file: Path | None) -> ssl.SSLContext:
     try:
         return ssl.create_default_context(cafile=ca_file)
     except ssl.SSLError:

@@ -98,7 +98,7 @@ class Transport:
         self._threads = DaemonThreads("workpool-blocking", THREADS)
         try:
             token, self._api_key, self._tls = await self._read_settings()
-            self._use(token)
+            self._set_headers(token)
             self._hide_secrets()
             headers = self._public_headers()
             self._connections = Connections(self._settings, self._given, headers, self._threads)
@@ -132,7 +132,7 @@ class Transport:
         settings = self._settings
         self._source = CredentialSource(settings.read_api_key, settings.api_key_file)
         self._key_header = DIALECTS[settings.dialect].api_key_header
-        self._use(key)
+        self._set_headers(key)
         self._hide_secrets()
 
     def with_own_token(self, token: str) -> Transport:
@@ -144,7 +144,7 @@ class Transport:
     def use_token(self, token: str) -> None:
         """Send this token from now on, and no other."""
         self._renews = False
-        self._use(token)
+        self._set_headers(token)
 
     async def send(
         self,
@@ -182,7 +182,7 @@ class Transport:
         try:
             return await self._attempt(endpoint, url, until, body, options)
         except RefusedError as refused:
-            if refused.status not in _DENIED or not await self._renewed(token, until):
+            if refused.status not in _DENIED or not await self._renew_token(token, until):
                 raise
         return await self._attempt(endpoint, url, until, body, options)
 
@@ -229,7 +229,7 @@ class Transport:
         try:
             return await attempt()
         except RefusedError as refused:
-            if refused.status not in _DENIED or not await self._renewed(token, until):
+            if refused.status not in _DENIED or not await self._renew_token(token, until):
                 raise
         return await attempt()
 
@@ -250,7 +250,9 @@ class Transport:
             # Not aiohttp's timeout: it takes a cancellation in the same turn of the loop for its
             # own.
             with RequestBound(until - started, self._timer):
-                response, content = await self._exchange(endpoint, url, body, options, check)
+                response, content = await self._exchange_request(
+                    endpoint, url, body, options, check
+                )
             self._answered = True
             status = response.status
             code = CODES.get(status, "error")
@@ -295,10 +297,10 @@ class Transport:
             failure = no_answer(STREAM, error)
             code = error_code(error)
         finally:
-            self._tell(STREAM, code, started)
+            self._report_request(STREAM, code, started)
         raise failure
 
-    def _tell(self, op: str, code: str, started: float) -> None:
+    def _report_request(self, op: str, code: str, started: float) -> None:
         if self.on_request is not None:
             self.on_request(op, code, time.monotonic() - started)
 
@@ -309,7 +311,7 @@ class Transport:
             **self._request_options,
         )
 
-    async def _exchange(
+    async def _exchange_request(
         self,
         endpoint: Endpoint[T],
         url: URL,
@@ -365,7 +367,7 @@ class Transport:
             else "this WorkClient was opened on another event loop"
         )
 
-    async def _renewed(self, refused: str, until: float) -> bool:
+    async def _renew_token(self, refused: str, until: float) -> bool:
         """Return whether the source, which is read again, has a token other than `refused`."""
         if not self._renews:
             return False
@@ -382,7 +384,7 @@ class Transport:
             if self.on_credential_refresh is not None:
                 self.on_credential_refresh(result)
         if token != refused:
-            self._use(token)
+            self._set_headers(token)
             self._hide_secrets()
         return self._token != refused
 
@@ -405,7 +407,7 @@ class Transport:
             problem = f"{names}: could not be read in time"
         raise SettingsError((problem,))
 
-    def _use(self, token: str) -> None:
+    def _set_headers(self, token: str) -> None:
         """Build the headers of every further request, in addition to those of its session."""
         # With each request, not as a default of the session, which aiohttp sends to a proxy, too.
         headers = CIMultiDict(self._public_headers() if self._given else ())
