@@ -50,7 +50,7 @@ class Balancer:
         assert task is not None
         self._links.add(task)
         try:
-            with suppress(asyncio.CancelledError):  # only by the end of this balancer
+            with suppress(asyncio.CancelledError):  # only the end of this balancer cancels the task
                 await self._connect(reader, writer)
         finally:
             self._links.discard(task)

@@ -118,7 +118,7 @@ class Judge:
     def _breach(self, text: str) -> None:
         self.verdict.broken.append(text)
 
-    # -- the journal ---------------------------------------------------------------------------
+    # The journal.
 
     def _check_record(self, line: Line) -> None:
         work_id, worker, kind = line["work_id"], line["worker_id"], line["kind"]
@@ -138,7 +138,7 @@ class Judge:
         self.verdict.counts[f"fault: {kind}"] += 1
         holder = self._holder.get(work_id or "")
         if kind == "expired" and holder is not None:
-            self._cut.add((holder, work_id or ""))  # its holder cannot know of the expiry
+            self._cut.add((holder, work_id or ""))  # the item's holder cannot know of the expiry
 
     def _check_arrival(self, line: Line) -> None:
         worker, work_id, op = line["worker"], line["work_id"], line["op"]
@@ -187,7 +187,7 @@ class Judge:
             if states.get(work_id) != "stopped":
                 self._breach(f"{work_id} is lost: {states.get(work_id)}")
 
-    # -- the handlers --------------------------------------------------------------------------
+    # The handlers.
 
     def _check_runs(self) -> None:
         for work_id, runs in self._runs_by_item().items():

@@ -126,7 +126,7 @@ class Storm:
     async def _start_worker(self, name: str, proxy: Proxy) -> None:
         await self._fleet.start_worker(name, proxy.base_url if name == BEHIND_PROXY else "")
 
-    # -- during the storm ----------------------------------------------------------------------
+    # During the storm.
 
     async def _all_at_once(self, http: aiohttp.ClientSession, proxy: Proxy) -> None:
         async with asyncio.TaskGroup() as group:
@@ -157,7 +157,7 @@ class Storm:
             seconds = self._random.uniform(3, self.settings.longest) if is_long else chance * 3
             metadata = {"seconds": f"{seconds:.2f}", "end": self._random.choice(self.settings.ends)}
             answer = await self._call(http, "POST", "", {"metadata": metadata})
-            # without an answer nobody knows, and the last snapshot shows the state
+            # Without an answer, the effect is unknown; the last snapshot shows the state.
             if answer is not None:
                 self._enqueued += [item["id"] for item in answer["data"]]
             if number >= 2 * len(NAMES):
@@ -250,7 +250,7 @@ class Storm:
             if lag > LAG_SECONDS:
                 self._lags.append({"t": boot_time(), "what": "lag", "seconds": lag})
 
-    # -- afterwards ----------------------------------------------------------------------------
+    # After the storm.
 
     async def _heal(self, http: aiohttp.ClientSession, proxy: Proxy) -> None:
         proxy.heal()

@@ -114,7 +114,8 @@ class Cluster:
             except subprocess.CalledProcessError as error:
                 error.add_note(self.log())
                 if self.port or attempt == _START_ATTEMPTS:
-                    raise  # only a port that was just chosen may be another process's meanwhile
+                    # Another process may take a port only between its choice and the first start.
+                    raise
             else:
                 self.port = chosen
                 return

@@ -97,7 +97,7 @@ async def test_cancelled_waiting_call_passes_the_connection_on(pool: ConnectionP
             await stack.enter_async_context(pool.transaction())
         first, second = (group.create_task(pool.fetchval("SELECT 7")) for _ in range(2))
         await asyncio.sleep(0)
-        await stack.aclose()  # wakes the first
+        await stack.aclose()  # wakes the first waiting call
         first.cancel()
         assert await second == 7
 
@@ -200,7 +200,7 @@ async def test_database_without_answers_is_503_and_its_connection_replaced(
     await pool.close()
     await pool.open()
     process = await pool.fetchval("SELECT pg_backend_pid()")
-    os.kill(process, signal.SIGSTOP)  # as a network that drops everything
+    os.kill(process, signal.SIGSTOP)  # as if the network dropped everything
     try:
         async with asyncio.timeout(SECONDS):
             with pytest.raises(UnavailableError, match="did not answer in time"):
@@ -257,7 +257,7 @@ async def test_violated_constraint_stays_a_loud_error(pool: ConnectionPool) -> N
 
 
 async def test_cancelled_call_frees_its_connection(pool: ConnectionPool, postgres: Cluster) -> None:
-    for _ in range(4):  # more than there are connections
+    for _ in range(4):  # more calls than connections
         with pytest.raises(TimeoutError):
             async with asyncio.timeout(0.1):
                 await pool.execute("SELECT pg_sleep(600)")

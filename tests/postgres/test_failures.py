@@ -295,7 +295,8 @@ async def _unanswered(call: Awaitable[NodeAnswer]) -> None:
 async def test_nodes_of_two_releases_share_a_database_during_an_upgrade(
     own_postgres: Cluster, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    for name in ("STATEMENT_SECONDS", "ACQUIRE_SECONDS"):  # a loaded machine is no failure
+    for name in ("STATEMENT_SECONDS", "ACQUIRE_SECONDS"):
+        # A loaded machine must not count as a failure.
         monkeypatch.setattr(connection_pool, name, SECONDS)
     url = own_postgres.create_database()
     steps = migrations.migrations()

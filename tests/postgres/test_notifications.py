@@ -80,7 +80,7 @@ async def test_announcement_wakes_as_many_polls_of_each_node_as_there_are_items(
         hubs[0].announce(WORK, 3)
         assert len(hubs[0]._waiting[WORK]) == 17
         await until(lambda: len(there.ended) >= 3)
-        hubs[0].announce(work_topic("env_2"))  # arrives after the first
+        hubs[0].announce(work_topic("env_2"))  # arrives after the announcement of WORK
         await until(lambda: other.ended)
         assert (here.ended, there.ended) == ([True] * 3, [True] * 3)
         here.cancel()
@@ -176,7 +176,7 @@ async def test_lost_connection_is_replaced_and_nothing_is_missed(
             "SELECT pg_terminate_backend(pid) FROM pg_stat_activity "  # noqa: S608 - our own name
             f"WHERE datname = '{name}' AND backend_type = 'client backend'",
         )
-        await until(lambda: len(streams.ended) == 3)  # after the new LISTEN
+        await until(lambda: len(streams.ended) == 3)  # the streams end after the new LISTEN
         await until(lambda: len(polls.ended) == 1)
         assert polls.ended == [False]
         assert await there.wait("work:any", before, LONG)
@@ -198,7 +198,7 @@ async def test_connection_without_answers_is_replaced(
     async with running(hub), asyncio.TaskGroup() as group:
         streams = Waits(group, hub, SESSION, 1)
         process = int(await asyncio.to_thread(postgres.execute, LISTENER, database_url))
-        os.kill(process, signal.SIGSTOP)  # as a network that drops everything
+        os.kill(process, signal.SIGSTOP)  # as if the network dropped everything
         try:
             await until(lambda: streams.ended)
         finally:

@@ -107,7 +107,7 @@ class Admission:
             waited = True
             await self._wait_for_change()
         if self._paused is not None:
-            self.resume()  # the pause is over
+            self.resume()  # the time of the pause is over
         if waited:
             self.granted_at = asyncio.get_running_loop().time()
 

@@ -109,9 +109,9 @@ class BoundedQueue(Generic[T]):
             await turn
         except asyncio.CancelledError:
             if not turn.cancelled():
-                # granted and cancelled in the same turn: the place must not be lost
+                # The wait was granted and cancelled in the same turn: the place must not be lost.
                 self.unreserve()
-            elif turn in self._reservers:  # otherwise `grant` has removed it already
+            elif turn in self._reservers:  # `grant` removes the turns of its pollers
                 self._reservers.remove(turn)
             raise
 

@@ -225,7 +225,7 @@ class OptionalCalls:
 def _means_never(op: Op, error: ControlPlaneError) -> bool:
     status = error.status
     if op == "stats" and status == HTTPStatus.NOT_FOUND:
-        return True  # a path that the control plane does not have
+        return True  # the control plane does not have the path
     return status in DENIED or error.error_type == UNSUPPORTED
 
 

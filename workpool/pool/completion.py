@@ -68,7 +68,7 @@ class Row:
     outcome: Outcome
 
 
-TABLE: Final[Mapping[EndReason, Row]] = {  # if several apply, the lowest wins
+TABLE: Final[Mapping[EndReason, Row]] = {  # if several reasons apply, the lowest row wins
     EndReason.RETURNED: Row("stop", "result", "completed"),
     EndReason.RAISED: Row("stop", "error", "failed"),
     EndReason.TIMED_OUT: Row("stop", "error", "timed_out"),
@@ -158,7 +158,7 @@ class Completion:
             )
         except (TransientError, RefusedError) as error:
             if isinstance(error, RefusedError) or error.reason == "throttled":
-                lease.own_stop = before  # certainly not applied
+                lease.own_stop = before  # the stop was certainly not applied
             raise
 
     async def _write_row(self, item: PoolItem, row: Row) -> Outcome:

@@ -54,7 +54,7 @@ class LoopMonitor:
         self._asked_at = time.monotonic()
         self._answered_before = 0.0  # the time of the answer to the second last ping
         self._answered_at = time.monotonic()  # written on the handlers' loop
-        self._pong = 0  # written on the handlers' loop, last
+        self._pong = 0  # written on the handlers' loop, after `lag` and `_answered_at`
 
     @property
     def answered(self) -> bool:
@@ -77,7 +77,7 @@ class LoopMonitor:
             seconds = self._answered_at - self._answered_before
             _warn("event loop runs again", seconds=round(seconds, 3))
         self._waited = 0.0
-        self._asked_at = time.monotonic()  # before the ping, since another thread may read both
+        self._asked_at = time.monotonic()  # before `_ping`: other threads read both
         self._ping += 1
         self._answered_before = self._answered_at
         self._tell(functools.partial(self._record_answer, self._ping, self._asked_at))

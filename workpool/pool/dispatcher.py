@@ -108,7 +108,7 @@ class Dispatcher:
         window = settings.reclaim_older_than_ms
         window = RECLAIM_OLDER_THAN_MS if window is None else window
         self._aside_seconds = window / 1000 - ASIDE_MARGIN_SECONDS
-        # for each id whether its decline was logged
+        # Id of an item → whether its decline was logged.
         self._seen: OrderedDict[str, bool] = OrderedDict()
 
     @property
@@ -126,7 +126,7 @@ class Dispatcher:
         if self.draining or (self._admission.gated and self._admission.paused is not None):
             return "declined"  # never acknowledged, so it is redelivered
         owned = self.items.get(work_item.id)
-        if owned is None and self._expiry is not None:  # otherwise nothing is set aside
+        if owned is None and self._expiry is not None:  # without the timer, no item is set aside
             owned = self._find_set_aside(work_item.id)
         item = PoolItem(work_item, None, self._context.start_context.copy(), self._context.clock())
         seen = item.held_before or item.id in self._seen
@@ -269,7 +269,7 @@ class Dispatcher:
         """Start waiting items in the slots that are free."""
         queue = self._context.queue
         while not self.draining and (item := queue.take(self._may_start)) is not None:
-            if self.items.get(item.id) is None:  # the item was set aside
+            if self.items.get(item.id) is None:  # an item that was set aside is not owned yet
                 self._own_item(item)
             item.advance("slot" if item.parents_heartbeat is None else "adopted")
             self._tasks[item] = self._group.create_task(
@@ -307,7 +307,7 @@ class Dispatcher:
             self._context.client.release_ack_permit()
         for item in self._context.queue.forget_waiting():
             item.advance("closed")
-            if self.items.get(item.id) is item:  # otherwise it was set aside
+            if self.items.get(item.id) is item:  # an item that was set aside is not owned
                 self.items.remove(item)
 
     def release_all(self) -> None:

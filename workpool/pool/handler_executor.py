@@ -162,9 +162,10 @@ class HandlerExecutor:
         """
         now = self._clock()
         late = late if item.progressed_at == seen_at else 0.0
-        # what was late before the last progress is no silence after it
+        # Lateness before the last progress is not part of the silence after it.
         lateness = now - max(due_at, item.progressed_at)
-        # a shorter delay is usual, and would delay each end if it were not counted
+        # A shorter delay is usual; subtracted at each check, it would delay the end of a stalled
+        # handler.
         if lateness >= LATE_SECONDS:
             late += lateness
         silence = max(0.0, item.silence(now) - late)
@@ -349,7 +350,7 @@ class HandlerExecutor:
             item.end(EndReason.RELEASED)
             return
         item.end(EndReason.RAISED)
-        if isinstance(error, ResultError):  # the code of the handler has no part in it
+        if isinstance(error, ResultError):  # a traceback would show no code of the handler
             log.error(
                 "result not written: %s",
                 error,
@@ -381,7 +382,7 @@ def ended(task: asyncio.Task[object]) -> asyncio.Future[None]:
     future: asyncio.Future[None] = task.get_loop().create_future()
 
     def end(_: asyncio.Task[object]) -> None:
-        if not future.done():  # otherwise the waiting task was cancelled
+        if not future.done():  # it is done if the waiting task was cancelled
             future.set_result(None)
 
     task.add_done_callback(end)

@@ -81,7 +81,8 @@ class HandlerThreads:
             raise asyncio.CancelledError
         try:
             raise outcome.error
-        except KeyboardInterrupt as error:  # raised in a task, it would end the loop
+        except KeyboardInterrupt as error:
+            # Raised in a task, a KeyboardInterrupt would end the loop.
             raise RuntimeError("KeyboardInterrupt in a plain handler") from error
 
     async def _run_function(
@@ -231,7 +232,7 @@ class _ThreadCalls:
     def _leave_context(self, left: asyncio.Future[None], error: BaseException | None) -> None:
         def leave() -> None:
             if left.done():
-                return  # its task was cancelled
+                return  # the task of the context was cancelled
             if error is None:
                 left.set_result(None)
             else:

@@ -269,7 +269,7 @@ class Lease:
             SessionEnded: The session has ended, or the item was stopped or handed off.
             LeaseLost: The lease is not held.
         """
-        if self.status != "held" or now >= self.deadline or self.closed:  # as in `held`
+        if self.status != "held" or now >= self.deadline or self.closed:  # `held`, inlined
             ended = self.closed or self.status in {"stopped", "handed_off"}
             raise (SessionEnded if ended else LeaseLost)(self.item.id)
 
@@ -293,7 +293,7 @@ class Lease:
         """End the lease if the latest time for a heartbeat has passed; return `over`."""
         if self.status == "held" and now >= self.give_up_at:
             self.end("lost")
-        return self.closed or self.status != "held"  # as in `over`
+        return self.closed or self.status != "held"  # `over`, inlined
 
     def check_soon(self, now: float) -> None:
         """Make the next heartbeat due now, because another worker may have the item."""
@@ -428,7 +428,7 @@ class Lease:
             # Between that deadline and this answer, another worker may have had the item.
             self.end("lost")
             return Decision("over", "timeout")
-        if heartbeat.state == STOPPED:  # final, whichever worker holds it
+        if heartbeat.state == STOPPED:  # this state is final, whichever worker held the item
             self.end("finished" if self.own_stop else "stopped")
             return Decision("over", "ok")
         extended, stopping = heartbeat.lease_extended, heartbeat.state == STOPPING
@@ -440,7 +440,7 @@ class Lease:
             return Decision("over", "conflict")
         paused = abs(attempt.clock_offset - self.clock_offset) >= PAUSE_SECONDS
         if stopping and paused:
-            self.end("lost")  # for the same reason it does not verify a lease after a pause
+            self.end("lost")  # such an answer verifies no lease after a pause either
             return Decision("over", "conflict")
         if not extended and not stopping:
             self._unanswered, self.expected = False, heartbeat.last_heartbeat
@@ -461,7 +461,7 @@ class Lease:
             ttl = heartbeat.ttl_seconds
             self._set_deadline(attempt.at + ttl, ttl)
         if self._release_ttl is not None and not attempt.last:
-            return  # requested while this heartbeat was in flight: the last one is already due
+            return  # a release requested during this heartbeat has made the last one due
         jitter = 1 - JITTER * random.random()  # noqa: S311 - spreads load, guards nothing
         self.due_at = attempt.at + self.ttl / RENEW_PART * jitter
 
@@ -471,7 +471,7 @@ class Lease:
         if isinstance(error, TransientError) and error.reason != "throttled":
             self._unanswered = True
         else:
-            # certainly not applied, so not shortened
+            # The heartbeat was certainly not applied, so it has not shortened the lease.
             self._set_deadline(attempt.deadline, self.ttl)
         judgement = judge(error, doubted=self._unanswered or self._lent)
         if judgement.then == "read":

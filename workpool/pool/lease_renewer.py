@@ -179,7 +179,7 @@ class LeaseRenewer:
         lease.closed = True
         item = self._leases.pop(lease, None)
         if item is not None and item.handoff is not None:
-            self.call(item.handoff.wake)  # no further heartbeat wakes it
+            self.call(item.handoff.wake)  # no further heartbeat wakes the handoff
 
     def check_soon(self, lease: Lease) -> None:
         """Send a heartbeat now for a lease that may be lost."""
@@ -231,10 +231,10 @@ class LeaseRenewer:
         return ended
 
     def _join_thread(self) -> None:
-        self._os_thread.join(JOIN_SECONDS)  # only its return is left to do
+        self._os_thread.join(JOIN_SECONDS)  # the thread has only to return
 
     def _schedule_call(self, callback: Callable[..., object], *args: object) -> None:
-        with contextlib.suppress(RuntimeError):  # its loop is closed, so the renewer has ended
+        with contextlib.suppress(RuntimeError):  # the renewer's loop is closed
             self._loop.call_soon_threadsafe(callback, *args)
 
     def _thread_ended(self, thread: asyncio.Future[None]) -> None:
@@ -265,7 +265,7 @@ class LeaseRenewer:
                 try:
                     runner.run(self._main())
                 except BaseException as failure:
-                    self._fail_pool(failure)  # first, since closing the runner may take long
+                    self._fail_pool(failure)  # before the runner closes, which may take long
                     raise
         except BaseException as failure:  # noqa: BLE001 - passed on to the handlers' loop
             error = failure
@@ -325,9 +325,7 @@ class LeaseRenewer:
                 async with asyncio.TaskGroup() as group:
                     await self._renew_leases(group)
             except BaseExceptionGroup as errors:
-                self._fail_pool(
-                    innermost(errors)
-                )  # first, since closing the services may take long
+                self._fail_pool(innermost(errors))  # before the services close, which may take long
                 raise
 
     async def _renew_leases(self, group: asyncio.TaskGroup) -> None:
@@ -343,7 +341,7 @@ class LeaseRenewer:
 
     def _call_on_handlers_loop(self, callback: Callable[[], object]) -> None:
         """Run `callback` on the handlers' loop."""
-        with contextlib.suppress(RuntimeError):  # that loop is closed
+        with contextlib.suppress(RuntimeError):  # the handlers' loop is closed
             self._handlers_loop.call_soon_threadsafe(callback)
 
     def report(self, item: PoolItem) -> None:
@@ -450,7 +448,7 @@ class LeaseRenewer:
         lease.expire(self.clock())
         if doubted or (lease.status, lease.stop_requested) != before:
             self.report(item)
-        if self.pauses.paused(since=lease.clock_offset):  # since the heartbeat was sent
+        if self.pauses.paused(since=lease.clock_offset):  # during this heartbeat
             lease.doubt(self.clock())
         return held
 

@@ -128,7 +128,7 @@ class PollerGroup:
             if seconds <= 0:
                 self.cooldown_until = 0.0
             else:
-                await asyncio.sleep(seconds)  # it may be extended meanwhile
+                await asyncio.sleep(seconds)  # the cooldown may be extended meanwhile
 
     def hold_back(self, seconds: float) -> None:
         """Stop all pollers for `seconds` from now."""
@@ -227,7 +227,7 @@ class PollerGroup:
             self.ended = True
             self._on_empty()
         else:
-            await self._answered.wait()  # bounded, as every poll is
+            await self._answered.wait()  # bounded: every poll has a time limit
 
     def _set_target(self, wanted: int, reason: ScaleReason) -> None:
         target = max(1, min(wanted, len(self._turns)))
@@ -270,7 +270,7 @@ class Poller:
         self._clock = context.clock
         self._polled_at = 0.0  # a time of the lease clock
         self._backoff = Backoff(BACKOFF_SECONDS, BACKOFF_CAP_SECONDS)
-        self._unreadable = 0  # number in a row
+        self._unreadable = 0  # unreadable items in a row
 
     async def run(self) -> None:
         """Poll until cancelled or the group has ended; continue after a few crashes (bugs)."""
@@ -296,7 +296,8 @@ class Poller:
         """Reserve a place, poll, offer the item; then wait for a time set by the answer."""
         if self._number >= self._group.target:
             self.state = "paused"
-            await self._group.turn(self._number)  # before `reserve` takes a place from others
+            # Before `reserve`, which takes a place from other pollers.
+            await self._group.turn(self._number)
         self.state = "waiting_slot"
         await self._context.queue.reserve()
         try:

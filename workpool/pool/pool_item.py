@@ -80,7 +80,7 @@ class EndReason(enum.IntEnum):
 REASONS_OF_LEASE: Final[Mapping[Status, EndReason | None]] = {
     "stopped": EndReason.STOPPED,
     "handed_off": EndReason.HANDED_OFF,
-    "released": None,  # by the pool's own last heartbeat: no other worker took the item
+    "released": None,  # released by the pool's own last heartbeat: no other worker took the item
 }
 """The reasons that a lease gives to end a session once it is not held; any other: lost."""
 
@@ -294,7 +294,7 @@ class OwnedItems:
     def __init__(self) -> None:
         self._by_id: dict[str, PoolItem] = {}
         self._by_session: dict[str, PoolItem] = {}
-        # by name, since a hook may return a new handler for each item
+        # Keyed by name, since a hook may return a new handler for each item.
         self._per_handler: Counter[str] = Counter()
 
     def __len__(self) -> int:

@@ -139,7 +139,7 @@ class Sender:
         self.check(item, by_handler=by_handler, now=now)
         paused = self._pauses.paused(lease.clock_offset, now)
         if not lease.begun and (lease.unsettled or paused):
-            raise LeaseLost(item.id)  # nothing has verified it since it was acknowledged
+            raise LeaseLost(item.id)  # no heartbeat has verified the lease yet
         if paused:
             self._on_pause()
             raise LeaseDoubted

@@ -156,7 +156,7 @@ class SessionRunner:
         if item.mark_task is not None:
             item.mark_task.cancel()
         if item.handler_task is not None:
-            item.handler_task.cancel()  # one that was abandoned: only now does a thread's wait end
+            item.handler_task.cancel()  # ends the wait for the thread of an abandoned session
         if item.acknowledged:
             self._context.renewer.remove(item.lease)
         if item.session is not None:
@@ -280,7 +280,7 @@ class SessionRunner:
             item.error = PoolRelease("not started: its attempt could not be counted")
             item.end(EndReason.RELEASED)
         except NotPermittedError:
-            # from now on this process counts the runs
+            # From now on, this process counts the runs.
             await self._open_attempt(item, session, attempt)
         except ControlPlaneError as error:
             log.warning(
@@ -395,7 +395,7 @@ class SessionCalls:
         try:
             yield
         finally:
-            self.progress()  # first, since otherwise the time of the wait would count for a moment
+            self.progress()  # before `pop`, after which the time of the wait would count as silence
             waits.pop()
 
     def check(self) -> None:

@@ -171,7 +171,7 @@ class Supervisor:
         except asyncio.CancelledError:
             self._drain.begin(0)
             if not self._opened.is_set():
-                self._root.cancel()  # it may be blocked in opening something
+                self._root.cancel()  # the root task may be blocked in opening a connection
                 # a pool without sessions closes within a limit, even if it ignores the cancellation
                 self._served.set()
             await see_through(self._wait_for_root, self._drain)
@@ -501,7 +501,8 @@ class Supervisor:
         """Wait for the root task, with a limit once no session is left to wait for."""
         root = self._task()
         await self._served.wait()
-        # otherwise it would wait for a turn of the loop, and could be cancelled at each
+        # For a task that is done, `wait` would still take a turn of the loop, and could be
+        # cancelled there.
         if not root.done():
             await asyncio.wait({root}, timeout=CLOSE_SECONDS)
         if not root.done():
@@ -510,7 +511,8 @@ class Supervisor:
 
     def _root_ended(self, root: asyncio.Task[None]) -> None:
         self._error = self._error or (None if root.cancelled() else root.exception())
-        if self._error is not None and self._view is not None:  # otherwise the start raises it
+        if self._error is not None and self._view is not None:
+            # `__aenter__` raises an error of the start.
             bug = not isinstance(self._error, WorkpoolError)
             log.critical(
                 "pool failed: %s",

@@ -120,7 +120,8 @@ class Telemetry:
         ):  # looked up once: polls and heartbeats cost nothing more
             for each, write in LOGGED:
                 self._metrics.forward(each, write)
-        for event_type in self._plugins.wanted - {PluginFailed}:  # the plugins report that one
+        for event_type in self._plugins.wanted - {PluginFailed}:
+            # The registry of plugins reports `PluginFailed`.
             self._metrics.forward(event_type, partial(self._notify_plugins, event_type))
         return self
 
@@ -139,5 +140,5 @@ class Telemetry:
         if threading.get_ident() == self._thread:
             self._plugins.notify(event)
         else:
-            with contextlib.suppress(RuntimeError):  # that loop is closed
+            with contextlib.suppress(RuntimeError):  # the handlers' loop is closed
                 self._loop.call_soon_threadsafe(self._plugins.notify, event)

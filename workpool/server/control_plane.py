@@ -289,7 +289,7 @@ class ControlPlane:
             connections.protocol_factory(runner.server),
             sock=bound,
             backlog=_BACKLOG,
-            # a cancelled call that already listened would leave a socket without an owner
+            # If a call that already listens were cancelled, its socket would have no owner.
             start_serving=False,
         )
         stack.callback(server.close)
@@ -328,6 +328,6 @@ def _connections_max() -> int:
 
 
 def _unbind_port(loop: asyncio.AbstractEventLoop, bound: socket.socket) -> None:
-    if bound.fileno() >= 0:  # its server has not closed it
+    if bound.fileno() >= 0:  # no server has closed the socket
         loop.remove_reader(bound)
         bound.close()

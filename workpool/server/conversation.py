@@ -102,9 +102,9 @@ class Conversation:
         self._script = script
         self._place = 0  # the next scripted tool use
         self._uses: dict[str, _Use] = {}
-        self._open: dict[str, _Use] = {}  # the tool uses of `_uses` without an answer
+        self._open: dict[str, _Use] = {}  # the entries of `_uses` without an answer
         self._ended_threads: set[str] = set()  # threads that accept no result anymore
-        self._blocking: tuple[str, ...] = ()  # the ids in the last requires_action
+        self._blocking: tuple[str, ...] = ()  # the event ids of the last `requires_action`
         # whether a turn of the agent is due, now and after the current one
         self._turn = self._next_turn = False
         self._interrupted = False

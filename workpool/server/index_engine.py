@@ -144,7 +144,7 @@ class IndexEngine:
         try:
             await self._operations.durable()
             delivered = not gone()
-        finally:  # the client has gone while the delivery became durable
+        finally:  # the client may have gone while the delivery became durable
             if not delivered:
                 self._operations.withdraw(item)
         return item if delivered else None
@@ -244,7 +244,7 @@ class IndexEngine:
                 after=after, before=before, newest_first=wanted.newest_first
             )
             for each in islice(walk, SCAN_ROWS):
-                view = self._view_of(*each)  # now, since it may be deleted while other calls run
+                view = self._view_of(*each)  # read now: other calls may delete the session
                 last = view.id
                 if wanted.matches(view):
                     found.append(view)

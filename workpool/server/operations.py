@@ -209,7 +209,7 @@ class Operations:
         queue = self.queue(environment_id)
         self._delete_ended()
         now = self._latest
-        metadata = dict(metadata or {})  # shared by all of them
+        metadata = dict(metadata or {})  # one copy, which all items share
         check_metadata(metadata, NEW_METADATA_LIMIT_BYTES)
         known = None if session_id is None else self.sessions.find(session_id)[0]
         parsed = None if script is None else parse_script(script, count)
@@ -415,7 +415,7 @@ class Operations:
         last: str | None = None
         for count, item in enumerate(walk):
             if len(found) == limit or count == LOOKED_AT_MAX:
-                break  # there is at least this item more
+                break  # at least this item follows the page
             last = item.id
             if wanted.matches(item):
                 found.append(item)
@@ -472,7 +472,7 @@ class Operations:
         has_message = any(event["type"] == USER_MESSAGE for event in new_events)
         with self._store.together():
             if messages_bring_work and has_message and item.state == STOPPED:
-                # before the item is created
+                # checked before the item is created
                 self.sessions.conversation(session_id).check(new_events)
                 queue = self.queue(session.environment_id)
                 self.sessions.attach(
@@ -524,7 +524,7 @@ class Operations:
         for session_id in self._retention.take_due(self._latest):
             work_ids = self.sessions.work_ids(session_id)
             if not work_ids:
-                continue  # already deleted together with another of its items
+                continue  # the session was deleted together with another of its items
             queue = self._queues[self.sessions.find(session_id)[0].environment_id]
             items = queue.present(work_ids)
             # Another item of the session may still run, or have stopped later.

@@ -58,7 +58,8 @@ class ScaleRoutes:
         environment_id = request.match_info["environment_id"]
         # A proxy on this machine, or a page of another site, has a name in place of an address.
         if not (self._local and names_an_address(request.host)):
-            caller = self._tokens.admit(request.headers, ANTHROPIC)  # also reads X-Api-Key
+            # This dialect also reads X-Api-Key.
+            caller = self._tokens.admit(request.headers, ANTHROPIC)
             caller.check_environment(environment_id)
             caller.check_item(None)
         await self._engine.admit(environment_id)

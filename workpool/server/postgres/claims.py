@@ -123,7 +123,7 @@ class Claims(DatabaseCalls):
 
     def __init__(self, *arguments: Any, **options: Any) -> None:
         super().__init__(*arguments, **options)
-        # the time of the next look for ended leases, by environment and for all of them
+        # The time of the next look for ended leases, by environment; None: in all environments.
         self._next_look: dict[str | None, float] = {}
         self._known = KnownItems()
         self._polled: OrderedDict[tuple[str, str], float] = OrderedDict()
@@ -144,7 +144,7 @@ class Claims(DatabaseCalls):
             item = delivery.item
             if item is not None:
                 if not announced:
-                    self._hub.wake(topic)  # there may be more items that nobody announced
+                    self._hub.wake(topic)  # other items may be unannounced, too
                 if not gone():
                     return item
                 await self._withdraw(item, delivery.version)
@@ -156,7 +156,7 @@ class Claims(DatabaseCalls):
             announced = await self._hub.wait(topic, seen, seconds)
             if not announced and loop.time() >= deadline:
                 return None  # the next poll begins with a claim
-        self._hub.wake(topic)  # the wake-up of this poll is for another one
+        self._hub.wake(topic)  # pass the wake-up of this poll on to another poll
         return None
 
     async def _claim_whole(self, environment_id: str, poll: Poll) -> ClaimOutcome:

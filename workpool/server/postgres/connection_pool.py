@@ -101,10 +101,10 @@ class ConnectionPool:
     def __init__(self, url: str, *, size: int | None = None) -> None:
         self._url = url
         self._size = POOL_SIZE if size is None else size
-        self._idle: list[Any] = []  # the last one is used first
+        self._idle: list[Any] = []  # a stack: the connection used last is taken first
         self._used: set[Any] = set()
         self._opening = 0
-        self._expired: set[Any] = set()  # those in use that are not used again
+        self._expired: set[Any] = set()  # connections in use that are closed after their call
         self._waiting: deque[asyncio.Future[None]] = deque()
         self._closed = True
         self._logged_at = float("-inf")
@@ -256,7 +256,7 @@ class ConnectionPool:
         if is_reusable:
             self._idle.append(connection)
         else:
-            connection.terminate()  # the server then cancels what still runs there
+            connection.terminate()  # the server then cancels a statement that still runs
         self._wake_calls()
 
     def _wake_calls(self, count: int = 1) -> None:

@@ -74,7 +74,7 @@ class EndedSessions(DatabaseCalls):
 
         deleted = await self._pool.retried(delete)
         for session_id in deleted:
-            self._hub.announce(session_topic(session_id))  # its streams end
+            self._hub.announce(session_topic(session_id))  # ends the streams of the session
         return len(deleted)
 
 

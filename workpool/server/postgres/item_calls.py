@@ -220,7 +220,8 @@ class ItemCalls(Claims):
 
         changed = await self._attempted(attempt, LOCK_ITEM, environment_id, work_id)
         if changed.item.state == QUEUED:
-            self._hub.announce(work_topic(environment_id))  # its lease may have lapsed only now
+            # The item's lease may have lapsed only now.
+            self._hub.announce(work_topic(environment_id))
         return changed
 
     async def _record_refusal(self, item: Item, worker_id: str | None, op: str | None) -> None:

@@ -254,7 +254,8 @@ class Listings(StoredSessionCalls):
             remaining = deadline - loop.time()
             announced = await self._hub.wait(session_topic(session_id), seen, max(0, remaining))
             if not announced and loop.time() >= deadline:
-                return ()  # not read again: a thousand quiet streams return every 10 ms
+                # Without another read: of a thousand quiet streams, one returns every 10 ms.
+                return ()
         return None
 
     async def stats(self, environment_id: str) -> Stats:

@@ -75,7 +75,7 @@ class NotificationHub:
         # The wake-ups of each work topic for which no call waited.
         self._unused: dict[str, int] = {}
         self._unsent: dict[str, int] = {}
-        self._wanted = asyncio.Event()  # something to send, or the connection was lost
+        self._wanted = asyncio.Event()  # set by an announcement or a lost connection
         self._released = False
         self.listening = asyncio.Event()
 
@@ -168,7 +168,7 @@ class NotificationHub:
         connection.add_termination_listener(lambda _: self._wanted.set())
         await connection.add_listener(CHANNEL, self._on_notification)
         self.listening.set()
-        self._wake_after_gap()  # what was announced before LISTEN
+        self._wake_after_gap()  # announcements before LISTEN were not received
 
     async def _send_announced(self, connection: Any) -> None:
         """Send what is announced, until the connection is lost. Raises `DRIVER_ERRORS`.
@@ -180,7 +180,7 @@ class NotificationHub:
                 async with asyncio.timeout(_PING_SECONDS):
                     await self._wanted.wait()
             except TimeoutError:
-                await connection.execute("SELECT 1")  # fails if the other end has vanished
+                await connection.execute("SELECT 1")  # fails if the server has vanished
             self._wanted.clear()
             for payload, topics in list(self._payloads()):
                 await connection.execute("SELECT pg_notify($1, $2)", CHANNEL, payload)
@@ -210,18 +210,18 @@ class NotificationHub:
     def _forget_sent(self, topic: str, count: int) -> None:
         left = self._unsent.get(topic, 0) - count
         if left > 0:
-            self._unsent[topic] = left  # announced meanwhile
+            self._unsent[topic] = left  # changes announced during the send
         else:
             self._unsent.pop(topic, None)
 
     def _on_notification(self, _connection: object, _pid: int, _channel: str, payload: str) -> None:
         node, *lines = payload.split("\n")
         if node == self._node:
-            return  # woken already
+            return  # this node has already woken its own calls
         for line in lines:
             count, _, topic = line.partition(" ")
             if topic == EVERYTHING or not count.isdecimal():
-                self._wake_after_gap()  # anything, or a text that this release does not know
+                self._wake_after_gap()  # any topic, or a text of another release
                 return
             self._record_change(topic)
             self.wake(topic, int(count))

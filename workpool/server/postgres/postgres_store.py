@@ -19,7 +19,7 @@ def _password(url: str) -> str | None:
     try:
         return urlsplit(url).password
     except ValueError:
-        return None  # no URL, which `open` reports
+        return None  # `open` reports the malformed URL
 
 
 class PostgresStore:

@@ -220,7 +220,7 @@ class StoredSessionCalls(ItemCalls, Creations):
         while (known := len(conversation.events)) < read.event_count:
             rows = await connection.fetch(_EVENTS, session.id, known, read.event_count)
             if not rows:
-                raise APIError(404, "no such session")  # it was deleted meanwhile
+                raise APIError(404, "no such session")  # the session was deleted meanwhile
             for event_id, value in rows:
                 conversation.append(event_of(session.id, event_id, value))
         return conversation

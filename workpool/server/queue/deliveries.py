@@ -19,7 +19,7 @@ class Deliveries:
         self._times: OrderedDict[str, int] = OrderedDict()
         # ids that are too recent for every poll so far
         self._recent: OrderedDict[str, int] = OrderedDict()
-        self._due: list[str] = []  # the other ids, ascending
+        self._due: list[str] = []  # all other ids, ascending
 
     def __len__(self) -> int:
         return len(self._times)

@@ -52,7 +52,7 @@ class SqliteStore:
     def __init__(self, path: str | Path) -> None:
         self._path = path
         self._thread: threading.Thread | None = None
-        self._changed = threading.Condition(threading.RLock())  # see `together`
+        self._changed = threading.Condition(threading.RLock())  # reentrant, for `together`
         # Guarded by _changed: the unsaved rows, only the newest version of each, and their count.
         self._unsaved: dict[str, Row | Deleted] = {}
         self._saved = 0
@@ -132,7 +132,7 @@ class SqliteStore:
             self._saved += 1
             self._changed.notify()
 
-    # -- on the writer's thread ----------------------------------------------------------------
+    # On the writer's thread.
 
     def _run_writer(
         self, loop: asyncio.AbstractEventLoop, opened: asyncio.Future[Contents]
@@ -195,7 +195,7 @@ class SqliteStore:
             rows, self._unsaved = self._unsaved, {}
             return tuple(rows.values()), self._saved
 
-    # -- on the loop ---------------------------------------------------------------------------
+    # On the loop.
 
     def _on_commit(self, saved: int) -> None:
         self._committed = saved

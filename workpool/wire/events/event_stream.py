@@ -178,7 +178,7 @@ class EventStream:
         if kind == "error":
             raise ValueError("the server reports an error")
         if isinstance(value, dict) and "id" not in value:
-            return  # a ping, or data that is no event of the session
+            return  # a ping, or data other than an event of the session
         event = parse_event(value)
         if self._is_new(event):
             self._ready.append((event, True))

@@ -44,4 +44,4 @@ class CredentialSource:
 
 def _retrieve_exception(reading: asyncio.Future[str | None]) -> None:
     if not reading.cancelled():
-        reading.exception()  # otherwise asyncio complains if no task waits for it anymore
+        reading.exception()  # otherwise asyncio logs an error that no task awaits

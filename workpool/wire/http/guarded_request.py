@@ -81,7 +81,7 @@ class CheckedBody(aiohttp.payload.Payload):
     """
 
     _value: bytes
-    _autoclose = True  # nothing to close
+    _autoclose = True  # the body has nothing to close
 
     def __init__(self, check: RequestCheck, *, headers_first: bool = False) -> None:
         super().__init__(check.body)
@@ -101,7 +101,7 @@ class CheckedBody(aiohttp.payload.Payload):
         self, writer: AbstractStreamWriter, content_length: int | None
     ) -> None:
         """Check, then write the headers and the body."""
-        del content_length  # the length is that of the body
+        del content_length  # the body knows its own length
         self._check.verify()
         if self._headers_first:
             writer.send_headers()
@@ -129,7 +129,7 @@ class _LimitedFeed:
             self._count_message(answer[0])
         else:
             self._count = self._bytes = 0
-        if not self._flooded:  # everything after a flood is too late
+        if not self._flooded:  # after a flood, the connection is closing
             self._feed(answer, size)
 
     def _count_message(self, message: RawResponseMessage) -> None:

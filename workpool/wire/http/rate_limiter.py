@@ -51,7 +51,7 @@ class _WaitingLine:
         self._waiters[waiter.priority].append(waiter)
 
     def discard(self, waiter: _Waiter) -> None:
-        with suppress(ValueError):  # its loop was closed, so `first` has removed it
+        with suppress(ValueError):  # `first` has removed a waiter with a closed loop
             self._waiters[waiter.priority].remove(waiter)
 
     def first(self) -> _Waiter | None:
@@ -176,7 +176,7 @@ class RateLimiter:
         with self._lock:
             first = self._line.first()
         if first is not None:
-            with suppress(RuntimeError):  # its loop was closed just now; `first` drops it next time
+            with suppress(RuntimeError):  # its loop was closed just now; `first` removes the waiter
                 first.loop.call_soon_threadsafe(first.moved.set)
 
 

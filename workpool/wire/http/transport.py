@@ -324,7 +324,7 @@ class Transport:
             # A large body is sent in pieces, or it would block the loop and aiohttp would warn of
             # that.
             data = io.BytesIO(body) if body and len(body) > LARGE_BYTES else body
-        elif self._given is not None:  # whose requests do not know a `RequestCheck`
+        elif self._given is not None:  # the caller's session cannot verify a `RequestCheck`
             data = CheckedBody(check, headers_first=True)
         connections = self._connections
         new = options.new_connection
@@ -342,7 +342,7 @@ class Transport:
                 raise NotSentError
             return response, await read_bounded(response, endpoint.limit)
         finally:
-            # the answer was not read to its end, so the connection cannot be reused
+            # An answer that was not read to its end leaves a connection that cannot be reused.
             if not response.closed:
                 response.release()
 
@@ -372,7 +372,7 @@ class Transport:
         if not self._renews:
             return False
         if self._token != refused:
-            return True  # a request that was refused before this one has renewed it
+            return True  # another refused request has renewed the token
         result = "error"
         try:
             async with asyncio.timeout(until - time.monotonic()):
@@ -435,7 +435,7 @@ class Transport:
         rules = DIALECTS[self._settings.dialect]
         headers = {
             "Accept": "application/json",
-            "Accept-Encoding": "identity",  # unpacking costs more than half a kilobyte saves
+            "Accept-Encoding": "identity",  # unpacking costs more than it saves on half a kilobyte
             "User-Agent": f"workpool/{_version()}",
             **rules.headers,
         }
