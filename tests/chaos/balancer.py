@@ -21,7 +21,7 @@ _CONNECT_SECONDS = 2.0
 
 
 class Balancer:
-    """The balancer on `port` of the loopback interface, before the same interface's `nodes`."""
+    """The balancer on `port` of the loopback interface; `nodes` are ports of the same interface."""
 
     def __init__(self, port: int, nodes: Sequence[int]) -> None:
         self._port = port

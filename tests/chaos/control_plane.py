@@ -1,8 +1,9 @@
 """A control plane process for storms: a store, faults from a file, and a journal on disk.
 
-`python control_plane.py CONFIG`, CONFIG the JSON of a `Config`. The journal is one line of JSON per
-fact, written as it happens: received requests, applied and stored changes, injected faults.
-Its times are this machine's CLOCK_BOOTTIME in seconds, whatever the control plane's clock says.
+`python control_plane.py CONFIG`, where CONFIG is the JSON of a `Config`. The journal is one line of
+JSON per fact, written as it happens: received requests, applied and stored changes, injected
+faults. Its times are this machine's CLOCK_BOOTTIME in seconds, whatever the control plane's clock
+says.
 """
 
 from __future__ import annotations

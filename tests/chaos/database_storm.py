@@ -47,7 +47,7 @@ _SNAPSHOT = """
 class DatabaseStorm(Storm):
     """One storm in its own folder, in a new database of a cluster that it may stop."""
 
-    # An expired lease needs the index in the memory of the only control plane.
+    # The fault `expired` needs an index in memory, which these control planes do not have.
     kinds = [kind for kind in KINDS if kind["kind"] != "expired"]  # noqa: RUF012 - never changed
 
     def __init__(self, settings: StormSettings, folder: Path, cluster: Cluster) -> None:
@@ -65,7 +65,7 @@ class DatabaseStorm(Storm):
             await self._start_plane(number, faults)
 
     async def _start_plane(self, number: int, faults: str) -> None:
-        """Start a control plane; as a service manager does, again if the database is away."""
+        """Start a control plane, again and again while the database is not available."""
         seed = self._random.randrange(1 << 30)
         async with asyncio.timeout(SECONDS):
             while True:

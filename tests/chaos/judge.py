@@ -51,7 +51,8 @@ class Verdict:
     Attributes:
         broken: One sentence for each breach of the promise.
         counts: The number of each kind of event, which shows that faults happened.
-        latest: The largest number of seconds by which a request arrived after its sender's lease.
+        latest: The largest number of seconds from the end of a lease to the arrival of a request of
+            its holder.
     """
 
     broken: list[str] = field(default_factory=list)
@@ -239,7 +240,7 @@ class Judge:
             self._breach(f"{worker} went on with {work_id} for {run.end - until:.2f} s too long")
 
     def _check_overlap(self, work_id: str, run: Run, later: Run) -> None:
-        """Record that a second handler began before the first had ended, or the excuse for it."""
+        """Record that two handlers ran at the same time, or count the reason that allows it."""
         worker, other = self._workers.get(run.pid, ""), self._workers.get(later.pid, "")
         seconds = min(run.end, later.end) - later.start
         if (worker, work_id) in self._cut:

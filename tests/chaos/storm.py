@@ -58,7 +58,7 @@ class StormSettings:
     """The strength of a storm.
 
     Attributes:
-        seconds: The minimum duration; a suspended worker is waited for.
+        seconds: The minimum duration; the storm also waits until a suspended worker resumes.
         ends: The ways in which items end; `release` needs more time than a fresh start leaves.
         fresh: End by killing every worker and moving the control plane's clock, instead of waiting
             for the running workers; this is faster.

@@ -40,7 +40,7 @@ async def pool(database_url: str) -> AsyncIterator[ConnectionPool]:
 
 
 async def until_available(pool: ConnectionPool) -> int:
-    """Call until the database answers; return the number of 503s before."""
+    """Call until the database answers; return the number of 503s before that."""
     refusals = 0
     async with asyncio.timeout(SECONDS):
         while True:

@@ -1,10 +1,10 @@
 """The admission of items: pauses, refusals by plugins, slots and failures of handlers, exit limits.
 
-Sessions that run are not concerned. A failing handler would take item after item from the workers
+Running sessions are not affected. A failing handler would take item after item from the workers
 that can run them, so it claims one at a time, after a pause that doubles with every further
 failure. An exit limit that is reached ends the claiming for good; the drain follows once no session
-runs. Lives on the handlers' loop; the reasons may be read on any thread.
-See workpool/docs/architecture.md, "Admission", "Failing handlers" and "Limits of a process", and
+runs. Lives on the handlers' loop; the reasons may be read on any thread. See
+workpool/docs/architecture.md, "Admission", "Failing handlers" and "Limits of a process", and
 workpool/docs/routing.md, "Limits of handlers".
 """
 
@@ -231,7 +231,7 @@ class HandlerHealth:
 
 
 class HandlerSlots:
-    """The slots that each handler may use: at most `max_sessions`, and none reserved for another.
+    """The slots that each handler may use: its `max_sessions`, but none reserved for others.
 
     Decides nothing about items: it counts those that the pool owns.
 
@@ -283,7 +283,7 @@ Limit = Literal["exit_after_sessions", "exit_after_idle", "exit_after_uptime"]
 
 
 class ExitLimits:
-    """The limits of one process, whose pools have them together.
+    """The exit limits of one process, which apply to all of its pools together.
 
     Args:
         settings: The settings of the process.
@@ -323,7 +323,7 @@ class ExitLimits:
         return partial(self._note_poll, admission)
 
     def remove(self, admission: Admission) -> None:
-        """Remove a pool, for whose queue the others do not wait any longer."""
+        """Remove a pool; the idle time of the process no longer depends on its queue."""
         self._pools.pop(admission, None)
 
     async def wait(self) -> Limit:

@@ -31,8 +31,8 @@ class BoundedQueue(Generic[T]):
         prefetch: The number of places to wait in.
         uses: The number of items that may use a place up; after that no place is left. None: no
             limit.
-        share: The slots that the pool shares with others, one of which each place needs. None: the
-            slots are its own.
+        share: The pool's share of slots that several pools use; each place needs one of these
+            slots. None: the slots are the pool's own.
     """
 
     def __init__(
@@ -78,7 +78,7 @@ class BoundedQueue(Generic[T]):
     def full(self) -> bool:
         """Whether an item is in every place; places that polls have reserved do not count.
 
-        Also if other pools have the other places, so that this one cannot poll.
+        True also if other pools have taken the remaining slots, so that this pool cannot poll.
         """
         items = self.running + len(self._waiting)
         if self._share is None or not items:
@@ -135,9 +135,9 @@ class BoundedQueue(Generic[T]):
 
     @property
     def aside_full(self) -> bool:
-        """Whether as many items are set aside as there are places: enough for a moment.
+        """Whether as many items are set aside as there are places.
 
-        The pool should poll more slowly then, because it may hold back items of other workers.
+        The pool should then poll more slowly, because it may hold back items from other workers.
         """
         return len(self._aside) >= self.capacity
 
@@ -154,7 +154,7 @@ class BoundedQueue(Generic[T]):
                 await self._room.wait()
 
     def take(self, may_start: Callable[[T], bool] = lambda _: True) -> T | None:
-        """Move an item into a slot, and return it; None if none may start or no slot is free.
+        """Move an item into a slot, and return it; None if no item may start or no slot is free.
 
         The oldest item that was set aside and may start goes before the items in places.
         """

@@ -1,4 +1,4 @@
-"""Claiming an item: its acknowledgement, then its first heartbeat. Both on the handlers' loop.
+"""Claiming an item: its acknowledgement, then its first heartbeat, sent on the handlers' loop.
 
 No handler runs for the item before the first heartbeat has succeeded, so a claim that is lost
 costs a redelivery and nothing else. After that the lease renewer extends the lease.
@@ -57,7 +57,7 @@ class _Repeats:
         until: The time from which no ack is sent, on the lease clock: then another worker may claim
             the item, or the lease that begins with it would count as over.
         first_sent: The time at which the first ack that may have been applied was sent; infinite:
-            none was.
+            no such ack was sent.
     """
 
     until: float

@@ -3,8 +3,8 @@
 A client is a `WorkClient`, or another object that `connect` creates. It belongs to one event loop.
 The supervisor creates two: one on its own loop, one on the lease renewer's.
 
-Some control planes refuse a worker's key the calls that read an item, write its metadata or query
-statistics. A pool works without them. Such a refusal is remembered as long as the process runs and
+Some control planes do not let a worker's key read an item, write its metadata or query statistics.
+A pool works without these calls. Such a refusal is remembered as long as the process runs and
 logged once with its meaning; the call is not sent again. See workpool/docs/architecture.md,
 "Optional calls".
 """

@@ -203,7 +203,7 @@ class Completion:
             )
 
     async def mark_running(self, item: PoolItem) -> None:
-        """Mark a running session when a drain begins; cancelled when the session ends."""
+        """Mark a running session when a drain begins; the end of the session cancels it."""
         if item.lease.stop_requested:
             return  # the item will be stopped or lapse to `stopped`, so no worker runs it again
         # A low priority: the completions of others must not wait for many marks.
@@ -345,7 +345,7 @@ def leaves_of(error: BaseException) -> Iterator[BaseException]:
 
 
 def release_of(error: BaseException) -> Release | None:
-    """Return `error` if it is a `Release`, or the longest release of a group with nothing else."""
+    """Return `error` if it is a `Release`; from a group of releases only, the longest one."""
     releases: list[Release] = []
     for each in leaves_of(error):
         if not isinstance(each, Release):

@@ -36,14 +36,17 @@ STACK_CHARACTERS = 4_000
 
 
 class LoopMonitor:
-    """Created on the handlers' loop; used on the renewer's thread, and its properties on any.
+    """Measures how long the handlers' loop is blocked.
+
+    Created on the handlers' loop and used on the renewer's thread; the properties may be read on
+    any thread.
 
     Attributes:
-        lag: The seconds of the last answer; None before the first one.
+        lag: The seconds that the last answer took; None before the first answer.
     """
 
     def __init__(self, tell: Callable[[Callable[[], object]], None], max_block: float) -> None:
-        """Create it with `tell`, which runs a callback on the handlers' loop."""
+        """Create the monitor; `tell` runs a callback on the handlers' loop."""
         self.lag: float | None = None
         self._tell = tell
         self._max_block = max_block
@@ -63,7 +66,10 @@ class LoopMonitor:
 
     @property
     def blocked_seconds(self) -> float:
-        """Seconds since the ping that the loop has not answered; 0 if it has. On any thread."""
+        """Seconds since the ping that the loop has not answered; 0 if every ping is answered.
+
+        May be read on any thread.
+        """
         return 0.0 if self.answered else max(0.0, time.monotonic() - self._asked_at)
 
     @property

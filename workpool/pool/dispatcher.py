@@ -150,7 +150,7 @@ class Dispatcher:
         return "queued"
 
     async def adopt(self, work_item: WorkItem, parents_heartbeat: str) -> None:
-        """Run an item that a parent handed off, in the place of its parent."""
+        """Run an item that a parent process handed off to this one."""
         handler = self._context.plugins.handler_for(work_item)
         context = self._context.start_context.copy()
         item = PoolItem(work_item, handler, context, self._context.clock())

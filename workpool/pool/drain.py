@@ -133,7 +133,10 @@ class Drain:
     async def _wait_until_finished(
         self, dispatcher: Dispatcher, until: Callable[[], float]
     ) -> bool:
-        """Wait until no item is unfinished; return False at the time `until()`, read anew."""
+        """Wait until no item is unfinished; return False if the time `until()` comes first.
+
+        `until` is called again after each change.
+        """
         dispatcher.on_closed = dispatcher.executor.on_stuck = self.changed
         loop = asyncio.get_running_loop()
         while dispatcher.unfinished():

@@ -145,7 +145,7 @@ class HandlerExecutor:
             item: The item.
             stall: The limit, in seconds.
             silence: Seconds without progress so far.
-            late: Seconds of them in which no handler could run.
+            late: Seconds of `silence` in which no handler could run.
         """
         seconds = min(stall / STALL_CHECKS, stall - silence)
         check = partial(self._check_progress, item, stall, late, item.progressed_at)
@@ -264,7 +264,7 @@ class HandlerExecutor:
         return {}  # a context has suppressed the handler's error
 
     def _call_of(self, item: PoolItem, handler: Handler) -> Call:
-        """Return what calls the handler, on the loop or on a thread, with its retries."""
+        """Return the function that calls the handler with its retries, on the loop or a thread."""
         call = cast("Call", handler.call)
         if handler.blocking:
             call = partial(self._threads.call, item, cast("Function", handler.call))
@@ -361,7 +361,7 @@ class HandlerExecutor:
 
 
 def _log_fields(item: PoolItem) -> dict[str, str]:
-    """Return the fields by which a record of the log is found."""
+    """Return the fields that identify the session in a log record."""
     return {"work_id": item.id, "session_id": item.session_id, "handler": item.label}
 
 

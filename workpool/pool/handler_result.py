@@ -1,8 +1,8 @@
 """The conversion of a handler's result to metadata.
 
 A mapping of strings is written key by key. Any other value is written as one JSON text. A result
-that cannot be written as it is raises: it is never cut.
-See workpool/docs/handlers.md, "Results".
+that cannot be written raises `ResultError`; it is never cut. See workpool/docs/handlers.md,
+"Results".
 """
 
 from __future__ import annotations
@@ -66,7 +66,7 @@ def _to_plain(value: Any) -> Any:
 
 
 def _check_text(key: str, value: str) -> None:
-    """Check that UTF-8 can encode both: a lone surrogate cannot be sent."""
+    """Check that UTF-8 can encode key and value: a lone surrogate cannot be sent."""
     try:
         key.encode()
         value.encode()

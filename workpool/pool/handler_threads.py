@@ -59,7 +59,8 @@ class HandlerThreads:
         """Call a plain handler on a thread, and wait for its end, however long it takes.
 
         A cancellation sets `BlockingSession.cancelled`, and ends the wait only once the item was
-        abandoned. A result that is returned after it counts, as that of a coroutine would.
+        abandoned. A result that the handler returns after its cancellation counts, as the result of
+        a coroutine would.
 
         Raises:
             BaseException: An error of the handler.

@@ -2,8 +2,8 @@
 
 The pool suspends its heartbeats, the handler starts the child, and the child's first heartbeat
 takes the item. That heartbeat and the pool's next one expect the same last heartbeat, so that only
-one of the two succeeds. Until it is known which one, nothing else is sent for the item: requests
-for stops and metadata have no precondition.
+one of the two succeeds. Until it is known which one succeeded, nothing else is sent for the item:
+requests for stops and metadata have no precondition.
 
 `hand_off` and `settle` run on the handlers' loop; `HandoffRun` runs on the renewer's.
 See workpool/docs/architecture.md, "Handing an item off".
@@ -166,7 +166,7 @@ async def _wait_until_open(
 
 
 async def _wait_for_state(item: PoolItem, handoff: Handoff, state: str, clock: Clock) -> None:
-    """Wait until the handoff is in this state or closed, or the lease ends, which is the bound."""
+    """Wait until the handoff is in this state or closed, at most until the lease ends."""
     lease, states = item.lease, {state, "closed"}
     seconds = max(0.0, lease.deadline - clock())
     await item.until(lambda: handoff.state in states or lease.status != "held", seconds)

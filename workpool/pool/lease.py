@@ -56,7 +56,11 @@ PAUSE_SECONDS = 2.0
 
 
 def clock_that_counts_sleep() -> Clock:
-    """Return this platform's clock itself: a wrapper would cost some forty calls for each item."""
+    """Return this platform's monotonic clock that counts the time of sleep.
+
+    The result is the platform's own function: a wrapper would cost some forty calls for each
+    item.
+    """
     if hasattr(time, "CLOCK_BOOTTIME"):  # Linux
         return functools.partial(time.clock_gettime, time.CLOCK_BOOTTIME)
     if sys.platform == "darwin":  # `time.monotonic` stands still during sleep on this system

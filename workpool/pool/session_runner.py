@@ -2,7 +2,7 @@
 
 `SessionRunner.run` is the main path of the pool; it reads top to bottom. `close` ends an item
 exactly once, however often it is called. Every acknowledged session ends in exactly one
-`SessionFinished`. `SessionCalls` are what a handler may send for its item meanwhile. See
+`SessionFinished`. `SessionCalls` has the calls that a running handler may make for its item. See
 workpool/docs/architecture.md, "The path of one item". Lives on the handlers' loop.
 """
 

@@ -195,7 +195,7 @@ class PoolView:
             yield f"refused: {refused}"
 
     def _troubles(self) -> Iterator[str]:
-        """The reasons that a person should look at."""
+        """The problems that an operator should look at."""
         blocked = self.context.renewer.monitor.blocked_seconds
         if blocked >= LAG_WARNING_SECONDS:
             yield f"the handlers' event loop has been blocked for {blocked:.0f} s"

@@ -79,7 +79,7 @@ class Supervisor:
             to several supervisors that use one account.
 
     Attributes:
-        settings, registry: The settings, which do not change, and where the metrics live.
+        settings, registry: The settings, which do not change, and the registry of the metrics.
         abandoned: The number of sessions that the drain could neither end nor hand back.
         on_blocked: Called on another thread once leases are not renewed anymore: the loop has
             been blocked for `max_block`, or the thread that renews them failed (`status().error`).
@@ -220,7 +220,7 @@ class Supervisor:
                 can only shorten it.
 
         Raises:
-            RuntimeError: A handler called it, for whose end the drain would wait.
+            RuntimeError: Called by a handler, for whose end the drain would wait.
         """
         root = self._task()
         if _RUNNING_IN.get() is self:
@@ -293,7 +293,7 @@ class Supervisor:
 
         Args:
             show_ids: Whether ids of items and sessions are included.
-            counts: What `read_counts` returned; None: read the registry now.
+            counts: The result of `read_counts`; None: read the registry now.
         """
         from workpool.pool.live_status import live_status, read_counts  # noqa: PLC0415 - rarely needed
 

@@ -1,4 +1,4 @@
-"""Limits that keep every answer readable: a client reads at most `ANSWER_LIMIT_BYTES` of one.
+"""Limits that keep every answer readable: a client reads `ANSWER_LIMIT_BYTES` of it at most.
 
 See workpool/docs/protocol.md, "Limits of the embedded control plane".
 """

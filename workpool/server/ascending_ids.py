@@ -1,4 +1,4 @@
-"""Ids in ascending order, where removing one costs the same however many there are.
+"""Ids in ascending order; the cost of a removal does not depend on their number.
 
 With one list of a million ids, each removal would move all later ids: 0.2 ms in which no request is
 served, for each item and each session whose retention is over.
@@ -20,7 +20,7 @@ _first: Final = itemgetter(0)
 class AscendingIds:
     """A list of ids in chunks; a new id must be greater than all before it.
 
-    An id that is added or removed while an iterator is open may be in what it returns or not.
+    An iterator that is open while an id is added or removed may return that id or not.
     """
 
     def __init__(self, ids: Iterable[str] = ()) -> None:

@@ -72,7 +72,8 @@ class ControlPlane:
         worker_keys: Further tokens with the limits of vendors' keys for workers: they allow poll,
             ack, heartbeat, stop, list and the calls on sessions, but not to read an item, write its
             metadata, query statistics or create anything.
-        scale_tokens: Further tokens as `tokens`, which open the numbers for autoscalers only.
+        scale_tokens: Further tokens, in the form of `tokens`, that give access to the numbers for
+            autoscalers only.
         store: The store of the items; None: in memory. On a `PostgresStore`, any number of control
             planes share one database, and `engine` replaces the synchronous calls: `enqueue`,
             `emit`, `events`, `history` and `summary` raise `RuntimeError`.

@@ -1,9 +1,9 @@
 """The events of one session, and the events that follow from them.
 
-Without clock, store and ids. `append` adds an event, `check` refuses events that a client may not
-send, and `following` returns the next event of the control plane. All state comes from the events,
-so that a restart only reads them again. See workpool/docs/protocol.md, "Events" and "Scripted
-sessions".
+The module uses no clock and no store, and creates no ids. `append` adds an event, `check` refuses
+events that a client may not send, and `following` returns the next event of the control plane. All
+state comes from the events, so that a restart only reads them again. See workpool/docs/protocol.md,
+"Events" and "Scripted sessions".
 """
 
 from __future__ import annotations
@@ -69,7 +69,7 @@ EVERY_EVENT: Final = EventFilter()
 
 @dataclass(slots=True)
 class _Use:
-    """A tool use: whether it is custom, its current permission ("allow", "ask" or "deny"), and why.
+    """A tool use: its kind, its permission ("allow", "ask" or "deny"), the reason of a denial.
 
     `thread`: the id of the session's thread that made it; None for the primary thread.
     """
@@ -320,9 +320,9 @@ class Conversation:
             return (
                 _idle_event(protocol.REQUIRES_ACTION, event_ids=blocking) if blocking else _RUNNING
             )
-        return None if self._open or self._script is None else self._played(self._script)
+        return None if self._open or self._script is None else self._next_scripted(self._script)
 
-    def _played(self, script: Script) -> dict[str, Any] | None:
+    def _next_scripted(self, script: Script) -> dict[str, Any] | None:
         """Return the next event of a scripted agent that does not wait for an answer."""
         if not self.events:
             return {"type": protocol.USER_MESSAGE, "content": _text_content("Run the script.")}

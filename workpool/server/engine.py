@@ -44,7 +44,7 @@ class Engine(Protocol):
         """Close everything that `open` opened; without effect if nothing is open."""
 
     async def failed(self) -> None:
-        """Wait until nothing can be saved until a restart. Raises `StoreError`."""
+        """Wait until nothing can be saved before a restart. Raises `StoreError`."""
 
     def release(self) -> None:
         """End all long polls and streams, and let no further one wait: the server closes."""

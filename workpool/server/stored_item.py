@@ -34,8 +34,8 @@ class Item:
             `queued`.
         lease_end: The time at which the lease lapses; only set in `starting`, `active` and
             `stopping`.
-        beaten: Whether the current lease has had a heartbeat. Before that, `heartbeat_at` is of a
-            former holder, and the next heartbeat must expect NO_HEARTBEAT.
+        beaten: Whether the current lease has had a heartbeat. Before that, `heartbeat_at` is that
+            of a former holder, and the next heartbeat must expect NO_HEARTBEAT.
     """
 
     id: str

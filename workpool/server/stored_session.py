@@ -73,7 +73,7 @@ class StoredSession:
 
 
 class SessionView(NamedTuple):
-    """A session together with the rest of its JSON's content.
+    """A session with the other values of its JSON.
 
     Attributes:
         session: The session.

@@ -100,7 +100,7 @@ def _shape_of_object(body: bytes) -> None:
 
 
 def _parse_nothing(_: object) -> None:
-    """Parse nothing."""
+    """Ignore the answer."""
 
 
 def _parse_stopped(obj: object) -> WorkItem | None:

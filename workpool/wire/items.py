@@ -209,7 +209,7 @@ _TIME_LENGTH_MAX: Final = 64
 
 
 def _optional_count(value: object) -> int | None:
-    """Return a count of an extension, None for whatever else another control plane may mean."""
+    """Return a count that is an extension of the protocol; None for any other value."""
     return value if type(value) is int and value >= 0 else None
 
 

@@ -56,7 +56,7 @@ class Caller(NamedTuple):
             raise APIError(403, "a worker's key may only poll, ack, heartbeat, stop and list")
 
     def check_item(self, work_id: str | None) -> None:
-        """Refuse an item's token for any call but `work_id`'s own; None: a call on no item."""
+        """Refuse an item's token for a call on another item, or on no item (None)."""
         if self.item is not None and work_id != self.item[1]:
             raise APIError(403, "an item's token is for this item and its session only")
 

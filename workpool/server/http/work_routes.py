@@ -77,7 +77,7 @@ class Routes:
         ]
 
     async def poll(self, request: web.Request) -> web.Response:
-        """Answer a poll. A client that has gone gets no item, whenever it went."""
+        """Answer a poll. A client that has disconnected gets no item, whenever it disconnected."""
         environment_id = await self._admit_to_environment(request, worker=True)
         await requests.body(request)
         poll = requests.poll(request, self._worker_id(request))
@@ -218,7 +218,7 @@ class Routes:
     async def _unknown_item_first(self, place: tuple[str, str]) -> AsyncIterator[None]:
         """Read the request's own values: if they are refused, a 404 of the item comes first.
 
-        Without a refusal the call itself finds out, so that it reads the item only once.
+        Without a refusal, the call itself looks for the item, so that the item is read only once.
         """
         try:
             yield

@@ -21,7 +21,7 @@ BATCH_MAX: Final = 100
 
 
 def client_events(content: bytes) -> list[dict[str, Any]]:
-    """Parse the body of a send; of a bad batch nothing is applied."""
+    """Parse the body of a request to send events; a bad batch is refused as a whole."""
     return parse_client_events(json_object(content).get("events"), "events", BATCH_MAX)
 
 

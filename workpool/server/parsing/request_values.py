@@ -280,7 +280,7 @@ def force(content: bytes) -> bool:
 
 
 def patch(content: bytes, *, required: bool) -> Mapping[str, str | None]:
-    """Return the patch of an update; of a bad patch nothing is applied."""
+    """Return the patch of an update; a bad patch is refused as a whole."""
     fields = json_object(content)
     if "metadata" not in fields and not required:
         return {}

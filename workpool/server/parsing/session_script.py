@@ -23,7 +23,7 @@ PERMISSIONS: Final = ("allow", "ask", "deny")
 
 
 def parse_script(value: object, copies: int = 1) -> Script:
-    """Return the script that `value` contains, for `copies` sessions; 400 if it is none."""
+    """Return the script that `value` contains, for `copies` sessions; 400 if it is not a script."""
     if not isinstance(value, Sequence) or isinstance(value, str | bytes):
         raise _refusal("must be a list of tool uses")
     if len(value) > ENTRIES_MAX:

@@ -1,8 +1,8 @@
 """The delivery of items to polls, its withdrawal, and the lapses of leases.
 
 A claim takes the oldest item that no other transaction is taking, in one statement. Leases lapse
-without a leader: each node looks for ended ones before its claims, though not before each, and
-every call on an item sees its lease's end.
+without a leader: each node looks for ended leases before some of its claims, and every call on an
+item sees the end of its lease.
 """
 
 from __future__ import annotations

@@ -89,7 +89,7 @@ class ConnectionPool:
     Each method takes a connection, runs one statement in a transaction of its own, and returns once
     that is committed. Raises `UnavailableError` if the database is not available now.
 
-    The driver's own pool takes twice the time of a short statement, so this is one without tasks,
+    The driver's own pool takes twice the time of a short statement, so this pool has no tasks,
     proxies and resets: no call may change a setting, listen, or take a lock beyond its transaction.
     A connection whose call was cancelled, or has had no answer, is not used again.
 

@@ -134,7 +134,7 @@ class DatabaseCalls:
     async def _attempted(
         self, attempt: Callable[[Connection], Awaitable[T | None]], lock: str, *key: str
     ) -> T:
-        """Return the result of the first attempt that is not None, which stands for a collision.
+        """Return the first result of an attempt that is not None; None stands for a collision.
 
         `lock`: the statement that locks the row of `key`, after which no attempt collides.
         """
@@ -175,7 +175,7 @@ class DatabaseCalls:
     ) -> int | None:
         """Replace an item by the last of its changes, and return its new version.
 
-        None: it had another version than this one, so nothing was written.
+        None: the stored item has another version than `version`, so nothing was written.
         """
         item = changes[-1].item
         stops = item.state == STOPPED and stored.state != STOPPED

@@ -125,7 +125,7 @@ class ItemCalls(Claims):
         ttl_seconds: int,
         worker_id: str | None,
     ) -> Item | None:
-        """Extend a lease whose last heartbeat is the expected one; None: it is any other case."""
+        """Extend a lease whose last heartbeat is the expected one; None: any other case."""
         last = None if expected is None else from_heartbeat_text(expected)
         if last is None or not is_id(work_id):
             return None

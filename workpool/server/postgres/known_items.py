@@ -5,9 +5,9 @@ the node keeps the last rows that it read or wrote. A change is decided on the k
 written on the condition that the row still has the known version and a lease that has not ended.
 Otherwise nothing is written, and the caller reads the row.
 
-The time of the change is the database's at the write, which the decision does not know. No rule
-depends on it except by adding it to something, so the decision is made twice, for two times in a
-row: the statement moves those times of the new item that differ.
+The time of the change is the database's at the write, which the decision does not know. The rules
+only add something to the time. So the decision is made twice, for two successive times, and the
+statement moves those times of the new item that differ between the two.
 """
 
 from __future__ import annotations

@@ -227,7 +227,7 @@ class NotificationHub:
             self.wake(topic, int(count))
 
     def _wake_after_gap(self) -> None:
-        """Let calls read again, since changes may have gone unnoticed: one for each work topic."""
+        """Let calls read again, since changes may be missed: one call for each work topic."""
         self._changes += 1
         self._last.clear()
         self._unused.clear()

@@ -64,7 +64,7 @@ class PostgresEngine(Listings, EndedSessions):
         await self._pool.close()
 
     async def failed(self) -> None:
-        """Wait for a defect of the work in the background: a database that is away is none."""
+        """Wait for a defect of the work in the background; an unavailable database is no defect."""
         if self._running is not None:
             await asyncio.shield(self._running)
 

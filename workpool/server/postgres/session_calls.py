@@ -261,7 +261,9 @@ class StoredSessionCalls(ItemCalls, Creations):
         new_events: Sequence[Mapping[str, Any]],
         item: Item | None = None,
     ) -> Sequence[StoredEvent] | None:
-        """Append events and those that follow; return the former, None if others were faster.
+        """Append events and those that follow from them, and return the former.
+
+        None: another call has appended events since the session was read.
 
         `item`: the further item that comes with them.
         """

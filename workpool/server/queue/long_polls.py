@@ -1,6 +1,6 @@
 """The polls that wait for an item, and their wake-ups.
 
-Without polling of the queue: a waiting poll sleeps until an item becomes claimable, or until the
+Nothing polls the queue: a waiting poll sleeps until an item becomes claimable, or until the
 time at which one will. A poll that cannot use its wake-up passes it on, so that no item stays
 claimable while a poll waits.
 """

@@ -1,6 +1,6 @@
 """The items of one environment, indexed so that no query scans all of them.
 
-Owns the index in which an item is: fresh, delivered, leased or ended. `state_machine` makes all
+Owns the indexes of items: fresh, delivered, leased and ended ones. `state_machine` makes all
 decisions.
 """
 

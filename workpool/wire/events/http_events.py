@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 
 class HttpEvents:
-    """See `workpool.wire.events.event_calls.EventCalls`.
+    """The `EventCalls` of `workpool.wire.events.event_calls` over HTTP.
 
     Args:
         transport: Sends the requests.

@@ -26,7 +26,7 @@ _ANSWERS: Final[Mapping[str, str]] = {
 
 
 class SessionEvents:
-    """`session.events`, and `WorkClient.events(session_id)`."""
+    """The events of one session: `session.events`, or `WorkClient.events(session_id)`."""
 
     def __init__(self, calls: EventCalls, session_id: str, guard: Guard | None = None) -> None:
         self._calls = calls

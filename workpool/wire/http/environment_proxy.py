@@ -1,4 +1,4 @@
-"""The HTTP proxy of the environment variables. Its URL may hold a password and is never quoted."""
+"""The HTTP proxy that environment variables name; no text quotes its URL with its password."""
 
 from __future__ import annotations
 

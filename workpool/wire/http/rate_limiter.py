@@ -1,4 +1,4 @@
-"""The own rate limits of a client: a token bucket for reads and one for writes.
+"""A client's own rate limits: a token bucket for reads and one for writes.
 
 Clients on several event loops, and so on several threads, may share a limiter: a lock guards its
 state and is never held across an await. An unlimited limiter (`limited` is False) is never used.

@@ -1,4 +1,4 @@
-"""Timeouts for the waits of a block: as `asyncio.timeout`, at a part of its cost.
+"""Timeouts for the waits of a block: the rules of `asyncio.timeout`, at a part of its cost.
 
 `Bound` has a timer of its own, a third of the cost of `asyncio.timeout`. The `RequestBound`s of one
 client share a timer: a timer for each request cost 9,000 instructions, and almost none of them ever

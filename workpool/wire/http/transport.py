@@ -198,7 +198,9 @@ class Transport:
             self._raise_wrong_loop()
         until = time.monotonic() + self._seconds
         await self.acquire(limiter, STREAM, Priority.HANDLER)
-        return await self._renewing(partial(self._attempt_stream, url, headers, until), until)
+        return await self._attempt_with_renewal(
+            partial(self._attempt_stream, url, headers, until), until
+        )
 
     async def acquire(
         self, limiter: RateLimiter, op: str, priority: Priority, seconds: float | None = None
@@ -223,7 +225,7 @@ class Transport:
             if self.on_rate_limit_wait is not None:
                 self.on_rate_limit_wait(limiter.kind, time.monotonic() - started)
 
-    async def _renewing(self, attempt: Callable[[], Awaitable[T]], until: float) -> T:
+    async def _attempt_with_renewal(self, attempt: Callable[[], Awaitable[T]], until: float) -> T:
         """Make an attempt, and a second one if it was denied and the source has another token."""
         token = self._token
         try:
@@ -349,7 +351,7 @@ class Transport:
     def _options(self) -> dict[str, Any]:
         """Return the options of every request that differ from the defaults of its session.
 
-        aiohttp takes each one apart in two functions, so few of them are cheaper.
+        aiohttp processes each option in two functions, so fewer options cost less.
         """
         options: dict[str, Any] = {"allow_redirects": False}
         if self._given is not None:
