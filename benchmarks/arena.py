@@ -168,7 +168,7 @@ class Contest:
 def control_plane() -> Iterator[Plane]:
     """A control plane on a free port of the loopback interface, in memory."""
     requests: Synchronized[int] = _processes.Value("q", 0)
-    with process(_serve, requests) as receive:
+    with process(_run_control_plane, requests) as receive:
         yield replace(receive(), requests=requests)
 
 
@@ -178,7 +178,7 @@ def compete(contest: Contest) -> Iterator[Callable[[], Any]]:
 
     The value waits for what that has to say: None once it has warmed up, then what was measured.
     """
-    with process(_contend, contest) as receive:
+    with process(_run_contender, contest) as receive:
         yield receive
 
 
@@ -240,11 +240,11 @@ def process(target: Callable[..., None], *args: object) -> Iterator[Callable[[],
         running.join()
 
 
-def _serve(pipe: Connection, requests: Synchronized[int]) -> None:
-    uvloop.run(_plane(pipe, requests))
+def _run_control_plane(pipe: Connection, requests: Synchronized[int]) -> None:
+    uvloop.run(_serve_plane(pipe, requests))
 
 
-async def _plane(pipe: Connection, requests: Synchronized[int]) -> None:
+async def _serve_plane(pipe: Connection, requests: Synchronized[int]) -> None:
     @web.middleware
     async def count(
         request: web.Request, handler: Callable[[web.Request], Awaitable[web.StreamResponse]]
@@ -259,21 +259,23 @@ async def _plane(pipe: Connection, requests: Synchronized[int]) -> None:
         await asyncio.get_running_loop().create_future()  # until terminated
 
 
-def _contend(pipe: Connection, contest: Contest) -> None:
-    uvloop.run(_run(pipe, contest))
+def _run_contender(pipe: Connection, contest: Contest) -> None:
+    uvloop.run(_measure_contender(pipe, contest))
 
 
-async def _run(pipe: Connection, contest: Contest) -> None:
+async def _measure_contender(pipe: Connection, contest: Contest) -> None:
     meter = Meter(contest.warm_up, contest.items)
     async with asyncio.TaskGroup() as group:
         task = group.create_task(contest.contender(contest.plane, meter), name="contender")
         await meter.warm.wait()
         pipe.send(None)
-        pipe.send(await (_watch(contest, meter) if contest.watch else _count(meter)))
+        pipe.send(
+            await (_watch_contender(contest, meter) if contest.watch else _await_result(meter))
+        )
         task.cancel()
 
 
-async def _count(meter: Meter) -> Result:
+async def _await_result(meter: Meter) -> Result:
     await meter.done.wait()
     assert meter.begin is not None
     assert meter.end is not None
@@ -285,7 +287,7 @@ async def _count(meter: Meter) -> Result:
     )
 
 
-async def _watch(contest: Contest, meter: Meter) -> Watched:
+async def _watch_contender(contest: Contest, meter: Meter) -> Watched:
     requests = contest.plane.requests
     assert requests is not None
     await asyncio.sleep(contest.settle)

@@ -75,7 +75,7 @@ class Backlog:
 
 def fill(store: str, backlog: Backlog) -> None:
     """Write the backlog to a new SQLite file, or to a database without workpool's tables."""
-    asyncio.run(_create(store))
+    asyncio.run(_create_tables(store))
     now = time.time_ns() // 1_000_000
     parts = [
         ("stopped", backlog.stopped, now - _AGE_MS),
@@ -111,7 +111,7 @@ async def _fill_database(url: str, parts: Sequence[tuple[str, int, int]]) -> Non
         await connection.close()
 
 
-async def _create(place: str) -> None:
+async def _create_tables(place: str) -> None:
     if place.startswith(POSTGRES):
         await migrate(place)
         return

@@ -74,7 +74,7 @@ async def bare(plane: Plane, meter: Meter) -> None:
                 await call("POST", f"{work_id}/stop", b'{"force":true}')
                 meter.stopped()
 
-        await _all(loop)
+        await _run_loops(loop)
 
 
 async def workpool(
@@ -137,7 +137,7 @@ async def client(plane: Plane, meter: Meter) -> None:
                 await work.stop(item.id, force=True)
                 meter.stopped()
 
-        await _all(loop)
+        await _run_loops(loop)
 
 
 async def qca_sdk(plane: Plane, meter: Meter) -> None:
@@ -165,7 +165,7 @@ async def qca_sdk(plane: Plane, meter: Meter) -> None:
             meter.stopped()
 
     async with client:
-        await _all(loop)
+        await _run_loops(loop)
 
 
 async def anthropic(plane: Plane, meter: Meter) -> None:
@@ -186,10 +186,10 @@ async def anthropic(plane: Plane, meter: Meter) -> None:
             meter.stopped()
 
     async with client:
-        await _all(loop)
+        await _run_loops(loop)
 
 
-async def _all(loop: Callable[[], Coroutine[Any, Any, None]]) -> None:
+async def _run_loops(loop: Callable[[], Coroutine[Any, Any, None]]) -> None:
     async with asyncio.TaskGroup() as group:
         for _ in range(CONCURRENCY):
             group.create_task(loop(), name="loop")

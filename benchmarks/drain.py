@@ -67,7 +67,7 @@ def measure(sessions: int, end: str) -> Cost:
         uvloop.run(enqueue(plane, sessions))
         ours, theirs = multiprocessing.Pipe()
         process = multiprocessing.get_context("spawn").Process(
-            target=_measure, args=(theirs, plane, sessions, end)
+            target=_measure_in_process, args=(theirs, plane, sessions, end)
         )
         process.start()
         theirs.close()
@@ -76,7 +76,7 @@ def measure(sessions: int, end: str) -> Cost:
     return cost
 
 
-def _measure(pipe: Connection, plane: Plane, sessions: int, end: str) -> None:
+def _measure_in_process(pipe: Connection, plane: Plane, sessions: int, end: str) -> None:
     logging.disable(logging.WARNING)  # marks that a slow machine did not remove in time
     pipe.send(uvloop.run(drain(plane, sessions, end)))
 

@@ -86,10 +86,10 @@ class Use:
     def since(self, begin: Use) -> Use:
         return Use(
             self.wall - begin.wall,
-            _differences(self.machine, begin.machine),
-            _differences(self.servers, begin.servers),
+            _subtract(self.machine, begin.machine),
+            _subtract(self.servers, begin.servers),
             self.database - begin.database,
-            _differences(self.workers, begin.workers),
+            _subtract(self.workers, begin.workers),
         )
 
     @property
@@ -232,11 +232,13 @@ def control_planes(
     if store != MEMORY:
         fill(store, backlog)
     with ExitStack() as stack:
-        ready = [stack.enter_context(process(_serve, store, backlog))() for _ in range(nodes)]
+        ready = [
+            stack.enter_context(process(_run_control_plane, store, backlog))() for _ in range(nodes)
+        ]
         planes: list[Plane] = [plane for plane, _ in ready]
         yield System(
             enqueue=lambda number: asyncio.run(enqueue(planes[0], number)),
-            worker=lambda number: partial(_work, contender, planes[number % nodes]),
+            worker=lambda number: partial(_run_worker, contender, planes[number % nodes]),
             servers=[pid for _, pid in ready],
             database=database,
             plane=planes[0],
@@ -253,14 +255,14 @@ def machine_seconds() -> tuple[float, float]:
 
 def cpu_seconds(pid: int) -> float:
     """Return the CPU time of a process so far."""
-    user, system, *_ = _ticks(pid)
+    user, system, *_ = _cpu_ticks(pid)
     return (user + system) / _TICKS_PER_SECOND
 
 
 def family_cpu_seconds(pid: int) -> float:
     """Return the CPU time of a process and of its children, also of those that have ended."""
-    children = [child for child in _pids() if _parent(child) == pid]
-    return sum(_ticks(pid)) / _TICKS_PER_SECOND + sum(map(cpu_seconds, children))
+    children = [child for child in _pids() if _parent_pid(child) == pid]
+    return sum(_cpu_ticks(pid)) / _TICKS_PER_SECOND + sum(map(cpu_seconds, children))
 
 
 def own_kib(pid: int) -> int:
@@ -270,19 +272,19 @@ def own_kib(pid: int) -> int:
     return int(kib)
 
 
-def _ticks(pid: int) -> tuple[int, int, int, int]:
+def _cpu_ticks(pid: int) -> tuple[int, int, int, int]:
     """Return the CPU time in user and system mode, and that of children that have ended."""
-    fields = _stat(pid)
+    fields = _stat_fields(pid)
     user, system, *ended = map(int, fields[11:15]) if fields else (0, 0, 0, 0)
     return user, system, ended[0], ended[1]
 
 
-def _parent(pid: int) -> int | None:
-    fields = _stat(pid)
+def _parent_pid(pid: int) -> int | None:
+    fields = _stat_fields(pid)
     return int(fields[1]) if fields else None
 
 
-def _stat(pid: int) -> list[str]:
+def _stat_fields(pid: int) -> list[str]:
     """Return the fields after the name of a process, which may contain blanks; none if it ended."""
     try:
         text = (_PROC / str(pid) / "stat").read_text()
@@ -295,18 +297,18 @@ def _pids() -> list[int]:
     return [int(each.name) for each in _PROC.iterdir() if each.name.isdecimal()]
 
 
-def _differences(after: tuple[float, ...], before: tuple[float, ...]) -> tuple[float, ...]:
+def _subtract(after: tuple[float, ...], before: tuple[float, ...]) -> tuple[float, ...]:
     return tuple(last - first for last, first in zip(after, before, strict=True))
 
 
-def _serve(pipe: Connection, store: str, backlog: Backlog) -> None:
+def _run_control_plane(pipe: Connection, store: str, backlog: Backlog) -> None:
     with asyncio.Runner(loop_factory=new_event_loop) as runner:
-        runner.run(_plane(pipe, store, backlog))
+        runner.run(_serve_plane(pipe, store, backlog))
 
 
-async def _plane(pipe: Connection, store: str, backlog: Backlog) -> None:
+async def _serve_plane(pipe: Connection, store: str, backlog: Backlog) -> None:
     plane = ControlPlane(
-        store=_store(store),
+        store=_new_store(store),
         tokens={"token-of-the-benchmark": None},
         history_limit=0,
         retention=RETENTION_SECONDS,
@@ -321,12 +323,12 @@ async def _plane(pipe: Connection, store: str, backlog: Backlog) -> None:
         await asyncio.get_running_loop().create_future()  # until terminated
 
 
-def _store(place: str) -> MemoryStore | SqliteStore | PostgresStore:
+def _new_store(place: str) -> MemoryStore | SqliteStore | PostgresStore:
     if place.startswith(POSTGRES):
         return PostgresStore(place)
     return MemoryStore() if place == MEMORY else SqliteStore(place)
 
 
-def _work(contender: Contender, plane: Plane, pipe: Connection, stops: Stops) -> None:
+def _run_worker(contender: Contender, plane: Plane, pipe: Connection, stops: Stops) -> None:
     pipe.send(os.getpid())
     uvloop.run(contender(plane, TeamMeter(0, 0, stops=stops)))

@@ -45,10 +45,10 @@ class Held:
 
 def holder(sessions: int, *, streams: bool) -> Contender:
     """Return the contender that holds so many sessions."""
-    return partial(_hold, sessions=sessions, streams=streams)
+    return partial(_hold_sessions, sessions=sessions, streams=streams)
 
 
-async def _hold(plane: Plane, meter: Meter, *, sessions: int, streams: bool) -> None:
+async def _hold_sessions(plane: Plane, meter: Meter, *, sessions: int, streams: bool) -> None:
     @handler
     async def wait(session: Session) -> None:
         if not streams:
@@ -71,7 +71,7 @@ def watch(system: System, sessions: int, *, seconds: float, settle: float, strea
     """Let one process of the system hold so many sessions, and return its cost."""
     assert system.plane is not None
     with Team(system, 1) as team:
-        asyncio.run(_enqueue(system.plane, sessions, streams=streams))
+        asyncio.run(_enqueue_sessions(system.plane, sessions, streams=streams))
         team.wait(sessions)
         time.sleep(settle)
         begin = team.use()
@@ -83,25 +83,25 @@ def watch(system: System, sessions: int, *, seconds: float, settle: float, strea
             use,
             own_kib(worker),
             own_kib(server),
-            _connections(worker),
-            asyncio.run(_running(system.plane)),
+            _count_connections(worker),
+            asyncio.run(_count_leases(system.plane)),
         )
 
 
-async def _enqueue(plane: Plane, count: int, *, streams: bool) -> None:
+async def _enqueue_sessions(plane: Plane, count: int, *, streams: bool) -> None:
     async with WorkClient(plane.settings()) as client:
         for start in range(0, count, ENQUEUE_COUNT_MAX):
             number = min(ENQUEUE_COUNT_MAX, count - start)
             await client.enqueue(number, script=SCRIPT if streams else None)
 
 
-async def _running(plane: Plane) -> int:
+async def _count_leases(plane: Plane) -> int:
     """Return how many leases the control plane counts."""
     async with WorkClient(plane.settings()) as client:
         return (await client.stats()).running or 0
 
 
-def _connections(pid: int) -> int:
+def _count_connections(pid: int) -> int:
     """Return the number of the process's established TCP connections over IPv4."""
     lines = Path(f"/proc/{pid}/net/tcp").read_text("ascii").splitlines()[1:]
     columns = (line.split() for line in lines)

@@ -48,22 +48,22 @@ _FINISHED = """
 def opened(server: Cluster, finished: int) -> Iterator[System]:
     """Open a queue in a new database, with so many finished jobs."""
     url = server.create_database()
-    asyncio.run(_create(url, finished))
+    asyncio.run(_create_queue(url, finished))
     yield System(
-        enqueue=lambda number: asyncio.run(_enqueue(url, number)),
-        worker=lambda _: partial(_work, url),
+        enqueue=lambda number: asyncio.run(_enqueue_jobs(url, number)),
+        worker=lambda _: partial(_run_worker, url),
         database=server.pid,
-        settled=partial(_settled, url),
+        settled=partial(_wait_until_settled, url),
     )
 
 
-def _app(url: str) -> procrastinate.App:
+def _new_app(url: str) -> procrastinate.App:
     connector = procrastinate.PsycopgConnector(conninfo=url, max_size=CONCURRENCY)
     return procrastinate.App(connector=connector)
 
 
-async def _create(url: str, finished: int) -> None:
-    app = _app(url)
+async def _create_queue(url: str, finished: int) -> None:
+    app = _new_app(url)
     async with app.open_async():
         await app.schema_manager.apply_schema_async()
     async with await psycopg.AsyncConnection.connect(url, autocommit=True) as connection:
@@ -73,15 +73,15 @@ async def _create(url: str, finished: int) -> None:
         await connection.execute("VACUUM ANALYZE procrastinate_jobs")
 
 
-async def _enqueue(url: str, number: int) -> None:
-    app = _app(url)
+async def _enqueue_jobs(url: str, number: int) -> None:
+    app = _new_app(url)
     task = app.configure_task(TASK)
     async with app.open_async():
         for start in range(0, number, ENQUEUE_COUNT_MAX):
             await task.batch_defer_async(*[{}] * min(ENQUEUE_COUNT_MAX, number - start))
 
 
-def _settled(url: str) -> None:
+def _wait_until_settled(url: str) -> None:
     """Return once the last job, which was counted while it ran, is marked as finished."""
     until = time.monotonic() + LIMIT_SECONDS
     with psycopg.connect(url, autocommit=True) as connection:
@@ -92,8 +92,8 @@ def _settled(url: str) -> None:
     raise TimeoutError("jobs are under way")
 
 
-def _work(url: str, pipe: Connection, stops: Stops) -> None:
-    app = _app(url)
+def _run_worker(url: str, pipe: Connection, stops: Stops) -> None:
+    app = _new_app(url)
 
     async def nothing() -> None:
         count(stops)

@@ -190,13 +190,13 @@ class BlockingEvents:
         """Append events, all of them or none, and return them as they are stored."""
         return self._calls.run(lambda: self._session.events.send(*events))
 
-    def _open(self) -> EventStream:
+    def _open_stream(self) -> EventStream:
         return self._session.events.stream()
 
     @contextmanager
     def stream(self) -> Iterator[BlockingStream]:
         """Follow the session: first its history, then new events; reconnect after a failure."""
-        with self._calls.enter(self._open) as stream:
+        with self._calls.enter(self._open_stream) as stream:
             yield BlockingStream(stream, self._calls)
 
 

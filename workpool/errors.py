@@ -239,7 +239,7 @@ def exhausted(error: BaseException | None) -> bool:
         each = left.pop()
         if each is None or id(each) in seen:
             continue
-        if _exhaustion(each):
+        if _is_exhaustion(each):
             return True
         seen.add(id(each))
         left.append(each.__cause__ or each.__context__)
@@ -248,7 +248,7 @@ def exhausted(error: BaseException | None) -> bool:
     return False
 
 
-def _exhaustion(error: BaseException) -> bool:
+def _is_exhaustion(error: BaseException) -> bool:
     if isinstance(error, RuntimeError):  # the error of `threading` when no thread can be started
         return error.args == ("can't start new thread",)
     number = error.errno if isinstance(error, OSError) else None

@@ -139,7 +139,7 @@ class Exporter:
             self._renderer = DaemonThreads("workpool-metrics", 1)
             stack.push_async_callback(self._stop_rendering)
             runner = web.AppRunner(
-                self._app(),
+                self._new_app(),
                 access_log=None,
                 logger=HttpLog(logging.getLogger("workpool.exporter.http")),
                 shutdown_timeout=CLOSE_SECONDS,
@@ -147,7 +147,7 @@ class Exporter:
             stack.push_async_callback(runner.cleanup)
             await runner.setup()
             server = await self._listen(runner, stack)
-            self.url, self.port = _reach(server)
+            self.url, self.port = _url_and_port(server)
             self._exit = stack.pop_all()
         return self
 
@@ -172,7 +172,7 @@ class Exporter:
             stack.push_async_callback(self._disconnect, server, runner)
             await server.start_serving()
         except OSError as error:
-            raise self._refused(error) from error
+            raise self._listen_error(error) from error
         return server
 
     async def _bind(self, protocol: Callable[[], asyncio.Protocol]) -> asyncio.Server:
@@ -208,7 +208,7 @@ class Exporter:
             self._connections.close()
             await asyncio.sleep(0)  # sockets close in the loop's next turn
 
-    def _refused(self, error: OSError) -> ListenError:
+    def _listen_error(self, error: OSError) -> ListenError:
         reason = os.strerror(error.errno) if error.errno and error.errno > 0 else str(error)
         advice = "set metrics_listen to an address of this host, or to off"
         if error.errno == errno.EADDRINUSE:
@@ -230,7 +230,7 @@ class Exporter:
                 log.warning("metrics rendering abandoned: a collector does not return")
             await self._renderer.close()
 
-    def _app(self) -> web.Application:
+    def _new_app(self) -> web.Application:
         app = web.Application(middlewares=[self._connections.middleware])
         app.router.add_get("/", self._index)
         app.router.add_get("/metrics", self._metrics)
@@ -264,11 +264,11 @@ class Exporter:
 
     async def _metrics(self, request: web.Request) -> web.Response:
         began_at = time.monotonic()
-        encode, content_type = _encoder(request.headers.get("Accept", ""))
+        encode, content_type = _accepted_encoder(request.headers.get("Accept", ""))
         headers = {"Content-Type": content_type, "Vary": "Accept, Accept-Encoding"}
         if gzip_accepted(request.headers.get("Accept-Encoding", "")):
             headers["Content-Encoding"] = "gzip"
-            body = await self._render(_compressed, encode, self._registry)
+            body = await self._render(_encode_compressed, encode, self._registry)
         else:
             body = await self._render(encode, self._registry)
         self.scraped_at = began_at
@@ -288,10 +288,10 @@ class Exporter:
         return await asyncio.wrap_future(rendering)
 
     async def _healthz(self, _: web.Request) -> web.Response:
-        return _verdict("healthy", self._health())
+        return _health_response("healthy", self._health())
 
     async def _readyz(self, _: web.Request) -> web.Response:
-        return _verdict("ready", self._readiness())
+        return _health_response("ready", self._readiness())
 
 
 async def _scale(numbers: Numbers, _: web.Request) -> web.Response:
@@ -309,25 +309,25 @@ def _is_loopback(host: str) -> bool:
         return host == "localhost"
 
 
-def _verdict(good: str, reasons: Sequence[str]) -> web.Response:
+def _health_response(good: str, reasons: Sequence[str]) -> web.Response:
     if not reasons:
         return web.json_response({"status": good})
     body = {"status": f"un{good}", "reasons": list(reasons)}
     return web.json_response(body, status=HTTPStatus.SERVICE_UNAVAILABLE)
 
 
-def _encoder(accept: str) -> tuple[Encoder, str]:
+def _accepted_encoder(accept: str) -> tuple[Encoder, str]:
     try:
         return choose_encoder(accept)
     except (TypeError, ValueError):  # prometheus_client compares any "version=" with numbers
         return choose_encoder("")
 
 
-def _compressed(encode: Encoder, registry: CollectorRegistry) -> bytes:
+def _encode_compressed(encode: Encoder, registry: CollectorRegistry) -> bytes:
     return gzip.compress(encode(registry))
 
 
-def _reach(server: asyncio.Server) -> tuple[str, int]:
+def _url_and_port(server: asyncio.Server) -> tuple[str, int]:
     """Return the URL and the port. Loopback is the URL of a server on all addresses."""
     host, port = server.sockets[0].getsockname()[:2]
     address = ip_address(host)

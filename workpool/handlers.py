@@ -213,7 +213,7 @@ def handler(  # noqa: PLR0913 - the arguments are documented one by one
 
 def rule_of(call: object) -> HandlerRule | None:
     """Return the rule of a function, a method, or the function of a `functools.partial`, if any."""
-    inner = _innermost(call)
+    inner = _innermost_function(call)
     # Functions only: a module may import lazily, and an object may have any attribute.
     rule = getattr(inner, _MARK, None) if inspect.isroutine(inner) else None
     return rule if isinstance(rule, HandlerRule) else None
@@ -221,19 +221,19 @@ def rule_of(call: object) -> HandlerRule | None:
 
 def name_of(call: object) -> str:
     """Return the function part of a label: a function's name, or the class of an object."""
-    inner = _innermost(call)
+    inner = _innermost_function(call)
     return str(getattr(inner, "__name__", inner.__class__.__name__))
 
 
 def is_async_callable(call: object) -> bool:
     """Return whether a call gives a coroutine: async functions, methods, partials, `__call__`."""
-    inner = _innermost(call)
+    inner = _innermost_function(call)
     return inspect.iscoroutinefunction(inner) or inspect.iscoroutinefunction(
         getattr(inner.__class__, "__call__", None)  # noqa: B004 - it must be async, not only callable
     )
 
 
-def _innermost(call: object) -> object:
+def _innermost_function(call: object) -> object:
     while isinstance(call, functools.partial):
         call = call.func
     return call

@@ -102,14 +102,14 @@ class InboundConnections:
     def add(self, connection: _Connection) -> bool:
         """Record a new connection. Return False if it must be closed."""
         if len(self._open) >= self._limit:
-            oldest = self._dispensable()
+            oldest = self._find_dispensable()
             if oldest is None:
                 return False
             self._abort(oldest)
         self._open[connection.transport] = connection
         self._await_request(connection, HEADER_SECONDS)
         if self._timer is None:
-            self._timer = asyncio.get_running_loop().call_later(CHECK_SECONDS, self._check)
+            self._timer = asyncio.get_running_loop().call_later(CHECK_SECONDS, self._close_late)
         return True
 
     def remove(self, connection: _Connection) -> None:
@@ -130,7 +130,7 @@ class InboundConnections:
         """Record that the client of this connection has read."""
         self._unread_bytes -= self._unread.pop(connection, 0)
 
-    def _dispensable(self) -> _Connection | None:
+    def _find_dispensable(self) -> _Connection | None:
         """Return the idle or slow connection to close for a new one, or None."""
         for connection in self._without_request:
             return connection
@@ -146,9 +146,9 @@ class InboundConnections:
         connection.began = False
         self._without_request[connection] = None
 
-    def _check(self) -> None:
+    def _close_late(self) -> None:
         loop = asyncio.get_running_loop()
-        self._timer = loop.call_later(CHECK_SECONDS, self._check) if self._open else None
+        self._timer = loop.call_later(CHECK_SECONDS, self._close_late) if self._open else None
         now = loop.time()
         for connection in tuple(self._without_request):
             # The limit for reading applies while its answer is being read.

@@ -56,15 +56,15 @@ _lock = threading.Lock()
 
 def hide(token: str) -> None:
     """Redact a client's token from all later results of `readable`."""
-    _keep(_tokens, token, TOKENS)
+    _remember_token(_tokens, token, TOKENS)
 
 
 def hide_item_token(token: str) -> None:
     """Redact a token that belongs to one item; there may be many of them."""
-    _keep(_item_tokens, token, ITEM_TOKENS)
+    _remember_token(_item_tokens, token, ITEM_TOKENS)
 
 
-def _keep(tokens: dict[str, Sequence[str]], token: str, limit: int) -> None:
+def _remember_token(tokens: dict[str, Sequence[str]], token: str, limit: int) -> None:
     if token in tokens or token in _REDACTED or len(token) < TOKEN_CHARACTERS_MIN:
         return
     with _lock:
@@ -79,7 +79,7 @@ def readable(text: str, limit: int = MESSAGE_CHARACTERS) -> str:
     Characters that are not printable become escape sequences: line ends, control characters, marks
     that change the direction of text. Text that is too long loses its middle. Tokens are redacted.
     """
-    return _printable(_redacted(text), limit)
+    return _make_printable(_redact(text), limit)
 
 
 def escaped(text: str) -> str:
@@ -89,12 +89,12 @@ def escaped(text: str) -> str:
     return "".join(each if each.isprintable() else ascii(each)[1:-1] for each in text)
 
 
-def _printable(text: str, limit: int) -> str:
-    text = _cut(text, limit)
-    return text if text.isprintable() else _cut(escaped(text), limit)
+def _make_printable(text: str, limit: int) -> str:
+    text = _cut_middle(text, limit)
+    return text if text.isprintable() else _cut_middle(escaped(text), limit)
 
 
-def _redacted(text: str) -> str:
+def _redact(text: str) -> str:
     found: list[str] = []
     for tokens in (_tokens, _item_tokens):
         for token, forms in tuple(tokens.items()):
@@ -113,12 +113,12 @@ def _forms(token: str) -> Sequence[str]:
     return list({token, repr(token)[1:-1], json.dumps(token)[1:-1], quote(token, safe="")})
 
 
-def _bounded(text: str, limit: int) -> str:
+def _limit_length(text: str, limit: int) -> str:
     """Return text that is redacted later, but before a cut could leave a part of a token."""
-    return text if len(text) <= limit else _cut(_redacted(text), limit)
+    return text if len(text) <= limit else _cut_middle(_redact(text), limit)
 
 
-def _cut(text: str, limit: int) -> str:
+def _cut_middle(text: str, limit: int) -> str:
     if len(text) <= limit:
         return text
     note = f" … {len(text)} characters … "
@@ -127,10 +127,10 @@ def _cut(text: str, limit: int) -> str:
     return (text[: room - tail] + note + text[len(text) - tail :])[:limit]
 
 
-def _block(text: str, limit: int) -> list[str]:
+def _printable_lines(text: str, limit: int) -> list[str]:
     """Return the lines of a text that may have several."""
-    lines = _cut(_redacted(text), limit).split("\n")
-    return [_printable(line, MESSAGE_CHARACTERS) for line in lines]
+    lines = _cut_middle(_redact(text), limit).split("\n")
+    return [_make_printable(line, MESSAGE_CHARACTERS) for line in lines]
 
 
 def _message(record: logging.LogRecord) -> str:
@@ -138,27 +138,27 @@ def _message(record: logging.LogRecord) -> str:
     try:
         return record.getMessage()
     except Exception:  # noqa: BLE001 - code of users, in `__str__`
-        return f"cannot be formatted: {_text(record.msg)}"
+        return f"cannot be formatted: {_text_of(record.msg)}"
 
 
-def _text(value: object) -> str:
+def _text_of(value: object) -> str:
     try:
         return str(value)
     except Exception:  # noqa: BLE001 - code of users
         return f"<{type(value).__name__} that has no text>"
 
 
-def _time(record: logging.LogRecord) -> str:
+def _time_text(record: logging.LogRecord) -> str:
     moment = datetime.fromtimestamp(record.created, UTC)
     return moment.isoformat(timespec="milliseconds").replace("+00:00", "Z")
 
 
-def _extras(record: logging.LogRecord) -> dict[str, Any]:
+def _bounded_extras(record: logging.LogRecord) -> dict[str, Any]:
     found = ((name, value) for name, value in vars(record).items() if name not in _STANDARD)
     return {
-        _bounded(name, VALUE_CHARACTERS): value
+        _limit_length(name, VALUE_CHARACTERS): value
         if value is None or (isinstance(value, int | float) and math.isfinite(value))
-        else _bounded(_text(value), VALUE_CHARACTERS)
+        else _limit_length(_text_of(value), VALUE_CHARACTERS)
         for name, value in islice(found, EXTRAS)
     }
 
@@ -168,20 +168,22 @@ class TextFormatter(logging.Formatter):
 
     def format(self, record: logging.LogRecord) -> str:
         """Return one line, and the stack of an error indented below it."""
-        message = _printable(_bounded(_message(record), MESSAGE_CHARACTERS), MESSAGE_CHARACTERS)
+        message = _make_printable(
+            _limit_length(_message(record), MESSAGE_CHARACTERS), MESSAGE_CHARACTERS
+        )
         # Each part is bounded, so that a long message leaves room for the ids.
-        line = f"{_time(record)} {record.levelname:<7} {record.name} {message}"
-        for name, value in _extras(record).items():
+        line = f"{_time_text(record)} {record.levelname:<7} {record.name} {message}"
+        for name, value in _bounded_extras(record).items():
             text = str(value)
             if name == "error" and message.endswith(text):
                 continue  # the message says it, for formatters that print nothing else
             plain = text.isprintable() and " " not in text
-            line += f" {name}={text if plain else repr(_redacted(text))}"
+            line += f" {name}={text if plain else repr(_redact(text))}"
         lines = [readable(line, LINE_CHARACTERS)]
         if record.exc_info:
-            lines += _block(self.formatException(record.exc_info), ERROR_CHARACTERS)
+            lines += _printable_lines(self.formatException(record.exc_info), ERROR_CHARACTERS)
         if record.stack_info:
-            lines += _block(self.formatStack(record.stack_info), STACK_CHARACTERS)
+            lines += _printable_lines(self.formatStack(record.stack_info), STACK_CHARACTERS)
         return _INDENT.join(lines)
 
 
@@ -194,7 +196,7 @@ class JsonFormatter(logging.Formatter):
     def format(self, record: logging.LogRecord) -> str:
         """Return exactly one line."""
         fields: dict[str, Any] = {
-            "time": _time(record),
+            "time": _time_text(record),
             "level": readable(record.levelname, VALUE_CHARACTERS).lower(),
             "logger": readable(record.name, VALUE_CHARACTERS),
             "message": readable(_message(record)),
@@ -203,16 +205,16 @@ class JsonFormatter(logging.Formatter):
             name if name.isidentifier() else readable(name): readable(value, VALUE_CHARACTERS)
             if isinstance(value, str)
             else value
-            for name, value in _extras(record).items()
+            for name, value in _bounded_extras(record).items()
         }
         fields |= {name: value for name, value in extras.items() if name not in fields}
         stack: list[str] = []
         if record.exc_info and record.exc_info[1] is not None:
-            stack = _block(self.formatException(record.exc_info), ERROR_CHARACTERS)
-            fields["error"] = readable(_text(record.exc_info[1]))
+            stack = _printable_lines(self.formatException(record.exc_info), ERROR_CHARACTERS)
+            fields["error"] = readable(_text_of(record.exc_info[1]))
             fields["error_type"] = readable(type(record.exc_info[1]).__name__, VALUE_CHARACTERS)
         if record.stack_info:
-            stack += _block(record.stack_info, STACK_CHARACTERS)
+            stack += _printable_lines(record.stack_info, STACK_CHARACTERS)
         if stack:
             fields["stack"] = "\n".join(stack)
         return json.dumps(fields, ensure_ascii=False)

@@ -62,7 +62,7 @@ def whole(least: int, most: int | None = None) -> Parser:
     limits = f", {least} or more" if most is None else f" from {least} to {most}"
 
     def read(value: object) -> int:
-        number = _number(value, int)
+        number = _parse_number(value, int)
         if number is None or number != int(number) or not least <= number <= (most or number):
             raise ValueError(f"must be a whole number{limits}")
         return int(number)
@@ -74,7 +74,7 @@ def decimal(*, zero: bool) -> Parser:
     """Return a parser of finite numbers above 0, or with `zero` from 0 on."""
 
     def read(value: object) -> float:
-        number = _number(value, float)
+        number = _parse_number(value, float)
         if number is None or number < 0 or (number == 0 and not zero):
             raise ValueError("must be a number, 0 or more" if zero else "must be a number above 0")
         return float(number)
@@ -150,7 +150,7 @@ def secrets_by_name(value: object) -> dict[str, Secret]:
     return {name: secret(each) for name, each in value.items()}
 
 
-def _number(value: object, read: Callable[[Any], float]) -> float | None:
+def _parse_number(value: object, read: Callable[[Any], float]) -> float | None:
     """Return the finite number that a number or a text is; None if it is something else."""
     if isinstance(value, bool) or not isinstance(value, int | float | str):
         return None

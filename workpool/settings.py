@@ -187,7 +187,7 @@ def _host_name() -> str:
     return re.sub(r"[^A-Za-z0-9._-]+", "-", socket.gethostname())[:64].strip("-") or "worker"
 
 
-class _Given(NamedTuple):
+class _GivenValue(NamedTuple):
     """A value that a source gave; `origin`: what errors call the source, empty for a keyword."""
 
     value: object
@@ -224,15 +224,17 @@ class _ConfigFile(NamedTuple):
     plugins: Mapping[str, Table]
     environments: Mapping[str, Table]
 
-    def layer(self) -> dict[str, _Given]:
+    def layer(self) -> dict[str, _GivenValue]:
         """Return the settings of the table `[workpool]`."""
-        return {name: _Given(value, str(self.path)) for name, value in self.table.items()}
+        return {name: _GivenValue(value, str(self.path)) for name, value in self.table.items()}
 
-    def environment_layer(self, environment_id: str) -> dict[str, _Given]:
+    def environment_layer(self, environment_id: str) -> dict[str, _GivenValue]:
         """Return the settings of an environment's table, whose name is its id."""
         table = {**self.environments[environment_id], "environment_id": environment_id}
         origin = self.origin(environment_id)
-        return {name: _Given(value, origin) for name, value in table.items() if name != "plugin"}
+        return {
+            name: _GivenValue(value, origin) for name, value in table.items() if name != "plugin"
+        }
 
     def origin(self, environment_id: str) -> str:
         """Return the name of an environment's table in errors."""
@@ -259,7 +261,7 @@ _SECONDS: Final = decimal(zero=True)
 _SOME_SECONDS: Final = decimal(zero=False)
 
 
-def _either(names: Iterable[str]) -> str:
+def _join_with_or(names: Iterable[str]) -> str:
     """Return names in a text: "`one` or `two`"."""
     return " or ".join(f"`{name}`" for name in names)
 
@@ -290,13 +292,13 @@ class Settings:
     dialect: protocol.Dialect = setting(
         choice(*get_args(protocol.Dialect)),
         protocol.QODER,
-        f"The variant of the protocol: {_either(DIALECTS)}. Default: `{protocol.QODER}`.",
+        f"The variant of the protocol: {_join_with_or(DIALECTS)}. Default: `{protocol.QODER}`.",
     )
     token: Secret | None = setting(
         optional(secret),
         None,
         "The credential. Default: the variable "
-        f"{_either(rules.credential_variable for rules in DIALECTS.values())}.",
+        f"{_join_with_or(rules.credential_variable for rules in DIALECTS.values())}.",
     )
     token_file: Path | None = setting(
         optional(path),
@@ -504,10 +506,10 @@ class Settings:
     _sources: _Sources = dataclasses.field(default_factory=_Sources, repr=False, compare=False)
 
     def __init__(self, *, config: str | os.PathLike[str] | None = None, **values: Any) -> None:
-        file = self._file(config)
-        variables, keywords = _variables(), self._keywords(values)
-        given = {**variables, **keywords}.get("environment_id", _Given(None, ""))
-        layer: dict[str, _Given] = {}
+        file = self._read_file(config)
+        variables, keywords = _variables(), self._keyword_values(values)
+        given = {**variables, **keywords}.get("environment_id", _GivenValue(None, ""))
+        layer: dict[str, _GivenValue] = {}
         problems = _choice_problems(file, given)
         if isinstance(given.value, str) and given.value in file.environments:
             layer = file.environment_layer(given.value)
@@ -527,11 +529,15 @@ class Settings:
             SettingsError: Some values of the process, or else of its environments, are wrong.
         """
         process = cls(config=config, **values)
-        file = cls._file(config)
+        file = cls._read_file(config)
         found: list[Self] = []
         problems: list[str] = []
         for environment_id in process.environment_ids:
-            layers = _variables(), file.environment_layer(environment_id), cls._keywords(values)
+            layers = (
+                _variables(),
+                file.environment_layer(environment_id),
+                cls._keyword_values(values),
+            )
             one = cls.__new__(cls)
             try:
                 one._load(  # noqa: SLF001 - of this class
@@ -553,7 +559,7 @@ class Settings:
     def _load(
         self,
         file: _ConfigFile,
-        layers: Iterable[Mapping[str, _Given]],
+        layers: Iterable[Mapping[str, _GivenValue]],
         problems: Iterable[str],
         *,
         chosen: bool,
@@ -563,7 +569,7 @@ class Settings:
         `problems`: problems that were found before, with the sources of their values.
         """
         given, more = _merge(file.layer(), *layers)
-        parsed, wrong = _parse(given)
+        parsed, wrong = _parse_values(given)
         origins = {name: each.origin for name, each in given.items()}
         problems = [*problems, *(_with_origin(each, origins) for each in (*more, *wrong))]
         self._refuse(problems, {})
@@ -578,14 +584,14 @@ class Settings:
         object.__setattr__(self, "_sources", sources)
 
     @classmethod
-    def _file(cls, config: str | os.PathLike[str] | None) -> _ConfigFile:
+    def _read_file(cls, config: str | os.PathLike[str] | None) -> _ConfigFile:
         if config:
             return _read_config(config, cls._origin("config"))
         return _read_config(os.environ.get(CONFIG_VARIABLE), CONFIG_VARIABLE)
 
     @classmethod
-    def _keywords(cls, values: Mapping[str, Any]) -> dict[str, _Given]:
-        return {name: _Given(value, cls._origin(name)) for name, value in values.items()}
+    def _keyword_values(cls, values: Mapping[str, Any]) -> dict[str, _GivenValue]:
+        return {name: _GivenValue(value, cls._origin(name)) for name, value in values.items()}
 
     @staticmethod
     def _origin(name: str) -> str:
@@ -636,12 +642,12 @@ class Settings:
     @property
     def read_limit(self) -> float:
         """The effective limit of reads per second; 0 = no limit."""
-        return self._limit(self.read_rate, DEFAULT_READ_RATE)
+        return self._rate_limit(self.read_rate, DEFAULT_READ_RATE)
 
     @property
     def write_limit(self) -> float:
         """The effective limit of writes per second; 0 = no limit."""
-        return self._limit(self.write_rate, DEFAULT_WRITE_RATE)
+        return self._rate_limit(self.write_rate, DEFAULT_WRITE_RATE)
 
     def read_token(self) -> str:
         """Read the credential from its source. Each call reads it again.
@@ -736,7 +742,7 @@ class Settings:
                     f" second, but {meaning}; raise write_rate or {name}, or lower concurrency"
                 )
 
-    def _limit(self, rate: float | None, default: float) -> float:
+    def _rate_limit(self, rate: float | None, default: float) -> float:
         if rate is not None:
             return rate
         return default if self.base_url == DIALECTS[self.dialect].base_url else 0.0
@@ -795,7 +801,7 @@ def _form_problem(table: Table) -> str:
     return ""
 
 
-def _choice_problems(file: _ConfigFile, given: _Given) -> list[str]:
+def _choice_problems(file: _ConfigFile, given: _GivenValue) -> list[str]:
     """Return why no table of the file is of the given environment."""
     if not file.environments:
         return []
@@ -821,7 +827,7 @@ def _table_problems(file: _ConfigFile, environment_id: str) -> list[str]:
     }
     table, origin = file.environments[environment_id], file.origin(environment_id)
     problems = [f"{name}: {refused[name]} (from {origin})" for name in table if name in refused]
-    return problems + _choice_problems(file, _Given(None, ""))
+    return problems + _choice_problems(file, _GivenValue(None, ""))
 
 
 def _plugin_names(plugins: object) -> set[str]:
@@ -834,7 +840,7 @@ def _plugin_names(plugins: object) -> set[str]:
     return {*given, *(re.split("[.:]", each)[-1] for each in given)}
 
 
-def _variables() -> dict[str, _Given]:
+def _variables() -> dict[str, _GivenValue]:
     """Return the settings that environment variables hold. An empty variable is not set.
 
     An empty address is kept, which is an error: otherwise the worker would send its credential to
@@ -845,13 +851,13 @@ def _variables() -> dict[str, _Given]:
     for name in DESCRIPTIONS:
         variable = environment.get(f"{PREFIX}{name.upper()}")
         if variable is not None and (os.environ[variable] or name == "base_url"):
-            found[name] = _Given(os.environ[variable], variable)
+            found[name] = _GivenValue(os.environ[variable], variable)
     return found
 
 
-def _merge(*layers: Mapping[str, _Given]) -> tuple[dict[str, _Given], list[str]]:
+def _merge(*layers: Mapping[str, _GivenValue]) -> tuple[dict[str, _GivenValue], list[str]]:
     """Merge the layers, of which later ones win. Also returns problems of their combination."""
-    merged: dict[str, _Given] = {}
+    merged: dict[str, _GivenValue] = {}
     problems: list[str] = []
     for layer in layers:
         for name, file in CREDENTIALS:
@@ -868,12 +874,14 @@ def _merge(*layers: Mapping[str, _Given]) -> tuple[dict[str, _Given], list[str]]
     dialect = merged.get("dialect")
     for name, rules in DIALECTS.items():
         if dialect is not None and name == dialect.value:
-            merged.setdefault("base_url", _Given(rules.base_url, ""))
-    problems += [_unknown(name, DESCRIPTIONS) for name in merged if name not in DESCRIPTIONS]
+            merged.setdefault("base_url", _GivenValue(rules.base_url, ""))
+    problems += [
+        _unknown_setting(name, DESCRIPTIONS) for name in merged if name not in DESCRIPTIONS
+    ]
     return merged, problems
 
 
-def _parse(given: Mapping[str, _Given]) -> tuple[Table, list[str]]:
+def _parse_values(given: Mapping[str, _GivenValue]) -> tuple[Table, list[str]]:
     """Return the value of each setting, and the problems of those that are wrong."""
     values: Table = {}
     problems: list[str] = []
@@ -897,7 +905,7 @@ def _with_origin(problem: str, origins: Mapping[str, str]) -> str:
     return f"{problem} (from {', '.join(found)})" if found else problem
 
 
-def _unknown(name: str, known: Iterable[str], prefix: str = "") -> str:
+def _unknown_setting(name: str, known: Iterable[str], prefix: str = "") -> str:
     close = difflib.get_close_matches(name, known, 1)
     hint = f", did you mean {prefix}{close[0]}?" if close else ""
     return f"{prefix}{name}: no such setting{hint}"
@@ -909,4 +917,4 @@ def _unknown_variables() -> tuple[str, ...]:
     names = {name.upper() for name in DESCRIPTIONS} | others
     given = sorted(name.upper() for name in os.environ if name.upper().startswith(PREFIX))
     bare = [name.removeprefix(PREFIX) for name in given]
-    return tuple(_unknown(name, names, PREFIX) for name in bare if name not in names)
+    return tuple(_unknown_setting(name, names, PREFIX) for name in bare if name not in names)

@@ -76,12 +76,12 @@ def check(
     try:
         settings, environments = read_environments(config, plugins=plugins, **flags)
     except SettingsError as error:
-        findings += _problems("settings", error)
+        findings += _failed_results("settings", error)
     else:
-        findings += _find_all(settings, environments)
+        findings += _check_all(settings, environments)
     status = next((each.exit for each in findings if each.exit), exits.OK)
     if json:
-        shown = [_shown(each) for each in findings]
+        shown = [_json_object(each) for each in findings]
         print_json({"ok": status == exits.OK, "checks": shown})
     else:
         for each in findings:
@@ -93,30 +93,32 @@ def check(
     raise typer.Exit(status)
 
 
-def _shown(result: CheckResult) -> dict[str, object]:
+def _json_object(result: CheckResult) -> dict[str, object]:
     """Return the JSON object of a line."""
     hidden = {"exit"} if result.environment_id is not None else {"exit", "environment_id"}
     return {name: value for name, value in asdict(result).items() if name not in hidden}
 
 
-def _find_all(settings: Settings, environments: Sequence[Settings]) -> Iterator[CheckResult]:
+def _check_all(settings: Settings, environments: Sequence[Settings]) -> Iterator[CheckResult]:
     """Check each environment of the file, or the only one."""
     if not environments:
-        yield from _find(settings)
+        yield from _check_environment(settings)
         return
     usable: list[Settings] = []
     for each in environments:
-        found = [replace(one, environment_id=each.environment_id) for one in _find(each)]
+        found = [
+            replace(one, environment_id=each.environment_id) for one in _check_environment(each)
+        ]
         yield from found
         if not any(one.check == "credentials" and one.exit for one in found):
             usable.append(each)
     try:
         shared_rate_limits(usable)
     except SettingsError as error:
-        yield from _problems("rate limits", error)
+        yield from _failed_results("rate limits", error)
 
 
-def _find(settings: Settings) -> Iterator[CheckResult]:
+def _check_environment(settings: Settings) -> Iterator[CheckResult]:
     warnings = settings.warnings()
     yield from (CheckResult("settings", "warn", warning) for warning in warnings)
     if not warnings:
@@ -125,13 +127,13 @@ def _find(settings: Settings) -> Iterator[CheckResult]:
     try:
         settings.require_connection()
     except SettingsError as error:
-        yield from _problems("credentials", error)
+        yield from _failed_results("credentials", error)
         return
     yield CheckResult("credentials", "ok", "there is a token")
     yield from asyncio.run(_check_control_plane(settings))
 
 
-def _problems(check: str, error: SettingsError) -> Iterator[CheckResult]:
+def _failed_results(check: str, error: SettingsError) -> Iterator[CheckResult]:
     return (CheckResult(check, "FAIL", each, exit=exits.USAGE) for each in error.problems)
 
 
@@ -169,13 +171,15 @@ async def _check_control_plane(settings: Settings) -> list[CheckResult]:
         except ControlPlaneError as failure:
             error = failure
         seconds = time.monotonic() - started
-    findings = [_judge(settings, error, seconds)]
+    findings = [_connection_result(settings, error, seconds)]
     if dates and dates[-1]:
         findings.append(judge_clock(dates[-1], datetime.now(UTC), seconds))
     return findings
 
 
-def _judge(settings: Settings, error: ControlPlaneError | None, seconds: float) -> CheckResult:
+def _connection_result(
+    settings: Settings, error: ControlPlaneError | None, seconds: float
+) -> CheckResult:
     if error is None:
         return CheckResult("control plane", "ok", f"answered in {seconds * 1000:.0f} ms")
     advice = exits.ADVICE.get(error.status or 0, "check base_url, proxies and the network")

@@ -108,7 +108,7 @@ def conform(
     Exit status: 0 all clauses hold, 4 some differ harmlessly, 5 some could not be tried, 1 some
     break workers.
     """
-    clauses = _chosen(clause)
+    clauses = _chosen_clauses(clause)
     with exits.reported():
         settings = read_settings(
             config,
@@ -118,8 +118,10 @@ def conform(
             environment_id=environment_id,
         )
         settings.require_connection()
-        source = _source(agent, work_id)
-        findings = asyncio.run(_run(settings, clauses, source, work_id or (), test_environment))
+        source = _new_source(agent, work_id)
+        findings = asyncio.run(
+            _run_suite(settings, clauses, source, work_id or (), test_environment)
+        )
     worst = max((each.verdict for each in findings), key=_ORDER.index)
     if json:
         print_json(_report(settings, findings, worst))
@@ -128,7 +130,7 @@ def conform(
     raise typer.Exit(_STATUSES[worst])
 
 
-def _chosen(names: Sequence[str] | None) -> Sequence[Clause]:
+def _chosen_clauses(names: Sequence[str] | None) -> Sequence[Clause]:
     if not names:
         return CLAUSES
     by_name = {each.name: each for each in CLAUSES}
@@ -138,7 +140,7 @@ def _chosen(names: Sequence[str] | None) -> Sequence[Clause]:
     return [by_name[name] for name in dict.fromkeys(names)]
 
 
-def _source(agent: str | None, work_ids: Sequence[str] | None) -> Source:
+def _new_source(agent: str | None, work_ids: Sequence[str] | None) -> Source:
     if agent and work_ids:
         raise typer.BadParameter("give --agent or --work-id, not both")
     if work_ids:
@@ -146,7 +148,7 @@ def _source(agent: str | None, work_ids: Sequence[str] | None) -> Source:
     return SessionSource(agent) if agent else EnqueueSource()
 
 
-async def _run(
+async def _run_suite(
     settings: Settings,
     clauses: Sequence[Clause],
     source: Source,

@@ -69,7 +69,7 @@ def pause(
 
     The worker is the only one of this user on this machine, or the one that the flags choose.
     """
-    _request({"command": "pause", "reason": reason}, "paused", path, pid, environment_id)
+    _request_worker({"command": "pause", "reason": reason}, "paused", path, pid, environment_id)
 
 
 def resume(path: SocketPath = None, pid: Pid = None, environment_id: Environment = None) -> None:
@@ -77,7 +77,7 @@ def resume(path: SocketPath = None, pid: Pid = None, environment_id: Environment
 
     The worker is the only one of this user on this machine, or the one that the flags choose.
     """
-    _request({"command": "resume"}, "resumed", path, pid, environment_id)
+    _request_worker({"command": "resume"}, "resumed", path, pid, environment_id)
 
 
 def drain(
@@ -98,10 +98,10 @@ def drain(
     only one of this user on this machine, or the one that the flags choose.
     """
     given = {} if timeout is None else {"timeout": timeout}
-    _request({"command": "drain", **given}, "draining", path, pid, environment_id)
+    _request_worker({"command": "drain", **given}, "draining", path, pid, environment_id)
 
 
-def _request(
+def _request_worker(
     request: Mapping[str, object],
     done: str,
     path: Path | None,
@@ -112,37 +112,37 @@ def _request(
     if environment_id is not None:
         request = {**request, "environment_id": environment_id}
     try:
-        chosen = _choose(path, pid, environment_id)
-        answer = _ask(chosen, request)
+        chosen = _choose_worker(path, pid, environment_id)
+        answer = _send_request(chosen, request)
     except (OSError, ControlError) as error:
-        _end(exits.FAILED, _reason(error))
+        _exit_with(exits.FAILED, _failure_reason(error))
     if "error" in answer:
-        _end(exits.USAGE, f"{chosen}: {answer['error']}")
-    typer.echo(f"{done} {_description(answer)}")
+        _exit_with(exits.USAGE, f"{chosen}: {answer['error']}")
+    typer.echo(f"{done} {_describe_worker(answer)}")
 
 
-def _choose(path: Path | None, pid: int | None, environment_id: str | None) -> Path:
+def _choose_worker(path: Path | None, pid: int | None, environment_id: str | None) -> Path:
     """Return the socket of the one worker that matches."""
     wanted = {"pid": pid, "environment_id": environment_id}
     asked = {} if environment_id is None else {"environment_id": environment_id}
-    paths = [path] if path is not None else _sockets()
+    paths = [path] if path is not None else _find_sockets()
     found = {}
     for each in paths:
         try:
-            answer = _ask(each, {"command": "status", **asked})
+            answer = _send_request(each, {"command": "status", **asked})
         except (OSError, ControlError) as error:
             if path is not None:
-                raise ControlError(f"{path}: {_reason(error)}") from None
+                raise ControlError(f"{path}: {_failure_reason(error)}") from None
             if not isinstance(error, ConnectionRefusedError | FileNotFoundError):
-                typer.echo(f"workpool: {each}: {readable(_reason(error))}", err=True)
+                typer.echo(f"workpool: {each}: {readable(_failure_reason(error))}", err=True)
             continue
         if all(value is None or answer.get(name) == value for name, value in wanted.items()):
             found[each] = answer
     if len(found) == 1:
         return next(iter(found))
     if found:
-        lines = [f"{_description(answer)} socket={each}" for each, answer in found.items()]
-        _end(
+        lines = [f"{_describe_worker(answer)} socket={each}" for each, answer in found.items()]
+        _exit_with(
             exits.USAGE,
             "several workers listen; choose one with --pid, --environment-id or --socket",
             *lines,
@@ -155,7 +155,7 @@ def _choose(path: Path | None, pid: int | None, environment_id: str | None) -> P
     )
 
 
-def _sockets() -> list[Path]:
+def _find_sockets() -> list[Path]:
     found: list[Path] = []
     for directory in directories():
         if is_private(directory):
@@ -165,7 +165,7 @@ def _sockets() -> list[Path]:
     return found
 
 
-def _ask(path: Path, request: Mapping[str, object]) -> dict[str, Any]:
+def _send_request(path: Path, request: Mapping[str, object]) -> dict[str, Any]:
     """Send one request and return its answer.
 
     Raises:
@@ -179,7 +179,7 @@ def _ask(path: Path, request: Mapping[str, object]) -> dict[str, Any]:
         connection.settimeout(ANSWER_SECONDS)
         _connect(connection, path)
         connection.sendall(line)
-        received = _receive(connection)
+        received = _receive_answer(connection)
     try:
         answer = orjson.loads(received)
     except orjson.JSONDecodeError:
@@ -200,7 +200,7 @@ def _connect(connection: socket.socket, path: Path) -> None:
         raise ControlError(f"belongs to the user {found.st_uid}: run the command as that user")
 
 
-def _receive(connection: socket.socket) -> bytes:
+def _receive_answer(connection: socket.socket) -> bytes:
     end = time.monotonic() + ANSWER_SECONDS
     received = b""
     while not received.endswith(b"\n") and len(received) < ANSWER_BYTES:
@@ -212,7 +212,7 @@ def _receive(connection: socket.socket) -> bytes:
     return received
 
 
-def _reason(error: Exception) -> str:
+def _failure_reason(error: Exception) -> str:
     if isinstance(error, TimeoutError):
         return (
             f"no answer in {ANSWER_SECONDS:.0f} s; the request may have an effect later; "
@@ -223,7 +223,7 @@ def _reason(error: Exception) -> str:
     return getattr(error, "strerror", None) or str(error)
 
 
-def _description(answer: Mapping[str, Any]) -> str:
+def _describe_worker(answer: Mapping[str, Any]) -> str:
     names = ("pid", "environment_id", "running")
     shown = [f"{name}={readable(str(answer.get(name)), 200)}" for name in names]
     reasons = answer.get("reasons")
@@ -232,7 +232,7 @@ def _description(answer: Mapping[str, Any]) -> str:
     return " ".join(shown)
 
 
-def _end(status: int, *lines: str) -> NoReturn:
+def _exit_with(status: int, *lines: str) -> NoReturn:
     for line in lines:
         typer.echo(f"workpool: {readable(line)}", err=True)
     raise typer.Exit(status)

@@ -101,14 +101,14 @@ class ControlSocket:
             return
         if setting is not None:
             try:
-                self._open(Path(setting))
+                self._open_listener(Path(setting))
             except OSError as error:
                 problem = error.strerror or str(error)
                 where = f" (from {origin})" if origin else ""
                 raise ListenError(f"control_socket: {setting}: {problem}{where}") from None
             return
         try:
-            self._open(_own_directory() / f"{os.getpid()}-{secrets.token_hex(4)}{SUFFIX}")
+            self._open_listener(_own_directory() / f"{os.getpid()}-{secrets.token_hex(4)}{SUFFIX}")
         except OSError as error:
             problem = error.strerror or str(error)
             log.info("no control socket: %s", problem, extra={"error": problem})
@@ -148,13 +148,13 @@ class ControlSocket:
                 continue
             with connection, contextlib.suppress(OSError):  # the client may have gone
                 async with asyncio.timeout(REQUEST_SECONDS):
-                    await _answer(connection, pool, self.environments)
+                    await _answer_request(connection, pool, self.environments)
 
-    def _open(self, path: Path) -> None:
+    def _open_listener(self, path: Path) -> None:
         """Bind and listen, in the place of the sockets of workers that have ended."""
         # otherwise a worker could remove a socket that does not listen yet
-        with _locked(path.parent):
-            _remove_dead(path)
+        with _locked_directory(path.parent):
+            _remove_dead_socket(path)
             listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
             try:
                 listener.bind(str(path))
@@ -180,16 +180,16 @@ def _own_directory() -> Path:
             with contextlib.suppress(OSError):  # the directory exists, or the next one will be used
                 directory.mkdir(mode=0o700)
             if is_private(directory) and os.access(directory, os.W_OK):
-                with _locked(directory):
+                with _locked_directory(directory):
                     for path in directory.glob(f"*{SUFFIX}"):
                         with contextlib.suppress(OSError):  # a worker listens
-                            _remove_dead(path)
+                            _remove_dead_socket(path)
                 return directory
     raise OSError(errno.EACCES, "no directory of this user can be used")
 
 
 @contextlib.contextmanager
-def _locked(directory: Path) -> Iterator[None]:
+def _locked_directory(directory: Path) -> Iterator[None]:
     """Hold the lock of a directory, which its workers take to open their sockets.
 
     Raises:
@@ -213,7 +213,7 @@ def _locked(directory: Path) -> Iterator[None]:
         os.close(descriptor)
 
 
-def _remove_dead(path: Path) -> None:
+def _remove_dead_socket(path: Path) -> None:
     """Remove the socket of a worker that has ended without removing it.
 
     Raises:
@@ -235,7 +235,7 @@ def _remove_dead(path: Path) -> None:
     path.unlink(missing_ok=True)
 
 
-async def _answer(
+async def _answer_request(
     connection: socket.socket, pool: Pool, environments: Mapping[str, Controlled]
 ) -> None:
     """Read one request, act on it, and answer."""
@@ -250,7 +250,7 @@ async def _answer(
             break
         received += part
     try:
-        answer = _act(received, pool, environments)
+        answer = _execute_request(received, pool, environments)
     except orjson.JSONDecodeError:
         answer = {"error": "the request is not JSON"}
     except ValueError as error:
@@ -259,7 +259,9 @@ async def _answer(
     await loop.sock_sendall(connection, orjson.dumps(answer) + b"\n")
 
 
-def _act(line: bytes, pool: Pool, environments: Mapping[str, Controlled]) -> dict[str, Any]:
+def _execute_request(
+    line: bytes, pool: Pool, environments: Mapping[str, Controlled]
+) -> dict[str, Any]:
     """Carry out one request, and return the ids of what it concerned.
 
     Raises:
@@ -268,7 +270,7 @@ def _act(line: bytes, pool: Pool, environments: Mapping[str, Controlled]) -> dic
     if len(line) > LINE_BYTES:
         raise ValueError("the request is too long")
     request = orjson.loads(line)
-    chosen = _chosen(request, pool, environments)
+    chosen = _chosen_pool(request, pool, environments)
     match request:
         case {"command": "status"}:
             pass
@@ -291,7 +293,7 @@ def _act(line: bytes, pool: Pool, environments: Mapping[str, Controlled]) -> dic
     }
 
 
-def _chosen(request: object, pool: Pool, environments: Mapping[str, Controlled]) -> Controlled:
+def _chosen_pool(request: object, pool: Pool, environments: Mapping[str, Controlled]) -> Controlled:
     """Return what a request is about: the environment that it names, or the pool.
 
     Raises:

@@ -183,11 +183,13 @@ class EnvironmentGroup:
         exporter = [] if self._exporter is None else [self._exporter]
         async with ServiceThread(exporter), asyncio.TaskGroup() as group:
             if self.renewer_services:
-                group.create_task(self._serve(), name="services")
+                group.create_task(self._keep_services_open(), name="services")
             if self._exporter is not None:
                 log.info("metrics served", extra={"url": f"{self._exporter.url}/metrics"})
             for each in self.environments:
-                group.create_task(self._run(each, until_empty=until_empty), name=each.id)
+                group.create_task(
+                    self._run_environment(each, until_empty=until_empty), name=each.id
+                )
         for each in self.environments:
             if each.error is not None:
                 self.settings = each.settings
@@ -228,7 +230,7 @@ class EnvironmentGroup:
             waiting=sum(each.waiting for each in found),
             capacity=slots,
             draining=all(each.draining for each in found),
-            error=None if any(each.running for each in self.environments) else self._error,
+            error=None if any(each.running for each in self.environments) else self._first_error,
             slots=slots,
             claiming=any(each.claiming for each in found),
             paused=all(each.paused for each in found),
@@ -250,13 +252,13 @@ class EnvironmentGroup:
         return merged_status(names, found, self._process.concurrency, self._unready())
 
     @property
-    def _error(self) -> Exception | None:
+    def _first_error(self) -> Exception | None:
         """The error of the first environment that has failed and not recovered."""
         return next((each.error for each in self.environments if each.error is not None), None)
 
     # One environment.
 
-    async def _run(self, one: GroupMember, *, until_empty: bool) -> None:
+    async def _run_environment(self, one: GroupMember, *, until_empty: bool) -> None:
         """Run one environment, again after each failure while others run."""
         while not one.drained:
             await one.run(until_empty=until_empty)
@@ -265,13 +267,13 @@ class EnvironmentGroup:
             self._log_failure(one, one.error)
             if isinstance(one.error, SettingsError | PluginError) and not one.opened:
                 self.request_drain()  # it would be the same at each start
-            if until_empty or not await self._waited(one):
+            if until_empty or not await self._wait_to_restart(one):
                 break
         one.ended = True
         self._shares[one.id].leave()
         self._note_change()
 
-    async def _serve(self) -> None:
+    async def _keep_services_open(self) -> None:
         """Keep the services open from the start of all environments to their end."""
         while not all(each.opened or each.ended or each.error for each in self.environments):
             await self._changed.wait()
@@ -289,7 +291,7 @@ class EnvironmentGroup:
         self.by_id[environment_id].opened = True
         self._note_change()
 
-    async def _waited(self, one: GroupMember) -> bool:
+    async def _wait_to_restart(self, one: GroupMember) -> bool:
         """Wait until a failed environment may start again; return whether it may at all."""
         self._note_change()
         with suppress(TimeoutError):
@@ -326,10 +328,10 @@ class EnvironmentGroup:
         supervisor.shared = SharedParts(share, self._limits, self._exporter)
         supervisor.awaits_last_scrape = True
         supervisor.renewer_services = [self._noting_start(settings.environment_id)]
-        supervisor.on_blocked = partial(self._blocked, supervisor)
+        supervisor.on_blocked = partial(self._handle_renewal_failure, supervisor)
         return supervisor
 
-    def _blocked(self, supervisor: Supervisor) -> None:
+    def _handle_renewal_failure(self, supervisor: Supervisor) -> None:
         """End the process, because an environment's leases are not renewed any more.
 
         If only the thread that renews them failed, that environment drains by itself, and the

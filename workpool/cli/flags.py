@@ -105,7 +105,7 @@ def read_settings(
     Raises:
         SettingsError: Some settings are wrong.
     """
-    return of(config=config, **_given(flags))
+    return of(config=config, **_given_flags(flags))
 
 
 def read_environments(config: Path | None, **flags: Any) -> tuple[Settings, tuple[Settings, ...]]:
@@ -114,7 +114,7 @@ def read_environments(config: Path | None, **flags: Any) -> tuple[Settings, tupl
     Raises:
         SettingsError: Some settings are wrong.
     """
-    return FlagSettings.of_environments(config=config, **_given(flags))
+    return FlagSettings.of_environments(config=config, **_given_flags(flags))
 
 
 def require_connections(settings: Settings, environments: Sequence[Settings]) -> None:
@@ -134,7 +134,7 @@ def require_connections(settings: Settings, environments: Sequence[Settings]) ->
         raise SettingsError(tuple(problems))
 
 
-def _given(flags: Mapping[str, Any]) -> dict[str, Any]:
+def _given_flags(flags: Mapping[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in flags.items() if value is not None and value != []}
 
 

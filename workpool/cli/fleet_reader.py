@@ -121,7 +121,7 @@ class FleetReader:
             refusal = error
         if stats is not None and stats.running is not None:
             return FleetLoad(
-                stats.depth, stats.pending, stats.running, _age(stats.oldest_queued_at)
+                stats.depth, stats.pending, stats.running, _seconds_since(stats.oldest_queued_at)
             )
         count = await self._counter.count()
         if refusal is not None:
@@ -142,15 +142,15 @@ class FleetReader:
 def load_of(stats: QueueStats | None, count: ItemCount) -> FleetLoad:
     """Combine statistics without a count of running items with a count of the list."""
     if stats is None:
-        oldest = _age(count.oldest_queued_at)
+        oldest = _seconds_since(count.oldest_queued_at)
         return FleetLoad(count.queued, 0, count.running, oldest, lower_bound=not count.complete)
     pending = stats.pending
     if count.complete:
         # Some control planes count running items as pending; these must not count twice.
         pending = min(pending, max(0, count.queued - stats.depth))
-    oldest = _age(stats.oldest_queued_at)
+    oldest = _seconds_since(stats.oldest_queued_at)
     return FleetLoad(stats.depth, pending, count.running, oldest, lower_bound=not count.complete)
 
 
-def _age(time: datetime | None) -> float:
+def _seconds_since(time: datetime | None) -> float:
     return 0.0 if time is None else max(0.0, (datetime.now(UTC) - time).total_seconds())

@@ -70,7 +70,10 @@ class Program:
             Release: The program exited with 75 (EX_TEMPFAIL), or a signal ended it early.
             ProgramFailed: The program failed.
         """
-        with _running(self._argv, _surroundings(session) | self._given) as (program, number):
+        with _running_program(self._argv, _program_environment(session) | self._given) as (
+            program,
+            number,
+        ):
             ended = asyncio.get_running_loop().run_in_executor(None, program.wait)
             async with asyncio.TaskGroup() as group:
                 asking = group.create_task(_ask_to_end(session, number), name="program-end")
@@ -78,46 +81,46 @@ class Program:
                     await asyncio.wait({ended})
                 except asyncio.CancelledError:
                     if not asking.done():  # the lease is lost, and the program has no signal yet
-                        _signal(number, signal.SIGTERM)
+                        _send_signal(number, signal.SIGTERM)
                         await asyncio.wait({ended}, timeout=LOST_SECONDS)
                     raise
                 finally:
                     asking.cancel()
-        self._settle(session, program.returncode)
+        self._check_exit_status(session, program.returncode)
 
-    def _settle(self, session: Session, status: int) -> None:
+    def _check_exit_status(self, session: Session, status: int) -> None:
         if status == 0 or session.stopping:
             return
         if status == os.EX_TEMPFAIL or session.draining:
-            raise Release(_text_of(status))
-        raise ProgramFailed(f"{self._argv[0]}: {_text_of(status)}")
+            raise Release(_status_text(status))
+        raise ProgramFailed(f"{self._argv[0]}: {_status_text(status)}")
 
 
 async def _ask_to_end(session: Session, group: int) -> None:
     """Send SIGTERM to the program; the pool decides how long it may take to end."""
     await session.interrupted()
-    _signal(group, signal.SIGTERM)
+    _send_signal(group, signal.SIGTERM)
 
 
 @contextlib.contextmanager
-def _running(
+def _running_program(
     argv: Sequence[str], env: dict[str, str]
 ) -> Iterator[tuple[subprocess.Popen[bytes], int]]:
     """Start the program in a process group, and end the whole group after the block."""
     with contextlib.ExitStack() as stack:
-        guard = _start(("/bin/sh", "-c", _GUARD), 0, {}, stdin=subprocess.PIPE)
+        guard = _start_process(("/bin/sh", "-c", _GUARD), 0, {}, stdin=subprocess.PIPE)
         stack.callback(guard.communicate)
-        stack.callback(_signal, guard.pid, signal.SIGKILL)
-        program = _start(argv, guard.pid, env)
+        stack.callback(_send_signal, guard.pid, signal.SIGKILL)
+        program = _start_process(argv, guard.pid, env)
         try:
             yield program, guard.pid
         finally:
-            _signal(guard.pid, signal.SIGKILL)
+            _send_signal(guard.pid, signal.SIGKILL)
             with contextlib.suppress(subprocess.TimeoutExpired):  # blocked in the kernel
                 program.wait(REAP_SECONDS)
 
 
-def _start(
+def _start_process(
     argv: Sequence[str], group: int, env: dict[str, str], stdin: int | None = None
 ) -> subprocess.Popen[bytes]:
     try:
@@ -126,12 +129,12 @@ def _start(
         raise ProgramFailed(f"{argv[0]}: {error.strerror}") from None
 
 
-def _signal(group: int, number: signal.Signals) -> None:
+def _send_signal(group: int, number: signal.Signals) -> None:
     with contextlib.suppress(ProcessLookupError, PermissionError):
         os.killpg(group, number)
 
 
-def _surroundings(session: Session) -> dict[str, str]:
+def _program_environment(session: Session) -> dict[str, str]:
     """Return the environment without settings and credentials, with the ids of the session."""
     env = {
         name: value
@@ -145,5 +148,5 @@ def _surroundings(session: Session) -> dict[str, str]:
     }
 
 
-def _text_of(status: int) -> str:
+def _status_text(status: int) -> str:
     return f"exit status {status}" if status >= 0 else f"killed by signal {-status}"

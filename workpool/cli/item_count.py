@@ -60,7 +60,7 @@ class ItemCounter:
         Raises:
             ControlPlaneError: The list cannot be read.
         """
-        found = await self._read()
+        found = await self._read_list()
         self._skip(found.items)
         states = Counter(item.state for item in found.items)
         queued = [item.created_at for item in found.items if item.state == QUEUED]
@@ -72,16 +72,16 @@ class ItemCounter:
             before_unfinished=not found.complete and self._after == found.last_id is not None,
         )
 
-    async def _read(self) -> FoundItems:
+    async def _read_list(self) -> FoundItems:
         """Read the list without the skipped items, or all of it if they cannot be skipped."""
         if self._after is not None:
             try:
-                return await self._list(self._after)
+                return await self._find_items(self._after)
             except RefusedError:  # the item was deleted, or this control plane has no `after_id`
                 self._after = None
-        return await self._list()
+        return await self._find_items()
 
-    def _list(self, after_id: str | None = None) -> Awaitable[FoundItems]:
+    def _find_items(self, after_id: str | None = None) -> Awaitable[FoundItems]:
         return self._client.find(ItemSearch(LISTED_ITEMS_MAX), after_id=after_id)
 
     def _skip(self, items: Sequence[WorkItem]) -> None:

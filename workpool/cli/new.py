@@ -60,7 +60,7 @@ def new(
         "target": f"{module}:{class_name}" if as_class else module,
     }
     try:
-        written = _write(Path(name), CLASS_FILES if as_class else FILES, words)
+        written = _write_project(Path(name), CLASS_FILES if as_class else FILES, words)
     except OSError as error:
         raise typer.BadParameter(f"cannot write {error.filename}: {error.strerror}") from None
     for path in written:
@@ -68,7 +68,7 @@ def new(
     typer.echo(f"workpool: next: cd {name} && pytest", err=True)
 
 
-def _write(
+def _write_project(
     directory: Path, templates_of: Mapping[str, str], words: Mapping[str, str]
 ) -> list[Path]:
     """Fill in the templates and return the paths of the files.

@@ -25,11 +25,11 @@ def print_rows(columns: Sequence[str], rows: Sequence[Sequence[object]]) -> None
     """Print a table on a terminal, else rows whose fields are separated by tabs."""
     if not sys.stdout.isatty():
         for row in rows:
-            typer.echo("\t".join(_text(cell) for cell in row))
+            typer.echo("\t".join(_cell_text(cell) for cell in row))
         return
     from workpool.cli.tables import print_table  # noqa: PLC0415 - only people need it; it is slow
 
-    print_table(columns, [[_text(cell) for cell in row] for row in rows])
+    print_table(columns, [[_cell_text(cell) for cell in row] for row in rows])
 
 
 def print_pairs(pairs: Mapping[str, object]) -> None:
@@ -39,7 +39,7 @@ def print_pairs(pairs: Mapping[str, object]) -> None:
         return
     from workpool.cli import tables  # noqa: PLC0415 - only people need it; it is slow
 
-    tables.print_pairs({name: _text(value) for name, value in pairs.items()})
+    tables.print_pairs({name: _cell_text(value) for name, value in pairs.items()})
 
 
 def fields_of(thing: WorkItem | QueueStats) -> dict[str, Any]:
@@ -55,7 +55,7 @@ def pairs_text(pairs: Any) -> str:
     return " ".join(f"{key}={value}" for key, value in pairs.items())
 
 
-def _text(cell: object) -> str:
+def _cell_text(cell: object) -> str:
     if cell is None:
         return "-"
     text = cell.isoformat().replace("+00:00", "Z") if hasattr(cell, "isoformat") else str(cell)

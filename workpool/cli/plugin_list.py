@@ -38,15 +38,15 @@ def plugins(plugins: PluginNames = None, config: Config = None, json: Json = Fal
             {"name": one.name, "value": one.value, "distribution": one.distribution}
             for one in available()
         ],
-        "active": [_describe(plugin) for plugin in loaded],
+        "active": [_describe_plugin(plugin) for plugin in loaded],
     }
     if json:
         print_json(found)
     else:
-        _print(found)
+        _print_plugins(found)
 
 
-def _describe(plugin: Plugin) -> dict[str, Any]:
+def _describe_plugin(plugin: Plugin) -> dict[str, Any]:
     return {
         "name": plugin.name,
         "source": plugin.source,
@@ -65,22 +65,25 @@ def _describe(plugin: Plugin) -> dict[str, Any]:
     }
 
 
-def _print(found: dict[str, list[dict[str, Any]]]) -> None:
+def _print_plugins(found: dict[str, list[dict[str, Any]]]) -> None:
     rows = [
         ("available", one["name"], one["value"], one["distribution"]) for one in found["available"]
     ]
     for plugin in found["active"]:
         rows.append(("active", plugin["name"], plugin["source"], ""))
         rows += [("hook", plugin["name"], hook, "") for hook in plugin["hooks"]]
-        rows += [("handler", one["name"], _rule(one), _limits(one)) for one in plugin["handlers"]]
+        rows += [
+            ("handler", one["name"], _rule_text(one), _limits_text(one))
+            for one in plugin["handlers"]
+        ]
     print_rows(("", "name", "from, or takes", "of, or limits"), rows)
 
 
-def _rule(handler: dict[str, Any]) -> str:
+def _rule_text(handler: dict[str, Any]) -> str:
     pairs = {"type": handler["type"], **handler["metadata"]}
     return " ".join(f"{key}={value}" for key, value in pairs.items())
 
 
-def _limits(handler: dict[str, Any]) -> str:
+def _limits_text(handler: dict[str, Any]) -> str:
     names = ("timeout", "max_sessions", "reserved_sessions")
     return " ".join(f"{name}={handler[name]}" for name in names if handler[name])

@@ -130,7 +130,9 @@ def run_supervisor(
     supervisor.on_blocked = functools.partial(_end_process, supervisor)
     with asyncio.Runner(loop_factory=new_event_loop) as runner:
         return runner.run(
-            _live(supervisor, signals, control or ControlSocket(OFF), until_empty=until_empty)
+            _run_and_clean_up(
+                supervisor, signals, control or ControlSocket(OFF), until_empty=until_empty
+            )
         )
 
 
@@ -150,12 +152,12 @@ def _end_process(supervisor: Pool) -> None:
             exits.leave_now(exits.FAILED)
 
 
-async def _live(
+async def _run_and_clean_up(
     supervisor: Pool, signals: Signals, control: ControlSocket, *, until_empty: bool
 ) -> int:
     executor = ThreadPoolExecutor(thread_name_prefix=BLOCKING_THREADS)
     asyncio.get_running_loop().set_default_executor(executor)
-    status = await _serve(supervisor, signals, control, until_empty=until_empty)
+    status = await _run_with_control(supervisor, signals, control, until_empty=until_empty)
     executor.shutdown(wait=False, cancel_futures=True)
     left_tasks = supervisor.abandoned or await _cancel_left_tasks()
     sys.stdout.flush()
@@ -166,7 +168,7 @@ async def _live(
     return status
 
 
-async def _serve(
+async def _run_with_control(
     supervisor: Pool, signals: Signals, control: ControlSocket, *, until_empty: bool
 ) -> int:
     failure: WorkpoolError | None = None
@@ -174,7 +176,7 @@ async def _serve(
         try:
             async with asyncio.TaskGroup() as group:
                 obeying = group.create_task(
-                    _obey(signals, supervisor, asyncio.current_task()), name="signals"
+                    _obey_signals(signals, supervisor, asyncio.current_task()), name="signals"
                 )
                 serving = group.create_task(control.serve(supervisor), name="control-socket")
                 try:
@@ -201,7 +203,9 @@ async def _serve(
     return exits.FAILED if supervisor.abandoned else exits.OK
 
 
-async def _obey(signals: Signals, supervisor: Pool, running: "asyncio.Task[int] | None") -> None:
+async def _obey_signals(
+    signals: Signals, supervisor: Pool, running: "asyncio.Task[int] | None"
+) -> None:
     """Drain on the first signal. The second one cancels, like a drain whose deadline is now."""
     await signals.first.wait()
     supervisor.request_drain()

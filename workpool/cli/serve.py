@@ -127,7 +127,7 @@ def serve(
     log_config.configure("debug" if is_verbose(context) else "info", "text")
     with exits.reported():
         if migrate:
-            _migrate(store)
+            _migrate_database(store)
             return
         grants = dict.fromkeys(token or []) | _read_grants(token_file, "--token-file")
         scale_grants = _read_grants(scale_token_file, "--scale-token-file")
@@ -138,7 +138,7 @@ def serve(
         for each in (*grants, *scale_grants):
             hide(each)
         plan = read_plan(faults) if faults is not None else Plan()
-        opened = _store(store)
+        opened = _new_store(store)
         if isinstance(opened, PostgresStore) and plan.needs_index:
             raise ServeError(f"{faults}: no clock_skew and no expired leases with PostgreSQL")
         injected = Faults(plan.seed, remember=False)
@@ -169,8 +169,8 @@ def serve(
             runner.run(_serve(plane, shown=None if grants else plane.token, as_json=json))
 
 
-def _migrate(store: str) -> None:
-    opened = _store(store)
+def _migrate_database(store: str) -> None:
+    opened = _new_store(store)
     if not isinstance(opened, PostgresStore):
         raise ServeError("--migrate needs a PostgreSQL database as --store")
     number = asyncio.run(opened.migrate())
@@ -226,7 +226,7 @@ def _read_grants(file: Path | None, flag: str) -> dict[str, frozenset[str] | Non
         raise ServeError(f"token file: {file}: {problem} (from {flag})") from None
 
 
-def _store(name: str) -> MemoryStore | SqliteStore | PostgresStore:
+def _new_store(name: str) -> MemoryStore | SqliteStore | PostgresStore:
     """Return the store that `--store` names."""
     if name == "memory":
         return MemoryStore()

@@ -46,14 +46,14 @@ class ServiceThread:
         """
         self._owner = asyncio.get_running_loop()
         self._opened = asyncio.Event()
-        self._thread = asyncio.wrap_future(self._threads.submit(self._run))
-        self._thread.add_done_callback(self._ended)
+        self._thread = asyncio.wrap_future(self._threads.submit(self._run_loop))
+        self._thread.add_done_callback(self._note_end)
         try:
             await self._opened.wait()
             if self._thread.done():
                 await self._thread  # raises the error that ended it
         except BaseException:
-            await self._close()
+            await self._close_services()
             raise
         return self
 
@@ -63,9 +63,9 @@ class ServiceThread:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        await self._close()
+        await self._close_services()
 
-    async def _close(self) -> None:
+    async def _close_services(self) -> None:
         with contextlib.suppress(RuntimeError):  # its loop is closed, so the thread has ended
             self._loop.call_soon_threadsafe(self._stop.set)
         done, _ = await asyncio.wait({self._thread}, timeout=CLOSE_SECONDS)
@@ -74,7 +74,7 @@ class ServiceThread:
         else:
             log.critical("services did not close; abandoned", extra={"seconds": CLOSE_SECONDS})
 
-    def _ended(self, thread: asyncio.Future[None]) -> None:
+    def _note_end(self, thread: asyncio.Future[None]) -> None:
         error = None if thread.cancelled() else thread.exception()
         if error is not None and self._opened.is_set():  # otherwise `__aenter__` raises it
             log.critical("services failed", exc_info=error)
@@ -82,11 +82,11 @@ class ServiceThread:
 
     # On the thread.
 
-    def _run(self) -> None:
+    def _run_loop(self) -> None:
         with asyncio.Runner(loop_factory=lambda: self._loop) as runner:
-            runner.run(self._serve())
+            runner.run(self._keep_services_open())
 
-    async def _serve(self) -> None:
+    async def _keep_services_open(self) -> None:
         async with contextlib.AsyncExitStack() as stack:
             for service in self._services:
                 await stack.enter_async_context(service)

@@ -51,7 +51,7 @@ class Signals:
         standing = signal.getsignal(signal.SIGTERM)
         self._recorder = standing if isinstance(standing, SignalRecorder) else SignalRecorder()
         self._former = self._recorder.install()
-        self._turn = self._loop.call_soon(self._listen)
+        self._turn = self._loop.call_soon(self._start_listening)
         return self
 
     def __exit__(
@@ -68,33 +68,35 @@ class Signals:
         for each, former in self._former.items():
             signal.signal(each, former)
 
-    def _listen(self) -> None:
+    def _start_listening(self) -> None:
         # A signal wakes asyncio's Unix loop once the loop has a handler for a signal; uvloop and
         # Windows loops always wake. A signal could be lost between these two lines, so the loop
         # gets a handler for one without effect.
         for each in USER[:1]:
             with contextlib.suppress(NotImplementedError):
-                self._loop.add_signal_handler(each, self._handle)
+                self._loop.add_signal_handler(each, self._handle_signals)
             signal.signal(each, self._recorder)
-        self._recorder.listener = functools.partial(self._loop.call_soon_threadsafe, self._handle)
-        self._handle()
+        self._recorder.listener = functools.partial(
+            self._loop.call_soon_threadsafe, self._handle_signals
+        )
+        self._handle_signals()
 
-    def _handle(self) -> None:
+    def _handle_signals(self) -> None:
         """Act on the signals received since the last call."""
         received = self._recorder.received[self._handled :]
         self._handled += len(received)
         for each in received:
-            if each in ENDING or (each in HANGUP and self._hangup_asks()):
-                self._ask(each)
+            if each in ENDING or (each in HANGUP and self._hangup_requests_end()):
+                self._request_end(each)
             elif each in USER and self.on_user is not None:
                 self.on_user(each)
             else:
                 log.warning("signal has no effect", extra={"signal": each.name})
 
-    def _hangup_asks(self) -> bool:
+    def _hangup_requests_end(self) -> bool:
         return self._hangup_ends and self._recorder.terminal_hung_up()
 
-    def _ask(self, each: signal.Signals) -> None:
+    def _request_end(self, each: signal.Signals) -> None:
         if self.first.is_set():
             if each in HANGUP:  # the shell and the kernel both send SIGHUP for one hangup
                 return

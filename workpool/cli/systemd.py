@@ -62,33 +62,33 @@ class ServiceReporter:
         self._socket.setblocking(False)
         with closing(self._socket):
             async with asyncio.TaskGroup() as group:
-                repeating = group.create_task(self._repeat(), name="systemd")
+                repeating = group.create_task(self._report_repeatedly(), name="systemd")
                 try:
                     yield
                 finally:
                     repeating.cancel()
-                    self._report(ending=True)
+                    self._send_report(ending=True)
 
-    async def _repeat(self) -> None:
+    async def _report_repeatedly(self) -> None:
         # A third of it, so that two late reports in a row are not a failure.
         interval = min(REPORT_SECONDS, (self._watchdog or 3 * REPORT_SECONDS) / 3)
         while True:
-            self._report()
+            self._send_report()
             await asyncio.sleep(interval)
 
-    def _report(self, *, ending: bool = False) -> None:
+    def _send_report(self, *, ending: bool = False) -> None:
         status = self._status()
-        facts = {"READY=1", f"STATUS={_text_of(status)}"}
+        facts = {"READY=1", f"STATUS={_status_text(status)}"}
         repeated = [] if self._watchdog is None else ["WATCHDOG=1"]
         if status.draining or ending:
             facts.add("STOPPING=1")
             # The drain has its own limit, `drain_timeout`, which may be longer than the unit's.
             repeated.append(f"EXTEND_TIMEOUT_USEC={EXTEND_SECONDS * 1_000_000:.0f}")
         news = sorted(facts - self._sent)
-        if self._send("\n".join(news + repeated)):
+        if self._send_datagram("\n".join(news + repeated)):
             self._sent = frozenset(facts)
 
-    def _send(self, lines: str) -> bool:
+    def _send_datagram(self, lines: str) -> bool:
         """Send a datagram; return whether the service manager has it. An error is logged once."""
         if not lines:
             return True
@@ -106,7 +106,7 @@ class ServiceReporter:
         return True
 
 
-def _text_of(status: Status) -> str:
+def _status_text(status: Status) -> str:
     state = "ready" if status.ready else "not ready: " + "; ".join(status.reasons)
     sessions = f"{status.running} running, {status.waiting} waiting"
     return readable(f"{state}; sessions: {sessions}", STATUS_CHARACTERS)

@@ -67,22 +67,22 @@ def top(
     chosen = tuple(url.rstrip("/") for url in urls or [DEFAULT_URL])
     if once or not sys.stdout.isatty():
         statuses = asyncio.run(_read_all(chosen))
-        print_rows(WORKER_COLUMNS, _workers(chosen, statuses))
-        print_rows(SESSION_COLUMNS, _sessions(statuses))
+        print_rows(WORKER_COLUMNS, _worker_rows(chosen, statuses))
+        print_rows(SESSION_COLUMNS, _session_rows(statuses))
         raise typer.Exit(exits.FAILED if all("error" in each for each in statuses) else exits.OK)
     with contextlib.suppress(KeyboardInterrupt):
-        asyncio.run(_watch(chosen, interval))
+        asyncio.run(_show_live(chosen, interval))
 
 
-async def _watch(urls: "Sequence[str]", interval: float) -> None:
+async def _show_live(urls: "Sequence[str]", interval: float) -> None:
     from rich.console import Group  # noqa: PLC0415 - only for a terminal
     from rich.live import Live  # noqa: PLC0415 - only for a terminal
 
     with Live(screen=True, auto_refresh=False) as live:
         while True:
             statuses = await _read_all(urls)
-            workers = _table(WORKER_COLUMNS, _workers(urls, statuses))
-            sessions = _table(SESSION_COLUMNS, _sessions(statuses)[:SESSIONS_SHOWN])
+            workers = _new_table(WORKER_COLUMNS, _worker_rows(urls, statuses))
+            sessions = _new_table(SESSION_COLUMNS, _session_rows(statuses)[:SESSIONS_SHOWN])
             live.update(Group(workers, sessions), refresh=True)
             await asyncio.sleep(interval)
 
@@ -90,10 +90,10 @@ async def _watch(urls: "Sequence[str]", interval: float) -> None:
 async def _read_all(urls: "Sequence[str]") -> list[Status]:
     timeout = aiohttp.ClientTimeout(total=ANSWER_SECONDS)
     async with aiohttp.ClientSession(timeout=timeout) as http:
-        return await asyncio.gather(*(_read(http, url) for url in urls))
+        return await asyncio.gather(*(_read_status(http, url) for url in urls))
 
 
-async def _read(http: aiohttp.ClientSession, url: str) -> Status:
+async def _read_status(http: aiohttp.ClientSession, url: str) -> Status:
     """Return the status of one worker, or why there is none."""
     try:
         async with http.get(f"{url}/live.json") as answer:
@@ -110,15 +110,15 @@ async def _read(http: aiohttp.ClientSession, url: str) -> Status:
     return status if isinstance(status, dict) and "reasons" in status else {"error": "not a worker"}
 
 
-def _workers(urls: "Sequence[str]", statuses: "Sequence[Status]") -> "list[Row]":
+def _worker_rows(urls: "Sequence[str]", statuses: "Sequence[Status]") -> "list[Row]":
     return [
-        _row(_worker(url, part))
+        _safe_cells(_worker_cells(url, part))
         for url, status in zip(urls, statuses, strict=True)
-        for part in _pools(status)
+        for part in _environment_statuses(status)
     ]
 
 
-def _pools(status: Status) -> "list[Status]":
+def _environment_statuses(status: Status) -> "list[Status]":
     """Return the status of each environment of a worker that has several, else its own."""
     found = status.get("environments")
     if not isinstance(found, list):
@@ -131,7 +131,7 @@ def _pools(status: Status) -> "list[Status]":
     ]
 
 
-def _worker(url: str, status: Status) -> tuple[object, ...]:
+def _worker_cells(url: str, status: Status) -> tuple[object, ...]:
     if "error" in status:
         return (url, "no answer", *[""] * 8, status["error"])
     slots, queue = status.get("slots", {}), status.get("queue", {})
@@ -143,8 +143,8 @@ def _worker(url: str, status: Status) -> tuple[object, ...]:
         slots.get("busy", 0),
         slots.get("free", 0),
         queue.get("waiting", 0) + queue.get("set_aside", 0),
-        _seconds(_share(polls.get("seconds", 0), polls.get("answers", 0))),
-        _percent(_share(polls.get("null", 0), polls.get("item", 0) + polls.get("null", 0))),
+        _seconds_text(_ratio(polls.get("seconds", 0), polls.get("answers", 0))),
+        _percent_text(_ratio(polls.get("null", 0), polls.get("item", 0) + polls.get("null", 0))),
         round(outcomes.get("completed", 0)),
         round(sum(outcomes.get(name, 0) for name in ("failed", "timed_out", "stalled"))),
         round(outcomes.get("lease_lost", 0)),
@@ -152,7 +152,7 @@ def _worker(url: str, status: Status) -> tuple[object, ...]:
     )
 
 
-def _sessions(statuses: "Sequence[Status]") -> "list[Row]":
+def _session_rows(statuses: "Sequence[Status]") -> "list[Row]":
     """Return the sessions of all workers, the oldest first."""
     found = [
         (session, status.get("worker_id", ""))
@@ -160,22 +160,22 @@ def _sessions(statuses: "Sequence[Status]") -> "list[Row]":
         for session in status.get("sessions", ())
     ]
     found.sort(key=lambda each: -each[0].get("age_seconds", 0))
-    return [_row(_session(session, worker)) for session, worker in found]
+    return [_safe_cells(_session_cells(session, worker)) for session, worker in found]
 
 
-def _session(session: "Mapping[str, Any]", worker: str) -> tuple[object, ...]:
+def _session_cells(session: "Mapping[str, Any]", worker: str) -> tuple[object, ...]:
     return (
         session.get("session_id", "not shown"),
         session.get("handler", ""),
-        _seconds(session.get("age_seconds")),
+        _seconds_text(session.get("age_seconds")),
         session.get("attempt", ""),
-        _seconds(session.get("lease_seconds")),
-        _seconds(session.get("silence_seconds")),
+        _seconds_text(session.get("lease_seconds")),
+        _seconds_text(session.get("silence_seconds")),
         worker,
     )
 
 
-def _table(columns: "Sequence[str]", rows: "Sequence[Row]") -> "Table":
+def _new_table(columns: "Sequence[str]", rows: "Sequence[Row]") -> "Table":
     from rich import box  # noqa: PLC0415 - only for a terminal
     from rich.table import Table  # noqa: PLC0415 - only for a terminal
     from rich.text import Text  # noqa: PLC0415 - only for a terminal
@@ -186,20 +186,20 @@ def _table(columns: "Sequence[str]", rows: "Sequence[Row]") -> "Table":
     return table
 
 
-def _row(values: "Sequence[object]") -> "Row":
+def _safe_cells(values: "Sequence[object]") -> "Row":
     """Return cells. The text of a worker loses its control characters."""
     return tuple(readable(str(value), TEXT_CHARACTERS) for value in values)
 
 
-def _share(part: float, whole: float) -> float | None:
+def _ratio(part: float, whole: float) -> float | None:
     return part / whole if whole else None
 
 
-def _percent(share: float | None) -> str:
+def _percent_text(share: float | None) -> str:
     return "" if share is None else f"{share:.0%}"
 
 
-def _seconds(value: float | None) -> str:
+def _seconds_text(value: float | None) -> str:
     if value is None:
         return ""
     return f"{value * 1000:.0f} ms" if value < 1 else f"{value:.0f} s"

@@ -52,7 +52,9 @@ app = typer.Typer(
 WorkId = Annotated[str, typer.Argument(metavar="ID", help="The id of an item.")]
 
 
-def _settings(config: Path | None, environment_id: str | None, base_url: str | None) -> Settings:
+def _read_queue_settings(
+    config: Path | None, environment_id: str | None, base_url: str | None
+) -> Settings:
     """Read the settings of the queue; an error ends the command."""
     with exits.reported():
         return read_settings(config, environment_id=environment_id, base_url=base_url)
@@ -102,27 +104,27 @@ def list_items(
         raise typer.BadParameter(f"--state: one of {', '.join(protocol.STATES)}")
     if after and before:
         raise typer.BadParameter("give --after or --before, not both")
-    settings = _settings(config, environment_id, base_url)
+    settings = _read_queue_settings(config, environment_id, base_url)
     search = ItemSearch(limit, state, failed, newest)
 
     async def find(client: WorkClient) -> FoundItems:
         return await client.find(search, after_id=after, before_id=before)
 
     if not watch:
-        _show_found(_ask(settings, find), as_json=json)
+        _print_items(_run_call(settings, find), as_json=json)
         return
     try:
         while True:
-            found = _ask(settings, find)
+            found = _run_call(settings, find)
             if sys.stdout.isatty():
                 typer.echo(CLEAR, nl=False)
-            _show_found(found, as_json=json)
+            _print_items(found, as_json=json)
             time.sleep(WATCH_SECONDS)
     except KeyboardInterrupt:
         raise typer.Exit(exits.SIGNALLED + signal.SIGINT) from None
 
 
-def _show_found(found: FoundItems, *, as_json: bool) -> None:
+def _print_items(found: FoundItems, *, as_json: bool) -> None:
     if as_json:
         print_json([fields_of(item) for item in found.items])
     else:
@@ -146,8 +148,8 @@ def get(
     base_url: BaseUrl = None,
 ) -> None:
     """Show one item."""
-    settings = _settings(config, environment_id, base_url)
-    _show(_ask(settings, lambda client: client.get(work_id)), as_json=json)
+    settings = _read_queue_settings(config, environment_id, base_url)
+    _print_item(_run_call(settings, lambda client: client.get(work_id)), as_json=json)
 
 
 @app.command(
@@ -178,10 +180,10 @@ def enqueue(
     base_url: BaseUrl = None,
 ) -> None:
     """Create items on a `workpool serve`, and print the id of each on a line."""
-    settings = _settings(config, environment_id, base_url)
+    settings = _read_queue_settings(config, environment_id, base_url)
     pairs = parse_pairs(metadata)
     entries = _read_script(script)
-    items = _ask(
+    items = _run_call(
         settings,
         lambda client: client.enqueue(count, pairs, item_type=work_type, script=entries),
     )
@@ -212,11 +214,13 @@ def update(
     base_url: BaseUrl = None,
 ) -> None:
     """Change an item's metadata."""
-    settings = _settings(config, environment_id, base_url)
+    settings = _read_queue_settings(config, environment_id, base_url)
     patch: dict[str, str | None] = {**parse_pairs(pairs), **dict.fromkeys(delete or ())}
     if not patch:
         raise typer.BadParameter("give KEY=VALUE or --delete KEY")
-    _show(_ask(settings, lambda client: client.update_metadata(work_id, patch)), as_json=json)
+    _print_item(
+        _run_call(settings, lambda client: client.update_metadata(work_id, patch)), as_json=json
+    )
 
 
 @app.command(epilog=examples("workpool work retry work_1"))
@@ -232,8 +236,8 @@ def retry(
     The copy has the type and the metadata of the item, without those of workpool, and
     `workpool.retry_of`. It belongs to a new session. Only `workpool serve` has a call for this.
     """
-    settings = _settings(config, environment_id, base_url)
-    item = _ask(settings, lambda client: _read(client, work_id))
+    settings = _read_queue_settings(config, environment_id, base_url)
+    item = _run_call(settings, lambda client: _read_item(client, work_id))
     if item.state != protocol.STOPPED:
         typer.echo(f"workpool: {item.id} is {item.state}; only a stopped item is retried", err=True)
         raise typer.Exit(exits.FAILED)
@@ -254,7 +258,7 @@ def retry(
             return None
         return copy
 
-    copy = _ask(settings, create)
+    copy = _run_call(settings, create)
     if copy is None:
         typer.echo(
             "workpool: this control plane has no call that creates items. Create a session for the "
@@ -281,13 +285,15 @@ def stop(
     base_url: BaseUrl = None,
 ) -> None:
     """Stop an item: ask its worker to end it, or with --force end it now."""
-    settings = _settings(config, environment_id, base_url)
+    settings = _read_queue_settings(config, environment_id, base_url)
 
     async def ask(client: WorkClient) -> WorkItem:
         stopped = await client.stop(work_id, force)
-        return stopped or await _read(client, work_id)  # some control planes answer without a body
+        return stopped or await _read_item(
+            client, work_id
+        )  # some control planes answer without a body
 
-    _show(_ask(settings, ask), as_json=json)
+    _print_item(_run_call(settings, ask), as_json=json)
 
 
 @app.command(epilog=examples("workpool work stats", "workpool work stats --json"))
@@ -298,15 +304,15 @@ def stats(
     base_url: BaseUrl = None,
 ) -> None:
     """Show the statistics of the queue."""
-    settings = _settings(config, environment_id, base_url)
-    found = fields_of(_ask(settings, lambda client: client.stats()))
+    settings = _read_queue_settings(config, environment_id, base_url)
+    found = fields_of(_run_call(settings, lambda client: client.stats()))
     if json:
         print_json(found)
     else:
         print_pairs(found)
 
 
-def _ask(settings: Settings, call: Callable[[WorkClient], Awaitable[T]]) -> T:
+def _run_call(settings: Settings, call: Callable[[WorkClient], Awaitable[T]]) -> T:
     """Make a call with a client of its own. An error ends the command."""
 
     async def ask() -> T:
@@ -320,7 +326,7 @@ def _ask(settings: Settings, call: Callable[[WorkClient], Awaitable[T]]) -> T:
             raise typer.BadParameter(str(error)) from None
 
 
-async def _read(client: WorkClient, work_id: str) -> WorkItem:
+async def _read_item(client: WorkClient, work_id: str) -> WorkItem:
     """Read an item; with a key that may not read it, look it up in the list."""
     try:
         return await client.get(work_id)
@@ -333,7 +339,7 @@ async def _read(client: WorkClient, work_id: str) -> WorkItem:
         raise
 
 
-def _show(item: WorkItem, *, as_json: bool) -> None:
+def _print_item(item: WorkItem, *, as_json: bool) -> None:
     found = fields_of(item)
     if as_json:
         print_json(found)

@@ -182,20 +182,20 @@ class Api(WorkCalls[Answer]):
         Raises:
             NoAnswerError: The control plane did not answer within `REQUEST_SECONDS`.
         """
-        async with self._request(method, url, options) as response:
+        async with self._send_request(method, url, options) as response:
             body = await read_bounded(response)
             if isinstance(body, Oversized):
                 raise NoAnswerError(f"an answer of more than {ANSWER_LIMIT_BYTES} bytes")
-            return Answer(response.status, _parsed(body), response.headers, body)
+            return Answer(response.status, _parse_json(body), response.headers, body)
 
     async def open_stream(self, url: str) -> tuple[int, str]:
         """Open a stream and close it again; return its status and content type."""
-        async with self._request("GET", url, {}) as response:
+        async with self._send_request("GET", url, {}) as response:
             response.close()
             return response.status, response.content_type
 
     @asynccontextmanager
-    async def _request(
+    async def _send_request(
         self, method: str, url: str, options: dict[str, Any]
     ) -> AsyncIterator[aiohttp.ClientResponse]:
         rules = DIALECTS[self.dialect]
@@ -223,7 +223,7 @@ class Api(WorkCalls[Answer]):
             raise NoAnswerError(f"no answer: {type(error).__name__}") from None
 
 
-def _parsed(content: bytes) -> Any:
+def _parse_json(content: bytes) -> Any:
     try:
         return orjson.loads(content) if content else None
     except orjson.JSONDecodeError:

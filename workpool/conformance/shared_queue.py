@@ -109,10 +109,10 @@ class SharedQueue:
         Raises:
             ForeignItemsError: The suite has not created the item.
         """
-        answer, _ = await self._poll(options)
+        answer, _ = await self._poll_once(options)
         return answer
 
-    async def _poll(self, options: dict[str, Any]) -> tuple[Answer, bool]:
+    async def _poll_once(self, options: dict[str, Any]) -> tuple[Answer, bool]:
         """Poll; return the answer, and whether it delivered an item that is of use or is gone."""
         async with self._queue:
             at = self.now()
@@ -141,7 +141,7 @@ class SharedQueue:
         polling = self._polling = asyncio.get_running_loop().create_future()
         came = False
         try:
-            _, came = await self._poll({})
+            _, came = await self._poll_once({})
         finally:
             self._polling = None
             polling.set_result(came)
@@ -162,7 +162,7 @@ class SharedQueue:
 
     async def look_up(self, work_id: str) -> Mapping[str, Any] | None:
         """Return an item from the list; None if it is missing, or the list is refused."""
-        async for row in self._rows():
+        async for row in self._list_rows():
             if row.get("id") == work_id:
                 return row
         return None
@@ -180,13 +180,13 @@ class SharedQueue:
         """
         if self._test_environment:
             return
-        async for row in self._rows(strict=True):
+        async for row in self._list_rows(strict=True):
             metadata = row.get("metadata")
             own = isinstance(metadata, dict) and MARK in metadata
             if not own and row.get("id") not in self._given:
                 raise ForeignItemsError(f"item {shown(row.get('id'))} was not created by the suite")
 
-    async def _rows(self, *, strict: bool = False) -> AsyncIterator[Mapping[str, Any]]:
+    async def _list_rows(self, *, strict: bool = False) -> AsyncIterator[Mapping[str, Any]]:
         """Iterate over the items of the list; `strict`: raise if it cannot be read to its end."""
         page: str | None = None
         for _ in range(PAGES_MAX):

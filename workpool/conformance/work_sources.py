@@ -57,7 +57,7 @@ class SessionSource:
 
     async def create(self, api: Api, script: Script | None = None) -> str:
         """Create a session, send it a message and return the session's id."""
-        _without(script)
+        _refuse_script(script)
         body = {
             "agent": self._agent,
             "environment_id": api.environment,
@@ -67,12 +67,12 @@ class SessionSource:
         session_id = created.get("id")
         if not created.ok or not isinstance(session_id, str):
             raise Untried(f"no session can be created: {created}")
-        sent = await self._send(api, session_id)
+        sent = await self._send_message(api, session_id)
         if not sent.ok:
             raise Untried(f"the session takes no message: {sent}")
         return session_id
 
-    async def _send(self, api: Api, session_id: str) -> Answer:
+    async def _send_message(self, api: Api, session_id: str) -> Answer:
         message: dict[str, Any] = {
             "type": "user.message",
             "content": [{"type": "text", "text": "workpool conform"}],
@@ -94,12 +94,12 @@ class GivenSource:
     async def create(self, api: Api, script: Script | None = None) -> str:
         """Return the next id."""
         del api
-        _without(script)
+        _refuse_script(script)
         if not self._left:
             raise Untried("all given items are used")
         return self._left.pop(0)
 
 
-def _without(script: Script | None) -> None:
+def _refuse_script(script: Script | None) -> None:
     if script is not None:
         raise Untried("only the call of `workpool serve` can script a session")

@@ -171,16 +171,16 @@ def _samples(sources: Iterable[GaugeSource]) -> Iterator[Sample]:
         environments[source.environment_id].append(source)
     for environment_id, group in environments.items():
         snapshots = [source.snapshot() for source in group]
-        yield from _pool(environment_id, snapshots)
-        yield from _sessions(environment_id, group, snapshots)
-        yield from _poll_null_ratio(environment_id, group)
-        yield from _remote(environment_id, group)
+        yield from _pool_samples(environment_id, snapshots)
+        yield from _session_samples(environment_id, group, snapshots)
+        yield from _null_ratio_samples(environment_id, group)
+        yield from _queue_samples(environment_id, group)
         python = platform.python_version()
         for build in {(s.worker_id, s.version, python, s.dialect) for s in group}:
             yield "build_info", (environment_id, *build), 1
 
 
-def _pool(environment_id: str, snapshots: Sequence[PoolSnapshot]) -> Iterator[Sample]:
+def _pool_samples(environment_id: str, snapshots: Sequence[PoolSnapshot]) -> Iterator[Sample]:
     env = (environment_id,)
     for name, states in _BY_STATE.items():
         for state in states:
@@ -199,7 +199,7 @@ def _pool(environment_id: str, snapshots: Sequence[PoolSnapshot]) -> Iterator[Sa
         yield "lease_remaining_seconds_min", env, min(remaining)
 
 
-def _sessions(
+def _session_samples(
     environment_id: str, group: Sequence[GaugeSource], snapshots: Sequence[PoolSnapshot]
 ) -> Iterator[Sample]:
     # tuple(): a session on another thread may add a handler meanwhile.
@@ -221,14 +221,14 @@ def _sessions(
         yield "session_silence_seconds_max", labels, silent[handler]
 
 
-def _poll_null_ratio(environment_id: str, group: Sequence[GaugeSource]) -> Iterator[Sample]:
+def _null_ratio_samples(environment_id: str, group: Sequence[GaugeSource]) -> Iterator[Sample]:
     counts = [source.polls.counts() for source in group]
     polls = sum(polls for _, polls in counts)
     if polls:
         yield "poll_null_ratio", (environment_id,), sum(nulls for nulls, _ in counts) / polls
 
 
-def _remote(environment_id: str, group: Sequence[GaugeSource]) -> Iterator[Sample]:
+def _queue_samples(environment_id: str, group: Sequence[GaugeSource]) -> Iterator[Sample]:
     reads = [(source.remote, source.now) for source in group if source.remote is not None]
     if not reads:
         return

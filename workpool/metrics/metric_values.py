@@ -51,8 +51,8 @@ class MetricStore(Protocol):
 def store_of(row: Definition, lock: threading.RLock) -> MetricStore:
     """Return a new store for this counter or histogram, guarded by `lock`."""
     if values.ValueClass is not values.MutexValue:
-        return _Library(row)
-    return _Counts(row, lock) if row.kind == "counter" else _Spreads(row, lock)
+        return _LibraryStore(row)
+    return _CounterStore(row, lock) if row.kind == "counter" else _HistogramStore(row, lock)
 
 
 class Count:
@@ -72,7 +72,7 @@ class Count:
         self.value += amount
 
 
-class _Counts:
+class _CounterStore:
     """The series of a counter."""
 
     def __init__(self, row: Definition, lock: threading.RLock) -> None:
@@ -122,7 +122,7 @@ class Spread:
         return list(itertools.accumulate(self.counts)), self.total
 
 
-class _Spreads:
+class _HistogramStore:
     """The series of a histogram."""
 
     def __init__(self, row: Definition, lock: threading.RLock) -> None:
@@ -154,7 +154,7 @@ class _LibrarySeries(NamedTuple):
     add: Callable[[float], object]
 
 
-class _Library:
+class _LibraryStore:
     """A metric of the library, for its multiprocess mode."""
 
     def __init__(self, row: Definition) -> None:

@@ -63,14 +63,14 @@ def _unix_time() -> float:
     return datetime.now(UTC).timestamp()
 
 
-class _LeftOut:
+class _LeftOutSeries:
     """The substitute for a series that the metric does not have."""
 
     def add(self, _: float) -> None:
         """Ignore an amount."""
 
 
-_LEFT_OUT: Final = _LeftOut()
+_LEFT_OUT: Final = _LeftOutSeries()
 
 
 class _Series(dict["Hashable", "Series"]):
@@ -107,11 +107,11 @@ class _Series(dict["Hashable", "Series"]):
                 warnings.warn(text, RuntimeWarning, stacklevel=4)
                 return _LEFT_OUT
         if HANDLER in given:
-            return self._of_handler(given)
+            return self._series_of_handler(given)
         self.prime(given)
         return self[key]
 
-    def _of_handler(self, given: dict[str, Any]) -> Series:
+    def _series_of_handler(self, given: dict[str, Any]) -> Series:
         # The key of a further handler is not stored, since their number has no limit.
         given[HANDLER] = self._label_of(given[HANDLER])
         return self[_key(given.values())]
@@ -344,10 +344,10 @@ class Metrics:
                     HANDLERS_MAX,
                     extra={"handler": OTHER_HANDLERS},
                 )
-            self._show(label)
+            self._show_handler(label)
         return label
 
-    def _show(self, label: str) -> None:
+    def _show_handler(self, label: str) -> None:
         for series in self._series.values():
             if HANDLER in series.labels:
                 series.prime({HANDLER: label})

@@ -62,7 +62,7 @@ def guarded(plugin: str, doing: str, call: Callable[..., T], *args: object, **kw
 def available() -> list[Available]:
     """Return the installed entry points of the group `workpool`, sorted by name."""
     return [
-        Available(point.name, point.value, _distribution(point))
+        Available(point.name, point.value, _distribution_text(point))
         for point in sorted(entry_points(group=GROUP), key=attrgetter("name", "value"))
     ]
 
@@ -71,28 +71,32 @@ def find(asked: str) -> Found:
     """Import the plugin of an entry point's name, `pkg.module` or `pkg.module:Name`."""
     points = [point for point in entry_points(group=GROUP) if point.name == asked]
     if len(points) > 1:
-        owners = " and ".join(sorted(_distribution(point) for point in points))
+        owners = " and ".join(sorted(_distribution_text(point) for point in points))
         raise PluginError(asked, f"is offered by {owners}; name its module instead")
     if points:
         [point] = points
-        source = f"{point.value} of {_distribution(point)}"
-        return Found(asked, source, _import(asked, point.value))
-    target = _import(asked, asked)
+        source = f"{point.value} of {_distribution_text(point)}"
+        return Found(asked, source, _import_target(asked, point.value))
+    target = _import_target(asked, asked)
     module, _, attribute = asked.partition(":")
     return Found(attribute or module.rpartition(".")[2], asked, target)
 
 
-def _import(asked: str, path: str) -> object:
+def _import_target(asked: str, path: str) -> object:
     module, colon, attribute = path.partition(":")
     names = module.split(".") + (attribute.split(".") if colon else [])
     if not all(name.isidentifier() for name in names):
-        raise PluginError(asked, f"is not installed, nor a module or module:Name{_hint(asked)}")
+        raise PluginError(
+            asked, f"is not installed, nor a module or module:Name{_name_hint(asked)}"
+        )
     try:
         target = guarded(asked, f"importing {module}", importlib.import_module, module)
     except PluginError as failure:
         error = failure.__cause__
         if isinstance(error, ModuleNotFoundError) and f"{module}.".startswith(f"{error.name}."):
-            raise PluginError(asked, f"no module named {error.name!r}{_hint(asked)}") from error
+            raise PluginError(
+                asked, f"no module named {error.name!r}{_name_hint(asked)}"
+            ) from error
         raise
     if not colon:
         return target
@@ -111,11 +115,11 @@ def named(target: object) -> Found:
     return Found(name_of(target), f"{described.__module__}.{described.__qualname__}", target)
 
 
-def _distribution(point: EntryPoint) -> str:
+def _distribution_text(point: EntryPoint) -> str:
     return f"{point.dist.name} {point.dist.version}" if point.dist else "an unknown distribution"
 
 
-def _hint(asked: str) -> str:
+def _name_hint(asked: str) -> str:
     names = sorted({point.name for point in entry_points(group=GROUP)} - {asked})
     installed = f"; installed plugins: {', '.join(names) or 'none'}"
     return did_you_mean(asked, names) or installed

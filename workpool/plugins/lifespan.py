@@ -33,7 +33,7 @@ class Lifespan:
     async def __aenter__(self) -> None:
         """Enter the context; an error stops the start of the pool."""
         try:
-            with self._leaks_named():
+            with self._refuse_leaked_cancellation():
                 await self._context.__aenter__()
         except BaseException as error:
             error.add_note(f"while entering workpool_lifespan of plugin {self._plugin!r}")
@@ -48,7 +48,7 @@ class Lifespan:
         """Leave the context within `CLOSE_SECONDS`; it cannot suppress an error of the pool."""
         try:
             async with asyncio.timeout(CLOSE_SECONDS) as scope:
-                with self._leaks_named():
+                with self._refuse_leaked_cancellation():
                     await self._context.__aexit__(kind, error, trace)
         except TimeoutError:
             if not scope.expired():
@@ -56,7 +56,7 @@ class Lifespan:
             log.exception("plugin did not close", extra={"plugin": self._plugin})
 
     @contextlib.contextmanager
-    def _leaks_named(self) -> Iterator[None]:
+    def _refuse_leaked_cancellation(self) -> Iterator[None]:
         """Turn a CancelledError into a PluginError if this task was not cancelled.
 
         Otherwise the start or the end of the pool would look like a cancellation by the embedder.

@@ -71,11 +71,11 @@ def load(
     found: list[Found] = []
     for each in given:
         one = find(each) if isinstance(each, str) else named(each)
-        _refuse_twice(one, found)
+        _refuse_duplicates(one, found)
         found.append(one)
     where = "" if file is None else f"{file}: "
-    _refuse_unused(options, {one.name for one in found}, where)
-    plugins = tuple(_build(one, options.get(one.name, {}), where) for one in found)
+    _refuse_unused_options(options, {one.name for one in found}, where)
+    plugins = tuple(_build_plugin(one, options.get(one.name, {}), where) for one in found)
     refuse_equal_rules([route for plugin in plugins for route in plugin.routes])
     return plugins
 
@@ -83,20 +83,20 @@ def load(
 # -- checking --------------------------------------------------------------------------------------
 
 
-def _build(found: Found, options: Mapping[str, Any], where: str) -> Plugin:
+def _build_plugin(found: Found, options: Mapping[str, Any], where: str) -> Plugin:
     target = _instantiate(found, options, where)
     rule = rule_of(target)
     if rule is not None:
-        route = _route(found.name, name_of(target), target, rule)
+        route = _new_route(found.name, name_of(target), target, rule)
         return Plugin(found.name, found.source, {}, (route,))
     hooks: dict[str, Callable[..., Any]] = {}
     routes: dict[object, Route] = {}
-    for name, member in _members(target):
+    for name, member in _candidate_members(target):
         if _is_hook(found.name, name, member):
             hooks[name] = member
         rule = rule_of(member)
         if rule is not None:
-            route = _route(found.name, name, member, rule)
+            route = _new_route(found.name, name, member, rule)
             routes.setdefault(getattr(member, "__func__", member), route)
     if not hooks and not routes:
         if inspect.isroutine(target):
@@ -134,7 +134,7 @@ def _refuse_unknown_options(
             raise PluginError(plugin, f"{table}: {name}: no such option{hint}")
 
 
-def _members(target: object) -> Iterator[tuple[str, Any]]:
+def _candidate_members(target: object) -> Iterator[tuple[str, Any]]:
     """Yield all attributes that may be hooks or handlers, without running a property."""
     for name in dir(target):
         member = inspect.getattr_static(target, name, None)
@@ -200,7 +200,7 @@ def _event_types(plugin: str, observer: Callable[..., Any]) -> frozenset[type[ev
     return event_types
 
 
-def _route(plugin: str, name: str, call: Any, rule: HandlerRule) -> Route:
+def _new_route(plugin: str, name: str, call: Any, rule: HandlerRule) -> Route:
     if is_async_callable(call) is rule.blocking:
         outer = "an `async def`" if rule.blocking else "a plain `def`"
         raise PluginError(
@@ -239,7 +239,7 @@ def new_handler(plugin: str, name: str, call: Any) -> Handler:
 # -- between plugins -------------------------------------------------------------------------------
 
 
-def _refuse_twice(found: Found, before: Sequence[Found]) -> None:
+def _refuse_duplicates(found: Found, before: Sequence[Found]) -> None:
     for other in before:
         if other.target is found.target:
             raise PluginError(found.name, f"is given twice: {other.source}, {found.source}")
@@ -249,7 +249,7 @@ def _refuse_twice(found: Found, before: Sequence[Found]) -> None:
             )
 
 
-def _refuse_unused(options: Mapping[str, object], active: set[str], where: str) -> None:
+def _refuse_unused_options(options: Mapping[str, object], active: set[str], where: str) -> None:
     # One file may be for pools with different plugins, so tables of installed ones are allowed.
     known = active | {point.name for point in available()}
     for name in options:

@@ -146,12 +146,14 @@ class Plugins:
         """
         for plugin, hook in self._refusers:
             try:
-                answer = _reason(plugin, guarded(plugin, "workpool_admission", hook, supervisor))
+                answer = _check_reason(
+                    plugin, guarded(plugin, "workpool_admission", hook, supervisor)
+                )
                 if plugin in self._failing:
                     self._failing[plugin] = self._failing[plugin]._replace(text="")
             except PluginError as failure:
                 log_it = self._is_new_refusal(plugin, str(failure))
-                self._report(plugin, "workpool_admission", failure, log_it=log_it)
+                self._report_failure(plugin, "workpool_admission", failure, log_it=log_it)
                 answer = "workpool_admission failed"
             if answer is not None:
                 return f"{plugin}: {answer}"
@@ -183,7 +185,7 @@ class Plugins:
                 if answer is not None:
                     return answer if isinstance(answer, Handler) else _as_handler(plugin, answer)
             except PluginError as failure:
-                self._report(plugin, "workpool_session_handler", failure)
+                self._report_failure(plugin, "workpool_session_handler", failure)
                 raise
         return None
 
@@ -194,23 +196,23 @@ class Plugins:
         """
         if not self._wrappers:
             return []
-        return _contexts("workpool_wrap_session", self._wrappers, session)
+        return _collect_contexts("workpool_wrap_session", self._wrappers, session)
 
     def lifespans(self, supervisor: object) -> list[Context]:
         """Return the contexts for the lifetime of the pool, in the order of entering them.
 
         An exception of a hook is not caught: it stops the start.
         """
-        return _contexts("workpool_lifespan", self._lifespans, supervisor)
+        return _collect_contexts("workpool_lifespan", self._lifespans, supervisor)
 
     def notify(self, event: Event) -> None:
         """Call the plugins that observe this type, in order. Their exceptions are caught.
 
         On the supervisor's loop.
         """
-        self._tell(event, but=None)
+        self._notify_observers(event, but=None)
 
-    def _tell(self, event: Event, *, but: str | None) -> None:
+    def _notify_observers(self, event: Event, *, but: str | None) -> None:
         for plugin, hook in self._observers.get(type(event), ()):
             if plugin == but:
                 continue
@@ -218,11 +220,11 @@ class Plugins:
                 guarded(plugin, "workpool_event", hook, event)
             except PluginError as failure:
                 # Otherwise two observers that both fail would report to each other without end.
-                self._report(
+                self._report_failure(
                     plugin, "workpool_event", failure, tell=type(event) is not PluginFailed
                 )
 
-    def _report(
+    def _report_failure(
         self,
         plugin: str,
         hook: str,
@@ -247,7 +249,7 @@ class Plugins:
         if self.metrics is not None:
             self.metrics(event)
         if tell:
-            self._tell(event, but=plugin)
+            self._notify_observers(event, but=plugin)
 
 
 def _in_order(plugins: Sequence[Plugin]) -> dict[str, list[Hook]]:
@@ -259,13 +261,15 @@ def _in_order(plugins: Sequence[Plugin]) -> dict[str, list[Hook]]:
     # pluggy calls the implementation first that was registered last
     for plugin in reversed(plugins):
         if plugin.routes:
-            adapter = registry.register(_Adapter(_reachable(plugin, routes)), f"@{plugin.name}")
+            adapter = registry.register(
+                _Adapter(_reachable_routes(plugin, routes)), f"@{plugin.name}"
+            )
             owners[str(adapter)] = plugin.name
         registry.register(_Hooks(plugin.hooks), plugin.name)
         owners[plugin.name] = plugin.name
     return {
         hook: [
-            (owners[impl.plugin_name], _taking_one(impl))
+            (owners[impl.plugin_name], _with_one_argument(impl))
             for impl in reversed(getattr(registry.hook, hook).get_hookimpls())
         ]
         for hook in SPECS
@@ -284,19 +288,19 @@ def _observers_by_type(
     return observers
 
 
-def _reachable(plugin: Plugin, routes: Iterable[Route]) -> list[Route]:
+def _reachable_routes(plugin: Plugin, routes: Iterable[Route]) -> list[Route]:
     """Return the plugin's routes and all more specific ones, the most specific first."""
     own = [route.rule for route in plugin.routes]
     refined = [route for route in routes if any(rule.covers(route.rule) for rule in own)]
     return sorted(refined, key=lambda route: -len(route.rule.metadata))
 
 
-def _taking_one(impl: pluggy.HookImpl) -> Callable[[Any], Any]:
+def _with_one_argument(impl: pluggy.HookImpl) -> Callable[[Any], Any]:
     function = impl.function
     return function if impl.argnames else lambda _: function()
 
 
-def _reason(plugin: str, answer: object) -> str | None:
+def _check_reason(plugin: str, answer: object) -> str | None:
     if answer is None or isinstance(answer, str):
         return answer
     raise PluginError(
@@ -320,7 +324,7 @@ def _as_handler(plugin: str, answer: object) -> Handler:
     )
 
 
-def _contexts(hook: str, calls: Sequence[Hook], argument: object) -> list[Context]:
+def _collect_contexts(hook: str, calls: Sequence[Hook], argument: object) -> list[Context]:
     contexts: list[Context] = []
     for plugin, call in calls:
         try:

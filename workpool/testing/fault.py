@@ -87,10 +87,10 @@ NO_FAULT: Final = Fault()
 
 def nested(faults: Sequence[Fault]) -> Fault:
     """Return one fault with the effect of all of them; the first one is the outermost."""
-    return reduce(_around, faults, NO_FAULT) if len(faults) != 1 else faults[0]
+    return reduce(_nest, faults, NO_FAULT) if len(faults) != 1 else faults[0]
 
 
-def _around(outer: Fault, inner: Fault) -> Fault:
+def _nest(outer: Fault, inner: Fault) -> Fault:
     if not outer.applied:
         return outer  # the call does not reach the inner fault
     replaced = outer if outer.answer is not None else inner
@@ -99,15 +99,15 @@ def _around(outer: Fault, inner: Fault) -> Fault:
         request_delay=outer.request_delay + inner.request_delay,
         answer_delay=outer.answer_delay + inner.answer_delay,
         byte_seconds=outer.byte_seconds + inner.byte_seconds,
-        before=_both(outer.before, inner.before),
+        before=_combine_callbacks(outer.before, inner.before),
         applied=inner.applied,
         answer=replaced.answer,
         retry_after=replaced.retry_after,
-        rewrite=_composed(outer.rewrite, inner.rewrite),
+        rewrite=_compose_rewrites(outer.rewrite, inner.rewrite),
     )
 
 
-def _both(
+def _combine_callbacks(
     first: Callable[[str, str | None], None] | None,
     second: Callable[[str, str | None], None] | None,
 ) -> Callable[[str, str | None], None] | None:
@@ -121,7 +121,7 @@ def _both(
     return call_both
 
 
-def _composed(
+def _compose_rewrites(
     outer: Callable[[Any], Any] | None, inner: Callable[[Any], Any] | None
 ) -> Callable[[Any], Any] | None:
     if outer is None or inner is None:

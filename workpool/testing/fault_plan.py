@@ -42,7 +42,7 @@ class _When(_Strict):
     between: Annotated[tuple[_Seconds, _Seconds], Field(strict=False)] | None = None
 
     @model_validator(mode="after")
-    def _window(self) -> Self:
+    def _check_window(self) -> Self:
         if self.between is not None and self.between[0] >= self.between[1]:
             raise ValueError("between: the window must end after it begins")
         return self
@@ -149,11 +149,11 @@ def read_plan(path: Path) -> Plan:
     try:
         return Plan.model_validate(found)
     except ValidationError as error:
-        problems = [_problem(each["loc"], each["msg"]) for each in error.errors()]
+        problems = [_problem_text(each["loc"], each["msg"]) for each in error.errors()]
         raise ServeError(f"faults file: {path}: {'; '.join(problems)}") from None
 
 
-def _problem(place: tuple[int | str, ...], message: str) -> str:
+def _problem_text(place: tuple[int | str, ...], message: str) -> str:
     """Return a sentence such as `fault 2: code: field required`."""
     words = [str(part) for part in place]
     if len(place) > 1 and isinstance(place[1], int):

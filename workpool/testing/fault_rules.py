@@ -219,7 +219,7 @@ class Faults:
             dict(request.query),
             request.headers,
         )
-        for rule in self._note(seen)[::-1]:
+        for rule in self._note_request(seen)[::-1]:
             handler = partial(inject, rule.fault, handler=handler)
         try:
             response = await handler(request)
@@ -230,12 +230,12 @@ class Faults:
             return response
         finally:
             if request.body_exists and request.content.is_eof():
-                seen.body = _json(await request.read())
+                seen.body = _parse_json(await request.read())
             self._changes.notify()
 
     def fault_of(self, request: Request) -> Fault:
         """Return the fault of a call in one process; see `workpool.testing.local_client`."""
-        rules = self._note(request)
+        rules = self._note_request(request)
         return nested([rule.fault for rule in rules if isinstance(rule.fault, Fault)])
 
     def answered(self, request: Request, status: int | None) -> None:
@@ -243,7 +243,7 @@ class Faults:
         request.status, request.lost = status, status is None
         self._changes.notify()
 
-    def _note(self, request: Request) -> list[Rule]:
+    def _note_request(self, request: Request) -> list[Rule]:
         """Note a request, and return the rules that apply to it."""
         if self._began is None:
             self._began = request.at
@@ -253,7 +253,7 @@ class Faults:
         return [rule for rule in self.rules if rule.applies(request)]
 
 
-def _json(content: bytes) -> Any:
+def _parse_json(content: bytes) -> Any:
     try:
         return orjson.loads(content) if content else None
     except orjson.JSONDecodeError:

@@ -127,7 +127,9 @@ class Proxy:
 
             def accept(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
                 self.accepted += 1
-                group.create_task(self._live(ending, reader, writer), name="proxy-link")
+                group.create_task(
+                    self._forward_connection(ending, reader, writer), name="proxy-link"
+                )
                 self._changes.notify()
 
             server = await asyncio.start_server(accept, _HOST, 0, limit=_CHUNK_BYTES)
@@ -145,7 +147,7 @@ class Proxy:
     ) -> None:
         await self._stack.aclose()  # without the error of the block, which must not be wrapped
 
-    async def _live(
+    async def _forward_connection(
         self, ending: asyncio.Event, reader: asyncio.StreamReader, writer: asyncio.StreamWriter
     ) -> None:
         """Forward one connection until both sides or the proxy have ended."""
@@ -153,7 +155,7 @@ class Proxy:
         self._links.add(link)
         try:
             async with asyncio.TaskGroup() as group:
-                carrying = group.create_task(self._connect(reader, link))
+                carrying = group.create_task(self._connect_and_forward(reader, link))
                 watching = group.create_task(ending.wait())
                 await asyncio.wait({carrying, watching}, return_when=asyncio.FIRST_COMPLETED)
                 carrying.cancel()
@@ -162,7 +164,7 @@ class Proxy:
             self._links.discard(link)
             writer.transport.abort()
 
-    async def _connect(self, reader: asyncio.StreamReader, link: _Link) -> None:
+    async def _connect_and_forward(self, reader: asyncio.StreamReader, link: _Link) -> None:
         host, port = self._target.hostname, self._target.port
         try:
             answers, plane = await asyncio.open_connection(host, port, limit=_CHUNK_BYTES)
@@ -171,25 +173,25 @@ class Proxy:
         link.plane = plane
         try:
             async with asyncio.TaskGroup() as group:
-                group.create_task(self._carry(link, reader, plane))
-                group.create_task(self._carry(link, answers, link.worker))
+                group.create_task(self._forward_direction(link, reader, plane))
+                group.create_task(self._forward_direction(link, answers, link.worker))
         finally:
             plane.transport.abort()
 
-    async def _carry(
+    async def _forward_direction(
         self, link: _Link, source: asyncio.StreamReader, sink: asyncio.StreamWriter
     ) -> None:
         """Forward one direction, its end included."""
         with suppress(OSError):  # reset or aborted: the other direction ends by itself
-            while chunk := await source.read(self._portion()):
-                await self._hold_up(len(chunk))
-                if self._swallows(link):
+            while chunk := await source.read(self._read_size()):
+                await self._wait_for_network(len(chunk))
+                if self._drops_bytes(link):
                     continue
                 if not (link.half_closed and sink is link.worker):
                     sink.write(chunk)
                     await sink.drain()
-            await self._hold_up(0)
-            if not self._swallows(link):
+            await self._wait_for_network(0)
+            if not self._drops_bytes(link):
                 sink.write_eof()
                 return
             await (
@@ -198,19 +200,19 @@ class Proxy:
         if not link.swallowed:
             sink.transport.abort()
 
-    def _portion(self) -> int:
+    def _read_size(self) -> int:
         """Return the number of bytes to read at once: at most those of a tenth of a second."""
         if self._bytes_per_second is None:
             return _CHUNK_BYTES
         return max(1, int(self._bytes_per_second / 10))
 
-    async def _hold_up(self, count: int) -> None:
+    async def _wait_for_network(self, count: int) -> None:
         """Wait as the state of the network demands."""
         pace = self._bytes_per_second
         await asyncio.sleep(self._delay + (count / pace if pace else 0.0))
         while not self._passing.is_set():  # a second partition may directly follow the first
             await self._passing.wait()
 
-    def _swallows(self, link: _Link) -> bool:
+    def _drops_bytes(self, link: _Link) -> bool:
         link.swallowed |= self._swallowing
         return link.swallowed

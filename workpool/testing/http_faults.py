@@ -52,11 +52,11 @@ async def inject(
     if fault.answer_delay:
         await asyncio.sleep(fault.answer_delay)
     if fault.answer is not None or fault.rewrite is not None:
-        return await _answer(fault, request, true)
-    return await _drip(true, request, fault.byte_seconds) if fault.byte_seconds else true
+        return await _replace_answer(fault, request, true)
+    return await _send_bytewise(true, request, fault.byte_seconds) if fault.byte_seconds else true
 
 
-async def _answer(
+async def _replace_answer(
     fault: Fault, request: web.Request, true: web.StreamResponse
 ) -> web.StreamResponse:
     """Replace the true answer."""
@@ -68,11 +68,15 @@ async def _answer(
         await asyncio.Event().wait()  # until the client closes the connection
     if isinstance(answer, str):
         if request.transport is not None:
-            _hang_up(request.transport, answer)
+            _close_connection(request.transport, answer)
         return true  # the connection is closed, so the answer is dropped
     body = answer.body if isinstance(answer.body, bytes) else b""
     replaced = web.Response(body=body, status=answer.status, headers=answer.headers)
-    return await _drip(replaced, request, fault.byte_seconds) if fault.byte_seconds else replaced
+    return (
+        await _send_bytewise(replaced, request, fault.byte_seconds)
+        if fault.byte_seconds
+        else replaced
+    )
 
 
 def _body_of(response: web.StreamResponse) -> bytes:
@@ -80,14 +84,14 @@ def _body_of(response: web.StreamResponse) -> bytes:
     return body if isinstance(body, bytes) else b""
 
 
-def _hang_up(transport: asyncio.Transport, how: str) -> None:
+def _close_connection(transport: asyncio.Transport, how: str) -> None:
     if how == "reset":
         reset_connection(transport)
     else:
         transport.close()
 
 
-async def _drip(
+async def _send_bytewise(
     whole: web.StreamResponse, request: web.Request, seconds: float
 ) -> web.StreamResponse:
     """Send an answer byte by byte."""
@@ -140,12 +144,12 @@ class Hold:
         """Delay one request."""
         if self._applied:
             response = await handler(request)
-            await self._wait()
+            await self._wait_for_release()
             return response
-        await self._wait()
+        await self._wait_for_release()
         return await handler(request)
 
-    async def _wait(self) -> None:
+    async def _wait_for_release(self) -> None:
         self.held += 1
         self._changes.notify()
         await self._released.wait()

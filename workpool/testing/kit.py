@@ -80,7 +80,7 @@ class Kit:
 
     def __init__(self) -> None:
         self.recorder = Recorder()
-        self._pools: list[_Prompted] = []
+        self._pools: list[_PromptedPool] = []
         self._items: list[Item] = []
         self._returned: set[int] = set()
 
@@ -117,7 +117,7 @@ class Kit:
     def stop(self, item: Item, *, force: bool = False) -> None:
         """Stop an item as an operator does, and let its pool notice at once."""
         self.server.operations.stop(item.environment_id, item.id, force=force)
-        self._notice(item)
+        self._send_heartbeat_now(item)
 
     def lose(self, item: Item) -> None:
         """End an item's lease, as an outage does, and let its pool notice at once.
@@ -132,7 +132,7 @@ class Kit:
         if now.lease_end is None:
             raise ValueError(f"no worker holds a lease of {item.id}: it is {now.state}")
         expire_lease(self.server, item.id, item.environment_id)
-        self._notice(item)
+        self._send_heartbeat_now(item)
 
     def settings(self, **values: Any) -> Settings:
         """Return settings for a pool on the control plane; keywords win."""
@@ -155,7 +155,7 @@ class Kit:
         if _virtual_loop() is None:
             if self.server.port == 0:
                 raise RuntimeError("the control plane is not open; use `async with Kit()`")
-            pool = _Prompted(self.settings(**settings), plugins=plugins)
+            pool = _PromptedPool(self.settings(**settings), plugins=plugins)
         else:
             faults = self.faults
             connect = functools.partial(
@@ -206,14 +206,14 @@ class Kit:
         pool = self.pool(*plugins, **one_at_a_time | settings)
         async with pool:
             try:
-                end = await self.recorder.wait_for(object, over, timeout=_patience(timeout))
+                end = await self.recorder.wait_for(object, over, timeout=_timeout_seconds(timeout))
             except AssertionError:
-                raise AssertionError(self._story(item, timeout)) from None
+                raise AssertionError(self._session_failure_text(item, timeout)) from None
         match end:
             case SessionFinished():
-                return self._result(end, self.item(item))
+                return self._session_result(end, self.item(item))
             case ItemDeclined():
-                raise AssertionError(_declined(end, plugins))
+                raise AssertionError(_declined_text(end, plugins))
         raise AssertionError("the pool was drained before the session had ended")
 
     async def wait_for(
@@ -243,12 +243,12 @@ class Kit:
             return id(event) not in self._returned and (where is None or where(event))
 
         accepts = is_new if count is None else where
-        seconds = _patience(timeout)
+        seconds = _timeout_seconds(timeout)
         try:
             event = await self.recorder.wait_for(kind, accepts, count=count or 1, timeout=seconds)
         except AssertionError:
             wanted = f"{'another' if count is None else f'{count} ×'} {kind.__name__}"
-            raise AssertionError(self._report(wanted, seconds)) from None
+            raise AssertionError(self._wait_failure_text(wanted, seconds)) from None
         if count is None:
             self._returned.add(id(event))  # the recorder keeps all events, so ids stay unique
         return event
@@ -279,17 +279,17 @@ class Kit:
 
         return run
 
-    def _story(self, item: Item, timeout: float | None) -> str:
-        lines = [f"the session has not ended within {_patience(timeout):g} s"]
+    def _session_failure_text(self, item: Item, timeout: float | None) -> str:
+        lines = [f"the session has not ended within {_timeout_seconds(timeout):g} s"]
         lines += progress_of(self.item(item), self.server)
         return "\n".join([*lines, f"the pool reported: {names_of(self.recorder.events)}"])
 
-    def _notice(self, item: Item) -> None:
+    def _send_heartbeat_now(self, item: Item) -> None:
         """Let the pool that holds the item send a heartbeat now."""
         for pool in self._pools:
             pool.check_soon(item.id)
 
-    def _report(self, wanted: str, seconds: float) -> str:
+    def _wait_failure_text(self, wanted: str, seconds: float) -> str:
         """Return what happened instead of the expected event."""
         reported = names_of(self.recorder.events)
         lines = [f"not within {seconds:g} s: {wanted}; the pool reported: {reported}"]
@@ -298,7 +298,7 @@ class Kit:
             lines += [f"{item.id}:", *progress_of(item, self.server)]
         return "\n".join(lines)
 
-    def _result(self, finished: SessionFinished, item: Item) -> SessionResult:
+    def _session_result(self, finished: SessionFinished, item: Item) -> SessionResult:
         return SessionResult(
             outcome=finished.outcome,
             metadata=dict(item.metadata),
@@ -309,7 +309,7 @@ class Kit:
         )
 
 
-class _Prompted(Supervisor):
+class _PromptedPool(Supervisor):
     """A pool that can be told to check a lease now, not only when a heartbeat is due."""
 
     _context: PoolContext | None = None
@@ -326,7 +326,7 @@ class _Prompted(Supervisor):
                     self._context.renewer.check_soon(lease)
 
 
-class _LoopPool(_Prompted, LoopSupervisor):
+class _LoopPool(_PromptedPool, LoopSupervisor):
     """The same pool in virtual time."""
 
 
@@ -339,13 +339,13 @@ def _virtual_loop() -> VirtualLoop | None:
     return loop if isinstance(loop, VirtualLoop) else None
 
 
-def _patience(timeout: float | None) -> float:
+def _timeout_seconds(timeout: float | None) -> float:
     if timeout is not None:
         return timeout
     return WAIT_SECONDS if _virtual_loop() is None else VIRTUAL_WAIT_SECONDS
 
 
-def _declined(event: ItemDeclined, plugins: Sequence[object]) -> str:
+def _declined_text(event: ItemDeclined, plugins: Sequence[object]) -> str:
     rules = [f"{name_of(each)} takes {rule}" for each in plugins if (rule := rule_of(each))]
     had = " ".join(f"{key}={value}" for key, value in event.item.metadata.items())
     return "\n".join(

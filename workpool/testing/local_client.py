@@ -422,7 +422,7 @@ class LocalClient:
 
 def answer_to(fault: Fault, operate: Callable[[], object]) -> Response | NoAnswer:
     """Carry out the operation if the fault applies it, and return the answer."""
-    return fault.answer_instead_of(_operated(operate) if fault.applied else Response(502, {}, b""))
+    return fault.answer_instead_of(_operate(operate) if fault.applied else Response(502, {}, b""))
 
 
 def answer_delay(fault: Fault, answer: Response | NoAnswer) -> float:
@@ -431,7 +431,7 @@ def answer_delay(fault: Fault, answer: Response | NoAnswer) -> float:
     return fault.answer_delay + fault.byte_seconds * len(body)
 
 
-def _operated(operate: Callable[[], object]) -> Response:
+def _operate(operate: Callable[[], object]) -> Response:
     try:
         return Response(200, {}, orjson.dumps(operate()))
     except APIError as refusal:

@@ -42,7 +42,7 @@ class VirtualLoop(asyncio.SelectorEventLoop):
     def __init__(self) -> None:
         self._now = 0.0
         self.slept = self.paused = 0.0
-        self._outside = _Outside()
+        self._outside = _RealTimeWork()
         self._jumps = _Jumps(self._jump)
         super().__init__(self._jumps)
         self._own_files = {key.fd for key in self._jumps.get_map().values()}
@@ -117,7 +117,7 @@ class VirtualLoop(asyncio.SelectorEventLoop):
         self._now += seconds
 
 
-class _Outside:
+class _RealTimeWork:
     """The threads and processes of one loop, whose ends only real time brings."""
 
     def __init__(self) -> None:
@@ -153,12 +153,12 @@ def _socket_name(file: int) -> str | None:
         return None
     with copy:
         try:
-            return f"the socket connected to {_address(copy.getpeername())}"
+            return f"the socket connected to {_address_text(copy.getpeername())}"
         except OSError:
-            return f"the socket {_address(copy.getsockname())}"
+            return f"the socket {_address_text(copy.getsockname())}"
 
 
-def _address(address: Any) -> str:
+def _address_text(address: Any) -> str:
     return f"{address[0]}:{address[1]}" if isinstance(address, tuple) else repr(address)
 
 

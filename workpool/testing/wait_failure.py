@@ -18,21 +18,21 @@ if TYPE_CHECKING:
 def names_of(events: Iterable[Event]) -> str:
     """Return the names of the events, each once with its count."""
     counts = Counter(type(event).__name__ for event in events)
-    return ", ".join(_times(name, count) for name, count in counts.items()) or "nothing"
+    return ", ".join(_name_with_count(name, count) for name, count in counts.items()) or "nothing"
 
 
 def progress_of(item: Item, plane: ControlPlane) -> list[str]:
     """Return the state and history of an item, and the frames in which its handler waits."""
     kinds = groupby(record.kind for record in plane.history.of(item.id))
-    progress = ", ".join(_times(kind, len(list(same))) for kind, same in kinds)
-    return [f"the item is {item.state}; it was {progress}", *_where(item.id)]
+    progress = ", ".join(_name_with_count(kind, len(list(same))) for kind, same in kinds)
+    return [f"the item is {item.state}; it was {progress}", *_handler_frames(item.id)]
 
 
-def _times(name: str, count: int) -> str:
+def _name_with_count(name: str, count: int) -> str:
     return name if count == 1 else f"{name} ×{count}"
 
 
-def _where(work_id: str) -> list[str]:
+def _handler_frames(work_id: str) -> list[str]:
     """Return all frames of the item's handler, down to its last `await`."""
     lines: list[str] = []
     for task in asyncio.all_tasks():

@@ -80,7 +80,7 @@ class Podman:
     def run(self, *arguments: str, stdin: bytes = b"") -> str:
         """Run a Podman command; skip the test with the reason if the command fails."""
         done = subprocess.run(  # noqa: S603 - our own words
-            [*self._command, *arguments],
+            [*self._base_command, *arguments],
             env=self._environment,
             input=stdin,
             capture_output=True,
@@ -95,7 +95,11 @@ class Podman:
         """Start the service and wait until it answers."""
         with (self._folder / "service.log").open("ab") as log:
             self._service = subprocess.Popen(  # noqa: S603 - our own words
-                self._serving, cwd=self._folder, env=self._environment, stdout=log, stderr=log
+                self._service_command,
+                cwd=self._folder,
+                env=self._environment,
+                stdout=log,
+                stderr=log,
             )
         until = time.monotonic() + SECONDS
         while not Path(self.socket).is_socket():
@@ -119,14 +123,14 @@ class Podman:
         self.registry.close()
 
     @property
-    def _command(self) -> list[str]:
+    def _base_command(self) -> list[str]:
         places = [f"--{name}={self._folder / name}" for name in ("root", "runroot", "tmpdir")]
         return ["podman", *places, "--storage-driver=vfs"]
 
     @property
-    def _serving(self) -> list[str]:
+    def _service_command(self) -> list[str]:
         # The service ends after an idle hour, because a killed test run cannot end it.
-        return [*self._command, "system", "service", "--time=3600", f"unix://{self.socket}"]
+        return [*self._base_command, "system", "service", "--time=3600", f"unix://{self.socket}"]
 
 
 class Docker(Podman):
@@ -141,11 +145,11 @@ class Docker(Podman):
         subprocess.run(["umount", str(self._folder / "data")], check=False)  # noqa: S603, S607 - our own words
 
     @property
-    def _command(self) -> list[str]:
+    def _base_command(self) -> list[str]:
         return ["docker", "--host", f"unix://{self.socket}"]
 
     @property
-    def _serving(self) -> list[str]:
+    def _service_command(self) -> list[str]:
         places = {"data-root": "data", "exec-root": "exec", "pidfile": "pid"}
         return [
             *("dockerd", "--host", f"unix://{self.socket}", "--live-restore"),

@@ -138,7 +138,7 @@ async def test_second_cancellation_during_cleanup_leaves_no_container(
 
     async def cancelled_again(*arguments: Any) -> Any:
         loop = asyncio.get_running_loop()
-        loop.call_soon(_after, turns, task.cancel)
+        loop.call_soon(_call_after, turns, task.cancel)
         return await original(*arguments)
 
     async with asyncio.TaskGroup() as group:
@@ -173,9 +173,9 @@ async def test_second_cancellation_during_grace_ends_container_at_once(
     assert await containers(scene) == {}
 
 
-def _after(turns: int, call: Callable[[], object]) -> None:
+def _call_after(turns: int, call: Callable[[], object]) -> None:
     if turns:
-        asyncio.get_running_loop().call_soon(_after, turns - 1, call)
+        asyncio.get_running_loop().call_soon(_call_after, turns - 1, call)
     else:
         call()
 
@@ -236,7 +236,7 @@ async def test_superseded_container_is_removed_before_another_starts(
     left = await engine.create(name, specify(old.options, old.session))
     if kind != "never started":
         await engine.start(left)
-        await scene.until(lambda: _has(scene, left, "running"))
+        await scene.until(lambda: _has_state(scene, left, "running"))
     worker = Worker(scene, engine, named="" if kind == "never named" else left)
     async with asyncio.TaskGroup() as group:
         task = group.create_task(worker.run())
@@ -247,5 +247,5 @@ async def test_superseded_container_is_removed_before_another_starts(
         task.cancel()
 
 
-async def _has(scene: Scene, container: str, state: str) -> bool:
+async def _has_state(scene: Scene, container: str, state: str) -> bool:
     return (await containers(scene)).get(container) == state

@@ -62,7 +62,7 @@ async def test_session_on_machine_without_resources_is_released(
     monkeypatch.setattr(Container, "_settings", Settings(), raising=False)
     session: Any = SimpleNamespace(item=SimpleNamespace(id="work_1"))
     with pytest.raises(Release) as raised:
-        await Container(image="agent")._run(session)
+        await Container(image="agent")._run_session(session)
     assert exhausted(raised.value)
 
 
@@ -88,7 +88,7 @@ async def test_container_gets_token_of_item_on_request_and_never_key_of_worker(
     monkeypatch.setattr(Container, "_settings", worker, raising=False)
     item = item_of(sessions_token=SecretStr("token-of-the-item"))
     session: Any = SimpleNamespace(item=item, redelivered=False, traceparent=None)
-    await Container(image="agent", item_token=item_token)._run(session)
+    await Container(image="agent", item_token=item_token)._run_session(session)
     [specification] = made
     assert not any(variable.startswith("TRACEPARENT=") for variable in specification["Env"])
     assert ("WORKPOOL_TOKEN=token-of-the-item" in specification["Env"]) is item_token

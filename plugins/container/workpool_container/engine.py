@@ -110,7 +110,7 @@ class Engine:
 
     async def greet(self) -> str:
         """Agree on the API's version, before other calls; return the engine's name and version."""
-        with _errors("asking for its version"):
+        with _engine_errors("asking for its version"):
             async with self._session.get(f"{ORIGIN}/version", raise_for_status=True) as answer:
                 found = await answer.json()
         if "ApiVersion" not in found:
@@ -122,7 +122,7 @@ class Engine:
     async def has_image(self, image: str) -> bool:
         """Return whether the engine has the image."""
         try:
-            with _errors(f"looking for image {image}"):
+            with _engine_errors(f"looking for image {image}"):
                 await self._docker.images.inspect(image)
         except EngineError as error:
             if error.absent:
@@ -133,14 +133,14 @@ class Engine:
     async def pull(self, image: str) -> None:
         """Let the engine pull the image."""
         log.info("pulling an image", extra={"image": image})
-        with _errors(f"pulling image {image}"):
+        with _engine_errors(f"pulling image {image}"):
             async with asyncio.timeout(PULL_SECONDS):
                 await self._docker.images.pull(image, timeout=None)
 
     async def containers(self, label: str, value: str) -> list[Found]:
         """Return all containers with this label, in any state."""
         filters = json.dumps({"label": [f"{label}={value}"]})
-        with _errors("listing containers"):
+        with _engine_errors("listing containers"):
             listed = await self._docker.containers.list(all=True, filters=filters)
         return [
             Found(
@@ -155,20 +155,20 @@ class Engine:
 
     async def create(self, name: str, specification: Mapping[str, Any]) -> str:
         """Create a container without starting it, and return its id."""
-        with _errors("creating a container"):
+        with _engine_errors("creating a container"):
             made = await self._docker.containers.create(dict(specification), name=name)
         return made.id
 
     async def start(self, container: str) -> None:
         """Start a container that was just created. A repetition would run an ended one again."""
-        with _errors("starting the container"):
-            await self._at(container).start()
+        with _engine_errors("starting the container"):
+            await self._container_of(container).start()
 
     async def rename(self, name: str, to: str) -> bool:
         """Rename a container if it still has this name. Of two concurrent calls, one succeeds."""
         try:
-            with _errors("renaming the container"):
-                await self._at(name).rename(to)
+            with _engine_errors("renaming the container"):
+                await self._container_of(name).rename(to)
         except EngineError as error:
             if error.absent:
                 return False
@@ -177,22 +177,22 @@ class Engine:
 
     async def stop(self, container: str, grace: float) -> None:
         """Stop a container: the engine sends its stop signal, and SIGKILL after `grace`."""
-        with _errors("stopping the container"):
+        with _engine_errors("stopping the container"):
             async with asyncio.timeout(CALL_SECONDS + grace):
-                await self._at(container).stop(t=math.ceil(grace))
+                await self._container_of(container).stop(t=math.ceil(grace))
 
     async def remove(self, container: str) -> None:
         """Remove a container in any state, and wait until it is gone. A running one is killed."""
-        with _errors("removing the container"):
+        with _engine_errors("removing the container"):
             async with asyncio.timeout(CALL_SECONDS):
                 tries = 1
-                while not await self._removed(container, last=tries >= REMOVAL_TRIES):
+                while not await self._try_remove(container, last=tries >= REMOVAL_TRIES):
                     tries += 1
                     await asyncio.sleep(RETRY_SECONDS[0])
 
-    async def _removed(self, container: str, *, last: bool) -> bool:
+    async def _try_remove(self, container: str, *, last: bool) -> bool:
         try:
-            await self._at(container).delete(force=True, v=True)
+            await self._container_of(container).delete(force=True, v=True)
         except aiodocker.DockerError as error:
             if error.status == HTTPStatus.CONFLICT:
                 return False  # Docker: a removal is in progress, perhaps of an earlier call
@@ -214,7 +214,7 @@ class Engine:
                 status = await self._status(container)
                 if status is not None:
                     return status
-                await self._next_exit(container, patience)
+                await self._wait_for_exit(container, patience)
                 failures, patience = 0, min(2 * patience, WAIT_SECONDS[1])
             except EngineError as error:
                 if error.absent:
@@ -230,19 +230,19 @@ class Engine:
 
     async def _status(self, container: str) -> int | None:
         """Return the exit status, or None. A container during its removal may show a 0."""
-        with _errors("looking at the container"):
-            state = (await self._at(container).show())["State"]
+        with _engine_errors("looking at the container"):
+            state = (await self._container_of(container).show())["State"]
         return int(state["ExitCode"]) if str(state["Status"]).lower() in _EXITED else None
 
-    async def _next_exit(self, container: str, patience: float) -> None:
+    async def _wait_for_exit(self, container: str, patience: float) -> None:
         """Wait for an exit, at most `patience` seconds; an earlier exit is not reported.
 
         With any other wait condition Podman uses a whole core.
         """
         with suppress(TimeoutError):
             async with asyncio.timeout(patience):
-                with _errors("waiting for the container"):
-                    await self._at(container).wait(condition="next-exit")
+                with _engine_errors("waiting for the container"):
+                    await self._container_of(container).wait(condition="next-exit")
 
     async def output(self, container: str, tail: str) -> AsyncGenerator[tuple[str, bytes], None]:
         """Yield the output until its end, in pieces with the name of their stream.
@@ -257,7 +257,7 @@ class Engine:
         asked = {"stdout": "1", "stderr": "1", "follow": "1", "tail": tail}
         endless = aiohttp.ClientTimeout(total=None, sock_connect=10.0)
         doing = "reading the container's output"
-        with _errors(doing):
+        with _engine_errors(doing):
             async with self._session.get(url, params=asked, timeout=endless) as response:
                 if response.status != HTTPStatus.OK:
                     raise EngineError(doing, response.reason or "refused", response.status)
@@ -267,12 +267,12 @@ class Engine:
                         piece = await response.content.readexactly(int.from_bytes(header[4:]))
                         yield STREAMS.get(header[0], "stdout"), piece
 
-    def _at(self, container: str) -> aiodocker.containers.DockerContainer:
+    def _container_of(self, container: str) -> aiodocker.containers.DockerContainer:
         return self._docker.containers.container(container)
 
 
 @contextmanager
-def _errors(doing: str) -> Iterator[None]:
+def _engine_errors(doing: str) -> Iterator[None]:
     try:
         yield
     except aiodocker.DockerError as error:

@@ -63,14 +63,14 @@ class Leftovers:
             # its item's metadata before that.
             for found in await self._engine.containers(ENVIRONMENT_ID, self._environment_id):
                 if found.labels[WORK_ID] not in self._here:
-                    await self._judge(found)
+                    await self._remove_if_leftover(found)
         except (EngineError, ControlPlaneError) as error:
             log.warning(
                 "leftover containers not looked after: %s", error, extra={"error": str(error)}
             )
 
-    async def _judge(self, found: Found) -> None:
-        reason = "given up" if found.ended else await self._objection(found)
+    async def _remove_if_leftover(self, found: Found) -> None:
+        reason = "given up" if found.ended else await self._leftover_reason(found)
         if reason is None:
             return
         try:
@@ -93,7 +93,7 @@ class Leftovers:
                 },
             )
 
-    async def _objection(self, found: Found) -> str | None:
+    async def _leftover_reason(self, found: Found) -> str | None:
         """Return why the container's result cannot count anymore, or None if it may count."""
         try:
             item = await self._client.get(found.labels[WORK_ID])

@@ -122,12 +122,12 @@ class Options(BaseModel):
             return cls.model_validate(settings)
         except ValidationError as error:
             found = error.errors(include_url=False, include_context=False, include_input=False)
-            problems = [f"{_place(each['loc'])}: {each['msg']}" for each in found]
+            problems = [f"{_place_text(each['loc'])}: {each['msg']}" for each in found]
         # Raised outside of the except block: a ValidationError contains values, maybe secrets.
         raise ValueError("; ".join(problems))
 
 
-def _place(location: tuple[int | str, ...]) -> str:
+def _place_text(location: tuple[int | str, ...]) -> str:
     return ".".join(str(part) for part in location)
 
 
@@ -143,7 +143,7 @@ def describe(item: WorkItem) -> str:
             "type": "work",
             "environment_id": item.environment_id,
             "data": {"type": item.type, "id": item.session_id},
-            "created_at": _text(item.created_at),
+            "created_at": _time_text(item.created_at),
             "metadata": dict(item.metadata),
         }
     )
@@ -152,7 +152,7 @@ def describe(item: WorkItem) -> str:
     return text
 
 
-def _text(time: datetime | None) -> str | None:
+def _time_text(time: datetime | None) -> str | None:
     return None if time is None else time.isoformat().replace("+00:00", "Z")
 
 

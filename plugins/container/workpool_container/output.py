@@ -45,15 +45,15 @@ class Output:
         # An unfinished line is stored only up to the logged part, and a byte that shows the cut.
         self._parts[stream] = rest[: LINE_BYTES + 1]
         for line in lines:
-            self._say(stream, line)
+            self._log_line(stream, line)
 
     def close(self) -> None:
         """Log the bytes after the last line end."""
         for stream, line in self._parts.items():
             if line:
-                self._say(stream, line)
+                self._log_line(stream, line)
 
-    def _say(self, stream: str, line: bytes) -> None:
+    def _log_line(self, stream: str, line: bytes) -> None:
         if self.full:
             return
         self._left -= 1

@@ -54,7 +54,7 @@ class Container:
         self._leftovers: Leftovers | None = None
 
         async def session(session: Session) -> dict[str, str]:
-            return await self._run(session)
+            return await self._run_session(session)
 
         self.session = handler(
             metadata=self._options.metadata,
@@ -74,7 +74,7 @@ class Container:
         self._settings = settings
         socket = find_socket(self._options.socket)
         async with Engine(socket) as engine, WorkClient(settings) as client:
-            await self._check(engine)
+            await self._check_engine(engine)
             self._engine = engine
             leftovers = Leftovers(engine, client, settings.environment_id or "", self._here)
             async with asyncio.TaskGroup() as group:
@@ -96,7 +96,7 @@ class Container:
         if self._leftovers is not None:
             self._leftovers.look.set()
 
-    async def _run(self, session: Session) -> dict[str, str]:
+    async def _run_session(self, session: Session) -> dict[str, str]:
         work_id = session.item.id
         self._here.add(work_id)
         try:
@@ -118,7 +118,7 @@ class Container:
             if source.startswith("/") and token.is_relative_to(os.path.realpath(source)):
                 raise PluginError("container", f"mount {mount}: shows the token file {token_file}")
 
-    async def _check(self, engine: Engine) -> None:
+    async def _check_engine(self, engine: Engine) -> None:
         """Find the engine and the image.
 
         Raises:

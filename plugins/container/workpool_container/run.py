@@ -99,8 +99,8 @@ class Run:
             ContainerFailed: Any other exit status, or another program removed the container.
         """
         try:
-            adopted = await self._begin()
-            return await self._settle(await self._follow(adopted=adopted))
+            adopted = await self._adopt_or_start()
+            return await self._result_of(await self._await_exit(adopted=adopted))
         except (asyncio.CancelledError, Exception) as error:
             # Without memory or descriptors here, the item is released for another worker.
             if isinstance(error, asyncio.CancelledError) or exhausted(error):
@@ -112,12 +112,12 @@ class Run:
 
     # Beginning.
 
-    async def _begin(self) -> bool:
+    async def _adopt_or_start(self) -> bool:
         """Adopt or start the container; return whether it was adopted."""
         try:
             adopted = await self._adopt()
             if not adopted:
-                await self._start()
+                await self._start_container()
         except (WorkpoolError, Release) as error:
             await self._give_up()
             if not isinstance(error, EngineError | TransientError):
@@ -135,7 +135,7 @@ class Run:
         adopted = False
         for found in await self._engine.containers(WORK_ID, item.id):
             self._check_lease()
-            if self._counts(found) and await self._engine.rename(found.name, self._name):
+            if self._is_adoptable(found) and await self._engine.rename(found.name, self._name):
                 self._id, adopted = found.id, True
                 self._session.log.info(
                     "container adopted", extra={"container_id": found.id[:12], "state": found.state}
@@ -153,11 +153,11 @@ class Run:
         if not self._session.lease_remaining:
             raise Release("the lease has ended")
 
-    def _counts(self, found: Found) -> bool:
+    def _is_adoptable(self, found: Found) -> bool:
         named = self._session.item.metadata.get(CONTAINER) == found.id
         return named and found.started and not found.ended
 
-    async def _start(self) -> None:
+    async def _start_container(self) -> None:
         specification = specify(self._options, self._session, self._given)
         try:
             self._id = await self._engine.create(self._name, specification)
@@ -173,10 +173,12 @@ class Run:
 
     # Following the container.
 
-    async def _follow(self, *, adopted: bool) -> int:
+    async def _await_exit(self, *, adopted: bool) -> int:
         try:
             async with asyncio.TaskGroup() as group:
-                output = group.create_task(self._log(adopted=adopted), name="container-output")
+                output = group.create_task(
+                    self._log_output(adopted=adopted), name="container-output"
+                )
                 obeying = group.create_task(self._obey_stop(), name="container-interrupted")
                 status = await self._engine.exit_of(self._id)
                 obeying.cancel()
@@ -189,7 +191,7 @@ class Run:
             raise error from error.__cause__  # the error in the group, not the group
         return status
 
-    async def _log(self, *, adopted: bool) -> None:
+    async def _log_output(self, *, adopted: bool) -> None:
         output = Output(self._session.log, self._options.log_lines, self._session.progress)
         tail = str(ADOPTED_LINES) if adopted else "all"
         while self._watched or not output.full:
@@ -228,7 +230,7 @@ class Run:
 
     # Ending.
 
-    async def _settle(self, status: int) -> dict[str, str]:
+    async def _result_of(self, status: int) -> dict[str, str]:
         self._session.log.info("container ended", extra={**self._log_fields(), "status": status})
         if status == 0 or self._session.stopping:
             return {"exit_status": str(status)}

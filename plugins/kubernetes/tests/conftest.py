@@ -101,7 +101,7 @@ class APIServer:
                 pass
 
     async def handle(self, request: web.Request) -> web.Response:
-        status = self._status(request)
+        status = self._status_for(request)
         if status == 0:
             await asyncio.Event().wait()  # cancelled when the client closes the connection
         self.answers.append(status)
@@ -114,7 +114,7 @@ class APIServer:
         self.costs.put_nowait(self.pod["metadata"]["annotations"][DELETION_COST])
         return web.json_response(self.pod)
 
-    def _status(self, request: web.Request) -> int:
+    def _status_for(self, request: web.Request) -> int:
         if request.headers.get("Authorization") != f"Bearer {self.token}":
             return 401
         if request.path != f"/api/v1/namespaces/{NAMESPACE}/pods/{POD}":

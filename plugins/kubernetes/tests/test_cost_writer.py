@@ -26,9 +26,9 @@ class Written:
         self.written: list[tuple[float, int]] = []
         self.failing = False
         self.seconds = 0.0
-        self.writer = CostWriter(lambda: self.cost, self._write, interval)
+        self.writer = CostWriter(lambda: self.cost, self._record_write, interval)
 
-    async def _write(self, cost: int) -> None:
+    async def _record_write(self, cost: int) -> None:
         self.written.append((asyncio.get_running_loop().time(), cost))
         await asyncio.sleep(self.seconds)
         if self.failing:

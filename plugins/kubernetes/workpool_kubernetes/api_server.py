@@ -83,20 +83,20 @@ class APIServer:
                     self._url,
                     data=body,
                     headers={
-                        "Authorization": f"Bearer {await self._token()}",
+                        "Authorization": f"Bearer {await self._read_token()}",
                         "Content-Type": MERGE_PATCH,
                     },
                     allow_redirects=False,  # the token is for the API server only
                 ) as answer,
             ):
                 if answer.status != HTTPStatus.OK:
-                    raise self._refused(answer.status, await _beginning(answer.content))
+                    raise self._refusal_error(answer.status, await _read_beginning(answer.content))
         except TimeoutError:
             raise APIServerError(f"no answer within {CALL_SECONDS:.0f} s") from None
         except aiohttp.ClientError as error:
             raise APIServerError(f"{type(error).__name__}: {error}") from None
 
-    async def _token(self) -> str:
+    async def _read_token(self) -> str:
         """Read the token again for each call, since the kubelet replaces the file."""
         file = self._pod.token_file
         try:
@@ -107,7 +107,7 @@ class APIServer:
             raise APIServerError(f"{file} holds no token")
         return token
 
-    def _refused(self, status: int, body: bytes) -> APIServerError:
+    def _refusal_error(self, status: int, body: bytes) -> APIServerError:
         pod = self._pod
         texts = {
             401: f"the API server refuses the token in {pod.token_file}",
@@ -118,18 +118,18 @@ class APIServer:
             " metadata.name",
         }
         text = texts.get(status, f"the API server answered {status}")
-        message = _message(body)
+        message = _status_message(body)
         return APIServerError(f"{text} ({message})" if message else text)
 
 
-async def _beginning(content: aiohttp.StreamReader) -> bytes:
+async def _read_beginning(content: aiohttp.StreamReader) -> bytes:
     try:
         return await content.readexactly(ANSWER_BYTES)
     except asyncio.IncompleteReadError as error:
         return error.partial
 
 
-def _message(body: bytes) -> str:
+def _status_message(body: bytes) -> str:
     """Return the message of a `Status` of the API server, bounded; empty if there is none."""
     with suppress(ValueError, AttributeError):
         message = json.loads(body).get("message")

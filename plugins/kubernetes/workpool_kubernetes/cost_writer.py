@@ -55,14 +55,14 @@ class CostWriter:
             if cost is None:
                 self._written = None  # another writer may change it
             if cost is not None and cost != self._written:
-                await self._attempt(cost)
-                await asyncio.sleep(self._pause())
+                await self._try_write(cost)
+                await asyncio.sleep(self._pause_seconds())
             else:
                 with suppress(TimeoutError):
                     async with asyncio.timeout(LOOK_SECONDS):
                         await self._changed.wait()
 
-    async def _attempt(self, cost: int) -> None:
+    async def _try_write(self, cost: int) -> None:
         # Unknown until the answer: a write without an answer may have been applied.
         self._written = None
         try:
@@ -80,7 +80,7 @@ class CostWriter:
                 log.info("deletion cost written again", extra={"in_a_row": self._failures})
             self._failures = 0
 
-    def _pause(self) -> float:
+    def _pause_seconds(self) -> float:
         """Return the pause after a write: longer after each failure, spread over the pods."""
         if not self._failures:
             return self._interval

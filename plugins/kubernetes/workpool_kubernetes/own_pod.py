@@ -57,18 +57,18 @@ def own_pod(environment: Mapping[str, str], directory: Path, name: str | None) -
     pod = name or environment.get(POD_NAME) or socket.gethostname()
     if not _NAME.fullmatch(pod):
         raise NoPodError(f"{pod!r} is not the name of a pod: set {POD_NAME} from metadata.name")
-    server = _server(environment)
+    server = _server_url(environment)
     missing = [file for file in ("token", "ca.crt", "namespace") if not (directory / file).exists()]
     if missing:
         raise NoPodError(
             f"{directory} has no {', '.join(missing)}: the pod needs a service account and"
             " automountServiceAccountToken: true"
         )
-    namespace = _namespace(directory / "namespace")
+    namespace = _read_namespace(directory / "namespace")
     return OwnPod(namespace, pod, server, directory / "token", directory / "ca.crt")
 
 
-def _server(environment: Mapping[str, str]) -> str:
+def _server_url(environment: Mapping[str, str]) -> str:
     host = environment.get("KUBERNETES_SERVICE_HOST", "")
     port = environment.get("KUBERNETES_SERVICE_PORT", "")
     if not host or not port.isdecimal():
@@ -79,7 +79,7 @@ def _server(environment: Mapping[str, str]) -> str:
     return f"https://[{host}]:{port}" if ":" in host else f"https://{host}:{port}"
 
 
-def _namespace(file: Path) -> str:
+def _read_namespace(file: Path) -> str:
     try:
         namespace = file.read_text().strip()
     except (OSError, UnicodeDecodeError) as error:

@@ -71,7 +71,7 @@ class Kubernetes:
                 write = partial(server.annotate, DELETION_COST)
                 self._writer = CostWriter(partial(cost_of, supervisor), write, self.interval)
                 async with writing(self._writer) as writer:
-                    with _counted(supervisor, writer):
+                    with _pool_counted(supervisor, writer):
                         yield
         except (NoPodError, APIServerError) as error:
             raise PluginError(NAME, str(error)) from None
@@ -82,7 +82,7 @@ class Kubernetes:
     def workpool_event(self, event: AckFinished | SessionFinished | StopFinished) -> None:  # noqa: ARG002 - its annotation selects the events
         """Look the number of sessions up again."""
         if self._writer is not None:
-            _look()
+            _prompt_writer()
 
 
 def cost_of(supervisor: Supervisor) -> int | None:
@@ -103,19 +103,19 @@ def sessions_of(supervisor: Supervisor) -> int:
 
 
 @contextmanager
-def _counted(supervisor: Supervisor, writer: CostWriter) -> Iterator[None]:
+def _pool_counted(supervisor: Supervisor, writer: CostWriter) -> Iterator[None]:
     """Count the sessions of a pool; at its end, another pool's plugin writes, if there is one."""
     loop = asyncio.get_running_loop()
     _POOLS[supervisor] = partial(loop.call_soon_threadsafe, writer.look)
-    _look()
+    _prompt_writer()
     try:
         yield
     finally:
         del _POOLS[supervisor]
-        _look()
+        _prompt_writer()
 
 
-def _look() -> None:
+def _prompt_writer() -> None:
     """Let the plugin that writes the cost look it up soon."""
     for look in tuple(_POOLS.values())[:1]:
         with suppress(RuntimeError):  # the loop of that pool is closed

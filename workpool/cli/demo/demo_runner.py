@@ -84,7 +84,7 @@ class DemoRunner:
 
     def __init__(self, handler: str, sessions: list[DemoSession], view: View | None = None) -> None:
         clock = system_clock()
-        self.plane = ControlPlane(middlewares=[self._watch], now=clock)
+        self.plane = ControlPlane(middlewares=[self._follow_history], now=clock)
         self.view = view or View()
         self._handler = handler
         self._sessions = sessions
@@ -96,7 +96,7 @@ class DemoRunner:
 
     async def run(self, signals: Signals) -> int:
         """Run until the end or the first signal. All workers have ended when it returns."""
-        self._workers = [self._worker(f"worker-{number}") for number in (1, 2)]
+        self._workers = [self._new_worker(f"worker-{number}") for number in (1, 2)]
         self.state.workers = self._workers
         self.view.say(
             f"workpool demo: {self.state.count} sessions for {self._handler}, 2 workers,"
@@ -104,7 +104,7 @@ class DemoRunner:
         )
         self._enqueue(FIRST)
         async with self._running_workers(signals):
-            return await self._follow(signals)
+            return await self._show_until_end(signals)
 
     @asynccontextmanager
     async def _running_workers(self, signals: Signals) -> AsyncIterator[None]:
@@ -114,7 +114,7 @@ class DemoRunner:
             yield
             for worker in self._workers:
                 worker.terminate()
-            all_ended = group.create_task(_wait(tasks), name="drain")
+            all_ended = group.create_task(_wait_for_all(tasks), name="drain")
             hurry = group.create_task(signals.second.wait(), name="second-signal")
             await asyncio.wait(
                 {all_ended, hurry}, timeout=END_SECONDS, return_when=asyncio.FIRST_COMPLETED
@@ -122,7 +122,7 @@ class DemoRunner:
             for task in (*tasks, all_ended, hurry):
                 task.cancel()  # kills a process that has not ended
 
-    async def _follow(self, signals: Signals) -> int:
+    async def _show_until_end(self, signals: Signals) -> int:
         """Show the state until all sessions have ended, or until a signal."""
         state, loop = self.state, asyncio.get_running_loop()
         acked, moved_at = 0, loop.time()
@@ -138,7 +138,7 @@ class DemoRunner:
                 self._enqueue(state.count)
             if state.held or state.acked != acked:
                 acked, moved_at = state.acked, loop.time()
-            problem = self._problem(loop.time() - moved_at)
+            problem = self._find_problem(loop.time() - moved_at)
             if problem is not None:
                 self.view.say(problem)
                 return exits.FAILED
@@ -147,7 +147,7 @@ class DemoRunner:
         self.view.draw(state)
         return exits.OK
 
-    def _problem(self, idle_seconds: float) -> str | None:
+    def _find_problem(self, idle_seconds: float) -> str | None:
         """Return why the rest of the demo would show nothing, or None."""
         failed = self.state.failed.total()
         if failed >= FAILED_SESSIONS and not self.state.completed.total():
@@ -158,7 +158,7 @@ class DemoRunner:
             return "the workers hold back, as the last sessions of a handler failed at once"
         return "no worker takes these sessions: does --metadata match the handler?"
 
-    def _worker(self, name: str) -> Worker:
+    def _new_worker(self, name: str) -> Worker:
         plane = self.plane
         settings = worker_settings(plane.base_url, plane.token, plane.environments[0], name)
         return Worker(name, self._handler, settings, self.view.show)
@@ -170,7 +170,7 @@ class DemoRunner:
             self._names[item.id] = f"session {len(self._names) + 1:02d}"
 
     @web.middleware
-    async def _watch(self, request: web.Request, handler: Respond) -> web.StreamResponse:
+    async def _follow_history(self, request: web.Request, handler: Respond) -> web.StreamResponse:
         """Follow the history after each request, and kill a worker at the right time."""
         worker = worker_of(request.headers.get("Worker-ID"))
         if self._victim is not None and worker == self._victim.name:
@@ -198,5 +198,5 @@ class DemoRunner:
                 )
 
 
-async def _wait(tasks: "set[asyncio.Task[None]]") -> None:
+async def _wait_for_all(tasks: "set[asyncio.Task[None]]") -> None:
     await asyncio.wait(tasks)

@@ -33,7 +33,7 @@ def sessions_for(handler: str, given: Mapping[str, str], count: int) -> list[Dem
     """
     rules = rules_of(handler)
     if handler == EXAMPLE:
-        return [_example(number, given) for number in range(1, count + 1)]
+        return [_example_session(number, given) for number in range(1, count + 1)]
     if not rules:
         return [DemoSession(SESSION, given)] * count
     taken = [rule for rule in rules if not given or rule.metadata.items() <= given.items()]
@@ -45,7 +45,7 @@ def sessions_for(handler: str, given: Mapping[str, str], count: int) -> list[Dem
     return [sessions[number % len(sessions)] for number in range(count)]
 
 
-def _example(number: int, given: Mapping[str, str]) -> DemoSession:
+def _example_session(number: int, given: Mapping[str, str]) -> DemoSession:
     seconds = FIRST_SECONDS if number <= FIRST else SECONDS
     return DemoSession(SESSION, {"text": f"session {number:02d}", "seconds": seconds, **given})
 

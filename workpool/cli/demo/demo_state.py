@@ -98,16 +98,16 @@ class DemoState:
         """
         held = {key: hold for key, hold in self.held.items() if hold.worker == worker}
         ready = all(hold.has_heartbeat for hold in held.values())
-        return [self._name(work_id) for work_id in held] if ready else []
+        return [self._name_of(work_id) for work_id in held] if ready else []
 
     def follow(self) -> list[str]:
         """Read the new records; return a sentence for each item that failed or changed hands."""
         records = list(islice(self._plane.history, self._seen, None))
         self._seen += len(records)
-        return [line for record in records if (line := self._see(record))]
+        return [line for record in records if (line := self._apply_record(record))]
 
-    def _see(self, record: Record) -> str:
-        work_id, name = record.work_id, self._name(record.work_id)
+    def _apply_record(self, record: Record) -> str:
+        work_id, name = record.work_id, self._name_of(record.work_id)
         orphan = work_id in self._orphans
         lease_end = record.lease_end or record.time
         if record.kind == "acked":
@@ -131,7 +131,7 @@ class DemoState:
             return f"{name} failed: {error}"
         return f"{name} finished by {worker}" if orphan else ""
 
-    def _name(self, work_id: str) -> str:
+    def _name_of(self, work_id: str) -> str:
         return self._names.get(work_id, work_id)
 
 

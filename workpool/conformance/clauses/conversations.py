@@ -28,7 +28,7 @@ NO_EVENTS: Final = "handlers cannot talk in a session"
 @clause("session-object", "A session has the fields that workers read.")
 async def fields_of_a_session(trial: Trial) -> None:
     """Read the session of an item."""
-    answer = await trial.api("GET", await _session(trial))
+    answer = await trial.api("GET", await _claim_session_url(trial))
     same_or_differs(answer.ok, str(answer))
     dialect = DIALECTS[trial.api.dialect]
     names = FIELDS + dialect.session_fields
@@ -42,14 +42,14 @@ async def fields_of_a_session(trial: Trial) -> None:
 @clause("events-list", "The events can be listed.")
 async def list_of_events(trial: Trial) -> None:
     """List the events of an item's session."""
-    answer = await trial.api("GET", f"{await _session(trial)}/events")
+    answer = await trial.api("GET", f"{await _claim_session_url(trial)}/events")
     same_or_differs(answer.ok and isinstance(answer.get("data"), list), f"{answer}: {NO_EVENTS}")
 
 
 @clause("events-stream", "The events can be streamed.")
 async def stream_of_events(trial: Trial) -> None:
     """Open the stream of an item's session, and close it."""
-    status, kind = await trial.api.open_stream(f"{await _session(trial)}/events/stream")
+    status, kind = await trial.api.open_stream(f"{await _claim_session_url(trial)}/events/stream")
     opened = status == 200 and kind == "text/event-stream"  # noqa: PLR2004 - the HTTP status
     same_or_differs(opened, f"HTTP {status} {kind}: {NO_EVENTS}")
 
@@ -67,25 +67,25 @@ async def secret_of_an_item(trial: Trial) -> None:
         same_or_differs(not secrets, "no secret: the worker's key has to do")
         return
     item = trial.api.as_worker(trial.api.worker, token.get_secret_value())
-    own = await item("GET", _session_of(trial, subject))
+    own = await item("GET", _session_url(trial, subject))
     same_or_breaks(own.ok, f"{own} for the session of the item")
-    foreign = await item("GET", _session_of(trial, another))
+    foreign = await item("GET", _session_url(trial, another))
     same_or_differs(not foreign.ok, f"{foreign} for the session of another item")
 
 
 @clause("result-once", "A second result for one tool use is a 409.")
 async def second_result(trial: Trial) -> None:
     """Answer a tool use twice, as a worker does after a lost answer."""
-    url = f"{await _session(trial, SCRIPT)}/events"
+    url = f"{await _claim_session_url(trial, SCRIPT)}/events"
     listed = await trial.api("GET", url)
     rows = listed.get("data")
     events = rows if isinstance(rows, list) else []
     uses = [each["id"] for each in events if each.get("type") == AGENT_TOOL_USE]
     if not uses:
         raise Untried("the session uses no tool")
-    first = await trial.api("POST", url, json=_result(uses[0]))
+    first = await trial.api("POST", url, json=_result_body(uses[0]))
     same_or_breaks(first.ok, f"the first: {first}")
-    second = await trial.api("POST", url, json=_result(uses[0]))
+    second = await trial.api("POST", url, json=_result_body(uses[0]))
     same_or_breaks(not second.ok, f"{second}: a result is applied twice")
     same_or_differs(is_conflict(second), str(second))
 
@@ -93,23 +93,23 @@ async def second_result(trial: Trial) -> None:
 @clause("result-unknown", "A result for an unknown tool use is a 400.")
 async def result_for_an_unknown_use(trial: Trial) -> None:
     """Answer an unknown tool use."""
-    url = f"{await _session(trial)}/events"
-    answer = await trial.api("POST", url, json=_result(f"evt_{UNKNOWN}"))
+    url = f"{await _claim_session_url(trial)}/events"
+    answer = await trial.api("POST", url, json=_result_body(f"evt_{UNKNOWN}"))
     same_or_differs(is_bad_request(answer), str(answer))
 
 
-async def _session(trial: Trial, script: Script | None = None) -> str:
+async def _claim_session_url(trial: Trial, script: Script | None = None) -> str:
     """Return the URL of an item's session."""
-    return _session_of(trial, await trial.claim(script))
+    return _session_url(trial, await trial.claim(script))
 
 
-def _session_of(trial: Trial, subject: Subject) -> str:
+def _session_url(trial: Trial, subject: Subject) -> str:
     if not subject.session_id:
         raise Untried("the item names no session")
     return f"{trial.api.base_url}/sessions/{subject.session_id}"
 
 
-def _result(use_id: str) -> dict[str, Any]:
+def _result_body(use_id: str) -> dict[str, Any]:
     content = [{"type": "text", "text": "workpool conform"}]
     result_event = {"type": USER_TOOL_RESULT, "tool_use_id": use_id, "content": content}
     return {"events": [result_event]}

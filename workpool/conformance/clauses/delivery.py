@@ -107,7 +107,7 @@ async def redelivery_time_spares_leases(trial: Trial) -> None:
 )
 async def poll_of_an_empty_queue(trial: Trial) -> None:
     """Poll an empty queue."""
-    answer = await _nothing(trial)
+    answer = await _poll_until_empty(trial)
     same_or_breaks(answer.ok, str(answer))
     nothing = answer.content.strip()
     if (answer.status, nothing) == (HTTPStatus.OK, b"null"):
@@ -124,7 +124,7 @@ async def poll_of_an_empty_queue(trial: Trial) -> None:
 )
 async def poll_waits(trial: Trial) -> None:
     """Measure the duration of a poll of an empty queue."""
-    await _nothing(trial)
+    await _poll_until_empty(trial)
     clock = asyncio.get_running_loop().time
     start = clock()
     answer = await trial.poll(params={"block_ms": str(BLOCK_MS)})
@@ -174,7 +174,7 @@ def readable(item: Mapping[str, Any] | Any) -> None:
         raise Breaks(f"a worker cannot read the item: {error}") from None
 
 
-async def _nothing(trial: Trial) -> Answer:
+async def _poll_until_empty(trial: Trial) -> Answer:
     """Poll until no item is delivered, and return that answer."""
     for _ in range(DRAINED_POLLS):
         answer = await trial.poll()

@@ -36,7 +36,7 @@ async def first_heartbeat(trial: Trial) -> None:
     subject = await trial.acknowledged()
     answer = await trial.api.heartbeat(subject.id, NO_HEARTBEAT, 60)
     same_or_breaks(answer.ok, str(answer))
-    _readable(answer)
+    _check_readable(answer)
     state, extended = answer.get("state"), answer.get("lease_extended")
     same_or_breaks(extended is True, "the lease is not extended")
     same_or_breaks(state == protocol.ACTIVE, f"the item is {shown(state)}")
@@ -67,14 +67,16 @@ async def heartbeat_after_reading(trial: Trial) -> None:
 async def heartbeat_with_another_time(trial: Trial) -> None:
     """Send a heartbeat that expects the last one of another holder."""
     subject = await trial.active()
-    _refused(await trial.api.heartbeat(subject.id, LONG_AGO, 60), "two workers can hold one item")
+    _check_refused(
+        await trial.api.heartbeat(subject.id, LONG_AGO, 60), "two workers can hold one item"
+    )
 
 
 @clause("heartbeat-first-again", "`NO_HEARTBEAT` after a heartbeat is a 412.")
 async def first_heartbeat_of_another_worker(trial: Trial) -> None:
     """Send a first heartbeat for an item that another worker holds."""
     subject = await trial.active()
-    _refused(
+    _check_refused(
         await trial.other.heartbeat(subject.id, NO_HEARTBEAT, 60), "two workers can hold one item"
     )
 
@@ -107,7 +109,7 @@ async def ttl_is_clamped(trial: Trial) -> None:
             same_or_breaks(asked != granted, f"{asked} s: {answer}")
             different.append(f"{asked} s: {answer}")
             continue
-        _readable(answer)
+        _check_readable(answer)
         subject.last_heartbeat = str(answer.get("last_heartbeat"))
         ttl = answer.get("ttl_seconds")
         if ttl != granted:
@@ -127,7 +129,7 @@ async def ttl_of_zero(trial: Trial) -> None:
 async def heartbeat_without_ack(trial: Trial) -> None:
     """Send a heartbeat for an item that was delivered and not acknowledged."""
     answer = await trial.api.heartbeat((await trial.claim()).id, NO_HEARTBEAT, 60)
-    same_or_differs(is_conflict(answer), _described(answer))
+    same_or_differs(is_conflict(answer), _describe_answer(answer))
 
 
 @clause("heartbeat-stopping", "A `stopping` item: 200, extended, `state` is `stopping`.")
@@ -139,7 +141,9 @@ async def heartbeat_on_a_stopping_item(trial: Trial) -> None:
     goes_on = answer.ok and answer.get("state") == protocol.ACTIVE
     same_or_breaks(not goes_on, "the item is active: no worker learns of the stop")
     as_documented = answer.ok and answer.get("state") == protocol.STOPPING
-    same_or_differs(as_documented and answer.get("lease_extended") is True, _described(answer))
+    same_or_differs(
+        as_documented and answer.get("lease_extended") is True, _describe_answer(answer)
+    )
 
 
 @clause(
@@ -154,15 +158,15 @@ async def heartbeat_on_a_stopped_item(trial: Trial) -> None:
     if answer.ok and answer.get("lease_extended") is True:
         raise Breaks("the lease of a stopped item is extended")
     if DIALECTS[trial.api.dialect].compare_on_stop:
-        same_or_differs(is_conflict(answer), _described(answer))
+        same_or_differs(is_conflict(answer), _describe_answer(answer))
         return
     stopped = answer.ok and answer.get("state") == protocol.STOPPED
-    same_or_differs(stopped, _described(answer))
+    same_or_differs(stopped, _describe_answer(answer))
     compared = await trial.api.heartbeat(subject.id, LONG_AGO, 60)
     same_or_differs(compared.ok, f"the expected value is compared: {compared}")
 
 
-def _readable(answer: Answer) -> None:
+def _check_readable(answer: Answer) -> None:
     """Raise `Breaks` if a worker could not read the answer."""
     try:
         parse_heartbeat(answer.body)
@@ -170,14 +174,14 @@ def _readable(answer: Answer) -> None:
         raise Breaks(f"a worker cannot read the answer: {error}") from None
 
 
-def _refused(answer: Answer, consequence: str) -> None:
+def _check_refused(answer: Answer, consequence: str) -> None:
     """Raise unless the answer is a 412."""
     same_or_breaks(not answer.ok or answer.get("lease_extended") is False, consequence)
     if not is_mismatch(answer):
-        raise Differs(_described(answer))
+        raise Differs(_describe_answer(answer))
 
 
-def _described(answer: Answer) -> str:
+def _describe_answer(answer: Answer) -> str:
     if not answer.ok:
         return str(answer)
     extended = "extended" if answer.get("lease_extended") is True else "not extended"

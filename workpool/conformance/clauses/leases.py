@@ -61,7 +61,7 @@ async def lapsed_lease(trial: Trial) -> None:
     subject = await trial.acknowledged()
     start = trial.now
     ttl = (await trial.heartbeat(subject, TTL)).get("ttl_seconds")
-    again = await _again(trial, subject, ttl)
+    again = await _await_redelivery(trial, subject, ttl)
     seconds = again.at - start
     same_or_breaks(seconds > ttl - 1, f"after {seconds:.0f} s: the holder has {ttl} s")
     late = again.nothing_at - start > ttl + SLACK_SECONDS
@@ -80,7 +80,7 @@ async def shortened_lease(trial: Trial) -> None:
 @clause("lease-first-heartbeat", "The next holder's first heartbeat is accepted.")
 async def first_heartbeat_of_the_next_holder(trial: Trial) -> None:
     """Take an item over after its lease has lapsed."""
-    subject, _ = await _lapsed(trial)
+    subject, _ = await _redelivered_item(trial)
     await trial.acknowledge(subject)
     answer = await trial.api.heartbeat(subject.id, NO_HEARTBEAT, 60)
     same_or_breaks(answer.ok, f"{answer}: after a crash nobody can run the item")
@@ -89,7 +89,7 @@ async def first_heartbeat_of_the_next_holder(trial: Trial) -> None:
 @clause("lease-former-holder", "A heartbeat of the former holder is refused with 409 or 412.")
 async def heartbeat_of_the_former_holder(trial: Trial) -> None:
     """Send the former holder's heartbeat after another worker has taken the item over."""
-    subject, former = await _lapsed(trial)
+    subject, former = await _redelivered_item(trial)
     expected, subject.last_heartbeat = subject.last_heartbeat, NO_HEARTBEAT
     await trial.acknowledge(subject)
     await trial.heartbeat(subject)
@@ -102,7 +102,7 @@ async def heartbeat_of_the_former_holder(trial: Trial) -> None:
 @clause("lease-history", "A redelivered item shows its former ack or heartbeat.")
 async def history_of_a_redelivered_item(trial: Trial) -> None:
     """Check the fields of an item that was delivered again."""
-    subject, _ = await _lapsed(trial)
+    subject, _ = await _redelivered_item(trial)
     item = subject.deliveries[-1].item
     known = item.get("acknowledged_at") or item.get("latest_heartbeat_at")
     same_or_differs(known, "no trace of it: crashes are not counted as attempts")
@@ -111,7 +111,7 @@ async def history_of_a_redelivered_item(trial: Trial) -> None:
 @clause("lease-same-id", "A redelivered item has the id that it had.")
 async def id_of_a_redelivered_item(trial: Trial) -> None:
     """Check that both deliveries of an item have the same id."""
-    subject, former = await _lapsed(trial)
+    subject, former = await _redelivered_item(trial)
     same_or_differs(subject.id == former, "it has a new id")
 
 
@@ -123,32 +123,32 @@ async def lapsed_lease_of_a_stopping_item(trial: Trial) -> None:
     await trial.stop(subject, force=False)
     if await trial.state(subject) != STOPPING:
         raise Untried("a graceful stop ends the item at once")
-    again = await trial.delivery(subject, _bounded(ttl) + 2 * SLACK_SECONDS)
+    again = await trial.delivery(subject, _check_ttl(ttl) + 2 * SLACK_SECONDS)
     same_or_breaks(again is None, "it is delivered: the session runs again")
     state = await trial.state(subject)
     same_or_differs(state == STOPPED, f"it is still {state}")
 
 
-async def _lapsed(trial: Trial) -> tuple[Subject, str]:
+async def _redelivered_item(trial: Trial) -> tuple[Subject, str]:
     """Return an item that was delivered again after its lease lapsed, and its former id."""
     subject = await trial.acknowledged()
     ttl = (await trial.heartbeat(subject, TTL)).get("ttl_seconds")
     former = subject.id
     try:
-        await _again(trial, subject, ttl)
+        await _await_redelivery(trial, subject, ttl)
     except Breaks:
         raise Untried("the item is not delivered again") from None
     return subject, former
 
 
-async def _again(trial: Trial, subject: Subject, ttl: object) -> Delivery:
-    again = await trial.delivery(subject, _bounded(ttl) + LATE_SECONDS)
+async def _await_redelivery(trial: Trial, subject: Subject, ttl: object) -> Delivery:
+    again = await trial.delivery(subject, _check_ttl(ttl) + LATE_SECONDS)
     if again is None:
         raise Breaks("never: an item is lost when its worker dies")
     return again
 
 
-def _bounded(ttl: object) -> float:
+def _check_ttl(ttl: object) -> float:
     if isinstance(ttl, int | float) and 0 < ttl <= TTL_LONGEST:
         return ttl
     raise Untried(f"the lease lasts longer than {TTL_LONGEST} s")

@@ -34,7 +34,7 @@ async def merge_patch(trial: Trial) -> None:
     first = await trial.api.update(
         subject.id, json={"metadata": {SET: "1", DELETED: "1", f"{SET}.kept": "1"}}
     )
-    _allowed(first, NO_WRITE)
+    _check_allowed(first, NO_WRITE)
     same_or_breaks(first.ok, str(first))
     second = await trial.api.update(subject.id, json={"metadata": {SET: "", DELETED: None}})
     same_or_breaks(second.ok, str(second))
@@ -50,7 +50,7 @@ async def update_of_a_stopped_item(trial: Trial) -> None:
     subject = await trial.active()
     await trial.stop(subject, force=True)
     answer = await trial.api.update(subject.id, json={"metadata": {SET: "1"}})
-    _allowed(answer, NO_WRITE)
+    _check_allowed(answer, NO_WRITE)
     same_or_differs(answer.ok, str(answer))
 
 
@@ -59,7 +59,7 @@ async def patch_with_a_number(trial: Trial) -> None:
     """Write a number as metadata."""
     subject = await trial.claim()
     answer = await trial.api.update(subject.id, json={"metadata": {SET: 1}})
-    _allowed(answer, NO_WRITE)
+    _check_allowed(answer, NO_WRITE)
     same_or_differs(is_bad_request(answer), str(answer))
 
 
@@ -68,7 +68,7 @@ async def read_of_an_item(trial: Trial) -> None:
     """Read an item as a worker does."""
     subject = await trial.claim()
     answer = await trial.api.get(subject.id)
-    _allowed(answer, NO_READ)
+    _check_allowed(answer, NO_READ)
     same_or_breaks(answer.ok and answer.get("id") == subject.id, str(answer))
     readable(answer.body)
 
@@ -77,7 +77,7 @@ async def read_of_an_item(trial: Trial) -> None:
 async def read_of_an_unknown_item(trial: Trial) -> None:
     """Read an item that does not exist."""
     answer = await trial.api.get(f"work_{UNKNOWN}")
-    _allowed(answer, NO_READ)
+    _check_allowed(answer, NO_READ)
     same_or_differs(answer.status == HTTPStatus.NOT_FOUND, str(answer))
 
 
@@ -85,12 +85,12 @@ async def read_of_an_unknown_item(trial: Trial) -> None:
 async def pages_of_the_list(trial: Trial) -> None:
     """Read two pages of one item each, then find all items of this clause in the list."""
     subjects = [await trial.claim(), await trial.claim()]
-    first = await _page(trial, "1")
-    _allowed(first, "lost answers cannot be cleared up under a key that may not read items")
+    first = await _read_page(trial, "1")
+    _check_allowed(first, "lost answers cannot be cleared up under a key that may not read items")
     token = first.get("next_page")
     same_or_differs(isinstance(token, str) and token, "the list has one page")
-    second = await _page(trial, "1", token)
-    ids = [row.get("id") for page in (first, second) for row in _rows(page)]
+    second = await _read_page(trial, "1", token)
+    ids = [row.get("id") for page in (first, second) for row in _rows_of(page)]
     same_or_breaks(len(set(ids)) == len(ids) > 1, "the second page repeats the first")
     seen = await _all_ids(trial)
     missing = [subject for subject in subjects if subject.id not in seen]
@@ -103,9 +103,9 @@ async def order_of_the_list(trial: Trial) -> None:
     await trial.claim()
     await trial.wait(1.1)  # times may have whole seconds
     await trial.claim()
-    answer = await _page(trial, "100")
-    _allowed(answer, "the order is not known")
-    times = [str(row.get("created_at")) for row in _rows(answer)]
+    answer = await _read_page(trial, "100")
+    _check_allowed(answer, "the order is not known")
+    times = [str(row.get("created_at")) for row in _rows_of(answer)]
     same_or_differs(times == sorted(times), "the newest item comes first")
 
 
@@ -114,7 +114,7 @@ async def statistics(trial: Trial) -> None:
     """Create an item and compare the counts."""
     await trial.create()
     answer = await trial.api("GET", trial.api.work("/stats"))
-    _allowed(answer, "the metrics of the remote queue are missing")
+    _check_allowed(answer, "the metrics of the remote queue are missing")
     same_or_differs(answer.ok, str(answer))
     try:
         stats = parse_stats(answer.body)
@@ -123,17 +123,17 @@ async def statistics(trial: Trial) -> None:
     same_or_differs(stats.depth > 0, "`depth` is 0 while an item is queued")
 
 
-def _allowed(answer: Answer, consequence: str) -> None:
+def _check_allowed(answer: Answer, consequence: str) -> None:
     """Raise `Differs` if the key may not make the call at all."""
     same_or_differs(not answer.refused, f"{answer}: {consequence}")
 
 
-async def _page(trial: Trial, limit: str, page: str | None = None) -> Answer:
+async def _read_page(trial: Trial, limit: str, page: str | None = None) -> Answer:
     query = {"limit": limit} if page is None else {"limit": limit, "page": page}
     return await trial.api("GET", trial.api.work(), params=query)
 
 
-def _rows(answer: Answer) -> list[dict[str, Any]]:
+def _rows_of(answer: Answer) -> list[dict[str, Any]]:
     rows = answer.get("data")
     same_or_breaks(answer.ok and isinstance(rows, list), str(answer))
     return [row for row in rows if isinstance(row, dict)]
@@ -143,8 +143,8 @@ async def _all_ids(trial: Trial) -> set[str]:
     seen: set[str] = set()
     token: str | None = None
     for _ in range(PAGES_MAX):
-        page = await _page(trial, "100", token)
-        seen.update(str(row.get("id")) for row in _rows(page))
+        page = await _read_page(trial, "100", token)
+        seen.update(str(row.get("id")) for row in _rows_of(page))
         token = None if page.get("has_more") is False else page.get("next_page")
         if not token:
             return seen
