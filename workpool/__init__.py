@@ -1,7 +1,7 @@
 """workpool: an asyncio worker pool, with plugins, for self-hosted cloud-agent environments.
 
-The public names are imported on first use: the command line must install its signal handlers
-before the slow imports, and no module of a package can run before the package's own.
+The public names are imported on first use: the command line must install its signal handlers before
+the slow imports, and Python runs this module before any other module of the package.
 """
 
 from importlib import import_module

@@ -1,4 +1,4 @@
-"""`python -m workpool` is the `workpool` command."""
+"""`python -m workpool` runs the `workpool` command."""
 
 from workpool.cli import main
 

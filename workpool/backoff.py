@@ -31,7 +31,7 @@ class Backoff:
 
     def next(self) -> float:
         """Count one more failure and return the delay, in seconds."""
-        # Bounded: after days of failures 2**n would not fit a float.
+        # The exponent is bounded: after days of failures 2**n would not fit a float.
         ceiling = min(self._cap, self._initial * 2.0 ** min(self.failures, 64))
         self.failures += 1
         return self._rng() * ceiling

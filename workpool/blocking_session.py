@@ -139,7 +139,7 @@ class BlockingSession:
             timeout: Seconds to wait at most; None: no limit.
 
         Returns:
-            Whether one of these is the case. So `interrupted(5)` is a sleep that ends early.
+            Whether one of these is the case. `interrupted(5)` can replace a sleep of 5 s.
         """
         return self._interrupted.wait(timeout)
 
@@ -183,7 +183,7 @@ class BlockingEvents:
             while (event := self._calls.run(lambda: anext(events, None))) is not None:
                 yield event
         finally:
-            with suppress(SessionGoneError):  # then the loop has closed it
+            with suppress(SessionGoneError):  # the loop has closed it already
                 self._calls.run(events.aclose)
 
     def send(self, *events: Mapping[str, Any]) -> Sequence[SessionEvent]:

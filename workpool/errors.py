@@ -119,10 +119,10 @@ class TransientError(ControlPlaneError):
 
 
 class UnreadableError(TransientError):
-    """A success that cannot be read, although others may be: it is malformed or too large.
+    """The body of a success is malformed or too large. Other answers may be readable.
 
     Attributes:
-        work_id: The item that it is about, as far as that could be read; else None.
+        work_id: The id of the answer's item; None if it could not be read.
     """
 
     def __init__(
@@ -144,7 +144,7 @@ class RefusedError(ControlPlaneError):
 
 
 class NotPermittedError(RefusedError):
-    """The credential may not make this call. It was refused once, and is not sent again."""
+    """The credential may not make this call. After one refusal, the call is not sent again."""
 
 
 class ConflictError(ControlPlaneError):
@@ -202,8 +202,8 @@ class ResultError(WorkpoolError):
 
     Attributes:
         key: The key of the metadata that cannot be written.
-        size: The length of the key or of its value in characters, or the number of the pair,
-            whichever is too large; None if the result cannot be written for another reason.
+        size: The length in characters of the key or of its value, or the number of pairs: the one
+            that is too large. None if the result cannot be written for another reason.
         limit: The largest size that the dialect allows; None if there is another reason.
     """
 
@@ -232,7 +232,7 @@ def innermost(group: BaseExceptionGroup[BaseException]) -> BaseException:
 def exhausted(error: BaseException | None) -> bool:
     """Whether the machine has run out of descriptors, disk, memory, processes or threads.
 
-    True if the error says so, or one that caused it, or one that its exception group holds.
+    Its causes and the errors of its exception groups are checked, too.
     """
     left, seen = [error], set[int]()  # the causes of an exception may form a cycle
     while left:

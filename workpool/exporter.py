@@ -178,11 +178,13 @@ class Exporter:
     async def _bind(self, protocol: Callable[[], asyncio.Protocol]) -> asyncio.Server:
         """Bind each address of the host, all to the same port.
 
-        Given port 0, the system chooses another port for each address: one of them is then bound on
-        every address, and another choice is made if a program has it on one of the others.
+        With port 0, the system chooses a different port for each address. One of these ports is
+        then bound on every address. If another program has it on some address, the system chooses
+        again.
         """
         for _ in range(BIND_TRIES):
-            # Binds only: a cancelled call that listened would leave a server without an owner.
+            # The call binds and does not listen yet: if it listened and was cancelled, the server
+            # would have no owner that closes it.
             server = await self._create_server(protocol, self.port)
             ports = {each.getsockname()[1] for each in server.sockets}
             if len(ports) == 1:
@@ -199,7 +201,7 @@ class Exporter:
         return await loop.create_server(protocol, self._host, port, start_serving=False)
 
     async def _disconnect(self, server: asyncio.Server, runner: web.AppRunner) -> None:
-        """Close every connection, also those whose clients neither read nor close."""
+        """Close every connection, even if its client neither reads nor closes it."""
         server.close()
         await asyncio.sleep(0)  # sockets that were accepted just now become connections
         try:
@@ -225,7 +227,7 @@ class Exporter:
                 await asyncio.wait(under_way, timeout=CLOSE_SECONDS)
         finally:
             for rendering in under_way:
-                rendering.cancel()  # else it would call back into a closed loop
+                rendering.cancel()  # otherwise it would call a closed loop
             if self._renderings:
                 log.warning("metrics rendering abandoned: a collector does not return")
             await self._renderer.close()
@@ -257,7 +259,7 @@ class Exporter:
     async def _live_json(self, request: web.Request) -> web.Response:
         if self._live_page is None:
             raise web.HTTPNotFound
-        # A page of another site could reach the loopback interface under a name of its own.
+        # A page of another site could use a name of its own that resolves to the loopback address.
         local = _is_loopback(self._host) and names_an_address(request.host)
         data = await self._render(self._live_page.status, local or self._live_page.always_ids)
         return web.json_response(data, headers=CONFINED)
@@ -277,7 +279,7 @@ class Exporter:
         return web.Response(body=body, headers=headers)
 
     async def _render(self, render: Callable[..., R], *arguments: object) -> R:
-        """Call `render` on the thread for that."""
+        """Call `render` on the thread that renders metrics."""
         if len(self._renderings) >= SCRAPES_MAX:
             raise web.HTTPServiceUnavailable(
                 text="too many scrapes\n", headers={"Retry-After": "1"}
@@ -319,7 +321,7 @@ def _health_response(good: str, reasons: Sequence[str]) -> web.Response:
 def _accepted_encoder(accept: str) -> tuple[Encoder, str]:
     try:
         return choose_encoder(accept)
-    except (TypeError, ValueError):  # prometheus_client compares any "version=" with numbers
+    except (TypeError, ValueError):  # prometheus_client fails at a malformed "version="
         return choose_encoder("")
 
 
@@ -328,7 +330,7 @@ def _encode_compressed(encode: Encoder, registry: CollectorRegistry) -> bytes:
 
 
 def _url_and_port(server: asyncio.Server) -> tuple[str, int]:
-    """Return the URL and the port. Loopback is the URL of a server on all addresses."""
+    """Return the URL and the port. A server on all addresses has the URL of the loopback one."""
     host, port = server.sockets[0].getsockname()[:2]
     address = ip_address(host)
     if address.is_unspecified:

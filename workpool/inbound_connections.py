@@ -57,7 +57,7 @@ class InboundConnections:
     def __init__(self, limit: int) -> None:
         self._limit = limit
         self._open: dict[asyncio.BaseTransport, _Connection] = {}
-        # Ordered by the beginning of the wait.
+        # Ordered by the time since which each connection waits.
         self._without_request: dict[_Connection, None] = {}
         self._serving: dict[_Connection, float] = {}
         self._unread: dict[_Connection, int] = {}
@@ -77,7 +77,7 @@ class InboundConnections:
     async def middleware(self, request: web.Request, handler: Handler) -> web.StreamResponse:
         """Record which connections serve a request: the outermost middleware of aiohttp."""
         connection = self._open.get(cast("asyncio.BaseTransport", request.transport))
-        if connection is None:  # closed meanwhile
+        if connection is None:  # the connection was closed meanwhile
             return await handler(request)
         self._without_request.pop(connection, None)
         self._serving[connection] = asyncio.get_running_loop().time()
@@ -97,7 +97,7 @@ class InboundConnections:
         for transport in tuple(self._open):
             cast("asyncio.WriteTransport", transport).abort()
 
-    # -- called by the connections --------------------------------------------------------------
+    # The connections call the methods below.
 
     def add(self, connection: _Connection) -> bool:
         """Record a new connection. Return False if it must be closed."""
@@ -139,7 +139,7 @@ class InboundConnections:
             return connection if since <= until else None
         return None
 
-    # -- time limits -----------------------------------------------------------------------------
+    # Time limits.
 
     def _await_request(self, connection: _Connection, seconds: float) -> None:
         connection.due = asyncio.get_running_loop().time() + seconds
@@ -151,7 +151,7 @@ class InboundConnections:
         self._timer = loop.call_later(CHECK_SECONDS, self._close_late) if self._open else None
         now = loop.time()
         for connection in tuple(self._without_request):
-            # The limit for reading applies while its answer is being read.
+            # While the client reads an answer, only the limit for reading applies.
             if connection.due is not None and connection.due <= now and not connection.read_due:
                 self._abort(connection)
         for connection, before in tuple(self._unread.items()):
@@ -195,7 +195,7 @@ class _Connection(asyncio.Protocol):
         if self._connections.add(self):
             self._protocol.connection_made(transport)
         else:
-            self._protocol = asyncio.Protocol()  # does nothing
+            self._protocol = asyncio.Protocol()  # ignores the events of the connection
             self.transport.abort()
 
     def data_received(self, data: bytes) -> None:
@@ -214,7 +214,8 @@ class _Connection(asyncio.Protocol):
 
     def resume_writing(self) -> None:
         self.read_due = 0.0
-        if self.due is not None:  # the rest of an answer waits that took long to read
+        if self.due is not None:
+            # The client took long to read an answer: its time for the next request begins now.
             self.due = asyncio.get_running_loop().time() + READ_SECONDS
         self._connections.note_read(self)
         self._protocol.resume_writing()
@@ -225,7 +226,7 @@ class _Connection(asyncio.Protocol):
 
 
 class HttpLog(logging.LoggerAdapter[logging.Logger]):
-    """The log of aiohttp without texts of clients.
+    """The log of aiohttp without text from clients.
 
     Its parser quotes a malformed request, token and all, with a traceback at the level ERROR. Such
     a request is one line at the level DEBUG here: clients must not be able to fill the log.

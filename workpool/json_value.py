@@ -26,7 +26,7 @@ class JSONArray(Protocol[T_co]):
 
 
 class JSONRecord(Protocol):
-    """A `TypedDict`, which type checkers do not take for a mapping of JSON values."""
+    """The protocol of a `TypedDict`, which is no mapping of JSON values for type checkers."""
 
     __required_keys__: ClassVar[frozenset[str]]
     __optional_keys__: ClassVar[frozenset[str]]

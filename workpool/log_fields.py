@@ -84,7 +84,7 @@ class PoolIds(logging.Filter):
     add it to a log handler so that records of other loggers have the ids as well.
 
     Args:
-        default: Returns the ids of records that are made outside of a pool's tasks.
+        default: Returns the ids for records that are made outside of a pool's tasks.
     """
 
     def __init__(self, default: Callable[[], Mapping[str, str]] = dict) -> None:

@@ -176,7 +176,7 @@ class TextFormatter(logging.Formatter):
         for name, value in _bounded_extras(record).items():
             text = str(value)
             if name == "error" and message.endswith(text):
-                continue  # the message says it, for formatters that print nothing else
+                continue  # the message already ends with the error
             plain = text.isprintable() and " " not in text
             line += f" {name}={text if plain else repr(_redact(text))}"
         lines = [readable(line, LINE_CHARACTERS)]

@@ -55,7 +55,7 @@ def total_load(loads: Sequence[FleetLoad]) -> FleetLoad:
 
 @dataclass(frozen=True, slots=True)
 class ReplicaRule:
-    """The calculation of the number of workers for a load.
+    """The rule that computes the number of workers for a load.
 
     Args:
         slots_per_worker: The sessions that one worker runs at once: its setting `concurrency`.

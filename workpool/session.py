@@ -48,12 +48,12 @@ _log = pool_logger("workpool.session")
 class Release(Exception):
     """Raised by a handler to return the item to the queue unfinished.
 
-    An exception group that contains nothing else, at any depth, counts as its release with the
-    longest delay.
+    An exception group that contains only releases, at any depth, counts as the one of them that has
+    the longest delay.
 
     Args:
         reason: Written to the metadata `workpool.released` if the setting `report_errors` is
-            `message`; else only the type `Release` is.
+            `message`; otherwise only the type `Release` is written.
         delay: Seconds until the item is delivered again, 10 to 600.
 
     Raises:
@@ -69,7 +69,7 @@ class Release(Exception):
 
 
 class PoolRelease(Release):
-    """A release by the pool itself, whose reason contains nothing of a handler."""
+    """A release by the pool itself, whose reason contains no text from a handler."""
 
 
 @contextmanager
@@ -116,7 +116,7 @@ class HandedLease:
 
     @property
     def variables(self) -> dict[str, str]:
-        """All of these as environment variables for `workpool hold`, which also needs a token."""
+        """The attributes as environment variables for `workpool hold`, which also needs a token."""
         return {
             "WORKPOOL_BASE_URL": self.base_url,
             "WORKPOOL_DIALECT": self.dialect,
@@ -187,7 +187,7 @@ class Session:
         state: For the plugins' wrapping contexts and the handler: connections, spans and the like,
             by names of their own. The pool does not use it.
         outcome: None while the handler runs. Then the outcome that the session has if its last
-            requests succeed, and in the end the one that it has.
+            requests succeed, and after these requests the final outcome.
         traceparent: The W3C trace context for what this session starts. At first that of the poll
             (`item.traceparent`), if any; a plugin may replace it. Commands and containers get it in
             the variable `TRACEPARENT`.
@@ -363,8 +363,8 @@ in a session keeps the context of that time, and would keep the session."""
 def current_session() -> Session | None:
     """Return the session whose handler or wrapping context runs this code; None outside of them.
 
-    Tasks that a handler creates and calls of `asyncio.to_thread` inherit it. For a log processor,
-    which has no session at hand.
+    Tasks that a handler creates and calls of `asyncio.to_thread` inherit the session. Useful for a
+    log processor, to which no session is passed.
     """
     current = CURRENT.get(None)
     return None if current is None else current()

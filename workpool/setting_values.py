@@ -1,7 +1,7 @@
 """The values of settings: how each kind is read, and which values are refused.
 
-A parser takes what a keyword, a variable or a file gave, and returns the value of the setting. It
-raises ValueError with the end of a sentence, which never quotes what was given: a wrong value may
+A parser takes the value of a keyword, a variable or a file, and returns the value of the setting.
+It raises ValueError with the end of a sentence that never quotes the given value: a wrong value may
 be a secret in the wrong place. See workpool/docs/decisions.md, "Settings without pydantic".
 """
 
@@ -38,12 +38,12 @@ def setting(parse: Parser, default: object, text: str) -> Any:
 
 
 def optional(parse: Parser) -> Parser:
-    """Return a parser that accepts None, too."""
+    """Return a parser that also accepts None."""
     return lambda value: None if value is None else parse(value)
 
 
 def unlimited(parse: Parser) -> Parser:
-    """Return a parser that accepts None and `unlimited` for it."""
+    """Return a parser that also accepts None, and `unlimited` as None."""
 
     def read(value: object) -> object:
         if value is None or (isinstance(value, str) and value.strip().lower() == UNLIMITED):
@@ -120,7 +120,7 @@ def text(value: object) -> str:
 
 
 def secret(value: object) -> Secret:
-    """Read a text that is never shown. Accepts the secrets of pydantic, too."""
+    """Read a text that is never shown. A secret of pydantic is accepted, too."""
     reveal = getattr(value, "get_secret_value", None)
     given = reveal() if callable(reveal) else value
     if not isinstance(given, str):
@@ -151,7 +151,7 @@ def secrets_by_name(value: object) -> dict[str, Secret]:
 
 
 def _parse_number(value: object, read: Callable[[Any], float]) -> float | None:
-    """Return the finite number that a number or a text is; None if it is something else."""
+    """Return the finite number of a number or a text; None for any other value."""
     if isinstance(value, bool) or not isinstance(value, int | float | str):
         return None
     try:

@@ -105,7 +105,7 @@ def parse_listen(value: str) -> Address | None:
     """Read `HOST:PORT`, `[V6]:PORT`, `:PORT`, or `off` (None).
 
     Raises:
-        ValueError: It is none of these; not quoted.
+        ValueError: The value has none of these forms. The error does not quote it.
     """
     if value == OFF:
         return None
@@ -161,7 +161,7 @@ def _check_base_url(value: str) -> str:
 
 
 def _parse_headers(value: object) -> dict[str, Secret]:
-    """Read headers, of which a variable has a JSON object, a file and a keyword a mapping.
+    """Read headers: a JSON object from a variable, a mapping from a file or a keyword.
 
     Refuses headers that cannot be sent, or would replace a header of the client.
     """
@@ -188,7 +188,7 @@ def _host_name() -> str:
 
 
 class _GivenValue(NamedTuple):
-    """A value that a source gave; `origin`: what errors call the source, empty for a keyword."""
+    """A value from a source; `origin`: the name of the source in errors, empty for a keyword."""
 
     value: object
     origin: str
@@ -241,9 +241,9 @@ class _ConfigFile(NamedTuple):
         return f"{self.path} [workpool.environments.{environment_id}]"
 
     def options(self, plugins: Iterable[str]) -> Mapping[str, Table]:
-        """Return the tables of plugins, without those of plugins that only others run.
+        """Return the tables of plugins, without the plugins that only other environments run.
 
-        Otherwise an environment would refuse the table of a module that another one names.
+        Otherwise an environment would refuse the table of a module that only another one names.
         """
         given = [table.get("plugins") for table in (self.table, *self.environments.values())]
         elsewhere = {name for each in given for name in _plugin_names(each)}
@@ -631,7 +631,7 @@ class Settings:
 
     @property
     def environment_ids(self) -> tuple[str, ...]:
-        """The environments that the TOML file has tables of, if none of them is chosen."""
+        """The environments with a table in the TOML file, if no environment is chosen."""
         return self._sources.environment_ids
 
     @property
@@ -794,7 +794,7 @@ def _form_problem(table: Table) -> str:
     if table.get("environments") == {}:
         return "[workpool.environments] has no table of an environment"
     if isinstance(table.get("plugins"), dict):
-        # Also where another source gives `plugins`: the plugin would lose its options unnoticed.
+        # An error even if another source gives `plugins`: the plugin would run without its options.
         return "the tables of plugins are [workpool.plugin.NAME], without an s"
     if isinstance(table.get("environment"), dict | list):
         return "the tables of environments are [workpool.environments.ID], with an s"
@@ -819,7 +819,7 @@ def _choice_problems(file: _ConfigFile, given: _GivenValue) -> list[str]:
 
 
 def _table_problems(file: _ConfigFile, environment_id: str) -> list[str]:
-    """Return the problems of what the table of an environment may not hold."""
+    """Return a problem for each setting that an environment's table may not have."""
     refused = {
         "environment_id": "the name of the table is the id; remove it",
         "plugin": "the tables of plugins are [workpool.plugin.NAME], for all environments",
@@ -836,15 +836,16 @@ def _plugin_names(plugins: object) -> set[str]:
         given = names(plugins)
     except ValueError:
         return set()
-    # An installed plugin has its own name, a module or an attribute the last part of its path.
+    # An installed plugin has a name of its own; the name of a module or an attribute is the last
+    # part of its path.
     return {*given, *(re.split("[.:]", each)[-1] for each in given)}
 
 
 def _variables() -> dict[str, _GivenValue]:
-    """Return the settings that environment variables hold. An empty variable is not set.
+    """Return the settings from environment variables. An empty variable counts as not set.
 
-    An empty address is kept, which is an error: otherwise the worker would send its credential to
-    the service's own address.
+    An empty `base_url` is an exception, and becomes an error later: as not set, it would make the
+    worker send its credential to the service's own address.
     """
     environment = {name.upper(): name for name in os.environ}
     found = {}
@@ -856,7 +857,7 @@ def _variables() -> dict[str, _GivenValue]:
 
 
 def _merge(*layers: Mapping[str, _GivenValue]) -> tuple[dict[str, _GivenValue], list[str]]:
-    """Merge the layers, of which later ones win. Also returns problems of their combination."""
+    """Merge the layers; later layers win. Also return problems of their combination."""
     merged: dict[str, _GivenValue] = {}
     problems: list[str] = []
     for layer in layers:
@@ -912,7 +913,7 @@ def _unknown_setting(name: str, known: Iterable[str], prefix: str = "") -> str:
 
 
 def _unknown_variables() -> tuple[str, ...]:
-    # "config" is no field, since a file cannot name itself.
+    # `config` is a variable but no field, since a file cannot name itself.
     others = {name.removeprefix(PREFIX) for name in (CONFIG_VARIABLE, SERVE_VARIABLE)}
     names = {name.upper() for name in DESCRIPTIONS} | others
     given = sorted(name.upper() for name in os.environ if name.upper().startswith(PREFIX))

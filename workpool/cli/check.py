@@ -1,4 +1,4 @@
-"""`workpool check`: whether `workpool run` would work here, and what to do if not.
+"""`workpool check`: a check that `workpool run` would work here, with advice for each problem.
 
 Claims and changes nothing: it reads one item of the list. See workpool/docs/operating.md,
 "Connect to a service".
@@ -165,7 +165,7 @@ async def _check_control_plane(settings: Settings) -> list[CheckResult]:
         started = time.monotonic()
         error: ControlPlaneError | None = None
         try:
-            # Every worker's credential may list; some may not query statistics.
+            # The list is read because some workers' credentials may not read statistics.
             async for _ in client.list(limit=1):
                 pass
         except ControlPlaneError as failure:
@@ -194,7 +194,7 @@ def judge_clock(date: str, now: datetime, seconds: float) -> CheckResult:
         skew = (now - parsedate_to_datetime(date)).total_seconds()
     except (TypeError, ValueError):
         return CheckResult("clock", "warn", "the control plane sends no date that can be read")
-    # The header has whole seconds, and was written some time before it arrived.
+    # `Date` has whole seconds, and the control plane wrote it some time before it arrived.
     off = max(0.0, abs(skew - 0.5 - seconds / 2) - 0.5 - seconds / 2)
     if off <= SKEW_SECONDS:
         return CheckResult("clock", "ok", f"within {SKEW_SECONDS:.0f} s of the control plane's")

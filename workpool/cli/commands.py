@@ -65,7 +65,7 @@ EXAMPLES: Final = examples(
 
 
 class Commands(TyperGroup):
-    """The commands of the table; each is imported when it is called, and none for a list."""
+    """The commands of the table. A command is imported when it is called, not to list it."""
 
     _listing = False
 
@@ -75,7 +75,7 @@ class Commands(TyperGroup):
         return [entry.name for entry in ENTRIES]
 
     def get_command(self, ctx: Any, cmd_name: str) -> Any:
-        """Return a command, or for a list of commands one with its summary only."""
+        """Return a command; while commands are listed, return one that has only its summary."""
         del ctx
         for entry in ENTRIES:
             if entry.name == cmd_name:
@@ -84,7 +84,7 @@ class Commands(TyperGroup):
         return None
 
     def format_help(self, ctx: Any, formatter: Any) -> None:
-        """Write the help text without an import of the commands."""
+        """Write the help text without importing the commands."""
         self._listing = True
         try:
             super().format_help(ctx, formatter)
@@ -92,7 +92,7 @@ class Commands(TyperGroup):
             self._listing = False
 
     def shell_complete(self, ctx: Any, incomplete: str) -> Any:
-        """Return the names of commands with this beginning, without an import of the commands."""
+        """Return the commands that start with this text, without importing them."""
         self._listing = True
         try:
             return super().shell_complete(ctx, incomplete)

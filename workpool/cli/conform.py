@@ -61,7 +61,7 @@ EXAMPLES: Final = examples(
 
 
 class _ConformSettings(FlagSettings):
-    """The settings of this command, whose address is an argument."""
+    """The settings of `workpool conform`, which takes `base_url` as an argument."""
 
     names: ClassVar = {"base_url": "BASE_URL"}
 

@@ -129,12 +129,12 @@ class ControlSocket:
         self._listener.close()
         with contextlib.suppress(OSError):
             found = self._path.lstat()
-            # otherwise it is the socket of another worker
+            # Another worker may have its socket at this path now; that one must stay.
             if (found.st_dev, found.st_ino) == self._identity:
                 self._path.unlink()
 
     async def serve(self, pool: Pool) -> None:
-        """Answer requests until cancelled. On the pool's loop."""
+        """Answer requests until cancelled. Runs on the pool's loop."""
         if self._listener is None:
             return
         loop = asyncio.get_running_loop()
@@ -146,20 +146,20 @@ class ControlSocket:
                 log.warning("control socket cannot accept: %s", problem, extra={"error": problem})
                 await asyncio.sleep(ACCEPT_SECONDS)
                 continue
-            with connection, contextlib.suppress(OSError):  # the client may have gone
+            with connection, contextlib.suppress(OSError):  # the client may have disconnected
                 async with asyncio.timeout(REQUEST_SECONDS):
                     await _answer_request(connection, pool, self.environments)
 
     def _open_listener(self, path: Path) -> None:
-        """Bind and listen, in the place of the sockets of workers that have ended."""
-        # otherwise a worker could remove a socket that does not listen yet
+        """Bind and listen; a socket at this path of a worker that has ended is removed first."""
+        # Without the lock, another worker could remove a socket that does not listen yet.
         with _locked_directory(path.parent):
             _remove_dead_socket(path)
             listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
             try:
                 listener.bind(str(path))
                 path.chmod(0o600)
-                listener.listen(BACKLOG)  # no client can connect before
+                listener.listen(BACKLOG)  # no client can connect before this call
                 listener.setblocking(False)
             except BaseException:
                 listener.close()
@@ -177,12 +177,12 @@ def _own_directory() -> Path:
     """
     for directory in directories():
         if directory.parent.is_dir():
-            with contextlib.suppress(OSError):  # the directory exists, or the next one will be used
+            with contextlib.suppress(OSError):  # it exists, or the next one is tried
                 directory.mkdir(mode=0o700)
             if is_private(directory) and os.access(directory, os.W_OK):
                 with _locked_directory(directory):
                     for path in directory.glob(f"*{SUFFIX}"):
-                        with contextlib.suppress(OSError):  # a worker listens
+                        with contextlib.suppress(OSError):  # a running worker's socket stays
                             _remove_dead_socket(path)
                 return directory
     raise OSError(errno.EACCES, "no directory of this user can be used")
@@ -190,10 +190,10 @@ def _own_directory() -> Path:
 
 @contextlib.contextmanager
 def _locked_directory(directory: Path) -> Iterator[None]:
-    """Hold the lock of a directory, which its workers take to open their sockets.
+    """Hold the lock of a directory. Workers hold it while they open their sockets there.
 
     Raises:
-        OSError: Another process has had it for `LOCK_SECONDS`.
+        OSError: Another process has held the lock for `LOCK_SECONDS`.
     """
     import fcntl  # noqa: PLC0415 - Windows has none, and no such socket
 
@@ -217,7 +217,7 @@ def _remove_dead_socket(path: Path) -> None:
     """Remove the socket of a worker that has ended without removing it.
 
     Raises:
-        OSError: The path is something else, another user's, or a worker listens.
+        OSError: The path is no socket of this user, or a worker listens on it.
     """
     try:
         found = path.lstat()
@@ -230,7 +230,7 @@ def _remove_dead_socket(path: Path) -> None:
     with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as trying:
         trying.setblocking(False)
         result = trying.connect_ex(str(path))
-    if result != errno.ECONNREFUSED:  # also for a full backlog
+    if result != errno.ECONNREFUSED:  # a worker listens, perhaps with a full backlog
         raise OSError(errno.EADDRINUSE, "another worker listens there")
     path.unlink(missing_ok=True)
 
@@ -238,7 +238,7 @@ def _remove_dead_socket(path: Path) -> None:
 async def _answer_request(
     connection: socket.socket, pool: Pool, environments: Mapping[str, Controlled]
 ) -> None:
-    """Read one request, act on it, and answer."""
+    """Read one request from a connection, carry it out, and send the answer."""
     loop = asyncio.get_running_loop()
     user = peer_of(connection)
     if user not in {None, ROOT, os.geteuid()}:
@@ -262,7 +262,7 @@ async def _answer_request(
 def _execute_request(
     line: bytes, pool: Pool, environments: Mapping[str, Controlled]
 ) -> dict[str, Any]:
-    """Carry out one request, and return the ids of what it concerned.
+    """Carry out one request, and return the state of the pool or environment that it names.
 
     Raises:
         ValueError: The request cannot be read.
@@ -294,7 +294,7 @@ def _execute_request(
 
 
 def _chosen_pool(request: object, pool: Pool, environments: Mapping[str, Controlled]) -> Controlled:
-    """Return what a request is about: the environment that it names, or the pool.
+    """Return the environment that a request names, or the pool if it names none.
 
     Raises:
         ValueError: The worker does not have this environment.

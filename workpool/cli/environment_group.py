@@ -40,11 +40,11 @@ RETRY_SECONDS: Final = 60.0
 
 
 class GroupMember:
-    """One environment of the process: its supervisor, and what the next one takes over.
+    """One environment of the process: its supervisor, and state that outlives a failed supervisor.
 
     Attributes:
         settings: Its settings.
-        supervisor: The supervisor that runs, or ran last.
+        supervisor: The supervisor that runs now or ran last; each start has a new one.
         error: The error that ended it; None: it has not failed.
         running: Whether the supervisor runs.
         opened: Whether a supervisor has opened its plugins and its lease renewer.
@@ -75,7 +75,7 @@ class GroupMember:
 
     @property
     def reasons(self) -> Iterator[str]:
-        """The reasons why it is not ready; none once it has ended as it was asked to."""
+        """The reasons why the environment is not ready; empty once it has ended on request."""
         if self.error is not None and not self.running:
             yield f"{self.id}: failed: {type(self.error).__name__}"
         elif not self.ended:
@@ -140,8 +140,8 @@ class EnvironmentGroup:
             failed.
         abandoned: The number of sessions that drains could neither end nor hand back.
         on_blocked: As that of a supervisor.
-        renewer_services: Contexts that are open on a thread of their own from the time on when
-            each environment has opened or failed.
+        renewer_services: Contexts that are open on a thread of their own, as soon as each
+            environment has opened or failed.
     """
 
     def __init__(
@@ -218,7 +218,7 @@ class EnvironmentGroup:
     def status(self) -> Status:
         """Return the state of all environments as that of one pool. May be called on any thread.
 
-        An error of one is fatal once none runs.
+        The error of an environment is part of the state only if no environment runs.
         """
         reasons = self._unready()
         found = [each.status() for each in self.environments]
@@ -256,8 +256,7 @@ class EnvironmentGroup:
         """The error of the first environment that has failed and not recovered."""
         return next((each.error for each in self.environments if each.error is not None), None)
 
-    # One environment.
-
+    # Running one environment.
     async def _run_environment(self, one: GroupMember, *, until_empty: bool) -> None:
         """Run one environment, again after each failure while others run."""
         while not one.drained:
@@ -266,7 +265,7 @@ class EnvironmentGroup:
                 break
             self._log_failure(one, one.error)
             if isinstance(one.error, SettingsError | PluginError) and not one.opened:
-                self.request_drain()  # it would be the same at each start
+                self.request_drain()  # each further start would fail alike
             if until_empty or not await self._wait_to_restart(one):
                 break
         one.ended = True
@@ -292,7 +291,7 @@ class EnvironmentGroup:
         self._note_change()
 
     async def _wait_to_restart(self, one: GroupMember) -> bool:
-        """Wait until a failed environment may start again; return whether it may at all."""
+        """Wait until a failed environment may start again; return False if it must not."""
         self._note_change()
         with suppress(TimeoutError):
             async with asyncio.timeout(RETRY_SECONDS):
@@ -332,10 +331,11 @@ class EnvironmentGroup:
         return supervisor
 
     def _handle_renewal_failure(self, supervisor: Supervisor) -> None:
-        """End the process, because an environment's leases are not renewed any more.
+        """End the process, because an environment's leases are not renewed anymore.
 
-        If only the thread that renews them failed, that environment drains by itself, and the
-        others go on. It has less time for that than the shortest lease. Called on that thread.
+        If the lease renewer failed and the loop is not blocked, the environment drains by itself
+        and the others go on. The process ends if that drain takes longer than the shortest lease
+        allows. Called on the thread of the lease renewer.
         """
         if supervisor.status().error is None:  # the loop of all environments is blocked
             self._end_process()
@@ -357,8 +357,7 @@ class EnvironmentGroup:
         if self.on_blocked is not None:
             self.on_blocked()
 
-    # What the exporter serves; called on its threads.
-
+    # The exporter calls these functions on its own threads.
     def _new_exporter(self) -> Exporter | None:
         address = self._process.metrics_address
         if address is None:

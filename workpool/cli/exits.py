@@ -66,7 +66,7 @@ _REFUSED_SETTINGS: Final[Mapping[int, tuple[str, ...]]] = {
 
 
 def with_advice(line: str, error: Exception, settings: Settings) -> str:
-    """Return the line of an error with what to do, and where the settings concerned came from."""
+    """Return the line of an error with advice, and with the sources of the settings concerned."""
     names: tuple[str, ...] = ("metrics_listen",) if isinstance(error, ListenError) else ()
     if isinstance(error, RefusedError) and (advice := ADVICE.get(error.status or 0)):
         line = f"{line}; {advice}"
@@ -99,7 +99,7 @@ def print_error(error: BaseException) -> None:
 
 
 def print_trace(error: BaseException) -> None:
-    """Print the traceback of what went wrong in the code of a plugin to stderr, if there is one."""
+    """Print the traceback of the plugin's own exception to stderr, if a plugin raised one."""
     trace = trace_of(error)
     if trace is not None:
         for line in "".join(traceback.format_exception(*trace)).splitlines():
@@ -109,7 +109,7 @@ def print_trace(error: BaseException) -> None:
 def trace_of(
     error: BaseException,
 ) -> tuple[type[BaseException], BaseException, TracebackType | None] | None:
-    """Return what went wrong in the code of a plugin, as `exc_info`; None if it is not there."""
+    """Return the exception that a plugin raised, as `exc_info`; None if no plugin raised one."""
     cause = error.__cause__ if isinstance(error, PluginError) else None
     frames = None if cause is None else cause.__traceback__
     while frames is not None and _is_loading(frames.tb_frame.f_code.co_filename):

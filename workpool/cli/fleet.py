@@ -1,4 +1,4 @@
-"""The numbers of the environments for which the workers of a fleet work, together and for each."""
+"""The numbers that autoscalers read of a fleet: for all its environments, and for each of them."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ class Fleet:
     Args:
         readers: The reader of each environment, by its id.
         own_slots: The sessions that one worker runs at once for each environment.
-        rule: The calculation for all of them together, with the slots that one worker certainly has
-            for their items.
+        rule: The calculation for all environments together. Its `slots_per_worker` are the slots
+            that one worker has at least, however the items are spread over the environments.
     """
 
     def __init__(
@@ -39,7 +39,7 @@ class Fleet:
         }
 
     def numbers(self) -> dict[str, float] | None:
-        """Return the numbers of all environments together; None unless all are known. Any thread.
+        """Return the numbers of all environments together; None if one is unknown. Any thread.
 
         The recommendation suffices for all items together, and for those of each environment.
         """

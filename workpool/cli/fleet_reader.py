@@ -1,4 +1,4 @@
-"""Reads the load of one environment at intervals, and keeps the last one with its age."""
+"""The periodic reading of the load of one environment."""
 
 import asyncio
 import logging
@@ -24,7 +24,7 @@ log = logging.getLogger("workpool")
 
 
 class FleetReader:
-    """Reads the load of the environment of a client.
+    """Reads the load of one environment at intervals, and stores the last load with its age.
 
     Args:
         client: An open client.
@@ -103,16 +103,17 @@ class FleetReader:
         return min(WAIT_SECONDS_MAX, asked or 0.0)
 
     async def read(self) -> FleetLoad | None:
-        """Read the load once; None as long as only a part of a history of stopped items is read.
+        """Read the load once; None while only stopped items of the list were read.
 
-        Without unfinished items that were not reached yet, the load would seem to be nothing, and
-        each restart of this process would remove busy workers.
+        A long history of stopped items is read in several calls. Before they reach the unfinished
+        items, a load would count none of these, and autoscalers would remove busy workers after
+        each restart of this process.
 
         Raises:
             ControlPlaneError: Statistics or list cannot be read.
         """
-        # The statistics before the list: an item that is acknowledged in between counts twice.
-        # In the other order it would not count at all, and a busy worker could be removed.
+        # The statistics are read before the list, so an item that is acknowledged in between counts
+        # twice. In the other order it would not count at all, and a busy worker could be removed.
         refusal: RefusedError | None = None
         stats: QueueStats | None = None
         try:
@@ -140,7 +141,7 @@ class FleetReader:
 
 
 def load_of(stats: QueueStats | None, count: ItemCount) -> FleetLoad:
-    """Combine statistics without a count of running items with a count of the list."""
+    """Return the load from the list's count and from statistics that lack the running items."""
     if stats is None:
         oldest = _seconds_since(count.oldest_queued_at)
         return FleetLoad(count.queued, 0, count.running, oldest, lower_bound=not count.complete)

@@ -1,8 +1,7 @@
 """`workpool hold`: the child's side of a handoff, which extends the lease while a program runs.
 
-Owns what lets the process outlive its parent: a session (of the operating system) of its own, and
-no effect of the end of the parent's terminal. See workpool/docs/handlers.md, "Handing a session
-off".
+The process outlives its parent: it has an operating system session of its own, and the end of the
+parent's terminal does not end it. See workpool/docs/handlers.md, "Handing a session off".
 """
 
 import contextlib
@@ -119,7 +118,7 @@ def hold(
     if shutil.which(command[0]) is None:
         raise typer.BadParameter(f"{command[0]}: no such program", param_hint="COMMAND")
     ignored = [name for name in NO_EFFECT if getattr(settings, name) is not None]
-    settings = settings.replace(  # without the parent's plugins and port for metrics
+    settings = settings.replace(  # the child has no plugins, and no port for metrics
         plugins=(),
         metrics_listen=None,
         concurrency=1,

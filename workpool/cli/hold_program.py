@@ -27,13 +27,14 @@ LOST_SECONDS: Final = 0.8
 REAP_SECONDS: Final = 2.0
 CREDENTIALS: Final = frozenset(rules.credential_variable for rules in DIALECTS.values())
 PREFIX: Final = "WORKPOOL_"
-# The guard leads the group, so that the group's number is not reused while it lives. Its input ends
-# when the holder ends for any reason; then the whole group must end.
+# The guard is the leader of the program's process group, so that the group's number is not reused
+# while the guard runs. The guard reads from `workpool hold`: when that process ends for any reason,
+# the guard's input ends, and the guard kills the whole group.
 _GUARD: Final = 'trap "" TERM INT HUP QUIT; read _; kill -KILL 0'
 
 
 class ProgramFailed(WorkpoolError):
-    """The program did not start, or ended with another status than 0 and 75."""
+    """The program did not start, or its exit status was neither 0 nor 75."""
 
 
 class Program:
@@ -41,7 +42,8 @@ class Program:
 
     Args:
         argv: The program and its arguments.
-        given: Variables for it, besides the holder's environment without settings and credentials.
+        given: More variables of the program. It also has the variables of `workpool hold`, without
+            settings and credentials.
 
     Attributes:
         outcome: The outcome of the session; None until its end.
@@ -116,7 +118,7 @@ def _running_program(
             yield program, guard.pid
         finally:
             _send_signal(guard.pid, signal.SIGKILL)
-            with contextlib.suppress(subprocess.TimeoutExpired):  # blocked in the kernel
+            with contextlib.suppress(subprocess.TimeoutExpired):  # it is blocked in the kernel
                 program.wait(REAP_SECONDS)
 
 

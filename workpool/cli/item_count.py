@@ -1,4 +1,4 @@
-"""The count of unfinished items in the list, for control planes whose statistics lack one.
+"""The count of unfinished items in the list, for control planes whose statistics lack the count.
 
 Reads a bounded number of pages each time. See workpool/docs/operating.md, "`workpool scale`".
 """
@@ -28,7 +28,7 @@ class ItemCount(NamedTuple):
         oldest_queued_at: When the oldest queued item was created; None without one.
         complete: Whether the list was read to its end. Otherwise the counts are lower bounds.
         before_unfinished: Whether only stopped items were read, in order of creation, and the list
-            goes on: the unfinished items are still to come, and nothing is known about them.
+            continues: the unfinished items come later in the list and are not counted yet.
     """
 
     queued: int
@@ -41,9 +41,9 @@ class ItemCount(NamedTuple):
 class ItemCounter:
     """Counts the unfinished items of one environment, again and again.
 
-    A stopped item stays stopped. So in a list that is in order of creation, the stopped items at
-    its beginning are skipped in later counts: a history that is longer than one count may read is
-    passed after some counts, and the counts are exact from then on.
+    A stopped item stays stopped. In a list that is in order of creation, later counts therefore
+    skip the stopped items at its beginning. If one count cannot read all of a long history, later
+    counts continue behind it, and are exact once they reach the end of the list.
 
     Args:
         client: An open client.
@@ -85,8 +85,8 @@ class ItemCounter:
         return self._client.find(ItemSearch(LISTED_ITEMS_MAX), after_id=after_id)
 
     def _skip(self, items: Sequence[WorkItem]) -> None:
-        """Skip the stopped items at the beginning in later counts, if the list is in order."""
-        # A few items could be in order by chance; new ones would then be skipped.
+        """Let later counts skip the stopped items at the beginning, if the list is in order."""
+        # Few items could be in order by chance; later counts would then skip new items.
         if len(items) >= LIST_LIMIT_MAX and _in_order_of_creation(items):
             stopped = next((n for n, item in enumerate(items) if item.state != STOPPED), len(items))
             if stopped:

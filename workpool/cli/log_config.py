@@ -1,6 +1,6 @@
 """The configuration of logging: lines on stderr, as text or JSON.
 
-`workpool.logs` has the format of a line.
+`workpool.logs` formats each line.
 """
 
 import logging

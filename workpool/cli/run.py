@@ -210,7 +210,7 @@ async def _obey_signals(
     await signals.first.wait()
     supervisor.request_drain()
     await signals.second.wait()
-    if running is not None:  # a cancellation also ends a start that hangs
+    if running is not None:  # the cancellation also ends a start that hangs
         running.cancel()
 
 

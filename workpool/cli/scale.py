@@ -109,7 +109,8 @@ def scale(
             "debug" if is_verbose(context) else settings.log_level, settings.log_format
         )
         environments = tables or (settings,)
-        # Each further environment keeps one slot of a worker for its own next item.
+        # A worker reserves one slot for each environment, so items of a single environment can have
+        # all slots except one for each other environment.
         slots = slots_per_worker or settings.concurrency - len(environments) + 1
         if min_replicas > max_replicas:
             raise typer.BadParameter("--min-replicas is larger than --max-replicas")

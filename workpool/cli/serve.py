@@ -157,7 +157,7 @@ def serve(
             port=port,
             now=None if isinstance(opened, PostgresStore) else clock,
             retention=_retention(store, retention),
-            history_limit=0,  # it would grow, and no part of this command reads it
+            history_limit=0,  # a history would grow, and nothing here reads it
             middlewares=middlewares,
         )
         plan.install(injected, plane)
@@ -183,7 +183,7 @@ async def _serve(plane: ControlPlane, *, shown: str | None, as_json: bool) -> No
             async with asyncio.TaskGroup() as group:
                 serving = group.create_task(_serve_until_failed(plane, shown, as_json=as_json))
                 await signals.first.wait()
-                serving.cancel()  # also while it reads a large store
+                serving.cancel()  # also ends the reading of a large store
         except BaseExceptionGroup as group_error:
             raise innermost(group_error) from None
         ending = signals.last
@@ -198,7 +198,7 @@ async def _serve_until_failed(plane: ControlPlane, shown: str | None, *, as_json
 
 
 def _ready_line(plane: ControlPlane, token: str | None, *, as_json: bool) -> str:
-    """Return the ready line. `token`: the random one, since a given token is never printed."""
+    """Return the ready line. `token`: the random token; None: one was given, and is not shown."""
     if as_json:
         ready = {
             "base_url": plane.base_url,

@@ -1,7 +1,8 @@
-"""A thread with an event loop of its own for what must answer while a handler blocks the others.
+"""A thread with an event loop of its own, for services that answer while a handler blocks its loop.
 
-One environment has its exporter on the thread of its lease renewer. Of several environments each
-may end before the others, and their exporter must not end with one of them.
+A process for one environment runs its exporter on the thread of the lease renewer. In a process for
+several environments, each environment may end before the others, and the exporter must not end with
+it. So the exporter has a thread of its own there.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ CLOSE_SECONDS: Final = 10.0
 
 
 class ServiceThread:
-    """An async context manager that keeps other ones open on a thread of its own.
+    """An async context manager that keeps other contexts open on a thread of its own.
 
     The thread is a daemon, so that a service that does not close cannot prevent the end of the
     process.
@@ -51,7 +52,7 @@ class ServiceThread:
         try:
             await self._opened.wait()
             if self._thread.done():
-                await self._thread  # raises the error that ended it
+                await self._thread  # raises the error that ended the thread
         except BaseException:
             await self._close_services()
             raise
@@ -66,7 +67,7 @@ class ServiceThread:
         await self._close_services()
 
     async def _close_services(self) -> None:
-        with contextlib.suppress(RuntimeError):  # its loop is closed, so the thread has ended
+        with contextlib.suppress(RuntimeError):  # the thread has ended: its loop is closed
             self._loop.call_soon_threadsafe(self._stop.set)
         done, _ = await asyncio.wait({self._thread}, timeout=CLOSE_SECONDS)
         if done:
@@ -80,8 +81,7 @@ class ServiceThread:
             log.critical("services failed", exc_info=error)
         self._opened.set()
 
-    # On the thread.
-
+    # The methods below run on the thread.
     def _run_loop(self) -> None:
         with asyncio.Runner(loop_factory=lambda: self._loop) as runner:
             runner.run(self._keep_services_open())

@@ -1,7 +1,7 @@
 """Signal handlers for the time before an event loop runs. Imports nothing slow.
 
-The kernel drops a signal to process 1 without a handler, and such a signal ends any other process
-without a drain. So the command line installs a `SignalRecorder` before it imports anything else.
+Without a signal handler, a signal has no effect on process 1 and ends any other process without a
+drain. So the command line installs a `SignalRecorder` before it imports anything else.
 `workpool.cli.signals` then continues with the recorded signals.
 """
 

@@ -1,9 +1,8 @@
 """Signals as events of an event loop.
 
-SIGTERM and SIGINT request an end, a second one an end now. The command decides what that means.
-SIGHUP requests an end if the terminal hung up. SIGUSR1 and
-SIGUSR2 have the effect that the command gives them. Any other signal is one log line. See
-workpool/docs/cli.md, "Signals".
+The first SIGTERM or SIGINT requests an end, the second one an immediate end; the command defines
+both. SIGHUP requests an end if the terminal hung up. The command defines the effects of SIGUSR1 and
+SIGUSR2. A signal without effect is logged. See workpool/docs/cli.md, "Signals".
 """
 
 import asyncio
@@ -69,9 +68,9 @@ class Signals:
             signal.signal(each, former)
 
     def _start_listening(self) -> None:
-        # A signal wakes asyncio's Unix loop once the loop has a handler for a signal; uvloop and
-        # Windows loops always wake. A signal could be lost between these two lines, so the loop
-        # gets a handler for one without effect.
+        # asyncio's Unix loop wakes for signals only after `add_signal_handler`; uvloop and Windows
+        # loops always wake. A signal that arrives before the next line restores the recorder would
+        # be lost, so `add_signal_handler` is called for a signal that is harmless to lose.
         for each in USER[:1]:
             with contextlib.suppress(NotImplementedError):
                 self._loop.add_signal_handler(each, self._handle_signals)

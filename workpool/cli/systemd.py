@@ -1,4 +1,4 @@
-"""Reports to systemd: that the pool has started, that it lives, and that it ends.
+"""Reports to systemd: the pool has started, it is alive, it ends.
 
 A service of `Type=notify` gets the address of a datagram socket in `NOTIFY_SOCKET`; without that
 variable nothing here runs. Reports are sent from the thread of the lease renewer, so that the
@@ -35,7 +35,7 @@ _VARIABLES: Final = ("NOTIFY_SOCKET", "WATCHDOG_USEC", "WATCHDOG_PID")
 class ServiceReporter:
     """Reports one pool to the service manager. Created before the pool starts.
 
-    Takes its variables out of the environment: the reports of a child process are not the worker's.
+    Removes its variables from the environment, so that child processes do not report as the worker.
 
     Attributes:
         wanted: Whether a service manager waits for reports.
@@ -53,7 +53,7 @@ class ServiceReporter:
 
     @asynccontextmanager
     async def reporting(self) -> AsyncIterator[None]:
-        """Report from now on that the pool has started and lives; at the end, that it ends.
+        """Report that the pool has started and is alive; when the context ends, that the pool ends.
 
         Entered on the loop of the lease renewer, once plugins and exporter are open.
         """
@@ -70,7 +70,7 @@ class ServiceReporter:
                     self._send_report(ending=True)
 
     async def _report_repeatedly(self) -> None:
-        # A third of it, so that two late reports in a row are not a failure.
+        # A third of the watchdog's time, so that two late reports in a row are not a failure.
         interval = min(REPORT_SECONDS, (self._watchdog or 3 * REPORT_SECONDS) / 3)
         while True:
             self._send_report()
@@ -89,7 +89,7 @@ class ServiceReporter:
             self._sent = frozenset(facts)
 
     def _send_datagram(self, lines: str) -> bool:
-        """Send a datagram; return whether the service manager has it. An error is logged once."""
+        """Send a datagram; return whether it was sent. Only the first error is logged."""
         if not lines:
             return True
         try:

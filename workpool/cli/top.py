@@ -94,7 +94,7 @@ async def _read_all(urls: "Sequence[str]") -> list[Status]:
 
 
 async def _read_status(http: aiohttp.ClientSession, url: str) -> Status:
-    """Return the status of one worker, or why there is none."""
+    """Return the status of one worker, or an `error` with the reason why it has none."""
     try:
         async with http.get(f"{url}/live.json") as answer:
             body = await answer.content.read(ANSWER_BYTES)
@@ -119,7 +119,7 @@ def _worker_rows(urls: "Sequence[str]", statuses: "Sequence[Status]") -> "list[R
 
 
 def _environment_statuses(status: Status) -> "list[Status]":
-    """Return the status of each environment of a worker that has several, else its own."""
+    """Return the status of each environment, or the worker's own if it has one environment."""
     found = status.get("environments")
     if not isinstance(found, list):
         return [status]
@@ -187,7 +187,7 @@ def _new_table(columns: "Sequence[str]", rows: "Sequence[Row]") -> "Table":
 
 
 def _safe_cells(values: "Sequence[object]") -> "Row":
-    """Return cells. The text of a worker loses its control characters."""
+    """Return the values as cells, without control characters that a worker may have sent."""
     return tuple(readable(str(value), TEXT_CHARACTERS) for value in values)
 
 

@@ -313,7 +313,7 @@ def stats(
 
 
 def _run_call(settings: Settings, call: Callable[[WorkClient], Awaitable[T]]) -> T:
-    """Make a call with a client of its own. An error ends the command."""
+    """Open a client, make one call with it, and return the result. An error ends the command."""
 
     async def ask() -> T:
         async with WorkClient(settings) as client:
@@ -327,7 +327,7 @@ def _run_call(settings: Settings, call: Callable[[WorkClient], Awaitable[T]]) ->
 
 
 async def _read_item(client: WorkClient, work_id: str) -> WorkItem:
-    """Read an item; with a key that may not read it, look it up in the list."""
+    """Read an item; if the key may not read single items, find the item in the list."""
     try:
         return await client.get(work_id)
     except RefusedError as error:

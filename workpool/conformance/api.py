@@ -67,13 +67,13 @@ class Answer:
 
     @property
     def refused(self) -> bool:
-        """Whether the call itself was refused, independent of its item."""
+        """Whether the call is refused for any item, for example because the key may not make it."""
         unsupported = self.error.get("type") == "unsupported_capability"
         return self.status in REFUSED or (self.status == HTTPStatus.BAD_REQUEST and unsupported)
 
     @property
     def error(self) -> Mapping[str, Any]:
-        """The field `error` of an error envelope; empty if the body is none."""
+        """The field `error` of an error envelope; empty if the body is no envelope."""
         error = self.body.get("error") if isinstance(self.body, dict) else None
         return error if isinstance(error, dict) else {}
 
@@ -146,10 +146,10 @@ class Api(WorkCalls[Answer]):
         base_url: The address of the control plane, with the dialect's prefix.
         dialect: The dialect of the headers and queries.
         environment: The environment's id.
-        token: The bearer token; None for none.
-        worker: The name of the worker; None for none.
+        token: The bearer token; None: no token is sent.
+        worker: The name of the worker; None: no name is sent.
         headers: Further headers of every request.
-        limits: The rate limits of the suite; None for none.
+        limits: The rate limits of the suite; None: no limits.
     """
 
     http: aiohttp.ClientSession

@@ -38,9 +38,9 @@ class Delivery(NamedTuple):
 
     Attributes:
         number: Its number among all deliveries.
-        nothing_at: The time at which the last poll without an item was sent, when the item was not
-            available. It distinguishes a late control plane from a suite that polls late.
-        at: The time at which the poll was sent that delivered the item.
+        nothing_at: The time when the suite sent the last poll that returned no item: the item was
+            not available then. If this time is late, the control plane was late, not the suite.
+        at: The time when the suite sent the poll that delivered the item.
         item: The item as JSON.
     """
 
@@ -113,7 +113,7 @@ class SharedQueue:
         return answer
 
     async def _poll_once(self, options: dict[str, Any]) -> tuple[Answer, bool]:
-        """Poll; return the answer, and whether it delivered an item that is of use or is gone."""
+        """Poll; return the answer, and whether it delivered an own item or ended a foreign one."""
         async with self._queue:
             at = self.now()
             answer = await self.api.poll(**options)
@@ -161,7 +161,7 @@ class SharedQueue:
         return subject
 
     async def look_up(self, work_id: str) -> Mapping[str, Any] | None:
-        """Return an item from the list; None if it is missing, or the list is refused."""
+        """Return an item from the list; None if the item is missing or the list is refused."""
         async for row in self._list_rows():
             if row.get("id") == work_id:
                 return row

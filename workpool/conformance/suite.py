@@ -34,7 +34,7 @@ class Finding:
 
 
 class Suite(SharedQueue):
-    """Runs clauses against one environment at the same time.
+    """Runs clauses concurrently against one environment.
 
     Args:
         api: The worker that polls.
@@ -99,7 +99,7 @@ class Suite(SharedQueue):
         return [found[clause.name] for clause in clauses]
 
     async def check(self, clause: Clause, deadline: float | None = None) -> Finding:
-        """Check one clause; `deadline` is a time of the loop's clock."""
+        """Check one clause until `deadline`, a time of the loop's clock."""
         trial = Trial(self)
         try:
             async with asyncio.timeout_at(deadline):

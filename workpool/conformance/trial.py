@@ -66,7 +66,7 @@ class Trial:
         await self._queue.sleep(seconds)
 
     async def poll(self, **options: Any) -> Answer:
-        """Poll, and record the delivery of the item, of whichever clause."""
+        """Poll, and record the delivery of the item, which may belong to another clause."""
         return await self._queue.poll(**options)
 
     async def create(self, script: Script | None = None) -> Subject:
@@ -82,7 +82,7 @@ class Trial:
             Untried: No item can be created, or it is not delivered.
         """
         subject = await self.create(script)
-        came = bool(subject.deliveries)  # one of the given items, which was delivered early
+        came = bool(subject.deliveries)  # a given item may come early
         if await self.delivery(subject, REDELIVERY_SECONDS if came else CLAIM_SECONDS) is None:
             raise Untried("the item that was created is not delivered")
         return subject
@@ -123,7 +123,7 @@ class Trial:
         return answer
 
     async def delivery(self, subject: Subject, seconds: float) -> Delivery | None:
-        """Poll for up to `seconds` until the item is delivered again; return None if it is not."""
+        """Poll for up to `seconds` until the item is delivered; return None without a delivery."""
         before = len(subject.deliveries)
         until = self.now + seconds
         polls = 0

@@ -1,4 +1,4 @@
-"""The four verdicts on a clause, and the errors that end a check with one."""
+"""The four verdicts on a clause, and the errors by which a check returns a verdict."""
 
 from __future__ import annotations
 

@@ -28,7 +28,7 @@ class Source(Protocol):
             script: The tool uses of the item's session.
 
         Raises:
-            Untried: The source cannot create an item, or none with a script.
+            Untried: The source cannot create an item, or cannot create one with a script.
         """
 
 

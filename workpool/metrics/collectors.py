@@ -33,7 +33,7 @@ class Collectors(Collector):
             row.name: store_of(row, self.stores_lock) for row in DEFINITIONS if row.kind != "gauge"
         }
         self._lock = threading.Lock()
-        self._sources: list[GaugeSource] = []  # guarded by the lock
+        self._sources: list[GaugeSource] = []  # guarded by `_lock`
 
     def attach(self, source: GaugeSource) -> None:
         """Add the gauges of a supervisor."""
@@ -46,7 +46,7 @@ class Collectors(Collector):
             self._sources.remove(source)
 
     def describe(self) -> Iterable[Metric]:
-        """Return the names of all metrics, which the registry then refuses to others."""
+        """Return the names of all metrics, so that the registry refuses other metrics with them."""
         for store in self.stores.values():
             yield from store.describe()
         yield from gauge_families(())

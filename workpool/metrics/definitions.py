@@ -1,8 +1,8 @@
 """The table of all metrics, on which dashboards and alerts rely.
 
-Names, types, labels and buckets change only with a changelog entry. A row also names the event
-that feeds it, so that `observer` has no code for a single metric. Rows without an event are gauges,
-which are computed at scrape time. See workpool/docs/metrics.md, "All metrics".
+Names, types, labels and buckets change only with a changelog entry. A row also names the event that
+the metric counts or observes, so that `observer` needs no code for single metrics. Rows without an
+event are gauges, which are computed at scrape time. See workpool/docs/metrics.md, "All metrics".
 """
 
 from __future__ import annotations
@@ -63,8 +63,8 @@ class Definition:
         name: The name without the prefix.
         kind: The Prometheus type.
         help: The meaning, in one sentence.
-        labels: Label → its closed set of values, all present from the start, or `OPEN`.
-        event: The event that feeds it. Each label is the attribute of that name.
+        labels: For each label its closed set of values, all present from the start, or `OPEN`.
+        event: The event that is counted or observed. Each label is the attribute of that name.
         value: The attribute that is added or observed; None: events are counted.
         buckets: The upper bounds of a histogram.
         skips: Label values of the event that this metric leaves out on purpose.
@@ -86,6 +86,7 @@ class Definition:
 
 
 def _env(**closed: tuple[str, ...]) -> _Labels:
+    """Return the labels of a metric: the environment, and labels with closed sets of values."""
     return {ENVIRONMENT: OPEN, **closed}
 
 
@@ -107,7 +108,7 @@ def _histogram(
 
 
 DEFINITIONS: Final[tuple[Definition, ...]] = (
-    # -- polling ---------------------------------------------------------------------------------
+    # Polling.
     _counter(
         "polls_total", _env(result=get_args(ev.PollResult)), ev.PollFinished,
         "Polls that ended. A 429 is throttled, a 503 an error.",
@@ -141,7 +142,7 @@ DEFINITIONS: Final[tuple[Definition, ...]] = (
         "last_poll_success_timestamp_seconds", _env(),
         "Unix time of the last poll with an item or null; 0 before the first.",
     ),
-    # -- items -----------------------------------------------------------------------------------
+    # Items.
     _counter(
         "items_received_total", _env(origin=get_args(ev.Origin), type=ITEM_TYPES), ev.ItemReceived,
         "Items that polls returned.",
@@ -181,7 +182,7 @@ DEFINITIONS: Final[tuple[Definition, ...]] = (
         "delivery_to_ack_seconds", _env(), (ev.AckFinished, "delivery_seconds"), H_WAIT,
         "Time from delivery to the answer of the ack; must stay below the reclaim window.",
     ),
-    # -- leases ----------------------------------------------------------------------------------
+    # Leases.
     _gauge("lease_ttl_seconds", _env(), "Duration of the leases that heartbeats are granted."),
     _counter(
         "leases_lost_total", _env(reason=get_args(ev.LossReason)), ev.SessionLost,
@@ -204,7 +205,7 @@ DEFINITIONS: Final[tuple[Definition, ...]] = (
         "stop_requests_total", _env(), ev.StopRequested,
         "Stop requests of operators, as heartbeats reported them.",
     ),
-    # -- sessions --------------------------------------------------------------------------------
+    # Sessions.
     _gauge("sessions_active", _env(handler=OPEN), "Sessions running."),
     _gauge("session_age_seconds_max", _env(handler=OPEN), "Age of the oldest running session."),
     _gauge(
@@ -248,7 +249,7 @@ DEFINITIONS: Final[tuple[Definition, ...]] = (
         (ev.DrainFinished, "seconds"), H_RUN,
         "Duration of drains: clean, until the deadline, or with abandoned sessions (killed).",
     ),
-    # -- requests --------------------------------------------------------------------------------
+    # Requests.
     _counter(
         "http_requests_total", _env(op=OPS, code=CODES), ev.RequestFinished,
         "HTTP requests sent, retries included.",
@@ -265,7 +266,7 @@ DEFINITIONS: Final[tuple[Definition, ...]] = (
         "credential_refreshes_total", _env(result=("ok", "error")), ev.CredentialRefreshed,
         "Readings of the token's source after a refusal.",
     ),
-    # -- the control plane's own view ------------------------------------------------------------
+    # Statistics from the control plane.
     _gauge(
         "remote_queue_items", _env(state=("claimable", "pending")),
         "Queued items, as the control plane counts them; absent until the first reading. Each "
@@ -289,7 +290,7 @@ DEFINITIONS: Final[tuple[Definition, ...]] = (
         "remote_stats_interval_seconds", _env(),
         "Interval of reading the other remote_ metrics; 0 = never.",
     ),
-    # -- the process -----------------------------------------------------------------------------
+    # The process.
     _histogram(
         "event_loop_lag_seconds", {}, (ev.LoopLagMeasured, "seconds"), H_LAG,
         "Delay of the handlers' event loop, measured once a second; no value while it is blocked.",

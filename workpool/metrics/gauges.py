@@ -41,12 +41,12 @@ WINDOW_SECONDS: Final = 60
 
 
 class NullWindow:
-    """The numbers of item and null polls of the last 60 s, for each second. Thread-safe."""
+    """The numbers of polls in the last 60 s that returned an item or null. Thread-safe."""
 
     def __init__(self, clock: Callable[[], float]) -> None:
         self._clock = clock
         self._lock = threading.Lock()
-        # [second, nulls, polls]; an entry is overwritten after 60 s.
+        # One [second, nulls, polls] for each second; an entry is overwritten after 60 s.
         self._buckets = [[-WINDOW_SECONDS, 0, 0] for _ in range(WINDOW_SECONDS)]
 
     def count(self, result: PollResult, _: float) -> None:
@@ -89,7 +89,7 @@ _SUMS: Final = (
 
 @dataclass(frozen=True, slots=True)
 class PoolSnapshot:
-    """The state of one supervisor at one moment. A state that is missing counts as 0.
+    """The state of one supervisor at one moment. A missing state of a mapping counts as 0.
 
     Attributes:
         pollers: Pollers by state, one of `POLLER_STATES`.
@@ -98,7 +98,8 @@ class PoolSnapshot:
         stuck_handlers: Handlers that ignore their cancellation.
         loop_blocked: Seconds for which the handlers' event loop has not answered.
         leases: Leases by the state of their item: starting, active, stopping.
-        lease_ttl: Seconds that a heartbeat is granted; before the first, that it asks for.
+        lease_ttl: Seconds that the last heartbeat was granted; before the first heartbeat, the
+            seconds that it will ask for.
         remote_stats_interval: Seconds between two readings of the queue's statistics; 0 = never.
         lease_remaining_min: Remaining seconds of the lease that ends first; None without leases.
         paused: 1 for each kind of reason for which no item is claimed: pause, plugin, limit.
@@ -132,8 +133,9 @@ class GaugeSource:
 
     Attributes:
         snapshot: Returns the state. Called at each scrape, on the thread of the scrape.
-        handlers: The labels that have a value, 0 without sessions. Grows only; any thread.
-        remote: The last statistics of the queue, with the Unix time of their reading.
+        handlers: The handler labels that have gauges, at 0 without sessions. Labels are only
+            added, on any thread.
+        remote: The Unix time of the last reading of the queue's statistics, and the statistics.
     """
 
     environment_id: str
@@ -202,7 +204,7 @@ def _pool_samples(environment_id: str, snapshots: Sequence[PoolSnapshot]) -> Ite
 def _session_samples(
     environment_id: str, group: Sequence[GaugeSource], snapshots: Sequence[PoolSnapshot]
 ) -> Iterator[Sample]:
-    # tuple(): a session on another thread may add a handler meanwhile.
+    # Copied with `tuple`, since a session on another thread may add a handler meanwhile.
     active = dict.fromkeys((name for source in group for name in tuple(source.handlers)), 0)
     oldest, silent = dict.fromkeys(active, 0.0), dict.fromkeys(active, 0.0)
     rows = [

@@ -1,9 +1,9 @@
 """The values of one counter or histogram: cheap to add to, read at scrape time.
 
-The children of prometheus_client take five calls where counting an event here takes none, some
-twenty times for each session; a scrape returns the same text. In the library's multiprocess mode
-its own metrics are used, since only they write the files that other processes read.
-See workpool/docs/decisions.md, "Counters and histograms have stores of their own".
+Counting an event takes five Python calls with prometheus_client and none here, and each session
+counts about twenty events. A scrape returns the same text. In the multiprocess mode of
+prometheus_client its own metrics are used, since only they write the files that other processes
+read. See workpool/docs/decisions.md, "Counters and histograms have stores of their own".
 
 Any thread may add, and any thread may scrape. The stores of one registry share a lock, which is
 held while one event is counted, and while one metric is read.
@@ -149,13 +149,13 @@ class _HistogramStore:
 
 
 class _LibrarySeries(NamedTuple):
-    """One series of a metric of the library."""
+    """One series of a metric of prometheus_client."""
 
     add: Callable[[float], object]
 
 
 class _LibraryStore:
-    """A metric of the library, for its multiprocess mode."""
+    """A metric of prometheus_client, for its multiprocess mode."""
 
     def __init__(self, row: Definition) -> None:
         name, text, labels = row.full_name, row.help, tuple(row.labels)

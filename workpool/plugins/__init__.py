@@ -1,4 +1,4 @@
-"""Plugins: they are found (`discovery`), checked (`loading`), and called (`registry`)."""
+"""Plugins: finding them (`discovery`), checking them (`loading`), calling them (`registry`)."""
 
 from workpool.plugins.discovery import Available, available
 from workpool.plugins.loading import Plugin

@@ -1,9 +1,9 @@
 """The loading of plugins, with all checks at start.
 
-A mistake because of which a hook or a handler would never be called is an error here, since it
-would not be noticed later. The handlers of a module are its attributes with `@handler`, imported
-ones included (a package may collect its handlers in `__init__`), each once. See
-workpool/docs/plugins.md, "Plugins and hooks".
+A mistake that would prevent a hook or a handler from being called is an error at start, since
+nobody would notice it later. The handlers of a module are its attributes with `@handler`, including
+imported functions (a package may collect its handlers in `__init__`); each function counts once.
+See workpool/docs/plugins.md, "Plugins and hooks".
 """
 
 from __future__ import annotations
@@ -80,7 +80,7 @@ def load(
     return plugins
 
 
-# -- checking --------------------------------------------------------------------------------------
+# Checking one plugin.
 
 
 def _build_plugin(found: Found, options: Mapping[str, Any], where: str) -> Plugin:
@@ -120,7 +120,7 @@ def _instantiate(found: Found, options: Mapping[str, Any], where: str) -> object
     except TypeError as error:
         raise PluginError(found.name, f"{table}: {error}") from error
     except ValueError:
-        pass  # a class written in C may have no signature; the call below shows its mistakes
+        pass  # a class in C may have no signature; a mistake makes the call below fail
     return guarded(found.name, f"creating it with {table}", found.target, **options)
 
 
@@ -164,7 +164,7 @@ def _is_hook(plugin: str, name: str, member: Any) -> bool:
 
 
 def _refuse_arguments(plugin: str, hook: str, parameters: list[inspect.Parameter]) -> None:
-    # pluggy passes nothing to `event=None` or `*args`, so the hook would never get its argument.
+    # pluggy passes no value to `event=None` or `*args`, so the hook would lack its argument.
     only = parameters[0] if len(parameters) == 1 else None
     if parameters and (
         only is None
@@ -236,7 +236,7 @@ def new_handler(plugin: str, name: str, call: Any) -> Handler:
     )
 
 
-# -- between plugins -------------------------------------------------------------------------------
+# Checking several plugins together.
 
 
 def _refuse_duplicates(found: Found, before: Sequence[Found]) -> None:
@@ -250,7 +250,7 @@ def _refuse_duplicates(found: Found, before: Sequence[Found]) -> None:
 
 
 def _refuse_unused_options(options: Mapping[str, object], active: set[str], where: str) -> None:
-    # One file may be for pools with different plugins, so tables of installed ones are allowed.
+    # Pools with different plugins may share a file, so tables of all installed plugins are allowed.
     known = active | {point.name for point in available()}
     for name in options:
         if name not in known:

@@ -1,4 +1,4 @@
-"""`Plugins`: all calls of the hooks of plugins.
+"""`Plugins`: the only caller of plugins' hooks.
 
 Plugins are called in the order of the list, and the first answer wins. Each hook is called directly
 and not through pluggy, so that an error has the name of its plugin, and one bad observer does not
@@ -48,7 +48,7 @@ this often."""
 
 
 class _Hooks:
-    """The hooks of a plugin that were checked, as an object that pluggy registers."""
+    """The checked hooks of a plugin, as an object that pluggy registers."""
 
     def __init__(self, hooks: Mapping[str, Callable[..., Any]]) -> None:
         self.__dict__.update(hooks)
@@ -84,7 +84,8 @@ class Plugins:
     """The active plugins of one supervisor.
 
     Attributes:
-        metrics: Counts the events of this object. Set by the supervisor before the first one.
+        metrics: Counts the events that this object creates. The supervisor sets it before the first
+            event.
         wanted: The types of events that have an observer.
     """
 
@@ -131,7 +132,7 @@ class Plugins:
 
     @property
     def handlers(self) -> tuple[Handler, ...]:
-        """The handlers of functions with `@handler`. Those of hooks are unknown before an item."""
+        """The handlers of functions with `@handler`. A hook's handlers are known only per item."""
         return tuple(route.handler for plugin in self._plugins for route in plugin.routes)
 
     @property
@@ -208,7 +209,7 @@ class Plugins:
     def notify(self, event: Event) -> None:
         """Call the plugins that observe this type, in order. Their exceptions are caught.
 
-        On the supervisor's loop.
+        Must be called on the supervisor's loop.
         """
         self._notify_observers(event, but=None)
 
@@ -238,7 +239,7 @@ class Plugins:
             kind = (plugin, hook, type(error))
             first = kind not in self._reported
             self._reported.add(kind)
-            # One traceback for each type: an observer may fail ten times in each session.
+            # One traceback for each type of error: an observer may fail ten times in each session.
             log.error(
                 "plugin failed: %s",
                 failure,
@@ -258,7 +259,7 @@ def _in_order(plugins: Sequence[Plugin]) -> dict[str, list[Hook]]:
     registry.add_hookspecs(hookspecs)
     owners: dict[str, str] = {}
     routes = [route for plugin in plugins for route in plugin.routes]
-    # pluggy calls the implementation first that was registered last
+    # pluggy calls first the implementation that was registered last
     for plugin in reversed(plugins):
         if plugin.routes:
             adapter = registry.register(
@@ -279,7 +280,7 @@ def _in_order(plugins: Sequence[Plugin]) -> dict[str, list[Hook]]:
 def _observers_by_type(
     plugins: Sequence[Plugin], hooks: Sequence[Hook]
 ) -> dict[type[Event], list[Hook]]:
-    """Return the observers of each type of event that has some, in calling order."""
+    """Return the observers in calling order, for each type of event that has observers."""
     wanted = {plugin.name: plugin.event_types for plugin in plugins}
     observers: dict[type[Event], list[Hook]] = {}
     for name, hook in hooks:
@@ -312,7 +313,7 @@ def _as_handler(plugin: str, answer: object) -> Handler:
     # Guarded: an object may raise when its attributes are read.
     looking = "looking at the answer of workpool_session_handler"
     name = guarded(plugin, looking, name_of, answer)
-    # A plain function without a mark may return a coroutine, so it is unknown how to run it.
+    # A plain function without @handler may return a coroutine: whether it blocks is unknown.
     rule = guarded(plugin, looking, rule_of, answer)
     plain = rule is not None and rule.blocking
     if plain or guarded(plugin, looking, is_async_callable, answer):

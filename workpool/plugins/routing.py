@@ -1,4 +1,4 @@
-"""Routes: which handler runs the items of which rule.
+"""Routes: a route connects a rule with the handler that runs the rule's items.
 
 Two equal rules are an error across plugins, too: one of them would never run. See
 workpool/docs/plugins.md, "Plugins and hooks".
@@ -26,7 +26,7 @@ class Route:
 
 
 def refuse_equal_rules(routes: Sequence[Route]) -> None:
-    """Check that no rule occurs twice, be it in two plugins.
+    """Check that no rule occurs twice, in one plugin or in two.
 
     Raises:
         PluginError: Two handlers have the same rule.

@@ -36,7 +36,8 @@ class Changes:
         """Wait until `wanted` returns a true value, and return the value.
 
         Raises:
-            AssertionError: There was none within `timeout` seconds. `describe` makes the text.
+            AssertionError: `wanted` returned no true value within `timeout` seconds. `describe`
+                returns the text of the error.
         """
         try:
             async with asyncio.timeout(timeout):

@@ -1,7 +1,7 @@
 """One fault: what happens to one call, as a value.
 
 Two carriers inject a `Fault`: `http_faults` into the requests that reach a control plane, and
-`local_client` into calls in one process. `fault_rules` decides which calls have one.
+`local_client` into calls in one process. `fault_rules` decides which calls have a fault.
 See workpool/docs/testing.md, "Faults and failing networks".
 """
 
@@ -36,8 +36,8 @@ class Fault:
     """A fault that is injected into one call. Without arguments, the call is not changed.
 
     Attributes:
-        wait: Seconds for which the call waits on its own machine, for a rate limit or a connection,
-            before it is checked and sent. Over HTTP, a part of `request_delay`.
+        wait: Seconds for which the call waits in the client, for a rate limit or a connection,
+            before it is checked and sent. Over HTTP, these seconds are added to `request_delay`.
         request_delay: Seconds until the request arrives, even if the caller has given up.
         answer_delay: Seconds until the answer arrives.
         byte_seconds: Seconds for each byte of the answer.
@@ -61,7 +61,7 @@ class Fault:
     rewrite: Callable[[Any], Any] | None = None
 
     def answer_instead_of(self, true: Response) -> Response | NoAnswer:
-        """Return the answer of the call, whose true answer is `true`."""
+        """Return the answer that the caller receives; `true` is the control plane's answer."""
         match self.answer:
             case None if self.rewrite is not None and true.status in range(200, 300):
                 body = true.body if isinstance(true.body, bytes) else b""
@@ -140,7 +140,7 @@ def status(
 
 
 def garbled(*, applied: bool = True) -> Fault:
-    """Answer 200 with a body that is not JSON."""
+    """Answer with status 200 and a body that is not JSON."""
     return Fault(answer=b'{"id": "work_', applied=applied)
 
 
@@ -151,7 +151,7 @@ def literal(
     headers: Mapping[str, str] | None = None,
     applied: bool = False,
 ) -> Fault:
-    """Answer with this body; `body` may be a function that returns it."""
+    """Answer with this body; `body` may be a function that returns the body."""
 
     def answer() -> Response:
         return Response(code, headers or _JSON, body() if callable(body) else body)
@@ -199,6 +199,6 @@ def expire_lease(plane: ControlPlane, work_id: str, environment_id: str | None =
     queue = plane.operations.queue(environment_id or plane.environments[0])
     item = queue.get(work_id)
     if item.lease_end is not None:
-        # "Now" is the last time that the control plane recorded: its history never goes back.
+        # The lease ends at the last recorded time, since times in the history never decrease.
         queue.put(replace(item, lease_end=min(item.lease_end, plane.operations.latest)))
         plane.operations.queue(queue.environment_id)

@@ -33,7 +33,7 @@ class _Strict(BaseModel):
 
 
 class _When(_Strict):
-    """The conditions of a fault, with the keys of `fault_rules.Limits`."""
+    """The conditions of a fault. The keys are the fields of `fault_rules.Limits`."""
 
     ops: Annotated[list[effects.Op], Field(min_length=1)] | None = None
     times: Annotated[int, Field(ge=1)] | None = None
@@ -157,6 +157,6 @@ def _problem_text(place: tuple[int | str, ...], message: str) -> str:
     """Return a sentence such as `fault 2: code: field required`."""
     words = [str(part) for part in place]
     if len(place) > 1 and isinstance(place[1], int):
-        # The third part is the kind of the fault as pydantic names it; the file has no such key.
+        # Pydantic adds the kind of the fault as the third part; the file has no such key.
         words = [f"{place[0]} {place[1] + 1}", *words[3:]]
     return ": ".join([*words, _WORDING.get(message, message[:1].lower() + message[1:])])

@@ -1,8 +1,8 @@
 """The rules that select the calls with a fault, and a log of all calls.
 
-Owns when a fault is injected: by call, count, probability, predicate or time. `fault` has the
-effects of faults. If several rules match one call, their faults are nested; the first added one is
-the outermost.
+A rule selects calls by operation, count, probability, predicate or time. `fault` has the effects of
+faults. If several rules match one call, their faults are nested: the fault of the first added rule
+is the outermost.
 """
 
 from __future__ import annotations
@@ -75,7 +75,7 @@ class Rule:
     """A fault and its conditions. As a context manager, it is removed at the end of the block.
 
     Attributes:
-        hits: Number of requests that it was injected into.
+        hits: The number of requests into which the fault was injected.
     """
 
     faults: Faults
@@ -132,8 +132,9 @@ class Faults:
 
         Args:
             seed: The seed of the probabilities.
-            remember: Keep a log of the requests. It grows, so a server for days should not.
-            over_http: The control plane is called over HTTP, not in this process.
+            remember: Whether to log the requests. The log grows, so a server that runs for days
+                should have none.
+            over_http: Whether the control plane is called over HTTP, not in this process.
         """
         self.seen: list[Request] = []
         self.rules: list[Rule] = []
@@ -157,7 +158,7 @@ class Faults:
         return rule
 
     def of(self, *ops: Op, work_id: str | None = None) -> list[Request]:
-        """Return the requests so far of these calls (default: all), of one item or of all."""
+        """Return the requests so far of these calls (default: all), for one item or for all."""
         return [
             request
             for request in self.seen
@@ -202,7 +203,7 @@ class Faults:
         return now - (now if self._began is None else self._began)
 
     def chance(self, probability: float) -> bool:
-        """Draw with the seed, but only if the probability leaves a choice."""
+        """Return True with this probability. A probability of 1 draws no number."""
         return probability >= 1 or self._random.random() < probability
 
     @web.middleware
@@ -239,12 +240,12 @@ class Faults:
         return nested([rule.fault for rule in rules if isinstance(rule.fault, Fault)])
 
     def answered(self, request: Request, status: int | None) -> None:
-        """Note the status of a call in one process; None: it has no answer."""
+        """Record the status of a call in one process; None: the call has no answer."""
         request.status, request.lost = status, status is None
         self._changes.notify()
 
     def _note_request(self, request: Request) -> list[Rule]:
-        """Note a request, and return the rules that apply to it."""
+        """Record a request, and return the rules that apply to it."""
         if self._began is None:
             self._began = request.at
         if self._remember:

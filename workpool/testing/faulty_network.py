@@ -30,7 +30,7 @@ class _Link:
     Attributes:
         plane: The connection to the control plane; None until it is open.
         swallowed: Whether bytes were dropped. Such a connection stays silent for good.
-        half_closed: Whether the side of the control plane was ended.
+        half_closed: Whether the control plane's side was closed: the worker gets no more bytes.
     """
 
     worker: asyncio.StreamWriter
@@ -89,7 +89,7 @@ class Proxy:
         self._bytes_per_second = bytes_per_second
 
     def half_close(self) -> None:
-        """End the control plane's side of every open connection; requests still go through."""
+        """Close the control plane's side of every open connection; requests still arrive."""
         for link in self._links:
             link.half_closed = True
             with suppress(OSError):  # the worker has closed the connection
@@ -181,7 +181,7 @@ class Proxy:
     async def _forward_direction(
         self, link: _Link, source: asyncio.StreamReader, sink: asyncio.StreamWriter
     ) -> None:
-        """Forward one direction, its end included."""
+        """Forward the bytes of one direction, and then the end of the stream."""
         with suppress(OSError):  # reset or aborted: the other direction ends by itself
             while chunk := await source.read(self._read_size()):
                 await self._wait_for_network(len(chunk))
@@ -194,20 +194,19 @@ class Proxy:
             if not self._drops_bytes(link):
                 sink.write_eof()
                 return
-            await (
-                asyncio.Event().wait()
-            )  # this end is not forwarded; only the end of the proxy interrupts the wait
+            # The end of the stream is not forwarded; only the end of the proxy ends this wait.
+            await asyncio.Event().wait()
         if not link.swallowed:
             sink.transport.abort()
 
     def _read_size(self) -> int:
-        """Return the number of bytes to read at once: at most those of a tenth of a second."""
+        """Return how many bytes to read at once: with a throttle, those of a tenth of a second."""
         if self._bytes_per_second is None:
             return _CHUNK_BYTES
         return max(1, int(self._bytes_per_second / 10))
 
     async def _wait_for_network(self, count: int) -> None:
-        """Wait as the state of the network demands."""
+        """Wait for the injected delay, the throttle and the end of a partition."""
         pace = self._bytes_per_second
         await asyncio.sleep(self._delay + (count / pace if pace else 0.0))
         while not self._passing.is_set():  # a second partition may directly follow the first

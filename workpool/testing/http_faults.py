@@ -1,7 +1,7 @@
-"""Faults over HTTP: requests to a control plane, and the connections that they come on.
+"""Faults over HTTP: in requests to a control plane, and in the connections of these requests.
 
-Owns how a `Fault` is injected into a request. `Hold` and `Cut` exist over HTTP only: a test ends
-them while the request is under way. See workpool/docs/testing.md, "Faults and failing networks".
+`inject` applies a `Fault` to a request. `Hold` and `Cut` exist over HTTP only: a test calls their
+methods while a request is in progress. See workpool/docs/testing.md, "Faults and failing networks".
 """
 
 from __future__ import annotations
@@ -59,7 +59,7 @@ async def inject(
 async def _replace_answer(
     fault: Fault, request: web.Request, true: web.StreamResponse
 ) -> web.StreamResponse:
-    """Replace the true answer."""
+    """Return the answer of the fault in place of the true answer."""
     headers = {
         name: value for name, value in true.headers.items() if name.lower() != "content-length"
     }
@@ -99,7 +99,7 @@ async def _send_bytewise(
     response = web.StreamResponse(status=whole.status)
     response.content_type = whole.content_type
     response.content_length = len(content)
-    with suppress(ConnectionError):  # the client closed the connection
+    with suppress(ConnectionError):  # the client may close the connection
         await response.prepare(request)
         for byte in content:
             await response.write(bytes((byte,)))
@@ -108,7 +108,7 @@ async def _send_bytewise(
 
 
 def op_of(request: web.Request) -> Op | None:
-    """Return the name of the call; None for a call of an application."""
+    """Return the name of a worker's call; None for a call that only applications make."""
     match = request.match_info
     tail = request.path.rpartition("/")[2]
     op: Any
@@ -191,8 +191,8 @@ class Cut:
 
 
 def reset_connection(transport: asyncio.WriteTransport) -> None:
-    """Close a connection with a reset, and drop the bytes that are not sent yet."""
+    """Reset a TCP connection, and drop the bytes that are not sent yet."""
     connection = transport.get_extra_info("socket")
-    with suppress(OSError):  # the connection ended just before
+    with suppress(OSError):  # the connection may have ended just before
         connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, _LINGER_NONE)
     transport.abort()

@@ -59,7 +59,7 @@ class SessionResult:
         metadata: The metadata of the item at the end.
         events: The events of the session, oldest first.
         error: The exception of the handler, if any.
-        seconds: The time from the acknowledgement to the end, in virtual time if the test is.
+        seconds: The time from the acknowledgement to the end; virtual seconds in virtual time.
         item: The item at the control plane. `state` is `stopped` unless it is delivered again.
     """
 
@@ -135,7 +135,7 @@ class Kit:
         self._send_heartbeat_now(item)
 
     def settings(self, **values: Any) -> Settings:
-        """Return settings for a pool on the control plane; keywords win."""
+        """Return settings for a pool on the control plane. A keyword replaces a default."""
         plane = self.server
         ours: dict[str, Any] = {
             "base_url": plane.base_url,
@@ -198,11 +198,11 @@ class Kit:
                     return session.item.id == item.id
                 case ItemDeclined(item=declined, reason=reason):
                     return declined.id == item.id and reason != "busy"
-            # This pool has failed, and leaving it raises the error; the end of another pool is
-            # ignored.
+            # If this pool has failed, leaving its context raises the error. The end of another pool
+            # is ignored.
             return isinstance(event, DrainFinished) and pool.status().draining
 
-        one_at_a_time: dict[str, Any] = {"concurrency": 1}  # a full pool does not poll
+        one_at_a_time: dict[str, Any] = {"concurrency": 1}  # it polls for no other item
         pool = self.pool(*plugins, **one_at_a_time | settings)
         async with pool:
             try:
@@ -310,7 +310,7 @@ class Kit:
 
 
 class _PromptedPool(Supervisor):
-    """A pool that can be told to check a lease now, not only when a heartbeat is due."""
+    """A pool with a method that sends a heartbeat before it is due."""
 
     _context: PoolContext | None = None
 
@@ -327,7 +327,7 @@ class _PromptedPool(Supervisor):
 
 
 class _LoopPool(_PromptedPool, LoopSupervisor):
-    """The same pool in virtual time."""
+    """A `_PromptedPool` for virtual time."""
 
 
 def _virtual_loop() -> VirtualLoop | None:

@@ -58,7 +58,7 @@ _ABOUT_SESSIONS: Final = frozenset({"events", "send", "stream"})
 
 
 class Script:
-    """Faults by operation, each for one call, in order; None is no fault.
+    """Faults by operation: the calls of an operation get its faults in order; None: no fault.
 
         Script(heartbeat=[None, silence()], ack=[status(503)])
 
@@ -83,8 +83,8 @@ class LocalClient:
         operations: The operations of the control plane.
         settings: `environment_id` and `request_timeout` are used.
         faults: Called for every call; returns its fault.
-        on_answer: Called for every call that is answered, with the status, or that has lost its
-            connection, with None.
+        on_answer: Called with the status of every call that is answered, and with None for every
+            call that has lost its connection.
         worker_id: The identity of the client.
     """
 
@@ -340,7 +340,7 @@ class LocalClient:
         async def exchange() -> Response | NoAnswer:
             return await answered
 
-        # A request that was sent arrives even if the caller is cancelled.
+        # The request arrives even if the caller is cancelled from now on.
         self._carry(fault.request_delay, arrive)
         return await self._settle(endpoint, exchange(), until - loop.time())
 
@@ -375,7 +375,7 @@ class LocalClient:
         asyncio.get_running_loop().call_later(seconds, arrive)
 
     def _note_sent(self, op: str, work_id: str | None, fault: Fault) -> None:
-        """Record a call whose bytes are sent; for subclasses."""
+        """Record a call whose bytes are sent. Subclasses override it."""
 
     def _request(self, op: str, subject: str | None) -> Request:
         if not self._open:

@@ -30,7 +30,7 @@ _OPEN: Final[Endpoint[int]] = endpoints.Endpoint(endpoints.STREAM, "GET", _place
 
 
 class Send(Protocol):
-    """A function that makes one call, with the injected faults."""
+    """The interface of a function that makes one call, with the injected faults."""
 
     def __call__(
         self,

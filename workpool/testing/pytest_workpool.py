@@ -1,8 +1,8 @@
 """The pytest plugin: the fixture `workpool`, and tests that are `async def`.
 
-The wheel installs this module beside the package. pytest imports every plugin at each start, and a
-module inside of the package would import the package. So this imports only pytest, until a test
-asks for the fixture.
+The wheel installs this module beside the package: pytest imports every plugin at each start, and an
+import of a module inside of the package would import the package, too. Until a test uses the
+fixture, this module imports only pytest.
 """
 
 from __future__ import annotations

@@ -2,8 +2,8 @@
 
 The loop's clock stands still while anything runs and jumps to the next timer when nothing does, so
 a test is as fast as its work and the same on every machine. This is for code that waits for timers
-and for other code on its loop. A thread, a process or a socket takes real time: instead of a jump
-past the wait for one, there is an error that names it.
+and for other code on its loop. A thread, a process or a socket takes real time: if a task waits for
+one, the clock does not jump, and an error names the thread, process or socket.
 """
 
 from __future__ import annotations
@@ -46,8 +46,8 @@ class VirtualLoop(asyncio.SelectorEventLoop):
         self._jumps = _Jumps(self._jump)
         super().__init__(self._jumps)
         self._own_files = {key.fd for key in self._jumps.get_map().values()}
-        # Timers fire this much early. After a month the precision of a float is too low for the
-        # default: a timer that is due exactly now would never fire.
+        # Timers may fire early by this time. The default is too small after a month of virtual
+        # time, because of the precision of floats: a timer that is due now would never fire.
         self._clock_resolution = 1e-6
 
     def time(self) -> float:
@@ -55,11 +55,11 @@ class VirtualLoop(asyncio.SelectorEventLoop):
         return self._now
 
     def machine_time(self) -> float:
-        """Return virtual seconds, sleep included: the clock of leases."""
+        """Return virtual seconds including sleep. Leases use this clock."""
         return self._now + self.slept
 
     def wall_time(self) -> float:
-        """Return virtual seconds, sleep and pauses included."""
+        """Return virtual seconds including sleep and pauses."""
         return self.machine_time() + self.paused
 
     def pause(self, seconds: float) -> None:
@@ -112,13 +112,13 @@ class VirtualLoop(asyncio.SelectorEventLoop):
                 self._jumps.real_seconds = CLEANUP_SECONDS
                 raise RuntimeError(f"virtual time cannot wait for {', '.join(outside)}")
         if seconds is None:
-            # Without a timer, nothing can happen anymore: fail instead of hanging.
+            # Without a timer, no task can continue: fail instead of hanging.
             raise RuntimeError(f"every task waits, and no timer is set{_running_threads()}")
         self._now += seconds
 
 
 class _RealTimeWork:
-    """The threads and processes of one loop, whose ends only real time brings."""
+    """The threads and processes of one loop, for which virtual time cannot wait."""
 
     def __init__(self) -> None:
         self.threads: dict[asyncio.Future[Any], str] = {}
@@ -171,7 +171,7 @@ class _Jumps(selectors.DefaultSelector):
     """A selector that lets time pass instead of waiting.
 
     Attributes:
-        real_seconds: The real time that it waits before each jump; 0 unless the test has failed.
+        real_seconds: The real seconds for which it waits before each jump; 0 until the test fails.
     """
 
     def __init__(self, jump: Callable[[float | None], None]) -> None:

@@ -49,7 +49,7 @@ def pytest_itemcollected(item: pytest.Item) -> None:
 
 @pytest.fixture(scope="session")
 def podman() -> Iterator[Podman]:
-    """Podman with a busybox image; the fixture has run a container with it."""
+    """Podman with a busybox image, in which the fixture has already run a container."""
     engine = Docker if os.environ.get("TEST_CONTAINER_ENGINE") == "docker" else Podman
     missing = [name for name in engine.programs if shutil.which(name) is None]
     if missing:
@@ -64,7 +64,7 @@ def podman() -> Iterator[Podman]:
         podman.run("run", "--rm", "--network=none", "--memory=64m", IMAGE, "/bin/true")
         yield podman
         if left := podman.run("ps", "--all", "--quiet").split():
-            # a create request whose caller was cancelled may be carried out late
+            # The engine may carry out a create request late, after its caller was cancelled.
             podman.run("rm", "--force", *left)
     finally:
         podman.close()
@@ -87,7 +87,7 @@ class Scene:
     Attributes:
         options: The plugin's settings, unless a test says otherwise.
         work_id: The id of an item that the control plane does not have.
-        forever: A script that says "ready" and runs until it is asked to end.
+        forever: A script that prints "ready" and runs until it receives SIGTERM.
     """
 
     def __init__(
@@ -149,7 +149,7 @@ class Scene:
         return self.plane.operations.get(self.plane.environments[0], work_id)
 
     def ask_to_stop(self, work_id: str) -> None:
-        """Request a stop, and make the pool send a heartbeat, whose answer shows it, at once."""
+        """Request a stop, and let the pool notice it by a heartbeat now."""
         self.plane.operations.stop(self.plane.environments[0], work_id, force=False)
         copy = json.dumps(DIALECTS["qoder"].item(self.item(work_id))).encode()
         self.faults.add(literal(copy), "poll", times=1)

@@ -52,7 +52,7 @@ class Podman:
 
     Attributes:
         programs: The programs that it needs.
-        ending: The signal that ends its service but not its containers.
+        ending: The signal that ends the service but not the containers.
         socket: The path of the service's socket.
         image: The name of an image in its storage.
         registry: A listening socket; Podman pulls from its port without TLS.
@@ -134,7 +134,7 @@ class Podman:
 
 
 class Docker(Podman):
-    """A Docker with its own storage. Its containers outlive its service, too."""
+    """A Docker with its own storage. The containers outlive its service, as with Podman."""
 
     programs = ("docker", "dockerd", "busybox")
     ending = signal.SIGTERM

@@ -80,7 +80,7 @@ async def test_lost_lease_ends_container_before_handler_ends(scene: Scene, *, de
     script = "echo ready; exec sleep 1000" if deaf else scene.forever
     async with scene.pool(script, sweep_seconds=600):
         await scene.prints("ready")
-        # the redelivered item shows the pool that its lease is lost
+        # The pool notices by the redelivery of the item that it has lost the lease.
         expire_lease(scene.plane, item.id)
         finished = await scene.finished(item.id)
         assert finished.outcome == "lease_lost"

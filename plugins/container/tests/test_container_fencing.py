@@ -84,7 +84,7 @@ async def test_worker_without_lease_leaves_container_adopted_by_another_worker_r
         second = group.create_task(Worker(scene, engine, named=container).run())
         await scene.log.until(lambda: any("adopted" in line for line in scene.log.lines))
 
-        # like a worker that was frozen for longer than its lease and then continues
+        # Behave like a worker that was frozen for longer than its lease and then continues.
         stale.lease.remaining = 0.0
         first.cancel()
         await asyncio.wait({first})

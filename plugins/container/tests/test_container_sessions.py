@@ -55,7 +55,7 @@ async def test_exit_status_of_container_determines_outcome(scene: Scene) -> None
     released = await scene.run("exit 75")
     assert released.outcome == "released"
     assert scene.item(released.session.item.id).metadata["workpool.released"] == "Release"
-    # removed, so that no worker can adopt it
+    # The container was removed, so that no worker can adopt it.
     assert await scene.containers(released.session.item.id) == []
 
 

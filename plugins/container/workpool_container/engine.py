@@ -1,7 +1,7 @@
 """The client of the container engine, Docker or Podman, with one method for each call.
 
-Owns the bounds and the errors. Every call is bounded except `exit_of` and `output`, which follow a
-container that may run for days. Every failure is an `EngineError`.
+Every call has a time limit except `exit_of` and `output`, which follow a container that may run for
+days. Every failure is an `EngineError`.
 """
 
 from __future__ import annotations
@@ -84,18 +84,19 @@ class Found:
 
     @property
     def ended(self) -> bool:
-        """Whether its holder has given it up, so that its exit status does not count."""
+        """Whether its worker has given up the container, so that its exit status does not count."""
         return self.name.endswith(ENDED)
 
 
 class Engine:
-    """A connection to the engine at `socket`. An async context manager; then `greet` it."""
+    """A connection to the engine at `socket`. Enter the context, then call `greet` first."""
 
     def __init__(self, socket: str) -> None:
         self.socket = socket
 
     async def __aenter__(self) -> Self:
-        # No limit: each running container has two connections, and a stop must not wait for one.
+        # No limit: each running container uses two connections, and the call that stops a container
+        # must not wait for a free one.
         connector = aiohttp.UnixConnector(self.socket, limit=0)
         timeout = aiohttp.ClientTimeout(total=CALL_SECONDS, sock_connect=10.0)
         self._session = aiohttp.ClientSession(connector=connector, timeout=timeout)
@@ -109,7 +110,7 @@ class Engine:
         await self._session.close()
 
     async def greet(self) -> str:
-        """Agree on the API's version, before other calls; return the engine's name and version."""
+        """Negotiate the version of the API; return the name and version of the engine."""
         with _engine_errors("asking for its version"):
             async with self._session.get(f"{ORIGIN}/version", raise_for_status=True) as answer:
                 found = await answer.json()
@@ -160,7 +161,7 @@ class Engine:
         return made.id
 
     async def start(self, container: str) -> None:
-        """Start a container that was just created. A repetition would run an ended one again."""
+        """Start a created container. Not repeated: a second start would run an ended one again."""
         with _engine_errors("starting the container"):
             await self._container_of(container).start()
 
@@ -219,7 +220,7 @@ class Engine:
             except EngineError as error:
                 if error.absent:
                     raise
-                # The container may be running, and its lease is extended meanwhile.
+                # The container may still run, and the pool still extends the lease of its item.
                 log.warning(
                     "container not reached: %s",
                     error,
@@ -229,7 +230,10 @@ class Engine:
                 failures += 1
 
     async def _status(self, container: str) -> int | None:
-        """Return the exit status, or None. A container during its removal may show a 0."""
+        """Return the exit status; None unless the container has exited.
+
+        The state is checked, since a container that is being removed may have the status 0.
+        """
         with _engine_errors("looking at the container"):
             state = (await self._container_of(container).show())["State"]
         return int(state["ExitCode"]) if str(state["Status"]).lower() in _EXITED else None
@@ -237,7 +241,7 @@ class Engine:
     async def _wait_for_exit(self, container: str, patience: float) -> None:
         """Wait for an exit, at most `patience` seconds; an earlier exit is not reported.
 
-        With any other wait condition Podman uses a whole core.
+        The condition is `next-exit`: with any other one, Podman uses a whole core.
         """
         with suppress(TimeoutError):
             async with asyncio.timeout(patience):
@@ -247,7 +251,7 @@ class Engine:
     async def output(self, container: str, tail: str) -> AsyncGenerator[tuple[str, bytes], None]:
         """Yield the output until its end, in pieces with the name of their stream.
 
-        Without aiodocker, which leaves the connection open if its reader stops early.
+        Does not use aiodocker, which leaves the connection open if the reader stops early.
 
         Args:
             container: The id or name of the container.
@@ -285,7 +289,7 @@ def _engine_errors(doing: str) -> Iterator[None]:
 
 
 def find_socket(given: str | None) -> str:
-    """Return the path of the engine's socket: the given one, `DOCKER_HOST`, or a usual one."""
+    """Return the path of the engine's socket: `given`, `DOCKER_HOST`, or a usual path."""
     host = os.environ.get("DOCKER_HOST", "")
     if given is not None or host.startswith("unix://"):
         return (given or host).removeprefix("unix://")

@@ -1,8 +1,8 @@
 """The removal of leftover containers, whose results cannot count anymore.
 
-There is a sweep at start, every `sweep_seconds`, after each session, and at the end. The state of
-the item at the control plane decides, and not a guess about other workers: several may share an
-engine, each with sweeps of its own. A container that may still be adopted is kept.
+There is a sweep at start, every `sweep_seconds`, after each session, and at the end. Several
+workers may share an engine, each with its own sweeps, so the state of the item at the control plane
+decides whether a container is removed. A container that may still be adopted is kept.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ class Leftovers:
     def __init__(
         self, engine: Engine, client: WorkClient, environment_id: str, here: AbstractSet[str]
     ) -> None:
-        """Create the watcher; `here` has the ids of items whose containers have a handler here."""
+        """Sweep nothing yet; `here`: the ids of the items whose handlers run in this process."""
         self.look = asyncio.Event()
         self._engine = engine
         self._client = client
@@ -59,8 +59,8 @@ class Leftovers:
         """Remove leftover containers. A removal that fails is tried again at the next sweep."""
         self.look.clear()
         try:
-            # Listed before the items are read: a container that is listed as started was named in
-            # its item's metadata before that.
+            # The containers are listed before the items are read: the metadata of an item name a
+            # container before it starts, so they name each container that is listed as started.
             for found in await self._engine.containers(ENVIRONMENT_ID, self._environment_id):
                 if found.labels[WORK_ID] not in self._here:
                     await self._remove_if_leftover(found)

@@ -33,7 +33,7 @@ ENGINE_LOG: Final[Mapping[str, object]] = {"Type": "json-file", "Config": {"max-
 
 
 class ItemTooLarge(WorkpoolError):
-    """The item does not fit into the variable `WORKPOOL_ITEM`, so it cannot run here."""
+    """The item does not fit into the variable `WORKPOOL_ITEM`, so no container can run it."""
 
 
 def _check_mount(text: str) -> str:
@@ -116,14 +116,15 @@ class Options(BaseModel):
         """Check all settings.
 
         Raises:
-            ValueError: Some are wrong. Names all of them in one line, and quotes no value.
+            ValueError: Some settings are wrong. Names all of them in one line, and quotes no value.
         """
         try:
             return cls.model_validate(settings)
         except ValidationError as error:
             found = error.errors(include_url=False, include_context=False, include_input=False)
             problems = [f"{_place_text(each['loc'])}: {each['msg']}" for each in found]
-        # Raised outside of the except block: a ValidationError contains values, maybe secrets.
+        # Raised outside of the except block, so that the traceback has no ValidationError: it
+        # contains values, which may be secrets.
         raise ValueError("; ".join(problems))
 
 
@@ -159,7 +160,9 @@ def _time_text(time: datetime | None) -> str | None:
 def specify(
     options: Options, session: Session, given: Mapping[str, str] | None = None
 ) -> dict[str, Any]:
-    """Return the container of a session, as the Docker API describes it. `given`: more variables.
+    """Return the specification of a session's container, in the form of the Docker API.
+
+    `given`: more environment variables.
 
     Raises:
         ItemTooLarge: The item does not fit into an environment variable.

@@ -48,7 +48,7 @@ class Output:
             self._log_line(stream, line)
 
     def close(self) -> None:
-        """Log the bytes after the last line end."""
+        """Log the last lines of both streams that have no line end."""
         for stream, line in self._parts.items():
             if line:
                 self._log_line(stream, line)

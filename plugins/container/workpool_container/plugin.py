@@ -87,7 +87,7 @@ class Container:
                 finally:
                     self._leftovers = None
                     sweeping.cancel()
-            await leftovers.sweep()  # the containers of the last sessions
+            await leftovers.sweep()  # removes the containers of the last sessions
 
     @hookimpl
     def workpool_event(self, event: SessionFinished) -> None:

@@ -2,9 +2,9 @@
 
 A session never runs twice at once: a container is started only after the metadata of the item names
 it, which needs the lease, and only such a container is adopted. The *name* of a container contains
-a random word of its holder. To adopt it or give it up is to rename it from that name, so a worker
-that lost its lease long ago cannot stop a container that another worker adopted. See
-plugins/container/README.md, "Adoption".
+a random word that only its worker knows. A worker adopts a container, or gives it up, by renaming
+it from that name. So a worker that lost its lease long ago cannot stop a container that another
+worker adopted. See plugins/container/README.md, "Adoption".
 """
 
 from __future__ import annotations
@@ -95,8 +95,10 @@ class Run:
         """Run the session to its end, and return its metadata.
 
         Raises:
-            Release: Exit status 75, the engine does not start it, or it is left for adoption.
-            ContainerFailed: Any other exit status, or another program removed the container.
+            Release: The exit status is 75, the engine does not start the container, or the
+                container is left running for adoption.
+            ContainerFailed: The exit status is neither 0 nor 75, or another program removed the
+                container.
         """
         try:
             adopted = await self._adopt_or_start()
@@ -110,8 +112,7 @@ class Run:
     def _log_fields(self) -> dict[str, str]:
         return {"container_id": self._id[:12]}
 
-    # Beginning.
-
+    # Adopting or starting the container.
     async def _adopt_or_start(self) -> bool:
         """Adopt or start the container; return whether it was adopted."""
         try:
@@ -142,7 +143,7 @@ class Run:
                 )
             else:
                 self._check_lease()
-                await self._engine.remove(found.id)  # before this one starts: never two at once
+                await self._engine.remove(found.id)  # before another one starts
         return adopted
 
     def _check_lease(self) -> None:
@@ -164,7 +165,7 @@ class Run:
         except EngineError as error:
             if not error.absent or self._options.pull == "never":
                 raise
-            await self._engine.pull(self._options.image)  # removed since the worker started
+            await self._engine.pull(self._options.image)  # the image was removed meanwhile
             self._id = await self._engine.create(self._name, specification)
         await self._session.update_metadata({CONTAINER: self._id})
         self._check_lease()
@@ -224,12 +225,11 @@ class Run:
         try:
             await self._engine.stop(self._id, self._options.grace)
         except EngineError as error:
-            # Gone, as `exit_of` will report; or unreachable, and the pool cancels the handler in
-            # time.
+            # Either the container is gone, which `exit_of` reports, or the engine does not answer,
+            # and the pool cancels the handler in time.
             session.log.warning("container not stopped: %s", error, extra={"error": str(error)})
 
-    # Ending.
-
+    # Ending the session.
     async def _result_of(self, status: int) -> dict[str, str]:
         self._session.log.info("container ended", extra={**self._log_fields(), "status": status})
         if status == 0 or self._session.stopping:
@@ -243,7 +243,7 @@ class Run:
     async def _give_up(self) -> None:
         """End the container, even if the handler is cancelled again meanwhile.
 
-        A further cancellation ends the grace, and is raised once the clean-up is over.
+        A further cancellation shortens the stop of the container, and is raised after the clean-up.
         """
         again: asyncio.CancelledError | None = None
         async with asyncio.TaskGroup() as group:
@@ -271,7 +271,7 @@ class Run:
         grace = CANCELLED_SECONDS if self._session.lease_remaining else LOST_SECONDS
         try:
             async with asyncio.timeout(grace + KILL_SECONDS):
-                # Marked first: the exit status of a stopped container is not that of the session.
+                # Renamed as given up first: the exit status of a stopped container is not the session's.
                 if not await self._engine.rename(self._name, self._name + ENDED):
                     return  # never created, or the worker that holds the lease now has adopted it
                 await self._terminate(grace)
@@ -288,6 +288,6 @@ class Run:
             async with asyncio.timeout(0 if self._hurried else grace) as self._grace:
                 await self._engine.stop(ended, grace)
         except (EngineError, TimeoutError):
-            pass  # the removal kills it
+            pass  # the removal kills the container
         self._grace = None
         await self._engine.remove(ended)

@@ -33,7 +33,7 @@ def pki(tmp_path_factory: pytest.TempPathFactory) -> Path:
     if openssl is None:
         pytest.skip("makes certificates with openssl")
     path = tmp_path_factory.mktemp("pki")
-    # With the extensions that Python requires of certificates since 3.13.
+    # The certificates have the extensions that Python requires since version 3.13.
     usage = "-addext keyUsage=critical,keyCertSign"
     (path / "server.ext").write_text("authorityKeyIdentifier=keyid\nsubjectAltName=IP:127.0.0.1")
     for command in (
@@ -88,7 +88,7 @@ class APIServer:
         return Kubernetes(service_account=self.service_account, **{"interval": 1.0} | settings)
 
     def rotate_token(self) -> None:
-        """Accept another token only, and replace the mounted file as the kubelet does."""
+        """Accept only a new token, and write it to the mounted file as the kubelet does."""
         self.token += "-rotated"
         new = self.service_account / "token.new"
         new.write_text(f"{self.token}\n")

@@ -1,4 +1,4 @@
-"""When the deletion cost is written: pace, order and failures, in virtual time."""
+"""The times at which the deletion cost is written: rate, order and failures, in virtual time."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 
 class Written:
-    """A cost, and the record of what was written when."""
+    """A cost writer, its cost, and a record of its writes with their times."""
 
     def __init__(self, interval: float = 5.0) -> None:
         self.cost = 0

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 
 class Held:
-    """A handler whose sessions end when the test says so."""
+    """A handler whose sessions run until the test ends them."""
 
     def __init__(self) -> None:
         self.end = asyncio.Event()
@@ -64,7 +64,7 @@ async def test_pools_of_one_process_are_counted_together_and_written_once(
             await server.next_cost("4")
             await first.drain(0)
             await first.wait()
-            await server.next_cost("2")  # the plugin of the other pool goes on
+            await server.next_cost("2")  # the plugin of the other pool writes now
             held.end.set()
             await server.next_cost("0")
 

@@ -1,6 +1,6 @@
 """The one call to the API server of Kubernetes: writing an annotation of the worker's own pod.
 
-Owns the connection, its bounds and the texts of the errors. Every failure is an `APIServerError`.
+The connection and the answer are bounded. Every failure is an `APIServerError`.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""The loop that writes the deletion cost: only changes, the last value, at a bounded rate."""
+"""The loop that writes the deletion cost, after changes only and at a bounded rate."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ class CostWriter:
     """Keeps a written value in step with a computed one.
 
     Args:
-        cost: Returns the value that should be written; None: none now.
+        cost: Returns the value to write; None: no value is to be written now.
         write: Writes a value; raises `APIServerError`.
         interval: The shortest time between two writes, in seconds.
     """
@@ -44,7 +44,7 @@ class CostWriter:
         self._failures = 0
 
     def look(self) -> None:
-        """Look the cost up soon."""
+        """Let the loop call `cost` soon, because the value may have changed."""
         self._changed.set()
 
     async def run(self) -> None:
@@ -53,7 +53,7 @@ class CostWriter:
             self._changed.clear()
             cost = self._cost()
             if cost is None:
-                self._written = None  # another writer may change it
+                self._written = None  # another pool's plugin may write
             if cost is not None and cost != self._written:
                 await self._try_write(cost)
                 await asyncio.sleep(self._pause_seconds())
@@ -63,7 +63,7 @@ class CostWriter:
                         await self._changed.wait()
 
     async def _try_write(self, cost: int) -> None:
-        # Unknown until the answer: a write without an answer may have been applied.
+        # The stored value is unknown until the answer: a write without one may have been applied.
         self._written = None
         try:
             await self._write(cost)

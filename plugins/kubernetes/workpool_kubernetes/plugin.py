@@ -80,16 +80,16 @@ class Kubernetes:
 
     @hookimpl
     def workpool_event(self, event: AckFinished | SessionFinished | StopFinished) -> None:  # noqa: ARG002 - its annotation selects the events
-        """Look the number of sessions up again."""
+        """Let the plugin write the number of sessions soon, because an event may have changed it."""
         if self._writer is not None:
             _prompt_writer()
 
 
 def cost_of(supervisor: Supervisor) -> int | None:
-    """Return the deletion cost, if the plugin of this pool writes it; None: another's does.
+    """Return the deletion cost; None if the plugin of another pool of this process writes it.
 
     The cost is the number of sessions in all pools of the process: a worker for several
-    environments has several, and one pod.
+    environments has several pools in one pod.
     """
     pools = tuple(_POOLS)
     if pools[:1] != (supervisor,):
@@ -104,7 +104,7 @@ def sessions_of(supervisor: Supervisor) -> int:
 
 @contextmanager
 def _pool_counted(supervisor: Supervisor, writer: CostWriter) -> Iterator[None]:
-    """Count the sessions of a pool; at its end, another pool's plugin writes, if there is one."""
+    """Count the sessions of a pool during the block; the plugin of the first pool writes the cost."""
     loop = asyncio.get_running_loop()
     _POOLS[supervisor] = partial(loop.call_soon_threadsafe, writer.look)
     _prompt_writer()
@@ -116,7 +116,7 @@ def _pool_counted(supervisor: Supervisor, writer: CostWriter) -> Iterator[None]:
 
 
 def _prompt_writer() -> None:
-    """Let the plugin that writes the cost look it up soon."""
+    """Let the plugin that writes the cost compute and write it soon."""
     for look in tuple(_POOLS.values())[:1]:
         with suppress(RuntimeError):  # the loop of that pool is closed
             look()

@@ -120,7 +120,7 @@ class DemoRunner:
                 {all_ended, hurry}, timeout=END_SECONDS, return_when=asyncio.FIRST_COMPLETED
             )
             for task in (*tasks, all_ended, hurry):
-                task.cancel()  # kills a process that has not ended
+                task.cancel()  # the cancellation kills a worker that has not ended
 
     async def _show_until_end(self, signals: Signals) -> int:
         """Show the state until all sessions have ended, or until a signal."""
@@ -148,7 +148,7 @@ class DemoRunner:
         return exits.OK
 
     def _find_problem(self, idle_seconds: float) -> str | None:
-        """Return why the rest of the demo would show nothing, or None."""
+        """Return the reason why the rest of the demo would show nothing; None without one."""
         failed = self.state.failed.total()
         if failed >= FAILED_SESSIONS and not self.state.completed.total():
             return f"{failed} sessions failed, and none was completed: mend the handler"

@@ -25,7 +25,7 @@ class DemoSession(NamedTuple):
 
 
 def sessions_for(handler: str, given: Mapping[str, str], count: int) -> list[DemoSession]:
-    """Return sessions for a plugin; those of several handlers take turns.
+    """Return sessions for a plugin; if it has several handlers, their sessions alternate.
 
     Raises:
         PluginError: The plugin cannot be imported, or takes no item with the metadata that was
@@ -53,7 +53,8 @@ def _example_session(number: int, given: Mapping[str, str]) -> DemoSession:
 def rules_of(plugin: str) -> list[HandlerRule]:
     """Return the rules of a function, or of the functions of a module.
 
-    Empty if only the workers know: a hook of the module, or the instance of a class, may decide.
+    Empty if no function has a rule: a hook of the module or an instance of a class then chooses the
+    handlers, which happens in the workers.
     """
     target = find(plugin).target
     if not isinstance(target, ModuleType):

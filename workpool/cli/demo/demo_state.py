@@ -1,7 +1,7 @@
 """The state of the demo: which worker holds which item, according to the control plane.
 
-Read from the history and the items only, so the numbers add up, whatever the killed worker had
-reported before its end.
+All numbers come from the history and the items of the control plane, so they add up even if the
+killed worker reported something else before its end.
 """
 
 from __future__ import annotations

@@ -21,7 +21,7 @@ _STYLES: Final = {"running": "green", "killed": "bold red", "starting": "yellow"
 
 
 class View(AbstractContextManager["View"]):
-    """A view reads the state and does not change it."""
+    """The output of one demo run. It reads the state and does not change it."""
 
     def __init__(self, console: Console | None = None) -> None:
         self._console = console or Console(highlight=False)
@@ -47,7 +47,7 @@ class View(AbstractContextManager["View"]):
         self._console.print(Text.assemble((f"{worker}  ", "cyan"), line), soft_wrap=True)
 
     def draw(self, state: DemoState) -> None:
-        """Redraw the table, or print a line in each interval and at the end."""
+        """Redraw the table; without a table, print a line in each interval and at the end."""
         if self._console.is_terminal:
             self._live.update(picture(state), refresh=True)
         elif monotonic() - self._drawn_at >= LINE_SECONDS or state.stopped == state.count:
@@ -79,17 +79,17 @@ def progress_line(state: DemoState) -> str:
 
 
 def queue_text(state: DemoState) -> str:
-    """Return the numbers of sessions, which add up to the number of all."""
+    """Return the numbers of sessions by state; their sum is the number of all sessions."""
     ended = f"{state.stopped} of {state.count}"
     return f"queue {state.queued}   running {len(state.held)}   stopped {ended}"
 
 
 def state_text(state: DemoState, worker: Worker) -> str:
-    """Return the state of a worker; of a killed one, with the time until its leases lapse."""
+    """Return the state of a worker, and for a killed worker the time until its leases lapse."""
     seconds = state.lapse_seconds(worker.name) if worker.state == "killed" else None
     return worker.state if seconds is None else f"killed, leases lapse in {seconds:.0f} s"
 
 
 def slots_text(state: DemoState, worker: Worker) -> str:
-    """Return the busy slots and all slots, such as `3/4`."""
+    """Return the number of busy slots and of all slots of a worker, such as `3/4`."""
     return "-" if worker.state == "starting" else f"{state.busy(worker.name)}/{SLOTS}"

@@ -63,11 +63,11 @@ class Worker:
             stdin=asyncio.subprocess.DEVNULL,
             stdout=asyncio.subprocess.PIPE,
             stderr=asyncio.subprocess.STDOUT,
-            start_new_session=True,  # Ctrl-C is for the demo, which drains its workers
+            start_new_session=True,  # Ctrl-C reaches only the demo, which drains its workers
         )
         self._process, self.pid = process, process.pid
         if self._must_end:
-            self.terminate()  # the request came while the process was created
+            self.terminate()  # `terminate` was called while the process was created
         try:
             if process.stdout is not None:
                 async for line in _lines(process.stdout):
@@ -88,14 +88,14 @@ class Worker:
                 self._process.kill()
 
     def terminate(self) -> None:
-        """Send SIGTERM, so that the worker drains; at once if it has a process, else after that."""
+        """Send SIGTERM, so that the worker drains: now, or as soon as it has a process."""
         self._must_end = True
         if self._process is not None:
             with suppress(ProcessLookupError):
                 self._process.terminate()
 
     def _read(self, line: str) -> None:
-        """Show lines of handlers, warnings and errors."""
+        """Show a line of output if it is from a handler, a warning or an error."""
         record: Any = None
         with suppress(ValueError):
             record = json.loads(line)

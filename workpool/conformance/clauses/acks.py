@@ -37,7 +37,7 @@ async def repeated_ack(trial: Trial) -> None:
     """Acknowledge an item twice, as a worker does after a lost answer."""
     subject = await trial.claim()
     first = await trial.acknowledge(subject)
-    await trial.wait(1.1)  # times may have whole seconds only
+    await trial.wait(1.1)  # times may be rounded to seconds
     second = await trial.api.ack(subject.id)
     same_or_differs(second.ok, f"{second}: a lost answer costs a redelivery")
     same = first.get("acknowledged_at") == second.get("acknowledged_at")

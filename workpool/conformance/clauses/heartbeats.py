@@ -1,4 +1,4 @@
-"""Heartbeats: their expected value, their TTL, and states with another answer.
+"""Heartbeats: their expected value, their TTL, and items in states that do not allow them.
 
 See workpool/docs/protocol.md, "Heartbeat" and "Who holds an item".
 """
@@ -65,7 +65,7 @@ async def heartbeat_after_reading(trial: Trial) -> None:
 
 @clause("heartbeat-mismatch", "Another time is a 412.")
 async def heartbeat_with_another_time(trial: Trial) -> None:
-    """Send a heartbeat that expects the last one of another holder."""
+    """Send a heartbeat that expects the last heartbeat of another holder."""
     subject = await trial.active()
     _check_refused(
         await trial.api.heartbeat(subject.id, LONG_AGO, 60), "two workers can hold one item"

@@ -28,7 +28,7 @@ SLACK_SECONDS: Final = 4.0
 async def lease_of_an_ack(trial: Trial) -> None:
     """Acknowledge an item and send nothing more, like a worker that crashes."""
     subject = await trial.claim()
-    await trial.wait(10)  # a lease that began at the poll would now end visibly earlier
+    await trial.wait(10)  # so that a lease that began at the poll would end visibly earlier
     await trial.acknowledge(subject)
     start = trial.now
     again = await trial.delivery(subject, ACK_LEASE_SECONDS + LATE_SECONDS)

@@ -1,4 +1,4 @@
-"""The calls that a worker may lack: metadata, reading, listing, statistics.
+"""The calls that a worker can do without: metadata, reading, listing, statistics.
 
 See workpool/docs/protocol.md, "Keys that may not read", "Update metadata", "Read an item",
 "List items" and "Read queue statistics".
@@ -101,7 +101,7 @@ async def pages_of_the_list(trial: Trial) -> None:
 async def order_of_the_list(trial: Trial) -> None:
     """Compare the creation times of the list."""
     await trial.claim()
-    await trial.wait(1.1)  # times may have whole seconds
+    await trial.wait(1.1)  # times may be rounded to seconds
     await trial.claim()
     answer = await _read_page(trial, "100")
     _check_allowed(answer, "the order is not known")

@@ -22,7 +22,7 @@ WATCHED_SECONDS: Final = 8.0
 
 @clause("stop-force", "`force` ends an item at once.")
 async def forced_stop(trial: Trial) -> None:
-    """Stop an item with force, as a worker does at the end."""
+    """Stop an item with force, as a worker does at the end of a session."""
     subject = await trial.active()
     answer = await trial.api.stop(subject.id, json={"force": True})
     same_or_breaks(answer.ok, str(answer))
