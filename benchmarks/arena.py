@@ -1,8 +1,9 @@
 """Runs of contenders: a control plane in its own process, each contender in another.
 
-A contender runs in a fresh process, alone, against the same control plane as the others; it tells
-its `Meter` what it does, and the meter counts. Shared by all benchmarks of this folder. A contest
-either counts items (`Result`) or watches a while what a contender costs once warm (`Watched`).
+A contender runs alone in a new process, against the same control plane as the others. It reports
+claims, starts and stops to its `Meter`. All benchmarks of this folder use this module. A contest
+either measures a number of items (`Result`), or the cost of a warm contender in a period
+(`Watched`).
 """
 
 from __future__ import annotations
@@ -50,7 +51,7 @@ class Plane:
     requests: Synchronized[int] | None = None
 
     def settings(self, **more: Any) -> Settings:
-        """For workpool's own client and pool."""
+        """Return settings for workpool's own client and pool."""
         return Settings(
             base_url=self.base_url, token=self.token, environment_id=self.environment_id, **more
         )
@@ -58,7 +59,7 @@ class Plane:
 
 @dataclass(frozen=True)
 class Mark:
-    """One moment of a process: all its threads' CPU seconds so far, and the wall clock."""
+    """The CPU seconds of all threads of this process so far, and the wall clock, at one moment."""
 
     cpu: float
     wall: float
@@ -71,7 +72,7 @@ class Mark:
 
 @dataclass
 class Meter:
-    """The work of one contender, from the first claim after `warm_up` items to the last stop."""
+    """Measures one contender, from the first claim after `warm_up` items to the last stop."""
 
     warm_up: int
     items: int
@@ -87,18 +88,18 @@ class Meter:
     _stopped: int = 0
 
     def claimed(self) -> None:
-        """A poll brought an item."""
+        """Count a poll that returned an item."""
         self._claimed += 1
         if self._claimed == self.warm_up + 1:
             self.begin = Mark.now()
 
     def started(self, metadata: Mapping[str, str]) -> None:
-        """The handler of an item was called."""
+        """Record that the handler of an item was called."""
         if SENT in metadata and self.begin is not None:
             self.waits.append(time.monotonic() - float(metadata[SENT]))
 
     def stopped(self) -> None:
-        """The stop of an item was answered."""
+        """Count an answer to the stop of an item."""
         self._stopped += 1
         if self._stopped == self.warm_up:
             self.warm.set()
@@ -109,7 +110,7 @@ class Meter:
 
 @dataclass(frozen=True)
 class Result:
-    """One contender's run."""
+    """The cost of a contender's run of `items` items, and the waits of the items."""
 
     items: int
     cpu_seconds: float
@@ -137,7 +138,7 @@ class Watched:
 
     @property
     def cpu_percent(self) -> float:
-        """Of one core."""
+        """The CPU time in percent of one core."""
         return 100 * self.cpu_seconds / self.wall_seconds
 
     @property
@@ -146,14 +147,15 @@ class Watched:
 
 
 Contender = Callable[[Plane, Meter], Coroutine[Any, Any, None]]
-"""Claims and runs items, telling the meter, until it is cancelled."""
+"""Claims and runs items until it is cancelled, and reports them to the meter."""
 
 
 @dataclass(frozen=True)
 class Contest:
-    """One contender, and how many items it is to handle after the first `warm_up` ones.
+    """One contender, and the number of items that it handles after the first `warm_up` items.
 
-    With `watch` (seconds), what it costs for so long, beginning `settle` seconds after it is warm.
+    With `watch`, its cost is measured for that many seconds instead, beginning `settle` seconds
+    after the warm-up.
     """
 
     contender: Contender
@@ -166,7 +168,7 @@ class Contest:
 
 @contextmanager
 def control_plane() -> Iterator[Plane]:
-    """A control plane on a free port of the loopback interface, in memory."""
+    """Run a control plane in memory, in its own process, on a free loopback port."""
     requests: Synchronized[int] = _processes.Value("q", 0)
     with process(_run_control_plane, requests) as receive:
         yield replace(receive(), requests=requests)
@@ -174,23 +176,24 @@ def control_plane() -> Iterator[Plane]:
 
 @contextmanager
 def compete(contest: Contest) -> Iterator[Callable[[], Any]]:
-    """Run it in a process of its own.
+    """Run a contest in a process of its own.
 
-    The value waits for what that has to say: None once it has warmed up, then what was measured.
+    The value is a function that waits for a message of that process: the first message is None
+    after the warm-up, the second one is the measurement.
     """
     with process(_run_contender, contest) as receive:
         yield receive
 
 
 async def enqueue(plane: Plane, count: int) -> None:
-    """Fill the queue."""
+    """Create `count` items in the queue."""
     async with WorkClient(plane.settings()) as client:
         for start in range(0, count, ENQUEUE_COUNT_MAX):
             await client.enqueue(min(ENQUEUE_COUNT_MAX, count - start))
 
 
 def versions() -> str:
-    """The versions on which the figures depend, for the line below a table."""
+    """Return the versions on which the figures depend, for the line below a table."""
     packages = ("workpool", "aiohttp", "uvloop", "qca-sdk", "anthropic")
     installed = {dist.name: dist.version for dist in importlib.metadata.distributions()}
     found = [f"{name} {installed[name]}" for name in packages if name in installed]
@@ -198,7 +201,7 @@ def versions() -> str:
 
 
 def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """A Markdown table, the first column to the left, numbers to the right."""
+    """Return a Markdown table: the first column is aligned left, the numbers right."""
     widths = [max(map(len, column)) for column in zip(head, *rows, strict=True)]
 
     def line(cells: Sequence[str]) -> str:
@@ -215,22 +218,22 @@ def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 
 
 def ratio(value: float, base: float) -> str:
-    """Return a cell; a base may be so small that the kernel's clock shows nothing."""
+    """Return a ratio as a cell. A base below the resolution of the kernel's clock is 0."""
     return f"{value / base:.2f} ×" if base else "—"
 
 
 @contextmanager
 def process(target: Callable[..., None], *args: object) -> Iterator[Callable[[], Any]]:
-    """Run `target(pipe, *args)` in a process of its own; the value receives what it sends."""
+    """Run `target(pipe, *args)` in a process; the value is called to receive its messages."""
     ours, theirs = _processes.Pipe()
     running = _processes.Process(target=target, args=(theirs, *args), daemon=True)
     running.start()
-    theirs.close()  # else the end of the process would not end our side
+    theirs.close()  # otherwise `recv` would not notice the end of the process
 
     def receive() -> Any:
         if not ours.poll(LIMIT_SECONDS):
             raise TimeoutError(f"{target} said nothing for {LIMIT_SECONDS:.0f} s")
-        return ours.recv()  # EOFError: it failed, and its traceback is on stderr
+        return ours.recv()  # an EOFError means that the process failed: see stderr
 
     try:
         yield receive
@@ -306,7 +309,7 @@ async def _watch_contender(contest: Contest, meter: Meter) -> Watched:
 
 
 def _own_memory() -> int:
-    """Bytes that only this process uses; what it shares, as libraries, is left out."""
+    """Return the bytes that only this process uses. Shared memory, as of libraries, is left out."""
     rows = Path("/proc/self/smaps_rollup").read_text("ascii").splitlines()
     [kib] = [row.split()[1] for row in rows if row.startswith("Private_Dirty:")]
     return int(kib) * 1024

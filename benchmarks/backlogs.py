@@ -1,4 +1,4 @@
-"""Items that a store has before a benchmark begins: queued ones, and stopped ones of hours ago."""
+"""Items in a store before a benchmark begins: queued items, and items stopped hours ago."""
 
 from __future__ import annotations
 
@@ -104,7 +104,7 @@ async def _fill_database(url: str, parts: Sequence[tuple[str, int, int]]) -> Non
             await connection.execute(_ITEMS, state, start, timeout=600)
             if state == STOPPED:
                 await connection.execute(_STOPPED, DEFAULT_ENVIRONMENT, count)
-        # as the database does by itself some time after so many changes
+        # The database would vacuum by itself, but perhaps during the benchmark.
         await connection.execute("VACUUM ANALYZE", timeout=600)
         await connection.execute("CHECKPOINT", timeout=600)
     finally:

@@ -1,6 +1,6 @@
 """The contenders: the pool, a bare loop that makes the same calls, and clients of other projects.
 
-All handle items without any work, eight at a time, with the longest poll that is allowed.
+All contenders run no-op items, eight at a time, with the longest poll that is allowed.
 """
 
 from __future__ import annotations
@@ -35,8 +35,8 @@ class Entry:
     """A contender of the benchmarks.
 
     Attributes:
-        package: What it needs installed (`pip install -e '.[bench]'`).
-        divisor: It gets this part of the items: the slow ones need not take all day.
+        package: The package that must be installed (`pip install -e '.[bench]'`).
+        divisor: The number of items is divided by it, so that slow contenders finish in time.
     """
 
     name: str
@@ -85,10 +85,10 @@ async def workpool(
     plugins: Sequence[object] = (),
     **settings: Any,
 ) -> None:
-    """The pool as it comes, metrics included; or with other settings, or parts of it replaced."""
+    """The pool with its defaults and metrics, or with other settings, plugins or parts."""
 
     class Counted(WorkClient):
-        """Tells the meter of claims and stops, at the price of one more call each."""
+        """A client that reports claims and stops to the meter, by one more call for each."""
 
         async def poll(self, *args: Any, **named: Any) -> WorkItem | None:
             item = await super().poll(*args, **named)
@@ -122,7 +122,7 @@ async def workpool(
 
 
 async def client(plane: Plane, meter: Meter) -> None:
-    """`WorkClient` without the pool: the same loop as `bare`, answers read strictly."""
+    """`WorkClient` without the pool: the same loop as `bare`, but answers are validated."""
     async with WorkClient(plane.settings(concurrency=CONCURRENCY)) as work:
 
         async def loop() -> None:
@@ -141,7 +141,7 @@ async def client(plane: Plane, meter: Meter) -> None:
 
 
 async def qca_sdk(plane: Plane, meter: Meter) -> None:
-    """A loop on the vendor's own SDK, the same four calls."""
+    """The same loop as `bare`, with the vendor's own SDK."""
     client = importlib.import_module("qca").AsyncManaged(pat=plane.token, base_url=plane.base_url)
     work, environment = client.environments.work, {"environment_id": plane.environment_id}
 
@@ -201,13 +201,13 @@ ENTRIES = (
     Entry("qca-sdk", qca_sdk, "qca", 5),
     Entry("anthropic", anthropic, "anthropic", 5),
 )
-"""The first is what the others are measured against."""
+"""The first contender is the base of the ratios."""
 
 
 def parse_contenders(
     parser: argparse.ArgumentParser, *default: str, entries: Sequence[Entry] = ENTRIES
 ) -> tuple[argparse.Namespace, list[Entry]]:
-    """Read the command line, with `--only NAME …` added; what of that can be run here."""
+    """Read the command line with `--only NAME …`. Return the options and the installed entries."""
     names = [entry.name for entry in entries]
     parser.add_argument("--only", nargs="+", choices=names, default=default or names)
     options = parser.parse_args()

@@ -2,10 +2,11 @@
 
     python benchmarks/control_plane.py [--items N] [--stopped-rows N …] [--rounds N] [--only NAME …]
 
-Worker processes with eight slots each share the servers and run no-op items. A run begins with the
-first of these being enqueued, in batches of 1,000, and ends with the answer to the last stop. Shown
-are medians of the CPU of all processes of a kind, per item. Each store has stopped items from hours
-before; the ratio compares the CPU of servers and database with those of the fewest stopped items.
+Worker processes with eight slots each share the servers and run no-op items. A run begins when the
+first of these items is enqueued, in batches of 1,000, and ends with the answer to the last stop.
+The table shows medians of the CPU of all processes of a kind, per item. Each store has items that
+were stopped hours before. The ratio divides the CPU of servers and database by that of the run with
+the fewest stopped items.
 """
 
 from __future__ import annotations
@@ -40,7 +41,7 @@ ENTRIES = SERVED | {JOB_QUEUE.name: JOB_QUEUE}
 
 @contextmanager
 def opened(entry: ServedStore, stopped: int, server: Cluster | None) -> Iterator[System]:
-    """Open the system of an entry, with so many stopped items."""
+    """Open the system of an entry, with `stopped` items that have ended."""
     if entry is not JOB_QUEUE:
         system = entry.opened(workpool, Backlog(stopped), server)
     else:
@@ -53,7 +54,7 @@ def opened(entry: ServedStore, stopped: int, server: Cluster | None) -> Iterator
 def measure(
     entries: list[ServedStore], options: argparse.Namespace, server: Cluster | None
 ) -> dict[tuple[ServedStore, int], list[Run]]:
-    """Run each entry with each number of stopped items, if what it needs is installed."""
+    """Run each entry whose requirements are installed, with each number of stopped items."""
     found: dict[tuple[ServedStore, int], list[Run]] = {}
     for entry in entries:
         if entry.on_database and server is None:

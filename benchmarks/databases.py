@@ -1,4 +1,4 @@
-"""A PostgreSQL server of a benchmark's own, if PostgreSQL is installed."""
+"""A PostgreSQL server for one benchmark, if PostgreSQL is installed."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
     from tests.postgres.cluster import Cluster
 
-# Commits reach the disk, as on a server that people use; the tests' cluster leaves that out.
+# Commits reach the disk, as on a production server; the cluster of the tests does not sync them.
 SETTINGS = {
     "fsync": "on",
     "max_connections": "300",

@@ -77,7 +77,7 @@ def measure(sessions: int, end: str) -> Cost:
 
 
 def _measure_in_process(pipe: Connection, plane: Plane, sessions: int, end: str) -> None:
-    logging.disable(logging.WARNING)  # marks that a slow machine did not remove in time
+    logging.disable(logging.WARNING)  # a slow machine warns about each late removal
     pipe.send(uvloop.run(drain(plane, sessions, end)))
 
 

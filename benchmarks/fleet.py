@@ -1,4 +1,4 @@
-"""Servers, a database and workers as processes that run no-op items, and the cost of each kind.
+"""Processes of servers, a database and workers that run no-op items, and the cost of each kind.
 
 A `System` is a control plane in memory or on SQLite, nodes on one PostgreSQL database, or a job
 queue of another project. Its workers share the servers in turn and count their stops together. CPU
@@ -53,11 +53,11 @@ class System:
     """A service that runs items.
 
     Attributes:
-        enqueue: Creates so many items, and returns once they are stored.
+        enqueue: Creates the given number of items, and returns once they are stored.
         worker: Returns the target of the worker process of this number.
         servers: The ids of the control plane's processes.
         database: The id of the database's first process; the others are its children.
-        settled: Returns once no item is under way anymore, although its stop was counted.
+        settled: Returns once no item is in progress: a worker may count a stop before its answer.
         plane: The address of the first control plane.
     """
 
@@ -74,7 +74,7 @@ class Use:
     """CPU seconds of each process and seconds of the wall clock, so far or of one period.
 
     Attributes:
-        machine: The CPU seconds of all programs of this machine, and those of its cores.
+        machine: The CPU seconds used by all programs of this machine, and the available ones.
     """
 
     wall: float
@@ -99,7 +99,7 @@ class Use:
 
 @dataclass(frozen=True)
 class Run:
-    """The use of so many items."""
+    """The CPU and wall clock time of a number of items."""
 
     items: int
     use: Use
@@ -168,7 +168,7 @@ class Team:
         return self._stops.value
 
     def wait(self, stops: int) -> None:
-        """Wait until so many items were stopped."""
+        """Wait until `stops` items were stopped."""
         until = time.monotonic() + LIMIT_SECONDS
         while self.stops < stops:
             if time.monotonic() > until:
@@ -177,7 +177,7 @@ class Team:
 
 
 def run(system: System, items: int, warm_up: int, workers: int) -> Run:
-    """Enqueue the items while the workers wait for them, and measure until the last stop."""
+    """Enqueue the items for workers that are already polling, and measure until the last stop."""
     with Team(system, workers) as team:
         system.enqueue(warm_up)
         team.wait(warm_up)
@@ -190,7 +190,7 @@ def run(system: System, items: int, warm_up: int, workers: int) -> Run:
 
 
 def run_at_depth(system: System, items: int, warm_up: int) -> Run:
-    """Keep the queue at the depth that it has while a worker for each server runs items."""
+    """Measure items while the queue keeps its present depth. Each server has one worker."""
     assert system.plane is not None
     with Team(system, len(system.servers)) as team:
         return asyncio.run(_run_at_depth(team, system.plane, items, warm_up))
@@ -246,7 +246,7 @@ def control_planes(
 
 
 def machine_seconds() -> tuple[float, float]:
-    """Return the CPU time that all processes of the machine used so far, and that they could."""
+    """Return the CPU seconds used by all processes of the machine so far, and the available ones."""
     first = (_PROC / "stat").read_text().partition("\n")[0]
     user, nice, system, idle, waiting, *others = map(int, first.split()[1:9])
     used = user + nice + system + sum(others)
@@ -266,14 +266,14 @@ def family_cpu_seconds(pid: int) -> float:
 
 
 def own_kib(pid: int) -> int:
-    """Return the memory that only this process uses; shared libraries are left out."""
+    """Return the KiB of memory that only this process uses; shared libraries are left out."""
     lines = (_PROC / str(pid) / "smaps_rollup").read_text("ascii").splitlines()
     [kib] = [line.split()[1] for line in lines if line.startswith("Private_Dirty:")]
     return int(kib)
 
 
 def _cpu_ticks(pid: int) -> tuple[int, int, int, int]:
-    """Return the CPU time in user and system mode, and that of children that have ended."""
+    """Return the ticks in user and system mode, then those of children that have ended."""
     fields = _stat_fields(pid)
     user, system, *ended = map(int, fields[11:15]) if fields else (0, 0, 0, 0)
     return user, system, ended[0], ended[1]
@@ -285,7 +285,7 @@ def _parent_pid(pid: int) -> int | None:
 
 
 def _stat_fields(pid: int) -> list[str]:
-    """Return the fields after the name of a process, which may contain blanks; none if it ended."""
+    """Return the fields of a process after its name, which may contain spaces; none if it ended."""
     try:
         text = (_PROC / str(pid) / "stat").read_text()
     except (FileNotFoundError, ProcessLookupError):

@@ -1,4 +1,4 @@
-"""Whether one pool grows with the number of sessions that it has run.
+"""A check that the resources of one pool do not grow with the number of its past sessions.
 
     python benchmarks/growth.py [--sessions 30000] [--samples 6] [--warm-up 12000]
 
@@ -33,7 +33,7 @@ OBJECTS_PART, MEMORY_PART = 0.005, 0.03
 
 
 class Sample(NamedTuple):
-    """The resources of the process after so many sessions; `memory` is its own, in bytes."""
+    """The resources of the process after `sessions` sessions; `memory` is its own, in bytes."""
 
     sessions: int
     objects: int
@@ -49,8 +49,8 @@ class Sample(NamedTuple):
 
 
 def sample(sessions: int) -> Sample:
-    """Count what the process has now."""
-    for _ in range(3):  # objects whose finalizers free others
+    """Count the present resources of this process."""
+    for _ in range(3):  # finalizers may free further objects
         gc.collect()
     return Sample(
         sessions,
@@ -95,14 +95,14 @@ async def run(plane: Plane, samples: list[int]) -> list[Sample]:
                 await enqueue(plane, count)
                 sent += count
                 await wait(sent)
-            await asyncio.sleep(1)  # the last completions
+            await asyncio.sleep(1)  # until the last sessions have ended
             found.append(sample(sessions))
             print(found[-1], file=sys.stderr, flush=True)
     return found
 
 
 def grown(first: Sample, last: Sample) -> list[str]:
-    """Return the names of what has grown."""
+    """Return the names of the resources that have grown."""
     limits = first._asdict() | {
         "sessions": last.sessions,
         "objects": first.objects * (1 + OBJECTS_PART),

@@ -1,6 +1,6 @@
 """One process that holds many sessions with their leases, or with their event streams open.
 
-It is watched from outside, together with its control plane and the database.
+Another process measures it, together with its control plane and the database.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ _ESTABLISHED = "01"
 
 @dataclass(frozen=True)
 class Held:
-    """The cost of so many sessions; memory is each process's own, in KiB."""
+    """The cost of `sessions` held sessions; memory is each process's own, in KiB."""
 
     sessions: int
     use: Use
@@ -39,12 +39,12 @@ class Held:
     running: int
 
     def percent(self, seconds: float) -> float:
-        """Percent of one core."""
+        """Return CPU seconds of the period in percent of one core."""
         return 100 * seconds / self.use.wall
 
 
 def holder(sessions: int, *, streams: bool) -> Contender:
-    """Return the contender that holds so many sessions."""
+    """Return a contender that holds this number of sessions."""
     return partial(_hold_sessions, sessions=sessions, streams=streams)
 
 
@@ -68,7 +68,7 @@ async def _hold_sessions(plane: Plane, meter: Meter, *, sessions: int, streams: 
 
 
 def watch(system: System, sessions: int, *, seconds: float, settle: float, streams: bool) -> Held:
-    """Let one process of the system hold so many sessions, and return its cost."""
+    """Let one worker of the system hold this number of sessions, and return the cost."""
     assert system.plane is not None
     with Team(system, 1) as team:
         asyncio.run(_enqueue_sessions(system.plane, sessions, streams=streams))
@@ -96,7 +96,7 @@ async def _enqueue_sessions(plane: Plane, count: int, *, streams: bool) -> None:
 
 
 async def _count_leases(plane: Plane) -> int:
-    """Return how many leases the control plane counts."""
+    """Return the number of leases that the control plane counts."""
     async with WorkClient(plane.settings()) as client:
         return (await client.stats()).running or 0
 

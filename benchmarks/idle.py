@@ -2,8 +2,8 @@
 
     python benchmarks/idle.py [--seconds N] [--settle N] [--only NAME …]
 
-Every contender first handles a few items, then has some time to calm down, then is watched. The
-requests are those that the control plane received; CPU is that of all threads of the process.
+Every contender handles a few items, then waits `--settle` seconds, then is measured. The requests
+are those that the control plane received; CPU is that of all threads of the process.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ WARM_UP = 20
 
 
 def measure(plane: Plane, entry: Entry, seconds: float, settle: float) -> Watched:
-    """Watch it after its first items."""
+    """Measure an idle contender after its first items."""
     uvloop.run(enqueue(plane, WARM_UP))
     contest = Contest(entry.run, plane, 0, WARM_UP, watch=seconds, settle=settle)
     with compete(contest) as receive:
@@ -28,7 +28,7 @@ def measure(plane: Plane, entry: Entry, seconds: float, settle: float) -> Watche
 
 
 def report(found: dict[str, Watched]) -> str:
-    """The table."""
+    """Return the table."""
     rows = [
         [name, f"{each.rate:.2f}", f"{each.cpu_percent:.3f}", f"{each.memory / 2**20:.1f}"]
         for name, each in found.items()

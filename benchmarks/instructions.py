@@ -2,8 +2,9 @@
 
     python benchmarks/instructions.py [--items FEW MANY] [--only NAME …]
 
-Needs valgrind. Every contender runs twice under callgrind; what the longer run took more is divided
-by the items that it handled more. The kernel's work, a part of the CPU time, is not in it.
+Needs valgrind. Every contender runs twice under callgrind, with FEW and with MANY items. The cost
+is the difference of the instructions, divided by the difference of the items. It does not include
+the kernel's work, which is a part of the CPU time.
 """
 
 from __future__ import annotations
@@ -29,14 +30,14 @@ _COLLECTED = re.compile(r"Collected : ([0-9]+)")
 
 
 def measure(plane: Plane, entry: Entry, items: int) -> int:
-    """The instructions of a whole process that handles so many items."""
+    """Return the instructions of a whole process that handles this number of items."""
     uvloop.run(enqueue(plane, items + WARM_UP))
     command = ["valgrind", "--tool=callgrind", "--callgrind-out-file=/dev/null", sys.executable]
     command += [__file__, "--child", entry.name, str(items)]
     command += [plane.base_url, plane.anthropic_base_url, plane.token, plane.environment_id]
     done = subprocess.run(  # noqa: S603 - our own interpreter and arguments
         command,
-        env=os.environ | {"PYTHONHASHSEED": "0"},  # or two runs would differ by their sets' order
+        env=os.environ | {"PYTHONHASHSEED": "0"},  # a random order of sets would add noise
         stderr=subprocess.PIPE,
         text=True,
         check=True,
@@ -47,7 +48,7 @@ def measure(plane: Plane, entry: Entry, items: int) -> int:
 
 
 async def child(name: str, items: str, *address: str) -> None:
-    """The program under callgrind: handle the items, then end."""
+    """Handle the items, then end. This runs in the process under callgrind."""
     [contender] = [entry.run for entry in ENTRIES if entry.name == name]
     base_url, anthropic_base_url, token, environment_id = address
     plane = Plane(base_url, anthropic_base_url, token, environment_id)
@@ -59,7 +60,7 @@ async def child(name: str, items: str, *address: str) -> None:
 
 
 def report(found: dict[str, float]) -> str:
-    """The table; the others are compared with the first contender."""
+    """Return the table, which compares each contender with the first one."""
     base = next(iter(found.values()))
     rows = [
         [name, f"{each / 1e6:.3f}", f"{each / base:.2f} ×", f"{(each - base) / 1e6:+.3f}"]
@@ -86,5 +87,5 @@ if __name__ == "__main__":
     if sys.argv[1:2] == ["--child"]:
         uvloop.run(child(*sys.argv[2:]))
     else:
-        # The floor first: it is what the others are compared with.
+        # The bare loop comes first, since the others are compared with the first contender.
         main(sorted(ENTRIES, key=lambda entry: entry.name != "bare"))

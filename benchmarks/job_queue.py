@@ -46,7 +46,7 @@ _FINISHED = """
 
 @contextmanager
 def opened(server: Cluster, finished: int) -> Iterator[System]:
-    """Open a queue in a new database, with so many finished jobs."""
+    """Open a queue in a new database, with `finished` jobs that have ended."""
     url = server.create_database()
     asyncio.run(_create_queue(url, finished))
     yield System(
@@ -67,7 +67,7 @@ async def _create_queue(url: str, finished: int) -> None:
     async with app.open_async():
         await app.schema_manager.apply_schema_async()
     async with await psycopg.AsyncConnection.connect(url, autocommit=True) as connection:
-        # without triggers: they would write events of the deferral, which real jobs have, too
+        # Triggers are off, so the jobs have no events in the database, unlike real jobs.
         await connection.execute("SET session_replication_role = replica")
         await connection.execute(_FINISHED, (TASK, finished))
         await connection.execute("VACUUM ANALYZE procrastinate_jobs")
@@ -98,7 +98,7 @@ def _run_worker(url: str, pipe: Connection, stops: Stops) -> None:
     async def nothing() -> None:
         count(stops)
 
-    # no decorator, which would have no types where procrastinate is not installed
+    # Not a decorator: it would have no type where procrastinate is not installed.
     app.task(name=TASK)(nothing)
 
     async def run() -> None:

@@ -2,10 +2,10 @@
 
     python benchmarks/latency.py [--items N] [--rounds N] [--only NAME …] [--gaps idle|sparse …]
 
-One item at a time on an otherwise idle contender: `idle` with gaps around 50 ms, `sparse` with gaps
-of 1 to 3 s, a tenth of the items. Both ends read the system's monotonic clock. What is measured
-holds the enqueuing request, the wake-up of the poll, and all that comes before the handler: for the
-pool, ack and first heartbeat. The samples of all rounds are counted together.
+An otherwise idle contender runs one item at a time: `idle` has gaps around 50 ms, `sparse` has gaps
+of 1 to 3 s and a tenth of the items. Both processes read the system's monotonic clock. The latency
+includes the enqueuing request, the wake-up of the poll, and all steps before the handler: for the
+pool, ack and first heartbeat. The samples of all rounds are combined.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ async def trickle(plane: Plane, items: int, gaps: tuple[float, float]) -> None:
 
 
 def measure(plane: Plane, entry: Entry, items: int, gaps: tuple[float, float]) -> list[float]:
-    """The seconds that each item waited for its handler."""
+    """Return the seconds that each item waited for its handler."""
     uvloop.run(enqueue(plane, WARM_UP))
     with compete(Contest(entry.run, plane, items, WARM_UP)) as receive:
         receive()
@@ -47,7 +47,7 @@ def measure(plane: Plane, entry: Entry, items: int, gaps: tuple[float, float]) -
 
 
 def report(waits: dict[tuple[str, str], list[float]]) -> str:
-    """The table; the others are compared with the first contender of the same gaps."""
+    """Return the table, which compares each contender with the first one of the same gaps."""
     base: dict[str, tuple[float, float]] = {}
     rows = []
     for (gaps, name), seconds in waits.items():

@@ -2,10 +2,10 @@
 
     python benchmarks/leases.py [--leases N …] [--seconds N] [--only NAME …]
 
-A contender claims so many items and holds all of them with leases of 60 s, renewed every 20 s. It
-is watched once it has them. Memory is what the process has of its own beyond that of one which
-holds a single lease, divided by the number of leases. `bare` has one task per item that sleeps and
-sends heartbeats, and checks nothing.
+A contender claims all items and holds them with leases of 60 s, renewed every 20 s. It is measured
+once it holds them. Memory is the process's own, less that of a process with a single lease, divided
+by the number of leases. `bare` has one task per item that sleeps and sends heartbeats, and checks
+nothing.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ LEASES = (100, 1000, 10_000)
 
 
 async def bare(plane: Plane, meter: Meter) -> None:
-    """A loop written by hand."""
+    """A loop written by hand with aiohttp, and a task for each lease."""
     headers = {"Authorization": f"Bearer {plane.token}", "Worker-ID": f"bare-{os.getpid()}"}
     async with aiohttp.ClientSession(headers=headers) as session, asyncio.TaskGroup() as group:
 
@@ -83,7 +83,7 @@ ENTRIES = (Entry("bare", bare, "aiohttp"), Entry("workpool", workpool, "workpool
 
 
 def measure(entry: Entry, leases: int, seconds: float, settle: float) -> Watched:
-    """Watch it while it holds so many, on a control plane of its own."""
+    """Measure a contender while it holds the leases, on a control plane of its own."""
     with control_plane() as plane:
         uvloop.run(enqueue(plane, leases))
         contest = Contest(entry.run, plane, 0, leases, watch=seconds, settle=settle)
@@ -94,7 +94,7 @@ def measure(entry: Entry, leases: int, seconds: float, settle: float) -> Watched
 
 
 def report(found: dict[tuple[str, int], Watched], alone: dict[str, Watched]) -> str:
-    """The table; `alone` is each contender with a single lease."""
+    """Return the table; `alone` has the measurement of each contender with a single lease."""
     rows = []
     for (name, leases), each in found.items():
         kib = (each.memory - alone[name].memory) / leases / 1024

@@ -1,10 +1,10 @@
-"""The cost of each part of the pool, and each setting: the same run with it left out or changed.
+"""The cost of each part and setting of the pool: the same run without the part or with a change.
 
     python benchmarks/parts.py [--items N] [--rounds N] [--only NAME …]
 
-As throughput.py measures; the first contender, with which the others are compared, is the pool as
-it comes. A setting that costs nothing by default makes no difference when it is turned off, and
-shows what it costs when it is turned on.
+Measures as throughput.py does. The first contender, with which the others are compared, is the pool
+with its defaults. A setting that is off by default costs nothing there, and the difference is its
+cost when it is on.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ class OneTypeObserver:
 
 
 class Wrapper:
-    """A plugin that wraps every session in nothing."""
+    """A plugin that wraps every session in a context without effect."""
 
     @hookimpl
     def workpool_wrap_session(self) -> contextlib.AbstractAsyncContextManager[None]:
@@ -62,14 +62,14 @@ def ignore(*_: object) -> None:
 
 
 async def without(owner: object, names: tuple[str, ...], plane: Plane, meter: Meter) -> None:
-    """The pool with some methods of a class doing nothing, in this process only."""
+    """The pool after some methods of a class were replaced by no-ops, in this process only."""
     for name in names:
         setattr(owner, name, ignore)
     await workpool(plane, meter)
 
 
 async def logged(formatter: logging.Formatter, plane: Plane, meter: Meter) -> None:
-    """The pool with its log at INFO, as `workpool run` writes it, to nowhere."""
+    """The pool with the log of `workpool run` at INFO, written to the null device."""
     with Path(os.devnull).open("w") as nowhere:  # noqa: ASYNC230 - opened once, before the run
         handler = logging.StreamHandler(nowhere)
         handler.setFormatter(formatter)
@@ -79,12 +79,12 @@ async def logged(formatter: logging.Formatter, plane: Plane, meter: Meter) -> No
 
 
 def pool(name: str, **changed: Any) -> Entry:
-    """The pool with something changed."""
+    """Return an entry for the pool with these arguments changed."""
     return Entry(name, partial(workpool, **changed), "workpool")
 
 
 def lacking(name: str, owner: object, *names: str) -> Entry:
-    """The pool with something left out."""
+    """Return an entry for the pool without these methods of `owner`."""
     return Entry(name, partial(without, owner, names), "workpool")
 
 

@@ -5,7 +5,7 @@
 The pool runs in this process, one item at a time, under `sys.setprofile` on all threads; the
 control plane has a process of its own. The calls of an item are those from the answer to one stop
 to the answer to the next: the end of the previous session, then poll, ack, first heartbeat, handler
-and stop. A function is on the path if every item called it, so a periodic tick is not. A coroutine
+and stop. A function is on the path if every item called it, so a periodic one is not. A coroutine
 counts as one call, however often it is resumed. Code of this folder does not count. The bare loop,
 which handles eight items at a time, calls nothing but libraries.
 """
@@ -55,12 +55,12 @@ class CallMeter(Meter):
     _calls: Counter[CodeType] = field(default_factory=Counter)
 
     def profile(self, frame: FrameType, event: str, _: object) -> None:
-        """Count a call; given to `sys.setprofile`."""
+        """Count a call. This is the callback of `sys.setprofile`."""
         if event == "call" and _is_new(frame):
             self._calls[frame.f_code] += 1
 
     def stopped(self) -> None:
-        """The stop of an item was answered: the next call belongs to the next item."""
+        """Begin the next item, since the stop of the present one was answered."""
         super().stopped()
         self.calls_of_items.append(self._calls)
         self._calls = Counter()
@@ -110,9 +110,9 @@ class ItemPath:
 
 
 def _is_new(frame: FrameType) -> bool:
-    """Whether a function begins, rather than a coroutine or generator that continues.
+    """Return whether a function begins, rather than a coroutine or generator that continues.
 
-    Both stand at a RESUME instruction; the two low bits of its argument are 0 at a beginning.
+    Both are at a RESUME instruction; the two low bits of its argument are 0 at a beginning.
     """
     code = frame.f_code
     return not code.co_flags & RESUMABLE or code.co_code[frame.f_lasti + 1] & 3 == 0
@@ -140,7 +140,7 @@ async def measure(plane: Plane, entry: Entry, items: int) -> ItemPath:
 
 
 def report(found: dict[str, ItemPath]) -> str:
-    """The table; the calls are compared with those of the first contender."""
+    """Return the table, which compares the calls with those of the first contender."""
     first = next(iter(found.values()))
     rows = [
         [
@@ -158,7 +158,7 @@ def report(found: dict[str, ItemPath]) -> str:
 
 
 def report_by_file(path: ItemPath) -> str:
-    """The files that one item passes."""
+    """Return the table of the files that one item passes."""
     rows = [[name, str(len(calls)), f"{sum(calls):.1f}"] for name, calls in path.by_file().items()]
     return table(("file", "functions", "calls/item"), rows)
 

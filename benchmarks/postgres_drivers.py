@@ -1,11 +1,11 @@
-"""The drivers for PostgreSQL: CPU of the client for one item from claim to stop.
+"""The cost of PostgreSQL drivers: CPU of the client for one item from claim to stop.
 
     python benchmarks/postgres_drivers.py URL [--items N] [--connections N] [--rounds N]
 
-URL is an empty database, in which the tables of the control plane are made. An item is claimed,
-acknowledged, extended once and stopped, which is four statements, each committed by itself;
+URL is an empty database, in which the benchmark creates the tables of the control plane. An item is
+claimed, acknowledged, extended once and stopped: four statements, each committed by itself.
 `transaction` makes each of the four a transaction of two statements (read and lock, then write).
-The contenders take turns. `psycopg pipeline` sends BEGIN together with the first statement.
+The contenders alternate. `psycopg pipeline` sends BEGIN together with the first statement.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ WRITES: Final = tuple(
 
 
 def of_psycopg(sql: str) -> str:
-    """Return a statement with psycopg's names of parameters."""
+    """Return a statement with its parameters in the notation of psycopg."""
     return sql.replace("$1", "%(a)s").replace("$2", "%(b)s")
 
 

@@ -3,8 +3,8 @@
     python benchmarks/postgres_notify.py URL [--seconds N] [--connections N]
 
 Each node is a process whose connections update rows of their own, one commit each. `none`: no
-notifications. `hub`: the node's `NotificationHub` sends one for everything that was announced since
-the last. `in the transaction`: each update also calls `pg_notify`. One more process listens. The
+notifications. `hub`: the node's `NotificationHub` sends one for all updates since the last one. `in
+the transaction`: each update also calls `pg_notify`. One more process listens. The
 database should sync commits to its disk, as `fsync = on` does.
 """
 

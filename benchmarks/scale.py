@@ -2,10 +2,10 @@
 
     python benchmarks/scale.py [--only PART …] [--stores STORE …]
 
-- `workers`: 1, 2, 4 and 8 worker processes with eight slots each run no-op items; what limits them.
+- `workers`: 1, 2, 4 and 8 worker processes with eight slots each run no-op items, and their limit.
 - `leases`: one process holds 10,000 leases and renews each every 20 s.
 - `streams`: one process has 1,000 sessions with an open event stream each.
-- `depth`: an item in a queue of 10, 10,000 and 1,000,000 items, which must not cost more.
+- `depth`: an item in a queue of 10, 10,000 and 1,000,000 items must cost the same.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ class Bench:
 
 
 def limit(use: Use) -> str:
-    """Return what kept the items per second from being more."""
+    """Return the resource that limited the items per second."""
     cores = os.cpu_count() or 1
     used, available = use.machine
     if max(use.servers) > BUSY * use.wall:
@@ -118,7 +118,7 @@ def held(bench: Bench, numbers: Sequence[int], *, streams: bool) -> str:
 
 
 def hold(bench: Bench, store: ServedStore, sessions: int, *, streams: bool) -> Held:
-    """Hold so many sessions of a new control plane in one process."""
+    """Hold this number of sessions of a new control plane in one process."""
     options = bench.options
     with store.opened(holder(sessions, streams=streams), Backlog(), bench.server) as system:
         return watch(

@@ -24,7 +24,7 @@ COLUMNS = ("store", "nodes")
 
 @dataclass(frozen=True)
 class ServedStore:
-    """A kind of store, as the command line and a table name it."""
+    """A kind of store, with its name on the command line and in tables."""
 
     name: str
     kind: str

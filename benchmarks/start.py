@@ -2,10 +2,10 @@
 
     python benchmarks/start.py [--runs N]
 
-Each run starts one process of each kind, one after the other, so that another program's load meets
-all of them alike. The table has the median and the fastest of all runs, and the ratio of the
-medians. Compiled modules are cached in a directory of the run before the first run, whatever the
-caller's PYTHONDONTWRITEBYTECODE says: without the cache, the table would show the compiler.
+Each run starts one process of each kind, one after the other, so that another program's load slows
+all kinds alike. The table has the median and the fastest of all runs, and the ratio of the medians.
+Before the first run, the modules are compiled into a cache directory of this benchmark, even if
+PYTHONDONTWRITEBYTECODE is set: otherwise the compiler's time would be measured.
 """
 
 from __future__ import annotations

@@ -2,9 +2,9 @@
 
     python benchmarks/throughput.py [--items N] [--rounds N] [--only NAME …]
 
-Every contender drains the same full queue alone, in turns, several rounds. CPU is that of all
-threads of its process, from the first claim after a warm-up to the answer to the last stop. Shown
-are medians; a ratio is taken within its round, so that the machine's noise meets both sides.
+In each round, every contender in turn empties an equally full queue. CPU is that of all threads of
+its process, from the first claim after a warm-up to the answer to the last stop. The table shows
+medians. A ratio compares results of one round, so that other load on the machine affects both.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ WARM_UP = 100
 
 
 def measure(plane: Plane, entry: Entry, items: int) -> Result:
-    """Fill the queue and let the contender drain it."""
+    """Fill the queue, and measure the contender until the queue is empty."""
     asyncio.run(enqueue(plane, items + WARM_UP))
     with compete(Contest(entry.run, plane, items, WARM_UP)) as receive:
         receive()
@@ -29,7 +29,7 @@ def measure(plane: Plane, entry: Entry, items: int) -> Result:
 
 
 def report(rounds: dict[str, list[Result]]) -> str:
-    """The table; the others are compared with the first contender."""
+    """Return the table, which compares each contender with the first one."""
     base = next(iter(rounds.values()))
 
     def row(name: str, results: list[Result]) -> list[str]:
@@ -48,11 +48,11 @@ def report(rounds: dict[str, list[Result]]) -> str:
 
 
 def compare(entries: list[Entry], items: int, number_of_rounds: int) -> None:
-    """Let everybody drain a queue in turns, and print the table."""
+    """Measure the contenders in turns, and print the table."""
     rounds: dict[str, list[Result]] = {entry.name: [] for entry in entries}
     with control_plane() as plane:
         for number in range(number_of_rounds):
-            turn = number % len(entries)  # nobody always comes first
+            turn = number % len(entries)  # so that no contender always comes first
             for entry in entries[turn:] + entries[:turn]:
                 result = measure(plane, entry, max(1, items // entry.divisor))
                 rounds[entry.name].append(result)

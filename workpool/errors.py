@@ -202,8 +202,8 @@ class ResultError(WorkpoolError):
 
     Attributes:
         key: The key of the metadata that cannot be written.
-        size: The length in characters of the key or of its value, or the number of pairs: the one
-            that is too large. None if the result cannot be written for another reason.
+        size: The number that is too large: the length of the key or of its value in characters, or
+            the position of the pair in the result. None if there is another reason.
         limit: The largest size that the dialect allows; None if there is another reason.
     """
 

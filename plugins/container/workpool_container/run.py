@@ -271,7 +271,8 @@ class Run:
         grace = CANCELLED_SECONDS if self._session.lease_remaining else LOST_SECONDS
         try:
             async with asyncio.timeout(grace + KILL_SECONDS):
-                # Renamed as given up first: the exit status of a stopped container is not the session's.
+                # Renamed before the stop, so that no worker adopts the container and takes the exit
+                # status of a stopped container for that of its session.
                 if not await self._engine.rename(self._name, self._name + ENDED):
                     return  # never created, or the worker that holds the lease now has adopted it
                 await self._terminate(grace)

@@ -80,7 +80,7 @@ class Kubernetes:
 
     @hookimpl
     def workpool_event(self, event: AckFinished | SessionFinished | StopFinished) -> None:  # noqa: ARG002 - its annotation selects the events
-        """Let the plugin write the number of sessions soon, because an event may have changed it."""
+        """Let the plugin write the number of sessions soon, since it may have changed."""
         if self._writer is not None:
             _prompt_writer()
 
@@ -104,7 +104,7 @@ def sessions_of(supervisor: Supervisor) -> int:
 
 @contextmanager
 def _pool_counted(supervisor: Supervisor, writer: CostWriter) -> Iterator[None]:
-    """Count the sessions of a pool during the block; the plugin of the first pool writes the cost."""
+    """Count the sessions of a pool during the block; the first pool's plugin writes the cost."""
     loop = asyncio.get_running_loop()
     _POOLS[supervisor] = partial(loop.call_soon_threadsafe, writer.look)
     _prompt_writer()
