@@ -246,7 +246,7 @@ def control_planes(
 
 
 def machine_seconds() -> tuple[float, float]:
-    """Return the CPU seconds used by all processes of the machine so far, and the available ones."""
+    """Return the CPU seconds used on this machine since its start, and the available ones."""
     first = (_PROC / "stat").read_text().partition("\n")[0]
     user, nice, system, idle, waiting, *others = map(int, first.split()[1:9])
     used = user + nice + system + sum(others)

@@ -43,7 +43,7 @@ class Sample(NamedTuple):
     memory: int
 
     def row(self) -> list[str]:
-        """The cells of a row of the table."""
+        """Return the cells of this sample's row in the table."""
         *numbers, memory = self
         return [*map(str, numbers), f"{memory / 2**20:.1f}"]
 

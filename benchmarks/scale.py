@@ -127,7 +127,7 @@ def hold(bench: Bench, store: ServedStore, sessions: int, *, streams: bool) -> H
 
 
 def depth(bench: Bench) -> str:
-    """Return the table of queues."""
+    """Return the table of costs by the depth of the queue."""
     rows = []
     for store in bench.stores:
         base = 0.0

@@ -103,7 +103,7 @@ def _redact(text: str) -> str:
             for form in forms:
                 if form in text:
                     found.append(form)  # noqa: PERF401 - a third of the time of a generator
-    for form in sorted(found, key=len, reverse=True):  # one form may be a part of another
+    for form in sorted(found, key=len, reverse=True):  # a form may contain another one
         text = text.replace(form, _REDACTED)
     return text
 

@@ -243,7 +243,7 @@ class EnvironmentGroup:
         return self._exporter.url if self._exporter else None
 
     def live_status(self, show_ids: bool) -> dict[str, Any]:
-        """Return the data of the live page. May be called on any thread."""
+        """Return the data that the live page shows. May be called on any thread."""
         from workpool.pool.live_status import merged_status, read_counts  # noqa: PLC0415 - rarely needed
 
         counts = read_counts(self._registry)

@@ -26,7 +26,7 @@ CLEAN_UP_SECONDS: Final = 15.0
 
 @dataclass(frozen=True, slots=True)
 class Finding:
-    """The result of one clause; `seen` is empty if it holds."""
+    """The result of one clause; `seen`: the observation, empty if the clause holds."""
 
     clause: Clause
     verdict: Verdict

@@ -108,7 +108,7 @@ def _import_target(asked: str, path: str) -> object:
 
 
 def named(target: object) -> Found:
-    """Return the name and the source of a plugin that was passed as an object."""
+    """Return a plugin that was passed as an object, with its name and its source."""
     if isinstance(target, ModuleType):
         return Found(target.__name__.rpartition(".")[2], target.__name__, target)
     described = target if inspect.isclass(target) or inspect.isroutine(target) else type(target)

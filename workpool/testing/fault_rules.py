@@ -102,7 +102,7 @@ class Rule:
         return True
 
     def remove(self) -> None:
-        """Stop injecting the fault. Idempotent."""
+        """Stop injecting the fault. A second call has no effect."""
         if self in self.faults.rules:
             self.faults.rules.remove(self)
 

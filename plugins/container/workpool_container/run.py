@@ -235,7 +235,7 @@ class Run:
         if status == 0 or self._session.stopping:
             return {"exit_status": str(status)}
         if status == os.EX_TEMPFAIL or self._asked:
-            await self._give_up()  # otherwise the next run would adopt this exit status
+            await self._give_up()  # otherwise the next run would adopt the container and its status
             raise Release(f"exit status {status}")
         killed = " (SIGKILL: was it out of memory?)" if status == KILLED else ""
         raise ContainerFailed(self._id, f"exit status {status}{killed}", status)
