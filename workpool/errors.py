@@ -182,7 +182,7 @@ class SessionEnded(SessionGoneError):
 
 
 class HandoverError(WorkpoolError):
-    """No child has taken the item over in time. The pool holds the item and the child is refused.
+    """No child took the item over in time. The pool holds the item; a later child is refused.
 
     Attributes:
         work_id: The item.

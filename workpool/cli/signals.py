@@ -68,9 +68,9 @@ class Signals:
             signal.signal(each, former)
 
     def _start_listening(self) -> None:
-        # asyncio's Unix loop wakes for signals only after a call of `add_signal_handler`; uvloop and
-        # Windows loops always wake. The recorder is restored at once, but a signal in between would
-        # be lost. Losing SIGUSR1 is harmless, so the call is made for SIGUSR1.
+        # asyncio's Unix loop wakes for signals only after a call of `add_signal_handler`; loops of
+        # uvloop and Windows always wake. The recorder is restored at once, but a signal in between
+        # would be lost. Losing SIGUSR1 is harmless, so the call is made for SIGUSR1.
         for each in USER[:1]:
             with contextlib.suppress(NotImplementedError):
                 self._loop.add_signal_handler(each, self._handle_signals)
