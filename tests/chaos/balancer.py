@@ -74,7 +74,7 @@ async def _copy_both(
     answers: asyncio.StreamReader,
     writer: asyncio.StreamWriter,
 ) -> None:
-    """Copy in both directions until one side ends, which then ends the other."""
+    """Copy in both directions until one side ends, then end the other side."""
     try:
         async with asyncio.TaskGroup() as group:
             ways = [

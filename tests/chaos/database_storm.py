@@ -78,7 +78,7 @@ class DatabaseStorm(Storm):
         return [self._kill_plane(), self._break_database()]
 
     async def _kill_plane(self) -> None:
-        """Kill one control plane after the other; another one may be killed before it is back."""
+        """Kill one control plane after the other, sometimes before the last one is back."""
         every = self.settings.plane_kill_every / PLANES
         while True:
             await asyncio.sleep(every * self._random.uniform(0.7, 1.3))

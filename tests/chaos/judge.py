@@ -36,7 +36,7 @@ class Seen(NamedTuple):
 
 @dataclass(slots=True)
 class Run:
-    """One handler's run of one item; `end` is the end of its process if nothing was written."""
+    """One handler's run of one item; `end` is the end of its process if the handler wrote none."""
 
     pid: int
     start: float

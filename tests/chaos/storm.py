@@ -226,8 +226,8 @@ class Storm:
                 await self._call(http, "POST", f"/{work_id}/stop", {"force": force})
 
     async def _break_network(self, proxy: Proxy) -> None:
-        # No partition, because it delivers late what was sent in time, which the journal cannot
-        # show.
+        # A partition is left out: it delivers requests late that were sent in time, which the
+        # journal cannot tell from requests that were sent late.
         faults = (
             proxy.blackhole,
             proxy.reset,

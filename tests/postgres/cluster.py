@@ -132,7 +132,7 @@ class Cluster:
     def kill(self) -> None:
         """Kill every process of the server, as a crash does, and return once they have ended."""
         first = self.pid
-        os.kill(first, signal.SIGSTOP)  # otherwise it would start new processes meanwhile
+        os.kill(first, signal.SIGSTOP)  # so that it starts no new processes
         processes = [first, *_children_of(first)]
         for process in processes:
             with suppress(ProcessLookupError):
@@ -142,8 +142,8 @@ class Cluster:
             if time.monotonic() > deadline:
                 pytest.fail("a killed process of PostgreSQL did not end")
             time.sleep(0.01)
-        # In a container without an init process they stay zombies, which `pg_ctl` takes for a
-        # running server.
+        # In a container without an init process, the killed processes stay zombies, which `pg_ctl`
+        # takes for a running server.
         for lock in (self._data / "postmaster.pid", *self.folder.glob(".s.PGSQL.*.lock")):
             lock.unlink()
 
@@ -310,7 +310,7 @@ def _children_of(process: int) -> list[int]:
 
 
 def _is_running(process: int) -> bool:
-    """Return whether a process still runs; a zombie, which nobody waits for, does not."""
+    """Return whether a process still runs; a zombie does not count as running."""
     try:
         return Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
     except (FileNotFoundError, ProcessLookupError):

@@ -1,4 +1,4 @@
-"""The cluster of the tests: it keeps what was committed, and its databases are separate."""
+"""The cluster of the tests: it keeps committed data, and its databases are separate."""
 
 from __future__ import annotations
 

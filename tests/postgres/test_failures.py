@@ -129,7 +129,7 @@ class Load:
 
 @asynccontextmanager
 async def loaded(url: str, nodes: int = 2) -> AsyncIterator[Load]:
-    """Run nodes under load; at the end, judge what the database says about all items."""
+    """Run nodes under load; at the end, check the state of all items in the database."""
     async with asyncio.timeout(4 * SECONDS), AsyncExitStack() as stack:
         http = await stack.enter_async_context(aiohttp.ClientSession())
         planes = [await stack.enter_async_context(node(url)) for _ in range(nodes)]
@@ -272,7 +272,7 @@ async def test_node_killed_between_commit_and_answer_loses_nothing(
         assert await read_line(process) == "held"
         process.kill()
         await held
-        if call == "work":  # what was committed is delivered by the other node
+        if call == "work":  # the other node delivers the committed item
             assert (await client.poll()).body["state"] == "queued"
             return
         if call == "poll":  # the delivery was lost, so the item returns

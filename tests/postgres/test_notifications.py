@@ -154,7 +154,8 @@ async def test_lost_notification_costs_only_the_fallback(
         polls, streams = Waits(group, hubs[0], WORK, 3), Waits(group, hubs[0], SESSION, 3)
         await until(lambda: len(polls.ended) == 1)
         await until(lambda: len(streams.ended) == 3)
-        # The poll that was woken wakes the next if it found an item; otherwise that one is next.
+        # A poll that found an item wakes the next poll; without an item, the next fallback wakes
+        # that poll.
         hubs[0].wake(WORK)
         await until(lambda: len(polls.ended) == 2)
         await until(lambda: len(polls.ended) == 3)

@@ -156,7 +156,7 @@ async def test_concurrent_acks_and_stops_keep_one_holder(nodes: list[Engine]) ->
             nodes[0].ack(ENV, item.id, "a"),
             nodes[1].ack(ENV, item.id, "b"),
             nodes[1].long_poll(ENV, Poll("b", 0, 0), stays),
-            nodes[0].stop(ENV, item.id, force=True),  # an operator, who holds nothing
+            nodes[0].stop(ENV, item.id, force=True),  # an operator, who holds no item
         )
         await nodes[1].stop(ENV, item.id, force=True)
     summary = summarize(await nodes[0].history())

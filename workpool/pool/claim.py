@@ -161,7 +161,7 @@ class Claimer:
     async def _may_repeat(
         self, item: PoolItem, repeats: _Repeats, failure: TransientError, sent: float
     ) -> bool:
-        """Wait until the next try of an ack; return False if there is none."""
+        """Wait until the next try of an ack; return False if no further try is allowed."""
         if failure.reason in MAYBE_APPLIED:
             # If it was applied, no other worker can have the item before that lease has lapsed.
             repeats.first_sent = min(repeats.first_sent, sent)

@@ -279,7 +279,7 @@ class Completion:
 
 
 def _error_of(reason: EndReason | None) -> Exception:
-    """Return the error of a session whose handler has raised none."""
+    """Return the error that stands for this reason if the handler has raised no error."""
     if reason is EndReason.STALLED:
         return SessionStalled("no progress for stall_timeout seconds")
     return TimeoutError("the session's time is over")
@@ -355,7 +355,10 @@ def release_of(error: BaseException) -> Release | None:
 
 
 def delay_of(release: Release) -> float:
-    """Return the seconds until another worker may take the item; a default if it is no number."""
+    """Return the seconds until another worker may take the item.
+
+    They are `RELEASE_DELAY_SECONDS` if the release has no number.
+    """
     delay: object = release.delay
     if isinstance(delay, int | float) and not math.isnan(delay):
         return delay

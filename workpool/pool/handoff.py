@@ -51,7 +51,7 @@ class HandoffRun:
         self._reads = Backoff(READ_SECONDS, READ_CAP_SECONDS)
 
     async def run(self) -> None:
-        """Send nothing until a child has the item or the pool must take it back."""
+        """Suspend the heartbeats until a child has the item or the pool must take the item back."""
         lease, handoff = self._lease, self._handoff
         try:
             if await self._send_heartbeat():

@@ -1,4 +1,4 @@
-"""The data of the live page: pools as JSON, computed only when somebody asks for it.
+"""The data of the live page: pools as JSON, computed on request only.
 
 Read on the exporter's thread while the pool runs: each value is read once.
 See workpool/docs/operating.md, "The live page".

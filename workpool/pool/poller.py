@@ -409,7 +409,7 @@ class Poller:
         await self._sleep_in_state(seconds, "pacing")
 
     def _rest_of_block(self) -> float:
-        """Seconds until `block_ms` after the last poll; negative if that has passed."""
+        """Return the seconds until `block_ms` after the last poll; negative if they are over."""
         return self._polled_at + self._block_ms / 1000 - self._clock()
 
     async def _sleep_in_state(self, seconds: float, state: PollerState = "backoff") -> None:

@@ -369,7 +369,7 @@ class Attempt:
 
         The patches do not change, in case the mark can be written later.
         """
-        # Not their sum: a mark that was written has the number of the same runs.
+        # The larger number, not the sum: a mark that was written has counted the same runs.
         self.number = max(self._first, 1 + earlier)
 
     def opening(self) -> Patch:

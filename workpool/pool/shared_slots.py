@@ -38,7 +38,7 @@ class SharedSlots:
         return share
 
     def leave(self, share: SlotShare) -> None:
-        """End the share of an environment, whose own slot the others may have from now on."""
+        """End the share of an environment; the others may use its own slot from now on."""
         self._shares.remove(share)
         self.grant()
 
@@ -55,7 +55,7 @@ class SharedSlots:
         return min(common + (not share.taken), most)
 
     def take(self, share: SlotShare) -> bool:
-        """Take a slot, unless there is none or another environment is to have it."""
+        """Take a slot, unless none is free or another environment gets the next one."""
         if not self.available(share):
             return False
         first = self._next_share()
@@ -80,7 +80,7 @@ class SharedSlots:
         return min(waiting, key=lambda each: each.rank, default=None)
 
     def _count_free(self) -> tuple[int, int]:
-        """Return the number of free slots that are nobody's own, and how many may be taken."""
+        """Return the number of free slots that no environment owns, and how many may be taken."""
         taken = [each.taken for each in tuple(self._shares)]
         common = max(0, self._total - sum(max(1, each) for each in taken))
         left = self._total if self._uses is None else self._uses
@@ -115,7 +115,7 @@ class SlotShare:
         return self._slots.available(self)
 
     def take(self) -> bool:
-        """Take a slot, unless there is none or another environment is to have it."""
+        """Take a slot, unless none is free or another environment gets the next one."""
         return self._slots.take(self)
 
     def give_back(self, *, used_up: bool = False) -> None:

@@ -106,8 +106,8 @@ class PoolView:
         )
         free = queue.free_slots
         reserved = min(queue.reserved, free)
-        # Not the leases whose first heartbeat is in flight, which are as short as an
-        # acknowledgement makes them, nor those that are about to lapse.
+        # Leases whose first heartbeat is in flight are left out, since they are as short as an
+        # acknowledgement makes them, and so are leases that are about to lapse.
         renewed = [lease for lease in leases if lease.begun and not lease.releasing]
         blocked = self.context.renewer.monitor.blocked_seconds
         settings = self.context.settings

@@ -186,7 +186,7 @@ class Supervisor:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        """Drain, with the deadline now if the block raised, and close everything.
+        """Drain, with an immediate deadline if the block raised, and close everything.
 
         Raises:
             WorkpoolError: The error that ended the pool, if `wait()` has not raised it.

@@ -163,7 +163,7 @@ class Conversation:
         return merge(*parts, reverse=backwards)
 
     def place_after(self, event_id: str) -> int:
-        """Return the number of events up to and including this one; 0 if it is unknown."""
+        """Return the number of events up to and including this one; 0 for an unknown id."""
         place = bisect_left(self.events, event_id, key=_id_of)
         known = place < len(self.events) and self.events[place].id == event_id
         return place + 1 if known else 0
@@ -171,7 +171,7 @@ class Conversation:
     # Checks.
 
     def check(self, new_events: Sequence[Mapping[str, Any]]) -> None:
-        """Refuse the whole batch if one of its events does not fit: 400 unknown, 409 too late."""
+        """Refuse the whole batch if one of its events does not fit: 400 if unknown, 409 if late."""
         if self.status == "terminated":
             raise conflict("the session is terminated")
         answered: set[str] = set()

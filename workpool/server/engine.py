@@ -50,15 +50,15 @@ class Engine(Protocol):
         """End all long polls and streams, and let no further one wait: the server closes."""
 
     async def admit(self, environment_id: str) -> None:
-        """Check an environment for work calls: 404 unknown, 400 not `self_hosted`."""
+        """Check an environment for work calls: 404 if unknown, 400 if not `self_hosted`."""
 
     async def environment(self, environment_id: str) -> Environment:
-        """Return an environment; 404 unknown."""
+        """Return an environment; 404 if unknown."""
 
     async def environments(
         self, place: Place, limits: frozenset[str] | None
     ) -> ListPage[Environment]:
-        """Return the environments after a place, of those in `limits`; None: of all."""
+        """Return the environments in `limits` (None: all) after a place."""
 
     async def create_environment(self, wanted: NewEnvironment) -> Environment:
         """Create a `self_hosted` environment."""
@@ -123,18 +123,18 @@ class Engine(Protocol):
         """Merge a patch into an item's metadata."""
 
     async def get(self, environment_id: str, work_id: str) -> Item:
-        """Return an item; 404 unknown."""
+        """Return an item; 404 if unknown."""
 
     async def items(
         self, environment_id: str, place: Place, wanted: ItemFilter | None = None
     ) -> ListPage[Item]:
-        """Return the items next to a place; `wanted`: only those, in its order."""
+        """Return the items next to a place that `wanted` selects, in its order."""
 
     async def stats(self, environment_id: str) -> Stats:
         """Return the statistics of an environment's queue."""
 
     async def session(self, session_id: str) -> SessionView:
-        """Return a session; 404 unknown."""
+        """Return a session; 404 if unknown."""
 
     async def sessions(self, place: Place, wanted: SessionFilter) -> ListPage[SessionView]:
         """Return the wanted sessions next to a place."""

@@ -82,17 +82,17 @@ class IndexEngine:
         return result
 
     async def admit(self, environment_id: str) -> None:
-        """Check an environment for work calls: 404 unknown, 400 not `self_hosted`."""
+        """Check an environment for work calls: 404 if unknown, 400 if not `self_hosted`."""
         self._operations.queue(environment_id)
 
     def environment(self, environment_id: str) -> Coroutine[Any, Any, Environment]:
-        """Return an environment; 404 unknown."""
+        """Return an environment; 404 if unknown."""
         return self._durably(self._operations.environment, environment_id)
 
     async def environments(
         self, place: Place, limits: frozenset[str] | None
     ) -> ListPage[Environment]:
-        """Return the environments after a place, of those in `limits`; None: of all."""
+        """Return the environments in `limits` (None: all) after a place."""
         found = [
             self._operations.environment(environment_id)
             for environment_id in self._operations.environment_ids()
@@ -206,13 +206,13 @@ class IndexEngine:
         return self._durably(self._operations.update, environment_id, work_id, patch, worker_id)
 
     def get(self, environment_id: str, work_id: str) -> Coroutine[Any, Any, Item]:
-        """Return an item; 404 unknown."""
+        """Return an item; 404 if unknown."""
         return self._durably(self._operations.get, environment_id, work_id)
 
     def items(
         self, environment_id: str, place: Place, wanted: ItemFilter | None = None
     ) -> Coroutine[Any, Any, ListPage[Item]]:
-        """Return the items next to a place; `wanted`: only those, in its order."""
+        """Return the items next to a place that `wanted` selects, in its order."""
         limit, after, before = place
         if wanted is None:
             return self._durably(
@@ -227,7 +227,7 @@ class IndexEngine:
         return self._durably(self._operations.stats, environment_id)
 
     async def session(self, session_id: str) -> SessionView:
-        """Return a session; 404 unknown."""
+        """Return a session; 404 if unknown."""
         view = self._view_of(*self._operations.session(session_id))
         await self._operations.durable()
         return view

@@ -156,7 +156,7 @@ class Operations:
         return self._latest
 
     def queue(self, environment_id: str) -> Queue:
-        """Return the environment's queue after all lapses; 404 unknown, 400 not `self_hosted`."""
+        """Return the queue after all lapses; 404 if unknown, 400 if not `self_hosted`."""
         queue = self._queues.get(environment_id)
         if queue is None:
             if environment_id in self._cloud:
@@ -166,7 +166,7 @@ class Operations:
         return queue
 
     def environment(self, environment_id: str) -> Environment:
-        """Return an environment; 404 unknown."""
+        """Return an environment; 404 if unknown."""
         environment = self._environments.get(environment_id)
         if environment is None:
             raise APIError(404, "no such environment")

@@ -85,7 +85,7 @@ def is_rfc3339(text: str) -> bool:
 
 
 def to_utc(text: str) -> str | None:
-    """Return an RFC 3339 time as `to_heartbeat_text` writes it; None if `text` is none."""
+    """Return an RFC 3339 time as `to_heartbeat_text` writes it; None if `text` is no such time."""
     if not is_rfc3339(text):
         return None
     try:

@@ -226,7 +226,7 @@ def _text(name: str, value: object) -> str:
 
 
 def _fault_of_item(obj: object) -> str:
-    """Return what is wrong with an item that `parse_item` does not accept."""
+    """Return the description of the error in an item that `parse_item` does not accept."""
     if not isinstance(obj, dict):
         return "work item: not an object"
     if not isinstance(data := obj.get("data"), dict):

@@ -127,7 +127,7 @@ _find_id = re.compile(rb'\s*\{(?:%b)*\s*"id"\s*:\s*"([A-Za-z0-9_-]{1,128})"' % _
 
 
 def _id_at_beginning(beginning: bytes) -> str | None:
-    """Return the `id` of an object, or None unless only plain values precede it."""
+    """Return the `id` of an object; None unless only plain values precede the id."""
     found = _find_id(beginning)
     return None if found is None else found[1].decode()
 

@@ -111,7 +111,7 @@ class Routes:
         place = requests.place(request, WORK_PREFIX)
         wanted = requests.item_filter(request)
         shown = listing(await self._engine.items(environment_id, place, wanted), self._dialect.item)
-        # Tells a client that nothing is left for it to select or to order.
+        # This field tells a client that the answer is already selected and ordered.
         return answer(shown if wanted is None else {**shown, "selected": True})
 
     async def enqueue(self, request: web.Request) -> web.Response:

@@ -217,7 +217,7 @@ def _time(request: web.Request, name: str) -> str | None:
 
 
 def worker_id(request: web.Request, header: str) -> str | None:
-    """Return the worker's name for itself; None if it gave none."""
+    """Return the name that the worker sent; None if it sent no name."""
     value = request.headers.get(header)
     if not value:
         return None

@@ -160,7 +160,7 @@ class Claims(DatabaseCalls):
         return None
 
     async def _claim_whole(self, environment_id: str, poll: Poll) -> ClaimOutcome:
-        """Claim an item; if the client goes meanwhile, take back what may have been delivered."""
+        """Claim an item; if the client disconnects meanwhile, take back the delivery."""
         claim = asyncio.get_running_loop().create_task(self._claim_item(environment_id, poll))
         try:
             return await asyncio.shield(claim)
@@ -213,7 +213,7 @@ class Claims(DatabaseCalls):
         return await self.lapse_due(environment_id) if ended else 0
 
     async def sweep_leases(self) -> int:
-        """Apply the lapses that are due in all environments, a bounded number; return the number.
+        """Apply a bounded number of due lapses in all environments; return that number.
 
         The next call looks again if there may be more.
         """
@@ -225,7 +225,7 @@ class Claims(DatabaseCalls):
     async def lapse_due(self, environment_id: str | None = None) -> int:
         """Apply lapses that are due, at most `LAPSES_MAX`, and return their number.
 
-        None: in all environments. Leases whose rows are in use are left out.
+        `environment_id` None: in all environments. Leases whose rows are in use are left out.
         """
         statement = _ENDED.format(_EVERYWHERE if environment_id is None else _HERE)
 

@@ -238,7 +238,7 @@ class ConnectionPool:
             raise
 
     def _pass_on(self, waiter: asyncio.Future[None]) -> None:
-        """Wake another call if this one was woken in the step in which it ended."""
+        """Wake another call if this one was woken and ended in the same step."""
         if waiter.done() and not waiter.cancelled():
             self._wake_calls()
 

@@ -32,7 +32,7 @@ class ConversationCache:
         return found
 
     def keep(self, session_id: str, conversation: Conversation) -> None:
-        """Keep a conversation, which nobody changes meanwhile."""
+        """Keep a conversation; no caller may change it while it is in the cache."""
         self.take(session_id)
         self._kept[session_id] = conversation
         self._count += len(conversation.events)

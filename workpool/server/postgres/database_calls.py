@@ -161,7 +161,7 @@ class DatabaseCalls:
     async def _read(
         self, connection: Connection, environment_id: str, work_id: str
     ) -> tuple[Item, Item, int, int]:
-        """Return an item as it is stored, as it is now, its version, and the time; 404 unknown."""
+        """Return the stored item, the item as it is now, its version, the time; 404 if unknown."""
         row = None
         if is_id(work_id):
             row = await connection.fetchrow(_READ, environment_id, work_id, self._at())

@@ -46,14 +46,14 @@ class EnvironmentCalls(DatabaseCalls):
         self._created: dict[str, Environment] = {}
 
     async def admit(self, environment_id: str) -> None:
-        """Check an environment for work calls: 404 unknown, 400 not `self_hosted`."""
+        """Check an environment for work calls: 404 if unknown, 400 if not `self_hosted`."""
         if environment_id not in self._self_hosted:
             if environment_id in self._cloud:
                 raise APIError(400, "this environment is not self_hosted")
             await self._find(environment_id)
 
     async def environment(self, environment_id: str) -> Environment:
-        """Return an environment; 404 unknown."""
+        """Return an environment; 404 if unknown."""
         if environment_id in self._self_hosted | self._cloud:
             return self._given(environment_id)
         return await self._find(environment_id)
@@ -61,7 +61,7 @@ class EnvironmentCalls(DatabaseCalls):
     async def environments(
         self, place: Place, limits: frozenset[str] | None
     ) -> ListPage[Environment]:
-        """Return the environments after a place, of those in `limits`; None: of all."""
+        """Return the environments in `limits` (None: all) after a place."""
         given = [
             self._given(name)
             for name in self._self_hosted | self._cloud
@@ -87,7 +87,7 @@ class EnvironmentCalls(DatabaseCalls):
         return Environment(environment_id, environment_id, None, {}, self._opened_at)
 
     async def _find(self, environment_id: str) -> Environment:
-        """Return an environment that a client created on any node; 404 unknown."""
+        """Return an environment that a client created on any node; 404 if unknown."""
         found = self._created.get(environment_id)
         if found is None:
             row = (

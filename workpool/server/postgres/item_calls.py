@@ -77,7 +77,7 @@ class ItemCalls(Claims):
     """The calls on one item."""
 
     async def get(self, environment_id: str, work_id: str) -> Item:
-        """Return an item; 404 unknown."""
+        """Return an item; 404 if unknown."""
         stored, item, _, _ = await self._read(self._pool, environment_id, work_id)
         if item is not stored:
             await self.lapse_due(environment_id)
@@ -239,7 +239,7 @@ def stop_of(
     force: bool = False,
     refused: frozenset[tuple[bool, str]] = frozenset(),
 ) -> Change:
-    """Return the stop of an item; raises the 409 of a refused one."""
+    """Return the change that stops an item; raises the 409 of a refused stop."""
     if (force, item.state) in refused:
         raise APIError(409, f"the item is {item.state}")
     stopped = state_machine.stop(item, now, force=force)

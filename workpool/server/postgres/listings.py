@@ -128,7 +128,7 @@ class Listings(StoredSessionCalls):
     async def items(
         self, environment_id: str, place: Place, wanted: ItemFilter | None = None
     ) -> ListPage[Item]:
-        """Return the items next to a place; `wanted`: only those, in its order."""
+        """Return the items next to a place that `wanted` selects, in its order."""
         if wanted is not None:
             return await self._search(environment_id, place, wanted)
         limit, after, before = place

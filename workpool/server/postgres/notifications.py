@@ -236,7 +236,7 @@ class NotificationHub:
             self._recheck_waiters(topic)
 
     def _has_changed(self, topic: str, seen: int) -> bool:
-        """Return whether a call must read again, since what it read may be from before a change.
+        """Return whether a call must read again, because its data may be older than a change.
 
         For work, as many calls as there were wake-ups for which no call waited: otherwise each new
         item would send all calls that read at that moment to the database again.

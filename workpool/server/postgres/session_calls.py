@@ -110,7 +110,7 @@ class StoredSessionCalls(ItemCalls, Creations):
         self._conversations = ConversationCache()
 
     async def session(self, session_id: str) -> SessionView:
-        """Return a session; 404 unknown."""
+        """Return a session; 404 if unknown."""
         return (await self._read_session(self._pool, session_id)).view
 
     async def send(
@@ -198,7 +198,7 @@ class StoredSessionCalls(ItemCalls, Creations):
             await self._write(connection, stored, version, changes)
 
     async def _read_session(self, connection: Connection, session_id: str) -> _SessionRow:
-        """Return a session; 404 unknown, and 404 if its environment is not served here."""
+        """Return a session; 404 if unknown, and if its environment is not served here."""
         row = None
         if is_id(session_id):
             row = await connection.fetchrow(_READ, session_id, self._at())

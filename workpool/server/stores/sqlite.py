@@ -155,8 +155,9 @@ class SqliteStore:
 
     def _connect(self) -> sqlite3.Connection:
         if str(self._path) not in _NO_FILES:
-            # Created here, not by SQLite, which would use the mode of the umask. SQLite gives its
-            # further files the mode of this one. It also reports errors with a better text.
+            # The file is created here, not by SQLite, which would use the mode of the umask; SQLite
+            # gives its further files the mode of this file. An error is ignored here: SQLite
+            # reports it with a better text.
             with suppress(OSError):
                 os.close(os.open(self._path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, _FILE_MODE))
         connection = sqlite3.connect(self._path, timeout=_LOCK_SECONDS, isolation_level=None)

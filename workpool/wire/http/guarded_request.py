@@ -30,7 +30,7 @@ _PIECE_BYTES: Final = 64 * 1024
 
 
 class NotSentError(aiohttp.ClientConnectionError):
-    """The check of a request refused: nothing was sent."""
+    """The check of a request failed, so nothing was sent."""
 
 
 class RequestCheck:

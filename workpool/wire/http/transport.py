@@ -249,8 +249,8 @@ class Transport:
         secrets, code = self._secrets, "error"
         check = None if options.check is None else RequestCheck(body or b"", options.check)
         try:
-            # Not aiohttp's timeout: it takes a cancellation in the same turn of the loop for its
-            # own.
+            # aiohttp's timeout is not used: it mistakes another cancellation in the same turn of
+            # the loop for its own.
             with RequestBound(until - started, self._timer):
                 response, content = await self._exchange_request(
                     endpoint, url, body, options, check
