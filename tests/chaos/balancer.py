@@ -31,7 +31,7 @@ class Balancer:
         self._server: asyncio.Server
 
     async def __aenter__(self) -> Self:
-        self._server = await asyncio.start_server(self._link, "127.0.0.1", self._port)
+        self._server = await asyncio.start_server(self._serve_client, "127.0.0.1", self._port)
         return self
 
     async def __aexit__(
@@ -45,18 +45,22 @@ class Balancer:
             link.cancel()
         await asyncio.gather(*self._links, return_exceptions=True)
 
-    async def _link(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+    async def _serve_client(
+        self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter
+    ) -> None:
         task = asyncio.current_task()
         assert task is not None
         self._links.add(task)
         try:
             with suppress(asyncio.CancelledError):  # only the end of this balancer cancels the task
-                await self._connect(reader, writer)
+                await self._connect_to_node(reader, writer)
         finally:
             self._links.discard(task)
             writer.close()
 
-    async def _connect(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+    async def _connect_to_node(
+        self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter
+    ) -> None:
         for _ in self._nodes:
             node = self._nodes[next(self._turns) % len(self._nodes)]
             try:
@@ -78,8 +82,8 @@ async def _copy_both(
     try:
         async with asyncio.TaskGroup() as group:
             ways = [
-                group.create_task(_copy(reader, requests)),
-                group.create_task(_copy(answers, writer)),
+                group.create_task(_copy_bytes(reader, requests)),
+                group.create_task(_copy_bytes(answers, writer)),
             ]
             await asyncio.wait(ways, return_when=asyncio.FIRST_COMPLETED)
             for way in ways:
@@ -88,7 +92,7 @@ async def _copy_both(
         requests.close()
 
 
-async def _copy(source: asyncio.StreamReader, target: asyncio.StreamWriter) -> None:
+async def _copy_bytes(source: asyncio.StreamReader, target: asyncio.StreamWriter) -> None:
     with suppress(OSError):
         while chunk := await source.read(_CHUNK_BYTES):
             target.write(chunk)

@@ -102,7 +102,7 @@ class Journal(History):
     async def arrivals(self, request: web.Request, handler: Handler) -> web.StreamResponse:
         """Record the arrival of a request, as the outermost middleware."""
         if "work_id" in request.match_info:
-            self.note("came", **_call(request))
+            self.note("came", **_call_of(request))
         return await handler(request)
 
     @web.middleware
@@ -110,11 +110,11 @@ class Journal(History):
         """Record the control plane's answer before faults apply, as the innermost middleware."""
         response = await handler(request)
         if "work_id" in request.match_info and response.status == 200:
-            self.note("durable", **_call(request))
+            self.note("durable", **_call_of(request))
         return response
 
 
-def _call(request: web.Request) -> dict[str, str | None]:
+def _call_of(request: web.Request) -> dict[str, str | None]:
     tail = request.path.rpartition("/")[2]
     work_id = request.match_info["work_id"]
     op = tail if tail != work_id else {"GET": "get", "POST": "update"}[request.method]

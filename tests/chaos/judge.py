@@ -116,7 +116,7 @@ class Judge:
         self.verdict.counts.update(f"action: {action['what']}" for action in self._actions)
         return self.verdict
 
-    def _breach(self, text: str) -> None:
+    def _add_breach(self, text: str) -> None:
         self.verdict.broken.append(text)
 
     # The journal.
@@ -148,17 +148,17 @@ class Judge:
         self.verdict.counts[f"came: {op}"] += 1
         grants = self._grants.get((worker, work_id))
         if not grants:
-            self._breach(f"{worker} sent {op} for {work_id}, which it never held")
+            self._add_breach(f"{worker} sent {op} for {work_id}, which it never held")
             return
         late = line["t"] - grants[-1][1]
         self.verdict.latest = max(self.verdict.latest, late)
-        if late > self._slack + self._lag(line["t"]):
+        if late > self._slack + self._lag_at(line["t"]):
             holder = self._holder.get(work_id)
-            self._breach(
+            self._add_breach(
                 f"{worker} sent {op} for {work_id} {late:.2f} s after its lease; held by {holder}"
             )
 
-    def _lag(self, at: float) -> float:
+    def _lag_at(self, at: float) -> float:
         """Return the lag that was measured just before `at`."""
         return float(sum(lag for since, until, lag in self._lags if since <= at <= until))
 
@@ -173,7 +173,7 @@ class Judge:
                 and (item.beaten or "heartbeat" not in ops)
             )
             if not kept:
-                self._breach(f"{work_id}: answered {sorted(ops)}, then forgotten: {item}")
+                self._add_breach(f"{work_id}: answered {sorted(ops)}, then forgotten: {item}")
         for item in items:
             self._holder[item.id] = item.holder if item.lease_end is not None else None
             if item.lease_end is not None and item.holder is not None:
@@ -186,7 +186,7 @@ class Judge:
         self.verdict.counts["stopped"] = sum(state == "stopped" for state in states.values())
         for work_id in {*enqueued, *states}:
             if states.get(work_id) != "stopped":
-                self._breach(f"{work_id} is lost: {states.get(work_id)}")
+                self._add_breach(f"{work_id} is lost: {states.get(work_id)}")
 
     # The handlers.
 
@@ -225,19 +225,21 @@ class Judge:
         granted_at = [at for at, _ in grants]
         place = bisect_right(granted_at, run.start)
         if not place:
-            self._breach(f"{worker} ran {work_id} without a lease")
+            self._add_breach(f"{worker} ran {work_id} without a lease")
             return
         late = run.start - grants[place - 1][1]
-        if late > self._slack + self._lag(run.start):
-            self._breach(f"{worker} began {work_id} {late:.2f} s after its lease")
+        if late > self._slack + self._lag_at(run.start):
+            self._add_breach(f"{worker} began {work_id} {late:.2f} s after its lease")
         lease_end = grants[bisect_right(granted_at, run.end) - 1][1]
-        until = lease_end + self._slack + self._lag(lease_end)
-        for stopped, woke in self._stops(run.pid):
+        until = lease_end + self._slack + self._lag_at(lease_end)
+        for stopped, woke in self._stops_of(run.pid):
             if run.start <= stopped <= run.end:
-                until = max(until, woke + WAKE_SECONDS + self._lag(woke))
+                until = max(until, woke + WAKE_SECONDS + self._lag_at(woke))
                 self.verdict.counts["runs whose lease ended while stopped"] += lease_end < woke
         if run.end > until:
-            self._breach(f"{worker} went on with {work_id} for {run.end - until:.2f} s too long")
+            self._add_breach(
+                f"{worker} went on with {work_id} for {run.end - until:.2f} s too long"
+            )
 
     def _check_overlap(self, work_id: str, run: Run, later: Run) -> None:
         """Record that two handlers ran at the same time, or count the reason that allows it."""
@@ -247,15 +249,17 @@ class Judge:
             self.verdict.counts["overlaps excused: lease expired by a fault"] += 1
         elif any(
             run.start <= stopped <= later.start <= woke + WAKE_SECONDS
-            for stopped, woke in self._stops(run.pid)
+            for stopped, woke in self._stops_of(run.pid)
         ):
             self.verdict.counts["overlaps excused: process was stopped"] += 1
-        elif seconds > self._slack + self._lag(later.start):
-            self._breach(f"{work_id} was run by {worker} and {other} at once for {seconds:.2f} s")
+        elif seconds > self._slack + self._lag_at(later.start):
+            self._add_breach(
+                f"{work_id} was run by {worker} and {other} at once for {seconds:.2f} s"
+            )
         else:
             self.verdict.counts["overlaps within the margin"] += 1
 
-    def _stops(self, pid: int) -> list[tuple[float, float]]:
+    def _stops_of(self, pid: int) -> list[tuple[float, float]]:
         """Return the times at which the process was suspended and resumed."""
         mine = [action for action in self._actions if action["pid"] == pid]
         stopped = [action["t"] for action in mine if action["what"] == "stop"]

@@ -133,7 +133,7 @@ class Storm:
             scenes = [
                 group.create_task(scene)
                 for scene in (
-                    self._enqueue(http),
+                    self._enqueue_items(http),
                     self._kill_workers(proxy),
                     self._stop_workers(),
                     *self._break_control_plane(),
@@ -149,21 +149,21 @@ class Storm:
         if self._stopped is not None:  # another worker was suspended when the storm ended
             self._fleet.send("cont", self._stopped)
 
-    async def _enqueue(self, http: aiohttp.ClientSession) -> None:
+    async def _enqueue_items(self, http: aiohttp.ClientSession) -> None:
         for number in count():
             chance = self._random.random()
             # The first ones are long, so that a worker that is suspended early holds an item.
             is_long = chance > 0.65 or number < 2 * len(NAMES)
             seconds = self._random.uniform(3, self.settings.longest) if is_long else chance * 3
             metadata = {"seconds": f"{seconds:.2f}", "end": self._random.choice(self.settings.ends)}
-            answer = await self._call(http, "POST", "", {"metadata": metadata})
+            answer = await self._send_request(http, "POST", "", {"metadata": metadata})
             # Without an answer, the effect is unknown; the last snapshot shows the state.
             if answer is not None:
                 self._enqueued += [item["id"] for item in answer["data"]]
             if number >= 2 * len(NAMES):
                 await asyncio.sleep(self._random.expovariate(self.settings.items_per_second))
 
-    async def _call(
+    async def _send_request(
         self, http: aiohttp.ClientSession, method: str, path: str, body: Any = None
     ) -> Any:
         """Send a request without Worker-ID, as an operator does; return None if it fails."""
@@ -223,7 +223,7 @@ class Storm:
             if self._enqueued:
                 work_id = self._random.choice(self._enqueued[-10:])
                 force = self._random.random() < 0.3
-                await self._call(http, "POST", f"/{work_id}/stop", {"force": force})
+                await self._send_request(http, "POST", f"/{work_id}/stop", {"force": force})
 
     async def _break_network(self, proxy: Proxy) -> None:
         # A partition is left out: it delivers requests late that were sent in time, which the
@@ -284,7 +284,7 @@ class Storm:
     async def _some_left(self, http: aiohttp.ClientSession) -> bool:
         after = ""
         while True:
-            page = await self._call(http, "GET", f"?limit=100{after}")
+            page = await self._send_request(http, "GET", f"?limit=100{after}")
             if page is None or any(item["state"] != "stopped" for item in page["data"]):
                 return True
             if not page["has_more"]:

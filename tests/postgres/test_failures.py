@@ -73,11 +73,13 @@ class Load:
     async def run(self) -> None:
         """Create items until `is_full`, and work until all of them are stopped."""
         async with asyncio.TaskGroup() as group:
-            group.create_task(self._create_items(self._client(0, "creator")))
+            group.create_task(self._create_items(self._client_of(0, "creator")))
             for number in range(WORKERS):
-                group.create_task(self._work_until_done(self._client(number, f"worker-{number}")))
+                group.create_task(
+                    self._work_until_done(self._client_of(number, f"worker-{number}"))
+                )
 
-    def _client(self, number: int, worker: str) -> NodeClient:
+    def _client_of(self, number: int, worker: str) -> NodeClient:
         return NodeClient(self._http, self._planes[number % len(self._planes)].base_url, worker)
 
     def _is_done(self) -> bool:
@@ -139,7 +141,7 @@ async def loaded(url: str, nodes: int = 2) -> AsyncIterator[Load]:
             yield load
             load.is_full = True
         summary = summarize(await planes[0].engine.history())
-        items = await stack.enter_async_context(_stored(url))
+        items = await stack.enter_async_context(_stored_states(url))
         assert {work_id: items.get(work_id) for work_id in load.created} == dict.fromkeys(
             load.created, "stopped"
         )
@@ -150,7 +152,7 @@ async def loaded(url: str, nodes: int = 2) -> AsyncIterator[Load]:
 
 
 @asynccontextmanager
-async def _stored(url: str) -> AsyncIterator[dict[str, str]]:
+async def _stored_states(url: str) -> AsyncIterator[dict[str, str]]:
     connection = await open_connection(url)
     try:
         yield {row[0]: row[1] for row in await connection.fetch("SELECT id, state FROM items")}
@@ -268,7 +270,7 @@ async def test_node_killed_between_commit_and_answer_loses_nothing(
             answer = await step()
             assert answer.status == 200
             work_id = answer.body["data"][0]["id"] if place == 0 else work_id
-        held = group.create_task(_unanswered(calls[call](dying)))
+        held = group.create_task(_expect_no_answer(calls[call](dying)))
         assert await read_line(process) == "held"
         process.kill()
         await held
@@ -287,7 +289,7 @@ async def test_node_killed_between_commit_and_answer_loses_nothing(
         assert records.count({"ack": "acked", "stop": "stopped"}.get(call, call)) == 1
 
 
-async def _unanswered(call: Awaitable[NodeAnswer]) -> None:
+async def _expect_no_answer(call: Awaitable[NodeAnswer]) -> None:
     with pytest.raises(aiohttp.ClientConnectionError):
         await call
 

@@ -43,9 +43,9 @@ class Waits:
 
     def __init__(self, group: asyncio.TaskGroup, hub: NotificationHub, topic: str, n: int) -> None:
         self.ended: list[bool] = []
-        self.tasks = [group.create_task(self._wait(hub, topic)) for _ in range(n)]
+        self.tasks = [group.create_task(self._wait_once(hub, topic)) for _ in range(n)]
 
-    async def _wait(self, hub: NotificationHub, topic: str) -> None:
+    async def _wait_once(self, hub: NotificationHub, topic: str) -> None:
         self.ended.append(await hub.wait(topic, hub.seen(), LONG))
 
     def cancel(self) -> None:

@@ -43,19 +43,19 @@ def system_clock() -> Callable[[], float]:
 
 
 @lru_cache(maxsize=4096)
-def _second(seconds: int) -> str:
+def _format_second(seconds: int) -> str:
     return datetime.fromtimestamp(seconds, UTC).strftime("%Y-%m-%dT%H:%M:%S")
 
 
 def to_seconds_text(instant: int) -> str:
     """Return a time as RFC 3339 with whole seconds."""
-    return _second(instant // SECOND) + "Z"
+    return _format_second(instant // SECOND) + "Z"
 
 
 def to_heartbeat_text(instant: int) -> str:
     """Return a time as RFC 3339 with microseconds, the form of heartbeat times."""
     seconds, microseconds = divmod(instant, SECOND)
-    return f"{_second(seconds)}.{microseconds:06d}Z"
+    return f"{_format_second(seconds)}.{microseconds:06d}Z"
 
 
 def from_heartbeat_text(text: str) -> int | None:

@@ -130,14 +130,14 @@ def parse_item(obj: object) -> WorkItem:
         session_id,
         environment_id,
         state,
-        _metadata(get("metadata")),
-        _time(get("created_at")),
-        at if (at := get("acknowledged_at")) is None else _time(at),
-        at if (at := get("started_at")) is None else _time(at),
-        heartbeat_at if heartbeat_at is None else _time(heartbeat_at),
+        _read_metadata(get("metadata")),
+        _read_time(get("created_at")),
+        at if (at := get("acknowledged_at")) is None else _read_time(at),
+        at if (at := get("started_at")) is None else _read_time(at),
+        heartbeat_at if heartbeat_at is None else _read_time(heartbeat_at),
         heartbeat_at if heartbeat_at is None else _last_heartbeat(heartbeat_at),
-        at if (at := get("stop_requested_at")) is None else _time(at),
-        at if (at := get("stopped_at")) is None else _time(at),
+        at if (at := get("stop_requested_at")) is None else _read_time(at),
+        at if (at := get("stopped_at")) is None else _read_time(at),
         None if secret is None else _sessions_token(secret),
         None,
     )
@@ -169,16 +169,16 @@ def parse_heartbeat(obj: object) -> Heartbeat:
 
 def _unusual_heartbeat(obj: object) -> Heartbeat:
     """Parse a heartbeat that did not extend the lease, or that is malformed."""
-    get = _object("heartbeat", obj).get
-    extended = _flag("lease_extended", get("lease_extended"))
-    state = _state(get("state"))
+    get = _require_object("heartbeat", obj).get
+    extended = _require_flag("lease_extended", get("lease_extended"))
+    state = _require_state(get("state"))
     last_heartbeat, ttl_seconds = get("last_heartbeat"), get("ttl_seconds")
     over = not extended or state == protocol.STOPPED
     return Heartbeat(
-        "" if over and last_heartbeat is None else _expectation(last_heartbeat),
+        "" if over and last_heartbeat is None else _read_expectation(last_heartbeat),
         extended,
         state,
-        0.0 if over and ttl_seconds in (None, 0) else _seconds("ttl_seconds", ttl_seconds),
+        0.0 if over and ttl_seconds in (None, 0) else _require_seconds("ttl_seconds", ttl_seconds),
     )
 
 
@@ -188,13 +188,13 @@ def parse_stats(obj: object) -> QueueStats:
     Raises:
         ValueError: A field is missing or malformed. Names the field and quotes no value.
     """
-    get = _object("queue stats", obj).get
+    get = _require_object("queue stats", obj).get
     workers = get("workers_polling")
     return QueueStats(
-        depth=_count("depth", get("depth")),
-        pending=_count("pending", get("pending")),
-        oldest_queued_at=_time(get("oldest_queued_at")),
-        workers_polling=0 if workers is None else _count("workers_polling", workers),
+        depth=_require_count("depth", get("depth")),
+        pending=_require_count("pending", get("pending")),
+        oldest_queued_at=_read_time(get("oldest_queued_at")),
+        workers_polling=0 if workers is None else _require_count("workers_polling", workers),
         running=_optional_count(get("running")),
         stopped=_optional_count(get("stopped")),
     )
@@ -213,13 +213,13 @@ def _optional_count(value: object) -> int | None:
     return value if type(value) is int and value >= 0 else None
 
 
-def _object(name: str, value: object) -> dict[str, Any]:
+def _require_object(name: str, value: object) -> dict[str, Any]:
     if isinstance(value, dict):
         return value
     raise ValueError(f"{name}: not an object")
 
 
-def _text(name: str, value: object) -> str:
+def _require_text(name: str, value: object) -> str:
     if isinstance(value, str):
         return value
     raise ValueError(f"{name}: not a string")
@@ -265,13 +265,13 @@ def _sessions_token(secret: object) -> Secret | None:
     return Secret(token)
 
 
-def _state(value: object) -> State:
+def _require_state(value: object) -> State:
     if value in protocol.STATES:
         return value
     raise ValueError("state: not one of the protocol's five")
 
 
-def _metadata(value: object) -> Mapping[str, str]:
+def _read_metadata(value: object) -> Mapping[str, str]:
     """Return the entries that are text. A map may also be written as an empty list."""
     if not isinstance(value, dict):
         return _NO_METADATA
@@ -282,7 +282,7 @@ def _metadata(value: object) -> Mapping[str, str]:
     return MappingProxyType(value)
 
 
-def _time(value: object) -> datetime | None:
+def _read_time(value: object) -> datetime | None:
     if not isinstance(value, str) or len(value) > _TIME_LENGTH_MAX:
         return None
     try:
@@ -299,27 +299,27 @@ def _last_heartbeat(value: object) -> str | None:
     return value if isinstance(value, str) and 0 < len(value) <= _TIME_LENGTH_MAX else None
 
 
-def _expectation(value: object) -> str:
+def _read_expectation(value: object) -> str:
     """Return the value that the next heartbeat must expect; "" means that none was recorded."""
-    text = _text("last_heartbeat", value)
+    text = _require_text("last_heartbeat", value)
     if len(text) > _TIME_LENGTH_MAX:
         raise ValueError("last_heartbeat: too long")
     return text or protocol.NO_HEARTBEAT
 
 
-def _flag(name: str, value: object) -> bool:
+def _require_flag(name: str, value: object) -> bool:
     if isinstance(value, bool):
         return value
     raise ValueError(f"{name}: not a boolean")
 
 
-def _count(name: str, value: object) -> int:
+def _require_count(name: str, value: object) -> int:
     if isinstance(value, int) and not isinstance(value, bool) and value >= 0:
         return value
     raise ValueError(f"{name}: not a count")
 
 
-def _seconds(name: str, value: object) -> float:
+def _require_seconds(name: str, value: object) -> float:
     if isinstance(value, int | float) and not isinstance(value, bool) and 0 < value < math.inf:
         return value
     raise ValueError(f"{name}: not a positive number of seconds")

@@ -18,7 +18,10 @@ def update(patch: Mapping[str, str | None]) -> bytes:
     Raises:
         TypeError: A key or a value is of another type, or cannot be sent.
     """
-    texts = {_text(key): None if value is None else _text(value) for key, value in patch.items()}
+    texts = {
+        _plain_text(key): None if value is None else _plain_text(value)
+        for key, value in patch.items()
+    }
     return orjson.dumps({"metadata": texts})
 
 
@@ -37,7 +40,7 @@ def events(new_events: Sequence[Mapping[str, Any]]) -> bytes:
     return orjson.dumps({"events": new_events}, default=dict)
 
 
-def _text(text: object) -> str:
+def _plain_text(text: object) -> str:
     # The control plane would refuse a number, far from the code of the handler that wrote it.
     if not isinstance(text, str):
         raise TypeError("metadata: a key or a value is not a string")

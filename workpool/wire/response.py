@@ -135,13 +135,13 @@ def _id_at_beginning(beginning: bytes) -> str | None:
 def parse_error(op: str, answer: Response, *secrets: str) -> ControlPlaneError:
     """Return the error for a status outside `SUCCESS`; its message contains no `secrets`."""
     status = answer.status
-    envelope = _envelope(answer.body)
+    envelope = _parse_envelope(answer.body)
     message = _clean_text(envelope.get("message"), secrets, MESSAGE_MAX) or _phrase_of(status)
     if isinstance(answer.body, bytes) and _wants_tls(answer.body):
         message = f"{message}: the port speaks TLS: base_url must begin with https://"
     if status not in _REFUSED_STATUSES:
         if status in _REDIRECTS:
-            message = _redirect(answer.headers.get("Location", ""), secrets)
+            message = _describe_redirect(answer.headers.get("Location", ""), secrets)
         return TransientError(
             op,
             status,
@@ -159,7 +159,7 @@ def parse_error(op: str, answer: Response, *secrets: str) -> ControlPlaneError:
     )
 
 
-def _redirect(location: str, secrets: Sequence[str]) -> str:
+def _describe_redirect(location: str, secrets: Sequence[str]) -> str:
     """Describe a redirect, which is not followed: the token would be sent to the new address.
 
     The text has only scheme, host and port of the address, since the rest may contain credentials.
@@ -185,16 +185,16 @@ def retry_after_of(headers: Mapping[str, str]) -> float | None:
     value = headers.get("Retry-After", "").strip()
     if _SECONDS(value):
         return min(float(value), RETRY_AFTER_MAX_SECONDS)
-    until = _date(value)
+    until = _parse_date(value)
     if until is None:
         return None
     # Measured on the clock of the server that wrote the date, if the answer shows it: otherwise a
     # worker whose own clock is an hour off would wait for an hour, or not at all.
-    seconds = (until - (_date(headers.get("Date", "")) or datetime.now(UTC))).total_seconds()
+    seconds = (until - (_parse_date(headers.get("Date", "")) or datetime.now(UTC))).total_seconds()
     return min(seconds, RETRY_AFTER_MAX_SECONDS) if seconds > 0 else None
 
 
-def _date(value: str) -> datetime | None:
+def _parse_date(value: str) -> datetime | None:
     try:
         date = parsedate_to_datetime(value)
     except (ValueError, OverflowError):
@@ -202,7 +202,7 @@ def _date(value: str) -> datetime | None:
     return date if date.tzinfo else date.replace(tzinfo=UTC)
 
 
-def _envelope(body: bytes | Oversized) -> dict[str, Any]:
+def _parse_envelope(body: bytes | Oversized) -> dict[str, Any]:
     """Return `error` of the error envelope; empty if the body is none."""
     try:
         envelope = orjson.loads(b"" if isinstance(body, Oversized) else body)

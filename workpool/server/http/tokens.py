@@ -71,31 +71,31 @@ class Tokens:
     """
 
     def __init__(self, grants: Grants, signing_key: bytes, worker_keys: Iterable[str] = ()) -> None:
-        self._grants = {_digest(token): limits for token, limits in grants.items()}
-        self._worker_keys = frozenset(map(_digest, worker_keys))
+        self._grants = {_digest_of(token): limits for token, limits in grants.items()}
+        self._worker_keys = frozenset(map(_digest_of, worker_keys))
         self._signing_key = signing_key
 
     def admit(self, headers: Mapping[str, str], dialect: Dialect) -> Caller:
         """Return the sender of a request with these headers; 401 if it is unknown."""
         token = _token_of(headers, dialect.api_key_header)
-        digest = _digest(token)
+        digest = _digest_of(token)
         if digest in self._grants:
             return Caller(self._grants[digest])
         if digest in self._worker_keys:
             return Caller(None, worker=True)
         if dialect.item_secrets and token.startswith(_ITEM_PREFIX) and token.isascii():
             subject, _, _ = token.rpartition(".")
-            if hmac.compare_digest(token, self._signed(subject)):
+            if hmac.compare_digest(token, self._sign_subject(subject)):
                 environment_id, work_id = subject.removeprefix(_ITEM_PREFIX).split(".")
                 return Caller(frozenset({environment_id}), (environment_id, work_id))
         raise APIError(401, "the token is missing or wrong")
 
     def secret(self, item: Item) -> str:
         """Return the secret of an item: base64url of a JSON object with the item's token."""
-        token = self._signed(f"{_ITEM_PREFIX}{item.environment_id}.{item.id}")
+        token = self._sign_subject(f"{_ITEM_PREFIX}{item.environment_id}.{item.id}")
         return urlsafe_b64encode(orjson.dumps({"sessions_token": token})).decode().rstrip("=")
 
-    def _signed(self, subject: str) -> str:
+    def _sign_subject(self, subject: str) -> str:
         return f"{subject}.{hmac.new(self._signing_key, subject.encode(), sha256).hexdigest()}"
 
 
@@ -107,7 +107,7 @@ def _token_of(headers: Mapping[str, str], api_key_header: str | None) -> str:
     return token.strip() if scheme.lower() == "bearer" else ""
 
 
-def _digest(token: str) -> bytes:
+def _digest_of(token: str) -> bytes:
     return sha256(token.encode("utf-8", "surrogateescape")).digest()
 
 

@@ -29,7 +29,7 @@ def parse_client_events(given: object, name: str, limit: int) -> list[dict[str, 
     """Check a batch of at most `limit` events; `name`: the field that holds it."""
     if not isinstance(given, list) or not 1 <= len(given) <= limit:
         raise APIError(400, f"{name} must be a list of 1 to {limit} events", name)
-    events = [_event(event) for event in given]
+    events = [_parse_event(event) for event in given]
     try:
         orjson.dumps({"data": events})
     except orjson.JSONEncodeError:  # nested too deeply to be written again
@@ -37,7 +37,7 @@ def parse_client_events(given: object, name: str, limit: int) -> list[dict[str, 
     return events
 
 
-def _event(given: object) -> dict[str, Any]:
+def _parse_event(given: object) -> dict[str, Any]:
     if not isinstance(given, dict):
         raise APIError(400, "an event must be an object", "events")
     kind = given.get("type")

@@ -53,10 +53,10 @@ def parse_environment(content: bytes) -> NewEnvironment:
     config = fields.get("config")
     if not isinstance(config, dict) or config.get("type") != "self_hosted":
         raise APIError(400, 'config must be {"type": "self_hosted"} here', "config")
-    name = _text(fields, "name")
+    name = _optional_text(fields, "name")
     if not name:
         raise APIError(400, "name is missing", "name")
-    return NewEnvironment(name, _text(fields, "description"), _metadata(fields))
+    return NewEnvironment(name, _optional_text(fields, "description"), _parse_metadata(fields))
 
 
 def parse_session(content: bytes) -> NewSession:
@@ -71,15 +71,15 @@ def parse_session(content: bytes) -> NewSession:
     script = fields.get("script")
     return NewSession(
         environment_id=environment_id,
-        agent=_agent(fields.get("agent")),
-        title=_text(fields, "title"),
-        metadata=_metadata(fields),
+        agent=_parse_agent(fields.get("agent")),
+        title=_optional_text(fields, "title"),
+        metadata=_parse_metadata(fields),
         initial_events=_initial_events(fields.get("initial_events")),
         script=None if script is None else parse_script(script),
     )
 
 
-def _agent(given: object) -> Mapping[str, Any]:
+def _parse_agent(given: object) -> Mapping[str, Any]:
     """Return id and version: an agent is given by its id, or by an object that has it."""
     agent = {"id": given} if isinstance(given, str) else given
     if not isinstance(agent, dict):
@@ -103,7 +103,7 @@ def _initial_events(given: object) -> Sequence[Mapping[str, Any]]:
     return events
 
 
-def _metadata(fields: Mapping[str, Any]) -> Mapping[str, str]:
+def _parse_metadata(fields: Mapping[str, Any]) -> Mapping[str, str]:
     """Return the metadata, which must stay within the vendor's limits."""
     given = fields.get("metadata")
     metadata = {} if given is None else strings(given)
@@ -118,7 +118,7 @@ def _metadata(fields: Mapping[str, Any]) -> Mapping[str, str]:
     return metadata
 
 
-def _text(fields: Mapping[str, Any], name: str) -> str | None:
+def _optional_text(fields: Mapping[str, Any], name: str) -> str | None:
     value = fields.get(name)
     if value is not None and (not isinstance(value, str) or len(value) > TEXT_LENGTH):
         raise APIError(400, f"{name} must be a string of at most {TEXT_LENGTH} characters", name)

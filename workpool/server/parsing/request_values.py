@@ -203,10 +203,10 @@ def several(request: web.Request, name: str) -> frozenset[str] | None:
 
 def times(request: web.Request) -> TimeRange:
     """Parse the bounds of a list in time: `created_at[gt]`, `[gte]`, `[lt]` and `[lte]`."""
-    return TimeRange(*(_time(request, f"created_at[{name}]") for name in TimeRange._fields))
+    return TimeRange(*(_parse_time(request, f"created_at[{name}]") for name in TimeRange._fields))
 
 
-def _time(request: web.Request, name: str) -> str | None:
+def _parse_time(request: web.Request, name: str) -> str | None:
     text = one(request, name)
     if text is None:
         return None

@@ -25,24 +25,24 @@ PERMISSIONS: Final = ("allow", "ask", "deny")
 def parse_script(value: object, copies: int = 1) -> Script:
     """Return the script that `value` contains, for `copies` sessions; 400 if it is not a script."""
     if not isinstance(value, Sequence) or isinstance(value, str | bytes):
-        raise _refusal("must be a list of tool uses")
+        raise _refusal_of("must be a list of tool uses")
     if len(value) > ENTRIES_MAX:
-        raise _refusal(f"must have at most {ENTRIES_MAX} entries")
-    script = tuple(_entry(entry, f"entry {number}") for number, entry in enumerate(value, 1))
+        raise _refusal_of(f"must have at most {ENTRIES_MAX} entries")
+    script = tuple(_parse_entry(entry, f"entry {number}") for number, entry in enumerate(value, 1))
     try:
         # Nested more deeply than in any answer, so that an accepted script can always be written.
         content = orjson.dumps([[script]], default=dict)
     except orjson.JSONEncodeError:
-        raise _refusal("cannot be written as JSON") from None
+        raise _refusal_of("cannot be written as JSON") from None
     if len(content) * copies > SCRIPTS_BYTES_MAX:
-        raise _refusal(f"must stay below {SCRIPTS_BYTES_MAX} bytes, times count")
+        raise _refusal_of(f"must stay below {SCRIPTS_BYTES_MAX} bytes, times count")
     copy: Script = orjson.loads(content)[0][0]  # a copy that no other code changes
     return copy
 
 
-def _entry(entry: object, where: str) -> Mapping[str, Any]:
+def _parse_entry(entry: object, where: str) -> Mapping[str, Any]:
     if not isinstance(entry, Mapping):
-        raise _refusal(f"{where} must be an object")
+        raise _refusal_of(f"{where} must be an object")
     name, given, custom, permission = (
         entry.get(key, default)
         for key, default in (
@@ -53,15 +53,15 @@ def _entry(entry: object, where: str) -> Mapping[str, Any]:
         )
     )
     if not isinstance(name, str) or not 1 <= len(name) <= NAME_LENGTH:
-        raise _refusal(f"{where}: name must be 1 to {NAME_LENGTH} characters")
+        raise _refusal_of(f"{where}: name must be 1 to {NAME_LENGTH} characters")
     if not isinstance(given, Mapping):
-        raise _refusal(f"{where}: input must be an object")
+        raise _refusal_of(f"{where}: input must be an object")
     if not isinstance(custom, bool):
-        raise _refusal(f"{where}: custom must be a boolean")
+        raise _refusal_of(f"{where}: custom must be a boolean")
     if permission not in PERMISSIONS:
-        raise _refusal(f"{where}: permission must be one of {', '.join(PERMISSIONS)}")
+        raise _refusal_of(f"{where}: permission must be one of {', '.join(PERMISSIONS)}")
     return {"name": name, "input": given, "custom": custom, "permission": permission}
 
 
-def _refusal(problem: str) -> APIError:
+def _refusal_of(problem: str) -> APIError:
     return APIError(400, f"script {problem}", "script")

@@ -168,7 +168,7 @@ class ConnectionPool:
                 if not connection.is_closed():
                     await connection.execute("ROLLBACK")
                 raise
-            await _commit(connection)
+            await _commit_transaction(connection)
         except BaseException as error:
             self._put_back(connection, error)
             self._raise_translated(error)
@@ -292,7 +292,7 @@ class ConnectionPool:
             )
 
 
-async def _commit(connection: Any) -> None:
+async def _commit_transaction(connection: Any) -> None:
     if await connection.execute("COMMIT") != "COMMIT":
         raise RuntimeError("a block went on after a failed statement, so nothing was committed")
 
@@ -309,7 +309,7 @@ async def open_connection(url: str, *, statement_seconds: float | None = None) -
     `statement_seconds`: None: `STATEMENT_SECONDS`.
     """
     seconds = STATEMENT_SECONDS if statement_seconds is None else statement_seconds
-    options = _options(url, seconds, seconds + _ANSWER_SECONDS)
+    options = _connection_options(url, seconds, seconds + _ANSWER_SECONDS)
     async with asyncio.timeout(CONNECT_SECONDS):
         return await asyncpg.connect(**options)
 
@@ -337,7 +337,9 @@ async def start_connection(url: str, *, statement_seconds: float) -> AsyncIterat
         raise _start_error(url, error) from None
 
 
-def _options(url: str, statement_seconds: float, answer_seconds: float) -> dict[str, Any]:
+def _connection_options(
+    url: str, statement_seconds: float, answer_seconds: float
+) -> dict[str, Any]:
     return {
         "dsn": url,
         "timeout": CONNECT_SECONDS,

@@ -55,7 +55,7 @@ class EnvironmentCalls(DatabaseCalls):
     async def environment(self, environment_id: str) -> Environment:
         """Return an environment; 404 if unknown."""
         if environment_id in self._self_hosted | self._cloud:
-            return self._given(environment_id)
+            return self._given_environment(environment_id)
         return await self._find(environment_id)
 
     async def environments(
@@ -63,7 +63,7 @@ class EnvironmentCalls(DatabaseCalls):
     ) -> ListPage[Environment]:
         """Return the environments in `limits` (None: all) after a place."""
         given = [
-            self._given(name)
+            self._given_environment(name)
             for name in self._self_hosted | self._cloud
             if name > place.after and (limits is None or name in limits)
         ]
@@ -83,7 +83,7 @@ class EnvironmentCalls(DatabaseCalls):
         self._created[environment_id] = environment
         return environment
 
-    def _given(self, environment_id: str) -> Environment:
+    def _given_environment(self, environment_id: str) -> Environment:
         return Environment(environment_id, environment_id, None, {}, self._opened_at)
 
     async def _find(self, environment_id: str) -> Environment:

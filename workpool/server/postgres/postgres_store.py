@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from workpool.server.engine import Engine
 
 
-def _password(url: str) -> str | None:
+def _password_of(url: str) -> str | None:
     try:
         return urlsplit(url).password
     except ValueError:
@@ -33,7 +33,7 @@ class PostgresStore:
 
     def __init__(self, url: str, *, history: bool = False) -> None:
         hide(url)
-        password = _password(url)
+        password = _password_of(url)
         if password is not None:
             hide(password)
             hide(unquote(password))

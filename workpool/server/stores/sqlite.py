@@ -166,7 +166,7 @@ class SqliteStore:
             connection.execute("PRAGMA journal_mode = WAL")
             connection.execute("PRAGMA synchronous = FULL")
             connection.execute("BEGIN EXCLUSIVE")
-            _migrate(connection)
+            _upgrade_schema(connection)
             connection.execute("COMMIT")
         except BaseException:
             connection.close()
@@ -223,7 +223,7 @@ def _resolve_future(future: asyncio.Future[Any], value: object) -> None:
         future.set_result(value)
 
 
-def _migrate(connection: sqlite3.Connection) -> None:
+def _upgrade_schema(connection: sqlite3.Connection) -> None:
     """Upgrade the file to the schema of this version."""
     (version,) = connection.execute("PRAGMA user_version").fetchone()
     (tables,) = connection.execute("SELECT count(*) FROM sqlite_master").fetchone()

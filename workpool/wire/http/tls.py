@@ -30,7 +30,7 @@ def tls_context(
         "client_cert_file": client_cert_file,
         "client_key_file": client_key_file,
     }
-    problems = [_unreadable(name, path) for name, path in files.items() if path is not None]
+    problems = [_read_problem(name, path) for name, path in files.items() if path is not None]
     if client_key_file is not None and client_cert_file is None:
         problems.append("client_key_file: set without client_cert_file")
     if found := tuple(problem for problem in problems if problem):
@@ -44,7 +44,7 @@ def tls_context(
     return context
 
 
-def _unreadable(name: str, path: Path) -> str:
+def _read_problem(name: str, path: Path) -> str:
     try:
         # Checked first: opening a pipe would wait for its writer.
         if not stat.S_ISREG(path.stat().st_mode):

@@ -180,11 +180,11 @@ class Transport:
             await self.acquire(limiter, endpoint.op, options.priority, seconds)
         token = self._token
         try:
-            return await self._attempt(endpoint, url, until, body, options)
+            return await self._attempt_request(endpoint, url, until, body, options)
         except RefusedError as refused:
             if refused.status not in _DENIED or not await self._renew_token(token, until):
                 raise
-        return await self._attempt(endpoint, url, until, body, options)
+        return await self._attempt_request(endpoint, url, until, body, options)
 
     async def open_stream(
         self, url: URL, headers: Mapping[str, str], limiter: RateLimiter
@@ -235,7 +235,7 @@ class Transport:
                 raise
         return await attempt()
 
-    async def _attempt(
+    async def _attempt_request(
         self,
         endpoint: Endpoint[T],
         url: URL,
@@ -438,7 +438,7 @@ class Transport:
         headers = {
             "Accept": "application/json",
             "Accept-Encoding": "identity",  # unpacking costs more than it saves on half a kilobyte
-            "User-Agent": f"workpool/{_version()}",
+            "User-Agent": f"workpool/{_package_version()}",
             **rules.headers,
         }
         if self._worker_id is not None:
@@ -453,5 +453,5 @@ def _time_left(op: str, seconds: float) -> float:
 
 
 @cache
-def _version() -> str:
+def _package_version() -> str:
     return importlib.metadata.version("workpool")
