@@ -80,7 +80,7 @@ async def test_migration_waits_for_locked_table_without_blocking_others_for_long
         await reader.execute("SELECT * FROM number")
         migration = group.create_task(migrate(database_url, [FIRST, SECOND]))
         other = await open_connection(database_url)
-        # A statement that queues behind the migration's lock goes on when that gives up.
+        # A statement that queues behind the migration's lock goes on when the migration gives up.
         for _ in range(5):
             await other.execute("SELECT * FROM number")
             await asyncio.sleep(0.1)

@@ -139,7 +139,7 @@ class Admission:
 
 @dataclass(slots=True)
 class _Failures:
-    """The failures in a row of one handler.
+    """The consecutive failures of one handler.
 
     Attributes:
         handler: The handler.

@@ -1,4 +1,4 @@
-"""The drain: its deadline, and what happens to the sessions before and after it.
+"""The drain: its deadline, and the end of the sessions before and after it.
 
 The deadline can be brought forward and never postponed. Lives on the handlers' loop.
 See workpool/docs/architecture.md, "The drain".

@@ -90,7 +90,7 @@ class PauseDetector:
 
     def paused(self, since: float, now: float | None = None) -> bool:
         """Return whether the machine was paused since `offset` returned the value `since`."""
-        # Called for every write, so without further calls.
+        # Called for every write, so the code makes no further calls.
         now = self._clock() if now is None else now
         return abs(self._wall() - now - since) >= PAUSE_SECONDS
 
@@ -361,7 +361,7 @@ class Lease:
     ) -> Decision:
         """Apply the answer to a heartbeat."""
         if self.status != "held":
-            decision = IGNORED  # the lease ended while the heartbeat was under way
+            decision = IGNORED  # the lease ended while the heartbeat was in flight
         elif isinstance(outcome, Heartbeat):
             decision = self._apply_success(now, attempt, outcome)
         else:

@@ -193,7 +193,7 @@ class ConnectionPool:
         return None
 
     async def _take_or_open(self) -> Any:
-        """Return a connection, after a wait or a new one. Raises `UnavailableError`."""
+        """Return an idle or a new connection, maybe after a wait. Raises `UnavailableError`."""
         loop = asyncio.get_running_loop()
         end = loop.time() + ACQUIRE_SECONDS
         while not self._closed:
@@ -351,7 +351,7 @@ def _connection_options(
             # Otherwise a node that stops in a transaction, but keeps its connections, would block
             # others at the rows that it has locked.
             "idle_in_transaction_session_timeout": f"{answer_seconds * 1000:.0f}",
-            # A node that is cut off, or has cut a call off, leaves no statement that waits on.
+            # A node that is cut off, or has cut a call off, leaves no statement that keeps waiting.
             "client_connection_check_interval": "1000",
             "jit": "off",  # compiling a short statement takes longer than running it
         },
@@ -359,7 +359,7 @@ def _connection_options(
 
 
 def _start_error(url: str, error: BaseException) -> BaseException:
-    """Return the error of a start that failed; a defect stays as it is.
+    """Return the error of a start that failed; a defect is returned unchanged.
 
     The driver's text about a URL may contain a part of its password.
     """

@@ -1,7 +1,7 @@
-"""The schema of the database, and its upgrades while nodes of the version before still run.
+"""The schema of the database, and its upgrades while nodes of the previous version still run.
 
 A migration goes forward only and is one transaction under an advisory lock, so that nodes which
-start together run it once. It must work with nodes of the release before, which run during the
+start together run it once. It must work with nodes of the previous release, which run during the
 upgrade: it only adds tables, functions, and columns that are nullable or have a constant default,
 never an index to a table that may be large. A column or table that no code uses anymore is removed
 one release after its last use, in a migration with a higher `oldest`. See

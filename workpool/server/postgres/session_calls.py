@@ -212,7 +212,7 @@ class StoredSessionCalls(ItemCalls, Creations):
         )
 
     async def _conversation(self, connection: Connection, read: _SessionRow) -> Conversation:
-        """Return the conversation up to the events that were read, out of the cache."""
+        """Take a conversation out of the cache, and return it up to the events that were read."""
         session = read.view.session
         conversation = self._conversations.take(session.id)
         if conversation is None or not await self._is_part(connection, conversation, read):

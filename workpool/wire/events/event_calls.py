@@ -68,7 +68,7 @@ class EventCalls(Protocol):
 
 
 class Guard(Protocol):
-    """Decides whether the session may still be read and written, and bounds every wait by that."""
+    """Decides whether the session may still be used, and ends every wait once it may not."""
 
     def check(self) -> None:
         """Raise an error if the session may not be used."""
