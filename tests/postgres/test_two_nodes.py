@@ -44,7 +44,7 @@ async def nodes(database_url: str) -> AsyncIterator[list[Engine]]:
 
 
 async def outcomes(*calls: Any) -> list[Any]:
-    """Run calls at the same time; the status of a refused one takes the place of its result."""
+    """Run calls at the same time, and return the result of each, or the status of its refusal."""
     found = await asyncio.gather(*calls, return_exceptions=True)
     for each in found:
         if isinstance(each, BaseException) and not isinstance(each, APIError):

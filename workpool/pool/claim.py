@@ -189,8 +189,8 @@ class Claimer:
 
 
 def _accept_answer(item: PoolItem, answer: WorkItem, acked_at: float) -> CallResult:
-    # `active`: some control planes answer so to every ack, all of them to a repeated one. The first
-    # heartbeat shows which worker has the item.
+    # Some control planes answer every ack with `active`, and all of them answer a repeated ack with
+    # it. The first heartbeat shows which worker has the item.
     if answer.state not in {STARTING, ACTIVE}:
         return "conflict"
     token, trace = item.work_item.sessions_token, item.work_item.traceparent

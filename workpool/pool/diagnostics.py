@@ -55,7 +55,7 @@ class LoopMonitor:
         self._waited = 0.0
         self._ping = 0
         self._asked_at = time.monotonic()
-        self._answered_before = 0.0  # the time of the answer to the second last ping
+        self._answered_before = 0.0  # the time of the answer before the last one
         self._answered_at = time.monotonic()  # written on the handlers' loop
         self._pong = 0  # written on the handlers' loop, after `lag` and `_answered_at`
 

@@ -206,7 +206,7 @@ class Dispatcher:
         )
 
     def _expire_later(self) -> None:
-        """Set the timer that declines items set aside, if there are some and it is not set."""
+        """Set the timer that declines items set aside, unless there are none or it is set."""
         aside = self._context.queue.aside
         if aside and self._expiry is None:
             oldest = min(item.delivered_at for item in aside)

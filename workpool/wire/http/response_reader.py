@@ -105,7 +105,7 @@ def no_answer(op: str, error: BaseException, *, plain: bool = False) -> ControlP
 
 
 def _wrong_scheme(error: BaseException, *, plain: bool) -> str:
-    """Return a hint if the scheme of `base_url` is, or may be, not that of the port."""
+    """Return a hint if the port has, or may have, another scheme than `base_url`."""
     if isinstance(error, aiohttp.ClientConnectorSSLError):
         reason = getattr(error.os_error, "reason", None)
         return "; the port does not speak TLS: base_url is https" if reason in _NO_TLS else ""
