@@ -24,7 +24,7 @@ SETTINGS = {
 
 @contextmanager
 def database_server() -> Iterator[Cluster | None]:
-    """Run a server with an empty data directory; None, and a line on stderr, without PostgreSQL."""
+    """Run a server with an empty data directory. Without PostgreSQL: None, and a line on stderr."""
     try:
         cluster = started_cluster(SETTINGS)
     except PostgresMissingError as missing:

@@ -224,7 +224,7 @@ def control_planes(
 
     Args:
         store: `MEMORY`, a new file of SQLite, or the URL of a database without workpool's tables.
-        contender: What the workers do.
+        contender: The program that each worker runs.
         backlog: The items in the store when the first process starts.
         nodes: The number of processes.
         database: The id of the database's first process.

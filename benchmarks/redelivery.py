@@ -77,7 +77,7 @@ def measure(case: Case, calls: int) -> Costs:
 
 
 def cost(call: Callable[[], object], count: int) -> float:
-    """Return the CPU seconds of one call: the mean of `count`, after a first one that warms up."""
+    """Return the mean CPU seconds of `count` calls, after a first call as warm-up."""
     call()
     gc.collect()
     gc.disable()

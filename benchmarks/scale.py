@@ -91,7 +91,7 @@ def streams(bench: Bench) -> str:
 
 
 def held(bench: Bench, numbers: Sequence[int], *, streams: bool) -> str:
-    """Return the table of sessions in one process; memory beyond that of one session."""
+    """Return the table of sessions in one process. Memory excludes that of a single session."""
     rows = []
     for store in bench.stores:
         alone = hold(bench, store, 1, streams=streams)

@@ -187,7 +187,7 @@ class BlockingEvents:
                 self._calls.run(events.aclose)
 
     def send(self, *events: Mapping[str, Any]) -> Sequence[SessionEvent]:
-        """Append events, all of them or none, and return them as they are stored."""
+        """Append either all of these events or none of them, and return the stored events."""
         return self._calls.run(lambda: self._session.events.send(*events))
 
     def _open_stream(self) -> EventStream:

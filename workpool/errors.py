@@ -133,7 +133,7 @@ class UnreadableError(TransientError):
 
 
 class TooLargeError(UnreadableError):
-    """The body of a success is too large. A smaller page should be requested at once."""
+    """The body of a success is too large. The caller should request a smaller page now."""
 
     def __init__(self, op: str, status: int | None, *, work_id: str | None = None) -> None:
         super().__init__(op, status, "the answer is too large", work_id=work_id)

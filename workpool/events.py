@@ -65,7 +65,7 @@ class PollerBackedOff:
 
 @dataclass(frozen=True, slots=True)
 class PollersScaled:
-    """The number of pollers that poll changed to `target`."""
+    """The number of active pollers changed to `target`."""
 
     direction: ScaleDirection
     reason: ScaleReason

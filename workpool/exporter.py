@@ -70,7 +70,7 @@ INDEX: Final = {
 
 
 class LivePage(NamedTuple):
-    """The data of the live page, and when it includes ids.
+    """The data of the live page, and the rule when the data include ids.
 
     Attributes:
         status: Returns the data; its argument says whether ids are included. Called on the thread

@@ -1,8 +1,9 @@
 """Limits on the connections that clients open to an HTTP server of this package.
 
-aiohttp limits neither how many connections a server has, nor how long a client takes to send the
-headers of a request or to read an answer, nor how many bytes wait for clients that do not read.
-Each of those lets one client use up the descriptors or the memory of the process.
+aiohttp limits neither the number of connections of a server, nor the time that a client takes to
+send the headers of a request or to read an answer, nor the bytes that wait for clients that do not
+read. Without each of these limits, one client could use up the descriptors or the memory of the
+process.
 """
 
 from __future__ import annotations
@@ -131,7 +132,7 @@ class InboundConnections:
         self._unread_bytes -= self._unread.pop(connection, 0)
 
     def _find_dispensable(self) -> _Connection | None:
-        """Return the idle or slow connection to close for a new one, or None."""
+        """Return the idle or slow connection to close in favour of a new one, or None."""
         for connection in self._without_request:
             return connection
         until = asyncio.get_running_loop().time() - SERVE_SECONDS

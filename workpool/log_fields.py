@@ -1,6 +1,6 @@
 """The fields of log records: their names, and the ids that every record of a pool has.
 
-The message of a record is a constant text. What varies is in fields: attributes of the record,
+The message of a record is a constant text. Variable data are fields: attributes of the record,
 given as `extra` or added by `PoolIds`. Names and types are stable, so that logs can be searched.
 See workpool/docs/operating.md, "Fields".
 """
@@ -79,9 +79,9 @@ def record_ids(ids: Mapping[str, str]) -> Iterator[None]:
 class PoolIds(logging.Filter):
     """A filter that adds `environment_id`, `worker_id` and `trace_id` to records without them.
 
-    The ids are those of the pool in one of whose tasks the record is made. The trace is the current
-    one of OpenTelemetry, if the program uses it. All loggers named `workpool.…` have this filter;
-    add it to a log handler so that records of other loggers have the ids as well.
+    A record that a pool's task makes has the ids of that pool. The trace is OpenTelemetry's current
+    one, if the program uses OpenTelemetry. All loggers named `workpool.…` have this filter; add it
+    to a log handler so that records of other loggers have the ids as well.
 
     Args:
         default: Returns the ids for records that are made outside of a pool's tasks.

@@ -60,7 +60,7 @@ def hide(token: str) -> None:
 
 
 def hide_item_token(token: str) -> None:
-    """Redact a token that belongs to one item; there may be many of them."""
+    """Redact the token of one item. Item tokens have a larger limit, since there may be many."""
     _remember_token(_item_tokens, token, ITEM_TOKENS)
 
 

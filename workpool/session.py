@@ -74,7 +74,7 @@ class PoolRelease(Release):
 
 @contextmanager
 def release_on_exhaustion() -> Iterator[None]:
-    """Give the item back if the machine runs out of what the block needs.
+    """Release the item if the machine runs out of a resource that the block needs.
 
     A session does not fail because its worker has no descriptor, disk space, memory, process or
     thread left: another worker may have them. Other errors pass unchanged.
@@ -98,7 +98,7 @@ class HandedLease:
         work_id: The id of the item, `work_…`.
         environment_id: The id of its environment, `env_…`.
         last_heartbeat: The `expected_last_heartbeat` of the child's first heartbeat.
-        ttl: Seconds that the parent's last heartbeat was granted; the child asks for the same.
+        ttl: Seconds of the lease after the parent's last heartbeat; the child requests as many.
         base_url: The address of the control plane.
         dialect: The dialect of the control plane.
         session_id: The id of the item's session.

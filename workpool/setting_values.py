@@ -28,7 +28,7 @@ def setting(parse: Parser, default: object, text: str) -> Any:
 
     Args:
         parse: Reads a value that was given.
-        default: The value if none was given, or a function without arguments that returns it.
+        default: The default value, or a function without arguments that returns it.
         text: The documentation, which ends with `Default: ….`
     """
     metadata = {"parse": parse, "text": " ".join(text.split())}

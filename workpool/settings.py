@@ -210,7 +210,7 @@ class _Sources:
 
 
 class _ConfigFile(NamedTuple):
-    """A TOML file, or none: its table `[workpool]`, and the tables below it.
+    """The content of the TOML file: its table `[workpool]`, and the tables below that one.
 
     Attributes:
         path: The path of the file; None: there is none.
@@ -883,7 +883,7 @@ def _merge(*layers: Mapping[str, _GivenValue]) -> tuple[dict[str, _GivenValue], 
 
 
 def _parse_values(given: Mapping[str, _GivenValue]) -> tuple[Table, list[str]]:
-    """Return the value of each setting, and the problems of those that are wrong."""
+    """Return the value of each setting, and the problems of the wrong settings."""
     values: Table = {}
     problems: list[str] = []
     for each in dataclasses.fields(Settings):

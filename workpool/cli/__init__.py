@@ -1,8 +1,8 @@
 """The command `workpool`. Its modules need the extra `cli`.
 
-Owns what a library must not touch: logging configuration, signal handlers, the kind of the event
-loop, and the exit status. Results go to stdout, logs and errors to stderr. See
-workpool/docs/cli.md, "Command line".
+Only the command changes global state of the process: the configuration of logging, the signal
+handlers, the kind of event loop, and the exit status. Results go to stdout, logs and errors to
+stderr. See workpool/docs/cli.md, "Command line".
 """
 
 import importlib

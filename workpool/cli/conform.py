@@ -215,7 +215,7 @@ def _report(settings: Settings, findings: Sequence[Finding], worst: Verdict) -> 
 
 
 def _print(findings: Sequence[Finding]) -> None:
-    """Print a line for each clause, those that hold first, then counts."""
+    """Print a line for each clause, first the clauses that hold, and then the counts."""
     width = max(len(verdict.value) for verdict in Verdict)
     for verdict in _ORDER:
         for each in findings:

@@ -54,7 +54,7 @@ EXAMPLES: Final = {
 
 
 class ControlError(Exception):
-    """A worker cannot be reached; the message has the reason."""
+    """A worker cannot be reached; the message gives the reason."""
 
 
 def pause(

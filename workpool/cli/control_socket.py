@@ -51,7 +51,7 @@ _read_timeout = unlimited(decimal(zero=True))
 
 
 def directories() -> list[Path]:
-    """Return the directories for sockets of this user. A worker uses the first one that it can."""
+    """Return the directories for sockets of this user. A worker uses the first usable one."""
     user = os.geteuid()
     runtime = Path(os.environ.get("XDG_RUNTIME_DIR") or f"/run/user/{user}")
     temporary = Path(os.environ.get("TMPDIR") or "/tmp")  # noqa: S108 - owner and mode are checked
@@ -69,7 +69,7 @@ def is_private(directory: Path) -> bool:
 
 
 def peer_of(connection: socket.socket) -> int | None:
-    """Return the user of the process at the other end; None if the kernel does not tell."""
+    """Return the user of the process at the other end; None if the kernel does not report it."""
     if not hasattr(socket, "SO_PEERCRED"):
         return None
     size = struct.calcsize("3i")
@@ -81,7 +81,7 @@ class ControlSocket:
     """The socket of one worker: bound by the constructor, removed at the end of the context.
 
     Args:
-        setting: The path; None: a new one in a directory of this user; `off`: no socket.
+        setting: The path; None: a new path in a directory of this user; `off`: no socket.
         origin: The variable, file or flag of the path, for the error.
 
     Raises:

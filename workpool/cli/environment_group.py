@@ -2,8 +2,8 @@
 
 They run on one event loop, each with a lease renewer, clients and plugins of its own. They share
 the slots, the exit limits, the registry and its exporter, and the rate limits of one account. The
-failure of one environment does not end the others: it starts again after a while, and the process
-ends once none runs. See workpool/docs/operating.md, "Several environments".
+failure of one environment does not end the others: the environment starts again after a while. The
+process ends once no environment runs. See workpool/docs/operating.md, "Several environments".
 """
 
 from __future__ import annotations
@@ -139,7 +139,7 @@ class EnvironmentGroup:
         settings: The settings of the process; after a failure, those of the environment that
             failed.
         abandoned: The number of sessions that drains could neither end nor hand back.
-        on_blocked: As that of a supervisor.
+        on_blocked: See `Supervisor.on_blocked`.
         renewer_services: Contexts that are open on a thread of their own, as soon as each
             environment has opened or failed.
     """
@@ -164,7 +164,7 @@ class EnvironmentGroup:
 
     @property
     def log_ids(self) -> dict[str, str]:
-        """The ids of log records that are made outside of a pool's tasks: none."""
+        """The ids of log records that are made outside of a pool's tasks: no ids."""
         return {}
 
     @property

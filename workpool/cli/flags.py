@@ -109,7 +109,7 @@ def read_settings(
 
 
 def read_environments(config: Path | None, **flags: Any) -> tuple[Settings, tuple[Settings, ...]]:
-    """Read the settings of the process, and those of each environment of its file, if any.
+    """Read the settings of the process and of each environment in its file, if there are any.
 
     Raises:
         SettingsError: Some settings are wrong.
@@ -139,7 +139,7 @@ def _given_flags(flags: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def with_setting_flags(command: Callable[..., None]) -> Callable[..., None]:
-    """Give a command a flag for each setting; it receives all of them as the mapping `flags`."""
+    """Give a command a flag for each setting. The command receives them as a mapping, `flags`."""
     names = [name for name in DESCRIPTIONS if name not in WITHOUT_FLAG]
     flags = [
         inspect.Parameter(
@@ -181,7 +181,7 @@ def parse_pairs(pairs: list[str] | None) -> dict[str, str]:
 
 
 def import_from_here() -> None:
-    """Make modules in the current directory importable, as `python -m` does."""
+    """Make the modules of the current directory importable, as `python -m` does."""
     here = str(Path.cwd())
     if not {"", here} & set(sys.path):
         sys.path.insert(0, here)

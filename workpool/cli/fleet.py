@@ -39,9 +39,10 @@ class Fleet:
         }
 
     def numbers(self) -> dict[str, float] | None:
-        """Return the numbers of all environments together; None if one is unknown. Any thread.
+        """Return the numbers of all environments together; None if one is unknown.
 
-        The recommendation suffices for all items together, and for those of each environment.
+        The recommendation suffices for all items together, and for the items of each environment.
+        May be called on any thread.
         """
         found = {environment_id: self.numbers_of(environment_id) for environment_id in self.readers}
         loads = [reader.load for reader in self.readers.values()]
@@ -57,7 +58,7 @@ class Fleet:
         return numbers
 
     def numbers_of(self, environment_id: str) -> dict[str, float] | None:
-        """Return the numbers of one environment; None while they are unknown. Any thread."""
+        """Return the numbers of one environment; None if unknown. May be called on any thread."""
         reader = self.readers[environment_id]
         load, age = reader.load, reader.age_seconds
         if load is None or age is None:
@@ -65,7 +66,7 @@ class Fleet:
         return fleet_numbers(load, self._rules[environment_id], age_seconds=age)
 
     def unready(self) -> list[str]:
-        """The reasons for which there are no numbers. Any thread."""
+        """The reasons why there are no numbers. May be called on any thread."""
         if len(self.readers) == 1:
             return [reason for reader in self.readers.values() for reason in reader.unready()]
         return [

@@ -55,18 +55,18 @@ class FleetReader:
 
     @property
     def age_seconds(self) -> float | None:
-        """The age of the last reading; None before the first. Any thread."""
+        """The age of the last reading; None before the first one. May be read on any thread."""
         last = self._last
         return None if last is None else self._clock() - last[0]
 
     @property
     def load(self) -> FleetLoad | None:
-        """The last load; None before the first reading and once it is too old. Any thread."""
+        """The last load; None without one or if it is too old. May be read on any thread."""
         last = self._last
         return None if last is None or self._clock() - last[0] > self._max_age else last[1]
 
     def unready(self) -> list[str]:
-        """The reasons for which there is no load. Any thread."""
+        """The reasons why there is no load. May be called on any thread."""
         if self.load is not None:
             return []
         if (error := self.error) is not None:

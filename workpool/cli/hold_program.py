@@ -82,7 +82,7 @@ class Program:
                 try:
                     await asyncio.wait({ended})
                 except asyncio.CancelledError:
-                    if not asking.done():  # the lease is lost, and the program has no signal yet
+                    if not asking.done():  # the lease is lost, and no signal was sent yet
                         _send_signal(number, signal.SIGTERM)
                         await asyncio.wait({ended}, timeout=LOST_SECONDS)
                     raise

@@ -1,4 +1,4 @@
-"""The interface of what `workpool run` runs: one supervisor, or a group of environments."""
+"""The common interface of one supervisor and a group of environments, for `workpool run`."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 
 class Controlled(Protocol):
-    """A pool that the control socket acts on. The methods are those of `Supervisor`."""
+    """A pool that the control socket controls, with the same methods as `Supervisor`."""
 
     @property
     def settings(self) -> Settings:
@@ -34,7 +34,7 @@ class Controlled(Protocol):
 
 
 class Pool(Controlled, Protocol):
-    """The pool or pools of `workpool run`. The attributes and methods are those of `Supervisor`."""
+    """The pool or pools of `workpool run`, with the same attributes as `Supervisor`."""
 
     on_blocked: Callable[[], None] | None
     renewer_services: Sequence[AbstractAsyncContextManager[object]]

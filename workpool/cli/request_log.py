@@ -1,7 +1,7 @@
 """A log line for each request to `workpool serve`, at level DEBUG.
 
 Only the method, the path, the status and the time are logged: queries, headers and bodies may
-contain what a log must not.
+contain secrets.
 """
 
 import time

@@ -93,7 +93,7 @@ def run(
 def _new_pool(
     settings: Settings, environments: Sequence[Settings]
 ) -> "Supervisor | EnvironmentGroup":
-    """Create the supervisor, or that of each environment, with the metrics of the process."""
+    """Create one supervisor, or a group with one for each environment, and the metrics."""
     registry = CollectorRegistry()
     ProcessCollector(registry=registry)
     if not environments:

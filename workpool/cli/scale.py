@@ -165,7 +165,7 @@ async def _serve(
 
 
 class FleetMetrics(Collector):
-    """The numbers of each environment as gauges, without samples while there are none."""
+    """The numbers of each environment as gauges. Unknown numbers have no sample."""
 
     def __init__(self, fleet: Fleet) -> None:
         self._fleet = fleet

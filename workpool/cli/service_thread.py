@@ -43,7 +43,7 @@ class ServiceThread:
         """Enter the services.
 
         Raises:
-            WorkpoolError: One of them cannot be opened, such as the exporter.
+            WorkpoolError: A service cannot be opened, such as the exporter.
         """
         self._owner = asyncio.get_running_loop()
         self._opened = asyncio.Event()

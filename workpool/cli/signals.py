@@ -32,7 +32,7 @@ class Signals:
     Attributes:
         first: Set by the first signal that requests an end.
         second: Set by a SIGTERM or SIGINT after it.
-        last: The last signal that set one of them; None before the first.
+        last: The last signal that set `first` or `second`; None before the first signal.
         on_user: Called with each SIGUSR1 and SIGUSR2; None: they have no effect.
     """
 

@@ -43,7 +43,7 @@ REFUSED: Final = frozenset(
 
 
 class NoAnswerError(Exception):
-    """A request was not answered; the message has the reason, without the token."""
+    """A request was not answered; the message gives the reason, without the token."""
 
 
 @dataclass(frozen=True, slots=True)

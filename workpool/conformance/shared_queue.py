@@ -39,7 +39,8 @@ class Delivery(NamedTuple):
     Attributes:
         number: Its number among all deliveries.
         nothing_at: The time when the suite sent the last poll that returned no item: the item was
-            not available then. If this time is late, the control plane was late, not the suite.
+            not available then. It shows whether the control plane delivered the item late, or the
+            suite polled late.
         at: The time when the suite sent the poll that delivered the item.
         item: The item as JSON.
     """

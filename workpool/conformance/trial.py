@@ -141,7 +141,7 @@ class Trial:
         """Return the item of the control plane, from a read or from the list.
 
         Raises:
-            Untried: Neither is possible.
+            Untried: The item cannot be read, and the list does not have it.
         """
         answer = await self.api.get(subject.id)
         if answer.ok and isinstance(answer.body, dict):

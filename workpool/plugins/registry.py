@@ -91,9 +91,8 @@ class Plugins:
 
     def __init__(self, plugins: tuple[Plugin, ...], hooks: Mapping[str, Sequence[Hook]]) -> None:
         self.metrics: Callable[[Event], None] | None = None
-        self._reported: set[tuple[str, str, type[BaseException]]] = (
-            set()
-        )  # written on the loop only
+        # Changed on the loop only, so no lock is needed.
+        self._reported: set[tuple[str, str, type[BaseException]]] = set()
         self._failing: dict[str, _LoggedError] = {}
         self._plugins = plugins
         self._choosers = hooks["workpool_session_handler"]

@@ -1,4 +1,4 @@
-"""Waiting for a state that other tasks of the same loop bring about."""
+"""Waiting for a state that other tasks of the same loop change."""
 
 from __future__ import annotations
 

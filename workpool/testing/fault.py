@@ -1,4 +1,4 @@
-"""One fault: what happens to one call, as a value.
+"""One fault: the changes to one call, as a value.
 
 Two carriers inject a `Fault`: `http_faults` into the requests that reach a control plane, and
 `local_client` into calls in one process. `fault_rules` decides which calls have a fault.
@@ -86,7 +86,7 @@ NO_FAULT: Final = Fault()
 
 
 def nested(faults: Sequence[Fault]) -> Fault:
-    """Return one fault with the effect of all of them; the first one is the outermost."""
+    """Return one fault with the effects of all these faults; the first fault is the outermost."""
     return reduce(_nest, faults, NO_FAULT) if len(faults) != 1 else faults[0]
 
 

@@ -55,7 +55,7 @@ class Request:
         at: The time of its arrival, on the loop's clock.
         headers: All headers. Empty in one process, like `query` and `body`.
         body: The JSON of the request; None without a body, or if a fault prevented reading it.
-        status: The status of the answer; None until there is one.
+        status: The status of the answer; None before the answer.
         lost: The connection was closed before the answer, or there is no answer.
     """
 
@@ -128,7 +128,7 @@ class Faults:
     """
 
     def __init__(self, seed: int = 0, *, remember: bool = True, over_http: bool = True) -> None:
-        """Inject nothing yet.
+        """Create a set of faults without rules.
 
         Args:
             seed: The seed of the probabilities.

@@ -200,7 +200,7 @@ class Proxy:
             sink.transport.abort()
 
     def _read_size(self) -> int:
-        """Return how many bytes to read at once: with a throttle, those of a tenth of a second."""
+        """Return how many bytes to read at once. A throttle allows the bytes of 0.1 s."""
         if self._bytes_per_second is None:
             return _CHUNK_BYTES
         return max(1, int(self._bytes_per_second / 10))

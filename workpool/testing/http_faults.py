@@ -166,7 +166,7 @@ class Hold:
 
 
 class Cut:
-    """A fault that can break the connections of requests later, such as event streams."""
+    """A fault that lets a test break the connections of requests, such as event streams."""
 
     def __init__(self) -> None:
         self._open: set[asyncio.WriteTransport] = set()

@@ -63,7 +63,7 @@ class Script:
         Script(heartbeat=[None, silence()], ack=[status(503)])
 
     Attributes:
-        sent: Every call so far: the operation and the item's id, or None.
+        sent: Every call so far: the operation, and the id of the item or None.
     """
 
     def __init__(self, **faults: Iterable[Fault | None]) -> None:

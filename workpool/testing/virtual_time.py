@@ -1,7 +1,7 @@
 """Virtual time: an event loop on which a day of waiting takes no time.
 
-The loop's clock stands still while anything runs and jumps to the next timer when nothing does, so
-a test is as fast as its work and the same on every machine. This is for code that waits for timers
+The loop's clock stops while a task runs, and jumps to the next timer when all tasks wait, so a test
+is as fast as its work and the same on every machine. This is for code that waits for timers
 and for other code on its loop. A thread, a process or a socket takes real time: if a task waits for
 one, the clock does not jump, and an error names the thread, process or socket.
 """
@@ -99,7 +99,7 @@ class VirtualLoop(asyncio.SelectorEventLoop):
         return transport, protocol
 
     def _jump(self, seconds: float | None) -> None:
-        """Let `seconds` pass; None: no timer is set.
+        """Advance the clock by `seconds`; None: no timer is set.
 
         Raises:
             RuntimeError: A task may wait for something that takes real time, or nothing can happen

@@ -85,7 +85,7 @@ class Scene:
     """A control plane, a container engine, a view of the engine, and pools with the plugin.
 
     Attributes:
-        options: The plugin's settings, unless a test says otherwise.
+        options: The default settings of the plugin; a test may replace them.
         work_id: The id of an item that the control plane does not have.
         forever: A script that prints "ready" and runs until it receives SIGTERM.
     """

@@ -1,4 +1,4 @@
-"""An item has at most one container, at whatever point a worker is cancelled."""
+"""An item has at most one container, even if its worker is cancelled at any point."""
 
 from __future__ import annotations
 

@@ -46,7 +46,7 @@ class Leftovers:
         self._unknown: set[str] = set()
 
     async def keep_sweeping(self, seconds: float) -> None:
-        """Sweep at once, at each request, and in each interval, until cancelled."""
+        """Sweep now, after each request, and at least every `seconds`, until cancelled."""
         while True:
             await self.sweep()
             try:
@@ -94,7 +94,7 @@ class Leftovers:
             )
 
     async def _leftover_reason(self, found: Found) -> str | None:
-        """Return why the container's result cannot count anymore, or None if it may count."""
+        """Return the reason why the container's result cannot count anymore; None if it can."""
         try:
             item = await self._client.get(found.labels[WORK_ID])
         except ControlPlaneError as error:

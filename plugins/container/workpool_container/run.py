@@ -263,10 +263,10 @@ class Run:
             self._grace.reschedule(asyncio.get_running_loop().time())
 
     async def _clean_up(self) -> None:
-        """Stop the container with a short grace, then remove it. All of it is bounded.
+        """Stop the container with a short grace, then remove it. Both have a time limit.
 
         The engine may still carry out a cancelled create or start. The removal waits for a start
-        that is under way; a container that is created later is never started.
+        that is in progress; a container that is created later is never started.
         """
         grace = CANCELLED_SECONDS if self._session.lease_remaining else LOST_SECONDS
         try:

@@ -145,7 +145,7 @@ def worker_settings(base_url: str, token: str, environment_id: str, name: str) -
 
 
 async def _lines(stream: asyncio.StreamReader) -> AsyncIterator[str]:
-    """Yield lines; one that is longer than `LINE_BYTES` is split."""
+    """Yield the lines of a stream. A line that is longer than `LINE_BYTES` is split."""
     rest = b""
     while chunk := await stream.read(LINE_BYTES):
         *lines, rest = (rest + chunk).split(b"\n")
