@@ -203,7 +203,7 @@ class Exporter:
     async def _disconnect(self, server: asyncio.Server, runner: web.AppRunner) -> None:
         """Close every connection, even if its client neither reads nor closes it."""
         server.close()
-        await asyncio.sleep(0)  # sockets that were accepted just now become connections
+        await asyncio.sleep(0)  # so that accepted sockets become connections
         try:
             await runner.cleanup()
         finally:

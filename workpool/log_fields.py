@@ -17,11 +17,11 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping, MutableMapping
 
 FIELDS: Final[Mapping[str, Literal["text", "number"]]] = {
-    # every record of a pool
+    # Fields of every record of a pool.
     "environment_id": "text",
     "worker_id": "text",
     "trace_id": "text",
-    # items and sessions
+    # Fields about items and sessions.
     "work_id": "text",
     "session_id": "text",
     "handler": "text",
@@ -37,7 +37,7 @@ FIELDS: Final[Mapping[str, Literal["text", "number"]]] = {
     "result": "text",
     "mode": "text",
     "until": "text",
-    # the pool
+    # Fields about the pool.
     "running": "number",
     "abandoned": "number",
     "limit": "text",
@@ -53,10 +53,10 @@ FIELDS: Final[Mapping[str, Literal["text", "number"]]] = {
     "signal": "text",
     "status": "number",
     "file": "text",
-    # requests to `workpool serve`
+    # Fields about requests to `workpool serve`.
     "method": "text",
     "path": "text",
-    # errors
+    # Fields about errors.
     "error": "text",
     "error_type": "text",
     "stack": "text",

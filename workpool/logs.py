@@ -60,7 +60,7 @@ def hide(token: str) -> None:
 
 
 def hide_item_token(token: str) -> None:
-    """Redact the token of one item. Item tokens have a larger limit, since there may be many."""
+    """Redact the token of one item. Many item tokens do not displace the tokens of clients."""
     _remember_token(_item_tokens, token, ITEM_TOKENS)
 
 

@@ -868,7 +868,7 @@ def _merge(*layers: Mapping[str, _GivenValue]) -> tuple[dict[str, _GivenValue], 
             if len(given) > 1:
                 problems.append(f"{name}, {file}: set one of the two")
             if given:
-                # A credential of a keyword wins over a file that the environment names.
+                # A token of a later layer also replaces the token file of an earlier one.
                 merged.pop(name, None)
                 merged.pop(file, None)
         merged |= layer

@@ -83,7 +83,7 @@ class GroupMember:
 
     async def run(self, *, until_empty: bool) -> None:
         """Run the supervisor; a failure is in `error` afterwards."""
-        if self.error is not None:  # a supervisor runs once
+        if self.error is not None:  # a supervisor cannot run twice
             self._abandoned += self.supervisor.abandoned
             self.supervisor = self._create(self.settings)
             if self._pause_reason is not None:

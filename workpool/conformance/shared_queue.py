@@ -90,7 +90,8 @@ class SharedQueue:
         self._test_environment = test_environment
         self.sleep = sleep
         self.starts = asyncio.Semaphore(STARTS)
-        self._subjects = {name: Subject(name) for name in self._given}  # also by session id
+        # A key is the id of an item or of its session.
+        self._subjects = {name: Subject(name) for name in self._given}
         self._foreign: set[str] = set()
         self._deliveries = 0
         self._nothing_at = -math.inf

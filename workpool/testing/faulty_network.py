@@ -62,7 +62,7 @@ class Proxy:
         self._changes = Changes()
         self._stack = AsyncExitStack()
 
-    # Failures.
+    # Methods that inject and end failures.
 
     def blackhole(self) -> None:
         """Drop every byte in both directions, without closing a connection.
@@ -116,7 +116,7 @@ class Proxy:
             timeout,
         )
 
-    # Life cycle.
+    # Start, forwarding and end.
 
     async def __aenter__(self) -> Self:
         self.heal()
@@ -145,7 +145,8 @@ class Proxy:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        await self._stack.aclose()  # without the error of the block, which must not be wrapped
+        # `aclose` does not pass the block's error to the task group, which would wrap it.
+        await self._stack.aclose()
 
     async def _forward_connection(
         self, ending: asyncio.Event, reader: asyncio.StreamReader, writer: asyncio.StreamWriter

@@ -36,7 +36,7 @@ def _handler_frames(work_id: str) -> list[str]:
     """Return all frames of the item's handler, down to its last `await`."""
     lines: list[str] = []
     for task in asyncio.all_tasks():
-        label, _, name = task.get_name().rpartition(" ")  # the form of `pool.handler_executor`
+        label, _, name = task.get_name().rpartition(" ")  # see `pool.handler_executor`
         if label and name == work_id:
             lines.append(f"its handler {label} waits here:")
             awaited: Any = task.get_coro()

@@ -75,9 +75,8 @@ class Leftovers:
             return
         try:
             await self._engine.remove(found.id)
-        except (
-            EngineError
-        ) as error:  # one container that cannot be removed must not keep the others
+        except EngineError as error:
+            # One container that cannot be removed must not prevent the removal of the others.
             log.warning(
                 "container not removed: %s",
                 error,

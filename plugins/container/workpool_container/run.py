@@ -172,7 +172,7 @@ class Run:
         await self._engine.start(self._id)
         self._session.log.info("container started", extra=self._log_fields())
 
-    # Following the container.
+    # Waiting for the end of the container.
 
     async def _await_exit(self, *, adopted: bool) -> int:
         try:
