@@ -261,7 +261,7 @@ def cpu_seconds(pid: int) -> float:
 
 def family_cpu_seconds(pid: int) -> float:
     """Return the CPU time of a process and of its children, also of those that have ended."""
-    children = [child for child in _pids() if _parent_pid(child) == pid]
+    children = [child for child in _list_pids() if _parent_pid(child) == pid]
     return sum(_cpu_ticks(pid)) / _TICKS_PER_SECOND + sum(map(cpu_seconds, children))
 
 
@@ -293,7 +293,7 @@ def _stat_fields(pid: int) -> list[str]:
     return text.rpartition(")")[2].split()
 
 
-def _pids() -> list[int]:
+def _list_pids() -> list[int]:
     return [int(each.name) for each in _PROC.iterdir() if each.name.isdecimal()]
 
 

@@ -261,7 +261,9 @@ class Exporter:
             raise web.HTTPNotFound
         # A page of another site could use a name of its own that resolves to the loopback address.
         local = _is_loopback(self._host) and names_an_address(request.host)
-        data = await self._render(self._live_page.status, local or self._live_page.always_ids)
+        data = await self._render_on_thread(
+            self._live_page.status, local or self._live_page.always_ids
+        )
         return web.json_response(data, headers=CONFINED)
 
     async def _metrics(self, request: web.Request) -> web.Response:
@@ -270,15 +272,15 @@ class Exporter:
         headers = {"Content-Type": content_type, "Vary": "Accept, Accept-Encoding"}
         if gzip_accepted(request.headers.get("Accept-Encoding", "")):
             headers["Content-Encoding"] = "gzip"
-            body = await self._render(_encode_compressed, encode, self._registry)
+            body = await self._render_on_thread(_encode_compressed, encode, self._registry)
         else:
-            body = await self._render(encode, self._registry)
+            body = await self._render_on_thread(encode, self._registry)
         self.scraped_at = began_at
         for call in tuple(self.on_scraped):
             call()
         return web.Response(body=body, headers=headers)
 
-    async def _render(self, render: Callable[..., R], *arguments: object) -> R:
+    async def _render_on_thread(self, render: Callable[..., R], *arguments: object) -> R:
         """Call `render` on the thread that renders metrics."""
         if len(self._renderings) >= SCRAPES_MAX:
             raise web.HTTPServiceUnavailable(

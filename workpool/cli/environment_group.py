@@ -220,7 +220,7 @@ class EnvironmentGroup:
 
         The error of an environment is part of the state only if no environment runs.
         """
-        reasons = self._unready()
+        reasons = self._readiness_problems()
         found = [each.status() for each in self.environments]
         slots = self._process.concurrency
         return Status(
@@ -249,7 +249,7 @@ class EnvironmentGroup:
         counts = read_counts(self._registry)
         found = [each.supervisor.live_status(show_ids, counts) for each in self.environments]
         names = {"worker_id": self._process.worker_id, "version": found[0]["version"]}
-        return merged_status(names, found, self._process.concurrency, self._unready())
+        return merged_status(names, found, self._process.concurrency, self._readiness_problems())
 
     @property
     def _first_error(self) -> Exception | None:
@@ -368,17 +368,17 @@ class EnvironmentGroup:
             address.host or "",
             address.port,
             self._registry,
-            health=self._unhealthy,
-            readiness=self._unready,
+            health=self._health_problems,
+            readiness=self._readiness_problems,
             live_page=LivePage(self.live_status, self._process.live_page_ids == "always"),
         )
         exporter.scale = lambda: worker_numbers(self.status())
         return exporter
 
-    def _unhealthy(self) -> list[str]:
+    def _health_problems(self) -> list[str]:
         # A restart of the process would not help an environment that has failed alone.
         reasons = (each.supervisor.unhealthy() for each in self.environments if each.running)
         return list(dict.fromkeys(reason for each in reasons for reason in each))
 
-    def _unready(self) -> list[str]:
+    def _readiness_problems(self) -> list[str]:
         return [reason for each in self.environments for reason in each.reasons]

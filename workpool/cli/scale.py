@@ -119,7 +119,7 @@ def scale(
         rule = ReplicaRule(slots, min_replicas, max_replicas)
         new_reader = functools.partial(FleetReader, interval=interval, max_age=max_age)
         with asyncio.Runner(loop_factory=new_event_loop) as runner:
-            runner.run(_until_signal(_serve(settings, environments, rule, new_reader)))
+            runner.run(_until_signal(_serve_numbers(settings, environments, rule, new_reader)))
 
 
 async def _until_signal(serve: Coroutine[Any, Any, None]) -> None:
@@ -135,7 +135,7 @@ async def _until_signal(serve: Coroutine[Any, Any, None]) -> None:
         log_config.log.info("scale ends", extra={"signal": ending.name if ending else None})
 
 
-async def _serve(
+async def _serve_numbers(
     settings: Settings,
     environments: Sequence[Settings],
     rule: ReplicaRule,

@@ -162,12 +162,12 @@ def gauge_families(sources: Iterable[GaugeSource]) -> Iterable[GaugeMetricFamily
         for row in DEFINITIONS
         if row.kind == "gauge"
     }
-    for name, labels, value in _samples(sources):
+    for name, labels, value in _gauge_samples(sources):
         families[name].add_metric(labels, value)
     return families.values()
 
 
-def _samples(sources: Iterable[GaugeSource]) -> Iterator[Sample]:
+def _gauge_samples(sources: Iterable[GaugeSource]) -> Iterator[Sample]:
     environments = defaultdict[str, list[GaugeSource]](list)
     for source in sources:
         environments[source.environment_id].append(source)

@@ -54,7 +54,7 @@ class _Hooks:
         self.__dict__.update(hooks)
 
 
-class _Adapter:
+class _RouteAdapter:
     """The hook `workpool_session_handler` of one plugin's functions with `@handler`."""
 
     def __init__(self, routes: Sequence[Route]) -> None:
@@ -262,7 +262,7 @@ def _in_order(plugins: Sequence[Plugin]) -> dict[str, list[Hook]]:
     for plugin in reversed(plugins):
         if plugin.routes:
             adapter = registry.register(
-                _Adapter(_reachable_routes(plugin, routes)), f"@{plugin.name}"
+                _RouteAdapter(_reachable_routes(plugin, routes)), f"@{plugin.name}"
             )
             owners[str(adapter)] = plugin.name
         registry.register(_Hooks(plugin.hooks), plugin.name)

@@ -87,10 +87,10 @@ NO_FAULT: Final = Fault()
 
 def nested(faults: Sequence[Fault]) -> Fault:
     """Return one fault with the effects of all these faults; the first fault is the outermost."""
-    return reduce(_nest, faults, NO_FAULT) if len(faults) != 1 else faults[0]
+    return reduce(_nest_fault, faults, NO_FAULT) if len(faults) != 1 else faults[0]
 
 
-def _nest(outer: Fault, inner: Fault) -> Fault:
+def _nest_fault(outer: Fault, inner: Fault) -> Fault:
     if not outer.applied:
         return outer  # the call does not reach the inner fault
     replaced = outer if outer.answer is not None else inner

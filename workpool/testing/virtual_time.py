@@ -43,7 +43,7 @@ class VirtualLoop(asyncio.SelectorEventLoop):
         self._now = 0.0
         self.slept = self.paused = 0.0
         self._outside = _RealTimeWork()
-        self._jumps = _Jumps(self._jump)
+        self._jumps = _JumpingSelector(self._jump)
         super().__init__(self._jumps)
         self._own_files = {key.fd for key in self._jumps.get_map().values()}
         # Timers may fire early by this time. The default is too small after a month of virtual
@@ -167,7 +167,7 @@ def _running_threads() -> str:
     return f"; virtual time does not wait for the threads {', '.join(names)}" if names else ""
 
 
-class _Jumps(selectors.DefaultSelector):
+class _JumpingSelector(selectors.DefaultSelector):
     """A selector that lets time pass instead of waiting.
 
     Attributes:

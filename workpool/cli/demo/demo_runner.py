@@ -102,7 +102,7 @@ class DemoRunner:
             f"workpool demo: {self.state.count} sessions for {self._handler}, 2 workers,"
             f" control plane {self.state.url}"
         )
-        self._enqueue(FIRST)
+        self._create_sessions(FIRST)
         async with self._running_workers(signals):
             return await self._show_until_end(signals)
 
@@ -135,7 +135,7 @@ class DemoRunner:
                     self.view.say(f"{worker.name} ended by itself, status {worker.status}")
                     return worker.status or exits.FAILED
             if len(self._polled) == len(self._workers):
-                self._enqueue(state.count)
+                self._create_sessions(state.count)
             if state.held or state.acked != acked:
                 acked, moved_at = state.acked, loop.time()
             problem = self._find_problem(loop.time() - moved_at)
@@ -163,7 +163,7 @@ class DemoRunner:
         settings = worker_settings(plane.base_url, plane.token, plane.environments[0], name)
         return Worker(name, self._handler, settings, self.view.show)
 
-    def _enqueue(self, until: int) -> None:
+    def _create_sessions(self, until: int) -> None:
         """Create sessions until their number is `until`."""
         for session in self._sessions[len(self._names) : until]:
             [item] = self.plane.enqueue(metadata=session.metadata, work_type=session.type)
