@@ -77,10 +77,10 @@ class MachineRenewer(LoopRenewer):
         self._context.run(EVENT_LOOP.set, "renewer")
         return self._loop.create_task(self._main(), name="lease-renewer", context=self._context)
 
-    def _call(self, callback: Callable[..., object], *args: object) -> None:
+    def _schedule_call(self, callback: Callable[..., object], *args: object) -> None:
         self._loop.call_soon(callback, *args, context=self._context)
 
-    def _tell(self, callback: Callable[[], object]) -> None:
+    def _call_on_handlers_loop(self, callback: Callable[[], object]) -> None:
         self._loop.call_soon(callback, context=self._handlers_context)
 
 
