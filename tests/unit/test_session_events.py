@@ -239,13 +239,23 @@ async def test_repeated_message_never_counts_as_sent(
 
 
 class ImpatientGuard(Unguarded):
-    """A guard that gives up on a call without an immediate answer and repeats it."""
+    """A guard that gives up on a call once its request is held, and repeats it."""
+
+    def __init__(self, hold: Hold) -> None:
+        self._hold = hold
 
     async def carry(self, call: Callable[[CallOptions], Awaitable[T]]) -> T:
         with suppress(TimeoutError):
-            async with asyncio.timeout(0.05):
-                return await call(DEFAULT_OPTIONS)
+            async with asyncio.timeout(None) as limit, asyncio.TaskGroup() as group:
+                giving_up = group.create_task(self._expire(limit, self._hold.held + 1))
+                result = await call(DEFAULT_OPTIONS)
+                giving_up.cancel()
+                return result
         return await call(DEFAULT_OPTIONS)
+
+    async def _expire(self, limit: asyncio.Timeout, held: int) -> None:
+        await self._hold.reached(held)
+        limit.reschedule(asyncio.get_running_loop().time())
 
 
 async def test_unanswered_message_is_not_repeated_but_result_is(
@@ -254,7 +264,7 @@ async def test_unanswered_message_is_not_repeated_but_result_is(
     session_id = scripted_item(control_plane, BASH)
     hold = Hold(applied=True)
     faults.add(hold, "send", times=2)
-    events = qoder_control_plane.events(session_id, guard=ImpatientGuard())
+    events = qoder_control_plane.events(session_id, guard=ImpatientGuard(hold))
     with pytest.raises(TransientError) as caught:
         await events.send(MESSAGE)
     assert caught.value.reason == "timeout"
