@@ -262,6 +262,22 @@ async def test_requests_are_recorded_with_body_and_status(
         await faults.wait_for("stop", timeout=0.01)
 
 
+async def test_request_of_client_that_disconnects_while_held_is_logged_without_error(
+    item_api: ItemApi, faults: Faults, caplog: pytest.LogCaptureFixture
+) -> None:
+    hold = Hold()
+    faults.add(hold, "update")
+    async with asyncio.TaskGroup() as group:
+        sending = group.create_task(
+            item_api("POST", f"/{item_api.id}", json={"metadata": {"a": "b"}})
+        )
+        await hold.reached()
+        sending.cancel()
+    await faults.wait_for("update")
+    await item_api("GET", f"/{item_api.id}")
+    assert [record.message for record in caplog.records if record.levelname == "ERROR"] == []
+
+
 async def test_recorder_waits_for_event_and_reports_other_events_on_timeout(
     control_plane: ControlPlane, make_pool: Any, recorder: Recorder
 ) -> None:

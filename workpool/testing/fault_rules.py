@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import random
+from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import partial
 from typing import TYPE_CHECKING, Any, TypedDict, Unpack, get_args
@@ -231,7 +232,8 @@ class Faults:
             return response
         finally:
             if request.body_exists and request.content.is_eof():
-                seen.body = _parse_json(await request.read())
+                with suppress(ConnectionError):  # a lost connection takes an unread body with it
+                    seen.body = _parse_json(await request.read())
             self._changes.notify()
 
     def fault_of(self, request: Request) -> Fault:
