@@ -221,7 +221,7 @@ async def test_unanswered_connection_costs_one_attempt_but_not_the_result(
     run_one_item: Any, faults: Faults
 ) -> None:
     faults.add(delay(60), "update", times=1)
-    final = await run_one_item(return_result, request_timeout=0.2)
+    final = await run_one_item(return_result, request_timeout=1.0)
     assert (final.outcome, final.metadata) == ("completed", {"rows": "7"})
     assert final.request_names == [*BEGIN, "update", "update", "stop"]
 

@@ -91,7 +91,7 @@ async def test_failed_poll_backs_off_and_is_repeated(
     # aiohttp repeats a GET once when its connection was closed, so one failure needs two faults.
     strikes = 2 if reason == "network" and result == "error" else 1
     faults.add(fault(), "poll", times=strikes)
-    async with make_pool(work, request_timeout=0.2, block_ms=20) as supervisor:
+    async with make_pool(work, request_timeout=1.0, block_ms=20) as supervisor:
         control_plane.enqueue()
         finished = await recorder.wait_for(SessionFinished)
         assert supervisor.status().ready
@@ -371,7 +371,7 @@ async def test_failed_ack_is_repeated_and_item_runs_once(
     run_one_item: Any, faults: Faults, recorder: Recorder, fault: Any
 ) -> None:
     faults.add(fault(), "ack", times=2)
-    final = await run_one_item(work, request_timeout=0.2)
+    final = await run_one_item(work, request_timeout=1.0)
     assert final.outcome == "completed"
     assert final.request_names == ["ack", "ack", "ack", "heartbeat", "stop"]
     assert [event.result for event in recorder.of(AckFinished)] == ["ok"]
@@ -445,7 +445,7 @@ async def test_failed_heartbeat_is_repeated_within_lease(
     run_one_item: Any, faults: Faults, recorder: Recorder, fault: Any
 ) -> None:
     faults.add(fault(), "heartbeat", times=2)
-    final = await run_one_item(work, request_timeout=0.2)
+    final = await run_one_item(work, request_timeout=1.0)
     assert final.outcome == "completed"
     assert len(recorder.of(SessionStarted)) == 1
     results = [event.result for event in recorder.of(HeartbeatFinished)]
