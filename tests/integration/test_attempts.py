@@ -51,13 +51,13 @@ def failing_handler() -> None:
 
 
 def for_a_moment() -> Callable[[object], bool]:
-    """Return a predicate that is true for a second, longer than a short write is retried."""
+    """Return a predicate that is true for 0.3 s, longer than a short write is retried."""
     since: list[float] = []
 
     def is_first_call_recent(_: object) -> bool:
         now = asyncio.get_running_loop().time()
         since.append(now)
-        return now < since[0] + 1
+        return now < since[0] + 0.3
 
     return is_first_call_recent
 
@@ -416,15 +416,8 @@ async def test_lost_answer_to_attempt_update_does_not_count_twice(item_runs: Ite
 @pytest.mark.parametrize("applied", [False, True])
 @pytest.mark.usefixtures("short_write_retries")
 async def test_run_that_cannot_be_counted_is_released_with_its_number(
-    item_runs: ItemRuns,
-    monkeypatch: pytest.MonkeyPatch,
-    notes: Any,
-    number: int,
-    *,
-    applied: bool,
+    item_runs: ItemRuns, notes: Any, number: int, *, applied: bool
 ) -> None:
-    # The mark is written after the moment in which writes fail.
-    monkeypatch.setattr("workpool.pool.completion.MARK_TRY_SECONDS", 10.0)
     item_runs.run_and_crash()
     item_runs.write_metadata(**notes)
     item_runs.faults.add(status(503, applied=applied), "update", where=for_a_moment())
