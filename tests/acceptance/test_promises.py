@@ -27,6 +27,7 @@ ITEMS = 1000
 HELD = 8
 LEASE_SECONDS = 10
 SECONDS = 60.0
+UNFINISHED_MAX = 50
 HANDLER = """
 import asyncio
 from pathlib import Path
@@ -152,11 +153,16 @@ class ControlPlaneClient:
             return await answer.json()
 
     async def enqueue_until_killed(self) -> None:
-        """Enqueue items until the control plane is killed, and record every answer."""
+        """Enqueue items until the control plane is killed, and record every answer.
+
+        Few items are unfinished at a time: otherwise the worker, which may send 20 writes a second,
+        would need minutes for the items that a fast machine enqueues.
+        """
         while True:
             try:
-                created = await self.call("POST", body={"count": 5})
-                self.known |= {item["id"]: item for item in created["data"]}
+                if sum(item["state"] != "stopped" for item in self.known.values()) < UNFINISHED_MAX:
+                    created = await self.call("POST", body={"count": 5})
+                    self.known |= {item["id"]: item for item in created["data"]}
                 self.known |= {item["id"]: item for item in await self.items()}
             except (aiohttp.ClientError, ConnectionError):
                 return
