@@ -94,7 +94,7 @@ def test_every_alert_is_in_table_of_operating_page() -> None:
     assert re.findall(r"^\| \[`(Workpool\w+)`\]", page_text("operating.md"), re.MULTILINE) == alerts
 
 
-def test_runbook_address_of_every_alert_is_a_heading_of_operating_page() -> None:
+def test_runbook_url_of_every_alert_links_to_existing_heading() -> None:
     addresses = re.findall(r"runbook_url: (\S+)$", ALERTS, re.MULTILINE)
     [prefix] = {address.partition("#")[0] for address in addresses}
     assert f"'s#{prefix}#" in ALERTS, "the first lines show how to replace the prefix"

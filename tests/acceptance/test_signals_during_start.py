@@ -315,7 +315,9 @@ async def test_running_pool_in_shell_whose_terminal_hangs_up_drains(
     assert record_kinds(control_plane, item)[-1] == "stopped"
 
 
-async def test_serve_whose_terminal_hangs_up_ends(start_on_terminal: StartOnTerminal) -> None:
+async def test_serve_command_ends_if_its_terminal_hangs_up(
+    start_on_terminal: StartOnTerminal,
+) -> None:
     command, terminal = await start_on_terminal(*WORKPOOL, "serve", "--port", "0")
     await command.wait_for_output("ready")
     os.close(terminal)

@@ -259,7 +259,7 @@ def run_command(*words: str) -> str:
 
 
 def test_unit_file_has_no_problem_for_systemd(run_analyze: str, tmp_path: Path) -> None:
-    """The unit is verified as an instance, with the command of this environment."""
+    """The template unit is verified as an instance, with `workpool` of this virtual environment."""
     unit = tmp_path / UNIT.name
     program = Path(sys.executable).parent / "workpool"
     unit.write_text(UNIT.read_text().replace("/opt/workpool/bin/workpool", str(program)))

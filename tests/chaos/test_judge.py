@@ -140,7 +140,7 @@ def test_judge_reports_run_of_lost_lease_unless_its_process_was_killed() -> None
     assert judged([*HANDED_ON, *END], WOKEN, []).broken
 
 
-def test_judge_excuses_run_until_original_end_of_expired_lease() -> None:
+def test_judge_allows_run_until_original_end_of_lease_that_expired_early() -> None:
     fault = {"t": 3, "what": "fault", "kind": "expired", "work_id": "w"}
     handed_on = [*held(0, A), fault, record(3, "lapsed", A), *held(4, B), *END]
     trace = [ran(1, 1, "start"), ran(5, 2, "start"), ran(6, 2, "returned")]

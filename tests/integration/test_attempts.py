@@ -145,7 +145,7 @@ def short_write_retries(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("workpool.pool.completion.MARK_TRY_SECONDS", 1.0)
 
 
-# -- which runs count as attempts
+# Which runs count as attempts.
 
 
 async def test_attempt_of_new_item_is_one_without_extra_request(item_runs: ItemRuns) -> None:
@@ -258,7 +258,7 @@ async def test_run_by_another_worker_while_item_waited_for_slot_counts_as_attemp
     ]
 
 
-# -- the note of a drain in the metadata (mark)
+# The note of a drain in the metadata (mark).
 
 
 async def test_drain_mark_is_written_as_soon_as_drain_is_requested(item_runs: ItemRuns) -> None:
@@ -398,7 +398,7 @@ async def test_completed_session_whose_mark_cannot_be_deleted_is_stopped(
     assert item_runs.metadata == DRAINED
 
 
-# -- the number of the next run
+# The number of the next run.
 
 
 async def test_lost_answer_to_attempt_update_does_not_count_twice(item_runs: ItemRuns) -> None:
@@ -449,7 +449,7 @@ async def test_drain_mark_replaces_error_of_earlier_run(item_runs: ItemRuns) -> 
     assert item_runs.metadata == {"workpool.attempt": "2"} | DRAINED
 
 
-# -- max_attempts
+# The setting max_attempts.
 
 
 @pytest.mark.parametrize(

@@ -88,7 +88,7 @@ def held_item_count(plane: ControlPlane) -> int:
     )
 
 
-# -- a place is reserved before each poll
+# A place is reserved before each poll.
 
 
 @pytest.mark.parametrize("shape", [(1, 0, 3), (2, 0, 4), (2, 3, 3)])
@@ -128,7 +128,7 @@ async def test_place_is_reserved_before_poll(
         gate.opened.set()
 
 
-# -- duplicate deliveries
+# Duplicate deliveries.
 
 
 async def test_duplicate_delivery_of_waiting_item_is_dropped(
@@ -214,7 +214,7 @@ async def test_released_item_delivered_again_is_run_again(
     assert len(faults.of("ack")) == 2
 
 
-# -- one session runs at a time
+# One session runs at a time.
 
 
 async def test_second_item_of_running_session_is_not_acknowledged(
@@ -233,7 +233,7 @@ async def test_second_item_of_running_session_is_not_acknowledged(
     assert control_plane.summary().stopped == 2
 
 
-# -- items that the pool declines
+# Items that the pool declines.
 
 
 class SelectivePlugin:
@@ -298,7 +298,7 @@ async def test_handler_at_max_sessions_declines_item(
     assert control_plane.summary().stopped == 3
 
 
-# -- items that the pool cannot claim
+# Items that the pool cannot claim.
 
 
 @pytest.mark.parametrize(
@@ -331,7 +331,7 @@ async def test_polls_are_spaced_out_while_only_health_checks_arrive(
     assert sum(gaps[3:6]) >= 0.5
 
 
-# -- items of other types
+# Items of other types.
 
 
 async def test_health_check_is_stopped_without_heartbeat_or_session(
@@ -441,7 +441,7 @@ async def test_item_with_unusual_informational_fields_is_run(
     assert (claimed.pickup_seconds is None) is unknown
 
 
-# -- pools that refuse to start
+# Pools that refuse to start.
 
 
 class PluginWithoutHandlers:
@@ -466,7 +466,7 @@ async def test_pool_without_environment_id_refuses_to_start(make_pool: Any) -> N
         await make_pool(work, environment_id=None).__aenter__()
 
 
-# -- acks that come too late
+# Acks that come too late.
 
 
 async def test_item_acknowledged_elsewhere_while_waiting_for_slot_is_lost_at_ack(

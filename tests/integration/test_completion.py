@@ -58,7 +58,7 @@ def function_raising(error: BaseException) -> Callable[[], Any]:
     return raise_error
 
 
-# -- the handler returns ---------------------------------------------------------------------------
+# The handler returns.
 
 
 async def test_handler_that_returns_mapping_completes_with_metadata(
@@ -90,7 +90,7 @@ async def test_handler_that_returns_nothing_costs_four_requests(
     assert final.metadata == {}
 
 
-# -- the handler raises, or returns something that is no result -----------------------------------
+# The handler raises, or returns something that is no result.
 
 
 async def test_handler_that_raises_fails_with_error_type_as_metadata(run_one_item: Any) -> None:
@@ -157,7 +157,7 @@ async def test_handler_that_raises_base_exception_fails(
     assert final.metadata == {"workpool.error": type(error).__name__}
 
 
-# -- the handler runs too long ---------------------------------------------------------------------
+# The handler runs too long.
 
 
 @pytest.mark.parametrize(
@@ -182,7 +182,7 @@ async def test_handler_beyond_session_timeout_is_timed_out(
     assert final.metadata == {"workpool.error": "TimeoutError"}
 
 
-# -- the session is released -----------------------------------------------------------------------
+# The session is released.
 
 
 @pytest.mark.parametrize(("delay", "ttl"), [(10, 10), (45, 45), (600, 600)])
@@ -320,7 +320,7 @@ async def test_session_at_drain_deadline_is_released(
     assert final.sent[-1].query["desired_ttl_seconds"] == "10"
 
 
-# -- an operator requests a stop -------------------------------------------------------------------
+# An operator requests a stop.
 
 
 async def test_session_that_ends_after_stop_request_is_stopped_with_result(
@@ -385,7 +385,7 @@ async def test_stop_request_before_first_heartbeat_stops_session_that_has_not_ru
     assert not recorder.of(SessionStarted)
 
 
-# -- the item is stopped by another client, or its lease is lost: nothing is sent ------------------
+# The item is stopped by another client, or its lease is lost: nothing is sent.
 
 
 async def test_session_stopped_by_another_client_sends_nothing_more(
@@ -449,7 +449,7 @@ async def test_session_whose_item_another_worker_holds_loses_lease_however_handl
     assert final.request_names == [*BEGIN, "heartbeat"]
 
 
-# -- several end reasons at once: the lowest row of the table applies ------------------------------
+# Several end reasons at once: the lowest row of the table applies.
 
 
 @pytest.mark.parametrize(

@@ -68,7 +68,7 @@ def quick_retries(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("workpool.pool.sender.RETRY_SECONDS", 0.01)
 
 
-# -- the stop request -----------------------------------------------------------------------------
+# The stop request.
 
 
 @pytest.mark.parametrize("fault", TRANSIENT.values(), ids=TRANSIENT)
@@ -186,7 +186,7 @@ async def test_item_stopped_by_another_client_after_throttled_own_stop_has_outco
     assert final.request_names.count("stop") == 1
 
 
-# -- the write of the result -----------------------------------------------------------------------
+# The write of the result.
 
 
 @pytest.mark.parametrize("fault", TRANSIENT.values(), ids=TRANSIENT)
@@ -278,7 +278,7 @@ async def test_refused_error_note_does_not_prevent_stop(run_one_item: Any, fault
     assert final.request_names == [*BEGIN, "update", "stop"]
 
 
-# -- the lease is lost during the completion ------------------------------------------------------
+# The lease is lost during the completion.
 
 
 @pytest.mark.usefixtures("fast_heartbeats")

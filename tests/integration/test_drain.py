@@ -49,7 +49,7 @@ async def drain_has_begun(supervisor: Supervisor, recorder: Recorder) -> None:
     assert supervisor.status().reasons == ("draining",)
 
 
-# -- items and requests in progress when the drain begins
+# Items and requests in progress when the drain begins.
 
 
 async def test_idle_pool_drains_at_once(faults: Faults, make_pool: Any, recorder: Recorder) -> None:
@@ -194,7 +194,7 @@ async def test_running_sessions_keep_their_leases_during_drain(
     assert final.metadata == {"phase": "last", "draining": "True"}
 
 
-# -- the deadline of a drain
+# The deadline of a drain.
 
 
 async def test_drain_timeout_of_settings_is_default_deadline(
@@ -295,7 +295,7 @@ async def test_handler_that_ignores_cancellation_is_abandoned_by_drain(
     await asyncio.wait(left, timeout=20)
 
 
-# -- drains that an exception or cancellation of the embedder causes
+# Drains that an exception or cancellation of the embedder causes.
 
 
 async def test_exception_in_block_of_embedder_drains_with_timeout_zero(
@@ -381,7 +381,7 @@ async def test_wait_returns_after_drain_and_close(make_pool: Any) -> None:
     await supervisor.wait()
 
 
-# -- pools that are cancelled while they start
+# Pools that are cancelled while they start.
 
 
 @pytest.mark.parametrize("chunk", range(6))

@@ -71,7 +71,7 @@ def open_file_count() -> int:
     return len(list(FDS.iterdir())) if FDS.exists() else 0
 
 
-# -- a pool changes no global state, and leaves no task or thread
+# A pool changes no global state, and leaves no task or thread.
 
 
 async def test_running_pool_changes_no_global_state(
@@ -147,7 +147,7 @@ async def ignore_loop_error(waiting: Any) -> None:
         await waiting
 
 
-# -- several pools in one process
+# Several pools in one process.
 
 
 async def test_several_pools_share_one_loop_and_registry(
@@ -209,7 +209,7 @@ async def test_registry_of_caller_is_used_and_reusable_afterwards(
         pass
 
 
-# -- misuse of a supervisor
+# Misuse of a supervisor.
 
 
 async def test_supervisor_started_twice_raises(make_pool: Any) -> None:
@@ -250,7 +250,7 @@ async def test_second_pool_on_same_port_fails_and_first_continues(make_pool: Any
             assert ok.status == 200
 
 
-# -- the lifespan of a plugin encloses the pool
+# The lifespan of a plugin encloses the pool.
 
 
 class DatabasePlugin:
@@ -351,7 +351,7 @@ async def test_failing_observers_do_not_affect_sessions(
     assert {event.outcome for event in recorder.of(SessionFinished)} == {"completed"}
 
 
-# -- the order of closing
+# The order of closing.
 
 
 async def test_health_endpoint_and_leases_remain_until_pool_has_closed(

@@ -161,7 +161,7 @@ async def test_injected_expiry_ends_lease_at_once(
     assert times == sorted(times)
 
 
-# -- the requests to which a fault applies
+# The requests to which a fault applies.
 
 
 async def poll_statuses(wire: ItemApi, count: int) -> list[int]:

@@ -223,7 +223,7 @@ async def test_page_shows_sessions_as_text_in_a_browser(
             assert await browser.run_script("document.images.length") == 0
 
 
-# -- the page of the control plane ---------------------------------------------------------------
+# The page of the control plane.
 
 
 async def test_queue_page_needs_no_token_and_shows_no_item(

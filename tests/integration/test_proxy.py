@@ -215,7 +215,7 @@ async def test_proxy_without_control_plane_closes_connections() -> None:
         client.writer.transport.abort()
 
 
-# -- pools -------------------------------------------------------------------------------------
+# Pools.
 
 
 @handler

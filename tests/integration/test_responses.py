@@ -58,7 +58,7 @@ def quick_retries(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("workpool.pool.lease.RETRY_PARTS", (6000,))
 
 
-# -- transient errors of polls
+# Transient errors of polls.
 
 ELSEWHERE = {"Location": "https://portal.example:8443/login?token=hunter2"}
 POLLS: dict[str, tuple[Callable[[], Fault], str, str]] = {
@@ -142,7 +142,7 @@ async def test_cooldown_after_429_or_503_holds_back_all_pollers(
     assert (third.at - first.at >= 0.4) is shared
 
 
-# -- refused polls
+# Refused polls.
 
 
 @pytest.mark.parametrize("code", REFUSALS)
@@ -208,7 +208,7 @@ async def test_poll_refused_for_too_long_is_fatal_and_drains_sessions(
     }
 
 
-# -- the renewal of the token
+# The renewal of the token.
 
 
 def has_token(token: str) -> Callable[[Request], bool]:
@@ -257,7 +257,7 @@ def accept_renewed_token(plane: ControlPlane) -> Middleware:
     return replace_token
 
 
-# -- pollers that crash
+# Pollers that crash.
 
 
 class CrashingClient(WorkClient):
@@ -349,7 +349,7 @@ async def test_unexpected_exception_that_ends_pool_is_logged_with_traceback(
         await supervisor.__aexit__(None, None, None)
 
 
-# -- failed and refused acks
+# Failed and refused acks.
 
 ACKS: dict[str, Callable[[], Fault]] = {
     "lost": lost,
@@ -437,7 +437,7 @@ async def test_ack_in_conflict_loses_item(
     assert [request.op for request in faults.of(work_id=item.id)] == ["ack"]
 
 
-# -- failures of the first heartbeat
+# Failures of the first heartbeat.
 
 
 @pytest.mark.parametrize("fault", ACKS.values(), ids=ACKS)

@@ -105,7 +105,7 @@ async def test_only_listed_errors_are_retried(workpool: Kit, error: Exception, c
 
 
 @in_virtual_time
-async def test_release_and_result_that_cannot_be_written_are_never_retried(workpool: Kit) -> None:
+async def test_release_is_not_retried_nor_is_result_that_is_not_json(workpool: Kit) -> None:
     retry = Retry(on=Exception)
     dependency = FailingDependency(error=Release("later", 60))
     assert (await workpool.run_session(flaky_handler(dependency, retry))).outcome == "released"

@@ -68,7 +68,7 @@ def log_levels(caplog: pytest.LogCaptureFixture, text: str) -> list[str]:
     return [record.levelname for record in caplog.records if text in record.getMessage()]
 
 
-# -- interruptions of a handler
+# Interruptions of a handler.
 
 
 async def test_stop_request_interrupts_session_and_is_reported(
@@ -136,7 +136,7 @@ async def test_session_exposes_its_item_and_lease(
     assert getattr(record, "work_id", None) == item.id
 
 
-# -- a handler that ignores its cancellation
+# A handler that ignores its cancellation.
 
 
 @pytest.mark.usefixtures("stuck_at_once")
@@ -192,7 +192,7 @@ async def test_drain_does_not_wait_for_stuck_handler(
     assert body.left
 
 
-# -- the requests that a session may still send after its interruption
+# The requests that a session may still send after its interruption.
 
 
 async def test_session_with_lost_lease_sends_nothing_and_raises_lease_lost(
@@ -283,7 +283,7 @@ async def test_metadata_write_in_progress_is_cancelled_when_lease_is_lost(
     assert len(faults.of("update")) == 1
 
 
-# -- update_metadata
+# Calls of update_metadata.
 
 
 async def test_metadata_written_by_handler_are_merged_and_item_is_returned(
@@ -368,7 +368,7 @@ async def test_metadata_that_cannot_be_sent_raise_in_handler(
     assert len(faults.of("update")) == 1  # the error note
 
 
-# -- contexts around the handler
+# Contexts around the handler.
 
 
 class RecordingWrapper:
@@ -499,7 +499,7 @@ async def test_wrapping_context_can_swallow_exception_of_handler(
     assert (final.outcome, final.request_names) == ("completed", ["ack", "heartbeat", "stop"])
 
 
-# -- redelivered items
+# Redelivered items.
 
 
 async def item_held_before(plane: ControlPlane, **metadata: str) -> str:

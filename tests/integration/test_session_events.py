@@ -265,7 +265,7 @@ async def test_events_after_end_of_session_are_neither_sent_nor_read(
     assert not faults.of("send", "events", "stream")
 
 
-# -- the token of an item's secret -----------------------------------------------------------------
+# The token of an item's secret.
 
 
 class SecretMiddleware:

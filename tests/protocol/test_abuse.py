@@ -75,7 +75,7 @@ async def check_server_answers(plane: ControlPlane) -> None:
     assert status_of(await send_raw(plane, request_head("GET", "/stats"))) == 200
 
 
-# -- size ---------------------------------------------------------------------------------------
+# Size.
 
 
 def padded_body(size: int) -> bytes:
@@ -173,7 +173,7 @@ async def test_small_body_of_call_without_body_is_ignored(
     assert status_of(await send_raw(control_plane, request + b"{}")) == 200
 
 
-# -- malformed HTTP -------------------------------------------------------------------------------
+# Malformed HTTP.
 
 BROKEN = {
     "a space after the name": request_head("GET", "/poll").replace(b": Bearer", b" : Bearer"),
@@ -328,7 +328,7 @@ async def test_token_of_malformed_request_is_not_logged(
     assert TOKEN not in repr(vars(control_plane.operations))
 
 
-# -- arbitrary requests ---------------------------------------------------------------------------
+# Arbitrary requests.
 
 json_values = st.recursive(
     st.none()

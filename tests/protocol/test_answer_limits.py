@@ -45,7 +45,7 @@ def make_client(plane: ControlPlane) -> WorkClient:
     return WorkClient(settings)
 
 
-# -- one item ------------------------------------------------------------------------------------
+# One item.
 
 
 async def test_responses_about_largest_item_are_readable_by_worker(qoder_api: ApiClient) -> None:
@@ -122,7 +122,7 @@ async def test_application_object_with_metadata_above_limit_is_refused(
     assert (answer.status, answer.error_type["param"]) == (400, "metadata")
 
 
-# -- many items ----------------------------------------------------------------------------------
+# Many items.
 
 
 async def test_enqueue_with_response_above_limit_is_refused(api: ApiClient) -> None:
@@ -208,7 +208,7 @@ async def test_event_pages_are_shortened_to_response_limit(api: ApiClient, order
     assert largest <= ANSWER_LIMIT_BYTES
 
 
-# -- clients that do not read ----------------------------------------------------------------------
+# Clients that do not read.
 
 
 def message_of_size(size: int) -> dict[str, Any]:

@@ -63,7 +63,7 @@ async def listed_ids(api: ApiClient, path: str, *params: tuple[str, str]) -> lis
             return ids
 
 
-# -- environments ------------------------------------------------------------------------------
+# Environments.
 
 
 async def test_created_environment_is_served_at_once(anthropic_api: ApiClient) -> None:
@@ -133,7 +133,7 @@ async def test_environment_beyond_limit_is_400(anthropic_api: ApiClient) -> None
     assert (await post(anthropic_api, "/environments", SELF_HOSTED)).status == 400
 
 
-# -- sessions ----------------------------------------------------------------------------------
+# Sessions.
 
 
 async def test_created_session_has_item_with_its_metadata(anthropic_api: ApiClient) -> None:
@@ -369,7 +369,7 @@ async def test_archive_of_unknown_session_is_404(anthropic_api: ApiClient) -> No
     assert (await post(anthropic_api, "/sessions/session_unknown/archive")).status == 404
 
 
-# -- environments and sessions --------------------------------------------------------------------
+# Environments and sessions.
 
 
 async def test_environments_and_sessions_survive_restart(

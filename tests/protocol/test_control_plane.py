@@ -157,7 +157,7 @@ async def test_middlewares_apply_to_every_response(http_session: aiohttp.ClientS
         assert (await api.poll(DEFAULT_ENVIRONMENT)).status == 200
 
 
-# -- tokens -------------------------------------------------------------------------------------
+# Tokens.
 
 
 def test_token_file_is_parsed_into_tokens_and_environments() -> None:

@@ -183,7 +183,7 @@ ConversationMachine.TestCase.settings = settings(
 TestTalk = ConversationMachine.TestCase
 
 
-# -- the server is killed ----------------------------------------------------------------------
+# The server is killed.
 
 
 class ScriptAnsweringClient:

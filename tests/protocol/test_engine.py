@@ -251,7 +251,7 @@ async def test_concurrent_stops_and_updates_all_apply(engine: Engine) -> None:
 async def test_concurrent_claims_deliver_each_item_once(engine: Engine) -> None:
     items = await engine.enqueue(ENV, count=20)
     found = await asyncio.gather(*(engine.long_poll(ENV, Poll("a"), never) for _ in range(25)))
-    # A poll may pass while another one takes the last item, and then finds none.
+    # A poll may see an item that another one takes first; then its own answer is empty.
     ids = [item.id for item in found if item is not None]
     while (item := await engine.long_poll(ENV, Poll("a"), never)) is not None:
         ids.append(item.id)

@@ -73,7 +73,7 @@ async def last_event(api: ApiClient, session_id: str, kind: str) -> dict[str, An
     return [event for event in await event_history(api, session_id) if event["type"] == kind][-1]
 
 
-# -- scripted sessions -------------------------------------------------------------------------
+# Scripted sessions.
 
 
 @pytest.mark.usefixtures("both_stores")
@@ -278,7 +278,7 @@ async def test_message_after_end_of_script_is_answered(api: ApiClient) -> None:
     ]
 
 
-# -- sending -----------------------------------------------------------------------------------
+# Sending.
 
 
 @pytest.mark.usefixtures("both_stores")
@@ -391,7 +391,7 @@ async def test_events_are_read_and_sent_only_with_permission(
         )
 
 
-# -- event lists -----------------------------------------------------------------------------------
+# Event lists.
 
 
 @pytest.mark.usefixtures("both_stores")
@@ -438,7 +438,7 @@ async def test_invalid_cursor_of_event_list_is_400(api: ApiClient, params: dict[
     assert (await api("GET", events_path(api, scripted_session(api)), params=params)).status == 400
 
 
-# -- filters and order of event lists ----------------------------------------------------------
+# Filters and order of event lists.
 
 
 async def listed_texts(api: ApiClient, session_id: str, *params: tuple[str, str]) -> list[str]:
@@ -565,7 +565,7 @@ async def test_after_id_in_descending_order_is_400(
     assert (await api("GET", events_path(api, session_with_messages), params=params)).status == 400
 
 
-# -- events of the agent that an embedding program emits ----------------------------------------
+# Events of the agent that an embedding program emits.
 
 
 async def test_partly_resolved_action_is_announced_again_with_remaining_calls(
@@ -623,7 +623,7 @@ async def test_result_for_call_of_terminated_thread_is_409(api: ApiClient, kind:
         assert "thread" in answer.error_type["message"]
 
 
-async def test_confirmation_for_call_of_terminated_thread_is_409(api: ApiClient) -> None:
+async def test_confirming_tool_call_of_terminated_session_thread_is_409(api: ApiClient) -> None:
     (item,) = api.plane.enqueue()
     use = {"type": "agent.tool_use", "name": "bash", "input": {}, "evaluated_permission": "ask"}
     (asked,) = api.plane.emit(item.session_id, {**use, "session_thread_id": "sthr_1"})
@@ -685,7 +685,7 @@ async def test_script_in_cloud_environment_is_refused(qoder_api: ApiClient) -> N
         qoder_api.plane.enqueue(environment_id=CLOUD, script=[BASH])
 
 
-# -- SQLite ------------------------------------------------------------------------------------
+# SQLite.
 
 
 def control_plane_on(file: Path, clock: MovableClock) -> ControlPlane:
@@ -767,7 +767,7 @@ async def test_database_of_older_version_is_migrated(
         assert [event["type"] for event in plane.events(item.session_id)] == ["user.message"]
 
 
-# -- events emitted by an embedding program -----------------------------------------------------
+# Events emitted by an embedding program.
 
 
 async def test_stored_event_does_not_change_with_the_object_of_its_sender(

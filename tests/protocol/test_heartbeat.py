@@ -136,7 +136,7 @@ async def test_expected_last_heartbeat_that_is_no_time_is_400(
     ],
 )
 @pytest.mark.parametrize("state", ["starting", "active", "stopping"])
-async def test_expected_last_heartbeat_of_another_time_is_412(
+async def test_expected_last_heartbeat_that_differs_is_412(
     qoder_api: ApiClient, value: str, state: str
 ) -> None:
     work_id = await qoder_api.item_in_state(state)
@@ -183,7 +183,7 @@ async def test_heartbeat_of_queued_or_stopped_item_is_409(
     assert answer.error_type["type"] == "invalid_request_error"
 
 
-# -- the anthropic dialect: nothing is compared once a stop was requested ----------------------
+# The anthropic dialect: nothing is compared once a stop was requested.
 
 
 @pytest.mark.parametrize("expected", [None, "NO_HEARTBEAT", "2020-01-01T00:00:00.000000Z"])

@@ -229,7 +229,7 @@ def test_files_of_new_store_are_accessible_to_owner_only(database_path: Path, ma
     assert modes == {"work.db": 0o600, "work.db-wal": 0o600}
 
 
-# -- rows that cannot be read ------------------------------------------------------------------
+# Rows that cannot be read.
 
 MALFORMED = {
     "work.metadata": "UPDATE work SET metadata = 'not json'",
@@ -350,7 +350,7 @@ async def test_failed_store_answers_500_to_every_later_call(
         assert len(plane.operations.queue(ENV)) == 1
 
 
-# -- the server is killed under load ------------------------------------------------------------
+# The server is killed under load.
 
 ORDER = ["queued", "starting", "active", "stopped"]
 

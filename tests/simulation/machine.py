@@ -116,7 +116,7 @@ class Machine:
             self.frozen += seconds
 
     def discard(self) -> None:
-        """Run the kept callbacks at the end of a simulation, so that its tasks can be cancelled."""
+        """End the machine: run the callbacks that it held back, so that its tasks can end."""
         self._run_kept()
 
     def keep_callback(self, handle: asyncio.Handle) -> None:

@@ -143,7 +143,7 @@ class SwitchableCheck:
             raise APIError
 
 
-# -- a refused request sends nothing ---------------------------------------------------------------
+# A refused request sends nothing.
 
 
 @asynccontextmanager
@@ -243,7 +243,7 @@ async def test_every_call_for_an_item_calls_its_check(name: str, priority: Prior
     assert len(server) == 0
 
 
-# -- the check is the last step ------------------------------------------------------------------
+# The check is the last step.
 
 
 class DelayedResolver(AbstractResolver):
@@ -397,7 +397,7 @@ async def test_request_bytes_follow_their_check_even_if_a_trace_of_the_caller_wa
         release.set()
 
 
-# -- a check that passes ---------------------------------------------------------------------------
+# A check that passes.
 
 
 @pytest.mark.parametrize("body", [None, b'{"force":true}', LARGE], ids=size_as_text)
@@ -418,7 +418,7 @@ async def test_passing_check_is_called_once_and_request_arrives_complete(
     assert (b"Content-Type: application/json" in head) == (body is not None)
 
 
-# -- repeated requests ---------------------------------------------------------------------------
+# Repeated requests.
 
 
 async def test_request_repeated_with_renewed_token_is_checked_again(tmp_path: Path) -> None:

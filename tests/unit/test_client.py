@@ -113,7 +113,7 @@ async def polled_item(client: WorkClient) -> WorkItem:
     return item
 
 
-# -- the calls -----------------------------------------------------------------------------------
+# The calls.
 
 
 async def test_item_goes_through_all_client_calls_from_poll_to_stop(
@@ -288,7 +288,7 @@ async def test_expected_heartbeat_is_sent_back_unchanged(
         assert middleware.seen[-1].query["desired_ttl_seconds"] == "10"
 
 
-# -- answers of other control planes ---------------------------------------------------------------
+# Answers of other control planes.
 
 
 @pytest.mark.parametrize("body", [None, b"null", b"{}"], ids=["204", "null", "empty_object"])
@@ -309,7 +309,7 @@ async def test_poll_answered_with_other_json_raises_bad_body(
     assert raised.value.reason == "bad_body"
 
 
-# -- pages -----------------------------------------------------------------------------------------
+# Pages.
 
 
 async def test_list_requests_all_pages_up_to_its_limit(
@@ -405,7 +405,7 @@ async def test_list_with_malformed_page_raises_bad_body(
     assert raised.value.reason == "bad_body"
 
 
-# -- requests that are refused before they are sent ------------------------------------------------
+# Requests that are refused before they are sent.
 
 
 @pytest.mark.parametrize(
@@ -440,7 +440,7 @@ async def test_metadata_other_than_text_is_refused_before_sending(
     assert middleware.seen == []
 
 
-# -- opening and closing ---------------------------------------------------------------------------
+# Opening and closing.
 
 
 async def test_client_used_before_opening_raises_runtime_error(control_plane: ControlPlane) -> None:
@@ -535,7 +535,7 @@ async def test_client_callbacks_receive_requests_and_credential_refreshes(
     assert refreshes == ["ok"]
 
 
-# -- time limits -----------------------------------------------------------------------------------
+# Time limits.
 
 
 async def test_call_ends_after_its_timeout_or_configured_timeout(
@@ -597,7 +597,7 @@ async def test_refused_stop_without_reading_item_raises_refused_error(
     assert raised.value.status == 404
 
 
-# -- rate limits -----------------------------------------------------------------------------------
+# Rate limits.
 
 
 def spend_rate_limit(limiter: RateLimiter) -> int:

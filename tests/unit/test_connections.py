@@ -104,7 +104,7 @@ async def occupied_executor() -> AsyncIterator[None]:
     await asyncio.gather(*blocked)
 
 
-# -- blocking code of users ------------------------------------------------------------------------
+# Blocking code of users.
 
 
 @pytest.mark.usefixtures("occupied_executor")
@@ -167,7 +167,7 @@ async def test_pool_calls_have_no_connection_limit() -> None:
             task.cancel()
 
 
-# -- calls on a new connection -----------------------------------------------------------------
+# Calls on a new connection.
 
 
 async def test_call_with_new_connection_reuses_no_connection() -> None:
@@ -203,7 +203,7 @@ async def test_retry_after_silent_connection_uses_new_connection() -> None:
         await client.stop(WORK, timeout=20, options=STOP._replace(new_connection=True))
 
 
-# -- token files -----------------------------------------------------------------------------------
+# Token files.
 
 
 class HungDisk:
@@ -267,7 +267,7 @@ async def test_client_opening_with_token_file_on_hung_disk_fails_in_bounded_time
             pass
 
 
-# -- threads -------------------------------------------------------------------------------------
+# Threads.
 
 
 def test_hanging_host_lookup_does_not_keep_interpreter_running() -> None:

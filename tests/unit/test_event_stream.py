@@ -129,7 +129,7 @@ async def test_event_stream_without_timely_answer_is_requested_again() -> None:
     assert bench.opened_stream == 6
 
 
-# -- endless histories -------------------------------------------------------------------------
+# Endless histories.
 
 
 class EndlessHistory:
@@ -236,7 +236,7 @@ def test_page_token_too_long_for_url_is_malformed() -> None:
         endpoints.EVENTS.parse({"data": [], "next_page": "x" * 5000})
 
 
-# -- any failure -----------------------------------------------------------------------------------
+# Any failure.
 
 
 class FailingEventCalls:

@@ -105,7 +105,7 @@ async def get_path(http: aiohttp.ClientSession, url: str, **headers: str) -> tup
         return response.status, await response.read(), response.headers
 
 
-# -- answers -------------------------------------------------------------------------------------
+# Answers.
 
 
 async def test_metrics_are_text_by_default(
@@ -235,7 +235,7 @@ async def test_scrapes_beyond_limit_are_refused_while_health_is_answered(
     assert (await get_path(http_client, f"{exporter.url}/metrics"))[0] == 200
 
 
-# -- listening -----------------------------------------------------------------------------------
+# Listening.
 
 
 async def test_exporters_on_port_0_get_different_free_ports(
@@ -301,7 +301,7 @@ async def test_listen_address_of_another_host_is_an_error(registry: CollectorReg
     assert "second pool" not in str(caught.value)
 
 
-# -- no socket, thread or task is left -------------------------------------------------------------
+# No socket, thread or task is left.
 
 
 def open_resources() -> tuple[Multiset[str], set[str], int]:

@@ -162,7 +162,7 @@ def frequent_checks(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     RawClient.close_all()
 
 
-# -- number of connections -------------------------------------------------------------------------
+# Number of connections.
 
 
 @pytest.mark.parametrize("new_loop", LOOPS)
@@ -244,7 +244,7 @@ def test_control_plane_connection_limit_leaves_descriptors_for_other_uses(
         assert control_plane._connections_max() == expected
 
 
-# -- time limits of connections --------------------------------------------------------------------
+# Time limits of connections.
 
 
 @pytest.mark.parametrize("request_so_far", [b"", HALF])
@@ -307,7 +307,7 @@ async def test_active_request_may_last_longer_than_header_and_idle_limits(
         assert (await waiting.read_bytes()).startswith(OK)
 
 
-# -- clients that do not read --------------------------------------------------------------------
+# Clients that do not read.
 
 
 @pytest.mark.parametrize("new_loop", LOOPS)
@@ -373,7 +373,7 @@ def test_unread_bytes_above_limit_disconnect_slowest_reader(
     run_on_loop(new_loop, check_slowest_reader())
 
 
-# -- the log -------------------------------------------------------------------------------------
+# The log.
 
 
 async def test_malformed_request_to_exporter_is_one_debug_line_without_its_content(

@@ -924,7 +924,7 @@ class LeaseStateMachine(RuleBasedStateMachine):
         self._check_decision(decision)
         self.attempt = self.answer = None
 
-    # Reads.
+    # Answers to reads of the item.
 
     @precondition(lambda self: self.reading)
     @rule()

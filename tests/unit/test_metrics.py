@@ -235,7 +235,7 @@ def session_closed(labels: str) -> dict[str, tuple[str, ...]]:
     return {name: tuple(values.split("|")) if values else () for name, _, values in pairs}
 
 
-# -- the table -----------------------------------------------------------------------------------
+# The table.
 
 
 def test_metric_definitions_equal_documented_table() -> None:
@@ -295,7 +295,7 @@ def test_metric_series_with_closed_labels_start_at_zero(registry: CollectorRegis
     assert not any(name.startswith("plugin_errors") for name in samples)
 
 
-# -- events --------------------------------------------------------------------------------------
+# Events.
 
 FED: tuple[tuple[ev.Event, Mapping[str, float]], ...] = (
     *(
@@ -464,7 +464,7 @@ def test_unknown_label_value_warns_and_is_not_counted(
     assert [name for name in increments(before, after) if "_total" in name] == []
 
 
-# -- gauges --------------------------------------------------------------------------------------
+# Gauges.
 
 
 def test_gauges_show_pool_state_at_time_of_scrape(
@@ -576,7 +576,7 @@ def test_metrics_use_wall_clock_by_default(
     assert before <= read_at <= datetime.now(UTC).timestamp()
 
 
-# -- several supervisors -------------------------------------------------------------------------
+# Several supervisors.
 
 
 def test_supervisors_of_one_environment_share_their_series(registry: CollectorRegistry) -> None:
@@ -759,7 +759,7 @@ def test_multiprocess_mode_adds_up_counters_and_histograms(tmp_path: Path) -> No
     assert "workpool_slots" not in output
 
 
-# -- alert rules -----------------------------------------------------------------------------------
+# Alert rules.
 
 
 def test_alert_rules_use_existing_metrics_and_labels_only() -> None:

@@ -55,7 +55,7 @@ def plugin_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Plu
             del sys.modules[name]
 
 
-# -- what a plugin can be --------------------------------------------------------------------------
+# What a plugin can be.
 
 
 async def daily_report(session: Session) -> None: ...
@@ -213,7 +213,7 @@ def test_plugin_description_lists_its_hooks_and_rules() -> None:
     ]
 
 
-# -- plugins that are refused at start -------------------------------------------------------------
+# Plugins that are refused at start.
 
 CLASS = "class P:\n"
 MARKED = "@handler\nasync def run(session): ...\n"

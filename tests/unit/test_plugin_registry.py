@@ -47,7 +47,7 @@ class FirstPlugin(AnsweringPlugin): ...
 class SecondPlugin(AnsweringPlugin): ...
 
 
-# -- which plugin supplies the handler -------------------------------------------------------------
+# Which plugin supplies the handler.
 
 
 def test_plugin_objects_precede_named_plugins_and_first_answer_is_used(
@@ -78,12 +78,12 @@ def test_plugin_objects_precede_named_plugins_and_first_answer_is_used(
 
 
 def test_plugin_that_answers_none_leaves_choice_to_next_plugin() -> None:
-    class PluginWithoutAnswer:
+    class PluginThatReturnsNone:
         @hookimpl
         def workpool_session_handler(self, item: WorkItem) -> None: ...
 
     assert (
-        chosen_handler_name(load_plugins(PluginWithoutAnswer(), SecondPlugin()), make_work_item())
+        chosen_handler_name(load_plugins(PluginThatReturnsNone(), SecondPlugin()), make_work_item())
         == "SecondPlugin.run_session"
     )
 
@@ -143,7 +143,7 @@ def test_rule_matches_equal_type_and_equal_metadata() -> None:
 
 
 @pytest.mark.parametrize("order", list(itertools.permutations(range(3))))
-def test_more_specific_rule_is_used_first_in_any_order(order: tuple[int, ...]) -> None:
+def test_more_specific_rule_wins_in_any_registration_order(order: tuple[int, ...]) -> None:
     functions = [
         decorated_handler("anything"),
         decorated_handler("reports", metadata={"job": "report"}),
@@ -223,7 +223,7 @@ def test_async_callable_answered_by_hook_is_accepted(
     assert answer == plugins.handler_for(make_work_item(job="other"))
 
 
-# -- which events an observer receives -------------------------------------------------------------
+# Which events an observer receives.
 
 
 def observer_annotated_with(annotation: object) -> Any:
@@ -289,7 +289,7 @@ def test_observers_of_different_types_receive_only_their_types() -> None:
     assert (drains.seen, failures.seen) == ([FACT], [failed])
 
 
-# -- plugins that fail while they run --------------------------------------------------------------
+# Plugins that fail while they run.
 
 
 class ErrorRecorder:

@@ -43,7 +43,7 @@ def clock() -> MovableClock:
     return MovableClock()
 
 
-# -- rate --------------------------------------------------------------------------------------
+# Rate.
 
 
 def test_rate_limiter_with_rate_zero_is_unlimited() -> None:
@@ -97,7 +97,7 @@ def test_rate_limiter_never_exceeds_rate_plus_burst(rate: float, pauses: list[fl
         assert passed <= max(1.0, rate / 4) + rate * (clock.now - 1000.0) + 1e-6
 
 
-# -- heartbeats --------------------------------------------------------------------------------
+# Heartbeats.
 
 
 def test_heartbeats_use_up_rate_without_waiting(clock: MovableClock) -> None:
@@ -133,7 +133,7 @@ def test_debt_of_many_heartbeats_is_limited_to_one_second(clock: MovableClock) -
     assert acquire_all_tokens(limiter) == 5
 
 
-# -- waiting -----------------------------------------------------------------------------------
+# Waiting.
 
 
 async def test_rate_limiter_wait_lasts_as_long_as_rate_requires() -> None:
@@ -228,7 +228,7 @@ async def test_refunded_tokens_do_not_exceed_burst(clock: MovableClock) -> None:
     assert acquire_all_tokens(limiter) == 5
 
 
-# -- priority ----------------------------------------------------------------------------------
+# Priority.
 
 
 class WaiterQueue:
@@ -382,7 +382,7 @@ def test_order_of_tokens_equals_reference_model(steps: list[Priority | str]) -> 
     asyncio.run(compare_with_model())
 
 
-# -- two threads -------------------------------------------------------------------------------
+# Two threads.
 
 
 def test_two_event_loops_on_two_threads_share_one_rate() -> None:

@@ -489,7 +489,7 @@ async def test_calls_of_one_handler_are_limited_without_delaying_other_handlers(
 
 
 @in_virtual_time
-async def test_call_of_handler_is_retried_for_its_own_time_limit(
+async def test_call_made_by_handler_is_retried_until_time_limit_of_call(
     testbed: type[LeaseTestbed],
 ) -> None:
     one = testbed(update=[Fault(answer=503, applied=False)] * 999)

@@ -92,7 +92,7 @@ def append_events(plane: ControlPlane, session_id: str, count: int) -> list[str]
     return event_ids(plane.events(session_id))
 
 
-# -- list and send -----------------------------------------------------------------------------
+# List and send.
 
 
 async def test_event_list_returns_whole_history(
@@ -295,7 +295,7 @@ async def test_token_given_for_events_is_used_and_not_renewed(
     assert (await client.stats()).depth == 1
 
 
-# -- streams ---------------------------------------------------------------------------------------
+# Streams.
 
 
 async def test_stream_returns_history_before_live_events(

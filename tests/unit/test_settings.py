@@ -48,7 +48,7 @@ def refused_settings(**values: Any) -> SettingsError:
     return raised.value
 
 
-# -- defaults ----------------------------------------------------------------------------------
+# Defaults.
 
 
 def test_settings_have_documented_defaults() -> None:
@@ -139,7 +139,7 @@ def test_worker_id_defaults_to_cleaned_host_name(
     assert Settings().worker_id == worker_id
 
 
-# -- sources -----------------------------------------------------------------------------------
+# Sources.
 
 
 def test_keyword_overrides_variable_and_variable_overrides_file(
@@ -268,7 +268,7 @@ def test_unreadable_config_file_is_refused(tmp_path: Path) -> None:
         assert refused_settings(config=file).problems == (f"config: {file}: {problem}",)
 
 
-# -- bad values --------------------------------------------------------------------------------
+# Bad values.
 
 FORBIDDEN_NAMES = (
     *("", "x a", "x:a", "x\r\na", "ä", "x" * 129, "Authorization", "HOST", "content-length"),
@@ -389,7 +389,7 @@ def test_arbitrary_setting_value_raises_settings_error_or_is_accepted(
     assert all(problem.startswith(f"{name}: ") for problem in found.problems)
 
 
-# -- the source of a value -----------------------------------------------------------------------
+# The source of a value.
 
 
 def test_settings_error_names_the_variable_or_file_of_the_value(
@@ -452,7 +452,7 @@ def test_settings_copied_with_some_other_values_keep_the_rest(tmp_path: Path) ->
     assert given.pollers == 3
 
 
-# -- secrets -----------------------------------------------------------------------------------
+# Secrets.
 
 
 def test_token_is_never_shown_by_settings(tmp_path: Path) -> None:
@@ -485,7 +485,7 @@ def test_settings_error_and_its_traceback_do_not_show_value() -> None:
     assert HIDDEN not in "".join(traceback.format_exception(error))
 
 
-# -- the token's source --------------------------------------------------------------------------
+# The token's source.
 
 
 def test_token_is_read_from_setting_or_file_or_variable_of_service(
@@ -578,7 +578,7 @@ def test_all_missing_connection_settings_are_reported_at_once() -> None:
     Settings(environment_id="env_1", token=GIVEN).require_connection()
 
 
-# -- values derived from other settings ----------------------------------------------------------
+# Values derived from other settings.
 
 
 @pytest.mark.parametrize(
@@ -707,7 +707,7 @@ def test_heartbeats_at_half_of_write_rate_give_no_warning() -> None:
     assert Settings(concurrency=100, write_rate=10).warnings() == ()
 
 
-# -- the second credential -----------------------------------------------------------------------
+# The second credential.
 
 
 def test_second_credential_is_read_from_setting_or_file(tmp_path: Path) -> None:

@@ -149,7 +149,7 @@ async def test_server_that_requires_certificate_refuses_client_without_one(
     assert not tls_server.received
 
 
-# -- a check behind a tunnel ---------------------------------------------------------------------
+# A check behind a tunnel.
 
 
 class DelayedTunnelProxy:
@@ -226,7 +226,7 @@ async def connection_error(call: Any) -> type[BaseException] | None:
     return None
 
 
-# -- files that cannot be used -------------------------------------------------------------------
+# Files that cannot be used.
 
 
 @pytest.mark.parametrize(

@@ -168,7 +168,7 @@ async def request_error(
     return raised.value
 
 
-# -- requests ----------------------------------------------------------------------------------
+# Requests.
 
 
 async def test_request_has_standard_headers() -> None:
@@ -232,7 +232,7 @@ async def test_requests_of_all_pollers_and_slots_are_sent_concurrently() -> None
     assert server.connections == 40
 
 
-# -- answers after which a request is retried ------------------------------------------------------
+# Answers after which a request is retried.
 
 
 @pytest.mark.parametrize(
@@ -396,7 +396,7 @@ async def test_response_at_size_limit_is_accepted() -> None:
             assert (await send_request(transport, server.url)).depth == 1
 
 
-# -- requests without an answer --------------------------------------------------------------------
+# Requests without an answer.
 
 
 async def hang_up(*_: object) -> None:
@@ -529,7 +529,7 @@ async def test_server_without_tls_is_transient_error() -> None:
     assert raised.value.reason in {"network", "timeout"}
 
 
-# -- refusals ------------------------------------------------------------------------------------
+# Refusals.
 
 
 @pytest.mark.parametrize(
@@ -559,7 +559,7 @@ async def test_error_response_is_raised_with_fields_of_its_body(
     assert str(error) == f"stats: {status} not this [31m"
 
 
-# -- informational answers ---------------------------------------------------------------------
+# Informational answers.
 
 EARLY = b"HTTP/1.1 103 Early Hints\r\nLink: x\r\n\r\n"
 LARGE = b"HTTP/1.1 103 Early Hints\r\nLink: " + b"x" * 7_000 + b"\r\n\r\n"
@@ -583,7 +583,7 @@ async def test_too_many_informational_responses_raise_network_error(before: byte
     assert "InformationalFlood" in str(error)
 
 
-# -- answers that no control plane sends -----------------------------------------------------------
+# Answers that no control plane sends.
 
 
 @pytest.mark.parametrize(
@@ -698,7 +698,7 @@ def test_arbitrary_error_response_becomes_printable_error(
         assert "\n" not in str(error)
 
 
-# -- Retry-After ---------------------------------------------------------------------------------
+# Retry-After.
 
 
 @pytest.mark.parametrize(
@@ -754,7 +754,7 @@ def test_arbitrary_retry_after_gives_valid_seconds_or_none(value: str) -> None:
     assert seconds is None or 0 <= seconds <= RETRY_AFTER_MAX_SECONDS
 
 
-# -- repetition ----------------------------------------------------------------------------------
+# Repetition.
 
 
 async def test_read_on_closed_connection_is_repeated_and_write_is_not() -> None:
@@ -777,7 +777,7 @@ async def test_read_on_closed_connection_is_repeated_and_write_is_not() -> None:
     assert len(server.requests) == 2
 
 
-# -- credentials ---------------------------------------------------------------------------------
+# Credentials.
 
 
 @pytest.mark.parametrize("status", [401, 403])
@@ -921,7 +921,7 @@ async def test_late_refusal_uses_token_renewed_meanwhile(tmp_path: Path) -> None
     assert len(server.requests) == 4
 
 
-# -- observers, cancellation, opening and closing --------------------------------------------------
+# Observers, cancellation, opening and closing.
 
 
 @pytest.mark.parametrize(
@@ -1044,7 +1044,7 @@ async def test_request_without_worker_id_has_no_worker_id_header() -> None:
     assert "Worker-ID" not in server.requests[0].headers
 
 
-# -- proxies -------------------------------------------------------------------------------------
+# Proxies.
 
 
 async def test_proxy_of_environment_is_used_with_its_own_credentials(
@@ -1104,7 +1104,7 @@ async def test_netrc_file_does_not_replace_token(
     assert server.requests[0].headers["Authorization"] == f"Bearer {TOKEN}"
 
 
-# -- the second credential -----------------------------------------------------------------------
+# The second credential.
 
 KEY = "-".join(("key", "hunter3", "hunter3"))
 

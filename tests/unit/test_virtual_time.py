@@ -166,7 +166,7 @@ async def test_local_client_sends_nothing_if_check_refuses() -> None:
 
 
 @in_virtual_time
-async def test_local_client_stop_without_reading_item_accepts_any_json_object() -> None:
+async def test_local_client_accepts_any_json_object_as_answer_to_stop_if_item_is_not_read() -> None:
     script = Script(stop=[Fault(answer=b"{}"), Fault(answer=b"{}"), Fault(answer=b"no JSON")])
     settings = Settings(environment_id=ENVIRONMENT)
     async with LocalClient(Operations([ENVIRONMENT]), settings, faults=script) as client:

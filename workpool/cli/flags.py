@@ -87,7 +87,7 @@ Metadata = Annotated[
 
 
 class FlagSettings(Settings):
-    """The settings of a command; an error names the flag of a value."""
+    """The settings of a command; an error about a value names the flag that sets it."""
 
     names: ClassVar[Mapping[str, str]] = {"plugins": "PLUGIN"}
     """The source of a command's setting that has no flag."""

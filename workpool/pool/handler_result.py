@@ -48,7 +48,7 @@ def metadata_of(returned: object, limits: MetadataLimits | None) -> Mapping[str,
 def _to_json(value: object) -> str:
     try:
         return orjson.dumps(value, default=_to_plain).decode()
-    except TypeError as error:  # orjson names the type and quotes no value
+    except TypeError as error:  # orjson's error text names the type and contains no value
         raise ResultError(RESULT, f"cannot be written as JSON: {error}") from error
 
 

@@ -391,7 +391,7 @@ class Lease:
             return Decision("over", doubt)
         if isinstance(outcome, ControlPlaneError):
             self._unanswered = True  # still in doubt: the next 412 must be read again
-            return self._apply_judgement(now, judge_read_error(outcome), outcome)
+            return self._apply_error_judgement(now, judge_read_error(outcome), outcome)
         status = self.status_by(outcome)
         if status != "held":
             self.end(status, "taken")
@@ -483,9 +483,9 @@ class Lease:
                 return Decision("read", judgement.result)
             # A repeated ack returns the holder's `acknowledged_at`, so a read would show nothing.
             judgement = judgement._replace(then="taken")
-        return self._apply_judgement(now, judgement, error)
+        return self._apply_error_judgement(now, judgement, error)
 
-    def _apply_judgement(
+    def _apply_error_judgement(
         self, now: float, judgement: Judgement, error: ControlPlaneError
     ) -> Decision:
         if judgement.then == "repeat":

@@ -296,7 +296,7 @@ class Poller:
         """Reserve a place, poll, offer the item; then wait for a time set by the answer."""
         if self._number >= self._group.target:
             self.state = "paused"
-            # Before `reserve`, which takes a place from other pollers.
+            # Wait before `reserve`: a reserved place is not available to other pollers.
             await self._group.turn(self._number)
         self.state = "waiting_slot"
         await self._context.queue.reserve()

@@ -1,4 +1,4 @@
-"""Limits that keep every answer readable: a client reads `ANSWER_LIMIT_BYTES` of it at most.
+"""Limits on the size of answers, of which a client reads `ANSWER_LIMIT_BYTES` at most.
 
 See workpool/docs/protocol.md, "Limits of the embedded control plane".
 """

@@ -1,4 +1,4 @@
-"""One fault: the changes to one call, as a value.
+"""One fault: an immutable description of the changes to one call.
 
 Two carriers inject a `Fault`: `http_faults` into the requests that reach a control plane, and
 `local_client` into calls in one process. `fault_rules` decides which calls have a fault.

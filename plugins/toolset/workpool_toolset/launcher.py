@@ -46,7 +46,7 @@ def seccomp_filter(machine: str) -> bytes:
             (RETURN, 0, 0, REFUSE),
         ]
         program += [(JUMP_IF_EQUAL, 0, len(block), architecture), *block]
-    program.append((RETURN, 0, 0, REFUSE))  # An unknown instruction set.
+    program.append((RETURN, 0, 0, REFUSE))  # Refuse all calls on an unknown processor.
     return b"".join(struct.pack("=HBBI", *instruction) for instruction in program)
 
 

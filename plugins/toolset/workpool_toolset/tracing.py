@@ -26,7 +26,7 @@ TOOL_ERROR: Final = "tool_error"
 
 @contextmanager
 def tool_span(call: ToolCall) -> Iterator[Callable[[Result], None]]:
-    """Run a block in the span of a tool call; the value records the call's result.
+    """Run a block in the span of a tool call; the yielded object records the call's result.
 
     Arguments and results are not recorded: they may be large, and contain secrets.
     """

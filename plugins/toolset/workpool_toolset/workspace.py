@@ -114,7 +114,7 @@ class Workspace:
                 of the block becomes a `ToolError`, too.
         """
         with readable_os_errors(path), contextlib.ExitStack() as stack:
-            yield self._find_target(path, stack, write=write, make=make)
+            yield self._resolve_path(path, stack, write=write, make=make)
 
     @contextlib.contextmanager
     def open_directory(self, path: str) -> Iterator[PathTarget]:
@@ -131,7 +131,7 @@ class Workspace:
         inside = _components_below(shown, self.home.shown)
         return shown if inside is None else "/".join(inside)
 
-    def _find_target(
+    def _resolve_path(
         self, path: str, stack: contextlib.ExitStack, *, write: bool, make: bool
     ) -> PathTarget:
         _check_text(path)

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from tests.simulation.autoscaler.fleet_schedule import FleetSchedule, fleet_schedule_of
 from tests.simulation.autoscaler.fleet_world import FLEET_PLUGINS, FleetWorld
-from tests.simulation.autoscaler.scale_down import Counts, Fleet, counts_of, judge_fleet
+from tests.simulation.autoscaler.scale_down import Counts, Fleet, count_removed_pods, judge_fleet
 from tests.simulation.invariants import judge
 from tests.simulation.runner import PART, collecting_rarely, metrics_registry, run_world
 
@@ -79,7 +79,7 @@ def simulate_fleet(schedule: FleetSchedule, *, documented: bool = True) -> Fleet
         fleet = Fleet(case.trace, world.cluster.record, schedule.settings)
         if documented:
             violations += judge_fleet(fleet)
-        return FleetResult(case, counts_of(fleet, len(world.items)), violations)
+        return FleetResult(case, count_removed_pods(fleet, len(world.items)), violations)
 
     return run_world(main, schedule.world.seed, FLEET_PLUGINS)
 

@@ -64,8 +64,8 @@ class Counts(NamedTuple):
         )
 
 
-def counts_of(fleet: Fleet, sessions: int) -> Counts:
-    """Return the counts of one simulation."""
+def count_removed_pods(fleet: Fleet, sessions: int) -> Counts:
+    """Return the counts of removed pods and cut sessions of one simulation."""
     trace, record, _ = fleet
     voluntary = [each for each in record.deletions if each.kind == "scale-down"]
     evictions = [each for each in record.deletions if each.kind == "eviction"]

@@ -212,7 +212,7 @@ def live(item: Item, now: int) -> Item:
 
 
 def lapse_of(stored: Item) -> Change:
-    """Return the lapse of an item whose lease has ended."""
+    """Return the change that ends the lease of an item, whose time is over."""
     return Change(state_machine.lapse(stored), "lapsed", stored.holder, stored.lease_end or 0)
 
 
