@@ -113,17 +113,21 @@ class RunningCommand:
         self._process = process
         self._stdout, self._stderr = process.stdout, process.stderr
 
-    async def wait_for_log(self, text: str) -> str:
-        """Wait for a line on stderr that contains `text`, which may have arrived before."""
-        for line in self.err.splitlines():
-            if text in line:
-                return line
+    async def wait_for_log(self, text: str, times: int = 1) -> str:
+        """Wait until `times` lines on stderr contain `text`, counted from the start of the process.
+
+        Returns the last of them. Lines that arrived before the call count.
+        """
+        found = [line for line in self.err.splitlines() if text in line]
         async with asyncio.timeout(SECONDS):
-            while line := (await self._stderr.readline()).decode():
+            while len(found) < times:
+                line = (await self._stderr.readline()).decode()
+                if not line:
+                    pytest.fail(f"ended without {times} × {text!r}: {self.out}{self.err}")
                 self.err += line
                 if text in line:
-                    return line
-        pytest.fail(f"ended without {text!r}: {self.out}{self.err}")
+                    found.append(line)
+        return found[times - 1]
 
     async def wait_for_output(self, text: str = "") -> str:
         """Wait for the next line on stdout that contains `text`."""

@@ -54,8 +54,7 @@ async def test_scale_recommends_workers_for_waiting_and_running_items(
 ) -> None:
     control_plane.enqueue(5, {"do": "linger"})
     worker = await start_command("run", "handlers", "--concurrency", "2", "--prefetch", "0")
-    for _ in range(2):
-        await worker.wait_for_log("linger runs")
+    await worker.wait_for_log("linger runs", times=2)
     command = await start_command(
         "scale", "--interval", "1", "--slots-per-worker", "2", "--max-replicas", "20"
     )
@@ -141,8 +140,7 @@ async def test_serve_scale_and_worker_agree_on_the_numbers(
     worker = await start_without_settings(
         "run", "handlers", "--concurrency", "2", "--prefetch", "0", **variables
     )
-    for _ in range(2):
-        await worker.wait_for_log("linger runs")
+    await worker.wait_for_log("linger runs", times=2)
     worker_url = (
         (await worker.wait_for_log("metrics served")).partition("url=")[2].partition("/metrics")[0]
     )
