@@ -143,9 +143,6 @@ class SwitchableCheck:
             raise APIError
 
 
-# A refused request sends nothing.
-
-
 @asynccontextmanager
 async def no_client_session() -> AsyncIterator[None]:
     yield None
@@ -241,9 +238,6 @@ async def test_every_call_for_an_item_calls_its_check(name: str, priority: Prior
         with pytest.raises(APIError):
             await CALLS[name](client, CallOptions(refuse_request, priority))
     assert len(server) == 0
-
-
-# The check is the last step.
 
 
 class DelayedResolver(AbstractResolver):
@@ -397,9 +391,6 @@ async def test_request_bytes_follow_their_check_even_if_a_trace_of_the_caller_wa
         release.set()
 
 
-# A check that passes.
-
-
 @pytest.mark.parametrize("body", [None, b'{"force":true}', LARGE], ids=size_as_text)
 @pytest.mark.parametrize("session", [no_client_session, traced_client_session])
 async def test_passing_check_is_called_once_and_request_arrives_complete(
@@ -416,9 +407,6 @@ async def test_passing_check_is_called_once_and_request_arrives_complete(
     assert (check.asked, arrived) == (1, body or b"")
     assert f"Content-Length: {len(body or b'')}".encode() in head
     assert (b"Content-Type: application/json" in head) == (body is not None)
-
-
-# Repeated requests.
 
 
 async def test_request_repeated_with_renewed_token_is_checked_again(tmp_path: Path) -> None:

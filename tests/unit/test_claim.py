@@ -64,9 +64,6 @@ class ClaimTestbed:
         return item, result
 
 
-# Acks.
-
-
 @pytest.mark.parametrize(
     ("fault", "first"),
     [
@@ -223,9 +220,6 @@ async def test_drain_ends_repetition_of_acks(testbed: type[LeaseTestbed]) -> Non
         await task
         assert one.clock() == pytest.approx(1)
         assert task.result()[1] == "error"
-
-
-# First heartbeats.
 
 
 @in_virtual_time

@@ -113,9 +113,6 @@ async def polled_item(client: WorkClient) -> WorkItem:
     return item
 
 
-# The calls.
-
-
 async def test_item_goes_through_all_client_calls_from_poll_to_stop(
     control_plane: ControlPlane, client: WorkClient
 ) -> None:
@@ -288,9 +285,6 @@ async def test_expected_heartbeat_is_sent_back_unchanged(
         assert middleware.seen[-1].query["desired_ttl_seconds"] == "10"
 
 
-# Answers of other control planes.
-
-
 @pytest.mark.parametrize("body", [None, b"null", b"{}"], ids=["204", "null", "empty_object"])
 async def test_poll_answered_without_item_returns_none(
     client: WorkClient, middleware: RecordingMiddleware, body: bytes | None
@@ -307,9 +301,6 @@ async def test_poll_answered_with_other_json_raises_bad_body(
     with pytest.raises(TransientError) as raised:
         await qoder_client.poll()
     assert raised.value.reason == "bad_body"
-
-
-# Pages.
 
 
 async def test_list_requests_all_pages_up_to_its_limit(
@@ -405,9 +396,6 @@ async def test_list_with_malformed_page_raises_bad_body(
     assert raised.value.reason == "bad_body"
 
 
-# Requests that are refused before they are sent.
-
-
 @pytest.mark.parametrize(
     "bad", ["", "..", "a/b", "../stats", "a?b", "a#b", "a b", "a%2fb", "ä", "a\n", "x" * 129]
 )
@@ -438,9 +426,6 @@ async def test_metadata_other_than_text_is_refused_before_sending(
         with pytest.raises(TypeError):
             await qoder_client.update_metadata(UNKNOWN, patch)
     assert middleware.seen == []
-
-
-# Opening and closing.
 
 
 async def test_client_used_before_opening_raises_runtime_error(control_plane: ControlPlane) -> None:
@@ -535,9 +520,6 @@ async def test_client_callbacks_receive_requests_and_credential_refreshes(
     assert refreshes == ["ok"]
 
 
-# Time limits.
-
-
 async def test_call_ends_after_its_timeout_or_configured_timeout(
     control_plane: ControlPlane, middleware: RecordingMiddleware
 ) -> None:
@@ -595,9 +577,6 @@ async def test_refused_stop_without_reading_item_raises_refused_error(
     with pytest.raises(RefusedError) as raised:
         await qoder_client.stop(UNKNOWN, read_item=False)
     assert raised.value.status == 404
-
-
-# Rate limits.
 
 
 def spend_rate_limit(limiter: RateLimiter) -> int:

@@ -90,9 +90,6 @@ def test_outcome_of_lease_that_expires_depends_on_status_and_stop_request(
     assert outcome_by(lease) == outcome
 
 
-# Notes.
-
-
 @pytest.mark.parametrize(
     ("text", "note"),
     [
@@ -118,9 +115,6 @@ def test_error_that_cannot_be_printed_still_has_text() -> None:
     assert text_of(ValueError("why")) == "why"
     assert "UnprintableError" not in text_of("reason")
     assert isinstance(text_of(UnprintableError()), str)
-
-
-# Releases.
 
 
 @pytest.mark.parametrize(

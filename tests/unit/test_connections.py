@@ -104,9 +104,6 @@ async def occupied_executor() -> AsyncIterator[None]:
     await asyncio.gather(*blocked)
 
 
-# Blocking code of users.
-
-
 @pytest.mark.usefixtures("occupied_executor")
 async def test_calls_succeed_while_default_executor_is_occupied(tmp_path: Path) -> None:
     """The calls look up a host name and read a renewed token."""
@@ -167,9 +164,6 @@ async def test_pool_calls_have_no_connection_limit() -> None:
             task.cancel()
 
 
-# Calls on a new connection.
-
-
 async def test_call_with_new_connection_reuses_no_connection() -> None:
     async with running_server() as server, WorkClient(server.settings_for_url()) as client:
         for _ in range(3):
@@ -201,9 +195,6 @@ async def test_retry_after_silent_connection_uses_new_connection() -> None:
         with pytest.raises(TransientError):
             await client.stop(WORK, timeout=0.1, options=STOP)
         await client.stop(WORK, timeout=20, options=STOP._replace(new_connection=True))
-
-
-# Token files.
 
 
 class HungDisk:
@@ -265,9 +256,6 @@ async def test_client_opening_with_token_file_on_hung_disk_fails_in_bounded_time
     with pytest.raises(SettingsError, match="in time"):
         async with WorkClient(settings):
             pass
-
-
-# Threads.
 
 
 def test_hanging_host_lookup_does_not_keep_interpreter_running() -> None:
@@ -399,8 +387,6 @@ async def test_resolver_returns_numeric_addresses() -> None:
     assert isinstance(raised.value, socket.gaierror)
     await threads.close()
 
-
-# Informational responses (1xx) without end.
 
 FLOOD = """
 import socket, sys

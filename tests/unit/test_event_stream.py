@@ -129,9 +129,6 @@ async def test_event_stream_without_timely_answer_is_requested_again() -> None:
     assert bench.opened_stream == 6
 
 
-# Endless histories.
-
-
 class EndlessHistory:
     """A history whose pages never end; `make` returns the ids of a page by its number."""
 
@@ -234,9 +231,6 @@ async def test_event_stream_remembers_limited_number_of_ids(
 def test_page_token_too_long_for_url_is_malformed() -> None:
     with pytest.raises(ValueError, match="next_page"):
         endpoints.EVENTS.parse({"data": [], "next_page": "x" * 5000})
-
-
-# Any failure.
 
 
 class FailingEventCalls:

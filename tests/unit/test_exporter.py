@@ -105,9 +105,6 @@ async def get_path(http: aiohttp.ClientSession, url: str, **headers: str) -> tup
         return response.status, await response.read(), response.headers
 
 
-# Answers.
-
-
 async def test_metrics_are_text_by_default(
     exporter: Exporter, http_client: aiohttp.ClientSession
 ) -> None:
@@ -235,9 +232,6 @@ async def test_scrapes_beyond_limit_are_refused_while_health_is_answered(
     assert (await get_path(http_client, f"{exporter.url}/metrics"))[0] == 200
 
 
-# Listening.
-
-
 async def test_exporters_on_port_0_get_different_free_ports(
     registry: CollectorRegistry, health_reasons: HealthReasons
 ) -> None:
@@ -299,9 +293,6 @@ async def test_listen_address_of_another_host_is_an_error(registry: CollectorReg
         async with Exporter("192.0.2.1", 0, registry, health=list, readiness=list):
             pass
     assert "second pool" not in str(caught.value)
-
-
-# No socket, thread or task is left.
 
 
 def open_resources() -> tuple[Multiset[str], set[str], int]:

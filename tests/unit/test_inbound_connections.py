@@ -162,9 +162,6 @@ def frequent_checks(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     RawClient.close_all()
 
 
-# Number of connections.
-
-
 @pytest.mark.parametrize("new_loop", LOOPS)
 def test_incomplete_requests_at_connection_limit_are_closed_oldest_first(
     new_loop: Callable[[], asyncio.AbstractEventLoop],
@@ -244,9 +241,6 @@ def test_control_plane_connection_limit_leaves_descriptors_for_other_uses(
         assert control_plane._connections_max() == expected
 
 
-# Time limits of connections.
-
-
 @pytest.mark.parametrize("request_so_far", [b"", HALF])
 @pytest.mark.parametrize("new_loop", LOOPS)
 def test_connection_without_complete_headers_in_time_is_closed(
@@ -305,9 +299,6 @@ async def test_active_request_may_last_longer_than_header_and_idle_limits(
         assert await idle.read_bytes() == b""  # so IDLE_SECONDS have passed
         site.released.set()
         assert (await waiting.read_bytes()).startswith(OK)
-
-
-# Clients that do not read.
 
 
 @pytest.mark.parametrize("new_loop", LOOPS)
@@ -371,9 +362,6 @@ def test_unread_bytes_above_limit_disconnect_slowest_reader(
             assert site.connections._unread_bytes == 0
 
     run_on_loop(new_loop, check_slowest_reader())
-
-
-# The log.
 
 
 async def test_malformed_request_to_exporter_is_one_debug_line_without_its_content(

@@ -106,9 +106,6 @@ def exchange_heartbeat(
     return lease.answered(answered, lease.send(sent, sent), outcome)
 
 
-# The states in which the rows of the tables start. Each lease ends at 60.
-
-
 def fresh_lease() -> Lease:
     """Return a lease acknowledged at 0, without a heartbeat."""
     return make_lease()
@@ -194,9 +191,6 @@ def stopped_item() -> WorkItem:
 
 def other_item() -> WorkItem:
     return our_item(acknowledged_at=ACKED + timedelta(seconds=90))
-
-
-# The effects of a heartbeat's answer on a lease.
 
 
 class ExpectedLease(NamedTuple):
@@ -445,9 +439,6 @@ def test_heartbeat_answer_after_end_of_lease_changes_nothing(
     assert (lease.due_at, lease.in_flight) == (math.inf, False)
 
 
-# The value of `expected_last_heartbeat`.
-
-
 def test_heartbeat_expects_the_last_answered_heartbeat() -> None:
     lease = make_lease()
     assert lease.send(0.0, 0.0).expected == "NO_HEARTBEAT"
@@ -478,8 +469,6 @@ def test_heartbeat_after_read_expects_last_heartbeat_of_item(item: WorkItem, exp
     lease.read(23.0, "precondition", item)
     assert lease.expected == expected
 
-
-# Effects of a read on a lease.
 
 READS: list[tuple[Callable[[], Lease], WorkItem | ControlPlaneError | None, ExpectedLease]] = [
     (unanswered_lease, our_item(), ExpectedLease("again", "recovered", due=0)),
@@ -560,9 +549,6 @@ def test_read_after_end_of_lease_changes_nothing() -> None:
     lease.end("released")
     assert lease.read(READ_AT, "conflict", other_item()) == ("over", None)
     assert (lease.status, lease.confirmed, lease.in_flight) == ("released", False, False)
-
-
-# Stop requests, releases, and leases in doubt after a pause of the machine.
 
 
 @pytest.mark.parametrize(("state", "requested"), [(renewed_lease, True), (stopped_lease, False)])
@@ -681,9 +667,6 @@ def test_failed_heartbeat_records_no_clock_offset() -> None:
     assert lease.clock_offset == 0.0
 
 
-# The check of the lease before each request.
-
-
 @pytest.mark.parametrize(
     ("change", "error"),
     [
@@ -730,8 +713,6 @@ def test_first_final_status_of_lease_is_kept(first: Any, second: Any) -> None:
     lease.expire(1000.0)
     assert (lease.status, lease.confirmed) == (first, first == "lost")
 
-
-# Properties: one lease with a control plane, a network and another worker.
 
 ENVIRONMENT = "env_00000000000070008000000000000001"
 START = 1_772_366_400.0
@@ -815,8 +796,6 @@ class LeaseStateMachine(RuleBasedStateMachine):
         self.plane.now += latency
         self.lease = Lease(self.plane.ack("ours"), acked_at, ttl=ttl, request_timeout=10.0)
 
-    # The passing of time, and actions of others.
-
     @rule(length=seconds)
     def wait(self, length: float) -> None:
         self.plane.now += length
@@ -844,8 +823,6 @@ class LeaseStateMachine(RuleBasedStateMachine):
     def operator_stops_item(self, *, force: bool) -> None:
         self.plane.stop_item("operator", force=force)
 
-    # Requests of the session.
-
     @precondition(lambda self: self.lease.held(self.now))
     @rule(applied=st.booleans())
     def pool_stops_item(self, *, applied: bool) -> None:
@@ -861,8 +838,6 @@ class LeaseStateMachine(RuleBasedStateMachine):
     @rule()
     def pool_requests_check(self) -> None:
         self.lease.check_soon(self.now)
-
-    # Heartbeats.
 
     @precondition(lambda self: not self.lease.in_flight and not self.lease.over)
     @rule()
@@ -924,8 +899,6 @@ class LeaseStateMachine(RuleBasedStateMachine):
         self._check_decision(decision)
         self.attempt = self.answer = None
 
-    # Answers to reads of the item.
-
     @precondition(lambda self: self.reading)
     @rule()
     def read_arrives(self) -> None:
@@ -960,8 +933,6 @@ class LeaseStateMachine(RuleBasedStateMachine):
             self.last_decision = "hurried" if hurried else self.last_decision
         elif decision.then == "held":
             self.last_decision = "held"
-
-    # Invariants.
 
     @invariant()
     def held_lease_belongs_to_no_other_worker(self) -> None:

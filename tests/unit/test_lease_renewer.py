@@ -46,9 +46,6 @@ def assert_lease_change(one: LeaseTestbed, at: float, status: str) -> None:
     assert changed_to == status
 
 
-# Leases that the other thread adds.
-
-
 @in_virtual_time
 async def test_look_at_leases_survives_leases_that_other_thread_adds(
     testbed: type[LeaseTestbed],
@@ -77,9 +74,6 @@ async def test_look_at_leases_survives_leases_that_other_thread_adds(
             gc.callbacks.remove(add_another)
         assert len(used) == 5_000
         assert len(one.renewer.leases()) > 20
-
-
-# Heartbeats on time.
 
 
 @in_virtual_time
@@ -284,9 +278,6 @@ async def test_suspended_renewer_sends_no_heartbeats(testbed: type[LeaseTestbed]
     assert_lease_change(one, 54, "lost")
 
 
-# Releases.
-
-
 @in_virtual_time
 async def test_release_sends_one_last_heartbeat(testbed: type[LeaseTestbed]) -> None:
     one = testbed()
@@ -351,9 +342,6 @@ async def test_release_of_ended_lease_sends_nothing(testbed: type[LeaseTestbed])
         one.renewer.release(lease, 10)
         await asyncio.sleep(30)
     assert len(one.sent) == 1
-
-
-# Limits of concurrent heartbeats and of their rate.
 
 
 def assert_heartbeats_limited(
@@ -475,9 +463,6 @@ async def test_leases_with_earliest_deadline_are_renewed_first(testbed: type[Lea
         await asyncio.sleep(15)
     sent = [work_id for op, work_id in one.script.sent if op == "heartbeat"]
     assert sent[:100] == [item.id for item in items]
-
-
-# Machines that sleep, and machines that are paused.
 
 
 @in_virtual_time

@@ -175,9 +175,6 @@ def renewer_threads() -> list[threading.Thread]:
     return [each for each in threading.enumerate() if each.name == "workpool-lease-renewer"]
 
 
-# Start and end.
-
-
 async def test_heartbeats_are_sent_on_renewer_thread(testbed: RenewerTestbed) -> None:
     item = await testbed.claim_item()
     renewer = testbed.make_renewer()
@@ -264,9 +261,6 @@ async def test_error_while_closing_service_is_logged_and_not_fatal(
     assert not testbed.failures
 
 
-# Failures of the thread.
-
-
 async def test_failed_renewer_thread_is_fatal_and_loses_its_leases(testbed: RenewerTestbed) -> None:
     item, later = await testbed.claim_item(), await testbed.claim_item()
     renewer = testbed.make_renewer()
@@ -339,9 +333,6 @@ async def test_failure_of_renewer_is_reported_before_services_have_closed(
         await testbed.wait_until(lambda: testbed.failures and testbed.ended)
         assert not release.is_set()
         release.set()
-
-
-# Monitoring of the handlers' loop.
 
 
 async def test_lag_of_the_handlers_loop_is_measured(testbed: RenewerTestbed) -> None:
@@ -499,9 +490,6 @@ def test_closed_loop_ends_renewer_thread(loop_stop_logged: threading.Event) -> N
     thread.join(10)
     assert not thread.is_alive()
     assert not renewer.renewing
-
-
-# Machines that sleep.
 
 
 async def test_machine_that_slept_beyond_ttl_loses_its_leases(testbed: RenewerTestbed) -> None:

@@ -125,9 +125,6 @@ def test_record_outside_of_pools_has_the_default_ids_of_the_filter() -> None:
     assert record.worker_id == "host-1"
 
 
-# OpenTelemetry.
-
-
 def opentelemetry(trace_id: int, *, valid: bool) -> ModuleType:
     """A replacement for `opentelemetry.trace`, whose import takes a tenth of a second."""
     module = ModuleType("opentelemetry.trace")

@@ -186,9 +186,6 @@ def test_log_record_that_cannot_be_formatted_is_still_logged(form: logging.Forma
     )
 
 
-# Tokens.
-
-
 @pytest.fixture
 def forgotten_tokens(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(logs, "_tokens", {})

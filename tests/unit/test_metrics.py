@@ -235,9 +235,6 @@ def session_closed(labels: str) -> dict[str, tuple[str, ...]]:
     return {name: tuple(values.split("|")) if values else () for name, _, values in pairs}
 
 
-# The table.
-
-
 def test_metric_definitions_equal_documented_table() -> None:
     kinds = {"C": "counter", "G": "gauge"}
     ours = {
@@ -294,8 +291,6 @@ def test_metric_series_with_closed_labels_start_at_zero(registry: CollectorRegis
     assert samples["sessions_active{environment_id=env_1,handler=echo.run}"] == 0
     assert not any(name.startswith("plugin_errors") for name in samples)
 
-
-# Events.
 
 FED: tuple[tuple[ev.Event, Mapping[str, float]], ...] = (
     *(
@@ -464,9 +459,6 @@ def test_unknown_label_value_warns_and_is_not_counted(
     assert [name for name in increments(before, after) if "_total" in name] == []
 
 
-# Gauges.
-
-
 def test_gauges_show_pool_state_at_time_of_scrape(
     pool: PoolStandIn, registry: CollectorRegistry
 ) -> None:
@@ -574,9 +566,6 @@ def test_metrics_use_wall_clock_by_default(
     metrics.observe(ev.QueueStatsRead(QueueStats(1, 0, None, 1)))
     read_at = scraped_samples(registry)["remote_stats_timestamp_seconds{environment_id=env_1}"]
     assert before <= read_at <= datetime.now(UTC).timestamp()
-
-
-# Several supervisors.
 
 
 def test_supervisors_of_one_environment_share_their_series(registry: CollectorRegistry) -> None:
@@ -757,9 +746,6 @@ def test_multiprocess_mode_adds_up_counters_and_histograms(tmp_path: Path) -> No
     line = 'workpool_poll_duration_seconds_sum{environment_id="env_1",result="item"} 1.0'
     assert line in output
     assert "workpool_slots" not in output
-
-
-# Alert rules.
 
 
 def test_alert_rules_use_existing_metrics_and_labels_only() -> None:

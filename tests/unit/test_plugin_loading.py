@@ -55,9 +55,6 @@ def plugin_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Plu
             del sys.modules[name]
 
 
-# What a plugin can be.
-
-
 async def daily_report(session: Session) -> None: ...
 
 
@@ -212,8 +209,6 @@ def test_plugin_description_lists_its_hooks_and_rules() -> None:
         ("type=build job=a", "PluginWithHookAndRules.build")
     ]
 
-
-# Plugins that are refused at start.
 
 CLASS = "class P:\n"
 MARKED = "@handler\nasync def run(session): ...\n"

@@ -47,9 +47,6 @@ class FirstPlugin(AnsweringPlugin): ...
 class SecondPlugin(AnsweringPlugin): ...
 
 
-# Which plugin supplies the handler.
-
-
 def test_plugin_objects_precede_named_plugins_and_first_answer_is_used(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -223,9 +220,6 @@ def test_async_callable_answered_by_hook_is_accepted(
     assert answer == plugins.handler_for(make_work_item(job="other"))
 
 
-# Which events an observer receives.
-
-
 def observer_annotated_with(annotation: object) -> Any:
     """Return a plugin whose `workpool_event` has this annotation."""
 
@@ -287,9 +281,6 @@ def test_observers_of_different_types_receive_only_their_types() -> None:
         plugins.notify(event)
     assert plugins.wanted == {DrainStarted, PluginFailed}
     assert (drains.seen, failures.seen) == ([FACT], [failed])
-
-
-# Plugins that fail while they run.
 
 
 class ErrorRecorder:

@@ -138,8 +138,6 @@ def no_backoff(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(poller, "BACKOFF_SECONDS", 0.0)
 
 
-# Resources reserved for a poll are returned.
-
 FAILURES: dict[str, Exception] = {
     "transient": TransientError("poll", 500, "x", reason="server_error"),
     "throttled": TransientError("poll", 429, "x", reason="throttled", retry_after=0.001),

@@ -75,9 +75,6 @@ class GroupTestbed:
         self.now = until
 
 
-# Refusals.
-
-
 def test_refused_poll_before_any_success_is_fatal_at_once() -> None:
     bench = GroupTestbed()
     bench.group.failed(REFUSED)
@@ -151,9 +148,6 @@ def test_start_of_idleness_is_logged_once(caplog: pytest.LogCaptureFixture) -> N
     assert len(caplog.records) == 2
 
 
-# Cooldown.
-
-
 @in_virtual_time
 async def test_cooldown_extended_meanwhile_lasts_longer_and_never_shorter() -> None:
     group = GroupTestbed().group
@@ -217,9 +211,6 @@ async def test_refused_acks_hold_back_pollers_with_growing_delay() -> None:
     assert loop.time() - before == pytest.approx(1)
 
 
-# The number of pollers.
-
-
 def test_polls_without_item_reduce_pollers_to_one_and_items_restore_them() -> None:
     bench = GroupTestbed(3)
     for _ in range(4):
@@ -277,9 +268,6 @@ def test_number_of_pollers_stays_within_limits_and_changes_are_observed(
             assert (change.direction == "up") == (group.target > before)
         assert not bench.events
         before = group.target
-
-
-# An empty queue.
 
 
 @in_virtual_time

@@ -84,9 +84,6 @@ def item_in_state(state: str) -> PoolItem:
     return item
 
 
-# States.
-
-
 def test_item_state_table_equals_documented_table() -> None:
     assert dict(TRANSITIONS) == ALLOWED
 
@@ -130,9 +127,6 @@ def test_item_with_ack_or_heartbeat_counts_as_held_before(
     assert make_item(**changes).held_before == held_before
 
 
-# End reasons.
-
-
 def test_end_reasons_have_order_of_completion_table() -> None:
     assert [reason.name for reason in EndReason] == REASONS
     assert all(lesser < greater for lesser, greater in pairwise(EndReason))
@@ -145,9 +139,6 @@ def test_gravest_end_reason_is_kept_in_either_order(one: EndReason, other: EndRe
     item.end(one)
     item.end(other)
     assert item.reason is max(one, other)
-
-
-# Waiting for a change.
 
 
 @in_virtual_time
@@ -182,9 +173,6 @@ async def test_notification_wakes_all_waiters() -> None:
         await asyncio.sleep(1)
         met.append(1)
         item.notify()
-
-
-# Owned items.
 
 
 def test_owned_item_is_found_by_id_session_and_handler() -> None:

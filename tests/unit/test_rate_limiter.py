@@ -43,9 +43,6 @@ def clock() -> MovableClock:
     return MovableClock()
 
 
-# Rate.
-
-
 def test_rate_limiter_with_rate_zero_is_unlimited() -> None:
     assert not RateLimiter("read", 0).limited
     assert RateLimiter("read", 0.1).limited
@@ -97,9 +94,6 @@ def test_rate_limiter_never_exceeds_rate_plus_burst(rate: float, pauses: list[fl
         assert passed <= max(1.0, rate / 4) + rate * (clock.now - 1000.0) + 1e-6
 
 
-# Heartbeats.
-
-
 def test_heartbeats_use_up_rate_without_waiting(clock: MovableClock) -> None:
     limiter = RateLimiter("write", 20, clock)
     acquire_all_tokens(limiter)
@@ -131,9 +125,6 @@ def test_debt_of_many_heartbeats_is_limited_to_one_second(clock: MovableClock) -
     acquire_all_tokens(limiter)
     clock.now += 0.25
     assert acquire_all_tokens(limiter) == 5
-
-
-# Waiting.
 
 
 async def test_rate_limiter_wait_lasts_as_long_as_rate_requires() -> None:
@@ -226,9 +217,6 @@ async def test_refunded_tokens_do_not_exceed_burst(clock: MovableClock) -> None:
     for _ in range(50):
         limiter.refund()
     assert acquire_all_tokens(limiter) == 5
-
-
-# Priority.
 
 
 class WaiterQueue:
@@ -380,9 +368,6 @@ def test_order_of_tokens_equals_reference_model(steps: list[Priority | str]) -> 
                 task.cancel()
 
     asyncio.run(compare_with_model())
-
-
-# Two threads.
 
 
 def test_two_event_loops_on_two_threads_share_one_rate() -> None:

@@ -69,9 +69,6 @@ def count_updates(one: LeaseTestbed) -> list[tuple[str, float | None, CallOption
     return [each for each in one.tries if each[0] == "update"]
 
 
-# The check of the lease right before a request is sent.
-
-
 def lose_lease(item: PoolItem) -> None:
     item.lease.end("lost")
 
@@ -217,9 +214,6 @@ async def test_call_for_item_without_lease_raises_attribute_error(
         del item.lease
         with pytest.raises(AttributeError, match="lease"):
             await update_call(one, item)
-
-
-# Retries.
 
 
 @pytest.mark.parametrize(
@@ -425,9 +419,6 @@ async def test_cancellation_of_calling_task_is_not_swallowed(testbed: type[Lease
         assert not item.open_sends
 
 
-# Reads.
-
-
 @in_virtual_time
 async def test_read_of_session_continues_across_lease_renewals(testbed: type[LeaseTestbed]) -> None:
     one = testbed()
@@ -460,9 +451,6 @@ async def test_read_of_session_ends_at_its_time_limit_or_with_session(
         with pytest.raises(LeaseLost):
             await one.sender.read(item, asyncio.Event().wait, 100.0)
         assert one.clock() == pytest.approx(10)
-
-
-# The calls of one handler.
 
 
 @in_virtual_time

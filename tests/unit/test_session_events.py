@@ -92,9 +92,6 @@ def append_events(plane: ControlPlane, session_id: str, count: int) -> list[str]
     return event_ids(plane.events(session_id))
 
 
-# List and send.
-
-
 async def test_event_list_returns_whole_history(
     control_plane: ControlPlane, client: WorkClient
 ) -> None:
@@ -293,9 +290,6 @@ async def test_token_given_for_events_is_used_and_not_renewed(
             await anext(stream)
     assert refreshed == []
     assert (await client.stats()).depth == 1
-
-
-# Streams.
 
 
 async def test_stream_returns_history_before_live_events(

@@ -48,9 +48,6 @@ def refused_settings(**values: Any) -> SettingsError:
     return raised.value
 
 
-# Defaults.
-
-
 def test_settings_have_documented_defaults() -> None:
     found = {name: getattr(Settings(), name) for name in DESCRIPTIONS}
     assert found.pop("worker_id")
@@ -137,9 +134,6 @@ def test_worker_id_defaults_to_cleaned_host_name(
 ) -> None:
     monkeypatch.setattr("socket.gethostname", lambda: host)
     assert Settings().worker_id == worker_id
-
-
-# Sources.
 
 
 def test_keyword_overrides_variable_and_variable_overrides_file(
@@ -268,8 +262,6 @@ def test_unreadable_config_file_is_refused(tmp_path: Path) -> None:
         assert refused_settings(config=file).problems == (f"config: {file}: {problem}",)
 
 
-# Bad values.
-
 FORBIDDEN_NAMES = (
     *("", "x a", "x:a", "x\r\na", "ä", "x" * 129, "Authorization", "HOST", "content-length"),
     *("Content-Type", "transfer-encoding", "connection", "Cookie", "user-agent", "Worker-ID"),
@@ -389,9 +381,6 @@ def test_arbitrary_setting_value_raises_settings_error_or_is_accepted(
     assert all(problem.startswith(f"{name}: ") for problem in found.problems)
 
 
-# The source of a value.
-
-
 def test_settings_error_names_the_variable_or_file_of_the_value(
     monkeypatch: pytest.MonkeyPatch, config_file: Callable[[str], Path]
 ) -> None:
@@ -452,9 +441,6 @@ def test_settings_copied_with_some_other_values_keep_the_rest(tmp_path: Path) ->
     assert given.pollers == 3
 
 
-# Secrets.
-
-
 def test_token_is_never_shown_by_settings(tmp_path: Path) -> None:
     path = tmp_path / "token"
     path.write_text(HIDDEN)
@@ -483,9 +469,6 @@ def test_settings_error_and_its_traceback_do_not_show_value() -> None:
     chain = [error, error.__context__, error.__cause__]
     assert chain == [error, None, None]
     assert HIDDEN not in "".join(traceback.format_exception(error))
-
-
-# The token's source.
 
 
 def test_token_is_read_from_setting_or_file_or_variable_of_service(
@@ -576,9 +559,6 @@ def test_all_missing_connection_settings_are_reported_at_once() -> None:
         "token: not set (set WORKPOOL_TOKEN, WORKPOOL_TOKEN_FILE or QODER_PAT)",
     )
     Settings(environment_id="env_1", token=GIVEN).require_connection()
-
-
-# Values derived from other settings.
 
 
 @pytest.mark.parametrize(
@@ -705,9 +685,6 @@ def test_plain_http_to_local_host_gives_no_warning(base_url: str) -> None:
 
 def test_heartbeats_at_half_of_write_rate_give_no_warning() -> None:
     assert Settings(concurrency=100, write_rate=10).warnings() == ()
-
-
-# The second credential.
 
 
 def test_second_credential_is_read_from_setting_or_file(tmp_path: Path) -> None:

@@ -149,9 +149,6 @@ async def test_server_that_requires_certificate_refuses_client_without_one(
     assert not tls_server.received
 
 
-# A check behind a tunnel.
-
-
 class DelayedTunnelProxy:
     """An HTTP proxy that opens its tunnel to `port` when the test says so."""
 
@@ -224,9 +221,6 @@ async def connection_error(call: Any) -> type[BaseException] | None:
     except CheckError as refusal:
         return type(refusal)
     return None
-
-
-# Files that cannot be used.
 
 
 @pytest.mark.parametrize(

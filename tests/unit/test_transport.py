@@ -168,9 +168,6 @@ async def request_error(
     return raised.value
 
 
-# Requests.
-
-
 async def test_request_has_standard_headers() -> None:
     async with running_server(OK) as server, connected_transport(server.url) as transport:
         await send_request(transport, server.url)
@@ -230,9 +227,6 @@ async def test_requests_of_all_pollers_and_slots_are_sent_concurrently() -> None
     ):
         await asyncio.gather(*(send_request(transport, server.url) for _ in range(40)))
     assert server.connections == 40
-
-
-# Answers after which a request is retried.
 
 
 @pytest.mark.parametrize(
@@ -396,9 +390,6 @@ async def test_response_at_size_limit_is_accepted() -> None:
             assert (await send_request(transport, server.url)).depth == 1
 
 
-# Requests without an answer.
-
-
 async def hang_up(*_: object) -> None:
     raise ConnectionError
 
@@ -529,9 +520,6 @@ async def test_server_without_tls_is_transient_error() -> None:
     assert raised.value.reason in {"network", "timeout"}
 
 
-# Refusals.
-
-
 @pytest.mark.parametrize(
     ("status", "kind"),
     [
@@ -559,8 +547,6 @@ async def test_error_response_is_raised_with_fields_of_its_body(
     assert str(error) == f"stats: {status} not this [31m"
 
 
-# Informational answers.
-
 EARLY = b"HTTP/1.1 103 Early Hints\r\nLink: x\r\n\r\n"
 LARGE = b"HTTP/1.1 103 Early Hints\r\nLink: " + b"x" * 7_000 + b"\r\n\r\n"
 
@@ -581,9 +567,6 @@ async def test_too_many_informational_responses_raise_network_error(before: byte
     assert isinstance(error, TransientError)
     assert error.reason == "network"
     assert "InformationalFlood" in str(error)
-
-
-# Answers that no control plane sends.
 
 
 @pytest.mark.parametrize(
@@ -698,9 +681,6 @@ def test_arbitrary_error_response_becomes_printable_error(
         assert "\n" not in str(error)
 
 
-# Retry-After.
-
-
 @pytest.mark.parametrize(
     ("value", "seconds"),
     [
@@ -754,9 +734,6 @@ def test_arbitrary_retry_after_gives_valid_seconds_or_none(value: str) -> None:
     assert seconds is None or 0 <= seconds <= RETRY_AFTER_MAX_SECONDS
 
 
-# Repetition.
-
-
 async def test_read_on_closed_connection_is_repeated_and_write_is_not() -> None:
     # aiohttp repeats a GET on a new connection, which is right: a read changes nothing.
     async with (
@@ -775,9 +752,6 @@ async def test_read_on_closed_connection_is_repeated_and_write_is_not() -> None:
         with pytest.raises(TransientError):
             await send_request(transport, server.url, endpoint=post)
     assert len(server.requests) == 2
-
-
-# Credentials.
 
 
 @pytest.mark.parametrize("status", [401, 403])
@@ -921,9 +895,6 @@ async def test_late_refusal_uses_token_renewed_meanwhile(tmp_path: Path) -> None
     assert len(server.requests) == 4
 
 
-# Observers, cancellation, opening and closing.
-
-
 @pytest.mark.parametrize(
     ("status", "code"),
     [
@@ -1044,9 +1015,6 @@ async def test_request_without_worker_id_has_no_worker_id_header() -> None:
     assert "Worker-ID" not in server.requests[0].headers
 
 
-# Proxies.
-
-
 async def test_proxy_of_environment_is_used_with_its_own_credentials(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
@@ -1103,8 +1071,6 @@ async def test_netrc_file_does_not_replace_token(
         await send_request(transport, server.url)
     assert server.requests[0].headers["Authorization"] == f"Bearer {TOKEN}"
 
-
-# The second credential.
 
 KEY = "-".join(("key", "hunter3", "hunter3"))
 
