@@ -1,4 +1,4 @@
-"""The time limit of requests, which behaves like `asyncio.timeout`: each test runs with both."""
+"""Bounds of waits, which behave like `asyncio.timeout`: each test runs with all of them."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from workpool.wire.http.timeouts import CLOCK_SECONDS, Bound, RequestBound, RequestTimer
+from workpool.wire.http.timeouts import CLOCK_SECONDS, Bound, BoundTimer
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Callable
@@ -20,18 +20,18 @@ LONG = 60.0
 
 
 @asynccontextmanager
-async def workpool_timeout(seconds: float) -> AsyncIterator[None]:
-    with Bound(seconds, set()):
+async def own_timer(seconds: float) -> AsyncIterator[None]:
+    with Bound(seconds):
         yield
 
 
 @asynccontextmanager
-async def request_timeout(seconds: float) -> AsyncIterator[None]:
-    with RequestBound(seconds, RequestTimer(asyncio.get_running_loop())):
+async def shared_timer(seconds: float) -> AsyncIterator[None]:
+    with Bound(seconds, BoundTimer(asyncio.get_running_loop())):
         yield
 
 
-@pytest.fixture(params=[workpool_timeout, request_timeout, asyncio.timeout])
+@pytest.fixture(params=[own_timer, shared_timer, asyncio.timeout])
 def time_limit(request: pytest.FixtureRequest) -> Bounded:
     bound: Bounded = request.param
     return bound
@@ -125,12 +125,12 @@ async def test_inner_time_bound_that_runs_out_raises_before_outer(time_limit: Bo
 
 async def test_requests_with_one_timer_end_each_at_its_own_time() -> None:
     loop = asyncio.get_running_loop()
-    timer = RequestTimer(loop)
+    timer = BoundTimer(loop)
     early: list[float] = []
 
     async def wait(seconds: float) -> None:
         until = loop.time() + seconds
-        with pytest.raises(TimeoutError), RequestBound(seconds, timer):
+        with pytest.raises(TimeoutError), Bound(seconds, timer):
             await asyncio.sleep(LONG)
         if loop.time() < until - 2 * CLOCK_SECONDS:
             early.append(seconds)
@@ -138,7 +138,7 @@ async def test_requests_with_one_timer_end_each_at_its_own_time() -> None:
     async with asyncio.TaskGroup() as group:
         for seconds in (0.2, 0.1, 0.3):  # the second one is earlier than the timer
             group.create_task(wait(seconds))
-        with RequestBound(LONG, timer):
+        with Bound(LONG, timer):
             await asyncio.sleep(0)
     assert not early
     assert not timer.open
@@ -146,11 +146,11 @@ async def test_requests_with_one_timer_end_each_at_its_own_time() -> None:
 
 
 async def test_request_after_an_ended_one_is_bounded_by_the_same_timer() -> None:
-    timer = RequestTimer(asyncio.get_running_loop())
-    with RequestBound(0.05, timer):
+    timer = BoundTimer(asyncio.get_running_loop())
+    with Bound(0.05, timer):
         pass
     for seconds in (0.1, 0.05):  # then the timer has fired, and is set again
-        with pytest.raises(TimeoutError), RequestBound(seconds, timer):
+        with pytest.raises(TimeoutError), Bound(seconds, timer):
             await asyncio.sleep(LONG)
     timer.cancel()
     assert timer.at == float("inf")

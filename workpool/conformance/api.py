@@ -18,7 +18,8 @@ import orjson
 from workpool.logs import hide, readable
 from workpool.wire.client_dialects import DIALECTS
 from workpool.wire.endpoints import ANSWER_LIMIT_BYTES
-from workpool.wire.http.response_reader import TRANSIENT, read_bounded
+from workpool.wire.http.connection_errors import TRANSIENT
+from workpool.wire.http.transport import read_bounded
 from workpool.wire.response import Oversized
 
 if TYPE_CHECKING:

@@ -20,7 +20,7 @@ from workpool.errors import ConflictError, PreconditionError, RefusedError, Tran
 from workpool.events import AckFinished
 from workpool.log_fields import pool_logger
 from workpool.pool.completion import RELEASE_DELAY_SECONDS
-from workpool.wire.http.call_options import DEFAULT_OPTIONS, CallOptions
+from workpool.wire.http.call_options import CLAIM_OPTIONS, CallOptions, Priority
 from workpool.wire.protocol import (
     ACK_LEASE_SECONDS,
     ACTIVE,
@@ -101,7 +101,7 @@ class Claimer:
         After "ok", `item.work_item` is the answer and `item.acked_at` is set. `taken_at` is the
         time now, at which a slot took the item, on the lease clock.
         """
-        sent, repeats, options = taken_at, None, DEFAULT_OPTIONS
+        sent, repeats, options = taken_at, None, CLAIM_OPTIONS
         while True:
             try:
                 answer = await self._client.ack(item.id, permit=repeats is None, options=options)
@@ -112,7 +112,7 @@ class Claimer:
                 result = self._handle_refusal(item, error)
             except TransientError as error:
                 repeats = repeats or _Repeats(item.delivered_at + self._window)
-                options = CallOptions(partial(self._check_repeat, repeats))
+                options = CallOptions(partial(self._check_repeat, repeats), Priority.CLAIM)
                 result = None if await self._may_repeat(item, repeats, error, sent) else "error"
             else:
                 self._on_ack(None)

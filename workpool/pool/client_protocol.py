@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any, Final, Literal, Protocol, TypeVar
 
 from workpool.errors import NotPermittedError, RefusedError, TransientError
 from workpool.log_fields import pool_logger
-from workpool.wire.http.call_options import DEFAULT_OPTIONS
+from workpool.wire.http.call_options import CLAIM_OPTIONS, DEFAULT_OPTIONS
 
 if TYPE_CHECKING:
     from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping
@@ -108,7 +108,7 @@ class ClientProtocol(Protocol):
         *,
         permit: bool = False,
         timeout: float | None = None,
-        options: CallOptions = DEFAULT_OPTIONS,
+        options: CallOptions = CLAIM_OPTIONS,
     ) -> WorkItem:
         """Acknowledge an item; `permit`: an ack permit was acquired for it."""
 
@@ -119,7 +119,7 @@ class ClientProtocol(Protocol):
         ttl: int | None,
         *,
         timeout: float | None = None,
-        options: CallOptions = DEFAULT_OPTIONS,
+        options: CallOptions = CLAIM_OPTIONS,
     ) -> Heartbeat:
         """Extend a lease."""
 

@@ -210,7 +210,7 @@ class Sender:
     def cut(self, item: PoolItem) -> None:
         """End the waits for the answers to calls for the item."""
         for bound in list(item.open_sends or ()):
-            bound.expire_now()
+            bound.expire()
 
     async def _try_once(
         self,
@@ -250,7 +250,7 @@ class Sender:
         """Return a bound of `seconds` for a call of the item; `cut` ends the wait earlier."""
         if item.open_sends is None:
             item.open_sends = set()
-        return Bound(seconds, item.open_sends)
+        return Bound(seconds, open_bounds=item.open_sends)
 
 
 ControlPlaneErrors = (TransientError, RefusedError, ConflictError, PreconditionError)

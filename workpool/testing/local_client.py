@@ -25,7 +25,7 @@ from workpool.testing.fault_rules import Request
 from workpool.testing.local_events import LocalEvents
 from workpool.wire import endpoints
 from workpool.wire.events.session_events import SessionEvents
-from workpool.wire.http.call_options import DEFAULT_OPTIONS, CallOptions, Priority
+from workpool.wire.http.call_options import CLAIM_OPTIONS, DEFAULT_OPTIONS, CallOptions, Priority
 from workpool.wire.http.rate_limiter import RateLimits
 from workpool.wire.protocol import (
     LIST_LIMIT_MAX,
@@ -34,7 +34,7 @@ from workpool.wire.protocol import (
     WORK_HEARTBEAT,
     WORK_QUEUE_STATS,
 )
-from workpool.wire.response import CODES, SUCCESS, Response, parse_error, parse_success
+from workpool.wire.response import CODES, SUCCESS, Response, parse_error
 
 if TYPE_CHECKING:
     from collections.abc import AsyncGenerator, Callable, Coroutine, Iterable, Mapping
@@ -184,16 +184,14 @@ class LocalClient:
         *,
         permit: bool = False,
         timeout: float | None = None,
-        options: CallOptions = DEFAULT_OPTIONS,
+        options: CallOptions = CLAIM_OPTIONS,
     ) -> WorkItem:
         """Acknowledge an item, as `WorkClient.ack` does."""
 
         def operate() -> object:
             return QODER.item(self._operations.ack(self._environment_id, work_id, self.worker_id))
 
-        options = options._replace(
-            priority=min(options.priority, Priority.CLAIM), permit=permit or options.permit
-        )
+        options = options._replace(permit=permit or options.permit)
         item = await self._send(endpoints.ACK, work_id, operate, timeout, options)
         return endpoints.same_item(endpoints.ACK, work_id, item)
 
@@ -204,7 +202,7 @@ class LocalClient:
         ttl: int | None = None,
         *,
         timeout: float | None = None,
-        options: CallOptions = DEFAULT_OPTIONS,
+        options: CallOptions = CLAIM_OPTIONS,
     ) -> Heartbeat:
         """Send a heartbeat, as `WorkClient.heartbeat` does."""
 
@@ -415,8 +413,7 @@ class LocalClient:
             if self.on_request is not None:
                 self.on_request(endpoint.op, code, loop.time() - started)
         if answer.status in SUCCESS:
-            status, body = answer.status, answer.body
-            return parse_success(endpoint.op, status, body, endpoint.parse, endpoint.load)
+            return endpoint.parse_success(answer.status, answer.body)
         raise parse_error(endpoint.op, answer, _ABSENT)
 
 

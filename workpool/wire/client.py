@@ -182,7 +182,7 @@ class WorkClient:
         *,
         permit: bool = False,
         timeout: float | None = None,
-        options: CallOptions = DEFAULT_OPTIONS,
+        options: CallOptions = CLAIM_OPTIONS,
     ) -> WorkItem:
         """Acknowledge an item before working on it; safe to repeat.
 
@@ -197,9 +197,7 @@ class WorkClient:
         """
         limiter = None if permit else self.rate_limits.write
         url = self._item_url(work_id, "/ack")
-        item = await self._transport.send(
-            endpoints.ACK, url, timeout, limiter, None, _as_claim(options)
-        )
+        item = await self._transport.send(endpoints.ACK, url, timeout, limiter, None, options)
         return endpoints.same_item(endpoints.ACK, work_id, item)
 
     async def heartbeat(
@@ -209,7 +207,7 @@ class WorkClient:
         ttl: int | None = None,
         *,
         timeout: float | None = None,
-        options: CallOptions = DEFAULT_OPTIONS,
+        options: CallOptions = CLAIM_OPTIONS,
     ) -> Heartbeat:
         """Extend an item's lease. Never waits for the rate limit.
 
@@ -234,9 +232,7 @@ class WorkClient:
         url = self._item_url(work_id, "/heartbeat", base)
         if self.rate_limits.write.limited:
             self.rate_limits.write.charge()
-        return await self._transport.send(
-            endpoints.HEARTBEAT, url, timeout, None, None, _as_claim(options)
-        )
+        return await self._transport.send(endpoints.HEARTBEAT, url, timeout, None, None, options)
 
     async def stop(
         self,
@@ -478,15 +474,6 @@ def _place_query(after_id: str | None, before_id: str | None) -> str:
             _check_id(name, value)
             place += f"&{name}={value}"
     return place
-
-
-def _as_claim(options: CallOptions) -> CallOptions:
-    """Give a call at least the priority of claims: it must not wait behind handlers' calls."""
-    if options is DEFAULT_OPTIONS:
-        return CLAIM_OPTIONS
-    if options.priority <= Priority.CLAIM:
-        return options
-    return options._replace(priority=Priority.CLAIM)
 
 
 def _check_id(name: str, value: object) -> None:

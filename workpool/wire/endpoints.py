@@ -1,6 +1,7 @@
 """The endpoints of the protocol as a table: name, method, and the parser of a success.
 
-The module parses answers and sends nothing; a parser raises `ValueError` for an unknown form.
+The module parses answers and sends nothing; a function that parses raises `ValueError` for an
+unknown form.
 See workpool/docs/protocol.md, "Calls" and "Sessions".
 """
 
@@ -12,12 +13,12 @@ from typing import TYPE_CHECKING, Any, Final, Generic, Literal, NamedTuple, Type
 
 import orjson
 
-from workpool.errors import TransientError
+from workpool.errors import TooLargeError, TransientError, UnreadableError
 from workpool.wire.events.event_calls import EventPage, SessionEvent
 from workpool.wire.events.sse import FRAME_LIMIT_BYTES
 from workpool.wire.items import WorkItem, parse_heartbeat, parse_item, parse_stats
 from workpool.wire.protocol import ID_PATTERN
-from workpool.wire.response import NO_CONTENT, MalformedItemError
+from workpool.wire.response import Oversized
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
@@ -28,6 +29,29 @@ ANSWER_LIMIT_BYTES: Final = 4 * 1024 * 1024
 PAGE_TOKEN_CHARACTERS: Final = 4096
 ITEM_LIMIT_BYTES: Final = ANSWER_LIMIT_BYTES + 64 * 1024
 """An item that a poll brought grows by its times and by the pool's own metadata."""
+
+
+_NO_CONTENT_STATUS: Final = 204
+
+
+class NoContent:
+    """The type of `NO_CONTENT`."""
+
+
+NO_CONTENT: Final = NoContent()
+"""The parsed body of a 204, which differs from the JSON literal null."""
+
+
+class MalformedItemError(ValueError):
+    """An item that cannot be read, but has an id.
+
+    Attributes:
+        work_id: The id of the item.
+    """
+
+    def __init__(self, problem: str, work_id: str) -> None:
+        super().__init__(problem)
+        self.work_id = work_id
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,6 +72,38 @@ class Endpoint(Generic[T]):
     limit: int = ANSWER_LIMIT_BYTES
     add_headers: Callable[[T, Mapping[str, str]], T] | None = None
     load: Callable[[bytes], object] = orjson.loads
+
+    def parse_success(self, status: int, body: bytes | Oversized) -> T:
+        """Load and parse the body of a success.
+
+        Raises:
+            TransientError: The body is not what `load` or `parse` expects, or exceeds `limit`.
+        """
+        if isinstance(body, Oversized):
+            raise TooLargeError(self.op, status, work_id=_id_at_beginning(body.beginning))
+        failure: TransientError
+        try:
+            return self.parse(NO_CONTENT if status == _NO_CONTENT_STATUS else self.load(body))
+        except orjson.JSONDecodeError:
+            failure = TransientError(self.op, status, "the answer is not JSON", reason="bad_body")
+        except MalformedItemError as error:
+            problem = f"the answer is malformed: {error}"
+            failure = UnreadableError(self.op, status, problem, work_id=error.work_id)
+        except ValueError as error:
+            problem = f"the answer is malformed: {error}"
+            failure = TransientError(self.op, status, problem, reason="bad_body")
+        # Raised outside of the except block: a JSONDecodeError contains the whole body.
+        raise failure
+
+
+_BEFORE_ID: Final = rb'\s*"[^"\\]*"\s*:\s*(?:"[^"\\]*"|[-+.0-9A-Za-z]+)\s*,'
+_find_id = re.compile(rb'\s*\{(?:%b)*\s*"id"\s*:\s*"([A-Za-z0-9_-]{1,128})"' % _BEFORE_ID).match
+
+
+def _id_at_beginning(beginning: bytes) -> str | None:
+    """Return the `id` of an object; None unless only plain values precede the id."""
+    found = _find_id(beginning)
+    return None if found is None else found[1].decode()
 
 
 class ItemPage(NamedTuple):

@@ -20,13 +20,11 @@ from workpool.errors import (
     ControlPlaneError,
     PreconditionError,
     RefusedError,
-    TooLargeError,
     TransientError,
-    UnreadableError,
 )
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping, Sequence
+    from collections.abc import Mapping, Sequence
 
 T = TypeVar("T")
 
@@ -38,7 +36,6 @@ BEGINNING_BYTES: Final = 4096
 MESSAGE_MAX: Final = 300
 _WORD_MAX: Final = 64
 _ORIGIN_MAX: Final = 128
-_NO_CONTENT: Final = 204
 _SECONDS = re.compile(r"[0-9]{1,12}(\.[0-9]{1,9})?").fullmatch
 _CLIENT_ERRORS: Final = range(400, 500)
 _REFUSED_STATUSES: Final = frozenset({*http.HTTPStatus} & {*_CLIENT_ERRORS} - {408, 425, 429})
@@ -48,14 +45,6 @@ Any other status may pass by itself, also one that HTTP does not define or that 
 such as 101.
 """
 _OWN_LABEL: Final = frozenset({304, 400, 401, 403, 404, 409, 412, 429})
-
-
-class NoContent:
-    """The type of `NO_CONTENT`."""
-
-
-NO_CONTENT: Final = NoContent()
-"""The parsed body of a 204, which differs from the JSON literal null."""
 
 
 class Oversized(NamedTuple):
@@ -72,18 +61,6 @@ class Response(NamedTuple):
     body: bytes | Oversized
 
 
-class MalformedItemError(ValueError):
-    """An item that cannot be read, but has an id.
-
-    Attributes:
-        work_id: The id of the item.
-    """
-
-    def __init__(self, problem: str, work_id: str) -> None:
-        super().__init__(problem)
-        self.work_id = work_id
-
-
 CODES: Final[Mapping[int, str]] = {
     status: str(status) if status in _OWN_LABEL else f"{status // 100}xx"
     for status in (*SUCCESS, 304, *range(400, 600))
@@ -91,45 +68,8 @@ CODES: Final[Mapping[int, str]] = {
 """The label of each status in the metrics; a status that is missing here is counted as "error"."""
 
 
-def parse_success(
-    op: str,
-    status: int,
-    body: bytes | Oversized,
-    parse: Callable[[object], T],
-    load: Callable[[bytes], object] = orjson.loads,
-) -> T:
-    """Load a body and parse it.
-
-    Raises:
-        TransientError: The body is not what `load` or `parse` expects, which raised a ValueError.
-    """
-    if isinstance(body, Oversized):
-        raise TooLargeError(op, status, work_id=_id_at_beginning(body.beginning))
-    failure: TransientError
-    try:
-        return parse(NO_CONTENT if status == _NO_CONTENT else load(body))
-    except orjson.JSONDecodeError:
-        failure = TransientError(op, status, "the answer is not JSON", reason="bad_body")
-    except MalformedItemError as error:
-        problem = f"the answer is malformed: {error}"
-        failure = UnreadableError(op, status, problem, work_id=error.work_id)
-    except ValueError as error:
-        problem = f"the answer is malformed: {error}"
-        failure = TransientError(op, status, problem, reason="bad_body")
-    # Raised outside of the except block: a JSONDecodeError contains the whole body.
-    raise failure
-
-
 _wants_tls: Final = re.compile(rb"(?i)HTTP request[a-z ]{1,30}HTTPS (port|server)").search
 """Whether the body is that of a server (Go's, nginx) that expected TLS and got plain HTTP."""
-_BEFORE_ID: Final = rb'\s*"[^"\\]*"\s*:\s*(?:"[^"\\]*"|[-+.0-9A-Za-z]+)\s*,'
-_find_id = re.compile(rb'\s*\{(?:%b)*\s*"id"\s*:\s*"([A-Za-z0-9_-]{1,128})"' % _BEFORE_ID).match
-
-
-def _id_at_beginning(beginning: bytes) -> str | None:
-    """Return the `id` of an object; None unless only plain values precede the id."""
-    found = _find_id(beginning)
-    return None if found is None else found[1].decode()
 
 
 def parse_error(op: str, answer: Response, *secrets: str) -> ControlPlaneError:

@@ -9,7 +9,7 @@ from yarl import URL
 
 from workpool.wire import endpoints
 from workpool.wire.http.call_options import DEFAULT_OPTIONS, CallOptions
-from workpool.wire.http.response_reader import TRANSIENT, no_answer
+from workpool.wire.http.connection_errors import TRANSIENT, no_answer
 from workpool.wire.protocol import LAST_EVENT_ID_HEADER
 
 if TYPE_CHECKING:

@@ -6,6 +6,7 @@ session that the client created ends after too many.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final
 
 import aiohttp
@@ -33,25 +34,21 @@ class NotSentError(aiohttp.ClientConnectionError):
     """The check of a request failed, so nothing was sent."""
 
 
+@dataclass(slots=True, eq=False)
 class RequestCheck:
     """A body, possibly empty, whose check is the last step before the request's bytes are written.
 
     Bytes that the kernel already holds cannot be taken back.
 
-    Args:
+    Attributes:
         body: The body.
         check: Raises an error if the request must not be sent.
-
-    Attributes:
         refusal: The error that `check` raised.
     """
 
-    __slots__ = ("_check", "body", "refusal")
-
-    def __init__(self, body: bytes, check: Callable[[], None]) -> None:
-        self.body = body
-        self._check = check
-        self.refusal: Exception | None = None
+    body: bytes
+    check: Callable[[], None]
+    refusal: Exception | None = None
 
     def verify(self) -> None:
         """Check whether the request may be sent.
@@ -60,7 +57,7 @@ class RequestCheck:
             NotSentError: The request may not be sent.
         """
         try:
-            self._check()
+            self.check()
         except Exception as refusal:  # noqa: BLE001 - the transport raises it
             self.refusal = refusal
             raise NotSentError from None

@@ -1,8 +1,8 @@
 """Timeouts for the waits of a block: the rules of `asyncio.timeout`, at a part of its cost.
 
-`Bound` has a timer of its own, a third of the cost of `asyncio.timeout`. The `RequestBound`s of one
-client share a timer: a timer for each request cost 9,000 instructions, and almost none of them ever
-fires.
+A `Bound` with a timer of its own has a third of the cost of `asyncio.timeout`. The bounds of one
+client's requests share a timer: a timer for each request cost 9,000 instructions, and almost none
+of them ever fires.
 """
 
 from __future__ import annotations
@@ -26,15 +26,23 @@ class Bound:
     same turn of the loop. An object is for one block, inside a task.
 
     Args:
-        seconds: The bound; None = only `expire_now` ends the wait.
-        open_bounds: Contains the bound while its block runs, for `expire_now`.
+        seconds: The bound; None = only `expire` ends the wait.
+        timer: Ends the wait; None = a timer of its own.
+        open_bounds: Contains the bound while its block runs, so that others can call `expire`.
     """
 
-    __slots__ = ("_before", "_expired", "_open", "_seconds", "_task", "_timer")
+    __slots__ = ("_before", "_expired", "_handle", "_open", "_seconds", "_task", "_timer")
 
-    def __init__(self, seconds: float | None, open_bounds: set[Bound]) -> None:
+    def __init__(
+        self,
+        seconds: float | None,
+        timer: BoundTimer | None = None,
+        open_bounds: set[Bound] | None = None,
+    ) -> None:
         self._seconds = seconds
+        self._timer = timer
         self._open = open_bounds
+        self._handle: asyncio.TimerHandle | None = None
         self._expired = False
 
     def __enter__(self) -> None:
@@ -42,11 +50,18 @@ class Bound:
         if task is None:
             raise RuntimeError("a bound needs a task that it can cancel")
         self._task, self._before = task, task.cancelling()
-        self._timer: asyncio.TimerHandle | None = None
-        if self._seconds is not None:
+        if self._open is not None:
+            self._open.add(self)
+        if self._seconds is None:
+            return
+        timer = self._timer
+        if timer is None:
             seconds = max(0.0, self._seconds)
-            self._timer = task.get_loop().call_later(seconds, self.expire_now)
-        self._open.add(self)
+            self._handle = task.get_loop().call_later(seconds, self.expire)
+        else:
+            timer.open[self] = at = timer.loop.time() + self._seconds
+            if at < timer.at:
+                timer.set(at)
 
     def __exit__(
         self,
@@ -54,23 +69,30 @@ class Bound:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        self._open.discard(self)
         if self._timer is not None:
-            self._timer.cancel()
-        if self._expired:
-            _raise_timeout(self._task, self._before, error)
+            self._timer.open.pop(self, None)
+        if self._open is not None:
+            self._open.discard(self)
+        if self._handle is not None:
+            self._handle.cancel()
+        if (
+            self._expired
+            and self._task.uncancel() <= self._before
+            and isinstance(error, asyncio.CancelledError)
+        ):
+            raise TimeoutError from error
 
-    def expire_now(self) -> None:
+    def expire(self) -> None:
         """End the wait now. Called on the loop while the block runs."""
         if not self._expired:
             self._expired = True
             self._task.cancel()
 
 
-class RequestTimer:
-    """The timer of the requests of one client. Used on one event loop.
+class BoundTimer:
+    """A timer that the bounds of one client share. Used on one event loop.
 
-    It is set for the earliest time and stays set when that request has ended, so that it fires once
+    It is set for the earliest time and stays set when that block has ended, so that it fires once
     in a while and not for each request.
     """
 
@@ -78,7 +100,7 @@ class RequestTimer:
 
     def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
         self.loop = loop
-        self.open: dict[RequestBound, float] = {}
+        self.open: dict[Bound, float] = {}
         """The blocks that run now, with the time at which each is ended, on the loop's clock."""
         self.at = math.inf
         """The time at which the timer fires; infinite: it is not set."""
@@ -110,45 +132,3 @@ class RequestTimer:
                 self.open[bound] = math.inf
                 bound.expire()
         self.set(min(self.open.values(), default=math.inf))
-
-
-class RequestBound:
-    """Cancels the wait of its block after `seconds`, as `Bound` does, by a shared timer."""
-
-    __slots__ = ("_before", "_expired", "_seconds", "_task", "_timer")
-
-    def __init__(self, seconds: float, timer: RequestTimer) -> None:
-        self._seconds = seconds
-        self._timer = timer
-        self._expired = False
-
-    def __enter__(self) -> None:
-        timer = self._timer
-        task = asyncio.current_task(timer.loop)
-        if task is None:
-            raise RuntimeError("a bound needs a task that it can cancel")
-        self._task, self._before = task, task.cancelling()
-        timer.open[self] = at = timer.loop.time() + self._seconds
-        if at < timer.at:
-            timer.set(at)
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        del self._timer.open[self]
-        if self._expired:
-            _raise_timeout(self._task, self._before, error)
-
-    def expire(self) -> None:
-        """End the wait now. Called once, by the timer."""
-        self._expired = True
-        self._task.cancel()
-
-
-def _raise_timeout(task: asyncio.Task[object], before: int, error: BaseException | None) -> None:
-    """Raise `TimeoutError` for a cancelled block, unless another cancellation is pending."""
-    if task.uncancel() <= before and isinstance(error, asyncio.CancelledError):
-        raise TimeoutError from error

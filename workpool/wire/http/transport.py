@@ -27,21 +27,22 @@ from multidict import CIMultiDict
 from workpool.errors import RefusedError, SettingsError, TransientError
 from workpool.logs import hide
 from workpool.wire.client_dialects import DIALECTS
-from workpool.wire.endpoints import STREAM
+from workpool.wire.endpoints import ANSWER_LIMIT_BYTES, STREAM
 from workpool.wire.http.call_options import DEFAULT_OPTIONS, CallOptions, Priority
+from workpool.wire.http.connection_errors import TRANSIENT, error_code, no_answer
 from workpool.wire.http.connections import ENDLESS, Connections
 from workpool.wire.http.credential_renewal import CredentialSource
 from workpool.wire.http.daemon_threads import DaemonThreads
 from workpool.wire.http.guarded_request import CheckedBody, NotSentError, RequestCheck
-from workpool.wire.http.response_reader import (
-    TRANSIENT,
-    checked_stream,
-    error_code,
-    no_answer,
-    read_bounded,
+from workpool.wire.http.timeouts import Bound, BoundTimer
+from workpool.wire.response import (
+    BEGINNING_BYTES,
+    CODES,
+    SUCCESS,
+    Oversized,
+    Response,
+    parse_error,
 )
-from workpool.wire.http.timeouts import RequestBound, RequestTimer
-from workpool.wire.response import CODES, SUCCESS, Oversized, Response, parse_error, parse_success
 
 if TYPE_CHECKING:
     import ssl
@@ -107,7 +108,7 @@ class Transport:
             await self._threads.close()
             raise
         self._loop = asyncio.get_running_loop()
-        self._timer = RequestTimer(self._loop)
+        self._timer = BoundTimer(self._loop)
 
     async def close(self) -> None:
         """Close the connections except those of a caller's own session."""
@@ -251,7 +252,7 @@ class Transport:
         try:
             # aiohttp's timeout is not used: it mistakes another cancellation in the same turn of
             # the loop for its own.
-            with RequestBound(until - started, self._timer):
+            with Bound(until - started, self._timer):
                 response, content = await self._exchange_request(
                     endpoint, url, body, options, check
                 )
@@ -264,7 +265,7 @@ class Transport:
             code = error_code(error)
         else:
             if status in SUCCESS:
-                value = parse_success(op, status, content, endpoint.parse, endpoint.load)
+                value = endpoint.parse_success(status, content)
                 add = endpoint.add_headers
                 return value if add is None else add(value, response.headers)
             failure = parse_error(op, Response(status, response.headers, content), *secrets)
@@ -287,7 +288,7 @@ class Transport:
                 response = await self._connect_stream(url, headers)
                 code = CODES.get(response.status, "error")
                 if response.status == http.HTTPStatus.OK:
-                    return checked_stream(response)
+                    return _checked_stream(response)
                 try:
                     answer = Response(
                         response.status, response.headers, await read_bounded(response)
@@ -444,6 +445,40 @@ class Transport:
         if self._worker_id is not None:
             headers[rules.worker_id_header] = self._worker_id
         return headers
+
+
+def _checked_stream(response: aiohttp.ClientResponse) -> aiohttp.ClientResponse:
+    """Return the response if it is an event stream; a gateway may send a page with status 200."""
+    if response.content_type == "text/event-stream":
+        return response
+    response.close()
+    raise TransientError(STREAM, response.status, "not an event stream", reason="bad_body")
+
+
+async def read_bounded(
+    response: aiohttp.ClientResponse, limit: int = ANSWER_LIMIT_BYTES
+) -> bytes | Oversized:
+    """Return the body, unpacked.
+
+    If it exceeds `limit`, return its beginning and close the connection.
+    """
+    length = response.content_length
+    if length is not None and "Content-Encoding" not in response.headers:
+        if 0 < length <= limit:
+            # mostly the body has arrived with the headers, so there is no wait
+            content = response.content
+            return content.read_nowait() if content.is_eof() else await content.read()
+        if length > limit:
+            limit = BEGINNING_BYTES  # the rest of the body is not read
+    chunks: list[bytes] = []
+    room = limit
+    async for chunk in response.content.iter_any():
+        chunks.append(chunk)
+        room -= len(chunk)
+        if room < 0:
+            response.close()
+            return Oversized(b"".join(chunks)[:BEGINNING_BYTES])
+    return b"".join(chunks)
 
 
 def _time_left(op: str, seconds: float) -> float:

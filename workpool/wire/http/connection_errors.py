@@ -1,4 +1,4 @@
-"""Reading the body of an answer, and the error for a request without an answer."""
+"""The errors of requests that were not answered."""
 
 from __future__ import annotations
 
@@ -8,9 +8,7 @@ from typing import Final
 import aiohttp
 
 from workpool.errors import ControlPlaneError, RefusedError, TransientError
-from workpool.wire.endpoints import ANSWER_LIMIT_BYTES, STREAM
 from workpool.wire.http.guarded_request import InformationalFlood
-from workpool.wire.response import BEGINNING_BYTES, Oversized
 
 _OS_ERRORS: Final = {
     errno.ECONNREFUSED: "refused",
@@ -35,40 +33,6 @@ TRANSIENT: Final = (
     OSError,
 )
 """Errors that may pass without a change. Any other error is a bug and is raised."""
-
-
-def checked_stream(response: aiohttp.ClientResponse) -> aiohttp.ClientResponse:
-    """Return the response if it is an event stream; a gateway may send a page with status 200."""
-    if response.content_type == "text/event-stream":
-        return response
-    response.close()
-    raise TransientError(STREAM, response.status, "not an event stream", reason="bad_body")
-
-
-async def read_bounded(
-    response: aiohttp.ClientResponse, limit: int = ANSWER_LIMIT_BYTES
-) -> bytes | Oversized:
-    """Return the body, unpacked.
-
-    If it exceeds `limit`, return its beginning and close the connection.
-    """
-    length = response.content_length
-    if length is not None and "Content-Encoding" not in response.headers:
-        if 0 < length <= limit:
-            # mostly the body has arrived with the headers, so there is no wait
-            content = response.content
-            return content.read_nowait() if content.is_eof() else await content.read()
-        if length > limit:
-            limit = BEGINNING_BYTES  # the rest of the body is not read
-    chunks: list[bytes] = []
-    room = limit
-    async for chunk in response.content.iter_any():
-        chunks.append(chunk)
-        room -= len(chunk)
-        if room < 0:
-            response.close()
-            return Oversized(b"".join(chunks)[:BEGINNING_BYTES])
-    return b"".join(chunks)
 
 
 def error_code(error: BaseException) -> str:
