@@ -32,21 +32,22 @@ if TYPE_CHECKING:
     from workpool.wire.endpoints import Endpoint
 
 ENVIRONMENT = "env_00000000000070008000000000000001"
-START = 1_772_366_400.0  # 2026-03-01T12:00:00Z
+START = 1_772_366_400.0
+"""2026-03-01T12:00:00Z in epoch seconds."""
 
 T = TypeVar("T")
 Ts = TypeVarTuple("Ts")
 
 
 class SentCall(NamedTuple):
-    """A call whose bytes were sent."""
+    """The time and the operation of a call whose bytes were sent."""
 
     at: float
     op: str
 
 
 class RecordingClient(LocalClient):
-    """A client that records its calls, and may delay its callers."""
+    """A client that records its calls in the testbed and waits `permit_seconds` for each permit."""
 
     def __init__(self, bench: LeaseTestbed, worker_id: str) -> None:
         super().__init__(
@@ -84,8 +85,8 @@ class RecordingClient(LocalClient):
         self._bench.sent.append(SentCall(self._bench.clock(), op))
 
 
-class BenchRenewer(LoopRenewer):
-    """A lease renewer on the loop of the test that ticks like a real one."""
+class TickingRenewer(LoopRenewer):
+    """A lease renewer that runs on the loop of the test and ticks every second."""
 
     tick_seconds = 1.0
 
@@ -135,7 +136,7 @@ class LeaseTestbed:
         )
         self.client = self.open_client()
         self.rival = LocalClient(self.operations, self.settings, worker_id="rival")
-        self.renewer = BenchRenewer(
+        self.renewer = TickingRenewer(
             self.settings,
             self.clock,
             self.wall_clock,
@@ -183,7 +184,7 @@ class LeaseTestbed:
         raise AssertionError(error)
 
     @asynccontextmanager
-    async def open(self) -> AsyncIterator[None]:
+    async def open_clients(self) -> AsyncIterator[None]:
         """Open the clients and the renewer."""
         async with self.client, self.rival, self.renewer:
             yield
@@ -194,7 +195,7 @@ class LeaseTestbed:
         return await self.claim_queued_item()
 
     async def claim_queued_item(self) -> PoolItem:
-        """Acknowledge the item in the queue."""
+        """Poll and acknowledge the next item of the queue without sending a heartbeat."""
         delivered = await self.client.poll()
         assert delivered is not None
         acked_at = self.clock()
@@ -213,7 +214,7 @@ class LeaseTestbed:
         return item
 
     async def send_first_heartbeat(self, item: PoolItem) -> Lease:
-        """Send the first heartbeat; from then on the renewer extends the lease."""
+        """Send the first heartbeat and give the lease to the renewer, which extends it."""
         lease = item.lease
         await self.heartbeats.send(lease)
         self.renewer.add(lease, item)
@@ -221,7 +222,7 @@ class LeaseTestbed:
 
     @asynccontextmanager
     async def running_handler(self, item: PoolItem) -> AsyncIterator[None]:
-        """Give the item a running handler for the duration of the block."""
+        """Run a handler task of the item until the `async with` block ends."""
         item.handler_task = task = self.loop.create_task(asyncio.sleep(1e9))
         try:
             yield
@@ -229,7 +230,7 @@ class LeaseTestbed:
             task.cancel()
 
     def claim_as_other_worker(self, work_id: str) -> None:
-        """Claim items as another worker until this item is its own."""
+        """Claim queued items as the worker `rival`, up to and including the item `work_id`."""
         while (item := self.operations.poll(ENVIRONMENT, Poll("rival", 0, 0))) is not None:
             self.operations.ack(ENVIRONMENT, item.id, "rival")
             self.operations.heartbeat(ENVIRONMENT, item.id, None, 600, "rival")

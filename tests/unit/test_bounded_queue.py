@@ -57,13 +57,13 @@ async def test_released_place_goes_to_first_waiter() -> None:
     await queue.reserve()
     order: list[str] = []
 
-    async def reserve_in_turn(name: str) -> None:
+    async def record_reservation(name: str) -> None:
         await queue.reserve()
         order.append(name)
 
     async with asyncio.TaskGroup() as group:
-        group.create_task(reserve_in_turn("first"))
-        group.create_task(reserve_in_turn("second"))
+        group.create_task(record_reservation("first"))
+        group.create_task(record_reservation("second"))
         await run_ready_tasks()
         queue.unreserve()
         await run_ready_tasks()
@@ -181,7 +181,7 @@ async def test_places_of_discarded_slots_stay_unavailable() -> None:
         waiting.cancel()
 
 
-class RandomPlaceUsers:
+class RandomQueueUsers:
     """Tasks that reserve and release the places of one queue at random."""
 
     def __init__(self, dice: random.Random, queue: BoundedQueue[int]) -> None:
@@ -192,7 +192,7 @@ class RandomPlaceUsers:
         for _ in range(self.dice.randrange(4)):
             await asyncio.sleep(0)
 
-    async def use_places(self, number: int) -> None:
+    async def use_one_place(self, number: int) -> None:
         await self.queue.reserve()
         try:
             await self.random_pause()
@@ -216,10 +216,10 @@ async def test_queue_under_random_use_and_cancellation_loses_no_place(seed: int)
     """Random users reserve, wait, are cancelled, and deliver or not."""
     dice = random.Random(seed)  # noqa: S311 - repeatable, guards nothing
     queue: BoundedQueue[int] = BoundedQueue(2, dice.randrange(3))
-    users, tasks = RandomPlaceUsers(dice, queue), list[asyncio.Task[None]]()
+    users, tasks = RandomQueueUsers(dice, queue), list[asyncio.Task[None]]()
     async with asyncio.TaskGroup() as group:
         for number in range(200):
-            tasks.append(group.create_task(users.use_places(number)))
+            tasks.append(group.create_task(users.use_one_place(number)))
             await users.random_pause()
             if dice.random() < 0.4:
                 dice.choice(tasks).cancel()

@@ -31,11 +31,11 @@ READ: Any = endpoints.Endpoint("get", "GET", lambda _: None)
 LARGE = b"[" + b" " * 300_000 + b"]"
 
 
-def size_as_text(body: bytes | None) -> str:
+def body_size_label(body: bytes | None) -> str:
     return "no body" if body is None else f"{len(body)} bytes"
 
 
-class APIError(Exception):
+class CheckRefusal(Exception):
     """The error that a check raises."""
 
 
@@ -112,19 +112,19 @@ async def connected_transport(
         await transport.close()
 
 
-def settings_for_url(server: RecordingServer, **values: Any) -> Settings:
+def settings_for_server(server: RecordingServer, **values: Any) -> Settings:
     return Settings(base_url=server.url, environment_id="env_1", token=TOKEN, **values)
 
 
 def refuse_request() -> None:
-    raise APIError
+    raise CheckRefusal
 
 
 def refuse_like_network_error() -> None:
     raise NetworkLikeRefusal
 
 
-def send_request(
+def request_arguments(
     url: str, check: Callable[[], None] | None, body: bytes | None = None, endpoint: Any = ANY
 ) -> tuple[Any, ...]:
     return endpoint, URL(f"{url}/x"), 20, None, body, CallOptions(check)
@@ -140,7 +140,7 @@ class SwitchableCheck:
     def __call__(self) -> None:
         self.asked += 1
         if not self.open:
-            raise APIError
+            raise CheckRefusal
 
 
 @asynccontextmanager
@@ -172,7 +172,7 @@ def traced_client_session() -> aiohttp.ClientSession:
 
 @pytest.mark.parametrize("used_before", [False, True])
 @pytest.mark.parametrize("endpoint", [ANY, READ], ids=["POST", "GET"])
-@pytest.mark.parametrize("body", [None, b"", b'{"force":true}', LARGE], ids=size_as_text)
+@pytest.mark.parametrize("body", [None, b"", b'{"force":true}', LARGE], ids=body_size_label)
 @pytest.mark.parametrize(
     "session", [no_client_session, client_session_of_caller, traced_client_session]
 )
@@ -185,11 +185,11 @@ async def test_refused_check_sends_no_byte(
         connected_transport(server.url, own) as transport,
     ):
         if used_before:
-            await transport.send(*send_request(server.url, None))
-        with pytest.raises(APIError):
-            await transport.send(*send_request(server.url, refuse_request, body, endpoint))
+            await transport.send(*request_arguments(server.url, None))
+        with pytest.raises(CheckRefusal):
+            await transport.send(*request_arguments(server.url, refuse_request, body, endpoint))
         for _ in range(2):
-            await transport.send(*send_request(server.url, None))
+            await transport.send(*request_arguments(server.url, None))
     count = 2 + used_before
     all_bytes = b"".join(server.received)
     assert all_bytes == all_bytes[: len(all_bytes) // count] * count
@@ -199,11 +199,11 @@ async def test_refused_check_sends_no_byte(
 @pytest.mark.parametrize("endpoint", [ANY, READ], ids=["POST", "GET"])
 async def test_check_that_raises_network_error_is_not_repeated(endpoint: Any) -> None:
     async with recording_server() as server, connected_transport(server.url) as transport:
-        await transport.send(*send_request(server.url, None))
+        await transport.send(*request_arguments(server.url, None))
         before = len(server)
         with pytest.raises(NetworkLikeRefusal):
             await transport.send(
-                *send_request(server.url, refuse_like_network_error, endpoint=endpoint)
+                *request_arguments(server.url, refuse_like_network_error, endpoint=endpoint)
             )
         assert len(server) == before
 
@@ -212,9 +212,9 @@ async def test_request_refused_by_its_check_is_not_reported_to_observers() -> No
     reported: list[str] = []
     async with recording_server() as server, connected_transport(server.url) as transport:
         transport.on_request = lambda *each: reported.append(each[1])
-        with pytest.raises(APIError):
-            await transport.send(*send_request(server.url, refuse_request))
-        await transport.send(*send_request(server.url, lambda: None))
+        with pytest.raises(CheckRefusal):
+            await transport.send(*request_arguments(server.url, refuse_request))
+        await transport.send(*request_arguments(server.url, lambda: None))
     assert reported == ["2xx"]
 
 
@@ -233,9 +233,9 @@ CALLS: dict[str, Callable[[WorkClient, CallOptions], Awaitable[object]]] = {
 async def test_every_call_for_an_item_calls_its_check(name: str, priority: Priority) -> None:
     async with (
         recording_server() as server,
-        WorkClient(settings_for_url(server)) as client,
+        WorkClient(settings_for_server(server)) as client,
     ):
-        with pytest.raises(APIError):
+        with pytest.raises(CheckRefusal):
             await CALLS[name](client, CallOptions(refuse_request, priority))
     assert len(server) == 0
 
@@ -270,7 +270,7 @@ async def test_check_refusing_after_slow_host_lookup_sends_no_byte() -> None:
             asyncio.TaskGroup() as group,
         ):
             sending = group.create_task(
-                refusal_during_wait(transport.send(*send_request(url, check)))
+                assert_refused_by_check(transport.send(*request_arguments(url, check)))
             )
             await resolver.asked.wait()
             assert check.asked == 0
@@ -281,8 +281,8 @@ async def test_check_refusing_after_slow_host_lookup_sends_no_byte() -> None:
     assert len(server.received) == 1  # one connection was opened and closed again
 
 
-async def refusal_during_wait(call: Awaitable[object]) -> None:
-    with pytest.raises(APIError):
+async def assert_refused_by_check(call: Awaitable[object]) -> None:
+    with pytest.raises(CheckRefusal):
         await call
 
 
@@ -313,7 +313,9 @@ async def test_check_refusing_after_slow_proxy_sends_no_byte(
     monkeypatch.setenv("no_proxy", "")
     url = "https://pool.invalid"
     async with listener, connected_transport(url) as transport, asyncio.TaskGroup() as group:
-        sending = group.create_task(request_error(transport.send(*send_request(url, check))))
+        sending = group.create_task(
+            assert_transient_error(transport.send(*request_arguments(url, check)))
+        )
         await asked.wait()
         assert check.asked == 0
         check.open = False
@@ -324,7 +326,7 @@ async def test_check_refusing_after_slow_proxy_sends_no_byte(
     assert first[1] == b""
 
 
-async def request_error(call: Awaitable[object]) -> None:
+async def assert_transient_error(call: Awaitable[object]) -> None:
     with pytest.raises(TransientError):
         await call
 
@@ -339,11 +341,11 @@ async def test_check_refusing_after_wait_for_free_connection_sends_no_byte() -> 
         connected_transport(server.url, session) as transport,
         asyncio.TaskGroup() as group,
     ):
-        first = group.create_task(transport.send(*send_request(server.url, None)))
+        first = group.create_task(transport.send(*request_arguments(server.url, None)))
         await server.arrived.wait()
         before = len(server)
         second = group.create_task(
-            refusal_during_wait(transport.send(*send_request(server.url, check)))
+            assert_refused_by_check(transport.send(*request_arguments(server.url, check)))
         )
         await asyncio.sleep(0)
         check.open = False
@@ -356,12 +358,12 @@ async def test_check_refusing_after_wait_for_rate_limit_sends_no_byte() -> None:
     check = SwitchableCheck()
     async with (
         recording_server() as server,
-        WorkClient(settings_for_url(server, write_rate=1)) as client,
+        WorkClient(settings_for_server(server, write_rate=1)) as client,
         asyncio.TaskGroup() as group,
     ):
         await client.acquire_ack_permit()
         stopping = client.stop(WORK, force=True, options=CallOptions(check))
-        sending = group.create_task(refusal_during_wait(stopping))
+        sending = group.create_task(assert_refused_by_check(stopping))
         await asyncio.sleep(0)
         check.open = False
         client.release_ack_permit()
@@ -385,13 +387,13 @@ async def test_request_bytes_follow_their_check_even_if_a_trace_of_the_caller_wa
         connected_transport(server.url, session) as transport,
         asyncio.TaskGroup() as group,
     ):
-        group.create_task(transport.send(*send_request(server.url, lambda: None, b"{}")))
+        group.create_task(transport.send(*request_arguments(server.url, lambda: None, b"{}")))
         await waiting.wait()
         await server.arrived.wait()
         release.set()
 
 
-@pytest.mark.parametrize("body", [None, b'{"force":true}', LARGE], ids=size_as_text)
+@pytest.mark.parametrize("body", [None, b'{"force":true}', LARGE], ids=body_size_label)
 @pytest.mark.parametrize("session", [no_client_session, traced_client_session])
 async def test_passing_check_is_called_once_and_request_arrives_complete(
     session: Any, body: bytes | None
@@ -402,7 +404,7 @@ async def test_passing_check_is_called_once_and_request_arrives_complete(
         session() as own,
         connected_transport(server.url, own) as transport,
     ):
-        await transport.send(*send_request(server.url, check, body))
+        await transport.send(*request_arguments(server.url, check, body))
     head, _, arrived = bytes(server.received[0]).partition(b"\r\n\r\n")
     assert (check.asked, arrived) == (1, body or b"")
     assert f"Content-Length: {len(body or b'')}".encode() in head
@@ -430,8 +432,8 @@ async def test_request_repeated_with_renewed_token_is_checked_again(tmp_path: Pa
     url = f"http://127.0.0.1:{listener.sockets[0].getsockname()[1]}"
     async with listener, connected_transport(url, token_file=path) as transport:
         path.write_text("new")
-        with pytest.raises(APIError):
-            await transport.send(*send_request(url, check))
+        with pytest.raises(CheckRefusal):
+            await transport.send(*request_arguments(url, check))
         await ended.wait()
     assert check.asked == 2
     assert rest == [b""]
@@ -440,7 +442,7 @@ async def test_request_repeated_with_renewed_token_is_checked_again(tmp_path: Pa
 async def test_read_repeated_by_aiohttp_on_new_connection_is_checked_again() -> None:
     check = SwitchableCheck()
 
-    def close_first_connection() -> None:
+    def refuse_second_check() -> None:
         check()
         check.open = False
 
@@ -448,9 +450,9 @@ async def test_read_repeated_by_aiohttp_on_new_connection_is_checked_again() -> 
         recording_server(ANSWER, None, ANSWER) as server,
         connected_transport(server.url) as transport,
     ):
-        await transport.send(*send_request(server.url, None))
-        with pytest.raises(APIError):
-            await transport.send(*send_request(server.url, close_first_connection, endpoint=READ))
+        await transport.send(*request_arguments(server.url, None))
+        with pytest.raises(CheckRefusal):
+            await transport.send(*request_arguments(server.url, refuse_second_check, endpoint=READ))
         assert check.asked == 2
         assert [len(each) > 0 for each in server.received] in ([True], [True, False])
 
@@ -458,4 +460,4 @@ async def test_read_repeated_by_aiohttp_on_new_connection_is_checked_again() -> 
 async def test_request_denied_with_403_after_its_check_raises_refused_error() -> None:
     async with recording_server(DENIED) as server, connected_transport(server.url) as transport:
         with pytest.raises(RefusedError):
-            await transport.send(*send_request(server.url, lambda: None))
+            await transport.send(*request_arguments(server.url, lambda: None))

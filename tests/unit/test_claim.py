@@ -84,7 +84,7 @@ def test_lease_counts_from_first_ack_that_may_have_been_applied(
     @in_virtual_time
     async def check_lease_start() -> None:
         one = testbed(ack=[fault])
-        async with one.open():
+        async with one.open_clients():
             item, result = await ClaimTestbed(one).acknowledge_item()
         assert result == "ok"
         earlier, later = one.send_times("ack")
@@ -99,7 +99,7 @@ async def test_ack_that_was_not_applied_is_repeated_within_claim_window(
     testbed: type[LeaseTestbed],
 ) -> None:
     one = testbed(ack=[refused_answer(429)] * 999)
-    async with one.open():
+    async with one.open_clients():
         _, result = await ClaimTestbed(one).acknowledge_item()
         assert result == "error"
         assert one.clock() <= RECLAIM_SECONDS
@@ -111,7 +111,7 @@ async def test_ack_that_may_have_been_applied_is_repeated_while_its_lease_lasts(
     testbed: type[LeaseTestbed],
 ) -> None:
     one = testbed(ack=[Fault(answer=500, applied=False)] * 999)
-    async with one.open():
+    async with one.open_clients():
         _, result = await ClaimTestbed(one).acknowledge_item()
         assert result == "error"
         assert RECLAIM_SECONDS < one.clock() < ACK_LEASE_SECONDS
@@ -123,7 +123,7 @@ async def test_ack_that_may_have_been_applied_is_not_repeated_after_its_lease(
 ) -> None:
     """With a long window it was: the item was leased to a pool that counted the lease as over."""
     one = testbed(ack=[Fault(answer=500, applied=False)] * 999)
-    async with one.open():
+    async with one.open_clients():
         _, result = await ClaimTestbed(one, window=300).acknowledge_item()
         assert result == "error"
         assert one.clock() < ACK_LEASE_SECONDS
@@ -134,7 +134,7 @@ async def test_repeated_ack_that_waits_beyond_its_lease_is_not_sent(
     testbed: type[LeaseTestbed],
 ) -> None:
     one = testbed(ack=[Fault(answer=500, applied=False), Fault(wait=1)])
-    async with one.open(), asyncio.TaskGroup() as group:
+    async with one.open_clients(), asyncio.TaskGroup() as group:
         task = group.create_task(ClaimTestbed(one).acknowledge_item())
         await asyncio.sleep(0.9)  # the second ack waits for the rate limit or a connection
         one.loop.suspend(ACK_LEASE_SECONDS)
@@ -156,7 +156,7 @@ def test_refused_ack_is_never_repeated_nor_reported_to_pollers(
     @in_virtual_time
     async def check_refused_ack() -> None:
         one = testbed(ack=[refused_answer(status)])
-        async with one.open():
+        async with one.open_clients():
             claims = ClaimTestbed(one)
             assert (await claims.acknowledge_item())[1] == result
         assert len(one.send_times("ack")) == 1
@@ -168,7 +168,7 @@ def test_refused_ack_is_never_repeated_nor_reported_to_pollers(
 @in_virtual_time
 async def test_accepted_ack_is_reported_and_updates_item(testbed: type[LeaseTestbed]) -> None:
     one = testbed()
-    async with one.open():
+    async with one.open_clients():
         claims = ClaimTestbed(one)
         item, _ = await claims.acknowledge_item()
     assert claims.acks == [None]
@@ -190,7 +190,7 @@ def test_repeated_ack_succeeds_only_if_item_may_belong_to_this_worker(
     @in_virtual_time
     async def check_repeated_ack() -> None:
         one = testbed(ack=[answer_with_state(state)])
-        async with one.open():
+        async with one.open_clients():
             assert (await ClaimTestbed(one).acknowledge_item())[1] == result
 
     check_repeated_ack()
@@ -199,7 +199,7 @@ def test_repeated_ack_succeeds_only_if_item_may_belong_to_this_worker(
 @in_virtual_time
 async def test_ack_answer_keeps_token_and_trace_of_polled_item(testbed: type[LeaseTestbed]) -> None:
     one = testbed()
-    async with one.open():
+    async with one.open_clients():
         claims = ClaimTestbed(one)
         item = await claims.deliver_item()
         token, trace = Secret("token-of-the-session"), "00-" + "1" * 32 + "-" + "2" * 16 + "-01"
@@ -212,7 +212,7 @@ async def test_ack_answer_keeps_token_and_trace_of_polled_item(testbed: type[Lea
 @in_virtual_time
 async def test_drain_ends_repetition_of_acks(testbed: type[LeaseTestbed]) -> None:
     one = testbed(ack=[refused_answer(503, retry_after=20)] * 9)
-    async with one.open(), asyncio.TaskGroup() as group:
+    async with one.open_clients(), asyncio.TaskGroup() as group:
         claims = ClaimTestbed(one)
         task = group.create_task(claims.acknowledge_item())
         await asyncio.sleep(1)
@@ -227,7 +227,7 @@ async def test_first_heartbeat_is_sent_at_once_and_begins_lease(
     testbed: type[LeaseTestbed],
 ) -> None:
     one = testbed()
-    async with one.open():
+    async with one.open_clients():
         item = await one.claim_item()
         await ClaimTestbed(one).claimer.begin(item)
     assert item.lease.begun
@@ -240,7 +240,7 @@ async def test_first_heartbeat_with_lost_answer_is_recovered_by_read(
     testbed: type[LeaseTestbed],
 ) -> None:
     one = testbed(heartbeat=[Fault(answer="silence")])
-    async with one.open():
+    async with one.open_clients():
         item = await one.claim_item()
         await ClaimTestbed(one).claimer.begin(item)
     assert one.heartbeat_results() == ["timeout", "recovered", "ok"]
@@ -253,7 +253,7 @@ async def test_first_heartbeat_that_fails_is_repeated_while_lease_of_ack_lasts(
     testbed: type[LeaseTestbed],
 ) -> None:
     one = testbed(heartbeat=[refused_answer(503)] * 999)
-    async with one.open():
+    async with one.open_clients():
         item = await one.claim_item()
         await ClaimTestbed(one).claimer.begin(item)
         assert one.clock() == pytest.approx(54)
@@ -267,7 +267,7 @@ async def test_unanswered_first_heartbeat_with_short_ttl_is_repeated_within_ttl(
 ) -> None:
     """With a requested TTL of 10 s, the control plane may hold the item for 10 s only."""
     one = testbed(ttl=10, heartbeat=[Fault(answer="silence")])
-    async with one.open():
+    async with one.open_clients():
         item = await one.claim_item()
         await ClaimTestbed(one).claimer.begin(item)
         assert one.clock() < 5
@@ -279,7 +279,7 @@ async def test_first_heartbeat_of_item_held_by_another_worker_is_not_repeated(
     testbed: type[LeaseTestbed],
 ) -> None:
     one = testbed()
-    async with one.open():
+    async with one.open_clients():
         item = await one.claim_item()
         one.ahead += 300
         one.claim_as_other_worker(item.id)
@@ -294,7 +294,7 @@ async def test_unsettled_item_held_by_another_worker_is_neither_read_nor_run(
 ) -> None:
     """A read would show the `acknowledged_at` of the holder, as the repeated ack did."""
     one = testbed(ack=[answer_with_state("active")], heartbeat=[UNSENT])
-    async with one.open():
+    async with one.open_clients():
         item = await one.claim_item()
         one.operations.heartbeat(ENVIRONMENT, item.id, None, 60, "rival")
         await ClaimTestbed(one).claimer.begin(item)
@@ -307,7 +307,7 @@ async def test_unsettled_item_is_written_only_after_successful_heartbeat(
     testbed: type[LeaseTestbed],
 ) -> None:
     one = testbed(ack=[answer_with_state("active")])
-    async with one.open():
+    async with one.open_clients():
         item = await one.claim_item()
         with pytest.raises(LeaseLost):
             one.sender.check_write(item, by_handler=False)
@@ -319,7 +319,7 @@ async def test_unsettled_item_is_written_only_after_successful_heartbeat(
 @in_virtual_time
 async def test_first_heartbeat_during_drain_is_also_the_last(testbed: type[LeaseTestbed]) -> None:
     one = testbed()
-    async with one.open():
+    async with one.open_clients():
         item = await one.claim_item()
         claims = ClaimTestbed(one)
         claims.claimer.drain()
@@ -334,7 +334,7 @@ async def test_drain_does_not_wait_for_retry_after_of_first_heartbeat(
     testbed: type[LeaseTestbed],
 ) -> None:
     one = testbed(heartbeat=[refused_answer(503, retry_after=20)])
-    async with one.open(), asyncio.TaskGroup() as group:
+    async with one.open_clients(), asyncio.TaskGroup() as group:
         item = await one.claim_item()
         claims = ClaimTestbed(one)
         task = group.create_task(claims.claimer.begin(item))
@@ -351,7 +351,7 @@ async def test_failed_first_heartbeat_during_drain_is_not_repeated_in_tight_loop
 ) -> None:
     one = testbed(heartbeat=[refused_answer(503)] * 999)
     one.latency = 0.01
-    async with one.open():
+    async with one.open_clients():
         item = await one.claim_item()
         claims = ClaimTestbed(one)
         claims.claimer.drain()
@@ -363,7 +363,7 @@ async def test_failed_first_heartbeat_during_drain_is_not_repeated_in_tight_loop
 @in_virtual_time
 async def test_cancelled_first_heartbeat_counts_as_unanswered(testbed: type[LeaseTestbed]) -> None:
     one = testbed(heartbeat=[Fault(answer_delay=5), None])
-    async with one.open():
+    async with one.open_clients():
         item = await one.claim_item()
         claims = ClaimTestbed(one)
         async with asyncio.TaskGroup() as group:

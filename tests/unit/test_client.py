@@ -474,7 +474,7 @@ async def test_request_under_way_in_session_of_caller_is_bounded_after_client_cl
     middleware.hold = asyncio.Event()
     settings = settings_for(control_plane, request_timeout=1.0)
 
-    async def poll(client: WorkClient) -> None:
+    async def poll_until_timeout(client: WorkClient) -> None:
         with pytest.raises(TransientError) as raised:
             await client.poll()
         assert raised.value.reason == "timeout"
@@ -485,7 +485,7 @@ async def test_request_under_way_in_session_of_caller_is_bounded_after_client_cl
         asyncio.TaskGroup() as group,
         WorkClient(settings, session=session) as client,
     ):
-        group.create_task(poll(client))
+        group.create_task(poll_until_timeout(client))
         await middleware.arrived.wait()
     middleware.hold.set()
 
@@ -705,9 +705,9 @@ async def test_calls_waiting_for_rate_limit_are_sent_by_priority(
         completion = CallOptions(priority=Priority.COMPLETION)
         async with asyncio.TaskGroup() as group:
             for _ in range(2):
-                group.create_task(record_end(client.update_metadata(UNKNOWN, {})))
+                group.create_task(assert_call_is_refused(client.update_metadata(UNKNOWN, {})))
             for call in (client.ack(UNKNOWN), client.stop(UNKNOWN, options=completion)):
-                group.create_task(record_end(call))
+                group.create_task(assert_call_is_refused(call))
             while sum(map(len, limiter._line._waiters.values())) < 4:  # noqa: ASYNC110 - no event tells that a call waits
                 await asyncio.sleep(0)
             for op in ("stop", "ack", "update", "update"):
@@ -715,7 +715,7 @@ async def test_calls_waiting_for_rate_limit_are_sent_by_priority(
                 assert await sent.get() == op
 
 
-async def record_end(call: Awaitable[object]) -> None:
+async def assert_call_is_refused(call: Awaitable[object]) -> None:
     with pytest.raises(RefusedError):
         await call
 

@@ -72,7 +72,7 @@ class ConnectionServer:
         finally:
             writer.close()
 
-    async def received_requests(self, count: int) -> None:
+    async def wait_for_requests(self, count: int) -> None:
         async with self.changed, asyncio.timeout(30):
             await self.changed.wait_for(lambda: len(self.lines) >= count)
 
@@ -136,7 +136,7 @@ async def test_pool_calls_do_not_wait_for_two_hundred_handler_calls() -> None:
             group.create_task(client.update_metadata(WORK, {"step": str(number)}))
             for number in range(200)
         ]
-        await server.received_requests(
+        await server.wait_for_requests(
             17
         )  # calls of handlers: one for each session, and sixteen more
         await client.stop(WORK, force=True, timeout=20, options=STOP)
@@ -145,7 +145,7 @@ async def test_pool_calls_do_not_wait_for_two_hundred_handler_calls() -> None:
             group.create_task(client.ack(WORK)),
             group.create_task(client.heartbeat(WORK)),
         ]
-        await server.received_requests(17 + 1 + 3)
+        await server.wait_for_requests(17 + 1 + 3)
         assert server.connections == 17 + 3
         for task in (*updates, *asked):
             task.cancel()
@@ -158,7 +158,7 @@ async def test_pool_calls_have_no_connection_limit() -> None:
         asyncio.TaskGroup() as group,
     ):
         heartbeats = [group.create_task(client.heartbeat(WORK, timeout=60)) for _ in range(150)]
-        await server.received_requests(150)
+        await server.wait_for_requests(150)
         assert server.connections == 150
         for task in heartbeats:
             task.cancel()
@@ -180,11 +180,11 @@ async def test_retry_after_silent_connection_uses_new_connection() -> None:
     """Every pooled connection is dead, but none was closed."""
     silent = False
 
-    def answer_by_connection(_: str, connection: int) -> bytes | None:
+    def answer_unless_silent(_: str, connection: int) -> bytes | None:
         return None if silent and connection <= 2 else ANSWER
 
     async with (
-        running_server(answer_by_connection) as server,
+        running_server(answer_unless_silent) as server,
         WorkClient(server.settings_for_url()) as client,
     ):
         async with asyncio.TaskGroup() as group:  # opens two pooled connections
@@ -405,10 +405,10 @@ with socket.create_server(("127.0.0.1", 0)) as listener:
 def test_endless_informational_responses_do_not_block_event_loop() -> None:
     """The loop of the command line (uvloop) reads as long as bytes are available."""
 
-    async def stop_server(port: int) -> list[float]:
+    async def loop_turn_times(port: int) -> list[float]:
         times: list[float] = []
 
-        async def note_loop_turns() -> None:
+        async def record_loop_turns() -> None:
             while True:
                 times.append(time.thread_time())
                 await asyncio.sleep(0)
@@ -416,7 +416,7 @@ def test_endless_informational_responses_do_not_block_event_loop() -> None:
         server = ConnectionServer(port=port)
         client = WorkClient(server.settings_for_url(request_timeout=30))
         async with client, asyncio.TaskGroup() as group:
-            noting = group.create_task(note_loop_turns())
+            noting = group.create_task(record_loop_turns())
             with pytest.raises(TransientError, match="InformationalFlood"):
                 await client.stop(WORK)
             noting.cancel()
@@ -426,7 +426,7 @@ def test_endless_informational_responses_do_not_block_event_loop() -> None:
     assert flood.stdout is not None
     try:
         with asyncio.Runner(loop_factory=new_event_loop) as runner:
-            times = runner.run(stop_server(int(flood.stdout.readline())))
+            times = runner.run(loop_turn_times(int(flood.stdout.readline())))
     finally:
         flood.kill()
         flood.wait()
@@ -440,14 +440,14 @@ async def test_connection_receives_limited_number_of_bytes_at_once(priority: Pri
     sizes: list[int] = []
     connect = socket.socket.setsockopt
 
-    def note_received_bytes(self: socket.socket, level: int, option: int, value: int) -> None:
+    def record_buffer_size(self: socket.socket, level: int, option: int, value: int) -> None:
         connect(self, level, option, value)
         if option == socket.SO_RCVBUF:
             sizes.append(value)
 
     async with running_server() as server, WorkClient(server.settings_for_url()) as client:
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(socket.socket, "setsockopt", note_received_bytes)
+            patch.setattr(socket.socket, "setsockopt", record_buffer_size)
             await client.stop(WORK, options=CallOptions(priority=priority))
     expected = POOL_BUFFER_BYTES if priority is Priority.COMPLETION else BUFFER_BYTES
     assert sizes == [expected]

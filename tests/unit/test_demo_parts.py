@@ -45,7 +45,7 @@ class SessionStandIn:
     async def update_metadata(self, patch: object) -> object: ...
 
 
-def handler_session() -> Session:
+def sample_session() -> Session:
     return Session(parse_item(ITEM), SessionStandIn(), redelivered=False)  # type: ignore[arg-type]  # a stand-in
 
 
@@ -61,7 +61,7 @@ class DemoTestbed:
         self.state.follow()
         self._at = (self.item.environment_id, self.item.id)
 
-    def claim(self, worker: str) -> list[str]:
+    def claim_item(self, worker: str) -> list[str]:
         operations, environment = self.plane.operations, self.item.environment_id
         assert operations.poll(environment, Poll(f"{worker}-1234")) is not None
         operations.ack(*self._at, f"{worker}-1234")
@@ -84,13 +84,13 @@ class DemoTestbed:
 
 def test_demo_state_shows_session_reclaimed_by_second_worker() -> None:
     scene = DemoTestbed()
-    assert scene.claim("one") == []
+    assert scene.claim_item("one") == []
     assert scene.state.held_by("one") == []  # a session counts from its first heartbeat
     scene.send_heartbeat("one")
     assert scene.state.held_by("one") == ["session 01"]
     assert scene.expire_lease() == ["session 01 is free again: the lease of one lapsed"]
     assert scene.state.held == {}
-    assert scene.claim("two") == ["session 01 reclaimed by two"]
+    assert scene.claim_item("two") == ["session 01 reclaimed by two"]
     assert scene.stop_item("two") == ["session 01 finished by two"]
     assert (scene.state.stopped, scene.state.acked, scene.state.reclaimed["two"]) == (1, 2, 1)
 
@@ -98,7 +98,7 @@ def test_demo_state_shows_session_reclaimed_by_second_worker() -> None:
 def test_demo_state_counts_down_to_expiry_of_the_last_lease() -> None:
     scene = DemoTestbed()
     assert scene.state.lapse_seconds("one") is None
-    scene.claim("one")
+    scene.claim_item("one")
     scene.send_heartbeat("one")
     scene.clock.advance(4)
     assert scene.state.lapse_seconds("one") == pytest.approx(6, abs=1)
@@ -108,7 +108,7 @@ def test_demo_state_counts_down_to_expiry_of_the_last_lease() -> None:
 
 def test_demo_state_counts_failed_session_and_reports_its_error() -> None:
     scene = DemoTestbed()
-    scene.claim("one")
+    scene.claim_item("one")
     scene.send_heartbeat("one")
     error = {"workpool.error": "ValueError"}
     assert scene.stop_item("one", **error) == ["session 01 failed: ValueError"]
@@ -118,7 +118,7 @@ def test_demo_state_counts_failed_session_and_reports_its_error() -> None:
 
 def test_demo_counts_add_up_to_all_sessions_at_any_time() -> None:
     scene = DemoTestbed()
-    steps = (lambda: None, lambda: scene.claim("one"), lambda: scene.stop_item("one"))
+    steps = (lambda: None, lambda: scene.claim_item("one"), lambda: scene.stop_item("one"))
     for step in steps:
         step()
         assert scene.state.queued + len(scene.state.held) + scene.state.stopped == 40
@@ -140,21 +140,21 @@ def workpool_session_handler() -> None:
 
 
 @pytest.fixture
-def reports(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+def reports_module(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
     module = ModuleType("demo_reports")
     module.__dict__.update(daily_report=daily_report, import_rows=import_rows)
     monkeypatch.setitem(sys.modules, "demo_reports", module)
     return module
 
 
-@pytest.mark.usefixtures("reports")
+@pytest.mark.usefixtures("reports_module")
 def test_demo_uses_rules_of_handlers_for_sessions_without_metadata() -> None:
     daily, rows = DemoSession("session", {"job": "daily-report"}), DemoSession("import", {})
     assert sessions_for("demo_reports:daily_report", {}, 2) == [daily, daily]
     assert sessions_for("demo_reports", {}, 3) == [daily, rows, daily]
 
 
-@pytest.mark.usefixtures("reports")
+@pytest.mark.usefixtures("reports_module")
 def test_demo_metadata_that_no_rule_matches_are_an_error_at_once() -> None:
     given = {"job": "daily-report", "day": "monday"}
     assert sessions_for("demo_reports:daily_report", given, 1) == [DemoSession("session", given)]
@@ -162,8 +162,8 @@ def test_demo_metadata_that_no_rule_matches_are_an_error_at_once() -> None:
         sessions_for("demo_reports:daily_report", {"job": "weekly"}, 1)
 
 
-def test_demo_of_plugin_with_hook_uses_given_metadata(reports: ModuleType) -> None:
-    reports.__dict__["workpool_session_handler"] = workpool_session_handler
+def test_demo_of_plugin_with_hook_uses_given_metadata(reports_module: ModuleType) -> None:
+    reports_module.__dict__["workpool_session_handler"] = workpool_session_handler
     assert sessions_for("demo_reports", {"a": "b"}, 1) == [DemoSession("session", {"a": "b"})]
 
 
@@ -176,15 +176,15 @@ def test_worker_output_in_demo_is_filtered_by_logger_and_level() -> None:
     shown: list[str] = []
     worker = Worker("one", "echo", {}, lambda _, line: shown.append(line))
 
-    def log_line(logger: str, level: str, message: str, **more: object) -> None:
+    def write_log_line(logger: str, level: str, message: str, **more: object) -> None:
         worker._read(json.dumps({"logger": logger, "level": level, "message": message, **more}))
 
-    log_line("workpool.pool.supervisor", "info", "metrics served", url="http://h/metrics")
+    write_log_line("workpool.pool.supervisor", "info", "metrics served", url="http://h/metrics")
     assert (worker.state, worker.url) == ("running", "http://h/metrics")
-    log_line("workpool.pool.poller", "info", "idle")
-    log_line("workpool.pool.poller", "warning", "poll failed: 503", error="503")
-    log_line("workpool.session", "info", "from a handler", error="odd", stack="its stack")
-    log_line("mine", "info", "from a plugin")
+    write_log_line("workpool.pool.poller", "info", "idle")
+    write_log_line("workpool.pool.poller", "warning", "poll failed: 503", error="503")
+    write_log_line("workpool.session", "info", "from a handler", error="odd", stack="its stack")
+    write_log_line("mine", "info", "from a plugin")
     worker._read("printed")
     worker._read("[1, 2]")
     assert shown[1:] == [
@@ -235,7 +235,7 @@ def demo_state() -> DemoState:
     one.state, one.url = "running", "http://127.0.0.1:1/metrics"
     two.state = "killed"
     scene = DemoTestbed()
-    scene.claim("two")
+    scene.claim_item("two")
     scene.send_heartbeat("two")
     scene.state.completed["one"], scene.state.failed["one"] = 7, 2
     scene.state.workers = (one, two, three)
@@ -285,4 +285,4 @@ def test_table_cells_with_markup_are_printed_literally(capsys: pytest.CaptureFix
 
 
 async def test_sample_handler_returns_text_of_session() -> None:
-    assert await sample.sample(handler_session()) == {"sample": "hi"}
+    assert await sample.sample(sample_session()) == {"sample": "hi"}

@@ -73,14 +73,14 @@ def test_all_stacks_of_many_deep_threads_are_limited_and_start_with_requested_th
     count = THREADS_MAX + 5
     all_deep, release = threading.Barrier(count + 1), threading.Event()
 
-    def recurse(depth: int = 300) -> None:
+    def recurse_deeply(depth: int = 300) -> None:
         if depth:
-            return recurse(depth - 1)
+            return recurse_deeply(depth - 1)
         all_deep.wait(20)
         release.wait()
         return None
 
-    threads = waiting_threads(count, recurse)
+    threads = waiting_threads(count, recurse_deeply)
     try:
         all_deep.wait(20)
         first = threads[-1]

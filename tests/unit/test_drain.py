@@ -41,7 +41,7 @@ class SessionsStandIn:
         return self.running - self.stuck
 
     async def marked(self, seconds: float) -> None:
-        """Return at once, as no session is marked."""
+        """Return at once: these sessions write no marks."""
 
     def end_sessions(self, count: int = 1) -> None:
         self.running -= count

@@ -49,7 +49,7 @@ def config(tmp_path: Path) -> Callable[[str], Path]:
     return write
 
 
-def refused(read: Callable[..., object], **values: Any) -> tuple[str, ...]:
+def refused_settings(read: Callable[..., object], **values: Any) -> tuple[str, ...]:
     with pytest.raises(SettingsError) as raised:
         read(**values)
     assert HIDDEN not in str(raised.value)
@@ -106,7 +106,7 @@ def test_concurrency_of_an_environment_is_at_most_that_of_the_process(
 
 
 def test_process_needs_one_session_for_each_environment(config: Callable[[str], Path]) -> None:
-    problems = refused(Settings.of_environments, config=config(TWO), concurrency=1)
+    problems = refused_settings(Settings.of_environments, config=config(TWO), concurrency=1)
     assert problems == ("concurrency: must be 2 or more, one for each environment",)
 
 
@@ -121,7 +121,7 @@ def test_error_in_a_table_names_file_table_and_key(config: Callable[[str], Path]
         token = "x"
         token_file = "y"
         """)
-    assert refused(Settings.of_environments, config=path, block_ms=10) == (
+    assert refused_settings(Settings.of_environments, config=path, block_ms=10) == (
         "concurrency: must be a whole number, 1 or more "
         f"(from {path} [workpool.environments.env_a])",
         f"token, token_file: set one of the two (from {path} [workpool.environments.env_b])",
@@ -139,7 +139,7 @@ def test_table_refuses_what_belongs_to_the_process(
         Settings.of_environments,
         lambda **given: Settings(environment_id="env_a", **given),
     ):
-        problems = refused(read, config=path)
+        problems = refused_settings(read, config=path)
         assert problems[0].startswith(f"{name}: ")
         assert problems[0].endswith(f"(from {path} [workpool.environments.env_a])")
 
@@ -162,20 +162,20 @@ def test_wrong_form_of_the_tables_is_an_error_with_the_file(
     config: Callable[[str], Path], text: str, problem: str
 ) -> None:
     path = config(f"[workpool]\n{text}")
-    [found] = refused(Settings, config=path)
+    [found] = refused_settings(Settings, config=path)
     assert str(path) in found
     assert problem in found
 
 
 def test_name_of_a_table_must_be_an_id(config: Callable[[str], Path]) -> None:
     path = config('[workpool.environments."a b"]')
-    [problem] = refused(Settings.of_environments, config=path)
+    [problem] = refused_settings(Settings.of_environments, config=path)
     assert problem.startswith("environment_id: must be 1 to 128 letters, digits, _ or - (from ")
 
 
 def test_environment_id_beside_the_tables_is_an_error(config: Callable[[str], Path]) -> None:
     path = config(TWO.replace("[workpool]", '[workpool]\nenvironment_id = "env_a"'))
-    [problem] = refused(Settings.of_environments, config=path)
+    [problem] = refused_settings(Settings.of_environments, config=path)
     assert "the tables [workpool.environments.ID] name the environments" in problem
     assert str(path) in problem
 
@@ -185,7 +185,7 @@ def test_environment_without_table_in_file_cannot_be_chosen(
 ) -> None:
     monkeypatch.setenv("WORKPOOL_ENVIRONMENT_ID", HIDDEN)
     path = config(TWO)
-    assert refused(Settings, config=path) == (
+    assert refused_settings(Settings, config=path) == (
         f"environment_id: {path} has tables of env_a, env_b, and none of this one "
         "(from WORKPOOL_ENVIRONMENT_ID)",
     )
@@ -196,7 +196,7 @@ def test_settings_without_a_chosen_environment_name_those_of_the_file(
 ) -> None:
     settings = Settings(config=config(TWO))
     assert settings.environment_ids == ("env_a", "env_b")
-    assert refused(settings.require_connection)[0] == (
+    assert refused_settings(settings.require_connection)[0] == (
         "environment_id: not set (set WORKPOOL_ENVIRONMENT_ID to one of env_a, env_b)"
     )
 

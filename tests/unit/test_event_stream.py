@@ -55,7 +55,7 @@ class EventsTestbed:
         return [event.id for event in self.operations.sessions.conversation(self.session_id).events]
 
     @property
-    def opened_stream(self) -> int:
+    def opened_stream_count(self) -> int:
         return [op for op, _ in self.script.sent].count("stream")
 
 
@@ -66,7 +66,7 @@ async def test_event_stream_with_keep_alives_stays_open_for_a_day() -> None:
         with pytest.raises(TimeoutError):
             async with asyncio.timeout(86_400):
                 await anext(stream)
-        assert bench.opened_stream == 1
+        assert bench.opened_stream_count == 1
         bench.emit_event(1)
         assert (await anext(stream))["number"] == 1
 
@@ -80,7 +80,7 @@ async def test_event_stream_without_keep_alives_is_reopened() -> None:
             with pytest.raises(TimeoutError):
                 async with asyncio.timeout(450):
                     await anext(stream)
-    assert 9 <= bench.opened_stream <= 11  # reopened every 45 s plus backoff
+    assert 9 <= bench.opened_stream_count <= 11  # reopened every 45 s plus backoff
 
 
 @in_virtual_time
@@ -94,7 +94,7 @@ async def test_event_stream_with_a_slow_reader_keeps_events_without_reopening() 
             await asyncio.sleep(3600)
             bench.emit_event(number)
             assert (await anext(stream))["number"] == number
-    assert bench.opened_stream == 1
+    assert bench.opened_stream_count == 1
 
 
 @in_virtual_time
@@ -126,7 +126,7 @@ async def test_event_stream_without_timely_answer_is_requested_again() -> None:
     bench.emit_event(0)
     async with bench.client as client, client.events(bench.session_id).stream() as stream:
         assert (await anext(stream))["number"] == 0
-    assert bench.opened_stream == 6
+    assert bench.opened_stream_count == 6
 
 
 class EndlessHistory:
@@ -225,7 +225,7 @@ async def test_event_stream_remembers_limited_number_of_ids(
             received += [await anext(stream) for _ in range(3)]
             assert len(stream._seen._ids) == 10
     assert [event["id"] for event in received] == bench.emitted_ids
-    assert bench.opened_stream > 1
+    assert bench.opened_stream_count > 1
 
 
 def test_page_token_too_long_for_url_is_malformed() -> None:

@@ -298,13 +298,13 @@ async def test_listen_address_of_another_host_is_an_error(registry: CollectorReg
 def open_resources() -> tuple[Multiset[str], set[str], int]:
     """Return the open sockets, workpool threads and tasks of this process."""
     sockets = Multiset(
-        link for fd in FDS.iterdir() if (link := readlink_or_none(fd)).startswith("socket:")
+        link for fd in FDS.iterdir() if (link := link_target(fd)).startswith("socket:")
     )
     threads = {t.name for t in threading.enumerate() if t.name.startswith("workpool-metrics")}
     return sockets, threads, len(asyncio.all_tasks())
 
 
-def readlink_or_none(path: Path) -> str:
+def link_target(path: Path) -> str:
     try:
         return str(path.readlink())
     except OSError:  # the descriptor of the directory listing itself
@@ -322,7 +322,7 @@ async def connect_without_reading(port: int, request: bytes) -> socket.socket:
     return client
 
 
-async def use_with_unread_clients(registry: CollectorRegistry) -> None:
+async def close_exporter_with_unread_clients(registry: CollectorRegistry) -> None:
     loop = asyncio.get_running_loop()
     get_metrics = b"GET /metrics HTTP/1.1\r\nHost: x\r\n\r\n"
     before = open_resources()
@@ -357,7 +357,7 @@ def test_connected_clients_do_not_delay_closing_of_exporter(
 
     async def close_with_clients() -> None:
         async with asyncio.timeout(20):
-            await use_with_unread_clients(registry)
+            await close_exporter_with_unread_clients(registry)
 
     with asyncio.Runner(loop_factory=new_loop) as runner:
         runner.run(close_with_clients())

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from collections.abc import Mapping
 
 
-def fleet_of(loads: Mapping[str, FleetLoad | None], slots: Mapping[str, int]) -> Fleet:
+def fleet_with_loads(loads: Mapping[str, FleetLoad | None], slots: Mapping[str, int]) -> Fleet:
     """Return a fleet whose readers have read these loads; None: nothing yet."""
     client = WorkClient(Settings(environment_id="env_a"))
     readers = {}
@@ -27,7 +27,7 @@ def fleet_of(loads: Mapping[str, FleetLoad | None], slots: Mapping[str, int]) ->
 
 def test_numbers_of_several_environments_are_sums_and_the_greatest_age() -> None:
     loads = {"env_a": FleetLoad(3, 1, 6, 4.5), "env_b": FleetLoad(1, 0, 4, 9.0, lower_bound=True)}
-    numbers = fleet_of(loads, {"env_a": 8, "env_b": 8}).numbers()
+    numbers = fleet_with_loads(loads, {"env_a": 8, "env_b": 8}).numbers()
     assert numbers is not None
     assert (numbers["queued"], numbers["pending"], numbers["running"]) == (4, 1, 10)
     assert (numbers["oldest_queued_seconds"], numbers["lower_bound"]) == (9.0, True)
@@ -36,7 +36,7 @@ def test_numbers_of_several_environments_are_sums_and_the_greatest_age() -> None
 
 def test_environment_with_few_slots_needs_more_workers_than_the_sum() -> None:
     loads = {"env_a": FleetLoad(0, 0, 0), "env_b": FleetLoad(9, 0, 0)}
-    fleet = fleet_of(loads, {"env_a": 8, "env_b": 2})
+    fleet = fleet_with_loads(loads, {"env_a": 8, "env_b": 2})
     numbers, few = fleet.numbers(), fleet.numbers_of("env_b")
     assert numbers is not None
     assert few is not None
@@ -44,7 +44,7 @@ def test_environment_with_few_slots_needs_more_workers_than_the_sum() -> None:
 
 
 def test_numbers_are_unknown_while_one_environment_is_not_read() -> None:
-    fleet = fleet_of({"env_a": FleetLoad(1, 0, 0), "env_b": None}, {"env_a": 8, "env_b": 8})
+    fleet = fleet_with_loads({"env_a": FleetLoad(1, 0, 0), "env_b": None}, {"env_a": 8, "env_b": 8})
     assert fleet.numbers() is None
     assert fleet.numbers_of("env_a") is not None
     assert fleet.unready() == ["env_b: the queue is not read to its end yet"]

@@ -17,11 +17,11 @@ async def unlimited_handler(session: Session) -> dict[str, str]:
     return {"id": session.id}
 
 
-def limited_handler() -> Signature:
-    async def make_limited(session: Session) -> dict[str, str]:
+def new_handler_function() -> Signature:
+    async def handler_function(session: Session) -> dict[str, str]:
         return {"id": session.id}
 
-    return make_limited
+    return handler_function
 
 
 class CallableHandler:
@@ -31,7 +31,7 @@ class CallableHandler:
 
 
 def test_handler_without_arguments_takes_every_session() -> None:
-    function = limited_handler()
+    function = new_handler_function()
     marked: Signature = handler(function)  # mypy: the signature is kept
     assert marked is function
     rule = rule_of(function)
@@ -41,7 +41,7 @@ def test_handler_without_arguments_takes_every_session() -> None:
 
 
 def test_handler_arguments_are_kept_in_its_rule() -> None:
-    function = limited_handler()
+    function = new_handler_function()
     mark = handler(type="build", metadata={"job": "a"}, timeout=1.5, max_sessions=2)
     marked: Signature = mark(function)
     assert marked is function
@@ -53,7 +53,7 @@ def test_handler_arguments_are_kept_in_its_rule() -> None:
 
 def test_metadata_changed_after_decoration_do_not_change_rule() -> None:
     metadata = {"job": "a"}
-    function = handler(metadata=metadata)(limited_handler())
+    function = handler(metadata=metadata)(new_handler_function())
     metadata["job"] = "b"
     rule = rule_of(function)
     assert rule is not None
@@ -61,18 +61,20 @@ def test_metadata_changed_after_decoration_do_not_change_rule() -> None:
 
 
 def test_decorated_method_has_its_rule_on_the_instance() -> None:
-    class Reports:
+    class ReportMethods:
         @handler(max_sessions=3)
-        async def daily(self, session: Session) -> None: ...
+        async def daily_report(self, session: Session) -> None: ...
 
-    rule = rule_of(Reports().daily)
+    rule = rule_of(ReportMethods().daily_report)
     assert rule is not None
     assert rule.max_sessions == 3
 
 
 def test_partial_of_decorated_function_has_its_rule() -> None:
-    assert rule_of(functools.partial(functools.partial(handler(limited_handler())))) is not None
-    assert rule_of(functools.partial(limited_handler())) is None
+    assert (
+        rule_of(functools.partial(functools.partial(handler(new_handler_function())))) is not None
+    )
+    assert rule_of(functools.partial(new_handler_function())) is None
 
 
 def test_object_with_every_attribute_is_not_taken_for_a_decorated_handler() -> None:
@@ -83,7 +85,7 @@ def test_object_with_every_attribute_is_not_taken_for_a_decorated_handler() -> N
     assert rule_of(ObjectWithEveryAttribute()) is None
 
 
-def def_function(session: Session) -> None: ...
+def plain_def_function(session: Session) -> None: ...
 
 
 def generator_function(session: Session) -> Any:
@@ -121,30 +123,38 @@ def test_decorating_anything_but_an_async_function_is_refused(function: Any, sen
 
 
 def test_second_decoration_of_function_is_refused() -> None:
-    function = handler(metadata={"job": "a"})(limited_handler())
-    with pytest.raises(TypeError, match="make_limited is marked twice"):
+    function = handler(metadata={"job": "a"})(new_handler_function())
+    with pytest.raises(TypeError, match="handler_function is marked twice"):
         handler(metadata={"job": "b"})(function)
 
 
 @pytest.mark.parametrize(
     ("arguments", "error", "sentence"),
     [
-        ({"type": 1}, TypeError, "type of .*make_limited must be a string"),
-        ({"type": ""}, ValueError, "type of .*make_limited must not be empty"),
+        ({"type": 1}, TypeError, "type of .*handler_function must be a string"),
+        ({"type": ""}, ValueError, "type of .*handler_function must not be empty"),
         ({"type": "healthcheck"}, ValueError, "the pool answers those itself"),
-        ({"metadata": None}, TypeError, "metadata of .*make_limited must map strings to strings"),
+        (
+            {"metadata": None},
+            TypeError,
+            "metadata of .*handler_function must map strings to strings",
+        ),
         ({"metadata": ["job"]}, TypeError, "metadata"),
         ({"metadata": {"job": 1}}, TypeError, "metadata"),
         ({"metadata": {1: "job"}}, TypeError, "metadata"),
-        ({"timeout": "60"}, TypeError, "timeout of .*make_limited must be a number of seconds"),
+        ({"timeout": "60"}, TypeError, "timeout of .*handler_function must be a number of seconds"),
         ({"timeout": True}, TypeError, "timeout"),
-        ({"timeout": 0}, ValueError, "timeout of .*make_limited must be more than 0"),
+        ({"timeout": 0}, ValueError, "timeout of .*handler_function must be more than 0"),
         ({"timeout": -1.0}, ValueError, "timeout"),
         ({"timeout": float("nan")}, ValueError, "timeout"),
         ({"timeout": float("inf")}, ValueError, "timeout"),
-        ({"max_sessions": 1.0}, TypeError, "max_sessions of .*make_limited must be a whole number"),
+        (
+            {"max_sessions": 1.0},
+            TypeError,
+            "max_sessions of .*handler_function must be a whole number",
+        ),
         ({"max_sessions": True}, TypeError, "max_sessions"),
-        ({"max_sessions": 0}, ValueError, "max_sessions of .*make_limited must be at least 1"),
+        ({"max_sessions": 0}, ValueError, "max_sessions of .*handler_function must be at least 1"),
         ({"reserved_sessions": None}, TypeError, "reserved_sessions of .* must be a whole"),
         (
             {"reserved_sessions": -1},
@@ -154,15 +164,15 @@ def test_second_decoration_of_function_is_refused() -> None:
         (
             {"reserved_sessions": 3, "max_sessions": 2},
             ValueError,
-            "reserved_sessions of .*make_limited must not exceed its max_sessions, 2",
+            "reserved_sessions of .*handler_function must not exceed its max_sessions, 2",
         ),
-        ({"retry": 3}, TypeError, "retry of .*make_limited must be a Retry"),
+        ({"retry": 3}, TypeError, "retry of .*handler_function must be a Retry"),
     ],
 )
 def test_invalid_handler_argument_is_refused_by_name(
     arguments: dict[str, Any], error: type[Exception], sentence: str
 ) -> None:
-    function = limited_handler()
+    function = new_handler_function()
     with pytest.raises(error, match=sentence):
         handler(**arguments)(function)
     assert rule_of(function) is None
@@ -177,9 +187,9 @@ def test_invalid_handler_argument_is_refused_by_name(
         (functools.partial(CallableHandler().method_handler), "method_handler", True),
         (CallableHandler(), "CallableHandler", True),
         (functools.partial(CallableHandler()), "CallableHandler", True),
-        (def_function, "def_function", False),
+        (plain_def_function, "plain_def_function", False),
         (async_generator_function, "async_generator_function", False),
-        (functools.partial(def_function), "def_function", False),
+        (functools.partial(plain_def_function), "plain_def_function", False),
         (CallableHandler, "CallableHandler", False),
         (7, "int", False),
     ],
@@ -193,12 +203,12 @@ def test_async_callables_are_recognised_and_named(
 
 def test_handlers_with_equal_names_and_limits_are_equal() -> None:
     def make_handler(call: Any, **limits: Any) -> Handler:
-        return Handler(name="reports.daily", plugin="reports", call=call, **limits)
+        return Handler(name="reports.daily_report", plugin="reports", call=call, **limits)
 
-    one = make_handler(limited_handler(), max_sessions=2)
-    assert one == make_handler(limited_handler(), max_sessions=2)
+    one = make_handler(new_handler_function(), max_sessions=2)
+    assert one == make_handler(new_handler_function(), max_sessions=2)
     assert hash(one) == hash(make_handler(functools.partial(unlimited_handler), max_sessions=2))
-    assert one != make_handler(limited_handler(), max_sessions=3)
+    assert one != make_handler(new_handler_function(), max_sessions=3)
 
 
 def test_handler_decorator_has_exactly_the_documented_arguments() -> None:
@@ -239,6 +249,6 @@ def test_wrong_argument_of_retry_is_refused_by_name(
 
 def test_rule_of_handler_contains_its_retry_settings() -> None:
     retry = Retry(on=(ConnectionError, TimeoutError), times=5)
-    rule = rule_of(handler(retry=retry)(limited_handler()))
+    rule = rule_of(handler(retry=retry)(new_handler_function()))
     assert rule is not None
     assert rule.retry == retry

@@ -38,7 +38,7 @@ async def test_handler_group_cancelled_at_any_turn_of_its_start_leaves_no_task(t
 async def test_handler_group_is_left_while_a_handler_ignores_cancellation() -> None:
     may_end = asyncio.Event()
 
-    async def ignores_cancellation() -> None:
+    async def ignore_cancellation() -> None:
         while not may_end.is_set():
             try:
                 await may_end.wait()
@@ -47,7 +47,7 @@ async def test_handler_group_is_left_while_a_handler_ignores_cancellation() -> N
 
     async with asyncio.timeout(20):
         async with handler_group() as group:
-            task = group.create_task(ignores_cancellation())
+            task = group.create_task(ignore_cancellation())
             await asyncio.sleep(0)
     assert not task.done()
     may_end.set()

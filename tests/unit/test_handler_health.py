@@ -146,13 +146,13 @@ def test_session_counts_as_failure_if_it_failed_at_once_or_exhausted_machine(
     outcome: Outcome, seconds: float, error: BaseException | None, *, counts: bool
 ) -> None:
     @in_virtual_time
-    async def check_counted() -> None:
+    async def check_failure_is_counted() -> None:
         bench = HealthTestbed()
         for _ in range(FAILURES):
             bench.end_session(outcome, seconds, error)
         assert bench.is_failing == counts
 
-    check_counted()
+    check_failure_is_counted()
 
 
 def test_cyclic_causes_of_error_are_followed_once() -> None:
@@ -184,7 +184,7 @@ def test_session_that_completes_or_runs_longer_resets_failing_handler(
     outcome: Outcome, seconds: float, *, resets: bool
 ) -> None:
     @in_virtual_time
-    async def check_reset() -> None:
+    async def check_failures_are_reset() -> None:
         bench = HealthTestbed()
         bench.fail_sessions()
         bench.end_session(outcome, seconds)
@@ -196,7 +196,7 @@ def test_session_that_completes_or_runs_longer_resets_failing_handler(
         again.end_session()
         assert again.is_failing != resets  # 4 + 1 failures, or 1
 
-    check_reset()
+    check_failures_are_reset()
 
 
 @in_virtual_time

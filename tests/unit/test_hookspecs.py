@@ -62,18 +62,18 @@ def test_hook_specifications_are_five_documented_functions_with_one_argument() -
 
 
 async def test_session_handler_hook_chooses_handler_for_item() -> None:
-    class Router:
-        async def run(self, session: Session) -> dict[str, str]:
+    class RoutingPlugin:
+        async def run_session(self, session: Session) -> dict[str, str]:
             return {"ran": session.id}
 
         @hookimpl
         def workpool_session_handler(self, item: Any) -> Callable[..., Any] | None:
-            return self.run if item.type == "session" else None
+            return self.run_session if item.type == "session" else None
 
-    handler = Plugins.load([Router()], [], {}).handler_for(ITEM)
+    handler = Plugins.load([RoutingPlugin()], [], {}).handler_for(ITEM)
 
     assert handler is not None
-    assert (handler.name, handler.plugin) == ("Router.run", "Router")
+    assert (handler.name, handler.plugin) == ("RoutingPlugin.run_session", "RoutingPlugin")
     call: Any = handler.call
     assert await call(Session(ITEM, SessionStandIn(), redelivered=False)) == {"ran": "sess_1"}
 
@@ -88,7 +88,7 @@ async def enter_contexts(contexts: Any, seen: list[str]) -> None:
 async def test_wrap_session_hook_contexts_are_entered_in_order_and_left_in_reverse() -> None:
     seen: list[str] = []
 
-    class FirstWrapper:
+    class FirstWrapperPlugin:
         @hookimpl
         @asynccontextmanager
         async def workpool_wrap_session(self, session: Session) -> AsyncIterator[None]:
@@ -101,7 +101,7 @@ async def test_wrap_session_hook_contexts_are_entered_in_order_and_left_in_rever
         def workpool_wrap_session(self, session: Session) -> None:
             seen.append(f"asked {session.id}")
 
-    class SecondWrapper:
+    class SecondWrapperPlugin:
         @hookimpl
         @asynccontextmanager
         async def workpool_wrap_session(self) -> AsyncIterator[None]:
@@ -109,9 +109,11 @@ async def test_wrap_session_hook_contexts_are_entered_in_order_and_left_in_rever
             yield
             seen.append("second out")
 
-    plugins = Plugins.load([FirstWrapper(), PluginWithoutContext(), SecondWrapper()], [], {})
+    plugins = Plugins.load(
+        [FirstWrapperPlugin(), PluginWithoutContext(), SecondWrapperPlugin()], [], {}
+    )
     contexts = plugins.contexts(Session(ITEM, SessionStandIn(), redelivered=False))
-    assert [name for name, _ in contexts] == ["FirstWrapper", "SecondWrapper"]
+    assert [name for name, _ in contexts] == ["FirstWrapperPlugin", "SecondWrapperPlugin"]
     await enter_contexts(contexts, seen)
 
     assert seen == [
@@ -127,7 +129,7 @@ async def test_wrap_session_hook_contexts_are_entered_in_order_and_left_in_rever
 async def test_lifespan_hook_context_encloses_the_pool() -> None:
     seen: list[str] = []
 
-    class Database:
+    class DatabasePlugin:
         @hookimpl
         @asynccontextmanager
         async def workpool_lifespan(self, supervisor: Any) -> AsyncIterator[None]:
@@ -135,7 +137,7 @@ async def test_lifespan_hook_context_encloses_the_pool() -> None:
             yield
             seen.append("closed")
 
-    plugins = Plugins.load([Database()], [], {})
+    plugins = Plugins.load([DatabasePlugin()], [], {})
     await enter_contexts(plugins.lifespans(cast("Any", "the pool")), seen)
 
     assert seen == ["open for the pool", "inside", "closed"]
@@ -145,7 +147,7 @@ def test_admission_hook_that_raises_or_returns_a_reason_refuses_claims() -> None
     answers: list[Any] = [None, "disk full", 7, RuntimeError("x")]
     asked: list[object] = []
 
-    class DiskCheck:
+    class DiskCheckPlugin:
         @hookimpl
         def workpool_admission(self, supervisor: object) -> str | None:
             asked.append(supervisor)
@@ -154,15 +156,15 @@ def test_admission_hook_that_raises_or_returns_a_reason_refuses_claims() -> None
                 raise answer
             return cast("str | None", answer)
 
-    plugins = Plugins.load([DiskCheck()], [], {})
+    plugins = Plugins.load([DiskCheckPlugin()], [], {})
     failures: list[Event] = []
     plugins.metrics = failures.append
     assert plugins.can_refuse
     assert [plugins.refusal("the pool") for _ in range(4)] == [
         None,
-        "DiskCheck: disk full",
-        "DiskCheck: workpool_admission failed",
-        "DiskCheck: workpool_admission failed",
+        "DiskCheckPlugin: disk full",
+        "DiskCheckPlugin: workpool_admission failed",
+        "DiskCheckPlugin: workpool_admission failed",
     ]
     assert asked == ["the pool"] * 4
     assert len(failures) == 2
@@ -172,12 +174,12 @@ def test_admission_hook_that_raises_or_returns_a_reason_refuses_claims() -> None
 def test_event_hook_receives_events() -> None:
     seen: list[Event] = []
 
-    class Recorder:
+    class EventRecorderPlugin:
         @hookimpl
         def workpool_event(self, event: Event) -> None:
             seen.append(event)
 
-    plugins = Plugins.load([Recorder()], [], {})
+    plugins = Plugins.load([EventRecorderPlugin()], [], {})
     assert plugins.wanted
     fact = DrainStarted(timeout=20.0)
     plugins.notify(fact)

@@ -39,7 +39,7 @@ OK = b"HTTP/1.1 200"
 MEGABYTE = 1_000_000
 
 
-class SmallSite:
+class LimitedServer:
     """A small server behind `InboundConnections`."""
 
     def __init__(self, limit: int = LIMIT) -> None:
@@ -60,7 +60,7 @@ class SmallSite:
         return web.Response(text="ok")
 
     @asynccontextmanager
-    async def open_site(self) -> AsyncIterator[SmallSite]:
+    async def open_server(self) -> AsyncIterator[LimitedServer]:
         application = web.Application(middlewares=[self.connections.middleware])
         application.router.add_get("/", self.answer_small)
         application.router.add_get("/big", self.answer_big)
@@ -104,7 +104,7 @@ class RawClient:
         return client
 
     @classmethod
-    def close_all(cls) -> None:
+    def close_all_clients(cls) -> None:
         while cls.open:
             cls.open.pop().socket.close()
 
@@ -140,11 +140,11 @@ async def wait_until(condition: Callable[[], object]) -> None:
     pytest.fail("it never came")
 
 
-def leave_bytes_unread(site: SmallSite, clients: int) -> bool:
+def leave_bytes_unread(site: LimitedServer, clients: int) -> bool:
     return len(site.connections._unread) == clients
 
 
-def run_on_loop(
+def run_on_new_loop(
     new_loop: Callable[[], asyncio.AbstractEventLoop], main: Coroutine[None, None, None]
 ) -> None:
     async def run_with_time_limit() -> None:
@@ -156,10 +156,10 @@ def run_on_loop(
 
 
 @pytest.fixture(autouse=True)
-def frequent_checks(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+def check_connections_often(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     monkeypatch.setattr(inbound_connections, "CHECK_SECONDS", 0.01)
     yield
-    RawClient.close_all()
+    RawClient.close_all_clients()
 
 
 @pytest.mark.parametrize("new_loop", LOOPS)
@@ -167,14 +167,14 @@ def test_incomplete_requests_at_connection_limit_are_closed_oldest_first(
     new_loop: Callable[[], asyncio.AbstractEventLoop],
 ) -> None:
     async def check_oldest_closed() -> None:
-        async with SmallSite().open_site() as site:
+        async with LimitedServer().open_server() as site:
             clients = [await RawClient.connect(site.port, HALF) for _ in range(3 * LIMIT)]
             for _ in range(2 * LIMIT):
                 assert (await send_and_read(site.port)).startswith(OK)
                 assert len(site.connections) <= LIMIT
             assert await clients[0].read_bytes() == b""
 
-    run_on_loop(new_loop, check_oldest_closed())
+    run_on_new_loop(new_loop, check_oldest_closed())
 
 
 @pytest.mark.parametrize("new_loop", LOOPS)
@@ -182,7 +182,7 @@ def test_active_requests_at_connection_limit_refuse_new_connections(
     new_loop: Callable[[], asyncio.AbstractEventLoop],
 ) -> None:
     async def check_refusal() -> None:
-        async with SmallSite().open_site() as site:
+        async with LimitedServer().open_server() as site:
             clients = [await RawClient.connect(site.port, WAIT) for _ in range(LIMIT)]
             await wait_until(lambda: site.waiting == LIMIT)
             assert await send_and_read(site.port) == b""
@@ -192,17 +192,17 @@ def test_active_requests_at_connection_limit_refuse_new_connections(
             assert (await send_and_read(site.port)).startswith(
                 OK
             )  # replaces a connection that is idle now
-            RawClient.close_all()
+            RawClient.close_all_clients()
             await wait_until(lambda: not len(site.connections))
 
-    run_on_loop(new_loop, check_refusal())
+    run_on_new_loop(new_loop, check_refusal())
 
 
 async def test_long_requests_at_connection_limit_are_ended_oldest_first(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(inbound_connections, "SERVE_SECONDS", 0.0)
-    async with asyncio.timeout(20), SmallSite().open_site() as site:
+    async with asyncio.timeout(20), LimitedServer().open_server() as site:
         clients = [await RawClient.connect(site.port, WAIT) for _ in range(LIMIT)]
         await wait_until(lambda: site.waiting == LIMIT)
         assert (await send_and_read(site.port)).startswith(OK)
@@ -251,18 +251,18 @@ def test_connection_without_complete_headers_in_time_is_closed(
     monkeypatch.setattr(inbound_connections, "HEADER_SECONDS", 0.05)
 
     async def check_time_limit() -> None:
-        async with SmallSite().open_site() as site:
+        async with LimitedServer().open_server() as site:
             client = await RawClient.connect(site.port, request_so_far)
             assert await client.read_bytes() == b""
 
-    run_on_loop(new_loop, check_time_limit())
+    run_on_new_loop(new_loop, check_time_limit())
 
 
 async def test_slowly_sent_header_bytes_do_not_extend_time_limit(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(inbound_connections, "HEADER_SECONDS", 0.05)
-    async with asyncio.timeout(20), SmallSite().open_site() as site:
+    async with asyncio.timeout(20), LimitedServer().open_server() as site:
         client = await RawClient.connect(site.port, HALF)
         with suppress(ConnectionError):
             while len(site.connections):
@@ -275,7 +275,7 @@ async def test_idle_connection_is_kept_longer_than_header_time_limit(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(inbound_connections, "HEADER_SECONDS", 0.05)
-    async with asyncio.timeout(20), SmallSite().open_site() as site:
+    async with asyncio.timeout(20), LimitedServer().open_server() as site:
         idle = await RawClient.connect(site.port, WHOLE)
         assert (await idle.read_bytes()).startswith(OK)
         other = await RawClient.connect(site.port, b"")
@@ -291,7 +291,7 @@ async def test_active_request_may_last_longer_than_header_and_idle_limits(
 ) -> None:
     monkeypatch.setattr(inbound_connections, "HEADER_SECONDS", 0.05)
     monkeypatch.setattr(inbound_connections, "IDLE_SECONDS", 0.05)
-    async with asyncio.timeout(20), SmallSite().open_site() as site:
+    async with asyncio.timeout(20), LimitedServer().open_server() as site:
         waiting = await RawClient.connect(site.port, WAIT)
         await wait_until(lambda: site.waiting)
         idle = await RawClient.connect(site.port, WHOLE)
@@ -308,14 +308,14 @@ def test_client_that_reads_nothing_is_disconnected(
     monkeypatch.setattr(inbound_connections, "READ_SECONDS", 0.05)
 
     async def check_disconnection() -> None:
-        async with SmallSite().open_site() as site:
+        async with LimitedServer().open_server() as site:
             client = await RawClient.connect(site.port, BIG)
             await wait_until(lambda: len(site.connections))
             await wait_until(lambda: not len(site.connections))
             assert site.connections._unread_bytes == 0
             assert await client.read_until_closed() < 20 * MEGABYTE
 
-    run_on_loop(new_loop, check_disconnection())
+    run_on_new_loop(new_loop, check_disconnection())
 
 
 @pytest.mark.parametrize("new_loop", LOOPS)
@@ -327,7 +327,7 @@ def test_client_that_reads_slowly_gets_whole_response(
 
     async def check_slow_reader() -> None:
         loop = asyncio.get_running_loop()
-        async with SmallSite().open_site() as site:
+        async with LimitedServer().open_server() as site:
             client = await RawClient.connect(site.port, BIG)
             total, started = 0, loop.time()
             while total < 20 * MEGABYTE and (chunk := await client.read_bytes(MEGABYTE)):
@@ -336,7 +336,7 @@ def test_client_that_reads_slowly_gets_whole_response(
                     await asyncio.sleep(0.01)
             assert total > 20 * MEGABYTE
 
-    run_on_loop(new_loop, check_slow_reader())
+    run_on_new_loop(new_loop, check_slow_reader())
 
 
 @pytest.mark.parametrize("new_loop", LOOPS)
@@ -346,7 +346,7 @@ def test_unread_bytes_above_limit_disconnect_slowest_reader(
     monkeypatch.setattr(inbound_connections, "UNREAD_BYTES_MAX", 50 * MEGABYTE)
 
     async def check_slowest_reader() -> None:
-        async with SmallSite(limit=100).open_site() as site:
+        async with LimitedServer(limit=100).open_server() as site:
             clients = []
             for count in range(1, 11):
                 clients.append(await RawClient.connect(site.port, BIG))
@@ -357,11 +357,11 @@ def test_unread_bytes_above_limit_disconnect_slowest_reader(
             assert (await send_and_read(site.port)).startswith(OK)
             assert await clients[0].read_until_closed() < 20 * MEGABYTE
             assert await clients[-1].read_bytes(1)
-            RawClient.close_all()
+            RawClient.close_all_clients()
             await wait_until(lambda: not len(site.connections))
             assert site.connections._unread_bytes == 0
 
-    run_on_loop(new_loop, check_slowest_reader())
+    run_on_new_loop(new_loop, check_slowest_reader())
 
 
 async def test_malformed_request_to_exporter_is_one_debug_line_without_its_content(

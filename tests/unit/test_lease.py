@@ -77,7 +77,7 @@ def make_lease(
     )
 
 
-def success(number: int = 1, **changes: Any) -> Heartbeat:
+def make_answer(number: int = 1, **changes: Any) -> Heartbeat:
     fields: dict[str, Any] = {
         "last_heartbeat": f"hb_{number}",
         "lease_extended": True,
@@ -116,7 +116,7 @@ def unsettled_lease() -> Lease:
     return make_lease(state="active")
 
 
-def unanswered_unsettled() -> Lease:
+def unanswered_unsettled_lease() -> Lease:
     """Return a lease whose ack answered `active` and whose first heartbeat was not answered."""
     lease = unsettled_lease()
     exchange_heartbeat(lease, 5.0, 6.0, transient_error())
@@ -126,14 +126,14 @@ def unanswered_unsettled() -> Lease:
 def settled_lease() -> Lease:
     """Return a lease whose ack answered `active` and whose first heartbeat succeeded."""
     lease = unsettled_lease()
-    exchange_heartbeat(lease, BEGUN_AT, BEGUN_AT, success())
+    exchange_heartbeat(lease, BEGUN_AT, BEGUN_AT, make_answer())
     return lease
 
 
 def renewed_lease(**values: Any) -> Lease:
     """Return a lease whose first heartbeat was sent at 0 and succeeded."""
     lease = make_lease(**values)
-    exchange_heartbeat(lease, BEGUN_AT, BEGUN_AT, success(ttl_seconds=values.get("ttl", TTL)))
+    exchange_heartbeat(lease, BEGUN_AT, BEGUN_AT, make_answer(ttl_seconds=values.get("ttl", TTL)))
     return lease
 
 
@@ -155,11 +155,11 @@ def checked_lease() -> Lease:
     """Return a lease that a read has shown to be held."""
     lease = renewed_lease()
     exchange_heartbeat(lease, 5.0, 6.0, CONFLICT)
-    lease.read(7.0, "conflict", our_item())
+    lease.read(7.0, "conflict", own_item())
     return lease
 
 
-def handoff_lease() -> Lease:
+def lease_in_handoff() -> Lease:
     """Return a lease that a child process may have taken over."""
     lease = renewed_lease()
     lease.suspend()
@@ -181,16 +181,16 @@ def releasing_lease() -> Lease:
     return lease
 
 
-def our_item(**changes: Any) -> WorkItem:
+def own_item(**changes: Any) -> WorkItem:
     return make_item(**{"state": "active", "last_heartbeat": "hb_1", **changes})
 
 
 def stopped_item() -> WorkItem:
-    return our_item(state="stopped")
+    return own_item(state="stopped")
 
 
-def other_item() -> WorkItem:
-    return our_item(acknowledged_at=ACKED + timedelta(seconds=90))
+def foreign_item() -> WorkItem:
+    return own_item(acknowledged_at=ACKED + timedelta(seconds=90))
 
 
 class ExpectedLease(NamedTuple):
@@ -217,44 +217,48 @@ GONE = ExpectedLease("over", "precondition", "lost", confirmed=True, due=LOST)
 
 ANSWERS: list[tuple[Callable[[], Lease], Heartbeat | ControlPlaneError, ExpectedLease]] = [
     # successes
-    (fresh_lease, success(), HELD),
-    (renewed_lease, success(2), HELD),
-    (unanswered_lease, success(2), HELD),
-    (handoff_lease, success(2), HELD),
-    (renewed_lease, success(2, ttl_seconds=30), ExpectedLease("held", "ok", deadline=SENT + 30)),
-    (renewed_lease, success(2, ttl_seconds=600), ExpectedLease("held", "ok", deadline=SENT + 600)),
-    (renewed_lease, success(2, state="stopping"), HELD),
-    (unsettled_lease, success(), HELD),
-    (unanswered_unsettled, success(), HELD),
+    (fresh_lease, make_answer(), HELD),
+    (renewed_lease, make_answer(2), HELD),
+    (unanswered_lease, make_answer(2), HELD),
+    (lease_in_handoff, make_answer(2), HELD),
+    (renewed_lease, make_answer(2, ttl_seconds=30),
+     ExpectedLease("held", "ok", deadline=SENT + 30)),
+    (renewed_lease, make_answer(2, ttl_seconds=600),
+     ExpectedLease("held", "ok", deadline=SENT + 600)),
+    (renewed_lease, make_answer(2, state="stopping"), HELD),
+    (unsettled_lease, make_answer(), HELD),
+    (unanswered_unsettled_lease, make_answer(), HELD),
     # `stopped` is final, extended or not, without a read
-    (renewed_lease, success(2, state="stopped"), ExpectedLease("over", "ok", "stopped", due=LOST)),
-    (stopped_lease, success(2, state="stopped"), ExpectedLease("over", "ok", "finished", due=LOST)),
-    (renewed_lease, success(2, state="stopped", lease_extended=False),
+    (renewed_lease, make_answer(2, state="stopped"),
      ExpectedLease("over", "ok", "stopped", due=LOST)),
-    (stopped_lease, success(2, state="stopped", lease_extended=False),
+    (stopped_lease, make_answer(2, state="stopped"),
      ExpectedLease("over", "ok", "finished", due=LOST)),
-    (renewed_lease, success(2, state="stopped", lease_extended=False, last_heartbeat=""),
+    (renewed_lease, make_answer(2, state="stopped", lease_extended=False),
      ExpectedLease("over", "ok", "stopped", due=LOST)),
-    (releasing_lease, success(2, ttl_seconds=12),
+    (stopped_lease, make_answer(2, state="stopped", lease_extended=False),
+     ExpectedLease("over", "ok", "finished", due=LOST)),
+    (renewed_lease, make_answer(2, state="stopped", lease_extended=False, last_heartbeat=""),
+     ExpectedLease("over", "ok", "stopped", due=LOST)),
+    (releasing_lease, make_answer(2, ttl_seconds=12),
      ExpectedLease("over", "ok", "released", deadline=SENT + 12, due=LOST)),
     # not extended: the deadline stays
-    (renewed_lease, success(2, lease_extended=False, state="stopping"),
+    (renewed_lease, make_answer(2, lease_extended=False, state="stopping"),
      ExpectedLease("held", "ok")),
-    (renewed_lease, success(2, lease_extended=False), READ_CONFLICT),
-    (stopped_lease, success(2, lease_extended=False), READ_CONFLICT),
+    (renewed_lease, make_answer(2, lease_extended=False), READ_CONFLICT),
+    (stopped_lease, make_answer(2, lease_extended=False), READ_CONFLICT),
     # not extended, and no last heartbeat: lost
-    (renewed_lease, success(2, lease_extended=False, last_heartbeat=""), NOT_OURS),
-    (unanswered_lease, success(2, lease_extended=False, last_heartbeat=""), NOT_OURS),
-    (renewed_lease, success(2, lease_extended=False, last_heartbeat="", state="stopping"),
+    (renewed_lease, make_answer(2, lease_extended=False, last_heartbeat=""), NOT_OURS),
+    (unanswered_lease, make_answer(2, lease_extended=False, last_heartbeat=""), NOT_OURS),
+    (renewed_lease, make_answer(2, lease_extended=False, last_heartbeat="", state="stopping"),
      NOT_OURS),
     # a lease whose ack answered `active` is confirmed by a heartbeat that extends it, not by a read
-    (unsettled_lease, success(lease_extended=False), NOT_OURS),
-    (unsettled_lease, success(state="stopping"),
+    (unsettled_lease, make_answer(lease_extended=False), NOT_OURS),
+    (unsettled_lease, make_answer(state="stopping"),
      ExpectedLease("over", "conflict", "lost", due=LOST)),
     (unsettled_lease, CONFLICT, NOT_OURS),
     (unsettled_lease, PRECONDITION, GONE),
-    (unanswered_unsettled, PRECONDITION, GONE),
-    (unanswered_unsettled, CONFLICT, NOT_OURS),
+    (unanswered_unsettled_lease, PRECONDITION, GONE),
+    (unanswered_unsettled_lease, CONFLICT, NOT_OURS),
     # transient errors: repeated, soon at first
     (renewed_lease, transient_error("timeout"),
      ExpectedLease("again", "timeout", due=FIRST_REPEAT)),
@@ -277,7 +281,7 @@ ANSWERS: list[tuple[Callable[[], Lease], Heartbeat | ControlPlaneError, Expected
     (throttled_lease, PRECONDITION, GONE),
     (checked_lease, PRECONDITION, GONE),
     (unanswered_lease, PRECONDITION, READ_PRECONDITION),
-    (handoff_lease, PRECONDITION, READ_PRECONDITION),
+    (lease_in_handoff, PRECONDITION, READ_PRECONDITION),
     # 409: always read
     (fresh_lease, CONFLICT, READ_CONFLICT),
     (renewed_lease, CONFLICT, READ_CONFLICT),
@@ -333,7 +337,7 @@ def test_unsettled_lease_counts_from_poll_until_heartbeat_succeeds() -> None:
     lease = make_lease(ttl=30, state="active", polled_at=-9.0)
     assert (lease.deadline, lease.give_up_at) == (51, 45)
     assert lease.unsettled
-    exchange_heartbeat(lease, 1.0, 2.0, success(ttl_seconds=30))
+    exchange_heartbeat(lease, 1.0, 2.0, make_answer(ttl_seconds=30))
     assert lease.deadline == 31
     assert not lease.unsettled
 
@@ -345,7 +349,7 @@ def test_lease_begun_by_ack_does_not_count_from_poll() -> None:
 
 def test_granted_ttl_replaces_requested_ttl() -> None:
     lease = make_lease(ttl=600)
-    exchange_heartbeat(lease, 0.0, 1.0, success(ttl_seconds=30))
+    exchange_heartbeat(lease, 0.0, 1.0, make_answer(ttl_seconds=30))
     assert lease.deadline == 30
     assert lease.due_at <= 10
 
@@ -381,16 +385,16 @@ def test_failed_heartbeats_are_repeated_with_growing_delay() -> None:
         delays.append(lease.due_at - now)
         now = lease.due_at
     assert delays == [pytest.approx(seconds) for seconds in (1, 2, 4, 4, 4)]
-    exchange_heartbeat(lease, now, now, success(2))
+    exchange_heartbeat(lease, now, now, make_answer(2))
     exchange_heartbeat(lease, now + 20, now + 20, THROTTLED)
     assert lease.due_at - (now + 20) == pytest.approx(1)
 
 
 def test_heartbeat_answer_after_deadline_does_not_extend_lease() -> None:
     lease = renewed_lease()
-    assert exchange_heartbeat(lease, 20.0, 59.9, success(2)).then == "held"
+    assert exchange_heartbeat(lease, 20.0, 59.9, make_answer(2)).then == "held"
     lease = renewed_lease()
-    assert exchange_heartbeat(lease, 20.0, 60.0, success(2)) == ("over", "timeout")
+    assert exchange_heartbeat(lease, 20.0, 60.0, make_answer(2)) == ("over", "timeout")
     assert (lease.status, lease.confirmed, lease.deadline) == ("lost", False, 60)
 
 
@@ -426,7 +430,7 @@ def test_abandoned_heartbeat_counts_as_unanswered() -> None:
 
 
 @pytest.mark.parametrize(
-    "outcome", [success(2), transient_error(), PRECONDITION, refused_error(404)], ids=repr
+    "outcome", [make_answer(2), transient_error(), PRECONDITION, refused_error(404)], ids=repr
 )
 def test_heartbeat_answer_after_end_of_lease_changes_nothing(
     outcome: Heartbeat | ControlPlaneError,
@@ -446,7 +450,7 @@ def test_heartbeat_expects_the_last_answered_heartbeat() -> None:
     assert lease.expected == "hb_1"
     exchange_heartbeat(lease, SENT, ANSWERED, transient_error())
     assert lease.expected == "hb_1"
-    exchange_heartbeat(lease, SENT + 5, SENT + 5, success(2))
+    exchange_heartbeat(lease, SENT + 5, SENT + 5, make_answer(2))
     assert lease.expected == "hb_2"
 
 
@@ -457,10 +461,10 @@ def test_first_heartbeat_of_child_expects_last_heartbeat_of_parent() -> None:
 @pytest.mark.parametrize(
     ("item", "expected"),
     [
-        (our_item(last_heartbeat="hb_5"), "hb_5"),
-        (our_item(last_heartbeat=None), "NO_HEARTBEAT"),
+        (own_item(last_heartbeat="hb_5"), "hb_5"),
+        (own_item(last_heartbeat=None), "NO_HEARTBEAT"),
         # in `starting` it belongs to a former holder
-        (our_item(state="starting", last_heartbeat="hb_5"), "NO_HEARTBEAT"),
+        (own_item(state="starting", last_heartbeat="hb_5"), "NO_HEARTBEAT"),
     ],
 )
 def test_heartbeat_after_read_expects_last_heartbeat_of_item(item: WorkItem, expected: str) -> None:
@@ -471,38 +475,38 @@ def test_heartbeat_after_read_expects_last_heartbeat_of_item(item: WorkItem, exp
 
 
 READS: list[tuple[Callable[[], Lease], WorkItem | ControlPlaneError | None, ExpectedLease]] = [
-    (unanswered_lease, our_item(), ExpectedLease("again", "recovered", due=0)),
-    (unanswered_lease, our_item(last_heartbeat="hb_2"), ExpectedLease("again", "recovered", due=0)),
-    (unanswered_lease, our_item(state="stopping"), ExpectedLease("again", "recovered", due=0)),
+    (unanswered_lease, own_item(), ExpectedLease("again", "recovered", due=0)),
+    (unanswered_lease, own_item(last_heartbeat="hb_2"), ExpectedLease("again", "recovered", due=0)),
+    (unanswered_lease, own_item(state="stopping"), ExpectedLease("again", "recovered", due=0)),
     # the second read in a row must not be followed by a heartbeat at once
-    (checked_lease, our_item(), ExpectedLease("again", "recovered", due=FIRST_REPEAT)),
+    (checked_lease, own_item(), ExpectedLease("again", "recovered", due=FIRST_REPEAT)),
     (renewed_lease, stopped_item(), ExpectedLease("over", "conflict", "stopped", due=LOST)),
     (stopped_lease, stopped_item(), ExpectedLease("over", "conflict", "finished", due=LOST)),
-    (renewed_lease, our_item(state="queued"),
+    (renewed_lease, own_item(state="queued"),
      ExpectedLease("over", "conflict", "lost", confirmed=True, due=LOST)),
-    (renewed_lease, our_item(state="starting"), ExpectedLease("again", "recovered", due=0)),
+    (renewed_lease, own_item(state="starting"), ExpectedLease("again", "recovered", due=0)),
     # the item was `active` before: a poll has leased it to another worker
-    (settled_lease, our_item(state="starting"),
+    (settled_lease, own_item(state="starting"),
      ExpectedLease("over", "conflict", "lost", confirmed=True, due=LOST)),
-    (renewed_lease, other_item(),
+    (renewed_lease, foreign_item(),
      ExpectedLease("over", "conflict", "lost", confirmed=True, due=LOST)),
-    (stopped_lease, other_item(),
+    (stopped_lease, foreign_item(),
      ExpectedLease("over", "conflict", "lost", confirmed=True, due=LOST)),
-    (renewed_lease, our_item(acknowledged_at=None),
+    (renewed_lease, own_item(acknowledged_at=None),
      ExpectedLease("over", "conflict", "lost", confirmed=True, due=LOST)),
     # not found, or the credential may not read
     (renewed_lease, None, ExpectedLease("over", "conflict", "lost", due=LOST)),
     (unanswered_lease, None, ExpectedLease("over", "conflict", "lost", due=LOST)),
     (stopped_lease, None, ExpectedLease("over", "conflict", "finished", due=LOST)),
     # handoff: a heartbeat later than the parent's is the child's
-    (handoff_lease, our_item(), ExpectedLease("again", "recovered", due=0)),
-    (handoff_lease, our_item(last_heartbeat="hb_2"),
+    (lease_in_handoff, own_item(), ExpectedLease("again", "recovered", due=0)),
+    (lease_in_handoff, own_item(last_heartbeat="hb_2"),
      ExpectedLease("over", "conflict", "handed_off", due=LOST)),
-    (handoff_lease, our_item(last_heartbeat="hb_2", state="stopped"),
+    (lease_in_handoff, own_item(last_heartbeat="hb_2", state="stopped"),
      ExpectedLease("over", "conflict", "handed_off", due=LOST)),
-    (handoff_lease, our_item(state="starting"),
+    (lease_in_handoff, own_item(state="starting"),
      ExpectedLease("over", "conflict", "lost", confirmed=True, due=LOST)),
-    (handoff_lease, other_item(),
+    (lease_in_handoff, foreign_item(),
      ExpectedLease("over", "conflict", "lost", confirmed=True, due=LOST)),
     # a read that fails
     (renewed_lease, transient_error("timeout"),
@@ -539,7 +543,7 @@ def test_failed_read_after_412_leaves_ownership_unknown_and_successful_read_does
     exchange_heartbeat(lease, SENT, ANSWERED, CONFLICT)
     lease.read(READ_AT, "conflict", transient_error())
     assert exchange_heartbeat(lease, 25.0, 25.0, PRECONDITION).then == "read"
-    lease.read(26.0, "precondition", our_item())
+    lease.read(26.0, "precondition", own_item())
     assert exchange_heartbeat(lease, 26.0, 26.0, PRECONDITION) == ("over", "precondition")
 
 
@@ -547,7 +551,7 @@ def test_read_after_end_of_lease_changes_nothing() -> None:
     lease = renewed_lease()
     exchange_heartbeat(lease, SENT, ANSWERED, CONFLICT)
     lease.end("released")
-    assert lease.read(READ_AT, "conflict", other_item()) == ("over", None)
+    assert lease.read(READ_AT, "conflict", foreign_item()) == ("over", None)
     assert (lease.status, lease.confirmed, lease.in_flight) == ("released", False, False)
 
 
@@ -556,15 +560,15 @@ def test_state_stopping_is_stop_request_unless_pool_itself_stops_item(
     state: Callable[[], Lease], *, requested: bool
 ) -> None:
     lease = state()
-    exchange_heartbeat(lease, SENT, ANSWERED, success(2, state="stopping"))
+    exchange_heartbeat(lease, SENT, ANSWERED, make_answer(2, state="stopping"))
     assert lease.stop_requested == requested
-    exchange_heartbeat(lease, 40.0, 41.0, success(3))
+    exchange_heartbeat(lease, 40.0, 41.0, make_answer(3))
     assert lease.stop_requested == requested  # a stop request is never withdrawn
 
 
 def test_first_heartbeat_in_state_stopping_begins_lease() -> None:
     lease = fresh_lease()
-    exchange_heartbeat(lease, 0.0, 1.0, success(state="stopping"))
+    exchange_heartbeat(lease, 0.0, 1.0, make_answer(state="stopping"))
     assert lease.begun
     assert lease.stop_requested
     assert lease.held(1.0)
@@ -585,9 +589,11 @@ def test_release_during_heartbeat_makes_next_heartbeat_the_last() -> None:
     lease = renewed_lease()
     attempt = lease.send(SENT, SENT)
     lease.release(SENT + 1, 10.0)
-    assert lease.answered(ANSWERED, attempt, success(2)).then == "held"
+    assert lease.answered(ANSWERED, attempt, make_answer(2)).then == "held"
     assert (lease.status, lease.due_at) == ("held", SENT + 1)
-    assert exchange_heartbeat(lease, ANSWERED, ANSWERED, success(3, ttl_seconds=10)).then == "over"
+    assert (
+        exchange_heartbeat(lease, ANSWERED, ANSWERED, make_answer(3, ttl_seconds=10)).then == "over"
+    )
     assert lease.status == "released"
 
 
@@ -602,7 +608,9 @@ def test_second_release_request_leaves_the_heartbeat_the_last_one() -> None:
 
 def test_release_without_extension_in_state_stopping_ends_lease() -> None:
     lease = releasing_lease()
-    exchange_heartbeat(lease, SENT, ANSWERED, success(2, lease_extended=False, state="stopping"))
+    exchange_heartbeat(
+        lease, SENT, ANSWERED, make_answer(2, lease_extended=False, state="stopping")
+    )
     assert lease.status == "released"
 
 
@@ -639,7 +647,7 @@ def test_failed_heartbeat_of_lease_in_doubt_is_repeated_after_delay() -> None:
 def test_lease_can_be_in_doubt_again_after_successful_heartbeat() -> None:
     lease = renewed_lease()
     lease.doubt(5.0)
-    exchange_heartbeat(lease, 5.0, 5.1, success(2))
+    exchange_heartbeat(lease, 5.0, 5.1, make_answer(2))
     assert lease.doubt(7.0)
 
 
@@ -647,7 +655,7 @@ def test_successful_heartbeat_records_clock_offset_of_its_sending() -> None:
     lease = renewed_lease()
     attempt = lease.send(SENT, SENT, 30.0)
     assert lease.clock_offset == 0.0
-    lease.answered(ANSWERED, attempt, success(2))
+    lease.answered(ANSWERED, attempt, make_answer(2))
     assert lease.clock_offset == 30.0
 
 
@@ -656,7 +664,7 @@ def test_answer_stopping_after_a_pause_leaves_lease_in_doubt(*, extended: bool) 
     lease = renewed_lease()
     lease.doubt(SENT)
     attempt = lease.send(SENT, SENT, 30.0)
-    answer = success(2, lease_extended=extended, state="stopping")
+    answer = make_answer(2, lease_extended=extended, state="stopping")
     assert lease.answered(ANSWERED, attempt, answer) == Decision("over", "conflict")
     assert (lease.status, lease.confirmed) == ("lost", False)
 
@@ -740,13 +748,13 @@ class SimulatedControlPlane:
         try:
             item = self.operations.heartbeat(ENVIRONMENT, self.work_id, expected, ttl)
         except APIError as refusal:
-            return error_of_call(refusal.status)
+            return error_for_status(refusal.status)
         return parse_heartbeat({"type": WORK_HEARTBEAT, **heartbeat_answer(item, extended=True)})
 
-    def get(self) -> WorkItem:
+    def read_item(self) -> WorkItem:
         return parse_item(QODER.item(self.operations.get(ENVIRONMENT, self.work_id)))
 
-    def state(self) -> str:
+    def item_state(self) -> str:
         self.operations.queue(ENVIRONMENT)
         return self.operations.get(ENVIRONMENT, self.work_id).state
 
@@ -754,7 +762,7 @@ class SimulatedControlPlane:
         self.operations.stop(ENVIRONMENT, self.work_id, worker, force=force)
 
 
-def error_of_call(status: int) -> ControlPlaneError:
+def error_for_status(status: int) -> ControlPlaneError:
     match status:
         case 409:
             return CONFLICT
@@ -790,25 +798,25 @@ class LeaseStateMachine(RuleBasedStateMachine):
         return self.plane.now
 
     @initialize(ttl=st.sampled_from([10, 30, 60, 600]), latency=st.floats(LATENCY, 5.0))
-    def acknowledge(self, ttl: int, latency: float) -> None:
+    def acknowledge_item(self, ttl: int, latency: float) -> None:
         self.plane.poll("ours")
         acked_at = self.now
         self.plane.now += latency
         self.lease = Lease(self.plane.ack("ours"), acked_at, ttl=ttl, request_timeout=10.0)
 
     @rule(length=seconds)
-    def wait(self, length: float) -> None:
+    def wait_up_to_forty_seconds(self, length: float) -> None:
         self.plane.now += length
         self.lease.expire(self.now)
 
     @rule(length=st.floats(0, 1.0))
-    def wait_a_little(self, length: float) -> None:
-        self.wait(length)
+    def wait_up_to_a_second(self, length: float) -> None:
+        self.wait_up_to_forty_seconds(length)
 
     @rule()
-    def wait_until_due(self) -> None:
+    def wait_until_heartbeat_is_due(self) -> None:
         assume(self.now < self.lease.due_at < math.inf)
-        self.wait(self.lease.due_at - self.now)
+        self.wait_up_to_forty_seconds(self.lease.due_at - self.now)
 
     @precondition(lambda self: not self.rival_has_it)
     @rule(begins=st.booleans())
@@ -874,7 +882,7 @@ class LeaseStateMachine(RuleBasedStateMachine):
         """Let a proxy refuse the request, which then does not reach the control plane."""
         assert self.attempt is not None
         self.under_way.remove(self.attempt)
-        self._apply_answer(error_of_call(status))
+        self._apply_answer(error_for_status(status))
 
     @precondition(lambda self: self.attempt in self.under_way)
     @rule()
@@ -902,20 +910,20 @@ class LeaseStateMachine(RuleBasedStateMachine):
     @precondition(lambda self: self.reading)
     @rule()
     def read_arrives(self) -> None:
-        self.item = self.plane.get()
+        self.item = self.plane.read_item()
 
     @precondition(lambda self: self.reading and self.item is not None)
     @rule()
     def read_is_answered(self) -> None:
         assert self.item is not None
-        self._start_read(self.item)
+        self._apply_read(self.item)
 
     @precondition(lambda self: self.reading)
     @rule(status=statuses | st.none())
     def read_fails(self, status: int | None) -> None:
-        self._start_read(transient_error() if status is None else error_of_call(status))
+        self._apply_read(transient_error() if status is None else error_for_status(status))
 
-    def _start_read(self, outcome: WorkItem | ControlPlaneError) -> None:
+    def _apply_read(self, outcome: WorkItem | ControlPlaneError) -> None:
         before = self.lease.deadline
         self._check_decision(self.lease.read(self.now, "conflict", outcome))
         assert self.lease.deadline == before
@@ -938,7 +946,7 @@ class LeaseStateMachine(RuleBasedStateMachine):
     def held_lease_belongs_to_no_other_worker(self) -> None:
         if self.lease.held(self.now):
             assert not self.rival_has_it
-            assert self.plane.state() != "queued"
+            assert self.plane.item_state() != "queued"
 
     @invariant()
     def ended_lease_stays_ended(self) -> None:
@@ -975,7 +983,7 @@ def test_lease_deadline_never_exceeds_send_time_plus_granted_ttl(
     attempt = lease.send(sent, sent)
     assert lease.deadline <= sent + ttl
     assume(sent + latency < 60)
-    lease.answered(sent + latency, attempt, success(ttl_seconds=granted))
+    lease.answered(sent + latency, attempt, make_answer(ttl_seconds=granted))
     assert lease.deadline == sent + granted
     assert lease.due_at <= sent + granted / 3
 
@@ -997,7 +1005,11 @@ def test_handoff_never_leaves_item_to_both_parent_and_child(
     parent.answered(plane.now, attempt, plane.heartbeat(attempt.expected, attempt.ttl))
     parent.suspend()
     child = Lease(
-        plane.get(), plane.now, ttl=60, request_timeout=10.0, parents_heartbeat=parent.expected
+        plane.read_item(),
+        plane.now,
+        ttl=60,
+        request_timeout=10.0,
+        parents_heartbeat=parent.expected,
     )
     taken_back = rival = False
     for who, is_lost, pause in zip(order, lost, pauses, strict=True):
@@ -1008,18 +1020,18 @@ def test_handoff_never_leaves_item_to_both_parent_and_child(
         lease = parent if who == "parent" else child
         if lease.expire(plane.now):
             continue
-        decision = heartbeat(plane, lease, lost=is_lost)
+        decision = send_one_heartbeat(plane, lease, lost=is_lost)
         if who == "parent" and decision == "held":
             taken_back = True
         assert not (taken_back and parent.held(plane.now) and child.begun and child.held(plane.now))
         assert not (rival and child.begun and child.held(plane.now))
     if child.begun:
-        assert heartbeat(plane, parent) == "over" or parent.over
+        assert send_one_heartbeat(plane, parent) == "over" or parent.over
         assert parent.status in {"handed_off", "lost"}
 
 
-def heartbeat(plane: SimulatedControlPlane, lease: Lease, *, lost: bool = False) -> str:
-    """Send one heartbeat, and read the item if the decision requires it."""
+def send_one_heartbeat(plane: SimulatedControlPlane, lease: Lease, *, lost: bool = False) -> str:
+    """Send one heartbeat, read the item if the decision requires a read, return the decision."""
     if lease.over:
         return "over"
     attempt = lease.send(plane.now, plane.now)
@@ -1027,5 +1039,5 @@ def heartbeat(plane: SimulatedControlPlane, lease: Lease, *, lost: bool = False)
     answer = plane.heartbeat(attempt.expected, attempt.ttl)
     decision = lease.answered(plane.now, attempt, transient_error() if lost else answer)
     if decision.then == "read":
-        decision = lease.read(plane.now, decision.result, plane.get())
+        decision = lease.read(plane.now, decision.result, plane.read_item())
     return decision.then

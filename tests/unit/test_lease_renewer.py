@@ -35,7 +35,7 @@ def refused_answer(status: int) -> Fault:
     return Fault(answer=status, applied=False)
 
 
-def time_gaps(times: list[float]) -> list[float]:
+def seconds_between(times: list[float]) -> list[float]:
     return [later - earlier for earlier, later in pairwise(times)]
 
 
@@ -51,13 +51,13 @@ async def test_look_at_leases_survives_leases_that_other_thread_adds(
     testbed: type[LeaseTestbed],
 ) -> None:
     one = testbed()
-    async with one.open():
+    async with one.open_clients():
         items = [await one.claim_item() for _ in range(30)]
         for item in items[:20]:
             one.renewer.add(item.lease, item)
         others = iter(items[20:])
 
-        def add_another(_phase: str, _info: object) -> None:
+        def add_lease_during_collection(_phase: str, _info: object) -> None:
             # A collection runs Python code, in which the interpreter may change to another thread.
             for item in islice(others, 1):
                 one.renewer.add(item.lease, item)
@@ -65,13 +65,13 @@ async def test_look_at_leases_survives_leases_that_other_thread_adds(
         former = gc.get_threshold()
         # Only a new tuple starts a collection, not one of the thousands that Python keeps to reuse.
         used = [(number, number) for number in range(5_000)]
-        gc.callbacks.append(add_another)
+        gc.callbacks.append(add_lease_during_collection)
         try:
             gc.set_threshold(1)
             one.renewer._look()
         finally:
             gc.set_threshold(*former)
-            gc.callbacks.remove(add_another)
+            gc.callbacks.remove(add_lease_during_collection)
         assert len(used) == 5_000
         assert len(one.renewer.leases()) > 20
 
@@ -79,11 +79,11 @@ async def test_look_at_leases_survives_leases_that_other_thread_adds(
 @in_virtual_time
 async def test_lease_is_renewed_every_third_of_ttl_for_an_hour(testbed: type[LeaseTestbed]) -> None:
     one = testbed()
-    async with one.open():
+    async with one.open_clients():
         lease = await one.send_first_heartbeat(await one.claim_item())
         await asyncio.sleep(3_600)
         assert lease.held(one.clock())
-    between = time_gaps(one.send_times("heartbeat"))
+    between = seconds_between(one.send_times("heartbeat"))
     assert len(between) > 3_600 / 20.1
     assert all(18 <= gap <= 20 + LOOK for gap in between)
     assert set(one.heartbeat_results()) == {"ok"}
@@ -94,18 +94,18 @@ async def test_lease_is_renewed_every_third_of_ttl_for_an_hour(testbed: type[Lea
 @in_virtual_time
 async def test_new_lease_is_renewed_from_next_tick(testbed: type[LeaseTestbed]) -> None:
     one = testbed(ttl=10)
-    async with one.open():
+    async with one.open_clients():
         await asyncio.sleep(100.5)
         lease = await one.send_first_heartbeat(await one.claim_item())
         await asyncio.sleep(100)
         assert lease.held(one.clock())
-    assert max(time_gaps(one.send_times("heartbeat"))) < 10 / 3 + LOOK
+    assert max(seconds_between(one.send_times("heartbeat"))) < 10 / 3 + LOOK
 
 
 @in_virtual_time
 async def test_removed_lease_is_not_renewed(testbed: type[LeaseTestbed]) -> None:
     one = testbed()
-    async with one.open():
+    async with one.open_clients():
         lease = await one.send_first_heartbeat(await one.claim_item())
         assert one.renewer.leases() == [lease]
         one.renewer.remove(lease)
@@ -118,7 +118,7 @@ async def test_removed_lease_is_not_renewed(testbed: type[LeaseTestbed]) -> None
 @in_virtual_time
 async def test_ended_lease_is_not_added_to_renewer(testbed: type[LeaseTestbed]) -> None:
     one = testbed()
-    async with one.open():
+    async with one.open_clients():
         item = await one.claim_item()
         item.lease.end("lost")
         one.renewer.add(item.lease, item)
@@ -128,11 +128,11 @@ async def test_ended_lease_is_not_added_to_renewer(testbed: type[LeaseTestbed]) 
 @in_virtual_time
 async def test_failed_heartbeat_is_repeated_with_growing_delay(testbed: type[LeaseTestbed]) -> None:
     one = testbed(heartbeat=[None, *[RESET] * 6])
-    async with one.open():
+    async with one.open_clients():
         lease = await one.send_first_heartbeat(await one.claim_item())
         await asyncio.sleep(50)
         assert lease.held(one.clock())
-    assert time_gaps(one.send_times("heartbeat"))[1:7] == pytest.approx(
+    assert seconds_between(one.send_times("heartbeat"))[1:7] == pytest.approx(
         [1, 2, 4, 4, 4, 4], abs=LOOK
     )
     assert one.heartbeat_results() == ["ok", *["transient"] * 6, "ok"]
@@ -144,7 +144,7 @@ async def test_urgent_heartbeat_is_sent_without_waiting_for_tick(
 ) -> None:
     slow = Fault(answer=409, applied=False, answer_delay=3)
     one = testbed(heartbeat=[None, slow], get=[Fault(answer_delay=3)])
-    async with one.open():
+    async with one.open_clients():
         await one.send_first_heartbeat(await one.claim_item())
         await asyncio.sleep(30)
     assert one.heartbeat_results() == ["ok", "recovered", "ok"]
@@ -157,7 +157,7 @@ async def test_urgent_heartbeat_is_sent_without_waiting_for_tick(
 @in_virtual_time
 async def test_lost_answer_of_heartbeat_is_recovered_by_a_read(testbed: type[LeaseTestbed]) -> None:
     one = testbed(heartbeat=[None, LOST])
-    async with one.open():
+    async with one.open_clients():
         lease = await one.send_first_heartbeat(await one.claim_item())
         await asyncio.sleep(120)
         assert lease.held(one.clock())
@@ -169,7 +169,7 @@ async def test_contradictory_answers_of_control_plane_cause_few_requests(
     testbed: type[LeaseTestbed],
 ) -> None:
     one = testbed(heartbeat=[None, LOST, *[refused_answer(412)] * 999])
-    async with one.open():
+    async with one.open_clients():
         lease = await one.send_first_heartbeat(await one.claim_item())
         await asyncio.sleep(600)
         assert lease.status == "lost"
@@ -183,7 +183,7 @@ def test_lease_without_answers_is_lost_before_its_deadline(
     @in_virtual_time
     async def check_lost_in_time() -> None:
         one = testbed(ttl=ttl, heartbeat=[None, *[UNSENT] * 999])
-        async with one.open():
+        async with one.open_clients():
             lease = await one.send_first_heartbeat(await one.claim_item())
             await asyncio.sleep(300)
         assert_lease_change(one, end, "lost")
@@ -199,7 +199,7 @@ async def test_lease_whose_heartbeat_waits_for_a_connection_is_lost_before_its_d
 ) -> None:
     """The heartbeats are not sent yet, so no request timeout ends them: the renewer must."""
     one = testbed(ttl=10)
-    async with one.open():
+    async with one.open_clients():
         leases = [await one.send_first_heartbeat(await one.claim_item()) for _ in range(200)]
         one.script = Script(heartbeat=[UNSENT] * 9_999)
         await asyncio.sleep(30)
@@ -212,7 +212,7 @@ async def test_heartbeat_that_crashes_loses_its_own_lease_only(
     testbed: type[LeaseTestbed], caplog: pytest.LogCaptureFixture
 ) -> None:
     one = testbed()
-    async with one.open():
+    async with one.open_clients():
         leases = [await one.send_first_heartbeat(await one.claim_item()) for _ in range(2)]
         leases[0]._ttl_asked = "a bug"  # type: ignore[assignment]  # a bug
         one.renewer.check_soon(leases[0])
@@ -227,7 +227,7 @@ async def test_stop_request_is_reported_once_while_lease_is_renewed(
     testbed: type[LeaseTestbed],
 ) -> None:
     one = testbed()
-    async with one.open():
+    async with one.open_clients():
         item = await one.claim_item()
         lease = await one.send_first_heartbeat(item)
         await one.rival.stop(item.id)
@@ -240,7 +240,7 @@ async def test_stop_request_is_reported_once_while_lease_is_renewed(
 @in_virtual_time
 async def test_item_stopped_by_another_client_is_reported(testbed: type[LeaseTestbed]) -> None:
     one = testbed()
-    async with one.open():
+    async with one.open_clients():
         item = await one.claim_item()
         await one.send_first_heartbeat(item)
         await one.rival.stop(item.id, force=True)
@@ -252,7 +252,7 @@ async def test_item_stopped_by_another_client_is_reported(testbed: type[LeaseTes
 @in_virtual_time
 async def test_check_requested_soon_sends_heartbeat_at_once(testbed: type[LeaseTestbed]) -> None:
     one = testbed()
-    async with one.open():
+    async with one.open_clients():
         lease = await one.send_first_heartbeat(await one.claim_item())
         await asyncio.sleep(5)
         one.renewer.check_soon(lease)
@@ -264,7 +264,7 @@ async def test_check_requested_soon_sends_heartbeat_at_once(testbed: type[LeaseT
 async def test_suspended_renewer_sends_no_heartbeats(testbed: type[LeaseTestbed]) -> None:
     """The renewer is suspended while the handlers' loop is blocked for too long."""
     one = testbed()
-    async with one.open():
+    async with one.open_clients():
         first, second = (
             await one.send_first_heartbeat(await one.claim_item()),
             await one.send_first_heartbeat(await one.claim_item()),
@@ -281,7 +281,7 @@ async def test_suspended_renewer_sends_no_heartbeats(testbed: type[LeaseTestbed]
 @in_virtual_time
 async def test_release_sends_one_last_heartbeat(testbed: type[LeaseTestbed]) -> None:
     one = testbed()
-    async with one.open():
+    async with one.open_clients():
         item = await one.claim_item()
         lease = await one.send_first_heartbeat(item)
         await asyncio.sleep(5)
@@ -300,7 +300,7 @@ def test_release_during_heartbeat_or_retry_sends_one_last_heartbeat(
     @in_virtual_time
     async def check_last_heartbeat() -> None:
         one = testbed(heartbeat=[None, answer, RESET])
-        async with one.open():
+        async with one.open_clients():
             item = await one.claim_item()
             lease = await one.send_first_heartbeat(item)
             one.renewer.check_soon(lease)
@@ -321,7 +321,7 @@ async def test_release_that_cannot_be_sent_ends_in_lost_lease(
     testbed: type[LeaseTestbed],
 ) -> None:
     one = testbed(heartbeat=[None, *[UNSENT] * 99])
-    async with one.open():
+    async with one.open_clients():
         lease = await one.send_first_heartbeat(await one.claim_item())
         await asyncio.sleep(5)
         one.renewer.release(lease, 10)
@@ -335,7 +335,7 @@ async def test_release_that_cannot_be_sent_ends_in_lost_lease(
 @in_virtual_time
 async def test_release_of_ended_lease_sends_nothing(testbed: type[LeaseTestbed]) -> None:
     one = testbed()
-    async with one.open():
+    async with one.open_clients():
         item = await one.claim_item()
         lease = await one.send_first_heartbeat(item)
         lease.end("lost")
@@ -357,7 +357,7 @@ async def test_heartbeats_after_sleep_start_at_no_more_than_fifty_a_second(
     testbed: type[LeaseTestbed],
 ) -> None:
     one = testbed()
-    async with one.open():
+    async with one.open_clients():
         leases = [await one.send_first_heartbeat(await one.claim_item()) for _ in range(800)]
         await asyncio.sleep(10)
         one.peaks.clear()
@@ -376,7 +376,7 @@ async def test_quick_heartbeats_are_never_more_than_ten_at_once(
 ) -> None:
     """Existing connections are reused before new ones are opened."""
     one = testbed()
-    async with one.open():
+    async with one.open_clients():
         for _ in range(300):
             await one.send_first_heartbeat(await one.claim_item())
         one.peaks.clear()
@@ -393,7 +393,7 @@ async def test_heartbeat_concurrency_limit_shrinks_after_disuse(
     testbed: type[LeaseTestbed],
 ) -> None:
     one = testbed()
-    async with one.open():
+    async with one.open_clients():
         leases = [await one.send_first_heartbeat(await one.claim_item()) for _ in range(400)]
         one.latency = 5.0
         await asyncio.sleep(40)
@@ -436,7 +436,7 @@ async def test_six_thousand_leases_with_half_a_second_latency_stay_held(
     one = testbed()
     client = SlowClient(one)
     one.renewer._connect = lambda: client
-    async with one.open():
+    async with one.open_clients():
         item = await one.claim_item()
         leases = [Lease(item.work_item, 0.0, ttl=60, request_timeout=10.0) for _ in range(6_000)]
         for lease in leases:
@@ -451,7 +451,7 @@ async def test_six_thousand_leases_with_half_a_second_latency_stay_held(
 @in_virtual_time
 async def test_leases_with_earliest_deadline_are_renewed_first(testbed: type[LeaseTestbed]) -> None:
     one = testbed()
-    async with one.open():
+    async with one.open_clients():
         items = []
         for _ in range(100):
             items.append(await one.claim_item())
@@ -468,7 +468,7 @@ async def test_leases_with_earliest_deadline_are_renewed_first(testbed: type[Lea
 @in_virtual_time
 async def test_machine_that_slept_beyond_ttl_loses_its_leases(testbed: type[LeaseTestbed]) -> None:
     one = testbed()
-    async with one.open():
+    async with one.open_clients():
         lease = await one.send_first_heartbeat(await one.claim_item())
         await asyncio.sleep(5)
         one.loop.suspend(55)
@@ -483,7 +483,7 @@ async def test_machine_that_slept_within_ttl_renews_its_leases_at_once(
 ) -> None:
     """The timers stood still, so the next heartbeat would come after the end of the lease."""
     one = testbed()
-    async with one.open():
+    async with one.open_clients():
         lease = await one.send_first_heartbeat(await one.claim_item())
         await asyncio.sleep(1)
         one.loop.suspend(50)
@@ -496,7 +496,7 @@ async def test_lease_with_hanging_heartbeat_is_lost_in_time_after_sleep(
     testbed: type[LeaseTestbed],
 ) -> None:
     one = testbed(heartbeat=[None, UNSENT])
-    async with one.open():
+    async with one.open_clients():
         lease = await one.send_first_heartbeat(await one.claim_item())
         one.renewer.check_soon(lease)
         await asyncio.sleep(0.5)
@@ -511,7 +511,7 @@ async def test_heartbeat_answer_read_after_sleep_beyond_ttl_does_not_extend_leas
     testbed: type[LeaseTestbed],
 ) -> None:
     one = testbed(heartbeat=[None, Fault(answer_delay=5)])
-    async with one.open():
+    async with one.open_clients():
         lease = await one.send_first_heartbeat(await one.claim_item())
         one.renewer.check_soon(lease)
         await asyncio.sleep(1)
@@ -526,7 +526,7 @@ async def test_paused_machine_sends_only_heartbeats_until_each_lease_is_verified
     testbed: type[LeaseTestbed],
 ) -> None:
     one = testbed()
-    async with one.open():
+    async with one.open_clients():
         items = [await one.claim_item() for _ in range(3)]
         for item in items:
             await one.send_first_heartbeat(item)
@@ -549,7 +549,7 @@ async def test_paused_machine_sends_only_heartbeats_until_each_lease_is_verified
 @in_virtual_time
 async def test_renewer_detects_pause_of_machine_at_next_tick(testbed: type[LeaseTestbed]) -> None:
     one = testbed()
-    async with one.open():
+    async with one.open_clients():
         lease = await one.send_first_heartbeat(await one.claim_item())
         await asyncio.sleep(5)
         one.ahead += 30
@@ -563,7 +563,7 @@ async def test_item_claimed_by_another_worker_during_pause_is_lost_before_any_wr
     testbed: type[LeaseTestbed],
 ) -> None:
     one = testbed()
-    async with one.open():
+    async with one.open_clients():
         item = await one.claim_item()
         lease = await one.send_first_heartbeat(item)
         await asyncio.sleep(5)
@@ -583,7 +583,7 @@ async def test_pause_during_heartbeat_causes_another_heartbeat_at_once(
     testbed: type[LeaseTestbed],
 ) -> None:
     one = testbed(heartbeat=[None, Fault(answer_delay=2)])
-    async with one.open():
+    async with one.open_clients():
         item = await one.claim_item()
         lease = await one.send_first_heartbeat(item)
         one.renewer.check_soon(lease)
@@ -604,7 +604,7 @@ async def test_pause_during_claim_of_item_puts_its_lease_in_doubt(
     pause.
     """
     one = testbed(heartbeat=[None, Fault(answer_delay=2)])
-    async with one.open():
+    async with one.open_clients():
         first, second = await one.claim_item(), await one.claim_item()
         await one.send_first_heartbeat(first)
         async with asyncio.TaskGroup() as group:
@@ -625,7 +625,7 @@ async def test_pause_during_claim_of_item_puts_its_lease_in_doubt(
 async def test_pause_before_first_heartbeat_loses_lease(testbed: type[LeaseTestbed]) -> None:
     """The item may be another worker's by now, so that a drain must not write to it."""
     one = testbed()
-    async with one.open():
+    async with one.open_clients():
         item = await one.claim_item()
         await asyncio.sleep(1)
         one.ahead += 300

@@ -69,7 +69,7 @@ class RenewerTestbed:
         if self.fault is not None:
             raise self.fault
         self.events.append(event)
-        self._set_events()
+        self._notify_loop()
 
     def record_lease_change(self, item: PoolItem) -> None:
         assert item.lease is not None
@@ -84,9 +84,9 @@ class RenewerTestbed:
         """Record the end of renewal; called on the renewer thread."""
         self.ended.append(error)
         self.blocked.set()
-        self._set_events()
+        self._notify_loop()
 
-    def _set_events(self) -> None:
+    def _notify_loop(self) -> None:
         with contextlib.suppress(RuntimeError):  # the handlers' loop is closed
             self.loop.call_soon_threadsafe(self.changes.notify)
 
@@ -158,7 +158,7 @@ def fast_ticks(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.fixture(autouse=True)
-def no_thread_left() -> Iterator[None]:
+def all_threads_end() -> Iterator[None]:
     before = set(threading.enumerate())
     yield
     for thread in set(threading.enumerate()) - before:
@@ -202,12 +202,12 @@ async def test_failed_start_of_renewer_raises_error_and_closes_opened_services(
             opened.append("closed")
 
     @contextlib.asynccontextmanager
-    async def occupied_service() -> AsyncIterator[None]:
+    async def service_on_taken_port() -> AsyncIterator[None]:
         raise ListenError("metrics_listen: taken")
         yield
 
     with pytest.raises(ListenError):
-        await testbed.make_renewer(first_service(), occupied_service()).__aenter__()
+        await testbed.make_renewer(first_service(), service_on_taken_port()).__aenter__()
     assert opened == ["first", "closed"]
     assert not testbed.failures
 
@@ -251,11 +251,11 @@ async def test_error_while_closing_service_is_logged_and_not_fatal(
     testbed: RenewerTestbed, caplog: pytest.LogCaptureFixture
 ) -> None:
     @contextlib.asynccontextmanager
-    async def call_that_fails() -> AsyncIterator[None]:
+    async def service_that_fails_on_close() -> AsyncIterator[None]:
         yield
         raise RuntimeError("dropped it")
 
-    async with testbed.make_renewer(call_that_fails()):
+    async with testbed.make_renewer(service_that_fails_on_close()):
         pass
     assert "dropped it" in caplog.text
     assert not testbed.failures
@@ -283,14 +283,14 @@ async def test_failed_renewer_thread_is_fatal_and_loses_its_leases(testbed: Rene
 async def test_exception_in_call_on_renewer_thread_is_fatal(
     testbed: RenewerTestbed, error: BaseException
 ) -> None:
-    def crash_call() -> None:
+    def raise_in_call() -> None:
         raise error
 
     item = await testbed.claim_item()
     renewer = testbed.make_renewer()
     async with renewer:
         [lease] = await testbed.renew_leases(renewer, item)
-        renewer.call(crash_call)
+        renewer.call(raise_in_call)
         await testbed.wait_until(lambda: testbed.failures and testbed.ended)
         assert testbed.failures[0].__cause__ is error
         assert testbed.ended == testbed.failures

@@ -43,7 +43,7 @@ def is_log_call(call: ast.Call) -> bool:
     return isinstance(called, ast.Attribute) and called.attr in LEVELS and name in {"log", "_log"}
 
 
-def message_of(call: ast.Call) -> str:
+def message_argument(call: ast.Call) -> str:
     texts = [each.value for each in call.args if isinstance(each, ast.Constant)]
     return str(texts[0]) if texts else ""
 
@@ -74,7 +74,7 @@ def test_every_field_logged_by_the_package_is_in_the_schema() -> None:
 
 
 def test_no_log_message_contains_a_field() -> None:
-    messages = {place: message_of(call) for place, call, _ in log_calls()}
+    messages = {place: message_argument(call) for place, call, _ in log_calls()}
     wrong = {place: text for place, text in messages.items() if re.search(r"=[%{]", text)}
     assert not wrong
 
@@ -90,7 +90,7 @@ def test_documented_schema_equals_schema_of_the_code() -> None:
 
 
 @pytest.fixture
-def records() -> Iterator[list[logging.LogRecord]]:
+def captured_records() -> Iterator[list[logging.LogRecord]]:
     """Return the records of the logger `workpool.test`."""
     found: list[logging.LogRecord] = []
 
@@ -108,13 +108,13 @@ IDS = {"environment_id": "env_1", "worker_id": "host-1"}
 
 
 def test_record_in_the_context_of_a_pool_has_the_pools_ids(
-    records: list[logging.LogRecord],
+    captured_records: list[logging.LogRecord],
 ) -> None:
     log = pool_logger("workpool.test")
     with record_ids(IDS):
         log.warning("inside", extra={"worker_id": "given"})
     log.warning("outside")
-    inside, outside = map(vars, records)
+    inside, outside = map(vars, captured_records)
     assert (inside["environment_id"], inside["worker_id"]) == ("env_1", "given")
     assert not set(IDS) & set(outside)
 
@@ -125,8 +125,8 @@ def test_record_outside_of_pools_has_the_default_ids_of_the_filter() -> None:
     assert record.worker_id == "host-1"
 
 
-def opentelemetry(trace_id: int, *, valid: bool) -> ModuleType:
-    """A replacement for `opentelemetry.trace`, whose import takes a tenth of a second."""
+def module_with_span(trace_id: int, *, valid: bool) -> ModuleType:
+    """Return a replacement for `opentelemetry.trace`, whose import takes a tenth of a second."""
     module = ModuleType("opentelemetry.trace")
     span = SimpleNamespace(trace_id=trace_id, is_valid=valid)
     vars(module)["get_current_span"] = lambda: SimpleNamespace(get_span_context=lambda: span)
@@ -135,34 +135,36 @@ def opentelemetry(trace_id: int, *, valid: bool) -> ModuleType:
 
 @pytest.mark.parametrize("valid", [True, False])
 def test_record_has_the_trace_of_a_valid_span(
-    records: list[logging.LogRecord], monkeypatch: pytest.MonkeyPatch, *, valid: bool
+    captured_records: list[logging.LogRecord], monkeypatch: pytest.MonkeyPatch, *, valid: bool
 ) -> None:
-    module = opentelemetry(0xAB, valid=valid)
+    module = module_with_span(0xAB, valid=valid)
     monkeypatch.setitem(sys.modules, "opentelemetry.trace", module)
     pool_logger("workpool.test").warning("hello")
-    [record] = records
+    [record] = captured_records
     assert vars(record).get("trace_id") == ("ab".rjust(32, "0") if valid else None)
 
 
 @pytest.mark.parametrize("found", [None, ModuleType("opentelemetry.trace")])
 def test_record_without_opentelemetry_or_during_its_import_has_no_trace(
-    records: list[logging.LogRecord], monkeypatch: pytest.MonkeyPatch, found: ModuleType | None
+    captured_records: list[logging.LogRecord],
+    monkeypatch: pytest.MonkeyPatch,
+    found: ModuleType | None,
 ) -> None:
     monkeypatch.delitem(sys.modules, "opentelemetry.trace", raising=False)
     if found is not None:
         monkeypatch.setitem(sys.modules, "opentelemetry.trace", found)
     pool_logger("workpool.test").warning("hello")
-    [record] = records
+    [record] = captured_records
     assert "trace_id" not in vars(record)
     assert found is not None or "opentelemetry.trace" not in sys.modules
 
 
 def test_record_has_the_trace_of_the_real_opentelemetry_library(
-    records: list[logging.LogRecord],
+    captured_records: list[logging.LogRecord],
 ) -> None:
     trace = pytest.importorskip("opentelemetry.trace")
     span = trace.NonRecordingSpan(trace.SpanContext(0xCD, 1, is_remote=False))
     with trace.use_span(span):
         pool_logger("workpool.test").warning("hello")
-    [record] = records
+    [record] = captured_records
     assert vars(record)["trace_id"] == "cd".rjust(32, "0")

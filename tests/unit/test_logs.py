@@ -41,11 +41,11 @@ def make_record(message: str, *arguments: object, **more: object) -> logging.Log
 
 
 def raised_error() -> object:
-    def fail() -> NoReturn:
+    def raise_value_error() -> NoReturn:
         raise ValueError("two\nlines")
 
     try:
-        fail()
+        raise_value_error()
     except ValueError:
         return sys.exc_info()
 

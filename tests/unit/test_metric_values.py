@@ -72,13 +72,13 @@ def test_increments_from_four_threads_to_one_series_are_all_counted(row: Definit
     lock, begin = threading.RLock(), threading.Barrier(4)
     store = store_of(row, lock)
 
-    def count_up() -> None:
+    def add_increments() -> None:
         begin.wait()
         for _ in range(2000):
             with lock:
                 store.series(("a", "b")).add(1)
 
-    threads = [threading.Thread(target=count_up) for _ in range(4)]
+    threads = [threading.Thread(target=add_increments) for _ in range(4)]
     for thread in threads:
         thread.start()
     for thread in threads:

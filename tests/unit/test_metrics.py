@@ -226,11 +226,11 @@ def scraped_samples(registry: CollectorRegistry) -> dict[str, float]:
     return samples
 
 
-def increments(before: dict[str, float], after: dict[str, float]) -> dict[str, float]:
+def increased_samples(before: dict[str, float], after: dict[str, float]) -> dict[str, float]:
     return {k: v - before.get(k, 0) for k, v in after.items() if v != before.get(k, 0)}
 
 
-def session_closed(labels: str) -> dict[str, tuple[str, ...]]:
+def label_values(labels: str) -> dict[str, tuple[str, ...]]:
     pairs = (label.partition("=") for label in labels.split(", ") if label)
     return {name: tuple(values.split("|")) if values else () for name, _, values in pairs}
 
@@ -245,7 +245,7 @@ def test_metric_definitions_equal_documented_table() -> None:
         name: (
             kinds[kind] if isinstance(kind, str) else "histogram",
             () if isinstance(kind, str) else kind,
-            {label: set(values) for label, values in session_closed(labels).items()},
+            {label: set(values) for label, values in label_values(labels).items()},
         )
         for name, kind, labels in TABLE
     }
@@ -262,7 +262,7 @@ def test_every_metric_family_is_exposed_with_its_type_labels_and_buckets(
     }
     for name, kind, labels in TABLE:
         family = exposed[f"workpool_{name}".removesuffix("_total")]
-        wanted = session_closed(labels)
+        wanted = label_values(labels)
         names = set(wanted) | ({"le"} if isinstance(kind, tuple) else set())
         if isinstance(kind, tuple):
             assert family.type == "histogram"
@@ -282,7 +282,7 @@ def test_metric_series_with_closed_labels_start_at_zero(registry: CollectorRegis
     for name, kind, labels in TABLE:
         if kind == "G" or name == "plugin_errors_total":
             continue
-        values = session_closed(labels)
+        values = label_values(labels)
         known = {"environment_id": ("env_1",), "handler": ("echo.run",)}
         suffix = "" if kind == "C" else "_count"
         for combination in itertools.product(*(v or known[k] for k, v in values.items())):
@@ -388,7 +388,7 @@ def test_event_adds_exactly_the_expected_amounts(
 ) -> None:
     before = scraped_samples(registry)
     pool.metrics.observe(event)
-    assert increments(before, scraped_samples(registry)) == adds
+    assert increased_samples(before, scraped_samples(registry)) == adds
 
 
 def test_every_event_type_has_expected_amounts_in_this_test() -> None:
@@ -456,7 +456,7 @@ def test_unknown_label_value_warns_and_is_not_counted(
         pool.metrics.observe(ev.RequestFinished("poll", "418", 0.0))
     after = scraped_samples(registry)
     assert after.keys() == before.keys()
-    assert [name for name in increments(before, after) if "_total" in name] == []
+    assert [name for name in increased_samples(before, after) if "_total" in name] == []
 
 
 def test_gauges_show_pool_state_at_time_of_scrape(
@@ -734,14 +734,14 @@ print(generate_latest(everybody).decode())
 
 
 def test_multiprocess_mode_adds_up_counters_and_histograms(tmp_path: Path) -> None:
-    def run_process() -> str:
+    def run_python_process() -> str:
         return subprocess.run(  # noqa: S603 - our own interpreter and text
             [sys.executable, "-c", MULTIPROCESS], env={"PROMETHEUS_MULTIPROC_DIR": str(tmp_path)},
             capture_output=True, text=True, check=True, timeout=25,
         ).stdout  # fmt: skip
 
-    run_process()
-    output = run_process()
+    run_python_process()
+    output = run_python_process()
     assert 'workpool_polls_total{environment_id="env_1",result="item"} 2.0' in output
     line = 'workpool_poll_duration_seconds_sum{environment_id="env_1",result="item"} 1.0'
     assert line in output

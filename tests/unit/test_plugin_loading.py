@@ -95,7 +95,7 @@ class Reports:
         self.pages = pages
 
     @property
-    def connection(self) -> object:
+    def unopened_connection(self) -> object:
         raise RuntimeError("not open yet")
 
     @handler(metadata={"job": "daily"})
@@ -201,12 +201,12 @@ def test_plugin_description_lists_its_hooks_and_rules() -> None:
         def workpool_session_handler(self) -> None: ...
 
         @handler(type="build", metadata={"job": "a"})
-        async def build(self, session: Session) -> None: ...
+        async def build_project(self, session: Session) -> None: ...
 
     [plugin] = load_plugins(PluginWithHookAndRules).describe()
     assert list(plugin.hooks) == ["workpool_session_handler"]
     assert [(str(route.rule), route.handler.name) for route in plugin.routes] == [
-        ("type=build job=a", "PluginWithHookAndRules.build")
+        ("type=build job=a", "PluginWithHookAndRules.build_project")
     ]
 
 

@@ -197,25 +197,25 @@ class CallableObject:
 @pytest.mark.parametrize(
     ("call", "name", "limits"),
     [
-        (top_level_handler, "Router.top_level_handler", (None, None)),
-        (functools.partial(top_level_handler), "Router.top_level_handler", (None, None)),
-        (CallableObject(), "Router.CallableObject", (None, None)),
-        (limited_handler, "Router.limited_handler", (9.0, 1)),
-        (functools.partial(limited_handler), "Router.limited_handler", (9.0, 1)),
+        (top_level_handler, "RoutingPlugin.top_level_handler", (None, None)),
+        (functools.partial(top_level_handler), "RoutingPlugin.top_level_handler", (None, None)),
+        (CallableObject(), "RoutingPlugin.CallableObject", (None, None)),
+        (limited_handler, "RoutingPlugin.limited_handler", (9.0, 1)),
+        (functools.partial(limited_handler), "RoutingPlugin.limited_handler", (9.0, 1)),
     ],
 )
 def test_async_callable_answered_by_hook_is_accepted(
     call: Any, name: str, limits: tuple[Any, Any]
 ) -> None:
-    class Router:
+    class RoutingPlugin:
         @hookimpl
         def workpool_session_handler(self) -> Any:
             return functools.partial(call) if isinstance(call, functools.partial) else call
 
-    plugins = load_plugins(Router())
+    plugins = load_plugins(RoutingPlugin())
     answer = plugins.handler_for(make_work_item())
     assert answer is not None
-    assert (answer.name, answer.plugin) == (name, "Router")
+    assert (answer.name, answer.plugin) == (name, "RoutingPlugin")
     assert (answer.timeout, answer.max_sessions) == limits
     assert answer == plugins.handler_for(make_work_item(job="other"))
 
@@ -310,24 +310,24 @@ class OtherFailingObserver(FailingObserver): ...
 def test_handler_hook_that_raises_fails_the_choice_and_is_reported(
     error: BaseException, caplog: pytest.LogCaptureFixture
 ) -> None:
-    class FailingRouter:
+    class FailingRoutingPlugin:
         @hookimpl
         def workpool_session_handler(self) -> None:
             raise error
 
     recorder, metrics = ErrorRecorder(), ErrorRecorder()
-    plugins = load_plugins(FailingRouter(), FirstPlugin(), recorder)
+    plugins = load_plugins(FailingRoutingPlugin(), FirstPlugin(), recorder)
     plugins.metrics = metrics.workpool_event
     with pytest.raises(PluginError) as caught:
         plugins.handler_for(make_work_item())
-    assert caught.value.plugin == "FailingRouter"
+    assert caught.value.plugin == "FailingRoutingPlugin"
     assert caught.value.__cause__ is error
-    fact = PluginFailed("FailingRouter", "workpool_session_handler", error)
+    fact = PluginFailed("FailingRoutingPlugin", "workpool_session_handler", error)
     assert recorder.seen == metrics.seen == [fact]
     assert "workpool_session_handler raised" in caplog.text
 
 
-def def_function(session: Session) -> None: ...
+def plain_def_function(session: Session) -> None: ...
 
 
 def async_generator(session: Session) -> Awaitable[None]:
@@ -340,32 +340,32 @@ class ObjectFailingOnInspection:
 
 
 def test_handler_hook_answer_that_raises_on_inspection_is_plugin_error() -> None:
-    class RouterWithHostileAnswer:
+    class PluginWithHostileAnswer:
         @hookimpl
         def workpool_session_handler(self) -> object:
             return ObjectFailingOnInspection()
 
     with pytest.raises(
-        PluginError, match=r"'RouterWithHostileAnswer': looking at the answer .* ZeroDivisionError"
+        PluginError, match=r"'PluginWithHostileAnswer': looking at the answer .* ZeroDivisionError"
     ):
-        load_plugins(RouterWithHostileAnswer()).handler_for(make_work_item())
+        load_plugins(PluginWithHostileAnswer()).handler_for(make_work_item())
 
 
-@pytest.mark.parametrize("answer", [def_function, 7, CallableObject, async_generator, True])
+@pytest.mark.parametrize("answer", [plain_def_function, 7, CallableObject, async_generator, True])
 def test_handler_hook_answer_that_is_not_callable_is_plugin_error(answer: object) -> None:
-    class RouterWithWrongAnswer:
+    class PluginWithWrongAnswer:
         @hookimpl
         def workpool_session_handler(self) -> object:
             return answer
 
     recorder = ErrorRecorder()
-    plugins = load_plugins(RouterWithWrongAnswer(), recorder)
+    plugins = load_plugins(PluginWithWrongAnswer(), recorder)
     with pytest.raises(
-        PluginError, match=r"'RouterWithWrongAnswer': .* not an async callable"
+        PluginError, match=r"'PluginWithWrongAnswer': .* not an async callable"
     ) as caught:
         plugins.handler_for(make_work_item())
     assert recorder.seen == [
-        PluginFailed("RouterWithWrongAnswer", "workpool_session_handler", caught.value)
+        PluginFailed("PluginWithWrongAnswer", "workpool_session_handler", caught.value)
     ]
 
 

@@ -51,10 +51,13 @@ class GroupTestbed:
             threads=cast("Any", None),
         )
         self.group = PollerGroup(
-            context, until_empty=until_empty, on_fatal=self.fatal.append, on_empty=self._end_pool
+            context,
+            until_empty=until_empty,
+            on_fatal=self.fatal.append,
+            on_empty=self._count_pool_end,
         )
 
-    def _end_pool(self) -> None:
+    def _count_pool_end(self) -> None:
         self.emptied += 1
 
     def finish_null_poll(self) -> None:

@@ -339,7 +339,7 @@ class ReferenceModel:
             self._turn = HANDLER if first[0] is CLAIM else CLAIM
         return first
 
-    def cancel_one(self) -> None:
+    def cancel_one_waiter(self) -> None:
         if self.waiting:
             self.waiting.pop(len(self.waiting) // 2)[1].cancel()
 
@@ -358,7 +358,7 @@ def test_order_of_tokens_equals_reference_model(steps: list[Priority | str]) -> 
                     limiter.refund()
                     spare = True
                 else:
-                    model.cancel_one()
+                    model.cancel_one_waiter()
                 await run_ready_tasks()
                 if model.waiting and spare:
                     assert model.next_waiter()[1].done()
@@ -375,10 +375,12 @@ def test_two_event_loops_on_two_threads_share_one_rate() -> None:
     acquire_all_tokens(limiter)
     started = time.monotonic()
 
-    async def acquire_many() -> None:
+    async def acquire_twenty_tokens() -> None:
         await asyncio.gather(*(limiter.acquire() for _ in range(20)))
 
-    threads = [threading.Thread(target=asyncio.run, args=(acquire_many(),)) for _ in range(2)]
+    threads = [
+        threading.Thread(target=asyncio.run, args=(acquire_twenty_tokens(),)) for _ in range(2)
+    ]
     for thread in threads:
         thread.start()
     for thread in threads:

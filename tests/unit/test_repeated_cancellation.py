@@ -48,10 +48,10 @@ class StubbornHandler:
 
 
 @asynccontextmanager
-async def running_handler(
+async def running_stubborn_handler(
     bench: type[LeaseTestbed], handler: StubbornHandler
 ) -> AsyncIterator[tuple[HandlerExecutor, PoolItem]]:
-    """Run the body of the `with` statement while a handler runs, then wait until that ends."""
+    """Run the handler during the `async with` block, then wait until the handler ends."""
     parts = bench()
     context = SimpleNamespace(
         settings=parts.settings,
@@ -61,7 +61,7 @@ async def running_handler(
         renewer=parts.renewer,
         threads=HandlerThreads(1, parts.clock),
     )
-    async with handler_group() as handlers, parts.open(), asyncio.TaskGroup() as group:
+    async with handler_group() as handlers, parts.open_clients(), asyncio.TaskGroup() as group:
         item = await parts.claim_item()
         item.advance("started")
         executor = HandlerExecutor(cast("Any", context), handlers)
@@ -93,7 +93,7 @@ async def test_cancellation_is_repeated_every_ten_seconds_and_at_once_for_a_grav
     testbed: type[LeaseTestbed], steps: list[Step], times: list[float]
 ) -> None:
     handler = StubbornHandler(until=34)
-    async with running_handler(testbed, handler) as (executor, item):
+    async with running_stubborn_handler(testbed, handler) as (executor, item):
         passed = 0.0
         for at, reason in steps:
             await asyncio.sleep(at - passed)
@@ -109,7 +109,7 @@ async def test_handler_is_reported_as_stuck_once_ten_seconds_after_cancellation(
 ) -> None:
     reports: list[float] = []
     handler = StubbornHandler(until=34)
-    async with running_handler(testbed, handler) as (executor, item):
+    async with running_stubborn_handler(testbed, handler) as (executor, item):
         now: Callable[[], float] = asyncio.get_running_loop().time
         began = now()
         executor.on_stuck = lambda: reports.append(round(now() - began, 3))
@@ -121,7 +121,7 @@ async def test_handler_is_reported_as_stuck_once_ten_seconds_after_cancellation(
 @in_virtual_time
 async def test_handler_that_has_ended_is_not_cancelled_again(testbed: type[LeaseTestbed]) -> None:
     handler = StubbornHandler(until=12)
-    async with running_handler(testbed, handler) as (executor, item):
+    async with running_stubborn_handler(testbed, handler) as (executor, item):
         executor.cancel(item, EndReason.TIMED_OUT)
         task = item.handler_task
         assert task is not None

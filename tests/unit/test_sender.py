@@ -41,7 +41,7 @@ CALL = SendOptions(Priority.HANDLER, by_handler=True)
 @asynccontextmanager
 async def renewed_item(one: LeaseTestbed) -> AsyncIterator[PoolItem]:
     """Return an item whose lease has begun and is renewed, and whose handler runs."""
-    async with one.open():
+    async with one.open_clients():
         item = await one.claim_item()
         await one.send_first_heartbeat(item)
         one.tries.clear()
@@ -51,21 +51,21 @@ async def renewed_item(one: LeaseTestbed) -> AsyncIterator[PoolItem]:
             yield item
 
 
-async def update_call(
+async def send_update(
     one: LeaseTestbed,
     item: PoolItem,
     request: SendOptions = WRITE,
     before_bytes: Callable[[], None] | None = None,
 ) -> object:
-    async def call(options: CallOptions, seconds: float) -> object:
+    async def update_metadata(options: CallOptions, seconds: float) -> object:
         return await one.client.update_metadata(
             item.id, {"key": "value"}, timeout=seconds, options=options
         )
 
-    return await one.sender.send(item, call, request, before_bytes)
+    return await one.sender.send(item, update_metadata, request, before_bytes)
 
 
-def count_updates(one: LeaseTestbed) -> list[tuple[str, float | None, CallOptions]]:
+def update_tries(one: LeaseTestbed) -> list[tuple[str, float | None, CallOptions]]:
     return [each for each in one.tries if each[0] == "update"]
 
 
@@ -123,8 +123,8 @@ def test_lease_is_checked_right_before_the_bytes_of_a_request(
             else:
                 one.loop.call_later(4.9, end, item)
             with pytest.raises(error):
-                await update_call(one, item, request)
-            assert len(count_updates(one)) <= 1  # a refused check is never retried
+                await send_update(one, item, request)
+            assert len(update_tries(one)) <= 1  # a refused check is never retried
         assert not one.send_times("update")
 
     check_no_request()
@@ -137,9 +137,9 @@ async def test_call_of_pool_is_allowed_after_handler_was_cancelled(
     one = testbed()
     async with renewed_item(one) as item:
         item.cancelled_for = EndReason.TIMED_OUT
-        await update_call(one, item, WRITE)
+        await send_update(one, item, WRITE)
         with pytest.raises(SessionEnded):
-            await update_call(one, item, CALL)
+            await send_update(one, item, CALL)
     assert len(one.send_times("update")) == 1
 
 
@@ -151,7 +151,7 @@ async def test_machine_that_slept_while_a_call_waited_sends_nothing(
     async with renewed_item(one) as item:
         one.loop.call_later(4.9, one.loop.suspend, 300)
         with pytest.raises(LeaseLost):
-            await update_call(one, item)
+            await send_update(one, item)
     assert not one.send_times("update")
 
 
@@ -162,7 +162,7 @@ async def test_machine_paused_while_a_call_waited_verifies_lease_before_sending(
     one = testbed(update=[Fault(wait=5.0)])
     async with renewed_item(one) as item:
         one.loop.call_later(4.99, setattr, one, "ahead", 30.0)
-        await update_call(one, item)
+        await send_update(one, item)
         (sent,) = one.send_times("update")
         heartbeat, *_ = one.send_times("heartbeat")
         assert 4.99 <= heartbeat <= sent
@@ -181,7 +181,7 @@ async def test_machine_paused_while_another_worker_claimed_sends_nothing(
 
         one.loop.call_later(4.99, pause_machine)
         with pytest.raises(SessionGoneError):
-            await update_call(one, item)
+            await send_update(one, item)
     assert not one.send_times("update")
 
 
@@ -193,14 +193,14 @@ async def test_callback_before_sending_is_called_only_if_bytes_are_sent(
     one = testbed(update=[Fault(wait=5.0)])
     async with renewed_item(one) as item:
 
-        def record() -> None:
+        def record_send_time() -> None:
             called.append(one.clock())
 
-        await update_call(one, item, before_bytes=record)
+        await send_update(one, item, before_bytes=record_send_time)
         assert called == pytest.approx([5.0])
         lose_lease(item)
         with pytest.raises(LeaseLost):
-            await update_call(one, item, before_bytes=record)
+            await send_update(one, item, before_bytes=record_send_time)
     assert len(called) == 1
 
 
@@ -209,11 +209,11 @@ async def test_call_for_item_without_lease_raises_attribute_error(
     testbed: type[LeaseTestbed],
 ) -> None:
     one = testbed()
-    async with one.open():
+    async with one.open_clients():
         item = await one.claim_item()
         del item.lease
         with pytest.raises(AttributeError, match="lease"):
-            await update_call(one, item)
+            await send_update(one, item)
 
 
 @pytest.mark.parametrize(
@@ -233,7 +233,7 @@ def test_call_refused_by_control_plane_is_never_retried(
         one = testbed(update=[Fault(answer=error.status, applied=False)])
         async with renewed_item(one) as item:
             with pytest.raises(type(error)):
-                await update_call(one, item)
+                await send_update(one, item)
         assert len(one.send_times("update")) == 1
 
     check_single_request()
@@ -249,14 +249,14 @@ async def test_attempt_of_call_takes_at_most_a_third_of_remaining_lease(
         one.renewer.remove(lease)
         lease.closed = False  # the lease is not renewed anymore
         with pytest.raises(TransientError):
-            await update_call(one, item)
+            await send_update(one, item)
         sent = one.send_times("update")
         assert len(sent) > 5
         assert all(
             seconds is not None and seconds <= (60 - at) / TRY_PART + 1e-6
-            for at, (_, seconds, _) in zip(sent, count_updates(one), strict=True)
+            for at, (_, seconds, _) in zip(sent, update_tries(one), strict=True)
         )
-        assert count_updates(one)[0][1] == pytest.approx(20)
+        assert update_tries(one)[0][1] == pytest.approx(20)
         assert one.clock() <= lease.deadline
 
 
@@ -264,8 +264,8 @@ async def test_attempt_of_call_takes_at_most_a_third_of_remaining_lease(
 async def test_attempt_of_call_takes_at_most_request_timeout(testbed: type[LeaseTestbed]) -> None:
     one = testbed(request_timeout=2.0, update=[SILENCE])
     async with renewed_item(one) as item:
-        await update_call(one, item)
-    assert [seconds for _, seconds, _ in count_updates(one)] == [2.0, 2.0]
+        await send_update(one, item)
+    assert [seconds for _, seconds, _ in update_tries(one)] == [2.0, 2.0]
     first, second = one.send_times("update")
     assert 2.0 <= second - first <= 2.0 + 0.2
 
@@ -277,11 +277,11 @@ async def test_attempt_of_call_takes_at_most_a_third_of_its_own_time_limit(
     one = testbed(update=[SILENCE] * 99)
     async with renewed_item(one) as item:
         with pytest.raises(TransientError) as caught:
-            await update_call(one, item, WRITE._replace(seconds=3.0))
+            await send_update(one, item, WRITE._replace(seconds=3.0))
         assert caught.value.reason == "timeout"
         assert 1.0 < one.clock() <= 3.0
-    assert count_updates(one)[0][1] == pytest.approx(1.0)
-    assert len(count_updates(one)) > 1
+    assert update_tries(one)[0][1] == pytest.approx(1.0)
+    assert len(update_tries(one)) > 1
 
 
 @pytest.mark.parametrize(
@@ -302,9 +302,9 @@ def test_retry_after_attempt_without_answer_uses_new_connection(
     async def check_new_connection() -> None:
         one = testbed(update=[failure])
         async with renewed_item(one) as item:
-            await update_call(one, item)
-            await update_call(one, item)
-        assert [options.new_connection for *_, options in count_updates(one)] == [False, new, False]
+            await send_update(one, item)
+            await send_update(one, item)
+        assert [options.new_connection for *_, options in update_tries(one)] == [False, new, False]
 
     check_new_connection()
 
@@ -315,14 +315,14 @@ async def test_each_attempt_of_call_has_its_priority_and_permit(
 ) -> None:
     one = testbed(update=[SILENCE])
     async with renewed_item(one) as item:
-        await update_call(one, item, WRITE)
-        await update_call(one, item, CALL)
-    assert [options.priority for *_, options in count_updates(one)] == [
+        await send_update(one, item, WRITE)
+        await send_update(one, item, CALL)
+    assert [options.priority for *_, options in update_tries(one)] == [
         Priority.COMPLETION,
         Priority.COMPLETION,
         Priority.HANDLER,
     ]
-    assert all(options.permit for *_, options in count_updates(one))
+    assert all(options.permit for *_, options in update_tries(one))
 
 
 @in_virtual_time
@@ -331,7 +331,7 @@ async def test_completion_is_retried_as_long_as_its_lease_is_renewed(
 ) -> None:
     one = testbed(update=[Fault(answer=503, applied=False)] * 200)
     async with renewed_item(one) as item:
-        await update_call(one, item)
+        await send_update(one, item)
         assert one.clock() > 200
         between = [later - earlier for earlier, later in pairwise(one.send_times("update"))]
         assert max(between) <= 3.0 + 1e-6
@@ -343,12 +343,12 @@ async def test_retry_after_is_obeyed_for_at_most_half_of_remaining_time(
 ) -> None:
     one = testbed(update=[Fault(answer=503, applied=False, retry_after=5)])
     async with renewed_item(one) as item:
-        await update_call(one, item)
+        await send_update(one, item)
         assert one.clock() == pytest.approx(5)
     two = testbed(update=[Fault(answer=429, applied=False, retry_after=300)])
     begun_at = two.clock()
     async with renewed_item(two) as item:
-        await update_call(two, item, WRITE._replace(seconds=20.0))
+        await send_update(two, item, WRITE._replace(seconds=20.0))
         assert two.clock() == pytest.approx(begun_at + 10)
 
 
@@ -365,7 +365,7 @@ async def test_lease_lost_between_two_attempts_ends_call_at_once(
 
         one.loop.call_later(1, end_lease)
         with pytest.raises(LeaseLost):
-            await update_call(one, item)
+            await send_update(one, item)
         assert one.clock() == pytest.approx(1)
 
 
@@ -382,7 +382,7 @@ async def test_call_in_progress_is_cancelled_when_lease_is_lost(
 
         one.loop.call_later(1, end_lease)
         with pytest.raises(LeaseLost):
-            await update_call(one, item)
+            await send_update(one, item)
         assert one.clock() == pytest.approx(1)
 
 
@@ -403,7 +403,7 @@ async def test_lease_lost_in_same_loop_turn_as_timeout_is_raised(
             10 + 1e-7, end_lease
         )  # so soon after the timeout that both are in one turn
         with pytest.raises(LeaseLost):
-            await update_call(one, item)
+            await send_update(one, item)
         assert one.clock() < 11
 
 
@@ -411,7 +411,7 @@ async def test_lease_lost_in_same_loop_turn_as_timeout_is_raised(
 async def test_cancellation_of_calling_task_is_not_swallowed(testbed: type[LeaseTestbed]) -> None:
     one = testbed(update=[SILENCE])
     async with renewed_item(one) as item, asyncio.TaskGroup() as group:
-        task = group.create_task(update_call(one, item))
+        task = group.create_task(send_update(one, item))
         await asyncio.sleep(1)
         task.cancel()
         await asyncio.wait({task})

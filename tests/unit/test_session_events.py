@@ -36,7 +36,7 @@ MESSAGE = {"type": "user.message", "content": [{"type": "text", "text": "hello"}
 
 
 @pytest.fixture(autouse=True)
-def short_delays(monkeypatch: pytest.MonkeyPatch) -> None:
+def short_backoff(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(event_stream, "BACKOFF_SECONDS", 0.01)
     monkeypatch.setattr(event_stream, "BACKOFF_CAP_SECONDS", 0.05)
 
@@ -54,12 +54,12 @@ async def client(
 
 
 @pytest.fixture
-async def qoder_control_plane(make_settings: Callable[..., Settings]) -> AsyncIterator[WorkClient]:
+async def qoder_client(make_settings: Callable[..., Settings]) -> AsyncIterator[WorkClient]:
     async with WorkClient(make_settings()) as client:
         yield client
 
 
-def scripted_item(plane: ControlPlane, *script: dict[str, Any]) -> str:
+def create_session(plane: ControlPlane, *script: dict[str, Any]) -> str:
     return plane.enqueue(script=script)[0].session_id
 
 
@@ -95,7 +95,7 @@ def append_events(plane: ControlPlane, session_id: str, count: int) -> list[str]
 async def test_event_list_returns_whole_history(
     control_plane: ControlPlane, client: WorkClient
 ) -> None:
-    session_id = scripted_item(control_plane)
+    session_id = create_session(control_plane)
     events_said = append_events(control_plane, session_id, 250)
     events = [event async for event in client.events(session_id).list()]
     assert event_ids(events) == events_said
@@ -104,21 +104,21 @@ async def test_event_list_returns_whole_history(
 
 async def test_event_page_that_is_too_large_is_requested_in_smaller_pages(
     control_plane: ControlPlane,
-    qoder_control_plane: WorkClient,
+    qoder_client: WorkClient,
     faults: Faults,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(endpoints, "EVENTS", replace(endpoints.EVENTS, limit=20_000))
-    session_id = scripted_item(control_plane)
+    session_id = create_session(control_plane)
     for _ in range(30):
         control_plane.emit(session_id, {"type": "agent.thinking", "text": "x" * 5_000})
-    events = [event async for event in qoder_control_plane.events(session_id).list()]
+    events = [event async for event in qoder_client.events(session_id).list()]
     assert event_ids(events) == event_ids(control_plane.events(session_id))
     assert {request.query["limit"] for request in faults.of("events")} == {"100", "10", "1"}
 
 
 async def test_event_list_without_has_more_continues_until_last_next_page(
-    control_plane: ControlPlane, qoder_control_plane: WorkClient, faults: Faults
+    control_plane: ControlPlane, qoder_client: WorkClient, faults: Faults
 ) -> None:
     bodies = [
         b'{"data": [{"id": "evt_1", "type": "x"}], "next_page": "a"}',
@@ -127,19 +127,17 @@ async def test_event_list_without_has_more_continues_until_last_next_page(
     ]
     for number, body in enumerate(bodies):
         faults.add(literal(body), "events", skip=number, times=1)
-    events = [
-        event async for event in qoder_control_plane.events(scripted_item(control_plane)).list()
-    ]
+    events = [event async for event in qoder_client.events(create_session(control_plane)).list()]
     assert event_ids(events) == ["evt_1", "evt_2"]
 
 
 async def test_event_list_with_repeated_page_token_raises_transient_error(
-    control_plane: ControlPlane, qoder_control_plane: WorkClient, faults: Faults
+    control_plane: ControlPlane, qoder_client: WorkClient, faults: Faults
 ) -> None:
     body = b'{"data": [], "has_more": true, "next_page": "same"}'
     faults.add(literal(body), "events")
     with pytest.raises(TransientError, match="repeat"):
-        [event async for event in qoder_control_plane.events(scripted_item(control_plane)).list()]
+        [event async for event in qoder_client.events(create_session(control_plane)).list()]
 
 
 @pytest.mark.parametrize(
@@ -149,25 +147,25 @@ async def test_event_list_with_repeated_page_token_raises_transient_error(
      b'{"data": [], "next_page": 1}'],
 )  # fmt: skip
 async def test_event_list_with_malformed_page_raises_bad_body(
-    control_plane: ControlPlane, qoder_control_plane: WorkClient, faults: Faults, body: bytes
+    control_plane: ControlPlane, qoder_client: WorkClient, faults: Faults, body: bytes
 ) -> None:
     faults.add(literal(body), "events")
     with pytest.raises(TransientError) as caught:
-        [event async for event in qoder_control_plane.events(scripted_item(control_plane)).list()]
+        [event async for event in qoder_client.events(create_session(control_plane)).list()]
     assert caught.value.reason == "bad_body"
 
 
 async def test_sent_events_are_returned_as_stored(
     control_plane: ControlPlane, client: WorkClient
 ) -> None:
-    session_id = scripted_item(control_plane, BASH)
+    session_id = create_session(control_plane, BASH)
     use = open_tool_use(control_plane, session_id)
     stored = await client.events(session_id).send(MESSAGE, tool_result(use))
     assert list(stored) == list(control_plane.events(session_id)[3:5])
 
 
 async def test_invalid_events_are_refused(control_plane: ControlPlane, client: WorkClient) -> None:
-    session_id = scripted_item(control_plane, BASH)
+    session_id = create_session(control_plane, BASH)
     events = client.events(session_id)
     with pytest.raises(RefusedError) as refused:
         await events.send({"type": "agent.message"})
@@ -186,7 +184,7 @@ async def test_invalid_events_are_refused(control_plane: ControlPlane, client: W
 async def test_result_repeated_after_lost_answer_counts_as_sent(
     control_plane: ControlPlane, client: WorkClient, faults: Faults
 ) -> None:
-    session_id = scripted_item(control_plane, BASH)
+    session_id = create_session(control_plane, BASH)
     use = open_tool_use(control_plane, session_id)
     faults.add(lost(applied=True), "send", times=1)
     with pytest.raises(TransientError):
@@ -201,38 +199,38 @@ async def test_result_repeated_after_lost_answer_counts_as_sent(
      {"content": [{"type": "text", "text": "done"}, {"type": "text", "text": "done"}]}],
 )  # fmt: skip
 async def test_second_result_with_other_content_raises_conflict(
-    control_plane: ControlPlane, qoder_control_plane: WorkClient, other: dict[str, Any]
+    control_plane: ControlPlane, qoder_client: WorkClient, other: dict[str, Any]
 ) -> None:
-    session_id = scripted_item(control_plane, BASH)
+    session_id = create_session(control_plane, BASH)
     use = open_tool_use(control_plane, session_id)
-    await qoder_control_plane.events(session_id).send(tool_result(use))
+    await qoder_client.events(session_id).send(tool_result(use))
     with pytest.raises(ConflictError):
-        await qoder_control_plane.events(session_id).send({**tool_result(use), **other})
+        await qoder_client.events(session_id).send({**tool_result(use), **other})
 
 
 async def test_repeated_confirmation_counts_as_sent_and_opposite_raises_conflict(
-    control_plane: ControlPlane, qoder_control_plane: WorkClient
+    control_plane: ControlPlane, qoder_client: WorkClient
 ) -> None:
-    session_id = scripted_item(control_plane, {**BASH, "permission": "ask"})
+    session_id = create_session(control_plane, {**BASH, "permission": "ask"})
     verdict = {
         "type": "user.tool_confirmation",
         "tool_use_id": open_tool_use(control_plane, session_id)["id"],
         "result": "allow",
     }
-    first = await qoder_control_plane.events(session_id).send(verdict)
-    assert await qoder_control_plane.events(session_id).send(verdict) == first
+    first = await qoder_client.events(session_id).send(verdict)
+    assert await qoder_client.events(session_id).send(verdict) == first
     with pytest.raises(ConflictError):
-        await qoder_control_plane.events(session_id).send({**verdict, "result": "deny"})
+        await qoder_client.events(session_id).send({**verdict, "result": "deny"})
 
 
 async def test_repeated_message_never_counts_as_sent(
-    control_plane: ControlPlane, qoder_control_plane: WorkClient
+    control_plane: ControlPlane, qoder_client: WorkClient
 ) -> None:
-    session_id = scripted_item(control_plane)
-    await qoder_control_plane.events(session_id).send(MESSAGE)
+    session_id = create_session(control_plane)
+    await qoder_client.events(session_id).send(MESSAGE)
     control_plane.emit(session_id, {"type": "session.status_terminated"})
     with pytest.raises(ConflictError):
-        await qoder_control_plane.events(session_id).send(MESSAGE)
+        await qoder_client.events(session_id).send(MESSAGE)
 
 
 class ImpatientGuard(Unguarded):
@@ -244,24 +242,24 @@ class ImpatientGuard(Unguarded):
     async def carry(self, call: Callable[[CallOptions], Awaitable[T]]) -> T:
         with suppress(TimeoutError):
             async with asyncio.timeout(None) as limit, asyncio.TaskGroup() as group:
-                giving_up = group.create_task(self._expire(limit, self._hold.held + 1))
+                giving_up = group.create_task(self._expire_once_held(limit, self._hold.held + 1))
                 result = await call(DEFAULT_OPTIONS)
                 giving_up.cancel()
                 return result
         return await call(DEFAULT_OPTIONS)
 
-    async def _expire(self, limit: asyncio.Timeout, held: int) -> None:
+    async def _expire_once_held(self, limit: asyncio.Timeout, held: int) -> None:
         await self._hold.reached(held)
         limit.reschedule(asyncio.get_running_loop().time())
 
 
 async def test_unanswered_message_is_not_repeated_but_result_is(
-    control_plane: ControlPlane, qoder_control_plane: WorkClient, faults: Faults
+    control_plane: ControlPlane, qoder_client: WorkClient, faults: Faults
 ) -> None:
-    session_id = scripted_item(control_plane, BASH)
+    session_id = create_session(control_plane, BASH)
     hold = Hold(applied=True)
     faults.add(hold, "send", times=2)
-    events = qoder_control_plane.events(session_id, guard=ImpatientGuard(hold))
+    events = qoder_client.events(session_id, guard=ImpatientGuard(hold))
     with pytest.raises(TransientError) as caught:
         await events.send(MESSAGE)
     assert caught.value.reason == "timeout"
@@ -281,7 +279,7 @@ async def test_token_given_for_events_is_used_and_not_renewed(
 ) -> None:
     refreshed: list[str] = []
     client.on_credential_refresh = refreshed.append
-    events = client.events(scripted_item(control_plane), token=Secret("-".join(("not", "known"))))
+    events = client.events(create_session(control_plane), token=Secret("-".join(("not", "known"))))
     with pytest.raises(RefusedError) as refused:
         await events.send(MESSAGE)
     assert (refused.value.status, len(faults.of("send"))) == (401, 1)
@@ -295,7 +293,7 @@ async def test_token_given_for_events_is_used_and_not_renewed(
 async def test_stream_returns_history_before_live_events(
     control_plane: ControlPlane, client: WorkClient
 ) -> None:
-    session_id = scripted_item(control_plane)
+    session_id = create_session(control_plane)
     events_said = append_events(control_plane, session_id, 120)
     async with client.events(session_id).stream() as stream:
         caught_up = []
@@ -322,7 +320,7 @@ async def test_stream_of_empty_history_yields_its_first_event_as_live(
 async def test_stream_loses_no_event_between_opening_and_history(
     control_plane: ControlPlane, client: WorkClient, faults: Faults
 ) -> None:
-    session_id = scripted_item(control_plane)
+    session_id = create_session(control_plane)
     hold = Hold()
     faults.add(hold, "events", times=1)
     async with client.events(session_id).stream() as stream, asyncio.TaskGroup() as group:
@@ -336,9 +334,9 @@ async def test_stream_loses_no_event_between_opening_and_history(
 
 
 async def test_stream_is_opened_before_history_is_read(
-    control_plane: ControlPlane, qoder_control_plane: WorkClient, faults: Faults
+    control_plane: ControlPlane, qoder_client: WorkClient, faults: Faults
 ) -> None:
-    async with qoder_control_plane.events(scripted_item(control_plane)).stream() as stream:
+    async with qoder_client.events(create_session(control_plane)).stream() as stream:
         await read_events(stream, 4)
     assert [request.op for request in faults.seen] == ["stream", "events"]
 
@@ -347,7 +345,7 @@ async def test_cancelled_wait_for_event_loses_no_event(
     control_plane: ControlPlane, client: WorkClient
 ) -> None:
     """A cancelled wait loses nothing: the next wait continues at the same event."""
-    session_id = scripted_item(control_plane)
+    session_id = create_session(control_plane)
     seen: list[SessionEvent] = []
     seconds = 0.0
     async with client.events(session_id).stream() as stream, asyncio.timeout(20):
@@ -365,7 +363,7 @@ async def test_cancelled_wait_for_event_loses_no_event(
 async def test_broken_streams_lose_and_repeat_no_event(
     control_plane: ControlPlane, client: WorkClient, faults: Faults
 ) -> None:
-    session_id = scripted_item(control_plane)
+    session_id = create_session(control_plane)
     cut = Cut()
     faults.add(cut, "stream")
     faults.add(status(503), "stream", probability=0.2)
@@ -384,7 +382,7 @@ async def test_broken_streams_lose_and_repeat_no_event(
 async def test_events_missed_while_stream_was_broken_are_replayed_as_history(
     control_plane: ControlPlane, client: WorkClient, faults: Faults
 ) -> None:
-    session_id = scripted_item(control_plane)
+    session_id = create_session(control_plane)
     cut = Cut()
     faults.add(cut, "stream")
     async with client.events(session_id).stream() as stream:
@@ -411,7 +409,7 @@ async def test_events_missed_while_stream_was_broken_are_replayed_as_history(
 async def test_stream_that_receives_nothing_is_reopened(
     control_plane: ControlPlane, make_settings: Callable[..., Settings]
 ) -> None:
-    session_id = scripted_item(control_plane)
+    session_id = create_session(control_plane)
     async with (
         Proxy(control_plane.base_url) as way,
         WorkClient(make_settings(base_url=way.base_url)) as client,
@@ -428,10 +426,10 @@ async def test_stream_that_receives_nothing_is_reopened(
 
 
 async def test_stream_without_keep_alives_is_reopened(
-    control_plane: ControlPlane, qoder_control_plane: WorkClient, faults: Faults
+    control_plane: ControlPlane, qoder_client: WorkClient, faults: Faults
 ) -> None:
-    session_id = scripted_item(control_plane)
-    async with qoder_control_plane.events(session_id).stream(stall_seconds=0.05) as stream:
+    session_id = create_session(control_plane)
+    async with qoder_client.events(session_id).stream(stall_seconds=0.05) as stream:
         await read_events(stream, 4)
         async with asyncio.TaskGroup() as group:
             reader = group.create_task(read_events(stream, 1))
@@ -446,7 +444,7 @@ async def test_refused_stream_raises_refused_error(
     control_plane: ControlPlane, client: WorkClient, faults: Faults, code: int
 ) -> None:
     faults.add(status(code), "stream")
-    async with client.events(scripted_item(control_plane)).stream() as stream:
+    async with client.events(create_session(control_plane)).stream() as stream:
         with pytest.raises(RefusedError) as refused:
             await anext(stream)
     assert (refused.value.op, refused.value.status) == ("stream", code)
@@ -458,7 +456,7 @@ async def test_transient_stream_error_is_retried(
 ) -> None:
     for op in ("stream", "events"):
         faults.add(status(code), op, times=2)
-    async with client.events(scripted_item(control_plane)).stream() as stream:
+    async with client.events(create_session(control_plane)).stream() as stream:
         assert len(await read_events(stream, 4)) == 4
     assert len(faults.of("stream")) == 5
 
@@ -479,14 +477,14 @@ PAGE = b"<html>busy</html>"
 )
 async def test_stream_with_malformed_frames_is_reopened(
     control_plane: ControlPlane,
-    qoder_control_plane: WorkClient,
+    qoder_client: WorkClient,
     faults: Faults,
     frames: bytes | None,
 ) -> None:
     headers = {"Content-Type": "text/html" if frames is None else "text/event-stream"}
     faults.add(literal(frames or PAGE, headers=headers), "stream", times=2)
-    session_id = scripted_item(control_plane)
-    async with qoder_control_plane.events(session_id).stream() as stream:
+    session_id = create_session(control_plane)
+    async with qoder_client.events(session_id).stream() as stream:
         assert event_ids(await read_events(stream, 4)) == event_ids(
             control_plane.events(session_id)
         )
@@ -498,16 +496,16 @@ async def test_stream_with_malformed_frames_is_reopened(
 
 
 async def test_frames_other_than_events_are_ignored(
-    control_plane: ControlPlane, qoder_control_plane: WorkClient, faults: Faults
+    control_plane: ControlPlane, qoder_client: WorkClient, faults: Faults
 ) -> None:
-    session_id = scripted_item(control_plane)
+    session_id = create_session(control_plane)
     events_said = control_plane.events(session_id)
     event = {"id": "evt_live", "type": "agent.thinking"}
     body = b'event: ping\ndata: {"type": "ping"}\n\n: alive\n\n' + b"".join(
         b"data: " + orjson.dumps(each) + b"\n\n" for each in (*events_said, event, event)
     )
     faults.add(literal(body, headers={"Content-Type": "text/event-stream"}), "stream", times=1)
-    async with qoder_control_plane.events(session_id).stream() as stream:
+    async with qoder_client.events(session_id).stream() as stream:
         assert await read_events(stream, 5) == [*events_said, event]
 
 
@@ -515,7 +513,7 @@ async def test_frames_other_than_events_are_ignored(
 async def test_stream_ends_with_its_session(
     control_plane: ControlPlane, client: WorkClient, kind: str
 ) -> None:
-    session_id = scripted_item(control_plane)
+    session_id = create_session(control_plane)
     control_plane.emit(session_id, {"type": kind})
     async with client.events(session_id).stream() as stream, asyncio.timeout(10):
         types = [event["type"] async for event in stream]
@@ -524,9 +522,9 @@ async def test_stream_ends_with_its_session(
 
 
 async def test_stream_used_outside_async_with_raises_runtime_error(
-    control_plane: ControlPlane, qoder_control_plane: WorkClient
+    control_plane: ControlPlane, qoder_client: WorkClient
 ) -> None:
-    stream = qoder_control_plane.events(scripted_item(control_plane)).stream()
+    stream = qoder_client.events(create_session(control_plane)).stream()
     with pytest.raises(RuntimeError, match="async with"):
         await anext(stream)
     async with stream:
@@ -537,17 +535,17 @@ async def test_stream_used_outside_async_with_raises_runtime_error(
 
 
 async def test_many_open_streams_do_not_delay_other_calls(
-    control_plane: ControlPlane, qoder_control_plane: WorkClient
+    control_plane: ControlPlane, qoder_client: WorkClient
 ) -> None:
     """More streams than the client has connections for all other calls."""
-    session_id = scripted_item(control_plane)
-    streams = [qoder_control_plane.events(session_id).stream() for _ in range(40)]
+    session_id = create_session(control_plane)
+    streams = [qoder_client.events(session_id).stream() for _ in range(40)]
     try:
         for stream in streams:
             await stream.__aenter__()
             await read_events(stream, 4)
         async with asyncio.timeout(5):
-            await qoder_control_plane.stats()
+            await qoder_client.stats()
     finally:
         for stream in streams:
             await stream.__aexit__(None, None, None)
@@ -565,7 +563,7 @@ async def test_stream_request_has_headers_of_its_dialect(
     cut = Cut()
     faults.add(cut, "stream")
     faults.add(status(500), "stream", "events", "send", where=record_headers)
-    session_id = scripted_item(control_plane)
+    session_id = create_session(control_plane)
     events = client.events(session_id)
     async with events.stream() as stream:
         (*_, last) = await read_events(stream, 4)
@@ -593,7 +591,7 @@ async def test_event_requests_are_reported_by_name_and_status(
     client.on_request = lambda op, code, _: reported.append((op, code))
     faults.add(status(404), "stream", times=1)
     async with client:
-        events = client.events(scripted_item(control_plane))
+        events = client.events(create_session(control_plane))
         async with events.stream() as stream:
             with pytest.raises(RefusedError):
                 await read_events(stream, 1)
@@ -609,7 +607,7 @@ async def test_event_requests_wait_for_own_rate_limit(
     client = WorkClient(make_settings(read_rate=2, write_rate=2))
     client.on_rate_limit_wait = lambda kind, _: waits.append(kind)
     async with client:
-        events = client.events(scripted_item(control_plane))
+        events = client.events(create_session(control_plane))
         async with events.stream() as stream:
             await read_events(stream, 1)
         await events.send(MESSAGE)
@@ -626,7 +624,7 @@ async def test_stream_after_token_rotation_uses_renewed_token(
     file.write_text("stale")
     async with WorkClient(make_settings(token_file=file)) as client:
         file.write_text(control_plane.token)
-        async with client.events(scripted_item(control_plane)).stream() as stream:
+        async with client.events(create_session(control_plane)).stream() as stream:
             assert len(await read_events(stream, 4)) == 4
 
 

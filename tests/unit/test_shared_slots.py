@@ -22,7 +22,7 @@ def queues(slots: SharedSlots, number: int, concurrency: int) -> list[BoundedQue
     return [BoundedQueue(concurrency, 0, share=slots.share()) for _ in range(number)]
 
 
-async def run_items(queue: BoundedQueue[str], number: int) -> None:
+async def start_items(queue: BoundedQueue[str], number: int) -> None:
     for _ in range(number):
         await queue.reserve()
         queue.put("item")
@@ -37,7 +37,7 @@ def end_item(queue: BoundedQueue[str], *, used_up: bool = False) -> None:
 async def test_burst_of_one_environment_leaves_a_slot_to_each_other_one() -> None:
     busy, idle, other = queues(SharedSlots(6), 3, 6)
     async with asyncio.timeout(20), asyncio.TaskGroup() as group:
-        await run_items(busy, 4)
+        await start_items(busy, 4)
         assert (busy.free_slots, busy.full) == (0, True)
         fifth = group.create_task(busy.reserve())
         await turn()
@@ -51,8 +51,8 @@ async def test_burst_of_one_environment_leaves_a_slot_to_each_other_one() -> Non
 async def test_slot_that_is_freed_goes_to_the_environment_with_the_fewest() -> None:
     busy, late = queues(SharedSlots(6), 2, 6)
     async with asyncio.timeout(20), asyncio.TaskGroup() as group:
-        await run_items(busy, 5)
-        await run_items(late, 1)
+        await start_items(busy, 5)
+        await start_items(late, 1)
         own, others = group.create_task(busy.reserve()), [late.reserve() for _ in range(2)]
         tasks = [group.create_task(each) for each in others]
         await turn()
@@ -70,7 +70,7 @@ async def test_equal_environments_get_slots_in_turn() -> None:
     three = queues(SharedSlots(3), 3, 3)
     order: list[int] = []
 
-    async def again(number: int) -> None:
+    async def reserve_repeatedly(number: int) -> None:
         for _ in range(4):
             await three[number].reserve()
             order.append(number)
@@ -79,15 +79,15 @@ async def test_equal_environments_get_slots_in_turn() -> None:
 
     async with asyncio.timeout(20), asyncio.TaskGroup() as group:
         for number in range(3):
-            group.create_task(again(number))
+            group.create_task(reserve_repeatedly(number))
     assert Counter(order) == {0: 4, 1: 4, 2: 4}
 
 
 async def test_item_set_aside_does_not_take_the_slot_of_an_environment_with_fewer() -> None:
     busy, late = queues(SharedSlots(4), 2, 4)
     async with asyncio.timeout(20), asyncio.TaskGroup() as group:
-        await run_items(busy, 3)
-        await run_items(late, 1)
+        await start_items(busy, 3)
+        await start_items(late, 1)
         busy.set_aside("aside")
         second = group.create_task(late.reserve())
         await turn()
@@ -104,7 +104,7 @@ async def test_environment_that_leaves_gives_its_own_slot_to_the_others() -> Non
     share = slots.share()
     [queue] = queues(slots, 1, 2)
     async with asyncio.timeout(20), asyncio.TaskGroup() as group:
-        await run_items(queue, 1)
+        await start_items(queue, 1)
         waiting = group.create_task(queue.reserve())
         await turn()
         assert not waiting.done()
@@ -115,8 +115,8 @@ async def test_environment_that_leaves_gives_its_own_slot_to_the_others() -> Non
 async def test_slots_that_are_used_up_are_gone_for_all_environments() -> None:
     first, second = queues(SharedSlots(4, uses=2), 2, 4)
     async with asyncio.timeout(20), asyncio.TaskGroup() as group:
-        await run_items(first, 1)
-        await run_items(second, 1)
+        await start_items(first, 1)
+        await start_items(second, 1)
         third = group.create_task(second.reserve())
         await turn()
         end_item(first, used_up=True)
@@ -134,7 +134,7 @@ async def test_forgotten_items_and_cancelled_polls_return_their_slots() -> None:
     queue: BoundedQueue[str] = BoundedQueue(2, 1, share=share)
     slots.share()
     async with asyncio.timeout(20), asyncio.TaskGroup() as group:
-        await run_items(queue, 1)
+        await start_items(queue, 1)
         await queue.reserve()
         queue.put("waits")
         waiting = group.create_task(queue.reserve())
@@ -147,7 +147,7 @@ async def test_forgotten_items_and_cancelled_polls_return_their_slots() -> None:
     assert share.taken == 0
 
 
-class Storm:
+class RandomPollers:
     """Pollers of several environments that reserve, run and give back at random."""
 
     def __init__(self, seed: int) -> None:
@@ -169,10 +169,10 @@ class Storm:
             if self.dice.random() < 0.4:
                 queue.unreserve()
             else:
-                await self.run_one(queue)
+                await self.run_item(queue)
             assert sum(share.taken for share in self.shares) <= self.total
 
-    async def run_one(self, queue: BoundedQueue[str]) -> None:
+    async def run_item(self, queue: BoundedQueue[str]) -> None:
         queue.put("item")
         if queue.take() is None:
             return
@@ -187,7 +187,7 @@ class Storm:
 
 @pytest.mark.parametrize("seed", range(20))
 async def test_random_use_never_exceeds_the_total_and_starves_nobody(seed: int) -> None:
-    storm = Storm(seed)
+    storm = RandomPollers(seed)
     async with asyncio.timeout(20), asyncio.TaskGroup() as group:
         for queue in storm.queues * 3:
             group.create_task(storm.poll(queue))

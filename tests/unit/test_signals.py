@@ -21,7 +21,7 @@ WATCHED = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1, signal.
 
 
 @pytest.fixture(autouse=True)
-def unchanged_handlers() -> Iterator[None]:
+def restored_signal_handlers() -> Iterator[None]:
     """Check that every former signal handler is restored."""
     before = [signal.getsignal(each) for each in WATCHED]
     yield

@@ -128,7 +128,7 @@ async def test_requests_with_one_timer_end_each_at_its_own_time() -> None:
     timer = BoundTimer(loop)
     early: list[float] = []
 
-    async def wait(seconds: float) -> None:
+    async def wait_until_timeout(seconds: float) -> None:
         until = loop.time() + seconds
         with pytest.raises(TimeoutError), Bound(seconds, timer):
             await asyncio.sleep(LONG)
@@ -137,7 +137,7 @@ async def test_requests_with_one_timer_end_each_at_its_own_time() -> None:
 
     async with asyncio.TaskGroup() as group:
         for seconds in (0.2, 0.1, 0.3):  # the second one is earlier than the timer
-            group.create_task(wait(seconds))
+            group.create_task(wait_until_timeout(seconds))
         with Bound(LONG, timer):
             await asyncio.sleep(0)
     assert not early

@@ -156,7 +156,9 @@ class DelayedTunnelProxy:
         self.asked, self.release, self.ended = asyncio.Event(), asyncio.Event(), asyncio.Event()
         self._port = port
 
-    async def serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+    async def answer_connection(
+        self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter
+    ) -> None:
         await reader.readuntil(b"\r\n\r\n")
         self.asked.set()
         await self.release.wait()
@@ -176,12 +178,12 @@ async def copy_bytes(reader: asyncio.StreamReader, writer: asyncio.StreamWriter)
 @asynccontextmanager
 async def tunnel_proxy(port: int) -> AsyncIterator[tuple[DelayedTunnelProxy, str]]:
     tunnel = DelayedTunnelProxy(port)
-    listener = await asyncio.start_server(tunnel.serve, "127.0.0.1", 0)
+    listener = await asyncio.start_server(tunnel.answer_connection, "127.0.0.1", 0)
     async with listener:
         yield tunnel, f"http://127.0.0.1:{listener.sockets[0].getsockname()[1]}"
 
 
-class CheckError(Exception):
+class CheckRefusal(Exception):
     """The error that the check raises."""
 
 
@@ -191,10 +193,10 @@ async def test_check_is_called_after_tunnel_and_tls_handshake(
 ) -> None:
     states: list[bool] = []
 
-    def check() -> None:
+    def check_request() -> None:
         states.append(tunnel.release.is_set())
         if not held:
-            raise CheckError
+            raise CheckRefusal
 
     async with tunnel_proxy(tls_server.port) as (tunnel, url):
         monkeypatch.setenv("https_proxy", url)
@@ -203,22 +205,22 @@ async def test_check_is_called_after_tunnel_and_tls_handshake(
             WorkClient(tls_server.settings_for(certificate_files)) as client,
             asyncio.TaskGroup() as group,
         ):
-            stopping = client.stop(WORK, options=CallOptions(check), timeout=20)
-            result = group.create_task(connection_error(stopping))
+            stopping = client.stop(WORK, options=CallOptions(check_request), timeout=20)
+            result = group.create_task(refusal_type(stopping))
             await tunnel.asked.wait()
             assert states == []
             tunnel.release.set()
-            assert await result == (None if held else CheckError)
+            assert await result == (None if held else CheckRefusal)
         await tunnel.ended.wait()
     assert states == [True]
     assert tls_server.names == ["client"]
     assert bool(tls_server.received) == held
 
 
-async def connection_error(call: Any) -> type[BaseException] | None:
+async def refusal_type(call: Any) -> type[BaseException] | None:
     try:
         await call
-    except CheckError as refusal:
+    except CheckRefusal as refusal:
         return type(refusal)
     return None
 

@@ -311,7 +311,7 @@ async def test_response_above_size_limit_is_aborted() -> None:
             writer.write(b" " * 65536)
             await writer.drain()
 
-    async def send_slow_body(_: ScriptedServer, writer: asyncio.StreamWriter) -> None:
+    async def send_endless_chunks(_: ScriptedServer, writer: asyncio.StreamWriter) -> None:
         writer.write(b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n")
         while True:
             writer.write(b"10000\r\n" + b" " * 65536 + b"\r\n")
@@ -319,7 +319,7 @@ async def test_response_above_size_limit_is_aborted() -> None:
 
     packed = gzip.compress(b" " * (ANSWER_LIMIT_BYTES * 8))
     bomb = http_answer(200, packed, Content_Encoding="gzip")
-    for large in (send_endless_body, send_slow_body, bomb):
+    for large in (send_endless_body, send_endless_chunks, bomb):
         error = await request_error(large)
         assert isinstance(error, TooLargeError)
         assert (error.reason, error.status) == ("bad_body", 200)
@@ -361,11 +361,11 @@ async def test_oversized_response_error_has_work_id_from_its_beginning(
 
 
 async def test_response_with_oversized_content_length_is_not_read() -> None:
-    async def send_slow_body(server: ScriptedServer, writer: asyncio.StreamWriter) -> None:
+    async def send_start_of_body(server: ScriptedServer, writer: asyncio.StreamWriter) -> None:
         writer.write(b"HTTP/1.1 200 OK\r\nContent-Length: 9000000\r\n\r\n" + b" " * 5000)
         await never_answer(server, writer)
 
-    assert isinstance(await request_error(send_slow_body), TooLargeError)  # before the timeout
+    assert isinstance(await request_error(send_start_of_body), TooLargeError)
 
 
 @pytest.mark.parametrize(
@@ -390,7 +390,7 @@ async def test_response_at_size_limit_is_accepted() -> None:
             assert (await send_request(transport, server.url)).depth == 1
 
 
-async def hang_up(*_: object) -> None:
+async def close_connection(*_: object) -> None:
     raise ConnectionError
 
 
@@ -418,7 +418,7 @@ async def stall_in_body(server: ScriptedServer, writer: asyncio.StreamWriter) ->
 @pytest.mark.parametrize(
     "odd",
     [
-        hang_up,
+        close_connection,
         send_half_answer,
         reset_connection,
         b"SSH-2.0-OpenSSH_9.6\r\n\r\n",
@@ -737,7 +737,7 @@ def test_arbitrary_retry_after_gives_valid_seconds_or_none(value: str) -> None:
 async def test_read_on_closed_connection_is_repeated_and_write_is_not() -> None:
     # aiohttp repeats a GET on a new connection, which is right: a read changes nothing.
     async with (
-        running_server(OK, hang_up, OK) as server,
+        running_server(OK, close_connection, OK) as server,
         connected_transport(server.url) as transport,
     ):
         await send_request(transport, server.url)
@@ -745,7 +745,7 @@ async def test_read_on_closed_connection_is_repeated_and_write_is_not() -> None:
     assert len(server.requests) == 3
     post: Any = endpoints.Endpoint("stop", "POST", endpoints.STATS.parse)
     async with (
-        running_server(OK, hang_up, OK) as server,
+        running_server(OK, close_connection, OK) as server,
         connected_transport(server.url) as transport,
     ):
         await send_request(transport, server.url, endpoint=post)
@@ -922,7 +922,9 @@ def test_status_is_mapped_to_metric_label(status: int, code: str) -> None:
 async def test_every_request_is_reported_with_its_status_label() -> None:
     reported: list[tuple[str, str]] = []
     async with (
-        running_server(OK, refusal_answer(404), http_answer(200, b"junk"), hang_up) as server,
+        running_server(
+            OK, refusal_answer(404), http_answer(200, b"junk"), close_connection
+        ) as server,
         connected_transport(server.url) as transport,
     ):
         transport.on_request = lambda *each: reported.append(each[:2])
@@ -1103,12 +1105,12 @@ async def test_second_credential_is_read_again_after_refusal(tmp_path: Path) -> 
     path = tmp_path / "key"
     path.write_text("old-key")
 
-    async def replaced_credential(_: ScriptedServer, writer: asyncio.StreamWriter) -> None:
+    async def replace_credential(_: ScriptedServer, writer: asyncio.StreamWriter) -> None:
         path.write_text(KEY)
         writer.write(refusal_answer(403))
 
     async with (
-        running_server(replaced_credential, OK) as server,
+        running_server(replace_credential, OK) as server,
         connected_transport(server.url, api_key_file=path) as transport,
     ):
         await send_request(transport.with_api_key(), server.url)
