@@ -14,6 +14,7 @@ import math
 import re
 from dataclasses import dataclass, make_dataclass
 from datetime import UTC, datetime
+from sys import intern
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, Final
 
@@ -126,10 +127,10 @@ def parse_item(obj: object) -> WorkItem:
     heartbeat_at, secret = get("latest_heartbeat_at"), get("secret")
     item: Any = _Draft(
         work_id,
-        item_type,
+        intern(item_type),  # the same text in all items: one object, not one for each held item
         session_id,
-        environment_id,
-        state,
+        intern(environment_id),
+        intern(state),
         _read_metadata(get("metadata")),
         _read_time(get("created_at")),
         at if (at := get("acknowledged_at")) is None else _read_time(at),
@@ -273,7 +274,7 @@ def _require_state(value: object) -> State:
 
 def _read_metadata(value: object) -> Mapping[str, str]:
     """Return the entries that are text. A map may also be written as an empty list."""
-    if not isinstance(value, dict):
+    if not isinstance(value, dict) or not value:
         return _NO_METADATA
     for text in value.values():
         if not isinstance(text, str):
