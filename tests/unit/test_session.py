@@ -22,27 +22,23 @@ ITEM = {
 @pytest.mark.parametrize("request_kind", ["stopping", "draining"])
 async def test_request_to_end_wakes_every_task_that_waits_for_it(request_kind: str) -> None:
     session = Session(parse_item(ITEM), cast("Any", None), redelivered=False)
-    waiting = [asyncio.create_task(session.interrupted()) for _ in range(3)]
-    await asyncio.sleep(0)  # each task waits
-    waiting[0].cancel()
-    session.interrupt(**{request_kind: True})
-    async with asyncio.timeout(WAIT_SECONDS):
-        results = await asyncio.gather(*waiting, return_exceptions=True)
+    async with asyncio.timeout(WAIT_SECONDS), asyncio.TaskGroup() as group:
+        for _ in range(3):
+            group.create_task(session.interrupted())
+        await asyncio.sleep(0)  # each task waits
+        session.interrupt(**{request_kind: True})
         await session.interrupted()
-    assert isinstance(results[0], asyncio.CancelledError)
-    assert results[1:] == [None, None]
 
 
-async def test_wait_for_interruption_that_was_cancelled_does_not_disturb_later_request() -> None:
+async def test_cancelled_wait_for_interruption_leaves_another_wait_undisturbed() -> None:
     session = Session(parse_item(ITEM), cast("Any", None), redelivered=False)
-    cancelled, waiting = (asyncio.create_task(session.interrupted()) for _ in range(2))
-    await asyncio.sleep(0)  # both tasks wait
-    cancelled.cancel()
-    await asyncio.wait({cancelled}, timeout=WAIT_SECONDS)
-    assert cancelled.cancelled()
-    session.interrupt(draining=True)
-    async with asyncio.timeout(WAIT_SECONDS):
+    async with asyncio.timeout(WAIT_SECONDS), asyncio.TaskGroup() as group:
+        cancelled, waiting = (group.create_task(session.interrupted()) for _ in range(2))
+        await asyncio.sleep(0)  # both tasks wait
+        cancelled.cancel()
+        session.interrupt(draining=True)
         await waiting
-    session.interrupt(stopping=True)
+        session.interrupt(stopping=True)
+    assert cancelled.cancelled()
     assert session.stopping
     assert session.draining
