@@ -12,7 +12,7 @@ import pytest
 from workpool import handler
 from workpool.events import SessionFinished
 from workpool.handlers import rule_of
-from workpool.pool import diagnostics, lease
+from workpool.pool import completion, diagnostics, drain, lease
 from workpool.server.http.server_dialects import DIALECTS
 from workpool.testing import literal
 
@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 
 
 @pytest.fixture(autouse=True)
-async def no_task_or_error_left() -> AsyncIterator[None]:
+async def check_no_task_or_error_left() -> AsyncIterator[None]:
     """Check after each test that no task outlives its pool and that the loop logged no error."""
     problems: list[dict[str, Any]] = []
     loop = asyncio.get_running_loop()
@@ -41,14 +41,14 @@ async def no_task_or_error_left() -> AsyncIterator[None]:
 
 
 @pytest.fixture(autouse=True)
-def patient_renewer(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Tolerate a loaded machine that pauses for a second.
-
-    Tests of blocked loops replace this fixture.
+def tolerate_loaded_machine(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Lengthen the limits that a loaded machine may exceed: loop lag, drains and marks.
 
     Tests of blocked loops replace this fixture.
     """
     monkeypatch.setattr(diagnostics, "LAG_WARNING_SECONDS", 15.0)
+    monkeypatch.setattr(drain, "AFTER_DEADLINE_SECONDS", 40.0)
+    monkeypatch.setattr(completion, "MARK_SECONDS", 20.0)
 
 
 @dataclass
@@ -106,14 +106,14 @@ def run_one_item(
 ) -> RunOneItem:
     """Return a function that runs a pool with one handler until one item's session has ended."""
 
-    async def run(call: Callable[[Any], Any], **settings: Any) -> EndedItem:
+    async def run_pool_until_end(call: Callable[[Any], Any], **settings: Any) -> EndedItem:
         (item,) = control_plane.enqueue()
-        marked = call if rule_of(call) else handler(call)
-        async with make_pool(marked, **settings):
+        plugin = call if rule_of(call) else handler(call)
+        async with make_pool(plugin, **settings):
             await wait_for_end(item.id)
         return await wait_for_end(item.id)
 
-    return run
+    return run_pool_until_end
 
 
 @pytest.fixture
@@ -124,13 +124,19 @@ def heartbeat_now(control_plane: ControlPlane, faults: Faults) -> Callable[[str]
     """
 
     def request_heartbeat(work_id: str) -> None:
-        def copy_client() -> bytes:
+        def encoded_item() -> bytes:
             item = control_plane.operations.get(control_plane.environments[0], work_id)
             return orjson.dumps(DIALECTS["qoder"].item(item))
 
-        faults.add(literal(copy_client), "poll", times=1)
+        faults.add(literal(encoded_item), "poll", times=1)
 
     return request_heartbeat
+
+
+@pytest.fixture
+def short_mark_retries(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let a drain give up an unanswered mark after 0.1 s."""
+    monkeypatch.setattr(completion, "MARK_SECONDS", 0.1)
 
 
 @pytest.fixture

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import asyncio
+import time
 from datetime import UTC, datetime, timedelta
 from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from tests.integration.gate import Gate, return_at_once
+from tests.integration.shared_handlers import GatedHandler, return_at_once
 from workpool import hookimpl
 from workpool.events import (
     ItemReceived,
@@ -45,8 +46,7 @@ class RefusingPlugin:
         self.changed.set()
         if isinstance(self.reason, Exception):
             raise self.reason
-        # mypy cannot exclude an exception: the attribute is of any type
-        return self.reason  # type: ignore[no-any-return]  # any value
+        return self.reason  # type: ignore[no-any-return]  # a wrong type is tested too
 
     async def wait_for_hook_calls(self, count: int) -> None:
         """Wait until the hook was called `count` more times."""
@@ -62,7 +62,7 @@ def fast_refusal_checks(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(admission, "ASK_SECONDS", 0.02)
 
 
-async def pollers_wait(supervisor: Supervisor) -> None:
+async def wait_for_paused_pollers(supervisor: Supervisor) -> None:
     """Wait until all polls in progress have ended."""
     async with asyncio.timeout(SECONDS):
         paused = {"paused": supervisor.settings.pollers}
@@ -70,7 +70,7 @@ async def pollers_wait(supervisor: Supervisor) -> None:
             await asyncio.sleep(0.01)
 
 
-def pool_state(plane: ControlPlane, item: Any) -> str:
+def item_state(plane: ControlPlane, item: Any) -> str:
     return plane.operations.get(plane.environments[0], item.id).state
 
 
@@ -78,11 +78,11 @@ async def test_paused_pool_claims_nothing_while_its_session_continues(
     control_plane: ControlPlane, faults: Faults, make_pool: Any, recorder: Recorder
 ) -> None:
     control_plane.enqueue()
-    gate = Gate()
+    gate = GatedHandler()
     async with make_pool(gate, block_ms=20, pollers=2) as supervisor:
         await recorder.wait_for(SessionStarted)
         supervisor.pause("maintenance\n of the \x1b[31mdatabase")
-        await pollers_wait(supervisor)
+        await wait_for_paused_pollers(supervisor)
         (reason,) = supervisor.status().reasons
         assert reason == "paused: maintenance\\n of the \\x1b[31mdatabase"
         polls = len(faults.of("poll"))
@@ -91,7 +91,7 @@ async def test_paused_pool_claims_nothing_while_its_session_continues(
         await recorder.wait_for(SessionFinished)
         assert gate.interrupted == [False]
         assert len(faults.of("poll")) == polls
-        assert pool_state(control_plane, item) == "queued"
+        assert item_state(control_plane, item) == "queued"
         supervisor.resume()
         await recorder.wait_for(SessionFinished, count=2)
         assert supervisor.status().ready
@@ -105,7 +105,7 @@ async def test_pause_before_start_starts_pool_paused(
     supervisor = make_pool(return_at_once)
     supervisor.pause("not yet")
     async with supervisor:
-        await pollers_wait(supervisor)
+        await wait_for_paused_pollers(supervisor)
         assert not faults.of("poll")
         assert "paused: not yet" in supervisor.status().reasons
         supervisor.resume()
@@ -113,28 +113,29 @@ async def test_pause_before_start_starts_pool_paused(
         await recorder.wait_for(SessionFinished)
 
 
-async def test_pause_with_end_time_ends_by_itself(
+async def test_pause_with_end_time_ends_at_that_time(
     control_plane: ControlPlane, make_pool: Any, recorder: Recorder
 ) -> None:
     control_plane.enqueue()
     supervisor = make_pool(return_at_once)
-    supervisor.pause("long")
-    supervisor.pause("short", until=datetime.now(UTC) + timedelta(seconds=0.2))
+    supervisor.pause("no end")
+    supervisor.pause("one hour", until=datetime.now(UTC) + timedelta(hours=1))
     async with supervisor:
-        assert "paused: short" in supervisor.status().reasons
+        assert "paused: one hour" in supervisor.status().reasons
+        supervisor.pause("short", until=datetime.now(UTC) + timedelta(seconds=0.2))
         await recorder.wait_for(SessionFinished)
         assert supervisor.status().ready
 
 
-async def test_pause_of_pool_without_free_slot_ends_on_time(
+async def test_pause_with_past_end_time_does_not_affect_status_of_full_pool(
     control_plane: ControlPlane, make_pool: Any, recorder: Recorder
 ) -> None:
     control_plane.enqueue()
-    gate = Gate()
+    gate = GatedHandler()
     async with make_pool(gate, concurrency=1) as supervisor:
         await recorder.wait_for(SessionStarted)
         supervisor.pause("past", until=datetime.now(UTC) - timedelta(seconds=1))
-        assert supervisor.status().ready  # No poller has checked whether the pause has ended.
+        assert supervisor.status().ready
         gate.may_end.set()
 
 
@@ -155,11 +156,11 @@ async def test_pause_with_end_time_without_time_zone_raises(make_pool: Any) -> N
     assert supervisor._admission.paused is None
 
 
-async def test_items_waiting_for_slot_are_forgotten_by_pause(
+async def test_pause_leaves_items_waiting_for_slot_in_queue(
     control_plane: ControlPlane, make_pool: Any, recorder: Recorder
 ) -> None:
     _, *waiting = control_plane.enqueue(3)
-    gate = Gate()
+    gate = GatedHandler()
     async with make_pool(gate, concurrency=1, prefetch=2) as supervisor:
         await recorder.wait_for(ItemReceived, count=3)
         await recorder.wait_for(SessionStarted)
@@ -168,7 +169,7 @@ async def test_items_waiting_for_slot_are_forgotten_by_pause(
         gate.may_end.set()
         await recorder.wait_for(SessionFinished)
         assert gate.interrupted == [False]
-        assert [pool_state(control_plane, item) for item in waiting] == ["queued", "queued"]
+        assert [item_state(control_plane, item) for item in waiting] == ["queued", "queued"]
 
 
 async def test_item_delivered_during_pause_is_not_claimed(
@@ -182,8 +183,8 @@ async def test_item_delivered_during_pause_is_not_claimed(
         supervisor.pause("now")
         hold.release()
         await recorder.wait_for(PollFinished)
-        await pollers_wait(supervisor)
-        assert pool_state(control_plane, item) == "queued"
+        await wait_for_paused_pollers(supervisor)
+        assert item_state(control_plane, item) == "queued"
         assert not recorder.of(ItemReceived)
 
 
@@ -192,33 +193,33 @@ async def test_paused_pool_drains_at_once(control_plane: ControlPlane, make_pool
     supervisor = make_pool(return_at_once)
     supervisor.pause("now")
     async with supervisor, asyncio.timeout(SECONDS):
-        await pollers_wait(supervisor)
+        await wait_for_paused_pollers(supervisor)
         await supervisor.drain(timeout=None)
 
 
-async def test_paused_pool_does_not_end_as_idle(make_pool: Any, recorder: Recorder) -> None:
-    async with make_pool(return_at_once, block_ms=10, exit_after_idle=0.5) as supervisor:
-        await recorder.wait_for(PollFinished)
-        supervisor.pause("now")
-        await pollers_wait(supervisor)
+async def test_paused_time_does_not_count_as_idle_time(make_pool: Any) -> None:
+    supervisor = make_pool(return_at_once, block_ms=10, exit_after_idle=0.5)
+    supervisor.pause("now")
+    async with supervisor:
+        await wait_for_paused_pollers(supervisor)
         await asyncio.sleep(0.6)  # longer than exit_after_idle
-        polls = len(recorder.of(PollFinished))
+        resumed = time.monotonic()
         supervisor.resume()
         async with asyncio.timeout(SECONDS):
             await supervisor.wait()
-    assert len(recorder.of(PollFinished)) > polls + 5
+    assert time.monotonic() - resumed > 0.4
 
 
 async def test_refusing_plugin_is_asked_again_before_each_poll(
     control_plane: ControlPlane, faults: Faults, make_pool: Any, recorder: Recorder
 ) -> None:
     control_plane.enqueue()
-    disk, gate = RefusingPlugin(), Gate()
+    disk, gate = RefusingPlugin(), GatedHandler()
     async with make_pool(gate, disk, block_ms=20) as supervisor:
         await recorder.wait_for(SessionStarted)
         disk.reason = "disk full"
         await disk.wait_for_hook_calls(2)
-        await pollers_wait(supervisor)
+        await wait_for_paused_pollers(supervisor)
         assert supervisor.status().reasons == ("refused: RefusingPlugin: disk full",)
         assert supervisor._snapshot().paused == {"pause": 0, "plugin": 1, "limit": 0}
         polls = len(faults.of("poll"))
@@ -233,7 +234,7 @@ async def test_refusing_plugin_is_asked_again_before_each_poll(
         assert supervisor.status().ready
 
 
-async def test_errors_of_an_admission_hook_are_logged_once_per_change_and_minute(
+async def test_repeated_error_of_admission_hook_is_logged_once_per_minute(
     make_pool: Any, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def logged_errors() -> list[str]:
@@ -246,7 +247,7 @@ async def test_errors_of_an_admission_hook_are_logged_once_per_change_and_minute
         assert logged_errors() == [": one"]
         disk.reason = RuntimeError("two")
         await disk.wait_for_hook_calls(5)
-        assert logged_errors() == [": one"]  # one minute has not passed yet
+        assert logged_errors() == [": one"]  # the second error came within the same minute
         monkeypatch.setattr(registry, "REFUSAL_LOG_SECONDS", 0.0)
         await disk.wait_for_hook_calls(5)
         assert logged_errors() == [": one", ": two"]

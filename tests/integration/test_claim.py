@@ -6,7 +6,7 @@ See workpool/docs/architecture.md, "The path of one item".
 from __future__ import annotations
 
 import asyncio
-from itertools import pairwise
+import time
 from typing import TYPE_CHECKING, Any
 
 import orjson
@@ -38,8 +38,8 @@ if TYPE_CHECKING:
     from workpool.testing.fault_rules import Request
 
 
-class GatedHandler:
-    """A handler whose sessions all end when the test says so."""
+class CountingGatedHandler:
+    """A handler whose sessions wait until the test lets them end, and that counts them."""
 
     def __init__(self) -> None:
         self.opened = asyncio.Event()
@@ -47,7 +47,7 @@ class GatedHandler:
         self._changes = Changes()
 
     @handler
-    async def work(self, _: Session) -> None:
+    async def wait_until_opened(self, _: Session) -> None:
         self.running += 1
         self.runs += 1
         self.most = max(self.most, self.running)
@@ -62,12 +62,12 @@ class GatedHandler:
 
 
 @pytest.fixture(autouse=True)
-def quick_retries(monkeypatch: pytest.MonkeyPatch) -> None:
+def short_poll_backoff(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("workpool.pool.poller.BACKOFF_SECONDS", 0.01)
 
 
 @handler
-async def work(_: Session) -> None:
+async def return_at_once(_: Session) -> None:
     pass
 
 
@@ -80,7 +80,7 @@ def is_for_item(work_id: str) -> Callable[[Request], bool]:
     return lambda request: request.work_id == work_id
 
 
-def held_item_count(plane: ControlPlane) -> int:
+def count_held_items(plane: ControlPlane) -> int:
     """Count the items that were delivered to or acknowledged by the pool and are not stopped."""
     items = plane.operations.page(plane.environments[0], 100).items
     return sum(
@@ -88,15 +88,12 @@ def held_item_count(plane: ControlPlane) -> int:
     )
 
 
-# A place is reserved before each poll.
-
-
 @pytest.mark.parametrize("shape", [(1, 0, 3), (2, 0, 4), (2, 3, 3)])
 async def test_claimed_items_never_exceed_places(
     control_plane: ControlPlane, faults: Faults, make_pool: Any, recorder: Recorder, shape: Any
 ) -> None:
     concurrency, prefetch, pollers = shape
-    gate, places = GatedHandler(), concurrency + prefetch
+    gate, places = CountingGatedHandler(), concurrency + prefetch
     control_plane.enqueue(places + 10)
     pool = make_pool(gate, concurrency=concurrency, prefetch=prefetch, pollers=pollers)
     async with pool as supervisor:
@@ -106,7 +103,7 @@ async def test_claimed_items_never_exceed_places(
         assert (status.running, status.waiting, status.capacity) == (concurrency, prefetch, places)
         assert status.ready
         polls = len(faults.of("poll"))
-        assert polls == held_item_count(control_plane) == places
+        assert polls == count_held_items(control_plane) == places
         gate.opened.set()
         await recorder.wait_for(SessionFinished, count=places + 10)
     assert gate.most == concurrency
@@ -117,7 +114,7 @@ async def test_place_is_reserved_before_poll(
     control_plane: ControlPlane, faults: Faults, make_pool: Any
 ) -> None:
     """The poll in flight has reserved the only place, so the other pollers do not poll."""
-    gate, hold = GatedHandler(), Hold()
+    gate, hold = CountingGatedHandler(), Hold()
     faults.add(hold, "poll")
     control_plane.enqueue(3)
     async with make_pool(gate, pollers=3, concurrency=1):
@@ -128,13 +125,10 @@ async def test_place_is_reserved_before_poll(
         gate.opened.set()
 
 
-# Duplicate deliveries.
-
-
 async def test_duplicate_delivery_of_waiting_item_is_dropped(
     control_plane: ControlPlane, faults: Faults, make_pool: Any, recorder: Recorder
 ) -> None:
-    gate = GatedHandler()
+    gate = CountingGatedHandler()
     first, second = control_plane.enqueue(2)
     faults.add(literal(lambda: item_body(control_plane, second.id)), "poll", skip=2, times=1)
     async with make_pool(gate, concurrency=1, prefetch=2, block_ms=20):
@@ -149,14 +143,14 @@ async def test_duplicate_delivery_of_waiting_item_is_dropped(
         ]  # fmt: skip
 
 
-async def test_duplicate_delivery_of_running_item_causes_heartbeat_only(
+async def test_duplicate_delivery_of_running_item_causes_heartbeat_and_no_second_run(
     control_plane: ControlPlane,
     faults: Faults,
     make_pool: Any,
     recorder: Recorder,
     heartbeat_now: Any,
 ) -> None:
-    gate = GatedHandler()
+    gate = CountingGatedHandler()
     (item,) = control_plane.enqueue()
     async with make_pool(gate, block_ms=20):
         await recorder.wait_for(SessionStarted)
@@ -181,7 +175,7 @@ async def test_duplicate_delivery_of_completing_item_is_dropped(
     hold = Hold()
     faults.add(hold, "stop")
     (item,) = control_plane.enqueue()
-    async with make_pool(work, block_ms=20):
+    async with make_pool(return_at_once, block_ms=20):
         await hold.reached()
         heartbeat_now(item.id)
         await recorder.wait_for(ItemReceived, lambda event: event.origin == "duplicate")
@@ -197,14 +191,14 @@ async def test_released_item_delivered_again_is_run_again(
     runs = 0
 
     @handler
-    async def work_twice(_: Session) -> None:
+    async def release_first_run(_: Session) -> None:
         nonlocal runs
         runs += 1
         if runs == 1:
             raise Release
 
     (item,) = control_plane.enqueue()
-    async with make_pool(work_twice, block_ms=20):
+    async with make_pool(release_first_run, block_ms=20):
         await recorder.wait_for(SessionFinished)
         expire_lease(control_plane, item.id)
         last = await recorder.wait_for(SessionFinished, count=2)
@@ -214,13 +208,10 @@ async def test_released_item_delivered_again_is_run_again(
     assert len(faults.of("ack")) == 2
 
 
-# One session runs at a time.
-
-
 async def test_second_item_of_running_session_is_not_acknowledged(
     control_plane: ControlPlane, faults: Faults, make_pool: Any, recorder: Recorder
 ) -> None:
-    gate = GatedHandler()
+    gate = CountingGatedHandler()
     (first,) = control_plane.enqueue()
     (second,) = control_plane.enqueue(session_id=first.session_id)
     async with make_pool(gate, block_ms=20, reclaim_older_than_ms=30):
@@ -233,9 +224,6 @@ async def test_second_item_of_running_session_is_not_acknowledged(
     assert control_plane.summary().stopped == 2
 
 
-# Items that the pool declines.
-
-
 class SelectivePlugin:
     """A plugin that takes some items, declines others and raises for the rest."""
 
@@ -243,7 +231,7 @@ class SelectivePlugin:
     def workpool_session_handler(self, item: WorkItem) -> Any:
         if item.metadata.get("for") == "broken":
             raise RuntimeError("a bug in the plugin")
-        return work if item.metadata.get("for") == "us" else None
+        return return_at_once if item.metadata.get("for") == "us" else None
 
 
 @pytest.mark.parametrize("whose", ["others", "broken"])
@@ -268,13 +256,13 @@ async def test_unwanted_item_stays_queued_and_is_logged_once(
 
 
 async def test_polls_that_return_only_unwanted_items_are_spaced_out(
-    control_plane: ControlPlane, faults: Faults, make_pool: Any, recorder: Recorder
+    control_plane: ControlPlane, make_pool: Any, recorder: Recorder
 ) -> None:
     control_plane.enqueue(metadata={"for": "others"})
+    started = time.monotonic()
     async with make_pool(SelectivePlugin(), block_ms=100, reclaim_older_than_ms=0):
         await recorder.wait_for(ItemDeclined, count=4)
-    first, *_, fourth = faults.of("poll")[:4]
-    assert fourth.at - first.at >= 0.25  # three times 0.1 s, less the time for the first connection
+        assert time.monotonic() - started > 0.29
 
 
 async def test_handler_at_max_sessions_declines_item(
@@ -298,9 +286,6 @@ async def test_handler_at_max_sessions_declines_item(
     assert control_plane.summary().stopped == 3
 
 
-# Items that the pool cannot claim.
-
-
 @pytest.mark.parametrize(
     ("op", "code"), [("ack", 404), ("ack", 409), ("heartbeat", 404), ("heartbeat", 412)]
 )
@@ -314,31 +299,27 @@ async def test_polls_are_spaced_out_while_items_cannot_be_claimed(
 ) -> None:
     faults.add(status(code), op, times=7)
     control_plane.enqueue(count=9)
-    async with make_pool(work, concurrency=1, block_ms=200):
+    started = time.monotonic()
+    async with make_pool(return_at_once, concurrency=1, block_ms=200):
         await recorder.wait_for(SessionFinished, lambda event: event.outcome == "completed")
-    gaps = [after.at - before.at for before, after in pairwise(faults.of("poll"))]
-    # only the sum is checked, because each gap depends on when its request arrives
-    assert sum(gaps[3:6]) >= 0.5
+        assert time.monotonic() - started > 0.59  # three of the polls wait for 0.2 s each
 
 
 async def test_polls_are_spaced_out_while_only_health_checks_arrive(
     control_plane: ControlPlane, faults: Faults, make_pool: Any
 ) -> None:
     control_plane.enqueue(count=7, work_type="healthcheck")
-    async with make_pool(work, concurrency=1, block_ms=200):
+    started = time.monotonic()
+    async with make_pool(return_at_once, concurrency=1, block_ms=200):
         await faults.wait_for("stop", count=7)
-    gaps = [after.at - before.at for before, after in pairwise(faults.of("poll"))]
-    assert sum(gaps[3:6]) >= 0.5
-
-
-# Items of other types.
+        assert time.monotonic() - started > 0.59  # three of the polls wait for 0.2 s each
 
 
 async def test_health_check_is_stopped_without_heartbeat_or_session(
     control_plane: ControlPlane, faults: Faults, make_pool: Any, recorder: Recorder
 ) -> None:
     (item,) = control_plane.enqueue(work_type="healthcheck")
-    async with make_pool(work):
+    async with make_pool(return_at_once):
         await faults.wait_for("stop", answered=True)
         await recorder.wait_for(AckFinished)
     assert [request.op for request in faults.of(work_id=item.id)] == ["ack", "stop"]
@@ -378,7 +359,7 @@ async def test_items_of_custom_type_without_session_run_concurrently(
     opened = asyncio.Event()
 
     @handler(type="index")
-    async def record_index(_: Session) -> None:
+    async def wait_until_opened(_: Session) -> None:
         await opened.wait()
 
     items = control_plane.enqueue(2, work_type="index")
@@ -387,8 +368,8 @@ async def test_items_of_custom_type_without_session_run_concurrently(
         faults.add(literal(bare), "poll", skip=number, times=1)
         acked = item_body(control_plane, item.id, data={"type": "index"}, state="starting")
         faults.add(literal(acked, applied=True), "ack", where=is_for_item(item.id))
-    async with make_pool(record_index, block_ms=20):
-        await recorder.wait_for(ItemReceived, count=2)
+    async with make_pool(wait_until_opened, block_ms=20):
+        await recorder.wait_for(SessionStarted, count=2)
         assert not recorder.of(ItemDeclined)
         opened.set()
         await recorder.wait_for(SessionFinished, count=2)
@@ -409,7 +390,7 @@ async def test_malformed_item_does_not_crash_poller(
 ) -> None:
     (item,) = control_plane.enqueue()
     faults.add(literal(item_body(control_plane, item.id, **changes)), "poll", times=2)
-    async with make_pool(work, block_ms=20):
+    async with make_pool(return_at_once, block_ms=20, pollers=1):
         finished = await recorder.wait_for(SessionFinished)
     assert finished.outcome == "completed"
     assert not recorder.of(PollerRestarted)
@@ -432,7 +413,7 @@ async def test_item_with_unusual_informational_fields_is_run(
     faults.add(literal(item_body(control_plane, item.id, **changes), applied=True), "poll", times=1)
     acked = item_body(control_plane, item.id, state="starting", **changes)
     faults.add(literal(acked, applied=True), "ack", where=is_for_item(item.id))
-    async with make_pool(work, block_ms=20):
+    async with make_pool(return_at_once, block_ms=20, pollers=1):
         finished = await recorder.wait_for(SessionFinished)
     assert finished.outcome == "completed"
     assert recorder.of(PollFinished)[0].result == "item"
@@ -441,11 +422,8 @@ async def test_item_with_unusual_informational_fields_is_run(
     assert (claimed.pickup_seconds is None) is unknown
 
 
-# Pools that refuse to start.
-
-
 class PluginWithoutHandlers:
-    """A plugin without handlers."""
+    """A plugin that has an event hook and no handler."""
 
     @hookimpl
     def workpool_event(self, event: object) -> None:
@@ -463,16 +441,13 @@ async def test_pool_without_handler_refuses_to_start(
 
 async def test_pool_without_environment_id_refuses_to_start(make_pool: Any) -> None:
     with pytest.raises(SettingsError, match="environment_id"):
-        await make_pool(work, environment_id=None).__aenter__()
-
-
-# Acks that come too late.
+        await make_pool(return_at_once, environment_id=None).__aenter__()
 
 
 async def test_item_acknowledged_elsewhere_while_waiting_for_slot_is_lost_at_ack(
     control_plane: ControlPlane, faults: Faults, make_pool: Any, recorder: Recorder
 ) -> None:
-    gate = GatedHandler()
+    gate = CountingGatedHandler()
     first, second = control_plane.enqueue(2)
     async with make_pool(gate, concurrency=1, prefetch=1):
         await recorder.wait_for(SessionStarted)
@@ -493,7 +468,7 @@ async def test_item_held_elsewhere_after_active_ack_answer_is_lost_at_first_hear
     hold = Hold()
     faults.add(hold, "ack")
     (item,) = control_plane.enqueue()
-    async with make_pool(work):
+    async with make_pool(return_at_once):
         await hold.reached()
         control_plane.operations.ack(control_plane.environments[0], item.id)
         control_plane.operations.heartbeat(control_plane.environments[0], item.id, "NO_HEARTBEAT")

@@ -20,8 +20,8 @@ if TYPE_CHECKING:
     from workpool.server import ControlPlane
     from workpool.testing import Faults, Recorder
 
-BEGIN = ["ack", "heartbeat"]
-NAP = {"block_ms": 20}
+FIRST_CALLS = ["ack", "heartbeat"]
+SHORT_POLLS = {"block_ms": 20}
 
 
 async def wait_forever(_: Session) -> None:
@@ -32,23 +32,23 @@ def endless_handler() -> Any:
     """Return a handler that never ends by itself."""
 
     @handler
-    async def work(session: Session) -> None:
+    async def wait_without_end(session: Session) -> None:
         await wait_forever(session)
 
-    return work
+    return wait_without_end
 
 
 def handler_ending_like(end: Callable[[], Any]) -> Any:
     """Return a handler that ends as `end` does once it is cancelled."""
 
     @handler
-    async def work(session: Session) -> Any:
+    async def end_when_cancelled(session: Session) -> Any:
         try:
             await wait_forever(session)
         except asyncio.CancelledError:
             return end()
 
-    return work
+    return end_when_cancelled
 
 
 def function_raising(error: BaseException) -> Callable[[], Any]:
@@ -58,18 +58,15 @@ def function_raising(error: BaseException) -> Callable[[], Any]:
     return raise_error
 
 
-# The handler returns.
-
-
 async def test_handler_that_returns_mapping_completes_with_metadata(
     run_one_item: Any, recorder: Recorder
 ) -> None:
-    async def work(_: Session) -> dict[str, str]:
+    async def return_mapping(_: Session) -> dict[str, str]:
         return {"rows": "7", "empty": ""}
 
-    final = await run_one_item(work)
+    final = await run_one_item(return_mapping)
     assert (final.outcome, final.item.state) == ("completed", "stopped")
-    assert final.request_names == [*BEGIN, "update", "stop"]
+    assert final.request_names == [*FIRST_CALLS, "update", "stop"]
     assert final.metadata == {"rows": "7", "empty": ""}
     assert final.sent[-1].body == {"force": True}
     assert final.history == ["created", "delivered", "acked", "heartbeat", "metadata", "stopped"]
@@ -78,30 +75,27 @@ async def test_handler_that_returns_mapping_completes_with_metadata(
 
 
 @pytest.mark.parametrize("nothing", [None, {}])
-async def test_handler_that_returns_nothing_costs_four_requests(
+async def test_session_without_result_sends_only_ack_heartbeat_and_stop(
     run_one_item: Any, nothing: Any
 ) -> None:
-    async def work(_: Session) -> Any:
+    async def return_nothing(_: Session) -> Any:
         return nothing
 
-    final = await run_one_item(work)
+    final = await run_one_item(return_nothing)
     assert (final.outcome, final.item.state) == ("completed", "stopped")
-    assert final.request_names == [*BEGIN, "stop"]  # besides the poll
+    assert final.request_names == [*FIRST_CALLS, "stop"]
     assert final.metadata == {}
-
-
-# The handler raises, or returns something that is no result.
 
 
 async def test_handler_that_raises_fails_with_error_type_as_metadata(run_one_item: Any) -> None:
     error = ValueError("the secret is 42")
 
-    async def work(_: Session) -> None:
+    async def raise_error(_: Session) -> None:
         raise error
 
-    final = await run_one_item(work)
+    final = await run_one_item(raise_error)
     assert (final.outcome, final.item.state) == ("failed", "stopped")
-    assert final.request_names == [*BEGIN, "update", "stop"]
+    assert final.request_names == [*FIRST_CALLS, "update", "stop"]
     assert final.sent[-1].body == {"force": True}
     assert final.metadata == {"workpool.error": "ValueError"}
     assert final.finished.error is error
@@ -115,10 +109,10 @@ async def test_handler_that_raises_fails_with_error_type_as_metadata(run_one_ite
 async def test_report_errors_message_writes_message_as_metadata(
     run_one_item: Any, message: str, note: str
 ) -> None:
-    async def work(_: Session) -> None:
+    async def raise_with_message(_: Session) -> None:
         raise ValueError(message)
 
-    final = await run_one_item(work, report_errors="message")
+    final = await run_one_item(raise_with_message, report_errors="message")
     assert final.metadata == {"workpool.error": note}
     assert len(final.metadata["workpool.error"]) <= 512
 
@@ -129,15 +123,15 @@ async def test_report_errors_message_writes_message_as_metadata(
      ({"a": "\ud800"}, "ResultError")],
     ids=["object", "bytes", "number_as_key", "surrogate"],
 )  # fmt: skip
-async def test_handler_that_returns_other_value_fails(
+async def test_handler_that_returns_invalid_result_fails(
     run_one_item: Any, returned: Any, error: str
 ) -> None:
-    async def work(_: Session) -> Any:
+    async def return_value(_: Session) -> Any:
         return returned
 
-    final = await run_one_item(work)
+    final = await run_one_item(return_value)
     assert (final.outcome, final.item.state) == ("failed", "stopped")
-    assert final.request_names == [*BEGIN, "update", "stop"]
+    assert final.request_names == [*FIRST_CALLS, "update", "stop"]
     assert final.metadata == {"workpool.error": error}
 
 
@@ -149,15 +143,12 @@ async def test_handler_that_returns_other_value_fails(
 async def test_handler_that_raises_base_exception_fails(
     run_one_item: Any, error: BaseException
 ) -> None:
-    async def work(_: Session) -> None:
+    async def raise_error(_: Session) -> None:
         raise error
 
-    final = await run_one_item(work)
+    final = await run_one_item(raise_error)
     assert (final.outcome, final.item.state) == ("failed", "stopped")
     assert final.metadata == {"workpool.error": type(error).__name__}
-
-
-# The handler runs too long.
 
 
 @pytest.mark.parametrize(
@@ -171,40 +162,37 @@ async def test_handler_beyond_session_timeout_is_timed_out(
     setting: float | None,
 ) -> None:
     @handler(timeout=own)
-    async def work(session: Session) -> None:
+    async def wait_with_timeout(session: Session) -> None:
         await wait_forever(session)
 
     (item,) = control_plane.enqueue()
-    async with make_pool(work, session_timeout=setting):
+    async with make_pool(wait_with_timeout, session_timeout=setting):
         final = await wait_for_end(item.id)
     assert (final.outcome, final.item.state) == ("timed_out", "stopped")
-    assert final.request_names == [*BEGIN, "update", "stop"]
+    assert final.request_names == [*FIRST_CALLS, "update", "stop"]
     assert final.metadata == {"workpool.error": "TimeoutError"}
-
-
-# The session is released.
 
 
 @pytest.mark.parametrize(("delay", "ttl"), [(10, 10), (45, 45), (600, 600)])
 async def test_handler_that_raises_release_is_released_with_delay(
     run_one_item: Any, delay: float, ttl: int
 ) -> None:
-    async def work(_: Session) -> None:
+    async def release_with_delay(_: Session) -> None:
         raise Release("come back later", delay=delay)
 
-    final = await run_one_item(work)
+    final = await run_one_item(release_with_delay)
     assert (final.outcome, final.item.state) == ("released", "active")
-    assert final.request_names == [*BEGIN, "update", "heartbeat"]
+    assert final.request_names == [*FIRST_CALLS, "update", "heartbeat"]
     assert final.metadata == {"workpool.released": "Release"}
     assert final.sent[-1].query["desired_ttl_seconds"] == str(ttl)
     assert final.item.ttl_seconds == ttl
 
 
 async def test_reason_of_a_release_is_written_with_report_errors_message(run_one_item: Any) -> None:
-    async def work(_: Session) -> None:
+    async def release_with_reason(_: Session) -> None:
         raise Release("come back later")
 
-    final = await run_one_item(work, report_errors="message")
+    final = await run_one_item(release_with_reason, report_errors="message")
     assert final.metadata == {"workpool.released": "come back later"}
 
 
@@ -212,10 +200,10 @@ async def test_reason_of_a_release_is_written_with_report_errors_message(run_one
 async def test_release_with_a_delay_outside_its_limits_fails_the_session(
     run_one_item: Any, delay: float
 ) -> None:
-    async def work(_: Session) -> None:
+    async def release_with_delay(_: Session) -> None:
         raise Release("come back later", delay=delay)
 
-    final = await run_one_item(work)
+    final = await run_one_item(release_with_delay)
     assert (final.outcome, final.item.state) == ("failed", "stopped")
     assert final.metadata == {"workpool.error": "ValueError"}
 
@@ -236,10 +224,10 @@ async def test_release_with_a_delay_outside_its_limits_fails_the_session(
 async def test_exception_group_of_releases_releases_session_with_longest_delay(
     run_one_item: Any, group: ExceptionGroup[Release], reason: str, ttl: int
 ) -> None:
-    async def work(_: Session) -> None:
+    async def raise_group(_: Session) -> None:
         raise group
 
-    final = await run_one_item(work, report_errors="message")
+    final = await run_one_item(raise_group, report_errors="message")
     assert (final.outcome, final.item.state) == ("released", "active")
     assert final.metadata == {"workpool.released": reason}
     assert final.sent[-1].query["desired_ttl_seconds"] == str(ttl)
@@ -250,12 +238,12 @@ async def test_release_in_task_group_of_handler_releases_session(run_one_item: A
     async def raise_release() -> None:
         raise Release("come back later", delay=45)
 
-    async def work(session: Session) -> None:
+    async def release_in_task(session: Session) -> None:
         async with asyncio.TaskGroup() as group:
             group.create_task(raise_release())
             group.create_task(wait_forever(session))
 
-    final = await run_one_item(work)
+    final = await run_one_item(release_in_task)
     assert (final.outcome, final.item.state) == ("released", "active")
     assert final.metadata == {"workpool.released": "Release"}
 
@@ -272,10 +260,10 @@ async def test_release_in_task_group_of_handler_releases_session(run_one_item: A
 async def test_exception_group_of_release_and_other_error_fails_session(
     run_one_item: Any, group: BaseExceptionGroup[BaseException]
 ) -> None:
-    async def work(_: Session) -> None:
+    async def raise_group(_: Session) -> None:
         raise group
 
-    final = await run_one_item(work)
+    final = await run_one_item(raise_group)
     assert (final.outcome, final.item.state) == ("failed", "stopped")
     assert final.metadata == {"workpool.error": type(group).__name__}
 
@@ -287,23 +275,23 @@ async def test_deeply_nested_exception_group_of_releases_releases_session(
     for _ in range(5000):
         error = ExceptionGroup("", [error])
 
-    async def work(_: Session) -> None:
+    async def raise_nested_group(_: Session) -> None:
         raise error
 
-    final = await run_one_item(work)
+    final = await run_one_item(raise_nested_group)
     assert (final.outcome, final.item.state) == ("released", "active")
 
 
 async def test_session_is_released_although_reason_cannot_be_written(
     run_one_item: Any, faults: Faults
 ) -> None:
-    async def work(_: Session) -> None:
+    async def release_session(_: Session) -> None:
         raise Release("why")
 
     faults.add(status(400), "update")
-    final = await run_one_item(work)
+    final = await run_one_item(release_session)
     assert (final.outcome, final.item.state, final.metadata) == ("released", "active", {})
-    assert final.request_names == [*BEGIN, "update", "heartbeat"]
+    assert final.request_names == [*FIRST_CALLS, "update", "heartbeat"]
 
 
 async def test_session_at_drain_deadline_is_released(
@@ -320,9 +308,6 @@ async def test_session_at_drain_deadline_is_released(
     assert final.sent[-1].query["desired_ttl_seconds"] == "10"
 
 
-# An operator requests a stop.
-
-
 async def test_session_that_ends_after_stop_request_is_stopped_with_result(
     control_plane: ControlPlane,
     make_pool: Any,
@@ -330,19 +315,19 @@ async def test_session_that_ends_after_stop_request_is_stopped_with_result(
     wait_for_end: Any,
     heartbeat_now: Any,
 ) -> None:
-    async def work(session: Session) -> dict[str, str]:
+    async def return_after_interruption(session: Session) -> dict[str, str]:
         await session.interrupted()
         return {"stopping": str(session.stopping), "draining": str(session.draining)}
 
     (item,) = control_plane.enqueue()
-    async with make_pool(handler(work), **NAP):
+    async with make_pool(handler(return_after_interruption), **SHORT_POLLS):
         await recorder.wait_for(SessionStarted)
         control_plane.operations.stop(control_plane.environments[0], item.id)
         heartbeat_now(item.id)
         final = await wait_for_end(item.id)
     assert (final.outcome, final.item.state) == ("stopped", "stopped")
     assert final.metadata == {"stopping": "True", "draining": "False"}
-    assert final.request_names == [*BEGIN, "heartbeat", "update", "stop"]
+    assert final.request_names == [*FIRST_CALLS, "heartbeat", "update", "stop"]
     assert final.sent[-1].body == {"force": True}
     (stop,) = recorder.of(StopFinished)
     assert (stop.mode, stop.result) == ("confirm", "ok")
@@ -356,13 +341,13 @@ async def test_session_that_ignores_stop_request_is_stopped_after_grace(
     heartbeat_now: Any,
 ) -> None:
     (item,) = control_plane.enqueue()
-    async with make_pool(endless_handler(), stop_grace=0.05, **NAP):
+    async with make_pool(endless_handler(), stop_grace=0.05, **SHORT_POLLS):
         await recorder.wait_for(SessionStarted)
         control_plane.operations.stop(control_plane.environments[0], item.id)
         heartbeat_now(item.id)
         final = await wait_for_end(item.id)
     assert (final.outcome, final.item.state, final.metadata) == ("stopped", "stopped", {})
-    assert final.request_names == [*BEGIN, "heartbeat", "stop"]
+    assert final.request_names == [*FIRST_CALLS, "heartbeat", "stop"]
 
 
 async def test_stop_request_before_first_heartbeat_stops_session_that_has_not_run(
@@ -381,11 +366,8 @@ async def test_stop_request_before_first_heartbeat_stops_session_that_has_not_ru
         hold.release()
         final = await wait_for_end(item.id)
     assert (final.outcome, final.item.state) == ("stopped", "stopped")
-    assert final.request_names == [*BEGIN, "stop"]
+    assert final.request_names == [*FIRST_CALLS, "stop"]
     assert not recorder.of(SessionStarted)
-
-
-# The item is stopped by another client, or its lease is lost: nothing is sent.
 
 
 async def test_session_stopped_by_another_client_sends_nothing_more(
@@ -396,13 +378,13 @@ async def test_session_stopped_by_another_client_sends_nothing_more(
     heartbeat_now: Any,
 ) -> None:
     (item,) = control_plane.enqueue()
-    async with make_pool(endless_handler(), **NAP):
+    async with make_pool(endless_handler(), **SHORT_POLLS):
         await recorder.wait_for(SessionStarted)
         control_plane.operations.stop(control_plane.environments[0], item.id, force=True)
         heartbeat_now(item.id)
         final = await wait_for_end(item.id)
     assert (final.outcome, final.item.state, final.metadata) == ("stopped", "stopped", {})
-    assert final.request_names == [*BEGIN, "heartbeat", "get"]
+    assert final.request_names == [*FIRST_CALLS, "heartbeat", "get"]
     assert not recorder.of(StopFinished)
 
 
@@ -412,15 +394,14 @@ async def test_session_whose_item_is_queued_again_loses_lease(
     (item,) = control_plane.enqueue()
     async with make_pool(endless_handler(), reclaim_older_than_ms=600_000):
         await recorder.wait_for(SessionStarted)
-        expire_lease(
-            control_plane, item.id
-        )  # the control plane then delivers the item to this pool again
+        # The control plane then delivers the item to this pool again.
+        expire_lease(control_plane, item.id)
         final = await wait_for_end(item.id)
     assert (final.outcome, final.item.state, final.metadata) == ("lease_lost", "queued", {})
-    assert final.request_names == [*BEGIN, "heartbeat", "get"]
+    assert final.request_names == [*FIRST_CALLS, "heartbeat", "get"]
 
 
-ENDS = {
+HANDLER_ENDS = {
     "returns": lambda: None,
     "returns_a_result": lambda: {"a": "b"},
     "raises": function_raising(ValueError()),
@@ -428,7 +409,7 @@ ENDS = {
 }
 
 
-@pytest.mark.parametrize("end", ENDS.values(), ids=ENDS)
+@pytest.mark.parametrize("end", HANDLER_ENDS.values(), ids=HANDLER_ENDS)
 async def test_session_whose_item_another_worker_holds_loses_lease_however_handler_ends(
     control_plane: ControlPlane,
     make_pool: Any,
@@ -438,18 +419,15 @@ async def test_session_whose_item_another_worker_holds_loses_lease_however_handl
     end: Any,
 ) -> None:
     (item,) = control_plane.enqueue()
-    async with make_pool(handler_ending_like(end), **NAP):
+    async with make_pool(handler_ending_like(end), **SHORT_POLLS):
         await recorder.wait_for(SessionStarted)
         expire_lease(control_plane, item.id)
         control_plane.operations.ack(control_plane.environments[0], item.id, "another")
         heartbeat_now(item.id)
         final = await wait_for_end(item.id)
     assert (final.outcome, final.item.state, final.metadata) == ("lease_lost", "starting", {})
-    # answered 412 while no heartbeat of this pool was unanswered
-    assert final.request_names == [*BEGIN, "heartbeat"]
-
-
-# Several end reasons at once: the lowest row of the table applies.
+    # The heartbeat was answered 412 and no earlier one was unanswered, so the item is not read.
+    assert final.request_names == [*FIRST_CALLS, "heartbeat"]
 
 
 @pytest.mark.parametrize(
@@ -464,7 +442,7 @@ async def test_session_whose_item_another_worker_holds_loses_lease_however_handl
     ],
     ids=["returned", "raised", "released"],
 )
-async def test_timed_out_session_has_outcome_of_how_its_handler_ends(
+async def test_outcome_of_timed_out_session_depends_on_end_of_its_handler(
     control_plane: ControlPlane, make_pool: Any, wait_for_end: Any, end: Any, expected: Any
 ) -> None:
     outcome, last, metadata = expected
@@ -472,7 +450,7 @@ async def test_timed_out_session_has_outcome_of_how_its_handler_ends(
     async with make_pool(handler_ending_like(end), session_timeout=0.05):
         final = await wait_for_end(item.id)
     assert (final.outcome, final.metadata) == (outcome, metadata)
-    assert final.request_names == [*BEGIN, "update", last]
+    assert final.request_names == [*FIRST_CALLS, "update", last]
 
 
 @pytest.mark.parametrize(
@@ -516,7 +494,7 @@ async def test_session_after_stop_request_is_stopped_however_its_handler_ends(
 ) -> None:
     end, metadata = ending
     (item,) = control_plane.enqueue()
-    async with make_pool(handler_ending_like(end), stop_grace=0, **NAP):
+    async with make_pool(handler_ending_like(end), stop_grace=0, **SHORT_POLLS):
         await recorder.wait_for(SessionStarted)
         control_plane.operations.stop(control_plane.environments[0], item.id)
         heartbeat_now(item.id)
@@ -533,7 +511,7 @@ async def test_session_with_stop_request_and_drain_is_stopped(
     heartbeat_now: Any,
 ) -> None:
     (item,) = control_plane.enqueue()
-    async with make_pool(endless_handler(), **NAP) as supervisor:
+    async with make_pool(endless_handler(), **SHORT_POLLS) as supervisor:
         started = await recorder.wait_for(SessionStarted)
         control_plane.operations.stop(control_plane.environments[0], item.id)
         heartbeat_now(item.id)
@@ -543,7 +521,7 @@ async def test_session_with_stop_request_and_drain_is_stopped(
     assert (final.outcome, final.item.state) == ("stopped", "stopped")
 
 
-@pytest.mark.parametrize("end", ENDS.values(), ids=ENDS)
+@pytest.mark.parametrize("end", HANDLER_ENDS.values(), ids=HANDLER_ENDS)
 async def test_session_stopped_by_another_client_is_stopped_however_its_handler_ends(
     control_plane: ControlPlane,
     make_pool: Any,
@@ -553,10 +531,10 @@ async def test_session_stopped_by_another_client_is_stopped_however_its_handler_
     end: Any,
 ) -> None:
     (item,) = control_plane.enqueue()
-    async with make_pool(handler_ending_like(end), **NAP):
+    async with make_pool(handler_ending_like(end), **SHORT_POLLS):
         await recorder.wait_for(SessionStarted)
         control_plane.operations.stop(control_plane.environments[0], item.id, force=True)
         heartbeat_now(item.id)
         final = await wait_for_end(item.id)
     assert (final.outcome, final.metadata) == ("stopped", {})
-    assert final.request_names == [*BEGIN, "heartbeat", "get"]
+    assert final.request_names == [*FIRST_CALLS, "heartbeat", "get"]

@@ -24,17 +24,17 @@ async def drain_directly(drain: Drain) -> None:
 
 
 async def drain_in_task(drain: Drain) -> None:
-    """Await the drain in a task that the handler starts."""
+    """Await the drain in a task that the handler starts, and raise its error."""
     errors: list[BaseException] = []
 
-    async def try_drain() -> None:
+    async def record_drain_error() -> None:
         try:
             await drain()
         except RuntimeError as error:
             errors.append(error)
 
     async with asyncio.TaskGroup() as group:
-        group.create_task(try_drain())
+        group.create_task(record_drain_error())
     raise errors[0]
 
 

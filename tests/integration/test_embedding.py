@@ -32,7 +32,7 @@ if TYPE_CHECKING:
     from workpool.server import ControlPlane
     from workpool.testing import Faults
 
-FDS = Path("/proc/self/fd")
+OPEN_FILES = Path("/proc/self/fd")
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 
 
@@ -44,13 +44,13 @@ async def work(session: Session) -> dict[str, str]:
 
 
 async def wait_until(condition: Callable[[], object]) -> None:
-    """Wait until the condition is true, which the loop or the kernel brings about."""
+    """Wait until a condition that other threads, the loop or the kernel change is true."""
     async with asyncio.timeout(20):
-        while not condition():  # noqa: ASYNC110 - threads and sockets tell nobody
+        while not condition():  # noqa: ASYNC110 - threads and sockets have no event
             await asyncio.sleep(0.001)
 
 
-def global_state() -> dict[str, Any]:
+def process_state() -> dict[str, Any]:
     """Return the state of the process that a pool must not change.
 
     Signal handlers, hooks and loggers belong to it.
@@ -68,21 +68,18 @@ def global_state() -> dict[str, Any]:
 
 
 def open_file_count() -> int:
-    return len(list(FDS.iterdir())) if FDS.exists() else 0
-
-
-# A pool changes no global state, and leaves no task or thread.
+    return len(list(OPEN_FILES.iterdir())) if OPEN_FILES.exists() else 0
 
 
 async def test_running_pool_changes_no_global_state(
     control_plane: ControlPlane, make_pool: Any, recorder: Recorder
 ) -> None:
-    before = global_state()
+    before = process_state()
     control_plane.enqueue()
     async with make_pool(work, metrics_listen="127.0.0.1:0"):
         await recorder.wait_for(SessionFinished)
-        assert global_state() == before
-    assert global_state() == before
+        assert process_state() == before
+    assert process_state() == before
 
 
 async def end_pool_at(moment: int, supervisor: Supervisor, recorder: Recorder, plane: Any) -> None:
@@ -114,7 +111,7 @@ async def test_pool_ended_at_any_point_leaves_no_task_or_thread(
         supervisor = Supervisor(settings, plugins=[work, recorder])
         async with asyncio.TaskGroup() as group:
             task = group.create_task(
-                ignore_loop_error(end_pool_at(moment, supervisor, recorder, control_plane))
+                ignore_lookup_error(end_pool_at(moment, supervisor, recorder, control_plane))
             )
             if moment >= 6:
                 await recorder.wait_for(SessionStarted)
@@ -127,13 +124,13 @@ async def test_pool_ended_at_any_point_leaves_no_task_or_thread(
     await run_and_end_pool(2)
     await wait_until(lambda: threading.active_count() == 1 or not workpool_threads())
     gc.collect()
-    before, tasks, world = open_file_count(), asyncio.all_tasks(), global_state()
+    before, tasks, world = open_file_count(), asyncio.all_tasks(), process_state()
     for _ in range(50):
         seen.append(dice.randrange(8))
         await run_and_end_pool(seen[-1])
         assert not workpool_threads()
     assert len(set(seen)) == 8
-    assert global_state() == world
+    assert process_state() == world
     await wait_until(lambda: asyncio.all_tasks() <= tasks)
     await wait_until(lambda: open_file_count() <= before)
 
@@ -142,12 +139,9 @@ def workpool_threads() -> list[str]:
     return [thread.name for thread in threading.enumerate() if "workpool" in thread.name]
 
 
-async def ignore_loop_error(waiting: Any) -> None:
+async def ignore_lookup_error(waiting: Any) -> None:
     with suppress(LookupError):
         await waiting
-
-
-# Several pools in one process.
 
 
 async def test_several_pools_share_one_loop_and_registry(
@@ -209,9 +203,6 @@ async def test_registry_of_caller_is_used_and_reusable_afterwards(
         pass
 
 
-# Misuse of a supervisor.
-
-
 async def test_supervisor_started_twice_raises(make_pool: Any) -> None:
     supervisor = make_pool(work)
     async with supervisor:
@@ -248,9 +239,6 @@ async def test_second_pool_on_same_port_fails_and_first_continues(make_pool: Any
             await make_pool(work, metrics_listen=address).__aenter__()
         async with aiohttp.ClientSession() as http, http.get(f"{first.metrics_url}/healthz") as ok:
             assert ok.status == 200
-
-
-# The lifespan of a plugin encloses the pool.
 
 
 class DatabasePlugin:
@@ -349,9 +337,6 @@ async def test_failing_observers_do_not_affect_sessions(
     async with make_pool(FailingObserver(), work):
         await recorder.wait_for(SessionFinished, count=5)
     assert {event.outcome for event in recorder.of(SessionFinished)} == {"completed"}
-
-
-# The order of closing.
 
 
 async def test_health_endpoint_and_leases_remain_until_pool_has_closed(

@@ -75,8 +75,8 @@ async def control_plane() -> AsyncIterator[ControlPlane]:
 
 
 @pytest.fixture
-def module(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
-    """Return the module with the plugin of the environments."""
+def plugin_module(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
+    """Return the imported module whose plugin serves both environments."""
     (tmp_path / "group_tool.py").write_text(MODULE)
     monkeypatch.syspath_prepend(str(tmp_path))
     yield importlib.import_module("group_tool")
@@ -85,10 +85,10 @@ def module(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
 
 @pytest.fixture
 def make_group(
-    control_plane: ControlPlane, module: Any, tmp_path: Path
+    control_plane: ControlPlane, plugin_module: Any, tmp_path: Path
 ) -> Callable[..., EnvironmentGroup]:
-    """Return a function that makes a group from a file with both environments."""
-    del module
+    """Return a function that makes a group from a settings file with two environments."""
+    del plugin_module
     for name, token in zip(("first", "other"), KEYS, strict=True):
         (tmp_path / name).write_text(token)
     path = tmp_path / "pool.toml"
@@ -102,16 +102,16 @@ def make_group(
         token_file = "{tmp_path / "other"}"
         """)
 
-    def make(**settings: Any) -> EnvironmentGroup:
+    def make_from_file(**settings: Any) -> EnvironmentGroup:
         process, environments = Settings.of_environments(
             config=path, **{"metrics_listen": "127.0.0.1:0", **settings}
         )
         return EnvironmentGroup(process, environments, CollectorRegistry())
 
-    return make
+    return make_from_file
 
 
-async def until(holds: Callable[[], object]) -> None:
+async def wait_until(holds: Callable[[], object]) -> None:
     async with asyncio.timeout(SECONDS):
         while not holds():  # noqa: ASYNC110 - the states of several pools have no event
             await asyncio.sleep(0.01)
@@ -129,23 +129,23 @@ async def while_running(group: EnvironmentGroup, use: Running) -> None:
 
 
 async def test_each_environment_has_plugin_instance_and_lifespan_of_its_own(
-    make_group: Callable[..., EnvironmentGroup], control_plane: ControlPlane, module: Any
+    make_group: Callable[..., EnvironmentGroup], control_plane: ControlPlane, plugin_module: Any
 ) -> None:
-    async def use(group: EnvironmentGroup) -> None:
+    async def run_item_in_each_environment(group: EnvironmentGroup) -> None:
         for each in (FIRST, OTHER):
             control_plane.enqueue(environment_id=each)
-        await until(lambda: len(module.ended) == 2)
+        await wait_until(lambda: len(plugin_module.ended) == 2)
         assert group.status().ready
 
-    await while_running(make_group(), use)
-    assert sorted(module.opened) == [FIRST, OTHER]
-    assert len(set(module.instances.values())) == 2
+    await while_running(make_group(), run_item_in_each_environment)
+    assert sorted(plugin_module.opened) == [FIRST, OTHER]
+    assert len(set(plugin_module.instances.values())) == 2
 
 
-async def test_failed_environment_starts_again_with_its_pause_and_recovers(
+async def test_failed_environment_restarts_paused_and_recovers(
     make_group: Callable[..., EnvironmentGroup],
     control_plane: ControlPlane,
-    module: Any,
+    plugin_module: Any,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
     caplog: pytest.LogCaptureFixture,
@@ -156,69 +156,68 @@ async def test_failed_environment_starts_again_with_its_pause_and_recovers(
     good = key.read_text()
     key.write_text("revoked-Zx9")
 
-    async def use(group: EnvironmentGroup) -> None:
+    async def revoke_and_restore_key(group: EnvironmentGroup) -> None:
         other = group.by_id[OTHER]
-        await until(lambda: other.error is not None)
+        await wait_until(lambda: other.error is not None)
         other.pause("by an operator")
         key.write_text(good)
         paused = f"{OTHER}: paused: by an operator"
-        await until(lambda: paused in group.status().reasons)
+        await wait_until(lambda: paused in group.status().reasons)
         control_plane.enqueue(environment_id=OTHER)
         other.resume()
-        await until(lambda: module.ended)
-        await until(lambda: group.status().ready)
+        await wait_until(lambda: plugin_module.ended)
+        await wait_until(lambda: group.status().ready)
 
-    await while_running(make_group(), use)
-    assert module.ended == [OTHER]
+    await while_running(make_group(), revoke_and_restore_key)
+    assert plugin_module.ended == [OTHER]
     assert "environment failed: " in caplog.text
     assert "revoked-Zx9" not in caplog.text
 
 
-async def test_plugin_that_cannot_open_in_one_environment_does_not_end_the_others(
+async def test_environment_whose_plugin_cannot_open_does_not_end_other_environments(
     make_group: Callable[..., EnvironmentGroup],
     control_plane: ControlPlane,
-    module: Any,
+    plugin_module: Any,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(environment_group, "RETRY_SECONDS", 0.05)
-    module.broken.add(OTHER)
+    plugin_module.broken.add(OTHER)
 
-    async def use(group: EnvironmentGroup) -> None:
+    async def run_while_plugin_is_broken(group: EnvironmentGroup) -> None:
         other = group.by_id[OTHER]
-        await until(lambda: other.error is not None)
-        assert isinstance(other.error, ConnectionError)
+        await wait_until(lambda: isinstance(other.error, ConnectionError))
         control_plane.enqueue(environment_id=FIRST)
-        await until(lambda: module.ended == [FIRST])
-        assert any("ConnectionError" in reason for reason in group.status().reasons)
-        module.broken.clear()
-        await until(lambda: group.status().ready)
+        await wait_until(lambda: plugin_module.ended == [FIRST])
+        await wait_until(lambda: "ConnectionError" in str(group.status().reasons))
+        plugin_module.broken.clear()
+        await wait_until(lambda: group.status().ready)
 
-    await while_running(make_group(), use)
-    assert module.opened == [FIRST, OTHER]
+    await while_running(make_group(), run_while_plugin_is_broken)
+    assert plugin_module.opened == [FIRST, OTHER]
 
 
 @pytest.mark.parametrize("ignores_cancellation", [False, True])
-async def test_failed_renewal_in_one_environment_ends_process_only_if_its_session_goes_on(
+async def test_failed_renewal_of_one_environment_ends_process_only_if_session_continues(
     make_group: Callable[..., EnvironmentGroup],
     control_plane: ControlPlane,
-    module: Any,
+    plugin_module: Any,
     monkeypatch: pytest.MonkeyPatch,
     *,
     ignores_cancellation: bool,
 ) -> None:
-    monkeypatch.setattr(exits, "FAILED_SECONDS", 0.5 if ignores_cancellation else 5.0)
-    monkeypatch.setattr(drain, "AFTER_DEADLINE_SECONDS", 1.0)
+    monkeypatch.setattr(exits, "FAILED_SECONDS", 0.5 if ignores_cancellation else 10.0)
+    monkeypatch.setattr(drain, "AFTER_DEADLINE_SECONDS", 1.0 if ignores_cancellation else 25.0)
     monkeypatch.setattr(environment_group, "RETRY_SECONDS", LONG)
     ended = threading.Event()
 
-    async def use(group: EnvironmentGroup) -> None:
+    async def crash_one_renewer(group: EnvironmentGroup) -> None:
         group.on_blocked = ended.set
         other = group.by_id[OTHER]
         kind = "ignores" if ignores_cancellation else "wait"
         control_plane.enqueue(environment_id=OTHER, metadata={kind: "yes"})
-        await until(lambda: OTHER in module.instances)
+        await wait_until(lambda: OTHER in plugin_module.instances)
         crash_renewer(other)
-        await until(lambda: other.error is not None)
+        await wait_until(lambda: other.error is not None)
         for timer in filter(lambda each: isinstance(each, threading.Timer), threading.enumerate()):
             await asyncio.to_thread(timer.join, SECONDS)
         assert ended.is_set() == ignores_cancellation
@@ -227,54 +226,55 @@ async def test_failed_renewal_in_one_environment_ends_process_only_if_its_sessio
         healthy = f"{group.metrics_url}/healthz"
         async with aiohttp.ClientSession() as http, http.get(healthy) as answer:
             assert answer.status == 200
-        module.released.append(True)
+        plugin_module.released.append(True)
         control_plane.enqueue(environment_id=FIRST)
-        await until(lambda: FIRST in module.ended)
+        await wait_until(lambda: FIRST in plugin_module.ended)
 
     with pytest.raises(ExceptionGroup) as raised:
-        await while_running(make_group(), use)
+        await while_running(make_group(), crash_one_renewer)
     assert isinstance(raised.value.exceptions[0], LeaseRenewerError)
 
 
 def crash_renewer(member: GroupMember) -> None:
     """Raise an error on the thread that renews the leases of an environment."""
 
-    def crash() -> None:
+    def raise_error() -> None:
         raise RuntimeError("a bug")
 
     view = member.supervisor._view
     assert view is not None
-    view.context.renewer.call(crash)
+    view.context.renewer.call(raise_error)
 
 
-async def test_burst_leaves_one_slot_and_gives_up_those_that_others_wait_for(
-    make_group: Callable[..., EnvironmentGroup], control_plane: ControlPlane, module: Any
+async def test_environment_with_burst_yields_shared_slots_to_waiting_environment(
+    make_group: Callable[..., EnvironmentGroup], control_plane: ControlPlane, plugin_module: Any
 ) -> None:
     control_plane.enqueue(10, {"wait": "yes"}, environment_id=FIRST)
 
-    def running(group: EnvironmentGroup) -> list[int]:
+    def running_sessions(group: EnvironmentGroup) -> list[int]:
         return [each.status().running for each in group.environments]
 
-    async def use(group: EnvironmentGroup) -> None:
-        await until(lambda: running(group) == [5, 0])
+    async def load_one_environment_then_other(group: EnvironmentGroup) -> None:
+        await wait_until(lambda: running_sessions(group) == [5, 0])
         control_plane.enqueue(10, {"wait": "yes"}, environment_id=OTHER)
-        await until(lambda: running(group) == [5, 1])
+        await wait_until(lambda: running_sessions(group) == [5, 1])
         assert group.status().ready
         shown = group.live_status(show_ids=True)
         assert shown["slots"] == {"busy": 6, "reserved": 0, "free": 0, "limit": 6}
-        for now in ([4, 2], [3, 3], [3, 3]):  # the sessions that began first end first
-            ended = len(module.ended)
-            module.may_end.release()
-            await until(lambda: len(module.ended) > ended and running(group) == now)  # noqa: B023 - awaited in this turn
+        for now in ([4, 2], [3, 3], [3, 3]):  # the sessions end in the order of their start
+            ended = len(plugin_module.ended)
+            plugin_module.may_end.release()
+            await wait_until(lambda: len(plugin_module.ended) > ended)  # noqa: B023 - awaited in this turn
+            await wait_until(lambda: running_sessions(group) == now)  # noqa: B023 - awaited in this turn
         for _ in range(20):
-            module.may_end.release()
-        await until(lambda: len(module.ended) == 20)
+            plugin_module.may_end.release()
+        await wait_until(lambda: len(plugin_module.ended) == 20)
 
-    await while_running(make_group(concurrency=6), use)
+    await while_running(make_group(concurrency=6), load_one_environment_then_other)
 
 
 async def test_environments_of_one_account_share_rate_limits(tmp_path: Path) -> None:
-    def limits(**values: Any) -> list[Any]:
+    def rate_limits_of(**values: Any) -> list[Any]:
         path = tmp_path / "pool.toml"
         path.write_text(
             "[workpool]\nread_rate = 7\nwrite_rate = 5\n"
@@ -286,36 +286,36 @@ async def test_environments_of_one_account_share_rate_limits(tmp_path: Path) -> 
         found = shared_rate_limits(Settings.of_environments(config=path)[1])
         return [found[name] for name in values]
 
-    one, two, three = limits(a=("t", ""), b=("t", ""), c=("u", ""))
+    one, two, three = rate_limits_of(a=("t", ""), b=("t", ""), c=("u", ""))
     assert one is two
     assert (one.read.rate, one.write.rate) == (7, 5)
     assert three is not one
     other_address = "base_url = 'http://127.0.0.1:1'"
-    assert len(set(limits(a=("t", ""), b=("t", other_address)))) == 2
+    assert len(set(rate_limits_of(a=("t", ""), b=("t", other_address)))) == 2
     group = "rate_limit_group = 'acme'"
-    assert len(set(limits(a=("t", group), b=("u", group), c=("u", "")))) == 2
+    assert len(set(rate_limits_of(a=("t", group), b=("u", group), c=("u", "")))) == 2
     with pytest.raises(SettingsError) as raised:
-        limits(a=("secret-Zx9", ""), b=("secret-Zx9", "read_rate = 8"))
+        rate_limits_of(a=("secret-Zx9", ""), b=("secret-Zx9", "read_rate = 8"))
     assert raised.value.problems == ("read_rate: must be the same for a, b, which share it",)
 
 
 async def test_exit_after_idle_waits_until_every_environment_is_idle(
-    make_group: Callable[..., EnvironmentGroup], control_plane: ControlPlane, module: Any
+    make_group: Callable[..., EnvironmentGroup], control_plane: ControlPlane, plugin_module: Any
 ) -> None:
     control_plane.enqueue(1, {"wait": "yes"}, environment_id=OTHER)
     group = make_group(exit_after_idle=0.5, block_ms=50)
     async with asyncio.timeout(2 * SECONDS), asyncio.TaskGroup() as tasks:
         running = tasks.create_task(group.run())
         first = group.by_id[FIRST]
-        await until(lambda: first.status().idle_seconds > 1)
+        await wait_until(lambda: first.status().idle_seconds > 1)
         assert not running.done()
         assert first.status().ready
-        module.may_end.release()
+        plugin_module.may_end.release()
         await running
-    assert module.ended == [OTHER]
+    assert plugin_module.ended == [OTHER]
 
 
-async def test_address_in_use_is_an_error_of_the_process(
+async def test_environment_group_with_address_in_use_fails_to_start(
     make_group: Callable[..., EnvironmentGroup],
 ) -> None:
     async with asyncio.timeout(SECONDS):
@@ -327,17 +327,17 @@ async def test_address_in_use_is_an_error_of_the_process(
 
 
 @pytest.mark.trial
-async def test_page_shows_environments_in_a_browser(
+async def test_live_page_in_browser_shows_every_environment(
     make_group: Callable[..., EnvironmentGroup],
     control_plane: ControlPlane,
-    module: Any,
+    plugin_module: Any,
     tmp_path: Path,
 ) -> None:
     for each in (FIRST, OTHER):
         control_plane.enqueue(1, {"wait": "yes"}, environment_id=each)
 
-    async def use(group: EnvironmentGroup) -> None:
-        await until(lambda: group.status().running == 2)
+    async def check_page(group: EnvironmentGroup) -> None:
+        await wait_until(lambda: group.status().running == 2)
         async with driven_browser(tmp_path) as browser:
             await browser.open_page(f"{group.metrics_url}/")
             rows = "document.getElementById('environments').textContent"
@@ -348,6 +348,6 @@ async def test_page_shows_environments_in_a_browser(
             )
             assert await browser.run_script("document.getElementById('busy').textContent") == "2"
         for _ in range(2):
-            module.may_end.release()
+            plugin_module.may_end.release()
 
-    await while_running(make_group(), use)
+    await while_running(make_group(), check_page)

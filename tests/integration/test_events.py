@@ -6,17 +6,17 @@ import asyncio
 from collections import Counter
 from typing import TYPE_CHECKING, Any, get_args
 
+import pytest
+
 from workpool import Session, Supervisor, handler, hookimpl
 from workpool.events import Event, RequestFinished, SessionFinished, current_work_id
 
 if TYPE_CHECKING:
-    import pytest
-
     from workpool.server import ControlPlane
 
 
 @handler
-async def work(_: Session) -> None:
+async def return_at_once(_: Session) -> None:
     return None
 
 
@@ -35,17 +35,17 @@ def count_built_events(monkeypatch: pytest.MonkeyPatch) -> Counter[str]:
     """Count the event objects that are built from now on, by type."""
     built: Counter[str] = Counter()
 
-    def watch_event_type(event_type: Any) -> None:
+    def count_events_of_type(event_type: Any) -> None:
         init = event_type.__init__
 
-        def counting_event(*args: Any, **kwargs: Any) -> None:
+        def count_and_build(*args: Any, **kwargs: Any) -> None:
             built[event_type.__name__] += 1
             init(*args, **kwargs)
 
-        monkeypatch.setattr(event_type, "__init__", counting_event)
+        monkeypatch.setattr(event_type, "__init__", count_and_build)
 
     for event_type in get_args(Event):
-        watch_event_type(event_type)
+        count_events_of_type(event_type)
     return built
 
 
@@ -53,7 +53,7 @@ async def run_items(
     plane: ControlPlane, make_settings: Any, items: int, *plugins: object
 ) -> Supervisor:
     plane.enqueue(items)
-    pool = Supervisor(make_settings(), plugins=[work, *plugins])
+    pool = Supervisor(make_settings(), plugins=[return_at_once, *plugins])
     await pool.run(until_empty=True)
     return pool
 
@@ -75,7 +75,8 @@ async def test_events_without_observer_are_counted_and_not_built(
     assert counter_value(pool, "http_requests_total", op="ack", code="2xx") == 3
     assert counter_value(pool, "polls_total", result="item") == 3
     assert counter_value(pool, "heartbeats_total", result="ok") == 3
-    assert counter_value(pool, "sessions_total", handler="work.work", outcome="completed") == 3
+    label = "return_at_once.return_at_once"
+    assert counter_value(pool, "sessions_total", handler=label, outcome="completed") == 3
 
 
 async def test_observer_of_one_event_type_causes_only_that_type_to_be_built(
@@ -89,7 +90,7 @@ async def test_observer_of_one_event_type_causes_only_that_type_to_be_built(
 
 
 class RequestObserver:
-    """A plugin that records the items of requests, on both threads."""
+    """A plugin that records the item of each request, sent on either of the two threads."""
 
     def __init__(self) -> None:
         self.items: list[tuple[str, str | None]] = []
@@ -102,6 +103,7 @@ class RequestObserver:
             self.renewed.set()
 
 
+@pytest.mark.usefixtures("fast_heartbeats")
 async def test_observer_of_requests_receives_the_item_of_each_request(
     control_plane: ControlPlane, make_settings: Any
 ) -> None:
@@ -110,11 +112,11 @@ async def test_observer_of_requests_receives_the_item_of_each_request(
     @handler
     async def wait_for_renewal(session: Session) -> dict[str, str]:
         assert current_work_id.get() == session.item.id
-        await requests.renewed.wait()  # the second heartbeat is sent by the lease renewer
+        await requests.renewed.wait()
         return {"renewed": "yes"}
 
     [item] = control_plane.enqueue()
-    pool = Supervisor(make_settings(lease_ttl=10), plugins=[wait_for_renewal, requests])
+    pool = Supervisor(make_settings(), plugins=[wait_for_renewal, requests])
     await pool.run(until_empty=True)
     assert current_work_id.get() is None
     items = dict.fromkeys(requests.items)

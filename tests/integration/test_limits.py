@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from tests.integration.gate import Gate, return_at_once
+from tests.integration.shared_handlers import GatedHandler, return_at_once
 from workpool import Session, handler
 from workpool.events import (
     DrainFinished,
@@ -75,7 +75,7 @@ async def test_last_session_before_exit_is_not_interrupted_or_time_limited(
     control_plane: ControlPlane, make_pool: Any, recorder: Recorder
 ) -> None:
     control_plane.enqueue(2)
-    gate = Gate()
+    gate = GatedHandler()
     async with make_pool(gate, exit_after_sessions=1, drain_timeout=0) as supervisor:
         await recorder.wait_for(SessionStarted)
         assert supervisor.status().reasons == ("ending: exit_after_sessions",)
@@ -91,7 +91,7 @@ async def test_drain_during_last_session_uses_its_own_timeout(
     control_plane: ControlPlane, make_pool: Any, recorder: Recorder
 ) -> None:
     control_plane.enqueue()
-    async with make_pool(Gate(), exit_after_sessions=1) as supervisor:
+    async with make_pool(GatedHandler(), exit_after_sessions=1) as supervisor:
         await recorder.wait_for(SessionStarted)
         async with asyncio.timeout(SECONDS):
             await supervisor.drain(timeout=0)
@@ -136,7 +136,7 @@ async def test_exit_after_idle_ends_pool_only_while_no_session_runs(
     control_plane: ControlPlane, make_pool: Any, recorder: Recorder
 ) -> None:
     control_plane.enqueue()
-    gate = Gate()
+    gate = GatedHandler()
     async with make_pool(gate, exit_after_idle=0.1, block_ms=10) as supervisor:
         await recorder.wait_for(SessionStarted)
         await recorder.wait_for(PollFinished, lambda event: event.result == "null", count=20)
@@ -161,7 +161,7 @@ async def test_exit_after_uptime_ends_claiming_but_not_running_session(
     control_plane: ControlPlane, make_pool: Any, recorder: Recorder
 ) -> None:
     first, *others = control_plane.enqueue(3)
-    gate = Gate()
+    gate = GatedHandler()
     sizes = {"concurrency": 1, "prefetch": 2, "drain_timeout": 0}
     async with make_pool(gate, exit_after_uptime=0.3, **sizes) as supervisor:
         await recorder.wait_for(SessionStarted)
@@ -230,7 +230,7 @@ async def test_pool_that_fails_returns_its_shared_slots_and_does_not_hold_up_the
 
     monkeypatch.setattr(supervisor_module, "read_remote_stats", crash)
     sizes = {"concurrency": 1, "prefetch": 1, "pollers": 1, "stats_interval": 30}
-    supervisor = make_pool(Gate(), exit_after_idle=0.001, **sizes)
+    supervisor = make_pool(GatedHandler(), exit_after_idle=0.001, **sizes)
     share, limits = SharedSlots(4).share(), ExitLimits(supervisor.settings)
     supervisor.shared = SharedParts(share, limits, None)
     control_plane.enqueue(2)

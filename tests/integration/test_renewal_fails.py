@@ -55,7 +55,7 @@ async def run_on_thread(supervisor: Supervisor) -> WorkpoolError | None:
 
 
 @pytest.fixture
-def patient_renewer() -> None:
+def tolerate_loaded_machine() -> None:
     """Keep the default limits, because blocked loops are tested here."""
 
 

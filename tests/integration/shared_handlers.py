@@ -1,4 +1,4 @@
-"""Two handlers for tests of a whole pool: one ends at once, the other when the test lets it."""
+"""Handlers that several tests share: one returns at once, one waits until the test opens it."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ async def return_at_once(_: Session) -> None:
     pass
 
 
-class Gate:
+class GatedHandler:
     """A handler that waits until the test lets it end, and records whether it was interrupted."""
 
     def __init__(self) -> None:
