@@ -41,14 +41,15 @@ class ClaimTestbed:
         self.bench = bench
         self.events: list[Event] = []
         self.acks: list[Exception | None] = []
-        window_ms = None if window is None else int(window * 1000)
         context: Any = SimpleNamespace(
-            settings=SimpleNamespace(reclaim_older_than_ms=window_ms),
+            draining=False,
+            redelivery_seconds=RECLAIM_SECONDS if window is None else window,
             client=bench.client,
             clock=bench.clock,
             observe=lambda kind, *values: self.events.append(kind(*values)),
             renewer=SimpleNamespace(pauses=PauseDetector(bench.clock, bench.clock)),
         )
+        self.context = context
         self.claimer = Claimer(context, bench.heartbeats, self.acks.append)
 
     async def deliver_item(self) -> PoolItem:
@@ -57,8 +58,12 @@ class ClaimTestbed:
         assert delivered is not None
         return PoolItem(delivered, None, copy_context(), self.bench.clock())
 
-    async def acknowledge_item(self) -> tuple[PoolItem, str]:
-        item = await self.deliver_item()
+    def begin_drain(self, item: PoolItem) -> None:
+        self.context.draining = True
+        item.notify()
+
+    async def acknowledge_item(self, item: PoolItem | None = None) -> tuple[PoolItem, str]:
+        item = item or await self.deliver_item()
         result = await self.claimer.acknowledge(item, self.bench.clock())
         assert [event.result for event in self.events if isinstance(event, AckFinished)] == [result]
         return item, result
@@ -214,9 +219,10 @@ async def test_drain_ends_repetition_of_acks(testbed: type[LeaseTestbed]) -> Non
     one = testbed(ack=[refused_answer(503, retry_after=20)] * 9)
     async with one.open_clients(), asyncio.TaskGroup() as group:
         claims = ClaimTestbed(one)
-        task = group.create_task(claims.acknowledge_item())
+        item = await claims.deliver_item()
+        task = group.create_task(claims.acknowledge_item(item))
         await asyncio.sleep(1)
-        claims.claimer.drain()
+        claims.begin_drain(item)
         await task
         assert one.clock() == pytest.approx(1)
         assert task.result()[1] == "error"
@@ -322,7 +328,7 @@ async def test_first_heartbeat_during_drain_is_also_the_last(testbed: type[Lease
     async with one.open_clients():
         item = await one.claim_item()
         claims = ClaimTestbed(one)
-        claims.claimer.drain()
+        claims.begin_drain(item)
         await claims.claimer.begin(item)
     (record,) = one.item_history(item, "heartbeat")
     assert record.lease_end == START + 10
@@ -339,7 +345,7 @@ async def test_drain_does_not_wait_for_retry_after_of_first_heartbeat(
         claims = ClaimTestbed(one)
         task = group.create_task(claims.claimer.begin(item))
         await asyncio.sleep(1)
-        claims.claimer.drain()
+        claims.begin_drain(item)
         await task
         assert one.clock() == pytest.approx(1)
     assert item.lease.status == "released"
@@ -354,7 +360,7 @@ async def test_failed_first_heartbeat_during_drain_is_not_repeated_in_tight_loop
     async with one.open_clients():
         item = await one.claim_item()
         claims = ClaimTestbed(one)
-        claims.claimer.drain()
+        claims.begin_drain(item)
         await claims.claimer.begin(item)
         assert item.lease.status == "lost"
     assert len(one.send_times("heartbeat")) < 100

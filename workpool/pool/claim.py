@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import asyncio
 import math
-from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from functools import partial
 from http import HTTPStatus
@@ -24,7 +23,6 @@ from workpool.wire.http.call_options import CLAIM_OPTIONS, CallOptions, Priority
 from workpool.wire.protocol import (
     ACK_LEASE_SECONDS,
     ACTIVE,
-    RECLAIM_OLDER_THAN_MS,
     STARTING,
 )
 
@@ -68,6 +66,8 @@ class _Repeats:
 class Claimer:
     """Claims items. Lives on the handlers' loop.
 
+    From the beginning of a drain on, no ack is repeated, and every first heartbeat is the last one.
+
     Args:
         context: The context of the pool.
         heartbeats: Sends the first heartbeat.
@@ -80,20 +80,13 @@ class Claimer:
         heartbeats: HeartbeatSender,
         on_ack: Callable[[RefusedError | ConflictError | PreconditionError | None], None],
     ) -> None:
-        # Another worker may claim an item that was delivered longer ago than this.
-        window = context.settings.reclaim_older_than_ms
-        self._window = (RECLAIM_OLDER_THAN_MS if window is None else window) / 1000
+        self._context = context
         self._client = context.client
         self._clock = context.clock
         self._pauses = context.renewer.pauses
         self._observe = context.observe
         self._heartbeats = heartbeats
         self._on_ack = on_ack
-        self._draining = asyncio.Event()
-
-    def drain(self) -> None:
-        """Repeat no ack from now on, and make every first heartbeat the last one."""
-        self._draining.set()
 
     async def acknowledge(self, item: PoolItem, taken_at: float) -> CallResult:
         """Acknowledge the item, repeatedly while the pool can still own it, and return the result.
@@ -111,7 +104,7 @@ class Claimer:
             except RefusedError as error:
                 result = self._handle_refusal(item, error)
             except TransientError as error:
-                repeats = repeats or _Repeats(item.delivered_at + self._window)
+                repeats = repeats or _Repeats(item.delivered_at + self._context.redelivery_seconds)
                 options = CallOptions(partial(self._check_repeat, repeats), Priority.CLAIM)
                 result = None if await self._may_repeat(item, repeats, error, sent) else "error"
             else:
@@ -136,7 +129,7 @@ class Claimer:
         """Send first heartbeats until one succeeds or the lease is over."""
         lease = item.lease
         while not lease.expire(self._clock()):
-            draining = self._draining.is_set()
+            draining = self._context.draining
             if draining:
                 lease.release(self._clock(), RELEASE_DELAY_SECONDS)
             await self._heartbeats.send(lease, self._end_after_pause)
@@ -150,7 +143,7 @@ class Claimer:
             if draining:
                 await asyncio.sleep(max(0.0, seconds))
             else:  # a drain that begins must not wait for a long Retry-After
-                await self._draining_within(seconds)
+                await self._draining_within(item, seconds)
 
     def _end_after_pause(self, lease: Lease, now: float) -> None:
         """End the lease if the machine was paused during the claim: no handler runs yet."""
@@ -167,7 +160,7 @@ class Claimer:
             repeats.first_sent = min(repeats.first_sent, sent)
             repeats.until = repeats.first_sent + ACK_LEASE_SECONDS - MARGIN_SECONDS
         delay = max(repeats.backoff.next(), failure.retry_after or 0.0)
-        if self._clock() + delay < repeats.until and not await self._draining_within(delay):
+        if self._clock() + delay < repeats.until and not await self._draining_within(item, delay):
             return True
         log.warning("ack given up: %s", failure, extra={"work_id": item.id, "error": str(failure)})
         return False
@@ -179,13 +172,11 @@ class Claimer:
         self._on_ack(error)
         return "error"
 
-    async def _draining_within(self, seconds: float) -> bool:
-        """Sleep until the drain begins, at most for `seconds`; return whether it has begun."""
-        if seconds > 0 and not self._draining.is_set():
-            with suppress(TimeoutError):
-                async with asyncio.timeout(seconds):
-                    await self._draining.wait()
-        return self._draining.is_set()
+    async def _draining_within(self, item: PoolItem, seconds: float) -> bool:
+        """Wait until a drain begins, at most for `seconds`; return whether it has begun."""
+        if seconds > 0:
+            await item.until(lambda: self._context.draining, seconds)
+        return self._context.draining
 
 
 def _accept_answer(item: PoolItem, answer: WorkItem, acked_at: float) -> CallResult:

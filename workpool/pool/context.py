@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 from workpool.pool.admission import Admission
 from workpool.pool.client_protocol import OptionalCalls
 from workpool.pool.lease import wall_clock
+from workpool.wire.protocol import RECLAIM_OLDER_THAN_MS
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -25,7 +26,7 @@ if TYPE_CHECKING:
     from workpool.settings import Settings
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class PoolContext:
     """The shared objects; created by the supervisor's root task, and passed to each part.
 
@@ -40,6 +41,7 @@ class PoolContext:
             infinite until it is known.
         admission: Decides whether items may be claimed.
         optional: Makes the calls that the credential may not permit.
+        draining: Whether a drain has begun, so that no item is started. The dispatcher sets it.
     """
 
     settings: Settings
@@ -55,3 +57,10 @@ class PoolContext:
     drain_deadline: Callable[[], float] = lambda: math.inf
     admission: Admission = field(default_factory=lambda: Admission(wall_clock))
     optional: OptionalCalls = field(default_factory=OptionalCalls)
+    draining: bool = False
+
+    @property
+    def redelivery_seconds(self) -> float:
+        """Seconds from the delivery of an unacknowledged item to its delivery to another worker."""
+        window = self.settings.reclaim_older_than_ms
+        return (RECLAIM_OLDER_THAN_MS if window is None else window) / 1000

@@ -21,7 +21,7 @@ from workpool.pool.handler_executor import HandlerExecutor
 from workpool.pool.pool_item import EndReason, OwnedItems, PoolItem
 from workpool.pool.sender import HeartbeatSender, Sender
 from workpool.pool.session_runner import SessionRunner
-from workpool.wire.protocol import HEALTHCHECK, RECLAIM_OLDER_THAN_MS
+from workpool.wire.protocol import HEALTHCHECK
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -63,7 +63,6 @@ class Dispatcher:
 
     Attributes:
         items: The items of the pool.
-        draining: Whether no item is started anymore.
         executor: Calls the handlers.
         runner: Runs the items.
         health: The failing handlers.
@@ -80,7 +79,6 @@ class Dispatcher:
         on_ack: Callable[[RefusedError | ConflictError | PreconditionError | None], None],
     ) -> None:
         self.items = OwnedItems()
-        self.draining = False
         self.on_closed: Callable[[], None] | None = None
         self._context = context
         self._admission = context.admission
@@ -88,7 +86,7 @@ class Dispatcher:
         settings, client, clock = context.settings, context.client, context.clock
         pauses, optional = context.renewer.pauses, context.optional
         heartbeats = HeartbeatSender(client, clock, pauses, context.observe, optional)
-        self._claimer = Claimer(context, heartbeats, on_ack)
+        claimer = Claimer(context, heartbeats, on_ack)
         sender = Sender(
             client,
             clock,
@@ -99,15 +97,12 @@ class Dispatcher:
         self.executor = HandlerExecutor(context, handlers)
         self.health = HandlerHealth(self.items.count)
         self.runner = SessionRunner(
-            context, self._claimer, sender, self.executor, self.health.record, self._on_item_closed
+            context, claimer, sender, self.executor, self.health.record, self._on_item_closed
         )
-        self._tasks: dict[PoolItem, asyncio.Task[None]] = {}
         self._slots = HandlerSlots(self.items, context.plugins.handlers, settings.concurrency)
         self.idle_since = clock()
         self._expiry: asyncio.TimerHandle | None = None
-        window = settings.reclaim_older_than_ms
-        window = RECLAIM_OLDER_THAN_MS if window is None else window
-        self._aside_seconds = window / 1000 - ASIDE_MARGIN_SECONDS
+        self._aside_seconds = context.redelivery_seconds - ASIDE_MARGIN_SECONDS
         # Id of an item → whether its decline was logged.
         self._seen: OrderedDict[str, bool] = OrderedDict()
 
@@ -123,7 +118,7 @@ class Dispatcher:
 
         `polled_at` is the time when its poll was sent, on the lease clock.
         """
-        if self.draining or (self._admission.gated and self._admission.paused is not None):
+        if self._context.draining or (self._admission.gated and self._admission.paused is not None):
             return "declined"  # never acknowledged, so it is redelivered
         owned = self.items.get(work_item.id)
         if owned is None and self._expiry is not None:  # without the timer, no item is set aside
@@ -268,18 +263,17 @@ class Dispatcher:
     def _fill_slots(self) -> None:
         """Start waiting items in the slots that are free."""
         queue = self._context.queue
-        while not self.draining and (item := queue.take(self._may_start)) is not None:
+        while not self._context.draining and (item := queue.take(self._may_start)) is not None:
             if self.items.get(item.id) is None:  # an item that was set aside is not owned yet
                 self._own_item(item)
             item.advance("slot" if item.parents_heartbeat is None else "adopted")
-            self._tasks[item] = self._group.create_task(
+            item.task = self._group.create_task(
                 self.runner.run(item), name=item.id, context=item.context
             )
 
     def _on_item_closed(self, item: PoolItem) -> None:
         """Free the slot of an item that has ended."""
         self.items.remove(item)
-        self._tasks.pop(item, None)
         self.idle_since = self._context.clock()
         self._context.queue.release(used_up=item.counted)
         self._fill_slots()
@@ -291,8 +285,7 @@ class Dispatcher:
 
     def drain(self) -> None:
         """Start no further item, forget the waiting ones and notify the running sessions."""
-        self.draining = self.runner.draining = True
-        self._claimer.drain()
+        self._context.draining = True
         self.forget_waiting()
         for item in self.items.all():
             item.notify()
@@ -320,7 +313,8 @@ class Dispatcher:
 
         The completion of a stuck handler that has just ended counts, too.
         """
-        return len(self._tasks) - sum(item.executing for item in self.executor.stuck)
+        running = self._context.queue.running
+        return running - sum(item.executing for item in self.executor.stuck)
 
     async def marked(self, seconds: float) -> None:
         """Wait at most for `seconds` until the items of stuck handlers are marked.
@@ -333,11 +327,12 @@ class Dispatcher:
 
     def abandon(self) -> int:
         """End every item that has not ended, and return their number."""
-        abandoned = list(self._tasks.items())
-        for item, task in abandoned:
+        tasks = [(item, item.task) for item in self.items.all()]
+        running = [(item, task) for item, task in tasks if task is not None]
+        for item, task in running:
             self.runner.close(item)
             task.cancel()
-        return len(abandoned)
+        return len(running)
 
 
 def _age_of(item: WorkItem) -> float | None:

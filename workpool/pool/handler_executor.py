@@ -10,7 +10,6 @@ from __future__ import annotations
 import asyncio
 import io
 from contextlib import AsyncExitStack, asynccontextmanager, suppress
-from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, TypeGuard, cast
 from weakref import ref
@@ -53,13 +52,6 @@ LATE_SECONDS = 0.1
 """A check of the progress that is this late was held up by a sleep or a blocked loop."""
 LEAVE_SECONDS = 0.1
 """Seconds for which the pool waits for the group of handlers to close, twice at most."""
-
-
-@dataclass(frozen=True, slots=True)
-class _Raised:
-    """An error of a handler, returned as a value: raised, it would cancel other handlers."""
-
-    error: BaseException
 
 
 class HandlerExecutor:
@@ -109,7 +101,10 @@ class HandlerExecutor:
             if item.stall_timer is not None:
                 self._stop_stall_timer(item)
             self.stuck.discard(item)
-        self._record_end(item, task)
+        if not task.cancelled():
+            task.result()  # raises a KeyboardInterrupt
+        elif item.cancelled_for is None:
+            self._record_error(item, asyncio.CancelledError("leaked from the handler"))
 
     def cancel_later(self, item: PoolItem, reason: EndReason, seconds: float) -> None:
         """Cancel the handler after `seconds`, unless an earlier cancellation is planned."""
@@ -220,14 +215,17 @@ class HandlerExecutor:
             item.stall_timer.cancel()
             item.stall_timer = None
 
-    async def _call_handler(
-        self, item: PoolItem, handler: Handler, session: Session
-    ) -> Mapping[str, str] | _Raised:
+    async def _call_handler(self, item: PoolItem, handler: Handler, session: Session) -> None:
+        """Call the handler, if its lease is still held, and record its result or error.
+
+        An error is recorded and not raised, since it would cancel all other handlers of the group.
+        """
         # An eager task runs before `create_task` returns, and the session's calls need the task.
         if item.handler_task is None:
             item.handler_task = asyncio.current_task()
         if not self._may_start(item):
-            return {}
+            item.end(EndReason.RETURNED)
+            return
         CURRENT.set(ref(session))
         self._observe(SessionStarted, session, handler.name)
         try:
@@ -237,13 +235,14 @@ class HandlerExecutor:
             if handler.blocking or handler.retry is not None:
                 call = self._call_of(item, handler)
             if contexts:
-                return await self._in_contexts(contexts, item, call, session)
-            returned = await call(session)
-            return {} if returned is None else metadata_of(returned, self._metadata_limits)
+                item.result = await self._in_contexts(contexts, item, call, session)
+            elif (returned := await call(session)) is not None:
+                item.result = metadata_of(returned, self._metadata_limits)
+            item.end(EndReason.RETURNED)
         except (asyncio.CancelledError, KeyboardInterrupt):
             raise
         except BaseException as error:  # noqa: BLE001 - SystemExit, too, cannot end the pool
-            return _Raised(error)
+            self._record_error(item, error)
 
     async def _in_contexts(
         self, contexts: list[Context], item: PoolItem, call: Call, session: Session
@@ -331,19 +330,9 @@ class HandlerExecutor:
             return False
         return True
 
-    def _record_end(self, item: PoolItem, task: asyncio.Task[Mapping[str, str] | _Raised]) -> None:
-        if task.cancelled():
-            if item.cancelled_for is None:  # a CancelledError that leaked from other code
-                self._record_error(item, asyncio.CancelledError("leaked from the handler"))
-            return
-        returned = task.result()
-        if isinstance(returned, _Raised):
-            self._record_error(item, returned.error)
-        else:
-            item.result = returned
-            item.end(EndReason.RETURNED)
-
     def _record_error(self, item: PoolItem, error: BaseException) -> None:
+        if item.state == "closed":
+            return  # the session was abandoned, and has been reported
         release = release_of(error)
         item.error = release or error
         if release is not None:

@@ -143,6 +143,7 @@ class PoolItem:
         session: Set once the item is acknowledged; None for a health check.
         attempt: The number of this run, and its mark. Set together with `session`; reading it
             earlier is a bug (AttributeError).
+        task: Runs the item, once it has a slot.
         mark_task: Writes the mark of a drain while the handler runs, if a drain has begun.
         handoff: The last attempt to hand the item off.
         handler_task: Runs the handler, from its start.
@@ -186,6 +187,7 @@ class PoolItem:
         "session_id",
         "stall_timer",
         "state",
+        "task",
         "timer",
         "waits",
         "work_item",
@@ -211,6 +213,7 @@ class PoolItem:
         self.reason: EndReason | None = None
         """The gravest reason so far; None while nothing ends the session."""
         self.session: Session | None = None
+        self.task: asyncio.Task[None] | None = None
         self.mark_task: asyncio.Task[None] | None = None
         self.handoff: Handoff | None = None
         self.handler_task: asyncio.Task[object] | None = None
@@ -221,8 +224,8 @@ class PoolItem:
         self.stall_timer: asyncio.TimerHandle | None = None
         self.error: BaseException | None = None
         self.result: Mapping[str, str] = {}
-        self.open_sends: set[Bound] | None = None
-        """Writes in flight, which end when the lease is lost; None before the first one."""
+        self.open_sends: set[Bound] = set()
+        """The waits of the calls in flight, which end when the lease is lost."""
         self._changed: asyncio.Event | None = None
 
     @property
@@ -255,9 +258,12 @@ class PoolItem:
             raise RuntimeError(f"{self.id}: {transition!r} is not allowed in {self.state!r}")
         self.state = state
 
-    def end(self, reason: EndReason) -> None:
-        """Record a reason to end the session; a graver reason that was recorded before stays."""
-        if self.reason is None or reason > self.reason:
+    def end(self, reason: EndReason | None) -> None:
+        """Record a reason to end the session, if any; a graver one that was recorded before stays.
+
+        A reason of None has no effect.
+        """
+        if reason is not None and (self.reason is None or reason > self.reason):
             self.reason = reason
 
     def reason_of_lease(self, now: float) -> EndReason | None:
@@ -266,12 +272,6 @@ class PoolItem:
         if lease.begun and lease.held(now):
             return EndReason.STOP_REQUESTED if lease.stop_requested else None
         return REASONS_OF_LEASE.get(lease.status, EndReason.LOST)
-
-    def end_by_lease(self, now: float) -> None:
-        """Record the reason that the lease gives to end the session, if it gives one."""
-        reason = self.reason_of_lease(now)
-        if reason is not None:
-            self.end(reason)
 
     def notify(self) -> None:
         """Wake all tasks that wait in `until`."""

@@ -200,7 +200,7 @@ class Sender:
             now = self._clock()
             self.check(item, by_handler=True, now=now)
             try:
-                with self._open_bound(item, self._seconds_left(item, until, now)):
+                with Bound(self._seconds_left(item, until, now), open_bounds=item.open_sends):
                     return await call()
             except TimeoutError:
                 self.check(item, by_handler=True)
@@ -209,7 +209,7 @@ class Sender:
 
     def cut(self, item: PoolItem) -> None:
         """End the waits for the answers to calls for the item."""
-        for bound in list(item.open_sends or ()):
+        for bound in list(item.open_sends):
             bound.expire()
 
     async def _try_once(
@@ -224,11 +224,11 @@ class Sender:
         self.check(item, by_handler=request.by_handler, now=now)
         try:
             if not self._client.try_acquire_permit(request.priority):
-                with self._open_bound(item, self._seconds_left(item, until, now)):
+                with Bound(self._seconds_left(item, until, now), open_bounds=item.open_sends):
                     await self._client.acquire_permit(request.priority)
                 now = self._clock()
             seconds = min(self._request_timeout, self._seconds_left(item, until, now) / TRY_PART)
-            with self._open_bound(item, None):
+            with Bound(None, open_bounds=item.open_sends):
                 return await call(options, seconds)
         except TimeoutError:
             self.check(item, by_handler=request.by_handler)
@@ -245,12 +245,6 @@ class Sender:
         if until == math.inf:
             return left
         return min(until - asyncio.get_running_loop().time(), left)
-
-    def _open_bound(self, item: PoolItem, seconds: float | None) -> Bound:
-        """Return a bound of `seconds` for a call of the item; `cut` ends the wait earlier."""
-        if item.open_sends is None:
-            item.open_sends = set()
-        return Bound(seconds, open_bounds=item.open_sends)
 
 
 ControlPlaneErrors = (TransientError, RefusedError, ConflictError, PreconditionError)

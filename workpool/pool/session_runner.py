@@ -97,7 +97,6 @@ class SessionRunner:
         on_closed: Called once for each item, when it has ended.
 
     Attributes:
-        draining: Whether a drain has begun.
         on_claimed: Called for each claimed session, whose lease was held when its handler could
             start; None: no function.
         unstarted: The number of items in a row that ended without a call of a handler: their claim
@@ -113,7 +112,6 @@ class SessionRunner:
         on_finished: Callable[[PoolItem, Outcome, float], None],
         on_closed: Callable[[PoolItem], None],
     ) -> None:
-        self.draining = False
         self.on_claimed: Callable[[], None] | None = None
         self.unstarted = 0
         self._context = context
@@ -213,22 +211,22 @@ class SessionRunner:
             attempt=attempt.number,
             retry=attempt.retry,
         )
-        if self.draining:
+        if self._context.draining:
             await self.completion.mark(item, DRAIN_REASON, MARK_SECONDS)
         await self._claimer.begin(item)
         self._context.renewer.add(lease, item)
-        item.end_by_lease(self._context.clock())
+        item.end(item.reason_of_lease(self._context.clock()))
         counted_here = "update" in self._context.optional.refused
         to_count = counted_here or bool(attempt.opening())
-        if to_count and item.reason is None and not self.draining:
+        if to_count and item.reason is None and not self._context.draining:
             await self._open_attempt(item, session, attempt)
-            item.end_by_lease(self._context.clock())
+            item.end(item.reason_of_lease(self._context.clock()))
         if self.on_claimed is not None and item.reason is not EndReason.LOST:
             item.counted = True
             self.on_claimed()
         if lease.stop_requested:
             self._pass_on_stop(item, session)
-        if self.draining:
+        if self._context.draining:
             item.end(EndReason.DRAINED)
         return session
 
@@ -240,7 +238,7 @@ class SessionRunner:
             await _settle_mark(item.mark_task)
         if item.handoff is not None:
             await settle(item, item.handoff, self._context.renewer)
-        item.end_by_lease(self._context.clock())
+        item.end(item.reason_of_lease(self._context.clock()))
 
     def _pass_on_stop(self, item: PoolItem, session: Session) -> None:
         """Report an operator's request to stop once, and tell the session about it."""
@@ -317,7 +315,7 @@ class SessionRunner:
 
     def _report_lost(self, item: PoolItem, stage: ReclaimStage) -> None:
         """Report that the control plane said that another worker has the item."""
-        stage = "drain" if self.draining else stage
+        stage = "drain" if self._context.draining else stage
         log.info(
             "item reclaimed",
             extra={
