@@ -79,7 +79,7 @@ async def test_new_reservation_waits_behind_earlier_waiters() -> None:
     async with asyncio.TaskGroup() as group:
         first = group.create_task(queue.reserve())
         await run_ready_tasks()
-        queue.unreserve()  # granted, but the first waiter has not run yet
+        queue.unreserve()  # The place is granted, but the first waiter has not run yet.
         late = group.create_task(queue.reserve())
         await run_ready_tasks()
         assert first.done()
@@ -108,8 +108,8 @@ async def test_place_granted_to_reservation_cancelled_at_once_is_not_lost() -> N
         first = group.create_task(queue.reserve())
         second = group.create_task(queue.reserve())
         await run_ready_tasks()
-        queue.unreserve()  # grants the place to the first waiter …
-        first.cancel()  # … which is cancelled before it runs
+        queue.unreserve()  # The first waiter is granted the place and cancelled before it runs.
+        first.cancel()
         await second
     assert first.cancelled()
     assert queue.reserved == 1
@@ -130,7 +130,7 @@ async def test_dropped_items_free_their_places_and_wake_waiters() -> None:
     ("items", "taken", "full", "idle"),
     [(0, 0, False, True), (1, 0, False, False), (1, 1, False, False), (2, 1, True, False)],
 )
-async def test_full_and_idle_count_items_without_reservations(
+async def test_queue_full_and_idle_flags_ignore_reservations(
     items: int, taken: int, *, full: bool, idle: bool
 ) -> None:
     queue: BoundedQueue[str] = BoundedQueue(1, 1)
@@ -157,7 +157,7 @@ async def test_reservation_cancelled_while_a_place_becomes_free_raises_cancelled
     assert queue.reserved == 0
 
 
-async def test_places_of_discarded_slots_stay_unavailable() -> None:
+async def test_slot_discarded_after_its_last_use_stays_unavailable() -> None:
     queue: BoundedQueue[int] = BoundedQueue(2, 1, uses=2)
     assert queue.capacity == 2
     for used_up in (False, True):
@@ -213,7 +213,6 @@ class RandomQueueUsers:
 
 @pytest.mark.parametrize("seed", range(20))
 async def test_queue_under_random_use_and_cancellation_loses_no_place(seed: int) -> None:
-    """Random users reserve, wait, are cancelled, and deliver or not."""
     dice = random.Random(seed)  # noqa: S311 - repeatable, guards nothing
     queue: BoundedQueue[int] = BoundedQueue(2, dice.randrange(3))
     users, tasks = RandomQueueUsers(dice, queue), list[asyncio.Task[None]]()
@@ -246,7 +245,7 @@ async def test_item_set_aside_occupies_no_place() -> None:
     assert (queue.reserved, queue.waiting, queue.idle) == (2, 0, False)
 
 
-async def test_one_item_set_aside_for_each_place_is_enough() -> None:
+async def test_queue_sets_aside_no_more_items_than_places() -> None:
     queue: BoundedQueue[str] = BoundedQueue(1, 1)
     queue.set_aside("a")
     assert not queue.aside_full
@@ -281,7 +280,7 @@ async def test_released_place_goes_to_item_set_aside_before_a_poller() -> None:
     assert queue.reserved == 1
 
 
-async def test_free_place_among_items_set_aside_is_noticed_when_an_item_starts() -> None:
+async def test_wait_for_room_aside_ends_when_item_set_aside_starts() -> None:
     queue: BoundedQueue[str] = BoundedQueue(1, 0)
     queue.set_aside("a")
     async with asyncio.TaskGroup() as group:

@@ -21,7 +21,7 @@ THEN = datetime(2026, 3, 1, 12, tzinfo=UTC)
         (6.1, 0.01, "warn"),
         (-4.9, 0.01, "ok"),
         (-5.1, 0.01, "warn"),
-        (10.0, 8.0, "ok"),  # the answer may have been in flight that long
+        (10.0, 8.0, "ok"),  # The answer may have been in flight for as long as the request took.
         (3600.0, 0.01, "warn"),
     ],
 )

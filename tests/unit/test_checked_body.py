@@ -1,4 +1,4 @@
-"""The check of a request right before its bytes: a request that it refuses sends no byte."""
+"""The check that is called right before the bytes of a request: a refused request sends no byte."""
 
 from __future__ import annotations
 
@@ -36,11 +36,11 @@ def body_size_label(body: bytes | None) -> str:
 
 
 class CheckRefusal(Exception):
-    """The error that a check raises."""
+    """The error by which a check refuses a request."""
 
 
 class NetworkLikeRefusal(TimeoutError):
-    """A refusal by a check that looks like a network error, which would be retried."""
+    """A refusal whose class is that of a network error, after which aiohttp repeats a request."""
 
 
 @dataclass
@@ -48,7 +48,7 @@ class RecordingServer:
     """A server that records the bytes of each connection and answers each complete request.
 
     Attributes:
-        received: The bytes, by connection.
+        received: The received bytes of each connection.
         answers: Its answers in order, the last one repeatedly; None closes the connection.
     """
 
@@ -176,7 +176,7 @@ def traced_client_session() -> aiohttp.ClientSession:
 @pytest.mark.parametrize(
     "session", [no_client_session, client_session_of_caller, traced_client_session]
 )
-async def test_refused_check_sends_no_byte(
+async def test_request_refused_by_its_check_sends_no_byte(
     session: Any, body: bytes | None, endpoint: Any, *, used_before: bool
 ) -> None:
     async with (
@@ -197,7 +197,7 @@ async def test_refused_check_sends_no_byte(
 
 
 @pytest.mark.parametrize("endpoint", [ANY, READ], ids=["POST", "GET"])
-async def test_check_that_raises_network_error_is_not_repeated(endpoint: Any) -> None:
+async def test_request_whose_check_raises_network_error_is_not_repeated(endpoint: Any) -> None:
     async with recording_server() as server, connected_transport(server.url) as transport:
         await transport.send(*request_arguments(server.url, None))
         before = len(server)
@@ -241,7 +241,7 @@ async def test_every_call_for_an_item_calls_its_check(name: str, priority: Prior
 
 
 class DelayedResolver(AbstractResolver):
-    """A host resolver that answers when the test says so."""
+    """A host resolver that answers once `release` is set."""
 
     def __init__(self) -> None:
         self.asked, self.release = asyncio.Event(), asyncio.Event()
@@ -278,7 +278,7 @@ async def test_check_refusing_after_slow_host_lookup_sends_no_byte() -> None:
             resolver.release.set()
             await sending
     assert len(server) == 0
-    assert len(server.received) == 1  # one connection was opened and closed again
+    assert len(server.received) == 1  # The connection was opened, but carried no byte.
 
 
 async def assert_refused_by_check(call: Awaitable[object]) -> None:
@@ -334,7 +334,7 @@ async def assert_transient_error(call: Awaitable[object]) -> None:
 async def test_check_refusing_after_wait_for_free_connection_sends_no_byte() -> None:
     check = SwitchableCheck()
     connector = aiohttp.TCPConnector(limit=1)
-    hold: list[bytes | None] = [b""]  # this request is never answered
+    hold: list[bytes | None] = [b""]  # An empty answer leaves the first request unanswered.
     async with (
         recording_server(*hold) as server,
         aiohttp.ClientSession(connector=connector) as session,
@@ -371,7 +371,7 @@ async def test_check_refusing_after_wait_for_rate_limit_sends_no_byte() -> None:
     assert len(server) == 0
 
 
-async def test_request_bytes_follow_their_check_even_if_a_trace_of_the_caller_waits() -> None:
+async def test_request_is_sent_although_trace_callback_of_caller_waits() -> None:
     """The first bytes arrive while the trace of the caller's session still waits."""
     waiting, release = asyncio.Event(), asyncio.Event()
 

@@ -35,7 +35,7 @@ def refused_answer(status: int, retry_after: float | None = None) -> Fault:
 
 
 class ClaimTestbed:
-    """A claimer with a control plane, and the events and acks that it reports."""
+    """A claimer of a `LeaseTestbed` that records the reported events and results of acks."""
 
     def __init__(self, bench: LeaseTestbed, window: float | None = None) -> None:
         self.bench = bench
@@ -126,7 +126,7 @@ async def test_ack_that_may_have_been_applied_is_repeated_while_its_lease_lasts(
 async def test_ack_that_may_have_been_applied_is_not_repeated_after_its_lease(
     testbed: type[LeaseTestbed],
 ) -> None:
-    """With a long window it was: the item was leased to a pool that counted the lease as over."""
+    """A later ack would lease the item to a pool for which the lease has already ended."""
     one = testbed(ack=[Fault(answer=500, applied=False)] * 999)
     async with one.open_clients():
         _, result = await ClaimTestbed(one, window=300).acknowledge_item()
@@ -141,7 +141,7 @@ async def test_repeated_ack_that_waits_beyond_its_lease_is_not_sent(
     one = testbed(ack=[Fault(answer=500, applied=False), Fault(wait=1)])
     async with one.open_clients(), asyncio.TaskGroup() as group:
         task = group.create_task(ClaimTestbed(one).acknowledge_item())
-        await asyncio.sleep(0.9)  # the second ack waits for the rate limit or a connection
+        await asyncio.sleep(0.9)  # The second ack waits for the rate limit or a connection.
         one.loop.suspend(ACK_LEASE_SECONDS)
         item, result = await task
         assert result == "error"
@@ -153,10 +153,10 @@ async def test_repeated_ack_that_waits_beyond_its_lease_is_not_sent(
     ("status", "result", "reported"),
     [(404, "gone", 0), (409, "conflict", 1), (412, "conflict", 1), (403, "error", 1)],
 )
-def test_refused_ack_is_never_repeated_nor_reported_to_pollers(
+def test_refused_ack_is_not_repeated_and_is_reported_unless_item_is_gone(
     testbed: type[LeaseTestbed], status: int, result: str, reported: int
 ) -> None:
-    """A missing item says nothing about other items."""
+    """Pollers wait after a conflict, but a missing item gives them no reason to wait."""
 
     @in_virtual_time
     async def check_refused_ack() -> None:
@@ -298,7 +298,7 @@ async def test_first_heartbeat_of_item_held_by_another_worker_is_not_repeated(
 async def test_unsettled_item_held_by_another_worker_is_neither_read_nor_run(
     testbed: type[LeaseTestbed],
 ) -> None:
-    """A read would show the `acknowledged_at` of the holder, as the repeated ack did."""
+    """A read proves nothing: it shows the holder's `acknowledged_at`, as the repeated ack did."""
     one = testbed(ack=[answer_with_state("active")], heartbeat=[UNSENT])
     async with one.open_clients():
         item = await one.claim_item()

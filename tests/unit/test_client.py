@@ -240,7 +240,7 @@ async def test_each_error_status_raises_its_own_exception_class(
     control_plane.enqueue()
     item = await polled_item(client)
     with pytest.raises(ConflictError):
-        await client.heartbeat(item.id)  # the item is queued
+        await client.heartbeat(item.id)  # A queued item has no lease that a heartbeat could extend.
     await client.ack(item.id)
     with pytest.raises(PreconditionError):
         await client.heartbeat(item.id, "2026-01-01T00:00:00.000000Z")
@@ -432,7 +432,7 @@ async def test_client_used_before_opening_raises_runtime_error(control_plane: Co
     client = WorkClient(settings_for(control_plane))
     with pytest.raises(RuntimeError, match="async with"):
         await client.poll()
-    for _ in range(2):  # a closed client may be opened again
+    for _ in range(2):  # A closed client may be opened again.
         async with client:
             assert await client.poll() is None
             with pytest.raises(RuntimeError, match="open already"):
@@ -468,7 +468,7 @@ async def test_session_of_caller_stays_open_after_client_closes(
         assert not session.closed
 
 
-async def test_request_under_way_in_session_of_caller_is_bounded_after_client_closes(
+async def test_request_in_session_of_caller_times_out_after_client_closes(
     control_plane: ControlPlane, middleware: RecordingMiddleware
 ) -> None:
     middleware.hold = asyncio.Event()
@@ -537,7 +537,7 @@ async def test_poll_time_includes_block_ms_besides_timeout(control_plane: Contro
         started = time.monotonic()
         assert await client.poll(150) is None
         assert time.monotonic() - started >= 0.15
-    # The control plane holds this poll for longer than a plain request may take.
+    # The given timeout ends the poll, although the control plane would hold it for 999 ms.
     async with WorkClient(settings_for(control_plane, request_timeout=0.3)) as client:
         with pytest.raises(TransientError):
             await client.poll(999, timeout=0.3)
@@ -586,11 +586,13 @@ def spend_rate_limit(limiter: RateLimiter) -> int:
 async def test_reads_and_writes_are_limited_separately(control_plane: ControlPlane) -> None:
     control_plane.enqueue()
     async with WorkClient(settings_for(control_plane, read_rate=0.004, write_rate=0.004)) as client:
-        item = await polled_item(client)  # the only read that the rate allows in four minutes
+        # This poll is the only read that the rate allows in four minutes.
+        item = await polled_item(client)
         with pytest.raises(TransientError, match="our own rate limit") as raised:
             await client.stats(timeout=0.01)
         assert raised.value.reason == "timeout"
-        await client.ack(item.id)  # the only write that the rate allows
+        # This ack is the only write that the rate allows in four minutes.
+        await client.ack(item.id)
         for call in (
             client.stop(item.id, timeout=0.01),
             client.update_metadata(item.id, {}, timeout=0.01),
@@ -599,7 +601,7 @@ async def test_reads_and_writes_are_limited_separately(control_plane: ControlPla
             with pytest.raises(TransientError, match="our own rate limit"):
                 await call
         for _ in range(3):
-            await client.heartbeat(item.id, None)  # heartbeats never wait
+            await client.heartbeat(item.id, None)  # Heartbeats never wait for the rate limit.
 
 
 async def test_wait_for_rate_limit_is_reported_with_its_seconds(
@@ -711,7 +713,7 @@ async def test_calls_waiting_for_rate_limit_are_sent_by_priority(
             while sum(map(len, limiter._line._waiters.values())) < 4:  # noqa: ASYNC110 - no event tells that a call waits
                 await asyncio.sleep(0)
             for op in ("stop", "ack", "update", "update"):
-                limiter.refund()  # instead of the time that fills the bucket
+                limiter.refund()  # A refund frees one token, as the passing of time would.
                 assert await sent.get() == op
 
 

@@ -53,7 +53,7 @@ def test_short_flag_prints_the_help_text(path: str) -> None:
 def test_each_setting_but_the_credentials_has_a_flag(command: str) -> None:
     flags = {opt for each in COMMANDS[f"workpool {command}"].params for opt in each.opts}
     assert {flag_of(name) for name in DESCRIPTIONS if name not in WITHOUT_FLAG} <= flags
-    assert "plugins" in flags  # the name of the argument PLUGIN
+    assert "plugins" in flags  # The argument PLUGIN sets `plugins`, which has no flag.
     for name in ("token", "api_key", "extra_headers"):
         assert flag_of(name) not in flags
 
@@ -85,7 +85,7 @@ def test_each_option_with_a_value_shows_its_default(path: str) -> None:
 def test_every_help_text_has_examples_that_can_be_parsed(
     path: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    # these variables are set where a parent process starts a worker
+    # `workpool hold` requires these variables, which a parent process sets.
     for name in (WORK_ID, LAST_HEARTBEAT):
         monkeypatch.setenv(name, "x")
     lines = help_examples(COMMANDS[path])

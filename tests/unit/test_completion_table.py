@@ -38,7 +38,7 @@ COPY = [
 
 
 class EndedSession:
-    """A session with these end reasons, or a lease with these attributes."""
+    """A stand-in with the attributes of an ended item or of its lease."""
 
     def __init__(self, **attributes: Any) -> None:
         self.id = "work_1"
@@ -128,7 +128,7 @@ def test_invalid_release_delay_is_replaced_by_default(delay: Any, seconds: float
     assert delay_of(release) == seconds
 
 
-def test_longest_release_in_exception_group_counts() -> None:
+def test_exception_group_of_releases_uses_longest_delay() -> None:
     short, long = Release("short", 11), Release("long", 19)
     assert release_of(short) is short
     assert release_of(ExceptionGroup("g", [short, ExceptionGroup("g", [long])])) is long
@@ -145,5 +145,6 @@ def test_release_in_deeply_nested_exception_group_is_recognised() -> None:
     for _ in range(5_000):
         error = ExceptionGroup("g", [error])
     assert release_of(error) is innermost
-    while isinstance(error, ExceptionGroup):  # freed one by one, because their destructors recurse
+    # Free the groups one by one: the destructor of a deeply nested group recurses.
+    while isinstance(error, ExceptionGroup):
         (error,) = error.exceptions

@@ -39,9 +39,11 @@ STOP = CallOptions(priority=Priority.COMPLETION)
 
 @dataclass
 class ConnectionServer:
-    """A server that answers by the first line and the connection of a request; None: no answer.
+    """A server that records the first line of each request and counts its connections.
 
     Attributes:
+        answer: Returns the answer to a request from its head and the number of its connection;
+            None leaves the request without an answer.
         lines: The first line of each request, in order.
         connections: The number of accepted connections.
     """
@@ -136,9 +138,8 @@ async def test_pool_calls_do_not_wait_for_two_hundred_handler_calls() -> None:
             group.create_task(client.update_metadata(WORK, {"step": str(number)}))
             for number in range(200)
         ]
-        await server.wait_for_requests(
-            17
-        )  # calls of handlers: one for each session, and sixteen more
+        # Calls of handlers have one connection for each session and sixteen more.
+        await server.wait_for_requests(17)
         await client.stop(WORK, force=True, timeout=20, options=STOP)
         asked: list[asyncio.Task[Any]] = [
             group.create_task(client.poll()),
@@ -177,7 +178,7 @@ async def test_call_with_new_connection_reuses_no_connection() -> None:
 
 
 async def test_retry_after_silent_connection_uses_new_connection() -> None:
-    """Every pooled connection is dead, but none was closed."""
+    """After a network failure, pooled connections are silent although nobody closed them."""
     silent = False
 
     def answer_unless_silent(_: str, connection: int) -> bytes | None:
@@ -187,7 +188,8 @@ async def test_retry_after_silent_connection_uses_new_connection() -> None:
         running_server(answer_unless_silent) as server,
         WorkClient(server.settings_for_url()) as client,
     ):
-        async with asyncio.TaskGroup() as group:  # opens two pooled connections
+        # Two calls at once open two connections, which stay in the pool.
+        async with asyncio.TaskGroup() as group:
             for _ in range(2):
                 group.create_task(client.stop(WORK, options=STOP))
         assert server.connections == 2
@@ -431,12 +433,13 @@ def test_endless_informational_responses_do_not_block_event_loop() -> None:
         flood.kill()
         flood.wait()
         flood.stdout.close()
-    assert max(after - before for before, after in pairwise(times)) < 0.8  # seconds of CPU time
+    longest_turn_cpu_seconds = max(after - before for before, after in pairwise(times))
+    assert longest_turn_cpu_seconds < 0.8
 
 
 @pytest.mark.parametrize("priority", [Priority.COMPLETION, Priority.HANDLER])
 async def test_connection_receives_limited_number_of_bytes_at_once(priority: Priority) -> None:
-    """All bytes that are received at once are parsed in one turn of the loop."""
+    """The loop parses all bytes that it receives at once in one turn, which blocks other calls."""
     sizes: list[int] = []
     connect = socket.socket.setsockopt
 

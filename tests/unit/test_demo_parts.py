@@ -85,7 +85,7 @@ class DemoTestbed:
 def test_demo_state_shows_session_reclaimed_by_second_worker() -> None:
     scene = DemoTestbed()
     assert scene.claim_item("one") == []
-    assert scene.state.held_by("one") == []  # a session counts from its first heartbeat
+    assert scene.state.held_by("one") == []  # A worker holds a session from the first heartbeat on.
     scene.send_heartbeat("one")
     assert scene.state.held_by("one") == ["session 01"]
     assert scene.expire_lease() == ["session 01 is free again: the lease of one lapsed"]
@@ -259,7 +259,7 @@ def test_demo_view_without_terminal_prints_lines(
     page = io.StringIO()
     with View(Console(file=page, width=40)) as plain:
         plain.draw(demo_state)
-        assert page.getvalue() == ""  # drawn at most once per LINE_SECONDS
+        assert page.getvalue() == ""  # Lines are printed at most once per LINE_SECONDS.
         monkeypatch.setattr(demo_view, "LINE_SECONDS", 0.0)
         plain.draw(demo_state)
         plain.show("one", "hello")

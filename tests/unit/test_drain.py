@@ -1,4 +1,4 @@
-"""The drain: its deadline never moves to a later time, and it does not wait for stuck sessions."""
+"""The drain of a pool: its deadline never moves to a later time, stuck sessions are abandoned."""
 
 from __future__ import annotations
 
@@ -184,7 +184,7 @@ async def test_drain_keeps_time_and_timeout_of_first_request() -> None:
 
 
 @in_virtual_time
-async def test_pool_end_survives_cancellations_and_raises_the_last_one() -> None:
+async def test_end_of_pool_completes_despite_cancellations_and_raises_last_one() -> None:
     drain, ended = Drain(), list[str]()
 
     async def end_pool() -> None:
@@ -204,7 +204,7 @@ async def test_pool_end_survives_cancellations_and_raises_the_last_one() -> None
 
 
 @in_virtual_time
-async def test_pool_end_without_cancellation_raises_nothing() -> None:
+async def test_end_of_pool_without_cancellation_requests_no_drain() -> None:
     drain = Drain()
     await see_through(lambda: asyncio.sleep(1), drain)
     assert not drain.requested.is_set()

@@ -56,7 +56,7 @@ def refused_settings(read: Callable[..., object], **values: Any) -> tuple[str, .
     return raised.value.problems
 
 
-def test_each_table_has_the_settings_of_one_environment(config: Callable[[str], Path]) -> None:
+def test_environment_table_has_settings_of_its_environment(config: Callable[[str], Path]) -> None:
     process, (first, second) = Settings.of_environments(config=config(TWO))
     assert (process.environment_id, process.concurrency) == (None, 10)
     assert (first.environment_id, second.environment_id) == ("env_a", "env_b")
@@ -66,13 +66,15 @@ def test_each_table_has_the_settings_of_one_environment(config: Callable[[str], 
     assert (first.plugins, second.plugins) == (("reports",), ("chat",))
 
 
-def test_file_without_tables_has_no_environments(config: Callable[[str], Path]) -> None:
+def test_config_file_without_environment_tables_has_no_environments(
+    config: Callable[[str], Path],
+) -> None:
     process, environments = Settings.of_environments(config=config("[workpool]\nconcurrency = 3"))
     assert (process.concurrency, environments) == (3, ())
 
 
 @pytest.mark.parametrize("by_variable", [False, True])
-def test_environment_id_chooses_the_table_of_that_environment(
+def test_environment_id_selects_table_of_that_environment(
     config: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch, *, by_variable: bool
 ) -> None:
     values = {} if by_variable else {"environment_id": "env_b"}
@@ -85,7 +87,7 @@ def test_environment_id_chooses_the_table_of_that_environment(
     assert chosen == Settings(config=config(TWO), **values)
 
 
-def test_table_wins_over_variable_and_keyword_wins_over_table(
+def test_environment_table_overrides_variable_and_keyword_overrides_table(
     config: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("WORKPOOL_LEASE_TTL", "40")
@@ -97,7 +99,7 @@ def test_table_wins_over_variable_and_keyword_wins_over_table(
     assert [each.lease_ttl for each in given] == [50, 50]
 
 
-def test_concurrency_of_an_environment_is_at_most_that_of_the_process(
+def test_concurrency_of_environment_is_limited_to_that_of_process(
     config: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("WORKPOOL_CONCURRENCY", "3")
@@ -105,12 +107,12 @@ def test_concurrency_of_an_environment_is_at_most_that_of_the_process(
     assert (process.concurrency, [each.concurrency for each in environments]) == (3, [3, 3])
 
 
-def test_process_needs_one_session_for_each_environment(config: Callable[[str], Path]) -> None:
+def test_concurrency_below_number_of_environments_is_refused(config: Callable[[str], Path]) -> None:
     problems = refused_settings(Settings.of_environments, config=config(TWO), concurrency=1)
     assert problems == ("concurrency: must be 2 or more, one for each environment",)
 
 
-def test_error_in_a_table_names_file_table_and_key(config: Callable[[str], Path]) -> None:
+def test_error_in_environment_table_names_file_table_and_key(config: Callable[[str], Path]) -> None:
     path = config(f"""
         [workpool]
         block_ms = 5000
@@ -131,7 +133,7 @@ def test_error_in_a_table_names_file_table_and_key(config: Callable[[str], Path]
 
 
 @pytest.mark.parametrize("name", [*sorted(PROCESS_SETTINGS), "environment_id", "plugin"])
-def test_table_refuses_what_belongs_to_the_process(
+def test_setting_of_whole_process_in_environment_table_is_refused(
     config: Callable[[str], Path], name: str
 ) -> None:
     path = config(f"[workpool.environments.env_a]\n{name} = 1\n")
@@ -158,7 +160,7 @@ def test_table_refuses_what_belongs_to_the_process(
         ),
     ],
 )
-def test_wrong_form_of_the_tables_is_an_error_with_the_file(
+def test_malformed_environment_tables_are_refused_with_file_name(
     config: Callable[[str], Path], text: str, problem: str
 ) -> None:
     path = config(f"[workpool]\n{text}")
@@ -167,20 +169,20 @@ def test_wrong_form_of_the_tables_is_an_error_with_the_file(
     assert problem in found
 
 
-def test_name_of_a_table_must_be_an_id(config: Callable[[str], Path]) -> None:
+def test_environment_table_named_by_invalid_id_is_refused(config: Callable[[str], Path]) -> None:
     path = config('[workpool.environments."a b"]')
     [problem] = refused_settings(Settings.of_environments, config=path)
     assert problem.startswith("environment_id: must be 1 to 128 letters, digits, _ or - (from ")
 
 
-def test_environment_id_beside_the_tables_is_an_error(config: Callable[[str], Path]) -> None:
+def test_environment_id_beside_environment_tables_is_refused(config: Callable[[str], Path]) -> None:
     path = config(TWO.replace("[workpool]", '[workpool]\nenvironment_id = "env_a"'))
     [problem] = refused_settings(Settings.of_environments, config=path)
     assert "the tables [workpool.environments.ID] name the environments" in problem
     assert str(path) in problem
 
 
-def test_environment_without_table_in_file_cannot_be_chosen(
+def test_environment_id_without_table_in_file_is_refused(
     config: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("WORKPOOL_ENVIRONMENT_ID", HIDDEN)
@@ -191,7 +193,7 @@ def test_environment_without_table_in_file_cannot_be_chosen(
     )
 
 
-def test_settings_without_a_chosen_environment_name_those_of_the_file(
+def test_error_without_environment_id_lists_environments_of_file(
     config: Callable[[str], Path],
 ) -> None:
     settings = Settings(config=config(TWO))
@@ -201,7 +203,7 @@ def test_settings_without_a_chosen_environment_name_those_of_the_file(
     )
 
 
-def test_options_of_a_plugin_that_only_another_environment_runs_are_left_out(
+def test_options_of_plugin_of_another_environment_are_left_out(
     config: Callable[[str], Path],
 ) -> None:
     tables = "[workpool.plugin.reports]\n[workpool.plugin.chat]\n[workpool.plugin.nobody]\n"

@@ -1,4 +1,4 @@
-"""Event streams in virtual time over connections that fail in many ways."""
+"""Event streams of a session in virtual time, over connections that fail in many ways."""
 
 from __future__ import annotations
 
@@ -80,7 +80,7 @@ async def test_event_stream_without_keep_alives_is_reopened() -> None:
             with pytest.raises(TimeoutError):
                 async with asyncio.timeout(450):
                     await anext(stream)
-    assert 9 <= bench.opened_stream_count <= 11  # reopened every 45 s plus backoff
+    assert 9 <= bench.opened_stream_count <= 11  # The stream is reopened every 45 s plus backoff.
 
 
 @in_virtual_time
@@ -103,7 +103,7 @@ async def test_event_stream_backoff_grows_to_ten_seconds_and_restarts_after_even
     bench.emit_event(0)
     async with bench.client as client, client.events(bench.session_id).stream() as stream:
         assert (await anext(stream))["number"] == 0
-        # Full jitter: 0.25 s, 0.5 s, 1 s, 2 s, 4 s, then 5 s each on average.
+        # With full jitter, the mean delays are 0.25 s, 0.5 s, 1 s, 2 s, 4 s, and then 5 s each.
         assert 600 < bench.loop.time() < 1400
         assert stream._backoff.failures == 0
 
@@ -130,7 +130,7 @@ async def test_event_stream_without_timely_answer_is_requested_again() -> None:
 
 
 class EndlessHistory:
-    """A history whose pages never end; `make` returns the ids of a page by its number."""
+    """An event history without a last page; `make` returns the event ids of a page number."""
 
     resumes = False
 
@@ -158,7 +158,7 @@ class EndlessHistory:
 
 
 class StreamWithoutEvents:
-    """A stream without events."""
+    """An open stream that sends no events."""
 
     async def read(self) -> bytes:
         await asyncio.Event().wait()
@@ -199,7 +199,7 @@ async def test_event_stream_with_endless_history_requests_pages_slowly() -> None
     with pytest.raises(TimeoutError):
         async with asyncio.timeout(600), SessionEvents(endless, "sess_1").stream() as stream:
             await anext(stream)
-    # 5 s for 100 pages, then 5 s of backoff on average
+    # Reading 100 pages takes 5 s, and the backoff that follows takes 5 s on average.
     assert len(endless.asked) < 0.75 * 600 * PAGES_PER_SECOND
 
 
@@ -234,7 +234,7 @@ def test_page_token_too_long_for_url_is_malformed() -> None:
 
 
 class FailingEventCalls:
-    """Event calls that fail as `conditions` say, call by call, and succeed afterwards."""
+    """Event calls that each take the next of `conditions`, and succeed after the last one."""
 
     def __init__(
         self, calls: EventCalls, conditions: Iterator[str], *, resumes: bool, replays: bool
@@ -270,7 +270,7 @@ class FailingEventCalls:
 
 
 class FailingEventStream:
-    """An open stream; one that was cut ends after its earlier events or half an event."""
+    """An open stream that may fall silent, send a malformed frame, or end within an event."""
 
     def __init__(self, stream: OpenStream, way: FailingEventCalls) -> None:
         self._stream = stream
@@ -307,7 +307,7 @@ CONDITIONS = st.sampled_from(["fine", "fine", "fine", "slow", "broken", "silent"
     resumes=st.booleans(),
     replays=st.booleans(),
 )
-# A page that fails after a page with the first events:
+# The second page of the history fails after the first page has returned events.
 @example(
     conditions=["fine", "fine", "broken"],
     pauses=[0.0] * 5,
@@ -315,11 +315,11 @@ CONDITIONS = st.sampled_from(["fine", "fine", "fine", "slow", "broken", "silent"
     resumes=False,
     replays=False,
 )
-# A stream without keep-alives whose reader waits only now and then:
+# The stream falls silent while its reader is busy most of the time.
 @example(
     conditions=["fine"] * 3 + ["silent"], pauses=[7.0] * 3, patience=3.0, resumes=True, replays=True
 )
-# A stream without keep-alives whose reader waits for short times only:
+# The stream falls silent, and each wait of its reader is shorter than the stall time.
 @example(
     conditions=["fine", "fine", "silent"],
     pauses=[7.0] * 3,
@@ -351,7 +351,8 @@ def test_events_after_any_failure_arrive_once_and_in_order(
                             received.append(await anext(stream))
                             flags.append(stream.caught_up)
                     except TimeoutError:
-                        assert bench.loop.time() < 100_000  # every event arrives in finite time
+                        # A reader that waits longer has missed an event.
+                        assert bench.loop.time() < 100_000
         assert [event["id"] for event in received] == bench.emitted_ids
         assert flags[-1:] in ([], [True])
 

@@ -66,7 +66,7 @@ def test_release_caused_by_exhaustion_keeps_its_reason_and_delay() -> None:
 
 
 def test_thread_that_cannot_start_is_recognised_as_exhaustion() -> None:
-    """The error of Python has no class of its own and is recognised by its text."""
+    """Python raises a plain RuntimeError, which only its text tells from other errors."""
     program = """
 import resource, threading
 from workpool.errors import exhausted

@@ -12,12 +12,12 @@ from workpool.settings import Settings
 UPTIME = 600
 
 
-async def test_uptime_counts_from_start_of_process_and_not_of_a_pool_that_started_again(
+async def test_uptime_limit_after_pool_restart_counts_from_process_start(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     limits = ExitLimits(Settings(exit_after_uptime=UPTIME))
     with pytest.raises(TimeoutError):
-        async with asyncio.timeout(0):  # the wait of a pool that fails
+        async with asyncio.timeout(0):  # This wait ends like that of a pool that fails.
             await limits.wait()
     loop = asyncio.get_running_loop()
     clock = loop.time

@@ -38,7 +38,7 @@ COUNTS_FILES = pytest.mark.skipif(not FDS.exists(), reason="counts open files in
 
 
 class HealthReasons:
-    """Health reasons that a test can change."""
+    """The reasons for which `/healthz` and `/readyz` report failure; a test changes them."""
 
     def __init__(self) -> None:
         self.health: list[str] = []
@@ -296,7 +296,7 @@ async def test_listen_address_of_another_host_is_an_error(registry: CollectorReg
 
 
 def open_resources() -> tuple[Multiset[str], set[str], int]:
-    """Return the open sockets, workpool threads and tasks of this process."""
+    """Return the open sockets, the exporter's threads and the number of tasks of this process."""
     sockets = Multiset(
         link for fd in FDS.iterdir() if (link := link_target(fd)).startswith("socket:")
     )
@@ -307,7 +307,7 @@ def open_resources() -> tuple[Multiset[str], set[str], int]:
 def link_target(path: Path) -> str:
     try:
         return str(path.readlink())
-    except OSError:  # the descriptor of the directory listing itself
+    except OSError:  # The descriptor of the directory listing itself is closed by now.
         return ""
 
 
@@ -430,7 +430,8 @@ async def test_hanging_collector_does_not_delay_closing_of_exporter(
 ) -> None:
     stuck = HangingCollector()
     registry.register(stuck)
-    async with asyncio.timeout(15):  # the collector hangs for 20 s
+    # The collector hangs for 20 s, which closing must not wait for.
+    async with asyncio.timeout(15):
         async with make_exporter(registry, health_reasons) as exporter:
             client = await connect_without_reading(
                 exporter.port, b"GET /metrics HTTP/1.1\r\nHost: x\r\n\r\n"

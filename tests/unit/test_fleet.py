@@ -1,4 +1,4 @@
-"""The numbers of several environments of the same workers."""
+"""Load and recommended replicas of workers that serve several environments."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 
 def fleet_with_loads(loads: Mapping[str, FleetLoad | None], slots: Mapping[str, int]) -> Fleet:
-    """Return a fleet whose readers have read these loads; None: nothing yet."""
+    """Return a fleet whose readers have read these loads, or nothing yet where a load is None."""
     client = WorkClient(Settings(environment_id="env_a"))
     readers = {}
     for number, (environment_id, load) in enumerate(loads.items(), start=1):
@@ -25,7 +25,7 @@ def fleet_with_loads(loads: Mapping[str, FleetLoad | None], slots: Mapping[str, 
     return Fleet(readers, slots, ReplicaRule(7, 1, 20))
 
 
-def test_numbers_of_several_environments_are_sums_and_the_greatest_age() -> None:
+def test_fleet_numbers_of_two_environments_are_sums_with_greatest_age() -> None:
     loads = {"env_a": FleetLoad(3, 1, 6, 4.5), "env_b": FleetLoad(1, 0, 4, 9.0, lower_bound=True)}
     numbers = fleet_with_loads(loads, {"env_a": 8, "env_b": 8}).numbers()
     assert numbers is not None
@@ -34,7 +34,7 @@ def test_numbers_of_several_environments_are_sums_and_the_greatest_age() -> None
     assert (numbers["recommended_replicas"], numbers["age_seconds"]) == (3, 2.0)
 
 
-def test_environment_with_few_slots_needs_more_workers_than_the_sum() -> None:
+def test_recommended_replicas_are_those_of_the_environment_that_needs_most() -> None:
     loads = {"env_a": FleetLoad(0, 0, 0), "env_b": FleetLoad(9, 0, 0)}
     fleet = fleet_with_loads(loads, {"env_a": 8, "env_b": 2})
     numbers, few = fleet.numbers(), fleet.numbers_of("env_b")
@@ -43,12 +43,12 @@ def test_environment_with_few_slots_needs_more_workers_than_the_sum() -> None:
     assert numbers["recommended_replicas"] == few["recommended_replicas"] == 5
 
 
-def test_numbers_are_unknown_while_one_environment_is_not_read() -> None:
+def test_fleet_numbers_are_unknown_while_one_environment_is_not_read() -> None:
     fleet = fleet_with_loads({"env_a": FleetLoad(1, 0, 0), "env_b": None}, {"env_a": 8, "env_b": 8})
     assert fleet.numbers() is None
     assert fleet.numbers_of("env_a") is not None
     assert fleet.unready() == ["env_b: the queue is not read to its end yet"]
 
 
-def test_total_of_no_load_is_nothing() -> None:
+def test_total_load_of_no_environment_is_zero() -> None:
     assert total_load([]) == FleetLoad(0, 0, 0)

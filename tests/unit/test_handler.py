@@ -32,7 +32,8 @@ class CallableHandler:
 
 def test_handler_without_arguments_takes_every_session() -> None:
     function = new_handler_function()
-    marked: Signature = handler(function)  # mypy: the signature is kept
+    # This annotation makes mypy check that the decorator keeps the signature.
+    marked: Signature = handler(function)
     assert marked is function
     rule = rule_of(function)
     assert rule is not None

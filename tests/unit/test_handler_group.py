@@ -31,7 +31,7 @@ async def test_handler_group_cancelled_at_any_turn_of_its_start_leaves_no_task(t
     hosts = [task for task in asyncio.all_tasks() if task.get_name() == "workpool-handlers"]
     assert not hosts
     del entering
-    gc.collect()  # exceptions that were never retrieved are reported only now
+    gc.collect()  # A collection reports the exceptions of tasks that nobody has retrieved.
     assert not problems
 
 

@@ -85,7 +85,7 @@ async def test_five_quick_failures_in_a_row_mark_handler_as_failing() -> None:
     bench.end_session()
     assert bench.is_failing
     assert not bench.health.may_claim(BROKEN)
-    assert bench.health.may_claim(OTHER)  # failures are counted per handler
+    assert bench.health.may_claim(OTHER)  # Failures are counted for each handler separately.
 
 
 @in_virtual_time
@@ -125,7 +125,7 @@ ENDS: list[tuple[Outcome, float, BaseException | None, bool]] = [
     ("stopped", 0.5, None, False),
     ("lease_lost", 0.5, None, False),
     ("detached", 0.5, None, False),
-    # released for exhaustion, after any time
+    # A release for exhaustion counts as a failure, however long the session ran.
     ("released", 100.0, FULL, True),
     ("released", 100.0, MemoryError(), True),
     ("released", 100.0, OSError(errno.EMFILE, "x"), True),
@@ -194,7 +194,7 @@ def test_session_that_completes_or_runs_longer_resets_failing_handler(
         again.fail_sessions(4)
         again.end_session(outcome, seconds)
         again.end_session()
-        assert again.is_failing != resets  # 4 + 1 failures, or 1
+        assert again.is_failing != resets  # Without a reset, these are 4 + 1 failures in a row.
 
     check_failures_are_reset()
 
@@ -228,7 +228,8 @@ async def test_pause_of_failing_handler_doubles_up_to_thirty_seconds() -> None:
     bench.fail_sessions()
     before = bench.loop.time()
     await bench.health.admission()
-    assert bench.loop.time() - before == pytest.approx(1)  # the pause starts again at 1 s
+    # After a success, the pause starts again at 1 s.
+    assert bench.loop.time() - before == pytest.approx(1)
 
 
 @in_virtual_time
@@ -266,10 +267,10 @@ async def test_admission_waits_for_running_session_of_failing_handler() -> None:
 @in_virtual_time
 async def test_admission_of_two_paused_handlers_ends_with_shorter_pause() -> None:
     bench = HealthTestbed()
-    bench.fail_sessions(FAILURES + 2)  # this handler pauses for 4 s
+    bench.fail_sessions(FAILURES + 2)  # BROKEN pauses for 4 s.
     await asyncio.sleep(1)
     for _ in range(FAILURES):
-        bench.end_session(handler=OTHER)  # this handler pauses for 1 s
+        bench.end_session(handler=OTHER)  # OTHER pauses for 1 s.
     before = bench.loop.time()
     await bench.health.admission()
     assert bench.loop.time() - before == pytest.approx(1)
@@ -281,9 +282,9 @@ async def test_admission_with_one_running_and_one_paused_handler_ends_with_the_p
     """One handler runs its session after its pause; the other handler may claim in 4 s."""
     bench = HealthTestbed()
     for _ in range(FAILURES):
-        bench.end_session(handler=OTHER)  # this handler pauses for 1 s
+        bench.end_session(handler=OTHER)  # OTHER pauses for 1 s.
     bench.owned[OTHER] = 1
-    bench.fail_sessions(FAILURES + 2)  # this handler pauses for 4 s
+    bench.fail_sessions(FAILURES + 2)  # BROKEN pauses for 4 s.
     await bench.health.admission()
     assert bench.loop.time() == pytest.approx(4)
     assert bench.health.may_claim(BROKEN)

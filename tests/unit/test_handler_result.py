@@ -34,18 +34,18 @@ class OrderResult:
 @pytest.mark.parametrize(
     "returned", [{}, {"a": "b"}, {"a": ""}, {"": "b"}, {"ü": "☃"}, MappingProxyType({"a": "b"})]
 )
-def test_mapping_of_strings_is_written_key_by_key(returned: Mapping[str, str]) -> None:
+def test_result_of_strings_is_written_key_by_key(returned: Mapping[str, str]) -> None:
     assert metadata_of(returned, None) == returned
 
 
-def test_mapping_of_strings_is_copied() -> None:
+def test_result_of_strings_is_copied() -> None:
     returned = {"a": "b"}
     result = metadata_of(returned, None)
     returned["a"] = "changed"
     assert result == {"a": "b"}
 
 
-def test_none_writes_nothing() -> None:
+def test_result_none_writes_no_metadata() -> None:
     assert metadata_of(None, None) == {}
     assert metadata_of(None, LIMITS) == {}
 
@@ -67,7 +67,8 @@ def test_none_writes_nothing() -> None:
         ({"a": MappingProxyType({"b": UserList([1])})}, '{"a":{"b":[1]}}'),
         (UserDict({"a": 1}), '{"a":1}'),
         (range(2), "[0,1]"),
-        # The type `JSON` excludes it, but a finished result must not be lost.
+        # The type `JSON` excludes these values, but the result of a finished session must not be
+        # lost.
         ({"at": datetime(2026, 3, 1, tzinfo=UTC)}, '{"at":"2026-03-01T00:00:00+00:00"}'),
         (OrderResult(7), '{"amount":7}'),
         (uuid.UUID(int=0), '"00000000-0000-0000-0000-000000000000"'),
@@ -75,7 +76,7 @@ def test_none_writes_nothing() -> None:
     ],
     ids=lambda value: value if isinstance(value, str) else type(value).__name__,
 )
-def test_other_value_is_written_as_compact_json(returned: Any, text: str) -> None:
+def test_result_other_than_strings_is_written_as_compact_json(returned: Any, text: str) -> None:
     assert metadata_of(returned, None) == {"workpool.result": text}
 
 
@@ -85,7 +86,7 @@ def test_other_value_is_written_as_compact_json(returned: Any, text: str) -> Non
      "secret \ud800", memoryview(b"secret")],
     ids=lambda value: type(value).__name__,
 )  # fmt: skip
-def test_value_that_is_no_json_is_refused_and_not_quoted(returned: Any) -> None:
+def test_result_that_is_no_json_is_refused_and_not_quoted(returned: Any) -> None:
     with pytest.raises(ResultError, match=r"^result: 'workpool\.result' cannot be") as caught:
         metadata_of(returned, None)
     assert caught.value.key == "workpool.result"
@@ -93,7 +94,7 @@ def test_value_that_is_no_json_is_refused_and_not_quoted(returned: Any) -> None:
     assert "secret" not in str(caught.value)
 
 
-def test_value_that_contains_itself_is_refused() -> None:
+def test_result_that_contains_itself_is_refused() -> None:
     endless: list[Any] = []
     endless.append(endless)
     with pytest.raises(ResultError):
@@ -101,7 +102,7 @@ def test_value_that_contains_itself_is_refused() -> None:
 
 
 @pytest.mark.parametrize("returned", [{"a": "\ud800"}, {"\udfff": "b"}])
-def test_text_that_utf8_cannot_encode_is_refused(returned: Mapping[str, str]) -> None:
+def test_result_text_that_utf8_cannot_encode_is_refused(returned: Mapping[str, str]) -> None:
     with pytest.raises(ResultError, match="UTF-8 cannot encode"):
         metadata_of(returned, None)
 
@@ -134,7 +135,7 @@ def test_result_beyond_a_limit_is_refused_with_its_key_and_size(
     assert f" {size}; the dialect allows {limit}" in str(error)
 
 
-def test_text_of_an_error_about_a_long_key_is_short() -> None:
+def test_error_about_result_with_long_key_is_short() -> None:
     with pytest.raises(ResultError) as caught:
         metadata_of({"x" * 100_000: ""}, LIMITS)
     assert len(str(caught.value)) < 300

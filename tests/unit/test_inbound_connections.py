@@ -40,7 +40,7 @@ MEGABYTE = 1_000_000
 
 
 class LimitedServer:
-    """A small server behind `InboundConnections`."""
+    """An HTTP server whose connections `InboundConnections` limits."""
 
     def __init__(self, limit: int = LIMIT) -> None:
         self.connections = InboundConnections(limit)
@@ -85,7 +85,7 @@ class LimitedServer:
 
 
 class RawClient:
-    """A raw client whose socket buffers few unread bytes."""
+    """A TCP client that reads only on request and whose socket buffers few unread bytes."""
 
     open: ClassVar[list[RawClient]] = []
 
@@ -189,9 +189,8 @@ def test_active_requests_at_connection_limit_refuse_new_connections(
             site.released.set()
             for client in clients:
                 assert (await client.read_bytes()).startswith(OK)
-            assert (await send_and_read(site.port)).startswith(
-                OK
-            )  # replaces a connection that is idle now
+            # A new connection replaces one that is idle after its response.
+            assert (await send_and_read(site.port)).startswith(OK)
             RawClient.close_all_clients()
             await wait_until(lambda: not len(site.connections))
 
@@ -279,7 +278,8 @@ async def test_idle_connection_is_kept_longer_than_header_time_limit(
         idle = await RawClient.connect(site.port, WHOLE)
         assert (await idle.read_bytes()).startswith(OK)
         other = await RawClient.connect(site.port, b"")
-        assert await other.read_bytes() == b""  # so HEADER_SECONDS have passed
+        # The server closes this connection after HEADER_SECONDS.
+        assert await other.read_bytes() == b""
         await idle.send_request(WHOLE)
         assert (await idle.read_bytes()).startswith(OK)
         await idle.send_request(HALF)
@@ -296,7 +296,8 @@ async def test_active_request_may_last_longer_than_header_and_idle_limits(
         await wait_until(lambda: site.waiting)
         idle = await RawClient.connect(site.port, WHOLE)
         assert (await idle.read_bytes()).startswith(OK)
-        assert await idle.read_bytes() == b""  # so IDLE_SECONDS have passed
+        # The server closes this connection after IDLE_SECONDS.
+        assert await idle.read_bytes() == b""
         site.released.set()
         assert (await waiting.read_bytes()).startswith(OK)
 
@@ -350,8 +351,8 @@ def test_unread_bytes_above_limit_disconnect_slowest_reader(
             clients = []
             for count in range(1, 11):
                 clients.append(await RawClient.connect(site.port, BIG))
-                # Each leaves almost 20 MB unread: with the third client, the first one is
-                # disconnected.
+                # Each client leaves almost 20 MB unread, so that the third one exceeds the limit
+                # and the first one is disconnected.
                 await wait_until(partial(leave_bytes_unread, site, min(count, 2)))
                 assert site.connections._unread_bytes <= 50 * MEGABYTE
             assert (await send_and_read(site.port)).startswith(OK)
@@ -391,7 +392,7 @@ async def test_malformed_request_to_control_plane_is_one_debug_line(
     assert record.levelno == logging.DEBUG
 
 
-def test_http_log_keeps_errors_other_than_malformed_requests(
+def test_error_other_than_malformed_request_stays_in_http_log(
     caplog: pytest.LogCaptureFixture,
 ) -> None:
     log = HttpLog(logging.getLogger("workpool.exporter.http"))

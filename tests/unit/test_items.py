@@ -1,4 +1,4 @@
-"""Parsing of items, heartbeats and stats: kept fields, refused fields, and no quoted content."""
+"""Parsing of items, heartbeats and stats: fields kept or refused, errors that quote no content."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The lease without I/O: its arithmetic as tables, and its guarantees as properties."""
+"""The state machine of a lease, without I/O: tables of transitions, and property tests."""
 
 from __future__ import annotations
 
@@ -194,9 +194,9 @@ def foreign_item() -> WorkItem:
 
 
 class ExpectedLease(NamedTuple):
-    """The decision, and the lease after it.
+    """The expected decision after an answer, and the lease after that decision.
 
-    `due` is relative to the answer; None is not checked.
+    `due` is the next heartbeat's time in seconds after the answer; None is not checked.
     """
 
     then: str
@@ -216,7 +216,7 @@ NOT_OURS = ExpectedLease("over", "conflict", "lost", confirmed=True, due=LOST)
 GONE = ExpectedLease("over", "precondition", "lost", confirmed=True, due=LOST)
 
 ANSWERS: list[tuple[Callable[[], Lease], Heartbeat | ControlPlaneError, ExpectedLease]] = [
-    # successes
+    # A successful heartbeat moves the deadline.
     (fresh_lease, make_answer(), HELD),
     (renewed_lease, make_answer(2), HELD),
     (unanswered_lease, make_answer(2), HELD),
@@ -228,7 +228,7 @@ ANSWERS: list[tuple[Callable[[], Lease], Heartbeat | ControlPlaneError, Expected
     (renewed_lease, make_answer(2, state="stopping"), HELD),
     (unsettled_lease, make_answer(), HELD),
     (unanswered_unsettled_lease, make_answer(), HELD),
-    # `stopped` is final, extended or not, without a read
+    # The state `stopped` ends the lease without a read, extended or not.
     (renewed_lease, make_answer(2, state="stopped"),
      ExpectedLease("over", "ok", "stopped", due=LOST)),
     (stopped_lease, make_answer(2, state="stopped"),
@@ -241,17 +241,17 @@ ANSWERS: list[tuple[Callable[[], Lease], Heartbeat | ControlPlaneError, Expected
      ExpectedLease("over", "ok", "stopped", due=LOST)),
     (releasing_lease, make_answer(2, ttl_seconds=12),
      ExpectedLease("over", "ok", "released", deadline=SENT + 12, due=LOST)),
-    # not extended: the deadline stays
+    # An answer that does not extend the lease leaves its deadline.
     (renewed_lease, make_answer(2, lease_extended=False, state="stopping"),
      ExpectedLease("held", "ok")),
     (renewed_lease, make_answer(2, lease_extended=False), READ_CONFLICT),
     (stopped_lease, make_answer(2, lease_extended=False), READ_CONFLICT),
-    # not extended, and no last heartbeat: lost
+    # An answer without extension and without a last heartbeat means that the lease is lost.
     (renewed_lease, make_answer(2, lease_extended=False, last_heartbeat=""), NOT_OURS),
     (unanswered_lease, make_answer(2, lease_extended=False, last_heartbeat=""), NOT_OURS),
     (renewed_lease, make_answer(2, lease_extended=False, last_heartbeat="", state="stopping"),
      NOT_OURS),
-    # a lease whose ack answered `active` is confirmed by a heartbeat that extends it, not by a read
+    # An unsettled lease is confirmed by a heartbeat that extends it, never by a read.
     (unsettled_lease, make_answer(lease_extended=False), NOT_OURS),
     (unsettled_lease, make_answer(state="stopping"),
      ExpectedLease("over", "conflict", "lost", due=LOST)),
@@ -259,7 +259,7 @@ ANSWERS: list[tuple[Callable[[], Lease], Heartbeat | ControlPlaneError, Expected
     (unsettled_lease, PRECONDITION, GONE),
     (unanswered_unsettled_lease, PRECONDITION, GONE),
     (unanswered_unsettled_lease, CONFLICT, NOT_OURS),
-    # transient errors: repeated, soon at first
+    # A transient error causes another heartbeat, at first after a short delay.
     (renewed_lease, transient_error("timeout"),
      ExpectedLease("again", "timeout", due=FIRST_REPEAT)),
     (renewed_lease, transient_error("network"),
@@ -275,18 +275,18 @@ ANSWERS: list[tuple[Callable[[], Lease], Heartbeat | ControlPlaneError, Expected
      ExpectedLease("again", "transient", due=7.0)),
     (renewed_lease, transient_error("server_error", 300.0),
      ExpectedLease("again", "transient", due=(54.0 - ANSWERED) / 2)),
-    # 412: read only if a heartbeat of this pool or of a child may have been applied
+    # After 412 the item is read only if a heartbeat of ours or of a child may have been applied.
     (fresh_lease, PRECONDITION, GONE),
     (renewed_lease, PRECONDITION, GONE),
     (throttled_lease, PRECONDITION, GONE),
     (checked_lease, PRECONDITION, GONE),
     (unanswered_lease, PRECONDITION, READ_PRECONDITION),
     (lease_in_handoff, PRECONDITION, READ_PRECONDITION),
-    # 409: always read
+    # After 409 the item is always read.
     (fresh_lease, CONFLICT, READ_CONFLICT),
     (renewed_lease, CONFLICT, READ_CONFLICT),
     (stopped_lease, CONFLICT, READ_CONFLICT),
-    # refusals: a credential may be renewed, an unknown item is lost
+    # A refused credential may be renewed, but an unknown item is lost.
     (renewed_lease, refused_error(401), ExpectedLease("again", "rejected", due=FIRST_REPEAT)),
     (renewed_lease, refused_error(403), ExpectedLease("again", "rejected", due=FIRST_REPEAT)),
     (renewed_lease, refused_error(405), ExpectedLease("again", "rejected", due=FIRST_REPEAT)),
@@ -463,7 +463,7 @@ def test_first_heartbeat_of_child_expects_last_heartbeat_of_parent() -> None:
     [
         (own_item(last_heartbeat="hb_5"), "hb_5"),
         (own_item(last_heartbeat=None), "NO_HEARTBEAT"),
-        # in `starting` it belongs to a former holder
+        # In the state `starting`, the last heartbeat is that of a former holder.
         (own_item(state="starting", last_heartbeat="hb_5"), "NO_HEARTBEAT"),
     ],
 )
@@ -478,14 +478,14 @@ READS: list[tuple[Callable[[], Lease], WorkItem | ControlPlaneError | None, Expe
     (unanswered_lease, own_item(), ExpectedLease("again", "recovered", due=0)),
     (unanswered_lease, own_item(last_heartbeat="hb_2"), ExpectedLease("again", "recovered", due=0)),
     (unanswered_lease, own_item(state="stopping"), ExpectedLease("again", "recovered", due=0)),
-    # the second read in a row must not be followed by a heartbeat at once
+    # After two reads in a row, the next heartbeat waits, so that requests do not loop.
     (checked_lease, own_item(), ExpectedLease("again", "recovered", due=FIRST_REPEAT)),
     (renewed_lease, stopped_item(), ExpectedLease("over", "conflict", "stopped", due=LOST)),
     (stopped_lease, stopped_item(), ExpectedLease("over", "conflict", "finished", due=LOST)),
     (renewed_lease, own_item(state="queued"),
      ExpectedLease("over", "conflict", "lost", confirmed=True, due=LOST)),
     (renewed_lease, own_item(state="starting"), ExpectedLease("again", "recovered", due=0)),
-    # the item was `active` before: a poll has leased it to another worker
+    # The item was `active` before, so another worker has claimed it since.
     (settled_lease, own_item(state="starting"),
      ExpectedLease("over", "conflict", "lost", confirmed=True, due=LOST)),
     (renewed_lease, foreign_item(),
@@ -494,11 +494,11 @@ READS: list[tuple[Callable[[], Lease], WorkItem | ControlPlaneError | None, Expe
      ExpectedLease("over", "conflict", "lost", confirmed=True, due=LOST)),
     (renewed_lease, own_item(acknowledged_at=None),
      ExpectedLease("over", "conflict", "lost", confirmed=True, due=LOST)),
-    # not found, or the credential may not read
+    # The read found no item, or the credential may not read items.
     (renewed_lease, None, ExpectedLease("over", "conflict", "lost", due=LOST)),
     (unanswered_lease, None, ExpectedLease("over", "conflict", "lost", due=LOST)),
     (stopped_lease, None, ExpectedLease("over", "conflict", "finished", due=LOST)),
-    # handoff: a heartbeat later than the parent's is the child's
+    # During a handoff, a heartbeat later than the parent's is the child's.
     (lease_in_handoff, own_item(), ExpectedLease("again", "recovered", due=0)),
     (lease_in_handoff, own_item(last_heartbeat="hb_2"),
      ExpectedLease("over", "conflict", "handed_off", due=LOST)),
@@ -508,7 +508,7 @@ READS: list[tuple[Callable[[], Lease], WorkItem | ControlPlaneError | None, Expe
      ExpectedLease("over", "conflict", "lost", confirmed=True, due=LOST)),
     (lease_in_handoff, foreign_item(),
      ExpectedLease("over", "conflict", "lost", confirmed=True, due=LOST)),
-    # a read that fails
+    # A failed read delays the next heartbeat as its error says.
     (renewed_lease, transient_error("timeout"),
      ExpectedLease("again", "timeout", due=FIRST_REPEAT)),
     (renewed_lease, transient_error("server_error", 9.0),
@@ -534,7 +534,7 @@ def test_read_of_item_determines_decision_status_and_deadline(
     decision = lease.read(READ_AT, "conflict", outcome)
     assert decision == (expected.then, expected.result)
     assert (lease.status, lease.confirmed) == (expected.status, expected.confirmed)
-    assert (lease.deadline, lease.in_flight) == (60, False)  # a read extends nothing
+    assert (lease.deadline, lease.in_flight) == (60, False)  # A read never extends the lease.
     assert lease.due_at == pytest.approx(READ_AT + (expected.due or 0))
 
 
@@ -563,7 +563,7 @@ def test_state_stopping_is_stop_request_unless_pool_itself_stops_item(
     exchange_heartbeat(lease, SENT, ANSWERED, make_answer(2, state="stopping"))
     assert lease.stop_requested == requested
     exchange_heartbeat(lease, 40.0, 41.0, make_answer(3))
-    assert lease.stop_requested == requested  # a stop request is never withdrawn
+    assert lease.stop_requested == requested  # A stop request is never withdrawn.
 
 
 def test_first_heartbeat_in_state_stopping_begins_lease() -> None:
@@ -600,7 +600,7 @@ def test_release_during_heartbeat_makes_next_heartbeat_the_last() -> None:
 def test_second_release_request_leaves_the_heartbeat_the_last_one() -> None:
     lease = releasing_lease()
     exchange_heartbeat(lease, SENT, ANSWERED, transient_error())
-    assert lease.deadline == SENT + 12  # the heartbeat may have been applied
+    assert lease.deadline == SENT + 12  # The unanswered heartbeat may have been applied.
     attempt = lease.send(23.0, 23.0)
     assert (attempt.ttl, attempt.last) == (12, True)
     assert lease.deadline == SENT + 12
@@ -930,12 +930,12 @@ class LeaseStateMachine(RuleBasedStateMachine):
         self.reading, self.item = False, None
 
     def _check_decision(self, decision: Decision) -> None:
-        """Check the conditions that hold after every decision."""
+        """Assert the conditions that hold after every decision on a heartbeat or read."""
         assert self.lease.in_flight == (decision.then == "read")
         assert (decision.then == "over") == self.lease.over
         if decision.then == "again":
             assert self.now <= self.lease.due_at < math.inf
-            # Two reads in a row must not be followed by a heartbeat at once.
+            # A heartbeat sent at once after two reads in a row would begin a loop of requests.
             hurried = self.lease.due_at == self.now
             assert not (hurried and self.last_decision == "hurried")
             self.last_decision = "hurried" if hurried else self.last_decision

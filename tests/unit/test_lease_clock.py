@@ -69,13 +69,14 @@ class MovableClocks:
     ("lease", "wall", "paused"),
     [
         (0, 0, False),
-        (3_600, 3_600, False),  # both clocks count the time, including sleep
-        (0, 1.9, False),  # a correction of the wall clock
+        (3_600, 3_600, False),  # Both clocks count the time for which the machine sleeps.
+        (0, 1.9, False),  # A correction of the wall clock may move it by less than PAUSE_SECONDS.
         (0, -1.9, False),
         (0, PAUSE_SECONDS, True),
         (5, 5 + PAUSE_SECONDS, True),
         (0, 86_400, True),
-        (0, -PAUSE_SECONDS, True),  # restored from a snapshot with a wall clock that is behind
+        # A machine restored from a snapshot may have a wall clock that is behind.
+        (0, -PAUSE_SECONDS, True),
     ],
 )
 def test_clock_jump_of_wall_clock_against_lease_clock_is_a_pause(

@@ -47,7 +47,7 @@ def assert_lease_change(one: LeaseTestbed, at: float, status: str) -> None:
 
 
 @in_virtual_time
-async def test_look_at_leases_survives_leases_that_other_thread_adds(
+async def test_renewer_tick_survives_lease_added_by_another_thread(
     testbed: type[LeaseTestbed],
 ) -> None:
     one = testbed()
@@ -58,12 +58,12 @@ async def test_look_at_leases_survives_leases_that_other_thread_adds(
         others = iter(items[20:])
 
         def add_lease_during_collection(_phase: str, _info: object) -> None:
-            # A collection runs Python code, in which the interpreter may change to another thread.
+            # A collection stands for a change to another thread in the middle of the tick.
             for item in islice(others, 1):
                 one.renewer.add(item.lease, item)
 
         former = gc.get_threshold()
-        # Only a new tuple starts a collection, not one of the thousands that Python keeps to reuse.
+        # Use up the tuples that Python keeps for reuse, since only a new tuple starts a collection.
         used = [(number, number) for number in range(5_000)]
         gc.callbacks.append(add_lease_during_collection)
         try:
@@ -270,7 +270,7 @@ async def test_suspended_renewer_sends_no_heartbeats(testbed: type[LeaseTestbed]
             await one.send_first_heartbeat(await one.claim_item()),
         )
         one.renewer.renewing = False
-        one.renewer.monitor._ping += 1  # as if the loop had not answered
+        one.renewer.monitor._ping += 1  # The handlers' loop has not answered this ping.
         one.renewer.remove(second)
         await asyncio.sleep(300)
         assert first.status == "lost"
@@ -532,7 +532,7 @@ async def test_paused_machine_sends_only_heartbeats_until_each_lease_is_verified
             await one.send_first_heartbeat(item)
         await asyncio.sleep(5)
         one.latency = 1.0
-        one.ahead += 30  # as if the lease clock had stood still
+        one.ahead += 30  # The wall clock is ahead, as if the lease clock had stood still.
         for item in items:
             with pytest.raises(TransientError, match="verified first"):
                 one.sender.check_write(item, by_handler=False)
@@ -543,7 +543,8 @@ async def test_paused_machine_sends_only_heartbeats_until_each_lease_is_verified
         for item in items:
             one.sender.check(item, by_handler=False)
     assert one.send_times("heartbeat") == pytest.approx([0, 0, 0, 5, 5, 5])
-    assert [status for _, status in one.changes] == ["held"] * 3  # the reports wake waiting calls
+    # Each report wakes the calls that wait for its lease.
+    assert [status for _, status in one.changes] == ["held"] * 3
 
 
 @in_virtual_time
@@ -633,5 +634,5 @@ async def test_pause_before_first_heartbeat_loses_lease(testbed: type[LeaseTestb
             with pytest.raises(LeaseLost):
                 one.sender.check_write(item, by_handler=False)
         await asyncio.sleep(1)
-        other = await one.claim_item()  # acknowledged after the pause
+        other = await one.claim_item()  # The ack of this item is sent after the pause.
         one.sender.check(other, by_handler=False)

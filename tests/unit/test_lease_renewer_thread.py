@@ -36,7 +36,7 @@ TICK_SECONDS = 0.02
 
 
 class RenewerTestbed:
-    """A renewer with its reports, and a clock that the test can move forward."""
+    """Makes renewers, records their reports, and has a clock that the test can move forward."""
 
     def __init__(self) -> None:
         self.loop = asyncio.get_running_loop()
@@ -87,7 +87,7 @@ class RenewerTestbed:
         self._notify_loop()
 
     def _notify_loop(self) -> None:
-        with contextlib.suppress(RuntimeError):  # the handlers' loop is closed
+        with contextlib.suppress(RuntimeError):  # A closed loop refuses the call.
             self.loop.call_soon_threadsafe(self.changes.notify)
 
     def make_renewer(
@@ -114,7 +114,7 @@ class RenewerTestbed:
         )
 
     async def claim_item(self) -> PoolItem:
-        """Return an acknowledged item; only before the renewer thread uses the operations."""
+        """Return an item with a begun lease; call before the renewer thread starts."""
         self.operations.enqueue(ENVIRONMENT)
         async with LocalClient(self.operations, self.make_settings()) as client:
             item = await client.poll()
@@ -131,7 +131,7 @@ class RenewerTestbed:
         return ours
 
     async def renew_leases(self, renewer: LeaseRenewer, *items: PoolItem) -> list[Lease]:
-        """Give the leases to the renewer and wait until it has sent a heartbeat for each."""
+        """Give the leases to the renewer and wait for one heartbeat of each lease."""
         leases = []
         for item in items:
             assert item.lease is not None
@@ -162,7 +162,7 @@ def all_threads_end() -> Iterator[None]:
     before = set(threading.enumerate())
     yield
     for thread in set(threading.enumerate()) - before:
-        thread.join(10)  # the thread has reported its end and is about to return
+        thread.join(10)  # A thread that has reported its end may not have returned yet.
     assert set(threading.enumerate()) <= before
 
 
@@ -274,7 +274,8 @@ async def test_failed_renewer_thread_is_fatal_and_loses_its_leases(testbed: Rene
         assert later.lease is not None
         renewer.add(later.lease, later)
         assert later.lease.status == "lost"
-        renewer.release(lease, 10)  # the renewer thread has ended
+        # These calls have no effect after the end of the renewer thread.
+        renewer.release(lease, 10)
         renewer.remove(lease)
     assert len(testbed.failures) == 1
 
@@ -372,11 +373,11 @@ async def test_loop_blocked_for_max_block_suspends_renewal_until_it_runs(
     renewer = testbed.make_renewer(max_block=0.3)
     async with renewer:
         [lease] = await testbed.renew_leases(renewer, item)
-        assert testbed.blocked.wait(10)  # the wait itself blocks this loop
+        assert testbed.blocked.wait(10)  # This wait blocks the handlers' loop.
         assert not renewer.renewing
         assert testbed.ended == [None]
         assert "leases are not renewed anymore" in caplog.text
-        # all stacks, including the one of this test
+        # The warning has the stacks of all threads, including that of this test.
         assert "test_loop_blocked_for_max_block" in caplog.text
         await testbed.wait_until(lambda: renewer.renewing)
         assert lease.held(testbed.lease_clock())
@@ -389,7 +390,7 @@ async def test_heartbeat_due_while_loop_is_blocked_too_long_is_not_sent(
     renewer = testbed.make_renewer(max_block=0.3)
     async with renewer:
         [lease] = await testbed.renew_leases(renewer, item)
-        assert testbed.blocked.wait(10)  # the wait itself blocks this loop
+        assert testbed.blocked.wait(10)  # This wait blocks the handlers' loop.
         renewer.check_soon(lease)
         time.sleep(5 * TICK_SECONDS)  # noqa: ASYNC251 - blocking the loop is the point
         assert testbed.heartbeat_results() == ["ok"]
@@ -399,14 +400,14 @@ async def test_heartbeat_due_while_loop_is_blocked_too_long_is_not_sent(
 async def test_blocked_time_is_exact_despite_late_ticks(
     testbed: RenewerTestbed, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """Every tick takes three times as long as one tick may count."""
+    """The interval of the ticks is three times the longest time that one tick may count."""
     monkeypatch.setattr(diagnostics, "TICK_SECONDS", TICK_SECONDS / 6)
     async with testbed.make_renewer(max_block=0.1):
         await testbed.wait_until(
             lambda: [e for e in testbed.events if isinstance(e, LoopLagMeasured)]
         )
         began, wall = time.monotonic(), time.time()  # noqa: TID251 - log records carry wall time
-        assert testbed.blocked.wait(10)  # the wait itself blocks this loop
+        assert testbed.blocked.wait(10)  # This wait blocks the handlers' loop.
         lasted = time.monotonic() - began
     [record] = [each for each in caplog.records if each.message.startswith("event loop blocked")]
     assert record.created - wall - 0.1 <= vars(record)["seconds"]

@@ -146,7 +146,7 @@ def test_log_record_of_megabytes_is_cut_to_limit(char: str) -> None:
     made = hostile_record(char * 1_000_000)
     limit = LINE_CHARACTERS + 2 * ERROR_CHARACTERS + STACK_CHARACTERS
     for form in (TextFormatter(), JsonFormatter()):
-        # The indentation of each line of a stack counts too, as an escape sequence in JSON.
+        # The limit counts no indentation, which JSON writes as an escape sequence.
         assert len(form.format(made)) < 3 * limit
     made.exc_info = made.stack_info = None
     assert len(TextFormatter().format(made)) <= LINE_CHARACTERS

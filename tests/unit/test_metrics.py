@@ -150,13 +150,13 @@ BUSY = PoolSnapshot(
 
 
 class EndedSession:
-    """A session that has ended, for events that carry one."""
+    """A client of a session that has ended: each call raises SessionEnded."""
 
     remaining = 0.0
     deadline = None
 
     def progress(self) -> None:
-        """Do nothing."""
+        """Do nothing: an ended session may still report progress."""
 
     def waiting(self) -> NoReturn:
         raise SessionEnded(ITEM.id)
@@ -178,7 +178,7 @@ SESSION = Session(ITEM, EndedSession(), redelivered=False)
 
 
 class MovableClock:
-    """A clock that the test moves."""
+    """A clock whose `time` the test sets."""
 
     def __init__(self) -> None:
         self.time = 5000.0
@@ -188,7 +188,7 @@ class MovableClock:
 
 
 class PoolStandIn:
-    """A stand-in for a supervisor with a snapshot that the test can change."""
+    """The metrics of one pool with a clock and a snapshot that the test can change."""
 
     def __init__(
         self, registry: CollectorRegistry, environment_id: str = "env_1", **options: Any
@@ -215,7 +215,7 @@ def pool(registry: CollectorRegistry) -> Iterator[PoolStandIn]:
 
 
 def scraped_samples(registry: CollectorRegistry) -> dict[str, float]:
-    """Return every sample except buckets and creation times, by its line without the prefix."""
+    """Return the values of all samples but buckets and creation times, keyed by name and labels."""
     samples = {}
     for family in text_string_to_metric_families(generate_latest(registry).decode()):
         for sample in family.samples:
@@ -275,7 +275,7 @@ def test_every_metric_family_is_exposed_with_its_type_labels_and_buckets(
             assert set(sample.labels) | {"le"} == names | {"le"}
 
 
-def test_metric_series_with_closed_labels_start_at_zero(registry: CollectorRegistry) -> None:
+def test_metric_series_with_fixed_label_values_start_at_zero(registry: CollectorRegistry) -> None:
     pool = PoolStandIn(registry, handlers=["echo.run"])
     pool.metrics.open()
     samples = scraped_samples(registry)
@@ -527,7 +527,8 @@ def test_null_ratio_counts_polls_of_last_minute(
     assert scraped_samples(registry)[key] == 0
     pool.clock.time += 30
     assert key not in scraped_samples(registry)
-    pool.metrics.observe(ev.PollFinished("null", 1.0))  # reuses a bucket of the ring
+    # This poll reuses a bucket of the ring buffer.
+    pool.metrics.observe(ev.PollFinished("null", 1.0))
     assert scraped_samples(registry)[key] == 1
 
 
@@ -583,7 +584,8 @@ def test_supervisors_of_one_environment_share_their_series(registry: CollectorRe
     one.metrics.observe(ev.PollFinished("item", 1.0))
     two.metrics.observe(ev.PollFinished("null", 1.0))
     two.clock.time += 1
-    for pool, depth in ((two, 7), (one, 3)):  # the newer answer is shown, not the one observed last
+    # The newer answer is shown, although the older answer is observed last.
+    for pool, depth in ((two, 7), (one, 3)):
         pool.metrics.observe(ev.QueueStatsRead(QueueStats(depth, 0, None, 1)))
     samples = scraped_samples(registry)
     assert samples["acks_total{environment_id=env_1,result=ok}"] == 2
@@ -750,7 +752,7 @@ def test_multiprocess_mode_adds_up_counters_and_histograms(tmp_path: Path) -> No
 
 def test_alert_rules_use_existing_metrics_and_labels_only() -> None:
     text = resources.files("workpool").joinpath("alerts.yml").read_text("utf-8")
-    yaml = importlib.import_module("yaml")  # the module has no type hints
+    yaml = importlib.import_module("yaml")  # mypy refuses an import statement: no type hints.
     rules = [rule for group in yaml.safe_load(text)["groups"] for rule in group["rules"]]
     assert len([rule for rule in rules if "record" in rule]) == 1
     assert len([rule for rule in rules if "alert" in rule]) == 21

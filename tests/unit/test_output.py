@@ -1,4 +1,4 @@
-"""The output of commands as tables, lines and JSON, and the import path for plugins."""
+"""The output of commands as tables, lines and JSON, and the import path of plugins."""
 
 from __future__ import annotations
 

@@ -23,7 +23,7 @@ HEAD = "from workpool.handlers import handler\nfrom workpool.hookspecs import ho
 
 
 class PluginDisk:
-    """Modules and distributions written to disk and importable."""
+    """A folder of the import path to which tests write modules and distributions."""
 
     def __init__(self, path: Path) -> None:
         self.path = path

@@ -32,7 +32,7 @@ def decorated_handler(name: str = "daily", **rule: Any) -> Any:
 
 
 class AnsweringPlugin:
-    """A plugin that answers every item with one method; subclasses give it names."""
+    """A plugin whose hook answers each item with the same method."""
 
     async def run_session(self, session: Session) -> None: ...
 
@@ -236,7 +236,7 @@ def observer_annotated_with(annotation: object) -> Any:
         (DrainStarted | PluginFailed, {DrainStarted, PluginFailed}),
         (Union[DrainStarted, PluginFailed], {DrainStarted, PluginFailed}),  # noqa: UP007 - the older form
         ("DrainStarted | PluginFailed", {DrainStarted, PluginFailed}),
-        ("SessionFinished", {SessionFinished}),  # imported for type checkers only
+        ("SessionFinished", {SessionFinished}),
         (Event, set(get_args(Event))),
         (Any, set(get_args(Event))),
         ("object", set(get_args(Event))),

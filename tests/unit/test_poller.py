@@ -39,7 +39,7 @@ REFUSED = RefusedError("poll", 401, "no")
 
 
 class ScriptedClient:
-    """A client whose polls have these answers in order, and null afterwards."""
+    """A client whose polls return or raise `answers` in order, and then wait for ever."""
 
     def __init__(self, *answers: object) -> None:
         self.answers = list(answers)
@@ -64,7 +64,7 @@ class ScriptedClient:
 
 
 class ScriptedDispatcher:
-    """A dispatcher that gives every item the same answer, or raises."""
+    """A dispatcher that gives every item the same answer or raises the same error."""
 
     def __init__(
         self, queue: BoundedQueue[Any], *, answer: Reception | Exception = "queued"
@@ -88,7 +88,7 @@ class ScriptedDispatcher:
 
 
 class PollerTestbed:
-    """The environment of the pollers of one pool."""
+    """The client, dispatcher and poller group of one pool, with its reported events."""
 
     def __init__(
         self,
@@ -150,7 +150,8 @@ FAILURES: dict[str, Exception] = {
 
 @pytest.mark.parametrize("failure", FAILURES.values(), ids=FAILURES)
 async def test_failed_poll_returns_its_place_and_permit(failure: Exception) -> None:
-    bench = PollerTestbed(None, failure, failure)  # a refusal of the first poll would be fatal
+    # The first poll succeeds, because a refusal of the first poll would be fatal.
+    bench = PollerTestbed(None, failure, failure)
     await bench.run_poller()
     assert bench.client.polls == 4
     assert (bench.queue.reserved, bench.client.permits) == (0, 0)

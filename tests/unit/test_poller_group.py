@@ -1,4 +1,4 @@
-"""State shared by the pollers of one pool: their number, cooldown, refusals, and an empty queue."""
+"""A poller group: the number of pollers, cooldown, refused polls, and an empty queue."""
 
 from __future__ import annotations
 
@@ -97,7 +97,8 @@ def test_transient_poll_failures_are_never_fatal() -> None:
 def test_polls_refused_for_five_minutes_are_fatal() -> None:
     bench = GroupTestbed()
     bench.finish_null_poll()
-    bench.now += 60 * MINUTE  # counted from the first refusal, not from the last success
+    # The five minutes count from the first refusal, not from the last success.
+    bench.now += 60 * MINUTE
     assert REFUSED_SECONDS == 5 * MINUTE
     bench.refuse_polls_for(5 - 1 / MINUTE)
     assert not bench.fatal
@@ -115,7 +116,7 @@ def test_polls_refused_for_five_minutes_are_fatal() -> None:
         lambda bench: bench.group.failed(DOWN),
         lambda bench: bench.group.failed(THROTTLED),
     ],
-    ids=["null", "hit", "network", "throttled"],
+    ids=["null", "item", "network error", "throttled"],
 )
 def test_any_other_answer_restarts_five_minutes_of_refusals(
     between: Callable[[GroupTestbed], None],
@@ -277,18 +278,19 @@ def test_number_of_pollers_stays_within_limits_and_changes_are_observed(
 async def test_poll_without_item_ends_pool_only_if_until_empty_and_pool_is_idle() -> None:
     bench = GroupTestbed(until_empty=True)
     other = GroupTestbed()
-    await other.group.settle_empty()  # until_empty is not set
+    await other.group.settle_empty()  # Without until_empty, an empty queue does not end the pool.
     assert (other.emptied, other.group.ended) == (0, False)
     await bench.queue.reserve()
     bench.queue.put("item")
-    await bench.group.settle_empty()  # an item waits
+    await bench.group.settle_empty()  # One item waits for a slot.
     bench.queue.take()
-    await bench.group.settle_empty()  # an item runs
+    await bench.group.settle_empty()  # One item runs.
     assert bench.emptied == 0
     bench.queue.release()
     bench.group.sent()
     async with asyncio.TaskGroup() as group:
-        waiting = group.create_task(bench.group.settle_empty())  # another poll is in flight
+        # Another poll is in flight and may bring an item.
+        waiting = group.create_task(bench.group.settle_empty())
         await asyncio.sleep(1)
         assert (waiting.done(), bench.emptied) == (False, 0)
         bench.group.answered()

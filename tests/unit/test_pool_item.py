@@ -156,7 +156,7 @@ async def test_wait_for_condition_ends_at_notification_that_meets_it() -> None:
 async def test_wait_for_condition_ends_at_time_limit_or_at_once_if_met() -> None:
     item = make_item()
     loop = asyncio.get_running_loop()
-    item.notify()  # without a waiter
+    item.notify()  # A notification without a waiter is not kept for later waits.
     await item.until(lambda: False, 5)
     assert loop.time() == pytest.approx(5)
     await item.until(lambda: True)

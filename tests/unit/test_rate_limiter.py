@@ -100,7 +100,7 @@ def test_heartbeats_use_up_rate_without_waiting(clock: MovableClock) -> None:
     passed = 0
     for _ in range(100):
         clock.now += 0.1
-        limiter.charge()  # 10 a second
+        limiter.charge()  # These are 10 heartbeats a second, half of the rate.
         passed += acquire_all_tokens(limiter)
     assert passed == pytest.approx(100, abs=2)
 
@@ -111,7 +111,7 @@ def test_heartbeats_above_rate_leave_a_quarter_to_other_requests(clock: MovableC
     passed = 0
     for _ in range(1000):
         clock.now += 0.01
-        limiter.charge()  # 100 a second, five times the rate
+        limiter.charge()  # These are 100 heartbeats a second, five times the rate.
         passed += acquire_all_tokens(limiter)
     assert passed == pytest.approx(50, abs=1)
 
@@ -121,7 +121,7 @@ def test_debt_of_many_heartbeats_is_limited_to_one_second(clock: MovableClock) -
     acquire_all_tokens(limiter)
     for _ in range(10_000):
         limiter.charge()
-    clock.now += 20 / 15  # the debt of one second, repaid with three quarters of the rate
+    clock.now += 20 / 15  # Three quarters of the rate repay the debt of one second in this time.
     acquire_all_tokens(limiter)
     clock.now += 0.25
     assert acquire_all_tokens(limiter) == 5
@@ -139,7 +139,8 @@ async def test_rate_limiter_wait_lasts_as_long_as_rate_requires() -> None:
 
 async def test_rate_limiter_wait_ends_despite_debt() -> None:
     limiter = RateLimiter("write", 200)
-    started = time.monotonic()  # before the tokens are spent: tokens gained meanwhile count
+    # Tokens that the limiter gains while the others are spent count as well.
+    started = time.monotonic()
     acquire_all_tokens(limiter)
     for _ in range(20):
         limiter.charge()
@@ -163,7 +164,8 @@ async def test_waiters_of_one_priority_acquire_tokens_in_order(clock: MovableClo
         assert not limiter.try_acquire()
         for _ in range(5):
             clock.now += 1
-            limiter.refund()  # moves the first waiter, which moves the next one when it leaves
+            # A refund wakes the first waiter, which wakes the next one after its acquisition.
+            limiter.refund()
             await run_ready_tasks()
     assert served == [0, 1, 2, 3, 4]
 
@@ -175,7 +177,7 @@ async def test_try_acquire_while_another_waits_is_refused(clock: MovableClock) -
         first = group.create_task(limiter.acquire())
         await run_ready_tasks()
         clock.now += 1
-        assert not limiter.try_acquire()  # the available token belongs to the first waiter
+        assert not limiter.try_acquire()  # The available token belongs to the first waiter.
         limiter.refund()
         await run_ready_tasks()
         assert first.done()
@@ -316,7 +318,7 @@ async def test_heartbeats_above_rate_leave_a_quarter_to_completions() -> None:
         passed = 0
         for _ in range(1000):
             clock.now += 0.01
-            limiter.charge()  # 100 a second, five times the rate
+            limiter.charge()  # These are 100 heartbeats a second, five times the rate.
             passed += limiter.try_acquire(COMPLETION)
         assert passed == pytest.approx(50, abs=1)
         assert not any(task.done() for task in others)
@@ -348,7 +350,8 @@ class ReferenceModel:
 def test_order_of_tokens_equals_reference_model(steps: list[Priority | str]) -> None:
     async def compare_with_model() -> None:
         model, spare = ReferenceModel(), False
-        limiter = RateLimiter("write", 4, MovableClock())  # one token may be spent at once
+        # The burst of a quarter second is one token.
+        limiter = RateLimiter("write", 4, MovableClock())
         limiter.try_acquire()
         async with asyncio.TaskGroup() as group:
             for step in steps:
@@ -396,7 +399,7 @@ async def test_waiter_of_closed_loop_does_not_delay_other_waiters(clock: Movable
 
     def abandon_waiter() -> None:
         dead = asyncio.new_event_loop()
-        left_behind.append(dead.create_task(limiter.acquire()))  # the task is never resumed
+        left_behind.append(dead.create_task(limiter.acquire()))
         dead.call_later(0.01, dead.stop)
         dead.run_forever()
         dead.close()
@@ -422,7 +425,8 @@ async def test_refund_from_another_thread_wakes_first_waiter(clock: MovableClock
 
 
 def test_tokens_acquired_and_refunded_on_two_threads_add_up() -> None:
-    limiter = RateLimiter("write", 8000, MovableClock())  # 2000 tokens may be spent at once
+    # The burst of a quarter second is 2000 tokens.
+    limiter = RateLimiter("write", 8000, MovableClock())
 
     async def acquire_and_refund(priority: Priority) -> None:
         for number in range(300):

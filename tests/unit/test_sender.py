@@ -40,7 +40,7 @@ CALL = SendOptions(Priority.HANDLER, by_handler=True)
 
 @asynccontextmanager
 async def renewed_item(one: LeaseTestbed) -> AsyncIterator[PoolItem]:
-    """Return an item whose lease has begun and is renewed, and whose handler runs."""
+    """Yield an item with a renewed lease and a running handler."""
     async with one.open_clients():
         item = await one.claim_item()
         await one.send_first_heartbeat(item)
@@ -110,7 +110,7 @@ def test_lease_is_checked_right_before_the_bytes_of_a_request(
     *,
     by_handler: bool,
 ) -> None:
-    """The state at the end of a wait decides, not the one at its begin."""
+    """A lease that ends during the wait for a connection or the rate limit allows no request."""
 
     @in_virtual_time
     async def check_no_request() -> None:
@@ -124,7 +124,7 @@ def test_lease_is_checked_right_before_the_bytes_of_a_request(
                 one.loop.call_later(4.9, end, item)
             with pytest.raises(error):
                 await send_update(one, item, request)
-            assert len(update_tries(one)) <= 1  # a refused check is never retried
+            assert len(update_tries(one)) <= 1  # A call whose check refused is never retried.
         assert not one.send_times("update")
 
     check_no_request()
@@ -247,7 +247,7 @@ async def test_attempt_of_call_takes_at_most_a_third_of_remaining_lease(
     async with renewed_item(one) as item:
         lease = item.lease
         one.renewer.remove(lease)
-        lease.closed = False  # the lease is not renewed anymore
+        lease.closed = False  # remove() closes the lease, but only the renewal must end here.
         with pytest.raises(TransientError):
             await send_update(one, item)
         sent = one.send_times("update")
@@ -390,7 +390,7 @@ async def test_call_in_progress_is_cancelled_when_lease_is_lost(
 async def test_lease_lost_in_same_loop_turn_as_timeout_is_raised(
     testbed: type[LeaseTestbed],
 ) -> None:
-    """Both happen in one turn of the loop, as after a handler that blocked the loop."""
+    """After a handler has blocked the loop, timeout and loss are handled in the same turn."""
     one = testbed(update=[SILENCE] * 9)
     async with renewed_item(one) as item:
 
@@ -399,9 +399,8 @@ async def test_lease_lost_in_same_loop_turn_as_timeout_is_raised(
             one.sender.cut(item)
             item.notify()
 
-        one.loop.call_at(
-            10 + 1e-7, end_lease
-        )  # so soon after the timeout that both are in one turn
+        # The lease ends so soon after the timeout that both happen in one turn of the loop.
+        one.loop.call_at(10 + 1e-7, end_lease)
         with pytest.raises(LeaseLost):
             await send_update(one, item)
         assert one.clock() < 11

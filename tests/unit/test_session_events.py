@@ -325,7 +325,7 @@ async def test_stream_loses_no_event_between_opening_and_history(
     faults.add(hold, "events", times=1)
     async with client.events(session_id).stream() as stream, asyncio.TaskGroup() as group:
         reader = group.create_task(read_events(stream, 9))
-        await hold.reached()  # the stream is open, but the history is not read
+        await hold.reached()  # The stream is open, but its history is not read yet.
         append_events(control_plane, session_id, 3)
         hold.release()
         await faults.wait_for("events", answered=True)
@@ -416,7 +416,7 @@ async def test_stream_that_receives_nothing_is_reopened(
         client.events(session_id).stream(stall_seconds=0.1) as stream,
     ):
         await read_events(stream, 4)
-        way.partition()  # neither side is notified
+        way.partition()  # A partition drops bytes without notifying either side.
         async with asyncio.TaskGroup() as group:
             reader = group.create_task(read_events(stream, 1))
             append_events(control_plane, session_id, 1)
@@ -529,7 +529,7 @@ async def test_stream_used_outside_async_with_raises_runtime_error(
         await anext(stream)
     async with stream:
         await read_events(stream, 1)
-    await read_events(stream, 3)  # events that were received before
+    await read_events(stream, 3)  # These events were received before the stream was closed.
     with pytest.raises(StopAsyncIteration):
         await anext(stream)
 

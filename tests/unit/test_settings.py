@@ -631,7 +631,8 @@ def test_suspicious_settings_give_warnings(monkeypatch: pytest.MonkeyPatch) -> N
     monkeypatch.setenv("WORKPOOL_CONCURENCY", HIDDEN)
     monkeypatch.setenv("WORKPOOL_ZZZ", HIDDEN)
     monkeypatch.setenv("WORKPOOL_CONFIG", "")
-    monkeypatch.setenv("WORKPOOL_SERVE_TOKEN", HIDDEN)  # of `workpool serve`
+    # `workpool serve` reads this variable, so it is no mistake.
+    monkeypatch.setenv("WORKPOOL_SERVE_TOKEN", HIDDEN)
     found = Settings(base_url="http://pool.example", concurrency=100, write_rate=9).warnings()
     assert found == (
         "WORKPOOL_CONCURENCY: no such setting, did you mean WORKPOOL_CONCURRENCY?",

@@ -34,7 +34,7 @@ def end_item(queue: BoundedQueue[str], *, used_up: bool = False) -> None:
     queue.grant()
 
 
-async def test_burst_of_one_environment_leaves_a_slot_to_each_other_one() -> None:
+async def test_busy_environment_leaves_one_slot_to_each_other_environment() -> None:
     busy, idle, other = queues(SharedSlots(6), 3, 6)
     async with asyncio.timeout(20), asyncio.TaskGroup() as group:
         await start_items(busy, 4)
@@ -48,7 +48,7 @@ async def test_burst_of_one_environment_leaves_a_slot_to_each_other_one() -> Non
         fifth.cancel()
 
 
-async def test_slot_that_is_freed_goes_to_the_environment_with_the_fewest() -> None:
+async def test_freed_slot_goes_to_waiting_environment_with_fewest_slots() -> None:
     busy, late = queues(SharedSlots(6), 2, 6)
     async with asyncio.timeout(20), asyncio.TaskGroup() as group:
         await start_items(busy, 5)
@@ -61,7 +61,7 @@ async def test_slot_that_is_freed_goes_to_the_environment_with_the_fewest() -> N
         end_item(busy)
         await tasks[1]
         assert not own.done()
-        end_item(busy)  # three slots each: now the longest waiting one has it
+        end_item(busy)  # Each environment has three slots now, so the longest waiter gets this one.
         await own
     assert (busy.running + busy.reserved, late.running + late.reserved) == (3, 3)
 
@@ -83,7 +83,7 @@ async def test_equal_environments_get_slots_in_turn() -> None:
     assert Counter(order) == {0: 4, 1: 4, 2: 4}
 
 
-async def test_item_set_aside_does_not_take_the_slot_of_an_environment_with_fewer() -> None:
+async def test_item_set_aside_takes_no_slot_from_environment_with_fewer_slots() -> None:
     busy, late = queues(SharedSlots(4), 2, 4)
     async with asyncio.timeout(20), asyncio.TaskGroup() as group:
         await start_items(busy, 3)
@@ -112,7 +112,7 @@ async def test_environment_that_leaves_gives_its_own_slot_to_the_others() -> Non
         await waiting
 
 
-async def test_slots_that_are_used_up_are_gone_for_all_environments() -> None:
+async def test_used_up_slot_is_lost_for_all_environments() -> None:
     first, second = queues(SharedSlots(4, uses=2), 2, 4)
     async with asyncio.timeout(20), asyncio.TaskGroup() as group:
         await start_items(first, 1)
@@ -120,7 +120,7 @@ async def test_slots_that_are_used_up_are_gone_for_all_environments() -> None:
         third = group.create_task(second.reserve())
         await turn()
         end_item(first, used_up=True)
-        end_item(second)  # it did not count
+        end_item(second)  # This item does not use up its slot.
         await third
         fourth = group.create_task(first.reserve())
         await turn()
@@ -148,7 +148,7 @@ async def test_forgotten_items_and_cancelled_polls_return_their_slots() -> None:
 
 
 class RandomPollers:
-    """Pollers of several environments that reserve, run and give back at random."""
+    """Pollers of several environments that reserve slots, run items and release slots at random."""
 
     def __init__(self, seed: int) -> None:
         self.dice = random.Random(seed)  # noqa: S311 - for a test
@@ -186,7 +186,9 @@ class RandomPollers:
 
 
 @pytest.mark.parametrize("seed", range(20))
-async def test_random_use_never_exceeds_the_total_and_starves_nobody(seed: int) -> None:
+async def test_random_use_of_shared_slots_stays_within_total_and_starves_no_environment(
+    seed: int,
+) -> None:
     storm = RandomPollers(seed)
     async with asyncio.timeout(20), asyncio.TaskGroup() as group:
         for queue in storm.queues * 3:

@@ -62,7 +62,7 @@ def test_first_and_second_signal_wake_waiting_loop(factory: object) -> None:
         runner.run(wait_for_both_signals())
 
 
-async def test_signals_are_received_on_loop_without_signal_handlers(
+async def test_signals_are_received_on_loop_without_add_signal_handler(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     def refuse_signal_handler(*_: object) -> NoReturn:
@@ -123,7 +123,7 @@ async def test_sighup_requests_end_only_after_the_terminal_has_hung_up(
         with Signals(hangup_ends=hangup_ends) as signals:
             signal.raise_signal(signal.SIGHUP)
             signal.raise_signal(signal.SIGHUP)
-            await asyncio.sleep(0)  # Signals registers its handlers in this turn
+            await asyncio.sleep(0)  # The loop passes the signals to `Signals` in this turn.
             assert signals.first.is_set() is (hung_up and hangup_ends)
             assert not signals.second.is_set()
     assert len(caplog.messages) == (0 if hung_up and hangup_ends else 2)

@@ -136,7 +136,8 @@ async def test_requests_with_one_timer_end_each_at_its_own_time() -> None:
             early.append(seconds)
 
     async with asyncio.TaskGroup() as group:
-        for seconds in (0.2, 0.1, 0.3):  # the second one is earlier than the timer
+        # The second request ends before the time for which the timer is set.
+        for seconds in (0.2, 0.1, 0.3):
             group.create_task(wait_until_timeout(seconds))
         with Bound(LONG, timer):
             await asyncio.sleep(0)
@@ -149,7 +150,8 @@ async def test_request_after_an_ended_one_is_bounded_by_the_same_timer() -> None
     timer = BoundTimer(asyncio.get_running_loop())
     with Bound(0.05, timer):
         pass
-    for seconds in (0.1, 0.05):  # then the timer has fired, and is set again
+    # The second request starts after the timer has fired, and sets it again.
+    for seconds in (0.1, 0.05):
         with pytest.raises(TimeoutError), Bound(seconds, timer):
             await asyncio.sleep(LONG)
     timer.cancel()

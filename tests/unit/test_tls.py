@@ -37,7 +37,7 @@ def run_openssl(command: str, where: Path) -> None:
 def certificate_files(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Return a directory with a CA, certificates of server and client, and invalid files."""
     path = tmp_path_factory.mktemp("pki")
-    # With the extensions that Python requires of certificates since 3.13.
+    # Python requires these extensions of certificates since version 3.13.
     usage = "-addext keyUsage=critical,keyCertSign"
     run_openssl(
         f"req -x509 {KEY} {usage} -nodes -days 2 -subj /CN=ca -keyout ca.key -out ca.pem", path
@@ -122,7 +122,8 @@ async def test_every_connection_trusts_ca_file_and_presents_client_certificate(
     async with WorkClient(tls_server.settings_for(certificate_files, **key), session=own) as client:
         for each in (*options, CallOptions(new_connection=True)):
             await client.stop(WORK, options=each)
-        with pytest.raises(ControlPlaneError):  # the answer is no event stream
+        # The answer, which is no event stream, is refused after the TLS handshake.
+        with pytest.raises(ControlPlaneError):
             await client.events("sess_1")._calls.open(None)
         if own is not None:
             await own.close()
@@ -150,7 +151,7 @@ async def test_server_that_requires_certificate_refuses_client_without_one(
 
 
 class DelayedTunnelProxy:
-    """An HTTP proxy that opens its tunnel to `port` when the test says so."""
+    """An HTTP proxy that opens its tunnel to `port` once `release` is set."""
 
     def __init__(self, port: int) -> None:
         self.asked, self.release, self.ended = asyncio.Event(), asyncio.Event(), asyncio.Event()
@@ -184,7 +185,7 @@ async def tunnel_proxy(port: int) -> AsyncIterator[tuple[DelayedTunnelProxy, str
 
 
 class CheckRefusal(Exception):
-    """The error that the check raises."""
+    """The error by which a check refuses a request."""
 
 
 @pytest.mark.parametrize("held", [True, False])

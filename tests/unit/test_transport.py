@@ -876,7 +876,8 @@ async def test_late_refusal_uses_token_renewed_meanwhile(tmp_path: Path) -> None
             await both_arrived.wait()
         else:
             both_arrived.set()
-            await server.release.wait()  # until the first request has renewed the token
+            # The second refusal is sent after the first request has renewed the token.
+            await server.release.wait()
         writer.write(refusal_answer(401))
 
     async with (
@@ -947,7 +948,7 @@ async def test_cancelled_request_closes_its_connection(odd: Any) -> None:
         assert task.cancelled()
         assert reported == ["error"]
         server.release.set()
-        assert (await send_request(transport, server.url)).depth == 1  # on a new connection
+        assert (await send_request(transport, server.url)).depth == 1
     assert server.connections == 2
 
 

@@ -97,7 +97,8 @@ async def test_local_client_poll_waits_and_injects_faults(testbed: type[LeaseTes
         assert one.clock() == pytest.approx(1.499)
         with pytest.raises(TransientError, match="time"):
             await one.client.poll()
-        again = await one.client.poll()  # it was delivered to no worker, and 10 s have passed
+        # The lost answer delivered the item to no worker, so it is delivered again after 10 s.
+        again = await one.client.poll()
         assert again is not None
         assert one.clock() == pytest.approx(13.499)
         with pytest.raises(TransientError, match="503"):
@@ -166,7 +167,7 @@ async def test_local_client_sends_nothing_if_check_refuses() -> None:
 
 
 @in_virtual_time
-async def test_local_client_accepts_any_json_object_as_answer_to_stop_if_item_is_not_read() -> None:
+async def test_local_client_stop_without_reading_item_accepts_any_json_object() -> None:
     script = Script(stop=[Fault(answer=b"{}"), Fault(answer=b"{}"), Fault(answer=b"no JSON")])
     settings = Settings(environment_id=ENVIRONMENT)
     async with LocalClient(Operations([ENVIRONMENT]), settings, faults=script) as client:

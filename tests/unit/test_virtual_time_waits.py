@@ -81,7 +81,7 @@ def test_process_is_named_by_virtual_time_error(output: int | None) -> None:
                 await process.communicate()
         finally:
             process.kill()
-            await process.wait()  # the clean-up after the error has real time
+            await process.wait()  # The clean-up after the error may wait in real time.
 
     with pytest.raises(RuntimeError, match=r"virtual time cannot wait for process \d+ \(sleep\)$"):
         run_virtual(wait_for_process())
