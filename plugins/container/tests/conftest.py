@@ -21,7 +21,13 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import aiodocker
 import pytest
 
-from plugins.container.tests.engines import IMAGE, SECONDS, Docker, Podman, busybox_root
+from plugins.container.tests.engines import (
+    IMAGE,
+    WAIT_SECONDS,
+    DockerEngine,
+    PodmanEngine,
+    busybox_archive,
+)
 from workpool import Settings, Supervisor
 from workpool.events import SessionFinished
 from workpool.server import ControlPlane
@@ -29,7 +35,7 @@ from workpool.server.http.server_dialects import DIALECTS
 from workpool.testing import Faults, Recorder, literal
 from workpool.testing.bounded_wait import Changes
 from workpool_container import Container
-from workpool_container.engine import Engine
+from workpool_container.engine import EngineClient
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
@@ -38,7 +44,7 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 
-FOREVER = "trap 'echo asked; exit 9' TERM; echo ready; sleep 1000 & wait"
+ENDLESS_SCRIPT = "trap 'echo SIGTERM received; exit 9' TERM; echo ready; sleep 1000 & wait"
 
 
 def pytest_itemcollected(item: pytest.Item) -> None:
@@ -48,30 +54,33 @@ def pytest_itemcollected(item: pytest.Item) -> None:
 
 
 @pytest.fixture(scope="session")
-def podman() -> Iterator[Podman]:
-    """Podman with a busybox image, in which the fixture has already run a container."""
-    engine = Docker if os.environ.get("TEST_CONTAINER_ENGINE") == "docker" else Podman
+def podman() -> Iterator[PodmanEngine]:
+    """A running container engine with a busybox image; the tests are skipped without one."""
+    engine = DockerEngine if os.environ.get("TEST_CONTAINER_ENGINE") == "docker" else PodmanEngine
     missing = [name for name in engine.programs if shutil.which(name) is None]
     if missing:
         pytest.skip(f"not installed: {', '.join(missing)}")
     if os.geteuid() != 0:
         pytest.skip("only root runs containers with limits everywhere")
-    folder = Path(tempfile.mkdtemp(prefix="workpool-container-"))  # a socket's path must be short
+    # The path of a socket may have 107 bytes, and those of `tmp_path` can be longer.
+    folder = Path(tempfile.mkdtemp(prefix="workpool-container-"))
     podman = engine(folder)
     try:
-        podman.start()
-        podman.run("import", "-", IMAGE, stdin=busybox_root(str(shutil.which("busybox"))))
-        podman.run("run", "--rm", "--network=none", "--memory=64m", IMAGE, "/bin/true")
+        podman.start_service()
+        podman.run_command(
+            "import", "-", IMAGE, stdin=busybox_archive(str(shutil.which("busybox")))
+        )
+        podman.run_command("run", "--rm", "--network=none", "--memory=64m", IMAGE, "/bin/true")
         yield podman
-        if left := podman.run("ps", "--all", "--quiet").split():
-            # The engine may carry out a create request late, after its caller was cancelled.
-            podman.run("rm", "--force", *left)
+        if left := podman.run_command("ps", "--all", "--quiet").split():
+            # The engine may have created a container after the cancellation of its request.
+            podman.run_command("rm", "--force", *left)
     finally:
         podman.close()
         shutil.rmtree(folder, ignore_errors=True)
 
 
-WORKER = """
+WORKER_PROGRAM = """
 import asyncio, json, sys
 from workpool import Settings, Supervisor
 from workpool_container import Container
@@ -81,24 +90,28 @@ asyncio.run(Supervisor(Settings(**settings), plugins=[Container(**options)]).run
 """
 
 
-class Scene:
-    """A control plane, a container engine, a view of the engine, and pools with the plugin.
+class ContainerTestbed:
+    """A control plane, a container engine and its client, and pools with the plugin.
 
     Attributes:
         options: The default settings of the plugin; a test may replace them.
         work_id: The id of an item that the control plane does not have.
-        forever: A script that prints "ready" and runs until it receives SIGTERM.
+        endless_script: A script that prints "ready" and runs until it receives SIGTERM.
     """
 
     def __init__(
-        self, plane: ControlPlane, faults: Faults, podman: Podman, docker: aiodocker.Docker
+        self,
+        plane: ControlPlane,
+        faults: Faults,
+        podman: PodmanEngine,
+        docker_client: aiodocker.Docker,
     ) -> None:
         self.plane = plane
         self.faults = faults
-        self.log = Log()
-        self.docker = docker
+        self.log = SessionLog()
+        self.docker_client = docker_client
         self.work_id = f"work_{secrets.token_hex(16)}"
-        self.forever = FOREVER
+        self.endless_script = ENDLESS_SCRIPT
         self.recorder = Recorder()
         self.options: dict[str, Any] = {
             "image": IMAGE,
@@ -106,22 +119,23 @@ class Scene:
             "sweep_seconds": 1,
         }
 
-    def pool(
+    def make_pool(
         self, script: str, settings: dict[str, Any] | None = None, **options: Any
     ) -> Supervisor:
-        """Run a pool whose containers run this script."""
+        """Return a pool whose containers run this script."""
         options = self.options | {"command": ["/bin/sh", "-c", script]} | options
-        usual = {
+        defaults = {
             "reclaim_older_than_ms": 100,
             "stats_interval": 0,
             "pollers": 1,
             "drain_timeout": 0,
         }
         return Supervisor(
-            self.settings(**usual | (settings or {})), plugins=[Container(**options), self.recorder]
+            self.pool_settings(**defaults | (settings or {})),
+            plugins=[Container(**options), self.recorder],
         )
 
-    def settings(self, **settings: Any) -> Settings:
+    def pool_settings(self, **settings: Any) -> Settings:
         return Settings(
             base_url=self.plane.base_url,
             token=self.plane.token,
@@ -129,33 +143,33 @@ class Scene:
             **settings,
         )
 
-    async def run(
-        self, script: str, told: dict[str, str] | None = None, **options: Any
+    async def run_item(
+        self, script: str, metadata: dict[str, str] | None = None, **options: Any
     ) -> SessionFinished:
-        """Run one item's session to its end; `told` is the item's metadata."""
-        (item,) = self.plane.enqueue(metadata=told or {})
-        async with self.pool(script, **options):
-            return await self.finished(item.id)
+        """Enqueue an item with this metadata, and run its session to the end."""
+        (item,) = self.plane.enqueue(metadata=metadata or {})
+        async with self.make_pool(script, **options):
+            return await self.session_finished(item.id)
 
-    async def finished(self, work_id: str, count: int = 1) -> SessionFinished:
+    async def session_finished(self, work_id: str, count: int = 1) -> SessionFinished:
         return await self.recorder.wait_for(
             SessionFinished,
             lambda event: event.session.item.id == work_id,
             count=count,
-            timeout=SECONDS,
+            timeout=WAIT_SECONDS,
         )
 
-    def item(self, work_id: str) -> Item:
+    def stored_item(self, work_id: str) -> Item:
         return self.plane.operations.get(self.plane.environments[0], work_id)
 
-    def ask_to_stop(self, work_id: str) -> None:
-        """Request a stop, and let the pool notice it by a heartbeat now."""
+    def request_stop(self, work_id: str) -> None:
+        """Request the stop of an item, and let the pool detect the request by a heartbeat now."""
         self.plane.operations.stop(self.plane.environments[0], work_id, force=False)
-        copy = json.dumps(DIALECTS["qoder"].item(self.item(work_id))).encode()
-        self.faults.add(literal(copy), "poll", times=1)
+        delivery = json.dumps(DIALECTS["qoder"].item(self.stored_item(work_id))).encode()
+        self.faults.add(literal(delivery), "poll", times=1)
 
     @asynccontextmanager
-    async def worker(
+    async def running_worker(
         self, script: str, **options: Any
     ) -> AsyncIterator[asyncio.subprocess.Process]:
         """Run a worker in its own process during the block, and kill it at the end."""
@@ -166,7 +180,7 @@ class Scene:
             "environment_id": self.plane.environments[0],
         }
         process = await asyncio.create_subprocess_exec(
-            sys.executable, "-c", WORKER, json.dumps([settings, options])
+            sys.executable, "-c", WORKER_PROGRAM, json.dumps([settings, options])
         )
         try:
             yield process
@@ -175,43 +189,55 @@ class Scene:
                 process.kill()
             await process.wait()
 
-    async def containers(self, work_id: str) -> list[Any]:
+    async def item_containers(self, work_id: str) -> list[Any]:
         """Return the item's containers as the engine lists them."""
         filters = json.dumps({"label": [f"workpool.work_id={work_id}"]})
-        return await self.docker.containers.list(all=True, filters=filters)
+        return await self.docker_client.containers.list(all=True, filters=filters)
 
-    async def until(self, wanted: Callable[[], Awaitable[T]]) -> T:
-        """Poll the engine until `wanted` returns a true value; the engine reports no events."""
-        async with asyncio.timeout(SECONDS):
-            while not (found := await wanted()):  # noqa: ASYNC110 - another process brings it about
+    async def poll_until(self, condition: Callable[[], Awaitable[T]]) -> T:
+        """Call `condition` until it returns a true value, because the engine reports no events."""
+        async with asyncio.timeout(WAIT_SECONDS):
+            while not (found := await condition()):  # noqa: ASYNC110 - state of another process
                 await asyncio.sleep(0.05)
         return found
 
-    async def running(self, work_id: str) -> str:
+    async def running_container(self, work_id: str) -> str:
         """Wait until the item has a running container, and return the container's id."""
 
-        async def look() -> str:
-            states = {each["State"]: each.id for each in await self.containers(work_id)}
+        async def running_id() -> str:
+            states = {each["State"]: each.id for each in await self.item_containers(work_id)}
             return states.get("running", "")
 
-        return await self.until(look)
+        return await self.poll_until(running_id)
 
-    async def exited(self, container: str) -> None:
+    async def wait_for_exit(self, container: str) -> None:
         """Wait until this container has ended."""
 
-        async def look() -> bool:
-            shown = await self.docker.containers.container(container).show()
+        async def has_exited() -> bool:
+            shown = await self.docker_client.containers.container(container).show()
             return bool(shown["State"]["Status"] == "exited")
 
-        await self.until(look)
+        await self.poll_until(has_exited)
 
-    async def prints(self, text: str) -> None:
-        """Wait until a container has printed this line."""
-        await self.log.until(lambda: f"stdout: {text}" in self.log.lines)
+    async def wait_for_removal(self, work_id: str) -> None:
+        """Wait until the item has no container that was started.
+
+        The engine may create a container after its request was cancelled, but never starts it.
+        """
+
+        async def is_removed() -> bool:
+            states = {each["State"] for each in await self.item_containers(work_id)}
+            return states <= {"created"}
+
+        await self.poll_until(is_removed)
+
+    async def wait_for_output(self, line: str) -> None:
+        """Wait until this line of a container's standard output is logged."""
+        await self.log.wait_until(lambda: f"stdout: {line}" in self.log.lines)
 
 
-class Log(logging.Handler):
-    """The log of the sessions, for tests that wait for a line."""
+class SessionLog(logging.Handler):
+    """A logging handler that stores the messages of sessions, for tests that wait for one."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -222,47 +248,49 @@ class Log(logging.Handler):
         self.lines.append(record.getMessage())
         self._changes.notify()
 
-    async def until(self, wanted: Callable[[], bool]) -> None:
-        await self._changes.until(wanted, lambda: "\n".join(self.lines), SECONDS)
+    async def wait_until(self, condition: Callable[[], bool]) -> None:
+        await self._changes.until(condition, lambda: "\n".join(self.lines), WAIT_SECONDS)
 
 
 @pytest.fixture
-async def docker(podman: Podman, engine: Engine) -> AsyncIterator[aiodocker.Docker]:
-    """A second client of the engine; at the end of the test all containers are removed."""
-    async with aiodocker.Docker(f"unix://{podman.socket}", api_version="v1.41") as docker:
-        yield docker
-        for container in await docker.containers.list(all=True):
-            await engine.remove(container.id)
+async def docker_client(
+    podman: PodmanEngine, engine: EngineClient
+) -> AsyncIterator[aiodocker.Docker]:
+    """A second client of the engine, without the plugin. All containers are removed at the end."""
+    async with aiodocker.Docker(f"unix://{podman.socket}", api_version="v1.41") as client:
+        yield client
+        for container in await client.containers.list(all=True):
+            await engine.remove_container(container.id)
 
 
 @pytest.fixture
-async def engine(podman: Podman) -> AsyncIterator[Engine]:
-    async with Engine(podman.socket) as engine:
-        await engine.greet()
+async def engine(podman: PodmanEngine) -> AsyncIterator[EngineClient]:
+    async with EngineClient(podman.socket) as engine:
+        await engine.negotiate_version()
         yield engine
 
 
 @pytest.fixture
-async def scene(
-    podman: Podman, docker: aiodocker.Docker, monkeypatch: pytest.MonkeyPatch
-) -> AsyncIterator[Scene]:
+async def testbed(
+    podman: PodmanEngine, docker_client: aiodocker.Docker, monkeypatch: pytest.MonkeyPatch
+) -> AsyncIterator[ContainerTestbed]:
     for name in os.environ:
         if name.startswith("WORKPOOL_"):
             monkeypatch.delenv(name)
     faults = Faults()
     async with ControlPlane(middlewares=[faults.middleware]) as plane:
-        scene = Scene(plane, faults, podman, docker)
+        testbed = ContainerTestbed(plane, faults, podman, docker_client)
         log = logging.getLogger("workpool.session")
         level = log.level
         log.setLevel(logging.INFO)
-        log.addHandler(scene.log)
-        yield scene
-        log.removeHandler(scene.log)
+        log.addHandler(testbed.log)
+        yield testbed
+        log.removeHandler(testbed.log)
         log.setLevel(level)
 
 
 @pytest.fixture(autouse=True)
-async def nothing_left() -> AsyncIterator[None]:
+async def no_task_left() -> AsyncIterator[None]:
     """Check that no task outlives a test."""
     before = asyncio.all_tasks()
     yield

@@ -1,6 +1,6 @@
-"""Real container engines for the tests: Podman or Docker, each with its own storage.
+"""Podman or Docker as the real container engine of the tests, with a storage of its own.
 
-If an engine cannot run here, each test that needs it is skipped with the reason.
+If the engine cannot run on this machine, each test that needs it is skipped with the reason.
 """
 
 from __future__ import annotations
@@ -17,8 +17,20 @@ from pathlib import Path
 import pytest
 
 IMAGE = "localhost/workpool-test:1"
-APPLETS = ("cat", "echo", "env", "grep", "id", "ls", "sh", "sleep", "tail", "touch", "true")
-CONFIGURATION = """
+BUSYBOX_COMMANDS = (
+    "cat",
+    "echo",
+    "env",
+    "grep",
+    "id",
+    "ls",
+    "sh",
+    "sleep",
+    "tail",
+    "touch",
+    "true",
+)
+PODMAN_CONFIGURATION = """
 [containers]
 default_ulimits = ["nofile=1024:1024", "nproc=1024:1024"]
 [engine]
@@ -26,13 +38,13 @@ cgroup_manager = "cgroupfs"
 runtime = "runc"
 events_logger = "file"
 """
-"""Limits that root may set without CAP_SYS_RESOURCE; no use of systemd."""
-SECONDS = 20.0
-"""Timeout of every wait, in seconds."""
+"""The configuration for machines without systemd, with limits that need no CAP_SYS_RESOURCE."""
+WAIT_SECONDS = 60.0
+"""The time limit of every wait of the tests, in seconds."""
 
 
-def busybox_root(program: str) -> bytes:
-    """Return a root file system with one program, as an archive."""
+def busybox_archive(program: str) -> bytes:
+    """Return a tar archive of a root file system that has busybox only."""
     archive = io.BytesIO()
     with tarfile.open(fileobj=archive, mode="w") as tar:
         for folder, mode in (("bin", 0o755), ("tmp", 0o1777), ("proc", 0o755), ("etc", 0o755)):
@@ -40,26 +52,26 @@ def busybox_root(program: str) -> bytes:
             entry.type, entry.mode = tarfile.DIRTYPE, mode
             tar.addfile(entry)
         tar.add(program, "bin/busybox")
-        for applet in APPLETS:
-            link = tarfile.TarInfo(f"bin/{applet}")
+        for command in BUSYBOX_COMMANDS:
+            link = tarfile.TarInfo(f"bin/{command}")
             link.type, link.linkname = tarfile.SYMTYPE, "busybox"
             tar.addfile(link)
     return archive.getvalue()
 
 
-class Podman:
-    """A Podman with its storage in `folder`, and its API service.
+class PodmanEngine:
+    """The API service of a Podman whose storage is in `folder`.
 
     Attributes:
-        programs: The programs that it needs.
-        ending: The signal that ends the service but not the containers.
-        socket: The path of the service's socket.
-        image: The name of an image in its storage.
+        programs: The programs that must be installed.
+        end_signal: The signal that ends the service but not the containers.
+        socket: The path of the socket of the service.
+        image: The name of an image in the storage.
         registry: A listening socket; Podman pulls from its port without TLS.
     """
 
     programs = ("podman", "runc", "busybox")
-    ending = signal.SIGKILL
+    end_signal = signal.SIGKILL
 
     def __init__(self, folder: Path) -> None:
         self.socket = str(folder / "engine.sock")
@@ -67,7 +79,7 @@ class Podman:
         self.registry = socket.create_server(("127.0.0.1", 0))
         self._folder = folder
         self._service: subprocess.Popen[bytes] | None = None
-        (folder / "containers.conf").write_text(CONFIGURATION)
+        (folder / "containers.conf").write_text(PODMAN_CONFIGURATION)
         port = self.registry.getsockname()[1]
         (folder / "registries.conf").write_text(
             f'[[registry]]\nlocation = "localhost:{port}"\ninsecure = true\n'
@@ -77,49 +89,49 @@ class Podman:
             "CONTAINERS_REGISTRIES_CONF": str(folder / "registries.conf"),
         }
 
-    def run(self, *arguments: str, stdin: bytes = b"") -> str:
+    def run_command(self, *arguments: str, stdin: bytes = b"") -> str:
         """Run a Podman command; skip the test with the reason if the command fails."""
-        done = subprocess.run(  # noqa: S603 - our own words
+        done = subprocess.run(  # noqa: S603 - no input from outside
             [*self._base_command, *arguments],
             env=self._environment,
             input=stdin,
             capture_output=True,
-            timeout=60,
+            timeout=2 * WAIT_SECONDS,
             check=False,
         )
         if done.returncode:
             pytest.skip(f"{self.programs[0]} {arguments[0]}: {done.stderr.decode().strip()[-500:]}")
         return done.stdout.decode().strip()
 
-    def start(self) -> None:
+    def start_service(self) -> None:
         """Start the service and wait until it answers."""
         with (self._folder / "service.log").open("ab") as log:
-            self._service = subprocess.Popen(  # noqa: S603 - our own words
+            self._service = subprocess.Popen(  # noqa: S603 - no input from outside
                 self._service_command,
                 cwd=self._folder,
                 env=self._environment,
                 stdout=log,
                 stderr=log,
             )
-        until = time.monotonic() + SECONDS
+        deadline = time.monotonic() + WAIT_SECONDS
         while not Path(self.socket).is_socket():
-            if self._service.poll() is not None or time.monotonic() > until:
+            if self._service.poll() is not None or time.monotonic() > deadline:
                 pytest.skip(
                     f"{self.programs[0]}: {(self._folder / 'service.log').read_text()[-500:]}"
                 )
             time.sleep(0.02)
 
-    def stop(self) -> None:
-        """End the service by its process id; containers run on."""
+    def stop_service(self) -> None:
+        """End the service, but not the containers."""
         if self._service is not None:
-            self._service.send_signal(self.ending)
+            self._service.send_signal(self.end_signal)
             self._service.wait()
             self._service = None
         Path(self.socket).unlink(missing_ok=True)
 
     def close(self) -> None:
-        """End the service and remove the containers and the storage."""
-        self.stop()
+        """End the service and close the socket of the registry."""
+        self.stop_service()
         self.registry.close()
 
     @property
@@ -129,20 +141,20 @@ class Podman:
 
     @property
     def _service_command(self) -> list[str]:
-        # The service ends after an idle hour, because a killed test run cannot end it.
+        # The service ends by itself after an hour without requests, in case the test run is killed.
         return [*self._base_command, "system", "service", "--time=3600", f"unix://{self.socket}"]
 
 
-class Docker(Podman):
-    """A Docker with its own storage. The containers outlive its service, as with Podman."""
+class DockerEngine(PodmanEngine):
+    """The service of a Docker with its storage in `folder`. Containers outlive the service."""
 
     programs = ("docker", "dockerd", "busybox")
-    ending = signal.SIGTERM
+    end_signal = signal.SIGTERM
 
     def close(self) -> None:
-        """End the service and its containers, and unmount their storage."""
+        """End the service, and unmount the storage."""
         super().close()
-        subprocess.run(["umount", str(self._folder / "data")], check=False)  # noqa: S603, S607 - our own words
+        subprocess.run(["umount", str(self._folder / "data")], check=False)  # noqa: S603, S607 - no input from outside
 
     @property
     def _base_command(self) -> list[str]:

@@ -1,4 +1,4 @@
-"""Answers of a container engine that the plugin's client must survive."""
+"""The client of the container engine, with an engine that refuses to remove a container."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import pytest
 from aiohttp import web
 
-from workpool_container.engine import Engine, EngineError
+from workpool_container.engine import EngineClient, EngineError
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Awaitable, Callable
@@ -16,43 +16,45 @@ if TYPE_CHECKING:
 
 
 @asynccontextmanager
-async def engine_that_answers(
-    folder: Path, remove: Callable[[web.Request], Awaitable[web.StreamResponse]]
-) -> AsyncIterator[Engine]:
-    """Yield the client of an engine whose removals are answered by `remove`."""
+async def engine_with_removal_handler(
+    directory: Path, handle_removal: Callable[[web.Request], Awaitable[web.StreamResponse]]
+) -> AsyncIterator[EngineClient]:
+    """Yield the client of an engine that answers each removal by calling `handle_removal`."""
 
-    async def version(_: web.Request) -> web.Response:
+    async def handle_version(_: web.Request) -> web.Response:
         return web.json_response({"ApiVersion": "1.41"})
 
     app = web.Application()
-    app.router.add_get("/version", version)
-    app.router.add_delete("/{path:.*/containers/one}", remove)
+    app.router.add_get("/version", handle_version)
+    app.router.add_delete("/{path:.*/containers/one}", handle_removal)
     runner = web.AppRunner(app)
     await runner.setup()
     try:
-        await web.UnixSite(runner, str(folder / "engine.sock")).start()
-        async with Engine(str(folder / "engine.sock")) as engine:
+        await web.UnixSite(runner, str(directory / "engine.sock")).start()
+        async with EngineClient(str(directory / "engine.sock")) as engine:
             yield engine
     finally:
         await runner.cleanup()
 
 
-async def test_removal_during_unfinished_stop_is_tried_again(tmp_path: Path) -> None:
+async def test_removal_that_engine_refuses_twice_during_stop_is_repeated(tmp_path: Path) -> None:
     problem = {"message": "cannot remove container: container state improper: stopped"}
-    answers = [web.json_response(problem, status=500), web.json_response(problem, status=500)]
+    responses = [web.json_response(problem, status=500), web.json_response(problem, status=500)]
 
-    async def remove(_: web.Request) -> web.Response:
-        return answers.pop() if answers else web.Response(status=204)
+    async def handle_removal(_: web.Request) -> web.Response:
+        return responses.pop() if responses else web.Response(status=204)
 
-    async with engine_that_answers(tmp_path, remove) as engine:
-        await engine.remove("one")
-    assert not answers
+    async with engine_with_removal_handler(tmp_path, handle_removal) as engine:
+        await engine.remove_container("one")
+    assert not responses
 
 
-async def test_removal_that_always_fails_is_error_with_engine_text(tmp_path: Path) -> None:
-    async def remove(_: web.Request) -> web.Response:
+async def test_removal_that_engine_always_refuses_raises_error_with_its_message(
+    tmp_path: Path,
+) -> None:
+    async def handle_removal(_: web.Request) -> web.Response:
         return web.json_response({"message": "no space left on device"}, status=500)
 
-    async with engine_that_answers(tmp_path, remove) as engine:
+    async with engine_with_removal_handler(tmp_path, handle_removal) as engine:
         with pytest.raises(EngineError, match="no space left on device"):
-            await engine.remove("one")
+            await engine.remove_container("one")

@@ -1,4 +1,4 @@
-"""An item has at most one container, even if its worker is cancelled at any point."""
+"""Cancelled and stale workers: an item never has two running containers."""
 
 from __future__ import annotations
 
@@ -10,19 +10,19 @@ import pytest
 
 from workpool import Release, Session, WorkItem
 from workpool.errors import TransientError
-from workpool_container import run
-from workpool_container.engine import ENDED, Engine
-from workpool_container.options import Options, specify
-from workpool_container.run import CONTAINER, Run
+from workpool_container import container_run
+from workpool_container.container_run import CONTAINER_ID_KEY, ContainerRun
+from workpool_container.engine import GIVEN_UP_SUFFIX, EngineClient
+from workpool_container.options import ContainerOptions, container_specification
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from plugins.container.tests.conftest import Scene
+    from plugins.container.tests.conftest import ContainerTestbed
 
 
-class Lease:
-    """A lease that the test controls, and the metadata that was written under it."""
+class ControlledLease:
+    """A lease whose remaining time the test sets, and that records the written metadata."""
 
     def __init__(self) -> None:
         self.remaining = 60.0
@@ -36,20 +36,24 @@ class Lease:
         self.metadata |= patch
 
 
-class Worker:
-    """The part of a worker that handles the one item's container."""
+class SessionWorker:
+    """The part of a worker that runs a session in a container, under a lease of the test."""
 
     def __init__(
-        self, scene: Scene, engine: Engine, named: str = "", script: str | None = None
+        self,
+        testbed: ContainerTestbed,
+        engine: EngineClient,
+        container_id: str = "",
+        script: str | None = None,
     ) -> None:
         now = datetime.now(UTC)
         item = WorkItem(
-            id=scene.work_id,
+            id=testbed.work_id,
             type="session",
             session_id="sess_1",
             environment_id="env_1",
             state="starting",
-            metadata={CONTAINER: named} if named else {},
+            metadata={CONTAINER_ID_KEY: container_id} if container_id else {},
             created_at=now,
             acknowledged_at=now,
             started_at=None,
@@ -58,119 +62,118 @@ class Worker:
             stop_requested_at=None,
             stopped_at=None,
         )
-        self.lease = Lease()
+        self.lease = ControlledLease()
         self.engine = engine
         self.session = Session(item, cast("Any", self.lease), redelivered=False)
-        command = ["/bin/sh", "-c", script or scene.forever]
-        self.options = Options.read(scene.options | {"command": command})
+        command = ["/bin/sh", "-c", script or testbed.endless_script]
+        self.options = ContainerOptions.from_settings(testbed.options | {"command": command})
 
     async def run(self) -> dict[str, str]:
-        return await Run(self.engine, self.options, self.session).complete()
+        return await ContainerRun(self.engine, self.options, self.session).run_to_end()
 
 
-async def containers(scene: Scene) -> dict[str, str]:
-    """Return the states of the item's containers by id."""
-    return {each.id: each["State"] for each in await scene.containers(scene.work_id)}
+@pytest.fixture(autouse=True)
+def long_removal(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Allow more time for the removal of a container, which is slow on a loaded machine."""
+    monkeypatch.setattr(container_run, "REMOVAL_SECONDS", 60.0)
+
+
+async def container_states(testbed: ContainerTestbed) -> dict[str, str]:
+    """Return the state of each container of the item, by container id."""
+    return {each.id: each["State"] for each in await testbed.item_containers(testbed.work_id)}
 
 
 async def test_worker_without_lease_leaves_container_adopted_by_another_worker_running(
-    scene: Scene, engine: Engine
+    testbed: ContainerTestbed, engine: EngineClient
 ) -> None:
-    stale = Worker(scene, engine)
+    stale = SessionWorker(testbed, engine)
     async with asyncio.TaskGroup() as group:
         first = group.create_task(stale.run())
-        await scene.prints("ready")
-        (container,) = await containers(scene)
-        second = group.create_task(Worker(scene, engine, named=container).run())
-        await scene.log.until(lambda: any("adopted" in line for line in scene.log.lines))
+        await testbed.wait_for_output("ready")
+        (container,) = await container_states(testbed)
+        second = group.create_task(SessionWorker(testbed, engine, container_id=container).run())
+        await testbed.log.wait_until(lambda: any("adopted" in line for line in testbed.log.lines))
 
-        # Behave like a worker that was frozen for longer than its lease and then continues.
+        # The first worker is like one that was suspended for longer than its lease.
         stale.lease.remaining = 0.0
         first.cancel()
         await asyncio.wait({first})
-        assert await containers(scene) == {container: "running"}
+        assert await container_states(testbed) == {container: "running"}
 
         second.cancel()
-    assert await containers(scene) == {}
+    assert await container_states(testbed) == {}
 
 
 @pytest.mark.parametrize("turns", [1, 8])
-@pytest.mark.parametrize("call", ["create", "start", "_status"])
+@pytest.mark.parametrize("call", ["create_container", "start_container", "_exit_status"])
 async def test_cancellation_at_any_engine_call_leaves_no_running_container(
-    scene: Scene,
-    engine: Engine,
+    testbed: ContainerTestbed,
+    engine: EngineClient,
     monkeypatch: pytest.MonkeyPatch,
     call: str,
     turns: int,
 ) -> None:
     original = getattr(engine, call)
 
-    def cancel_after(left: int) -> None:
-        if left:
-            asyncio.get_running_loop().call_soon(cancel_after, left - 1)
-        else:
-            task.cancel()
-
-    async def cut(*arguments: Any) -> Any:
-        cancel_after(turns)  # the cancellation comes before, during or after the request
+    async def call_and_cancel(*arguments: Any) -> Any:
+        _call_after(turns, task.cancel)
         return await original(*arguments)
 
-    monkeypatch.setattr(engine, call, cut)
+    monkeypatch.setattr(engine, call, call_and_cancel)
     async with asyncio.TaskGroup() as group:
-        task = group.create_task(Worker(scene, engine).run())
+        task = group.create_task(SessionWorker(testbed, engine).run())
         await asyncio.wait({task})
     assert task.cancelled()
-    # A container that was requested before the cancellation may exist, but is never started.
-    assert set((await containers(scene)).values()) <= {"created"}
+    # The engine may create a container after the cancellation of its request, but never starts it.
+    assert set((await container_states(testbed)).values()) <= {"created"}
 
 
 @pytest.mark.parametrize("turns", [0, 8])
-@pytest.mark.parametrize("call", ["rename", "stop", "remove"])
+@pytest.mark.parametrize("call", ["rename_container", "stop_container", "remove_container"])
 async def test_second_cancellation_during_cleanup_leaves_no_container(
-    scene: Scene,
-    engine: Engine,
+    testbed: ContainerTestbed,
+    engine: EngineClient,
     monkeypatch: pytest.MonkeyPatch,
     call: str,
     turns: int,
 ) -> None:
-    monkeypatch.setattr(run, "KILL_SECONDS", 30.0)  # a loaded machine removes it slowly
     original = getattr(engine, call)
 
-    async def cancelled_again(*arguments: Any) -> Any:
+    async def cancel_again_and_call(*arguments: Any) -> Any:
         loop = asyncio.get_running_loop()
         loop.call_soon(_call_after, turns, task.cancel)
         return await original(*arguments)
 
     async with asyncio.TaskGroup() as group:
-        task = group.create_task(Worker(scene, engine).run())
-        await scene.prints("ready")
-        monkeypatch.setattr(engine, call, cancelled_again)
+        task = group.create_task(SessionWorker(testbed, engine).run())
+        await testbed.wait_for_output("ready")
+        monkeypatch.setattr(engine, call, cancel_again_and_call)
         task.cancel()
         await asyncio.wait({task})
     assert task.cancelled()
-    assert await containers(scene) == {}
+    assert await container_states(testbed) == {}
 
 
-async def test_second_cancellation_during_grace_ends_container_at_once(
-    scene: Scene, engine: Engine, monkeypatch: pytest.MonkeyPatch
+async def test_second_cancellation_during_grace_kills_container_without_delay(
+    testbed: ContainerTestbed, engine: EngineClient, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(run, "CANCELLED_SECONDS", 60.0)
-    deaf = "trap '' TERM; echo ready; while :; do sleep 1; done"
-    stop, stopping = engine.stop, asyncio.Event()
+    monkeypatch.setattr(container_run, "CANCELLED_GRACE_SECONDS", 600.0)
+    script = "trap '' TERM; echo ready; while :; do sleep 1; done"
+    stop_container, stop_begun = engine.stop_container, asyncio.Event()
 
-    async def noticed(*arguments: Any) -> None:
-        stopping.set()
-        await stop(*arguments)
+    async def record_stop(*arguments: Any) -> None:
+        stop_begun.set()
+        await stop_container(*arguments)
 
-    monkeypatch.setattr(engine, "stop", noticed)
-    async with asyncio.timeout(40), asyncio.TaskGroup() as group:
-        task = group.create_task(Worker(scene, engine, script=deaf).run())
-        await scene.prints("ready")
+    monkeypatch.setattr(engine, "stop_container", record_stop)
+    async with asyncio.timeout(240), asyncio.TaskGroup() as group:
+        task = group.create_task(SessionWorker(testbed, engine, script=script).run())
+        await testbed.wait_for_output("ready")
         task.cancel()
-        await stopping.wait()
+        await stop_begun.wait()
         task.cancel()
         await asyncio.wait({task})
-    assert await containers(scene) == {}
+    assert await container_states(testbed) == {}
 
 
 def _call_after(turns: int, call: Callable[[], object]) -> None:
@@ -180,72 +183,74 @@ def _call_after(turns: int, call: Callable[[], object]) -> None:
         call()
 
 
-async def test_container_is_not_started_after_lease_has_ended(
-    scene: Scene, engine: Engine, monkeypatch: pytest.MonkeyPatch
+async def test_container_whose_lease_ends_before_its_start_is_not_started(
+    testbed: ContainerTestbed, engine: EngineClient, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    worker = Worker(scene, engine)
+    worker = SessionWorker(testbed, engine)
     states = []
 
-    async def freeze(patch: dict[str, str]) -> None:
-        states.append((await containers(scene))[patch[CONTAINER]])
+    async def end_lease(patch: dict[str, str]) -> None:
+        states.append((await container_states(testbed))[patch[CONTAINER_ID_KEY]])
         worker.lease.remaining = 0.0
 
-    monkeypatch.setattr(worker.lease, "update_metadata", freeze)
+    monkeypatch.setattr(worker.lease, "update_metadata", end_lease)
     with pytest.raises(Release):
         await worker.run()
-    assert states == ["created"]  # the metadata names the container before it runs
-    assert await containers(scene) == {}
-    assert scene.log.lines == []
+    assert states == ["created"]
+    assert await container_states(testbed) == {}
+    assert testbed.log.lines == []
 
 
-async def test_item_whose_metadata_cannot_name_container_is_released(
-    scene: Scene, engine: Engine, monkeypatch: pytest.MonkeyPatch
+async def test_item_whose_metadata_cannot_be_written_is_released_without_container(
+    testbed: ContainerTestbed, engine: EngineClient, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    worker = Worker(scene, engine)
+    worker = SessionWorker(testbed, engine)
 
-    async def fail(_: object) -> None:
+    async def raise_server_error(_: object) -> None:
         raise TransientError("update", 503, "busy", reason="server_error")
 
-    monkeypatch.setattr(worker.lease, "update_metadata", fail)
+    monkeypatch.setattr(worker.lease, "update_metadata", raise_server_error)
     with pytest.raises(Release):
         await worker.run()
-    assert await containers(scene) == {}
+    assert await container_states(testbed) == {}
 
 
-async def test_container_of_worker_without_resources_is_not_left_running(
-    scene: Scene, engine: Engine, monkeypatch: pytest.MonkeyPatch
+async def test_container_of_worker_that_has_no_memory_is_stopped(
+    testbed: ContainerTestbed, engine: EngineClient, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    worker = Worker(scene, engine)
+    worker = SessionWorker(testbed, engine)
 
-    async def refuse(_: object) -> None:
-        await scene.prints("ready")
+    async def raise_memory_error(_: object) -> None:
+        await testbed.wait_for_output("ready")
         raise MemoryError
 
-    monkeypatch.setattr(engine, "exit_of", refuse)
+    monkeypatch.setattr(engine, "wait_for_exit_status", raise_memory_error)
     with pytest.raises(MemoryError):
         await worker.run()
-    assert "running" not in (await containers(scene)).values()
+    assert "running" not in (await container_states(testbed)).values()
 
 
-@pytest.mark.parametrize("kind", ["never named", "given up", "never started"])
-async def test_superseded_container_is_removed_before_another_starts(
-    scene: Scene, engine: Engine, kind: str
+@pytest.mark.parametrize("kind", ["not named by the item", "given up", "never started"])
+async def test_container_that_cannot_be_adopted_is_removed_before_another_starts(
+    testbed: ContainerTestbed, engine: EngineClient, kind: str
 ) -> None:
-    old = Worker(scene, engine)
-    name = f"workpool-{scene.work_id}-old{ENDED if kind == 'given up' else ''}"
-    left = await engine.create(name, specify(old.options, old.session))
+    old = SessionWorker(testbed, engine)
+    name = f"workpool-{testbed.work_id}-old{GIVEN_UP_SUFFIX if kind == 'given up' else ''}"
+    left = await engine.create_container(name, container_specification(old.options, old.session))
     if kind != "never started":
-        await engine.start(left)
-        await scene.until(lambda: _has_state(scene, left, "running"))
-    worker = Worker(scene, engine, named="" if kind == "never named" else left)
+        await engine.start_container(left)
+        await testbed.poll_until(lambda: _has_state(testbed, left, "running"))
+    worker = SessionWorker(
+        testbed, engine, container_id="" if kind == "not named by the item" else left
+    )
     async with asyncio.TaskGroup() as group:
         task = group.create_task(worker.run())
-        await scene.prints("ready")
-        (container,) = await containers(scene)
+        await testbed.wait_for_output("ready")
+        (container,) = await container_states(testbed)
         assert container != left
-        assert worker.lease.metadata == {CONTAINER: container}
+        assert worker.lease.metadata == {CONTAINER_ID_KEY: container}
         task.cancel()
 
 
-async def _has_state(scene: Scene, container: str, state: str) -> bool:
-    return (await containers(scene)).get(container) == state
+async def _has_state(testbed: ContainerTestbed, container: str, state: str) -> bool:
+    return (await container_states(testbed)).get(container) == state

@@ -1,4 +1,4 @@
-"""The item in a container's environment, and sessions for which the worker lacks resources."""
+"""The environment variables of a container, and sessions for which the worker lacks resources."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ from pydantic import SecretStr
 from workpool import Release, Settings, WorkItem
 from workpool.errors import exhausted
 from workpool_container import Container
-from workpool_container.options import describe, specify
-from workpool_container.run import Run
+from workpool_container.container_run import ContainerRun
+from workpool_container.options import container_specification, item_json
 
-TRACE = "00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-01"
+TRACEPARENT = "00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-01"
 
 
-def item_of(**changes: Any) -> WorkItem:
+def make_item(**changes: Any) -> WorkItem:
     fields: dict[str, Any] = {
         "id": "work_1",
         "type": "session",
@@ -46,18 +46,18 @@ def item_of(**changes: Any) -> WorkItem:
 def test_item_passed_to_container_has_creation_time_or_null(
     time: datetime | None, text: str | None
 ) -> None:
-    item = item_of(created_at=time)
-    assert json.loads(describe(item))["created_at"] == text
+    item = make_item(created_at=time)
+    assert json.loads(item_json(item))["created_at"] == text
 
 
 @pytest.mark.parametrize("error", [OSError(errno.EMFILE, "x"), MemoryError()], ids=repr)
-async def test_session_on_machine_without_resources_is_released(
+async def test_session_whose_worker_has_no_memory_or_descriptors_is_released(
     monkeypatch: pytest.MonkeyPatch, error: Exception
 ) -> None:
-    async def refuse(_run: Run) -> None:
+    async def raise_error(_run: ContainerRun) -> None:
         raise error
 
-    monkeypatch.setattr(Run, "complete", refuse)
+    monkeypatch.setattr(ContainerRun, "run_to_end", raise_error)
     monkeypatch.setattr(Container, "_engine", None, raising=False)
     monkeypatch.setattr(Container, "_settings", Settings(), raising=False)
     session: Any = SimpleNamespace(item=SimpleNamespace(id="work_1"))
@@ -67,35 +67,37 @@ async def test_session_on_machine_without_resources_is_released(
 
 
 @pytest.mark.parametrize("item_token", [True, False])
-async def test_container_gets_token_of_item_on_request_and_never_key_of_worker(
+async def test_container_gets_item_token_only_if_set_and_never_key_of_worker(
     monkeypatch: pytest.MonkeyPatch, *, item_token: bool
 ) -> None:
-    made: list[dict[str, Any]] = []
+    specifications: list[dict[str, Any]] = []
 
-    async def create(run: Run) -> dict[str, str]:
-        made.append(specify(run._options, run._session, run._given))
+    async def record_specification(run: ContainerRun) -> dict[str, str]:
+        specifications.append(
+            container_specification(run._options, run._session, run._extra_variables)
+        )
         return {}
 
-    monkeypatch.setattr(Run, "complete", create)
+    monkeypatch.setattr(ContainerRun, "run_to_end", record_specification)
     monkeypatch.setattr(Container, "_engine", None, raising=False)
     monkeypatch.setenv("ANTHROPIC_ENVIRONMENT_KEY", "key-of-the-worker")
     worker = Settings(
-        token="key-of-the-worker",  # noqa: S106 - to be looked for
+        token="key-of-the-worker",  # noqa: S106 - a token of the test only
         api_key="key-of-the-worker-2",
         extra_headers={"x-worker-token": "key-of-the-worker-3"},
         dialect="anthropic",
     )
     monkeypatch.setattr(Container, "_settings", worker, raising=False)
-    item = item_of(sessions_token=SecretStr("token-of-the-item"))
+    item = make_item(sessions_token=SecretStr("token-of-the-item"))
     session: Any = SimpleNamespace(item=item, redelivered=False, traceparent=None)
     await Container(image="agent", item_token=item_token)._run_session(session)
-    [specification] = made
+    [specification] = specifications
     assert not any(variable.startswith("TRACEPARENT=") for variable in specification["Env"])
     assert ("WORKPOOL_TOKEN=token-of-the-item" in specification["Env"]) is item_token
     assert "key-of-the-worker" not in json.dumps(specification)
 
 
 def test_container_gets_trace_context_of_session() -> None:
-    session: Any = SimpleNamespace(item=item_of(), redelivered=False, traceparent=TRACE)
+    session: Any = SimpleNamespace(item=make_item(), redelivered=False, traceparent=TRACEPARENT)
     options = Container(image="agent")._options
-    assert f"TRACEPARENT={TRACE}" in specify(options, session)["Env"]
+    assert f"TRACEPARENT={TRACEPARENT}" in container_specification(options, session)["Env"]

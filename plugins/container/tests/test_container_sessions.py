@@ -1,4 +1,4 @@
-"""Sessions in real containers, from the queue to the metadata with their results."""
+"""Whole sessions in real containers: environment, privileges, limits, output and outcome."""
 
 from __future__ import annotations
 
@@ -13,26 +13,26 @@ if TYPE_CHECKING:
 
     import pytest
 
-    from plugins.container.tests.conftest import Scene
+    from plugins.container.tests.conftest import ContainerTestbed
 
 
-def said(caplog: pytest.LogCaptureFixture) -> list[str]:
-    """Return the output of the containers from the session's log."""
+def logged_output(caplog: pytest.LogCaptureFixture) -> list[str]:
+    """Return the output lines of the containers from the log, without the names of the streams."""
     streams = ("stdout: ", "stderr: ")
     return [line[len("std...: ") :] for line in caplog.messages if line.startswith(streams)]
 
 
-async def test_session_runs_in_own_container_with_its_environment(
-    scene: Scene, caplog: pytest.LogCaptureFixture
+async def test_container_of_session_gets_variables_with_ids_and_item(
+    testbed: ContainerTestbed, caplog: pytest.LogCaptureFixture
 ) -> None:
     caplog.set_level("INFO")
-    finished = await scene.run(
+    finished = await testbed.run_item(
         "env; echo on stderr >&2", {"job": "x"}, environment={"GREETING": "hello you"}
     )
     item = finished.session.item
     assert finished.outcome == "completed"
-    assert scene.item(item.id).metadata["exit_status"] == "0"
-    variables = dict(line.split("=", 1) for line in said(caplog) if "=" in line)
+    assert testbed.stored_item(item.id).metadata["exit_status"] == "0"
+    variables = dict(line.split("=", 1) for line in logged_output(caplog) if "=" in line)
     assert "stderr: on stderr" in caplog.messages
     assert variables["GREETING"] == "hello you"
     assert variables["WORKPOOL_WORK_ID"] == item.id
@@ -42,30 +42,29 @@ async def test_session_runs_in_own_container_with_its_environment(
     item_json = json.loads(variables["WORKPOOL_ITEM"])
     assert (item_json["id"], item_json["metadata"]) == (item.id, {"job": "x"})
     assert item_json["data"] == {"type": "session", "id": item.session_id}
-    assert scene.plane.token not in str(variables)
-    assert await scene.containers(item.id) == []  # removed when the item was stopped
+    assert testbed.plane.token not in str(variables)
+    assert await testbed.item_containers(item.id) == []
 
 
-async def test_exit_status_of_container_determines_outcome(scene: Scene) -> None:
-    failed = await scene.run("exit 3")
+async def test_exit_status_of_container_determines_outcome(testbed: ContainerTestbed) -> None:
+    failed = await testbed.run_item("exit 3")
     assert failed.outcome == "failed"
     assert isinstance(failed.error, ContainerFailed)
     assert failed.error.status == 3
 
-    released = await scene.run("exit 75")
+    released = await testbed.run_item("exit 75")
     assert released.outcome == "released"
-    assert scene.item(released.session.item.id).metadata["workpool.released"] == "Release"
-    # The container was removed, so that no worker can adopt it.
-    assert await scene.containers(released.session.item.id) == []
+    assert testbed.stored_item(released.session.item.id).metadata["workpool.released"] == "Release"
+    assert await testbed.item_containers(released.session.item.id) == []
 
 
 async def test_container_has_no_privileges_by_default(
-    scene: Scene, tmp_path: Path, caplog: pytest.LogCaptureFixture
+    testbed: ContainerTestbed, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     caplog.set_level("INFO")
     for name in ("given", "kept"):
         (tmp_path / name).mkdir()
-    finished = await scene.run(
+    finished = await testbed.run_item(
         """
         grep -E '^(CapEff|CapBnd|NoNewPrivs)' /proc/self/status
         touch /here || echo root is read-only
@@ -81,7 +80,7 @@ async def test_container_has_no_privileges_by_default(
         pids=17,
     )
     assert finished.outcome == "completed"
-    lines = [line.split() for line in said(caplog)]
+    lines = [line.split() for line in logged_output(caplog)]
     assert ["CapEff:", "0000000000000000"] in lines
     assert ["CapBnd:", "0000000000000000"] in lines
     assert ["NoNewPrivs:", "1"] in lines
@@ -93,46 +92,50 @@ async def test_container_has_no_privileges_by_default(
     assert ["17"] in lines
 
 
-async def test_container_beyond_memory_limit_fails_session(scene: Scene) -> None:
-    finished = await scene.run("exec tail /dev/zero", memory="16MiB")
+async def test_container_beyond_memory_limit_fails_session(testbed: ContainerTestbed) -> None:
+    finished = await testbed.run_item("exec tail /dev/zero", memory="16MiB")
     assert finished.outcome == "failed"
     assert isinstance(finished.error, ContainerFailed)
     assert "out of memory?" in str(finished.error)
 
 
-async def test_container_with_many_output_lines_is_logged_up_to_limit(
-    scene: Scene, caplog: pytest.LogCaptureFixture
+async def test_container_with_many_output_lines_logs_only_first_ones(
+    testbed: ContainerTestbed, caplog: pytest.LogCaptureFixture
 ) -> None:
     caplog.set_level("INFO")
-    finished = await scene.run(
+    finished = await testbed.run_item(
         "i=0; while [ $i -lt 5000 ]; do echo line $i; i=$((i+1)); done", log_lines=50
     )
     assert finished.outcome == "completed"
-    assert said(caplog) == [f"line {number}" for number in range(50)]
+    assert logged_output(caplog) == [f"line {number}" for number in range(50)]
     assert "more of its output is not logged" in caplog.messages
 
 
-async def test_item_too_large_for_container_environment_fails_session(scene: Scene) -> None:
-    finished = await scene.run("true", {"much": "x" * 100_000})
+async def test_item_too_large_for_environment_variable_fails_session(
+    testbed: ContainerTestbed,
+) -> None:
+    finished = await testbed.run_item("true", {"much": "x" * 100_000})
     assert finished.outcome == "failed"
     assert isinstance(finished.error, ItemTooLarge)
 
 
-async def test_container_without_its_program_releases_item(
-    scene: Scene, caplog: pytest.LogCaptureFixture
+async def test_session_whose_image_lacks_program_is_released(
+    testbed: ContainerTestbed, caplog: pytest.LogCaptureFixture
 ) -> None:
-    finished = await scene.run("", command=["/bin/nothing"])
+    finished = await testbed.run_item("", command=["/bin/nothing"])
     assert finished.outcome == "released"
     assert "container not started" in caplog.text
     assert "/bin/nothing" in caplog.text
-    assert await scene.containers(finished.session.item.id) == []
+    assert await testbed.item_containers(finished.session.item.id) == []
 
 
-async def test_container_with_metadata_takes_matching_items_only(scene: Scene) -> None:
-    scene.plane.enqueue(metadata={"job": "other"})
-    scene.plane.enqueue(metadata={"job": "mine"})
-    pool = scene.pool("true", {"reclaim_older_than_ms": 60_000}, metadata={"job": "mine"})
+async def test_plugin_with_metadata_setting_takes_matching_items_only(
+    testbed: ContainerTestbed,
+) -> None:
+    testbed.plane.enqueue(metadata={"job": "other"})
+    testbed.plane.enqueue(metadata={"job": "mine"})
+    pool = testbed.make_pool("true", {"reclaim_older_than_ms": 60_000}, metadata={"job": "mine"})
     async with pool:
-        await scene.recorder.wait_for(SessionFinished)
-    (started,) = scene.recorder.of(SessionStarted)
+        await testbed.recorder.wait_for(SessionFinished)
+    (started,) = testbed.recorder.of(SessionStarted)
     assert started.session.item.metadata["job"] == "mine"

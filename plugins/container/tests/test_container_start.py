@@ -1,4 +1,4 @@
-"""Refused starts of the plugin, and the removal of leftover containers after a start."""
+"""The start of the plugin: refused settings, pulled images, and leftover containers."""
 
 from __future__ import annotations
 
@@ -14,26 +14,26 @@ from aiohttp import web
 
 from workpool import PluginError, WorkClient
 from workpool_container import Container
-from workpool_container.options import Options
-from workpool_container.run import CONTAINER
+from workpool_container.container_run import CONTAINER_ID_KEY
+from workpool_container.options import ContainerOptions
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator
     from pathlib import Path
 
-    from plugins.container.tests.conftest import Scene
-    from plugins.container.tests.engines import Podman
+    from plugins.container.tests.conftest import ContainerTestbed
+    from plugins.container.tests.engines import PodmanEngine
     from workpool.testing import Kit
 
 
-async def refused(scene: Scene, **options: Any) -> str:
+async def start_error(testbed: ContainerTestbed, **options: Any) -> str:
     """Return the text of the error with which the plugin refuses to start."""
     with pytest.raises(PluginError) as caught:
-        await scene.pool("true", **options).__aenter__()
+        await testbed.make_pool("true", **options).__aenter__()
     return str(caught.value)
 
 
-async def test_missing_engine_ends_worker_with_status_2(tmp_path: Path) -> None:
+async def test_worker_without_container_engine_exits_with_status_2(tmp_path: Path) -> None:
     (tmp_path / "pool.toml").write_text(
         f"""
         [workpool]
@@ -47,10 +47,12 @@ async def test_missing_engine_ends_worker_with_status_2(tmp_path: Path) -> None:
         socket = "{tmp_path}/engine.sock"
         """
     )
-    plain = {name: value for name, value in os.environ.items() if not name.startswith("WORKPOOL_")}
+    environment = {
+        name: value for name, value in os.environ.items() if not name.startswith("WORKPOOL_")
+    }
     worker = await asyncio.create_subprocess_exec(
         *(sys.executable, "-m", "workpool", "run", "--config", str(tmp_path / "pool.toml")),
-        env=plain,
+        env=environment,
         stderr=asyncio.subprocess.PIPE,
     )
     _, text = await worker.communicate()
@@ -68,42 +70,42 @@ async def test_mount_that_exposes_token_file_is_refused(workpool: Kit, tmp_path:
         with pytest.raises(PluginError, match="shows the token file"):
             async with workpool.pool(plugin, token=None, token_file=tmp_path / "link"):
                 pass
-    beside = Container(image="any", mounts=[f"{tmp_path}/a:/a"], socket=str(tmp_path / "none"))
+    harmless = Container(image="any", mounts=[f"{tmp_path}/a:/a"], socket=str(tmp_path / "none"))
     with pytest.raises(PluginError, match="no container engine answers"):
-        async with workpool.pool(beside, token=None, token_file=tmp_path / "link"):
+        async with workpool.pool(harmless, token=None, token_file=tmp_path / "link"):
             pass
 
 
-async def test_missing_image_is_error_at_start(scene: Scene) -> None:
-    text = await refused(scene, image="localhost/absent:1")
+async def test_start_without_image_raises_plugin_error(testbed: ContainerTestbed) -> None:
+    text = await start_error(testbed, image="localhost/absent:1")
     assert "image localhost/absent:1 is not on the engine at " in text
     assert "pull = 'missing'" in text
 
 
 @asynccontextmanager
-async def registry(podman: Podman, folder: Path) -> AsyncIterator[str]:
-    """Serve an image that `podman push` wrote, as a registry does; yield the image's name."""
-    podman.run("push", "--format=v2s2", podman.image, f"dir:{folder}")
-    manifest = (folder / "manifest.json").read_bytes()
+async def image_registry(podman: PodmanEngine, directory: Path) -> AsyncIterator[str]:
+    """Serve the test image as a registry over HTTP, and yield the image's name there."""
+    podman.run_command("push", "--format=v2s2", podman.image, f"dir:{directory}")
+    manifest = (directory / "manifest.json").read_bytes()
     kind = json.loads(manifest)["mediaType"]
     app = web.Application()
 
-    async def answer(_: web.Request) -> web.Response:
+    async def handle_version(_: web.Request) -> web.Response:
         return web.Response()
 
-    async def tell(_: web.Request) -> web.Response:
+    async def handle_manifest(_: web.Request) -> web.Response:
         return web.Response(body=manifest, content_type=kind)
 
-    async def give(request: web.Request) -> web.FileResponse:
-        return web.FileResponse(folder / request.match_info["digest"])
+    async def handle_blob(request: web.Request) -> web.FileResponse:
+        return web.FileResponse(directory / request.match_info["digest"])
 
-    async def refuse(_: web.Request) -> web.Response:
+    async def handle_unknown_image(_: web.Request) -> web.Response:
         return web.json_response({"errors": [{"code": "MANIFEST_UNKNOWN"}]}, status=404)
 
-    app.router.add_get("/v2/", answer)
-    app.router.add_get("/v2/given/manifests/{reference}", tell)
-    app.router.add_get("/v2/given/blobs/sha256:{digest}", give)
-    app.router.add_get("/v2/withheld/manifests/{reference}", refuse)
+    app.router.add_get("/v2/", handle_version)
+    app.router.add_get("/v2/given/manifests/{reference}", handle_manifest)
+    app.router.add_get("/v2/given/blobs/sha256:{digest}", handle_blob)
+    app.router.add_get("/v2/withheld/manifests/{reference}", handle_unknown_image)
     runner = web.AppRunner(app)
     await runner.setup()
     try:
@@ -113,16 +115,16 @@ async def registry(podman: Podman, folder: Path) -> AsyncIterator[str]:
         await runner.cleanup()
 
 
-async def test_missing_image_is_pulled_if_setting_allows(
-    scene: Scene, podman: Podman, tmp_path: Path
+async def test_missing_image_is_pulled_only_if_setting_says_so(
+    testbed: ContainerTestbed, podman: PodmanEngine, tmp_path: Path
 ) -> None:
-    async with registry(podman, tmp_path) as image:
-        assert "is not on the engine" in await refused(scene, image=image)
-        finished = await scene.run("exit 0", image=image, pull="missing")
+    async with image_registry(podman, tmp_path) as image:
+        assert "is not on the engine" in await start_error(testbed, image=image)
+        finished = await testbed.run_item("exit 0", image=image, pull="missing")
         assert finished.outcome == "completed"
         other = image.replace("given", "withheld")
-        assert f"image {other} cannot be pulled: " in await refused(
-            scene, image=other, pull="missing"
+        assert f"image {other} cannot be pulled: " in await start_error(
+            testbed, image=other, pull="missing"
         )
 
 
@@ -143,7 +145,7 @@ def test_every_invalid_setting_is_named_without_its_value() -> None:
 
 
 @pytest.mark.parametrize(
-    ("given", "asked"),
+    ("setting", "mount"),
     [
         ("/a:/b", "/a:/b:ro"),
         ("/a:/b:rw", "/a:/b:rw"),
@@ -155,54 +157,53 @@ def test_every_invalid_setting_is_named_without_its_value() -> None:
     ],
 )
 def test_mount_is_read_only_by_default_and_refused_if_malformed(
-    given: str, asked: str | None
+    setting: str, mount: str | None
 ) -> None:
-    if asked is None:
+    if mount is None:
         with pytest.raises(ValueError, match=r"mounts\.0"):
-            Options.read({"image": "i", "mounts": [given]})
+            ContainerOptions.from_settings({"image": "i", "mounts": [setting]})
     else:
-        assert Options.read({"image": "i", "mounts": [given]}).mounts == (asked,)
+        assert ContainerOptions.from_settings({"image": "i", "mounts": [setting]}).mounts == (
+            mount,
+        )
 
 
-async def left_behind(scene: Scene, work_id: str) -> str:
-    """Start a container of this item that has no worker, and return the container's id."""
+async def start_leftover(testbed: ContainerTestbed, work_id: str) -> str:
+    """Start a container of this item without a worker, and return the container's id."""
     labels = {
         "workpool.work_id": work_id,
-        "workpool.environment_id": scene.plane.environments[0],
+        "workpool.environment_id": testbed.plane.environments[0],
     }
-    made = await scene.docker.containers.create(
+    created = await testbed.docker_client.containers.create(
         {
-            "Image": scene.options["image"],
-            "Cmd": ["/bin/sh", "-c", scene.forever],
+            "Image": testbed.options["image"],
+            "Cmd": ["/bin/sh", "-c", testbed.endless_script],
             "Labels": labels,
             "HostConfig": {"NetworkMode": "none"},
         }
     )
-    await made.start()
-    return made.id
+    await created.start()
+    return created.id
 
 
-async def test_leftover_containers_are_removed_except_those_that_may_be_adopted(
-    scene: Scene,
+async def test_sweep_removes_leftover_containers_but_keeps_adoptable_and_unknown_ones(
+    testbed: ContainerTestbed,
 ) -> None:
-    stopped, superseded, adoptable = (item.id for item in scene.plane.enqueue(count=3))
+    stopped, superseded, adoptable = (item.id for item in testbed.plane.enqueue(count=3))
     unknown = "work_" + "0" * 32
     work_ids = (stopped, superseded, adoptable, unknown)
-    container = {work_id: await left_behind(scene, work_id) for work_id in work_ids}
-    async with WorkClient(scene.settings()) as rival:
-        await rival.stop(stopped, force=True)
-        await rival.ack(superseded)
-        await rival.update_metadata(superseded, {CONTAINER: "of another engine"})
-        await rival.update_metadata(adoptable, {CONTAINER: container[adoptable]})
+    container = {work_id: await start_leftover(testbed, work_id) for work_id in work_ids}
+    async with WorkClient(testbed.pool_settings()) as other_worker:
+        await other_worker.stop(stopped, force=True)
+        await other_worker.ack(superseded)
+        await other_worker.update_metadata(superseded, {CONTAINER_ID_KEY: "of another engine"})
+        await other_worker.update_metadata(adoptable, {CONTAINER_ID_KEY: container[adoptable]})
 
-    def judged(times: int) -> bool:
-        gets = [request.work_id for request in scene.faults.of("get")]
-        return min(gets.count(adoptable), gets.count(unknown)) >= times
+    async def was_swept_twice() -> bool:
+        gets = [request.work_id for request in testbed.faults.of("get")]
+        return min(gets.count(adoptable), gets.count(unknown)) >= 2
 
-    async def swept_twice() -> bool:
-        return judged(2)
-
-    async with scene.pool("true", sweep_seconds=0.1, metadata={"job": "none"}):
-        await scene.until(swept_twice)
-    left = {each.id for each in await scene.docker.containers.list()}
+    async with testbed.make_pool("true", sweep_seconds=0.1, metadata={"job": "none"}):
+        await testbed.poll_until(was_swept_twice)
+    left = {each.id for each in await testbed.docker_client.containers.list()}
     assert left == {container[adoptable], container[unknown]}

@@ -1,7 +1,7 @@
-"""The settings of the plugin, and the container that they define for an item.
+"""The settings of the plugin, and the specification of a container for one item.
 
-Computes only, without I/O. A container gets the variables of this module and none of the worker's
-environment, so it cannot get the worker's token.
+This module does no I/O. A container gets the variables of this module and none of the worker's
+environment, so the worker's token is not passed on.
 """
 
 from __future__ import annotations
@@ -21,19 +21,24 @@ if TYPE_CHECKING:
 
     from workpool import Session, WorkItem
 
-WORK_ID: Final = "workpool.work_id"
-SESSION_ID: Final = "workpool.session_id"
-ENVIRONMENT_ID: Final = "workpool.environment_id"
-"""The labels of a session's container."""
+WORK_ID_LABEL: Final = "workpool.work_id"
+"""The label of a container with the id of its item."""
+SESSION_ID_LABEL: Final = "workpool.session_id"
+"""The label of a container with the id of its session."""
+ENVIRONMENT_ID_LABEL: Final = "workpool.environment_id"
+"""The label of a container with the id of its environment."""
 
-ITEM_BYTES_MAX: Final = 100_000
-"""Linux refuses to start a program with one environment variable of 128 KiB or more."""
-ENGINE_LOG: Final[Mapping[str, object]] = {"Type": "json-file", "Config": {"max-size": "10m"}}
-"""The log driver of the engine: its log can be read, and does not fill the disk."""
+MAX_ITEM_BYTES: Final = 100_000
+"""The largest JSON text of an item. Linux starts no program with a variable of 128 KiB or more."""
+ENGINE_LOG_CONFIG: Final[Mapping[str, object]] = {
+    "Type": "json-file",
+    "Config": {"max-size": "10m"},
+}
+"""The log driver of the containers: the plugin can read the log, and the size is limited."""
 
 
 class ItemTooLarge(WorkpoolError):
-    """The item does not fit into the variable `WORKPOOL_ITEM`, so no container can run it."""
+    """The item is too large for the environment variable `WORKPOOL_ITEM` of its container."""
 
 
 def _check_mount(text: str) -> str:
@@ -47,7 +52,7 @@ Mount = Annotated[str, AfterValidator(_check_mount)]
 Seconds = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 
 
-class Options(BaseModel):
+class ContainerOptions(BaseModel):
     """The settings of `[workpool.plugin.container]`.
 
     See plugins/container/README.md, "Settings".
@@ -69,7 +74,7 @@ class Options(BaseModel):
     workdir: str | None = None
     """The working directory. Default: the image's own."""
     environment: dict[str, str] = {}
-    """More variables; `docker inspect` shows them. Default: none."""
+    """Further environment variables; `docker inspect` shows them. Default: none."""
     mounts: tuple[Mount, ...] = ()
     """`SOURCE:TARGET`, read-only unless `:rw` follows. Default: none."""
     network: str = "none"
@@ -112,31 +117,31 @@ class Options(BaseModel):
     """Containers that this worker runs at once. Default: no limit but `concurrency`."""
 
     @classmethod
-    def read(cls, settings: Mapping[str, Any]) -> Self:
-        """Check all settings.
+    def from_settings(cls, settings: Mapping[str, Any]) -> Self:
+        """Check the settings, and return the options.
 
         Raises:
-            ValueError: Some settings are wrong. Names all of them in one line, and quotes no value.
+            ValueError: Some settings are wrong. The text names each of them, and quotes no value.
         """
         try:
             return cls.model_validate(settings)
         except ValidationError as error:
-            found = error.errors(include_url=False, include_context=False, include_input=False)
-            problems = [f"{_place_text(each['loc'])}: {each['msg']}" for each in found]
-        # Raised outside of the except block, so that the traceback has no ValidationError: it
-        # contains values, which may be secrets.
+            details = error.errors(include_url=False, include_context=False, include_input=False)
+            problems = [f"{_setting_path(each['loc'])}: {each['msg']}" for each in details]
+        # This error is raised after the except block, so that its traceback does not show the
+        # ValidationError, which quotes values that may be secrets.
         raise ValueError("; ".join(problems))
 
 
-def _place_text(location: tuple[int | str, ...]) -> str:
+def _setting_path(location: tuple[int | str, ...]) -> str:
     return ".".join(str(part) for part in location)
 
 
-def describe(item: WorkItem) -> str:
+def item_json(item: WorkItem) -> str:
     """Return the content of `WORKPOOL_ITEM`: the item as JSON, with the names of the protocol.
 
     Raises:
-        ItemTooLarge: It does not fit into an environment variable.
+        ItemTooLarge: The JSON text has more than `MAX_ITEM_BYTES`.
     """
     text = json.dumps(
         {
@@ -144,28 +149,31 @@ def describe(item: WorkItem) -> str:
             "type": "work",
             "environment_id": item.environment_id,
             "data": {"type": item.type, "id": item.session_id},
-            "created_at": _time_text(item.created_at),
+            "created_at": _timestamp_text(item.created_at),
             "metadata": dict(item.metadata),
         }
     )
-    if len(text) > ITEM_BYTES_MAX:
-        raise ItemTooLarge(f"{item.id}: {len(text)} bytes, more than {ITEM_BYTES_MAX}")
+    if len(text) > MAX_ITEM_BYTES:
+        raise ItemTooLarge(f"{item.id}: {len(text)} bytes, more than {MAX_ITEM_BYTES}")
     return text
 
 
-def _time_text(time: datetime | None) -> str | None:
+def _timestamp_text(time: datetime | None) -> str | None:
     return None if time is None else time.isoformat().replace("+00:00", "Z")
 
 
-def specify(
-    options: Options, session: Session, given: Mapping[str, str] | None = None
+def container_specification(
+    options: ContainerOptions, session: Session, extra_variables: Mapping[str, str] | None = None
 ) -> dict[str, Any]:
     """Return the specification of a session's container, in the form of the Docker API.
 
-    `given`: more environment variables.
+    Args:
+        options: The settings of the plugin.
+        session: The session.
+        extra_variables: Further environment variables.
 
     Raises:
-        ItemTooLarge: The item does not fit into an environment variable.
+        ItemTooLarge: The item is too large for an environment variable.
     """
     item = session.item
     variables = options.environment | {
@@ -173,19 +181,19 @@ def specify(
         "WORKPOOL_SESSION_ID": item.session_id,
         "WORKPOOL_ENVIRONMENT_ID": item.environment_id,
         "WORKPOOL_REDELIVERED": "1" if session.redelivered else "0",
-        "WORKPOOL_ITEM": describe(item),
-        **(given or {}),
+        "WORKPOOL_ITEM": item_json(item),
+        **(extra_variables or {}),
     }
     if session.traceparent is not None:
         variables["TRACEPARENT"] = session.traceparent
-    asked = {"Cmd": options.command, "User": options.user, "WorkingDir": options.workdir}
+    overrides = {"Cmd": options.command, "User": options.user, "WorkingDir": options.workdir}
     return {
         "Image": options.image,
         "Env": [f"{name}={value}" for name, value in variables.items()],
         "Labels": {
-            WORK_ID: item.id,
-            SESSION_ID: item.session_id,
-            ENVIRONMENT_ID: item.environment_id,
+            WORK_ID_LABEL: item.id,
+            SESSION_ID_LABEL: item.session_id,
+            ENVIRONMENT_ID_LABEL: item.environment_id,
         },
         "HostConfig": {
             "Binds": list(options.mounts),
@@ -196,9 +204,10 @@ def specify(
             "ReadonlyRootfs": options.read_only,
             "Tmpfs": options.tmpfs,
             "Memory": int(options.memory),
-            "MemorySwap": int(options.memory),  # memory and swap together: no swap beyond it
+            # MemorySwap is the limit of memory and swap together: the container gets no swap.
+            "MemorySwap": int(options.memory),
             "NanoCpus": round(options.cpus * 1e9),
             "PidsLimit": options.pids,
-            "LogConfig": ENGINE_LOG,
+            "LogConfig": ENGINE_LOG_CONFIG,
         },
-    } | {key: value for key, value in asked.items() if value is not None}
+    } | {key: value for key, value in overrides.items() if value is not None}

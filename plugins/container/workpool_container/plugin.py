@@ -1,7 +1,7 @@
-"""The plugin: its settings, its connection to the engine, and the handler.
+"""The plugin class: checks of the machine at start, the sweeper, and the handler.
 
-The start fails without an engine or an image: a worker that claims sessions and cannot run them
-would take them from workers that can.
+The start fails without an engine or an image, so that the worker claims no sessions that only other
+workers can run.
 """
 
 from __future__ import annotations
@@ -22,10 +22,10 @@ from workpool import (
     hookimpl,
     release_on_exhaustion,
 )
-from workpool_container.engine import Engine, EngineError, find_socket
-from workpool_container.leftovers import Leftovers
-from workpool_container.options import Options
-from workpool_container.run import Run
+from workpool_container.container_run import ContainerRun
+from workpool_container.engine import EngineClient, EngineError, find_socket
+from workpool_container.leftover_sweeper import LeftoverSweeper
+from workpool_container.options import ContainerOptions
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator
@@ -40,18 +40,18 @@ class Container:
     """Runs a container for each session. The keywords are the settings of the plugin.
 
     Raises:
-        ValueError: Some settings are wrong. Names all of them.
+        ValueError: Some settings are wrong. The text names each of them.
     """
 
-    _engine: Engine
-    """The connection to the engine, during the lifetime of the pool."""
+    _engine: EngineClient
+    """The client of the engine, which exists as long as the pool runs."""
     _settings: Settings
-    """The settings of the pool, during its lifetime."""
+    """The settings of the pool, which exist as long as the pool runs."""
 
     def __init__(self, **settings: Any) -> None:
-        self._options = Options.read(settings)
-        self._here: set[str] = set()
-        self._leftovers: Leftovers | None = None
+        self._options = ContainerOptions.from_settings(settings)
+        self._running_item_ids: set[str] = set()
+        self._sweeper: LeftoverSweeper | None = None
 
         async def session(session: Session) -> dict[str, str]:
             return await self._run_session(session)
@@ -66,67 +66,78 @@ class Container:
     @hookimpl
     @asynccontextmanager
     async def workpool_lifespan(self, supervisor: Supervisor) -> AsyncIterator[None]:
-        """Connect to the engine, and sweep leftover containers during the lifetime of the pool."""
+        """Connect to the engine, and remove leftover containers while the pool runs."""
         settings = supervisor.settings
         for file in (settings.token_file, settings.api_key_file):
             if file is not None:
                 self._check_mounts(Path(file))
         self._settings = settings
         socket = find_socket(self._options.socket)
-        async with Engine(socket) as engine, WorkClient(settings) as client:
+        async with EngineClient(socket) as engine, WorkClient(settings) as client:
             await self._check_engine(engine)
             self._engine = engine
-            leftovers = Leftovers(engine, client, settings.environment_id or "", self._here)
+            sweeper = LeftoverSweeper(
+                engine, client, settings.environment_id or "", self._running_item_ids
+            )
             async with asyncio.TaskGroup() as group:
                 sweeping = group.create_task(
-                    leftovers.keep_sweeping(self._options.sweep_seconds), name="container-sweep"
+                    sweeper.sweep_repeatedly(self._options.sweep_seconds), name="container-sweep"
                 )
-                self._leftovers = leftovers
+                self._sweeper = sweeper
                 try:
                     yield
                 finally:
-                    self._leftovers = None
+                    self._sweeper = None
                     sweeping.cancel()
-            await leftovers.sweep()  # removes the containers of the last sessions
+            # The last sessions have ended after the last sweep.
+            await sweeper.sweep_once()
 
     @hookimpl
     def workpool_event(self, event: SessionFinished) -> None:
-        """Request a sweep after a session, whose container is not needed anymore."""
+        """Request a sweep, because the container of an ended session is a leftover."""
         del event
-        if self._leftovers is not None:
-            self._leftovers.look.set()
+        if self._sweeper is not None:
+            self._sweeper.sweep_requested.set()
 
     async def _run_session(self, session: Session) -> dict[str, str]:
         work_id = session.item.id
-        self._here.add(work_id)
+        self._running_item_ids.add(work_id)
         try:
             with release_on_exhaustion():
-                options, given = self._options, dict[str, str]()
+                options, extra_variables = self._options, dict[str, str]()
                 if options.item_token:
-                    given = self._settings.item_token_variables(session.item)
-                watched = (options.stall_timeout or self._settings.stall_timeout) is not None
-                run = Run(self._engine, options, session, given, watched=watched)
-                return await run.complete()
+                    extra_variables = self._settings.item_token_variables(session.item)
+                reads_all_output = (
+                    options.stall_timeout or self._settings.stall_timeout
+                ) is not None
+                run = ContainerRun(
+                    self._engine,
+                    options,
+                    session,
+                    extra_variables,
+                    reads_all_output=reads_all_output,
+                )
+                return await run.run_to_end()
         finally:
-            self._here.discard(work_id)
+            self._running_item_ids.discard(work_id)
 
     def _check_mounts(self, token_file: Path) -> None:
-        """Refuse mounts that would show the worker's token to a container."""
+        """Raise an error if a mount would show the worker's token file to a container."""
         token = Path(os.path.realpath(token_file))
         for mount in self._options.mounts:
             source = mount.partition(":")[0]
             if source.startswith("/") and token.is_relative_to(os.path.realpath(source)):
                 raise PluginError("container", f"mount {mount}: shows the token file {token_file}")
 
-    async def _check_engine(self, engine: Engine) -> None:
-        """Find the engine and the image.
+    async def _check_engine(self, engine: EngineClient) -> None:
+        """Check that the engine answers and has the image; pull the image if the settings say so.
 
         Raises:
-            PluginError: One of them is missing. The text says how to add it.
+            PluginError: The engine or the image is missing. The text names the solution.
         """
         socket, image = engine.socket, self._options.image
         try:
-            version = await engine.greet()
+            version = await engine.negotiate_version()
         except EngineError as error:
             raise PluginError(
                 "container",
@@ -136,7 +147,7 @@ class Container:
         try:
             present = await engine.has_image(image)
             if not present and self._options.pull == "missing":
-                await engine.pull(image)
+                await engine.pull_image(image)
                 present = True
         except EngineError as error:
             raise PluginError("container", f"image {image} cannot be pulled: {error}") from error

@@ -1,4 +1,4 @@
-"""The example plugin on a real control plane, as an example of tests for plugins."""
+"""The example plugin on a real control plane, as an example of a plugin's tests."""
 
 import pytest
 
@@ -6,7 +6,7 @@ from workpool.events import SessionFinished, SessionStarted
 from workpool.testing import Kit, in_virtual_time
 from workpool_echo import echo
 
-HOUR = {"seconds": "3600"}
+ONE_HOUR = {"seconds": "3600"}
 
 
 async def test_echo_returns_text_as_metadata_and_logs_it(
@@ -27,14 +27,14 @@ async def test_echo_without_text_returns_hello(workpool: Kit) -> None:
 
 @in_virtual_time
 async def test_echo_runs_for_requested_seconds(workpool: Kit) -> None:
-    result = await workpool.run_session(echo, metadata=HOUR)
+    result = await workpool.run_session(echo, metadata=ONE_HOUR)
 
     assert result.outcome == "completed"
     assert 3600 <= result.seconds < 3601
 
 
-async def test_echo_stopped_by_operator_ends_at_once(workpool: Kit) -> None:
-    (item,) = workpool.enqueue(metadata=HOUR)
+async def test_echo_stopped_by_operator_returns_stopped_early(workpool: Kit) -> None:
+    (item,) = workpool.enqueue(metadata=ONE_HOUR)
     async with workpool.pool(echo):
         await workpool.wait_for(SessionStarted)
         workpool.stop(item)
@@ -45,7 +45,7 @@ async def test_echo_stopped_by_operator_ends_at_once(workpool: Kit) -> None:
 
 
 async def test_echo_in_drain_releases_item(workpool: Kit) -> None:
-    (item,) = workpool.enqueue(metadata=HOUR)
+    (item,) = workpool.enqueue(metadata=ONE_HOUR)
     async with workpool.pool(echo):
         await workpool.wait_for(SessionStarted)
     finished = await workpool.wait_for(SessionFinished)

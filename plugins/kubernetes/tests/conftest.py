@@ -1,4 +1,4 @@
-"""Fixtures: an API server of Kubernetes for one pod, with TLS and tokens."""
+"""Fixtures: a Kubernetes API server for one pod, with TLS and tokens."""
 
 from __future__ import annotations
 
@@ -21,36 +21,36 @@ if TYPE_CHECKING:
     from pathlib import Path
 
 NAMESPACE, POD = "workers", "workpool-6d5f9c-x7k2p"
-SECONDS = 30.0
-"""The bound of a wait, with room for a loaded machine."""
-KEY = "-newkey ec -pkeyopt ec_paramgen_curve:P-256"
+WAIT_SECONDS = 60.0
+"""The time limit of a wait, which a loaded machine does not exceed."""
+KEY_TYPE = "-newkey ec -pkeyopt ec_paramgen_curve:P-256"
 
 
 @pytest.fixture(scope="session")
-def pki(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Return a directory with two CAs, and a server's certificate of the first."""
+def certificates(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Return a directory with two CAs, and a server certificate that the first CA signed."""
     openssl = shutil.which("openssl")
     if openssl is None:
-        pytest.skip("makes certificates with openssl")
-    path = tmp_path_factory.mktemp("pki")
-    # The certificates have the extensions that Python requires since version 3.13.
+        pytest.skip("openssl is not installed")
+    path = tmp_path_factory.mktemp("certificates")
+    # Python 3.13 and later accept only certificates with these extensions.
     usage = "-addext keyUsage=critical,keyCertSign"
     (path / "server.ext").write_text("authorityKeyIdentifier=keyid\nsubjectAltName=IP:127.0.0.1")
     for command in (
-        f"req -x509 {KEY} {usage} -nodes -days 2 -subj /CN=ca -keyout ca.key -out ca.pem",
-        f"req -x509 {KEY} {usage} -nodes -days 2 -subj /CN=other -keyout other.key -out other.pem",
-        f"req {KEY} -nodes -subj /CN=server -keyout server.key -out server.csr",
+        f"req -x509 {KEY_TYPE} {usage} -nodes -days 2 -subj /CN=ca -keyout ca.key -out ca.pem",
+        f"req -x509 {KEY_TYPE} {usage} -nodes -days 2 -subj /CN=other -keyout other.key -out other.pem",
+        f"req {KEY_TYPE} -nodes -subj /CN=server -keyout server.key -out server.csr",
         "x509 -req -in server.csr -CA ca.pem -CAkey ca.key -CAcreateserial -days 2"
         " -extfile server.ext -out server.pem",
     ):
-        subprocess.run(  # noqa: S603 - a command of our own
+        subprocess.run(  # noqa: S603 - no input from outside
             [openssl, *command.split()], cwd=path, check=True, capture_output=True
         )
     return path
 
 
-def merged(target: Any, patch: Any) -> Any:
-    """Apply a JSON merge patch, as RFC 7396 defines it."""
+def merge_patch(target: Any, patch: Any) -> Any:
+    """Return a JSON value after a merge patch, as RFC 7396 defines it."""
     if not isinstance(patch, dict):
         return patch
     result = dict(target) if isinstance(target, dict) else {}
@@ -58,20 +58,20 @@ def merged(target: Any, patch: Any) -> Any:
         if value is None:
             result.pop(name, None)
         else:
-            result[name] = merged(result.get(name), value)
+            result[name] = merge_patch(result.get(name), value)
     return result
 
 
-class APIServer:
-    """The part of an API server that serves one pod.
+class PodAPIServer:
+    """A Kubernetes API server that has one pod.
 
     Attributes:
-        token: The token that it accepts.
-        failures: The statuses of the next answers; 0: no answer at all.
+        token: The only token that is accepted.
+        failures: The statuses of the next answers; 0 means no answer at all.
         pod: The stored pod.
         costs: The deletion costs that were written, oldest first.
         answers: The statuses of all answers.
-        service_account: The directory that a pod would have mounted.
+        service_account: The directory with token, CA and namespace, as a pod has it.
     """
 
     def __init__(self, service_account: Path) -> None:
@@ -83,38 +83,39 @@ class APIServer:
         self.service_account = service_account
         self.port = 0
 
-    def plugin(self, **settings: Any) -> Kubernetes:
-        """Return the plugin of a worker in the pod."""
+    def make_plugin(self, **settings: Any) -> Kubernetes:
+        """Return the plugin of a worker that runs in the pod."""
         return Kubernetes(service_account=self.service_account, **{"interval": 1.0} | settings)
 
     def rotate_token(self) -> None:
-        """Accept only a new token, and write it to the mounted file as the kubelet does."""
+        """Accept only a new token, and replace the token's file as the kubelet does."""
         self.token += "-rotated"
         new = self.service_account / "token.new"
         new.write_text(f"{self.token}\n")
         new.replace(self.service_account / "token")
 
-    async def next_cost(self, wanted: str) -> None:
-        """Wait until this deletion cost is written."""
-        async with asyncio.timeout(SECONDS):
-            while await self.costs.get() != wanted:
+    async def wait_for_cost(self, cost: str) -> None:
+        """Wait until the plugin writes this deletion cost."""
+        async with asyncio.timeout(WAIT_SECONDS):
+            while await self.costs.get() != cost:
                 pass
 
-    async def handle(self, request: web.Request) -> web.Response:
-        status = self._status_for(request)
+    async def handle_request(self, request: web.Request) -> web.Response:
+        status = self._answer_status(request)
         if status == 0:
-            await asyncio.Event().wait()  # cancelled when the client closes the connection
+            # The handler is cancelled when the client closes the connection.
+            await asyncio.Event().wait()
         self.answers.append(status)
         if status != 200:
             headers = {"Location": "/elsewhere"} if status == 302 else {}
             message = f'pods "{POD}": refused with {status}'
             body = {"kind": "Status", "status": "Failure", "message": message, "code": status}
             return web.json_response(body, status=status, headers=headers)
-        self.pod = merged(self.pod, json.loads(await request.text()))
+        self.pod = merge_patch(self.pod, json.loads(await request.text()))
         self.costs.put_nowait(self.pod["metadata"]["annotations"][DELETION_COST])
         return web.json_response(self.pod)
 
-    def _status_for(self, request: web.Request) -> int:
+    def _answer_status(self, request: web.Request) -> int:
         if request.headers.get("Authorization") != f"Bearer {self.token}":
             return 401
         if request.path != f"/api/v1/namespaces/{NAMESPACE}/pods/{POD}":
@@ -126,8 +127,8 @@ class APIServer:
         return self.failures.pop(0) if self.failures else 200
 
 
-class Warnings(logging.Handler):
-    """The texts of the plugin's warnings."""
+class WarningLog(logging.Handler):
+    """A logging handler that stores the plugin's warnings."""
 
     def __init__(self) -> None:
         super().__init__(logging.WARNING)
@@ -136,15 +137,15 @@ class Warnings(logging.Handler):
     def emit(self, record: logging.LogRecord) -> None:
         self.texts.put_nowait(record.getMessage())
 
-    async def next(self) -> str:
-        """Wait for the next warning."""
-        async with asyncio.timeout(SECONDS):
+    async def next_warning(self) -> str:
+        """Wait for a warning, and return its text."""
+        async with asyncio.timeout(WAIT_SECONDS):
             return await self.texts.get()
 
 
 @pytest.fixture
-async def warnings() -> AsyncIterator[Warnings]:
-    handler = Warnings()
+async def warning_log() -> AsyncIterator[WarningLog]:
+    handler = WarningLog()
     logger = logging.getLogger("workpool.kubernetes")
     logger.addHandler(handler)
     yield handler
@@ -152,18 +153,18 @@ async def warnings() -> AsyncIterator[Warnings]:
 
 
 @pytest.fixture
-async def server(
-    pki: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> AsyncIterator[APIServer]:
-    """Return a running API server; the process looks like a worker in its pod."""
-    server = APIServer(tmp_path)
+async def api_server(
+    certificates: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> AsyncIterator[PodAPIServer]:
+    """Return a running API server, with the variables and files of a worker in its pod."""
+    server = PodAPIServer(tmp_path)
     (tmp_path / "token").write_text(f"{server.token}\n")
     (tmp_path / "namespace").write_text(NAMESPACE)
-    (tmp_path / "ca.crt").write_bytes((pki / "ca.pem").read_bytes())
+    (tmp_path / "ca.crt").write_bytes((certificates / "ca.pem").read_bytes())
     context = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
-    context.load_cert_chain(pki / "server.pem", pki / "server.key")
+    context.load_cert_chain(certificates / "server.pem", certificates / "server.key")
     app = web.Application()
-    app.router.add_route("*", "/{path:.*}", server.handle)
+    app.router.add_route("*", "/{path:.*}", server.handle_request)
     runner = web.AppRunner(app, handler_cancellation=True)
     await runner.setup()
     site = web.TCPSite(runner, "127.0.0.1", 0, ssl_context=context)

@@ -1,4 +1,4 @@
-"""The deletion cost of the worker's own pod on Kubernetes: a plugin of workpool."""
+"""A plugin of workpool that writes the deletion cost of the worker's own pod on Kubernetes."""
 
 from workpool_kubernetes.plugin import Kubernetes
 

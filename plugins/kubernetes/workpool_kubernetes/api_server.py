@@ -1,6 +1,6 @@
-"""The one call to the API server of Kubernetes: writing an annotation of the worker's own pod.
+"""The client of the Kubernetes API server, which sets an annotation of the worker's own pod.
 
-The connection and the answer are bounded. Every failure is an `APIServerError`.
+The time of a call and the size of an answer are limited. Every failure is an `APIServerError`.
 """
 
 from __future__ import annotations
@@ -22,21 +22,21 @@ if TYPE_CHECKING:
     from workpool_kubernetes.own_pod import OwnPod
 
 CALL_SECONDS: Final = 10.0
-"""The bound of one call, in seconds."""
-ANSWER_BYTES: Final = 4096
-"""The part of an error's answer that is read, in bytes."""
-TEXT_CHARACTERS: Final = 300
-"""The part of the API server's message that is reported."""
+"""The time limit of one call, in seconds."""
+MAX_ANSWER_BYTES: Final = 4096
+"""The number of bytes that are read from an answer with an error."""
+MAX_MESSAGE_CHARACTERS: Final = 300
+"""The number of characters of the API server's message that are reported."""
 MERGE_PATCH: Final = "application/merge-patch+json"
-ROLE: Final = 'see plugins/kubernetes/README.md, "Permissions"'
+ROLE_HINT: Final = 'see plugins/kubernetes/README.md, "Permissions"'
 
 
 class APIServerError(WorkpoolError):
     """The API server refused a call or did not answer it."""
 
 
-class APIServer:
-    """Writes annotations of one pod; an async context manager."""
+class PodClient:
+    """A client of the API server for one pod, which is used as an async context manager."""
 
     def __init__(self, pod: OwnPod) -> None:
         self._pod = pod
@@ -48,7 +48,7 @@ class APIServer:
         """Open the connection pool.
 
         Raises:
-            APIServerError: The CA cannot be read.
+            APIServerError: The file of the CA is no certificate, or cannot be read.
         """
         try:
             context = ssl.create_default_context(cafile=self._pod.ca_file)
@@ -62,16 +62,16 @@ class APIServer:
         return self
 
     async def __aexit__(self, *_: object) -> None:
-        """Close the connection."""
+        """Close the connection pool and the thread."""
         if self._http is not None:
             await self._http.close()
         await self._threads.close()
 
-    async def annotate(self, name: str, value: int) -> None:
+    async def set_annotation(self, name: str, value: int) -> None:
         """Set one annotation of the pod to a number.
 
         Raises:
-            APIServerError: The annotation was not set, or the answer did not come in time.
+            APIServerError: The API server refused the call, or did not answer in time.
         """
         if self._http is None:
             raise RuntimeError("the client is not open")
@@ -86,7 +86,8 @@ class APIServer:
                         "Authorization": f"Bearer {await self._read_token()}",
                         "Content-Type": MERGE_PATCH,
                     },
-                    allow_redirects=False,  # the token is for the API server only
+                    # A redirect could send the token to another server.
+                    allow_redirects=False,
                 ) as answer,
             ):
                 if answer.status != HTTPStatus.OK:
@@ -97,7 +98,7 @@ class APIServer:
             raise APIServerError(f"{type(error).__name__}: {error}") from None
 
     async def _read_token(self) -> str:
-        """Read the token again for each call, since the kubelet replaces the file."""
+        """Read the token from its file, which the kubelet replaces from time to time."""
         file = self._pod.token_file
         try:
             token = (await self._threads.run(file.read_text)).strip()
@@ -113,7 +114,7 @@ class APIServer:
             401: f"the API server refuses the token in {pod.token_file}",
             403: f"the service account may not patch the pod {pod.name}: in namespace"
             f" {pod.namespace}, it needs a Role with the verb patch for pods, and a RoleBinding;"
-            f" {ROLE}",
+            f" {ROLE_HINT}",
             404: f"namespace {pod.namespace} has no pod {pod.name}: set POD_NAME from"
             " metadata.name",
         }
@@ -124,15 +125,15 @@ class APIServer:
 
 async def _read_beginning(content: aiohttp.StreamReader) -> bytes:
     try:
-        return await content.readexactly(ANSWER_BYTES)
+        return await content.readexactly(MAX_ANSWER_BYTES)
     except asyncio.IncompleteReadError as error:
         return error.partial
 
 
 def _status_message(body: bytes) -> str:
-    """Return the message of a `Status` of the API server, bounded; empty if there is none."""
+    """Return the message of an answer of the kind `Status`, cut; empty if there is none."""
     with suppress(ValueError, AttributeError):
         message = json.loads(body).get("message")
         if isinstance(message, str):
-            return message[:TEXT_CHARACTERS]
+            return message[:MAX_MESSAGE_CHARACTERS]
     return ""

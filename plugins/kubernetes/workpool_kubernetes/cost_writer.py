@@ -1,4 +1,4 @@
-"""The loop that writes the deletion cost, after changes only and at a bounded rate."""
+"""The loop that writes the deletion cost after each change, at a limited rate."""
 
 from __future__ import annotations
 
@@ -15,18 +15,18 @@ if TYPE_CHECKING:
 
 log = logging.getLogger("workpool.kubernetes")
 
-LOOK_SECONDS: Final = 30.0
-"""Seconds after which the cost is looked up again without an event."""
-BACKOFF_SECONDS: Final = 300.0
-"""The longest pause between two writes that fail, in seconds."""
+RECHECK_SECONDS: Final = 30.0
+"""Seconds after which the cost is computed again without a request."""
+MAX_BACKOFF_SECONDS: Final = 300.0
+"""The longest pause after a failed write, in seconds."""
 
 
 class CostWriter:
-    """Keeps a written value in step with a computed one.
+    """Computes the deletion cost after each request, and writes it if it has changed.
 
     Args:
-        cost: Returns the value to write; None: no value is to be written now.
-        write: Writes a value; raises `APIServerError`.
+        cost: Computes the cost; returns None if this writer must not write now.
+        write: Writes a cost, or raises `APIServerError`.
         interval: The shortest time between two writes, in seconds.
     """
 
@@ -43,27 +43,29 @@ class CostWriter:
         self._written: int | None = None
         self._failures = 0
 
-    def look(self) -> None:
-        """Let the loop call `cost` soon, because the value may have changed."""
+    def request_update(self) -> None:
+        """Let the loop compute the cost again, because the cost may have changed."""
         self._changed.set()
 
     async def run(self) -> None:
-        """Write the cost now and after each change, until cancelled."""
+        """Write the cost at once and after each change, until cancelled."""
         while True:
             self._changed.clear()
             cost = self._cost()
             if cost is None:
-                self._written = None  # another pool's plugin may write
+                # The plugin of another pool writes now, so the stored cost is unknown.
+                self._written = None
             if cost is not None and cost != self._written:
                 await self._try_write(cost)
                 await asyncio.sleep(self._pause_seconds())
             else:
                 with suppress(TimeoutError):
-                    async with asyncio.timeout(LOOK_SECONDS):
+                    async with asyncio.timeout(RECHECK_SECONDS):
                         await self._changed.wait()
 
     async def _try_write(self, cost: int) -> None:
-        # The stored value is unknown until the answer: a write without one may have been applied.
+        # The stored cost is unknown until the answer: the API server may have applied a write whose
+        # answer is lost.
         self._written = None
         try:
             await self._write(cost)
@@ -81,16 +83,16 @@ class CostWriter:
             self._failures = 0
 
     def _pause_seconds(self) -> float:
-        """Return the pause after a write: longer after each failure, spread over the pods."""
+        """Return the pause after a write: it grows with each failure and is random."""
         if not self._failures:
             return self._interval
-        ceiling = min(BACKOFF_SECONDS, self._interval * 2.0 ** min(self._failures, 16))
+        ceiling = min(MAX_BACKOFF_SECONDS, self._interval * 2.0 ** min(self._failures, 16))
         return max(self._interval, random.uniform(0.5, 1.0) * ceiling)  # noqa: S311 - no secret
 
 
 @asynccontextmanager
-async def writing(writer: CostWriter) -> AsyncIterator[CostWriter]:
-    """Run the writer in a task of its own until the end of the block."""
+async def running_writer(writer: CostWriter) -> AsyncIterator[CostWriter]:
+    """Run the writer in a task during the block."""
     async with asyncio.TaskGroup() as group:
         task = group.create_task(writer.run(), name="deletion-cost")
         try:

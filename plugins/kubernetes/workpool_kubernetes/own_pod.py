@@ -1,4 +1,4 @@
-"""The pod in which the process runs, and the address of the API server that knows the pod."""
+"""The pod of this process, and the address of its API server, from variables and files."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ if TYPE_CHECKING:
 SERVICE_ACCOUNT: Final = Path("/var/run/secrets/kubernetes.io/serviceaccount")
 """The directory of the service account's token, the CA and the namespace."""
 POD_NAME: Final = "POD_NAME"
-"""The variable that holds the name of the pod, from the downward API."""
-_NAME: Final = re.compile(r"[a-z0-9]([-.a-z0-9]{0,251}[a-z0-9])?")
+"""The environment variable with the name of the pod, which the downward API sets."""
+_NAME_PATTERN: Final = re.compile(r"[a-z0-9]([-.a-z0-9]{0,251}[a-z0-9])?")
 
 
 class NoPodError(WorkpoolError):
@@ -26,14 +26,15 @@ class NoPodError(WorkpoolError):
 
 @dataclass(frozen=True, slots=True)
 class OwnPod:
-    """The worker's pod.
+    """The pod in which this process runs.
 
     Attributes:
         namespace: The namespace of the pod.
         name: The name of the pod.
         server: The URL of the API server.
-        token_file: The token of the service account. The kubelet replaces it within the hour.
-        ca_file: The certificates, in PEM, that the API server is verified against.
+        token_file: The file with the token of the service account. The kubelet replaces the file
+            within an hour.
+        ca_file: The certificates in PEM with which the API server is verified.
     """
 
     namespace: str
@@ -43,8 +44,8 @@ class OwnPod:
     ca_file: Path
 
 
-def own_pod(environment: Mapping[str, str], directory: Path, name: str | None) -> OwnPod:
-    """Return the pod in which the process runs.
+def find_own_pod(environment: Mapping[str, str], directory: Path, name: str | None) -> OwnPod:
+    """Return the pod in which this process runs.
 
     Args:
         environment: The variables of the process.
@@ -52,10 +53,10 @@ def own_pod(environment: Mapping[str, str], directory: Path, name: str | None) -
         name: The name of the pod; None: the variable `POD_NAME`, or else the host name.
 
     Raises:
-        NoPodError: The process runs in no pod, or its pod has no token.
+        NoPodError: The process does not run in a pod, or the pod has no token.
     """
     pod = name or environment.get(POD_NAME) or socket.gethostname()
-    if not _NAME.fullmatch(pod):
+    if not _NAME_PATTERN.fullmatch(pod):
         raise NoPodError(f"{pod!r} is not the name of a pod: set {POD_NAME} from metadata.name")
     server = _server_url(environment)
     missing = [file for file in ("token", "ca.crt", "namespace") if not (directory / file).exists()]
@@ -84,6 +85,6 @@ def _read_namespace(file: Path) -> str:
         namespace = file.read_text().strip()
     except (OSError, UnicodeDecodeError) as error:
         raise NoPodError(f"{file} cannot be read: {error}") from None
-    if not _NAME.fullmatch(namespace):
+    if not _NAME_PATTERN.fullmatch(namespace):
         raise NoPodError(f"{file} holds no name of a namespace")
     return namespace

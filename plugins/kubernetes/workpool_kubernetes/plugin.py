@@ -1,4 +1,4 @@
-"""The plugin: its settings, and the hooks that report when the number of sessions changes."""
+"""The plugin class, which counts the sessions of this process and writes their number."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
 from workpool import PluginError, Supervisor, hookimpl
-from workpool_kubernetes.api_server import APIServer, APIServerError
-from workpool_kubernetes.cost_writer import CostWriter, writing
-from workpool_kubernetes.own_pod import SERVICE_ACCOUNT, NoPodError, own_pod
+from workpool_kubernetes.api_server import APIServerError, PodClient
+from workpool_kubernetes.cost_writer import CostWriter, running_writer
+from workpool_kubernetes.own_pod import SERVICE_ACCOUNT, NoPodError, find_own_pod
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Callable, Iterator
@@ -23,16 +23,16 @@ if TYPE_CHECKING:
 NAME: Final = "kubernetes"
 DELETION_COST: Final = "controller.kubernetes.io/pod-deletion-cost"
 """The annotation by which a ReplicaSet chooses the pods that it deletes: lower costs first."""
-_POOLS: Final[dict[Supervisor, Callable[[], object]]] = {}
-"""The pools of this process, in the order of their start, each with the function that requests a
-look at the cost, on any thread. The plugin of the first one writes the cost for all."""
-LEAST_INTERVAL: Final = 1.0
-"""The shortest `interval`, in seconds: each write is a change of the pod for all who watch it."""
+_UPDATE_REQUESTS: Final[dict[Supervisor, Callable[[], object]]] = {}
+"""The pools of this process, in the order of their start, each with a function that requests an
+update of the cost from any thread. The plugin of the first pool writes the cost of all pools."""
+MIN_INTERVAL: Final = 1.0
+"""The smallest allowed `interval`, in seconds. Each write is sent to all who watch the pod."""
 
 
 @dataclass(kw_only=True, eq=False)
 class Kubernetes:
-    """Keeps the deletion cost of the worker's own pod equal to the number of its sessions.
+    """Writes the number of the worker's sessions as the deletion cost of its own pod.
 
     The fields are the settings. See plugins/kubernetes/README.md, "Settings".
     """
@@ -53,8 +53,8 @@ class Kubernetes:
         """
         if isinstance(self.interval, bool) or not isinstance(self.interval, int | float):
             raise TypeError("interval: not a number of seconds")
-        if not LEAST_INTERVAL <= self.interval < float("inf"):
-            raise ValueError(f"interval: at least {LEAST_INTERVAL:.0f} s")
+        if not MIN_INTERVAL <= self.interval < float("inf"):
+            raise ValueError(f"interval: at least {MIN_INTERVAL:.0f} s")
         if not isinstance(self.pod, str | None):
             raise TypeError("pod: not a string")
         self._writer: CostWriter | None = None
@@ -62,16 +62,16 @@ class Kubernetes:
     @hookimpl
     @asynccontextmanager
     async def workpool_lifespan(self, supervisor: Supervisor) -> AsyncIterator[None]:
-        """Write the deletion cost in a task of its own while the pool lives."""
+        """Write the deletion cost in a task while the pool runs."""
         if self._writer is not None:
             raise PluginError(NAME, "one object serves one pool; give each its own")
         try:
-            pod = own_pod(os.environ, Path(self.service_account), self.pod)
-            async with APIServer(pod) as server:
-                write = partial(server.annotate, DELETION_COST)
-                self._writer = CostWriter(partial(cost_of, supervisor), write, self.interval)
-                async with writing(self._writer) as writer:
-                    with _pool_counted(supervisor, writer):
+            pod = find_own_pod(os.environ, Path(self.service_account), self.pod)
+            async with PodClient(pod) as client:
+                write = partial(client.set_annotation, DELETION_COST)
+                self._writer = CostWriter(partial(deletion_cost, supervisor), write, self.interval)
+                async with running_writer(self._writer) as writer:
+                    with _counted_pool(supervisor, writer):
                         yield
         except (NoPodError, APIServerError) as error:
             raise PluginError(NAME, str(error)) from None
@@ -80,43 +80,42 @@ class Kubernetes:
 
     @hookimpl
     def workpool_event(self, event: AckFinished | SessionFinished | StopFinished) -> None:  # noqa: ARG002 - its annotation selects the events
-        """Let the plugin write the number of sessions soon, since it may have changed."""
+        """Request an update of the cost, because the number of sessions may have changed."""
         if self._writer is not None:
-            _prompt_writer()
+            _request_update()
 
 
-def cost_of(supervisor: Supervisor) -> int | None:
-    """Return the deletion cost; None if the plugin of another pool of this process writes it.
+def deletion_cost(supervisor: Supervisor) -> int | None:
+    """Return the number of sessions in this process, or None if another pool's plugin writes it.
 
-    The cost is the number of sessions in all pools of the process: a worker for several
-    environments has several pools in one pod.
+    A worker for several environments has several pools in one pod, whose sessions are added.
     """
-    pools = tuple(_POOLS)
+    pools = tuple(_UPDATE_REQUESTS)
     if pools[:1] != (supervisor,):
         return None
-    return sum(map(sessions_of, pools))
+    return sum(map(running_sessions, pools))
 
 
-def sessions_of(supervisor: Supervisor) -> int:
-    """Return the number of items in slots, from their ack to their stop."""
+def running_sessions(supervisor: Supervisor) -> int:
+    """Return the number of the pool's items between their ack and their stop."""
     return supervisor.status().running
 
 
 @contextmanager
-def _pool_counted(supervisor: Supervisor, writer: CostWriter) -> Iterator[None]:
-    """Count the sessions of a pool during the block; the first pool's plugin writes the cost."""
+def _counted_pool(supervisor: Supervisor, writer: CostWriter) -> Iterator[None]:
+    """Count the sessions of this pool for the deletion cost during the block."""
     loop = asyncio.get_running_loop()
-    _POOLS[supervisor] = partial(loop.call_soon_threadsafe, writer.look)
-    _prompt_writer()
+    _UPDATE_REQUESTS[supervisor] = partial(loop.call_soon_threadsafe, writer.request_update)
+    _request_update()
     try:
         yield
     finally:
-        del _POOLS[supervisor]
-        _prompt_writer()
+        del _UPDATE_REQUESTS[supervisor]
+        _request_update()
 
 
-def _prompt_writer() -> None:
-    """Let the plugin that writes the cost compute and write it soon."""
-    for look in tuple(_POOLS.values())[:1]:
-        with suppress(RuntimeError):  # the loop of that pool is closed
-            look()
+def _request_update() -> None:
+    """Let the plugin of the first pool compute the deletion cost again."""
+    for request in tuple(_UPDATE_REQUESTS.values())[:1]:
+        with suppress(RuntimeError):  # The event loop of the first pool is closed.
+            request()

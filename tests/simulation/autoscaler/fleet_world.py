@@ -31,8 +31,8 @@ from workpool.scaling import ReplicaRule, fleet_numbers
 from workpool.server.timestamps import SECOND
 from workpool.testing.fault import Fault
 from workpool.wire.protocol import STOPPED
-from workpool_kubernetes.cost_writer import CostWriter, writing
-from workpool_kubernetes.plugin import Kubernetes, sessions_of
+from workpool_kubernetes.cost_writer import CostWriter, running_writer
+from workpool_kubernetes.plugin import Kubernetes, running_sessions
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator
@@ -83,15 +83,15 @@ class DeletionCosts:
             yield
             return
         write = partial(machine.cluster.write_cost, machine.pod)
-        writer = CostWriter(partial(sessions_of, supervisor), write, Kubernetes.interval)
-        async with writing(writer) as machine.writer:
+        writer = CostWriter(partial(running_sessions, supervisor), write, Kubernetes.interval)
+        async with running_writer(writer) as machine.writer:
             yield
 
     @hookimpl
     def workpool_event(self, event: AckFinished | SessionFinished | StopFinished) -> None:  # noqa: ARG002 - its annotation selects the events
         machine = this_machine()
         if isinstance(machine, FleetMachine) and machine.writer is not None:
-            machine.writer.look()
+            machine.writer.request_update()
 
 
 FLEET_PLUGINS: Final = (*PLUGINS, DeletionCosts())
