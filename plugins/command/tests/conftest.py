@@ -1,4 +1,4 @@
-"""Fixtures: a control plane, pools with the plugin, and a view of this process's children."""
+"""Fixtures: a control plane, commands of a shell, and a view of processes in `/proc`."""
 
 from __future__ import annotations
 
@@ -18,15 +18,21 @@ from workpool_command import Command
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Callable
 
-    BeforeTheWatch = Callable[[Callable[[int], object]], None]
+    InstallCallback = Callable[[Callable[[int], object]], None]
+
+
+WAIT_SECONDS = 50.0
+"""The time limit of a wait, which a loaded machine does not exceed."""
 
 
 class ShellCommand(Protocol):
+    """The type of the fixture `shell_command`."""
+
     def __call__(self, script: str, *arguments: object, **settings: Any) -> Command: ...
 
 
 class ProcessView:
-    """A view of processes and descriptors in `/proc`."""
+    """Reads the states of processes and descriptors from `/proc`."""
 
     @staticmethod
     def _status_fields(pid: str) -> list[str]:
@@ -36,7 +42,7 @@ class ProcessView:
             return ["gone", "0"]
 
     def is_running(self, pid: int | str) -> bool:
-        """Return whether a process runs; a zombie does not."""
+        """Return whether a process exists and is no zombie."""
         return self._status_fields(str(pid))[0] not in {"gone", "Z", "X"}
 
     def child_processes(self) -> set[str]:
@@ -45,15 +51,16 @@ class ProcessView:
         return {pid for pid in pids if self._status_fields(pid)[1] == str(os.getpid())}
 
     def open_descriptors(self) -> list[str]:
-        """Return the targets of this process's descriptors, except sockets, which close late."""
-        found = []
+        """Return the targets of this process's descriptors, except sockets, which close later."""
+        targets = []
         for path in Path("/proc/self/fd").iterdir():
-            with suppress(FileNotFoundError):  # the descriptor that lists the directory is closed
-                found.append(str(path.readlink()).partition(":")[0])
-        return sorted(kind for kind in found if kind != "socket")
+            # The descriptor that lists the directory is closed before its link is read.
+            with suppress(FileNotFoundError):
+                targets.append(str(path.readlink()).partition(":")[0])
+        return sorted(kind for kind in targets if kind != "socket")
 
     async def wait_for_lines(self, path: Path, lines: int = 1) -> list[str]:
-        """Wait until a file has this many lines and return them; commands report progress so."""
+        """Wait until a file has at least this many lines, and return all its lines."""
 
         def read_lines() -> list[str]:
             return path.read_text().splitlines() if path.exists() else []
@@ -61,23 +68,23 @@ class ProcessView:
         await wait_until(lambda: len(read_lines()) >= lines)
         return read_lines()
 
-    async def wait_for_file(self, condition: Callable[[], bool]) -> None:
+    async def wait_until(self, condition: Callable[[], bool]) -> None:
         await wait_until(condition)
 
     async def wait_for_end(self, pids: list[str]) -> None:
         await wait_until(lambda: not any(map(self.is_running, pids)))
 
 
-async def wait_until(reached: Callable[[], bool]) -> None:
-    """Poll a condition, because the kernel reports nothing about processes of other parents."""
-    async with asyncio.timeout(25):
-        while not reached():  # noqa: ASYNC110 - there is nothing else to wait for
+async def wait_until(condition: Callable[[], bool]) -> None:
+    """Call `condition` until it returns true, because the kernel reports no changes in `/proc`."""
+    async with asyncio.timeout(WAIT_SECONDS):
+        while not condition():  # noqa: ASYNC110 - the kernel reports no event
             await asyncio.sleep(0.01)
 
 
 @pytest.fixture
 def shell_command() -> ShellCommand:
-    """Return a function that makes a command from a script, whose `$0` is the first argument."""
+    """Return a function that creates a command from a script and its arguments, `$0` first."""
 
     def make(script: str, *arguments: object, **settings: Any) -> Command:
         return Command(command=["sh", "-c", script, *map(str, arguments)], **settings)
@@ -87,24 +94,25 @@ def shell_command() -> ShellCommand:
 
 @pytest.fixture
 def process_view() -> ProcessView:
-    # The first loop of libuv opens a pipe that stays open until the process ends.
+    """A view of processes and descriptors, in a process that has already used uvloop."""
+    # The first uvloop loop of a process opens a pipe that stays open until the process ends.
     uvloop.new_event_loop().close()
     return ProcessView()
 
 
 @pytest.fixture
-def before_watch(monkeypatch: pytest.MonkeyPatch) -> BeforeTheWatch:
-    """Return a function that sets a callback to run between the spawn and the real `pidfd_open`."""
+def before_watch(monkeypatch: pytest.MonkeyPatch) -> InstallCallback:
+    """Return a function that sets a callback between the spawn and `pidfd_open`."""
     pidfd_open = os.pidfd_open
 
     def install_callback(action: Callable[[int], object]) -> None:
-        def call_and_open(pid: int, *flags: int) -> int:
-            # Not for the guard's process, which asyncio watches in this way from Python 3.12 on.
-            if sys._getframe(1).f_globals["__name__"] == "workpool_command.group":
+        def call_back_and_open(pid: int, *flags: int) -> int:
+            # asyncio calls `pidfd_open` too, for the guard's process, from Python 3.12 on.
+            if sys._getframe(1).f_globals["__name__"] == "workpool_command.process_group":
                 action(pid)
             return pidfd_open(pid, *flags)
 
-        monkeypatch.setattr(os, "pidfd_open", call_and_open)
+        monkeypatch.setattr(os, "pidfd_open", call_back_and_open)
 
     return install_callback
 
@@ -113,6 +121,8 @@ def before_watch(monkeypatch: pytest.MonkeyPatch) -> BeforeTheWatch:
 async def kit(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> AsyncIterator[Kit]:
+    """A control plane and pools, with long timeouts and without WORKPOOL variables."""
+    monkeypatch.setattr("workpool.testing.kit.WAIT_SECONDS", WAIT_SECONDS)
     caplog.set_level("INFO", "workpool")
     for name in os.environ:
         if name.startswith("WORKPOOL_"):

@@ -1,4 +1,4 @@
-"""Exhausted memory, processes or descriptors: the session is released and does not fail."""
+"""Sessions on a machine without free memory, threads or descriptors are released."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
 @contextmanager
 def limited_descriptors(count: int) -> Iterator[None]:
-    """Let this process open only this many further descriptors during the block."""
+    """Allow this process to open only `count` further descriptors during the block."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     taken = [os.dup(0)]
     try:
@@ -49,7 +49,7 @@ def limited_descriptors(count: int) -> Iterator[None]:
 
 
 class WrappingPlugin:
-    """A plugin that runs each session in a context."""
+    """A plugin that runs each session inside a context manager."""
 
     def __init__(self, context: AbstractAsyncContextManager[None]) -> None:
         self._context = context
@@ -60,7 +60,7 @@ class WrappingPlugin:
 
 
 @asynccontextmanager
-async def no_descriptors(left: int) -> AsyncIterator[None]:
+async def few_descriptors(left: int) -> AsyncIterator[None]:
     with limited_descriptors(left):
         yield
 
@@ -69,9 +69,9 @@ async def no_descriptors(left: int) -> AsyncIterator[None]:
 async def test_session_without_free_descriptors_is_released(
     kit: Kit, shell_command: Shell, left: int
 ) -> None:
-    """Which call fails depends on the count: pipes, directory, standard input or spawn."""
-    result = await kit.run_session(shell_command("echo ran"), WrappingPlugin(no_descriptors(left)))
-    # for counts in between, the outcome depends on the versions of Python and of the kernel
+    """The count decides which call fails: the pipes, the directory, standard input or the spawn."""
+    result = await kit.run_session(shell_command("echo ran"), WrappingPlugin(few_descriptors(left)))
+    # The outcome for the other counts depends on the versions of Python and the kernel.
     outcomes = {0: {"released"}, 12: {"completed"}}
     assert result.outcome in outcomes.get(left, {"released", "completed"}), repr(result.error)
 
@@ -89,23 +89,23 @@ async def test_session_without_free_descriptors_is_released(
 async def test_session_with_exhausted_resource_is_released(
     kit: Kit, shell_command: Shell, error: Exception, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def refuse(*_: object) -> None:
+    def raise_error(*_: object) -> None:
         raise error
 
-    monkeypatch.setattr("workpool_command.plugin.logged_output", refuse)
+    monkeypatch.setattr("workpool_command.plugin.logged_output", raise_error)
     assert (await kit.run_session(shell_command("echo ran"))).outcome == "released"
 
 
 async def test_session_whose_directory_no_thread_can_remove_is_completed(
     kit: Kit, shell_command: Shell, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def refuse(_thread: threading.Thread) -> None:
+    def refuse_start(_thread: threading.Thread) -> None:
         raise RuntimeError("can't start new thread")
 
     @asynccontextmanager
     async def no_threads() -> AsyncIterator[None]:
         with monkeypatch.context() as patch:
-            patch.setattr(threading.Thread, "start", refuse)
+            patch.setattr(threading.Thread, "start", refuse_start)
             yield
 
     result = await kit.run_session(shell_command("echo ran"), WrappingPlugin(no_threads()))

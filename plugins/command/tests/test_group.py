@@ -1,4 +1,4 @@
-"""Process groups: after a failure that follows the spawn, no process and no zombie is left."""
+"""Process groups: an error after the spawn leaves no process, no zombie and no descriptor."""
 
 from __future__ import annotations
 
@@ -16,41 +16,43 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from workpool_command.group import CommandStart, running_group, start_group
+from plugins.command.tests.conftest import WAIT_SECONDS
+from workpool_command.process_group import CommandStart, running_group, start_group
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
-    BeforeTheWatch = Callable[[Callable[[int], object]], None]
+    InstallCallback = Callable[[Callable[[int], object]], None]
 
 NOBODY = 65_534
 
 
 class RecordingGuard:
-    """A guard that records the numbers of the running groups and can refuse new groups."""
+    """A guard that stores the numbers of the running groups, and can refuse new groups."""
 
     def __init__(self, refusal: Exception | None = None) -> None:
-        self.known: set[int] = set()
-        self.expected = ""
+        self.running: set[int] = set()
+        self.announced = ""
         self._refusal = refusal
 
-    def expect(self, mark: str) -> None:
-        self.expected = mark
+    def announce_group(self, unique_entry: str) -> None:
+        self.announced = unique_entry
 
-    def add(self, group: int) -> None:
+    def add_group(self, number: int) -> None:
         if self._refusal is not None:
             raise self._refusal
-        self.known.add(group)
+        self.running.add(number)
 
-    def remove(self, group: int) -> None:
-        self.known.discard(group)
+    def remove_group(self, number: int) -> None:
+        self.running.discard(number)
 
 
 @pytest.fixture(autouse=True)
-def _nothing_is_left(process_view: Any) -> Iterator[None]:
+def _no_process_or_descriptor_left(process_view: Any) -> Iterator[None]:
     children, descriptors = process_view.child_processes(), process_view.open_descriptors()
     yield
-    gc.collect()  # a `Popen` that was never waited for emits a warning, which fails the test
+    # A `Popen` without a wait warns when it is deleted, which fails the test.
+    gc.collect()
     assert process_view.child_processes() == children
     assert process_view.open_descriptors() == descriptors
 
@@ -89,41 +91,42 @@ def shell_script(text: str, *arguments: object) -> CommandStart:
     )
 
 
-async def test_leader_reaped_before_the_watch_counts_as_exited_with_unknown_status(
-    before_watch: BeforeTheWatch, process_view: Any, tmp_path: Path
+async def test_leader_reaped_before_watch_counts_as_exited_with_unknown_status(
+    before_watch: InstallCallback, process_view: Any, tmp_path: Path
 ) -> None:
     before_watch(lambda pid: os.waitpid(pid, 0))
-    watch = RecordingGuard()
+    guard = RecordingGuard()
     start = shell_script("sleep 60 & echo $! >$0", tmp_path / "pids")
-    async with running_group(start, watch, lambda: 5.0) as group:
+    async with running_group(start, guard, lambda: 5.0) as group:
         assert group.exited.is_set()
-        assert watch.known == {group.number}
+        assert guard.running == {group.number}
 
     assert group.status is None
-    assert watch.known == set()
+    assert guard.running == set()
     await process_view.wait_for_end(await process_view.wait_for_lines(tmp_path / "pids"))
 
 
-async def test_process_group_left_running_after_its_leader_was_reaped_is_closed(
-    before_watch: BeforeTheWatch,
+async def test_group_whose_leader_was_reaped_before_watch_can_be_left_running(
+    before_watch: InstallCallback,
 ) -> None:
     before_watch(lambda pid: os.waitpid(pid, 0))
     group = start_group(shell_script("exit 3"))
-    group.leave_running()
+    group.reap_on_exit()
 
     assert group.exited.is_set()
     assert group.status is None
 
 
 async def test_start_without_free_descriptor_raises_emfile_and_kills_group(
-    before_watch: BeforeTheWatch, process_view: Any, tmp_path: Path
+    before_watch: InstallCallback, process_view: Any, tmp_path: Path
 ) -> None:
     os.mkfifo(tmp_path / "pids")
     pids: list[str] = []
     with ExitStack() as stack:
 
         def exhaust_descriptors(_pid: int) -> None:
-            pids.extend((tmp_path / "pids").read_text().split())  # all processes of the group run
+            # The read returns when all processes of the group run.
+            pids.extend((tmp_path / "pids").read_text().split())
             stack.enter_context(no_free_descriptor())
 
         before_watch(exhaust_descriptors)
@@ -135,7 +138,7 @@ async def test_start_without_free_descriptor_raises_emfile_and_kills_group(
 
 
 async def test_start_without_free_descriptor_for_reaped_leader_counts_as_exited(
-    before_watch: BeforeTheWatch,
+    before_watch: InstallCallback,
 ) -> None:
     with ExitStack() as stack:
 
@@ -145,27 +148,27 @@ async def test_start_without_free_descriptor_for_reaped_leader_counts_as_exited(
 
         before_watch(reap_and_exhaust)
         group = start_group(shell_script("exit 3"))
-    group.leave_running()
+    group.reap_on_exit()
 
     assert group.exited.is_set()
     assert group.status is None
 
 
-async def test_start_that_loop_cannot_watch_raises_error_and_closes_pidfd(
+async def test_start_of_command_that_loop_cannot_watch_raises_error_and_closes_pidfd(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    def raise_full(*_: object) -> None:
+    def raise_no_space(*_: object) -> None:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
-    monkeypatch.setattr(asyncio.get_running_loop(), "add_reader", raise_full)
+    monkeypatch.setattr(asyncio.get_running_loop(), "add_reader", raise_no_space)
     with pytest.raises(OSError, match=os.strerror(errno.ENOSPC)):
         start_group(shell_script("exec sleep 60"))
 
 
-@pytest.mark.skipif(os.geteuid() != 0, reason="needs two users")
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root can change its user")
 @pytest.mark.filterwarnings("ignore:subprocess .* is still running:ResourceWarning")
-async def test_start_without_permission_to_signal_group_raises_first_error_in_bounded_time(
-    before_watch: BeforeTheWatch, caplog: pytest.LogCaptureFixture
+async def test_start_without_permission_to_kill_group_raises_first_error(
+    before_watch: InstallCallback, caplog: pytest.LogCaptureFixture
 ) -> None:
     pids: list[int] = []
     with ExitStack() as stack:
@@ -181,22 +184,23 @@ async def test_start_without_permission_to_signal_group_raises_first_error_in_bo
     os.kill(pids[0], signal.SIGKILL)
     await asyncio.to_thread(os.waitpid, pids[0], 0)
 
-    del caught  # the exception refers to the `Popen`, whose warning needs a descriptor
+    # The error refers to the `Popen`, whose warning needs a free descriptor.
+    del caught
     [record] = [each for each in caplog.records if each.message == "command may still run"]
     assert vars(record)["pid"] == pids[0]
 
 
-async def test_missing_program_withdraws_its_announcement_to_guard() -> None:
-    watch = RecordingGuard()
-    start = replace(shell_script(""), argv=["/no/such/program"], mark="MARK=1")
+async def test_start_of_missing_program_withdraws_announcement_to_guard() -> None:
+    guard = RecordingGuard()
+    start = replace(shell_script(""), argv=["/no/such/program"], unique_entry="ENTRY=1")
     with pytest.raises(FileNotFoundError):
-        async with running_group(start, watch, lambda: 0.0):
+        async with running_group(start, guard, lambda: 0.0):
             pytest.fail("the block was entered")
 
-    assert watch.expected == ""
+    assert guard.announced == ""
 
 
-async def test_guard_that_refuses_group_has_it_killed_and_reaped() -> None:
+async def test_group_that_guard_refuses_is_killed_and_reaped() -> None:
     with pytest.raises(RuntimeError, match="refused"):
         async with running_group(
             shell_script("exec sleep 60"), RecordingGuard(RuntimeError("refused")), lambda: 0.0
@@ -207,32 +211,33 @@ async def test_guard_that_refuses_group_has_it_killed_and_reaped() -> None:
 async def test_command_cancelled_again_after_kill_is_reaped_when_leader_exits(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    watch, entered, removed = RecordingGuard(), asyncio.Event(), asyncio.Event()
+    guard, entered, removed = RecordingGuard(), asyncio.Event(), asyncio.Event()
 
-    async def run() -> None:
-        async with running_group(shell_script("exec sleep 60"), watch, lambda: 0.0):
+    async def run_until_cancelled() -> None:
+        async with running_group(shell_script("exec sleep 60"), guard, lambda: 0.0):
             entered.set()
             await asyncio.Event().wait()
 
-    def note_signal(group: int) -> None:
-        watch.known.remove(group)
+    def record_removal(number: int) -> None:
+        guard.running.remove(number)
         removed.set()
 
-    monkeypatch.setattr(watch, "remove", note_signal)
-    task = asyncio.get_running_loop().create_task(run())
+    monkeypatch.setattr(guard, "remove_group", record_removal)
+    task = asyncio.get_running_loop().create_task(run_until_cancelled())
     await entered.wait()
-    [number] = watch.known
+    [number] = guard.running
     killpg = os.killpg
 
     def cancel_at_kill(_group: int, sent: int) -> None:
-        if sent == signal.SIGKILL:  # The leader keeps running for now, as if blocked in the kernel.
+        # The leader survives this SIGKILL, like a process that is blocked in the kernel.
+        if sent == signal.SIGKILL:
             task.cancel()
 
     monkeypatch.setattr(os, "killpg", cancel_at_kill)
     task.cancel()
     with pytest.raises(asyncio.CancelledError):
         await task
-    assert watch.known == {number}
+    assert guard.running == {number}
     killpg(number, signal.SIGKILL)
-    async with asyncio.timeout(10):
+    async with asyncio.timeout(WAIT_SECONDS):
         await removed.wait()

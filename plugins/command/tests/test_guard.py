@@ -1,4 +1,4 @@
-"""The process of the guard: when the worker is killed, and when the guard itself ends."""
+"""The guard process: it kills the commands of a killed worker, and may itself be killed."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 import uvloop
 
+from plugins.command.tests.conftest import WAIT_SECONDS
 from workpool_command.guard import running_guard
 
 if TYPE_CHECKING:
@@ -25,37 +26,38 @@ def test_guard_reaped_by_other_code_does_not_fail_end_of_pool(
 ) -> None:
     children = process_view.child_processes()
 
-    async def reap_guard() -> None:
-        async with asyncio.timeout(20), running_guard({}):
+    async def kill_guard_during_block() -> None:
+        async with asyncio.timeout(WAIT_SECONDS), running_guard({}):
             [pid] = process_view.child_processes() - children
-            # From now on the kernel reaps all children.
+            # With SIG_IGN the kernel reaps all child processes of this process.
             before = signal.signal(signal.SIGCHLD, signal.SIG_IGN)
             try:
                 os.kill(int(pid), signal.SIGKILL)
-                await process_view.wait_for_file(lambda: process_view.child_processes() == children)
+                await process_view.wait_until(lambda: process_view.child_processes() == children)
             finally:
                 signal.signal(signal.SIGCHLD, before)
 
     with asyncio.Runner(loop_factory=new_loop) as runner:
-        runner.run(reap_guard())
+        runner.run(kill_guard_during_block())
 
 
-WORKER = """
+WORKER_PROGRAM = """
 import asyncio, os, pathlib, signal, subprocess, sys, uvloop
-from workpool_command.group import CommandStart
+from workpool_command.process_group import CommandStart
 from workpool_command.guard import running_guard
 
 async def work():
     async with running_guard({}) as guard:
-        env = {"PATH": os.environ["PATH"], "MARK": "of this command"}
+        env = {"PATH": os.environ["PATH"], "ENTRY": "of this command"}
         start = CommandStart(
             argv=["sleep", "60"], cwd=pathlib.Path("/"), env=env, stdin=b"",
-            stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, mark="MARK=of this command",
+            stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
+            unique_entry="ENTRY=of this command",
         )
-        guard.expect(start.mark)
+        guard.announce_group(start.unique_entry)
         process = start.spawn_process()
-        if sys.argv[2] == "told":
-            guard.add(process.pid)
+        if sys.argv[2] == "reported":
+            guard.add_group(process.pid)
         print(process.pid, flush=True)
         os.kill(os.getpid(), signal.SIGKILL)
 
@@ -66,12 +68,12 @@ with asyncio.Runner(loop_factory=loops[sys.argv[1]]) as runner:
 
 
 @pytest.mark.parametrize("loop", ["asyncio", "uvloop"])
-@pytest.mark.parametrize("number", ["told", "not told"])
+@pytest.mark.parametrize("number", ["reported", "not_reported"])
 async def test_guard_of_worker_killed_right_after_spawn_kills_command(
     loop: str, number: str, process_view: Any
 ) -> None:
     worker = await asyncio.create_subprocess_exec(
-        *(sys.executable, "-c", WORKER, loop, number), stdout=asyncio.subprocess.PIPE
+        *(sys.executable, "-c", WORKER_PROGRAM, loop, number), stdout=asyncio.subprocess.PIPE
     )
     output, _ = await worker.communicate()
     pid = int(output)

@@ -1,4 +1,4 @@
-"""Commands with the item's own token: none of their processes can read the worker's key."""
+"""Commands with the item's own token cannot read the worker's key."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
+from plugins.command.tests.conftest import WAIT_SECONDS
 from workpool.errors import WorkpoolError
 from workpool.events import SessionFinished
 from workpool_command import Command
@@ -17,8 +18,7 @@ if TYPE_CHECKING:
 
     from workpool.testing import Kit
 
-# Writes all that this process can read of itself, and of its parent if that is `workpool hold`.
-DUMP = r"""
+DUMP_PROGRAM = r"""
 import os, sys, urllib.request
 with open(sys.argv[1], "wb") as dump:
     def add(path):
@@ -47,15 +47,17 @@ with open(sys.argv[1], "wb") as dump:
     dump.write(sys.stdin.buffer.read())
     url = f"{os.environ['WORKPOOL_BASE_URL']}/sessions/{os.environ['WORKPOOL_SESSION_ID']}"
     token = os.environ["WORKPOOL_TOKEN"]
-    asked = urllib.request.Request(url, headers={"Authorization": f"Bearer {token}"})
-    with urllib.request.urlopen(asked) as answer:
-        dump.write(b"== session %d processes %d\n" % (answer.status, len(processes)))
+    request = urllib.request.Request(url, headers={"Authorization": f"Bearer {token}"})
+    with urllib.request.urlopen(request) as response:
+        dump.write(b"== session %d processes %d\n" % (response.status, len(processes)))
 """
+"""A program that writes everything that it can read of its own process, and of a parent process
+`workpool hold`, to a file."""
 
 
 @pytest.fixture
 def worker_settings(kit: Kit, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> dict[str, Any]:
-    """Settings of a worker with its key in a file and in a variable, beside other secrets."""
+    """Settings of a worker whose key is also in a file and in environment variables."""
     key = tmp_path / "key"
     key.write_text(kit.server.token)
     monkeypatch.setenv("ANTHROPIC_ENVIRONMENT_KEY", kit.server.token)
@@ -70,38 +72,40 @@ def worker_settings(kit: Kit, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -
 
 
 @pytest.fixture
-def worker_secrets(kit: Kit) -> Callable[[bytes], list[bytes]]:
-    def secrets_in(dump: bytes) -> list[bytes]:
+def find_worker_secrets(kit: Kit) -> Callable[[bytes], list[bytes]]:
+    def find_secrets(dump: bytes) -> list[bytes]:
         secrets = (kit.server.token.encode(), b"second-credential", b"secret-of-the-header")
         return [secret for secret in secrets if secret in dump]
 
-    return secrets_in
+    return find_secrets
 
 
-def dumping_command(tmp_path: Path, **options: Any) -> Command:
-    command = [sys.executable, "-c", DUMP, str(tmp_path / "dump")]
+def dump_command(tmp_path: Path, **options: Any) -> Command:
+    command = [sys.executable, "-c", DUMP_PROGRAM, str(tmp_path / "dump")]
     return Command(command=command, item_token=True, root=str(tmp_path / "root"), **options)
 
 
 async def test_command_with_token_of_item_cannot_read_key_of_worker(
     kit: Kit,
     worker_settings: dict[str, Any],
-    worker_secrets: Callable[[bytes], list[bytes]],
+    find_worker_secrets: Callable[[bytes], list[bytes]],
     tmp_path: Path,
 ) -> None:
-    result = await kit.run_session(dumping_command(tmp_path), timeout=30, **worker_settings)
+    result = await kit.run_session(dump_command(tmp_path), timeout=WAIT_SECONDS, **worker_settings)
     assert result.outcome == "completed"
     dump = (tmp_path / "dump").read_bytes()
     assert b"WORKPOOL_TOKEN=item." in dump
     assert b"== session 200 processes 1" in dump
-    assert worker_secrets(dump) == []
+    assert find_worker_secrets(dump) == []
 
 
 async def test_command_without_item_token_gets_no_token(
     kit: Kit, worker_settings: dict[str, Any], tmp_path: Path
 ) -> None:
     command = Command(command=["sh", "-c", f"env >{tmp_path}/env"])
-    assert (await kit.run_session(command, timeout=30, **worker_settings)).outcome == "completed"
+    assert (
+        await kit.run_session(command, timeout=WAIT_SECONDS, **worker_settings)
+    ).outcome == "completed"
     assert "WORKPOOL_TOKEN" not in (tmp_path / "env").read_text()
 
 
@@ -110,29 +114,31 @@ async def test_detached_command_and_its_hold_process_cannot_read_key_of_worker(
     kit: Kit,
     process_view: Any,
     worker_settings: dict[str, Any],
-    worker_secrets: Callable[[bytes], list[bytes]],
+    find_worker_secrets: Callable[[bytes], list[bytes]],
     tmp_path: Path,
 ) -> None:
     before = process_view.child_processes()
-    async with kit.pool(dumping_command(tmp_path, detach=True), lease_ttl=10, **worker_settings):
+    async with kit.pool(dump_command(tmp_path, detach=True), **worker_settings):
         (item,) = kit.enqueue()
-        finished = await kit.recorder.wait_for(SessionFinished, timeout=30)
+        finished = await kit.recorder.wait_for(SessionFinished, timeout=WAIT_SECONDS)
         assert finished.outcome == "detached"
-        await kit.faults.wait_for("stop", answered=True, timeout=30)
-        # Only the guard may be left as a child.
-        await process_view.wait_for_file(lambda: len(process_view.child_processes() - before) <= 1)
+        await kit.faults.wait_for("stop", answered=True, timeout=WAIT_SECONDS)
+        # Only the guard may still be a child process.
+        await process_view.wait_until(lambda: len(process_view.child_processes() - before) <= 1)
     assert kit.item(item).state == "stopped"
     dump = (tmp_path / "dump").read_bytes()
     assert b"WORKPOOL_TOKEN=item." in dump
     assert b"== session 200 processes 2" in dump
-    assert worker_secrets(dump) == []
+    assert find_worker_secrets(dump) == []
 
 
 async def test_detached_command_for_item_without_token_fails(
     kit: Kit, worker_settings: dict[str, Any], tmp_path: Path
 ) -> None:
     qoder = {**worker_settings, "dialect": "qoder", "base_url": kit.server.base_url}
-    result = await kit.run_session(dumping_command(tmp_path, detach=True), timeout=30, **qoder)
+    result = await kit.run_session(
+        dump_command(tmp_path, detach=True), timeout=WAIT_SECONDS, **qoder
+    )
     assert result.outcome == "failed"
     assert isinstance(result.error, WorkpoolError)
     assert "without a token of its own" in str(result.error)

@@ -1,4 +1,4 @@
-"""The input of a command and the outcome of its session, in a pool with a real control plane."""
+"""The input of a command, its directory, and the outcome of its session."""
 
 from __future__ import annotations
 
@@ -47,8 +47,8 @@ async def test_command_receives_ids_and_item_but_no_credentials(
     assert lines["WORKPOOL_REDELIVERED"] == "0"
     assert lines["GREETING"] == "hello"
     assert "hunter2" not in (tmp_path / "env").read_text()
-    ours = {"PATH", "GREETING", "PWD", "OLDPWD", "SHLVL", "_"}
-    assert {name for name in lines if not name.startswith("WORKPOOL_")} <= ours
+    expected = {"PATH", "GREETING", "PWD", "OLDPWD", "SHLVL", "_"}
+    assert {name for name in lines if not name.startswith("WORKPOOL_")} <= expected
 
 
 async def test_command_with_root_gets_own_directory_that_is_removed_afterwards(
@@ -115,11 +115,14 @@ async def test_last_output_line_becomes_metadata_only_if_result_is_set(
 ) -> None:
     script = """echo '{"rows": "1"}'; echo '{"rows": "42", "é": "ü"}'; echo; echo no >&2"""
 
-    asked = await kit.run_session(shell_command(script, result=True))
-    assert (asked.outcome, dict(asked.metadata)) == ("completed", {"rows": "42", "é": "ü"})
+    with_result = await kit.run_session(shell_command(script, result=True))
+    assert (with_result.outcome, dict(with_result.metadata)) == (
+        "completed",
+        {"rows": "42", "é": "ü"},
+    )
 
-    unasked = await kit.run_session(shell_command(script))
-    assert (unasked.outcome, dict(unasked.metadata)) == ("completed", {})
+    without_result = await kit.run_session(shell_command(script))
+    assert (without_result.outcome, dict(without_result.metadata)) == ("completed", {})
 
 
 @pytest.mark.parametrize(
@@ -137,7 +140,7 @@ async def test_last_output_line_becomes_metadata_only_if_result_is_set(
     ],
     ids=["empty", "text", "list", "number", "surrogate", "bytes", "cut", "long", "deep"],
 )
-async def test_last_output_line_that_is_no_result_fails_session(
+async def test_last_output_line_that_is_no_json_object_of_strings_fails_session(
     kit: Kit, shell_command: Shell, tmp_path: Path, line: str
 ) -> None:
     (tmp_path / "line").write_bytes(line.encode("latin-1", "replace"))

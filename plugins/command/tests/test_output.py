@@ -1,4 +1,4 @@
-"""The output of a command in the log: as lines, within limits, for any length and encoding."""
+"""The output of a command in the log: lines of any length and encoding, up to a limit."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from workpool.events import SessionFinished
-from workpool_command.ending import RESULT_LIMIT
-from workpool_command.output import LineSplitter, escape_line
+from workpool_command.command_output import LineSplitter, escape_line
+from workpool_command.command_result import MAX_RESULT_BYTES
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -39,7 +39,7 @@ async def test_lines_of_both_streams_are_logged_with_session_id(
     assert {vars(record)["session_id"] for record in records} == {result.item.session_id}
 
 
-async def test_command_with_too_much_output_is_not_blocked_and_log_is_limited(
+async def test_command_with_much_output_completes_and_log_is_limited(
     kit: Kit, shell_command: Shell, caplog: pytest.LogCaptureFixture
 ) -> None:
     script = """yes | head -c 2000000; head -c 2000000 /dev/zero; echo; echo '{"bytes": "4 MB"}'"""
@@ -50,7 +50,7 @@ async def test_command_with_too_much_output_is_not_blocked_and_log_is_limited(
     assert logged == ["stdout: y"] * 3 + ["lines not logged: 999999"]
 
 
-async def test_sessions_beside_command_that_prints_endlessly_complete(
+async def test_other_sessions_complete_while_one_command_prints_endlessly(
     kit: Kit, shell_command: Shell
 ) -> None:
     [chatty] = kit.enqueue(metadata={"kind": "chatty"})
@@ -63,21 +63,21 @@ async def test_sessions_beside_command_that_prints_endlessly_complete(
     assert (last.session.item.id, last.outcome) == (chatty.id, "stopped")
 
 
-def test_line_without_end_is_not_kept_in_memory() -> None:
+def test_endless_line_uses_limited_memory() -> None:
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     lines = LineSplitter(lambda _: None)
     for _ in range(3_000):
-        lines.feed(b"\0" * 65_536)
+        lines.add_chunk(b"\0" * 65_536)
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 100_000
 
 
 @given(st.lists(st.binary(max_size=9) | st.just(b"\n") | st.just(b" ")))
-def test_lines_split_into_any_chunks_are_the_same(chunks: list[bytes]) -> None:
+def test_stream_in_any_chunks_is_split_into_same_lines(chunks: list[bytes]) -> None:
     fed_lines: list[bytes] = []
     lines = LineSplitter(lambda some: fed_lines.extend(some.split(b"\n")))
     for chunk in chunks:
-        lines.feed(chunk)
-    lines.close()
+        lines.add_chunk(chunk)
+    lines.end_last_line()
 
     whole = b"".join(chunks).split(b"\n")
     assert fed_lines == (whole if whole[-1] else whole[:-1])
@@ -89,9 +89,9 @@ def test_bytes_of_any_line_are_logged_as_one_printable_line(line: bytes) -> None
     assert escape_line(line).isprintable()
 
 
-def test_long_line_is_cut_at_limit() -> None:
+def test_long_line_is_cut_in_result_and_log() -> None:
     lines = LineSplitter(lambda _: None)
-    lines.feed(b"x" * 70_000 + b"\n")
-    assert len(lines.last) == RESULT_LIMIT + 1
+    lines.add_chunk(b"x" * 70_000 + b"\n")
+    assert len(lines.last) == MAX_RESULT_BYTES + 1
     assert escape_line(lines.last).endswith("xxx … (cut)")
     assert len(escape_line(lines.last)) < 2_100

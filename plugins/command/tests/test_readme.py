@@ -1,4 +1,4 @@
-"""The readme names every setting, and its example runs."""
+"""The readme lists every setting, and its Python example works."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from workpool_command import Command
-from workpool_command.surroundings import HANDED_ON
+from workpool_command.command_inputs import DEFAULT_VARIABLES
 
 README = (Path(__file__).parents[1] / "README.md").read_text()
 
@@ -17,11 +17,13 @@ def test_every_setting_is_in_table_of_readme() -> None:
     table = README.partition("## Settings")[2]
     for field in fields(Command):
         assert re.search(rf"^\| .*`{field.name}`", table, re.MULTILINE), field.name
-    assert "| `environment` | " + ", ".join(f"`{name}`" for name in HANDED_ON) + " |" in table
+    assert (
+        "| `environment` | " + ", ".join(f"`{name}`" for name in DEFAULT_VARIABLES) + " |" in table
+    )
 
 
 def test_readme_example_defines_several_commands_in_one_module() -> None:
     [block] = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
     names: dict[str, Any] = {}
-    exec(block, names)  # noqa: S102 - our own
+    exec(block, names)  # noqa: S102 - the example of the readme
     assert (names["report"].result, names["backup"].max_sessions) == (True, 1)

@@ -1,4 +1,4 @@
-"""Wrong settings are refused at the start of the pool, or else at the start of a session."""
+"""Errors of settings, of the start of a pool, and of the start of a command."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import pytest
 from workpool import PluginError, Release
 from workpool.events import ItemDeclined, SessionFinished
 from workpool_command import Command, CommandFailed
-from workpool_command.ending import start_errors_as_session_errors
+from workpool_command.command_result import start_errors_as_session_errors
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -43,7 +43,7 @@ if TYPE_CHECKING:
         ({"keep": "yes"}, "keep: not true or false"),
         ({"keep": True}, "root: needed"),
         ({"detach": True}, "root: needed"),
-        ({"detach": True, "root": "/tmp", "result": True}, "result: a command that was"),  # noqa: S108 - not touched
+        ({"detach": True, "root": "/tmp", "result": True}, "result: a command that was"),  # noqa: S108 - never used
         ({"timeout": 0}, "@handler: timeout of command must be more than 0"),
         ({"max_sessions": 0}, "@handler: max_sessions of command must be at least 1"),
         ({"metadata": {"n": 1}}, "@handler: metadata of command must map strings"),
@@ -57,13 +57,13 @@ def test_invalid_setting_is_refused_with_its_name(settings: dict[str, Any], prob
     assert problem in str(caught.value)
 
 
-@pytest.mark.parametrize("given", ["no-such-program", "{tmp}/absent", "{tmp}/plain", "{tmp}"])
-async def test_program_that_is_not_executable_is_error_at_start(
-    kit: Kit, tmp_path: Path, given: str
+@pytest.mark.parametrize("program", ["no-such-program", "{tmp}/absent", "{tmp}/plain", "{tmp}"])
+async def test_start_with_program_that_is_not_executable_raises_plugin_error(
+    kit: Kit, tmp_path: Path, program: str
 ) -> None:
     (tmp_path / "plain").write_text("not executable")
     with pytest.raises(PluginError, match="is not an executable file on the PATH"):
-        await kit.pool(Command(command=[given.format(tmp=tmp_path)])).run(until_empty=True)
+        await kit.pool(Command(command=[program.format(tmp=tmp_path)])).run(until_empty=True)
 
 
 async def test_program_is_looked_up_on_path_of_command_not_of_worker(
@@ -78,7 +78,7 @@ async def test_program_is_looked_up_on_path_of_command_not_of_worker(
         await kit.run_session(Command(command=["tool"], environment=[]))
 
 
-async def test_root_that_is_no_directory_is_error_at_start(
+async def test_start_with_file_as_root_raises_plugin_error(
     kit: Kit, shell_command: Shell, tmp_path: Path
 ) -> None:
     (tmp_path / "file").touch()
@@ -86,7 +86,9 @@ async def test_root_that_is_no_directory_is_error_at_start(
         await kit.pool(shell_command("", root=tmp_path / "file")).run(until_empty=True)
 
 
-async def test_ignored_sigchld_is_error_at_start(kit: Kit, shell_command: Shell) -> None:
+async def test_start_in_process_that_ignores_sigchld_raises_plugin_error(
+    kit: Kit, shell_command: Shell
+) -> None:
     before = signal.signal(signal.SIGCHLD, signal.SIG_IGN)
     try:
         with pytest.raises(PluginError, match="SIGCHLD is ignored"):
@@ -131,9 +133,9 @@ async def test_kept_directory_replaced_by_symlink_fails_session(
     async with kit.pool(shell_command("touch owned", root=tmp_path / "root", keep=True)):
         [item] = kit.enqueue()
         await kit.wait_for(SessionFinished)
-        place = tmp_path / "root" / item.session_id
-        place.rename(tmp_path / "elsewhere")
-        place.symlink_to(tmp_path / "elsewhere")
+        directory = tmp_path / "root" / item.session_id
+        directory.rename(tmp_path / "elsewhere")
+        directory.symlink_to(tmp_path / "elsewhere")
         kit.enqueue(session_id=item.session_id)
         end = await kit.wait_for(SessionFinished, count=2)
 
@@ -142,12 +144,12 @@ async def test_kept_directory_replaced_by_symlink_fails_session(
 
 
 @pytest.mark.parametrize("number", [errno.EAGAIN, errno.EMFILE, errno.ENOMEM])
-def test_start_error_of_exhausted_machine_becomes_release(number: int) -> None:
+def test_start_error_of_exhausted_resource_becomes_release(number: int) -> None:
     with pytest.raises(Release), start_errors_as_session_errors("tool"):
         raise OSError(number, os.strerror(number))
 
 
-async def test_command_with_metadata_and_max_sessions_takes_matching_items_only(
+async def test_command_with_metadata_setting_takes_matching_items_only(
     kit: Kit, shell_command: Shell
 ) -> None:
     kit.enqueue(metadata={"job": "other"})

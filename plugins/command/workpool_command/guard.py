@@ -1,9 +1,9 @@
-"""The guard: a small process that ends the commands of a worker that was killed.
+"""The guard: a small process that kills the commands of a worker that was killed.
 
-A worker that is killed, or that runs out of memory, cannot end its commands. Its leases lapse, and
+A worker that is killed, or that runs out of memory, cannot end its commands. Its leases expire, and
 other workers start the sessions again while the old commands still run. The guard reads the numbers
-of the running groups from a pipe. When the pipe ends, the worker has ended, and the guard kills the
-groups.
+of the running process groups from a pipe. The pipe ends with the worker, and the guard then kills
+these groups.
 """
 
 from __future__ import annotations
@@ -22,33 +22,34 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 CLOSE_SECONDS: Final = 2.0
-"""Longest wait for the guard's exit, after its pipe is closed and again after SIGKILL."""
-# The guard ignores the signals that the end of a service sends to all its processes: only the end
-# of the pipe counts.
-PROGRAM: Final = """
+"""The longest wait for the guard's exit after the pipe is closed, and again after SIGKILL, in
+seconds."""
+# The guard ignores the signals that an init system sends to all processes of a service at its end,
+# because the worker may still need the guard.
+GUARD_PROGRAM: Final = """
 import os, signal, sys, time
 
 for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
     signal.signal(number, signal.SIG_IGN)
-groups, mark = set(), None
+groups, announced = set(), None
 for line in sys.stdin:
     if line.startswith("?"):
-        mark = bytes.fromhex(line[1:]) or None
+        announced = bytes.fromhex(line[1:]) or None
     elif int(line) > 0:
         groups.add(int(line))
-        mark = None
+        announced = None
     else:
         groups.discard(-int(line))
 
-def leads(pid):
+def is_announced_leader(pid):
     try:
         with open(f"/proc/{pid}/environ", "rb") as environ:
-            return mark in environ.read().split(b"\\0") and os.getsid(pid) == pid
+            return announced in environ.read().split(b"\\0") and os.getsid(pid) == pid
     except OSError:
         return False
 
-for _ in range(20 * (mark is not None)):
-    found = set(filter(leads, map(int, filter(str.isdigit, os.listdir("/proc")))))
+for _ in range(20 * (announced is not None)):
+    found = set(filter(is_announced_leader, map(int, filter(str.isdigit, os.listdir("/proc")))))
     groups |= found
     if found:
         break
@@ -62,68 +63,69 @@ for group in groups:
 
 
 class Guard:
-    """Reports the running groups to the guard's process.
+    """Reports the running process groups to the guard's process.
 
-    Lines are written with a system call of their own: an event loop may write them only after the
-    current step, in which the command is spawned and the worker may be killed.
+    Each line is written by a system call at once. An event loop could write it only after the step
+    that spawns the command, and the worker could be killed before.
 
     Args:
-        lines: The standard input of the guard, unbuffered and non-blocking.
+        pipe: The standard input of the guard's process, unbuffered and non-blocking.
     """
 
-    def __init__(self, lines: RawIOBase) -> None:
-        self._lines = lines
+    def __init__(self, pipe: RawIOBase) -> None:
+        self._pipe = pipe
 
-    def expect(self, mark: str) -> None:
-        """Announce a group that will be spawned; the next `add` has its number.
+    def announce_group(self, unique_entry: str) -> None:
+        """Announce a group that will be spawned; the next `add_group` has its number.
 
-        A worker can be killed before it passes the number on. The guard then finds the leader by
-        this entry of its environment, `NAME=value`, and looks for a second: the pipe may end a
-        moment before the kernel shows the environment of a program that is just being executed.
-        An empty entry takes the announcement back.
+        A worker can be killed before it calls `add_group`. The guard then searches for the leader
+        by this entry `NAME=value` of its environment. The search takes up to a second, because the
+        kernel shows the environment of a program only a moment after its start. An empty entry
+        withdraws the announcement.
         """
-        self._send(b"?%s\n" % os.fsencode(mark).hex().encode())
+        self._write_line(b"?%s\n" % os.fsencode(unique_entry).hex().encode())
 
-    def add(self, group: int) -> None:
-        """Add a group, which must not outlive the worker."""
-        self._send(b"%d\n" % group)
+    def add_group(self, number: int) -> None:
+        """Register a running group, which must not outlive the worker."""
+        self._write_line(b"%d\n" % number)
 
-    def remove(self, group: int) -> None:
-        """Remove a group that has ended, whose number may be reused."""
-        self._send(b"%d\n" % -group)
+    def remove_group(self, number: int) -> None:
+        """Remove a group that has ended, because the kernel may reuse its number."""
+        self._write_line(b"%d\n" % -number)
 
-    def _send(self, line: bytes) -> None:
+    def _write_line(self, line: bytes) -> None:
         try:
-            written = self._lines.write(line)
-        except (OSError, ValueError):  # The guard has ended, or its pipe is closed.
+            written = self._pipe.write(line)
+        except (OSError, ValueError):
             written = None
-        if written is None:  # The guard has not read the last 64 KiB.
+        # `write` returns None if the pipe is full, because the guard has read nothing for 64 KiB.
+        if written is None:
             log.warning("the guard has ended: commands may outlive a worker that is killed")
 
 
 @asynccontextmanager
 async def running_guard(env: Mapping[str, str]) -> AsyncIterator[Guard]:
-    """Run a guard, which kills the remaining groups at the end of the block.
+    """Run a guard process, which kills the remaining groups at the end of the block.
 
     Raises:
         OSError: The guard cannot be started.
     """
-    stdin, pipe = os.pipe()
-    os.set_blocking(pipe, False)
-    with os.fdopen(pipe, "wb", buffering=0) as lines:
-        process = await _start_process(stdin, env)
+    stdin, writing_end = os.pipe()
+    os.set_blocking(writing_end, False)
+    with os.fdopen(writing_end, "wb", buffering=0) as pipe:
+        process = await _start_guard_process(stdin, env)
         try:
-            yield Guard(lines)
+            yield Guard(pipe)
         finally:
-            lines.close()
+            pipe.close()
             await _wait_for_exit(process)
 
 
-async def _start_process(stdin: int, env: Mapping[str, str]) -> asyncio.subprocess.Process:
+async def _start_guard_process(stdin: int, env: Mapping[str, str]) -> asyncio.subprocess.Process:
     try:
         return await asyncio.create_subprocess_exec(
             sys.executable,
-            *("-I", "-S", "-c", PROGRAM),
+            *("-I", "-S", "-c", GUARD_PROGRAM),
             stdin=stdin,
             cwd="/",
             env=env,
@@ -134,12 +136,12 @@ async def _start_process(stdin: int, env: Mapping[str, str]) -> asyncio.subproce
 
 
 async def _wait_for_exit(process: asyncio.subprocess.Process) -> None:
-    """Wait for the guard's exit: at most `CLOSE_SECONDS` before a SIGKILL, and as long after it."""
+    """Wait `CLOSE_SECONDS` for the guard's exit, then kill it and wait as long again."""
     try:
         async with asyncio.timeout(CLOSE_SECONDS):
             await process.wait()
     except TimeoutError:
-        # No such process: other code has reaped it, which a uvloop loop never notices.
+        # The process does not exist if other code has reaped it, which a uvloop loop never detects.
         with suppress(ProcessLookupError, TimeoutError):
             process.kill()
             async with asyncio.timeout(CLOSE_SECONDS):

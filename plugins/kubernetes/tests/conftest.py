@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 NAMESPACE, POD = "workers", "workpool-6d5f9c-x7k2p"
 WAIT_SECONDS = 60.0
 """The time limit of a wait, which a loaded machine does not exceed."""
-KEY_TYPE = "-newkey ec -pkeyopt ec_paramgen_curve:P-256"
+KEY = "-newkey ec -pkeyopt ec_paramgen_curve:P-256"
 
 
 @pytest.fixture(scope="session")
@@ -37,9 +37,9 @@ def certificates(tmp_path_factory: pytest.TempPathFactory) -> Path:
     usage = "-addext keyUsage=critical,keyCertSign"
     (path / "server.ext").write_text("authorityKeyIdentifier=keyid\nsubjectAltName=IP:127.0.0.1")
     for command in (
-        f"req -x509 {KEY_TYPE} {usage} -nodes -days 2 -subj /CN=ca -keyout ca.key -out ca.pem",
-        f"req -x509 {KEY_TYPE} {usage} -nodes -days 2 -subj /CN=other -keyout other.key -out other.pem",
-        f"req {KEY_TYPE} -nodes -subj /CN=server -keyout server.key -out server.csr",
+        f"req -x509 {KEY} {usage} -nodes -days 2 -subj /CN=ca -keyout ca.key -out ca.pem",
+        f"req -x509 {KEY} {usage} -nodes -days 2 -subj /CN=other -keyout other.key -out other.pem",
+        f"req {KEY} -nodes -subj /CN=server -keyout server.key -out server.csr",
         "x509 -req -in server.csr -CA ca.pem -CAkey ca.key -CAcreateserial -days 2"
         " -extfile server.ext -out server.pem",
     ):

@@ -1,4 +1,4 @@
-"""OpenTelemetry traces of sessions: a plugin of workpool."""
+"""A plugin of workpool that traces sessions with OpenTelemetry."""
 
 from workpool_otel.plugin import Otel
 

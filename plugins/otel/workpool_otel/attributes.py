@@ -1,7 +1,7 @@
-"""The names of the spans' attributes.
+"""The names of the attributes of spans.
 
-The names of the semantic conventions are written out here: their package calls those of messaging
-unstable, and may remove them in any release.
+The names of the semantic conventions are written out here, because their package may remove those
+of messaging, which are unstable, in any release.
 """
 
 from typing import Final
@@ -21,5 +21,5 @@ REDELIVERED: Final = "workpool.redelivered"
 OUTCOME: Final = "workpool.outcome"
 RETRY: Final = "workpool.retry"
 
-SETTLES: Final = frozenset({"ack", "heartbeat", "stop"})
-"""Calls that decide about the item, which the conventions call settling."""
+SETTLE_CALLS: Final = frozenset({"ack", "heartbeat", "stop"})
+"""The calls that change the state of the item, which the conventions call settling."""

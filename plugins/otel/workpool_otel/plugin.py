@@ -1,4 +1,4 @@
-"""The plugin: its settings, its tracer provider, and the hooks that feed the spans."""
+"""The plugin class: its settings, its tracer provider, and the hooks that record spans."""
 
 from __future__ import annotations
 
@@ -25,11 +25,11 @@ if TYPE_CHECKING:
 
 NAME: Final = "otel"
 FLUSH_SECONDS: Final = 5.0
-"""Seconds by which the export of the last spans may delay the end of the pool."""
+"""The time limit for the export of the last spans at the end of the pool, in seconds."""
 
-_USES: Final[dict[TracerProvider, int]] = {}
-"""The providers that plugins of this process made, each with the number of pools that use it: in a
-worker for several environments one may end before the others."""
+_POOL_COUNTS: Final[dict[TracerProvider, int]] = {}
+"""The providers that plugins of this process have created, each with the number of its pools. The
+last pool shuts the provider down."""
 
 log = logging.getLogger("workpool.otel")
 
@@ -42,11 +42,11 @@ class Otel:
     """
 
     write_context: bool = True
-    """Write the context of each run to the item's metadata, so that a later run links to it."""
+    """Whether each run writes its trace context to the metadata, so that later runs link to it."""
     tracer_provider: trace.TracerProvider | None = None
     """The provider that creates the spans.
 
-    None: the global one, or else a new one that exports them.
+    None: the global provider if the application has set one, else a new one that exports the spans.
     """
 
     def __post_init__(self) -> None:
@@ -62,10 +62,10 @@ class Otel:
     @hookimpl
     @asynccontextmanager
     async def workpool_lifespan(self, supervisor: Supervisor) -> AsyncIterator[None]:
-        """Create the tracer, and export the last spans at the end."""
+        """Create the tracer, and export the last spans at the end of the pool."""
         if self._spans is not None:
             raise PluginError(NAME, "one object serves one pool; give each its own")
-        provider, own = self._tracer_provider()
+        provider, created = self._choose_provider()
         settings = supervisor.settings
         self._spans = SessionSpans(
             provider.get_tracer("workpool"),
@@ -75,56 +75,58 @@ class Otel:
         try:
             yield
         finally:
-            self._spans.close()
+            self._spans.end_open_spans()
             self._spans = None
-            if own is not None:
-                _USES[own] -= 1
-                if not _USES[own]:
-                    del _USES[own]
-                    await _shut_down(own)
+            if created is not None:
+                _POOL_COUNTS[created] -= 1
+                if not _POOL_COUNTS[created]:
+                    del _POOL_COUNTS[created]
+                    await _shut_down_provider(created)
 
     @hookimpl(tryfirst=True)
     @asynccontextmanager
     async def workpool_wrap_session(self, session: Session) -> AsyncIterator[None]:
-        """Run the handler, and the other plugins' contexts, inside the session's span."""
+        """Run the handler and the contexts of later plugins inside the session's span."""
         if self._spans is None:
             raise PluginError(NAME, "runs in a pool only")
         with self._spans.current_span(session) as context:
             if self.write_context and context:
-                await _write_context(session, context)
+                await _write_run_context(session, context)
             yield
 
     @hookimpl
     def workpool_event(
         self, event: RequestFinished | AckFinished | HandlerRetried | SessionFinished
     ) -> None:
-        """Pass an event to the spans."""
+        """Record the event in the spans of the sessions."""
         if self._spans is not None:
-            self._spans.observe(event)
+            self._spans.record_event(event)
 
-    def _tracer_provider(self) -> tuple[trace.TracerProvider, TracerProvider | None]:
-        """Return the provider, and a second time if a plugin made it, which shuts it down."""
+    def _choose_provider(self) -> tuple[trace.TracerProvider, TracerProvider | None]:
+        """Return the provider, and once more if plugins created it and must shut it down."""
         if self.tracer_provider is not None:
             return self.tracer_provider, None
         current = trace.get_tracer_provider()
-        if isinstance(current, TracerProvider) and current in _USES:
-            _USES[current] += 1
+        if isinstance(current, TracerProvider) and current in _POOL_COUNTS:
+            _POOL_COUNTS[current] += 1
             return current, current
         if not isinstance(current, trace.ProxyTracerProvider):
             return current, None
-        # The variables are read here, because the SDK prefers an explicit attribute to them.
+        # The detector reads the OTEL variables again, because the SDK would prefer the explicit
+        # service name to OTEL_SERVICE_NAME.
         resource = Resource.create({SERVICE_NAME: "workpool"}).merge(
             OTELResourceDetector().detect()
         )
         provider = TracerProvider(resource=resource, shutdown_on_exit=False)
         provider.add_span_processor(BatchSpanProcessor(OTLPSpanExporter()))
-        trace.set_tracer_provider(provider)  # for the spans of handlers
-        _USES[provider] = 1
+        # Handlers create their own spans with the global provider.
+        trace.set_tracer_provider(provider)
+        _POOL_COUNTS[provider] = 1
         return provider, provider
 
 
-async def _write_context(session: Session, context: dict[str, str]) -> None:
-    """Write the context of this run to the metadata. After a refusal only the link is missing."""
+async def _write_run_context(session: Session, context: dict[str, str]) -> None:
+    """Write the trace context of this run to the metadata; a refusal is only logged."""
     try:
         await session.update_metadata(
             {f"workpool.{name}": value for name, value in context.items()}
@@ -133,8 +135,8 @@ async def _write_context(session: Session, context: dict[str, str]) -> None:
         session.log.debug("%s not written: %s", RUN_CONTEXT, error, extra={"error": str(error)})
 
 
-async def _shut_down(provider: TracerProvider) -> None:
-    """Export the remaining spans, for at most `FLUSH_SECONDS`, since a collector may be down."""
+async def _shut_down_provider(provider: TracerProvider) -> None:
+    """Export the remaining spans within `FLUSH_SECONDS`, because a collector may not answer."""
     try:
         async with asyncio.timeout(FLUSH_SECONDS):
             await DaemonThreads("workpool-otel", 1).run(provider.shutdown)

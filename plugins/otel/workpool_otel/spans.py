@@ -1,8 +1,8 @@
 """The spans of the sessions of one pool.
 
 A session's span begins with the first request for its item (the ack), or with its handler, and ends
-with the session. The requests for the item are its children. Everything runs on the supervisor's
-loop. See plugins/otel/README.md, "Spans".
+with the session. The requests for the item are child spans. All functions are called on the
+supervisor's event loop. See plugins/otel/README.md, "Spans".
 """
 
 from __future__ import annotations
@@ -33,17 +33,17 @@ if TYPE_CHECKING:
 
     from workpool import Session, WorkItem
 
-Observed: TypeAlias = RequestFinished | AckFinished | HandlerRetried | SessionFinished
+SpanEvent: TypeAlias = RequestFinished | AckFinished | HandlerRetried | SessionFinished
 
 RUN_CONTEXT: Final = "workpool.traceparent"
-"""The metadata that holds the context of an item's last run."""
+"""The key of the item's metadata with the trace context of the last run."""
 _PREFIX: Final = "workpool."
 _W3C: Final = TraceContextTextMapPropagator()
 _FAILURES: Final = frozenset({"failed", "timed_out", "stalled"})
 
 
-class _EndedRequest(NamedTuple):
-    """A request for an item that has ended; times in nanoseconds."""
+class _FinishedRequest(NamedTuple):
+    """A finished request for an item. The times are nanoseconds since the epoch."""
 
     op: str
     code: str
@@ -53,21 +53,21 @@ class _EndedRequest(NamedTuple):
 
 @dataclass(slots=True)
 class _RunSpan:
-    """The span of one run, or the requests that were sent before it."""
+    """The span of one session run, and the requests that finished before its start."""
 
     span: Span | None = None
-    common: dict[str, str] = field(default_factory=dict)
+    attributes: dict[str, str] = field(default_factory=dict)
     """The attributes of the span and of its children."""
-    calls: list[_EndedRequest] = field(default_factory=list)
+    early_requests: list[_FinishedRequest] = field(default_factory=list)
 
 
 class SessionSpans:
-    """Creates and ends the spans.
+    """Creates and ends the spans of the sessions of one pool.
 
     Args:
-        tracer: Creates them.
+        tracer: Creates the spans.
         client: The name of the worker.
-        with_messages: Whether a span may have the message of an error, which may contain secrets.
+        with_messages: Whether a span gets the message of an error, which may contain secrets.
     """
 
     def __init__(self, tracer: Tracer, client: str, *, with_messages: bool) -> None:
@@ -78,20 +78,20 @@ class SessionSpans:
 
     @contextmanager
     def current_span(self, session: Session) -> Iterator[dict[str, str]]:
-        """Make the session's span the current one during a block; its context is the value.
+        """Make the session's span current during the block, and yield its trace context.
 
-        The context is empty if the span is not sampled by anybody.
+        The context is empty if the SDK creates no real spans.
         """
         run = self._runs.setdefault(session.item.id, _RunSpan())
-        span = self._span_of(run, session.item)
+        span = self._started_span(run, session.item)
         context: dict[str, str] = {}
         with trace.use_span(span, record_exception=False, set_status_on_exception=False):
             _W3C.inject(context)
             session.traceparent = context.get("traceparent", session.traceparent)
             yield context
 
-    def observe(self, event: Observed) -> None:
-        """Record an event."""
+    def record_event(self, event: SpanEvent) -> None:
+        """Record an event of the pool in the span of its session."""
         if isinstance(event, RequestFinished):
             self._record_request(event)
         elif isinstance(event, SessionFinished):
@@ -99,10 +99,11 @@ class SessionSpans:
         elif isinstance(event, HandlerRetried):
             self._record_retry(event)
         elif event.result != "ok":
-            self._runs.pop(event.item.id, None)  # No session follows.
+            # The item was not acknowledged, so no session follows.
+            self._runs.pop(event.item.id, None)
 
-    def close(self) -> None:
-        """End the spans of sessions whose end was not reported."""
+    def end_open_spans(self) -> None:
+        """End the spans of all sessions whose end was not reported."""
         for run in self._runs.values():
             if run.span is not None:
                 run.span.end()
@@ -115,28 +116,29 @@ class SessionSpans:
         run = self._runs.get(work_id)
         if run is None:
             if event.op != "ack":
-                return  # The session has ended: this is the last heartbeat of a release.
+                # The session has ended, and its last heartbeat released the item.
+                return
             run = self._runs[work_id] = _RunSpan()
         end = time.time_ns()
-        call = _EndedRequest(event.op, event.code, end - int(event.seconds * 1e9), end)
+        request = _FinishedRequest(event.op, event.code, end - int(event.seconds * 1e9), end)
         if run.span is None:
-            run.calls.append(call)
+            run.early_requests.append(request)
         else:
-            self._add_request(run, run.span, call)
+            self._add_request_span(run, run.span, request)
 
     def _record_retry(self, event: HandlerRetried) -> None:
         run = self._runs.get(event.session.item.id)
         if run is not None and run.span is not None:
-            found: dict[str, str | int] = {
+            fields: dict[str, str | int] = {
                 attributes.RETRY: event.retry,
-                attributes.ERROR: _name_of(event.error),
+                attributes.ERROR: _class_name(event.error),
             }
-            run.span.add_event("retry", found)
+            run.span.add_event("retry", fields)
 
     def _end_span(self, event: SessionFinished) -> None:
         item = event.session.item
         run = self._runs.pop(item.id, None) or _RunSpan()
-        span = self._span_of(run, item)
+        span = self._started_span(run, item)
         span.set_attributes(
             {
                 attributes.HANDLER: event.handler,
@@ -147,16 +149,16 @@ class SessionSpans:
         )
         error = event.error
         if event.outcome in _FAILURES:
-            name = event.outcome if error is None else _name_of(error)
+            name = event.outcome if error is None else _class_name(error)
             span.set_attribute(attributes.ERROR, name)
             text = str(error) if error is not None and self._with_messages else None
             span.set_status(Status(StatusCode.ERROR, text))
         span.end()
 
-    def _span_of(self, run: _RunSpan, item: WorkItem) -> Span:
-        """Return the span of a run; start it, with the requests so far, if there is none."""
+    def _started_span(self, run: _RunSpan, item: WorkItem) -> Span:
+        """Return the span of a run. Start a missing span, and record its early requests."""
         if run.span is None:
-            run.common = {
+            run.attributes = {
                 attributes.SYSTEM: "workpool",
                 attributes.DESTINATION: item.environment_id,
                 attributes.MESSAGE: item.id,
@@ -168,51 +170,51 @@ class SessionSpans:
                 f"process {item.environment_id}",
                 context=_creator_context(item),
                 kind=SpanKind.CONSUMER,
-                attributes=run.common | process,
+                attributes=run.attributes | process,
                 links=_link_to_last_run(item),
-                start_time=min((call.start for call in run.calls), default=None),
+                start_time=min((request.start for request in run.early_requests), default=None),
             )
-            for call in run.calls:
-                self._add_request(run, run.span, call)
-            run.calls.clear()
+            for request in run.early_requests:
+                self._add_request_span(run, run.span, request)
+            run.early_requests.clear()
         return run.span
 
-    def _add_request(self, run: _RunSpan, parent: Span, call: _EndedRequest) -> None:
-        """Add a request as a child of the session's span."""
+    def _add_request_span(self, run: _RunSpan, parent: Span, request: _FinishedRequest) -> None:
+        """Record a finished request as a child of the session's span."""
         span = self._tracer.start_span(
-            f"{call.op} {run.common[attributes.DESTINATION]}",
+            f"{request.op} {run.attributes[attributes.DESTINATION]}",
             context=trace.set_span_in_context(parent),
             kind=SpanKind.CLIENT,
-            attributes=run.common | {attributes.OPERATION: call.op},
-            start_time=call.start,
+            attributes=run.attributes | {attributes.OPERATION: request.op},
+            start_time=request.start,
         )
-        if call.op in attributes.SETTLES:
+        if request.op in attributes.SETTLE_CALLS:
             span.set_attribute(attributes.OPERATION_TYPE, "settle")
-        if call.code.isdecimal():
-            span.set_attribute(attributes.STATUS_CODE, int(call.code))
-        if not call.code.startswith("2"):
-            span.set_attribute(attributes.ERROR, call.code)
+        if request.code.isdecimal():
+            span.set_attribute(attributes.STATUS_CODE, int(request.code))
+        if not request.code.startswith("2"):
+            span.set_attribute(attributes.ERROR, request.code)
             span.set_status(StatusCode.ERROR)
-        span.end(call.end)
+        span.end(request.end)
 
 
 def _creator_context(item: WorkItem) -> Context:
-    """Return the trace context of the item's creator: from its metadata, or else from the poll."""
-    found = propagate.extract(dict(item.metadata))
-    if not trace.get_current_span(found).get_span_context().is_valid and item.traceparent:
-        found = propagate.extract({"traceparent": item.traceparent})
-    return found
+    """Return the trace context of the item's creator, from the metadata or else from the poll."""
+    context = propagate.extract(dict(item.metadata))
+    if not trace.get_current_span(context).get_span_context().is_valid and item.traceparent:
+        context = propagate.extract({"traceparent": item.traceparent})
+    return context
 
 
 def _link_to_last_run(item: WorkItem) -> list[Link]:
-    """Return a link to the item's last run, if that wrote its context."""
+    """Return a link to the item's last run if the metadata have its trace context."""
     metadata: Mapping[str, str] = item.metadata
     names = {each: metadata[_PREFIX + each] for each in _W3C.fields if _PREFIX + each in metadata}
     last = trace.get_current_span(_W3C.extract(names)).get_span_context()
     return [Link(last)] if last.is_valid else []
 
 
-def _name_of(error: BaseException) -> str:
+def _class_name(error: BaseException) -> str:
     kind = type(error)
     return (
         kind.__qualname__

@@ -1,7 +1,7 @@
-"""A command that outlives the worker: under `workpool hold`, which extends its lease.
+"""Commands that outlive the worker, each under a `workpool hold` process that extends its lease.
 
-A handoff that fails needs no clean-up. `hold` starts the command only once its first heartbeat has
-succeeded, and that heartbeat is refused as soon as the pool holds the item again.
+A handoff that fails needs no clean-up. `hold` starts the command only after its first heartbeat has
+succeeded, and that heartbeat is refused as soon as the pool holds the lease again.
 """
 
 from __future__ import annotations
@@ -16,30 +16,34 @@ from weakref import WeakSet
 
 from workpool import Release
 from workpool.errors import HandoverError, innermost
-from workpool_command.ending import CommandFailed, exit_status_text, start_errors_as_session_errors
-from workpool_command.group import CommandStart, ProcessGroup, start_group
-from workpool_command.surroundings import (
+from workpool_command.command_inputs import (
     inherited_variables,
     item_json,
-    may_have_run_before,
+    redelivery_variables,
     trace_variables,
 )
+from workpool_command.command_result import (
+    CommandFailed,
+    exit_status_text,
+    start_errors_as_session_errors,
+)
+from workpool_command.process_group import CommandStart, ProcessGroup, start_group
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
     from workpool import Session, Settings
 
-OUTPUT: Final = "output.log"
-"""The file in the session's directory for the output of `hold` and the command."""
-ENDED: Final = {0, 1}
-"""Exit statuses of a `hold` that may have taken the item over, successful or not."""
-UNUSABLE: Final = 2
-"""Exit status of a `hold` with wrong settings."""
+OUTPUT_FILE: Final = "output.log"
+"""The name of the file in the session's directory with the output of `hold` and the command."""
+TAKEN_OVER_STATUSES: Final = {0, 1}
+"""The exit statuses of a `hold` process that may have taken the lease over."""
+USAGE_ERROR_STATUS: Final = 2
+"""The exit status of a `hold` process with wrong settings."""
 
 
 class DetachableCommand(Protocol):
-    """The settings that a detached command needs; `plugin.Command` documents them."""
+    """The settings that a detached command needs. The class `Command` documents them."""
 
     command: Sequence[str]
     environment: Sequence[str]
@@ -49,25 +53,25 @@ class DetachableCommand(Protocol):
 
 
 class HoldProcesses:
-    """Starts a `workpool hold` process per session, and reaps those that end before the worker."""
+    """Starts a `workpool hold` process for each session, and reaps the processes that end."""
 
     def __init__(self, command: DetachableCommand, settings: Settings) -> None:
         self._command = command
         self._settings = settings
-        # A process is removed from this list once it has ended.
+        # A group that has ended is referenced only from here, so the weak set drops it.
         self._groups: WeakSet[ProcessGroup] = WeakSet()
 
     def close(self) -> None:
-        """Leave the processes running; the init process reaps them after the worker's end."""
+        """Stop watching the processes, which continue to run after the worker's end."""
         for group in list(self._groups):
-            group.close()
+            group.stop_watching()
 
-    async def hand_off(self, session: Session, cwd: Path) -> None:
-        """Start the command under `workpool hold`, and wait until that has taken the item over.
+    async def hand_off_session(self, session: Session, cwd: Path) -> None:
+        """Start the command under `workpool hold`, and wait until `hold` has taken the lease over.
 
         Raises:
             CommandFailed: `hold` cannot start with these settings.
-            Release: `hold` cannot run now, or was not ready in time.
+            Release: `hold` cannot run now, or did not take the lease over in time.
             SessionGoneError: The item was not handed off: see `Session.handover`.
         """
         if self._command.item_token and session.item.sessions_token is None:
@@ -78,44 +82,41 @@ class HoldProcesses:
             async with asyncio.TaskGroup() as tasks:
                 async with session.handover() as lease:
                     keyless = self._command.item_token
-                    given = lease.keyless_variables if keyless else lease.variables
-                    group = self._start_hold(session, cwd, given)
-                    watching = tasks.create_task(self._detect_early_end(group, cwd), name="hold")
-                watching.cancel()
+                    lease_variables = lease.keyless_variables if keyless else lease.variables
+                    group = self._start_hold(session, cwd, lease_variables)
+                    early_end = tasks.create_task(self._detect_early_end(group, cwd), name="hold")
+                early_end.cancel()
         except BaseExceptionGroup as failure:
             error = innermost(failure)
             if group is None or not isinstance(error, HandoverError):
-                # Raises the error in the group instead of the group.
                 raise error from error.__cause__
-            group.signal(
-                signal.SIGKILL
-            )  # Its heartbeat would be refused, because the pool holds the item again.
+            # The pool holds the lease again, so the heartbeat of this process would be refused.
+            group.send_signal(signal.SIGKILL)
             raise Release("workpool hold was not ready in time") from error
         finally:
             if group is not None:
                 self._groups.add(group)
-                group.leave_running()
+                group.reap_on_exit()
 
-    def _start_hold(self, session: Session, cwd: Path, lease: Mapping[str, str]) -> ProcessGroup:
-        hold = (
-            sys.executable,
-            "-P",
-            "-m",
-            "workpool",
-            "hold",
-            "--",
-        )  # -P: no modules of the directory `cwd`
-        more = may_have_run_before(session) | trace_variables(session)
-        ids = [f"{name}={value}" for name, value in more.items()]
-        with start_errors_as_session_errors("workpool hold"), (cwd / OUTPUT).open("ab") as output:
+    def _start_hold(
+        self, session: Session, cwd: Path, lease_variables: Mapping[str, str]
+    ) -> ProcessGroup:
+        # With -P, Python imports no modules from the directory `cwd`, which the session can write.
+        hold = (sys.executable, "-P", "-m", "workpool", "hold", "--")
+        variables = redelivery_variables(session) | trace_variables(session)
+        assignments = [f"{name}={value}" for name, value in variables.items()]
+        with (
+            start_errors_as_session_errors("workpool hold"),
+            (cwd / OUTPUT_FILE).open("ab") as output,
+        ):
             return start_group(
                 CommandStart(
-                    argv=(*hold, "env", *ids, *self._command.command),
+                    argv=(*hold, "env", *assignments, *self._command.command),
                     cwd=cwd,
                     env={
                         **inherited_variables(self._command.environment),
                         **self._hold_variables(),
-                        **lease,
+                        **lease_variables,
                     },
                     stdin=item_json(session.item),
                     stdout=output.fileno(),
@@ -124,7 +125,7 @@ class HoldProcesses:
             )
 
     def _hold_variables(self) -> dict[str, str]:
-        """Return the pool's settings for `hold`, which hides them from the command."""
+        """Return the variables with the pool's settings for `hold`, but not for the command."""
         settings, limit = self._settings, self._command.timeout or self._settings.session_timeout
         variables = {
             "WORKPOOL_WORKER_ID": settings.worker_id,
@@ -146,7 +147,7 @@ class HoldProcesses:
         return variables
 
     def _secret_variables(self) -> dict[str, str]:
-        """Return the worker's credentials that are in no file."""
+        """Return the variables with the worker's credentials that are not stored in files."""
         settings, variables = self._settings, dict[str, str]()
         if settings.token_file is None:
             variables["WORKPOOL_TOKEN"] = settings.read_token()
@@ -158,16 +159,16 @@ class HoldProcesses:
         return variables
 
     async def _detect_early_end(self, group: ProcessGroup, cwd: Path) -> None:
-        """Fail early if `hold` ends before it has taken the item over.
+        """Raise an error as soon as `hold` ends without having taken the lease over.
 
         Raises:
-            CommandFailed: `hold` can never run here.
-            Release: `hold` has ended for another reason than the command.
+            CommandFailed: The settings of `hold` are wrong.
+            Release: `hold` has failed for another reason.
         """
         await group.exited.wait()
-        group.reap()
-        problem = f"{exit_status_text(group.status)}; see {cwd / OUTPUT}"
-        if group.status == UNUSABLE:
+        group.reap_leader()
+        problem = f"{exit_status_text(group.status)}; see {cwd / OUTPUT_FILE}"
+        if group.status == USAGE_ERROR_STATUS:
             raise CommandFailed("workpool hold", problem, group.status)
-        if group.status not in ENDED:
+        if group.status not in TAKEN_OVER_STATUSES:
             raise Release(f"workpool hold: {problem}")

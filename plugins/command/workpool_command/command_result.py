@@ -1,7 +1,7 @@
-"""The result of a command: its exit status, and its last line as metadata.
+"""The result of a command: the outcome of its exit status, and its last line as metadata.
 
-The exit statuses are those of `sysexits.h`: 0 is done, 75 (EX_TEMPFAIL) is "try again", anything
-else is a failure.
+The exit statuses are those of `sysexits.h`: 0 is success, 75 (EX_TEMPFAIL) requests another try,
+and any other status is a failure.
 """
 
 from __future__ import annotations
@@ -20,15 +20,15 @@ if TYPE_CHECKING:
 
     from workpool import Session
 
-RESULT_LIMIT: Final = 65_536
-"""Largest length in bytes of the line with the result."""
+MAX_RESULT_BYTES: Final = 65_536
+"""The largest length of the line with the result, in bytes."""
 
 
 class CommandFailed(WorkpoolError):
     """The command failed, could not be started, or printed an unusable result.
 
     Attributes:
-        program: The name of the command, without arguments, which may be secrets.
+        program: The name of the program. Arguments may be secrets and are not stored.
         status: The exit status, or the negative number of the signal that ended the command. None
             if the status is not the reason.
     """
@@ -41,10 +41,10 @@ class CommandFailed(WorkpoolError):
 
 @contextmanager
 def start_errors_as_session_errors(program: str) -> Iterator[None]:
-    """Turn an error that prevents a command from being started into the session's error.
+    """Raise the session's error for an operating system error at the start of a command.
 
     Raises:
-        Release: The machine has run out of something.
+        Release: The machine has no free memory, processes or descriptors.
         CommandFailed: Any other error of the operating system.
     """
     try:
@@ -55,8 +55,8 @@ def start_errors_as_session_errors(program: str) -> Iterator[None]:
         raise CommandFailed(program, f"cannot be started: {error}") from error
 
 
-def check_exit(session: Session, program: str, status: int | None) -> None:
-    """Return if the command has finished its work or ended after a stop request; else raise.
+def check_exit_status(session: Session, program: str, status: int | None) -> None:
+    """Raise an error unless the command succeeded or ended after a stop request.
 
     Args:
         session: The session of the command.
@@ -65,7 +65,7 @@ def check_exit(session: Session, program: str, status: int | None) -> None:
             if other code in this process has reaped it.
 
     Raises:
-        Release: The command asks for another try, or a drain ended it early.
+        Release: The command requests another try, or a drain ended the command early.
         CommandFailed: The command failed.
     """
     if status is None:
@@ -74,7 +74,7 @@ def check_exit(session: Session, program: str, status: int | None) -> None:
         return
     if status == os.EX_TEMPFAIL:
         raise Release(f"{program}: {exit_status_text(status)}")
-    if session.stopping:  # The command ended because of an operator's stop request.
+    if session.stopping:
         session.log.info(
             "command ended: %s",
             exit_status_text(status),
@@ -103,18 +103,19 @@ def parse_result(program: str, line: bytes) -> dict[str, str]:
 
     Args:
         program: The command's name, for the error.
-        line: The line, or its first `RESULT_LIMIT` + 1 bytes.
+        line: The line, or its first `MAX_RESULT_BYTES` + 1 bytes.
 
     Raises:
         CommandFailed: The line is not a JSON object of strings. The text does not quote it.
     """
-    if len(line) > RESULT_LIMIT:
-        raise CommandFailed(program, f"its last line is longer than {RESULT_LIMIT} bytes")
+    if len(line) > MAX_RESULT_BYTES:
+        raise CommandFailed(program, f"its last line is longer than {MAX_RESULT_BYTES} bytes")
     try:
-        found = json.loads(line)
-        if isinstance(found, dict) and all(isinstance(value, str) for value in found.values()):
-            "".join((*found.keys(), *found.values())).encode()  # A lone surrogate cannot be sent.
-            return found
+        metadata = json.loads(line)
+        if isinstance(metadata, dict) and all(isinstance(each, str) for each in metadata.values()):
+            # A lone surrogate cannot be sent, and fails here.
+            "".join((*metadata.keys(), *metadata.values())).encode()
+            return metadata
     except (ValueError, RecursionError):
         pass
     raise CommandFailed(program, "its last line on stdout is not a JSON object of strings")

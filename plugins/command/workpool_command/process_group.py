@@ -1,9 +1,9 @@
-"""One command and all its child processes, from the start until all have ended.
+"""A command and its child processes as one process group, from the start to the end of all.
 
 The command has a session and a process group of its own, and is spawned in one step that cannot be
-cancelled half-way. The leader of the group is reaped last: while it is a zombie, the kernel does
-not reuse the number of the group, so a signal cannot reach other processes. The subprocesses of
-asyncio do not offer that, since the loop reaps the leader at any time.
+cancelled. The leader of the group is reaped last: while it is a zombie, the kernel does not reuse
+the number of the group, so a signal cannot reach other processes. Subprocesses of asyncio do not
+guarantee that, because the loop may reap the leader at any time.
 """
 
 from __future__ import annotations
@@ -23,22 +23,22 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-KILLED_SECONDS: Final = 1.0
-"""Longest wait for the exit of a killed leader that cannot be watched. Blocks the loop."""
+KILL_WAIT_SECONDS: Final = 1.0
+"""The longest wait for the exit of a killed leader, in seconds. The wait blocks the event loop."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class CommandStart:
-    """The command to start, with its directory and environment.
+    """The arguments of a command's start: program, directory, environment and files.
 
     Attributes:
         argv: The program and its arguments.
-        cwd: The directory.
-        env: The whole environment.
+        cwd: The working directory.
+        env: All environment variables.
         stdin: The content of standard input.
-        stdout: The descriptor for the output.
-        stderr: The descriptor for the error output.
-        mark: An entry of `env`, as `NAME=value`, that no other running command has.
+        stdout: The file descriptor of standard output.
+        stderr: The file descriptor of standard error.
+        unique_entry: An entry of `env`, as `NAME=value`, that no other running command has.
     """
 
     argv: Sequence[str]
@@ -47,15 +47,15 @@ class CommandStart:
     stdin: bytes
     stdout: int
     stderr: int
-    mark: str = ""
+    unique_entry: str = ""
 
     def spawn_process(self) -> subprocess.Popen[bytes]:
-        """Start the command in a session of its own.
+        """Start the command as the leader of a new session and process group.
 
         Raises:
             OSError: The command cannot be started.
         """
-        # A file without a name instead of a pipe: nothing has to wait until the command reads it.
+        # A file in memory, because a write to a pipe could block until the command reads it.
         with os.fdopen(os.memfd_create("item"), "w+b") as stdin:
             stdin.write(self.stdin)
             stdin.seek(0)
@@ -70,27 +70,27 @@ class CommandStart:
             )
 
 
-class GroupWatcher(Protocol):
-    """The interface of the guard, which ends the groups of a worker that was killed."""
+class GroupRegistry(Protocol):
+    """The interface of the guard, which kills the registered groups if the worker is killed."""
 
-    def expect(self, mark: str) -> None:
-        """Announce a group whose leader will have this entry in its environment.
+    def announce_group(self, unique_entry: str) -> None:
+        """Announce a group whose leader will have this entry `NAME=value` in its environment.
 
         An empty entry withdraws the announcement.
         """
 
-    def add(self, group: int) -> None:
-        """Add a group, which must not outlive the worker."""
+    def add_group(self, number: int) -> None:
+        """Register a running group, which must not outlive the worker."""
 
-    def remove(self, group: int) -> None:
-        """Remove a group that has ended, whose number may be reused."""
+    def remove_group(self, number: int) -> None:
+        """Remove a group that has ended, because the kernel may reuse its number."""
 
 
 class ProcessGroup:
-    """A process that was just spawned, and its group. Used on the running loop only.
+    """The process group of a spawned command. All methods are called on the running event loop.
 
     Attributes:
-        number: The number of the group and the pid of its leader.
+        number: The number of the group, which is the process id of its leader.
         exited: Set once the leader has exited. The leader may not be reaped yet.
         status: The leader's exit status, or the negative number of the signal that ended it. None
             before the leader is reaped, and if other code in this process has reaped it.
@@ -106,10 +106,10 @@ class ProcessGroup:
         self._before_reaping: Callable[[int], None] | None = None
 
     def watch_leader(self) -> None:
-        """Set `exited` when the leader exits; now, if other code has already reaped the leader.
+        """Set `exited` when the leader exits, or at once if other code has reaped the leader.
 
         Raises:
-            OSError: The leader cannot be watched, for example because no descriptor is left.
+            OSError: The leader cannot be watched, for example because no descriptor is free.
         """
         try:
             self._pidfd = os.pidfd_open(self.number)
@@ -126,46 +126,50 @@ class ProcessGroup:
             return True
         return False
 
-    def discard(self) -> None:
+    def kill_unwatched(self) -> None:
         """Kill a group whose leader cannot be watched, and reap the leader."""
-        self.close()
-        self.signal(signal.SIGKILL)
+        self.stop_watching()
+        self.send_signal(signal.SIGKILL)
         try:
-            self._process.wait(KILLED_SECONDS)
+            self._process.wait(KILL_WAIT_SECONDS)
         except subprocess.TimeoutExpired:
             log.critical("command may still run", extra={"pid": self.number})
 
-    def signal(self, number: signal.Signals) -> None:
-        """Send a signal to the group, unless its number may have been reused."""
-        if self._set_exit_status:
+    def send_signal(self, number: signal.Signals) -> None:
+        """Send a signal to the group. No effect after the leader was reaped."""
+        if self._is_reaped:
             return
         try:
             os.killpg(self.number, number)
         except ProcessLookupError:
-            pass  # Other code in this process has reaped the leader.
+            # Other code in this process has reaped the leader.
+            pass
         except PermissionError:
             log.warning("command cannot be signalled, it runs as another user")
 
-    async def end(self, patience: float) -> None:
-        """End the whole group: SIGTERM, `patience` seconds, SIGKILL.
+    async def end_group(self, grace: float) -> None:
+        """End the whole group: SIGTERM, `grace` seconds, SIGKILL.
 
-        A cancellation shortens the wait to 0. A cancellation after the SIGKILL, while a process is
-        blocked in the kernel, abandons the group.
+        A cancellation ends the grace at once. A cancellation after the SIGKILL ends the wait for
+        the leader, which may be blocked in the kernel.
         """
         try:
             if not self.exited.is_set():
-                self.signal(signal.SIGTERM)
-                async with asyncio.timeout(patience):
+                self.send_signal(signal.SIGTERM)
+                async with asyncio.timeout(grace):
                     await self.exited.wait()
         except TimeoutError:
             pass
         finally:
-            self.signal(signal.SIGKILL)
+            self.send_signal(signal.SIGKILL)
             await self.exited.wait()
 
-    def reap(self) -> None:
-        """Reap the leader. `Popen.wait` would return 0 if other code has reaped it."""
-        if self._set_exit_status:
+    def reap_leader(self) -> None:
+        """Reap the leader if it has exited, and set `status`.
+
+        `Popen.wait` is not used: it returns 0 if other code has reaped the leader.
+        """
+        if self._is_reaped:
             return
         try:
             ended = os.waitid(os.P_PID, self.number, os.WEXITED | os.WNOHANG)
@@ -177,23 +181,23 @@ class ProcessGroup:
         self._process.returncode = -signal.SIGKILL if self.status is None else self.status
 
     @property
-    def _set_exit_status(self) -> bool:
+    def _is_reaped(self) -> bool:
         return self._process.returncode is not None
 
-    def leave_running(self, before_reaping: Callable[[int], None] = lambda _number: None) -> None:
-        """Reap the leader and close this object once the leader has exited, or now if it has.
+    def reap_on_exit(self, before_reaping: Callable[[int], None] = lambda _number: None) -> None:
+        """Reap the leader when it exits, or at once if it has exited.
 
-        No effect if `close` was called before.
+        No effect after `stop_watching`.
 
         Args:
-            before_reaping: Called with the group's number, which is not reused yet.
+            before_reaping: Called with the group's number, which the kernel has not reused yet.
         """
         self._before_reaping = before_reaping
         if self.exited.is_set():
             self._on_leader_exit()
 
-    def close(self) -> None:
-        """Stop watching the leader."""
+    def stop_watching(self) -> None:
+        """Stop watching the leader, and close its descriptor."""
         if self._pidfd != -1:
             self._loop.remove_reader(self._pidfd)
             os.close(self._pidfd)
@@ -207,12 +211,12 @@ class ProcessGroup:
         try:
             self._before_reaping(self.number)
         finally:
-            self.reap()
-            self.close()
+            self.reap_leader()
+            self.stop_watching()
 
 
 def start_group(start: CommandStart) -> ProcessGroup:
-    """Start a command in a group of its own. After an error the whole group has ended.
+    """Start a command in a process group of its own. An error kills the whole group.
 
     Raises:
         OSError: The command cannot be started or its leader cannot be watched.
@@ -222,40 +226,41 @@ def start_group(start: CommandStart) -> ProcessGroup:
     try:
         group.watch_leader()
     except BaseException:
-        group.discard()
+        group.kill_unwatched()
         raise
     return group
 
 
-def _announced_group(start: CommandStart, watch: GroupWatcher) -> ProcessGroup:
-    watch.expect(start.mark)
+def _start_announced_group(start: CommandStart, registry: GroupRegistry) -> ProcessGroup:
+    registry.announce_group(start.unique_entry)
     try:
         return start_group(start)
     except BaseException:
-        watch.expect("")  # otherwise the guard would look for this command when the worker ends
+        # Otherwise the guard would search for this command at the end of the worker.
+        registry.announce_group("")
         raise
 
 
 @asynccontextmanager
 async def running_group(
-    start: CommandStart, watch: GroupWatcher, patience: Callable[[], float]
+    start: CommandStart, registry: GroupRegistry, grace: Callable[[], float]
 ) -> AsyncIterator[ProcessGroup]:
-    """Run a command in a group of its own, which ends with the block.
+    """Run a command in a process group of its own, and end the group with the block.
 
     Args:
         start: The command.
-        watch: The guard of the group.
-        patience: Returns the seconds between SIGTERM and SIGKILL, called at the end of the block.
+        registry: The guard, which kills the group if the worker is killed.
+        grace: Returns the seconds between SIGTERM and SIGKILL. Called at the end of the block.
 
     Raises:
         OSError: The command cannot be started.
     """
-    group = _announced_group(start, watch)
+    group = _start_announced_group(start, registry)
     try:
-        watch.add(group.number)
+        registry.add_group(group.number)
         yield group
     finally:
         try:
-            await group.end(patience())
+            await group.end_group(grace())
         finally:
-            group.leave_running(watch.remove)
+            group.reap_on_exit(registry.remove_group)

@@ -1,7 +1,7 @@
-"""The directory, the environment and the standard input of a command.
+"""The directory, the environment variables and the standard input of a command.
 
-The command does not get the worker's credentials: only the listed variables of the worker's
-environment are passed on, and no name of a credential is accepted in the list.
+A command does not get the worker's credentials: only the listed variables of the worker's
+environment are passed on, and the list cannot contain the names of credentials.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-HANDED_ON: Final = (
+DEFAULT_VARIABLES: Final = (
     "PATH",
     "HOME",
     "USER",
@@ -35,16 +35,16 @@ HANDED_ON: Final = (
     "TZ",
     "TMPDIR",
 )
-"""The worker's variables that a command gets by default."""
+"""The variables of the worker's environment that a command gets by default."""
 
 
 def inherited_variables(names: Iterable[str]) -> dict[str, str]:
-    """Return those of the named variables that are set in the worker's environment."""
+    """Return the variables of the worker's environment that have one of these names."""
     return {name: os.environ[name] for name in names if name in os.environ}
 
 
 def id_variables(session: Session) -> dict[str, str]:
-    """Return the variables with the ids of the session."""
+    """Return the variables with the ids of the item, the session and the environment."""
     return {
         "WORKPOOL_WORK_ID": session.item.id,
         "WORKPOOL_SESSION_ID": session.item.session_id,
@@ -52,8 +52,8 @@ def id_variables(session: Session) -> dict[str, str]:
     }
 
 
-def may_have_run_before(session: Session) -> dict[str, str]:
-    """Return whether the item may have been run before."""
+def redelivery_variables(session: Session) -> dict[str, str]:
+    """Return the variable that tells whether the item may have been run before."""
     return {"WORKPOOL_REDELIVERED": "1" if session.redelivered else "0"}
 
 
@@ -72,12 +72,12 @@ def item_json(item: WorkItem) -> bytes:
                 "environment_id": item.environment_id,
                 "data": {"type": item.type, "id": item.session_id},
                 "state": item.state,
-                "created_at": _time_text(item.created_at),
-                "acknowledged_at": _time_text(item.acknowledged_at),
-                "started_at": _time_text(item.started_at),
+                "created_at": _timestamp_text(item.created_at),
+                "acknowledged_at": _timestamp_text(item.acknowledged_at),
+                "started_at": _timestamp_text(item.started_at),
                 "latest_heartbeat_at": item.last_heartbeat,
-                "stop_requested_at": _time_text(item.stop_requested_at),
-                "stopped_at": _time_text(item.stopped_at),
+                "stop_requested_at": _timestamp_text(item.stop_requested_at),
+                "stopped_at": _timestamp_text(item.stopped_at),
                 "metadata": dict(item.metadata),
             }
         ).encode()
@@ -85,15 +85,15 @@ def item_json(item: WorkItem) -> bytes:
     )
 
 
-def _time_text(moment: datetime | None) -> str | None:
-    return None if moment is None else moment.isoformat().replace("+00:00", "Z")
+def _timestamp_text(time: datetime | None) -> str | None:
+    return None if time is None else time.isoformat().replace("+00:00", "Z")
 
 
 def kept_directory(root: Path, name: str) -> Path:
-    """Return the private directory with this name, which an earlier run may have created.
+    """Create the private directory with this name, or return the one of an earlier run.
 
     Raises:
-        OSError: The directory cannot be created, or another file has its name.
+        OSError: The directory cannot be created, or another file has this name.
     """
     path = root / name
     try:
@@ -112,12 +112,12 @@ async def temporary_directory(
 ) -> AsyncIterator[Path]:
     """Create a new private directory, and remove it at the end of the block.
 
-    Each run has a new one: on this machine, an earlier run of the item may still be ending.
+    Each run has a new directory, because an earlier run of the item may still be ending here.
 
     Args:
-        root: The parent directory; None: the one for temporary files.
-        name: The prefix of its name.
-        threads: The threads that remove it, which can take long.
+        root: The parent directory. None: the directory for temporary files.
+        name: The prefix of the directory's name.
+        threads: The threads that remove the directory, which can take long.
 
     Raises:
         OSError: The directory cannot be created.
