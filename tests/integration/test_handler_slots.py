@@ -13,6 +13,8 @@ import pytest
 
 from workpool import PluginError, Session, handler
 from workpool.events import ItemDeclined, SessionFinished, SessionStarted
+from workpool.pool.admission import ExitLimits
+from workpool.pool.shared_slots import SharedParts, SharedSlots
 from workpool.testing import in_virtual_time
 
 if TYPE_CHECKING:
@@ -89,6 +91,41 @@ async def test_item_set_aside_is_declined_one_second_before_its_redelivery(workp
         assert clock() - started == pytest.approx(4.0, abs=0.2)
         await workpool.wait_for(SessionFinished, count=2, timeout=10 * MINUTE)
     assert len(acked_items(workpool)) == 2
+
+
+def use_one_slot(granted: asyncio.Event) -> Callable[[], Callable[[], None] | None]:
+    """Return the `next_use` of an environment that needs one slot, and sets `granted` then."""
+    return lambda: None if granted.is_set() else granted.set
+
+
+@in_virtual_time
+async def test_item_set_aside_starts_at_once_when_another_environment_frees_a_slot(
+    workpool: Kit,
+) -> None:
+    slots = SharedSlots(8)
+    own, others = slots.share(), slots.share()
+    assert others.take()
+    assert others.take()
+    workpool.enqueue(count=4, metadata={"seconds": str(MINUTE)})
+    workpool.enqueue(count=2, metadata={"kind": "limited"})
+    pool = workpool.pool(counting_handler(3, Counter(), most=1), other_handler, concurrency=8)
+    pool.shared = SharedParts(own, ExitLimits(pool.settings), None)
+    clock = asyncio.get_running_loop().time
+    slot_of_poller, slot_of_session = asyncio.Event(), asyncio.Event()
+    async with pool:
+        await workpool.wait_for(SessionStarted, count=5)
+        while pool.live_status(show_ids=False)["queue"]["set_aside"] == 0:  # noqa: ASYNC110 - no event
+            await asyncio.sleep(0.1)
+        others.next_use = use_one_slot(slot_of_poller)
+        await slot_of_poller.wait()
+        others.next_use = use_one_slot(slot_of_session)
+        await slot_of_session.wait()
+        assert len(workpool.recorder.of(SessionStarted)) == 5
+        freed_at = clock()
+        others.give_back()
+        others.grant()
+        await workpool.wait_for(SessionStarted, count=6)
+        assert clock() - freed_at < 0.1
 
 
 @in_virtual_time

@@ -19,8 +19,7 @@ from workpool.events import (
 )
 from workpool.pool import supervisor as supervisor_module
 from workpool.pool.admission import Admission, ExitLimits
-from workpool.pool.shared_parts import SharedParts
-from workpool.pool.shared_slots import SharedSlots
+from workpool.pool.shared_slots import SharedParts, SharedSlots
 from workpool.testing import Hold, status
 from workpool.wire.protocol import HEALTHCHECK
 

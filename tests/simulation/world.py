@@ -33,8 +33,7 @@ from tests.simulation.trace import FOREVER, LATENCY_SECONDS, Node, Trace
 from workpool.errors import WorkpoolError
 from workpool.pool.admission import ExitLimits
 from workpool.pool.handoff_child import HandoffChild
-from workpool.pool.shared_parts import SharedParts
-from workpool.pool.shared_slots import SharedSlots
+from workpool.pool.shared_slots import SharedParts, SharedSlots
 from workpool.server import APIError, Operations
 from workpool.server.timestamps import SECOND
 from workpool.settings import Settings

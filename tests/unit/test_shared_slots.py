@@ -85,6 +85,8 @@ async def test_equal_environments_get_slots_in_turn() -> None:
 
 async def test_item_set_aside_takes_no_slot_from_environment_with_fewer_slots() -> None:
     busy, late = queues(SharedSlots(4), 2, 4)
+    started: list[str] = []
+    busy.start = started.append
     async with asyncio.timeout(20), asyncio.TaskGroup() as group:
         await start_items(busy, 3)
         await start_items(late, 1)
@@ -95,8 +97,55 @@ async def test_item_set_aside_takes_no_slot_from_environment_with_fewer_slots() 
         assert busy.take() is None
         busy.grant()
         await second
+        assert started == []
         late.unreserve()
-    assert busy.take() == "aside"
+    assert started == ["aside"]
+
+
+async def test_item_set_aside_starts_in_the_slot_that_another_environment_frees() -> None:
+    first, second = queues(SharedSlots(3), 2, 3)
+    started: list[str] = []
+    first.start = started.append
+    async with asyncio.timeout(20), asyncio.TaskGroup() as group:
+        await start_items(first, 1)
+        await start_items(second, 2)
+        first.set_aside("aside")
+        poller = group.create_task(first.reserve())
+        await turn()
+        assert first.take() is None
+        end_item(second)
+        assert (started, first.aside, first.running) == (["aside"], [], 2)
+        assert not poller.done()
+        end_item(first)
+        await poller
+
+
+async def test_slot_goes_to_a_poller_while_the_handler_of_the_item_set_aside_is_busy() -> None:
+    first, second = queues(SharedSlots(3), 2, 3)
+    first.may_start = lambda _: False
+    async with asyncio.timeout(20), asyncio.TaskGroup() as group:
+        await start_items(first, 1)
+        await start_items(second, 2)
+        first.set_aside("aside")
+        poller = group.create_task(first.reserve())
+        await turn()
+        end_item(second)
+        await poller
+    assert (first.aside, first.reserved) == (["aside"], 1)
+
+
+async def test_poller_is_not_blocked_by_an_item_set_aside_that_may_start_by_now() -> None:
+    first, second = queues(SharedSlots(4), 2, 4)
+    handler_is_free = False
+    started: list[str] = []
+    first.may_start, first.start = lambda _: handler_is_free, started.append
+    async with asyncio.timeout(20):
+        await start_items(first, 1)
+        await start_items(second, 1)
+        first.set_aside("aside")
+        handler_is_free = True
+        await second.reserve()
+    assert (started, second.reserved) == (["aside"], 1)
 
 
 async def test_environment_that_leaves_gives_its_own_slot_to_the_others() -> None:

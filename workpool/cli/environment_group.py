@@ -20,8 +20,7 @@ from workpool.cli.rate_limit_groups import shared_rate_limits
 from workpool.cli.service_thread import ServiceThread
 from workpool.errors import PluginError, SettingsError, WorkpoolError
 from workpool.pool.admission import ExitLimits
-from workpool.pool.shared_parts import SharedParts
-from workpool.pool.shared_slots import SharedSlots
+from workpool.pool.shared_slots import SharedParts, SharedSlots
 from workpool.pool.status import Status, worker_numbers
 from workpool.pool.supervisor import Supervisor
 

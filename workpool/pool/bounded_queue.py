@@ -13,6 +13,7 @@ from __future__ import annotations
 import asyncio
 from collections import deque
 from contextlib import suppress
+from functools import partial
 from typing import TYPE_CHECKING, Generic, TypeVar
 
 if TYPE_CHECKING:
@@ -33,6 +34,10 @@ class BoundedQueue(Generic[T]):
             limit.
         share: The pool's share of slots that several pools use; each place needs one of these
             slots. None: the slots are the pool's own.
+
+    Attributes:
+        may_start: Returns whether an item that was set aside may start now.
+        start: Called with an item that was set aside and that has got a slot of another pool.
     """
 
     def __init__(
@@ -52,9 +57,11 @@ class BoundedQueue(Generic[T]):
         self._aside: list[T] = []
         self._room = asyncio.Event()
         self._reservers: deque[asyncio.Future[None]] = deque()
+        self.may_start: Callable[[T], bool] = lambda _: True
+        self.start: Callable[[T], None] = lambda _: None
         self._share = share
         if share is not None:
-            share.wants, share.hand_out = self._wants_slot, self._hand_out_place
+            share.next_use = self._next_use_of_shared_slot
 
     @property
     def free_slots(self) -> int:
@@ -105,6 +112,8 @@ class BoundedQueue(Generic[T]):
             return
         turn: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         self._reservers.append(turn)
+        if self._share is not None:
+            self._share.grant()  # an item set aside may have come before, by the order of the slots
         try:
             await turn
         except asyncio.CancelledError:
@@ -153,23 +162,32 @@ class BoundedQueue(Generic[T]):
             async with asyncio.timeout(seconds):
                 await self._room.wait()
 
-    def take(self, may_start: Callable[[T], bool] = lambda _: True) -> T | None:
+    def take(self) -> T | None:
         """Move an item into a slot, and return it; None if no item may start or no slot is free.
 
         The oldest item that was set aside and may start goes before the items in places.
         """
         if self.running >= self.concurrency:
             return None
-        if self._aside and self._free_places() > 0:
-            item = next(filter(may_start, self._aside), None)
-            if item is not None and (self._share is None or self._share.take()):
-                self.remove_aside(item)
-                self.running += 1
-                return item
+        item = self._next_aside()
+        if item is not None and (self._share is None or self._share.take()):
+            self._move_to_slot(item)
+            return item
         if not self._waiting:
             return None
         self.running += 1
         return self._waiting.popleft()
+
+    def _next_aside(self) -> T | None:
+        """Return the oldest item set aside that may start, if a place and a slot are free."""
+        if self._aside and self.running < self.concurrency and self._free_places() > 0:
+            return next(filter(self.may_start, self._aside), None)
+        return None
+
+    def _move_to_slot(self, item: T) -> None:
+        """Move an item that was set aside into a slot."""
+        self.remove_aside(item)
+        self.running += 1
 
     def release(self, *, used_up: bool = False) -> None:
         """Free the slot, and with it the place, of an item that `take` returned.
@@ -213,8 +231,19 @@ class BoundedQueue(Generic[T]):
 
     # The slots that the pool shares with others.
 
-    def _wants_slot(self) -> bool:
-        """Whether a poller waits although a place is free."""
+    def _next_use_of_shared_slot(self) -> Callable[[], None] | None:
+        """Return the function that uses one more slot: for an item set aside, or for a poller.
+
+        None if no item or poller waits although a place is free.
+        """
+        item = self._next_aside()
+        if item is not None:
+            return partial(self._start_aside, item)
         while self._reservers and self._reservers[0].done():  # its poller was cancelled just now
             del self._reservers[0]
-        return bool(self._reservers) and self._free_places() > 0
+        return self._hand_out_place if self._reservers and self._free_places() > 0 else None
+
+    def _start_aside(self, item: T) -> None:
+        """Start an item that was set aside, in a slot that was granted."""
+        self._move_to_slot(item)
+        self.start(item)

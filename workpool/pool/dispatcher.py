@@ -100,6 +100,7 @@ class Dispatcher:
             context, claimer, sender, self.executor, self.health.record, self._on_item_closed
         )
         self._slots = HandlerSlots(self.items, context.plugins.handlers, settings.concurrency)
+        context.queue.may_start, context.queue.start = self._may_start, self._start_item
         self.idle_since = clock()
         self._expiry: asyncio.TimerHandle | None = None
         self._aside_seconds = context.redelivery_seconds - ASIDE_MARGIN_SECONDS
@@ -263,13 +264,17 @@ class Dispatcher:
     def _fill_slots(self) -> None:
         """Start waiting items in the slots that are free."""
         queue = self._context.queue
-        while not self._context.draining and (item := queue.take(self._may_start)) is not None:
-            if self.items.get(item.id) is None:  # an item that was set aside is not owned yet
-                self._own_item(item)
-            item.advance("slot" if item.parents_heartbeat is None else "adopted")
-            item.task = self._group.create_task(
-                self.runner.run(item), name=item.id, context=item.context
-            )
+        while not self._context.draining and (item := queue.take()) is not None:
+            self._start_item(item)
+
+    def _start_item(self, item: PoolItem) -> None:
+        """Run an item that has a slot."""
+        if self.items.get(item.id) is None:  # an item that was set aside is not owned yet
+            item.context.run(self._own_item, item)  # another pool may have freed the slot
+        item.advance("slot" if item.parents_heartbeat is None else "adopted")
+        item.task = self._group.create_task(
+            self.runner.run(item), name=item.id, context=item.context
+        )
 
     def _on_item_closed(self, item: PoolItem) -> None:
         """Free the slot of an item that has ended."""

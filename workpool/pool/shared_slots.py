@@ -10,10 +10,14 @@ See workpool/docs/architecture.md, "Slots of several environments".
 from __future__ import annotations
 
 import itertools
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from collections.abc import Callable
+
+    from workpool.exporter import Exporter
+    from workpool.pool.admission import ExitLimits
 
 
 class SharedSlots:
@@ -44,10 +48,11 @@ class SharedSlots:
 
     def grant(self) -> None:
         """Give the free slots to the environments that wait for one."""
-        while (share := self._next_share()) is not None:
+        while (waiting := self._next_waiting()) is not None:
+            share, use_slot = waiting
             share.taken += 1
             share.granted = next(self._order)
-            share.hand_out()
+            use_slot()
 
     def available(self, share: SlotShare) -> int:
         """Return the number of further slots that a share could have now."""
@@ -58,8 +63,8 @@ class SharedSlots:
         """Take a slot, unless none is free or another environment gets the next one."""
         if not self.available(share):
             return False
-        first = self._next_share()
-        if first is not None and first is not share and first.rank <= share.rank:
+        waiting = self._next_waiting()
+        if waiting is not None and waiting[0] is not share and waiting[0].rank <= share.rank:
             return False
         share.taken += 1
         share.granted = next(self._order)
@@ -71,13 +76,18 @@ class SharedSlots:
         if used_up and self._uses is not None:
             self._uses -= 1
 
-    def _next_share(self) -> SlotShare | None:
-        """Return the environment that is to have the next slot; None if none waits for one."""
+    def _next_waiting(self) -> tuple[SlotShare, Callable[[], None]] | None:
+        """Return the environment that is to have the next slot, and the function that uses it.
+
+        None if no environment waits for a slot that it could have.
+        """
         common, most = self._count_free()
-        waiting = (
-            each for each in self._shares if min(common + (not each.taken), most) and each.wants()
-        )
-        return min(waiting, key=lambda each: each.rank, default=None)
+        waiting = [
+            (each, use_slot)
+            for each in self._shares
+            if min(common + (not each.taken), most) and (use_slot := each.next_use()) is not None
+        ]
+        return min(waiting, key=lambda each: each[0].rank, default=None)
 
     def _count_free(self) -> tuple[int, int]:
         """Return the number of free slots that no environment owns, and how many may be taken."""
@@ -93,15 +103,14 @@ class SlotShare:
     Attributes:
         taken: The number of slots that polls have reserved or sessions occupy.
         granted: The number of the last grant, counted over all environments.
-        wants: Returns whether the environment could use one more slot now.
-        hand_out: Gives a slot that was granted to a poller of the environment.
+        next_use: Returns the function that uses one more slot, which is called once the slot is
+            granted; None if the environment could not use one now.
     """
 
     def __init__(self, slots: SharedSlots) -> None:
         self.taken = 0
         self.granted = -1
-        self.wants: Callable[[], bool] = lambda: False
-        self.hand_out: Callable[[], None] = lambda: None
+        self.next_use: Callable[[], Callable[[], None] | None] = lambda: None
         self._slots = slots
 
     @property
@@ -129,3 +138,18 @@ class SlotShare:
     def leave(self) -> None:
         """End the share."""
         self._slots.leave(self)
+
+
+@dataclass(frozen=True, slots=True)
+class SharedParts:
+    """The parts of one pool that the other pools of its process use, too.
+
+    Attributes:
+        slots: The pool's share of the slots.
+        limits: The exit limits.
+        exporter: The server of the metrics of all pools, which others open; None: there is none.
+    """
+
+    slots: SlotShare
+    limits: ExitLimits
+    exporter: Exporter | None

@@ -49,7 +49,7 @@ if TYPE_CHECKING:
     from workpool.pool.lease import Clock
     from workpool.pool.live_status import Counts
     from workpool.pool.pool_item import PoolItem
-    from workpool.pool.shared_parts import SharedParts
+    from workpool.pool.shared_slots import SharedParts
     from workpool.settings import Settings
     from workpool.wire.http.rate_limiter import RateLimits
 
