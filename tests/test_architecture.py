@@ -53,7 +53,7 @@ BLIND_EXCEPTS = {
     "pool/handler_threads.py",
     "plugins/discovery.py",  # a call of an observer or of other plugin code
     "pool/poller.py",  # the loop of one poller
-    "pool/sender.py",  # one heartbeat
+    "pool/item_requests.py",  # one heartbeat
     "pool/lease_renewer.py",  # the renewer thread, whose error is raised on the handlers' loop
     "pool/diagnostics.py",  # a report on another thread, whose error is raised by its caller
     "server/stores/sqlite.py",  # the writer thread, whose error is raised on the loop

@@ -66,7 +66,7 @@ def run_until_drain_deadline(
 
 @pytest.fixture(autouse=True)
 def short_retry_delays(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("workpool.pool.sender.RETRY_SECONDS", 0.01)
+    monkeypatch.setattr("workpool.pool.item_requests.RETRY_SECONDS", 0.01)
 
 
 @pytest.mark.parametrize("fault", TRANSIENT.values(), ids=TRANSIENT)

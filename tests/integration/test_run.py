@@ -309,7 +309,7 @@ async def test_metadata_written_by_handler_are_merged_and_item_is_returned(
 async def test_metadata_write_after_transient_error_is_repeated(
     run_one_item: Any, faults: Faults, monkeypatch: pytest.MonkeyPatch, fault: Any
 ) -> None:
-    monkeypatch.setattr("workpool.pool.sender.RETRY_SECONDS", 0.01)
+    monkeypatch.setattr("workpool.pool.item_requests.RETRY_SECONDS", 0.01)
 
     @handler
     async def work(session: Session) -> None:

@@ -14,7 +14,7 @@ from workpool import LeaseLost, Session, SessionEnded, handler
 from workpool.errors import ConflictError, TransientError
 from workpool.events import SessionFinished
 from workpool.handlers import rule_of
-from workpool.pool import sender
+from workpool.pool import item_requests
 from workpool.server import DEFAULT_ENVIRONMENT, ControlPlane
 from workpool.testing import Faults, Hold, expire_lease, lost, reset, status
 from workpool.wire.events import event_stream
@@ -63,8 +63,8 @@ def lose_lease(plane: ControlPlane, session: Session) -> None:
 @pytest.fixture(autouse=True)
 def short_delays(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(event_stream, "BACKOFF_SECONDS", 0.01)
-    monkeypatch.setattr(sender, "RETRY_SECONDS", 0.01)
-    monkeypatch.setattr(sender, "RETRY_CAP_SECONDS", 0.1)
+    monkeypatch.setattr(item_requests, "RETRY_SECONDS", 0.01)
+    monkeypatch.setattr(item_requests, "RETRY_CAP_SECONDS", 0.1)
 
 
 @pytest.fixture

@@ -131,7 +131,7 @@ MUTATIONS: dict[str, list[Edit]] = {
     ],
     "first heartbeat unchecked": [
         Edit(
-            "sender:HeartbeatSender",
+            "item_requests:HeartbeatSender",
             "partial(self._check_lease, lease, check)",
             "partial(self._check_lease, lease, check) if lease.begun else None",
         ),
@@ -149,7 +149,7 @@ MUTATIONS: dict[str, list[Edit]] = {
     # Optional calls.
     "refusal of an optional call not remembered": [
         Edit(
-            "client_protocol:OptionalCalls",
+            "call_permissions:OptionalCalls",
             "if op in self.refused:",
             "if False:",
         ),
@@ -158,7 +158,7 @@ MUTATIONS: dict[str, list[Edit]] = {
         Edit("session_runner:SessionRunner", "self._runs.add(item.id)", "pass"),
     ],
     "refusal after a success taken for a missing permission": [
-        Edit("client_protocol:OptionalCalls", "op in self._allowed or ", ""),
+        Edit("call_permissions:OptionalCalls", "op in self._allowed or ", ""),
     ],
     # Leases.
     "412 taken for lost": [
@@ -169,7 +169,7 @@ MUTATIONS: dict[str, list[Edit]] = {
     ],
     "heartbeat after loss": [
         Edit("lease:Lease", 'if self.status == "held" and now >= self.give_up_at:', "if 0 > 1:"),
-        Edit("sender:HeartbeatSender", "lease.check(now)", "pass"),
+        Edit("item_requests:HeartbeatSender", "lease.check(now)", "pass"),
     ],
     "deadline from the answer": [
         Edit(
@@ -198,26 +198,32 @@ MUTATIONS: dict[str, list[Edit]] = {
     ],
     "renewal unchecked": [
         Edit(
-            "sender:HeartbeatSender",
+            "item_requests:HeartbeatSender",
             "partial(self._check_lease, lease, check)",
             "None if lease.begun else partial(self._check_lease, lease, check)",
         ),
     ],
     # Requests for an item.
     "completion without a held lease": [
-        Edit("sender:Sender", "lease.check(self._clock() if now is None else now)", "pass"),
+        Edit(
+            "item_requests:ItemSender", "lease.check(self._clock() if now is None else now)", "pass"
+        ),
     ],
     "stop after loss": [
-        Edit("sender:Sender", "lease.check(self._clock() if now is None else now)", "pass"),
+        Edit(
+            "item_requests:ItemSender", "lease.check(self._clock() if now is None else now)", "pass"
+        ),
         Edit("completion:Completion", 'if row.item == "untouched":', "if False:"),
     ],
     "metadata after loss": [
-        Edit("sender:Sender", "lease.check(self._clock() if now is None else now)", "pass"),
+        Edit(
+            "item_requests:ItemSender", "lease.check(self._clock() if now is None else now)", "pass"
+        ),
         Edit("session_runner:SessionRunner", "self._executor.cancel(item, EndReason.LOST)", "0"),
     ],
     "no check after the wait": [
         Edit(
-            "sender:Sender",
+            "item_requests:ItemSender",
             "options = CallOptions(check,",
             "options = CallOptions(before_bytes,",
         ),
@@ -227,14 +233,14 @@ MUTATIONS: dict[str, list[Edit]] = {
     ],
     "pause noticed at the next tick only": [
         Edit(
-            "sender:Sender",
+            "item_requests:ItemSender",
             "paused = self._pauses.paused(lease.clock_offset, now)",
             "paused = lease._doubted",
         ),
     ],
     "pause ended by a heartbeat before it": [
         Edit(
-            "sender:HeartbeatSender",
+            "item_requests:HeartbeatSender",
             "lease.answered(self._clock(), attempt, outcome)",
             "lease.answered(self._clock(), "
             "attempt._replace(clock_offset=self._pauses.offset()), outcome)",
@@ -245,7 +251,7 @@ MUTATIONS: dict[str, list[Edit]] = {
     ],
     "one try for all the time that is left": [
         Edit(
-            "sender:Sender",
+            "item_requests:ItemSender",
             "min(self._request_timeout, self._seconds_left(item, until, now) / TRY_PART)",
             "self._seconds_left(item, until, now)",
         ),
@@ -259,12 +265,12 @@ MUTATIONS: dict[str, list[Edit]] = {
     ],
     "completion behind claims in the line": [
         Edit(
-            "sender:Sender",
+            "item_requests:ItemSender",
             "try_acquire_permit(request.priority)",
             "try_acquire_permit(Priority.HANDLER)",
         ),
         Edit(
-            "sender:Sender",
+            "item_requests:ItemSender",
             "await self._client.acquire_permit(request.priority)",
             "await self._client.acquire_permit(Priority.HANDLER)",
         ),
@@ -468,7 +474,9 @@ MUTATIONS: dict[str, list[Edit]] = {
             "pass",
         ),
         Edit(
-            "sender:Sender", 'item.handoff is not None and item.handoff.state != "closed"', "False"
+            "item_requests:ItemSender",
+            'item.handoff is not None and item.handoff.state != "closed"',
+            "False",
         ),
     ],
     "no child, and the item not taken back": [
@@ -509,7 +517,7 @@ MUTATIONS: dict[str, list[Edit]] = {
     ],
     "heartbeats not counted": [
         Edit(
-            "sender:HeartbeatSender",
+            "item_requests:HeartbeatSender",
             "self._observe(HeartbeatFinished, lease.item, decision.result, attempt.lag)",
             "0",
         ),

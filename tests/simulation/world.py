@@ -47,7 +47,7 @@ if TYPE_CHECKING:
     from prometheus_client import CollectorRegistry
 
     from workpool.events import Event
-    from workpool.pool.context import PoolContext
+    from workpool.pool.pool_context import PoolContext
     from workpool.session import HandedLease
 
 ENVIRONMENT: Final = "env_00000000000070008000000000000001"

@@ -11,10 +11,10 @@ import pytest
 
 from workpool import Settings
 from workpool.events import HeartbeatFinished
+from workpool.pool.item_requests import HeartbeatSender, ItemSender
 from workpool.pool.lease import Lease
 from workpool.pool.lease_renewer import Callbacks
 from workpool.pool.pool_item import PoolItem
-from workpool.pool.sender import HeartbeatSender, Sender
 from workpool.server import Operations, Poll
 from workpool.testing.fault import Fault
 from workpool.testing.local_client import LocalClient, Script
@@ -152,7 +152,7 @@ class LeaseTestbed:
         self.heartbeats = HeartbeatSender(
             self.client, self.clock, self.renewer.pauses, self.record_event
         )
-        self.sender = Sender(
+        self.sender = ItemSender(
             self.client, self.clock, request_timeout, self.renewer.pauses, self.renewer.look_soon
         )
 

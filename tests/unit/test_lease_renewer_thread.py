@@ -17,10 +17,10 @@ from workpool.errors import LeaseRenewerError, ListenError
 from workpool.events import Event, HeartbeatFinished, LoopLagMeasured
 from workpool.pool import diagnostics, lease_renewer
 from workpool.pool.diagnostics import LoopMonitor
+from workpool.pool.item_requests import HeartbeatSender
 from workpool.pool.lease import Lease, PauseDetector, lease_clock
 from workpool.pool.lease_renewer import Callbacks, LeaseRenewer
 from workpool.pool.pool_item import PoolItem
-from workpool.pool.sender import HeartbeatSender
 from workpool.server import Operations
 from workpool.testing.bounded_wait import Changes
 from workpool.testing.fault import Fault

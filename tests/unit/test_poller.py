@@ -25,8 +25,8 @@ from workpool.events import PollerBackedOff, PollerRestarted, PollFinished
 from workpool.pool import poller
 from workpool.pool.admission import HandlerHealth
 from workpool.pool.bounded_queue import BoundedQueue
-from workpool.pool.context import PoolContext
 from workpool.pool.poller import Poller, PollerGroup
+from workpool.pool.pool_context import PoolContext
 from workpool.testing.virtual_time import in_virtual_time
 
 if TYPE_CHECKING:

@@ -14,8 +14,8 @@ from workpool import Settings
 from workpool.errors import ConflictError, RefusedError, TransientError, WorkpoolError
 from workpool.events import PollersScaled
 from workpool.pool.bounded_queue import BoundedQueue
-from workpool.pool.context import PoolContext
 from workpool.pool.poller import REFUSED_SECONDS, PollerGroup
+from workpool.pool.pool_context import PoolContext
 from workpool.testing.virtual_time import in_virtual_time
 
 if TYPE_CHECKING:

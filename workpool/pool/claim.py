@@ -30,10 +30,10 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
     from workpool.events import CallResult
-    from workpool.pool.context import PoolContext
+    from workpool.pool.item_requests import HeartbeatSender
     from workpool.pool.lease import Lease
+    from workpool.pool.pool_context import PoolContext
     from workpool.pool.pool_item import PoolItem
-    from workpool.pool.sender import HeartbeatSender
     from workpool.wire.items import WorkItem
 
 log = pool_logger(__name__)

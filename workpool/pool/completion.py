@@ -28,8 +28,8 @@ from workpool.errors import (
 )
 from workpool.events import ResultDropped, StopFinished
 from workpool.log_fields import pool_logger
+from workpool.pool.item_requests import SendOptions
 from workpool.pool.pool_item import ERROR, EndReason
-from workpool.pool.sender import SendOptions
 from workpool.session import Outcome, PoolRelease, Release
 from workpool.wire.http.call_options import Priority
 
@@ -37,10 +37,10 @@ if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
 
     from workpool.events import CallResult
-    from workpool.pool.context import PoolContext
+    from workpool.pool.item_requests import ItemSender
     from workpool.pool.lease import Lease
+    from workpool.pool.pool_context import PoolContext
     from workpool.pool.pool_item import Patch, PoolItem
-    from workpool.pool.sender import Sender
     from workpool.wire.http.call_options import CallOptions
 
 log = pool_logger(__name__)
@@ -87,7 +87,7 @@ WRITE: Final = SendOptions(Priority.COMPLETION, by_handler=False)
 class Completion:
     """Ends sessions by the table. Lives on the handlers' loop."""
 
-    def __init__(self, context: PoolContext, sender: Sender) -> None:
+    def __init__(self, context: PoolContext, sender: ItemSender) -> None:
         self._with_message = context.settings.report_errors == "message"
         self._client = context.client
         self._renewer = context.renewer

@@ -18,8 +18,8 @@ from workpool.logs import readable
 from workpool.pool.admission import HandlerHealth, HandlerSlots
 from workpool.pool.claim import Claimer
 from workpool.pool.handler_executor import HandlerExecutor
+from workpool.pool.item_requests import HeartbeatSender, ItemSender
 from workpool.pool.pool_item import EndReason, OwnedItems, PoolItem
-from workpool.pool.sender import HeartbeatSender, Sender
 from workpool.pool.session_runner import SessionRunner
 from workpool.wire.protocol import HEALTHCHECK
 
@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from workpool.errors import ConflictError, PreconditionError, RefusedError
     from workpool.events import DeclineReason, Origin
     from workpool.handlers import Handler
-    from workpool.pool.context import PoolContext
+    from workpool.pool.pool_context import PoolContext
     from workpool.wire.items import WorkItem
 
 log = pool_logger(__name__)
@@ -87,7 +87,7 @@ class Dispatcher:
         pauses, optional = context.renewer.pauses, context.optional
         heartbeats = HeartbeatSender(client, clock, pauses, context.observe, optional)
         claimer = Claimer(context, heartbeats, on_ack)
-        sender = Sender(
+        sender = ItemSender(
             client,
             clock,
             settings.request_timeout,

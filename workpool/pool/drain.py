@@ -22,8 +22,8 @@ if TYPE_CHECKING:
 
     from workpool.events import DrainResult
     from workpool.exporter import Exporter
-    from workpool.pool.context import PoolContext
     from workpool.pool.dispatcher import Dispatcher
+    from workpool.pool.pool_context import PoolContext
 
 log = pool_logger(__name__)
 

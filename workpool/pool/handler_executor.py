@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     from workpool.blocking_session import BlockingSession
     from workpool.handlers import Handler, Retry
     from workpool.plugins.registry import Context
-    from workpool.pool.context import PoolContext
+    from workpool.pool.pool_context import PoolContext
     from workpool.pool.pool_item import PoolItem
     from workpool.session import Session
 

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Literal
 from workpool.backoff import Backoff
 from workpool.errors import ControlPlaneError, HandoverError, SessionEnded
 from workpool.log_fields import pool_logger
-from workpool.pool.client_protocol import read_item
+from workpool.pool.call_permissions import read_item
 from workpool.pool.pool_item import Handoff
 from workpool.session import HandedLease
 from workpool.wire.protocol import STOPPING
@@ -26,11 +26,11 @@ from workpool.wire.protocol import STOPPING
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator
 
-    from workpool.pool.context import PoolContext
+    from workpool.pool.item_requests import ItemSender
     from workpool.pool.lease import Clock
     from workpool.pool.lease_renewer import LeaseRenewer
+    from workpool.pool.pool_context import PoolContext
     from workpool.pool.pool_item import PoolItem
-    from workpool.pool.sender import Sender
 
 log = pool_logger(__name__)
 
@@ -110,7 +110,7 @@ class HandoffRun:
 
 @asynccontextmanager
 async def hand_off(
-    item: PoolItem, context: PoolContext, sender: Sender
+    item: PoolItem, context: PoolContext, sender: ItemSender
 ) -> AsyncIterator[HandedLease]:
     """Hand an item off; see `Session.handover`. Used on the handlers' loop."""
     sender.check(item, by_handler=True)
@@ -143,7 +143,7 @@ async def settle(item: PoolItem, handoff: Handoff, renewer: LeaseRenewer) -> Non
 
 
 async def _wait_until_open(
-    item: PoolItem, handoff: Handoff, context: PoolContext, sender: Sender
+    item: PoolItem, handoff: Handoff, context: PoolContext, sender: ItemSender
 ) -> HandedLease:
     lease = item.lease
     await _wait_for_state(item, handoff, "open", context.clock)

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 
 from workpool.backoff import Backoff
 from workpool.errors import ControlPlaneError, RefusedError, TransientError
-from workpool.pool.client_protocol import read_item
+from workpool.pool.call_permissions import read_item
 from workpool.pool.dispatcher import Dispatcher
 from workpool.pool.handler_executor import handler_group
 from workpool.pool.poller import PollerGroup
@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from prometheus_client import CollectorRegistry
 
     from workpool.pool.client_protocol import ClientProtocol
-    from workpool.pool.context import PoolContext
+    from workpool.pool.pool_context import PoolContext
     from workpool.settings import Settings
     from workpool.wire.items import WorkItem
 

@@ -22,10 +22,10 @@ from typing import TYPE_CHECKING, ClassVar, NamedTuple
 from workpool.errors import LeaseRenewerError, innermost
 from workpool.events import LoopLagMeasured, current_work_id
 from workpool.log_fields import pool_logger
-from workpool.pool.client_protocol import OptionalCalls
+from workpool.pool.call_permissions import OptionalCalls
 from workpool.pool.diagnostics import LoopMonitor, report
+from workpool.pool.item_requests import HeartbeatSender
 from workpool.pool.lease import PAUSE_SECONDS, PauseDetector
-from workpool.pool.sender import HeartbeatSender
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Coroutine, Sequence

@@ -35,8 +35,8 @@ if TYPE_CHECKING:
         WorkpoolError,
     )
     from workpool.events import BackoffReason, PollResult, ScaleDirection, ScaleReason
-    from workpool.pool.context import PoolContext
     from workpool.pool.dispatcher import Dispatcher, Reception
+    from workpool.pool.pool_context import PoolContext
     from workpool.wire.items import WorkItem
 
 log = pool_logger(__name__)

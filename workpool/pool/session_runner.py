@@ -12,6 +12,7 @@ import asyncio
 import logging
 import math
 from contextlib import contextmanager
+from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Final, TypeVar
 
@@ -42,9 +43,9 @@ from workpool.pool.completion import (
     text_of,
 )
 from workpool.pool.handoff import hand_off, settle
+from workpool.pool.item_requests import CALLS_PER_SESSION, SendOptions
 from workpool.pool.lease import Lease
 from workpool.pool.pool_item import Attempt, EndReason, RunCounts
-from workpool.pool.sender import CALLS_PER_SESSION, SendOptions
 from workpool.session import PoolRelease, Release, Session
 from workpool.wire.http.call_options import CallOptions, Priority
 
@@ -55,10 +56,10 @@ if TYPE_CHECKING:
     from workpool.events import ReclaimStage, SessionErrorKind
     from workpool.handlers import Handler
     from workpool.pool.claim import Claimer
-    from workpool.pool.context import PoolContext
     from workpool.pool.handler_executor import HandlerExecutor
+    from workpool.pool.item_requests import ItemSender
+    from workpool.pool.pool_context import PoolContext
     from workpool.pool.pool_item import Patch, PoolItem
-    from workpool.pool.sender import Sender
     from workpool.session import HandedLease, Outcome
     from workpool.wire.events.session_events import SessionEvents
     from workpool.wire.items import WorkItem
@@ -107,7 +108,7 @@ class SessionRunner:
         self,
         context: PoolContext,
         claimer: Claimer,
-        sender: Sender,
+        sender: ItemSender,
         executor: HandlerExecutor,
         on_finished: Callable[[PoolItem, Outcome, float], None],
         on_closed: Callable[[PoolItem], None],
@@ -359,16 +360,14 @@ async def _settle_mark(task: asyncio.Task[None]) -> None:
     task.cancel()
 
 
+@dataclass(slots=True)
 class SessionCalls:
     """The calls of one session. Lives on the handlers' loop."""
 
-    __slots__ = ("_context", "_item", "_places", "_sender")
-
-    def __init__(self, item: PoolItem, context: PoolContext, sender: Sender) -> None:
-        self._item = item
-        self._context = context
-        self._sender = sender
-        self._places: asyncio.Semaphore | None = None
+    _item: PoolItem
+    _context: PoolContext
+    _sender: ItemSender
+    _places: asyncio.Semaphore | None = None
 
     @property
     def remaining(self) -> float:

@@ -22,10 +22,10 @@ if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
 
     from workpool.pool.admission import ExitLimits
-    from workpool.pool.context import PoolContext
     from workpool.pool.dispatcher import Dispatcher
     from workpool.pool.drain import Drain
     from workpool.pool.poller import Poller, PollerGroup
+    from workpool.pool.pool_context import PoolContext
 
 log = pool_logger(__name__)
 

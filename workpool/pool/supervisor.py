@@ -24,7 +24,6 @@ from workpool.plugins import Plugins
 from workpool.plugins.lifespan import Lifespan
 from workpool.pool.admission import Admission, ExitLimits
 from workpool.pool.bounded_queue import BoundedQueue
-from workpool.pool.context import PoolContext
 from workpool.pool.dispatcher import Dispatcher
 from workpool.pool.drain import Drain, see_through
 from workpool.pool.handler_executor import handler_group
@@ -32,6 +31,7 @@ from workpool.pool.handler_threads import HandlerThreads
 from workpool.pool.lease import lease_clock, wall_clock
 from workpool.pool.lease_renewer import Callbacks, LeaseRenewer
 from workpool.pool.poller import Poller, PollerGroup
+from workpool.pool.pool_context import PoolContext
 from workpool.pool.status import PoolView, Status, read_remote_stats, worker_numbers
 from workpool.pool.telemetry import Telemetry
 from workpool.wire.client import WorkClient

@@ -37,7 +37,7 @@ if TYPE_CHECKING:
     from types import TracebackType
     from typing import Self
 
-    from workpool.pool.context import PoolContext
+    from workpool.pool.pool_context import PoolContext
     from workpool.server import Item
     from workpool.session import Outcome
 

@@ -1,11 +1,11 @@
-"""The sending of calls for an item: heartbeats, its stop, its metadata, its events.
+"""The requests for an item: heartbeats, its stop, its metadata, its events.
 
 The lease is checked as the last step before the bytes: after the wait for the rate limit, for a
 connection and for DNS, with no await in between. The promise does not cover bytes that the kernel
-has accepted by then. `Sender` makes and repeats the calls whose requests have no precondition;
+has accepted by then. `ItemSender` makes and repeats the calls whose requests have no precondition;
 `HeartbeatSender` sends one heartbeat, and reads the item if the answer leaves open which worker
 holds it. See workpool/docs/architecture.md, "Sending for an item" and "The arithmetic of a lease".
-A `Sender` is used on the handlers' loop only; each event loop has a `HeartbeatSender` of its own.
+An `ItemSender` is used on the handlers' loop; each event loop has a `HeartbeatSender` of its own.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from workpool.errors import (
 )
 from workpool.events import HeartbeatFinished
 from workpool.log_fields import pool_logger
-from workpool.pool.client_protocol import OptionalCalls, read_item
+from workpool.pool.call_permissions import OptionalCalls, read_item
 from workpool.wire.http.call_options import CallOptions, Priority
 from workpool.wire.http.timeouts import Bound
 
@@ -79,7 +79,7 @@ class SendOptions(NamedTuple):
     seconds: float = math.inf
 
 
-class Sender:
+class ItemSender:
     """Sends calls for the items of one pool.
 
     Args:

@@ -19,8 +19,8 @@ from workpool.errors import (
     SessionGoneError,
     TransientError,
 )
+from workpool.pool.item_requests import CALLS_PER_SESSION, TRY_PART, SendOptions
 from workpool.pool.pool_item import EndReason
-from workpool.pool.sender import CALLS_PER_SESSION, TRY_PART, SendOptions
 from workpool.pool.session_runner import UPDATE_SECONDS, SessionCalls
 from workpool.testing.fault import Fault
 from workpool.testing.virtual_time import in_virtual_time

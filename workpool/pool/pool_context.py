@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from workpool.pool.admission import Admission
-from workpool.pool.client_protocol import OptionalCalls
+from workpool.pool.call_permissions import OptionalCalls
 from workpool.pool.lease import wall_clock
 from workpool.wire.protocol import RECLAIM_OLDER_THAN_MS
 
