@@ -1,4 +1,4 @@
-"""Fixtures: the plugin's tools on a temporary workspace, without a control plane."""
+"""Fixtures: the tools of the plugin in a temporary workspace, without a control plane."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from workpool_toolset.isolation import (
     Isolation,
     NoIsolation,
     ProcessLimits,
-    find_problem,
+    find_sandbox_problem,
 )
 from workpool_toolset.search import SandboxCommand, SearchTools
 from workpool_toolset.shell import BashShell
@@ -26,43 +26,43 @@ if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Callable, Iterator, Sequence
     from pathlib import Path
 
-    from workpool_toolset.results import Result
+    from workpool_toolset.results import ToolResult
 
 SESSION = "sess_1"
 
 
 def pytest_itemcollected(item: pytest.Item) -> None:
-    """Mark every test that needs the sandbox as a trial, since bubblewrap is no Python package."""
+    """Mark every test that needs bubblewrap, which is no Python package, as a trial."""
     if "sandbox" in getattr(item, "fixturenames", ()):
         item.add_marker(pytest.mark.trial)
 
 
-class AgentStandIn:
-    """An agent that calls tools and reads their results."""
+class ToolCaller:
+    """Calls the tools of a session as an agent does, and returns their results."""
 
     def __init__(self, toolbox: Toolbox, folder: Path, shown: str) -> None:
         self.toolbox = toolbox
         self.folder = folder
         self.shown = shown
 
-    async def call_tool(self, name: str, *, custom: bool = False, **fields: Any) -> Result:
+    async def call_tool(self, name: str, *, custom: bool = False, **fields: Any) -> ToolResult:
         call = ToolCall(id="evt_1", name=name, input=fields, custom=custom, session=SESSION)
-        return await self.toolbox.run(call)
+        return await self.toolbox.run_call(call)
 
     async def call_successfully(self, name: str, **fields: Any) -> str:
         """Call a tool that must succeed, and return the text of its result."""
         result = await self.call_tool(name, **fields)
         assert not result.is_error, result
-        return text_of(result)
+        return result_text(result)
 
     async def call_with_error(self, name: str, **fields: Any) -> str:
         """Call a tool that must fail, and return the text of its error."""
         result = await self.call_tool(name, **fields)
         assert result.is_error, result
-        return text_of(result)
+        return result_text(result)
 
 
-def text_of(result: Result) -> str:
+def result_text(result: ToolResult) -> str:
     return "\n".join(str(block.get("text")) for block in result.content)
 
 
@@ -72,9 +72,9 @@ def make_agent(
     roots: Sequence[Root] = (),
     *,
     custom: Any = None,
-    bounds: CallLimits = CallLimits(bash_seconds=20.0, tool_seconds=30.0),  # noqa: B008 - frozen
+    bounds: CallLimits = CallLimits(bash_seconds=40.0, tool_seconds=55.0),  # noqa: B008 - frozen
     threads: ToolThreads,
-) -> AgentStandIn:
+) -> ToolCaller:
     owner = isolation.file_owner(SESSION)
     if owner:
         os.chown(folder, *owner)
@@ -90,21 +90,21 @@ def make_agent(
         bounds=bounds,
         threads=threads,
     )
-    return AgentStandIn(toolbox, folder, shown)
+    return ToolCaller(toolbox, folder, shown)
 
 
 @pytest.fixture(scope="session")
 def sandbox(tmp_path_factory: pytest.TempPathFactory) -> Bubblewrap:
-    """A sandbox that works on this machine; without one, the test is skipped with the reason."""
-    found = Bubblewrap(ProcessLimits(memory_mb=1024, cpu_seconds=20, processes=64, file_mb=64))
-    if wrong := asyncio.run(find_problem(found, tmp_path_factory.mktemp("probe"))):
-        pytest.skip(f"bubblewrap does not work here: {wrong}")
-    return found
+    """A sandbox that works on this machine. The test is skipped where bubblewrap does not work."""
+    sandbox = Bubblewrap(ProcessLimits(memory_mb=1024, cpu_seconds=20, processes=64, file_mb=64))
+    if problem := asyncio.run(find_sandbox_problem(sandbox, tmp_path_factory.mktemp("probe"))):
+        pytest.skip(f"bubblewrap does not work here: {problem}")
+    return sandbox
 
 
 def remove_directory(folder: Path) -> None:
-    """Remove a directory as `rm -rf` does, which can remove deeper trees than Python."""
-    subprocess.run(["/bin/rm", "-rf", folder], check=True)  # noqa: S603 - the test's own folder
+    """Remove a directory with `rm -rf`, which can remove deeper trees than Python."""
+    subprocess.run(["/bin/rm", "-rf", folder], check=True)  # noqa: S603 - a directory of the test
 
 
 @pytest.fixture
@@ -124,45 +124,45 @@ async def tool_threads() -> AsyncIterator[ToolThreads]:
 @pytest.fixture
 async def make_agents(
     workspace_directory: Path, tool_threads: ToolThreads
-) -> AsyncIterator[Callable[..., AgentStandIn]]:
-    """Return a function that makes agents: `agents(isolation=…, roots=…, custom=…, bounds=…)`."""
-    made: list[AgentStandIn] = []
+) -> AsyncIterator[Callable[..., ToolCaller]]:
+    """Return a function that creates callers with an isolation and options of `make_agent`."""
+    callers: list[ToolCaller] = []
 
-    def make(isolation: Isolation = NoIsolation(), **options: Any) -> AgentStandIn:  # noqa: B008 - frozen
-        made.append(
+    def make(isolation: Isolation = NoIsolation(), **options: Any) -> ToolCaller:  # noqa: B008 - frozen
+        callers.append(
             make_agent(isolation, workspace_directory, **{"threads": tool_threads} | options)
         )
-        return made[-1]
+        return callers[-1]
 
     yield make
-    for agent in made:
-        await agent.toolbox.close()
+    for agent in callers:
+        await agent.toolbox.close_shell()
 
 
 @pytest.fixture(
     params=["agent_without_sandbox", pytest.param("agent_with_sandbox", marks=pytest.mark.trial)]
 )
-def agent(request: pytest.FixtureRequest) -> AgentStandIn:
-    """An agent without a sandbox, then one with a sandbox."""
-    found: AgentStandIn = request.getfixturevalue(request.param)
-    return found
+def agent(request: pytest.FixtureRequest) -> ToolCaller:
+    """A caller of tools, first without and then with a sandbox."""
+    caller: ToolCaller = request.getfixturevalue(request.param)
+    return caller
 
 
 @pytest.fixture
 async def agent_without_sandbox(
     workspace_directory: Path, tool_threads: ToolThreads
-) -> AsyncIterator[AgentStandIn]:
-    """An agent whose commands run without isolation."""
+) -> AsyncIterator[ToolCaller]:
+    """A caller of tools whose commands run without isolation."""
     agent = make_agent(NoIsolation(), workspace_directory, threads=tool_threads)
     yield agent
-    await agent.toolbox.close()
+    await agent.toolbox.close_shell()
 
 
 @pytest.fixture
 async def agent_with_sandbox(
     sandbox: Bubblewrap, workspace_directory: Path, tool_threads: ToolThreads
-) -> AsyncIterator[AgentStandIn]:
-    """An agent whose commands run in a sandbox."""
+) -> AsyncIterator[ToolCaller]:
+    """A caller of tools whose commands run in a sandbox."""
     agent = make_agent(sandbox, workspace_directory, threads=tool_threads)
     yield agent
-    await agent.toolbox.close()
+    await agent.toolbox.close_shell()

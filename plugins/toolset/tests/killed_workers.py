@@ -1,4 +1,4 @@
-"""Run scripted sessions of 30 tool calls with `workpool run`, and kill their workers.
+"""A program that runs scripted sessions of 30 tool calls and kills their workers.
 
     python plugins/toolset/tests/killed_workers.py --kills 20 --seed 1
     python plugins/toolset/tests/killed_workers.py --sleeps 5 --seed 1
@@ -34,10 +34,10 @@ from workpool.testing import Faults, expire_lease
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Mapping, Sequence
 
-TOKEN = "the-worker's-token-Zx9"  # noqa: S105 - to be looked for in every answer
+TOKEN = "the-worker's-token-Zx9"  # noqa: S105 - a token of the test only
 BOUND_SECONDS = 300.0
 WRITES = {"send", "stop", "update", "heartbeat"}
-UNKNOWN = "its outcome is unknown"
+UNKNOWN_OUTCOME = "its outcome is unknown"
 TOOLS = """
 import os
 from pathlib import Path
@@ -50,7 +50,7 @@ async def shout(call):
 
 
 def append_line_command(number: int, before: str = "", permission: str = "allow") -> dict[str, Any]:
-    """Return a call of a command that leaves a line, so that its executions can be counted."""
+    """Return a call of a command that appends a line, so that its executions can be counted."""
     command = f"{before}echo {number} >> log; sleep 0.05; echo said {number}"
     return {"name": "Bash", "input": {"command": command}, "permission": permission}
 
@@ -67,17 +67,16 @@ SCRIPT: list[dict[str, Any]] = [
     tool_use("Glob", pattern="**/*.txt"),
     tool_use("Grep", pattern="2nd|log"),
     append_line_command(7, "cat notes/plan.txt; "),
-    tool_use("Read", file_path="missing.txt"),  # This custom tool returns an error.
-    tool_use("Bash", command="echo to stderr >&2; (exit 3)"),  # This command fails.
-    # This command exceeds its time limit.
+    tool_use("Read", file_path="missing.txt"),
+    tool_use("Bash", command="echo to stderr >&2; (exit 3)"),
     tool_use("Bash", command="echo begun; sleep 60", timeout_ms=300),
     tool_use("Bash", restart=True),
-    append_line_command(12, permission="ask"),  # Needs a confirmation, which the person gives.
-    append_line_command(13, permission="deny"),  # Denied by the control plane.
-    append_line_command(14, permission="ask"),  # Needs a confirmation, which the person refuses.
+    append_line_command(12, permission="ask"),
+    append_line_command(13, permission="deny"),
+    append_line_command(14, permission="ask"),
     {"name": "shout", "input": {"line": "15"}, "custom": True},
     tool_use("Bash", command="env; cat /proc/*/environ; cat ../* ../../*; ls -la /", restart=True),
-    tool_use("Read", file_path="/proc/self/environ"),  # The file is outside of the workspace.
+    tool_use("Read", file_path="/proc/self/environ"),
     *(append_line_command(number) for number in range(18, 24)),
     {"name": "shout", "input": {"line": "24"}, "custom": True},
     tool_use("Read", file_path="notes/plan.txt", view_range=[2, 2]),
@@ -137,9 +136,7 @@ class ScriptedRun:
 
     @contextlib.asynccontextmanager
     async def running_worker(self, *flags: str) -> AsyncIterator[asyncio.subprocess.Process]:
-        """Start `workpool run toolset`; kill it at the end, or if it is suspended, after the
-        session.
-        """
+        """Run a `workpool run toolset` process during the block, then kill or suspend it."""
         environment = {
             name: os.environ[name] for name in ("PATH", "HOME", "PYTHONPATH") if name in os.environ
         }
@@ -195,11 +192,11 @@ class ScriptedRun:
                     return
 
     @property
-    def workspace_path(self) -> tuple[str, str]:
+    def item_key(self) -> tuple[str, str]:
         return self.item.environment_id, self.item.id
 
     async def resume_suspended_workers(self) -> list[str]:
-        """Let the suspended workers continue and end; return what they sent for the session."""
+        """Let the suspended workers continue and end, and return their forbidden requests."""
         before = len(self.faults.seen)
         for process in self.asleep:
             process.send_signal(signal.SIGCONT)
@@ -207,33 +204,31 @@ class ScriptedRun:
         for process in self.asleep:
             status = await process.wait()
             if status:
-                return [f"a worker that slept ended with {status}"]
+                return [f"a suspended worker ended with {status}"]
         sent = [request.op for request in self.faults.seen[before:]]
-        return [f"a worker that slept made the call {op}" for op in sent if op in WRITES]
+        return [f"a suspended worker made the call {op}" for op in sent if op in WRITES]
 
     async def run_session(self, kills: int) -> int:
-        """Run the session to its end; return how often the worker was killed or suspended
-        before.
-        """
+        """Run the session to its end, and return how often workers were killed or suspended."""
         killed = 0
         async with asyncio.timeout(BOUND_SECONDS), asyncio.TaskGroup() as group:
             group.create_task(self.confirm_requests(), name="person")
             while killed < kills and not self.has_ended():
                 async with self.running_worker():
-                    # The next call has begun.
+                    # The worker begins the next call after this answer.
                     await self.wait_for_answers(self.answered_calls() + 1)
                     await asyncio.sleep(self.random.choice((0.0, 0.01, 0.02, 0.05, 0.1, 0.2)))
                 if not self.has_ended():
                     killed += 1
                 expire_lease(self.plane, self.item.id)
-            while self.plane.operations.get(*self.workspace_path).state != "stopped":
+            while self.plane.operations.get(*self.item_key).state != "stopped":
                 async with self.running_worker("--drain") as process:
                     status = await process.wait()
                     assert status == 0, f"the worker ended with {status}"
         return killed
 
     def check_session(self) -> tuple[list[str], Counter[str]]:
-        """Return the violated rules, and how the calls were answered."""
+        """Return the violated rules, and a count of the kinds of answers."""
         wrong: list[str] = []
         calls = [event for event in self.session_events if event["type"].endswith("tool_use")]
         results = [event for event in self.session_events if event["type"].endswith("tool_result")]
@@ -248,7 +243,7 @@ class ScriptedRun:
                 wrong.append(f"call {number} has {len(own)} answers")
                 continue
             result_text = json.dumps(own[0]["content"])
-            unknown, ours = UNKNOWN in result_text, own[0]["type"].startswith("user.")
+            unknown, ours = UNKNOWN_OUTCOME in result_text, own[0]["type"].startswith("user.")
             counts["unknown" if unknown else "own" if ours else "denied"] += 1
             times = done[str(number)]
             least = int(number in COUNTED - DENIED and not unknown)
@@ -269,40 +264,38 @@ class ScriptedRun:
 
 
 async def main(kills: int, seed: int, *, sleeping: bool, quiet: bool) -> int:
-    """Run sessions, at least one, until the workers were killed this often; print and check
-    them.
-    """
+    """Run sessions until workers were killed `kills` times, and return 1 if a rule was violated."""
     left, failed = kills, False
     while True:
         with tempfile.TemporaryDirectory(prefix="toolset-show-") as name:
             faults = Faults()
             async with ControlPlane(tokens={TOKEN: None}, middlewares=[faults.middleware]) as plane:
-                show = ScriptedRun(plane, faults, Path(name), seed, sleeping=sleeping)
-                killed, wrong = await run_one(show, left, quiet=quiet)
+                run = ScriptedRun(plane, faults, Path(name), seed, sleeping=sleeping)
+                killed, wrong = await run_and_check(run, left, quiet=quiet)
         left, seed, failed = left - killed, seed + 1, failed or bool(wrong)
         if left <= 0 or failed:
             return int(failed)
 
 
-async def run_one(show: ScriptedRun, kills: int, *, quiet: bool) -> tuple[int, list[str]]:
-    """Run one session; return how often its workers were killed, and the violated rules."""
+async def run_and_check(run: ScriptedRun, kills: int, *, quiet: bool) -> tuple[int, list[str]]:
+    """Run and check one session. Return the number of killed workers and the violated rules."""
     say = sys.stdout.write
     try:
-        killed = await show.run_session(kills)
-        wrong = await show.resume_suspended_workers()
+        killed = await run.run_session(kills)
+        wrong = await run.resume_suspended_workers()
     except BaseException:
-        say((show.folder / "worker.log").read_text()[-5000:])
+        say((run.folder / "worker.log").read_text()[-5000:])
         raise
-    found, counts = show.check_session()
+    found, counts = run.check_session()
     wrong += found
-    for event in () if quiet else show.session_events:
+    for event in () if quiet else run.session_events:
         shown = {key: event[key] for key in event if key not in {"type", "id"}}
         say(f"{event['type']:24} {json.dumps(shown, ensure_ascii=False)[:150]}\n")
-    for path in () if quiet else sorted(show.session_workspace.rglob("*")):
+    for path in () if quiet else sorted(run.session_workspace.rglob("*")):
         if path.is_file():
-            say(f"{path.relative_to(show.session_workspace)}: {path.read_text()!r}\n")
+            say(f"{path.relative_to(run.session_workspace)}: {path.read_text()!r}\n")
     say(
-        f"seed={show.seed} calls={len(SCRIPT)} killed={killed} own_results={counts['own']}"
+        f"seed={run.seed} calls={len(SCRIPT)} killed={killed} own_results={counts['own']}"
         f" unknown={counts['unknown']} denied={counts['denied']} wrong={wrong}\n"
     )
     sys.stdout.flush()
@@ -315,6 +308,6 @@ if __name__ == "__main__":
     parser.add_argument("--sleeps", type=int, default=0)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--quiet", action="store_true")
-    given = parser.parse_args()
-    often, sleeping = given.kills or given.sleeps, bool(given.sleeps)
-    sys.exit(asyncio.run(main(often, given.seed, sleeping=sleeping, quiet=given.quiet)))
+    flags = parser.parse_args()
+    kills, sleeping = flags.kills or flags.sleeps, bool(flags.sleeps)
+    sys.exit(asyncio.run(main(kills, flags.seed, sleeping=sleeping, quiet=flags.quiet)))

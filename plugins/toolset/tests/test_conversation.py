@@ -1,4 +1,4 @@
-"""The effect of each event on a conversation, without I/O."""
+"""The effect of session events on the open tool calls, without I/O."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ if TYPE_CHECKING:
 
 
 class ConversationTestbed:
-    """A conversation with two tools of this worker."""
+    """A conversation of a worker with two tools, and functions that add events."""
 
     def __init__(self) -> None:
         self.denied: list[str] = []
-        self.now = Conversation("sess_1", self.owns, lambda call: self.denied.append(call.id))
+        self.now = Conversation("sess_1", self.owns_call, lambda call: self.denied.append(call.id))
 
     @staticmethod
-    def owns(call: ToolCall) -> bool:
+    def owns_call(call: ToolCall) -> bool:
         return call.name == ("weather" if call.custom else "bash")
 
     def add_use(
@@ -30,7 +30,7 @@ class ConversationTestbed:
         return self.apply_event(kind, id=name, name=tool, input={"command": "ls"}, **more)
 
     def apply_event(self, kind: str, **fields: Any) -> ConversationTestbed:
-        self.now.apply({"type": kind, **fields})
+        self.now.apply_event({"type": kind, **fields})
         return self
 
     def end_turn(self, reason: object = "end_turn") -> ConversationTestbed:
@@ -204,5 +204,5 @@ def test_termination_or_deletion_event_ends_conversation(kind: str) -> None:
 )
 def test_malformed_event_leaves_calls_unchanged(event: dict[str, Any]) -> None:
     uses = ConversationTestbed().add_use("z", session_thread_id="t")
-    uses.now.apply(event)
+    uses.now.apply_event(event)
     assert uses.next_call == "z"

@@ -16,7 +16,7 @@ import pytest
 from workpool import DaemonThreads
 from workpool_toolset import files
 from workpool_toolset.files import FileSizeLimits
-from workpool_toolset.tools import THREADS, CallLimits, ToolThreads
+from workpool_toolset.tools import THREAD_COUNT, CallLimits, ToolThreads
 from workpool_toolset.workspace import Root
 
 
@@ -184,7 +184,7 @@ async def test_search_for_line_range_is_limited_by_bytes_and_time(
 ) -> None:
     (workspace_directory / "lines").write_text("line\n" * 100_000)
     output = "lines: the lines begin or end beyond the first 131072 bytes, which is as far"
-    monkeypatch.setattr(files, "SCANNED_BYTES", 100_000)
+    monkeypatch.setattr(files, "MAX_SCANNED_BYTES", 100_000)
     far = await agent_without_sandbox.call_with_error(
         "read", file_path="lines", view_range=[90_000, 90_001]
     )
@@ -218,7 +218,7 @@ async def test_hanging_custom_tools_leave_threads_to_file_tools(
     agent = make_agents(custom={"hang": lambda _: release.wait()}, bounds=bounds)
     try:
         async with asyncio.TaskGroup() as group:
-            for _ in range(2 * THREADS):
+            for _ in range(2 * THREAD_COUNT):
                 group.create_task(agent.call_tool("hang", custom=True))
         assert await make_agents().call_successfully("read", file_path="small") == "here"
     finally:

@@ -1,4 +1,4 @@
-"""Hostile sessions, which try to read the worker's token or to change files of others.
+"""Hostile sessions, which try to read the worker's token or to change other files.
 
 The token is where a real worker has it: in this process's environment, in a file beside the
 workspaces and in another session's workspace. No result of a tool may contain it, and no file
@@ -21,14 +21,14 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
     from pathlib import Path
 
-    from workpool_toolset.results import Result
+    from workpool_toolset.results import ToolResult
 
-TOKEN = "pat-Zx9-of-the-worker"  # noqa: S105 - there to be looked for
+TOKEN = "pat-Zx9-of-the-worker"  # noqa: S105 - a token of the test only
 
 
 @pytest.fixture(autouse=True)
 def foreign_files(workspace_directory: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
-    """Create files of others beside the workspace, and check at the end that none changed."""
+    """Create files beside the workspace, and check at the end that none has changed."""
     monkeypatch.setenv("QODER_PAT", TOKEN)
     monkeypatch.setenv("ANTHROPIC_ENVIRONMENT_KEY", TOKEN)
     outside = workspace_directory.parent
@@ -53,12 +53,12 @@ def file_snapshot(outside: Path) -> dict[str, str]:
     }
 
 
-def output_text(result: Result) -> str:
+def output_text(result: ToolResult) -> str:
     return str(result.content)
 
 
 def create_links(folder: Path) -> None:
-    """Create all kinds of links that a session can create with Bash."""
+    """Create links to many targets in the workspace, as a session can with Bash."""
     outside = folder.parent
     (folder / "src").mkdir()
     (folder / "src/own.txt").write_text("own")
@@ -290,7 +290,7 @@ async def test_hostile_command_reaches_nothing_outside_sandbox(
                 await agent_with_sandbox.call_successfully("bash", restart=True)
             result = await agent_with_sandbox.call_tool("bash", command=command, timeout_ms=800)
             assert TOKEN not in output_text(result), command
-            # A line of /etc/passwd or of /etc/shadow.
+            # The result has no line of /etc/passwd or of /etc/shadow.
             assert not re.search("root:[x*!$]", output_text(result)), command
         with pytest.raises(BlockingIOError):
             listener.accept()
@@ -305,7 +305,7 @@ def test_at_least_six_hundred_hostile_inputs_are_tested(workspace_directory: Pat
     )
 
 
-SWAPPER = """
+REPLACER_PROGRAM = """
 import ctypes, os, sys
 folder, outside = sys.argv[1:]
 os.chdir(folder)
@@ -321,18 +321,18 @@ while True:
 
 @pytest.fixture
 def link_race(workspace_directory: Path) -> Iterator[None]:
-    """A directory and a file that another process keeps replacing by links to the outside."""
+    """Create a directory and a file that another process replaces by links again and again."""
     (workspace_directory / "place").mkdir()
     (workspace_directory / "place/secret.txt").write_text("own")
     (workspace_directory / "leaf").write_text("own")
     words = [
         sys.executable,
         "-c",
-        SWAPPER,
+        REPLACER_PROGRAM,
         str(workspace_directory),
         str(workspace_directory.parent / "workspace-2"),
     ]
-    with subprocess.Popen(words, stdout=subprocess.PIPE) as process:  # noqa: S603 - ours
+    with subprocess.Popen(words, stdout=subprocess.PIPE) as process:  # noqa: S603 - no input from outside
         assert process.stdout
         assert process.stdout.readline()
         yield
@@ -344,8 +344,12 @@ def link_race(workspace_directory: Path) -> Iterator[None]:
 async def test_file_tool_in_race_with_moved_links_reaches_no_file_outside(
     agent_without_sandbox: Any,
 ) -> None:
-    outcomes = set()
-    for _ in range(300):
+    outcomes: set[tuple[str, bool]] = set()
+    # Each tool must both succeed and fail, or the files were not replaced during the calls.
+    every_outcome = {(tool, error) for tool in ("read", "write", "edit") for error in (False, True)}
+    rounds = 0
+    while rounds < 300 or outcomes != every_outcome:
+        rounds += 1
         for tool, fields in [
             ("read", {"file_path": "place/secret.txt"}),
             ("read", {"file_path": "leaf"}),
@@ -357,8 +361,6 @@ async def test_file_tool_in_race_with_moved_links_reaches_no_file_outside(
             result = await agent_without_sandbox.call_tool(tool, **fields)
             assert TOKEN not in output_text(result)
             outcomes.add((tool, result.is_error))
-    # The race was real: each tool has both succeeded and failed.
-    assert outcomes == {(tool, error) for tool in ("read", "write", "edit") for error in (0, 1)}
 
 
 @pytest.mark.usefixtures("link_race")

@@ -1,4 +1,4 @@
-"""The parts of a sandbox: its trial run, kernel key rings, and memory that holds files."""
+"""The parts of a sandbox: the check at start, kernel key rings, and directories in memory."""
 
 from __future__ import annotations
 
@@ -18,14 +18,14 @@ import pytest
 import uvloop
 
 from workpool_toolset import isolation, launcher
-from workpool_toolset.isolation import Bubblewrap, ProcessLimits, find_problem
+from workpool_toolset.isolation import Bubblewrap, ProcessLimits, find_sandbox_problem
 
 if TYPE_CHECKING:
     from pathlib import Path
 
 
 @pytest.mark.filterwarnings("ignore:unclosed resource <UVProcessTransport:ResourceWarning")
-def test_sandbox_check_reaped_by_other_code_reports_problem(
+def test_sandbox_check_whose_process_other_code_reaped_reports_problem(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(isolation, "PROBE_SECONDS", 0.5)
@@ -35,24 +35,29 @@ def test_sandbox_check_reaped_by_other_code_reports_problem(
     program.chmod(0o755)
     sandbox = Bubblewrap(ProcessLimits(), as_root=False, program=str(program))
 
-    async def reap_trial_process() -> str | None:
-        async with asyncio.timeout(20), asyncio.TaskGroup() as tasks:
-            trial = tasks.create_task(find_problem(sandbox, tmp_path))
-            kill_and_reap(int(await asyncio.to_thread((tmp_path / "pid").read_text)))
-        return trial.result()
+    start_process = asyncio.create_subprocess_exec
+
+    async def start_and_reap_process(*words: str, **options: Any) -> asyncio.subprocess.Process:
+        process = await start_process(*words, **options)
+        kill_and_reap(int(await asyncio.to_thread((tmp_path / "pid").read_text)))
+        return process
+
+    async def check_sandbox() -> str | None:
+        monkeypatch.setattr(asyncio, "create_subprocess_exec", start_and_reap_process)
+        return await find_sandbox_problem(sandbox, tmp_path)
 
     with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
-        assert runner.run(reap_trial_process()) == "bwrap did not answer"
+        assert runner.run(check_sandbox()) == "bwrap did not answer"
 
 
 def kill_and_reap(pid: int) -> None:
-    """Kill and reap a process; the loop must be blocked, since it would take the exit status."""
+    """Kill and reap a process while the event loop, which would reap it too, is blocked."""
     os.kill(pid, signal.SIGKILL)
     os.waitpid(pid, 0)
 
 
 def seccomp_decision(machine: str, architecture: int, number: int) -> int:
-    """Return the decision of the seccomp filter about a system call, by running it here."""
+    """Run the seccomp filter for a system call, and return its decision."""
     program = list(struct.iter_unpack("=HBBI", launcher.seccomp_filter(machine)))
     call, accumulator, place = struct.pack("=II", number, architecture), 0, 0
     while True:
@@ -82,13 +87,13 @@ KEY_CALLS = [
 def test_seccomp_filter_refuses_key_calls_in_every_instruction_set(
     machine: str, architecture: int, numbers: set[int]
 ) -> None:
-    asked = {*range(600), *(number | X32 for number in range(600)), 0xFFFFFFFF}
+    calls = {*range(600), *(number | X32 for number in range(600)), 0xFFFFFFFF}
     refused = {
-        one for one in asked if seccomp_decision(machine, architecture, one) == launcher.REFUSE
+        one for one in calls if seccomp_decision(machine, architecture, one) == launcher.REFUSE
     }
     assert {number & ~X32 for number in refused} == {number & ~X32 for number in numbers}
     assert numbers <= refused
-    assert {seccomp_decision(machine, architecture, one) for one in asked - refused} == {
+    assert {seccomp_decision(machine, architecture, one) for one in calls - refused} == {
         launcher.ALLOW
     }
 
@@ -102,25 +107,23 @@ def test_launcher_gives_its_program_a_new_session_keyring(tmp_path: Path) -> Non
     keyctl = launcher.CALLS[os.uname().machine][0][-1]
     program = tmp_path / "program"
     program.write_text(
-        f"#!{sys.executable}\n"
-        # This program prints the id of its keyring.
-        f"import ctypes; print(ctypes.CDLL(None).syscall({keyctl}, 0, -3, 0))"
+        f"#!{sys.executable}\nimport ctypes; print(ctypes.CDLL(None).syscall({keyctl}, 0, -3, 0))"
     )
     program.chmod(0o755)
     launch = [sys.executable, "-I", "-S", launcher.__file__]
-    rings = {output_of(*way, str(program)) for way in ([], launch, launch)}
-    assert len(rings) == 3
+    keyrings = {program_output(*way, str(program)) for way in ([], launch, launch)}
+    assert len(keyrings) == 3
 
 
-def output_of(*words: str) -> str:
-    done = subprocess.run(words, capture_output=True, text=True, check=True)  # noqa: S603 - our own words
+def program_output(*words: str) -> str:
+    done = subprocess.run(words, capture_output=True, text=True, check=True)  # noqa: S603 - no input from outside
     return done.stdout
 
 
-FULL = """
+QUOTA_PROGRAM = """
 import ctypes, subprocess, sys
 libc, add_key, keyctl, number = ctypes.CDLL(None), int(sys.argv[1]), int(sys.argv[2]), 0
-libc.syscall(keyctl, 1, None)  # as a worker of systemd's has a session keyring
+libc.syscall(keyctl, 1, None)
 while libc.syscall(add_key, b"user", b"%d" % number, b"x", 1, -2) != -1:
     number += 1
 sys.exit(subprocess.run(sys.argv[3:]).returncode)
@@ -132,8 +135,8 @@ def test_launcher_of_user_at_key_quota_starts_program() -> None:
     python = str(shutil.which("python3", path=os.defpath))
     launch = [python, "-I", "-S", "-c", inspect.getsource(launcher), "/bin/echo"]
     add_key, _, keyctl = map(str, launcher.CALLS[os.uname().machine][0][1:])
-    done = subprocess.run(  # noqa: S603 - our own words
-        [python, "-c", FULL, add_key, keyctl, *launch],
+    done = subprocess.run(  # noqa: S603 - no input from outside
+        [python, "-c", QUOTA_PROGRAM, add_key, keyctl, *launch],
         user=65533,
         capture_output=True,
         text=True,
@@ -144,7 +147,7 @@ def test_launcher_of_user_at_key_quota_starts_program() -> None:
 
 def test_launcher_of_missing_program_names_it_in_error() -> None:
     words = [sys.executable, "-I", "-S", launcher.__file__, "/no/such"]
-    done = subprocess.run(words, capture_output=True, text=True, check=False)  # noqa: S603 - our own words
+    done = subprocess.run(words, capture_output=True, text=True, check=False)  # noqa: S603 - no input from outside
     assert done.returncode == 1
     assert done.stderr == "/no/such cannot be started: No such file or directory\n"
 
@@ -154,11 +157,11 @@ async def test_sandbox_on_machine_without_call_filter_is_refused(
 ) -> None:
     monkeypatch.setattr(launcher, "CALLS", {})
     machine = os.uname().machine
-    found = await find_problem(Bubblewrap(ProcessLimits()), tmp_path)
+    found = await find_sandbox_problem(Bubblewrap(ProcessLimits()), tmp_path)
     assert found == f"its system calls cannot be filtered on {machine}"
 
 
-KEYS = """
+KEY_CALLS_PROGRAM = """
 import ctypes, errno, os
 libc = ctypes.CDLL(None, use_errno=True)
 calls = {"x86_64": (248, 249, 250), "aarch64": (217, 218, 219)}[os.uname().machine]
@@ -169,7 +172,7 @@ for number, *given in zip(calls, (b"user", b"user", 0), (b"workpool-test", b"x",
 
 async def test_sandboxed_session_cannot_use_kernel_keyrings(agent_with_sandbox: Any) -> None:
     output = await agent_with_sandbox.call_successfully(
-        "bash", command=f"python3 -c {shlex.quote(KEYS)}"
+        "bash", command=f"python3 -c {shlex.quote(KEY_CALLS_PROGRAM)}"
     )
     assert output == "-1 ENOSYS\n" * 3
     assert "Permission denied" in await agent_with_sandbox.call_with_error(
@@ -177,7 +180,7 @@ async def test_sandboxed_session_cannot_use_kernel_keyrings(agent_with_sandbox: 
     )
 
 
-INT_80 = """
+CALL_32_BIT_PROGRAM = """
 import ctypes, mmap
 code = mmap.mmap(-1, 4096, prot=7)
 # push rbx; mov eax, 288; mov ebx, 0; mov ecx, -3; mov edx, 0; int 0x80; pop rbx; ret
@@ -186,16 +189,18 @@ print(ctypes.CFUNCTYPE(ctypes.c_int)(ctypes.addressof(ctypes.c_char.from_buffer(
 """
 
 
-@pytest.mark.skipif(os.uname().machine != "x86_64", reason="calls of an x86 processor")
+@pytest.mark.skipif(
+    os.uname().machine != "x86_64", reason="only x86-64 processors run this program"
+)
 async def test_sandboxed_session_cannot_use_keyrings_by_32_bit_calls(
     agent_with_sandbox: Any,
 ) -> None:
-    here = await asyncio.create_subprocess_exec(sys.executable, "-c", INT_80)
+    here = await asyncio.create_subprocess_exec(sys.executable, "-c", CALL_32_BIT_PROGRAM)
     if await here.wait():
         pytest.skip("this kernel runs no 32-bit programs")
     assert (
         await agent_with_sandbox.call_successfully(
-            "bash", command=f"python3 -c {shlex.quote(INT_80)}"
+            "bash", command=f"python3 -c {shlex.quote(CALL_32_BIT_PROGRAM)}"
         )
         == "-38\n"
     )

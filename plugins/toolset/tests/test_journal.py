@@ -1,4 +1,4 @@
-"""The journal after a crash: a second `open` stands for the worker that starts afterwards."""
+"""The journal of tool calls, opened a second time as by a worker after a crash."""
 
 from __future__ import annotations
 
@@ -12,10 +12,14 @@ import pytest
 
 from workpool import DaemonThreads
 from workpool_toolset.journal import CallJournal
-from workpool_toolset.results import Result
+from workpool_toolset.results import ToolResult
 
 if TYPE_CHECKING:
     from pathlib import Path
+
+
+WAIT_SECONDS = 40.0
+"""The time limit of journal operations, which a loaded machine does not exceed."""
 
 
 @pytest.fixture
@@ -23,34 +27,34 @@ def journal_directory(tmp_path: Path) -> Path:
     return tmp_path / "journal"
 
 
-async def open_journal(folder: Path) -> CallJournal:
-    journal = CallJournal(folder, DaemonThreads("test", 2))
-    await journal.open()
+async def open_journal(directory: Path) -> CallJournal:
+    journal = CallJournal(directory, DaemonThreads("test", 2))
+    await journal.open_directory()
     return journal
 
 
 async def test_journal_begins_each_call_once_and_keeps_its_result(journal_directory: Path) -> None:
     journal = await open_journal(journal_directory)
-    assert journal.new
-    assert await journal.begin("a") == "new"
-    assert await journal.begin("b") == "new"
-    assert await journal.begin("a") == "begun"
-    kept = Result([{"type": "image", "source": {"data": "é"}}], is_error=True)
-    await journal.finish("b", kept)
+    assert journal.is_new
+    assert await journal.begin_call("a") == "new"
+    assert await journal.begin_call("b") == "new"
+    assert await journal.begin_call("a") == "begun"
+    kept = ToolResult([{"type": "image", "source": {"data": "é"}}], is_error=True)
+    await journal.store_result("b", kept)
     journal = await open_journal(journal_directory)
-    assert not journal.new
-    assert await journal.begin("a") == "begun"
-    assert await journal.begin("b") == kept
-    await journal.forget("b")
-    await journal.forget("unknown")
-    assert await journal.begin("b") == "begun"
-    assert await journal.begin("c") == "new"
+    assert not journal.is_new
+    assert await journal.begin_call("a") == "begun"
+    assert await journal.begin_call("b") == kept
+    await journal.delete_result("b")
+    await journal.delete_result("unknown")
+    assert await journal.begin_call("b") == "begun"
+    assert await journal.begin_call("c") == "new"
 
 
 async def test_journal_of_two_workers_begins_each_call_once(journal_directory: Path) -> None:
     workers = [await open_journal(journal_directory), await open_journal(journal_directory)]
     both = await asyncio.gather(
-        *(journal.begin(f"evt_{n}") for n in range(50) for journal in workers)
+        *(journal.begin_call(f"evt_{n}") for n in range(50) for journal in workers)
     )
     pairs = zip(both[::2], both[1::2], strict=True)
     assert {frozenset(map(str, pair)) for pair in pairs} == {frozenset({"new", "begun"})}
@@ -59,32 +63,32 @@ async def test_journal_of_two_workers_begins_each_call_once(journal_directory: P
 @pytest.mark.parametrize(
     "call", ["../../evil", "/etc/passwd", "", ".", "a\0b", "é" * 500, "\ud800"]
 )
-async def test_call_id_with_path_characters_stays_inside_journal(
+async def test_record_of_call_id_with_path_characters_is_inside_journal(
     journal_directory: Path, call: str
 ) -> None:
     journal = await open_journal(journal_directory)
-    assert await journal.begin(call) == "new"
-    assert await journal.begin(call) == "begun"
+    assert await journal.begin_call(call) == "new"
+    assert await journal.begin_call(call) == "begun"
     assert [path.parent for path in journal_directory.parent.rglob("*.begun")] == [
         journal_directory
     ]
 
 
-STOPPED = """
-import asyncio, sys
+WRITER_PROGRAM = """
+import asyncio, itertools, sys
 from pathlib import Path
 from workpool import DaemonThreads
 from workpool_toolset.journal import CallJournal
-from workpool_toolset.results import Result
+from workpool_toolset.results import ToolResult
 
 async def main():
     journal = CallJournal(Path(sys.argv[1]), DaemonThreads("test", 2))
-    await journal.open()
-    await journal.begin("evt_0")
+    await journal.open_directory()
+    await journal.begin_call("evt_0")
     print("up", flush=True)
-    for number in range(1, 10_000):
-        await journal.begin(f"evt_{number}")
-        await journal.finish(f"evt_{number}", Result.of("x"))
+    for number in itertools.count(1):
+        await journal.begin_call(f"evt_{number}")
+        await journal.store_result(f"evt_{number}", ToolResult.from_value("x"))
 
 asyncio.run(main())
 """
@@ -94,18 +98,19 @@ async def test_worker_suspended_during_write_does_not_block_journal_of_others(
     journal_directory: Path,
 ) -> None:
     process = await asyncio.create_subprocess_exec(
-        *(sys.executable, "-c", STOPPED, str(journal_directory)), stdout=asyncio.subprocess.PIPE
+        *(sys.executable, "-c", WRITER_PROGRAM, str(journal_directory)),
+        stdout=asyncio.subprocess.PIPE,
     )
     assert process.stdout
     try:
         assert await process.stdout.readline() == b"up\n"
         for number in range(10):
             os.kill(process.pid, signal.SIGSTOP)
-            async with asyncio.timeout(5):
+            async with asyncio.timeout(WAIT_SECONDS):
                 journal = await open_journal(journal_directory)
-                assert await journal.begin(f"mine_{number}") == "new"
-                await journal.finish(f"mine_{number}", Result.of("x"))
-                assert await journal.begin("evt_0") != "new"
+                assert await journal.begin_call(f"mine_{number}") == "new"
+                await journal.store_result(f"mine_{number}", ToolResult.from_value("x"))
+                assert await journal.begin_call("evt_0") != "new"
             os.kill(process.pid, signal.SIGCONT)
     finally:
         process.kill()

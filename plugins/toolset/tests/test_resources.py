@@ -1,4 +1,4 @@
-"""Exhausted memory, threads or descriptors: no session fails."""
+"""Tools and sessions on a machine without free memory, threads or descriptors."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ SPARE_DESCRIPTORS = 256
 
 @contextmanager
 def limited_descriptors(count: int) -> Iterator[None]:
-    """Let this process open only this many further descriptors during the block.
+    """Allow this process to open only `count` further descriptors during the block.
 
     Child processes inherit the limit, so it stays above the highest descriptor that a shell uses.
     """
@@ -51,7 +51,7 @@ def limited_descriptors(count: int) -> Iterator[None]:
 async def test_tool_without_free_descriptors_reports_exhaustion(
     agent_without_sandbox: Any, workspace_directory: Path, left: int
 ) -> None:
-    """The call that fails depends on the count."""
+    """The count decides which call of the tool fails."""
     (workspace_directory / "a").write_text("b\n")
     calls: list[tuple[str, dict[str, Any], str]] = [
         ("read", {"file_path": "a"}, "b\n"),
@@ -70,7 +70,7 @@ async def test_tool_without_free_descriptors_reports_exhaustion(
         outcomes.add(result.is_error)
     if left in {0, 12}:
         assert outcomes == {left == 0}
-    # The tool works without a restart.
+    # The shell works again without `restart`.
     assert await agent_without_sandbox.call_successfully("bash", command="echo later") == "later\n"
 
 
@@ -79,25 +79,25 @@ async def test_call_that_journal_could_not_record_is_not_reported_as_begun(
     tmp_path: Path, tool_threads: Any, left: int
 ) -> None:
     journal = CallJournal(tmp_path / "journal", tool_threads.files)
-    await journal.open()
+    await journal.open_directory()
     with limited_descriptors(left):
         try:
-            noted: object = await journal.begin("evt_1")
+            record: object = await journal.begin_call("evt_1")
         except OSError:
-            noted = None
-    assert noted in {"new", None}
-    assert await journal.begin("evt_1") == ("begun" if noted else "new")
+            record = None
+    assert record in {"new", None}
+    assert await journal.begin_call("evt_1") == ("begun" if record else "new")
 
 
 @pytest.mark.parametrize("error", [OSError(errno.EMFILE, "x"), MemoryError()], ids=repr)
-@pytest.mark.parametrize("step", ["_make_directory", "_write_mark"])
-async def test_session_on_machine_without_resources_is_released(
+@pytest.mark.parametrize("step", ["_make_directory", "_write_begin_record"])
+async def test_session_whose_journal_cannot_be_written_is_released(
     workpool: Kit, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, step: str, error: Exception
 ) -> None:
-    def refuse(*_: object) -> None:
+    def raise_error(*_: object) -> None:
         raise error
 
-    monkeypatch.setattr(CallJournal, step, refuse)
+    monkeypatch.setattr(CallJournal, step, raise_error)
     toolset = Toolset(isolation="none", state=str(tmp_path / "state"), max_idle=0.05)
     script = [{"name": "Bash", "input": {"command": "echo out"}}]
     result = await workpool.run_session(toolset, script=script)

@@ -1,4 +1,4 @@
-"""`workpool run toolset` in its own process, and the promises of its documentation."""
+"""Scripted sessions with `workpool run toolset`, and the settings in the readme."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
 
 
-async def run_show(*flags: str) -> str:
-    """Run `killed_workers.py`, which checks its conversation, and return its output."""
+async def run_scripted_session(*flags: str) -> str:
+    """Run the program `killed_workers.py`, which checks a session, and return its output."""
     process = await asyncio.create_subprocess_exec(
         *(sys.executable, str(ROOT / "tests/killed_workers.py"), *flags),
         stdout=asyncio.subprocess.PIPE,
@@ -37,7 +37,7 @@ async def run_show(*flags: str) -> str:
 @pytest.mark.timeout(200)
 @pytest.mark.usefixtures("sandbox")
 async def test_thirty_tool_calls_are_answered_as_expected() -> None:
-    shown_text = await run_show()
+    shown_text = await run_scripted_session()
     assert "killed=0 own_results=28 unknown=0 denied=2 wrong=[]" in shown_text
     assert r"notes/plan.txt: 'first\n2nd\n'" in shown_text
 
@@ -47,7 +47,7 @@ async def test_thirty_tool_calls_are_answered_as_expected() -> None:
 @pytest.mark.timeout(200)
 @pytest.mark.usefixtures("sandbox")
 async def test_thirty_tool_calls_of_killed_worker_are_answered_as_expected() -> None:
-    assert "killed=2 " in await run_show("--kills", "2", "--seed", "3", "--quiet")
+    assert "killed=2 " in await run_scripted_session("--kills", "2", "--seed", "3", "--quiet")
 
 
 def test_readme_lists_every_setting_with_default_and_meaning() -> None:

@@ -1,4 +1,4 @@
-"""The tools `glob` and `grep`, with ripgrep in a sandbox and with the walker without one."""
+"""The tools `glob` and `grep`, with ripgrep in a sandbox and without ripgrep."""
 
 from __future__ import annotations
 
@@ -15,16 +15,16 @@ if TYPE_CHECKING:
     from pathlib import Path
 
 
-def create_files(folder: Path) -> None:
+def create_files(directory: Path) -> None:
     for number, name in enumerate(["a.py", "b.txt", "src/c.py", "src/deep/d.py", ".git/e.py"]):
-        path = folder / name
+        path = directory / name
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(f"import x{number}\nlast line of {name}")
         os.utime(path, (1000 + number, 1000 + number))
-    (folder / "src/link.py").symlink_to("../a.py")
-    (folder / "binary").write_bytes(b"import \0")
-    (folder / "wide").write_bytes(b"import " + b"x" * 3000 + b"\nimport narrow\n")
-    (folder / "latin").write_bytes(b"import caf\xe9\n")
+    (directory / "src/link.py").symlink_to("../a.py")
+    (directory / "binary").write_bytes(b"import \0")
+    (directory / "wide").write_bytes(b"import " + b"x" * 3000 + b"\nimport narrow\n")
+    (directory / "latin").write_bytes(b"import caf\xe9\n")
 
 
 @pytest.mark.parametrize(
@@ -76,7 +76,7 @@ async def test_glob_lists_directories_and_follows_links_inside_workspace(
         *("src/deep", "src/deep/file", "src/to-file", "src/to-directory", "src/chain", "src/up"),
         *("src/absolute", "src/up/src/deep/file"),
     } <= found
-    # A directory that links lead to is entered once.
+    # Two links lead to this directory, which is entered only once.
     entered = {"src/absolute/file", "src/to-directory/file"}
     assert len(entered & found) == 1
     shown = str(found)
@@ -137,7 +137,7 @@ async def test_grep_without_ripgrep_finds_matching_lines(
         await agent_without_sandbox.call_successfully("grep", pattern="import n")
         == "wide:2:import narrow\n"
     )
-    await common_lines(agent_without_sandbox)
+    await check_common_matches(agent_without_sandbox)
     assert "not a regular expression" in await agent_without_sandbox.call_with_error(
         "grep", pattern="("
     )
@@ -153,13 +153,13 @@ async def test_grep_with_ripgrep_finds_matching_lines(
         *("a.py:1:import x0", "b.txt:1:import x1", "src/c.py:1:import x2"),
         "src/deep/d.py:1:import x3",
     ]
-    await common_lines(agent_with_sandbox)
+    await check_common_matches(agent_with_sandbox)
     assert "not a regular expression" in await agent_with_sandbox.call_with_error(
         "grep", pattern="("
     )
 
 
-async def common_lines(agent: Any) -> None:
+async def check_common_matches(agent: Any) -> None:
     assert await agent.call_successfully("grep", pattern="last", path="src/deep") == (
         "src/deep/d.py:2:last line of src/deep/d.py\n"
     )
@@ -176,7 +176,7 @@ async def common_lines(agent: Any) -> None:
     assert "no such file" in await agent.call_with_error("grep", pattern="x", path="missing")
 
 
-FOUND: list[tuple[dict[str, str], list[str]]] = [
+EXPECTED_LINES: list[tuple[dict[str, str], list[str]]] = [
     ({"pattern": "word"}, [".env:1", ".hidden/a.txt:1", "b.min.js:1", "crlf.txt:1", "d/e.py:1"]),
     ({"pattern": "word$"}, [".env:1", ".hidden/a.txt:1", "b.min.js:1", "crlf.txt:1", "d/e.py:1"]),
     ({"pattern": "end$", "path": "crlf.txt"}, ["crlf.txt:2"]),
@@ -209,7 +209,7 @@ FOUND: list[tuple[dict[str, str], list[str]]] = [
 ]
 
 
-@pytest.mark.parametrize(("fields", "found"), FOUND, ids=str)
+@pytest.mark.parametrize(("fields", "found"), EXPECTED_LINES, ids=str)
 async def test_grep_with_and_without_sandbox_finds_the_same_lines(
     agent: Any, workspace_directory: Path, fields: dict[str, str], found: list[str]
 ) -> None:
@@ -260,8 +260,8 @@ async def test_grep_whose_sandbox_does_not_start_fails(
     agent_with_sandbox: Any, workspace_directory: Path
 ) -> None:
     (workspace_directory / "a").write_text("word")
-    search_ = agent_with_sandbox.toolbox._search
-    search_._sandboxed = search.SandboxCommand(["/bin/false"], {})
+    search_tools = agent_with_sandbox.toolbox._search
+    search_tools._sandboxed = search.SandboxCommand(["/bin/false"], {})
     assert await agent_with_sandbox.call_with_error("grep", pattern="word") == "the search failed"
 
 
@@ -285,7 +285,7 @@ def test_directory_walk_stops_at_limits_of_entries_and_depth(
 ) -> None:
     for number in range(20):
         (workspace_directory / f"f{number}").touch()
-    monkeypatch.setattr(walker, "ENTRIES", 7)
+    monkeypatch.setattr(walker, "MAX_ENTRIES", 7)
     deep = workspace_directory / "/".join("d" * 110)
     deep.mkdir(parents=True)
     (deep / "bottom").touch()
@@ -293,7 +293,7 @@ def test_directory_walk_stops_at_limits_of_entries_and_depth(
     try:
         start = walker.SearchedDirectory(directory, (), "/")
         assert len(list(walker.DirectoryWalk(set()).entries_below(start))) <= 7
-        monkeypatch.setattr(walker, "ENTRIES", 1000)
+        monkeypatch.setattr(walker, "MAX_ENTRIES", 1000)
         names = {found.name for found in walker.DirectoryWalk(set()).entries_below(start)}
         assert names == {"d"} | {f"f{number}" for number in range(20)}
     finally:

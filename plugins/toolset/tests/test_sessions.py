@@ -1,4 +1,4 @@
-"""Whole sessions: the plugin in a pool with a real control plane."""
+"""Whole sessions in a pool with a real control plane: answers, crashes, stops and drains."""
 
 from __future__ import annotations
 
@@ -6,21 +6,21 @@ import asyncio
 import contextlib
 import errno
 import os
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
 
 from workpool import DaemonThreads, Session, WorkClient
 from workpool.errors import TransientError
-from workpool.events import SessionFinished
+from workpool.events import SessionFinished, StopRequested
 from workpool.testing import expire_lease, lost, status
-from workpool_toolset import ToolCall, Toolset, runner
+from workpool_toolset import ToolCall, Toolset, session_answerer
 from workpool_toolset.journal import CallJournal
-from workpool_toolset.results import Result
+from workpool_toolset.results import ToolResult
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator, Callable, Mapping, Sequence
-    from pathlib import Path
+    from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
 
     from workpool.testing import Kit
 
@@ -29,28 +29,35 @@ if TYPE_CHECKING:
 Event = "Mapping[str, Any]"
 
 
+WAIT_SECONDS = 60.0
+"""The time limit of a wait, which a loaded machine does not exceed."""
+
 pytestmark = pytest.mark.timeout(90)
 
 
 @pytest.fixture(autouse=True)
 def long_timeouts(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Allow more time for the start of processes, which is slow on a busy machine."""
-    monkeypatch.setattr("workpool.testing.kit.WAIT_SECONDS", 60.0)
+    """Allow more time for the start of processes, which is slow on a loaded machine."""
+    monkeypatch.setattr("workpool.testing.kit.WAIT_SECONDS", WAIT_SECONDS)
 
 
 @pytest.fixture
 def make_toolset(tmp_path: Path) -> Make:
     """Return a function that makes a toolset without isolation and with its own state directory."""
 
-    def make(**given: Any) -> Toolset:
+    def make(**settings: Any) -> Toolset:
         defaults: dict[str, Any] = {
             "isolation": "none",
             "state": str(tmp_path / "state"),
             "max_idle": 0.05,
         }
-        return Toolset(**defaults | given)
+        return Toolset(**defaults | settings)
 
     return make
+
+
+WAIT_FOR_GO = "until [ -e go ]; do sleep 0.02; done"
+"""A script that waits until the file `go` exists."""
 
 
 def bash_use(command: str, **more: Any) -> dict[str, Any]:
@@ -58,16 +65,16 @@ def bash_use(command: str, **more: Any) -> dict[str, Any]:
 
 
 def answers_in_order(events: Sequence[Mapping[str, Any]]) -> list[tuple[str, bool]]:
-    """Return the answers in the order of the calls, after a check that no call has two."""
+    """Return the answers in the order of the calls, and check that no call has two answers."""
     calls = [event["id"] for event in events if event["type"].endswith("tool_use")]
-    found: dict[str, tuple[str, bool]] = {}
+    answers: dict[str, tuple[str, bool]] = {}
     for event in events:
         if event["type"].endswith("tool_result"):
             name = event.get("tool_use_id") or event["custom_tool_use_id"]
-            assert name not in found
+            assert name not in answers
             text = "\n".join(block["text"] for block in event["content"])
-            found[name] = text, event.get("is_error", False)
-    return [found[name] for name in calls if name in found]
+            answers[name] = text, event.get("is_error", False)
+    return [answers[name] for name in calls if name in answers]
 
 
 def session_directory(tmp_path: Path, session: str) -> Path:
@@ -80,11 +87,11 @@ async def test_script_with_every_tool_is_answered_as_expected(
     async def weather(call: ToolCall) -> object:
         return {"place": call.input["place"], "celsius": 21}
 
-    def fail(call: ToolCall) -> None:
+    def raise_error(call: ToolCall) -> None:
         raise RuntimeError(f"no {call.name}")
 
     result = await workpool.run_session(
-        make_toolset(tools={"weather": weather, "fail": fail}),
+        make_toolset(tools={"weather": weather, "fail": raise_error}),
         script=[
             {"name": "Write", "input": {"file_path": "a.txt", "content": "one\n"}},
             {"name": "Edit", "input": {"file_path": "a.txt", "old_string": "o", "new_string": "0"}},
@@ -132,9 +139,9 @@ async def test_session_under_key_without_metadata_permission_is_completed(
 
 @contextlib.asynccontextmanager
 async def confirming_person(workpool: Kit, session: str, *verdicts: str) -> AsyncIterator[None]:
-    """Answer the requests for confirmation in this order, as a person would."""
+    """Answer the requests for confirmation with these verdicts, in order, as a person would."""
 
-    async def confirm() -> None:
+    async def answer_requests() -> None:
         left = list(verdicts)
         async with WorkClient(workpool.settings()) as client:
             events = client.events(session)
@@ -146,8 +153,8 @@ async def confirming_person(workpool: Kit, session: str, *verdicts: str) -> Asyn
                     if not left:
                         return
 
-    async with asyncio.timeout(20), asyncio.TaskGroup() as group:
-        group.create_task(confirm())
+    async with asyncio.timeout(WAIT_SECONDS), asyncio.TaskGroup() as group:
+        group.create_task(answer_requests())
         yield
 
 
@@ -168,32 +175,49 @@ async def test_confirmed_calls_run_and_denied_calls_return_errors(
         finished = await workpool.wait_for(SessionFinished)
     assert finished.outcome == "completed"
     events = workpool.server.events(item.session_id)
-    given_answers = answers_in_order(events)
-    assert given_answers[0] == ("(no output)", False)
-    assert [error for _, error in given_answers] == [False, True, True, False]
-    assert given_answers[3] == ("allowed\n", False)
+    answers = answers_in_order(events)
+    assert answers[0] == ("(no output)", False)
+    assert [error for _, error in answers] == [False, True, True, False]
+    assert answers[3] == ("allowed\n", False)
     ours = [event for event in events if event["type"] == "user.tool_result"]
-    assert len(ours) == 2  # the control plane answers the denied calls
+    # The control plane answers the denied calls.
+    assert len(ours) == 2
 
 
-async def test_session_waiting_for_confirmation_is_not_stalled_and_one_without_progress_is(
+async def test_time_of_wait_for_confirmation_does_not_count_as_stall(
+    workpool: Kit, make_toolset: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    begin_waiting, waiting = Session.waiting, asyncio.Event()
+
+    @contextlib.contextmanager
+    def record_waiting(session: Session) -> Iterator[None]:
+        with begin_waiting(session):
+            waiting.set()
+            try:
+                yield
+            finally:
+                waiting.clear()
+
+    monkeypatch.setattr(Session, "waiting", record_waiting)
+    [item] = workpool.enqueue(script=[bash_use("echo one", permission="ask")])
+    async with workpool.pool(make_toolset(), stall_timeout=600.0):
+        async with asyncio.timeout(WAIT_SECONDS):
+            await waiting.wait()
+        async with confirming_person(workpool, item.session_id, "allow"):
+            finished = await workpool.wait_for(SessionFinished)
+    assert not waiting.is_set()
+    assert finished.outcome == "completed"
+    assert answers_in_order(workpool.server.events(item.session_id)) == [("one\n", False)]
+
+
+async def test_session_whose_command_does_not_end_is_stalled(
     workpool: Kit, make_toolset: Make
 ) -> None:
-    [item] = workpool.enqueue(script=[bash_use("echo one", permission="ask"), bash_use("sleep 60")])
-    async with workpool.pool(make_toolset(), stall_timeout=1.0):
-        async with WorkClient(workpool.settings()) as client:
-            events = client.events(item.session_id)
-            async with asyncio.timeout(20), events.stream() as stream:
-                async for event in stream:
-                    if waiting := event.get("stop_reason", {}).get("event_ids"):
-                        break
-            await asyncio.sleep(2.5)  # The person takes longer than `stall_timeout`.
-            verdict = {"tool_use_id": waiting[0], "result": "allow"}
-            await events.send({"type": "user.tool_confirmation", **verdict})
-        finished = await workpool.wait_for(SessionFinished)
-    assert finished.outcome == "stalled"  # The session stalls in the command that does not end.
-    assert finished.seconds > 3
-    assert answers_in_order(workpool.server.events(item.session_id)) == [("one\n", False)]
+    result = await workpool.run_session(
+        make_toolset(), script=[bash_use("sleep 600")], stall_timeout=1.0
+    )
+    assert result.outcome == "stalled"
+    assert answers_in_order(result.events) == []
 
 
 async def test_call_of_tool_owned_by_another_client_is_left_to_that_client(
@@ -203,7 +227,7 @@ async def test_call_of_tool_owned_by_another_client_is_left_to_that_client(
     [item] = workpool.enqueue(script=script)
     async with workpool.pool(make_toolset()), WorkClient(workpool.settings()) as client:
         events = client.events(item.session_id)
-        async with asyncio.timeout(20), events.stream() as stream:
+        async with asyncio.timeout(WAIT_SECONDS), events.stream() as stream:
             async for event in stream:
                 if event["type"] == "agent.custom_tool_use":
                     reply = {"custom_tool_use_id": event["id"], "content": []}
@@ -233,12 +257,15 @@ async def test_lost_answers_cause_no_second_run_and_no_second_result(
 async def test_result_refused_by_control_plane_is_replaced_by_error(
     workpool: Kit, make_toolset: Make, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(runner, "REFUSED_SECONDS", 0.0)
+    monkeypatch.setattr(session_answerer, "REFUSED_SECONDS", 0.0)
     workpool.faults.add(status(400), "send", times=1)
     result = await workpool.run_session(
         make_toolset(), script=[bash_use("echo 1"), bash_use("echo 2")]
     )
-    assert answers_in_order(result.events) == [(runner.REFUSED, True), ("2\n", False)]
+    assert answers_in_order(result.events) == [
+        (session_answerer.RESULT_REFUSED, True),
+        ("2\n", False),
+    ]
 
 
 async def test_result_refused_once_as_too_early_is_sent_again(
@@ -252,7 +279,7 @@ async def test_result_refused_once_as_too_early_is_sent_again(
 async def test_result_that_cannot_be_sent_is_kept_and_sent_by_next_run(
     workpool: Kit, make_toolset: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(runner, "POST_SECONDS", 0.0)
+    monkeypatch.setattr(session_answerer, "POST_SECONDS", 0.0)
     monkeypatch.setattr("workpool.pool.session_runner.EVENTS_SECONDS", 0.2)
     toolset = make_toolset()
     with workpool.faults.add(status(500), "send"):
@@ -267,22 +294,22 @@ async def test_result_that_cannot_be_sent_is_kept_and_sent_by_next_run(
 
 
 async def open_earlier_journal(folder: Path) -> CallJournal:
-    """Open the journal of an earlier worker."""
+    """Create the journal that an earlier worker would have left."""
     await asyncio.to_thread(folder.mkdir, parents=True)
     journal = CallJournal(folder / "journal", DaemonThreads("test", 2))
-    await journal.open()
+    await journal.open_directory()
     return journal
 
 
 async def wait_for_command(tmp_path: Path, session: str) -> None:
-    """Wait until a command of the session has opened the pipe `ready`."""
+    """Wait until a command of the session has created the file `ready`."""
     await wait_for_file(session_directory(tmp_path, session) / "workspace/ready")
 
 
 async def wait_for_file(file: Path) -> None:
     """Wait until a command has created the file."""
-    async with asyncio.timeout(20):
-        while not file.exists():  # noqa: ASYNC110, ASYNC240 - nobody tells of files
+    async with asyncio.timeout(WAIT_SECONDS):
+        while not file.exists():  # noqa: ASYNC110, ASYNC240 - there is no event for a new file
             await asyncio.sleep(0.01)
 
 
@@ -303,16 +330,20 @@ async def test_interrupt_ends_running_command(
 async def test_forced_stop_ends_session_without_further_results(
     workpool: Kit, make_toolset: Make, tmp_path: Path
 ) -> None:
-    script = [bash_use("touch ready; sleep 2; echo x >> log"), bash_use("echo never >> log")]
+    script = [bash_use("echo $$ > pid; touch ready; sleep 600"), bash_use("echo never >> log")]
     [item] = workpool.enqueue(script=script)
-    pool = workpool.pool(make_toolset())
-    async with pool:
+    workspace = session_directory(tmp_path, item.session_id) / "workspace"
+    async with workpool.pool(make_toolset()):
         await wait_for_command(tmp_path, item.session_id)
         workpool.stop(item, force=True)
         finished = await workpool.wait_for(SessionFinished)
         assert finished.outcome == "stopped"
     assert answers_in_order(workpool.server.events(item.session_id)) == []
-    assert not (session_directory(tmp_path, item.session_id) / "workspace/log").exists()
+    assert not (workspace / "log").exists()
+    shell = Path(f"/proc/{(workspace / 'pid').read_text().strip()}")
+    async with asyncio.timeout(WAIT_SECONDS):
+        while shell.exists():  # noqa: ASYNC110, ASYNC240 - there is no event for this process
+            await asyncio.sleep(0.01)
 
 
 async def test_two_workers_with_one_session_run_no_call_twice(
@@ -326,30 +357,30 @@ async def test_two_workers_with_one_session_run_no_call_twice(
     [item] = workpool.enqueue(script=script)
     async with workpool.pool(make_toolset(), concurrency=1):
         await wait_for_command(tmp_path, item.session_id)
-        # the first worker does not notice that its lease has expired
+        # The first worker does not detect that its lease has expired.
         expire_lease(workpool.server, item.id)
         async with workpool.pool(make_toolset()):
             await workpool.wait_for(SessionFinished, count=2)
-    given_answers = answers_in_order(workpool.server.events(item.session_id))
-    assert len(given_answers) == len(script)
-    assert given_answers[0] == (runner.UNKNOWN, True)
+    answers = answers_in_order(workpool.server.events(item.session_id))
+    assert len(answers) == len(script)
+    assert answers[0] == (session_answerer.UNKNOWN_OUTCOME, True)
     log = session_directory(tmp_path, item.session_id) / "workspace/log"
     done = log.read_text().split() if log.exists() else []
     assert len(done) == len(set(done))
-    succeeded = [
-        line for line, (_, error) in zip(lines, given_answers[1:], strict=True) if not error
-    ]
+    succeeded = [line for line, (_, error) in zip(lines, answers[1:], strict=True) if not error]
     assert set(succeeded) <= set(done)
 
 
 async def test_stop_request_lets_running_call_end(
     workpool: Kit, make_toolset: Make, tmp_path: Path
 ) -> None:
-    script = [bash_use("touch ready; sleep 0.3; echo done"), bash_use("echo never")]
+    script = [bash_use(f"touch ready; {WAIT_FOR_GO}; echo done"), bash_use("echo never")]
     [item] = workpool.enqueue(script=script)
     async with workpool.pool(make_toolset()):
         await wait_for_command(tmp_path, item.session_id)
         workpool.stop(item)
+        await workpool.wait_for(StopRequested)
+        (session_directory(tmp_path, item.session_id) / "workspace/go").touch()
         finished = await workpool.wait_for(SessionFinished)
     assert finished.outcome == "stopped"
     assert answers_in_order(workpool.server.events(item.session_id)) == [("done\n", False)]
@@ -359,13 +390,15 @@ async def test_drain_lets_running_call_end_and_releases_remaining_calls(
     workpool: Kit, make_toolset: Make, tmp_path: Path
 ) -> None:
     script = [
-        bash_use("touch ready; sleep 0.3; echo 1 | tee -a log"),
+        bash_use(f"touch ready; {WAIT_FOR_GO}; echo 1 | tee -a log"),
         bash_use("echo 2 | tee -a log"),
     ]
     [item] = workpool.enqueue(script=script)
     toolset = make_toolset()
-    async with workpool.pool(toolset):
+    async with workpool.pool(toolset) as pool:
         await wait_for_command(tmp_path, item.session_id)
+        pool.request_drain(timeout=None)
+        (session_directory(tmp_path, item.session_id) / "workspace/go").touch()
     expire_lease(workpool.server, item.id)
     async with workpool.pool(toolset):
         await workpool.wait_for(SessionFinished, count=2)
@@ -387,11 +420,12 @@ async def test_call_with_unknown_result_is_answered_with_error_and_not_run(
     [call] = [e["id"] for e in workpool.server.events(item.session_id) if "name" in e]
     folder = session_directory(tmp_path, item.session_id)
     journal = await open_earlier_journal(folder)
-    await journal.begin(call)  # Then the worker crashes.
+    # The earlier worker has crashed here.
+    await journal.begin_call(call)
     async with workpool.pool(make_toolset()):
         await workpool.wait_for(SessionFinished)
-    given_answers = answers_in_order(workpool.server.events(item.session_id))
-    assert given_answers == [(runner.UNKNOWN, True), ("(no output)", False)]
+    answers = answers_in_order(workpool.server.events(item.session_id))
+    assert answers == [(session_answerer.UNKNOWN_OUTCOME, True), ("(no output)", False)]
     assert (folder / "workspace/log").read_text() == "2\n"
 
 
@@ -402,8 +436,8 @@ async def test_result_computed_before_crash_is_sent_without_second_run(
     [call] = [e["id"] for e in workpool.server.events(item.session_id) if "name" in e]
     folder = session_directory(tmp_path, item.session_id)
     journal = await open_earlier_journal(folder)
-    await journal.begin(call)
-    await journal.finish(call, Result.of("computed before"))
+    await journal.begin_call(call)
+    await journal.store_result(call, ToolResult.from_value("computed before"))
     async with workpool.pool(make_toolset()):
         await workpool.wait_for(SessionFinished)
     assert answers_in_order(workpool.server.events(item.session_id)) == [("computed before", False)]
@@ -420,8 +454,8 @@ async def test_interrupt_sends_result_that_was_computed_before(
     folder = session_directory(tmp_path, item.session_id)
     journal = await open_earlier_journal(folder)
     for call in calls:
-        await journal.begin(str(call["id"]))
-    await journal.finish(str(calls[1]["id"]), Result.of("computed before"))
+        await journal.begin_call(str(call["id"]))
+    await journal.store_result(str(calls[1]["id"]), ToolResult.from_value("computed before"))
     async with workpool.pool(make_toolset()), WorkClient(workpool.settings()) as client:
         await client.events(item.session_id).send({"type": "user.interrupt"})
         workpool.server.emit(item.session_id, idle)
@@ -440,14 +474,14 @@ async def test_call_possibly_begun_on_another_machine_is_not_executed(
     expire_lease(workpool.server, item.id)
     async with workpool.pool(make_toolset(state=str(tmp_path / "elsewhere"))):
         await workpool.wait_for(SessionFinished, count=2)
-    given_answers = answers_in_order(workpool.server.events(item.session_id))
-    assert given_answers == [(runner.UNKNOWN, True), ("2\n", False)]
+    answers = answers_in_order(workpool.server.events(item.session_id))
+    assert answers == [(session_answerer.UNKNOWN_OUTCOME, True), ("2\n", False)]
 
 
 async def test_call_begun_elsewhere_between_two_runs_here_is_not_executed_again(
     workpool: Kit, make_toolset: Make, tmp_path: Path
 ) -> None:
-    """The session runs here, elsewhere and here again; the journal here lacks the second run."""
+    """The session runs here, on another machine and here again, without that run in its journal."""
     side = tmp_path / "side"
     ready = [tmp_path / "ready1", tmp_path / "ready2"]
     script = [
@@ -463,20 +497,24 @@ async def test_call_begun_elsewhere_between_two_runs_here_is_not_executed_again(
         expire_lease(workpool.server, item.id)
     async with workpool.pool(make_toolset(state=str(tmp_path / "here"))):
         await workpool.wait_for(SessionFinished, count=3)
-    given_answers = answers_in_order(workpool.server.events(item.session_id))
-    assert given_answers == [(runner.UNKNOWN, True), (runner.UNKNOWN, True), ("3\n", False)]
+    answers = answers_in_order(workpool.server.events(item.session_id))
+    assert answers == [
+        (session_answerer.UNKNOWN_OUTCOME, True),
+        (session_answerer.UNKNOWN_OUTCOME, True),
+        ("3\n", False),
+    ]
     assert side.read_text() == "2\n"
 
 
 async def test_call_is_not_begun_before_item_names_journal(
     workpool: Kit, make_toolset: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    async def refuse_update(*_: object) -> None:
+    async def raise_transient_error(*_: object) -> None:
         raise TransientError("update", None, "no answer", reason="network")
 
     toolset = make_toolset()
     with monkeypatch.context() as patch:
-        patch.setattr(Session, "update_metadata", refuse_update)
+        patch.setattr(Session, "update_metadata", raise_transient_error)
         result = await workpool.run_session(toolset, script=[bash_use("echo 1 | tee -a log")])
     assert result.outcome == "released"
     folder = session_directory(tmp_path, result.item.session_id)
@@ -497,12 +535,12 @@ async def test_result_computed_on_full_disk_is_sent_nevertheless(
 
     monkeypatch.setattr(CallJournal, "_temporary_file", raise_disk_full)
     result = await workpool.run_session(make_toolset(), script=[bash_use("echo 1")])
-    assert result.outcome == "released"  # without a journal no call may run
+    assert result.outcome == "released"
     assert answers_in_order(result.events) == []
     monkeypatch.undo()
     expire_lease(workpool.server, result.item.id)
 
-    monkeypatch.setattr("workpool.testing.kit.WAIT_SECONDS", 60.0)
+    monkeypatch.setattr("workpool.testing.kit.WAIT_SECONDS", WAIT_SECONDS)
     monkeypatch.setattr(CallJournal, "_write_result", raise_disk_full)
     async with workpool.pool(make_toolset()):
         await workpool.wait_for(SessionFinished, count=2)
@@ -531,7 +569,7 @@ async def test_idle_time_counts_from_last_end_of_turn(workpool: Kit, make_toolse
     use = {"type": "agent.tool_use", "name": "Bash", "input": {"command": "echo 1"}}
     workpool.server.emit(item.session_id, idle, {"type": "session.status_running"})
     async with workpool.pool(make_toolset()), WorkClient(workpool.settings()) as client:
-        async with asyncio.timeout(20), client.events(item.session_id).stream() as stream:
+        async with asyncio.timeout(WAIT_SECONDS), client.events(item.session_id).stream() as stream:
             async for event in stream:
                 if event["type"] == "session.status_running":
                     workpool.server.emit(item.session_id, use)

@@ -18,25 +18,29 @@ import pytest
 from workpool_toolset.isolation import BASH, Bubblewrap, NoIsolation, ProcessLimits
 from workpool_toolset.shell import BashShell, ShellEnded
 
+WAIT_SECONDS = 50.0
+"""The time limit of a wait, which a loaded machine does not exceed."""
 
-def process_descriptors(mark: str) -> list[int]:
-    """Return descriptors of all processes with this word in their command line."""
+
+def process_descriptors(word: str) -> list[int]:
+    """Return pidfds of all processes that have this word in their command line."""
     found = []
     for path in Path("/proc").glob("[0-9]*/cmdline"):
         with contextlib.suppress(FileNotFoundError, ProcessLookupError):
-            if mark.encode() in path.read_bytes().split(b"\0"):
+            if word.encode() in path.read_bytes().split(b"\0"):
                 found.append(os.pidfd_open(int(path.parent.name)))
     return found
 
 
 async def wait_for_end(*processes: int) -> None:
-    """Wait until all these processes have ended, and close their descriptors."""
+    """Wait until the processes of these pidfds have ended, and close the pidfds."""
     loop = asyncio.get_running_loop()
     for process in processes:
         over = asyncio.Event()
-        loop.add_reader(process, over.set)  # The descriptor of an ended process is readable.
+        # The pidfd of an ended process is readable.
+        loop.add_reader(process, over.set)
         try:
-            async with asyncio.timeout(10):
+            async with asyncio.timeout(WAIT_SECONDS):
                 await over.wait()
         finally:
             loop.remove_reader(process)
@@ -56,7 +60,7 @@ async def test_shell_keeps_directory_variables_and_functions_between_calls(agent
         ("echo out; echo err >&2", "out\nerr\n"),
         ("printf 'no newline'", "no newline"),
         ("true", "(no output)"),
-        ("cat", "(no output)"),  # standard input is empty
+        ("cat", "(no output)"),
         ("printf '\\e[1;31mred\\e[0m \\e]0;title\\a'", "red "),
         ("printf 'a\\xffb'", "a\ufffdb"),
         ("echo a\n\n# comment\necho b", "a\nb\n"),
@@ -70,7 +74,7 @@ async def test_shell_output_is_returned_without_control_sequences(
     assert await agent.call_successfully("bash", command=command) == output
 
 
-async def test_shell_that_echoes_its_input_does_not_confuse_end_marker(agent: Any) -> None:
+async def test_output_of_shell_that_echoes_its_input_is_complete(agent: Any) -> None:
     shown_output = await agent.call_successfully("bash", command="set -vx; echo 1")
     assert "\n1\n" in shown_output
     assert "2\n" in await agent.call_successfully("bash", command="set +vx; echo 2")
@@ -85,7 +89,7 @@ async def test_failed_command_returns_its_output_and_exit_status(agent: Any) -> 
     assert await agent.call_successfully("bash", command="echo still here") == "still here\n"
 
 
-async def test_long_shell_output_keeps_its_end(agent: Any) -> None:
+async def test_long_shell_output_is_cut_at_its_beginning(agent: Any) -> None:
     shown_output = await agent.call_successfully("bash", command="seq 1 200000")
     assert shown_output.startswith("[output truncated]\n")
     assert shown_output.endswith("\n199999\n200000\n")
@@ -93,12 +97,23 @@ async def test_long_shell_output_keeps_its_end(agent: Any) -> None:
 
 
 async def test_command_beyond_timeout_is_killed_with_its_shell(agent: Any) -> None:
-    failed = await agent.call_with_error("bash", command="echo before; sleep 600", timeout_ms=300)
-    assert failed.startswith("before\n\nkilled after 0.3 s")
+    failed = await agent.call_with_error("bash", command="sleep 600", timeout_ms=300)
+    assert failed.startswith("killed after 0.3 s")
     assert "restart=true" in failed
     assert "restart=true" in await agent.call_with_error("bash", command="echo x")
     assert await agent.call_successfully("bash", restart=True) == "bash session restarted"
     assert await agent.call_successfully("bash", command="echo x") == "x\n"
+
+
+async def test_output_of_running_command_is_available_before_its_end(
+    workspace_directory: Path,
+) -> None:
+    shell = BashShell(BASH, {"PATH": os.environ["PATH"]}, workspace_directory)
+    async with asyncio.timeout(WAIT_SECONDS), asyncio.TaskGroup() as group:
+        running = group.create_task(shell.run_command("echo before; sleep 600"))
+        while shell.output_so_far != "before\n":  # noqa: ASYNC110 - the shell reports no event
+            await asyncio.sleep(0.01)
+        running.cancel()
 
 
 async def test_command_that_exits_shell_reports_status_and_restart_option(agent: Any) -> None:
@@ -107,20 +122,16 @@ async def test_command_that_exits_shell_reports_status_and_restart_option(agent:
     assert await agent.call_successfully("bash", command="echo new", restart=True) == "new\n"
 
 
-async def test_exit_with_running_background_job_ends_shell_at_once(agent: Any) -> None:
-    async with asyncio.timeout(10):  # This is half of the command's time limit.
-        failed = await agent.call_with_error("bash", command="sleep 60.253 & echo bye; exit 7")
+async def test_exit_of_shell_does_not_wait_for_background_job(agent: Any) -> None:
+    failed = await agent.call_with_error("bash", command="sleep 60.253 & echo bye; exit 7")
     assert failed == "bye\n\nthe shell ended with status 7; use restart=true for a new one"
     await wait_for_end(*process_descriptors("60.253"))
 
 
-async def test_exit_with_endlessly_printing_background_job_ends_shell_at_once(
+async def test_exit_of_shell_does_not_wait_for_background_job_that_prints_endlessly(
     agent_without_sandbox: Any,
 ) -> None:
-    async with asyncio.timeout(10):
-        failed = await agent_without_sandbox.call_with_error(
-            "bash", command="yes & sleep 0.1; exit 7"
-        )
+    failed = await agent_without_sandbox.call_with_error("bash", command="yes & sleep 0.1; exit 7")
     assert failed.endswith("the shell ended with status 7; use restart=true for a new one")
 
 
@@ -131,60 +142,63 @@ async def test_output_before_exit_is_returned_completely(agent: Any) -> None:
 
 
 @pytest.mark.parametrize("redirection", ["1>/dev/null", ">&-", "&>/dev/null", ">log 199>&-"])
-async def test_command_that_redirects_output_permanently_ends(agent: Any, redirection: str) -> None:
-    async with asyncio.timeout(10):
-        assert await agent.call_successfully("bash", command=f"exec {redirection}") == "(no output)"
-        assert await agent.call_with_error("bash", command="(exit 3)") == "exit status 3"
-        assert await agent.call_successfully("bash", command="echo told >&2") == "told\n"
+async def test_redirection_of_shell_output_does_not_affect_later_commands(
+    agent: Any, redirection: str
+) -> None:
+    assert await agent.call_successfully("bash", command=f"exec {redirection}") == "(no output)"
+    assert await agent.call_with_error("bash", command="(exit 3)") == "exit status 3"
+    assert await agent.call_successfully("bash", command="echo later >&2") == "later\n"
 
 
 async def test_commands_do_not_inherit_descriptor_of_end_marker(agent: Any) -> None:
     shown_output = await agent.call_successfully("bash", command="ls -1 /proc/self/fd")
-    assert shown_output == "0\n1\n2\n3\n"  # 3 is the descriptor of the directory
+    # 3 is the descriptor of the listed directory.
+    assert shown_output == "0\n1\n2\n3\n"
 
 
-MARK = f"test-of-{os.getpid()}"  # the same tests may run in several processes at once
+PROCESS_WORD = f"test-of-{os.getpid()}"
+"""A word in the command lines of test processes, different in each process that runs tests."""
 
 
-def start_two(program: str) -> str:
-    """Return a command that starts two processes and ends when both run.
+def two_processes_command(program: str) -> str:
+    """Return a command that starts two background processes and ends when both run.
 
-    They use builtins only: a shell that forks shows its command line twice for a moment.
+    The processes use builtins only: a shell that forks shows its command line twice for a moment.
     """
-    start = f'for n in 1 2; do {program} -c ": >up$n; : <stay" {MARK} & done'
+    start = f'for n in 1 2; do {program} -c ": >up$n; : <stay" {PROCESS_WORD} & done'
     wait = "until [ -e up1 -a -e up2 ]; do sleep 0.02; done"
     return f"rm -f up* stay; mkfifo stay; {start}; {wait}"
 
 
 async def test_closed_shell_leaves_no_process_of_its_group(agent_without_sandbox: Any) -> None:
+    start_two = two_processes_command("sh")
     await agent_without_sandbox.call_successfully(
-        "bash", command=f"trap '' TERM; {start_two('sh')}; trap - TERM; {start_two('sh')}"
+        "bash", command=f"trap '' TERM; {start_two}; trap - TERM; {start_two}"
     )
-    processes = process_descriptors(MARK)
+    processes = process_descriptors(PROCESS_WORD)
     assert len(processes) == 4
-    await agent_without_sandbox.toolbox.close()
+    await agent_without_sandbox.toolbox.close_shell()
     await wait_for_end(*processes)
 
 
 async def test_closed_sandbox_leaves_no_process_in_other_process_groups(
     agent_with_sandbox: Any,
 ) -> None:
-    await agent_with_sandbox.call_successfully("bash", command=start_two("setsid sh"))
-    processes = process_descriptors(MARK)
+    await agent_with_sandbox.call_successfully("bash", command=two_processes_command("setsid sh"))
+    processes = process_descriptors(PROCESS_WORD)
     assert len(processes) == 2
-    await agent_with_sandbox.toolbox.close()
+    await agent_with_sandbox.toolbox.close_shell()
     await wait_for_end(*processes)
 
 
 async def test_cancelled_command_kills_its_shell(agent: Any, workspace_directory: Path) -> None:
     os.mkfifo(workspace_directory / "ready")
     (workspace_directory / "ready").chmod(0o666)
-    async with asyncio.timeout(20), asyncio.TaskGroup() as group:
+    async with asyncio.timeout(WAIT_SECONDS), asyncio.TaskGroup() as group:
         command = "trap '' TERM; echo > ready; sleep 60.127"
         calling = group.create_task(agent.call_tool("bash", command=command))
         await asyncio.to_thread((workspace_directory / "ready").read_text)
         calling.cancel()
-    # the processes are killed at once, but their end takes a moment
     await wait_for_end(*process_descriptors("60.127"))
     assert "restart" in await agent.call_with_error("bash", command="echo x")
 
@@ -201,9 +215,9 @@ async def test_shell_whose_closing_is_cancelled_during_exit_leaves_no_process(
         return status
 
     shell = BashShell(BASH, {"PATH": os.environ["PATH"]}, workspace_directory)
-    async with asyncio.timeout(20), asyncio.TaskGroup() as group:
-        await shell.run_command(f"trap '' TERM; {start_two('sh')}; trap - TERM")
-        processes = process_descriptors(MARK)
+    async with asyncio.timeout(WAIT_SECONDS), asyncio.TaskGroup() as group:
+        await shell.run_command(f"trap '' TERM; {two_processes_command('sh')}; trap - TERM")
+        processes = process_descriptors(PROCESS_WORD)
         assert len(processes) == 2
         with monkeypatch.context() as patch:
             patch.setattr(asyncio.subprocess.Process, "wait", cancel_at_exit)
@@ -225,10 +239,11 @@ async def test_sandbox_of_killed_worker_ends(
         "python3", "-c", script, *words, stdout=asyncio.subprocess.PIPE
     )
     assert worker.stdout
-    async with asyncio.timeout(20):
+    async with asyncio.timeout(WAIT_SECONDS):
         assert await worker.stdout.readline() == b"up\n"
         worker.kill()
-        assert await worker.stdout.read() == b""  # no process holds the pipe
+        # The read ends when no process has the pipe open anymore.
+        assert await worker.stdout.read() == b""
         await worker.wait()
 
 
@@ -267,7 +282,7 @@ async def test_sandbox_enforces_limits_of_memory_files_and_processes(
 def test_sandbox_of_worker_without_root_hides_host_files(
     sandbox: Bubblewrap, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    # the system's own Python
+    # The other user may not be able to run the Python of the virtual environment.
     monkeypatch.setattr(sys, "executable", shutil.which("python3", path=os.defpath))
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
@@ -278,7 +293,7 @@ def test_sandbox_of_worker_without_root_hides_host_files(
             "touch made; id -u; df -m --output=size /tmp /dev/shm | tail -n 2;"
             " cat /etc/shadow; unshare -U id"
         )
-        done = subprocess.run(  # noqa: S603 - ours
+        done = subprocess.run(  # noqa: S603 - no input from outside
             other.command_line("s", folder, [*BASH, "-c", script]),
             env=other.environment(None),
             capture_output=True,
@@ -306,11 +321,13 @@ def test_sandbox_of_root_gives_each_session_its_own_user() -> None:
 
 
 async def test_shell_that_has_not_answered_yet_is_sent_no_command(tmp_path: Path) -> None:
-    """A sandbox can outlive a worker that is killed while it starts, and must get no command."""
-    words = ["/bin/bash", "-c", "head -n 3 > said; exit 3"]
+    """A sandbox may outlive a worker that is killed during the start of the sandbox."""
+    words = ["/bin/bash", "-c", "head -n 3 > input; exit 3"]
     shell = BashShell(words, {"PATH": "/usr/bin:/bin"}, tmp_path)
     with pytest.raises(ShellEnded):
         await shell.run_command("touch made")
     assert (
-        (tmp_path / "said").read_text().startswith("exec 199>&1\neval : </dev/null 2>&199 199>&-\n")
+        (tmp_path / "input")
+        .read_text()
+        .startswith("exec 199>&1\neval : </dev/null 2>&199 199>&-\n")
     )

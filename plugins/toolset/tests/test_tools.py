@@ -1,4 +1,4 @@
-"""The common parts of all tools: input, result and time limit, and the plugin's start."""
+"""The input, results and time limits of all tools, and errors at the start of the plugin."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ import pytest
 
 from workpool import PluginError
 from workpool_toolset import ToolCall, Toolset
-from workpool_toolset.isolation import Bubblewrap, ProcessLimits, find_problem
-from workpool_toolset.results import Result
+from workpool_toolset.isolation import Bubblewrap, ProcessLimits, find_sandbox_problem
+from workpool_toolset.results import ToolResult
 from workpool_toolset.tools import CallLimits
 
 if TYPE_CHECKING:
@@ -77,18 +77,21 @@ async def test_unknown_input_fields_are_ignored(
     ],
 )
 def test_return_value_of_tool_becomes_text_blocks(value: object, content: list[str]) -> None:
-    result = Result.of(value)
+    result = ToolResult.from_value(value)
     assert [block["text"] for block in result.content] == content
     assert not result.is_error
 
 
 def test_image_block_returned_by_tool_is_kept() -> None:
     image = {"type": "image", "source": {"type": "base64", "data": "eA=="}}
-    assert Result.of([image, "text"]).content == [image, {"type": "text", "text": "text"}]
+    assert ToolResult.from_value([image, "text"]).content == [
+        image,
+        {"type": "text", "text": "text"},
+    ]
 
 
 def test_long_error_text_is_cut_to_limit() -> None:
-    [block] = Result.error("x" * 10_000).content
+    [block] = ToolResult.from_error("x" * 10_000).content
     assert len(block["text"]) == 4_001
 
 
@@ -109,24 +112,24 @@ async def test_custom_tools_run_async_on_loop_or_plain_in_thread(make_agents: An
         custom={"later": answer_later, "plain": answer_in_thread, "broken": broken_tool}
     )
     assert await agent.call_successfully("later", custom=True) == '["sess_1", true]'
-    expected = await agent.call_successfully("plain", custom=True, a=1)
-    assert expected == '{"input": {"a": 1}, "thread": false}'
+    output = await agent.call_successfully("plain", custom=True, a=1)
+    assert output == '{"input": {"a": 1}, "thread": false}'
     assert (
         await agent.call_with_error("broken", custom=True)
         == "broken: ZeroDivisionError: division by zero"
     )
     assert "class" in await agent.call_successfully("broken", custom=True, a=1)
     call = ToolCall(id="e", name="LATER", input={}, custom=True, session="s")
-    assert not agent.toolbox.owns(call)
+    assert not agent.toolbox.owns_call(call)
 
 
 async def test_unexpected_tool_error_shows_agent_no_path_of_machine(
     agent_without_sandbox: Any, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    def fail(*_: object) -> None:
+    def raise_error(*_: object) -> None:
         raise LookupError("/secret/place")
 
-    monkeypatch.setattr("workpool_toolset.files.write_file", fail)
+    monkeypatch.setattr("workpool_toolset.files.write_file", raise_error)
     assert (
         await agent_without_sandbox.call_with_error("write", file_path="a", content="b")
         == "write: LookupError"
@@ -135,32 +138,32 @@ async def test_unexpected_tool_error_shows_agent_no_path_of_machine(
 
 
 async def test_custom_tool_beyond_time_limit_fails(make_agents: Any) -> None:
-    async def sleep(_: ToolCall) -> None:
+    async def never_return(_: ToolCall) -> None:
         await asyncio.sleep(600)
 
     agent = make_agents(
-        custom={"sleep": sleep}, bounds=CallLimits(bash_seconds=20, tool_seconds=0.1)
+        custom={"sleep": never_return}, bounds=CallLimits(bash_seconds=20, tool_seconds=0.1)
     )
     assert await agent.call_with_error("sleep", custom=True) == "sleep: took more than 0.1 s"
 
 
 async def test_command_timeout_above_limit_is_reduced_to_limit(make_agents: Any) -> None:
     agent = make_agents(bounds=CallLimits(bash_seconds=20, tool_seconds=10.2))
-    expected = await agent.call_with_error("bash", command="sleep 600", timeout_ms=3_600_000)
-    assert expected.startswith("killed after 0.2 s")
+    output = await agent.call_with_error("bash", command="sleep 600", timeout_ms=3_600_000)
+    assert output.startswith("killed after 0.2 s")
 
 
-@pytest.mark.parametrize("asked", [0, -1, -0.5, float("nan"), None])
+@pytest.mark.parametrize("timeout", [0, -1, -0.5, float("nan"), None])
 async def test_command_with_timeout_of_zero_or_less_uses_default(
-    make_agents: Any, asked: object
+    make_agents: Any, timeout: object
 ) -> None:
     agent = make_agents(bounds=CallLimits(bash_seconds=0.3, tool_seconds=30))
-    expected = await agent.call_with_error("bash", command="echo ran; sleep 600", timeout_ms=asked)
-    assert expected.startswith("ran\n\nkilled after 0.3 s")
+    output = await agent.call_with_error("bash", command="sleep 600", timeout_ms=timeout)
+    assert output.startswith("killed after 0.3 s")
 
 
 @pytest.mark.parametrize(
-    ("given", "problem"),
+    ("settings", "problem"),
     [
         ({"isolation": "docker"}, "isolation must be"),
         ({"state": "/dev/null/x"}, "state /dev/null/x: Not a directory"),
@@ -181,9 +184,9 @@ async def test_command_with_timeout_of_zero_or_less_uses_default(
     ],
 )
 async def test_invalid_toolset_setting_is_error_at_start(
-    workpool: Kit, tmp_path: Path, given: dict[str, Any], problem: str
+    workpool: Kit, tmp_path: Path, settings: dict[str, Any], problem: str
 ) -> None:
-    toolset = Toolset(**{"isolation": "none", "state": str(tmp_path)} | given)
+    toolset = Toolset(**{"isolation": "none", "state": str(tmp_path)} | settings)
     with pytest.raises(PluginError) as caught:
         async with workpool.pool(toolset):
             pass
@@ -193,7 +196,7 @@ async def test_invalid_toolset_setting_is_error_at_start(
 async def test_token_file_in_directory_visible_to_sandbox_is_refused(
     workpool: Kit, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("workpool_toolset.plugin.VISIBLE", (str(tmp_path / "system"),))
+    monkeypatch.setattr("workpool_toolset.plugin.VISIBLE_PATHS", (str(tmp_path / "system"),))
     (tmp_path / "system").mkdir()
     (tmp_path / "system/token").write_text("a-token")
     (tmp_path / "link").symlink_to("system/token")
@@ -203,7 +206,9 @@ async def test_token_file_in_directory_visible_to_sandbox_is_refused(
             pass
 
 
-async def test_root_that_exposes_token_file_is_refused(workpool: Kit, tmp_path: Path) -> None:
+async def test_root_that_shows_token_file_to_sessions_is_refused(
+    workpool: Kit, tmp_path: Path
+) -> None:
     (tmp_path / "open/secrets").mkdir(parents=True)
     (tmp_path / "open/secrets/token").write_text("a-token")
     toolset = Toolset(state=str(tmp_path / "state"), read_only_roots=[str(tmp_path / "open")])
@@ -216,10 +221,10 @@ async def test_root_that_exposes_token_file_is_refused(workpool: Kit, tmp_path: 
 async def test_root_below_directory_that_sessions_can_replace_is_refused(
     workpool: Kit, tmp_path: Path
 ) -> None:
-    """A session could replace `way` between the roots `open` and `open/way/deep` by a link."""
-    deep = tmp_path / "open/way/deep"
+    """A session with the roots `open` and `open/between/deep` could replace `between` by a link."""
+    deep = tmp_path / "open/between/deep"
     deep.mkdir(parents=True)
-    ways = [str(tmp_path / "open"), str(tmp_path / "open/way")]
+    roots = [str(tmp_path / "open"), str(tmp_path / "open/between")]
 
     def make_toolset(*allowed: str, isolation: str = "none", also: tuple[str, ...] = ()) -> Toolset:
         return Toolset(
@@ -229,11 +234,11 @@ async def test_root_below_directory_that_sessions_can_replace_is_refused(
             read_only_roots=(*also, str(deep)),
         )
 
-    with pytest.raises(PluginError, match=r"deep: .*way, in root .*open, must be a root, too"):
-        async with workpool.pool(make_toolset(ways[0], isolation="bubblewrap")):
+    with pytest.raises(PluginError, match=r"deep: .*between, in root .*open, must be a root, too"):
+        async with workpool.pool(make_toolset(roots[0], isolation="bubblewrap")):
             pass
-    for fine in (make_toolset(*ways), make_toolset(also=(ways[0],))):
-        async with workpool.pool(fine):
+    for toolset in (make_toolset(*roots), make_toolset(also=(roots[0],))):
+        async with workpool.pool(toolset):
             pass
 
 
@@ -267,10 +272,10 @@ async def test_start_logs_isolation_in_force(
 async def test_sandbox_that_cannot_be_checked_is_error_at_start(
     workpool: Kit, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    async def refuse(*_: object) -> None:
+    async def raise_permission_error(*_: object) -> None:
         raise PermissionError(1, "Operation not permitted")
 
-    monkeypatch.setattr("workpool_toolset.plugin.find_problem", refuse)
+    monkeypatch.setattr("workpool_toolset.plugin.find_sandbox_problem", raise_permission_error)
     with pytest.raises(PluginError, match=r"\(Operation not permitted\)"):
         async with workpool.pool(Toolset(state=str(tmp_path / "state"))):
             pass
@@ -284,7 +289,7 @@ async def test_sandbox_check_without_answer_reports_problem(
     silent.chmod(0o755)
     monkeypatch.setattr("workpool_toolset.isolation.PROBE_SECONDS", 0.2)
     sandbox = Bubblewrap(ProcessLimits(), as_root=False, program=str(silent))
-    assert await find_problem(sandbox, tmp_path) == "bwrap did not answer"
+    assert await find_sandbox_problem(sandbox, tmp_path) == "bwrap did not answer"
 
 
 async def test_session_id_with_path_characters_is_refused(tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""Executes an agent session's tool calls in a sandboxed workspace, each answered exactly once."""
+"""A plugin of workpool that executes the tool calls of agent sessions in a sandbox."""
 
 from workpool_toolset.plugin import Toolset
 from workpool_toolset.tools import CustomTool, ToolCall

@@ -1,7 +1,7 @@
-"""The open tool calls of a session: calls for this worker that are allowed and not answered yet.
+"""The state of a session's tool calls, computed from its events.
 
-Computes only. Each event of the session is applied once, in order, whether it is from the history
-or new. Nothing here waits, sends or executes.
+Each event of the session is applied once, in order, whether it is from the history or new. This
+module does no I/O.
 """
 
 from __future__ import annotations
@@ -21,16 +21,16 @@ _RESULTS: Final = {
 }
 _CALLS: Final = {"agent.tool_use": False, "agent.custom_tool_use": True}
 _INTERRUPT: Final = "user.interrupt"
-_VERDICT: Final = "user.tool_confirmation"
+_CONFIRMATION: Final = "user.tool_confirmation"
 _THREAD_ENDED: Final = "session.thread_status_terminated"
 _NEEDS_ACTION: Final = "requires_action"
 _ENDINGS: Final = frozenset({"session.status_terminated", "session.deleted"})
-_KEEPS_CLOCK: Final = frozenset({_VERDICT, _THREAD_ENDED})
+_KEEPS_CLOCK: Final = frozenset({_CONFIRMATION, _THREAD_ENDED})
 
 
 @dataclass(slots=True)
 class _OpenCall:
-    """A call without an answer; `allowed` is None until it is decided."""
+    """A tool call without an answer. `allowed` is None until the call is allowed or denied."""
 
     call: ToolCall
     thread: str | None
@@ -40,71 +40,71 @@ class _OpenCall:
 
 @dataclass(slots=True)
 class Conversation:
-    """The state of the tool calls of one session.
+    """The tool calls of one session that this worker must answer.
 
     Attributes:
         session: The id of the session.
-        owns: Returns whether a call is for this worker; other calls are ignored.
-        denied: Called for each call of this worker that will never run.
-        ended: Whether the session has ended for good.
-        turn_over: Whether the last event says that the agent waits for no action.
-        agent_idle: Whether the last event says that the agent waits for something.
-        answered: The ids of calls that need no answer of this worker.
+        owns_call: Returns whether a call is for this worker. Other calls are ignored.
+        on_denied: Called for each call of this worker that is denied.
+        ended: Whether the session was terminated or deleted.
+        turn_over: Whether the agent's turn has ended and needs no action.
+        agent_idle: Whether the agent waits for a message, a confirmation or a result.
+        answered: The ids of the calls that need no answer of this worker anymore.
     """
 
     session: str
-    owns: Callable[[ToolCall], bool]
-    denied: Callable[[ToolCall], None]
+    owns_call: Callable[[ToolCall], bool]
+    on_denied: Callable[[ToolCall], None]
     ended: bool = False
     turn_over: bool = False
     agent_idle: bool = False
     answered: set[str] = field(default_factory=set)
     _open: dict[str, _OpenCall] = field(default_factory=dict)
-    _verdicts: dict[str, bool] = field(default_factory=dict)
+    _decisions: dict[str, bool] = field(default_factory=dict)
 
     @property
     def is_idle(self) -> bool:
-        """Whether the agent's turn is over, and no call waits to run or for a decision."""
+        """Whether the agent's turn has ended, and no call is open."""
         return self.turn_over and not self._open
 
     @property
     def waits_for_others(self) -> bool:
-        """Whether a person or an application must act next.
+        """Whether a person or an application must act next, not this worker.
 
-        They must decide on a call, answer one of their own tools, or begin the next turn.
+        They must confirm a call, answer a call of their own tools, or begin the next turn.
         """
         undecided = any(one.allowed is None for one in self._open.values())
         return self.next_call() is None and (undecided or self.agent_idle)
 
     def next_call(self) -> ToolCall | None:
-        """Return the oldest call to answer now; it stays until `close`."""
+        """Return the oldest call to answer now. The call stays open until `close_call`."""
         return next((o.call for o in self._open.values() if o.allowed or o.interrupted), None)
 
     def runnable_calls(self) -> list[ToolCall]:
-        """Return all calls to answer now, oldest first."""
+        """Return all calls that are allowed and not interrupted, oldest first."""
         return [o.call for o in self._open.values() if o.allowed and not o.interrupted]
 
     def is_interrupted(self, call: str) -> bool:
         """Return whether the user interrupted this call."""
-        found = self._open.get(call)
-        return found is not None and found.interrupted
+        open_call = self._open.get(call)
+        return open_call is not None and open_call.interrupted
 
     def close_call(self, call: str) -> None:
-        """Remove a call that needs nothing more."""
+        """Remove a call that needs no answer anymore."""
         self.answered.add(call)
         self._open.pop(call, None)
 
-    def apply(self, event: Event) -> None:
-        """Apply one event. A malformed or unknown one affects only the idle time."""
+    def apply_event(self, event: Event) -> None:
+        """Apply one event. Malformed and unknown events affect only the idle time."""
         kind = str(event.get("type"))
         if kind not in _KEEPS_CLOCK:
             self.agent_idle = kind == "session.status_idle"
             self.turn_over = self.agent_idle and _stop_reason(event) != _NEEDS_ACTION
         if kind in _CALLS:
             self._add_call(event, custom=_CALLS[kind])
-        elif answered := answered_call(event):
+        elif answered := answered_call_id(event):
             self.close_call(answered)
-        elif kind == _VERDICT:
+        elif kind == _CONFIRMATION:
             self._apply_decision(
                 str(event.get("tool_use_id")), allowed=event.get("result") == "allow"
             )
@@ -113,7 +113,7 @@ class Conversation:
         self.ended = self.ended or kind in _ENDINGS
 
     def _cancel_calls(self, kind: str, thread: str | None) -> None:
-        """Apply a user's interrupt or the end of a thread, each of which ends its calls."""
+        """Interrupt all open calls, or close those of a thread that has ended."""
         for name, one in list(self._open.items()):
             if kind == _INTERRUPT:
                 one.interrupted = True
@@ -121,37 +121,43 @@ class Conversation:
                 self.close_call(name)
 
     def _add_call(self, event: Event, *, custom: bool) -> None:
-        id_, name, given = event.get("id"), event.get("name"), event.get("input")
+        id_, name, fields = event.get("id"), event.get("name"), event.get("input")
         call = ToolCall(
             id=id_ if isinstance(id_, str) else "",
             name=name if isinstance(name, str) else "",
-            input=given if isinstance(given, Mapping) else {},
+            input=fields if isinstance(fields, Mapping) else {},
             custom=custom,
             session=self.session,
         )
-        if not call.id or call.id in self.answered or call.id in self._open or not self.owns(call):
+        if (
+            not call.id
+            or call.id in self.answered
+            or call.id in self._open
+            or not self.owns_call(call)
+        ):
             return
         permission = event.get("evaluated_permission", "allow")
         allowed = permission == "allow" if permission in ("allow", "deny") else None
         self._open[call.id] = _OpenCall(call, _thread_id(event), allowed)
         if allowed is None:
-            allowed = self._verdicts.get(call.id)
+            allowed = self._decisions.get(call.id)
         if allowed is not None:
             self._apply_decision(call.id, allowed=allowed)
 
     def _apply_decision(self, name: str, *, allowed: bool) -> None:
-        """Apply a decision of the server or a person, which may precede its call."""
-        self._verdicts.setdefault(name, allowed)
+        """Allow or deny a call. The decision may arrive before the call."""
+        self._decisions.setdefault(name, allowed)
         waiting = self._open.get(name)
         if waiting and not allowed:
-            self.close_call(name)  # the control plane answers this call
-            self.denied(waiting.call)
+            # The control plane answers a denied call.
+            self.close_call(name)
+            self.on_denied(waiting.call)
         elif waiting:
             waiting.allowed = True
 
 
-def answered_call(event: Event) -> str | None:
-    """Return the id of the call that this event answers, or None."""
+def answered_call_id(event: Event) -> str | None:
+    """Return the id of the call that this event answers, or None for other events."""
     name = _RESULTS.get(str(event.get("type")))
     return str(event.get(name)) if name else None
 

@@ -1,8 +1,8 @@
 """The tools that read and change one file: `read`, `write`, `edit`.
 
-Plain functions that run in a thread. They open regular files only and bound the search for lines,
-so that none occupies its thread for long. They open files through `Workspace` only, which keeps
-them inside of the roots.
+The functions run on a thread. They open regular files only and limit the search for lines, so that
+no call occupies its thread for long. They open files through `Workspace`, which accepts paths
+inside of the roots only.
 """
 
 from __future__ import annotations
@@ -26,12 +26,12 @@ if TYPE_CHECKING:
     from workpool_toolset.results import Block
     from workpool_toolset.workspace import PathTarget, Workspace
 
-SCANNED_BYTES: Final = 256 << 20
-"""Largest number of bytes that `read` searches for the lines of a range."""
+MAX_SCANNED_BYTES: Final = 256 << 20
+"""The largest number of bytes that `read` searches for the lines of a range."""
 SCAN_SECONDS: Final = 10.0
-"""Bound of that search, so that a session cannot occupy a thread of the worker."""
-EDITED_CHARACTERS: Final = 32 * 1024 * 1024
-"""Largest size of the result of an edit: `replace_all` could multiply a file a million times."""
+"""The time limit of the search for the lines of a range, in seconds."""
+MAX_EDITED_CHARACTERS: Final = 32 * 1024 * 1024
+"""The largest size of a file after an edit, which `replace_all` could multiply many times."""
 
 CHUNK_BYTES: Final = 64 * 1024
 IMAGES: Final = {
@@ -41,13 +41,13 @@ IMAGES: Final = {
     ".gif": "image/gif",
     ".webp": "image/webp",
 }
-LAST: Final = 1 << 62
-"""The end of a range for which none is given."""
+LAST_LINE: Final = 1 << 62
+"""The last line of a range without an end."""
 
 
 @dataclass(frozen=True, slots=True)
 class FileSizeLimits:
-    """The largest files that the tools take, in bytes.
+    """The size limits of files for the tools, in bytes.
 
     Attributes:
         text: Text for `read` and `edit`.
@@ -56,11 +56,11 @@ class FileSizeLimits:
     """
 
     text: int = 256 * 1024
-    image: int = 5 * 1024 * 1024 * 3 // 4  # 5 MiB of base64
+    image: int = 5 * 1024 * 1024 * 3 // 4  # The base64 text of such an image has 5 MiB.
     pdf: int = 20 * 1024 * 1024
 
 
-SIZES: Final = FileSizeLimits()
+DEFAULT_SIZE_LIMITS: Final = FileSizeLimits()
 """The default limits."""
 
 
@@ -72,27 +72,27 @@ def read_file(
     Args:
         workspace: The roots of the session.
         path: The path, as the session wrote it.
-        view_range: First and last line, from 1; a last line of 0 or less is the file's.
+        view_range: The first and the last line, from 1. A last line of 0 or less is the end.
         sizes: The limits.
 
     Raises:
         ToolError: The file cannot be read. The text is for the agent.
     """
-    with workspace.open_parent(path) as spot, _open_regular(spot, path) as (file, size):
+    with workspace.open_parent(path) as spot, _open_regular_file(spot, path) as (file, size):
         suffix = posixpath.splitext(spot.name)[1].lower()
         if suffix in IMAGES or suffix == ".pdf":
             if view_range:
                 raise ToolError(f"{path}: view_range is for text files only")
             limit = sizes.pdf if suffix == ".pdf" else sizes.image
-            return [_encode_block(_read_whole(file, path, size, limit), suffix)]
+            return [_encode_block(_read_whole_file(file, path, size, limit), suffix)]
         if view_range:
             return _read_lines(file, path, view_range, sizes.text)
         hint = "; read it in parts with view_range=[start, end]"
-        return _decode_text(_read_whole(file, path, size, sizes.text, hint), path)
+        return _decode_text(_read_whole_file(file, path, size, sizes.text, hint), path)
 
 
 def write_file(workspace: Workspace, path: str, content: str) -> str:
-    """Replace or create a file and its directories. Newlines are not converted."""
+    """Create or replace a file, and create its directories. Newlines are not converted."""
     encoded = _encode_text(content)
     with workspace.open_parent(path, write=True, make=True) as spot:
         _replace_file(spot, path, encoded)
@@ -107,14 +107,14 @@ def edit_file(
     replace_all: bool = False,
     sizes: FileSizeLimits,
 ) -> str:
-    """Replace the one occurrence of `change[0]`, or all of them, by `change[1]`."""
+    """Replace the text `change[0]` of a file, which must occur once or be replaced everywhere."""
     old, new = change
     if not old or old == new:
         raise ToolError("old_string must not be empty, nor equal to new_string")
     with workspace.open_parent(path, write=True) as spot:
-        with _open_regular(spot, path) as (file, size):
+        with _open_regular_file(spot, path) as (file, size):
             hint = "; change it with bash, for example with sed"
-            text = _decode_text(_read_whole(file, path, size, sizes.text, hint), path)
+            text = _decode_text(_read_whole_file(file, path, size, sizes.text, hint), path)
         count = text.count(old)
         if count == 0:
             raise ToolError(f"{path}: old_string was not found")
@@ -122,41 +122,42 @@ def edit_file(
             raise ToolError(
                 f"{path}: old_string occurs {count} times; make it unique, or use replace_all"
             )
-        if len(text) + count * (len(new) - len(old)) > EDITED_CHARACTERS:
-            raise ToolError(f"{path}: would be larger than {EDITED_CHARACTERS} characters")
+        if len(text) + count * (len(new) - len(old)) > MAX_EDITED_CHARACTERS:
+            raise ToolError(f"{path}: would be larger than {MAX_EDITED_CHARACTERS} characters")
         _replace_file(spot, path, _encode_text(text.replace(old, new)))
     return f"replaced {count} occurrence{'s' if count > 1 else ''} in {path}"
 
 
 @contextlib.contextmanager
-def _open_regular(spot: PathTarget, path: str) -> Iterator[tuple[BinaryIO, int]]:
-    """Open a regular file. Its type is checked first, since opening a device may have effects."""
-    _check_regular(os.stat(spot.name, dir_fd=spot.directory, follow_symlinks=False), path)
-    # O_NONBLOCK: a pipe that replaced it meanwhile must not block until it has a writer.
+def _open_regular_file(spot: PathTarget, path: str) -> Iterator[tuple[BinaryIO, int]]:
+    """Open a regular file, after a check of its type: to open a device may have effects."""
+    _check_regular_file(os.stat(spot.name, dir_fd=spot.directory, follow_symlinks=False), path)
+    # O_NONBLOCK: a pipe that has replaced the file meanwhile would block until it has a writer.
     flags = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
     with os.fdopen(os.open(spot.name, flags, dir_fd=spot.directory), "rb") as file:
         found = os.fstat(file.fileno())
-        _check_regular(found, path)
+        _check_regular_file(found, path)
         yield file, found.st_size
 
 
-def _check_regular(found: os.stat_result, path: str) -> None:
+def _check_regular_file(found: os.stat_result, path: str) -> None:
     if stat.S_ISDIR(found.st_mode):
         raise ToolError(f"{path}: is a directory")
     if not stat.S_ISREG(found.st_mode):
         raise ToolError(f"{path}: not a regular file")
 
 
-def _read_whole(file: BinaryIO, path: str, size: int, limit: int, hint: str = "") -> bytes:
-    content = file.read(limit + 1) if size <= limit else b""  # The size may be outdated.
+def _read_whole_file(file: BinaryIO, path: str, size: int, limit: int, hint: str = "") -> bytes:
+    # The file may have grown after its size was read.
+    content = file.read(limit + 1) if size <= limit else b""
     if size > limit or len(content) > limit:
         raise ToolError(f"{path}: larger than {limit} bytes{hint}")
     return content
 
 
 def _read_lines(file: BinaryIO, path: str, view_range: tuple[int, int], limit: int) -> str:
-    """Return the lines of a range, read in chunks: a line may be as long as the file."""
-    start, end = view_range[0], view_range[1] if view_range[1] > 0 else LAST
+    """Return the lines of a range. The file is read in chunks, because a line may be very long."""
+    start, end = view_range[0], view_range[1] if view_range[1] > 0 else LAST_LINE
     if end < start:
         raise ToolError("view_range is [start, end], from 1; an end of 0 is the end of the file")
     kept, line, last = bytearray(), 1, b""
@@ -176,19 +177,19 @@ def _read_lines(file: BinaryIO, path: str, view_range: tuple[int, int], limit: i
 
 
 def _selected_lines(chunk: bytes, first: int, last: int) -> bytes:
-    """Return the lines of a chunk from `first` (0 or less: its beginning) to `last`."""
+    """Return the lines `first` to `last` of a chunk; a `first` of 0 or less is its beginning."""
     lines = chunk.split(b"\n")
     ended = last + 1 < len(lines)
     return b"\n".join(lines[max(first, 0) : last + 1]) + (b"\n" if ended else b"")
 
 
 def _read_chunks(file: BinaryIO, path: str) -> Iterator[bytes]:
-    """Yield the chunks of a file, within the bounds of a search."""
-    latest, read = time.monotonic() + SCAN_SECONDS, 0
+    """Yield the chunks of a file, within the limits of bytes and time of a search."""
+    deadline, read = time.monotonic() + SCAN_SECONDS, 0
     while chunk := file.read(CHUNK_BYTES):
         yield chunk
         read += len(chunk)
-        if read >= SCANNED_BYTES or time.monotonic() > latest:
+        if read >= MAX_SCANNED_BYTES or time.monotonic() > deadline:
             raise ToolError(
                 f"{path}: the lines begin or end beyond the first {read} bytes, which is as far as"
                 " read goes; use bash, for example tail -c or dd"
@@ -207,12 +208,12 @@ def _encode_block(content: bytes, suffix: str) -> Block:
 
 
 def _replace_file(spot: PathTarget, path: str, content: bytes) -> None:
-    """Write to a temporary name, then rename: no reader sees an unfinished file."""
+    """Write a temporary file and rename it, so that no reader sees an unfinished file."""
     mode = 0o644
     with contextlib.suppress(FileNotFoundError):
         found = os.stat(spot.name, dir_fd=spot.directory, follow_symlinks=False)
-        _check_regular(found, path)
-        # The mode is never setuid: the owner may change below.
+        _check_regular_file(found, path)
+        # The setuid bit is dropped, because the owner may change below.
         mode = stat.S_IMODE(found.st_mode) & 0o777
     temporary = f".{secrets.token_hex(8)}.tmp"
     flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
@@ -231,7 +232,7 @@ def _replace_file(spot: PathTarget, path: str, content: bytes) -> None:
 
 
 def _decode_text(content: bytes, path: str, *, final: bool = True) -> str:
-    """Decode strictly. Unless `final`, an incomplete last character is left out."""
+    """Decode UTF-8 text. If not `final`, an incomplete last character is dropped."""
     try:
         return codecs.getincrementaldecoder("utf-8")().decode(content, final)
     except UnicodeDecodeError:

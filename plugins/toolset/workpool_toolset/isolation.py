@@ -1,13 +1,13 @@
-"""The isolation of a session's commands from the machine: none, or bubblewrap.
+"""The isolation of a session's commands from the machine: none, or a sandbox of bubblewrap.
 
-Owns the command line of the sandbox and the test at start that it works here. Inside, a command
-sees the programs of the system (read-only) and the workspace. It has process and network
+This module has the command line of the sandbox, and a check that the sandbox works here. Inside, a
+command sees the programs of the system (read-only) and the workspace. It has process and network
 namespaces, rlimits and a session keyring of its own, so it cannot read the worker's environment and
 files.
 
-A worker that runs as root gives each session a user id of its own: root is exempt from
-RLIMIT_NPROC, and would own /proc/sys. The sandboxes of another worker are user namespaces that
-cannot create further ones. See plugins/toolset/README.md, "Isolation".
+A worker that runs as root gives each session a user id of its own, because root is exempt from
+RLIMIT_NPROC and would own /proc/sys. The sandboxes of other workers are user namespaces that cannot
+create further namespaces. See plugins/toolset/README.md, "Isolation".
 """
 
 from __future__ import annotations
@@ -34,19 +34,22 @@ if TYPE_CHECKING:
 HOME: Final = "/workspace"
 """The path of the workspace inside of a sandbox."""
 
-ALLOWED: Final = ("PATH", "HOME", "LANG", "TZ", "TMPDIR")
-"""The variables of the worker that a command gets; the others include the token."""
+INHERITED_VARIABLES: Final = ("PATH", "HOME", "LANG", "TZ", "TMPDIR")
+"""The variables of the worker that a command gets. Other variables may contain the token."""
 
 SETPRIV: Final = "/usr/bin/setpriv"
 MOUNT: Final = "/usr/bin/mount"
 _LAUNCHER: Final = str(Path(launcher.__file__).resolve())
 _SHARED: Final = ".shm"
 INODE_BYTES: Final = 16 * 1024
-"""Bytes of a directory in memory for each file that it may contain."""
+"""The bytes of a directory in memory for each file that the directory may contain."""
 SYSTEM_PATH: Final = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
 PROBE_SECONDS: Final = 20.0
-FIRST_USER: Final = 1_900_000_000  # This is a range that no distribution assigns.
+"""The time limit of the check of the sandbox, in seconds."""
+FIRST_USER: Final = 1_900_000_000
+"""The first user id of sessions, in a range that no distribution assigns."""
 USERS: Final = 200_000_000
+"""The number of user ids of sessions."""
 
 _ETC: Final = (
     "alternatives",
@@ -57,7 +60,7 @@ _ETC: Final = (
     "ssl/certs",
 )
 _SYSTEM: Final = ("/usr", "/bin", "/sbin", "/lib", "/lib32", "/lib64")
-VISIBLE: Final = (*_SYSTEM, *(f"/etc/{name}" for name in _ETC))
+VISIBLE_PATHS: Final = (*_SYSTEM, *(f"/etc/{name}" for name in _ETC))
 """The paths of the machine that every sandbox shows read-only."""
 _TMP: Final = "/tmp"  # noqa: S108 - the sandbox's own
 _SHM: Final = "/dev/shm"  # noqa: S108 - the sandbox's own
@@ -71,7 +74,7 @@ _QUIET: Final = {"PS1": "", "PS2": "", "TERM": "dumb"}
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ProcessLimits:
-    """The rlimits of one process of a sandbox.
+    """The resource limits of one process in a sandbox.
 
     `memory_mb` is also the size of `/tmp` and `/dev/shm` together.
     """
@@ -83,8 +86,8 @@ class ProcessLimits:
 
     def setup_script(self) -> str:
         """Return shell code that enters the workspace, sets the limits and runs its arguments."""
-        # Changes the directory here: `bwrap` of a root worker cannot enter the session's directory.
-        # -d, not -v: programs such as node reserve more address space than they use.
+        # The shell enters the directory, because `bwrap` of a root worker has no permission to.
+        # The limit is -d and not -v, because programs such as node reserve much address space.
         return (
             f"cd {HOME} && ulimit -c 0 -d {self.memory_mb * 1024} -t {self.cpu_seconds}"
             f' -u {self.processes} -f {self.file_mb * 1024} -n 4096 && exec "$@"'
@@ -92,32 +95,32 @@ class ProcessLimits:
 
 
 class Isolation(Protocol):
-    """The interface of an isolation."""
+    """The interface of `NoIsolation` and `Bubblewrap`."""
 
     @property
     def name(self) -> str:
-        """The name in the settings and the log."""
+        """The name of the isolation in the settings and the log."""
 
     @property
     def sandboxed(self) -> bool:
-        """Whether commands see only the workspace and the shown paths."""
+        """Whether commands see only the workspace and the visible paths."""
 
     def workspace_path(self, workspace: Path, /) -> str:
         """Return the path under which the session sees its workspace."""
 
     def file_owner(self, session: str, /) -> tuple[int, int] | None:
-        """Return the owner of the session's files; None: the owner of this process."""
+        """Return the user and group id of the session's files; None: those of this process."""
 
     def command_line(self, session: str, workspace: Path, words: Sequence[str], /) -> list[str]:
         """Return the command line that runs `words` for the session."""
 
     def environment(self, explicit: Mapping[str, str] | None) -> dict[str, str]:
-        """Return all variables of the session's commands."""
+        """Return all environment variables of the session's commands."""
 
 
 @dataclass(frozen=True, slots=True)
 class NoIsolation:
-    """No isolation: commands may do everything that this process may."""
+    """The isolation `none`: commands may do everything that this process may do."""
 
     name: str = field(default="none", init=False)
     sandboxed: bool = field(default=False, init=False)
@@ -127,7 +130,7 @@ class NoIsolation:
         return str(workspace)
 
     def file_owner(self, _session: str, /) -> None:
-        """Return None: files belong to the owner of this process."""
+        """Return None, because the files belong to the user of this process."""
 
     def command_line(self, _session: str, _workspace: Path, words: Sequence[str], /) -> list[str]:
         """Return `words` unchanged."""
@@ -135,18 +138,18 @@ class NoIsolation:
 
     def environment(self, explicit: Mapping[str, str] | None) -> dict[str, str]:
         """Return the allowed variables, or exactly the explicit ones."""
-        allowed = {name: os.environ[name] for name in ALLOWED if name in os.environ}
+        allowed = {name: os.environ[name] for name in INHERITED_VARIABLES if name in os.environ}
         return _QUIET | (allowed if explicit is None else dict(explicit))
 
 
 @dataclass(frozen=True, slots=True)
 class Bubblewrap:
-    """A sandbox for each shell, with `bwrap` 0.8 or later.
+    """The isolation `bubblewrap`: each shell runs in a sandbox of `bwrap` 0.8 or later.
 
     Attributes:
         limits: The limits of each process.
-        roots: Further directories to show, at the same path.
-        as_root: Whether this process is root, so that each session gets a user of its own.
+        roots: Further directories that sessions see, at the same path.
+        as_root: Whether this process is root, and each session gets a user id of its own.
         program: The path of `bwrap`.
     """
 
@@ -162,14 +165,14 @@ class Bubblewrap:
         return HOME
 
     def file_owner(self, session: str) -> tuple[int, int] | None:
-        """Return a user id for the session alone, apart from collisions of its hash."""
+        """Return a user and group id from a hash of the session's id, or None without root."""
         if not self.as_root:
             return None
         user = FIRST_USER + zlib.crc32(session.encode()) % USERS
         return user, user
 
     def command_line(self, session: str, workspace: Path, words: Sequence[str]) -> list[str]:
-        """Return the command line: `bwrap`, the user, the limits, then `words`."""
+        """Return the command line of `bwrap`, which sets user and limits and runs `words`."""
         owner = self.file_owner(session)
         user: list[str] = []
         rights = ["--unshare-user", "--disable-userns", "--cap-drop", "ALL"]
@@ -190,14 +193,15 @@ class Bubblewrap:
         """Return the allowed variables with paths of the sandbox, or exactly the explicit ones."""
         if explicit is not None:
             return _QUIET | dict(explicit)
-        inside = {"PATH": SYSTEM_PATH, "HOME": HOME, "TMPDIR": _TMP}
+        sandbox_paths = {"PATH": SYSTEM_PATH, "HOME": HOME, "TMPDIR": _TMP}
         kept = {name: os.environ[name] for name in ("LANG", "TZ") if name in os.environ}
-        return _QUIET | kept | inside
+        return _QUIET | kept | sandbox_paths
 
     def _memory_options(self) -> list[str]:
-        """Return the options for `/tmp` and `/dev/shm`, of `memory_mb` together."""
+        """Return the options for `/tmp` and `/dev/shm`, which have `memory_mb` together."""
         size = self.limits.memory_mb << 20
-        if self.as_root:  # A directory of `/tmp` becomes `/dev/shm` later.
+        if self.as_root:
+            # `_memory_script` mounts this directory of `/tmp` as `/dev/shm`.
             shared = ["--perms", "1777", "--dir", f"{_TMP}/{_SHARED}"]
             return ["--perms", "1777", "--size", str(size), "--tmpfs", _TMP, *shared]
         sizes = {_TMP: size - size // 4, _SHM: size // 4}
@@ -208,7 +212,7 @@ class Bubblewrap:
         ]
 
     def _memory_script(self) -> str:
-        """Return shell code that limits the number of files in memory, which bubblewrap cannot."""
+        """Return shell code that limits the number of files in memory; bubblewrap has no option."""
         inodes = (self.limits.memory_mb << 20) // INODE_BYTES
         return (
             f"{MOUNT} -o remount,nr_inodes={inodes} {_TMP}"
@@ -222,7 +226,7 @@ class Bubblewrap:
                 words += ["--symlink", str(folder.readlink()), str(folder)]
             elif folder.exists():
                 words += ["--ro-bind", str(folder), str(folder)]
-        words += _parent_options("/etc/ssl/certs")
+        words += _parent_directory_options("/etc/ssl/certs")
         for name in _ETC:
             words += ["--ro-bind-try", f"/etc/{name}", f"/etc/{name}"]
         words += [
@@ -236,28 +240,28 @@ class Bubblewrap:
         ]
         for name in ("/proc/keys", "/proc/key-users"):
             words += ["--ro-bind-try", "/dev/null", name]
-        # Inner directories are mounted over outer ones.
+        # Outer directories come first, so that inner ones are mounted over them.
         for root in sorted(self.roots, key=lambda root: len(root.shown)):
-            words += _parent_options(root.shown)
+            words += _parent_directory_options(root.shown)
             words += ["--bind" if root.writable else "--ro-bind", str(root.host), root.shown]
         return [*words, "--bind", str(workspace), HOME, "--chdir", "/", "--remount-ro", "/"]
 
 
-def _parent_options(path: str) -> list[str]:
-    """Return options for the parents of a path, which `bwrap` would make private."""
-    ways = [str(way) for way in reversed(Path(path).parents) if str(way) != "/"]
-    return [word for way in ways for word in ("--perms", "0755", "--dir", way)]
+def _parent_directory_options(path: str) -> list[str]:
+    """Return options that create the parents of a path as public directories."""
+    parents = [str(parent) for parent in reversed(Path(path).parents) if str(parent) != "/"]
+    return [word for parent in parents for word in ("--perms", "0755", "--dir", parent)]
 
 
-async def find_problem(sandbox: Bubblewrap, folder: Path) -> str | None:
-    """Run the sandbox once, as for a session; return its problem, or None.
+async def find_sandbox_problem(sandbox: Bubblewrap, folder: Path) -> str | None:
+    """Run a sandbox once, and return the text of its problem, or None if the sandbox works.
 
     Args:
         sandbox: The sandbox.
-        folder: The parent of the workspaces; gets a temporary directory.
+        folder: The parent of the workspaces, in which a temporary directory is created.
 
     Raises:
-        OSError: The directory cannot be created, its owner not be set, or no process started.
+        OSError: The directory or the process cannot be created.
     """
     if os.uname().machine not in launcher.CALLS:
         return f"its system calls cannot be filtered on {os.uname().machine}"
@@ -283,7 +287,7 @@ async def find_problem(sandbox: Bubblewrap, folder: Path) -> str | None:
             return "bwrap did not answer"
         finally:
             if process.returncode is None:
-                # No such process: other code has reaped it, which a uvloop loop never notices.
+                # Other code may have reaped the process, which a uvloop loop never detects.
                 with suppress(ProcessLookupError, TimeoutError):
                     process.kill()
                     async with asyncio.timeout(REAP_SECONDS):

@@ -1,12 +1,12 @@
-"""The journal of a session's calls on this machine, which survives a crash.
+"""The journal of a session's tool calls on this machine, which survives a crash.
 
-The mark of a call is on disk *before* the call is executed, and its result before it is sent. So
-after a crash each call is in one of three states: not begun (run it), begun without a result (its
-effects are unknown: say so, and never run it again), or with a result (send it, however often).
+The begin record of a call is on disk *before* the call is executed, and its result before it is
+sent. So after a crash each call is in one of three states: not begun (execute it), begun without a
+result (its effects are unknown: answer with an error and never execute it again), or with a result
+(send the result).
 
-There is one file for each fact, created in one step, and no lock: a worker that stops during a
-write blocks no other worker. The mark also separates two workers of one machine: of a worker that
-slept through its lease and the one that took the item over, only one can begin a call. See
+Each record is a file of its own, created in one step without a lock, so a suspended worker blocks
+no other worker. Of two workers on one machine that both try to begin a call, only one succeeds. See
 plugins/toolset/README.md, "Exactly once".
 """
 
@@ -19,7 +19,7 @@ import os
 import secrets
 from typing import TYPE_CHECKING, Literal
 
-from workpool_toolset.results import Result
+from workpool_toolset.results import ToolResult
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -28,102 +28,105 @@ if TYPE_CHECKING:
 
 
 class CallJournal:
-    """The journal of one session, in a directory of its own. Used on threads.
+    """The journal of one session, in a directory of its own. Files are accessed on threads.
 
     Attributes:
-        new: Whether `open` created the directory.
-        name: A name that differs from those of the session's journals on other machines.
+        is_new: Whether `open_directory` created the directory.
+        name: A random name, which journals of the session on other machines do not have.
     """
 
-    def __init__(self, folder: Path, threads: DaemonThreads) -> None:
-        self._folder = folder
+    def __init__(self, directory: Path, threads: DaemonThreads) -> None:
+        self._directory = directory
         self._threads = threads
-        self.new = False
+        self.is_new = False
         self.name = ""
 
-    async def open(self) -> None:
-        """Create the directory and its name, unless they exist."""
+    async def open_directory(self) -> None:
+        """Create the directory and the name of the journal, unless they exist."""
         await self._threads.run(self._make_directory)
 
-    async def begin(self, call: str) -> Result | Literal["new", "begun"]:
-        """Write the mark of a call. Only a call that is "new" may be executed.
+    async def begin_call(self, call: str) -> ToolResult | Literal["new", "begun"]:
+        """Write the begin record of a call. Only a call that is "new" may be executed.
 
         Returns:
-            "new"; or the result of a call that was begun before, "begun" without a result.
+            "new", or for a call that was begun before its result, or "begun" without a result.
         """
-        return await self._threads.run(self._write_mark, call)
+        return await self._threads.run(self._write_begin_record, call)
 
-    async def finish(self, call: str, result: Result) -> None:
-        """Store the result of a call until `forget`."""
+    async def store_result(self, call: str, result: ToolResult) -> None:
+        """Store the result of a call until `delete_result`."""
         await self._threads.run(self._write_result, call, result)
 
-    async def forget(self, call: str) -> None:
-        """Delete the result, which the control plane has. The mark stays."""
-        path = self._call_path(call, "result")
+    async def delete_result(self, call: str) -> None:
+        """Delete a result that the control plane has received. The begin record stays."""
+        path = self._record_path(call, "result")
         await self._threads.run(path.unlink, missing_ok=True)
 
-    def _call_path(self, call: str, fact: str) -> Path:
-        # An id is text from outside, so it is no part of a path; the mark contains it for people.
-        return self._folder / f"{hashlib.sha256(_result_bytes(call)).hexdigest()[:40]}.{fact}"
+    def _record_path(self, call: str, kind: str) -> Path:
+        # An id is text from outside and could contain path characters, so the name is its hash.
+        return self._directory / f"{hashlib.sha256(_id_bytes(call)).hexdigest()[:40]}.{kind}"
 
     def _make_directory(self) -> None:
         with contextlib.suppress(FileExistsError):
-            self._folder.mkdir(mode=0o700)
-            self.new = True
-            _sync_directory(self._folder.parent)
-        path = self._folder / "name"
+            self._directory.mkdir(mode=0o700)
+            self.is_new = True
+            _sync_directory(self._directory.parent)
+        path = self._directory / "name"
         if not path.exists():
             written = self._temporary_file(secrets.token_hex(8))
-            with contextlib.suppress(FileExistsError):  # Of two concurrent calls, one creates it.
+            # Another process may have created the file meanwhile.
+            with contextlib.suppress(FileExistsError):
                 path.hardlink_to(written)
             written.unlink()
-            _sync_directory(self._folder)
+            _sync_directory(self._directory)
         self.name = path.read_text()
 
-    def _write_mark(self, call: str) -> Result | Literal["new", "begun"]:
-        path = self._call_path(call, "begun")
+    def _write_begin_record(self, call: str) -> ToolResult | Literal["new", "begun"]:
+        path = self._record_path(call, "begun")
         try:
-            mark = path.open("xb")
+            record = path.open("xb")
         except FileExistsError:
             try:
-                return Result(**json.loads(self._call_path(call, "result").read_text()))
+                return ToolResult(**json.loads(self._record_path(call, "result").read_text()))
             except FileNotFoundError:
                 return "begun"
         try:
-            with mark:
-                mark.write(_result_bytes(call))
-            _sync_directory(self._folder)
-        except OSError:  # A call that was not begun must not look as if it was.
+            with record:
+                record.write(_id_bytes(call))
+            _sync_directory(self._directory)
+        except OSError:
+            # Otherwise the call would count as begun, although it is not executed.
             path.unlink()
             raise
         return "new"
 
-    def _write_result(self, call: str, result: Result) -> None:
+    def _write_result(self, call: str, result: ToolResult) -> None:
         text = json.dumps({"content": result.content, "is_error": result.is_error})
-        self._temporary_file(text).rename(self._call_path(call, "result"))
-        _sync_directory(self._folder)
+        self._temporary_file(text).rename(self._record_path(call, "result"))
+        _sync_directory(self._directory)
 
     def _temporary_file(self, text: str) -> Path:
-        """Write a temporary file to disk, which the block then renames or links."""
-        path = self._folder / f"{secrets.token_hex(8)}.tmp"
+        """Write a temporary file to disk and return its path, to be renamed or linked."""
+        path = self._directory / f"{secrets.token_hex(8)}.tmp"
         try:
             with path.open("x") as file:
                 file.write(text)
                 file.flush()
                 os.fsync(file.fileno())
-        except OSError:  # A full disk must not keep an incomplete file.
+        except OSError:
+            # The disk may be full, so the incomplete file is removed.
             path.unlink(missing_ok=True)
             raise
         return path
 
 
-def _result_bytes(call: str) -> bytes:
+def _id_bytes(call: str) -> bytes:
     return call.encode(errors="backslashreplace")
 
 
-def _sync_directory(folder: Path) -> None:
-    """Write a directory's entries to disk, or a power failure could lose its new files."""
-    opened = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+def _sync_directory(directory: Path) -> None:
+    """Write a directory's entries to disk, so that a power failure does not lose new files."""
+    opened = os.open(directory, os.O_RDONLY | os.O_DIRECTORY)
     try:
         os.fsync(opened)
     finally:

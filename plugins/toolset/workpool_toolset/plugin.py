@@ -1,4 +1,4 @@
-"""The plugin: its settings, its start, and its handler."""
+"""The plugin class: its settings, the checks at start, and the handler."""
 
 from __future__ import annotations
 
@@ -18,19 +18,19 @@ from workpool import (
     hookimpl,
     release_on_exhaustion,
 )
-from workpool_toolset.files import SIZES, FileSizeLimits
+from workpool_toolset.files import DEFAULT_SIZE_LIMITS, FileSizeLimits
 from workpool_toolset.isolation import (
     BASH,
-    VISIBLE,
+    VISIBLE_PATHS,
     Bubblewrap,
     Isolation,
     NoIsolation,
     ProcessLimits,
-    find_problem,
+    find_sandbox_problem,
 )
 from workpool_toolset.journal import CallJournal
-from workpool_toolset.runner import SessionAnswerer, journal_errors_as_release
 from workpool_toolset.search import SandboxCommand, SearchTools
+from workpool_toolset.session_answerer import SessionAnswerer, journal_errors_as_release
 from workpool_toolset.shell import BashShell
 from workpool_toolset.tools import (
     MARGIN_SECONDS,
@@ -65,7 +65,7 @@ def _default_state_directory() -> str:
 
 @dataclass(kw_only=True, eq=False)
 class Toolset:
-    """Executes the tool calls of sessions. The fields are its settings.
+    """Executes the tool calls of sessions. The fields are the settings of the plugin.
 
     See plugins/toolset/README.md, "Settings".
     """
@@ -88,11 +88,11 @@ class Toolset:
     """Time limit of each call, in seconds; at least 10 more than `bash_timeout`."""
     max_idle: float = 60.0
     """Seconds to wait after the end of a turn; `inf`: until the session ends."""
-    max_file_bytes: int = SIZES.text
+    max_file_bytes: int = DEFAULT_SIZE_LIMITS.text
     """The largest text file for `read` and `edit`, in bytes."""
-    max_image_bytes: int = SIZES.image
+    max_image_bytes: int = DEFAULT_SIZE_LIMITS.image
     """The largest image for `read`, in bytes."""
-    max_pdf_bytes: int = SIZES.pdf
+    max_pdf_bytes: int = DEFAULT_SIZE_LIMITS.pdf
     """The largest PDF for `read`, in bytes."""
     memory_mb: int = 4096
     """Memory of each process, and the size of `/tmp` and `/dev/shm` together, in MiB; sandboxed."""
@@ -111,26 +111,26 @@ class Toolset:
     @hookimpl
     @asynccontextmanager
     async def workpool_lifespan(self, supervisor: Supervisor) -> AsyncIterator[None]:
-        """Check the settings, test the isolation, and log which one is used."""
+        """Check the settings and the sandbox, and run the threads while the pool runs."""
         self._check_numbers()
-        state, settings = self._directory_name(), supervisor.settings
+        state, settings = self._state_directory(), supervisor.settings
         credentials = (settings.token_file, settings.api_key_file)
         private = [state, *(path for path in credentials if path)]
-        self._check_hidden_files(private)
+        self._check_private_files(private)
         try:
             state.mkdir(mode=0o700, parents=True, exist_ok=True)
         except OSError as error:
             raise PluginError(NAME, f"state {state}: {error.strerror}") from error
         self._roots = tuple(self._checked_roots(private))
         self._check_nested_roots()
-        self._tools = {name: _import_function(name, tool) for name, tool in self.tools.items()}
+        self._tools = {name: _load_custom_tool(name, tool) for name, tool in self.tools.items()}
         self._isolation = await self._choose_isolation(state)
         async with started_threads() as self._threads:
             yield
 
     @handler
     async def run(self, session: Session) -> None:
-        """Answer the session's tool calls until it ends or is idle."""
+        """Answer the tool calls of a session until the session ends or is idle."""
         isolation, threads = self._isolation, self._threads
         if isolation is None or threads is None:
             raise PluginError(NAME, "not started: its workpool_lifespan was not entered")
@@ -138,12 +138,12 @@ class Toolset:
             with journal_errors_as_release():
                 folder = await threads.files.run(self._session_directory, session.id)
                 journal = CallJournal(folder / "journal", threads.files)
-                await journal.open()
+                await journal.open_directory()
             toolbox = self._make_toolbox(session.id, folder / "workspace", isolation, threads)
             try:
-                await SessionAnswerer(session, toolbox, journal, self.max_idle).run()
+                await SessionAnswerer(session, toolbox, journal, self.max_idle).answer_session()
             finally:
-                await toolbox.close()
+                await toolbox.close_shell()
 
     def _make_toolbox(
         self, session: str, workspace: Path, isolation: Isolation, threads: ToolThreads
@@ -169,10 +169,10 @@ class Toolset:
         )
 
     def _session_directory(self, session: str) -> Path:
-        """Create the session's directory and workspace. Checks the id, which is a file name."""
+        """Check the session's id, and create the session's directory and workspace."""
         if not _SESSION.fullmatch(session):
             raise ValueError("the session's id cannot be a directory's name")
-        folder = self._directory_name() / session
+        folder = self._state_directory() / session
         workspace = folder / "workspace"
         folder.mkdir(mode=0o700, exist_ok=True)
         workspace.mkdir(mode=0o700, exist_ok=True)
@@ -181,7 +181,7 @@ class Toolset:
             os.chown(workspace, *owner)
         return folder
 
-    def _directory_name(self) -> Path:
+    def _state_directory(self) -> Path:
         return Path(os.path.realpath(Path(self.state).expanduser()))
 
     async def _choose_isolation(self, state: Path) -> Isolation:
@@ -198,7 +198,7 @@ class Toolset:
         )
         sandbox = Bubblewrap(limits, self._roots)
         try:
-            found = await find_problem(sandbox, state)
+            found = await find_sandbox_problem(sandbox, state)
         except OSError as error:
             found = error.strerror or "it cannot be run"
         if found:
@@ -218,15 +218,15 @@ class Toolset:
         if self.tool_timeout < self.bash_timeout + MARGIN_SECONDS:
             raise PluginError(NAME, f"tool_timeout must exceed bash_timeout by {MARGIN_SECONDS:g}")
 
-    def _check_hidden_files(self, private: Sequence[Path]) -> None:
-        """Check that no sandbox shows files of the worker."""
+    def _check_private_files(self, private: Sequence[Path]) -> None:
+        """Check that no sandbox shows the worker's tokens or state."""
         for path in private if self.isolation != "none" else ():
-            for place in VISIBLE:
-                if Path(os.path.realpath(path)).is_relative_to(os.path.realpath(place)):
-                    raise PluginError(NAME, f"{path}: lies in {place}, which sessions may read")
+            for visible in VISIBLE_PATHS:
+                if Path(os.path.realpath(path)).is_relative_to(os.path.realpath(visible)):
+                    raise PluginError(NAME, f"{path}: lies in {visible}, which sessions may read")
 
     def _check_nested_roots(self) -> None:
-        """Check for nested roots: a session could replace a directory between them by a link."""
+        """Refuse a root below a directory that sessions could replace by a link."""
         hosts = {root.host for root in self._roots}
         for inner in hosts:
             for outer in (root.host for root in self._roots if root.writable):
@@ -236,9 +236,9 @@ class Toolset:
                     )
 
     def _checked_roots(self, private: Sequence[Path]) -> Iterator[Root]:
-        """Return the further roots. None of them may show the token, journals or other sessions."""
-        asked = [(path, True) for path in self.allowed_roots]
-        for path, writable in [*asked, *((path, False) for path in self.read_only_roots)]:
+        """Yield the further roots, and refuse a root that shows the worker's tokens or state."""
+        writable_roots = [(path, True) for path in self.allowed_roots]
+        for path, writable in [*writable_roots, *((path, False) for path in self.read_only_roots)]:
             host = Path(os.path.realpath(path))
             if not host.is_dir():
                 raise PluginError(NAME, f"root {path}: not a directory")
@@ -248,8 +248,8 @@ class Toolset:
             yield Root(str(host), host, writable)
 
 
-def _import_function(name: str, tool: object) -> CustomTool:
-    """Return a custom tool: the function, or the one that `module:function` names."""
+def _load_custom_tool(name: str, tool: object) -> CustomTool:
+    """Return the function of a custom tool, which may be given as `module:function`."""
     if isinstance(tool, str):
         module, _, attribute = tool.partition(":")
         try:

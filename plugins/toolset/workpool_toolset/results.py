@@ -1,6 +1,6 @@
-"""The result of a tool: `Result`, and `ToolError` for an error that the agent sees.
+"""The result of a tool call, in the format that the control plane accepts.
 
-Owns the format that the control plane accepts: content blocks without lone surrogates, never empty.
+A result has at least one content block, and no lone surrogates.
 """
 
 from __future__ import annotations
@@ -13,45 +13,45 @@ from typing import Any, Final, TypeAlias
 Block: TypeAlias = dict[str, Any]
 
 NO_OUTPUT: Final = "(no output)"
-ERROR_CHARACTERS: Final = 4_000
-BLOCKS: Final = frozenset({"text", "image", "document", "search_result"})
+MAX_ERROR_CHARACTERS: Final = 4_000
+BLOCK_TYPES: Final = frozenset({"text", "image", "document", "search_result"})
 
 _SURROGATE: Final = re.compile("[\ud800-\udfff]")
 
 
 class ToolError(Exception):
-    """An error whose text the agent sees: without host paths, errno and secrets."""
+    """An error whose text is shown to the agent, without host paths, errno and secrets."""
 
 
 @dataclass(frozen=True, slots=True)
-class Result:
-    """The answer to one call: content blocks, and whether the call failed."""
+class ToolResult:
+    """The result of one call: content blocks, and whether the call failed."""
 
     content: list[Block]
     is_error: bool = False
 
     @classmethod
-    def of(cls, value: object, *, is_error: bool = False) -> Result:
-        """Return the result for text, a block, a list of these, None, or a JSON value."""
+    def from_value(cls, value: object, *, is_error: bool = False) -> ToolResult:
+        """Return the result of text, a block, a list of these, None, or another JSON value."""
         values = value if isinstance(value, list) and all(map(_is_block, value)) else [value]
         blocks = [_as_block(one) for one in values if one not in (None, "")]
         return cls(blocks or [_as_text(NO_OUTPUT)], is_error)
 
     @classmethod
-    def error(cls, text: str) -> Result:
-        """Return a failure with a text for the agent, at most 4,000 characters."""
-        cut = text if len(text) <= ERROR_CHARACTERS else text[:ERROR_CHARACTERS] + "…"
+    def from_error(cls, text: str) -> ToolResult:
+        """Return the result of a failed call, with at most 4,000 characters of the text."""
+        cut = text if len(text) <= MAX_ERROR_CHARACTERS else text[:MAX_ERROR_CHARACTERS] + "…"
         return cls([_as_text(cut)], is_error=True)
 
 
 def _is_block(value: object) -> bool:
-    return isinstance(value, str) or (isinstance(value, dict) and value.get("type") in BLOCKS)
+    return isinstance(value, str) or (isinstance(value, dict) and value.get("type") in BLOCK_TYPES)
 
 
 def _as_block(value: object) -> Block:
     if isinstance(value, str):
         return _as_text(value)
-    # Through JSON and back: content that cannot be sent must fail here, as an error of this tool.
+    # Content that JSON cannot represent fails here as an error of the tool, not when it is sent.
     plain = json.dumps(value, ensure_ascii=False, default=str)
     clean = _SURROGATE.sub("\ufffd", plain)
     if isinstance(value, dict) and _is_block(value):

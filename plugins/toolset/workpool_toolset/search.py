@@ -1,8 +1,9 @@
-"""The tools `glob` and `grep`. A search is a process that can be killed, with bounded output.
+"""The tools `glob` and `grep`, whose searches are processes with limited time and output.
 
 Ripgrep opens whole paths, so a session that replaces a directory by a link during the search could
-lead it out of the workspace. Therefore it runs only inside of the session's sandbox, where no other
-file exists. Without a sandbox, and for other roots, `walker` searches with descriptors.
+let it read files outside of the workspace. Ripgrep therefore runs only inside of the session's
+sandbox, which contains no other files. Without a sandbox, and for other roots, the program
+`walker` searches with descriptors.
 """
 
 from __future__ import annotations
@@ -19,8 +20,8 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
-from workpool_toolset import ripgrep, walker
-from workpool_toolset.results import ERROR_CHARACTERS, ToolError
+from workpool_toolset import ripgrep_search, walker
+from workpool_toolset.results import MAX_ERROR_CHARACTERS, ToolError
 from workpool_toolset.shell import REAP_SECONDS
 
 if TYPE_CHECKING:
@@ -29,9 +30,9 @@ if TYPE_CHECKING:
     from workpool_toolset.workspace import PathTarget, Workspace
 
 RIPGREP: Final = Path("/usr/bin/rg")
-"""The only `rg` that is used, so that an `rg` of the session never runs."""
+"""The path of `rg`. The PATH is not searched, so that an `rg` of the session never runs."""
 
-GREP_BYTES: Final = walker.FOUND_BYTES
+GREP_BYTES: Final = walker.MAX_OUTPUT_BYTES
 SEARCH_SECONDS: Final = 30.0
 CUT: Final = "[output truncated]\n"
 _CHUNK: Final = 64 * 1024
@@ -40,18 +41,18 @@ _WALKER: Final = str(Path(walker.__file__).resolve())
 
 @dataclass(frozen=True, slots=True)
 class SandboxCommand:
-    """The prefix and the variables for a program inside of the session's sandbox."""
+    """The command line prefix and the variables that run a program in the session's sandbox."""
 
     prefix: Sequence[str]
     environment: Mapping[str, str]
 
 
 class SearchTools:
-    """The searches of one session.
+    """The tools `glob` and `grep` of one session.
 
     Args:
         workspace: The roots that may be searched.
-        sandboxed: The session's sandbox; None without one.
+        sandboxed: The command of the session's sandbox; None without a sandbox.
     """
 
     def __init__(self, workspace: Workspace, sandboxed: SandboxCommand | None) -> None:
@@ -59,51 +60,60 @@ class SearchTools:
         self._sandboxed = sandboxed
 
     async def glob(self, pattern: str, path: str) -> str:
-        """Return the files and directories whose path matches, newest first, at most 200."""
+        """Return the paths of at most 200 matching files and directories, newest first."""
         if pattern.startswith("/") or ".." in pattern.split("/"):
             raise ToolError("the pattern must be relative, without `..`")
         roots = [(root.shown, str(root.host)) for root in self._workspace.roots]
         with self._workspace.open_directory(path) as spot:
-            asked = {"tool": "glob", "pattern": pattern, "roots": roots}
-            found = await self._run_walker(spot, asked)
+            request = {"tool": "glob", "pattern": pattern, "roots": roots}
+            found = await self._run_walker(spot, request)
         return found or "no matches"
 
     async def grep(self, pattern: str, path: str, include: str | None) -> str:
-        """Return the lines that match, as `path:line:text`."""
+        """Return the matching lines, as `path:line:text`."""
         if "\0" in pattern or "\0" in (include or ""):
             raise ToolError("the pattern holds a NUL")
         with self._workspace.open_parent(path) as spot:
             mode = os.stat(spot.name, dir_fd=spot.directory, follow_symlinks=False).st_mode
-            if not (stat.S_ISREG(mode) or stat.S_ISDIR(mode)):  # Opening a pipe would wait.
+            # To open a pipe would block.
+            if not (stat.S_ISREG(mode) or stat.S_ISDIR(mode)):
                 raise ToolError(f"{path}: neither a file nor a directory")
             is_file = stat.S_ISREG(mode)
-            if is_file and include and not walker.is_included((spot.name,), include):
+            if is_file and include and not walker.matches_include((spot.name,), include):
                 return "no matches"
             inside = spot.root is self._workspace.home
             if self._sandboxed and inside and RIPGREP.exists():
                 where = self._workspace.relative_path(spot.shown)
-                globs = () if is_file else tuple(ripgrep.glob_options(where, include))
+                globs = () if is_file else tuple(ripgrep_search.glob_options(where, include))
                 found = await self._run_ripgrep(self._sandboxed, spot, pattern, globs)
             elif is_file:
                 found = await self._run_walker(
-                    spot, _grep_script(pattern, include) | {"name": spot.name}
+                    spot, _grep_request(pattern, include) | {"name": spot.name}
                 )
             else:
                 with self._workspace.open_directory(path) as inner:
-                    found = await self._run_walker(inner, _grep_script(pattern, include))
+                    found = await self._run_walker(inner, _grep_request(pattern, include))
         return found or "no matches"
 
     async def _run_ripgrep(
         self, sandboxed: SandboxCommand, spot: PathTarget, pattern: str, globs: Sequence[str]
     ) -> str:
         where = self._workspace.relative_path(spot.shown)
-        words = [*sandboxed.prefix, str(RIPGREP), *ripgrep.OPTIONS, *globs, "-e", pattern, "--"]
-        matches = ripgrep.RipgrepMatches(GREP_BYTES)
-        _, error_text = await _run_bounded(
+        words = [
+            *sandboxed.prefix,
+            str(RIPGREP),
+            *ripgrep_search.RIPGREP_OPTIONS,
+            *globs,
+            "-e",
+            pattern,
+            "--",
+        ]
+        matches = ripgrep_search.RipgrepMatches(GREP_BYTES)
+        _, error_text = await _run_search_process(
             [*words, where or "./"], sandboxed.environment, matches.read_messages
         )
         if not matches.complete:
-            raise ToolError(ripgrep.error_text(error_text))
+            raise ToolError(ripgrep_search.regex_error_text(error_text))
         return matches.text() + (CUT if matches.cut else "")
 
     async def _run_walker(self, spot: PathTarget, request: dict[str, Any]) -> str:
@@ -114,7 +124,9 @@ class SearchTools:
         try:
             place = {"directory": directory, "shown": spot.shown, "prefix": prefix}
             words = [sys.executable, "-I", "-S", _WALKER, json.dumps(request | place)]
-            status, error_text = await _run_bounded(words, {}, output.read_output, (directory,))
+            status, error_text = await _run_search_process(
+                words, {}, output.read_output, (directory,)
+            )
         finally:
             os.close(directory)
         if status == walker.BAD_REQUEST:
@@ -124,15 +136,15 @@ class SearchTools:
         return output.text
 
 
-def _grep_script(pattern: str, include: str | None) -> dict[str, Any]:
+def _grep_request(pattern: str, include: str | None) -> dict[str, Any]:
     return {"tool": "grep", "pattern": pattern, "include": include}
 
 
 class _WalkerOutput:
-    """The findings of the walker, in whole lines.
+    """The output of the walker, cut to whole lines.
 
     Attributes:
-        text: The first part of them, and whether there is more.
+        text: The first lines, with a note if further lines are missing.
     """
 
     text = ""
@@ -140,18 +152,18 @@ class _WalkerOutput:
     async def read_output(
         self, stream: asyncio.StreamReader | None, enough: Callable[[], None]
     ) -> None:
-        """Read all output; call `enough` once there is more than fits."""
+        """Read all output, and call `enough` when the output exceeds its limit."""
         text, cut = await _first_lines(stream, GREP_BYTES, enough)
         self.text = text + (CUT if cut else "")
 
 
-async def _run_bounded(
+async def _run_search_process(
     words: Sequence[str],
     environment: Mapping[str, str],
     read: Callable[[asyncio.StreamReader | None, Callable[[], None]], Coroutine[Any, Any, None]],
     passed: tuple[int, ...] = (),
 ) -> tuple[int, str]:
-    """Run a search, and return its status and errors. Kill it if it is late or has found enough."""
+    """Run a search process within its limits, and return its exit status and error output."""
     process = await asyncio.create_subprocess_exec(
         *words,
         stdin=asyncio.subprocess.DEVNULL,
@@ -165,7 +177,7 @@ async def _run_bounded(
         async with asyncio.timeout(SEARCH_SECONDS), asyncio.TaskGroup() as group:
             group.create_task(read(process.stdout, partial(_kill_process, process)), name="found")
             error_text = group.create_task(
-                _first_lines(process.stderr, ERROR_CHARACTERS), name="errors"
+                _first_lines(process.stderr, MAX_ERROR_CHARACTERS), name="errors"
             )
             await process.wait()
     except TimeoutError:
@@ -174,16 +186,17 @@ async def _run_bounded(
         _kill_process(process)
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(REAP_SECONDS):
-                await process.communicate()  # `wait` alone would never end with an unread pipe.
+                # `wait` would not return while the pipe has unread output.
+                await process.communicate()
     return process.returncode or 0, error_text.result()[0]
 
 
 async def _first_lines(
     stream: asyncio.StreamReader | None, limit: int, on_cut: Callable[[], None] | None = None
 ) -> tuple[str, bool]:
-    """Return the first lines of a stream, and whether there was more.
+    """Return the first lines of a stream, and whether lines are missing.
 
-    Reads to the end, since a process with an unread pipe never ends.
+    The stream is read to its end, because a process cannot end while its pipe is full.
     """
     kept = bytearray()
     cut = False

@@ -1,9 +1,9 @@
-"""The bash of a session, whose commands run one after the other and share its state.
+"""The bash of a session, whose commands run one after the other and share variables and directory.
 
-A random word marks the end of a command's output. It consists of two halves, which an echo of the
-source shows separately, so no output of a command looks like the mark. The mark is written to a
+A random word, the end marker, ends the output of a command. The script contains the marker in two
+halves, so an echo of the script does not look like the marker. The marker is written to a
 descriptor that commands do not have, so `exec >file` does not redirect it. A kill ends the whole
-process group, and in a sandbox all its processes.
+process group, and in a sandbox all processes.
 """
 
 from __future__ import annotations
@@ -24,22 +24,23 @@ if TYPE_CHECKING:
     from pathlib import Path
 
 OUTPUT_BYTES: Final = 100 * 1024
+"""The largest output of a command that is returned: its last part, in bytes."""
 TRUNCATED: Final = "[output truncated]\n"
 TERM_SECONDS: Final = 1.0
-"""Seconds from SIGTERM to SIGKILL."""
+"""The seconds between SIGTERM and SIGKILL."""
 REAP_SECONDS: Final = 5.0
-"""Seconds to wait after SIGKILL; a process may be blocked in the kernel."""
+"""The longest wait after SIGKILL, in seconds. A process may be blocked in the kernel."""
 
-_MARKS: Final = 199
-"""The descriptor for the marks."""
+_MARKER_FD: Final = 199
+"""The number of the descriptor to which the shell writes end markers."""
 _CHUNK: Final = 64 * 1024
 _REST_BYTES: Final = 1024 * 1024
-"""Bytes to read after the shell's exit: the largest pipe of Linux."""
+"""The bytes that are read after the shell's exit: the largest content of a pipe."""
 _ANSI: Final = re.compile(r"\x1b(?:\[[0-?]*[ -/]*[@-~]|\][^\x07\x1b]*(?:\x07|\x1b\\)|[@-Z\\-_])")
 
 
 class ShellEnded(Exception):
-    """The shell ended during a command. The error has the output so far and the reason."""
+    """The shell ended during a command. The error has the output so far and the exit status."""
 
     def __init__(self, output: str, status: int | None) -> None:
         super().__init__(f"the shell ended with status {status}")
@@ -49,19 +50,19 @@ class ShellEnded(Exception):
 
 @dataclass(frozen=True, slots=True)
 class CommandOutput:
-    """The last part of a command's output, and its exit status; -1 if unknown."""
+    """The last part of a command's output, and its exit status, or -1 if that is unknown."""
 
     text: str
     status: int
 
 
 class BashShell:
-    """A shell that its first command starts, and that only `restart` starts again.
+    """A bash that the first command starts. After its end, only `restart` allows a new one.
 
     Args:
         words: The command line of the shell, with its sandbox.
-        environment: All variables.
-        folder: The directory; None: the one of the command line.
+        environment: All environment variables.
+        folder: The working directory; None: the command line sets it.
     """
 
     def __init__(
@@ -71,36 +72,37 @@ class BashShell:
         self._environment = dict(environment)
         self._folder = folder
         self._started: _StartedShell | None = None
-        self._printed = _OutputTail()
+        self._output = _OutputTail()
         self.ended = False
 
     async def run_command(self, command: str) -> CommandOutput:
-        """Run one command to its end. If it is cancelled, the shell is ended.
+        """Run one command to its end. A cancellation ends the shell.
 
         Raises:
             ShellEnded: The shell ended by itself, for example after `exit`.
         """
-        self._printed = _OutputTail()
+        self._output = _OutputTail()
         try:
             if self._started is None:
                 self._started = await self._start_shell()
-                self._started.stdin.write(f"exec {_MARKS}>&1\n".encode())
-                # A command is sent only after the shell's first answer: a sandbox that is being
-                # built when its worker is killed may outlive the worker, and must get no command.
+                self._started.stdin.write(f"exec {_MARKER_FD}>&1\n".encode())
+                # A command is sent only after the shell's first answer. A sandbox that is not ready
+                # when its worker is killed may outlive the worker, and must get no command.
                 await self._send_and_read(":", self._started)
             return await self._send_and_read(command, self._started)
         except BaseException:
-            self.ended = self._started is not None  # A shell that did not start can be tried again.
+            # After a failed start, the next command may start the shell without `restart`.
+            self.ended = self._started is not None
             await self.close()
             raise
 
     @property
     def output_so_far(self) -> str:
-        """Return the output of the current command so far."""
-        return self._printed.text()
+        """The output of the current command so far."""
+        return self._output.output_text()
 
     async def restart(self) -> None:
-        """End the shell with all its processes; the next command starts a new one."""
+        """End the shell with all its processes, and let the next command start a new shell."""
         await self.close()
         self.ended = False
 
@@ -114,19 +116,19 @@ class BashShell:
         finally:
             started.stdin.close()
             started.output.close()
-        # Not earlier: after a cancellation, the next call waits for the shell's end.
+        # After a cancelled `close`, the next call must still find the shell and wait for its end.
         self._started = None
 
     async def _start_shell(self) -> _StartedShell:
         output = _ShellOutput()
         try:
-            process = await self._spawn(output)
+            process = await self._spawn_shell(output)
         except BaseException:
             output.close()
             raise
         return _StartedShell(process, cast("asyncio.StreamWriter", process.stdin), output)
 
-    async def _spawn(self, output: _ShellOutput) -> Process:
+    async def _spawn_shell(self, output: _ShellOutput) -> Process:
         with os.fdopen(output.writer, "wb", 0) as sink:
             process = await asyncio.create_subprocess_exec(
                 *self._words,
@@ -147,22 +149,22 @@ class BashShell:
     async def _send_and_read(self, command: str, started: _StartedShell) -> CommandOutput:
         first, second = secrets.token_hex(8), secrets.token_hex(8)
         script = (
-            f"eval {shlex.quote(command)} </dev/null 2>&{_MARKS} {_MARKS}>&-\n"
-            f"\\builtin printf '\\n%s%s %d\\n' {first} {second} \"$?\" >&{_MARKS}\n"
+            f"eval {shlex.quote(command)} </dev/null 2>&{_MARKER_FD} {_MARKER_FD}>&-\n"
+            f"\\builtin printf '\\n%s%s %d\\n' {first} {second} \"$?\" >&{_MARKER_FD}\n"
         )
-        # The shell has ended, as the reader will notice.
+        # A shell that has ended is detected by the following read.
         with contextlib.suppress(ConnectionError):
             started.stdin.write(script.encode(errors="replace"))
             await started.stdin.drain()
-        mark = re.compile(rb"\n" + (first + second).encode() + rb" (-?\d+)?[^\n]*\n")
+        end_marker = re.compile(rb"\n" + (first + second).encode() + rb" (-?\d+)?[^\n]*\n")
         while True:
-            chunk = await started.output.read_piece()
+            chunk = await started.output.read_chunk()
             if not chunk:
                 with contextlib.suppress(TimeoutError):
                     async with asyncio.timeout(REAP_SECONDS):
                         await started.process.wait()
                 raise ShellEnded(self.output_so_far, started.process.returncode)
-            if status := self._printed.add(chunk, mark):
+            if status := self._output.add_output(chunk, end_marker):
                 return CommandOutput(self.output_so_far, status.code)
 
 
@@ -173,10 +175,10 @@ class _StartedShell(NamedTuple):
 
 
 class _ShellOutput:
-    """The output of a shell until its exit: its jobs may keep the pipe open for longer.
+    """Reads the output of a shell until its exit, although background jobs may keep the pipe open.
 
     Attributes:
-        writer: The shell's end of the pipe, which the starter of the shell closes.
+        writer: The writing end of the pipe. The caller passes it to the shell and closes it.
     """
 
     def __init__(self) -> None:
@@ -187,21 +189,21 @@ class _ShellOutput:
         self._changed = asyncio.Event()
 
     def watch_exit(self, shell: int) -> None:
-        """Notice the exit of this process.
+        """Watch for the exit of the process with this id.
 
         Raises:
             OSError: The process cannot be watched.
         """
         try:
             self._pidfd = os.pidfd_open(shell)
-            asyncio.get_running_loop().add_reader(self._pidfd, self._on_exit)
+            asyncio.get_running_loop().add_reader(self._pidfd, self._on_shell_exit)
         except ProcessLookupError:
-            self._on_exit()
+            self._on_shell_exit()
 
-    async def read_piece(self) -> bytes:
-        """Return the next piece; empty bytes at the end of the pipe or of the shell's output."""
+    async def read_chunk(self) -> bytes:
+        """Return the next chunk, or empty bytes after the last output of the shell."""
         while self._rest is None:
-            await self._wake_reader()
+            await self._wait_until_readable()
             with contextlib.suppress(BlockingIOError):
                 return os.read(self._reader, _CHUNK)
         self._rest -= _CHUNK
@@ -217,8 +219,9 @@ class _ShellOutput:
             os.close(self._reader)
             self._reader = -1
 
-    async def _wake_reader(self) -> None:
-        # Always through the loop: a command that prints without end must not block it.
+    async def _wait_until_readable(self) -> None:
+        # The reader waits in the event loop each time, also if the pipe has output: a command that
+        # prints endlessly must not block the loop.
         loop = asyncio.get_running_loop()
         self._changed.clear()
         loop.add_reader(self._reader, self._changed.set)
@@ -227,7 +230,7 @@ class _ShellOutput:
         finally:
             loop.remove_reader(self._reader)
 
-    def _on_exit(self) -> None:
+    def _on_shell_exit(self) -> None:
         self._stop_watching()
         self._rest = _REST_BYTES
         self._changed.set()
@@ -240,23 +243,24 @@ class _ShellOutput:
 
 
 @dataclass(frozen=True, slots=True)
-class _ExitMark:
+class _CommandStatus:
     code: int
 
 
 class _OutputTail:
-    """The last part of a command's output, and whether it is complete."""
+    """The last part of a command's output, and whether the first part was dropped."""
 
     def __init__(self) -> None:
         self._kept = bytearray()
         self._cut = False
 
-    def add(self, chunk: bytes, mark: re.Pattern[bytes]) -> _ExitMark | None:
-        """Add output; return the command's status after its mark."""
-        before = max(0, len(self._kept) - 128)  # Two chunks may split the mark.
+    def add_output(self, chunk: bytes, end_marker: re.Pattern[bytes]) -> _CommandStatus | None:
+        """Add output, and return the command's status when the end marker has arrived."""
+        # The marker may begin in the previous chunk.
+        before = max(0, len(self._kept) - 128)
         self._kept += chunk
-        if found := mark.search(self._kept, before):
-            status = _ExitMark(int(found[1]) if found[1] else -1)
+        if found := end_marker.search(self._kept, before):
+            status = _CommandStatus(int(found[1]) if found[1] else -1)
             del self._kept[found.start() :]
             return status
         if len(self._kept) > 2 * OUTPUT_BYTES:
@@ -264,8 +268,8 @@ class _OutputTail:
             self._cut = True
         return None
 
-    def text(self) -> str:
-        """Return the text without colours, with a note if the first part is missing."""
+    def output_text(self) -> str:
+        """Return the output without control sequences, and with a note if it was cut."""
         kept = bytes(self._kept[-OUTPUT_BYTES:])
         cut = self._cut or len(kept) < len(self._kept)
         return (TRUNCATED if cut else "") + _ANSI.sub("", kept.decode(errors="replace"))
@@ -278,7 +282,7 @@ async def _end_group(process: Process) -> None:
             async with asyncio.timeout(TERM_SECONDS):
                 await process.wait()
     finally:
-        # The group ends also after a cancellation or the exit of its leader, which it may outlive.
+        # The processes of the group may outlive its leader, and this wait may be cancelled.
         _signal_group(process, signal.SIGKILL)
     with contextlib.suppress(TimeoutError):
         async with asyncio.timeout(REAP_SECONDS):
@@ -286,6 +290,6 @@ async def _end_group(process: Process) -> None:
 
 
 def _signal_group(process: Process, number: signal.Signals) -> None:
-    # Its pid is the group's id, which the kernel does not reuse while members are left.
+    # The kernel does not reuse the id of a group while one of its processes exists.
     with contextlib.suppress(ProcessLookupError, PermissionError):
         os.killpg(process.pid, number)

@@ -1,7 +1,7 @@
-"""The six built-in tools and the custom ones; each call returns a `Result` and never raises.
+"""The built-in tools and the custom tools of a session, which return errors as results.
 
-Names are matched without regard to case. A field has each name that a service uses for it, since
-not all services document theirs. Unknown fields are ignored.
+The names of built-in tools are case-insensitive. Some fields have several names, because services
+use different ones. Unknown fields are ignored.
 """
 
 from __future__ import annotations
@@ -18,8 +18,8 @@ from typing import TYPE_CHECKING, Any, Final, TypeAlias
 from workpool import DaemonThreads
 from workpool.errors import exhausted
 from workpool_toolset import files
-from workpool_toolset.files import SIZES, FileSizeLimits
-from workpool_toolset.results import Result, ToolError
+from workpool_toolset.files import DEFAULT_SIZE_LIMITS, FileSizeLimits
+from workpool_toolset.results import ToolError, ToolResult
 from workpool_toolset.shell import BashShell, ShellEnded
 
 if TYPE_CHECKING:
@@ -28,25 +28,25 @@ if TYPE_CHECKING:
 
 Fields: TypeAlias = Mapping[str, Any]
 
-EXHAUSTED: Final = "the worker has run out of resources"
-"""Errors for memory, descriptors, processes or threads: a later call may succeed."""
-RESTART: Final = "use restart=true for a new one"
+EXHAUSTED_TEXT: Final = "the worker has run out of resources"
+"""The error text for exhausted memory, descriptors, processes or threads."""
+RESTART_HINT: Final = "use restart=true for a new one"
 _log: Final = logging.getLogger("workpool.toolset")
 
-THREADS: Final = 32
-"""Threads of each kind, for all sessions of a pool."""
+THREAD_COUNT: Final = 32
+"""The number of threads of each kind, for all sessions of a pool."""
 MARGIN_SECONDS: Final = 10.0
-"""Seconds by which a command ends before the limit of its call, to report its output."""
+"""The seconds between the longest time of a command and the time limit of its call."""
 
 
 @dataclass(frozen=True, slots=True)
 class ToolCall:
-    """One call of an agent's tool.
+    """One tool call of an agent.
 
     Attributes:
-        id: The id of the event, which the answer names.
+        id: The id of the event, which the result refers to.
         name: The name, as the agent wrote it.
-        input: The arguments. A model wrote them, so check them.
+        input: The arguments, which the model has written and which may be malformed.
         custom: Whether the call is for a custom tool (`agent.custom_tool_use`).
         session: The session's id.
     """
@@ -59,35 +59,35 @@ class ToolCall:
 
 
 CustomTool: TypeAlias = Callable[[ToolCall], object]
-"""A custom tool: takes the call, and returns text, a block, a list of these, or a JSON value.
+"""A custom tool, which takes the call and returns text, a block, a list of these, or a JSON value.
 
-An `async def` is awaited on the supervisor's loop. A plain `def` runs in a thread, which runs on if
-the call exceeds its time.
+An `async def` is awaited on the supervisor's loop. A plain `def` runs in a thread, which continues
+after the time limit of the call.
 """
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class CallLimits:
-    """The limits of a call.
+    """The limits of time and size of a tool call.
 
     Attributes:
-        bash_seconds: The time of a command by default.
-        tool_seconds: The time of any call.
-        sizes: The sizes of files.
+        bash_seconds: The default time limit of a command.
+        tool_seconds: The time limit of each call.
+        sizes: The size limits of files.
     """
 
     bash_seconds: float
     tool_seconds: float
-    sizes: FileSizeLimits = SIZES
+    sizes: FileSizeLimits = DEFAULT_SIZE_LIMITS
 
 
 @dataclass(frozen=True, slots=True)
 class ToolThreads:
-    """The threads of all sessions of a pool.
+    """The threads for the tools of all sessions of a pool.
 
     Attributes:
-        files: Threads for the journal and the file tools, whose calls are bounded.
-        custom: Threads for custom tools, which may hang.
+        files: The threads for the journals and the file tools, whose calls take limited time.
+        custom: The threads for custom tools, which may hang.
     """
 
     files: DaemonThreads
@@ -96,25 +96,27 @@ class ToolThreads:
 
 @contextlib.asynccontextmanager
 async def started_threads() -> AsyncIterator[ToolThreads]:
-    """Provide threads during the block, and start one of each kind."""
+    """Provide the threads during the block, and start one thread of each kind."""
     async with contextlib.AsyncExitStack() as stack:
-        made = [DaemonThreads(f"workpool-{name}", THREADS) for name in ("toolset", "custom-tool")]
-        for threads in made:
+        kinds = [
+            DaemonThreads(f"workpool-{name}", THREAD_COUNT) for name in ("toolset", "custom-tool")
+        ]
+        for threads in kinds:
             stack.push_async_callback(threads.close)
-            # A machine that has run out of processes cannot start one once sessions run.
+            # A machine without free processes fails here, before it claims sessions.
             await threads.run(threading.current_thread)
-        yield ToolThreads(*made)
+        yield ToolThreads(*kinds)
 
 
 class Toolbox:
-    """The tools of one session. Its calls run one at a time.
+    """The tools of one session, which run one call at a time.
 
     Args:
         workspace: The roots of the file tools.
         shell: The shell of the session.
-        search: The searches of the session.
-        custom: Custom tools by name.
-        bounds: Limits of each call.
+        search: The search tools of the session.
+        custom: The custom tools by name.
+        bounds: The limits of each call.
         threads: The threads of the pool.
     """
 
@@ -143,73 +145,81 @@ class Toolbox:
             "grep": self._run_grep,
         }
 
-    def owns(self, call: ToolCall) -> bool:
+    def owns_call(self, call: ToolCall) -> bool:
         """Return whether the call is for a tool of this worker."""
         return call.name in self._custom if call.custom else call.name.lower() in self._tools
 
-    async def run(self, call: ToolCall) -> Result:
-        """Execute a call within its time. An error becomes its result."""
+    async def run_call(self, call: ToolCall) -> ToolResult:
+        """Execute a call within its time limit, and return an error as its result."""
         try:
             async with asyncio.timeout(self._bounds.tool_seconds):
                 if call.custom:
-                    return Result.of(await self._call_tool(self._custom[call.name], call))
+                    return ToolResult.from_value(
+                        await self._call_custom_tool(self._custom[call.name], call)
+                    )
                 done = await self._tools[call.name.lower()](call.input)
-                return done if isinstance(done, Result) else Result.of(done)
+                return done if isinstance(done, ToolResult) else ToolResult.from_value(done)
         except ToolError as error:
-            return Result.error(str(error))
+            return ToolResult.from_error(str(error))
         except TimeoutError:
-            return Result.error(f"{call.name}: took more than {self._bounds.tool_seconds:g} s")
+            return ToolResult.from_error(
+                f"{call.name}: took more than {self._bounds.tool_seconds:g} s"
+            )
         except Exception as error:  # noqa: BLE001 - an error of a tool is an answer
             _log.exception("toolset: tool failed", extra={"tool": call.name, "call_id": call.id})
             if exhausted(error) and not call.custom:
-                return Result.error(f"{call.name}: {EXHAUSTED}")
-            # The error of a built-in tool may name paths of this machine.
+                return ToolResult.from_error(f"{call.name}: {EXHAUSTED_TEXT}")
+            # The text of a built-in tool's error may contain paths of this machine.
             detail = f": {error}" if call.custom else ""
-            return Result.error(f"{call.name}: {type(error).__name__}{detail}")
+            return ToolResult.from_error(f"{call.name}: {type(error).__name__}{detail}")
 
-    async def close(self) -> None:
+    async def close_shell(self) -> None:
         """End the session's shell."""
         await self._shell.close()
 
-    async def _call_tool(self, tool: CustomTool, call: ToolCall) -> object:
+    async def _call_custom_tool(self, tool: CustomTool, call: ToolCall) -> object:
         if inspect.iscoroutinefunction(tool):
             return await tool(call)
         return await self._threads.custom.run(tool, call)
 
     async def _run_bash(self, fields: Fields) -> object:
-        again = _flag_field(fields, "restart")
-        if again:
+        restarts = _flag_field(fields, "restart")
+        if restarts:
             await self._shell.restart()
-        command = _text_field(fields, "command", default="" if again else None)
+        command = _text_field(fields, "command", default="" if restarts else None)
         if not command.strip():
-            if again:
+            if restarts:
                 return "bash session restarted"
             raise ToolError("command is missing")
         if "\0" in command:
             raise ToolError("command holds a NUL")
         if self._shell.ended:
-            raise ToolError(f"the shell has ended; {RESTART}")
+            raise ToolError(f"the shell has ended; {RESTART_HINT}")
         return await self._command_text(command, self._timeout_seconds(fields))
 
-    async def _command_text(self, command: str, seconds: float) -> Result:
+    async def _command_text(self, command: str, seconds: float) -> ToolResult:
         try:
             async with asyncio.timeout(seconds):
                 output = await self._shell.run_command(command)
         except TimeoutError:
-            detail = f"killed after {seconds:g} s, and the shell with it; {RESTART}"
-            return Result.of([self._shell.output_so_far, detail], is_error=True)
+            detail = f"killed after {seconds:g} s, and the shell with it; {RESTART_HINT}"
+            return ToolResult.from_value([self._shell.output_so_far, detail], is_error=True)
         except ShellEnded as error:
-            detail = f"the shell ended with status {error.status}; {RESTART}"
-            return Result.of([error.output, detail], is_error=True)
+            detail = f"the shell ended with status {error.status}; {RESTART_HINT}"
+            return ToolResult.from_value([error.output, detail], is_error=True)
         if output.status == 0:
-            return Result.of(output.text)
-        return Result.of([output.text, f"exit status {output.status}"], is_error=True)
+            return ToolResult.from_value(output.text)
+        return ToolResult.from_value([output.text, f"exit status {output.status}"], is_error=True)
 
     def _timeout_seconds(self, fields: Fields) -> float:
-        asked = _number_field(fields, "timeout_ms", "timeout")
-        most = self._bounds.tool_seconds - MARGIN_SECONDS
-        seconds = asked / 1000 if asked is not None and asked > 0 else self._bounds.bash_seconds
-        return min(seconds, most)
+        milliseconds = _number_field(fields, "timeout_ms", "timeout")
+        longest = self._bounds.tool_seconds - MARGIN_SECONDS
+        seconds = (
+            milliseconds / 1000
+            if milliseconds is not None and milliseconds > 0
+            else self._bounds.bash_seconds
+        )
+        return min(seconds, longest)
 
     async def _run_read(self, fields: Fields) -> object:
         path = _text_field(fields, "file_path", "path")
@@ -246,7 +256,7 @@ class Toolbox:
 
 
 def _first_field(fields: Fields, *names: str) -> Any:
-    """Return the first of the names that has a value."""
+    """Return the value of the first of these fields that has one, or None."""
     return next((fields[name] for name in names if fields.get(name) is not None), None)
 
 
@@ -278,15 +288,16 @@ def _number_field(fields: Fields, *names: str) -> float | None:
 
 
 def _line_range(fields: Fields) -> tuple[int, int] | None:
-    """Return `view_range`, or the range of `offset` (a line, from 1) and `limit` (a count).
+    """Return the first and last line of `view_range`, or of `offset` and `limit`.
 
-    An empty `view_range` is ignored. Its beginning and `offset` may be 0, the first line.
+    `offset` is a line, from 1, and `limit` a number of lines. An empty `view_range` is ignored. A
+    first line of 0 means line 1.
     """
-    asked = _first_field(fields, "view_range")
-    if asked == []:
+    view_range = _first_field(fields, "view_range")
+    if view_range == []:
         return None
-    if asked is not None:
-        match [_whole_number(one) for one in asked] if isinstance(asked, list) else []:
+    if view_range is not None:
+        match [_whole_number(one) for one in view_range] if isinstance(view_range, list) else []:
             case [int(start), int(end)] if start >= 0:
                 return max(start, 1), end
         raise ToolError("view_range is [start, end], from 1; an end of 0 is the end of the file")
@@ -306,7 +317,7 @@ def _count_field(fields: Fields, name: str) -> int | None:
 
 
 def _whole_number(value: object) -> int | None:
-    """Return a number as models write it: whole, with a fraction (dropped), or in quotes."""
+    """Return a number that a model wrote, also with a fraction or in quotes, as a whole number."""
     if isinstance(value, bool) or not isinstance(value, int | float | str):
         return None
     try:

@@ -1,4 +1,4 @@
-"""Spans of tool calls, if OpenTelemetry's API is installed; without an SDK they cost nothing.
+"""Spans of tool calls, if the API of OpenTelemetry is installed.
 
 See plugins/toolset/README.md, "Tracing".
 """
@@ -18,15 +18,15 @@ else:
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
-    from workpool_toolset.results import Result
+    from workpool_toolset.results import ToolResult
     from workpool_toolset.tools import ToolCall
 
 TOOL_ERROR: Final = "tool_error"
 
 
 @contextmanager
-def tool_span(call: ToolCall) -> Iterator[Callable[[Result], None]]:
-    """Run a block in the span of a tool call; the yielded object records the call's result.
+def tool_span(call: ToolCall) -> Iterator[Callable[[ToolResult], None]]:
+    """Run the block in the span of a tool call, and yield a function that records the result.
 
     Arguments and results are not recorded: they may be large, and contain secrets.
     """
@@ -45,7 +45,7 @@ def tool_span(call: ToolCall) -> Iterator[Callable[[Result], None]]:
         f"execute_tool {call.name}", attributes=attributes, record_exception=False
     ) as span:
 
-        def record_result(result: Result) -> None:
+        def record_result(result: ToolResult) -> None:
             if result.is_error:
                 span.set_attribute("error.type", TOOL_ERROR)
                 span.set_status(trace.StatusCode.ERROR)

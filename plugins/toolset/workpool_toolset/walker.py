@@ -1,10 +1,11 @@
 """The search of `glob` and `grep` as a separate program, so that an endless search can be killed.
 
-It uses the standard library only and is run by its path with `python -I -S`. It gets an open
-directory and a request as JSON, prints one line for each finding, and ends with status 2 and a
-sentence if the request is wrong. It enters directory after directory with descriptors. `grep`
-follows no link. `glob` resolves links itself, component by component, and follows those that stay
-in the session's roots. So no race leads it outside.
+The program is run by its path with `python -I -S` and uses the standard library only. It gets an
+open directory and a request as JSON, and prints one line for each match. A wrong request ends it
+with status 2 and a sentence. The walk enters one directory after the other with descriptors. `grep`
+follows no links. `glob` resolves links itself, component by component, and follows those inside of
+the session's roots. A session that replaces files during the search can therefore not let it leave
+the roots.
 """
 
 import fnmatch
@@ -18,16 +19,16 @@ import sys
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
-ENTRIES = 50_000
-DEPTH = 100
-RESULTS = 200
-LINE_BYTES = 2_000
-FOUND_BYTES = 100 * 1024
+MAX_ENTRIES = 50_000
+MAX_DEPTH = 100
+MAX_GLOB_PATHS = 200
+MAX_LINE_BYTES = 2_000
+MAX_OUTPUT_BYTES = 100 * 1024
 CPU_SECONDS = 30
 MEMORY_BYTES = 1 << 30
-SKIPPED = {".git", "node_modules"}
-ALTERNATIVES = 100
-HOPS = 40
+SKIPPED_DIRECTORIES = {".git", "node_modules"}
+MAX_ALTERNATIVES = 100
+MAX_LINKS = 40
 BAD_REQUEST = 2
 
 _LISTED = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
@@ -36,13 +37,13 @@ _READ = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
 
 
 class DirectoryEntry(NamedTuple):
-    """One entry of a directory, which is open until the next entry is requested.
+    """One entry of a directory, whose descriptor is open until the next entry is requested.
 
     Attributes:
         directory: The descriptor of the directory.
         name: The name in the directory.
-        parts: The path below the start.
-        state: The state of the entry, or of the target of its link.
+        parts: The components of the path below the start.
+        state: The `stat` result of the entry, or of a link's target.
     """
 
     directory: int
@@ -57,11 +58,11 @@ class DirectoryEntry(NamedTuple):
 
 
 class SearchedDirectory(NamedTuple):
-    """A directory that is searched.
+    """An open directory whose entries are searched.
 
     Attributes:
-        opened: The descriptor.
-        parts: Its path below the start.
+        opened: The descriptor of the directory.
+        parts: The components of its path below the start.
         shown: The path as the session sees it, without links.
     """
 
@@ -74,19 +75,19 @@ class DirectoryWalk:
     """Yields the entries below a directory, sorted by name.
 
     Args:
-        skipped: Names of directories that are not entered.
-        roots: The roots to which links may lead, as the session sees them and on this machine.
-            Without roots, links are left out.
+        skipped: The names of directories that are not entered.
+        roots: The roots to which links may lead, each as the path that the session sees and the
+            path on this machine. Without roots, links are ignored.
     """
 
     def __init__(self, skipped: set[str], roots: Sequence[tuple[str, str]] = ()) -> None:
         self._skipped = skipped
         self._roots = roots
-        self._budget = iter(range(ENTRIES))
+        self._budget = iter(range(MAX_ENTRIES))
         self._linked: set[tuple[int, int]] = set()
 
     def entries_below(self, place: SearchedDirectory) -> Iterator[DirectoryEntry]:
-        """Yield all directories and regular files, at any depth; each is valid until the next."""
+        """Yield all directories and regular files at any depth, each valid until the next one."""
         with os.scandir(place.opened) as entries:
             names = sorted(entry.name for entry in entries)
         for name in names:
@@ -98,12 +99,13 @@ class DirectoryWalk:
                     yield from self._enter_link(place, name)
                 elif stat.S_ISDIR(state.st_mode):
                     opened = os.open(name, _LISTED, dir_fd=place.opened)
-                    yield from self._entries_of(
+                    yield from self._directory_with_entries(
                         place, name, opened, posixpath.join(place.shown, name)
                     )
                 elif stat.S_ISREG(state.st_mode):
                     yield DirectoryEntry(place.opened, name, (*place.parts, name), state)
-            except OSError:  # The entry was replaced, or may not be read.
+            except OSError:
+                # The entry was replaced meanwhile, or cannot be read.
                 continue
 
     def _enter_link(self, place: SearchedDirectory, name: str) -> Iterator[DirectoryEntry]:
@@ -122,39 +124,39 @@ class DirectoryWalk:
             os.close(opened)
             raise
         if stat.S_ISDIR(state.st_mode):
-            # A directory is entered through links only once: two links could lead to each other.
+            # A directory is entered through links only once, because links may form a cycle.
             again = (state.st_dev, state.st_ino) in self._linked
             self._linked.add((state.st_dev, state.st_ino))
-            yield from self._entries_of(place, name, opened, shown, listed=not again)
+            yield from self._directory_with_entries(place, name, opened, shown, listed=not again)
             return
         os.close(opened)
         if stat.S_ISREG(state.st_mode):
             yield DirectoryEntry(place.opened, name, (*place.parts, name), state)
 
-    def _entries_of(
+    def _directory_with_entries(
         self, place: SearchedDirectory, name: str, opened: int, shown: str, *, listed: bool = True
     ) -> Iterator[DirectoryEntry]:
-        """Yield a directory and the entries below it, then close it."""
+        """Yield a directory and the entries below it, then close its descriptor."""
         parts = (*place.parts, name)
         try:
             yield DirectoryEntry(place.opened, name, parts, os.fstat(opened))
-            if listed and name not in self._skipped and len(place.parts) < DEPTH:
+            if listed and name not in self._skipped and len(place.parts) < MAX_DEPTH:
                 yield from self.entries_below(SearchedDirectory(opened, parts, shown))
         finally:
             os.close(opened)
 
 
 def open_target(roots: Sequence[tuple[str, str]], path: str) -> tuple[int, str] | None:
-    """Open the target of a path, following links inside of the roots.
+    """Open the target of a path, and follow links inside of the roots.
 
     Returns:
-        A descriptor (for `fstat`) and the path without links; None outside of the roots.
+        A descriptor for `fstat` and the path without links; None for a path outside of the roots.
     """
-    for _ in range(HOPS + 1):
+    for _ in range(MAX_LINKS + 1):
         inside = [(shown, host) for shown, host in roots if _is_below(path, shown)]
         if not inside:
             return None
-        # This is the root with the longest path.
+        # Roots may be nested, so the innermost one is used.
         shown, host = max(inside, key=lambda root: len(root[0]))
         found = _open_in_root(shown, host, path)
         if isinstance(found, int):
@@ -168,14 +170,15 @@ def _is_below(path: str, root: str) -> bool:
 
 
 def _open_in_root(shown: str, host: str, path: str) -> int | str:
-    """Open a path in a root; or return the path to continue with after a link."""
+    """Open a path in a root, or return the path of the target if a component is a link."""
     parts = [part for part in path[len(shown) :].split("/") if part]
     opened, here = os.open(host, _PASSED), shown
     try:
         for index, part in enumerate(parts):
             try:
                 target = os.readlink(part, dir_fd=opened)
-            except OSError:  # This component is no link.
+            except OSError:
+                # The component is no link.
                 inner = os.open(part, _PASSED, dir_fd=opened)
                 os.close(opened)
                 opened, here = inner, posixpath.join(here, part)
@@ -192,12 +195,12 @@ def _open_in_root(shown: str, host: str, path: str) -> int | str:
 
 
 def split_pattern(glob: str) -> list[list[str]]:
-    """Return the alternatives of a pattern without braces, each as a list of components.
+    """Expand the braces of a glob pattern, and return each alternative as a list of components.
 
-    `*`, `?` and `[…]` are as in a shell, `**` is any number of directories, `{a,b}` is either.
+    `*`, `?` and `[…]` mean the same as in a shell, `**` any number of directories, `{a,b}` either.
     """
     found, left = list[str](), [glob]
-    while left and len(found) + len(left) <= ALTERNATIVES:
+    while left and len(found) + len(left) <= MAX_ALTERNATIVES:
         each = left.pop()
         brace = re.search(r"\{([^{}]*,[^{}]*)\}", each)
         if brace is None:
@@ -213,9 +216,9 @@ def split_pattern(glob: str) -> list[list[str]]:
 
 
 def path_matches(parts: Sequence[str], patterns: list[str]) -> bool:
-    """Return whether a path matches, component by component; `**` is any number of them.
+    """Return whether the components of a path match a pattern's; `**` is any number of components.
 
-    At the end of the pattern `**` is one or more: `src/**` is everything in `src`.
+    At the end of a pattern, `**` is one or more: `src/**` is everything below `src`.
     """
     if patterns[-1:] == ["**"]:
         patterns = [*patterns, "*"]
@@ -232,18 +235,18 @@ def path_matches(parts: Sequence[str], patterns: list[str]) -> bool:
 
 
 def _with_empty_wildcards(reached: set[int], patterns: list[str]) -> set[int]:
-    """Add all places that follow if `**` matches no component."""
+    """Return these positions and those after each `**`, which may match no component."""
     for place in range(len(patterns)):
         if place in reached and patterns[place] == "**":
             reached = reached | {place + 1}
     return reached
 
 
-def is_included(parts: Sequence[str], include: str) -> bool:
-    """Return whether a file is searched.
+def matches_include(parts: Sequence[str], include: str) -> bool:
+    """Return whether a file matches the `include` pattern of `grep`.
 
-    A pattern without `/` is compared with its name, any other with its path below the directory
-    that is searched. One that begins with `!` excludes files and directories.
+    A pattern without `/` is compared with the file's name, any other with the path below the
+    searched directory. A pattern that begins with `!` excludes files and directories.
     """
     wanted, patterns = include.removeprefix("!"), split_pattern(include.removeprefix("!"))
     anchored = is_anchored(wanted)
@@ -255,37 +258,37 @@ def is_included(parts: Sequence[str], include: str) -> bool:
 
 
 def is_anchored(include: str) -> bool:
-    """Return whether a pattern is compared with the path and not with the name."""
+    """Return whether an `include` pattern is compared with the path and not with the name."""
     return "/" in include.strip("/")
 
 
 def glob_paths(
     start: SearchedDirectory, pattern: str, roots: Sequence[tuple[str, str]]
 ) -> Iterator[str]:
-    """Yield the paths that match, newest first."""
+    """Yield the matching paths, newest first."""
     patterns = split_pattern(pattern)
     found = [
         (-entry.state.st_mtime_ns, "/".join(entry.parts))
         for entry in DirectoryWalk(set(), roots).entries_below(start)
         if any(path_matches(entry.parts, each) for each in patterns)
     ]
-    for _, path in sorted(found)[:RESULTS]:
+    for _, path in sorted(found)[:MAX_GLOB_PATHS]:
         yield path
 
 
 def grep_lines(
     start: SearchedDirectory, pattern: str, name: str | None, include: str | None
 ) -> Iterator[str]:
-    """Yield `path:line:text` for each line that matches, of all files or of the file `name`."""
+    """Yield `path:line:text` for each matching line of all files, or of the file `name`."""
     wanted = re.compile(pattern)
-    entries = DirectoryWalk(SKIPPED).entries_below(start)
+    entries = DirectoryWalk(SKIPPED_DIRECTORIES).entries_below(start)
     if name:
         entries = iter(
             [DirectoryEntry(start.opened, name, (), os.lstat(name, dir_fd=start.opened))]
         )
     for entry in entries:
         if not entry.is_directory and (
-            not include or is_included(entry.parts or (entry.name,), include)
+            not include or matches_include(entry.parts or (entry.name,), include)
         ):
             path = "/".join(entry.parts)
             for number, line in matching_lines(entry, wanted):
@@ -293,7 +296,7 @@ def grep_lines(
 
 
 def matching_lines(entry: DirectoryEntry, wanted: re.Pattern[str]) -> list[tuple[int, str]]:
-    """Yield the lines of a file that match, with their numbers; none of a file with a NUL."""
+    """Return the matching lines of a file with their numbers. A file with a NUL has none."""
     found, size = list[tuple[int, str]](), 0
     for number, piece, whole in file_lines(entry):
         if b"\0" in piece:
@@ -302,18 +305,18 @@ def matching_lines(entry: DirectoryEntry, wanted: re.Pattern[str]) -> list[tuple
         if whole and wanted.search(line):
             found.append((number, line))
             size += len(line)
-            if size > FOUND_BYTES:
+            if size > MAX_OUTPUT_BYTES:
                 break
     return found
 
 
 def line_text(line: bytes) -> str:
-    """Return a line without its end, for search and output."""
+    """Return the text of a line without the line end."""
     return line.removesuffix(b"\n").removesuffix(b"\r").decode(errors="replace")
 
 
 def file_lines(entry: DirectoryEntry) -> Iterator[tuple[int, bytes, bool]]:
-    """Yield the lines of a regular file: number, bytes, and whether the line is complete."""
+    """Yield the number and the bytes of each line of a regular file, and whether it is complete."""
     try:
         file = os.fdopen(os.open(entry.name, _READ, dir_fd=entry.directory), "rb")
     except OSError:
@@ -322,14 +325,14 @@ def file_lines(entry: DirectoryEntry) -> Iterator[tuple[int, bytes, bool]]:
         if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
             return
         number, whole = 1, True
-        while piece := file.readline(LINE_BYTES + 1):
+        while piece := file.readline(MAX_LINE_BYTES + 1):
             ended = piece.endswith(b"\n")
-            yield number, piece, whole and (ended or len(piece) <= LINE_BYTES)
+            yield number, piece, whole and (ended or len(piece) <= MAX_LINE_BYTES)
             number, whole = (number + 1, True) if ended else (number, False)
 
 
 def main() -> int:
-    """Read the request from the first argument, and print."""
+    """Search as the JSON request in the first argument says, and print the matches."""
     request = json.loads(sys.argv[1])
     resource.setrlimit(resource.RLIMIT_CPU, (CPU_SECONDS, CPU_SECONDS))
     resource.setrlimit(resource.RLIMIT_DATA, (MEMORY_BYTES, MEMORY_BYTES))
@@ -347,7 +350,8 @@ def main() -> int:
     except (re.error, RecursionError, OverflowError) as error:
         sys.stderr.write(f"not a regular expression: {error}")
         return BAD_REQUEST
-    except BrokenPipeError:  # The reader needs no more and has closed the pipe.
+    except BrokenPipeError:
+        # The reader has closed the pipe, because it has enough output.
         os._exit(0)
     return 0
 

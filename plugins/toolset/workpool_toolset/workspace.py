@@ -1,9 +1,9 @@
 """The paths of a session's file tools, resolved component by component with descriptors.
 
-The kernel never gets a whole path. Each component is opened relative to the directory before it,
-with O_NOFOLLOW; a symbolic link is read and followed here, beginning at a root again. So a session
-cannot lead a file tool out of its roots by a change between a check and a use: a directory that is
-replaced by a link is not entered, and the kernel never gets `..`.
+Each component is opened relative to the directory before it, with O_NOFOLLOW. A symbolic link is
+read and followed by this module, from a root again. So a session cannot let a file tool leave the
+roots by a change between a check and a use: a directory that is replaced by a link is not entered,
+and the kernel never gets a whole path or `..`.
 """
 
 from __future__ import annotations
@@ -22,13 +22,13 @@ if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
     from pathlib import Path
 
-HOPS: Final = 40
-"""Symbolic links followed for one path, as many as the kernel follows."""
-PATH_BYTES: Final = 4096
-"""The kernel's limit."""
+MAX_LINKS: Final = 40
+"""The number of symbolic links that are followed for one path, as by the kernel."""
+MAX_PATH_BYTES: Final = 4096
+"""The kernel's limit of the length of a path, in bytes."""
 
 _ENTER: Final = os.O_PATH | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
-_WORDS: Final = {
+_ERROR_TEXTS: Final = {
     errno.ENOENT: "no such file or directory",
     errno.ENOTDIR: "not a directory",
     errno.EISDIR: "is a directory",
@@ -62,13 +62,13 @@ class Root:
 
 @dataclass(frozen=True, slots=True)
 class PathTarget:
-    """A place that was reached without links: an open directory, and a name in it.
+    """The target of a path without links: an open directory, and a name in this directory.
 
     Attributes:
-        directory: The descriptor, valid during the block.
-        name: A single component, `.` for a root itself. It may not exist, or have any type.
-        shown: The whole path, for messages.
-        root: Its root.
+        directory: The descriptor of the directory, valid during the block.
+        name: A single component, or `.` for a root itself. It may not exist, or have any type.
+        shown: The whole path as the session sees it, for messages.
+        root: The root that contains the directory.
     """
 
     directory: int
@@ -76,21 +76,21 @@ class PathTarget:
     shown: str
     root: Root
 
-    def set_owner(self, name: str) -> None:
-        """Set the owner of a new entry of the directory."""
+    def set_entry_owner(self, name: str) -> None:
+        """Set the owner of a new entry of the directory to that of the root."""
         if self.root.owner:
             os.chown(name, *self.root.owner, dir_fd=self.directory, follow_symlinks=False)
 
 
 class Workspace:
-    """The roots of one session. Relative paths begin at the first one."""
+    """The roots of one session. Relative paths begin at the first root."""
 
     def __init__(self, roots: Sequence[Root]) -> None:
         self._roots = tuple(roots)
 
     @property
     def roots(self) -> tuple[Root, ...]:
-        """All roots."""
+        """The roots of the session, with its own directory first."""
         return self._roots
 
     @property
@@ -102,23 +102,23 @@ class Workspace:
     def open_parent(
         self, path: str, *, write: bool = False, make: bool = False
     ) -> Iterator[PathTarget]:
-        """Open the directory of the target of `path`, following every link.
+        """Follow the links of `path`, and open the directory that contains the target.
 
         Args:
             path: The path as the session wrote it: absolute, or relative to its directory.
-            write: Refuse read-only roots.
-            make: Create missing directories on the way.
+            write: Whether read-only roots are refused.
+            make: Whether missing directories are created.
 
         Raises:
-            ToolError: The path is outside of the roots, a loop, or cannot be entered. An `OSError`
-                of the block becomes a `ToolError`, too.
+            ToolError: The path is outside of the roots, has a loop, or cannot be entered. An
+                `OSError` of the block becomes a `ToolError`, too.
         """
         with readable_os_errors(path), contextlib.ExitStack() as stack:
             yield self._resolve_path(path, stack, write=write, make=make)
 
     @contextlib.contextmanager
     def open_directory(self, path: str) -> Iterator[PathTarget]:
-        """Open the target of `path`, a directory, as `directory` with the name `.`."""
+        """Open the directory at `path`, and yield it with the name `.`."""
         with self.open_parent(path) as spot:
             opened = os.open(spot.name, _ENTER & ~os.O_PATH, dir_fd=spot.directory)
             try:
@@ -127,7 +127,7 @@ class Workspace:
                 os.close(opened)
 
     def relative_path(self, shown: str) -> str:
-        """Return a path for the session: relative inside of its own directory."""
+        """Return a path for messages, relative if it is in the session's own directory."""
         inside = _components_below(shown, self.home.shown)
         return shown if inside is None else "/".join(inside)
 
@@ -136,7 +136,7 @@ class Workspace:
     ) -> PathTarget:
         _check_text(path)
         wanted = _normalized(posixpath.join(self.home.shown, path))
-        for _ in range(HOPS + 1):
+        for _ in range(MAX_LINKS + 1):
             root, parts = self._root_of(wanted, path)
             if write and not root.writable:
                 raise ToolError(f"{path}: read-only")
@@ -152,29 +152,32 @@ class Workspace:
         inside = [(root, parts) for root, parts in found if parts is not None]
         if not inside:
             raise ToolError(f"{path}: outside the session's working directory")
-        # This is the root with the shortest rest of the path.
+        # Roots may be nested, so the innermost one is used.
         return min(inside, key=lambda pair: len(pair[1]))
 
 
 @contextlib.contextmanager
 def readable_os_errors(path: str) -> Iterator[None]:
-    """Turn errors of the operating system into sentences, without errno and host paths.
+    """Raise a `ToolError` with a readable text for an error of the operating system.
 
     Raises:
-        OSError: The machine has run out of resources other than disk space.
+        OSError: The machine has no free memory or descriptors.
         ToolError: Any other error.
     """
     try:
         yield
     except OSError as error:
-        words = _WORDS.get(error.errno or 0)
+        words = _ERROR_TEXTS.get(error.errno or 0)
         if words is None and exhausted(error):
             raise
         raise ToolError(f"{path}: {words or 'cannot be used'}") from None
 
 
 def _enter_components(root: Root, parts: list[str], *, make: bool) -> PathTarget | str:
-    """Enter directories from a root; return the place, or after a link the path to continue."""
+    """Enter the directories from a root, and return the target.
+
+    If a component is a link, the path of the link's target is returned instead.
+    """
     here = root.shown
     directory = os.open(root.host, _ENTER)
     try:
@@ -187,9 +190,9 @@ def _enter_components(root: Root, parts: list[str], *, make: bool) -> PathTarget
             if index == len(parts) - 1:
                 return spot
             entered = _enter_directory(spot, make=make)
-            os.close(
-                directory
-            )  # One at a time, since a path may be deeper than the limit of descriptors.
+            # Each directory is closed at once, because a path may be deeper than the limit of open
+            # descriptors.
+            os.close(directory)
             directory, here = entered, spot.shown
     except BaseException:
         os.close(directory)
@@ -203,9 +206,10 @@ def _enter_directory(spot: PathTarget, *, make: bool) -> int:
     except FileNotFoundError:
         if not make:
             raise
-    with contextlib.suppress(FileExistsError):  # The session created it first.
+    # The session may have created the directory meanwhile.
+    with contextlib.suppress(FileExistsError):
         os.mkdir(spot.name, 0o755, dir_fd=spot.directory)
-        spot.set_owner(spot.name)
+        spot.set_entry_owner(spot.name)
     return os.open(spot.name, _ENTER, dir_fd=spot.directory)
 
 
@@ -213,20 +217,22 @@ def _link_target(directory: int, name: str) -> str | None:
     try:
         return os.readlink(name, dir_fd=directory)
     except OSError as error:
-        if error.errno in {errno.EINVAL, errno.ENOENT}:  # The name is no link, or does not exist.
+        # EINVAL: the name is no link. ENOENT: the name does not exist.
+        if error.errno in {errno.EINVAL, errno.ENOENT}:
             return None
         raise
 
 
 def _components_below(path: str, root: str) -> list[str] | None:
-    """Return the components of `path` below `root`, or None if it is not below."""
+    """Return the components of `path` below `root`, or None if the path is not below it."""
     if root not in {"/", path} and not path.startswith(root + "/"):
         return None
     return [part for part in path[len(root) :].split("/") if part]
 
 
 def _normalized(path: str) -> str:
-    return "/" + posixpath.normpath(path).lstrip("/")  # `normpath` keeps a leading `//`.
+    # `normpath` does not remove a leading `//`.
+    return "/" + posixpath.normpath(path).lstrip("/")
 
 
 def _check_text(path: str) -> None:
@@ -234,5 +240,5 @@ def _check_text(path: str) -> None:
         encoded = os.fsencode(path)
     except UnicodeEncodeError:
         raise ToolError("the path is not valid Unicode") from None
-    if not encoded or b"\0" in encoded or len(encoded) > PATH_BYTES:
+    if not encoded or b"\0" in encoded or len(encoded) > MAX_PATH_BYTES:
         raise ToolError("the path is empty, too long or holds a NUL")

@@ -1,4 +1,4 @@
-"""The run of one session: it reads the events and answers each tool call exactly once.
+"""The answers to the tool calls of one session, each sent exactly once.
 
 Two tasks share the conversation: one reads and applies events, the other answers calls, one at a
 time. Neither blocks the other. A cancellation (lost lease, deadline of a drain) may end both at any
@@ -23,8 +23,8 @@ from workpool.errors import (
     TransientError,
     innermost,
 )
-from workpool_toolset.conversation import Conversation, answered_call
-from workpool_toolset.results import Result
+from workpool_toolset.conversation import Conversation, answered_call_id
+from workpool_toolset.results import ToolResult
 from workpool_toolset.tracing import tool_span
 
 if TYPE_CHECKING:
@@ -33,34 +33,34 @@ if TYPE_CHECKING:
     from workpool_toolset.journal import CallJournal
     from workpool_toolset.tools import Toolbox, ToolCall
 
-UNKNOWN: Final = (
+UNKNOWN_OUTCOME: Final = (
     "the worker was interrupted while this call was running, and it was not run again: "
     "its outcome is unknown; check what it did before repeating it"
 )
-INTERRUPTED: Final = "interrupted by the user"
-REFUSED: Final = "the result was refused by the control plane; it may be too large"
+INTERRUPTED_BY_USER: Final = "interrupted by the user"
+RESULT_REFUSED: Final = "the result was refused by the control plane; it may be too large"
 
-JOURNAL: Final = "workpool.toolset"
-"""The metadata of the item with the name of the journal of its calls."""
+JOURNAL_KEY: Final = "workpool.toolset"
+"""The key of the item's metadata with the name of the journal of its calls."""
 
 POST_SECONDS: Final = 300.0
-"""Seconds for which a result is sent again before the session is released."""
+"""The seconds for which sending a result is repeated before the session is released."""
 REFUSED_SECONDS: Final = 30.0
-"""Seconds for which a 400 is tried again: a result may arrive before its call."""
-WAIT_MAX_SECONDS: Final = 30.0
+"""The seconds for which sending is repeated after status 400: a result may precede its call."""
+MAX_RETRY_SECONDS: Final = 30.0
 _BAD_REQUEST: Final = 400
 
 Ending = Literal["ended", "idle", "interrupted"]
 
 
 class SessionAnswerer:
-    """Answers one session's tool calls until it ends, is idle, or is asked to stop.
+    """Answers the tool calls of one session until the session ends, is idle or is interrupted.
 
     Args:
         session: The session.
         toolbox: The tools.
         journal: The open journal of the session.
-        max_idle: Seconds to wait after the end of a turn; infinite: until the session ends.
+        max_idle: The seconds to wait after the end of a turn; infinite: until the session ends.
     """
 
     def __init__(
@@ -70,32 +70,32 @@ class SessionAnswerer:
         self._toolbox = toolbox
         self._journal = journal
         self._max_idle = max_idle
-        self._conversation = Conversation(session.id, toolbox.owns, self._answer_denied)
+        self._conversation = Conversation(session.id, toolbox.owns_call, self._log_denied_call)
         self._changed = asyncio.Event()
         self._caught_up = False
-        self._joined = False
+        self._journal_named = False
         self._idle_since: float | None = None
         self._running: tuple[ToolCall, asyncio.Timeout] | None = None
 
-    async def run(self) -> None:
-        """Run until the session needs nothing more.
+    async def answer_session(self) -> None:
+        """Answer calls until the session ends, is idle or is interrupted.
 
         Raises:
-            Release: The pool drains, so another worker continues.
-            LeaseLost, SessionEnded, ControlPlaneError: As calls of the session raise them.
+            Release: The pool drains, and another worker will continue the session.
+            LeaseLost, SessionEnded, ControlPlaneError: A request for the session failed.
         """
         try:
             async with asyncio.TaskGroup() as group:
                 others = [
                     group.create_task(self._read_events(), name="toolset-reader"),
-                    group.create_task(self._watch_session(), name="toolset-watch"),
+                    group.create_task(self._wake_on_interrupt(), name="toolset-watch"),
                 ]
                 ending = await self._answer_calls()
                 for other in others:
                     other.cancel()
         except BaseExceptionGroup as group_error:
             error = innermost(group_error)
-            raise error from error.__cause__  # Raises the error in the group instead of the group.
+            raise error from error.__cause__
         self._session.log.info("toolset: %s", ending)
         if ending == "interrupted" and not self._session.stopping:
             raise Release("the pool is draining")
@@ -103,22 +103,22 @@ class SessionAnswerer:
     async def _read_events(self) -> None:
         async with self._session.events.stream() as stream:
             async for event in stream:
-                self._conversation.apply(event)
+                self._conversation.apply_event(event)
                 self._session.progress()
                 self._caught_up = stream.caught_up
-                self._apply_change()
-                if answered := answered_call(event):
+                self._handle_change()
+                if answered := answered_call_id(event):
                     with journal_errors_as_release():
-                        await self._journal.forget(answered)
+                        await self._journal.delete_result(answered)
         self._conversation.ended = self._caught_up = True
-        self._apply_change()
+        self._handle_change()
 
-    async def _watch_session(self) -> None:
+    async def _wake_on_interrupt(self) -> None:
         await self._session.interrupted()
         self._changed.set()
 
-    def _apply_change(self) -> None:
-        """Apply a change: restart the idle time, stop interrupted calls, wake the other task."""
+    def _handle_change(self) -> None:
+        """Update the idle time, end a call that was interrupted, and wake the other task."""
         now = asyncio.get_running_loop().time()
         if not self._conversation.is_idle:
             self._idle_since = None
@@ -129,7 +129,7 @@ class SessionAnswerer:
             gone = call.id in self._conversation.answered
             if gone or self._conversation.ended or self._conversation.is_interrupted(call.id):
                 scope.reschedule(now)
-                self._running = None  # One cancellation is enough.
+                self._running = None
         self._changed.set()
 
     async def _answer_calls(self) -> Ending:
@@ -146,36 +146,38 @@ class SessionAnswerer:
                 return "idle"
 
     async def _next_call(self) -> ToolCall | None:
-        if not self._caught_up:  # The result may be among the events that are not read yet.
+        # The events that are not read yet may contain the results of calls.
+        if not self._caught_up:
             return None
-        if not self._joined:
-            self._joined = True
-            await self._join_session()
+        if not self._journal_named:
+            self._journal_named = True
+            await self._name_journal()
         return self._conversation.next_call()
 
-    async def _join_session(self) -> None:
-        """Skip calls that another machine may have begun, then name this journal in the metadata.
+    async def _name_journal(self) -> None:
+        """Begin calls that another machine may have begun, then write the journal's name.
 
-        In this order: after a crash in between, the calls of the other machine would look like
-        those of this one.
+        The name is written last. Otherwise a crash between the two steps would make the calls of
+        the other machine look like calls that were never begun.
         """
-        named, ours = self._session.item.metadata.get(JOURNAL), self._journal.name
-        elsewhere = self._journal.new if named is None else named != ours
+        stored_name, name = self._session.item.metadata.get(JOURNAL_KEY), self._journal.name
+        elsewhere = self._journal.is_new if stored_name is None else stored_name != name
         if self._session.redelivered and elsewhere:
             with journal_errors_as_release():
                 for call in self._conversation.runnable_calls():
-                    await self._journal.begin(call.id)
-        if named == ours:
+                    await self._journal.begin_call(call.id)
+        if stored_name == name:
             return
         try:
-            await self._session.update_metadata({JOURNAL: ours})
+            await self._session.update_metadata({JOURNAL_KEY: name})
         except NotPermittedError:
-            pass  # The pool has logged the error; the name is only in the state directory.
+            # The pool has logged the error. The name stays in the state directory only.
+            pass
         except TransientError as error:
             raise Release("the item cannot name its journal") from error
 
     async def _wait_for_change(self) -> bool:
-        """Wait for a change; return False once the session was idle for `max_idle` seconds."""
+        """Wait for a change, or return False when the session was idle for `max_idle` seconds."""
         since = self._idle_since if self._caught_up and math.isfinite(self._max_idle) else None
         others_next = self._caught_up and self._conversation.waits_for_others
         try:
@@ -189,48 +191,51 @@ class SessionAnswerer:
     async def _answer_call(self, call: ToolCall) -> None:
         self._check_lease()
         with journal_errors_as_release():
-            known = await self._journal.begin(call.id)
+            known = await self._journal.begin_call(call.id)
         if known != "new":
             self._session.log.info(
                 "toolset: the call was begun before", extra={"tool": call.name, "call_id": call.id}
             )
-        if isinstance(known, Result):
+        if isinstance(known, ToolResult):
             result = known
         elif known == "begun":
-            result = Result.error(UNKNOWN)
+            result = ToolResult.from_error(UNKNOWN_OUTCOME)
         elif self._conversation.is_interrupted(call.id):
-            result = Result.error(INTERRUPTED)
+            result = ToolResult.from_error(INTERRUPTED_BY_USER)
         else:
-            self._check_lease()  # Writing the journal may have taken long.
+            # The lease may have expired while the journal was written.
+            self._check_lease()
             with tool_span(call) as record:
                 result = await self._execute_call(call)
                 record(result)
-            await self._keep_result(call, result)
+            await self._store_result(call, result)
         if call.id not in self._conversation.answered:
             await self._post_result(call, result)
         self._conversation.close_call(call.id)
-        self._apply_change()
+        self._handle_change()
 
-    async def _keep_result(self, call: ToolCall, result: Result) -> None:
+    async def _store_result(self, call: ToolCall, result: ToolResult) -> None:
         try:
-            await self._journal.finish(call.id, result)
-        except OSError:  # The result is sent anyway; after a crash its call counts as unknown.
+            await self._journal.store_result(call.id, result)
+        except OSError:
+            # The result is sent nevertheless. After a crash, the outcome of the call is unknown.
             self._session.log.exception("toolset: result not kept", extra={"call_id": call.id})
 
     def _check_lease(self) -> None:
         if self._session.lease_remaining <= 0:
             raise LeaseLost(self._session.item.id)
 
-    async def _execute_call(self, call: ToolCall) -> Result:
+    async def _execute_call(self, call: ToolCall) -> ToolResult:
         clock = asyncio.get_running_loop().time
         started = clock()
         try:
             async with asyncio.timeout(None) as scope:
                 self._running = call, scope
-                self._apply_change()  # An interrupt may have arrived while the journal was written.
-                result = await self._toolbox.run(call)
+                # An interrupt may have arrived while the journal was written.
+                self._handle_change()
+                result = await self._toolbox.run_call(call)
         except TimeoutError:
-            result = Result.error(INTERRUPTED)
+            result = ToolResult.from_error(INTERRUPTED_BY_USER)
         finally:
             self._running = None
         self._session.progress()
@@ -246,43 +251,45 @@ class SessionAnswerer:
         )
         return result
 
-    async def _post_result(self, call: ToolCall, result: Result) -> None:
-        """Send a result until it is stored. A refused one is replaced once, then dropped."""
-        for candidate in (result, Result.error(REFUSED)):
+    async def _post_result(self, call: ToolCall, result: ToolResult) -> None:
+        """Send a result until it is stored. A refused result is replaced by an error once."""
+        for candidate in (result, ToolResult.from_error(RESULT_REFUSED)):
             try:
                 await self._send_result(call, candidate)
-            except ConflictError:  # An earlier request was applied, but its answer was lost.
+            except ConflictError:
+                # An earlier request was applied, but its answer was lost.
                 return
             except RefusedError:
                 self._session.log.exception("toolset: result refused", extra={"call_id": call.id})
             else:
                 return
 
-    async def _send_result(self, call: ToolCall, result: Result) -> None:
+    async def _send_result(self, call: ToolCall, result: ToolResult) -> None:
         clock = asyncio.get_running_loop().time
         started, pause = clock(), 1.0
         while True:
-            bound = POST_SECONDS
+            limit = POST_SECONDS
             try:
                 await self._session.events.send(_result_event(call, result))
             except TransientError as error:
                 failure: TransientError | RefusedError = error
             except RefusedError as error:
                 failure = error
-                bound = REFUSED_SECONDS if error.status == _BAD_REQUEST else 0.0
+                limit = REFUSED_SECONDS if error.status == _BAD_REQUEST else 0.0
             else:
                 return
-            if call.id in self._conversation.answered:  # The stream has shown the result.
+            # The event stream may have shown that the result was stored.
+            if call.id in self._conversation.answered:
                 return
-            if clock() - started >= bound:
+            if clock() - started >= limit:
                 if isinstance(failure, TransientError):
                     raise Release("results cannot be sent")
                 raise failure
-            await asyncio.sleep(random.uniform(pause / 2, pause))  # noqa: S311 - spreads retries, no secret
-            pause = min(pause * 2, WAIT_MAX_SECONDS)
+            await asyncio.sleep(random.uniform(pause / 2, pause))  # noqa: S311 - no secret
+            pause = min(pause * 2, MAX_RETRY_SECONDS)
 
-    def _answer_denied(self, call: ToolCall) -> None:
-        # A call is denied only once, although the history may be read several times.
+    def _log_denied_call(self, call: ToolCall) -> None:
+        # Denials of the history are not logged again.
         if self._caught_up:
             self._session.log.info(
                 "toolset: the call was denied", extra={"tool": call.name, "call_id": call.id}
@@ -291,14 +298,14 @@ class SessionAnswerer:
 
 @contextlib.contextmanager
 def journal_errors_as_release() -> Iterator[None]:
-    """Turn an unwritable journal into a release of the session: no call runs without a journal."""
+    """Raise `Release` for a journal that cannot be written, because no call runs without one."""
     try:
         yield
     except OSError as error:
         raise Release(f"the journal cannot be kept: {error.strerror}") from error
 
 
-def _result_event(call: ToolCall, result: Result) -> dict[str, Any]:
+def _result_event(call: ToolCall, result: ToolResult) -> dict[str, Any]:
     kind, name = "user.tool_result", "tool_use_id"
     if call.custom:
         kind, name = "user.custom_tool_result", "custom_tool_use_id"

@@ -1,6 +1,6 @@
-"""The use of ripgrep by `grep`: the same files and lines as the walker, without its hints.
+"""The search of `grep` with ripgrep, which finds the same lines in the same files as the walker.
 
-Owns the options, the translation of patterns, and the parsing of the messages of ripgrep.
+This module has the options, the translation of patterns, and the parsing of ripgrep's messages.
 """
 
 from __future__ import annotations
@@ -16,22 +16,22 @@ if TYPE_CHECKING:
     import asyncio
     from collections.abc import Callable, Iterator, Mapping
 
-MESSAGE_BYTES: Final = 100 * walker.LINE_BYTES
-"""The longest message about a line within its limit: it may list a match at each byte."""
-OPTIONS: Final = (
+MAX_MESSAGE_BYTES: Final = 100 * walker.MAX_LINE_BYTES
+"""The longest message about one line, which may list a match at each byte of the line."""
+RIPGREP_OPTIONS: Final = (
     *("--no-config", "--json", "--no-messages", "--no-mmap", "--sort=path"),
     *("--hidden", "--no-ignore", "--crlf", "--engine=auto", "--encoding=none"),
 )
-"""The options with which ripgrep searches the same lines as the walker and prints messages."""
+"""The options with which ripgrep matches lines as the walker does, and prints messages."""
 _CHUNK: Final = 64 * 1024
 
 
 def glob_options(where: str, include: str | None) -> Iterator[str]:
-    """Return the options with which ripgrep searches the same files as the walker.
+    """Yield the options with which ripgrep searches the same files as the walker.
 
     Args:
         where: The directory that is searched, as ripgrep gets it.
-        include: The pattern, as for `walker.included`.
+        include: The pattern, as for `walker.matches_include`.
     """
     wanted = (include or "").removeprefix("!")
     way = "/" + _path_pattern(f"{where}/").lstrip("/")
@@ -39,16 +39,16 @@ def glob_options(where: str, include: str | None) -> Iterator[str]:
     for pattern in walker.split_pattern(wanted) if include else ():
         if pattern:
             yield f"--glob={start}{'/'.join(map(_translate_component, pattern))}"
-    yield from (f"--glob=!{name}/" for name in sorted(walker.SKIPPED))
+    yield from (f"--glob=!{name}/" for name in sorted(walker.SKIPPED_DIRECTORIES))
 
 
 def _path_pattern(path: str) -> str:
-    """Return a pattern of ripgrep that matches this path only."""
+    """Return a ripgrep pattern that matches only this path."""
     return re.sub(r"([][*?{}!\\])", r"\\\1", path)
 
 
 def _translate_component(pattern: str) -> str:
-    """Translate a component of a pattern of Python's `fnmatch` for ripgrep."""
+    """Translate one component of an `fnmatch` pattern to a ripgrep pattern."""
     if pattern == "**":
         return pattern
     kept = re.compile(r"\[!?\]?[^]]*\]|\*+|\?|.", re.DOTALL)
@@ -59,8 +59,8 @@ def _translate_component(pattern: str) -> str:
     )
 
 
-def error_text(error_text: str) -> str:
-    """Return the error of ripgrep, without hints at options that an agent does not have."""
+def regex_error_text(error_text: str) -> str:
+    """Return the text of ripgrep's error without hints at options that agents do not have."""
     reasons = re.findall(r"^(?:error|PCRE2): (.*)", error_text, re.MULTILINE)
     if reasons:
         return f"not a regular expression: {reasons[-1]}"
@@ -68,11 +68,11 @@ def error_text(error_text: str) -> str:
 
 
 class RipgrepMatches:
-    """The findings of ripgrep, parsed from its messages (`--json`), file by file.
+    """The matching lines, parsed from the messages of `rg --json`.
 
     Attributes:
         complete: Whether everything was searched, or the limit was reached.
-        cut: Whether there are more than `limit` bytes.
+        cut: Whether the matches have more than `limit` bytes.
     """
 
     def __init__(self, limit: int) -> None:
@@ -85,21 +85,22 @@ class RipgrepMatches:
         self._file_size = 0
 
     def text(self) -> str:
-        """Return the lines that were found."""
+        """Return all matching lines."""
         return "".join(self._lines)
 
     async def read_messages(
         self, stream: asyncio.StreamReader | None, enough: Callable[[], None]
     ) -> None:
-        """Read all messages; call `enough` once there is more than `limit` bytes."""
+        """Read all messages, and call `enough` when the matches have more than `limit` bytes."""
         part, dropped = b"", False
         while stream and (chunk := await stream.read(_CHUNK)):
             *messages, part = (part + chunk).split(b"\n")
             for message in messages:
-                if not (dropped or self.cut or len(message) > MESSAGE_BYTES):
+                if not (dropped or self.cut or len(message) > MAX_MESSAGE_BYTES):
                     self._add_message(json.loads(message))
                 dropped = False
-            if len(part) > MESSAGE_BYTES:  # This message is about a line that exceeds the limit.
+            # A longer message is about a line that exceeds the limit, so it is dropped.
+            if len(part) > MAX_MESSAGE_BYTES:
                 part, dropped = b"", True
             if self.cut:
                 enough()
@@ -115,7 +116,7 @@ class RipgrepMatches:
 
     def _add_line(self, data: dict[str, Any]) -> None:
         line = _bytes_of(data["lines"])
-        if len(line.removesuffix(b"\n")) > walker.LINE_BYTES:
+        if len(line.removesuffix(b"\n")) > walker.MAX_LINE_BYTES:
             return
         path = _bytes_of(data["path"]).decode(errors="replace").removeprefix("./")
         text = f"{path}:{data['line_number']}:{walker.line_text(line)}\n"
