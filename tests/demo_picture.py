@@ -14,9 +14,9 @@ from typing import TYPE_CHECKING, Final
 from rich.console import Console
 
 from workpool.cli.demo.demo_runner import DemoRunner
-from workpool.cli.demo.demo_sessions import EXAMPLE, sessions_for
-from workpool.cli.demo.demo_view import View, picture
-from workpool.cli.signals import Signals
+from workpool.cli.demo.demo_sessions import EXAMPLE, sessions_for_handler
+from workpool.cli.demo.demo_view import DemoView, state_table
+from workpool.cli.signals import SignalEvents
 
 if TYPE_CHECKING:
     from workpool.cli.demo.demo_state import DemoState
@@ -25,26 +25,26 @@ PICTURE: Final = Path(__file__).parents[1] / "workpool/docs/demo.svg"
 COLUMNS: Final = 112
 
 
-class RecordingView(View):
+class RecordingView(DemoView):
     """A view that records the sentences of the demo, without the lines of the workers."""
 
-    def show(self, worker: str, line: str) -> None:
+    def print_worker_line(self, worker: str, line: str) -> None:
         """Ignore a line of a worker."""
 
-    def draw(self, state: DemoState) -> None:
+    def draw_state(self, state: DemoState) -> None:
         """Ignore a table, since only the last one is used."""
 
 
 async def record_demo() -> str:
-    """Run the demo and return the picture."""
+    """Run the demo and return the picture as SVG text."""
     console = Console(
         record=True, width=COLUMNS, file=io.StringIO(), highlight=False, color_system="truecolor"
     )
-    runner = DemoRunner(EXAMPLE, sessions_for(EXAMPLE, {}, 40), RecordingView(console))
-    with Signals() as signals:
+    runner = DemoRunner(EXAMPLE, sessions_for_handler(EXAMPLE, {}, 40), RecordingView(console))
+    with SignalEvents() as signals:
         async with runner.plane:
             await runner.run(signals)
-    console.print(picture(runner.state))
+    console.print(state_table(runner.state))
     numbers = runner.plane.summary()._asdict() | {"failed": runner.state.failed.total()}
     console.print(" · ".join(f"{value} {name}" for name, value in numbers.items()))
     return console.export_svg(title="workpool demo", unique_id="demo")

@@ -15,7 +15,7 @@ import pytest
 
 from workpool.cli.demo import demo_runner
 from workpool.cli.demo.demo_sessions import DemoSession
-from workpool.cli.signals import Signals
+from workpool.cli.signals import SignalEvents
 
 if TYPE_CHECKING:
     from tests.acceptance.conftest import StartCommand
@@ -148,7 +148,7 @@ async def test_demo_whose_sessions_no_hook_takes_ends_with_status_1(
     runner = demo_runner.DemoRunner(
         "handlers:finish", [DemoSession("session", {"do": "nothing"})] * 4
     )
-    with Signals() as signals:
+    with SignalEvents() as signals:
         async with runner.plane:
             assert await runner.run(signals) == 1
     assert "does --metadata match" in capsys.readouterr().out

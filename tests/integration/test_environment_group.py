@@ -157,7 +157,7 @@ async def test_failed_environment_restarts_paused_and_recovers(
     key.write_text("revoked-Zx9")
 
     async def revoke_and_restore_key(group: EnvironmentGroup) -> None:
-        other = group.by_id[OTHER]
+        other = group.members_by_id[OTHER]
         await wait_until(lambda: other.error is not None)
         other.pause("by an operator")
         key.write_text(good)
@@ -184,7 +184,7 @@ async def test_environment_whose_plugin_cannot_open_does_not_end_other_environme
     plugin_module.broken.add(OTHER)
 
     async def run_while_plugin_is_broken(group: EnvironmentGroup) -> None:
-        other = group.by_id[OTHER]
+        other = group.members_by_id[OTHER]
         await wait_until(lambda: isinstance(other.error, ConnectionError))
         control_plane.enqueue(environment_id=FIRST)
         await wait_until(lambda: plugin_module.ended == [FIRST])
@@ -212,7 +212,7 @@ async def test_failed_renewal_of_one_environment_ends_process_only_if_session_co
 
     async def crash_one_renewer(group: EnvironmentGroup) -> None:
         group.on_blocked = ended.set
-        other = group.by_id[OTHER]
+        other = group.members_by_id[OTHER]
         kind = "ignores" if ignores_cancellation else "wait"
         control_plane.enqueue(environment_id=OTHER, metadata={kind: "yes"})
         await wait_until(lambda: OTHER in plugin_module.instances)
@@ -306,7 +306,7 @@ async def test_exit_after_idle_waits_until_every_environment_is_idle(
     group = make_group(exit_after_idle=0.5, block_ms=50)
     async with asyncio.timeout(2 * SECONDS), asyncio.TaskGroup() as tasks:
         running = tasks.create_task(group.run())
-        first = group.by_id[FIRST]
+        first = group.members_by_id[FIRST]
         await wait_until(lambda: first.status().idle_seconds > 1)
         assert not running.done()
         assert first.status().ready

@@ -12,7 +12,7 @@ import pytest
 from aiohttp import web
 
 from workpool.cli import fleet_reader, item_count
-from workpool.cli.fleet_reader import FleetReader, load_of
+from workpool.cli.fleet_reader import FleetReader, combined_load
 from workpool.cli.item_count import ItemCount, ItemCounter
 from workpool.errors import RefusedError, TransientError
 from workpool.scaling import FleetLoad
@@ -43,7 +43,7 @@ def reader_of(client: WorkClient) -> FleetReader:
 
 
 async def read(reader: FleetReader) -> FleetLoad:
-    load = await reader.read()
+    load = await reader.read_load()
     assert load is not None
     return load
 
@@ -137,7 +137,7 @@ async def test_history_that_is_longer_than_one_count_gives_no_numbers_until_it_i
         plane.enqueue(5)
         await claim(client, 4)
         reader = reader_of(client)
-        assert [await reader.read() for _ in range(2)] == [None, None]
+        assert [await reader.read_load() for _ in range(2)] == [None, None]
         for _ in range(2):
             load = await read(reader)
             assert (load.running, load.lower_bound) == (4, False)
@@ -152,7 +152,7 @@ async def test_reader_passes_a_long_history_and_then_has_numbers(
         stop(plane, *(item.id for item in plane.enqueue(3 * PAGE)))
         plane.enqueue(2)
         reader = reader_of(client)
-        assert reader.unready() == ["the queue is not read to its end yet"]
+        assert reader.unready_reasons() == ["the queue is not read to its end yet"]
         async with asyncio.TaskGroup() as group:
             reading = group.create_task(reader.run())
             for _ in range(2000):
@@ -161,7 +161,7 @@ async def test_reader_passes_a_long_history_and_then_has_numbers(
                 await asyncio.sleep(0.01)
             reading.cancel()
         assert reader.load is not None
-        assert (reader.load.unfinished, reader.unready()) == (2, [])
+        assert (reader.load.unfinished, reader.unready_reasons()) == (2, [])
 
 
 async def test_history_that_cannot_be_passed_gives_no_numbers(
@@ -172,7 +172,7 @@ async def test_history_that_cannot_be_passed_gives_no_numbers(
     async with ControlPlane(middlewares=middlewares) as plane, client_of(plane) as client:
         stop(plane, *(item.id for item in plane.enqueue(3 * PAGE)))
         reader = reader_of(client)
-        assert [await reader.read() for _ in range(4)] == [None] * 4
+        assert [await reader.read_load() for _ in range(4)] == [None] * 4
 
 
 async def test_long_list_that_begins_with_the_newest_items_is_a_lower_bound(
@@ -197,7 +197,7 @@ async def test_count_is_exact_whether_or_not_the_list_can_begin_later(after_id: 
         await claim(client, 3)
         counter = ItemCounter(client)
         for _ in range(3):
-            count = await counter.count()
+            count = await counter.count_items()
             assert (count.queued, count.running, count.complete) == (1, 3, True)
         assert counter._after is not None
 
@@ -222,7 +222,7 @@ async def test_stopped_items_are_skipped_in_a_list_in_order_of_creation_only(
         if order == "newest first":
             items.reverse()
         counter = ItemCounter(client)
-        counter._skip(items)
+        counter._skip_stopped_items(items)
         assert (counter._after is not None) == skips
 
 
@@ -232,22 +232,24 @@ async def test_running_item_behind_stopped_ones_is_counted_after_they_are_skippe
         items = plane.enqueue(PAGE + 3)
         await claim(client, PAGE + 3)
         counter = ItemCounter(client)
-        assert (await counter.count()).running == PAGE + 3
+        assert (await counter.count_items()).running == PAGE + 3
         stop(plane, *(item.id for item in items[1:]))
-        assert await counter.count() == ItemCount(0, 1, None, complete=True)
+        assert await counter.count_items() == ItemCount(0, 1, None, complete=True)
         stop(plane, items[0].id)
-        assert [(await counter.count()).running for _ in range(2)] == [0, 0]
+        assert [(await counter.count_items()).running for _ in range(2)] == [0, 0]
         plane.enqueue(2)
         await claim(client, 1)
-        count = await counter.count()
+        count = await counter.count_items()
         assert (count.queued, count.running, count.complete) == (1, 1, True)
 
 
 def test_running_items_that_are_counted_as_pending_do_not_count_twice() -> None:
     stats = QueueStats(depth=1, pending=5, oldest_queued_at=None, workers_polling=2)
     count = ItemCount(queued=1, running=5, oldest_queued_at=None, complete=True)
-    assert load_of(stats, count) == FleetLoad(1, 0, 5)
-    assert load_of(stats, count._replace(complete=False)) == FleetLoad(1, 5, 5, lower_bound=True)
+    assert combined_load(stats, count) == FleetLoad(1, 0, 5)
+    assert combined_load(stats, count._replace(complete=False)) == FleetLoad(
+        1, 5, 5, lower_bound=True
+    )
 
 
 async def test_refused_list_is_an_error_and_leaves_the_reader_without_numbers(
@@ -258,9 +260,9 @@ async def test_refused_list_is_an_error_and_leaves_the_reader_without_numbers(
         async with client_of(other) as client:  # with the token of another control plane
             reader = reader_of(client)
             with pytest.raises(RefusedError):
-                await reader.read()
+                await reader.read_load()
             assert reader.load is None
-            assert reader.unready() == ["the queue is not read to its end yet"]
+            assert reader.unready_reasons() == ["the queue is not read to its end yet"]
     assert "statistics refused" not in caplog.text
 
 
@@ -270,4 +272,4 @@ async def test_reader_waits_as_long_as_the_control_plane_asks(
 ) -> None:
     async with ControlPlane() as plane, client_of(plane) as client:
         error = TransientError("stats", 503, "busy", reason="throttled", retry_after=asked)
-        assert reader_of(client)._failed(error) == wait
+        assert reader_of(client)._record_failure(error) == wait

@@ -13,8 +13,8 @@ import typer
 from typer.testing import CliRunner
 
 from tests.references import commands_with_names, help_examples
-from workpool.cli.commands import ENTRIES, app, load
-from workpool.cli.flags import WITHOUT_FLAG, flag_of
+from workpool.cli.commands import ENTRIES, app, load_command
+from workpool.cli.flags import WITHOUT_FLAG, flag_name
 from workpool.cli.hold import LAST_HEARTBEAT, WORK_ID
 from workpool.settings import DESCRIPTIONS, PREFIX, Settings
 
@@ -38,7 +38,7 @@ def help_text(path: str) -> str:
 
 def test_list_of_commands_has_the_first_line_of_each_help_text() -> None:
     for entry in ENTRIES:
-        text = load(entry).help
+        text = load_command(entry).help
         assert text.partition("\n\n")[0].replace("\n", " ") == entry.summary
         assert entry.summary in help_text("workpool")
 
@@ -52,10 +52,10 @@ def test_short_flag_prints_the_help_text(path: str) -> None:
 @pytest.mark.parametrize("command", ["run", "check"])
 def test_each_setting_but_the_credentials_has_a_flag(command: str) -> None:
     flags = {opt for each in COMMANDS[f"workpool {command}"].params for opt in each.opts}
-    assert {flag_of(name) for name in DESCRIPTIONS if name not in WITHOUT_FLAG} <= flags
+    assert {flag_name(name) for name in DESCRIPTIONS if name not in WITHOUT_FLAG} <= flags
     assert "plugins" in flags  # The argument PLUGIN sets `plugins`, which has no flag.
     for name in ("token", "api_key", "extra_headers"):
-        assert flag_of(name) not in flags
+        assert flag_name(name) not in flags
 
 
 def test_flag_of_a_setting_shows_its_default_and_its_variable() -> None:

@@ -14,10 +14,10 @@ from rich.console import Console
 
 from workpool import Session, handler, hookimpl
 from workpool.cli.demo import demo_view, sample
-from workpool.cli.demo.demo_sessions import EXAMPLE, DemoSession, sessions_for
+from workpool.cli.demo.demo_sessions import EXAMPLE, DemoSession, sessions_for_handler
 from workpool.cli.demo.demo_state import DemoState
-from workpool.cli.demo.demo_view import View, picture
-from workpool.cli.demo.demo_workers import Worker, _lines, worker_settings
+from workpool.cli.demo.demo_view import DemoView, state_table
+from workpool.cli.demo.demo_workers import DemoWorker, _read_lines, worker_settings
 from workpool.cli.tables import print_table
 from workpool.errors import PluginError
 from workpool.server import ControlPlane, Poll
@@ -58,52 +58,54 @@ class DemoTestbed:
         self.item: Item
         (self.item,) = self.plane.enqueue()
         self.state = DemoState(count, self.plane, {self.item.id: "session 01"}, self.clock)
-        self.state.follow()
+        self.state.apply_new_records()
         self._at = (self.item.environment_id, self.item.id)
 
     def claim_item(self, worker: str) -> list[str]:
         operations, environment = self.plane.operations, self.item.environment_id
         assert operations.poll(environment, Poll(f"{worker}-1234")) is not None
         operations.ack(*self._at, f"{worker}-1234")
-        return self.state.follow()
+        return self.state.apply_new_records()
 
     def send_heartbeat(self, worker: str) -> None:
         self.plane.operations.heartbeat(*self._at, "NO_HEARTBEAT", 10, f"{worker}-1234")
-        assert self.state.follow() == []
+        assert self.state.apply_new_records() == []
 
     def expire_lease(self) -> list[str]:
         self.clock.advance(11)
         self.plane.operations.stats(self.item.environment_id)
-        return self.state.follow()
+        return self.state.apply_new_records()
 
     def stop_item(self, worker: str, **metadata: str) -> list[str]:
         self.plane.operations.update(*self._at, metadata)
         self.plane.operations.stop(*self._at, f"{worker}-1234", force=True)
-        return self.state.follow()
+        return self.state.apply_new_records()
 
 
 def test_demo_state_shows_session_reclaimed_by_second_worker() -> None:
     scene = DemoTestbed()
     assert scene.claim_item("one") == []
-    assert scene.state.held_by("one") == []  # A worker holds a session from the first heartbeat on.
+    assert (
+        scene.state.names_held_by("one") == []
+    )  # A worker holds a session from the first heartbeat on.
     scene.send_heartbeat("one")
-    assert scene.state.held_by("one") == ["session 01"]
+    assert scene.state.names_held_by("one") == ["session 01"]
     assert scene.expire_lease() == ["session 01 is free again: the lease of one lapsed"]
     assert scene.state.held == {}
     assert scene.claim_item("two") == ["session 01 reclaimed by two"]
     assert scene.stop_item("two") == ["session 01 finished by two"]
-    assert (scene.state.stopped, scene.state.acked, scene.state.reclaimed["two"]) == (1, 2, 1)
+    assert (scene.state.ended_count, scene.state.acked, scene.state.reclaimed["two"]) == (1, 2, 1)
 
 
 def test_demo_state_counts_down_to_expiry_of_the_last_lease() -> None:
     scene = DemoTestbed()
-    assert scene.state.lapse_seconds("one") is None
+    assert scene.state.seconds_until_lapse("one") is None
     scene.claim_item("one")
     scene.send_heartbeat("one")
     scene.clock.advance(4)
-    assert scene.state.lapse_seconds("one") == pytest.approx(6, abs=1)
+    assert scene.state.seconds_until_lapse("one") == pytest.approx(6, abs=1)
     scene.expire_lease()
-    assert scene.state.lapse_seconds("one") is None
+    assert scene.state.seconds_until_lapse("one") is None
 
 
 def test_demo_state_counts_failed_session_and_reports_its_error() -> None:
@@ -113,7 +115,7 @@ def test_demo_state_counts_failed_session_and_reports_its_error() -> None:
     error = {"workpool.error": "ValueError"}
     assert scene.stop_item("one", **error) == ["session 01 failed: ValueError"]
     assert (scene.state.completed["one"], scene.state.failed["one"]) == (0, 1)
-    assert scene.state.results_of("one") == "0 completed, 1 failed"
+    assert scene.state.results_text("one") == "0 completed, 1 failed"
 
 
 def test_demo_counts_add_up_to_all_sessions_at_any_time() -> None:
@@ -121,7 +123,7 @@ def test_demo_counts_add_up_to_all_sessions_at_any_time() -> None:
     steps = (lambda: None, lambda: scene.claim_item("one"), lambda: scene.stop_item("one"))
     for step in steps:
         step()
-        assert scene.state.queued + len(scene.state.held) + scene.state.stopped == 40
+        assert scene.state.queued_count + len(scene.state.held) + scene.state.ended_count == 40
 
 
 @handler(metadata={"job": "daily-report"})
@@ -150,34 +152,40 @@ def reports_module(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
 @pytest.mark.usefixtures("reports_module")
 def test_demo_uses_rules_of_handlers_for_sessions_without_metadata() -> None:
     daily, rows = DemoSession("session", {"job": "daily-report"}), DemoSession("import", {})
-    assert sessions_for("demo_reports:daily_report", {}, 2) == [daily, daily]
-    assert sessions_for("demo_reports", {}, 3) == [daily, rows, daily]
+    assert sessions_for_handler("demo_reports:daily_report", {}, 2) == [daily, daily]
+    assert sessions_for_handler("demo_reports", {}, 3) == [daily, rows, daily]
 
 
 @pytest.mark.usefixtures("reports_module")
 def test_demo_metadata_that_no_rule_matches_are_an_error_at_once() -> None:
     given = {"job": "daily-report", "day": "monday"}
-    assert sessions_for("demo_reports:daily_report", given, 1) == [DemoSession("session", given)]
+    assert sessions_for_handler("demo_reports:daily_report", given, 1) == [
+        DemoSession("session", given)
+    ]
     with pytest.raises(PluginError, match=r"takes type=session job=daily-report, not job=weekly"):
-        sessions_for("demo_reports:daily_report", {"job": "weekly"}, 1)
+        sessions_for_handler("demo_reports:daily_report", {"job": "weekly"}, 1)
 
 
 def test_demo_of_plugin_with_hook_uses_given_metadata(reports_module: ModuleType) -> None:
     reports_module.__dict__["workpool_session_handler"] = workpool_session_handler
-    assert sessions_for("demo_reports", {"a": "b"}, 1) == [DemoSession("session", {"a": "b"})]
+    assert sessions_for_handler("demo_reports", {"a": "b"}, 1) == [
+        DemoSession("session", {"a": "b"})
+    ]
 
 
 def test_demo_example_has_short_sessions_first() -> None:
-    seconds = [each.metadata["seconds"] for each in sessions_for(EXAMPLE, {}, 5)]
+    seconds = [each.metadata["seconds"] for each in sessions_for_handler(EXAMPLE, {}, 5)]
     assert seconds == ["0.2", "0.2", "0.2", "0.2", "1.5"]
 
 
 def test_worker_output_in_demo_is_filtered_by_logger_and_level() -> None:
     shown: list[str] = []
-    worker = Worker("one", "echo", {}, lambda _, line: shown.append(line))
+    worker = DemoWorker("one", "echo", {}, lambda _, line: shown.append(line))
 
     def write_log_line(logger: str, level: str, message: str, **more: object) -> None:
-        worker._read(json.dumps({"logger": logger, "level": level, "message": message, **more}))
+        worker._show_output_line(
+            json.dumps({"logger": logger, "level": level, "message": message, **more})
+        )
 
     write_log_line("workpool.pool.supervisor", "info", "metrics served", url="http://h/metrics")
     assert (worker.state, worker.url) == ("running", "http://h/metrics")
@@ -185,8 +193,8 @@ def test_worker_output_in_demo_is_filtered_by_logger_and_level() -> None:
     write_log_line("workpool.pool.poller", "warning", "poll failed: 503", error="503")
     write_log_line("workpool.session", "info", "from a handler", error="odd", stack="its stack")
     write_log_line("mine", "info", "from a plugin")
-    worker._read("printed")
-    worker._read("[1, 2]")
+    worker._show_output_line("printed")
+    worker._show_output_line("[1, 2]")
     assert shown[1:] == [
         "poll failed: 503",
         "from a handler",
@@ -198,7 +206,7 @@ def test_worker_output_in_demo_is_filtered_by_logger_and_level() -> None:
 
 
 async def test_demo_worker_that_was_not_started_can_be_killed() -> None:
-    worker = Worker("one", "echo", {}, lambda *_: None)
+    worker = DemoWorker("one", "echo", {}, lambda *_: None)
     worker.kill()
     worker.terminate()
     assert worker.state == "starting"
@@ -209,7 +217,7 @@ async def test_worker_output_lines_of_any_length_are_read() -> None:
     stream.feed_data(b"a\nb")
     stream.feed_data(b"c\n" + b"x" * 70_000 + b"\nend")
     stream.feed_eof()
-    lines = [line async for line in _lines(stream)]
+    lines = [line async for line in _read_lines(stream)]
     assert lines[:2] == ["a", "bc"]
     assert lines[-1] == "end"
     assert "".join(lines[2:-1]) == "x" * 70_000
@@ -231,7 +239,9 @@ def test_demo_worker_environment_overrides_settings_of_caller(
 
 @pytest.fixture
 def demo_state() -> DemoState:
-    one, two, three = (Worker(name, "echo", {}, lambda *_: None) for name in ("one", "two", "3"))
+    one, two, three = (
+        DemoWorker(name, "echo", {}, lambda *_: None) for name in ("one", "two", "3")
+    )
     one.state, one.url = "running", "http://127.0.0.1:1/metrics"
     two.state = "killed"
     scene = DemoTestbed()
@@ -244,7 +254,7 @@ def demo_state() -> DemoState:
 
 def test_demo_picture_shows_queue_workers_and_results(demo_state: DemoState) -> None:
     page = io.StringIO()
-    Console(file=page, width=110).print(picture(demo_state))
+    Console(file=page, width=110).print(state_table(demo_state))
     for words in ("queue 30", "running 1", "stopped 9 of 40", "1/4", "7 completed, 2 failed"):
         assert words in page.getvalue()
     assert "http://127.0.0.1:1/metrics" in page.getvalue()
@@ -257,12 +267,12 @@ def test_demo_view_without_terminal_prints_lines(
     demo_state: DemoState, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     page = io.StringIO()
-    with View(Console(file=page, width=40)) as plain:
-        plain.draw(demo_state)
+    with DemoView(Console(file=page, width=40)) as plain:
+        plain.draw_state(demo_state)
         assert page.getvalue() == ""  # Lines are printed at most once per LINE_SECONDS.
         monkeypatch.setattr(demo_view, "LINE_SECONDS", 0.0)
-        plain.draw(demo_state)
-        plain.show("one", "hello")
+        plain.draw_state(demo_state)
+        plain.print_worker_line("one", "hello")
     assert page.getvalue().splitlines() == [
         "-- queue 30   running 1   stopped 9 of 40 | one running, 0/4 slots, 7 completed, 2 failed"
         " | two killed, leases lapse in 10 s, 1/4 slots, 0 completed"
@@ -273,9 +283,9 @@ def test_demo_view_without_terminal_prints_lines(
 
 def test_demo_view_without_terminal_prints_the_end_at_once(demo_state: DemoState) -> None:
     page = io.StringIO()
-    demo_state.count = demo_state.stopped
-    with View(Console(file=page, width=40)) as plain:
-        plain.draw(demo_state)
+    demo_state.count = demo_state.ended_count
+    with DemoView(Console(file=page, width=40)) as plain:
+        plain.draw_state(demo_state)
     assert "stopped 9 of 9" in page.getvalue()
 
 

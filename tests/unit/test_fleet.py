@@ -27,7 +27,7 @@ def fleet_with_loads(loads: Mapping[str, FleetLoad | None], slots: Mapping[str, 
 
 def test_fleet_numbers_of_two_environments_are_sums_with_greatest_age() -> None:
     loads = {"env_a": FleetLoad(3, 1, 6, 4.5), "env_b": FleetLoad(1, 0, 4, 9.0, lower_bound=True)}
-    numbers = fleet_with_loads(loads, {"env_a": 8, "env_b": 8}).numbers()
+    numbers = fleet_with_loads(loads, {"env_a": 8, "env_b": 8}).total_numbers()
     assert numbers is not None
     assert (numbers["queued"], numbers["pending"], numbers["running"]) == (4, 1, 10)
     assert (numbers["oldest_queued_seconds"], numbers["lower_bound"]) == (9.0, True)
@@ -37,7 +37,7 @@ def test_fleet_numbers_of_two_environments_are_sums_with_greatest_age() -> None:
 def test_recommended_replicas_are_those_of_the_environment_that_needs_most() -> None:
     loads = {"env_a": FleetLoad(0, 0, 0), "env_b": FleetLoad(9, 0, 0)}
     fleet = fleet_with_loads(loads, {"env_a": 8, "env_b": 2})
-    numbers, few = fleet.numbers(), fleet.numbers_of("env_b")
+    numbers, few = fleet.total_numbers(), fleet.environment_numbers("env_b")
     assert numbers is not None
     assert few is not None
     assert numbers["recommended_replicas"] == few["recommended_replicas"] == 5
@@ -45,9 +45,9 @@ def test_recommended_replicas_are_those_of_the_environment_that_needs_most() -> 
 
 def test_fleet_numbers_are_unknown_while_one_environment_is_not_read() -> None:
     fleet = fleet_with_loads({"env_a": FleetLoad(1, 0, 0), "env_b": None}, {"env_a": 8, "env_b": 8})
-    assert fleet.numbers() is None
-    assert fleet.numbers_of("env_a") is not None
-    assert fleet.unready() == ["env_b: the queue is not read to its end yet"]
+    assert fleet.total_numbers() is None
+    assert fleet.environment_numbers("env_a") is not None
+    assert fleet.unready_reasons() == ["env_b: the queue is not read to its end yet"]
 
 
 def test_total_load_of_no_environment_is_zero() -> None:

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 import pytest
 
 from workpool.cli import conform
-from workpool.cli.flags import import_from_here
+from workpool.cli.flags import import_from_current_directory
 from workpool.cli.output import print_json, print_pairs, print_rows
 from workpool.conformance import CLAUSES, Finding, Verdict
 from workpool.logs import hide
@@ -48,8 +48,8 @@ def test_conform_output_shows_answers_of_control_plane_escaped_and_cut(
     hide("hunter2-hunter2")
     text = "hunter2-hunter2\n\x1b[2J\u202e" + "x" * 4_000_000
     findings = [Finding(CLAUSES[0], Verdict.BREAKS, text)]
-    conform._print(findings)
-    print_json(conform._report(Settings(), findings, Verdict.BREAKS))
+    conform._print_findings(findings)
+    print_json(conform._json_report(Settings(), findings, Verdict.BREAKS))
     printed = capsys.readouterr().out
     assert len(printed) < 10_000
     assert printed.replace("\n", "").isprintable()
@@ -73,8 +73,8 @@ def test_current_directory_is_put_first_on_import_path_once(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "path", ["elsewhere"])
-    import_from_here()
-    import_from_here()
+    import_from_current_directory()
+    import_from_current_directory()
     assert sys.path == [str(tmp_path), "elsewhere"]
 
 

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from workpool.cli.serve import _retention, _serve
+from workpool.cli.serve import _retention_seconds, _serve_until_signal
 from workpool.cli.signal_recorder import SignalRecorder
 from workpool.server import ControlPlane, MemoryStore, StoreError
 
@@ -38,7 +38,7 @@ class SlowStore(MemoryStore):
 @pytest.fixture(autouse=True)
 def signal_recorder() -> Iterator[SignalRecorder]:
     recorder = SignalRecorder()
-    former = recorder.install()
+    former = recorder.install_handlers()
     yield recorder
     for number, handler in former.items():
         signal.signal(number, handler)
@@ -51,7 +51,7 @@ def signal_recorder() -> Iterator[SignalRecorder]:
 def test_default_retention_depends_on_the_store(
     store: str, given: float | None, expected: float
 ) -> None:
-    assert _retention(store, given) == expected
+    assert _retention_seconds(store, given) == expected
 
 
 async def test_sigterm_while_store_opens_ends_serve(
@@ -60,7 +60,7 @@ async def test_sigterm_while_store_opens_ends_serve(
     store = SlowStore()
     plane = ControlPlane(store=store)
     async with asyncio.timeout(20), asyncio.TaskGroup() as group:
-        group.create_task(_serve(plane, shown=None, as_json=True))
+        group.create_task(_serve_until_signal(plane, shown=None, as_json=True))
         await store.opening.wait()
         signal.raise_signal(signal.SIGTERM)
     assert store.closed
@@ -76,5 +76,5 @@ async def test_failure_of_store_ends_serve_with_its_error() -> None:
     store.opened.set()
     async with asyncio.timeout(20):
         with pytest.raises(StoreError, match="it is full"):
-            await _serve(ControlPlane(store=store), shown=None, as_json=True)
+            await _serve_until_signal(ControlPlane(store=store), shown=None, as_json=True)
     assert store.closed

@@ -12,7 +12,7 @@ import uvloop
 
 from workpool.cli.log_config import log
 from workpool.cli.signal_recorder import SignalRecorder
-from workpool.cli.signals import Signals
+from workpool.cli.signals import SignalEvents
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -32,7 +32,7 @@ def restored_signal_handlers() -> Iterator[None]:
 def signal_recorder() -> Iterator[SignalRecorder]:
     """Return a recorder installed before the loop exists, as the entry point does."""
     recorder = SignalRecorder()
-    former = recorder.install()
+    former = recorder.install_handlers()
     yield recorder
     for number, handler in former.items():
         signal.signal(number, handler)
@@ -46,7 +46,7 @@ def send_signal(number: signal.Signals) -> None:
 
 async def wait_for_both_signals() -> None:
     async with asyncio.timeout(20):
-        with Signals() as signals:
+        with SignalEvents() as signals:
             assert not signals.first.is_set()
             send_signal(signal.SIGTERM)
             await signals.first.wait()
@@ -72,7 +72,7 @@ async def test_signals_are_received_on_loop_without_add_signal_handler(
     monkeypatch.setattr(loop, "add_signal_handler", refuse_signal_handler)
     monkeypatch.setattr(loop, "remove_signal_handler", refuse_signal_handler)
     async with asyncio.timeout(20):
-        with Signals() as signals:
+        with SignalEvents() as signals:
             signal.raise_signal(signal.SIGTERM)
             await signals.first.wait()
             assert signals.last is signal.SIGTERM
@@ -83,7 +83,7 @@ async def test_signal_received_before_loop_starts_sets_first_event(
 ) -> None:
     signal.raise_signal(signal.SIGTERM)
     async with asyncio.timeout(20):
-        with Signals() as signals:
+        with SignalEvents() as signals:
             await signals.first.wait()
             assert not signals.second.is_set()
     assert signal_recorder.received == [signal.SIGTERM]
@@ -95,7 +95,7 @@ def test_signal_received_while_loop_starts_counts_once(
 ) -> None:
     async def receive_signal() -> None:
         signal.raise_signal(signal.SIGTERM)
-        with Signals() as signals:
+        with SignalEvents() as signals:
             await signals.first.wait()
             reported = asyncio.Event()
             monkeypatch.setattr(log, "warning", lambda *_, **__: reported.set())
@@ -120,7 +120,7 @@ async def test_sighup_requests_end_only_after_the_terminal_has_hung_up(
 ) -> None:
     monkeypatch.setattr(signal_recorder, "terminal_hung_up", lambda: hung_up)
     async with asyncio.timeout(20):
-        with Signals(hangup_ends=hangup_ends) as signals:
+        with SignalEvents(hangup_ends=hangup_ends) as signals:
             signal.raise_signal(signal.SIGHUP)
             signal.raise_signal(signal.SIGHUP)
             await asyncio.sleep(0)  # The loop passes the signals to `Signals` in this turn.
@@ -132,7 +132,7 @@ async def test_sighup_requests_end_only_after_the_terminal_has_hung_up(
 def test_ignored_sighup_stays_ignored() -> None:
     before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
     try:
-        former = SignalRecorder().install()
+        former = SignalRecorder().install_handlers()
         assert signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
         for number, handler in former.items():
             signal.signal(number, handler)

@@ -16,9 +16,9 @@ _DRAINING = {"demo", "hold", "run", "serve"}
 
 
 def main() -> None:
-    """Run the command line. Without its extra, print how to install it and exit with 2."""
-    if _command_of(sys.argv[1:]) in _DRAINING:
-        SignalRecorder().install()
+    """Run the command line; without the extra `cli`, print how to install it and exit with 2."""
+    if _command_name(sys.argv[1:]) in _DRAINING:
+        SignalRecorder().install_handlers()
     try:
         for name in _EXTRA:
             importlib.import_module(name)
@@ -32,6 +32,6 @@ def main() -> None:
     app(prog_name="workpool")
 
 
-def _command_of(arguments: list[str]) -> str | None:
-    """Return the name of the command; no option before it takes a value."""
+def _command_name(arguments: list[str]) -> str | None:
+    """Return the first argument that is no option: no option before the command takes a value."""
     return next((each for each in arguments if not each.startswith("-")), None)

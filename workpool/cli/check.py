@@ -39,9 +39,11 @@ SKEW_SECONDS: Final = 5.0
 
 @dataclass(frozen=True, slots=True)
 class CheckResult:
-    """One line of the report.
+    """The result of one check, which is one line of the report of `workpool check`.
 
-    `exit` is its exit status; `environment_id` the environment, if the file has several.
+    Attributes:
+        exit: The exit status of the command if this is the first failed check.
+        environment_id: The environment that was checked; None unless the file has several.
     """
 
     check: str
@@ -78,10 +80,10 @@ def check(
     except SettingsError as error:
         findings += _failed_results("settings", error)
     else:
-        findings += _check_all(settings, environments)
+        findings += _check_environments(settings, environments)
     status = next((each.exit for each in findings if each.exit), exits.OK)
     if json:
-        shown = [_json_object(each) for each in findings]
+        shown = [_result_as_json(each) for each in findings]
         print_json({"ok": status == exits.OK, "checks": shown})
     else:
         for each in findings:
@@ -93,14 +95,16 @@ def check(
     raise typer.Exit(status)
 
 
-def _json_object(result: CheckResult) -> dict[str, object]:
-    """Return the JSON object of a line."""
+def _result_as_json(result: CheckResult) -> dict[str, object]:
+    """Return a result as a JSON object, without its exit status."""
     hidden = {"exit"} if result.environment_id is not None else {"exit", "environment_id"}
     return {name: value for name, value in asdict(result).items() if name not in hidden}
 
 
-def _check_all(settings: Settings, environments: Sequence[Settings]) -> Iterator[CheckResult]:
-    """Check each environment of the file, or the only one."""
+def _check_environments(
+    settings: Settings, environments: Sequence[Settings]
+) -> Iterator[CheckResult]:
+    """Check each environment of the settings file, or the only environment of the process."""
     if not environments:
         yield from _check_environment(settings)
         return
@@ -141,7 +145,7 @@ def _check_plugins(settings: Settings) -> CheckResult:
     try:
         loaded = load_plugins(settings)
     except PluginError as error:
-        exits.print_trace(error)
+        exits.print_plugin_traceback(error)
         return CheckResult("plugins", "FAIL", str(error), "see workpool plugins", exits.USAGE)
     names = ", ".join(plugin.name for plugin in loaded.describe())
     if not loaded.can_handle:
@@ -153,11 +157,11 @@ def _check_plugins(settings: Settings) -> CheckResult:
 async def _check_control_plane(settings: Settings) -> list[CheckResult]:
     dates: list[str] = []
 
-    async def note_date(_: object, __: object, end: aiohttp.TraceRequestEndParams) -> None:
+    async def record_date_header(_: object, __: object, end: aiohttp.TraceRequestEndParams) -> None:
         dates.append(end.response.headers.get("Date", ""))
 
     trace = aiohttp.TraceConfig()
-    trace.on_request_end.append(note_date)
+    trace.on_request_end.append(record_date_header)
     async with (
         aiohttp.ClientSession(trust_env=True, trace_configs=[trace]) as session,
         WorkClient(settings, session=session) as client,
@@ -165,7 +169,7 @@ async def _check_control_plane(settings: Settings) -> list[CheckResult]:
         started = time.monotonic()
         error: ControlPlaneError | None = None
         try:
-            # The list is read because some workers' credentials may not read statistics.
+            # Some credentials may list items and not read statistics, so the check lists items.
             async for _ in client.list(limit=1):
                 pass
         except ControlPlaneError as failure:
@@ -173,7 +177,7 @@ async def _check_control_plane(settings: Settings) -> list[CheckResult]:
         seconds = time.monotonic() - started
     findings = [_connection_result(settings, error, seconds)]
     if dates and dates[-1]:
-        findings.append(judge_clock(dates[-1], datetime.now(UTC), seconds))
+        findings.append(clock_result(dates[-1], datetime.now(UTC), seconds))
     return findings
 
 
@@ -185,16 +189,17 @@ def _connection_result(
     advice = exits.ADVICE.get(error.status or 0, "check base_url, proxies and the network")
     if error.status is None and settings.base_url == DIALECTS[settings.dialect].base_url:
         advice += "; base_url is the service's own, since it is not set"
-    return CheckResult("control plane", "FAIL", str(error), advice, exits.status_of(error))
+    return CheckResult("control plane", "FAIL", str(error), advice, exits.exit_status_of(error))
 
 
-def judge_clock(date: str, now: datetime, seconds: float) -> CheckResult:
-    """Compare the clock of this machine with a `Date` header that is at most `seconds` old."""
+def clock_result(date: str, now: datetime, seconds: float) -> CheckResult:
+    """Compare this machine's clock with a `Date` header that is at most `seconds` old."""
     try:
         skew = (now - parsedate_to_datetime(date)).total_seconds()
     except (TypeError, ValueError):
         return CheckResult("clock", "warn", "the control plane sends no date that can be read")
-    # `Date` has whole seconds, and the control plane wrote it some time before it arrived.
+    # A `Date` header is cut to whole seconds, and is up to `seconds` old when it is compared.
+    # The middle of both intervals is expected; only an error beyond their ends is a wrong clock.
     off = max(0.0, abs(skew - 0.5 - seconds / 2) - 0.5 - seconds / 2)
     if off <= SKEW_SECONDS:
         return CheckResult("clock", "ok", f"within {SKEW_SECONDS:.0f} s of the control plane's")

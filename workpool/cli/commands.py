@@ -14,10 +14,14 @@ from workpool.cli.help_text import PLAIN, examples
 from workpool.cli.verbosity import Verbose
 
 
-class Entry(NamedTuple):
-    """A command: its name, its place below `workpool.cli`, and the first line of its help.
+class CommandEntry(NamedTuple):
+    """One command of the command line.
 
-    `interspersed`: whether flags may follow arguments.
+    Attributes:
+        name: The name that users type.
+        place: Its module below `workpool.cli`, and its function or application there.
+        summary: The first line of its help text.
+        interspersed: Whether flags may follow arguments.
     """
 
     name: str
@@ -27,33 +31,41 @@ class Entry(NamedTuple):
 
 
 ENTRIES: Final = (
-    Entry(
+    CommandEntry(
         "demo",
         "demo.command:demo",
         "Show sessions of a real queue while one of two workers is killed.",
     ),
-    Entry("run", "run:run", "Run a pool until SIGTERM or SIGINT, which drain it."),
-    Entry(
+    CommandEntry("run", "run:run", "Run a pool until SIGTERM or SIGINT, which drain it."),
+    CommandEntry(
         "hold",
         "hold:hold",
         "Run a program under the lease that a handler hands off.",
         interspersed=False,
     ),
-    Entry("pause", "control:pause", "Let a worker claim no more items; its sessions go on."),
-    Entry("resume", "control:resume", "Let a paused worker claim items again."),
-    Entry("drain", "control:drain", "Let a worker end its sessions, and then itself."),
-    Entry("top", "top:top", "Show workers and their sessions in the terminal, until Ctrl-C."),
-    Entry("serve", "serve:serve", "Serve a work queue over HTTP until SIGTERM or SIGINT."),
-    Entry("scale", "scale:scale", "Serve numbers for autoscalers until SIGTERM or SIGINT."),
-    Entry("check", "check:check", "Check settings, plugins, credentials, connection and clock."),
-    Entry(
+    CommandEntry(
+        "pause", "control:pause", "Pause a worker: it claims no more items, and its sessions go on."
+    ),
+    CommandEntry("resume", "control:resume", "Let a paused worker claim items again."),
+    CommandEntry(
+        "drain", "control:drain", "Drain a worker: its sessions end, and then the worker ends."
+    ),
+    CommandEntry(
+        "top", "top:top", "Show workers and their sessions in the terminal, until Ctrl-C."
+    ),
+    CommandEntry("serve", "serve:serve", "Serve a work queue over HTTP until SIGTERM or SIGINT."),
+    CommandEntry("scale", "scale:scale", "Serve numbers for autoscalers until SIGTERM or SIGINT."),
+    CommandEntry(
+        "check", "check:check", "Check settings, plugins, credentials, connection and clock."
+    ),
+    CommandEntry(
         "conform",
         "conform:conform",
         "Check a control plane against the protocol, clause by clause.",
     ),
-    Entry("plugins", "plugin_list:plugins", "Show the installed and the active plugins."),
-    Entry("new", "new:new", "Write a plugin project: a handler with tests that pass."),
-    Entry("work", "work:app", "Read and change a queue."),
+    CommandEntry("plugins", "plugin_list:plugins", "Show the installed and the active plugins."),
+    CommandEntry("new", "new:new", "Write a plugin project: a handler with tests that pass."),
+    CommandEntry("work", "work:app", "Read and change a queue."),
 )
 EXAMPLES: Final = examples(
     "workpool demo",
@@ -64,8 +76,8 @@ EXAMPLES: Final = examples(
 )
 
 
-class Commands(TyperGroup):
-    """The commands of the table. A command is imported when it is called, not to list it."""
+class LazyCommandGroup(TyperGroup):
+    """A Typer group that imports the module of a command only when the command is called."""
 
     _listing = False
 
@@ -75,12 +87,12 @@ class Commands(TyperGroup):
         return [entry.name for entry in ENTRIES]
 
     def get_command(self, ctx: Any, cmd_name: str) -> Any:
-        """Return a command; while commands are listed, return one that has only its summary."""
+        """Return a command; for a list of commands, return a command that has only a summary."""
         del ctx
         for entry in ENTRIES:
             if entry.name == cmd_name:
                 listed = TyperCommand(entry.name, help=entry.summary, rich_markup_mode=None)
-                return listed if self._listing else load(entry)
+                return listed if self._listing else load_command(entry)
         return None
 
     def format_help(self, ctx: Any, formatter: Any) -> None:
@@ -92,7 +104,7 @@ class Commands(TyperGroup):
             self._listing = False
 
     def shell_complete(self, ctx: Any, incomplete: str) -> Any:
-        """Return the commands that start with this text, without importing them."""
+        """Return the commands whose names start with `incomplete`, without importing them."""
         self._listing = True
         try:
             return super().shell_complete(ctx, incomplete)
@@ -100,8 +112,8 @@ class Commands(TyperGroup):
             self._listing = False
 
 
-def load(entry: Entry) -> Any:
-    """Import a command."""
+def load_command(entry: CommandEntry) -> Any:
+    """Import the module of a command, and return the command."""
     name, _, attribute = entry.place.partition(":")
     module = import_module(f"workpool.cli.{name}")
     found = getattr(module, attribute)
@@ -118,7 +130,7 @@ def load(entry: Entry) -> Any:
 
 app = typer.Typer(
     name="workpool",
-    cls=Commands,
+    cls=LazyCommandGroup,
     help="Run session handlers against a remote work queue.",
     epilog=EXAMPLES,
     context_settings={"help_option_names": ["-h", "--help"]},
@@ -133,7 +145,7 @@ def _print_version(wanted: bool) -> None:
 
 
 @app.callback(invoke_without_command=True)
-def root(
+def root_command(
     context: typer.Context,
     _version: Annotated[
         bool,

@@ -108,8 +108,8 @@ def conform(
     Exit status: 0 all clauses hold, 4 some differ harmlessly, 5 some could not be tried, 1 some
     break workers.
     """
-    clauses = _chosen_clauses(clause)
-    with exits.reported():
+    clauses = _select_clauses(clause)
+    with exits.exit_on_error():
         settings = read_settings(
             config,
             of=_ConformSettings,
@@ -118,19 +118,19 @@ def conform(
             environment_id=environment_id,
         )
         settings.require_connection()
-        source = _new_source(agent, work_id)
+        source = _new_item_source(agent, work_id)
         findings = asyncio.run(
             _run_suite(settings, clauses, source, work_id or (), test_environment)
         )
     worst = max((each.verdict for each in findings), key=_ORDER.index)
     if json:
-        print_json(_report(settings, findings, worst))
+        print_json(_json_report(settings, findings, worst))
     else:
-        _print(findings)
+        _print_findings(findings)
     raise typer.Exit(_STATUSES[worst])
 
 
-def _chosen_clauses(names: Sequence[str] | None) -> Sequence[Clause]:
+def _select_clauses(names: Sequence[str] | None) -> Sequence[Clause]:
     if not names:
         return CLAUSES
     by_name = {each.name: each for each in CLAUSES}
@@ -140,7 +140,7 @@ def _chosen_clauses(names: Sequence[str] | None) -> Sequence[Clause]:
     return [by_name[name] for name in dict.fromkeys(names)]
 
 
-def _new_source(agent: str | None, work_ids: Sequence[str] | None) -> Source:
+def _new_item_source(agent: str | None, work_ids: Sequence[str] | None) -> Source:
     if agent and work_ids:
         raise typer.BadParameter("give --agent or --work-id, not both")
     if work_ids:
@@ -197,7 +197,7 @@ async def _run_suite(
             raise typer.Exit(exits.FAILED) from None
 
 
-def _report(settings: Settings, findings: Sequence[Finding], worst: Verdict) -> dict[str, Any]:
+def _json_report(settings: Settings, findings: Sequence[Finding], worst: Verdict) -> dict[str, Any]:
     return {
         "base_url": settings.base_url,
         "dialect": settings.dialect,
@@ -214,8 +214,8 @@ def _report(settings: Settings, findings: Sequence[Finding], worst: Verdict) -> 
     }
 
 
-def _print(findings: Sequence[Finding]) -> None:
-    """Print a line for each clause, first the clauses that hold, and then the counts."""
+def _print_findings(findings: Sequence[Finding]) -> None:
+    """Print a line for each clause, ordered by verdict, and the number of clauses per verdict."""
     width = max(len(verdict.value) for verdict in Verdict)
     for verdict in _ORDER:
         for each in findings:

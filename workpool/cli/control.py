@@ -15,7 +15,13 @@ import orjson
 import typer
 
 from workpool.cli import exits
-from workpool.cli.control_socket import LINE_BYTES, SUFFIX, directories, is_private, peer_of
+from workpool.cli.control_socket import (
+    LINE_BYTES,
+    SUFFIX,
+    is_private_directory,
+    peer_user_id,
+    socket_directories,
+)
 from workpool.cli.help_text import examples
 from workpool.logs import readable
 
@@ -54,7 +60,7 @@ EXAMPLES: Final = {
 
 
 class ControlError(Exception):
-    """A worker cannot be reached; the message gives the reason."""
+    """The error that a worker cannot be reached, with the reason as its message."""
 
 
 def pause(
@@ -65,7 +71,7 @@ def pause(
     pid: Pid = None,
     environment_id: Environment = None,
 ) -> None:
-    """Let a worker claim no more items; its sessions go on.
+    """Pause a worker: it claims no more items, and its sessions go on.
 
     The worker is the only one of this user on this machine, or the one that the flags choose.
     """
@@ -92,7 +98,7 @@ def drain(
     pid: Pid = None,
     environment_id: Environment = None,
 ) -> None:
-    """Let a worker end its sessions, and then itself.
+    """Drain a worker: its sessions end, and then the worker ends.
 
     The same as SIGTERM. A second drain can shorten the time and not extend it. The worker is the
     only one of this user on this machine, or the one that the flags choose.
@@ -108,21 +114,21 @@ def _request_worker(
     pid: int | None,
     environment_id: str | None,
 ) -> None:
-    """Find the worker, send it the request, and print a line; an error ends the command."""
+    """Send a request to the chosen worker, and print its answer; an error ends the command."""
     if environment_id is not None:
         request = {**request, "environment_id": environment_id}
     try:
         chosen = _choose_worker(path, pid, environment_id)
         answer = _send_request(chosen, request)
     except (OSError, ControlError) as error:
-        _exit_with(exits.FAILED, _failure_reason(error))
+        _print_and_exit(exits.FAILED, _failure_reason(error))
     if "error" in answer:
-        _exit_with(exits.USAGE, f"{chosen}: {answer['error']}")
+        _print_and_exit(exits.USAGE, f"{chosen}: {answer['error']}")
     typer.echo(f"{done} {_describe_worker(answer)}")
 
 
 def _choose_worker(path: Path | None, pid: int | None, environment_id: str | None) -> Path:
-    """Return the socket of the one worker that matches."""
+    """Return the socket of the only worker that the flags match; otherwise end the command."""
     wanted = {"pid": pid, "environment_id": environment_id}
     asked = {} if environment_id is None else {"environment_id": environment_id}
     paths = [path] if path is not None else _find_sockets()
@@ -142,13 +148,13 @@ def _choose_worker(path: Path | None, pid: int | None, environment_id: str | Non
         return next(iter(found))
     if found:
         lines = [f"{_describe_worker(answer)} socket={each}" for each, answer in found.items()]
-        _exit_with(
+        _print_and_exit(
             exits.USAGE,
             "several workers listen; choose one with --pid, --environment-id or --socket",
             *lines,
         )
     fitting = "" if wanted == {"pid": None, "environment_id": None} else " that the flags fit"
-    where = ", ".join(map(str, [path] if path is not None else directories()))
+    where = ", ".join(map(str, [path] if path is not None else socket_directories()))
     raise ControlError(
         f"no worker{fitting} listens (looked at {where}); it may run as another user, on another "
         "machine, or with another control_socket, which --socket names"
@@ -157,8 +163,8 @@ def _choose_worker(path: Path | None, pid: int | None, environment_id: str | Non
 
 def _find_sockets() -> list[Path]:
     found: list[Path] = []
-    for directory in directories():
-        if is_private(directory):
+    for directory in socket_directories():
+        if is_private_directory(directory):
             found += sorted(directory.glob(f"*{SUFFIX}"))
         elif directory.exists():
             typer.echo(f"workpool: {directory}: not used, as others have access to it", err=True)
@@ -166,7 +172,7 @@ def _find_sockets() -> list[Path]:
 
 
 def _send_request(path: Path, request: Mapping[str, object]) -> dict[str, Any]:
-    """Send one request and return its answer.
+    """Send one request to a control socket, and return the answer.
 
     Raises:
         OSError: No worker listens, or the worker does not answer in time.
@@ -177,7 +183,7 @@ def _send_request(path: Path, request: Mapping[str, object]) -> dict[str, Any]:
         raise ControlError("the reason is too long")
     with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as connection:
         connection.settimeout(ANSWER_SECONDS)
-        _connect(connection, path)
+        _connect_to_own_socket(connection, path)
         connection.sendall(line)
         received = _receive_answer(connection)
     try:
@@ -189,14 +195,14 @@ def _send_request(path: Path, request: Mapping[str, object]) -> dict[str, Any]:
     return answer
 
 
-def _connect(connection: socket.socket, path: Path) -> None:
-    """Connect to a socket of this user, and to no other."""
+def _connect_to_own_socket(connection: socket.socket, path: Path) -> None:
+    """Connect to a socket if this user owns it and its listener; otherwise raise an error."""
     found, user = path.lstat(), os.geteuid()
     if not stat.S_ISSOCK(found.st_mode):
         raise ControlError("is no socket")
     if found.st_uid == user:
         connection.connect(str(path))
-    if found.st_uid != user or peer_of(connection) not in {None, user}:
+    if found.st_uid != user or peer_user_id(connection) not in {None, user}:
         raise ControlError(f"belongs to the user {found.st_uid}: run the command as that user")
 
 
@@ -232,7 +238,7 @@ def _describe_worker(answer: Mapping[str, Any]) -> str:
     return " ".join(shown)
 
 
-def _exit_with(status: int, *lines: str) -> NoReturn:
+def _print_and_exit(status: int, *lines: str) -> NoReturn:
     for line in lines:
         typer.echo(f"workpool: {readable(line)}", err=True)
     raise typer.Exit(status)

@@ -32,7 +32,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
     from types import TracebackType
 
-    from workpool.cli.pool_interface import Controlled, Pool
+    from workpool.cli.pool_interface import ControllablePool, RunnablePool
 
 log = logging.getLogger("workpool")
 
@@ -50,16 +50,16 @@ ROOT: Final = 0
 _read_timeout = unlimited(decimal(zero=True))
 
 
-def directories() -> list[Path]:
-    """Return the directories for sockets of this user. A worker uses the first usable one."""
+def socket_directories() -> list[Path]:
+    """Return the directories for sockets of this user's workers, the preferred one first."""
     user = os.geteuid()
     runtime = Path(os.environ.get("XDG_RUNTIME_DIR") or f"/run/user/{user}")
     temporary = Path(os.environ.get("TMPDIR") or "/tmp")  # noqa: S108 - owner and mode are checked
     return [runtime / "workpool", temporary / f"workpool-{user}"]
 
 
-def is_private(directory: Path) -> bool:
-    """Return whether a directory exists, is no link, belongs to this user, and excludes others."""
+def is_private_directory(directory: Path) -> bool:
+    """Return whether this is a directory (no link) that only this user can read or change."""
     try:
         found = directory.lstat()
     except OSError:
@@ -68,8 +68,8 @@ def is_private(directory: Path) -> bool:
     return stat.S_ISDIR(found.st_mode) and found.st_uid == os.geteuid() and not admits_others
 
 
-def peer_of(connection: socket.socket) -> int | None:
-    """Return the user of the process at the other end; None if the kernel does not report it."""
+def peer_user_id(connection: socket.socket) -> int | None:
+    """Return the user id of the connected process; None if the kernel does not report it."""
     if not hasattr(socket, "SO_PEERCRED"):
         return None
     size = struct.calcsize("3i")
@@ -78,7 +78,7 @@ def peer_of(connection: socket.socket) -> int | None:
 
 
 class ControlSocket:
-    """The socket of one worker: bound by the constructor, removed at the end of the context.
+    """The control socket of one worker, created by the constructor and removed with the context.
 
     Args:
         setting: The path; None: a new path in a directory of this user; `off`: no socket.
@@ -93,7 +93,7 @@ class ControlSocket:
     """
 
     def __init__(self, setting: str | None, origin: str = "") -> None:
-        self.environments: Mapping[str, Controlled] = {}
+        self.environments: Mapping[str, ControllablePool] = {}
         self._listener: socket.socket | None = None
         self._path = Path()
         self._identity = (0, 0)
@@ -108,7 +108,9 @@ class ControlSocket:
                 raise ListenError(f"control_socket: {setting}: {problem}{where}") from None
             return
         try:
-            self._open_listener(_own_directory() / f"{os.getpid()}-{secrets.token_hex(4)}{SUFFIX}")
+            self._open_listener(
+                _usable_socket_directory() / f"{os.getpid()}-{secrets.token_hex(4)}{SUFFIX}"
+            )
         except OSError as error:
             problem = error.strerror or str(error)
             log.info("no control socket: %s", problem, extra={"error": problem})
@@ -129,12 +131,12 @@ class ControlSocket:
         self._listener.close()
         with contextlib.suppress(OSError):
             found = self._path.lstat()
-            # Another worker may have its socket at this path now; that one must stay.
+            # Another worker may have replaced the socket; removing that one would cut it off.
             if (found.st_dev, found.st_ino) == self._identity:
                 self._path.unlink()
 
-    async def serve(self, pool: Pool) -> None:
-        """Answer requests until cancelled. Runs on the pool's loop."""
+    async def answer_requests(self, pool: RunnablePool) -> None:
+        """Answer requests one by one until cancelled. Must run on the event loop of the pool."""
         if self._listener is None:
             return
         loop = asyncio.get_running_loop()
@@ -146,20 +148,21 @@ class ControlSocket:
                 log.warning("control socket cannot accept: %s", problem, extra={"error": problem})
                 await asyncio.sleep(ACCEPT_SECONDS)
                 continue
-            with connection, contextlib.suppress(OSError):  # the client may have disconnected
+            with connection, contextlib.suppress(OSError):  # a client may disconnect early
                 async with asyncio.timeout(REQUEST_SECONDS):
                     await _answer_request(connection, pool, self.environments)
 
     def _open_listener(self, path: Path) -> None:
-        """Bind and listen; a socket at this path of a worker that has ended is removed first."""
-        # Without the lock, another worker could remove a socket that does not listen yet.
+        """Listen at a path, after removing the socket that an ended worker left there."""
+        # Without the lock, another worker could remove this socket between `bind` and `listen`.
         with _locked_directory(path.parent):
             _remove_dead_socket(path)
             listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
             try:
                 listener.bind(str(path))
                 path.chmod(0o600)
-                listener.listen(BACKLOG)  # no client can connect before this call
+                # Clients can connect from here on, so the mode is set before.
+                listener.listen(BACKLOG)
                 listener.setblocking(False)
             except BaseException:
                 listener.close()
@@ -169,20 +172,20 @@ class ControlSocket:
         self._identity = (found.st_dev, found.st_ino)
 
 
-def _own_directory() -> Path:
-    """Return a directory of this user, created if necessary, without sockets of ended workers.
+def _usable_socket_directory() -> Path:
+    """Return a directory for the socket, after removing the sockets of ended workers from it.
 
     Raises:
         OSError: No directory can be used or created.
     """
-    for directory in directories():
+    for directory in socket_directories():
         if directory.parent.is_dir():
-            with contextlib.suppress(OSError):  # it exists, or the next one is tried
+            with contextlib.suppress(OSError):  # the directory may exist, or may not be allowed
                 directory.mkdir(mode=0o700)
-            if is_private(directory) and os.access(directory, os.W_OK):
+            if is_private_directory(directory) and os.access(directory, os.W_OK):
                 with _locked_directory(directory):
                     for path in directory.glob(f"*{SUFFIX}"):
-                        with contextlib.suppress(OSError):  # a running worker's socket stays
+                        with contextlib.suppress(OSError):  # a worker may listen on it
                             _remove_dead_socket(path)
                 return directory
     raise OSError(errno.EACCES, "no directory of this user can be used")
@@ -190,7 +193,7 @@ def _own_directory() -> Path:
 
 @contextlib.contextmanager
 def _locked_directory(directory: Path) -> Iterator[None]:
-    """Hold the lock of a directory. Workers hold it while they open their sockets there.
+    """Lock a directory of sockets, as each worker does while it opens its socket there.
 
     Raises:
         OSError: Another process has held the lock for `LOCK_SECONDS`.
@@ -230,17 +233,17 @@ def _remove_dead_socket(path: Path) -> None:
     with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as trying:
         trying.setblocking(False)
         result = trying.connect_ex(str(path))
-    if result != errno.ECONNREFUSED:  # a worker listens, perhaps with a full backlog
+    if result != errno.ECONNREFUSED:  # even a full backlog shows that a worker listens
         raise OSError(errno.EADDRINUSE, "another worker listens there")
     path.unlink(missing_ok=True)
 
 
 async def _answer_request(
-    connection: socket.socket, pool: Pool, environments: Mapping[str, Controlled]
+    connection: socket.socket, pool: RunnablePool, environments: Mapping[str, ControllablePool]
 ) -> None:
-    """Read one request from a connection, carry it out, and send the answer."""
+    """Read one request from a connection, execute it, and send the answer."""
     loop = asyncio.get_running_loop()
-    user = peer_of(connection)
+    user = peer_user_id(connection)
     if user not in {None, ROOT, os.geteuid()}:
         return
     received = b""
@@ -255,14 +258,15 @@ async def _answer_request(
         answer = {"error": "the request is not JSON"}
     except ValueError as error:
         answer = {"error": str(error)}
-    # The action and the answer are one step: a drain that ends at once would lose the answer.
+    # Nothing is awaited between the action and the answer: after a drain of an idle pool, the
+    # process may end before the next step of this task.
     await loop.sock_sendall(connection, orjson.dumps(answer) + b"\n")
 
 
 def _execute_request(
-    line: bytes, pool: Pool, environments: Mapping[str, Controlled]
+    line: bytes, pool: RunnablePool, environments: Mapping[str, ControllablePool]
 ) -> dict[str, Any]:
-    """Carry out one request, and return the state of the pool or environment that it names.
+    """Execute one request, and return the state of the pool or environment that the request names.
 
     Raises:
         ValueError: The request cannot be read.
@@ -270,7 +274,7 @@ def _execute_request(
     if len(line) > LINE_BYTES:
         raise ValueError("the request is too long")
     request = orjson.loads(line)
-    chosen = _chosen_pool(request, pool, environments)
+    chosen = _requested_pool(request, pool, environments)
     match request:
         case {"command": "status"}:
             pass
@@ -293,7 +297,9 @@ def _execute_request(
     }
 
 
-def _chosen_pool(request: object, pool: Pool, environments: Mapping[str, Controlled]) -> Controlled:
+def _requested_pool(
+    request: object, pool: RunnablePool, environments: Mapping[str, ControllablePool]
+) -> ControllablePool:
     """Return the environment that a request names, or the pool if it names none.
 
     Raises:

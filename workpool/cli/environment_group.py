@@ -39,12 +39,12 @@ RETRY_SECONDS: Final = 60.0
 
 
 class GroupMember:
-    """One environment of the process: its supervisor, and state that outlives a failed supervisor.
+    """One environment of the process, with a new supervisor for each start.
 
     Attributes:
-        settings: Its settings.
-        supervisor: The supervisor that runs now or ran last; each start has a new one.
-        error: The error that ended it; None: it has not failed.
+        settings: The settings of the environment.
+        supervisor: The supervisor that runs now or ran last.
+        error: The error that ended the last supervisor; None if it has not failed.
         running: Whether the supervisor runs.
         opened: Whether a supervisor has opened its plugins and its lease renewer.
         ended: Whether no further supervisor will run.
@@ -64,25 +64,27 @@ class GroupMember:
 
     @property
     def abandoned(self) -> int:
-        """The number of sessions that the drains of its supervisors left running."""
+        """The number of sessions that drains could neither end nor give back."""
         return self._abandoned + self.supervisor.abandoned
 
     @property
-    def id(self) -> str:
+    def environment_id(self) -> str:
         """The id of the environment."""
         return str(self.settings.environment_id)
 
     @property
-    def reasons(self) -> Iterator[str]:
-        """The reasons why the environment is not ready; empty once it has ended on request."""
+    def unready_reasons(self) -> Iterator[str]:
+        """The reasons why the environment is not ready; none after it has drained on request."""
         if self.error is not None and not self.running:
-            yield f"{self.id}: failed: {type(self.error).__name__}"
+            yield f"{self.environment_id}: failed: {type(self.error).__name__}"
         elif not self.ended:
-            yield from (f"{self.id}: {reason}" for reason in self.supervisor.status().reasons)
+            yield from (
+                f"{self.environment_id}: {reason}" for reason in self.supervisor.status().reasons
+            )
 
     async def run(self, *, until_empty: bool) -> None:
-        """Run the supervisor; a failure is in `error` afterwards."""
-        if self.error is not None:  # a supervisor cannot run twice
+        """Run the supervisor until it ends, and store its failure in `error`."""
+        if self.error is not None:  # a supervisor runs only once
             self._abandoned += self.supervisor.abandoned
             self.supervisor = self._create(self.settings)
             if self._pause_reason is not None:
@@ -96,20 +98,18 @@ class GroupMember:
         finally:
             self.running = False
 
-    # The interface of a supervisor for the control socket.
-
     def pause(self, reason: str) -> None:
-        """Claim no more items until `resume()`."""
+        """Stop claiming items until `resume()`, also after a restart of the environment."""
         self._pause_reason = reason
         self.supervisor.pause(reason)
 
     def resume(self) -> None:
-        """End the pause."""
+        """Claim items again after `pause()`."""
         self._pause_reason = None
         self.supervisor.resume()
 
     def request_drain(self, timeout: float | EllipsisType | None = ...) -> None:
-        """Begin a drain, after which the environment does not start again."""
+        """Begin a drain without waiting for its end; the environment does not start again."""
         self.drained = True
         if self.running:
             self.supervisor.request_drain(timeout)
@@ -117,12 +117,12 @@ class GroupMember:
             self.on_drain()
 
     def status(self) -> Status:
-        """Return the state of the supervisor."""
+        """Return the status of the supervisor that runs now or ran last."""
         return self.supervisor.status()
 
 
 class EnvironmentGroup:
-    """The environments of one process; for the command line, it is used like one supervisor.
+    """The environments of one process, with the interface of one supervisor.
 
     Args:
         process: The settings of the process.
@@ -159,11 +159,11 @@ class EnvironmentGroup:
         self._changed = asyncio.Event()
         self.environments = [GroupMember(each, self._new_supervisor) for each in environments]
         for each in self.environments:
-            each.on_drain = self._note_change
+            each.on_drain = self._wake_waiters
 
     @property
     def log_ids(self) -> dict[str, str]:
-        """The ids of log records that are made outside of a pool's tasks: no ids."""
+        """No ids: a log record outside of the tasks of a pool belongs to no environment."""
         return {}
 
     @property
@@ -187,7 +187,7 @@ class EnvironmentGroup:
                 log.info("metrics served", extra={"url": f"{self._exporter.url}/metrics"})
             for each in self.environments:
                 group.create_task(
-                    self._run_environment(each, until_empty=until_empty), name=each.id
+                    self._run_environment(each, until_empty=until_empty), name=each.environment_id
                 )
         for each in self.environments:
             if each.error is not None:
@@ -195,27 +195,27 @@ class EnvironmentGroup:
                 raise each.error
 
     @property
-    def by_id(self) -> dict[str, GroupMember]:
-        """The environments by their ids."""
-        return {each.id: each for each in self.environments}
+    def members_by_id(self) -> dict[str, GroupMember]:
+        """The members of the group by environment id."""
+        return {each.environment_id: each for each in self.environments}
 
     def pause(self, reason: str) -> None:
-        """Claim no more items in any environment until `resume()`."""
+        """Stop claiming items in all environments until `resume()`."""
         for each in self.environments:
             each.pause(reason)
 
     def resume(self) -> None:
-        """End the pauses of all environments."""
+        """Claim items again in all environments."""
         for each in self.environments:
             each.resume()
 
     def request_drain(self, timeout: float | EllipsisType | None = ...) -> None:
-        """Begin a drain of all environments."""
+        """Begin a drain of all environments without waiting for its end."""
         for each in self.environments:
             each.request_drain(timeout)
 
     def status(self) -> Status:
-        """Return the state of all environments as that of one pool. May be called on any thread.
+        """Return the status of all environments as one status. May be called on any thread.
 
         The error of an environment is part of the state only if no environment runs.
         """
@@ -238,7 +238,7 @@ class EnvironmentGroup:
 
     @property
     def metrics_url(self) -> str | None:
-        """The URL of `/metrics`, `/healthz` and `/readyz`, without a path; None if off."""
+        """The URL of the exporter, without a path; None if there is no exporter."""
         return self._exporter.url if self._exporter else None
 
     def live_status(self, show_ids: bool) -> dict[str, Any]:
@@ -252,27 +252,26 @@ class EnvironmentGroup:
 
     @property
     def _first_error(self) -> Exception | None:
-        """The error of the first environment that has failed and not recovered."""
+        """The error of the first environment whose last supervisor failed; None without one."""
         return next((each.error for each in self.environments if each.error is not None), None)
 
-    # Running one environment.
     async def _run_environment(self, one: GroupMember, *, until_empty: bool) -> None:
-        """Run one environment, again after each failure while others run."""
+        """Run one environment, and restart it after a failure while other environments run."""
         while not one.drained:
             await one.run(until_empty=until_empty)
             if one.error is None:
                 break
             self._log_failure(one, one.error)
             if isinstance(one.error, SettingsError | PluginError) and not one.opened:
-                self.request_drain()  # each further start would fail alike
+                self.request_drain()  # a start with wrong settings can only fail again
             if until_empty or not await self._wait_to_restart(one):
                 break
         one.ended = True
-        self._shares[one.id].leave()
-        self._note_change()
+        self._shares[one.environment_id].leave()
+        self._wake_waiters()
 
     async def _keep_services_open(self) -> None:
-        """Keep the services open from the start of all environments to their end."""
+        """Open the services once all environments have started, and close them after the last."""
         while not all(each.opened or each.ended or each.error for each in self.environments):
             await self._changed.wait()
         async with ServiceThread(self.renewer_services):
@@ -280,40 +279,42 @@ class EnvironmentGroup:
                 await self._changed.wait()
 
     @asynccontextmanager
-    async def _noting_start(self, environment_id: str | None) -> AsyncIterator[None]:
-        """Note that an environment has opened. Entered on the thread of its lease renewer."""
-        self._loop.call_soon_threadsafe(self._note_opened, str(environment_id))
+    async def _marking_opened(self, environment_id: str | None) -> AsyncIterator[None]:
+        """Mark an environment as opened. Entered on the thread of its lease renewer."""
+        self._loop.call_soon_threadsafe(self._mark_opened, str(environment_id))
         yield
 
-    def _note_opened(self, environment_id: str) -> None:
-        self.by_id[environment_id].opened = True
-        self._note_change()
+    def _mark_opened(self, environment_id: str) -> None:
+        self.members_by_id[environment_id].opened = True
+        self._wake_waiters()
 
     async def _wait_to_restart(self, one: GroupMember) -> bool:
-        """Wait until a failed environment may start again; return False if it must not."""
-        self._note_change()
+        """Wait for `RETRY_SECONDS`; return whether a failed environment may then restart."""
+        self._wake_waiters()
         with suppress(TimeoutError):
             async with asyncio.timeout(RETRY_SECONDS):
-                while self._may_start(one):
+                while self._may_restart(one):
                     await self._changed.wait()
-        return self._may_start(one)
+        return self._may_restart(one)
 
-    def _may_start(self, one: GroupMember) -> bool:
+    def _may_restart(self, one: GroupMember) -> bool:
         others = any(each.running for each in self.environments if each is not one)
         return others and not one.drained and self._limits.reached is None
 
-    def _note_change(self) -> None:
+    def _wake_waiters(self) -> None:
         self._changed.set()
         self._changed = asyncio.Event()
 
     def _log_failure(self, one: GroupMember, error: Exception) -> None:
-        for problem in exits.lines_of(error):
-            line = exits.with_advice(problem, error, one.settings)
+        for problem in exits.error_lines(error):
+            line = exits.line_with_advice(problem, error, one.settings)
             log.critical(
                 "environment failed: %s",
                 line,
-                extra={"environment_id": one.id, "error": line},
-                exc_info=exits.trace_of(error) if isinstance(error, WorkpoolError) else error,
+                extra={"environment_id": one.environment_id, "error": line},
+                exc_info=exits.plugin_exception_info(error)
+                if isinstance(error, WorkpoolError)
+                else error,
             )
 
     def _new_supervisor(self, settings: Settings) -> Supervisor:
@@ -325,7 +326,7 @@ class EnvironmentGroup:
         share = self._shares[settings.environment_id]
         supervisor.shared = SharedParts(share, self._limits, self._exporter)
         supervisor.awaits_last_scrape = True
-        supervisor.renewer_services = [self._noting_start(settings.environment_id)]
+        supervisor.renewer_services = [self._marking_opened(settings.environment_id)]
         supervisor.on_blocked = partial(self._handle_renewal_failure, supervisor)
         return supervisor
 
@@ -336,7 +337,7 @@ class EnvironmentGroup:
         and the others go on. The process ends if that drain takes longer than the shortest lease
         allows. Called on the thread of the lease renewer.
         """
-        if supervisor.status().error is None:  # the loop of all environments is blocked
+        if supervisor.status().error is None:  # a handler blocks the loop of all environments
             self._end_process()
             return
         seconds = exits.FAILED_SECONDS
@@ -356,8 +357,8 @@ class EnvironmentGroup:
         if self.on_blocked is not None:
             self.on_blocked()
 
-    # The exporter calls these functions on its own threads.
     def _new_exporter(self) -> Exporter | None:
+        """Return the exporter, which calls methods of this group on its own threads."""
         address = self._process.metrics_address
         if address is None:
             return None
@@ -375,9 +376,10 @@ class EnvironmentGroup:
         return exporter
 
     def _health_problems(self) -> list[str]:
-        # A restart of the process would not help an environment that has failed alone.
+        # An environment that failed is not counted: restarting the process would not repair it, and
+        # would interrupt the other environments.
         reasons = (each.supervisor.unhealthy() for each in self.environments if each.running)
         return list(dict.fromkeys(reason for each in reasons for reason in each))
 
     def _readiness_problems(self) -> list[str]:
-        return [reason for each in self.environments for reason in each.reasons]
+        return [reason for each in self.environments for reason in each.unready_reasons]

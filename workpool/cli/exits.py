@@ -1,4 +1,4 @@
-"""Exit statuses, and the line on stderr that gives the reason.
+"""Exit statuses, the lines on stderr that give the reason, and the end of the process.
 
 No message may contain a token; the errors of workpool never do. See workpool/docs/cli.md,
 "Exit statuses".
@@ -44,10 +44,10 @@ FAILED_SECONDS: Final = 3.0
 """Seconds in which a pool whose leases are not renewed anymore may drain by itself."""
 FLUSH_SECONDS: Final = 1.0
 
-_is_loading: Final = re.compile(
+_is_import_frame: Final = re.compile(
     r"<frozen importlib.*|.*importlib.__init__\.py|.*inspect\.py|.*workpool.plugins.\w+\.py"
 ).fullmatch
-"""Whether the frames of a file only lead to the code of a plugin, and tell its author nothing."""
+"""Matches the files whose frames only import a plugin, which its author need not see."""
 _REFUSALS: Final = {400, 401, 403, 404}
 ADVICE: Final[Mapping[int, str]] = {
     400: "the environment must be self_hosted, and base_url must hold the dialect's prefix",
@@ -65,8 +65,8 @@ _REFUSED_SETTINGS: Final[Mapping[int, tuple[str, ...]]] = {
 """The settings that a refusal is probably about."""
 
 
-def with_advice(line: str, error: Exception, settings: Settings) -> str:
-    """Return the line of an error with advice, and with the sources of the settings concerned."""
+def line_with_advice(line: str, error: Exception, settings: Settings) -> str:
+    """Return an error line with advice and with the sources of the settings that it concerns."""
     names: tuple[str, ...] = ("metrics_listen",) if isinstance(error, ListenError) else ()
     if isinstance(error, RefusedError) and (advice := ADVICE.get(error.status or 0)):
         line = f"{line}; {advice}"
@@ -76,8 +76,8 @@ def with_advice(line: str, error: Exception, settings: Settings) -> str:
     return f"{line} ({found})" if found else line
 
 
-def status_of(error: WorkpoolError | ServeError) -> int:
-    """Return the exit status of an error."""
+def exit_status_of(error: WorkpoolError | ServeError) -> int:
+    """Return the exit status of a command that an error ends."""
     if isinstance(error, ControlPlaneError):
         return REFUSED if error.status in _REFUSALS else FAILED
     if isinstance(error, StoreError):
@@ -86,33 +86,33 @@ def status_of(error: WorkpoolError | ServeError) -> int:
     return USAGE if bad_start else FAILED
 
 
-def lines_of(error: BaseException) -> tuple[str, ...]:
+def error_lines(error: BaseException) -> tuple[str, ...]:
     """Return the lines that describe an error, one for each problem."""
     return error.problems if isinstance(error, SettingsError) else (str(error),)
 
 
 def print_error(error: BaseException) -> None:
-    """Print an error to stderr."""
-    for line in lines_of(error):
+    """Print the lines of an error, and the traceback of a plugin, to stderr."""
+    for line in error_lines(error):
         typer.echo(f"workpool: {readable(line)}", err=True)
-    print_trace(error)
+    print_plugin_traceback(error)
 
 
-def print_trace(error: BaseException) -> None:
-    """Print the traceback of the plugin's own exception to stderr, if a plugin raised one."""
-    trace = trace_of(error)
+def print_plugin_traceback(error: BaseException) -> None:
+    """Print the traceback of the exception that a plugin raised, if any, to stderr."""
+    trace = plugin_exception_info(error)
     if trace is not None:
         for line in "".join(traceback.format_exception(*trace)).splitlines():
             typer.echo(f"  {readable(line)}", err=True)
 
 
-def trace_of(
+def plugin_exception_info(
     error: BaseException,
 ) -> tuple[type[BaseException], BaseException, TracebackType | None] | None:
     """Return the exception that a plugin raised, as `exc_info`; None if no plugin raised one."""
     cause = error.__cause__ if isinstance(error, PluginError) else None
     frames = None if cause is None else cause.__traceback__
-    while frames is not None and _is_loading(frames.tb_frame.f_code.co_filename):
+    while frames is not None and _is_import_frame(frames.tb_frame.f_code.co_filename):
         frames = frames.tb_next
     if cause is None or (frames is None and not isinstance(cause, SyntaxError)):
         return None
@@ -120,16 +120,16 @@ def trace_of(
 
 
 @contextmanager
-def reported() -> Iterator[None]:
-    """Turn an error of workpool into a line on stderr and its exit status."""
+def exit_on_error() -> Iterator[None]:
+    """Print an error of workpool that the block raises, and exit with the status of the error."""
     try:
         yield
     except (WorkpoolError, ServeError) as error:
         print_error(error)
-        raise typer.Exit(status_of(error)) from None
+        raise typer.Exit(exit_status_of(error)) from None
 
 
-def leave_now(status: int) -> NoReturn:
+def end_process_now(status: int) -> NoReturn:
     """End the process without waiting for its threads. May be called on any thread.
 
     Only flushes the logs, for at most `FLUSH_SECONDS`: a blocked handler may hold the lock of a log
@@ -143,35 +143,35 @@ def leave_now(status: int) -> NoReturn:
         os._exit(status)
 
 
-def leave_in(seconds: float, status: int) -> None:
-    """End the process after `seconds`, unless it ends before. May be called on any thread."""
-    timer = threading.Timer(seconds, leave_now, (status,))
+def end_process_after(seconds: float, status: int) -> None:
+    """End the process after `seconds` if it still runs then. May be called on any thread."""
+    timer = threading.Timer(seconds, end_process_now, (status,))
     timer.daemon = True
     try:
         timer.start()
     except BaseException:
-        leave_now(status)
+        end_process_now(status)
         raise
 
 
-def leave_despite_threads(seconds: float, status: int) -> None:
-    """Let the process end by itself, but abandon threads that still run after `seconds`.
+def end_process_despite_threads(seconds: float, status: int) -> None:
+    """Bound the end of the process: end it after `seconds` if threads still run then.
 
     The interpreter waits without a bound for each thread that is not a daemon. The log names the
     abandoned threads.
     """
-    timer = threading.Timer(seconds, _leave_threads, (status,))
+    timer = threading.Timer(seconds, _abandon_threads, (status,))
     timer.daemon = True
     timer.start()
 
 
-def _leave_threads(status: int) -> None:
+def _abandon_threads(status: int) -> None:
     main = threading.main_thread()
     left = [each for each in threading.enumerate() if not each.daemon and each is not main]
     for thread in left:
         log.warning("thread still runs; abandoned", extra={"thread_name": thread.name})
     if left:
-        leave_now(status)
+        end_process_now(status)
 
 
 def _flush_logs() -> None:

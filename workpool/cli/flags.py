@@ -1,4 +1,4 @@
-"""The flags that several commands share, and the settings that they set.
+"""The flags that several commands share, and the settings that are read from flags.
 
 `run` and `check` have a flag for each setting but the credentials, which would be visible in the
 list of processes. See workpool/docs/settings.md, "Settings".
@@ -42,15 +42,15 @@ METAVARS: Final[Mapping[str, str]] = {
 """The values of flags in help texts; all others are SECONDS."""
 
 
-def flag_of(setting: str) -> str:
+def flag_name(setting: str) -> str:
     """Return the flag of a setting."""
     return f"--{setting.replace('_', '-')}"
 
 
-def _option(setting: str) -> Any:
-    """Return the option of a setting, with its text, its default and its variable."""
+def _setting_option(setting: str) -> Any:
+    """Return the Typer option of a setting, with its description and its variable."""
     return typer.Option(
-        flag_of(setting),
+        flag_name(setting),
         metavar=METAVARS.get(setting, "SECONDS"),
         help=f"{DESCRIPTIONS[setting]} Variable: `{PREFIX}{setting.upper()}`.",
     )
@@ -64,9 +64,9 @@ Config = Annotated[
         help="A TOML file with settings. Default: none. Variable: `WORKPOOL_CONFIG`.",
     ),
 ]
-EnvironmentId = Annotated[str | None, _option("environment_id")]
-BaseUrl = Annotated[str | None, _option("base_url")]
-Dialect = Annotated[str | None, _option("dialect")]
+EnvironmentId = Annotated[str | None, _setting_option("environment_id")]
+BaseUrl = Annotated[str | None, _setting_option("base_url")]
+Dialect = Annotated[str | None, _setting_option("dialect")]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON value.")]
 PluginNames = Annotated[
     list[str] | None,
@@ -87,14 +87,14 @@ Metadata = Annotated[
 
 
 class FlagSettings(Settings):
-    """The settings of a command; an error about a value names the flag that sets it."""
+    """The settings of a command; an error about a value names the flag of the setting."""
 
     names: ClassVar[Mapping[str, str]] = {"plugins": "PLUGIN"}
     """The source of a command's setting that has no flag."""
 
     @classmethod
     def _origin(cls, name: str) -> str:
-        return cls.names.get(name) or flag_of(name)
+        return cls.names.get(name) or flag_name(name)
 
 
 def read_settings(
@@ -109,7 +109,7 @@ def read_settings(
 
 
 def read_environments(config: Path | None, **flags: Any) -> tuple[Settings, tuple[Settings, ...]]:
-    """Read the settings of the process and of each environment in its file, if there are any.
+    """Read the settings of the process, and those of each environment in its TOML file.
 
     Raises:
         SettingsError: Some settings are wrong.
@@ -118,10 +118,10 @@ def read_environments(config: Path | None, **flags: Any) -> tuple[Settings, tupl
 
 
 def require_connections(settings: Settings, environments: Sequence[Settings]) -> None:
-    """Check that the settings suffice for each connection.
+    """Check that each environment has the settings that its connection needs.
 
     Raises:
-        SettingsError: Names everything that is missing.
+        SettingsError: Some settings are missing; the error names all of them.
     """
     problems: list[str] = []
     for each in environments or (settings,):
@@ -139,14 +139,14 @@ def _given_flags(flags: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def with_setting_flags(command: Callable[..., None]) -> Callable[..., None]:
-    """Give a command a flag for each setting. The command receives them as a mapping, `flags`."""
+    """Add a flag for each setting to a command, which gets their values as the mapping `flags`."""
     names = [name for name in DESCRIPTIONS if name not in WITHOUT_FLAG]
     flags = [
         inspect.Parameter(
             name,
             inspect.Parameter.KEYWORD_ONLY,
             default=None,
-            annotation=Annotated[str | None, _option(name)],
+            annotation=Annotated[str | None, _setting_option(name)],
         )
         for name in names
     ]
@@ -156,17 +156,17 @@ def with_setting_flags(command: Callable[..., None]) -> Callable[..., None]:
         if each.name != "flags"
     ]
 
-    def call(**given: Any) -> None:
+    def command_with_flags(**given: Any) -> None:
         command(flags={name: given.pop(name) for name in names}, **given)
 
-    call.__doc__ = command.__doc__
-    call.__annotations__ = {each.name: each.annotation for each in (*own, *flags)}
-    vars(call)["__signature__"] = inspect.Signature([*own, *flags])
-    return call
+    command_with_flags.__doc__ = command.__doc__
+    command_with_flags.__annotations__ = {each.name: each.annotation for each in (*own, *flags)}
+    vars(command_with_flags)["__signature__"] = inspect.Signature([*own, *flags])
+    return command_with_flags
 
 
 def parse_pairs(pairs: list[str] | None) -> dict[str, str]:
-    """Parse `KEY=VALUE` arguments.
+    """Parse arguments of the form `KEY=VALUE` into a mapping.
 
     Raises:
         typer.BadParameter: An argument has another form.
@@ -180,8 +180,8 @@ def parse_pairs(pairs: list[str] | None) -> dict[str, str]:
     return found
 
 
-def import_from_here() -> None:
-    """Make the modules of the current directory importable, as `python -m` does."""
+def import_from_current_directory() -> None:
+    """Add the current directory to `sys.path`, as `python -m` does."""
     here = str(Path.cwd())
     if not {"", here} & set(sys.path):
         sys.path.insert(0, here)

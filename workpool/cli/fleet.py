@@ -1,4 +1,4 @@
-"""The numbers that autoscalers read of a fleet: for all its environments, and for each of them."""
+"""The load and the recommended replicas of a fleet, for autoscalers."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 
 class Fleet:
-    """The numbers of all environments, of which each worker serves all.
+    """The numbers of a fleet whose workers work for all of its environments.
 
     Args:
         readers: The reader of each environment, by its id.
@@ -38,13 +38,16 @@ class Fleet:
             for environment_id, slots in own_slots.items()
         }
 
-    def numbers(self) -> dict[str, float] | None:
-        """Return the numbers of all environments together; None if one is unknown.
+    def total_numbers(self) -> dict[str, float] | None:
+        """Return the numbers of all environments together; None if those of one are unknown.
 
         The recommendation suffices for all items together, and for the items of each environment.
         May be called on any thread.
         """
-        found = {environment_id: self.numbers_of(environment_id) for environment_id in self.readers}
+        found = {
+            environment_id: self.environment_numbers(environment_id)
+            for environment_id in self.readers
+        }
         loads = [reader.load for reader in self.readers.values()]
         known = [each for each in found.values() if each is not None]
         if len(known) < len(found) or None in loads:
@@ -57,26 +60,28 @@ class Fleet:
         numbers["recommended_replicas"] = max(each["recommended_replicas"] for each in wanted)
         return numbers
 
-    def numbers_of(self, environment_id: str) -> dict[str, float] | None:
-        """Return the numbers of one environment; None if unknown. May be called on any thread."""
+    def environment_numbers(self, environment_id: str) -> dict[str, float] | None:
+        """Return the numbers of one environment; None if unknown. Safe on any thread."""
         reader = self.readers[environment_id]
         load, age = reader.load, reader.age_seconds
         if load is None or age is None:
             return None
         return fleet_numbers(load, self._rules[environment_id], age_seconds=age)
 
-    def unready(self) -> list[str]:
-        """The reasons why there are no numbers. May be called on any thread."""
+    def unready_reasons(self) -> list[str]:
+        """Return the reasons why there are no numbers. Safe on any thread."""
         if len(self.readers) == 1:
-            return [reason for reader in self.readers.values() for reason in reader.unready()]
+            return [
+                reason for reader in self.readers.values() for reason in reader.unready_reasons()
+            ]
         return [
             f"{environment_id}: {reason}"
             for environment_id, reader in self.readers.items()
-            for reason in reader.unready()
+            for reason in reader.unready_reasons()
         ]
 
     async def run(self) -> None:
-        """Read all environments until cancelled."""
+        """Read the load of all environments at intervals until cancelled."""
         async with asyncio.TaskGroup() as group:
             for environment_id, reader in self.readers.items():
                 group.create_task(reader.run(), name=f"read {environment_id}")

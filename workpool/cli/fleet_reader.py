@@ -1,4 +1,4 @@
-"""The periodic reading of the load of one environment."""
+"""Reads the load of one environment periodically."""
 
 import asyncio
 import logging
@@ -24,12 +24,12 @@ log = logging.getLogger("workpool")
 
 
 class FleetReader:
-    """Reads the load of one environment at intervals, and stores the last load with its age.
+    """Reads the load of one environment at intervals, and stores the last load and its time.
 
     Args:
         client: An open client.
         interval: Seconds between two readings.
-        max_age: Seconds for which a reading counts.
+        max_age: Seconds after which the last load is not reported anymore.
         clock: The monotonic clock.
 
     Attributes:
@@ -55,18 +55,18 @@ class FleetReader:
 
     @property
     def age_seconds(self) -> float | None:
-        """The age of the last reading; None before the first one. May be read on any thread."""
+        """The age of the last load in seconds; None before the first load. Safe on any thread."""
         last = self._last
         return None if last is None else self._clock() - last[0]
 
     @property
     def load(self) -> FleetLoad | None:
-        """The last load; None without one or if it is too old. May be read on any thread."""
+        """The last load; None before the first load or after `max_age`. Safe on any thread."""
         last = self._last
         return None if last is None or self._clock() - last[0] > self._max_age else last[1]
 
-    def unready(self) -> list[str]:
-        """The reasons why there is no load. May be called on any thread."""
+    def unready_reasons(self) -> list[str]:
+        """Return the reasons why there is no load. Safe on any thread."""
         if self.load is not None:
             return []
         if (error := self.error) is not None:
@@ -74,14 +74,14 @@ class FleetReader:
         return ["the queue is not read to its end yet"]
 
     async def run(self) -> None:
-        """Read until cancelled. A failure leaves the last load, which grows older."""
+        """Read the load at intervals until cancelled; a failed reading leaves the last load."""
         while True:
             began_at = self._clock()
             try:
                 async with asyncio.timeout(READ_SECONDS):
-                    load = await self.read()
+                    load = await self.read_load()
             except (ControlPlaneError, TimeoutError) as error:
-                wait = max(self._interval, self._failed(error))
+                wait = max(self._interval, self._record_failure(error))
             else:
                 if self.error is not None:
                     log.info("queue read again")
@@ -92,8 +92,8 @@ class FleetReader:
                     self._last = began_at, load
             await asyncio.sleep(wait)
 
-    def _failed(self, error: ControlPlaneError | TimeoutError) -> float:
-        """Record a failure; return the seconds for which the control plane wants no request."""
+    def _record_failure(self, error: ControlPlaneError | TimeoutError) -> float:
+        """Log and store an error; return the seconds that the control plane asks to wait."""
         if isinstance(error, TimeoutError):
             error = TransientError("list", None, "no answer in time", reason="timeout")
         if self.error is None or self.error.status != error.status:
@@ -102,8 +102,8 @@ class FleetReader:
         asked = error.retry_after if isinstance(error, TransientError) else None
         return min(WAIT_SECONDS_MAX, asked or 0.0)
 
-    async def read(self) -> FleetLoad | None:
-        """Read the load once; None while only stopped items of the list were read.
+    async def read_load(self) -> FleetLoad | None:
+        """Read the load once; return None if the list was not read beyond its stopped items.
 
         A long history of stopped items is read in several calls. Before they reach the unfinished
         items, a load would count none of these, and autoscalers would remove busy workers after
@@ -113,24 +113,25 @@ class FleetReader:
             ControlPlaneError: Statistics or list cannot be read.
         """
         # The statistics are read before the list, so an item that is acknowledged in between counts
-        # twice. In the other order it would not count at all, and a busy worker could be removed.
+        # twice. In the other order, that item would not count at all, and autoscalers could remove
+        # the worker that runs it.
         refusal: RefusedError | None = None
         stats: QueueStats | None = None
         try:
             stats = await self._client.stats()
-        except RefusedError as error:  # many keys of workers may list and not read statistics
+        except RefusedError as error:  # many credentials may list items and not read statistics
             refusal = error
         if stats is not None and stats.running is not None:
             return FleetLoad(
                 stats.depth, stats.pending, stats.running, _seconds_since(stats.oldest_queued_at)
             )
-        count = await self._counter.count()
+        count = await self._counter.count_items()
         if refusal is not None:
             self._log_refusal(refusal)
-        return None if count.before_unfinished else load_of(stats, count)
+        return None if count.before_unfinished else combined_load(stats, count)
 
     def _log_refusal(self, refusal: RefusedError) -> None:
-        """Log once that statistics are refused, although the credential is accepted."""
+        """Log once that the control plane refuses the statistics and not the list."""
         if not self._without_statistics:
             self._without_statistics = True
             log.warning(
@@ -140,14 +141,14 @@ class FleetReader:
             )
 
 
-def load_of(stats: QueueStats | None, count: ItemCount) -> FleetLoad:
-    """Return the load from the list's count and from statistics that lack the running items."""
+def combined_load(stats: QueueStats | None, count: ItemCount) -> FleetLoad:
+    """Return the load from statistics without running items, and from the count in the list."""
     if stats is None:
         oldest = _seconds_since(count.oldest_queued_at)
         return FleetLoad(count.queued, 0, count.running, oldest, lower_bound=not count.complete)
     pending = stats.pending
     if count.complete:
-        # Some control planes count running items as pending; these must not count twice.
+        # Some control planes report running items as pending too; they would count twice.
         pending = min(pending, max(0, count.queued - stats.depth))
     oldest = _seconds_since(stats.oldest_queued_at)
     return FleetLoad(stats.depth, pending, count.running, oldest, lower_bound=not count.complete)

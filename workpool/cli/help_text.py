@@ -1,4 +1,4 @@
-"""The form of help texts. Imports nothing slow."""
+"""How help texts are formatted. This module imports nothing slow."""
 
 from typing import Any, Final
 
@@ -9,5 +9,5 @@ PLAIN: Final[dict[str, Any]] = {"rich_markup_mode": None, "pretty_exceptions_ena
 
 
 def examples(*lines: str) -> str:
-    """Return the end of a help text, with commands to copy."""
+    """Return the last section of a help text, which lists examples of commands."""
     return "\b\n" + "\n".join(("Examples:", *(f"  {line}" for line in lines)))

@@ -1,4 +1,4 @@
-"""`workpool hold`: the child's side of a handoff, which extends the lease while a program runs.
+"""`workpool hold`: run a program in a child process, and extend the lease that it was handed.
 
 The process outlives its parent: it has an operating system session of its own, and the end of the
 parent's terminal does not end it. See workpool/docs/handlers.md, "Handing a session off".
@@ -16,9 +16,9 @@ import typer
 from workpool.cli import exits, log_config
 from workpool.cli.flags import BaseUrl, Config, EnvironmentId, FlagSettings
 from workpool.cli.help_text import examples
-from workpool.cli.hold_program import Program
+from workpool.cli.hold_program import ProgramPlugin
 from workpool.cli.run import run_supervisor
-from workpool.cli.signals import Signals
+from workpool.cli.signals import SignalEvents
 from workpool.cli.verbosity import Verbose, is_verbose
 from workpool.pool.handoff_child import HandoffChild
 from workpool.settings import Settings
@@ -36,7 +36,7 @@ NO_EFFECT: Final = (
 )
 """Settings in the variables of a parent that have no effect in the child.
 
-It does not poll, and does not know of the program's progress.
+The child does not poll, and cannot see the progress of the program.
 """
 
 
@@ -46,7 +46,7 @@ EXAMPLES: Final = examples(
 )
 
 
-class _OwnSettings(FlagSettings):
+class _ParentSettings(FlagSettings):
     """The settings of the parent, without the tables of its plugins."""
 
     names: ClassVar = {"lease_ttl": "--ttl"}
@@ -97,35 +97,35 @@ def hold(
 ) -> None:
     """Run a program under the lease that a handler hands off.
 
-    It extends the lease, and ends the item with the program. The parent is a handler inside
-    `session.handover()`. The command needs the variables of `lease.variables` and a token. A
+    The command extends the lease, and ends the item when the program ends. The parent is a handler
+    inside `session.handover()`. The command needs the variables of `lease.variables` and a token. A
     stop request and SIGTERM are passed on to the program.
     """
-    # Typer has read them; they are not settings
+    # Typer has read these variables. They would be reported as unknown settings.
     for name in (WORK_ID, LAST_HEARTBEAT, TTL, SESSION_ID):
         os.environ.pop(name, None)
-    with exits.reported():
+    with exits.exit_on_error():
         flags: dict[str, Any] = {
             "config": config,
             "environment_id": environment_id,
             "base_url": base_url,
             "lease_ttl": ttl,
         }
-        settings = _OwnSettings(**{name: given for name, given in flags.items() if given})
+        settings = _ParentSettings(**{name: given for name, given in flags.items() if given})
         settings.require_connection()
     if not work_id or not last_heartbeat:
         raise typer.BadParameter("the item and its last heartbeat must not be empty")
     if shutil.which(command[0]) is None:
         raise typer.BadParameter(f"{command[0]}: no such program", param_hint="COMMAND")
     ignored = [name for name in NO_EFFECT if getattr(settings, name) is not None]
-    settings = settings.replace(  # the child has no plugins, and no port for metrics
+    settings = settings.replace(  # the parent has the plugins and the port for metrics
         plugins=(),
         metrics_listen=None,
         concurrency=1,
         stats_interval=0,
         **dict.fromkeys(NO_EFFECT),
     )
-    program = Program(command, item_token_of(settings) if session_id else {})
+    program = ProgramPlugin(command, item_token_variables(settings) if session_id else {})
     session = session_id or None
     pool = HandoffChild(settings, work_id, last_heartbeat, plugins=[program], session_id=session)
     log_config.configure(
@@ -135,8 +135,8 @@ def hold(
     )
     if ignored:
         log_config.log.warning("hold: settings without effect: %s", ", ".join(ignored))
-    _leave_the_parent()
-    signals = Signals(hangup_ends=False)
+    _leave_parent_session()
+    signals = SignalEvents(hangup_ends=False)
     status = run_supervisor(pool, signals)
     log_config.log.info("held", extra={"work_id": work_id, "outcome": program.outcome})
     not_taken = program.outcome is None and signals.first.is_set()
@@ -145,8 +145,8 @@ def hold(
     raise typer.Exit(status)
 
 
-def item_token_of(settings: Settings) -> dict[str, str]:
-    """Return variables for the calls of the item's own session, with the item's own token."""
+def item_token_variables(settings: Settings) -> dict[str, str]:
+    """Return the variables with which the program can call the session with the item's token."""
     return {
         "WORKPOOL_BASE_URL": settings.base_url,
         "WORKPOOL_DIALECT": settings.dialect,
@@ -154,11 +154,10 @@ def item_token_of(settings: Settings) -> dict[str, str]:
     }
 
 
-def _leave_the_parent() -> None:
-    """Leave the process group and the terminal of the parent."""
+def _leave_parent_session() -> None:
+    """Start an operating system session, so that signals to the parent's group do not arrive."""
     if hasattr(os, "setsid"):
-        with contextlib.suppress(PermissionError):  # already the leader of a group
+        with contextlib.suppress(PermissionError):  # this process leads a process group already
             os.setsid()
-        signal.signal(
-            signal.SIGHUP, lambda *_: None
-        )  # the program must not inherit an ignored SIGHUP
+        # A handler and not SIG_IGN, which the program would inherit.
+        signal.signal(signal.SIGHUP, lambda *_: None)

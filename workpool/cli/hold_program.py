@@ -1,7 +1,7 @@
-"""The handler of `workpool hold`, which runs a program.
+"""The handler of `workpool hold`, which runs a program as a session.
 
-Owns the process group of the program: none of its processes outlives the session. They also end
-when `workpool hold` is killed, since the lease is not extended anymore.
+No process of the program's process group outlives the session, or `workpool hold` itself: without
+`workpool hold`, the lease is not extended anymore.
 """
 
 from __future__ import annotations
@@ -37,8 +37,8 @@ class ProgramFailed(WorkpoolError):
     """The program did not start, or its exit status was neither 0 nor 75."""
 
 
-class Program:
-    """A plugin that runs a command as the handler, and records the outcome.
+class ProgramPlugin:
+    """A plugin whose handler runs a program, and which stores the outcome of the session.
 
     Args:
         argv: The program and its arguments.
@@ -56,17 +56,17 @@ class Program:
 
     @hookimpl
     def workpool_session_handler(self, item: WorkItem) -> object:
-        """Take the item of the parent, of any type."""
+        """Return the handler for the item of the parent, of any type."""
         del item
         return self.run
 
     @hookimpl
     def workpool_event(self, event: SessionFinished) -> None:
-        """Record the outcome."""
+        """Store the outcome of the session."""
         self.outcome = event.outcome
 
     async def run(self, session: Session) -> None:
-        """Run the program to its end, and turn its exit status into an outcome.
+        """Run the program until it ends; its exit status decides the outcome of the session.
 
         Raises:
             Release: The program exited with 75 (EX_TEMPFAIL), or a signal ended it early.
@@ -78,11 +78,14 @@ class Program:
         ):
             ended = asyncio.get_running_loop().run_in_executor(None, program.wait)
             async with asyncio.TaskGroup() as group:
-                asking = group.create_task(_ask_to_end(session, number), name="program-end")
+                asking = group.create_task(
+                    _terminate_when_interrupted(session, number), name="program-end"
+                )
                 try:
                     await asyncio.wait({ended})
                 except asyncio.CancelledError:
-                    if not asking.done():  # the lease is lost, and no signal was sent yet
+                    # After a lost lease, the program has not been asked to end yet.
+                    if not asking.done():
                         _send_signal(number, signal.SIGTERM)
                         await asyncio.wait({ended}, timeout=LOST_SECONDS)
                     raise
@@ -98,8 +101,8 @@ class Program:
         raise ProgramFailed(f"{self._argv[0]}: {_status_text(status)}")
 
 
-async def _ask_to_end(session: Session, group: int) -> None:
-    """Send SIGTERM to the program; the pool decides how long it may take to end."""
+async def _terminate_when_interrupted(session: Session, group: int) -> None:
+    """Send SIGTERM when the session is interrupted; the pool bounds the time of the clean-up."""
     await session.interrupted()
     _send_signal(group, signal.SIGTERM)
 
@@ -108,7 +111,7 @@ async def _ask_to_end(session: Session, group: int) -> None:
 def _running_program(
     argv: Sequence[str], env: dict[str, str]
 ) -> Iterator[tuple[subprocess.Popen[bytes], int]]:
-    """Start the program in a process group, and end the whole group after the block."""
+    """Start the program in a process group of its own, and kill the group after the block."""
     with contextlib.ExitStack() as stack:
         guard = _start_process(("/bin/sh", "-c", _GUARD), 0, {}, stdin=subprocess.PIPE)
         stack.callback(guard.communicate)
@@ -118,7 +121,7 @@ def _running_program(
             yield program, guard.pid
         finally:
             _send_signal(guard.pid, signal.SIGKILL)
-            with contextlib.suppress(subprocess.TimeoutExpired):  # it is blocked in the kernel
+            with contextlib.suppress(subprocess.TimeoutExpired):  # blocked in the kernel
                 program.wait(REAP_SECONDS)
 
 
@@ -137,7 +140,7 @@ def _send_signal(group: int, number: signal.Signals) -> None:
 
 
 def _program_environment(session: Session) -> dict[str, str]:
-    """Return the environment without settings and credentials, with the ids of the session."""
+    """Return the variables of the program: no settings and credentials, and the session's ids."""
     env = {
         name: value
         for name, value in os.environ.items()

@@ -1,4 +1,4 @@
-"""The count of unfinished items in the list, for control planes whose statistics lack the count.
+"""Counts unfinished items in the list, since some control planes do not report their number.
 
 Reads a bounded number of pages each time. See workpool/docs/operating.md, "`workpool scale`".
 """
@@ -20,7 +20,7 @@ LISTED_ITEMS_MAX: Final = 2000
 
 
 class ItemCount(NamedTuple):
-    """The result of one count.
+    """The numbers of unfinished items that one reading of the list found.
 
     Attributes:
         queued: Queued items, delivered or not.
@@ -39,7 +39,7 @@ class ItemCount(NamedTuple):
 
 
 class ItemCounter:
-    """Counts the unfinished items of one environment, again and again.
+    """Counts the unfinished items of one environment repeatedly.
 
     A stopped item stays stopped. In a list that is in order of creation, later counts therefore
     skip the stopped items at its beginning. If one count cannot read all of a long history, later
@@ -54,14 +54,14 @@ class ItemCounter:
         self._after: str | None = None
         """The last of the stopped items that are skipped."""
 
-    async def count(self) -> ItemCount:
-        """Read the list and count.
+    async def count_items(self) -> ItemCount:
+        """Read the list and return the numbers of its unfinished items.
 
         Raises:
             ControlPlaneError: The list cannot be read.
         """
         found = await self._read_list()
-        self._skip(found.items)
+        self._skip_stopped_items(found.items)
         states = Counter(item.state for item in found.items)
         queued = [item.created_at for item in found.items if item.state == QUEUED]
         return ItemCount(
@@ -73,20 +73,22 @@ class ItemCounter:
         )
 
     async def _read_list(self) -> FoundItems:
-        """Read the list without the skipped items, or all of it if they cannot be skipped."""
+        """Read the list after the skipped items, or the whole list if they cannot be skipped."""
         if self._after is not None:
             try:
                 return await self._find_items(self._after)
-            except RefusedError:  # the item was deleted, or this control plane has no `after_id`
+            # The last skipped item was deleted, or the control plane has no `after_id`.
+            except RefusedError:
                 self._after = None
         return await self._find_items()
 
     def _find_items(self, after_id: str | None = None) -> Awaitable[FoundItems]:
         return self._client.find(ItemSearch(LISTED_ITEMS_MAX), after_id=after_id)
 
-    def _skip(self, items: Sequence[WorkItem]) -> None:
-        """Let later counts skip the stopped items at the beginning, if the list is in order."""
-        # Few items could be in order by chance; later counts would then skip new items.
+    def _skip_stopped_items(self, items: Sequence[WorkItem]) -> None:
+        """Let later counts skip the stopped items before the first unfinished item."""
+        # A short list could be in order of creation by chance. New items could then come before the
+        # skipped items, and would never be counted.
         if len(items) >= LIST_LIMIT_MAX and _in_order_of_creation(items):
             stopped = next((n for n, item in enumerate(items) if item.state != STOPPED), len(items))
             if stopped:
@@ -94,7 +96,7 @@ class ItemCounter:
 
 
 def _in_order_of_creation(items: Sequence[WorkItem]) -> bool:
-    """Return whether ids and times ascend, so that a new item will be at the end of the list."""
+    """Return whether ids and times ascend, so that new items come at the end of the list."""
     return all(
         first.id < second.id
         and first.created_at is not None

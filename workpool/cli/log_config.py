@@ -15,7 +15,7 @@ log = logging.getLogger("workpool")
 
 
 def configure(level: str, form: str, ids: Callable[[], Mapping[str, str]] = dict) -> None:
-    """Log to stderr from `level` on, as `text` or `json`, with uncaught errors and warnings.
+    """Log to stderr as `text` or `json`, including uncaught exceptions and warnings.
 
     `ids` returns the ids of the process's only pool, for the records of all loggers.
     """

@@ -71,7 +71,7 @@ def new(
 def _write_project(
     directory: Path, templates_of: Mapping[str, str], words: Mapping[str, str]
 ) -> list[Path]:
-    """Fill in the templates and return the paths of the files.
+    """Write the files of a project from their templates, and return their paths.
 
     Raises:
         OSError: The directory exists or cannot be written.

@@ -14,15 +14,16 @@ from workpool.wire.items import QueueStats, WorkItem
 
 
 def print_json(value: object) -> None:
-    """Print one JSON value, with times in UTC."""
+    """Print a value as JSON, with times in UTC."""
     option = orjson.OPT_UTC_Z | orjson.OPT_INDENT_2
     text = orjson.dumps(value, default=dict, option=option).decode()
-    # Text from outside must not control the terminal. Line ends are between values only.
-    typer.echo("\n".join(map(_ascii_escapes, text.split("\n"))))
+    # Strings from the control plane must not control the terminal. Only the indentation of orjson
+    # adds line ends, so each line can be escaped alone.
+    typer.echo("\n".join(map(_escape_unprintable, text.split("\n"))))
 
 
 def print_rows(columns: Sequence[str], rows: Sequence[Sequence[object]]) -> None:
-    """Print a table on a terminal, else rows whose fields are separated by tabs."""
+    """Print a table on a terminal; otherwise print lines with tabs between the fields."""
     if not sys.stdout.isatty():
         for row in rows:
             typer.echo("\t".join(_cell_text(cell) for cell in row))
@@ -33,7 +34,7 @@ def print_rows(columns: Sequence[str], rows: Sequence[Sequence[object]]) -> None
 
 
 def print_pairs(pairs: Mapping[str, object]) -> None:
-    """Print names and values: aligned on a terminal, else separated by tabs."""
+    """Print names and values, aligned on a terminal and otherwise with tabs between them."""
     if not sys.stdout.isatty():
         print_rows(("", ""), list(pairs.items()))
         return
@@ -42,8 +43,8 @@ def print_pairs(pairs: Mapping[str, object]) -> None:
     tables.print_pairs({name: _cell_text(value) for name, value in pairs.items()})
 
 
-def fields_of(thing: WorkItem | QueueStats) -> dict[str, Any]:
-    """Return the fields of an item or of statistics, with the names of the protocol."""
+def protocol_fields(thing: WorkItem | QueueStats) -> dict[str, Any]:
+    """Return the fields of an item or of statistics by the names that the protocol gives them."""
     # `last_heartbeat` repeats `latest_heartbeat_at`, and a token is never shown.
     hidden = {"last_heartbeat", "sessions_token"}
     names = [each.name for each in fields(thing) if each.name not in hidden]
@@ -59,12 +60,12 @@ def _cell_text(cell: object) -> str:
     if cell is None:
         return "-"
     text = cell.isoformat().replace("+00:00", "Z") if hasattr(cell, "isoformat") else str(cell)
-    # Text from outside must not control the terminal or split a line.
+    # Strings from the control plane must not control the terminal or split a line.
     return escaped(text)
 
 
-def _ascii_escapes(line: str) -> str:
-    """Return the text with JSON escape sequences for characters that are not printable."""
+def _escape_unprintable(line: str) -> str:
+    """Return a line of JSON with escape sequences for characters that are not printable."""
     if line.isprintable():
         return line
     return "".join(each if each.isprintable() else json.dumps(each)[1:-1] for each in line)

@@ -6,7 +6,13 @@ See workpool/docs/plugins.md, "Plugins and hooks".
 from typing import Any, Final
 
 from workpool.cli import exits
-from workpool.cli.flags import Config, Json, PluginNames, import_from_here, read_settings
+from workpool.cli.flags import (
+    Config,
+    Json,
+    PluginNames,
+    import_from_current_directory,
+    read_settings,
+)
 from workpool.cli.help_text import examples
 from workpool.cli.output import print_json, print_rows
 from workpool.plugins import Plugin, Plugins, available
@@ -16,12 +22,12 @@ EXAMPLES: Final = examples("workpool plugins", "workpool plugins reports --json"
 
 
 def load_plugins(settings: Settings) -> Plugins:
-    """Load the active plugins as `workpool run` does.
+    """Load the plugins that `workpool run` would load with these settings.
 
     Raises:
         PluginError: A plugin cannot be used.
     """
-    import_from_here()
+    import_from_current_directory()
     return Plugins.load((), settings.plugins, settings.plugin_options, settings.config_file)
 
 
@@ -31,7 +37,7 @@ def plugins(plugins: PluginNames = None, config: Config = None, json: Json = Fal
     The active ones are shown with their hooks and handlers. Installed is not active: name a
     plugin here, or in the setting `plugins`.
     """
-    with exits.reported():
+    with exits.exit_on_error():
         loaded = load_plugins(read_settings(config, plugins=plugins)).describe()
     found = {
         "available": [

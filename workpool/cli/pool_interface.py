@@ -1,4 +1,4 @@
-"""The common interface of one supervisor and a group of environments, for `workpool run`."""
+"""The interface that one supervisor and a group of environments share, for `workpool run`."""
 
 from __future__ import annotations
 
@@ -13,28 +13,28 @@ if TYPE_CHECKING:
     from workpool.settings import Settings
 
 
-class Controlled(Protocol):
-    """A pool that the control socket controls, with the same methods as `Supervisor`."""
+class ControllablePool(Protocol):
+    """The methods of a pool that the control socket calls; see `Supervisor`."""
 
     @property
     def settings(self) -> Settings:
-        """The settings."""
+        """The settings of the pool."""
 
     def pause(self, reason: str) -> None:
-        """Claim no more items until `resume()`."""
+        """Stop claiming items until `resume()`."""
 
     def resume(self) -> None:
-        """End the pause."""
+        """Claim items again after `pause()`."""
 
     def request_drain(self, timeout: float | EllipsisType | None = ...) -> None:
         """Begin a drain without waiting for its end."""
 
     def status(self) -> Status:
-        """Return the current state."""
+        """Return the current status of the pool."""
 
 
-class Pool(Controlled, Protocol):
-    """The pool or pools of `workpool run`, with the same attributes as `Supervisor`."""
+class RunnablePool(ControllablePool, Protocol):
+    """The pool or the pools of one process, as `workpool run` uses them; see `Supervisor`."""
 
     on_blocked: Callable[[], None] | None
     renewer_services: Sequence[AbstractAsyncContextManager[object]]
@@ -45,7 +45,7 @@ class Pool(Controlled, Protocol):
 
     @property
     def log_ids(self) -> Mapping[str, str]:
-        """The ids of log records that are made outside of a pool's tasks."""
+        """The ids that log records outside of the tasks of a pool get."""
 
     async def run(self, *, until_empty: bool = False) -> None:
-        """Run until drained."""
+        """Run the pool until its drain has ended."""

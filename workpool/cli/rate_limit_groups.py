@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 
 def shared_rate_limits(environments: Sequence[Settings]) -> dict[str | None, RateLimits]:
-    """Return the rate limits of each environment. Environments of one account share one object.
+    """Return the rate limits by environment id; environments of one account share an object.
 
     Raises:
         SettingsError: Environments of one account have different limits, or a credential cannot be

@@ -20,7 +20,7 @@ CLIENT_GONE: Final = 499
 async def log_request(
     request: web.Request, handler: Callable[[web.Request], Awaitable[web.StreamResponse]]
 ) -> web.StreamResponse:
-    """Answer a request and log it: the outermost middleware, so it sees the final status.
+    """Log each request; as the outermost aiohttp middleware, to log the final status.
 
     An event stream is logged when it ends.
     """

@@ -20,14 +20,14 @@ from workpool.cli.control_socket import ControlSocket
 from workpool.cli.flags import (
     Config,
     PluginNames,
-    import_from_here,
+    import_from_current_directory,
     read_environments,
     require_connections,
     with_setting_flags,
 )
 from workpool.cli.help_text import examples
-from workpool.cli.pool_interface import Pool
-from workpool.cli.signals import Signals
+from workpool.cli.pool_interface import RunnablePool
+from workpool.cli.signals import SignalEvents
 from workpool.cli.systemd import ServiceReporter
 from workpool.cli.verbosity import Verbose, is_verbose
 from workpool.errors import WorkpoolError
@@ -69,7 +69,7 @@ def run(
     PLUGIN is an installed plugin, MODULE or MODULE:HANDLER; the current directory is searched.
     The credential has no flag: set WORKPOOL_TOKEN, or WORKPOOL_TOKEN_FILE.
     """
-    with exits.reported():
+    with exits.exit_on_error():
         if is_verbose(context):
             flags = {**flags, "log_level": "debug"}
         settings, environments = read_environments(config, plugins=plugins, **flags)
@@ -77,23 +77,23 @@ def run(
         if settings.metrics_listen is None:
             settings = settings.replace(metrics_listen=METRICS_LISTEN)
         pool = _new_pool(settings, environments)
-    signals = Signals()
+    signals = SignalEvents()
     log_config.configure(settings.log_level, settings.log_format, lambda: pool.log_ids)
-    import_from_here()
+    import_from_current_directory()
     reporter = ServiceReporter(pool.status)
     if reporter.wanted:
-        pool.renewer_services = [reporter.reporting()]
+        pool.renewer_services = [reporter.report_lifetime()]
     signals.on_user = functools.partial(_pause_or_resume, pool)
-    with exits.reported():
+    with exits.exit_on_error():
         control = ControlSocket(settings.control_socket, settings.origin_of("control_socket"))
-    control.environments = {} if isinstance(pool, Supervisor) else pool.by_id
+    control.environments = {} if isinstance(pool, Supervisor) else pool.members_by_id
     raise typer.Exit(run_supervisor(pool, signals, control, until_empty=drain))
 
 
 def _new_pool(
     settings: Settings, environments: Sequence[Settings]
 ) -> "Supervisor | EnvironmentGroup":
-    """Create one supervisor, or a group with one for each environment, and the metrics."""
+    """Create one supervisor, or a group with one supervisor for each environment."""
     registry = CollectorRegistry()
     ProcessCollector(registry=registry)
     if not environments:
@@ -105,7 +105,7 @@ def _new_pool(
     return EnvironmentGroup(settings, environments, registry)
 
 
-def _pause_or_resume(pool: Pool, number: signal.Signals) -> None:
+def _pause_or_resume(pool: RunnablePool, number: signal.Signals) -> None:
     if number == signal.SIGUSR1:
         pool.pause(number.name)
     else:
@@ -113,8 +113,8 @@ def _pause_or_resume(pool: Pool, number: signal.Signals) -> None:
 
 
 def run_supervisor(
-    supervisor: Pool,
-    signals: Signals,
+    supervisor: RunnablePool,
+    signals: SignalEvents,
     control: ControlSocket | None = None,
     *,
     until_empty: bool = False,
@@ -136,8 +136,8 @@ def run_supervisor(
         )
 
 
-def _end_process(supervisor: Pool) -> None:
-    """End the process with `FAILED`, since leases are not renewed anymore.
+def _end_process(supervisor: RunnablePool) -> None:
+    """End the process with the status `FAILED`, since its leases are not renewed anymore.
 
     Called on the thread of the lease renewer. A failed pool drains by itself unless its loop is
     blocked. It has less time for that than the shortest lease.
@@ -147,38 +147,40 @@ def _end_process(supervisor: Pool) -> None:
         failed = supervisor.status().error is not None
     finally:
         if failed:
-            exits.leave_in(exits.FAILED_SECONDS, exits.FAILED)
+            exits.end_process_after(exits.FAILED_SECONDS, exits.FAILED)
         else:
-            exits.leave_now(exits.FAILED)
+            exits.end_process_now(exits.FAILED)
 
 
 async def _run_and_clean_up(
-    supervisor: Pool, signals: Signals, control: ControlSocket, *, until_empty: bool
+    supervisor: RunnablePool, signals: SignalEvents, control: ControlSocket, *, until_empty: bool
 ) -> int:
     executor = ThreadPoolExecutor(thread_name_prefix=BLOCKING_THREADS)
     asyncio.get_running_loop().set_default_executor(executor)
     status = await _run_with_control(supervisor, signals, control, until_empty=until_empty)
     executor.shutdown(wait=False, cancel_futures=True)
-    left_tasks = supervisor.abandoned or await _cancel_left_tasks()
+    left_tasks = supervisor.abandoned or await _cancel_remaining_tasks()
     sys.stdout.flush()
     if left_tasks:
-        # The runner would cancel these tasks and wait forever, since they ignore the cancellation.
-        exits.leave_now(status)
-    exits.leave_despite_threads(THREADS_SECONDS, status)
+        # `asyncio.Runner` would wait without a bound for tasks that ignore their cancellation.
+        exits.end_process_now(status)
+    exits.end_process_despite_threads(THREADS_SECONDS, status)
     return status
 
 
 async def _run_with_control(
-    supervisor: Pool, signals: Signals, control: ControlSocket, *, until_empty: bool
+    supervisor: RunnablePool, signals: SignalEvents, control: ControlSocket, *, until_empty: bool
 ) -> int:
     failure: WorkpoolError | None = None
     with signals, control:
         try:
             async with asyncio.TaskGroup() as group:
                 obeying = group.create_task(
-                    _obey_signals(signals, supervisor, asyncio.current_task()), name="signals"
+                    _drain_on_signals(signals, supervisor, asyncio.current_task()), name="signals"
                 )
-                serving = group.create_task(control.serve(supervisor), name="control-socket")
+                serving = group.create_task(
+                    control.answer_requests(supervisor), name="control-socket"
+                )
                 try:
                     await supervisor.run(until_empty=until_empty)
                 except WorkpoolError as error:
@@ -192,10 +194,10 @@ async def _run_with_control(
     if signals.second.is_set() and signals.last is not None:
         return exits.SIGNALLED + signals.last
     if failure is not None:
-        status = exits.status_of(failure)
-        trace = exits.trace_of(failure)
-        for problem in exits.lines_of(failure):
-            line = exits.with_advice(problem, failure, supervisor.settings)
+        status = exits.exit_status_of(failure)
+        trace = exits.plugin_exception_info(failure)
+        for problem in exits.error_lines(failure):
+            line = exits.line_with_advice(problem, failure, supervisor.settings)
             log_config.log.critical(
                 "ended: %s", line, extra={"status": status, "error": line}, exc_info=trace
             )
@@ -203,19 +205,19 @@ async def _run_with_control(
     return exits.FAILED if supervisor.abandoned else exits.OK
 
 
-async def _obey_signals(
-    signals: Signals, supervisor: Pool, running: "asyncio.Task[int] | None"
+async def _drain_on_signals(
+    signals: SignalEvents, supervisor: RunnablePool, running: "asyncio.Task[int] | None"
 ) -> None:
-    """Drain on the first signal. The second one cancels, like a drain whose deadline is now."""
+    """Drain the pool on the first signal, and cancel the running pool on the second signal."""
     await signals.first.wait()
     supervisor.request_drain()
     await signals.second.wait()
-    if running is not None:  # the cancellation also ends a start that hangs
+    if running is not None:  # a drain would not end a start that hangs
         running.cancel()
 
 
-async def _cancel_left_tasks() -> int:
-    """Cancel the tasks that handlers and plugins left running; return the number that ignore it."""
+async def _cancel_remaining_tasks() -> int:
+    """Cancel the tasks that handlers left running; return how many ignore the cancellation."""
     tasks = asyncio.all_tasks() - {asyncio.current_task()}
     for task in tasks:
         task.cancel()

@@ -1,7 +1,7 @@
-"""`workpool scale`: the numbers of a fleet for autoscalers, in a process of its own.
+"""`workpool scale`: a process that serves the load of a fleet to autoscalers.
 
-Holds the credential, so that autoscalers need none. See workpool/docs/operating.md,
-"`workpool scale`".
+Only this process needs the credential of the control plane; autoscalers need none. See
+workpool/docs/operating.md, "`workpool scale`".
 """
 
 import asyncio
@@ -28,7 +28,7 @@ from workpool.cli.fleet import Fleet
 from workpool.cli.fleet_reader import FleetReader
 from workpool.cli.help_text import examples
 from workpool.cli.rate_limit_groups import shared_rate_limits
-from workpool.cli.signals import Signals
+from workpool.cli.signals import SignalEvents
 from workpool.cli.verbosity import Verbose, is_verbose
 from workpool.errors import SettingsError, innermost
 from workpool.exporter import Exporter
@@ -93,7 +93,7 @@ def scale(
     credential and without ids. While the control plane does not answer, the last numbers are given
     with their age.
     """
-    with exits.reported():
+    with exits.exit_on_error():
         settings, tables = read_environments(
             config,
             environment_id=environment_id,
@@ -109,8 +109,8 @@ def scale(
             "debug" if is_verbose(context) else settings.log_level, settings.log_format
         )
         environments = tables or (settings,)
-        # A worker reserves one slot for each environment, so items of a single environment can have
-        # all slots except one for each other environment.
+        # A worker reserves one slot for each environment, so the items of one environment can use
+        # all slots except those reserved for the other environments.
         slots = slots_per_worker or settings.concurrency - len(environments) + 1
         if min_replicas > max_replicas:
             raise typer.BadParameter("--min-replicas is larger than --max-replicas")
@@ -119,11 +119,11 @@ def scale(
         rule = ReplicaRule(slots, min_replicas, max_replicas)
         new_reader = functools.partial(FleetReader, interval=interval, max_age=max_age)
         with asyncio.Runner(loop_factory=new_event_loop) as runner:
-            runner.run(_until_signal(_serve_numbers(settings, environments, rule, new_reader)))
+            runner.run(_run_until_signal(_serve_numbers(settings, environments, rule, new_reader)))
 
 
-async def _until_signal(serve: Coroutine[Any, Any, None]) -> None:
-    with Signals() as signals:
+async def _run_until_signal(serve: Coroutine[Any, Any, None]) -> None:
+    with SignalEvents() as signals:
         try:
             async with asyncio.TaskGroup() as group:
                 serving = group.create_task(serve)
@@ -156,23 +156,23 @@ async def _serve_numbers(
         address = settings.metrics_address
         assert address is not None  # noqa: S101 - checked before
         exporter = Exporter(
-            address.host or "", address.port, registry, health=list, readiness=fleet.unready
+            address.host or "", address.port, registry, health=list, readiness=fleet.unready_reasons
         )
-        exporter.scale = fleet.numbers
+        exporter.scale = fleet.total_numbers
         async with exporter:
             typer.echo(f"ready {exporter.url}/scale")
             await fleet.run()
 
 
 class FleetMetrics(Collector):
-    """The numbers of each environment as gauges. Unknown numbers have no sample."""
+    """Prometheus collector of the numbers of each environment; unknown numbers are left out."""
 
     def __init__(self, fleet: Fleet) -> None:
         self._fleet = fleet
 
     def collect(self) -> Iterable[Metric]:
-        """Return the current values."""
-        found = {each: self._fleet.numbers_of(each) for each in self._fleet.readers}
+        """Return a gauge for each number, with a sample for each environment."""
+        found = {each: self._fleet.environment_numbers(each) for each in self._fleet.readers}
         for key, text in FLEET_NUMBERS.items():
             family = GaugeMetricFamily(METRIC_PREFIX + key, text, labels=("environment_id",))
             for environment_id, numbers in found.items():

@@ -1,4 +1,4 @@
-"""`workpool serve`: the embedded control plane in a process of its own.
+"""`workpool serve`: a process that runs the embedded control plane.
 
 See workpool/docs/cli.md, "`workpool serve`".
 """
@@ -16,7 +16,7 @@ from workpool.cli import exits, log_config
 from workpool.cli.flags import Json
 from workpool.cli.help_text import examples
 from workpool.cli.request_log import log_request
-from workpool.cli.signals import Signals
+from workpool.cli.signals import SignalEvents
 from workpool.cli.verbosity import Verbose, is_verbose
 from workpool.errors import innermost
 from workpool.logs import hide
@@ -125,7 +125,7 @@ def serve(
     line.
     """
     log_config.configure("debug" if is_verbose(context) else "info", "text")
-    with exits.reported():
+    with exits.exit_on_error():
         if migrate:
             _migrate_database(store)
             return
@@ -156,8 +156,8 @@ def serve(
             host=host,
             port=port,
             now=None if isinstance(opened, PostgresStore) else clock,
-            retention=_retention(store, retention),
-            history_limit=0,  # a history would grow, and nothing here reads it
+            retention=_retention_seconds(store, retention),
+            history_limit=0,  # the history is for tests; it would only use memory here
             middlewares=middlewares,
         )
         plan.install(injected, plane)
@@ -166,7 +166,9 @@ def serve(
                 "faults injected", extra={"file": str(faults), "count": len(plan.fault)}
             )
         with asyncio.Runner(loop_factory=new_event_loop) as runner:
-            runner.run(_serve(plane, shown=None if grants else plane.token, as_json=json))
+            runner.run(
+                _serve_until_signal(plane, shown=None if grants else plane.token, as_json=json)
+            )
 
 
 def _migrate_database(store: str) -> None:
@@ -177,13 +179,13 @@ def _migrate_database(store: str) -> None:
     typer.echo(f"the schema is up to date; migrations: {number}")
 
 
-async def _serve(plane: ControlPlane, *, shown: str | None, as_json: bool) -> None:
-    with Signals() as signals:
+async def _serve_until_signal(plane: ControlPlane, *, shown: str | None, as_json: bool) -> None:
+    with SignalEvents() as signals:
         try:
             async with asyncio.TaskGroup() as group:
                 serving = group.create_task(_serve_until_failed(plane, shown, as_json=as_json))
                 await signals.first.wait()
-                serving.cancel()  # also ends the reading of a large store
+                serving.cancel()  # also interrupts a start that still reads a large store
         except BaseExceptionGroup as group_error:
             raise innermost(group_error) from None
         ending = signals.last
@@ -194,11 +196,11 @@ async def _serve_until_failed(plane: ControlPlane, shown: str | None, *, as_json
     async with plane:
         hide(plane.token)
         typer.echo(_ready_line(plane, shown, as_json=as_json))
-        await plane.engine.failed()  # a broken store needs a restart
+        await plane.engine.failed()  # raises the error of a store that cannot be used anymore
 
 
 def _ready_line(plane: ControlPlane, token: str | None, *, as_json: bool) -> str:
-    """Return the ready line. `token`: the random token; None: one was given, and is not shown."""
+    """Return the line that reports the address; `token` is shown unless it is None."""
     if as_json:
         ready = {
             "base_url": plane.base_url,
@@ -216,7 +218,7 @@ def _ready_line(plane: ControlPlane, token: str | None, *, as_json: bool) -> str
 
 
 def _read_grants(file: Path | None, flag: str) -> dict[str, frozenset[str] | None]:
-    """Read a file of tokens, if there is one."""
+    """Read the environments of each token from a file; return no tokens without a file."""
     if file is None:
         return {}
     try:
@@ -227,21 +229,21 @@ def _read_grants(file: Path | None, flag: str) -> dict[str, frozenset[str] | Non
 
 
 def _new_store(name: str) -> MemoryStore | SqliteStore | PostgresStore:
-    """Return the store that `--store` names."""
+    """Create the store that the flag `--store` names."""
     if name == "memory":
         return MemoryStore()
     return PostgresStore(name) if name.startswith(_POSTGRES) else SqliteStore(name)
 
 
-def _retention(store: str, seconds: float | None) -> float:
-    """Return the seconds for which stopped items are kept."""
+def _retention_seconds(store: str, seconds: float | None) -> float:
+    """Return the seconds for which stopped items are kept, from the flag or by the store."""
     if seconds is not None:
         return seconds
     return 3600 if store == "memory" else 86_400
 
 
 def _is_loopback(host: str) -> bool:
-    """Return whether `host` is a loopback address, or a name of loopback addresses only."""
+    """Return whether all addresses of `host` are loopback addresses."""
     try:
         found = socket.getaddrinfo(host, None)
     except OSError:

@@ -40,7 +40,7 @@ class ServiceThread:
         self._stop = asyncio.Event()
 
     async def __aenter__(self) -> Self:
-        """Enter the services.
+        """Start the thread, and enter the services there.
 
         Raises:
             WorkpoolError: A service cannot be opened, such as the exporter.
@@ -48,11 +48,11 @@ class ServiceThread:
         self._owner = asyncio.get_running_loop()
         self._opened = asyncio.Event()
         self._thread = asyncio.wrap_future(self._threads.submit(self._run_loop))
-        self._thread.add_done_callback(self._note_end)
+        self._thread.add_done_callback(self._handle_thread_end)
         try:
             await self._opened.wait()
             if self._thread.done():
-                await self._thread  # raises the error that ended the thread
+                await self._thread  # raises the error of the service that could not be opened
         except BaseException:
             await self._close_services()
             raise
@@ -67,7 +67,7 @@ class ServiceThread:
         await self._close_services()
 
     async def _close_services(self) -> None:
-        with contextlib.suppress(RuntimeError):  # the thread has ended: its loop is closed
+        with contextlib.suppress(RuntimeError):  # the loop is closed if the thread has ended
             self._loop.call_soon_threadsafe(self._stop.set)
         done, _ = await asyncio.wait({self._thread}, timeout=CLOSE_SECONDS)
         if done:
@@ -75,14 +75,15 @@ class ServiceThread:
         else:
             log.critical("services did not close; abandoned", extra={"seconds": CLOSE_SECONDS})
 
-    def _note_end(self, thread: asyncio.Future[None]) -> None:
+    def _handle_thread_end(self, thread: asyncio.Future[None]) -> None:
         error = None if thread.cancelled() else thread.exception()
-        if error is not None and self._opened.is_set():  # otherwise `__aenter__` raises it
+        # Before the services have opened, `__aenter__` raises the error.
+        if error is not None and self._opened.is_set():
             log.critical("services failed", exc_info=error)
         self._opened.set()
 
-    # The methods below run on the thread.
     def _run_loop(self) -> None:
+        """Run the services on the event loop of the thread. Called on the thread."""
         with asyncio.Runner(loop_factory=lambda: self._loop) as runner:
             runner.run(self._keep_services_open())
 
@@ -90,6 +91,6 @@ class ServiceThread:
         async with contextlib.AsyncExitStack() as stack:
             for service in self._services:
                 await stack.enter_async_context(service)
-            with contextlib.suppress(RuntimeError):  # the owner's loop is closed
+            with contextlib.suppress(RuntimeError):  # the loop of the owner may be closed
                 self._owner.call_soon_threadsafe(self._opened.set)
             await self._stop.wait()

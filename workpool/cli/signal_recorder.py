@@ -1,4 +1,4 @@
-"""Signal handlers for the time before an event loop runs. Imports nothing slow.
+"""Records signals until an event loop runs. This module imports nothing slow.
 
 Without a signal handler, a signal has no effect on process 1 and ends any other process without a
 drain. So the command line installs a `SignalRecorder` before it imports anything else.
@@ -14,12 +14,12 @@ if TYPE_CHECKING:
     from types import FrameType
 
 ENDING = (signal.SIGTERM, signal.SIGINT)
-HANGUP = (signal.SIGHUP,) if hasattr(signal, "SIGHUP") else ()  # not on Windows
+HANGUP = (signal.SIGHUP,) if hasattr(signal, "SIGHUP") else ()
 USER = (signal.SIGUSR1, signal.SIGUSR2) if hasattr(signal, "SIGUSR1") else ()
 
 
 class SignalRecorder:
-    """A signal handler that records SIGTERM, SIGINT, SIGHUP, SIGUSR1 and SIGUSR2.
+    """A handler of SIGTERM, SIGINT, SIGHUP, SIGUSR1 and SIGUSR2 that stores each signal.
 
     Until there is a listener, a second SIGTERM or SIGINT ends the process with 128 + its number.
 
@@ -34,15 +34,16 @@ class SignalRecorder:
         self._had_terminal = _has_terminal()
 
     def __call__(self, number: int, _frame: "FrameType | None") -> None:
-        """Record the signal and call the listener."""
+        """Store the signal and call the listener."""
         self.received.append(signal.Signals(number))
         if self.listener is not None:
             self.listener()
         elif sum(each in ENDING for each in self.received) > 1 and number in ENDING:
-            os._exit(128 + number)  # a SystemExit could be caught by the import of a plugin
+            # Not SystemExit, which a plugin that is being imported could catch.
+            os._exit(128 + number)
 
-    def install(self) -> "dict[signal.Signals, Callable[..., object] | int | None]":
-        """Install the signal handlers on the main thread, and return the former ones.
+    def install_handlers(self) -> "dict[signal.Signals, Callable[..., object] | int | None]":
+        """Install this handler for all signals, and return the former handlers.
 
         SIGHUP stays ignored if it was, as `nohup` demands.
         """

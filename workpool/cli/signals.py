@@ -1,4 +1,4 @@
-"""Signals as events of an event loop.
+"""Turns signals of the process into asyncio events.
 
 The first SIGTERM or SIGINT requests an end, the second one an immediate end; the command defines
 both. SIGHUP requests an end if the terminal hung up. The command defines the effects of SIGUSR1 and
@@ -19,12 +19,12 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
 
-class Signals:
-    """A context on the running loop, in the main thread. Its end restores the former handlers.
+class SignalEvents:
+    """A context, on the main thread, in which signals set asyncio events.
 
-    The context begins with the signals since the start of the process. Until the loop runs, a
-    second SIGTERM or SIGINT ends the process, since code that blocks the loop would prevent the end
-    of the command.
+    Signals that came before the context count too. The end of the context restores the former
+    handlers. Until the loop runs, a second SIGTERM or SIGINT ends the process, since code that
+    blocks the loop would prevent the end of the command.
 
     Args:
         hangup_ends: Whether the hangup of the terminal requests an end.
@@ -49,8 +49,8 @@ class Signals:
         self._loop = asyncio.get_running_loop()
         standing = signal.getsignal(signal.SIGTERM)
         self._recorder = standing if isinstance(standing, SignalRecorder) else SignalRecorder()
-        self._former = self._recorder.install()
-        self._turn = self._loop.call_soon(self._start_listening)
+        self._former = self._recorder.install_handlers()
+        self._start_handle = self._loop.call_soon(self._start_listening)
         return self
 
     def __exit__(
@@ -59,7 +59,7 @@ class Signals:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        self._turn.cancel()
+        self._start_handle.cancel()
         self._recorder.listener = None
         for each in USER[:1]:
             with contextlib.suppress(NotImplementedError):
@@ -81,7 +81,7 @@ class Signals:
         self._handle_signals()
 
     def _handle_signals(self) -> None:
-        """Act on the signals received since the last call."""
+        """Set the events for the signals that arrived since the last call."""
         received = self._recorder.received[self._handled :]
         self._handled += len(received)
         for each in received:
@@ -97,7 +97,8 @@ class Signals:
 
     def _request_end(self, each: signal.Signals) -> None:
         if self.first.is_set():
-            if each in HANGUP:  # the shell and the kernel both send SIGHUP for one hangup
+            # The shell and the kernel both send SIGHUP when the terminal hangs up.
+            if each in HANGUP:
                 return
             self.second.set()
         self.first.set()

@@ -1,4 +1,4 @@
-"""Reports to systemd: the pool has started, it is alive, it ends.
+"""Reports the start, the status and the end of the pool to systemd.
 
 A service of `Type=notify` gets the address of a datagram socket in `NOTIFY_SOCKET`; without that
 variable nothing here runs. Reports are sent from the thread of the lease renewer, so that the
@@ -33,7 +33,7 @@ _VARIABLES: Final = ("NOTIFY_SOCKET", "WATCHDOG_USEC", "WATCHDOG_PID")
 
 
 class ServiceReporter:
-    """Reports one pool to the service manager. Created before the pool starts.
+    """Reports the status of one pool to the service manager. Created before the pool starts.
 
     Removes its variables from the environment, so that child processes do not report as the worker.
 
@@ -52,13 +52,13 @@ class ServiceReporter:
         self._failed = False
 
     @asynccontextmanager
-    async def reporting(self) -> AsyncIterator[None]:
-        """Report that the pool has started and is alive; when the context ends, that the pool ends.
+    async def report_lifetime(self) -> AsyncIterator[None]:
+        """Report the pool as started and alive during the context, and as ending after it.
 
         Entered on the loop of the lease renewer, once plugins and exporter are open.
         """
         self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
-        # A service manager that does not read must not block the renewal of leases.
+        # If the service manager does not read, a blocking send would stop the renewal of leases.
         self._socket.setblocking(False)
         with closing(self._socket):
             async with asyncio.TaskGroup() as group:
@@ -70,7 +70,8 @@ class ServiceReporter:
                     self._send_report(ending=True)
 
     async def _report_repeatedly(self) -> None:
-        # A third of the watchdog's time, so that two late reports in a row are not a failure.
+        # Three reports in each watchdog interval, so that systemd does not kill the process when
+        # two of them are late.
         interval = min(REPORT_SECONDS, (self._watchdog or 3 * REPORT_SECONDS) / 3)
         while True:
             self._send_report()
@@ -82,14 +83,14 @@ class ServiceReporter:
         repeated = [] if self._watchdog is None else ["WATCHDOG=1"]
         if status.draining or ending:
             facts.add("STOPPING=1")
-            # The drain has its own limit, `drain_timeout`, which may be longer than the unit's.
+            # `drain_timeout` may be longer than the time that systemd gives the unit to stop.
             repeated.append(f"EXTEND_TIMEOUT_USEC={EXTEND_SECONDS * 1_000_000:.0f}")
         news = sorted(facts - self._sent)
         if self._send_datagram("\n".join(news + repeated)):
             self._sent = frozenset(facts)
 
     def _send_datagram(self, lines: str) -> bool:
-        """Send a datagram; return whether it was sent. Only the first error is logged."""
+        """Send a datagram and return whether it was sent; only the first error is logged."""
         if not lines:
             return True
         try:

@@ -1,4 +1,4 @@
-"""Tables on a terminal, printed by Rich. Imported only when a table is printed.
+"""Prints tables on a terminal with Rich. Imported only when a table is printed.
 
 No cell is cut, so that each id can be copied. A column that does not fit is left out. Only the last
 column has text, which is wrapped into the remaining space.
@@ -39,7 +39,7 @@ def print_table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
 
 
 def print_pairs(pairs: Mapping[str, str]) -> None:
-    """Print each name and its value on a line. The terminal wraps a long value."""
+    """Print each name and its value on one line, which the terminal may wrap."""
     console = Console(highlight=False)
     width = max(map(cell_len, pairs))
     for name, value in pairs.items():
@@ -47,7 +47,7 @@ def print_pairs(pairs: Mapping[str, str]) -> None:
 
 
 def _fitting_columns(widths: Sequence[int], room: int) -> list[int]:
-    """Return the indices of the columns that fit; the first column always counts as fitting."""
+    """Return the indices of the columns that fit into `room`, and always the first column."""
     shown = [0]
     room -= widths[0]
     for number, width in enumerate(widths[1:], 1):

@@ -1,4 +1,4 @@
-"""`workpool top`: workers in a terminal, from the data of their live pages.
+"""`workpool top`: shows workers in a terminal from the data of their live pages.
 
 See workpool/docs/operating.md, "The live page".
 """
@@ -66,35 +66,35 @@ def top(
     """
     chosen = tuple(url.rstrip("/") for url in urls or [DEFAULT_URL])
     if once or not sys.stdout.isatty():
-        statuses = asyncio.run(_read_all(chosen))
+        statuses = asyncio.run(_read_statuses(chosen))
         print_rows(WORKER_COLUMNS, _worker_rows(chosen, statuses))
         print_rows(SESSION_COLUMNS, _session_rows(statuses))
         raise typer.Exit(exits.FAILED if all("error" in each for each in statuses) else exits.OK)
     with contextlib.suppress(KeyboardInterrupt):
-        asyncio.run(_show_live(chosen, interval))
+        asyncio.run(_refresh_until_interrupted(chosen, interval))
 
 
-async def _show_live(urls: "Sequence[str]", interval: float) -> None:
+async def _refresh_until_interrupted(urls: "Sequence[str]", interval: float) -> None:
     from rich.console import Group  # noqa: PLC0415 - only for a terminal
     from rich.live import Live  # noqa: PLC0415 - only for a terminal
 
     with Live(screen=True, auto_refresh=False) as live:
         while True:
-            statuses = await _read_all(urls)
+            statuses = await _read_statuses(urls)
             workers = _new_table(WORKER_COLUMNS, _worker_rows(urls, statuses))
             sessions = _new_table(SESSION_COLUMNS, _session_rows(statuses)[:SESSIONS_SHOWN])
             live.update(Group(workers, sessions), refresh=True)
             await asyncio.sleep(interval)
 
 
-async def _read_all(urls: "Sequence[str]") -> list[Status]:
+async def _read_statuses(urls: "Sequence[str]") -> list[Status]:
     timeout = aiohttp.ClientTimeout(total=ANSWER_SECONDS)
     async with aiohttp.ClientSession(timeout=timeout) as http:
         return await asyncio.gather(*(_read_status(http, url) for url in urls))
 
 
 async def _read_status(http: aiohttp.ClientSession, url: str) -> Status:
-    """Return the status of one worker, or an `error` with the reason why it has none."""
+    """Return the status of one worker, or a mapping with the key `error` if it cannot be read."""
     try:
         async with http.get(f"{url}/live.json") as answer:
             body = await answer.content.read(ANSWER_BYTES)
@@ -119,7 +119,7 @@ def _worker_rows(urls: "Sequence[str]", statuses: "Sequence[Status]") -> "list[R
 
 
 def _environment_statuses(status: Status) -> "list[Status]":
-    """Return the status of each environment, or the worker's own if it has one environment."""
+    """Return a status for each environment of a worker, or its only status."""
     found = status.get("environments")
     if not isinstance(found, list):
         return [status]
@@ -153,7 +153,7 @@ def _worker_cells(url: str, status: Status) -> tuple[object, ...]:
 
 
 def _session_rows(statuses: "Sequence[Status]") -> "list[Row]":
-    """Return the sessions of all workers, the oldest first."""
+    """Return a row for each session of all workers, the oldest session first."""
     found = [
         (session, status.get("worker_id", ""))
         for status in statuses
@@ -187,7 +187,7 @@ def _new_table(columns: "Sequence[str]", rows: "Sequence[Row]") -> "Table":
 
 
 def _safe_cells(values: "Sequence[object]") -> "Row":
-    """Return the values as cells, without control characters that a worker may have sent."""
+    """Return the values as text without control characters, which a worker could send."""
     return tuple(readable(str(value), TEXT_CHARACTERS) for value in values)
 
 

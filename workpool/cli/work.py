@@ -1,4 +1,4 @@
-"""`workpool work …`: reads and changes a queue."""
+"""`workpool work …`: commands that read and change a queue."""
 
 import asyncio
 import signal
@@ -23,7 +23,7 @@ from workpool.cli.flags import (
     read_settings,
 )
 from workpool.cli.help_text import PLAIN, examples
-from workpool.cli.output import fields_of, pairs_text, print_json, print_pairs, print_rows
+from workpool.cli.output import pairs_text, print_json, print_pairs, print_rows, protocol_fields
 from workpool.errors import RefusedError
 from workpool.logs import escaped
 from workpool.settings import Settings
@@ -56,7 +56,7 @@ def _read_queue_settings(
     config: Path | None, environment_id: str | None, base_url: str | None
 ) -> Settings:
     """Read the settings of the queue; an error ends the command."""
-    with exits.reported():
+    with exits.exit_on_error():
         return read_settings(config, environment_id=environment_id, base_url=base_url)
 
 
@@ -107,15 +107,15 @@ def list_items(
     settings = _read_queue_settings(config, environment_id, base_url)
     search = ItemSearch(limit, state, failed, newest)
 
-    async def find(client: WorkClient) -> FoundItems:
+    async def find_items(client: WorkClient) -> FoundItems:
         return await client.find(search, after_id=after, before_id=before)
 
     if not watch:
-        _print_items(_run_call(settings, find), as_json=json)
+        _print_items(_run_call(settings, find_items), as_json=json)
         return
     try:
         while True:
-            found = _run_call(settings, find)
+            found = _run_call(settings, find_items)
             if sys.stdout.isatty():
                 typer.echo(CLEAR, nl=False)
             _print_items(found, as_json=json)
@@ -126,7 +126,7 @@ def list_items(
 
 def _print_items(found: FoundItems, *, as_json: bool) -> None:
     if as_json:
-        print_json([fields_of(item) for item in found.items])
+        print_json([protocol_fields(item) for item in found.items])
     else:
         print_rows(
             ("id", "type", "state", "created", "session", "metadata"),
@@ -188,7 +188,7 @@ def enqueue(
         lambda client: client.enqueue(count, pairs, item_type=work_type, script=entries),
     )
     if json:
-        print_json([fields_of(item) for item in items])
+        print_json([protocol_fields(item) for item in items])
         return
     for item in items:
         typer.echo(item.id)
@@ -237,7 +237,7 @@ def retry(
     `workpool.retry_of`. It belongs to a new session. Only `workpool serve` has a call for this.
     """
     settings = _read_queue_settings(config, environment_id, base_url)
-    item = _run_call(settings, lambda client: _read_item(client, work_id))
+    item = _run_call(settings, lambda client: _read_or_find_item(client, work_id))
     if item.state != protocol.STOPPED:
         typer.echo(f"workpool: {item.id} is {item.state}; only a stopped item is retried", err=True)
         raise typer.Exit(exits.FAILED)
@@ -247,7 +247,7 @@ def retry(
         if not key.startswith(protocol.OUR_METADATA)
     }
 
-    async def create(client: WorkClient) -> WorkItem | None:
+    async def create_copy(client: WorkClient) -> WorkItem | None:
         try:
             [copy] = await client.enqueue(
                 metadata={**metadata, protocol.OUR_RETRY: item.id}, item_type=item.type
@@ -258,7 +258,7 @@ def retry(
             return None
         return copy
 
-    copy = _run_call(settings, create)
+    copy = _run_call(settings, create_copy)
     if copy is None:
         typer.echo(
             "workpool: this control plane has no call that creates items. Create a session for the "
@@ -268,7 +268,7 @@ def retry(
         )
         raise typer.Exit(exits.REFUSED)
     if json:
-        print_json(fields_of(copy))
+        print_json(protocol_fields(copy))
     else:
         typer.echo(copy.id)
 
@@ -287,13 +287,12 @@ def stop(
     """Stop an item: ask its worker to end it, or with --force end it now."""
     settings = _read_queue_settings(config, environment_id, base_url)
 
-    async def ask(client: WorkClient) -> WorkItem:
+    async def stop_item(client: WorkClient) -> WorkItem:
         stopped = await client.stop(work_id, force)
-        return stopped or await _read_item(
-            client, work_id
-        )  # some control planes answer without a body
+        # Some control planes answer without a body.
+        return stopped or await _read_or_find_item(client, work_id)
 
-    _print_item(_run_call(settings, ask), as_json=json)
+    _print_item(_run_call(settings, stop_item), as_json=json)
 
 
 @app.command(epilog=examples("workpool work stats", "workpool work stats --json"))
@@ -305,7 +304,7 @@ def stats(
 ) -> None:
     """Show the statistics of the queue."""
     settings = _read_queue_settings(config, environment_id, base_url)
-    found = fields_of(_run_call(settings, lambda client: client.stats()))
+    found = protocol_fields(_run_call(settings, lambda client: client.stats()))
     if json:
         print_json(found)
     else:
@@ -313,21 +312,21 @@ def stats(
 
 
 def _run_call(settings: Settings, call: Callable[[WorkClient], Awaitable[T]]) -> T:
-    """Open a client, make one call with it, and return the result. An error ends the command."""
+    """Make one call with a new client, and return its result; an error ends the command."""
 
-    async def ask() -> T:
+    async def call_with_client() -> T:
         async with WorkClient(settings) as client:
             return await call(client)
 
-    with exits.reported():
+    with exits.exit_on_error():
         try:
-            return asyncio.run(ask())
-        except ValueError as error:  # an id with characters that no id may have
+            return asyncio.run(call_with_client())
+        except ValueError as error:  # the user gave an id that is not valid
             raise typer.BadParameter(str(error)) from None
 
 
-async def _read_item(client: WorkClient, work_id: str) -> WorkItem:
-    """Read an item; if the key may not read single items, find the item in the list."""
+async def _read_or_find_item(client: WorkClient, work_id: str) -> WorkItem:
+    """Read an item; if the credential may not read single items, find the item in the list."""
     try:
         return await client.get(work_id)
     except RefusedError as error:
@@ -340,7 +339,7 @@ async def _read_item(client: WorkClient, work_id: str) -> WorkItem:
 
 
 def _print_item(item: WorkItem, *, as_json: bool) -> None:
-    found = fields_of(item)
+    found = protocol_fields(item)
     if as_json:
         print_json(found)
     else:

@@ -30,5 +30,5 @@ def demo(
     """
     from workpool.cli.demo.demo_runner import run_demo  # noqa: PLC0415 - its imports would slow down each start of a worker
 
-    with exits.reported():
+    with exits.exit_on_error():
         raise typer.Exit(run_demo(handler, parse_pairs(metadata), count))

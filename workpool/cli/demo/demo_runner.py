@@ -13,12 +13,12 @@ import typer
 from aiohttp import web
 
 from workpool.cli import exits
-from workpool.cli.demo.demo_sessions import EXAMPLE, FIRST, DemoSession, sessions_for
-from workpool.cli.demo.demo_state import DemoState, worker_of
-from workpool.cli.demo.demo_view import View
-from workpool.cli.demo.demo_workers import Worker, worker_settings
-from workpool.cli.flags import import_from_here
-from workpool.cli.signals import Signals
+from workpool.cli.demo.demo_sessions import EXAMPLE, FIRST, DemoSession, sessions_for_handler
+from workpool.cli.demo.demo_state import DemoState, worker_name_of
+from workpool.cli.demo.demo_view import DemoView
+from workpool.cli.demo.demo_workers import DemoWorker, worker_settings
+from workpool.cli.flags import import_from_current_directory
+from workpool.cli.signals import SignalEvents
 from workpool.pool.lease_renewer import new_event_loop
 from workpool.server import ControlPlane
 from workpool.server.timestamps import system_clock
@@ -43,21 +43,21 @@ Respond = Callable[[web.Request], Awaitable[web.StreamResponse]]
 
 
 def run_demo(handler: str | None, metadata: Mapping[str, str], count: int) -> int:
-    """Run the demo and return the exit status: `FAILED` if a session failed, too.
+    """Run the demo and return its exit status, which is `FAILED` if any session failed.
 
     Raises:
         PluginError: The handler cannot be imported, or takes no item with this metadata.
     """
-    import_from_here()
+    import_from_current_directory()
     chosen = handler or EXAMPLE
-    sessions = sessions_for(chosen, metadata, count)
+    sessions = sessions_for_handler(chosen, metadata, count)
     with asyncio.Runner(loop_factory=new_event_loop) as runner:
-        return runner.run(_run_demo(chosen, sessions))
+        return runner.run(_run_demo_sessions(chosen, sessions))
 
 
-async def _run_demo(handler: str, sessions: list[DemoSession]) -> int:
+async def _run_demo_sessions(handler: str, sessions: list[DemoSession]) -> int:
     runner = DemoRunner(handler, sessions)
-    with Signals() as signals:
+    with SignalEvents() as signals:
         async with runner.plane:
             with runner.view:
                 status = await runner.run(signals)
@@ -82,57 +82,64 @@ class DemoRunner:
         state: The sessions and workers.
     """
 
-    def __init__(self, handler: str, sessions: list[DemoSession], view: View | None = None) -> None:
+    def __init__(
+        self, handler: str, sessions: list[DemoSession], view: DemoView | None = None
+    ) -> None:
         clock = system_clock()
-        self.plane = ControlPlane(middlewares=[self._follow_history], now=clock)
-        self.view = view or View()
+        self.plane = ControlPlane(middlewares=[self._history_middleware], now=clock)
+        self.view = view or DemoView()
         self._handler = handler
         self._sessions = sessions
         self._names: dict[str, str] = {}
         self.state = DemoState(len(sessions), self.plane, self._names, clock)
-        self._workers: list[Worker] = []
+        self._workers: list[DemoWorker] = []
         self._polled: set[str] = set()
-        self._victim: Worker | None = None
+        self._victim: DemoWorker | None = None
 
-    async def run(self, signals: Signals) -> int:
-        """Run until the end or the first signal. All workers have ended when it returns."""
+    async def run(self, signals: SignalEvents) -> int:
+        """Run the demo until its end or the first signal, and until all workers have ended."""
         self._workers = [self._new_worker(f"worker-{number}") for number in (1, 2)]
         self.state.workers = self._workers
-        self.view.say(
+        self.view.print_demo_line(
             f"workpool demo: {self.state.count} sessions for {self._handler}, 2 workers,"
-            f" control plane {self.state.url}"
+            f" control plane {self.state.control_plane_url}"
         )
         self._create_sessions(FIRST)
         async with self._running_workers(signals):
             return await self._show_until_end(signals)
 
     @asynccontextmanager
-    async def _running_workers(self, signals: Signals) -> AsyncIterator[None]:
-        """Run the processes of the workers until the end of the block, then let them drain."""
+    async def _running_workers(self, signals: SignalEvents) -> AsyncIterator[None]:
+        """Run the processes of the workers during the block, then drain or kill them."""
         async with asyncio.TaskGroup() as group:
-            tasks = {group.create_task(worker.live(), name=worker.name) for worker in self._workers}
+            tasks = {
+                group.create_task(worker.run_process(), name=worker.name)
+                for worker in self._workers
+            }
             yield
             for worker in self._workers:
                 worker.terminate()
-            all_ended = group.create_task(_wait_for_all(tasks), name="drain")
+            all_ended = group.create_task(_wait_for_tasks(tasks), name="drain")
             hurry = group.create_task(signals.second.wait(), name="second-signal")
             await asyncio.wait(
                 {all_ended, hurry}, timeout=END_SECONDS, return_when=asyncio.FIRST_COMPLETED
             )
             for task in (*tasks, all_ended, hurry):
-                task.cancel()  # the cancellation kills a worker that has not ended
+                task.cancel()  # kills the process of a worker that has not drained
 
-    async def _show_until_end(self, signals: Signals) -> int:
-        """Show the state until all sessions have ended, or until a signal."""
+    async def _show_until_end(self, signals: SignalEvents) -> int:
+        """Show the state until all sessions have ended, a signal arrives, or the demo is stuck."""
         state, loop = self.state, asyncio.get_running_loop()
         acked, moved_at = 0, loop.time()
-        while state.stopped < state.count:
+        while state.ended_count < state.count:
             if signals.first.is_set():
-                self.view.say("ending: the workers drain")
+                self.view.print_demo_line("ending: the workers drain")
                 return exits.OK
             for worker in self._workers:
                 if worker.status is not None and worker is not self._victim:
-                    self.view.say(f"{worker.name} ended by itself, status {worker.status}")
+                    self.view.print_demo_line(
+                        f"{worker.name} ended by itself, status {worker.status}"
+                    )
                     return worker.status or exits.FAILED
             if len(self._polled) == len(self._workers):
                 self._create_sessions(state.count)
@@ -140,15 +147,15 @@ class DemoRunner:
                 acked, moved_at = state.acked, loop.time()
             problem = self._find_problem(loop.time() - moved_at)
             if problem is not None:
-                self.view.say(problem)
+                self.view.print_demo_line(problem)
                 return exits.FAILED
-            self.view.draw(state)
+            self.view.draw_state(state)
             await asyncio.sleep(TICK_SECONDS)
-        self.view.draw(state)
+        self.view.draw_state(state)
         return exits.OK
 
     def _find_problem(self, idle_seconds: float) -> str | None:
-        """Return the reason why the rest of the demo would show nothing; None without one."""
+        """Return the reason why the demo cannot make progress; None if it can."""
         failed = self.state.failed.total()
         if failed >= FAILED_SESSIONS and not self.state.completed.total():
             return f"{failed} sessions failed, and none was completed: mend the handler"
@@ -158,45 +165,47 @@ class DemoRunner:
             return "the workers hold back, as the last sessions of a handler failed at once"
         return "no worker takes these sessions: does --metadata match the handler?"
 
-    def _new_worker(self, name: str) -> Worker:
+    def _new_worker(self, name: str) -> DemoWorker:
         plane = self.plane
         settings = worker_settings(plane.base_url, plane.token, plane.environments[0], name)
-        return Worker(name, self._handler, settings, self.view.show)
+        return DemoWorker(name, self._handler, settings, self.view.print_worker_line)
 
     def _create_sessions(self, until: int) -> None:
-        """Create sessions until their number is `until`."""
+        """Create sessions until `until` of them exist."""
         for session in self._sessions[len(self._names) : until]:
             [item] = self.plane.enqueue(metadata=session.metadata, work_type=session.type)
             self._names[item.id] = f"session {len(self._names) + 1:02d}"
 
     @web.middleware
-    async def _follow_history(self, request: web.Request, handler: Respond) -> web.StreamResponse:
-        """Follow the history after each request, and kill a worker at the right time."""
-        worker = worker_of(request.headers.get("Worker-ID"))
+    async def _history_middleware(
+        self, request: web.Request, handler: Respond
+    ) -> web.StreamResponse:
+        """Show new records of the history after each request, and kill a worker when it is due."""
+        worker = worker_name_of(request.headers.get("Worker-ID"))
         if self._victim is not None and worker == self._victim.name:
-            raise web.HTTPServiceUnavailable  # a late request of the killed worker
+            raise web.HTTPServiceUnavailable  # sent by the killed worker before its end
         self._polled.add(worker)
         response = await handler(request)
-        for line in self.state.follow():
-            self.view.say(line)
+        for line in self.state.apply_new_records():
+            self.view.print_demo_line(line)
         if self._victim is None and len(self._names) == len(self._sessions):
-            self._kill_one()
+            self._kill_worker_when_due()
         return response
 
-    def _kill_one(self) -> None:
-        """Kill a worker once it holds several sessions and a quarter of all have ended."""
-        stopped, count = self.state.stopped, len(self._sessions)
+    def _kill_worker_when_due(self) -> None:
+        """Kill a worker once it holds several items and a quarter of all sessions have ended."""
+        stopped, count = self.state.ended_count, len(self._sessions)
         wanted = 3 if stopped < count // 2 else 1
         for worker in reversed(self._workers):
-            held = self.state.held_by(worker.name)
+            held = self.state.names_held_by(worker.name)
             if stopped >= count // 4 and len(held) >= wanted and self._victim is None:
                 self._victim = worker
                 worker.kill()
-                self.view.say(
+                self.view.print_demo_line(
                     f"{worker.name} is killed (kill -9 {worker.pid}) while it holds"
                     f" {', '.join(held)}"
                 )
 
 
-async def _wait_for_all(tasks: "set[asyncio.Task[None]]") -> None:
+async def _wait_for_tasks(tasks: "set[asyncio.Task[None]]") -> None:
     await asyncio.wait(tasks)

@@ -1,4 +1,4 @@
-"""The sessions of the demo: items that its handler takes."""
+"""The sessions of `workpool demo`, whose items match the rules of the demo's handler."""
 
 from collections.abc import Mapping
 from types import ModuleType
@@ -18,20 +18,20 @@ SECONDS: Final = "1.5"
 
 
 class DemoSession(NamedTuple):
-    """One session of the demo: the type and the metadata of its item."""
+    """The type and the metadata of the item of one session."""
 
     type: str
     metadata: Mapping[str, str]
 
 
-def sessions_for(handler: str, given: Mapping[str, str], count: int) -> list[DemoSession]:
-    """Return sessions for a plugin; if it has several handlers, their sessions alternate.
+def sessions_for_handler(handler: str, given: Mapping[str, str], count: int) -> list[DemoSession]:
+    """Return `count` sessions for a plugin; sessions of several handlers alternate.
 
     Raises:
         PluginError: The plugin cannot be imported, or takes no item with the metadata that was
             given.
     """
-    rules = rules_of(handler)
+    rules = handler_rules_of(handler)
     if handler == EXAMPLE:
         return [_example_session(number, given) for number in range(1, count + 1)]
     if not rules:
@@ -50,11 +50,11 @@ def _example_session(number: int, given: Mapping[str, str]) -> DemoSession:
     return DemoSession(SESSION, {"text": f"session {number:02d}", "seconds": seconds, **given})
 
 
-def rules_of(plugin: str) -> list[HandlerRule]:
-    """Return the rules of a function, or of the functions of a module.
+def handler_rules_of(plugin: str) -> list[HandlerRule]:
+    """Return the rule of a function, or the rules of all functions of a module.
 
-    Empty if no function has a rule: a hook of the module or an instance of a class then chooses the
-    handlers, which happens in the workers.
+    The list is empty if a hook of the module or an instance of a class chooses the handler: only
+    the workers call that hook.
     """
     target = find(plugin).target
     if not isinstance(target, ModuleType):

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
 
-    from workpool.cli.demo.demo_workers import Worker
+    from workpool.cli.demo.demo_workers import DemoWorker
     from workpool.server import ControlPlane, Record
 
 
@@ -28,7 +28,7 @@ class HeldItem:
 
 
 class DemoState:
-    """Reads the history of a control plane from its beginning on.
+    """Which worker holds which item, computed from the history of the control plane.
 
     Args:
         count: The number of sessions of the demo.
@@ -49,7 +49,7 @@ class DemoState:
         self, count: int, plane: ControlPlane, names: Mapping[str, str], now: Callable[[], float]
     ) -> None:
         self.count = count
-        self.workers: Sequence[Worker] = ()
+        self.workers: Sequence[DemoWorker] = ()
         self.held: dict[str, HeldItem] = {}
         self.completed: Counter[str] = Counter()
         self.failed: Counter[str] = Counter()
@@ -62,36 +62,36 @@ class DemoState:
         self._orphans: set[str] = set()
 
     @property
-    def url(self) -> str:
-        """The address of the control plane."""
+    def control_plane_url(self) -> str:
+        """The base URL of the control plane."""
         return self._plane.base_url
 
     @property
-    def stopped(self) -> int:
+    def ended_count(self) -> int:
         """The number of sessions that have ended."""
         return self.completed.total() + self.failed.total()
 
     @property
-    def queued(self) -> int:
+    def queued_count(self) -> int:
         """The number of sessions that no worker holds."""
-        return self.count - self.stopped - len(self.held)
+        return self.count - self.ended_count - len(self.held)
 
-    def busy(self, worker: str) -> int:
+    def held_count(self, worker: str) -> int:
         """Return the number of items that a worker holds."""
         return sum(hold.worker == worker for hold in self.held.values())
 
-    def results_of(self, worker: str) -> str:
-        """Return the number of ended sessions of a worker by result."""
+    def results_text(self, worker: str) -> str:
+        """Return the numbers of completed and failed sessions of a worker, as text."""
         failed = f", {self.failed[worker]} failed" if self.failed[worker] else ""
         return f"{self.completed[worker]} completed{failed}"
 
-    def lapse_seconds(self, worker: str) -> float | None:
-        """Return the seconds until a worker's last lease lapses; None if it has no lease."""
+    def seconds_until_lapse(self, worker: str) -> float | None:
+        """Return the seconds until the last lease of a worker lapses; None if it has no lease."""
         ends = [hold.lease_end for hold in self.held.values() if hold.worker == worker]
         return max(0.0, max(ends) - self._now()) if ends else None
 
-    def held_by(self, worker: str) -> list[str]:
-        """Return the names of the items that a worker holds, once each has had a heartbeat.
+    def names_held_by(self, worker: str) -> list[str]:
+        """Return the names of the items that a worker holds, if each lease has had a heartbeat.
 
         Before that, the list is empty, so that the demo does not kill the worker yet: a lease
         without a heartbeat lasts six times as long as the other leases of the demo.
@@ -100,8 +100,8 @@ class DemoState:
         ready = all(hold.has_heartbeat for hold in held.values())
         return [self._name_of(work_id) for work_id in held] if ready else []
 
-    def follow(self) -> list[str]:
-        """Read the new records; return a sentence for each item that failed or changed hands."""
+    def apply_new_records(self) -> list[str]:
+        """Apply new records; return a sentence for each item that failed or changed its worker."""
         records = list(islice(self._plane.history, self._seen, None))
         self._seen += len(records)
         return [line for record in records if (line := self._apply_record(record))]
@@ -111,7 +111,7 @@ class DemoState:
         orphan = work_id in self._orphans
         lease_end = record.lease_end or record.time
         if record.kind == "acked":
-            worker = worker_of(record.worker_id)
+            worker = worker_name_of(record.worker_id)
             self.held[work_id] = HeldItem(worker, lease_end)
             self.acked += 1
             self.reclaimed[worker] += orphan
@@ -135,6 +135,6 @@ class DemoState:
         return self._names.get(work_id, work_id)
 
 
-def worker_of(worker_id: str | None) -> str:
-    """Return the name of a worker, without the digits that each start adds."""
+def worker_name_of(worker_id: str | None) -> str:
+    """Return the configured name of a worker, without the suffix that each start adds."""
     return (worker_id or "").rpartition("-")[0]

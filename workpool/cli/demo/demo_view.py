@@ -13,14 +13,14 @@ from rich.table import Table
 from rich.text import Text
 
 from workpool.cli.demo.demo_state import DemoState
-from workpool.cli.demo.demo_workers import SLOTS, Worker
+from workpool.cli.demo.demo_workers import SLOTS, DemoWorker
 
 LINE_SECONDS: Final = 2.0
 """The interval of the lines of progress if the output is no terminal."""
 _STYLES: Final = {"running": "green", "killed": "bold red", "starting": "yellow", "ended": "dim"}
 
 
-class View(AbstractContextManager["View"]):
+class DemoView(AbstractContextManager["DemoView"]):
     """The output of one demo run. It reads the state and does not change it."""
 
     def __init__(self, console: Console | None = None) -> None:
@@ -29,7 +29,7 @@ class View(AbstractContextManager["View"]):
         self._drawn_at = monotonic()
 
     def __enter__(self) -> Self:
-        """Begin to draw."""
+        """Start the live table if the output is a terminal."""
         if self._console.is_terminal:
             self._live.start()
         return self
@@ -38,58 +38,62 @@ class View(AbstractContextManager["View"]):
         """Leave the last table on the terminal."""
         self._live.stop()
 
-    def say(self, line: str) -> None:
-        """Print a line of the demo in bold."""
+    def print_demo_line(self, line: str) -> None:
+        """Print a message of the demo itself, in bold."""
         self._console.print(Text(line, style="bold"), soft_wrap=True)
 
-    def show(self, worker: str, line: str) -> None:
-        """Print a line of a worker, with its name."""
+    def print_worker_line(self, worker: str, line: str) -> None:
+        """Print a log line of a worker after the name of the worker."""
         self._console.print(Text.assemble((f"{worker}  ", "cyan"), line), soft_wrap=True)
 
-    def draw(self, state: DemoState) -> None:
-        """Redraw the table; without a table, print a line in each interval and at the end."""
+    def draw_state(self, state: DemoState) -> None:
+        """Redraw the table; without a terminal, print a line at intervals and at the end."""
         if self._console.is_terminal:
-            self._live.update(picture(state), refresh=True)
-        elif monotonic() - self._drawn_at >= LINE_SECONDS or state.stopped == state.count:
+            self._live.update(state_table(state), refresh=True)
+        elif monotonic() - self._drawn_at >= LINE_SECONDS or state.ended_count == state.count:
             self._drawn_at = monotonic()
             self._console.print(Text(progress_line(state)), soft_wrap=True)
 
 
-def picture(state: DemoState) -> Panel:
-    """Return the table of the state."""
+def state_table(state: DemoState) -> Panel:
+    """Return the table that shows the queue and the workers."""
     workers = state.workers
     table = Table("", *(worker.name for worker in workers), box=box.SIMPLE)
-    table.add_row("state", *(Text(state_text(state, one), _STYLES[one.state]) for one in workers))
+    table.add_row(
+        "state", *(Text(worker_state_text(state, one), _STYLES[one.state]) for one in workers)
+    )
     table.add_row("slots", *(slots_text(state, worker) for worker in workers))
-    table.add_row("sessions", *(state.results_of(worker.name) for worker in workers))
+    table.add_row("sessions", *(state.results_text(worker.name) for worker in workers))
     table.add_row("reclaimed", *(str(state.reclaimed[worker.name]) for worker in workers))
     table.add_row("metrics", *(worker.url or "-" for worker in workers))
-    bar = ProgressBar(total=state.count, completed=state.stopped)
-    return Panel(Group(Text(queue_text(state)), bar, table), title=f"control plane {state.url}")
+    bar = ProgressBar(total=state.count, completed=state.ended_count)
+    return Panel(
+        Group(Text(queue_text(state)), bar, table), title=f"control plane {state.control_plane_url}"
+    )
 
 
 def progress_line(state: DemoState) -> str:
-    """Return the state in one line."""
+    """Return the state of the queue and the workers as one line."""
     workers = (
-        f"{one.name} {state_text(state, one)}, {slots_text(state, one)} slots,"
-        f" {state.results_of(one.name)}"
+        f"{one.name} {worker_state_text(state, one)}, {slots_text(state, one)} slots,"
+        f" {state.results_text(one.name)}"
         for one in state.workers
     )
     return f"-- {' | '.join([queue_text(state), *workers])}"
 
 
 def queue_text(state: DemoState) -> str:
-    """Return the numbers of sessions by state; their sum is the number of all sessions."""
-    ended = f"{state.stopped} of {state.count}"
-    return f"queue {state.queued}   running {len(state.held)}   stopped {ended}"
+    """Return the numbers of queued, running and stopped sessions as text."""
+    ended = f"{state.ended_count} of {state.count}"
+    return f"queue {state.queued_count}   running {len(state.held)}   stopped {ended}"
 
 
-def state_text(state: DemoState, worker: Worker) -> str:
+def worker_state_text(state: DemoState, worker: DemoWorker) -> str:
     """Return the state of a worker, and for a killed worker the time until its leases lapse."""
-    seconds = state.lapse_seconds(worker.name) if worker.state == "killed" else None
+    seconds = state.seconds_until_lapse(worker.name) if worker.state == "killed" else None
     return worker.state if seconds is None else f"killed, leases lapse in {seconds:.0f} s"
 
 
-def slots_text(state: DemoState, worker: Worker) -> str:
-    """Return the number of busy slots and of all slots of a worker, such as `3/4`."""
-    return "-" if worker.state == "starting" else f"{state.busy(worker.name)}/{SLOTS}"
+def slots_text(state: DemoState, worker: DemoWorker) -> str:
+    """Return the busy slots and all slots of a worker, such as `3/4`."""
+    return "-" if worker.state == "starting" else f"{state.held_count(worker.name)}/{SLOTS}"

@@ -1,6 +1,6 @@
 """The workers of the demo: processes of `workpool run`, with their logs.
 
-Owns the processes: once `Worker.live` has ended, its process has ended too.
+Each process has ended once `DemoWorker.run_process` returns or is cancelled.
 """
 
 import asyncio
@@ -22,14 +22,14 @@ _LOUD: Final = {"warning", "error", "critical"}
 State = Literal["starting", "running", "killed", "ended"]
 
 
-class Worker:
-    """One worker process.
+class DemoWorker:
+    """One process of `workpool run`, whose output the demo shows.
 
     Args:
         name: The `worker_id`.
         plugin: The name of its plugin.
         settings: The settings as variables, since arguments must not contain the token.
-        show: Called with the name of the worker and a line to show.
+        show: Called with the name of the worker and a line of its output.
 
     Attributes:
         pid: The process id; 0 before the start.
@@ -55,23 +55,23 @@ class Worker:
         self._process: asyncio.subprocess.Process | None = None
         self._must_end = False
 
-    async def live(self) -> None:
-        """Run the process and read its output until it ends. A cancellation kills it."""
+    async def run_process(self) -> None:
+        """Run the process and show its output until the process ends; a cancellation kills it."""
         process = await asyncio.create_subprocess_exec(
             *(sys.executable, "-m", "workpool", "run", self._plugin),
             env=self._settings,
             stdin=asyncio.subprocess.DEVNULL,
             stdout=asyncio.subprocess.PIPE,
             stderr=asyncio.subprocess.STDOUT,
-            start_new_session=True,  # Ctrl-C reaches only the demo, which drains its workers
+            start_new_session=True,  # Ctrl-C must reach only the demo, which drains the workers
         )
         self._process, self.pid = process, process.pid
         if self._must_end:
-            self.terminate()  # `terminate` was called while the process was created
+            self.terminate()  # repeats a call that came before the process existed
         try:
             if process.stdout is not None:
-                async for line in _lines(process.stdout):
-                    self._read(line)
+                async for line in _read_lines(process.stdout):
+                    self._show_output_line(line)
             self.status = await process.wait()
         finally:
             if self.state != "killed":
@@ -88,14 +88,14 @@ class Worker:
                 self._process.kill()
 
     def terminate(self) -> None:
-        """Send SIGTERM, so that the worker drains: now, or as soon as it has a process."""
+        """Drain the worker with SIGTERM, which is sent once its process exists."""
         self._must_end = True
         if self._process is not None:
             with suppress(ProcessLookupError):
                 self._process.terminate()
 
-    def _read(self, line: str) -> None:
-        """Show a line of output if it is from a handler, a warning or an error."""
+    def _show_output_line(self, line: str) -> None:
+        """Show a line of output, unless it is an info line of workpool itself."""
         record: Any = None
         with suppress(ValueError):
             record = json.loads(line)
@@ -116,7 +116,7 @@ class Worker:
 
 
 def worker_settings(base_url: str, token: str, environment_id: str, name: str) -> dict[str, str]:
-    """Return the environment of a worker of the demo."""
+    """Return the environment variables of a worker of the demo."""
     settings = {
         "base_url": base_url,
         "dialect": QODER,
@@ -127,7 +127,7 @@ def worker_settings(base_url: str, token: str, environment_id: str, name: str) -
         "pollers": "2",
         "prefetch": "0",
         "reclaim_older_than_ms": "5000",
-        "lease_ttl": "10",  # the minimum, so that a killed worker's items are delivered soon
+        "lease_ttl": "10",  # the minimum, so that the leases of a killed worker lapse soon
         "drain_timeout": "3",
         "read_rate": "0",
         "write_rate": "0",
@@ -144,8 +144,8 @@ def worker_settings(base_url: str, token: str, environment_id: str, name: str) -
     }
 
 
-async def _lines(stream: asyncio.StreamReader) -> AsyncIterator[str]:
-    """Yield the lines of a stream. A line that is longer than `LINE_BYTES` is split."""
+async def _read_lines(stream: asyncio.StreamReader) -> AsyncIterator[str]:
+    """Yield the lines of a stream; lines of more than `LINE_BYTES` are split."""
     rest = b""
     while chunk := await stream.read(LINE_BYTES):
         *lines, rest = (rest + chunk).split(b"\n")

@@ -1,4 +1,4 @@
-"""The handler of `workpool demo` if the plugin `echo` is not installed."""
+"""The handler that `workpool demo` runs if its user names none."""
 
 import asyncio
 
@@ -8,7 +8,7 @@ from workpool.session import Release, Session
 
 @handler
 async def sample(session: Session) -> dict[str, str]:
-    """Wait for `seconds`, then return `text`; both are metadata of the item."""
+    """Wait as long as the metadata `seconds` says, then return the metadata `text`."""
     text = session.item.metadata.get("text", "hello")
     session.log.info("sample: %r %s", text, "redelivered" if session.redelivered else "started")
     try:
