@@ -15,7 +15,8 @@ from workpool.testing import Clock, Faults, Recorder
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Callable, Generator
 
-__all__ = ["database_url", "own_postgres", "postgres", "standby"]  # fixtures
+# pytest finds these fixtures in the namespace of this module.
+__all__ = ["database_url", "own_postgres", "postgres", "standby"]
 
 
 def pytest_itemcollected(item: pytest.Item) -> None:
@@ -36,12 +37,12 @@ def pytest_runtest_makereport() -> Generator[None, pytest.TestReport, pytest.Tes
 
 @pytest.fixture(autouse=True)
 def forget_tokens_of_other_tests() -> None:
-    """Empty the list of texts that logs redact: it belongs to the process, not to a test."""
+    """Empty the set of tokens that logs redact, which all tests of a process share."""
     logs._tokens.clear()
     logs._item_tokens.clear()
 
 
-class MakePool(Protocol):
+class PoolFactory(Protocol):
     def __call__(self, *plugins: object, **settings: Any) -> Supervisor: ...
 
 
@@ -52,7 +53,7 @@ def faults() -> Faults:
 
 @pytest.fixture
 def clock() -> Clock:
-    """Return a clock that the test moves; the control plane uses it."""
+    """Return the clock of the control plane, which a test can advance."""
     return Clock()
 
 
@@ -94,7 +95,7 @@ def make_settings(
 
 
 @pytest.fixture
-def make_pool(make_settings: Callable[..., Settings], recorder: Recorder) -> MakePool:
+def make_pool(make_settings: Callable[..., Settings], recorder: Recorder) -> PoolFactory:
     """Return a factory of supervisors with the given plugins and the recorder; none is started."""
 
     def make(*plugins: object, **settings: Any) -> Supervisor:

@@ -26,13 +26,13 @@ COLUMNS: Final = 112
 
 
 class RecordingView(DemoView):
-    """A view that records the sentences of the demo, without the lines of the workers."""
+    """The output of a demo that keeps only the messages of the demo itself."""
 
     def print_worker_line(self, worker: str, line: str) -> None:
-        """Ignore a line of a worker."""
+        """Ignore log lines of workers."""
 
     def draw_state(self, state: DemoState) -> None:
-        """Ignore a table, since only the last one is used."""
+        """Ignore the tables before the last one."""
 
 
 async def record_demo() -> str:

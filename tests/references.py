@@ -1,4 +1,4 @@
-"""The generated parts of the reference pages, rewritten by `python -m tests.references`.
+"""Generates the reference parts of pages; `python -m tests.references` writes them.
 
 A generated part stands between two comments in a page under `workpool/docs/`; the text around it is
 written by hand.
@@ -76,8 +76,8 @@ def help_examples(command: Any) -> list[str]:
     return [line.strip() for line in (command.epilog or "").splitlines() if line.startswith("  ")]
 
 
-def typed_parameter(parameter: Any) -> str:
-    """Return a parameter as it is typed."""
+def parameter_usage(parameter: Any) -> str:
+    """Return an argument or flag as a user writes it in a command."""
     word = parameter.metavar or parameter.name.upper()
     if parameter.param_type_name == "option":
         names = ", ".join(f"`{name}`" for name in parameter.opts)
@@ -86,7 +86,7 @@ def typed_parameter(parameter: Any) -> str:
 
 
 def parameter_table(command: Any, *, settings: bool = True) -> Iterator[str]:
-    """Return the table of arguments and flags; `settings`: with the flags of settings."""
+    """Return the table of a command's arguments and flags, also those of settings if `settings`."""
     yield from markdown_table("argument or flag", "meaning")
     if not settings:
         yield markdown_row(
@@ -100,7 +100,7 @@ def parameter_table(command: Any, *, settings: bool = True) -> Iterator[str]:
             meaning += f" Default: `{each.default}`."
         if each.envvar:
             meaning += f" Variable: `{each.envvar}`."
-        yield markdown_row(typed_parameter(each), meaning)
+        yield markdown_row(parameter_usage(each), meaning)
 
 
 def cli_reference() -> Iterator[str]:
@@ -126,7 +126,7 @@ PAGES: Final[dict[str, Callable[[], Iterator[str]]]] = {
 
 
 def with_generated_part(text: str, lines: Iterator[str]) -> str:
-    """Replace the generated part of a page."""
+    """Return the text of a page with its generated part replaced."""
     before, begin, rest = text.partition(BEGIN)
     _, end, after = rest.partition(END)
     if not begin or not end:
@@ -134,11 +134,11 @@ def with_generated_part(text: str, lines: Iterator[str]) -> str:
     return before + BEGIN + "\n".join(["", *lines, "", ""]) + END + after
 
 
-def main() -> None:
+def write_references() -> None:
     for name, lines in PAGES.items():
         page = DOCS / name
         page.write_text(with_generated_part(page.read_text(), lines()))
 
 
 if __name__ == "__main__":
-    main()
+    write_references()

@@ -43,25 +43,25 @@ LOOPS = (
     "pool/supervisor.py",
     "pool/lease_renewer.py",
 )
-BLIND_EXCEPTS = {
-    "logs.py",  # the text of objects in log records of users, from their `__str__`
-    "metrics/observer.py",  # the metrics, which must not affect the code that they count
-    "session.py",  # an option that requests it: all other errors are raised again
-    "plugins/loading.py",  # the evaluation of a plugin's annotations
-    "pool/handler_executor.py",  # a call of a handler
-    # a plain handler and its calls, whose errors are raised where they are awaited
+MODULES_WITH_BROAD_EXCEPT = {
+    "logs.py",  # calls `__str__` of objects that users log
+    "metrics/observer.py",  # metrics must not affect the code that they count
+    "session.py",  # raises all errors again except those that an option names
+    "plugins/loading.py",  # evaluates the annotations of a plugin
+    "pool/handler_executor.py",  # calls a handler
+    # Calls a plain handler on a thread, and raises its error where the call is awaited.
     "pool/handler_threads.py",
-    "plugins/discovery.py",  # a call of an observer or of other plugin code
-    "pool/poller.py",  # the loop of one poller
-    "pool/item_requests.py",  # one heartbeat
-    "pool/lease_renewer.py",  # the renewer thread, whose error is raised on the handlers' loop
-    "pool/diagnostics.py",  # a report on another thread, whose error is raised by its caller
-    "server/stores/sqlite.py",  # the writer thread, whose error is raised on the loop
-    # a check of a caller, which aiohttp would take for a failed connection
+    "plugins/discovery.py",  # calls observers and other code of plugins
+    "pool/poller.py",  # an error in one poll must not end the poller
+    "pool/item_requests.py",  # an error in one heartbeat must not end the renewal
+    "pool/lease_renewer.py",  # raises the error of its thread on the handlers' loop
+    "pool/diagnostics.py",  # raises the error of a thread in the caller
+    "server/stores/sqlite.py",  # raises the error of the writer thread on the loop
+    # aiohttp would take an error of a caller's check for a failed connection.
     "wire/http/guarded_request.py",
-    # a call on another thread, whose error is raised where its result is awaited
+    # Calls a function on a thread, and raises its error where the result is awaited.
     "wire/http/daemon_threads.py",
-    "cli/environment_group.py",  # one environment, whose error is raised when the process ends
+    "cli/environment_group.py",  # raises the error of an environment after the others have ended
 }
 
 
@@ -69,7 +69,7 @@ def relative_path(path: Path) -> str:
     return path.relative_to(PACKAGE).as_posix()
 
 
-def words_of_name(name: str) -> set[str]:
+def words_in_name(name: str) -> set[str]:
     return {word.lower().rstrip("s") for word in re.findall(r"[A-Z]?[a-z]+|[A-Z]+", name)}
 
 
@@ -87,7 +87,7 @@ def test_module_and_class_names_have_no_vague_words(path: Path) -> None:
         if isinstance(node, ast.ClassDef)
     ]
     for name in [path.stem, *classes]:
-        assert not words_of_name(name) & banned, name
+        assert not words_in_name(name) & banned, name
 
 
 def test_no_two_modules_share_a_name() -> None:
@@ -110,7 +110,7 @@ def test_every_module_has_a_docstring(path: Path) -> None:
     assert ast.get_docstring(ast.parse(path.read_text()))
 
 
-def test_hook_specifications_are_the_documented_five() -> None:
+def test_hook_specifications_are_the_documented_hooks() -> None:
     hooks = [name for name in vars(hookspecs) if name.startswith("workpool_")]
     assert sorted(hooks) == [
         "workpool_admission",
@@ -134,7 +134,7 @@ def test_broad_excepts_are_in_the_listed_modules_only() -> None:
         for node in ast.walk(ast.parse(path.read_text()))
         if isinstance(node, ast.ExceptHandler) and catches_every_exception(node)
     }
-    assert found == BLIND_EXCEPTS
+    assert found == MODULES_WITH_BROAD_EXCEPT
 
 
 def comments_by_line(path: Path) -> list[str]:
@@ -210,11 +210,11 @@ def test_imports_including_those_for_types_form_no_cycle() -> None:
             if found in modules and found != name:
                 graph.setdefault(name, set()).add(found)
     assert len(graph) > 100
-    TopologicalSorter(graph).prepare()  # raises CycleError that names the modules
+    TopologicalSorter(graph).prepare()  # raises CycleError if there is a cycle
 
 
-def private_part(dotted: str) -> str | None:
-    """Return the first component of a dotted name that is not public, if any."""
+def private_component(dotted: str) -> str | None:
+    """Return the first private component of a dotted name; None without one."""
     module = max((each for each in PUBLIC if f"{dotted}.".startswith(f"{each}.")), key=len)
     name = dotted[len(module) :].lstrip(".").partition(".")[0]
     known = name in workpool.__all__ if module == "workpool" else not name.startswith("_")
@@ -234,7 +234,7 @@ def private_names_used(source: str) -> set[str]:
             root, _, rest = ast.unparse(node).partition(".")
             used.add(f"{meanings.get(root, '')}.{rest}")
     ours = [each for each in used if each.partition(".")[0] == "workpool"]
-    return {part for each in ours if (part := private_part(each))}
+    return {part for each in ours if (part := private_component(each))}
 
 
 @pytest.mark.parametrize("path", PLUGIN_MODULES, ids=lambda path: path.name)
@@ -303,7 +303,7 @@ DIALECT_TABLES = {
     "server/http/server_dialects.py",
 }
 DIALECT_TEXTS = {
-    "cli/conform.py",  # an example in its help
+    "cli/conform.py",  # an example of a command
     "conformance/clauses/heartbeats.py",  # clauses that differ between the dialects
     "conformance/clauses/stops.py",
     "conformance/clauses/conversations.py",

@@ -25,45 +25,45 @@ TEXT_SUFFIXES = {".py", ".md", ".toml", ".yml", ".in", ".sql", ".txt", ""}
 DOCUMENTS = sorted((PACKAGE / "docs").glob("*.md"))
 ARCHITECTURE = (PACKAGE / "docs/architecture.md").read_text()
 
-# See workpool/docs/NAME.md, "Heading" and "Another heading".
+# Matches: See workpool/docs/NAME.md, "Heading" and "Another heading".
 CITATION = re.compile(r'([\w./-]+\.md), ("[^"]+"(?:(?:, | and |, and )"[^"]+")*)')
 OUTSIDE = re.compile(
     r"§|\bD\d+\b|\bissue #?\d|/work/|\b(?:design|protocol|metrics|style)\.md|\bREADME\b(?!\.md, \")"
 )
-"""Patterns of citations of documents outside the repository, and of decisions by number."""
+"""Patterns of cited_headings of documents outside the repository, and of decisions by number."""
 
 
-def joined_lines(text: str) -> str:
+def text_without_line_breaks(text: str) -> str:
     """Join the lines of comments and docstrings, so that a citation may span lines."""
     return re.sub(r"\s*\n\s*(?:# ?)?", " ", text)
 
 
-def citations(text: str) -> list[tuple[str, str]]:
-    """Return each pair of cited document and cited heading."""
+def cited_headings(text: str) -> list[tuple[str, str]]:
+    """Return the citations in a text, each as a pair of document and heading."""
     return [
         (path, heading)
-        for path, quoted in CITATION.findall(joined_lines(text))
+        for path, quoted in CITATION.findall(text_without_line_breaks(text))
         for heading in re.findall(r'"([^"]+)"', quoted)
     ]
 
 
-def headings_of(document: Path) -> set[str]:
+def document_headings(document: Path) -> set[str]:
     text = re.sub(r"^```.*?^```", "", document.read_text(), flags=re.MULTILINE | re.DOTALL)
     return set(re.findall(r"^#+ (.+)$", text, re.MULTILINE))
 
 
 def unresolved_citations(text: str) -> list[tuple[str, str]]:
-    """Return the citations whose document or heading does not exist."""
+    """Return the cited_headings whose document or heading does not exist."""
     return [
         (path, heading)
-        for path, heading in citations(text)
-        if not (ROOT / path).is_file() or heading not in headings_of(ROOT / path)
+        for path, heading in cited_headings(text)
+        if not (ROOT / path).is_file() or heading not in document_headings(ROOT / path)
     ]
 
 
 def malformed_mentions(text: str) -> list[str]:
-    """Return the mentions of documents that are no citation or are outside this repository."""
-    rest = CITATION.sub("", joined_lines(text))
+    """Return the mentions of documents that are not valid citations."""
+    rest = CITATION.sub("", text_without_line_breaks(text))
     return OUTSIDE.findall(rest) + re.findall(r"[\w./-]+\.md\b", rest)
 
 
@@ -88,7 +88,7 @@ def test_citation_of_every_module_names_an_existing_heading() -> None:
 )
 def test_modules_of_package_cite_its_document(part: str, document: str, heading: str) -> None:
     modules = (PACKAGE / part).rglob("*.py")
-    cited = {each for path in modules for each in citations(path.read_text())}
+    cited = {each for path in modules for each in cited_headings(path.read_text())}
     assert (f"workpool/docs/{document}.md", heading) in cited
     assert len(cited) > 5
 
@@ -144,11 +144,8 @@ def test_malformed_citation_is_found(text: str, found: list[str]) -> None:
     assert malformed_mentions(text) == found
 
 
-# Documents.
-
-
 def citation_rows_in_docs(first_column: str) -> list[list[str]]:
-    """Return the rows of the table on the architecture page with this first column."""
+    """Return the rows of the table on the architecture page whose first column has this title."""
     table = ARCHITECTURE.partition(f"| {first_column} |")[2].partition("\n\n")[0]
     lines = table.splitlines()[2:]
     return [[cell.strip().strip("`") for cell in line.strip("|").split("|")] for line in lines]
@@ -164,7 +161,8 @@ def test_document_names_existing_files_only(document: Path) -> None:
 @pytest.mark.parametrize("document", DOCUMENTS, ids=relative_path)
 def test_link_inside_document_leads_to_heading(document: Path) -> None:
     anchors = {
-        re.sub(r"[^\w\- ]", "", each.lower()).replace(" ", "-") for each in headings_of(document)
+        re.sub(r"[^\w\- ]", "", each.lower()).replace(" ", "-")
+        for each in document_headings(document)
     }
     assert set(re.findall(r"\]\(#([^)]+)\)", document.read_text())) <= anchors
 

@@ -68,7 +68,7 @@ def test_every_query_selects_existing_labels_of_its_metric() -> None:
             assert ("environment_id" in labels) == ("environment_id" in row.labels), title
 
 
-def test_every_panel_has_its_own_place_and_id() -> None:
+def test_dashboard_panels_do_not_overlap_and_have_unique_ids() -> None:
     ids = [panel["id"] for panel in DASHBOARD["panels"]]
     assert len(set(ids)) == len(ids)
     cells = [
@@ -84,7 +84,9 @@ def test_every_panel_has_its_own_place_and_id() -> None:
 
 @pytest.mark.trial
 @pytest.mark.timeout(300)
-async def test_every_query_has_an_answer_after_a_drain_a_kill_and_an_outage(tmp_path: Path) -> None:
+async def test_every_dashboard_query_has_a_result_after_drain_kill_and_outage(
+    tmp_path: Path,
+) -> None:
     program = shutil.which("prometheus")
     if program is None:
         pytest.skip("prometheus is not installed")
@@ -100,7 +102,7 @@ async def test_every_query_has_an_answer_after_a_drain_a_kill_and_an_outage(tmp_
         await setup.wait_for_claims(13)
         setup.enqueue_items(count=4, seconds="600")
         await setup.wait_for_claims(17)
-        await wait_for_value(url, 'sum(workpool_slots{state="busy"})', 4)
+        await wait_for_query_value(url, 'sum(workpool_slots{state="busy"})', 4)
         killed.kill()
         with setup.faults.add(silence(applied=False)):
             await asyncio.sleep(15)
@@ -110,18 +112,18 @@ async def test_every_query_has_an_answer_after_a_drain_a_kill_and_an_outage(tmp_
         drained.send_signal(signal.SIGTERM)
         await drained.wait()
         drains = "sum(max_over_time(workpool_drain_duration_seconds_count[2m]))"
-        # The process has ended, and Prometheus has dropped its series.
-        await wait_for_value(url, drains, 1)
+        # The worker has ended and its series are stale, so the query looks back over minutes.
+        await wait_for_query_value(url, drains, 1)
         empty = [
             f"{title}: {query}"
             for title, query in panel_queries()
-            if not await had_value(url, query)
+            if not await had_recent_value(url, query)
         ]
     assert empty == []
 
 
-async def wait_for_value(url: str, query: str, value: float) -> None:
-    """Wait until the query has this value."""
+async def wait_for_query_value(url: str, query: str, value: float) -> None:
+    """Wait until a query of Prometheus has this value."""
     async with asyncio.timeout(60), aiohttp.ClientSession() as http:
         while True:
             found = await _query_prometheus(http, url, query)
@@ -130,8 +132,8 @@ async def wait_for_value(url: str, query: str, value: float) -> None:
             await asyncio.sleep(0.5)
 
 
-async def had_value(url: str, query: str) -> bool:
-    """Return whether the query has had a value in the last minute."""
+async def had_recent_value(url: str, query: str) -> bool:
+    """Return whether a query of Prometheus has had a value in the last minute."""
     for variable, value in VARIABLES.items():
         query = query.replace(variable, value)
     async with aiohttp.ClientSession() as http:

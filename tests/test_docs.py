@@ -1,4 +1,4 @@
-"""The documentation names everything that the code has, and its examples run."""
+"""The pages name each hook, alert, exit status and setting, and their examples run."""
 
 from __future__ import annotations
 
@@ -71,7 +71,7 @@ def code_block_with(marker: str, language: str = "python") -> str:
 
 @pytest.mark.parametrize("name", references.PAGES)
 def test_generated_part_of_page_matches_code(name: str) -> None:
-    """`python -m tests.references` regenerates the part."""
+    """After a failure, `python -m tests.references` writes the pages."""
     assert references.with_generated_part(page_text(name), references.PAGES[name]()) == page_text(
         name
     )
@@ -119,7 +119,7 @@ def test_alert_rules_pass_their_unit_tests() -> None:
 def test_every_alert_fires_in_a_unit_test() -> None:
     cases = (ROOT / "workpool/alerts_test.yml").read_text()
     fired = set(re.findall(r'alertname="(\w+)"', cases))
-    cannot = {"WorkpoolFewerWorkers"}  # each operator chooses its threshold
+    cannot = {"WorkpoolFewerWorkers"}  # its threshold depends on the installation
     assert fired | cannot == set(re.findall(r"alert: (\w+)", ALERTS))
 
 
@@ -148,7 +148,7 @@ def test_ci_script_runs_every_python_version_of_classifiers() -> None:
 
 
 def test_each_test_is_selected_by_exactly_one_tier() -> None:
-    """`poe test` keeps the `-m` of pytest's `addopts`, which `poe trials` inverts."""
+    """`poe test` uses the `-m` of `addopts` in pyproject.toml, and `poe trials` its negation."""
     assert TOOLS["pytest"]["ini_options"]["addopts"][-2:] == ["-m", "not trial"]
     tasks = TOOLS["poe"]["tasks"]
     selection = re.compile(r" -m | -k |--ignore|--deselect| tests| plugins")
@@ -181,9 +181,6 @@ def test_link_of_page_leads_to_existing_file_and_heading(path: Path) -> None:
 @pytest.mark.parametrize("path", sorted(DOCS.glob("*.md")), ids=relative_path)
 def test_page_is_reachable_from_readme(path: Path) -> None:
     assert f"]({relative_path(path)})" in README.read_text()
-
-
-# The examples of the pages, run unchanged.
 
 
 @pytest.fixture
@@ -220,7 +217,7 @@ async def metadata_of_finished_item(
     return dict(item.metadata)
 
 
-async def handled_by(plugin: object, metadata: dict[str, str]) -> dict[str, str]:
+async def metadata_written_by(plugin: object, metadata: dict[str, str]) -> dict[str, str]:
     async with Supervisor(Settings(), plugins=[plugin]):
         return await metadata_of_finished_item(metadata)
 
@@ -228,7 +225,7 @@ async def handled_by(plugin: object, metadata: dict[str, str]) -> dict[str, str]
 @pytest.mark.usefixtures("control_plane_for_examples")
 async def test_documented_first_handler_writes_its_metadata(tmp_path: Path) -> None:
     names = run_example("# reports.py", tmp_path)
-    done = await handled_by(names["daily_report"], {"job": "daily-report"})
+    done = await metadata_written_by(names["daily_report"], {"job": "daily-report"})
     assert (done["phase"], done["rows"]) == ("fetching", "42")
 
 
@@ -244,42 +241,42 @@ async def test_documented_embedded_pool_runs_sessions(tmp_path: Path) -> None:
 @pytest.mark.usefixtures("control_plane_for_examples")
 async def test_documented_blocking_code_in_thread_returns_its_result(tmp_path: Path) -> None:
     names = run_example("pbkdf2_hmac", tmp_path)
-    done = await handled_by(names["digest_session"], {"job": "digest"})
+    done = await metadata_written_by(names["digest_session"], {"job": "digest"})
     assert len(done["digest"]) == 64
 
 
 @pytest.mark.usefixtures("control_plane_for_examples")
 async def test_documented_handler_with_release_on_exhaustion_completes(tmp_path: Path) -> None:
     scratch = run_example("# scratch.py", tmp_path)["scratch"]
-    assert int((await handled_by(scratch, {"job": "scratch"}))["bytes"]) > 10
+    assert int((await metadata_written_by(scratch, {"job": "scratch"}))["bytes"]) > 10
 
 
 @pytest.mark.usefixtures("control_plane_for_examples")
 async def test_documented_json_result_is_written_as_one_text(tmp_path: Path) -> None:
     totals = run_example("# totals.py", tmp_path)["totals"]
-    done = await handled_by(totals, {"job": "totals"})
+    done = await metadata_written_by(totals, {"job": "totals"})
     assert done["workpool.result"] == '{"orders":2,"amounts":[12.5,30],"currency":null}'
 
 
 @pytest.mark.usefixtures("control_plane_for_examples")
 async def test_documented_retry_calls_handler_until_it_returns(tmp_path: Path) -> None:
     stock = run_example("# stock.py", tmp_path)["stock"]
-    done = await handled_by(stock, {"job": "stock"})
+    done = await metadata_written_by(stock, {"job": "stock"})
     assert (done["stock"], done["retry"]) == ("7", "2")
 
 
 @pytest.mark.usefixtures("control_plane_for_examples")
 async def test_documented_plain_handler_returns_its_result(tmp_path: Path) -> None:
     resize = run_example("# resize.py", tmp_path)["resize"]
-    assert (await handled_by(resize, {"job": "resize"}))["resized"] == "3"
+    assert (await metadata_written_by(resize, {"job": "resize"}))["resized"] == "3"
 
 
 @pytest.mark.usefixtures("control_plane_for_examples")
 async def test_documented_pool_of_processes_computes_and_ends(tmp_path: Path) -> None:
-    # the processes of a benchmark import it
+    # The pool of processes in the example imports this module.
     (tmp_path / "primes.py").write_text(code_block_with("# primes.py"))
     primes = importlib.import_module("primes").Primes
-    done = await handled_by(primes, {"job": "primes", "below": "100"})
+    done = await metadata_written_by(primes, {"job": "primes", "below": "100"})
     assert done["workpool.result"] == '{"primes":25}'
     for process in multiprocessing.active_children():
         process.join(60)
@@ -321,7 +318,7 @@ async def test_documented_handoff_ends_session_with_its_program(
 
     monkeypatch.setattr(asyncio, "create_subprocess_exec", start_and_record)
     apart = run_example("def apart", tmp_path)["apart"]
-    assert await handled_by(apart, {"job": "apart"}) == {"job": "apart"}
+    assert await metadata_written_by(apart, {"job": "apart"}) == {"job": "apart"}
     async with asyncio.timeout(20):
         # the child exits shortly after its item, and must exit before this loop closes
         await children[0].wait()
@@ -332,7 +329,7 @@ async def test_documented_handler_answers_tool_uses_of_session(
 ) -> None:
     names = run_example("async def talk(", tmp_path)
     script = json.loads(code_block_with('"custom": true', "json"))
-    # entries with other keys are for other clients
+    # The handler of the example reads only entries with these two keys.
     uses = [entry for entry in script if set(entry) == {"name", "input"}]
     async with Supervisor(Settings(), plugins=[names["talk"]]):
         assert (await metadata_of_finished_item({"job": "talk"}, uses * 3))["done"] == "3"
@@ -409,7 +406,7 @@ async def test_documented_plugin_with_database_reads_from_it(tmp_path: Path) -> 
         database.executescript("create table orders (id); insert into orders values (1), (2)")
     database.close()
     orders: Callable[[], object] = run_example("class Orders", tmp_path)["Orders"]
-    assert (await handled_by(orders, {"job": "count-orders"}))["orders"] == "2"
+    assert (await metadata_written_by(orders, {"job": "count-orders"}))["orders"] == "2"
 
 
 @pytest.mark.usefixtures("control_plane_for_examples")
@@ -447,16 +444,13 @@ def test_documented_tests_of_handlers_pass(
     result.assert_outcomes(passed=7)
 
 
-# The glossary.
-
-
 def glossary_entries() -> list[list[str]]:
     rows = re.findall(r"^\| (.+?) \| (.+?) \| (.+?) \|$", page_text("glossary.md"), re.MULTILINE)
     return [list(row) for row in rows if row[0] != "term"]
 
 
 def code_name_exists(path: str) -> bool:
-    """Return whether a dotted path below the package, or one from `tests` on, exists."""
+    """Return whether a dotted path below `workpool`, or one that starts with `tests`, exists."""
     module, names = "workpool", path.split(".")
     if names[0] == "tests":
         module = names.pop(0)
@@ -466,7 +460,8 @@ def code_name_exists(path: str) -> bool:
             found = importlib.import_module(f"{module}.{name}")
             module = f"{module}.{name}"
         except ModuleNotFoundError:
-            if not hasattr(found, name):  # an attribute that only instances have
+            # Attributes of instances are found in the source of the class.
+            if not hasattr(found, name):
                 source = inspect.getsource(found) if inspect.isclass(found) else ""
                 return (
                     re.search(rf"\bself\.{name}\b|^    {name}:", source, re.MULTILINE) is not None

@@ -57,7 +57,7 @@ def checked_pages() -> list[Path]:
 
 
 def docstrings(text: str) -> list[tuple[int, str]]:
-    """Return each string that is a statement, including docstrings of attributes."""
+    """Return the line and text of each docstring, including docstrings of attributes."""
     return [
         (node.lineno, node.value.value)
         for node in ast.walk(ast.parse(text))
@@ -68,13 +68,13 @@ def docstrings(text: str) -> list[tuple[int, str]]:
 
 
 def comments_and_strings(text: str) -> list[tuple[int, str]]:
-    """Return each comment and each string literal."""
+    """Return the line and text of each comment and string literal."""
     kinds = {tokenize.COMMENT, tokenize.STRING, getattr(tokenize, "FSTRING_MIDDLE", None)}
     tokens = tokenize.generate_tokens(io.StringIO(text).readline)
     return [(token.start[0], token.string) for token in tokens if token.type in kinds]
 
 
-def banned_words(text: str) -> list[str]:
+def banned_word_problems(text: str) -> list[str]:
     return [
         f"{match[0]!r}: {reason}"
         for pattern, reason in BANNED.items()
@@ -82,12 +82,12 @@ def banned_words(text: str) -> list[str]:
     ]
 
 
-def problems_in(text: str) -> list[str]:
-    """Return the problems of the text of a module, with line numbers."""
+def language_problems(text: str) -> list[str]:
+    """Return the language problems of a module, each with its line number."""
     found = [
         f"{line}: {problem}"
         for line, part in comments_and_strings(text)
-        for problem in banned_words(part)
+        for problem in banned_word_problems(part)
     ]
     for line, docstring in docstrings(text):
         flat = " ".join(docstring.split())
@@ -104,13 +104,13 @@ def relative_path(path: Path) -> str:
 
 @pytest.mark.parametrize("path", checked_files(), ids=relative_path)
 def test_module_text_is_plain_english(path: Path) -> None:
-    assert problems_in(path.read_text()) == []
+    assert language_problems(path.read_text()) == []
 
 
 @pytest.mark.parametrize("path", checked_pages(), ids=relative_path)
 def test_page_text_has_no_banned_words(path: Path) -> None:
     """Code blocks are checked too, but not names in backticks."""
-    assert banned_words(path.read_text()) == []
+    assert banned_word_problems(path.read_text()) == []
 
 
 def test_test_names_state_subject_situation_and_expectation() -> None:
@@ -150,4 +150,4 @@ def test_every_banned_word_has_a_reason() -> None:
     ],
 )
 def test_problem_in_text_is_reported(text: str, count: int) -> None:
-    assert len(problems_in(text + "\n")) == count
+    assert len(language_problems(text + "\n")) == count

@@ -1,4 +1,4 @@
-"""The names that users import; each change needs a changelog entry."""
+"""The public names of `workpool`; a change of one needs a changelog entry."""
 
 import ast
 import subprocess
@@ -44,7 +44,7 @@ def test_public_names_are_the_documented_ones() -> None:
 
 
 def test_everything_that_hooks_take_and_return_is_exported() -> None:
-    """The values of aliases are included: `workpool_event` takes any event."""
+    """Types inside of type aliases count too, such as each event of `Event`."""
     namespace = {
         **{name: getattr(workpool, name) for name in workpool.__all__},
         "Event": workpool.events.Event,
@@ -66,7 +66,7 @@ def test_import_of_workpool_does_not_import_command_line() -> None:
     assert done.stdout.strip() == "set()"
 
 
-def printed_by(code: str) -> str:
+def output_of_code(code: str) -> str:
     """Run code in a new Python process and return its output."""
     command = [sys.executable, "-c", code]
     done = subprocess.run(command, capture_output=True, text=True, check=True)  # noqa: S603 - our own words
@@ -74,9 +74,9 @@ def printed_by(code: str) -> str:
 
 
 def test_import_of_workpool_imports_none_of_its_modules() -> None:
-    """The command line installs its signal handlers between this import and the slow ones."""
+    """The command line installs its signal handlers before the slow imports of the package."""
     code = "import sys, workpool; print([n for n in sys.modules if n.startswith('workpool.')])"
-    assert printed_by(code) == "[]"
+    assert output_of_code(code) == "[]"
 
 
 def test_import_of_workpool_keeps_signal_handlers_unchanged() -> None:
@@ -88,19 +88,19 @@ def test_import_of_workpool_keeps_signal_handlers_unchanged() -> None:
         "from workpool.cli.commands import app\n"
         "print(handlers() == before)"
     )
-    assert printed_by(code) == "True"
+    assert output_of_code(code) == "True"
 
 
 def test_public_names_are_available_if_another_module_was_imported_first() -> None:
     code = "import workpool.testing, workpool\nprint(callable(workpool.handler), dir(workpool))"
-    callable_, _, names = printed_by(code).partition(" ")
+    callable_, _, names = output_of_code(code).partition(" ")
     assert callable_ == "True"
     assert set(workpool.__all__) <= set(ast.literal_eval(names))
 
 
 def test_public_modules_are_attributes_of_the_package() -> None:
     code = "import workpool as w; print(w.errors, w.events, w.settings)"
-    assert printed_by(code).count("<module") == 3
+    assert output_of_code(code).count("<module") == 3
 
 
 def test_unknown_name_of_workpool_raises_attribute_error() -> None:

@@ -102,7 +102,7 @@ async def own_thread(session: Session) -> None:
 
 
 class RunningCommand:
-    """A running `workpool` process and its output so far."""
+    """A running `workpool` process, with the output that was read so far."""
 
     def __init__(self, process: asyncio.subprocess.Process) -> None:
         assert process.stdout is not None
@@ -148,7 +148,7 @@ class RunningCommand:
         self.out += out.decode()
         self.err += err.decode()
         assert self._process.returncode is not None
-        sys.stderr.write(self.err)  # shown when the test fails
+        sys.stderr.write(self.err)  # pytest shows the log if the test fails
         assert TOKEN not in self.out + self.err
         assert LIMITED not in self.out + self.err
         return self._process.returncode
@@ -159,13 +159,13 @@ class RunningCommand:
             await self._process.communicate()
 
 
-class StartCommand(Protocol):
+class CommandStarter(Protocol):
     async def __call__(self, *arguments: str, **variables: str) -> RunningCommand: ...
 
 
 @pytest.fixture(autouse=True)
 def interruptible_commands() -> Iterator[None]:
-    """Let commands obey Ctrl-C, which a shell disables if it runs the tests in the background."""
+    """Reset SIGINT, which a shell ignores in tests that it runs in the background."""
     former = signal.getsignal(signal.SIGINT)
     if former is signal.SIG_IGN:
         signal.signal(signal.SIGINT, signal.default_int_handler)
@@ -186,7 +186,7 @@ async def control_plane() -> AsyncIterator[ControlPlane]:
 
 @pytest.fixture
 def command_directory(tmp_path: Path) -> Path:
-    """Return the current directory of the commands, with `handlers.py` in it."""
+    """Create the current directory of all commands, which contains `handlers.py`."""
     (tmp_path / "handlers.py").write_text(HANDLERS)
     return tmp_path
 
@@ -200,8 +200,8 @@ def launcher() -> tuple[str, ...]:
 @pytest.fixture
 async def start_without_settings(
     command_directory: Path, launcher: tuple[str, ...]
-) -> AsyncIterator[StartCommand]:
-    """Return a function that starts a command without any settings but the given ones."""
+) -> AsyncIterator[CommandStarter]:
+    """Return a function that starts a command with the given settings only."""
     commands: list[RunningCommand] = []
     foreign = ("WORKPOOL_", "QODER_PAT", "ANTHROPIC_")
 
@@ -225,8 +225,8 @@ async def start_without_settings(
 
 @pytest.fixture
 def start_command(
-    start_without_settings: StartCommand, control_plane: ControlPlane
-) -> StartCommand:
+    start_without_settings: CommandStarter, control_plane: ControlPlane
+) -> CommandStarter:
     """Return a function that starts a command whose environment points to the control plane."""
 
     async def start_process(*arguments: str, **variables: str) -> RunningCommand:
@@ -242,29 +242,27 @@ def start_command(
 
 
 class EndedCommand(NamedTuple):
-    """A command that has ended."""
+    """The exit status and the output of a command that has ended."""
 
     status: int
     out: str
     err: str
 
 
-class RunInProcess(Protocol):
+class CommandRunner(Protocol):
     async def __call__(self, *arguments: str, **variables: str) -> EndedCommand: ...
 
 
 @pytest.fixture
 def run_in_process(
     control_plane: ControlPlane, command_directory: Path, monkeypatch: pytest.MonkeyPatch
-) -> RunInProcess:
-    """Return a function that runs a short command in this process, because a new one takes a
-    second.
-    """
+) -> CommandRunner:
+    """Return a function that runs a short command in this process, to save a second of start."""
     monkeypatch.chdir(command_directory)
     monkeypatch.setattr(sys, "path", [str(command_directory), *sys.path])
     monkeypatch.delitem(sys.modules, "handlers", raising=False)
 
-    async def run(*arguments: str, **variables: str) -> EndedCommand:
+    async def run_command(*arguments: str, **variables: str) -> EndedCommand:
         environment = dict.fromkeys((n for n in os.environ if n.startswith("WORKPOOL_")), "")
         environment |= {
             "WORKPOOL_BASE_URL": control_plane.base_url,
@@ -281,4 +279,4 @@ def run_in_process(
             raise result.exception
         return EndedCommand(result.exit_code, result.stdout, result.stderr)
 
-    return run
+    return run_command

@@ -67,7 +67,7 @@ def python_interpreter() -> str:
 
 
 def command_output(*command: str, **variables: str) -> str:
-    """Return what a command prints; empty when it fails or does not exist."""
+    """Return the output of a command; empty if the command fails or does not exist."""
     with suppress(OSError, subprocess.SubprocessError):
         return subprocess.check_output(  # noqa: S603 - our own words
             command, text=True, stderr=subprocess.DEVNULL, env=os.environ | variables
@@ -110,15 +110,15 @@ class OpenManagedAgents:
     async def create_session(self) -> str:
         """Create a session with one message, which puts one item into the queue; return its id."""
         body = {"agent": self.agent_id, "environment_id": self.environment_id}
-        session_id: str = (await post(self.http, f"{self.base_url}/sessions", body))["id"]
+        session_id: str = (await post_json(self.http, f"{self.base_url}/sessions", body))["id"]
         message = {"type": "user.message", "content": [{"type": "text", "text": "hello"}]}
         url = f"{self.base_url}/sessions/{session_id}/events"
-        await post(self.http, url, {"events": [message]})
+        await post_json(self.http, url, {"events": [message]})
         return session_id
 
 
-async def post(http: aiohttp.ClientSession, url: str, body: object) -> dict[str, Any]:
-    """Send a request that must succeed; return its answer."""
+async def post_json(http: aiohttp.ClientSession, url: str, body: object) -> dict[str, Any]:
+    """Send a request with a JSON body, which must succeed, and return the JSON answer."""
     async with http.post(url, json=body) as response:
         assert response.status in {200, 201}, await response.text()
         answer: dict[str, Any] = await response.json()
@@ -140,14 +140,14 @@ async def running_control_plane(python: str, folder: Path) -> AsyncIterator[Open
     try:
         timeout = aiohttp.ClientTimeout(total=START_SECONDS)
         async with aiohttp.ClientSession(headers=HEADERS, timeout=timeout) as http:
-            # The socket listens already: the first request waits until the server accepts it.
+            # The socket listens already, so the first request waits for the start of the server.
             environment = {"name": "tests", "config": {"type": "self_hosted"}}
             agent = {"name": "tests", "model": "none"}
             yield OpenManagedAgents(
                 http,
                 base_url,
-                (await post(http, f"{base_url}/environments", environment))["id"],
-                (await post(http, f"{base_url}/agents", agent))["id"],
+                (await post_json(http, f"{base_url}/environments", environment))["id"],
+                (await post_json(http, f"{base_url}/agents", agent))["id"],
             )
     finally:
         with suppress(ProcessLookupError):

@@ -19,7 +19,7 @@ from tests.acceptance.conftest import ENVIRONMENT, SECONDS, TOKEN
 if TYPE_CHECKING:
     from pathlib import Path
 
-    from tests.acceptance.conftest import StartCommand
+    from tests.acceptance.conftest import CommandStarter
     from workpool.server import ControlPlane
 
 pytestmark = [pytest.mark.acceptance, pytest.mark.timeout(120)]
@@ -86,7 +86,7 @@ async def flood(session):
 def launcher_without_writable_directory(
     request: pytest.FixtureRequest, command_directory: Path
 ) -> tuple[tuple[str, ...], dict[str, str]]:
-    """Return a launcher whose process can write no temporary file, and its variables."""
+    """Return a command that starts `workpool` without a writable directory, and its variables."""
     if request.param == "no temporary directory":
         return (sys.executable, "-c", NO_TEMPORARY_DIRECTORY), {}
     launcher = ("unshare", "--mount", "sh", "-c", READ_ONLY, "sh")
@@ -105,7 +105,7 @@ def launcher(request: pytest.FixtureRequest) -> tuple[str, ...]:
     return (sys.executable, "-m", "workpool")
 
 
-def log_time(line: str) -> float:
+def log_timestamp(line: str) -> float:
     return datetime.fromisoformat(line.split(" ", 1)[0]).timestamp()
 
 
@@ -115,7 +115,7 @@ def log_time(line: str) -> float:
     indirect=True,
 )
 async def test_blocked_loop_without_writable_directory_is_reported_and_ends_process(
-    start_command: StartCommand,
+    start_command: CommandStarter,
     control_plane: ControlPlane,
     launcher_without_writable_directory: tuple[tuple[str, ...], dict[str, str]],
 ) -> None:
@@ -125,29 +125,29 @@ async def test_blocked_loop_without_writable_directory_is_reported_and_ends_proc
     )
     assert await command.wait_for_end() == 1
     assert "event loop blocked" in command.err
-    assert "in block" in command.err  # a line of the printed stacks
+    assert "in block" in command.err, "the stack of the handler is printed"
 
 
-async def test_blocked_loop_report_states_seconds_since_loop_answered(
-    start_command: StartCommand, control_plane: ControlPlane
+async def test_blocked_loop_report_states_seconds_since_last_answer_of_loop(
+    start_command: CommandStarter, control_plane: ControlPlane
 ) -> None:
     control_plane.enqueue(metadata={"do": "block"})
     command = await start_command("run", "handlers", WORKPOOL_MAX_BLOCK="2.5")
-    began = log_time(await command.wait_for_log("block runs"))
+    began = log_timestamp(await command.wait_for_log("block runs"))
     line = await command.wait_for_log("event loop blocked")
     assert await command.wait_for_end() == 1
     stated = re.search(r"seconds=(\d+\.\d+) ", line)
     assert stated is not None
-    blocked = log_time(line) - began
-    late = 0.1  # seconds between the measurement and the log line
+    blocked = log_timestamp(line) - began
+    late = 0.1  # the log line is written after the measurement
     assert blocked - late <= float(stated[1])
-    # The loop is asked once a second, so its last answer may be a second older than the block.
+    # The monitor asks the loop once a second, so the last answer may be a second before the block.
     assert float(stated[1]) <= blocked + 1.0 + late
 
 
 @pytest.mark.parametrize("error", ["RuntimeError", "SystemExit", "KeyboardInterrupt"])
 async def test_log_handler_that_raises_while_loop_is_blocked_does_not_keep_process_running(
-    start_command: StartCommand, control_plane: ControlPlane, command_directory: Path, error: str
+    start_command: CommandStarter, control_plane: ControlPlane, command_directory: Path, error: str
 ) -> None:
     (command_directory / "raising.py").write_text(RAISING_LOG.format(error=error))
     control_plane.enqueue(metadata={"do": "block"})
@@ -157,10 +157,10 @@ async def test_log_handler_that_raises_while_loop_is_blocked_does_not_keep_proce
 
 
 @pytest.mark.parametrize("do", ["block", "linger"])
-async def test_exporter_that_raises_system_exit_ends_process(
-    start_command: StartCommand, control_plane: ControlPlane, command_directory: Path, do: str
+async def test_exporter_that_raises_system_exit_ends_process_with_status_1(
+    start_command: CommandStarter, control_plane: ControlPlane, command_directory: Path, do: str
 ) -> None:
-    """The loop is blocked in one case, and runs in the other."""
+    """The process ends whether the handler blocks the event loop (`block`) or not (`linger`)."""
     (command_directory / "raising.py").write_text(RAISING_EXPORTER.format(error="SystemExit"))
     control_plane.enqueue(metadata={"do": do})
     command = await start_command("run", "raising", WORKPOOL_MAX_BLOCK="3600")
@@ -174,7 +174,7 @@ async def test_exporter_that_raises_system_exit_ends_process(
 
 
 async def test_failed_renewer_thread_while_loop_runs_lets_handlers_clean_up(
-    start_command: StartCommand, control_plane: ControlPlane, command_directory: Path
+    start_command: CommandStarter, control_plane: ControlPlane, command_directory: Path
 ) -> None:
     (command_directory / "raising.py").write_text(RAISING_EXPORTER.format(error="SystemExit"))
     (command_directory / "tidy.py").write_text(CLEANUP)
@@ -193,7 +193,7 @@ async def test_failed_renewer_thread_while_loop_runs_lets_handlers_clean_up(
 async def test_handler_blocked_on_full_stderr_does_not_keep_process_running(
     control_plane: ControlPlane, command_directory: Path
 ) -> None:
-    """The handler holds the lock of the only log output, which is not read."""
+    """The handler waits in a write to stderr, and holds the lock of the only log handler."""
     (command_directory / "flood.py").write_text(FLOOD)
     control_plane.enqueue()
     process = subprocess.Popen(  # noqa: ASYNC220 - it must not be read, which asyncio would

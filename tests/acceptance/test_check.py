@@ -10,14 +10,14 @@ import pytest
 from tests.acceptance.conftest import WORKER_KEY
 
 if TYPE_CHECKING:
-    from tests.acceptance.conftest import RunInProcess, StartCommand
+    from tests.acceptance.conftest import CommandRunner, CommandStarter
     from workpool.server import ControlPlane
 
 pytestmark = [pytest.mark.acceptance, pytest.mark.timeout(120)]
 
 
-async def test_check_without_problems_reports_ok_for_every_subject(
-    start_command: StartCommand,
+async def test_check_with_valid_setup_reports_every_check_as_ok(
+    start_command: CommandStarter,
 ) -> None:
     command = await start_command("check", "handlers")
     assert await command.wait_for_end() == 0
@@ -29,7 +29,7 @@ async def test_check_without_problems_reports_ok_for_every_subject(
 
 @pytest.mark.parametrize("dialect", ["qoder", "anthropic"])
 async def test_check_with_key_that_may_not_query_statistics_succeeds(
-    run_in_process: RunInProcess, control_plane: ControlPlane, dialect: str
+    run_in_process: CommandRunner, control_plane: ControlPlane, dialect: str
 ) -> None:
     url = {"qoder": control_plane.base_url, "anthropic": control_plane.anthropic_base_url}[dialect]
     variables = {"WORKPOOL_BASE_URL": url, "WORKPOOL_DIALECT": dialect}
@@ -39,7 +39,7 @@ async def test_check_with_key_that_may_not_query_statistics_succeeds(
 
 
 async def test_check_output_does_not_show_values_of_extra_headers(
-    run_in_process: RunInProcess,
+    run_in_process: CommandRunner,
 ) -> None:
     headers = '{"x-worker-token": "hunter2-hunter2"}'
     ended = await run_in_process("check", "handlers", "--json", WORKPOOL_EXTRA_HEADERS=headers)
@@ -59,8 +59,8 @@ async def test_check_output_does_not_show_values_of_extra_headers(
         ([], {"WORKPOOL_BASE_URL": "http://127.0.0.1:9"}, 1, "control plane", "network"),
     ],
 )
-async def test_failed_check_has_exit_status_and_names_setting(
-    run_in_process: RunInProcess,
+async def test_failed_check_exits_with_its_status_and_names_wrong_setting(
+    run_in_process: CommandRunner,
     arguments: list[str],
     variables: dict[str, str],
     status: int,
@@ -76,8 +76,8 @@ async def test_failed_check_has_exit_status_and_names_setting(
     assert expected_text in failed["message"] + failed["advice"]
 
 
-async def test_probable_mistake_in_settings_is_a_warning_of_check(
-    run_in_process: RunInProcess,
+async def test_check_with_questionable_setting_succeeds_and_warns(
+    run_in_process: CommandRunner,
 ) -> None:
     ended = await run_in_process("check", WORKPOOL_WRITE_RATE="0.5", WORKPOOL_LAESE_TTL="30")
     assert ended.status == 0
@@ -93,7 +93,7 @@ async def test_probable_mistake_in_settings_is_a_warning_of_check(
 
 
 async def test_plugins_command_as_json_lists_hooks_and_handlers(
-    run_in_process: RunInProcess,
+    run_in_process: CommandRunner,
 ) -> None:
     ended = await run_in_process("plugins", "handlers:finish", "--json")
     assert ended.status == 0
@@ -114,7 +114,7 @@ async def test_plugins_command_as_json_lists_hooks_and_handlers(
 
 
 async def test_plugins_command_as_text_lists_plugins_and_handlers(
-    run_in_process: RunInProcess,
+    run_in_process: CommandRunner,
 ) -> None:
     ended = await run_in_process("plugins", "handlers")
     assert ended.status == 0
@@ -124,8 +124,8 @@ async def test_plugins_command_as_text_lists_plugins_and_handlers(
     assert ["handler", "handlers.finish", "type=session do=finish"] in [row[:3] for row in rows]
 
 
-async def test_plugins_command_with_unknown_plugin_suggests_a_name(
-    run_in_process: RunInProcess,
+async def test_plugins_command_with_unknown_plugin_suggests_similar_name(
+    run_in_process: CommandRunner,
 ) -> None:
     ended = await run_in_process("plugins", "eco")
     assert ended.status == 2

@@ -1,4 +1,4 @@
-"""The command line around its commands: help, version, and the missing extra."""
+"""`workpool` without a command: help, version, unknown commands, and the missing extra."""
 
 from __future__ import annotations
 
@@ -11,25 +11,27 @@ import pytest
 import workpool
 
 if TYPE_CHECKING:
-    from tests.acceptance.conftest import StartCommand
+    from tests.acceptance.conftest import CommandStarter
 
 pytestmark = [pytest.mark.acceptance, pytest.mark.timeout(120)]
 
 
-async def test_command_without_arguments_prints_help(start_without_settings: StartCommand) -> None:
+async def test_command_without_arguments_prints_help(
+    start_without_settings: CommandStarter,
+) -> None:
     command = await start_without_settings()
     assert await command.wait_for_end() == 0
     for name in ("demo", "run", "serve", "check", "plugins", "new", "work"):
         assert name in command.out
 
 
-async def test_version_flag_prints_version(start_without_settings: StartCommand) -> None:
+async def test_version_flag_prints_version(start_without_settings: CommandStarter) -> None:
     command = await start_without_settings("--version")
     assert await command.wait_for_end() == 0
     assert command.out == f"workpool {workpool.__version__}\n"
 
 
-async def test_unknown_command_ends_with_status_2(start_without_settings: StartCommand) -> None:
+async def test_unknown_command_ends_with_status_2(start_without_settings: CommandStarter) -> None:
     command = await start_without_settings("rnu")
     assert await command.wait_for_end() == 2
     assert command.out == ""

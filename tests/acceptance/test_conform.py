@@ -13,13 +13,13 @@ from workpool.server import ControlPlane
 from workpool.testing import Faults, delay
 
 if TYPE_CHECKING:
-    from tests.acceptance.conftest import RunInProcess, StartCommand
+    from tests.acceptance.conftest import CommandRunner, CommandStarter
 
 pytestmark = [pytest.mark.acceptance, pytest.mark.timeout(120)]
 
 
-async def test_conform_with_holding_clauses_ends_with_status_0(
-    run_in_process: RunInProcess, control_plane: ControlPlane
+async def test_conform_of_conforming_control_plane_ends_with_status_0(
+    run_in_process: CommandRunner, control_plane: ControlPlane
 ) -> None:
     ended = await run_in_process(
         "conform", control_plane.base_url, "--clause", "ack-starts", "--clause", "stop-force"
@@ -33,7 +33,7 @@ async def test_conform_with_holding_clauses_ends_with_status_0(
 
 
 async def test_conform_with_dialect_flag_uses_that_dialect(
-    run_in_process: RunInProcess, control_plane: ControlPlane
+    run_in_process: CommandRunner, control_plane: ControlPlane
 ) -> None:
     ended = await run_in_process(
         *("conform", control_plane.anthropic_base_url, "--dialect", "anthropic"),
@@ -51,8 +51,8 @@ async def test_conform_with_dialect_flag_uses_that_dialect(
     ]
 
 
-async def test_conform_exits_with_status_4_if_address_speaks_another_dialect(
-    run_in_process: RunInProcess, control_plane: ControlPlane
+async def test_conform_with_dialect_of_other_control_planes_ends_with_status_4(
+    run_in_process: CommandRunner, control_plane: ControlPlane
 ) -> None:
     ended = await run_in_process(
         "conform", control_plane.base_url, "--dialect", "anthropic", "--clause", "stop-force"
@@ -61,8 +61,8 @@ async def test_conform_exits_with_status_4_if_address_speaks_another_dialect(
     assert ended.status == 4
 
 
-async def test_conform_with_untried_clause_ends_with_status_5(
-    run_in_process: RunInProcess, control_plane: ControlPlane
+async def test_conform_without_item_for_a_clause_ends_with_status_5(
+    run_in_process: CommandRunner, control_plane: ControlPlane
 ) -> None:
     (item,) = control_plane.enqueue()
     ended = await run_in_process(
@@ -74,7 +74,7 @@ async def test_conform_with_untried_clause_ends_with_status_5(
 
 
 async def test_conform_in_environment_with_foreign_items_is_refused(
-    run_in_process: RunInProcess, control_plane: ControlPlane
+    run_in_process: CommandRunner, control_plane: ControlPlane
 ) -> None:
     (item,) = control_plane.enqueue()
     ended = await run_in_process("conform", control_plane.base_url)
@@ -84,7 +84,7 @@ async def test_conform_in_environment_with_foreign_items_is_refused(
 
 
 async def test_conform_with_test_environment_flag_accepts_foreign_items(
-    run_in_process: RunInProcess, control_plane: ControlPlane
+    run_in_process: CommandRunner, control_plane: ControlPlane
 ) -> None:
     control_plane.enqueue()
     ended = await run_in_process(
@@ -94,7 +94,7 @@ async def test_conform_with_test_environment_flag_accepts_foreign_items(
 
 
 async def test_conform_without_permission_to_list_items_ends_with_status_3(
-    run_in_process: RunInProcess, control_plane: ControlPlane
+    run_in_process: CommandRunner, control_plane: ControlPlane
 ) -> None:
     variables = {"WORKPOOL_TOKEN": "wrong"}
     ended = await run_in_process("conform", control_plane.base_url, **variables)
@@ -111,7 +111,7 @@ async def test_conform_without_permission_to_list_items_ends_with_status_3(
     ],
 )
 async def test_conform_with_invalid_arguments_ends_with_status_2(
-    run_in_process: RunInProcess,
+    run_in_process: CommandRunner,
     control_plane: ControlPlane,
     arguments: list[str],
     expected_text: str,
@@ -122,7 +122,7 @@ async def test_conform_with_invalid_arguments_ends_with_status_2(
 
 
 async def test_conform_without_answer_of_control_plane_ends_with_status_1(
-    run_in_process: RunInProcess,
+    run_in_process: CommandRunner,
 ) -> None:
     ended = await run_in_process("conform", "http://127.0.0.1:9")
     assert "http://127.0.0.1:9: no answer: ClientConnectorError" in ended.err
@@ -132,10 +132,10 @@ async def test_conform_without_answer_of_control_plane_ends_with_status_1(
 @pytest.mark.trial
 @pytest.mark.timeout(300)
 @pytest.mark.parametrize("dialect", ["qoder", "anthropic"])
-async def test_conform_of_embedded_control_plane_holds_every_clause(
-    start_command: StartCommand, control_plane: ControlPlane, dialect: str
+async def test_conform_finds_no_difference_in_embedded_control_plane(
+    start_command: CommandStarter, control_plane: ControlPlane, dialect: str
 ) -> None:
-    """In real time this takes 80 s; the quick tests move the clock instead."""
+    """The suite runs in real time, in 80 s; other tests of the suite move the clock."""
     address = control_plane.base_url if dialect == "qoder" else control_plane.anthropic_base_url
     command = await start_command("conform", address, "--dialect", dialect)
     assert await command.wait_for_end(seconds=290) == 0
@@ -144,10 +144,10 @@ async def test_conform_of_embedded_control_plane_holds_every_clause(
 
 @pytest.mark.trial
 @pytest.mark.timeout(300)
-async def test_conform_of_slow_control_plane_finds_no_difference(
-    start_without_settings: StartCommand,
+async def test_conform_finds_no_difference_in_slow_control_plane(
+    start_without_settings: CommandStarter,
 ) -> None:
-    """A fifth of a second for every answer must not look like lost leases."""
+    """Every answer takes a fifth of a second, which must not count as a lost lease."""
     faults = Faults()
     faults.add(delay(0.2))
     async with ControlPlane(

@@ -24,7 +24,12 @@ from tests.acceptance.conftest import ENVIRONMENT
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-    from tests.acceptance.conftest import EndedCommand, RunInProcess, RunningCommand, StartCommand
+    from tests.acceptance.conftest import (
+        CommandRunner,
+        CommandStarter,
+        EndedCommand,
+        RunningCommand,
+    )
     from workpool.server import ControlPlane
 
 pytestmark = [
@@ -36,16 +41,14 @@ pytestmark = [
 
 @pytest.fixture
 def socket_directory(monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
-    """The directory of the workers' sockets, whose path is short because socket paths are
-    limited.
-    """
+    """Create a directory for sockets whose path is short, because socket paths are limited."""
     with tempfile.TemporaryDirectory(prefix="wp-") as directory:
         for name in ("XDG_RUNTIME_DIR", "TMPDIR"):
             monkeypatch.setenv(name, directory)
         yield Path(directory) / "workpool"
 
 
-def file_mode(path: Path) -> int:
+def file_permissions(path: Path) -> int:
     return stat.S_IMODE(path.stat().st_mode)
 
 
@@ -70,8 +73,8 @@ async def readiness_status(worker: RunningCommand) -> tuple[int, str]:
         return answer.status, await answer.text()
 
 
-def send_bytes(path: Path, data: bytes) -> Any:
-    """Send bytes to a worker's socket and return its answer; None if it gives none."""
+def send_to_socket(path: Path, data: bytes) -> Any:
+    """Send bytes to a control socket and return the answer; None without one."""
     with socket.socket(socket.AF_UNIX) as connection:
         connection.settimeout(20)
         connection.connect(str(path))
@@ -80,17 +83,17 @@ def send_bytes(path: Path, data: bytes) -> Any:
     return json.loads(answer) if answer else None
 
 
-async def test_worker_is_paused_and_resumed_by_command(
-    start_command: StartCommand,
-    run_in_process: RunInProcess,
+async def test_pause_and_resume_commands_stop_and_restart_claiming(
+    start_command: CommandStarter,
+    run_in_process: CommandRunner,
     control_plane: ControlPlane,
     socket_directory: Path,
 ) -> None:
     worker = await start_command("run", "handlers")
     path = await socket_path(worker)
     assert path.parent == socket_directory
-    assert file_mode(path) == 0o600
-    assert file_mode(socket_directory) == 0o700
+    assert file_permissions(path) == 0o600
+    assert file_permissions(socket_directory) == 0o700
     await worker.wait_for_log("idle; waiting for work")
     paused = await run_in_process("pause", "database is moved")
     assert (paused.status, paused.err) == (0, "")
@@ -109,8 +112,8 @@ async def test_worker_is_paused_and_resumed_by_command(
     assert file_names(socket_directory) == []
 
 
-async def test_drain_command_gives_sessions_the_time_of_its_flag(
-    start_command: StartCommand, run_in_process: RunInProcess, control_plane: ControlPlane
+async def test_drain_command_with_timeout_flag_ends_sessions_after_that_time(
+    start_command: CommandStarter, run_in_process: CommandRunner, control_plane: ControlPlane
 ) -> None:
     control_plane.enqueue(metadata={"do": "linger"})
     worker = await start_command("run", "handlers", WORKPOOL_DRAIN_TIMEOUT="3600")
@@ -123,8 +126,8 @@ async def test_drain_command_gives_sessions_the_time_of_its_flag(
     assert "result=deadline" in worker.err
 
 
-async def test_one_of_two_workers_is_chosen_by_its_process_id_or_environment(
-    start_command: StartCommand, run_in_process: RunInProcess
+async def test_pause_command_with_two_workers_needs_process_id_or_environment(
+    start_command: CommandStarter, run_in_process: CommandRunner
 ) -> None:
     workers = [await start_command("run", "handlers") for _ in range(2)]
     for worker in workers:
@@ -148,8 +151,8 @@ async def test_one_of_two_workers_is_chosen_by_its_process_id_or_environment(
     assert "no worker that the flags fit listens" in other.err
 
 
-async def test_command_without_running_worker_names_the_directories_searched(
-    run_in_process: RunInProcess, socket_directory: Path
+async def test_pause_command_without_running_worker_names_searched_directories(
+    run_in_process: CommandRunner, socket_directory: Path
 ) -> None:
     ended: EndedCommand = await run_in_process("resume")
     assert ended.status == 1
@@ -162,8 +165,8 @@ async def test_command_without_running_worker_names_the_directories_searched(
     )
 
 
-async def test_socket_of_a_killed_worker_is_removed_by_the_next_one(
-    start_command: StartCommand, run_in_process: RunInProcess, socket_directory: Path
+async def test_control_socket_of_killed_worker_is_removed_by_next_worker(
+    start_command: CommandStarter, run_in_process: CommandRunner, socket_directory: Path
 ) -> None:
     killed = await start_command("run", "handlers")
     left = await socket_path(killed)
@@ -180,8 +183,8 @@ async def test_socket_of_a_killed_worker_is_removed_by_the_next_one(
     assert (await run_in_process("pause")).status == 0
 
 
-async def test_socket_at_a_given_path_is_replaced_only_after_its_worker_was_killed(
-    start_command: StartCommand, run_in_process: RunInProcess, socket_directory: Path
+async def test_control_socket_at_given_path_is_replaced_only_after_its_worker_ended(
+    start_command: CommandStarter, run_in_process: CommandRunner, socket_directory: Path
 ) -> None:
     path = socket_directory.parent / "reports.sock"
     arguments = ("run", "handlers", "--control-socket", str(path))
@@ -190,9 +193,8 @@ async def test_socket_at_a_given_path_is_replaced_only_after_its_worker_was_kill
     second = await start_command(*arguments)
     assert await second.wait_for_end() == 2
     assert f"control_socket: {path}: another worker listens there" in second.err
-    assert (
-        await run_in_process("pause", "--socket", str(path))
-    ).status == 0  # the first worker still listens
+    first_pause = await run_in_process("pause", "--socket", str(path))
+    assert first_pause.status == 0, "the first worker still listens"
     killed.send_signal(signal.SIGKILL)
     await killed.wait_for_end()
     third = await start_command(*arguments)
@@ -201,8 +203,8 @@ async def test_socket_at_a_given_path_is_replaced_only_after_its_worker_was_kill
     assert "third" in await third.wait_for_log(" paused ")
 
 
-async def test_file_at_the_path_of_the_socket_is_kept_and_an_error(
-    start_command: StartCommand, command_directory: Path
+async def test_run_with_other_file_at_control_socket_path_fails_and_keeps_file(
+    start_command: CommandStarter, command_directory: Path
 ) -> None:
     (command_directory / "file").write_text("mine")
     worker = await start_command("run", "handlers", WORKPOOL_CONTROL_SOCKET="file")
@@ -211,8 +213,8 @@ async def test_file_at_the_path_of_the_socket_is_kept_and_an_error(
     assert (command_directory / "file").read_text() == "mine"
 
 
-async def test_worker_without_a_socket_is_not_found(
-    start_command: StartCommand, run_in_process: RunInProcess, socket_directory: Path
+async def test_worker_with_control_socket_off_is_not_found_by_pause(
+    start_command: CommandStarter, run_in_process: CommandRunner, socket_directory: Path
 ) -> None:
     worker = await start_command("run", "handlers", "--control-socket", "off")
     await worker.wait_for_log("idle; waiting for work")
@@ -221,8 +223,8 @@ async def test_worker_without_a_socket_is_not_found(
 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="only root can give a file to another user")
-async def test_socket_and_directory_of_another_user_are_not_trusted(
-    start_command: StartCommand, run_in_process: RunInProcess, socket_directory: Path
+async def test_control_socket_and_directory_of_another_user_are_refused(
+    start_command: CommandStarter, run_in_process: CommandRunner, socket_directory: Path
 ) -> None:
     with socket.socket(socket.AF_UNIX) as listener:
         make_directory(socket_directory, 0o700)
@@ -239,15 +241,15 @@ async def test_socket_and_directory_of_another_user_are_not_trusted(
         assert f"{socket_directory}: not used, as others have access to it" in found.err
         listener.settimeout(0)
         with pytest.raises(BlockingIOError):
-            listener.accept()  # no client has connected
+            listener.accept()  # the command must not have connected to this listener
     worker = await start_command("run", "handlers", "--control-socket", str(path))
     assert await worker.wait_for_end() == 2
     assert f"control_socket: {path}: is the socket of another user" in worker.err
     assert path.exists()
 
 
-async def test_directory_that_others_may_read_is_not_used_for_sockets(
-    start_command: StartCommand, socket_directory: Path
+async def test_directory_that_others_may_read_gets_no_control_socket(
+    start_command: CommandStarter, socket_directory: Path
 ) -> None:
     make_directory(socket_directory, 0o755)
     worker = await start_command("run", "handlers")
@@ -258,8 +260,8 @@ async def test_directory_that_others_may_read_is_not_used_for_sockets(
     assert not path.exists()
 
 
-async def test_pause_reason_is_limited_and_escaped(
-    start_command: StartCommand, run_in_process: RunInProcess
+async def test_long_pause_reason_is_refused_and_control_characters_are_escaped(
+    start_command: CommandStarter, run_in_process: CommandRunner
 ) -> None:
     worker = await start_command("run", "handlers")
     await worker.wait_for_log("idle; waiting for work")
@@ -274,8 +276,8 @@ async def test_pause_reason_is_limited_and_escaped(
     assert (long.status, long.err) == (1, "workpool: the reason is too long\n")
 
 
-async def test_malformed_request_is_answered_with_the_reason(
-    start_command: StartCommand, run_in_process: RunInProcess
+async def test_malformed_control_request_is_answered_with_the_reason(
+    start_command: CommandStarter, run_in_process: CommandRunner
 ) -> None:
     worker = await start_command("run", "handlers")
     path = await socket_path(worker)
@@ -289,12 +291,12 @@ async def test_malformed_request_is_answered_with_the_reason(
         b'{"command": "pause", "reason": 7}\n': "the request is unknown",
         b'{"command": "drain", "timeout": -1}\n': "must be a number, 0 or more, or unlimited",
     }.items():
-        assert await asyncio.to_thread(send_bytes, path, data) == {"error": problem}
+        assert await asyncio.to_thread(send_to_socket, path, data) == {"error": problem}
     assert (await run_in_process("pause")).status == 0
 
 
-async def test_client_that_sends_nothing_is_disconnected_and_the_next_one_served(
-    start_command: StartCommand, run_in_process: RunInProcess
+async def test_silent_client_of_control_socket_does_not_block_next_client(
+    start_command: CommandStarter, run_in_process: CommandRunner
 ) -> None:
     worker = await start_command("run", "handlers")
     path = await socket_path(worker)
@@ -306,9 +308,9 @@ async def test_client_that_sends_nothing_is_disconnected_and_the_next_one_served
     assert "after the silent one" in await worker.wait_for_log(" paused ")
 
 
-async def test_worker_whose_event_loop_is_blocked_gives_no_answer(
-    start_command: StartCommand,
-    run_in_process: RunInProcess,
+async def test_pause_command_to_worker_with_blocked_loop_reports_no_answer(
+    start_command: CommandStarter,
+    run_in_process: CommandRunner,
     control_plane: ControlPlane,
     command_directory: Path,
 ) -> None:

@@ -1,4 +1,4 @@
-"""`workpool demo`, without a terminal and on one."""
+"""`workpool demo`, with and without a terminal."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from workpool.cli.demo.demo_sessions import DemoSession
 from workpool.cli.signals import SignalEvents
 
 if TYPE_CHECKING:
-    from tests.acceptance.conftest import StartCommand
+    from tests.acceptance.conftest import CommandStarter
 
 pytestmark = [pytest.mark.acceptance, pytest.mark.trial, pytest.mark.timeout(120)]
 
@@ -29,7 +29,7 @@ PROMISE = re.compile(
 LAST_FRAME = re.compile(r"queue (\d+)   running (\d+)   stopped (\d+) of (\d+)")
 
 
-def is_running(pid: int) -> bool:
+def is_process_running(pid: int) -> bool:
     stat = Path(f"/proc/{pid}/stat")
     try:
         return stat.read_text().rpartition(")")[2].split()[0] != "Z"
@@ -38,7 +38,7 @@ def is_running(pid: int) -> bool:
 
 
 async def test_demo_loses_no_session_although_a_worker_is_killed(
-    start_without_settings: StartCommand,
+    start_without_settings: CommandStarter,
 ) -> None:
     command = await start_without_settings("demo")
     assert await command.wait_for_end(100) == 0
@@ -62,7 +62,7 @@ async def test_demo_loses_no_session_although_a_worker_is_killed(
 
 
 async def test_demo_with_handler_of_user_runs_that_handler(
-    start_without_settings: StartCommand, command_directory: Path
+    start_without_settings: CommandStarter, command_directory: Path
 ) -> None:
     (command_directory / "reports.py").write_text(
         "from workpool import Session, handler\n"
@@ -82,7 +82,7 @@ async def test_demo_with_handler_of_user_runs_that_handler(
 
 
 async def test_demo_with_unknown_handler_ends_with_status_2(
-    start_without_settings: StartCommand,
+    start_without_settings: CommandStarter,
 ) -> None:
     command = await start_without_settings("demo", "nowhere:nothing")
     assert await command.wait_for_end() == 2
@@ -90,17 +90,19 @@ async def test_demo_with_unknown_handler_ends_with_status_2(
     assert "Try next" not in command.out
 
 
-async def test_demo_ended_by_ctrl_c_leaves_no_process(start_without_settings: StartCommand) -> None:
+async def test_demo_ended_by_ctrl_c_leaves_no_process(
+    start_without_settings: CommandStarter,
+) -> None:
     command = await start_without_settings("demo")
     lines = [await command.wait_for_output("runs pid=") for _ in range(2)]
     pids = [int(line.partition("pid=")[2].split()[0]) for line in lines]
     command.send_signal(signal.SIGINT)
     assert await command.wait_for_end() == 130
-    assert not any(is_running(pid) for pid in pids)
+    assert not any(is_process_running(pid) for pid in pids)
 
 
 async def test_demo_with_failing_handler_ends_with_status_1(
-    start_without_settings: StartCommand, command_directory: Path
+    start_without_settings: CommandStarter, command_directory: Path
 ) -> None:
     (command_directory / "broken.py").write_text(
         "from workpool import Session, handler\n"
@@ -117,9 +119,9 @@ async def test_demo_with_failing_handler_ends_with_status_1(
 
 
 async def test_demo_whose_sessions_all_fail_ends_early_and_says_so(
-    start_without_settings: StartCommand, command_directory: Path
+    start_without_settings: CommandStarter, command_directory: Path
 ) -> None:
-    """The workers hold back a handler that fails at once, so the demo could appear to hang."""
+    """Workers delay the items of a failing handler, so without this end the demo would hang."""
     (command_directory / "broken.py").write_text(
         "from workpool import Session, handler\n"
         "@handler\n"
@@ -133,7 +135,7 @@ async def test_demo_whose_sessions_all_fail_ends_early_and_says_so(
 
 
 async def test_demo_with_metadata_that_match_no_handler_ends_at_once(
-    start_without_settings: StartCommand,
+    start_without_settings: CommandStarter,
 ) -> None:
     command = await start_without_settings("demo", "handlers:finish", "--metadata", "do=nothing")
     assert await command.wait_for_end() == 2
@@ -170,7 +172,7 @@ async def test_demo_on_terminal_shows_live_view(command_directory: Path) -> None
             shown = await asyncio.to_thread(read_terminal, terminal.fileno())
             status = await process.wait()
     assert status == 0
-    # Several processes write to the terminal, so an escape sequence may cut a character.
+    # Several processes write to the terminal, so one can write inside a character of another.
     text = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", shown.decode(errors="replace"))
     for words in ("slots", "sessions", "reclaimed", "queue 0", "stopped 4 of 4", "/metrics"):
         assert words in text
@@ -178,7 +180,7 @@ async def test_demo_on_terminal_shows_live_view(command_directory: Path) -> None
 
 
 def read_terminal(terminal: int) -> bytes:
-    """Read until the last writer has closed the terminal, which a pty reports as an error."""
+    """Return all output of a pty; reading fails once the last writer has closed it."""
     shown = b""
     try:
         while chunk := os.read(terminal, 65536):

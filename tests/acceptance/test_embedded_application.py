@@ -50,21 +50,21 @@ TRIAL = pytest.mark.trial
 
 
 class RunningApplication(NamedTuple):
-    """A process and the address of its server."""
+    """The process of an embedding application, and the address of its HTTP server."""
 
     command: RunningCommand
     url: str
 
 
-class StartExample(Protocol):
+class ExampleStarter(Protocol):
     async def __call__(self, module: str, **variables: str) -> RunningApplication: ...
 
 
 @pytest.fixture
 async def start_example(
     command_directory: Path, control_plane: ControlPlane
-) -> AsyncIterator[StartExample]:
-    """Start an example of the page: with aiohttp, uvicorn, or as a program."""
+) -> AsyncIterator[ExampleStarter]:
+    """Return a function that runs an example of the embedding page in a new process."""
     (command_directory / "reports.py").write_text(REPORTS)
     for name in EXAMPLES:
         (command_directory / f"{name}.py").write_text(code_block_with(f"# {name}.py"))
@@ -101,7 +101,7 @@ async def start_example(
         await command.kill()
 
 
-def utc_now(plane: ControlPlane, item: Item) -> Item:
+def stored_item(plane: ControlPlane, item: Item) -> Item:
     return plane.operations.queue(ENVIRONMENT).get(item.id)
 
 
@@ -110,8 +110,8 @@ async def http_status(url: str) -> tuple[int, str]:
         return answer.status, await answer.text()
 
 
-async def wait_for_status(condition: Callable[[], Awaitable[bool]]) -> None:
-    """Poll a server until it answers this status, because it reports no changes itself."""
+async def wait_until(condition: Callable[[], Awaitable[bool]]) -> None:
+    """Poll until a condition holds that another process fulfils."""
     async with asyncio.timeout(45):
         while not await condition():  # noqa: ASYNC110 - another process changes it
             await asyncio.sleep(0.05)
@@ -128,13 +128,13 @@ async def wait_for_status(condition: Callable[[], Awaitable[bool]]) -> None:
     ],
 )
 async def test_application_under_sigterm_lets_its_session_end(
-    start_example: StartExample,
+    start_example: ExampleStarter,
     control_plane: ControlPlane,
     command_directory: Path,
     module: str,
     status: int,
 ) -> None:
-    if module == "program":  # the application's own handler of SIGTERM ends the process at once
+    if module == "program":  # this example has a handler of its own, which ends at once
         path = command_directory / "program.py"
         path.write_text(path.read_text().replace("[greet]", '["reports"]'))
     [item] = control_plane.enqueue()
@@ -142,8 +142,8 @@ async def test_application_under_sigterm_lets_its_session_end(
     await application.wait_for_output("session runs")
     application.send_signal(signal.SIGTERM)
     assert await application.wait_for_end() == status
-    assert utc_now(control_plane, item).state == "stopped"
-    assert utc_now(control_plane, item).metadata["done"] == "when asked"
+    assert stored_item(control_plane, item).state == "stopped"
+    assert stored_item(control_plane, item).metadata["done"] == "when asked"
 
 
 @pytest.mark.parametrize(
@@ -155,7 +155,7 @@ async def test_application_under_sigterm_lets_its_session_end(
     ],
 )
 async def test_application_with_a_wrong_token_ends_and_logs_the_reason(
-    start_example: StartExample, module: str, status: int
+    start_example: ExampleStarter, module: str, status: int
 ) -> None:
     application, _ = await start_example(module, QODER_PAT="wrong")
     assert await application.wait_for_end() == status
@@ -164,14 +164,14 @@ async def test_application_with_a_wrong_token_ends_and_logs_the_reason(
 
 @pytest.mark.parametrize("module", ["web_aiohttp", pytest.param("web_fastapi", marks=TRIAL)])
 async def test_application_that_continues_reports_a_wrong_token_as_not_ready(
-    start_example: StartExample, module: str
+    start_example: ExampleStarter, module: str
 ) -> None:
     application, url = await start_example(module, QODER_PAT="wrong")
 
     async def pool_has_failed() -> bool:
         return (await http_status(f"{url}/live"))[0] == 503
 
-    await wait_for_status(pool_has_failed)
+    await wait_until(pool_has_failed)
     status, body = await http_status(f"{url}/ready")
     assert status == 503
     assert "failed: RefusedError" in body
@@ -183,7 +183,7 @@ async def test_application_that_continues_reports_a_wrong_token_as_not_ready(
     "module", ["program", "vital_aiohttp", pytest.param("vital_fastapi", marks=TRIAL)]
 )
 async def test_application_with_wrong_settings_does_not_start(
-    start_example: StartExample, module: str
+    start_example: ExampleStarter, module: str
 ) -> None:
     application, _ = await start_example(module, WORKPOOL_CONCURRENCY="many")
     assert await application.wait_for_end() in {1, 3}

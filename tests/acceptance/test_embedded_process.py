@@ -1,4 +1,4 @@
-"""An embedding process ends although threads of the pool hang."""
+"""A process that embeds a pool ends even if a thread of the pool hangs."""
 
 from __future__ import annotations
 

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from collections.abc import AsyncIterator
     from pathlib import Path
 
-    from tests.acceptance.conftest import RunningCommand, StartCommand
+    from tests.acceptance.conftest import CommandStarter, RunningCommand
 
 OTHER = "env_0199bbbbbbbb70008000000000000004"
 KEYS = {
@@ -48,7 +48,7 @@ async def slowly(environment_id):
 
 
 class ServiceManager:
-    """The socket of a service manager."""
+    """A datagram socket that receives reports in place of systemd."""
 
     def __enter__(self) -> Self:
         self._folder = tempfile.TemporaryDirectory(prefix="wp-")
@@ -62,7 +62,7 @@ class ServiceManager:
         self._socket.close()
         self._folder.cleanup()
 
-    def received(self) -> str:
+    def new_datagrams(self) -> str:
         """Return the datagrams that have arrived since the last call."""
         found = ""
         with contextlib.suppress(BlockingIOError):
@@ -102,34 +102,37 @@ def config(command_directory: Path, control_plane: ControlPlane) -> Path:
     return path
 
 
-def change(file: Path, old: str, new: str) -> None:
+def replace_text(file: Path, old: str, new: str) -> None:
     file.write_text(file.read_text().replace(old, new))
 
 
-def append(file: Path, line: str) -> None:
+def append_line(file: Path, line: str) -> None:
     file.write_text(f"{file.read_text()}\n{line}\n")
 
 
-def remove(file: Path) -> None:
+def remove_file(file: Path) -> None:
     file.unlink()
 
 
-async def url_of(worker: RunningCommand) -> str:
+async def exporter_url(worker: RunningCommand) -> str:
     line = await worker.wait_for_log("metrics served url=")
     return line.partition("url=")[2].split()[0].removesuffix("/metrics")
 
 
-async def read(worker: RunningCommand, path: str) -> tuple[int, str]:
-    async with aiohttp.ClientSession() as http, http.get(await url_of(worker) + path) as answer:
+async def get_text(worker: RunningCommand, path: str) -> tuple[int, str]:
+    async with (
+        aiohttp.ClientSession() as http,
+        http.get(await exporter_url(worker) + path) as answer,
+    ):
         return answer.status, await answer.text()
 
 
-async def live(worker: RunningCommand) -> Any:
-    return json.loads((await read(worker, "/live.json"))[1])
+async def live_status(worker: RunningCommand) -> Any:
+    return json.loads((await get_text(worker, "/live.json"))[1])
 
 
 async def test_sessions_of_both_environments_run_and_sigterm_drains_both(
-    start_without_settings: StartCommand, control_plane: ControlPlane, config: Path
+    start_without_settings: CommandStarter, control_plane: ControlPlane, config: Path
 ) -> None:
     del config
     items = [
@@ -141,18 +144,18 @@ async def test_sessions_of_both_environments_run_and_sigterm_drains_both(
         line = await worker.wait_for_log(item.id)
         assert f"environment_id={each}" in line
         assert "wait runs" in line
-    _, metrics = await read(worker, "/metrics")
+    _, metrics = await get_text(worker, "/metrics")
     for each in (ENVIRONMENT, OTHER):
         assert f'workpool_slots{{environment_id="{each}",state="busy"}} 1.0' in metrics
         assert f'workpool_slots{{environment_id="{each}",state="free"}} ' in metrics
-    status, body = await read(worker, "/readyz")
+    status, body = await get_text(worker, "/readyz")
     assert (status, json.loads(body)) == (200, {"status": "ready"})
-    assert json.loads((await read(worker, "/scale"))[1])["busy"] == 2
-    shown = await live(worker)
+    assert json.loads((await get_text(worker, "/scale"))[1])["busy"] == 2
+    shown = await live_status(worker)
     assert (shown["slots"]["busy"], shown["slots"]["limit"]) == (2, 4)
     assert [each["environment_id"] for each in shown["environments"]] == [ENVIRONMENT, OTHER]
     assert {each["environment_id"] for each in shown["sessions"]} == {ENVIRONMENT, OTHER}
-    top = await start_without_settings("top", "--once", await url_of(worker))
+    top = await start_without_settings("top", "--once", await exporter_url(worker))
     assert await top.wait_for_end() == 0
     rows = [line.split("\t")[:3] for line in top.out.splitlines()]
     for each in (ENVIRONMENT, OTHER):
@@ -160,7 +163,7 @@ async def test_sessions_of_both_environments_run_and_sigterm_drains_both(
     worker.send_signal(signal.SIGTERM)
     for each in (ENVIRONMENT, OTHER):
         await worker.wait_for_log(f"last scrape wait_seconds=20.0 environment_id={each}")
-    await read(worker, "/metrics")  # one is enough for both
+    await get_text(worker, "/metrics")  # one scrape reports the drains of both environments
     assert await worker.wait_for_end() == 0
     assert worker.err.count("result=clean") == 2
     found = [control_plane.operations.get(each.environment_id, each.id) for each in items]
@@ -168,9 +171,9 @@ async def test_sessions_of_both_environments_run_and_sigterm_drains_both(
 
 
 async def test_refused_environment_is_reported_and_the_other_one_goes_on(
-    start_without_settings: StartCommand, control_plane: ControlPlane, config: Path
+    start_without_settings: CommandStarter, control_plane: ControlPlane, config: Path
 ) -> None:
-    change(config.parent / "b.token", "key-of-the-other", "revoked")
+    replace_text(config.parent / "b.token", "key-of-the-other", "revoked")
     worker = await start_without_settings("run", "--config", "pool.toml")
     failed = await worker.wait_for_log("environment failed: ")
     assert f"environment_id={OTHER}" in failed
@@ -178,51 +181,51 @@ async def test_refused_environment_is_reported_and_the_other_one_goes_on(
     assert f"token_file from pool.toml [workpool.environments.{OTHER}]" in failed
     control_plane.enqueue(metadata={"do": "finish"}, environment_id=ENVIRONMENT)
     await worker.wait_for_log("finish runs")
-    status, body = await read(worker, "/readyz")
+    status, body = await get_text(worker, "/readyz")
     assert (status, json.loads(body)["reasons"]) == (503, [f"{OTHER}: failed: RefusedError"])
-    assert (await live(worker))["slots"]["limit"] == 4
+    assert (await live_status(worker))["slots"]["limit"] == 4
     worker.send_signal(signal.SIGTERM)
     assert await worker.wait_for_end() == 3
     assert "revoked-Zx9" not in worker.out + worker.err
 
 
 async def test_process_ends_with_3_if_every_environment_is_refused(
-    start_without_settings: StartCommand, config: Path
+    start_without_settings: CommandStarter, config: Path
 ) -> None:
     for name in "ab":
-        change(config.parent / f"{name}.token", "key", "revoked")
+        replace_text(config.parent / f"{name}.token", "key", "revoked")
     worker = await start_without_settings("run", "--config", "pool.toml")
     assert await worker.wait_for_end() == 3
     assert worker.err.count("environment failed: ") == 2
 
 
 async def test_process_ends_with_2_if_an_environment_cannot_start(
-    start_without_settings: StartCommand, config: Path
+    start_without_settings: CommandStarter, config: Path
 ) -> None:
-    append(config, 'plugins = ["handlers", "nowhere"]')
+    append_line(config, 'plugins = ["handlers", "nowhere"]')
     worker = await start_without_settings("run", "--config", "pool.toml")
     assert await worker.wait_for_end() == 2
     assert "no module named 'nowhere'" in worker.err
 
 
-async def test_wrong_tables_are_errors_with_status_2(
-    start_without_settings: StartCommand, config: Path
+async def test_invalid_environment_tables_end_run_with_status_2(
+    start_without_settings: CommandStarter, config: Path
 ) -> None:
-    remove(config.parent / "a.token")
-    append(config, 'log_level = "debug"')
+    remove_file(config.parent / "a.token")
+    append_line(config, 'log_level = "debug"')
     worker = await start_without_settings("run", "--config", "pool.toml")
     assert await worker.wait_for_end() == 2
     assert (
         "log_level: is for all environments; move it to [workpool] (from pool.toml " in worker.err
     )
-    change(config, "log_level", "# log_level")
+    replace_text(config, "log_level", "# log_level")
     worker = await start_without_settings("run", "--config", "pool.toml")
     assert await worker.wait_for_end() == 2
     assert f"(from pool.toml [workpool.environments.{ENVIRONMENT}])" in worker.err
 
 
-async def test_flag_drain_ends_once_both_queues_are_empty(
-    start_without_settings: StartCommand, control_plane: ControlPlane, config: Path
+async def test_run_with_drain_flag_ends_once_queues_of_both_environments_are_empty(
+    start_without_settings: CommandStarter, control_plane: ControlPlane, config: Path
 ) -> None:
     del config
     items = [
@@ -236,8 +239,8 @@ async def test_flag_drain_ends_once_both_queues_are_empty(
     assert found == ["stopped"] * 10
 
 
-async def test_environment_id_runs_only_that_environment(
-    start_without_settings: StartCommand, control_plane: ControlPlane, config: Path
+async def test_environment_id_flag_runs_only_that_environment_of_the_file(
+    start_without_settings: CommandStarter, control_plane: ControlPlane, config: Path
 ) -> None:
     del config
     [item] = control_plane.enqueue(metadata={"do": "finish"}, environment_id=OTHER)
@@ -250,7 +253,7 @@ async def test_environment_id_runs_only_that_environment(
 
 
 async def test_exit_after_sessions_counts_the_sessions_of_all_environments(
-    start_without_settings: StartCommand, control_plane: ControlPlane, config: Path
+    start_without_settings: CommandStarter, control_plane: ControlPlane, config: Path
 ) -> None:
     del config
     for each in (ENVIRONMENT, OTHER):
@@ -263,7 +266,7 @@ async def test_exit_after_sessions_counts_the_sessions_of_all_environments(
 
 
 async def test_burst_of_one_environment_does_not_delay_the_other(
-    start_without_settings: StartCommand, control_plane: ControlPlane, config: Path
+    start_without_settings: CommandStarter, control_plane: ControlPlane, config: Path
 ) -> None:
     del config
     items = control_plane.enqueue(10, metadata={"do": "linger"}, environment_id=ENVIRONMENT)
@@ -274,16 +277,18 @@ async def test_burst_of_one_environment_does_not_delay_the_other(
         assert "linger runs" in await worker.wait_for_log(item.id)
     control_plane.enqueue(metadata={"do": "finish"}, environment_id=OTHER)
     assert f"environment_id={OTHER}" in await worker.wait_for_log("session ended")
-    assert (await live(worker))["slots"]["busy"] == 3  # the last slot is the other's own
+    assert (await live_status(worker))["slots"][
+        "busy"
+    ] == 3  # the fourth slot is reserved for `OTHER`
     worker.send_signal(signal.SIGTERM)
     assert await worker.wait_for_end() == 0
 
 
 async def test_check_reports_each_environment(
-    start_without_settings: StartCommand, control_plane: ControlPlane, config: Path
+    start_without_settings: CommandStarter, control_plane: ControlPlane, config: Path
 ) -> None:
     del control_plane
-    change(config.parent / "b.token", "key-of-the-other", "revoked")
+    replace_text(config.parent / "b.token", "key-of-the-other", "revoked")
     check = await start_without_settings("check", "--config", "pool.toml", "--json")
     assert await check.wait_for_end() == 3
     found = {
@@ -301,7 +306,7 @@ async def test_check_reports_each_environment(
 
 
 async def test_one_environment_is_paused_and_drained_by_command_while_the_other_goes_on(
-    start_without_settings: StartCommand, control_plane: ControlPlane, config: Path
+    start_without_settings: CommandStarter, control_plane: ControlPlane, config: Path
 ) -> None:
     socket = config.parent / "s"
     worker = await start_without_settings(
@@ -310,46 +315,46 @@ async def test_one_environment_is_paused_and_drained_by_command_while_the_other_
     for each in (ENVIRONMENT, OTHER):
         await worker.wait_for_log(f"idle; waiting for work environment_id={each}")
 
-    async def ask(*arguments: str) -> str:
+    async def run_to_end(*arguments: str) -> str:
         command = await start_without_settings(*arguments, "--socket", str(socket))
         assert await command.wait_for_end() == 0
         return command.out
 
-    asked = await ask("pause", "moved", "--environment-id", OTHER)
+    asked = await run_to_end("pause", "moved", "--environment-id", OTHER)
     assert asked.startswith(f"paused pid={worker.pid} environment_id={OTHER} running=0")
-    _, body = await read(worker, "/readyz")
+    _, body = await get_text(worker, "/readyz")
     assert json.loads(body)["reasons"] == [f"{OTHER}: paused: moved"]
-    assert f"environment_id={ENVIRONMENT},{OTHER} running=0" in await ask("resume")
+    assert f"environment_id={ENVIRONMENT},{OTHER} running=0" in await run_to_end("resume")
     unknown = await start_without_settings(
         "pause", "--environment-id", "env_none", "--socket", str(socket)
     )
     assert await unknown.wait_for_end() == 1
-    await ask("drain", "--environment-id", OTHER)
+    await run_to_end("drain", "--environment-id", OTHER)
     assert f"environment_id={OTHER}" in await worker.wait_for_log("drained")
     control_plane.enqueue(metadata={"do": "finish"}, environment_id=ENVIRONMENT)
     await worker.wait_for_log("finish runs")
-    assert (await read(worker, "/readyz"))[0] == 200
-    await ask("drain")
+    assert (await get_text(worker, "/readyz"))[0] == 200
+    await run_to_end("drain")
     assert await worker.wait_for_end() == 0
 
 
 async def test_service_manager_gets_ready_once_every_environment_has_opened(
-    start_without_settings: StartCommand, config: Path
+    start_without_settings: CommandStarter, config: Path
 ) -> None:
-    append(config.parent / "handlers.py", f"import sys\n{SLOW}")
+    append_line(config.parent / "handlers.py", f"import sys\n{SLOW}")
     with ServiceManager() as manager:
         worker = await start_without_settings(
             "run", "--config", "pool.toml", NOTIFY_SOCKET=manager.address
         )
         await worker.wait_for_log("metrics served url=")
         await worker.wait_for_log("opens slowly")
-        assert manager.received() == ""
+        assert manager.new_datagrams() == ""
         (config.parent / "open").touch()
         received = ""
         while "READY=1" not in received:
             await asyncio.sleep(0.05)
-            received += manager.received()
+            received += manager.new_datagrams()
         assert "STOPPING=1" not in received
         worker.send_signal(signal.SIGTERM)
         assert await worker.wait_for_end() == 0
-        assert "STOPPING=1" in manager.received()
+        assert "STOPPING=1" in manager.new_datagrams()

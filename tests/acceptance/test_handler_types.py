@@ -1,4 +1,4 @@
-"""Type checkers accept the right handlers of a page, and reject each wrong one."""
+"""Type checkers accept the correct handlers in `typed_handlers.py` and reject the wrong ones."""
 
 import importlib.util
 import re
@@ -13,14 +13,14 @@ ROOT = Path(__file__).parents[2]
 WRONG = re.compile(r"  # type: ignore\[([a-z-]+)\] # .*")
 
 
-def wrong_lines() -> dict[int, str]:
-    """Return the wrong lines of the page, with the code of mypy's error."""
+def expected_error_lines() -> dict[int, str]:
+    """Return the lines that must be rejected, each with the expected error code of mypy."""
     lines = enumerate(PAGE.read_text().splitlines(), 1)
     return {number: found[1] for number, line in lines if (found := WRONG.search(line))}
 
 
 def type_checker_output(tmp_path: Path, *command: str) -> str:
-    """Return the output of a type checker for the page without its suppressions."""
+    """Return the output of a type checker for `typed_handlers.py` without `type: ignore`."""
     copy = tmp_path / "page.py"
     copy.write_text(WRONG.sub("", PAGE.read_text()))
     done = subprocess.run(  # noqa: S603 - our own words
@@ -39,8 +39,8 @@ def type_checker_output(tmp_path: Path, *command: str) -> str:
 def test_mypy_strict_rejects_exactly_the_wrong_handlers(tmp_path: Path) -> None:
     output = type_checker_output(tmp_path, "mypy", "--strict", "--show-error-codes", "--no-pretty")
     errors = re.findall(r"^page\.py:(\d+): error: .*\[([a-z-]+)\]$", output, re.MULTILINE)
-    assert {int(line): code for line, code in errors} == wrong_lines()
-    assert len(errors) == len(wrong_lines()) > 10
+    assert {int(line): code for line, code in errors} == expected_error_lines()
+    assert len(errors) == len(expected_error_lines()) > 10
 
 
 @pytest.mark.trial
@@ -49,5 +49,5 @@ def test_mypy_strict_rejects_exactly_the_wrong_handlers(tmp_path: Path) -> None:
 def test_pyright_rejects_exactly_the_wrong_handlers(tmp_path: Path) -> None:
     output = type_checker_output(tmp_path, "pyright", "--pythonpath", sys.executable)
     assert {int(line) for line in re.findall(r"page\.py:(\d+):\d+ - error", output)} == set(
-        wrong_lines()
+        expected_error_lines()
     )

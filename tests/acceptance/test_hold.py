@@ -1,4 +1,4 @@
-"""`workpool hold`: a program with a lease, and the ends of parent, holder and program."""
+"""`workpool hold` in a process: its program, its parent and its signals."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from workpool.wire.protocol import NO_HEARTBEAT
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator
 
-    from tests.acceptance.conftest import RunInProcess, StartCommand
+    from tests.acceptance.conftest import CommandRunner, CommandStarter
     from workpool.server import ControlPlane
 
 pytestmark = [pytest.mark.acceptance, pytest.mark.timeout(60)]
@@ -34,7 +34,7 @@ class HandedOffItem(NamedTuple):
     variables: dict[str, str]
 
 
-class OpenHandoff(Protocol):
+class HandoffFactory(Protocol):
     async def __call__(self, **variables: str) -> HandedOffItem: ...
 
 
@@ -46,8 +46,8 @@ async def client(control_plane: ControlPlane) -> AsyncIterator[WorkClient]:
 
 
 @pytest.fixture
-def open_handoff(control_plane: ControlPlane, client: WorkClient) -> OpenHandoff:
-    """Return a function that acknowledges an item and returns its child's environment."""
+def open_handoff(control_plane: ControlPlane, client: WorkClient) -> HandoffFactory:
+    """Return a function that acknowledges an item and returns the variables for `workpool hold`."""
 
     async def hand_off_item(**variables: str) -> HandedOffItem:
         (item,) = control_plane.enqueue(environment_id=ENVIRONMENT)
@@ -67,12 +67,14 @@ def open_handoff(control_plane: ControlPlane, client: WorkClient) -> OpenHandoff
     return hand_off_item
 
 
-def record_kinds(plane: ControlPlane, work_id: str) -> list[str]:
-    """Return the kinds of records of the item since its parent's heartbeat."""
+def record_kinds_after_handoff(plane: ControlPlane, work_id: str) -> list[str]:
+    """Return the kinds of the item's records after the heartbeat of its parent."""
     return [str(record.kind) for record in plane.history.of(work_id)][4:]
 
 
-async def shell_handler(start: StartCommand, handed: HandedOffItem, script: str) -> RunningCommand:
+async def start_holding_shell_script(
+    start: CommandStarter, handed: HandedOffItem, script: str
+) -> RunningCommand:
     return await start("hold", "--", "sh", "-c", script, **handed.variables)
 
 
@@ -86,13 +88,13 @@ async def shell_handler(start: StartCommand, handed: HandedOffItem, script: str)
 )
 async def test_exit_status_of_held_program_ends_item(
     client: WorkClient,
-    start_command: StartCommand,
-    open_handoff: OpenHandoff,
+    start_command: CommandStarter,
+    open_handoff: HandoffFactory,
     status: int,
     means: object,
 ) -> None:
     handed = await open_handoff()
-    command = await shell_handler(start_command, handed, f"exit {status}")
+    command = await start_holding_shell_script(start_command, handed, f"exit {status}")
     exits = await command.wait_for_end()
     item = await client.get(handed.work_id)
     assert (exits, item.state, dict(item.metadata)) == means
@@ -101,14 +103,14 @@ async def test_exit_status_of_held_program_ends_item(
 async def test_held_program_gets_ids_but_no_credentials(
     control_plane: ControlPlane,
     client: WorkClient,
-    start_command: StartCommand,
-    open_handoff: OpenHandoff,
+    start_command: CommandStarter,
+    open_handoff: HandoffFactory,
 ) -> None:
     handed = await open_handoff(KEPT="yes", QODER_PAT="other")
-    command = await shell_handler(start_command, handed, "env")
+    command = await start_holding_shell_script(start_command, handed, "env")
     assert await command.wait_for_end() == 0
     item = await client.get(handed.work_id)
-    assert record_kinds(control_plane, handed.work_id) == ["heartbeat", "stopped"]
+    assert record_kinds_after_handoff(control_plane, handed.work_id) == ["heartbeat", "stopped"]
     found = dict(line.split("=", 1) for line in command.out.splitlines() if "=" in line)
     assert {name: found[name] for name in found if name.startswith("WORKPOOL_")} == {
         "WORKPOOL_WORK_ID": handed.work_id,
@@ -123,27 +125,27 @@ async def test_held_program_gets_ids_but_no_credentials(
 async def test_stop_request_ends_held_program_and_stops_item(
     control_plane: ControlPlane,
     client: WorkClient,
-    start_command: StartCommand,
-    open_handoff: OpenHandoff,
+    start_command: CommandStarter,
+    open_handoff: HandoffFactory,
     script: str,
 ) -> None:
     """The program gets SIGTERM, a grace period and SIGKILL; the item is stopped in any case."""
     handed = await open_handoff(WORKPOOL_STOP_GRACE="0.5")
-    command = await shell_handler(start_command, handed, script)
+    command = await start_holding_shell_script(start_command, handed, script)
     await command.wait_for_output("begun")
     await client.stop(handed.work_id)
     assert await command.wait_for_end() == 0
     assert ("asked" in command.out) is (script is SLOW_TO_END)
     assert (await client.get(handed.work_id)).state == "stopped"
-    assert record_kinds(control_plane, handed.work_id)[-1] == "stopped"
+    assert record_kinds_after_handoff(control_plane, handed.work_id)[-1] == "stopped"
 
 
 async def test_sigterm_to_hold_releases_item(
-    client: WorkClient, start_command: StartCommand, open_handoff: OpenHandoff
+    client: WorkClient, start_command: CommandStarter, open_handoff: HandoffFactory
 ) -> None:
     """`docker stop` and the end of a pod send SIGTERM, and another worker should run the item."""
     handed = await open_handoff()
-    command = await shell_handler(start_command, handed, SLOW_TO_END)
+    command = await start_holding_shell_script(start_command, handed, SLOW_TO_END)
     await command.wait_for_output("begun")
     command.send_signal(signal.SIGTERM)
     assert await command.wait_for_end() == 0
@@ -153,10 +155,10 @@ async def test_sigterm_to_hold_releases_item(
 
 
 async def test_inherited_exit_limits_are_reported_as_without_effect(
-    start_command: StartCommand, open_handoff: OpenHandoff
+    start_command: CommandStarter, open_handoff: HandoffFactory
 ) -> None:
     handed = await open_handoff(WORKPOOL_EXIT_AFTER_SESSIONS="1", WORKPOOL_EXIT_AFTER_UPTIME="0.1")
-    command = await shell_handler(start_command, handed, "sleep 0.3; echo done")
+    command = await start_holding_shell_script(start_command, handed, "sleep 0.3; echo done")
     assert await command.wait_for_end() == 0
     assert "settings without effect: exit_after_sessions, exit_after_uptime" in command.err
     assert "done" in command.out
@@ -165,11 +167,11 @@ async def test_inherited_exit_limits_are_reported_as_without_effect(
 async def test_lost_lease_ends_held_program_and_sends_nothing_more(
     control_plane: ControlPlane,
     client: WorkClient,
-    start_command: StartCommand,
-    open_handoff: OpenHandoff,
+    start_command: CommandStarter,
+    open_handoff: HandoffFactory,
 ) -> None:
     handed = await open_handoff()
-    command = await shell_handler(start_command, handed, SLOW_TO_END)
+    command = await start_holding_shell_script(start_command, handed, SLOW_TO_END)
     await command.wait_for_output("begun")
     queue = control_plane.operations.queue(ENVIRONMENT)
     queue.put(replace(queue.get(handed.work_id), lease_end=0))
@@ -178,17 +180,17 @@ async def test_lost_lease_ends_held_program_and_sends_nothing_more(
     await client.ack(rival.id)
     assert await command.wait_for_end() == 1
     assert "asked" in command.out
-    assert record_kinds(control_plane, handed.work_id)[-2:] == ["acked", "conflict"]
+    assert record_kinds_after_handoff(control_plane, handed.work_id)[-2:] == ["acked", "conflict"]
     assert (await client.get(handed.work_id)).state == "starting"
 
 
 async def test_hold_of_item_taken_back_by_parent_runs_no_program(
-    client: WorkClient, start_command: StartCommand, open_handoff: OpenHandoff
+    client: WorkClient, start_command: CommandStarter, open_handoff: HandoffFactory
 ) -> None:
     handed = await open_handoff()
     last = handed.variables["WORKPOOL_HOLD_LAST_HEARTBEAT"]
     back = await client.heartbeat(handed.work_id, last, 60)
-    command = await shell_handler(start_command, handed, "echo begun")
+    command = await start_holding_shell_script(start_command, handed, "echo begun")
     assert await command.wait_for_end() == 1
     assert command.out == ""
     item = await client.get(handed.work_id)
@@ -196,15 +198,17 @@ async def test_hold_of_item_taken_back_by_parent_runs_no_program(
 
 
 async def test_held_program_of_killed_hold_process_is_killed_with_its_children(
-    start_command: StartCommand, open_handoff: OpenHandoff
+    start_command: CommandStarter, open_handoff: HandoffFactory
 ) -> None:
-    """The lease expires, and another worker starts the session again."""
+    """The lease lapses, so another worker may start the session again."""
     handed = await open_handoff()
-    command = await shell_handler(start_command, handed, f"({IGNORES_SIGTERM}) & {IGNORES_SIGTERM}")
+    command = await start_holding_shell_script(
+        start_command, handed, f"({IGNORES_SIGTERM}) & {IGNORES_SIGTERM}"
+    )
     await command.wait_for_output("begun")
     await command.wait_for_output("begun")
     command.send_signal(signal.SIGKILL)
-    # no process that could write to its output is left
+    # The output is read to its end, so no child process is left that holds it open.
     assert await command.wait_for_end() == -signal.SIGKILL
 
 
@@ -216,9 +220,9 @@ subprocess.run([sys.executable, "-m", "workpool", "hold", "--", "sh", "-c", sys.
 
 
 async def test_held_program_continues_after_end_of_parent_and_of_terminal(
-    control_plane: ControlPlane, client: WorkClient, open_handoff: OpenHandoff, tmp_path: Any
+    control_plane: ControlPlane, client: WorkClient, open_handoff: HandoffFactory, tmp_path: Any
 ) -> None:
-    """The process `workpool hold` ends the item as usual."""
+    """`workpool hold` still ends the item when the program ends."""
     fifo = tmp_path / "go"
     os.mkfifo(fifo)
     handed = await open_handoff()
@@ -243,7 +247,7 @@ async def test_held_program_continues_after_end_of_parent_and_of_terminal(
         await command.wait_for_output("begun")
         gone = asyncio.Event()
         asyncio.get_running_loop().add_reader(pidfd, gone.set)
-        os.close(master)  # sends SIGHUP to all processes of the terminal
+        os.close(master)  # the kernel sends SIGHUP to the processes of the terminal
         async with asyncio.timeout(SECONDS):
             await gone.wait()
         asyncio.get_running_loop().remove_reader(pidfd)
@@ -257,17 +261,17 @@ async def test_held_program_continues_after_end_of_parent_and_of_terminal(
 
 
 async def test_hold_with_invalid_arguments_leaves_item_alone(
-    client: WorkClient, run_in_process: RunInProcess, open_handoff: OpenHandoff
+    client: WorkClient, run_in_process: CommandRunner, open_handoff: HandoffFactory
 ) -> None:
     handed = await open_handoff()
-    assert (await run_in_process("hold", "true")).status == 2  # the item is missing
+    assert (await run_in_process("hold", "true")).status == 2  # no item is given
     assert (await run_in_process("hold", "no-such-program", **handed.variables)).status == 2
     assert (await run_in_process("hold", "--ttl", "5", "true", **handed.variables)).status == 2
     item = await client.get(handed.work_id)
     assert item.last_heartbeat == handed.variables["WORKPOOL_HOLD_LAST_HEARTBEAT"]
 
 
-async def test_hold_of_unknown_item_ends_with_status_3(start_command: StartCommand) -> None:
+async def test_hold_of_unknown_item_ends_with_status_3(start_command: CommandStarter) -> None:
     command = await start_command(
         *("hold", "--work-id", "work_unknown", "--last-heartbeat", NO_HEARTBEAT, "true")
     )

@@ -1,4 +1,4 @@
-"""Hostile cases of a handoff between parent, child and control plane."""
+"""A handoff when the parent loses its lease or the child starts too late."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 
 async def run_hold(plane: ControlPlane, work_id: str, last: str, *command: str, **more: str) -> int:
-    """Run `workpool hold` to its end; return the exit status."""
+    """Run `workpool hold` until it ends, and return its exit status."""
     variables = {
         "WORKPOOL_BASE_URL": plane.base_url,
         "WORKPOOL_ENVIRONMENT_ID": plane.environments[0],
@@ -50,14 +50,14 @@ def make_client(plane: ControlPlane, name: str) -> WorkClient:
 
 @in_virtual_time
 async def test_handoff_block_is_not_entered_before_heartbeats_are_suspended() -> None:
-    """The process was suspended for a TTL: the wait has ended, but the renewer has not noticed."""
+    """After a suspension of the machine, the block must not start with a lease that is lost."""
     bench = HandoffTestbed()
     entered = False
 
     async def check_handoff(session: Session) -> None:
         nonlocal entered
         renewer = session._held._context.renewer  # type: ignore[attr-defined]  # no test has another way
-        renewer.call = lambda *_: None  # as if the renewer thread did not run
+        renewer.call = lambda *_: None  # the renewer thread must not run this call yet
         with pytest.raises(LeaseLost):
             async with session.handover():
                 entered = True
@@ -86,7 +86,9 @@ async def test_hold_started_after_parent_lost_lease_leaves_item_to_new_worker(
                 plane, item.id, last.last_heartbeat, "touch", str(tmp_path / "child-ran")
             )
 
-            await other.heartbeat(item.id, NO_HEARTBEAT, 10)  # the item belongs to the other worker
+            await other.heartbeat(
+                item.id, NO_HEARTBEAT, 10
+            )  # the first heartbeat of the new worker
     assert status == 1
     assert not (tmp_path / "child-ran").exists()
 
@@ -138,7 +140,7 @@ async def test_handoff_is_not_counted_as_overlap_by_control_plane() -> None:
 
 
 async def test_first_heartbeat_by_worker_without_ack_is_counted_as_overlap() -> None:
-    """Only a child knows the parent's last heartbeat, but any worker can expect none."""
+    """Any worker can claim that there was no heartbeat yet; only a child knows the last one."""
     async with ControlPlane() as plane:
         [item] = plane.enqueue()
         async with make_client(plane, "holder") as holder, make_client(plane, "thief") as thief:

@@ -60,8 +60,8 @@ ASYNCIO = ["-p", "pytest_asyncio.plugin", "-o", "asyncio_default_fixture_loop_sc
 
 
 @pytest.fixture(autouse=True)
-def few_plugins(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Load few pytest plugins: others are slow or import modules that must not be imported."""
+def without_other_pytest_plugins(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Disable other pytest plugins, which are slow or import modules that tests look for."""
     monkeypatch.setenv("PYTEST_DISABLE_PLUGIN_AUTOLOAD", "1")
 
 
@@ -90,7 +90,7 @@ def test_async_tests_with_fixture_run_under_any_async_plugin(
     pytester: pytest.Pytester, monkeypatch: pytest.MonkeyPatch, marks: str, options: Sequence[str]
 ) -> None:
     monkeypatch.setenv("WORKPOOL_CONCURRENCY", "a mistake of this machine's")
-    # marks apply to coroutines only
+    # These marks are for coroutines, and `in_virtual_time` makes a plain function.
     virtual = "" if "anyio" in marks or "asyncio" in marks else VIRTUAL
     pytester.makepyfile(TESTS.replace("MARKS", marks) + virtual)
     result = pytester.runpytest_inprocess("-p", "pytest_workpool", "-W", "error", *options)
@@ -161,9 +161,10 @@ async def test_coroutine(workpool): ...
 def test_fixture_of_project_with_same_name_overrides_fixture_of_workpool(
     pytester: pytest.Pytester, place: str
 ) -> None:
-    """Coroutine tests stay with the async plugin of that project, which has none here."""
+    """The coroutine test fails: workpool runs only coroutine tests that use its own fixture."""
     options = ["-p", "pytest_workpool"]
-    if place == "plugin":  # pytest loads it before installed plugins
+    # pytest loads plugins that `-p` names before installed plugins.
+    if place == "plugin":
         pytester.makepyfile(their_plugin=OWN)
         options = ["-p", "their_plugin", *options]
     elif place == "conftest":

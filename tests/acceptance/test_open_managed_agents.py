@@ -18,7 +18,7 @@ from tests.acceptance.open_managed_agents import (
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator
 
-    from tests.acceptance.conftest import StartCommand
+    from tests.acceptance.conftest import CommandStarter
     from tests.acceptance.open_managed_agents import OpenManagedAgents
 
 pytestmark = [pytest.mark.trial, pytest.mark.acceptance, pytest.mark.timeout(400)]
@@ -52,7 +52,9 @@ async def control_plane(
 
 
 async def test_check_list_and_drain_work_with_open_managed_agents(
-    control_plane: OpenManagedAgents, start_without_settings: StartCommand, command_directory: Path
+    control_plane: OpenManagedAgents,
+    start_without_settings: CommandStarter,
+    command_directory: Path,
 ) -> None:
     variables = {
         "WORKPOOL_DIALECT": "anthropic",
@@ -100,7 +102,7 @@ def documented_differences() -> dict[str, str]:
 
 
 async def test_conform_of_open_managed_agents_finds_documented_differences(
-    control_plane: OpenManagedAgents, start_without_settings: StartCommand
+    control_plane: OpenManagedAgents, start_without_settings: CommandStarter
 ) -> None:
     variables = {"WORKPOOL_TOKEN": "any"}
     command = await start_without_settings(

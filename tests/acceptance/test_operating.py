@@ -19,7 +19,7 @@ from workpool.metrics.definitions import DEFINITIONS
 from workpool.scaling import FLEET_NUMBERS
 
 if TYPE_CHECKING:
-    from tests.acceptance.conftest import RunningCommand, StartCommand
+    from tests.acceptance.conftest import CommandStarter, RunningCommand
     from workpool.server import ControlPlane
 
 pytestmark = [pytest.mark.acceptance, pytest.mark.timeout(120)]
@@ -78,8 +78,8 @@ def test_every_file_of_repository_in_console_blocks_exists() -> None:
 def test_every_metric_on_page_is_defined() -> None:
     names = {each.name for each in DEFINITIONS}
     found = set(re.findall(r"`workpool_([a-z0-9_]+)[`{]", PAGE))
-    found -= {"session_handler", "admission", "event", "lifespan"}  # hooks
-    found -= {f"fleet_{key}" for key in FLEET_NUMBERS}  # of `workpool scale`
+    found -= {"session_handler", "admission", "event", "lifespan"}  # names of hooks
+    found -= {f"fleet_{key}" for key in FLEET_NUMBERS}  # metrics of `workpool scale`
     suffixes = re.compile(r"_(total|bucket|count|sum)$")
     missing = {each for each in found if each not in names and suffixes.sub("", each) not in names}
     assert missing == set()
@@ -93,7 +93,7 @@ def test_trade_off_table_has_every_setting_that_trades_one_cost_for_another() ->
 
 
 def test_heartbeats_of_four_hundred_sessions_need_longer_leases() -> None:
-    """The example of the section "Size"."""
+    """Checks the example of the section "Size" on the operating page."""
     many: dict[str, Any] = {"concurrency": 400, "write_rate": 20, "drain_timeout": 60}
     assert 400 * 3 / Settings().lease_ttl == many["write_rate"]
     assert any("lease_ttl" in warning for warning in Settings(**many).warnings())
@@ -112,9 +112,9 @@ async def wait_until_ready(worker: RunningCommand) -> None:
 
 
 async def test_documented_upgrade_loses_no_session_and_counts_no_attempt(
-    start_command: StartCommand, control_plane: ControlPlane
+    start_command: CommandStarter, control_plane: ControlPlane
 ) -> None:
-    """One session ends in the drain; the other one is released and starts again elsewhere."""
+    """One session ends during the drain; the other is released, and a new worker runs it."""
     [waiting] = control_plane.enqueue(metadata={"do": "wait"})
     [lingering] = control_plane.enqueue(metadata={"do": "linger"})
     old = await start_command("run", "handlers", "--drain-timeout", "1")

@@ -1,4 +1,4 @@
-"""The guarantees end to end: the number of requests, and a kill -9 of a worker or control plane."""
+"""End-to-end tests of promises: requests per item, and kill -9 of worker and control plane."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from workpool.testing import Clock, Faults
 if TYPE_CHECKING:
     from pathlib import Path
 
-    from tests.acceptance.conftest import RunningCommand, StartCommand
+    from tests.acceptance.conftest import CommandStarter, RunningCommand
 
 pytestmark = [pytest.mark.acceptance, pytest.mark.trial, pytest.mark.timeout(120)]
 
@@ -51,7 +51,7 @@ def handlers_directory(command_directory: Path) -> Path:
 
 
 async def start_worker(
-    bare: StartCommand, base_url: str, *flags: str, **variables: str
+    bare: CommandStarter, base_url: str, *flags: str, **variables: str
 ) -> RunningCommand:
     defaults = {
         "WORKPOOL_BASE_URL": base_url,
@@ -70,7 +70,7 @@ def recorded_runs(folder: Path) -> Counter[str]:
 
 
 async def test_thousand_items_cost_four_requests_each(
-    start_without_settings: StartCommand, handlers_directory: Path
+    start_without_settings: CommandStarter, handlers_directory: Path
 ) -> None:
     faults = Faults()
     async with ControlPlane(
@@ -86,7 +86,8 @@ async def test_thousand_items_cost_four_requests_each(
     sent = Counter(request.op for request in faults.seen)
     empty = sent.pop("poll") - ITEMS
     assert sent == {"ack": ITEMS, "heartbeat": ITEMS, "stop": ITEMS}
-    assert empty >= 1  # the poll that ends the run, and those while the last items ran
+    # Polls found no item while the last items ran, and when the queue was empty.
+    assert empty >= 1
     for item in items:
         kinds = [record.kind for record in plane.history.of(item.id)]
         assert kinds == ["created", "delivered", "acked", "heartbeat", "stopped"]
@@ -94,7 +95,7 @@ async def test_thousand_items_cost_four_requests_each(
 
 @pytest.mark.usefixtures("handlers_directory")
 async def test_items_of_killed_worker_are_finished_by_another_worker(
-    start_without_settings: StartCommand,
+    start_without_settings: CommandStarter,
 ) -> None:
     faults, clock = Faults(), Clock()
     async with ControlPlane(
@@ -112,10 +113,10 @@ async def test_items_of_killed_worker_are_finished_by_another_worker(
         successor = await start_worker(
             start_without_settings, plane.base_url, WORKPOOL_WORKER_ID="heir"
         )
-        await successor.wait_for_log("idle")  # it has polled, but received no held item
+        await successor.wait_for_log("idle")  # it polled, and no item was free
         victim.send_signal(signal.SIGKILL)
         assert await victim.wait_for_end() == -signal.SIGKILL
-        clock.advance(LEASE_SECONDS)  # the killed worker sends no heartbeat
+        clock.advance(LEASE_SECONDS)  # the leases of the killed worker lapse
         plane.operations.wake()
         await faults.wait_for("stop", count=HELD, answered=True, timeout=SECONDS)
         successor.send_signal(signal.SIGTERM)
@@ -145,7 +146,7 @@ class ControlPlaneClient:
         self._http = http
         self._url = f"http://127.0.0.1:{port}/api/v1/cloud/environments/{ENVIRONMENT}/work"
 
-    async def call(self, method: str, query: str = "", body: Any = None) -> Any:
+    async def send_request(self, method: str, query: str = "", body: Any = None) -> Any:
         headers = {"Authorization": f"Bearer {TOKEN}"}
         url = self._url + query
         async with self._http.request(method, url, json=body, headers=headers) as answer:
@@ -153,7 +154,7 @@ class ControlPlaneClient:
             return await answer.json()
 
     async def enqueue_until_killed(self) -> None:
-        """Enqueue items until the control plane is killed, and record every answer.
+        """Enqueue items until the control plane is killed, and store each answer in `known`.
 
         Few items are unfinished at a time: otherwise the worker, which may send 20 writes a second,
         would need minutes for the items that a fast machine enqueues.
@@ -161,33 +162,33 @@ class ControlPlaneClient:
         while True:
             try:
                 if sum(item["state"] != "stopped" for item in self.known.values()) < UNFINISHED_MAX:
-                    created = await self.call("POST", body={"count": 5})
+                    created = await self.send_request("POST", body={"count": 5})
                     self.known |= {item["id"]: item for item in created["data"]}
-                self.known |= {item["id"]: item for item in await self.items()}
+                self.known |= {item["id"]: item for item in await self.list_items()}
             except (aiohttp.ClientError, ConnectionError):
                 return
 
-    async def items(self) -> list[dict[str, Any]]:
+    async def list_items(self) -> list[dict[str, Any]]:
         found: list[dict[str, Any]] = []
         page: dict[str, Any] = {"has_more": True, "last_id": ""}
         while page["has_more"]:
             after = f"&after_id={page['last_id']}" if page["last_id"] else ""
-            page = await self.call("GET", f"?limit=100{after}")
+            page = await self.send_request("GET", f"?limit=100{after}")
             found += page["data"]
         return found
 
-    async def wait_until_stopped(self, count: int) -> list[dict[str, Any]]:
-        """Wait until this number of items is stopped; return all items."""
+    async def wait_until_items_stopped(self, count: int) -> list[dict[str, Any]]:
+        """Wait until `count` items are stopped, and return all items."""
         async with asyncio.timeout(SECONDS):
             while True:
-                items = await self.items()
+                items = await self.list_items()
                 if sum(item["state"] == "stopped" for item in items) >= count:
                     return items
                 await asyncio.sleep(0.05)
 
 
 async def test_killed_control_plane_loses_no_item_and_its_worker_continues(
-    start_without_settings: StartCommand, handlers_directory: Path
+    start_without_settings: CommandStarter, handlers_directory: Path
 ) -> None:
     with socket.create_server(("127.0.0.1", 0)) as free:
         port = free.getsockname()[1]
@@ -200,16 +201,16 @@ async def test_killed_control_plane_loses_no_item_and_its_worker_continues(
         shell = ControlPlaneClient(http, port)
         async with asyncio.TaskGroup() as group:
             group.create_task(shell.enqueue_until_killed())
-            await shell.wait_until_stopped(50)
+            await shell.wait_until_items_stopped(50)
             plane.send_signal(signal.SIGKILL)
         assert await plane.wait_for_end() == -signal.SIGKILL
         plane = await start_without_settings(*serve)
         await plane.wait_for_output()
-        after = {item["id"]: item for item in await shell.items()}
+        after = {item["id"]: item for item in await shell.list_items()}
         for work_id, item in shell.known.items():
             assert ORDER.index(after[work_id]["state"]) >= ORDER.index(item["state"])
-        await shell.call("POST", body={"count": 5})
-        items = await shell.wait_until_stopped(len(after) + 5)
+        await shell.send_request("POST", body={"count": 5})
+        items = await shell.wait_until_items_stopped(len(after) + 5)
     assert {item["state"] for item in items} == {"stopped"}
     worker.send_signal(signal.SIGTERM)
     assert await worker.wait_for_end() == 0

@@ -18,7 +18,7 @@ from tests.acceptance.conftest import CLOUD, ENVIRONMENT, FORBIDDEN, LIMITED
 if TYPE_CHECKING:
     from pathlib import Path
 
-    from tests.acceptance.conftest import RunInProcess, StartCommand
+    from tests.acceptance.conftest import CommandRunner, CommandStarter
     from workpool.server import ControlPlane, Item, Operations
 
 pytestmark = [pytest.mark.acceptance, pytest.mark.timeout(120)]
@@ -29,24 +29,24 @@ def enqueue_items(plane: ControlPlane, do: str, **metadata: str) -> Item:
     return item
 
 
-def utc_now(plane: ControlPlane, item: Item) -> Item:
+def stored_item(plane: ControlPlane, item: Item) -> Item:
     operations: Operations = plane.operations
     return operations.queue(ENVIRONMENT).get(item.id)
 
 
 async def test_run_with_drain_flag_ends_with_0_when_queue_is_empty(
-    start_command: StartCommand, control_plane: ControlPlane
+    start_command: CommandStarter, control_plane: ControlPlane
 ) -> None:
     items = [enqueue_items(control_plane, "finish") for _ in range(20)]
     command = await start_command("run", "handlers", "--drain")
     assert await command.wait_for_end() == 0
-    assert [utc_now(control_plane, item).state for item in items] == ["stopped"] * 20
-    assert {utc_now(control_plane, item).metadata["done"] for item in items} == {"yes"}
-    assert command.out == ""  # logs are on stderr
+    assert [stored_item(control_plane, item).state for item in items] == ["stopped"] * 20
+    assert {stored_item(control_plane, item).metadata["done"] for item in items} == {"yes"}
+    assert command.out == "", "logs belong on stderr"
 
 
 async def test_run_with_module_and_function_name_uses_that_handler_only(
-    start_command: StartCommand, control_plane: ControlPlane
+    start_command: CommandStarter, control_plane: ControlPlane
 ) -> None:
     item, other = enqueue_items(control_plane, "finish"), enqueue_items(control_plane, "fail")
     command = await start_command("run", "handlers:finish")
@@ -54,39 +54,41 @@ async def test_run_with_module_and_function_name_uses_that_handler_only(
     await command.wait_for_log("item declined")
     command.send_signal(signal.SIGTERM)
     assert await command.wait_for_end() == 0
-    assert utc_now(control_plane, item).state == "stopped"
-    assert utc_now(control_plane, other).state == "queued"
+    assert stored_item(control_plane, item).state == "stopped"
+    assert stored_item(control_plane, other).state == "queued"
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-async def test_run_after_first_signal_lets_sessions_end(
-    start_command: StartCommand, control_plane: ControlPlane, number: signal.Signals
+async def test_run_after_first_signal_waits_for_running_sessions(
+    start_command: CommandStarter, control_plane: ControlPlane, number: signal.Signals
 ) -> None:
     item = enqueue_items(control_plane, "wait")
     command = await start_command("run", "handlers")
     await command.wait_for_log("wait runs")
     command.send_signal(number)
     assert await command.wait_for_end() == 0
-    assert utc_now(control_plane, item).state == "stopped"
-    assert utc_now(control_plane, item).metadata["done"] == "when asked"
+    assert stored_item(control_plane, item).state == "stopped"
+    assert stored_item(control_plane, item).metadata["done"] == "when asked"
     assert "result=clean" in command.err
 
 
 async def test_session_released_by_drain_is_not_stopped(
-    start_command: StartCommand, control_plane: ControlPlane
+    start_command: CommandStarter, control_plane: ControlPlane
 ) -> None:
     item = enqueue_items(control_plane, "linger")
     command = await start_command("run", "handlers", WORKPOOL_DRAIN_TIMEOUT="0.2")
     await command.wait_for_log("linger runs")
     command.send_signal(signal.SIGTERM)
     assert await command.wait_for_end() == 0
-    assert utc_now(control_plane, item).state == "active"  # until its last, short lease expires
+    assert (
+        stored_item(control_plane, item).state == "active"
+    )  # its lease, shortened by the release, has not lapsed
     assert "result=deadline" in command.err
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-async def test_run_after_second_signal_ends_at_once_with_128_and_signal(
-    start_command: StartCommand, control_plane: ControlPlane, number: signal.Signals
+async def test_run_after_second_signal_ends_with_128_plus_signal_number(
+    start_command: CommandStarter, control_plane: ControlPlane, number: signal.Signals
 ) -> None:
     item = enqueue_items(control_plane, "linger")
     command = await start_command("run", "handlers", WORKPOOL_DRAIN_TIMEOUT="3600")
@@ -95,11 +97,11 @@ async def test_run_after_second_signal_ends_at_once_with_128_and_signal(
     await command.wait_for_log("draining")
     command.send_signal(number)
     assert await command.wait_for_end() == 128 + number
-    assert utc_now(control_plane, item).state == "active"
+    assert stored_item(control_plane, item).state == "active"
 
 
 async def test_stalled_session_is_ended_and_one_that_waits_for_a_person_is_not(
-    start_command: StartCommand, control_plane: ControlPlane, command_directory: Path
+    start_command: CommandStarter, control_plane: ControlPlane, command_directory: Path
 ) -> None:
     silent, asking = enqueue_items(control_plane, "linger"), enqueue_items(control_plane, "ask")
     command = await start_command("run", "handlers", WORKPOOL_STALL_TIMEOUT="1")
@@ -108,9 +110,9 @@ async def test_stalled_session_is_ended_and_one_that_waits_for_a_person_is_not(
     assert silent.id in stalled
     assert "handlers.linger" in stalled
     await command.wait_for_log("outcome=stalled")
-    assert utc_now(control_plane, silent).state == "stopped"
-    assert utc_now(control_plane, silent).metadata["workpool.error"] == "SessionStalled"
-    assert utc_now(control_plane, asking).state == "active"
+    assert stored_item(control_plane, silent).state == "stopped"
+    assert stored_item(control_plane, silent).metadata["workpool.error"] == "SessionStalled"
+    assert stored_item(control_plane, asking).state == "active"
     async with aiohttp.ClientSession() as http, http.get(url) as answer:
         samples = (await answer.text()).splitlines()
     gauge = f'workpool_session_silence_seconds_max{{environment_id="{ENVIRONMENT}",handler='
@@ -118,11 +120,11 @@ async def test_stalled_session_is_ended_and_one_that_waits_for_a_person_is_not(
     (command_directory / "answer").write_text("yes")
     command.send_signal(signal.SIGTERM)
     assert await command.wait_for_end() == 0
-    assert utc_now(control_plane, asking).metadata["done"] == "answered"
+    assert stored_item(control_plane, asking).metadata["done"] == "answered"
 
 
 async def test_run_with_abandoned_session_ends_with_1(
-    start_command: StartCommand, control_plane: ControlPlane
+    start_command: CommandStarter, control_plane: ControlPlane
 ) -> None:
     enqueue_items(control_plane, "ignore")
     command = await start_command("run", "handlers", WORKPOOL_DRAIN_TIMEOUT="0")
@@ -133,7 +135,7 @@ async def test_run_with_abandoned_session_ends_with_1(
 
 
 async def test_task_left_running_by_handler_does_not_keep_process_running(
-    start_command: StartCommand, control_plane: ControlPlane
+    start_command: CommandStarter, control_plane: ControlPlane
 ) -> None:
     enqueue_items(control_plane, "spawn")
     command = await start_command("run", "handlers", "--drain")
@@ -142,7 +144,7 @@ async def test_task_left_running_by_handler_does_not_keep_process_running(
 
 
 async def test_blocking_code_in_thread_does_not_keep_process_running(
-    start_command: StartCommand, control_plane: ControlPlane
+    start_command: CommandStarter, control_plane: ControlPlane
 ) -> None:
     enqueue_items(control_plane, "thread")
     command = await start_command("run", "handlers", WORKPOOL_DRAIN_TIMEOUT="0")
@@ -153,7 +155,7 @@ async def test_blocking_code_in_thread_does_not_keep_process_running(
 
 
 async def test_thread_started_by_user_does_not_keep_process_running_and_is_logged(
-    start_command: StartCommand, control_plane: ControlPlane
+    start_command: CommandStarter, control_plane: ControlPlane
 ) -> None:
     enqueue_items(control_plane, "own thread")
     command = await start_command("run", "handlers", "--drain")
@@ -163,17 +165,17 @@ async def test_thread_started_by_user_does_not_keep_process_running_and_is_logge
 
 
 async def test_loop_blocked_for_max_block_ends_process_with_status_1(
-    start_command: StartCommand, control_plane: ControlPlane
+    start_command: CommandStarter, control_plane: ControlPlane
 ) -> None:
     enqueue_items(control_plane, "block")
     command = await start_command("run", "handlers", WORKPOOL_MAX_BLOCK="1.5")
     assert await command.wait_for_end() == 1
     assert "event loop blocked" in command.err
-    assert "in block" in command.err  # a line of the printed stacks
+    assert "in block" in command.err, "the stack of the handler is printed"
 
 
 async def test_health_and_metrics_are_answered_while_handler_blocks_loop(
-    start_command: StartCommand, control_plane: ControlPlane, command_directory: Path
+    start_command: CommandStarter, control_plane: ControlPlane, command_directory: Path
 ) -> None:
     item = enqueue_items(control_plane, "block")
     command = await start_command("run", "handlers", "--drain")
@@ -182,11 +184,12 @@ async def test_health_and_metrics_are_answered_while_handler_blocks_loop(
     async with aiohttp.ClientSession(url.removesuffix("metrics")) as http:
         for path in ("healthz", "readyz", "metrics"):
             async with http.get(path) as answer:
-                assert answer.status == 200 or path == "readyz", path  # 503 after one second
+                # A loop that is blocked for a second makes the worker not ready (503).
+                assert answer.status == 200 or path == "readyz", path
                 text = await answer.text()
         assert 'workpool_slots{environment_id="' in text
         assert "process_cpu_seconds_total" in text
-        assert utc_now(control_plane, item).state == "active"
+        assert stored_item(control_plane, item).state == "active"
         (command_directory / "free").touch()
         await command.wait_for_log("drained result=clean")
         async with http.get("metrics") as answer:
@@ -196,7 +199,7 @@ async def test_health_and_metrics_are_answered_while_handler_blocks_loop(
 
 
 async def test_scraped_process_stays_until_a_scrape_has_reported_its_drain(
-    start_command: StartCommand,
+    start_command: CommandStarter,
 ) -> None:
     command = await start_command("run", "handlers")
     url = (await command.wait_for_log("metrics served url=")).partition("url=")[2].split()[0]
@@ -214,7 +217,9 @@ async def test_scraped_process_stays_until_a_scrape_has_reported_its_drain(
     assert await command.wait_for_end() == 0
 
 
-async def test_second_signal_ends_the_wait_for_the_last_scrape(start_command: StartCommand) -> None:
+async def test_second_signal_ends_the_wait_for_the_last_scrape(
+    start_command: CommandStarter,
+) -> None:
     command = await start_command("run", "handlers")
     url = (await command.wait_for_log("metrics served url=")).partition("url=")[2].split()[0]
     async with aiohttp.ClientSession() as http, http.get(url) as answer:
@@ -235,7 +240,7 @@ async def test_second_signal_ends_the_wait_for_the_last_scrape(start_command: St
     ],
 )
 async def test_run_refused_by_control_plane_ends_with_3(
-    start_command: StartCommand, variables: dict[str, str], expected_text: str
+    start_command: CommandStarter, variables: dict[str, str], expected_text: str
 ) -> None:
     command = await start_command("run", "handlers", **variables)
     assert await command.wait_for_end() == 3
@@ -253,7 +258,7 @@ async def test_run_refused_by_control_plane_ends_with_3(
     ],
 )
 async def test_run_with_invalid_arguments_or_settings_ends_with_2(
-    run_in_process: RunInProcess,
+    run_in_process: CommandRunner,
     arguments: list[str],
     variables: dict[str, str],
     expected_text: str,
@@ -273,7 +278,7 @@ async def test_run_with_invalid_arguments_or_settings_ends_with_2(
     ],
 )
 async def test_run_with_unknown_plugins_ends_with_2(
-    start_command: StartCommand, arguments: list[str], expected_text: str
+    start_command: CommandStarter, arguments: list[str], expected_text: str
 ) -> None:
     command = await start_command("run", *arguments)
     assert await command.wait_for_end() == 2
@@ -281,7 +286,7 @@ async def test_run_with_unknown_plugins_ends_with_2(
 
 
 async def test_run_on_port_in_use_names_address_and_ends_with_2(
-    start_command: StartCommand,
+    start_command: CommandStarter,
 ) -> None:
     with socket.create_server(("127.0.0.1", 0)) as taken:
         address = f"127.0.0.1:{taken.getsockname()[1]}"
@@ -292,7 +297,7 @@ async def test_run_on_port_in_use_names_address_and_ends_with_2(
 
 
 async def test_run_with_plugin_that_fails_to_start_ends_with_1(
-    start_command: StartCommand, command_directory: Path
+    start_command: CommandStarter, command_directory: Path
 ) -> None:
     (command_directory / "broken.py").write_text(
         "from contextlib import asynccontextmanager\n"
@@ -313,7 +318,7 @@ async def test_run_with_plugin_that_fails_to_start_ends_with_1(
 
 
 async def test_run_with_endless_plugin_start_ends_after_two_signals(
-    start_command: StartCommand, command_directory: Path
+    start_command: CommandStarter, command_directory: Path
 ) -> None:
     (command_directory / "slow.py").write_text(
         "import asyncio, logging\n"
@@ -340,7 +345,7 @@ async def test_run_with_endless_plugin_start_ends_after_two_signals(
 
 
 async def test_json_log_lines_have_ids_and_errors(
-    start_command: StartCommand, control_plane: ControlPlane
+    start_command: CommandStarter, control_plane: ControlPlane
 ) -> None:
     item, bad = enqueue_items(control_plane, "finish"), enqueue_items(control_plane, "fail")
     command = await start_command("run", "handlers", "--drain", "--log-format", "json", "-v")
@@ -357,7 +362,7 @@ async def test_json_log_lines_have_ids_and_errors(
 
 
 async def test_run_flags_override_variables_and_variables_override_file(
-    start_command: StartCommand, control_plane: ControlPlane, command_directory: Path
+    start_command: CommandStarter, control_plane: ControlPlane, command_directory: Path
 ) -> None:
     (command_directory / "greeter.py").write_text(
         "from workpool import handler\n"
@@ -376,18 +381,18 @@ async def test_run_flags_override_variables_and_variables_override_file(
         "run", "--drain", "--config", "pool.toml", "--log-level", "info", WORKPOOL_LOG_LEVEL="error"
     )
     assert await command.wait_for_end() == 0
-    assert utc_now(control_plane, item).metadata["said"] == "hello from the file"
+    assert stored_item(control_plane, item).metadata["said"] == "hello from the file"
     assert "drained result=clean" in command.err
 
 
 async def test_run_with_exit_after_sessions_flag_ends_with_0(
-    start_command: StartCommand, control_plane: ControlPlane
+    start_command: CommandStarter, control_plane: ControlPlane
 ) -> None:
     items = [enqueue_items(control_plane, "finish") for _ in range(3)]
     flags = ("--exit-after-sessions", "2", "--drain-timeout", "unlimited")
     command = await start_command("run", "handlers", *flags)
     assert await command.wait_for_end() == 0
-    assert sorted(utc_now(control_plane, item).state for item in items) == [
+    assert sorted(stored_item(control_plane, item).state for item in items) == [
         "queued",
         "stopped",
         "stopped",
@@ -396,7 +401,9 @@ async def test_run_with_exit_after_sessions_flag_ends_with_0(
     assert "result=clean" in command.err
 
 
-async def test_run_for_one_session_without_work_ends_with_0(start_command: StartCommand) -> None:
+async def test_run_with_idle_limit_and_empty_queue_ends_with_0(
+    start_command: CommandStarter,
+) -> None:
     flags = ("--exit-after-sessions", "1", "--exit-after-idle", "0.1")
     command = await start_command("run", "handlers", *flags)
     assert await command.wait_for_end() == 0
@@ -404,7 +411,7 @@ async def test_run_for_one_session_without_work_ends_with_0(start_command: Start
 
 
 async def test_sigusr1_pauses_pool_and_sigusr2_resumes_it(
-    start_command: StartCommand, control_plane: ControlPlane
+    start_command: CommandStarter, control_plane: ControlPlane
 ) -> None:
     running = enqueue_items(control_plane, "wait")
     command = await start_command("run", "handlers")
@@ -426,7 +433,7 @@ async def test_sigusr1_pauses_pool_and_sigusr2_resumes_it(
             assert f'workpool_paused{{environment_id="{ENVIRONMENT}",reason="pause"}} 1' in (
                 await answer.text()
             )
-    assert (utc_now(control_plane, running).state, utc_now(control_plane, item).state) == (
+    assert (stored_item(control_plane, running).state, stored_item(control_plane, item).state) == (
         "active",
         "queued",
     )

@@ -19,38 +19,40 @@ if TYPE_CHECKING:
     from collections.abc import Callable
     from pathlib import Path
 
-    from tests.acceptance.conftest import RunInProcess, RunningCommand, StartCommand
+    from tests.acceptance.conftest import CommandRunner, CommandStarter, RunningCommand
 
 pytestmark = [pytest.mark.acceptance, pytest.mark.timeout(120)]
 
 Numbers = dict[str, Any]
 
 
-async def url_of(command: RunningCommand) -> str:
-    """Return the URL of the ready line, without a path."""
+async def ready_url(command: RunningCommand) -> str:
+    """Return the URL that the ready line reports, without its path."""
     word, url = (await command.wait_for_output()).split()
     assert word == "ready"
     return url.removesuffix("/scale")
 
 
-async def read(url: str, headers: dict[str, str] | None = None) -> tuple[int, Any]:
+async def get_json_or_text(url: str, headers: dict[str, str] | None = None) -> tuple[int, Any]:
     async with aiohttp.ClientSession() as http, http.get(url, headers=headers) as answer:
         body = await (answer.text() if url.endswith("/metrics") else answer.json())
         return answer.status, body
 
 
-async def scale_until(url: str, wanted: Callable[[int, Numbers], bool]) -> tuple[int, Numbers]:
-    """Read `/scale` until an answer is wanted, and return it."""
+async def wait_for_scale_numbers(
+    url: str, wanted: Callable[[int, Numbers], bool]
+) -> tuple[int, Numbers]:
+    """Read `/scale` until the answer fulfils a condition, and return that answer."""
     async with asyncio.timeout(SECONDS):
         while True:
-            status, numbers = await read(f"{url}/scale")
+            status, numbers = await get_json_or_text(f"{url}/scale")
             if wanted(status, numbers):
                 return status, numbers
             await asyncio.sleep(0.1)
 
 
 async def test_scale_recommends_workers_for_waiting_and_running_items(
-    start_command: StartCommand, control_plane: ControlPlane
+    start_command: CommandStarter, control_plane: ControlPlane
 ) -> None:
     control_plane.enqueue(5, {"do": "linger"})
     worker = await start_command("run", "handlers", "--concurrency", "2", "--prefetch", "0")
@@ -58,8 +60,8 @@ async def test_scale_recommends_workers_for_waiting_and_running_items(
     command = await start_command(
         "scale", "--interval", "1", "--slots-per-worker", "2", "--max-replicas", "20"
     )
-    url = await url_of(command)
-    status, numbers = await scale_until(url, lambda status, _: status == 200)
+    url = await ready_url(command)
+    status, numbers = await wait_for_scale_numbers(url, lambda status, _: status == 200)
     assert status == 200
     assert list(numbers) == list(FLEET_NUMBERS)
     assert (numbers["queued"] + numbers["pending"], numbers["running"]) == (3, 2)
@@ -67,7 +69,7 @@ async def test_scale_recommends_workers_for_waiting_and_running_items(
     assert numbers["lower_bound"] is False
     assert numbers["age_seconds"] < SECONDS
 
-    status, text = await read(f"{url}/metrics")
+    status, text = await get_json_or_text(f"{url}/metrics")
     samples = {
         sample.name: (sample.labels, sample.value)
         for family in text_string_to_metric_families(text)
@@ -76,14 +78,14 @@ async def test_scale_recommends_workers_for_waiting_and_running_items(
     assert set(samples) == {f"workpool_fleet_{key}" for key in FLEET_NUMBERS}
     labels = {"environment_id": ENVIRONMENT}
     assert samples["workpool_fleet_recommended_replicas"] == (labels, 3)
-    assert await read(f"{url}/healthz") == (200, {"status": "healthy"})
-    assert await read(f"{url}/readyz") == (200, {"status": "ready"})
+    assert await get_json_or_text(f"{url}/healthz") == (200, {"status": "healthy"})
+    assert await get_json_or_text(f"{url}/readyz") == (200, {"status": "ready"})
     command.send_signal(signal.SIGTERM)
     assert await command.wait_for_end() == 0
 
 
 async def test_scale_keeps_last_numbers_of_unreachable_control_plane_and_then_answers_503(
-    start_without_settings: StartCommand,
+    start_without_settings: CommandStarter,
 ) -> None:
     async with ControlPlane(environments=(ENVIRONMENT,), tokens=TOKENS) as control_plane:
         control_plane.enqueue(3)
@@ -94,22 +96,22 @@ async def test_scale_keeps_last_numbers_of_unreachable_control_plane_and_then_an
             WORKPOOL_TOKEN=TOKEN,
             WORKPOOL_METRICS_LISTEN="127.0.0.1:0",
         )
-        url = await url_of(command)
-        await scale_until(url, lambda status, _: status == 200)
-    _, numbers = await scale_until(url, lambda _, numbers: numbers["age_seconds"] > 2)
+        url = await ready_url(command)
+        await wait_for_scale_numbers(url, lambda status, _: status == 200)
+    _, numbers = await wait_for_scale_numbers(url, lambda _, numbers: numbers["age_seconds"] > 2)
     assert (numbers["queued"], numbers["recommended_replicas"]) == (3, 1)
-    _, stale = await scale_until(url, lambda status, _: status == 503)
+    _, stale = await wait_for_scale_numbers(url, lambda status, _: status == 503)
     assert stale == {"status": "unknown", "reasons": ["the numbers are too old"]}
-    assert (await read(f"{url}/healthz"))[0] == 200
-    status, unready = await read(f"{url}/readyz")
+    assert (await get_json_or_text(f"{url}/healthz"))[0] == 200
+    status, unready = await get_json_or_text(f"{url}/readyz")
     assert status == 503
     assert unready["reasons"][0].startswith("the queue cannot be read: stats: ")
-    assert "workpool_fleet_queued{" not in (await read(f"{url}/metrics"))[1]
+    assert "workpool_fleet_queued{" not in (await get_json_or_text(f"{url}/metrics"))[1]
 
     again = ControlPlane(environments=(ENVIRONMENT,), tokens=TOKENS, port=control_plane.port)
     async with again:
         again.enqueue(1)
-        _, numbers = await scale_until(url, lambda status, _: status == 200)
+        _, numbers = await wait_for_scale_numbers(url, lambda status, _: status == 200)
         assert numbers["queued"] == 1
         await command.wait_for_log("queue read again")
         command.send_signal(signal.SIGINT)
@@ -118,7 +120,7 @@ async def test_scale_keeps_last_numbers_of_unreachable_control_plane_and_then_an
 
 
 async def test_serve_scale_and_worker_agree_on_the_numbers(
-    start_without_settings: StartCommand, run_in_process: RunInProcess, command_directory: Path
+    start_without_settings: CommandStarter, run_in_process: CommandRunner, command_directory: Path
 ) -> None:
     (command_directory / "tokens").write_text(f"{TOKEN}\n")
     (command_directory / "scale-tokens").write_text(f"{LIMITED} {ENVIRONMENT}\n")
@@ -144,14 +146,16 @@ async def test_serve_scale_and_worker_agree_on_the_numbers(
     worker_url = (
         (await worker.wait_for_log("metrics served")).partition("url=")[2].partition("/metrics")[0]
     )
-    _, slots = await read(f"{worker_url}/scale")
+    _, slots = await get_json_or_text(f"{worker_url}/scale")
     assert (slots["busy"], slots["idle"], slots["claiming"]) == (2, 0, True)
 
     scale = await start_without_settings("scale", "--slots-per-worker", "2", **variables)
-    _, numbers = await scale_until(await url_of(scale), lambda status, _: status == 200)
+    _, numbers = await wait_for_scale_numbers(
+        await ready_url(scale), lambda status, _: status == 200
+    )
     origin = base_url.removesuffix("/api/v1/cloud")
     url = f"{origin}/scale/{ENVIRONMENT}?slots_per_worker=2"
-    _, served = await read(url)
+    _, served = await get_json_or_text(url)
     assert list(served) == list(numbers)
     assert {**served, "age_seconds": 0, "oldest_queued_seconds": 0} == {
         **numbers,
@@ -160,18 +164,18 @@ async def test_serve_scale_and_worker_agree_on_the_numbers(
     }
     assert (served["running"], served["recommended_replicas"]) == (2, 2)
     proxied = {"Host": "queue.example"}
-    assert (await read(url, proxied))[0] == 401
-    assert (await read(url, proxied | {"X-Api-Key": LIMITED}))[0] == 200
+    assert (await get_json_or_text(url, proxied))[0] == 401
+    assert (await get_json_or_text(url, proxied | {"X-Api-Key": LIMITED}))[0] == 200
     for command in (worker, scale, serve):
         command.send_signal(signal.SIGTERM)
-        if command is worker:  # its sessions do not end by themselves
-            command.send_signal(signal.SIGTERM)
+        if command is worker:
+            command.send_signal(signal.SIGTERM)  # ends sessions that would last forever
     assert await scale.wait_for_end() == 0
     assert await serve.wait_for_end() == 0
 
 
 async def test_scale_reads_all_environments_of_the_file(
-    start_without_settings: StartCommand, control_plane: ControlPlane, command_directory: Path
+    start_without_settings: CommandStarter, control_plane: ControlPlane, command_directory: Path
 ) -> None:
     control_plane.enqueue(3)
     control_plane.enqueue(9, environment_id=FORBIDDEN)
@@ -190,11 +194,13 @@ async def test_scale_reads_all_environments_of_the_file(
     command = await start_without_settings(
         "scale", "--config", "pool.toml", "--metrics-listen", "127.0.0.1:0"
     )
-    url = await url_of(command)
-    _, numbers = await scale_until(url, lambda status, _: status == 200)
+    url = await ready_url(command)
+    _, numbers = await wait_for_scale_numbers(url, lambda status, _: status == 200)
     assert (numbers["unfinished"], numbers["slots_per_worker"]) == (12, 4)
-    assert numbers["recommended_replicas"] == 5  # 9 items of two slots in each worker
-    _, text = await read(f"{url}/metrics")
+    assert (
+        numbers["recommended_replicas"] == 5
+    )  # each worker has two slots for the 9 items of one environment
+    _, text = await get_json_or_text(f"{url}/metrics")
     for environment_id, queued in ((ENVIRONMENT, 3), (FORBIDDEN, 9)):
         line = f'workpool_fleet_queued{{environment_id="{environment_id}"}} {queued}.0'
         assert line in text
@@ -212,7 +218,7 @@ async def test_scale_reads_all_environments_of_the_file(
     ],
 )
 async def test_scale_with_arguments_that_cannot_work_ends_with_status_2(
-    start_command: StartCommand, arguments: tuple[str, ...], problem: str
+    start_command: CommandStarter, arguments: tuple[str, ...], problem: str
 ) -> None:
     command = await start_command("scale", *arguments)
     assert await command.wait_for_end() == 2

@@ -18,14 +18,14 @@ import pytest
 from tests.acceptance.conftest import ENVIRONMENT, FORBIDDEN, LIMITED, TOKEN
 
 if TYPE_CHECKING:
-    from tests.acceptance.conftest import RunInProcess, RunningCommand, StartCommand
+    from tests.acceptance.conftest import CommandRunner, CommandStarter, RunningCommand
     from tests.postgres.cluster import Cluster
 
 pytestmark = [pytest.mark.acceptance, pytest.mark.timeout(120)]
 
 
 async def start_serve(
-    bare: StartCommand, *arguments: str, **environment: str
+    bare: CommandStarter, *arguments: str, **environment: str
 ) -> tuple[RunningCommand, dict[str, Any]]:
     command = await bare("serve", "--port", "0", "--json", *arguments, **environment)
     ready: dict[str, Any] = json.loads(await command.wait_for_output())
@@ -41,7 +41,7 @@ def printed_variables(ready: dict[str, Any], token: str) -> dict[str, str]:
 
 
 async def printed_text(
-    ask: RunInProcess, asked: dict[str, str], *arguments: str, status: int = 0
+    ask: CommandRunner, asked: dict[str, str], *arguments: str, status: int = 0
 ) -> str:
     ended = await ask(*arguments, **asked)
     assert ended.status == status, ended.err
@@ -50,7 +50,7 @@ async def printed_text(
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 async def test_serve_answers_both_dialects_until_signal(
-    start_without_settings: StartCommand, run_in_process: RunInProcess, number: signal.Signals
+    start_without_settings: CommandStarter, run_in_process: CommandRunner, number: signal.Signals
 ) -> None:
     command, ready = await start_serve(start_without_settings)
     assert set(ready) == {"base_url", "anthropic_base_url", "token", "environments"}
@@ -69,7 +69,7 @@ async def test_serve_answers_both_dialects_until_signal(
 
 @pytest.mark.trial
 async def test_serve_and_worker_of_anthropic_sdk_complete_a_session(
-    start_without_settings: StartCommand, run_in_process: RunInProcess, command_directory: Path
+    start_without_settings: CommandStarter, run_in_process: CommandRunner, command_directory: Path
 ) -> None:
     from anthropic import AsyncAnthropic  # noqa: PLC0415 - installed with the trials only
 
@@ -103,7 +103,7 @@ async def test_serve_and_worker_of_anthropic_sdk_complete_a_session(
 
 
 async def test_ready_line_of_serve_has_variables_that_a_worker_needs(
-    start_without_settings: StartCommand, run_in_process: RunInProcess
+    start_without_settings: CommandStarter, run_in_process: CommandRunner
 ) -> None:
     command = await start_without_settings("serve", "--port", "0")
     word, *pairs = (await command.wait_for_output()).split()
@@ -115,7 +115,7 @@ async def test_ready_line_of_serve_has_variables_that_a_worker_needs(
 
 
 async def test_tokens_given_to_serve_are_limited_and_never_printed(
-    start_without_settings: StartCommand, run_in_process: RunInProcess, command_directory: Path
+    start_without_settings: CommandStarter, run_in_process: CommandRunner, command_directory: Path
 ) -> None:
     (command_directory / "tokens").write_text(
         f"# a token, its environments\n{LIMITED} {ENVIRONMENT}\n"
@@ -142,13 +142,13 @@ async def test_tokens_given_to_serve_are_limited_and_never_printed(
 
 
 def process_command_line(pid: int) -> str:
-    """Return the command line in the list of processes; empty without /proc."""
+    """Return the command line that `ps` shows for a process; empty without /proc."""
     file = Path(f"/proc/{pid}/cmdline")
     return file.read_text() if file.exists() else ""
 
 
 async def test_token_in_environment_variable_of_serve_is_not_in_process_list(
-    start_without_settings: StartCommand, run_in_process: RunInProcess
+    start_without_settings: CommandStarter, run_in_process: CommandRunner
 ) -> None:
     command, ready = await start_serve(
         start_without_settings, WORKPOOL_SERVE_TOKEN=f"{TOKEN} {LIMITED}"
@@ -163,7 +163,7 @@ async def test_token_in_environment_variable_of_serve_is_not_in_process_list(
 
 
 async def test_serve_with_unreadable_store_row_names_row_and_ends_with_1(
-    start_without_settings: StartCommand, command_directory: Path
+    start_without_settings: CommandStarter, command_directory: Path
 ) -> None:
     command, _ = await start_serve(start_without_settings, "--store", "work.db")
     command.send_signal(signal.SIGTERM)
@@ -180,7 +180,7 @@ async def test_serve_with_unreadable_store_row_names_row_and_ends_with_1(
 
 
 async def test_items_in_store_on_disk_survive_restart_of_serve(
-    start_without_settings: StartCommand, run_in_process: RunInProcess
+    start_without_settings: CommandStarter, run_in_process: CommandRunner
 ) -> None:
     command, ready = await start_serve(start_without_settings, "--store", "work.db")
     asked = printed_variables(ready, ready["token"])
@@ -197,7 +197,7 @@ async def test_items_in_store_on_disk_survive_restart_of_serve(
 
 
 async def test_serve_that_cannot_start_prints_reason(
-    start_without_settings: StartCommand, command_directory: Path
+    start_without_settings: CommandStarter, command_directory: Path
 ) -> None:
     (command_directory / "tokens").write_text("two words are a token and no-environment!\n")
     (command_directory / "notes.txt").write_text("this is no database" * 100)
@@ -228,7 +228,7 @@ async def test_serve_that_cannot_start_prints_reason(
 
 
 async def test_serve_with_fault_file_injects_its_faults(
-    start_without_settings: StartCommand, run_in_process: RunInProcess, command_directory: Path
+    start_without_settings: CommandStarter, run_in_process: CommandRunner, command_directory: Path
 ) -> None:
     (command_directory / "faults.toml").write_text(
         "clock_skew = 90\n"
@@ -258,12 +258,10 @@ async def test_serve_with_fault_file_injects_its_faults(
 
 
 async def test_serve_with_unwritable_store_ends_with_1(
-    start_without_settings: StartCommand, run_in_process: RunInProcess, command_directory: Path
+    start_without_settings: CommandStarter, run_in_process: CommandRunner, command_directory: Path
 ) -> None:
-    """A restarted server continues from its stored answers; a running one could store nothing
-    more.
-    """
-    # otherwise the coverage file could not be written either
+    """A server that continued would answer requests and lose them at its next restart."""
+    # The limit on file sizes would also prevent the coverage file.
     unmeasured = {"COVERAGE_PROCESS_CONFIG": ""}
     command, ready = await start_serve(
         start_without_settings, "--store", str(command_directory / "work.db"), **unmeasured
@@ -277,7 +275,7 @@ async def test_serve_with_unwritable_store_ends_with_1(
 
 
 async def test_verbose_serve_logs_requests_without_tokens_queries_and_bodies(
-    start_without_settings: StartCommand, run_in_process: RunInProcess
+    start_without_settings: CommandStarter, run_in_process: CommandRunner
 ) -> None:
     command, ready = await start_serve(start_without_settings, "-v")
     asked = printed_variables(ready, ready["token"])
@@ -300,14 +298,14 @@ async def test_verbose_serve_logs_requests_without_tokens_queries_and_bodies(
     assert ready["token"] not in command.err
 
 
-async def start_two_servers(start: StartCommand, url: str) -> list[dict[str, str]]:
-    """Start two servers on one database, and return the variables of clients of each."""
+async def start_two_servers(start: CommandStarter, url: str) -> list[dict[str, str]]:
+    """Start two servers on one database, and return the client variables of each server."""
     given = {"WORKPOOL_SERVE_STORE": url, "WORKPOOL_SERVE_TOKEN": TOKEN}
     return [printed_variables((await start_serve(start, **given))[1], TOKEN) for _ in range(2)]
 
 
 async def test_two_servers_share_one_database(
-    start_without_settings: StartCommand, run_in_process: RunInProcess, database_url: str
+    start_without_settings: CommandStarter, run_in_process: CommandRunner, database_url: str
 ) -> None:
     one, other = await start_two_servers(start_without_settings, database_url)
     [work_id] = (await printed_text(run_in_process, one, "work", "enqueue")).split()
@@ -316,9 +314,9 @@ async def test_two_servers_share_one_database(
     assert "stopped" in await printed_text(run_in_process, one, "work", "get", work_id)
 
 
-@pytest.mark.timeout(300)  # the suite waits for the end of a lease of 60 s
+@pytest.mark.timeout(300)  # the suite waits until a lease of 60 s lapses
 async def test_conformance_suite_passes_on_database(
-    start_without_settings: StartCommand, database_url: str
+    start_without_settings: CommandStarter, database_url: str
 ) -> None:
     (_, asked) = await start_two_servers(start_without_settings, database_url)
     suite = await start_without_settings(
@@ -328,7 +326,7 @@ async def test_conformance_suite_passes_on_database(
 
 
 async def test_password_of_database_is_not_shown(
-    start_without_settings: StartCommand, database_url: str
+    start_without_settings: CommandStarter, database_url: str
 ) -> None:
     url = database_url.replace("workpool@", "workpool:pass%2Fword-9137@")
     command, _ = await start_serve(start_without_settings, "--verbose", "--store", url)
@@ -344,7 +342,7 @@ async def test_password_of_database_is_not_shown(
 
 
 async def test_migrate_makes_the_schema_and_ends(
-    start_without_settings: StartCommand, postgres: Cluster, database_url: str
+    start_without_settings: CommandStarter, postgres: Cluster, database_url: str
 ) -> None:
     for number in ("1", "0"):
         command = await start_without_settings(
@@ -356,7 +354,7 @@ async def test_migrate_makes_the_schema_and_ends(
 
 
 async def test_migrate_without_a_postgresql_database_is_refused(
-    start_without_settings: StartCommand,
+    start_without_settings: CommandStarter,
 ) -> None:
     command = await start_without_settings("serve", "--migrate")
     assert await command.wait_for_end() == 2

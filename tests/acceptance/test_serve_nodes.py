@@ -1,4 +1,4 @@
-"""Several `workpool serve` on one PostgreSQL database, behind a balancer."""
+"""Several `workpool serve` processes on one PostgreSQL database, behind a load balancer."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ from tests.chaos.balancer import Balancer
 from workpool.conformance import CLAUSES
 
 if TYPE_CHECKING:
-    from tests.acceptance.conftest import StartCommand
+    from tests.acceptance.conftest import CommandStarter
 
 pytestmark = [pytest.mark.acceptance, pytest.mark.timeout(420)]
 
 
 @pytest.mark.parametrize("dialect", ["qoder", "anthropic"])
 async def test_two_servers_on_one_database_hold_every_clause(
-    start_without_settings: StartCommand, database_url: str, dialect: str
+    start_without_settings: CommandStarter, database_url: str, dialect: str
 ) -> None:
     addresses = []
     for _ in range(2):

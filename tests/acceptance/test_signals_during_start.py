@@ -20,7 +20,7 @@ from workpool.wire.protocol import NO_HEARTBEAT
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Callable, Iterator
 
-    from tests.acceptance.conftest import StartCommand
+    from tests.acceptance.conftest import CommandStarter
     from workpool.server import ControlPlane, Item
 
 pytestmark = [pytest.mark.acceptance, pytest.mark.timeout(120)]
@@ -43,28 +43,27 @@ sys.meta_path.insert(0, Blocked())
 """
 
 
-Go: TypeAlias = "Callable[[], object]"
+ContinueStart: TypeAlias = "Callable[[], object]"
 
 
-class StartBlocked(Protocol):
+class BlockedCommandStarter(Protocol):
     async def __call__(self, module: str, *arguments: str, **variables: str) -> RunningCommand: ...
 
 
 @pytest.fixture
-def continue_start(command_directory: Path) -> Iterator[Go]:
+def continue_start(command_directory: Path) -> Iterator[ContinueStart]:
     """Return a function that lets a command with a blocked import continue."""
     os.mkfifo(command_directory / "go")
-    fifo = os.open(
-        command_directory / "go", os.O_RDWR
-    )  # with O_RDWR, opening never waits for the other side
+    # With O_RDWR, `open` does not wait for a reader of the fifo.
+    fifo = os.open(command_directory / "go", os.O_RDWR)
     yield lambda: os.write(fifo, b"go\n")
     os.close(fifo)
 
 
 @pytest.fixture
 def start_blocked(
-    start_command: StartCommand, command_directory: Path, continue_start: object
-) -> StartBlocked:
+    start_command: CommandStarter, command_directory: Path, continue_start: object
+) -> BlockedCommandStarter:
     """Return a function that starts a command and waits until it is about to import a module."""
     del continue_start
     site = command_directory / "site"
@@ -90,9 +89,9 @@ ENDING = pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 @ENDING
 @pytest.mark.parametrize("module", ["typer", "aiohttp", "handlers"])
 async def test_run_signalled_during_start_ends_with_0_and_never_polls(
-    start_blocked: StartBlocked,
+    start_blocked: BlockedCommandStarter,
     control_plane: ControlPlane,
-    continue_start: Go,
+    continue_start: ContinueStart,
     module: str,
     number: signal.Signals,
 ) -> None:
@@ -107,7 +106,7 @@ async def test_run_signalled_during_start_ends_with_0_and_never_polls(
 
 @ENDING
 async def test_serve_signalled_during_start_ends_with_0(
-    start_blocked: StartBlocked, continue_start: Go, number: signal.Signals
+    start_blocked: BlockedCommandStarter, continue_start: ContinueStart, number: signal.Signals
 ) -> None:
     command = await start_blocked("aiohttp", "serve", "--port", "0")
     command.send_signal(number)
@@ -117,7 +116,7 @@ async def test_serve_signalled_during_start_ends_with_0(
 
 
 async def test_demo_signalled_during_start_ends_with_128_and_the_signal(
-    start_blocked: StartBlocked, continue_start: Go
+    start_blocked: BlockedCommandStarter, continue_start: ContinueStart
 ) -> None:
     command = await start_blocked("aiohttp", "demo", "--count", "4")
     command.send_signal(signal.SIGTERM)
@@ -127,10 +126,10 @@ async def test_demo_signalled_during_start_ends_with_128_and_the_signal(
 
 
 async def test_hold_signalled_during_start_ends_with_0_and_leaves_item_to_parent(
-    start_blocked: StartBlocked,
+    start_blocked: BlockedCommandStarter,
     control_plane: ControlPlane,
     command_directory: Path,
-    continue_start: Go,
+    continue_start: ContinueStart,
 ) -> None:
     settings = Settings(base_url=control_plane.base_url, token=TOKEN, environment_id=ENVIRONMENT)
     async with WorkClient(settings) as parent:
@@ -151,7 +150,7 @@ async def test_hold_signalled_during_start_ends_with_0_and_leaves_item_to_parent
 
 @pytest.mark.parametrize("module", ["aiohttp", "handlers"])
 async def test_run_signalled_twice_during_start_ends_at_once(
-    start_blocked: StartBlocked, module: str
+    start_blocked: BlockedCommandStarter, module: str
 ) -> None:
     command = await start_blocked(module, "run", "handlers")
     command.send_signal(signal.SIGTERM)
@@ -163,7 +162,7 @@ async def test_run_signalled_twice_during_start_ends_at_once(
 
 
 async def test_run_with_hangup_during_start_logs_one_line_and_continues(
-    start_blocked: StartBlocked, control_plane: ControlPlane, continue_start: Go
+    start_blocked: BlockedCommandStarter, control_plane: ControlPlane, continue_start: ContinueStart
 ) -> None:
     [item] = control_plane.enqueue(metadata={"do": "finish"})
     command = await start_blocked("aiohttp", "run", "handlers", "--drain")
@@ -175,7 +174,7 @@ async def test_run_with_hangup_during_start_logs_one_line_and_continues(
 
 
 async def test_run_with_sigusr1_during_start_starts_paused(
-    start_blocked: StartBlocked, control_plane: ControlPlane, continue_start: Go
+    start_blocked: BlockedCommandStarter, control_plane: ControlPlane, continue_start: ContinueStart
 ) -> None:
     [item] = control_plane.enqueue(metadata={"do": "finish"})
     command = await start_blocked("aiohttp", "run", "handlers", "--drain")
@@ -191,7 +190,7 @@ async def test_run_with_sigusr1_during_start_starts_paused(
 
 @pytest.mark.parametrize("arguments", [("check",), ("work", "list"), ("-v", "check")])
 async def test_other_command_with_ctrl_c_during_start_ends(
-    start_blocked: StartBlocked, arguments: tuple[str, ...]
+    start_blocked: BlockedCommandStarter, arguments: tuple[str, ...]
 ) -> None:
     command = await start_blocked("aiohttp", *arguments)
     command.send_signal(signal.SIGINT)
@@ -203,7 +202,7 @@ NAMESPACE = ["unshare", "--pid", "--fork", "--kill-child", "--mount-proc"]
 
 @pytest.fixture
 def as_process_1(command_directory: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Let the commands be process 1 of a namespace of their own."""
+    """Run each command as process 1 of a PID namespace of its own."""
     if shutil.which("unshare") is None:
         pytest.skip("unshare is not installed")
     if subprocess.run([*NAMESPACE, "true"], check=False, capture_output=True).returncode:  # noqa: S603 - our own words
@@ -220,9 +219,9 @@ def only_child(pid: int) -> int:
 
 @pytest.mark.usefixtures("as_process_1")
 async def test_run_as_process_1_with_sigterm_during_start_ends(
-    start_blocked: StartBlocked, control_plane: ControlPlane, continue_start: Go
+    start_blocked: BlockedCommandStarter, control_plane: ControlPlane, continue_start: ContinueStart
 ) -> None:
-    """The kernel drops signals to process 1 of a namespace that have no handler."""
+    """The kernel drops a signal to process 1 of a PID namespace if it has no handler."""
     [item] = control_plane.enqueue(metadata={"do": "finish"})
     command = await start_blocked("aiohttp", "run", "handlers")
     os.kill(only_child(command.pid), signal.SIGTERM)
@@ -231,11 +230,8 @@ async def test_run_as_process_1_with_sigterm_during_start_ends(
     assert record_kinds(control_plane, item) == ["created"]
 
 
-# Signals to a running pool.
-
-
 async def test_running_pool_with_hangup_but_no_terminal_logs_one_line_and_continues(
-    start_command: StartCommand, control_plane: ControlPlane
+    start_command: CommandStarter, control_plane: ControlPlane
 ) -> None:
     control_plane.enqueue(metadata={"do": "wait"})
     command = await start_command("run", "handlers")
@@ -248,14 +244,14 @@ async def test_running_pool_with_hangup_but_no_terminal_logs_one_line_and_contin
     assert "drained result=clean" in command.err
 
 
-class StartOnTerminal(Protocol):
+class TerminalCommandStarter(Protocol):
     async def __call__(self, *command: str) -> tuple[RunningCommand, int]: ...
 
 
 @pytest.fixture
 async def start_on_terminal(
     control_plane: ControlPlane, command_directory: Path
-) -> AsyncIterator[StartOnTerminal]:
+) -> AsyncIterator[TerminalCommandStarter]:
     """Return a function that starts a command on a terminal that hangs up when it is closed."""
     commands: list[RunningCommand] = []
 
@@ -290,7 +286,7 @@ WORKPOOL = (sys.executable, "-m", "workpool")
 
 
 async def test_running_pool_whose_terminal_hangs_up_drains(
-    start_on_terminal: StartOnTerminal, control_plane: ControlPlane
+    start_on_terminal: TerminalCommandStarter, control_plane: ControlPlane
 ) -> None:
     [item] = control_plane.enqueue(metadata={"do": "wait"})
     command, terminal = await start_on_terminal(*WORKPOOL, "run", "handlers")
@@ -302,21 +298,21 @@ async def test_running_pool_whose_terminal_hangs_up_drains(
 
 
 async def test_running_pool_in_shell_whose_terminal_hangs_up_drains(
-    start_on_terminal: StartOnTerminal, control_plane: ControlPlane
+    start_on_terminal: TerminalCommandStarter, control_plane: ControlPlane
 ) -> None:
     [item] = control_plane.enqueue(metadata={"do": "wait"})
-    # otherwise the shell would replace itself by the command
+    # Without `; true`, bash would replace itself with the command.
     script = f"{' '.join(WORKPOOL)} run handlers; true"
     command, terminal = await start_on_terminal("bash", "-i", "-c", script)
     await command.wait_for_log("wait runs")
     os.close(terminal)
     await command.wait_for_log("drained result=clean")
-    assert await command.wait_for_end() == -signal.SIGHUP  # the status of the shell
+    assert await command.wait_for_end() == -signal.SIGHUP, "the exit status is that of the shell"
     assert record_kinds(control_plane, item)[-1] == "stopped"
 
 
 async def test_serve_command_ends_if_its_terminal_hangs_up(
-    start_on_terminal: StartOnTerminal,
+    start_on_terminal: TerminalCommandStarter,
 ) -> None:
     command, terminal = await start_on_terminal(*WORKPOOL, "serve", "--port", "0")
     await command.wait_for_output("ready")
@@ -325,7 +321,7 @@ async def test_serve_command_ends_if_its_terminal_hangs_up(
 
 
 async def test_running_pool_with_sighup_and_open_terminal_logs_one_line_and_continues(
-    start_on_terminal: StartOnTerminal, control_plane: ControlPlane
+    start_on_terminal: TerminalCommandStarter, control_plane: ControlPlane
 ) -> None:
     control_plane.enqueue(metadata={"do": "wait"})
     command, terminal = await start_on_terminal(*WORKPOOL, "run", "handlers")
@@ -338,7 +334,7 @@ async def test_running_pool_with_sighup_and_open_terminal_logs_one_line_and_cont
 
 
 async def test_running_pool_under_nohup_continues_when_terminal_hangs_up(
-    start_on_terminal: StartOnTerminal, control_plane: ControlPlane
+    start_on_terminal: TerminalCommandStarter, control_plane: ControlPlane
 ) -> None:
     control_plane.enqueue(metadata={"do": "wait"})
     command, terminal = await start_on_terminal("nohup", *WORKPOOL, "run", "handlers")

@@ -1,4 +1,4 @@
-"""Each mistake that a newcomer can make at the start: the message of the command and its status.
+"""The error line and the exit status of commands that users start with a mistake.
 
 The first line of the error names the setting, where its value came from, and the file or path.
 See workpool/docs/cli.md, "Exit statuses".
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from collections.abc import Mapping
     from pathlib import Path
 
-    from tests.acceptance.conftest import RunInProcess, StartCommand
+    from tests.acceptance.conftest import CommandRunner, CommandStarter
     from workpool.server import ControlPlane
 
 pytestmark = [pytest.mark.acceptance, pytest.mark.timeout(120)]
@@ -58,8 +58,8 @@ FILES = {
 
 
 @dataclass(frozen=True)
-class Mistake:
-    """A command with a mistake, and the expected message.
+class StartMistake:
+    """A command with a mistake of its user, and the expected error line.
 
     Attributes:
         name: What is wrong.
@@ -77,376 +77,376 @@ class Mistake:
     status: int = 2
     trace: bool = False
 
-    def is_reported(self, text: str) -> bool:
+    def is_reported_in(self, text: str) -> bool:
         pattern = ".*".join(map(re.escape, self.line.split("…")))
         return (
             re.search(rf"^(workpool: |Error: |.* ended: ){pattern}", text, re.MULTILINE) is not None
         )
 
 
-# These mistakes are found before the pool is made, so they need no process of their own.
+# The command reports these mistakes before it creates the pool, so they run in this process.
 SETTINGS = [
-    Mistake(
+    StartMistake(
         "no environment",
         "run handlers",
         "environment_id: not set (set WORKPOOL_ENVIRONMENT_ID)",
         {"WORKPOOL_ENVIRONMENT_ID": ""},
     ),
-    Mistake(
+    StartMistake(
         "no token",
         "run handlers",
         "token: not set (set WORKPOOL_TOKEN, WORKPOOL_TOKEN_FILE or QODER_PAT)",
         {"WORKPOOL_TOKEN": ""},
     ),
-    Mistake(
+    StartMistake(
         "no key",
         "run handlers --dialect anthropic",
         "token: not set (set WORKPOOL_TOKEN, WORKPOOL_TOKEN_FILE or ANTHROPIC_ENVIRONMENT_KEY)",
         {"WORKPOOL_TOKEN": ""},
     ),
-    Mistake(
+    StartMistake(
         "empty address",
         "run handlers",
         "base_url: empty; give an address, or remove it (from WORKPOOL_BASE_URL)",
         {"WORKPOOL_BASE_URL": ""},
     ),
-    Mistake(
+    StartMistake(
         "empty address flag",
         "run handlers --base-url ''",
         "base_url: empty; give an address, or remove it (from --base-url)",
     ),
-    Mistake(
+    StartMistake(
         "address without scheme",
         "run handlers",
         "base_url: not an http:// or https:// URL (from WORKPOOL_BASE_URL)",
         {"WORKPOOL_BASE_URL": "localhost:8484"},
     ),
-    Mistake(
+    StartMistake(
         "address with a user",
         "run handlers --base-url http://me@h/api",
         "base_url: must have no user, password, query or fragment (from --base-url)",
     ),
-    Mistake(
+    StartMistake(
         "address with a query",
         "run handlers --base-url http://h/api?x=1",
         "base_url: must have no user, password, query or fragment (from --base-url)",
     ),
-    Mistake(
+    StartMistake(
         "environment with a space",
         "run handlers --environment-id 'env 1'",
         "environment_id: must be 1 to 128 letters, digits, _ or - (from --environment-id)",
     ),
-    Mistake(
+    StartMistake(
         "number as a word",
         "run handlers",
         "concurrency: must be a whole number, 1 or more (from WORKPOOL_CONCURRENCY)",
         {"WORKPOOL_CONCURRENCY": "many"},
     ),
-    Mistake(
+    StartMistake(
         "number too small",
         "run handlers --concurrency 0",
         "concurrency: must be a whole number, 1 or more (from --concurrency)",
     ),
-    Mistake(
+    StartMistake(
         "number with a fraction",
         "run handlers --pollers 1.5",
         "pollers: must be a whole number, 1 or more (from --pollers)",
     ),
-    Mistake(
+    StartMistake(
         "number too large",
         "run handlers --block-ms 2000",
         "block_ms: must be a whole number from 1 to 999 (from --block-ms)",
     ),
-    Mistake(
+    StartMistake(
         "lease too short",
         "run handlers --lease-ttl 5",
         "lease_ttl: must be a whole number from 10 to 600 (from --lease-ttl)",
     ),
-    Mistake(
+    StartMistake(
         "negative time",
         "run handlers --stop-grace -1",
         "stop_grace: must be a number, 0 or more (from --stop-grace)",
     ),
-    Mistake(
+    StartMistake(
         "time as a word",
         "run handlers --drain-timeout forever",
         "drain_timeout: must be a number, 0 or more, or unlimited (from --drain-timeout)",
     ),
-    Mistake(
+    StartMistake(
         "limit of no sessions",
         "run handlers --exit-after-sessions 0",
         "exit_after_sessions: must be a whole number, 1 or more (from --exit-after-sessions)",
     ),
-    Mistake(
+    StartMistake(
         "unknown dialect",
         "run handlers",
         "dialect: must be qoder or anthropic (from WORKPOOL_DIALECT)",
         {"WORKPOOL_DIALECT": "openai"},
     ),
-    Mistake(
+    StartMistake(
         "unknown level",
         "run handlers --log-level loud",
         "log_level: must be debug, info, warning, error or critical (from --log-level)",
     ),
-    Mistake(
+    StartMistake(
         "unknown format",
         "run handlers",
         "log_format: must be text or json (from WORKPOOL_LOG_FORMAT)",
         {"WORKPOOL_LOG_FORMAT": "xml"},
     ),
-    Mistake(
+    StartMistake(
         "port alone",
         "run handlers --metrics-listen 9464",
         "metrics_listen: not HOST:PORT, [IPV6]:PORT, :PORT or off (from --metrics-listen)",
     ),
-    Mistake(
+    StartMistake(
         "two tokens",
         "run handlers",
         "token, token_file: set one of the two (from WORKPOOL_TOKEN, WORKPOOL_TOKEN_FILE)",
         {"WORKPOOL_TOKEN_FILE": "empty.token"},
     ),
-    Mistake(
+    StartMistake(
         "no token file",
         "run handlers --token-file nowhere.token",
         "token_file: nowhere.token: No such file or directory (from --token-file)",
         {"WORKPOOL_TOKEN": ""},
     ),
-    Mistake(
+    StartMistake(
         "folder as token file",
         "run handlers",
         "token_file: .: not a file (from WORKPOOL_TOKEN_FILE)",
         {"WORKPOOL_TOKEN": "", "WORKPOOL_TOKEN_FILE": "."},
     ),
-    Mistake(
+    StartMistake(
         "empty token file",
         "run handlers --token-file empty.token",
         "token_file: empty.token: empty (from --token-file)",
         {"WORKPOOL_TOKEN": ""},
     ),
-    Mistake(
+    StartMistake(
         "token with a space",
         "run handlers",
         "token: holds characters that no token has (from WORKPOOL_TOKEN)",
         {"WORKPOOL_TOKEN": "Bearer x"},
     ),
-    Mistake(
+    StartMistake(
         "no CA file",
         "run handlers",
         "ca_file: nowhere.pem: No such file or directory (from WORKPOOL_CA_FILE)",
         {"WORKPOOL_CA_FILE": "nowhere.pem"},
     ),
-    Mistake(
+    StartMistake(
         "CA file of text",
         "run handlers --ca-file text.pem",
         "ca_file: text.pem: holds no certificate in PEM (from --ca-file)",
     ),
-    Mistake(
+    StartMistake(
         "key without certificate",
         "run handlers --client-key-file text.pem",
         "client_key_file: set without client_cert_file (from --client-key-file)",
     ),
-    Mistake(
+    StartMistake(
         "certificate of text",
         "run handlers --client-cert-file text.pem",
         "client_cert_file: text.pem: no certificate and key in PEM (from --client-cert-file)",
     ),
-    Mistake(
+    StartMistake(
         "headers that are no JSON",
         "run handlers",
         'extra_headers: not a JSON object, as in {"x-worker-token": "..."} (from '
         "WORKPOOL_EXTRA_HEADERS)",
         {"WORKPOOL_EXTRA_HEADERS": "x-a: b"},
     ),
-    Mistake(
+    StartMistake(
         "header of the client",
         "run handlers",
         "extra_headers: authorization: cannot be set (from WORKPOOL_EXTRA_HEADERS)",
         {"WORKPOOL_EXTRA_HEADERS": '{"Authorization": "x"}'},
     ),
-    Mistake(
+    StartMistake(
         "no configuration",
         "run handlers --config nowhere.toml",
         "config: nowhere.toml: No such file or directory (from --config)",
     ),
-    Mistake(
+    StartMistake(
         "no configuration of a variable",
         "run handlers",
         "config: nowhere.toml: No such file or directory (from WORKPOOL_CONFIG)",
         {"WORKPOOL_CONFIG": "nowhere.toml"},
     ),
-    Mistake(
+    StartMistake(
         "configuration that is no TOML",
         "run handlers --config broken.toml",
         "config: broken.toml: not TOML (at line 2, column 15) (from --config)",
     ),
-    Mistake(
+    StartMistake(
         "configuration without its table",
         "run handlers --config empty.toml",
         "config: empty.toml: has no table [workpool] (from --config)",
     ),
-    Mistake(
+    StartMistake(
         "mistyped setting",
         "run handlers --config typo.toml",
         "concurency: no such setting, did you mean concurrency? (from typo.toml)",
     ),
-    Mistake(
+    StartMistake(
         "wrong value in a file",
         "run handlers --config value.toml",
         "lease_ttl: must be a whole number from 10 to 600 (from value.toml)",
     ),
-    Mistake(
+    StartMistake(
         "mistyped table of plugins",
         "run handlers --config table.toml",
         "config: table.toml: the tables of plugins are [workpool.plugin.NAME], without "
         "an s (from --config)",
     ),
-    Mistake("mistyped flag", "run handlers --concurency 8", "No such option: --concurency …"),
-    Mistake("flag of the token", "run handlers --token x", "No such option: --token…"),
-    Mistake(
+    StartMistake("mistyped flag", "run handlers --concurency 8", "No such option: --concurency …"),
+    StartMistake("flag of the token", "run handlers --token x", "No such option: --token…"),
+    StartMistake(
         "flag without its value",
         "run handlers --concurrency",
         "Option '--concurrency' requires an argument.",
     ),
-    Mistake("mistyped command", "rnu handlers", "No such command 'rnu'."),
-    Mistake(
+    StartMistake("mistyped command", "rnu handlers", "No such command 'rnu'."),
+    StartMistake(
         "program of hold",
         "hold --work-id w --last-heartbeat t -- no-such-program",
         "Invalid value for COMMAND: no-such-program: no such program",
     ),
-    Mistake(
+    StartMistake(
         "hold without its item",
         "hold true",
         "Missing option '--work-id' (env var: 'WORKPOOL_HOLD_WORK_ID').",
     ),
-    Mistake(
+    StartMistake(
         "name of a project",
         "new 'My Plugin'",
         "Invalid value: 'My Plugin' cannot be a plugin's name: at most 64 small letters "
         "and digits, with single dashes between them, and a letter first",
     ),
-    Mistake(
+    StartMistake(
         "wrong metadata", "work enqueue --metadata job", "Invalid value: 'job' is not KEY=VALUE"
     ),
 ]
 
 PROCESSES = [
-    Mistake(
+    StartMistake(
         "public address without a token",
         "serve --host 0.0.0.0",
         "0.0.0.0 is not a loopback address: set WORKPOOL_SERVE_TOKEN or give --token-file",
     ),
-    Mistake(
+    StartMistake(
         "no token file of serve",
         "serve --token-file nowhere.token",
         "token file: nowhere.token: No such file or directory (from --token-file)",
     ),
-    Mistake(
+    StartMistake(
         "no faults file",
         "serve --faults nowhere.toml",
         "faults file: nowhere.toml: No such file or directory",
     ),
-    Mistake(
+    StartMistake(
         "no plugin",
         "run",
         "plugin '(none)': no plugin handles anything; name one in `plugins` or pass a handler",
     ),
-    Mistake(
+    StartMistake(
         "no such module",
         "run report",
         "plugin 'report': no module named 'report'; installed plugins: …",
     ),
-    Mistake(
+    StartMistake(
         "mistyped plugin", "run ecko", "plugin 'ecko': no module named 'ecko'; did you mean 'echo'?"
     ),
-    Mistake(
+    StartMistake(
         "name that is no module",
         "run my-plugin",
         "plugin 'my-plugin': is not installed, nor a module or module:Name; installed plugins: …",
     ),
-    Mistake(
+    StartMistake(
         "plugin without its dependency",
         "run missing_import",
         "plugin 'missing_import': importing missing_import raised ModuleNotFoundError: "
         "No module named 'nothing_of_that_name'",
         trace=True,
     ),
-    Mistake(
+    StartMistake(
         "plugin with a wrong syntax",
         "run broken",
         "plugin 'broken': importing broken raised SyntaxError: …",
         trace=True,
     ),
-    Mistake(
+    StartMistake(
         "plugin that fails",
         "run failing",
         "plugin 'failing': importing failing raised ConnectionError: no database",
         trace=True,
     ),
-    Mistake(
+    StartMistake(
         "mistyped handler",
         "run handlers:finsh",
         "plugin 'handlers:finsh': module handlers has no 'finsh'; did you mean 'finish'?",
     ),
-    Mistake(
+    StartMistake(
         "module without handlers",
         "run nothing",
         "plugin 'nothing': has no hook marked @hookimpl and no function with @handler",
     ),
-    Mistake(
+    StartMistake(
         "handler with two parameters",
         "run two",
         "plugin 'two': work must be callable with one argument, the session: missing a "
         "required argument: 'more'",
     ),
-    Mistake(
+    StartMistake(
         "two handlers of one rule",
         "run same",
         "plugin 'same': same.two and same.one have the same rule (type=session); one of "
         "them would never run",
     ),
-    Mistake(
+    StartMistake(
         "mistyped hook",
         "run hook",
         "plugin 'hook': workpool_evnt is not a hook; did you mean 'workpool_event'?",
     ),
-    Mistake(
+    StartMistake(
         "hook without its mark",
         "run unmarked",
         "plugin 'unmarked': workpool_event is not marked with @hookimpl",
     ),
-    Mistake(
+    StartMistake(
         "plugin twice",
         "run handlers handlers",
         "plugin 'handlers': is given twice: handlers, handlers",
     ),
-    Mistake(
+    StartMistake(
         "mistyped table of a plugin",
         "run handlers --config plugin.toml",
         "plugin 'ecko': plugin.toml: [workpool.plugin.ecko] is for no active plugin; did "
         "you mean 'echo'?",
     ),
-    Mistake(
+    StartMistake(
         "mistyped option of a plugin",
         "run named:Named --config option.toml",
         "plugin 'Named': option.toml: [workpool.plugin.Named]: greting: no such option; "
         "did you mean 'greeting'?",
     ),
-    Mistake(
+    StartMistake(
         "option of a plugin missing",
         "run named:Named",
         "plugin 'Named': [workpool.plugin.Named]: missing a required argument: 'greeting'",
     ),
-    Mistake(
+    StartMistake(
         "socket in no folder",
         "run handlers --control-socket nowhere/x.sock",
         "control_socket: nowhere/x.sock: No such file or directory (from --control-socket)",
     ),
-    Mistake(
+    StartMistake(
         "socket in the place of a file",
         "run handlers --control-socket good.toml",
         "control_socket: good.toml: exists and is no socket (from --control-socket)",
     ),
-    Mistake(
+    StartMistake(
         "host of metrics",
         "run handlers --metrics-listen no-such-host.invalid:0",
         "cannot listen on no-such-host.invalid:0 (…); set metrics_listen to an address "
@@ -454,7 +454,7 @@ PROCESSES = [
     ),
 ]
 REFUSALS = [
-    Mistake(
+    StartMistake(
         "wrong token",
         "run handlers",
         "poll: 401 …; the token is wrong or has expired: make a new one (token from "
@@ -462,14 +462,14 @@ REFUSALS = [
         {"WORKPOOL_TOKEN": "token-of-nobody-Zx9"},
         3,
     ),
-    Mistake(
+    StartMistake(
         "token of others",
         "run handlers",
         "poll: 403 …",
         {"WORKPOOL_TOKEN": LIMITED, "WORKPOOL_ENVIRONMENT_ID": FORBIDDEN},
         3,
     ),
-    Mistake(
+    StartMistake(
         "unknown environment",
         "run handlers --environment-id env_x",
         "poll: 404 no such environment; check environment_id and base_url "
@@ -477,7 +477,7 @@ REFUSALS = [
         {},
         3,
     ),
-    Mistake(
+    StartMistake(
         "environment of the cloud", f"run handlers --environment-id {CLOUD}", "poll: 400 …", {}, 3
     ),
 ]
@@ -491,46 +491,46 @@ def working_directory(command_directory: Path) -> None:
 
 @pytest.mark.parametrize("mistake", SETTINGS, ids=lambda mistake: mistake.name)
 async def test_wrong_setting_is_reported_with_its_source(
-    mistake: Mistake, run_in_process: RunInProcess
+    mistake: StartMistake, run_in_process: CommandRunner
 ) -> None:
     ended = await run_in_process(*shlex.split(mistake.command), **mistake.variables)
-    assert mistake.is_reported(ended.err), ended.err
+    assert mistake.is_reported_in(ended.err), ended.err
     assert ended.status == mistake.status
     assert ended.out == ""
 
 
 @pytest.mark.parametrize("mistake", [*PROCESSES, *REFUSALS], ids=lambda mistake: mistake.name)
 async def test_failed_start_reports_its_reason(
-    mistake: Mistake, start_command: StartCommand
+    mistake: StartMistake, start_command: CommandStarter
 ) -> None:
     command = await start_command(*shlex.split(mistake.command), **mistake.variables)
     assert await command.wait_for_end() == mistake.status
-    assert mistake.is_reported(command.err), command.err
+    assert mistake.is_reported_in(command.err), command.err
     assert ('File "' in command.err) == mistake.trace
     assert "backoff" not in command.err
-    # A second try of the command is not reported, because there is none.
+    # The error ends the command, so no log line may announce a retry.
     assert "wait_seconds" not in command.err
     if mistake.trace:
-        assert "workpool/plugins" not in command.err  # only what the author of the plugin knows
+        assert "workpool/plugins" not in command.err  # frames of workpool itself are left out
 
 
-async def test_port_in_use_is_reported_with_its_setting(start_command: StartCommand) -> None:
+async def test_port_in_use_is_reported_with_its_setting(start_command: CommandStarter) -> None:
     with socket.create_server(("127.0.0.1", 0)) as other:
         address = f"127.0.0.1:{other.getsockname()[1]}"
         command = await start_command("run", "handlers", WORKPOOL_METRICS_LISTEN=address)
         assert await command.wait_for_end() == 2
-    mistake = Mistake("", "", f"cannot listen on {address} (Address already in use); …")
-    assert mistake.is_reported(command.err)
+    mistake = StartMistake("", "", f"cannot listen on {address} (Address already in use); …")
+    assert mistake.is_reported_in(command.err)
     assert "(metrics_listen from WORKPOOL_METRICS_LISTEN)" in command.err
 
 
 async def test_address_without_the_prefix_of_the_dialect_is_refused(
-    start_command: StartCommand, control_plane: ControlPlane
+    start_command: CommandStarter, control_plane: ControlPlane
 ) -> None:
     address = control_plane.base_url.removesuffix("/api/v1/cloud")
     command = await start_command("run", "handlers", WORKPOOL_BASE_URL=address)
     assert await command.wait_for_end() == 3
-    assert Mistake("", "", "poll: 404 …").is_reported(command.err)
+    assert StartMistake("", "", "poll: 404 …").is_reported_in(command.err)
 
 
 TLS_ALERT = b"\x15\x03\x01\x00\x02\x02\x46"
@@ -549,7 +549,7 @@ PLAIN_AT_TLS = {
 
 @pytest.mark.parametrize(("answer", "expected_text"), PLAIN_AT_TLS.values(), ids=PLAIN_AT_TLS)
 async def test_http_on_an_https_port_is_reported(
-    start_command: StartCommand, answer: bytes, expected_text: str
+    start_command: CommandStarter, answer: bytes, expected_text: str
 ) -> None:
     async def send_reply(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         await reader.read(1000)
@@ -567,7 +567,7 @@ async def test_http_on_an_https_port_is_reported(
 
 
 async def test_https_on_an_http_port_is_reported(
-    start_command: StartCommand, control_plane: ControlPlane
+    start_command: CommandStarter, control_plane: ControlPlane
 ) -> None:
     url = control_plane.base_url.replace("http:", "https:")
     command = await start_command("run", "handlers", WORKPOOL_BASE_URL=url)

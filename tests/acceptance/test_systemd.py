@@ -23,7 +23,7 @@ from workpool.settings import lease_margin
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator
 
-    from tests.acceptance.conftest import RunningCommand, StartCommand
+    from tests.acceptance.conftest import CommandStarter, RunningCommand
     from workpool.server import ControlPlane
 
 pytestmark = [pytest.mark.acceptance, pytest.mark.timeout(120)]
@@ -63,7 +63,7 @@ async def print_variables(session):
 
 
 class ServiceManager:
-    """The socket of a service manager and the lines that it has received."""
+    """A datagram socket in place of systemd, and the lines that it has received."""
 
     def __init__(self, folder: Path) -> None:
         self.socket = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
@@ -81,7 +81,7 @@ class ServiceManager:
                     if line.startswith(start):
                         return line
 
-    async def receives_nothing(self, seconds: float) -> bool:
+    async def receives_nothing_for(self, seconds: float) -> bool:
         """Read all lines that have arrived, then return whether none follows for `seconds`."""
         try:
             while True:
@@ -104,7 +104,7 @@ class ServiceManager:
 
 @pytest.fixture
 async def service_manager() -> AsyncIterator[ServiceManager]:
-    # a short path, because socket paths have at most 108 bytes
+    # Not `tmp_path`, because the path of a socket has at most 108 bytes.
     with tempfile.TemporaryDirectory(prefix="workpool-") as folder:
         manager = ServiceManager(Path(folder))
         yield manager
@@ -113,8 +113,8 @@ async def service_manager() -> AsyncIterator[ServiceManager]:
 
 @pytest.fixture
 def start_supervised(
-    start_command: StartCommand, command_directory: Path, service_manager: ServiceManager
-) -> StartCommand:
+    start_command: CommandStarter, command_directory: Path, service_manager: ServiceManager
+) -> CommandStarter:
     """Return a function that starts a command as systemd does, with a watchdog."""
     (command_directory / "blocking.py").write_text(BLOCKING)
 
@@ -129,7 +129,7 @@ def start_supervised(
 
 
 async def test_service_manager_receives_ready_then_watchdog_until_the_process_ends(
-    start_supervised: StartCommand, service_manager: ServiceManager
+    start_supervised: CommandStarter, service_manager: ServiceManager
 ) -> None:
     command = await start_supervised("run", "handlers")
     await service_manager.wait_for_line("READY=1")
@@ -145,7 +145,7 @@ async def test_service_manager_receives_ready_then_watchdog_until_the_process_en
 
 
 async def test_stop_time_is_extended_while_a_drain_waits_for_its_session(
-    start_supervised: StartCommand, service_manager: ServiceManager, control_plane: ControlPlane
+    start_supervised: CommandStarter, service_manager: ServiceManager, control_plane: ControlPlane
 ) -> None:
     control_plane.enqueue(metadata={"do": "linger"})
     command = await start_supervised("run", "handlers", "--drain-timeout", "unlimited")
@@ -168,7 +168,7 @@ async def test_stop_time_is_extended_while_a_drain_waits_for_its_session(
     ],
 )
 async def test_watchdog_message_stops_once_the_renewer_thread_is_blocked(
-    start_supervised: StartCommand,
+    start_supervised: CommandStarter,
     service_manager: ServiceManager,
     control_plane: ControlPlane,
     work: str,
@@ -178,21 +178,21 @@ async def test_watchdog_message_stops_once_the_renewer_thread_is_blocked(
     await service_manager.wait_for_line("WATCHDOG=1")
     control_plane.enqueue(metadata={"do": work})
     await command.wait_for_log(line)
-    assert await service_manager.receives_nothing(10 * WATCHDOG_SECONDS)
+    assert await service_manager.receives_nothing_for(10 * WATCHDOG_SECONDS)
     await command.kill()
 
 
 async def test_watchdog_message_continues_while_a_handler_blocks_its_event_loop(
-    start_supervised: StartCommand,
+    start_supervised: CommandStarter,
     service_manager: ServiceManager,
     control_plane: ControlPlane,
     command_directory: Path,
 ) -> None:
-    """The lease renewer ends such a process after `max_block`, and renews its leases until then."""
+    """A blocked worker keeps its leases until the pool itself ends it after `max_block`."""
     control_plane.enqueue(metadata={"do": "block"})
     command = await start_supervised("run", "handlers")
     await command.wait_for_log("block runs")
-    assert not await service_manager.receives_nothing(SECONDS)
+    assert not await service_manager.receives_nothing_for(SECONDS)
     for _ in range(10):
         await service_manager.wait_for_line("WATCHDOG=1")
     (command_directory / "free").touch()
@@ -201,7 +201,7 @@ async def test_watchdog_message_continues_while_a_handler_blocks_its_event_loop(
 
 
 async def test_watchdog_of_another_process_gets_no_message(
-    start_supervised: StartCommand, service_manager: ServiceManager
+    start_supervised: CommandStarter, service_manager: ServiceManager
 ) -> None:
     command = await start_supervised("run", "handlers", WATCHDOG_PID="1")
     await service_manager.wait_for_line("STATUS=ready")
@@ -212,7 +212,7 @@ async def test_watchdog_of_another_process_gets_no_message(
 
 
 async def test_children_do_not_inherit_the_socket_of_the_service_manager(
-    start_supervised: StartCommand,
+    start_supervised: CommandStarter,
     service_manager: ServiceManager,
     control_plane: ControlPlane,
     command_directory: Path,
@@ -227,7 +227,7 @@ async def test_children_do_not_inherit_the_socket_of_the_service_manager(
 
 
 async def test_service_manager_that_has_ended_is_logged_once(
-    start_supervised: StartCommand, service_manager: ServiceManager, control_plane: ControlPlane
+    start_supervised: CommandStarter, service_manager: ServiceManager, control_plane: ControlPlane
 ) -> None:
     command = await start_supervised("run", "handlers")
     await service_manager.wait_for_line("READY=1")
@@ -241,11 +241,8 @@ async def test_service_manager_that_has_ended_is_logged_once(
     assert control_plane.history.of(item.id)[-1].kind == "stopped"
 
 
-# The unit file of systemd.
-
-
 @pytest.fixture
-def run_analyze() -> str:
+def run_systemd_analyze() -> str:
     program = shutil.which("systemd-analyze")
     if program is None:
         pytest.skip("systemd-analyze is not installed (Debian: systemd)")
@@ -258,21 +255,26 @@ def run_command(*words: str) -> str:
     return done.stdout + done.stderr
 
 
-def test_unit_file_has_no_problem_for_systemd(run_analyze: str, tmp_path: Path) -> None:
+def test_unit_file_has_no_problem_for_systemd(run_systemd_analyze: str, tmp_path: Path) -> None:
     """The template unit is verified as an instance, with `workpool` of this virtual environment."""
     unit = tmp_path / UNIT.name
     program = Path(sys.executable).parent / "workpool"
     unit.write_text(UNIT.read_text().replace("/opt/workpool/bin/workpool", str(program)))
-    assert run_command(run_analyze, "verify", "--man=no", "--recursive-errors=no", str(unit)) == ""
     assert (
-        run_command(run_analyze, "verify", "--man=no", str(tmp_path / "workpool@reports.service"))
+        run_command(run_systemd_analyze, "verify", "--man=no", "--recursive-errors=no", str(unit))
+        == ""
+    )
+    assert (
+        run_command(
+            run_systemd_analyze, "verify", "--man=no", str(tmp_path / "workpool@reports.service")
+        )
         == ""
     )
 
 
-def test_unit_file_restricts_the_process(run_analyze: str) -> None:
+def test_unit_file_restricts_the_process(run_systemd_analyze: str) -> None:
     words = ("security", "--offline=true", "--no-pager", f"--threshold={EXPOSURE_TENTHS}")
-    assert "Overall exposure level" in run_command(run_analyze, *words, str(UNIT))
+    assert "Overall exposure level" in run_command(run_systemd_analyze, *words, str(UNIT))
 
 
 def unit_setting(name: str) -> str:
@@ -281,7 +283,7 @@ def unit_setting(name: str) -> str:
 
 
 def unit_seconds(name: str) -> int:
-    """Return a setting of the unit file in seconds, which are systemd's default unit."""
+    """Return a setting of the unit file that is a number of seconds."""
     return int(unit_setting(name))
 
 
@@ -289,22 +291,23 @@ def test_unit_file_gives_a_drain_enough_time() -> None:
     timeout = Settings().drain_timeout
     assert timeout is not None
     assert unit_seconds("TimeoutStopSec") >= timeout + 30
-    # otherwise commands of sessions would get SIGTERM together with the worker
+    # With the default, the commands that sessions run would get SIGTERM with the worker.
     assert unit_setting("KillMode") == "mixed"
 
 
 def test_unit_file_accepts_the_reports_of_the_worker() -> None:
     assert (unit_setting("Type"), unit_setting("NotifyAccess")) == ("notify", "main")
-    assert unit_seconds("WatchdogSec") >= 10  # ten reports may be late
+    assert unit_seconds("WatchdogSec") >= 10, "reports are sent every second and may be late"
 
 
 def test_watchdog_ends_a_frozen_process_before_its_leases_lapse() -> None:
     ttl = Settings().lease_ttl
-    left = ttl - ttl / RENEW_PART  # right before the next heartbeat is due
+    left = ttl - ttl / RENEW_PART  # what a lease still lasts when its next heartbeat is due
     assert unit_seconds("WatchdogSec") < left - lease_margin(ttl)
 
 
 def test_unit_file_restarts_the_worker_unless_its_settings_are_wrong() -> None:
-    assert unit_setting("Restart") == "always"  # exit limits end a worker with status 0
+    # `on-failure` would not restart a worker that an exit limit ends with status 0.
+    assert unit_setting("Restart") == "always"
     assert unit_setting("RestartPreventExitStatus") == "2"
     assert unit_seconds("StartLimitIntervalSec") == 0

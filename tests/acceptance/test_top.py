@@ -9,14 +9,14 @@ from aiohttp import web
 from aiohttp.test_utils import TestServer
 
 if TYPE_CHECKING:
-    from tests.acceptance.conftest import RunInProcess, StartCommand
+    from tests.acceptance.conftest import CommandRunner, CommandStarter
     from workpool.server import ControlPlane
 
 pytestmark = [pytest.mark.acceptance, pytest.mark.timeout(120)]
 
 
 async def test_top_shows_session_of_a_worker_and_an_address_without_one(
-    start_command: StartCommand, control_plane: ControlPlane, run_in_process: RunInProcess
+    start_command: CommandStarter, control_plane: ControlPlane, run_in_process: CommandRunner
 ) -> None:
     (item,) = control_plane.enqueue(metadata={"do": "wait"})
     command = await start_command("run", "handlers", WORKPOOL_METRICS_LISTEN="127.0.0.1:0")
@@ -31,13 +31,13 @@ async def test_top_shows_session_of_a_worker_and_an_address_without_one(
     assert "no answer" in shown.out
 
 
-async def test_top_fails_when_no_worker_answers(run_in_process: RunInProcess) -> None:
+async def test_top_fails_when_no_worker_answers(run_in_process: CommandRunner) -> None:
     shown = await run_in_process("top", "--once", "http://127.0.0.1:1", "nonsense")
     assert shown.status == 1
     assert "not a URL" in shown.out
 
 
-async def test_top_escapes_what_a_worker_sends(run_in_process: RunInProcess) -> None:
+async def test_top_escapes_what_a_worker_sends(run_in_process: CommandRunner) -> None:
     async def answer_hostile_text(_: web.Request) -> web.Response:
         status = {"worker_id": "w", "reasons": ["\x1b[2J[red]disk full"], "sessions": []}
         return web.json_response(status)
@@ -55,7 +55,7 @@ async def test_top_escapes_what_a_worker_sends(run_in_process: RunInProcess) -> 
     ("body", "expected_text"), [("{", "its answer is not JSON"), ("[1]", "not a worker")]
 )
 async def test_top_reports_addresses_that_are_no_worker(
-    run_in_process: RunInProcess, body: str, expected_text: str
+    run_in_process: CommandRunner, body: str, expected_text: str
 ) -> None:
     async def answer_other_page(_: web.Request) -> web.Response:
         return web.Response(text=body)

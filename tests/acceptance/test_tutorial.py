@@ -1,4 +1,4 @@
-"""The tutorial, run step by step as written in a shell with the environment of a newcomer.
+"""Runs the steps of the tutorial page in a shell, without settings and in a new directory.
 
 There are two differences: packages come from this environment instead of a package index, and the
 port is a free one.
@@ -35,7 +35,7 @@ def code_blocks() -> list[tuple[str, str]]:
 
 
 def shell_script(found: list[tuple[str, str]], port: int) -> str:
-    """Return one shell script of everything that a newcomer types."""
+    """Return the commands of all steps as one shell script."""
     steps = ["set -euo pipefail\ntrap 'kill $(jobs -p) 2>/dev/null || true' EXIT\n"]
     for language, text in found:
         if language == "python":
@@ -59,7 +59,7 @@ def free_port() -> int:
 
 
 def checkout(place: Path) -> Path:
-    """Copy the files of a clone that a newcomer needs for the tutorial."""
+    """Copy the files of the repository that the tutorial needs."""
     place.mkdir()
     for name in ("pyproject.toml", "README.md", "LICENSE"):
         shutil.copy(ROOT / name, place)
@@ -69,7 +69,7 @@ def checkout(place: Path) -> Path:
 
 
 def newcomer_environment() -> dict[str, str]:
-    """Return the environment of a newcomer, with the packages installed here."""
+    """Return environment variables without settings, with which installed packages are found."""
     foreign = ("WORKPOOL_", "QODER_PAT", "COVERAGE_", "COV_", "PYTEST_", "PIP_", "VIRTUAL_ENV")
     inherited = {k: v for k, v in os.environ.items() if not k.startswith(foreign)}
     return inherited | {

@@ -1,4 +1,4 @@
-"""Distributions: they contain the files that git tracks, and no other files of the folder."""
+"""Wheels and source distributions contain the files that git tracks, and no others."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ def working_copy(tracked_files: set[str], tmp_path_factory: pytest.TempPathFacto
 
 
 def built_distribution(project: Path, target: str, directory: Path) -> Path:
-    """Build a project, and return its one distribution."""
+    """Build a project, and return the path of the distribution."""
     words = [sys.executable, "-m", "hatchling", "build", "-t", target, "-d", str(directory)]
     done = subprocess.run(words, capture_output=True, text=True, check=False, cwd=project)  # noqa: S603 - our own words
     assert done.returncode == 0, done.stderr
@@ -72,7 +72,7 @@ def names_in_sdist(path: Path) -> set[str]:
         return {name.partition("/")[2] for name in archive.getnames()} - {"PKG-INFO"}
 
 
-def test_wheel_holds_every_tracked_file_of_the_package_but_documents_and_deployment(
+def test_wheel_contains_every_tracked_file_except_documents_and_deployment(
     working_copy: Path, tracked_files: set[str], tmp_path: Path
 ) -> None:
     path = built_distribution(working_copy, "wheel", tmp_path)

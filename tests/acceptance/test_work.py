@@ -22,21 +22,21 @@ from workpool.testing import Faults, literal
 if TYPE_CHECKING:
     from pathlib import Path
 
-    from tests.acceptance.conftest import RunInProcess, StartCommand
+    from tests.acceptance.conftest import CommandRunner, CommandStarter
 
 pytestmark = [pytest.mark.acceptance, pytest.mark.timeout(120)]
 
 
-async def command_output(ask: RunInProcess, *arguments: str) -> str:
+async def work_output(ask: CommandRunner, *arguments: str) -> str:
     ended = await ask("work", *arguments)
     assert ended.status == 0
-    # A list reports how much of it was read.
+    # Only `work list` writes to stderr: the number of items that were read.
     assert ended.err.startswith("workpool: ") if "list" in arguments else not ended.err
     return ended.out
 
 
 async def test_work_enqueue_prints_ids_and_work_get_of_unknown_item_fails(
-    start_command: StartCommand,
+    start_command: CommandStarter,
 ) -> None:
     command = await start_command("work", "enqueue", "--count", "2")
     assert await command.wait_for_end() == 0
@@ -47,9 +47,9 @@ async def test_work_enqueue_prints_ids_and_work_get_of_unknown_item_fails(
 
 
 async def test_work_commands_take_an_item_from_creation_to_stop(
-    run_in_process: RunInProcess,
+    run_in_process: CommandRunner,
 ) -> None:
-    printed = await command_output(
+    printed = await work_output(
         run_in_process, "enqueue", "--count", "3", "--metadata", "job=a", "--metadata", "n="
     )
     first, second, third = printed.splitlines()
@@ -57,46 +57,44 @@ async def test_work_commands_take_an_item_from_creation_to_stop(
 
     rows = [
         line.split("\t")
-        for line in (await command_output(run_in_process, "list", "--limit", "2")).splitlines()
+        for line in (await work_output(run_in_process, "list", "--limit", "2")).splitlines()
     ]
     assert [row[0] for row in rows] == [first, second]
     assert rows[0][2] == "queued"
     assert rows[0][-1] == "job=a n="
-    after = json.loads(await command_output(run_in_process, "list", "--after", second, "--json"))
+    after = json.loads(await work_output(run_in_process, "list", "--after", second, "--json"))
     assert [item["id"] for item in after] == [third]
-    before = json.loads(await command_output(run_in_process, "list", "--before", second, "--json"))
+    before = json.loads(await work_output(run_in_process, "list", "--before", second, "--json"))
     assert [item["id"] for item in before] == [first]
 
-    updated = await command_output(
+    updated = await work_output(
         run_in_process, "update", first, "job=b", "more=x=y", "--delete", "n", "--json"
     )
     assert json.loads(updated)["metadata"] == {"job": "b", "more": "x=y"}
     assert (
-        json.loads(await command_output(run_in_process, "stop", first, "--force", "--json"))[
-            "state"
-        ]
+        json.loads(await work_output(run_in_process, "stop", first, "--force", "--json"))["state"]
         == "stopped"
     )
-    got = json.loads(await command_output(run_in_process, "get", first, "--json"))
+    got = json.loads(await work_output(run_in_process, "get", first, "--json"))
     assert got["state"] == "stopped"
     assert got["created_at"].endswith("Z")
-    assert "state\tstopped" in await command_output(run_in_process, "stop", second)
+    assert "state\tstopped" in await work_output(run_in_process, "stop", second)
 
-    stats = json.loads(await command_output(run_in_process, "stats", "--json"))
+    stats = json.loads(await work_output(run_in_process, "stats", "--json"))
     assert (stats["depth"], stats["pending"]) == (1, 0)
-    assert "depth\t1" in await command_output(run_in_process, "stats")
+    assert "depth\t1" in await work_output(run_in_process, "stats")
     created = json.loads(
-        await command_output(run_in_process, "enqueue", "--type", "healthcheck", "--json")
+        await work_output(run_in_process, "enqueue", "--type", "healthcheck", "--json")
     )
     assert [item["type"] for item in created] == ["healthcheck"]
 
 
 async def test_work_enqueue_with_script_creates_scripted_session(
-    run_in_process: RunInProcess, command_directory: Path, control_plane: ControlPlane
+    run_in_process: CommandRunner, command_directory: Path, control_plane: ControlPlane
 ) -> None:
     (command_directory / "script.json").write_text('[{"name": "Bash", "input": {"command": "ls"}}]')
-    work_id = (await command_output(run_in_process, "enqueue", "--script", "script.json")).strip()
-    session_id = json.loads(await command_output(run_in_process, "get", work_id, "--json"))[
+    work_id = (await work_output(run_in_process, "enqueue", "--script", "script.json")).strip()
+    session_id = json.loads(await work_output(run_in_process, "get", work_id, "--json"))[
         "session_id"
     ]
     expected_text = control_plane.events(session_id)
@@ -116,7 +114,7 @@ async def test_work_enqueue_with_script_creates_scripted_session(
     ],
 )
 async def test_work_command_refused_by_control_plane_prints_one_line_and_exit_status(
-    run_in_process: RunInProcess, variables: dict[str, str], status: int, expected_text: str
+    run_in_process: CommandRunner, variables: dict[str, str], status: int, expected_text: str
 ) -> None:
     ended = await run_in_process("work", "stats", **variables)
     assert ended.status == status
@@ -126,7 +124,7 @@ async def test_work_command_refused_by_control_plane_prints_one_line_and_exit_st
 
 
 async def test_work_command_with_invalid_arguments_ends_with_2(
-    run_in_process: RunInProcess, command_directory: Path
+    run_in_process: CommandRunner, command_directory: Path
 ) -> None:
     (command_directory / "bad.json").write_text("{")
     (command_directory / "object.json").write_text("{}")
@@ -140,7 +138,7 @@ async def test_work_command_with_invalid_arguments_ends_with_2(
         (["enqueue", "--script", "nowhere.json"], 2),
         (["enqueue", "--script", "bad.json"], 2),
         (["enqueue", "--script", "object.json"], 2),
-        (["enqueue", "--script", "script.json"], 3),  # the control plane answers 400
+        (["enqueue", "--script", "script.json"], 3),  # refused by the control plane with 400
         (["update", "work_unknown"], 2),
     ]
     for arguments, status in cases:
@@ -151,9 +149,9 @@ async def test_work_command_with_invalid_arguments_ends_with_2(
 
 
 async def test_work_stop_under_key_that_may_not_read_shows_item(
-    run_in_process: RunInProcess, control_plane: ControlPlane
+    run_in_process: CommandRunner, control_plane: ControlPlane
 ) -> None:
-    """In the anthropic dialect a stop is answered without the item."""
+    """In the anthropic dialect the answer to a stop is empty, so the item is read from the list."""
     (item,) = control_plane.enqueue()
     variables = {
         "WORKPOOL_BASE_URL": control_plane.anthropic_base_url,
@@ -166,13 +164,13 @@ async def test_work_stop_under_key_that_may_not_read_shows_item(
 
 
 async def test_failed_item_is_listed_and_retried_as_a_copy(
-    start_command: StartCommand, run_in_process: RunInProcess
+    start_command: CommandStarter, run_in_process: CommandRunner
 ) -> None:
-    [work_id] = (await command_output(run_in_process, "enqueue", "--metadata", "do=fail")).split()
+    [work_id] = (await work_output(run_in_process, "enqueue", "--metadata", "do=fail")).split()
     queued = await run_in_process("work", "retry", work_id)
     assert queued.status == 1
     assert queued.err == f"workpool: {work_id} is queued; only a stopped item is retried\n"
-    await command_output(run_in_process, "enqueue", "--metadata", "do=finish")
+    await work_output(run_in_process, "enqueue", "--metadata", "do=finish")
     worker = await start_command("run", "handlers", "--drain")
     assert await worker.wait_for_end() == 0
 
@@ -181,21 +179,21 @@ async def test_failed_item_is_listed_and_retried_as_a_copy(
     assert (failed["id"], failed["metadata"]["workpool.error"]) == (work_id, "RuntimeError")
     assert listed.err == "workpool: 1 shown of 1 items read\n"
 
-    [copy] = (await command_output(run_in_process, "retry", work_id)).split()
-    got = json.loads(await command_output(run_in_process, "get", copy, "--json"))
+    [copy] = (await work_output(run_in_process, "retry", work_id)).split()
+    got = json.loads(await work_output(run_in_process, "get", copy, "--json"))
     assert (got["state"], got["type"]) == ("queued", failed["type"])
     assert got["metadata"] == {"do": "fail", "workpool.retry_of": work_id}
     assert got["session_id"] != failed["session_id"]
     [newest] = json.loads(
-        await command_output(run_in_process, "list", "--newest", "--limit", "1", "--json")
+        await work_output(run_in_process, "list", "--newest", "--limit", "1", "--json")
     )
     assert newest["id"] == copy
-    stats = json.loads(await command_output(run_in_process, "stats", "--json"))
+    stats = json.loads(await work_output(run_in_process, "stats", "--json"))
     assert (stats["running"], stats["stopped"]) == (0, 2)
 
 
 async def test_retry_on_a_control_plane_that_cannot_create_items_suggests_a_solution(
-    run_in_process: RunInProcess,
+    run_in_process: CommandRunner,
 ) -> None:
     faults = Faults()
     faults.add(literal(b"", 405), "enqueue")
@@ -210,14 +208,14 @@ async def test_retry_on_a_control_plane_that_cannot_create_items_suggests_a_solu
     assert ended.err.endswith("it had the metadata: report=7\n")
 
 
-async def test_list_of_an_unknown_state_ends_with_2(run_in_process: RunInProcess) -> None:
+async def test_list_of_an_unknown_state_ends_with_2(run_in_process: CommandRunner) -> None:
     ended = await run_in_process("work", "list", "--state", "lost")
     assert ended.status == 2
     assert "queued, starting, active, stopping, stopped" in ended.err
 
 
 async def test_watched_list_is_printed_again_until_a_signal(
-    start_command: StartCommand, control_plane: ControlPlane
+    start_command: CommandStarter, control_plane: ControlPlane
 ) -> None:
     (first,) = control_plane.enqueue()
     command = await start_command("work", "list", "--watch")

@@ -22,9 +22,6 @@ class Order:
     amount: int
 
 
-# Right handlers.
-
-
 @handler
 async def returns_nothing(session: Session) -> None:
     session.log.info("done")
@@ -134,9 +131,6 @@ class Reports:
         return session.id
 
 
-# Handlers with wrong results.
-
-
 @handler  # type: ignore[type-var] # bytes
 async def returns_bytes(_: Session) -> bytes:
     return b""
@@ -182,9 +176,6 @@ async def yields_strings(session: Session) -> AsyncIterator[str]:
     yield session.id
 
 
-# Handlers with wrong parameters.
-
-
 @handler  # type: ignore[type-var] # not the session
 async def takes_a_text(_: str) -> None: ...
 
@@ -216,9 +207,6 @@ def plain_yields(session: BlockingSession) -> Iterator[str]:
     yield session.id
 
 
-# Wrong arguments of the decorator.
-
-
 def gives_wrong_arguments() -> None:
     handler(timeout="60")  # type: ignore[call-overload] # a text
     handler(retry=3)  # type: ignore[call-overload] # a number
@@ -232,9 +220,6 @@ class WrongReports:
     @handler(timeout=1)  # type: ignore[type-var] # a dataclass
     async def method_with_a_dataclass(self, _: Session) -> Order:
         return Order(7)
-
-
-# The decorator keeps the type of the function.
 
 
 async def calls_a_decorated_function(session: Session) -> list[dict[str, str]]:

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from workpool.server import ControlPlane, Item
     from workpool.testing import Faults, Recorder, Request
 
-    class MakePool(Protocol):
+    class PoolFactory(Protocol):
         def __call__(self, *plugins: object, **settings: Any) -> Supervisor: ...
 
 
@@ -102,7 +102,7 @@ def wait_for_end(control_plane: ControlPlane, faults: Faults, recorder: Recorder
 
 @pytest.fixture
 def run_one_item(
-    control_plane: ControlPlane, make_pool: MakePool, wait_for_end: WaitForEnd
+    control_plane: ControlPlane, make_pool: PoolFactory, wait_for_end: WaitForEnd
 ) -> RunOneItem:
     """Return a function that runs a pool with one handler until one item's session has ended."""
 

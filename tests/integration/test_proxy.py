@@ -14,7 +14,7 @@ from workpool.testing import Proxy, Recorder
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Callable
 
-    from tests.integration.conftest import MakePool
+    from tests.integration.conftest import PoolFactory
     from workpool.server import ControlPlane
 
 SECONDS = 10.0
@@ -269,7 +269,7 @@ async def test_worker_cut_off_by_network_loses_item_to_other_worker(
 
 @pytest.mark.usefixtures("fast_heartbeats")
 async def test_throttled_and_delayed_connection_keeps_leases(
-    control_plane: ControlPlane, recorder: Recorder, make_pool: MakePool
+    control_plane: ControlPlane, recorder: Recorder, make_pool: PoolFactory
 ) -> None:
     control_plane.enqueue()
     async with Proxy(control_plane.base_url) as way:
@@ -282,7 +282,7 @@ async def test_throttled_and_delayed_connection_keeps_leases(
 
 @pytest.mark.parametrize("fault", ["reset", "half_close"])
 async def test_pool_continues_over_new_connections_after_reset(
-    control_plane: ControlPlane, recorder: Recorder, make_pool: MakePool, fault: str
+    control_plane: ControlPlane, recorder: Recorder, make_pool: PoolFactory, fault: str
 ) -> None:
     @handler
     async def count_sessions(session: Session) -> None:

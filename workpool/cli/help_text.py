@@ -1,4 +1,4 @@
-"""How help texts are formatted. This module imports nothing slow."""
+"""The format of help texts. This module imports nothing slow."""
 
 from typing import Any, Final
 
