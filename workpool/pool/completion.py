@@ -194,7 +194,7 @@ class Completion:
     async def _remove_mark(self, item: PoolItem, patch: Patch) -> None:
         """Remove the mark of a completed session; a failure must not cause another run."""
         try:
-            await self.write_metadata(item, patch, MARK_SECONDS)
+            await self.write_metadata(item, patch, WRITE._replace(seconds=MARK_SECONDS))
         except NotPermittedError:
             pass  # the mark was not written either
         except ControlPlaneError as error:
@@ -221,7 +221,7 @@ class Completion:
         attempt = item.attempt
         retry = 0 if item.session is None else item.session.retry
         try:
-            await self._send_metadata(item, attempt.mark(reason, retry), request)
+            await self.write_metadata(item, attempt.mark(reason, retry), request)
             attempt.marked = True
         except NotPermittedError:
             pass  # `RunCounts` counts the runs in this process
@@ -231,14 +231,9 @@ class Completion:
             )
 
     async def write_metadata(
-        self, item: PoolItem, patch: Mapping[str, str | None], seconds: float = math.inf
+        self, item: PoolItem, patch: Mapping[str, str | None], request: SendOptions = WRITE
     ) -> None:
-        """Write metadata for the pool, retried for `seconds` while the lease is held."""
-        await self._send_metadata(item, patch, WRITE._replace(seconds=seconds))
-
-    async def _send_metadata(
-        self, item: PoolItem, patch: Mapping[str, str | None], request: SendOptions
-    ) -> None:
+        """Write metadata for the pool, repeatedly while the lease is held and `request` allows."""
         await self._optional.make(
             "update",
             lambda: self._sender.send(

@@ -125,7 +125,7 @@ class Dispatcher:
         if owned is None and self._expiry is not None:  # without the timer, no item is set aside
             owned = self._find_set_aside(work_item.id)
         item = PoolItem(work_item, None, self._context.start_context.copy(), self._context.clock())
-        seen = item.held_before or item.id in self._seen
+        seen = self._note_seen(item.id) or item.held_before
         origin: Origin = "duplicate" if owned else "redelivered" if seen else "new"
         age = _age_of(work_item) if origin == "new" else None
         self._context.observe(ItemReceived, work_item, origin, age)
@@ -133,7 +133,6 @@ class Dispatcher:
             self._received_again(owned, polled_at)
             return "declined"
         item.polled_at = polled_at
-        self._remember_id(item.id)
         if work_item.type != HEALTHCHECK:
             item.handler = self._choose_handler(work_item)
             if item.handler is None:
@@ -245,7 +244,6 @@ class Dispatcher:
     def _decline_item(self, work_item: WorkItem, reason: DeclineReason) -> None:
         """Report that an item is left to other workers; each item is logged once."""
         if not self._seen.get(work_item.id):
-            self._remember_id(work_item.id)
             self._seen[work_item.id] = True
             shown = readable(work_item.type, TYPE_CHARACTERS)
             log.info(
@@ -253,11 +251,14 @@ class Dispatcher:
             )
         self._context.observe(ItemDeclined, work_item, reason)
 
-    def _remember_id(self, work_id: str) -> None:
-        if work_id not in self._seen:
-            self._seen[work_id] = False
-            if len(self._seen) > REMEMBERED_IDS:
-                self._seen.popitem(last=False)
+    def _note_seen(self, work_id: str) -> bool:
+        """Remember an id, and return whether it was received before."""
+        if work_id in self._seen:
+            return True
+        self._seen[work_id] = False
+        if len(self._seen) > REMEMBERED_IDS:
+            self._seen.popitem(last=False)
+        return False
 
     # Running items.
 

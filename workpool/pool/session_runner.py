@@ -38,6 +38,7 @@ from workpool.pool.completion import (
     DRAIN_REASON,
     MARK_SECONDS,
     NOTE_LIMIT,
+    WRITE,
     Completion,
     outcome_when_abandoned,
     text_of,
@@ -267,7 +268,9 @@ class SessionRunner:
         self, item: PoolItem, session: Session, attempt: Attempt, patch: Patch
     ) -> None:
         try:
-            await self.completion.write_metadata(item, patch, ATTEMPT_SECONDS)
+            await self.completion.write_metadata(
+                item, patch, WRITE._replace(seconds=ATTEMPT_SECONDS)
+            )
             attempt.opened()
         except SessionGoneError:
             item.end(EndReason.LOST)

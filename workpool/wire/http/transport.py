@@ -300,12 +300,9 @@ class Transport:
             failure = no_answer(STREAM, error)
             code = error_code(error)
         finally:
-            self._report_request(STREAM, code, started)
+            if self.on_request is not None:
+                self.on_request(STREAM, code, time.monotonic() - started)
         raise failure
-
-    def _report_request(self, op: str, code: str, started: float) -> None:
-        if self.on_request is not None:
-            self.on_request(op, code, time.monotonic() - started)
 
     async def _connect_stream(self, url: URL, headers: Mapping[str, str]) -> aiohttp.ClientResponse:
         return await self._connections.single_use.get(
