@@ -169,7 +169,7 @@ class BoundedQueue(Generic[T]):
         """
         if self.running >= self.concurrency:
             return None
-        item = self._next_aside()
+        item = self._next_aside() if self._aside else None
         if item is not None and (self._share is None or self._share.take()):
             self._move_to_slot(item)
             return item
