@@ -86,10 +86,10 @@ async def wait_until(condition: Callable[[], bool]) -> None:
 def shell_command() -> ShellCommand:
     """Return a function that creates a command from a script and its arguments, `$0` first."""
 
-    def make(script: str, *arguments: object, **settings: Any) -> Command:
+    def make_command(script: str, *arguments: object, **settings: Any) -> Command:
         return Command(command=["sh", "-c", script, *map(str, arguments)], **settings)
 
-    return make
+    return make_command
 
 
 @pytest.fixture

@@ -56,26 +56,17 @@ async def test_command_that_ignores_stop_request_is_killed_with_its_children(
         await process_view.wait_for_end(pids)
 
 
-async def test_command_at_timeout_is_killed_with_its_children(
-    kit: Kit, shell_command: Shell, process_view: Any, tmp_path: Path
+@pytest.mark.parametrize(
+    ("limit", "outcome"), [("timeout", "timed_out"), ("stall_timeout", "stalled")]
+)
+async def test_command_beyond_time_limit_is_killed_with_its_children(
+    kit: Kit, shell_command: Shell, process_view: Any, tmp_path: Path, limit: str, outcome: str
 ) -> None:
     result = await kit.run_session(
-        shell_command(IGNORES_SIGTERM, tmp_path / "pids", grace=0.2, timeout=0.5)
+        shell_command(IGNORES_SIGTERM, tmp_path / "pids", grace=0.2, **{limit: 0.5})
     )
 
-    assert result.outcome == "timed_out"
-    await process_view.wait_for_end(await process_view.wait_for_lines(tmp_path / "pids", 0))
-
-
-async def test_command_without_output_is_stalled_and_killed_with_its_children(
-    kit: Kit, shell_command: Shell, process_view: Any, tmp_path: Path
-) -> None:
-    result = await kit.run_session(
-        shell_command(IGNORES_SIGTERM, tmp_path / "pids", grace=0.2, stall_timeout=0.5)
-    )
-
-    assert result.outcome == "stalled"
-    assert dict(result.metadata) == {"workpool.error": "SessionStalled"}
+    assert result.outcome == outcome
     await process_view.wait_for_end(await process_view.wait_for_lines(tmp_path / "pids", 0))
 
 

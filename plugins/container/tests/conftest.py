@@ -35,7 +35,7 @@ from workpool.server.http.server_dialects import DIALECTS
 from workpool.testing import Faults, Recorder, literal
 from workpool.testing.bounded_wait import Changes
 from workpool_container import Container
-from workpool_container.engine import EngineClient
+from workpool_container.engine_client import EngineClient
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
@@ -51,6 +51,7 @@ def pytest_itemcollected(item: pytest.Item) -> None:
     """Mark every test that needs the container engine as a trial."""
     if "podman" in getattr(item, "fixturenames", ()):
         item.add_marker(pytest.mark.trial)
+        item.add_marker(pytest.mark.timeout(300))
 
 
 @pytest.fixture(scope="session")
@@ -149,9 +150,9 @@ class ContainerTestbed:
         """Enqueue an item with this metadata, and run its session to the end."""
         (item,) = self.plane.enqueue(metadata=metadata or {})
         async with self.make_pool(script, **options):
-            return await self.session_finished(item.id)
+            return await self.wait_for_session_end(item.id)
 
-    async def session_finished(self, work_id: str, count: int = 1) -> SessionFinished:
+    async def wait_for_session_end(self, work_id: str, count: int = 1) -> SessionFinished:
         return await self.recorder.wait_for(
             SessionFinished,
             lambda event: event.session.item.id == work_id,

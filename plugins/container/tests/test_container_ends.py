@@ -41,7 +41,7 @@ async def test_stop_request_ends_container_and_stores_exit_status(
     async with testbed.make_pool(testbed.endless_script):
         await testbed.wait_for_output("ready")
         testbed.request_stop(item.id)
-        finished = await testbed.session_finished(item.id)
+        finished = await testbed.wait_for_session_end(item.id)
     assert finished.outcome == "stopped"
     assert testbed.stored_item(item.id).metadata["exit_status"] == "9"
     assert await testbed.item_containers(item.id) == []
@@ -54,7 +54,7 @@ async def test_container_that_ignores_sigterm_is_killed_after_grace(
     async with testbed.make_pool("trap '' TERM; echo ready; sleep 1000", grace=0.2):
         await testbed.wait_for_output("ready")
         testbed.request_stop(item.id)
-        finished = await testbed.session_finished(item.id)
+        finished = await testbed.wait_for_session_end(item.id)
     assert finished.outcome == "stopped"
     assert testbed.stored_item(item.id).metadata["exit_status"] == "137"
 
@@ -92,7 +92,7 @@ async def test_output_after_limit_of_logged_lines_counts_as_progress(
                 await progress_reported.wait()
                 progress_reported.clear()
                 (kept_directory / line).touch()
-        assert (await testbed.session_finished(item.id)).outcome == "completed"
+        assert (await testbed.wait_for_session_end(item.id)).outcome == "completed"
     assert [line for line in testbed.log.lines if line.startswith("stdout")] == ["stdout: first"]
 
 
@@ -106,7 +106,7 @@ async def test_container_of_lost_lease_is_removed_before_next_run_starts_another
         await testbed.wait_for_output("ready")
         # The item is redelivered, which shows the pool that the lease is lost.
         expire_lease(testbed.plane, item.id)
-        finished = await testbed.session_finished(item.id)
+        finished = await testbed.wait_for_session_end(item.id)
         assert finished.outcome == "lease_lost"
         # The second run removes the container of the first run before it starts its own.
         second = await testbed.running_container(item.id)
@@ -128,7 +128,7 @@ async def test_container_at_drain_deadline_is_removed_and_session_released(
             "workpool.environment_id": item.environment_id,
         }
         await supervisor.drain(timeout=0)
-        assert (await testbed.session_finished(item.id)).outcome == "released"
+        assert (await testbed.wait_for_session_end(item.id)).outcome == "released"
         await testbed.wait_for_removal(item.id)
 
 
@@ -142,7 +142,7 @@ async def test_drain_sends_sigterm_to_container_and_uses_its_exit_status(
     ) as supervisor:
         await testbed.wait_for_output("ready")
         await supervisor.drain(timeout=60)
-        assert (await testbed.session_finished(item.id)).outcome == outcome
+        assert (await testbed.wait_for_session_end(item.id)).outcome == outcome
     assert "stdout: SIGTERM received" in testbed.log.lines
     assert await testbed.item_containers(item.id) == []
 
@@ -154,7 +154,7 @@ async def test_container_removed_by_another_program_fails_its_session(
     async with testbed.make_pool(testbed.endless_script):
         container = await testbed.running_container(item.id)
         await testbed.docker_client.containers.container(container).delete(force=True)
-        finished = await testbed.session_finished(item.id)
+        finished = await testbed.wait_for_session_end(item.id)
     assert finished.outcome == "failed"
     assert "removed by another program" in str(finished.error)
 
@@ -167,13 +167,13 @@ async def test_container_left_running_by_drain_is_adopted_by_next_run(
     async with testbed.make_pool(script, on_drain="leave") as supervisor:
         container = await testbed.running_container(item.id)
         await supervisor.drain(timeout=60)
-        assert (await testbed.session_finished(item.id)).outcome == "released"
+        assert (await testbed.wait_for_session_end(item.id)).outcome == "released"
     assert await testbed.running_container(item.id) == container
 
     expire_lease(testbed.plane, item.id)
     async with testbed.make_pool(script):
         (kept_directory / "end").touch()
-        assert (await testbed.session_finished(item.id, count=2)).outcome == "completed"
+        assert (await testbed.wait_for_session_end(item.id, count=2)).outcome == "completed"
     assert start_count(kept_directory) == 1
     assert await testbed.item_containers(item.id) == []
 
@@ -191,7 +191,7 @@ async def test_exit_status_of_container_that_ended_between_runs_is_reported(
 
     expire_lease(testbed.plane, item.id)
     async with testbed.make_pool(script):
-        finished = await testbed.session_finished(item.id, count=2)
+        finished = await testbed.wait_for_session_end(item.id, count=2)
     assert finished.outcome == "failed"
     assert "exit status 4" in str(finished.error)
     assert start_count(kept_directory) == 1
@@ -216,7 +216,7 @@ async def test_container_of_killed_worker_is_adopted(
     async with testbed.make_pool(script):
         await testbed.poll_until(was_renamed)
         (kept_directory / "end").touch()
-        assert (await testbed.session_finished(item.id)).outcome == "completed"
+        assert (await testbed.wait_for_session_end(item.id)).outcome == "completed"
     assert testbed.stored_item(item.id).metadata[CONTAINER_ID_KEY] == container
     assert start_count(kept_directory) == 1
 
@@ -236,6 +236,6 @@ async def test_output_and_exit_of_container_are_read_after_restart_of_engine(
         podman.start_service()
         await testbed.wait_for_output("ready")
         (kept_directory / "end").touch()
-        assert (await testbed.session_finished(item.id)).outcome == "completed"
+        assert (await testbed.wait_for_session_end(item.id)).outcome == "completed"
     assert "stdout: bye" in testbed.log.lines
     assert await testbed.item_containers(item.id) == []

@@ -12,7 +12,7 @@ from workpool import Release, Session, WorkItem
 from workpool.errors import TransientError
 from workpool_container import container_run
 from workpool_container.container_run import CONTAINER_ID_KEY, ContainerRun
-from workpool_container.engine import GIVEN_UP_SUFFIX, EngineClient
+from workpool_container.engine_client import GIVEN_UP_SUFFIX, EngineClient
 from workpool_container.options import ContainerOptions, container_specification
 
 if TYPE_CHECKING:
@@ -68,7 +68,7 @@ class SessionWorker:
         command = ["/bin/sh", "-c", script or testbed.endless_script]
         self.options = ContainerOptions.from_settings(testbed.options | {"command": command})
 
-    async def run(self) -> dict[str, str]:
+    async def run_session(self) -> dict[str, str]:
         return await ContainerRun(self.engine, self.options, self.session).run_to_end()
 
 
@@ -88,10 +88,12 @@ async def test_worker_without_lease_leaves_container_adopted_by_another_worker_r
 ) -> None:
     stale = SessionWorker(testbed, engine)
     async with asyncio.TaskGroup() as group:
-        first = group.create_task(stale.run())
+        first = group.create_task(stale.run_session())
         await testbed.wait_for_output("ready")
         (container,) = await container_states(testbed)
-        second = group.create_task(SessionWorker(testbed, engine, container_id=container).run())
+        second = group.create_task(
+            SessionWorker(testbed, engine, container_id=container).run_session()
+        )
         await testbed.log.wait_until(lambda: any("adopted" in line for line in testbed.log.lines))
 
         # The first worker is like one that was suspended for longer than its lease.
@@ -116,12 +118,12 @@ async def test_cancellation_at_any_engine_call_leaves_no_running_container(
     original = getattr(engine, call)
 
     async def call_and_cancel(*arguments: Any) -> Any:
-        _call_after(turns, task.cancel)
+        _call_after_loop_turns(turns, task.cancel)
         return await original(*arguments)
 
     monkeypatch.setattr(engine, call, call_and_cancel)
     async with asyncio.TaskGroup() as group:
-        task = group.create_task(SessionWorker(testbed, engine).run())
+        task = group.create_task(SessionWorker(testbed, engine).run_session())
         await asyncio.wait({task})
     assert task.cancelled()
     # The engine may create a container after the cancellation of its request, but never starts it.
@@ -141,11 +143,11 @@ async def test_second_cancellation_during_cleanup_leaves_no_container(
 
     async def cancel_again_and_call(*arguments: Any) -> Any:
         loop = asyncio.get_running_loop()
-        loop.call_soon(_call_after, turns, task.cancel)
+        loop.call_soon(_call_after_loop_turns, turns, task.cancel)
         return await original(*arguments)
 
     async with asyncio.TaskGroup() as group:
-        task = group.create_task(SessionWorker(testbed, engine).run())
+        task = group.create_task(SessionWorker(testbed, engine).run_session())
         await testbed.wait_for_output("ready")
         monkeypatch.setattr(engine, call, cancel_again_and_call)
         task.cancel()
@@ -167,7 +169,7 @@ async def test_second_cancellation_during_grace_kills_container_without_delay(
 
     monkeypatch.setattr(engine, "stop_container", record_stop)
     async with asyncio.timeout(240), asyncio.TaskGroup() as group:
-        task = group.create_task(SessionWorker(testbed, engine, script=script).run())
+        task = group.create_task(SessionWorker(testbed, engine, script=script).run_session())
         await testbed.wait_for_output("ready")
         task.cancel()
         await stop_begun.wait()
@@ -176,9 +178,9 @@ async def test_second_cancellation_during_grace_kills_container_without_delay(
     assert await container_states(testbed) == {}
 
 
-def _call_after(turns: int, call: Callable[[], object]) -> None:
+def _call_after_loop_turns(turns: int, call: Callable[[], object]) -> None:
     if turns:
-        asyncio.get_running_loop().call_soon(_call_after, turns - 1, call)
+        asyncio.get_running_loop().call_soon(_call_after_loop_turns, turns - 1, call)
     else:
         call()
 
@@ -195,7 +197,7 @@ async def test_container_whose_lease_ends_before_its_start_is_not_started(
 
     monkeypatch.setattr(worker.lease, "update_metadata", end_lease)
     with pytest.raises(Release):
-        await worker.run()
+        await worker.run_session()
     assert states == ["created"]
     assert await container_states(testbed) == {}
     assert testbed.log.lines == []
@@ -211,7 +213,7 @@ async def test_item_whose_metadata_cannot_be_written_is_released_without_contain
 
     monkeypatch.setattr(worker.lease, "update_metadata", raise_server_error)
     with pytest.raises(Release):
-        await worker.run()
+        await worker.run_session()
     assert await container_states(testbed) == {}
 
 
@@ -226,7 +228,7 @@ async def test_container_of_worker_that_has_no_memory_is_stopped(
 
     monkeypatch.setattr(engine, "wait_for_exit_status", raise_memory_error)
     with pytest.raises(MemoryError):
-        await worker.run()
+        await worker.run_session()
     assert "running" not in (await container_states(testbed)).values()
 
 
@@ -244,7 +246,7 @@ async def test_container_that_cannot_be_adopted_is_removed_before_another_starts
         testbed, engine, container_id="" if kind == "not named by the item" else left
     )
     async with asyncio.TaskGroup() as group:
-        task = group.create_task(worker.run())
+        task = group.create_task(worker.run_session())
         await testbed.wait_for_output("ready")
         (container,) = await container_states(testbed)
         assert container != left

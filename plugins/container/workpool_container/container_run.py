@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Final
 
 from workpool import Release, WorkpoolError
 from workpool.errors import TransientError, exhausted, innermost
-from workpool_container.engine import GIVEN_UP_SUFFIX, EngineError
+from workpool_container.engine_client import GIVEN_UP_SUFFIX, EngineError
 from workpool_container.options import WORK_ID_LABEL, container_specification
 from workpool_container.output_log import OutputLog
 
@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from collections.abc import Mapping
 
     from workpool import Session
-    from workpool_container.engine import EngineClient, ListedContainer
+    from workpool_container.engine_client import EngineClient, ListedContainer
     from workpool_container.options import ContainerOptions
 
 CONTAINER_ID_KEY: Final = "workpool.container"

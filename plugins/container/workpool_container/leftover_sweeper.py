@@ -13,14 +13,14 @@ from typing import TYPE_CHECKING
 
 from workpool.errors import ControlPlaneError
 from workpool_container.container_run import CONTAINER_ID_KEY
-from workpool_container.engine import EngineError
+from workpool_container.engine_client import EngineError
 from workpool_container.options import ENVIRONMENT_ID_LABEL, WORK_ID_LABEL
 
 if TYPE_CHECKING:
     from collections.abc import Set as AbstractSet
 
     from workpool import WorkClient
-    from workpool_container.engine import EngineClient, ListedContainer
+    from workpool_container.engine_client import EngineClient, ListedContainer
 
 log = logging.getLogger(__name__)
 

@@ -23,7 +23,7 @@ from workpool import (
     release_on_exhaustion,
 )
 from workpool_container.container_run import ContainerRun
-from workpool_container.engine import EngineClient, EngineError, find_socket
+from workpool_container.engine_client import EngineClient, EngineError, find_socket
 from workpool_container.leftover_sweeper import LeftoverSweeper
 from workpool_container.options import ContainerOptions
 

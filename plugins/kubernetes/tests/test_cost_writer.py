@@ -41,7 +41,7 @@ class WriterTestbed:
     @asynccontextmanager
     async def running_writer(self) -> AsyncIterator[None]:
         async with asyncio.TaskGroup() as group:
-            task = group.create_task(self.writer.run())
+            task = group.create_task(self.writer.write_changes())
             await asyncio.sleep(0.001)
             try:
                 yield

@@ -47,7 +47,7 @@ class CostWriter:
         """Let the loop compute the cost again, because the cost may have changed."""
         self._changed.set()
 
-    async def run(self) -> None:
+    async def write_changes(self) -> None:
         """Write the cost at once and after each change, until cancelled."""
         while True:
             self._changed.clear()
@@ -94,7 +94,7 @@ class CostWriter:
 async def running_writer(writer: CostWriter) -> AsyncIterator[CostWriter]:
     """Run the writer in a task during the block."""
     async with asyncio.TaskGroup() as group:
-        task = group.create_task(writer.run(), name="deletion-cost")
+        task = group.create_task(writer.write_changes(), name="deletion-cost")
         try:
             yield writer
         finally:

@@ -71,7 +71,7 @@ class Kubernetes:
                 write = partial(client.set_annotation, DELETION_COST)
                 self._writer = CostWriter(partial(deletion_cost, supervisor), write, self.interval)
                 async with running_writer(self._writer) as writer:
-                    with _counted_pool(supervisor, writer):
+                    with _count_pool_sessions(supervisor, writer):
                         yield
         except (NoPodError, APIServerError) as error:
             raise PluginError(NAME, str(error)) from None
@@ -102,7 +102,7 @@ def running_sessions(supervisor: Supervisor) -> int:
 
 
 @contextmanager
-def _counted_pool(supervisor: Supervisor, writer: CostWriter) -> Iterator[None]:
+def _count_pool_sessions(supervisor: Supervisor, writer: CostWriter) -> Iterator[None]:
     """Count the sessions of this pool for the deletion cost during the block."""
     loop = asyncio.get_running_loop()
     _UPDATE_REQUESTS[supervisor] = partial(loop.call_soon_threadsafe, writer.request_update)

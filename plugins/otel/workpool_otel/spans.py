@@ -23,7 +23,7 @@ from workpool.events import (
     SessionFinished,
     current_work_id,
 )
-from workpool_otel import attributes
+from workpool_otel import span_attributes
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
@@ -130,8 +130,8 @@ class SessionSpans:
         run = self._runs.get(event.session.item.id)
         if run is not None and run.span is not None:
             fields: dict[str, str | int] = {
-                attributes.RETRY: event.retry,
-                attributes.ERROR: _class_name(event.error),
+                span_attributes.RETRY: event.retry,
+                span_attributes.ERROR: _class_name(event.error),
             }
             run.span.add_event("retry", fields)
 
@@ -141,16 +141,16 @@ class SessionSpans:
         span = self._started_span(run, item)
         span.set_attributes(
             {
-                attributes.HANDLER: event.handler,
-                attributes.ATTEMPT: event.session.attempt,
-                attributes.REDELIVERED: event.session.redelivered,
-                attributes.OUTCOME: event.outcome,
+                span_attributes.HANDLER: event.handler,
+                span_attributes.ATTEMPT: event.session.attempt,
+                span_attributes.REDELIVERED: event.session.redelivered,
+                span_attributes.OUTCOME: event.outcome,
             }
         )
         error = event.error
         if event.outcome in _FAILURES:
             name = event.outcome if error is None else _class_name(error)
-            span.set_attribute(attributes.ERROR, name)
+            span.set_attribute(span_attributes.ERROR, name)
             text = str(error) if error is not None and self._with_messages else None
             span.set_status(Status(StatusCode.ERROR, text))
         span.end()
@@ -159,13 +159,16 @@ class SessionSpans:
         """Return the span of a run. Start a missing span, and record its early requests."""
         if run.span is None:
             run.attributes = {
-                attributes.SYSTEM: "workpool",
-                attributes.DESTINATION: item.environment_id,
-                attributes.MESSAGE: item.id,
-                attributes.CONVERSATION: item.session_id,
-                attributes.CLIENT: self._client,
+                span_attributes.SYSTEM: "workpool",
+                span_attributes.DESTINATION: item.environment_id,
+                span_attributes.MESSAGE: item.id,
+                span_attributes.CONVERSATION: item.session_id,
+                span_attributes.CLIENT: self._client,
             }
-            process = {attributes.OPERATION: "process", attributes.OPERATION_TYPE: "process"}
+            process = {
+                span_attributes.OPERATION: "process",
+                span_attributes.OPERATION_TYPE: "process",
+            }
             run.span = self._tracer.start_span(
                 f"process {item.environment_id}",
                 context=_creator_context(item),
@@ -182,18 +185,18 @@ class SessionSpans:
     def _add_request_span(self, run: _RunSpan, parent: Span, request: _FinishedRequest) -> None:
         """Record a finished request as a child of the session's span."""
         span = self._tracer.start_span(
-            f"{request.op} {run.attributes[attributes.DESTINATION]}",
+            f"{request.op} {run.attributes[span_attributes.DESTINATION]}",
             context=trace.set_span_in_context(parent),
             kind=SpanKind.CLIENT,
-            attributes=run.attributes | {attributes.OPERATION: request.op},
+            attributes=run.attributes | {span_attributes.OPERATION: request.op},
             start_time=request.start,
         )
-        if request.op in attributes.SETTLE_CALLS:
-            span.set_attribute(attributes.OPERATION_TYPE, "settle")
+        if request.op in span_attributes.SETTLE_CALLS:
+            span.set_attribute(span_attributes.OPERATION_TYPE, "settle")
         if request.code.isdecimal():
-            span.set_attribute(attributes.STATUS_CODE, int(request.code))
+            span.set_attribute(span_attributes.STATUS_CODE, int(request.code))
         if not request.code.startswith("2"):
-            span.set_attribute(attributes.ERROR, request.code)
+            span.set_attribute(span_attributes.ERROR, request.code)
             span.set_status(StatusCode.ERROR)
         span.end(request.end)
 

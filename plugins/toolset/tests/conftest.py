@@ -17,16 +17,16 @@ from workpool_toolset.isolation import (
     ProcessLimits,
     find_sandbox_problem,
 )
-from workpool_toolset.search import SandboxCommand, SearchTools
+from workpool_toolset.search_tools import SandboxCommand, SearchTools
 from workpool_toolset.shell import BashShell
-from workpool_toolset.tools import CallLimits, Toolbox, ToolCall, ToolThreads, started_threads
-from workpool_toolset.workspace import Root, Workspace
+from workpool_toolset.toolbox import CallLimits, Toolbox, ToolCall, ToolThreads, started_threads
+from workpool_toolset.workspace import Workspace, WorkspaceRoot
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Callable, Iterator, Sequence
     from pathlib import Path
 
-    from workpool_toolset.results import ToolResult
+    from workpool_toolset.tool_result import ToolResult
 
 SESSION = "sess_1"
 
@@ -69,7 +69,7 @@ def result_text(result: ToolResult) -> str:
 def make_agent(
     isolation: Isolation,
     folder: Path,
-    roots: Sequence[Root] = (),
+    roots: Sequence[WorkspaceRoot] = (),
     *,
     custom: Any = None,
     bounds: CallLimits = CallLimits(bash_seconds=40.0, tool_seconds=55.0),  # noqa: B008 - frozen
@@ -79,9 +79,12 @@ def make_agent(
     if owner:
         os.chown(folder, *owner)
     shown = isolation.workspace_path(folder)
-    workspace = Workspace([Root(shown, folder, owner=owner), *roots])
-    prefix, environment = isolation.command_line(SESSION, folder, ()), isolation.environment(None)
-    sandbox = SandboxCommand(prefix, environment) if isolation.sandboxed else None
+    workspace = Workspace([WorkspaceRoot(shown, folder, owner=owner), *roots])
+    prefix, environment = (
+        isolation.command_line(SESSION, folder, ()),
+        isolation.command_environment(None),
+    )
+    sandbox = SandboxCommand(prefix, environment) if isolation.is_sandboxed else None
     toolbox = Toolbox(
         workspace,
         BashShell([*prefix, *BASH], environment, None if sandbox else folder),
@@ -128,13 +131,13 @@ async def make_agents(
     """Return a function that creates callers with an isolation and options of `make_agent`."""
     callers: list[ToolCaller] = []
 
-    def make(isolation: Isolation = NoIsolation(), **options: Any) -> ToolCaller:  # noqa: B008 - frozen
+    def make_caller(isolation: Isolation = NoIsolation(), **options: Any) -> ToolCaller:  # noqa: B008 - frozen
         callers.append(
             make_agent(isolation, workspace_directory, **{"threads": tool_threads} | options)
         )
         return callers[-1]
 
-    yield make
+    yield make_caller
     for agent in callers:
         await agent.toolbox.close_shell()
 

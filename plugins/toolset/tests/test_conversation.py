@@ -9,7 +9,7 @@ import pytest
 from workpool_toolset.conversation import Conversation
 
 if TYPE_CHECKING:
-    from workpool_toolset.tools import ToolCall
+    from workpool_toolset.toolbox import ToolCall
 
 
 class ConversationTestbed:
@@ -53,7 +53,7 @@ def test_tool_calls_are_taken_in_order_until_they_are_answered() -> None:
     assert uses.next_call is None
 
 
-def test_agent_that_needs_a_confirmation_or_its_user_waits_for_others() -> None:
+def test_conversation_waits_for_others_if_confirmation_or_message_is_missing() -> None:
     uses = ConversationTestbed().add_use("a", evaluated_permission="ask")
     assert uses.now.waits_for_others
     assert uses.end_turn("requires_action").now.waits_for_others
@@ -117,7 +117,7 @@ def test_denied_call_is_never_run(verdict: object) -> None:
 
 
 @pytest.mark.parametrize(("verdict", "follows"), [("allow", "a"), ("deny", None)])
-def test_confirmation_that_arrives_before_its_call_counts(
+def test_confirmation_that_arrives_before_its_call_is_applied(
     verdict: str, follows: str | None
 ) -> None:
     uses = ConversationTestbed().apply_event(

@@ -14,10 +14,10 @@ from typing import Any
 import pytest
 
 from workpool import DaemonThreads
-from workpool_toolset import files
-from workpool_toolset.files import FileSizeLimits
-from workpool_toolset.tools import THREAD_COUNT, CallLimits, ToolThreads
-from workpool_toolset.workspace import Root
+from workpool_toolset import file_tools
+from workpool_toolset.file_tools import FileSizeLimits
+from workpool_toolset.toolbox import THREAD_COUNT, CallLimits, ToolThreads
+from workpool_toolset.workspace import WorkspaceRoot
 
 
 async def test_written_file_is_read_back_unchanged(
@@ -184,7 +184,7 @@ async def test_search_for_line_range_is_limited_by_bytes_and_time(
 ) -> None:
     (workspace_directory / "lines").write_text("line\n" * 100_000)
     output = "lines: the lines begin or end beyond the first 131072 bytes, which is as far"
-    monkeypatch.setattr(files, "MAX_SCANNED_BYTES", 100_000)
+    monkeypatch.setattr(file_tools, "MAX_SCANNED_BYTES", 100_000)
     far = await agent_without_sandbox.call_with_error(
         "read", file_path="lines", view_range=[90_000, 90_001]
     )
@@ -203,7 +203,7 @@ async def test_search_for_line_range_is_limited_by_bytes_and_time(
         )
         == "line\n"
     )
-    monkeypatch.setattr(files, "SCAN_SECONDS", 0.0)
+    monkeypatch.setattr(file_tools, "SCAN_SECONDS", 0.0)
     await agent_without_sandbox.call_with_error(
         "read", file_path="lines", view_range=[90_000, 90_001]
     )
@@ -354,8 +354,8 @@ async def test_additional_roots_are_writable_or_read_only_as_configured(
     (frozen / "a").write_text("kept")
     (workspace_directory / "to").symlink_to(shared)
     roots = [
-        Root(str(shared), shared),
-        *(Root(str(r), r, writable=False) for r in (frozen, nested)),
+        WorkspaceRoot(str(shared), shared),
+        *(WorkspaceRoot(str(r), r, writable=False) for r in (frozen, nested)),
     ]
     agent = make_agents(roots=roots)
     await agent.call_successfully("write", file_path=f"{shared}/b", content="new")
@@ -376,7 +376,7 @@ async def test_root_directory_as_additional_root_allows_every_path(
 ) -> None:
     (tmp_path / "outside").write_text("seen")
     (workspace_directory / "link").symlink_to("/")
-    agent = make_agents(roots=[Root("/", Path("/"))])
+    agent = make_agents(roots=[WorkspaceRoot("/", Path("/"))])
     for path in (f"{tmp_path}/outside", "../outside", f"link{tmp_path}/outside"):
         assert await agent.call_successfully("read", file_path=path) == "seen"
 
@@ -389,7 +389,7 @@ async def test_additional_roots_are_visible_in_sandbox_with_their_permissions(
         path.mkdir()
         path.chmod(0o777)
         (path / "a").write_text("here\n")
-    roots = (Root(str(shared), shared), Root(str(frozen), frozen, writable=False))
+    roots = (WorkspaceRoot(str(shared), shared), WorkspaceRoot(str(frozen), frozen, writable=False))
     agent = make_agents(isolation=dataclasses.replace(sandbox, roots=roots), roots=roots)
     assert (
         await agent.call_successfully("bash", command=f"cat {shared}/a {frozen}/a")

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
     from pathlib import Path
 
-    from workpool_toolset.results import ToolResult
+    from workpool_toolset.tool_result import ToolResult
 
 TOKEN = "pat-Zx9-of-the-worker"  # noqa: S105 - a token of the test only
 

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 import uvloop
 
-from workpool_toolset import isolation, launcher
+from workpool_toolset import isolation, sandbox_launcher
 from workpool_toolset.isolation import Bubblewrap, ProcessLimits, find_sandbox_problem
 
 if TYPE_CHECKING:
@@ -58,19 +58,19 @@ def kill_and_reap(pid: int) -> None:
 
 def seccomp_decision(machine: str, architecture: int, number: int) -> int:
     """Run the seccomp filter for a system call, and return its decision."""
-    program = list(struct.iter_unpack("=HBBI", launcher.seccomp_filter(machine)))
+    program = list(struct.iter_unpack("=HBBI", sandbox_launcher.seccomp_filter(machine)))
     call, accumulator, place = struct.pack("=II", number, architecture), 0, 0
     while True:
         code, if_equal, if_not, operand = program[place]
         place += 1
         match code:
-            case launcher.LOAD:
+            case sandbox_launcher.LOAD:
                 (accumulator,) = struct.unpack_from("=I", call, operand)
-            case launcher.AND:
+            case sandbox_launcher.AND:
                 accumulator &= operand
-            case launcher.JUMP_IF_EQUAL:
+            case sandbox_launcher.JUMP_IF_EQUAL:
                 place += if_equal if accumulator == operand else if_not
-            case launcher.RETURN:
+            case sandbox_launcher.RETURN:
                 return int(operand)
 
 
@@ -89,28 +89,30 @@ def test_seccomp_filter_refuses_key_calls_in_every_instruction_set(
 ) -> None:
     calls = {*range(600), *(number | X32 for number in range(600)), 0xFFFFFFFF}
     refused = {
-        one for one in calls if seccomp_decision(machine, architecture, one) == launcher.REFUSE
+        one
+        for one in calls
+        if seccomp_decision(machine, architecture, one) == sandbox_launcher.REFUSE
     }
     assert {number & ~X32 for number in refused} == {number & ~X32 for number in numbers}
     assert numbers <= refused
     assert {seccomp_decision(machine, architecture, one) for one in calls - refused} == {
-        launcher.ALLOW
+        sandbox_launcher.ALLOW
     }
 
 
 def test_seccomp_filter_refuses_all_calls_of_unknown_instruction_set() -> None:
-    for machine in launcher.CALLS:
-        assert seccomp_decision(machine, 0xC0000016, 1) == launcher.REFUSE
+    for machine in sandbox_launcher.CALLS:
+        assert seccomp_decision(machine, 0xC0000016, 1) == sandbox_launcher.REFUSE
 
 
 def test_launcher_gives_its_program_a_new_session_keyring(tmp_path: Path) -> None:
-    keyctl = launcher.CALLS[os.uname().machine][0][-1]
+    keyctl = sandbox_launcher.CALLS[os.uname().machine][0][-1]
     program = tmp_path / "program"
     program.write_text(
         f"#!{sys.executable}\nimport ctypes; print(ctypes.CDLL(None).syscall({keyctl}, 0, -3, 0))"
     )
     program.chmod(0o755)
-    launch = [sys.executable, "-I", "-S", launcher.__file__]
+    launch = [sys.executable, "-I", "-S", sandbox_launcher.__file__]
     keyrings = {program_output(*way, str(program)) for way in ([], launch, launch)}
     assert len(keyrings) == 3
 
@@ -133,8 +135,8 @@ sys.exit(subprocess.run(sys.argv[3:]).returncode)
 @pytest.mark.skipif(os.geteuid() != 0, reason="only root can become another user")
 def test_launcher_of_user_at_key_quota_starts_program() -> None:
     python = str(shutil.which("python3", path=os.defpath))
-    launch = [python, "-I", "-S", "-c", inspect.getsource(launcher), "/bin/echo"]
-    add_key, _, keyctl = map(str, launcher.CALLS[os.uname().machine][0][1:])
+    launch = [python, "-I", "-S", "-c", inspect.getsource(sandbox_launcher), "/bin/echo"]
+    add_key, _, keyctl = map(str, sandbox_launcher.CALLS[os.uname().machine][0][1:])
     done = subprocess.run(  # noqa: S603 - no input from outside
         [python, "-c", QUOTA_PROGRAM, add_key, keyctl, *launch],
         user=65533,
@@ -146,7 +148,7 @@ def test_launcher_of_user_at_key_quota_starts_program() -> None:
 
 
 def test_launcher_of_missing_program_names_it_in_error() -> None:
-    words = [sys.executable, "-I", "-S", launcher.__file__, "/no/such"]
+    words = [sys.executable, "-I", "-S", sandbox_launcher.__file__, "/no/such"]
     done = subprocess.run(words, capture_output=True, text=True, check=False)  # noqa: S603 - no input from outside
     assert done.returncode == 1
     assert done.stderr == "/no/such cannot be started: No such file or directory\n"
@@ -155,7 +157,7 @@ def test_launcher_of_missing_program_names_it_in_error() -> None:
 async def test_sandbox_on_machine_without_call_filter_is_refused(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(launcher, "CALLS", {})
+    monkeypatch.setattr(sandbox_launcher, "CALLS", {})
     machine = os.uname().machine
     found = await find_sandbox_problem(Bubblewrap(ProcessLimits()), tmp_path)
     assert found == f"its system calls cannot be filtered on {machine}"

@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING
 import pytest
 
 from workpool import DaemonThreads
-from workpool_toolset.journal import CallJournal
-from workpool_toolset.results import ToolResult
+from workpool_toolset.call_journal import CallJournal
+from workpool_toolset.tool_result import ToolResult
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -78,8 +78,8 @@ WRITER_PROGRAM = """
 import asyncio, itertools, sys
 from pathlib import Path
 from workpool import DaemonThreads
-from workpool_toolset.journal import CallJournal
-from workpool_toolset.results import ToolResult
+from workpool_toolset.call_journal import CallJournal
+from workpool_toolset.tool_result import ToolResult
 
 async def main():
     journal = CallJournal(Path(sys.argv[1]), DaemonThreads("test", 2))

@@ -13,7 +13,7 @@ import pytest
 
 from workpool.errors import exhausted
 from workpool_toolset import Toolset
-from workpool_toolset.journal import CallJournal
+from workpool_toolset.call_journal import CallJournal
 
 if TYPE_CHECKING:
     from collections.abc import Iterator

@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from workpool_toolset import search, walker
-from workpool_toolset.workspace import Root
+from workpool_toolset import search_tools, walker
+from workpool_toolset.workspace import WorkspaceRoot
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -99,7 +99,7 @@ async def test_glob_follows_links_to_additional_roots_only(
     (shared / "inner/file").touch()
     (workspace_directory / "link").symlink_to(shared / "inner")
     assert await make_agents().call_successfully("glob", pattern="**") == "no matches"
-    agent = make_agents(roots=[Root(str(shared), shared)])
+    agent = make_agents(roots=[WorkspaceRoot(str(shared), shared)])
     assert set((await agent.call_successfully("glob", pattern="**")).splitlines()) == {
         "link",
         "link/file",
@@ -143,7 +143,7 @@ async def test_grep_without_ripgrep_finds_matching_lines(
     )
 
 
-@pytest.mark.skipif(not search.RIPGREP.exists(), reason="ripgrep is not installed")
+@pytest.mark.skipif(not search_tools.RIPGREP.exists(), reason="ripgrep is not installed")
 async def test_grep_with_ripgrep_finds_matching_lines(
     agent_with_sandbox: Any, workspace_directory: Path
 ) -> None:
@@ -260,8 +260,8 @@ async def test_grep_whose_sandbox_does_not_start_fails(
     agent_with_sandbox: Any, workspace_directory: Path
 ) -> None:
     (workspace_directory / "a").write_text("word")
-    search_tools = agent_with_sandbox.toolbox._search
-    search_tools._sandboxed = search.SandboxCommand(["/bin/false"], {})
+    tools = agent_with_sandbox.toolbox._search
+    tools._sandboxed = search_tools.SandboxCommand(["/bin/false"], {})
     assert await agent_with_sandbox.call_with_error("grep", pattern="word") == "the search failed"
 
 
@@ -275,7 +275,7 @@ async def test_grep_output_is_cut_after_100_kib(agent: Any, workspace_directory:
 async def test_grep_with_endless_expression_ends_at_time_limit(
     agent_without_sandbox: Any, workspace_directory: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(search, "SEARCH_SECONDS", 0.5)
+    monkeypatch.setattr(search_tools, "SEARCH_SECONDS", 0.5)
     (workspace_directory / "a").write_text("a" * 40 + "b")
     assert "took more than" in await agent_without_sandbox.call_with_error("grep", pattern="(a+)+$")
 

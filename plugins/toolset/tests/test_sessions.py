@@ -16,8 +16,8 @@ from workpool.errors import TransientError
 from workpool.events import SessionFinished, StopRequested
 from workpool.testing import expire_lease, lost, status
 from workpool_toolset import ToolCall, Toolset, session_answerer
-from workpool_toolset.journal import CallJournal
-from workpool_toolset.results import ToolResult
+from workpool_toolset.call_journal import CallJournal
+from workpool_toolset.tool_result import ToolResult
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
@@ -45,7 +45,7 @@ def long_timeouts(monkeypatch: pytest.MonkeyPatch) -> None:
 def make_toolset(tmp_path: Path) -> Make:
     """Return a function that makes a toolset without isolation and with its own state directory."""
 
-    def make(**settings: Any) -> Toolset:
+    def make_with_defaults(**settings: Any) -> Toolset:
         defaults: dict[str, Any] = {
             "isolation": "none",
             "state": str(tmp_path / "state"),
@@ -53,7 +53,7 @@ def make_toolset(tmp_path: Path) -> Make:
         }
         return Toolset(**defaults | settings)
 
-    return make
+    return make_with_defaults
 
 
 WAIT_FOR_GO = "until [ -e go ]; do sleep 0.02; done"
@@ -506,7 +506,7 @@ async def test_call_begun_elsewhere_between_two_runs_here_is_not_executed_again(
     assert side.read_text() == "2\n"
 
 
-async def test_call_is_not_begun_before_item_names_journal(
+async def test_call_is_not_executed_before_metadata_have_name_of_journal(
     workpool: Kit, make_toolset: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     async def raise_transient_error(*_: object) -> None:

@@ -254,9 +254,9 @@ def test_shell_environment_contains_allowed_variables_only(
     for name in ("QODER_PAT", "ANTHROPIC_ENVIRONMENT_KEY", "WORKPOOL_TOKEN", "AWS_SECRET", "LANG"):
         monkeypatch.setenv(name, "C.UTF-8")
     allowed = {"PATH", "HOME", "LANG", "TZ", "TMPDIR", "PS1", "PS2", "TERM"}
-    assert isolation.environment(None).keys() <= allowed
-    assert isolation.environment(None)["LANG"] == "C.UTF-8"
-    only = isolation.environment({"A": "1"})
+    assert isolation.command_environment(None).keys() <= allowed
+    assert isolation.command_environment(None)["LANG"] == "C.UTF-8"
+    only = isolation.command_environment({"A": "1"})
     assert only == {"A": "1", "PS1": "", "PS2": "", "TERM": "dumb"}
 
 
@@ -295,7 +295,7 @@ def test_sandbox_of_worker_without_root_hides_host_files(
         )
         done = subprocess.run(  # noqa: S603 - no input from outside
             other.command_line("s", folder, [*BASH, "-c", script]),
-            env=other.environment(None),
+            env=other.command_environment(None),
             capture_output=True,
             text=True,
             check=False,

@@ -11,8 +11,8 @@ import pytest
 from workpool import PluginError
 from workpool_toolset import ToolCall, Toolset
 from workpool_toolset.isolation import Bubblewrap, ProcessLimits, find_sandbox_problem
-from workpool_toolset.results import ToolResult
-from workpool_toolset.tools import CallLimits
+from workpool_toolset.tool_result import ToolResult
+from workpool_toolset.toolbox import CallLimits
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -129,7 +129,7 @@ async def test_unexpected_tool_error_shows_agent_no_path_of_machine(
     def raise_error(*_: object) -> None:
         raise LookupError("/secret/place")
 
-    monkeypatch.setattr("workpool_toolset.files.write_file", raise_error)
+    monkeypatch.setattr("workpool_toolset.file_tools.write_file", raise_error)
     assert (
         await agent_without_sandbox.call_with_error("write", file_path="a", content="b")
         == "write: LookupError"

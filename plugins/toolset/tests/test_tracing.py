@@ -9,7 +9,7 @@ PROGRAM_WITHOUT_API = """
 import sys
 sys.modules["opentelemetry"] = None
 from workpool_toolset import ToolCall
-from workpool_toolset.results import ToolResult
+from workpool_toolset.tool_result import ToolResult
 from workpool_toolset.tracing import tool_span
 call = ToolCall(id="use_1", name="bash", input={}, custom=False, session="sess_1")
 with tool_span(call) as record:

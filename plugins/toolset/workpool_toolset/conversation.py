@@ -10,7 +10,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Final, TypeAlias
 
-from workpool_toolset.tools import ToolCall
+from workpool_toolset.toolbox import ToolCall
 
 Event: TypeAlias = Mapping[str, Any]
 

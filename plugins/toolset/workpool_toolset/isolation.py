@@ -23,13 +23,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Final, Protocol
 
-from workpool_toolset import launcher
+from workpool_toolset import sandbox_launcher
 from workpool_toolset.shell import REAP_SECONDS
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
-    from workpool_toolset.workspace import Root
+    from workpool_toolset.workspace import WorkspaceRoot
 
 HOME: Final = "/workspace"
 """The path of the workspace inside of a sandbox."""
@@ -39,7 +39,7 @@ INHERITED_VARIABLES: Final = ("PATH", "HOME", "LANG", "TZ", "TMPDIR")
 
 SETPRIV: Final = "/usr/bin/setpriv"
 MOUNT: Final = "/usr/bin/mount"
-_LAUNCHER: Final = str(Path(launcher.__file__).resolve())
+_LAUNCHER: Final = str(Path(sandbox_launcher.__file__).resolve())
 _SHARED: Final = ".shm"
 INODE_BYTES: Final = 16 * 1024
 """The bytes of a directory in memory for each file that the directory may contain."""
@@ -102,7 +102,7 @@ class Isolation(Protocol):
         """The name of the isolation in the settings and the log."""
 
     @property
-    def sandboxed(self) -> bool:
+    def is_sandboxed(self) -> bool:
         """Whether commands see only the workspace and the visible paths."""
 
     def workspace_path(self, workspace: Path, /) -> str:
@@ -114,7 +114,7 @@ class Isolation(Protocol):
     def command_line(self, session: str, workspace: Path, words: Sequence[str], /) -> list[str]:
         """Return the command line that runs `words` for the session."""
 
-    def environment(self, explicit: Mapping[str, str] | None) -> dict[str, str]:
+    def command_environment(self, explicit: Mapping[str, str] | None) -> dict[str, str]:
         """Return all environment variables of the session's commands."""
 
 
@@ -123,7 +123,7 @@ class NoIsolation:
     """The isolation `none`: commands may do everything that this process may do."""
 
     name: str = field(default="none", init=False)
-    sandboxed: bool = field(default=False, init=False)
+    is_sandboxed: bool = field(default=False, init=False)
 
     def workspace_path(self, workspace: Path) -> str:
         """Return the real path of the workspace."""
@@ -136,7 +136,7 @@ class NoIsolation:
         """Return `words` unchanged."""
         return list(words)
 
-    def environment(self, explicit: Mapping[str, str] | None) -> dict[str, str]:
+    def command_environment(self, explicit: Mapping[str, str] | None) -> dict[str, str]:
         """Return the allowed variables, or exactly the explicit ones."""
         allowed = {name: os.environ[name] for name in INHERITED_VARIABLES if name in os.environ}
         return _QUIET | (allowed if explicit is None else dict(explicit))
@@ -154,11 +154,11 @@ class Bubblewrap:
     """
 
     limits: ProcessLimits
-    roots: tuple[Root, ...] = ()
+    roots: tuple[WorkspaceRoot, ...] = ()
     as_root: bool = field(default_factory=lambda: os.geteuid() == 0)
     program: str = field(default_factory=lambda: shutil.which("bwrap") or "bwrap")
     name: str = field(default="bubblewrap", init=False)
-    sandboxed: bool = field(default=True, init=False)
+    is_sandboxed: bool = field(default=True, init=False)
 
     def workspace_path(self, _workspace: Path, /) -> str:
         """Return the path of the workspace in each sandbox."""
@@ -189,7 +189,7 @@ class Bubblewrap:
         bwrap = [sys.executable, "-I", "-S", _LAUNCHER, self.program, *_NAMESPACES, *rights]
         return [*bwrap, *self._file_options(workspace), "--", *user, *limited]
 
-    def environment(self, explicit: Mapping[str, str] | None) -> dict[str, str]:
+    def command_environment(self, explicit: Mapping[str, str] | None) -> dict[str, str]:
         """Return the allowed variables with paths of the sandbox, or exactly the explicit ones."""
         if explicit is not None:
             return _QUIET | dict(explicit)
@@ -263,7 +263,7 @@ async def find_sandbox_problem(sandbox: Bubblewrap, folder: Path) -> str | None:
     Raises:
         OSError: The directory or the process cannot be created.
     """
-    if os.uname().machine not in launcher.CALLS:
+    if os.uname().machine not in sandbox_launcher.CALLS:
         return f"its system calls cannot be filtered on {os.uname().machine}"
     for program in (sandbox.program, *([SETPRIV, MOUNT] if sandbox.as_root else [])):
         if shutil.which(program) is None:
@@ -278,7 +278,7 @@ async def find_sandbox_problem(sandbox: Bubblewrap, folder: Path) -> str | None:
             stdin=asyncio.subprocess.DEVNULL,
             stdout=asyncio.subprocess.DEVNULL,
             stderr=asyncio.subprocess.PIPE,
-            env=sandbox.environment(None),
+            env=sandbox.command_environment(None),
         )
         try:
             async with asyncio.timeout(PROBE_SECONDS):

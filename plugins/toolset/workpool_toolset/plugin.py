@@ -18,7 +18,8 @@ from workpool import (
     hookimpl,
     release_on_exhaustion,
 )
-from workpool_toolset.files import DEFAULT_SIZE_LIMITS, FileSizeLimits
+from workpool_toolset.call_journal import CallJournal
+from workpool_toolset.file_tools import DEFAULT_SIZE_LIMITS, FileSizeLimits
 from workpool_toolset.isolation import (
     BASH,
     VISIBLE_PATHS,
@@ -28,11 +29,10 @@ from workpool_toolset.isolation import (
     ProcessLimits,
     find_sandbox_problem,
 )
-from workpool_toolset.journal import CallJournal
-from workpool_toolset.search import SandboxCommand, SearchTools
+from workpool_toolset.search_tools import SandboxCommand, SearchTools
 from workpool_toolset.session_answerer import SessionAnswerer, journal_errors_as_release
 from workpool_toolset.shell import BashShell
-from workpool_toolset.tools import (
+from workpool_toolset.toolbox import (
     MARGIN_SECONDS,
     CallLimits,
     CustomTool,
@@ -40,7 +40,7 @@ from workpool_toolset.tools import (
     ToolThreads,
     started_threads,
 )
-from workpool_toolset.workspace import Root, Workspace
+from workpool_toolset.workspace import Workspace, WorkspaceRoot
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
@@ -105,7 +105,7 @@ class Toolset:
 
     _isolation: Isolation | None = field(default=None, init=False, repr=False)
     _threads: ToolThreads | None = field(default=None, init=False, repr=False)
-    _roots: tuple[Root, ...] = field(default=(), init=False, repr=False)
+    _roots: tuple[WorkspaceRoot, ...] = field(default=(), init=False, repr=False)
     _tools: Mapping[str, CustomTool] = field(default_factory=dict, init=False, repr=False)
 
     @hookimpl
@@ -150,11 +150,14 @@ class Toolset:
     ) -> Toolbox:
         owner = isolation.file_owner(session)
         roots = Workspace(
-            [Root(isolation.workspace_path(workspace), workspace, owner=owner), *self._roots]
+            [
+                WorkspaceRoot(isolation.workspace_path(workspace), workspace, owner=owner),
+                *self._roots,
+            ]
         )
-        environment = isolation.environment(self.environment)
+        environment = isolation.command_environment(self.environment)
         prefix = isolation.command_line(session, workspace, ())
-        sandbox = SandboxCommand(prefix, environment) if isolation.sandboxed else None
+        sandbox = SandboxCommand(prefix, environment) if isolation.is_sandboxed else None
         return Toolbox(
             roots,
             BashShell([*prefix, *BASH], environment, None if sandbox else workspace),
@@ -235,7 +238,7 @@ class Toolset:
                         NAME, f"root {inner}: {inner.parent}, in root {outer}, must be a root, too"
                     )
 
-    def _checked_roots(self, private: Sequence[Path]) -> Iterator[Root]:
+    def _checked_roots(self, private: Sequence[Path]) -> Iterator[WorkspaceRoot]:
         """Yield the further roots, and refuse a root that shows the worker's tokens or state."""
         writable_roots = [(path, True) for path in self.allowed_roots]
         for path, writable in [*writable_roots, *((path, False) for path in self.read_only_roots)]:
@@ -245,7 +248,7 @@ class Toolset:
             for secret in map(os.path.realpath, private if self.isolation != "none" else ()):
                 if host.is_relative_to(secret) or Path(secret).is_relative_to(host):
                     raise PluginError(NAME, f"root {path}: shows {secret} to sessions")
-            yield Root(str(host), host, writable)
+            yield WorkspaceRoot(str(host), host, writable)
 
 
 def _load_custom_tool(name: str, tool: object) -> CustomTool:

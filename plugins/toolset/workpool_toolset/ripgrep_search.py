@@ -84,7 +84,7 @@ class RipgrepMatches:
         self._size = 0
         self._file_size = 0
 
-    def text(self) -> str:
+    def matching_text(self) -> str:
         """Return all matching lines."""
         return "".join(self._lines)
 
@@ -115,10 +115,10 @@ class RipgrepMatches:
             self.complete = True
 
     def _add_line(self, data: dict[str, Any]) -> None:
-        line = _bytes_of(data["lines"])
+        line = _field_bytes(data["lines"])
         if len(line.removesuffix(b"\n")) > walker.MAX_LINE_BYTES:
             return
-        path = _bytes_of(data["path"]).decode(errors="replace").removeprefix("./")
+        path = _field_bytes(data["path"]).decode(errors="replace").removeprefix("./")
         text = f"{path}:{data['line_number']}:{walker.line_text(line)}\n"
         self._file_size += len(text.encode())
         if self._size + self._file_size > self._limit:
@@ -134,5 +134,5 @@ class RipgrepMatches:
         self._file, self._file_size = [], 0
 
 
-def _bytes_of(data: Mapping[str, str]) -> bytes:
+def _field_bytes(data: Mapping[str, str]) -> bytes:
     return data["text"].encode() if "text" in data else base64.b64decode(data["bytes"])

@@ -24,14 +24,14 @@ from workpool.errors import (
     innermost,
 )
 from workpool_toolset.conversation import Conversation, answered_call_id
-from workpool_toolset.results import ToolResult
+from workpool_toolset.tool_result import ToolResult
 from workpool_toolset.tracing import tool_span
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-    from workpool_toolset.journal import CallJournal
-    from workpool_toolset.tools import Toolbox, ToolCall
+    from workpool_toolset.call_journal import CallJournal
+    from workpool_toolset.toolbox import Toolbox, ToolCall
 
 UNKNOWN_OUTCOME: Final = (
     "the worker was interrupted while this call was running, and it was not run again: "

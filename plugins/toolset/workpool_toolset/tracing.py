@@ -18,8 +18,8 @@ else:
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
-    from workpool_toolset.results import ToolResult
-    from workpool_toolset.tools import ToolCall
+    from workpool_toolset.tool_result import ToolResult
+    from workpool_toolset.toolbox import ToolCall
 
 TOOL_ERROR: Final = "tool_error"
 

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final
 
 from workpool.errors import exhausted
-from workpool_toolset.results import ToolError
+from workpool_toolset.tool_result import ToolError
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
@@ -44,7 +44,7 @@ _ERROR_TEXTS: Final = {
 
 
 @dataclass(frozen=True, slots=True)
-class Root:
+class WorkspaceRoot:
     """A directory that the file tools may enter.
 
     Attributes:
@@ -74,7 +74,7 @@ class PathTarget:
     directory: int
     name: str
     shown: str
-    root: Root
+    root: WorkspaceRoot
 
     def set_entry_owner(self, name: str) -> None:
         """Set the owner of a new entry of the directory to that of the root."""
@@ -85,16 +85,16 @@ class PathTarget:
 class Workspace:
     """The roots of one session. Relative paths begin at the first root."""
 
-    def __init__(self, roots: Sequence[Root]) -> None:
+    def __init__(self, roots: Sequence[WorkspaceRoot]) -> None:
         self._roots = tuple(roots)
 
     @property
-    def roots(self) -> tuple[Root, ...]:
+    def roots(self) -> tuple[WorkspaceRoot, ...]:
         """The roots of the session, with its own directory first."""
         return self._roots
 
     @property
-    def home(self) -> Root:
+    def home_root(self) -> WorkspaceRoot:
         """The session's own directory."""
         return self._roots[0]
 
@@ -128,16 +128,16 @@ class Workspace:
 
     def relative_path(self, shown: str) -> str:
         """Return a path for messages, relative if it is in the session's own directory."""
-        inside = _components_below(shown, self.home.shown)
+        inside = _components_below(shown, self.home_root.shown)
         return shown if inside is None else "/".join(inside)
 
     def _resolve_path(
         self, path: str, stack: contextlib.ExitStack, *, write: bool, make: bool
     ) -> PathTarget:
-        _check_text(path)
-        wanted = _normalized(posixpath.join(self.home.shown, path))
+        _check_path_text(path)
+        wanted = _normalized_path(posixpath.join(self.home_root.shown, path))
         for _ in range(MAX_LINKS + 1):
-            root, parts = self._root_of(wanted, path)
+            root, parts = self._innermost_root(wanted, path)
             if write and not root.writable:
                 raise ToolError(f"{path}: read-only")
             found = _enter_components(root, parts, make=make)
@@ -147,7 +147,7 @@ class Workspace:
             wanted = found
         raise ToolError(f"{path}: too many levels of symbolic links")
 
-    def _root_of(self, wanted: str, path: str) -> tuple[Root, list[str]]:
+    def _innermost_root(self, wanted: str, path: str) -> tuple[WorkspaceRoot, list[str]]:
         found = [(root, _components_below(wanted, root.shown)) for root in self._roots]
         inside = [(root, parts) for root, parts in found if parts is not None]
         if not inside:
@@ -173,7 +173,7 @@ def readable_os_errors(path: str) -> Iterator[None]:
         raise ToolError(f"{path}: {words or 'cannot be used'}") from None
 
 
-def _enter_components(root: Root, parts: list[str], *, make: bool) -> PathTarget | str:
+def _enter_components(root: WorkspaceRoot, parts: list[str], *, make: bool) -> PathTarget | str:
     """Enter the directories from a root, and return the target.
 
     If a component is a link, the path of the link's target is returned instead.
@@ -185,7 +185,7 @@ def _enter_components(root: Root, parts: list[str], *, make: bool) -> PathTarget
             target = _link_target(directory, name)
             if target is not None:
                 os.close(directory)
-                return _normalized(posixpath.join(here, target, *parts[index + 1 :]))
+                return _normalized_path(posixpath.join(here, target, *parts[index + 1 :]))
             spot = PathTarget(directory, name, posixpath.join(here, name), root)
             if index == len(parts) - 1:
                 return spot
@@ -230,12 +230,12 @@ def _components_below(path: str, root: str) -> list[str] | None:
     return [part for part in path[len(root) :].split("/") if part]
 
 
-def _normalized(path: str) -> str:
+def _normalized_path(path: str) -> str:
     # `normpath` does not remove a leading `//`.
     return "/" + posixpath.normpath(path).lstrip("/")
 
 
-def _check_text(path: str) -> None:
+def _check_path_text(path: str) -> None:
     try:
         encoded = os.fsencode(path)
     except UnicodeEncodeError:

@@ -17,13 +17,13 @@ from typing import TYPE_CHECKING, Any, Final, TypeAlias
 
 from workpool import DaemonThreads
 from workpool.errors import exhausted
-from workpool_toolset import files
-from workpool_toolset.files import DEFAULT_SIZE_LIMITS, FileSizeLimits
-from workpool_toolset.results import ToolError, ToolResult
+from workpool_toolset import file_tools
+from workpool_toolset.file_tools import DEFAULT_SIZE_LIMITS, FileSizeLimits
 from workpool_toolset.shell import BashShell, ShellEnded
+from workpool_toolset.tool_result import ToolError, ToolResult
 
 if TYPE_CHECKING:
-    from workpool_toolset.search import SearchTools
+    from workpool_toolset.search_tools import SearchTools
     from workpool_toolset.workspace import Workspace
 
 Fields: TypeAlias = Mapping[str, Any]
@@ -224,19 +224,19 @@ class Toolbox:
     async def _run_read(self, fields: Fields) -> object:
         path = _text_field(fields, "file_path", "path")
         return await self._threads.files.run(
-            files.read_file, self._workspace, path, _line_range(fields), self._bounds.sizes
+            file_tools.read_file, self._workspace, path, _line_range(fields), self._bounds.sizes
         )
 
     async def _run_write(self, fields: Fields) -> object:
         path = _text_field(fields, "file_path", "path")
         content = _text_field(fields, "content")
-        return await self._threads.files.run(files.write_file, self._workspace, path, content)
+        return await self._threads.files.run(file_tools.write_file, self._workspace, path, content)
 
     async def _run_edit(self, fields: Fields) -> object:
         path = _text_field(fields, "file_path", "path")
         change = _text_field(fields, "old_string"), _text_field(fields, "new_string")
         return await self._threads.files.run(
-            files.edit_file,
+            file_tools.edit_file,
             self._workspace,
             path,
             change,

@@ -18,12 +18,12 @@ import time
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, BinaryIO, Final
 
-from workpool_toolset.results import ToolError
+from workpool_toolset.tool_result import ToolError
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-    from workpool_toolset.results import Block
+    from workpool_toolset.tool_result import Block
     from workpool_toolset.workspace import PathTarget, Workspace
 
 MAX_SCANNED_BYTES: Final = 256 << 20

@@ -21,8 +21,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
 from workpool_toolset import ripgrep_search, walker
-from workpool_toolset.results import MAX_ERROR_CHARACTERS, ToolError
 from workpool_toolset.shell import REAP_SECONDS
+from workpool_toolset.tool_result import MAX_ERROR_CHARACTERS, ToolError
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Coroutine, Mapping, Sequence
@@ -81,7 +81,7 @@ class SearchTools:
             is_file = stat.S_ISREG(mode)
             if is_file and include and not walker.matches_include((spot.name,), include):
                 return "no matches"
-            inside = spot.root is self._workspace.home
+            inside = spot.root is self._workspace.home_root
             if self._sandboxed and inside and RIPGREP.exists():
                 where = self._workspace.relative_path(spot.shown)
                 globs = () if is_file else tuple(ripgrep_search.glob_options(where, include))
@@ -114,7 +114,7 @@ class SearchTools:
         )
         if not matches.complete:
             raise ToolError(ripgrep_search.regex_error_text(error_text))
-        return matches.text() + (CUT if matches.cut else "")
+        return matches.matching_text() + (CUT if matches.cut else "")
 
     async def _run_walker(self, spot: PathTarget, request: dict[str, Any]) -> str:
         where = self._workspace.relative_path(spot.shown)

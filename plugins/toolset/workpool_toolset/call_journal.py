@@ -19,7 +19,7 @@ import os
 import secrets
 from typing import TYPE_CHECKING, Literal
 
-from workpool_toolset.results import ToolResult
+from workpool_toolset.tool_result import ToolResult
 
 if TYPE_CHECKING:
     from pathlib import Path
