@@ -127,4 +127,4 @@ def fill_memory(plane: ControlPlane, backlog: Backlog) -> None:
         for start in range(0, count, ENQUEUE_COUNT_MAX):
             for item in plane.enqueue(min(ENQUEUE_COUNT_MAX, count - start)):
                 if stops:
-                    plane.operations.stop(environment_id, item.id, force=True)
+                    plane.operations.stop_item(environment_id, item.id, force=True)

@@ -59,7 +59,7 @@ async def node(url: str, kind: str, first: int, connections: int, seconds: float
             pass
 
         async with asyncio.TaskGroup() as committing:
-            announce = hub.announce if kind == HUB else ignore
+            announce = hub.announce_changes if kind == HUB else ignore
             tasks = [committing.create_task(commit(n, announce)) for n in range(connections)]
         commits = sum(task.result() for task in tasks)
         print(json.dumps([commits, time.process_time() - cpu]), flush=True)

@@ -67,13 +67,13 @@ def measure(case: Case, calls: int) -> Costs:
     def claim() -> None:
         item = operations.poll(ENVIRONMENT, Poll("worker"))
         assert item is not None
-        operations.ack(ENVIRONMENT, item.id, "worker")
+        operations.ack_item(ENVIRONMENT, item.id, "worker")
 
     def empty() -> None:
-        operations.queue(ENVIRONMENT).claimable(-1)
+        operations.get_queue(ENVIRONMENT).oldest_claimable(-1)
 
     claims = cost(claim, min(calls, case.items // 2))
-    return Costs(claims, cost(empty, calls), cost(lambda: operations.stats(ENVIRONMENT), 20))
+    return Costs(claims, cost(empty, calls), cost(lambda: operations.queue_stats(ENVIRONMENT), 20))
 
 
 def cost(call: Callable[[], object], count: int) -> float:

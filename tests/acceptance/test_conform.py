@@ -80,7 +80,7 @@ async def test_conform_in_environment_with_foreign_items_is_refused(
     ended = await run_in_process("conform", control_plane.base_url)
     assert f"item {item.id} was not created by the suite; --test-environment" in ended.err
     assert (ended.status, ended.out) == (2, "")
-    assert control_plane.operations.get(ENVIRONMENT, item.id).state == "queued"
+    assert control_plane.operations.get_item(ENVIRONMENT, item.id).state == "queued"
 
 
 async def test_conform_with_test_environment_flag_accepts_foreign_items(

@@ -102,7 +102,7 @@ async def start_example(
 
 
 def stored_item(plane: ControlPlane, item: Item) -> Item:
-    return plane.operations.queue(ENVIRONMENT).get(item.id)
+    return plane.operations.get_queue(ENVIRONMENT).get_item(item.id)
 
 
 async def http_status(url: str) -> tuple[int, str]:

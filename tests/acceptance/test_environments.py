@@ -166,7 +166,7 @@ async def test_sessions_of_both_environments_run_and_sigterm_drains_both(
     await get_text(worker, "/metrics")  # one scrape reports the drains of both environments
     assert await worker.wait_for_end() == 0
     assert worker.err.count("result=clean") == 2
-    found = [control_plane.operations.get(each.environment_id, each.id) for each in items]
+    found = [control_plane.operations.get_item(each.environment_id, each.id) for each in items]
     assert [each.metadata["done"] for each in found] == ["when asked"] * 2
 
 
@@ -235,7 +235,9 @@ async def test_run_with_drain_flag_ends_once_queues_of_both_environments_are_emp
     ]
     worker = await start_without_settings("run", "--config", "pool.toml", "--drain")
     assert await worker.wait_for_end() == 0
-    found = [control_plane.operations.get(each.environment_id, each.id).state for each in items]
+    found = [
+        control_plane.operations.get_item(each.environment_id, each.id).state for each in items
+    ]
     assert found == ["stopped"] * 10
 
 
@@ -248,7 +250,7 @@ async def test_environment_id_flag_runs_only_that_environment_of_the_file(
         "run", "--config", "pool.toml", "--environment-id", OTHER, "--drain"
     )
     assert await worker.wait_for_end() == 0
-    assert control_plane.operations.get(OTHER, item.id).state == "stopped"
+    assert control_plane.operations.get_item(OTHER, item.id).state == "stopped"
     assert ENVIRONMENT not in worker.err
 
 

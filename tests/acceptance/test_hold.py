@@ -69,7 +69,7 @@ def open_handoff(control_plane: ControlPlane, client: WorkClient) -> HandoffFact
 
 def record_kinds_after_handoff(plane: ControlPlane, work_id: str) -> list[str]:
     """Return the kinds of the item's records after the heartbeat of its parent."""
-    return [str(record.kind) for record in plane.history.of(work_id)][4:]
+    return [str(record.kind) for record in plane.history.records_of_item(work_id)][4:]
 
 
 async def start_holding_shell_script(
@@ -173,8 +173,8 @@ async def test_lost_lease_ends_held_program_and_sends_nothing_more(
     handed = await open_handoff()
     command = await start_holding_shell_script(start_command, handed, SLOW_TO_END)
     await command.wait_for_output("begun")
-    queue = control_plane.operations.queue(ENVIRONMENT)
-    queue.put(replace(queue.get(handed.work_id), lease_end=0))
+    queue = control_plane.operations.get_queue(ENVIRONMENT)
+    queue.put_item(replace(queue.get_item(handed.work_id), lease_end=0))
     rival = await client.poll(reclaim_older_than_ms=0)
     assert rival is not None
     await client.ack(rival.id)

@@ -89,7 +89,7 @@ async def test_thousand_items_cost_four_requests_each(
     # Polls found no item while the last items ran, and when the queue was empty.
     assert empty >= 1
     for item in items:
-        kinds = [record.kind for record in plane.history.of(item.id)]
+        kinds = [record.kind for record in plane.history.records_of_item(item.id)]
         assert kinds == ["created", "delivered", "acked", "heartbeat", "stopped"]
 
 
@@ -117,13 +117,13 @@ async def test_items_of_killed_worker_are_finished_by_another_worker(
         victim.send_signal(signal.SIGKILL)
         assert await victim.wait_for_end() == -signal.SIGKILL
         clock.advance(LEASE_SECONDS)  # the leases of the killed worker lapse
-        plane.operations.wake()
+        plane.operations.wake_all_polls()
         await faults.wait_for("stop", count=HELD, answered=True, timeout=SECONDS)
         successor.send_signal(signal.SIGTERM)
         assert await successor.wait_for_end() == 0
     assert plane.summary() == (HELD, HELD, HELD, 0, 0)
     for item in items:
-        records = plane.history.of(item.id)
+        records = plane.history.records_of_item(item.id)
         acks = [record for record in records if record.kind == "acked"]
         [lapse] = [record for record in records if record.kind == "lapsed"]
         names = [(record.worker_id or "").partition("-")[0] for record in acks]

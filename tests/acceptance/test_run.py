@@ -31,7 +31,7 @@ def enqueue_items(plane: ControlPlane, do: str, **metadata: str) -> Item:
 
 def stored_item(plane: ControlPlane, item: Item) -> Item:
     operations: Operations = plane.operations
-    return operations.queue(ENVIRONMENT).get(item.id)
+    return operations.get_queue(ENVIRONMENT).get_item(item.id)
 
 
 async def test_run_with_drain_flag_ends_with_0_when_queue_is_empty(

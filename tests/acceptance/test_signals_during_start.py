@@ -80,7 +80,7 @@ def start_blocked(
 
 
 def record_kinds(plane: ControlPlane, item: Item) -> list[str]:
-    return [record.kind for record in plane.history.of(item.id)]
+    return [record.kind for record in plane.history.records_of_item(item.id)]
 
 
 ENDING = pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])

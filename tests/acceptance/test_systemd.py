@@ -238,7 +238,7 @@ async def test_service_manager_that_has_ended_is_logged_once(
     command.send_signal(signal.SIGTERM)
     assert await command.wait_for_end() == 0
     assert command.err.count("service manager was not notified") == 1
-    assert control_plane.history.of(item.id)[-1].kind == "stopped"
+    assert control_plane.history.records_of_item(item.id)[-1].kind == "stopped"
 
 
 @pytest.fixture

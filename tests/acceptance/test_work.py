@@ -201,7 +201,7 @@ async def test_retry_on_a_control_plane_that_cannot_create_items_suggests_a_solu
         environments=(ENVIRONMENT,), tokens=TOKENS, middlewares=[faults.middleware]
     ) as other:
         (item,) = other.enqueue(metadata={"report": "7", "workpool.error": "ValueError"})
-        other.operations.stop(ENVIRONMENT, item.id, force=True)
+        other.operations.stop_item(ENVIRONMENT, item.id, force=True)
         ended = await run_in_process("work", "retry", item.id, WORKPOOL_BASE_URL=other.base_url)
     assert (ended.status, ended.out) == (3, "")
     assert "no call that creates items" in ended.err

@@ -98,7 +98,7 @@ async def stop_items_as_operator(setup: CauseSetup) -> None:
     await setup.start_worker()
     for item in setup.enqueue_items(count=4, seconds="600"):
         await setup.wait_for_claims(4)
-        setup.plane.operations.stop(setup.environment, item.id, force=False)
+        setup.plane.operations.stop_item(setup.environment, item.id, force=False)
 
 
 async def roll_out_update(setup: CauseSetup) -> None:

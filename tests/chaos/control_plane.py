@@ -82,7 +82,7 @@ class Journal(History):
 
     def snapshot(self, what: str, plane: ControlPlane) -> None:
         """Record all items as they are now, in the order of `judge.Seen`."""
-        items = plane.operations.page(plane.environments[0], 1_000_000).items
+        items = plane.operations.list_items(plane.environments[0], 1_000_000).items
         self.note(
             what,
             items=[

@@ -291,7 +291,7 @@ class StartWorkers:
         return WorkerContainer(self._engine, name, process)
 
     def record_kinds(self, item: Item) -> list[str]:
-        return [record.kind for record in self.plane.history.of(item.id)]
+        return [record.kind for record in self.plane.history.records_of_item(item.id)]
 
 
 @pytest.fixture
@@ -317,7 +317,9 @@ async def test_ten_sessions_run_without_privileges_under_an_init_process(
     worker = await start_workers.start_worker("handlers", "--drain")
     assert await worker.wait_for_end() == 0
     for item in items:
-        found = start_workers.plane.operations.get(start_workers.plane.environments[0], item.id)
+        found = start_workers.plane.operations.get_item(
+            start_workers.plane.environments[0], item.id
+        )
         assert found.state == "stopped"
         assert found.metadata["user"] == "10001"
         assert found.metadata["written"] == "Read-only file system"
@@ -347,6 +349,8 @@ async def test_sigterm_with_work_finishes_one_session_and_releases_the_other(
     assert await worker.wait_for_end() == 0
     assert "drained result=deadline" in worker.err
     assert start_workers.record_kinds(waiting)[-1] == "stopped"
-    found = start_workers.plane.operations.get(start_workers.plane.environments[0], lingering.id)
+    found = start_workers.plane.operations.get_item(
+        start_workers.plane.environments[0], lingering.id
+    )
     assert "workpool.released" in found.metadata
     assert found.state != "stopped"

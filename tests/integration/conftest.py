@@ -91,10 +91,10 @@ def wait_for_end(control_plane: ControlPlane, faults: Faults, recorder: Recorder
             SessionFinished, lambda event: event.session.item.id == work_id
         )
         return EndedItem(
-            item=control_plane.operations.get(control_plane.environments[0], work_id),
+            item=control_plane.operations.get_item(control_plane.environments[0], work_id),
             finished=finished,
             sent=faults.of(work_id=work_id),
-            history=[record.kind for record in control_plane.history.of(work_id)],
+            history=[record.kind for record in control_plane.history.records_of_item(work_id)],
         )
 
     return read_final_item
@@ -125,8 +125,8 @@ def heartbeat_now(control_plane: ControlPlane, faults: Faults) -> Callable[[str]
 
     def request_heartbeat(work_id: str) -> None:
         def encoded_item() -> bytes:
-            item = control_plane.operations.get(control_plane.environments[0], work_id)
-            return orjson.dumps(DIALECTS["qoder"].item(item))
+            item = control_plane.operations.get_item(control_plane.environments[0], work_id)
+            return orjson.dumps(DIALECTS["qoder"].item_json(item))
 
         faults.add(literal(encoded_item), "poll", times=1)
 

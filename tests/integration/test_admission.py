@@ -71,7 +71,7 @@ async def wait_for_paused_pollers(supervisor: Supervisor) -> None:
 
 
 def item_state(plane: ControlPlane, item: Any) -> str:
-    return plane.operations.get(plane.environments[0], item.id).state
+    return plane.operations.get_item(plane.environments[0], item.id).state
 
 
 async def test_paused_pool_claims_nothing_while_its_session_continues(

@@ -66,7 +66,7 @@ class ItemRuns:
 
     @property
     def metadata(self) -> dict[str, str]:
-        return dict(self.plane.operations.get(self._environment, self.id).metadata)
+        return dict(self.plane.operations.get_item(self._environment, self.id).metadata)
 
     @property
     def attempts(self) -> list[int]:
@@ -79,7 +79,7 @@ class ItemRuns:
 
     def write_metadata(self, **notes: str) -> None:
         patch = {f"workpool.{key}": value for key, value in notes.items()}
-        self.plane.operations.update(self._environment, self.id, patch)
+        self.plane.operations.update_metadata(self._environment, self.id, patch)
 
     def expire_lease(self) -> None:
         expire_lease(self.plane, self.id)
@@ -87,7 +87,7 @@ class ItemRuns:
     def run_and_crash(self, work_id: str = "") -> None:
         """Run an item and lose its lease, as a worker that is killed does."""
         operations, work_id = self.plane.operations, work_id or self.id
-        operations.ack(self._environment, work_id, "another")
+        operations.ack_item(self._environment, work_id, "another")
         operations.heartbeat(self._environment, work_id, "NO_HEARTBEAT", worker_id="another")
         expire_lease(self.plane, work_id)
 
@@ -355,7 +355,7 @@ async def test_release_by_handler_replaces_reason_written_by_drain(item_runs: It
 async def test_session_stopped_by_operator_during_drain_leaves_no_mark(item_runs: ItemRuns) -> None:
     async with item_runs.draining_pool(long_handler, stop_grace=0):
         await item_runs.faults.wait_for("update", answered=True)
-        item_runs.plane.operations.stop(item_runs.plane.environments[0], item_runs.id)
+        item_runs.plane.operations.stop_item(item_runs.plane.environments[0], item_runs.id)
         await item_runs.recorder.wait_for(SessionFinished)
     assert item_runs.outcomes == ["stopped"]
     assert item_runs.metadata == {}

@@ -72,7 +72,7 @@ async def return_at_once(_: Session) -> None:
 
 
 def item_body(plane: ControlPlane, work_id: str, **changes: Any) -> bytes:
-    item = DIALECTS["qoder"].item(plane.operations.get(plane.environments[0], work_id))
+    item = DIALECTS["qoder"].item_json(plane.operations.get_item(plane.environments[0], work_id))
     return orjson.dumps({**item, **changes})
 
 
@@ -82,7 +82,7 @@ def is_for_item(work_id: str) -> Callable[[Request], bool]:
 
 def count_held_items(plane: ControlPlane) -> int:
     """Count the items that were delivered to or acknowledged by the pool and are not stopped."""
-    items = plane.operations.page(plane.environments[0], 100).items
+    items = plane.operations.list_items(plane.environments[0], 100).items
     return sum(
         item.delivered_at is not None or item.state in {"starting", "active"} for item in items
     )
@@ -248,7 +248,9 @@ async def test_unwanted_item_stays_queued_and_is_logged_once(
     reason = "unwanted" if whose == "others" else "plugin_error"
     assert (declined.item.id, declined.reason) == (item.id, reason)
     assert not faults.of(work_id=item.id)
-    assert control_plane.operations.get(control_plane.environments[0], item.id).state == "queued"
+    assert (
+        control_plane.operations.get_item(control_plane.environments[0], item.id).state == "queued"
+    )
     logged = [record for record in caplog.records if "item declined" in record.message]
     assert len(logged) == 1
     if whose == "broken":
@@ -324,7 +326,9 @@ async def test_health_check_is_stopped_without_heartbeat_or_session(
         await recorder.wait_for(AckFinished)
     assert [request.op for request in faults.of(work_id=item.id)] == ["ack", "stop"]
     assert faults.of("stop")[0].body == {"force": True}
-    assert control_plane.operations.get(control_plane.environments[0], item.id).state == "stopped"
+    assert (
+        control_plane.operations.get_item(control_plane.environments[0], item.id).state == "stopped"
+    )
     assert not recorder.of(SessionStarted)
     assert not recorder.of(SessionFinished)
 
@@ -454,7 +458,7 @@ async def test_item_acknowledged_elsewhere_while_waiting_for_slot_is_lost_at_ack
         await recorder.wait_for(ItemReceived, count=2)
         operations, environment = control_plane.operations, control_plane.environments[0]
         assert operations.poll(environment, Poll("another", 0, 0)) is not None
-        operations.ack(environment, second.id, "another")
+        operations.ack_item(environment, second.id, "another")
         gate.opened.set()
         reclaimed = await recorder.wait_for(ItemReclaimed)
     assert (reclaimed.item.id, reclaimed.stage, reclaimed.direction) == (second.id, "ack", "lost")
@@ -470,7 +474,7 @@ async def test_item_held_elsewhere_after_active_ack_answer_is_lost_at_first_hear
     (item,) = control_plane.enqueue()
     async with make_pool(return_at_once):
         await hold.reached()
-        control_plane.operations.ack(control_plane.environments[0], item.id)
+        control_plane.operations.ack_item(control_plane.environments[0], item.id)
         control_plane.operations.heartbeat(control_plane.environments[0], item.id, "NO_HEARTBEAT")
         hold.release()
         reclaimed = await recorder.wait_for(ItemReclaimed)

@@ -322,7 +322,7 @@ async def test_session_that_ends_after_stop_request_is_stopped_with_result(
     (item,) = control_plane.enqueue()
     async with make_pool(handler(return_after_interruption), **SHORT_POLLS):
         await recorder.wait_for(SessionStarted)
-        control_plane.operations.stop(control_plane.environments[0], item.id)
+        control_plane.operations.stop_item(control_plane.environments[0], item.id)
         heartbeat_now(item.id)
         final = await wait_for_end(item.id)
     assert (final.outcome, final.item.state) == ("stopped", "stopped")
@@ -343,7 +343,7 @@ async def test_session_that_ignores_stop_request_is_stopped_after_grace(
     (item,) = control_plane.enqueue()
     async with make_pool(endless_handler(), stop_grace=0.05, **SHORT_POLLS):
         await recorder.wait_for(SessionStarted)
-        control_plane.operations.stop(control_plane.environments[0], item.id)
+        control_plane.operations.stop_item(control_plane.environments[0], item.id)
         heartbeat_now(item.id)
         final = await wait_for_end(item.id)
     assert (final.outcome, final.item.state, final.metadata) == ("stopped", "stopped", {})
@@ -362,7 +362,7 @@ async def test_stop_request_before_first_heartbeat_stops_session_that_has_not_ru
     (item,) = control_plane.enqueue()
     async with make_pool(endless_handler()):
         await hold.reached()
-        control_plane.operations.stop(control_plane.environments[0], item.id)
+        control_plane.operations.stop_item(control_plane.environments[0], item.id)
         hold.release()
         final = await wait_for_end(item.id)
     assert (final.outcome, final.item.state) == ("stopped", "stopped")
@@ -380,7 +380,7 @@ async def test_session_stopped_by_another_client_sends_nothing_more(
     (item,) = control_plane.enqueue()
     async with make_pool(endless_handler(), **SHORT_POLLS):
         await recorder.wait_for(SessionStarted)
-        control_plane.operations.stop(control_plane.environments[0], item.id, force=True)
+        control_plane.operations.stop_item(control_plane.environments[0], item.id, force=True)
         heartbeat_now(item.id)
         final = await wait_for_end(item.id)
     assert (final.outcome, final.item.state, final.metadata) == ("stopped", "stopped", {})
@@ -422,7 +422,7 @@ async def test_session_whose_item_another_worker_holds_loses_lease_however_handl
     async with make_pool(handler_ending_like(end), **SHORT_POLLS):
         await recorder.wait_for(SessionStarted)
         expire_lease(control_plane, item.id)
-        control_plane.operations.ack(control_plane.environments[0], item.id, "another")
+        control_plane.operations.ack_item(control_plane.environments[0], item.id, "another")
         heartbeat_now(item.id)
         final = await wait_for_end(item.id)
     assert (final.outcome, final.item.state, final.metadata) == ("lease_lost", "starting", {})
@@ -496,7 +496,7 @@ async def test_session_after_stop_request_is_stopped_however_its_handler_ends(
     (item,) = control_plane.enqueue()
     async with make_pool(handler_ending_like(end), stop_grace=0, **SHORT_POLLS):
         await recorder.wait_for(SessionStarted)
-        control_plane.operations.stop(control_plane.environments[0], item.id)
+        control_plane.operations.stop_item(control_plane.environments[0], item.id)
         heartbeat_now(item.id)
         final = await wait_for_end(item.id)
     assert (final.outcome, final.item.state, final.metadata) == ("stopped", "stopped", metadata)
@@ -513,7 +513,7 @@ async def test_session_with_stop_request_and_drain_is_stopped(
     (item,) = control_plane.enqueue()
     async with make_pool(endless_handler(), **SHORT_POLLS) as supervisor:
         started = await recorder.wait_for(SessionStarted)
-        control_plane.operations.stop(control_plane.environments[0], item.id)
+        control_plane.operations.stop_item(control_plane.environments[0], item.id)
         heartbeat_now(item.id)
         await started.session.interrupted()
         await supervisor.drain(timeout=0)
@@ -533,7 +533,7 @@ async def test_session_stopped_by_another_client_is_stopped_however_its_handler_
     (item,) = control_plane.enqueue()
     async with make_pool(handler_ending_like(end), **SHORT_POLLS):
         await recorder.wait_for(SessionStarted)
-        control_plane.operations.stop(control_plane.environments[0], item.id, force=True)
+        control_plane.operations.stop_item(control_plane.environments[0], item.id, force=True)
         heartbeat_now(item.id)
         final = await wait_for_end(item.id)
     assert (final.outcome, final.metadata) == ("stopped", {})

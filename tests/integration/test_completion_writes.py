@@ -180,7 +180,7 @@ async def test_item_stopped_by_another_client_after_throttled_own_stop_has_outco
 
     def stop_by_another_client() -> bytes:
         work_id = faults.of("ack")[-1].work_id
-        control_plane.operations.stop(control_plane.environments[0], work_id or "", force=True)
+        control_plane.operations.stop_item(control_plane.environments[0], work_id or "", force=True)
         return b""
 
     faults.add(literal(stop_by_another_client, 429, headers={"Retry-After": "60"}), "stop", times=1)
@@ -288,7 +288,7 @@ async def test_completion_after_lost_lease_sends_nothing_more(
     async with make_pool(return_result, reclaim_older_than_ms=600_000):
         await hold.reached()
         expire_lease(control_plane, item.id)
-        control_plane.operations.ack(control_plane.environments[0], item.id, "another")
+        control_plane.operations.ack_item(control_plane.environments[0], item.id, "another")
         final = await wait_for_end(item.id)
     assert (final.outcome, final.item.state, final.metadata) == ("lease_lost", "starting", {})
     assert "stop" not in final.request_names
@@ -304,7 +304,7 @@ async def test_item_stopped_by_another_client_during_completion_has_outcome_stop
     (item,) = control_plane.enqueue()
     async with make_pool(return_result):
         await hold.reached()
-        control_plane.operations.stop(control_plane.environments[0], item.id, force=True)
+        control_plane.operations.stop_item(control_plane.environments[0], item.id, force=True)
         final = await wait_for_end(item.id)
     assert (final.outcome, final.metadata) == ("stopped", {})
     assert "stop" not in final.request_names

@@ -73,7 +73,8 @@ async def test_drain_leaves_waiting_items_in_queue(
     for item in waiting:
         assert not faults.of(work_id=item.id)
         assert (
-            control_plane.operations.get(control_plane.environments[0], item.id).state == "queued"
+            control_plane.operations.get_item(control_plane.environments[0], item.id).state
+            == "queued"
         )
     assert [event.session.item.id for event in recorder.of(SessionFinished)] == [first.id]
 
@@ -97,7 +98,9 @@ async def test_item_delivered_during_drain_is_not_claimed(
         await hold.reached()
         await supervisor.drain(timeout=LONG_SECONDS)
     assert not recorder.of(ItemReceived)
-    assert control_plane.operations.get(control_plane.environments[0], item.id).state == "queued"
+    assert (
+        control_plane.operations.get_item(control_plane.environments[0], item.id).state == "queued"
+    )
 
 
 async def test_ack_in_flight_that_succeeds_during_drain_is_released(
@@ -467,5 +470,5 @@ async def test_item_of_stuck_handler_is_marked_before_it_is_abandoned(
     assert recorder.of(DrainFinished)[0].result == "killed"
     assert (
         "workpool.released"
-        in control_plane.operations.get(control_plane.environments[0], item.id).metadata
+        in control_plane.operations.get_item(control_plane.environments[0], item.id).metadata
     )

@@ -49,5 +49,5 @@ async def test_session_is_usable_in_first_step_of_eager_handler_task(
     async with asyncio.timeout(20):
         await make_pool(work).run(until_empty=True)
     for item in items:
-        done = control_plane.operations.get(control_plane.environments[0], item.id)
+        done = control_plane.operations.get_item(control_plane.environments[0], item.id)
         assert (done.state, dict(done.metadata)) == ("stopped", {"done": "yes"})

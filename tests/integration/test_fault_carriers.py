@@ -73,7 +73,7 @@ async def effect_of_ack_fault(
         await faults.wait_for("ack", answered=True)
     except WorkpoolError as error:
         answer = (type(error), getattr(error, "status", None), getattr(error, "reason", None))
-    state = plane.operations.get(item.environment_id, item.id).state
+    state = plane.operations.get_item(item.environment_id, item.id).state
     return FaultEffect(
         answer, state, [(each.op, each.status, each.lost) for each in faults.of("ack")]
     )

@@ -53,7 +53,7 @@ class ItemApi:
 
     @property
     def item_state(self) -> str:
-        return self.plane.operations.get(self.plane.environments[0], self.id).state
+        return self.plane.operations.get_item(self.plane.environments[0], self.id).state
 
 
 @pytest.fixture

@@ -88,7 +88,7 @@ def _listing(request: web.Request, after_id: str, *, newest: bool) -> web.Reques
 
 def stop(plane: ControlPlane, *work_ids: str) -> None:
     for work_id in work_ids:
-        plane.operations.stop(plane.environments[0], work_id, None, force=True)
+        plane.operations.stop_item(plane.environments[0], work_id, None, force=True)
 
 
 async def claim(client: WorkClient, count: int) -> None:
@@ -212,7 +212,7 @@ async def test_stopped_items_are_skipped_in_a_list_in_order_of_creation_only(
     """In another order, a new item could be before the skipped ones."""
     async with ControlPlane() as plane, client_of(plane) as client:
         item = plane.enqueue(1)[0]
-        shown = parse_item(QODER.item(item) | {"state": "stopped"})
+        shown = parse_item(QODER.item_json(item) | {"state": "stopped"})
         assert shown.created_at is not None
         ages = range(PAGE) if order != "by random id" else [n * 37 % PAGE for n in range(PAGE)]
         items = [

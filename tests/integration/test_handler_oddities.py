@@ -128,8 +128,8 @@ async def test_answer_about_another_item_is_ignored(
     ours, other = control_plane.enqueue(2)
 
     def swap_answers() -> bytes:
-        item = control_plane.operations.get(control_plane.environments[0], other.id)
-        return orjson.dumps(DIALECTS["qoder"].item(item) | {"state": "starting"})
+        item = control_plane.operations.get_item(control_plane.environments[0], other.id)
+        return orjson.dumps(DIALECTS["qoder"].item_json(item) | {"state": "starting"})
 
     if op == "get":  # the item is read after a heartbeat that was applied but not answered
         faults.add(status(503, applied=True), "heartbeat", times=1)
@@ -178,15 +178,15 @@ async def test_ack_answered_with_another_session_does_not_block_either_session(
     (item,) = control_plane.enqueue()
 
     def change_session() -> bytes:
-        acked = DIALECTS["qoder"].item(
-            control_plane.operations.ack(control_plane.environments[0], item.id)
+        acked = DIALECTS["qoder"].item_json(
+            control_plane.operations.ack_item(control_plane.environments[0], item.id)
         )
         return orjson.dumps(acked | {"data": {"type": "session", "id": "sess_other"}})
 
     faults.add(literal(change_session), "ack", times=1)
     async with make_pool(work) as pool:
         await recorder.wait_for(SessionFinished)
-        again = orjson.dumps(DIALECTS["qoder"].item(item) | {"id": "work_again"})
+        again = orjson.dumps(DIALECTS["qoder"].item_json(item) | {"id": "work_again"})
         faults.add(literal(again), "poll", times=1)
         claimed = await recorder.wait_for(ItemReceived, count=2)
         assert claimed.item.session_id == item.session_id

@@ -125,7 +125,7 @@ class HandoffTestbed:
 
     def stop_by_operator(self, *, force: bool = False) -> None:
         """Stop the item as an operator does."""
-        self.operations.stop(ENVIRONMENT, self.work_id, "operator", force=force)
+        self.operations.stop_item(ENVIRONMENT, self.work_id, "operator", force=force)
 
     @property
     def request_names(self) -> list[str]:
@@ -136,7 +136,7 @@ class HandoffTestbed:
 
     @property
     def item(self) -> Any:
-        return self.operations.get(ENVIRONMENT, self.work_id)
+        return self.operations.get_item(ENVIRONMENT, self.work_id)
 
 
 # Handoffs to a child that starts.
@@ -500,8 +500,8 @@ async def test_item_queued_again_during_handoff_without_child_is_lost() -> None:
     bench = HandoffTestbed()
 
     def expire_lease() -> None:
-        queue = bench.operations.queue(ENVIRONMENT)
-        queue.put(replace(queue.get(bench.work_id), lease_end=0))
+        queue = bench.operations.get_queue(ENVIRONMENT)
+        queue.put_item(replace(queue.get_item(bench.work_id), lease_end=0))
 
     async def handle(session: Session) -> None:
         async with session.handover() as bench.lease:

@@ -97,7 +97,7 @@ async def test_handler_that_blocks_loop_for_twice_its_ttl_keeps_lease(
             await asyncio.sleep(0.5)
     assert slowest < 5
     assert pool.outcomes == ["completed"]
-    kinds = [record.kind for record in control_plane.history.of(item.id)]
+    kinds = [record.kind for record in control_plane.history.records_of_item(item.id)]
     assert "lapsed" not in kinds
     assert kinds.count("heartbeat") >= 7
     assert control_plane.summary().overlapping == 0

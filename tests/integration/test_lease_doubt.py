@@ -135,7 +135,7 @@ async def test_handler_whose_item_another_worker_holds_is_cancelled_and_sends_no
     after = list(control_plane.history)[taken:]
     assert not [record for record in after if record.work_id == item.id]
     assert control_plane.summary().overlapping == 0
-    assert control_plane.operations.get(control_plane.environments[0], item.id).metadata == {}
+    assert control_plane.operations.get_item(control_plane.environments[0], item.id).metadata == {}
 
 
 async def test_machine_that_slept_beyond_ttl_sends_nothing_after_waking(

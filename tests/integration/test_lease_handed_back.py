@@ -87,7 +87,7 @@ async def test_item_in_state_stopping_at_last_heartbeat_of_drained_claim_counts_
     faults.add(heartbeat, "heartbeat")
     async with pool_drained_during_ack():
         await heartbeat.reached()
-        control_plane.operations.stop(control_plane.environments[0], item.id)
+        control_plane.operations.stop_item(control_plane.environments[0], item.id)
         heartbeat.release()
     final = await wait_for_end(item.id)
     assert final.outcome == "stopped"
@@ -104,7 +104,7 @@ async def test_released_session_in_state_stopping_at_last_heartbeat_counts_as_st
     (item,) = control_plane.enqueue()
     async with make_pool(work) as supervisor:
         await recorder.wait_for(SessionStarted)
-        control_plane.operations.stop(control_plane.environments[0], item.id)
+        control_plane.operations.stop_item(control_plane.environments[0], item.id)
         await supervisor.drain(timeout=0)
     final = await wait_for_end(item.id)
     assert final.outcome == "stopped"

@@ -42,7 +42,7 @@ def session_count(recorder: Recorder) -> int:
 
 
 def item_states(plane: ControlPlane, items: Any) -> list[str]:
-    return [plane.operations.get(plane.environments[0], item.id).state for item in items]
+    return [plane.operations.get_item(plane.environments[0], item.id).state for item in items]
 
 
 @pytest.mark.parametrize(
@@ -210,7 +210,7 @@ async def test_stuck_handler_of_last_session_does_not_keep_pool_running(
     assert recorder.of(DrainFinished)[0].result == "killed"
     assert (
         "workpool.released"
-        in control_plane.operations.get(control_plane.environments[0], item.id).metadata
+        in control_plane.operations.get_item(control_plane.environments[0], item.id).metadata
     )
 
 

@@ -54,7 +54,7 @@ def hostile_item(control_plane: ControlPlane, faults: Faults) -> Callable[[str],
 
     def answer_with_hostile_item(kind: str) -> None:
         (item,) = control_plane.enqueue()
-        answer = DIALECTS["qoder"].item(item)
+        answer = DIALECTS["qoder"].item_json(item)
         answer["data"]["type"] = kind
         faults.add(literal(orjson.dumps(answer)), "poll", times=1)
 

@@ -64,7 +64,7 @@ async def test_session_with_own_aiohttp_clients_survives_lease_renewals(
     assert {event.result for event in recorder.of(HeartbeatFinished)} == {"ok"}
     assert finished.outcome == "completed"
     assert (
-        control_plane.operations.get(control_plane.environments[0], item.id).metadata["done"]
+        control_plane.operations.get_item(control_plane.environments[0], item.id).metadata["done"]
         == "yes"
     )
     assert [client.thread for client in clients] == [

@@ -312,7 +312,8 @@ async def test_drain_waits_for_a_hanging_thread_within_its_bounds_and_abandons_i
     assert not thread.is_alive()
     assert len(errors) == 1
     assert (
-        "late" not in control_plane.operations.get(control_plane.environments[0], item.id).metadata
+        "late"
+        not in control_plane.operations.get_item(control_plane.environments[0], item.id).metadata
     )
 
 
@@ -526,7 +527,7 @@ async def test_plain_handler_that_blocks_longer_than_its_lease_keeps_it(
     async with make_pool(work, lease_ttl=10):
         finished = await recorder.wait_for(SessionFinished, timeout=60)
     assert finished.outcome == "completed"
-    kinds = [record.kind for record in control_plane.history.of(item.id)]
+    kinds = [record.kind for record in control_plane.history.records_of_item(item.id)]
     assert "lapsed" not in kinds
     assert kinds.count("heartbeat") >= 7
     assert control_plane.summary().overlapping == 0

@@ -244,7 +244,7 @@ async def test_worker_cut_off_by_network_loses_item_to_other_worker(
         async with Supervisor(settings, plugins=[hold_item, cut]):
             await cut.wait_for(SessionStarted)
             getattr(way, fault)()
-            held = control_plane.operations.get(control_plane.environments[0], item.id).holder
+            held = control_plane.operations.get_item(control_plane.environments[0], item.id).holder
             async with Supervisor(make_settings(lease_ttl=10), plugins=[hold_item, free]):
                 # The lease expires on both clocks in real time.
                 lost = await cut.wait_for(SessionFinished, timeout=25)
@@ -255,12 +255,12 @@ async def test_worker_cut_off_by_network_loses_item_to_other_worker(
                 await cut.wait_for(PollFinished, lambda poll: poll.result == "null", count=3)
     taken_at = min(
         record.time
-        for record in control_plane.history.of(item.id)
+        for record in control_plane.history.records_of_item(item.id)
         if record.kind == "acked" and record.worker_id != held
     )
     late = [
         record
-        for record in control_plane.history.of(item.id)
+        for record in control_plane.history.records_of_item(item.id)
         if record.worker_id == held and record.time >= taken_at and record.kind != "conflict"
     ]
     assert late == []

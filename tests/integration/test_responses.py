@@ -203,7 +203,7 @@ async def test_poll_refused_for_too_long_is_fatal_and_drains_sessions(
             await supervisor.wait()
     (finished,) = recorder.of(SessionFinished)
     assert finished.outcome == "completed"
-    assert control_plane.operations.get(control_plane.environments[0], item.id).metadata == {
+    assert control_plane.operations.get_item(control_plane.environments[0], item.id).metadata == {
         "draining": "True"
     }
 
@@ -241,7 +241,9 @@ async def test_renewed_token_is_read_and_used_at_once(
     async with make_pool(return_result, token_file=file), asyncio.TaskGroup() as group:
         group.create_task(renew_token())
         await faults.wait_for("stop", answered=True, count=2 if op == "stop" else 1)
-    assert control_plane.operations.get(control_plane.environments[0], item.id).state == "stopped"
+    assert (
+        control_plane.operations.get_item(control_plane.environments[0], item.id).state == "stopped"
+    )
     assert [request.status for request in faults.of(op)][:2] == [code, 200]
 
 

@@ -87,7 +87,7 @@ async def test_stop_request_interrupts_session_and_is_reported(
     (item,) = control_plane.enqueue()
     async with make_pool(work, block_ms=20) as supervisor:
         await recorder.wait_for(SessionStarted)
-        control_plane.operations.stop(control_plane.environments[0], item.id)
+        control_plane.operations.stop_item(control_plane.environments[0], item.id)
         heartbeat_now(item.id)
         await recorder.wait_for(SessionFinished)
         assert supervisor.status().ready
@@ -165,7 +165,7 @@ async def test_stuck_handler_keeps_its_slot_and_work_id(
         assert supervisor.status().ready
         assert finished.outcome == "timed_out"
         body.cancelled = False
-        control_plane.operations.stop(
+        control_plane.operations.stop_item(
             control_plane.environments[0], recorder.of(ItemDeclined)[0].item.id
         )
     assert body.raised == [SessionEnded]
@@ -207,7 +207,7 @@ async def test_session_with_lost_lease_sends_nothing_and_raises_lease_lost(
     async with make_pool(body, block_ms=20):
         await recorder.wait_for(SessionStarted)
         expire_lease(control_plane, item.id)
-        control_plane.operations.ack(control_plane.environments[0], item.id, "another")
+        control_plane.operations.ack_item(control_plane.environments[0], item.id, "another")
         heartbeat_now(item.id)
         await body.is_cancelled()
         body.may_end.set()
@@ -227,7 +227,7 @@ async def test_session_stopped_by_another_client_sends_nothing_and_raises_sessio
     (item,) = control_plane.enqueue()
     async with make_pool(body, block_ms=20):
         await recorder.wait_for(SessionStarted)
-        control_plane.operations.stop(control_plane.environments[0], item.id, force=True)
+        control_plane.operations.stop_item(control_plane.environments[0], item.id, force=True)
         heartbeat_now(item.id)
         await body.is_cancelled()
         body.may_end.set()
@@ -276,7 +276,7 @@ async def test_metadata_write_in_progress_is_cancelled_when_lease_is_lost(
     async with make_pool(work, lease_ttl=10):
         await hold.reached()
         expire_lease(control_plane, item.id)
-        control_plane.operations.ack(control_plane.environments[0], item.id, "another")
+        control_plane.operations.ack_item(control_plane.environments[0], item.id, "another")
         finished = await recorder.wait_for(SessionFinished)
     assert finished.outcome == "lease_lost"
     assert isinstance(raised[0], LeaseLost | asyncio.CancelledError)
@@ -506,7 +506,7 @@ async def item_held_before(plane: ControlPlane, **metadata: str) -> str:
     """Return an item that another worker held and lost."""
     (item,) = plane.enqueue(metadata=metadata)
     operations, environment = plane.operations, plane.environments[0]
-    operations.ack(environment, item.id, "another")
+    operations.ack_item(environment, item.id, "another")
     operations.heartbeat(environment, item.id, "NO_HEARTBEAT", worker_id="another")
     expire_lease(plane, item.id)
     return item.id
@@ -519,7 +519,7 @@ async def test_item_held_before_is_redelivered_and_counted(
 
     @handler
     async def work(session: Session) -> None:
-        item = control_plane.operations.get(control_plane.environments[0], session.item.id)
+        item = control_plane.operations.get_item(control_plane.environments[0], session.item.id)
         seen.append((session.redelivered, dict(item.metadata)))
 
     work_id = await item_held_before(control_plane)

@@ -106,7 +106,7 @@ async def test_wrapping_context_sees_that_an_operator_stopped_the_session(
     (item,) = control_plane.enqueue()
     async with make_pool(work, connecting):
         await recorder.wait_for(SessionStarted)
-        control_plane.operations.stop(control_plane.environments[0], item.id)
+        control_plane.operations.stop_item(control_plane.environments[0], item.id)
         heartbeat_now(item.id)
         finished = await recorder.wait_for(SessionFinished)
     assert connecting.outcomes == ["stopped"] == [finished.outcome]

@@ -57,7 +57,7 @@ async def answer_all_tools(session: Session) -> dict[str, str]:
 def lose_lease(plane: ControlPlane, session: Session) -> None:
     """Let the lease expire; the pool notices when its own item is delivered to it again."""
     expire_lease(plane, session.item.id)
-    plane.operations.wake()
+    plane.operations.wake_all_polls()
 
 
 @pytest.fixture(autouse=True)
@@ -155,7 +155,7 @@ async def test_different_result_for_answered_tool_use_raises_conflict(
 ) -> None:
     async def work(session: Session) -> None:
         use = control_plane.events(session.id)[-1]
-        control_plane.operations.send(session.id, [{**tool_result(use), "content": []}])
+        control_plane.operations.send_events(session.id, [{**tool_result(use), "content": []}])
         with pytest.raises(ConflictError):
             await session.events.send(tool_result(use))
 

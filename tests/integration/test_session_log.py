@@ -34,7 +34,7 @@ def item_held_before(plane: ControlPlane) -> str:
     """Enqueue an item that another worker held and lost; return its id."""
     (item,) = plane.enqueue()
     operations, environment = plane.operations, plane.environments[0]
-    operations.ack(environment, item.id, "another")
+    operations.ack_item(environment, item.id, "another")
     operations.heartbeat(environment, item.id, "NO_HEARTBEAT", worker_id="another")
     expire_lease(plane, item.id)
     return item.id

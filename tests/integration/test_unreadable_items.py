@@ -81,5 +81,6 @@ async def test_thirty_unreadable_items_do_not_prevent_other_items(
         assert len(named) == len(lines) == 30
     for each in bad:
         assert (
-            control_plane.operations.get(control_plane.environments[0], each.id).state == "queued"
+            control_plane.operations.get_item(control_plane.environments[0], each.id).state
+            == "queued"
         )

@@ -91,7 +91,7 @@ async def test_each_optional_call_is_refused_and_logged_once(
             await faults.wait_for("poll", count=len(faults.of("poll")) + 2, answered=True)
     assert {end.outcome for end in ends} == {"completed"}
     assert {
-        control_plane.operations.get(item.environment_id, item.id).state
+        control_plane.operations.get_item(item.environment_id, item.id).state
         for item in listed_items(control_plane)
     } == {"stopped"}
     assert call_counts(faults)["update"] == call_counts(faults)["stats"] == 1
@@ -106,7 +106,7 @@ async def test_each_optional_call_is_refused_and_logged_once(
 
 
 def listed_items(plane: ControlPlane) -> tuple[Any, ...]:
-    return tuple(plane.operations.page(plane.environments[0], 100).items)
+    return tuple(plane.operations.list_items(plane.environments[0], 100).items)
 
 
 async def test_unanswered_heartbeat_is_recovered_from_list_of_items(
@@ -175,13 +175,15 @@ async def test_attempts_under_worker_key_are_counted_in_process(
             await held.wait()
             held.clear()
             clock.advance(100)
-            control_plane.operations.wake()
+            control_plane.operations.wake_all_polls()
             await recorder.wait_for(SessionFinished, count=len(attempts))
         ends = await finished_items(recorder, 3)
     assert attempts == [1, 2]
     assert [end.outcome for end in ends] == ["lease_lost", "lease_lost", "failed"]
     assert isinstance(ends[-1].error, AttemptsExceeded)
-    assert control_plane.operations.get(control_plane.environments[0], item.id).state == "stopped"
+    assert (
+        control_plane.operations.get_item(control_plane.environments[0], item.id).state == "stopped"
+    )
 
 
 async def test_release_under_worker_key_is_not_counted_as_attempt(
@@ -200,7 +202,7 @@ async def test_release_under_worker_key_is_not_counted_as_attempt(
         for count in (1, 2):
             await finished_items(recorder, count)
             clock.advance(100)
-            control_plane.operations.wake()
+            control_plane.operations.wake_all_polls()
         ends = await finished_items(recorder, 3)
     assert attempts == [1, 1, 1]
     assert ends[-1].outcome == "completed"

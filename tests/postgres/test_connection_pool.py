@@ -14,11 +14,11 @@ import pytest
 
 from workpool.server import ServeError, StoreError
 from workpool.server.postgres import connection_pool
-from workpool.server.postgres.connection_pool import ConnectionPool, shown_url
+from workpool.server.postgres.connection_pool import ConnectionPool, redact_url
 from workpool.server.postgres.database_errors import (
     RetryableError,
     UnavailableError,
-    unavailable,
+    to_unavailable_error,
 )
 
 if TYPE_CHECKING:
@@ -235,13 +235,13 @@ async def test_deadlock_and_serialization_failure_are_retried(pool: ConnectionPo
             await pool.execute("DO $$ BEGIN RAISE SQLSTATE '40P01'; END $$")
         return calls
 
-    assert await pool.retried(collide) == 3
+    assert await pool.retry_collisions(collide) == 3
 
     async def always() -> None:
         await pool.execute("DO $$ BEGIN RAISE SQLSTATE '40001'; END $$")
 
     with pytest.raises(RetryableError):
-        await pool.retried(always)
+        await pool.retry_collisions(always)
 
 
 async def test_violated_constraint_stays_a_loud_error(pool: ConnectionPool) -> None:
@@ -308,7 +308,7 @@ async def test_missing_database_is_named_at_start(postgres: Cluster) -> None:
     ],
 )
 def test_shown_url_has_no_password(url: str, shown: str) -> None:
-    assert shown_url(url) == shown
+    assert redact_url(url) == shown
 
 
 @pytest.mark.parametrize(
@@ -331,5 +331,5 @@ def test_shown_url_has_no_password(url: str, shown: str) -> None:
     ],
 )
 def test_driver_error_is_unavailability_or_a_defect(error: Exception, reason: str | None) -> None:
-    translated: Any = unavailable(error)
+    translated: Any = to_unavailable_error(error)
     assert (None if translated is None else translated.reason) == reason

@@ -140,7 +140,7 @@ async def loaded(url: str, nodes: int = 2) -> AsyncIterator[Load]:
             group.create_task(load.run())
             yield load
             load.is_full = True
-        summary = summarize(await planes[0].engine.history())
+        summary = summarize(await planes[0].engine.read_history())
         items = await stack.enter_async_context(_stored_states(url))
         assert {work_id: items.get(work_id) for work_id in load.created} == dict.fromkeys(
             load.created, "stopped"
@@ -285,7 +285,7 @@ async def test_node_killed_between_commit_and_answer_loses_nothing(
         assert (await other.ack(work_id)).status == 409
         repeated = await calls[call](client)
         assert repeated.status == (412 if call == "heartbeat" else 200)
-        records: list[str] = [each.kind for each in await plane.engine.history()]
+        records: list[str] = [each.kind for each in await plane.engine.read_history()]
         assert records.count({"ack": "acked", "stop": "stopped"}.get(call, call)) == 1
 
 
@@ -301,7 +301,7 @@ async def test_nodes_of_two_releases_share_a_database_during_an_upgrade(
         # A loaded machine must not count as a failure.
         monkeypatch.setattr(connection_pool, name, SECONDS)
     url = own_postgres.create_database()
-    steps = migrations.migrations()
+    steps = migrations.load_migrations()
     version = steps[-1].version + 1
     step = Migration(
         version,
@@ -313,7 +313,7 @@ async def test_nodes_of_two_releases_share_a_database_during_an_upgrade(
     )
     async with loaded(url) as load:  # nodes of this release
         await load.stopped_more(20)
-        releases = migrations.migrations
+        releases = migrations.load_migrations
         monkeypatch.setattr(migrations, "migrations", lambda: (*steps, step))
         async with node(url) as newer:  # a node of the next release, which migrates
             stored = await sql(own_postgres, "SELECT max(version) FROM schema_versions", url)

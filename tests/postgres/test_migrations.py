@@ -21,7 +21,7 @@ THIRD = Migration(3, 2, "CREATE TABLE third (id int)")
 
 
 def test_release_has_contiguous_versions_and_sane_minimums() -> None:
-    steps = migrations.migrations()
+    steps = migrations.load_migrations()
     assert [step.version for step in steps] == list(range(1, len(steps) + 1))
     assert all(step.oldest <= max(1, step.version - 1) for step in steps)
     oldest = [step.oldest for step in steps]
@@ -31,7 +31,7 @@ def test_release_has_contiguous_versions_and_sane_minimums() -> None:
 async def test_migrations_of_release_make_the_tables_once(
     postgres: Cluster, database_url: str
 ) -> None:
-    steps = len(migrations.migrations())
+    steps = len(migrations.load_migrations())
     assert await migrate(database_url) == steps
     assert await migrate(database_url) == 0
     clock = "SELECT abs(workpool_now() / 1e6 - extract(epoch FROM now())) < 60"

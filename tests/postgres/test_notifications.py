@@ -46,7 +46,7 @@ class Waits:
         self.tasks = [group.create_task(self._wait_once(hub, topic)) for _ in range(n)]
 
     async def _wait_once(self, hub: NotificationHub, topic: str) -> None:
-        self.ended.append(await hub.wait(topic, hub.seen(), LONG))
+        self.ended.append(await hub.wait_for_change(topic, hub.change_count(), LONG))
 
     def cancel(self) -> None:
         for task in self.tasks:
@@ -77,10 +77,10 @@ async def test_announcement_wakes_as_many_polls_of_each_node_as_there_are_items(
         here, there = (Waits(group, hub, WORK, 20) for hub in hubs)
         other = Waits(group, hubs[1], work_topic("env_2"), 1)
         await asyncio.sleep(0)
-        hubs[0].announce(WORK, 3)
+        hubs[0].announce_changes(WORK, 3)
         assert len(hubs[0]._waiting[WORK]) == 17
         await until(lambda: len(there.ended) >= 3)
-        hubs[0].announce(work_topic("env_2"))  # arrives after the announcement of WORK
+        hubs[0].announce_changes(work_topic("env_2"))  # arrives after the announcement of WORK
         await until(lambda: other.ended)
         assert (here.ended, there.ended) == ([True] * 3, [True] * 3)
         here.cancel()
@@ -94,7 +94,7 @@ async def test_announcement_wakes_all_streams_of_a_session(
     async with running(*hubs), asyncio.TaskGroup() as group:
         waits = [Waits(group, hub, SESSION, 3) for hub in hubs]
         await asyncio.sleep(0)
-        hubs[0].announce(SESSION)
+        hubs[0].announce_changes(SESSION)
         await until(lambda: all(len(each.ended) == 3 for each in waits))
 
 
@@ -105,31 +105,31 @@ async def test_change_between_read_and_wait_ends_the_wait(
     monkeypatch.setattr(notifications, "_TOPICS_MAX", 2)
     here, there = hubs
     async with running(here, there):
-        before, far = here.seen(), there.seen()
-        here.announce(WORK)
-        assert await here.wait(WORK, before, LONG)
-        assert not await here.wait(SESSION, before, 0.01)
-        await until(lambda: there.seen() > far)
-        assert await there.wait(WORK, far, LONG)
+        before, far = here.change_count(), there.change_count()
+        here.announce_changes(WORK)
+        assert await here.wait_for_change(WORK, before, LONG)
+        assert not await here.wait_for_change(SESSION, before, 0.01)
+        await until(lambda: there.change_count() > far)
+        assert await there.wait_for_change(WORK, far, LONG)
         # A change that was dropped from the record still counts.
         for number in range(3):
-            here.announce(f"session:{number}")
-        assert await here.wait(WORK, before, LONG)
-        assert not await here.wait(WORK, here.seen(), 0.01)
+            here.announce_changes(f"session:{number}")
+        assert await here.wait_for_change(WORK, before, LONG)
+        assert not await here.wait_for_change(WORK, here.change_count(), 0.01)
 
 
 async def test_announcement_sends_as_many_reading_polls_back_as_there_are_items(
     database_url: str,
 ) -> None:
     hub = NotificationHub(database_url)
-    seen = hub.seen()  # all polls read the database at the same time
-    hub.announce(WORK, 3)
-    ended = [await hub.wait(WORK, seen, 0.001) for _ in range(20)]
+    seen = hub.change_count()  # all polls read the database at the same time
+    hub.announce_changes(WORK, 3)
+    ended = [await hub.wait_for_change(WORK, seen, 0.001) for _ in range(20)]
     assert ended == [True] * 3 + [False] * 17
-    seen = hub.seen()
-    hub.wake(WORK)  # a poll whose client has gone passes its wake-up on
-    assert [await hub.wait(WORK, seen, 0.001) for _ in range(2)] == [True, False]
-    assert not await hub.wait(WORK, hub.seen(), 0.001)
+    seen = hub.change_count()
+    hub.wake_calls(WORK)  # a poll whose client has gone passes its wake-up on
+    assert [await hub.wait_for_change(WORK, seen, 0.001) for _ in range(2)] == [True, False]
+    assert not await hub.wait_for_change(WORK, hub.change_count(), 0.001)
 
 
 @pytest.mark.usefixtures("no_fallback")
@@ -140,9 +140,9 @@ async def test_poll_that_reads_is_not_sent_back_for_an_item_that_woke_another(
     async with asyncio.timeout(SECONDS), asyncio.TaskGroup() as group:
         waiting = Waits(group, hub, WORK, 1)
         await asyncio.sleep(0)
-        seen = hub.seen()
-        hub.announce(WORK)
-        assert not await hub.wait(WORK, seen, 0.001)
+        seen = hub.change_count()
+        hub.announce_changes(WORK)
+        assert not await hub.wait_for_change(WORK, seen, 0.001)
         await until(lambda: waiting.ended == [True])
 
 
@@ -156,7 +156,7 @@ async def test_lost_notification_costs_only_the_fallback(
         await until(lambda: len(streams.ended) == 3)
         # A poll that found an item wakes the next poll; without an item, the next fallback wakes
         # that poll.
-        hubs[0].wake(WORK)
+        hubs[0].wake_calls(WORK)
         await until(lambda: len(polls.ended) == 2)
         await until(lambda: len(polls.ended) == 3)
         assert sorted(polls.ended) == [False, False, True]
@@ -170,7 +170,7 @@ async def test_lost_connection_is_replaced_and_nothing_is_missed(
     async with running(here, there), asyncio.TaskGroup() as group:
         polls, streams = Waits(group, there, WORK, 3), Waits(group, there, SESSION, 3)
         await asyncio.sleep(0)
-        before = there.seen()
+        before = there.change_count()
         name = database_url.rpartition("/")[2]
         await asyncio.to_thread(
             postgres.execute,
@@ -180,9 +180,9 @@ async def test_lost_connection_is_replaced_and_nothing_is_missed(
         await until(lambda: len(streams.ended) == 3)  # the streams end after the new LISTEN
         await until(lambda: len(polls.ended) == 1)
         assert polls.ended == [False]
-        assert await there.wait("work:any", before, LONG)
+        assert await there.wait_for_change("work:any", before, LONG)
         await here.listening.wait()
-        here.announce(WORK, 2)
+        here.announce_changes(WORK, 2)
         await until(lambda: len(polls.ended) == 3)
 
 
@@ -215,7 +215,7 @@ async def test_more_topics_than_fit_one_notification_all_arrive(
         waits = [Waits(group, hubs[1], topic, 1) for topic in topics]
         await asyncio.sleep(0)
         for topic in topics:
-            hubs[0].announce(topic)
+            hubs[0].announce_changes(topic)
         await until(lambda: all(each.ended == [True] for each in waits))
 
 
@@ -228,7 +228,7 @@ async def test_too_many_unsent_topics_become_one_for_everything(
         waits = Waits(group, hubs[1], WORK, 1)
         await asyncio.sleep(0)
         for number in range(11):
-            hubs[0].announce(session_topic(f"sess_{number}"))
+            hubs[0].announce_changes(session_topic(f"sess_{number}"))
         await until(lambda: waits.ended == [False])
 
 
@@ -251,7 +251,7 @@ async def test_cancelled_poll_passes_its_wake_up_on(database_url: str) -> None:
     async with asyncio.timeout(SECONDS), asyncio.TaskGroup() as group:
         first, second = (Waits(group, hub, WORK, 1) for _ in range(2))
         await asyncio.sleep(0)
-        hub.announce(WORK)
+        hub.announce_changes(WORK)
         first.cancel()
         await until(lambda: second.ended)
     assert first.ended == []
@@ -262,9 +262,9 @@ async def test_release_ends_all_waits_and_later_ones(database_url: str) -> None:
     async with asyncio.timeout(SECONDS), asyncio.TaskGroup() as group:
         waits = [Waits(group, hub, topic, 3) for topic in (WORK, SESSION)]
         await asyncio.sleep(0)
-        hub.release()
+        hub.end_waits()
         await until(lambda: all(len(each.ended) == 3 for each in waits))
-        assert await hub.wait(WORK, hub.seen(), LONG)
+        assert await hub.wait_for_change(WORK, hub.change_count(), LONG)
 
 
 async def test_hub_without_database_reconnects_while_its_waiting_calls_time_out(
@@ -274,7 +274,7 @@ async def test_hub_without_database_reconnects_while_its_waiting_calls_time_out(
     own_postgres.stop()
     async with asyncio.timeout(SECONDS), asyncio.TaskGroup() as group:
         task = group.create_task(hub.run())
-        assert not await hub.wait(WORK, hub.seen(), 0.3)
+        assert not await hub.wait_for_change(WORK, hub.change_count(), 0.3)
         await asyncio.to_thread(own_postgres.start)
         await hub.listening.wait()
         task.cancel()

@@ -10,8 +10,8 @@ import pytest
 from workpool.server import APIError, ControlPlane, Poll, PostgresStore, summarize
 from workpool.server.conversation import EVERY_EVENT
 from workpool.server.parsing.creation_requests import NewEnvironment
-from workpool.server.parsing.request_values import Place
-from workpool.server.postgres import ended_sessions
+from workpool.server.parsing.request_values import PageRequest
+from workpool.server.postgres import retention_calls
 from workpool.server.state_machine import last_heartbeat
 
 if TYPE_CHECKING:
@@ -39,7 +39,7 @@ async def nodes(database_url: str) -> AsyncIterator[list[Engine]]:
             yield nodes
     finally:
         for node in nodes:
-            node.release()
+            node.end_waits()
             await node.close()
 
 
@@ -56,8 +56,8 @@ async def test_nodes_share_signing_key_and_environments(nodes: list[Engine]) -> 
     one, other = nodes
     assert one.signing_key == other.signing_key
     created = await one.create_environment(NewEnvironment("name", None, {}))
-    await other.admit(created.id)
-    assert await other.environment(created.id) == created
+    await other.check_environment(created.id)
+    assert await other.get_environment(created.id) == created
 
 
 async def test_concurrent_claims_of_nodes_deliver_each_item_once(nodes: list[Engine]) -> None:
@@ -81,9 +81,9 @@ async def test_stream_gets_event_that_other_node_appends(nodes: list[Engine]) ->
     one, other = nodes
     (item,) = await one.enqueue(ENV)
     async with asyncio.TaskGroup() as group:
-        stream = group.create_task(one.follow(item.session_id, 0, 999.0))
+        stream = group.create_task(one.wait_for_events(item.session_id, 0, 999.0))
         await asyncio.sleep(0.1)  # either order is right
-        sent = await other.send(item.session_id, [MESSAGE])
+        sent = await other.send_events(item.session_id, [MESSAGE])
     assert stream.result() == list(sent)
 
 
@@ -94,11 +94,11 @@ async def test_cancelled_poll_leaves_no_delivery(nodes: list[Engine]) -> None:
             poll = group.create_task(nodes[0].long_poll(ENV, Poll("w"), stays))
             await asyncio.sleep(0.002)  # mostly in the middle of the claim
             poll.cancel()
-        stats = await nodes[1].stats(ENV)
+        stats = await nodes[1].queue_stats(ENV)
         if poll.cancelled():
             assert (stats.depth, stats.pending) == (1, 0)
-        (item,) = (await nodes[1].items(ENV, Place(100, "", None))).items[-1:]
-        await nodes[1].stop(ENV, item.id, force=True)
+        (item,) = (await nodes[1].list_items(ENV, PageRequest(100, "", None))).items[-1:]
+        await nodes[1].stop_item(ENV, item.id, force=True)
 
 
 async def test_heartbeats_of_nodes_with_one_expected_value_extend_lease_once(
@@ -106,7 +106,7 @@ async def test_heartbeats_of_nodes_with_one_expected_value_extend_lease_once(
 ) -> None:
     (item,) = await nodes[0].enqueue(ENV)
     await nodes[0].long_poll(ENV, Poll("w"), stays)
-    await nodes[1].ack(ENV, item.id, "w")
+    await nodes[1].ack_item(ENV, item.id, "w")
     first = await nodes[0].heartbeat(ENV, item.id, "NO_HEARTBEAT", 60, "w")
     for _ in range(10):
         expected = last_heartbeat(first)
@@ -122,15 +122,17 @@ async def test_node_with_outdated_row_of_item_applies_call_to_current_one(
     one, other = nodes
     (item,) = await one.enqueue(ENV)
     await one.long_poll(ENV, Poll("w"), stays)  # from now on, this node knows the row
-    await other.ack(ENV, item.id, "w")
+    await other.ack_item(ENV, item.id, "w")
     beaten = await other.heartbeat(ENV, item.id, "NO_HEARTBEAT", 60, "w")
-    assert await one.ack(ENV, item.id, "w") == beaten
-    assert (await one.update(ENV, item.id, {"k": "v"}, "w")).heartbeat_at == beaten.heartbeat_at
-    assert (await other.stop(ENV, item.id, "w")).state == "stopping"
-    stopped = await one.stop(ENV, item.id, "w", force=True)
+    assert await one.ack_item(ENV, item.id, "w") == beaten
+    assert (
+        await one.update_metadata(ENV, item.id, {"k": "v"}, "w")
+    ).heartbeat_at == beaten.heartbeat_at
+    assert (await other.stop_item(ENV, item.id, "w")).state == "stopping"
+    stopped = await one.stop_item(ENV, item.id, "w", force=True)
     assert (stopped.state, stopped.metadata) == ("stopped", {"k": "v"})
-    assert await other.get(ENV, item.id) == stopped
-    kinds = [record.kind for record in await one.history()]
+    assert await other.get_item(ENV, item.id) == stopped
+    kinds = [record.kind for record in await one.read_history()]
     assert kinds[-4:] == ["heartbeat", "metadata", "stop_requested", "stopped"]
 
 
@@ -145,31 +147,34 @@ async def test_node_that_knows_a_lost_commit_does_not_overwrite_later_one(
         "UPDATE items SET version = 1, delivered_at = NULL, holder = NULL", database_url
     )
     await other.long_poll(ENV, Poll("b"), stays)
-    assert await outcomes(one.ack(ENV, item.id, "a")) == [409]
-    assert (await other.ack(ENV, item.id, "b")).holder == "b"
+    assert await outcomes(one.ack_item(ENV, item.id, "a")) == [409]
+    assert (await other.ack_item(ENV, item.id, "b")).holder == "b"
 
 
 async def test_concurrent_acks_and_stops_keep_one_holder(nodes: list[Engine]) -> None:
     for item in await nodes[0].enqueue(ENV, count=10):
         await nodes[0].long_poll(ENV, Poll("a", 0, 0), stays)
         await outcomes(
-            nodes[0].ack(ENV, item.id, "a"),
-            nodes[1].ack(ENV, item.id, "b"),
+            nodes[0].ack_item(ENV, item.id, "a"),
+            nodes[1].ack_item(ENV, item.id, "b"),
             nodes[1].long_poll(ENV, Poll("b", 0, 0), stays),
-            nodes[0].stop(ENV, item.id, force=True),  # an operator, who holds no item
+            nodes[0].stop_item(ENV, item.id, force=True),  # an operator, who holds no item
         )
-        await nodes[1].stop(ENV, item.id, force=True)
-    summary = summarize(await nodes[0].history())
+        await nodes[1].stop_item(ENV, item.id, force=True)
+    summary = summarize(await nodes[0].read_history())
     assert (summary.stopped, summary.lost, summary.overlapping) == (10, 0, 0)
-    assert (await nodes[1].stats(ENV)).stopped == 10
+    assert (await nodes[1].queue_stats(ENV)).stopped == 10
 
 
 async def test_concurrent_sends_of_nodes_have_one_order(nodes: list[Engine]) -> None:
     (item,) = await nodes[0].enqueue(ENV)
     await asyncio.gather(
-        *(node.send(item.session_id, [MESSAGE, MESSAGE]) for node in nodes for _ in range(8))
+        *(node.send_events(item.session_id, [MESSAGE, MESSAGE]) for node in nodes for _ in range(8))
     )
-    lists = [await node.events(item.session_id, Place(99, "", None), EVERY_EVENT) for node in nodes]
+    lists = [
+        await node.list_events(item.session_id, PageRequest(99, "", None), EVERY_EVENT)
+        for node in nodes
+    ]
     ids = [event.id for event in lists[0].items]
     assert ids == [event.id for event in lists[1].items]
     assert ids == sorted(set(ids))
@@ -178,48 +183,53 @@ async def test_concurrent_sends_of_nodes_have_one_order(nodes: list[Engine]) -> 
 
 async def test_concurrent_messages_to_stopped_session_bring_one_item(nodes: list[Engine]) -> None:
     (item,) = await nodes[0].enqueue(ENV)
-    await nodes[0].stop(ENV, item.id, force=True)
-    calls = [node.send(item.session_id, [MESSAGE], messages_bring_work=True) for node in nodes]
+    await nodes[0].stop_item(ENV, item.id, force=True)
+    calls = [
+        node.send_events(item.session_id, [MESSAGE], messages_bring_work=True) for node in nodes
+    ]
     assert len(await asyncio.gather(*calls)) == 2
-    assert (await nodes[0].stats(ENV)).depth == 1
+    assert (await nodes[0].queue_stats(ENV)).depth == 1
 
 
 async def test_session_archived_during_sends_ends_with_termination(nodes: list[Engine]) -> None:
     (item,) = await nodes[0].enqueue(ENV)
     await outcomes(
-        *(node.send(item.session_id, [MESSAGE]) for node in nodes for _ in range(4)),
+        *(node.send_events(item.session_id, [MESSAGE]) for node in nodes for _ in range(4)),
         nodes[1].archive_session(item.session_id),
         nodes[0].archive_session(item.session_id),
     )
-    events = await nodes[0].events(item.session_id, Place(99, "", None), EVERY_EVENT)
+    events = await nodes[0].list_events(item.session_id, PageRequest(99, "", None), EVERY_EVENT)
     types = [event.type for event in events.items]
     assert types.count("session.status_terminated") == 1
     assert types[-1] == "session.status_terminated"
-    assert (await nodes[1].get(ENV, item.id)).state == "stopped"
+    assert (await nodes[1].get_item(ENV, item.id)).state == "stopped"
 
 
 async def test_ended_sessions_are_deleted_while_messages_bring_work(nodes: list[Engine]) -> None:
     items = await nodes[0].enqueue(ENV, count=8)
     for item in items:
-        await nodes[0].stop(ENV, item.id, force=True)
+        await nodes[0].stop_item(ENV, item.id, force=True)
     engine: Any = nodes[1]
     found = await outcomes(
-        engine.delete_ended(0),
-        *(nodes[0].send(item.session_id, [MESSAGE], messages_bring_work=True) for item in items),
+        engine.delete_ended_sessions(0),
+        *(
+            nodes[0].send_events(item.session_id, [MESSAGE], messages_bring_work=True)
+            for item in items
+        ),
     )
     deleted, refused = found[0], found[1:].count(404)
     assert deleted == refused
-    stats = await nodes[0].stats(ENV)
+    stats = await nodes[0].queue_stats(ENV)
     assert (stats.depth, stats.stopped) == (8 - deleted, 8 - deleted)
 
 
 async def test_deletion_of_many_events_takes_several_batches(
     nodes: list[Engine], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(ended_sessions, "EVENTS_MAX", 3)
+    monkeypatch.setattr(retention_calls, "EVENTS_MAX", 3)
     for item in await nodes[0].enqueue(ENV, count=3):
-        await nodes[0].send(item.session_id, [MESSAGE, MESSAGE])
-        await nodes[0].stop(ENV, item.id, force=True)
+        await nodes[0].send_events(item.session_id, [MESSAGE, MESSAGE])
+        await nodes[0].stop_item(ENV, item.id, force=True)
     engine: Any = nodes[1]
-    assert [await engine.delete_ended(0) for _ in range(4)] == [1, 1, 1, 0]
-    assert (await nodes[0].stats(ENV)).stopped == 0
+    assert [await engine.delete_ended_sessions(0) for _ in range(4)] == [1, 1, 1, 0]
+    assert (await nodes[0].queue_stats(ENV)).stopped == 0

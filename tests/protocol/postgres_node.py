@@ -1,6 +1,6 @@
 """The synchronous calls of tests on PostgreSQL, made by a second node on the same database.
 
-A test calls `plane.enqueue()` and `plane.operations.get(…)` in the middle of a coroutine. On
+A test calls `plane.enqueue()` and `plane.operations.get_item(…)` in the middle of a coroutine. On
 PostgreSQL these are coroutines, so a second node on the same database, with a loop on a thread of
 its own, does them meanwhile.
 """
@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 from workpool.server import ControlPlane
-from workpool.server.parsing.request_values import Place
+from workpool.server.parsing.request_values import PageRequest
 
 if TYPE_CHECKING:
     from collections.abc import Coroutine, Iterator
@@ -26,7 +26,16 @@ if TYPE_CHECKING:
     from workpool.server.stored_item import Item
 
 SECONDS = 20
-CALLS = {"ack", "emit", "enqueue", "get", "heartbeat", "stats", "stop", "update"}
+CALLS = {
+    "ack_item",
+    "emit_events",
+    "enqueue",
+    "get_item",
+    "heartbeat",
+    "queue_stats",
+    "stop_item",
+    "update_metadata",
+}
 """The calls of `Operations` that the engine has with the same parameters."""
 
 
@@ -59,15 +68,15 @@ class BlockingNode:
 
         return call
 
-    def page(self, environment_id: str, limit: int = 20) -> ListPage[Item]:
+    def list_items(self, environment_id: str, limit: int = 20) -> ListPage[Item]:
         found: ListPage[Item] = self._result(
-            self._engine.items(environment_id, Place(limit, "", None))
+            self._engine.list_items(environment_id, PageRequest(limit, "", None))
         )
         return found
 
     @property
     def history(self) -> Any:
-        return self._result(self._engine.history())
+        return self._result(self._engine.read_history())
 
     def _result(self, call: Coroutine[Any, Any, Any]) -> Any:
         return asyncio.run_coroutine_threadsafe(call, self._loop).result(SECONDS)

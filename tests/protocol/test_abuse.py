@@ -311,7 +311,7 @@ async def test_client_that_disconnects_during_body_creates_nothing(
 ) -> None:
     await send_raw(control_plane, request_head("POST", "", "Content-Length: 10"), b"{", eof=True)
     await check_server_answers(control_plane)
-    assert len(control_plane.operations.queue(ENV)) == 0
+    assert len(control_plane.operations.get_queue(ENV)) == 0
 
 
 async def test_token_of_malformed_request_is_not_logged(

@@ -74,7 +74,7 @@ async def test_metadata_above_limit_of_new_items_are_refused_with_limit(api: Api
     with pytest.raises(APIError, match=str(NEW_METADATA_LIMIT_BYTES)) as caught:
         api.plane.enqueue(metadata=too_large)
     assert (caught.value.status, caught.value.param) == (400, "metadata")
-    assert len(api.plane.operations.queue(ENV)) == 0
+    assert len(api.plane.operations.get_queue(ENV)) == 0
     assert len(api.plane.enqueue(metadata=metadata_of_size(NEW_METADATA_LIMIT_BYTES))) == 1
 
 
@@ -130,7 +130,7 @@ async def test_enqueue_with_response_above_limit_is_refused(api: ApiClient) -> N
     answer = await post(api, api.work(), content)
     assert (answer.status, answer.error_type["param"]) == (400, "count")
     assert str(ANSWER_LIMIT_BYTES) in answer.error_type["message"]
-    assert len(api.plane.operations.queue(ENV)) == 0
+    assert len(api.plane.operations.get_queue(ENV)) == 0
 
 
 async def test_largest_enqueue_response_is_readable_by_worker(qoder_api: ApiClient) -> None:
@@ -177,7 +177,7 @@ async def test_item_pages_are_shortened_to_response_limit(api: ApiClient) -> Non
 async def test_item_page_with_largest_items_has_one_item(api: ApiClient) -> None:
     for _ in range(3):
         (item,) = api.plane.enqueue()
-        api.plane.operations.update(ENV, item.id, metadata_of_size(METADATA_LIMIT_BYTES))
+        api.plane.operations.update_metadata(ENV, item.id, metadata_of_size(METADATA_LIMIT_BYTES))
     ids, largest = await read_all_pages(api, api.work())
     assert len(ids) == 3
     assert largest <= ANSWER_LIMIT_BYTES
@@ -263,6 +263,6 @@ def test_size_allowance_for_an_item_covers_all_its_fields(dialect: str) -> None:
         stop_requested_at=1,
         stopped_at=1,
     )
-    shown = DIALECTS[cast("Dialect", dialect)].item(item)
+    shown = DIALECTS[cast("Dialect", dialect)].item_json(item)
     assert None not in shown.values()
     assert len(orjson.dumps(shown)) < ITEM_BYTES

@@ -311,7 +311,7 @@ async def test_environment_with_foreign_item_is_refused(
     (item,) = control_plane.enqueue()
     with pytest.raises(ForeignItemsError, match=f"item {item.id} was not created by the suite"):
         await suite_with_moved_clock(control_plane, http_session, clock, "qoder").run(CLAUSES)
-    assert control_plane.operations.get(ENV, item.id).state == "queued"
+    assert control_plane.operations.get_item(ENV, item.id).state == "queued"
 
 
 async def test_environment_with_items_of_earlier_run_is_accepted(
@@ -355,7 +355,7 @@ async def test_foreign_items_in_test_environment_are_stopped(
     )
     [finding] = await suite.run(clauses_with_verdict("ack-starts"))
     assert finding.verdict is Verdict.HOLDS
-    assert {control_plane.operations.get(ENV, item.id).state for item in items} == {"stopped"}
+    assert {control_plane.operations.get_item(ENV, item.id).state for item in items} == {"stopped"}
 
 
 async def test_items_of_clause_are_stopped_after_it(
@@ -364,7 +364,7 @@ async def test_items_of_clause_are_stopped_after_it(
     await suite_with_moved_clock(control_plane, http_session, clock, "qoder").run(
         clauses_with_verdict("list-pages", "ack-lease")
     )
-    items = control_plane.operations.page(ENV).items
+    items = control_plane.operations.list_items(ENV).items
     assert [item.state for item in items] == ["stopped"] * 3
 
 
@@ -456,10 +456,10 @@ async def test_cancelled_suite_stops_its_items(
     async with asyncio.TaskGroup() as group:
         running = group.create_task(suite.run(clauses_with_verdict("lease-held", "ack-lease")))
         await wait_until(
-            lambda: [item.state for item in control_plane.operations.page(ENV).items] == HELD
+            lambda: [item.state for item in control_plane.operations.list_items(ENV).items] == HELD
         )
         running.cancel()
-    assert {item.state for item in control_plane.operations.page(ENV).items} == {"stopped"}
+    assert {item.state for item in control_plane.operations.list_items(ENV).items} == {"stopped"}
 
 
 async def test_items_for_suite_can_come_from_created_sessions(

@@ -49,18 +49,18 @@ class ConversationMachine(RuleBasedStateMachine):
 
     def advance_script(self) -> None:
         for _ in range(50):
-            if (fields := self.talk.following()) is None:
+            if (fields := self.talk.next_server_event()) is None:
                 return
             self.append_event(fields)
         raise AssertionError("it never stops talking")
 
     def append_event(self, fields: dict[str, Any]) -> None:
         event_id = f"evt_{len(self.talk.events):03}"
-        self.talk.append(StoredEvent(event_id, "sess_1", {"id": event_id, **fields}))
+        self.talk.append_event(StoredEvent(event_id, "sess_1", {"id": event_id, **fields}))
 
     def agent_says(self, *said: dict[str, Any]) -> bool:
         try:
-            self.talk.check(said)
+            self.talk.check_client_events(said)
         except APIError:
             return False
         for fields in said:
@@ -106,7 +106,7 @@ class ConversationMachine(RuleBasedStateMachine):
         kind = "agent.custom_tool_use" if custom else "agent.tool_use"
         event = {"type": kind, "evaluated_permission": permission}
         try:
-            self.talk.check_server([event])
+            self.talk.check_server_events([event])
         except APIError:
             assert self.script is not None
             return
@@ -156,8 +156,8 @@ class ConversationMachine(RuleBasedStateMachine):
     def restart_changes_nothing(self) -> None:
         again = Conversation(self.script)
         for event in self.talk.events:
-            again.append(event)
-        assert again.following() is None
+            again.append_event(event)
+        assert again.next_server_event() is None
         for name, value in vars(self.talk).items():
             assert vars(again)[name] == value, name
 
@@ -298,7 +298,7 @@ def long_conversation() -> Conversation:
     rare = {0: "user.message", 1: "user.interrupt"}
     for number in range(10_000):
         kind = rare.get(number % 1000, "agent.message")
-        talk.append(StoredEvent(f"evt_{number:05}", "sess_1", {"type": kind}))
+        talk.append_event(StoredEvent(f"evt_{number:05}", "sess_1", {"type": kind}))
     return talk
 
 
@@ -317,7 +317,7 @@ def test_list_of_rare_types_has_the_nearest_events_and_reads_no_others(
     ]
     nearest = wanted[-4:] if newest_first or before is not None else wanted[:4]
     counted = talk.events = CountedEvents(talk.events)
-    found = talk.page(
+    found = talk.list_events(
         4,
         after=after,
         before=before,

@@ -27,7 +27,7 @@ class BlockingStore(MemoryStore):
         self.open_gate = asyncio.Event()
         self.waiting = 0
 
-    async def durable(self) -> None:
+    async def wait_until_durable(self) -> None:
         self.waiting += 1
         try:
             await self.open_gate.wait()
@@ -67,7 +67,7 @@ def record_kinds(api: ApiClient) -> list[str]:
 
 
 async def test_client_disconnected_during_wait_receives_no_item(api: ApiClient) -> None:
-    waiting = api.plane.operations.queue(ENV).waiting
+    waiting = api.plane.operations.get_queue(ENV).waiting
     connection = await send_poll(api)
     await wait_until(lambda: len(waiting) == 1)
     connection.close()
@@ -81,7 +81,7 @@ async def test_client_disconnected_in_same_loop_turn_as_arrival_receives_no_item
     api: ApiClient,
 ) -> None:
     """When the poll wakes, the kernel knows of the closed connection, but the loop does not."""
-    waiting = api.plane.operations.queue(ENV).waiting
+    waiting = api.plane.operations.get_queue(ENV).waiting
     connection = await send_poll(api)
     await wait_until(lambda: len(waiting) == 1)
     connection.close()
@@ -92,7 +92,7 @@ async def test_client_disconnected_in_same_loop_turn_as_arrival_receives_no_item
 
 
 async def test_item_for_disconnected_client_goes_to_next_waiting_poll(api: ApiClient) -> None:
-    waiting = api.plane.operations.queue(ENV).waiting
+    waiting = api.plane.operations.get_queue(ENV).waiting
     connection = await send_poll(api)
     await wait_until(lambda: len(waiting) == 1)
     async with asyncio.TaskGroup() as group:
@@ -142,7 +142,7 @@ async def test_delivery_to_client_disconnected_in_same_loop_turn_as_storage_is_w
 async def test_withdrawn_delivery_wakes_next_poll(
     blocked_api: ApiClient, blocking_store: BlockingStore
 ) -> None:
-    waiting = blocked_api.plane.operations.queue(ENV).waiting
+    waiting = blocked_api.plane.operations.get_queue(ENV).waiting
     (item,) = blocked_api.plane.enqueue()
     connection = await send_poll(blocked_api)
     await wait_until(lambda: blocking_store.waiting == 1)
@@ -161,7 +161,7 @@ async def test_delivery_of_item_acknowledged_meanwhile_is_not_withdrawn(
     (item,) = blocked_api.plane.enqueue()
     connection = await send_poll(blocked_api)
     await wait_until(lambda: blocking_store.waiting == 1)
-    blocked_api.plane.operations.ack(ENV, item.id, "ghost")
+    blocked_api.plane.operations.ack_item(ENV, item.id, "ghost")
     connection.close()
     await wait_until(lambda: blocking_store.waiting == 0)
     blocking_store.open_gate.set()
@@ -176,5 +176,5 @@ async def test_closing_control_plane_answers_waiting_polls(
     async with asyncio.TaskGroup() as group, plane:
         api = ApiClient(plane, http_session, "qoder")
         poll = group.create_task(api.poll(params={"block_ms": "999"}))
-        await wait_until(lambda: len(plane.operations.queue(ENV).waiting) == 1)
+        await wait_until(lambda: len(plane.operations.get_queue(ENV).waiting) == 1)
     assert (poll.result().status, poll.result().body) == (200, None)

@@ -24,7 +24,7 @@ class BlockingStore(MemoryStore):
         self.gate.set()
         self.waiting = 0
 
-    async def durable(self) -> None:
+    async def wait_until_durable(self) -> None:
         self.waiting += 1
         await self.gate.wait()
         self.waiting -= 1

@@ -12,8 +12,8 @@ from tests.protocol.conftest import CLOUD, ENV, OTHER, MovableClock
 from workpool.server import APIError, ControlPlane, Poll, state_machine, summarize
 from workpool.server.conversation import EVERY_EVENT, EventFilter
 from workpool.server.parsing.creation_requests import NewEnvironment, NewSession
-from workpool.server.parsing.request_values import ItemFilter, Place
-from workpool.server.queue.work_queue import Stats
+from workpool.server.parsing.request_values import ItemFilter, PageRequest
+from workpool.server.queue.work_queue import WorkQueueStats
 from workpool.server.state_machine import last_heartbeat
 from workpool.server.stored_session import SessionFilter
 
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from workpool.server import Item, PostgresStore, Store
     from workpool.server.engine import Engine
 
-ALL = Place(20, "", None)
+ALL = PageRequest(20, "", None)
 MESSAGE = {"type": "user.message", "content": [{"type": "text", "text": "go\0on"}]}
 SCRIPT = [{"name": "bash", "input": {"command": "true"}}]
 SECONDS = 20
@@ -54,7 +54,7 @@ async def running(
         async with asyncio.timeout(SECONDS):
             yield engine
     finally:
-        engine.release()
+        engine.end_waits()
         await engine.close()
 
 
@@ -68,7 +68,7 @@ async def held(engine: Engine, worker: str = "a") -> Item:
     """Create an item and bring it to `active` for a worker."""
     (item,) = await engine.enqueue(ENV)
     await claimed(engine, worker)
-    await engine.ack(ENV, item.id, worker)
+    await engine.ack_item(ENV, item.id, worker)
     return await engine.heartbeat(ENV, item.id, "NO_HEARTBEAT", 30, worker)
 
 
@@ -85,30 +85,30 @@ async def test_item_lives_from_creation_to_stop(engine: Engine, clock: MovableCl
     assert (delivered.id, delivered.holder, delivered.metadata) == (created.id, "a", {"k": "v\0"})
     assert await engine.long_poll(ENV, Poll("b"), never) is None
     clock.advance(1)
-    acked = await engine.ack(ENV, created.id, "a")
+    acked = await engine.ack_item(ENV, created.id, "a")
     assert (acked.state, acked.holder) == ("starting", "a")
-    assert await engine.ack(ENV, created.id, "a") == acked
+    assert await engine.ack_item(ENV, created.id, "a") == acked
     clock.advance(1)
     beaten = await engine.heartbeat(ENV, created.id, "NO_HEARTBEAT", 30, "a")
     assert (beaten.state, beaten.ttl_seconds) == ("active", 30)
     clock.advance(1)
     again = await engine.heartbeat(ENV, created.id, last_heartbeat(beaten), 40, "a")
     assert again.lease_end == int(clock() * 1e6) + 40_000_000
-    changed = await engine.update(ENV, created.id, {"k": None, "result": "1"}, "a")
+    changed = await engine.update_metadata(ENV, created.id, {"k": None, "result": "1"}, "a")
     assert changed.metadata == {"result": "1"}
-    assert (await engine.stop(ENV, created.id, "a")).state == "stopping"
-    stopped = await engine.stop(ENV, created.id, "a")
+    assert (await engine.stop_item(ENV, created.id, "a")).state == "stopping"
+    stopped = await engine.stop_item(ENV, created.id, "a")
     assert stopped.state == "stopped"
-    assert await engine.get(ENV, created.id) == stopped
-    assert await engine.stop(ENV, created.id, "a") == stopped
+    assert await engine.get_item(ENV, created.id) == stopped
+    assert await engine.stop_item(ENV, created.id, "a") == stopped
 
 
 async def test_history_of_item_is_recorded_in_order(engine: Engine) -> None:
     item = await held(engine)
     await engine.heartbeat(ENV, item.id, last_heartbeat(item), 30, "a")
-    assert await refusal(engine.ack(ENV, item.id, "b")) == 409
-    await engine.stop(ENV, item.id, "a", force=True)
-    records = await engine.history()
+    assert await refusal(engine.ack_item(ENV, item.id, "b")) == 409
+    await engine.stop_item(ENV, item.id, "a", force=True)
+    records = await engine.read_history()
     assert [record.kind for record in records] == [
         "created",
         "delivered",
@@ -143,14 +143,14 @@ async def test_heartbeat_is_the_state_machines(
     """One engine has a statement of its own for the most frequent heartbeat."""
     item = await held(engine)
     if state == "stopping":
-        item = await engine.stop(ENV, item.id)
+        item = await engine.stop_item(ENV, item.id)
     if expected in {"last", "wrong"}:
         expected = last_heartbeat(item) if expected == "last" else "2026-03-01T12:00:00.000001Z"
     clock.advance(seconds)
     now = int(clock() * 1e6)
-    before = state_machine.lapse(item) if (item.lease_end or 0) <= now else item
+    before = state_machine.end_lease(item) if (item.lease_end or 0) <= now else item
     try:
-        wanted: Item | int = state_machine.heartbeat(
+        wanted: Item | int = state_machine.extend_lease(
             before, expected, 45, now, compare_on_stop=compare_on_stop
         )
     except APIError as error:
@@ -170,22 +170,22 @@ async def test_lapsed_lease_returns_item_to_queue(engine: Engine, clock: Movable
     item = await held(engine)
     later = await engine.enqueue(ENV)
     clock.advance(30)
-    assert (await engine.get(ENV, item.id)).state == "queued"
+    assert (await engine.get_item(ENV, item.id)).state == "queued"
     assert await refusal(engine.heartbeat(ENV, item.id, last_heartbeat(item), 30, "a")) == 409
     assert (await claimed(engine, "b")).id == item.id
     assert (await claimed(engine, "b")).id == later[0].id
-    assert (await engine.ack(ENV, item.id, "b")).holder == "b"
-    kinds = [record.kind for record in await engine.history() if record.work_id == item.id]
+    assert (await engine.ack_item(ENV, item.id, "b")).holder == "b"
+    kinds = [record.kind for record in await engine.read_history() if record.work_id == item.id]
     assert kinds.count("lapsed") == 1
 
 
 async def test_lapsed_stopping_item_is_stopped(engine: Engine, clock: MovableClock) -> None:
     item = await held(engine)
-    await engine.stop(ENV, item.id)
+    await engine.stop_item(ENV, item.id)
     clock.advance(30)
-    found = await engine.get(ENV, item.id)
+    found = await engine.get_item(ENV, item.id)
     assert (found.state, found.stopped_at) == ("stopped", item.lease_end)
-    assert (await engine.stats(ENV)).stopped == 1
+    assert (await engine.queue_stats(ENV)).stopped == 1
 
 
 async def test_unacknowledged_delivery_is_repeated_after_window(
@@ -196,14 +196,14 @@ async def test_unacknowledged_delivery_is_repeated_after_window(
     clock.advance(2)
     assert await engine.long_poll(ENV, Poll("b", 0, 3000), never) is None
     assert (await claimed(engine, "b", reclaim_older_than_ms=2000)).holder == "b"
-    assert await refusal(engine.ack(ENV, item.id, "a")) == 409
+    assert await refusal(engine.ack_item(ENV, item.id, "a")) == 409
 
 
 async def test_poll_of_gone_client_leaves_item_in_queue(engine: Engine) -> None:
     (item,) = await engine.enqueue(ENV)
     answers = iter([False, True, True])
     assert await engine.long_poll(ENV, Poll("a"), lambda: next(answers)) is None
-    assert (await engine.get(ENV, item.id)).delivered_at is None
+    assert (await engine.get_item(ENV, item.id)).delivered_at is None
     assert (await claimed(engine, "b")).id == item.id
 
 
@@ -219,14 +219,14 @@ async def test_release_ends_waiting_polls_and_streams(engine: Engine) -> None:
     (item,) = await engine.enqueue(OTHER)
     async with asyncio.TaskGroup() as group:
         poll = group.create_task(engine.long_poll(ENV, Poll("a", 999_000), never))
-        stream = group.create_task(engine.follow(item.session_id, 0, 999.0))
+        stream = group.create_task(engine.wait_for_events(item.session_id, 0, 999.0))
         await asyncio.sleep(0.05)  # either order is right
-        engine.release()
+        engine.end_waits()
     assert poll.result() is None
     assert stream.result() is None
 
 
-@pytest.mark.parametrize("name", ["ack", "heartbeat", "stop", "get"])
+@pytest.mark.parametrize("name", ["ack_item", "heartbeat", "stop_item", "get_item"])
 @pytest.mark.parametrize("work_id", ["work_" + 32 * "0", "\0", "\udc80", 200 * "x"])
 async def test_unknown_item_is_not_found(engine: Engine, name: str, work_id: str) -> None:
     assert await refusal(getattr(engine, name)(ENV, work_id)) == 404
@@ -234,18 +234,18 @@ async def test_unknown_item_is_not_found(engine: Engine, name: str, work_id: str
 
 async def test_item_of_other_environment_is_not_found(engine: Engine) -> None:
     (item,) = await engine.enqueue(OTHER)
-    assert await refusal(engine.get(ENV, item.id)) == 404
+    assert await refusal(engine.get_item(ENV, item.id)) == 404
 
 
 async def test_concurrent_stops_and_updates_all_apply(engine: Engine) -> None:
     item = await held(engine)
     async with asyncio.TaskGroup() as group:
         for number in range(12):
-            group.create_task(engine.update(ENV, item.id, {str(number): "x"}, "a"))
-        group.create_task(engine.stop(ENV, item.id, "a", force=True))
-    found = await engine.get(ENV, item.id)
+            group.create_task(engine.update_metadata(ENV, item.id, {str(number): "x"}, "a"))
+        group.create_task(engine.stop_item(ENV, item.id, "a", force=True))
+    found = await engine.get_item(ENV, item.id)
     assert (found.state, len(found.metadata)) == ("stopped", 12)
-    assert (await engine.stats(ENV)).stopped == 1
+    assert (await engine.queue_stats(ENV)).stopped == 1
 
 
 async def test_concurrent_claims_deliver_each_item_once(engine: Engine) -> None:
@@ -261,49 +261,51 @@ async def test_concurrent_claims_deliver_each_item_once(engine: Engine) -> None:
 async def test_statistics_count_every_state(engine: Engine, clock: MovableClock) -> None:
     await held(engine, "a")
     stopped = await held(engine, "b")
-    await engine.stop(ENV, stopped.id, force=True)
+    await engine.stop_item(ENV, stopped.id, force=True)
     (oldest, *_) = await engine.enqueue(ENV, count=3)
     await claimed(engine, "c")
-    assert await engine.stats(ENV) == Stats(2, 1, oldest.created_at, 3, 1, 1)
+    assert await engine.queue_stats(ENV) == WorkQueueStats(2, 1, oldest.created_at, 3, 1, 1)
     clock.advance(5)
-    assert (await engine.stats(ENV)).pending == 0
-    assert await engine.stats(OTHER) == Stats(0, 0, None, 0, 0, 0)
+    assert (await engine.queue_stats(ENV)).pending == 0
+    assert await engine.queue_stats(OTHER) == WorkQueueStats(0, 0, None, 0, 0, 0)
 
 
 async def test_pages_of_items_go_both_ways(engine: Engine) -> None:
     items = list(await engine.enqueue(ENV, count=5))
     await engine.enqueue(OTHER)
-    page = await engine.items(ENV, Place(2, "", None))
+    page = await engine.list_items(ENV, PageRequest(2, "", None))
     assert (list(page.items), page.has_more) == (items[:2], True)
-    page = await engine.items(ENV, Place(3, items[1].id, None))
+    page = await engine.list_items(ENV, PageRequest(3, items[1].id, None))
     assert (list(page.items), page.has_more) == (items[2:], False)
-    page = await engine.items(ENV, Place(2, "", items[4].id))
+    page = await engine.list_items(ENV, PageRequest(2, "", items[4].id))
     assert (list(page.items), page.has_more, page.backwards) == (items[2:4], True, True)
 
 
 async def test_search_selects_and_orders_items(engine: Engine) -> None:
     items = list(await engine.enqueue(ENV, count=4))
     for item in items[:2]:
-        await engine.update(ENV, item.id, {"workpool.error": "E"})
-        await engine.stop(ENV, item.id)
-    queued = await engine.items(ENV, ALL, ItemFilter("queued", failed=False, newest_first=True))
+        await engine.update_metadata(ENV, item.id, {"workpool.error": "E"})
+        await engine.stop_item(ENV, item.id)
+    queued = await engine.list_items(
+        ENV, ALL, ItemFilter("queued", failed=False, newest_first=True)
+    )
     assert [item.id for item in queued.items] == [items[3].id, items[2].id]
-    page = await engine.items(
-        ENV, Place(1, "", None), ItemFilter(None, failed=True, newest_first=False)
+    page = await engine.list_items(
+        ENV, PageRequest(1, "", None), ItemFilter(None, failed=True, newest_first=False)
     )
     assert ([item.id for item in page.items], page.has_more) == ([items[0].id], True)
 
 
 async def test_environments_are_created_and_listed(engine: Engine) -> None:
-    assert await refusal(engine.admit("env_unknown")) == 404
-    assert await refusal(engine.admit("\0")) == 404
-    assert await refusal(engine.admit(CLOUD)) == 400
+    assert await refusal(engine.check_environment("env_unknown")) == 404
+    assert await refusal(engine.check_environment("\0")) == 404
+    assert await refusal(engine.check_environment(CLOUD)) == 400
     created = await engine.create_environment(NewEnvironment("a\0b", None, {"k": "v"}))
-    await engine.admit(created.id)
-    assert await engine.environment(created.id) == created
-    page = await engine.environments(ALL, None)
+    await engine.check_environment(created.id)
+    assert await engine.get_environment(created.id) == created
+    page = await engine.list_environments(ALL, None)
     assert [each.id for each in page.items] == sorted([ENV, OTHER, CLOUD, created.id])
-    page = await engine.environments(Place(1, "", None), frozenset({ENV, created.id}))
+    page = await engine.list_environments(PageRequest(1, "", None), frozenset({ENV, created.id}))
     assert len(page.items) == 1
     assert page.has_more
 
@@ -324,82 +326,84 @@ async def test_session_is_created_read_and_archived(engine: Engine) -> None:
     created = await engine.create_session(
         wanted_session(title="t\0", metadata={"k": "v"}, initial_events=[MESSAGE])
     )
-    assert await engine.session(created.id) == created
-    page = await engine.events(created.id, ALL, EVERY_EVENT)
+    assert await engine.get_session(created.id) == created
+    page = await engine.list_events(created.id, ALL, EVERY_EVENT)
     assert [event.value["content"] for event in page.items] == [MESSAGE["content"]]
     archived = await engine.archive_session(created.id)
     assert archived.status == "terminated"
     assert archived.session.archived_at is not None
-    assert (await engine.get(ENV, created.item.id)).state == "stopped"
-    assert (await engine.stats(ENV)).stopped == 1
+    assert (await engine.get_item(ENV, created.item.id)).state == "stopped"
+    assert (await engine.queue_stats(ENV)).stopped == 1
     assert await engine.archive_session(created.id) == archived
-    assert await refusal(engine.send(created.id, [MESSAGE])) == 409
+    assert await refusal(engine.send_events(created.id, [MESSAGE])) == 409
 
 
 @pytest.mark.parametrize("session_id", ["sess_" + 32 * "0", "", "\0"])
 async def test_unknown_session_is_not_found(engine: Engine, session_id: str) -> None:
-    assert await refusal(engine.session(session_id)) == 404
-    assert await refusal(engine.send(session_id, [MESSAGE])) == 404
+    assert await refusal(engine.get_session(session_id)) == 404
+    assert await refusal(engine.send_events(session_id, [MESSAGE])) == 404
     assert await refusal(engine.archive_session(session_id)) == 404
 
 
 async def test_scripted_session_goes_on_by_results(engine: Engine) -> None:
     (item,) = await engine.enqueue(ENV, script=SCRIPT)
-    page = await engine.events(item.session_id, ALL, EVERY_EVENT)
+    page = await engine.list_events(item.session_id, ALL, EVERY_EVENT)
     (use,) = [event for event in page.items if event.type == "agent.tool_use"]
     result = {"type": "user.tool_result", "tool_use_id": use.id}
-    assert len(await engine.send(item.session_id, [result])) == 1
-    assert await refusal(engine.send(item.session_id, [result])) == 409
-    types = [event.type for event in (await engine.events(item.session_id, ALL, EVERY_EVENT)).items]
+    assert len(await engine.send_events(item.session_id, [result])) == 1
+    assert await refusal(engine.send_events(item.session_id, [result])) == 409
+    types = [
+        event.type for event in (await engine.list_events(item.session_id, ALL, EVERY_EVENT)).items
+    ]
     assert types[-3:] == ["user.tool_result", "agent.message", "session.status_idle"]
-    assert (await engine.session(item.session_id)).status == "idle"
+    assert (await engine.get_session(item.session_id)).status == "idle"
 
 
 async def test_events_are_selected_by_type_and_place(engine: Engine) -> None:
     (item,) = await engine.enqueue(ENV)
-    sent = [(await engine.send(item.session_id, [MESSAGE]))[0] for _ in range(4)]
-    await engine.emit(item.session_id, [{"type": "agent.thinking"}])
+    sent = [(await engine.send_events(item.session_id, [MESSAGE]))[0] for _ in range(4)]
+    await engine.emit_events(item.session_id, [{"type": "agent.thinking"}])
     wanted = EventFilter(types=frozenset({"user.message", "\0"}))
-    page = await engine.events(item.session_id, Place(3, "", None), wanted)
+    page = await engine.list_events(item.session_id, PageRequest(3, "", None), wanted)
     assert (list(page.items), page.has_more) == (sent[:3], True)
     newest = wanted._replace(newest_first=True)
-    page = await engine.events(item.session_id, Place(2, "", None), newest)
+    page = await engine.list_events(item.session_id, PageRequest(2, "", None), newest)
     assert list(page.items) == [sent[3], sent[2]]
-    page = await engine.events(item.session_id, Place(2, "", sent[3].id), wanted)
+    page = await engine.list_events(item.session_id, PageRequest(2, "", sent[3].id), wanted)
     assert list(page.items) == [sent[1], sent[2]]
 
 
 async def test_stream_follows_events_from_a_place(engine: Engine) -> None:
     (item,) = await engine.enqueue(ENV)
-    first, second = await engine.send(item.session_id, [MESSAGE, MESSAGE])
-    assert await engine.place_in_events(item.session_id, None) == 2
-    assert await engine.place_in_events(item.session_id, first.id) == 1
-    assert await engine.place_in_events(item.session_id, "evt_unknown") == 0
-    assert await engine.follow(item.session_id, 1, 1.0) == [second]
-    assert list(await engine.follow(item.session_id, 2, 0.01) or "x") == ["x"]
+    first, second = await engine.send_events(item.session_id, [MESSAGE, MESSAGE])
+    assert await engine.stream_position(item.session_id, None) == 2
+    assert await engine.stream_position(item.session_id, first.id) == 1
+    assert await engine.stream_position(item.session_id, "evt_unknown") == 0
+    assert await engine.wait_for_events(item.session_id, 1, 1.0) == [second]
+    assert list(await engine.wait_for_events(item.session_id, 2, 0.01) or "x") == ["x"]
     async with asyncio.TaskGroup() as group:
-        stream = group.create_task(engine.follow(item.session_id, 2, 999.0))
+        stream = group.create_task(engine.wait_for_events(item.session_id, 2, 999.0))
         await asyncio.sleep(0.05)  # either order is right
-        third = await engine.send(item.session_id, [MESSAGE])
+        third = await engine.send_events(item.session_id, [MESSAGE])
     assert stream.result() == list(third)
 
 
 async def test_concurrent_sends_have_one_order(engine: Engine) -> None:
     (item,) = await engine.enqueue(ENV)
-    await asyncio.gather(*(engine.send(item.session_id, [MESSAGE]) for _ in range(12)))
-    events = (await engine.events(item.session_id, ALL, EVERY_EVENT)).items
+    await asyncio.gather(*(engine.send_events(item.session_id, [MESSAGE]) for _ in range(12)))
+    events = (await engine.list_events(item.session_id, ALL, EVERY_EVENT)).items
     assert len(events) == 12
     assert [event.id for event in events] == sorted(event.id for event in events)
-    assert await engine.follow(item.session_id, 0, 1.0) == list(events)
+    assert await engine.wait_for_events(item.session_id, 0, 1.0) == list(events)
 
 
 async def test_message_to_stopped_session_brings_work(engine: Engine) -> None:
     (item,) = await engine.enqueue(ENV)
-    await engine.send(item.session_id, [MESSAGE], messages_bring_work=True)
-    assert (await engine.session(item.session_id)).item.id == item.id
-    await engine.stop(ENV, item.id, force=True)
-    await engine.send(item.session_id, [MESSAGE], messages_bring_work=True)
-    further = (await engine.session(item.session_id)).item
+    await engine.send_events(item.session_id, [MESSAGE], messages_bring_work=True)
+    assert (await engine.get_session(item.session_id)).item.id == item.id
+    await engine.stop_item(ENV, item.id, force=True)
+    await engine.send_events(item.session_id, [MESSAGE], messages_bring_work=True)
+    further = (await engine.get_session(item.session_id)).item
     assert further.id > item.id
     assert (await claimed(engine)).id == further.id
 
@@ -411,11 +415,13 @@ async def test_sessions_are_selected_and_ordered(engine: Engine) -> None:
     ]
     await engine.archive_session(second.id)
     newest = SessionFilter(archived=False, newest_first=True)
-    page = await engine.sessions(ALL, newest)
+    page = await engine.list_sessions(ALL, newest)
     assert [view.id for view in page.items] == [third.id, first.id]
-    page = await engine.sessions(Place(1, "", None), SessionFilter())
+    page = await engine.list_sessions(PageRequest(1, "", None), SessionFilter())
     assert ([view.id for view in page.items], page.has_more) == ([first.id], True)
-    page = await engine.sessions(Place(2, first.id, None), SessionFilter(agent_id="agent_2"))
+    page = await engine.list_sessions(
+        PageRequest(2, first.id, None), SessionFilter(agent_id="agent_2")
+    )
     assert [view.id for view in page.items] == [third.id]
-    page = await engine.sessions(Place(1, "", third.id), SessionFilter())
+    page = await engine.list_sessions(PageRequest(1, "", third.id), SessionFilter())
     assert [view.id for view in page.items] == [second.id]

@@ -667,7 +667,7 @@ async def test_event_that_no_agent_sends_is_refused(
 
 async def test_session_of_stopping_item_has_status_of_item(api: ApiClient) -> None:
     work_id = await api.item_in_state("stopping")
-    session_id = api.plane.operations.get(ENV, work_id).session_id
+    session_id = api.plane.operations.get_item(ENV, work_id).session_id
     api.plane.emit(session_id, {"type": "session.status_running"})
     written = "canceling" if api.dialect == "qoder" else "running"
     assert await session_status(api, session_id) == written
@@ -675,7 +675,7 @@ async def test_session_of_stopping_item_has_status_of_item(api: ApiClient) -> No
 
 async def test_terminated_session_of_stopping_item_stays_terminated(api: ApiClient) -> None:
     work_id = await api.item_in_state("stopping")
-    session_id = api.plane.operations.get(ENV, work_id).session_id
+    session_id = api.plane.operations.get_item(ENV, work_id).session_id
     api.plane.emit(session_id, {"type": "session.status_terminated"})
     assert await session_status(api, session_id) == "terminated"
 

@@ -18,7 +18,7 @@ def claim_and_heartbeat(operations: Operations, worker: str) -> str:
     """Poll, acknowledge and send one heartbeat, as one worker."""
     item = operations.poll(ENV, Poll(worker))
     assert item is not None
-    operations.ack(ENV, item.id, worker)
+    operations.ack_item(ENV, item.id, worker)
     operations.heartbeat(ENV, item.id, "NO_HEARTBEAT", 10, worker)
     return item.id
 
@@ -28,13 +28,13 @@ def test_history_records_every_call_for_an_item_in_order(
 ) -> None:
     operations.enqueue(ENV)
     work_id = claim_and_heartbeat(operations, "a")
-    operations.update(ENV, work_id, {"k": "v"}, "a")
+    operations.update_metadata(ENV, work_id, {"k": "v"}, "a")
     clock.advance(5)
-    operations.stop(ENV, work_id)
+    operations.stop_item(ENV, work_id)
     with pytest.raises(APIError):
-        operations.ack(ENV, work_id, "b")
+        operations.ack_item(ENV, work_id, "b")
     clock.advance(5)
-    operations.stats(ENV)
+    operations.queue_stats(ENV)
     facts = [(record.kind, record.worker_id, record.state) for record in operations.history]
     assert facts == [
         ("created", None, "queued"),
@@ -47,7 +47,7 @@ def test_history_records_every_call_for_an_item_in_order(
         ("lapsed", "a", "stopped"),
     ]
     start = clock.seconds - 10
-    records = operations.history.of(work_id)
+    records = operations.history.records_of_item(work_id)
     assert [record.time - start for record in records] == [0, 0, 0, 0, 0, 5, 5, 10]
     assert [record.lease_end and record.lease_end - start for record in records] == [
         *(None, None, 60, 10, 10, 10, 10, None)
@@ -59,16 +59,16 @@ def test_call_without_effect_leaves_no_record(operations: Operations) -> None:
     operations.enqueue(ENV)
     work_id = claim_and_heartbeat(operations, "a")
     before = len(operations.history)
-    operations.ack(ENV, work_id, "a")
-    operations.update(ENV, work_id, {"missing": None})
-    operations.get(ENV, work_id)
+    operations.ack_item(ENV, work_id, "a")
+    operations.update_metadata(ENV, work_id, {"missing": None})
+    operations.get_item(ENV, work_id)
     assert len(operations.history) == before
 
 
 def test_summary_of_completed_items_counts_no_problem(operations: Operations) -> None:
     operations.enqueue(ENV, count=3)
     for _ in range(3):
-        operations.stop(ENV, claim_and_heartbeat(operations, "a"), "a", force=True)
+        operations.stop_item(ENV, claim_and_heartbeat(operations, "a"), "a", force=True)
     assert summarize(operations.history) == Summary(3, 3, 0, 0, 0)
 
 
@@ -78,7 +78,7 @@ def test_expired_lease_taken_by_another_worker_counts_as_reclaim(
     operations.enqueue(ENV)
     claim_and_heartbeat(operations, "a")
     clock.advance(10)
-    operations.stop(ENV, claim_and_heartbeat(operations, "b"), "b", force=True)
+    operations.stop_item(ENV, claim_and_heartbeat(operations, "b"), "b", force=True)
     assert summarize(operations.history) == Summary(1, 1, 1, 0, 0)
 
 
@@ -88,7 +88,7 @@ def test_redelivery_acknowledged_by_another_worker_counts_as_reclaim(
     operations.enqueue(ENV)
     operations.poll(ENV, Poll("a"))
     clock.advance(5)
-    operations.stop(ENV, claim_and_heartbeat(operations, "b"), "b", force=True)
+    operations.stop_item(ENV, claim_and_heartbeat(operations, "b"), "b", force=True)
     assert summarize(operations.history) == Summary(1, 1, 1, 0, 0)
 
 
@@ -112,9 +112,9 @@ def test_stopping_item_whose_lease_expires_does_not_count_as_reclaim(
     operations: Operations, clock: MovableClock
 ) -> None:
     operations.enqueue(ENV)
-    operations.stop(ENV, claim_and_heartbeat(operations, "a"))
+    operations.stop_item(ENV, claim_and_heartbeat(operations, "a"))
     clock.advance(10)
-    operations.stats(ENV)
+    operations.queue_stats(ENV)
     assert summarize(operations.history) == Summary(1, 1, 0, 0, 0)
 
 
@@ -127,9 +127,9 @@ def test_action_on_item_held_by_another_worker_counts_as_overlap(
     if action == "heartbeat":
         operations.heartbeat(ENV, work_id, None, 10, "b")
     elif action == "metadata":
-        operations.update(ENV, work_id, {"k": "v"}, "b")
+        operations.update_metadata(ENV, work_id, {"k": "v"}, "b")
     else:
-        operations.stop(ENV, work_id, "b", force=action == "stopped")
+        operations.stop_item(ENV, work_id, "b", force=action == "stopped")
     assert summarize(operations.history).overlapping == 1
 
 
@@ -142,9 +142,9 @@ def test_stops_of_operators_and_refused_calls_do_not_count_as_overlap(
         with pytest.raises(APIError):
             operations.heartbeat(ENV, work_id, expected, 10, "b")
     with pytest.raises(APIError):
-        operations.ack(ENV, work_id, "b")
-    operations.update(ENV, work_id, {"k": "v"})
-    operations.stop(ENV, work_id)
+        operations.ack_item(ENV, work_id, "b")
+    operations.update_metadata(ENV, work_id, {"k": "v"})
+    operations.stop_item(ENV, work_id)
     assert summarize(operations.history).overlapping == 0
 
 
@@ -154,10 +154,10 @@ def test_action_of_former_holder_counts_as_overlap_only_if_item_is_held(
     operations.enqueue(ENV)
     work_id = claim_and_heartbeat(operations, "a")
     clock.advance(10)
-    operations.update(ENV, work_id, {"k": "late"}, "a")
+    operations.update_metadata(ENV, work_id, {"k": "late"}, "a")
     assert summarize(operations.history).overlapping == 0
     claim_and_heartbeat(operations, "b")
-    operations.update(ENV, work_id, {"k": "later"}, "a")
+    operations.update_metadata(ENV, work_id, {"k": "later"}, "a")
     assert summarize(operations.history).overlapping == 1
 
 
@@ -175,9 +175,9 @@ def test_worker_that_sends_the_holders_last_heartbeat_takes_item_over(
     """A child of a handoff takes over like this; its parent must not act afterwards."""
     operations.enqueue(ENV)
     work_id = claim_and_heartbeat(operations, "a")
-    last = to_heartbeat_text(operations.get(ENV, work_id).heartbeat_at or 0)
+    last = to_heartbeat_text(operations.get_item(ENV, work_id).heartbeat_at or 0)
     operations.heartbeat(ENV, work_id, last, 10, "b")
-    operations.update(ENV, work_id, {"k": "v"}, "b")
+    operations.update_metadata(ENV, work_id, {"k": "v"}, "b")
     assert summarize(operations.history).overlapping == 0
-    operations.update(ENV, work_id, {"k": "v2"}, "a")
+    operations.update_metadata(ENV, work_id, {"k": "v2"}, "a")
     assert summarize(operations.history).overlapping == 1

@@ -12,10 +12,10 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 
 from tests.protocol.conftest import ENV, MovableClock
 from workpool.server import APIError, Item, Operations, Poll
-from workpool.server.ascending_ids import CHUNK_MAX, AscendingIds, walk
+from workpool.server.ascending_ids import CHUNK_MAX, AscendingIds, iterate_ids
 from workpool.server.queue.deliveries import Deliveries
-from workpool.server.queue.lease_expiry import Leases
-from workpool.server.stored_item import Ids
+from workpool.server.queue.lease_ends import LeaseEnds
+from workpool.server.stored_item import IdGenerator
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -40,9 +40,9 @@ def test_delivery_index_answers_like_a_full_scan(steps: Sequence[tuple[str, int,
             model[work_id] = now
         until = now - number
         due = [name for name, at in model.items() if at <= until]
-        assert deliveries.lowest_due(until) == min(due, default=None)
-        assert deliveries.lowest() == min(model, default=None)
-        assert deliveries.first() == min(model.values(), default=None)
+        assert deliveries.lowest_due_id(until) == min(due, default=None)
+        assert deliveries.lowest_id() == min(model, default=None)
+        assert deliveries.oldest_time() == min(model.values(), default=None)
         assert len(deliveries) == len(model)
 
 
@@ -63,17 +63,17 @@ def test_index_of_ascending_ids_gives_same_results_as_sorted_list(
     before = data.draw(st.none() | IDS)
     between = [each for each in model if each > after and (before is None or each < before)]
     if before is None:
-        assert list(walk(ids, after=after)) == between
+        assert list(iterate_ids(ids, after=after)) == between
     else:
-        assert list(walk(ids, after=after, before=before)) == between[::-1]
-    assert list(walk(ids, after=after, before=before, newest_first=True)) == between[::-1]
+        assert list(iterate_ids(ids, after=after, before=before)) == between[::-1]
+    assert list(iterate_ids(ids, after=after, before=before, newest_first=True)) == between[::-1]
 
 
 def test_ascending_ids_may_change_while_they_are_walked() -> None:
     every = [f"work_{number:05}" for number in range(3 * CHUNK_MAX)]
     for newest_first in (False, True):
         ids = AscendingIds(every)
-        walked = walk(ids, newest_first=newest_first)
+        walked = iterate_ids(ids, newest_first=newest_first)
         first = next(walked)
         for each in every:
             if each[-1] in "02468" or each == first:
@@ -86,41 +86,41 @@ def test_ascending_ids_may_change_while_they_are_walked() -> None:
 def test_lease_index_returns_expired_leases_in_order_once(
     steps: Sequence[tuple[str, int, int]],
 ) -> None:
-    leases, model, now = Leases(), dict[str, int](), 0
+    leases, model, now = LeaseEnds(), dict[str, int](), 0
     for step, number, pause in steps:
         now += pause
         work_id = f"work_{number % 7}"
         if step == "add":
-            leases.hold(work_id, now + number)
+            leases.set_end(work_id, now + number)
             model[work_id] = now + number
         elif step == "discard":
-            leases.drop(work_id)
+            leases.remove(work_id)
             model.pop(work_id, None)
         else:
             due = sorted((end, name) for name, end in model.items() if end <= now)
-            assert sorted(leases.lapsed(now)) == sorted(name for _, name in due)
+            assert sorted(leases.pop_ended(now)) == sorted(name for _, name in due)
             for _, name in due:
                 del model[name]
-        first = leases.first()
+        first = leases.earliest_end()
         if model:
             assert first is not None
             assert first <= min(model.values())
 
 
 def test_lease_index_with_one_renewed_item_does_not_grow() -> None:
-    leases = Leases()
+    leases = LeaseEnds()
     for now in range(10_000):
-        leases.hold("work_1", now + 60)
-        assert not list(leases.lapsed(now))
+        leases.set_end("work_1", now + 60)
+        assert not list(leases.pop_ended(now))
     assert len(leases._heap) <= 2
 
 
 @given(st.lists(st.integers(0, 2**47 * 1000), max_size=50))
 def test_ids_ascend_regardless_of_clock(instants: Sequence[int]) -> None:
-    ids = Ids()
-    made = [ids.new(now) for now in instants]
-    again = Ids(made[-1]) if made else ids
-    made += [again.new(0) for _ in range(5)]
+    ids = IdGenerator()
+    made = [ids.next_digits(now) for now in instants]
+    again = IdGenerator(made[-1]) if made else ids
+    made += [again.next_digits(0) for _ in range(5)]
     assert made == sorted(set(made))
     assert all(len(digits) == 32 and digits[12] == "7" for digits in made)
 
@@ -139,7 +139,7 @@ class QueueMachine(RuleBasedStateMachine):
         self.operations = Operations([ENV], now=self.clock, retention=self.retention)
 
     def all_items(self) -> Sequence[Item]:
-        return self.operations.page(ENV, 1000).items
+        return self.operations.list_items(ENV, 1000).items
 
     def pick_item(self, number: int) -> Item:
         items = self.all_items()
@@ -177,15 +177,15 @@ class QueueMachine(RuleBasedStateMachine):
         item = self.pick_item(number)
         try:
             if call == "ack":
-                self.operations.ack(ENV, item.id, worker)
+                self.operations.ack_item(ENV, item.id, worker)
             elif call == "heartbeat":
                 self.operations.heartbeat(ENV, item.id, ttl_seconds=number, worker_id=worker)
             elif call == "withdraw" and item.delivered_at is not None:
-                self.operations.withdraw(item)
+                self.operations.withdraw_delivery(item)
             elif call == "update":
-                self.operations.update(ENV, item.id, {"k": str(number)}, worker)
+                self.operations.update_metadata(ENV, item.id, {"k": str(number)}, worker)
             else:
-                self.operations.stop(ENV, item.id, worker, force=call == "force")
+                self.operations.stop_item(ENV, item.id, worker, force=call == "force")
         except APIError as refusal:
             if refusal.status != 409:
                 raise
@@ -194,7 +194,7 @@ class QueueMachine(RuleBasedStateMachine):
     def stats_equal_those_of_a_scan(self) -> None:
         queued = [item for item in self.all_items() if item.state == "queued"]
         claimable = self.claimable_items(5000)
-        stats = self.operations.stats(ENV)
+        stats = self.operations.queue_stats(ENV)
         assert stats.depth == len(claimable)
         assert stats.pending == len(queued) - len(claimable)
         assert stats.oldest_queued_at == min((item.created_at for item in queued), default=None)
@@ -220,7 +220,7 @@ class QueueMachineWithRetention(QueueMachine):
         until = self.clock.seconds - self.retention
         for item in self.all_items():
             assert item.stopped_at is None or item.stopped_at / 1_000_000 > until
-            assert self.operations.session(item.session_id)[1] == item
+            assert self.operations.get_session(item.session_id)[1] == item
 
 
 TestEverything = QueueMachine.TestCase
@@ -245,10 +245,10 @@ def test_cost_of_call_does_not_grow_with_queue() -> None:
             for _ in range(50):
                 operations.poll(ENV, Poll("b"))
                 operations.poll(ENV, Poll("b", reclaim_older_than_ms=0))
-                operations.page(ENV, 20, after=middle)
-                operations.page(ENV, 20, before=middle)
-                operations.stats(ENV)
-                operations.get(ENV, middle)
+                operations.list_items(ENV, 20, after=middle)
+                operations.list_items(ENV, 20, before=middle)
+                operations.queue_stats(ENV)
+                operations.get_item(ENV, middle)
             best = min(best, time.thread_time() - started)
         return best
 

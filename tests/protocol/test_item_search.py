@@ -27,7 +27,7 @@ async def item_ids(qoder_api: ApiClient) -> dict[str, str]:
     """One item in each state, oldest first, followed by a failed one."""
     found = {state: await qoder_api.item_in_state(state, "worker") for state in reversed(STATES)}
     failed = await qoder_api.item_in_state("stopped")
-    qoder_api.plane.operations.update(ENV, failed, {"workpool.error": "ValueError"})
+    qoder_api.plane.operations.update_metadata(ENV, failed, {"workpool.error": "ValueError"})
     return found | {"failed": failed}
 
 
@@ -52,7 +52,9 @@ async def test_search_by_state_finds_the_items_in_that_state(
 async def test_search_for_failed_items_leaves_out_other_stopped_ones(
     api: ApiClient, item_ids: dict[str, str]
 ) -> None:
-    api.plane.operations.update(ENV, item_ids["queued"], {"workpool.error": "of an earlier run"})
+    api.plane.operations.update_metadata(
+        ENV, item_ids["queued"], {"workpool.error": "of an earlier run"}
+    )
     assert await search_items(api, failed="true") == ([item_ids["failed"]], None)
     assert len((await search_items(api, failed="false"))[0]) == len(item_ids)
 
@@ -101,7 +103,7 @@ async def test_stats_count_running_and_stopped_items(
 ) -> None:
     stats = await qoder_api.queue_stats()
     assert (stats["running"], stats["stopped"]) == (3, 2)
-    qoder_api.plane.operations.stop(ENV, item_ids["active"], force=True)
+    qoder_api.plane.operations.stop_item(ENV, item_ids["active"], force=True)
     stats = await qoder_api.queue_stats()
     assert (stats["running"], stats["stopped"]) == (2, 3)
 

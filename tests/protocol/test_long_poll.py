@@ -115,7 +115,7 @@ def test_waiting_poll_ends_before_later_redelivery() -> None:
 def test_waiting_poll_returns_when_lease_expires(state: str) -> None:
     async def check_expiry(operations: Operations) -> None:
         (item,) = operations.enqueue(ENV)
-        operations.ack(ENV, item.id)
+        operations.ack_item(ENV, item.id)
         lease = 60.0
         if state == "active":
             operations.heartbeat(ENV, item.id, ttl_seconds=10)
@@ -161,7 +161,7 @@ def test_release_answers_all_waiting_polls() -> None:
         async with asyncio.TaskGroup() as group:
             polls = [group.create_task(timed_poll(operations, block_ms=999)) for _ in range(3)]
             await asyncio.sleep(0.1)
-            operations.release()
+            operations.end_waits()
         assert [poll.result() for poll in polls] == [(0.1, None)] * 3
         assert await timed_poll(operations, block_ms=999) == (0.1, None)
 
@@ -171,10 +171,10 @@ def test_release_answers_all_waiting_polls() -> None:
 async def test_wake_up_of_cancelled_poll_goes_to_next_poll() -> None:
     waiting = WaitingPolls()
     async with asyncio.timeout(20), asyncio.TaskGroup() as group:
-        first = group.create_task(waiting.wait(60, impatient=False))
-        second = group.create_task(waiting.wait(60, impatient=False))
+        first = group.create_task(waiting.wait_until_woken(60, impatient=False))
+        second = group.create_task(waiting.wait_until_woken(60, impatient=False))
         await wait_until(lambda: len(waiting) == 2)
-        waiting.wake(1)
+        waiting.wake_polls(1)
         first.cancel()
         await second
     assert first.cancelled()
@@ -207,7 +207,7 @@ def test_withdrawn_delivery_wakes_next_poll() -> None:
         async with asyncio.TaskGroup() as group:
             poll = group.create_task(timed_poll(operations, block_ms=999))
             await asyncio.sleep(0.3)
-            operations.withdraw(delivered)
+            operations.withdraw_delivery(delivered)
         at, item = poll.result()
         assert (at, item is not None) == (0.3, True)
 
@@ -217,12 +217,12 @@ def test_withdrawn_delivery_wakes_next_poll() -> None:
 def test_expired_lease_noticed_by_another_call_wakes_poll() -> None:
     async def check_wake_up(operations: Operations) -> None:
         (item,) = operations.enqueue(ENV)
-        operations.ack(ENV, item.id)
+        operations.ack_item(ENV, item.id)
         await asyncio.sleep(59.5)
         async with asyncio.TaskGroup() as group:
             poll = group.create_task(timed_poll(operations, block_ms=999))
             await asyncio.sleep(0.5)
-            operations.stats(ENV)
+            operations.queue_stats(ENV)
         at, again = poll.result()
         assert (at, again is not None) == (60.0, True)
 
@@ -230,7 +230,7 @@ def test_expired_lease_noticed_by_another_call_wakes_poll() -> None:
 
 
 async def test_enqueue_over_http_wakes_waiting_poll(api: ApiClient) -> None:
-    waiting = api.plane.operations.queue(ENV).waiting
+    waiting = api.plane.operations.get_queue(ENV).waiting
     async with asyncio.TaskGroup() as group:
         poll = group.create_task(api.poll(params={"block_ms": "999"}))
         await wait_until(lambda: len(waiting) == 1)
@@ -248,17 +248,17 @@ async def test_clock_changed_by_test_ends_poll_after_wake(
     api: ApiClient, clock: MovableClock
 ) -> None:
     work_id = await api.item_in_state("active")
-    waiting = api.plane.operations.queue(ENV).waiting
+    waiting = api.plane.operations.get_queue(ENV).waiting
     async with asyncio.TaskGroup() as group:
         poll = group.create_task(api.poll(params={"block_ms": "999"}))
         await wait_until(lambda: len(waiting) == 1)
         clock.advance(60)
-        api.plane.operations.wake()
+        api.plane.operations.wake_all_polls()
     assert poll.result().body["id"] == work_id
 
 
 async def test_enqueue_in_one_environment_does_not_wake_poll_of_another(api: ApiClient) -> None:
-    waiting = api.plane.operations.queue(ENV).waiting
+    waiting = api.plane.operations.get_queue(ENV).waiting
     async with asyncio.TaskGroup() as group:
         poll = group.create_task(api.poll(params={"block_ms": "200"}))
         await wait_until(lambda: len(waiting) == 1)

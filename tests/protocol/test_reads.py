@@ -247,7 +247,7 @@ async def test_session_updated_at_changes_with_item_and_events(
     api: ApiClient, clock: MovableClock
 ) -> None:
     work_id = await api.item_in_state("starting")
-    own = api.plane.operations.get(ENV, work_id).session_id
+    own = api.plane.operations.get_item(ENV, work_id).session_id
     session_id = (await api.get(work_id)).body["data"]["id"]
 
     async def read_updated_at() -> str:

@@ -58,7 +58,7 @@ async def control_plane(clock: MovableClock, store: Store) -> AsyncIterator[Cont
 
 def stopped_item(plane: ControlPlane) -> Item:
     (item,) = plane.enqueue(script=[{"name": "Bash"}])
-    return plane.operations.stop(item.environment_id, item.id)
+    return plane.operations.stop_item(item.environment_id, item.id)
 
 
 def row_counts(file: Path) -> list[int]:
@@ -107,7 +107,7 @@ async def test_items_expired_while_server_was_down_are_deleted_at_start(
     file = tmp_path / "work.db"
     async with make_control_plane(SqliteStore(file), clock) as plane:
         (former,) = plane.enqueue(environment_id=OTHER)  # not served after the restart
-        plane.operations.stop(OTHER, former.id)
+        plane.operations.stop_item(OTHER, former.id)
         old = stopped_item(plane)
         clock.advance(KEPT / 2)
         young = stopped_item(plane)
@@ -117,11 +117,11 @@ async def test_items_expired_while_server_was_down_are_deleted_at_start(
     )
     async with serves_one as plane:
         with pytest.raises(APIError):
-            plane.operations.get(ENV, old.id)
-        assert plane.operations.get(ENV, young.id).state == "stopped"
+            plane.operations.get_item(ENV, old.id)
+        assert plane.operations.get_item(ENV, young.id).state == "stopped"
         clock.advance(KEPT / 2)
         plane.operations.poll(ENV, Poll())
-        assert len(plane.operations.queue(ENV)) == 0
+        assert len(plane.operations.get_queue(ENV)) == 0
         (new,) = plane.enqueue()
         assert new.id > young.id
     assert row_counts(file) == [1, 1, 0]
@@ -133,21 +133,21 @@ async def test_session_is_deleted_when_retention_of_its_last_item_ends(
     operations = control_plane.operations
     (first,) = control_plane.enqueue()
     second, third = (control_plane.enqueue(session_id=first.session_id)[0] for _ in range(2))
-    operations.stop(ENV, third.id)  # the latest item of the session stops first
+    operations.stop_item(ENV, third.id)  # the latest item of the session stops first
     clock.advance(KEPT)
     operations.poll(ENV, Poll())
-    operations.stop(ENV, first.id, force=True)
+    operations.stop_item(ENV, first.id, force=True)
     clock.advance(KEPT)
     operations.poll(ENV, Poll())
-    operations.stop(ENV, second.id, force=True)
+    operations.stop_item(ENV, second.id, force=True)
     clock.advance(KEPT - 1)
     operations.poll(ENV, Poll())
-    assert operations.session(first.session_id)[1].id == third.id
+    assert operations.get_session(first.session_id)[1].id == third.id
     clock.advance(1)
     operations.poll(ENV, Poll())
     with pytest.raises(APIError):
-        operations.session(first.session_id)
-    assert len(operations.queue(ENV)) == 0
+        operations.get_session(first.session_id)
+    assert len(operations.get_queue(ENV)) == 0
 
 
 async def test_item_stopped_by_expired_lease_is_deleted_after_retention(
@@ -175,22 +175,22 @@ async def test_one_call_deletes_limited_number_of_items(
 ) -> None:
     operations = control_plane.operations
     for item in control_plane.enqueue(2 * BATCH_MAX + 1):
-        operations.stop(ENV, item.id)
+        operations.stop_item(ENV, item.id)
     clock.advance(KEPT)
     sizes = []
     for _ in range(3):
         operations.poll(ENV, Poll())
-        sizes.append(len(operations.queue(ENV)))
+        sizes.append(len(operations.get_queue(ENV)))
     assert sizes == [BATCH_MAX + 1, 1, 0]
 
 
 async def test_items_are_kept_forever_by_default(clock: MovableClock) -> None:
     operations = Operations([ENV], now=clock)
     (item,) = operations.enqueue(ENV)
-    operations.stop(ENV, item.id)
+    operations.stop_item(ENV, item.id)
     clock.advance(1e9)
     operations.poll(ENV, Poll())
-    assert operations.get(ENV, item.id).state == "stopped"
+    assert operations.get_item(ENV, item.id).state == "stopped"
 
 
 async def test_paging_over_sessions_skips_deleted_sessions(
@@ -200,6 +200,6 @@ async def test_paging_over_sessions_skips_deleted_sessions(
     (going_on,) = control_plane.enqueue()
     clock.advance(KEPT)
     control_plane.operations.poll(ENV, Poll())
-    found = [session.id for session, _ in control_plane.operations.walk_sessions()]
+    found = [session.id for session, _ in control_plane.operations.iterate_sessions()]
     assert found == [going_on.session_id]
     assert ended.session_id not in found

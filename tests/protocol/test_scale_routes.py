@@ -59,8 +59,8 @@ async def test_scale_counts_unfinished_items_and_recommends_workers(
 ) -> None:
     async with new_control_plane(store=store) as plane:
         items = await plane.engine.enqueue(ENV, count=7)
-        await plane.engine.ack(ENV, items[0].id, "worker-1")
-        await plane.engine.stop(ENV, items[6].id, None, force=True)
+        await plane.engine.ack_item(ENV, items[0].id, "worker-1")
+        await plane.engine.stop_item(ENV, items[6].id, None, force=True)
         status, numbers = await ask(plane, query={"slots_per_worker": "2", "min_replicas": "1"})
         assert (status, list(numbers)) == (200, list(FLEET_NUMBERS))
         assert (numbers["queued"], numbers["pending"], numbers["running"]) == (5, 0, 1)

@@ -305,11 +305,13 @@ async def held_session(
         session = await application.beta.sessions.create(
             agent="agent_1", environment_id=environment_id, extra_body={"script": [ask]}
         )
-        (item,) = control_plane.operations.page(environment_id).items
+        (item,) = control_plane.operations.list_items(environment_id).items
         # The worker reads the history once its event stream is open.
         await wait_until(lambda: ("item", "GET sessions/events") in call_recorder.seen)
         yield HeldSession(
-            session.id, item.id, lambda: control_plane.operations.get(environment_id, item.id).state
+            session.id,
+            item.id,
+            lambda: control_plane.operations.get_item(environment_id, item.id).state,
         )
 
 
@@ -329,11 +331,11 @@ async def test_sdk_worker_ends_session_when_heartbeat_answers_stopping(
     caplog: pytest.LogCaptureFixture,
 ) -> None:
     """The workers send a heartbeat every 30 s."""
-    control_plane.operations.stop(environment_id, held_session.work_id)
+    control_plane.operations.stop_item(environment_id, held_session.work_id)
     assert held_session.state() == "stopping"
     async with asyncio.timeout(90):
         await wait_until(lambda: held_session.state() == "stopped")
-    kinds = [record.kind for record in control_plane.history.of(held_session.work_id)]
+    kinds = [record.kind for record in control_plane.history.records_of_item(held_session.work_id)]
     assert kinds[-2:] == ["heartbeat", "stopped"]  # its own stop, not the end of its lease
     assert not [record for record in caplog.records if record.levelname == "ERROR"]
 

@@ -125,7 +125,7 @@ async def test_environment_not_served_meanwhile_keeps_its_items(
     async with control_plane_on(database_path, clock, ENV):
         pass
     async with control_plane_on(database_path, clock, ENV, OTHER) as plane:
-        assert len(plane.operations.queue(OTHER)) == 1
+        assert len(plane.operations.get_queue(OTHER)) == 1
 
 
 async def test_every_stored_field_is_read_back(database_path: Path) -> None:
@@ -160,9 +160,9 @@ async def test_every_stored_field_is_read_back(database_path: Path) -> None:
     for session in sessions:
         store.save_session(session)
     store.save_events(events)
-    store.save(item)
-    store.save(replace(item, ttl_seconds=6))
-    await store.durable()
+    store.save_item(item)
+    store.save_item(replace(item, ttl_seconds=6))
+    await store.wait_until_durable()
     await store.close()
     store = SqliteStore(database_path)
     contents = await store.open()
@@ -289,11 +289,11 @@ async def test_exception_on_writer_thread_fails_store(
     database_path: Path, clock: MovableClock, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     async with control_plane_on(database_path, clock) as plane:
-        monkeypatch.setattr("workpool.server.stores.sqlite._write", lambda *_: 1 / 0)
+        monkeypatch.setattr("workpool.server.stores.sqlite._write_rows", lambda *_: 1 / 0)
         plane.enqueue()
         async with asyncio.timeout(20):
             with pytest.raises(StoreError, match="ZeroDivisionError"):
-                await plane.operations.durable()
+                await plane.operations.wait_until_durable()
 
 
 async def test_close_during_reading_of_store_ends_reading(
@@ -311,7 +311,7 @@ async def test_close_during_reading_of_store_ends_reading(
         while not store._closing:
             time.sleep(0.001)
 
-    monkeypatch.setattr("workpool.server.stores.sqlite_rows.Table.from_row", read_until_closing)
+    monkeypatch.setattr("workpool.server.stores.sqlite_rows.RowTable.from_row", read_until_closing)
     async with asyncio.timeout(20), asyncio.TaskGroup() as group:
         opening = group.create_task(store.open())
         await asyncio.to_thread(reading.wait)
@@ -338,7 +338,7 @@ async def test_failed_store_answers_500_to_every_later_call(
     async with control_plane_on(database_path, clock) as plane:
         api = ApiClient(plane, http_session, "qoder")
         (kept,) = (await api("POST", api.work())).body["data"]
-        monkeypatch.setattr("workpool.server.stores.sqlite._write", raise_disk_full)
+        monkeypatch.setattr("workpool.server.stores.sqlite._write_rows", raise_disk_full)
         answer = await api("POST", api.work())
         assert answer.status == 500
         assert answer.error_type["type"] == "api_error"
@@ -347,7 +347,7 @@ async def test_failed_store_answers_500_to_every_later_call(
     async with control_plane_on(database_path, clock) as plane:
         api = ApiClient(plane, http_session, "qoder")
         assert await api.item_state(kept["id"]) == "queued"
-        assert len(plane.operations.queue(ENV)) == 1
+        assert len(plane.operations.get_queue(ENV)) == 1
 
 
 # The server is killed under load.

@@ -135,7 +135,7 @@ async def test_idle_stream_sends_keep_alives(
 
 async def test_stream_ends_when_control_plane_closes(qoder_api: ApiClient) -> None:
     async with open_stream(qoder_api, scripted_session(qoder_api)) as reader:
-        qoder_api.plane.operations.release()
+        qoder_api.plane.operations.end_waits()
         async with asyncio.timeout(20):
             assert await reader.response.content.read() == b""
     # A new stream ends in the same way.
@@ -180,7 +180,7 @@ async def test_event_that_could_not_be_stored_is_not_streamed(
         api = ApiClient(plane, http_session, "qoder")
         session_id = scripted_session(api, BASH)
         async with open_stream(api, session_id) as reader:
-            monkeypatch.setattr("workpool.server.stores.sqlite._write", raise_disk_full)
+            monkeypatch.setattr("workpool.server.stores.sqlite._write_rows", raise_disk_full)
             use = plane.events(session_id)[-1]
             assert (await send_events(api, session_id, tool_result(dict(use)))).status == 500
             assert await reader.response.content.read() == b""

@@ -37,25 +37,27 @@ class ActiveAckOperations(Operations):
         if item is None or not self._poll_leases:
             return item
         leased = replace(self._lease_item(item), state=STARTING)
-        return self._apply(self.queue(environment_id), leased, "delivered", poll.worker_id)
+        return self._replace_item(
+            self.get_queue(environment_id), leased, "delivered", poll.worker_id
+        )
 
-    def ack(self, environment_id: str, work_id: str, worker_id: str | None = None) -> Item:
+    def ack_item(self, environment_id: str, work_id: str, worker_id: str | None = None) -> Item:
         """Acknowledge an item for any sender."""
-        queue = self.queue(environment_id)
-        item = queue.get(work_id)
+        queue = self.get_queue(environment_id)
+        item = queue.get_item(work_id)
         if item.state == ACTIVE:
             return item
         if item.state != (STARTING if self._poll_leases else QUEUED):
-            self._record("conflict", item, worker_id, op="ack")
+            self._add_record("conflict", item, worker_id, op="ack")
             raise APIError(409, f"the item is {item.state}")
         leased = item if self._poll_leases else self._lease_item(item)
-        acked = replace(leased, state=ACTIVE, acknowledged_at=self.latest)
-        return self._apply(queue, acked, "acked", worker_id)
+        acked = replace(leased, state=ACTIVE, acknowledged_at=self.latest_time)
+        return self._replace_item(queue, acked, "acked", worker_id)
 
     def _lease_item(self, item: Item) -> Item:
         return replace(
             item,
             delivered_at=None,
-            lease_end=self.latest + ACK_LEASE_SECONDS * SECOND,
+            lease_end=self.latest_time + ACK_LEASE_SECONDS * SECOND,
             ttl_seconds=ACK_LEASE_SECONDS,
         )

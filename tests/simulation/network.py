@@ -277,7 +277,7 @@ class SimulatedClient(LocalClient):
             item = await self._operations.long_poll(
                 self._environment_id, poll, lambda: self._is_disconnected(answered)
             )
-        reply = answer_to(fault, lambda: None if item is None else QODER.item(item))
+        reply = answer_to(fault, lambda: None if item is None else QODER.item_json(item))
         if reply != "silence":
             await asyncio.sleep(fault.answer_delay)
             if not answered.done():

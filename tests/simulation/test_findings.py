@@ -116,7 +116,7 @@ async def test_drain_does_not_wait_for_first_heartbeat_with_long_retry_after() -
         "clean",
     )
     assert script.sent.count(("heartbeat", item.id)) == 2
-    held = bench.operations.get(ENVIRONMENT, item.id)
+    held = bench.operations.get_item(ENVIRONMENT, item.id)
     assert held.lease_end is not None
     # This is the shortest delay of a release.
     assert held.lease_end <= (START + 1 + 10.1) * 1_000_000
@@ -144,11 +144,11 @@ async def test_heartbeat_conflict_after_refused_stop_is_not_success() -> None:
     async with bench.supervisor:
         (item,) = bench.operations.enqueue(ENVIRONMENT)
         await asyncio.sleep(1.5)  # the handler has run, and the stop was refused
-        queue = bench.operations.queue(ENVIRONMENT)
-        queue.put(replace(queue.get(item.id), lease_end=0))
+        queue = bench.operations.get_queue(ENVIRONMENT)
+        queue.put_item(replace(queue.get_item(item.id), lease_end=0))
         await bench.recorder.wait_for(SessionFinished, count=2, timeout=60)
     assert bench.session_outcomes == ["lease_lost", "completed"]
-    assert bench.operations.get(ENVIRONMENT, item.id).state == "stopped"
+    assert bench.operations.get_item(ENVIRONMENT, item.id).state == "stopped"
 
 
 @in_virtual_time
@@ -158,7 +158,7 @@ async def test_abandoned_session_that_an_operator_stopped_counts_as_stopped() ->
     async with bench.supervisor as pool:
         (item,) = bench.operations.enqueue(ENVIRONMENT)
         await asyncio.sleep(1)
-        bench.operations.stop(ENVIRONMENT, item.id, "operator", force=True)
+        bench.operations.stop_item(ENVIRONMENT, item.id, "operator", force=True)
         await asyncio.sleep(4)  # A heartbeat has reported the stop.
         await pool.drain(0)
     assert (bench.session_outcomes, pool.abandoned) == (["stopped"], 1)
@@ -172,7 +172,7 @@ async def test_stop_request_seen_by_first_heartbeat_is_reported() -> None:
         (item,) = bench.operations.enqueue(ENVIRONMENT)
         await bench.recorder.wait_for(AckFinished)
         await asyncio.sleep(0.5)
-        bench.operations.stop(ENVIRONMENT, item.id, "operator", force=False)
+        bench.operations.stop_item(ENVIRONMENT, item.id, "operator", force=False)
         await bench.recorder.wait_for(SessionFinished)
     assert bench.session_outcomes == ["stopped"]
     assert len(bench.recorder.of(StopRequested)) == 1
@@ -236,7 +236,7 @@ async def test_first_heartbeat_after_machine_pause_is_not_sent() -> None:
         await bench.recorder.wait_for(AckFinished)
         await asyncio.sleep(1)
         bench.loop.pause(60)
-        bench.operations.ack(ENVIRONMENT, item.id, "another worker")
+        bench.operations.ack_item(ENVIRONMENT, item.id, "another worker")
         await bench.recorder.wait_for(SessionFinished)
         assert not any(record.kind == "heartbeat" for record in bench.operations.history)
     assert bench.session_outcomes[0] == "lease_lost"
@@ -317,11 +317,11 @@ async def test_stopping_item_of_another_worker_is_not_touched_after_machine_paus
         await bench.recorder.wait_for(SessionStarted)
         loop.pause(120)
         assert operations.poll(ENVIRONMENT, Poll(worker_id="rival")) is not None
-        operations.ack(ENVIRONMENT, item.id, "rival")
+        operations.ack_item(ENVIRONMENT, item.id, "rival")
         operations.heartbeat(ENVIRONMENT, item.id, NO_HEARTBEAT, worker_id="rival")
-        operations.stop(ENVIRONMENT, item.id)
+        operations.stop_item(ENVIRONMENT, item.id)
         await bench.recorder.wait_for(SessionFinished)
-        assert operations.get(ENVIRONMENT, item.id).state == "stopping"
+        assert operations.get_item(ENVIRONMENT, item.id).state == "stopping"
     assert bench.session_outcomes == ["lease_lost"]
 
 
@@ -335,7 +335,7 @@ async def test_claim_during_drain_is_not_marked_after_machine_pause() -> None:
         await asyncio.sleep(1)
         group.create_task(pool.drain())
         bench.loop.pause(100)
-        bench.operations.ack(ENVIRONMENT, item.id, "another worker")
+        bench.operations.ack_item(ENVIRONMENT, item.id, "another worker")
         await bench.recorder.wait_for(SessionFinished)
     assert bench.session_outcomes == ["lease_lost"]
     assert not any(record.kind == "metadata" for record in bench.operations.history)
@@ -368,7 +368,7 @@ async def test_completion_after_machine_pause_is_sent_as_soon_as_lease_is_verifi
         await bench.recorder.wait_for(SessionFinished)
         assert bench.loop.time() - verified_at < 0.01
     assert bench.session_outcomes == ["completed"]
-    assert bench.operations.get(ENVIRONMENT, item.id).state == "stopped"
+    assert bench.operations.get_item(ENVIRONMENT, item.id).state == "stopped"
 
 
 @in_virtual_time
@@ -388,7 +388,7 @@ async def test_item_of_lost_ack_is_not_leased_again_after_machine_slept() -> Non
     assert bench.session_outcomes == ["completed"]
     assert [event.result for event in bench.recorder.of(AckFinished)] == ["error", "ok"]
     assert not bench.recorder.of(SessionFinished)[0].session.redelivered
-    assert bench.operations.get(ENVIRONMENT, item.id).state == "stopped"
+    assert bench.operations.get_item(ENVIRONMENT, item.id).state == "stopped"
 
 
 @handler
@@ -439,7 +439,7 @@ async def test_workers_that_poll_in_step_do_not_take_an_item_from_each_other_end
         await asyncio.sleep(0.002)
         async with two.supervisor:
             await asyncio.sleep(30)
-            assert one.operations.get(ENVIRONMENT, item.id).state == "stopped"
+            assert one.operations.get_item(ENVIRONMENT, item.id).state == "stopped"
     acks = [each.result for each in (*one.recorder.of(AckFinished), *two.recorder.of(AckFinished))]
     assert acks.count("ok") == 1
     assert acks.count("conflict") < 20

@@ -305,7 +305,7 @@ class SimulatedWorld:
     def _enqueue_items(self, action: Action) -> None:
         session_id = None
         if action.count < 0 and self.items:
-            session_id = self.operations.get(ENVIRONMENT, self.items[-1]).session_id
+            session_id = self.operations.get_item(ENVIRONMENT, self.items[-1]).session_id
         items = self.operations.enqueue(
             ENVIRONMENT,
             count=abs(action.count),
@@ -317,19 +317,21 @@ class SimulatedWorld:
     def _act_on_item(self, action: Action, work_id: str) -> None:
         """Carry out an operator's action on an item."""
         if action.kind == "expire":
-            queue = self.operations.queue(ENVIRONMENT)
-            item = queue.get(work_id)
+            queue = self.operations.get_queue(ENVIRONMENT)
+            item = queue.get_item(work_id)
             now = int((START + self.loop.now) * SECOND)
             # A lease does not expire in the second of its ack: pools distinguish owners by
             # `acknowledged_at`, which has whole seconds.
             if item.lease_end is not None and now // SECOND > (item.acknowledged_at or 0) // SECOND:
                 self.trace.broken.append((self.loop.now, work_id))
-                queue.put(replace(item, lease_end=min(item.lease_end, now)))
-                self.operations.queue(ENVIRONMENT)
-                self.operations.wake()
+                queue.put_item(replace(item, lease_end=min(item.lease_end, now)))
+                self.operations.get_queue(ENVIRONMENT)
+                self.operations.wake_all_polls()
             return
         with suppress(APIError):
-            self.operations.stop(ENVIRONMENT, work_id, "operator", force=action.kind == "force")
+            self.operations.stop_item(
+                ENVIRONMENT, work_id, "operator", force=action.kind == "force"
+            )
 
     def _act_on_pool(self, action: Action, node: Node) -> None:
         """Carry out an action on a pool or its machine."""
@@ -396,9 +398,10 @@ class SimulatedWorld:
             await asyncio.sleep(1)
 
     def _all_stopped(self) -> bool:
-        self.operations.queue(ENVIRONMENT)
+        self.operations.get_queue(ENVIRONMENT)
         return all(
-            self.operations.get(ENVIRONMENT, work_id).state == "stopped" for work_id in self.items
+            self.operations.get_item(ENVIRONMENT, work_id).state == "stopped"
+            for work_id in self.items
         )
 
     def _discard_machines(self) -> None:

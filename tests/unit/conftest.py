@@ -232,7 +232,7 @@ class LeaseTestbed:
     def claim_as_other_worker(self, work_id: str) -> None:
         """Claim queued items as the worker `rival`, up to and including the item `work_id`."""
         while (item := self.operations.poll(ENVIRONMENT, Poll("rival", 0, 0))) is not None:
-            self.operations.ack(ENVIRONMENT, item.id, "rival")
+            self.operations.ack_item(ENVIRONMENT, item.id, "rival")
             self.operations.heartbeat(ENVIRONMENT, item.id, None, 600, "rival")
             if item.id == work_id:
                 return
@@ -245,7 +245,9 @@ class LeaseTestbed:
         return [event.result for _, event in self.results]
 
     def item_history(self, item: Any, kind: str) -> list[Record]:
-        return [each for each in self.operations.history.of(item.id) if each.kind == kind]
+        return [
+            each for each in self.operations.history.records_of_item(item.id) if each.kind == kind
+        ]
 
 
 @pytest.fixture

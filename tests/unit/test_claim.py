@@ -145,7 +145,7 @@ async def test_repeated_ack_that_waits_beyond_its_lease_is_not_sent(
         one.loop.suspend(ACK_LEASE_SECONDS)
         item, result = await task
         assert result == "error"
-        assert one.operations.get(ENVIRONMENT, item.id).state == "queued"
+        assert one.operations.get_item(ENVIRONMENT, item.id).state == "queued"
     assert len(one.send_times("ack")) == 1
 
 

@@ -64,7 +64,7 @@ class DemoTestbed:
     def claim_item(self, worker: str) -> list[str]:
         operations, environment = self.plane.operations, self.item.environment_id
         assert operations.poll(environment, Poll(f"{worker}-1234")) is not None
-        operations.ack(*self._at, f"{worker}-1234")
+        operations.ack_item(*self._at, f"{worker}-1234")
         return self.state.apply_new_records()
 
     def send_heartbeat(self, worker: str) -> None:
@@ -73,12 +73,12 @@ class DemoTestbed:
 
     def expire_lease(self) -> list[str]:
         self.clock.advance(11)
-        self.plane.operations.stats(self.item.environment_id)
+        self.plane.operations.queue_stats(self.item.environment_id)
         return self.state.apply_new_records()
 
     def stop_item(self, worker: str, **metadata: str) -> list[str]:
-        self.plane.operations.update(*self._at, metadata)
-        self.plane.operations.stop(*self._at, f"{worker}-1234", force=True)
+        self.plane.operations.update_metadata(*self._at, metadata)
+        self.plane.operations.stop_item(*self._at, f"{worker}-1234", force=True)
         return self.state.apply_new_records()
 
 

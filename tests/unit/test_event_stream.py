@@ -48,11 +48,13 @@ class EventsTestbed:
         self.client = LocalClient(self.operations, self.settings, faults=self.script)
 
     def emit_event(self, number: int) -> None:
-        self.operations.emit(self.session_id, [{"type": "agent.thinking", "number": number}])
+        self.operations.emit_events(self.session_id, [{"type": "agent.thinking", "number": number}])
 
     @property
     def emitted_ids(self) -> list[str]:
-        return [event.id for event in self.operations.sessions.conversation(self.session_id).events]
+        return [
+            event.id for event in self.operations.sessions.get_conversation(self.session_id).events
+        ]
 
     @property
     def opened_stream_count(self) -> int:

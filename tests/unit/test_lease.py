@@ -742,7 +742,9 @@ class SimulatedControlPlane:
         return self.operations.poll(ENVIRONMENT, Poll(worker, 0, 0)) is not None
 
     def ack(self, worker: str) -> WorkItem:
-        return parse_item(QODER.item(self.operations.ack(ENVIRONMENT, self.work_id, worker)))
+        return parse_item(
+            QODER.item_json(self.operations.ack_item(ENVIRONMENT, self.work_id, worker))
+        )
 
     def heartbeat(self, expected: str | None, ttl: int) -> Heartbeat | ControlPlaneError:
         try:
@@ -752,14 +754,14 @@ class SimulatedControlPlane:
         return parse_heartbeat({"type": WORK_HEARTBEAT, **heartbeat_answer(item, extended=True)})
 
     def read_item(self) -> WorkItem:
-        return parse_item(QODER.item(self.operations.get(ENVIRONMENT, self.work_id)))
+        return parse_item(QODER.item_json(self.operations.get_item(ENVIRONMENT, self.work_id)))
 
     def item_state(self) -> str:
-        self.operations.queue(ENVIRONMENT)
-        return self.operations.get(ENVIRONMENT, self.work_id).state
+        self.operations.get_queue(ENVIRONMENT)
+        return self.operations.get_item(ENVIRONMENT, self.work_id).state
 
     def stop_item(self, worker: str, *, force: bool) -> None:
-        self.operations.stop(ENVIRONMENT, self.work_id, worker, force=force)
+        self.operations.stop_item(ENVIRONMENT, self.work_id, worker, force=force)
 
 
 def error_for_status(status: int) -> ControlPlaneError:

@@ -15,7 +15,7 @@ from workpool.server import ControlPlane, MemoryStore, StoreError
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-    from workpool.server.stores.store import Contents
+    from workpool.server.stores.store import StoreContents
 
 
 class SlowStore(MemoryStore):
@@ -26,7 +26,7 @@ class SlowStore(MemoryStore):
         self.opened = asyncio.Event()
         self.closed = False
 
-    async def open(self) -> Contents:
+    async def open(self) -> StoreContents:
         self.opening.set()
         await self.opened.wait()
         return await super().open()
@@ -69,7 +69,7 @@ async def test_sigterm_while_store_opens_ends_serve(
 
 async def test_failure_of_store_ends_serve_with_its_error() -> None:
     class FailingStore(SlowStore):
-        async def failed(self) -> None:
+        async def wait_for_failure(self) -> None:
             raise StoreError("it is full")
 
     store = FailingStore()

@@ -141,7 +141,7 @@ async def test_pool_with_local_client_completes_session_on_real_loop() -> None:
     async with Supervisor(settings, plugins=[handle_session, recorder], connect=connect):
         finished = await recorder.wait_for(SessionFinished)
     assert finished.outcome == "completed"
-    assert operations.get(ENVIRONMENT, item.id).state == "stopped"
+    assert operations.get_item(ENVIRONMENT, item.id).state == "stopped"
 
 
 @in_virtual_time
@@ -163,7 +163,7 @@ async def test_local_client_sends_nothing_if_check_refuses() -> None:
         ):
             with pytest.raises(LookupError):
                 await call
-    assert operations.get(ENVIRONMENT, item.id) == item
+    assert operations.get_item(ENVIRONMENT, item.id) == item
 
 
 @in_virtual_time

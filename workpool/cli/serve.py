@@ -196,7 +196,9 @@ async def _serve_until_failed(plane: ControlPlane, shown: str | None, *, as_json
     async with plane:
         hide(plane.token)
         typer.echo(_ready_line(plane, shown, as_json=as_json))
-        await plane.engine.failed()  # raises the error of a store that cannot be used anymore
+        await (
+            plane.engine.wait_for_failure()
+        )  # raises the error of a store that cannot be used anymore
 
 
 def _ready_line(plane: ControlPlane, token: str | None, *, as_json: bool) -> str:

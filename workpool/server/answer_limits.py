@@ -38,7 +38,7 @@ def check_metadata(metadata: Mapping[str, str], limit: int = METADATA_LIMIT_BYTE
         raise APIError(400, f"metadata is larger than {limit} bytes as JSON", "metadata")
 
 
-def check_items(count: int, metadata: Mapping[str, str]) -> None:
+def check_enqueue_size(count: int, metadata: Mapping[str, str]) -> None:
     """Refuse an enqueue whose answer, which repeats the metadata for each item, is too large."""
     size = count * (len(orjson.dumps(metadata, default=dict)) + ITEM_BYTES)
     if size > ANSWER_LIMIT_BYTES:
@@ -50,7 +50,7 @@ def check_items(count: int, metadata: Mapping[str, str]) -> None:
         )
 
 
-def fitting(rows: Sequence[T]) -> int:
+def count_fitting_rows(rows: Sequence[T]) -> int:
     """Return how many of these rows, JSON values, fit into one answer; at least one."""
     room = ANSWER_LIMIT_BYTES - ITEM_BYTES
     for number, row in enumerate(rows):

@@ -55,7 +55,7 @@ class APIError(Exception):
         self.details = details
         self.kind = kind or ERROR_TYPES.get(status, protocol.INVALID_REQUEST_ERROR)
 
-    def envelope(self) -> dict[str, Any]:
+    def to_envelope(self) -> dict[str, Any]:
         """Return the JSON body."""
         error: dict[str, Any] = {"type": self.kind, "message": self.message}
         if self.param is not None:
@@ -65,7 +65,7 @@ class APIError(Exception):
         return {"type": "error", "error": error}
 
 
-def conflict(message: str) -> APIError:
+def conflict_error(message: str) -> APIError:
     """Return a 409 of an endpoint that is not about work items."""
     return APIError(409, message, kind=protocol.CONFLICT_ERROR)
 

@@ -42,13 +42,13 @@ class AscendingIds:
         if not chunk:
             del self._chunks[place]
 
-    def after(self, place: str) -> Iterator[str]:
+    def ids_after(self, place: str) -> Iterator[str]:
         """Iterate over the ids that are greater than `place`, ascending."""
         while ids := self._next_ids(place):
             yield from ids
             place = ids[-1]
 
-    def before(self, place: str | None) -> Iterator[str]:
+    def ids_before(self, place: str | None) -> Iterator[str]:
         """Iterate over the ids that are less than `place` (None: over all), descending."""
         while ids := self._previous_ids(place):
             yield from ids
@@ -72,7 +72,7 @@ class AscendingIds:
         return chunk[: bisect_left(chunk, place)][::-1]
 
 
-def walk(
+def iterate_ids(
     ids: AscendingIds, *, after: str = "", before: str | None = None, newest_first: bool = False
 ) -> Iterator[str]:
     """Iterate over the ids between two places, ascending from `after` unless `before` is given.
@@ -80,9 +80,9 @@ def walk(
     `newest_first`: descending in any case.
     """
     if before is None and not newest_first:
-        yield from ids.after(after)
+        yield from ids.ids_after(after)
         return
-    for each in ids.before(before):
+    for each in ids.ids_before(before):
         if each <= after:
             return
         yield each

@@ -24,8 +24,8 @@ from workpool.server.http.application_routes import ApplicationRoutes
 from workpool.server.http.scale_routes import ScaleRoutes
 from workpool.server.http.server_dialects import ANTHROPIC, DIALECTS, QODER
 from workpool.server.http.session_routes import SessionRoutes
-from workpool.server.http.tokens import Tokens, check_token
-from workpool.server.http.work_routes import Routes, application
+from workpool.server.http.tokens import AcceptedTokens, check_token
+from workpool.server.http.work_routes import WorkRoutes, make_application
 from workpool.server.index_engine import IndexEngine
 from workpool.server.operations import Operations
 from workpool.server.postgres.postgres_store import PostgresStore
@@ -115,7 +115,7 @@ class ControlPlane:
         self._operations: Operations | None = None
         self.engine: Engine
         if isinstance(store, PostgresStore):
-            self.engine = store.engine(
+            self.engine = store.make_engine(
                 environments=self.environments,
                 cloud_environments=self.cloud_environments,
                 now=now,
@@ -192,9 +192,20 @@ class ControlPlane:
         session_id: str | None = None,
         script: Sequence[Mapping[str, Any]] | None = None,
     ) -> tuple[Item, ...]:
-        """Create work items; waiting polls wake at once. Durable after `operations.durable()`.
+        """Create work items, and wake as many waiting polls.
 
-        `script`: the tool uses of a scripted session. Raises `APIError` if it is wrong.
+        The items survive a crash once `operations.wait_until_durable()` has returned.
+
+        Args:
+            count: The number of items, each with a session of its own.
+            metadata: The metadata of each item.
+            environment_id: The environment; None: the first one.
+            work_type: The type of each item.
+            session_id: The existing session that the items belong to; None: a new one for each.
+            script: The tool uses of a scripted session; None: no script.
+
+        Raises:
+            APIError: A value is wrong, such as a malformed script.
         """
         return self.operations.enqueue(
             environment_id or self.environments[0],
@@ -212,15 +223,15 @@ class ControlPlane:
         `session.status_terminated`, …) and have no id. Returns the stored events. Raises
         `APIError`.
         """
-        return self.operations.emit(session_id, events)
+        return self.operations.emit_events(session_id, events)
 
     def events(self, session_id: str) -> tuple[Mapping[str, Any], ...]:
         """Return all events of a session, oldest first."""
-        stored = self.operations.sessions.conversation(session_id).events
+        stored = self.operations.sessions.get_conversation(session_id).events
         return tuple(event.value for event in stored)
 
     async def __aenter__(self) -> Self:
-        self._check_names()
+        self._check_arguments()
         async with AsyncExitStack() as stack:
             stack.push_async_callback(self.engine.close)
             await self.engine.open()
@@ -236,7 +247,7 @@ class ControlPlane:
     ) -> None:
         await self._stack.aclose()
 
-    def _check_names(self) -> None:
+    def _check_arguments(self) -> None:
         names = (*self.environments, *self.cloud_environments)
         for name in names:
             if not re.fullmatch(ID_PATTERN, name):
@@ -254,14 +265,14 @@ class ControlPlane:
 
     async def _start_server(self, stack: AsyncExitStack) -> None:
         bound = self._bind_port(stack)
-        tokens = Tokens(self._tokens or {}, self.engine.signing_key, self._worker_keys)
+        tokens = AcceptedTokens(self._tokens or {}, self.engine.signing_key, self._worker_keys)
         self._connections = connections = InboundConnections(_connections_max())
         stack.callback(connections.close)
         routes = [
             route
             for dialect in DIALECTS.values()
-            for paths in (Routes, SessionRoutes)
-            for route in paths(self.engine, tokens, dialect).table()
+            for paths in (WorkRoutes, SessionRoutes)
+            for route in paths(self.engine, tokens, dialect).routes()
         ]
         routes += [
             route
@@ -269,11 +280,11 @@ class ControlPlane:
             if dialect.creation
             for route in ApplicationRoutes(
                 self.engine, tokens, dialect, self.cloud_environments
-            ).table()
+            ).routes()
         ]
-        routes += self._scale_routes(bound).table()
+        routes += self._scale_routes(bound).routes()
         runner = web.AppRunner(
-            application(
+            make_application(
                 routes=routes,
                 middlewares=(connections.middleware, *self._middlewares),
             ),
@@ -285,7 +296,7 @@ class ControlPlane:
         )
         stack.push_async_callback(runner.cleanup)
         await runner.setup()
-        stack.callback(self.engine.release)
+        stack.callback(self.engine.end_waits)
         server = await asyncio.get_running_loop().create_server(
             connections.protocol_factory(runner.server),
             sock=bound,
@@ -299,7 +310,7 @@ class ControlPlane:
     def _scale_routes(self, bound: socket.socket) -> ScaleRoutes:
         """Return the routes for autoscalers, who have tokens of their own."""
         grants = {**self._scale_tokens, **(self._tokens or {})}
-        tokens = Tokens(grants, self.engine.signing_key, self._worker_keys)
+        tokens = AcceptedTokens(grants, self.engine.signing_key, self._worker_keys)
         local = ip_address(bound.getsockname()[0]).is_loopback
         return ScaleRoutes(self.engine, tokens, self._now, local=local)
 

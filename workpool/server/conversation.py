@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Final, NamedTuple
 
 import orjson
 
-from workpool.server.api_errors import APIError, conflict
+from workpool.server.api_errors import APIError, conflict_error
 from workpool.server.timestamps import TimeRange, to_heartbeat_text
 from workpool.wire import protocol
 
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping, Sequence
 
     from workpool.server.parsing.session_script import Script
-    from workpool.server.stored_item import Ids
+    from workpool.server.stored_item import IdGenerator
 
 EVENT_PREFIX: Final = "evt_"
 RESULTS: Final[Mapping[str, str]] = {
@@ -68,7 +68,7 @@ EVERY_EVENT: Final = EventFilter()
 
 
 @dataclass(slots=True)
-class _Use:
+class _ToolUse:
     """A tool use: its kind, its permission ("allow", "ask" or "deny"), the reason of a denial.
 
     `thread`: the id of the session's thread that made it; None for the primary thread.
@@ -80,7 +80,7 @@ class _Use:
     denial: str = "The tool use was denied."
 
     @property
-    def blocks(self) -> bool:
+    def requires_action(self) -> bool:
         """Whether something other than the worker's built-in tools must act."""
         return self.custom or self.permission == "ask"
 
@@ -101,8 +101,8 @@ class Conversation:
         self.status: str | None = None
         self._script = script
         self._place = 0  # the next scripted tool use
-        self._uses: dict[str, _Use] = {}
-        self._open: dict[str, _Use] = {}  # the entries of `_uses` without an answer
+        self._uses: dict[str, _ToolUse] = {}
+        self._open: dict[str, _ToolUse] = {}  # the entries of `_uses` without an answer
         self._ended_threads: set[str] = set()  # threads that accept no result anymore
         self._blocking: tuple[str, ...] = ()  # the event ids of the last `requires_action`
         # whether a turn of the agent is due, now and after the current one
@@ -113,9 +113,9 @@ class Conversation:
     @property
     def last_event_at(self) -> str | None:
         """The time of the last event; None: there is none."""
-        return _time_of(self.events[-1]) if self.events else None
+        return _event_time(self.events[-1]) if self.events else None
 
-    def page(
+    def list_events(
         self,
         limit: int,
         *,
@@ -124,27 +124,29 @@ class Conversation:
         wanted: EventFilter = EVERY_EVENT,
     ) -> Sequence[StoredEvent]:
         """Return up to `limit` events next to a place, in the order of the list."""
-        start = max(bisect_right(self.events, after, key=_id_of), self._first_place(wanted.times))
-        end = self._end_place(wanted.times)
+        start = max(
+            bisect_right(self.events, after, key=_event_id), self._first_index(wanted.times)
+        )
+        end = self._end_index(wanted.times)
         if before is not None:
-            end = min(end, bisect_left(self.events, before, key=_id_of))
+            end = min(end, bisect_left(self.events, before, key=_event_id))
         backwards = before is not None or wanted.newest_first
-        found = islice(self._places_of(wanted.types, start, end, backwards=backwards), limit)
+        found = islice(self._indexes_of_types(wanted.types, start, end, backwards=backwards), limit)
         nearest = [self.events[place] for place in found]
         return nearest if wanted.newest_first or not backwards else nearest[::-1]
 
-    def _first_place(self, times: TimeRange) -> int:
-        after = 0 if times.gt is None else bisect_right(self.events, times.gt, key=_time_of)
-        since = 0 if times.gte is None else bisect_left(self.events, times.gte, key=_time_of)
+    def _first_index(self, times: TimeRange) -> int:
+        after = 0 if times.gt is None else bisect_right(self.events, times.gt, key=_event_time)
+        since = 0 if times.gte is None else bisect_left(self.events, times.gte, key=_event_time)
         return max(after, since)
 
-    def _end_place(self, times: TimeRange) -> int:
+    def _end_index(self, times: TimeRange) -> int:
         end = len(self.events)
-        until = end if times.lt is None else bisect_left(self.events, times.lt, key=_time_of)
-        to = end if times.lte is None else bisect_right(self.events, times.lte, key=_time_of)
+        until = end if times.lt is None else bisect_left(self.events, times.lt, key=_event_time)
+        to = end if times.lte is None else bisect_right(self.events, times.lte, key=_event_time)
         return min(until, to)
 
-    def _places_of(
+    def _indexes_of_types(
         self, types: frozenset[str] | None, start: int, end: int, *, backwards: bool
     ) -> Iterator[int]:
         """Iterate over the places from `start` to `end` with events of these types.
@@ -162,18 +164,18 @@ class Conversation:
         )
         return merge(*parts, reverse=backwards)
 
-    def place_after(self, event_id: str) -> int:
+    def position_after(self, event_id: str) -> int:
         """Return the number of events up to and including this one; 0 for an unknown id."""
-        place = bisect_left(self.events, event_id, key=_id_of)
+        place = bisect_left(self.events, event_id, key=_event_id)
         known = place < len(self.events) and self.events[place].id == event_id
         return place + 1 if known else 0
 
     # Checks.
 
-    def check(self, new_events: Sequence[Mapping[str, Any]]) -> None:
+    def check_client_events(self, new_events: Sequence[Mapping[str, Any]]) -> None:
         """Refuse the whole batch if one of its events does not fit: 400 if unknown, 409 if late."""
         if self.status == "terminated":
-            raise conflict("the session is terminated")
+            raise conflict_error("the session is terminated")
         answered: set[str] = set()
         allowed: set[str] = set()
         for event in new_events:
@@ -182,13 +184,13 @@ class Conversation:
                 use_id = event[RESULTS[kind]]
                 self._check_result(use_id, allowed, custom=kind == protocol.USER_CUSTOM_TOOL_RESULT)
                 if use_id in answered:
-                    raise conflict("the tool use has a result already")
+                    raise conflict_error("the tool use has a result already")
                 answered.add(use_id)
             elif kind == protocol.USER_TOOL_CONFIRMATION:
                 use_id = event["tool_use_id"]
                 self._check_confirmation(use_id)
                 if use_id in answered | allowed:
-                    raise conflict("the tool use has been decided on already")
+                    raise conflict_error("the tool use has been decided on already")
                 (allowed if event["result"] == "allow" else answered).add(use_id)
 
     def _check_result(self, use_id: str, allowed: set[str], *, custom: bool) -> None:
@@ -197,22 +199,22 @@ class Conversation:
             raise APIError(400, "the result does not match any tool use of this session")
         self._check_thread(use)
         if use_id not in self._open or use.permission == "deny":
-            raise conflict("the tool use has a result already")
+            raise conflict_error("the tool use has a result already")
         if use.permission == "ask" and use_id not in allowed:
-            raise conflict("the tool use waits for a confirmation")
+            raise conflict_error("the tool use waits for a confirmation")
 
     def _check_confirmation(self, use_id: str) -> None:
         if use_id not in self._uses:
             raise APIError(400, "the confirmation does not match any tool use of this session")
         self._check_thread(self._uses[use_id])
         if use_id not in self._open or self._uses[use_id].permission != "ask":
-            raise conflict("the tool use does not wait for a confirmation")
+            raise conflict_error("the tool use does not wait for a confirmation")
 
-    def _check_thread(self, use: _Use) -> None:
+    def _check_thread(self, use: _ToolUse) -> None:
         if use.thread in self._ended_threads:
-            raise conflict("the tool use's thread is terminated")
+            raise conflict_error("the tool use's thread is terminated")
 
-    def check_server(self, new_events: Sequence[Mapping[str, Any]]) -> None:
+    def check_server_events(self, new_events: Sequence[Mapping[str, Any]]) -> None:
         """Refuse events that a caller of `emit` may not append here."""
         for event in new_events:
             kind = event.get("type")
@@ -223,7 +225,7 @@ class Conversation:
 
     # Changes.
 
-    def append(self, event: StoredEvent) -> None:
+    def append_event(self, event: StoredEvent) -> None:
         """Add an event, whose id must be the greatest so far."""
         self._places.setdefault(event.type, array("Q")).append(len(self.events))
         self.events.append(event)
@@ -237,24 +239,24 @@ class Conversation:
         else:
             self._turn = True
 
-    def _note_interrupt(self, _: StoredEvent) -> None:
+    def _record_interrupt(self, _: StoredEvent) -> None:
         self._interrupted = self._turn or bool(self._open)
 
-    def _add_use(self, event: StoredEvent) -> None:
+    def _add_tool_use(self, event: StoredEvent) -> None:
         value = event.value
         custom = event.type == protocol.AGENT_CUSTOM_TOOL_USE
-        thread = _thread_of(event)
-        use = _Use(custom, value.get("evaluated_permission", "allow"), thread)
+        thread = _event_thread(event)
+        use = _ToolUse(custom, value.get("evaluated_permission", "allow"), thread)
         self._uses[event.id] = use
         if thread not in self._ended_threads:
             self._open[event.id] = use
         self._place += self._script is not None
         self._concluded = False
 
-    def _close_use(self, event: StoredEvent) -> None:
+    def _close_tool_use(self, event: StoredEvent) -> None:
         self._open.pop(event.value.get(RESULTS.get(event.type, "tool_use_id"), ""), None)
 
-    def _confirm_use(self, event: StoredEvent) -> None:
+    def _apply_confirmation(self, event: StoredEvent) -> None:
         use = self._uses[event.value["tool_use_id"]]
         use.permission = event.value["result"]
         use.denial = event.value.get("deny_message", use.denial)
@@ -279,7 +281,7 @@ class Conversation:
 
     def _end_thread(self, event: StoredEvent) -> None:
         """Close the tool uses of a thread, which accepts no result anymore."""
-        thread = _thread_of(event)
+        thread = _event_thread(event)
         if thread is None:
             return
         self._ended_threads.add(thread)
@@ -288,13 +290,13 @@ class Conversation:
 
     _EFFECTS: ClassVar[Mapping[str, Callable[[Conversation, StoredEvent], None]]] = {
         protocol.USER_MESSAGE: _request_turn,
-        protocol.USER_INTERRUPT: _note_interrupt,
-        protocol.AGENT_TOOL_USE: _add_use,
-        protocol.AGENT_CUSTOM_TOOL_USE: _add_use,
-        protocol.USER_TOOL_RESULT: _close_use,
-        protocol.USER_CUSTOM_TOOL_RESULT: _close_use,
-        protocol.AGENT_TOOL_RESULT: _close_use,
-        protocol.USER_TOOL_CONFIRMATION: _confirm_use,
+        protocol.USER_INTERRUPT: _record_interrupt,
+        protocol.AGENT_TOOL_USE: _add_tool_use,
+        protocol.AGENT_CUSTOM_TOOL_USE: _add_tool_use,
+        protocol.USER_TOOL_RESULT: _close_tool_use,
+        protocol.USER_CUSTOM_TOOL_RESULT: _close_tool_use,
+        protocol.AGENT_TOOL_RESULT: _close_tool_use,
+        protocol.USER_TOOL_CONFIRMATION: _apply_confirmation,
         protocol.AGENT_MESSAGE: _conclude_turn,
         protocol.STATUS_RUNNING: _set_running,
         protocol.STATUS_IDLE: _set_idle,
@@ -304,25 +306,27 @@ class Conversation:
 
     # The next event.
 
-    def following(self) -> dict[str, Any] | None:
+    def next_server_event(self) -> dict[str, Any] | None:
         """Return the next event of the control plane; None if it waits for others."""
         if self.status == "terminated":
             return None
         for use_id, use in self._open.items():
             if use.permission == "deny":
-                return _error_result(use_id, use.denial)
+                return _error_result_event(use_id, use.denial)
             if self._interrupted:
-                return _error_result(use_id, "The tool use was interrupted.")
+                return _error_result_event(use_id, "The tool use was interrupted.")
         if self._interrupted:
             return _idle_event(protocol.END_TURN)
-        blocking = tuple(use_id for use_id, use in self._open.items() if use.blocks)
+        blocking = tuple(use_id for use_id, use in self._open.items() if use.requires_action)
         if blocking != self._blocking:
             return (
                 _idle_event(protocol.REQUIRES_ACTION, event_ids=blocking) if blocking else _RUNNING
             )
-        return None if self._open or self._script is None else self._next_scripted(self._script)
+        return (
+            None if self._open or self._script is None else self._next_scripted_event(self._script)
+        )
 
-    def _next_scripted(self, script: Script) -> dict[str, Any] | None:
+    def _next_scripted_event(self, script: Script) -> dict[str, Any] | None:
         """Return the next event of a scripted agent that does not wait for an answer."""
         if not self.events:
             return {"type": protocol.USER_MESSAGE, "content": _text_content("Run the script.")}
@@ -331,27 +335,27 @@ class Conversation:
         if self.status != "running":
             return _RUNNING
         if self._place < len(script):
-            return _use_of(script[self._place])
+            return _tool_use_event(script[self._place])
         if not self._concluded:
             return {"type": protocol.AGENT_MESSAGE, "content": _text_content("The script is done.")}
         return _idle_event(protocol.END_TURN)
 
 
-def extend(
+def extend_conversation(
     conversation: Conversation,
     session_id: str,
     new_events: Sequence[Mapping[str, Any]],
-    ids: Ids,
+    ids: IdGenerator,
     now: int,
 ) -> list[StoredEvent]:
     """Append events and all that follow from them, and return them as stored."""
     events: list[StoredEvent] = []
     waiting = iter(new_events)
-    while (fields := next(waiting, None) or conversation.following()) is not None:
-        event_id = EVENT_PREFIX + ids.new(now)
+    while (fields := next(waiting, None) or conversation.next_server_event()) is not None:
+        event_id = EVENT_PREFIX + ids.next_digits(now)
         value = {"id": event_id, **fields, "processed_at": to_heartbeat_text(now)}
         events.append(StoredEvent(event_id, session_id, value))
-        conversation.append(events[-1])
+        conversation.append_event(events[-1])
     return events
 
 
@@ -368,15 +372,15 @@ def copy_events(new_events: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]
 _RUNNING: Final = {"type": protocol.STATUS_RUNNING}
 
 
-def _id_of(event: StoredEvent) -> str:
+def _event_id(event: StoredEvent) -> str:
     return event.id
 
 
-def _time_of(event: StoredEvent) -> str:
+def _event_time(event: StoredEvent) -> str:
     return str(event.value["processed_at"])
 
 
-def _thread_of(event: StoredEvent) -> str | None:
+def _event_thread(event: StoredEvent) -> str | None:
     """Return the thread that an event names; None for the primary thread."""
     thread = event.value.get("session_thread_id")
     return thread if isinstance(thread, str) else None
@@ -390,7 +394,7 @@ def _idle_event(reason: str, **more: object) -> dict[str, Any]:
     return {"type": protocol.STATUS_IDLE, "stop_reason": {"type": reason, **more}}
 
 
-def _use_of(entry: Mapping[str, Any]) -> dict[str, Any]:
+def _tool_use_event(entry: Mapping[str, Any]) -> dict[str, Any]:
     return {
         "type": protocol.AGENT_CUSTOM_TOOL_USE if entry["custom"] else protocol.AGENT_TOOL_USE,
         "name": entry["name"],
@@ -399,7 +403,7 @@ def _use_of(entry: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
-def _error_result(use_id: str, why: str) -> dict[str, Any]:
+def _error_result_event(use_id: str, why: str) -> dict[str, Any]:
     return {
         "type": protocol.AGENT_TOOL_RESULT,
         "tool_use_id": use_id,

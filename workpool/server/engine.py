@@ -18,9 +18,9 @@ if TYPE_CHECKING:
     from workpool.server.history import Record
     from workpool.server.pagination import ListPage
     from workpool.server.parsing.creation_requests import NewEnvironment, NewSession
-    from workpool.server.parsing.request_values import ItemFilter, Place
+    from workpool.server.parsing.request_values import ItemFilter, PageRequest
     from workpool.server.queue.long_polls import Poll
-    from workpool.server.queue.work_queue import Stats
+    from workpool.server.queue.work_queue import WorkQueueStats
     from workpool.server.stored_item import Item
     from workpool.server.stored_session import SessionFilter, SessionView
 
@@ -43,20 +43,20 @@ class Engine(Protocol):
     async def close(self) -> None:
         """Close everything that `open` opened; without effect if nothing is open."""
 
-    async def failed(self) -> None:
+    async def wait_for_failure(self) -> None:
         """Wait until nothing can be saved before a restart. Raises `StoreError`."""
 
-    def release(self) -> None:
+    def end_waits(self) -> None:
         """End all long polls and streams, and let no further one wait: the server closes."""
 
-    async def admit(self, environment_id: str) -> None:
+    async def check_environment(self, environment_id: str) -> None:
         """Check an environment for work calls: 404 if unknown, 400 if not `self_hosted`."""
 
-    async def environment(self, environment_id: str) -> Environment:
+    async def get_environment(self, environment_id: str) -> Environment:
         """Return an environment; 404 if unknown."""
 
-    async def environments(
-        self, place: Place, limits: frozenset[str] | None
+    async def list_environments(
+        self, place: PageRequest, limits: frozenset[str] | None
     ) -> ListPage[Environment]:
         """Return the environments in `limits` (None: all) after a place."""
 
@@ -87,7 +87,9 @@ class Engine(Protocol):
         back.
         """
 
-    async def ack(self, environment_id: str, work_id: str, worker_id: str | None = None) -> Item:
+    async def ack_item(
+        self, environment_id: str, work_id: str, worker_id: str | None = None
+    ) -> Item:
         """Acknowledge an item."""
 
     async def heartbeat(
@@ -100,9 +102,9 @@ class Engine(Protocol):
         *,
         compare_on_stop: bool = True,
     ) -> Item:
-        """Extend an item's lease, as `state_machine.heartbeat` decides."""
+        """Extend an item's lease, as `state_machine.extend_lease` decides."""
 
-    async def stop(
+    async def stop_item(
         self,
         environment_id: str,
         work_id: str,
@@ -113,7 +115,7 @@ class Engine(Protocol):
     ) -> Item:
         """Stop an item. `refused`: the stops, as (force, state), that are a 409 in the dialect."""
 
-    async def update(
+    async def update_metadata(
         self,
         environment_id: str,
         work_id: str,
@@ -122,27 +124,29 @@ class Engine(Protocol):
     ) -> Item:
         """Merge a patch into an item's metadata."""
 
-    async def get(self, environment_id: str, work_id: str) -> Item:
+    async def get_item(self, environment_id: str, work_id: str) -> Item:
         """Return an item; 404 if unknown."""
 
-    async def items(
-        self, environment_id: str, place: Place, wanted: ItemFilter | None = None
+    async def list_items(
+        self, environment_id: str, place: PageRequest, wanted: ItemFilter | None = None
     ) -> ListPage[Item]:
         """Return the items next to a place that `wanted` selects, in its order."""
 
-    async def stats(self, environment_id: str) -> Stats:
+    async def queue_stats(self, environment_id: str) -> WorkQueueStats:
         """Return the statistics of an environment's queue."""
 
-    async def session(self, session_id: str) -> SessionView:
+    async def get_session(self, session_id: str) -> SessionView:
         """Return a session; 404 if unknown."""
 
-    async def sessions(self, place: Place, wanted: SessionFilter) -> ListPage[SessionView]:
+    async def list_sessions(
+        self, place: PageRequest, wanted: SessionFilter
+    ) -> ListPage[SessionView]:
         """Return the wanted sessions next to a place."""
 
     async def archive_session(self, session_id: str) -> SessionView:
         """Archive a session: it is terminated, and its work item is asked to stop."""
 
-    async def send(
+    async def send_events(
         self,
         session_id: str,
         new_events: Sequence[Mapping[str, Any]],
@@ -155,23 +159,23 @@ class Engine(Protocol):
         into the queue.
         """
 
-    async def emit(
+    async def emit_events(
         self, session_id: str, new_events: Sequence[Mapping[str, Any]]
     ) -> Sequence[Mapping[str, Any]]:
         """Append events of the agent's side of a session, and return them as stored."""
 
-    async def events(
-        self, session_id: str, place: Place, wanted: EventFilter
+    async def list_events(
+        self, session_id: str, place: PageRequest, wanted: EventFilter
     ) -> ListPage[StoredEvent]:
         """Return the wanted events of a session next to a place."""
 
-    async def place_in_events(self, session_id: str, last_event_id: str | None) -> int:
+    async def stream_position(self, session_id: str, last_event_id: str | None) -> int:
         """Return the number of events that a stream skips: those up to `last_event_id`.
 
         None: all events so far; the id of no event: none.
         """
 
-    async def follow(
+    async def wait_for_events(
         self, session_id: str, place: int, seconds: float
     ) -> Sequence[StoredEvent] | None:
         """Return the next events after the first `place` ones, once there are any.
@@ -180,5 +184,5 @@ class Engine(Protocol):
         closes, so no event follows.
         """
 
-    async def history(self) -> Sequence[Record]:
+    async def read_history(self) -> Sequence[Record]:
         """Return the recorded history of all items, in order."""

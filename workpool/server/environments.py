@@ -32,7 +32,7 @@ class Environment:
     metadata: Mapping[str, str] = field(default_factory=dict)
     created_at: int = 0
 
-    def answer(self, *, cloud: bool) -> dict[str, Any]:
+    def to_json(self, *, cloud: bool) -> dict[str, Any]:
         """Return the environment's JSON, with all fields that the vendor's SDKs require."""
         created = to_seconds_text(self.created_at)
         return {

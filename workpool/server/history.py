@@ -53,7 +53,7 @@ class Record(NamedTuple):
     op: str | None = None
 
 
-def op_of_heartbeat(expected: str | None) -> str | None:
+def heartbeat_op(expected: str | None) -> str | None:
     """Return the `op` of a heartbeat's record: any worker can send NO_HEARTBEAT."""
     return BLIND if expected in {None, NO_HEARTBEAT} else None
 
@@ -80,7 +80,7 @@ class History:
         self.forgotten += len(self._records) == self._records.maxlen
         self._records.append(record)
 
-    def of(self, work_id: str) -> tuple[Record, ...]:
+    def records_of_item(self, work_id: str) -> tuple[Record, ...]:
         """Return the records of one item. Reads all records, so it is for tests and analyses."""
         return tuple(record for record in self._records if record.work_id == work_id)
 
@@ -106,9 +106,9 @@ class Summary(NamedTuple):
 
 def summarize(records: Iterable[Record]) -> Summary:
     """Return the summary of a history."""
-    lives: dict[str, _Life] = {}
+    lives: dict[str, _ItemHistory] = {}
     for record in records:
-        lives.setdefault(record.work_id, _Life()).see(record)
+        lives.setdefault(record.work_id, _ItemHistory()).apply_record(record)
     created = [life for life in lives.values() if life.created]
     stopped = sum(life.stopped for life in created)
     return Summary(
@@ -120,7 +120,7 @@ def summarize(records: Iterable[Record]) -> Summary:
     )
 
 
-class _Life:
+class _ItemHistory:
     """The history of one item."""
 
     def __init__(self) -> None:
@@ -133,10 +133,10 @@ class _Life:
         self._delivered_to: str | None = None
         self._redelivered = False
 
-    def see(self, record: Record) -> None:
+    def apply_record(self, record: Record) -> None:
         if record.kind == "conflict":
             return  # the call was refused, so it changed nothing
-        if self._is_foreign(record):
+        if self._is_by_other_worker(record):
             if record.kind == "heartbeat" and record.op != BLIND:
                 # The sender knew the holder's last heartbeat: it is a child to which the item was
                 # handed off.
@@ -158,7 +158,7 @@ class _Life:
         if record.kind in {"acked", "lapsed", "stopped", "withdrawn"}:
             self._redelivered, self._delivered_to = False, None
 
-    def _is_foreign(self, record: Record) -> bool:
+    def _is_by_other_worker(self, record: Record) -> bool:
         """Return whether a worker acted on an item that another worker holds."""
         return (
             record.kind not in {"created", "delivered", "withdrawn", "lapsed"}

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, Final, ParamSpec, TypeVar
 
 from workpool.server.api_errors import APIError
 from workpool.server.conversation import EVERY_EVENT
-from workpool.server.pagination import page_of
+from workpool.server.pagination import make_page
 from workpool.wire.protocol import SESSION, TTL_DEFAULT_SECONDS
 
 if TYPE_CHECKING:
@@ -24,9 +24,9 @@ if TYPE_CHECKING:
     from workpool.server.operations import Operations
     from workpool.server.pagination import ListPage
     from workpool.server.parsing.creation_requests import NewEnvironment, NewSession
-    from workpool.server.parsing.request_values import ItemFilter, Place
+    from workpool.server.parsing.request_values import ItemFilter, PageRequest
     from workpool.server.queue.long_polls import Poll
-    from workpool.server.queue.work_queue import Stats
+    from workpool.server.queue.work_queue import WorkQueueStats
     from workpool.server.stored_item import Item
     from workpool.server.stored_session import SessionFilter, SessionView, StoredSession
 
@@ -42,7 +42,7 @@ T = TypeVar("T")
 class IndexEngine:
     """The calls of `operations`, each of which returns once its changes survive a crash.
 
-    Most calls return the coroutine of `_durably` and are not coroutines themselves: the most
+    Most calls return the coroutine of `_call_durably` and are not coroutines themselves: the most
     frequent calls would pay for a second one.
     """
 
@@ -59,15 +59,17 @@ class IndexEngine:
         """Close the store."""
         await self._operations.close()
 
-    async def failed(self) -> None:
+    async def wait_for_failure(self) -> None:
         """Wait until the store cannot save anything anymore. Raises `StoreError`."""
-        await self._operations.failed()
+        await self._operations.wait_for_failure()
 
-    def release(self) -> None:
+    def end_waits(self) -> None:
         """End all long polls and streams, and let no further one wait."""
-        self._operations.release()
+        self._operations.end_waits()
 
-    async def _durably(self, call: Callable[P, T], /, *arguments: P.args, **options: P.kwargs) -> T:
+    async def _call_durably(
+        self, call: Callable[P, T], /, *arguments: P.args, **options: P.kwargs
+    ) -> T:
         """Return the result of a call once all changes so far survive a crash.
 
         A 409 can show that an earlier call was applied, so it waits too.
@@ -76,34 +78,34 @@ class IndexEngine:
             result = call(*arguments, **options)
         except APIError as refusal:
             if refusal.status == HTTPStatus.CONFLICT:
-                await self._operations.durable()
+                await self._operations.wait_until_durable()
             raise
-        await self._operations.durable()
+        await self._operations.wait_until_durable()
         return result
 
-    async def admit(self, environment_id: str) -> None:
+    async def check_environment(self, environment_id: str) -> None:
         """Check an environment for work calls: 404 if unknown, 400 if not `self_hosted`."""
-        self._operations.queue(environment_id)
+        self._operations.get_queue(environment_id)
 
-    def environment(self, environment_id: str) -> Coroutine[Any, Any, Environment]:
+    def get_environment(self, environment_id: str) -> Coroutine[Any, Any, Environment]:
         """Return an environment; 404 if unknown."""
-        return self._durably(self._operations.environment, environment_id)
+        return self._call_durably(self._operations.get_environment, environment_id)
 
-    async def environments(
-        self, place: Place, limits: frozenset[str] | None
+    async def list_environments(
+        self, place: PageRequest, limits: frozenset[str] | None
     ) -> ListPage[Environment]:
         """Return the environments in `limits` (None: all) after a place."""
         found = [
-            self._operations.environment(environment_id)
+            self._operations.get_environment(environment_id)
             for environment_id in self._operations.environment_ids()
             if environment_id > place.after and (limits is None or environment_id in limits)
         ]
-        await self._operations.durable()
-        return page_of(found[: place.limit + 1], place.limit, backwards=False)
+        await self._operations.wait_until_durable()
+        return make_page(found[: place.limit + 1], place.limit, backwards=False)
 
     def create_environment(self, wanted: NewEnvironment) -> Coroutine[Any, Any, Environment]:
         """Create a `self_hosted` environment."""
-        return self._durably(self._operations.create_environment, *wanted)
+        return self._call_durably(self._operations.create_environment, *wanted)
 
     def enqueue(
         self,
@@ -116,7 +118,7 @@ class IndexEngine:
         script: object = None,
     ) -> Coroutine[Any, Any, Sequence[Item]]:
         """Create items. `session_id`: the existing session that they belong to."""
-        return self._durably(
+        return self._call_durably(
             self._operations.enqueue,
             environment_id,
             count=count,
@@ -128,8 +130,8 @@ class IndexEngine:
 
     async def create_session(self, wanted: NewSession) -> SessionView:
         """Create a session and the work item that brings it to a worker."""
-        view = self._view_of(*self._operations.create_session(wanted))
-        await self._operations.durable()
+        view = self._make_view(*self._operations.create_session(wanted))
+        await self._operations.wait_until_durable()
         return view
 
     async def long_poll(
@@ -138,22 +140,22 @@ class IndexEngine:
         """Deliver an item, after a wait of up to `block_ms`; None: no item."""
         item = await self._operations.long_poll(environment_id, poll, gone)
         if item is None:
-            await self._operations.durable()
+            await self._operations.wait_until_durable()
             return None
         delivered = False
         try:
-            await self._operations.durable()
+            await self._operations.wait_until_durable()
             delivered = not gone()
         finally:  # the client may have gone while the delivery became durable
             if not delivered:
-                self._operations.withdraw(item)
+                self._operations.withdraw_delivery(item)
         return item if delivered else None
 
-    def ack(
+    def ack_item(
         self, environment_id: str, work_id: str, worker_id: str | None = None
     ) -> Coroutine[Any, Any, Item]:
         """Acknowledge an item."""
-        return self._durably(self._operations.ack, environment_id, work_id, worker_id)
+        return self._call_durably(self._operations.ack_item, environment_id, work_id, worker_id)
 
     def heartbeat(
         self,
@@ -165,8 +167,8 @@ class IndexEngine:
         *,
         compare_on_stop: bool = True,
     ) -> Coroutine[Any, Any, Item]:
-        """Extend an item's lease, as `state_machine.heartbeat` decides."""
-        return self._durably(
+        """Extend an item's lease, as `state_machine.extend_lease` decides."""
+        return self._call_durably(
             self._operations.heartbeat,
             environment_id,
             work_id,
@@ -176,7 +178,7 @@ class IndexEngine:
             compare_on_stop=compare_on_stop,
         )
 
-    def stop(
+    def stop_item(
         self,
         environment_id: str,
         work_id: str,
@@ -186,8 +188,8 @@ class IndexEngine:
         refused: frozenset[tuple[bool, str]] = frozenset(),
     ) -> Coroutine[Any, Any, Item]:
         """Stop an item. `refused`: the stops, as (force, state), that are a 409 in the dialect."""
-        return self._durably(
-            self._operations.stop,
+        return self._call_durably(
+            self._operations.stop_item,
             environment_id,
             work_id,
             worker_id,
@@ -195,7 +197,7 @@ class IndexEngine:
             refused=refused,
         )
 
-    def update(
+    def update_metadata(
         self,
         environment_id: str,
         work_id: str,
@@ -203,36 +205,40 @@ class IndexEngine:
         worker_id: str | None = None,
     ) -> Coroutine[Any, Any, Item]:
         """Merge a patch into an item's metadata."""
-        return self._durably(self._operations.update, environment_id, work_id, patch, worker_id)
+        return self._call_durably(
+            self._operations.update_metadata, environment_id, work_id, patch, worker_id
+        )
 
-    def get(self, environment_id: str, work_id: str) -> Coroutine[Any, Any, Item]:
+    def get_item(self, environment_id: str, work_id: str) -> Coroutine[Any, Any, Item]:
         """Return an item; 404 if unknown."""
-        return self._durably(self._operations.get, environment_id, work_id)
+        return self._call_durably(self._operations.get_item, environment_id, work_id)
 
-    def items(
-        self, environment_id: str, place: Place, wanted: ItemFilter | None = None
+    def list_items(
+        self, environment_id: str, place: PageRequest, wanted: ItemFilter | None = None
     ) -> Coroutine[Any, Any, ListPage[Item]]:
         """Return the items next to a place that `wanted` selects, in its order."""
         limit, after, before = place
         if wanted is None:
-            return self._durably(
-                self._operations.page, environment_id, limit, after=after, before=before
+            return self._call_durably(
+                self._operations.list_items, environment_id, limit, after=after, before=before
             )
-        return self._durably(
-            self._operations.search, environment_id, wanted, limit, after=after, before=before
+        return self._call_durably(
+            self._operations.search_items, environment_id, wanted, limit, after=after, before=before
         )
 
-    def stats(self, environment_id: str) -> Coroutine[Any, Any, Stats]:
+    def queue_stats(self, environment_id: str) -> Coroutine[Any, Any, WorkQueueStats]:
         """Return the statistics of an environment's queue."""
-        return self._durably(self._operations.stats, environment_id)
+        return self._call_durably(self._operations.queue_stats, environment_id)
 
-    async def session(self, session_id: str) -> SessionView:
+    async def get_session(self, session_id: str) -> SessionView:
         """Return a session; 404 if unknown."""
-        view = self._view_of(*self._operations.session(session_id))
-        await self._operations.durable()
+        view = self._make_view(*self._operations.get_session(session_id))
+        await self._operations.wait_until_durable()
         return view
 
-    async def sessions(self, place: Place, wanted: SessionFilter) -> ListPage[SessionView]:
+    async def list_sessions(
+        self, place: PageRequest, wanted: SessionFilter
+    ) -> ListPage[SessionView]:
         """Return the wanted sessions next to a place."""
         limit, after, before = place
         backwards = wanted.newest_first or before is not None
@@ -240,11 +246,11 @@ class IndexEngine:
         last: str | None = ""
         while last is not None and len(found) <= limit:
             last = None
-            walk = self._operations.walk_sessions(
+            walk = self._operations.iterate_sessions(
                 after=after, before=before, newest_first=wanted.newest_first
             )
             for each in islice(walk, SCAN_ROWS):
-                view = self._view_of(*each)  # read now: other calls may delete the session
+                view = self._make_view(*each)  # read now: other calls may delete the session
                 last = view.id
                 if wanted.matches(view):
                     found.append(view)
@@ -257,16 +263,16 @@ class IndexEngine:
             await asyncio.sleep(0)
         if backwards and not wanted.newest_first:
             found.reverse()
-        await self._operations.durable()
-        return page_of(found, limit, backwards=backwards, newest_first=wanted.newest_first)
+        await self._operations.wait_until_durable()
+        return make_page(found, limit, backwards=backwards, newest_first=wanted.newest_first)
 
     async def archive_session(self, session_id: str) -> SessionView:
         """Archive a session: it is terminated, and its work item is asked to stop."""
-        view = self._view_of(*self._operations.archive_session(session_id))
-        await self._operations.durable()
+        view = self._make_view(*self._operations.archive_session(session_id))
+        await self._operations.wait_until_durable()
         return view
 
-    def send(
+    def send_events(
         self,
         session_id: str,
         new_events: Sequence[Mapping[str, Any]],
@@ -274,53 +280,56 @@ class IndexEngine:
         messages_bring_work: bool = False,
     ) -> Coroutine[Any, Any, Sequence[StoredEvent]]:
         """Append all events of a client, or none."""
-        return self._durably(
-            self._operations.send, session_id, new_events, messages_bring_work=messages_bring_work
+        return self._call_durably(
+            self._operations.send_events,
+            session_id,
+            new_events,
+            messages_bring_work=messages_bring_work,
         )
 
-    def emit(
+    def emit_events(
         self, session_id: str, new_events: Sequence[Mapping[str, Any]]
     ) -> Coroutine[Any, Any, Sequence[Mapping[str, Any]]]:
         """Append events of the agent's side of a session, and return them as stored."""
-        return self._durably(self._operations.emit, session_id, new_events)
+        return self._call_durably(self._operations.emit_events, session_id, new_events)
 
-    async def events(
-        self, session_id: str, place: Place, wanted: EventFilter = EVERY_EVENT
+    async def list_events(
+        self, session_id: str, place: PageRequest, wanted: EventFilter = EVERY_EVENT
     ) -> ListPage[StoredEvent]:
         """Return the wanted events of a session next to a place."""
-        conversation = self._operations.sessions.conversation(session_id)
-        found = conversation.page(
+        conversation = self._operations.sessions.get_conversation(session_id)
+        found = conversation.list_events(
             place.limit + 1, after=place.after, before=place.before, wanted=wanted
         )
-        await self._operations.durable()
-        return page_of(
+        await self._operations.wait_until_durable()
+        return make_page(
             found,
             place.limit,
             backwards=place.before is not None,
             newest_first=wanted.newest_first,
         )
 
-    async def place_in_events(self, session_id: str, last_event_id: str | None) -> int:
+    async def stream_position(self, session_id: str, last_event_id: str | None) -> int:
         """Return the number of events that a stream skips: those up to `last_event_id`."""
-        conversation = self._operations.sessions.conversation(session_id)
+        conversation = self._operations.sessions.get_conversation(session_id)
         if last_event_id is None:
             return len(conversation.events)
-        return conversation.place_after(last_event_id)
+        return conversation.position_after(last_event_id)
 
-    async def follow(
+    async def wait_for_events(
         self, session_id: str, place: int, seconds: float
     ) -> Sequence[StoredEvent] | None:
         """Return the next events after the first `place` ones, once there are any."""
         sessions = self._operations.sessions
-        if not await sessions.wait(session_id, place, seconds):
+        if not await sessions.wait_for_events(session_id, place, seconds):
             return None
-        events = sessions.conversation(session_id).events[place : place + FOLLOW_MAX]
-        await self._operations.durable()
+        events = sessions.get_conversation(session_id).events[place : place + FOLLOW_MAX]
+        await self._operations.wait_until_durable()
         return events
 
-    async def history(self) -> Sequence[Record]:
+    async def read_history(self) -> Sequence[Record]:
         """Return the recorded history of all items, in order."""
         return tuple(self._operations.history)
 
-    def _view_of(self, session: StoredSession, item: Item) -> SessionView:
-        return self._operations.sessions.view(session, item)
+    def _make_view(self, session: StoredSession, item: Item) -> SessionView:
+        return self._operations.sessions.make_view(session, item)

@@ -16,13 +16,13 @@ from workpool.server import state_machine
 from workpool.server.answer_limits import NEW_METADATA_LIMIT_BYTES, check_metadata
 from workpool.server.api_errors import APIError, StoreError
 from workpool.server.environments import ENVIRONMENT_PREFIX, ENVIRONMENTS_MAX, Environment
-from workpool.server.history import History, Record, op_of_heartbeat
-from workpool.server.pagination import ListPage, page_of
+from workpool.server.history import History, Record, heartbeat_op
+from workpool.server.pagination import ListPage, make_page
 from workpool.server.parsing.session_script import parse_script
-from workpool.server.queue.work_queue import Queue
-from workpool.server.retention import Retention
-from workpool.server.sessions import Sessions
-from workpool.server.stored_item import WORK_PREFIX, Ids, Item
+from workpool.server.queue.work_queue import WorkQueue
+from workpool.server.retention import StoppedItems
+from workpool.server.sessions import SessionRegistry
+from workpool.server.stored_item import WORK_PREFIX, IdGenerator, Item
 from workpool.server.stores.store import MemoryStore
 from workpool.server.timestamps import MILLISECOND, SECOND, system_clock
 from workpool.wire.protocol import (
@@ -45,9 +45,9 @@ if TYPE_CHECKING:
     from workpool.server.parsing.creation_requests import NewSession
     from workpool.server.parsing.request_values import ItemFilter
     from workpool.server.queue.long_polls import Poll
-    from workpool.server.queue.work_queue import Stats
+    from workpool.server.queue.work_queue import WorkQueueStats
     from workpool.server.stored_session import StoredSession
-    from workpool.server.stores.store import Contents, Store
+    from workpool.server.stores.store import Store, StoreContents
 
 
 LOOKED_AT_MAX = 10_000
@@ -78,7 +78,7 @@ class Operations:
         retention: float | None = None,
     ) -> None:
         self.history = History(history_limit)
-        self._queues = {name: Queue(name) for name in environments}
+        self._queues = {name: WorkQueue(name) for name in environments}
         self._cloud = frozenset(cloud_environments)
         self._environments: dict[str, Environment] = {}
         self._created_environments = 0
@@ -86,9 +86,9 @@ class Operations:
         self._store = store or MemoryStore()
         self._clock = now or system_clock()
         self._latest = 0
-        self._ids = Ids()
-        self.sessions = Sessions(self._store, self._ids)
-        self._retention = Retention(retention)
+        self._ids = IdGenerator()
+        self.sessions = SessionRegistry(self._store, self._ids)
+        self._retention = StoppedItems(retention)
         self._closing = False
 
     async def open(self) -> None:
@@ -101,25 +101,25 @@ class Operations:
                 f"the rows of the store do not fit together: {error!r:.200}"
             ) from error
 
-    def _restore_contents(self, contents: Contents) -> None:
+    def _restore_contents(self, contents: StoreContents) -> None:
         self.signing_key = contents.signing_key or secrets.token_bytes(32)
         kinds = (contents.items, contents.sessions, contents.events, contents.environments)
         ids = [row.id for rows in kinds for row in rows]
-        self._ids = Ids(max((name.partition("_")[2] for name in ids), default=""))
-        contents, ended = self._retention.split(contents, self._read_clock())
-        self._store.delete(ended)
-        self.sessions.restore(contents, self._ids, self._latest)
+        self._ids = IdGenerator(max((name.partition("_")[2] for name in ids), default=""))
+        contents, ended = self._retention.split_contents(contents, self._read_clock())
+        self._store.delete_rows(ended)
+        self.sessions.restore_contents(contents, self._ids, self._latest)
         self._restore_environments(contents.environments)
         for item in contents.items:
             self._latest = max(self._latest, item.created_at, item.delivered_at or 0)
             if item.environment_id in self._queues:
-                self._queues[item.environment_id].put(replace(item, delivered_at=None))
+                self._queues[item.environment_id].put_item(replace(item, delivered_at=None))
         for item in sorted(contents.items, key=lambda item: item.stopped_at or 0):
-            self._retention.note_stopped(item)
+            self._retention.add_item(item)
         delivered = [item for item in contents.items if item.delivered_at is not None]
         for item in sorted(delivered, key=lambda item: item.delivered_at or 0):
             if item.environment_id in self._queues:
-                self._queues[item.environment_id].put(item)
+                self._queues[item.environment_id].put_item(item)
 
     def _restore_environments(self, created: Sequence[Environment]) -> None:
         for name in (*self._queues, *self._cloud):
@@ -127,35 +127,35 @@ class Operations:
         for environment in created:
             self._add_environment(environment)
 
-    async def durable(self) -> None:
+    async def wait_until_durable(self) -> None:
         """Return once all changes so far survive a crash. Raises `StoreError`."""
-        await self._store.durable()
+        await self._store.wait_until_durable()
 
-    async def failed(self) -> None:
+    async def wait_for_failure(self) -> None:
         """Wait until the store cannot save anything anymore. Raises `StoreError`."""
-        await self._store.failed()
+        await self._store.wait_for_failure()
 
     async def close(self) -> None:
         """Close the store."""
         await self._store.close()
 
-    def release(self) -> None:
+    def end_waits(self) -> None:
         """Answer all waiting polls now, and let no further one wait: the server closes."""
         self._closing = True
-        self.sessions.release()
-        self.wake()
+        self.sessions.end_waits()
+        self.wake_all_polls()
 
-    def wake(self) -> None:
+    def wake_all_polls(self) -> None:
         """Let all waiting polls read the clock again, after a clock was moved by hand."""
         for queue in self._queues.values():
-            queue.waiting.wake(len(queue.waiting))
+            queue.waiting.wake_polls(len(queue.waiting))
 
     @property
-    def latest(self) -> int:
+    def latest_time(self) -> int:
         """The time of the last call; no record is later."""
         return self._latest
 
-    def queue(self, environment_id: str) -> Queue:
+    def get_queue(self, environment_id: str) -> WorkQueue:
         """Return the queue after all lapses; 404 if unknown, 400 if not `self_hosted`."""
         queue = self._queues.get(environment_id)
         if queue is None:
@@ -165,7 +165,7 @@ class Operations:
         self._apply_lapses(queue)
         return queue
 
-    def environment(self, environment_id: str) -> Environment:
+    def get_environment(self, environment_id: str) -> Environment:
         """Return an environment; 404 if unknown."""
         environment = self._environments.get(environment_id)
         if environment is None:
@@ -184,7 +184,7 @@ class Operations:
         if self._created_environments >= ENVIRONMENTS_MAX:
             raise APIError(400, f"there are {ENVIRONMENTS_MAX} environments already")
         now = self._read_clock()
-        environment_id = ENVIRONMENT_PREFIX + self._ids.new(now)
+        environment_id = ENVIRONMENT_PREFIX + self._ids.next_digits(now)
         environment = Environment(environment_id, name, description, dict(metadata), now)
         self._add_environment(environment)
         self._store.save_environment(environment)
@@ -193,7 +193,7 @@ class Operations:
     def _add_environment(self, environment: Environment) -> None:
         self._created_environments += 1
         self._environments.setdefault(environment.id, environment)
-        self._queues.setdefault(environment.id, Queue(environment.id))
+        self._queues.setdefault(environment.id, WorkQueue(environment.id))
 
     def enqueue(
         self,
@@ -206,31 +206,33 @@ class Operations:
         script: object = None,
     ) -> tuple[Item, ...]:
         """Create items. `session_id`: the existing session that they belong to."""
-        queue = self.queue(environment_id)
-        self._delete_ended()
+        queue = self.get_queue(environment_id)
+        self._delete_ended_sessions()
         now = self._latest
         metadata = dict(metadata or {})  # one copy, which all items share
         check_metadata(metadata, NEW_METADATA_LIMIT_BYTES)
-        known = None if session_id is None else self.sessions.find(session_id)[0]
+        known = None if session_id is None else self.sessions.find_session(session_id)[0]
         parsed = None if script is None else parse_script(script, count)
         items = []
         for _ in range(count):
-            with self._store.together():
-                session = known or self.sessions.new(environment_id, metadata, parsed, now)
+            with self._store.transaction():
+                session = known or self.sessions.create_session(
+                    environment_id, metadata, parsed, now
+                )
                 item = self._create_item(queue, session, metadata, work_type)
-                self.sessions.attach(session, item.id, now)
+                self.sessions.attach_item(session, item.id, now)
             items.append(item)
-        queue.waiting.wake(count)
+        queue.waiting.wake_polls(count)
         return tuple(items)
 
     def create_session(self, wanted: NewSession) -> tuple[StoredSession, Item]:
         """Create a session and the work item that brings it to a worker."""
-        queue = self.queue(wanted.environment_id)
-        self._delete_ended()
+        queue = self.get_queue(wanted.environment_id)
+        self._delete_ended_sessions()
         check_metadata(wanted.metadata, NEW_METADATA_LIMIT_BYTES)
         now = self._latest
-        with self._store.together():
-            session = self.sessions.new(
+        with self._store.transaction():
+            session = self.sessions.create_session(
                 wanted.environment_id,
                 wanted.metadata,
                 wanted.script,
@@ -239,40 +241,40 @@ class Operations:
                 agent=wanted.agent,
             )
             item = self._create_item(queue, session, wanted.metadata)
-            self.sessions.attach(session, item.id, now, wanted.initial_events)
-        queue.waiting.wake(1)
+            self.sessions.attach_item(session, item.id, now, wanted.initial_events)
+        queue.waiting.wake_polls(1)
         return session, item
 
     def _create_item(
         self,
-        queue: Queue,
+        queue: WorkQueue,
         session: StoredSession,
         metadata: Mapping[str, str],
         work_type: str = SESSION,
     ) -> Item:
         item = Item(
-            id=WORK_PREFIX + self._ids.new(self._latest),
+            id=WORK_PREFIX + self._ids.next_digits(self._latest),
             environment_id=queue.environment_id,
             session_id=session.id,
             type=work_type,
             metadata=metadata,
             created_at=self._latest,
         )
-        return self._apply(queue, item, "created")
+        return self._replace_item(queue, item, "created")
 
     def poll(self, environment_id: str, poll: Poll) -> Item | None:
         """Deliver an item, without waiting for one."""
-        queue = self.queue(environment_id)
-        self._delete_ended()
+        queue = self.get_queue(environment_id)
+        self._delete_ended_sessions()
         now = self._latest
         if poll.worker_id is not None:
-            queue.poll_seen(poll.worker_id, now)
-        item = queue.claimable(now - poll.reclaim_older_than_ms * MILLISECOND)
+            queue.record_poll(poll.worker_id, now)
+        item = queue.oldest_claimable(now - poll.reclaim_older_than_ms * MILLISECOND)
         if item is None:
             return None
-        delivered = state_machine.deliver(item, poll.worker_id, now)
-        self._apply(queue, delivered, "delivered", poll.worker_id)
-        queue.waiting.wake_impatient()
+        delivered = state_machine.deliver_item(item, poll.worker_id, now)
+        self._replace_item(queue, delivered, "delivered", poll.worker_id)
+        queue.waiting.wake_impatient_polls()
         return delivered
 
     async def long_poll(
@@ -290,38 +292,42 @@ class Operations:
             remaining = deadline - loop.time()
             if item is not None or remaining <= 0 or self._closing:
                 return item
-            await self._wait_for_item(self.queue(environment_id), poll, remaining)
-        self.queue(environment_id).waiting.wake(1)
+            await self._wait_for_item(self.get_queue(environment_id), poll, remaining)
+        self.get_queue(environment_id).waiting.wake_polls(1)
         return None
 
-    async def _wait_for_item(self, queue: Queue, poll: Poll, seconds: float) -> None:
+    async def _wait_for_item(self, queue: WorkQueue, poll: Poll, seconds: float) -> None:
         """Wait until woken, or until a delivery becomes due or a lease may lapse."""
         reclaim = poll.reclaim_older_than_ms * MILLISECOND
-        delivered = queue.deliveries.first()
-        due = [instant for instant in (queue.leases.first(),) if instant is not None]
+        delivered = queue.deliveries.oldest_time()
+        due = [instant for instant in (queue.leases.earliest_end(),) if instant is not None]
         if delivered is not None:
             due.append(delivered + reclaim)
         if due:
             seconds = min(seconds, (min(due) - self._latest) / SECOND)
-        await queue.waiting.wait(seconds, impatient=poll.reclaim_older_than_ms < poll.block_ms)
+        await queue.waiting.wait_until_woken(
+            seconds, impatient=poll.reclaim_older_than_ms < poll.block_ms
+        )
 
-    def withdraw(self, item: Item) -> None:
+    def withdraw_delivery(self, item: Item) -> None:
         """Take back a delivery whose client has gone before the answer."""
-        queue = self.queue(item.environment_id)
-        if queue.holds(item):
-            self._apply(queue, state_machine.withdraw(item), "withdrawn", item.holder)
-            queue.waiting.wake(1)
+        queue = self.get_queue(item.environment_id)
+        if queue.is_current(item):
+            self._replace_item(
+                queue, state_machine.withdraw_delivery(item), "withdrawn", item.holder
+            )
+            queue.waiting.wake_polls(1)
 
-    def ack(self, environment_id: str, work_id: str, worker_id: str | None = None) -> Item:
+    def ack_item(self, environment_id: str, work_id: str, worker_id: str | None = None) -> Item:
         """Acknowledge an item."""
-        queue = self.queue(environment_id)
-        item = queue.get(work_id)
+        queue = self.get_queue(environment_id)
+        item = queue.get_item(work_id)
         try:
-            acked = state_machine.ack(item, worker_id, self._latest)
+            acked = state_machine.ack_item(item, worker_id, self._latest)
         except APIError:
-            self._record("conflict", item, worker_id, op="ack")
+            self._add_record("conflict", item, worker_id, op="ack")
             raise
-        return self._apply(queue, acked, "acked", worker_id or acked.holder)
+        return self._replace_item(queue, acked, "acked", worker_id or acked.holder)
 
     def heartbeat(
         self,
@@ -334,18 +340,18 @@ class Operations:
         compare_on_stop: bool = True,
     ) -> Item:
         """Extend an item's lease. `heartbeat_answer` turns the result into JSON."""
-        queue = self.queue(environment_id)
-        item = queue.get(work_id)
+        queue = self.get_queue(environment_id)
+        item = queue.get_item(work_id)
         try:
-            beaten = state_machine.heartbeat(
+            beaten = state_machine.extend_lease(
                 item, expected, ttl_seconds, self._latest, compare_on_stop=compare_on_stop
             )
         except APIError:
-            self._record("conflict", item, worker_id, op="heartbeat")
+            self._add_record("conflict", item, worker_id, op="heartbeat")
             raise
-        return self._apply(queue, beaten, "heartbeat", worker_id, op=op_of_heartbeat(expected))
+        return self._replace_item(queue, beaten, "heartbeat", worker_id, op=heartbeat_op(expected))
 
-    def stop(
+    def stop_item(
         self,
         environment_id: str,
         work_id: str,
@@ -355,16 +361,16 @@ class Operations:
         refused: frozenset[tuple[bool, str]] = frozenset(),
     ) -> Item:
         """Stop an item. `refused`: the stops, as (force, state), that are a 409 in the dialect."""
-        queue = self.queue(environment_id)
-        item = queue.get(work_id)
+        queue = self.get_queue(environment_id)
+        item = queue.get_item(work_id)
         if (force, item.state) in refused:
-            self._record("conflict", item, worker_id, op="stop")
+            self._add_record("conflict", item, worker_id, op="stop")
             raise APIError(409, f"the item is {item.state}")
-        stopped = state_machine.stop(item, self._latest, force=force)
+        stopped = state_machine.stop_item(item, self._latest, force=force)
         kind: Kind = "stop_requested" if stopped.state == STOPPING else "stopped"
-        return self._apply(queue, stopped, kind, worker_id)
+        return self._replace_item(queue, stopped, kind, worker_id)
 
-    def update(
+    def update_metadata(
         self,
         environment_id: str,
         work_id: str,
@@ -372,16 +378,16 @@ class Operations:
         worker_id: str | None = None,
     ) -> Item:
         """Merge a patch into the metadata."""
-        queue = self.queue(environment_id)
-        merged = state_machine.merge(queue.get(work_id), patch)
+        queue = self.get_queue(environment_id)
+        merged = state_machine.merge_metadata(queue.get_item(work_id), patch)
         check_metadata(merged.metadata)
-        return self._apply(queue, merged, "metadata", worker_id)
+        return self._replace_item(queue, merged, "metadata", worker_id)
 
-    def get(self, environment_id: str, work_id: str) -> Item:
+    def get_item(self, environment_id: str, work_id: str) -> Item:
         """Return one item."""
-        return self.queue(environment_id).get(work_id)
+        return self.get_queue(environment_id).get_item(work_id)
 
-    def page(
+    def list_items(
         self,
         environment_id: str,
         limit: int = LIST_LIMIT_DEFAULT,
@@ -390,10 +396,10 @@ class Operations:
         before: str | None = None,
     ) -> ListPage[Item]:
         """Return the items next to a place, and whether there are more in that direction."""
-        items = self.queue(environment_id).page(limit + 1, after=after, before=before)
-        return page_of(items, limit, backwards=before is not None)
+        items = self.get_queue(environment_id).list_items(limit + 1, after=after, before=before)
+        return make_page(items, limit, backwards=before is not None)
 
-    def search(
+    def search_items(
         self,
         environment_id: str,
         wanted: ItemFilter,
@@ -407,7 +413,7 @@ class Operations:
         A page looks at `LOOKED_AT_MAX` items at most, so it may have fewer than `limit`, or none,
         although there are more.
         """
-        walk = self.queue(environment_id).walk(
+        walk = self.get_queue(environment_id).iterate_items(
             after=after, before=before, newest_first=wanted.newest_first
         )
         backwards = wanted.newest_first or before is not None
@@ -425,38 +431,38 @@ class Operations:
             found.reverse()
         return ListPage(found, last is not None, backwards, last)
 
-    def stats(self, environment_id: str) -> Stats:
+    def queue_stats(self, environment_id: str) -> WorkQueueStats:
         """Return the statistics of the queue."""
-        return self.queue(environment_id).stats(self._latest)
+        return self.get_queue(environment_id).compute_stats(self._latest)
 
-    def session(self, session_id: str) -> tuple[StoredSession, Item]:
+    def get_session(self, session_id: str) -> tuple[StoredSession, Item]:
         """Return a session and its latest work item; 404 if it is unknown."""
-        session, work_id = self.sessions.find(session_id)
-        return session, self.get(session.environment_id, work_id)
+        session, work_id = self.sessions.find_session(session_id)
+        return session, self.get_item(session.environment_id, work_id)
 
-    def walk_sessions(
+    def iterate_sessions(
         self, *, after: str = "", before: str | None = None, newest_first: bool = False
     ) -> Iterator[tuple[StoredSession, Item]]:
         """Iterate over the sessions next to a place, the nearest first, each with its latest item.
 
         Sessions of environments that are not served are left out.
         """
-        walk = self.sessions.walk(after=after, before=before, newest_first=newest_first)
+        walk = self.sessions.iterate_sessions(after=after, before=before, newest_first=newest_first)
         for session, work_id in walk:
             if session.environment_id in self._queues:
-                yield session, self.get(session.environment_id, work_id)
+                yield session, self.get_item(session.environment_id, work_id)
 
     def archive_session(self, session_id: str) -> tuple[StoredSession, Item]:
         """Archive a session: it is terminated, and its work item is asked to stop."""
-        session, item = self.session(session_id)
+        session, item = self.get_session(session_id)
         if session.archived_at is None:
-            with self._store.together():
-                session = self.sessions.archive(session, self._latest)
+            with self._store.transaction():
+                session = self.sessions.archive_session(session, self._latest)
                 if item.state in {QUEUED, STARTING, ACTIVE}:
-                    item = self.stop(session.environment_id, item.id)
+                    item = self.stop_item(session.environment_id, item.id)
         return session, item
 
-    def send(
+    def send_events(
         self,
         session_id: str,
         new_events: Sequence[Mapping[str, Any]],
@@ -468,26 +474,26 @@ class Operations:
         `messages_bring_work`: whether a message to a session whose item is stopped puts a new item
         into the queue.
         """
-        session, item = self.session(session_id)
+        session, item = self.get_session(session_id)
         has_message = any(event["type"] == USER_MESSAGE for event in new_events)
-        with self._store.together():
+        with self._store.transaction():
             if messages_bring_work and has_message and item.state == STOPPED:
                 # checked before the item is created
-                self.sessions.conversation(session_id).check(new_events)
-                queue = self.queue(session.environment_id)
-                self.sessions.attach(
+                self.sessions.get_conversation(session_id).check_client_events(new_events)
+                queue = self.get_queue(session.environment_id)
+                self.sessions.attach_item(
                     session, self._create_item(queue, session, session.metadata).id, self._latest
                 )
-                queue.waiting.wake(1)
-            return self.sessions.send(session_id, new_events, self._latest)
+                queue.waiting.wake_polls(1)
+            return self.sessions.send_events(session_id, new_events, self._latest)
 
-    def emit(
+    def emit_events(
         self, session_id: str, new_events: Sequence[Mapping[str, Any]]
     ) -> tuple[Mapping[str, Any], ...]:
         """Append events of the agent's side of a session, and return them as stored."""
-        self.session(session_id)
+        self.get_session(session_id)
         return tuple(
-            event.value for event in self.sessions.emit(session_id, new_events, self._latest)
+            event.value for event in self.sessions.emit_events(session_id, new_events, self._latest)
         )
 
     def _read_clock(self) -> int:
@@ -495,15 +501,17 @@ class Operations:
         self._latest = max(self._latest, int(self._clock() * SECOND))
         return self._latest
 
-    def _apply_lapses(self, queue: Queue) -> None:
+    def _apply_lapses(self, queue: WorkQueue) -> None:
         """Apply the lapses that are due, each at the time when its lease ended."""
-        for work_id in queue.leases.lapsed(self._read_clock()):
-            held = queue.get(work_id)
-            self._apply(queue, state_machine.lapse(held), "lapsed", held.holder, held.lease_end)
+        for work_id in queue.leases.pop_ended(self._read_clock()):
+            held = queue.get_item(work_id)
+            self._replace_item(
+                queue, state_machine.end_lease(held), "lapsed", held.holder, held.lease_end
+            )
 
-    def _apply(
+    def _replace_item(
         self,
-        queue: Queue,
+        queue: WorkQueue,
         item: Item,
         kind: Kind,
         worker_id: str | None = None,
@@ -511,29 +519,29 @@ class Operations:
         op: str | None = None,
     ) -> Item:
         """Replace the item of this id by `item`; without a change nothing is stored or recorded."""
-        if not queue.holds(item):
-            queue.put(item)
-            self._store.save(item)
-            self._record(kind, item, worker_id, at, op)
+        if not queue.is_current(item):
+            queue.put_item(item)
+            self._store.save_item(item)
+            self._add_record(kind, item, worker_id, at, op)
             if item.state == STOPPED and kind in {"stopped", "lapsed"}:
-                self._retention.note_stopped(item)
+                self._retention.add_item(item)
         return item
 
-    def _delete_ended(self) -> None:
+    def _delete_ended_sessions(self) -> None:
         """Delete sessions that ended long enough ago, with their items and events."""
-        for session_id in self._retention.take_due(self._latest):
-            work_ids = self.sessions.work_ids(session_id)
+        for session_id in self._retention.pop_due_sessions(self._latest):
+            work_ids = self.sessions.item_ids(session_id)
             if not work_ids:
                 continue  # the session was deleted together with another of its items
-            queue = self._queues[self.sessions.find(session_id)[0].environment_id]
-            items = queue.present(work_ids)
+            queue = self._queues[self.sessions.find_session(session_id)[0].environment_id]
+            items = queue.existing_items(work_ids)
             # Another item of the session may still run, or have stopped later.
-            if len(items) == len(work_ids) and self._retention.is_over(items, self._latest):
+            if len(items) == len(work_ids) and self._retention.have_expired(items, self._latest):
                 for work_id in work_ids:
-                    queue.remove(work_id)
-                self._store.delete([*items, *self.sessions.remove(session_id)])
+                    queue.remove_item(work_id)
+                self._store.delete_rows([*items, *self.sessions.remove_session(session_id)])
 
-    def _record(
+    def _add_record(
         self,
         kind: Kind,
         item: Item,

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any, Final, Generic, NamedTuple, TypeVar
 
-from workpool.server.answer_limits import fitting
+from workpool.server.answer_limits import count_fitting_rows
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -36,7 +36,7 @@ class ListPage(NamedTuple, Generic[Row]):
     looked_until: str | None = None
 
 
-def page_of(
+def make_page(
     rows: Sequence[Row], limit: int, *, backwards: bool, newest_first: bool = False
 ) -> ListPage[Row]:
     """Make a page of `rows`, which has one row beyond `limit` if there are more.
@@ -51,12 +51,12 @@ def page_of(
     return ListPage(rows[:limit], more, backwards=False)
 
 
-def listing(page: ListPage[Row], render: Callable[[Row], dict[str, Any]]) -> dict[str, Any]:
+def page_json(page: ListPage[Row], render: Callable[[Row], dict[str, Any]]) -> dict[str, Any]:
     """Return a page's JSON, with fewer rows if one answer cannot hold them all."""
     items, rows = page.items, [render(row) for row in page.items]
     # In ascending order, the last row of a page that goes backwards is next to its place.
     from_end = page.backwards and len(items) > 1 and items[0].id < items[-1].id
-    count = fitting(rows[::-1] if from_end else rows)
+    count = count_fitting_rows(rows[::-1] if from_end else rows)
     kept = slice(len(rows) - count, None) if from_end else slice(count)
     has_more = page.has_more or count < len(rows)
     items, rows = items[kept], rows[kept]

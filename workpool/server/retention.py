@@ -17,13 +17,13 @@ if TYPE_CHECKING:
 
     from workpool.server.stored_item import Item
     from workpool.server.stores.sqlite_rows import Row
-    from workpool.server.stores.store import Contents
+    from workpool.server.stores.store import StoreContents
 
 BATCH_MAX: Final = 100
 """Largest number of sessions that one call deletes, so that no call waits for all deletions."""
 
 
-class Retention:
+class StoppedItems:
     """The stopped items in the order in which they stopped.
 
     Args:
@@ -34,12 +34,12 @@ class Retention:
         self._time = None if seconds is None else int(seconds * SECOND)
         self._stopped: deque[tuple[int, str]] = deque()
 
-    def note_stopped(self, item: Item) -> None:
+    def add_item(self, item: Item) -> None:
         """Record an item that has stopped."""
         if self._time is not None and item.stopped_at is not None:
             self._stopped.append((item.stopped_at, item.session_id))
 
-    def take_due(self, now: int) -> Iterator[str]:
+    def pop_due_sessions(self, now: int) -> Iterator[str]:
         """Remove and return the sessions that may have ended long ago, at most `BATCH_MAX`."""
         if self._time is None:
             return
@@ -48,17 +48,17 @@ class Retention:
                 return
             yield self._stopped.popleft()[1]
 
-    def is_over(self, items: Iterable[Item], now: int) -> bool:
+    def have_expired(self, items: Iterable[Item], now: int) -> bool:
         """Return whether all these items of a session have stopped long enough ago."""
         return self._time is not None and all(
             item.state == STOPPED and (item.stopped_at or 0) + self._time <= now for item in items
         )
 
-    def split(self, contents: Contents, now: int) -> tuple[Contents, list[Row]]:
+    def split_contents(self, contents: StoreContents, now: int) -> tuple[StoreContents, list[Row]]:
         """Return the part of a store's content that is kept, and the rows to delete."""
         if self._time is None:
             return contents, []
-        alive = {item.session_id for item in contents.items if not self.is_over((item,), now)}
+        alive = {item.session_id for item in contents.items if not self.have_expired((item,), now)}
         alive |= {each.id for each in contents.sessions if each.created_at + self._time > now}
         kept = contents._replace(
             items=[item for item in contents.items if item.session_id in alive],

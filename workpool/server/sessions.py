@@ -13,8 +13,8 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from workpool.server.api_errors import APIError
-from workpool.server.ascending_ids import AscendingIds, walk
-from workpool.server.conversation import Conversation, StoredEvent, copy_events, extend
+from workpool.server.ascending_ids import AscendingIds, iterate_ids
+from workpool.server.conversation import Conversation, StoredEvent, copy_events, extend_conversation
 from workpool.server.stored_item import SESSION_PREFIX
 from workpool.server.stored_session import SessionView, StoredSession
 from workpool.wire.protocol import (
@@ -25,14 +25,14 @@ if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping, Sequence
 
     from workpool.server.parsing.session_script import Script
-    from workpool.server.stored_item import Ids, Item
-    from workpool.server.stores.store import Contents, Store
+    from workpool.server.stored_item import IdGenerator, Item
+    from workpool.server.stores.store import Store, StoreContents
 
 
-class Sessions:
+class SessionRegistry:
     """All sessions. Synchronous except for `wait`; belongs to one loop."""
 
-    def __init__(self, store: Store, ids: Ids) -> None:
+    def __init__(self, store: Store, ids: IdGenerator) -> None:
         self._store = store
         self._ids = ids
         self._sessions: dict[str, tuple[StoredSession, str]] = {}
@@ -42,7 +42,7 @@ class Sessions:
         self._following: dict[str, set[asyncio.Event]] = {}
         self._closing = False
 
-    def restore(self, contents: Contents, ids: Ids, now: int) -> None:
+    def restore_contents(self, contents: StoreContents, ids: IdGenerator, now: int) -> None:
         """Take over the store's content, and add the events that a crash prevented."""
         self._ids = ids
         sessions = {session.id: session for session in contents.sessions}
@@ -50,30 +50,30 @@ class Sessions:
             self._add_session(sessions[item.session_id], item.id)
         self._order = AscendingIds(sorted(self._sessions))
         for event in contents.events:
-            self.conversation(event.session_id).append(event)
+            self.get_conversation(event.session_id).append_event(event)
         for session, _ in self._sessions.values():
             if session.script is not None or session.id in self._conversations:
                 self._append_events(session.id, (), now)
 
-    def find(self, session_id: str) -> tuple[StoredSession, str]:
+    def find_session(self, session_id: str) -> tuple[StoredSession, str]:
         """Return a session and the id of its latest work item; 404 if it is unknown."""
         found = self._sessions.get(session_id)
         if found is None:
             raise APIError(404, "no such session")
         return found
 
-    def work_ids(self, session_id: str) -> list[str]:
+    def item_ids(self, session_id: str) -> list[str]:
         """Return the ids of a session's items; none for an unknown session."""
         found = self._sessions.get(session_id)
         return [] if found is None else [*self._earlier.get(session_id, ()), found[1]]
 
-    def remove(self, session_id: str) -> list[StoredSession | StoredEvent]:
+    def remove_session(self, session_id: str) -> list[StoredSession | StoredEvent]:
         """Remove a session and its events, and return them. Its streams end."""
         session, _ = self._sessions.pop(session_id)
         self._earlier.pop(session_id, None)
         self._order.remove(session_id)
         conversation = self._conversations.pop(session_id, None)
-        self._wake_followers(session_id)
+        self._wake_streams(session_id)
         return [session, *(conversation.events if conversation is not None else ())]
 
     def _add_session(self, session: StoredSession, work_id: str) -> None:
@@ -82,29 +82,31 @@ class Sessions:
             self._earlier.setdefault(session.id, []).append(former[1])
         self._sessions[session.id] = (session, work_id)
 
-    def walk(
+    def iterate_sessions(
         self, *, after: str = "", before: str | None = None, newest_first: bool = False
     ) -> Iterator[tuple[StoredSession, str]]:
         """Iterate over the sessions next to a place, nearest first, each with its latest item."""
-        walked = walk(self._order, after=after, before=before, newest_first=newest_first)
+        walked = iterate_ids(self._order, after=after, before=before, newest_first=newest_first)
         # other calls may delete sessions while a long list is filtered
         return (self._sessions[each] for each in walked if each in self._sessions)
 
-    def conversation(self, session_id: str) -> Conversation:
+    def get_conversation(self, session_id: str) -> Conversation:
         """Return the conversation of a session; 404 if it is unknown."""
         found = self._conversations.get(session_id)
         if found is None:
-            found = self._conversations[session_id] = Conversation(self.find(session_id)[0].script)
+            found = self._conversations[session_id] = Conversation(
+                self.find_session(session_id)[0].script
+            )
         return found
 
-    def view(self, session: StoredSession, item: Item) -> SessionView:
+    def make_view(self, session: StoredSession, item: Item) -> SessionView:
         """Return a session with its latest work item, `item`, and the state of its events."""
         conversation = self._conversations.get(session.id)
         if conversation is None:
             return SessionView(session, item, None, None)
         return SessionView(session, item, conversation.status, conversation.last_event_at)
 
-    def new(
+    def create_session(
         self,
         environment_id: str,
         metadata: Mapping[str, str],
@@ -113,12 +115,12 @@ class Sessions:
         **more: Any,
     ) -> StoredSession:
         """Create a session with further fields in `more`; call `attach` next."""
-        session_id = SESSION_PREFIX + self._ids.new(now)
+        session_id = SESSION_PREFIX + self._ids.next_digits(now)
         session = StoredSession(session_id, environment_id, metadata, now, script, **more)
         self._store.save_session(session)
         return session
 
-    def attach(
+    def attach_item(
         self,
         session: StoredSession,
         work_id: str,
@@ -130,41 +132,41 @@ class Sessions:
             self._order.append(session.id)
         self._add_session(session, work_id)
         if new_events:
-            self.send(session.id, new_events, now)
+            self.send_events(session.id, new_events, now)
         elif session.script is not None:
             self._append_events(session.id, (), now)
 
-    def archive(self, session: StoredSession, now: int) -> StoredSession:
+    def archive_session(self, session: StoredSession, now: int) -> StoredSession:
         """Archive a session, which terminates it."""
         archived = replace(session, archived_at=now)
         self._sessions[session.id] = (archived, self._sessions[session.id][1])
         self._store.save_session(archived)
-        if self.conversation(session.id).status != "terminated":
+        if self.get_conversation(session.id).status != "terminated":
             self._append_events(session.id, [{"type": STATUS_TERMINATED}], now)
         return archived
 
-    def send(
+    def send_events(
         self, session_id: str, new_events: Sequence[Mapping[str, Any]], now: int
     ) -> Sequence[StoredEvent]:
         """Append all events of a client, or none."""
-        self.conversation(session_id).check(new_events)
+        self.get_conversation(session_id).check_client_events(new_events)
         return self._append_events(session_id, new_events, now)
 
-    def emit(
+    def emit_events(
         self, session_id: str, new_events: Sequence[Mapping[str, Any]], now: int
     ) -> Sequence[StoredEvent]:
         """Append the server's events, in the name of the agent."""
-        self.conversation(session_id).check_server(new_events)
+        self.get_conversation(session_id).check_server_events(new_events)
         return self._append_events(session_id, copy_events(new_events), now)
 
-    async def wait(self, session_id: str, place: int, seconds: float) -> bool:
+    async def wait_for_events(self, session_id: str, place: int, seconds: float) -> bool:
         """Return once there are more than `place` events, or after `seconds`.
 
         False: the session was deleted or the control plane closes, so no event follows.
         """
         if session_id not in self._sessions:
             return False
-        conversation = self.conversation(session_id)
+        conversation = self.get_conversation(session_id)
         if len(conversation.events) <= place and not self._closing:
             changed = asyncio.Event()
             following = self._following.setdefault(session_id, set())
@@ -179,22 +181,24 @@ class Sessions:
                     self._following.pop(session_id, None)
         return not self._closing and session_id in self._sessions
 
-    def release(self) -> None:
+    def end_waits(self) -> None:
         """End all waits, since the control plane closes."""
         self._closing = True
         for session_id in list(self._following):
-            self._wake_followers(session_id)
+            self._wake_streams(session_id)
 
     def _append_events(
         self, session_id: str, new_events: Sequence[Mapping[str, Any]], now: int
     ) -> Sequence[StoredEvent]:
         """Add events and those that follow, save them, and notify the streams."""
-        events = extend(self.conversation(session_id), session_id, new_events, self._ids, now)
+        events = extend_conversation(
+            self.get_conversation(session_id), session_id, new_events, self._ids, now
+        )
         if events:
             self._store.save_events(events)
-            self._wake_followers(session_id)
+            self._wake_streams(session_id)
         return events[: len(new_events)]
 
-    def _wake_followers(self, session_id: str) -> None:
+    def _wake_streams(self, session_id: str) -> None:
         for changed in self._following.get(session_id, ()):
             changed.set()

@@ -49,17 +49,17 @@ STOP: Final[Mapping[tuple[bool, State], State]] = {
 LAPSE: Final[Mapping[State, State]] = {STARTING: QUEUED, ACTIVE: QUEUED, STOPPING: STOPPED}
 
 
-def deliver(item: Item, worker_id: str | None, now: int) -> Item:
+def deliver_item(item: Item, worker_id: str | None, now: int) -> Item:
     """Deliver an item to a poll: it stays `queued`, and other polls do not receive it."""
     return replace(item, delivered_at=now, holder=worker_id)
 
 
-def withdraw(item: Item) -> Item:
+def withdraw_delivery(item: Item) -> Item:
     """Take back a delivery that reached no client."""
     return replace(item, delivered_at=None, holder=None)
 
 
-def ack(item: Item, worker_id: str | None, now: int) -> Item:
+def ack_item(item: Item, worker_id: str | None, now: int) -> Item:
     """Acknowledge an item. A repeated ack changes neither `acknowledged_at` nor the lease."""
     if item.state in {STOPPING, STOPPED}:
         raise APIError(409, f"the item is {item.state}")
@@ -78,7 +78,7 @@ def ack(item: Item, worker_id: str | None, now: int) -> Item:
     )
 
 
-def heartbeat(
+def extend_lease(
     item: Item, expected: str | None, ttl_seconds: int, now: int, *, compare_on_stop: bool = True
 ) -> Item:
     """Extend the lease: it ends exactly `ttl_seconds` (clamped) from `now`.
@@ -134,7 +134,7 @@ def heartbeat_answer(item: Item, *, extended: bool) -> dict[str, Any]:
     }
 
 
-def stop(item: Item, now: int, *, force: bool) -> Item:
+def stop_item(item: Item, now: int, *, force: bool) -> Item:
     """Stop an item by the table `STOP`."""
     state = STOP[force, item.state]
     if state == item.state:
@@ -144,14 +144,14 @@ def stop(item: Item, now: int, *, force: bool) -> Item:
     return replace(item, state=STOPPED, stopped_at=now, delivered_at=None, lease_end=None)
 
 
-def lapse(item: Item) -> Item:
+def end_lease(item: Item) -> Item:
     """End a lease at `lease_end`, even if the lapse is noticed later."""
     if LAPSE[item.state] == STOPPED:
         return replace(item, state=STOPPED, stopped_at=item.lease_end, lease_end=None)
     return replace(item, state=QUEUED, holder=None, lease_end=None, beaten=False)
 
 
-def merge(item: Item, patch: Mapping[str, str | None]) -> Item:
+def merge_metadata(item: Item, patch: Mapping[str, str | None]) -> Item:
     """Merge metadata: a string sets a key, None deletes it."""
     merged = {key: value for key, value in {**item.metadata, **patch}.items() if value is not None}
     return item if merged == item.metadata else replace(item, metadata=merged)

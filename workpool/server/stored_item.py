@@ -57,7 +57,7 @@ class Item:
     beaten: bool = False
 
 
-class Ids:
+class IdGenerator:
     """Digits of UUIDv7, strictly ascending, so that the order of ids is the order of creation.
 
     `last` keeps the order across a restart, even if the clock was set back meanwhile.
@@ -66,11 +66,11 @@ class Ids:
     def __init__(self, last: str = "") -> None:
         self._last = _ascending_part(last)
 
-    def follow(self, last: str) -> None:
+    def advance_past(self, last: str) -> None:
         """Make all further digits greater than these, which another process may have made."""
         self._last = max(self._last, _ascending_part(last))
 
-    def new(self, now: int) -> str:
+    def next_digits(self, now: int) -> str:
         """Return 32 lowercase hex digits that are greater than all before."""
         self._last = max(now // MILLISECOND << 12, self._last + 1)
         number = self._last >> 12 << 80 | 0x7 << 76 | (self._last & 0xFFF) << 64

@@ -109,7 +109,7 @@ class SessionView(NamedTuple):
         changed = to_heartbeat_text(max(item.created_at, *(time or 0 for time in changes)))
         return max(changed, self.last_event_at or "")
 
-    def answer(self) -> dict[str, Any]:
+    def to_json(self) -> dict[str, Any]:
         """Return the session's JSON, with all fields that the vendors' SDKs require."""
         session = self.session
         return {
@@ -160,12 +160,12 @@ class SessionFilter(NamedTuple):
         return (
             (self.environments is None or session.environment_id in self.environments)
             and (self.archived or session.archived_at is None)
-            and self.times.holds(to_heartbeat_text(session.created_at))
-            and self._is_of_agent(session.agent or AGENT)
+            and self.times.contains(to_heartbeat_text(session.created_at))
+            and self._matches_agent(session.agent or AGENT)
             and (self.statuses is None or view.status in self.statuses)
         )
 
-    def _is_of_agent(self, agent: Mapping[str, Any]) -> bool:
+    def _matches_agent(self, agent: Mapping[str, Any]) -> bool:
         if self.agent_id is None:
             return True
         version = self.agent_version

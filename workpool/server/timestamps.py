@@ -43,19 +43,19 @@ def system_clock() -> Callable[[], float]:
 
 
 @lru_cache(maxsize=4096)
-def _format_second(seconds: int) -> str:
+def _format_utc_second(seconds: int) -> str:
     return datetime.fromtimestamp(seconds, UTC).strftime("%Y-%m-%dT%H:%M:%S")
 
 
 def to_seconds_text(instant: int) -> str:
     """Return a time as RFC 3339 with whole seconds."""
-    return _format_second(instant // SECOND) + "Z"
+    return _format_utc_second(instant // SECOND) + "Z"
 
 
 def to_heartbeat_text(instant: int) -> str:
     """Return a time as RFC 3339 with microseconds, the form of heartbeat times."""
     seconds, microseconds = divmod(instant, SECOND)
-    return f"{_format_second(seconds)}.{microseconds:06d}Z"
+    return f"{_format_utc_second(seconds)}.{microseconds:06d}Z"
 
 
 def from_heartbeat_text(text: str) -> int | None:
@@ -84,7 +84,7 @@ def is_rfc3339(text: str) -> bool:
     return True
 
 
-def to_utc(text: str) -> str | None:
+def to_utc_text(text: str) -> str | None:
     """Return an RFC 3339 time as `to_heartbeat_text` writes it; None if `text` is no such time."""
     if not is_rfc3339(text):
         return None
@@ -103,7 +103,7 @@ class TimeRange(NamedTuple):
     lt: str | None = None
     lte: str | None = None
 
-    def holds(self, time: str) -> bool:
+    def contains(self, time: str) -> bool:
         """Return whether `time` is within all bounds."""
         return (
             (self.gt is None or time > self.gt)

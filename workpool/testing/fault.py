@@ -72,7 +72,7 @@ class Fault:
                 after = self.retry_after
                 headers = _JSON if after is None else {**_JSON, "Retry-After": str(after)}
                 return Response(
-                    status, headers, orjson.dumps(APIError(status, "injected").envelope())
+                    status, headers, orjson.dumps(APIError(status, "injected").to_envelope())
                 )
             case bytes(body):
                 return Response(200, _JSON, body)
@@ -196,9 +196,9 @@ def expired(plane: ControlPlane) -> Fault:
 
 def expire_lease(plane: ControlPlane, work_id: str, environment_id: str | None = None) -> None:
     """End the lease of an item now, as if its time had passed. No effect without a lease."""
-    queue = plane.operations.queue(environment_id or plane.environments[0])
-    item = queue.get(work_id)
+    queue = plane.operations.get_queue(environment_id or plane.environments[0])
+    item = queue.get_item(work_id)
     if item.lease_end is not None:
         # The lease ends at the last recorded time, since times in the history never decrease.
-        queue.put(replace(item, lease_end=min(item.lease_end, plane.operations.latest)))
-        plane.operations.queue(queue.environment_id)
+        queue.put_item(replace(item, lease_end=min(item.lease_end, plane.operations.latest_time)))
+        plane.operations.get_queue(queue.environment_id)

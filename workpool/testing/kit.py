@@ -112,11 +112,11 @@ class Kit:
 
     def item(self, item: Item) -> Item:
         """Return an item as the control plane has it now."""
-        return self.server.operations.get(item.environment_id, item.id)
+        return self.server.operations.get_item(item.environment_id, item.id)
 
     def stop(self, item: Item, *, force: bool = False) -> None:
         """Stop an item as an operator does, and let its pool notice at once."""
-        self.server.operations.stop(item.environment_id, item.id, force=force)
+        self.server.operations.stop_item(item.environment_id, item.id, force=force)
         self._send_heartbeat_now(item)
 
     def lose(self, item: Item) -> None:

@@ -17,7 +17,7 @@ import orjson
 from workpool.errors import TransientError
 from workpool.server import APIError, Poll
 from workpool.server.http.server_dialects import QODER
-from workpool.server.pagination import listing
+from workpool.server.pagination import page_json
 from workpool.server.state_machine import heartbeat_answer
 from workpool.server.timestamps import to_seconds_text
 from workpool.testing.fault import NO_FAULT, Fault, Op
@@ -168,7 +168,7 @@ class LocalClient:
             item = None
             if fault.applied:
                 item = await self._operations.long_poll(self._environment_id, poll, _never)
-            answer = answer_to(fault, lambda: None if item is None else QODER.item(item))
+            answer = answer_to(fault, lambda: None if item is None else QODER.item_json(item))
             if answer == "silence":
                 await asyncio.Event().wait()
             await asyncio.sleep(answer_delay(fault, answer))
@@ -189,7 +189,9 @@ class LocalClient:
         """Acknowledge an item, as `WorkClient.ack` does."""
 
         def operate() -> object:
-            return QODER.item(self._operations.ack(self._environment_id, work_id, self.worker_id))
+            return QODER.item_json(
+                self._operations.ack_item(self._environment_id, work_id, self.worker_id)
+            )
 
         options = options._replace(permit=permit or options.permit)
         item = await self._send(endpoints.ACK, work_id, operate, timeout, options)
@@ -228,8 +230,10 @@ class LocalClient:
         """Stop an item, as `WorkClient.stop` does."""
 
         def operate() -> object:
-            return QODER.item(
-                self._operations.stop(self._environment_id, work_id, self.worker_id, force=force)
+            return QODER.item_json(
+                self._operations.stop_item(
+                    self._environment_id, work_id, self.worker_id, force=force
+                )
             )
 
         stop = endpoints.STOP if read_item else endpoints.STOP_UNREAD
@@ -246,8 +250,10 @@ class LocalClient:
         """Merge metadata, as `WorkClient.update_metadata` does."""
 
         def operate() -> object:
-            return QODER.item(
-                self._operations.update(self._environment_id, work_id, patch, self.worker_id)
+            return QODER.item_json(
+                self._operations.update_metadata(
+                    self._environment_id, work_id, patch, self.worker_id
+                )
             )
 
         return await self._send(endpoints.UPDATE, work_id, operate, timeout, options)
@@ -262,7 +268,7 @@ class LocalClient:
         """Read an item, as `WorkClient.get` does."""
 
         def operate() -> object:
-            return QODER.item(self._operations.get(self._environment_id, work_id))
+            return QODER.item_json(self._operations.get_item(self._environment_id, work_id))
 
         item = await self._send(endpoints.GET, work_id, operate, timeout, options)
         return endpoints.same_item(endpoints.GET, work_id, item)
@@ -276,8 +282,8 @@ class LocalClient:
             size = min(left, LIST_LIMIT_MAX)
 
             def operate(size: int = size, after: str = after) -> object:
-                page = self._operations.page(self._environment_id, size, after=after)
-                return listing(page, QODER.item)
+                page = self._operations.list_items(self._environment_id, size, after=after)
+                return page_json(page, QODER.item_json)
 
             page = await self._send(endpoints.LIST, None, operate, timeout)
             for item in page.items:
@@ -299,7 +305,7 @@ class LocalClient:
         """Read the queue's statistics, as `WorkClient.stats` does."""
 
         def operate() -> object:
-            stats = self._operations.stats(self._environment_id)
+            stats = self._operations.queue_stats(self._environment_id)
             oldest = stats.oldest_queued_at
             text = None if oldest is None else to_seconds_text(oldest)
             return {"type": WORK_QUEUE_STATS, **stats._asdict(), "oldest_queued_at": text}
@@ -432,7 +438,7 @@ def _operate(operate: Callable[[], object]) -> Response:
     try:
         return Response(200, {}, orjson.dumps(operate()))
     except APIError as refusal:
-        return Response(refusal.status, {}, orjson.dumps(refusal.envelope()))
+        return Response(refusal.status, {}, orjson.dumps(refusal.to_envelope()))
 
 
 def _never() -> bool:

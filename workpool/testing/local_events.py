@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any, Final, Protocol, TypeVar
 
-from workpool.server.http.session_routes import KEEP_ALIVE, frame_of, render_event
-from workpool.server.pagination import listing, page_of
-from workpool.server.parsing.client_events import client_events
+from workpool.server.http.session_routes import KEEP_ALIVE, event_frame, event_json
+from workpool.server.pagination import make_page, page_json
+from workpool.server.parsing.client_events import parse_event_batch
 from workpool.wire import endpoints
 from workpool.wire.http.call_options import DEFAULT_OPTIONS, CallOptions
 from workpool.wire.protocol import KEEP_ALIVE_SECONDS
@@ -61,8 +61,8 @@ class LocalEvents:
         after = after_id or (page or "").partition("-")[2]
 
         def operate() -> object:
-            events = self._conversation().page(limit + 1, after=after)
-            return listing(page_of(events, limit, backwards=False), render_event)
+            events = self._conversation().list_events(limit + 1, after=after)
+            return page_json(make_page(events, limit, backwards=False), event_json)
 
         return await self._send(endpoints.EVENTS, self._session_id, operate, None)
 
@@ -72,8 +72,8 @@ class LocalEvents:
         """Append events and return them as stored."""
 
         def operate() -> object:
-            stored = self._operations.send(self._session_id, client_events(body))
-            return {"data": [render_event(event) for event in stored]}
+            stored = self._operations.send_events(self._session_id, parse_event_batch(body))
+            return {"data": [event_json(event) for event in stored]}
 
         return await self._send(endpoints.SEND, self._session_id, operate, None, options)
 
@@ -83,15 +83,15 @@ class LocalEvents:
         def operate() -> object:
             history = self._conversation()
             return {
-                "place": len(history.events) if last_id is None else history.place_after(last_id)
+                "place": len(history.events) if last_id is None else history.position_after(last_id)
             }
 
         place = await self._send(_OPEN, self._session_id, operate, None)
         return _LocalStream(self._operations, self._session_id, place)
 
     def _conversation(self) -> Conversation:
-        self._operations.session(self._session_id)
-        return self._operations.sessions.conversation(self._session_id)
+        self._operations.get_session(self._session_id)
+        return self._operations.sessions.get_conversation(self._session_id)
 
 
 class _LocalStream:
@@ -104,11 +104,13 @@ class _LocalStream:
 
     async def read(self) -> bytes:
         """Return the events since the last call, or a keep-alive."""
-        if not await self._sessions.wait(self._session_id, self._place, KEEP_ALIVE_SECONDS):
+        if not await self._sessions.wait_for_events(
+            self._session_id, self._place, KEEP_ALIVE_SECONDS
+        ):
             return b""
-        new_events = self._sessions.conversation(self._session_id).events[self._place :]
+        new_events = self._sessions.get_conversation(self._session_id).events[self._place :]
         self._place += len(new_events)
-        return b"".join(map(frame_of, new_events)) or KEEP_ALIVE
+        return b"".join(map(event_frame, new_events)) or KEEP_ALIVE
 
     def close(self) -> None:
         """No effect, since there is no connection."""

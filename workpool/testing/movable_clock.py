@@ -9,7 +9,7 @@ class Clock:
     """Epoch seconds that pass in real time and can jump: `ControlPlane(now=Clock())`.
 
     A clock ahead of the worker's clock makes leases lapse early. Polls that are waiting notice a
-    jump after `plane.operations.wake()`.
+    jump after `plane.operations.wake_all_polls()`.
     """
 
     def __init__(self) -> None:

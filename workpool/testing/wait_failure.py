@@ -23,7 +23,7 @@ def names_of(events: Iterable[Event]) -> str:
 
 def progress_of(item: Item, plane: ControlPlane) -> list[str]:
     """Return the state and history of an item, and the frames in which its handler waits."""
-    kinds = groupby(record.kind for record in plane.history.of(item.id))
+    kinds = groupby(record.kind for record in plane.history.records_of_item(item.id))
     progress = ", ".join(_name_with_count(kind, len(list(same))) for kind, same in kinds)
     return [f"the item is {item.state}; it was {progress}", *_handler_frames(item.id)]
 

@@ -39,7 +39,7 @@ async def test_command_after_stop_request_finishes_and_writes_metadata(
         end = await kit.wait_for(SessionFinished)
 
     assert end.outcome == "stopped"
-    done = kit.server.operations.get(item.environment_id, item.id)
+    done = kit.server.operations.get_item(item.environment_id, item.id)
     assert dict(done.metadata) == {"done": "half"}
 
 

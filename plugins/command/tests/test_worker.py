@@ -131,4 +131,4 @@ async def test_detached_command_whose_hold_process_is_refused_releases_session(
 
 
 def item_state(kit: Kit, item: Item) -> str:
-    return kit.server.operations.get(item.environment_id, item.id).state
+    return kit.server.operations.get_item(item.environment_id, item.id).state

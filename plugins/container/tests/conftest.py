@@ -161,11 +161,11 @@ class ContainerTestbed:
         )
 
     def stored_item(self, work_id: str) -> Item:
-        return self.plane.operations.get(self.plane.environments[0], work_id)
+        return self.plane.operations.get_item(self.plane.environments[0], work_id)
 
     def request_stop(self, work_id: str) -> None:
         """Request the stop of an item, and let the pool detect the request by a heartbeat now."""
-        self.plane.operations.stop(self.plane.environments[0], work_id, force=False)
+        self.plane.operations.stop_item(self.plane.environments[0], work_id, force=False)
         delivery = json.dumps(DIALECTS["qoder"].item(self.stored_item(work_id))).encode()
         self.faults.add(literal(delivery), "poll", times=1)
 

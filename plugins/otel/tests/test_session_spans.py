@@ -213,7 +213,7 @@ async def test_trace_context_is_written_to_metadata_unless_write_context_is_fals
 
 
 def item_metadata(kit: Kit, item: Item) -> dict[str, str]:
-    return dict(kit.server.operations.get(item.environment_id, item.id).metadata)
+    return dict(kit.server.operations.get_item(item.environment_id, item.id).metadata)
 
 
 async def test_span_that_handler_creates_is_child_of_session_span(

@@ -221,7 +221,7 @@ class ScriptedRun:
                 if not self.has_ended():
                     killed += 1
                 expire_lease(self.plane, self.item.id)
-            while self.plane.operations.get(*self.item_key).state != "stopped":
+            while self.plane.operations.get_item(*self.item_key).state != "stopped":
                 async with self.running_worker("--drain") as process:
                     status = await process.wait()
                     assert status == 0, f"the worker ended with {status}"

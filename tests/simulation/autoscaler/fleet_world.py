@@ -227,7 +227,7 @@ class FleetWorld(SimulatedWorld):
     def _known_items(self) -> int:
         """Count the unfinished items that are in every reading which the autoscaler may use."""
         known = self.loop.now - KNOWN_SECONDS
-        items = [self.operations.get(ENVIRONMENT, work_id) for work_id in self.items]
+        items = [self.operations.get_item(ENVIRONMENT, work_id) for work_id in self.items]
         return sum(
             item.state != STOPPED and item.created_at / SECOND - START <= known for item in items
         )

@@ -124,7 +124,7 @@ class DemoState:
         if record.kind == "lapsed":
             self._orphans.add(work_id)
             return f"{name} is free again: the lease of {worker} lapsed"
-        item = self._plane.operations.get(self._plane.environments[0], work_id)
+        item = self._plane.operations.get_item(self._plane.environments[0], work_id)
         error = item.metadata.get("workpool.error")
         (self.completed if error is None else self.failed)[worker] += 1
         if error is not None:

@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING, Any
 from aiohttp import web
 
 from workpool.server.api_errors import APIError
-from workpool.server.http.work_routes import answer
-from workpool.server.pagination import listing
+from workpool.server.http.work_routes import json_response
+from workpool.server.pagination import page_json
 from workpool.server.parsing import creation_requests
 from workpool.server.parsing import request_values as requests
 from workpool.server.stored_item import SESSION_PREFIX
@@ -24,15 +24,15 @@ if TYPE_CHECKING:
 
     from workpool.server.engine import Engine
     from workpool.server.environments import Environment
-    from workpool.server.http.server_dialects import Dialect
-    from workpool.server.http.tokens import Caller, Tokens
+    from workpool.server.http.server_dialects import ServerDialect
+    from workpool.server.http.tokens import AcceptedTokens, Caller
 
 
 class ApplicationRoutes:
     """The endpoints of environments and sessions that only applications call, in one dialect."""
 
     def __init__(
-        self, engine: Engine, tokens: Tokens, dialect: Dialect, cloud: Collection[str]
+        self, engine: Engine, tokens: AcceptedTokens, dialect: ServerDialect, cloud: Collection[str]
     ) -> None:
         """`cloud`: the ids of the environments that are not `self_hosted`."""
         self._engine = engine
@@ -40,76 +40,81 @@ class ApplicationRoutes:
         self._dialect = dialect
         self._cloud = frozenset(cloud)
 
-    def table(self) -> list[web.RouteDef]:
+    def routes(self) -> list[web.RouteDef]:
         """Return the routes under the dialect's prefix."""
         environments = self._dialect.prefix + "/environments"
         sessions = self._dialect.prefix + "/sessions"
         return [
             web.post(environments, self.create_environment),
-            web.get(environments, self.environments, allow_head=False),
-            web.get(environments + "/{environment_id}", self.environment, allow_head=False),
+            web.get(environments, self.list_environments, allow_head=False),
+            web.get(environments + "/{environment_id}", self.get_environment, allow_head=False),
             web.post(sessions, self.create_session),
-            web.get(sessions, self.sessions, allow_head=False),
-            web.post(sessions + "/{session_id}/archive", self.archive),
+            web.get(sessions, self.list_sessions, allow_head=False),
+            web.post(sessions + "/{session_id}/archive", self.archive_session),
         ]
 
     async def create_environment(self, request: web.Request) -> web.Response:
         """Create a `self_hosted` environment."""
-        if self._admit_application(request).environments is not None:
+        if self._authenticate_application(request).environments is not None:
             raise APIError(403, "this token is limited to environments that exist")
-        wanted = creation_requests.parse_environment(await requests.body(request))
+        wanted = creation_requests.parse_environment(await requests.read_body(request))
         environment = await self._engine.create_environment(wanted)
-        return answer(environment.answer(cloud=False))
+        return json_response(environment.to_json(cloud=False))
 
-    async def environment(self, request: web.Request) -> web.Response:
+    async def get_environment(self, request: web.Request) -> web.Response:
         """Read one environment."""
         environment_id = request.match_info["environment_id"]
-        self._admit_application(request).check_environment(environment_id)
-        await requests.body(request)
-        return answer(self._environment_json(await self._engine.environment(environment_id)))
+        self._authenticate_application(request).check_environment(environment_id)
+        await requests.read_body(request)
+        return json_response(
+            self._environment_json(await self._engine.get_environment(environment_id))
+        )
 
-    async def environments(self, request: web.Request) -> web.Response:
+    async def list_environments(self, request: web.Request) -> web.Response:
         """List the environments that the token may use, in ascending order of their ids."""
-        limits = self._admit_application(request).environments
-        await requests.body(request)
-        place = requests.place(request, "", ID_PATTERN)
+        limits = self._authenticate_application(request).environments
+        await requests.read_body(request)
+        place = requests.parse_page_request(request, "", ID_PATTERN)
         if place.before is not None:
             raise APIError(400, "before_id is not known here", "before_id")
-        page = await self._engine.environments(place, limits)
-        return answer(listing(page, self._environment_json))
+        page = await self._engine.list_environments(place, limits)
+        return json_response(page_json(page, self._environment_json))
 
     def _environment_json(self, environment: Environment) -> dict[str, Any]:
-        return environment.answer(cloud=environment.id in self._cloud)
+        return environment.to_json(cloud=environment.id in self._cloud)
 
     async def create_session(self, request: web.Request) -> web.Response:
         """Create a session, and the work item that brings it to a worker."""
-        caller = self._admit_application(request)
-        wanted = creation_requests.parse_session(await requests.body(request))
+        caller = self._authenticate_application(request)
+        wanted = creation_requests.parse_session(await requests.read_body(request))
         caller.check_environment(wanted.environment_id)
-        return answer(self._session_json(await self._engine.create_session(wanted)))
+        return json_response(self._session_json(await self._engine.create_session(wanted)))
 
-    async def sessions(self, request: web.Request) -> web.Response:
+    async def list_sessions(self, request: web.Request) -> web.Response:
         """List the sessions that the query selects, by default the newest first."""
-        limits = self._admit_application(request).environments
-        await requests.body(request)
-        place = requests.place(request, SESSION_PREFIX)
-        newest_first = requests.newest_first(request, default=True)
+        limits = self._authenticate_application(request).environments
+        await requests.read_body(request)
+        place = requests.parse_page_request(request, SESSION_PREFIX)
+        newest_first = requests.parse_newest_first(request, default=True)
         if newest_first and place.after:
             raise APIError(400, "after_id goes with order=asc only", "after_id")
         wanted = self._session_filter(request, limits, newest_first=newest_first)
-        page = await self._engine.sessions(place, wanted)
-        return answer(listing(page, self._session_json))
+        page = await self._engine.list_sessions(place, wanted)
+        return json_response(page_json(page, self._session_json))
 
     def _session_filter(
         self, request: web.Request, limits: frozenset[str] | None, *, newest_first: bool
     ) -> SessionFilter:
         """Return the selection of sessions that the query asks for."""
-        times = requests.times(request)
-        statuses = requests.several(request, "statuses")
-        archived = requests.flag(request, "include_archived")
-        agent_id = requests.one(request, "agent_id")
-        version = requests.one(request, "agent_version")
-        if any(requests.one(request, name) for name in ("deployment_id", "memory_store_id")):
+        times = requests.parse_time_range(request)
+        statuses = requests.repeated_parameter(request, "statuses")
+        archived = requests.boolean_parameter(request, "include_archived")
+        agent_id = requests.single_parameter(request, "agent_id")
+        version = requests.single_parameter(request, "agent_version")
+        if any(
+            requests.single_parameter(request, name)
+            for name in ("deployment_id", "memory_store_id")
+        ):
             statuses = frozenset()  # no session here has a deployment or a memory store
         return SessionFilter(
             environments=limits,
@@ -117,24 +122,24 @@ class ApplicationRoutes:
             times=times,
             agent_id=agent_id,
             agent_version=version,
-            statuses=None if statuses is None else self._dialect.own_statuses(statuses),
+            statuses=None if statuses is None else self._dialect.parse_statuses(statuses),
             newest_first=newest_first,
         )
 
-    async def archive(self, request: web.Request) -> web.Response:
+    async def archive_session(self, request: web.Request) -> web.Response:
         """Archive a session, which terminates it."""
-        caller = self._admit_application(request)
-        own = self._dialect.own_session_id(request.match_info["session_id"])
-        view = await self._engine.session(own)
+        caller = self._authenticate_application(request)
+        own = self._dialect.parse_session_id(request.match_info["session_id"])
+        view = await self._engine.get_session(own)
         caller.check_environment(view.session.environment_id)
-        await requests.body(request)
-        return answer(self._session_json(await self._engine.archive_session(own)))
+        await requests.read_body(request)
+        return json_response(self._session_json(await self._engine.archive_session(own)))
 
-    def _admit_application(self, request: web.Request) -> Caller:
-        caller = self._tokens.admit(request.headers, self._dialect)
+    def _authenticate_application(self, request: web.Request) -> Caller:
+        caller = self._tokens.authenticate(request.headers, self._dialect)
         caller.check_item(None)
-        caller.check_application()
+        caller.check_not_worker_key()
         return caller
 
     def _session_json(self, view: SessionView) -> dict[str, Any]:
-        return self._dialect.session(view.answer())
+        return self._dialect.session_json(view.to_json())

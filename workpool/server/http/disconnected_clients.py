@@ -16,7 +16,7 @@ _HANGUP: Final = getattr(select, "POLLRDHUP", 0)
 """Linux only; elsewhere a closed connection is noticed by the loop."""
 
 
-def has_gone(request: web.Request) -> bool:
+def has_disconnected(request: web.Request) -> bool:
     """Return whether the client has closed its connection. Never waits."""
     transport = request.transport
     if transport is None or transport.is_closing():

@@ -19,7 +19,7 @@ from workpool.scaling import (
 )
 from workpool.server.api_errors import APIError
 from workpool.server.http.server_dialects import ANTHROPIC
-from workpool.server.http.work_routes import answer
+from workpool.server.http.work_routes import json_response
 from workpool.server.parsing import request_values as requests
 from workpool.server.timestamps import SECOND
 
@@ -27,8 +27,8 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
     from workpool.server.engine import Engine
-    from workpool.server.http.tokens import Tokens
-    from workpool.server.queue.work_queue import Stats
+    from workpool.server.http.tokens import AcceptedTokens
+    from workpool.server.queue.work_queue import WorkQueueStats
 
 
 class ScaleRoutes:
@@ -42,43 +42,45 @@ class ScaleRoutes:
     """
 
     def __init__(
-        self, engine: Engine, tokens: Tokens, now: Callable[[], float], *, local: bool
+        self, engine: Engine, tokens: AcceptedTokens, now: Callable[[], float], *, local: bool
     ) -> None:
         self._engine = engine
         self._tokens = tokens
         self._now = now
         self._local = local
 
-    def table(self) -> list[web.RouteDef]:
+    def routes(self) -> list[web.RouteDef]:
         """Return the routes."""
-        return [web.get("/scale/{environment_id}", self.scale, allow_head=False)]
+        return [web.get("/scale/{environment_id}", self.get_fleet_numbers, allow_head=False)]
 
-    async def scale(self, request: web.Request) -> web.Response:
+    async def get_fleet_numbers(self, request: web.Request) -> web.Response:
         """Answer with the numbers of an environment."""
         environment_id = request.match_info["environment_id"]
         # A proxy on this machine, or a page of another site, has a name in place of an address.
         if not (self._local and names_an_address(request.host)):
             # This dialect also reads X-Api-Key.
-            caller = self._tokens.admit(request.headers, ANTHROPIC)
+            caller = self._tokens.authenticate(request.headers, ANTHROPIC)
             caller.check_environment(environment_id)
             caller.check_item(None)
-        await self._engine.admit(environment_id)
-        rule = _parse_rule(request)
-        return answer(fleet_numbers(self._load_of(await self._engine.stats(environment_id)), rule))
+        await self._engine.check_environment(environment_id)
+        rule = _parse_replica_rule(request)
+        return json_response(
+            fleet_numbers(self._fleet_load(await self._engine.queue_stats(environment_id)), rule)
+        )
 
-    def _load_of(self, stats: Stats) -> FleetLoad:
+    def _fleet_load(self, stats: WorkQueueStats) -> FleetLoad:
         oldest = stats.oldest_queued_at
         age = 0.0 if oldest is None else max(0.0, self._now() - oldest / SECOND)
         return FleetLoad(stats.depth, stats.pending, stats.running, age)
 
 
-def _parse_rule(request: web.Request) -> ReplicaRule:
+def _parse_replica_rule(request: web.Request) -> ReplicaRule:
     """Return the rule of the query; 400 if it cannot be one."""
     try:
         return ReplicaRule(
-            requests.number(request, "slots_per_worker", SLOTS_PER_WORKER),
-            requests.number(request, "min_replicas", 0),
-            requests.number(request, "max_replicas", REPLICAS_MAX),
+            requests.integer_parameter(request, "slots_per_worker", SLOTS_PER_WORKER),
+            requests.integer_parameter(request, "min_replicas", 0),
+            requests.integer_parameter(request, "max_replicas", REPLICAS_MAX),
         )
     except ValueError as error:
         raise APIError(400, str(error)) from None

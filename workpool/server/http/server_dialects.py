@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True, slots=True)
-class Dialect:
+class ServerDialect:
     """The differences between the dialects.
 
     Attributes:
@@ -60,34 +60,34 @@ class Dialect:
     session_fields: tuple[str, ...]
     agent_fields: tuple[str, ...]
 
-    def session_id(self, own: str) -> str:
+    def format_session_id(self, own: str) -> str:
         """Return the id of a session in the form of this dialect."""
         return self.session_prefixes[0] + own.removeprefix(SESSION_PREFIX)
 
-    def own_session_id(self, written: str) -> str:
+    def parse_session_id(self, written: str) -> str:
         """Return the session id without this dialect's prefix; any other text stays unchanged."""
         for prefix in self.session_prefixes:
             if written.startswith(prefix):
                 return SESSION_PREFIX + written.removeprefix(prefix)
         return ""
 
-    def session(self, value: Mapping[str, Any]) -> dict[str, Any]:
+    def session_json(self, value: Mapping[str, Any]) -> dict[str, Any]:
         """Return a session's JSON in this dialect."""
         status = self.session_statuses.get(value["status"], value["status"])
-        return {**value, "id": self.session_id(value["id"]), "status": status}
+        return {**value, "id": self.format_session_id(value["id"]), "status": status}
 
-    def own_statuses(self, written: Collection[str]) -> frozenset[str]:
+    def parse_statuses(self, written: Collection[str]) -> frozenset[str]:
         """Return the statuses of sessions that this dialect writes as one of `written`."""
         own = {*STATUS.values(), TERMINATED}
         return frozenset(each for each in own if self.session_statuses.get(each, each) in written)
 
-    def item(self, item: Item) -> dict[str, Any]:
+    def item_json(self, item: Item) -> dict[str, Any]:
         """Return an item's JSON."""
         return {
             "id": item.id,
             "type": protocol.WORK,
             "environment_id": item.environment_id,
-            "data": {"type": item.type, "id": self.session_id(item.session_id)},
+            "data": {"type": item.type, "id": self.format_session_id(item.session_id)},
             "state": item.state,
             "created_at": to_seconds_text(item.created_at),
             "acknowledged_at": _seconds_text(item.acknowledged_at),
@@ -105,7 +105,7 @@ def _seconds_text(instant: int | None) -> str | None:
     return None if instant is None else to_seconds_text(instant)
 
 
-QODER: Final = Dialect(
+QODER: Final = ServerDialect(
     name=protocol.QODER,
     prefix="/api/v1/cloud",
     worker_id_header=protocol.WORKER_ID_HEADER,
@@ -123,7 +123,7 @@ QODER: Final = Dialect(
     session_fields=(),
     agent_fields=(),
 )
-ANTHROPIC: Final = Dialect(
+ANTHROPIC: Final = ServerDialect(
     name=protocol.ANTHROPIC,
     prefix="/v1",
     worker_id_header=protocol.ANTHROPIC_WORKER_ID_HEADER,
@@ -148,5 +148,8 @@ ANTHROPIC: Final = Dialect(
     ),
     agent_fields=("skills", "tools", "mcp_servers", "model"),
 )
-DIALECTS: Final[Mapping[protocol.Dialect, Dialect]] = {QODER.name: QODER, ANTHROPIC.name: ANTHROPIC}
+DIALECTS: Final[Mapping[protocol.Dialect, ServerDialect]] = {
+    QODER.name: QODER,
+    ANTHROPIC.name: ANTHROPIC,
+}
 WORKER_ID_HEADERS: Final = tuple(dialect.worker_id_header for dialect in DIALECTS.values())

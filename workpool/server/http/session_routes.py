@@ -15,10 +15,10 @@ from aiohttp import web
 
 from workpool.server.api_errors import APIError, StoreError
 from workpool.server.conversation import EVENT_PREFIX
-from workpool.server.http.work_routes import answer
-from workpool.server.pagination import listing
+from workpool.server.http.work_routes import json_response
+from workpool.server.pagination import page_json
 from workpool.server.parsing import request_values as requests
-from workpool.server.parsing.client_events import client_events
+from workpool.server.parsing.client_events import parse_event_batch
 from workpool.wire.protocol import KEEP_ALIVE_SECONDS, LAST_EVENT_ID_HEADER, STOPPED
 
 if TYPE_CHECKING:
@@ -26,8 +26,8 @@ if TYPE_CHECKING:
 
     from workpool.server.conversation import StoredEvent
     from workpool.server.engine import Engine
-    from workpool.server.http.server_dialects import Dialect
-    from workpool.server.http.tokens import Tokens
+    from workpool.server.http.server_dialects import ServerDialect
+    from workpool.server.http.tokens import AcceptedTokens
     from workpool.server.stored_session import SessionView
 
 WRITE_BYTES: Final = 64 * 1024
@@ -45,54 +45,54 @@ KEEP_ALIVE: Final = b": keep-alive\n\n"
 class SessionRoutes:
     """The endpoints of sessions in one dialect."""
 
-    def __init__(self, engine: Engine, tokens: Tokens, dialect: Dialect) -> None:
+    def __init__(self, engine: Engine, tokens: AcceptedTokens, dialect: ServerDialect) -> None:
         self._engine = engine
         self._tokens = tokens
         self._dialect = dialect
 
-    def table(self) -> list[web.RouteDef]:
+    def routes(self) -> list[web.RouteDef]:
         """Return the routes under the dialect's prefix."""
         session = self._dialect.prefix + "/sessions/{session_id}"
         return [
-            web.get(session, self.session, allow_head=False),
-            web.get(session + "/events", self.list, allow_head=False),
-            web.post(session + "/events", self.send),
-            web.get(session + "/events/stream", self.stream, allow_head=False),
+            web.get(session, self.get_session, allow_head=False),
+            web.get(session + "/events", self.list_events, allow_head=False),
+            web.post(session + "/events", self.send_events),
+            web.get(session + "/events/stream", self.stream_events, allow_head=False),
         ]
 
-    async def session(self, request: web.Request) -> web.Response:
+    async def get_session(self, request: web.Request) -> web.Response:
         """Answer with the session."""
-        view = await self._admit_to_session(request)
-        await requests.body(request)
-        return answer(self._dialect.session(view.answer()))
+        view = await self._authorize_session(request)
+        await requests.read_body(request)
+        return json_response(self._dialect.session_json(view.to_json()))
 
-    async def list(self, request: web.Request) -> web.Response:
+    async def list_events(self, request: web.Request) -> web.Response:
         """List the events of a session that the query selects, page by page."""
-        view = await self._admit_to_session(request)
-        await requests.body(request)
-        place = requests.place(request, EVENT_PREFIX)
-        wanted = requests.event_filter(request)
+        view = await self._authorize_session(request)
+        await requests.read_body(request)
+        place = requests.parse_page_request(request, EVENT_PREFIX)
+        wanted = requests.parse_event_filter(request)
         if wanted.newest_first and place.after:
             raise APIError(400, "after_id goes with order=asc only", "after_id")
-        page = await self._engine.events(view.id, place, wanted)
-        return answer(listing(page, render_event))
+        page = await self._engine.list_events(view.id, place, wanted)
+        return json_response(page_json(page, event_json))
 
-    async def send(self, request: web.Request) -> web.Response:
+    async def send_events(self, request: web.Request) -> web.Response:
         """Append all events of a client, or none."""
-        view = await self._admit_to_session(request)
-        new_events = client_events(await requests.body(request))
-        events = await self._engine.send(
+        view = await self._authorize_session(request)
+        new_events = parse_event_batch(await requests.read_body(request))
+        events = await self._engine.send_events(
             view.id, new_events, messages_bring_work=self._dialect.messages_bring_work
         )
-        return answer({"data": [render_event(event) for event in events]})
+        return json_response({"data": [event_json(event) for event in events]})
 
-    async def stream(self, request: web.Request) -> web.StreamResponse:
+    async def stream_events(self, request: web.Request) -> web.StreamResponse:
         """Stream new events, after those that follow `Last-Event-ID`."""
-        view = await self._admit_to_session(request)
-        await requests.body(request)
+        view = await self._authorize_session(request)
+        await requests.read_body(request)
         last = request.headers.get(LAST_EVENT_ID_HEADER)
         # Before the first byte is sent, so that a client with an open stream misses no later event.
-        place = await self._engine.place_in_events(view.id, last)
+        place = await self._engine.stream_position(view.id, last)
         response = web.StreamResponse(headers=_STREAM)
         # The stream ends if the reader has gone or stopped reading, or if the store has failed or
         # is not available. The reader then continues with the last event that it received.
@@ -100,36 +100,36 @@ class SessionRoutes:
             await response.prepare(request)
             await response.write(KEEP_ALIVE)
             while True:
-                events = await self._engine.follow(view.id, place, KEEP_ALIVE_SECONDS)
+                events = await self._engine.wait_for_events(view.id, place, KEEP_ALIVE_SECONDS)
                 if events is None:
                     break
                 place += len(events)
-                for piece in _pieces(events):
+                for piece in _join_frames(events):
                     await response.write(piece)
         return response
 
-    async def _admit_to_session(self, request: web.Request) -> SessionView:
+    async def _authorize_session(self, request: web.Request) -> SessionView:
         """Admit the caller to the session of the path: 401, 404, 403, in this order.
 
         An item's token is accepted for the session of this item, until the item is stopped.
         """
-        caller = self._tokens.admit(request.headers, self._dialect)
-        own = self._dialect.own_session_id(request.match_info["session_id"])
+        caller = self._tokens.authenticate(request.headers, self._dialect)
+        own = self._dialect.parse_session_id(request.match_info["session_id"])
         if caller.item is not None:
-            claimed = await self._engine.get(*caller.item)
+            claimed = await self._engine.get_item(*caller.item)
             if claimed.session_id != own or claimed.state == STOPPED:
                 raise APIError(403, "an item's token is for its session, until the item is stopped")
-        view = await self._engine.session(own)
+        view = await self._engine.get_session(own)
         caller.check_environment(view.session.environment_id)
         return view
 
 
-def render_event(event: StoredEvent) -> dict[str, Any]:
+def event_json(event: StoredEvent) -> dict[str, Any]:
     """Return an event's JSON."""
     return dict(event.value)
 
 
-def _pieces(events: Sequence[StoredEvent]) -> Iterator[bytes]:
+def _join_frames(events: Sequence[StoredEvent]) -> Iterator[bytes]:
     """Iterate over the frames of these events, joined until each write is full.
 
     Without events: a keep-alive.
@@ -137,7 +137,7 @@ def _pieces(events: Sequence[StoredEvent]) -> Iterator[bytes]:
     frames: list[bytes] = []
     size = 0
     for event in events:
-        frames.append(frame_of(event))
+        frames.append(event_frame(event))
         size += len(frames[-1])
         if size >= WRITE_BYTES:
             yield b"".join(frames)
@@ -146,7 +146,7 @@ def _pieces(events: Sequence[StoredEvent]) -> Iterator[bytes]:
         yield b"".join(frames) or KEEP_ALIVE
 
 
-def frame_of(event: StoredEvent) -> bytes:
+def event_frame(event: StoredEvent) -> bytes:
     """Return an event as a frame of a stream."""
     head = f"id: {event.id}\nevent: {event.type}\ndata: "
     return b"%s%s\n\n" % (head.encode(), orjson.dumps(event.value, default=dict))

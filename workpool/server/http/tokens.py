@@ -19,7 +19,7 @@ from workpool.wire.protocol import ID_PATTERN
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping
 
-    from workpool.server.http.server_dialects import Dialect
+    from workpool.server.http.server_dialects import ServerDialect
     from workpool.server.stored_item import Item
 
 Grants: TypeAlias = "Mapping[str, frozenset[str] | None]"
@@ -50,7 +50,7 @@ class Caller(NamedTuple):
         if self.environments is not None and environment_id not in self.environments:
             raise APIError(403, "this token is not allowed on this environment")
 
-    def check_application(self) -> None:
+    def check_not_worker_key(self) -> None:
         """Refuse a worker's key."""
         if self.worker:
             raise APIError(403, "a worker's key may only poll, ack, heartbeat, stop and list")
@@ -61,7 +61,7 @@ class Caller(NamedTuple):
             raise APIError(403, "an item's token is for this item and its session only")
 
 
-class Tokens:
+class AcceptedTokens:
     """The accepted tokens, looked up by hash, so that the time of a comparison reveals nothing.
 
     Args:
@@ -71,14 +71,14 @@ class Tokens:
     """
 
     def __init__(self, grants: Grants, signing_key: bytes, worker_keys: Iterable[str] = ()) -> None:
-        self._grants = {_digest_of(token): limits for token, limits in grants.items()}
-        self._worker_keys = frozenset(map(_digest_of, worker_keys))
+        self._grants = {_token_digest(token): limits for token, limits in grants.items()}
+        self._worker_keys = frozenset(map(_token_digest, worker_keys))
         self._signing_key = signing_key
 
-    def admit(self, headers: Mapping[str, str], dialect: Dialect) -> Caller:
+    def authenticate(self, headers: Mapping[str, str], dialect: ServerDialect) -> Caller:
         """Return the sender of a request with these headers; 401 if it is unknown."""
-        token = _token_of(headers, dialect.api_key_header)
-        digest = _digest_of(token)
+        token = _token_in_headers(headers, dialect.api_key_header)
+        digest = _token_digest(token)
         if digest in self._grants:
             return Caller(self._grants[digest])
         if digest in self._worker_keys:
@@ -90,7 +90,7 @@ class Tokens:
                 return Caller(frozenset({environment_id}), (environment_id, work_id))
         raise APIError(401, "the token is missing or wrong")
 
-    def secret(self, item: Item) -> str:
+    def item_secret(self, item: Item) -> str:
         """Return the secret of an item: base64url of a JSON object with the item's token."""
         token = self._sign_subject(f"{_ITEM_PREFIX}{item.environment_id}.{item.id}")
         return urlsafe_b64encode(orjson.dumps({"sessions_token": token})).decode().rstrip("=")
@@ -99,7 +99,7 @@ class Tokens:
         return f"{subject}.{hmac.new(self._signing_key, subject.encode(), sha256).hexdigest()}"
 
 
-def _token_of(headers: Mapping[str, str], api_key_header: str | None) -> str:
+def _token_in_headers(headers: Mapping[str, str], api_key_header: str | None) -> str:
     authorization = headers.get("Authorization")
     if authorization is None and api_key_header is not None:
         return headers.get(api_key_header, "")
@@ -107,7 +107,7 @@ def _token_of(headers: Mapping[str, str], api_key_header: str | None) -> str:
     return token.strip() if scheme.lower() == "bearer" else ""
 
 
-def _digest_of(token: str) -> bytes:
+def _token_digest(token: str) -> bytes:
     return sha256(token.encode("utf-8", "surrogateescape")).digest()
 
 

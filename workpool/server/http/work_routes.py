@@ -18,9 +18,9 @@ from aiohttp import web
 
 from workpool.pages import add_page
 from workpool.server.api_errors import APIError, StoreError
-from workpool.server.http.disconnected_clients import has_gone
+from workpool.server.http.disconnected_clients import has_disconnected
 from workpool.server.http.server_dialects import DIALECTS
-from workpool.server.pagination import listing
+from workpool.server.pagination import page_json
 from workpool.server.parsing import request_values as requests
 from workpool.server.state_machine import heartbeat_answer
 from workpool.server.stored_item import WORK_PREFIX
@@ -36,8 +36,8 @@ if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Awaitable, Callable
 
     from workpool.server.engine import Engine
-    from workpool.server.http.server_dialects import Dialect
-    from workpool.server.http.tokens import Tokens
+    from workpool.server.http.server_dialects import ServerDialect
+    from workpool.server.http.tokens import AcceptedTokens
     from workpool.server.stored_item import Item
 
 _ENVIRONMENT: Final = "/environments/{environment_id}/work"
@@ -48,55 +48,57 @@ _REQUEST_ID_PREFIXES: Final = tuple(
 _JSON: Final = {"Content-Type": "application/json"}
 
 
-def answer(value: object, status: int = 200) -> web.Response:
+def json_response(value: object, status: int = 200) -> web.Response:
     """Return a JSON answer."""
     return web.Response(body=orjson.dumps(value), status=status, headers=_JSON)
 
 
-class Routes:
+class WorkRoutes:
     """The endpoints of work items in one dialect."""
 
-    def __init__(self, engine: Engine, tokens: Tokens, dialect: Dialect) -> None:
+    def __init__(self, engine: Engine, tokens: AcceptedTokens, dialect: ServerDialect) -> None:
         self._engine = engine
         self._tokens = tokens
         self._dialect = dialect
 
-    def table(self) -> list[web.RouteDef]:
+    def routes(self) -> list[web.RouteDef]:
         """Return the routes under the dialect's prefix. No HEAD, since a poll has an effect."""
         environment, item = self._dialect.prefix + _ENVIRONMENT, self._dialect.prefix + _ITEM
         return [  # matched in this order, with a worker's most frequent calls first
             web.get(environment + "/poll", self.poll, allow_head=False),
-            web.post(item + "/ack", self.ack),
+            web.post(item + "/ack", self.ack_item),
             web.post(item + "/heartbeat", self.heartbeat),
-            web.post(item + "/stop", self.stop),
-            web.get(environment + "/stats", self.stats, allow_head=False),
-            web.get(environment, self.list, allow_head=False),
+            web.post(item + "/stop", self.stop_item),
+            web.get(environment + "/stats", self.queue_stats, allow_head=False),
+            web.get(environment, self.list_items, allow_head=False),
             web.post(environment, self.enqueue),
-            web.get(item, self.get, allow_head=False),
-            web.post(item, self.update),
+            web.get(item, self.get_item, allow_head=False),
+            web.post(item, self.update_metadata),
         ]
 
     async def poll(self, request: web.Request) -> web.Response:
         """Answer a poll. A client that has disconnected gets no item, whenever it disconnected."""
-        environment_id = await self._admit_to_environment(request, worker=True)
-        await requests.body(request)
-        poll = requests.poll(request, self._worker_id(request))
-        item = await self._engine.long_poll(environment_id, poll, partial(has_gone, request))
-        return answer(None if item is None else self._delivery_json(item))
+        environment_id = await self._authorize_environment(request, worker=True)
+        await requests.read_body(request)
+        poll = requests.parse_poll(request, self._worker_id(request))
+        item = await self._engine.long_poll(
+            environment_id, poll, partial(has_disconnected, request)
+        )
+        return json_response(None if item is None else self._delivery_json(item))
 
     def _delivery_json(self, item: Item) -> dict[str, Any]:
-        shown = self._dialect.item(item)
+        shown = self._dialect.item_json(item)
         if self._dialect.item_secrets:
-            shown["secret"] = self._tokens.secret(item)
+            shown["secret"] = self._tokens.item_secret(item)
         return shown
 
-    async def stats(self, request: web.Request) -> web.Response:
+    async def queue_stats(self, request: web.Request) -> web.Response:
         """Answer with the statistics of the queue."""
-        environment_id = await self._admit_to_environment(request)
-        await requests.body(request)
-        stats = await self._engine.stats(environment_id)
+        environment_id = await self._authorize_environment(request)
+        await requests.read_body(request)
+        stats = await self._engine.queue_stats(environment_id)
         oldest = stats.oldest_queued_at
-        return answer(
+        return json_response(
             {
                 "type": WORK_QUEUE_STATS,
                 **stats._asdict(),
@@ -104,20 +106,22 @@ class Routes:
             }
         )
 
-    async def list(self, request: web.Request) -> web.Response:
+    async def list_items(self, request: web.Request) -> web.Response:
         """Answer with a page of the list of items."""
-        environment_id = await self._admit_to_environment(request, worker=True)
-        await requests.body(request)
-        place = requests.place(request, WORK_PREFIX)
-        wanted = requests.item_filter(request)
-        shown = listing(await self._engine.items(environment_id, place, wanted), self._dialect.item)
+        environment_id = await self._authorize_environment(request, worker=True)
+        await requests.read_body(request)
+        place = requests.parse_page_request(request, WORK_PREFIX)
+        wanted = requests.parse_item_filter(request)
+        shown = page_json(
+            await self._engine.list_items(environment_id, place, wanted), self._dialect.item_json
+        )
         # This field tells a client that the answer is already selected and ordered.
-        return answer(shown if wanted is None else {**shown, "selected": True})
+        return json_response(shown if wanted is None else {**shown, "selected": True})
 
     async def enqueue(self, request: web.Request) -> web.Response:
         """Create work."""
-        environment_id = await self._admit_to_environment(request)
-        wanted = requests.enqueue(await requests.body(request))
+        environment_id = await self._authorize_environment(request)
+        wanted = requests.parse_enqueue(await requests.read_body(request))
         items = await self._engine.enqueue(
             environment_id,
             count=wanted.count,
@@ -125,39 +129,43 @@ class Routes:
             work_type=wanted.work_type,
             script=wanted.script,
         )
-        return answer({"data": [self._dialect.item(item) for item in items]})
+        return json_response({"data": [self._dialect.item_json(item) for item in items]})
 
-    async def get(self, request: web.Request) -> web.Response:
+    async def get_item(self, request: web.Request) -> web.Response:
         """Answer with one item."""
-        place = await self._admit_to_item(request)
-        async with self._unknown_item_first(place):
-            await requests.body(request)
-        return answer(self._dialect.item(await self._engine.get(*place)))
+        place = await self._authorize_item(request)
+        async with self._prefer_unknown_item(place):
+            await requests.read_body(request)
+        return json_response(self._dialect.item_json(await self._engine.get_item(*place)))
 
-    async def update(self, request: web.Request) -> web.Response:
+    async def update_metadata(self, request: web.Request) -> web.Response:
         """Update metadata."""
-        place = await self._admit_to_item(request)
-        async with self._unknown_item_first(place):
-            patch = requests.patch(
-                await requests.body(request), required=self._dialect.metadata_required
+        place = await self._authorize_item(request)
+        async with self._prefer_unknown_item(place):
+            patch = requests.parse_metadata_patch(
+                await requests.read_body(request), required=self._dialect.metadata_required
             )
             worker_id = self._worker_id(request)
-        return answer(self._dialect.item(await self._engine.update(*place, patch, worker_id)))
+        return json_response(
+            self._dialect.item_json(await self._engine.update_metadata(*place, patch, worker_id))
+        )
 
-    async def ack(self, request: web.Request) -> web.Response:
+    async def ack_item(self, request: web.Request) -> web.Response:
         """Acknowledge an item."""
-        place = await self._admit_to_item(request, own_token=True)
-        async with self._unknown_item_first(place):
-            await requests.body(request)
+        place = await self._authorize_item(request, own_token=True)
+        async with self._prefer_unknown_item(place):
+            await requests.read_body(request)
             worker_id = self._worker_id(request)
-        return answer(self._dialect.item(await self._engine.ack(*place, worker_id)))
+        return json_response(
+            self._dialect.item_json(await self._engine.ack_item(*place, worker_id))
+        )
 
     async def heartbeat(self, request: web.Request) -> web.Response:
         """Extend the lease of an item if its state allows it."""
-        place = await self._admit_to_item(request, own_token=True)
-        async with self._unknown_item_first(place):
-            await requests.body(request)
-            expected, ttl_seconds = requests.heartbeat(request)
+        place = await self._authorize_item(request, own_token=True)
+        async with self._prefer_unknown_item(place):
+            await requests.read_body(request)
+            expected, ttl_seconds = requests.parse_heartbeat(request)
             worker_id = self._worker_id(request)
         item = await self._engine.heartbeat(
             *place,
@@ -169,22 +177,22 @@ class Routes:
         state = heartbeat_answer(item, extended=item.state != STOPPED)
         # The vendor's type of this answer is a string, empty before the first heartbeat.
         last = state["last_heartbeat"] or ""
-        return answer({"type": WORK_HEARTBEAT, **state, "last_heartbeat": last})
+        return json_response({"type": WORK_HEARTBEAT, **state, "last_heartbeat": last})
 
-    async def stop(self, request: web.Request) -> web.Response:
+    async def stop_item(self, request: web.Request) -> web.Response:
         """Stop an item; the dialect decides the form of the answer."""
-        place = await self._admit_to_item(request, own_token=True)
-        async with self._unknown_item_first(place):
-            force = requests.force(await requests.body(request))
+        place = await self._authorize_item(request, own_token=True)
+        async with self._prefer_unknown_item(place):
+            force = requests.parse_force(await requests.read_body(request))
             worker_id = self._worker_id(request)
-        item = await self._engine.stop(
+        item = await self._engine.stop_item(
             *place, worker_id, force=force, refused=self._dialect.stop_refused
         )
         if self._dialect.stop_answers_item:
-            return answer(self._dialect.item(item))
+            return json_response(self._dialect.item_json(item))
         return web.Response(status=204)
 
-    async def _admit_to_environment(
+    async def _authorize_environment(
         self, request: web.Request, work_id: str | None = None, *, worker: bool = False
     ) -> str:
         """Admit the caller to the environment of the path: 401, 403, 404, 400, in this order.
@@ -194,16 +202,16 @@ class Routes:
             work_id: The item whose own token is accepted for this call.
             worker: Whether a worker's key is accepted for this call.
         """
-        caller = self._tokens.admit(request.headers, self._dialect)
+        caller = self._tokens.authenticate(request.headers, self._dialect)
         environment_id = request.match_info["environment_id"]
         caller.check_environment(environment_id)
         caller.check_item(work_id)
         if not worker:
-            caller.check_application()
-        await self._engine.admit(environment_id)
+            caller.check_not_worker_key()
+        await self._engine.check_environment(environment_id)
         return environment_id
 
-    async def _admit_to_item(
+    async def _authorize_item(
         self, request: web.Request, *, own_token: bool = False
     ) -> tuple[str, str]:
         """Admit the caller to the item of the path, and return its environment and its id.
@@ -212,10 +220,10 @@ class Routes:
         """
         work_id = request.match_info["work_id"]
         own = work_id if own_token else None
-        return await self._admit_to_environment(request, own, worker=own_token), work_id
+        return await self._authorize_environment(request, own, worker=own_token), work_id
 
     @asynccontextmanager
-    async def _unknown_item_first(self, place: tuple[str, str]) -> AsyncIterator[None]:
+    async def _prefer_unknown_item(self, place: tuple[str, str]) -> AsyncIterator[None]:
         """Read the request's own values: if they are refused, a 404 of the item comes first.
 
         Without a refusal, the call itself looks for the item, so that the item is read only once.
@@ -223,29 +231,29 @@ class Routes:
         try:
             yield
         except APIError:
-            await self._engine.get(*place)
+            await self._engine.get_item(*place)
             raise
 
     def _worker_id(self, request: web.Request) -> str | None:
-        return requests.worker_id(request, self._dialect.worker_id_header)
+        return requests.parse_worker_id(request, self._dialect.worker_id_header)
 
 
 @web.middleware
-async def envelopes(
+async def error_envelopes(
     request: web.Request, handler: Callable[[web.Request], Awaitable[web.StreamResponse]]
 ) -> web.StreamResponse:
     """Turn every refusal into an error envelope."""
     try:
         return await handler(request)
     except APIError as refusal:
-        response = answer(refusal.envelope(), refusal.status)
+        response = json_response(refusal.to_envelope(), refusal.status)
         if refusal.retry_after is not None:
             response.headers["Retry-After"] = str(refusal.retry_after)
         return response
     except StoreError as error:
-        return answer(APIError(500, str(error)).envelope(), 500)
+        return json_response(APIError(500, str(error)).to_envelope(), 500)
     except web.HTTPException as error:
-        response = answer(APIError(error.status, error.reason).envelope(), error.status)
+        response = json_response(APIError(error.status, error.reason).to_envelope(), error.status)
         if isinstance(error, web.HTTPMethodNotAllowed):
             response.headers["Allow"] = error.headers["Allow"]
         return response
@@ -257,13 +265,15 @@ async def add_request_id(request: web.Request, response: web.StreamResponse) -> 
         response.headers["request-id"] = "req_" + secrets.token_hex(12)
 
 
-def application(
+def make_application(
     *,
     routes: list[web.RouteDef],
     middlewares: tuple[Any, ...] = (),
 ) -> web.Application:
     """Return the aiohttp application; faults are injected by the outer `middlewares`."""
-    app = web.Application(middlewares=[*middlewares, envelopes], client_max_size=BODY_LIMIT_BYTES)
+    app = web.Application(
+        middlewares=[*middlewares, error_envelopes], client_max_size=BODY_LIMIT_BYTES
+    )
     app[requests.LARGE_BODIES] = asyncio.Semaphore(requests.LARGE_BODIES_MAX)
     app.add_routes(routes)
     app.router.add_get("/", add_page(app.router, "queue"))

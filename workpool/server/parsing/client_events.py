@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, Final
 import orjson
 
 from workpool.server.api_errors import APIError
-from workpool.server.parsing.request_values import json_object
+from workpool.server.parsing.request_values import parse_json_object
 from workpool.wire import protocol
 
 if TYPE_CHECKING:
@@ -20,9 +20,9 @@ if TYPE_CHECKING:
 BATCH_MAX: Final = 100
 
 
-def client_events(content: bytes) -> list[dict[str, Any]]:
+def parse_event_batch(content: bytes) -> list[dict[str, Any]]:
     """Parse the body of a request to send events; a bad batch is refused as a whole."""
-    return parse_client_events(json_object(content).get("events"), "events", BATCH_MAX)
+    return parse_client_events(parse_json_object(content).get("events"), "events", BATCH_MAX)
 
 
 def parse_client_events(given: object, name: str, limit: int) -> list[dict[str, Any]]:
@@ -62,7 +62,7 @@ def _is_id(value: object) -> bool:
     return isinstance(value, str) and 0 < len(value) <= 128  # noqa: PLR2004 - as in ID_PATTERN
 
 
-def _is_flag(value: object) -> bool:
+def _is_boolean(value: object) -> bool:
     return isinstance(value, bool)
 
 
@@ -70,40 +70,40 @@ def _is_text(value: object) -> bool:
     return isinstance(value, str)
 
 
-def _is_verdict(value: object) -> bool:
+def _is_confirmation(value: object) -> bool:
     return value in {"allow", "deny"} if isinstance(value, str) else False
 
 
 def _is_content(value: object) -> bool:
-    return isinstance(value, list) and all(map(_is_block, value))
+    return isinstance(value, list) and all(map(_is_content_block, value))
 
 
-def _is_message(value: object) -> bool:
+def _is_message_content(value: object) -> bool:
     return _is_content(value) and bool(value)
 
 
-def _is_block(value: object) -> bool:
+def _is_content_block(value: object) -> bool:
     if not isinstance(value, dict) or not isinstance(value.get("type"), str):
         return False
     return value["type"] != "text" or isinstance(value.get("text"), str)
 
 
 _FIELDS: Final[Mapping[str, Mapping[str, tuple[Callable[[object], bool], bool]]]] = {
-    protocol.USER_MESSAGE: {"content": (_is_message, True)},
+    protocol.USER_MESSAGE: {"content": (_is_message_content, True)},
     protocol.USER_INTERRUPT: {},
     protocol.USER_TOOL_RESULT: {
         "tool_use_id": (_is_id, True),
         "content": (_is_content, False),
-        "is_error": (_is_flag, False),
+        "is_error": (_is_boolean, False),
     },
     protocol.USER_CUSTOM_TOOL_RESULT: {
         "custom_tool_use_id": (_is_id, True),
         "content": (_is_content, False),
-        "is_error": (_is_flag, False),
+        "is_error": (_is_boolean, False),
     },
     protocol.USER_TOOL_CONFIRMATION: {
         "tool_use_id": (_is_id, True),
-        "result": (_is_verdict, True),
+        "result": (_is_confirmation, True),
         "deny_message": (_is_text, False),
     },
 }

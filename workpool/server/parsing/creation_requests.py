@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any, Final, NamedTuple
 
 from workpool.server.api_errors import APIError
 from workpool.server.parsing.client_events import parse_client_events
-from workpool.server.parsing.request_values import json_object, strings
+from workpool.server.parsing.request_values import check_string_values, parse_json_object
 from workpool.server.parsing.session_script import Script, parse_script
 from workpool.wire.protocol import USER_MESSAGE
 
@@ -49,19 +49,21 @@ class NewSession(NamedTuple):
 
 def parse_environment(content: bytes) -> NewEnvironment:
     """Parse the body of a request to create an environment."""
-    fields = json_object(content)
+    fields = parse_json_object(content)
     config = fields.get("config")
     if not isinstance(config, dict) or config.get("type") != "self_hosted":
         raise APIError(400, 'config must be {"type": "self_hosted"} here', "config")
-    name = _optional_text(fields, "name")
+    name = _parse_optional_text(fields, "name")
     if not name:
         raise APIError(400, "name is missing", "name")
-    return NewEnvironment(name, _optional_text(fields, "description"), _parse_metadata(fields))
+    return NewEnvironment(
+        name, _parse_optional_text(fields, "description"), _parse_metadata(fields)
+    )
 
 
 def parse_session(content: bytes) -> NewSession:
     """Parse the body of a request to create a session; unsupported values are a 400."""
-    fields = json_object(content)
+    fields = parse_json_object(content)
     for name in _NOT_SUPPORTED:
         if fields.get(name):
             raise APIError(400, f"{name} is not supported by this control plane", name)
@@ -72,9 +74,9 @@ def parse_session(content: bytes) -> NewSession:
     return NewSession(
         environment_id=environment_id,
         agent=_parse_agent(fields.get("agent")),
-        title=_optional_text(fields, "title"),
+        title=_parse_optional_text(fields, "title"),
         metadata=_parse_metadata(fields),
-        initial_events=_initial_events(fields.get("initial_events")),
+        initial_events=_parse_initial_events(fields.get("initial_events")),
         script=None if script is None else parse_script(script),
     )
 
@@ -94,7 +96,7 @@ def _parse_agent(given: object) -> Mapping[str, Any]:
     return {"id": agent_id, "version": version}
 
 
-def _initial_events(given: object) -> Sequence[Mapping[str, Any]]:
+def _parse_initial_events(given: object) -> Sequence[Mapping[str, Any]]:
     if not given:
         return ()
     events = parse_client_events(given, "initial_events", INITIAL_EVENTS_MAX)
@@ -106,7 +108,7 @@ def _initial_events(given: object) -> Sequence[Mapping[str, Any]]:
 def _parse_metadata(fields: Mapping[str, Any]) -> Mapping[str, str]:
     """Return the metadata, which must stay within the vendor's limits."""
     given = fields.get("metadata")
-    metadata = {} if given is None else strings(given)
+    metadata = {} if given is None else check_string_values(given)
     if len(metadata) > METADATA_PAIRS_MAX:
         raise APIError(400, f"metadata may have {METADATA_PAIRS_MAX} keys", "metadata")
     if any(
@@ -118,7 +120,7 @@ def _parse_metadata(fields: Mapping[str, Any]) -> Mapping[str, str]:
     return metadata
 
 
-def _optional_text(fields: Mapping[str, Any], name: str) -> str | None:
+def _parse_optional_text(fields: Mapping[str, Any], name: str) -> str | None:
     value = fields.get(name)
     if value is not None and (not isinstance(value, str) or len(value) > TEXT_LENGTH):
         raise APIError(400, f"{name} must be a string of at most {TEXT_LENGTH} characters", name)

@@ -16,12 +16,12 @@ from aiohttp import web
 from aiohttp.client_exceptions import ClientPayloadError
 from aiohttp.http_exceptions import HttpProcessingError
 
-from workpool.server.answer_limits import check_items
+from workpool.server.answer_limits import check_enqueue_size
 from workpool.server.api_errors import APIError
 from workpool.server.conversation import EventFilter
 from workpool.server.pagination import AFTER, BEFORE
 from workpool.server.queue.long_polls import Poll
-from workpool.server.timestamps import TimeRange, is_rfc3339, to_utc
+from workpool.server.timestamps import TimeRange, is_rfc3339, to_utc_text
 from workpool.wire.protocol import (
     BLOCK_MS_MAX,
     BLOCK_MS_MIN,
@@ -60,7 +60,7 @@ _PLACES: Final = {"page": "", "before_id": BEFORE, "after_id": AFTER}
 
 
 @dataclass(frozen=True, slots=True)
-class Enqueue:
+class EnqueueRequest:
     """The body of a request to create work."""
 
     count: int
@@ -69,7 +69,7 @@ class Enqueue:
     script: object
 
 
-class Place(NamedTuple):
+class PageRequest(NamedTuple):
     """The beginning of a list: after an id, or before one."""
 
     limit: int
@@ -96,7 +96,7 @@ class ItemFilter(NamedTuple):
         return (self.state is None or item.state == self.state) and (failed or not self.failed)
 
 
-def one(request: web.Request, name: str) -> str | None:
+def single_parameter(request: web.Request, name: str) -> str | None:
     """Return a query parameter, None if absent; a repeated one is a 400."""
     values = request.query.getall(name, ())
     if len(values) > 1:
@@ -104,9 +104,9 @@ def one(request: web.Request, name: str) -> str | None:
     return values[0] if values else None
 
 
-def number(request: web.Request, name: str, default: int) -> int:
+def integer_parameter(request: web.Request, name: str, default: int) -> int:
     """Return a query parameter that is a non-negative integer."""
-    text = one(request, name)
+    text = single_parameter(request, name)
     if text is None:
         return default
     if not _NUMBER.fullmatch(text):
@@ -116,21 +116,24 @@ def number(request: web.Request, name: str, default: int) -> int:
     return int(digits or "0") if len(digits) <= _LONGEST_NUMBER else 10**_LONGEST_NUMBER
 
 
-def poll(request: web.Request, worker_id: str | None) -> Poll:
+def parse_poll(request: web.Request, worker_id: str | None) -> Poll:
     """Return the parameters of a poll."""
-    block_ms = number(request, "block_ms", 0)
-    if one(request, "block_ms") is not None and not BLOCK_MS_MIN <= block_ms <= BLOCK_MS_MAX:
+    block_ms = integer_parameter(request, "block_ms", 0)
+    if (
+        single_parameter(request, "block_ms") is not None
+        and not BLOCK_MS_MIN <= block_ms <= BLOCK_MS_MAX
+    ):
         raise APIError(400, f"block_ms must be in {BLOCK_MS_MIN}-{BLOCK_MS_MAX}", "block_ms")
-    reclaim = number(request, "reclaim_older_than_ms", RECLAIM_OLDER_THAN_MS)
+    reclaim = integer_parameter(request, "reclaim_older_than_ms", RECLAIM_OLDER_THAN_MS)
     return Poll(worker_id, block_ms, reclaim)
 
 
-def heartbeat(request: web.Request) -> tuple[str | None, int]:
+def parse_heartbeat(request: web.Request) -> tuple[str | None, int]:
     """Return `expected_last_heartbeat` of a heartbeat, and its TTL before it is clamped."""
-    ttl_seconds = number(request, "desired_ttl_seconds", TTL_DEFAULT_SECONDS)
+    ttl_seconds = integer_parameter(request, "desired_ttl_seconds", TTL_DEFAULT_SECONDS)
     if ttl_seconds == 0:
         raise APIError(400, "desired_ttl_seconds must be positive", "desired_ttl_seconds")
-    expected = one(request, "expected_last_heartbeat")
+    expected = single_parameter(request, "expected_last_heartbeat")
     if expected is not None and expected != NO_HEARTBEAT and not is_rfc3339(expected):
         raise APIError(
             400,
@@ -140,13 +143,13 @@ def heartbeat(request: web.Request) -> tuple[str | None, int]:
     return expected, ttl_seconds
 
 
-def place(request: web.Request, prefix: str, digits: str = _DIGITS) -> Place:
+def parse_page_request(request: web.Request, prefix: str, digits: str = _DIGITS) -> PageRequest:
     """Return the beginning of a list; its ids are `prefix` and a text that `digits` matches."""
-    limit = number(request, "limit", LIST_LIMIT_DEFAULT)
+    limit = integer_parameter(request, "limit", LIST_LIMIT_DEFAULT)
     if limit == 0:
         raise APIError(400, "limit must be positive", "limit")
     limit = min(limit, LIST_LIMIT_MAX)
-    values = {name: one(request, name) for name in _PLACES}
+    values = {name: single_parameter(request, name) for name in _PLACES}
     given = {name: value for name, value in values.items() if value is not None}
     if len(given) > 1:
         raise APIError(400, "give at most one of page, before_id and after_id", list(given)[1])
@@ -156,67 +159,71 @@ def place(request: web.Request, prefix: str, digits: str = _DIGITS) -> Place:
             direction, _, text = value.partition("-")
         if direction not in {AFTER, BEFORE} or not re.fullmatch(prefix + digits, text):
             raise APIError(400, f"{name} is malformed", name)
-        return Place(limit, text, None) if direction == AFTER else Place(limit, "", text)
-    return Place(limit, "", None)
+        return (
+            PageRequest(limit, text, None) if direction == AFTER else PageRequest(limit, "", text)
+        )
+    return PageRequest(limit, "", None)
 
 
-def item_filter(request: web.Request) -> ItemFilter | None:
+def parse_item_filter(request: web.Request) -> ItemFilter | None:
     """Parse the selection and order of a list of items: `state`, `failed`, `order`; None: all."""
-    state, failed = one(request, "state"), one(request, "failed")
-    if state is None and failed is None and one(request, "order") is None:
+    state, failed = single_parameter(request, "state"), single_parameter(request, "failed")
+    if state is None and failed is None and single_parameter(request, "order") is None:
         return None
     if state is not None and state not in STATES:
         raise APIError(400, "state is not one of the protocol's five", "state")
-    return ItemFilter(state, flag(request, "failed"), newest_first(request, default=False))
-
-
-def event_filter(request: web.Request) -> EventFilter:
-    """Parse the selection and order of a list of events: `order`, `types`, `created_at[…]`."""
-    return EventFilter(
-        types=several(request, "types"),
-        times=times(request),
-        newest_first=newest_first(request, default=False),
+    return ItemFilter(
+        state, boolean_parameter(request, "failed"), parse_newest_first(request, default=False)
     )
 
 
-def newest_first(request: web.Request, *, default: bool) -> bool:
+def parse_event_filter(request: web.Request) -> EventFilter:
+    """Parse the selection and order of a list of events: `order`, `types`, `created_at[…]`."""
+    return EventFilter(
+        types=repeated_parameter(request, "types"),
+        times=parse_time_range(request),
+        newest_first=parse_newest_first(request, default=False),
+    )
+
+
+def parse_newest_first(request: web.Request, *, default: bool) -> bool:
     """Parse the order of a list from `order`."""
-    order = one(request, "order")
+    order = single_parameter(request, "order")
     if order not in {None, "asc", "desc"}:
         raise APIError(400, "order must be asc or desc", "order")
     return default if order is None else order == "desc"
 
 
-def flag(request: web.Request, name: str) -> bool:
+def boolean_parameter(request: web.Request, name: str) -> bool:
     """Return a query parameter that is `true` or `false`; False if absent."""
-    text = one(request, name)
+    text = single_parameter(request, name)
     if text not in {None, "true", "false"}:
         raise APIError(400, f"{name} must be true or false", name)
     return text == "true"
 
 
-def several(request: web.Request, name: str) -> frozenset[str] | None:
+def repeated_parameter(request: web.Request, name: str) -> frozenset[str] | None:
     """Return the values of a repeated query parameter, in both spellings; None if absent."""
     values = [*request.query.getall(f"{name}[]", ()), *request.query.getall(name, ())]
     return frozenset(values) if values else None
 
 
-def times(request: web.Request) -> TimeRange:
+def parse_time_range(request: web.Request) -> TimeRange:
     """Parse the bounds of a list in time: `created_at[gt]`, `[gte]`, `[lt]` and `[lte]`."""
     return TimeRange(*(_parse_time(request, f"created_at[{name}]") for name in TimeRange._fields))
 
 
 def _parse_time(request: web.Request, name: str) -> str | None:
-    text = one(request, name)
+    text = single_parameter(request, name)
     if text is None:
         return None
-    time = to_utc(text)
+    time = to_utc_text(text)
     if time is None:
         raise APIError(400, f"{name} must be an RFC 3339 time", name)
     return time
 
 
-def worker_id(request: web.Request, header: str) -> str | None:
+def parse_worker_id(request: web.Request, header: str) -> str | None:
     """Return the name that the worker sent; None if it sent no name."""
     value = request.headers.get(header)
     if not value:
@@ -227,7 +234,7 @@ def worker_id(request: web.Request, header: str) -> str | None:
     return value
 
 
-async def body(request: web.Request) -> bytes:
+async def read_body(request: web.Request) -> bytes:
     """Read the whole body, within the limits of size and time."""
     if not request.can_read_body:
         return b""
@@ -248,7 +255,7 @@ async def body(request: web.Request) -> bytes:
         raise APIError(400, "the body cannot be read") from None
 
 
-def json_object(content: bytes) -> dict[str, Any]:
+def parse_json_object(content: bytes) -> dict[str, Any]:
     """Parse a body that must be a JSON object."""
     try:
         value = orjson.loads(content)
@@ -271,25 +278,25 @@ def _has_too_many_values(value: object) -> bool:
     return count > VALUES_MAX
 
 
-def force(content: bytes) -> bool:
+def parse_force(content: bytes) -> bool:
     """Return `force` of the body of a stop."""
-    value = json_object(content).get("force") if content else None
+    value = parse_json_object(content).get("force") if content else None
     if value is not None and not isinstance(value, bool):
         raise APIError(400, "force must be a boolean", "force")
     return bool(value)
 
 
-def patch(content: bytes, *, required: bool) -> Mapping[str, str | None]:
+def parse_metadata_patch(content: bytes, *, required: bool) -> Mapping[str, str | None]:
     """Return the patch of an update; a bad patch is refused as a whole."""
-    fields = json_object(content)
+    fields = parse_json_object(content)
     if "metadata" not in fields and not required:
         return {}
-    return strings(fields.get("metadata"), (str, type(None)))
+    return check_string_values(fields.get("metadata"), (str, type(None)))
 
 
-def enqueue(content: bytes) -> Enqueue:
+def parse_enqueue(content: bytes) -> EnqueueRequest:
     """Return the body of a request to create work."""
-    fields = json_object(content) if content else {}
+    fields = parse_json_object(content) if content else {}
     if fields.get("script", ...) is None:
         raise APIError(400, "script must be a list of tool uses", "script")
     count = fields.get("count", 1)
@@ -300,12 +307,12 @@ def enqueue(content: bytes) -> Enqueue:
     work_type = fields.get("type", SESSION)
     if not isinstance(work_type, str) or not _WORK_TYPE.fullmatch(work_type):
         raise APIError(400, "type must be a lowercase word", "type")
-    metadata = strings(fields.get("metadata", {}))
-    check_items(count, metadata)
-    return Enqueue(count, metadata, work_type, fields.get("script"))
+    metadata = check_string_values(fields.get("metadata", {}))
+    check_enqueue_size(count, metadata)
+    return EnqueueRequest(count, metadata, work_type, fields.get("script"))
 
 
-def strings(value: object, allowed: tuple[type, ...] = (str,)) -> dict[str, Any]:
+def check_string_values(value: object, allowed: tuple[type, ...] = (str,)) -> dict[str, Any]:
     """Check metadata: an object whose values are strings, or of the types `allowed`."""
     if not isinstance(value, dict):
         raise APIError(400, "metadata must be an object", "metadata")

@@ -25,24 +25,26 @@ PERMISSIONS: Final = ("allow", "ask", "deny")
 def parse_script(value: object, copies: int = 1) -> Script:
     """Return the script that `value` contains, for `copies` sessions; 400 if it is not a script."""
     if not isinstance(value, Sequence) or isinstance(value, str | bytes):
-        raise _refusal_of("must be a list of tool uses")
+        raise _script_error("must be a list of tool uses")
     if len(value) > ENTRIES_MAX:
-        raise _refusal_of(f"must have at most {ENTRIES_MAX} entries")
-    script = tuple(_parse_entry(entry, f"entry {number}") for number, entry in enumerate(value, 1))
+        raise _script_error(f"must have at most {ENTRIES_MAX} entries")
+    script = tuple(
+        _parse_tool_use(entry, f"entry {number}") for number, entry in enumerate(value, 1)
+    )
     try:
         # Nested more deeply than in any answer, so that an accepted script can always be written.
         content = orjson.dumps([[script]], default=dict)
     except orjson.JSONEncodeError:
-        raise _refusal_of("cannot be written as JSON") from None
+        raise _script_error("cannot be written as JSON") from None
     if len(content) * copies > SCRIPTS_BYTES_MAX:
-        raise _refusal_of(f"must stay below {SCRIPTS_BYTES_MAX} bytes, times count")
+        raise _script_error(f"must stay below {SCRIPTS_BYTES_MAX} bytes, times count")
     copy: Script = orjson.loads(content)[0][0]  # a copy that no other code changes
     return copy
 
 
-def _parse_entry(entry: object, where: str) -> Mapping[str, Any]:
+def _parse_tool_use(entry: object, where: str) -> Mapping[str, Any]:
     if not isinstance(entry, Mapping):
-        raise _refusal_of(f"{where} must be an object")
+        raise _script_error(f"{where} must be an object")
     name, given, custom, permission = (
         entry.get(key, default)
         for key, default in (
@@ -53,15 +55,15 @@ def _parse_entry(entry: object, where: str) -> Mapping[str, Any]:
         )
     )
     if not isinstance(name, str) or not 1 <= len(name) <= NAME_LENGTH:
-        raise _refusal_of(f"{where}: name must be 1 to {NAME_LENGTH} characters")
+        raise _script_error(f"{where}: name must be 1 to {NAME_LENGTH} characters")
     if not isinstance(given, Mapping):
-        raise _refusal_of(f"{where}: input must be an object")
+        raise _script_error(f"{where}: input must be an object")
     if not isinstance(custom, bool):
-        raise _refusal_of(f"{where}: custom must be a boolean")
+        raise _script_error(f"{where}: custom must be a boolean")
     if permission not in PERMISSIONS:
-        raise _refusal_of(f"{where}: permission must be one of {', '.join(PERMISSIONS)}")
+        raise _script_error(f"{where}: permission must be one of {', '.join(PERMISSIONS)}")
     return {"name": name, "input": given, "custom": custom, "permission": permission}
 
 
-def _refusal_of(problem: str) -> APIError:
+def _script_error(problem: str) -> APIError:
     return APIError(400, f"script {problem}", "script")

@@ -23,7 +23,7 @@ from workpool.server.postgres.database_errors import (
     READ_ONLY,
     RetryableError,
     UnavailableError,
-    unavailable,
+    to_unavailable_error,
 )
 
 if TYPE_CHECKING:
@@ -74,7 +74,7 @@ class Connection(Protocol):
         """Return a context that is one transaction, or a savepoint in one."""
 
 
-def shown_url(url: str) -> str:
+def redact_url(url: str) -> str:
     """Return the host, port and database of a database's URL, without user and password."""
     try:
         parts = urlsplit(url)
@@ -110,7 +110,7 @@ class ConnectionPool:
         self._logged_at = float("-inf")
 
     def __repr__(self) -> str:
-        return f"ConnectionPool({shown_url(self._url)!r})"
+        return f"ConnectionPool({redact_url(self._url)!r})"
 
     async def open(self) -> None:
         """Open the first connection. Raises `StoreError` or `ServeError`."""
@@ -123,7 +123,7 @@ class ConnectionPool:
     async def close(self) -> None:
         """Close all connections; may be called twice, or without `open`."""
         self._closed = True
-        self._wake_calls(len(self._waiting))
+        self._wake_waiting_calls(len(self._waiting))
         for connection in self._used:
             connection.terminate()
         while self._idle:
@@ -146,20 +146,20 @@ class ConnectionPool:
         return cast("str", await self._run_statement("execute", query, args))
 
     async def _run_statement(self, method: str, query: str, args: Sequence[object]) -> Any:
-        connection = self._take_idle() or await self._take_or_open()
+        connection = self._take_idle_connection() or await self._acquire_connection()
         try:
             result = await getattr(connection, method)(query, *args)
         except BaseException as error:
-            self._put_back(connection, error)
-            self._raise_translated(error)
+            self._release_connection(connection, error)
+            self._raise_if_unavailable(error)
             raise
-        self._put_back(connection)
+        self._release_connection(connection)
         return result
 
     @asynccontextmanager
     async def transaction(self) -> AsyncIterator[Connection]:
         """Return a connection for one transaction, which an exception in the block undoes."""
-        connection = self._take_idle() or await self._take_or_open()
+        connection = self._take_idle_connection() or await self._acquire_connection()
         try:
             await connection.execute("BEGIN")
             try:
@@ -170,12 +170,12 @@ class ConnectionPool:
                 raise
             await _commit_transaction(connection)
         except BaseException as error:
-            self._put_back(connection, error)
-            self._raise_translated(error)
+            self._release_connection(connection, error)
+            self._raise_if_unavailable(error)
             raise
-        self._put_back(connection)
+        self._release_connection(connection)
 
-    async def retried(self, call: Callable[[], Awaitable[T]]) -> T:
+    async def retry_collisions(self, call: Callable[[], Awaitable[T]]) -> T:
         """Return the result of a call, repeated while concurrent changes collide with it."""
         for attempt in range(_RETRIES):
             with suppress(RetryableError):
@@ -183,7 +183,7 @@ class ConnectionPool:
             await asyncio.sleep(random.uniform(0, _RETRY_SECONDS * 2**attempt))  # noqa: S311 - no secret
         return await call()
 
-    def _take_idle(self) -> Any:
+    def _take_idle_connection(self) -> Any:
         """Return an idle connection; None if there is none."""
         while self._idle:
             connection = self._idle.pop()
@@ -192,36 +192,36 @@ class ConnectionPool:
                 return connection
         return None
 
-    async def _take_or_open(self) -> Any:
+    async def _acquire_connection(self) -> Any:
         """Return an idle or a new connection, maybe after a wait. Raises `UnavailableError`."""
         loop = asyncio.get_running_loop()
         end = loop.time() + ACQUIRE_SECONDS
         while not self._closed:
-            connection = self._take_idle()
+            connection = self._take_idle_connection()
             if connection is not None:
                 return connection
             if len(self._used) + self._opening < self._size:
-                return await self._open_new()
-            await self._wait_for_free(end - loop.time())
+                return await self._open_pooled_connection()
+            await self._wait_for_free_connection(end - loop.time())
         raise UnavailableError("this node ends")
 
-    async def _open_new(self) -> Any:
+    async def _open_pooled_connection(self) -> Any:
         self._opening += 1
         try:
             connection = await open_connection(self._url)
         except DRIVER_ERRORS as error:
-            self._wake_calls()
-            self._raise_translated(error)
+            self._wake_waiting_calls()
+            self._raise_if_unavailable(error)
             raise
         except BaseException:
-            self._wake_calls()
+            self._wake_waiting_calls()
             raise
         finally:
             self._opening -= 1
         self._used.add(connection)
         return connection
 
-    async def _wait_for_free(self, seconds: float) -> None:
+    async def _wait_for_free_connection(self, seconds: float) -> None:
         """Wait until a connection may be free. Raises `UnavailableError`."""
         waiter: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         self._waiting.append(waiter)
@@ -229,26 +229,26 @@ class ConnectionPool:
             async with asyncio.timeout(seconds):
                 await waiter
         except TimeoutError:
-            self._pass_on(waiter)
+            self._pass_wake_up_on(waiter)
             refusal = UnavailableError("all connections are in use")
-            self._log_refusal(refusal, None)
+            self._log_unavailability(refusal, None)
             raise refusal from None
         except asyncio.CancelledError:
-            self._pass_on(waiter)
+            self._pass_wake_up_on(waiter)
             raise
 
-    def _pass_on(self, waiter: asyncio.Future[None]) -> None:
+    def _pass_wake_up_on(self, waiter: asyncio.Future[None]) -> None:
         """Wake another call if this one was woken and ended in the same step."""
         if waiter.done() and not waiter.cancelled():
-            self._wake_calls()
+            self._wake_waiting_calls()
 
-    def _put_back(self, connection: Any, error: BaseException | None = None) -> None:
+    def _release_connection(self, connection: Any, error: BaseException | None = None) -> None:
         """Let other calls use a connection, or cut it if its state is unknown after an error."""
         self._used.discard(connection)
         is_reusable = (
             not self._closed
             and connection not in self._expired
-            and _is_settled(error)
+            and _has_no_open_statement(error)
             and not connection.is_closed()
             and not connection.is_in_transaction()
         )
@@ -257,20 +257,20 @@ class ConnectionPool:
             self._idle.append(connection)
         else:
             connection.terminate()  # the server then cancels a statement that still runs
-        self._wake_calls()
+        self._wake_waiting_calls()
 
-    def _wake_calls(self, count: int = 1) -> None:
+    def _wake_waiting_calls(self, count: int = 1) -> None:
         while count > 0 and self._waiting:
             waiter = self._waiting.popleft()
             if not waiter.done():
                 waiter.set_result(None)
                 count -= 1
 
-    def _raise_translated(self, error: BaseException) -> None:
+    def _raise_if_unavailable(self, error: BaseException) -> None:
         """Raise the `UnavailableError` of a driver's error; return if the error is another one."""
         if not isinstance(error, DRIVER_ERRORS):
             return
-        refusal = unavailable(error)
+        refusal = to_unavailable_error(error)
         if refusal is None:
             return
         if refusal.reason == READ_ONLY:
@@ -278,10 +278,10 @@ class ConnectionPool:
             self._expired |= self._used
             while self._idle:
                 self._idle.pop().terminate()
-        self._log_refusal(refusal, error)
+        self._log_unavailability(refusal, error)
         raise refusal from error
 
-    def _log_refusal(self, refusal: UnavailableError, error: BaseException | None) -> None:
+    def _log_unavailability(self, refusal: UnavailableError, error: BaseException | None) -> None:
         now = time.monotonic()
         if not isinstance(refusal, RetryableError) and now - self._logged_at >= _LOG_SECONDS:
             self._logged_at = now
@@ -297,7 +297,7 @@ async def _commit_transaction(connection: Any) -> None:
         raise RuntimeError("a block went on after a failed statement, so nothing was committed")
 
 
-def _is_settled(error: BaseException | None) -> bool:
+def _has_no_open_statement(error: BaseException | None) -> bool:
     """Return whether a connection has no statement without an answer after this error."""
     of_driver = isinstance(error, DRIVER_ERRORS) and not isinstance(error, asyncpg.PostgresError)
     return error is None or (isinstance(error, Exception) and not of_driver)
@@ -364,8 +364,8 @@ def _start_error(url: str, error: BaseException) -> BaseException:
     The driver's text about a URL may contain a part of its password.
     """
     if isinstance(error, asyncpg.ClientConfigurationError | ValueError):
-        return ServeError(f"store {shown_url(url)}: the URL cannot be read")
-    translated = unavailable(error)
+        return ServeError(f"store {redact_url(url)}: the URL cannot be read")
+    translated = to_unavailable_error(error)
     if translated is None:
         return error
-    return StoreError(f"store {shown_url(url)}: {translated.reason}")
+    return StoreError(f"store {redact_url(url)}: {translated.reason}")

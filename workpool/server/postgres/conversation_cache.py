@@ -31,7 +31,7 @@ class ConversationCache:
             self._count -= len(found.events)
         return found
 
-    def keep(self, session_id: str, conversation: Conversation) -> None:
+    def put(self, session_id: str, conversation: Conversation) -> None:
         """Keep a conversation; no caller may change it while it is in the cache."""
         self.take(session_id)
         self._kept[session_id] = conversation

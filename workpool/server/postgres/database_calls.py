@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, Final, NamedTuple, TypeVar
 from workpool.server import state_machine
 from workpool.server.api_errors import APIError
 from workpool.server.postgres.database_errors import RetryableError
-from workpool.server.postgres.row_codec import ITEM_COLUMNS, is_id, item_of, to_json
+from workpool.server.postgres.row_codec import ITEM_COLUMNS, item_from_row, may_be_id, to_json
 from workpool.server.timestamps import SECOND
 from workpool.wire.protocol import STOPPED
 
@@ -83,7 +83,7 @@ _UPDATES: Final = {
 """The statement that replaces an item, by whether the item stops and whether there is a history."""
 
 
-class Change(NamedTuple):
+class ItemChange(NamedTuple):
     """The next version of an item, and its record in the history.
 
     `at`: microseconds; `op`: as in `history.Record`.
@@ -127,11 +127,11 @@ class DatabaseCalls:
         self._now = now
         self._has_history = has_history
 
-    def _at(self) -> int | None:
+    def _fixed_time(self) -> int | None:
         """Return the time for `CLOCK`."""
         return None if self._now is None else int(self._now() * SECOND)
 
-    async def _attempted(
+    async def _retry_with_lock(
         self, attempt: Callable[[Connection], Awaitable[T | None]], lock: str, *key: str
     ) -> T:
         """Return the first result of an attempt that is not None; None stands for a collision.
@@ -151,27 +151,27 @@ class DatabaseCalls:
                     raise RetryableError("concurrent changes collided")
                 return result
 
-        return await self._pool.retried(locked)
+        return await self._pool.retry_collisions(locked)
 
-    async def _time(self) -> int:
+    async def _current_time(self) -> int:
         """Return the time in microseconds."""
-        now: int = await self._pool.fetchval(_NOW, self._at())
+        now: int = await self._pool.fetchval(_NOW, self._fixed_time())
         return now
 
-    async def _read(
+    async def _read_item(
         self, connection: Connection, environment_id: str, work_id: str
     ) -> tuple[Item, Item, int, int]:
         """Return the stored item, the item as it is now, its version, the time; 404 if unknown."""
         row = None
-        if is_id(work_id):
-            row = await connection.fetchrow(_READ, environment_id, work_id, self._at())
+        if may_be_id(work_id):
+            row = await connection.fetchrow(_READ, environment_id, work_id, self._fixed_time())
         if row is None:
             raise APIError(404, "no such work item in this environment")
-        stored = item_of(row)
-        return stored, live(stored, row[-1]), row[-2], row[-1]
+        stored = item_from_row(row)
+        return stored, without_ended_lease(stored, row[-1]), row[-2], row[-1]
 
-    async def _write(
-        self, connection: Connection, stored: Item, version: int, changes: Sequence[Change]
+    async def _write_item(
+        self, connection: Connection, stored: Item, version: int, changes: Sequence[ItemChange]
     ) -> int | None:
         """Replace an item by the last of its changes, and return its new version.
 
@@ -204,19 +204,21 @@ class DatabaseCalls:
         return written
 
 
-def live(item: Item, now: int) -> Item:
+def without_ended_lease(item: Item, now: int) -> Item:
     """Return an item as it is at this time: without a lease that has ended."""
     if item.lease_end is None or item.lease_end > now:
         return item
-    return state_machine.lapse(item)
+    return state_machine.end_lease(item)
 
 
-def lapse_of(stored: Item) -> Change:
+def lease_end_change(stored: Item) -> ItemChange:
     """Return the change that ends the lease of an item, whose time is over."""
-    return Change(state_machine.lapse(stored), "lapsed", stored.holder, stored.lease_end or 0)
+    return ItemChange(
+        state_machine.end_lease(stored), "lapsed", stored.holder, stored.lease_end or 0
+    )
 
 
-def _record_columns(changes: Sequence[Change]) -> list[list[Any]]:
+def _record_columns(changes: Sequence[ItemChange]) -> list[list[Any]]:
     rows = [
         (each.at, each.kind, each.worker_id, each.item.state, each.item.lease_end, each.op)
         for each in changes

@@ -73,7 +73,7 @@ class RetryableError(UnavailableError):
     """The database undid a whole transaction, which may be repeated at once."""
 
 
-def unavailable(error: BaseException) -> UnavailableError | None:
+def to_unavailable_error(error: BaseException) -> UnavailableError | None:
     """Return the 503 for a driver's error; None if the error is a defect."""
     if isinstance(error, asyncpg.InvalidCachedStatementError | asyncpg.OutdatedSchemaCacheError):
         return RetryableError("its schema was changed")
@@ -83,11 +83,11 @@ def unavailable(error: BaseException) -> UnavailableError | None:
             return RetryableError(_CONFLICTS[state])
         reason = _REASONS.get(state) or _REASONS.get(state[:2])
     else:
-        reason = _reason_of_client(error)
+        reason = _client_error_reason(error)
     return None if reason is None else UnavailableError(reason)
 
 
-def _reason_of_client(error: BaseException) -> str | None:
+def _client_error_reason(error: BaseException) -> str | None:
     """Return the reason of an error that the driver raised by itself."""
     if isinstance(error, TimeoutError):
         return "it did not answer in time"

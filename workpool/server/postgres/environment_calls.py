@@ -7,20 +7,20 @@ from typing import TYPE_CHECKING, Any, Final
 from workpool.server.answer_limits import NEW_METADATA_LIMIT_BYTES, check_metadata
 from workpool.server.api_errors import APIError
 from workpool.server.environments import ENVIRONMENT_PREFIX, ENVIRONMENTS_MAX, Environment
-from workpool.server.pagination import page_of
+from workpool.server.pagination import make_page
 from workpool.server.postgres.database_calls import DatabaseCalls
 from workpool.server.postgres.row_codec import (
     ENVIRONMENT_COLUMNS,
-    environment_of,
-    environment_row,
-    is_id,
+    environment_from_row,
+    environment_to_row,
+    may_be_id,
 )
-from workpool.server.stored_item import Ids
+from workpool.server.stored_item import IdGenerator
 
 if TYPE_CHECKING:
     from workpool.server.pagination import ListPage
     from workpool.server.parsing.creation_requests import NewEnvironment
-    from workpool.server.parsing.request_values import Place
+    from workpool.server.parsing.request_values import PageRequest
 
 _READ: Final = f"SELECT {ENVIRONMENT_COLUMNS} FROM environments WHERE id = $1"
 _PAGE: Final = f"""
@@ -41,25 +41,25 @@ class EnvironmentCalls(DatabaseCalls):
 
     def __init__(self, *arguments: Any, **options: Any) -> None:
         super().__init__(*arguments, **options)
-        self._ids = Ids()
+        self._ids = IdGenerator()
         self._opened_at = 0
         self._created: dict[str, Environment] = {}
 
-    async def admit(self, environment_id: str) -> None:
+    async def check_environment(self, environment_id: str) -> None:
         """Check an environment for work calls: 404 if unknown, 400 if not `self_hosted`."""
         if environment_id not in self._self_hosted:
             if environment_id in self._cloud:
                 raise APIError(400, "this environment is not self_hosted")
-            await self._find(environment_id)
+            await self._find_created_environment(environment_id)
 
-    async def environment(self, environment_id: str) -> Environment:
+    async def get_environment(self, environment_id: str) -> Environment:
         """Return an environment; 404 if unknown."""
         if environment_id in self._self_hosted | self._cloud:
             return self._given_environment(environment_id)
-        return await self._find(environment_id)
+        return await self._find_created_environment(environment_id)
 
-    async def environments(
-        self, place: Place, limits: frozenset[str] | None
+    async def list_environments(
+        self, place: PageRequest, limits: frozenset[str] | None
     ) -> ListPage[Environment]:
         """Return the environments in `limits` (None: all) after a place."""
         given = [
@@ -69,16 +69,16 @@ class EnvironmentCalls(DatabaseCalls):
         ]
         wanted = None if limits is None else list(limits)
         rows = await self._pool.fetch(_PAGE, place.after, wanted, place.limit + 1)
-        found = sorted([*given, *map(environment_of, rows)], key=lambda each: each.id)
-        return page_of(found[: place.limit + 1], place.limit, backwards=False)
+        found = sorted([*given, *map(environment_from_row, rows)], key=lambda each: each.id)
+        return make_page(found[: place.limit + 1], place.limit, backwards=False)
 
     async def create_environment(self, wanted: NewEnvironment) -> Environment:
         """Create a `self_hosted` environment."""
         check_metadata(wanted.metadata, NEW_METADATA_LIMIT_BYTES)
-        now = await self._time()
-        environment_id = ENVIRONMENT_PREFIX + self._ids.new(now)
+        now = await self._current_time()
+        environment_id = ENVIRONMENT_PREFIX + self._ids.next_digits(now)
         environment = Environment(environment_id, *wanted, now)
-        if await self._pool.execute(_CREATE, *environment_row(environment)) != "INSERT 0 1":
+        if await self._pool.execute(_CREATE, *environment_to_row(environment)) != "INSERT 0 1":
             raise APIError(400, f"there are {ENVIRONMENTS_MAX} environments already")
         self._created[environment_id] = environment
         return environment
@@ -86,14 +86,16 @@ class EnvironmentCalls(DatabaseCalls):
     def _given_environment(self, environment_id: str) -> Environment:
         return Environment(environment_id, environment_id, None, {}, self._opened_at)
 
-    async def _find(self, environment_id: str) -> Environment:
+    async def _find_created_environment(self, environment_id: str) -> Environment:
         """Return an environment that a client created on any node; 404 if unknown."""
         found = self._created.get(environment_id)
         if found is None:
             row = (
-                await self._pool.fetchrow(_READ, environment_id) if is_id(environment_id) else None
+                await self._pool.fetchrow(_READ, environment_id)
+                if may_be_id(environment_id)
+                else None
             )
             if row is None:
                 raise APIError(404, "no such environment")
-            found = self._created[environment_id] = environment_of(row)
+            found = self._created[environment_id] = environment_from_row(row)
         return found

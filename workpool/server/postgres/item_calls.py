@@ -1,7 +1,7 @@
 """The calls on one item: ack, heartbeat, stop, update and get.
 
 The rules are those of `state_machine`. A change of an item whose row this node knows is one
-statement (`known_items`); for any other, the row is read first. The heartbeat of a held lease,
+statement (`item_cache`); for any other, the row is read first. The heartbeat of a held lease,
 which is by far the most frequent call, is one statement on every node. It repeats one of the rules,
 and a test compares the two.
 """
@@ -13,18 +13,18 @@ from typing import TYPE_CHECKING, Final
 from workpool.server import state_machine
 from workpool.server.answer_limits import check_metadata
 from workpool.server.api_errors import APIError
-from workpool.server.history import op_of_heartbeat
-from workpool.server.postgres.claims import Claims
+from workpool.server.history import heartbeat_op
+from workpool.server.postgres.claim_calls import ClaimCalls
 from workpool.server.postgres.database_calls import (
     CLOCK,
     NEXT_VERSION,
     RECORD,
-    Change,
-    lapse_of,
+    ItemChange,
+    lease_end_change,
 )
-from workpool.server.postgres.known_items import KnownItem, change_known
+from workpool.server.postgres.item_cache import CachedItem, change_cached_item
 from workpool.server.postgres.notifications import work_topic
-from workpool.server.postgres.row_codec import ITEM_COLUMNS, ITEM_FIELDS, is_id, item_of
+from workpool.server.postgres.row_codec import ITEM_COLUMNS, ITEM_FIELDS, item_from_row, may_be_id
 from workpool.server.timestamps import from_heartbeat_text
 from workpool.wire.protocol import (
     QUEUED,
@@ -73,22 +73,24 @@ _HEARTBEATS: Final = {
 """The heartbeat of a held lease, by whether there is a history."""
 
 
-class ItemCalls(Claims):
+class ItemCalls(ClaimCalls):
     """The calls on one item."""
 
-    async def get(self, environment_id: str, work_id: str) -> Item:
+    async def get_item(self, environment_id: str, work_id: str) -> Item:
         """Return an item; 404 if unknown."""
-        stored, item, _, _ = await self._read(self._pool, environment_id, work_id)
+        stored, item, _, _ = await self._read_item(self._pool, environment_id, work_id)
         if item is not stored:
-            await self.lapse_due(environment_id)
+            await self.end_leases(environment_id)
         return item
 
-    async def ack(self, environment_id: str, work_id: str, worker_id: str | None = None) -> Item:
+    async def ack_item(
+        self, environment_id: str, work_id: str, worker_id: str | None = None
+    ) -> Item:
         """Acknowledge an item."""
 
-        def decide(item: Item, now: int) -> Change:
-            acked = state_machine.ack(item, worker_id, now)
-            return Change(acked, "acked", worker_id or acked.holder, now)
+        def decide(item: Item, now: int) -> ItemChange:
+            acked = state_machine.ack_item(item, worker_id, now)
+            return ItemChange(acked, "acked", worker_id or acked.holder, now)
 
         return await self._change_item(environment_id, work_id, decide, worker_id, "ack")
 
@@ -102,18 +104,18 @@ class ItemCalls(Claims):
         *,
         compare_on_stop: bool = True,
     ) -> Item:
-        """Extend an item's lease, as `state_machine.heartbeat` decides."""
+        """Extend an item's lease, as `state_machine.extend_lease` decides."""
         extended = await self._extend_lease(
             environment_id, work_id, expected, ttl_seconds, worker_id
         )
         if extended is not None:
             return extended
 
-        def decide(item: Item, now: int) -> Change:
-            beaten = state_machine.heartbeat(
+        def decide(item: Item, now: int) -> ItemChange:
+            beaten = state_machine.extend_lease(
                 item, expected, ttl_seconds, now, compare_on_stop=compare_on_stop
             )
-            return Change(beaten, "heartbeat", worker_id, now, op_of_heartbeat(expected))
+            return ItemChange(beaten, "heartbeat", worker_id, now, heartbeat_op(expected))
 
         return await self._change_item(environment_id, work_id, decide, worker_id, "heartbeat")
 
@@ -127,20 +129,20 @@ class ItemCalls(Claims):
     ) -> Item | None:
         """Extend a lease whose last heartbeat is the expected one; None: any other case."""
         last = None if expected is None else from_heartbeat_text(expected)
-        if last is None or not is_id(work_id):
+        if last is None or not may_be_id(work_id):
             return None
         ttl_seconds = min(max(ttl_seconds, TTL_MIN_SECONDS), TTL_MAX_SECONDS)
-        values = [environment_id, work_id, last, ttl_seconds, self._at()]
+        values = [environment_id, work_id, last, ttl_seconds, self._fixed_time()]
         if self._has_history:
             values.append(worker_id)
         row = await self._pool.fetchrow(_HEARTBEATS[self._has_history], *values)
         if row is None:
             return None
-        item = item_of(row)
-        self._known.note(item, *row[len(ITEM_FIELDS) :])
+        item = item_from_row(row)
+        self._known.put(item, *row[len(ITEM_FIELDS) :])
         return item
 
-    async def stop(
+    async def stop_item(
         self,
         environment_id: str,
         work_id: str,
@@ -151,12 +153,12 @@ class ItemCalls(Claims):
     ) -> Item:
         """Stop an item. `refused`: the stops, as (force, state), that are a 409 in the dialect."""
 
-        def decide(item: Item, now: int) -> Change:
-            return stop_of(item, worker_id, now, force=force, refused=refused)
+        def decide(item: Item, now: int) -> ItemChange:
+            return stop_change(item, worker_id, now, force=force, refused=refused)
 
         return await self._change_item(environment_id, work_id, decide, worker_id, "stop")
 
-    async def update(
+    async def update_metadata(
         self,
         environment_id: str,
         work_id: str,
@@ -165,10 +167,10 @@ class ItemCalls(Claims):
     ) -> Item:
         """Merge a patch into an item's metadata."""
 
-        def decide(item: Item, now: int) -> Change:
-            merged = state_machine.merge(item, patch)
+        def decide(item: Item, now: int) -> ItemChange:
+            merged = state_machine.merge_metadata(item, patch)
             check_metadata(merged.metadata)
-            return Change(merged, "metadata", worker_id, now)
+            return ItemChange(merged, "metadata", worker_id, now)
 
         return await self._change_item(environment_id, work_id, decide, worker_id)
 
@@ -176,7 +178,7 @@ class ItemCalls(Claims):
         self,
         environment_id: str,
         work_id: str,
-        decide: Callable[[Item, int], Change],
+        decide: Callable[[Item, int], ItemChange],
         worker_id: str | None,
         op: str | None = None,
     ) -> Item:
@@ -187,61 +189,63 @@ class ItemCalls(Claims):
         changed = None
         known = self._known.take(environment_id, work_id)
         if known is not None:
-            changed = await change_known(
-                self._pool, known, decide, now=self._at(), has_history=self._has_history
+            changed = await change_cached_item(
+                self._pool, known, decide, now=self._fixed_time(), has_history=self._has_history
             )
         if changed is None:
-            changed = await self._change_read(environment_id, work_id, decide, worker_id, op)
-        self._known.note(*changed)
+            changed = await self._read_and_change_item(
+                environment_id, work_id, decide, worker_id, op
+            )
+        self._known.put(*changed)
         return changed.item
 
-    async def _change_read(
+    async def _read_and_change_item(
         self,
         environment_id: str,
         work_id: str,
-        decide: Callable[[Item, int], Change],
+        decide: Callable[[Item, int], ItemChange],
         worker_id: str | None,
         op: str | None,
-    ) -> KnownItem:
-        async def attempt(connection: Connection) -> KnownItem | None:
-            stored, item, version, now = await self._read(connection, environment_id, work_id)
+    ) -> CachedItem:
+        async def attempt(connection: Connection) -> CachedItem | None:
+            stored, item, version, now = await self._read_item(connection, environment_id, work_id)
             try:
                 change = decide(item, now)
             except APIError:
                 await self._record_refusal(item, worker_id, op)
                 raise
-            changes = [] if item is stored else [lapse_of(stored)]
+            changes = [] if item is stored else [lease_end_change(stored)]
             if change.item is not item:
                 changes.append(change)
             if not changes:
-                return KnownItem(item, version, now)
-            written = await self._write(connection, stored, version, changes)
-            return None if written is None else KnownItem(change.item, written, now)
+                return CachedItem(item, version, now)
+            written = await self._write_item(connection, stored, version, changes)
+            return None if written is None else CachedItem(change.item, written, now)
 
-        changed = await self._attempted(attempt, LOCK_ITEM, environment_id, work_id)
+        changed = await self._retry_with_lock(attempt, LOCK_ITEM, environment_id, work_id)
         if changed.item.state == QUEUED:
             # The item's lease may have lapsed only now.
-            self._hub.announce(work_topic(environment_id))
+            self._hub.announce_changes(work_topic(environment_id))
         return changed
 
     async def _record_refusal(self, item: Item, worker_id: str | None, op: str | None) -> None:
         if op is not None and self._has_history:
             await self._pool.execute(
-                _CONFLICT, self._at(), item.id, worker_id, item.state, item.lease_end, op
+                _CONFLICT, self._fixed_time(), item.id, worker_id, item.state, item.lease_end, op
             )
 
 
-def stop_of(
+def stop_change(
     item: Item,
     worker_id: str | None,
     now: int,
     *,
     force: bool = False,
     refused: frozenset[tuple[bool, str]] = frozenset(),
-) -> Change:
+) -> ItemChange:
     """Return the change that stops an item; raises the 409 of a refused stop."""
     if (force, item.state) in refused:
         raise APIError(409, f"the item is {item.state}")
-    stopped = state_machine.stop(item, now, force=force)
+    stopped = state_machine.stop_item(item, now, force=force)
     kind: Kind = "stop_requested" if stopped.state == STOPPING else "stopped"
-    return Change(stopped, kind, worker_id, now)
+    return ItemChange(stopped, kind, worker_id, now)

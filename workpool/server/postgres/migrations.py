@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any, Final, NamedTuple
 import asyncpg
 
 from workpool.server.api_errors import StoreError
-from workpool.server.postgres.connection_pool import shown_url, start_connection
+from workpool.server.postgres.connection_pool import redact_url, start_connection
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -56,7 +56,7 @@ class Migration(NamedTuple):
     sql: str
 
 
-def migrations() -> tuple[Migration, ...]:
+def load_migrations() -> tuple[Migration, ...]:
     """Return all migrations, in order."""
     return tuple(
         Migration(version, oldest, (files(__package__) / "schema" / name).read_text("utf-8"))
@@ -80,7 +80,7 @@ async def migrate(url: str, steps: Sequence[Migration] | None = None) -> int:
     Raises:
         StoreError: The database cannot be reached, or its schema is too new for this release.
     """
-    steps = migrations() if steps is None else steps
+    steps = load_migrations() if steps is None else steps
     async with start_connection(url, statement_seconds=MIGRATION_SECONDS) as connection:
         version = await _usable_version(url, connection, steps)
         missing = [step for step in steps if step.version > version]
@@ -97,8 +97,8 @@ async def _usable_version(url: str, connection: Any, steps: Sequence[Migration])
     )
     if oldest > steps[-1].version:
         raise StoreError(
-            f"store {shown_url(url)}: its schema has version {version}, which needs a release that "
-            f"knows version {oldest}; this one knows {steps[-1].version}"
+            f"store {redact_url(url)}: its schema has version {version}, which needs a release "
+            f"that knows version {oldest}; this one knows {steps[-1].version}"
         )
     return int(version)
 
@@ -115,7 +115,7 @@ async def _apply_migration(
             # Lets the calls that wait behind this migration go first.
             await asyncio.sleep(LOCK_SECONDS)
     raise StoreError(
-        f"store {shown_url(url)}: other transactions kept its tables locked, so that its schema "
+        f"store {redact_url(url)}: other transactions kept its tables locked, so that its schema "
         f"could not be changed"
     )
 

@@ -16,7 +16,7 @@ from collections import OrderedDict
 from typing import TYPE_CHECKING, Any, Final, TypeAlias
 
 from workpool.server.postgres.connection_pool import end_connection, open_connection
-from workpool.server.postgres.database_errors import DRIVER_ERRORS, unavailable
+from workpool.server.postgres.database_errors import DRIVER_ERRORS, to_unavailable_error
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -79,11 +79,11 @@ class NotificationHub:
         self._released = False
         self.listening = asyncio.Event()
 
-    def seen(self) -> int:
+    def change_count(self) -> int:
         """Return the number of changes so far; read the database after that."""
         return self._changes
 
-    async def wait(self, topic: str, seen: int, seconds: float) -> bool:
+    async def wait_for_change(self, topic: str, seen: int, seconds: float) -> bool:
         """Wait for a change of a topic after `seen`, and return whether one was announced.
 
         False: `seconds` have passed, or a change may have gone unnoticed. A call for work that then
@@ -100,22 +100,22 @@ class NotificationHub:
         except asyncio.CancelledError:
             # Woken and cancelled in one step: another call must be woken for the item.
             if waiter.done() and not waiter.cancelled():
-                self.wake(topic)
+                self.wake_calls(topic)
             raise
         finally:
             timer.cancel()
             self._discard_waiter(topic, waiter)
 
-    def announce(self, topic: str, count: int = 1) -> None:
+    def announce_changes(self, topic: str, count: int = 1) -> None:
         """Announce changes that are committed, to this node at once and to the others soon."""
         self._record_change(topic)
-        self.wake(topic, count)
+        self.wake_calls(topic, count)
         self._unsent[topic] = self._unsent.get(topic, 0) + count
         if len(self._unsent) > _TOPICS_MAX:
             self._unsent = {EVERYTHING: 1}
         self._wanted.set()
 
-    def wake(self, topic: str, count: int = 1) -> None:
+    def wake_calls(self, topic: str, count: int = 1) -> None:
         """Wake calls of this node: `count` of those for work, all of those for a session.
 
         If fewer wait, the next waits of calls that read the database meanwhile end at once.
@@ -130,14 +130,14 @@ class NotificationHub:
             self._record_change(topic)
             self._unused[topic] = self._unused.get(topic, 0) + count
 
-    def release(self) -> None:
+    def end_waits(self) -> None:
         """End all waits, and let no further call wait, since the node closes."""
         self._released = True
         for timer in self._fallbacks.values():
             timer.cancel()
         self._fallbacks.clear()
         for topic in list(self._waiting):
-            self.wake(topic, len(self._waiting[topic]))
+            self.wake_calls(topic, len(self._waiting[topic]))
 
     async def run(self) -> None:
         """Exchange notifications with the other nodes until cancelled, over any lost connection."""
@@ -149,12 +149,12 @@ class NotificationHub:
                 try:
                     await self._listen(connection)
                     pause = shortest
-                    await self._send_announced(connection)
+                    await self._send_announcements(connection)
                 finally:
                     self.listening.clear()
                     await end_connection(connection)
             except DRIVER_ERRORS as error:
-                refusal = unavailable(error)
+                refusal = to_unavailable_error(error)
                 if refusal is None:
                     raise
                 log.warning("notifications interrupted: %s", refusal.reason)
@@ -170,7 +170,7 @@ class NotificationHub:
         self.listening.set()
         self._wake_after_gap()  # announcements before LISTEN were not received
 
-    async def _send_announced(self, connection: Any) -> None:
+    async def _send_announcements(self, connection: Any) -> None:
         """Send what is announced, until the connection is lost. Raises `DRIVER_ERRORS`.
 
         Everything that is announced while one batch is sent, and shortly after, forms the next.
@@ -182,15 +182,15 @@ class NotificationHub:
             except TimeoutError:
                 await connection.execute("SELECT 1")  # fails if the server has vanished
             self._wanted.clear()
-            for payload, topics in list(self._payloads()):
+            for payload, topics in list(self._make_payloads()):
                 await connection.execute("SELECT pg_notify($1, $2)", CHANNEL, payload)
                 for topic, count in topics:
-                    self._forget_sent(topic, count)
+                    self._remove_sent(topic, count)
                 await asyncio.sleep(_BATCH_SECONDS)
             if connection.is_closed():
                 raise ConnectionResetError
 
-    def _payloads(self) -> Iterator[tuple[str, list[tuple[str, int]]]]:
+    def _make_payloads(self) -> Iterator[tuple[str, list[tuple[str, int]]]]:
         """Iterate over the notifications to send, each with its topics and counts."""
         lines = [self._node]
         topics: list[tuple[str, int]] = []
@@ -207,7 +207,7 @@ class NotificationHub:
         if topics:
             yield "\n".join(lines), topics
 
-    def _forget_sent(self, topic: str, count: int) -> None:
+    def _remove_sent(self, topic: str, count: int) -> None:
         left = self._unsent.get(topic, 0) - count
         if left > 0:
             self._unsent[topic] = left  # changes announced during the send
@@ -224,7 +224,7 @@ class NotificationHub:
                 self._wake_after_gap()  # any topic, or a text of another release
                 return
             self._record_change(topic)
-            self.wake(topic, int(count))
+            self.wake_calls(topic, int(count))
 
     def _wake_after_gap(self) -> None:
         """Let calls read again, since changes may be missed: one call for each work topic."""
@@ -262,7 +262,7 @@ class NotificationHub:
         self._waiting.setdefault(topic, OrderedDict())[waiter] = None
         if topic not in self._fallbacks:
             self._fallbacks[topic] = asyncio.get_running_loop().call_later(
-                FALLBACK_SECONDS, self._fall_back, topic
+                FALLBACK_SECONDS, self._recheck_periodically, topic
             )
 
     def _discard_waiter(self, topic: str, waiter: Waiter) -> None:
@@ -273,12 +273,12 @@ class NotificationHub:
         if not waiters:
             del self._waiting[topic]
 
-    def _fall_back(self, topic: str) -> None:
+    def _recheck_periodically(self, topic: str) -> None:
         del self._fallbacks[topic]
         waiters = self._waiting.get(topic)
         if waiters:
             self._fallbacks[topic] = asyncio.get_running_loop().call_later(
-                FALLBACK_SECONDS, self._fall_back, topic
+                FALLBACK_SECONDS, self._recheck_periodically, topic
             )
             self._recheck_waiters(topic)
 

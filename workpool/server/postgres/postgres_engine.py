@@ -11,10 +11,10 @@ import secrets
 from typing import TYPE_CHECKING, Any, Final
 
 from workpool.server.postgres.connection_pool import ConnectionPool
-from workpool.server.postgres.ended_sessions import EndedSessions
-from workpool.server.postgres.listings import Listings
 from workpool.server.postgres.migrations import migrate
 from workpool.server.postgres.notifications import NotificationHub
+from workpool.server.postgres.read_calls import ReadCalls
+from workpool.server.postgres.retention_calls import RetentionCalls
 from workpool.server.postgres.sweeper import Sweeper
 from workpool.server.timestamps import SECOND
 
@@ -27,7 +27,7 @@ INSERT INTO settings (name, value) VALUES ('signing_key', $1) ON CONFLICT (name)
 _SIGNING_KEY: Final = "SELECT value FROM settings WHERE name = 'signing_key'"
 
 
-class PostgresEngine(Listings, EndedSessions):
+class PostgresEngine(ReadCalls, RetentionCalls):
     """The calls of the protocol on one database.
 
     Args:
@@ -50,7 +50,7 @@ class PostgresEngine(Listings, EndedSessions):
         # A statement of its own sees the key that another node made meanwhile.
         await self._pool.execute(_MAKE_SIGNING_KEY, secrets.token_bytes(32))
         self.signing_key = await self._pool.fetchval(_SIGNING_KEY)
-        self._opened_at = await self._time()
+        self._opened_at = await self._current_time()
         self._running = asyncio.get_running_loop().create_task(
             self._run_background(), name="postgres"
         )
@@ -63,22 +63,22 @@ class PostgresEngine(Listings, EndedSessions):
             await asyncio.wait([running])
         await self._pool.close()
 
-    async def failed(self) -> None:
+    async def wait_for_failure(self) -> None:
         """Wait for a defect of the work in the background; an unavailable database is no defect."""
         if self._running is not None:
             await asyncio.shield(self._running)
 
-    def release(self) -> None:
+    def end_waits(self) -> None:
         """End all long polls and streams, and let no further one wait: the server closes."""
         self._closing = True
-        self._hub.release()
+        self._hub.end_waits()
 
     async def _run_background(self) -> None:
         """Exchange notifications with the other nodes, and sweep."""
-        batches: list[Callable[[], Awaitable[int]]] = [self.sweep_leases, self.forget_pollers]
+        batches: list[Callable[[], Awaitable[int]]] = [self.sweep_leases, self.delete_idle_pollers]
         if self._retention is not None:
             retention = int(self._retention * SECOND)
-            batches.append(lambda: self.delete_ended(retention))
+            batches.append(lambda: self.delete_ended_sessions(retention))
         async with asyncio.TaskGroup() as group:
             group.create_task(self._hub.run())
             group.create_task(Sweeper(self._pool, *batches).run())

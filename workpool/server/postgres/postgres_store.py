@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from workpool.server.engine import Engine
 
 
-def _password_of(url: str) -> str | None:
+def _password_in_url(url: str) -> str | None:
     try:
         return urlsplit(url).password
     except ValueError:
@@ -33,20 +33,20 @@ class PostgresStore:
 
     def __init__(self, url: str, *, history: bool = False) -> None:
         hide(url)
-        password = _password_of(url)
+        password = _password_in_url(url)
         if password is not None:
             hide(password)
             hide(unquote(password))
         self._url = url
         self._history = history
 
-    def engine(self, **options: Any) -> Engine:
+    def make_engine(self, **options: Any) -> Engine:
         """Return the engine on this database, with the further arguments of `PostgresEngine`.
 
         Raises:
             ServeError: The driver is not installed.
         """
-        with _driver_required():
+        with _require_driver():
             from workpool.server.postgres.postgres_engine import (  # noqa: PLC0415 - an extra
                 PostgresEngine,
             )
@@ -59,13 +59,13 @@ class PostgresStore:
             ServeError: The driver is not installed, the database cannot be reached, or its schema
                 is too new for this release.
         """
-        with _driver_required():
+        with _require_driver():
             from workpool.server.postgres.migrations import migrate  # noqa: PLC0415 - an extra
         return await migrate(self._url)
 
 
 @contextmanager
-def _driver_required() -> Iterator[None]:
+def _require_driver() -> Iterator[None]:
     """Turn the failed import of a missing driver into a `ServeError` that names the extra."""
     try:
         yield

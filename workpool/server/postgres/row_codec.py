@@ -52,11 +52,11 @@ _SESSION_FIELDS: Final = (
     "archived_at",
 )
 ITEM_COLUMNS: Final = ", ".join(f"i.{name}" for name in ITEM_FIELDS)
-"""The columns of an item, of the table or subquery `i`, for `item_of`."""
+"""The columns of an item, of the table or subquery `i`, for `item_from_row`."""
 SESSION_COLUMNS: Final = ", ".join(f"s.{name}" for name in _SESSION_FIELDS)
-"""The columns of a session, of the table `s`, for `session_of`."""
+"""The columns of a session, of the table `s`, for `session_from_row`."""
 VIEW_COLUMNS: Final = f"{SESSION_COLUMNS}, s.status, s.last_event_at, {ITEM_COLUMNS}"
-"""The columns of a session `s` and of its latest item `i`, for `view_of`."""
+"""The columns of a session `s` and of its latest item `i`, for `view_from_row`."""
 VIEW_WIDTH: Final = len(_SESSION_FIELDS) + 2 + len(ITEM_FIELDS)
 ENVIRONMENT_COLUMNS: Final = "id, name, description, metadata, created_at"
 RECORD_COLUMNS: Final = "time, work_id, kind, worker_id, state, lease_end, op"
@@ -64,7 +64,7 @@ RECORD_COLUMNS: Final = "time, work_id, kind, worker_id, state, lease_end, op"
 _ID: Final = re.compile(ID_PATTERN)
 
 
-def is_id(text: str) -> bool:
+def may_be_id(text: str) -> bool:
     """Return whether a text may be an id; PostgreSQL cannot even compare some other texts."""
     return _ID.fullmatch(text) is not None
 
@@ -84,14 +84,14 @@ def to_json_or_null(value: object) -> str | None:
     return None if value is None else to_json(value)
 
 
-def item_of(row: Sequence[Any]) -> Item:
+def item_from_row(row: Sequence[Any]) -> Item:
     """Return the item whose columns begin a row."""
     values = dict(zip(ITEM_FIELDS, row, strict=False))
     values["metadata"] = orjson.loads(values["metadata"])
     return Item(**values)
 
 
-def session_of(row: Sequence[Any]) -> StoredSession:
+def session_from_row(row: Sequence[Any]) -> StoredSession:
     """Return the session whose columns begin a row."""
     values = dict(zip(_SESSION_FIELDS, row, strict=False))
     for name in ("metadata", "script", "title", "agent"):
@@ -100,13 +100,15 @@ def session_of(row: Sequence[Any]) -> StoredSession:
     return StoredSession(**values)
 
 
-def view_of(row: Sequence[Any]) -> SessionView:
+def view_from_row(row: Sequence[Any]) -> SessionView:
     """Return the session and its latest item whose columns begin a row."""
     width = len(_SESSION_FIELDS)
-    return SessionView(session_of(row), item_of(row[width + 2 :]), row[width], row[width + 1])
+    return SessionView(
+        session_from_row(row), item_from_row(row[width + 2 :]), row[width], row[width + 1]
+    )
 
 
-def session_row(session: StoredSession) -> list[Any]:
+def session_to_row(session: StoredSession) -> list[Any]:
     """Return the columns of a session."""
     return [
         session.id,
@@ -120,7 +122,7 @@ def session_row(session: StoredSession) -> list[Any]:
     ]
 
 
-def environment_of(row: Sequence[Any]) -> Environment:
+def environment_from_row(row: Sequence[Any]) -> Environment:
     """Return the environment of a row with `ENVIRONMENT_COLUMNS`."""
     environment_id, name, description, metadata, created_at = row
     return Environment(
@@ -132,7 +134,7 @@ def environment_of(row: Sequence[Any]) -> Environment:
     )
 
 
-def environment_row(environment: Environment) -> list[Any]:
+def environment_to_row(environment: Environment) -> list[Any]:
     """Return the columns of an environment."""
     return [
         environment.id,
@@ -143,12 +145,12 @@ def environment_row(environment: Environment) -> list[Any]:
     ]
 
 
-def event_of(session_id: str, event_id: str, value: str) -> StoredEvent:
+def event_from_columns(session_id: str, event_id: str, value: str) -> StoredEvent:
     """Return the event with this id and JSON."""
     return StoredEvent(event_id, session_id, orjson.loads(value))
 
 
-def event_columns(events: Iterable[StoredEvent]) -> list[list[str]]:
+def events_to_columns(events: Iterable[StoredEvent]) -> list[list[str]]:
     """Return ids, types, times and JSON of events, a list for each, for `unnest`."""
     rows = [
         (event.id, event.type, str(event.value["processed_at"]), to_json(event.value))
@@ -157,7 +159,7 @@ def event_columns(events: Iterable[StoredEvent]) -> list[list[str]]:
     return [list(column) for column in zip(*rows, strict=True)] if rows else [[], [], [], []]
 
 
-def record_of(row: Sequence[Any]) -> Record:
+def record_from_row(row: Sequence[Any]) -> Record:
     """Return the record of a row with `RECORD_COLUMNS`."""
     time, work_id, kind, worker_id, state, lease_end, op = row
     return Record(

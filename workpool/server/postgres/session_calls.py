@@ -9,21 +9,21 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any, Final, NamedTuple
 
 from workpool.server.api_errors import APIError
-from workpool.server.conversation import Conversation, copy_events, extend
+from workpool.server.conversation import Conversation, copy_events, extend_conversation
 from workpool.server.postgres.conversation_cache import ConversationCache
-from workpool.server.postgres.creations import NEW_ITEM_COLUMNS, Creations
-from workpool.server.postgres.database_calls import RECORD, lapse_of, live
-from workpool.server.postgres.item_calls import LOCK_ITEM, ItemCalls, stop_of
+from workpool.server.postgres.creation_calls import NEW_ITEM_COLUMNS, CreationCalls
+from workpool.server.postgres.database_calls import RECORD, lease_end_change, without_ended_lease
+from workpool.server.postgres.item_calls import LOCK_ITEM, ItemCalls, stop_change
 from workpool.server.postgres.notifications import session_topic, work_topic
 from workpool.server.postgres.row_codec import (
     VIEW_COLUMNS,
     VIEW_WIDTH,
-    event_columns,
-    event_of,
-    is_id,
+    event_from_columns,
+    events_to_columns,
     is_storable,
+    may_be_id,
     to_json,
-    view_of,
+    view_from_row,
 )
 from workpool.server.stored_item import WORK_PREFIX, Item
 from workpool.server.stored_session import TERMINATED, SessionView
@@ -102,18 +102,18 @@ class _SessionRow(NamedTuple):
     now: int
 
 
-class StoredSessionCalls(ItemCalls, Creations):
+class StoredSessionCalls(ItemCalls, CreationCalls):
     """The calls on one session."""
 
     def __init__(self, *arguments: Any, **options: Any) -> None:
         super().__init__(*arguments, **options)
         self._conversations = ConversationCache()
 
-    async def session(self, session_id: str) -> SessionView:
+    async def get_session(self, session_id: str) -> SessionView:
         """Return a session; 404 if unknown."""
         return (await self._read_session(self._pool, session_id)).view
 
-    async def send(
+    async def send_events(
         self,
         session_id: str,
         new_events: Sequence[Mapping[str, Any]],
@@ -125,24 +125,24 @@ class StoredSessionCalls(ItemCalls, Creations):
 
         async def attempt(connection: Connection) -> Sequence[StoredEvent] | None:
             read = await self._read_session(connection, session_id)
-            conversation = await self._conversation(connection, read)
+            conversation = await self._load_conversation(connection, read)
             try:
-                conversation.check(new_events)
+                conversation.check_client_events(new_events)
             except APIError:
-                self._conversations.keep(session_id, conversation)
+                self._conversations.put(session_id, conversation)
                 raise
             brings = messages_bring_work and has_message and read.view.item.state == STOPPED
-            item = self._next_item(read) if brings else None
+            item = self._make_next_item(read) if brings else None
             return await self._append_events(connection, read, conversation, new_events, item)
 
-        events = await self._attempted(attempt, _LOCK, session_id)
-        self._hub.announce(session_topic(session_id))
+        events = await self._retry_with_lock(attempt, _LOCK, session_id)
+        self._hub.announce_changes(session_topic(session_id))
         if messages_bring_work and has_message:
-            view = await self.session(session_id)
-            self._hub.announce(work_topic(view.session.environment_id))
+            view = await self.get_session(session_id)
+            self._hub.announce_changes(work_topic(view.session.environment_id))
         return events
 
-    async def emit(
+    async def emit_events(
         self, session_id: str, new_events: Sequence[Mapping[str, Any]]
     ) -> Sequence[Mapping[str, Any]]:
         """Append events of the agent's side of a session, and return them as stored."""
@@ -151,81 +151,83 @@ class StoredSessionCalls(ItemCalls, Creations):
 
         async def attempt(connection: Connection) -> Sequence[StoredEvent] | None:
             read = await self._read_session(connection, session_id)
-            conversation = await self._conversation(connection, read)
+            conversation = await self._load_conversation(connection, read)
             try:
-                conversation.check_server(new_events)
+                conversation.check_server_events(new_events)
                 copies = copy_events(new_events)
             except APIError:
-                self._conversations.keep(session_id, conversation)
+                self._conversations.put(session_id, conversation)
                 raise
             return await self._append_events(connection, read, conversation, copies)
 
-        events = await self._attempted(attempt, _LOCK, session_id)
-        self._hub.announce(session_topic(session_id))
+        events = await self._retry_with_lock(attempt, _LOCK, session_id)
+        self._hub.announce_changes(session_topic(session_id))
         return tuple(event.value for event in events)
 
     async def archive_session(self, session_id: str) -> SessionView:
         """Archive a session: it is terminated, and its work item is asked to stop."""
-        await self.session(session_id)  # 404 before a lock
+        await self.get_session(session_id)  # 404 before a lock
 
         async def archive() -> SessionView:
             async with self._pool.transaction() as connection:
                 await connection.execute(_LOCK, session_id)
                 read = await self._read_session(connection, session_id)
                 if read.view.session.archived_at is None:
-                    await self._archive(connection, read)
+                    await self._archive_locked_session(connection, read)
                 return (await self._read_session(connection, session_id)).view
 
-        view = await self._pool.retried(archive)
-        self._hub.announce(session_topic(session_id))
+        view = await self._pool.retry_collisions(archive)
+        self._hub.announce_changes(session_topic(session_id))
         return view
 
-    async def _archive(self, connection: Connection, read: _SessionRow) -> None:
+    async def _archive_locked_session(self, connection: Connection, read: _SessionRow) -> None:
         """Archive a session whose row is locked."""
         view = read.view
         await connection.execute(_ARCHIVE, view.id, read.now)
         if view.last_status != TERMINATED:
-            conversation = await self._conversation(connection, read)
+            conversation = await self._load_conversation(connection, read)
             await self._append_events(connection, read, conversation, [{"type": STATUS_TERMINATED}])
             # The transaction may still fail.
             self._conversations.take(view.id)
         place = view.session.environment_id, view.item.id
         await connection.execute(LOCK_ITEM, *place)
-        stored, item, version, now = await self._read(connection, *place)
+        stored, item, version, now = await self._read_item(connection, *place)
         if item.state in {QUEUED, STARTING, ACTIVE}:
-            changes = [] if item is stored else [lapse_of(stored)]
-            changes.append(stop_of(item, None, now))
-            await self._write(connection, stored, version, changes)
+            changes = [] if item is stored else [lease_end_change(stored)]
+            changes.append(stop_change(item, None, now))
+            await self._write_item(connection, stored, version, changes)
 
     async def _read_session(self, connection: Connection, session_id: str) -> _SessionRow:
         """Return a session; 404 if unknown, and if its environment is not served here."""
         row = None
-        if is_id(session_id):
-            row = await connection.fetchrow(_READ, session_id, self._at())
+        if may_be_id(session_id):
+            row = await connection.fetchrow(_READ, session_id, self._fixed_time())
         if row is None:
             raise APIError(404, "no such session")
         event_count, last_event_id, now = row[VIEW_WIDTH:]
-        view = view_of(row)
-        await self.admit(view.session.environment_id)
+        view = view_from_row(row)
+        await self.check_environment(view.session.environment_id)
         return _SessionRow(
-            view._replace(item=live(view.item, now)), event_count, last_event_id, now
+            view._replace(item=without_ended_lease(view.item, now)), event_count, last_event_id, now
         )
 
-    async def _conversation(self, connection: Connection, read: _SessionRow) -> Conversation:
+    async def _load_conversation(self, connection: Connection, read: _SessionRow) -> Conversation:
         """Take a conversation out of the cache, and return it up to the events that were read."""
         session = read.view.session
         conversation = self._conversations.take(session.id)
-        if conversation is None or not await self._is_part(connection, conversation, read):
+        if conversation is None or not await self._matches_stored_events(
+            connection, conversation, read
+        ):
             conversation = Conversation(session.script)
         while (known := len(conversation.events)) < read.event_count:
             rows = await connection.fetch(_EVENTS, session.id, known, read.event_count)
             if not rows:
                 raise APIError(404, "no such session")  # the session was deleted meanwhile
             for event_id, value in rows:
-                conversation.append(event_of(session.id, event_id, value))
+                conversation.append_event(event_from_columns(session.id, event_id, value))
         return conversation
 
-    async def _is_part(
+    async def _matches_stored_events(
         self, connection: Connection, conversation: Conversation, read: _SessionRow
     ) -> bool:
         """Return whether a conversation has the first events of the session.
@@ -241,12 +243,12 @@ class StoredSessionCalls(ItemCalls, Creations):
             last = await connection.fetchval(_EVENT_ID, read.view.id, known)
         return conversation.events[-1].id == last
 
-    def _next_item(self, read: _SessionRow) -> Item:
+    def _make_next_item(self, read: _SessionRow) -> Item:
         """Return a further item of a session, which brings it to a worker again."""
         session = read.view.session
-        self._ids.follow(read.view.item.id.removeprefix(WORK_PREFIX))
+        self._ids.advance_past(read.view.item.id.removeprefix(WORK_PREFIX))
         return Item(
-            id=WORK_PREFIX + self._ids.new(read.now),
+            id=WORK_PREFIX + self._ids.next_digits(read.now),
             environment_id=session.environment_id,
             session_id=session.id,
             metadata=session.metadata,
@@ -271,11 +273,11 @@ class StoredSessionCalls(ItemCalls, Creations):
         now = read.now
         if read.last_event_id is not None:
             # The clock of the database may go back, the times of a session's events may not.
-            self._ids.follow(read.last_event_id.rpartition("_")[2])
+            self._ids.advance_past(read.last_event_id.rpartition("_")[2])
             now = max(now, from_heartbeat_text(view.last_event_at or "") or 0)
-        events = extend(conversation, view.id, new_events, self._ids, now)
+        events = extend_conversation(conversation, view.id, new_events, self._ids, now)
         if not events:
-            self._conversations.keep(view.id, conversation)
+            self._conversations.put(view.id, conversation)
             return ()
         values = [
             view.id,
@@ -285,12 +287,12 @@ class StoredSessionCalls(ItemCalls, Creations):
             conversation.last_event_at,
             conversation.status,
             view.item.id if item is None else item.id,
-            *event_columns(events),
+            *events_to_columns(events),
         ]
         if item is not None:
             values += [item.environment_id, item.created_at, to_json(item.metadata)]
         statement = _APPENDS[item is not None, self._has_history]
         if not await connection.fetchval(statement, *values):
             return None
-        self._conversations.keep(view.id, conversation)
+        self._conversations.put(view.id, conversation)
         return events[: len(new_events)]

@@ -34,21 +34,21 @@ class Deliveries:
         if self._recent.pop(work_id, None) is None:
             del self._due[bisect_left(self._due, work_id)]
 
-    def first(self) -> int | None:
+    def oldest_time(self) -> int | None:
         """Return the time of the oldest delivery; None if there is none."""
         return next(iter(self._times.values()), None)
 
-    def lowest(self) -> str | None:
+    def lowest_id(self) -> str | None:
         """Return the lowest id of all deliveries."""
         return min(chain(self._due[:1], self._recent), default=None)
 
-    def lowest_due(self, until: int) -> str | None:
+    def lowest_due_id(self, until: int) -> str | None:
         """Return the lowest id among the deliveries up to `until`.
 
         Every id becomes due once, so this is the first id in the list, unless a poll with a shorter
         window made ids due that are too recent for this one.
         """
-        oldest = self.first()
+        oldest = self.oldest_time()
         if oldest is None or oldest > until:
             return None
         while self._recent and next(iter(self._recent.values())) <= until:

@@ -33,7 +33,7 @@ class WaitingPolls:
     def __len__(self) -> int:
         return len(self._waiters)
 
-    async def wait(self, seconds: float, *, impatient: bool) -> None:
+    async def wait_until_woken(self, seconds: float, *, impatient: bool) -> None:
         """Sleep for `seconds`, or until woken.
 
         `impatient`: an item that is delivered from now on may become claimable for this poll while
@@ -48,13 +48,13 @@ class WaitingPolls:
         except asyncio.CancelledError:
             # Woken and cancelled in one step: another poll must be woken for the item.
             if waiter.done() and not waiter.cancelled():
-                self.wake(1)
+                self.wake_polls(1)
             raise
         finally:
             timer.cancel()
             self._waiters.pop(waiter, None)
 
-    def wake(self, count: int) -> None:
+    def wake_polls(self, count: int) -> None:
         """Wake the first `count` polls, since this many items became claimable."""
         while count > 0 and self._waiters:
             waiter, _ = self._waiters.popitem(last=False)
@@ -62,7 +62,7 @@ class WaitingPolls:
                 waiter.set_result(None)
                 count -= 1
 
-    def wake_impatient(self) -> None:
+    def wake_impatient_polls(self) -> None:
         """Wake the polls for which a newly delivered item may become claimable while they wait."""
         for waiter, impatient in self._waiters.items():
             if impatient:

@@ -12,9 +12,9 @@ from itertools import islice
 from typing import TYPE_CHECKING, Final, NamedTuple
 
 from workpool.server.api_errors import APIError
-from workpool.server.ascending_ids import AscendingIds, walk
+from workpool.server.ascending_ids import AscendingIds, iterate_ids
 from workpool.server.queue.deliveries import Deliveries
-from workpool.server.queue.lease_expiry import Leases
+from workpool.server.queue.lease_ends import LeaseEnds
 from workpool.server.queue.long_polls import WaitingPolls
 from workpool.server.timestamps import MILLISECOND, SECOND
 from workpool.wire.protocol import (
@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 _WINDOW: Final = RECLAIM_OLDER_THAN_MS * MILLISECOND
 
 
-class Stats(NamedTuple):
+class WorkQueueStats(NamedTuple):
     """Statistics of the queue. `oldest_queued_at` in microseconds.
 
     `running` counts the items that are starting, active or stopping.
@@ -46,12 +46,12 @@ class Stats(NamedTuple):
     stopped: int
 
 
-class Queue:
+class WorkQueue:
     """The items of one environment."""
 
     def __init__(self, environment_id: str) -> None:
         self.environment_id = environment_id
-        self.leases = Leases()
+        self.leases = LeaseEnds()
         self.deliveries = Deliveries()
         self.waiting = WaitingPolls()
         self._items: dict[str, Item] = {}
@@ -64,18 +64,18 @@ class Queue:
     def __len__(self) -> int:
         return len(self._items)
 
-    def get(self, work_id: str) -> Item:
+    def get_item(self, work_id: str) -> Item:
         """Return the item; 404 if the id is unknown or malformed."""
         item = self._items.get(work_id)
         if item is None:
             raise APIError(404, "no such work item in this environment")
         return item
 
-    def holds(self, item: Item) -> bool:
+    def is_current(self, item: Item) -> bool:
         """Return whether this very object is the current one of its id."""
         return self._items.get(item.id) is item
 
-    def put(self, item: Item) -> None:
+    def put_item(self, item: Item) -> None:
         """Add an item, whose id must be the greatest so far, or replace its earlier version."""
         former = self._items.get(item.id)
         self._items[item.id] = item
@@ -89,22 +89,22 @@ class Queue:
         was_stopped = former is not None and former.state == STOPPED
         self._stopped += (item.state == STOPPED) - was_stopped
         if item.lease_end is None:
-            self.leases.drop(item.id)
+            self.leases.remove(item.id)
         else:
-            self.leases.hold(item.id, item.lease_end)
+            self.leases.set_end(item.id, item.lease_end)
         if item.state == QUEUED:
-            self._put_queued(item, former)
+            self._index_queued_item(item, former)
 
-    def present(self, work_ids: Iterable[str]) -> list[Item]:
+    def existing_items(self, work_ids: Iterable[str]) -> list[Item]:
         """Return those of the items that are in this queue."""
         return [self._items[work_id] for work_id in work_ids if work_id in self._items]
 
-    def remove(self, work_id: str) -> None:
+    def remove_item(self, work_id: str) -> None:
         """Remove a stopped item."""
         self._stopped -= self._items.pop(work_id).state == STOPPED
         self._ids.remove(work_id)
 
-    def _put_queued(self, item: Item, former: Item | None) -> None:
+    def _index_queued_item(self, item: Item, former: Item | None) -> None:
         if item.delivered_at is None:
             if former is None or former.state != QUEUED or former.delivered_at is not None:
                 heappush(self._fresh, item.id)
@@ -112,13 +112,13 @@ class Queue:
             self.deliveries.add(item.id, item.delivered_at)
             self._recent[item.id] = item.delivered_at
 
-    def claimable(self, delivered_until: int) -> Item | None:
+    def oldest_claimable(self, delivered_until: int) -> Item | None:
         """Return the oldest item that is unclaimed, or was delivered by `delivered_until`."""
-        ids = (self._first_fresh(), self.deliveries.lowest_due(delivered_until))
+        ids = (self._first_undelivered_id(), self.deliveries.lowest_due_id(delivered_until))
         oldest = min((work_id for work_id in ids if work_id is not None), default=None)
         return None if oldest is None else self._items[oldest]
 
-    def _first_fresh(self) -> str | None:
+    def _first_undelivered_id(self) -> str | None:
         while self._fresh:
             item = self._items.get(self._fresh[0])
             if item is not None and item.state == QUEUED and item.delivered_at is None:
@@ -126,32 +126,34 @@ class Queue:
             heappop(self._fresh)
         return None
 
-    def page(self, limit: int, *, after: str = "", before: str | None = None) -> Sequence[Item]:
+    def list_items(
+        self, limit: int, *, after: str = "", before: str | None = None
+    ) -> Sequence[Item]:
         """Return up to `limit` items next to a place in the order of ids, ascending."""
-        walked = walk(self._ids, after=after, before=before)
+        walked = iterate_ids(self._ids, after=after, before=before)
         items = [self._items[work_id] for work_id in islice(walked, limit)]
         return items if before is None else items[::-1]
 
-    def walk(
+    def iterate_items(
         self, *, after: str = "", before: str | None = None, newest_first: bool = False
     ) -> Iterator[Item]:
         """Iterate over the items next to a place, nearest first."""
-        walked = walk(self._ids, after=after, before=before, newest_first=newest_first)
+        walked = iterate_ids(self._ids, after=after, before=before, newest_first=newest_first)
         return (self._items[work_id] for work_id in walked)
 
-    def poll_seen(self, worker_id: str, now: int) -> None:
+    def record_poll(self, worker_id: str, now: int) -> None:
         """Record that this worker polls."""
         self._pollers[worker_id] = now
         self._pollers.move_to_end(worker_id)
-        self._forget_until(self._pollers, now - WORKERS_POLLING_WINDOW_SECONDS * SECOND)
+        self._drop_older_entries(self._pollers, now - WORKERS_POLLING_WINDOW_SECONDS * SECOND)
 
-    def stats(self, now: int) -> Stats:
+    def compute_stats(self, now: int) -> WorkQueueStats:
         """Return the statistics of the queue."""
-        self._forget_until(self._recent, now - _WINDOW)
-        self._forget_until(self._pollers, now - WORKERS_POLLING_WINDOW_SECONDS * SECOND)
-        ids = (self._first_fresh(), self.deliveries.lowest())
+        self._drop_older_entries(self._recent, now - _WINDOW)
+        self._drop_older_entries(self._pollers, now - WORKERS_POLLING_WINDOW_SECONDS * SECOND)
+        ids = (self._first_undelivered_id(), self.deliveries.lowest_id())
         oldest = min((work_id for work_id in ids if work_id is not None), default=None)
-        return Stats(
+        return WorkQueueStats(
             depth=self._queued - len(self._recent),
             pending=len(self._recent),
             oldest_queued_at=None if oldest is None else self._items[oldest].created_at,
@@ -161,6 +163,6 @@ class Queue:
         )
 
     @staticmethod
-    def _forget_until(entries: OrderedDict[str, int], until: int) -> None:
+    def _drop_older_entries(entries: OrderedDict[str, int], until: int) -> None:
         while entries and next(iter(entries.values())) <= until:
             entries.popitem(last=False)

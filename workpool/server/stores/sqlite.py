@@ -19,8 +19,8 @@ from importlib.resources import files
 from typing import TYPE_CHECKING, Any, Final
 
 from workpool.server.api_errors import StoreError
-from workpool.server.stores.sqlite_rows import TABLES, Deleted
-from workpool.server.stores.store import Contents
+from workpool.server.stores.sqlite_rows import TABLES, DeletedRow
+from workpool.server.stores.store import StoreContents
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -54,7 +54,7 @@ class SqliteStore:
         self._thread: threading.Thread | None = None
         self._changed = threading.Condition(threading.RLock())  # reentrant, for `together`
         # Guarded by _changed: the unsaved rows, only the newest version of each, and their count.
-        self._unsaved: dict[str, Row | Deleted] = {}
+        self._unsaved: dict[str, Row | DeletedRow] = {}
         self._saved = 0
         self._closing = False
         # Used on the loop only.
@@ -63,24 +63,24 @@ class SqliteStore:
         self._failure = ""
         self._failed = asyncio.Event()
 
-    async def open(self) -> Contents:
+    async def open(self) -> StoreContents:
         """Lock the file, create or check its tables, and read everything. Raises `StoreError`."""
         loop = asyncio.get_running_loop()
-        opened: asyncio.Future[Contents] = loop.create_future()
+        opened: asyncio.Future[StoreContents] = loop.create_future()
         self._thread = threading.Thread(
             target=self._run_writer, args=(loop, opened), name="workpool-store", daemon=True
         )
         self._thread.start()
         return await opened
 
-    def together(self) -> AbstractContextManager[object]:
+    def transaction(self) -> AbstractContextManager[object]:
         """Return a context whose changes are one transaction; it must not await.
 
         The writer takes no changes meanwhile: the context is the lock, which is reentrant.
         """
         return self._changed
 
-    def save(self, item: Item) -> None:
+    def save_item(self, item: Item) -> None:
         """Accept an item's new version; returns at once."""
         self._accept_rows(item)
 
@@ -96,12 +96,12 @@ class SqliteStore:
         """Accept new events, for one transaction; returns at once."""
         self._accept_rows(*events)
 
-    def delete(self, rows: Sequence[Row]) -> None:
+    def delete_rows(self, rows: Sequence[Row]) -> None:
         """Delete items, sessions and events; returns at once."""
         if rows:
-            self._accept_rows(*(Deleted(type(row), row.id) for row in rows))
+            self._accept_rows(*(DeletedRow(type(row), row.id) for row in rows))
 
-    async def durable(self) -> None:
+    async def wait_until_durable(self) -> None:
         """Return once all changes so far are on disk. Raises `StoreError`."""
         if self._failure:
             raise StoreError(self._failure)
@@ -110,7 +110,7 @@ class SqliteStore:
             self._waiting.append((self._saved, future))
             await future
 
-    async def failed(self) -> None:
+    async def wait_for_failure(self) -> None:
         """Wait until a write has failed. Raises `StoreError`."""
         await self._failed.wait()
         raise StoreError(self._failure)
@@ -126,7 +126,7 @@ class SqliteStore:
         if self._thread is not None:
             await asyncio.to_thread(self._thread.join)
 
-    def _accept_rows(self, *rows: Row | Deleted) -> None:
+    def _accept_rows(self, *rows: Row | DeletedRow) -> None:
         with self._changed:
             self._unsaved.update((row.id, row) for row in rows)
             self._saved += 1
@@ -135,7 +135,7 @@ class SqliteStore:
     # On the writer's thread.
 
     def _run_writer(
-        self, loop: asyncio.AbstractEventLoop, opened: asyncio.Future[Contents]
+        self, loop: asyncio.AbstractEventLoop, opened: asyncio.Future[StoreContents]
     ) -> None:
         try:
             with closing(self._connect()) as connection:
@@ -145,7 +145,7 @@ class SqliteStore:
                 loop.call_soon_threadsafe(_resolve_future, opened, contents)
                 while (batch := self._next_batch()) is not None:
                     rows, saved = batch
-                    _write(connection, rows)
+                    _write_rows(connection, rows)
                     loop.call_soon_threadsafe(self._on_commit, saved)
         except Exception as error:  # noqa: BLE001 - whatever ends this thread is raised on the loop
             problem = str(error)
@@ -173,7 +173,7 @@ class SqliteStore:
             raise
         return connection
 
-    def _read_contents(self, connection: sqlite3.Connection) -> Contents | None:
+    def _read_contents(self, connection: sqlite3.Connection) -> StoreContents | None:
         """Read everything; None if closing. Raises `StoreError` for a malformed row."""
         read: list[list[Any]] = []
         for table in TABLES:
@@ -184,9 +184,9 @@ class SqliteStore:
                 read[-1].append(table.from_row(row))
         sessions, items, events, environments = read
         (signing_key,) = connection.execute("SELECT key FROM signing_key").fetchone()
-        return Contents(items, sessions, events, environments, signing_key)
+        return StoreContents(items, sessions, events, environments, signing_key)
 
-    def _next_batch(self) -> tuple[Sequence[Row | Deleted], int] | None:
+    def _next_batch(self) -> tuple[Sequence[Row | DeletedRow], int] | None:
         """Wait for changes to write; None if closing and nothing is left."""
         with self._changed:
             while not self._unsaved and not self._closing:
@@ -203,7 +203,7 @@ class SqliteStore:
         while self._waiting and self._waiting[0][0] <= saved:
             _resolve_future(self._waiting.popleft()[1], None)
 
-    def _on_failure(self, message: str, opened: asyncio.Future[Contents]) -> None:
+    def _on_failure(self, message: str, opened: asyncio.Future[StoreContents]) -> None:
         self._failure = message
         self._failed.set()
         if not opened.done():
@@ -242,7 +242,7 @@ def _upgrade_schema(connection: sqlite3.Connection) -> None:
     connection.execute(f"PRAGMA user_version = {SCHEMA_VERSION}")
 
 
-def _write(connection: sqlite3.Connection, rows: Sequence[Row | Deleted]) -> None:
+def _write_rows(connection: sqlite3.Connection, rows: Sequence[Row | DeletedRow]) -> None:
     """Write all rows in one transaction; after its COMMIT they survive a crash."""
     connection.execute("BEGIN IMMEDIATE")
     for table in TABLES:
@@ -251,6 +251,6 @@ def _write(connection: sqlite3.Connection, rows: Sequence[Row | Deleted]) -> Non
         )
         connection.executemany(
             table.delete,
-            ((one.id,) for one in rows if isinstance(one, Deleted) and one.kind is table.kind),
+            ((one.id,) for one in rows if isinstance(one, DeletedRow) and one.kind is table.kind),
         )
     connection.execute("COMMIT")

@@ -29,14 +29,14 @@ _YEAR_10000: Final = 253_402_300_800 * SECOND
 """The first time that cannot be written as text."""
 
 
-class Deleted(NamedTuple):
+class DeletedRow(NamedTuple):
     """A row to delete."""
 
     kind: type[Row]
     id: str
 
 
-class Table:
+class RowTable:
     """The rows of one dataclass, whose fields are the columns, in the same order.
 
     Attributes:
@@ -94,7 +94,7 @@ def _is_number(value: object) -> bool:
     return isinstance(value, int) and 0 <= value < _YEAR_10000
 
 
-def _is_flag(value: object) -> bool:
+def _is_boolean(value: object) -> bool:
     return value in {0, 1}
 
 
@@ -112,7 +112,7 @@ def _is_object(value: object) -> bool:
     return isinstance(value, dict)
 
 
-def _is_strings(value: object) -> bool:
+def _is_string_mapping(value: object) -> bool:
     return isinstance(value, dict) and all(isinstance(each, str) for each in value.values())
 
 
@@ -120,7 +120,7 @@ def _is_script(value: object) -> bool:
     return isinstance(value, list) and all(isinstance(each, dict) for each in value)
 
 
-def _or_none(is_valid: Callable[[object], bool]) -> Callable[[object], bool]:
+def _allow_none(is_valid: Callable[[object], bool]) -> Callable[[object], bool]:
     return lambda value: value is None or is_valid(value)
 
 
@@ -129,38 +129,38 @@ _JSON: Final = ("Mapping", "Script")
 
 _CHECKS: Final[Mapping[str, Callable[[object], bool]]] = {
     "str": _is_text,
-    "str | None": _or_none(_is_text),
+    "str | None": _allow_none(_is_text),
     "int": _is_number,
-    "int | None": _or_none(_is_number),
-    "bool": _is_flag,
+    "int | None": _allow_none(_is_number),
+    "bool": _is_boolean,
     "State": _is_state,
-    "Mapping[str, str]": _is_strings,
+    "Mapping[str, str]": _is_string_mapping,
     "Mapping[str, Any]": _is_event,
-    "Mapping[str, Any] | None": _or_none(_is_object),
-    "Script | None": _or_none(_is_script),
+    "Mapping[str, Any] | None": _allow_none(_is_object),
+    "Script | None": _allow_none(_is_script),
 }
 """For each type of a field, the check of a column's value."""
 
 TABLES: Final = (
-    Table(
+    RowTable(
         StoredSession,
         "SELECT * FROM session ORDER BY id",
         "INSERT OR REPLACE INTO session VALUES (?, ?, ?, ?, ?, ?, ?, ?)",
         "DELETE FROM session WHERE id = ?",
     ),
-    Table(
+    RowTable(
         Item,
         "SELECT * FROM work ORDER BY id",
         "INSERT OR REPLACE INTO work VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)",
         "DELETE FROM work WHERE id = ?",
     ),
-    Table(
+    RowTable(
         StoredEvent,
         "SELECT * FROM event ORDER BY id",
         "INSERT OR REPLACE INTO event VALUES (?, ?, ?)",
         "DELETE FROM event WHERE id = ?",
     ),
-    Table(
+    RowTable(
         Environment,
         "SELECT * FROM environment ORDER BY id",
         "INSERT OR REPLACE INTO environment VALUES (?, ?, ?, ?, ?)",

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from workpool.server.stores.sqlite_rows import Row
 
 
-class Contents(NamedTuple):
+class StoreContents(NamedTuple):
     """The content of a store at start, in ascending order of ids.
 
     `signing_key`: the key that signs the items' session tokens; empty: the store has none.
@@ -38,13 +38,13 @@ class Contents(NamedTuple):
 class Store(Protocol):
     """The interface of a store."""
 
-    async def open(self) -> Contents:
+    async def open(self) -> StoreContents:
         """Prepare the store and read everything. Raises `StoreError`."""
 
-    def together(self) -> AbstractContextManager[object]:
+    def transaction(self) -> AbstractContextManager[object]:
         """Return a context whose changes either all survive a crash or none; it must not await."""
 
-    def save(self, item: Item) -> None:
+    def save_item(self, item: Item) -> None:
         """Accept an item's new version; returns at once."""
 
     def save_session(self, session: StoredSession) -> None:
@@ -56,13 +56,13 @@ class Store(Protocol):
     def save_events(self, events: Sequence[StoredEvent]) -> None:
         """Accept new events, of which all or none survive a crash; returns at once."""
 
-    def delete(self, rows: Sequence[Row]) -> None:
+    def delete_rows(self, rows: Sequence[Row]) -> None:
         """Delete items, sessions and events; returns at once."""
 
-    async def durable(self) -> None:
+    async def wait_until_durable(self) -> None:
         """Return once all changes so far survive a crash. Raises `StoreError`."""
 
-    async def failed(self) -> None:
+    async def wait_for_failure(self) -> None:
         """Wait until nothing can be saved anymore. Raises `StoreError`."""
 
     async def close(self) -> None:
@@ -72,15 +72,15 @@ class Store(Protocol):
 class MemoryStore:
     """A store whose content ends with the process."""
 
-    async def open(self) -> Contents:
+    async def open(self) -> StoreContents:
         """Start empty."""
-        return Contents()
+        return StoreContents()
 
-    def together(self) -> AbstractContextManager[object]:
+    def transaction(self) -> AbstractContextManager[object]:
         """Return a context without effect."""
         return nullcontext()
 
-    def save(self, item: Item) -> None:
+    def save_item(self, item: Item) -> None:
         """No effect: the index has the item."""
 
     def save_session(self, session: StoredSession) -> None:
@@ -92,13 +92,13 @@ class MemoryStore:
     def save_events(self, events: Sequence[StoredEvent]) -> None:
         """No effect: the index has the events."""
 
-    def delete(self, rows: Sequence[Row]) -> None:
+    def delete_rows(self, rows: Sequence[Row]) -> None:
         """No effect: only the index had the rows."""
 
-    async def durable(self) -> None:
+    async def wait_until_durable(self) -> None:
         """Return at once."""
 
-    async def failed(self) -> None:
+    async def wait_for_failure(self) -> None:
         """Wait forever, since nothing can fail."""
         await asyncio.get_running_loop().create_future()
 

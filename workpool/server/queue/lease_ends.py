@@ -9,7 +9,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
 
 
-class Leases:
+class LeaseEnds:
     """The ends of the current leases."""
 
     def __init__(self) -> None:
@@ -17,7 +17,7 @@ class Leases:
         self._scheduled: dict[str, int] = {}
         self._heap: list[tuple[int, str]] = []
 
-    def hold(self, work_id: str, end: int) -> None:
+    def set_end(self, work_id: str, end: int) -> None:
         """Record that the item's lease ends at `end`.
 
         If the end is later than before, the entry stays and is moved once it is the first: a heap
@@ -27,15 +27,15 @@ class Leases:
         if end < self._scheduled.get(work_id, end + 1):
             self._push_entry(work_id, end)
 
-    def drop(self, work_id: str) -> None:
+    def remove(self, work_id: str) -> None:
         """Remove the item's lease."""
         self._ends.pop(work_id, None)
 
-    def first(self) -> int | None:
+    def earliest_end(self) -> int | None:
         """Return a time before which no lease ends; None if there is no lease."""
         return self._heap[0][0] if self._heap else None
 
-    def lapsed(self, now: int) -> Iterator[str]:
+    def pop_ended(self, now: int) -> Iterator[str]:
         """Remove the items whose leases ended by `now`; return them in the order of the ends."""
         while self._heap and self._heap[0][0] <= now:
             at, work_id = heappop(self._heap)

@@ -53,32 +53,32 @@ SELECT id FROM ended
 """
 
 
-class EndedSessions(DatabaseCalls):
+class RetentionCalls(DatabaseCalls):
     """The retention of ended sessions."""
 
-    async def delete_ended(self, retention: int) -> int:
+    async def delete_ended_sessions(self, retention: int) -> int:
         """Delete sessions whose items all stopped at least `retention` microseconds ago.
 
         Deletes at most `BATCH_MAX` sessions and returns their number. A session is deleted under
         its lock: a message that brings it new work either comes first, and the session stays, or
         finds no session.
         """
-        until = await self._time() - retention
+        until = await self._current_time() - retention
 
         async def delete() -> list[str]:
             async with self._pool.transaction() as connection:
-                found = _first_sessions(await connection.fetch(_FIND, until))
+                found = _limit_deleted_events(await connection.fetch(_FIND, until))
                 if not found:
                     return []
                 return [row[0] for row in await connection.fetch(_DELETE, until, found)]
 
-        deleted = await self._pool.retried(delete)
+        deleted = await self._pool.retry_collisions(delete)
         for session_id in deleted:
-            self._hub.announce(session_topic(session_id))  # ends the streams of the session
+            self._hub.announce_changes(session_topic(session_id))  # ends the streams of the session
         return len(deleted)
 
 
-def _first_sessions(rows: Sequence[Any]) -> list[str]:
+def _limit_deleted_events(rows: Sequence[Any]) -> list[str]:
     """Return the ids of the first rows of `_FIND` whose events one transaction deletes."""
     totals = accumulate(row[1] for row in rows)
     return [

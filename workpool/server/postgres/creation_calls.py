@@ -7,12 +7,12 @@ from itertools import accumulate
 from typing import TYPE_CHECKING, Any, Final
 
 from workpool.server.answer_limits import NEW_METADATA_LIMIT_BYTES, check_metadata
-from workpool.server.conversation import Conversation, extend
+from workpool.server.conversation import Conversation, extend_conversation
 from workpool.server.parsing.session_script import parse_script
 from workpool.server.postgres.database_calls import RECORD
 from workpool.server.postgres.environment_calls import EnvironmentCalls
 from workpool.server.postgres.notifications import work_topic
-from workpool.server.postgres.row_codec import event_columns, session_row
+from workpool.server.postgres.row_codec import events_to_columns, session_to_row
 from workpool.server.stored_item import SESSION_PREFIX, WORK_PREFIX, Item
 from workpool.server.stored_session import SessionView, StoredSession
 from workpool.wire.protocol import SESSION, TTL_DEFAULT_SECONDS
@@ -62,7 +62,7 @@ _CREATES: Final = {
 """The creation of sessions with an item each, by whether there is a history."""
 
 
-class Creations(EnvironmentCalls):
+class CreationCalls(EnvironmentCalls):
     """The calls that create work."""
 
     async def enqueue(
@@ -82,31 +82,31 @@ class Creations(EnvironmentCalls):
         """
         if session_id is not None:
             raise ValueError("a control plane on PostgreSQL adds items to a session by messages")
-        await self.admit(environment_id)
+        await self.check_environment(environment_id)
         metadata = dict(metadata or {})
         check_metadata(metadata, NEW_METADATA_LIMIT_BYTES)
         parsed = None if script is None else parse_script(script, count)
-        now = await self._time()
+        now = await self._current_time()
         template = StoredSession("", environment_id, metadata, now, parsed)
-        return [view.item for view in await self._create(template, count, work_type)]
+        return [view.item for view in await self._create_sessions(template, count, work_type)]
 
     async def create_session(self, wanted: NewSession) -> SessionView:
         """Create a session and the work item that brings it to a worker."""
-        await self.admit(wanted.environment_id)
+        await self.check_environment(wanted.environment_id)
         check_metadata(wanted.metadata, NEW_METADATA_LIMIT_BYTES)
         template = StoredSession(
             "",
             wanted.environment_id,
             wanted.metadata,
-            await self._time(),
+            await self._current_time(),
             wanted.script,
             wanted.title,
             wanted.agent,
         )
-        (view,) = await self._create(template, 1, SESSION, wanted.initial_events)
+        (view,) = await self._create_sessions(template, 1, SESSION, wanted.initial_events)
         return view
 
-    async def _create(
+    async def _create_sessions(
         self,
         template: StoredSession,
         count: int,
@@ -118,7 +118,7 @@ class Creations(EnvironmentCalls):
         events: list[StoredEvent] = []
         counts: list[int] = []
         for _ in range(count):
-            view, first = self._new_view(template, work_type, initial_events)
+            view, first = self._make_session(template, work_type, initial_events)
             views.append(view)
             events += first
             counts.append(len(first))
@@ -126,7 +126,7 @@ class Creations(EnvironmentCalls):
         await self._pool.execute(
             _CREATES[self._has_history],
             [view.id for view in views],
-            *session_row(template)[1:],
+            *session_to_row(template)[1:],
             [view.item.id for view in views],
             counts,
             [events[end - 1].id if own else None for end, own in ends],
@@ -135,21 +135,21 @@ class Creations(EnvironmentCalls):
             work_type,
             [event.session_id for event in events],
             [seq for own in counts for seq in range(1, own + 1)],
-            *event_columns(events),
+            *events_to_columns(events),
         )
-        self._hub.announce(work_topic(template.environment_id), count)
+        self._hub.announce_changes(work_topic(template.environment_id), count)
         return views
 
-    def _new_view(
+    def _make_session(
         self,
         template: StoredSession,
         work_type: str,
         initial_events: Sequence[Mapping[str, Any]],
     ) -> tuple[SessionView, list[StoredEvent]]:
         now = template.created_at
-        session = replace(template, id=SESSION_PREFIX + self._ids.new(now))
+        session = replace(template, id=SESSION_PREFIX + self._ids.next_digits(now))
         item = Item(
-            id=WORK_PREFIX + self._ids.new(now),
+            id=WORK_PREFIX + self._ids.next_digits(now),
             environment_id=session.environment_id,
             session_id=session.id,
             type=work_type,
@@ -158,8 +158,8 @@ class Creations(EnvironmentCalls):
         )
         conversation = Conversation(session.script)
         if initial_events:
-            conversation.check(initial_events)
+            conversation.check_client_events(initial_events)
         events: list[StoredEvent] = []
         if initial_events or session.script is not None:
-            events = extend(conversation, session.id, initial_events, self._ids, now)
+            events = extend_conversation(conversation, session.id, initial_events, self._ids, now)
         return SessionView(session, item, conversation.status, conversation.last_event_at), events

@@ -25,14 +25,14 @@ from workpool.server.postgres.database_calls import (
     RECORD,
     SHARD,
 )
-from workpool.server.postgres.row_codec import ITEM_COLUMNS, ITEM_FIELDS, item_of, to_json
+from workpool.server.postgres.row_codec import ITEM_COLUMNS, ITEM_FIELDS, item_from_row, to_json
 from workpool.wire.protocol import STOPPED
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
     from workpool.server.postgres.connection_pool import Connection
-    from workpool.server.postgres.database_calls import Change
+    from workpool.server.postgres.database_calls import ItemChange
     from workpool.server.stored_item import Item
 
 KNOWN_MAX: Final = 10_000
@@ -89,7 +89,7 @@ _CHANGES: Final = {
 """The statement, by whether the item stops and whether there is a history."""
 
 
-class KnownItem(NamedTuple):
+class CachedItem(NamedTuple):
     """A row as this node last saw it: `seen_at` is the database's time then."""
 
     item: Item
@@ -97,35 +97,35 @@ class KnownItem(NamedTuple):
     seen_at: int
 
 
-class KnownItems:
+class ItemCache:
     """The rows that this node read or wrote last, by environment and id."""
 
     def __init__(self) -> None:
-        self._known: OrderedDict[tuple[str, str], KnownItem] = OrderedDict()
+        self._known: OrderedDict[tuple[str, str], CachedItem] = OrderedDict()
 
-    def note(self, item: Item, version: int, seen_at: int) -> None:
+    def put(self, item: Item, version: int, seen_at: int) -> None:
         """Remember a row, unless no change is likely to follow or it takes much memory."""
         size = sum(len(key) + len(value) for key, value in item.metadata.items())
         if item.state == STOPPED or size > KNOWN_METADATA_MAX:
             return
-        self._known[item.environment_id, item.id] = KnownItem(item, version, seen_at)
+        self._known[item.environment_id, item.id] = CachedItem(item, version, seen_at)
         self._known.move_to_end((item.environment_id, item.id))
         if len(self._known) > KNOWN_MAX:
             self._known.popitem(last=False)
 
-    def take(self, environment_id: str, work_id: str) -> KnownItem | None:
+    def take(self, environment_id: str, work_id: str) -> CachedItem | None:
         """Forget a row, which is about to change, and return it; None: it is not known."""
         return self._known.pop((environment_id, work_id), None)
 
 
-async def change_known(
+async def change_cached_item(
     connection: Connection,
-    known: KnownItem,
-    decide: Callable[[Item, int], Change],
+    known: CachedItem,
+    decide: Callable[[Item, int], ItemChange],
     *,
     now: int | None,
     has_history: bool,
-) -> KnownItem | None:
+) -> CachedItem | None:
     """Write the change that `decide` returns for a known row, and return the row afterwards.
 
     None: nothing was written. The row has changed meanwhile, its lease has ended, or the decision
@@ -165,4 +165,4 @@ async def change_known(
     if row is None:
         return None
     version, seen_at = row[len(ITEM_FIELDS) :]
-    return KnownItem(item_of(row), version, seen_at)
+    return CachedItem(item_from_row(row), version, seen_at)

@@ -11,21 +11,21 @@ from typing import TYPE_CHECKING, Any, Final
 
 from workpool.server.conversation import EVERY_EVENT
 from workpool.server.operations import LOOKED_AT_MAX
-from workpool.server.pagination import ListPage, page_of
-from workpool.server.postgres.database_calls import CLOCK, live
+from workpool.server.pagination import ListPage, make_page
+from workpool.server.postgres.database_calls import CLOCK, without_ended_lease
 from workpool.server.postgres.notifications import session_topic
 from workpool.server.postgres.row_codec import (
     ITEM_COLUMNS,
     RECORD_COLUMNS,
     VIEW_COLUMNS,
-    event_of,
+    event_from_columns,
     is_storable,
-    item_of,
-    record_of,
-    view_of,
+    item_from_row,
+    record_from_row,
+    view_from_row,
 )
 from workpool.server.postgres.session_calls import StoredSessionCalls
-from workpool.server.queue.work_queue import Stats
+from workpool.server.queue.work_queue import WorkQueueStats
 from workpool.server.timestamps import MILLISECOND, SECOND
 from workpool.wire.protocol import (
     RECLAIM_OLDER_THAN_MS,
@@ -38,7 +38,7 @@ if TYPE_CHECKING:
 
     from workpool.server.conversation import EventFilter, StoredEvent
     from workpool.server.history import Record
-    from workpool.server.parsing.request_values import ItemFilter, Place
+    from workpool.server.parsing.request_values import ItemFilter, PageRequest
     from workpool.server.stored_item import Item
     from workpool.server.stored_session import SessionFilter, SessionView
 
@@ -122,25 +122,27 @@ FROM queued, clock
 _HISTORY: Final = f"SELECT {RECORD_COLUMNS} FROM history ORDER BY number"
 
 
-class Listings(StoredSessionCalls):
+class ReadCalls(StoredSessionCalls):
     """The calls that only read."""
 
-    async def items(
-        self, environment_id: str, place: Place, wanted: ItemFilter | None = None
+    async def list_items(
+        self, environment_id: str, place: PageRequest, wanted: ItemFilter | None = None
     ) -> ListPage[Item]:
         """Return the items next to a place that `wanted` selects, in its order."""
         if wanted is not None:
-            return await self._search(environment_id, place, wanted)
+            return await self._search_items(environment_id, place, wanted)
         limit, after, before = place
         backwards = before is not None
-        found = await self._item_rows(environment_id, after, before, limit + 1, backwards=backwards)
-        return page_of(found[::-1] if backwards else found, limit, backwards=backwards)
+        found = await self._read_items(
+            environment_id, after, before, limit + 1, backwards=backwards
+        )
+        return make_page(found[::-1] if backwards else found, limit, backwards=backwards)
 
-    async def _search(
-        self, environment_id: str, place: Place, wanted: ItemFilter
+    async def _search_items(
+        self, environment_id: str, place: PageRequest, wanted: ItemFilter
     ) -> ListPage[Item]:
         """Return the wanted items next to a place, of the first `LOOKED_AT_MAX` ones."""
-        await self._lapse(environment_id)
+        await self._end_due_leases(environment_id)
         limit, after, before = place
         backwards = wanted.newest_first or before is not None
         found: list[Item] = []
@@ -148,7 +150,7 @@ class Listings(StoredSessionCalls):
         last: str | None = None
         more = True
         while more and len(found) < limit and looked < LOOKED_AT_MAX:
-            rows = await self._item_rows(
+            rows = await self._read_items(
                 environment_id, after, before, BATCH_ROWS, wanted.state, backwards=backwards
             )
             more = len(rows) == BATCH_ROWS
@@ -168,7 +170,7 @@ class Listings(StoredSessionCalls):
             found.reverse()
         return ListPage(found, more, backwards, last if more else None)
 
-    async def _item_rows(
+    async def _read_items(
         self,
         environment_id: str,
         after: str,
@@ -180,25 +182,29 @@ class Listings(StoredSessionCalls):
     ) -> list[Item]:
         statement = _ITEMS.format(_IN_STATE[state], "DESC" if backwards else "")
         rows = await self._pool.fetch(
-            statement, environment_id, after, before or _END, limit, self._at()
+            statement, environment_id, after, before or _END, limit, self._fixed_time()
         )
-        return [live(item_of(row), row[-1]) for row in rows]
+        return [without_ended_lease(item_from_row(row), row[-1]) for row in rows]
 
-    async def sessions(self, place: Place, wanted: SessionFilter) -> ListPage[SessionView]:
+    async def list_sessions(
+        self, place: PageRequest, wanted: SessionFilter
+    ) -> ListPage[SessionView]:
         """Return the wanted sessions next to a place."""
         limit = place.limit
         backwards = wanted.newest_first or place.before is not None
         found: list[SessionView] = []
-        async for view in self._walk_sessions(place, backwards=backwards):
+        async for view in self._iterate_sessions(place, backwards=backwards):
             if wanted.matches(view):
                 found.append(view)
             if len(found) > limit:
                 break
         if backwards and not wanted.newest_first:
             found.reverse()
-        return page_of(found, limit, backwards=backwards, newest_first=wanted.newest_first)
+        return make_page(found, limit, backwards=backwards, newest_first=wanted.newest_first)
 
-    async def _walk_sessions(self, place: Place, *, backwards: bool) -> AsyncIterator[SessionView]:
+    async def _iterate_sessions(
+        self, place: PageRequest, *, backwards: bool
+    ) -> AsyncIterator[SessionView]:
         """Iterate over the sessions next to a place, nearest first, each with its latest item."""
         _, after, before = place
         statement = _SESSIONS.format("DESC" if backwards else "")
@@ -206,18 +212,18 @@ class Listings(StoredSessionCalls):
         rows: Sequence[Any] = [None] * batch
         while len(rows) == batch:
             rows = await self._pool.fetch(
-                statement, after, before or _END, batch, self._at(), [*self._self_hosted]
+                statement, after, before or _END, batch, self._fixed_time(), [*self._self_hosted]
             )
             for row in rows:
-                view = view_of(row)
-                yield view._replace(item=live(view.item, row[-1]))
+                view = view_from_row(row)
+                yield view._replace(item=without_ended_lease(view.item, row[-1]))
             if rows and backwards:
                 before = rows[-1][0]
             elif rows:
                 after = rows[-1][0]
 
-    async def events(
-        self, session_id: str, place: Place, wanted: EventFilter = EVERY_EVENT
+    async def list_events(
+        self, session_id: str, place: PageRequest, wanted: EventFilter = EVERY_EVENT
     ) -> ListPage[StoredEvent]:
         """Return the wanted events of a session next to a place."""
         limit, after, before = place
@@ -227,50 +233,54 @@ class Listings(StoredSessionCalls):
         rows = await self._pool.fetch(
             statement, session_id, after, before or _END, types, *wanted.times, limit + 1
         )
-        found = [event_of(session_id, *row) for row in rows]
+        found = [event_from_columns(session_id, *row) for row in rows]
         if backwards and not wanted.newest_first:
             found.reverse()
-        return page_of(found, limit, backwards=before is not None, newest_first=wanted.newest_first)
+        return make_page(
+            found, limit, backwards=before is not None, newest_first=wanted.newest_first
+        )
 
-    async def place_in_events(self, session_id: str, last_event_id: str | None) -> int:
+    async def stream_position(self, session_id: str, last_event_id: str | None) -> int:
         """Return the number of events that a stream skips: those up to `last_event_id`."""
         if last_event_id is not None and not is_storable(last_event_id):
             return 0
         return await self._pool.fetchval(_PLACE, session_id, last_event_id) or 0
 
-    async def follow(
+    async def wait_for_events(
         self, session_id: str, place: int, seconds: float
     ) -> Sequence[StoredEvent] | None:
         """Return the next events after the first `place` ones, once there are any."""
         loop = asyncio.get_running_loop()
         deadline = loop.time() + seconds
         while not self._closing:
-            seen = self._hub.seen()
+            seen = self._hub.change_count()
             rows = await self._pool.fetch(_FOLLOWING, session_id, place)
             if not rows:
                 return None
             if rows[0][0] is not None:
-                return [event_of(session_id, *row) for row in rows]
+                return [event_from_columns(session_id, *row) for row in rows]
             remaining = deadline - loop.time()
-            announced = await self._hub.wait(session_topic(session_id), seen, max(0, remaining))
+            announced = await self._hub.wait_for_change(
+                session_topic(session_id), seen, max(0, remaining)
+            )
             if not announced and loop.time() >= deadline:
                 # Without another read: of a thousand quiet streams, one returns every 10 ms.
                 return ()
         return None
 
-    async def stats(self, environment_id: str) -> Stats:
+    async def queue_stats(self, environment_id: str) -> WorkQueueStats:
         """Return the statistics of an environment's queue."""
-        await self._lapse(environment_id)
+        await self._end_due_leases(environment_id)
         row = await self._pool.fetchrow(
             _STATS,
             environment_id,
-            self._at(),
+            self._fixed_time(),
             RECLAIM_OLDER_THAN_MS * MILLISECOND,
             WORKERS_POLLING_WINDOW_SECONDS * SECOND,
         )
         depth, pending, oldest, polling, running, stopped = row
-        return Stats(depth, pending, oldest, polling, running, int(stopped))
+        return WorkQueueStats(depth, pending, oldest, polling, running, int(stopped))
 
-    async def history(self) -> Sequence[Record]:
+    async def read_history(self) -> Sequence[Record]:
         """Return the recorded history of all items, in order."""
-        return [record_of(row) for row in await self._pool.fetch(_HISTORY)]
+        return [record_from_row(row) for row in await self._pool.fetch(_HISTORY)]

@@ -17,14 +17,14 @@ from workpool.server.postgres.database_calls import (
     CLOCK,
     NEXT_VERSION,
     RECORD,
-    Change,
     DatabaseCalls,
-    lapse_of,
+    ItemChange,
+    lease_end_change,
 )
 from workpool.server.postgres.database_errors import UnavailableError
-from workpool.server.postgres.known_items import KnownItems
+from workpool.server.postgres.item_cache import ItemCache
 from workpool.server.postgres.notifications import work_topic
-from workpool.server.postgres.row_codec import ITEM_COLUMNS, ITEM_FIELDS, item_of
+from workpool.server.postgres.row_codec import ITEM_COLUMNS, ITEM_FIELDS, item_from_row
 from workpool.server.timestamps import MILLISECOND, SECOND
 from workpool.wire.protocol import (
     ACK_LEASE_SECONDS,
@@ -118,14 +118,14 @@ class ClaimOutcome(NamedTuple):
     due_seconds: float | None
 
 
-class Claims(DatabaseCalls):
+class ClaimCalls(DatabaseCalls):
     """The calls of polls."""
 
     def __init__(self, *arguments: Any, **options: Any) -> None:
         super().__init__(*arguments, **options)
         # The time of the next look for ended leases, by environment; None: in all environments.
         self._next_look: dict[str | None, float] = {}
-        self._known = KnownItems()
+        self._known = ItemCache()
         self._polled: OrderedDict[tuple[str, str], float] = OrderedDict()
         self._closing = False
 
@@ -136,30 +136,30 @@ class Claims(DatabaseCalls):
         loop = asyncio.get_running_loop()
         deadline = loop.time() + poll.block_ms / 1000
         topic = work_topic(environment_id)
-        await self._note_poller(environment_id, poll.worker_id)
+        await self._record_poller(environment_id, poll.worker_id)
         announced = True
         while not gone():
-            seen = self._hub.seen()
-            delivery = await self._claim_whole(environment_id, poll)
+            seen = self._hub.change_count()
+            delivery = await self._claim_or_withdraw(environment_id, poll)
             item = delivery.item
             if item is not None:
                 if not announced:
-                    self._hub.wake(topic)  # other items may be unannounced, too
+                    self._hub.wake_calls(topic)  # other items may be unannounced, too
                 if not gone():
                     return item
-                await self._withdraw(item, delivery.version)
+                await self._withdraw_delivery(item, delivery.version)
                 return None
             remaining = deadline - loop.time()
             if remaining <= 0 or self._closing:
                 return None
-            seconds = _wait_seconds(remaining, poll, delivery.due_seconds)
-            announced = await self._hub.wait(topic, seen, seconds)
+            seconds = _poll_wait_seconds(remaining, poll, delivery.due_seconds)
+            announced = await self._hub.wait_for_change(topic, seen, seconds)
             if not announced and loop.time() >= deadline:
                 return None  # the next poll begins with a claim
-        self._hub.wake(topic)  # pass the wake-up of this poll on to another poll
+        self._hub.wake_calls(topic)  # pass the wake-up of this poll on to another poll
         return None
 
-    async def _claim_whole(self, environment_id: str, poll: Poll) -> ClaimOutcome:
+    async def _claim_or_withdraw(self, environment_id: str, poll: Poll) -> ClaimOutcome:
         """Claim an item; if the client disconnects meanwhile, take back the delivery."""
         claim = asyncio.get_running_loop().create_task(self._claim_item(environment_id, poll))
         try:
@@ -169,32 +169,32 @@ class Claims(DatabaseCalls):
             with suppress(UnavailableError):
                 delivery = await claim
                 if delivery.item is not None:
-                    await self._withdraw(delivery.item, delivery.version)
+                    await self._withdraw_delivery(delivery.item, delivery.version)
             raise
 
     async def _claim_item(self, environment_id: str, poll: Poll) -> ClaimOutcome:
-        await self._lapse(environment_id)
+        await self._end_due_leases(environment_id)
         reclaim = poll.reclaim_older_than_ms * MILLISECOND
         row = await self._pool.fetchrow(
-            _CLAIMS[self._has_history], environment_id, poll.worker_id, reclaim, self._at()
+            _CLAIMS[self._has_history], environment_id, poll.worker_id, reclaim, self._fixed_time()
         )
         version, now, first_delivered = row[len(ITEM_FIELDS) :]
         if row[0] is not None:
-            item = item_of(row)
-            self._known.note(item, version, now)
+            item = item_from_row(row)
+            self._known.put(item, version, now)
             return ClaimOutcome(item, version, None)
         due = None if first_delivered is None else (first_delivered + reclaim - now) / SECOND
         return ClaimOutcome(None, 0, due)
 
-    async def _withdraw(self, item: Item, version: int) -> None:
+    async def _withdraw_delivery(self, item: Item, version: int) -> None:
         """Take back a delivery whose client has gone before the answer."""
         self._known.take(item.environment_id, item.id)
-        withdrawn = state_machine.withdraw(item)
-        change = Change(withdrawn, "withdrawn", item.holder, await self._time())
-        if await self._write(self._pool, item, version, [change]) is not None:
-            self._hub.announce(work_topic(item.environment_id))
+        withdrawn = state_machine.withdraw_delivery(item)
+        change = ItemChange(withdrawn, "withdrawn", item.holder, await self._current_time())
+        if await self._write_item(self._pool, item, version, [change]) is not None:
+            self._hub.announce_changes(work_topic(item.environment_id))
 
-    async def _lapse(self, environment_id: str | None) -> int:
+    async def _end_due_leases(self, environment_id: str | None) -> int:
         """Apply the lapses that are due in this environment, and return their number.
 
         A look reads all leases, so the next one is as late as it may be: when the first of these
@@ -204,25 +204,25 @@ class Claims(DatabaseCalls):
         if now < self._next_look.get(environment_id, now) and self._now is None:
             return 0
         statement = _NEXT_LAPSE.format(_EVERYWHERE if environment_id is None else _HERE)
-        first = await self._pool.fetchval(statement, environment_id, self._at())
+        first = await self._pool.fetchval(statement, environment_id, self._fixed_time())
         seconds = LEASE_MIN_SECONDS if first is None else first / SECOND
         self._next_look[environment_id] = now + min(
             max(seconds, LAPSE_CHECK_SECONDS), LEASE_MIN_SECONDS
         )
         ended = first is not None and first <= 0
-        return await self.lapse_due(environment_id) if ended else 0
+        return await self.end_leases(environment_id) if ended else 0
 
     async def sweep_leases(self) -> int:
         """Apply a bounded number of due lapses in all environments; return that number.
 
         The next call looks again if there may be more.
         """
-        lapsed = await self._lapse(None)
+        lapsed = await self._end_due_leases(None)
         if lapsed:
             self._next_look.pop(None)
         return lapsed
 
-    async def lapse_due(self, environment_id: str | None = None) -> int:
+    async def end_leases(self, environment_id: str | None = None) -> int:
         """Apply lapses that are due, at most `LAPSES_MAX`, and return their number.
 
         `environment_id` None: in all environments. Leases whose rows are in use are left out.
@@ -231,26 +231,28 @@ class Claims(DatabaseCalls):
 
         async def lapse() -> list[Item]:
             async with self._pool.transaction() as connection:
-                rows = await connection.fetch(statement, environment_id, self._at())
-                return [await self._lapse_row(connection, item_of(row), row[-1]) for row in rows]
+                rows = await connection.fetch(statement, environment_id, self._fixed_time())
+                return [
+                    await self._end_lease(connection, item_from_row(row), row[-1]) for row in rows
+                ]
 
-        lapsed = await self._pool.retried(lapse)
+        lapsed = await self._pool.retry_collisions(lapse)
         queued = [item.environment_id for item in lapsed if item.state == QUEUED]
         for each in sorted(set(queued)):
-            self._hub.announce(work_topic(each), queued.count(each))
+            self._hub.announce_changes(work_topic(each), queued.count(each))
         return len(lapsed)
 
-    async def _lapse_row(self, connection: Connection, stored: Item, version: int) -> Item:
-        change = lapse_of(stored)
-        await self._write(connection, stored, version, [change])
+    async def _end_lease(self, connection: Connection, stored: Item, version: int) -> Item:
+        change = lease_end_change(stored)
+        await self._write_item(connection, stored, version, [change])
         return change.item
 
-    async def forget_pollers(self) -> int:
+    async def delete_idle_pollers(self) -> int:
         """Delete the workers that have not polled for some time; return 0: all are deleted."""
-        await self._pool.execute(_FORGET_POLLERS, self._at(), _WINDOW)
+        await self._pool.execute(_FORGET_POLLERS, self._fixed_time(), _WINDOW)
         return 0
 
-    async def _note_poller(self, environment_id: str, worker_id: str | None) -> None:
+    async def _record_poller(self, environment_id: str, worker_id: str | None) -> None:
         """Record that this worker polls, unless that was recorded just now."""
         if worker_id is None:
             return
@@ -259,10 +261,10 @@ class Claims(DatabaseCalls):
             self._polled.popitem(last=False)
         if (environment_id, worker_id) not in self._polled or self._now is not None:
             self._polled[environment_id, worker_id] = now
-            await self._pool.execute(_POLLED, environment_id, worker_id, self._at())
+            await self._pool.execute(_POLLED, environment_id, worker_id, self._fixed_time())
 
 
-def _wait_seconds(remaining: float, poll: Poll, due_seconds: float | None) -> float:
+def _poll_wait_seconds(remaining: float, poll: Poll, due_seconds: float | None) -> float:
     """Return the time for which a poll waits unless it is woken.
 
     An item that another poll receives meanwhile becomes claimable again after the poll's own window
