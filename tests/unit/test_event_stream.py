@@ -18,7 +18,7 @@ from workpool.testing.local_client import LocalClient, Script
 from workpool.testing.virtual_time import run_virtual
 from workpool.wire import endpoints
 from workpool.wire.events import event_stream
-from workpool.wire.events.event_calls import EventPage, Unguarded
+from workpool.wire.events.event_calls import EventPage, LeaselessGuard
 from workpool.wire.events.event_stream import EventStream
 from workpool.wire.events.session_events import SessionEvents
 from workpool.wire.http.call_options import DEFAULT_OPTIONS, CallOptions
@@ -27,7 +27,7 @@ from workpool.wire.page_limits import PAGES_PER_SECOND, STALE_PAGES
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
 
-    from workpool.wire.events.event_calls import EventCalls, OpenStream, SessionEvent
+    from workpool.wire.events.event_calls import EventCalls, OpenEventStream, SessionEvent
 
 ENVIRONMENT = "env_00000000000070008000000000000001"
 START = 1_772_366_400.0
@@ -140,7 +140,7 @@ class EndlessHistory:
         self.asked: list[float] = []
         self._make = make
 
-    async def page(
+    async def list_page(
         self, limit: int, *, after_id: str | None = None, page: str | None = None
     ) -> EventPage:
         del limit, after_id, page
@@ -149,12 +149,12 @@ class EndlessHistory:
         events: list[SessionEvent] = [{"id": one, "type": "x"} for one in self._make(number)]
         return EventPage(events, f"page_{number}")
 
-    async def post(
+    async def append_events(
         self, body: bytes, *, options: CallOptions = DEFAULT_OPTIONS
     ) -> list[SessionEvent]:
         raise NotImplementedError
 
-    async def open(self, last_id: str | None) -> OpenStream:
+    async def open_stream(self, last_id: str | None) -> OpenEventStream:
         del last_id
         return StreamWithoutEvents()
 
@@ -216,7 +216,7 @@ async def test_event_stream_remembers_limited_number_of_ids(
     async with bench.client as client:
         calls: Any = client.events(bench.session_id)._calls
         way = FailingEventCalls(calls, iter(()), resumes=False, replays=False)
-        stream = EventStream(way, Unguarded(), bench.session_id, stall_seconds=45)
+        stream = EventStream(way, LeaselessGuard(), bench.session_id, stall_seconds=45)
         received: list[SessionEvent] = []
         async with stream:
             for breaks in range(3):
@@ -246,20 +246,20 @@ class FailingEventCalls:
         self.conditions = conditions
         self._replays = replays
 
-    async def page(
+    async def list_page(
         self, limit: int, *, after_id: str | None = None, page: str | None = None
     ) -> EventPage:
         await self.next_condition()
-        return await self._calls.page(min(limit, 3), after_id=after_id, page=page)
+        return await self._calls.list_page(min(limit, 3), after_id=after_id, page=page)
 
-    async def post(
+    async def append_events(
         self, body: bytes, *, options: CallOptions = DEFAULT_OPTIONS
     ) -> list[SessionEvent]:
-        return await self._calls.post(body, options=options)
+        return await self._calls.append_events(body, options=options)
 
-    async def open(self, last_id: str | None) -> OpenStream:
+    async def open_stream(self, last_id: str | None) -> OpenEventStream:
         await self.next_condition()
-        stream = await self._calls.open(last_id if self._replays else None)
+        stream = await self._calls.open_stream(last_id if self._replays else None)
         return FailingEventStream(stream, self)
 
     async def next_condition(self) -> str:
@@ -274,7 +274,7 @@ class FailingEventCalls:
 class FailingEventStream:
     """An open stream that may fall silent, send a malformed frame, or end within an event."""
 
-    def __init__(self, stream: OpenStream, way: FailingEventCalls) -> None:
+    def __init__(self, stream: OpenEventStream, way: FailingEventCalls) -> None:
         self._stream = stream
         self._way = way
         self._cut = self._silent = False
@@ -344,7 +344,7 @@ def test_events_after_any_failure_arrive_once_and_in_order(
         async with bench.client as client:
             calls: Any = client.events(bench.session_id)._calls
             way = FailingEventCalls(calls, iter(conditions), resumes=resumes, replays=replays)
-            stream = EventStream(way, Unguarded(), bench.session_id, stall_seconds=45)
+            stream = EventStream(way, LeaselessGuard(), bench.session_id, stall_seconds=45)
             async with stream, asyncio.TaskGroup() as group:
                 group.create_task(emit_events(bench, pauses))
                 while len(received) < len(pauses) or bench.loop.time() < sum(pauses):

@@ -16,7 +16,7 @@ from workpool.testing import Cut, Faults, Hold, Proxy, literal, lost, reset, sta
 from workpool.wire import endpoints
 from workpool.wire.client import WorkClient
 from workpool.wire.events import event_stream
-from workpool.wire.events.event_calls import Unguarded
+from workpool.wire.events.event_calls import LeaselessGuard
 from workpool.wire.http.call_options import DEFAULT_OPTIONS
 
 if TYPE_CHECKING:
@@ -233,13 +233,13 @@ async def test_repeated_message_never_counts_as_sent(
         await qoder_client.events(session_id).send(MESSAGE)
 
 
-class ImpatientGuard(Unguarded):
+class ImpatientGuard(LeaselessGuard):
     """A guard that gives up on a call once its request is held, and repeats it."""
 
     def __init__(self, hold: Hold) -> None:
         self._hold = hold
 
-    async def carry(self, call: Callable[[CallOptions], Awaitable[T]]) -> T:
+    async def run_write(self, call: Callable[[CallOptions], Awaitable[T]]) -> T:
         with suppress(TimeoutError):
             async with asyncio.timeout(None) as limit, asyncio.TaskGroup() as group:
                 giving_up = group.create_task(self._expire_once_held(limit, self._hold.held + 1))

@@ -124,7 +124,7 @@ async def test_every_connection_trusts_ca_file_and_presents_client_certificate(
             await client.stop(WORK, options=each)
         # The answer, which is no event stream, is refused after the TLS handshake.
         with pytest.raises(ControlPlaneError):
-            await client.events("sess_1")._calls.open(None)
+            await client.events("sess_1")._calls.open_stream(None)
         if own is not None:
             await own.close()
     assert set(tls_server.names) == {"client"}

@@ -38,16 +38,16 @@ from workpool.errors import (
 from workpool.settings import Settings
 from workpool.wire import endpoints
 from workpool.wire.endpoints import ANSWER_LIMIT_BYTES
-from workpool.wire.http.environment_proxy import proxy_of
+from workpool.wire.http.environment_proxy import proxy_for_url
 from workpool.wire.http.guarded_request import INFORMATIONAL_MAX
 from workpool.wire.http.transport import Transport
 from workpool.wire.response import (
     CODES,
     RETRY_AFTER_MAX_SECONDS,
-    Oversized,
+    OversizedBody,
     Response,
     parse_error,
-    retry_after_of,
+    parse_retry_after,
 )
 
 if TYPE_CHECKING:
@@ -674,7 +674,7 @@ def test_arbitrary_error_response_becomes_printable_error(
     status: int, body: bytes, text: str
 ) -> None:
     envelope = json.dumps({"error": {"message": text, "type": text, "param": text}}).encode()
-    for content in (body, envelope, Oversized(body)):
+    for content in (body, envelope, OversizedBody(body)):
         error = parse_error("get", Response(status, {"Retry-After": text}, content), TOKEN)
         assert isinstance(error, ControlPlaneError)
         assert str(error).isprintable() or not text.isprintable()
@@ -703,7 +703,7 @@ def test_arbitrary_error_response_becomes_printable_error(
     ],
 )
 def test_retry_after_header_is_parsed_into_seconds(value: str, seconds: float | None) -> None:
-    assert retry_after_of({"Retry-After": value}) == seconds
+    assert parse_retry_after({"Retry-After": value}) == seconds
 
 
 def test_retry_after_date_is_measured_against_date_of_server() -> None:
@@ -712,12 +712,12 @@ def test_retry_after_date_is_measured_against_date_of_server() -> None:
         "Date": format_datetime(then, usegmt=True),
         "Retry-After": format_datetime(then + timedelta(seconds=20), usegmt=True),
     }
-    assert retry_after_of(headers) == 20
+    assert parse_retry_after(headers) == 20
 
 
 def test_retry_after_date_without_server_date_is_measured_on_local_clock() -> None:
     until = datetime.now(UTC) + timedelta(seconds=100)
-    seconds = retry_after_of({"Retry-After": format_datetime(until, usegmt=True)})
+    seconds = parse_retry_after({"Retry-After": format_datetime(until, usegmt=True)})
     assert seconds is not None
     assert 0 < seconds <= 100
 
@@ -730,7 +730,7 @@ async def test_retry_after_is_passed_to_caller() -> None:
 
 @given(st.text())
 def test_arbitrary_retry_after_gives_valid_seconds_or_none(value: str) -> None:
-    seconds = retry_after_of({"Retry-After": value, "Date": value})
+    seconds = parse_retry_after({"Retry-After": value, "Date": value})
     assert seconds is None or 0 <= seconds <= RETRY_AFTER_MAX_SECONDS
 
 
@@ -1050,9 +1050,9 @@ async def test_proxy_tunnel_request_does_not_contain_token(
 def test_proxy_is_chosen_by_scheme_and_no_proxy(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("https_proxy", "proxy.example:3128")
     monkeypatch.setenv("no_proxy", ".internal")
-    assert proxy_of(URL("https://h.example")) == URL("http://proxy.example:3128")
-    assert proxy_of(URL("https://h.internal")) is None
-    assert proxy_of(URL("http://h.example")) is None
+    assert proxy_for_url(URL("https://h.example")) == URL("http://proxy.example:3128")
+    assert proxy_for_url(URL("https://h.internal")) is None
+    assert proxy_for_url(URL("http://h.example")) is None
 
 
 @pytest.mark.parametrize("value", ["socks5://u:hunter2@h:1", "http://u:hunter2@h:x", "http://"])
@@ -1060,7 +1060,7 @@ def test_invalid_proxy_url_is_refused(monkeypatch: pytest.MonkeyPatch, value: st
     monkeypatch.setenv("https_proxy", value)
     monkeypatch.setenv("no_proxy", "")
     with pytest.raises(SettingsError) as raised:
-        proxy_of(URL("https://h.example"))
+        proxy_for_url(URL("https://h.example"))
     assert raised.value.problems == ("HTTPS_PROXY: not the URL of an HTTP proxy",)
 
 

@@ -20,7 +20,7 @@ from workpool.wire.client_dialects import DIALECTS
 from workpool.wire.endpoints import ANSWER_LIMIT_BYTES
 from workpool.wire.http.connection_errors import TRANSIENT
 from workpool.wire.http.transport import read_bounded
-from workpool.wire.response import Oversized
+from workpool.wire.response import OversizedBody
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Mapping
@@ -185,7 +185,7 @@ class Api(WorkCalls[Answer]):
         """
         async with self._send_request(method, url, options) as response:
             body = await read_bounded(response)
-            if isinstance(body, Oversized):
+            if isinstance(body, OversizedBody):
                 raise NoAnswerError(f"an answer of more than {ANSWER_LIMIT_BYTES} bytes")
             return Answer(response.status, _parse_json(body), response.headers, body)
 

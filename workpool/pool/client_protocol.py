@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from types import TracebackType
 
     from workpool.secret import Secret
-    from workpool.wire.events.event_calls import Guard
+    from workpool.wire.events.event_calls import SessionGuard
     from workpool.wire.events.session_events import SessionEvents
     from workpool.wire.http.call_options import CallOptions, Priority
     from workpool.wire.items import Heartbeat, QueueStats, WorkItem
@@ -125,7 +125,7 @@ class ClientProtocol(Protocol):
         """Iterate over at most `limit` items of the environment; `timeout` is for each page."""
 
     def events(
-        self, session_id: str, *, token: Secret | None = None, guard: Guard | None = None
+        self, session_id: str, *, token: Secret | None = None, guard: SessionGuard | None = None
     ) -> SessionEvents:
         """Return the events of a session; `guard` checks before and during each call."""
 

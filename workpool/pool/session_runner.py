@@ -428,13 +428,15 @@ class SessionCalls:
         item = self._item.work_item
         return self._context.client.events(item.session_id, token=item.sessions_token, guard=self)
 
-    async def carry(self, call: Callable[[CallOptions], Awaitable[T]]) -> T:
+    async def run_write(self, call: Callable[[CallOptions], Awaitable[T]]) -> T:
         """Send something to the session, retried for `EVENTS_SECONDS`."""
         sent = await self._send_call(lambda options, _: call(options), EVENTS_SECONDS)
         self.progress()
         return sent
 
-    async def within(self, call: Callable[[], Awaitable[T]], seconds: float | None = None) -> T:
+    async def await_within(
+        self, call: Callable[[], Awaitable[T]], seconds: float | None = None
+    ) -> T:
         """Await a read of the session while the handler may use the item."""
         return await self._sender.read(self._item, call, seconds)
 

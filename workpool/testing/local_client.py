@@ -45,7 +45,7 @@ if TYPE_CHECKING:
     from workpool.settings import Settings
     from workpool.testing.fault import NoAnswer
     from workpool.wire.endpoints import Endpoint
-    from workpool.wire.events.event_calls import Guard
+    from workpool.wire.events.event_calls import SessionGuard
     from workpool.wire.items import Heartbeat, QueueStats, WorkItem
 
 T = TypeVar("T")
@@ -195,7 +195,7 @@ class LocalClient:
 
         options = options._replace(permit=permit or options.permit)
         item = await self._send(endpoints.ACK, work_id, operate, timeout, options)
-        return endpoints.same_item(endpoints.ACK, work_id, item)
+        return endpoints.check_same_item(endpoints.ACK, work_id, item)
 
     async def heartbeat(
         self,
@@ -271,7 +271,7 @@ class LocalClient:
             return QODER.item_json(self._operations.get_item(self._environment_id, work_id))
 
         item = await self._send(endpoints.GET, work_id, operate, timeout, options)
-        return endpoints.same_item(endpoints.GET, work_id, item)
+        return endpoints.check_same_item(endpoints.GET, work_id, item)
 
     async def list(
         self, *, limit: int | None = None, timeout: float | None = None
@@ -293,7 +293,7 @@ class LocalClient:
             left, after = left - len(page.items), page.items[-1].id
 
     def events(
-        self, session_id: str, *, token: Secret | None = None, guard: Guard | None = None
+        self, session_id: str, *, token: Secret | None = None, guard: SessionGuard | None = None
     ) -> SessionEvents:
         """Return the events of a session, as `WorkClient.events` does."""
         del token

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from workpool.server import Operations
     from workpool.server.conversation import Conversation
     from workpool.wire.endpoints import Endpoint
-    from workpool.wire.events.event_calls import EventPage, OpenStream, SessionEvent
+    from workpool.wire.events.event_calls import EventPage, OpenEventStream, SessionEvent
 
 T = TypeVar("T")
 
@@ -54,7 +54,7 @@ class LocalEvents:
         self._session_id = session_id
         self._send = send
 
-    async def page(
+    async def list_page(
         self, limit: int, *, after_id: str | None = None, page: str | None = None
     ) -> EventPage:
         """Return one page of the history."""
@@ -66,7 +66,7 @@ class LocalEvents:
 
         return await self._send(endpoints.EVENTS, self._session_id, operate, None)
 
-    async def post(
+    async def append_events(
         self, body: bytes, *, options: CallOptions = DEFAULT_OPTIONS
     ) -> list[SessionEvent]:
         """Append events and return them as stored."""
@@ -77,7 +77,7 @@ class LocalEvents:
 
         return await self._send(endpoints.SEND, self._session_id, operate, None, options)
 
-    async def open(self, last_id: str | None) -> OpenStream:
+    async def open_stream(self, last_id: str | None) -> OpenEventStream:
         """Open a stream."""
 
         def operate() -> object:

@@ -37,7 +37,7 @@ if TYPE_CHECKING:
     from workpool.secret import Secret
     from workpool.settings import Settings
     from workpool.wire.endpoints import Endpoint
-    from workpool.wire.events.event_calls import Guard
+    from workpool.wire.events.event_calls import SessionGuard
     from workpool.wire.items import Heartbeat, QueueStats
 
 T = TypeVar("T")
@@ -198,7 +198,7 @@ class WorkClient:
         limiter = None if permit else self.rate_limits.write
         url = self._item_url(work_id, "/ack")
         item = await self._transport.send(endpoints.ACK, url, timeout, limiter, None, options)
-        return endpoints.same_item(endpoints.ACK, work_id, item)
+        return endpoints.check_same_item(endpoints.ACK, work_id, item)
 
     async def heartbeat(
         self,
@@ -274,7 +274,7 @@ class WorkClient:
         Raises:
             TypeError: A key or a value is of another type; nothing was sent.
         """
-        body = request_bodies.update(patch)
+        body = request_bodies.update_body(patch)
         limiter, url = self.rate_limits.write, self._item_url(work_id)
         return await self._key_transport.send(
             endpoints.UPDATE, url, timeout, limiter, body, options
@@ -290,7 +290,7 @@ class WorkClient:
         """Read one item."""
         limiter, url = self.rate_limits.read, self._item_url(work_id)
         item = await self._key_transport.send(endpoints.GET, url, timeout, limiter, None, options)
-        return endpoints.same_item(endpoints.GET, work_id, item)
+        return endpoints.check_same_item(endpoints.GET, work_id, item)
 
     async def list(
         self,
@@ -312,7 +312,7 @@ class WorkClient:
         left = sys.maxsize if limit is None else limit
         limits = PageLimits("list")
         while left > 0:
-            await limits.turn()
+            await limits.wait_for_turn()
             url = self._work_url("", f"limit={min(left, protocol.LIST_LIMIT_MAX)}{start}")
             page = await self._send_read(endpoints.LIST, url, timeout)
             for item in page.items[:left]:
@@ -320,7 +320,7 @@ class WorkClient:
             left -= len(page.items)
             if page.next_page is None:
                 return
-            limits.accept((item.id for item in page.items), page.next_page)
+            limits.record_page((item.id for item in page.items), page.next_page)
             start = f"&page={quote(page.next_page, safe='')}"
 
     async def find(
@@ -346,7 +346,7 @@ class WorkClient:
         size = min(protocol.LIST_LIMIT_MAX if query else search.limit, protocol.LIST_LIMIT_MAX)
         found, limits = FoundItems(search), PageLimits("list")
         for _ in range(FIND_PAGES_MAX):
-            await limits.turn()
+            await limits.wait_for_turn()
             url = self._work_url("", f"limit={size}{query}{start}")
             try:
                 page = await self._send_read(endpoints.LIST, url, timeout)
@@ -355,11 +355,11 @@ class WorkClient:
                     raise
                 query = ""  # this control plane refuses parameters that it does not know
                 continue
-            found.add(page)
-            if page.next_page is None or found.enough:
+            found.add_page(page)
+            if page.next_page is None or found.has_enough_items:
                 break
             start = f"&page={quote(page.next_page, safe='')}"
-        found.finish()
+        found.sort_and_limit()
         return found
 
     async def stats(self, *, timeout: float | None = None) -> QueueStats:
@@ -374,7 +374,7 @@ class WorkClient:
         return await self._send_read(endpoints.SESSION, url, timeout)
 
     def events(
-        self, session_id: str, *, token: Secret | None = None, guard: Guard | None = None
+        self, session_id: str, *, token: Secret | None = None, guard: SessionGuard | None = None
     ) -> SessionEvents:
         """Return the events of a session, to list, send and stream.
 
@@ -413,7 +413,7 @@ class WorkClient:
             timeout: See the class.
         """
         fields = {"count": count, "metadata": metadata, "type": item_type, "script": script}
-        body = request_bodies.enqueue(fields)
+        body = request_bodies.enqueue_body(fields)
         url = self._work_url()
         return (await self._send_write(endpoints.ENQUEUE, url, body, timeout)).items
 

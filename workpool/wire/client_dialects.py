@@ -1,6 +1,6 @@
-"""The requests of each dialect, as one table.
+"""The headers, queries and limits of requests in each dialect of the protocol, as a table.
 
-It defines requests only, since answers are read alike in both dialects.
+Answers are parsed in the same way in both dialects.
 See workpool/docs/protocol.md, "Dialects".
 """
 
@@ -23,7 +23,7 @@ class MetadataLimits:
 
 @dataclass(frozen=True, slots=True)
 class DialectRules:
-    """The requests of one dialect.
+    """The headers, queries and limits of requests in one dialect of the protocol.
 
     Attributes:
         base_url: The service's own address, used if `base_url` is not set.

@@ -1,4 +1,4 @@
-"""The endpoints of the protocol as a table: name, method, and the parser of a success.
+"""The endpoints of the protocol as a table: name, method, and the parser of the answer.
 
 The module parses answers and sends nothing; a function that parses raises `ValueError` for an
 unknown form.
@@ -18,7 +18,7 @@ from workpool.wire.events.event_calls import EventPage, SessionEvent
 from workpool.wire.events.sse import FRAME_LIMIT_BYTES
 from workpool.wire.items import WorkItem, parse_heartbeat, parse_item, parse_stats
 from workpool.wire.protocol import ID_PATTERN
-from workpool.wire.response import Oversized
+from workpool.wire.response import OversizedBody
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
@@ -73,13 +73,13 @@ class Endpoint(Generic[T]):
     add_headers: Callable[[T, Mapping[str, str]], T] | None = None
     load: Callable[[bytes], object] = orjson.loads
 
-    def parse_success(self, status: int, body: bytes | Oversized) -> T:
+    def parse_success(self, status: int, body: bytes | OversizedBody) -> T:
         """Load and parse the body of a success.
 
         Raises:
             TransientError: The body is not what `load` or `parse` expects, or exceeds `limit`.
         """
-        if isinstance(body, Oversized):
+        if isinstance(body, OversizedBody):
             raise TooLargeError(self.op, status, work_id=_id_at_beginning(body.beginning))
         failure: TransientError
         try:
@@ -133,7 +133,7 @@ def _parse_delivery(obj: object) -> WorkItem | None:
         raise MalformedItemError(str(error), work_id) from None
 
 
-def _add_trace(item: WorkItem | None, headers: Mapping[str, str]) -> WorkItem | None:
+def _add_trace_context(item: WorkItem | None, headers: Mapping[str, str]) -> WorkItem | None:
     """Add the trace context that the control plane gave an item, unless it is malformed."""
     trace = headers.get("traceparent")
     if item is None or trace is None or not _is_traceparent(trace):
@@ -141,11 +141,11 @@ def _add_trace(item: WorkItem | None, headers: Mapping[str, str]) -> WorkItem | 
     return replace(item, traceparent=trace)
 
 
-def _shape_of_object(body: bytes) -> None:
-    """Check that an answer looks like a JSON object, and do not read it.
+def _check_object_shape(body: bytes) -> None:
+    """Check that an answer looks like a JSON object, without parsing it.
 
-    That excludes a gateway's HTML page with status 200. Nothing of the object is used, and to read
-    it costs 1 % of what the pool spends on an item.
+    The check excludes a gateway's HTML page with status 200. No field of the object is used, and
+    parsing it would take 1 % of the CPU time that the pool spends on an item.
 
     Raises:
         ValueError: The answer does not look like an object.
@@ -155,11 +155,11 @@ def _shape_of_object(body: bytes) -> None:
         raise ValueError("not an object")
 
 
-def _parse_nothing(_: object) -> None:
-    """Ignore the answer."""
+def _ignore_body(_: object) -> None:
+    """Return None for any body of an answer whose content is not used."""
 
 
-def _parse_stopped(obj: object) -> WorkItem | None:
+def _parse_stopped_item(obj: object) -> WorkItem | None:
     return None if obj is NO_CONTENT else parse_item(obj)
 
 
@@ -169,78 +169,81 @@ def _require_object(obj: object) -> dict[str, Any]:
     raise ValueError("not an object")
 
 
-def _rows_of(page: dict[str, Any]) -> list[object]:
+def _page_rows(page: dict[str, Any]) -> list[object]:
     data = page.get("data")
     if isinstance(data, list):
         return data
     raise ValueError("data: not a list")
 
 
-def _next_page(page: dict[str, Any]) -> str | None:
+def _next_page_token(page: dict[str, Any]) -> str | None:
     """Return the token of the page that follows; None for the last page.
 
     `has_more` is optional: without it a list continues while there is a `next_page`.
     """
     token = None if page.get("has_more") is False else page.get("next_page")
     if isinstance(token, str | None):
-        if len(token or "") <= PAGE_TOKEN_CHARACTERS:  # the token becomes a part of a URL
+        # The token becomes a part of a URL, whose length servers and proxies limit.
+        if len(token or "") <= PAGE_TOKEN_CHARACTERS:
             return token or None
         raise ValueError("next_page: too long")
     raise ValueError("next_page: not a string")
 
 
-def _parse_page(obj: object) -> ItemPage:
+def _parse_item_page(obj: object) -> ItemPage:
     page = _require_object(obj)
-    items = [parse_item(row) for row in _rows_of(page)]
-    return ItemPage(items, _next_page(page), page.get("selected") is True)
+    items = [parse_item(row) for row in _page_rows(page)]
+    return ItemPage(items, _next_page_token(page), page.get("selected") is True)
 
 
 def parse_event(obj: object) -> SessionEvent:
-    """Parse one event."""
+    """Parse one session event; `ValueError` if its type or id is missing or malformed."""
     event = _require_object(obj)
     kind, event_id = event.get("type"), event.get("id")
-    # An id is sent back in a URL and in a header, so a malformed one is refused here.
+    # The event's id is sent back in a URL and a header; a malformed id could change the request.
     if isinstance(kind, str) and isinstance(event_id, str) and _is_id(event_id):
         return event
     raise ValueError("an event without type or id")
 
 
-def _event_page(obj: object) -> EventPage:
+def _parse_event_page(obj: object) -> EventPage:
     page = _require_object(obj)
-    return EventPage([parse_event(row) for row in _rows_of(page)], _next_page(page))
+    return EventPage([parse_event(row) for row in _page_rows(page)], _next_page_token(page))
 
 
-def _stored_events(obj: object) -> list[SessionEvent]:
+def _parse_stored_events(obj: object) -> list[SessionEvent]:
     page = {} if obj is NO_CONTENT else _require_object(obj)
-    # The anthropic dialect may leave `data` out.
-    return [] if page.get("data") is None else [parse_event(row) for row in _rows_of(page)]
+    # A control plane of the anthropic dialect may answer without `data`.
+    return [] if page.get("data") is None else [parse_event(row) for row in _page_rows(page)]
 
 
 _is_id: Final = re.compile(ID_PATTERN).fullmatch
 _is_traceparent: Final = re.compile(r"[0-9a-f]{2}-[0-9a-f]{32}-[0-9a-f]{16}-[0-9a-f]{2}").fullmatch
 
 POLL: Final[Endpoint[WorkItem | None]] = Endpoint(
-    "poll", "GET", _parse_delivery, add_headers=_add_trace
+    "poll", "GET", _parse_delivery, add_headers=_add_trace_context
 )
 ACK: Final = Endpoint("ack", "POST", parse_item, ITEM_LIMIT_BYTES)
 HEARTBEAT: Final = Endpoint("heartbeat", "POST", parse_heartbeat)
-STOP: Final[Endpoint[WorkItem | None]] = Endpoint("stop", "POST", _parse_stopped, ITEM_LIMIT_BYTES)
+STOP: Final[Endpoint[WorkItem | None]] = Endpoint(
+    "stop", "POST", _parse_stopped_item, ITEM_LIMIT_BYTES
+)
 STOP_UNREAD: Final[Endpoint[WorkItem | None]] = Endpoint(
-    "stop", "POST", _parse_nothing, load=_shape_of_object
+    "stop", "POST", _ignore_body, load=_check_object_shape
 )
 UPDATE: Final = Endpoint("update", "POST", parse_item, ITEM_LIMIT_BYTES)
 GET: Final = Endpoint("get", "GET", parse_item, ITEM_LIMIT_BYTES)
-LIST: Final = Endpoint("list", "GET", _parse_page)
+LIST: Final = Endpoint("list", "GET", _parse_item_page)
 STATS: Final = Endpoint("stats", "GET", parse_stats)
 SESSION: Final[Endpoint[Mapping[str, Any]]] = Endpoint("session", "GET", _require_object)
-ENQUEUE: Final = Endpoint("enqueue", "POST", _parse_page)
-EVENTS: Final = Endpoint("events", "GET", _event_page, FRAME_LIMIT_BYTES)
-SEND: Final = Endpoint("events", "POST", _stored_events, FRAME_LIMIT_BYTES)
+ENQUEUE: Final = Endpoint("enqueue", "POST", _parse_item_page)
+EVENTS: Final = Endpoint("events", "GET", _parse_event_page, FRAME_LIMIT_BYTES)
+SEND: Final = Endpoint("events", "POST", _parse_stored_events, FRAME_LIMIT_BYTES)
 STREAM: Final = "stream"
 
 
-def same_item(endpoint: Endpoint[WorkItem], work_id: str, item: WorkItem) -> WorkItem:
-    """Check that an answer is about `work_id`, and return it.
+def check_same_item(endpoint: Endpoint[WorkItem], work_id: str, item: WorkItem) -> WorkItem:
+    """Return the item of an answer, after a check that its id is `work_id`.
 
     An answer about another item, for example by a proxy's mistake, must not decide about this one.
 

@@ -1,4 +1,4 @@
-"""A bounded search in the list of items: by state, by failure, the newest first.
+"""A bounded search in the list of items by state and failure, if wanted the newest first.
 
 The control plane of this package applies the parameters itself. Others ignore or refuse them; then
 all items are read, up to a bound, and selected here. See workpool/docs/protocol.md, "List items".
@@ -24,7 +24,7 @@ _LONG_AGO: Final = datetime.min.replace(tzinfo=UTC)
 
 @dataclass(frozen=True, slots=True)
 class ItemSearch:
-    """The items that a search is for.
+    """The criteria of a search: state, failure, order and number of items.
 
     Attributes:
         limit: The number of items to find at most.
@@ -40,7 +40,7 @@ class ItemSearch:
 
     @property
     def query(self) -> str:
-        """The parameters for a control plane that knows them; empty if every item is wanted."""
+        """The query parameters for the control plane; empty if every item matches."""
         return "".join(
             (
                 f"&state={self.state}" if self.state is not None else "",
@@ -50,13 +50,13 @@ class ItemSearch:
         )
 
     def matches(self, item: WorkItem) -> bool:
-        """Return whether the search is for this item."""
+        """Return whether the item has the state and the failure that the search asks for."""
         failed = item.state == STOPPED and OUR_ERROR in item.metadata
         return (self.state is None or item.state == self.state) and (failed or not self.failed)
 
 
 class FoundItems:
-    """The result of a search.
+    """The items that a search found, and how far the list was read.
 
     Attributes:
         items: The items that were found.
@@ -74,15 +74,15 @@ class FoundItems:
         self._ordered = not search.newest
 
     @property
-    def enough(self) -> bool:
-        """Whether no further page is needed.
+    def has_enough_items(self) -> bool:
+        """Whether enough items were found, so that no further page is needed.
 
-        Without the control plane's help, the newest items are known at the end of the list only.
+        If the control plane does not sort, the newest items are known only at the end of the list.
         """
         return self._ordered and len(self.items) >= self._search.limit
 
-    def add(self, page: ItemPage) -> None:
-        """Add the wanted items of a page."""
+    def add_page(self, page: ItemPage) -> None:
+        """Add the items of a page that match the search."""
         self._ordered = self._ordered or page.selected
         self.read += len(page.items)
         self.items += filter(self._search.matches, page.items)
@@ -90,8 +90,8 @@ class FoundItems:
         if page.items:
             self.last_id = page.items[-1].id
 
-    def finish(self) -> None:
-        """Leave the first `limit` items, in order."""
+    def sort_and_limit(self) -> None:
+        """Sort the found items if necessary, and keep the first `limit` of them."""
         if not self._ordered:
             self.items.sort(key=lambda item: item.created_at or _LONG_AGO, reverse=True)
         if len(self.items) > self._search.limit:

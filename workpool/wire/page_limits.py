@@ -1,4 +1,4 @@
-"""Limits for reading a list page by page: pace, memory, and pages without an end."""
+"""Limits for reading a list page by page: rate, memory, and detection of an endless list."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ REMEMBERED_TOKENS: Final = 1_000
 
 
 class RecentIds:
-    """The last ids that were added, up to a limit.
+    """A set of the ids that were added last, up to a limit.
 
     Attributes:
         forgot: Whether the limit was exceeded, so that older ids are not known anymore.
@@ -33,7 +33,7 @@ class RecentIds:
         return one in self._ids
 
     def add(self, one: str) -> bool:
-        """Add an id; return whether it is new."""
+        """Add an id, and return whether the set did not contain it."""
         if one in self._ids:
             return False
         self._ids[one] = None
@@ -44,7 +44,7 @@ class RecentIds:
 
 
 class PageLimits:
-    """The limits for the pages of one list.
+    """The rate limit of page requests for one list, and the check that the list has an end.
 
     Args:
         op: The name of the call in errors.
@@ -52,20 +52,20 @@ class PageLimits:
 
     def __init__(self, op: str) -> None:
         self._op = op
-        self._next_at = 0.0  # a time of the loop's clock
+        self._next_at = 0.0  # on the clock of the event loop
         self._stale = 0
         self._ids = RecentIds(REMEMBERED_IDS)
         self._tokens = RecentIds(REMEMBERED_TOKENS)
 
-    async def turn(self) -> None:
-        """Wait until the next page may be requested."""
+    async def wait_for_turn(self) -> None:
+        """Wait until the rate limit allows the request for the next page."""
         loop = asyncio.get_running_loop()
         if self._next_at > (now := loop.time()):
             await asyncio.sleep(self._next_at - now)
         self._next_at = loop.time() + 1 / PAGES_PER_SECOND
 
-    def accept(self, ids: Iterable[str], next_page: str | None) -> None:
-        """Record a page, by the ids of its entries and the token of the page that follows.
+    def record_page(self, ids: Iterable[str], next_page: str | None) -> None:
+        """Record the ids on a page and the token of the next page, to detect an endless list.
 
         Raises:
             TransientError: The list has no end.

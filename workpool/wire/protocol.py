@@ -1,4 +1,4 @@
-"""The protocol's words and constants, shared by the worker and the embedded control plane.
+"""The names and constants of the protocol, shared by the worker and the embedded control plane.
 
 Imports nothing and holds no behaviour: client and server implement the protocol independently, and
 the literal JSON in `tests/protocol` decides between them.
@@ -15,20 +15,17 @@ STOPPING: Final = "stopping"
 STOPPED: Final = "stopped"
 STATES: Final[tuple[State, ...]] = (QUEUED, STARTING, ACTIVE, STOPPING, STOPPED)
 
-# Objects.
 WORK: Final = "work"
 SESSION: Final = "session"
 HEALTHCHECK: Final = "healthcheck"
 WORK_HEARTBEAT: Final = "work_heartbeat"
 WORK_QUEUE_STATS: Final = "work_queue_stats"
 
-# Poll.
 BLOCK_MS_MIN: Final = 1
 BLOCK_MS_MAX: Final = 999
 RECLAIM_OLDER_THAN_MS: Final = 5000
 """The control plane's own reclaim window, used if a poll gives none."""
 
-# Heartbeats and leases.
 NO_HEARTBEAT: Final = "NO_HEARTBEAT"
 TTL_MIN_SECONDS: Final = 10
 TTL_MAX_SECONDS: Final = 600
@@ -36,14 +33,11 @@ TTL_DEFAULT_SECONDS: Final = 60
 ACK_LEASE_SECONDS: Final = 60
 """Seconds for which an ack holds an item before the first heartbeat."""
 
-# Lists.
 LIST_LIMIT_DEFAULT: Final = 20
 LIST_LIMIT_MAX: Final = 100
 
-# Statistics.
 WORKERS_POLLING_WINDOW_SECONDS: Final = 30
 
-# Events.
 USER_MESSAGE: Final = "user.message"
 USER_INTERRUPT: Final = "user.interrupt"
 USER_TOOL_RESULT: Final = "user.tool_result"
@@ -64,7 +58,6 @@ LAST_EVENT_ID_HEADER: Final = "Last-Event-ID"
 KEEP_ALIVE_SECONDS: Final = 10
 """Longest silence in seconds of an event stream of the embedded control plane."""
 
-# Metadata of our own.
 OUR_METADATA: Final = "workpool."
 """The prefix of all keys that are ours."""
 OUR_ERROR: Final = "workpool.error"
@@ -72,10 +65,8 @@ OUR_ERROR: Final = "workpool.error"
 OUR_RETRY: Final = "workpool.retry_of"
 """The item of which this one is a copy, made by `workpool work retry`."""
 
-# Creating work.
 ENQUEUE_COUNT_MAX: Final = 1000
 
-# Bodies, ids and errors.
 BODY_LIMIT_BYTES: Final = 4 * 1024 * 1024
 ANSWER_LIMIT_BYTES: Final = 4 * 1024 * 1024
 """Largest answer that a worker reads, in bytes; an answer about events may be larger."""
@@ -90,7 +81,6 @@ PRECONDITION_FAILED_ERROR: Final = "precondition_failed_error"
 RATE_LIMIT_ERROR: Final = "rate_limit_error"
 API_ERROR: Final = "api_error"
 
-# Dialects.
 Dialect = Literal["qoder", "anthropic"]
 QODER: Final = "qoder"
 ANTHROPIC: Final = "anthropic"

@@ -1,4 +1,4 @@
-"""The JSON bodies of requests."""
+"""The JSON bodies of the client's requests."""
 
 from __future__ import annotations
 
@@ -12,27 +12,27 @@ if TYPE_CHECKING:
 STOP: Final = {False: b'{"force":false}', True: b'{"force":true}'}
 
 
-def update(patch: Mapping[str, str | None]) -> bytes:
-    """Return the body of a merge patch of metadata.
+def update_body(patch: Mapping[str, str | None]) -> bytes:
+    """Return the body of a request that merges `patch` into an item's metadata.
 
     Raises:
         TypeError: A key or a value is of another type, or cannot be sent.
     """
     texts = {
-        _plain_text(key): None if value is None else _plain_text(value)
+        _require_plain_string(key): None if value is None else _require_plain_string(value)
         for key, value in patch.items()
     }
     return orjson.dumps({"metadata": texts})
 
 
-def enqueue(fields: Mapping[str, Any]) -> bytes:
-    """Return the body that creates work; fields that are None are left out."""
+def enqueue_body(fields: Mapping[str, Any]) -> bytes:
+    """Return the body of a request that creates items; fields that are None are left out."""
     given = {name: value for name, value in fields.items() if value is not None}
     return orjson.dumps(given, default=dict)
 
 
-def events(new_events: Sequence[Mapping[str, Any]]) -> bytes:
-    """Return the body that appends events.
+def events_body(new_events: Sequence[Mapping[str, Any]]) -> bytes:
+    """Return the body of a request that appends events to a session.
 
     Raises:
         TypeError: A value cannot be written as JSON.
@@ -40,9 +40,10 @@ def events(new_events: Sequence[Mapping[str, Any]]) -> bytes:
     return orjson.dumps({"events": new_events}, default=dict)
 
 
-def _plain_text(text: object) -> str:
-    # The control plane would refuse a number, far from the code of the handler that wrote it.
+def _require_plain_string(text: object) -> str:
+    # Without this check, the control plane would refuse a number later, and the error would not
+    # point at the line of the handler that wrote it.
     if not isinstance(text, str):
         raise TypeError("metadata: a key or a value is not a string")
-    # orjson accepts only a plain str as a key, and not a member of a StrEnum, for example
+    # orjson accepts no subclass of str as a key, such as a member of a StrEnum.
     return str.__str__(text)

@@ -1,6 +1,6 @@
-"""The meaning of an HTTP answer: statuses, bodies and `Retry-After` as errors of the tree.
+"""Parsing of HTTP answers: the result of a success, or the error for a status and body.
 
-Pure functions. No error quotes a body, except the message of an error envelope: shortened, without
+The functions have no side effects. No error quotes a body, except the message of an error envelope: shortened, without
 control characters, and without tokens. See workpool/docs/protocol.md, "Errors".
 """
 
@@ -47,18 +47,18 @@ such as 101.
 _OWN_LABEL: Final = frozenset({304, 400, 401, 403, 404, 409, 412, 429})
 
 
-class Oversized(NamedTuple):
-    """A body that exceeds the limit; only its first `BEGINNING_BYTES` are stored."""
+class OversizedBody(NamedTuple):
+    """A body that exceeds the size limit; only its first `BEGINNING_BYTES` are stored."""
 
     beginning: bytes
 
 
 class Response(NamedTuple):
-    """An HTTP answer. The body is complete unless it is `Oversized`."""
+    """An HTTP answer. The body is complete unless it is `OversizedBody`."""
 
     status: int
     headers: Mapping[str, str]
-    body: bytes | Oversized
+    body: bytes | OversizedBody
 
 
 CODES: Final[Mapping[int, str]] = {
@@ -75,8 +75,10 @@ _wants_tls: Final = re.compile(rb"(?i)HTTP request[a-z ]{1,30}HTTPS (port|server
 def parse_error(op: str, answer: Response, *secrets: str) -> ControlPlaneError:
     """Return the error for a status outside `SUCCESS`; its message contains no `secrets`."""
     status = answer.status
-    envelope = _parse_envelope(answer.body)
-    message = _clean_text(envelope.get("message"), secrets, MESSAGE_MAX) or _phrase_of(status)
+    envelope = _parse_error_envelope(answer.body)
+    message = _sanitize_error_text(envelope.get("message"), secrets, MESSAGE_MAX) or _status_phrase(
+        status
+    )
     if isinstance(answer.body, bytes) and _wants_tls(answer.body):
         message = f"{message}: the port speaks TLS: base_url must begin with https://"
     if status not in _REFUSED_STATUSES:
@@ -87,28 +89,28 @@ def parse_error(op: str, answer: Response, *secrets: str) -> ControlPlaneError:
             status,
             message,
             reason="throttled" if status == http.HTTPStatus.TOO_MANY_REQUESTS else "server_error",
-            retry_after=retry_after_of(answer.headers),
+            retry_after=parse_retry_after(answer.headers),
         )
     kind = _REFUSALS.get(status, RefusedError)
     return kind(
         op,
         status,
         message,
-        error_type=_clean_text(envelope.get("type"), secrets, _WORD_MAX),
-        param=_clean_text(envelope.get("param"), secrets, _WORD_MAX),
+        error_type=_sanitize_error_text(envelope.get("type"), secrets, _WORD_MAX),
+        param=_sanitize_error_text(envelope.get("param"), secrets, _WORD_MAX),
     )
 
 
 def _describe_redirect(location: str, secrets: Sequence[str]) -> str:
-    """Describe a redirect, which is not followed: the token would be sent to the new address.
+    """Describe a redirect, which is not followed, as the new host would receive the token.
 
     The text has only scheme, host and port of the address, since the rest may contain credentials.
     """
     try:
-        # In lower case, as hosts are, so that the secrets are found in the text.
+        # Hosts are in lower case, so a secret in a host name is found in lower case only.
         lower = [secret.lower() for secret in secrets]
-        origin = _clean_text(str(URL(location).origin()).lower(), lower, _ORIGIN_MAX)
-    except ValueError:  # relative, or not a URL
+        origin = _sanitize_error_text(str(URL(location).origin()).lower(), lower, _ORIGIN_MAX)
+    except ValueError:  # the location is relative, or not a URL
         origin = None
     to = f" to {origin}" if origin else ""
     return f"redirected{to}: base_url is not the control plane's own, or a proxy intervenes"
@@ -120,7 +122,7 @@ _REFUSALS: Final[Mapping[int, type[ControlPlaneError]]] = {
 }
 
 
-def retry_after_of(headers: Mapping[str, str]) -> float | None:
+def parse_retry_after(headers: Mapping[str, str]) -> float | None:
     """Return the seconds of `Retry-After`, at most 300; None if absent, past or not readable."""
     value = headers.get("Retry-After", "").strip()
     if _SECONDS(value):
@@ -128,8 +130,8 @@ def retry_after_of(headers: Mapping[str, str]) -> float | None:
     until = _parse_date(value)
     if until is None:
         return None
-    # Measured on the clock of the server that wrote the date, if the answer shows it: otherwise a
-    # worker whose own clock is an hour off would wait for an hour, or not at all.
+    # The delay is measured on the server's clock, if the answer has a `Date`: otherwise a worker
+    # whose own clock is an hour off would wait for an hour, or not at all.
     seconds = (until - (_parse_date(headers.get("Date", "")) or datetime.now(UTC))).total_seconds()
     return min(seconds, RETRY_AFTER_MAX_SECONDS) if seconds > 0 else None
 
@@ -142,31 +144,34 @@ def _parse_date(value: str) -> datetime | None:
     return date if date.tzinfo else date.replace(tzinfo=UTC)
 
 
-def _parse_envelope(body: bytes | Oversized) -> dict[str, Any]:
-    """Return `error` of the error envelope; empty if the body is none."""
+def _parse_error_envelope(body: bytes | OversizedBody) -> dict[str, Any]:
+    """Return the object `error` of an error's body; empty if the body has no such object."""
     try:
-        envelope = orjson.loads(b"" if isinstance(body, Oversized) else body)
+        envelope = orjson.loads(b"" if isinstance(body, OversizedBody) else body)
     except orjson.JSONDecodeError:
         return {}
     error = envelope.get("error") if isinstance(envelope, dict) else None
     return error if isinstance(error, dict) else {}
 
 
-def _clean_text(text: object, secrets: Sequence[str], limit: int) -> str | None:
-    """Return text for a log: secrets are removed before the text is shortened.
+def _sanitize_error_text(text: object, secrets: Sequence[str], limit: int) -> str | None:
+    """Return an error's text for a log: without secrets, on one line, at most `limit` characters.
+
+    Secrets are removed before the text is shortened, which could cut a secret in two.
 
     Characters that are not printable, and runs of spaces, become one space.
     """
     if not isinstance(text, str):
         return None
-    for secret in sorted(secrets, key=len, reverse=True):  # one secret may be a part of another
+    # The longest first: a secret may be a part of another, whose rest would stay in the text.
+    for secret in sorted(secrets, key=len, reverse=True):
         text = text.replace(secret, "[token]")
     shown = "".join(each if each.isprintable() else " " for each in text[: 4 * limit])
     line = " ".join(shown.split())
     return line if len(line) <= limit else f"{line[: limit - 1]}…"
 
 
-def _phrase_of(status: int) -> str:
+def _status_phrase(status: int) -> str:
     try:
         return http.HTTPStatus(status).phrase
     except ValueError:

@@ -1,1 +1,1 @@
-"""The events of a session: list, send, stream."""
+"""The client's calls for the events of a session: list, send and stream."""

@@ -1,6 +1,6 @@
 """The interfaces for reading and sending a session's events.
 
-They are the calls of a client over any transport, the pages of a history, and the guard that
+The module has the calls of a client over any transport, the pages of a history, and the guard that
 decides whether the session may still be read and written. See workpool/docs/protocol.md, "Events".
 """
 
@@ -24,24 +24,24 @@ _SMALLER: Final = 10
 
 
 class EventPage(NamedTuple):
-    """One answer of the list call; `next_page` is None for the last page."""
+    """One page of a session's events; `next_page` is None for the last page."""
 
     events: list[SessionEvent]
     next_page: str | None
 
 
-class OpenStream(Protocol):
+class OpenEventStream(Protocol):
     """The interface of an open event stream."""
 
     async def read(self) -> bytes:
-        """Return the next bytes, empty at the end. A cancellation loses no byte.
+        """Return the next bytes of the stream, empty at its end; a cancellation loses no byte.
 
         Raises:
             TransientError: The connection broke.
         """
 
     def close(self) -> None:
-        """Close the connection."""
+        """Close the connection of the stream."""
 
 
 class EventCalls(Protocol):
@@ -53,51 +53,55 @@ class EventCalls(Protocol):
 
     resumes: bool
 
-    async def page(
+    async def list_page(
         self, limit: int, *, after_id: str | None = None, page: str | None = None
     ) -> EventPage:
-        """List the first events, or those after an event, or the next page."""
+        """List a session's first events, those after the event `after_id`, or the page `page`."""
 
-    async def post(
+    async def append_events(
         self, body: bytes, *, options: CallOptions = DEFAULT_OPTIONS
     ) -> list[SessionEvent]:
-        """Append events, and return them as they were stored."""
+        """Append events to the session, and return them as the control plane stored them."""
 
-    async def open(self, last_id: str | None) -> OpenStream:
+    async def open_stream(self, last_id: str | None) -> OpenEventStream:
         """Open a stream of new events, or of all after `last_id` if the server can resume there."""
 
 
-class Guard(Protocol):
-    """Decides whether the session may still be used, and ends every wait once it may not."""
+class SessionGuard(Protocol):
+    """The interface that checks whether a session may still be used, and else ends all waits."""
 
     def check(self) -> None:
-        """Raise an error if the session may not be used."""
+        """Raise an error if the session may not be used anymore."""
 
-    async def within(self, call: Callable[[], Awaitable[T]], seconds: float | None = None) -> T:
+    async def await_within(
+        self, call: Callable[[], Awaitable[T]], seconds: float | None = None
+    ) -> T:
         """Await `call()`, which may be called several times; raise TimeoutError after `seconds`."""
 
-    async def carry(self, call: Callable[[CallOptions], Awaitable[T]]) -> T:
-        """Make a call that writes, with the options for sending it."""
+    async def run_write(self, call: Callable[[CallOptions], Awaitable[T]]) -> T:
+        """Make a call that changes the session, with the options for sending its request."""
 
 
-class Unguarded:
+class LeaselessGuard:
     """The guard of a client that holds no lease."""
 
     def check(self) -> None:
-        """No effect: without a lease there is nothing to check."""
+        """Accept every use of the session, since there is no lease that could be lost."""
 
-    async def within(self, call: Callable[[], Awaitable[T]], seconds: float | None = None) -> T:
+    async def await_within(
+        self, call: Callable[[], Awaitable[T]], seconds: float | None = None
+    ) -> T:
         """Await `call()` for at most `seconds`."""
         async with asyncio.timeout(seconds):
             return await call()
 
-    async def carry(self, call: Callable[[CallOptions], Awaitable[T]]) -> T:
-        """Make the call once; the caller handles its errors."""
+    async def run_write(self, call: Callable[[CallOptions], Awaitable[T]]) -> T:
+        """Make the call once; an error of the call is raised to the caller."""
         return await call(DEFAULT_OPTIONS)
 
 
-class Pages:
-    """The pages of a history, in order. A `next` that fails or is cancelled may be repeated.
+class EventPages:
+    """The pages of a session's history, in order; a page that failed may be read again.
 
     Attributes:
         done: Whether all pages were read.
@@ -111,23 +115,23 @@ class Pages:
         self._limit = LIST_LIMIT_MAX
         self._limits = PageLimits("events")
 
-    async def next(self) -> list[SessionEvent]:
-        """Read the next page, with at most `PAGES_PER_SECOND` calls in a second.
+    async def read_next_page(self) -> list[SessionEvent]:
+        """Read the next page of events, with at most `PAGES_PER_SECOND` calls in a second.
 
         Raises:
             TransientError: The page could not be read, or the pages have no end.
         """
         while True:
-            await self._limits.turn()
+            await self._limits.wait_for_turn()
             after_id = self._after_id if self._page is None else None
             try:
-                page = await self._calls.page(self._limit, after_id=after_id, page=self._page)
+                page = await self._calls.list_page(self._limit, after_id=after_id, page=self._page)
                 break
             except TooLargeError:
                 if self._limit == 1:
                     raise
                 self._limit = max(1, self._limit // _SMALLER)
-        self._limits.accept((event["id"] for event in page.events), page.next_page)
+        self._limits.record_page((event["id"] for event in page.events), page.next_page)
         self._page = page.next_page
         self.done = page.next_page is None
         return page.events

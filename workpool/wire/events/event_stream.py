@@ -18,7 +18,7 @@ from workpool.backoff import Backoff
 from workpool.errors import ConflictError, TransientError
 from workpool.log_fields import pool_logger
 from workpool.wire.endpoints import parse_event
-from workpool.wire.events.event_calls import Pages
+from workpool.wire.events.event_calls import EventPages
 from workpool.wire.events.sse import FrameParser
 from workpool.wire.page_limits import RecentIds
 from workpool.wire.protocol import KEEP_ALIVE_SECONDS, SESSION_DELETED, STATUS_TERMINATED
@@ -27,7 +27,12 @@ if TYPE_CHECKING:
     from types import TracebackType
     from typing import Self
 
-    from workpool.wire.events.event_calls import EventCalls, Guard, OpenStream, SessionEvent
+    from workpool.wire.events.event_calls import (
+        EventCalls,
+        OpenEventStream,
+        SessionEvent,
+        SessionGuard,
+    )
 
 log = pool_logger(__name__)
 
@@ -40,7 +45,7 @@ REMEMBERED_EVENTS: Final = 50_000
 
 An event is yielded twice only if a connection repeats more events than that.
 """
-_LAST: Final = frozenset({STATUS_TERMINATED, SESSION_DELETED})
+_LAST_EVENT_TYPES: Final = frozenset({STATUS_TERMINATED, SESSION_DELETED})
 
 
 class EventStream:
@@ -55,7 +60,7 @@ class EventStream:
     """
 
     def __init__(
-        self, calls: EventCalls, guard: Guard, session_id: str, *, stall_seconds: float
+        self, calls: EventCalls, guard: SessionGuard, session_id: str, *, stall_seconds: float
     ) -> None:
         self.caught_up = False
         self._calls = calls
@@ -63,23 +68,25 @@ class EventStream:
         self._session_id = session_id
         self._stall_seconds = stall_seconds
         self._backoff = Backoff(BACKOFF_SECONDS, BACKOFF_CAP_SECONDS)
-        self._entered = self._over = False
-        # each event with its value of `caught_up`
+        self._entered = self._ended = False
+        # The events that were read and not yet yielded, each with its value of `caught_up`.
         self._ready: deque[tuple[SessionEvent, bool]] = deque()
-        # the last event of a page, which may be the last of the history
+        # At most one event: the last of a page. Whether the history ends there, and `caught_up` is
+        # true, is known only after the next page.
         self._held_back: list[SessionEvent] = []
         self._seen = RecentIds(REMEMBERED_EVENTS)
-        self._skipping = False  # whether events are skipped that are older than all ids in `_seen`
+        # Whether events that are older than all ids in `_seen` are skipped.
+        self._skipping = False
         self._last_id: str | None = None
-        self._retry_at = 0.0
-        # The state of the present connection.
-        self._stream: OpenStream | None = None
-        self._pages: Pages
+        self._reconnect_at = 0.0
+        # The next four attributes belong to the current connection.
+        self._stream: OpenEventStream | None = None
+        self._pages: EventPages
         self._parser: FrameParser
-        self._heard_at = 0.0
+        self._last_byte_at = 0.0
 
     async def __aenter__(self) -> Self:
-        """Begin; the request for the first event connects."""
+        """Return the stream; the connection is opened by the request for the first event."""
         self._entered = True
         return self
 
@@ -89,15 +96,15 @@ class EventStream:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        """Close the connection."""
-        self._over = True
+        """End the stream, and close its connection."""
+        self._ended = True
         self._disconnect()
 
     def __aiter__(self) -> Self:
         return self
 
     async def __anext__(self) -> SessionEvent:
-        """Return the next event; may be cancelled, for example by a timeout, and called again.
+        """Return the next event; a cancelled call, as by a timeout, loses no event.
 
         Raises:
             LeaseLost, SessionEnded: The handler may not use the session anymore.
@@ -108,23 +115,23 @@ class EventStream:
         while True:
             self._guard.check()
             if self._ready:
-                return self._hand_out()
-            if self._over:
+                return self._take_ready_event()
+            if self._ended:
                 raise StopAsyncIteration
             try:
-                await self._read_more()
+                await self._read_more_events()
             except (TransientError, ConflictError) as error:
-                self._begin_again(error)
+                self._schedule_reconnect(error)
 
-    def _hand_out(self) -> SessionEvent:
+    def _take_ready_event(self) -> SessionEvent:
         event, self.caught_up = self._ready.popleft()
-        if event["type"] in _LAST:
-            self._over = True
+        if event["type"] in _LAST_EVENT_TYPES:
+            self._ended = True
             self._ready.clear()
             self._disconnect()
         return event
 
-    async def _read_more(self) -> None:
+    async def _read_more_events(self) -> None:
         if self._stream is None:
             await self._connect()
         elif not self._pages.done:
@@ -134,15 +141,17 @@ class EventStream:
 
     async def _connect(self) -> None:
         clock = asyncio.get_running_loop().time
-        await self._guard.within(lambda: asyncio.sleep(self._retry_at - clock()))
-        self._stream = await self._guard.within(lambda: self._calls.open(self._last_id))
-        self._pages = Pages(self._calls, self._last_id if self._calls.resumes else None)
+        await self._guard.await_within(lambda: asyncio.sleep(self._reconnect_at - clock()))
+        self._stream = await self._guard.await_within(
+            lambda: self._calls.open_stream(self._last_id)
+        )
+        self._pages = EventPages(self._calls, self._last_id if self._calls.resumes else None)
         self._skipping = self._seen.forgot and not self._calls.resumes
         self._parser = FrameParser()
-        self._heard_at = clock()
+        self._last_byte_at = clock()
 
-    async def _read_history(self, pages: Pages) -> None:
-        events = await self._guard.within(pages.next)
+    async def _read_history(self, pages: EventPages) -> None:
+        events = await self._guard.await_within(pages.read_next_page)
         fresh = self._held_back + [event for event in events if self._is_new_in_history(event)]
         self._held_back = [] if pages.done else fresh[-1:]
         fresh = fresh if pages.done else fresh[:-1]
@@ -154,41 +163,42 @@ class EventStream:
         else:
             self.caught_up = True
 
-    async def _read_live(self, stream: OpenStream) -> None:
+    async def _read_live(self, stream: OpenEventStream) -> None:
         clock = asyncio.get_running_loop().time
-        # The silence counts from the last byte, not from the beginning of this wait, which a reader
-        # of short waits would never exceed. After a long pause of the reader, at least keep-alives
-        # are ready to be read at once.
-        patience = self._heard_at + self._stall_seconds - clock()
+        # The silence counts from the last byte. If it counted from the beginning of this wait, a
+        # reader that cancels each wait after a short time would never notice a dead connection.
+        # After a long pause of the reader, received keep-alives can be read without a wait.
+        silence_left = self._last_byte_at + self._stall_seconds - clock()
         try:
-            chunk = await self._guard.within(stream.read, max(0.0, patience))
+            chunk = await self._guard.await_within(stream.read, max(0.0, silence_left))
         except TimeoutError:
             raise TransientError("stream", None, "silent for too long", reason="timeout") from None
         if not chunk:
             raise TransientError("stream", None, "ended by the server", reason="network")
-        self._heard_at = clock()
+        self._last_byte_at = clock()
         try:
             for frame in self._parser.feed(chunk):
-                self._take_frame(frame.event, frame.data)
-        except ValueError:  # the text is not quoted, since its content is unknown
+                self._add_event_of_frame(frame.event, frame.data)
+        except ValueError:  # the message does not quote the frame, which may contain secrets
             raise TransientError("stream", None, "malformed", reason="bad_body") from None
 
-    def _take_frame(self, kind: str, text: str) -> None:
+    def _add_event_of_frame(self, kind: str, text: str) -> None:
         value = orjson.loads(text)
         if kind == "error":
             raise ValueError("the server reports an error")
         if isinstance(value, dict) and "id" not in value:
-            return  # a ping, or data other than an event of the session
+            return  # a ping, or other data that is no event of the session
         event = parse_event(value)
-        if self._is_new(event):
+        if self._is_new_event(event):
             self._ready.append((event, True))
 
     def _is_new_in_history(self, event: SessionEvent) -> bool:
-        # A history that is read from its beginning: all events before the remembered ids were seen.
+        # The history is read from its beginning after older ids were forgotten: all events before
+        # the first remembered id were yielded already.
         self._skipping = self._skipping and event["id"] not in self._seen
-        return not self._skipping and self._is_new(event)
+        return not self._skipping and self._is_new_event(event)
 
-    def _is_new(self, event: SessionEvent) -> bool:
+    def _is_new_event(self, event: SessionEvent) -> bool:
         event_id = event["id"]
         if not self._seen.add(event_id):
             return False
@@ -196,14 +206,14 @@ class EventStream:
         self._backoff.reset()
         return True
 
-    def _begin_again(self, error: TransientError | ConflictError) -> None:
+    def _schedule_reconnect(self, error: TransientError | ConflictError) -> None:
         self._disconnect()
         self._ready.extend((event, False) for event in self._held_back)
         self._held_back = []
         self.caught_up = False
         asked = error.retry_after if isinstance(error, TransientError) else None
         delay = max(self._backoff.next(), asked or 0.0)
-        self._retry_at = asyncio.get_running_loop().time() + delay
+        self._reconnect_at = asyncio.get_running_loop().time() + delay
         log.info(
             "event stream broke: %s",
             error,

@@ -1,4 +1,4 @@
-"""The calls on one session's events over HTTP: their URLs, and the response that is a stream."""
+"""HTTP calls for one session's events: list, append, and stream."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ from workpool.wire.protocol import LAST_EVENT_ID_HEADER
 if TYPE_CHECKING:
     import aiohttp
 
-    from workpool.wire.events.event_calls import EventPage, OpenStream, SessionEvent
+    from workpool.wire.events.event_calls import EventPage, OpenEventStream, SessionEvent
     from workpool.wire.http.rate_limiter import RateLimits
     from workpool.wire.http.transport import Transport
 
 
 class HttpEvents:
-    """The `EventCalls` of `workpool.wire.events.event_calls` over HTTP.
+    """Calls for one session's events over HTTP (an implementation of `EventCalls`).
 
     Args:
         transport: Sends the requests.
@@ -40,26 +40,26 @@ class HttpEvents:
         self._url = url
         self._query = query
 
-    async def page(
+    async def list_page(
         self, limit: int, *, after_id: str | None = None, page: str | None = None
     ) -> EventPage:
-        """List the first events, or those after an event, or the next page."""
+        """List a session's first events, those after the event `after_id`, or the page `page`."""
         asked = {"after_id": after_id, "page": page}
         start = [f"{name}={quote(at, safe='')}" for name, at in asked.items() if at is not None]
         url = self._url_of("", f"limit={limit}", *start)
         return await self._transport.send(endpoints.EVENTS, url, None, self._rate_limits.read)
 
-    async def post(
+    async def append_events(
         self, body: bytes, *, options: CallOptions = DEFAULT_OPTIONS
     ) -> list[SessionEvent]:
-        """Append events."""
+        """Append events to the session, and return them as the control plane stored them."""
         limiter = self._rate_limits.write
         return await self._transport.send(
             endpoints.SEND, self._url_of(), None, limiter, body, options
         )
 
-    async def open(self, last_id: str | None) -> OpenStream:
-        """Open a stream on a separate connection."""
+    async def open_stream(self, last_id: str | None) -> OpenEventStream:
+        """Open a stream of the session's events on a separate connection."""
         headers = {"Accept": "text/event-stream"}
         if last_id is not None:
             headers[LAST_EVENT_ID_HEADER] = last_id
@@ -74,20 +74,21 @@ class HttpEvents:
 
 
 class _HttpStream:
-    """The response of an event stream."""
+    """The HTTP response that contains an event stream."""
 
     def __init__(self, response: aiohttp.ClientResponse) -> None:
         self._response = response
 
     async def read(self) -> bytes:
-        """Return the next bytes; empty at the end."""
+        """Return the next bytes of the stream; empty at its end."""
         try:
             return await self._response.content.readany()
         except TRANSIENT as error:
             failure = no_answer(endpoints.STREAM, error)
-        # raised outside of the except block, since aiohttp's errors contain the request's headers
+        # Raised outside of the except block: otherwise the error's context would be aiohttp's
+        # error, which contains the request's headers with the token.
         raise failure
 
     def close(self) -> None:
-        """Close the connection without reading the rest."""
+        """Close the connection without reading the rest of the stream."""
         self._response.close()

@@ -1,4 +1,4 @@
-"""The events of one session, as a handler uses them: list, send, stream."""
+"""The events of one session, as a handler lists, sends and streams them."""
 
 from __future__ import annotations
 
@@ -8,16 +8,16 @@ import orjson
 
 from workpool.errors import ConflictError, TransientError
 from workpool.wire import protocol, request_bodies
-from workpool.wire.events.event_calls import Pages, Unguarded
+from workpool.wire.events.event_calls import EventPages, LeaselessGuard
 from workpool.wire.events.event_stream import STALL_SECONDS, EventStream
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Mapping, Sequence
 
-    from workpool.wire.events.event_calls import EventCalls, Guard, SessionEvent
+    from workpool.wire.events.event_calls import EventCalls, SessionEvent, SessionGuard
     from workpool.wire.http.call_options import CallOptions
 
-_ANSWERS: Final[Mapping[str, str]] = {
+_ANSWERED_CALL_FIELDS: Final[Mapping[str, str]] = {
     protocol.USER_TOOL_RESULT: "tool_use_id",
     protocol.USER_CUSTOM_TOOL_RESULT: "custom_tool_use_id",
     protocol.USER_TOOL_CONFIRMATION: "tool_use_id",
@@ -28,10 +28,12 @@ _ANSWERS: Final[Mapping[str, str]] = {
 class SessionEvents:
     """The events of one session: `session.events`, or `WorkClient.events(session_id)`."""
 
-    def __init__(self, calls: EventCalls, session_id: str, guard: Guard | None = None) -> None:
+    def __init__(
+        self, calls: EventCalls, session_id: str, guard: SessionGuard | None = None
+    ) -> None:
         self._calls = calls
         self._session_id = session_id
-        self._guard: Guard = guard or Unguarded()
+        self._guard: SessionGuard = guard or LeaselessGuard()
 
     async def list(self) -> AsyncIterator[SessionEvent]:
         """Iterate over the whole history, oldest first, page by page.
@@ -40,9 +42,9 @@ class SessionEvents:
             LeaseLost, SessionEnded: The handler may not use the session anymore.
             ControlPlaneError: A page could not be read.
         """
-        pages = Pages(self._calls)
+        pages = EventPages(self._calls)
         while not pages.done:
-            for event in await self._guard.within(pages.next):
+            for event in await self._guard.await_within(pages.read_next_page):
                 yield event
 
     async def send(self, *events: Mapping[str, Any]) -> Sequence[SessionEvent]:
@@ -60,17 +62,17 @@ class SessionEvents:
             TransientError: There was no clear answer in time; the events may have been stored.
             ControlPlaneError: The control plane refused the call.
         """
-        body = request_bodies.events(events)
-        repeatable = all(event.get("type") in _ANSWERS for event in events)
-        doubtful = False  # whether a request was sent whose effect is unknown
+        body = request_bodies.events_body(events)
+        repeatable = all(event.get("type") in _ANSWERED_CALL_FIELDS for event in events)
+        may_be_stored = False  # whether an earlier request may have stored the events
 
-        async def post(options: CallOptions) -> Sequence[SessionEvent] | TransientError:
-            nonlocal doubtful
-            if doubtful:
+        async def send_once(options: CallOptions) -> Sequence[SessionEvent] | TransientError:
+            nonlocal may_be_stored
+            if may_be_stored:
                 return TransientError("events", None, "no answer in time", reason="timeout")
-            doubtful = not repeatable
+            may_be_stored = not repeatable
             try:
-                return await self._calls.post(body, options=options)
+                return await self._calls.append_events(body, options=options)
             except ConflictError:
                 stored = (
                     await self._find_stored(orjson.loads(body)["events"]) if repeatable else None
@@ -79,12 +81,12 @@ class SessionEvents:
                     raise
                 return stored
             except TransientError as error:
-                if doubtful and error.reason != "throttled":
+                if may_be_stored and error.reason != "throttled":
                     return error
-                doubtful = False
+                may_be_stored = False
                 raise
 
-        answer = await self._guard.carry(post)
+        answer = await self._guard.run_write(send_once)
         if isinstance(answer, TransientError):
             raise answer
         return answer
@@ -99,27 +101,35 @@ class SessionEvents:
     async def _find_stored(
         self, sent_events: Sequence[SessionEvent]
     ) -> Sequence[SessionEvent] | None:
-        """Return the sent events from the history; None if one is missing or differs."""
-        wanted, held = {_key_of(event) for event in sent_events}, {}
+        """Return the sent events as the history has them; None if one is missing or differs."""
+        wanted, stored_by_key = {_answered_call_key(event) for event in sent_events}, {}
         async for event in self.list():
-            if event["type"] in _ANSWERS and (key := _key_of(event)) in wanted:
-                held[key] = event
-        pairs = [(event, held.get(_key_of(event))) for event in sent_events]
+            if (
+                event["type"] in _ANSWERED_CALL_FIELDS
+                and (key := _answered_call_key(event)) in wanted
+            ):
+                stored_by_key[key] = event
+        pairs = [(event, stored_by_key.get(_answered_call_key(event))) for event in sent_events]
         stored = [
-            theirs for ours, theirs in pairs if theirs is not None and _contains(ours, theirs)
+            theirs
+            for ours, theirs in pairs
+            if theirs is not None and _contains_sent_fields(ours, theirs)
         ]
         return stored if len(stored) == len(pairs) else None
 
 
-def _key_of(event: Mapping[str, Any]) -> tuple[object, object]:
+def _answered_call_key(event: Mapping[str, Any]) -> tuple[object, object]:
     kind = event["type"]
-    return kind, event.get(_ANSWERS[kind])
+    return kind, event.get(_ANSWERED_CALL_FIELDS[kind])
 
 
-def _contains(ours: object, theirs: object) -> bool:
-    """Return whether `theirs` has all of `ours`; the control plane may have added fields."""
+def _contains_sent_fields(ours: object, theirs: object) -> bool:
+    """Return whether the stored value `theirs` has all fields of the sent value `ours`.
+
+    The control plane may have added fields.
+    """
     if isinstance(ours, dict) and isinstance(theirs, dict):
-        return all(_contains(value, theirs.get(name)) for name, value in ours.items())
+        return all(_contains_sent_fields(value, theirs.get(name)) for name, value in ours.items())
     if isinstance(ours, list) and isinstance(theirs, list):
-        return len(ours) == len(theirs) and all(map(_contains, ours, theirs))
+        return len(ours) == len(theirs) and all(map(_contains_sent_fields, ours, theirs))
     return ours == theirs or (not ours and not theirs)

@@ -1,7 +1,7 @@
-"""Server-Sent Events, parsed as they come (WHATWG HTML, "Parsing an event stream").
+"""Incremental parser of Server-Sent Events (WHATWG HTML, "Parsing an event stream").
 
-Without I/O: bytes in, frames out. The frames do not depend on the boundaries of the chunks, and the
-parser never stores more than the limit.
+The parser does no I/O: it gets bytes and returns frames. The frames do not depend on the boundaries
+of the chunks, and the parser never stores more than the limit.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ _BOM: Final = b"\xef\xbb\xbf"
 
 
 class Frame(NamedTuple):
-    """One event of a stream.
+    """One event of an SSE stream.
 
     Attributes:
         event: The type; "message" if the stream gives none.
@@ -28,7 +28,7 @@ class Frame(NamedTuple):
 
 
 class FrameParser:
-    """The parser of one stream. A frame is complete at the blank line after it.
+    """The parser of one SSE stream; the blank line after a frame completes it.
 
     Args:
         limit: The largest accepted number of bytes of a line, and of all data of one frame.
@@ -36,7 +36,7 @@ class FrameParser:
 
     def __init__(self, limit: int = FRAME_LIMIT_BYTES) -> None:
         self._limit = limit
-        self._line = bytearray()  # the first part of an incomplete line
+        self._line = bytearray()  # the received part of an incomplete line
         self._first = True
         self._after_cr = False
         self._event = ""
@@ -45,28 +45,29 @@ class FrameParser:
         self._last_id = ""
 
     def feed(self, chunk: bytes) -> list[Frame]:
-        """Add the next bytes, and return the frames that they complete.
+        """Parse the next bytes of the stream, and return the frames that they complete.
 
         Raises:
             ValueError: A line or a frame exceeds the limit; the parser cannot be used anymore.
         """
         frames: list[Frame] = []
         if self._after_cr and chunk:
-            # the second byte of a CRLF whose first byte ended the last chunk
+            # The last chunk ended between CR and LF: the LF would count as an empty line.
             chunk = chunk.removeprefix(b"\n")
             self._after_cr = False
-        for piece in chunk.splitlines(keepends=True):  # bytes are split at CR, LF and CRLF only
+        # `bytes.splitlines` splits at CR, LF and CRLF only, unlike `str.splitlines`.
+        for piece in chunk.splitlines(keepends=True):
             text = piece.rstrip(b"\r\n")
             if len(self._line) + len(text) > self._limit:
                 raise ValueError("a line is too long")
             self._line += text
             if len(text) < len(piece):
                 self._after_cr = piece.endswith(b"\r")
-                self._take_line(frames)
+                self._parse_complete_line(frames)
         return frames
 
-    def _take_line(self, frames: list[Frame]) -> None:
-        """Interpret the complete line."""
+    def _parse_complete_line(self, frames: list[Frame]) -> None:
+        """Parse the line in `_line`, and append the frame that it completes, if any."""
         line = bytes(self._line)
         self._line.clear()
         if self._first:
@@ -86,7 +87,7 @@ class FrameParser:
             self._event = value
         elif name == b"id" and "\0" not in value:
             self._last_id = value
-        # Other fields are ignored: comments, and `retry`, since the client has its own backoff.
+        # Comments are ignored, and so is the field `retry`, since the client has its own backoff.
 
     def _dispatch_frame(self, frames: list[Frame]) -> None:
         if self._data:

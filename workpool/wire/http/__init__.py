@@ -1,1 +1,1 @@
-"""Sending one request over HTTP: rate limit, connection, check, bytes, answer."""
+"""The sending of one HTTP request: rate limits, connections, credentials, time limits, answers."""

@@ -1,4 +1,4 @@
-"""The options of one call of a client: its check, its priority, its connection."""
+"""The options with which a client sends one request: lease check, priority, connection."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ if TYPE_CHECKING:
 
 
 class Priority(enum.IntEnum):
-    """The order in which calls get the rate limit and connections; a lower value goes first.
+    """The order in which waiting calls pass the rate limiter and get connections; lowest first.
 
     Attributes:
         COMPLETION: The calls that end a session. They go before all others.
@@ -24,7 +24,7 @@ class Priority(enum.IntEnum):
 
 
 class CallOptions(NamedTuple):
-    """The options of one call.
+    """The options with which a client sends one request.
 
     Attributes:
         check: Called right before the first byte is written, with no await in between. If it raises

@@ -15,7 +15,7 @@ import aiohttp
 from yarl import URL
 
 from workpool.wire.http.call_options import Priority
-from workpool.wire.http.environment_proxy import proxy_of
+from workpool.wire.http.environment_proxy import proxy_for_url
 from workpool.wire.http.guarded_request import GuardedRequest
 from workpool.wire.http.resolver import ThreadResolver
 
@@ -66,7 +66,7 @@ class Connections:
         self._resolver = ThreadResolver(executor)
         self._is_ours = given is None
         limit = settings.concurrency + SPARE_CONNECTIONS
-        self.proxy = proxy_of(URL(settings.base_url)) if given is None else None
+        self.proxy = proxy_for_url(URL(settings.base_url)) if given is None else None
         pool = given or self._new_session(POOL_BUFFER_BYTES, limit=0)
         handlers = given or self._new_session(BUFFER_BYTES, limit=limit)
         # A tuple: the hash of a member of an enum costs a Python call.

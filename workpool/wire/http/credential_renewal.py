@@ -1,4 +1,4 @@
-"""The renewal of a credential: its source is read again after a refusal."""
+"""Reading a credential again from its source, after the control plane refused the old one."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ if TYPE_CHECKING:
 
 
 class CredentialSource:
-    """The source of one credential.
+    """The source of one credential: the memory, or a file that may be replaced.
 
     Args:
         read: Reads the source; raises `SettingsError` if it holds no credential.
@@ -25,7 +25,7 @@ class CredentialSource:
         self._reading: asyncio.Future[str | None] | None = None
 
     async def read(self, executor: Executor) -> str | None:
-        """Return the credential; concurrent calls share one reading.
+        """Read and return the credential; concurrent calls share one read of the file.
 
         A file may be on a disk that does not answer, so it is read on a thread of the executor, and
         once at a time.
@@ -38,10 +38,11 @@ class CredentialSource:
         if self._reading is None or self._reading.done():
             loop = asyncio.get_running_loop()
             self._reading = loop.run_in_executor(executor, self._read)
-            self._reading.add_done_callback(_retrieve_exception)
+            self._reading.add_done_callback(_mark_exception_retrieved)
         return await asyncio.shield(self._reading)
 
 
-def _retrieve_exception(reading: asyncio.Future[str | None]) -> None:
+def _mark_exception_retrieved(reading: asyncio.Future[str | None]) -> None:
     if not reading.cancelled():
-        reading.exception()  # otherwise asyncio logs an error that no task awaits
+        # Otherwise asyncio logs an error if all callers were cancelled.
+        reading.exception()

@@ -1,4 +1,4 @@
-"""The source of a credential: the given value, a file, or the service's own variable.
+"""Reading a credential from a setting, a file, or the service's own environment variable.
 
 Each call reads the source again, so that a rotated token is found. No error quotes its content.
 """
@@ -24,7 +24,7 @@ _is_token = re.compile(r"[\x21-\x7e]+").fullmatch
 def read_credential(
     given: str | None, path: Path | None, variable: str, *, name: str = "token"
 ) -> str:
-    """Return a credential: `given`, else the file's content, else the variable's.
+    """Return a credential: `given`, else the content of the file, else the variable's value.
 
     `name`: the setting that may hold it; `NAME_file` may name the file.
 
@@ -34,8 +34,8 @@ def read_credential(
     if given is not None:
         source, text = name, given
     elif path is not None:
-        source = f"{name}_file: {_shown(path)}"
-        text = _read_file(source, path)
+        source = f"{name}_file: {_path_for_error(path)}"
+        text = _read_credential_file(source, path)
     else:
         source, text = variable, os.environ.get(variable, "")
         if not text:
@@ -49,17 +49,18 @@ def read_credential(
     return token
 
 
-def _shown(path: Path) -> str:
-    """Return the path for an error, unless it may be the credential itself by mistake."""
+def _path_for_error(path: Path) -> str:
+    """Return the path as an error shows it, hidden if it may be a credential by mistake."""
     name = str(path)
     looks_secret = len(name) >= SECRET_CHARACTERS and not re.search(r"[/\\.]", name)
     return "(not shown, as it may be the credential)" if looks_secret else name
 
 
-def _read_file(source: str, path: Path) -> str:
+def _read_credential_file(source: str, path: Path) -> str:
     problem = "not a file"
     try:
-        # Checked first: opening a pipe would wait for its writer.
+        # Opening a named pipe would block until another process writes, so the type is checked
+        # first.
         if stat.S_ISREG(path.stat().st_mode):
             with path.open("rb") as file:
                 return file.read(FILE_LIMIT_BYTES).decode("ascii", "replace")

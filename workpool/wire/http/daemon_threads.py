@@ -1,4 +1,4 @@
-"""`DaemonThreads`: threads of one owner for calls that block, such as DNS and files on a disk."""
+"""An executor with daemon threads for blocking calls, such as DNS lookups and file reads."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ CLOSE_SECONDS: Final = 0.5
 
 
 class DaemonThreads(Executor):
-    """An executor whose threads never keep the interpreter from ending.
+    """An executor whose threads never prevent the interpreter from exiting.
 
     A `ThreadPoolExecutor` joins its threads at exit, even one that hangs in a lookup or on a disk,
     and the event loop's executor is shared with code of users, which may occupy all its threads.
@@ -39,14 +39,14 @@ class DaemonThreads(Executor):
         self._calls: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
         self._idle = threading.Semaphore(0)
         self._lock = threading.Lock()
-        # The next four attributes need the lock.
+        # The next four attributes are accessed under the lock only.
         self._threads: list[threading.Thread] = []
         self._alive = 0
         self._closed = False
-        self._tell_end: Callable[[], object] | None = None
+        self._set_ended: Callable[[], object] | None = None
 
     def submit(self, fn: Callable[P, T], /, *args: P.args, **kwargs: P.kwargs) -> Future[T]:
-        """Call `fn` on one of the threads.
+        """Submit a call of `fn` to the threads, and return its future.
 
         Raises:
             OSError: EAGAIN: the first thread cannot be started.
@@ -57,7 +57,7 @@ class DaemonThreads(Executor):
             if self._closed:
                 raise RuntimeError("these threads were closed")
             if not self._idle.acquire(blocking=False) and self._alive < self._limit:
-                self._start_one()
+                self._start_thread()
             self._calls.put(partial(_run_call, future, partial(fn, *args, **kwargs)))
         return future
 
@@ -73,11 +73,11 @@ class DaemonThreads(Executor):
         return await asyncio.get_running_loop().run_in_executor(self, call)
 
     async def close(self) -> None:
-        """End the threads. A thread with a blocked call ends after the call."""
+        """End the idle threads; a thread with a blocked call ends after its call."""
         loop, ended = asyncio.get_running_loop(), asyncio.Event()
         with self._lock:
             self._closed = True
-            self._tell_end = partial(loop.call_soon_threadsafe, ended.set)
+            self._set_ended = partial(loop.call_soon_threadsafe, ended.set)
             for _ in self._threads:
                 self._calls.put(None)
             if not self._alive:
@@ -86,31 +86,31 @@ class DaemonThreads(Executor):
             async with asyncio.timeout(CLOSE_SECONDS):
                 await ended.wait()
             for thread in self._threads:
-                thread.join()  # the thread has only its last step left
+                thread.join()  # does not block: the thread has left its loop
 
-    def _start_one(self) -> None:
+    def _start_thread(self) -> None:
         name = f"{self._name}-{self._alive + 1}"
-        thread = threading.Thread(target=self._run_calls, name=name, daemon=True)
+        thread = threading.Thread(target=self._run_submitted_calls, name=name, daemon=True)
         try:
             thread.start()
         except RuntimeError as error:
             if not self._alive:
                 raise OSError(errno.EAGAIN, "no thread can be started") from error
-            return  # the call waits for an existing thread
+            return  # no further thread can be started: an existing thread makes the call later
         self._alive += 1
         self._threads.append(thread)
 
-    def _run_calls(self) -> None:
+    def _run_submitted_calls(self) -> None:
         while (call := self._calls.get()) is not None:
             call()
-            del call  # otherwise the call would stay referenced until the next one
+            del call  # else the objects of the call stay in memory until the next call
             self._idle.release()
         with self._lock:
             self._alive -= 1
-            tell_end = None if self._alive else self._tell_end
-        if tell_end is not None:
-            with suppress(RuntimeError):  # the loop is closed, so no task waits anymore
-                tell_end()
+            set_ended = None if self._alive else self._set_ended
+        if set_ended is not None:
+            with suppress(RuntimeError):  # the event loop is closed, so no task waits for the end
+                set_ended()
 
 
 def _run_call(future: Future[T], call: Callable[[], T]) -> None:

@@ -1,4 +1,4 @@
-"""The HTTP proxy that environment variables name; no text quotes its URL with its password."""
+"""The HTTP proxy from environment variables; errors do not quote its URL, with its password."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ from yarl import URL
 from workpool.errors import SettingsError
 
 
-def proxy_of(url: URL) -> URL | None:
-    """Return the proxy that the environment names for `url` (`HTTPS_PROXY`, `NO_PROXY`, …).
+def proxy_for_url(url: URL) -> URL | None:
+    """Return the proxy that environment variables (`HTTPS_PROXY`, `NO_PROXY`, …) set for `url`.
 
     It is looked up once per client. aiohttp's `trust_env` would do it for every request, on a
     thread, and refuse the Authorization header if a `.netrc` names the host.

@@ -1,4 +1,4 @@
-"""DNS for aiohttp on separate threads."""
+"""A DNS resolver for aiohttp that looks up hosts on separate threads."""
 
 from __future__ import annotations
 
@@ -29,25 +29,25 @@ class ThreadResolver(AbstractResolver):
     async def resolve(
         self, host: str, port: int = 0, family: socket.AddressFamily = socket.AF_INET
     ) -> list[ResolveResult]:
-        """Return the addresses of a host.
+        """Return the IP addresses of a host name.
 
         Raises:
             OSError: The host has no address, or the lookup failed or took too long.
         """
         loop = asyncio.get_running_loop()
         async with asyncio.timeout(LOOKUP_SECONDS):
-            return await loop.run_in_executor(self._executor, _look_up, host, port, family)
+            return await loop.run_in_executor(self._executor, _look_up_host, host, port, family)
 
     async def close(self) -> None:
-        """No effect: the executor belongs to the caller."""
+        """Do nothing: the executor belongs to the caller."""
 
 
-def _look_up(host: str, port: int, family: socket.AddressFamily) -> list[ResolveResult]:
+def _look_up_host(host: str, port: int, family: socket.AddressFamily) -> list[ResolveResult]:
     found = socket.getaddrinfo(host, port, family, socket.SOCK_STREAM, flags=socket.AI_ADDRCONFIG)
     return [
         ResolveResult(
             hostname=host,
-            # Includes the scope of a link-local address, which `address[0]` lacks.
+            # `getnameinfo` includes the scope of a link-local address; `address[0]` lacks it.
             host=socket.getnameinfo(address, _NUMERIC)[0],
             port=port,
             family=kind,

@@ -1,4 +1,4 @@
-"""The TLS settings: a CA file and a client certificate."""
+"""The TLS context from the settings for a CA file and a client certificate."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 def tls_context(
     ca_file: Path | None, client_cert_file: Path | None, client_key_file: Path | None
 ) -> ssl.SSLContext | None:
-    """Return the context for connections to the control plane; None = aiohttp's default.
+    """Return the TLS context for the control plane; None = aiohttp's default.
 
     Args:
         ca_file: Certificates, in PEM, that are trusted instead of the system's.
@@ -30,23 +30,26 @@ def tls_context(
         "client_cert_file": client_cert_file,
         "client_key_file": client_key_file,
     }
-    problems = [_read_problem(name, path) for name, path in files.items() if path is not None]
+    problems = [
+        _describe_unreadable_file(name, path) for name, path in files.items() if path is not None
+    ]
     if client_key_file is not None and client_cert_file is None:
         problems.append("client_key_file: set without client_cert_file")
     if found := tuple(problem for problem in problems if problem):
         raise SettingsError(found)
     if ca_file is None and client_cert_file is None:
         return None
-    context = _trusting_context(ca_file)
+    context = _context_trusting_ca(ca_file)
     context.set_alpn_protocols(["http/1.1"])
     if client_cert_file is not None:
-        _load_certificate(context, client_cert_file, client_key_file)
+        _load_client_certificate(context, client_cert_file, client_key_file)
     return context
 
 
-def _read_problem(name: str, path: Path) -> str:
+def _describe_unreadable_file(name: str, path: Path) -> str:
     try:
-        # Checked first: opening a pipe would wait for its writer.
+        # Opening a named pipe would block until another process writes, so the type is checked
+        # first.
         if not stat.S_ISREG(path.stat().st_mode):
             return f"{name}: {path}: not a file"
         with path.open("rb"):
@@ -55,7 +58,7 @@ def _read_problem(name: str, path: Path) -> str:
         return f"{name}: {path}: {error.strerror or 'cannot be read'}"
 
 
-def _trusting_context(ca_file: Path | None) -> ssl.SSLContext:
+def _context_trusting_ca(ca_file: Path | None) -> ssl.SSLContext:
     try:
         return ssl.create_default_context(cafile=ca_file)
     except ssl.SSLError:
@@ -63,10 +66,10 @@ def _trusting_context(ca_file: Path | None) -> ssl.SSLContext:
     raise SettingsError((problem,))
 
 
-def _load_certificate(context: ssl.SSLContext, cert: Path, key: Path | None) -> None:
+def _load_client_certificate(context: ssl.SSLContext, cert: Path, key: Path | None) -> None:
     problem = ""
     try:
-        context.load_cert_chain(cert, key, password=_refuse_password)
+        context.load_cert_chain(cert, key, password=_refuse_encrypted_key)
     except ssl.SSLError as error:
         mismatch = error.reason == "KEY_VALUES_MISMATCH"
         problem = (
@@ -79,6 +82,6 @@ def _load_certificate(context: ssl.SSLContext, cert: Path, key: Path | None) -> 
         )
 
 
-def _refuse_password() -> NoReturn:
+def _refuse_encrypted_key() -> NoReturn:
     # Without a callback, OpenSSL would ask for a password on the terminal.
     raise SettingsError(("client_key_file: encrypted; there is no setting for its password",))

@@ -39,7 +39,7 @@ from workpool.wire.response import (
     BEGINNING_BYTES,
     CODES,
     SUCCESS,
-    Oversized,
+    OversizedBody,
     Response,
     parse_error,
 )
@@ -318,7 +318,7 @@ class Transport:
         body: bytes | None,
         options: CallOptions,
         check: RequestCheck | None,
-    ) -> tuple[aiohttp.ClientResponse, bytes | Oversized]:
+    ) -> tuple[aiohttp.ClientResponse, bytes | OversizedBody]:
         data: object = check
         if check is None:
             # A large body is sent in pieces, or it would block the loop and aiohttp would warn of
@@ -454,7 +454,7 @@ def _checked_stream(response: aiohttp.ClientResponse) -> aiohttp.ClientResponse:
 
 async def read_bounded(
     response: aiohttp.ClientResponse, limit: int = ANSWER_LIMIT_BYTES
-) -> bytes | Oversized:
+) -> bytes | OversizedBody:
     """Return the body, unpacked.
 
     If it exceeds `limit`, return its beginning and close the connection.
@@ -474,7 +474,7 @@ async def read_bounded(
         room -= len(chunk)
         if room < 0:
             response.close()
-            return Oversized(b"".join(chunks)[:BEGINNING_BYTES])
+            return OversizedBody(b"".join(chunks)[:BEGINNING_BYTES])
     return b"".join(chunks)
 
 
