@@ -23,8 +23,8 @@ from aiohttp import web
 from workpool.pool.lease_renewer import new_event_loop
 from workpool.server import ControlPlane, History, PostgresStore, ServeError, SqliteStore
 from workpool.testing import Faults
-from workpool.testing.fault import Fault, nested
-from workpool.testing.fault_plan import read_plan
+from workpool.testing.fault import Fault, nest_faults
+from workpool.testing.fault_plan import read_fault_plan
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable
@@ -125,8 +125,8 @@ def install(config: Config, faults: Faults, plane: ControlPlane, journal: Journa
     """Inject the faults of the file, and record each one in the journal."""
     if not config.faults:
         return
-    read_plan(Path(config.faults)).install(faults, plane)
-    for rule, planned in zip(faults.rules, read_plan(Path(config.faults)).fault, strict=True):
+    read_fault_plan(Path(config.faults)).install(faults, plane)
+    for rule, planned in zip(faults.rules, read_fault_plan(Path(config.faults)).fault, strict=True):
         name = f"{planned.kind} {getattr(planned, 'code', '')}".strip()
         assert isinstance(rule.fault, Fault)
         rule.fault = noted(rule.fault, name, journal)
@@ -138,7 +138,7 @@ def noted(fault: Fault, name: str, journal: Journal) -> Fault:
     def note(_environment_id: str, work_id: str | None) -> None:
         journal.note("fault", kind=name, work_id=work_id)
 
-    return nested([Fault(before=note), fault])
+    return nest_faults([Fault(before=note), fault])
 
 
 async def measure_lag(journal: Journal) -> None:

@@ -27,7 +27,7 @@ from workpool.events import (
 from workpool.server import Poll
 from workpool.server.http.server_dialects import DIALECTS
 from workpool.testing import Hold, expire_lease, literal, status
-from workpool.testing.bounded_wait import Changes
+from workpool.testing.bounded_wait import StateChanges
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -44,7 +44,7 @@ class CountingGatedHandler:
     def __init__(self) -> None:
         self.opened = asyncio.Event()
         self.running = self.most = self.runs = 0
-        self._changes = Changes()
+        self._changes = StateChanges()
 
     @handler
     async def wait_until_opened(self, _: Session) -> None:
@@ -58,7 +58,7 @@ class CountingGatedHandler:
             self.running -= 1
 
     async def wait_for_sessions(self, count: int) -> None:
-        await self._changes.until(lambda: self.running >= count, lambda: f"{self.running} run")
+        await self._changes.wait_until(lambda: self.running >= count, lambda: f"{self.running} run")
 
 
 @pytest.fixture(autouse=True)

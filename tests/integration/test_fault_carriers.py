@@ -92,8 +92,8 @@ async def test_fault_over_http_and_in_one_process_has_the_same_effect(
     local = LocalClient(
         control_plane.operations,
         settings,
-        faults=local_faults.fault_of,
-        on_answer=local_faults.answered,
+        faults=local_faults.fault_for_call,
+        on_answer=local_faults.record_answer,
     )
     async with WorkClient(settings) as client, local:
         over_http = await effect_of_ack_fault(control_plane, client, faults, case)

@@ -159,7 +159,7 @@ async def test_proxy_reset_after_client_abort_resets_server_side(testbed: ProxyT
     client, server = await testbed.open_pair()
     await client.send_bytes(b"known to both")
     await server.expect_bytes(b"known to both")
-    for link in testbed.proxy._links:
+    for link in testbed.proxy._connections:
         link.worker.transport.abort()
     await asyncio.sleep(0)  # the socket is closed, but the proxy has not noticed
     testbed.proxy.reset()

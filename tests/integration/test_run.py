@@ -19,7 +19,7 @@ from workpool.events import (
     StopRequested,
 )
 from workpool.testing import Hold, expire_lease, lost, status
-from workpool.testing.bounded_wait import Changes
+from workpool.testing.bounded_wait import StateChanges
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator
@@ -35,7 +35,7 @@ class RecordingHandler:
         self.cancelled = self.left = False
         self.may_end = asyncio.Event()
         self.raised: list[type[BaseException]] = []
-        self._changes = Changes()
+        self._changes = StateChanges()
 
     @handler
     async def stubborn_end(self, session: Session) -> dict[str, str]:
@@ -56,7 +56,7 @@ class RecordingHandler:
         return {"late": "result"}
 
     async def is_cancelled(self) -> None:
-        await self._changes.until(lambda: self.cancelled, lambda: "not cancelled")
+        await self._changes.wait_until(lambda: self.cancelled, lambda: "not cancelled")
 
 
 @pytest.fixture

@@ -14,7 +14,7 @@ from workpool.errors import ControlPlaneError, TransientError
 from workpool.server import APIError, Poll
 from workpool.server.http.server_dialects import QODER
 from workpool.testing.fault import NO_FAULT, Fault, garbled, reset, silence, status
-from workpool.testing.local_client import LocalClient, answer_to
+from workpool.testing.local_client import LocalClient, run_with_fault
 from workpool.wire import endpoints
 from workpool.wire.http.call_options import DEFAULT_OPTIONS, CallOptions, Priority
 from workpool.wire.http.credential_renewal import CredentialSource
@@ -108,7 +108,9 @@ class Network:
             node.cuts.append((now + LATENCY_SECONDS, now + FADED_SECONDS))
         return fault
 
-    def note_sent(self, node: Node, op: str, work_id: str | None, fault: Fault) -> SentCall | None:
+    def record_sent_call(
+        self, node: Node, op: str, work_id: str | None, fault: Fault
+    ) -> SentCall | None:
         """Record a call whose bytes are sent now."""
         if self.over:
             return None
@@ -229,11 +231,11 @@ class SimulatedClient(LocalClient):
         del block_ms, timeout
         loop = _current_loop()
         self._node.polls += 1
-        fault = self._fault_of(self._request("poll", None))
+        fault = self._fault_for_request(self._new_request("poll", None))
         if fault.wait:
             await asyncio.sleep(fault.wait)
         await self._open_connection("poll", None, DEFAULT_OPTIONS, self._timeout)
-        self._note_sent("poll", None, fault)
+        self._record_sent_call("poll", None, fault)
         answered: asyncio.Future[Reply] = loop.create_future()
         window = RECLAIM_OLDER_THAN_MS if reclaim_older_than_ms is None else reclaim_older_than_ms
         poll = Poll(self.worker_id, self._network.patience_ms, window)
@@ -243,7 +245,7 @@ class SimulatedClient(LocalClient):
         async def exchange() -> Reply:
             return await answered
 
-        return await self._settle(
+        return await self._await_answer(
             endpoints.POLL, exchange(), self._timeout + self._network.patience_ms / 1000
         )
 
@@ -277,7 +279,7 @@ class SimulatedClient(LocalClient):
             item = await self._operations.long_poll(
                 self._environment_id, poll, lambda: self._is_disconnected(answered)
             )
-        reply = answer_to(fault, lambda: None if item is None else QODER.item_json(item))
+        reply = run_with_fault(fault, lambda: None if item is None else QODER.item_json(item))
         if reply != "silence":
             await asyncio.sleep(fault.answer_delay)
             if not answered.done():
@@ -292,10 +294,10 @@ class SimulatedClient(LocalClient):
         if self.rate_limits.write.limited:
             self._node.claim_permits.append(_current_loop().now)
 
-    async def _acquire(self, priority: Priority, seconds: float | None) -> None:
+    async def _acquire_write_permit(self, priority: Priority, seconds: float | None) -> None:
         began = _current_loop().now
         try:
-            await super()._acquire(priority, seconds)
+            await super()._acquire_write_permit(priority, seconds)
         finally:
             if (now := _current_loop().now) > began and priority != Priority.CLAIM:
                 self._network.trace.delays.append(DelayedCall(self._node, "", None, began, now))
@@ -312,9 +314,11 @@ class SimulatedClient(LocalClient):
             operate = _is_denied
         return await super()._send(endpoint, work_id, operate, timeout, options)
 
-    async def _wait(self, op: str, fault: Fault, options: CallOptions, until: float) -> None:
+    async def _wait_before_sending(
+        self, op: str, fault: Fault, options: CallOptions, until: float
+    ) -> None:
         work_id = self._work_id  # Nothing ran between this value and its use.
-        await super()._wait(op, fault, options, until)
+        await super()._wait_before_sending(op, fault, options, until)
         await self._open_connection(op, work_id, options, until - _current_loop().time())
 
     async def _open_connection(
@@ -334,29 +338,29 @@ class SimulatedClient(LocalClient):
             raise TransientError(op, None, "no answer in time", reason="timeout") from None
         self._connected = True
 
-    def _carry(self, seconds: float, arrive: Callable[[], None]) -> None:
+    def _schedule_arrival(self, seconds: float, arrive: Callable[[], None]) -> None:
         loop = _current_loop()
         loop.call_at(loop.now + seconds, arrive, context=NETWORK)
 
-    def _fault_of(self, request: Request) -> Fault:
+    def _fault_for_request(self, request: Request) -> Fault:
         if EVENT_LOOP.get() != self._event_loop:
             self._network.trace.misplaced.append((self._node, request.op, request.at))
             raise RuntimeError("the client belongs to another event loop")
         self._work_id = request.work_id
         return self._network.fault_for_call(self._node, request.op, request.work_id)
 
-    def _note_sent(self, op: str, work_id: str | None, fault: Fault) -> None:
-        self._sent = self._network.note_sent(self._node, op, work_id, fault)
+    def _record_sent_call(self, op: str, work_id: str | None, fault: Fault) -> None:
+        self._sent = self._network.record_sent_call(self._node, op, work_id, fault)
         if op == "update" and self._sent is not None:
             self._sent.patch = self._patch
 
-    async def _settle(
+    async def _await_answer(
         self, endpoint: Endpoint[T], exchange: Coroutine[Any, Any, Reply], seconds: float
     ) -> T:
         sent = self._sent  # Nothing ran between this value and its use.
         answer: str | int | None = None
         try:
-            value = await super()._settle(endpoint, exchange, seconds)
+            value = await super()._await_answer(endpoint, exchange, seconds)
         except ControlPlaneError as error:
             answer = "lost" if isinstance(error, TransientError) else error.status
             raise

@@ -164,7 +164,7 @@ def _cached_start(given: tuple[object, ...]) -> Iterator[None]:
         (registry, "_in_order", lambda _: hooks),
         (observer, "_Series", _cached_series),
         (telemetry, "version", _cached_version),
-        (resolver, "_look_up", lambda *_: []),
+        (resolver, "_look_up_host", lambda *_: []),
     ]
     before = [(module, name, getattr(module, name)) for module, name, _ in replaced]
     for module, name, new in replaced:

@@ -80,7 +80,7 @@ class RecordingClient(LocalClient):
         finally:
             bench.under_way -= 1
 
-    def _note_sent(self, op: str, work_id: str | None, fault: Fault) -> None:
+    def _record_sent_call(self, op: str, work_id: str | None, fault: Fault) -> None:
         del work_id, fault
         self._bench.sent.append(SentCall(self._bench.clock(), op))
 

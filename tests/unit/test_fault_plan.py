@@ -9,7 +9,7 @@ import pytest
 
 from workpool.server import ControlPlane, ServeError
 from workpool.testing import Faults
-from workpool.testing.fault_plan import Plan, read_plan
+from workpool.testing.fault_plan import FaultPlan, read_fault_plan
 
 PAGE = (Path(__file__).parents[2] / "workpool/docs/testing.md").read_text()
 
@@ -24,7 +24,7 @@ def test_documented_fault_file_is_read_as_described(tmp_path: Path) -> None:
     [text] = [
         block for block in re.findall(r"```toml\n(.*?)```", PAGE, re.DOTALL) if "[[fault]]" in block
     ]
-    plan = read_plan(fault_file(tmp_path, text))
+    plan = read_fault_plan(fault_file(tmp_path, text))
     assert (plan.seed, plan.clock_skew) == (7, 30)
     faults = Faults(plan.seed)
     plan.install(faults, ControlPlane())
@@ -39,9 +39,9 @@ def test_documented_fault_file_is_read_as_described(tmp_path: Path) -> None:
 
 def test_fault_file_in_json_is_read_like_toml(tmp_path: Path) -> None:
     text = '{"fault": [{"kind": "reset", "ops": ["stop"], "between": [0, 1]}]}'
-    plan = read_plan(fault_file(tmp_path, text, "faults.json"))
+    plan = read_fault_plan(fault_file(tmp_path, text, "faults.json"))
     assert plan.fault[0].kind == "reset"
-    assert plan.fault[0].limits() == {"skip": 0, "probability": 1.0, "between": (0, 1)}
+    assert plan.fault[0].rule_limits() == {"skip": 0, "probability": 1.0, "between": (0, 1)}
 
 
 @pytest.mark.parametrize(
@@ -58,14 +58,14 @@ def test_fault_file_in_json_is_read_like_toml(tmp_path: Path) -> None:
     ],
 )
 def test_every_kind_of_fault_is_read(tmp_path: Path, fault: str) -> None:
-    plan = read_plan(fault_file(tmp_path, f"[[fault]]\n{fault}\n"))
+    plan = read_fault_plan(fault_file(tmp_path, f"[[fault]]\n{fault}\n"))
     faults = Faults()
     plan.install(faults, ControlPlane())
     assert len(faults.rules) == 1
 
 
 def test_empty_fault_file_injects_no_fault(tmp_path: Path) -> None:
-    assert read_plan(fault_file(tmp_path, "")) == Plan()
+    assert read_fault_plan(fault_file(tmp_path, "")) == FaultPlan()
 
 
 @pytest.mark.parametrize(
@@ -95,22 +95,22 @@ def test_mistake_in_fault_file_is_reported_with_its_place(
     tmp_path: Path, text: str, expected_text: str
 ) -> None:
     with pytest.raises(ServeError, match=re.escape(expected_text)):
-        read_plan(fault_file(tmp_path, text))
+        read_fault_plan(fault_file(tmp_path, text))
 
 
 def test_all_mistakes_in_fault_file_are_reported_at_once(tmp_path: Path) -> None:
     text = '[[fault]]\nkind = "lost"\ntimes = 0\n[[fault]]\nkind = "delay"\n'
     with pytest.raises(ServeError, match=r"fault 1: times: .*; fault 2: seconds: "):
-        read_plan(fault_file(tmp_path, text))
+        read_fault_plan(fault_file(tmp_path, text))
 
 
 def test_unreadable_fault_file_is_reported(tmp_path: Path) -> None:
     with pytest.raises(ServeError, match=r"faults file: .*: No such file"):
-        read_plan(tmp_path / "nowhere.toml")
+        read_fault_plan(tmp_path / "nowhere.toml")
     with pytest.raises(ServeError, match=r"faults file: .*: unexpected end"):
-        read_plan(fault_file(tmp_path, "{", "faults.json"))
+        read_fault_plan(fault_file(tmp_path, "{", "faults.json"))
     with pytest.raises(ServeError, match=r"faults file: .*: input should be a valid dict"):
-        read_plan(fault_file(tmp_path, "[]", "faults.json"))
+        read_fault_plan(fault_file(tmp_path, "[]", "faults.json"))
     (tmp_path / "bytes.toml").write_bytes(b"\xff\xfe")
     with pytest.raises(ServeError, match=r"faults file: .*: 'utf-8'"):
-        read_plan(tmp_path / "bytes.toml")
+        read_fault_plan(tmp_path / "bytes.toml")

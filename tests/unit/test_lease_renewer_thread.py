@@ -22,7 +22,7 @@ from workpool.pool.lease import Lease, PauseDetector, lease_clock
 from workpool.pool.lease_renewer import Callbacks, LeaseRenewer
 from workpool.pool.pool_item import PoolItem
 from workpool.server import Operations
-from workpool.testing.bounded_wait import Changes
+from workpool.testing.bounded_wait import StateChanges
 from workpool.testing.fault import Fault
 from workpool.testing.local_client import LocalClient, Script
 
@@ -40,7 +40,7 @@ class RenewerTestbed:
 
     def __init__(self) -> None:
         self.loop = asyncio.get_running_loop()
-        self.changes = Changes()
+        self.changes = StateChanges()
         self.events: list[Event] = []
         self.failures: list[LeaseRenewerError] = []
         self.ended: list[LeaseRenewerError | None] = []
@@ -149,7 +149,9 @@ class RenewerTestbed:
         await self.wait_until(lambda: len(self.heartbeat_results()) >= count)
 
     async def wait_until(self, condition: Any) -> None:
-        await self.changes.until(condition, lambda: f"{self.heartbeat_results()} {self.failures}")
+        await self.changes.wait_until(
+            condition, lambda: f"{self.heartbeat_results()} {self.failures}"
+        )
 
 
 @pytest.fixture(autouse=True)

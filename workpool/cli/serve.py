@@ -31,7 +31,7 @@ from workpool.server import (
     parse_token_file,
 )
 from workpool.testing import Clock, Faults
-from workpool.testing.fault_plan import Plan, read_plan
+from workpool.testing.fault_plan import FaultPlan, read_fault_plan
 
 Ids = Annotated[
     list[str] | None,
@@ -137,7 +137,7 @@ def serve(
             )
         for each in (*grants, *scale_grants):
             hide(each)
-        plan = read_plan(faults) if faults is not None else Plan()
+        plan = read_fault_plan(faults) if faults is not None else FaultPlan()
         opened = _new_store(store)
         if isinstance(opened, PostgresStore) and plan.needs_index:
             raise ServeError(f"{faults}: no clock_skew and no expired leases with PostgreSQL")

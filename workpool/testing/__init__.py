@@ -1,4 +1,4 @@
-"""Tools for tests of pools and handlers: the fixture, faults, a network that fails, virtual time.
+"""Tools for tests of pools and handlers: a pytest fixture, faults, a failing network, virtual time.
 
     async def test_it(workpool: Kit) -> None:   # the fixture, for tests of handlers
         result = await workpool.run_session(count_rows, metadata={"table": "orders"})

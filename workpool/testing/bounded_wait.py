@@ -1,4 +1,4 @@
-"""Waiting for a state that other tasks of the same loop change."""
+"""A condition variable with a time limit, for tests that wait for a change by other tasks."""
 
 from __future__ import annotations
 
@@ -16,24 +16,24 @@ VIRTUAL_WAIT_SECONDS = 86_400.0
 """The bound of a wait in virtual time. A session that never ends costs seconds of real time."""
 
 
-class Changes:
-    """A condition variable for one loop: waits for a state, within a bound."""
+class StateChanges:
+    """A condition variable for one event loop, whose waits have a time limit."""
 
     def __init__(self) -> None:
         self._changed = asyncio.Event()
 
     def notify(self) -> None:
-        """Let all waiting tasks check the state again."""
+        """Wake all waiting tasks, so that they check their condition again."""
         self._changed.set()
         self._changed = asyncio.Event()
 
-    async def until(
+    async def wait_until(
         self,
         wanted: Callable[[], T | None],
         describe: Callable[[], str],
         timeout: float = WAIT_SECONDS,
     ) -> T:
-        """Wait until `wanted` returns a true value, and return the value.
+        """Wait until the condition `wanted` returns a true value, and return this value.
 
         Raises:
             AssertionError: `wanted` returned no true value within `timeout` seconds. `describe`

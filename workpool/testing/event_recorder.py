@@ -5,8 +5,8 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, TypeVar
 
 from workpool.hookspecs import hookimpl
-from workpool.testing.bounded_wait import WAIT_SECONDS, Changes
-from workpool.testing.wait_failure import names_of
+from workpool.testing.bounded_wait import WAIT_SECONDS, StateChanges
+from workpool.testing.wait_failure import count_event_names
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -17,7 +17,7 @@ E = TypeVar("E")
 
 
 class Recorder:
-    """Records the events of a pool. Used on the supervisor's loop.
+    """A plugin that records the events of a pool; used on the supervisor's loop.
 
     Attributes:
         events: All events, in their order.
@@ -25,16 +25,16 @@ class Recorder:
 
     def __init__(self) -> None:
         self.events: list[Event] = []
-        self._changes = Changes()
+        self._changes = StateChanges()
 
     @hookimpl
     def workpool_event(self, event: Event) -> None:
-        """Record an event."""
+        """Record an event, and wake the waits for it."""
         self.events.append(event)
         self._changes.notify()
 
     def of(self, kind: type[E], where: Callable[[E], bool] | None = None) -> list[E]:
-        """Return the events of one kind so far, in order, and only those that `where` accepts."""
+        """Return the recorded events of one kind that `where` accepts, in order."""
         events: list[E] = [event for event in self.events if isinstance(event, kind)]
         return events if where is None else [event for event in events if where(event)]
 
@@ -46,7 +46,7 @@ class Recorder:
         count: int = 1,
         timeout: float = WAIT_SECONDS,
     ) -> E:
-        """Return the `count`-th event of this kind, past or future.
+        """Return the `count`-th event of this kind that happened or happens within `timeout`.
 
         Raises:
             AssertionError: There was no such event in time.
@@ -54,13 +54,15 @@ class Recorder:
         found: list[E] = []
         seen = 0
 
-        def enough() -> list[E] | None:
+        def enough_events() -> list[E] | None:
             nonlocal seen
             new, seen = self.events[seen:], len(self.events)
             found.extend(e for e in new if isinstance(e, kind) and (where is None or where(e)))
             return found if len(found) >= count else None
 
-        await self._changes.until(
-            enough, lambda: f"{count} × {kind.__name__}; there was {names_of(self.events)}", timeout
+        await self._changes.wait_until(
+            enough_events,
+            lambda: f"{count} × {kind.__name__}; there was {count_event_names(self.events)}",
+            timeout,
         )
         return found[count - 1]

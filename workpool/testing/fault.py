@@ -1,4 +1,4 @@
-"""One fault: an immutable description of the changes to one call.
+"""Faults: immutable descriptions of failures that are injected into one call.
 
 Two carriers inject a `Fault`: `http_faults` into the requests that reach a control plane, and
 `local_client` into calls in one process. `fault_rules` decides which calls have a fault.
@@ -47,7 +47,7 @@ class Fault:
         answer: Replaces the true answer: a status with the envelope of an error, the body of a
             200, a function that returns the answer, or no answer. None: the true answer.
         retry_after: `Retry-After` of an answer with a status.
-        rewrite: Changes the JSON of the true answer, if it is a success.
+        rewrite: StateChanges the JSON of the true answer, if it is a success.
     """
 
     wait: float = 0.0
@@ -60,8 +60,8 @@ class Fault:
     retry_after: str | float | None = None
     rewrite: Callable[[Any], Any] | None = None
 
-    def answer_instead_of(self, true: Response) -> Response | NoAnswer:
-        """Return the answer that the caller receives; `true` is the control plane's answer."""
+    def replace_answer(self, true: Response) -> Response | NoAnswer:
+        """Return the answer that the caller receives in place of the true answer `true`."""
         match self.answer:
             case None if self.rewrite is not None and true.status in range(200, 300):
                 body = true.body if isinstance(true.body, bytes) else b""
@@ -85,14 +85,14 @@ class Fault:
 NO_FAULT: Final = Fault()
 
 
-def nested(faults: Sequence[Fault]) -> Fault:
-    """Return one fault with the effects of all these faults; the first fault is the outermost."""
+def nest_faults(faults: Sequence[Fault]) -> Fault:
+    """Return one fault with the effects of several faults; the first one is the outermost."""
     return reduce(_nest_fault, faults, NO_FAULT) if len(faults) != 1 else faults[0]
 
 
 def _nest_fault(outer: Fault, inner: Fault) -> Fault:
     if not outer.applied:
-        return outer  # the call does not reach the inner fault
+        return outer  # the outer fault prevents the call, and so every effect of the inner fault
     replaced = outer if outer.answer is not None else inner
     return Fault(
         wait=outer.wait + inner.wait,
@@ -132,7 +132,7 @@ def _compose_rewrites(
 def status(
     code: int, *, retry_after: str | float | None = None, html: bool = False, applied: bool = False
 ) -> Fault:
-    """Answer with a status: an error of the protocol or, like a gateway, an HTML page."""
+    """Return a fault that answers with an error of the protocol, or with a gateway's HTML page."""
     if html:
         after = {} if retry_after is None else {"Retry-After": str(retry_after)}
         return literal(_PAGE, code, headers=_HTML | after, applied=applied)
@@ -140,7 +140,7 @@ def status(
 
 
 def garbled(*, applied: bool = True) -> Fault:
-    """Answer with status 200 and a body that is not JSON."""
+    """Return a fault that answers with status 200 and a body that is not JSON."""
     return Fault(answer=b'{"id": "work_', applied=applied)
 
 
@@ -151,7 +151,7 @@ def literal(
     headers: Mapping[str, str] | None = None,
     applied: bool = False,
 ) -> Fault:
-    """Answer with this body; `body` may be a function that returns the body."""
+    """Return a fault that answers with `body`, or with the result of the function `body`."""
 
     def answer() -> Response:
         return Response(code, headers or _JSON, body() if callable(body) else body)
@@ -160,32 +160,32 @@ def literal(
 
 
 def delay(seconds: float, *, applied: bool = False) -> Fault:
-    """Wait before the operation, or with `applied` between the operation and the answer."""
+    """Return a fault that delays the operation, or with `applied` only its answer."""
     return Fault(answer_delay=seconds) if applied else Fault(request_delay=seconds)
 
 
 def silence(*, applied: bool = True) -> Fault:
-    """Do not answer, on a connection that stays open."""
+    """Return a fault that sends no answer, on a connection that stays open."""
     return Fault(answer="silence", applied=applied)
 
 
 def lost(*, applied: bool = True) -> Fault:
-    """Close the connection instead of answering."""
+    """Return a fault that closes the connection instead of answering."""
     return Fault(answer="closed", applied=applied)
 
 
 def reset(*, applied: bool = True) -> Fault:
-    """Reset the connection instead of answering."""
+    """Return a fault that resets the connection instead of answering."""
     return Fault(answer="reset", applied=applied)
 
 
 def trickle(seconds: float) -> Fault:
-    """Send the answer byte by byte, with `seconds` between two bytes."""
+    """Return a fault that sends the answer byte by byte, with `seconds` between two bytes."""
     return Fault(byte_seconds=seconds)
 
 
 def expired(plane: ControlPlane) -> Fault:
-    """End the lease of the item before the operation. A request without an item is unchanged."""
+    """Return a fault that ends the item's lease before the operation, if the request has one."""
 
     def expire(environment_id: str, work_id: str | None) -> None:
         if work_id is not None:
@@ -195,10 +195,10 @@ def expired(plane: ControlPlane) -> Fault:
 
 
 def expire_lease(plane: ControlPlane, work_id: str, environment_id: str | None = None) -> None:
-    """End the lease of an item now, as if its time had passed. No effect without a lease."""
+    """End the lease of an item now, as if its time had passed; does nothing without a lease."""
     queue = plane.operations.get_queue(environment_id or plane.environments[0])
     item = queue.get_item(work_id)
     if item.lease_end is not None:
-        # The lease ends at the last recorded time, since times in the history never decrease.
+        # A later end than the last recorded time would break the order of times in the history.
         queue.put_item(replace(item, lease_end=min(item.lease_end, plane.operations.latest_time)))
         plane.operations.get_queue(queue.environment_id)

@@ -2,8 +2,9 @@
 
 See workpool/docs/testing.md, "Faults in manual tests".
 
-Owns the format of the file. The conditions of faults are in `fault_rules`, their effects in
-`fault`. A file with any mistake is refused: a typo must not look like a server without faults.
+The module defines the format of the file. The conditions of faults are in `fault_rules`, their
+effects in `fault`. A file with any mistake is refused: a typo must not look like a server without
+faults.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 
 from workpool.server import ServeError
 from workpool.testing import fault as effects
-from workpool.testing.fault_rules import Limits
+from workpool.testing.fault_rules import RuleLimits
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -28,12 +29,12 @@ if TYPE_CHECKING:
 _Seconds = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 
 
-class _Strict(BaseModel):
+class _StrictModel(BaseModel):
     model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
 
 
-class _When(_Strict):
-    """The conditions of a fault. The keys are the fields of `fault_rules.Limits`."""
+class _FaultConditions(_StrictModel):
+    """The conditions of a fault in the file; the keys are those of `fault_rules.RuleLimits`."""
 
     ops: Annotated[list[effects.Op], Field(min_length=1)] | None = None
     times: Annotated[int, Field(ge=1)] | None = None
@@ -42,13 +43,13 @@ class _When(_Strict):
     between: Annotated[tuple[_Seconds, _Seconds], Field(strict=False)] | None = None
 
     @model_validator(mode="after")
-    def _check_window(self) -> Self:
+    def _check_window_order(self) -> Self:
         if self.between is not None and self.between[0] >= self.between[1]:
             raise ValueError("between: the window must end after it begins")
         return self
 
-    def limits(self) -> Limits:
-        limits = Limits(skip=self.skip, probability=self.probability)
+    def rule_limits(self) -> RuleLimits:
+        limits = RuleLimits(skip=self.skip, probability=self.probability)
         if self.times is not None:
             limits["times"] = self.times
         if self.between is not None:
@@ -56,54 +57,54 @@ class _When(_Strict):
         return limits
 
 
-class _Status(_When):
+class _StatusFault(_FaultConditions):
     kind: Literal["status"]
     code: Annotated[int, Field(ge=300, le=599)]
     retry_after: _Seconds | str | None = None
     html: bool = False
     applied: bool = False
 
-    def fault(self, _plane: ControlPlane) -> effects.Fault:
+    def make_fault(self, _plane: ControlPlane) -> effects.Fault:
         return effects.status(
             self.code, retry_after=self.retry_after, html=self.html, applied=self.applied
         )
 
 
-class _Unanswered(_When):
+class _LostAnswerFault(_FaultConditions):
     kind: Literal["lost", "reset", "garbled"]
     applied: bool = True
 
-    def fault(self, _plane: ControlPlane) -> effects.Fault:
+    def make_fault(self, _plane: ControlPlane) -> effects.Fault:
         makers = {"lost": effects.lost, "reset": effects.reset, "garbled": effects.garbled}
         return makers[self.kind](applied=self.applied)
 
 
-class _Delay(_When):
+class _DelayFault(_FaultConditions):
     kind: Literal["delay"]
     seconds: _Seconds
     applied: bool = False
 
-    def fault(self, _plane: ControlPlane) -> effects.Fault:
+    def make_fault(self, _plane: ControlPlane) -> effects.Fault:
         return effects.delay(self.seconds, applied=self.applied)
 
 
-class _Trickle(_When):
+class _TrickleFault(_FaultConditions):
     kind: Literal["trickle"]
     seconds: _Seconds
 
-    def fault(self, _plane: ControlPlane) -> effects.Fault:
+    def make_fault(self, _plane: ControlPlane) -> effects.Fault:
         return effects.trickle(self.seconds)
 
 
-class _Expired(_When):
+class _ExpiredLeaseFault(_FaultConditions):
     kind: Literal["expired"]
 
-    def fault(self, plane: ControlPlane) -> effects.Fault:
+    def make_fault(self, plane: ControlPlane) -> effects.Fault:
         return effects.expired(plane)
 
 
-class Plan(_Strict):
-    """The content of a file of faults.
+class FaultPlan(_StrictModel):
+    """The content of a faults file.
 
     Attributes:
         seed: The seed of the probabilities.
@@ -114,25 +115,30 @@ class Plan(_Strict):
     seed: int = 0
     clock_skew: Annotated[float, Field(allow_inf_nan=False)] = 0.0
     fault: list[
-        Annotated[_Status | _Unanswered | _Delay | _Trickle | _Expired, Field(discriminator="kind")]
+        Annotated[
+            _StatusFault | _LostAnswerFault | _DelayFault | _TrickleFault | _ExpiredLeaseFault,
+            Field(discriminator="kind"),
+        ]
     ] = []
 
     @property
     def needs_index(self) -> bool:
         """Whether the plan changes the control plane's clock or leases in its memory."""
-        return self.clock_skew != 0 or any(isinstance(each, _Expired) for each in self.fault)
+        return self.clock_skew != 0 or any(
+            isinstance(each, _ExpiredLeaseFault) for each in self.fault
+        )
 
     def install(self, faults: Faults, plane: ControlPlane) -> None:
-        """Inject the plan's faults from now on."""
+        """Inject the faults of the plan into calls of the control plane from now on."""
         for each in self.fault:
-            faults.add(each.fault(plane), *(each.ops or ()), **each.limits())
+            faults.add(each.make_fault(plane), *(each.ops or ()), **each.rule_limits())
 
 
 _WORDING: Final = {"Extra inputs are not permitted": "there is no such key"}
 
 
-def read_plan(path: Path) -> Plan:
-    """Read a file: JSON if its name ends with `.json`, else TOML.
+def read_fault_plan(path: Path) -> FaultPlan:
+    """Read a faults file: JSON if its name ends with `.json`, else TOML.
 
     Raises:
         ServeError: The file cannot be read, or is wrong. Names all mistakes with their places.
@@ -144,19 +150,19 @@ def read_plan(path: Path) -> Plan:
         )
     except OSError as error:
         raise ServeError(f"faults file: {path}: {error.strerror}") from None
-    except ValueError as error:  # an error of one of the parsers, or not UTF-8
+    except ValueError as error:  # also the UnicodeDecodeError of a file that is not UTF-8
         raise ServeError(f"faults file: {path}: {error}") from None
     try:
-        return Plan.model_validate(found)
+        return FaultPlan.model_validate(found)
     except ValidationError as error:
-        problems = [_problem_text(each["loc"], each["msg"]) for each in error.errors()]
+        problems = [_describe_problem(each["loc"], each["msg"]) for each in error.errors()]
         raise ServeError(f"faults file: {path}: {'; '.join(problems)}") from None
 
 
-def _problem_text(place: tuple[int | str, ...], message: str) -> str:
-    """Return a sentence such as `fault 2: code: field required`."""
+def _describe_problem(place: tuple[int | str, ...], message: str) -> str:
+    """Return the text of one mistake, such as `fault 2: code: field required`."""
     words = [str(part) for part in place]
     if len(place) > 1 and isinstance(place[1], int):
-        # Pydantic adds the kind of the fault as the third part; the file has no such key.
+        # Pydantic's third part is the kind of the fault, which is no key of the file.
         words = [f"{place[0]} {place[1] + 1}", *words[3:]]
     return ": ".join([*words, _WORDING.get(message, message[:1].lower() + message[1:])])

@@ -17,9 +17,13 @@ from typing import TYPE_CHECKING, Any, TypedDict, Unpack, get_args
 import orjson
 from aiohttp import web
 
-from workpool.testing.bounded_wait import VIRTUAL_WAIT_SECONDS, WAIT_SECONDS, Changes
-from workpool.testing.fault import Fault, Op, nested
-from workpool.testing.http_faults import inject, op_of, worker_id_of
+from workpool.testing.bounded_wait import VIRTUAL_WAIT_SECONDS, WAIT_SECONDS, StateChanges
+from workpool.testing.fault import Fault, Op, nest_faults
+from workpool.testing.http_faults import (
+    answer_with_fault,
+    operation_of_request,
+    worker_id_of_request,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable, Mapping
@@ -31,8 +35,8 @@ if TYPE_CHECKING:
     Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
 
 
-class Limits(TypedDict, total=False):
-    """The conditions of a rule; all of them must hold."""
+class RuleLimits(TypedDict, total=False):
+    """The conditions under which a rule injects its fault; all of them must hold."""
 
     times: int
     """The number of requests at most."""
@@ -48,7 +52,7 @@ class Limits(TypedDict, total=False):
 
 @dataclass(slots=True)
 class Request:
-    """One call: a request that arrived, or a call in one process.
+    """The record of one call: an HTTP request, or a call in the same process.
 
     Attributes:
         work_id: The id of the item, for calls about one item.
@@ -73,7 +77,7 @@ class Request:
 
 @dataclass(eq=False)
 class Rule:
-    """A fault and its conditions. As a context manager, it is removed at the end of the block.
+    """A fault and its conditions; as a context manager, it removes itself at the end.
 
     Attributes:
         hits: The number of requests into which the fault was injected.
@@ -82,9 +86,9 @@ class Rule:
     faults: Faults
     fault: Fault | Middleware
     ops: frozenset[Op]
-    limits: Limits
+    limits: RuleLimits
     hits: int = 0
-    _met: int = field(default=0, repr=False)
+    _matches: int = field(default=0, repr=False)
 
     def applies(self, request: Request) -> bool:
         """Return whether this fault applies to the request, and count the match."""
@@ -92,18 +96,23 @@ class Rule:
         where, window = limits.get("where"), limits.get("between")
         if request.op not in self.ops or (where is not None and not where(request)):
             return False
-        if window is not None and not window[0] <= self.faults.age() < window[1]:
+        if (
+            window is not None
+            and not window[0] <= self.faults.seconds_since_first_request() < window[1]
+        ):
             return False
-        self._met += 1
-        if self._met <= limits.get("skip", 0) or self.hits >= limits.get("times", self._met):
+        self._matches += 1
+        if self._matches <= limits.get("skip", 0) or self.hits >= limits.get(
+            "times", self._matches
+        ):
             return False
-        if not self.faults.chance(limits.get("probability", 1.0)):
+        if not self.faults.draw_chance(limits.get("probability", 1.0)):
             return False
         self.hits += 1
         return True
 
     def remove(self) -> None:
-        """Stop injecting the fault. A second call has no effect."""
+        """Stop injecting the fault; a second call does nothing."""
         if self in self.faults.rules:
             self.faults.rules.remove(self)
 
@@ -120,7 +129,9 @@ class Rule:
 
 
 class Faults:
-    """Faults of one control plane: `ControlPlane(middlewares=[faults.middleware])`.
+    """The faults to inject into the calls of one control plane, and a log of the calls.
+
+    Use it as `ControlPlane(middlewares=[faults.middleware])`.
 
     Attributes:
         seen: All requests in the order of arrival; empty without `remember`.
@@ -141,13 +152,13 @@ class Faults:
         self.rules: list[Rule] = []
         self.seed = seed
         self._random = random.Random(seed)  # noqa: S311 - faults must be repeatable
-        self._changes = Changes()
+        self._changes = StateChanges()
         self._remember = remember
         self._over_http = over_http
         self._began: float | None = None
 
-    def add(self, fault: Fault | Middleware, *ops: Op, **limits: Unpack[Limits]) -> Rule:
-        """Inject a fault into these calls (default: all) from now on.
+    def add(self, fault: Fault | Middleware, *ops: Op, **limits: Unpack[RuleLimits]) -> Rule:
+        """Inject a fault into the calls `ops` (default: all calls) from now on.
 
         Raises:
             TypeError: The fault works on HTTP requests only, and the calls are made in one process.
@@ -159,7 +170,7 @@ class Faults:
         return rule
 
     def of(self, *ops: Op, work_id: str | None = None) -> list[Request]:
-        """Return the requests so far of these calls (default: all), for one item or for all."""
+        """Return the recorded requests of the calls `ops` (default: all), of one item or all."""
         return [
             request
             for request in self.seen
@@ -174,7 +185,7 @@ class Faults:
         answered: bool = False,
         timeout: float | None = None,
     ) -> Request:
-        """Wait for the `count`-th request of these calls, or for its answer (`answered`).
+        """Return the `count`-th request of the calls `ops`; with `answered` wait for its answer.
 
         `timeout`: seconds; None: 10, in virtual time a day.
 
@@ -182,7 +193,7 @@ class Faults:
             AssertionError: There was no such request in time.
         """
 
-        def enough() -> list[Request] | None:
+        def enough_requests() -> list[Request] | None:
             found = self.of(*ops, work_id=work_id)
             if answered:
                 found = [request for request in found if request.status is not None]
@@ -191,38 +202,38 @@ class Faults:
         names = "/".join(ops) or "any"
         if timeout is None:
             timeout = WAIT_SECONDS if self._over_http else VIRTUAL_WAIT_SECONDS
-        found = await self._changes.until(
-            enough,
+        found = await self._changes.wait_until(
+            enough_requests,
             lambda: f"{count} × {names}; there was {[each.op for each in self.seen]}",
             timeout,
         )
         return found[count - 1]
 
-    def age(self) -> float:
-        """Seconds since the first request."""
+    def seconds_since_first_request(self) -> float:
+        """Return the seconds since the first request."""
         now = asyncio.get_running_loop().time()
         return now - (now if self._began is None else self._began)
 
-    def chance(self, probability: float) -> bool:
-        """Return True with this probability. A probability of 1 draws no number."""
+    def draw_chance(self, probability: float) -> bool:
+        """Return True with this probability; with 1 no random number is drawn."""
         return probability >= 1 or self._random.random() < probability
 
     @web.middleware
     async def middleware(self, request: web.Request, handler: Handler) -> web.StreamResponse:
         """Aiohttp middleware that injects the configured faults."""
-        op = op_of(request)
+        op = operation_of_request(request)
         if op is None:
             return await handler(request)
         seen = Request(
             op,
             request.match_info.get("work_id"),
-            worker_id_of(request),
+            worker_id_of_request(request),
             asyncio.get_running_loop().time(),
             dict(request.query),
             request.headers,
         )
         for rule in self._note_request(seen)[::-1]:
-            handler = partial(inject, rule.fault, handler=handler)
+            handler = partial(answer_with_fault, rule.fault, handler=handler)
         try:
             response = await handler(request)
             if request.transport is None or request.transport.is_closing():
@@ -232,16 +243,16 @@ class Faults:
             return response
         finally:
             if request.body_exists and request.content.is_eof():
-                with suppress(ConnectionError):  # a lost connection takes an unread body with it
+                with suppress(ConnectionError):  # the connection was lost before the body was read
                     seen.body = _parse_json(await request.read())
             self._changes.notify()
 
-    def fault_of(self, request: Request) -> Fault:
+    def fault_for_call(self, request: Request) -> Fault:
         """Return the fault of a call in one process; see `workpool.testing.local_client`."""
         rules = self._note_request(request)
-        return nested([rule.fault for rule in rules if isinstance(rule.fault, Fault)])
+        return nest_faults([rule.fault for rule in rules if isinstance(rule.fault, Fault)])
 
-    def answered(self, request: Request, status: int | None) -> None:
+    def record_answer(self, request: Request, status: int | None) -> None:
         """Record the status of a call in one process; None: the call has no answer."""
         request.status, request.lost = status, status is None
         self._changes.notify()

@@ -1,6 +1,6 @@
-"""A network that can fail: a TCP proxy on the loopback address, one for each worker.
+"""A TCP proxy between a worker and a control plane that simulates network failures.
 
-Owns the connections between one worker and the control plane. Does not parse the bytes: its
+The proxy listens on the loopback address; each worker has its own. The bytes are not parsed: the
 failures are below HTTP, where neither side is notified. Faults of single calls are in `fault`.
 """
 
@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final
 from urllib.parse import urlsplit
 
-from workpool.testing.bounded_wait import WAIT_SECONDS, Changes
+from workpool.testing.bounded_wait import WAIT_SECONDS, StateChanges
 from workpool.testing.http_faults import reset_connection
 
 if TYPE_CHECKING:
@@ -24,26 +24,27 @@ _HOST: Final = "127.0.0.1"
 
 
 @dataclass(eq=False, slots=True)
-class _Link:
-    """One connection of the worker, and its connection to the control plane.
+class _ProxiedConnection:
+    """A worker's connection to the proxy, and the proxy's connection to the control plane.
 
     Attributes:
         plane: The connection to the control plane; None until it is open.
-        swallowed: Whether bytes were dropped. Such a connection stays silent for good.
+        lost_bytes: Whether bytes were dropped. Such a connection stays silent for good.
         half_closed: Whether the control plane's side was closed: the worker gets no more bytes.
     """
 
     worker: asyncio.StreamWriter
     plane: asyncio.StreamWriter | None = None
-    swallowed: bool = False
+    lost_bytes: bool = False
     half_closed: bool = False
 
 
 class Proxy:
-    """A network between one worker and a control plane, which can be made to fail.
+    """A TCP proxy between one worker and a control plane, with failures on demand.
 
     Use `async with Proxy(plane.base_url) as network:` and give `network.base_url` to one worker.
-    Failures apply to open and to new connections, until `heal()`. Used on the loop that entered it.
+    Failures apply to open and to new connections, until `heal()`. All calls are made on the loop
+    that entered the proxy.
 
     Attributes:
         base_url: The address for the worker; set on entering.
@@ -54,15 +55,13 @@ class Proxy:
         self.base_url = base_url
         self.accepted = 0
         self._target = urlsplit(base_url)
-        self._links: set[_Link] = set()
-        self._passing = asyncio.Event()
-        self._swallowing = False
+        self._connections: set[_ProxiedConnection] = set()
+        self._network_up = asyncio.Event()
+        self._drops_all_bytes = False
         self._delay = 0.0
         self._bytes_per_second: float | None = None
-        self._changes = Changes()
+        self._changes = StateChanges()
         self._stack = AsyncExitStack()
-
-    # Methods that inject and end failures.
 
     def blackhole(self) -> None:
         """Drop every byte in both directions, without closing a connection.
@@ -71,12 +70,12 @@ class Proxy:
         firewall that has forgotten them.
         """
         self.heal()
-        self._swallowing = True
+        self._drops_all_bytes = True
 
     def partition(self) -> None:
         """Delay every byte in both directions until `heal()`, as TCP does in an outage."""
         self.heal()
-        self._passing.clear()
+        self._network_up.clear()
 
     def delay(self, seconds: float) -> None:
         """Delay every byte by `seconds`, in each direction."""
@@ -90,45 +89,43 @@ class Proxy:
 
     def half_close(self) -> None:
         """Close the control plane's side of every open connection; requests still arrive."""
-        for link in self._links:
-            link.half_closed = True
-            with suppress(OSError):  # the worker has closed the connection
-                link.worker.write_eof()
+        for connection in self._connections:
+            connection.half_closed = True
+            with suppress(OSError):  # the worker has already closed the connection
+                connection.worker.write_eof()
 
     def reset(self) -> None:
-        """Reset every open connection on both sides. New connections work."""
-        for link in self._links:
-            reset_connection(link.worker.transport)
-            if link.plane is not None:
-                reset_connection(link.plane.transport)
+        """Reset every open connection on both sides; new connections work."""
+        for connection in self._connections:
+            reset_connection(connection.worker.transport)
+            if connection.plane is not None:
+                reset_connection(connection.plane.transport)
 
     def heal(self) -> None:
-        """End all failures."""
-        self._swallowing = False
+        """End all failures; open connections that lost bytes stay silent."""
+        self._drops_all_bytes = False
         self._delay, self._bytes_per_second = 0.0, None
-        self._passing.set()
+        self._network_up.set()
 
     async def connected(self, count: int = 1, timeout: float = WAIT_SECONDS) -> None:
         """Wait until `count` connections were accepted in total."""
-        await self._changes.until(
+        await self._changes.wait_until(
             lambda: self.accepted >= count,
             lambda: f"{count} connections; there were {self.accepted}",
             timeout,
         )
 
-    # Start, forwarding and end.
-
     async def __aenter__(self) -> Self:
         self.heal()
         async with AsyncExitStack() as stack:
             group = await stack.enter_async_context(asyncio.TaskGroup())
-            ending = asyncio.Event()
-            stack.callback(ending.set)
+            proxy_ends = asyncio.Event()
+            stack.callback(proxy_ends.set)
 
             def accept(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
                 self.accepted += 1
                 group.create_task(
-                    self._forward_connection(ending, reader, writer), name="proxy-link"
+                    self._forward_connection(proxy_ends, reader, writer), name="proxy-connection"
                 )
                 self._changes.notify()
 
@@ -145,63 +142,72 @@ class Proxy:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        # `aclose` does not pass the block's error to the task group, which would wrap it.
+        # `aclose` hides an error of the `async with` block from the task group, which would wrap
+        # the error in an ExceptionGroup.
         await self._stack.aclose()
 
     async def _forward_connection(
-        self, ending: asyncio.Event, reader: asyncio.StreamReader, writer: asyncio.StreamWriter
+        self, proxy_ends: asyncio.Event, reader: asyncio.StreamReader, writer: asyncio.StreamWriter
     ) -> None:
-        """Forward one connection until both sides or the proxy have ended."""
-        link = _Link(writer)
-        self._links.add(link)
+        """Forward one connection until both sides have closed it or the proxy ends."""
+        connection = _ProxiedConnection(writer)
+        self._connections.add(connection)
         try:
             async with asyncio.TaskGroup() as group:
-                carrying = group.create_task(self._connect_and_forward(reader, link))
-                watching = group.create_task(ending.wait())
-                await asyncio.wait({carrying, watching}, return_when=asyncio.FIRST_COMPLETED)
-                carrying.cancel()
-                watching.cancel()
+                forwarding = group.create_task(self._connect_and_forward(reader, connection))
+                waiting_for_end = group.create_task(proxy_ends.wait())
+                await asyncio.wait(
+                    {forwarding, waiting_for_end}, return_when=asyncio.FIRST_COMPLETED
+                )
+                forwarding.cancel()
+                waiting_for_end.cancel()
         finally:
-            self._links.discard(link)
+            self._connections.discard(connection)
             writer.transport.abort()
 
-    async def _connect_and_forward(self, reader: asyncio.StreamReader, link: _Link) -> None:
+    async def _connect_and_forward(
+        self, reader: asyncio.StreamReader, connection: _ProxiedConnection
+    ) -> None:
         host, port = self._target.hostname, self._target.port
         try:
             answers, plane = await asyncio.open_connection(host, port, limit=_CHUNK_BYTES)
-        except OSError:  # no server: the worker's connection is closed
+        except OSError:  # no server listens, so the worker's connection is closed
             return
-        link.plane = plane
+        connection.plane = plane
         try:
             async with asyncio.TaskGroup() as group:
-                group.create_task(self._forward_direction(link, reader, plane))
-                group.create_task(self._forward_direction(link, answers, link.worker))
+                group.create_task(self._forward_direction(connection, reader, plane))
+                group.create_task(self._forward_direction(connection, answers, connection.worker))
         finally:
             plane.transport.abort()
 
     async def _forward_direction(
-        self, link: _Link, source: asyncio.StreamReader, sink: asyncio.StreamWriter
+        self,
+        connection: _ProxiedConnection,
+        source: asyncio.StreamReader,
+        sink: asyncio.StreamWriter,
     ) -> None:
-        """Forward the bytes of one direction, and then the end of the stream."""
-        with suppress(OSError):  # reset or aborted: the other direction ends by itself
-            while chunk := await source.read(self._read_size()):
+        """Forward the bytes of one direction, and then the end of the stream (EOF)."""
+        with suppress(OSError):  # a reset or abort also ends the other direction
+            while chunk := await source.read(self._next_read_size()):
                 await self._wait_for_network(len(chunk))
-                if self._drops_bytes(link):
+                if self._drops_bytes(connection):
                     continue
-                if not (link.half_closed and sink is link.worker):
+                if not (connection.half_closed and sink is connection.worker):
                     sink.write(chunk)
                     await sink.drain()
             await self._wait_for_network(0)
-            if not self._drops_bytes(link):
+            if not self._drops_bytes(connection):
                 sink.write_eof()
                 return
-            # The end of the stream is not forwarded; only the end of the proxy ends this wait.
+            # A black hole does not forward the end of the stream. The end of the proxy cancels this
+            # wait.
             await asyncio.Event().wait()
-        if not link.swallowed:
+        if not connection.lost_bytes:
             sink.transport.abort()
 
-    def _read_size(self) -> int:
-        """Return how many bytes to read at once. A throttle allows the bytes of 0.1 s."""
+    def _next_read_size(self) -> int:
+        """Return the number of bytes to read next; with a throttle, those of 0.1 s."""
         if self._bytes_per_second is None:
             return _CHUNK_BYTES
         return max(1, int(self._bytes_per_second / 10))
@@ -210,9 +216,10 @@ class Proxy:
         """Wait for the injected delay, the throttle and the end of a partition."""
         pace = self._bytes_per_second
         await asyncio.sleep(self._delay + (count / pace if pace else 0.0))
-        while not self._passing.is_set():  # a second partition may directly follow the first
-            await self._passing.wait()
+        # A second partition may begin before this task runs after the end of the first one.
+        while not self._network_up.is_set():
+            await self._network_up.wait()
 
-    def _drops_bytes(self, link: _Link) -> bool:
-        link.swallowed |= self._swallowing
-        return link.swallowed
+    def _drops_bytes(self, connection: _ProxiedConnection) -> bool:
+        connection.lost_bytes |= self._drops_all_bytes
+        return connection.lost_bytes

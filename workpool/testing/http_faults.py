@@ -1,7 +1,8 @@
-"""Faults over HTTP: in requests to a control plane, and in the connections of these requests.
+"""Injection of faults into HTTP requests to a control plane, and into their connections.
 
-`inject` applies a `Fault` to a request. `Hold` and `Cut` exist over HTTP only: a test calls their
-methods while a request is in progress. See workpool/docs/testing.md, "Faults and failing networks".
+`answer_with_fault` applies a `Fault` to a request. `Hold` and `Cut` exist over HTTP only: a test
+calls their methods while a request is in progress. See workpool/docs/testing.md, "Faults and
+failing networks".
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from typing import TYPE_CHECKING, Any, Final, Protocol, get_args
 from aiohttp import web
 
 from workpool.server.http.server_dialects import WORKER_ID_HEADERS
-from workpool.testing.bounded_wait import Changes
+from workpool.testing.bounded_wait import StateChanges
 from workpool.testing.fault import Fault, Op
 from workpool.wire.response import Response
 
@@ -30,16 +31,16 @@ _SUFFIXED: Final = frozenset({"poll", "stats", "ack", "heartbeat", "stop"})
 
 
 class Middleware(Protocol):
-    """An aiohttp middleware, for an effect that no `Fault` has; it may call `handler`."""
+    """An aiohttp middleware as a fault, for an effect that `Fault` does not offer."""
 
     def __call__(self, request: web.Request, handler: Handler) -> Awaitable[web.StreamResponse]:
-        """Answer the request."""
+        """Answer the request; may call `handler` for the true answer."""
 
 
-async def inject(
+async def answer_with_fault(
     fault: Fault | Middleware, request: web.Request, handler: Handler
 ) -> web.StreamResponse:
-    """Answer a request with a fault. `handler` returns the true answer."""
+    """Answer a request as the fault says; `handler` returns the true answer."""
     if not isinstance(fault, Fault):
         return await fault(request, handler)
     if seconds := fault.wait + fault.request_delay:
@@ -59,17 +60,18 @@ async def inject(
 async def _replace_answer(
     fault: Fault, request: web.Request, true: web.StreamResponse
 ) -> web.StreamResponse:
-    """Return the answer of the fault in place of the true answer."""
+    """Return the answer that the fault puts in place of the true answer."""
     headers = {
         name: value for name, value in true.headers.items() if name.lower() != "content-length"
     }
-    answer = fault.answer_instead_of(Response(true.status, headers, _body_of(true)))
+    answer = fault.replace_answer(Response(true.status, headers, _body_bytes(true)))
     if answer == "silence":
-        await asyncio.Event().wait()  # until the client closes the connection
+        # aiohttp cancels this handler when the client closes the connection.
+        await asyncio.Event().wait()
     if isinstance(answer, str):
         if request.transport is not None:
             _close_connection(request.transport, answer)
-        return true  # the connection is closed, so the answer is dropped
+        return true  # aiohttp drops this answer, since the connection is closed
     body = answer.body if isinstance(answer.body, bytes) else b""
     replaced = web.Response(body=body, status=answer.status, headers=answer.headers)
     return (
@@ -79,7 +81,7 @@ async def _replace_answer(
     )
 
 
-def _body_of(response: web.StreamResponse) -> bytes:
+def _body_bytes(response: web.StreamResponse) -> bytes:
     body = response.body if isinstance(response, web.Response) else None
     return body if isinstance(body, bytes) else b""
 
@@ -94,12 +96,12 @@ def _close_connection(transport: asyncio.Transport, how: str) -> None:
 async def _send_bytewise(
     whole: web.StreamResponse, request: web.Request, seconds: float
 ) -> web.StreamResponse:
-    """Send an answer byte by byte."""
-    content = _body_of(whole)
+    """Send an answer byte by byte, with `seconds` between two bytes."""
+    content = _body_bytes(whole)
     response = web.StreamResponse(status=whole.status)
     response.content_type = whole.content_type
     response.content_length = len(content)
-    with suppress(ConnectionError):  # the client may close the connection
+    with suppress(ConnectionError):  # the client may close the connection before the last byte
         await response.prepare(request)
         for byte in content:
             await response.write(bytes((byte,)))
@@ -107,8 +109,8 @@ async def _send_bytewise(
     return response
 
 
-def op_of(request: web.Request) -> Op | None:
-    """Return the name of a worker's call; None for a call that only applications make."""
+def operation_of_request(request: web.Request) -> Op | None:
+    """Return the name of a worker's call; None for a request that only applications make."""
     match = request.match_info
     tail = request.path.rpartition("/")[2]
     op: Any
@@ -126,22 +128,22 @@ def op_of(request: web.Request) -> Op | None:
     return op if op in get_args(Op) else None
 
 
-def worker_id_of(request: web.Request) -> str | None:
-    """Return the name that the worker gives itself in a request."""
+def worker_id_of_request(request: web.Request) -> str | None:
+    """Return the worker's name from the header of a request."""
     return next(filter(None, map(request.headers.get, WORKER_ID_HEADERS)), None)
 
 
 class Hold:
-    """A fault that delays requests until `release()`, before the operation or after it."""
+    """A fault that delays requests, or with `applied` their answers, until `release()`."""
 
     def __init__(self, *, applied: bool = False) -> None:
         self.held = 0
         self._applied = applied
         self._released = asyncio.Event()
-        self._changes = Changes()
+        self._changes = StateChanges()
 
     async def __call__(self, request: web.Request, handler: Handler) -> web.StreamResponse:
-        """Delay one request."""
+        """Delay one request, or its answer, until `release()`."""
         if self._applied:
             response = await handler(request)
             await self._wait_for_release()
@@ -155,13 +157,13 @@ class Hold:
         await self._released.wait()
 
     async def reached(self, count: int = 1) -> None:
-        """Wait until `count` requests have arrived in total."""
-        await self._changes.until(
+        """Wait until `count` requests in total have reached the delay."""
+        await self._changes.wait_until(
             lambda: self.held >= count, lambda: f"{count} requests to hold; held {self.held}"
         )
 
     def release(self) -> None:
-        """Continue all delayed requests, and do not delay further ones."""
+        """Let all delayed requests continue, and delay no further ones."""
         self._released.set()
 
 
@@ -172,7 +174,7 @@ class Cut:
         self._open: set[asyncio.WriteTransport] = set()
 
     async def __call__(self, request: web.Request, handler: Handler) -> web.StreamResponse:
-        """Handle one request, whose connection `now()` can break."""
+        """Answer one request, whose connection `now()` can reset meanwhile."""
         transport = request.transport
         if transport is None:
             return await handler(request)
@@ -183,7 +185,7 @@ class Cut:
             self._open.discard(transport)
 
     def now(self) -> int:
-        """Reset all connections with an unfinished answer; return their number."""
+        """Reset all connections whose answer is unfinished, and return their number."""
         cut = list(self._open)
         for transport in cut:
             reset_connection(transport)
@@ -193,6 +195,6 @@ class Cut:
 def reset_connection(transport: asyncio.WriteTransport) -> None:
     """Reset a TCP connection, and drop the bytes that are not sent yet."""
     connection = transport.get_extra_info("socket")
-    with suppress(OSError):  # the connection may have ended just before
+    with suppress(OSError):  # the connection has just ended
         connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, _LINGER_NONE)
     transport.abort()

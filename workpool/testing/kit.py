@@ -28,7 +28,7 @@ from workpool.testing.fault_rules import Faults
 from workpool.testing.local_client import LocalClient
 from workpool.testing.loop_supervisor import LoopSupervisor
 from workpool.testing.virtual_time import VirtualLoop
-from workpool.testing.wait_failure import names_of, progress_of
+from workpool.testing.wait_failure import count_event_names, describe_progress
 from workpool.wire.protocol import STOPPED
 
 if TYPE_CHECKING:
@@ -52,7 +52,7 @@ ITEMS_SHOWN: Final = 5
 
 @dataclass(frozen=True, slots=True)
 class SessionResult:
-    """The result of one session.
+    """The result of one session of a test.
 
     Attributes:
         outcome: The outcome in the pool.
@@ -80,7 +80,7 @@ class Kit:
 
     def __init__(self) -> None:
         self.recorder = Recorder()
-        self._pools: list[_PromptedPool] = []
+        self._pools: list[_HeartbeatOnDemandPool] = []
         self._items: list[Item] = []
         self._returned: set[int] = set()
 
@@ -115,12 +115,12 @@ class Kit:
         return self.server.operations.get_item(item.environment_id, item.id)
 
     def stop(self, item: Item, *, force: bool = False) -> None:
-        """Stop an item as an operator does, and let its pool notice at once."""
+        """Stop an item as an operator does; its pool sends a heartbeat and notices at once."""
         self.server.operations.stop_item(item.environment_id, item.id, force=force)
         self._send_heartbeat_now(item)
 
     def lose(self, item: Item) -> None:
-        """End an item's lease, as an outage does, and let its pool notice at once.
+        """End an item's lease, as an outage does; its pool sends a heartbeat and notices at once.
 
         The session ends as `lease_lost`. The item is in the queue again, so a pool of this test
         receives it again.
@@ -146,7 +146,7 @@ class Kit:
         return Settings(**ours | values)
 
     def pool(self, *plugins: object, **settings: Any) -> Supervisor:
-        """Return a pool of these plugins, to be used with `async with`; see `Supervisor`.
+        """Return a pool with these plugins, to be used with `async with`; see `Supervisor`.
 
         Raises:
             RuntimeError: The control plane is not open: outside of the fixture, `async with Kit()`.
@@ -155,16 +155,16 @@ class Kit:
         if _virtual_loop() is None:
             if self.server.port == 0:
                 raise RuntimeError("the control plane is not open; use `async with Kit()`")
-            pool = _PromptedPool(self.settings(**settings), plugins=plugins)
+            pool = _HeartbeatOnDemandPool(self.settings(**settings), plugins=plugins)
         else:
             faults = self.faults
             connect = functools.partial(
                 LocalClient,
                 self.server.operations,
-                faults=faults.fault_of,
-                on_answer=faults.answered,
+                faults=faults.fault_for_call,
+                on_answer=faults.record_answer,
             )
-            pool = _LoopPool(self.settings(**settings), plugins=plugins, connect=connect)
+            pool = _VirtualTimePool(self.settings(**settings), plugins=plugins, connect=connect)
         self._pools.append(pool)
         return pool
 
@@ -192,21 +192,25 @@ class Kit:
         __tracebackhide__ = True
         (item,) = self.enqueue(metadata=metadata, script=script)
 
-        def over(event: object) -> bool:
+        def ends_session(event: object) -> bool:
             match event:
                 case SessionFinished(session=session):
                     return session.item.id == item.id
                 case ItemDeclined(item=declined, reason=reason):
                     return declined.id == item.id and reason != "busy"
-            # If this pool has failed, leaving its context raises the error. The end of another pool
-            # is ignored.
+            # A drain of this pool ends the wait; if the pool has failed, leaving its context raises
+            # the error. The drain of another pool is ignored.
             return isinstance(event, DrainFinished) and pool.status().draining
 
-        one_at_a_time: dict[str, Any] = {"concurrency": 1}  # it polls for no other item
+        one_at_a_time: dict[str, Any] = {
+            "concurrency": 1
+        }  # else the pool could take other items of the test
         pool = self.pool(*plugins, **one_at_a_time | settings)
         async with pool:
             try:
-                end = await self.recorder.wait_for(object, over, timeout=_timeout_seconds(timeout))
+                end = await self.recorder.wait_for(
+                    object, ends_session, timeout=_timeout_seconds(timeout)
+                )
             except AssertionError:
                 raise AssertionError(self._session_failure_text(item, timeout)) from None
         match end:
@@ -224,7 +228,7 @@ class Kit:
         count: int | None = None,
         timeout: float | None = None,
     ) -> E:
-        """Return an event of this kind, past or future.
+        """Return an event of this kind that happened or happens within `timeout`.
 
         Args:
             kind: A class of `workpool.events`.
@@ -250,7 +254,8 @@ class Kit:
             wanted = f"{'another' if count is None else f'{count} ×'} {kind.__name__}"
             raise AssertionError(self._wait_failure_text(wanted, seconds)) from None
         if count is None:
-            self._returned.add(id(event))  # the recorder keeps all events, so ids stay unique
+            # The recorder keeps all events alive, so that no two of them have the same id.
+            self._returned.add(id(event))
         return event
 
     async def __aenter__(self) -> Self:
@@ -265,37 +270,37 @@ class Kit:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        """Close the port."""
+        """Close the control plane's port; in virtual time it has none."""
         if _virtual_loop() is None:
             await self.server.__aexit__(kind, error, trace)
 
     def around(self, test: Callable[..., Coroutine[Any, Any, T]]) -> Callable[..., Any]:
-        """Run `test` with the control plane open, on any loop."""
+        """Return `test` as a function that also opens and closes the control plane."""
 
         @functools.wraps(test)
-        async def run(*args: Any, **kwargs: Any) -> T:
+        async def run_with_control_plane(*args: Any, **kwargs: Any) -> T:
             async with self:
                 return await test(*args, **kwargs)
 
-        return run
+        return run_with_control_plane
 
     def _session_failure_text(self, item: Item, timeout: float | None) -> str:
         lines = [f"the session has not ended within {_timeout_seconds(timeout):g} s"]
-        lines += progress_of(self.item(item), self.server)
-        return "\n".join([*lines, f"the pool reported: {names_of(self.recorder.events)}"])
+        lines += describe_progress(self.item(item), self.server)
+        return "\n".join([*lines, f"the pool reported: {count_event_names(self.recorder.events)}"])
 
     def _send_heartbeat_now(self, item: Item) -> None:
-        """Let the pool that holds the item send a heartbeat now."""
+        """Make the pool that holds the item send a heartbeat now."""
         for pool in self._pools:
             pool.check_soon(item.id)
 
     def _wait_failure_text(self, wanted: str, seconds: float) -> str:
-        """Return what happened instead of the expected event."""
-        reported = names_of(self.recorder.events)
+        """Return the text of a failed wait: the events and the state of unfinished items."""
+        reported = count_event_names(self.recorder.events)
         lines = [f"not within {seconds:g} s: {wanted}; the pool reported: {reported}"]
         unfinished = [now for each in self._items if (now := self.item(each)).state != STOPPED]
         for item in unfinished[:ITEMS_SHOWN]:
-            lines += [f"{item.id}:", *progress_of(item, self.server)]
+            lines += [f"{item.id}:", *describe_progress(item, self.server)]
         return "\n".join(lines)
 
     def _session_result(self, finished: SessionFinished, item: Item) -> SessionResult:
@@ -309,8 +314,8 @@ class Kit:
         )
 
 
-class _PromptedPool(Supervisor):
-    """A pool with a method that sends a heartbeat before it is due."""
+class _HeartbeatOnDemandPool(Supervisor):
+    """A pool with a method that sends an item's heartbeat at once."""
 
     _context: PoolContext | None = None
 
@@ -319,15 +324,15 @@ class _PromptedPool(Supervisor):
         return self._context
 
     def check_soon(self, work_id: str) -> None:
-        """Send a heartbeat for an item now, if this pool holds it."""
+        """Send a heartbeat for an item now, if this pool has its lease."""
         if self._context is not None:
             for lease in self._context.renewer.leases():
                 if lease.item.id == work_id:
                     self._context.renewer.check_soon(lease)
 
 
-class _LoopPool(_PromptedPool, LoopSupervisor):
-    """A `_PromptedPool` for virtual time."""
+class _VirtualTimePool(_HeartbeatOnDemandPool, LoopSupervisor):
+    """A pool in virtual time with a method that sends an item's heartbeat at once."""
 
 
 def _virtual_loop() -> VirtualLoop | None:

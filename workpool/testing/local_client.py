@@ -1,6 +1,6 @@
-"""A client without a network, for virtual time: it calls the control plane in the same process.
+"""A client that calls a control plane in the same process, without a network, for virtual time.
 
-`LocalClient` replaces `WorkClient` and parses the same bytes. It injects faults into its calls.
+`LocalClient` replaces `WorkClient` and parses the same JSON. It injects faults into its calls.
 
     operations = Operations([environment_id], now=lambda: START + loop.machine_time())
     Supervisor(settings, connect=partial(LocalClient, operations, faults=script))
@@ -58,7 +58,7 @@ _ABOUT_SESSIONS: Final = frozenset({"events", "send", "stream"})
 
 
 class Script:
-    """Faults by operation: the calls of an operation get its faults in order; None: no fault.
+    """Faults for the calls of each operation, in order of the calls; None: no fault.
 
         Script(heartbeat=[None, silence()], ack=[status(503)])
 
@@ -77,7 +77,7 @@ class Script:
 
 
 class LocalClient:
-    """The client protocol of `workpool.pool.client_protocol`, served by operations on this loop.
+    """A client (see `workpool.pool.client_protocol`) that calls `Operations` on the same loop.
 
     Args:
         operations: The operations of the control plane.
@@ -110,7 +110,7 @@ class LocalClient:
         self.on_credential_refresh: Callable[[Any], None] | None = None
 
     async def __aenter__(self) -> LocalClient:
-        """Open."""
+        """Open the client, which accepts calls from then on."""
         self._open = True
         return self
 
@@ -120,7 +120,7 @@ class LocalClient:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        """Close. Requests that were sent still arrive."""
+        """Close the client; requests that were sent still arrive."""
         self._open = False
 
     def try_acquire_permit(self, priority: Priority) -> bool:
@@ -130,10 +130,10 @@ class LocalClient:
 
     async def acquire_permit(self, priority: Priority) -> None:
         """Wait for a permit for one write, without a bound."""
-        await self._acquire(priority, None)
+        await self._acquire_write_permit(priority, None)
 
     def release_permit(self) -> None:
-        """Release a permit that was not used."""
+        """Return a permit that was not used to the rate limiter."""
         if self.rate_limits.write.limited:
             self.rate_limits.write.refund()
 
@@ -143,10 +143,10 @@ class LocalClient:
         Raises:
             TransientError: The wait exceeded the setting `request_timeout`.
         """
-        await self._acquire(Priority.CLAIM, self._timeout)
+        await self._acquire_write_permit(Priority.CLAIM, self._timeout)
 
     def release_ack_permit(self) -> None:
-        """Release an ack permit that was not used."""
+        """Return an ack permit that was not used to the rate limiter."""
         self.release_permit()
 
     async def poll(
@@ -159,24 +159,26 @@ class LocalClient:
         """Poll for an item, as `WorkClient.poll` does."""
         window = RECLAIM_OLDER_THAN_MS if reclaim_older_than_ms is None else reclaim_older_than_ms
         poll = Poll(self.worker_id, block_ms or 0, window)
-        request = self._request("poll", None)
-        fault = self._fault_of(request)
+        request = self._new_request("poll", None)
+        fault = self._fault_for_request(request)
 
         async def exchange() -> Response | NoAnswer:
             await asyncio.sleep(fault.wait + fault.request_delay)
-            self._note_arrival(request, fault)
+            self._apply_arrival_effects(request, fault)
             item = None
             if fault.applied:
-                item = await self._operations.long_poll(self._environment_id, poll, _never)
-            answer = answer_to(fault, lambda: None if item is None else QODER.item_json(item))
+                item = await self._operations.long_poll(
+                    self._environment_id, poll, _never_disconnected
+                )
+            answer = run_with_fault(fault, lambda: None if item is None else QODER.item_json(item))
             if answer == "silence":
                 await asyncio.Event().wait()
             await asyncio.sleep(answer_delay(fault, answer))
-            self._note_answer(request, answer)
+            self._report_answer(request, answer)
             return answer
 
         seconds = self._timeout + poll.block_ms / 1000 if timeout is None else timeout
-        return await self._settle(endpoints.POLL, exchange(), seconds)
+        return await self._await_answer(endpoints.POLL, exchange(), seconds)
 
     async def ack(
         self,
@@ -322,44 +324,46 @@ class LocalClient:
     ) -> T:
         loop = asyncio.get_running_loop()
         answered: asyncio.Future[Response | NoAnswer] = loop.create_future()
-        request = self._request(endpoint.op, work_id)
-        fault = self._fault_of(request)
+        request = self._new_request(endpoint.op, work_id)
+        fault = self._fault_for_request(request)
         until = loop.time() + (self._timeout if timeout is None else timeout)
-        await self._wait(endpoint.op, fault, options, until)
+        await self._wait_before_sending(endpoint.op, fault, options, until)
         if options.check is not None:
             options.check()
-        self._note_sent(endpoint.op, work_id, fault)
+        self._record_sent_call(endpoint.op, work_id, fault)
 
         def arrive() -> None:
-            self._note_arrival(request, fault)
-            answer = answer_to(fault, operate)
+            self._apply_arrival_effects(request, fault)
+            answer = run_with_fault(fault, operate)
             if answer != "silence":
                 loop.call_later(answer_delay(fault, answer), settle, answer)
 
         def settle(answer: Response | NoAnswer) -> None:
-            self._note_answer(request, answer)
+            self._report_answer(request, answer)
             if not answered.done():
                 answered.set_result(answer)
 
         async def exchange() -> Response | NoAnswer:
             return await answered
 
-        # The request arrives even if the caller is cancelled from now on.
-        self._carry(fault.request_delay, arrive)
-        return await self._settle(endpoint, exchange(), until - loop.time())
+        # A cancellation of the caller from now on does not stop the request, which was sent.
+        self._schedule_arrival(fault.request_delay, arrive)
+        return await self._await_answer(endpoint, exchange(), until - loop.time())
 
-    async def _wait(self, op: str, fault: Fault, options: CallOptions, until: float) -> None:
-        """Wait for the client's rate limit and for the connection."""
+    async def _wait_before_sending(
+        self, op: str, fault: Fault, options: CallOptions, until: float
+    ) -> None:
+        """Wait for a permit of the client's rate limit, and for the delay that the fault adds."""
         loop = asyncio.get_running_loop()
         if op in WRITES and not options.permit:
-            await self._acquire(options.priority, until - loop.time())
+            await self._acquire_write_permit(options.priority, until - loop.time())
         if fault.wait:
             await asyncio.sleep(min(fault.wait, until - loop.time()))
             if loop.time() >= until:
                 raise TransientError(op, None, "no answer in time", reason="timeout")
 
-    async def _acquire(self, priority: Priority, seconds: float | None) -> None:
-        """Wait until the rate limit allows a write, at most for `seconds` (None: no bound)."""
+    async def _acquire_write_permit(self, priority: Priority, seconds: float | None) -> None:
+        """Wait until the rate limit allows a write, for at most `seconds` (None: no bound)."""
         limiter = self.rate_limits.write
         if not limiter.limited or limiter.try_acquire(priority):
             return
@@ -375,31 +379,31 @@ class LocalClient:
             if self.on_rate_limit_wait is not None:
                 self.on_rate_limit_wait(limiter.kind, loop.time() - started)
 
-    def _carry(self, seconds: float, arrive: Callable[[], None]) -> None:
+    def _schedule_arrival(self, seconds: float, arrive: Callable[[], None]) -> None:
         asyncio.get_running_loop().call_later(seconds, arrive)
 
-    def _note_sent(self, op: str, work_id: str | None, fault: Fault) -> None:
-        """Record a call whose bytes are sent. Subclasses override it."""
+    def _record_sent_call(self, op: str, work_id: str | None, fault: Fault) -> None:
+        """Do nothing; subclasses record the call, which is sent now."""
 
-    def _request(self, op: str, subject: str | None) -> Request:
+    def _new_request(self, op: str, subject: str | None) -> Request:
         if not self._open:
             raise RuntimeError("this LocalClient is not open: use it inside `async with`")
         work_id = None if op in _ABOUT_SESSIONS else subject
         now = asyncio.get_running_loop().time()
         return Request(cast("Op", op), work_id, self.worker_id, now)
 
-    def _fault_of(self, request: Request) -> Fault:
+    def _fault_for_request(self, request: Request) -> Fault:
         return (self._faults(request) if self._faults else None) or NO_FAULT
 
-    def _note_arrival(self, request: Request, fault: Fault) -> None:
+    def _apply_arrival_effects(self, request: Request, fault: Fault) -> None:
         if fault.before is not None:
             fault.before(self._environment_id, request.work_id)
 
-    def _note_answer(self, request: Request, answer: Response | NoAnswer) -> None:
+    def _report_answer(self, request: Request, answer: Response | NoAnswer) -> None:
         if self._on_answer is not None:
             self._on_answer(request, answer.status if isinstance(answer, Response) else None)
 
-    async def _settle(
+    async def _await_answer(
         self,
         endpoint: Endpoint[T],
         exchange: Coroutine[Any, Any, Response | NoAnswer],
@@ -423,23 +427,25 @@ class LocalClient:
         raise parse_error(endpoint.op, answer, _ABSENT)
 
 
-def answer_to(fault: Fault, operate: Callable[[], object]) -> Response | NoAnswer:
-    """Carry out the operation if the fault applies it, and return the answer."""
-    return fault.answer_instead_of(_operate(operate) if fault.applied else Response(502, {}, b""))
+def run_with_fault(fault: Fault, operate: Callable[[], object]) -> Response | NoAnswer:
+    """Run an operation unless its fault prevents it, and return the answer that arrives."""
+    return fault.replace_answer(
+        _run_operation(operate) if fault.applied else Response(502, {}, b"")
+    )
 
 
 def answer_delay(fault: Fault, answer: Response | NoAnswer) -> float:
-    """Return the seconds until the last byte of the answer arrives."""
+    """Return the seconds from the operation until the last byte of its answer arrives."""
     body = answer.body if isinstance(answer, Response) else b""
     return fault.answer_delay + fault.byte_seconds * len(body)
 
 
-def _operate(operate: Callable[[], object]) -> Response:
+def _run_operation(operate: Callable[[], object]) -> Response:
     try:
         return Response(200, {}, orjson.dumps(operate()))
     except APIError as refusal:
         return Response(refusal.status, {}, orjson.dumps(refusal.to_envelope()))
 
 
-def _never() -> bool:
+def _never_disconnected() -> bool:
     return False

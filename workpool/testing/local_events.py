@@ -1,4 +1,7 @@
-"""A session's events without a network, for virtual time; see `workpool.testing.local_client`."""
+"""Calls for a session's events in the same process, without a network, for virtual time.
+
+`workpool.testing.local_client` makes the other calls in the same way.
+"""
 
 from __future__ import annotations
 
@@ -22,15 +25,15 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 
 
-def _place(obj: Any) -> int:
-    return int(obj["place"])
+def _parse_position(obj: Any) -> int:
+    return int(obj["position"])
 
 
-_OPEN: Final[Endpoint[int]] = endpoints.Endpoint(endpoints.STREAM, "GET", _place)
+_OPEN: Final[Endpoint[int]] = endpoints.Endpoint(endpoints.STREAM, "GET", _parse_position)
 
 
-class Send(Protocol):
-    """The interface of a function that makes one call, with the injected faults."""
+class SendCall(Protocol):
+    """The interface of a function that makes one call with its injected faults."""
 
     def __call__(
         self,
@@ -45,11 +48,11 @@ class Send(Protocol):
 
 
 class LocalEvents:
-    """The calls on one session's events; see `workpool.wire.events.event_calls.EventCalls`."""
+    """Calls for one session's events in the same process (an `EventCalls`)."""
 
     resumes = True
 
-    def __init__(self, operations: Operations, session_id: str, send: Send) -> None:
+    def __init__(self, operations: Operations, session_id: str, send: SendCall) -> None:
         self._operations = operations
         self._session_id = session_id
         self._send = send
@@ -57,7 +60,7 @@ class LocalEvents:
     async def list_page(
         self, limit: int, *, after_id: str | None = None, page: str | None = None
     ) -> EventPage:
-        """Return one page of the history."""
+        """Return a page of the session's history, which may begin after an event."""
         after = after_id or (page or "").partition("-")[2]
 
         def operate() -> object:
@@ -69,7 +72,7 @@ class LocalEvents:
     async def append_events(
         self, body: bytes, *, options: CallOptions = DEFAULT_OPTIONS
     ) -> list[SessionEvent]:
-        """Append events and return them as stored."""
+        """Append events to the session, and return them as the control plane stored them."""
 
         def operate() -> object:
             stored = self._operations.send_events(self._session_id, parse_event_batch(body))
@@ -78,16 +81,16 @@ class LocalEvents:
         return await self._send(endpoints.SEND, self._session_id, operate, None, options)
 
     async def open_stream(self, last_id: str | None) -> OpenEventStream:
-        """Open a stream."""
+        """Open a stream of the events after `last_id`, or of new events."""
 
         def operate() -> object:
             history = self._conversation()
             return {
-                "place": len(history.events) if last_id is None else history.position_after(last_id)
+                "position": len(history.events) if last_id is None else history.position_after(last_id)
             }
 
-        place = await self._send(_OPEN, self._session_id, operate, None)
-        return _LocalStream(self._operations, self._session_id, place)
+        position = await self._send(_OPEN, self._session_id, operate, None)
+        return _LocalStream(self._operations, self._session_id, position)
 
     def _conversation(self) -> Conversation:
         self._operations.get_session(self._session_id)
@@ -95,22 +98,20 @@ class LocalEvents:
 
 
 class _LocalStream:
-    """An open stream: a position in the history."""
+    """An open event stream: a position in the session's history."""
 
-    def __init__(self, operations: Operations, session_id: str, place: int) -> None:
+    def __init__(self, operations: Operations, session_id: str, position: int) -> None:
         self._sessions = operations.sessions
         self._session_id = session_id
-        self._place = place
+        self._position = position
 
     async def read(self) -> bytes:
         """Return the events since the last call, or a keep-alive."""
-        if not await self._sessions.wait_for_events(
-            self._session_id, self._place, KEEP_ALIVE_SECONDS
-        ):
+        if not await self._sessions.wait_for_events(self._session_id, self._position, KEEP_ALIVE_SECONDS):
             return b""
-        new_events = self._sessions.get_conversation(self._session_id).events[self._place :]
-        self._place += len(new_events)
+        new_events = self._sessions.get_conversation(self._session_id).events[self._position :]
+        self._position += len(new_events)
         return b"".join(map(event_frame, new_events)) or KEEP_ALIVE
 
     def close(self) -> None:
-        """No effect, since there is no connection."""
+        """Do nothing, since the stream has no connection."""

@@ -1,4 +1,4 @@
-"""A supervisor whose lease renewer has no thread, so that virtual time can move all of a pool."""
+"""A supervisor whose lease renewer runs on the handlers' loop, so that virtual time works."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from workpool.pool.supervisor import Supervisor
 from workpool.testing.virtual_time import VirtualLoop
 
 TICK_SECONDS: Final = 5.0
-"""The interval of the renewer's ticks: fewer than on a thread, since each one is an event."""
+"""Seconds between two ticks of the renewer: longer than on a thread, since each tick costs time."""
 
 
 class LoopRenewer(LeaseRenewer):
@@ -23,13 +23,13 @@ class LoopRenewer(LeaseRenewer):
         return self._loop.create_task(self._main(), name="lease-renewer")
 
     def _join_thread(self) -> None:
-        """No effect: there is no thread."""
+        """Do nothing, since the lease renewer has no thread."""
 
 
 class LoopSupervisor(Supervisor):
-    """A supervisor without a renewer thread, for one pool in virtual time.
+    """A supervisor without a renewer thread, for a pool in virtual time.
 
-    Its lease renewer runs on the handlers' loop, and its lease clock is that loop's.
+    Its lease renewer runs on the handlers' loop, and its lease clock is the clock of that loop.
     """
 
     _renewer = LoopRenewer

@@ -1,4 +1,4 @@
-"""A clock for the control plane that a test can move, so that leases lapse without a wait."""
+"""A clock for the control plane that a test can advance, so that leases lapse without a wait."""
 
 from __future__ import annotations
 
@@ -21,5 +21,5 @@ class Clock:
         return self._steady() + self._ahead
 
     def advance(self, seconds: float) -> None:
-        """Jump forward. A negative number is a step back, which the control plane ignores."""
+        """Advance the clock; the control plane ignores a step back (a negative number)."""
         self._ahead += seconds

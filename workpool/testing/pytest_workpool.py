@@ -1,4 +1,4 @@
-"""The pytest plugin: the fixture `workpool`, and tests that are `async def`.
+"""The pytest plugin with the fixture `workpool`, which also runs `async def` tests.
 
 The wheel installs this module beside the package: pytest imports every plugin at each start, and an
 import of a module inside of the package would import the package, too. Until a test uses the
@@ -22,11 +22,12 @@ if TYPE_CHECKING:
 def _workpool_kit(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Kit:
     from workpool.testing.kit import Kit  # noqa: PLC0415 - takes half a second
 
-    if request.config.pluginmanager.has_plugin("logging"):  # pytest shows the log of a failed test
+    # pytest shows the captured log of a failed test.
+    if request.config.pluginmanager.has_plugin("logging"):
         request.getfixturevalue("caplog").set_level("INFO", "workpool")
     for name in os.environ:
         if name.startswith("WORKPOOL_"):
-            monkeypatch.delenv(name)  # a test must not depend on the settings of its machine
+            monkeypatch.delenv(name)  # a test must not depend on its machine's environment
     kit = Kit()
     test = request.node.obj
     if inspect.iscoroutinefunction(test):

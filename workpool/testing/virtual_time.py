@@ -1,9 +1,9 @@
-"""Virtual time: an event loop on which a day of waiting takes no time.
+"""An event loop with virtual time, on which a day of waiting takes no time.
 
 The loop's clock stops while a task runs, and jumps to the next timer when all tasks wait, so a test
-is as fast as its work and the same on every machine. This is for code that waits for timers
-and for other code on its loop. A thread, a process or a socket takes real time: if a task waits for
-one, the clock does not jump, and an error names the thread, process or socket.
+is as fast as its work and the same on every machine. It works for code that waits for timers
+and for other code on the same loop. A thread, a process or a socket takes real time: if a task
+waits for one, the clock does not jump, and an error names the thread, process or socket.
 """
 
 from __future__ import annotations
@@ -42,83 +42,87 @@ class VirtualLoop(asyncio.SelectorEventLoop):
     def __init__(self) -> None:
         self._now = 0.0
         self.slept = self.paused = 0.0
-        self._outside = _RealTimeWork()
-        self._jumps = _JumpingSelector(self._jump)
-        super().__init__(self._jumps)
-        self._own_files = {key.fd for key in self._jumps.get_map().values()}
-        # Timers may fire early by this time. The default is too small after a month of virtual
-        # time, because of the precision of floats: a timer that is due now would never fire.
+        self._real_time_waits = _RealTimeWaits()
+        self._jumping_selector = _JumpingSelector(self._advance_to_next_timer)
+        super().__init__(self._jumping_selector)
+        self._own_files = {key.fd for key in self._jumping_selector.get_map().values()}
+        # A timer may fire this much too early. After a month of virtual time, asyncio's default is
+        # smaller than the precision of floats, so that a timer that is due would never fire.
         self._clock_resolution = 1e-6
 
     def time(self) -> float:
-        """Return seconds of virtual time."""
+        """Return the virtual seconds since the start of the loop, without sleep and pauses."""
         return self._now
 
     def machine_time(self) -> float:
-        """Return virtual seconds including sleep. Leases use this clock."""
+        """Return the virtual seconds including sleep of the machine; leases use this clock."""
         return self._now + self.slept
 
     def wall_time(self) -> float:
-        """Return virtual seconds including sleep and pauses."""
+        """Return the virtual seconds including sleep and pauses of the machine."""
         return self.machine_time() + self.paused
 
     def pause(self, seconds: float) -> None:
-        """Pause the virtual machine."""
+        """Pause the virtual machine for `seconds`: only `wall_time` goes on."""
         self.paused += seconds
 
     def suspend(self, seconds: float) -> None:
-        """Put the machine to sleep."""
+        """Let the machine sleep for `seconds`: only `machine_time` and `wall_time` go on."""
         self.slept += seconds
 
     def run_in_executor(
         self, executor: Executor | None, func: Callable[[*Ts], T], *args: *Ts
     ) -> asyncio.Future[T]:
-        """Call a function on a thread, and note that a task may wait for it."""
+        """Call a function on a thread, and record that a task may wait for the thread."""
         future = super().run_in_executor(executor, func, *args)
-        self._outside.threads[future] = _function_name(func)
-        future.add_done_callback(self._outside.threads.pop)
+        self._real_time_waits.threads[future] = _function_name(func)
+        future.add_done_callback(self._real_time_waits.threads.pop)
         return future
 
     async def shutdown_default_executor(self, timeout: float | None = None) -> None:
-        """Do not wait for the threads of the executor, whose ends would take real time."""
+        """Shut the executor down without a wait for its threads, which would take real time."""
         del timeout
         executor: Executor | None = getattr(self, "_default_executor", None)
         if executor is not None:
             executor.shutdown(wait=False, cancel_futures=True)
 
     async def subprocess_exec(self, *args: Any, **kwargs: Any) -> Any:
-        """Start a process, and note that a task may wait for it."""
+        """Start a process, and record that a task may wait for the process."""
         transport, protocol = await super().subprocess_exec(*args, **kwargs)
-        self._outside.processes[transport] = os.fsdecode(args[1])
+        self._real_time_waits.processes[transport] = os.fsdecode(args[1])
         return transport, protocol
 
     async def subprocess_shell(self, *args: Any, **kwargs: Any) -> Any:
-        """Start a shell, and note that a task may wait for it."""
+        """Start a shell, and record that a task may wait for the shell."""
         transport, protocol = await super().subprocess_shell(*args, **kwargs)
-        self._outside.processes[transport] = "shell"
+        self._real_time_waits.processes[transport] = "shell"
         return transport, protocol
 
-    def _jump(self, seconds: float | None) -> None:
-        """Advance the clock by `seconds`; None: no timer is set.
+    def _advance_to_next_timer(self, seconds: float | None) -> None:
+        """Advance the clock by the `seconds` until the next timer; None: no timer is set.
 
         Raises:
             RuntimeError: A task may wait for something that takes real time, or nothing can happen
                 anymore.
         """
-        files = [key.fd for key in self._jumps.get_map().values() if key.fd not in self._own_files]
-        if self._outside.threads or self._outside.processes or files:
-            outside = self._outside.names(files)
-            if outside and not self._jumps.real_seconds:
-                self._jumps.real_seconds = CLEANUP_SECONDS
-                raise RuntimeError(f"virtual time cannot wait for {', '.join(outside)}")
+        files = [
+            key.fd
+            for key in self._jumping_selector.get_map().values()
+            if key.fd not in self._own_files
+        ]
+        if self._real_time_waits.threads or self._real_time_waits.processes or files:
+            real_time_waits = self._real_time_waits.describe(files)
+            if real_time_waits and not self._jumping_selector.real_seconds:
+                self._jumping_selector.real_seconds = CLEANUP_SECONDS
+                raise RuntimeError(f"virtual time cannot wait for {', '.join(real_time_waits)}")
         if seconds is None:
-            # Without a timer, no task can continue: fail instead of hanging.
+            # No task can ever continue; without the error the test would hang.
             raise RuntimeError(f"every task waits, and no timer is set{_running_threads()}")
         self._now += seconds
 
 
-class _RealTimeWork:
-    """The threads and processes of one loop, for which virtual time cannot wait."""
+class _RealTimeWaits:
+    """The threads and processes of one loop whose ends take real time."""
 
     def __init__(self) -> None:
         self.threads: dict[asyncio.Future[Any], str] = {}
@@ -126,8 +130,8 @@ class _RealTimeWork:
             weakref.WeakKeyDictionary()
         )
 
-    def names(self, files: Iterable[int]) -> list[str]:
-        """Describe the threads and processes, and the sockets among these files."""
+    def describe(self, files: Iterable[int]) -> list[str]:
+        """Describe the threads, processes and those `files` that are sockets, for an error."""
         names = [f"the thread of {name}" for name in self.threads.values()]
         names += [
             f"process {transport.get_pid()} ({name})"
@@ -146,7 +150,7 @@ def _function_name(func: Any) -> str:
 
 
 def _socket_name(file: int) -> str | None:
-    """Describe the socket of a file descriptor; None for a pipe and other files."""
+    """Describe the socket of a file descriptor; None if it is no socket."""
     try:
         copy = socket.socket(fileno=os.dup(file))
     except OSError:
@@ -168,7 +172,7 @@ def _running_threads() -> str:
 
 
 class _JumpingSelector(selectors.DefaultSelector):
-    """A selector that lets time pass instead of waiting.
+    """A selector that advances virtual time instead of waiting.
 
     Attributes:
         real_seconds: The real seconds for which it waits before each jump; 0 until the test fails.
@@ -177,12 +181,12 @@ class _JumpingSelector(selectors.DefaultSelector):
     def __init__(self, jump: Callable[[float | None], None]) -> None:
         super().__init__()
         self.real_seconds = 0.0
-        self._jump = jump
+        self._advance_to_next_timer = jump
 
     def select(self, timeout: float | None = None) -> list[tuple[selectors.SelectorKey, int]]:
         ready = super().select(0 if timeout == 0 else self.real_seconds)
         if not ready and timeout != 0:
-            self._jump(timeout)
+            self._advance_to_next_timer(timeout)
         return ready
 
 
@@ -200,7 +204,7 @@ def in_virtual_time(test: Callable[P, Coroutine[object, object, T]]) -> Callable
     """Decorate an `async def` test, so that it runs in virtual time."""
 
     @functools.wraps(test)
-    def run(*args: P.args, **kwargs: P.kwargs) -> T:
+    def run_test_virtually(*args: P.args, **kwargs: P.kwargs) -> T:
         return run_virtual(test(*args, **kwargs))
 
-    return run
+    return run_test_virtually

@@ -1,4 +1,4 @@
-"""The text of a failed wait: what happened instead of the expected event."""
+"""The error text of a failed wait: the events and item states instead of the expected event."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ if TYPE_CHECKING:
     from workpool.server import ControlPlane, Item
 
 
-def names_of(events: Iterable[Event]) -> str:
-    """Return the names of the events, each once with its count."""
+def count_event_names(events: Iterable[Event]) -> str:
+    """Return the names of the kinds of events, each with its count."""
     counts = Counter(type(event).__name__ for event in events)
     return ", ".join(_name_with_count(name, count) for name, count in counts.items()) or "nothing"
 
 
-def progress_of(item: Item, plane: ControlPlane) -> list[str]:
-    """Return the state and history of an item, and the frames in which its handler waits."""
+def describe_progress(item: Item, plane: ControlPlane) -> list[str]:
+    """Describe an item's state and history, and the stack frames in which its handler waits."""
     kinds = groupby(record.kind for record in plane.history.records_of_item(item.id))
     progress = ", ".join(_name_with_count(kind, len(list(same))) for kind, same in kinds)
     return [f"the item is {item.state}; it was {progress}", *_handler_frames(item.id)]
@@ -33,10 +33,11 @@ def _name_with_count(name: str, count: int) -> str:
 
 
 def _handler_frames(work_id: str) -> list[str]:
-    """Return all frames of the item's handler, down to its last `await`."""
+    """Return the stack frames of the item's handler, down to its innermost `await`."""
     lines: list[str] = []
     for task in asyncio.all_tasks():
-        label, _, name = task.get_name().rpartition(" ")  # see `pool.handler_executor`
+        # `pool.handler_executor` names a handler's task "HANDLER WORK_ID".
+        label, _, name = task.get_name().rpartition(" ")
         if label and name == work_id:
             lines.append(f"its handler {label} waits here:")
             awaited: Any = task.get_coro()
