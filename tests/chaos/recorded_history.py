@@ -11,7 +11,7 @@ from collections import defaultdict
 from itertools import pairwise
 from typing import TYPE_CHECKING
 
-from tests.simulation.case import FinishedSimulation
+from tests.simulation.finished_simulation import FinishedSimulation
 from tests.simulation.invariants import every_item_ends_stopped
 from tests.simulation.trace import Trace
 from workpool.server import Record

@@ -14,8 +14,8 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from tests.simulation.case import START
-from tests.simulation.world import ENVIRONMENT
+from tests.simulation.finished_simulation import START
+from tests.simulation.simulated_world import ENVIRONMENT
 from workpool import LeaseLost, SessionEnded, Settings, handler
 from workpool.errors import HandoverError, PreconditionError, TransientError
 from workpool.events import HeartbeatFinished, ItemReclaimed, SessionFinished

@@ -9,11 +9,11 @@ import time
 from pathlib import Path
 
 from tests.simulation.replay import replay_lines
-from tests.simulation.runner import schedule_of, simulate, simulate_many
+from tests.simulation.runner import schedule_for_seed, simulate_in_processes, simulate_schedule
 
 
 def main() -> int:
-    """Simulate, and return the exit status: 1 if an invariant was violated."""
+    """Run simulations, and return the exit status: 1 if an invariant was violated."""
     parser = argparse.ArgumentParser(prog="python -m tests.simulation")
     parser.add_argument("--schedules", type=int, default=10_000, help="number of schedules")
     parser.add_argument("--seed", type=int, default=0, help="seed of the first schedule")
@@ -25,12 +25,14 @@ def main() -> int:
     options = parser.parse_args()
     out = sys.stdout
     if options.replay is not None:
-        schedule = schedule_of(options.replay)
-        case, violations = simulate(schedule)
+        schedule = schedule_for_seed(options.replay)
+        case, violations = simulate_schedule(schedule)
         out.writelines(f"{line}\n" for line in [*replay_lines(schedule, case), *violations])
         return 1 if violations else 0
     started = time.monotonic()
-    report = simulate_many(options.seed, options.schedules, options.processes, options.progress)
+    report = simulate_in_processes(
+        options.seed, options.schedules, options.processes, options.progress
+    )
     out.write(f"{report}\nseed {options.seed}, {time.monotonic() - started:.1f} s\n")
     return 1 if report.failures else 0
 

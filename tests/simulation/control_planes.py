@@ -1,7 +1,7 @@
-"""Control planes whose acks answer `active`, as one implementation of the protocol does.
+"""Simulated control planes that answer acks with `active`, as one real implementation does.
 
-Such an ack is accepted from whoever sends it, so it does not show who owns the item: the first
-heartbeat that names none before it does.
+Such an ack is accepted from any sender, so it does not show who owns the item. The first heartbeat
+without an expected earlier one shows the owner.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 
 class ActiveAckOperations(Operations):
-    """Operations whose acks answer `active`.
+    """Control plane operations that answer every ack with the state `active`.
 
     Args:
         values: The arguments of `Operations`.
@@ -32,7 +32,7 @@ class ActiveAckOperations(Operations):
         self._poll_leases = poll_leases
 
     def poll(self, environment_id: str, poll: Poll) -> Item | None:
-        """Deliver an item, and lease it if polls lease."""
+        """Deliver an item, and begin its lease if `poll_leases` is set."""
         item = super().poll(environment_id, poll)
         if item is None or not self._poll_leases:
             return item
@@ -41,9 +41,9 @@ class ActiveAckOperations(Operations):
             self.get_queue(environment_id), leased, "delivered", poll.worker_id
         )
 
-    def ack_item(self, environment_id: str, work_id: str, worker_id: str | None = None) -> Item:
-        """Acknowledge an item for any sender."""
-        queue = self.get_queue(environment_id)
+    def ack(self, environment_id: str, work_id: str, worker_id: str | None = None) -> Item:
+        """Acknowledge an item, whoever sends the ack."""
+        queue = self.queue(environment_id)
         item = queue.get_item(work_id)
         if item.state == ACTIVE:
             return item

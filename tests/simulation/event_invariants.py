@@ -22,9 +22,9 @@ from workpool.events import (
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
 
-    from tests.simulation.case import FinishedSimulation, GrantedLease
+    from tests.simulation.finished_simulation import FinishedSimulation, GrantedLease
     from tests.simulation.schedule import PoolSettings
-    from tests.simulation.trace import HandlerRun, Node
+    from tests.simulation.trace import HandlerRun, PoolProcess
     from workpool.events import Event
 
 _EXPECTED: Final = {"returned": "completed", "raised": "failed", "released": "released"}
@@ -41,8 +41,8 @@ GIVE_UP_SECONDS: Final = 4.0
 """A lease may be given up so early: a tenth of the longest TTL, and time for a last try."""
 
 
-def outcomes_agree(case: FinishedSimulation) -> Iterator[str]:
-    """7a. Every acknowledged session ends with one outcome, which agrees with what happened."""
+def outcomes_agree_with_history(case: FinishedSimulation) -> Iterator[str]:
+    """7a. Every acknowledged session has one outcome, which agrees with the history."""
     for node in case.trace.nodes:
         if node.crashed < FOREVER:
             continue
@@ -53,26 +53,27 @@ def outcomes_agree(case: FinishedSimulation) -> Iterator[str]:
         if acked != len(ends) and not node.child:
             yield f"{node.machine.name}: {acked} acked, {len(ends)} finished"
         for at, event in ends:
-            if problem := _disagreement(case, node, event, at):
+            if problem := _describe_wrong_outcome(case, node, event, at):
                 yield f"{node.machine.name}: {problem}"
 
 
-def _disagreement(
-    case: FinishedSimulation, node: Node, event: SessionFinished, at: float
+def _describe_wrong_outcome(
+    case: FinishedSimulation, node: PoolProcess, event: SessionFinished, at: float
 ) -> str | None:
     work_id = event.session.item.id
     if event.outcome in {"lease_lost", "released"} and case.has_unsettled_claim(node, work_id, at):
-        return None  # another worker may have sent the first heartbeat; a drain abandons the claim
+        # Another worker may have sent the first heartbeat, or a drain gave the claim up.
+        return None
     lease = case.lease_at(node, work_id, at)
     if lease is None:
         owned = not node.child or event.outcome in {"completed", "failed", "timed_out", "stalled"}
         return "finished an item that it never owned" if owned else None
-    problem = _contradiction(case, node, lease, event.outcome, at)
+    problem = _find_contradiction(case, node, lease, event.outcome, at)
     return problem and f"{work_id[-6:]} is {event.outcome} at {at:.3f}, but {problem}"
 
 
-def losses_are_real(case: FinishedSimulation) -> Iterator[str]:
-    """7c. An item that is reported as lost to another worker is no longer owned by this pool."""
+def reported_losses_are_real(case: FinishedSimulation) -> Iterator[str]:
+    """7c. An item that a pool reports as lost to another worker is not owned by this pool."""
     for node in case.trace.nodes:
         for at, event in node.events:
             if not isinstance(event, ItemReclaimed) or event.direction != "lost":
@@ -86,8 +87,10 @@ def losses_are_real(case: FinishedSimulation) -> Iterator[str]:
                 yield f"{node.machine.name}: {lease.work_id[-6:]} is not lost at {at:.3f}"
 
 
-def _was_acked_again(case: FinishedSimulation, node: Node, lease: GrantedLease, at: float) -> bool:
-    """Return whether the loss belongs to another ack of the item than that of `lease`.
+def _was_acked_again(
+    case: FinishedSimulation, node: PoolProcess, lease: GrantedLease, at: float
+) -> bool:
+    """Return whether the reported loss is about another ack of the item than that of `lease`.
 
     The ack of a later delivery was refused, or an ack that was given up before was applied.
     """
@@ -98,51 +101,53 @@ def _was_acked_again(case: FinishedSimulation, node: Node, lease: GrantedLease, 
     )
 
 
-def _contradiction(
-    case: FinishedSimulation, node: Node, lease: GrantedLease, outcome: str, at: float
+def _find_contradiction(
+    case: FinishedSimulation, node: PoolProcess, lease: GrantedLease, outcome: str, at: float
 ) -> str | None:
-    run = case.run_of(node, lease)
+    run = case.last_run_of_lease(node, lease)
     handed = lease.end_kind == "detached" and lease.ended <= at
-    if handed != (outcome == "detached") and not (case.had_fault(node, lease) or node.abandoned):
+    if handed != (outcome == "detached") and not (
+        case.had_fault_during_lease(node, lease) or node.abandoned
+    ):
         return "a child has taken it" if handed else "no child has taken it"
-    # a pool that may not read items cannot tell from a 409 whether the item is stopped
-    unread = case.denied_at(node, "get") <= at
+    # A pool that may not read items cannot find out whether a 409 means that the item is stopped.
+    unread = case.permission_denied_at(node, "get") <= at
     match outcome:
         case "completed" | "timed_out" | "stalled" if not (
-            unread or _was_stopped_by(case, lease, at) or case.was_ended_early(lease)
+            unread or _was_stopped_before(case, lease, at) or case.lease_was_ended_early(lease)
         ):
             return "it is not stopped"
         case "completed" if run is None or run.result != "returned":
             return "its handler has not returned"
-        case "timed_out" | "stalled" if _latest_time(node.pool, outcome) is None:
+        case "timed_out" | "stalled" if _timeout_of_outcome(node.pool, outcome) is None:
             return "there is no timeout"
         case "stopped" if not _was_ended_by_others(case, node, lease, at):
             return "nobody else has ended it"
-        case "lease_lost" if not case.had_fault(node, lease) and not _last_time(lease, at):
-            return f"its lease was granted until {lease.end_at(at):.3f}"
-        case "released" if _was_stopped_by(
-            case, lease, _last_heartbeat_applied(case, node, lease, at)
-        ) and not (unread or case.had_fault(node, lease)):
+        case "lease_lost" if not case.had_fault_during_lease(
+            node, lease
+        ) and not _is_near_lease_end(lease, at):
+            return f"its lease was granted until {lease.granted_end_at(at):.3f}"
+        case "released" if _was_stopped_before(
+            case, lease, _last_heartbeat_applied_at(case, node, lease, at)
+        ) and not (unread or case.had_fault_during_lease(node, lease)):
             return "it is stopped"
         case _:
-            return _unexpected_outcome(case, node, lease, run, outcome)
+            return _describe_unexpected_outcome(case, node, lease, run, outcome)
 
 
-def _latest_time(pool: PoolSettings, outcome: str) -> float | None:
+def _timeout_of_outcome(pool: PoolSettings, outcome: str) -> float | None:
     return pool.session_timeout if outcome == "timed_out" else pool.stall_timeout
 
 
-def _was_stopped_by(case: FinishedSimulation, lease: GrantedLease, at: float) -> bool:
+def _was_stopped_before(case: FinishedSimulation, lease: GrantedLease, at: float) -> bool:
     stopped = case.stopped.get(lease.work_id)
     return stopped is not None and stopped.time <= at
 
 
-def _last_heartbeat_applied(
-    case: FinishedSimulation, node: Node, lease: GrantedLease, at: float
+def _last_heartbeat_applied_at(
+    case: FinishedSimulation, node: PoolProcess, lease: GrantedLease, at: float
 ) -> float:
-    """Return when the last successful heartbeat was applied: the pool cannot know of a later
-    stop.
-    """
+    """Return when the last successful heartbeat arrived; the pool knows of no later stop."""
     applied = [
         call.arrives_at
         for call in case.sent[node, lease.work_id]
@@ -151,60 +156,64 @@ def _last_heartbeat_applied(
     return max(applied, default=at)
 
 
-def _unexpected_outcome(
-    case: FinishedSimulation, node: Node, lease: GrantedLease, run: HandlerRun | None, outcome: str
+def _describe_unexpected_outcome(
+    case: FinishedSimulation,
+    node: PoolProcess,
+    lease: GrantedLease,
+    run: HandlerRun | None,
+    outcome: str,
 ) -> str | None:
-    """Return why the outcome contradicts the end of a handler without faults."""
-    if run is None or run.cancelled_at < FOREVER or case.had_fault(node, lease):
+    """Describe how the outcome contradicts the handler's end; None if there was a fault."""
+    if run is None or run.cancelled_at < FOREVER or case.had_fault_during_lease(node, lease):
         return None
-    if min(lease.stop_requested, _was_ended_by_operator(lease)) <= run.ended + 1:
+    if min(lease.stop_requested, _foreign_stop_time(lease)) <= run.ended + 1:
         return None
-    expected = "failed" if run.behaviour == "odd" else _EXPECTED.get(str(run.result))
+    expected = "failed" if run.behaviour == "return_wrong_type" else _EXPECTED.get(str(run.result))
     return None if expected in {None, outcome} else f"its handler has {run.result}"
 
 
-def _was_ended_by_operator(lease: GrantedLease) -> float:
+def _foreign_stop_time(lease: GrantedLease) -> float:
     foreign = lease.end_kind == "stopped" and lease.stopped_by != lease.worker_id
     return lease.ended if foreign else FOREVER
 
 
 def _was_ended_by_others(
-    case: FinishedSimulation, node: Node, lease: GrantedLease, at: float
+    case: FinishedSimulation, node: PoolProcess, lease: GrantedLease, at: float
 ) -> bool:
     stopped = case.stopped.get(lease.work_id)
     foreign = stopped is not None and stopped.worker_id != node.worker_id and stopped.time <= at
     if foreign or lease.stop_requested <= at:
         return True
-    # The pool's own stop, sent during an earlier lease, may have arrived during this one.
+    # A stop that the pool sent during an earlier lease may have arrived during this lease.
     return any(
         call.op == "stop" and call.at < lease.began for call in case.sent[node, lease.work_id]
     )
 
 
-def _last_time(lease: GrantedLease, at: float) -> bool:
-    return lease.ended <= at or lease.end_at(at) - GIVE_UP_SECONDS <= at
+def _is_near_lease_end(lease: GrantedLease, at: float) -> bool:
+    return lease.ended <= at or lease.granted_end_at(at) - GIVE_UP_SECONDS <= at
 
 
-def metrics_agree(case: FinishedSimulation) -> Iterator[str]:
-    """7b. The counters of all pools together agree with the network's calls."""
+def metrics_agree_with_calls(case: FinishedSimulation) -> Iterator[str]:
+    """7b. The sums of the metrics of all pools agree with the calls in the network."""
     counted = {key: value for key, value in case.counted.items() if value}
-    for key, seen in _network_counts(case).items():
+    for key, seen in _expected_counters(case).items():
         if counted.get(key, 0) != seen:
             yield f"{' '.join(key)} is {counted.get(key, 0):g}, but there were {seen}"
 
 
-def _network_counts(case: FinishedSimulation) -> Counter[tuple[str, ...]]:
+def _expected_counters(case: FinishedSimulation) -> Counter[tuple[str, ...]]:
     seen: Counter[tuple[str, ...]] = Counter()
     for call in case.trace.sent:
         if call.answered_at < FOREVER:
             seen["http_requests_total", call.op] += 1
         if call.op == "poll" and call.answer == "ok":
             seen["polls_total", "null" if call.value is None else "item"] += 1
-    _count_events(case, seen)
+    _add_event_counts(case, seen)
     return seen
 
 
-def _count_events(case: FinishedSimulation, seen: Counter[tuple[str, ...]]) -> None:
+def _add_event_counts(case: FinishedSimulation, seen: Counter[tuple[str, ...]]) -> None:
     for node in case.trace.nodes:
         for _, event in node.events:
             if type(event) in _COUNTED:
@@ -212,13 +221,13 @@ def _count_events(case: FinishedSimulation, seen: Counter[tuple[str, ...]]) -> N
                 seen[name, getattr(event, label)] += 1
     for node in case.trace.nodes:
         if node.crashed == FOREVER:
-            _check_event_counts(case, node, seen)
+            _add_contradicted_counts(case, node, seen)
 
 
-def _check_event_counts(
-    case: FinishedSimulation, node: Node, seen: Counter[tuple[str, ...]]
+def _add_contradicted_counts(
+    case: FinishedSimulation, node: PoolProcess, seen: Counter[tuple[str, ...]]
 ) -> None:
-    """Add numbers that the pool's events contradict, under names that no counter has."""
+    """Add the expected numbers of events that differ, so that the comparison reports them."""
     calls = [run for run in case.trace.runs if run.node is node and run.behaviour != "alone"]
     runs = sum(not run.again for run in calls)
     started = sum(isinstance(event, SessionStarted) for _, event in node.events)
@@ -232,12 +241,12 @@ def _check_event_counts(
         seen[node.machine.name, "polls"] = node.polls
 
 
-def everything_received_is_reported(case: FinishedSimulation) -> Iterator[str]:
+def all_received_items_are_reported(case: FinishedSimulation) -> Iterator[str]:
     """7d. A pool reports every item, reclaim, heartbeat and stop request that it received."""
     for node in case.trace.nodes:
         if node.crashed < FOREVER or node.child:
             continue
-        for what, reported, least, most in _event_bounds(case, node):
+        for what, reported, least, most in _list_event_count_bounds(case, node):
             if not least <= reported <= most:
                 yield f"{node.machine.name}: {reported} {what}, not {least} to {most}"
     started = sum(
@@ -248,8 +257,10 @@ def everything_received_is_reported(case: FinishedSimulation) -> Iterator[str]:
         yield f"{good:g} successful heartbeats, not {started} to {sent}"
 
 
-def _event_bounds(case: FinishedSimulation, node: Node) -> Iterator[tuple[str, int, int, float]]:
-    """Yield a name, the number of events reported, and the least and greatest correct number."""
+def _list_event_count_bounds(
+    case: FinishedSimulation, node: PoolProcess
+) -> Iterator[tuple[str, int, int, float]]:
+    """Yield the name of a kind of event, its count, and the smallest and largest correct count."""
     events = [event for _, event in node.events]
     claimed = [(at, event) for at, event in node.events if isinstance(event, ItemReceived)]
     leaving = 0.0 if node.error is not None else node.drain[0] if node.drain else FOREVER
@@ -270,7 +281,7 @@ def _event_bounds(case: FinishedSimulation, node: Node) -> Iterator[tuple[str, i
         if event.item.acknowledged_at or event.item.last_heartbeat
     )
     reclaims = [event.direction for event in events if isinstance(event, ItemReclaimed)]
-    # An item that was set aside for its handler is gained when it starts, if it ever does.
+    # With a handler limit, an item is reported as gained when its session starts, or never.
     least = gained if node.pool.max_sessions is None else 0
     yield "items gained", reclaims.count("gained"), least, gained
     conflicts = sum(isinstance(e, AckFinished) and e.result == "conflict" for e in events)

@@ -1,4 +1,4 @@
-"""The invariants: functions of a finished simulation that yield a description of each violation."""
+"""The invariants of the simulation: functions that yield a description of each violation."""
 
 from __future__ import annotations
 
@@ -6,45 +6,45 @@ from http import HTTPStatus
 from itertools import combinations
 from typing import TYPE_CHECKING, Final, TypeGuard
 
-from tests.simulation.attempts import (
+from tests.simulation.attempt_invariants import (
     attempts_are_counted,
     lost_runs_are_counted,
     no_item_has_a_mark_and_an_error,
     released_items_are_marked,
 )
-from tests.simulation.case import ACK_SECONDS, WRITES
 from tests.simulation.event_invariants import (
-    everything_received_is_reported,
-    losses_are_real,
-    metrics_agree,
-    outcomes_agree,
+    all_received_items_are_reported,
+    metrics_agree_with_calls,
+    outcomes_agree_with_history,
+    reported_losses_are_real,
 )
-from tests.simulation.handoffs import (
+from tests.simulation.finished_simulation import ACK_SECONDS, WRITES
+from tests.simulation.handoff_invariants import (
     items_handed_off_are_left_alone,
     nothing_is_sent_during_a_handoff,
-    only_a_child_takes_over,
+    only_a_child_takes_an_item_over,
 )
-from tests.simulation.order import (
-    a_try_leaves_time_for_another,
-    acks_do_not_wait,
+from tests.simulation.order_invariants import (
+    acks_do_not_wait_for_permits,
     cancellations_are_repeated,
     clients_stay_on_their_loop,
     completions_are_tried_while_the_lease_is_held,
-    completions_go_first,
+    completions_precede_new_claims,
     failing_handlers_claim_slowly,
     nothing_is_sent_in_doubt,
     one_heartbeat_at_a_time,
     optional_calls_are_refused_once,
     refused_acks_are_backed_off,
     sessions_share_no_context,
+    unanswered_write_leaves_time_for_another_try,
 )
-from tests.simulation.retries import (
+from tests.simulation.retry_invariants import (
     failed_calls_are_repeated,
     retries_are_bounded,
     retries_end_with_the_pool_and_the_session,
-    retries_go_on_in_the_next_run,
+    retry_number_continues_in_the_next_run,
 )
-from tests.simulation.stalls import (
+from tests.simulation.stall_invariants import (
     handlers_that_make_progress_are_not_stalled,
     silent_handlers_are_stalled,
 )
@@ -55,8 +55,8 @@ from workpool.events import ItemReceived, PollerRestarted, SessionFinished, Sess
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
-    from tests.simulation.case import FinishedSimulation, GrantedLease
-    from tests.simulation.trace import HandlerRun, Node, SentCall
+    from tests.simulation.finished_simulation import FinishedSimulation, GrantedLease
+    from tests.simulation.trace import HandlerRun, PoolProcess, SentCall
     from workpool.events import Event
 
     Invariant = Callable[[FinishedSimulation], Iterator[str]]
@@ -75,7 +75,7 @@ DRAIN_SECONDS: Final = 6.0
 """The longest time for a drain beyond its timeout: 5 s for completions, with a margin."""
 CLOSE_SECONDS: Final = 11.0
 """The longest time between the end of a drain and the end of the process."""
-IGNORES_CANCELLATION: Final = frozenset({"stubborn", "swallow"})
+IGNORES_CANCELLATION: Final = frozenset({"ignore_cancellation", "swallow_cancellation"})
 """Behaviours that ignore a cancellation."""
 OWNED: Final = frozenset({HTTPStatus.CONFLICT, HTTPStatus.PRECONDITION_FAILED})
 """Answers to a first heartbeat that say that the item is not ours."""
@@ -91,10 +91,10 @@ def every_item_ends_stopped(case: FinishedSimulation) -> Iterator[str]:
 
 
 def handlers_run_under_a_lease(case: FinishedSimulation) -> Iterator[str]:
-    """2a. A handler's pool owns the item from the handler's start until its cancellation.
+    """2a. A pool owns the item from the start of its handler until the handler's cancellation.
 
-    It is cancelled at least a second before the lease ends. A machine that was halted may cancel it
-    late, by at most one tick of its lease renewer.
+    The handler is cancelled at least a second before the lease ends. A machine that was halted may
+    cancel the handler late, by at most one tick of its lease renewer.
     """
     for run in case.trace.runs:
         lease = case.lease_at(run.node, run.work_id, run.started)
@@ -107,10 +107,10 @@ def handlers_run_under_a_lease(case: FinishedSimulation) -> Iterator[str]:
             if call.answered_at >= lease.began
         ):
             yield f"{_run_name(run)} started before a heartbeat was answered"
-        if _starts_too_late(case, lease, run):
-            yield f"{_run_name(run)} started; granted until {lease.end_at(run.started):.3f}"
+        if _started_too_late(case, lease, run):
+            yield f"{_run_name(run)} started; granted until {lease.granted_end_at(run.started):.3f}"
         until = run.ended_or_cancelled
-        limit = lease.end_at(until) - GIVE_UP_SECONDS + MARGIN_SECONDS
+        limit = lease.granted_end_at(until) - GIVE_UP_SECONDS + MARGIN_SECONDS
         excused = (
             _has_just_resumed(run.node, until)
             or case.extended_lease_of_another(run.node, run.work_id)
@@ -120,8 +120,11 @@ def handlers_run_under_a_lease(case: FinishedSimulation) -> Iterator[str]:
             yield f"{_run_name(run)} ran until {until:.3f}, allowed until {limit:.3f}"
 
 
-def _starts_too_late(case: FinishedSimulation, lease: GrantedLease, run: HandlerRun) -> bool:
-    late = run.started > lease.end_at(run.started) + MARGIN_SECONDS and run.behaviour != "alone"
+def _started_too_late(case: FinishedSimulation, lease: GrantedLease, run: HandlerRun) -> bool:
+    late = (
+        run.started > lease.granted_end_at(run.started) + MARGIN_SECONDS
+        and run.behaviour != "alone"
+    )
     return late and not case.extended_lease_of_another(run.node, run.work_id)
 
 
@@ -141,7 +144,7 @@ def _may_overlap(case: FinishedSimulation, one: HandlerRun, two: HandlerRun) -> 
     if one.node is two.node:
         return False
     leases = [case.lease_at(run.node, run.work_id, run.started) for run in (one, two)]
-    broken = any(lease is not None and case.was_ended_early(lease) for lease in leases)
+    broken = any(lease is not None and case.lease_was_ended_early(lease) for lease in leases)
     ignored = one.cancelled_at <= two.started and one.behaviour in IGNORES_CANCELLATION
     unseen = one.node.was_paused_unnoticed(one.started, two.started)
     return ignored or broken or unseen or _has_just_resumed(one.node, two.started, TIDY_SECONDS)
@@ -156,28 +159,28 @@ def no_two_handlers_run_one_session(case: FinishedSimulation) -> Iterator[str]:
 
 
 def nothing_is_sent_without_the_lease(case: FinishedSimulation) -> Iterator[str]:
-    """3a. Heartbeats, stops and metadata are sent during the lease only, whatever happened."""
+    """3a. Heartbeats, stops and metadata are sent only during the lease, whatever happened."""
     for call in case.trace.sent:
         if call.op not in WRITES or call.work_id is None:
             continue
         lease = case.lease_at(call.node, call.work_id, call.at)
-        if call.op == "heartbeat" and _is_unsettled(case, call):
+        if call.op == "heartbeat" and _is_sent_under_unsettled_claim(case, call):
             continue
         if lease is None:
             if call.op != "heartbeat" or not call.node.child:
                 yield f"{call} was sent without a lease"
-        elif call.at > lease.end_at(call.at) + MARGIN_SECONDS and not (
-            _verifies_lease(case, lease, call)
+        elif call.at > lease.granted_end_at(call.at) + MARGIN_SECONDS and not (
+            _is_verifying_heartbeat(case, lease, call)
         ):
-            yield f"{call} was sent; granted until {lease.end_at(call.at):.3f}"
+            yield f"{call} was sent; granted until {lease.granted_end_at(call.at):.3f}"
 
 
-def _is_unsettled(case: FinishedSimulation, call: SentCall) -> bool:
-    """Return whether an ack answered `active`, so that a heartbeat shows who owns the item."""
+def _is_sent_under_unsettled_claim(case: FinishedSimulation, call: SentCall) -> bool:
+    """Return whether the call follows an ack answered `active`, before ownership is known."""
     claim = case.active_claim(call.node, str(call.work_id), call.at)
     return (
         claim is not None
-        and not claim.is_settled(call.at)
+        and not claim.is_settled_by(call.at)
         and (
             call.at <= claim.polled_at + ACK_SECONDS + MARGIN_SECONDS
             or call.node.was_paused_unnoticed(claim.polled_at, call.at)
@@ -186,9 +189,9 @@ def _is_unsettled(case: FinishedSimulation, call: SentCall) -> bool:
 
 
 def unsettled_items_are_left_alone(case: FinishedSimulation) -> Iterator[str]:
-    """3g. After an ack that answered `active`, nothing but heartbeats is sent until one succeeds.
+    """3g. After an ack that is answered `active`, only heartbeats are sent until one succeeds.
 
-    The first of them that is refused is the last: it means that another worker owns the item.
+    The first refused heartbeat is the last one: it means that another worker owns the item.
     """
     for call in case.trace.sent:
         if call.work_id is None or call.op in {"ack", "poll"}:
@@ -196,18 +199,18 @@ def unsettled_items_are_left_alone(case: FinishedSimulation) -> Iterator[str]:
         claim = case.active_claim(call.node, call.work_id, call.at)
         if claim is None:
             continue
-        if claim.is_settled(call.at):
+        if claim.is_settled_by(call.at):
             continue
         if call.op != "heartbeat":
             yield f"{call} was sent for an item that may be another worker's"
-        elif any(each.answer in OWNED for each in claim.heartbeats_until(call.at)):
+        elif any(each.answer in OWNED for each in claim.heartbeats_answered_by(call.at)):
             yield f"{call} was sent for an item that another worker owns"
 
 
-def _verifies_lease(case: FinishedSimulation, lease: GrantedLease, call: SentCall) -> bool:
-    """Return whether the call is the heartbeat after a pause that the lease clock does not show.
+def _is_verifying_heartbeat(case: FinishedSimulation, lease: GrantedLease, call: SentCall) -> bool:
+    """Return whether the call is the first heartbeat after a pause that the lease clock missed.
 
-    It names the last heartbeat, so it cannot extend another worker's lease.
+    The heartbeat names the last one, so it cannot extend another worker's lease.
     """
     begun = any(
         each.op == "heartbeat" and each.answer == "ok" and lease.began < each.answered_at <= call.at
@@ -222,7 +225,8 @@ def nothing_is_sent_after_a_known_loss(case: FinishedSimulation) -> Iterator[str
         for lease in case.leases.get(work_id, ()):
             if lease.worker_id != node.worker_id:
                 continue
-            following = [  # the lease of a child begins with its first call, not with an ack
+            # A child sends no ack: its lease begins with its first call.
+            following = [
                 call
                 for call in calls
                 if node.child or case.lease_at(node, work_id, call.at) is lease
@@ -232,20 +236,25 @@ def nothing_is_sent_after_a_known_loss(case: FinishedSimulation) -> Iterator[str
                 default=FOREVER,
             )
             for call in following:
-                if call.op in WRITES and call.at > known_at and not _is_unsettled(case, call):
+                if (
+                    call.op in WRITES
+                    and call.at > known_at
+                    and not _is_sent_under_unsettled_claim(case, call)
+                ):
                     yield f"{call} was sent; its lease was known to be over at {known_at:.3f}"
 
 
 def _known_loss_time(
     case: FinishedSimulation, call: SentCall, calls: list[SentCall], lease: GrantedLease
 ) -> float:
-    """Return when this call's answer said that the lease is over; infinite if it did not."""
+    """Return when the answer to the call said that the lease is over; infinite if it did not."""
     if call.fault is not None and call.fault.answer is not None:
         return FOREVER
     over = call.op == "stop" and call.answer == "ok"
     if call.op == "heartbeat" and call.answer == HTTPStatus.PRECONDITION_FAILED:
         before = [each for each in calls if each.op in {"heartbeat", "get"} and each.at < call.at]
-        # During a handoff the answer does not show whether parent or child owns the item; see 3f.
+        # During a handoff, a 412 does not show whether the parent or the child owns the item;
+        # invariant 3f checks the calls that follow.
         handoff = (
             lease.end_kind == "detached"
             or (call.node.child and not any(each.answer == "ok" for each in before))
@@ -256,7 +265,8 @@ def _known_loss_time(
                 for block in case.trace.handoff_blocks
             )
         )
-        # A heartbeat without a connection was not sent, but its sender cannot know that.
+        # A heartbeat that got no connection was not sent, but the pool cannot know that. So a later
+        # 412 may be about that heartbeat.
         delayed = any(
             delay.node is call.node
             and delay.work_id == call.work_id
@@ -279,17 +289,17 @@ def stops_are_justified(case: FinishedSimulation) -> Iterator[str]:
         lease = case.lease_at(call.node, call.work_id, call.at)
         # Stops without a lease are covered by invariant 3a.
         if lease is not None and lease.stop_requested > call.at:
-            run = case.run_of(call.node, lease)
+            run = case.last_run_of_lease(call.node, lease)
             if problem := _unjustified_stop(call, run):
                 yield f"{call} was sent {problem}"
         elif lease is not None:
-            run = case.run_of(call.node, lease)
+            run = case.last_run_of_lease(call.node, lease)
             if run is not None and call.at < run.ended:
                 yield f"{call} was sent while its handler ran"
 
 
 def _unjustified_stop(call: SentCall, run: HandlerRun | None) -> str | None:
-    """Return the fault of a stop that no operator requested."""
+    """Return why a stop that no operator requested was wrong; None if it was right."""
     if run is None:
         return "for an item that had not run"
     if call.at < run.ended:
@@ -304,29 +314,31 @@ def _unjustified_stop(call: SentCall, run: HandlerRun | None) -> str | None:
 def finished_items_are_stopped(case: FinishedSimulation) -> Iterator[str]:
     """4. An item is stopped as soon as its handler has ended, unless its pool had a fault."""
     for node, lease in case.all_leases():
-        run = case.run_of(node, lease)
+        run = case.last_run_of_lease(node, lease)
         if run is None or run.cancelled_at < FOREVER or run.result not in {"returned", "raised"}:
             continue
-        if case.had_fault(node, lease) or _leaves_queue(node, run.ended):
+        if case.had_fault_during_lease(node, lease) or _has_stopped_claiming(node, run.ended):
             continue
         if lease.end_kind != "stopped" or lease.ended > run.ended + 1:
             yield f"{_run_name(run)} was {run.result}, but not stopped"
 
 
 def acknowledged_items_are_run(case: FinishedSimulation) -> Iterator[str]:
-    """5a. An acknowledged item is run, unless the pool drains or the item was stopped."""
+    """5a. An acknowledged item's handler runs, unless the pool drains or the item is stopped."""
     for node, lease in case.all_leases():
-        if case.run_of(node, lease) is not None or case.had_fault(node, lease):
+        if case.last_run_of_lease(node, lease) is not None or case.had_fault_during_lease(
+            node, lease
+        ):
             continue
         if not lease.settled:
-            continue  # The pool cannot know that it owns the item.
+            continue  # after the ack, the pool did not yet know that it owned the item
         wished = min(lease.stop_requested, lease.ended if lease.end_kind == "stopped" else FOREVER)
-        if not _leaves_queue(node, lease.began + 1) and wished > lease.began + 1:
+        if not _has_stopped_claiming(node, lease.began + 1) and wished > lease.began + 1:
             yield f"{lease.work_id} was acknowledged by {node.machine.name} and not run"
 
 
 def no_more_is_claimed_than_can_be_run(case: FinishedSimulation) -> Iterator[str]:
-    """5b. Polls or acks under way and running handlers are at most as many as their places."""
+    """5b. Polls or acks in flight plus running handlers never exceed the pool's places."""
     for node in case.trace.nodes:
         calls = [call for call in case.trace.sent if call.node is node]
         runs = [run for run in case.trace.runs if run.node is node]
@@ -341,7 +353,7 @@ def no_more_is_claimed_than_can_be_run(case: FinishedSimulation) -> Iterator[str
 
 
 def no_more_run_than_the_limit_of_their_handler(case: FinishedSimulation) -> Iterator[str]:
-    """5e. At most `max_sessions` runs of a pool's handler are under way at once."""
+    """5e. At most `max_sessions` runs of a pool's handler are in progress at once."""
     for node in case.trace.nodes:
         limit = node.pool.max_sessions
         if limit is None or node.child:
@@ -354,7 +366,7 @@ def no_more_run_than_the_limit_of_their_handler(case: FinishedSimulation) -> Ite
 
 
 def shared_slots_are_never_exceeded(case: FinishedSimulation) -> Iterator[str]:
-    """5f. Polls under way and runs of pools that share slots are at most as many as these."""
+    """5f. Polls in flight plus runs of pools that share slots never exceed the shared slots."""
     total = case.trace.shared_slots
     if total is None:
         return
@@ -363,21 +375,23 @@ def shared_slots_are_never_exceeded(case: FinishedSimulation) -> Iterator[str]:
     for call in polls:
         at = call.at
         under_way = sum(
-            one.at <= at < min(one.answered_at, _slots_until(one.node)) for one in polls
+            one.at <= at < min(one.answered_at, _keeps_slots_until(one.node)) for one in polls
         )
-        running = sum(run.started <= at < min(run.ended, _slots_until(run.node)) for run in runs)
+        running = sum(
+            run.started <= at < min(run.ended, _keeps_slots_until(run.node)) for run in runs
+        )
         if under_way + running > total:
             yield f"{call}: {under_way} polls and {running} runs in {total} shared slots"
 
 
-def _slots_until(node: Node) -> float:
-    """Return the time until which a pool certainly has the slots of its runs."""
+def _keeps_slots_until(node: PoolProcess) -> float:
+    """Return the time until which a pool certainly holds the slots of its runs."""
     drain = FOREVER if node.drain is None else node.drain[0]
     return min(node.crashed, node.closed, drain)
 
 
 def shared_slots_are_given_back(case: FinishedSimulation) -> Iterator[str]:
-    """5g. A pool that has ended has none of the slots that it shared."""
+    """5g. A pool that has ended holds no shared slot."""
     for node in case.trace.nodes:
         if node.share is not None and node.closed != FOREVER and node.share.taken:
             yield f"{node.machine.name} has {node.share.taken} shared slots after its end"
@@ -392,7 +406,7 @@ def no_more_is_claimed_than_the_limit(case: FinishedSimulation) -> Iterator[str]
         ends = {
             event.session: at for at, event in node.events if isinstance(event, SessionFinished)
         }
-        claimed = {event.session for _, event in node.events if _was_claimed(event)}
+        claimed = {event.session for _, event in node.events if _shows_claimed_session(event)}
         if len(claimed) > limit:
             yield f"{node.machine.name} claimed {len(claimed)} of {limit} sessions"
         if len(claimed) == limit and claimed <= ends.keys() and node.crashed == FOREVER:
@@ -405,15 +419,15 @@ def nothing_is_claimed_during_a_pause(case: FinishedSimulation) -> Iterator[str]
     """5d. A paused pool takes no item until its last pause has ended."""
     for node in case.trace.nodes:
         for number, (since, until) in enumerate(node.refrains):
-            # A later pause replaces an earlier one and may end before it.
+            # A later pause replaces an earlier one, and may end before the earlier one's end.
             end = min([until, *(start for start, _ in node.refrains[number + 1 :])])
             for at, event in node.events:
                 if isinstance(event, ItemReceived) and since < at < end - MARGIN_SECONDS:
                     yield f"{node.machine.name} took {event.item.id} in a pause, at {at:.3f}"
 
 
-def _was_claimed(event: Event) -> TypeGuard[SessionStarted | SessionFinished]:
-    """Return whether the event shows that a session was claimed, and not lost before its start."""
+def _shows_claimed_session(event: Event) -> TypeGuard[SessionStarted | SessionFinished]:
+    """Return whether the event's session was claimed, and not lost before its start."""
     return isinstance(event, SessionStarted) or (
         isinstance(event, SessionFinished) and event.outcome != "lease_lost"
     )
@@ -447,8 +461,8 @@ def only_stubborn_handlers_are_abandoned(case: FinishedSimulation) -> Iterator[s
             yield f"{node.machine.name} abandoned {node.abandoned} sessions, {stubborn} stubborn"
 
 
-def _had_unanswered_calls(case: FinishedSimulation, node: Node) -> bool:
-    """Return whether the pool's calls had a fault in the last seconds of its drain."""
+def _had_unanswered_calls(case: FinishedSimulation, node: PoolProcess) -> bool:
+    """Return whether a call of the pool had a fault in the last seconds of its drain."""
     return any(
         delay.node is node and delay.until >= node.closed - DRAIN_SECONDS
         for delay in case.trace.delays
@@ -469,9 +483,9 @@ def closed_pools_hold_and_run_nothing(case: FinishedSimulation) -> Iterator[str]
             continue
         if (
             lease.settled
-            and lease.last_end > node.closed + RELEASED_SECONDS
-            and not case.had_fault(node, lease, node.closed)
-            # the item may belong to another worker
+            and lease.last_granted_end > node.closed + RELEASED_SECONDS
+            and not case.had_fault_during_lease(node, lease, node.closed)
+            # After an ack answered `active`, the item may belong to another worker.
             and not case.has_unsettled_claim(node, lease.work_id, node.closed)
         ):
             yield f"{lease.work_id} is held by {node.machine.name}, which has closed"
@@ -483,8 +497,8 @@ def closed_pools_hold_and_run_nothing(case: FinishedSimulation) -> Iterator[str]
             yield f"{_run_name(run)} continues in a pool that has closed"
 
 
-def nothing_crashes(case: FinishedSimulation) -> Iterator[str]:
-    """10. A pool ends after a drain or a refusal; no poller crashes."""
+def pools_and_pollers_do_not_crash(case: FinishedSimulation) -> Iterator[str]:
+    """10. A pool ends only after a drain or a refused call, and no poller crashes."""
     for node in case.trace.nodes:
         allowed = ControlPlaneError if node.child else RefusedError
         if node.error is not None and not isinstance(node.error, allowed):
@@ -494,11 +508,11 @@ def nothing_crashes(case: FinishedSimulation) -> Iterator[str]:
                 yield f"{node.machine.name}: a poller crashed: {event.error!r}"
 
 
-def _leaves_queue(node: Node, at: float) -> bool:
+def _has_stopped_claiming(node: PoolProcess, at: float) -> bool:
     return node.error is not None or (node.drain is not None and node.drain[0] <= at)
 
 
-def _has_just_resumed(node: Node, at: float, more: float = 0.0) -> bool:
+def _has_just_resumed(node: PoolProcess, at: float, more: float = 0.0) -> bool:
     slack = TICK_SECONDS + MARGIN_SECONDS + more
     return any(since <= at <= until + slack for since, until in node.machine.pauses)
 
@@ -516,7 +530,7 @@ INVARIANTS: Final[tuple[Invariant, ...]] = (
     nothing_is_sent_after_a_known_loss,
     unsettled_items_are_left_alone,
     nothing_is_sent_during_a_handoff,
-    only_a_child_takes_over,
+    only_a_child_takes_an_item_over,
     items_handed_off_are_left_alone,
     stops_are_justified,
     finished_items_are_stopped,
@@ -530,9 +544,9 @@ INVARIANTS: Final[tuple[Invariant, ...]] = (
     drains_end_in_time,
     only_stubborn_handlers_are_abandoned,
     closed_pools_hold_and_run_nothing,
-    nothing_crashes,
-    completions_go_first,
-    acks_do_not_wait,
+    pools_and_pollers_do_not_crash,
+    completions_precede_new_claims,
+    acks_do_not_wait_for_permits,
     refused_acks_are_backed_off,
     failing_handlers_claim_slowly,
     cancellations_are_repeated,
@@ -540,15 +554,15 @@ INVARIANTS: Final[tuple[Invariant, ...]] = (
     handlers_that_make_progress_are_not_stalled,
     nothing_is_sent_in_doubt,
     one_heartbeat_at_a_time,
-    a_try_leaves_time_for_another,
+    unanswered_write_leaves_time_for_another_try,
     sessions_share_no_context,
     optional_calls_are_refused_once,
     clients_stay_on_their_loop,
     completions_are_tried_while_the_lease_is_held,
-    outcomes_agree,
-    losses_are_real,
-    metrics_agree,
-    everything_received_is_reported,
+    outcomes_agree_with_history,
+    reported_losses_are_real,
+    metrics_agree_with_calls,
+    all_received_items_are_reported,
     attempts_are_counted,
     lost_runs_are_counted,
     released_items_are_marked,
@@ -556,10 +570,10 @@ INVARIANTS: Final[tuple[Invariant, ...]] = (
     failed_calls_are_repeated,
     retries_are_bounded,
     retries_end_with_the_pool_and_the_session,
-    retries_go_on_in_the_next_run,
+    retry_number_continues_in_the_next_run,
 )
 
 
-def judge(case: FinishedSimulation) -> list[str]:
+def check_invariants(case: FinishedSimulation) -> list[str]:
     """Return a description of each violation; empty if every invariant holds."""
     return [f"{each.__name__}: {text}" for each in INVARIANTS for text in each(case)]

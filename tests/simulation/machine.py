@@ -1,4 +1,4 @@
-"""Several machines on one virtual loop: each can sleep, be paused, be stopped or crash.
+"""Simulated machines on one virtual event loop; each can sleep, be paused or stopped, or crash.
 
 The context of a callback says which machine it belongs to. A halted machine keeps its callbacks
 until it resumes; a crashed machine never resumes.
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 Ts = TypeVarTuple("Ts")
 
-Halt = Literal["asleep", "stopped", "paused", "crashed"]
+HaltKind = Literal["asleep", "stopped", "paused", "crashed"]
 
 NETWORK: Final = Context()
 """The context of no machine: a request under way arrives even if its sender halts."""
@@ -33,7 +33,7 @@ INSTANT_SECONDS: Final = 1e-9
 
 
 class Machine:
-    """The machine and process of one pool. A restarted pool gets another machine.
+    """The simulated machine of one process; a restarted process gets a new machine.
 
     Attributes:
         halted: Why the machine is halted; None while it runs.
@@ -50,14 +50,14 @@ class Machine:
     max_sessions: int | None = None
 
     def __init__(self, loop: MachinesLoop, name: str, rate: float = 1.0) -> None:
-        """Make a machine whose lease clock counts `rate` seconds per second."""
+        """Create a machine whose lease clock counts `rate` seconds per second."""
         self.name = name
-        self.halted: Halt | None = None
+        self.halted: HaltKind | None = None
         self.blocked = False
         self.pauses: list[tuple[float, float]] = []
         self.unseen: list[tuple[float, float]] = []
         self.slept = self.frozen = 0.0
-        self._planned: tuple[Halt, float] = ("asleep", 0.0)
+        self._planned: tuple[HaltKind, float] = ("asleep", 0.0)
         self._steps_left = 0
         self._loop = loop
         self._rate = rate
@@ -73,39 +73,39 @@ class Machine:
         return self._loop.now
 
     def callback_context(self) -> Context:
-        """Return a context whose callbacks belong to this machine."""
+        """Return a context whose callbacks run on this machine."""
         context = copy_context()
         context.run(_MACHINE.set, self)
         return context
 
-    def halt(self, how: Halt, seconds: float | None = None) -> None:
-        """Halt the machine for `seconds`, or until `resume`.
+    def halt(self, how: HaltKind, seconds: float | None = None) -> None:
+        """Halt the machine for `seconds`, or until `resume` is called.
 
         While it is `asleep`, its timers stand still as well; while `paused`, its lease clock too.
         """
         if self.halted is not None:
             if how != "crashed":
                 return
-            self._end_halt()
+            self._record_end_of_halt()
         self.halted, self._halted_at = how, self._loop.now
         self.blocked = True
         if seconds is not None:
             self._loop.call_at(self._loop.now + seconds, self.resume, context=NETWORK)
 
-    def halt_after_callbacks(self, steps: int, how: Halt, seconds: float) -> None:
+    def halt_after_callbacks(self, steps: int, how: HaltKind, seconds: float) -> None:
         """Halt after `steps` more callbacks, which may be in the middle of an operation."""
         if self.halted is None:
             self.blocked = True
             self._planned, self._steps_left = (how, seconds), steps
 
     def resume(self) -> None:
-        """Run again, the kept callbacks first. A crashed machine does not resume."""
+        """Resume the machine, and run its kept callbacks; does nothing after a crash."""
         if self.halted != "crashed":
             if self.halted is not None:
-                self._end_halt()
-            self._run_kept()
+                self._record_end_of_halt()
+            self._run_kept_callbacks()
 
-    def _end_halt(self) -> None:
+    def _record_end_of_halt(self) -> None:
         pause = self._halted_at, self._loop.now
         seconds = pause[1] - pause[0]
         self.pauses.append(pause)
@@ -115,12 +115,12 @@ class Machine:
             self.unseen.append(pause)
             self.frozen += seconds
 
-    def discard(self) -> None:
-        """End the machine: run the callbacks that it held back, so that its tasks can end."""
-        self._run_kept()
+    def shut_down(self) -> None:
+        """End the machine: run its kept callbacks, so that its tasks can end."""
+        self._run_kept_callbacks()
 
     def keep_callback(self, handle: asyncio.Handle) -> None:
-        """Keep a callback until the machine resumes; run it if the machine is yet to halt."""
+        """Keep a callback until the machine resumes, or run it if a planned halt has not begun."""
         if self.halted is None:
             self._steps_left -= 1
             if self._steps_left >= 0:
@@ -129,7 +129,7 @@ class Machine:
             self.halt(*self._planned)
         self._kept.append(handle)
 
-    def _run_kept(self) -> None:
+    def _run_kept_callbacks(self) -> None:
         self.halted, self.blocked = None, False
         kept, self._kept = self._kept, []
         for handle in kept:
@@ -145,8 +145,8 @@ THREAD_SECONDS: Final = 0.001
 """Duration of a call on a thread."""
 
 
-def this_machine() -> Machine:
-    """Return the machine that the caller runs on."""
+def current_machine() -> Machine:
+    """Return the machine to which the current callback belongs."""
     machine = _MACHINE.get()
     assert machine is not None
     return machine
@@ -168,7 +168,8 @@ class _MachineTimer(asyncio.TimerHandle):
 
     def _run(self) -> None:
         machine = self._machine
-        # Otherwise a wait for `_when` may not end.
+        # A timer may fire early by the clock's resolution. Code that waits for the time `_when`
+        # would then wait again without end.
         self._loop.now = max(self._loop.now, self._when)
         if machine is None:
             super()._run()
@@ -183,7 +184,7 @@ class _MachineTimer(asyncio.TimerHandle):
 
 
 class MachinesLoop(VirtualLoop):
-    """A virtual loop for several machines. `now` is common to all, `time()` is per machine."""
+    """A virtual event loop for several machines, each with its own `time()`; `now` is common."""
 
     _ready: deque[asyncio.Handle]
     _scheduled: list[asyncio.TimerHandle]
@@ -192,9 +193,11 @@ class MachinesLoop(VirtualLoop):
     def __init__(self) -> None:
         super().__init__()
         selector: Any = self._selector
-        selector.select = self._leap  # No sockets exist in a simulation.
+        selector.select = self._advance_time  # a simulation has no sockets to wait for
 
-    def _leap(self, timeout: float | None = None) -> list[tuple[selectors.SelectorKey, int]]:
+    def _advance_time(
+        self, timeout: float | None = None
+    ) -> list[tuple[selectors.SelectorKey, int]]:
         if timeout is None:
             raise RuntimeError("every task waits for something that no timer brings about")
         self._now += timeout
@@ -220,7 +223,7 @@ class MachinesLoop(VirtualLoop):
         *args: *Ts,
         context: Context | None = None,
     ) -> asyncio.Handle:
-        """Run a callback soon, or once its machine resumes."""
+        """Run a callback in the next iteration, or once its machine resumes."""
         machine = _MACHINE.get() if context is None else context.get(_MACHINE)
         handle = asyncio.Handle(callback, args, self, context)
         if machine is None or not machine.blocked:
@@ -235,7 +238,7 @@ class MachinesLoop(VirtualLoop):
         *args: *Ts,
         context: Context | None = None,
     ) -> asyncio.Handle:
-        """Run a callback soon; a simulation has one thread."""
+        """Run a callback in the next iteration, since a simulation has only one thread."""
         return self.call_soon(callback, *args, context=context)
 
     def call_at(
@@ -256,25 +259,25 @@ class MachinesLoop(VirtualLoop):
     def run_in_executor(
         self, executor: Executor | None, func: Callable[[Unpack[Ts]], T], *args: *Ts
     ) -> asyncio.Future[T]:
-        """Call a function, unless on the default executor: calls of users block all its threads."""
+        """Call a function later; on the default executor never, as if users blocked its threads."""
         future: asyncio.Future[T] = self.create_future()
 
-        def call_later() -> None:
+        def run_function() -> None:
             if not future.done():
                 future.set_result(func(*args))
 
         if executor is not None:
-            self.call_later(THREAD_SECONDS, call_later)
+            self.call_later(THREAD_SECONDS, run_function)
         return future
 
     def push_timer(self, timer: asyncio.TimerHandle) -> None:
-        """Start or restart a timer."""
+        """Add a timer to the loop's heap, or add it again with a new time."""
         heapq.heappush(self._scheduled, timer)
         scheduled: Any = timer
         scheduled._scheduled = True
 
     def run_kept_callback(self, handle: asyncio.Handle) -> None:
-        """Run a callback that its machine has kept."""
+        """Run a callback that its machine kept during a halt."""
         if not handle.cancelled():
             self._ready.append(handle)
 

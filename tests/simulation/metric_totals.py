@@ -1,4 +1,4 @@
-"""Sums of the metrics in a registry that all pools share."""
+"""The totals of the counters in the metrics registry that all simulated pools share."""
 
 from __future__ import annotations
 

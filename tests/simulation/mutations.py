@@ -1,7 +1,7 @@
-"""Mutations of the pool, each of which the simulation must catch.
+"""Mutations of the pool: faulty code changes, each of which the simulation must detect.
 
-A mutation replaces lines of a function. It is an error if the lines do not exist. As a script, this
-module prints which invariant caught each mutation, and after how many schedules:
+A mutation replaces lines of a function. A mutation whose lines do not exist is an error. As a
+script, this module prints which invariant caught each mutation, and after how many schedules:
 
     python tests/simulation/mutations.py [PART OF A NAME …]
 """
@@ -15,7 +15,7 @@ import textwrap
 from contextlib import ExitStack, contextmanager
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from tests.simulation.runner import schedule_of, simulate
+from tests.simulation.runner import schedule_for_seed, simulate_schedule
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -23,11 +23,12 @@ if TYPE_CHECKING:
 LIMIT = 2000
 
 
-class Edit(NamedTuple):
-    """The replacement of `old` by `new` in the one function of `module:Class` that has it.
+class SourceEdit(NamedTuple):
+    """A replacement of the text `old` by `new` in the only function of a class that contains it.
 
-    A module's name is relative to `workpool.pool`, or to `workpool` if it has a dot. One that
-    begins with `workpool` is complete.
+    Attributes:
+        where: `module:Class`. The module is relative to `workpool.pool`, or to `workpool` if it has
+            a dot. A module that begins with `workpool` is complete.
     """
 
     where: str
@@ -35,211 +36,219 @@ class Edit(NamedTuple):
     new: str
 
 
-MUTATIONS: dict[str, list[Edit]] = {
-    # Claims.
+MUTATIONS: dict[str, list[SourceEdit]] = {
     "no deduplication of items": [
-        Edit("dispatcher:Dispatcher", "owned = self.items.get(work_item.id)", "owned = None"),
-        # Without this edit the second check holds: an item of a session that runs is declined.
-        Edit("dispatcher:Dispatcher", "self.items.has_session(work_item.session_id)", "False"),
-        Edit(
+        SourceEdit("dispatcher:Dispatcher", "owned = self.items.get(work_item.id)", "owned = None"),
+        # Without this edit, the check for a running session would still decline the item.
+        SourceEdit(
+            "dispatcher:Dispatcher", "self.items.has_session(work_item.session_id)", "False"
+        ),
+        SourceEdit(
             "pool_item:OwnedItems",
             "del self._by_id[item.id]",
             "self._by_id.pop(item.id, None)",
         ),
     ],
     "two items of one session": [
-        Edit("dispatcher:Dispatcher", "self.items.has_session(work_item.session_id)", "False"),
+        SourceEdit(
+            "dispatcher:Dispatcher", "self.items.has_session(work_item.session_id)", "False"
+        ),
     ],
     "more acknowledged items than slots": [
-        Edit("bounded_queue:BoundedQueue", "self.running >= self.concurrency", "False"),
+        SourceEdit("bounded_queue:BoundedQueue", "self.running >= self.concurrency", "False"),
     ],
     "more runs than the limit of their handler": [
-        Edit("dispatcher:Dispatcher", "and self._slots.free(item.handler)", ""),
+        SourceEdit("dispatcher:Dispatcher", "and self._slots.free(item.handler)", ""),
     ],
     "item taken during a pause": [
-        Edit(
+        SourceEdit(
             "dispatcher:Dispatcher",
             " or (self._admission.gated and self._admission.paused is not None)",
             "",
         ),
     ],
     "poll during a pause": [
-        Edit("admission:Admission", "while self.paused is not None or", "while"),
-        Edit(
+        SourceEdit("admission:Admission", "while self.paused is not None or", "while"),
+        SourceEdit(
             "dispatcher:Dispatcher",
             " or (self._admission.gated and self._admission.paused is not None)",
             "",
         ),
     ],
     "claims beyond the limit of sessions": [
-        Edit("bounded_queue:BoundedQueue", "self._uses -= 1", "pass"),
+        SourceEdit("bounded_queue:BoundedQueue", "self._uses -= 1", "pass"),
     ],
     "claims under way not limited": [
-        Edit(
+        SourceEdit(
             "supervisor:Supervisor",
             "settings.exit_after_sessions,",
             "None,",
         ),
     ],
     "shared slot taken although none is free": [
-        Edit("shared_slots:SharedSlots", "if not self.available(share):", "if False:"),
+        SourceEdit("shared_slots:SharedSlots", "if not self.available(share):", "if False:"),
     ],
     "slot of another environment taken": [
-        Edit("shared_slots:SharedSlots", "max(1, each)", "each"),
-        Edit("shared_slots:SharedSlots", "max(0, left - sum(taken))", "99"),
+        SourceEdit("shared_slots:SharedSlots", "max(1, each)", "each"),
+        SourceEdit("shared_slots:SharedSlots", "max(0, left - sum(taken))", "99"),
     ],
     "shared slot not given back": [
-        Edit("bounded_queue:BoundedQueue", "self._share.give_back(used_up=used_up)", "pass"),
+        SourceEdit("bounded_queue:BoundedQueue", "self._share.give_back(used_up=used_up)", "pass"),
     ],
     "shared slots of forgotten items not given back": [
-        Edit("bounded_queue:BoundedQueue", "for _ in self._waiting:", "for _ in ():"),
+        SourceEdit("bounded_queue:BoundedQueue", "for _ in self._waiting:", "for _ in ():"),
     ],
     "poll before reserving": [
-        Edit(
+        SourceEdit(
             "bounded_queue:BoundedQueue",
             "self._free_places() > 0\n        and not self._reservers\n        and",
             "True or",
         ),
     ],
     "two supervisors under one Worker-ID": [
-        Edit("supervisor:Supervisor", "-{secrets.token_hex(4)}", ""),
+        SourceEdit("supervisor:Supervisor", "-{secrets.token_hex(4)}", ""),
     ],
-    "409 to an ack ignored": [Edit("claim:Claimer", '= "conflict"', '= "ok"')],
+    "409 to an ack ignored": [SourceEdit("claim:Claimer", '= "conflict"', '= "ok"')],
     "ack that answers active taken for ours": [
-        Edit("lease:Lease", "item.state == ACTIVE and parents_heartbeat is None", "False"),
+        SourceEdit("lease:Lease", "item.state == ACTIVE and parents_heartbeat is None", "False"),
     ],
     "unsettled item read after a 412": [
-        Edit("lease:Lease", "if not self.unsettled:", "if True:"),
+        SourceEdit("lease:Lease", "if not self.unsettled:", "if True:"),
     ],
     "unsettled lease counted from its ack": [
-        Edit(
+        SourceEdit(
             "lease:Lease",
             "polled_at if self.unsettled and polled_at is not None else acked_at",
             "acked_at",
         ),
     ],
     "item that a poll leased to another taken for ours": [
-        Edit(
+        SourceEdit(
             "lease:Lease",
             "item.state == STARTING and (self._lent or self.item.state == ACTIVE)",
             "item.state == STARTING and self._lent",
         ),
     ],
     "handler before the first heartbeat": [
-        Edit("claim:Claimer", "while not lease.expire(self._clock()):", "while False:"),
-        Edit("pool_item:PoolItem", "if lease.begun and lease.held(", "if lease.held("),
+        SourceEdit("claim:Claimer", "while not lease.expire(self._clock()):", "while False:"),
+        SourceEdit("pool_item:PoolItem", "if lease.begun and lease.held(", "if lease.held("),
     ],
     "first heartbeat unchecked": [
-        Edit(
+        SourceEdit(
             "item_requests:HeartbeatSender",
             "partial(self._check_lease, lease, check)",
             "partial(self._check_lease, lease, check) if lease.begun else None",
         ),
     ],
     "renewer takes a lease that has not begun": [
-        Edit(
+        SourceEdit(
             "session_runner:SessionRunner",
             "await self._claimer.begin(item)\n    self._context.renewer.add(lease, item)",
             "self._context.renewer.add(lease, item)\n    await self._claimer.begin(item)",
         ),
     ],
     "no last heartbeat for a claim that a drain ends": [
-        Edit("claim:Claimer", "lease.release(self._clock(), RELEASE_DELAY_SECONDS)", "return"),
+        SourceEdit(
+            "claim:Claimer", "lease.release(self._clock(), RELEASE_DELAY_SECONDS)", "return"
+        ),
     ],
-    # Optional calls.
     "refusal of an optional call not remembered": [
-        Edit(
+        SourceEdit(
             "call_permissions:OptionalCalls",
             "if op in self.refused:",
             "if False:",
         ),
     ],
     "lost runs not counted": [
-        Edit("session_runner:SessionRunner", "self._runs.add(item.id)", "pass"),
+        SourceEdit("session_runner:SessionRunner", "self._runs.add(item.id)", "pass"),
     ],
     "refusal after a success taken for a missing permission": [
-        Edit("call_permissions:OptionalCalls", "op in self._allowed or ", ""),
+        SourceEdit("call_permissions:OptionalCalls", "op in self._allowed or ", ""),
     ],
-    # Leases.
     "412 taken for lost": [
-        Edit("lease:Lease", "doubted=self._unanswered or self._lent", "doubted=False"),
+        SourceEdit("lease:Lease", "doubted=self._unanswered or self._lent", "doubted=False"),
     ],
     "loss ignored": [
-        Edit("session_runner:SessionRunner", "self._executor.cancel(item, EndReason.LOST)", "0"),
+        SourceEdit(
+            "session_runner:SessionRunner", "self._executor.cancel(item, EndReason.LOST)", "0"
+        ),
     ],
     "heartbeat after loss": [
-        Edit("lease:Lease", 'if self.status == "held" and now >= self.give_up_at:', "if 0 > 1:"),
-        Edit("item_requests:HeartbeatSender", "lease.check(now)", "pass"),
+        SourceEdit(
+            "lease:Lease", 'if self.status == "held" and now >= self.give_up_at:', "if 0 > 1:"
+        ),
+        SourceEdit("item_requests:HeartbeatSender", "lease.check(now)", "pass"),
     ],
     "deadline from the answer": [
-        Edit(
+        SourceEdit(
             "lease:Lease",
             "self._apply_extension(attempt, heartbeat)",
             "self._apply_extension(attempt._replace(at=now), heartbeat)",
         ),
     ],
     "lease not cut by an unanswered heartbeat": [
-        Edit(
+        SourceEdit(
             "lease:Lease",
             "self._set_deadline(min(before, now + ttl), min(self.ttl, ttl))",
             "pass",
         ),
     ],
     "no margin before the deadline": [
-        Edit("lease:Lease", "lease_margin(ttl)", "0.0"),
+        SourceEdit("lease:Lease", "lease_margin(ttl)", "0.0"),
     ],
     "sleep not noticed": [
-        Edit(
+        SourceEdit(
             "lease_renewer:LeaseRenewer",
             'if now >= lease.give_up_at and lease.status == "held":',
             "if 0 > 1:",
         ),
-        Edit("lease:Lease", " and now < self.deadline", ""),
+        SourceEdit("lease:Lease", " and now < self.deadline", ""),
     ],
     "renewal unchecked": [
-        Edit(
+        SourceEdit(
             "item_requests:HeartbeatSender",
             "partial(self._check_lease, lease, check)",
             "None if lease.begun else partial(self._check_lease, lease, check)",
         ),
     ],
-    # Requests for an item.
     "completion without a held lease": [
-        Edit(
+        SourceEdit(
             "item_requests:ItemSender", "lease.check(self._clock() if now is None else now)", "pass"
         ),
     ],
     "stop after loss": [
-        Edit(
+        SourceEdit(
             "item_requests:ItemSender", "lease.check(self._clock() if now is None else now)", "pass"
         ),
-        Edit("completion:Completion", 'if row.item == "untouched":', "if False:"),
+        SourceEdit("completion:Completion", 'if row.item == "untouched":', "if False:"),
     ],
     "metadata after loss": [
-        Edit(
+        SourceEdit(
             "item_requests:ItemSender", "lease.check(self._clock() if now is None else now)", "pass"
         ),
-        Edit("session_runner:SessionRunner", "self._executor.cancel(item, EndReason.LOST)", "0"),
+        SourceEdit(
+            "session_runner:SessionRunner", "self._executor.cancel(item, EndReason.LOST)", "0"
+        ),
     ],
     "no check after the wait": [
-        Edit(
+        SourceEdit(
             "item_requests:ItemSender",
             "options = CallOptions(check,",
             "options = CallOptions(before_bytes,",
         ),
     ],
     "pause not noticed": [
-        Edit("lease:PauseDetector", ">= PAUSE_SECONDS", ">= 1e9"),
+        SourceEdit("lease:PauseDetector", ">= PAUSE_SECONDS", ">= 1e9"),
     ],
     "pause noticed at the next tick only": [
-        Edit(
+        SourceEdit(
             "item_requests:ItemSender",
             "paused = self._pauses.paused(lease.clock_offset, now)",
             "paused = lease._doubted",
         ),
     ],
     "pause ended by a heartbeat before it": [
-        Edit(
+        SourceEdit(
             "item_requests:HeartbeatSender",
             "lease.answered(self._clock(), attempt, outcome)",
             "lease.answered(self._clock(), "
@@ -247,190 +256,188 @@ MUTATIONS: dict[str, list[Edit]] = {
         ),
     ],
     "pause during a claim not noticed": [
-        Edit("claim:Claimer", "self._pauses.paused(lease.clock_offset, now)", "False"),
+        SourceEdit("claim:Claimer", "self._pauses.paused(lease.clock_offset, now)", "False"),
     ],
     "one try for all the time that is left": [
-        Edit(
+        SourceEdit(
             "item_requests:ItemSender",
             "min(self._request_timeout, self._seconds_left(item, until, now) / TRY_PART)",
             "self._seconds_left(item, until, now)",
         ),
     ],
     "completion given up after ten seconds": [
-        Edit(
+        SourceEdit(
             "completion:Completion",
             'await self.stop(item, confirm=row.outcome == "stopped")',
             'await self.stop(item, confirm=row.outcome == "stopped", seconds=10.0)',
         ),
     ],
     "completion behind claims in the line": [
-        Edit(
+        SourceEdit(
             "item_requests:ItemSender",
             "try_acquire_permit(request.priority)",
             "try_acquire_permit(Priority.HANDLER)",
         ),
-        Edit(
+        SourceEdit(
             "item_requests:ItemSender",
             "await self._client.acquire_permit(request.priority)",
             "await self._client.acquire_permit(Priority.HANDLER)",
         ),
     ],
-    # Event loops and threads.
     "renewer with the client of the handlers' loop": [
-        Edit(
+        SourceEdit(
             "supervisor:Supervisor",
             "self._wall, self._new_client, callbacks",
             "self._wall, lambda: self._client, callbacks",
         ),
     ],
     "host names looked up on the default executor": [
-        Edit(
+        SourceEdit(
             "wire.http.resolver:ThreadResolver",
             "loop.run_in_executor(self._executor, ",
             "loop.run_in_executor(None, ",
         ),
     ],
     "token read on the default executor": [
-        Edit(
+        SourceEdit(
             "wire.http.credential_renewal:CredentialSource",
             "loop.run_in_executor(executor, self._read)",
             "loop.run_in_executor(None, self._read)",
         ),
     ],
-    # Items that are left to other workers.
     "ack behind completions in the line": [
-        Edit("claim:Claimer", "permit=repeats is None", "permit=False")
+        SourceEdit("claim:Claimer", "permit=repeats is None", "permit=False")
     ],
     "refused acks not backed off": [
-        Edit("poller:PollerGroup", "self.hold_back(self._ack_backoff.next())", "0"),
+        SourceEdit("poller:PollerGroup", "self.hold_back(self._ack_backoff.next())", "0"),
     ],
     "failing handler claims on": [
-        Edit(
+        SourceEdit(
             "admission:HandlerHealth",
             "return failures is None or self._may_claim(failures)",
             "return True",
         ),
     ],
     "pause of a failing handler does not grow": [
-        Edit(
+        SourceEdit(
             "admission:HandlerHealth",
             "max(FAILING_PAUSE_SECONDS, 2 * failures.pause)",
             "FAILING_PAUSE_SECONDS",
         ),
     ],
-    # Handlers.
     "handler starts after the machine has slept": [
-        Edit(
+        SourceEdit(
             "handler_executor:HandlerExecutor",
             "if not item.lease.held(now):",
             "if False:",
         ),
     ],
     "handler starts after a pause of the machine": [
-        Edit(
+        SourceEdit(
             "handler_executor:HandlerExecutor",
             "self._pauses.paused(item.lease.clock_offset, now)",
             "False",
         ),
     ],
     "cancellation never repeated": [
-        Edit(
+        SourceEdit(
             "handler_executor:HandlerExecutor",
             "REPEAT_SECONDS, self._repeat_cancellation, item",
             "99999, self._repeat_cancellation, item",
         ),
     ],
     "sessions in one context": [
-        Edit(
+        SourceEdit(
             "dispatcher:Dispatcher",
             "PoolItem(work_item, None, self._context.start_context.copy(),",
             "PoolItem(work_item, None, self._context.start_context,",
         ),
-        Edit(
+        SourceEdit(
             "handler_executor:HandlerExecutor",
             "context=item.context.copy()",
             "context=item.context",
         ),
     ],
-    # Retries.
     "failed call not repeated": [
-        Edit("handler_executor:HandlerExecutor", "or not self._may_wait(item)", "or True"),
+        SourceEdit("handler_executor:HandlerExecutor", "or not self._may_wait(item)", "or True"),
     ],
     "drain does not end the wait for a retry": [
-        Edit("handler_executor:HandlerExecutor", "if session.draining:", "if False:"),
+        SourceEdit("handler_executor:HandlerExecutor", "if session.draining:", "if False:"),
     ],
     "stop request does not end the wait for a retry": [
-        Edit("handler_executor:HandlerExecutor", "if session.stopping:", "if False:"),
+        SourceEdit("handler_executor:HandlerExecutor", "if session.stopping:", "if False:"),
     ],
     "drain that fails what waits for a retry": [
-        Edit("handler_executor:HandlerExecutor", "raise PoolRelease(DRAIN_REASON) from", "raise"),
+        SourceEdit(
+            "handler_executor:HandlerExecutor", "raise PoolRelease(DRAIN_REASON) from", "raise"
+        ),
     ],
     "retry after the machine has slept": [
-        Edit(
+        SourceEdit(
             "handler_executor:HandlerExecutor",
             "if not self._may_start(item):\n        raise",
             "if False:\n        raise",
         ),
     ],
     "retry late": [
-        Edit("handler_executor:HandlerExecutor", "backoff.next(), error", "99.0, error"),
+        SourceEdit("handler_executor:HandlerExecutor", "backoff.next(), error", "99.0, error"),
     ],
     "retries without end": [
-        Edit("handler_executor:HandlerExecutor", "session.retry += 1", "session.retry += 0"),
+        SourceEdit("handler_executor:HandlerExecutor", "session.retry += 1", "session.retry += 0"),
     ],
     "retries not counted": [
-        Edit(
+        SourceEdit(
             "handler_executor:HandlerExecutor",
             "self._observe(HandlerRetried, session, item.label, session.retry, error)",
             "0",
         ),
     ],
     "number of a retry not left to the next run": [
-        Edit("pool_item:Attempt", "patch[RETRIES] = str(retry)", "pass"),
+        SourceEdit("pool_item:Attempt", "patch[RETRIES] = str(retry)", "pass"),
     ],
     "number of a retry not taken over": [
-        Edit("pool_item:Attempt", "int(retries) if _NUMBER(retries) else 0", "0"),
+        SourceEdit("pool_item:Attempt", "int(retries) if _NUMBER(retries) else 0", "0"),
     ],
-    # Progress.
     "session without progress never ended": [
-        Edit("handler_executor:HandlerExecutor", "self.cancel(item, EndReason.STALLED)", "pass"),
+        SourceEdit(
+            "handler_executor:HandlerExecutor", "self.cancel(item, EndReason.STALLED)", "pass"
+        ),
     ],
     "progress not counted": [
-        Edit(
+        SourceEdit(
             "session_runner:SessionCalls",
             "self._item.progressed_at = self._context.clock()",
             "pass",
         ),
     ],
     "stall while a session waits for a person": [
-        Edit("pool_item:PoolItem", "0.0 if self.waits else max", "max"),
+        SourceEdit("pool_item:PoolItem", "0.0 if self.waits else max", "max"),
     ],
     "halt of the machine counted as silence": [
-        Edit("handler_executor:HandlerExecutor", "late += lateness", "pass"),
+        SourceEdit("handler_executor:HandlerExecutor", "late += lateness", "pass"),
     ],
-    # Completions.
     "own stop taken for an operator's": [
-        Edit(
+        SourceEdit(
             "completion:Completion",
             "options, lease.note_own_stop",
             "options, None",
         ),
     ],
     "drained is stopped": [
-        Edit(
+        SourceEdit(
             "completion:Completion",
             "row = row_of(item)",
             "row = TABLE[item.reason if item.reason != EndReason.DRAINED else EndReason.RETURNED]",
         ),
     ],
     "released by silence": [
-        Edit("completion:Completion", "self._renewer.release(lease, delay_of(release))", "0"),
+        SourceEdit("completion:Completion", "self._renewer.release(lease, delay_of(release))", "0"),
     ],
     "unwritten taken for written": [
-        Edit("completion:Completion", 'return "released"', "return row.outcome"),
+        SourceEdit("completion:Completion", 'return "released"', "return row.outcome"),
     ],
     "id given up at the cancellation": [
-        Edit(
+        SourceEdit(
             "handler_executor:HandlerExecutor",
             "await ended(task)",
             'lost = asyncio.ensure_future(item.until(lambda: item.lease.status != "held"))\n'
@@ -440,123 +447,122 @@ MUTATIONS: dict[str, list[Edit]] = {
             "            return",
         ),
     ],
-    # Drains.
     "drain that cancels heartbeats": [
-        Edit(
+        SourceEdit(
             "dispatcher:Dispatcher",
             "item.session.interrupt(draining=True)",
             "item.session.interrupt(draining=True); self._context.renewer.remove(item.lease)",
         ),
     ],
     "completion not awaited": [
-        Edit("drain:Drain", "await self._wait_until_finished(dispatcher, lambda: until)", "pass"),
+        SourceEdit(
+            "drain:Drain", "await self._wait_until_finished(dispatcher, lambda: until)", "pass"
+        ),
     ],
     "close not idempotent": [
-        Edit("session_runner:SessionRunner", 'if item.state == "closed":', "if False:"),
+        SourceEdit("session_runner:SessionRunner", 'if item.state == "closed":', "if False:"),
     ],
-    # Handoffs.
     "heartbeats during the handoff": [
-        Edit(
+        SourceEdit(
             "handoff:HandoffRun",
             "lease.suspend()",
             "lease.suspend(); self._renewer.heartbeat_now(lease)",
         ),
     ],
     "a child's heartbeat taken for our own": [
-        Edit(
+        SourceEdit(
             "lease:Lease", "self._lent and ours and item.last_heartbeat != self.expected", "False"
         ),
     ],
     "completion before the handoff is settled": [
-        Edit(
+        SourceEdit(
             "session_runner:SessionRunner",
             "await settle(item, item.handoff, self._context.renewer)",
             "pass",
         ),
-        Edit(
+        SourceEdit(
             "item_requests:ItemSender",
             'item.handoff is not None and item.handoff.state != "closed"',
             "False",
         ),
     ],
     "no child, and the item not taken back": [
-        Edit(
+        SourceEdit(
             "handoff:HandoffRun",
             "await self._wait_for_child()\n            await self._send_heartbeat()",
             "await self._wait_for_child()",
         ),
     ],
     "a child that does not expect its parent's heartbeat": [
-        Edit(
+        SourceEdit(
             "session_runner:SessionRunner",
             "parents_heartbeat=item.parents_heartbeat",
             "parents_heartbeat=None",
         ),
     ],
-    # Events and metrics.
     "items not counted": [
-        Edit(
+        SourceEdit(
             "dispatcher:Dispatcher",
             "self._context.observe(ItemReceived, work_item, origin, age)",
             "0",
         ),
     ],
     "reclaims not counted": [
-        Edit(
+        SourceEdit(
             "dispatcher:Dispatcher",
             'self._context.observe(ItemReclaimed, item.work_item, "gained", "poll")',
             "0",
         ),
     ],
     "losses not counted": [
-        Edit(
+        SourceEdit(
             "session_runner:SessionRunner",
             'self._context.observe(ItemReclaimed, item.work_item, "lost", stage)',
             "0",
         ),
     ],
     "heartbeats not counted": [
-        Edit(
+        SourceEdit(
             "item_requests:HeartbeatSender",
             "self._observe(HeartbeatFinished, lease.item, decision.result, attempt.lag)",
             "0",
         ),
     ],
     "requests to stop not counted": [
-        Edit(
+        SourceEdit(
             "session_runner:SessionRunner",
             "self._context.observe(StopRequested, item.work_item)",
             "0",
         ),
     ],
     "a lost run does not count": [
-        Edit("pool_item:Attempt", "redelivered and RELEASED not in metadata", "False"),
+        SourceEdit("pool_item:Attempt", "redelivered and RELEASED not in metadata", "False"),
     ],
     "a release counts": [
-        Edit("pool_item:Attempt", "redelivered and RELEASED not in metadata", "redelivered"),
+        SourceEdit("pool_item:Attempt", "redelivered and RELEASED not in metadata", "redelivered"),
     ],
     "mark not deleted by the next run": [
-        Edit("pool_item:Attempt", "(ERROR, RELEASED, RETRIES)", "(ERROR, RETRIES)"),
+        SourceEdit("pool_item:Attempt", "(ERROR, RELEASED, RETRIES)", "(ERROR, RETRIES)"),
     ],
     "release without a mark": [
-        Edit("pool_item:Attempt", "self._notes | self._number | {RELEASED: reason}", "{}"),
+        SourceEdit("pool_item:Attempt", "self._notes | self._number | {RELEASED: reason}", "{}"),
     ],
     "mark left beside the error": [
-        Edit("pool_item:Attempt", "{**self._notes, **notes}", "{**notes}"),
+        SourceEdit("pool_item:Attempt", "{**self._notes, **notes}", "{**notes}"),
     ],
 }
 
 
 @contextmanager
-def mutated(edits: list[Edit]) -> Iterator[None]:
-    """Apply the edits to the pool until the end of the block."""
+def apply_mutation(edits: list[SourceEdit]) -> Iterator[None]:
+    """Apply the edits of a mutation to the pool's code until the end of the block."""
     with ExitStack() as stack:
         for edit in edits:
             module_name, _, class_name = edit.where.partition(":")
             module = importlib.import_module(_full_name(module_name))
             owner = getattr(module, class_name)
-            name, original = _edited_function(owner, edit)
-            setattr(owner, name, _rewritten_function(module, original, edit))
+            name, original = _find_edited_function(owner, edit)
+            setattr(owner, name, _compile_edited_function(module, original, edit))
             stack.callback(setattr, owner, name, original)
         yield
 
@@ -567,48 +573,49 @@ def _full_name(module: str) -> str:
     return f"workpool.{module}" if "." in module else f"workpool.pool.{module}"
 
 
-def _edited_function(owner: type, edit: Edit) -> tuple[str, Any]:
-    """Return the name and the function that the edit is for."""
+def _find_edited_function(owner: type, edit: SourceEdit) -> tuple[str, Any]:
+    """Return the name and the function of the class that contains the edit's text."""
     holders = [
         (name, member)
         for name, member in owner.__dict__.items()
-        if inspect.isfunction(_find_function(member)) and _source_of(member).count(edit.old) == 1
+        if inspect.isfunction(_unwrap_property(member))
+        and _read_source(member).count(edit.old) == 1
     ]
     assert len(holders) == 1, f"{len(holders)} functions of {edit.where} hold {edit.old!r} once"
     return holders[0]
 
 
-def _find_function(member: Any) -> Any:
+def _unwrap_property(member: Any) -> Any:
     return member.fget if isinstance(member, property) else member
 
 
-def _source_of(member: Any) -> str:
-    function = _find_function(member)
-    if (source := getattr(function, "mutated", None)) is not None:
+def _read_source(member: Any) -> str:
+    function = _unwrap_property(member)
+    if (source := getattr(function, "mutated_source", None)) is not None:
         return str(source)
     try:
         return textwrap.dedent(inspect.getsource(function))
-    except OSError:  # made by `dataclass`
+    except OSError:  # a method that `dataclass` generated has no source
         return ""
 
 
-def _rewritten_function(module: Any, original: Any, edit: Edit) -> Any:
-    source = _source_of(original).replace(edit.old, edit.new)
+def _compile_edited_function(module: Any, original: Any, edit: SourceEdit) -> Any:
+    source = _read_source(original).replace(edit.old, edit.new)
     made: dict[str, Any] = {}
     code = compile("from __future__ import annotations\n" + source, f"<mutated {module}>", "exec")
     exec(code, module.__dict__, made)  # noqa: S102 - our own source, edited
     del made["annotations"]
     (member,) = made.values()
-    _find_function(member).mutated = source
+    _unwrap_property(member).mutated_source = source
     return member
 
 
-def hunt(edits: list[Edit], seeds: range) -> tuple[int, list[str]] | None:
-    """Return after how many schedules which invariants caught the mutation; None if none did."""
-    with mutated(edits):
+def find_catching_invariants(edits: list[SourceEdit], seeds: range) -> tuple[int, list[str]] | None:
+    """Return the number of schedules until a violation, and the violated invariants; else None."""
+    with apply_mutation(edits):
         for count, seed in enumerate(seeds, 1):
             try:
-                _, violations = simulate(schedule_of(seed))
+                _, violations = simulate_schedule(schedule_for_seed(seed))
             except BaseExceptionGroup as group:
                 violations = [f"crash: {group.exceptions[0]!r}"]
             if violations:
@@ -622,7 +629,7 @@ def main() -> int:
     for name, edits in MUTATIONS.items():
         if wanted and not any(word in name for word in wanted):
             continue
-        found = hunt(edits, range(LIMIT))
+        found = find_catching_invariants(edits, range(LIMIT))
         survived += found is None
         text = "SURVIVED" if found is None else f"{found[0]:5d}  {', '.join(found[1])}"
         sys.stdout.write(f"{name:40s} {text}\n")

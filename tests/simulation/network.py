@@ -1,4 +1,4 @@
-"""The network of a simulation, which carries and records the calls of pools and injects faults."""
+"""The simulated network, which delivers and records the calls of pools and injects faults."""
 
 from __future__ import annotations
 
@@ -26,9 +26,9 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Coroutine, Mapping
     from random import Random
 
-    from tests.simulation.machine import Halt
+    from tests.simulation.machine import HaltKind
     from tests.simulation.schedule import Schedule
-    from tests.simulation.trace import Node, Trace
+    from tests.simulation.trace import PoolProcess, Trace
     from workpool.server import Operations
     from workpool.settings import Settings
     from workpool.testing.fault import NoAnswer
@@ -44,7 +44,7 @@ T = TypeVar("T")
 FADED_SECONDS: Final = 20.0
 FADING: Final = frozenset({"heartbeat", "update", "stop"})
 OUTLASTING_SHARE: Final = 0.5
-SLEEPS: Final[tuple[Halt, ...]] = ("asleep", "paused")
+SLEEPS: Final[tuple[HaltKind, ...]] = ("asleep", "paused")
 PATIENCE_MS: Final = 8_000
 """Milliseconds that a poll waits: a shorter wait makes the simulation slower."""
 OPTIONAL: Final = frozenset({"get", "update"})
@@ -76,8 +76,8 @@ class Network:
         self._share = schedule.fault_share
         self._kinds = schedule.fault_kinds
 
-    def fault_for_call(self, node: Node, op: str, work_id: str | None) -> Fault:
-        """Return the fault of a call, or the node's latency if it has none."""
+    def fault_for_call(self, node: PoolProcess, op: str, work_id: str | None) -> Fault:
+        """Return the fault of a call, or the usual latency of the node if the call has no fault."""
         if self.over:
             return SILENCE
         fault = None if self.healed else self._draw_fault(node, op)
@@ -89,29 +89,29 @@ class Network:
             self.trace.delays.append(DelayedCall(node, op, work_id, now, now + fault.wait))
         return fault
 
-    def _draw_fault(self, node: Node, op: str) -> Fault | None:
-        if _is_within_any(node.cuts):
+    def _draw_fault(self, node: PoolProcess, op: str) -> Fault | None:
+        if _now_is_within_any(node.cuts):
             return SILENCE
-        if op == "ack" and _is_within_any(node.denials):
+        if op == "ack" and _now_is_within_any(node.denials):
             return FAULTS["403"]
         if not self._share or self._random.random() >= self._share:
             return None
         kind = self._random.choice(self._kinds)
-        fault = make_fault(kind, self._random)
-        if kind == "asleep" and op != "poll":  # The machine halts while the call waits.
-            self._halt(node, fault.wait / 2)
-        elif kind == "drowsy":  # The machine halts in the work that follows the answer.
-            fault = self._halt_at_answer(node, fault)
-        # A slow answer is followed by calls without answers.
+        fault = draw_fault_of_kind(kind, self._random)
+        if kind == "asleep" and op != "poll":  # halt the machine while the call waits in the client
+            self._schedule_halt(node, fault.wait / 2)
+        elif kind == "drowsy":  # halt the machine in the code that processes the answer
+            fault = self._halt_machine_at_answer(node, fault)
+        # After the slow answer of the kind "fading", the next calls get no answer.
         elif kind == "fading" and op in FADING:
             now = _current_loop().now
             node.cuts.append((now + LATENCY_SECONDS, now + FADED_SECONDS))
         return fault
 
     def record_sent_call(
-        self, node: Node, op: str, work_id: str | None, fault: Fault
+        self, node: PoolProcess, op: str, work_id: str | None, fault: Fault
     ) -> SentCall | None:
-        """Record a call whose bytes are sent now."""
+        """Record a call that is sent now."""
         if self.over:
             return None
         sent = SentCall(
@@ -120,17 +120,19 @@ class Network:
         self.trace.sent.append(sent)
         return sent
 
-    def _halt_at_answer(self, node: Node, fault: Fault) -> Fault:
-        """Halt the machine when the answer arrives; some answers then arrive after the halt."""
+    def _halt_machine_at_answer(self, node: PoolProcess, fault: Fault) -> Fault:
+        """Halt the machine when the answer arrives, and delay some answers until after the halt."""
         seconds, steps = fault.request_delay + fault.answer_delay, self._random.randint(0, 12)
         if self._random.random() < OUTLASTING_SHARE:
-            length = self._halt(node, seconds, steps, "paused")
+            length = self._schedule_halt(node, seconds, steps, "paused")
             return replace(fault, answer_delay=length + self._random.uniform(0, 3))
-        self._halt(node, seconds, steps)
+        self._schedule_halt(node, seconds, steps)
         return fault
 
-    def _halt(self, node: Node, seconds: float, steps: int = 0, how: Halt | None = None) -> float:
-        """Halt the machine after `seconds` and then `steps` callbacks; return for how long."""
+    def _schedule_halt(
+        self, node: PoolProcess, seconds: float, steps: int = 0, how: HaltKind | None = None
+    ) -> float:
+        """Halt the machine after `seconds` and `steps` callbacks; return the halt's duration."""
         loop, length = _current_loop(), self._random.choice((5.0, 15.0, 40.0, 70.0))
         kind = self._random.choice(SLEEPS) if how is None else how
 
@@ -142,39 +144,39 @@ class Network:
         return length
 
 
-def make_fault(kind: str, random: Random) -> Fault:
-    """Return a fault of a kind of `schedule.FAULT_KINDS`."""
+def draw_fault_of_kind(kind: str, random: Random) -> Fault:
+    """Draw the delays and the status of a fault of one of the kinds `schedule.FAULT_KINDS`."""
     match kind:
         case "wait" | "asleep":
-            return _with_latency(Fault(wait=random.uniform(0.05, 9.0)))
+            return _add_usual_latency(Fault(wait=random.uniform(0.05, 9.0)))
         case "late" | "fading":
             request_delay = random.uniform(0.01, 1.5)
             return Fault(request_delay=request_delay, answer_delay=random.uniform(0.01, 1.5))
         case "slow":
             seconds, first = random.uniform(1, 40), random.choice((True, False))
-            slow = _with_latency(NO_FAULT)
+            slow = _add_usual_latency(NO_FAULT)
             return (
                 replace(slow, request_delay=seconds)
                 if first
                 else replace(slow, answer_delay=seconds)
             )
         case "500":
-            return _with_latency(status(500, applied=random.choice((True, False))))
+            return _add_usual_latency(status(500, applied=random.choice((True, False))))
         case "503" | "429":
-            return _with_latency(
+            return _add_usual_latency(
                 status(int(kind), retry_after=random.choice((None, 0.5, 5.0, 40.0)))
             )
         case _:
             return FAULTS[kind]
 
 
-def _with_latency(fault: Fault) -> Fault:
-    """Return the fault with the usual latency."""
+def _add_usual_latency(fault: Fault) -> Fault:
+    """Return the fault with the usual latency of requests and answers."""
     return replace(fault, request_delay=LATENCY_SECONDS, answer_delay=LATENCY_SECONDS)
 
 
 FAULTS: Final = {
-    kind: _with_latency(fault)
+    kind: _add_usual_latency(fault)
     for kind, fault in {
         "drowsy": NO_FAULT,
         "silence": silence(applied=False),
@@ -193,13 +195,13 @@ SILENCE: Final = FAULTS["silence"]
 
 
 class SimulatedClient(LocalClient):
-    """A client of one pool, whose calls pass the simulated network.
+    """A client of one pool, whose calls pass through the simulated network.
 
     Like a client with an aiohttp session, it belongs to the event loop on which it was created. It
     reads its token and looks host names up with the code of the real client.
     """
 
-    def __init__(self, network: Network, node: Node, settings: Settings) -> None:
+    def __init__(self, network: Network, node: PoolProcess, settings: Settings) -> None:
         super().__init__(network.operations, settings)
         self._network = network
         self._node = node
@@ -214,7 +216,7 @@ class SimulatedClient(LocalClient):
             self.rate_limits.write = RateLimiter("write", rate, _current_loop().time)
 
     async def __aenter__(self) -> SimulatedClient:
-        """Open, read the token, and record the pool's `worker_id`."""
+        """Open the client, read its token, and record the pool's `worker_id`."""
         self._node.worker_id = self.worker_id or ""
         await super().__aenter__()
         await self._token_source.read(THREADS)
@@ -227,7 +229,7 @@ class SimulatedClient(LocalClient):
         *,
         timeout: float | None = None,
     ) -> WorkItem | None:
-        """Poll; a poll that was sent arrives even if its caller is cancelled."""
+        """Poll for an item; a poll that was sent arrives even if its caller is cancelled."""
         del block_ms, timeout
         loop = _current_loop()
         self._node.polls += 1
@@ -239,14 +241,14 @@ class SimulatedClient(LocalClient):
         answered: asyncio.Future[Reply] = loop.create_future()
         window = RECLAIM_OLDER_THAN_MS if reclaim_older_than_ms is None else reclaim_older_than_ms
         poll = Poll(self.worker_id, self._network.patience_ms, window)
-        travel = partial(self._deliver_poll, poll, fault, answered)
+        travel = partial(self._start_answering_poll, poll, fault, answered)
         loop.call_at(loop.now + fault.request_delay, travel, context=NETWORK)
 
-        async def exchange() -> Reply:
+        async def receive_answer() -> Reply:
             return await answered
 
         return await self._await_answer(
-            endpoints.POLL, exchange(), self._timeout + self._network.patience_ms / 1000
+            endpoints.POLL, receive_answer(), self._timeout + self._network.patience_ms / 1000
         )
 
     async def update_metadata(
@@ -259,25 +261,29 @@ class SimulatedClient(LocalClient):
     ) -> WorkItem:
         """Update metadata, and record the patch."""
 
-        def check_and_record() -> None:
+        def check_and_record_patch() -> None:
             if options.check is not None:
                 options.check()
-            self._patch = dict(patch)  # the call is sent in the same step
+            self._patch = dict(patch)  # `_record_sent_call` reads it in the same step
 
-        noting = options._replace(check=check_and_record)
+        noting = options._replace(check=check_and_record_patch)
         return await super().update_metadata(work_id, patch, timeout=timeout, options=noting)
 
-    def _deliver_poll(self, poll: Poll, fault: Fault, answered: asyncio.Future[Reply]) -> None:
-        """Serve a poll that arrived, in a task of the control plane."""
-        task = _current_loop().create_task(self._serve_poll(poll, fault, answered), context=NETWORK)
+    def _start_answering_poll(
+        self, poll: Poll, fault: Fault, answered: asyncio.Future[Reply]
+    ) -> None:
+        """Answer a poll that arrived, in a task of the control plane."""
+        task = _current_loop().create_task(
+            self._answer_poll(poll, fault, answered), context=NETWORK
+        )
         self._network.serving.add(task)
         task.add_done_callback(self._network.serving.discard, context=NETWORK)
 
-    async def _serve_poll(self, poll: Poll, fault: Fault, answered: asyncio.Future[Reply]) -> None:
+    async def _answer_poll(self, poll: Poll, fault: Fault, answered: asyncio.Future[Reply]) -> None:
         item = None
         if fault.applied:
             item = await self._operations.long_poll(
-                self._environment_id, poll, lambda: self._is_disconnected(answered)
+                self._environment_id, poll, lambda: self._poller_is_disconnected(answered)
             )
         reply = run_with_fault(fault, lambda: None if item is None else QODER.item_json(item))
         if reply != "silence":
@@ -285,11 +291,11 @@ class SimulatedClient(LocalClient):
             if not answered.done():
                 answered.set_result(reply)
 
-    def _is_disconnected(self, answered: asyncio.Future[Reply]) -> bool:
+    def _poller_is_disconnected(self, answered: asyncio.Future[Reply]) -> bool:
         return answered.cancelled() or self._node.machine.halted == "crashed"
 
     async def acquire_ack_permit(self) -> None:
-        """Acquire a permit, and record when."""
+        """Acquire an ack permit, and record the time."""
         await super().acquire_ack_permit()
         if self.rate_limits.write.limited:
             self._node.claim_permits.append(_current_loop().now)
@@ -302,29 +308,30 @@ class SimulatedClient(LocalClient):
             if (now := _current_loop().now) > began and priority != Priority.CLAIM:
                 self._network.trace.delays.append(DelayedCall(self._node, "", None, began, now))
 
-    async def _send(
+    async def _send_call(
         self,
         endpoint: Endpoint[T],
         work_id: str | None,
-        operate: Callable[[], object],
+        run_operation: Callable[[], object],
         timeout: float | None,
         options: CallOptions = DEFAULT_OPTIONS,
     ) -> T:
         if self._node.pool.worker_key and endpoint.op in OPTIONAL:
-            operate = _is_denied
-        return await super()._send(endpoint, work_id, operate, timeout, options)
+            run_operation = _deny_call
+        return await super()._send_call(endpoint, work_id, run_operation, timeout, options)
 
     async def _wait_before_sending(
         self, op: str, fault: Fault, options: CallOptions, until: float
     ) -> None:
-        work_id = self._work_id  # Nothing ran between this value and its use.
+        # No other call ran since `_fault_for_request` stored the item of this call.
+        work_id = self._work_id
         await super()._wait_before_sending(op, fault, options, until)
         await self._open_connection(op, work_id, options, until - _current_loop().time())
 
     async def _open_connection(
         self, op: str, work_id: str | None, options: CallOptions, seconds: float
     ) -> None:
-        """Look the host name up, unless a connection is open."""
+        """Look up the host name as for a new connection, unless a connection is open."""
         if self._connected and not options.new_connection:
             return
         began = _current_loop().now
@@ -357,7 +364,8 @@ class SimulatedClient(LocalClient):
     async def _await_answer(
         self, endpoint: Endpoint[T], exchange: Coroutine[Any, Any, Reply], seconds: float
     ) -> T:
-        sent = self._sent  # Nothing ran between this value and its use.
+        # No other call ran since `_record_sent_call` stored the record of this call.
+        sent = self._sent
         answer: str | int | None = None
         try:
             value = await super()._await_answer(endpoint, exchange, seconds)
@@ -374,12 +382,12 @@ class SimulatedClient(LocalClient):
                 sent.answer, sent.answered_at = answer, _current_loop().now
 
 
-def _is_denied() -> object:
+def _deny_call() -> object:
     raise APIError(403, "a worker's key may not make this call")
 
 
-def _is_within_any(times: list[tuple[float, float]]) -> bool:
-    """Return whether one of the time spans includes now."""
+def _now_is_within_any(times: list[tuple[float, float]]) -> bool:
+    """Return whether one of the time spans includes the current time."""
     now = _current_loop().now
     return any(since <= now < until for since, until in times)
 

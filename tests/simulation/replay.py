@@ -1,4 +1,4 @@
-"""Prints the events of one simulation line by line, to find the cause of a violation."""
+"""Lists the events of one simulation line by line, to find the cause of a violation."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from workpool.events import PollFinished
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-    from tests.simulation.case import FinishedSimulation
+    from tests.simulation.finished_simulation import FinishedSimulation
     from tests.simulation.schedule import Schedule
 
 

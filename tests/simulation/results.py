@@ -1,4 +1,4 @@
-"""The results of simulations, and a file of results with which a long simulation is continued."""
+"""The results of simulations, and a progress file that lets a long run continue later."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 
 class SimulationReport(NamedTuple):
-    """The result of some simulations.
+    """The summed results of some simulations.
 
     Attributes:
         faults: Number of calls with a fault.
@@ -29,7 +29,7 @@ class SimulationReport(NamedTuple):
     checked: int = 0
     failures: tuple[tuple[int, tuple[str, ...]], ...] = ()
 
-    def plus(self, other: SimulationReport) -> SimulationReport:
+    def merge(self, other: SimulationReport) -> SimulationReport:
         """Return the sum of two reports."""
         return SimulationReport(
             self.schedules + other.schedules,
@@ -40,7 +40,7 @@ class SimulationReport(NamedTuple):
         )
 
     def __str__(self) -> str:
-        """Return one line with the numbers, then lines for each failure."""
+        """Return a line with the sums, then lines for each failed schedule."""
         lines = [
             f"{self.schedules} schedules, {self.faults} faults, {self.actions} actions, "
             f"{self.checked} invariants checked, {len(self.failures)} broken"
@@ -63,13 +63,13 @@ class ProgressFile:
         self._source = _source_digest()
 
     def finished_parts(self) -> Mapping[range, SimulationReport]:
-        """Return the results for the current source by the seeds of their parts."""
+        """Return the results for the current source code, by the seeds of each part."""
         found: dict[range, SimulationReport] = {}
         lines = self._path.read_text().splitlines() if self._path.exists() else []
         for line in lines:
             try:
                 part = json.loads(line)
-            except ValueError:  # the process ended while it wrote this line
+            except ValueError:  # an incomplete line: the process was killed while it wrote
                 continue
             if part["source"] == self._source:
                 failures = tuple((seed, tuple(texts)) for seed, texts in part["failures"])
@@ -79,7 +79,7 @@ class ProgressFile:
         return found
 
     def add_part(self, seeds: range, report: SimulationReport) -> None:
-        """Append the result of a finished part."""
+        """Append the result of a finished part of the run."""
         *numbers, failures = report
         part = {
             "source": self._source,
@@ -88,7 +88,7 @@ class ProgressFile:
             "failures": failures,
         }
         with self._path.open("a") as file:
-            # begins with a newline, because the last line may be incomplete
+            # The newline comes first: the last line of a killed process may be incomplete.
             file.write(f"\n{json.dumps(part)}")
 
 

@@ -1,4 +1,4 @@
-"""Runs simulations: one schedule, or many on all cores."""
+"""Runs simulations: one schedule, or many schedules in several processes."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ from typing import TYPE_CHECKING, Any, Final, TypeVar
 
 from prometheus_client import CollectorRegistry
 
-from tests.simulation.invariants import INVARIANTS, judge
+from tests.simulation.invariants import INVARIANTS, check_invariants
 from tests.simulation.machine import run_machines
 from tests.simulation.results import ProgressFile, SimulationReport
 from tests.simulation.schedule import Schedule, draw_schedule
 from tests.simulation.scripted_handlers import PLUGINS
-from tests.simulation.world import SimulatedWorld
+from tests.simulation.simulated_world import SimulatedWorld
 from workpool.metrics import observer
 from workpool.plugins import loading, registry
 from workpool.pool import telemetry
@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Coroutine, Iterable, Iterator
     from pathlib import Path
 
-    from tests.simulation.case import FinishedSimulation
+    from tests.simulation.finished_simulation import FinishedSimulation
 
 T = TypeVar("T")
 
@@ -39,29 +39,29 @@ COLLECT_EVERY: Final = 8
 """Garbage is collected after so many simulations: during one, a collection finds nothing."""
 
 
-def schedule_of(seed: int) -> Schedule:
-    """Return the schedule of a seed."""
+def schedule_for_seed(seed: int) -> Schedule:
+    """Return the schedule that a seed determines."""
     return draw_schedule(random.Random(seed), seed)
 
 
-def simulate(schedule: Schedule) -> tuple[FinishedSimulation, list[str]]:
-    """Run a schedule, and return what happened and the violations of the invariants."""
+def simulate_schedule(schedule: Schedule) -> tuple[FinishedSimulation, list[str]]:
+    """Run a schedule, and return the finished simulation and its violations of invariants."""
 
     async def main() -> tuple[FinishedSimulation, list[str]]:
-        return await SimulatedWorld(schedule, metrics_registry()).run_schedule(judge)
+        return await SimulatedWorld(schedule, metrics_registry()).run_schedule(check_invariants)
 
-    return run_world(main, schedule.seed, PLUGINS)
+    return run_seeded_simulation(main, schedule.seed, PLUGINS)
 
 
-def run_world(
+def run_seeded_simulation(
     main: Callable[[], Coroutine[Any, Any, T]], seed: int, plugins: tuple[object, ...]
 ) -> T:
-    """Run `main()`, which makes and runs a world whose pools have these plugins."""
+    """Run `main()`, which simulates pools with these plugins, with a seeded random generator."""
     state, disabled = random.getstate(), logging.root.manager.disable
     random.seed(seed)
     logging.disable(logging.CRITICAL)
     try:
-        with _cached_start(plugins):
+        with _cache_pool_start(plugins):
             result: T = run_machines(main)
     finally:
         random.setstate(state)
@@ -69,23 +69,23 @@ def run_world(
     return result
 
 
-def simulate_all(seeds: Iterable[int], until: float = float("inf")) -> SimulationReport:
-    """Simulate the seeds in this process, as long as `time.monotonic()` is before `until`."""
+def simulate_seeds(seeds: Iterable[int], until: float = float("inf")) -> SimulationReport:
+    """Simulate these seeds in this process, as long as `time.monotonic()` is below `until`."""
     report = SimulationReport()
-    for seed in collecting_rarely(seeds):
+    for seed in iterate_with_rare_garbage_collection(seeds):
         if time.monotonic() >= until:
             break
-        case, violations = simulate(schedule_of(seed))
+        case, violations = simulate_schedule(schedule_for_seed(seed))
         failures = ((seed, tuple(violations)),) if violations else ()
         trace = case.trace
-        report = report.plus(
+        report = report.merge(
             SimulationReport(1, trace.faults, trace.actions, len(INVARIANTS), failures)
         )
     return report
 
 
-def collecting_rarely(seeds: Iterable[int]) -> Iterator[int]:
-    """Yield the seeds; meanwhile garbage is collected after some of them only."""
+def iterate_with_rare_garbage_collection(seeds: Iterable[int]) -> Iterator[int]:
+    """Yield the seeds; garbage is collected after every eighth one only, to save CPU time."""
     gc.collect()
     gc.freeze()
     gc.disable()
@@ -99,10 +99,10 @@ def collecting_rarely(seeds: Iterable[int]) -> Iterator[int]:
         gc.unfreeze()
 
 
-def simulate_many(
+def simulate_in_processes(
     seed: int, schedules: int, processes: int, file: Path | None = None
 ) -> SimulationReport:
-    """Simulate the seeds from `seed` to `seed + schedules - 1` in several processes.
+    """Simulate the schedules of `schedules` seeds from `seed` on, in several processes.
 
     With a `file`, each finished part is added to it, and parts that it has are not simulated again.
     """
@@ -113,24 +113,24 @@ def simulate_many(
     progress = None if file is None else ProgressFile(file)
     finished = {} if progress is None else progress.finished_parts()
     report = functools.reduce(
-        SimulationReport.plus, (finished[p] for p in parts if p in finished), SimulationReport()
+        SimulationReport.merge, (finished[p] for p in parts if p in finished), SimulationReport()
     )
     missing = [part for part in parts if part not in finished]
     with multiprocessing.get_context("spawn").Pool(processes) as pool:
         for part, result in pool.imap_unordered(_simulate_part, missing):
             if progress is not None:
                 progress.add_part(part, result)
-            report = report.plus(result)
+            report = report.merge(result)
     return report
 
 
 def _simulate_part(seeds: range) -> tuple[range, SimulationReport]:
-    return seeds, simulate_all(seeds)
+    return seeds, simulate_seeds(seeds)
 
 
 @functools.cache
 def metrics_registry() -> CollectorRegistry:
-    """Return the registry of all simulations in this process."""
+    """Return the metrics registry that all simulations of this process share."""
     return CollectorRegistry()
 
 
@@ -141,7 +141,7 @@ def _preloaded_plugins(given: tuple[object, ...]) -> tuple[tuple[Any, ...], dict
 
 
 @functools.cache
-def _cached_version(name: str) -> str:
+def _cached_distribution_version(name: str) -> str:
     return metadata.version(name)
 
 
@@ -156,14 +156,14 @@ def _cached_series(metric: Any, *rest: Any) -> observer._Series:
 
 
 @contextmanager
-def _cached_start(given: tuple[object, ...]) -> Iterator[None]:
-    """Cache what each pool's start would compute again: nine tenths of the cost of a start."""
+def _cache_pool_start(given: tuple[object, ...]) -> Iterator[None]:
+    """Cache results that every pool start would compute again: 90 % of the CPU time of a start."""
     plugins, hooks = _preloaded_plugins(given)
     replaced = [
         (registry, "load", lambda *_: plugins),
         (registry, "_in_order", lambda _: hooks),
         (observer, "_Series", _cached_series),
-        (telemetry, "version", _cached_version),
+        (telemetry, "version", _cached_distribution_version),
         (resolver, "_look_up_host", lambda *_: []),
     ]
     before = [(module, name, getattr(module, name)) for module, name, _ in replaced]

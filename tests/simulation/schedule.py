@@ -1,4 +1,4 @@
-"""A schedule: the pools, actions and faults of one simulation, as values drawn from one seed."""
+"""Schedules: the pools, actions and faults of a simulation, drawn at random from one seed."""
 
 from __future__ import annotations
 
@@ -17,10 +17,11 @@ ACTION_KINDS: Final[tuple[ActionKind, ...]] = (
     "freeze", "expire", "pause", "deny",
 )  # fmt: skip
 BEHAVIOURS: Final = (
-    "work", "work", "work", "raise", "release", "work", "stubborn", "tidy", "write", "odd",
-    "eager", "detach", "detach", "swallow", "brink",
+    "work", "work", "work", "raise_error", "release", "work", "ignore_cancellation", "clean_up",
+    "write_metadata", "return_wrong_type", "end_early", "hand_off", "hand_off",
+    "swallow_cancellation", "return_at_timeout",
 )  # fmt: skip
-STALL_BEHAVIOURS: Final = ("hang", "pulse", "ask")
+STALL_BEHAVIOURS: Final = ("hang", "report_progress", "wait_for_person")
 """Behaviours of handlers in pools with a stall timeout."""
 FAULT_KINDS: Final = (
     "late", "late", "slow", "silence", "silence", "silence-applied", "silence-applied",
@@ -60,7 +61,7 @@ PAUSE_SECONDS: Final = 2.5
 
 @dataclass(frozen=True, slots=True)
 class PoolSettings:
-    """One pool's settings, and the speed of its lease clock.
+    """The settings of one pool, its key and the rate of its lease clock.
 
     Attributes:
         rate: Seconds of its lease clock per second.
@@ -94,7 +95,7 @@ class PoolSettings:
 
 @dataclass(frozen=True, slots=True)
 class Action:
-    """An event at a given time.
+    """One event of a schedule: new work, or something that happens to a pool or an item.
 
     Attributes:
         at: Seconds after the start of the simulation.
@@ -114,7 +115,7 @@ class Action:
 
 @dataclass(frozen=True, slots=True)
 class Schedule:
-    """One simulation.
+    """The pools, actions and faults of one simulation.
 
     Attributes:
         seed: Seed of all random choices of the simulation: delays, jitter, faulty calls.
@@ -135,31 +136,33 @@ class Schedule:
 
 
 def draw_schedule(random: Random, seed: int) -> Schedule:
-    """Draw a schedule."""
-    return _with_shared_slots(_draw_with_own_slots(random, seed), random)
+    """Draw a schedule with the given random generator."""
+    return _add_shared_slots(_draw_with_own_slots(random, seed), random)
 
 
 def _draw_with_own_slots(random: Random, seed: int) -> Schedule:
-    pools = tuple(_draw_pool(random) for _ in range(random.choice((1, 2, 2, 2, 3))))
-    work = [_draw_work(random) for _ in range(random.randint(1, 4))]
+    pools = tuple(_draw_pool_settings(random) for _ in range(random.choice((1, 2, 2, 2, 3))))
+    work = [_draw_work_action(random) for _ in range(random.randint(1, 4))]
     if random.random() < BURST_SHARE:
-        work.append(_draw_burst(random))
+        work.append(_draw_burst_of_work(random))
     actions = [_draw_action(random) for _ in range(random.choice((0, 1, 2, 3, 4, 5)))]
-    actions = [_near_claim_or_completion(random.choice(work), action, random) for action in actions]
+    actions = [
+        _move_near_claim_or_completion(random.choice(work), action, random) for action in actions
+    ]
     kinds = (*random.choice(((), ("late",))), *random.sample(FAULT_KINDS, random.randint(1, 4)))
     share = random.choice((0.0, 0.0, 0.05, 0.15, 0.35))
     control_plane = random.choice(CONTROL_PLANES)
     if control_plane != "strict" and random.random() < CROWDED_SHARE:
-        # Items wait for a slot for most of a lease, and their heartbeats wait for the network.
+        # Items wait for a slot during most of their lease, and the network delays their heartbeats.
         pools = tuple(replace(pool, concurrency=1, prefetch=2) for pool in pools)
-        work += _draw_full_pool(random)
-    actions = sorted([*work, *actions], key=_draw_time)
+        work += _draw_full_pool_actions(random)
+    actions = sorted([*work, *actions], key=_time_of_action)
     if random.random() < WORKER_KEY_SHARE:
         pools = tuple(
             replace(pool, worker_key=random.choice((True, True, False))) for pool in pools
         )
     if random.random() < LIMITS_SHARE:
-        pools = tuple(_draw_limits(pool, random) for pool in pools)
+        pools = tuple(_draw_exit_limits(pool, random) for pool in pools)
     if random.random() < HANDLER_LIMIT_SHARE:
         pools = tuple(
             replace(pool, concurrency=3, max_sessions=random.choice((1, 1, 2))) for pool in pools
@@ -168,20 +171,22 @@ def _draw_with_own_slots(random: Random, seed: int) -> Schedule:
         pauses = [
             replace(_draw_action(random), kind="refrain") for _ in range(random.randint(1, 3))
         ]
-        pauses = [_near_claim_or_completion(random.choice(work), pause, random) for pause in pauses]
-        actions = sorted([*actions, *pauses], key=_draw_time)
+        pauses = [
+            _move_near_claim_or_completion(random.choice(work), pause, random) for pause in pauses
+        ]
+        actions = sorted([*actions, *pauses], key=_time_of_action)
     if random.random() < RETRY_SHARE:
-        actions = [_draw_retried(action, random) for action in actions]
+        actions = [_draw_retry_behaviour(action, random) for action in actions]
         more = [
             _draw_interruption(random.choice(work), random) for _ in range(random.randint(0, 3))
         ]
-        actions = sorted([*actions, *more], key=_draw_time)
+        actions = sorted([*actions, *more], key=_time_of_action)
     schedule = Schedule(seed, pools, tuple(actions), share, kinds, control_plane)
-    return _with_stalls(schedule, random) if random.random() < STALL_SHARE else schedule
+    return _add_stalls(schedule, random) if random.random() < STALL_SHARE else schedule
 
 
-def _with_shared_slots(schedule: Schedule, random: Random) -> Schedule:
-    """Let the pools of some schedules share slots: sometimes no more than one for each."""
+def _add_shared_slots(schedule: Schedule, random: Random) -> Schedule:
+    """Let the pools of some schedules share slots, of which there may be only one for each pool."""
     if random.random() >= SHARED_SLOTS_SHARE:
         return schedule
     pools = [
@@ -192,43 +197,43 @@ def _with_shared_slots(schedule: Schedule, random: Random) -> Schedule:
     return replace(schedule, pools=tuple(pools), shared_slots=total)
 
 
-def _with_stalls(schedule: Schedule, random: Random) -> Schedule:
+def _add_stalls(schedule: Schedule, random: Random) -> Schedule:
     """Add stall timeouts, and handlers that make progress, hang or wait for a person."""
     limits = random.choice((4.0, 10.0)), random.choice((None, 4.0, 15.0))
     pools = [replace(pool, stall_timeout=random.choice(limits)) for pool in schedule.pools]
     work = [
-        replace(_draw_work(random), behaviour=random.choice(STALL_BEHAVIOURS))
+        replace(_draw_work_action(random), behaviour=random.choice(STALL_BEHAVIOURS))
         for _ in range(random.randint(1, 3))
     ]
-    actions = sorted([*schedule.actions, *work], key=_draw_time)
+    actions = sorted([*schedule.actions, *work], key=_time_of_action)
     return replace(schedule, pools=tuple(pools), actions=tuple(actions))
 
 
 def _draw_interruption(work: Action, random: Random) -> Action:
-    """Return a long halt of a machine or a request to stop, perhaps before a retry of new work."""
+    """Return a long halt of a machine or a stop request, soon after the start of new work."""
     kinds: tuple[ActionKind, ...] = ("sleep", "freeze", "pause", "stop", "stop", "stop")
     at, seconds = work.at + random.uniform(1, 12), random.uniform(8, 20)
     return Action(round(at, 3), random.choice(kinds), random.randrange(4), round(seconds, 3))
 
 
-def _draw_retried(action: Action, random: Random) -> Action:
-    """Return the action, or with an even chance work whose handler fails and is called again."""
+def _draw_retry_behaviour(action: Action, random: Random) -> Action:
+    """Return new work with the behaviour `retry` with a chance of one half, else the action."""
     chosen = action.kind == "work" and random.random() < 0.5
     return replace(action, behaviour="retry") if chosen else action
 
 
-def _near_claim_or_completion(work: Action, action: Action, random: Random) -> Action:
+def _move_near_claim_or_completion(work: Action, action: Action, random: Random) -> Action:
     """Move some actions to the milliseconds in which an item is claimed or completed."""
     if random.random() < CLOSE_SHARE:
         return replace(action, at=round(work.at + random.uniform(0, CLOSE_SECONDS), 4))
     return action
 
 
-def _draw_time(action: Action) -> float:
+def _time_of_action(action: Action) -> float:
     return action.at
 
 
-def _draw_pool(random: Random) -> PoolSettings:
+def _draw_pool_settings(random: Random) -> PoolSettings:
     return PoolSettings(
         concurrency=random.choice((1, 1, 2, 3)),
         prefetch=random.choice((0, 0, 1, 2)),
@@ -244,7 +249,7 @@ def _draw_pool(random: Random) -> PoolSettings:
     )
 
 
-def _draw_limits(pool: PoolSettings, random: Random) -> PoolSettings:
+def _draw_exit_limits(pool: PoolSettings, random: Random) -> PoolSettings:
     return replace(
         pool,
         exit_after_sessions=random.choice((None, 1, 1, 2, 3)),
@@ -253,9 +258,9 @@ def _draw_limits(pool: PoolSettings, random: Random) -> PoolSettings:
     )
 
 
-def _draw_work(random: Random) -> Action:
+def _draw_work_action(random: Random) -> Action:
     return Action(
-        at=_draw_moment(random, 60),
+        at=_draw_action_time(random, 60),
         kind="work",
         target=random.randrange(4),
         seconds=random.choice((0.005, 3.0, 9.0, 20.0, 30.0, 45.0)) * random.uniform(0.8, 1.2),
@@ -264,10 +269,10 @@ def _draw_work(random: Random) -> Action:
     )
 
 
-def _draw_burst(random: Random) -> Action:
-    behaviour = random.choice(("raise", "work"))
+def _draw_burst_of_work(random: Random) -> Action:
+    behaviour = random.choice(("raise_error", "work"))
     return Action(
-        _draw_moment(random, 30),
+        _draw_action_time(random, 30),
         "work",
         seconds=0.005,
         behaviour=behaviour,
@@ -275,9 +280,9 @@ def _draw_burst(random: Random) -> Action:
     )
 
 
-def _draw_full_pool(random: Random) -> list[Action]:
-    """Return work that fills all slots, and faults that delay answers to heartbeats."""
-    seconds, at = random.uniform(25, 45), _draw_moment(random, 10)
+def _draw_full_pool_actions(random: Random) -> list[Action]:
+    """Return work that fills all slots, and actions that delay the answers to heartbeats."""
+    seconds, at = random.uniform(25, 45), _draw_action_time(random, 10)
     work = Action(at, "work", seconds=seconds, count=random.randint(4, 7))
     ends = round(at + seconds - random.uniform(0, 2), 3)
     targets = range(random.choice((1, 3)))
@@ -291,8 +296,8 @@ def _draw_full_pool(random: Random) -> list[Action]:
 def _draw_action(random: Random) -> Action:
     kind = random.choice(ACTION_KINDS)
     seconds = random.choice((0.0, 2.0, 10.0, 20.0, 40.0)) * random.uniform(0.8, 1.2)
-    return Action(_draw_moment(random, 120), kind, random.randrange(8), round(seconds, 3))
+    return Action(_draw_action_time(random, 120), kind, random.randrange(8), round(seconds, 3))
 
 
-def _draw_moment(random: Random, until: float) -> float:
+def _draw_action_time(random: Random, until: float) -> float:
     return round(random.choice((0.0, random.uniform(0, 3), random.uniform(0, until))), 3)

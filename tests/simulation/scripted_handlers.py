@@ -1,4 +1,4 @@
-"""The handlers of a simulation, whose behaviour the metadata of their items choose."""
+"""The handlers of simulated pools; the metadata of an item choose the handler's behaviour."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from contextvars import ContextVar
 from functools import partial
 from typing import TYPE_CHECKING, Any, Final
 
-from tests.simulation.machine import this_machine
+from tests.simulation.machine import current_machine
 from tests.simulation.trace import HandlerRun, HandoffBlock
 from workpool import Release, Retry, Session, handler, hookimpl
 from workpool.errors import ControlPlaneError, HandoverError
@@ -17,7 +17,7 @@ from workpool.handlers import Handler
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from tests.simulation.trace import Node, Trace
+    from tests.simulation.trace import PoolProcess, Trace
     from workpool.session import HandedLease
     from workpool.wire.items import WorkItem
 
@@ -53,26 +53,26 @@ _SESSION: ContextVar[str | None] = ContextVar("session", default=None)
 
 
 @handler
-async def simulated(session: Session) -> Any:
-    """Run the item's behaviour on the machine of this pool."""
-    return await this_machine().handlers.run_behaviour(session)
+async def run_simulated_session(session: Session) -> Any:
+    """Run the behaviour that the item's metadata name, on the machine of this pool."""
+    return await current_machine().handlers.run_behaviour(session)
 
 
 @handler(metadata={BEHAVIOUR: "retry"}, retry=RETRY)
-async def simulated_retry(session: Session) -> Any:
+async def run_retried_session(session: Session) -> Any:
     """Run the behaviour `retry` on the machine of this pool."""
-    return await this_machine().handlers.run_behaviour(session)
+    return await current_machine().handlers.run_behaviour(session)
 
 
-class SimulatedLimitPlugin:
-    """A plugin that limits the handler on machines whose pool has a limit for it."""
+class HandlerLimitPlugin:
+    """A plugin that limits the sessions of the handler in pools with `max_sessions`."""
 
     @hookimpl
     def workpool_session_handler(self, item: WorkItem) -> Handler | None:
-        limit = this_machine().max_sessions
+        limit = current_machine().max_sessions
         if limit is None:
             return None
-        call = partial(SimulatedHandlers.run_behaviour, this_machine().handlers)
+        call = partial(SimulatedHandlers.run_behaviour, current_machine().handlers)
         return Handler(
             name="simulated.limited",
             call=call,
@@ -82,12 +82,12 @@ class SimulatedLimitPlugin:
         )
 
 
-PLUGINS: Final = (SimulatedLimitPlugin(), simulated, simulated_retry)
+PLUGINS: Final = (HandlerLimitPlugin(), run_simulated_session, run_retried_session)
 """The plugins of every simulated pool."""
 
 
 class SimulatedHandlers:
-    """The handlers of one pool.
+    """The behaviours of the handlers of one pool.
 
     Attributes:
         healed: All faults have ended; all work is short.
@@ -96,9 +96,9 @@ class SimulatedHandlers:
     def __init__(
         self,
         trace: Trace,
-        node: Node,
+        node: PoolProcess,
         now: Callable[[], float],
-        start_child: Callable[[Node, HandedLease, float], None],
+        start_child: Callable[[PoolProcess, HandedLease, float], None],
     ) -> None:
         """`start_child(node, lease, delay)` starts a child process for a lease after `delay`."""
         self.healed = False
@@ -109,7 +109,7 @@ class SimulatedHandlers:
         self._sessions: set[Session] = set()
 
     async def run_behaviour(self, session: Session) -> Any:
-        """Run the item's behaviour, and record the run."""
+        """Run the behaviour that the item's metadata name, and record the run."""
         item = session.item
         name, seconds = item.metadata[BEHAVIOUR], float(item.metadata[SECONDS])
         if self.healed:
@@ -122,25 +122,25 @@ class SimulatedHandlers:
         self._sessions.add(session)
         run.leaked = _SESSION.get() is not None and not run.again
         _SESSION.set(item.id)
-        # The handler ended in the step in which its machine crashed.
+        # A machine that crashes in this step of the loop has ended the handler already.
         if self._node.crashed <= run.started:
             run.ended, run.result = run.started, "crashed"
         self._trace.runs.append(run)
         if self._node.machine.halted == "crashed":
             run.ended, run.result = self._now(), "crashed"
-        alone = self._node.child or (self.healed and name in {"detach", "hang"})
-        act = self._run_work if alone else getattr(self, f"_run_{name}", self._run_work)
-        return await self._run_recorded(act, session, run, seconds, first)
+        alone = self._node.child or (self.healed and name in {"hand_off", "hang"})
+        act = self._run_work if alone else getattr(self, f"_run_{name}")
+        return await self._run_and_record(act, session, run, seconds, first)
 
-    async def _run_recorded(
+    async def _run_and_record(
         self, act: Any, session: Session, run: HandlerRun, seconds: float, first: bool
     ) -> Any:
-        """Run the behaviour `act`, and record in `run` how it ended."""
+        """Run the method `act` of a behaviour, and record in `run` how it ended."""
         result = "raised"
         try:
             returned = await act(session, run, seconds, first)
         except asyncio.CancelledError:
-            self._note_cancelled(run)
+            self._record_first_cancellation(run)
             result = "cancelled"
             raise
         except Release:
@@ -156,7 +156,7 @@ class SimulatedHandlers:
             if self._node.machine.halted != "crashed" and run.result is None:
                 run.ended, run.result, run.stop_seen = self._now(), result, session.stopping
 
-    def _note_cancelled(self, run: HandlerRun) -> None:
+    def _record_first_cancellation(self, run: HandlerRun) -> None:
         run.cancelled_at = min(run.cancelled_at, self._now())
 
     async def _run_work(
@@ -165,7 +165,7 @@ class SimulatedHandlers:
         await asyncio.sleep(seconds)
         return {"done": "yes"}
 
-    async def _run_raise(
+    async def _run_raise_error(
         self, _session: Session, _run: HandlerRun, seconds: float, _first: bool
     ) -> Any:
         await asyncio.sleep(seconds)
@@ -174,7 +174,7 @@ class SimulatedHandlers:
     async def _run_retry(
         self, session: Session, _run: HandlerRun, seconds: float, _first: bool
     ) -> Any:
-        """Fail in the first calls; their number follows from the duration of the work."""
+        """Fail in the first calls, whose number depends on the duration of the work."""
         failures = round(seconds * 1000) % (RETRY.times + 2)
         await asyncio.sleep(min(seconds, RETRY_SECONDS))
         if session.retry < failures:
@@ -189,13 +189,13 @@ class SimulatedHandlers:
             raise Release("not yet", 12)
         return {}
 
-    async def _run_odd(
+    async def _run_return_wrong_type(
         self, _session: Session, _run: HandlerRun, seconds: float, _first: bool
     ) -> Any:
         await asyncio.sleep(seconds)
         return object()
 
-    async def _run_eager(
+    async def _run_end_early(
         self, session: Session, _run: HandlerRun, seconds: float, _first: bool
     ) -> Any:
         with suppress(TimeoutError):
@@ -205,50 +205,49 @@ class SimulatedHandlers:
             raise Release("draining")
         return {"done": "early"}
 
-    async def _run_tidy(
+    async def _run_clean_up(
         self, _session: Session, run: HandlerRun, seconds: float, _first: bool
     ) -> Any:
         try:
             await asyncio.sleep(seconds)
         except asyncio.CancelledError:
-            self._note_cancelled(run)
+            self._record_first_cancellation(run)
             await asyncio.sleep(TIDY_SECONDS)
             raise
         return None
 
-    async def _run_stubborn(
+    async def _run_ignore_cancellation(
         self, _session: Session, run: HandlerRun, seconds: float, _first: bool
     ) -> Any:
         until = self._now() + seconds
         while self._now() < min(until, run.cancelled_at + STUBBORN_SECONDS):
             try:
                 await asyncio.sleep(1)
-            # The cancellation is swallowed, as no handler should do.
-            except asyncio.CancelledError:
-                self._note_cancelled(run)
+            except asyncio.CancelledError:  # a faulty handler: cancellations must not be swallowed
+                self._record_first_cancellation(run)
         return {"done": "at last"}
 
-    async def _run_swallow(
+    async def _run_swallow_cancellation(
         self, _session: Session, run: HandlerRun, seconds: float, _first: bool
     ) -> Any:
         try:
             await asyncio.sleep(seconds)
-        except asyncio.CancelledError:  # The cancellation is swallowed, as no handler should do.
-            self._note_cancelled(run)
+        except asyncio.CancelledError:  # a faulty handler: cancellations must not be swallowed
+            self._record_first_cancellation(run)
             await asyncio.sleep(SWALLOW_SECONDS)
         return {"done": "at last"}
 
-    async def _run_brink(
+    async def _run_return_at_timeout(
         self, _session: Session, run: HandlerRun, seconds: float, _first: bool
     ) -> Any:
-        """Return at the same instant as the cancellation, if the pool has a session time-out."""
+        """Return at the moment at which the session time-out, if any, cancels the handler."""
         try:
             await asyncio.sleep(self._node.pool.session_timeout or seconds)
-        except asyncio.CancelledError:  # The cancellation is swallowed, as no handler should do.
-            self._note_cancelled(run)
+        except asyncio.CancelledError:  # a faulty handler: cancellations must not be swallowed
+            self._record_first_cancellation(run)
         return {"done": "in time"}
 
-    async def _run_write(
+    async def _run_write_metadata(
         self, session: Session, run: HandlerRun, seconds: float, _first: bool
     ) -> Any:
         until, count = self._now() + seconds, 0
@@ -260,10 +259,10 @@ class SimulatedHandlers:
             await asyncio.sleep(2.5)
         return {"count": str(count)}
 
-    async def _run_pulse(
+    async def _run_report_progress(
         self, session: Session, run: HandlerRun, seconds: float, _first: bool
     ) -> Any:
-        """Work, and report progress."""
+        """Work for `seconds`, and report progress every two seconds."""
         until = self._now() + seconds
         while (left := until - self._now()) > 0:
             await asyncio.sleep(min(left, PULSE_SECONDS))
@@ -274,25 +273,25 @@ class SimulatedHandlers:
     async def _run_hang(
         self, session: Session, run: HandlerRun, seconds: float, first: bool
     ) -> Any:
-        """Report progress for a while, then hang if the pool ends such sessions."""
-        await self._run_pulse(session, run, seconds / 2, first)
+        """Report progress for a while, then hang if the pool has a stall timeout."""
+        await self._run_report_progress(session, run, seconds / 2, first)
         await asyncio.sleep(HANG_SECONDS * (self._node.pool.stall_timeout or 0.0))
         return {"done": "after all"}
 
-    async def _run_ask(
+    async def _run_wait_for_person(
         self, session: Session, run: HandlerRun, seconds: float, _first: bool
     ) -> Any:
-        """Wait for a person."""
+        """Wait for `seconds` as if for a person, which suspends the stall clock."""
         with session.waiting():
             run.waits = True
             await asyncio.sleep(seconds)
         run.waits, run.progressed_at = False, self._now()
         return {"answer": "yes"}
 
-    async def _run_detach(
+    async def _run_hand_off(
         self, session: Session, run: HandlerRun, seconds: float, first: bool
     ) -> Any:
-        """Hand the item off: to a child that starts soon, late or never, or with an error."""
+        """Hand the item off to a child that starts soon, late or never, or fail in the handoff."""
         draw, way = divmod(round(seconds * 1000), len(WAYS))
         try:
             async with session.handover() as lease:
@@ -300,16 +299,18 @@ class SimulatedHandlers:
                 late = bound - 1 + draw % 20 / 10
                 delays = {"soon": draw % 20 / 10, "late": late, "fails": draw % 20 / 40}
                 delay = delays.get(WAYS[way])
-                await self._run_hand(session, run, lease, delay, fails=WAYS[way] == "fails")
+                await self._start_child_in_handoff(
+                    session, run, lease, delay, fails=WAYS[way] == "fails"
+                )
         except HandoverError:
             again = (run.work_id, run.session_id, "alone", self._now())
             alone = HandlerRun(self._node, *again, attempt=run.attempt)
             alone.progressed_at = run.progressed_at
             self._trace.runs.append(alone)
-            return await self._run_recorded(self._run_work, session, alone, seconds, first)
+            return await self._run_and_record(self._run_work, session, alone, seconds, first)
         return {"ignored": "yes"}
 
-    async def _run_hand(
+    async def _start_child_in_handoff(
         self,
         session: Session,
         run: HandlerRun,
@@ -318,7 +319,7 @@ class SimulatedHandlers:
         *,
         fails: bool,
     ) -> None:
-        """Start the child inside the block; the handler's own run ends here."""
+        """Start the child inside the handoff block, and record the end of the handler's own run."""
         block = HandoffBlock(self._node, session.item.id, lease.ttl, self._now())
         self._trace.handoff_blocks.append(block)
         run.ended, run.result = self._now(), "handed"

@@ -1,4 +1,4 @@
-"""Regression tests for what the simulation found; docstrings name the error of that time."""
+"""Regression tests for errors that the simulation found; each docstring names the former error."""
 
 from __future__ import annotations
 
@@ -8,8 +8,8 @@ from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
-from tests.simulation.case import START
-from tests.simulation.world import ENVIRONMENT
+from tests.simulation.finished_simulation import START
+from tests.simulation.simulated_world import ENVIRONMENT
 from workpool import Session, Settings, handler
 from workpool.errors import HandoverError
 from workpool.events import (
@@ -39,7 +39,7 @@ if TYPE_CHECKING:
 
 
 @handler
-async def work(session: Session) -> dict[str, str]:
+async def work_for_one_second(session: Session) -> dict[str, str]:
     await asyncio.sleep(1)
     return {"seen": session.id}
 
@@ -58,7 +58,7 @@ class PoolTestbed:
     def __init__(
         self,
         script: Callable[[Request], Fault | None],
-        plugin: object = work,
+        plugin: object = work_for_one_second,
         observer: object = None,
         operations: Operations | None = None,
         **values: Any,
@@ -102,7 +102,7 @@ async def test_drain_does_not_wait_for_ack_with_long_retry_after() -> None:
 
 @in_virtual_time
 async def test_drain_does_not_wait_for_first_heartbeat_with_long_retry_after() -> None:
-    """Formerly the session was abandoned and its item not released."""
+    """Formerly the drain abandoned the session, and its item was not released."""
     script = Script(heartbeat=[Fault(answer=429, applied=False, retry_after=40)])
     bench = PoolTestbed(script, drain_timeout=1)
     async with bench.supervisor as pool:
@@ -118,12 +118,12 @@ async def test_drain_does_not_wait_for_first_heartbeat_with_long_retry_after() -
     assert script.sent.count(("heartbeat", item.id)) == 2
     held = bench.operations.get_item(ENVIRONMENT, item.id)
     assert held.lease_end is not None
-    # This is the shortest delay of a release.
+    # A lease of 10 s is the shortest that a release can request.
     assert held.lease_end <= (START + 1 + 10.1) * 1_000_000
 
 
 @in_virtual_time
-async def test_drain_during_first_heartbeat_sends_no_second_one_meanwhile() -> None:
+async def test_drain_during_first_heartbeat_sends_second_only_after_its_answer() -> None:
     script = Script(heartbeat=[Fault(request_delay=4, answer_delay=4)])
     bench = PoolTestbed(script, drain_timeout=20)
     async with bench.supervisor as pool, asyncio.TaskGroup() as group:
@@ -137,13 +137,14 @@ async def test_drain_during_first_heartbeat_sends_no_second_one_meanwhile() -> N
 
 
 @in_virtual_time
-async def test_heartbeat_conflict_after_refused_stop_is_not_success() -> None:
+async def test_session_whose_lease_expired_after_refused_stop_is_not_completed() -> None:
     """Formerly the item, which was queued again, counted as completed, and ran again."""
     script = Script(stop=[Fault(answer=429, applied=False, retry_after=30)])
     bench = PoolTestbed(script, lease_ttl=10)
     async with bench.supervisor:
         (item,) = bench.operations.enqueue(ENVIRONMENT)
-        await asyncio.sleep(1.5)  # the handler has run, and the stop was refused
+        # After 1.5 s the handler has returned, and the stop was answered with 429.
+        await asyncio.sleep(1.5)
         queue = bench.operations.get_queue(ENVIRONMENT)
         queue.put_item(replace(queue.get_item(item.id), lease_end=0))
         await bench.recorder.wait_for(SessionFinished, count=2, timeout=60)
@@ -159,7 +160,7 @@ async def test_abandoned_session_that_an_operator_stopped_counts_as_stopped() ->
         (item,) = bench.operations.enqueue(ENVIRONMENT)
         await asyncio.sleep(1)
         bench.operations.stop_item(ENVIRONMENT, item.id, "operator", force=True)
-        await asyncio.sleep(4)  # A heartbeat has reported the stop.
+        await asyncio.sleep(4)  # until a heartbeat has reported the stop
         await pool.drain(0)
     assert (bench.session_outcomes, pool.abandoned) == (["stopped"], 1)
 
@@ -207,7 +208,7 @@ async def test_lease_in_doubt_at_write_after_pause_is_verified_at_once() -> None
 
 
 @handler
-async def hand_off_twice(session: Session) -> None:
+async def hand_off_after_pause(session: Session) -> None:
     loop = asyncio.get_running_loop()
     assert isinstance(loop, VirtualLoop)
     loop.pause(5)
@@ -217,9 +218,9 @@ async def hand_off_twice(session: Session) -> None:
 
 
 @in_virtual_time
-async def test_handoff_after_machine_pause_verifies_lease_itself() -> None:
+async def test_handoff_after_machine_pause_verifies_lease_and_succeeds() -> None:
     """Formerly the handoff raised a transient error, although it begins with a heartbeat."""
-    bench = PoolTestbed(Script(), hand_off_twice, lease_ttl=10)
+    bench = PoolTestbed(Script(), hand_off_after_pause, lease_ttl=10)
     async with bench.supervisor:
         bench.operations.enqueue(ENVIRONMENT)
         await bench.recorder.wait_for(SessionFinished, timeout=60)
@@ -244,7 +245,7 @@ async def test_first_heartbeat_after_machine_pause_is_not_sent() -> None:
 
 @in_virtual_time
 async def test_handler_does_not_start_on_lease_begun_before_machine_pause() -> None:
-    """Formerly the lease had expired, which the lease clock does not show."""
+    """Formerly the handler started on an expired lease: the lease clock missed the pause."""
     bench = PoolTestbed(Script(heartbeat=[Fault(answer_delay=3)]), drain_timeout=0)
     async with bench.supervisor:
         bench.operations.enqueue(ENVIRONMENT)
@@ -257,7 +258,7 @@ async def test_handler_does_not_start_on_lease_begun_before_machine_pause() -> N
 
 
 class MachinePausingPlugin:
-    """Suspends or pauses the machine between the first heartbeat and the handler's first step."""
+    """A plugin that suspends or pauses the machine just before the handler's first step."""
 
     def __init__(self, *, unseen: bool = False) -> None:
         self.unseen = unseen
@@ -290,7 +291,7 @@ async def test_heartbeat_answered_after_machine_pause_is_followed_by_another_at_
     bench = PoolTestbed(script, ignore_cancellation, lease_ttl=60)
     async with bench.supervisor as pool:
         (item,) = bench.operations.enqueue(ENVIRONMENT)
-        await asyncio.sleep(20.5)  # The second heartbeat is in flight for 8 s.
+        await asyncio.sleep(20.5)  # until the second heartbeat was sent, whose answer takes 8 s
         assert script.sent.count(("heartbeat", item.id)) == 2
         bench.loop.pause(5)
         await asyncio.sleep(8)
@@ -326,8 +327,8 @@ async def test_stopping_item_of_another_worker_is_not_touched_after_machine_paus
 
 
 @in_virtual_time
-async def test_claim_during_drain_is_not_marked_after_machine_pause() -> None:
-    """Formerly the mark hid the run of another worker in between, which must count."""
+async def test_claim_ended_by_drain_after_machine_pause_writes_no_release_mark() -> None:
+    """Formerly the release mark hid the run of another worker meanwhile, which must count."""
     bench = PoolTestbed(Script(ack=[Fault(answer_delay=7)]))
     async with bench.supervisor as pool, asyncio.TaskGroup() as group:
         (item,) = bench.operations.enqueue(ENVIRONMENT)
@@ -372,8 +373,8 @@ async def test_completion_after_machine_pause_is_sent_as_soon_as_lease_is_verifi
 
 
 @in_virtual_time
-async def test_item_of_lost_ack_is_not_leased_again_after_machine_slept() -> None:
-    """Formerly the repeat was sent after the lease of the first ack, and counted as lost at once.
+async def test_item_whose_first_ack_was_lost_is_completed_after_machine_slept() -> None:
+    """Formerly the second ack was sent after the lease of the first ack, and counted as lost.
 
     So nobody could claim the item for another 60 s, and its next run was its second attempt.
     """
@@ -381,7 +382,7 @@ async def test_item_of_lost_ack_is_not_leased_again_after_machine_slept() -> Non
     async with bench.supervisor:
         (item,) = bench.operations.enqueue(ENVIRONMENT)
         await bench.recorder.wait_for(ItemReceived)
-        await asyncio.sleep(0.9)  # the second ack waits for the rate limit or a connection
+        await asyncio.sleep(0.9)  # until the second ack waits in the client, as for the rate limit
         bench.loop.suspend(60)
         await bench.recorder.wait_for(SessionFinished, timeout=60)
         assert bench.loop.time() < 30
@@ -398,7 +399,7 @@ async def work_for_five_seconds(_: Session) -> dict[str, str]:
 
 
 @in_virtual_time
-async def test_completion_is_tried_while_lease_counted_from_delayed_heartbeat_is_held() -> None:
+async def test_completion_is_retried_until_shortly_before_end_of_lease() -> None:
     """Formerly an invariant counted the lease from the heartbeat's bytes and reported an early end.
 
     A pool counts from before the wait for a connection, here a wait in which the machine slept.
@@ -411,19 +412,20 @@ async def test_completion_is_tried_while_lease_counted_from_delayed_heartbeat_is
         bench.operations.enqueue(ENVIRONMENT)
         await bench.recorder.wait_for(SessionStarted)
         started = bench.loop.machine_time()
-        await asyncio.sleep(3.5)  # the second heartbeat was due after 3 to 3.4 s, and waits
+        # After 3.5 s the second heartbeat, which was due after 3 to 3.4 s, waits in the client.
+        await asyncio.sleep(3.5)
         bench.loop.suspend(4)
         await bench.recorder.wait_for(HeartbeatFinished, count=2)
         assert bench.loop.machine_time() - started > 8
         await bench.recorder.wait_for(SessionFinished)
-        # A margin of 1 s before the end of 10 s, which began at 3 to 3.4 s.
+        # The lease of 10 s began at 3 to 3.4 s, and the pool gives up 1 s before its end.
         assert 12 <= bench.loop.machine_time() - started < 12.5
     assert bench.session_outcomes == ["lease_lost"]
 
 
 @in_virtual_time
 async def test_workers_that_poll_in_step_do_not_take_an_item_from_each_other_endlessly() -> None:
-    """Formerly each worker polled the item before the other's ack arrived, so all acks were
+    """Formerly each of two workers polled the item before the other's ack arrived, so all acks were
     refused.
     """
 
@@ -461,9 +463,8 @@ async def test_handoff_of_abandoned_session_does_not_delay_end_of_pool() -> None
     async with bench.supervisor as pool:
         bench.operations.enqueue(ENVIRONMENT)
         await bench.recorder.wait_for(SessionStarted)
-        await asyncio.sleep(
-            5.5
-        )  # 10 s after its start a heartbeat has failed; the next one is due at 11 s.
+        # After 5.5 s the second heartbeat got no answer; the third one is due only later.
+        await asyncio.sleep(5.5)
         await pool.drain(0)
         drained_at = bench.loop.time()
     assert pool.abandoned == 1

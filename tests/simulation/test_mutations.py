@@ -1,4 +1,4 @@
-"""Each mutation of the pool must be caught by the simulation."""
+"""Tests that the simulation detects each mutation of the pool's code."""
 
 from __future__ import annotations
 
@@ -18,14 +18,14 @@ _spec.loader.exec_module(mutations)
 SCHEDULES = range(2000)
 
 
-def test_mutation_table_has_at_least_twenty_entries() -> None:
+def test_table_of_mutations_has_at_least_twenty_entries() -> None:
     assert len(mutations.MUTATIONS) >= 20
 
 
 @pytest.mark.parametrize("name", mutations.MUTATIONS)
-def test_mutation_matches_lines_of_source(name: str) -> None:
-    """A change of the pool that breaks a mutation must fail in the quick tier."""
-    with mutations.mutated(mutations.MUTATIONS[name]):
+def test_lines_of_each_mutation_exist_once_in_source(name: str) -> None:
+    """The quick tier must fail if a changed pool does not contain a mutation's lines anymore."""
+    with mutations.apply_mutation(mutations.MUTATIONS[name]):
         pass
 
 
@@ -33,5 +33,5 @@ def test_mutation_matches_lines_of_source(name: str) -> None:
 @pytest.mark.timeout(120)
 @pytest.mark.parametrize("name", mutations.MUTATIONS)
 def test_mutation_of_pool_is_caught_by_simulation(name: str) -> None:
-    found = mutations.hunt(mutations.MUTATIONS[name], SCHEDULES)
+    found = mutations.find_catching_invariants(mutations.MUTATIONS[name], SCHEDULES)
     assert found is not None, f"{name}: {len(SCHEDULES)} schedules did not catch it"

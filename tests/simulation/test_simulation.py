@@ -1,4 +1,4 @@
-"""The simulation's invariants on some schedules; `poe simulate` runs thousands."""
+"""Tests that the invariants hold on some schedules; `poe simulate` runs thousands."""
 
 from __future__ import annotations
 
@@ -10,13 +10,18 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from tests.simulation.autoscaler.fleet_invariants import FLEET_INVARIANTS
 from tests.simulation.autoscaler.fleet_mutations import FLEET_MUTATIONS
-from tests.simulation.autoscaler.scale_down import FLEET_INVARIANTS
 from tests.simulation.invariants import INVARIANTS
 from tests.simulation.mutations import MUTATIONS
 from tests.simulation.replay import replay_lines
 from tests.simulation.results import ProgressFile, SimulationReport
-from tests.simulation.runner import schedule_of, simulate, simulate_all, simulate_many
+from tests.simulation.runner import (
+    schedule_for_seed,
+    simulate_in_processes,
+    simulate_schedule,
+    simulate_seeds,
+)
 from tests.simulation.schedule import (
     ACTION_KINDS,
     BEHAVIOURS,
@@ -78,8 +83,8 @@ schedules = st.builds(
 def test_invariants_hold_on_two_hundred_schedules(
     record_property: Callable[[str, object], None],
 ) -> None:
-    """The seeds differ from those of `poe simulate`."""
-    report = simulate_all(range(10_000, 10_200))
+    """The seeds differ from those of `poe simulate`, to cover other schedules."""
+    report = simulate_seeds(range(10_000, 10_200))
     record_property("simulation", str(report))
     assert report.schedules == 200
     assert report.faults > 200
@@ -90,43 +95,43 @@ def test_invariants_hold_on_two_hundred_schedules(
 @settings(max_examples=60, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
 @given(schedules)
 def test_invariants_hold_on_schedules_drawn_by_hypothesis(schedule: Schedule) -> None:
-    _, violations = simulate(schedule)
+    _, violations = simulate_schedule(schedule)
     assert violations == []
 
 
-def test_simulation_of_one_seed_is_repeatable() -> None:
-    """Calls and records have the same times; otherwise no schedule could be replayed."""
+def test_two_simulations_of_one_seed_have_the_same_calls_and_history() -> None:
+    """All calls and records have the same times; otherwise no schedule could be replayed."""
 
     def simulate_once() -> list[object]:
-        case, _ = simulate(schedule_of(7))
+        case, _ = simulate_schedule(schedule_for_seed(7))
         calls = [(call.at, call.op, call.answer) for call in case.trace.sent]
         return [*calls, *((each.time, each.kind, each.state) for each in case.history)]
 
     assert simulate_once() == simulate_once()
 
 
-def test_replay_prints_each_kind_of_line() -> None:
-    schedule = schedule_of(7)
-    case, _ = simulate(schedule)
+def test_replay_has_lines_for_actions_calls_handlers_and_events() -> None:
+    schedule = schedule_for_seed(7)
+    case, _ = simulate_schedule(schedule)
     lines = list(replay_lines(schedule, case))
     for word in ("ACTION", "HISTORY", "SENT", "ANSWERED", "HANDLER", "POOL", "EVENT"):
         assert any(word in line for line in lines), word
 
 
-def test_simulation_continues_from_progress_file(tmp_path: Path) -> None:
+def test_continued_simulation_takes_finished_parts_from_progress_file(tmp_path: Path) -> None:
     file = tmp_path / "progress"
     failed = SimulationReport(50, 1, 2, 3, ((7, ("first violation", "second violation")),))
     ProgressFile(file).add_part(range(50), failed)
     with file.open("a") as cut:
         cut.write('\n{"source": "')
-    first = simulate_many(0, 60, 1, file)
+    first = simulate_in_processes(0, 60, 1, file)
     assert first.schedules == 60
     assert first.failures == failed.failures
     assert list(ProgressFile(file).finished_parts()) == [range(50), range(50, 60)]
-    assert simulate_many(0, 60, 1, file) == first
+    assert simulate_in_processes(0, 60, 1, file) == first
 
 
-def test_progress_of_other_source_is_ignored(
+def test_progress_file_of_other_source_code_is_ignored(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     ProgressFile(tmp_path / "progress").add_part(range(50), SimulationReport(50))

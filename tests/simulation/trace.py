@@ -1,7 +1,7 @@
-"""The trace of a simulation: the calls of each pool, the handler runs, and the pools' events.
+"""The trace of a simulation: all calls, handler runs and events of the simulated pools.
 
-The network records the calls, the handlers record their runs. Only `Node.events` come from the pool
-itself; `event_invariants` compares them with the rest of the trace.
+The network records the calls, the handlers record their runs. Only `PoolProcess.events` come from
+the pool itself; `event_invariants` compares them with the rest of the trace.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ LATENCY_SECONDS: Final = 0.001
 
 @dataclass(slots=True, eq=False, repr=False)
 class SentCall:
-    """One call of a pool.
+    """One call that a pool has sent to the control plane.
 
     Attributes:
         at: The time at which its bytes were sent.
@@ -37,7 +37,7 @@ class SentCall:
     """
 
     at: float
-    node: Node
+    node: PoolProcess
     op: str
     work_id: str | None
     fault: Fault | None
@@ -47,19 +47,19 @@ class SentCall:
     patch: Mapping[str, str | None] = field(default_factory=dict)
 
     def __str__(self) -> str:
-        """Return the sender, the operation, the item and the time."""
+        """Return the sender, the operation, the item and the time of the call."""
         return f"{self.node.machine.name}:{self.op}({str(self.work_id)[-6:]})@{self.at:.3f}"
 
     @property
     def arrives_at(self) -> float:
-        """The time at which the control plane carries the call out; infinite if never."""
+        """The time at which the control plane applies the call; infinite if it never does."""
         if self.fault is None:
             return self.at + LATENCY_SECONDS
         return self.at + self.fault.request_delay if self.fault.applied else FOREVER
 
     @property
     def effective_until(self) -> float:
-        """The time after which the call has no effect; it may arrive after its sender gave up."""
+        """The time after which the call has no effect, which may be after its sender gave up."""
         fault = self.fault
         late = 0.0
         if fault is not None:
@@ -69,16 +69,14 @@ class SentCall:
 
 @dataclass(slots=True, eq=False, repr=False)
 class DelayedCall:
-    """A call that waited on its own machine before the lease was checked.
-
-    It may never have been sent.
+    """A call that waited on its own machine before the lease was checked, and may not be sent.
 
     Attributes:
         op: The operation; empty if the client does not know it.
         work_id: The item; None if the client does not know it.
     """
 
-    node: Node
+    node: PoolProcess
     op: str
     work_id: str | None
     since: float
@@ -87,7 +85,7 @@ class DelayedCall:
 
 @dataclass(slots=True, eq=False, repr=False)
 class HandlerRun:
-    """One run of a handler.
+    """One call of a handler by a pool, and how it ended.
 
     Attributes:
         behaviour: What the handler does; a name of `schedule.BEHAVIOURS`.
@@ -104,7 +102,7 @@ class HandlerRun:
         again: It is a further call in the same session run.
     """
 
-    node: Node
+    node: PoolProcess
     work_id: str
     session_id: str
     behaviour: str
@@ -121,7 +119,7 @@ class HandlerRun:
     again: bool = False
 
     def __post_init__(self) -> None:
-        """Begin the time without progress."""
+        """Count the time without progress from the start of the run."""
         self.progressed_at = self.started
 
     @property
@@ -132,13 +130,13 @@ class HandlerRun:
 
 @dataclass(slots=True, eq=False, repr=False)
 class HandoffBlock:
-    """One block in which a handler hands its item off.
+    """One `async with session.handover()` block of a handler.
 
     Attributes:
         ttl: TTL of the lease, in seconds.
     """
 
-    node: Node
+    node: PoolProcess
     work_id: str
     ttl: float
     entered: float
@@ -146,8 +144,8 @@ class HandoffBlock:
 
 
 @dataclass(slots=True, eq=False, repr=False)
-class Node:
-    """One process of one pool.
+class PoolProcess:
+    """One process of a simulated pool, from its start to its end or crash.
 
     Attributes:
         child: It is a child process, which runs one item that a pool handed off.
@@ -189,38 +187,39 @@ class Node:
     events: list[tuple[float, Event]] = field(default_factory=list)
 
     def was_paused(self, start: float, end: float) -> bool:
-        """Return whether its machine was halted at any time between `start` and `end`."""
+        """Return whether the machine was halted at any time between `start` and `end`."""
         return any(since < end and until > start for since, until in self.machine.pauses)
 
     def halted_seconds(self, start: float, end: float) -> float:
-        """Return the seconds between `start` and `end` for which its machine was halted."""
+        """Return the seconds between `start` and `end` for which the machine was halted."""
         pauses = self.machine.pauses
         return sum(max(0.0, min(end, until) - max(start, since)) for since, until in pauses)
 
     def was_paused_unnoticed(self, start: float, end: float) -> bool:
-        """Return whether its lease clock stood still at any time between `start` and `end`."""
+        """Return whether the lease clock stood still at any time between `start` and `end`."""
         return any(since < end and until > start for since, until in self.machine.unseen)
 
 
 @dataclass(slots=True, repr=False)
 class Trace:
-    """The record of one simulation.
+    """The record of all calls, handler runs and events of one simulation.
 
     Attributes:
         broken: The time at which an operator ended a lease early, and the item.
-        misplaced: Node, operation and time of each call on another event loop than its client's.
+        misplaced: PoolProcess, operation and time of each call on another event loop than its
+            client's.
         faults: Number of calls with a fault.
         actions: Number of actions.
         shared_slots: The number of slots that all pools share; None: each has its own.
     """
 
-    nodes: list[Node] = field(default_factory=list)
+    nodes: list[PoolProcess] = field(default_factory=list)
     sent: list[SentCall] = field(default_factory=list)
     runs: list[HandlerRun] = field(default_factory=list)
     handoff_blocks: list[HandoffBlock] = field(default_factory=list)
     delays: list[DelayedCall] = field(default_factory=list)
     broken: list[tuple[float, str]] = field(default_factory=list)
-    misplaced: list[tuple[Node, str, float]] = field(default_factory=list)
+    misplaced: list[tuple[PoolProcess, str, float]] = field(default_factory=list)
     faults: int = 0
     actions: int = 0
     shared_slots: int | None = None

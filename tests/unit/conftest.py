@@ -63,11 +63,11 @@ class RecordingClient(LocalClient):
         del priority
         await asyncio.sleep(self._bench.permit_seconds)
 
-    async def _send(
+    async def _send_call(
         self,
         endpoint: Endpoint[T],
         work_id: str | None,
-        operate: Callable[[], object],
+        run_operation: Callable[[], object],
         timeout: float | None,
         options: CallOptions = DEFAULT_OPTIONS,
     ) -> T:
@@ -76,7 +76,7 @@ class RecordingClient(LocalClient):
         bench.under_way += 1
         bench.peaks.append((bench.clock(), bench.under_way))
         try:
-            return await super()._send(endpoint, work_id, operate, timeout, options)
+            return await super()._send_call(endpoint, work_id, run_operation, timeout, options)
         finally:
             bench.under_way -= 1
 

@@ -162,7 +162,7 @@ class LocalClient:
         request = self._new_request("poll", None)
         fault = self._fault_for_request(request)
 
-        async def exchange() -> Response | NoAnswer:
+        async def receive_answer() -> Response | NoAnswer:
             await asyncio.sleep(fault.wait + fault.request_delay)
             self._apply_arrival_effects(request, fault)
             item = None
@@ -178,7 +178,7 @@ class LocalClient:
             return answer
 
         seconds = self._timeout + poll.block_ms / 1000 if timeout is None else timeout
-        return await self._await_answer(endpoints.POLL, exchange(), seconds)
+        return await self._await_answer(endpoints.POLL, receive_answer(), seconds)
 
     async def ack(
         self,
@@ -190,13 +190,11 @@ class LocalClient:
     ) -> WorkItem:
         """Acknowledge an item, as `WorkClient.ack` does."""
 
-        def operate() -> object:
-            return QODER.item_json(
-                self._operations.ack_item(self._environment_id, work_id, self.worker_id)
-            )
+        def run_operation() -> object:
+            return QODER.item_json(self._operations.ack_item(self._environment_id, work_id, self.worker_id))
 
         options = options._replace(permit=permit or options.permit)
-        item = await self._send(endpoints.ACK, work_id, operate, timeout, options)
+        item = await self._send_call(endpoints.ACK, work_id, run_operation, timeout, options)
         return endpoints.check_same_item(endpoints.ACK, work_id, item)
 
     async def heartbeat(
@@ -210,7 +208,7 @@ class LocalClient:
     ) -> Heartbeat:
         """Send a heartbeat, as `WorkClient.heartbeat` does."""
 
-        def operate() -> object:
+        def run_operation() -> object:
             item = self._operations.heartbeat(
                 self._environment_id, work_id, expected, ttl or TTL_DEFAULT_SECONDS, self.worker_id
             )
@@ -218,7 +216,7 @@ class LocalClient:
 
         if self.rate_limits.write.limited:
             self.rate_limits.write.charge()
-        return await self._send(endpoints.HEARTBEAT, work_id, operate, timeout, options)
+        return await self._send_call(endpoints.HEARTBEAT, work_id, run_operation, timeout, options)
 
     async def stop(
         self,
@@ -231,15 +229,13 @@ class LocalClient:
     ) -> WorkItem | None:
         """Stop an item, as `WorkClient.stop` does."""
 
-        def operate() -> object:
+        def run_operation() -> object:
             return QODER.item_json(
-                self._operations.stop_item(
-                    self._environment_id, work_id, self.worker_id, force=force
-                )
+                self._operations.stop_item(self._environment_id, work_id, self.worker_id, force=force)
             )
 
         stop = endpoints.STOP if read_item else endpoints.STOP_UNREAD
-        return await self._send(stop, work_id, operate, timeout, options)
+        return await self._send_call(stop, work_id, run_operation, timeout, options)
 
     async def update_metadata(
         self,
@@ -251,14 +247,12 @@ class LocalClient:
     ) -> WorkItem:
         """Merge metadata, as `WorkClient.update_metadata` does."""
 
-        def operate() -> object:
+        def run_operation() -> object:
             return QODER.item_json(
-                self._operations.update_metadata(
-                    self._environment_id, work_id, patch, self.worker_id
-                )
+                self._operations.update(self._environment_id, work_id, patch, self.worker_id)
             )
 
-        return await self._send(endpoints.UPDATE, work_id, operate, timeout, options)
+        return await self._send_call(endpoints.UPDATE, work_id, run_operation, timeout, options)
 
     async def get(
         self,
@@ -269,10 +263,10 @@ class LocalClient:
     ) -> WorkItem:
         """Read an item, as `WorkClient.get` does."""
 
-        def operate() -> object:
+        def run_operation() -> object:
             return QODER.item_json(self._operations.get_item(self._environment_id, work_id))
 
-        item = await self._send(endpoints.GET, work_id, operate, timeout, options)
+        item = await self._send_call(endpoints.GET, work_id, run_operation, timeout, options)
         return endpoints.check_same_item(endpoints.GET, work_id, item)
 
     async def list(
@@ -283,11 +277,11 @@ class LocalClient:
         while left > 0:
             size = min(left, LIST_LIMIT_MAX)
 
-            def operate(size: int = size, after: str = after) -> object:
-                page = self._operations.list_items(self._environment_id, size, after=after)
-                return page_json(page, QODER.item_json)
+            def run_operation(size: int = size, after: str = after) -> object:
+                page = self._operations.page(self._environment_id, size, after=after)
+                return listing(page, QODER.item)
 
-            page = await self._send(endpoints.LIST, None, operate, timeout)
+            page = await self._send_call(endpoints.LIST, None, run_operation, timeout)
             for item in page.items:
                 yield item
             if page.next_page is None:
@@ -300,25 +294,25 @@ class LocalClient:
         """Return the events of a session, as `WorkClient.events` does."""
         del token
         return SessionEvents(
-            LocalEvents(self._operations, session_id, self._send), session_id, guard
+            LocalEvents(self._operations, session_id, self._send_call), session_id, guard
         )
 
     async def stats(self) -> QueueStats:
         """Read the queue's statistics, as `WorkClient.stats` does."""
 
-        def operate() -> object:
-            stats = self._operations.queue_stats(self._environment_id)
+        def run_operation() -> object:
+            stats = self._operations.stats(self._environment_id)
             oldest = stats.oldest_queued_at
             text = None if oldest is None else to_seconds_text(oldest)
             return {"type": WORK_QUEUE_STATS, **stats._asdict(), "oldest_queued_at": text}
 
-        return await self._send(endpoints.STATS, None, operate, None)
+        return await self._send_call(endpoints.STATS, None, run_operation, None)
 
-    async def _send(
+    async def _send_call(
         self,
         endpoint: Endpoint[T],
         work_id: str | None,
-        operate: Callable[[], object],
+        run_operation: Callable[[], object],
         timeout: float | None,
         options: CallOptions = DEFAULT_OPTIONS,
     ) -> T:
@@ -332,23 +326,23 @@ class LocalClient:
             options.check()
         self._record_sent_call(endpoint.op, work_id, fault)
 
-        def arrive() -> None:
+        def arrive_at_control_plane() -> None:
             self._apply_arrival_effects(request, fault)
-            answer = run_with_fault(fault, operate)
+            answer = run_with_fault(fault, run_operation)
             if answer != "silence":
-                loop.call_later(answer_delay(fault, answer), settle, answer)
+                loop.call_later(answer_delay(fault, answer), deliver_answer, answer)
 
-        def settle(answer: Response | NoAnswer) -> None:
+        def deliver_answer(answer: Response | NoAnswer) -> None:
             self._report_answer(request, answer)
             if not answered.done():
                 answered.set_result(answer)
 
-        async def exchange() -> Response | NoAnswer:
+        async def receive_answer() -> Response | NoAnswer:
             return await answered
 
         # A cancellation of the caller from now on does not stop the request, which was sent.
-        self._schedule_arrival(fault.request_delay, arrive)
-        return await self._await_answer(endpoint, exchange(), until - loop.time())
+        self._schedule_arrival(fault.request_delay, arrive_at_control_plane)
+        return await self._await_answer(endpoint, receive_answer(), until - loop.time())
 
     async def _wait_before_sending(
         self, op: str, fault: Fault, options: CallOptions, until: float
@@ -427,10 +421,10 @@ class LocalClient:
         raise parse_error(endpoint.op, answer, _ABSENT)
 
 
-def run_with_fault(fault: Fault, operate: Callable[[], object]) -> Response | NoAnswer:
+def run_with_fault(fault: Fault, run_operation: Callable[[], object]) -> Response | NoAnswer:
     """Run an operation unless its fault prevents it, and return the answer that arrives."""
     return fault.replace_answer(
-        _run_operation(operate) if fault.applied else Response(502, {}, b"")
+        _operation_response(run_operation) if fault.applied else Response(502, {}, b"")
     )
 
 
@@ -440,9 +434,9 @@ def answer_delay(fault: Fault, answer: Response | NoAnswer) -> float:
     return fault.answer_delay + fault.byte_seconds * len(body)
 
 
-def _run_operation(operate: Callable[[], object]) -> Response:
+def _operation_response(run_operation: Callable[[], object]) -> Response:
     try:
-        return Response(200, {}, orjson.dumps(operate()))
+        return Response(200, {}, orjson.dumps(run_operation()))
     except APIError as refusal:
         return Response(refusal.status, {}, orjson.dumps(refusal.to_envelope()))
 

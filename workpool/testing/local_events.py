@@ -39,7 +39,7 @@ class SendCall(Protocol):
         self,
         endpoint: Endpoint[T],
         subject: str,
-        operate: Callable[[], object],
+        run_operation: Callable[[], object],
         timeout: float | None,
         options: CallOptions = DEFAULT_OPTIONS,
         /,
@@ -55,7 +55,7 @@ class LocalEvents:
     def __init__(self, operations: Operations, session_id: str, send: SendCall) -> None:
         self._operations = operations
         self._session_id = session_id
-        self._send = send
+        self._send_call = send
 
     async def list_page(
         self, limit: int, *, after_id: str | None = None, page: str | None = None
@@ -63,33 +63,33 @@ class LocalEvents:
         """Return a page of the session's history, which may begin after an event."""
         after = after_id or (page or "").partition("-")[2]
 
-        def operate() -> object:
-            events = self._conversation().list_events(limit + 1, after=after)
-            return page_json(make_page(events, limit, backwards=False), event_json)
+        def run_operation() -> object:
+            events = self._conversation().page(limit + 1, after=after)
+            return listing(page_of(events, limit, backwards=False), render_event)
 
-        return await self._send(endpoints.EVENTS, self._session_id, operate, None)
+        return await self._send_call(endpoints.EVENTS, self._session_id, run_operation, None)
 
     async def append_events(
         self, body: bytes, *, options: CallOptions = DEFAULT_OPTIONS
     ) -> list[SessionEvent]:
         """Append events to the session, and return them as the control plane stored them."""
 
-        def operate() -> object:
-            stored = self._operations.send_events(self._session_id, parse_event_batch(body))
-            return {"data": [event_json(event) for event in stored]}
+        def run_operation() -> object:
+            stored = self._operations.send(self._session_id, client_events(body))
+            return {"data": [render_event(event) for event in stored]}
 
-        return await self._send(endpoints.SEND, self._session_id, operate, None, options)
+        return await self._send_call(endpoints.SEND, self._session_id, run_operation, None, options)
 
     async def open_stream(self, last_id: str | None) -> OpenEventStream:
         """Open a stream of the events after `last_id`, or of new events."""
 
-        def operate() -> object:
+        def run_operation() -> object:
             history = self._conversation()
             return {
                 "position": len(history.events) if last_id is None else history.position_after(last_id)
             }
 
-        position = await self._send(_OPEN, self._session_id, operate, None)
+        position = await self._send_call(_OPEN, self._session_id, run_operation, None)
         return _LocalStream(self._operations, self._session_id, position)
 
     def _conversation(self) -> Conversation:

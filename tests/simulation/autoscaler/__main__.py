@@ -8,16 +8,16 @@ import sys
 import time
 
 from tests.simulation.autoscaler.fleet_runner import (
-    schedule_of_fleet,
+    fleet_schedule_for_seed,
     simulate_fleet,
-    simulate_many_fleets,
+    simulate_fleets_in_processes,
 )
 from tests.simulation.autoscaler.fleet_schedule import WITHOUT
 from tests.simulation.replay import replay_lines
 
 
 def main() -> int:
-    """Simulate, and return the exit status: 1 if an invariant was violated."""
+    """Run simulations of fleets, and return the exit status: 1 if an invariant was violated."""
     parser = argparse.ArgumentParser(prog="python -m tests.simulation.autoscaler")
     parser.add_argument("--schedules", type=int, default=1_000, help="number of schedules")
     parser.add_argument("--seed", type=int, default=0, help="seed of the first schedule")
@@ -33,7 +33,7 @@ def main() -> int:
     options = parser.parse_args()
     out, without = sys.stdout, frozenset(options.without)
     if options.replay is not None:
-        schedule = schedule_of_fleet(options.replay, without)
+        schedule = fleet_schedule_for_seed(options.replay, without)
         result = simulate_fleet(schedule, documented=not without)
         lines = [str(schedule.settings), *map(str, schedule.incidents)]
         lines += [
@@ -44,7 +44,9 @@ def main() -> int:
         out.writelines(f"{line}\n" for line in lines)
         return 1 if result.violations else 0
     started = time.monotonic()
-    report = simulate_many_fleets(options.seed, options.schedules, options.processes, without)
+    report = simulate_fleets_in_processes(
+        options.seed, options.schedules, options.processes, without
+    )
     names = ", ".join(sorted(without)) or "nothing"
     out.write(f"{report}\nwithout {names}, seed {options.seed}, ")
     out.write(f"{time.monotonic() - started:.1f} s\n")

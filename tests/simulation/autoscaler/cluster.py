@@ -1,4 +1,4 @@
-"""The simulated cluster: a ReplicaSet, the kubelet of its pods, and their grace periods."""
+"""The simulated Kubernetes cluster: a ReplicaSet, its pods, their kubelet and grace periods."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
     from tests.simulation.autoscaler.fleet_schedule import FleetSchedule
     from tests.simulation.autoscaler.fleet_world import FleetWorld
-    from tests.simulation.trace import Node
+    from tests.simulation.trace import PoolProcess
 
 PROBE_SECONDS: Final = 5.0
 """The period of the readiness probe."""
@@ -32,11 +32,11 @@ CALL_SECONDS: Final = (0.005, 0.2)
 
 
 @dataclass(slots=True, eq=False)
-class Deletion:
-    """The end of a pod.
+class PodDeletion:
+    """The deletion of a pod, by a scale-down or an eviction.
 
     Attributes:
-        kind: `scale-down`: the autoscaler wants fewer pods. `eviction`: its node goes.
+        kind: `scale-down`: the autoscaler wants fewer pods. `eviction`: the pod's node ends.
         at: The time of SIGTERM.
         process: The process that got it; None: none had started.
         busy: The sessions that ran then.
@@ -45,14 +45,14 @@ class Deletion:
 
     kind: Literal["scale-down", "eviction"]
     at: float
-    process: Node | None
+    process: PoolProcess | None
     busy: int
     killed: float = FOREVER
 
 
 @dataclass(slots=True, eq=False)
 class Pod:
-    """One pod.
+    """One pod of the simulated cluster.
 
     Attributes:
         process: The last process of its container; None before the first.
@@ -64,16 +64,16 @@ class Pod:
     uid: str
     created: float
     host: str
-    process: Node | None = None
+    process: PoolProcess | None = None
     ready_since: float | None = None
     failed_probes: int = 0
     cost: int = 0
     cost_failed: float = -FOREVER
     restarts: int = 0
-    deletion: Deletion | None = None
+    deletion: PodDeletion | None = None
 
-    def state(self) -> PodState:
-        """Return the pod as the ReplicaSet sees it."""
+    def as_pod_state(self) -> PodState:
+        """Return the pod's state as the ReplicaSet's controller sees it."""
         return PodState(
             self.uid,
             self.created,
@@ -86,8 +86,8 @@ class Pod:
 
 
 @dataclass(frozen=True, slots=True)
-class Choice:
-    """A ready pod with sessions that was removed because there were too many pods.
+class BusyPodRemoval:
+    """The removal of a ready pod that ran sessions, by a scale-down.
 
     Attributes:
         busy_seconds: The seconds for which the pod had run sessions.
@@ -103,7 +103,7 @@ class Choice:
 
 @dataclass(slots=True)
 class FleetRecord:
-    """The changes of one simulated fleet.
+    """The record of all deletions and scale-downs of one simulated fleet.
 
     Attributes:
         deletions: The pods that were deleted.
@@ -112,8 +112,8 @@ class FleetRecord:
             of unfinished items that the autoscaler must have known.
     """
 
-    deletions: list[Deletion] = field(default_factory=list)
-    choices: list[Choice] = field(default_factory=list)
+    deletions: list[PodDeletion] = field(default_factory=list)
+    choices: list[BusyPodRemoval] = field(default_factory=list)
     lowered: list[tuple[float, int, int]] = field(default_factory=list)
 
 
@@ -136,39 +136,39 @@ class Cluster:
         self.closed = False
 
     @property
-    def active(self) -> list[Pod]:
+    def active_pods(self) -> list[Pod]:
         """The pods that are not being deleted."""
         return [pod for pod in self._pods if pod.deletion is None]
 
     @property
     def now(self) -> float:
-        """The time."""
+        """The seconds since the start of the simulation."""
         return self._world.loop.now
 
     def close(self) -> None:
-        """Start and delete no pod anymore."""
+        """Stop starting and deleting pods."""
         self.closed = True
 
-    def scale(self, replicas: int) -> None:
-        """Set the number of pods, and create or delete what differs."""
+    def set_replicas(self, replicas: int) -> None:
+        """Set the wanted number of pods, and create or delete pods accordingly."""
         self.replicas = replicas
         self._reconcile()
 
-    async def probe(self) -> None:
-        """Probe the readiness of all pods, and restart containers, until cancelled."""
+    async def probe_pods(self) -> None:
+        """Probe the readiness of all pods and restart ended containers, until cancelled."""
         while True:
             await asyncio.sleep(PROBE_SECONDS)
-            for pod in self.active:
-                self._probe(pod)
-            self._pods = [pod for pod in self._pods if not self._gone(pod)]
+            for pod in self.active_pods:
+                self._probe_pod(pod)
+            self._pods = [pod for pod in self._pods if not self._is_gone(pod)]
             self._reconcile()
 
-    def evict(self, pod: Pod) -> None:
-        """Remove a pod whose node goes in two minutes."""
-        self._delete(pod, "eviction", min(NOTICE_SECONDS, self._schedule.settings.grace))
+    def evict_pod(self, pod: Pod) -> None:
+        """Delete a pod because its node ends in two minutes."""
+        self._delete_pod(pod, "eviction", min(NOTICE_SECONDS, self._schedule.settings.grace))
 
     async def write_cost(self, pod: Pod, cost: int) -> None:
-        """Write the deletion cost of a pod, as the API server does: late, or not at all.
+        """Write the deletion cost of a pod with the API server's latency and failures.
 
         Raises:
             APIServerError: The call failed; it may have been applied.
@@ -182,25 +182,23 @@ class Cluster:
             pod.cost_failed = self.now
             raise APIServerError("on purpose")
 
-    # ReplicaSet.
-
     def _reconcile(self) -> None:
         if self.closed:
             return
-        active = self.active
+        active = self.active_pods
         for _ in range(self.replicas - len(active)):
-            self._create()
+            self._create_pod()
         superfluous = len(active) - self.replicas
         if superfluous > 0:
             by_uid = {pod.uid: pod for pod in active}
-            states = [pod.state() for pod in active]
+            states = [pod.as_pod_state() for pod in active]
             chosen = [by_uid[each.uid] for each in pods_to_delete(states, superfluous, self.now)]
-            self._note(chosen, [pod for pod in active if pod not in chosen])
+            self._record_busy_removals(chosen, [pod for pod in active if pod not in chosen])
             for pod in chosen:
-                self._delete(pod, "scale-down", self._schedule.settings.grace)
+                self._delete_pod(pod, "scale-down", self._schedule.settings.grace)
 
-    def _note(self, removed: list[Pod], kept: list[Pod]) -> None:
-        """Record which busy pods are removed although idle ones are kept."""
+    def _record_busy_removals(self, removed: list[Pod], kept: list[Pod]) -> None:
+        """Record each removed pod that runs sessions, and how long the kept pods were idle."""
         for pod in removed:
             if pod.process is None or pod.ready_since is None:
                 continue
@@ -211,29 +209,29 @@ class Cluster:
                 if each.process is not None and each.ready_since is not None
             )
             if busy > 0:
-                self.record.choices.append(Choice(self.now, busy, idle, pod.cost_failed))
+                self.record.choices.append(BusyPodRemoval(self.now, busy, idle, pod.cost_failed))
 
-    def _create(self) -> None:
+    def _create_pod(self) -> None:
         uid = f"{self._random.getrandbits(64):016x}"
         pod = Pod(uid, self.now, f"host-{self._random.randrange(HOSTS)}")
         self._pods.append(pod)
-        self._start_later(pod, self._random.uniform(*self._schedule.settings.start_seconds))
+        self._start_container_later(
+            pod, self._random.uniform(*self._schedule.settings.start_seconds)
+        )
 
-    # Kubelet.
-
-    def _start_later(self, pod: Pod, seconds: float) -> None:
-        def start() -> None:
+    def _start_container_later(self, pod: Pod, seconds: float) -> None:
+        def start_container() -> None:
             if not self.closed and pod.deletion is None:
                 pod.process = self._world.start_process(pod)
 
-        self._world.loop.call_at(self.now + seconds, start, context=NETWORK)
+        self._world.loop.call_at(self.now + seconds, start_container, context=NETWORK)
 
-    def _probe(self, pod: Pod) -> None:
+    def _probe_pod(self, pod: Pod) -> None:
         process = pod.process
         if process is None:
             return
-        if _ended(process):
-            self._restart(pod)
+        if _has_ended(process):
+            self._restart_container(pod)
         elif self._world.is_ready(process):
             pod.failed_probes = 0
             if pod.ready_since is None:
@@ -243,35 +241,35 @@ class Cluster:
             if pod.failed_probes >= PROBE_FAILURES:
                 pod.ready_since = None
 
-    def _restart(self, pod: Pod) -> None:
-        """Start the container of a pod again, whose process has ended by itself."""
+    def _restart_container(self, pod: Pod) -> None:
+        """Restart the container of a pod whose process has ended by itself."""
         shortest, longest = RESTART_SECONDS
         pod.process, pod.ready_since = None, None
-        self._start_later(pod, min(longest, shortest * 2.0**pod.restarts))
+        self._start_container_later(pod, min(longest, shortest * 2.0**pod.restarts))
         pod.restarts += 1
 
-    def _delete(self, pod: Pod, kind: Literal["scale-down", "eviction"], grace: float) -> None:
-        process = pod.process if pod.process is None or not _ended(pod.process) else None
-        busy = 0 if process is None else self._world.running(process)
-        deletion = Deletion(kind, self.now, process, busy)
+    def _delete_pod(self, pod: Pod, kind: Literal["scale-down", "eviction"], grace: float) -> None:
+        process = pod.process if pod.process is None or not _has_ended(pod.process) else None
+        busy = 0 if process is None else self._world.count_running_handlers(process)
+        deletion = PodDeletion(kind, self.now, process, busy)
         pod.deletion = deletion
         self.record.deletions.append(deletion)
         if process is None:
             return
-        self._world.terminate(process)
+        self._world.terminate_process(process)
 
-        def kill() -> None:
-            if not self.closed and not _ended(process):
+        def kill_if_running() -> None:
+            if not self.closed and not _has_ended(process):
                 deletion.killed = self.now
-                self._world.kill(process)
+                self._world.kill_process(process)
 
-        self._world.loop.call_at(self.now + grace, kill, context=NETWORK)
+        self._world.loop.call_at(self.now + grace, kill_if_running, context=NETWORK)
 
     @staticmethod
-    def _gone(pod: Pod) -> bool:
+    def _is_gone(pod: Pod) -> bool:
         deletion = pod.deletion
-        return deletion is not None and (deletion.process is None or _ended(deletion.process))
+        return deletion is not None and (deletion.process is None or _has_ended(deletion.process))
 
 
-def _ended(process: Node) -> bool:
+def _has_ended(process: PoolProcess) -> bool:
     return min(process.closed, process.crashed) < FOREVER

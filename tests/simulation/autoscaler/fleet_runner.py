@@ -1,4 +1,4 @@
-"""Runs simulations of autoscaled fleets: one schedule, or many on all cores."""
+"""Runs simulations of autoscaled fleets: one schedule, or many in several processes."""
 
 from __future__ import annotations
 
@@ -7,16 +7,26 @@ import multiprocessing
 import random
 from typing import TYPE_CHECKING, NamedTuple
 
-from tests.simulation.autoscaler.fleet_schedule import FleetSchedule, fleet_schedule_of
+from tests.simulation.autoscaler.fleet_invariants import (
+    FinishedFleet,
+    RemovalCounts,
+    check_fleet_invariants,
+    count_removed_pods,
+)
+from tests.simulation.autoscaler.fleet_schedule import FleetSchedule, draw_fleet_schedule
 from tests.simulation.autoscaler.fleet_world import FLEET_PLUGINS, FleetWorld
-from tests.simulation.autoscaler.scale_down import Counts, Fleet, count_removed_pods, judge_fleet
-from tests.simulation.invariants import judge
-from tests.simulation.runner import PART, collecting_rarely, metrics_registry, run_world
+from tests.simulation.invariants import check_invariants
+from tests.simulation.runner import (
+    PART,
+    iterate_with_rare_garbage_collection,
+    metrics_registry,
+    run_seeded_simulation,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
 
-    from tests.simulation.case import FinishedSimulation
+    from tests.simulation.finished_simulation import FinishedSimulation
 
 Without = frozenset[str]
 DOCUMENTED: Without = frozenset()
@@ -24,32 +34,32 @@ DOCUMENTED: Without = frozenset()
 
 
 class FleetResult(NamedTuple):
-    """The result of one simulation."""
+    """The result of the simulation of one fleet."""
 
     case: FinishedSimulation
-    counts: Counts
+    counts: RemovalCounts
     violations: list[str]
 
 
 class FleetReport(NamedTuple):
-    """The result of some simulations; `failures`: seed and violations."""
+    """The summed results of some fleet simulations; `failures`: seed and violations."""
 
     schedules: int = 0
     faults: int = 0
-    counts: Counts = Counts()
+    counts: RemovalCounts = RemovalCounts()
     failures: tuple[tuple[int, tuple[str, ...]], ...] = ()
 
-    def plus(self, other: FleetReport) -> FleetReport:
+    def merge(self, other: FleetReport) -> FleetReport:
         """Return the sum of two reports."""
         return FleetReport(
             self.schedules + other.schedules,
             self.faults + other.faults,
-            self.counts.plus(other.counts),
+            self.counts.merge(other.counts),
             self.failures + other.failures,
         )
 
     def __str__(self) -> str:
-        """Return the counts, then lines for each failure."""
+        """Return lines with the counts, then lines for each failed schedule."""
         lines = [
             f"{self.schedules} schedules, {self.faults} faults, {len(self.failures)} broken",
             str(self.counts),
@@ -60,13 +70,13 @@ class FleetReport(NamedTuple):
         return "\n".join(lines)
 
 
-def schedule_of_fleet(seed: int, without: Without = DOCUMENTED) -> FleetSchedule:
-    """Return the schedule of a seed, without some of the documented settings."""
-    return fleet_schedule_of(seed, random.Random(seed), without)
+def fleet_schedule_for_seed(seed: int, without: Without = DOCUMENTED) -> FleetSchedule:
+    """Return a seed's fleet schedule, which may leave out some documented settings."""
+    return draw_fleet_schedule(seed, random.Random(seed), without)
 
 
 def simulate_fleet(schedule: FleetSchedule, *, documented: bool = True) -> FleetResult:
-    """Run a schedule.
+    """Run the schedule of a fleet, and return the result with its violations of invariants.
 
     Args:
         schedule: The schedule.
@@ -75,33 +85,35 @@ def simulate_fleet(schedule: FleetSchedule, *, documented: bool = True) -> Fleet
 
     async def main() -> FleetResult:
         world = FleetWorld(schedule, metrics_registry())
-        case, violations = await world.run_schedule(judge)
-        fleet = Fleet(case.trace, world.cluster.record, schedule.settings)
+        case, violations = await world.run_schedule(check_invariants)
+        fleet = FinishedFleet(case.trace, world.cluster.record, schedule.settings)
         if documented:
-            violations += judge_fleet(fleet)
+            violations += check_fleet_invariants(fleet)
         return FleetResult(case, count_removed_pods(fleet, len(world.items)), violations)
 
-    return run_world(main, schedule.world.seed, FLEET_PLUGINS)
+    return run_seeded_simulation(main, schedule.world.seed, FLEET_PLUGINS)
 
 
-def simulate_fleets(seeds: Iterable[int], without: Without = DOCUMENTED) -> FleetReport:
-    """Simulate the seeds in this process."""
+def simulate_fleet_seeds(seeds: Iterable[int], without: Without = DOCUMENTED) -> FleetReport:
+    """Simulate the fleets of these seeds in this process."""
     report = FleetReport()
-    for seed in collecting_rarely(seeds):
-        result = simulate_fleet(schedule_of_fleet(seed, without), documented=not without)
+    for seed in iterate_with_rare_garbage_collection(seeds):
+        result = simulate_fleet(fleet_schedule_for_seed(seed, without), documented=not without)
         failures = ((seed, tuple(result.violations)),) if result.violations else ()
-        report = report.plus(FleetReport(1, result.case.trace.faults, result.counts, failures))
+        report = report.merge(FleetReport(1, result.case.trace.faults, result.counts, failures))
     return report
 
 
-def simulate_many_fleets(
+def simulate_fleets_in_processes(
     seed: int, schedules: int, processes: int, without: Without = DOCUMENTED
 ) -> FleetReport:
-    """Simulate the seeds from `seed` to `seed + schedules - 1` in several processes."""
+    """Simulate the fleets of `schedules` seeds from `seed` on, in several processes."""
     parts = [
         range(first, min(first + PART, seed + schedules))
         for first in range(seed, seed + schedules, PART)
     ]
     with multiprocessing.get_context("spawn").Pool(processes) as pool:
-        reports = pool.imap_unordered(functools.partial(simulate_fleets, without=without), parts)
-        return functools.reduce(FleetReport.plus, reports, FleetReport())
+        reports = pool.imap_unordered(
+            functools.partial(simulate_fleet_seeds, without=without), parts
+        )
+        return functools.reduce(FleetReport.merge, reports, FleetReport())

@@ -1,11 +1,16 @@
-"""A schedule of an autoscaled fleet: settings, work and incidents, drawn from one seed."""
+"""Schedules of autoscaled fleets: settings, work and incidents, drawn at random from a seed."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Final, Literal
 
-from tests.simulation.autoscaler.horizontal import SCALE_DOWN, Autoscaling, Policy, ScalingRules
+from tests.simulation.autoscaler.horizontal_autoscaler import (
+    SCALE_DOWN,
+    AutoscalerSpec,
+    ScalingPolicy,
+    ScalingRules,
+)
 from tests.simulation.schedule import Action, PoolSettings, Schedule
 
 if TYPE_CHECKING:
@@ -14,7 +19,15 @@ if TYPE_CHECKING:
 
 IncidentKind = Literal["evict", "kill", "cut", "blind"]
 INCIDENTS: Final[tuple[IncidentKind, ...]] = ("evict", "evict", "kill", "cut", "blind")
-BEHAVIOURS: Final = ("work", "work", "work", "raise", "write", "pulse", "tidy")
+BEHAVIOURS: Final = (
+    "work",
+    "work",
+    "work",
+    "raise_error",
+    "write_metadata",
+    "report_progress",
+    "clean_up",
+)
 """Behaviours of handlers that end by themselves and obey a cancellation."""
 FAULT_KINDS: Final = (
     "late",
@@ -31,7 +44,7 @@ LONGEST_SECONDS: Final = (60.0, 900.0, 1_800.0)
 METRICS: Final = ("recommended_replicas", "unfinished", "busy_slots")
 WINDOW_SECONDS: Final = (300.0, 600.0)
 """Stabilization windows: the default of Kubernetes, and that of workpool/deploy/kubernetes."""
-ONE_PER_MINUTE: Final = Policy("Pods", 1, 60.0)
+ONE_PER_MINUTE: Final = ScalingPolicy("Pods", 1, 60.0)
 SHORT_SHARE: Final = 0.4
 """The share of sessions that end within seconds."""
 GRACE_SECONDS: Final = 30.0
@@ -49,9 +62,9 @@ class Incident:
     """An event that happens to a pod, or to the source of the autoscaler's numbers.
 
     Attributes:
-        kind: `evict`: its node goes, with a notice of two minutes. `kill`: its process is killed.
-            `cut`: it is without network for `seconds`. `blind`: the autoscaler cannot read the
-            queue for `seconds`.
+        kind: `evict`: the pod's node ends, with a notice of two minutes. `kill`: the pod's process
+            is killed. `cut`: the pod is without network for `seconds`. `blind`: the autoscaler
+            cannot read the queue for `seconds`.
         target: Index of the pod, modulo their number.
     """
 
@@ -78,7 +91,7 @@ class FleetSettings:
             its process.
     """
 
-    rules: Autoscaling
+    rules: AutoscalerSpec
     pool: PoolSettings
     metric: str
     grace: float
@@ -89,14 +102,14 @@ class FleetSettings:
     start_seconds: tuple[float, float] = (2.0, 20.0)
 
     @property
-    def least(self) -> int:
-        """The number of pods without work."""
+    def least_pods(self) -> int:
+        """The number of pods that the autoscaler keeps without work."""
         return 0 if self.to_zero else self.rules.minimum
 
 
 @dataclass(frozen=True, slots=True)
 class FleetSchedule:
-    """One simulation of a fleet.
+    """The work, settings and incidents of one simulated fleet.
 
     Attributes:
         world: The seed, the faults and the work.
@@ -110,26 +123,26 @@ class FleetSchedule:
     api_failures: float
 
 
-def _default_grace(settings: FleetSettings) -> FleetSettings:
+def _use_default_grace_period(settings: FleetSettings) -> FleetSettings:
     pool = replace(settings.pool, drain_timeout=DEFAULT_DRAIN_SECONDS)
     return replace(settings, pool=pool, grace=DEFAULT_GRACE_SECONDS)
 
 
-def _queue_only(settings: FleetSettings) -> FleetSettings:
+def _read_queued_items_only(settings: FleetSettings) -> FleetSettings:
     rules = replace(settings.rules, target=float(settings.pool.concurrency))
     return replace(settings, metric="queued", rules=rules)
 
 
-def _no_window(settings: FleetSettings) -> FleetSettings:
+def _remove_stabilization(settings: FleetSettings) -> FleetSettings:
     rules = replace(settings.rules, down=ScalingRules(0.0, SCALE_DOWN.policies))
     return replace(settings, rules=rules, cooldown=0.0)
 
 
 WITHOUT: Final[Mapping[str, Callable[[FleetSettings], FleetSettings]]] = {
     "deletion-cost": lambda settings: replace(settings, deletion_cost=False),
-    "grace-period": _default_grace,
-    "running": _queue_only,
-    "stabilization": _no_window,
+    "grace-period": _use_default_grace_period,
+    "running": _read_queued_items_only,
+    "stabilization": _remove_stabilization,
 }
 """The replacement of each documented setting.
 
@@ -139,15 +152,15 @@ cooldown and no limit of the pods that go at once.
 """
 
 
-def fleet_schedule_of(seed: int, random: Random, without: frozenset[str]) -> FleetSchedule:
-    """Draw a schedule with the documented settings, less those of `WITHOUT` that are named."""
-    settings = _settings(random)
+def draw_fleet_schedule(seed: int, random: Random, without: frozenset[str]) -> FleetSchedule:
+    """Draw a schedule with the documented settings, except those that `without` names."""
+    settings = _draw_fleet_settings(random)
     longest = settings.pool.drain_timeout
-    work = _work(random, settings, longest)
+    work = _draw_work_waves(random, settings, longest)
     until = work[-1].at + longest
     incidents = tuple(
         sorted(
-            (_incident(random, until) for _ in range(random.choice((0, 0, 1, 2, 3)))),
+            (_draw_incident(random, until) for _ in range(random.choice((0, 0, 1, 2, 3)))),
             key=lambda each: each.at,
         )
     )
@@ -160,18 +173,18 @@ def fleet_schedule_of(seed: int, random: Random, without: frozenset[str]) -> Fle
     return FleetSchedule(world, settings, incidents, api_failures)
 
 
-def _settings(random: Random) -> FleetSettings:
+def _draw_fleet_settings(random: Random) -> FleetSettings:
     """Draw settings that workpool/docs/operating.md allows."""
     longest = random.choice(LONGEST_SECONDS)
     minimum = random.choice((0, 0, 1, 2))
     concurrency = random.choice((1, 2, 2, 3))
     metric = random.choice(METRICS)
-    if metric == "busy_slots":  # without a worker it has no value
+    if metric == "busy_slots":  # a metric of the workers, which has no value without a worker
         minimum = max(1, minimum)
     down = ScalingRules(random.choice(WINDOW_SECONDS), (ONE_PER_MINUTE,))
-    rules = Autoscaling(
+    rules = AutoscalerSpec(
         target=1.0 if metric == "recommended_replicas" else float(concurrency),
-        minimum=max(1, minimum),  # as KEDA creates it
+        minimum=max(1, minimum),  # KEDA creates an autoscaler with at least 1
         maximum=random.choice((2, 3, 4, 6)),
         down=down,
     )
@@ -191,8 +204,8 @@ def _settings(random: Random) -> FleetSettings:
     )
 
 
-def _work(random: Random, settings: FleetSettings, longest: float) -> tuple[Action, ...]:
-    """Draw waves of sessions, each as large as the fleet, or larger."""
+def _draw_work_waves(random: Random, settings: FleetSettings, longest: float) -> tuple[Action, ...]:
+    """Draw waves of sessions, some of which need more slots than the largest fleet has."""
     slots = settings.rules.maximum * settings.pool.concurrency
     work: list[Action] = []
     at = random.uniform(0, 30)
@@ -213,7 +226,7 @@ def _work(random: Random, settings: FleetSettings, longest: float) -> tuple[Acti
     return tuple(sorted(work, key=lambda each: each.at))
 
 
-def _incident(random: Random, until: float) -> Incident:
+def _draw_incident(random: Random, until: float) -> Incident:
     return Incident(
         round(random.uniform(0, until), 3),
         random.choice(INCIDENTS),

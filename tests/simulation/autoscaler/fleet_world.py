@@ -1,8 +1,8 @@
-"""One simulation of an autoscaled fleet: the world of the pools, with a cluster that starts them.
+"""The simulation of an autoscaled fleet: a cluster that starts and removes simulated pools.
 
-The pools, the control plane and its network are those of `tests.simulation.world`. The number of
-pods comes from `workpool scale`'s reader and the recommendation of `workpool.scaling`, which read
-the queue through the same network; the deletion costs come from the plugin of
+The pools, the control plane and its network are those of `tests.simulation.simulated_world`. The
+number of pods comes from `workpool scale`'s reader and the recommendation of `workpool.scaling`,
+which read the queue through the same network; the deletion costs come from the plugin of
 plugins/kubernetes/README.md.
 """
 
@@ -16,14 +16,14 @@ from typing import TYPE_CHECKING, Any, Final
 
 from tests.simulation.autoscaler.cluster import Cluster
 from tests.simulation.autoscaler.fleet_schedule import Incident
-from tests.simulation.autoscaler.horizontal import Activation, HorizontalAutoscaler
-from tests.simulation.case import START
-from tests.simulation.machine import NETWORK, Machine, this_machine
+from tests.simulation.autoscaler.horizontal_autoscaler import HorizontalAutoscaler, KedaActivation
+from tests.simulation.finished_simulation import START
+from tests.simulation.machine import NETWORK, Machine, current_machine
 from tests.simulation.network import Network, SimulatedClient
 from tests.simulation.schedule import PoolSettings
 from tests.simulation.scripted_handlers import PLUGINS
-from tests.simulation.trace import FOREVER, LATENCY_SECONDS, Node, Trace
-from tests.simulation.world import ENVIRONMENT, SimulatedWorld, pool_settings
+from tests.simulation.simulated_world import ENVIRONMENT, SimulatedWorld, pool_settings
+from tests.simulation.trace import FOREVER, LATENCY_SECONDS, PoolProcess, Trace
 from workpool import Supervisor, hookimpl
 from workpool.cli.fleet_reader import FleetReader
 from workpool.pool.status import worker_numbers
@@ -58,8 +58,8 @@ SETTLED_LOOKS: Final = 100
 """The longest wait, after the last work, for its end and for the removal of the pods."""
 
 
-class FleetMachine(Machine):
-    """The machine of one pod's process.
+class PodMachine(Machine):
+    """The simulated machine of a process in a pod.
 
     Attributes:
         pod: The pod.
@@ -72,14 +72,14 @@ class FleetMachine(Machine):
     writer: CostWriter | None = None
 
 
-class DeletionCosts:
-    """The plugin `kubernetes` of every pod, with the simulated API server."""
+class DeletionCostPlugin:
+    """The plugin `kubernetes`, which writes deletion costs to the simulated API server."""
 
     @hookimpl
     @asynccontextmanager
     async def workpool_lifespan(self, supervisor: Supervisor) -> AsyncIterator[None]:
-        machine = this_machine()
-        if not isinstance(machine, FleetMachine) or machine.cluster is None:
+        machine = current_machine()
+        if not isinstance(machine, PodMachine) or machine.cluster is None:
             yield
             return
         write = partial(machine.cluster.write_cost, machine.pod)
@@ -89,17 +89,17 @@ class DeletionCosts:
 
     @hookimpl
     def workpool_event(self, event: AckFinished | SessionFinished | StopFinished) -> None:  # noqa: ARG002 - its annotation selects the events
-        machine = this_machine()
-        if isinstance(machine, FleetMachine) and machine.writer is not None:
+        machine = current_machine()
+        if isinstance(machine, PodMachine) and machine.writer is not None:
             machine.writer.request_update()
 
 
-FLEET_PLUGINS: Final = (*PLUGINS, DeletionCosts())
+FLEET_PLUGINS: Final = (*PLUGINS, DeletionCostPlugin())
 """The plugins of every pod."""
 
 
 class FleetWorld(SimulatedWorld):
-    """Runs one schedule of a fleet; created and used inside `run_machines`."""
+    """Runs one schedule of a fleet; must be created and used inside `run_machines`."""
 
     def __init__(self, schedule: FleetSchedule, registry: CollectorRegistry) -> None:
         super().__init__(schedule.world, registry)
@@ -112,7 +112,7 @@ class FleetWorld(SimulatedWorld):
         self._reader_network = Network(
             schedule.world, random.Random(schedule.world.seed), self.operations, Trace()
         )
-        self._reader_node = Node(Machine(self.loop, "scale"), PoolSettings(), 0.0)
+        self._reader_node = PoolProcess(Machine(self.loop, "scale"), PoolSettings(), 0.0)
         self._reader_node.no_fault = Fault(
             request_delay=LATENCY_SECONDS, answer_delay=LATENCY_SECONDS
         )
@@ -120,60 +120,62 @@ class FleetWorld(SimulatedWorld):
     async def _run_actions(self) -> None:
         context = self._reader_node.machine.callback_context()
         services = [
-            self._group.create_task(self._read(), context=context),
+            self._group.create_task(self._read_queue(), context=context),
             *(
                 self._group.create_task(service, context=NETWORK)
-                for service in (self._sync(), self._poll(), self.cluster.probe())
+                for service in (
+                    self._sync_autoscaler(),
+                    self._poll_activation(),
+                    self.cluster.probe_pods(),
+                )
             ),
         ]
-        self.cluster.scale(self._fleet.settings.least)
-        await self._act()
-        await self._settle()
+        self.cluster.set_replicas(self._fleet.settings.least_pods)
+        await self._perform_events()
+        await self._wait_for_scale_down()
         self.cluster.close()
         for service in services:
             service.cancel()
         await self._end_schedule()
 
-    async def _act(self) -> None:
-        """Create the work, and cause the incidents."""
+    async def _perform_events(self) -> None:
+        """Create the work and cause the incidents of the schedule, at their times."""
         events: list[Action | Incident] = [*self.schedule.actions, *self._fleet.incidents]
         for event in sorted(events, key=lambda each: each.at):
             await asyncio.sleep(max(0.0, event.at - self.loop.now))
             if isinstance(event, Incident):
-                self._cause(event)
+                self._cause_incident(event)
             else:
-                self._do_action(event)
+                self._perform_action(event)
 
-    def _cause(self, incident: Incident) -> None:
+    def _cause_incident(self, incident: Incident) -> None:
         self.trace.actions += 1
         until = self.loop.now + incident.seconds
         if incident.kind == "blind":
             self._reader_node.cuts.append((self.loop.now, until))
             return
-        pods = self.cluster.active
+        pods = self.cluster.active_pods
         if not pods:
             return
         pod = pods[incident.target % len(pods)]
         if incident.kind == "evict":
-            self.cluster.evict(pod)
+            self.cluster.evict_pod(pod)
         elif pod.process is not None and pod.process in self._running_nodes():
             if incident.kind == "kill":
-                self.kill(pod.process)
+                self.kill_process(pod.process)
             else:
                 pod.process.cuts.append((self.loop.now, until))
 
-    async def _settle(self) -> None:
-        """Wait until the work is done and the pods that are not needed are gone."""
-        least = self._fleet.settings.least
+    async def _wait_for_scale_down(self) -> None:
+        """Wait until all items are stopped and the autoscaler has removed the superfluous pods."""
+        least = self._fleet.settings.least_pods
         for _ in range(SETTLED_LOOKS):
-            if self.cluster.replicas <= least and self._all_stopped():
+            if self.cluster.replicas <= least and self._all_items_stopped():
                 return
             await asyncio.sleep(LOOK_SECONDS)
 
-    # The autoscaler.
-
-    async def _read(self) -> None:
-        """Read the queue, as `workpool scale` does."""
+    async def _read_queue(self) -> None:
+        """Read the queue repeatedly, as `workpool scale` does."""
         connect: Any = SimulatedClient(
             self._reader_network, self._reader_node, pool_settings(PoolSettings())
         )
@@ -186,86 +188,88 @@ class FleetWorld(SimulatedWorld):
             )
             await self._reader.run()
 
-    def _metric(self) -> float | None:
-        """Return the number that the autoscaler reads at `/scale`; None: it answers 503."""
+    def _read_metric(self) -> float | None:
+        """Return the metric that the autoscaler reads from `/scale`; None for its answer 503."""
         load = None if self._reader is None else self._reader.load
         if load is None:
             return None
         if self._fleet.settings.metric == "busy_slots":
-            supervisors = [self._supervisors[node] for node in self._started()]
+            supervisors = [self._supervisors[node] for node in self._started_processes()]
             busy = sum(worker_numbers(each.status())["busy"] for each in supervisors)
             return busy + load.queued + load.pending
         return fleet_numbers(load, self._rule)[self._fleet.settings.metric]
 
-    def _started(self) -> list[Node]:
-        """Return the living processes that have taken their first step."""
+    def _started_processes(self) -> list[PoolProcess]:
+        """Return the running processes whose supervisor has started."""
         return [node for node in self._running_nodes() if node in self._supervisors]
 
-    async def _sync(self) -> None:
+    async def _sync_autoscaler(self) -> None:
         scaler = HorizontalAutoscaler(self._fleet.settings.rules)
         while True:
             await asyncio.sleep(SYNC_SECONDS)
             if self.cluster.replicas > 0:
-                pods = len(self.cluster.active)
-                now, metric = self.loop.now, self._metric()
-                self._scale(scaler.sync(now, self.cluster.replicas, pods, metric))
+                pods = len(self.cluster.active_pods)
+                now, metric = self.loop.now, self._read_metric()
+                self._scale_cluster(
+                    scaler.sync_target_size(now, self.cluster.replicas, pods, metric)
+                )
 
-    async def _poll(self) -> None:
+    async def _poll_activation(self) -> None:
         settings = self._fleet.settings
-        keda = Activation(settings.least, settings.cooldown)
+        keda = KedaActivation(settings.least_pods, settings.cooldown)
         while True:
             await asyncio.sleep(settings.polling)
-            self._scale(keda.poll(self.loop.now, self.cluster.replicas, self._metric()))
+            self._scale_cluster(
+                keda.poll_target_size(self.loop.now, self.cluster.replicas, self._read_metric())
+            )
 
-    def _scale(self, replicas: int) -> None:
+    def _scale_cluster(self, replicas: int) -> None:
         if replicas < self.cluster.replicas:
-            lowered = (self.loop.now, replicas, self._known_items())
+            lowered = (self.loop.now, replicas, self._count_known_items())
             self.cluster.record.lowered.append(lowered)
         if replicas != self.cluster.replicas:
-            self.cluster.scale(replicas)
+            self.cluster.set_replicas(replicas)
 
-    def _known_items(self) -> int:
-        """Count the unfinished items that are in every reading which the autoscaler may use."""
+    def _count_known_items(self) -> int:
+        """Count the unfinished items that were created before the oldest valid reading."""
         known = self.loop.now - KNOWN_SECONDS
         items = [self.operations.get_item(ENVIRONMENT, work_id) for work_id in self.items]
         return sum(
             item.state != STOPPED and item.created_at / SECOND - START <= known for item in items
         )
 
-    # The processes of pods, for the cluster.
-
-    def start_process(self, pod: Pod) -> Node:
-        """Start the process of a pod."""
+    def start_process(self, pod: Pod) -> PoolProcess:
+        """Start a pool as the process of a pod."""
         self._pod = pod
         return self._start_pool(self._fleet.settings.pool)
 
-    def _machine(self, name: str, rate: float) -> Machine:
-        machine = FleetMachine(self.loop, name, rate)
+    def _new_machine(self, name: str, rate: float) -> Machine:
+        machine = PodMachine(self.loop, name, rate)
         if self._fleet.settings.deletion_cost and not self.cluster.closed:
             machine.pod, machine.cluster = self._pod, self.cluster
         return machine
 
-    def terminate(self, process: Node) -> None:
-        """Send SIGTERM to a process."""
+    def terminate_process(self, process: PoolProcess) -> None:
+        """Send SIGTERM to the process of a pod, which begins its drain."""
         self._begin_drain(process, process.pool.drain_timeout)
 
-    def kill(self, process: Node) -> None:
-        """Send SIGKILL to a process."""
+    def kill_process(self, process: PoolProcess) -> None:
+        """Send SIGKILL to the process of a pod, which crashes."""
         self._crash_machine(process)
 
-    def is_ready(self, process: Node) -> bool:
+    def is_ready(self, process: PoolProcess) -> bool:
         """Return whether the readiness probe of a process succeeds."""
-        return process in self._started() and self._supervisors[process].status().ready
+        return process in self._started_processes() and self._supervisors[process].status().ready
 
-    def running(self, process: Node) -> int:
+    def count_running_handlers(self, process: PoolProcess) -> int:
         """Return the number of handlers that run in a process."""
         return sum(run.node is process and run.ended == FOREVER for run in self.trace.runs)
 
-    def busy_seconds(self, process: Node) -> float:
+    def busy_seconds(self, process: PoolProcess) -> float:
         """Return for how long a process has run at least one session; 0 if it runs none."""
         runs = [run for run in self.trace.runs if run.node is process and run.ended == FOREVER]
         return self.loop.now - min((run.started for run in runs), default=self.loop.now)
 
-    def idle_seconds(self, process: Node) -> float:
+    def idle_seconds(self, process: PoolProcess) -> float:
         """Return for how long a process has had no item in a slot; 0 if it has one."""
         return self._supervisors[process].status().idle_seconds

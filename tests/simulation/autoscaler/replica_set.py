@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True)
 class PodState:
-    """One pod as the controller sees it.
+    """One pod as the controller of the ReplicaSet sees it.
 
     Attributes:
         uid: A random text, which decides between pods of about the same age.
@@ -41,7 +41,7 @@ class PodState:
 
 
 def pods_to_delete(pods: Sequence[PodState], count: int, now: float) -> list[PodState]:
-    """Return the `count` pods that are deleted, the first one first.
+    """Return the `count` pods that the ReplicaSet deletes, in their order.
 
     Args:
         pods: The pods that are not being deleted.
@@ -49,45 +49,47 @@ def pods_to_delete(pods: Sequence[PodState], count: int, now: float) -> list[Pod
         now: The time.
     """
     hosts = Counter(pod.host for pod in pods)
-    order = partial(_compare, hosts, now)
+    order = partial(_compare_deletion_order, hosts, now)
     return sorted(pods, key=cmp_to_key(order))[:count]
 
 
-def _compare(hosts: Counter[str | None], now: float, one: PodState, two: PodState) -> int:
+def _compare_deletion_order(
+    hosts: Counter[str | None], now: float, one: PodState, two: PodState
+) -> int:
     """Return a negative number if `one` is deleted first, a positive one if `two` is."""
-    ranks = _ranks(hosts, one), _ranks(hosts, two)
+    ranks = _deletion_ranks(hosts, one), _deletion_ranks(hosts, two)
     if ranks[0] != ranks[1]:
         return -1 if ranks[0] < ranks[1] else 1
     first, second = one.ready_since, two.ready_since
     if first is not None and second is not None and first != second:
-        return _compare_youth(now, first, second) or _by_uid(one, two)
+        return _compare_age_magnitudes(now, first, second) or _compare_uids(one, two)
     if one.restarts != two.restarts:
         return two.restarts - one.restarts
     if one.created != two.created:
-        return _compare_youth(now, one.created, two.created) or _by_uid(one, two)
+        return _compare_age_magnitudes(now, one.created, two.created) or _compare_uids(one, two)
     return 0
 
 
-def _ranks(hosts: Counter[str | None], pod: PodState) -> tuple[int, ...]:
-    """Return what is compared first, in this order; the smaller number is deleted first."""
+def _deletion_ranks(hosts: Counter[str | None], pod: PodState) -> tuple[int, ...]:
+    """Return the first criteria of the order of deletion; smaller values are deleted first."""
     return (
         pod.host is not None,
         pod.running,
         pod.ready_since is not None,
         pod.cost,
-        -hosts[pod.host],  # rather one of several pods of a node
+        -hosts[pod.host],  # pods of nodes with several pods are deleted first
     )
 
 
-def _compare_youth(now: float, one: float, two: float) -> int:
-    return _magnitude(now - one) - _magnitude(now - two)
+def _compare_age_magnitudes(now: float, one: float, two: float) -> int:
+    return _age_magnitude(now - one) - _age_magnitude(now - two)
 
 
-def _magnitude(age: float) -> int:
+def _age_magnitude(age: float) -> int:
     """Return the logarithm of an age to the base 2, rounded down."""
     nanoseconds = age * 1e9
     return int(math.log2(nanoseconds)) if nanoseconds > 0 else -1
 
 
-def _by_uid(one: PodState, two: PodState) -> int:
+def _compare_uids(one: PodState, two: PodState) -> int:
     return -1 if one.uid < two.uid else 1

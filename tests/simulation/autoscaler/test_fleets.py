@@ -1,4 +1,4 @@
-"""The invariants of autoscaled fleets on some schedules; the command line runs thousands."""
+"""Tests that the fleet invariants hold on some schedules; the command line runs thousands."""
 
 from __future__ import annotations
 
@@ -8,12 +8,16 @@ from typing import TYPE_CHECKING
 import pytest
 import yaml
 
-from tests.simulation.autoscaler.fleet_mutations import FLEET_MUTATIONS, LIMIT, hunt_fleet
+from tests.simulation.autoscaler.fleet_mutations import (
+    FLEET_MUTATIONS,
+    LIMIT,
+    find_catching_fleet_invariants,
+)
 from tests.simulation.autoscaler.fleet_runner import (
     DOCUMENTED,
-    schedule_of_fleet,
+    fleet_schedule_for_seed,
     simulate_fleet,
-    simulate_fleets,
+    simulate_fleet_seeds,
 )
 from tests.simulation.autoscaler.fleet_schedule import (
     METRICS,
@@ -21,8 +25,8 @@ from tests.simulation.autoscaler.fleet_schedule import (
     WINDOW_SECONDS,
     WITHOUT,
 )
-from tests.simulation.autoscaler.horizontal import Policy
-from tests.simulation.mutations import mutated
+from tests.simulation.autoscaler.horizontal_autoscaler import ScalingPolicy
+from tests.simulation.mutations import apply_mutation
 from tests.simulation.replay import replay_lines
 
 if TYPE_CHECKING:
@@ -33,27 +37,27 @@ if TYPE_CHECKING:
 def test_scale_down_with_documented_settings_cuts_no_session_in_fifty_schedules(
     record_property: Callable[[str, object], None],
 ) -> None:
-    """The seeds differ from those of the command line's default."""
-    report = simulate_fleets(range(10_000, 10_050))
+    """The seeds differ from the default seeds of the command line, to cover other schedules."""
+    report = simulate_fleet_seeds(range(10_000, 10_050))
     record_property("simulation", str(report))
     assert report.failures == (), str(report)
     assert report.counts.cut == 0
     assert report.counts.pods > 50
-    assert report.counts.drained > 0  # pods with sessions were removed
+    assert report.counts.drained > 0, "no pod with sessions was removed"
     assert report.counts.cut_by_evictions > 0
 
 
 @pytest.mark.timeout(120)
 def test_scale_down_without_documented_settings_cuts_sessions() -> None:
-    report = simulate_fleets(range(8), frozenset(WITHOUT))
+    report = simulate_fleet_seeds(range(8), frozenset(WITHOUT))
     assert report.failures == (), str(report)
     assert report.counts.cut > 0
 
 
 @pytest.mark.parametrize("name", WITHOUT)
 def test_setting_that_is_left_out_differs_from_the_documented_one(name: str) -> None:
-    documented = schedule_of_fleet(1, DOCUMENTED)
-    without = schedule_of_fleet(1, frozenset({name}))
+    documented = fleet_schedule_for_seed(1, DOCUMENTED)
+    without = fleet_schedule_for_seed(1, frozenset({name}))
     assert without.world == documented.world
     assert without.settings != documented.settings
 
@@ -64,33 +68,33 @@ def test_simulated_settings_are_those_of_the_manifests() -> None:
     down = spec["advanced"]["horizontalPodAutoscalerConfig"]["behavior"]["scaleDown"]
     [policy] = down["policies"]
     assert down["stabilizationWindowSeconds"] in WINDOW_SECONDS
-    assert Policy(policy["type"], policy["value"], policy["periodSeconds"]) == ONE_PER_MINUTE
-    settings = schedule_of_fleet(1).settings
+    assert ScalingPolicy(policy["type"], policy["value"], policy["periodSeconds"]) == ONE_PER_MINUTE
+    settings = fleet_schedule_for_seed(1).settings
     assert spec["pollingInterval"] == settings.polling
     assert spec.get("cooldownPeriod", 300) == settings.cooldown
     [trigger] = spec["triggers"]
     assert trigger["metadata"]["valueLocation"] in METRICS
 
 
-def test_simulation_of_one_fleet_is_repeatable() -> None:
-    def once() -> list[object]:
-        case, counts, _ = simulate_fleet(schedule_of_fleet(3))
+def test_two_simulations_of_one_fleet_have_the_same_calls_and_history() -> None:
+    def simulate_once() -> list[object]:
+        case, counts, _ = simulate_fleet(fleet_schedule_for_seed(3))
         calls = [(call.at, call.op, call.answer) for call in case.trace.sent]
         return [counts, *calls, *((each.time, each.kind, each.state) for each in case.history)]
 
-    assert once() == once()
+    assert simulate_once() == simulate_once()
 
 
 def test_replay_of_a_fleet_prints_its_pools_and_handlers() -> None:
-    schedule = schedule_of_fleet(3)
+    schedule = fleet_schedule_for_seed(3)
     lines = list(replay_lines(schedule.world, simulate_fleet(schedule).case))
     for word in ("ACTION", "HISTORY", "HANDLER", "POOL"):
         assert any(word in line for line in lines), word
 
 
 @pytest.mark.parametrize("name", FLEET_MUTATIONS)
-def test_fleet_mutation_matches_lines_of_source(name: str) -> None:
-    with mutated(FLEET_MUTATIONS[name]):
+def test_lines_of_each_fleet_mutation_exist_once_in_source(name: str) -> None:
+    with apply_mutation(FLEET_MUTATIONS[name]):
         pass
 
 
@@ -98,5 +102,5 @@ def test_fleet_mutation_matches_lines_of_source(name: str) -> None:
 @pytest.mark.timeout(600)
 @pytest.mark.parametrize("name", FLEET_MUTATIONS)
 def test_fleet_mutation_is_caught_by_simulation(name: str) -> None:
-    found = hunt_fleet(FLEET_MUTATIONS[name], range(LIMIT))
+    found = find_catching_fleet_invariants(FLEET_MUTATIONS[name], range(LIMIT))
     assert found is not None, f"{name}: {LIMIT} schedules did not catch it"

@@ -1,4 +1,4 @@
-"""The order in which a ReplicaSet deletes pods: a rule counts where those before are even."""
+"""Tests of the order in which a ReplicaSet deletes pods: a later rule decides only ties."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ FIRST_AND_SECOND = {
 
 
 @pytest.mark.parametrize("rule", FIRST_AND_SECOND)
-def test_first_pod_is_deleted_before_second(rule: str) -> None:
+def test_pod_that_rule_puts_first_is_deleted_first(rule: str) -> None:
     first, second = FIRST_AND_SECOND[rule]
     assert pods_to_delete([first, second], 1, NOW) == [first]
     assert pods_to_delete([second, first], 1, NOW) == [first]
@@ -61,12 +61,12 @@ def test_pod_of_node_with_several_pods_is_deleted_before_single_pod() -> None:
     assert pods_to_delete([alone, *both], 1, NOW)[0] in both
 
 
-def test_costs_decide_among_pods_of_one_node_before_the_number_of_its_pods() -> None:
+def test_lower_deletion_cost_decides_before_number_of_pods_on_node() -> None:
     alone = replace(POD, host="b", cost=0)
     both = [replace(POD, uid="x", cost=1), replace(POD, uid="y", cost=1)]
     assert pods_to_delete([*both, alone], 1, NOW) == [alone]
 
 
-def test_as_many_pods_as_wanted_are_returned_in_order_of_their_cost() -> None:
+def test_wanted_number_of_pods_is_returned_in_order_of_deletion_cost() -> None:
     pods = [replace(POD, uid=str(cost), cost=cost) for cost in (3, 0, 2, 1)]
     assert [each.cost for each in pods_to_delete(pods, 3, NOW)] == [0, 1, 2]

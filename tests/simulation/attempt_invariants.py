@@ -1,7 +1,7 @@
-"""Invariants 8: the counting of attempts, by the metadata that the pools' calls wrote.
+"""Invariants 8: how pools count the attempts of an item in the metadata that they write.
 
-A *try* is one granted lease of an item, or the leases of a parent and its child together. It is at
-most one attempt.
+A *try* is one granted lease of an item, or the leases of a parent and its child together. A try is
+at most one attempt.
 """
 
 from __future__ import annotations
@@ -10,15 +10,15 @@ from collections import Counter
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Final
 
-from tests.simulation.case import DENIED
+from tests.simulation.finished_simulation import DENIED
 from tests.simulation.trace import FOREVER
 from workpool.events import SessionFinished, SessionStarted
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-    from tests.simulation.case import FinishedSimulation, GrantedLease
-    from tests.simulation.trace import HandlerRun, Node, SentCall
+    from tests.simulation.finished_simulation import FinishedSimulation, GrantedLease
+    from tests.simulation.trace import HandlerRun, PoolProcess, SentCall
 
 _RELEASED: Final = "workpool.released"
 _ERROR: Final = "workpool.error"
@@ -26,13 +26,13 @@ _NOTES: Final = frozenset({"workpool.attempt", "workpool.retries", _RELEASED, _E
 
 
 @dataclass(slots=True, eq=False, repr=False)
-class _RunAttempt:
-    """One attempt of an item, as the history and the trace show it.
+class _ItemAttempt:
+    """One try of an item, as the history and the trace show it.
 
     Attributes:
-        marked: A mark that it wrote was there at its end.
-        refused: A write of its notes was refused, so the next try may not know its number.
-        denied: Its pool may not write notes, so the next try does not know of it.
+        marked: The release mark that the try wrote was there at its end.
+        refused: A metadata write was refused, so the next try may not know the attempt number.
+        denied: The pool may not write metadata, so the next try does not know of this try.
     """
 
     leases: list[GrantedLease] = field(default_factory=list)
@@ -43,17 +43,17 @@ class _RunAttempt:
 
 
 def attempts_are_counted(case: FinishedSimulation) -> Iterator[str]:
-    """8a. The attempt of a run is 1 plus the number of earlier attempts without a mark.
+    """8a. The attempt number of a run is 1 plus the number of earlier attempts without a mark.
 
     A try without a handler run may or may not count, as may one whose number was refused. A pool
     that may not write notes counts its own tries only. If its child may write them, the child's
     mark has the number of an earlier try, and cancels the count of that one.
     """
     for work_id in case.runs:
-        if was_applied_late(case, work_id):
+        if has_late_note_write(case, work_id):
             continue
         least = most = 1
-        for one in _attempts_of(case, work_id):
+        for one in _list_attempts(case, work_id):
             least -= one.refused
             for run in one.runs:
                 if not (1 if one.denied else least) <= run.attempt <= most:
@@ -67,7 +67,7 @@ def attempts_are_counted(case: FinishedSimulation) -> Iterator[str]:
 
 
 def lost_runs_are_counted(case: FinishedSimulation) -> Iterator[str]:
-    """8d. A pool that may not write notes counts the runs that it has lost."""
+    """8d. A pool that may not write metadata counts the runs whose lease it lost."""
     for node in case.trace.nodes:
         lost: Counter[str] = Counter()
         started: set[str] = set()
@@ -85,18 +85,18 @@ def lost_runs_are_counted(case: FinishedSimulation) -> Iterator[str]:
 
 
 def released_items_are_marked(case: FinishedSimulation) -> Iterator[str]:
-    """8b. A released item has a mark, unless its pool had a fault.
+    """8b. A released item has the mark of a release, unless its pool had a fault.
 
     Before its first heartbeat, an item whose ack answered `active` may be another worker's, and a
     child does not own its item, so nothing can be written for it, and no handler has run.
     """
     for work_id in case.runs:
-        for one in _attempts_of(case, work_id):
+        for one in _list_attempts(case, work_id):
             lease = one.leases[-1]
-            node = _node_of_record(case, lease)
+            node = _node_of_lease(case, lease)
             if one.marked or one.denied or lease.stop_requested < FOREVER:
                 continue
-            if case.had_fault(node, lease):
+            if case.had_fault_during_lease(node, lease):
                 continue
             not_begun = node.child or case.active_claim(node, work_id, lease.ended) is not None
             if not_begun and not any(run.node is node for run in one.runs):
@@ -106,10 +106,10 @@ def released_items_are_marked(case: FinishedSimulation) -> Iterator[str]:
 
 
 def no_item_has_a_mark_and_an_error(case: FinishedSimulation) -> Iterator[str]:
-    """8c. No item has a mark and an error, unless a write overtook an earlier one on its way."""
+    """8c. No item has a release mark and an error, unless a write overtook an earlier one."""
     for work_id in case.runs:
-        calls = notes_of(case, work_id)
-        if was_applied_late(case, work_id) or calls != sorted(calls, key=_record_time):
+        calls = list_note_writes(case, work_id)
+        if has_late_note_write(case, work_id) or calls != sorted(calls, key=_send_time):
             continue
         standing: set[str] = set()
         for call in calls:
@@ -120,38 +120,36 @@ def no_item_has_a_mark_and_an_error(case: FinishedSimulation) -> Iterator[str]:
                 break
 
 
-def _attempts_of(case: FinishedSimulation, work_id: str) -> list[_RunAttempt]:
-    tries: list[_RunAttempt] = []
+def _list_attempts(case: FinishedSimulation, work_id: str) -> list[_ItemAttempt]:
+    tries: list[_ItemAttempt] = []
     for lease in case.leases.get(work_id, ()):
         if not tries or tries[-1].leases[-1].end_kind != "detached":
-            tries.append(_RunAttempt())
-        _add_attempt(case, tries[-1], lease)
+            tries.append(_ItemAttempt())
+        _add_lease_to_attempt(case, tries[-1], lease)
     return tries
 
 
-def _add_attempt(case: FinishedSimulation, one: _RunAttempt, lease: GrantedLease) -> None:
-    node = _node_of_record(case, lease)
+def _add_lease_to_attempt(case: FinishedSimulation, one: _ItemAttempt, lease: GrantedLease) -> None:
+    node = _node_of_lease(case, lease)
     one.leases.append(lease)
     one.runs += [
         run
         for run in case.runs[lease.work_id]
         if run.node is node and case.lease_at(node, lease.work_id, run.started) is lease
     ]
-    one.denied |= node.pool.worker_key or case.denied_at(node, "update") < lease.ended
+    one.denied |= node.pool.worker_key or case.permission_denied_at(node, "update") < lease.ended
     one.refused |= any(
         call.answer in DENIED and call.patch.keys() & _NOTES
         for call in case.sent[node, lease.work_id]
         if case.lease_at(node, lease.work_id, call.at) is lease
     )
-    for call in notes_of(case, lease.work_id):
+    for call in list_note_writes(case, lease.work_id):
         if call.node is node and case.lease_at(node, lease.work_id, call.at) is lease:
             one.marked = call.patch.get(_RELEASED, one.marked or None) is not None
 
 
-def notes_of(case: FinishedSimulation, work_id: str) -> list[SentCall]:
-    """Return the writes of the item's attempt, error and mark, in the order in which they were
-    applied.
-    """
+def list_note_writes(case: FinishedSimulation, work_id: str) -> list[SentCall]:
+    """Return the writes of the item's attempt, error and mark, in their order of arrival."""
     found = [
         call
         for (_, of_item), calls in case.sent.items()
@@ -163,16 +161,16 @@ def notes_of(case: FinishedSimulation, work_id: str) -> list[SentCall]:
     return sorted(found, key=lambda call: call.arrives_at)
 
 
-def was_applied_late(case: FinishedSimulation, work_id: str) -> bool:
-    """Return whether a note was applied after its sender's lease, which the wire allows."""
-    for call in notes_of(case, work_id):
+def has_late_note_write(case: FinishedSimulation, work_id: str) -> bool:
+    """Return whether a write arrived after its sender's lease, as a slow network allows."""
+    for call in list_note_writes(case, work_id):
         lease = case.lease_at(call.node, work_id, call.at)
         if lease is None or call.arrives_at > lease.ended:
             return True
     return False
 
 
-def _was_released(node: Node, lease: GrantedLease) -> bool:
+def _was_released(node: PoolProcess, lease: GrantedLease) -> bool:
     return any(
         isinstance(event, SessionFinished)
         and event.session.item.id == lease.work_id
@@ -182,9 +180,9 @@ def _was_released(node: Node, lease: GrantedLease) -> bool:
     )
 
 
-def _node_of_record(case: FinishedSimulation, lease: GrantedLease) -> Node:
+def _node_of_lease(case: FinishedSimulation, lease: GrantedLease) -> PoolProcess:
     return next(node for node in case.trace.nodes if node.worker_id == lease.worker_id)
 
 
-def _record_time(call: SentCall) -> float:
+def _send_time(call: SentCall) -> float:
     return call.at

@@ -5,13 +5,13 @@ from __future__ import annotations
 from itertools import pairwise
 from typing import TYPE_CHECKING
 
-from tests.simulation.case import WRITES
+from tests.simulation.finished_simulation import WRITES
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-    from tests.simulation.case import FinishedSimulation, GrantedLease
-    from tests.simulation.trace import Node
+    from tests.simulation.finished_simulation import FinishedSimulation, GrantedLease
+    from tests.simulation.trace import PoolProcess
 
 
 def nothing_is_sent_during_a_handoff(case: FinishedSimulation) -> Iterator[str]:
@@ -27,7 +27,7 @@ def nothing_is_sent_during_a_handoff(case: FinishedSimulation) -> Iterator[str]:
                 yield f"{call} was sent; its handoff began at {block.entered:.3f}"
 
 
-def only_a_child_takes_over(case: FinishedSimulation) -> Iterator[str]:
+def only_a_child_takes_an_item_over(case: FinishedSimulation) -> Iterator[str]:
     """3e. Only a child takes an item over during a lease, and never from another child."""
     children = {node.worker_id for node in case.trace.nodes if node.child}
     for leases in case.leases.values():
@@ -38,32 +38,33 @@ def only_a_child_takes_over(case: FinishedSimulation) -> Iterator[str]:
 
 
 def items_handed_off_are_left_alone(case: FinishedSimulation) -> Iterator[str]:
-    """3f. The parent sends nothing for the item, except one heartbeat to take it back."""
+    """3f. After a handoff the parent sends nothing but one heartbeat to take the item back."""
     for node, lease in case.all_leases():
         if lease.end_kind == "detached":
-            yield from _calls_after_handoff(case, node, lease)
+            yield from _check_calls_after_handoff(case, node, lease)
 
 
-def _calls_after_handoff(
-    case: FinishedSimulation, node: Node, lease: GrantedLease
+def _check_calls_after_handoff(
+    case: FinishedSimulation, node: PoolProcess, lease: GrantedLease
 ) -> Iterator[str]:
     tries = 0
     for call in case.sent[node, lease.work_id]:
         if call.at <= lease.ended or case.lease_at(node, lease.work_id, call.at) is not lease:
             continue
         if case.has_unsettled_claim(node, lease.work_id, call.at):
-            continue  # The heartbeat belongs to a later claim.
+            continue  # The heartbeat belongs to a later claim of the same item.
         if call.op in {"stop", "update"}:
             yield f"{call} was sent for an item that a child owns"
         tries += call.op == "heartbeat" and call.fault is None
         tries -= call.op == "get" and (call.fault is not None or call.answer != "ok")
-    # A list with a fault does not show it either; a worker's key looks the item up there.
+    # A failed list allows one more try: a pool with a worker's key looks up the owner in the list.
     tries -= sum(
         call.node is node and call.op == "list" and call.fault is not None
         for call in case.trace.sent
         if call.at >= lease.ended
     )
-    tries -= sum(  # A read without a connection did not show the owner.
+    # A read that got no connection did not show the owner, so one more try is allowed.
+    tries -= sum(
         delay.node is node
         and (delay.work_id == lease.work_id or delay.op == "list")
         and delay.since >= lease.ended

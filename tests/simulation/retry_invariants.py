@@ -1,11 +1,11 @@
-"""Invariants 11: further calls of a handler in the same session run, after an error."""
+"""Invariants 11: retries, the further calls of a handler in the same session run after an error."""
 
 from __future__ import annotations
 
 from itertools import pairwise
 from typing import TYPE_CHECKING, Final
 
-from tests.simulation.attempts import notes_of, was_applied_late
+from tests.simulation.attempt_invariants import has_late_note_write, list_note_writes
 from tests.simulation.scripted_handlers import RETRY
 from tests.simulation.trace import FOREVER
 from workpool.events import DrainStarted, HandlerRetried, SessionFinished, StopRequested
@@ -13,8 +13,8 @@ from workpool.events import DrainStarted, HandlerRetried, SessionFinished, StopR
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-    from tests.simulation.case import FinishedSimulation, GrantedLease
-    from tests.simulation.trace import HandlerRun, Node
+    from tests.simulation.finished_simulation import FinishedSimulation, GrantedLease
+    from tests.simulation.trace import HandlerRun, PoolProcess
 
 MARGIN_SECONDS: Final = 0.05
 _RELEASED: Final = "workpool.released"
@@ -24,21 +24,21 @@ _RETRIES: Final = "workpool.retries"
 def failed_calls_are_repeated(case: FinishedSimulation) -> Iterator[str]:
     """11a. After an error the handler is called again under the same lease, within its delay."""
     for node, lease in case.all_leases():
-        runs = _calls_of_handler(case, node, lease)
+        runs = _list_handler_calls(case, node, lease)
         for number, (run, following) in enumerate(pairwise([*runs, None])):
             if run is None or run.result != "retried":
                 continue
             until = run.ended + min(RETRY.backoff * 2.0**number, RETRY.backoff_max) + MARGIN_SECONDS
             until += node.halted_seconds(run.ended, FOREVER)
             if following is None:
-                if not _ended_meanwhile(case, node, lease, until):
+                if not _may_have_ended_before(case, node, lease, until):
                     yield f"{_run_name(run)} failed, and is not called again until {until:.3f}"
             elif following.retry != run.retry + 1 or following.started > until:
                 yield f"{_run_name(run)} failed, and is called again only as {_run_name(following)}"
 
 
 def retries_are_bounded(case: FinishedSimulation) -> Iterator[str]:
-    """11b. No call has a number beyond `times`."""
+    """11b. No handler call has a retry number beyond the limit `Retry.times`."""
     for run in case.trace.runs:
         if run.retry > RETRY.times:
             yield f"{_run_name(run)} is one call too many"
@@ -62,14 +62,14 @@ def retries_end_with_the_pool_and_the_session(case: FinishedSimulation) -> Itera
                         yield f"{node.machine.name}: {session.id[-6:]} is called again at {at:.3f}"
 
 
-def retries_go_on_in_the_next_run(case: FinishedSimulation) -> Iterator[str]:
-    """11c. A released run leaves the number of its next call, with which the next run begins."""
+def retry_number_continues_in_the_next_run(case: FinishedSimulation) -> Iterator[str]:
+    """11c. A released run stores its next retry number, with which the next run begins."""
     for work_id, runs in case.runs.items():
-        if was_applied_late(case, work_id) or not any(run.behaviour == "retry" for run in runs):
+        if has_late_note_write(case, work_id) or not any(run.behaviour == "retry" for run in runs):
             continue
         for lease in case.leases.get(work_id, ()):
             node = next(each for each in case.trace.nodes if each.worker_id == lease.worker_id)
-            calls = _calls_of_handler(case, node, lease)
+            calls = _list_handler_calls(case, node, lease)
             if not calls:
                 continue
             left = _stored_retry_number(case, work_id, lease.began)
@@ -83,10 +83,10 @@ def retries_go_on_in_the_next_run(case: FinishedSimulation) -> Iterator[str]:
                 yield f"{_run_name(calls[-1])} was released without {expected} for the next run"
 
 
-def _calls_of_handler(
-    case: FinishedSimulation, node: Node, lease: GrantedLease
+def _list_handler_calls(
+    case: FinishedSimulation, node: PoolProcess, lease: GrantedLease
 ) -> list[HandlerRun]:
-    """Return the calls of the handler with `retry=` under a lease, in order."""
+    """Return the calls of the retrying handler during a lease, in order."""
     return [
         run
         for run in case.runs[lease.work_id]
@@ -96,8 +96,8 @@ def _calls_of_handler(
     ]
 
 
-def _ended_meanwhile(
-    case: FinishedSimulation, node: Node, lease: GrantedLease, until: float
+def _may_have_ended_before(
+    case: FinishedSimulation, node: PoolProcess, lease: GrantedLease, until: float
 ) -> bool:
     """Return whether anything may have ended the session before the next call."""
     drains = [at for at, event in node.events if isinstance(event, DrainStarted)]
@@ -108,18 +108,18 @@ def _ended_meanwhile(
         or node.pool.session_timeout is not None
         or lease.stop_requested <= until
         or (lease.end_kind == "stopped" and lease.stopped_by != lease.worker_id)
-        or case.had_fault(node, lease)
+        or case.had_fault_during_lease(node, lease)
     )
 
 
-def _was_released(case: FinishedSimulation, node: Node, lease: GrantedLease) -> bool:
-    """Return whether the session was released regularly, by a pool that may write its notes."""
+def _was_released(case: FinishedSimulation, node: PoolProcess, lease: GrantedLease) -> bool:
+    """Return whether a pool that may write metadata released the session without a fault."""
     return (
         lease.stop_requested == FOREVER
-        and not case.had_fault(node, lease)
+        and not case.had_fault_during_lease(node, lease)
         and not node.abandoned
         and not node.pool.worker_key
-        and case.denied_at(node, "update") == FOREVER
+        and case.permission_denied_at(node, "update") == FOREVER
         and any(
             isinstance(event, SessionFinished)
             and event.session.item.id == lease.work_id
@@ -131,9 +131,9 @@ def _was_released(case: FinishedSimulation, node: Node, lease: GrantedLease) -> 
 
 
 def _stored_retry_number(case: FinishedSimulation, work_id: str, at: float) -> int:
-    """Return the number of the next call according to the item's metadata at a time."""
+    """Return the next retry number that the item's metadata had at the time `at`."""
     standing: dict[str, str] = {}
-    for call in notes_of(case, work_id):
+    for call in list_note_writes(case, work_id):
         if call.arrives_at > at:
             break
         for key, value in call.patch.items():

@@ -1,4 +1,4 @@
-"""Invariants about progress: which sessions a pool ends as stalled, and when."""
+"""Invariants about stalls: which sessions a pool ends as stalled, and when."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from workpool.events import SessionFinished
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-    from tests.simulation.case import FinishedSimulation
+    from tests.simulation.finished_simulation import FinishedSimulation
 
 MARGIN_SECONDS: Final = 0.05
 """Drift of clocks."""

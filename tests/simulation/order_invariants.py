@@ -1,4 +1,4 @@
-"""Invariants 9: the order in which a pool sends, and the items that it leaves to other workers."""
+"""Invariants 9: the order of a pool's calls, and the items that it leaves to other workers."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ from workpool.events import (
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-    from tests.simulation.case import FinishedSimulation
-    from tests.simulation.trace import HandlerRun, Node, SentCall
+    from tests.simulation.finished_simulation import FinishedSimulation
+    from tests.simulation.trace import HandlerRun, PoolProcess, SentCall
     from workpool.events import Event
 
 INSTANT_SECONDS: Final = 0.001
@@ -37,19 +37,21 @@ DENIED_ACKS: Final = 10
 FAILURES: Final = 5
 """A handler is failing after so many quick failures in a row."""
 OPTIONAL: Final = ("get", "update")
-PROMPT: Final = frozenset({"work", "raise", "odd", "eager", "write"})
+PROMPT: Final = frozenset(
+    {"work", "raise_error", "return_wrong_type", "end_early", "write_metadata"}
+)
 """Behaviours whose completion follows at once."""
 
 
-def completions_go_first(case: FinishedSimulation) -> Iterator[str]:
+def completions_precede_new_claims(case: FinishedSimulation) -> Iterator[str]:
     """9a. While a completion waits for the rate limit, no permit for a new claim is granted."""
     for run in case.trace.runs:
         permits = run.node.claim_permits
         if permits and run.behaviour in PROMPT and run.result in {"returned", "raised"}:
-            yield from _was_overtaken(case, run, permits)
+            yield from _find_overtaking_claims(case, run, permits)
 
 
-def _was_overtaken(
+def _find_overtaking_claims(
     case: FinishedSimulation, run: HandlerRun, permits: list[float]
 ) -> Iterator[str]:
     lease = case.lease_at(run.node, run.work_id, run.started)
@@ -64,7 +66,7 @@ def _was_overtaken(
     if stop is None or run.node.was_paused(run.ended, stop.at):
         return
     if run.node.was_paused_unnoticed(run.started, stop.at):
-        return  # the stop may have waited for the heartbeat that verifies the lease
+        return  # after an unnoticed pause, the stop waits for a heartbeat that verifies the lease
     writes = [call for call in writes if call.at <= stop.at]
     delayed = _was_delayed(case, run.node, run.work_id, run.ended, stop.at)
     if delayed or any(call.fault is not None for call in writes):
@@ -75,18 +77,18 @@ def _was_overtaken(
             yield f"{stop} waited since {run.ended:.3f}, a claim was permitted at {at:.3f}"
 
 
-def acks_do_not_wait(case: FinishedSimulation) -> Iterator[str]:
+def acks_do_not_wait_for_permits(case: FinishedSimulation) -> Iterator[str]:
     """9b. An item with a slot is acknowledged at once: its permit was acquired before the poll."""
     for node in case.trace.nodes:
         if not node.claim_permits:
             continue
         for at, event in node.events:
             if isinstance(event, AckFinished):
-                yield from _late_acks(case, node, at, event)
+                yield from _find_late_acks(case, node, at, event)
 
 
-def _late_acks(
-    case: FinishedSimulation, node: Node, at: float, event: AckFinished
+def _find_late_acks(
+    case: FinishedSimulation, node: PoolProcess, at: float, event: AckFinished
 ) -> Iterator[str]:
     began = at - (event.delivery_seconds - event.queue_seconds) / node.pool.rate
     for call in case.sent[node, event.item.id]:
@@ -98,7 +100,7 @@ def _late_acks(
 
 
 def _was_delayed(
-    case: FinishedSimulation, node: Node, work_id: str | None, since: float, until: float
+    case: FinishedSimulation, node: PoolProcess, work_id: str | None, since: float, until: float
 ) -> bool:
     """Return whether the node was halted, or a call for the item got no connection."""
     return node.was_paused(since - 1, until) or any(
@@ -108,7 +110,7 @@ def _was_delayed(
 
 
 def refused_acks_are_backed_off(case: FinishedSimulation) -> Iterator[str]:
-    """9c. A pool whose acks are refused sends few of them, and so leaves items to others."""
+    """9c. A pool whose acks are refused sends only a few acks, and leaves the items to others."""
     for node in case.trace.nodes:
         for since, until in node.denials:
             denied = sum(
@@ -123,35 +125,37 @@ def refused_acks_are_backed_off(case: FinishedSimulation) -> Iterator[str]:
 
 
 def failing_handlers_claim_slowly(case: FinishedSimulation) -> Iterator[str]:
-    """9d. After five quick failures in a row, an item is claimed only after a pause."""
+    """9d. After five quick failures of a handler in a row, the next claim waits for a pause."""
     for node in case.trace.nodes:
         declined = {
             (at, each.item.id) for at, each in node.events if isinstance(each, ItemDeclined)
         }
         for retried in (False, True):
-            yield from _early_claims(node, declined, retried)
+            yield from _find_early_claims(node, declined, retried)
 
 
-def _early_claims(node: Node, declined: set[tuple[float, str]], retried: bool) -> Iterator[str]:
-    """Yield the claims of one of the two handlers that came too early.
+def _find_early_claims(
+    node: PoolProcess, declined: set[tuple[float, str]], retried: bool
+) -> Iterator[str]:
+    """Yield the claims that came during the pause after quick failures of one handler.
 
     A limit of sessions has one handler for both kinds of items.
     """
     failed: set[str] = set()
     resume_at, pause = 0.0, 0.0
     for at, event in node.events:
-        if node.pool.max_sessions is None and _is_retried(event) != retried:
+        if node.pool.max_sessions is None and _has_retrying_handler(event) != retried:
             continue
         if isinstance(event, SessionFinished):
-            failed, grown = _failures_after(event, failed, pause)
+            failed, grown = _update_failures(event, failed, pause)
             if grown != pause or _failed_quickly(event):
                 resume_at, pause = at + grown, grown
-        elif _claimed_item(event, at, declined) and at < resume_at - INSTANT_SECONDS:
+        elif _is_claim(event, at, declined) and at < resume_at - INSTANT_SECONDS:
             name = node.machine.name
             yield f"{name} claimed an item at {at:.3f}, before {resume_at:.3f}"
 
 
-def _is_retried(event: Event) -> bool:
+def _has_retrying_handler(event: Event) -> bool:
     """Return whether the event is about an item whose handler has `retry=`."""
     item = event.session.item if isinstance(event, SessionFinished) else None
     if isinstance(event, ItemReceived):
@@ -159,10 +163,10 @@ def _is_retried(event: Event) -> bool:
     return item is not None and item.metadata.get("behaviour") == "retry"
 
 
-def _failures_after(
+def _update_failures(
     event: SessionFinished, failed: set[str], pause: float
 ) -> tuple[set[str], float]:
-    """Return the items that have failed in a row, and the pause that follows."""
+    """Return the items that have failed in a row, and the pause before the next claim."""
     if _failed_quickly(event):
         failed = failed | {event.session.item.id}
         return failed, min(30.0, 2 * pause or 1.0) if len(failed) >= FAILURES else 0.0
@@ -175,7 +179,7 @@ def _failed_quickly(event: SessionFinished) -> bool:
     return event.outcome == "failed" and event.seconds < 1
 
 
-def _claimed_item(event: Event, at: float, declined: set[tuple[float, str]]) -> bool:
+def _is_claim(event: Event, at: float, declined: set[tuple[float, str]]) -> bool:
     return (
         isinstance(event, ItemReceived)
         and event.origin != "duplicate"
@@ -186,7 +190,11 @@ def _claimed_item(event: Event, at: float, declined: set[tuple[float, str]]) -> 
 def cancellations_are_repeated(case: FinishedSimulation) -> Iterator[str]:
     """9e. A handler that ignores its cancellation is cancelled again after 10 s."""
     for run in case.trace.runs:
-        if run.behaviour != "swallow" or run.cancelled_at == FOREVER or run.node.abandoned:
+        if (
+            run.behaviour != "swallow_cancellation"
+            or run.cancelled_at == FOREVER
+            or run.node.abandoned
+        ):
             continue
         halted = run.node.halted_seconds(run.cancelled_at, run.ended)
         if run.ended - run.cancelled_at > REPEAT_SECONDS + MARGIN_SECONDS + halted:
@@ -194,7 +202,7 @@ def cancellations_are_repeated(case: FinishedSimulation) -> Iterator[str]:
 
 
 def nothing_is_sent_in_doubt(case: FinishedSimulation) -> Iterator[str]:
-    """9f. After a pause that the lease clock does not show, a heartbeat or ack succeeds first."""
+    """9f. After a pause that the lease clock misses, a heartbeat or ack precedes all writes."""
     for (node, work_id), calls in case.sent.items():
         for since, until in node.machine.unseen:
             if until - since < PAUSE_SECONDS:
@@ -205,12 +213,12 @@ def nothing_is_sent_in_doubt(case: FinishedSimulation) -> Iterator[str]:
                     if (
                         lease is not None
                         and lease.began < until
-                        and not _was_verified(calls, until, call)
+                        and not _lease_was_verified(calls, until, call)
                     ):
                         yield f"{call} was sent; its machine was paused until {until:.3f}"
 
 
-def _was_verified(calls: list[SentCall], since: float, until: SentCall) -> bool:
+def _lease_was_verified(calls: list[SentCall], since: float, until: SentCall) -> bool:
     return any(
         call.op in {"heartbeat", "ack"}
         and call.answer == "ok"
@@ -221,18 +229,18 @@ def _was_verified(calls: list[SentCall], since: float, until: SentCall) -> bool:
 
 
 def one_heartbeat_at_a_time(case: FinishedSimulation) -> Iterator[str]:
-    """9g. A pool sends no heartbeat for an item while another one is under way."""
+    """9g. A pool sends no heartbeat for an item while another heartbeat is in flight."""
     for (node, work_id), calls in case.sent.items():
         heartbeats = [call for call in calls if call.op == "heartbeat"]
         for one, two in pairwise(heartbeats):
-            # A heartbeat of an earlier lease may be in flight; its answer is not used.
+            # A heartbeat of an earlier lease may still be in flight, since its answer is not used.
             again = case.lease_at(node, work_id, one.at) is not case.lease_at(node, work_id, two.at)
             if two.at < one.answered_at and not again:
                 yield f"{two} was sent while {one} was under way"
 
 
-def a_try_leaves_time_for_another(case: FinishedSimulation) -> Iterator[str]:
-    """9h. A write without an answer is given up early enough to be tried again."""
+def unanswered_write_leaves_time_for_another_try(case: FinishedSimulation) -> Iterator[str]:
+    """9h. An unanswered write is given up early enough for another try during the lease."""
     for (node, work_id), calls in case.sent.items():
         for call in calls:
             if call.op not in {"stop", "update"} or call.answered_at == FOREVER:
@@ -240,21 +248,21 @@ def a_try_leaves_time_for_another(case: FinishedSimulation) -> Iterator[str]:
             lease = case.lease_at(node, work_id, call.at)
             if lease is None:
                 continue
-            left = (lease.end_at(call.at) - call.at) / TRY_PART
+            left = (lease.granted_end_at(call.at) - call.at) / TRY_PART
             most = min(node.pool.request_timeout, max(0.0, left)) + MARGIN_SECONDS
             if call.answered_at - call.at > most + node.halted_seconds(call.at, call.answered_at):
                 yield f"{call} was given up at {call.answered_at:.3f} only"
 
 
 def optional_calls_are_refused_once(case: FinishedSimulation) -> Iterator[str]:
-    """9j. A call that the key may not make is not sent again, until a poll is refused as well.
+    """9j. An optional call that was refused for the key is not sent again before a poll is refused.
 
     A call that is being repeated at that time is repeated until it is refused itself, and a read
     that waits for a connection is sent.
     """
     for node in case.trace.nodes:
         for op in OPTIONAL:
-            denied_at = case.denied_at(node, op)
+            permission_denied_at = case.permission_denied_at(node, op)
             forgotten_at = min(
                 (
                     call.answered_at
@@ -262,7 +270,7 @@ def optional_calls_are_refused_once(case: FinishedSimulation) -> Iterator[str]:
                     if call.node is node
                     and call.op == "poll"
                     and isinstance(call.answer, int)
-                    and call.answered_at >= denied_at
+                    and call.answered_at >= permission_denied_at
                 ),
                 default=FOREVER,
             )
@@ -270,11 +278,11 @@ def optional_calls_are_refused_once(case: FinishedSimulation) -> Iterator[str]:
                 if (
                     call.node is node
                     and call.op == op
-                    and denied_at < call.at < forgotten_at
-                    and not _repeats_unanswered(case, call, denied_at)
-                    and not _waited_for_connection(case, call, denied_at)
+                    and permission_denied_at < call.at < forgotten_at
+                    and not _repeats_unanswered_call(case, call, permission_denied_at)
+                    and not _waited_for_connection(case, call, permission_denied_at)
                 ):
-                    yield f"{call} was sent; it was refused at {denied_at:.3f}"
+                    yield f"{call} was sent; it was refused at {permission_denied_at:.3f}"
 
 
 def _waited_for_connection(case: FinishedSimulation, call: SentCall, since: float) -> bool:
@@ -287,8 +295,8 @@ def _waited_for_connection(case: FinishedSimulation, call: SentCall, since: floa
     )
 
 
-def _repeats_unanswered(case: FinishedSimulation, call: SentCall, since: float) -> bool:
-    """Return whether the call waited since before `since`, or repeats one without an answer."""
+def _repeats_unanswered_call(case: FinishedSimulation, call: SentCall, since: float) -> bool:
+    """Return whether the call waited before `since`, or repeats a call that got no answer."""
     waited = any(
         delay.node is call.node
         and (delay.op, delay.work_id) == (call.op, call.work_id)
@@ -319,17 +327,18 @@ def clients_stay_on_their_loop(case: FinishedSimulation) -> Iterator[str]:
 
 
 def completions_are_tried_while_the_lease_is_held(case: FinishedSimulation) -> Iterator[str]:
-    """9l. A completion is given up only shortly before the lease ends, as far as the pool knows."""
+    """9l. A completion is given up only shortly before the end of the lease that the pool knows."""
     for node in case.trace.nodes:
         leaving = 0.0 if node.error is not None else node.drain[0] if node.drain else FOREVER
         for at, event in node.events:
-            if isinstance(event, DrainStarted):  # a pool also drains at its exit limits
+            # A pool that reaches its exit limits drains without an action of the schedule.
+            if isinstance(event, DrainStarted):
                 leaving = min(leaving, at)
             if not isinstance(event, SessionFinished) or event.outcome != "released":
                 continue
             work_id = event.session.item.id
             lease = case.lease_at(node, work_id, at)
-            run = None if lease is None else case.run_of(node, lease)
+            run = None if lease is None else case.last_run_of_lease(node, lease)
             if run is None or run.cancelled_at < FOREVER or at >= leaving:
                 continue
             if run.result not in {"returned", "raised"}:
@@ -339,17 +348,17 @@ def completions_are_tried_while_the_lease_is_held(case: FinishedSimulation) -> I
                 yield f"{node.machine.name}: {work_id[-6:]} was given up {left:.1f} s too early"
 
 
-def _known_lease_end(case: FinishedSimulation, node: Node, work_id: str, at: float) -> float:
-    """Return the end of the lease that the last answered heartbeat granted, as the pool counts."""
+def _known_lease_end(case: FinishedSimulation, node: PoolProcess, work_id: str, at: float) -> float:
+    """Return the end of the lease by the pool's count from its last answered heartbeat."""
     decided = [
-        _decided_at(case, call)
+        _send_decided_at(case, call)
         for call in case.sent[node, work_id]
         if call.op == "heartbeat" and call.answer == "ok" and call.answered_at <= at
     ]
     return max(decided, default=at) + node.pool.lease_ttl
 
 
-def _decided_at(case: FinishedSimulation, call: SentCall) -> float:
+def _send_decided_at(case: FinishedSimulation, call: SentCall) -> float:
     """Return when the pool decided to send the call, which may then have waited on its machine.
 
     The pool counts its lease from that time, the control plane from the call's arrival. The

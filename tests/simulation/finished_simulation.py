@@ -1,4 +1,4 @@
-"""The input of the invariants: one simulation's history and trace, indexed by item and node.
+"""One finished simulation: its history and trace, indexed by item and process.
 
 A *granted lease* is the time for which one worker owns one item, from its ack on, as the control
 plane granted it. An operator can end it before the time that its last heartbeat was granted.
@@ -18,7 +18,7 @@ from workpool.wire.protocol import ACTIVE
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping
 
-    from tests.simulation.trace import HandlerRun, Node, SentCall, Trace
+    from tests.simulation.trace import HandlerRun, PoolProcess, SentCall, Trace
     from workpool.server import Record
 
 WRITES: Final = frozenset({"heartbeat", "stop", "update"})
@@ -32,7 +32,7 @@ START: Final = 86_400.0
 
 @dataclass(slots=True, eq=False, repr=False)
 class GrantedLease:
-    """One worker's lease of one item.
+    """One worker's lease of one item, as the control plane granted it.
 
     Attributes:
         ends: For each answer of the control plane: its time, and the end of the lease that it
@@ -59,19 +59,19 @@ class GrantedLease:
     settled: bool = True
     extended_by: str | None = None
 
-    def end_at(self, at: float) -> float:
-        """Return the end of the lease that had been granted by the time `at`."""
+    def granted_end_at(self, at: float) -> float:
+        """Return the end of the lease as it had been granted by the time `at`."""
         place = bisect_right(self.ends, (at, FOREVER)) - 1
         return self.ends[max(place, 0)][1]
 
     @property
-    def last_end(self) -> float:
+    def last_granted_end(self) -> float:
         """The end of the lease that was granted last."""
         return self.ends[-1][1]
 
 
 class ActiveClaim(NamedTuple):
-    """An item whose ack answered `active`.
+    """A claim whose ack was answered with the state `active`, which proves no ownership.
 
     Attributes:
         polled_at: The time at which the poll that delivered it was sent.
@@ -81,15 +81,15 @@ class ActiveClaim(NamedTuple):
     polled_at: float
     calls: list[SentCall]
 
-    def heartbeats_until(self, at: float) -> list[SentCall]:
-        """Return the heartbeats that were answered by the time `at`."""
+    def heartbeats_answered_by(self, at: float) -> list[SentCall]:
+        """Return the heartbeats of this claim that were answered by the time `at`."""
         return [each for each in self.calls if each.op == "heartbeat" and each.answered_at <= at]
 
-    def is_settled(self, at: float) -> bool:
+    def is_settled_by(self, at: float) -> bool:
         """Return whether a heartbeat has shown by the time `at` that the node owns the item."""
         return any(
             each.answer == "ok" and getattr(each.value, "state", None) == ACTIVE
-            for each in self.heartbeats_until(at)
+            for each in self.heartbeats_answered_by(at)
         )
 
 
@@ -110,12 +110,12 @@ class FinishedSimulation:
     trace: Trace
     counted: Mapping[tuple[str, ...], float]
     leases: dict[str, list[GrantedLease]] = field(init=False)
-    sent: dict[tuple[Node, str], list[SentCall]] = field(init=False)
+    sent: dict[tuple[PoolProcess, str], list[SentCall]] = field(init=False)
     runs: dict[str, list[HandlerRun]] = field(init=False)
     stopped: dict[str, Record] = field(init=False)
 
     def __post_init__(self) -> None:
-        """Index the history and the trace."""
+        """Index the history and the trace by item and process."""
         children = frozenset(node.worker_id for node in self.trace.nodes if node.child)
         self.leases = _build_leases(self.history, children)
         self.stopped = {each.work_id: each for each in self.history if each.kind == "stopped"}
@@ -132,7 +132,7 @@ class FinishedSimulation:
         for run in self.trace.runs:
             self.runs[run.work_id].append(run)
 
-    def lease_at(self, node: Node, work_id: str, at: float) -> GrantedLease | None:
+    def lease_at(self, node: PoolProcess, work_id: str, at: float) -> GrantedLease | None:
         """Return the node's last lease of the item that began at `at` or before."""
         found = None
         for lease in self.leases.get(work_id, ()):
@@ -140,8 +140,8 @@ class FinishedSimulation:
                 found = lease
         return found
 
-    def active_claim(self, node: Node, work_id: str, at: float) -> ActiveClaim | None:
-        """Return the node's last claim of the item at `at` if its ack answered `active`."""
+    def active_claim(self, node: PoolProcess, work_id: str, at: float) -> ActiveClaim | None:
+        """Return the node's last claim of the item at `at`, if its ack was answered `active`."""
         calls = self.sent.get((node, work_id), [])
         ack = max(
             (call for call in calls if call.op == "ack" and call.answered_at <= at),
@@ -161,15 +161,13 @@ class FinishedSimulation:
         later = [call for call in calls if ack.answered_at <= call.at]
         return ActiveClaim(polled_at, [call for call in later if call.op != "ack"])
 
-    def has_unsettled_claim(self, node: Node, work_id: str, at: float) -> bool:
-        """Return whether the node had claimed an item by the time `at` that may be another's."""
+    def has_unsettled_claim(self, node: PoolProcess, work_id: str, at: float) -> bool:
+        """Return whether the node's claim at `at` is of an item that another worker may own."""
         claim = self.active_claim(node, work_id, at)
-        return claim is not None and not claim.is_settled(at)
+        return claim is not None and not claim.is_settled_by(at)
 
-    def denied_at(self, node: Node, op: str) -> float:
-        """Return when the node was told that its key may not make a call; infinite if it was
-        not.
-        """
+    def permission_denied_at(self, node: PoolProcess, op: str) -> float:
+        """Return when a call was first refused for the node's key; infinite if it never was."""
         answered = sorted(
             (call for call in self.trace.sent if call.node is node and call.op == op),
             key=lambda call: call.answered_at,
@@ -181,20 +179,20 @@ class FinishedSimulation:
                 return call.answered_at
         return FOREVER
 
-    def extended_lease_of_another(self, node: Node, work_id: str) -> bool:
+    def extended_lease_of_another(self, node: PoolProcess, work_id: str) -> bool:
         """Return whether the node extended the lease of another node after losing its own."""
         leases = self.leases.get(work_id, ())
         extended_another = any(lease.extended_by == node.worker_id for lease in leases)
         return extended_another and any(broken == work_id for _, broken in self.trace.broken)
 
-    def all_leases(self) -> Iterable[tuple[Node, GrantedLease]]:
+    def all_leases(self) -> Iterable[tuple[PoolProcess, GrantedLease]]:
         """Yield every granted lease with the node that owned it."""
         nodes = {node.worker_id: node for node in self.trace.nodes}
         for leases in self.leases.values():
             for lease in leases:
                 yield nodes[lease.worker_id], lease
 
-    def run_of(self, node: Node, lease: GrantedLease) -> HandlerRun | None:
+    def last_run_of_lease(self, node: PoolProcess, lease: GrantedLease) -> HandlerRun | None:
         """Return the last handler run during a lease; None if no handler ran."""
         found = None
         for run in self.runs.get(lease.work_id, ()):
@@ -202,7 +200,9 @@ class FinishedSimulation:
                 found = run
         return found
 
-    def had_fault(self, node: Node, lease: GrantedLease, until: float = FOREVER) -> bool:
+    def had_fault_during_lease(
+        self, node: PoolProcess, lease: GrantedLease, until: float = FOREVER
+    ) -> bool:
         """Return whether the node or its calls for the item had a fault during the lease."""
         since = lease.began - 0.01
         return (
@@ -210,7 +210,8 @@ class FinishedSimulation:
                 call.fault is not None and call.effective_until >= since and call.at <= until
                 for call in self.sent[node, lease.work_id]
             )
-            or any(  # with a worker's key, items are looked up in the list
+            # A pool with a worker's key reads items in the list.
+            or any(
                 call.op == "list" and call.node is node and call.fault is not None
                 for call in self.trace.sent
                 if call.effective_until >= since and call.at <= until
@@ -222,19 +223,19 @@ class FinishedSimulation:
                 and delay.since <= until
                 for delay in self.trace.delays
             )
-            or node.was_paused(since, min(until, lease.last_end + 1))
-            # The ack may have waited before it was sent.
+            or node.was_paused(since, min(until, lease.last_granted_end + 1))
+            # A pause before the lease began may have delayed its ack.
             or node.was_paused_unnoticed(since - ACK_SECONDS, until)
-            or node.crashed <= min(until, lease.last_end)
-            or self.was_ended_early(lease)
+            or node.crashed <= min(until, lease.last_granted_end)
+            or self.lease_was_ended_early(lease)
         )
 
-    def was_ended_early(self, lease: GrantedLease) -> bool:
-        """Return whether the lease was ended before the time that was granted."""
+    def lease_was_ended_early(self, lease: GrantedLease) -> bool:
+        """Return whether the lease ended before its granted end."""
         return any(
-            work_id == lease.work_id and lease.began <= at <= lease.last_end
+            work_id == lease.work_id and lease.began <= at <= lease.last_granted_end
             for at, work_id in self.trace.broken
-        ) or (lease.end_kind == "lapsed" and lease.ended < lease.last_end - 0.001)
+        ) or (lease.end_kind == "lapsed" and lease.ended < lease.last_granted_end - 0.001)
 
 
 def _build_leases(
@@ -244,12 +245,13 @@ def _build_leases(
     for record in history:
         leases = found[record.work_id]
         if record.kind == "acked":
-            leases.append(_begin_lease(record))
+            leases.append(_lease_from_record(record))
             leases[-1].settled = record.state != ACTIVE
             continue
         if record.kind == "heartbeat" and leases and leases[-1].end_kind == "lapsed":
-            # A poll has leased the item again, and its worker repeats the first heartbeat.
-            leases.append(_begin_lease(record))
+            # In `poll leases`, a poll has leased the item again, and its worker then sent a first
+            # heartbeat.
+            leases.append(_lease_from_record(record))
             continue
         if not leases or leases[-1].end_kind is not None:
             continue
@@ -257,31 +259,31 @@ def _build_leases(
             leases[-1].settled, leases[-1].worker_id = True, str(record.worker_id)
         if record.kind == "heartbeat" and record.worker_id != leases[-1].worker_id:
             if children & {str(record.worker_id), leases[-1].worker_id}:
-                leases.append(_mark_handoff(leases[-1], record))
+                leases.append(_begin_lease_of_child(leases[-1], record))
             else:
                 leases[-1].extended_by = record.worker_id
             continue
-        _extend_lease(leases[-1], record)
+        _apply_record_to_lease(leases[-1], record)
     return found
 
 
-def _begin_lease(record: Record) -> GrantedLease:
-    """Return the lease that the record began."""
+def _lease_from_record(record: Record) -> GrantedLease:
+    """Return a new lease that begins with an ack or heartbeat of the history."""
     lease = GrantedLease(record.work_id, str(record.worker_id), record.time)
-    lease.ends.append((record.time, _end_lease(record)))
+    lease.ends.append((record.time, _granted_end_of_record(record)))
     return lease
 
 
-def _mark_handoff(lease: GrantedLease, record: Record) -> GrantedLease:
+def _begin_lease_of_child(lease: GrantedLease, record: Record) -> GrantedLease:
     lease.ended, lease.end_kind = record.time, "detached"
-    child = _begin_lease(record)
+    child = _lease_from_record(record)
     child.stop_requested = lease.stop_requested
     return child
 
 
-def _extend_lease(lease: GrantedLease, record: Record) -> None:
+def _apply_record_to_lease(lease: GrantedLease, record: Record) -> None:
     if record.kind == "heartbeat":
-        lease.ends.append((record.time, _end_lease(record)))
+        lease.ends.append((record.time, _granted_end_of_record(record)))
     elif record.kind == "stop_requested":
         lease.stop_requested = min(lease.stop_requested, record.time)
     elif record.kind in {"lapsed", "stopped"}:
@@ -290,5 +292,5 @@ def _extend_lease(lease: GrantedLease, record: Record) -> None:
         lease.stopped_by = record.worker_id
 
 
-def _end_lease(record: Record) -> float:
+def _granted_end_of_record(record: Record) -> float:
     return FOREVER if record.lease_end is None else record.lease_end - START

@@ -1,8 +1,8 @@
-"""The rules by which Kubernetes and KEDA choose a number of pods: no clock, no input, no output.
+"""The rules by which Kubernetes and KEDA choose a number of pods, as functions without I/O.
 
 `HorizontalAutoscaler` is the HorizontalPodAutoscaler (`autoscaling/v2`) with one external metric
-and a target average value. `Activation` is the part of KEDA that starts the first pod and removes
-the last one. Times are in seconds, on any clock.
+and a target average value. `KedaActivation` is the part of KEDA that starts the first pod and
+removes the last one. Times are in seconds, on any clock.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
 
-class Policy(NamedTuple):
+class ScalingPolicy(NamedTuple):
     """The most pods that are added or removed within `period` seconds: a number or a percentage."""
 
     kind: Literal["Pods", "Percent"]
@@ -24,7 +24,7 @@ class Policy(NamedTuple):
 
 
 class ScalingRules(NamedTuple):
-    """The rules of one direction.
+    """The rules for scaling in one direction, up or down.
 
     Attributes:
         window: Seconds of the stabilization window.
@@ -33,18 +33,20 @@ class ScalingRules(NamedTuple):
     """
 
     window: float
-    policies: tuple[Policy, ...]
+    policies: tuple[ScalingPolicy, ...]
     select: Literal["Max", "Min", "Disabled"] = "Max"
 
 
-SCALE_UP: Final = ScalingRules(0.0, (Policy("Percent", 100, 15.0), Policy("Pods", 4, 15.0)))
+SCALE_UP: Final = ScalingRules(
+    0.0, (ScalingPolicy("Percent", 100, 15.0), ScalingPolicy("Pods", 4, 15.0))
+)
 """The default of Kubernetes."""
-SCALE_DOWN: Final = ScalingRules(300.0, (Policy("Percent", 100, 15.0),))
+SCALE_DOWN: Final = ScalingRules(300.0, (ScalingPolicy("Percent", 100, 15.0),))
 """The default of Kubernetes."""
 
 
 @dataclass(frozen=True, slots=True)
-class Autoscaling:
+class AutoscalerSpec:
     """The specification of a HorizontalPodAutoscaler.
 
     Attributes:
@@ -63,15 +65,15 @@ class Autoscaling:
 
 
 class HorizontalAutoscaler:
-    """One HorizontalPodAutoscaler, with its memory of recommendations and changes."""
+    """A HorizontalPodAutoscaler with its recent recommendations and changes."""
 
-    def __init__(self, rules: Autoscaling) -> None:
+    def __init__(self, rules: AutoscalerSpec) -> None:
         self._rules = rules
         self._recommended: list[tuple[float, int]] = []
         self._changes: list[tuple[float, int]] = []
 
-    def sync(self, now: float, replicas: int, pods: int, metric: float | None) -> int:
-        """Return the number of pods that the target should have.
+    def sync_target_size(self, now: float, replicas: int, pods: int, metric: float | None) -> int:
+        """Return the number of pods that the scaled workload should have.
 
         Args:
             now: The time.
@@ -81,20 +83,22 @@ class HorizontalAutoscaler:
         """
         rules = self._rules
         if replicas == 0 and rules.minimum != 0:
-            return 0  # deactivated
+            return 0  # a number of 0 deactivates the autoscaler
         if not rules.minimum <= replicas <= rules.maximum:
             desired = min(rules.maximum, max(rules.minimum, replicas))
         elif metric is None:
             return replicas
         else:
-            wanted = _for_metric(metric, pods, rules)
-            desired = self._limited(now, replicas, self._stabilized(now, replicas, wanted))
+            wanted = _pods_for_metric(metric, pods, rules)
+            desired = self._limit_change(
+                now, replicas, self._stabilize_recommendation(now, replicas, wanted)
+            )
         if desired != replicas:
             self._changes.append((now, desired - replicas))
         return desired
 
-    def _stabilized(self, now: float, replicas: int, wanted: int) -> int:
-        """Return the number within the recommendations of both windows, and remember `wanted`."""
+    def _stabilize_recommendation(self, now: float, replicas: int, wanted: int) -> int:
+        """Limit the number by the recommendations in both windows, and record `wanted`."""
         up, down = self._rules.up.window, self._rules.down.window
         lowest = min([wanted, *(each for at, each in self._recommended if at > now - up)])
         highest = max([wanted, *(each for at, each in self._recommended if at > now - down)])
@@ -102,23 +106,27 @@ class HorizontalAutoscaler:
         self._recommended.append((now, wanted))
         return min(max(replicas, lowest), highest)
 
-    def _limited(self, now: float, replicas: int, desired: int) -> int:
-        """Return the number within the limits and policies."""
+    def _limit_change(self, now: float, replicas: int, desired: int) -> int:
+        """Limit the number by the minimum, the maximum and the policies."""
         rules = self._rules
         if desired > replicas:
-            allowed = max(replicas, self._bound(now, replicas, rules.up, _increased))
+            allowed = max(
+                replicas, self._bound_by_policies(now, replicas, rules.up, _increase_by_policy)
+            )
             return min(desired, allowed, rules.maximum)
         if desired < replicas:
-            allowed = min(replicas, self._bound(now, replicas, rules.down, _decreased))
+            allowed = min(
+                replicas, self._bound_by_policies(now, replicas, rules.down, _decrease_by_policy)
+            )
             return max(desired, allowed, rules.minimum)
         return desired
 
-    def _bound(
+    def _bound_by_policies(
         self,
         now: float,
         replicas: int,
         rules: ScalingRules,
-        changed: Callable[[int, Policy], int],
+        changed: Callable[[int, ScalingPolicy], int],
     ) -> int:
         if rules.select == "Disabled":
             return replicas
@@ -126,35 +134,35 @@ class HorizontalAutoscaler:
             changed(replicas - self._net_change(now, policy.period), policy)
             for policy in rules.policies
         ]
-        largest_number = (rules.select == "Max") == (changed is _increased)
+        largest_number = (rules.select == "Max") == (changed is _increase_by_policy)
         return max(proposals) if largest_number else min(proposals)
 
     def _net_change(self, now: float, period: float) -> int:
         return sum(change for at, change in self._changes if at > now - period)
 
 
-def _for_metric(metric: float, pods: int, rules: Autoscaling) -> int:
-    """Return the number of pods for the metric: the present one within the tolerance."""
+def _pods_for_metric(metric: float, pods: int, rules: AutoscalerSpec) -> int:
+    """Return the number of pods for a metric; within the tolerance, the current number."""
     capacity = rules.target * pods
     if capacity and abs(1.0 - metric / capacity) <= rules.tolerance:
         return pods
     return math.ceil(metric / rules.target)
 
 
-def _increased(replicas: int, policy: Policy) -> int:
+def _increase_by_policy(replicas: int, policy: ScalingPolicy) -> int:
     if policy.kind == "Pods":
         return replicas + policy.value
     return math.ceil(replicas * (100 + policy.value) / 100)
 
 
-def _decreased(replicas: int, policy: Policy) -> int:
+def _decrease_by_policy(replicas: int, policy: ScalingPolicy) -> int:
     if policy.kind == "Pods":
         return replicas - policy.value
     return replicas * (100 - policy.value) // 100
 
 
-class Activation:
-    """The step of KEDA from no pod to the first one, and back.
+class KedaActivation:
+    """The part of KEDA that starts the first pod and removes the last one.
 
     Args:
         minimum: `minReplicaCount`; with 0, all pods are removed without work.
@@ -166,8 +174,8 @@ class Activation:
         self._cooldown = cooldown
         self._active_at = -math.inf
 
-    def poll(self, now: float, replicas: int, metric: float | None) -> int:
-        """Return the number of pods that the target should have after one `pollingInterval`.
+    def poll_target_size(self, now: float, replicas: int, metric: float | None) -> int:
+        """Return the number of pods that the scaled workload should have after this poll.
 
         Args:
             now: The time.

@@ -1,4 +1,4 @@
-"""The sessions that a scale-down cut, their counts, and the invariants of a fleet."""
+"""The invariants of an autoscaled fleet, and counts of the sessions that scale-downs cut."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from workpool_kubernetes.plugin import Kubernetes
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
-    from tests.simulation.autoscaler.cluster import Deletion, FleetRecord
+    from tests.simulation.autoscaler.cluster import FleetRecord, PodDeletion
     from tests.simulation.autoscaler.fleet_schedule import FleetSettings
     from tests.simulation.trace import HandlerRun, Trace
 
@@ -22,16 +22,16 @@ FAILED_COST_SECONDS: Final = 310.0
 """The longest pause after a write of the deletion cost that failed, with a margin."""
 
 
-class Fleet(NamedTuple):
-    """One finished simulation of a fleet."""
+class FinishedFleet(NamedTuple):
+    """One finished simulation of a fleet: its trace, pod deletions and settings."""
 
     trace: Trace
     record: FleetRecord
     settings: FleetSettings
 
 
-class Counts(NamedTuple):
-    """The sums of some simulations.
+class RemovalCounts(NamedTuple):
+    """Counts of removed pods and cut sessions, in one simulation or in several.
 
     Attributes:
         sessions: Items.
@@ -51,12 +51,12 @@ class Counts(NamedTuple):
     evictions: int = 0
     cut_by_evictions: int = 0
 
-    def plus(self, other: Counts) -> Counts:
-        """Return the sums of both."""
-        return Counts(*(one + two for one, two in zip(self, other, strict=True)))
+    def merge(self, other: RemovalCounts) -> RemovalCounts:
+        """Return the sums of both counts."""
+        return RemovalCounts(*(one + two for one, two in zip(self, other, strict=True)))
 
     def __str__(self) -> str:
-        """Return two lines."""
+        """Return two lines of text with all counts."""
         return (
             f"{self.sessions} sessions; the autoscaler removed {self.pods} pods, {self.busy_pods} "
             f"of them with {self.drained} sessions: {self.cut} cut\n"
@@ -64,24 +64,24 @@ class Counts(NamedTuple):
         )
 
 
-def count_removed_pods(fleet: Fleet, sessions: int) -> Counts:
+def count_removed_pods(fleet: FinishedFleet, sessions: int) -> RemovalCounts:
     """Return the counts of removed pods and cut sessions of one simulation."""
     trace, record, _ = fleet
     voluntary = [each for each in record.deletions if each.kind == "scale-down"]
     evictions = [each for each in record.deletions if each.kind == "eviction"]
-    return Counts(
+    return RemovalCounts(
         sessions=sessions,
         pods=len(voluntary),
         busy_pods=sum(each.busy > 0 for each in voluntary),
         drained=sum(each.busy for each in voluntary),
-        cut=sum(1 for each in voluntary for _ in cuts_of(trace, each)),
+        cut=sum(1 for each in voluntary for _ in find_cut_sessions(trace, each)),
         evictions=len(evictions),
-        cut_by_evictions=sum(1 for each in evictions for _ in cuts_of(trace, each)),
+        cut_by_evictions=sum(1 for each in evictions for _ in find_cut_sessions(trace, each)),
     )
 
 
-def cuts_of(trace: Trace, deletion: Deletion) -> Iterator[HandlerRun]:
-    """Yield the runs that ended before their time because their pod was deleted.
+def find_cut_sessions(trace: Trace, deletion: PodDeletion) -> Iterator[HandlerRun]:
+    """Yield the handler runs that were cancelled or killed because their pod was deleted.
 
     The drain cancels and releases them, or they are killed with their process.
     """
@@ -103,19 +103,19 @@ def cuts_of(trace: Trace, deletion: Deletion) -> Iterator[HandlerRun]:
                 yield run
 
 
-def scale_down_cuts_no_session(fleet: Fleet) -> Iterator[str]:
+def scale_down_cuts_no_session(fleet: FinishedFleet) -> Iterator[str]:
     """F1. No session is cut because the autoscaler removes its pod."""
     for deletion in fleet.record.deletions:
         if deletion.kind == "scale-down":
-            for run in cuts_of(fleet.trace, deletion):
+            for run in find_cut_sessions(fleet.trace, deletion):
                 yield (
                     f"{run.work_id} was cut after {run.ended_or_cancelled - run.started:.1f} s;"
                     f" its pod was removed at {deletion.at:.3f}"
                 )
 
 
-def idle_pods_are_removed_first(fleet: Fleet) -> Iterator[str]:
-    """F2. No pod with sessions is removed while an idle one is kept.
+def idle_pods_are_removed_first(fleet: FinishedFleet) -> Iterator[str]:
+    """F2. No pod with sessions is removed while an idle pod is kept.
 
     Exceptions: one of them has been busy or idle for less than the time of a write of its cost, or
     a write of the removed pod failed.
@@ -130,8 +130,8 @@ def idle_pods_are_removed_first(fleet: Fleet) -> Iterator[str]:
             )
 
 
-def enough_pods_are_kept(fleet: Fleet) -> Iterator[str]:
-    """F3. The number of pods is not lowered below what the unfinished items need."""
+def enough_pods_are_kept(fleet: FinishedFleet) -> Iterator[str]:
+    """F3. The number of pods is not lowered below the number that the unfinished items need."""
     settings = fleet.settings
     for at, replicas, items in fleet.record.lowered:
         needed = min(settings.rules.maximum, -(-items // settings.pool.concurrency))
@@ -139,7 +139,7 @@ def enough_pods_are_kept(fleet: Fleet) -> Iterator[str]:
             yield f"{replicas} pods are left at {at:.3f} for {items} items, which need {needed}"
 
 
-FLEET_INVARIANTS: Final[tuple[Callable[[Fleet], Iterator[str]], ...]] = (
+FLEET_INVARIANTS: Final[tuple[Callable[[FinishedFleet], Iterator[str]], ...]] = (
     scale_down_cuts_no_session,
     idle_pods_are_removed_first,
     enough_pods_are_kept,
@@ -147,6 +147,6 @@ FLEET_INVARIANTS: Final[tuple[Callable[[Fleet], Iterator[str]], ...]] = (
 """The invariants that hold with the documented settings."""
 
 
-def judge_fleet(fleet: Fleet) -> list[str]:
+def check_fleet_invariants(fleet: FinishedFleet) -> list[str]:
     """Return a description of each violation; empty if every invariant holds."""
     return [f"{each.__name__}: {text}" for each in FLEET_INVARIANTS for text in each(fleet)]

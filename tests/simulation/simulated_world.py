@@ -1,4 +1,4 @@
-"""One simulation: the machines, their pools, and the execution of a schedule."""
+"""The execution of one schedule: machines, pools, actions, and the check of the invariants."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ from datetime import UTC, datetime
 from functools import cache, partial
 from typing import TYPE_CHECKING, Any, Final, TypeVarTuple
 
-from tests.simulation.case import START, FinishedSimulation
 from tests.simulation.control_planes import ActiveAckOperations
+from tests.simulation.finished_simulation import START, FinishedSimulation
 from tests.simulation.machine import (
     EVENT_LOOP,
     NETWORK,
-    Halt,
+    HaltKind,
     Machine,
     MachinesLoop,
 )
@@ -29,7 +29,7 @@ from tests.simulation.scripted_handlers import (
     SECONDS,
     SimulatedHandlers,
 )
-from tests.simulation.trace import FOREVER, LATENCY_SECONDS, Node, Trace
+from tests.simulation.trace import FOREVER, LATENCY_SECONDS, PoolProcess, Trace
 from workpool.errors import WorkpoolError
 from workpool.pool.admission import ExitLimits
 from workpool.pool.handoff_child import HandoffChild
@@ -57,7 +57,7 @@ DRAIN_WAIT_SECONDS: Final = 200.0
 """The longest wait for all pools to drain."""
 RECOVERY_SECONDS: Final = 900
 """Within this time a fresh pool must have stopped all items."""
-HALTS: Final[Mapping[str, tuple[Halt, float]]] = {
+HALTS: Final[Mapping[str, tuple[HaltKind, float]]] = {
     "sleep": ("asleep", 0.0),
     "freeze": ("stopped", 0.0),
     "pause": ("paused", PAUSE_SECONDS),
@@ -67,8 +67,8 @@ HALTS: Final[Mapping[str, tuple[Halt, float]]] = {
 Ts = TypeVarTuple("Ts")
 
 
-class MachineRenewer(LoopRenewer):
-    """A lease renewer whose callbacks are marked as those of its own event loop."""
+class SimulatedRenewer(LoopRenewer):
+    """A lease renewer whose callbacks are marked as running on an event loop of its own."""
 
     def _start_thread(self) -> asyncio.Future[None]:
         self._loop = self._handlers_loop
@@ -83,14 +83,14 @@ class MachineRenewer(LoopRenewer):
         self._loop.call_soon(callback, context=self._handlers_context)
 
 
-class MachineSupervisor(LoopSupervisor):
-    """A supervisor on a simulated machine, which records its events."""
+class SimulatedSupervisor(LoopSupervisor):
+    """A supervisor on a simulated machine, whose events the trace records."""
 
-    _renewer = MachineRenewer
-    node: Node
+    _renewer = SimulatedRenewer
+    node: PoolProcess
 
     def _use_virtual_clocks(self) -> None:
-        """Keep the clocks of the machine."""
+        """Do nothing: the pool uses the clocks of its simulated machine."""
 
     async def _open_renewer(self, stack: AsyncExitStack) -> PoolContext:
         context = await super()._open_renewer(stack)
@@ -98,15 +98,15 @@ class MachineSupervisor(LoopSupervisor):
         loop = asyncio.get_running_loop()
         assert isinstance(loop, MachinesLoop)
 
-        def observe(event_type: Callable[[*Ts], Event], /, *values: *Ts) -> None:
+        def record_and_observe(event_type: Callable[[*Ts], Event], /, *values: *Ts) -> None:
             self.node.events.append((loop.now, event_type(*values)))
             original(event_type, *values)
 
-        return replace(context, observe=observe)
+        return replace(context, observe=record_and_observe)
 
 
-class MachineChild(MachineSupervisor, HandoffChild):
-    """A child process on a simulated machine, as `workpool hold` runs it."""
+class SimulatedHandoffChild(SimulatedSupervisor, HandoffChild):
+    """The child process of a handoff on a simulated machine, as `workpool hold` runs it."""
 
 
 def pool_settings(pool: PoolSettings) -> Settings:
@@ -140,7 +140,7 @@ def _common_settings() -> Settings:
 
 
 class SimulatedWorld:
-    """Runs one schedule; created and used inside `run_machines`."""
+    """Runs one schedule; must be created and used inside `run_machines`."""
 
     def __init__(self, schedule: Schedule, registry: CollectorRegistry) -> None:
         loop = asyncio.get_running_loop()
@@ -153,8 +153,8 @@ class SimulatedWorld:
         self._registry = registry
         generator = random.Random(schedule.seed)
         self._network = Network(schedule, generator, self.operations, self.trace)
-        self._supervisors: dict[Node, MachineSupervisor] = {}
-        self._tasks: dict[asyncio.Task[None], Node] = {}
+        self._supervisors: dict[PoolProcess, SimulatedSupervisor] = {}
+        self._tasks: dict[asyncio.Task[None], PoolProcess] = {}
         self._handlers: list[SimulatedHandlers] = []
         total = schedule.shared_slots
         self._slots = None if total is None else SharedSlots(total)
@@ -163,20 +163,20 @@ class SimulatedWorld:
     def _open_control_plane(self) -> Operations:
         kind, loop = self.schedule.control_plane, self.loop
 
-        def now() -> float:
+        def control_plane_time() -> float:
             return START + loop.now
 
         if kind == "strict":
-            return Operations([ENVIRONMENT], now=now, history_limit=None)
+            return Operations([ENVIRONMENT], now=control_plane_time, history_limit=None)
         poll_leases = kind == "poll leases"
         return ActiveAckOperations(
-            [ENVIRONMENT], now=now, history_limit=None, poll_leases=poll_leases
+            [ENVIRONMENT], now=control_plane_time, history_limit=None, poll_leases=poll_leases
         )
 
     async def run_schedule(
-        self, judge: Callable[[FinishedSimulation], list[str]]
+        self, check_invariants: Callable[[FinishedSimulation], list[str]]
     ) -> tuple[FinishedSimulation, list[str]]:
-        """Run the schedule, end all faults, let a fresh pool finish the work, and judge."""
+        """Run the schedule, finish its work without faults, and check the invariants."""
         before = counter_totals(self._registry)
         async with asyncio.TaskGroup() as self._group:
             try:
@@ -187,7 +187,7 @@ class SimulatedWorld:
                     each._replace(time=each.time - START) for each in self.operations.history
                 ]
                 case = FinishedSimulation(history, self.trace, counted)
-                violations = judge(case)
+                violations = check_invariants(case)
             finally:
                 self._discard_machines()
         return case, violations
@@ -197,50 +197,50 @@ class SimulatedWorld:
             self._start_pool(pool)
         for action in self.schedule.actions:
             await asyncio.sleep(action.at - self.loop.now)
-            self._do_action(action)
+            self._perform_action(action)
         await self._end_schedule()
 
     async def _end_schedule(self) -> None:
-        """End all faults, and let a fresh pool finish the work."""
+        """End all faults, and let a fresh pool finish the remaining work."""
         await asyncio.sleep(REST_SECONDS)
         self._end_all_faults()
-        await self._drain_all()
+        await self._drain_all_pools()
         self._start_pool(PoolSettings(concurrency=4, lease_ttl=30, drain_timeout=60), healed=True)
-        await self._wait_until_stopped()
-        await self._drain_all()
+        await self._wait_until_items_stopped()
+        await self._drain_all_pools()
 
-    def _start_pool(self, pool: PoolSettings, *, healed: bool = False) -> Node:
+    def _start_pool(self, pool: PoolSettings, *, healed: bool = False) -> PoolProcess:
         node = self._new_node(pool)
         node.machine.handlers.healed = healed
-        supervisor = MachineSupervisor(pool_settings(pool), **self._node_environment(node))
+        supervisor = SimulatedSupervisor(pool_settings(pool), **self._supervisor_arguments(node))
         if self._slots is not None and not healed:
             node.share = self._slots.share()
             supervisor.shared = SharedParts(node.share, ExitLimits(supervisor.settings), None)
         self._spawn_task(node, self._run_pool(node, supervisor))
         return node
 
-    def _start_child(self, parent: Node, lease: HandedLease, delay: float) -> None:
-        """Start a child process after `delay`, even if the parent's machine halts before."""
+    def _start_child(self, parent: PoolProcess, lease: HandedLease, delay: float) -> None:
+        """Start a child process after `delay` seconds, even if the parent's machine halts."""
         begin = partial(self._run_child, parent, lease)
         self.loop.call_at(self.loop.now + delay, begin, context=NETWORK)
 
-    def _run_child(self, parent: Node, lease: HandedLease) -> None:
+    def _run_child(self, parent: PoolProcess, lease: HandedLease) -> None:
         if self._network.over:
             return
         pool = replace(parent.pool, session_timeout=None, stall_timeout=None, lease_ttl=lease.ttl)
         node = self._new_node(pool)
         node.child = True
-        child = MachineChild(
+        child = SimulatedHandoffChild(
             pool_settings(node.pool),
             lease.work_id,
             lease.last_heartbeat,
-            **self._node_environment(node),
+            **self._supervisor_arguments(node),
         )
         self._spawn_task(node, self._run_pool(node, child))
 
-    def _new_node(self, pool: PoolSettings) -> Node:
-        machine = self._machine(f"{len(self.trace.nodes)}", pool.rate)
-        node = Node(machine, pool, self.loop.now)
+    def _new_node(self, pool: PoolSettings) -> PoolProcess:
+        machine = self._new_machine(f"{len(self.trace.nodes)}", pool.rate)
+        node = PoolProcess(machine, pool, self.loop.now)
         node.no_fault = Fault(request_delay=LATENCY_SECONDS, answer_delay=LATENCY_SECONDS)
         self.trace.nodes.append(node)
         machine.max_sessions = pool.max_sessions
@@ -250,19 +250,19 @@ class SimulatedWorld:
         self._handlers.append(machine.handlers)
         return node
 
-    def _machine(self, name: str, rate: float) -> Machine:
+    def _new_machine(self, name: str, rate: float) -> Machine:
         return Machine(self.loop, name, rate)
 
-    def _node_environment(self, node: Node) -> dict[str, Any]:
+    def _supervisor_arguments(self, node: PoolProcess) -> dict[str, Any]:
         connect = partial(SimulatedClient, self._network, node)
         return {"plugins": PLUGINS, "registry": self._registry, "connect": connect}
 
-    def _spawn_task(self, node: Node, coroutine: Coroutine[object, object, None]) -> None:
+    def _spawn_task(self, node: PoolProcess, coroutine: Coroutine[object, object, None]) -> None:
         context = node.machine.callback_context()
         task = self._group.create_task(coroutine, context=context)
         self._tasks[task] = node
 
-    async def _run_pool(self, node: Node, supervisor: MachineSupervisor) -> None:
+    async def _run_pool(self, node: PoolProcess, supervisor: SimulatedSupervisor) -> None:
         supervisor.node = node
         supervisor._clock, supervisor._wall = node.machine.lease_clock, node.machine.wall_clock
         self._supervisors[node] = supervisor
@@ -278,19 +278,17 @@ class SimulatedWorld:
                 if node.share is not None:
                     node.share.leave()
 
-    async def _drain_pool(self, node: Node, timeout: float) -> None:
+    async def _drain_pool(self, node: PoolProcess, timeout: float) -> None:
         await self._supervisors[node].drain(timeout)
         if node.crashed == FOREVER:
             node.drained = self.loop.now
 
-    # Actions.
-
-    def _running_nodes(self) -> list[Node]:
+    def _running_nodes(self) -> list[PoolProcess]:
         return [
             node for node in self.trace.nodes if node.crashed == FOREVER and node.closed == FOREVER
         ]
 
-    def _do_action(self, action: Action) -> None:
+    def _perform_action(self, action: Action) -> None:
         self.trace.actions += 1
         match action.kind:
             case "work":
@@ -333,7 +331,7 @@ class SimulatedWorld:
                 ENVIRONMENT, work_id, "operator", force=action.kind == "force"
             )
 
-    def _act_on_pool(self, action: Action, node: Node) -> None:
+    def _act_on_pool(self, action: Action, node: PoolProcess) -> None:
         """Carry out an action on a pool or its machine."""
         now, machine = self.loop.now, node.machine
         match action.kind:
@@ -354,12 +352,12 @@ class SimulatedWorld:
                 if action.target % 2 and not node.child:
                     self._start_pool(node.pool)
 
-    def _pause_claiming(self, node: Node, seconds: float) -> None:
+    def _pause_claiming(self, node: PoolProcess, seconds: float) -> None:
         node.refrains.append((self.loop.now, self.loop.now + seconds))
         until = datetime.fromtimestamp(node.machine.wall_clock() + seconds, UTC)
         self._supervisors[node].pause("operator", until)
 
-    def _crash_machine(self, node: Node) -> None:
+    def _crash_machine(self, node: PoolProcess) -> None:
         node.machine.halt("crashed")
         node.crashed = self.loop.now
         if node.share is not None:
@@ -368,12 +366,10 @@ class SimulatedWorld:
             if run.node is node and run.result is None:
                 run.ended, run.result = node.crashed, "crashed"
 
-    def _begin_drain(self, node: Node, timeout: float) -> None:
+    def _begin_drain(self, node: PoolProcess, timeout: float) -> None:
         if node.drain is None:
             node.drain = (self.loop.now, timeout)
             self._spawn_task(node, self._drain_pool(node, timeout))
-
-    # The end of a simulation.
 
     def _end_all_faults(self) -> None:
         self._network.healed = True
@@ -383,7 +379,7 @@ class SimulatedWorld:
             node.cuts = [(since, min(until, self.loop.now)) for since, until in node.cuts]
             node.machine.resume()
 
-    async def _drain_all(self) -> None:
+    async def _drain_all_pools(self) -> None:
         """Drain all pools, each with its own timeout, and wait for their end."""
         for node in self._running_nodes():
             self._begin_drain(node, node.pool.drain_timeout)
@@ -391,13 +387,13 @@ class SimulatedWorld:
         if alive:
             await asyncio.wait(alive, timeout=DRAIN_WAIT_SECONDS)
 
-    async def _wait_until_stopped(self) -> None:
+    async def _wait_until_items_stopped(self) -> None:
         for _ in range(RECOVERY_SECONDS):
-            if self._all_stopped():
+            if self._all_items_stopped():
                 return
             await asyncio.sleep(1)
 
-    def _all_stopped(self) -> bool:
+    def _all_items_stopped(self) -> bool:
         self.operations.get_queue(ENVIRONMENT)
         return all(
             self.operations.get_item(ENVIRONMENT, work_id).state == "stopped"
@@ -407,6 +403,6 @@ class SimulatedWorld:
     def _discard_machines(self) -> None:
         self._network.over = True
         for node in self.trace.nodes:
-            node.machine.discard()
+            node.machine.shut_down()
         for task in [*self._tasks, *self._network.serving]:
             task.cancel()
