@@ -1,7 +1,7 @@
 """Parsing of HTTP answers: the result of a success, or the error for a status and body.
 
-The functions have no side effects. No error quotes a body, except the message of an error envelope: shortened, without
-control characters, and without tokens. See workpool/docs/protocol.md, "Errors".
+The functions have no side effects. No error quotes a body, except the message of an error envelope:
+shortened, without control characters, and without tokens. See workpool/docs/protocol.md, "Errors".
 """
 
 from __future__ import annotations
