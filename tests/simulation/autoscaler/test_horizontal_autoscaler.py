@@ -63,7 +63,7 @@ def test_autoscaler_of_workload_without_pods_starts_none() -> None:
 
 
 def test_scale_down_from_eighty_to_ten_pods_takes_the_larger_policy_each_minute() -> None:
-    """This is the documentation's example: 8 of 80, then 8 of 72; below 40 pods, 4 at a time."""
+    """The documentation gives this example: 8 of 80, then 8 of 72; below 40 pods, 4 at a time."""
     scaler = make_autoscaler(minimum=10, down=ScalingRules(0.0, FOUR_OR_TENTH))
     numbers = [80]
     for minute in range(20):
@@ -83,7 +83,7 @@ def test_policy_with_exhausted_changes_allows_none_until_its_period_ends() -> No
 
 
 def test_smallest_policy_limits_scale_down_if_selected() -> None:
-    """This is the documentation's example: at most 10 % a minute, and no more than 5 pods."""
+    """The documentation gives this example: at most 10 % a minute, and no more than 5 pods."""
     policies = (ScalingPolicy("Percent", 10, 60.0), ScalingPolicy("Pods", 5, 60.0))
     assert (
         make_autoscaler(down=ScalingRules(0.0, policies, "Min")).sync_target_size(0.0, 80, 80, 1.0)
