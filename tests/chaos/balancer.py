@@ -1,6 +1,6 @@
-"""A TCP load balancer before the nodes of a control plane, which takes them in turn.
+"""A TCP load balancer (round robin) in front of the nodes of a control plane.
 
-A node that does not accept the connection is passed over. No request is tried twice: a client whose
+A node that does not accept the connection is skipped. No request is tried twice: a client whose
 node is killed loses its connection, as behind a real balancer.
 """
 
@@ -27,7 +27,7 @@ class Balancer:
         self._port = port
         self._nodes = tuple(nodes)
         self._turns = count()
-        self._links: set[asyncio.Task[object]] = set()
+        self._connections: set[asyncio.Task[object]] = set()
         self._server: asyncio.Server
 
     async def __aenter__(self) -> Self:
@@ -41,21 +41,21 @@ class Balancer:
         trace: TracebackType | None,
     ) -> None:
         self._server.close()
-        for link in self._links:
-            link.cancel()
-        await asyncio.gather(*self._links, return_exceptions=True)
+        for connection in self._connections:
+            connection.cancel()
+        await asyncio.gather(*self._connections, return_exceptions=True)
 
     async def _serve_client(
         self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter
     ) -> None:
         task = asyncio.current_task()
         assert task is not None
-        self._links.add(task)
+        self._connections.add(task)
         try:
-            with suppress(asyncio.CancelledError):  # only the end of this balancer cancels the task
+            with suppress(asyncio.CancelledError):  # only `__aexit__` cancels this task
                 await self._connect_to_node(reader, writer)
         finally:
-            self._links.discard(task)
+            self._connections.discard(task)
             writer.close()
 
     async def _connect_to_node(
@@ -68,17 +68,17 @@ class Balancer:
                     answers, requests = await asyncio.open_connection("127.0.0.1", node)
             except (OSError, TimeoutError):
                 continue
-            await _copy_both(reader, requests, answers, writer)
+            await _copy_both_directions(reader, requests, answers, writer)
             return
 
 
-async def _copy_both(
+async def _copy_both_directions(
     reader: asyncio.StreamReader,
     requests: asyncio.StreamWriter,
     answers: asyncio.StreamReader,
     writer: asyncio.StreamWriter,
 ) -> None:
-    """Copy in both directions until one side ends, then end the other side."""
+    """Copy bytes in both directions until one side closes, then close the other side."""
     try:
         async with asyncio.TaskGroup() as group:
             ways = [

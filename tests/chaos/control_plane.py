@@ -1,9 +1,9 @@
-"""A control plane process for storms: a store, faults from a file, and a journal on disk.
+"""The control plane process of a storm, with a store, faults from a file and a journal on disk.
 
-`python control_plane.py CONFIG`, where CONFIG is the JSON of a `Config`. The journal is one line of
-JSON per fact, written as it happens: received requests, applied and stored changes, injected
-faults. Its times are this machine's CLOCK_BOOTTIME in seconds, whatever the control plane's clock
-says.
+`python control_plane.py CONFIG`, where CONFIG is the JSON of a `ControlPlaneConfig`. The journal is
+one line of JSON per fact, written as it happens: received requests, applied and stored changes,
+injected faults. Its times are this machine's CLOCK_BOOTTIME in seconds, whatever the control
+plane's clock says.
 """
 
 from __future__ import annotations
@@ -39,13 +39,13 @@ LAG_SECONDS = 0.1
 
 
 def boot_time() -> float:
-    """Return seconds that are the same in every process and count while the machine sleeps."""
+    """Return the seconds since the boot of the machine, sleep included, as in all processes."""
     return time.clock_gettime(getattr(time, "CLOCK_BOOTTIME", time.CLOCK_MONOTONIC))
 
 
 @dataclass(frozen=True)
-class Config:
-    """Configuration.
+class ControlPlaneConfig:
+    """The configuration of one control plane process.
 
     Attributes:
         store: A file of SQLite, or the URL of a database, which then records the history itself.
@@ -63,14 +63,14 @@ class Config:
 
 
 class Journal(History):
-    """A history on disk that survives a kill -9."""
+    """A history in a file, of which a `kill -9` loses no line."""
 
     def __init__(self, path: str, offset: float) -> None:
         super().__init__(0)
         self._file = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT)
         self._offset = offset
 
-    def note(self, what: str, **facts: Any) -> None:
+    def write_line(self, what: str, **facts: Any) -> None:
         os.write(self._file, orjson.dumps({"t": boot_time(), "what": what, **facts}) + b"\n")
 
     def add(self, record: Record) -> None:
@@ -78,12 +78,12 @@ class Journal(History):
         for name in ("time", "lease_end"):
             if facts[name] is not None:
                 facts[name] -= self._offset
-        self.note("record", **facts)
+        self.write_line("record", **facts)
 
-    def snapshot(self, what: str, plane: ControlPlane) -> None:
-        """Record all items as they are now, in the order of `judge.Seen`."""
-        items = plane.operations.list_items(plane.environments[0], 1_000_000).items
-        self.note(
+    def write_snapshot(self, what: str, plane: ControlPlane) -> None:
+        """Write the state of all items; the fields are those of `storm_checker.SnapshotItem`."""
+        items = plane.operations.page(plane.environments[0], 1_000_000).items
+        self.write_line(
             what,
             items=[
                 (
@@ -99,61 +99,65 @@ class Journal(History):
         )
 
     @web.middleware
-    async def arrivals(self, request: web.Request, handler: Handler) -> web.StreamResponse:
-        """Record the arrival of a request, as the outermost middleware."""
+    async def record_arrivals(self, request: web.Request, handler: Handler) -> web.StreamResponse:
+        """Write the arrival of a request, as the outermost middleware."""
         if "work_id" in request.match_info:
-            self.note("came", **_call_of(request))
+            self.write_line("came", **_describe_call(request))
         return await handler(request)
 
     @web.middleware
-    async def durables(self, request: web.Request, handler: Handler) -> web.StreamResponse:
-        """Record the control plane's answer before faults apply, as the innermost middleware."""
+    async def record_answers(self, request: web.Request, handler: Handler) -> web.StreamResponse:
+        """Write each success before faults change the answer, as the innermost middleware."""
         response = await handler(request)
         if "work_id" in request.match_info and response.status == 200:
-            self.note("durable", **_call_of(request))
+            self.write_line("durable", **_describe_call(request))
         return response
 
 
-def _call_of(request: web.Request) -> dict[str, str | None]:
+def _describe_call(request: web.Request) -> dict[str, str | None]:
     tail = request.path.rpartition("/")[2]
     work_id = request.match_info["work_id"]
     op = tail if tail != work_id else {"GET": "get", "POST": "update"}[request.method]
     return {"op": op, "work_id": work_id, "worker": request.headers.get("Worker-ID")}
 
 
-def install(config: Config, faults: Faults, plane: ControlPlane, journal: Journal) -> None:
-    """Inject the faults of the file, and record each one in the journal."""
+def install_faults(
+    config: ControlPlaneConfig, faults: Faults, plane: ControlPlane, journal: Journal
+) -> None:
+    """Inject the faults of the file, each of which the journal records."""
     if not config.faults:
         return
     read_fault_plan(Path(config.faults)).install(faults, plane)
     for rule, planned in zip(faults.rules, read_fault_plan(Path(config.faults)).fault, strict=True):
         name = f"{planned.kind} {getattr(planned, 'code', '')}".strip()
         assert isinstance(rule.fault, Fault)
-        rule.fault = noted(rule.fault, name, journal)
+        rule.fault = with_journal_entry(rule.fault, name, journal)
 
 
-def noted(fault: Fault, name: str, journal: Journal) -> Fault:
-    """Return the fault, which is written to the journal before it takes effect."""
+def with_journal_entry(fault: Fault, name: str, journal: Journal) -> Fault:
+    """Return the fault with a journal entry that is written before the fault takes effect."""
 
-    def note(_environment_id: str, work_id: str | None) -> None:
-        journal.note("fault", kind=name, work_id=work_id)
+    def write_fault(_environment_id: str, work_id: str | None) -> None:
+        journal.write_line("fault", kind=name, work_id=work_id)
 
-    return nest_faults([Fault(before=note), fault])
+    return nest_faults([Fault(before=write_fault), fault])
 
 
-async def measure_lag(journal: Journal) -> None:
-    """Record each time when this loop was late, because requests were then read late."""
+async def record_lag(journal: Journal) -> None:
+    """Write each delay of this event loop, in which requests were read late."""
     while True:
         before = boot_time()
         await asyncio.sleep(TICK_SECONDS)
         lag = boot_time() - before - TICK_SECONDS
         if lag > LAG_SECONDS:
-            journal.note("lag", seconds=lag)
+            journal.write_line("lag", seconds=lag)
 
 
-def control_plane(config: Config, faults: Faults, journal: Journal) -> ControlPlane:
-    """Return the control plane with its store."""
-    middlewares = [journal.arrivals, faults.middleware, journal.durables]
+def build_control_plane(
+    config: ControlPlaneConfig, faults: Faults, journal: Journal
+) -> ControlPlane:
+    """Return the control plane with its store and middlewares."""
+    middlewares = [journal.record_arrivals, faults.middleware, journal.record_answers]
     if config.store.startswith(DATABASE):
         return ControlPlane(
             environments=(config.environment,),
@@ -174,30 +178,32 @@ def control_plane(config: Config, faults: Faults, journal: Journal) -> ControlPl
     return plane
 
 
-async def serve(config: Config) -> None:
+async def serve_control_plane(config: ControlPlaneConfig) -> None:
     journal = Journal(config.journal, config.offset)
     faults = Faults(config.seed, remember=False)
-    plane = control_plane(config, faults, journal)
-    install(config, faults, plane, journal)
+    plane = build_control_plane(config, faults, journal)
+    install_faults(config, faults, plane, journal)
     has_index = not config.store.startswith(DATABASE)
     ending = asyncio.Event()
     asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, ending.set)
     async with plane, asyncio.TaskGroup() as group:
         if has_index:
-            journal.snapshot("boot", plane)
-        ticking = group.create_task(measure_lag(journal))
+            journal.write_snapshot("boot", plane)
+        ticking = group.create_task(record_lag(journal))
         print(plane.port, flush=True)  # noqa: T201 - the parent waits for it
         await ending.wait()
         if has_index:
-            journal.snapshot("end", plane)
+            journal.write_snapshot("end", plane)
         ticking.cancel()
 
 
 if __name__ == "__main__":
     given = orjson.loads(sys.argv[1])
-    config = Config(**{field.name: given[field.name] for field in fields(Config)})
+    config = ControlPlaneConfig(
+        **{field.name: given[field.name] for field in fields(ControlPlaneConfig)}
+    )
     with asyncio.Runner(loop_factory=new_event_loop) as runner:
         try:
-            runner.run(serve(config))
+            runner.run(serve_control_plane(config))
         except ServeError as error:  # the database is not available
             sys.exit(f"cannot start: {error}")

@@ -18,15 +18,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from tests.chaos.control_plane import boot_time
-from tests.chaos.processes import SECONDS, Fleet, StartError
-from tests.chaos.recorded_history import read_history, violations
-from tests.chaos.storm import KINDS, Storm, StormSettings, parse_settings, report
+from tests.chaos.processes import SECONDS, StartError, StormFleet
+from tests.chaos.recorded_history import find_history_violations, read_history
+from tests.chaos.storm import KINDS, Storm, StormSettings, format_report, parse_settings
 from tests.postgres.cluster import remove, started_cluster
 
 if TYPE_CHECKING:
     from collections.abc import Coroutine
 
-    from tests.chaos.judge import Verdict
+    from tests.chaos.storm_checker import StormVerdict
     from tests.postgres.cluster import Cluster
 
 PLANES = 3
@@ -41,11 +41,11 @@ _SNAPSHOT = """
         )), '[]'))
     FROM items
 """
-"""All items in the order of `judge.Seen`, at a time before which every change is in them."""
+"""All items, as lists of the fields of `storm_checker.SnapshotItem`, and the current time."""
 
 
 class DatabaseStorm(Storm):
-    """One storm in its own folder, in a new database of a cluster that it may stop."""
+    """One storm on a new database, whose cluster the storm restarts and kills."""
 
     # The fault `expired` needs an index in memory, which these control planes do not have.
     kinds = [kind for kind in KINDS if kind["kind"] != "expired"]  # noqa: RUF012 - never changed
@@ -57,45 +57,46 @@ class DatabaseStorm(Storm):
         self._restart: asyncio.Task[None] | None = None
         super().__init__(settings, folder)
 
-    def _make_fleet(self, folder: Path) -> Fleet:
-        return Fleet(folder, self.settings.write_rate, store=self._url, planes=PLANES)
+    def _make_fleet(self, folder: Path) -> StormFleet:
+        return StormFleet(folder, self.settings.write_rate, store=self._url, planes=PLANES)
 
-    async def _start_planes(self, faults: str = "") -> None:
+    async def _start_control_planes(self, faults: str = "") -> None:
         for number in range(PLANES):
-            await self._start_plane(number, faults)
+            await self._start_control_plane(number, faults)
 
-    async def _start_plane(self, number: int, faults: str) -> None:
-        """Start a control plane, again and again while the database is not available."""
+    async def _start_control_plane(self, number: int, faults: str) -> None:
+        """Start a control plane process; try again while the database is not available."""
         seed = self._random.randrange(1 << 30)
         async with asyncio.timeout(SECONDS):
             while True:
                 with suppress(StartError):
-                    await self._fleet.start_plane(seed, number=number, faults=faults)
+                    await self._fleet.start_control_plane(seed, number=number, faults=faults)
                     return
                 await asyncio.sleep(0.5)
 
-    def _break_control_plane(self) -> list[Coroutine[Any, Any, None]]:
-        return [self._kill_plane(), self._break_database()]
+    def _control_plane_disturbances(self) -> list[Coroutine[Any, Any, None]]:
+        return [self._kill_control_plane(), self._restart_database_repeatedly()]
 
-    async def _kill_plane(self) -> None:
-        """Kill one control plane after the other, sometimes before the last one is back."""
+    async def _kill_control_plane(self) -> None:
+        """Kill and restart control planes one by one, some before the last one is ready."""
         every = self.settings.plane_kill_every / PLANES
         while True:
             await asyncio.sleep(every * self._random.uniform(0.7, 1.3))
             number = self._random.randrange(PLANES)
-            self._note_action("kill plane")
-            await self._fleet.kill_plane(number)
+            self._record_action("kill plane")
+            await self._fleet.kill_control_plane(number)
             await asyncio.sleep(self._random.uniform(0, 2))
-            await self._start_plane(number, str(self._faults))
+            await self._start_control_plane(number, str(self._faults))
 
-    async def _break_database(self) -> None:
-        """Restart the database in an orderly way or after a crash, sometimes after some seconds."""
+    async def _restart_database_repeatedly(self) -> None:
+        """Stop or kill the database and start it again, at once or after some seconds."""
         while True:
             await asyncio.sleep(DATABASE_EVERY * self._random.uniform(0.7, 1.3))
             crash, away = self._random.random() < 0.5, self._random.choice([0, 0, 4])
-            self._note_action("database killed" if crash else "database stopped")
-            # A thread goes on when the storm ends: `_heal` waits until the database is back.
-            self._restart = asyncio.create_task(  # noqa: TID251 - `_heal` awaits it
+            self._record_action("database killed" if crash else "database stopped")
+            # The thread of a restart runs on when the storm ends, so `_finish_without_faults` waits
+            # until the database is available again.
+            self._restart = asyncio.create_task(  # noqa: TID251 - `_finish_without_faults` awaits it
                 asyncio.to_thread(self._restart_database, away, crash=crash)
             )
             await asyncio.shield(self._restart)
@@ -109,7 +110,7 @@ class DatabaseStorm(Storm):
         time.sleep(away)
         self._cluster.start()
 
-    def _note_action(self, what: str) -> None:
+    def _record_action(self, what: str) -> None:
         self._fleet.actions.append({"t": boot_time(), "what": what, "pid": 0})
 
     async def _take_snapshot(self, what: str) -> None:
@@ -118,23 +119,26 @@ class DatabaseStorm(Storm):
             item[3] = None if item[3] is None else item[3] / 1e6 - self._fleet.offset
         self._snapshots.append({**found, "t": found["t"] - self._fleet.offset, "what": what})
 
-    async def _heal(self, *args: Any) -> None:
+    async def _finish_without_faults(self, *args: Any) -> None:
         if self._restart is not None:
             await self._restart
-        await super()._heal(*args)
+        await super()._finish_without_faults(*args)
         await self._take_snapshot("end")
 
-    def _journal(self) -> list[dict[str, Any]]:
-        """Return all lines by time: the control planes wrote some, the database has the changes."""
+    def _read_journal(self) -> list[dict[str, Any]]:
+        """Return the lines of control planes, database and snapshots in order of time."""
         history = read_history(self._cluster, self._url, self._fleet.offset)
         records = [{"t": each.time, "what": "record", **each._asdict()} for each in history]
-        found = [*super()._journal(), *records, *self._snapshots]
+        found = [*super()._read_journal(), *records, *self._snapshots]
         return sorted(found, key=lambda line: float(line["t"]))
 
-    def _judge(self) -> Verdict:
-        verdict = super()._judge()
+    def _check_records(self) -> StormVerdict:
+        verdict = super()._check_records()
         history = read_history(self._cluster, self._url, self._fleet.offset)
-        verdict.broken += [*violations(history), *self._fleet.errors_of_planes()]
+        verdict.broken += [
+            *find_history_violations(history),
+            *self._fleet.find_control_plane_errors(),
+        ]
         return verdict
 
 
@@ -149,7 +153,7 @@ def main() -> None:
     finally:
         (folder / "database.log").write_text(cluster.log())
         remove(cluster)
-    print(f"{folder}\n{report(settings, verdict)}")  # noqa: T201 - what it is for
+    print(f"{folder}\n{format_report(settings, verdict)}")  # noqa: T201 - what it is for
     sys.exit(1 if verdict.broken else 0)
 
 

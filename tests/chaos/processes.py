@@ -1,6 +1,6 @@
-"""The processes of a storm, and a record of the actions on them.
+"""The processes of a storm: control planes and workers, with a record of kills and signals.
 
-A `Fleet` starts them on the loopback interface and ends all of them when its block ends.
+A `StormFleet` starts them on the loopback interface and ends all of them when its block ends.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 
 from tests.chaos.balancer import Balancer
-from tests.chaos.control_plane import Config, boot_time
+from tests.chaos.control_plane import ControlPlaneConfig, boot_time
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -50,8 +50,8 @@ class StartError(Exception):
     """A process ended before it was ready."""
 
 
-class Fleet:
-    """A control plane of one or several processes, and several workers, in one folder.
+class StormFleet:
+    """The control plane processes and workers of one storm, with their files in one folder.
 
     Args:
         folder: Holds the store, the journal, the trace and the logs.
@@ -101,7 +101,7 @@ class Fleet:
         if self._balancer is not None:
             await self._balancer.__aexit__(kind, error, trace)
 
-    async def start_plane(
+    async def start_control_plane(
         self, seed: int, *, number: int = 0, faults: str = "", ahead: float = 0.0
     ) -> None:
         """Start a process of the control plane; kill the running one of this number.
@@ -115,8 +115,8 @@ class Fleet:
         Raises:
             StartError: The process ended instead.
         """
-        await self.kill_plane(number)
-        config = Config(
+        await self.kill_control_plane(number)
+        config = ControlPlaneConfig(
             store=self._store,
             journal=str(self.folder / "journal"),
             environment=ENVIRONMENT,
@@ -126,7 +126,7 @@ class Fleet:
             seed=seed,
             faults=faults,
         )
-        with self._log(f"plane-{number}") as log:
+        with self._open_log(f"plane-{number}") as log:
             plane = await asyncio.create_subprocess_exec(
                 *(sys.executable, "-m", "tests.chaos.control_plane", json.dumps(asdict(config))),
                 cwd=HERE.parents[1],
@@ -141,7 +141,7 @@ class Fleet:
                 del self._planes[number]
                 raise StartError(f"control plane {number} ended: {await plane.wait()}")
 
-    async def kill_plane(self, number: int) -> None:
+    async def kill_control_plane(self, number: int) -> None:
         """Kill a process of the control plane, if it runs, and wait for its end."""
         plane = self._planes.get(number)
         if plane is not None:
@@ -152,8 +152,8 @@ class Fleet:
             await plane.wait()
             del self._planes[number]
 
-    async def end_planes(self) -> None:
-        """End the control plane so that it writes its last snapshot."""
+    async def stop_control_planes(self) -> None:
+        """Terminate all control plane processes, which write their last snapshots."""
         for number, plane in self._planes.items():
             if plane.returncode is not None:
                 self.broken.append(f"control plane {number} ended by itself: {plane.returncode}")
@@ -172,7 +172,7 @@ class Fleet:
             "WORKER_ID": name,
             "WRITE_RATE": str(self._write_rate),
         }
-        with self._log(f"worker-{len(self._logs) + 1}") as log:
+        with self._open_log(f"worker-{len(self._logs) + 1}") as log:
             process = await asyncio.create_subprocess_exec(
                 *(sys.executable, "-m", "workpool", "run", "storm_handlers", *flags),
                 env={
@@ -189,13 +189,13 @@ class Fleet:
         self._logs[process.pid] = Path(log.name)
 
     @contextmanager
-    def _log(self, name: str) -> Iterator[IO[str]]:
-        """Open the log file of a process; the child has its own descriptor."""
+    def _open_log(self, name: str) -> Iterator[IO[str]]:
+        """Open the log file of a process until the process has inherited the descriptor."""
         with (self.folder / f"{name}.log").open("a") as file:
             yield file
 
-    def send(self, what: str, name: str) -> None:
-        """Send `kill`, `stop` or `cont` to a worker, and record the action with its time."""
+    def send_signal(self, what: str, name: str) -> None:
+        """Send the signal `kill`, `stop` or `cont` to a worker, and record it with its time."""
         process = self.workers[name]
         if process.returncode is None:
             self.actions.append({"t": boot_time(), "what": what, "pid": process.pid})
@@ -203,9 +203,9 @@ class Fleet:
         elif what == "kill":
             self.broken.append(f"worker {name} ended by itself: {process.returncode}")
 
-    async def kill(self, name: str) -> None:
+    async def kill_worker(self, name: str) -> None:
         """Kill a worker by SIGKILL and wait for its end."""
-        self.send("kill", name)
+        self.send_signal("kill", name)
         await self.workers[name].wait()
 
     def was_killed(self, name: str) -> bool:
@@ -213,8 +213,8 @@ class Fleet:
         pid = self.workers[name].pid
         return any(action["pid"] == pid and action["what"] == "kill" for action in self.actions)
 
-    async def ends(self, name: str) -> None:
-        """Wait for the end of a worker, which must have exit status 0."""
+    async def wait_for_clean_exit(self, name: str) -> None:
+        """Wait for the end of a worker, and record an exit status other than 0 as an error."""
         process = self.workers[name]
         try:
             async with asyncio.timeout(SECONDS):
@@ -226,7 +226,7 @@ class Fleet:
         if status != 0:
             self.broken.append(f"worker {name} ended with {status}")
 
-    def errors_of_planes(self) -> list[str]:
+    def find_control_plane_errors(self) -> list[str]:
         """Return the last line of each traceback in the logs of the control plane."""
         found = []
         for path in sorted(self.folder.glob("plane-*.log")):
@@ -236,8 +236,8 @@ class Fleet:
                 found.append(f"{path.name}: {ends[0] if ends else 'a traceback'}")
         return found
 
-    def worker_ids(self) -> dict[int, str]:
-        """Return the Worker-ID of each process id that ran long enough."""
+    def worker_ids_by_pid(self) -> dict[int, str]:
+        """Return the Worker-ID of each worker process that logged its start, by process id."""
         said = {
             pid: re.search(r"pool started .*\bworker_id=(\S+)", path.read_text())
             for pid, path in self._logs.items()

@@ -1,7 +1,7 @@
-"""The history that a database recorded, and the guarantees that it must show by itself.
+"""The history of changes that a database recorded, and the check of its guarantees.
 
-The invariants are those of the simulation that need a history only; `judge` compares it with the
-workers' requests and the traces of handlers.
+The checks are those that need no other records; `storm_checker` compares the history with the
+workers' requests and the handlers' traces.
 """
 
 from __future__ import annotations
@@ -29,21 +29,29 @@ _HISTORY = """
 
 
 def read_history(cluster: Cluster, url: str, offset: float) -> list[Record]:
-    """Return the history of a database; `offset`: subtracted from all times, in seconds."""
+    """Return the history of a database, with `offset` seconds subtracted from all times."""
 
-    def moved(microseconds: int | None) -> float | None:
+    def to_shifted_seconds(microseconds: int | None) -> float | None:
         return None if microseconds is None else microseconds / 1e6 - offset
 
     return [
-        Record(moved(time) or 0.0, work_id, kind, worker_id, state, moved(lease_end), op)
+        Record(
+            to_shifted_seconds(time) or 0.0,
+            work_id,
+            kind,
+            worker_id,
+            state,
+            to_shifted_seconds(lease_end),
+            op,
+        )
         for time, work_id, kind, worker_id, state, lease_end, op in json.loads(
             cluster.execute(_HISTORY, url)
         )
     ]
 
 
-def violations(history: Sequence[Record]) -> Iterator[str]:
-    """Yield a sentence for each violation."""
+def find_history_violations(history: Sequence[Record]) -> Iterator[str]:
+    """Yield a sentence for each violation of a guarantee in the history."""
     case = FinishedSimulation(list(history), Trace(), {})
     yield from every_item_ends_stopped(case)
     for work_id, leases in case.leases.items():
@@ -57,10 +65,10 @@ def violations(history: Sequence[Record]) -> Iterator[str]:
     for record in history:
         records[record.work_id].append(record)
     for work_id, found in records.items():
-        yield from _violations_of_item(work_id, found)
+        yield from _find_item_violations(work_id, found)
 
 
-def _violations_of_item(work_id: str, records: Sequence[Record]) -> Iterator[str]:
+def _find_item_violations(work_id: str, records: Sequence[Record]) -> Iterator[str]:
     kinds = [record.kind for record in records]
     if kinds.count("created") != 1 or kinds[0] != "created":
         yield f"{work_id} was not created once, before everything else: {kinds}"

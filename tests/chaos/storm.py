@@ -3,7 +3,7 @@
 Three `workpool run` processes use a control plane on SQLite with faults from a file. Workers
 are killed and started again, one is suspended for longer than its lease, one has a failing network,
 the control plane itself is killed, operators stop items. Then all faults end, the queue is drained,
-and `judge` reads the records.
+and `storm_checker` reads the records.
 """
 
 from __future__ import annotations
@@ -24,8 +24,8 @@ from typing import TYPE_CHECKING, Any
 import aiohttp
 
 from tests.chaos.control_plane import boot_time
-from tests.chaos.judge import WAKE_SECONDS, Judge, Verdict
-from tests.chaos.processes import ENVIRONMENT, LEASE_SECONDS, TOKEN, Fleet
+from tests.chaos.processes import ENVIRONMENT, LEASE_SECONDS, TOKEN, StormFleet
+from tests.chaos.storm_checker import WAKE_SECONDS, StormChecker, StormVerdict
 from workpool.testing import Proxy
 
 if TYPE_CHECKING:
@@ -62,7 +62,7 @@ class StormSettings:
         ends: The ways in which items end; `release` needs more time than a fresh start leaves.
         fresh: End by killing every worker and moving the control plane's clock, instead of waiting
             for the running workers; this is faster.
-        slack: See `judge`.
+        slack: See `storm_checker`.
         write_rate: The own limit of writes per second of each worker; 0 = unlimited.
     """
 
@@ -80,7 +80,7 @@ class StormSettings:
 
 
 class Storm:
-    """One storm in its own folder.
+    """One storm, with its files in a folder of its own.
 
     Attributes:
         kinds: The kinds of faults, as a file of faults has them.
@@ -98,8 +98,8 @@ class Storm:
         self._woke = asyncio.Event()
         self._stopped: str | None = None
 
-    async def run_to_end(self) -> Verdict:
-        """Run the storm and return the verdict."""
+    async def run_to_end(self) -> StormVerdict:
+        """Run the storm, check the guarantees, and return the result."""
         faults = [
             {"ops": WORKER_OPS, "probability": self._random.uniform(0.05, 0.1), **kind}
             for kind in self.kinds
@@ -110,49 +110,47 @@ class Storm:
             aiohttp.ClientSession() as http,
             self._fleet,
         ):
-            await self._start_planes(str(self._faults))
+            await self._start_control_planes(str(self._faults))
             for name in NAMES:
                 await self._start_worker(name, proxy)
-            await self._all_at_once(http, proxy)
-            await self._heal(http, proxy)
-        return self._judge()
+            await self._run_disturbances(http, proxy)
+            await self._finish_without_faults(http, proxy)
+        return self._check_records()
 
-    def _make_fleet(self, folder: Path) -> Fleet:
-        return Fleet(folder, self.settings.write_rate)
+    def _make_fleet(self, folder: Path) -> StormFleet:
+        return StormFleet(folder, self.settings.write_rate)
 
-    async def _start_planes(self, faults: str = "") -> None:
-        await self._fleet.start_plane(self._random.randrange(1 << 30), faults=faults)
+    async def _start_control_planes(self, faults: str = "") -> None:
+        await self._fleet.start_control_plane(self._random.randrange(1 << 30), faults=faults)
 
     async def _start_worker(self, name: str, proxy: Proxy) -> None:
         await self._fleet.start_worker(name, proxy.base_url if name == BEHIND_PROXY else "")
 
-    # During the storm.
-
-    async def _all_at_once(self, http: aiohttp.ClientSession, proxy: Proxy) -> None:
+    async def _run_disturbances(self, http: aiohttp.ClientSession, proxy: Proxy) -> None:
         async with asyncio.TaskGroup() as group:
-            scenes = [
-                group.create_task(scene)
-                for scene in (
+            disturbances = [
+                group.create_task(disturbance)
+                for disturbance in (
                     self._enqueue_items(http),
                     self._kill_workers(proxy),
-                    self._stop_workers(),
-                    *self._break_control_plane(),
+                    self._suspend_workers(),
+                    *self._control_plane_disturbances(),
                     self._stop_items(http),
-                    self._break_network(proxy),
+                    self._disturb_network(proxy),
                     self._measure_lag(),
                 )
             ]
             await asyncio.sleep(self.settings.seconds)
             await self._woke.wait()
-            for scene in scenes:
-                scene.cancel()
+            for disturbance in disturbances:
+                disturbance.cancel()
         if self._stopped is not None:  # another worker was suspended when the storm ended
-            self._fleet.send("cont", self._stopped)
+            self._fleet.send_signal("cont", self._stopped)
 
     async def _enqueue_items(self, http: aiohttp.ClientSession) -> None:
         for number in count():
             chance = self._random.random()
-            # The first ones are long, so that a worker that is suspended early holds an item.
+            # The first items are long, so that a worker that is suspended early holds an item.
             is_long = chance > 0.65 or number < 2 * len(NAMES)
             seconds = self._random.uniform(3, self.settings.longest) if is_long else chance * 3
             metadata = {"seconds": f"{seconds:.2f}", "end": self._random.choice(self.settings.ends)}
@@ -181,26 +179,27 @@ class Storm:
         while True:
             await asyncio.sleep(self.settings.kill_every)
             name = self._random.choice([each for each in NAMES if each != self._stopped])
-            await self._fleet.kill(name)
+            await self._fleet.kill_worker(name)
             await self._start_worker(name, proxy)
 
-    async def _stop_workers(self) -> None:
-        """Suspend a worker that runs an item until its lease has certainly expired."""
+    async def _suspend_workers(self) -> None:
+        """Suspend a busy worker until its leases have certainly expired, again and again."""
         while True:
-            self._stopped = await self._busy_worker()
-            self._fleet.send("stop", self._stopped)
+            self._stopped = await self._wait_for_busy_worker()
+            self._fleet.send_signal("stop", self._stopped)
             await asyncio.sleep(LEASE_SECONDS + self._random.uniform(*self.settings.stop_beyond))
-            self._fleet.send("cont", self._stopped)
-            # long enough to observe the worker after it resumes
+            self._fleet.send_signal("cont", self._stopped)
+            # The worker runs on for some time, so that the check sees what it does after it
+            # resumes.
             await asyncio.sleep(WAKE_SECONDS + 0.5)
             self._stopped = None
             self._woke.set()
 
-    async def _busy_worker(self) -> str:
+    async def _wait_for_busy_worker(self) -> str:
         while True:
             await asyncio.sleep(0.2)
             running: dict[int, int] = {}
-            for line in lines(self._fleet.folder / "trace"):
+            for line in read_json_lines(self._fleet.folder / "trace"):
                 delta = 1 if line["what"] == "start" else -1
                 running[line["pid"]] = running.get(line["pid"], 0) + delta
             workers = self._fleet.workers.items()
@@ -208,13 +207,13 @@ class Storm:
             if busy:
                 return self._random.choice(busy)
 
-    def _break_control_plane(self) -> list[Coroutine[Any, Any, None]]:
-        return [self._kill_plane()]
+    def _control_plane_disturbances(self) -> list[Coroutine[Any, Any, None]]:
+        return [self._kill_control_plane()]
 
-    async def _kill_plane(self) -> None:
+    async def _kill_control_plane(self) -> None:
         while True:
             await asyncio.sleep(self.settings.plane_kill_every * self._random.uniform(0.7, 1.3))
-            await self._start_planes(str(self._faults))
+            await self._start_control_planes(str(self._faults))
 
     async def _stop_items(self, http: aiohttp.ClientSession) -> None:
         """Stop an item every few seconds, gracefully or by force."""
@@ -225,9 +224,9 @@ class Storm:
                 force = self._random.random() < 0.3
                 await self._send_request(http, "POST", f"/{work_id}/stop", {"force": force})
 
-    async def _break_network(self, proxy: Proxy) -> None:
-        # A partition is left out: it delivers requests late that were sent in time, which the
-        # journal cannot tell from requests that were sent late.
+    async def _disturb_network(self, proxy: Proxy) -> None:
+        # There is no partition: it would deliver requests late that were sent in time, and the
+        # check could not distinguish them from requests that were sent late.
         faults = (
             proxy.blackhole,
             proxy.reset,
@@ -242,7 +241,7 @@ class Storm:
             proxy.heal()
 
     async def _measure_lag(self) -> None:
-        """Record when this machine was too busy to run the storm, and so the workers."""
+        """Record delays of this event loop, as a busy machine delays the workers, too."""
         while True:
             before = boot_time()
             await asyncio.sleep(TICK_SECONDS)
@@ -250,38 +249,36 @@ class Storm:
             if lag > LAG_SECONDS:
                 self._lags.append({"t": boot_time(), "what": "lag", "seconds": lag})
 
-    # After the storm.
-
-    async def _heal(self, http: aiohttp.ClientSession, proxy: Proxy) -> None:
+    async def _finish_without_faults(self, http: aiohttp.ClientSession, proxy: Proxy) -> None:
         proxy.heal()
         if self.settings.fresh:
             for name in NAMES:
                 if not self._fleet.was_killed(name):
-                    await self._fleet.kill(name)
-            await self._fleet.start_plane(0, ahead=ACK_LEASE_SECONDS + 1)
+                    await self._fleet.kill_worker(name)
+            await self._fleet.start_control_plane(0, ahead=ACK_LEASE_SECONDS + 1)
             await self._fleet.start_worker("last", "", "--drain", "--concurrency", "64")
-            await self._fleet.ends("last")
+            await self._fleet.wait_for_clean_exit("last")
         else:
-            await self._start_planes()
+            await self._start_control_planes()
             for name in NAMES:
                 if self._fleet.was_killed(name):  # killed and not started again yet
                     await self._fleet.workers[name].wait()
                     await self._start_worker(name, proxy)
-            await self._all_stopped(http)
+            await self._wait_until_all_stopped(http)
             for name in NAMES:
                 self._fleet.workers[name].terminate()
-                await self._fleet.ends(name)
-        await self._fleet.end_planes()
+                await self._fleet.wait_for_clean_exit(name)
+        await self._fleet.stop_control_planes()
 
-    async def _all_stopped(self, http: aiohttp.ClientSession) -> None:
+    async def _wait_until_all_stopped(self, http: aiohttp.ClientSession) -> None:
         """Wait until all items are stopped, for as long as leases of killed workers may last."""
         until = boot_time() + 2 * ACK_LEASE_SECONDS
-        while await self._some_left(http):
+        while await self._has_unfinished_items(http):
             if boot_time() > until:
                 return
             await asyncio.sleep(0.5)
 
-    async def _some_left(self, http: aiohttp.ClientSession) -> bool:
+    async def _has_unfinished_items(self, http: aiohttp.ClientSession) -> bool:
         after = ""
         while True:
             page = await self._send_request(http, "GET", f"?limit=100{after}")
@@ -291,33 +288,33 @@ class Storm:
                 return False
             after = f"&after_id={page['last_id']}"
 
-    def _judge(self) -> Verdict:
+    def _check_records(self) -> StormVerdict:
         folder = self._fleet.folder
-        judge = Judge(
-            self._journal(),
-            lines(folder / "trace"),
+        checker = StormChecker(
+            self._read_journal(),
+            read_json_lines(folder / "trace"),
             self._fleet.actions,
-            self._fleet.worker_ids(),
+            self._fleet.worker_ids_by_pid(),
             slack=self.settings.slack,
         )
-        verdict = judge.judge(self._enqueued)
+        verdict = checker.check_storm(self._enqueued)
         verdict.broken += self._fleet.broken
         return verdict
 
-    def _journal(self) -> list[dict[str, Any]]:
-        return [*lines(self._fleet.folder / "journal"), *self._lags]
+    def _read_journal(self) -> list[dict[str, Any]]:
+        return [*read_json_lines(self._fleet.folder / "journal"), *self._lags]
 
 
-def lines(path: Path) -> Iterator[dict[str, Any]]:
-    """Return the lines of a journal or trace, except for an incomplete last line."""
+def read_json_lines(path: Path) -> Iterator[dict[str, Any]]:
+    """Yield the lines of a journal or trace as dicts, except for an incomplete last line."""
     if path.exists():
         for line in path.read_text().splitlines():
             with suppress(ValueError):
                 yield json.loads(line)
 
 
-def report(settings: StormSettings, verdict: Verdict) -> str:
-    """Return the text of the result of a storm."""
+def format_report(settings: StormSettings, verdict: StormVerdict) -> str:
+    """Return the result of a storm as text."""
     return "\n".join(
         [
             f"seed {settings.seed}, {settings.seconds:g} s, {settings.write_rate:g} writes/s",
@@ -330,17 +327,17 @@ def report(settings: StormSettings, verdict: Verdict) -> str:
 
 def main() -> None:
     """Run one storm; return exit status 1 if a guarantee was violated. The folder is kept."""
-    # so that no worker is left when the storm is ended
+    # SIGTERM must end the workers, too, as Ctrl-C does.
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     settings = parse_settings(__doc__)
     folder = Path(tempfile.mkdtemp(prefix="storm-"))
     verdict = asyncio.run(Storm(settings, folder).run_to_end())
-    print(f"{folder}\n{report(settings, verdict)}")  # noqa: T201 - what it is for
+    print(f"{folder}\n{format_report(settings, verdict)}")  # noqa: T201 - what it is for
     sys.exit(1 if verdict.broken else 0)
 
 
 def parse_settings(description: str | None) -> StormSettings:
-    """Read the command line."""
+    """Read the settings of the storm from the command line."""
     parser = argparse.ArgumentParser(description=description)
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--seconds", type=float, default=60.0)

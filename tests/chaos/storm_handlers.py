@@ -1,4 +1,4 @@
-"""Handlers of the storm's workers, which write down the start and the end of their work."""
+"""Handlers of the storm's workers, which record the start and the end of each run in a file."""
 
 from __future__ import annotations
 
@@ -13,23 +13,23 @@ STEP_SECONDS = 0.1
 _TRACE = os.open(os.environ["STORM_TRACE"], os.O_WRONLY | os.O_APPEND | os.O_CREAT)
 
 
-def note(session: Session, what: str) -> None:
-    """Write one line atomically, so that a kill cannot cut it."""
+def write_trace_line(session: Session, what: str) -> None:
+    """Write one line to the trace with one system call, so that a kill cannot truncate it."""
     now = time.clock_gettime(getattr(time, "CLOCK_BOOTTIME", time.CLOCK_MONOTONIC))
     line = {"t": now, "pid": os.getpid(), "work_id": session.item.id, "what": what}
     os.write(_TRACE, json.dumps(line).encode() + b"\n")
 
 
 @handler
-async def work(session: Session) -> dict[str, str]:
-    """Work for `seconds` with a record half-way, and then end as `end` says."""
+async def run_storm_session(session: Session) -> dict[str, str]:
+    """Work for `seconds` with two metadata writes, and then end as the metadata `end` says."""
     metadata = session.item.metadata
-    note(session, "start")
+    write_trace_line(session, "start")
     how = "cancelled"
     try:
         for half in ("first", "second"):
-            # In small steps: time in which the process is suspended does not count as work, so that
-            # the handler still has work and a record to write when it resumes.
+            # The work has small steps, of which none passes while the process is suspended. So the
+            # handler still has work and a write left when the process resumes.
             for _ in range(round(float(metadata["seconds"]) / 2 / STEP_SECONDS)):
                 await asyncio.sleep(STEP_SECONDS)
             if metadata["end"] == "write":
@@ -41,5 +41,5 @@ async def work(session: Session) -> dict[str, str]:
             raise Release("for somebody else", delay=10)
         how = "returned"
     finally:
-        note(session, how)
+        write_trace_line(session, how)
     return {"done": "yes"}

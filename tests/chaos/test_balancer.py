@@ -1,4 +1,4 @@
-"""The balancer of storms: it takes its nodes in turn, and passes over one that is down."""
+"""Tests of the storm's load balancer, which uses its nodes in turn and skips dead ones."""
 
 from __future__ import annotations
 
@@ -13,15 +13,17 @@ if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable
 
 
-def echo(name: bytes) -> Callable[[asyncio.StreamReader, asyncio.StreamWriter], Awaitable[None]]:
-    """Return a node that answers each line with its name and the line, until the client ends."""
+def make_echo_node(
+    name: bytes,
+) -> Callable[[asyncio.StreamReader, asyncio.StreamWriter], Awaitable[None]]:
+    """Return a server callback that answers each line with the node's name and the line."""
 
-    async def node(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+    async def answer_lines(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         while line := await reader.readline():
             writer.write(name + b" " + line)
         writer.close()
 
-    return node
+    return answer_lines
 
 
 def free_port() -> int:
@@ -30,7 +32,7 @@ def free_port() -> int:
         return port
 
 
-async def ask(port: int) -> bytes:
+async def send_hello(port: int) -> bytes:
     reader, writer = await asyncio.open_connection("127.0.0.1", port)
     writer.write(b"hello\n")
     answer = await reader.readline()
@@ -39,21 +41,21 @@ async def ask(port: int) -> bytes:
     return answer
 
 
-async def test_balancer_takes_nodes_in_turn_and_passes_over_dead_node() -> None:
+async def test_balancer_uses_nodes_in_turn_and_skips_dead_node() -> None:
     async with AsyncExitStack() as stack:
         ports = []
         for name in (b"one", b"two"):
-            server = await asyncio.start_server(echo(name), "127.0.0.1", 0)
+            server = await asyncio.start_server(make_echo_node(name), "127.0.0.1", 0)
             await stack.enter_async_context(server)
             ports.append(server.sockets[0].getsockname()[1])
         dead, port = free_port(), free_port()
         async with asyncio.timeout(20), Balancer(port, [ports[0], dead, ports[1]]):
-            answers = [await ask(port) for _ in range(4)]
+            answers = [await send_hello(port) for _ in range(4)]
     assert answers[0] == b"one hello\n"
     assert set(answers) == {b"one hello\n", b"two hello\n"}
 
 
-async def test_balancer_without_nodes_closes_connection() -> None:
+async def test_balancer_without_running_node_closes_connection() -> None:
     port = free_port()
     async with asyncio.timeout(20), Balancer(port, [free_port()]):
-        assert await ask(port) == b""
+        assert await send_hello(port) == b""

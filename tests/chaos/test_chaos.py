@@ -1,6 +1,7 @@
-"""Storms with real processes, after which the guarantees must hold.
+"""Tests that the guarantees hold after storms of faults with real processes.
 
-With any seed: `python -m tests.chaos.storm --seed 1`; on PostgreSQL, `tests.chaos.database_storm`.
+A storm with any seed: `python -m tests.chaos.storm --seed 1`; on PostgreSQL,
+    `tests.chaos.database_storm`.
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ from typing import TYPE_CHECKING
 import pytest
 
 from tests.chaos.database_storm import DatabaseStorm
-from tests.chaos.storm import Storm, StormSettings, report
+from tests.chaos.storm import Storm, StormSettings, format_report
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -34,7 +35,7 @@ SHORT = StormSettings(
 
 async def test_storm_of_faults_loses_no_item_and_runs_none_twice_at_once(tmp_path: Path) -> None:
     verdict = await Storm(SHORT, tmp_path).run_to_end()
-    assert verdict.broken == [], report(SHORT, verdict)
+    assert verdict.broken == [], format_report(SHORT, verdict)
     # Faults did happen: even a slow machine causes each of these at least once.
     assert verdict.counts["enqueued"] == verdict.counts["stopped"] > 0
     assert verdict.counts["boots"] >= 2
@@ -49,7 +50,7 @@ async def test_storm_on_three_nodes_and_one_database_loses_no_item_and_holds_non
 ) -> None:
     settings = StormSettings(seed=seed, seconds=60, slack=1.5)
     verdict = await DatabaseStorm(settings, tmp_path, own_postgres).run_to_end()
-    assert verdict.broken == [], report(settings, verdict)
+    assert verdict.broken == [], format_report(settings, verdict)
     assert verdict.counts["enqueued"] == verdict.counts["stopped"] > 0
     assert verdict.counts["boots"] >= 1
     restarts = ("action: database killed", "action: database stopped")

@@ -55,7 +55,7 @@ class NodeClient(WorkCalls[NodeAnswer]):
 
     async def enqueue(self, count: int = 1) -> NodeAnswer:
         """Create items."""
-        return await self("POST", self.work(), json={"count": count})
+        return await self("POST", self.work_url(), json={"count": count})
 
 
 def node(url: str, middlewares: tuple[Any, ...] = ()) -> ControlPlane:

@@ -108,7 +108,7 @@ class ApiClient(WorkCalls[HttpAnswer]):
         return state
 
     async def queue_stats(self) -> dict[str, Any]:
-        answer = await self("GET", self.work("/stats"))
+        answer = await self("GET", self.work_url("/stats"))
         assert answer.status == 200
         body: dict[str, Any] = answer.body
         return body

@@ -114,12 +114,14 @@ async def test_body_with_too_many_values_is_400(
     assert answer.status == 400
     assert "1000 JSON values" in answer.error_type["message"]
     script = {"script": [{"name": "Bash", "input": {"a": BLOCKS[name](1020)}}]}
-    assert (await api("POST", api.work(), data=orjson.dumps(script))).status == 400
+    assert (await api("POST", api.work_url(), data=orjson.dumps(script))).status == 400
 
 
 async def test_text_of_any_size_counts_as_one_value(api: ApiClient) -> None:
     text = "{}," * 1_000_000
-    answer = await api("POST", api.work(), data=BytesIO(orjson.dumps({"metadata": {"k": text}})))
+    answer = await api(
+        "POST", api.work_url(), data=BytesIO(orjson.dumps({"metadata": {"k": text}}))
+    )
     assert answer.status == 200
 
 
@@ -141,7 +143,7 @@ async def test_oversized_body_of_any_call_is_400(
     qoder_api: ApiClient, method: str, path: str
 ) -> None:
     (item,) = qoder_api.plane.enqueue()
-    url = qoder_api.work(path.format(id=item.id))
+    url = qoder_api.work_url(path.format(id=item.id))
     answer = await qoder_api(method, url, data=BytesIO(b" " * (LIMIT + 1)))
     assert answer.status == 400
     assert await qoder_api.item_state(item.id) == "queued"
@@ -150,7 +152,7 @@ async def test_oversized_body_of_any_call_is_400(
 async def test_compressed_body_above_size_limit_is_400(qoder_api: ApiClient) -> None:
     bomb = zlib.compress(b" " * (16 * LIMIT))
     answer = await qoder_api(
-        "POST", qoder_api.work(), data=bomb, headers={"Content-Encoding": "deflate"}
+        "POST", qoder_api.work_url(), data=bomb, headers={"Content-Encoding": "deflate"}
     )
     assert answer.status == 400
 
@@ -391,7 +393,7 @@ def test_arbitrary_json_and_query_are_answered_without_500(
         ) -> None:
             async def send_request() -> None:
                 (item,) = plane.enqueue()
-                url = api.work(suffix.format(id=item.id))
+                url = api.work_url(suffix.format(id=item.id))
                 answer = await api(method, url, data=body, params=query)
                 assert answer.status in {200, 204, 400, 405, 409, 412}
                 assert answer.status < 400 or answer.error_type["type"]

@@ -49,7 +49,7 @@ def make_client(plane: ControlPlane) -> WorkClient:
 
 
 async def test_responses_about_largest_item_are_readable_by_worker(qoder_api: ApiClient) -> None:
-    created = await post(qoder_api, qoder_api.work(), {"metadata": metadata_of_size(4_000_000)})
+    created = await post(qoder_api, qoder_api.work_url(), {"metadata": metadata_of_size(4_000_000)})
     assert created.status == 200
     work_id = created.body["data"][0]["id"]
     grown = metadata_of_size(METADATA_LIMIT_BYTES)
@@ -127,7 +127,7 @@ async def test_application_object_with_metadata_above_limit_is_refused(
 
 async def test_enqueue_with_response_above_limit_is_refused(api: ApiClient) -> None:
     content = {"count": 1000, "metadata": metadata_of_size(4_000_000)}
-    answer = await post(api, api.work(), content)
+    answer = await post(api, api.work_url(), content)
     assert (answer.status, answer.error_type["param"]) == (400, "count")
     assert str(ANSWER_LIMIT_BYTES) in answer.error_type["message"]
     assert len(api.plane.operations.get_queue(ENV)) == 0
@@ -139,7 +139,7 @@ async def test_largest_enqueue_response_is_readable_by_worker(qoder_api: ApiClie
         items = await client.enqueue(count=1000, metadata=metadata_of_size(size))
         assert len(items) == 1000
     content = {"count": 1000, "metadata": metadata_of_size(size + 1)}
-    assert (await post(qoder_api, qoder_api.work(), content)).status == 400
+    assert (await post(qoder_api, qoder_api.work_url(), content)).status == 400
 
 
 async def read_all_pages(api: ApiClient, url: str, **query: str) -> tuple[list[str], int]:
@@ -165,10 +165,10 @@ async def read_all_pages(api: ApiClient, url: str, **query: str) -> tuple[list[s
 
 async def test_item_pages_are_shortened_to_response_limit(api: ApiClient) -> None:
     items = [api.plane.enqueue(metadata=metadata_of_size(MEGABYTE))[0].id for _ in range(11)]
-    ids, largest = await read_all_pages(api, api.work())
+    ids, largest = await read_all_pages(api, api.work_url())
     assert ids == items
     assert 3 * MEGABYTE < largest <= ANSWER_LIMIT_BYTES
-    ids, largest = await read_all_pages(api, api.work(), before_id=items[-1])
+    ids, largest = await read_all_pages(api, api.work_url(), before_id=items[-1])
     assert sorted(ids) == items[:-1]
     assert ids[:3] == items[-5:-2] or ids[:3] == items[-4:-1]
     assert largest <= ANSWER_LIMIT_BYTES
@@ -177,8 +177,8 @@ async def test_item_pages_are_shortened_to_response_limit(api: ApiClient) -> Non
 async def test_item_page_with_largest_items_has_one_item(api: ApiClient) -> None:
     for _ in range(3):
         (item,) = api.plane.enqueue()
-        api.plane.operations.update_metadata(ENV, item.id, metadata_of_size(METADATA_LIMIT_BYTES))
-    ids, largest = await read_all_pages(api, api.work())
+        api.plane.operations.update(ENV, item.id, metadata_of_size(METADATA_LIMIT_BYTES))
+    ids, largest = await read_all_pages(api, api.work_url())
     assert len(ids) == 3
     assert largest <= ANSWER_LIMIT_BYTES
 

@@ -429,5 +429,5 @@ async def test_application_calls_are_not_recorded_as_worker_calls(
         await post(api, f"/sessions/{session_id}/archive")
         assert faults.seen == []
         await get(api, f"/sessions/{session_id}")
-        await api("GET", api.work())
+        await api("GET", api.work_url())
         assert [request.op for request in faults.seen] == ["session", "list"]

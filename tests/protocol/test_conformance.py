@@ -69,9 +69,9 @@ async def test_clause_holds_for_embedded_control_plane(
     clock: MovableClock,
     dialect: Dialect,
 ) -> None:
-    finding = await suite_with_moved_clock(control_plane, http_session, clock, dialect).check(
-        clause
-    )
+    finding = await suite_with_moved_clock(
+        control_plane, http_session, clock, dialect
+    ).check_clause(clause)
     assert (finding.verdict, finding.seen) == (Verdict.HOLDS, "")
 
 
@@ -139,7 +139,7 @@ async def finding_with_fault(name: str, http: aiohttp.ClientSession, fault: Hand
     async with ControlPlane(
         environments=(ENV,), tokens={TOKEN: None}, now=clock, middlewares=[fault]
     ) as plane:
-        return await suite_with_moved_clock(plane, http, clock, "qoder").check(clause)
+        return await suite_with_moved_clock(plane, http, clock, "qoder").check_clause(clause)
 
 
 def replace_answers(path: str, change: Callable[[web.Request], web.Response | None]) -> Any:
@@ -340,9 +340,9 @@ class IntrudingSource(EnqueueSource):
     def __init__(self, plane: ControlPlane) -> None:
         self._plane = plane
 
-    async def create(self, api: Api, script: Any = None) -> str:
+    async def create_item(self, api: Api, script: Any = None) -> str:
         self._plane.enqueue()
-        return await super().create(api, script)
+        return await super().create_item(api, script)
 
 
 async def test_foreign_items_in_test_environment_are_stopped(
@@ -416,7 +416,7 @@ async def test_malformed_response_gets_verdict_without_exception(
     ) as plane:
         suite = suite_with_moved_clock(plane, http_session, clock, "qoder", test_environment=True)
         for clause in CLAUSES:
-            finding = await suite.check(clause)
+            finding = await suite.check_clause(clause)
             assert finding.verdict is not Verdict.HOLDS or clause.name == "poll-empty"
 
 
@@ -498,7 +498,7 @@ async def test_worker_key_causes_no_difference_except_refusals(
             plane, http_session, clock, dialect, token=WORKER_KEY, api_key=TOKEN
         )
         for clause in CLAUSES:
-            finding = await suite.check(clause)
+            finding = await suite.check_clause(clause)
             expected = Verdict.DIFFERS if clause.name in OPTIONAL else Verdict.HOLDS
             assert finding.verdict is expected, finding
 

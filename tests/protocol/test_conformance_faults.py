@@ -284,5 +284,5 @@ async def test_clause_finds_fault_of_wrong_control_plane(
         suite = suite_with_moved_clock(plane, http_session, clock, wrong.dialect)
         if wrong.mixed:
             suite.api.base_url = plane.anthropic_base_url
-        finding = await suite.check(clause)
+        finding = await suite.check_clause(clause)
     assert finding.verdict in FOUND, finding.seen

@@ -55,7 +55,7 @@ async def send_poll(api: ApiClient, query: str = "block_ms=999") -> socket.socke
     connection = socket.create_connection(("127.0.0.1", api.plane.port))
     connection.setblocking(False)  # noqa: FBT003 - socket's own signature
     request = (
-        f"GET {api.work('/poll').partition(str(api.plane.port))[2]}?{query} HTTP/1.1\r\n"
+        f"GET {api.work_url('/poll').partition(str(api.plane.port))[2]}?{query} HTTP/1.1\r\n"
         f"Host: localhost\r\nAuthorization: Bearer {TOKEN}\r\nWorker-ID: ghost\r\n\r\n"
     )
     await asyncio.get_running_loop().sock_sendall(connection, request.encode())

@@ -62,7 +62,7 @@ async def _wait_for_answer(answer: Awaitable[HttpAnswer]) -> HttpAnswer:
 
 
 CALLS: dict[str, tuple[str, Callable[[ApiClient, str], Awaitable[HttpAnswer]]]] = {
-    "enqueue": ("queued", lambda api, _: api("POST", api.work())),
+    "enqueue": ("queued", lambda api, _: api("POST", api.work_url())),
     "poll": ("queued", lambda api, _: api.poll()),
     "a poll that finds nothing": ("stopped", lambda api, _: api.poll()),
     "ack": ("queued", lambda api, work_id: api.ack(work_id)),
@@ -70,8 +70,8 @@ CALLS: dict[str, tuple[str, Callable[[ApiClient, str], Awaitable[HttpAnswer]]]] 
     "stop": ("active", lambda api, work_id: api.stop(work_id)),
     "update": ("active", lambda api, work_id: api.update(work_id, json={"metadata": {"a": "b"}})),
     "get": ("active", lambda api, work_id: api.get(work_id)),
-    "list": ("active", lambda api, _: api("GET", api.work())),
-    "stats": ("active", lambda api, _: api("GET", api.work("/stats"))),
+    "list": ("active", lambda api, _: api("GET", api.work_url())),
+    "stats": ("active", lambda api, _: api("GET", api.work_url("/stats"))),
 }
 
 
@@ -88,7 +88,7 @@ async def test_session_and_events_are_returned_only_after_they_are_stored(
     api: ApiClient, blocking_store: BlockingStore
 ) -> None:
     api.plane.enqueue(script=[{"name": "Bash", "input": {}}])
-    [item] = (await api("GET", api.work())).body["data"]
+    [item] = (await api("GET", api.work_url())).body["data"]
     session = f"{api.base_path}/sessions/{item['data']['id']}"
     assert (await answer_after_storage(blocking_store, api("GET", session))).status == 200
     listed = await answer_after_storage(blocking_store, api("GET", f"{session}/events"))

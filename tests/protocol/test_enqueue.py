@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 async def test_enqueued_items_are_returned_in_order_of_creation(
     api: ApiClient, body: bytes, count: int, metadata: dict[str, str]
 ) -> None:
-    answer = await api("POST", api.work(), data=body)
+    answer = await api("POST", api.work_url(), data=body)
     assert answer.status == 200
     assert set(answer.body) == {"data"}
     items = answer.body["data"]
@@ -89,7 +89,7 @@ async def test_enqueued_items_are_returned_in_order_of_creation(
 async def test_malformed_enqueue_body_is_400_and_creates_nothing(
     api: ApiClient, body: bytes, param: str | None
 ) -> None:
-    answer = await api("POST", api.work(), data=body)
+    answer = await api("POST", api.work_url(), data=body)
     assert answer.status == 400
     if param is not None:
         assert answer.error_type["param"] == param
@@ -97,7 +97,7 @@ async def test_malformed_enqueue_body_is_400_and_creates_nothing(
 
 
 async def test_enqueue_with_other_type_creates_item_of_that_type(api: ApiClient) -> None:
-    answer = await api("POST", api.work(), json={"type": "healthcheck"})
+    answer = await api("POST", api.work_url(), json={"type": "healthcheck"})
     assert answer.status == 200
     assert (await api.claim_item())["data"]["type"] == "healthcheck"
 
@@ -106,5 +106,5 @@ async def test_enqueue_with_other_type_creates_item_of_that_type(api: ApiClient)
 async def test_items_are_the_same_in_both_dialects(
     qoder_api: ApiClient, anthropic_api: ApiClient
 ) -> None:
-    created = (await anthropic_api("POST", anthropic_api.work())).body["data"][0]
+    created = (await anthropic_api("POST", anthropic_api.work_url())).body["data"][0]
     assert (await qoder_api.claim_item())["id"] == created["id"]

@@ -79,7 +79,7 @@ async def last_event(api: ApiClient, session_id: str, kind: str) -> dict[str, An
 @pytest.mark.usefixtures("both_stores")
 async def test_scripted_session_emits_events_from_first_to_last(api: ApiClient) -> None:
     body = {"script": [BASH, {"name": "Read", "input": {"file_path": "a"}, "permission": "allow"}]}
-    created = await api("POST", api.work(), json=body)
+    created = await api("POST", api.work_url(), json=body)
     assert created.status == 200
     session_id = created.body["data"][0]["data"]["id"].replace("session_", "sess_")
 

@@ -281,7 +281,7 @@ async def test_first_heartbeat_after_stop_request_is_accepted(api: ApiClient) ->
 @pytest.mark.parametrize("name", ["expected_last_heartbeat", "desired_ttl_seconds"])
 async def test_heartbeat_parameter_given_twice_is_400(api: ApiClient, name: str) -> None:
     work_id = await api.item_in_state("starting")
-    url = api.work(f"/{work_id}/heartbeat")
+    url = api.work_url(f"/{work_id}/heartbeat")
     answer = await api("POST", url, params=[(name, "10"), (name, "10")])
     assert answer.status == 400
     assert answer.error_type["param"] == name

@@ -32,7 +32,7 @@ async def item_ids(qoder_api: ApiClient) -> dict[str, str]:
 
 
 async def search_items(api: ApiClient, **params: str) -> tuple[list[str], Any]:
-    answer = await api("GET", api.work(), params=params)
+    answer = await api("GET", api.work_url(), params=params)
     assert answer.status == 200
     assert answer.body["selected"] is True
     return [item["id"] for item in answer.body["data"]], answer.body["next_page"]
@@ -94,7 +94,7 @@ async def test_full_last_page_has_no_next_page(api: ApiClient, item_ids: dict[st
     "params", [{"state": "lost"}, {"failed": "yes"}, {"order": "up"}, {"state": ""}]
 )
 async def test_search_with_unknown_value_is_400(api: ApiClient, params: dict[str, str]) -> None:
-    answer = await api("GET", api.work(), params=params)
+    answer = await api("GET", api.work_url(), params=params)
     assert (answer.status, answer.error_type["param"]) == (400, next(iter(params)))
 
 

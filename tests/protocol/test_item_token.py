@@ -65,9 +65,9 @@ async def forbidden_answers(
     events = {"events": [MESSAGE]}
     return [
         await own.poll(),
-        await own("GET", own.work()),
-        await own("POST", own.work(), json={}),
-        await own("GET", own.work("/stats")),
+        await own("GET", own.work_url()),
+        await own("POST", own.work_url(), json={}),
+        await own("GET", own.work_url("/stats")),
         await own.get(work_id),
         await own.update(work_id, json={"metadata": {}}),
         await own.ack(other["id"]),
@@ -102,7 +102,7 @@ async def test_item_token_is_403_for_all_other_calls(
 
 async def test_item_token_in_path_of_another_environment_is_403(anthropic_api: ApiClient) -> None:
     item, own = await claimed_item(anthropic_api)
-    url = own.work(f"/{item['id']}/heartbeat", OTHER)
+    url = own.work_url(f"/{item['id']}/heartbeat", OTHER)
     assert (await own("POST", url)).status == 403
 
 
@@ -139,7 +139,7 @@ async def test_secret_is_in_polls_of_anthropic_dialect_only(
     assert "secret" not in (await anthropic_api.get(item["id"])).body
     assert "secret" not in (await anthropic_api.ack(item["id"])).body
     assert all(
-        "secret" not in each for each in (await anthropic_api("GET", own.work())).body["data"]
+        "secret" not in each for each in (await anthropic_api("GET", own.work_url())).body["data"]
     )
     qoder_api.plane.enqueue()
     assert "secret" not in (await qoder_api.poll()).body

@@ -28,7 +28,7 @@ async def test_every_call_notices_an_expired_lease(
     elif seen_by == "get":
         assert await api.item_state(work_id) == "queued"
     elif seen_by == "list":
-        assert (await api("GET", api.work())).body["data"][0]["state"] == "queued"
+        assert (await api("GET", api.work_url())).body["data"][0]["state"] == "queued"
     elif seen_by == "stats":
         assert (await api.queue_stats())["depth"] == 1
     elif seen_by == "ack":

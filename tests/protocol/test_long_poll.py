@@ -234,7 +234,7 @@ async def test_enqueue_over_http_wakes_waiting_poll(api: ApiClient) -> None:
     async with asyncio.TaskGroup() as group:
         poll = group.create_task(api.poll(params={"block_ms": "999"}))
         await wait_until(lambda: len(waiting) == 1)
-        created = (await api("POST", api.work())).body["data"][0]
+        created = (await api("POST", api.work_url())).body["data"][0]
     assert poll.result().body["id"] == created["id"]
     delivered, made = (
         next(record for record in api.plane.history if record.kind == kind)

@@ -170,5 +170,5 @@ async def test_invalid_worker_id_is_400(qoder_api: ApiClient, worker: str) -> No
 
 async def test_head_request_is_405_and_delivers_nothing(api: ApiClient) -> None:
     api.plane.enqueue()
-    assert (await api("HEAD", api.work("/poll"))).status == 405
+    assert (await api("HEAD", api.work_url("/poll"))).status == 405
     assert (await api.queue_stats())["depth"] == 1

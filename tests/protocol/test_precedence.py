@@ -47,7 +47,7 @@ async def test_error_statuses_have_documented_precedence(api: ApiClient, call: s
 
     async def status_of(token: str | None, environment: str) -> int:
         api.token = token
-        url = api.work(suffix.format(id=UNKNOWN_ITEM), environment)
+        url = api.work_url(suffix.format(id=UNKNOWN_ITEM), environment)
         answer = await api(method, url, **BAD)
         assert answer.error_type["type"]
         return answer.status
@@ -69,7 +69,7 @@ async def test_error_statuses_have_documented_precedence(api: ApiClient, call: s
 async def test_bad_request_precedes_409(api: ApiClient, call: str) -> None:
     work_id = await api.item_in_state("stopped")
     method, suffix = CALLS[call]
-    answer = await api(method, api.work(suffix.format(id=work_id)), **BAD)
+    answer = await api(method, api.work_url(suffix.format(id=work_id)), **BAD)
     # an ack has no parameter that could be malformed
     assert answer.status == (409 if call == "ack" else 400)
 
@@ -82,7 +82,7 @@ async def test_conflict_409_precedes_412(qoder_api: ApiClient) -> None:
 @pytest.mark.parametrize("call", CALLS)
 async def test_environment_that_is_not_self_hosted_is_400(api: ApiClient, call: str) -> None:
     method, suffix = CALLS[call]
-    answer = await api(method, api.work(suffix.format(id=UNKNOWN_ITEM), CLOUD))
+    answer = await api(method, api.work_url(suffix.format(id=UNKNOWN_ITEM), CLOUD))
     assert answer.status == 400
     assert answer.error_type["type"] == "invalid_request_error"
 
@@ -107,7 +107,7 @@ async def test_environment_that_is_not_self_hosted_is_400(api: ApiClient, call: 
 async def test_missing_or_wrong_token_is_401(api: ApiClient, authorization: str | None) -> None:
     api.token = None
     headers = {} if authorization is None else {"Authorization": authorization}
-    answer = await api("GET", api.work("/poll"), headers=headers)
+    answer = await api("GET", api.work_url("/poll"), headers=headers)
     assert answer.status == 401
     assert answer.error_type["type"] == "authentication_error"
     assert TOKEN not in str(answer.body)
@@ -115,7 +115,7 @@ async def test_missing_or_wrong_token_is_401(api: ApiClient, authorization: str 
 
 async def test_authorization_scheme_is_case_insensitive(api: ApiClient) -> None:
     api.token = None
-    answer = await api("GET", api.work("/poll"), headers={"Authorization": f"bearer {TOKEN}"})
+    answer = await api("GET", api.work_url("/poll"), headers={"Authorization": f"bearer {TOKEN}"})
     assert answer.status == 200
 
 
@@ -154,7 +154,7 @@ async def test_unknown_path_is_404_with_error_body(api: ApiClient, path: str) ->
 async def test_wrong_method_is_405_with_error_body(
     api: ApiClient, method: str, suffix: str, allowed: str
 ) -> None:
-    answer = await api(method, api.work(suffix))
+    answer = await api(method, api.work_url(suffix))
     assert answer.status == 405
     assert answer.error_type["type"] == "invalid_request_error"
     assert answer.headers["Allow"] == allowed

@@ -43,7 +43,7 @@ async def test_unknown_or_malformed_item_id_is_404(
         "stop": ("POST", "/stop"),
         "update": ("POST", ""),
     }[call]
-    url = URL(qoder_api.work(f"/{work_id}{suffix}"), encoded=True)
+    url = URL(qoder_api.work_url(f"/{work_id}{suffix}"), encoded=True)
     answer = await qoder_api(method, url)  # type: ignore[arg-type]  # an encoded URL, not to be quoted
     assert answer.status == 404
     assert answer.error_type["type"] == "not_found_error"
@@ -52,11 +52,11 @@ async def test_unknown_or_malformed_item_id_is_404(
 async def test_item_of_another_environment_is_404(api: ApiClient) -> None:
     (item,) = api.plane.enqueue(environment_id=OTHER)
     assert (await api.get(item.id)).status == 404
-    assert (await api("GET", api.work(f"/{item.id}", OTHER))).status == 200
+    assert (await api("GET", api.work_url(f"/{item.id}", OTHER))).status == 200
 
 
 async def listed_ids(api: ApiClient, **params: Any) -> dict[str, Any]:
-    answer = await api("GET", api.work(), params={k: str(v) for k, v in params.items()})
+    answer = await api("GET", api.work_url(), params={k: str(v) for k, v in params.items()})
     assert answer.status == 200
     body: dict[str, Any] = answer.body
     assert set(body) == {"data", "first_id", "last_id", "has_more", "next_page"}
@@ -146,7 +146,7 @@ async def test_after_id_and_before_id_exclude_their_item(api: ApiClient) -> None
 async def test_invalid_cursor_or_limit_of_list_is_400(
     api: ApiClient, params: dict[str, str], param: str
 ) -> None:
-    answer = await api("GET", api.work(), params=params)
+    answer = await api("GET", api.work_url(), params=params)
     assert answer.status == 400
     assert answer.error_type["param"] == param
 
@@ -157,7 +157,7 @@ async def test_invalid_cursor_or_limit_of_list_is_400(
 async def test_two_cursors_at_once_are_400(api: ApiClient, names: tuple[str, str]) -> None:
     (item,) = api.plane.enqueue()
     value = {"after_id": item.id, "before_id": item.id, "page": f"after-{item.id}"}
-    answer = await api("GET", api.work(), params={name: value[name] for name in names})
+    answer = await api("GET", api.work_url(), params={name: value[name] for name in names})
     assert answer.status == 400
 
 

@@ -84,7 +84,7 @@ async def test_stopped_item_is_deleted_with_session_after_retention(
     assert (await api.get(item.id)).status == 404
     for suffix in ("", "/events", "/events/stream"):
         assert (await api("GET", path_of(api, item.session_id, suffix))).status == 404
-    listed = (await api("GET", api.work())).body["data"]
+    listed = (await api("GET", api.work_url())).body["data"]
     assert [each["id"] for each in listed] == [waiting.id]
     assert await api.item_state(waiting.id) == "queued"
 

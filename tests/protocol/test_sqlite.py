@@ -53,13 +53,13 @@ async def test_items_sessions_and_stats_survive_restart(
         assert (await api.claim_item(worker="a"))["state"] == "queued"
         sessions = [
             (await api("GET", f"{api.base_path}/sessions/{item['data']['id']}")).body
-            for item in (await api("GET", api.work())).body["data"]
+            for item in (await api("GET", api.work_url())).body["data"]
         ]
-        before = [(await api("GET", api.work("", env))).body for env in (ENV, OTHER)]
+        before = [(await api("GET", api.work_url("", env))).body for env in (ENV, OTHER)]
         stats = await api.queue_stats()
     async with control_plane_on(database_path, clock, ENV, OTHER) as plane:
         api = ApiClient(plane, http_session, "qoder")
-        assert [(await api("GET", api.work("", env))).body for env in (ENV, OTHER)] == before
+        assert [(await api("GET", api.work_url("", env))).body for env in (ENV, OTHER)] == before
         assert (await api.queue_stats()) == {**stats, "workers_polling": 0}
         for session in sessions:
             url = f"{api.base_path}/sessions/{session['id']}"
@@ -337,9 +337,9 @@ async def test_failed_store_answers_500_to_every_later_call(
 
     async with control_plane_on(database_path, clock) as plane:
         api = ApiClient(plane, http_session, "qoder")
-        (kept,) = (await api("POST", api.work())).body["data"]
-        monkeypatch.setattr("workpool.server.stores.sqlite._write_rows", raise_disk_full)
-        answer = await api("POST", api.work())
+        (kept,) = (await api("POST", api.work_url())).body["data"]
+        monkeypatch.setattr("workpool.server.stores.sqlite._write", raise_disk_full)
+        answer = await api("POST", api.work_url())
         assert answer.status == 500
         assert answer.error_type["type"] == "api_error"
         assert (await api.get(kept["id"])).status == 500

@@ -1,6 +1,6 @@
-"""Literal requests to one environment, as one worker: without a client, and without parsing.
+"""Requests to one environment that return the control plane's answers without interpretation.
 
-The suite judges answers as they were sent. A client would hide the differences.
+The suite compares answers as they were sent. The package's own client would hide differences.
 """
 
 from __future__ import annotations
@@ -44,12 +44,12 @@ REFUSED: Final = frozenset(
 
 
 class NoAnswerError(Exception):
-    """A request was not answered; the message gives the reason, without the token."""
+    """A request got no answer; the message contains the reason, without the token."""
 
 
 @dataclass(frozen=True, slots=True)
 class Answer:
-    """One answer, read to its end.
+    """One complete answer of the control plane.
 
     Attributes:
         body: The parsed JSON; None if the body is empty or not JSON.
@@ -63,59 +63,59 @@ class Answer:
 
     @property
     def ok(self) -> bool:
-        """Whether the status is a success."""
+        """Whether the status of the answer is a success (2xx)."""
         return HTTPStatus.OK <= self.status < HTTPStatus.MULTIPLE_CHOICES
 
     @property
     def refused(self) -> bool:
-        """Whether the call is refused for any item, for example because the key may not make it."""
+        """Whether the control plane refuses this call for every item, as for a limited key."""
         unsupported = self.error.get("type") == "unsupported_capability"
         return self.status in REFUSED or (self.status == HTTPStatus.BAD_REQUEST and unsupported)
 
     @property
     def error(self) -> Mapping[str, Any]:
-        """The field `error` of an error envelope; empty if the body is no envelope."""
+        """The object `error` in the body of an error; empty if the body has none."""
         error = self.body.get("error") if isinstance(self.body, dict) else None
         return error if isinstance(error, dict) else {}
 
     def get(self, name: str) -> Any:
-        """Return a field of the body; None if there is none."""
+        """Return a field of the JSON body; None if the body does not have the field."""
         return self.body.get(name) if isinstance(self.body, dict) else None
 
     def __str__(self) -> str:
         """Return the status and the error's message: shortened and safe for a terminal."""
         message = self.error.get("message")
-        detail = f" ({shown(message)})" if isinstance(message, str) else ""
+        detail = f" ({shorten_for_terminal(message)})" if isinstance(message, str) else ""
         return f"HTTP {self.status}{detail}"
 
 
-def shown(value: object) -> str:
-    """Return a value from outside as text: shortened, escaped for a terminal, without tokens."""
+def shorten_for_terminal(value: object) -> str:
+    """Return a received value as text: shortened, escaped for a terminal, without tokens."""
     text = value if isinstance(value, str) else json.dumps(value, default=str)
     return readable(text, DETAIL_MAX)
 
 
 class WorkCalls(ABC, Generic[A]):
-    """The work calls of an environment, as single requests; `options` are those of aiohttp."""
+    """The work calls of one environment as single requests; `options` are passed to aiohttp."""
 
     environment: str
     base_url: str
 
     @abstractmethod
     async def __call__(self, method: str, url: str, **options: Any) -> A:
-        """Send one request."""
+        """Send one HTTP request, and return its answer."""
 
-    def work(self, suffix: str = "", environment: str | None = None) -> str:
-        """Return the URL of a work call."""
+    def work_url(self, suffix: str = "", environment: str | None = None) -> str:
+        """Return the URL of a work call, which ends with `suffix`."""
         return f"{self.base_url}/environments/{environment or self.environment}/work{suffix}"
 
     async def poll(self, environment: str | None = None, **options: Any) -> A:
-        """Ask for an item."""
-        return await self("GET", self.work("/poll", environment), **options)
+        """Send a poll, which asks for an item."""
+        return await self("GET", self.work_url("/poll", environment), **options)
 
     async def ack(self, work_id: str, **options: Any) -> A:
         """Acknowledge an item."""
-        return await self("POST", self.work(f"/{work_id}/ack"), **options)
+        return await self("POST", self.work_url(f"/{work_id}/ack"), **options)
 
     async def heartbeat(
         self, work_id: str, expected: str | None = None, ttl: object = None, **options: Any
@@ -123,24 +123,24 @@ class WorkCalls(ABC, Generic[A]):
         """Send a heartbeat; a parameter that is None is left out."""
         params = {"expected_last_heartbeat": expected, "desired_ttl_seconds": ttl}
         query = {name: str(value) for name, value in params.items() if value is not None}
-        return await self("POST", self.work(f"/{work_id}/heartbeat"), params=query, **options)
+        return await self("POST", self.work_url(f"/{work_id}/heartbeat"), params=query, **options)
 
     async def stop(self, work_id: str, **options: Any) -> A:
-        """Stop an item."""
-        return await self("POST", self.work(f"/{work_id}/stop"), **options)
+        """Send a request that stops an item."""
+        return await self("POST", self.work_url(f"/{work_id}/stop"), **options)
 
     async def update(self, work_id: str, **options: Any) -> A:
         """Update an item's metadata."""
-        return await self("POST", self.work(f"/{work_id}"), **options)
+        return await self("POST", self.work_url(f"/{work_id}"), **options)
 
     async def get(self, work_id: str, **options: Any) -> A:
         """Read an item."""
-        return await self("GET", self.work(f"/{work_id}"), **options)
+        return await self("GET", self.work_url(f"/{work_id}"), **options)
 
 
 @dataclass(eq=False)
 class Api(WorkCalls[Answer]):
-    """Requests to the work calls of one environment.
+    """A worker that sends single requests to the work calls of one environment.
 
     Attributes:
         http: The session that sends the requests; stays open.
@@ -167,18 +167,18 @@ class Api(WorkCalls[Answer]):
             hide(secret)
 
     def as_application(self, api_key: str) -> Api:
-        """Return the same control plane for an application, which has an API key."""
+        """Return an API object of an application with an API key."""
         header = DIALECTS[self.dialect].api_key_header
         if header is None:
             return replace(self, token=api_key)
         return replace(self, token=None, headers={**self.headers, header: api_key})
 
     def as_worker(self, worker: str | None, token: str | None) -> Api:
-        """Return the same control plane for another worker, or with another token."""
+        """Return an API object of another worker, or with another token."""
         return replace(self, worker=worker, token=token)
 
     async def __call__(self, method: str, url: str, **options: Any) -> Answer:
-        """Send one request; `options` are aiohttp's, and `worker`: another name for this call.
+        """Send one request; `options` are aiohttp's, and `worker`, another name for this call.
 
         Raises:
             NoAnswerError: The control plane did not answer within `REQUEST_SECONDS`.
@@ -190,7 +190,7 @@ class Api(WorkCalls[Answer]):
             return Answer(response.status, _parse_json(body), response.headers, body)
 
     async def open_stream(self, url: str) -> tuple[int, str]:
-        """Open a stream and close it again; return its status and content type."""
+        """Open a stream, close it, and return its status and content type."""
         async with self._send_request("GET", url, {}) as response:
             response.close()
             return response.status, response.content_type

@@ -1,4 +1,4 @@
-"""The clauses of the protocol: name, rule and check."""
+"""A clause of the protocol: its name, its rule and the function that checks it."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ When: TypeAlias = Literal["together", "last"]
 
 @dataclass(frozen=True, slots=True)
 class Clause:
-    """One clause of the protocol.
+    """One clause (rule) of the protocol, with the function that checks it.
 
     Attributes:
         name: The name on the protocol page.
@@ -32,5 +32,5 @@ class Clause:
 
 
 def clause(name: str, rule: str, *, when: When = "together") -> Callable[[Check], Clause]:
-    """Turn a coroutine function into the clause that it checks."""
+    """Decorate a coroutine function that checks a rule, and return the clause."""
     return lambda check: Clause(name, rule, check, when)

@@ -1,4 +1,4 @@
-"""The queue that all clauses of a run share: its items, their deliveries, and foreign items."""
+"""The queue that all clauses of a run share, with a record of its items and deliveries."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Final, NamedTuple
 
-from workpool.conformance.api import NoAnswerError, shown
+from workpool.conformance.api import NoAnswerError, shorten_for_terminal
 from workpool.conformance.work_sources import MARK
 from workpool.wire.protocol import NO_HEARTBEAT
 
@@ -34,7 +34,7 @@ class UnlistedItemsError(ForeignItemsError):
 
 
 class Delivery(NamedTuple):
-    """One delivery of an item.
+    """One delivery of an item by a poll.
 
     Attributes:
         number: Its number among all deliveries.
@@ -52,8 +52,8 @@ class Delivery(NamedTuple):
 
 
 @dataclass(slots=True, eq=False)
-class Subject:
-    """An item that the suite uses.
+class SuiteItem:
+    """An item that the suite created or was given.
 
     Attributes:
         id: The id, which a control plane may change with each delivery.
@@ -90,8 +90,8 @@ class SharedQueue:
         self._test_environment = test_environment
         self.sleep = sleep
         self.starts = asyncio.Semaphore(STARTS)
-        # A key is the id of an item or of its session.
-        self._subjects = {name: Subject(name) for name in self._given}
+        # The keys are the ids of items and of their sessions.
+        self._subjects = {name: SuiteItem(name) for name in self._given}
         self._foreign: set[str] = set()
         self._deliveries = 0
         self._nothing_at = -math.inf
@@ -99,14 +99,14 @@ class SharedQueue:
         self._queue = asyncio.Lock()
         self._polling: asyncio.Future[bool] | None = None
 
-    async def create(self, script: Script | None = None) -> Subject:
-        """Create an item."""
+    async def create_item(self, script: Script | None = None) -> SuiteItem:
+        """Create an item, and record that it belongs to the suite."""
         async with self._queue:
-            name = await self._source.create(self._creator, script)
-            return self._subjects.setdefault(name, Subject(name))
+            name = await self._source.create_item(self._creator, script)
+            return self._subjects.setdefault(name, SuiteItem(name))
 
     async def poll(self, **options: Any) -> Answer:
-        """Poll; a delivery of a known item is recorded, and any other item is stopped.
+        """Send a poll; record the delivery of the suite's own item, or stop a foreign item.
 
         Raises:
             ForeignItemsError: The suite has not created the item.
@@ -115,7 +115,7 @@ class SharedQueue:
         return answer
 
     async def _poll_once(self, options: dict[str, Any]) -> tuple[Answer, bool]:
-        """Poll; return the answer, and whether it delivered an own item or ended a foreign one."""
+        """Send a poll; return its answer, and whether a new item came, own or foreign."""
         async with self._queue:
             at = self.now()
             answer = await self.api.poll(**options)
@@ -123,21 +123,23 @@ class SharedQueue:
             if not answer.ok or not isinstance(item, dict) or not isinstance(item.get("id"), str):
                 self._nothing_at = at
                 return answer, False
-            subject = self._subject_of(item)
+            subject = self._find_suite_item(item)
             if subject is not None:
                 self._deliveries += 1
                 delivery = Delivery(self._deliveries, self._nothing_at, at, item)
                 subject.deliveries.append(delivery)
                 return answer, True
         if not self._test_environment:
-            raise ForeignItemsError(f"item {shown(item['id'])}, not created by the suite, came")
+            raise ForeignItemsError(
+                f"item {shorten_for_terminal(item['id'])}, not created by the suite, came"
+            )
         new = item["id"] not in self._foreign
         self._foreign.add(item["id"])
-        await self.end(Subject(item["id"]))
+        await self.stop_item(SuiteItem(item["id"]))
         return answer, new
 
-    async def join_poll(self) -> bool:
-        """Wait for the poll in progress, or poll; return whether it delivered an item."""
+    async def join_or_start_poll(self) -> bool:
+        """Wait for the poll in progress, or send one; return whether a new item came."""
         if self._polling is not None:
             return await asyncio.shield(self._polling)
         polling = self._polling = asyncio.get_running_loop().create_future()
@@ -149,8 +151,8 @@ class SharedQueue:
             polling.set_result(came)
         return came
 
-    def _subject_of(self, item: Mapping[str, Any]) -> Subject | None:
-        """Return the subject of a delivered item, and store the item's ids."""
+    def _find_suite_item(self, item: Mapping[str, Any]) -> SuiteItem | None:
+        """Return the suite's record of a delivered item, and store the item's ids in the record."""
         payload = item.get("data")
         session_id = payload.get("id") if isinstance(payload, dict) else None
         subject = self._subjects.get(item["id"]) or self._subjects.get(session_id or "")
@@ -162,20 +164,20 @@ class SharedQueue:
                 self._subjects[session_id] = subject
         return subject
 
-    async def look_up(self, work_id: str) -> Mapping[str, Any] | None:
-        """Return an item from the list; None if the item is missing or the list is refused."""
+    async def find_in_list(self, work_id: str) -> Mapping[str, Any] | None:
+        """Return an item's entry in the list; None if there is none, or the list is refused."""
         async for row in self._list_rows():
             if row.get("id") == work_id:
                 return row
         return None
 
-    async def end(self, subject: Subject) -> None:
-        """Stop an item with force; an item that has ended does not change."""
+    async def stop_item(self, subject: SuiteItem) -> None:
+        """Stop an item with force; an item that has ended stays unchanged."""
         with suppress(NoAnswerError):
             await self.api.stop(subject.id, json={"force": True})
 
     async def check_environment(self) -> None:
-        """Refuse an environment with items that the suite has not created.
+        """Check that the environment has only items that the suite created or was given.
 
         Raises:
             ForeignItemsError: There are such items, or the list cannot be read.
@@ -186,14 +188,16 @@ class SharedQueue:
             metadata = row.get("metadata")
             own = isinstance(metadata, dict) and MARK in metadata
             if not own and row.get("id") not in self._given:
-                raise ForeignItemsError(f"item {shown(row.get('id'))} was not created by the suite")
+                raise ForeignItemsError(
+                    f"item {shorten_for_terminal(row.get('id'))} was not created by the suite"
+                )
 
     async def _list_rows(self, *, strict: bool = False) -> AsyncIterator[Mapping[str, Any]]:
-        """Iterate over the items of the list; `strict`: raise if it cannot be read to its end."""
+        """Yield the items of the list; `strict`: raise an error unless it is read to its end."""
         page: str | None = None
         for _ in range(PAGES_MAX):
             query = {"limit": "100"} if page is None else {"limit": "100", "page": page}
-            answer = await self.api("GET", self.api.work(), params=query)
+            answer = await self.api("GET", self.api.work_url(), params=query)
             rows = answer.get("data")
             if not answer.ok or not isinstance(rows, list):
                 if strict:

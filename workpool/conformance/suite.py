@@ -1,4 +1,4 @@
-"""A run of the suite against one environment, its limits and its findings."""
+"""The conformance suite: checks clauses against one environment, within a time limit."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ CLEAN_UP_SECONDS: Final = 15.0
 
 @dataclass(frozen=True, slots=True)
 class Finding:
-    """The result of one clause; `seen`: the observation, empty if the clause holds."""
+    """The verdict on one clause, and the observation `seen`, empty if the clause holds."""
 
     clause: Clause
     verdict: Verdict
@@ -82,29 +82,30 @@ class Suite(SharedQueue):
         deadline = asyncio.get_running_loop().time() + self._seconds
         found: dict[str, Finding] = {}
 
-        async def note(clause: Clause) -> None:
-            found[clause.name] = await self.check(clause, deadline)
+        async def record_finding(clause: Clause) -> None:
+            found[clause.name] = await self.check_clause(clause, deadline)
 
         try:
             async with asyncio.TaskGroup() as group:
                 for clause in clauses:
                     if clause.when == "together":
-                        group.create_task(note(clause), name=f"clause-{clause.name}")
+                        group.create_task(record_finding(clause), name=f"clause-{clause.name}")
         except* ForeignItemsError as errors:
             foreign = errors.exceptions[0]
             raise foreign from None
         for clause in clauses:
             if clause.when == "last":
-                await note(clause)
+                await record_finding(clause)
         return [found[clause.name] for clause in clauses]
 
-    async def check(self, clause: Clause, deadline: float | None = None) -> Finding:
-        """Check one clause until `deadline`, a time of the loop's clock."""
+    async def check_clause(self, clause: Clause, deadline: float | None = None) -> Finding:
+        """Check one clause until `deadline`, a time on the clock of the event loop."""
         trial = Trial(self)
         try:
             async with asyncio.timeout_at(deadline):
-                await trial.start()
-                await asyncio.sleep(0)  # no request begins after the deadline
+                await trial.wait_for_start_permit()
+                # A deadline that passed during the wait cancels here, before the first request.
+                await asyncio.sleep(0)
                 await clause.check(trial)
         except DepartureError as departure:
             return Finding(clause, departure.verdict, str(departure))
@@ -113,13 +114,13 @@ class Suite(SharedQueue):
         except TimeoutError:
             return Finding(clause, Verdict.UNTRIED, "the time of the whole suite was used up")
         finally:
-            trial.begun()
+            trial.release_start_permit()
             with suppress(TimeoutError):
-                async with asyncio.timeout_at(self._end_of_clean_up(deadline)):
+                async with asyncio.timeout_at(self._clean_up_deadline(deadline)):
                     await trial.clean_up()
         return Finding(clause, Verdict.HOLDS)
 
     @staticmethod
-    def _end_of_clean_up(deadline: float | None) -> float:
+    def _clean_up_deadline(deadline: float | None) -> float:
         now = asyncio.get_running_loop().time()
         return CLEAN_UP_SECONDS + (now if deadline is None else deadline)

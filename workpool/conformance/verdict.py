@@ -1,4 +1,4 @@
-"""The four verdicts on a clause, and the errors by which a check returns a verdict."""
+"""The four verdicts on a clause, and the exceptions with which a check reports a verdict."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import enum
 
 
 class Verdict(enum.Enum):
-    """The result of one clause, from best to worst."""
+    """The result of the check of one clause, from best to worst."""
 
     HOLDS = "holds"
     DIFFERS = "differs harmlessly"
@@ -27,7 +27,7 @@ class Differs(DepartureError):
 
 
 class Untried(DepartureError):
-    """The clause could not be tried."""
+    """The clause could not be checked, for example because no item could be created."""
 
 
 class Breaks(DepartureError):
@@ -36,13 +36,13 @@ class Breaks(DepartureError):
     verdict = Verdict.BREAKS
 
 
-def same_or_differs(holds: object, seen: str) -> None:
-    """Raise `Differs` unless the condition holds."""
+def differs_unless(holds: object, seen: str) -> None:
+    """Raise `Differs` with the observation `seen` unless the condition holds."""
     if not holds:
         raise Differs(seen)
 
 
-def same_or_breaks(holds: object, seen: str) -> None:
-    """Raise `Breaks` unless the condition holds."""
+def breaks_unless(holds: object, seen: str) -> None:
+    """Raise `Breaks` with the observation `seen` unless the condition holds."""
     if not holds:
         raise Breaks(seen)

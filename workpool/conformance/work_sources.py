@@ -1,4 +1,4 @@
-"""The source of the suite's work: the enqueue call, sessions, or given ids."""
+"""The ways in which the suite gets items: the enqueue call, sessions of an agent, or given ids."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ MARK: Final = "workpool.conform"
 
 
 class Source(Protocol):
-    """The interface of a source."""
+    """The interface for getting one new item."""
 
-    async def create(self, api: Api, script: Script | None = None) -> str:
+    async def create_item(self, api: Api, script: Script | None = None) -> str:
         """Create one item; return its id, or that of its session.
 
         Args:
@@ -35,10 +35,12 @@ class Source(Protocol):
 class EnqueueSource:
     """Creates items with the embedded control plane's own call."""
 
-    async def create(self, api: Api, script: Script | None = None) -> str:
+    async def create_item(self, api: Api, script: Script | None = None) -> str:
         """Create one item and return its id."""
         wanted: dict[str, Any] = {"metadata": {MARK: "1"}}
-        answer = await api("POST", api.work(), json=wanted | ({"script": script} if script else {}))
+        answer = await api(
+            "POST", api.work_url(), json=wanted | ({"script": script} if script else {})
+        )
         rows = answer.get("data")
         if not answer.ok or not isinstance(rows, list) or not rows:
             raise Untried(f"no item can be created: {answer}; give --agent or --work-id")
@@ -55,7 +57,7 @@ class SessionSource:
     def __init__(self, agent: str) -> None:
         self._agent = agent
 
-    async def create(self, api: Api, script: Script | None = None) -> str:
+    async def create_item(self, api: Api, script: Script | None = None) -> str:
         """Create a session, send it a message and return the session's id."""
         _refuse_script(script)
         body = {
@@ -91,8 +93,8 @@ class GivenSource:
     def __init__(self, work_ids: Sequence[str]) -> None:
         self._left = list(work_ids)
 
-    async def create(self, api: Api, script: Script | None = None) -> str:
-        """Return the next id."""
+    async def create_item(self, api: Api, script: Script | None = None) -> str:
+        """Return the id of the next given item."""
         del api
         _refuse_script(script)
         if not self._left:

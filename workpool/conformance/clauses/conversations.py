@@ -1,4 +1,4 @@
-"""The session of an item, and its events.
+"""Clauses about the session of an item, its events, and the item's own token.
 
 See workpool/docs/protocol.md, "Sessions".
 """
@@ -10,13 +10,13 @@ from typing import TYPE_CHECKING, Any, Final
 from workpool.conformance.clause import clause
 from workpool.conformance.clauses.auth_and_errors import UNKNOWN
 from workpool.conformance.trial import is_bad_request, is_conflict
-from workpool.conformance.verdict import Untried, same_or_breaks, same_or_differs
+from workpool.conformance.verdict import Untried, breaks_unless, differs_unless
 from workpool.server.http.server_dialects import DIALECTS
 from workpool.wire.items import parse_item
 from workpool.wire.protocol import AGENT_TOOL_USE, USER_TOOL_RESULT
 
 if TYPE_CHECKING:
-    from workpool.conformance.shared_queue import Subject
+    from workpool.conformance.shared_queue import SuiteItem
     from workpool.conformance.trial import Trial
     from workpool.conformance.work_sources import Script
 
@@ -26,90 +26,92 @@ NO_EVENTS: Final = "handlers cannot talk in a session"
 
 
 @clause("session-object", "A session has the fields that workers read.")
-async def fields_of_a_session(trial: Trial) -> None:
-    """Read the session of an item."""
-    answer = await trial.api("GET", await _claim_session_url(trial))
-    same_or_differs(answer.ok, str(answer))
+async def check_fields_of_a_session(trial: Trial) -> None:
+    """Read the session of an item, and check its fields."""
+    answer = await trial.api("GET", await _claim_item_and_session_url(trial))
+    differs_unless(answer.ok, str(answer))
     dialect = DIALECTS[trial.api.dialect]
     names = FIELDS + dialect.session_fields
     missing = [name for name in names if answer.get(name) is None]
     agent = answer.get("agent")
     if isinstance(agent, dict):
         missing += [f"agent.{name}" for name in dialect.agent_fields if name not in agent]
-    same_or_differs(not missing, f"without {', '.join(missing)}: the vendor's workers may fail")
+    differs_unless(not missing, f"without {', '.join(missing)}: the vendor's workers may fail")
 
 
 @clause("events-list", "The events can be listed.")
-async def list_of_events(trial: Trial) -> None:
+async def check_events_can_be_listed(trial: Trial) -> None:
     """List the events of an item's session."""
-    answer = await trial.api("GET", f"{await _claim_session_url(trial)}/events")
-    same_or_differs(answer.ok and isinstance(answer.get("data"), list), f"{answer}: {NO_EVENTS}")
+    answer = await trial.api("GET", f"{await _claim_item_and_session_url(trial)}/events")
+    differs_unless(answer.ok and isinstance(answer.get("data"), list), f"{answer}: {NO_EVENTS}")
 
 
 @clause("events-stream", "The events can be streamed.")
-async def stream_of_events(trial: Trial) -> None:
+async def check_events_can_be_streamed(trial: Trial) -> None:
     """Open the stream of an item's session, and close it."""
-    status, kind = await trial.api.open_stream(f"{await _claim_session_url(trial)}/events/stream")
+    status, kind = await trial.api.open_stream(
+        f"{await _claim_item_and_session_url(trial)}/events/stream"
+    )
     opened = status == 200 and kind == "text/event-stream"  # noqa: PLR2004 - the HTTP status
-    same_or_differs(opened, f"HTTP {status} {kind}: {NO_EVENTS}")
+    differs_unless(opened, f"HTTP {status} {kind}: {NO_EVENTS}")
 
 
 @clause("item-secret", "The secret of an item is a token for its own session (`anthropic`).")
-async def secret_of_an_item(trial: Trial) -> None:
-    """Read the session of the item's own token, then that of another item."""
-    subject, another = await trial.claim(), await trial.claim()
+async def check_item_secret_opens_own_session_only(trial: Trial) -> None:
+    """Use an item's token to read the session of the item, then that of another item."""
+    subject, another = await trial.claim_item(), await trial.claim_item()
     try:
         token = parse_item(subject.deliveries[0].item).sessions_token
     except ValueError:
         raise Untried("the item cannot be read") from None
     if token is None:
         secrets = DIALECTS[trial.api.dialect].item_secrets
-        same_or_differs(not secrets, "no secret: the worker's key has to do")
+        differs_unless(not secrets, "no secret: the worker's key has to do")
         return
     item = trial.api.as_worker(trial.api.worker, token.get_secret_value())
-    own = await item("GET", _session_url(trial, subject))
-    same_or_breaks(own.ok, f"{own} for the session of the item")
-    foreign = await item("GET", _session_url(trial, another))
-    same_or_differs(not foreign.ok, f"{foreign} for the session of another item")
+    own = await item("GET", _session_url_of(trial, subject))
+    breaks_unless(own.ok, f"{own} for the session of the item")
+    foreign = await item("GET", _session_url_of(trial, another))
+    differs_unless(not foreign.ok, f"{foreign} for the session of another item")
 
 
 @clause("result-once", "A second result for one tool use is a 409.")
-async def second_result(trial: Trial) -> None:
-    """Answer a tool use twice, as a worker does after a lost answer."""
-    url = f"{await _claim_session_url(trial, SCRIPT)}/events"
+async def check_second_result_is_refused(trial: Trial) -> None:
+    """Send a tool result twice, as a worker does after a lost answer."""
+    url = f"{await _claim_item_and_session_url(trial, SCRIPT)}/events"
     listed = await trial.api("GET", url)
     rows = listed.get("data")
     events = rows if isinstance(rows, list) else []
     uses = [each["id"] for each in events if each.get("type") == AGENT_TOOL_USE]
     if not uses:
         raise Untried("the session uses no tool")
-    first = await trial.api("POST", url, json=_result_body(uses[0]))
-    same_or_breaks(first.ok, f"the first: {first}")
-    second = await trial.api("POST", url, json=_result_body(uses[0]))
-    same_or_breaks(not second.ok, f"{second}: a result is applied twice")
-    same_or_differs(is_conflict(second), str(second))
+    first = await trial.api("POST", url, json=_tool_result_body(uses[0]))
+    breaks_unless(first.ok, f"the first: {first}")
+    second = await trial.api("POST", url, json=_tool_result_body(uses[0]))
+    breaks_unless(not second.ok, f"{second}: a result is applied twice")
+    differs_unless(is_conflict(second), str(second))
 
 
 @clause("result-unknown", "A result for an unknown tool use is a 400.")
-async def result_for_an_unknown_use(trial: Trial) -> None:
-    """Answer an unknown tool use."""
-    url = f"{await _claim_session_url(trial)}/events"
-    answer = await trial.api("POST", url, json=_result_body(f"evt_{UNKNOWN}"))
-    same_or_differs(is_bad_request(answer), str(answer))
+async def check_result_for_unknown_tool_use_is_refused(trial: Trial) -> None:
+    """Send a result for a tool use that does not exist."""
+    url = f"{await _claim_item_and_session_url(trial)}/events"
+    answer = await trial.api("POST", url, json=_tool_result_body(f"evt_{UNKNOWN}"))
+    differs_unless(is_bad_request(answer), str(answer))
 
 
-async def _claim_session_url(trial: Trial, script: Script | None = None) -> str:
-    """Return the URL of an item's session."""
-    return _session_url(trial, await trial.claim(script))
+async def _claim_item_and_session_url(trial: Trial, script: Script | None = None) -> str:
+    """Claim an item, and return the URL of its session."""
+    return _session_url_of(trial, await trial.claim_item(script))
 
 
-def _session_url(trial: Trial, subject: Subject) -> str:
+def _session_url_of(trial: Trial, subject: SuiteItem) -> str:
     if not subject.session_id:
         raise Untried("the item names no session")
     return f"{trial.api.base_url}/sessions/{subject.session_id}"
 
 
-def _result_body(use_id: str) -> dict[str, Any]:
+def _tool_result_body(use_id: str) -> dict[str, Any]:
     content = [{"type": "text", "text": "workpool conform"}]
     result_event = {"type": USER_TOOL_RESULT, "tool_use_id": use_id, "content": content}
     return {"events": [result_event]}

@@ -1,4 +1,4 @@
-"""Polls: the conditions and the order of deliveries and redeliveries.
+"""Clauses about polls, and when and in which order they deliver items.
 
 See workpool/docs/protocol.md, "Delivery" and "Poll".
 """
@@ -10,10 +10,10 @@ import re
 from http import HTTPStatus
 from typing import TYPE_CHECKING, Any, Final
 
-from workpool.conformance.api import shown
+from workpool.conformance.api import shorten_for_terminal
 from workpool.conformance.clause import clause
 from workpool.conformance.trial import CLAIM_SECONDS, is_bad_request
-from workpool.conformance.verdict import Breaks, Differs, Untried, same_or_breaks, same_or_differs
+from workpool.conformance.verdict import Breaks, Differs, Untried, breaks_unless, differs_unless
 from workpool.wire.items import parse_item
 from workpool.wire.protocol import BLOCK_MS_MAX, QUEUED
 
@@ -47,16 +47,16 @@ _has_zone: Final = re.compile(r".*([zZ]|[+-]\d\d:\d\d)").fullmatch
 
 
 @clause("poll-delivers", "A delivered item is still `queued`.")
-async def delivered_item_is_queued(trial: Trial) -> None:
+async def check_delivered_item_is_queued(trial: Trial) -> None:
     """Check the state of an item that a poll has delivered."""
-    state = (await trial.claim()).deliveries[0].item.get("state")
-    same_or_differs(state == QUEUED, f"the item is {shown(state)}")
+    state = (await trial.claim_item()).deliveries[0].item.get("state")
+    differs_unless(state == QUEUED, f"the item is {shorten_for_terminal(state)}")
 
 
 @clause("poll-once", "A second poll right after the first does not receive the item.")
-async def item_is_delivered_once(trial: Trial) -> None:
-    """Poll again at once, as a second worker does."""
-    subject = await trial.claim()
+async def check_item_is_delivered_once(trial: Trial) -> None:
+    """Poll three times right after an item was delivered, as another worker does."""
+    subject = await trial.claim_item()
     for _ in range(3):
         await trial.poll()
     early = [
@@ -64,56 +64,59 @@ async def item_is_delivered_once(trial: Trial) -> None:
         for each in subject.deliveries[1:]
         if each.at - subject.deliveries[0].at < WINDOW_SECONDS - 1
     ]
-    same_or_breaks(not early, "the next poll received the item too")
+    breaks_unless(not early, "the next poll received the item too")
 
 
 @clause("poll-redelivers", "An item that is not acknowledged is delivered again after 5 s.")
-async def unacknowledged_item_is_delivered_again(trial: Trial) -> None:
-    """Receive an item and send nothing for it."""
-    subject = await trial.claim()
-    again = await trial.delivery(subject, REDELIVERY_SECONDS)
+async def check_unacknowledged_item_is_delivered_again(trial: Trial) -> None:
+    """Receive an item, send no ack, and wait for the next delivery of the item."""
+    subject = await trial.claim_item()
+    again = await trial.wait_for_delivery(subject, REDELIVERY_SECONDS)
     if again is None:
         raise Breaks(f"not within {REDELIVERY_SECONDS:.0f} s: the item is lost")
     start = subject.deliveries[-2].at
     seconds = again.at - start
     early, late = seconds < WINDOW_SECONDS - 1, again.nothing_at - start > WINDOW_SECONDS + 1
-    same_or_differs(not early and not late, f"after {seconds:.0f} s")
+    differs_unless(not early and not late, f"after {seconds:.0f} s")
 
 
 @clause("poll-reclaim", "`reclaim_older_than_ms` of the new poll sets that time.", when="last")
-async def redelivery_time_of_the_new_poll(trial: Trial) -> None:
+async def check_poll_sets_its_redelivery_time(trial: Trial) -> None:
     """Receive an item, and poll again with a shorter redelivery time."""
-    subject = await trial.claim()
+    subject = await trial.claim_item()
     before = len(subject.deliveries)
-    await trial.wait(1.5)
+    await trial.wait_while_others_run(1.5)
     answer = await trial.poll(params={"reclaim_older_than_ms": "1000"})
-    same_or_breaks(answer.ok, f"refused: {answer}")
-    same_or_differs(len(subject.deliveries) > before, "the item did not come sooner")
+    breaks_unless(answer.ok, f"refused: {answer}")
+    differs_unless(len(subject.deliveries) > before, "the item did not come sooner")
 
 
 @clause("poll-reclaim-lease", "`reclaim_older_than_ms` does not touch a lease.", when="last")
-async def redelivery_time_spares_leases(trial: Trial) -> None:
-    """Poll with a time shorter than the age of a heartbeat."""
-    subject = await trial.active()
+async def check_redelivery_time_does_not_end_leases(trial: Trial) -> None:
+    """Poll with a redelivery time that is shorter than the age of a lease's last heartbeat."""
+    subject = await trial.active_item()
     before = len(subject.deliveries)
-    await trial.wait(1.5)
+    await trial.wait_while_others_run(1.5)
     await trial.poll(params={"reclaim_older_than_ms": "1000"})
     taken = len(subject.deliveries) > before
-    same_or_breaks(not taken, "an item under a lease was delivered: leave the setting unset")
+    breaks_unless(not taken, "an item under a lease was delivered: leave the setting unset")
 
 
 @clause(
     "poll-empty", "Without an item the answer is 200 with the JSON literal `null`.", when="last"
 )
-async def poll_of_an_empty_queue(trial: Trial) -> None:
-    """Poll an empty queue."""
+async def check_answer_to_poll_of_empty_queue(trial: Trial) -> None:
+    """Poll an empty queue, and check the answer."""
     answer = await _poll_until_empty(trial)
-    same_or_breaks(answer.ok, str(answer))
+    breaks_unless(answer.ok, str(answer))
     nothing = answer.content.strip()
     if (answer.status, nothing) == (HTTPStatus.OK, b"null"):
         return
     readable = answer.status == HTTPStatus.NO_CONTENT or answer.body == {}
-    same_or_breaks(readable, f"HTTP {answer.status} with {shown(nothing.decode(errors='replace'))}")
+    breaks_unless(
+        readable,
+        f"HTTP {answer.status} with {shorten_for_terminal(nothing.decode(errors='replace'))}",
+    )
     raise Differs(f"HTTP {answer.status} with {nothing.decode() or 'no body'}")
 
 
@@ -122,51 +125,51 @@ async def poll_of_an_empty_queue(trial: Trial) -> None:
     "With `block_ms` the answer waits for an item, at most that long.",
     when="last",
 )
-async def poll_waits(trial: Trial) -> None:
+async def check_poll_waits_for_its_block_time(trial: Trial) -> None:
     """Measure the duration of a poll of an empty queue."""
     await _poll_until_empty(trial)
     clock = asyncio.get_running_loop().time
     start = clock()
     answer = await trial.poll(params={"block_ms": str(BLOCK_MS)})
     seconds = clock() - start
-    same_or_breaks(answer.ok, f"`block_ms` is refused: {answer}")
+    breaks_unless(answer.ok, f"`block_ms` is refused: {answer}")
     expected = BLOCK_MS / 1000
     waited = expected * 0.8 <= seconds <= expected + SLACK_SECONDS
-    same_or_differs(waited, f"{seconds:.1f} s instead of {expected:.1f} s")
+    differs_unless(waited, f"{seconds:.1f} s instead of {expected:.1f} s")
 
 
 @clause("poll-block-range", f"`block_ms` outside of 1–{BLOCK_MS_MAX} is a 400.")
-async def poll_with_a_bad_block(trial: Trial) -> None:
-    """Poll with values below and above the range."""
+async def check_poll_with_invalid_block_time_is_refused(trial: Trial) -> None:
+    """Poll with a `block_ms` below and above the allowed range."""
     for value in ("0", str(BLOCK_MS_MAX + 1)):
         answer = await trial.poll(params={"block_ms": value})
-        same_or_differs(is_bad_request(answer), f"{value}: {answer}")
+        differs_unless(is_bad_request(answer), f"{value}: {answer}")
 
 
 @clause("poll-item", "The item has all fields of a work item.")
-async def fields_of_an_item(trial: Trial) -> None:
+async def check_fields_of_an_item(trial: Trial) -> None:
     """Read an item as a worker does, then check its fields."""
-    item = (await trial.claim()).deliveries[0].item
-    readable(item)
+    item = (await trial.claim_item()).deliveries[0].item
+    breaks_unless_item_is_readable(item)
     missing = [name for name in FIELDS if name not in item]
-    same_or_differs(not missing, f"without {', '.join(missing)}")
+    differs_unless(not missing, f"without {', '.join(missing)}")
     times = [name for name in FIELDS if name.endswith("_at") and isinstance(item[name], str)]
     local = [name for name in times if not _has_zone(item[name])]
-    same_or_differs(not local, f"a time without a zone: {', '.join(local)}")
+    differs_unless(not local, f"a time without a zone: {', '.join(local)}")
 
 
 @clause("poll-oldest-first", "Items are delivered in the order of their creation.")
-async def oldest_item_first(trial: Trial) -> None:
+async def check_oldest_item_is_delivered_first(trial: Trial) -> None:
     """Create two items and check the order of their deliveries."""
-    older, younger = await trial.create(), await trial.create()
+    older, younger = await trial.create_item(), await trial.create_item()
     for subject in (older, younger):
-        if not subject.deliveries and await trial.delivery(subject, CLAIM_SECONDS) is None:
+        if not subject.deliveries and await trial.wait_for_delivery(subject, CLAIM_SECONDS) is None:
             raise Untried("the item that was created is not delivered")
     in_order = older.deliveries[0].number < younger.deliveries[0].number
-    same_or_differs(in_order, "the younger item came first")
+    differs_unless(in_order, "the younger item came first")
 
 
-def readable(item: Mapping[str, Any] | Any) -> None:
+def breaks_unless_item_is_readable(item: Mapping[str, Any] | Any) -> None:
     """Raise `Breaks` if a worker could not read the item."""
     try:
         parse_item(item)
@@ -175,7 +178,7 @@ def readable(item: Mapping[str, Any] | Any) -> None:
 
 
 async def _poll_until_empty(trial: Trial) -> Answer:
-    """Poll until no item is delivered, and return that answer."""
+    """Poll until the queue is empty, and return the answer that has no item."""
     for _ in range(DRAINED_POLLS):
         answer = await trial.poll()
         if not isinstance(answer.body, dict) or "id" not in answer.body:

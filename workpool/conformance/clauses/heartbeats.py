@@ -1,4 +1,4 @@
-"""Heartbeats: their expected value, their TTL, and items in states that do not allow them.
+"""Clauses about heartbeats: expected value, TTL, and states that do not allow heartbeats.
 
 See workpool/docs/protocol.md, "Heartbeat" and "Who holds an item".
 """
@@ -7,10 +7,10 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Final
 
-from workpool.conformance.api import shown
+from workpool.conformance.api import shorten_for_terminal
 from workpool.conformance.clause import clause
-from workpool.conformance.trial import is_bad_request, is_conflict, is_mismatch
-from workpool.conformance.verdict import Breaks, Differs, same_or_breaks, same_or_differs
+from workpool.conformance.trial import is_bad_request, is_conflict, is_precondition_failed
+from workpool.conformance.verdict import Breaks, Differs, breaks_unless, differs_unless
 from workpool.server.http.server_dialects import DIALECTS
 from workpool.wire import protocol
 from workpool.wire.items import parse_heartbeat
@@ -31,118 +31,118 @@ TTLS: Final = (
 
 
 @clause("heartbeat-first", "The first one moves `starting` to `active` and extends the lease.")
-async def first_heartbeat(trial: Trial) -> None:
+async def check_first_heartbeat_activates_item(trial: Trial) -> None:
     """Send a first heartbeat, and read the answer as a worker does."""
-    subject = await trial.acknowledged()
+    subject = await trial.acknowledged_item()
     answer = await trial.api.heartbeat(subject.id, NO_HEARTBEAT, 60)
-    same_or_breaks(answer.ok, str(answer))
-    _check_readable(answer)
+    breaks_unless(answer.ok, str(answer))
+    _breaks_unless_heartbeat_is_readable(answer)
     state, extended = answer.get("state"), answer.get("lease_extended")
-    same_or_breaks(extended is True, "the lease is not extended")
-    same_or_breaks(state == protocol.ACTIVE, f"the item is {shown(state)}")
+    breaks_unless(extended is True, "the lease is not extended")
+    breaks_unless(state == protocol.ACTIVE, f"the item is {shorten_for_terminal(state)}")
 
 
 @clause("heartbeat-next", "The next one expects the last `last_heartbeat` and returns a new one.")
-async def next_heartbeat(trial: Trial) -> None:
-    """Send a second heartbeat."""
-    subject = await trial.active()
-    await trial.wait(0.1)
+async def check_next_heartbeat_returns_new_value(trial: Trial) -> None:
+    """Send a second heartbeat, and compare the values that both answers return."""
+    subject = await trial.active_item()
+    await trial.wait_while_others_run(0.1)
     answer = await trial.api.heartbeat(subject.id, subject.last_heartbeat, 60)
-    same_or_breaks(answer.ok, str(answer))
+    breaks_unless(answer.ok, str(answer))
     new = answer.get("last_heartbeat")
-    same_or_breaks(new != subject.last_heartbeat, "two heartbeats have the same `last_heartbeat`")
+    breaks_unless(new != subject.last_heartbeat, "two heartbeats have the same `last_heartbeat`")
 
 
 @clause("heartbeat-read-back", "The item's `latest_heartbeat_at` can be the expected value.")
-async def heartbeat_after_reading(trial: Trial) -> None:
+async def check_heartbeat_with_value_read_from_item(trial: Trial) -> None:
     """Continue with the item's last heartbeat, as a worker does after a lost answer."""
-    subject = await trial.active()
-    read = (await trial.item(subject)).get("latest_heartbeat_at")
-    same_or_breaks(isinstance(read, str), "the item shows no heartbeat")
+    subject = await trial.active_item()
+    read = (await trial.read_item(subject)).get("latest_heartbeat_at")
+    breaks_unless(isinstance(read, str), "the item shows no heartbeat")
     answer = await trial.api.heartbeat(subject.id, str(read), 60)
-    same_or_breaks(answer.ok, f"{answer}: a lost answer costs the lease")
+    breaks_unless(answer.ok, f"{answer}: a lost answer costs the lease")
 
 
 @clause("heartbeat-mismatch", "Another time is a 412.")
-async def heartbeat_with_another_time(trial: Trial) -> None:
+async def check_heartbeat_with_wrong_time_is_refused(trial: Trial) -> None:
     """Send a heartbeat that expects the last heartbeat of another holder."""
-    subject = await trial.active()
-    _check_refused(
+    subject = await trial.active_item()
+    _expect_precondition_failed(
         await trial.api.heartbeat(subject.id, LONG_AGO, 60), "two workers can hold one item"
     )
 
 
 @clause("heartbeat-first-again", "`NO_HEARTBEAT` after a heartbeat is a 412.")
-async def first_heartbeat_of_another_worker(trial: Trial) -> None:
+async def check_second_first_heartbeat_is_refused(trial: Trial) -> None:
     """Send a first heartbeat for an item that another worker holds."""
-    subject = await trial.active()
-    _check_refused(
+    subject = await trial.active_item()
+    _expect_precondition_failed(
         await trial.other.heartbeat(subject.id, NO_HEARTBEAT, 60), "two workers can hold one item"
     )
 
 
 @clause("heartbeat-malformed", "A value that is neither `NO_HEARTBEAT` nor a time is a 400.")
-async def heartbeat_with_a_malformed_value(trial: Trial) -> None:
+async def check_heartbeat_with_malformed_value_is_refused(trial: Trial) -> None:
     """Send a heartbeat with a malformed expected value."""
-    subject = await trial.active()
+    subject = await trial.active_item()
     answer = await trial.api.heartbeat(subject.id, "yesterday", 60)
-    same_or_breaks(not answer.ok, f"{answer}: the expected value is not compared")
-    same_or_differs(is_bad_request(answer), str(answer))
+    breaks_unless(not answer.ok, f"{answer}: the expected value is not compared")
+    differs_unless(is_bad_request(answer), str(answer))
 
 
 @clause("heartbeat-unconditional", "Without an expected value the lease is extended.")
-async def heartbeat_without_expected_value(trial: Trial) -> None:
-    """Send a heartbeat without an expected value. A worker never does."""
-    subject = await trial.active()
+async def check_heartbeat_without_expected_value_extends_lease(trial: Trial) -> None:
+    """Send a heartbeat without an expected value, which this package's workers never do."""
+    subject = await trial.active_item()
     answer = await trial.api.heartbeat(subject.id, None, 60)
-    same_or_differs(answer.ok, str(answer))
+    differs_unless(answer.ok, str(answer))
 
 
 @clause("heartbeat-ttl", "The TTL is clamped to 10–600 s, and the answer says it.")
-async def ttl_is_clamped(trial: Trial) -> None:
-    """Request TTLs inside and outside of the range."""
-    subject = await trial.active()
+async def check_ttl_is_clamped_to_range(trial: Trial) -> None:
+    """Request TTLs inside and outside of the allowed range, and check the granted TTLs."""
+    subject = await trial.active_item()
     different: list[str] = []
     for asked, granted in TTLS:
         answer = await trial.api.heartbeat(subject.id, subject.last_heartbeat, asked)
         if not answer.ok:
-            same_or_breaks(asked != granted, f"{asked} s: {answer}")
+            breaks_unless(asked != granted, f"{asked} s: {answer}")
             different.append(f"{asked} s: {answer}")
             continue
-        _check_readable(answer)
+        _breaks_unless_heartbeat_is_readable(answer)
         subject.last_heartbeat = str(answer.get("last_heartbeat"))
         ttl = answer.get("ttl_seconds")
         if ttl != granted:
             different.append(f"{asked} s: {ttl} s instead of {granted} s")
-    same_or_differs(not different, "; ".join(different))
+    differs_unless(not different, "; ".join(different))
 
 
 @clause("heartbeat-ttl-zero", "A TTL that is not a positive integer is a 400.")
-async def ttl_of_zero(trial: Trial) -> None:
-    """Request a TTL of zero."""
-    subject = await trial.active()
+async def check_ttl_of_zero_is_refused(trial: Trial) -> None:
+    """Send a heartbeat that requests a TTL of zero."""
+    subject = await trial.active_item()
     answer = await trial.api.heartbeat(subject.id, subject.last_heartbeat, 0)
-    same_or_differs(is_bad_request(answer), str(answer))
+    differs_unless(is_bad_request(answer), str(answer))
 
 
 @clause("heartbeat-queued", "A `queued` item is a 409.")
-async def heartbeat_without_ack(trial: Trial) -> None:
+async def check_heartbeat_of_queued_item_is_refused(trial: Trial) -> None:
     """Send a heartbeat for an item that was delivered and not acknowledged."""
-    answer = await trial.api.heartbeat((await trial.claim()).id, NO_HEARTBEAT, 60)
-    same_or_differs(is_conflict(answer), _describe_answer(answer))
+    answer = await trial.api.heartbeat((await trial.claim_item()).id, NO_HEARTBEAT, 60)
+    differs_unless(is_conflict(answer), _describe_heartbeat_answer(answer))
 
 
 @clause("heartbeat-stopping", "A `stopping` item: 200, extended, `state` is `stopping`.")
-async def heartbeat_on_a_stopping_item(trial: Trial) -> None:
+async def check_heartbeat_of_stopping_item_reports_stop(trial: Trial) -> None:
     """Stop an item gracefully, and check the worker's next heartbeat."""
-    subject = await trial.active()
-    await trial.stop(subject, force=False)
+    subject = await trial.active_item()
+    await trial.stop_item(subject, force=False)
     answer = await trial.api.heartbeat(subject.id, subject.last_heartbeat, 60)
     goes_on = answer.ok and answer.get("state") == protocol.ACTIVE
-    same_or_breaks(not goes_on, "the item is active: no worker learns of the stop")
+    breaks_unless(not goes_on, "the item is active: no worker learns of the stop")
     as_documented = answer.ok and answer.get("state") == protocol.STOPPING
-    same_or_differs(
-        as_documented and answer.get("lease_extended") is True, _describe_answer(answer)
+    differs_unless(
+        as_documented and answer.get("lease_extended") is True, _describe_heartbeat_answer(answer)
     )
 
 
@@ -150,39 +150,39 @@ async def heartbeat_on_a_stopping_item(trial: Trial) -> None:
     "heartbeat-stopped",
     "A `stopped` item: 409 (`qoder`), or 200 with the state, whatever is expected (`anthropic`).",
 )
-async def heartbeat_on_a_stopped_item(trial: Trial) -> None:
+async def check_heartbeat_of_stopped_item_extends_no_lease(trial: Trial) -> None:
     """Send a heartbeat for an item that was stopped."""
-    subject = await trial.active()
-    await trial.stop(subject, force=True)
+    subject = await trial.active_item()
+    await trial.stop_item(subject, force=True)
     answer = await trial.api.heartbeat(subject.id, subject.last_heartbeat, 60)
     if answer.ok and answer.get("lease_extended") is True:
         raise Breaks("the lease of a stopped item is extended")
     if DIALECTS[trial.api.dialect].compare_on_stop:
-        same_or_differs(is_conflict(answer), _describe_answer(answer))
+        differs_unless(is_conflict(answer), _describe_heartbeat_answer(answer))
         return
     stopped = answer.ok and answer.get("state") == protocol.STOPPED
-    same_or_differs(stopped, _describe_answer(answer))
+    differs_unless(stopped, _describe_heartbeat_answer(answer))
     compared = await trial.api.heartbeat(subject.id, LONG_AGO, 60)
-    same_or_differs(compared.ok, f"the expected value is compared: {compared}")
+    differs_unless(compared.ok, f"the expected value is compared: {compared}")
 
 
-def _check_readable(answer: Answer) -> None:
-    """Raise `Breaks` if a worker could not read the answer."""
+def _breaks_unless_heartbeat_is_readable(answer: Answer) -> None:
+    """Raise `Breaks` if a worker could not parse the answer to a heartbeat."""
     try:
         parse_heartbeat(answer.body)
     except ValueError as error:
         raise Breaks(f"a worker cannot read the answer: {error}") from None
 
 
-def _check_refused(answer: Answer, consequence: str) -> None:
-    """Raise unless the answer is a 412."""
-    same_or_breaks(not answer.ok or answer.get("lease_extended") is False, consequence)
-    if not is_mismatch(answer):
-        raise Differs(_describe_answer(answer))
+def _expect_precondition_failed(answer: Answer, consequence: str) -> None:
+    """Raise `Breaks` if the lease was extended, and `Differs` for another status than 412."""
+    breaks_unless(not answer.ok or answer.get("lease_extended") is False, consequence)
+    if not is_precondition_failed(answer):
+        raise Differs(_describe_heartbeat_answer(answer))
 
 
-def _describe_answer(answer: Answer) -> str:
+def _describe_heartbeat_answer(answer: Answer) -> str:
     if not answer.ok:
         return str(answer)
     extended = "extended" if answer.get("lease_extended") is True else "not extended"
-    return f"HTTP {answer.status}, {shown(answer.get('state'))}, {extended}"
+    return f"HTTP {answer.status}, {shorten_for_terminal(answer.get('state'))}, {extended}"

@@ -1,4 +1,4 @@
-"""Stopping an item.
+"""Clauses about the requests that stop an item, with and without force.
 
 See workpool/docs/protocol.md, "Stop".
 """
@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Final
 
 from workpool.conformance.clause import clause
 from workpool.conformance.trial import is_conflict
-from workpool.conformance.verdict import same_or_breaks, same_or_differs
+from workpool.conformance.verdict import breaks_unless, differs_unless
 from workpool.server.http.server_dialects import DIALECTS
 from workpool.wire.protocol import STOPPED, STOPPING
 
@@ -21,78 +21,78 @@ WATCHED_SECONDS: Final = 8.0
 
 
 @clause("stop-force", "`force` ends an item at once.")
-async def forced_stop(trial: Trial) -> None:
+async def check_forced_stop_ends_item(trial: Trial) -> None:
     """Stop an item with force, as a worker does at the end of a session."""
-    subject = await trial.active()
+    subject = await trial.active_item()
     answer = await trial.api.stop(subject.id, json={"force": True})
-    same_or_breaks(answer.ok, str(answer))
-    state = await trial.state(subject)
-    same_or_differs(state == STOPPED, f"the item is {state}")
+    breaks_unless(answer.ok, str(answer))
+    state = await trial.read_state(subject)
+    differs_unless(state == STOPPED, f"the item is {state}")
     item = DIALECTS[trial.api.dialect].stop_answers_item
     as_documented = (
         answer.get("id") == subject.id if item else answer.status == HTTPStatus.NO_CONTENT
     )
     form = "without the item" if item else "with a body"
-    same_or_differs(as_documented, f"HTTP {answer.status} {form}")
+    differs_unless(as_documented, f"HTTP {answer.status} {form}")
 
 
 @clause("stop-graceful", "Without `force` an `active` item becomes `stopping`.")
-async def graceful_stop(trial: Trial) -> None:
+async def check_graceful_stop_makes_item_stopping(trial: Trial) -> None:
     """Stop an item gracefully, as an operator does."""
-    subject = await trial.active()
+    subject = await trial.active_item()
     answer = await trial.api.stop(subject.id, json={"force": False})
-    same_or_breaks(answer.ok, str(answer))
-    state = await trial.state(subject)
-    same_or_differs(state == STOPPING, f"the item is {state}")
+    breaks_unless(answer.ok, str(answer))
+    state = await trial.read_state(subject)
+    differs_unless(state == STOPPING, f"the item is {state}")
 
 
 @clause("stop-confirm", "A second graceful stop ends it (`qoder`) or is a 409 (`anthropic`).")
-async def confirmed_stop(trial: Trial) -> None:
-    """Confirm a graceful stop."""
-    subject = await trial.active()
-    await trial.stop(subject, force=False)
+async def check_second_graceful_stop_ends_item(trial: Trial) -> None:
+    """Stop an item gracefully a second time, as a worker does to confirm the stop."""
+    subject = await trial.active_item()
+    await trial.stop_item(subject, force=False)
     answer = await trial.api.stop(subject.id, json={"force": False})
     if (False, STOPPING) not in DIALECTS[trial.api.dialect].stop_refused:
-        state = await trial.state(subject)
-        same_or_differs(answer.ok and state == STOPPED, f"{answer}, the item is {state}")
+        state = await trial.read_state(subject)
+        differs_unless(answer.ok and state == STOPPED, f"{answer}, the item is {state}")
     else:
-        same_or_differs(is_conflict(answer), str(answer))
+        differs_unless(is_conflict(answer), str(answer))
 
 
 @clause("stop-queued", "A `queued` item becomes `stopped`.")
-async def stop_of_a_queued_item(trial: Trial) -> None:
+async def check_stop_of_queued_item_ends_it(trial: Trial) -> None:
     """Stop an item that no worker has acknowledged."""
-    subject = await trial.claim()
+    subject = await trial.claim_item()
     answer = await trial.api.stop(subject.id, json={"force": False})
-    same_or_differs(answer.ok, str(answer))
-    state = await trial.state(subject)
-    same_or_differs(state == STOPPED, f"the item is {state}")
+    differs_unless(answer.ok, str(answer))
+    state = await trial.read_state(subject)
+    differs_unless(state == STOPPED, f"the item is {state}")
 
 
 @clause("stop-repeat", "A stop of a stopped item: 200 (`qoder`) or 409 (`anthropic`).")
-async def repeated_stop(trial: Trial) -> None:
+async def check_repeated_stop_is_answered(trial: Trial) -> None:
     """Stop an item twice, as a worker does after a lost answer."""
-    subject = await trial.active()
-    await trial.stop(subject, force=True)
+    subject = await trial.active_item()
+    await trial.stop_item(subject, force=True)
     answer = await trial.api.stop(subject.id, json={"force": True})
     readable = answer.ok or is_conflict(answer) or answer.status == HTTPStatus.NOT_FOUND
-    same_or_breaks(readable, f"{answer}: a worker takes the stop for refused")
+    breaks_unless(readable, f"{answer}: a worker takes the stop for refused")
     refused = (True, STOPPED) in DIALECTS[trial.api.dialect].stop_refused
     as_documented = is_conflict(answer) if refused else answer.status == HTTPStatus.OK
-    same_or_differs(as_documented, str(answer))
+    differs_unless(as_documented, str(answer))
 
 
 @clause("stop-body", "The body may be left out.")
-async def stop_without_a_body(trial: Trial) -> None:
-    """Stop an item without a body. A worker always sends one."""
-    answer = await trial.api.stop((await trial.active()).id)
-    same_or_differs(answer.ok, str(answer))
+async def check_stop_without_body_is_accepted(trial: Trial) -> None:
+    """Stop an item with a request without a body, which this package's workers never send."""
+    answer = await trial.api.stop((await trial.active_item()).id)
+    differs_unless(answer.ok, str(answer))
 
 
 @clause("stop-final", "A stopped item is never delivered again.")
-async def stopped_item_stays_stopped(trial: Trial) -> None:
-    """Poll for longer than the redelivery window."""
-    subject = await trial.active()
-    await trial.stop(subject, force=True)
-    again = await trial.delivery(subject, WATCHED_SECONDS)
-    same_or_breaks(again is None, "it is delivered: the session runs again")
+async def check_stopped_item_is_never_delivered(trial: Trial) -> None:
+    """Stop an item, and poll for longer than the redelivery window."""
+    subject = await trial.active_item()
+    await trial.stop_item(subject, force=True)
+    again = await trial.wait_for_delivery(subject, WATCHED_SECONDS)
+    breaks_unless(again is None, "it is delivered: the session runs again")

@@ -1,6 +1,6 @@
-"""The judge of a storm, which reads the control plane's journal and the traces of handlers.
+"""The check of the guarantees after a storm, from the control plane's journal and handler traces.
 
-It never uses reports of a pool. After the end of the lease that a worker was last granted, the
+The reports of pools are not used. After the end of the lease that a worker was last granted, the
 worker may send nothing for the item, and no handler may start or continue. The margin: a request
 may be sent in time and read late, and a handler may be cancelled in time and end late, so both
 count only after `slack` seconds and the lag measured at that time.
@@ -23,8 +23,8 @@ WAKE_SECONDS = 2.0
 _ENDS = frozenset({"returned", "raised", "cancelled"})
 
 
-class Seen(NamedTuple):
-    """An item in a snapshot."""
+class SnapshotItem(NamedTuple):
+    """One item in a snapshot of the control plane's store."""
 
     id: str
     state: str
@@ -35,8 +35,8 @@ class Seen(NamedTuple):
 
 
 @dataclass(slots=True)
-class Run:
-    """One handler's run of one item; `end` is the end of its process if the handler wrote none."""
+class HandlerRun:
+    """One run of a handler; `end` is the end of its process if the handler recorded none."""
 
     pid: int
     start: float
@@ -45,8 +45,8 @@ class Run:
 
 
 @dataclass
-class Verdict:
-    """The result of a storm.
+class StormVerdict:
+    """The result of the check of a storm: violations and counts.
 
     Attributes:
         broken: One sentence for each breach of the promise.
@@ -60,8 +60,8 @@ class Verdict:
     latest: float = 0.0
 
 
-class Judge:
-    """Finds violations of the guarantees in the journal and the trace.
+class StormChecker:
+    """Finds violations of the guarantees in the journal and the handlers' trace.
 
     Args:
         journal: The journal of all control plane processes, followed by lags measured elsewhere.
@@ -84,8 +84,9 @@ class Judge:
         self._actions = list(actions)
         self._workers = workers
         self._slack = slack
-        self.verdict = Verdict()
-        # (worker, item) → the time of each grant and the end of its lease; both ascending.
+        self.verdict = StormVerdict()
+        # For each worker and item: the time of each grant, and the end of the granted lease. Both
+        # are in ascending order.
         self._grants: dict[tuple[str, str], list[tuple[float, float]]] = defaultdict(list)
         self._holder: dict[str, str | None] = {}
         self._cut: set[tuple[str, str]] = set()
@@ -96,8 +97,8 @@ class Judge:
             if line["what"] == "lag"
         ]
 
-    def judge(self, enqueued: Sequence[str]) -> Verdict:
-        """Judge the storm; `enqueued` has every id that the control plane returned."""
+    def check_storm(self, enqueued: Sequence[str]) -> StormVerdict:
+        """Check a storm; `enqueued` has the id of each item that the control plane created."""
         for line in self._journal:
             what = line["what"]
             if what == "record":
@@ -108,18 +109,16 @@ class Judge:
                 self._durable[line["work_id"]].add(line["op"])
             elif what in {"boot", "end"}:
                 self.verdict.counts["boots"] += what == "boot"
-                self._check_snapshot(line["t"], [Seen(*item) for item in line["items"]])
+                self._check_snapshot(line["t"], [SnapshotItem(*item) for item in line["items"]])
             elif what == "fault":
-                self._check_fault(line["kind"], line["work_id"])
-        self._nothing_lost(enqueued)
+                self._record_fault(line["kind"], line["work_id"])
+        self._check_no_item_is_lost(enqueued)
         self._check_runs()
         self.verdict.counts.update(f"action: {action['what']}" for action in self._actions)
         return self.verdict
 
     def _add_breach(self, text: str) -> None:
         self.verdict.broken.append(text)
-
-    # The journal.
 
     def _check_record(self, line: Line) -> None:
         work_id, worker, kind = line["work_id"], line["worker_id"], line["kind"]
@@ -131,19 +130,20 @@ class Judge:
         elif kind in {"lapsed", "stopped"}:
             self._holder[work_id] = None
         if None not in {worker, holder} and worker != holder and kind in {"metadata", "stopped"}:
-            # Sent in time and applied late because of an injected delay; `_check_arrival` reports a
-            # request that was sent late.
+            # An injected delay can apply a request late that was sent in time. `_check_arrival`
+            # reports the requests that were sent late.
             self.verdict.counts["applied late to another's item"] += 1
 
-    def _check_fault(self, kind: str, work_id: str | None) -> None:
+    def _record_fault(self, kind: str, work_id: str | None) -> None:
         self.verdict.counts[f"fault: {kind}"] += 1
         holder = self._holder.get(work_id or "")
         if kind == "expired" and holder is not None:
-            self._cut.add((holder, work_id or ""))  # the item's holder cannot know of the expiry
+            # The holder of the item cannot know that its lease has expired.
+            self._cut.add((holder, work_id or ""))
 
     def _check_arrival(self, line: Line) -> None:
         worker, work_id, op = line["worker"], line["work_id"], line["op"]
-        if worker is None or op == "ack":  # an operator, or an ack, which is always allowed
+        if worker is None or op == "ack":  # operators and acks need no lease
             return
         self.verdict.counts[f"came: {op}"] += 1
         grants = self._grants.get((worker, work_id))
@@ -152,18 +152,18 @@ class Judge:
             return
         late = line["t"] - grants[-1][1]
         self.verdict.latest = max(self.verdict.latest, late)
-        if late > self._slack + self._lag_at(line["t"]):
+        if late > self._slack + self._lag_before(line["t"]):
             holder = self._holder.get(work_id)
             self._add_breach(
                 f"{worker} sent {op} for {work_id} {late:.2f} s after its lease; held by {holder}"
             )
 
-    def _lag_at(self, at: float) -> float:
-        """Return the lag that was measured just before `at`."""
+    def _lag_before(self, at: float) -> float:
+        """Return the lag in seconds that was measured around the time `at`."""
         return float(sum(lag for since, until, lag in self._lags if since <= at <= until))
 
-    def _check_snapshot(self, at: float, items: Sequence[Seen]) -> None:
-        """Check that each answered call is in a snapshot from the start or end of its server."""
+    def _check_snapshot(self, at: float, items: Sequence[SnapshotItem]) -> None:
+        """Check that the effects of all answered calls are in a snapshot of the store."""
         known = {item.id: item for item in items}
         for work_id, ops in self._durable.items():
             item = known.get(work_id)
@@ -179,7 +179,7 @@ class Judge:
             if item.lease_end is not None and item.holder is not None:
                 self._grants[item.holder, item.id].append((at, item.lease_end))
 
-    def _nothing_lost(self, enqueued: Sequence[str]) -> None:
+    def _check_no_item_is_lost(self, enqueued: Sequence[str]) -> None:
         ends = [line["items"] for line in self._journal if line["what"] == "end"]
         states = {item[0]: item[1] for item in (ends[-1] if ends else [])}
         self.verdict.counts["enqueued"] = len(states)
@@ -188,38 +188,36 @@ class Judge:
             if states.get(work_id) != "stopped":
                 self._add_breach(f"{work_id} is lost: {states.get(work_id)}")
 
-    # The handlers.
-
     def _check_runs(self) -> None:
-        for work_id, runs in self._runs_by_item().items():
+        for work_id, runs in self._group_runs_by_item().items():
             self.verdict.counts["runs"] += len(runs)
             self.verdict.counts["runs again"] += len(runs) - 1
             for run in runs:
                 self.verdict.counts[f"run {run.how}"] += 1
-                self._in_time(work_id, run)
+                self._check_run_is_within_lease(work_id, run)
             for number, run in enumerate(runs):
                 for later in runs[number + 1 :]:
                     if later.start < run.end:
                         self._check_overlap(work_id, run, later)
 
-    def _runs_by_item(self) -> dict[str, list[Run]]:
+    def _group_runs_by_item(self) -> dict[str, list[HandlerRun]]:
         gone = {
             action["pid"]: action["t"]
             for action in self._actions
             if action["what"] in {"kill", "exit"}
         }
-        runs: dict[str, list[Run]] = defaultdict(list)
+        runs: dict[str, list[HandlerRun]] = defaultdict(list)
         for line in self._trace:
             mine = [run for run in runs[line["work_id"]] if run.pid == line["pid"]]
             if line["what"] == "start":
                 end = gone.get(line["pid"], float("inf"))
-                runs[line["work_id"]].append(Run(line["pid"], line["t"], end, "cut off"))
+                runs[line["work_id"]].append(HandlerRun(line["pid"], line["t"], end, "cut off"))
             elif line["what"] in _ENDS:
                 mine[-1].end, mine[-1].how = line["t"], line["what"]
         return runs
 
-    def _in_time(self, work_id: str, run: Run) -> None:
-        """Check that a run began under a lease of its worker and ended before the lease did."""
+    def _check_run_is_within_lease(self, work_id: str, run: HandlerRun) -> None:
+        """Check that a run began and ended within a lease of its worker."""
         worker = self._workers.get(run.pid, "")
         grants = self._grants.get((worker, work_id), [])
         granted_at = [at for at, _ in grants]
@@ -228,39 +226,39 @@ class Judge:
             self._add_breach(f"{worker} ran {work_id} without a lease")
             return
         late = run.start - grants[place - 1][1]
-        if late > self._slack + self._lag_at(run.start):
+        if late > self._slack + self._lag_before(run.start):
             self._add_breach(f"{worker} began {work_id} {late:.2f} s after its lease")
         lease_end = grants[bisect_right(granted_at, run.end) - 1][1]
-        until = lease_end + self._slack + self._lag_at(lease_end)
-        for stopped, woke in self._stops_of(run.pid):
+        until = lease_end + self._slack + self._lag_before(lease_end)
+        for stopped, woke in self._suspensions_of_process(run.pid):
             if run.start <= stopped <= run.end:
-                until = max(until, woke + WAKE_SECONDS + self._lag_at(woke))
+                until = max(until, woke + WAKE_SECONDS + self._lag_before(woke))
                 self.verdict.counts["runs whose lease ended while stopped"] += lease_end < woke
         if run.end > until:
             self._add_breach(
                 f"{worker} went on with {work_id} for {run.end - until:.2f} s too long"
             )
 
-    def _check_overlap(self, work_id: str, run: Run, later: Run) -> None:
-        """Record that two handlers ran at the same time, or count the reason that allows it."""
+    def _check_overlap(self, work_id: str, run: HandlerRun, later: HandlerRun) -> None:
+        """Record the overlap of two runs as a violation, or count the reason that excuses it."""
         worker, other = self._workers.get(run.pid, ""), self._workers.get(later.pid, "")
         seconds = min(run.end, later.end) - later.start
         if (worker, work_id) in self._cut:
             self.verdict.counts["overlaps excused: lease expired by a fault"] += 1
         elif any(
             run.start <= stopped <= later.start <= woke + WAKE_SECONDS
-            for stopped, woke in self._stops_of(run.pid)
+            for stopped, woke in self._suspensions_of_process(run.pid)
         ):
             self.verdict.counts["overlaps excused: process was stopped"] += 1
-        elif seconds > self._slack + self._lag_at(later.start):
+        elif seconds > self._slack + self._lag_before(later.start):
             self._add_breach(
                 f"{work_id} was run by {worker} and {other} at once for {seconds:.2f} s"
             )
         else:
             self.verdict.counts["overlaps within the margin"] += 1
 
-    def _stops_of(self, pid: int) -> list[tuple[float, float]]:
-        """Return the times at which the process was suspended and resumed."""
+    def _suspensions_of_process(self, pid: int) -> list[tuple[float, float]]:
+        """Return the times at which a process was suspended and resumed."""
         mine = [action for action in self._actions if action["pid"] == pid]
         stopped = [action["t"] for action in mine if action["what"] == "stop"]
         return list(
