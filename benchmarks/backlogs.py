@@ -1,4 +1,4 @@
-"""Items in a store before a benchmark begins: queued items, and items stopped hours ago."""
+"""Backlogs: items that a store contains before a benchmark begins, queued or stopped hours ago."""
 
 from __future__ import annotations
 
@@ -67,7 +67,7 @@ _STOPPED = "INSERT INTO stopped_counts VALUES ($1, 0, $2)"
 
 @dataclass(frozen=True)
 class Backlog:
-    """The numbers of items."""
+    """The numbers of items that a store contains before a benchmark begins."""
 
     stopped: int = 0
     queued: int = 0
@@ -104,7 +104,7 @@ async def _fill_database(url: str, parts: Sequence[tuple[str, int, int]]) -> Non
             await connection.execute(_ITEMS, state, start, timeout=600)
             if state == STOPPED:
                 await connection.execute(_STOPPED, DEFAULT_ENVIRONMENT, count)
-        # The database would vacuum by itself, but perhaps during the benchmark.
+        # Otherwise autovacuum could run during the benchmark.
         await connection.execute("VACUUM ANALYZE", timeout=600)
         await connection.execute("CHECKPOINT", timeout=600)
     finally:

@@ -1,4 +1,4 @@
-"""The contenders: the pool, a bare loop that makes the same calls, and clients of other projects.
+"""The contenders of benchmarks: the pool, a bare loop with the same calls, and other SDKs.
 
 All contenders run no-op items, eight at a time, with the longest poll that is allowed.
 """
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     import argparse
     from collections.abc import Callable, Coroutine, Sequence
 
-    from arena import Contender, Meter, Plane
+    from contest import Contender, ContenderMeter, ControlPlaneAddress
 
     from workpool import Settings, WorkItem
 
@@ -31,8 +31,8 @@ LEASE_SECONDS = 60
 
 
 @dataclass(frozen=True)
-class Entry:
-    """A contender of the benchmarks.
+class BenchmarkEntry:
+    """A contender of the benchmarks, with its name and requirements.
 
     Attributes:
         package: The package that must be installed (`pip install -e '.[bench]'`).
@@ -45,68 +45,70 @@ class Entry:
     divisor: int = 1
 
     @property
-    def installed(self) -> bool:
+    def is_installed(self) -> bool:
         return importlib.util.find_spec(self.package) is not None
 
 
-async def bare(plane: Plane, meter: Meter) -> None:
-    """A loop written by hand with aiohttp: the lower bound."""
+async def run_bare_loop(plane: ControlPlaneAddress, meter: ContenderMeter) -> None:
+    """Run items in a loop written by hand with aiohttp, as the lower bound of the cost."""
     headers = {"Authorization": f"Bearer {plane.token}", "Worker-ID": f"bare-{os.getpid()}"}
     async with aiohttp.ClientSession(headers=headers) as session:
 
-        async def call(method: str, path: str, body: bytes | None = None) -> Any:
+        async def send_request(method: str, path: str, body: bytes | None = None) -> Any:
             url = f"{plane.base_url}/environments/{plane.environment_id}/work/{path}"
             async with session.request(method, url, data=body) as response:
                 response.raise_for_status()
                 return orjson.loads(await response.read())
 
-        async def loop() -> None:
+        async def run_items_in_loop() -> None:
             while True:
-                item = await call("GET", f"poll?block_ms={BLOCK_MS}&reclaim_older_than_ms=5000")
+                item = await send_request(
+                    "GET", f"poll?block_ms={BLOCK_MS}&reclaim_older_than_ms=5000"
+                )
                 if item is None:
                     continue
-                meter.claimed()
+                meter.record_claim()
                 work_id = item["id"]
-                await call("POST", f"{work_id}/ack")
+                await send_request("POST", f"{work_id}/ack")
                 first = f"expected_last_heartbeat=NO_HEARTBEAT&desired_ttl_seconds={LEASE_SECONDS}"
-                await call("POST", f"{work_id}/heartbeat?{first}")
-                meter.started(item["metadata"])
-                await call("POST", f"{work_id}/stop", b'{"force":true}')
-                meter.stopped()
+                await send_request("POST", f"{work_id}/heartbeat?{first}")
+                meter.record_start(item["metadata"])
+                await send_request("POST", f"{work_id}/stop", b'{"force":true}')
+                meter.record_stop()
 
-        await _run_loops(loop)
+        await _run_loops(run_items_in_loop)
 
 
-async def workpool(
-    plane: Plane,
-    meter: Meter,
+async def run_pool(
+    plane: ControlPlaneAddress,
+    meter: ContenderMeter,
     *,
     supervisor: type[Supervisor] = Supervisor,
     plugins: Sequence[object] = (),
     **settings: Any,
 ) -> None:
-    """The pool with its defaults and metrics, or with other settings, plugins or parts."""
+    """Run items in a pool, by default with default settings and metrics."""
 
-    class Counted(WorkClient):
-        """A client that reports claims and stops to the meter, by one more call for each."""
+    class CountingClient(WorkClient):
+        """A client that also reports claims and stops to the meter."""
 
         async def poll(self, *args: Any, **named: Any) -> WorkItem | None:
             item = await super().poll(*args, **named)
             if item is not None:
-                meter.claimed()
+                meter.record_claim()
             return item
 
         async def stop(self, *args: Any, **named: Any) -> WorkItem | None:
             item = await super().stop(*args, **named)
-            meter.stopped()
+            meter.record_stop()
             return item
 
-    def connect(settings: Settings) -> WorkClient:
-        return Counted(settings)
+    def connect_counting_client(settings: Settings) -> WorkClient:
+        return CountingClient(settings)
 
     @handler
-    async def nothing(session: Session) -> None:
-        meter.started(session.item.metadata)
+    async def run_nothing(session: Session) -> None:
+        meter.record_start(session.item.metadata)
 
     usual = {
         "concurrency": CONCURRENCY,
@@ -115,42 +117,44 @@ async def workpool(
         "drain_timeout": 0,
     }
     pool = supervisor(
-        plane.settings(**usual | settings), plugins=[nothing, *plugins], connect=connect
+        plane.client_settings(**usual | settings),
+        plugins=[run_nothing, *plugins],
+        connect=connect_counting_client,
     )
     async with pool:
         await pool.wait()
 
 
-async def client(plane: Plane, meter: Meter) -> None:
-    """`WorkClient` without the pool: the same loop as `bare`, but answers are validated."""
-    async with WorkClient(plane.settings(concurrency=CONCURRENCY)) as work:
+async def run_client_only(plane: ControlPlaneAddress, meter: ContenderMeter) -> None:
+    """Run items in the loop of `run_bare_loop`, but with `WorkClient`, which validates answers."""
+    async with WorkClient(plane.client_settings(concurrency=CONCURRENCY)) as work:
 
-        async def loop() -> None:
+        async def run_items_in_loop() -> None:
             while True:
                 item = await work.poll(BLOCK_MS, 5000)
                 if item is None:
                     continue
-                meter.claimed()
+                meter.record_claim()
                 await work.ack(item.id)
                 await work.heartbeat(item.id, ttl=LEASE_SECONDS)
-                meter.started(item.metadata)
+                meter.record_start(item.metadata)
                 await work.stop(item.id, force=True)
-                meter.stopped()
+                meter.record_stop()
 
-        await _run_loops(loop)
+        await _run_loops(run_items_in_loop)
 
 
-async def qca_sdk(plane: Plane, meter: Meter) -> None:
-    """The same loop as `bare`, with the vendor's own SDK."""
+async def run_qca_sdk(plane: ControlPlaneAddress, meter: ContenderMeter) -> None:
+    """Run items in the loop of `run_bare_loop`, but with the vendor's SDK `qca`."""
     client = importlib.import_module("qca").AsyncManaged(pat=plane.token, base_url=plane.base_url)
     work, environment = client.environments.work, {"environment_id": plane.environment_id}
 
-    async def loop() -> None:
+    async def run_items_in_loop() -> None:
         while True:
             item = await work.poll(**environment, block_ms=BLOCK_MS, worker_id=f"qca-{os.getpid()}")
             if item is None:
                 continue
-            meter.claimed()
+            meter.record_claim()
             await work.ack(
                 item.id, **environment, extra_headers={"Worker-ID": f"qca-{os.getpid()}"}
             )
@@ -160,33 +164,33 @@ async def qca_sdk(plane: Plane, meter: Meter) -> None:
                 expected_last_heartbeat="NO_HEARTBEAT",
                 desired_ttl_seconds=LEASE_SECONDS,
             )
-            meter.started(item.metadata)
+            meter.record_start(item.metadata)
             await work.stop(item.id, **environment, force=True)
-            meter.stopped()
+            meter.record_stop()
 
     async with client:
-        await _run_loops(loop)
+        await _run_loops(run_items_in_loop)
 
 
-async def anthropic(plane: Plane, meter: Meter) -> None:
-    """The work poller of the SDK `anthropic`: three calls, without a heartbeat."""
+async def run_anthropic_sdk(plane: ControlPlaneAddress, meter: ContenderMeter) -> None:
+    """Run items with the work poller of the SDK `anthropic`: three calls, no heartbeat."""
     client = importlib.import_module("anthropic").AsyncAnthropic(
         auth_token=plane.token, base_url=plane.anthropic_base_url.removesuffix("/v1")
     )
     work = client.beta.environments.work
 
-    async def loop() -> None:
+    async def run_items_in_loop() -> None:
         poller = work.poller(
             environment_id=plane.environment_id, environment_key=plane.token, auto_stop=False
         )
         async for item in poller:
-            meter.claimed()
-            meter.started(item.metadata)
+            meter.record_claim()
+            meter.record_start(item.metadata)
             await work.stop(item.id, environment_id=plane.environment_id, force=True)
-            meter.stopped()
+            meter.record_stop()
 
     async with client:
-        await _run_loops(loop)
+        await _run_loops(run_items_in_loop)
 
 
 async def _run_loops(loop: Callable[[], Coroutine[Any, Any, None]]) -> None:
@@ -196,19 +200,21 @@ async def _run_loops(loop: Callable[[], Coroutine[Any, Any, None]]) -> None:
 
 
 ENTRIES = (
-    Entry("bare", bare, "aiohttp"),
-    Entry("workpool", workpool, "workpool"),
-    Entry("qca-sdk", qca_sdk, "qca", 5),
-    Entry("anthropic", anthropic, "anthropic", 5),
+    BenchmarkEntry("bare", run_bare_loop, "aiohttp"),
+    BenchmarkEntry("workpool", run_pool, "workpool"),
+    BenchmarkEntry("qca-sdk", run_qca_sdk, "qca", 5),
+    BenchmarkEntry("anthropic", run_anthropic_sdk, "anthropic", 5),
 )
 """The first contender is the base of the ratios."""
 
 
 def parse_contenders(
-    parser: argparse.ArgumentParser, *default: str, entries: Sequence[Entry] = ENTRIES
-) -> tuple[argparse.Namespace, list[Entry]]:
-    """Read the command line with `--only NAME …`. Return the options and the installed entries."""
+    parser: argparse.ArgumentParser, *default: str, entries: Sequence[BenchmarkEntry] = ENTRIES
+) -> tuple[argparse.Namespace, list[BenchmarkEntry]]:
+    """Parse the command line with `--only NAME …`; return the options and installed contenders."""
     names = [entry.name for entry in entries]
     parser.add_argument("--only", nargs="+", choices=names, default=default or names)
     options = parser.parse_args()
-    return options, [entry for entry in entries if entry.name in options.only and entry.installed]
+    return options, [
+        entry for entry in entries if entry.name in options.only and entry.is_installed
+    ]

@@ -18,17 +18,17 @@ from statistics import median
 from typing import TYPE_CHECKING
 
 import job_queue
-from arena import ratio, table, versions
 from backlogs import Backlog
-from contenders import workpool
-from databases import database_server
-from fleet import Run, run
+from contenders import run_pool
+from contest import describe_versions, format_ratio, format_table
+from database_server import database_server
+from measured_system import MeasuredRun, measure_run
 from served_stores import COLUMNS, SERVED, ServedStore
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-    from fleet import System
+    from measured_system import MeasuredSystem
 
     from tests.postgres.cluster import Cluster
 
@@ -40,58 +40,60 @@ ENTRIES = SERVED | {JOB_QUEUE.name: JOB_QUEUE}
 
 
 @contextmanager
-def opened(entry: ServedStore, stopped: int, server: Cluster | None) -> Iterator[System]:
-    """Open the system of an entry, with `stopped` items that have ended."""
+def open_system(
+    entry: ServedStore, stopped: int, server: Cluster | None
+) -> Iterator[MeasuredSystem]:
+    """Start the store or job queue of an entry, with `stopped` items that have ended."""
     if entry is not JOB_QUEUE:
-        system = entry.opened(workpool, Backlog(stopped), server)
+        system = entry.open_store(run_pool, Backlog(stopped), server)
     else:
         assert server is not None
-        system = job_queue.opened(server, stopped)
+        system = job_queue.open_job_queue(server, stopped)
     with system as found:
         yield found
 
 
-def measure(
+def measure_entries(
     entries: list[ServedStore], options: argparse.Namespace, server: Cluster | None
-) -> dict[tuple[ServedStore, int], list[Run]]:
-    """Run each entry whose requirements are installed, with each number of stopped items."""
-    found: dict[tuple[ServedStore, int], list[Run]] = {}
+) -> dict[tuple[ServedStore, int], list[MeasuredRun]]:
+    """Measure each entry whose requirements are installed, with each number of stopped items."""
+    found: dict[tuple[ServedStore, int], list[MeasuredRun]] = {}
     for entry in entries:
         if entry.on_database and server is None:
             continue
         if entry is JOB_QUEUE and not job_queue.INSTALLED:
             continue
         for stopped in options.stopped_rows:
-            with opened(entry, stopped, server) as system:
+            with open_system(entry, stopped, server) as system:
                 found[entry, stopped] = [
-                    run(system, options.items, WARM_UP, options.workers)
+                    measure_run(system, options.items, WARM_UP, options.workers)
                     for _ in range(options.rounds)
                 ]
     return found
 
 
-def report(found: dict[tuple[ServedStore, int], list[Run]], fewest: int) -> str:
-    """Return the table."""
+def format_report(found: dict[tuple[ServedStore, int], list[MeasuredRun]], fewest: int) -> str:
+    """Return the table of CPU times per item."""
 
-    def server_ms(runs: list[Run]) -> float:
-        return median(each.ms(sum(each.use.servers) + each.use.database) for each in runs)
+    def median_server_ms(runs: list[MeasuredRun]) -> float:
+        return median(each.ms_per_item(sum(each.use.servers) + each.use.database) for each in runs)
 
     rows = [
         [
-            *entry.cells,
+            *entry.table_cells,
             str(stopped),
             str(runs[0].items),
-            f"{median(each.ms(sum(each.use.servers)) for each in runs):.3f}",
-            f"{median(each.ms(each.use.database) for each in runs):.3f}",
-            f"{median(each.ms(sum(each.use.workers)) for each in runs):.3f}",
-            f"{median(each.ms(each.use.cpu) for each in runs):.3f}",
-            f"{median(each.rate for each in runs):.0f}",
-            ratio(server_ms(runs), server_ms(found[entry, fewest])),
+            f"{median(each.ms_per_item(sum(each.use.servers)) for each in runs):.3f}",
+            f"{median(each.ms_per_item(each.use.database) for each in runs):.3f}",
+            f"{median(each.ms_per_item(sum(each.use.workers)) for each in runs):.3f}",
+            f"{median(each.ms_per_item(each.use.total_cpu_seconds) for each in runs):.3f}",
+            f"{median(each.items_per_second for each in runs):.0f}",
+            format_ratio(median_server_ms(runs), median_server_ms(found[entry, fewest])),
         ]
         for (entry, stopped), runs in found.items()
     ]
     head = (*COLUMNS, "stopped rows", "items", "server ms", "database ms", "worker ms")
-    return table((*head, "CPU ms/item", "items/s", "ratio"), rows)
+    return format_table((*head, "CPU ms/item", "items/s", "ratio"), rows)
 
 
 def main() -> None:
@@ -106,11 +108,11 @@ def main() -> None:
     load = os.getloadavg()[0]
     on_database = any(entry.on_database for entry in entries)
     with database_server() if on_database else nullcontext() as server:
-        found = measure(entries, options, server)
-    print(report(found, min(options.stopped_rows)))
+        found = measure_entries(entries, options, server)
+    print(format_report(found, min(options.stopped_rows)))
     print(
         f"\n{options.rounds} rounds, {options.workers} workers, a load of {load:.0f} at the start."
-        f" {versions()}"
+        f" {describe_versions()}"
     )
 
 

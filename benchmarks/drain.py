@@ -21,7 +21,14 @@ import time
 from typing import TYPE_CHECKING, NamedTuple
 
 import uvloop
-from arena import Mark, Plane, control_plane, enqueue, table, versions
+from contest import (
+    ClockReading,
+    ControlPlaneAddress,
+    describe_versions,
+    enqueue_items,
+    format_table,
+    serve_control_plane,
+)
 
 from workpool import Session, Supervisor, handler
 
@@ -31,7 +38,7 @@ if TYPE_CHECKING:
 ENDS = ("return", "release")
 
 
-class Cost(NamedTuple):
+class DrainCost(NamedTuple):
     """The cost of one drain, in seconds, and the number of sessions that it abandoned."""
 
     wall: float
@@ -39,46 +46,48 @@ class Cost(NamedTuple):
     abandoned: int
 
 
-async def drain(plane: Plane, sessions: int, end: str) -> Cost:
-    """Hold sessions, drain, and return the cost."""
+async def measure_drain(plane: ControlPlaneAddress, sessions: int, end: str) -> DrainCost:
+    """Run sessions in a pool, drain the pool, and return the cost of the drain."""
     started = 0
     all_started = asyncio.Event()
 
     @handler
-    async def wait(session: Session) -> None:
+    async def wait_for_drain(session: Session) -> None:
         nonlocal started
         started += 1
         if started == sessions:
             all_started.set()
         await (session.interrupted() if end == "return" else asyncio.sleep(3600))
 
-    settings = plane.settings(concurrency=sessions, lease_ttl=600, drain_timeout=600)
-    async with Supervisor(settings, plugins=[wait]) as pool:
+    settings = plane.client_settings(concurrency=sessions, lease_ttl=600, drain_timeout=600)
+    async with Supervisor(settings, plugins=[wait_for_drain]) as pool:
         await all_started.wait()
-        begin = Mark.now()
+        begin = ClockReading.read_now()
         await pool.drain(None if end == "return" else 0)
-        cpu, wall = Mark.now().cpu - begin.cpu, time.monotonic() - begin.wall
-    return Cost(wall, cpu, pool.abandoned)
+        cpu, wall = ClockReading.read_now().cpu - begin.cpu, time.monotonic() - begin.wall
+    return DrainCost(wall, cpu, pool.abandoned)
 
 
-def measure(sessions: int, end: str) -> Cost:
-    """Drain once, the pool and the control plane in processes of their own."""
-    with control_plane() as plane:
-        uvloop.run(enqueue(plane, sessions))
+def measure_drain_in_processes(sessions: int, end: str) -> DrainCost:
+    """Measure one drain, with the pool and the control plane in processes of their own."""
+    with serve_control_plane() as plane:
+        uvloop.run(enqueue_items(plane, sessions))
         ours, theirs = multiprocessing.Pipe()
         process = multiprocessing.get_context("spawn").Process(
             target=_measure_in_process, args=(theirs, plane, sessions, end)
         )
         process.start()
         theirs.close()
-        cost: Cost = ours.recv()
+        cost: DrainCost = ours.recv()
         process.join()
     return cost
 
 
-def _measure_in_process(pipe: Connection, plane: Plane, sessions: int, end: str) -> None:
-    logging.disable(logging.WARNING)  # a slow machine warns about each late removal
-    pipe.send(uvloop.run(drain(plane, sessions, end)))
+def _measure_in_process(
+    pipe: Connection, plane: ControlPlaneAddress, sessions: int, end: str
+) -> None:
+    logging.disable(logging.WARNING)  # on a slow machine the pool warns about each session
+    pipe.send(uvloop.run(measure_drain(plane, sessions, end)))
 
 
 def main() -> None:
@@ -88,15 +97,15 @@ def main() -> None:
     options = parser.parse_args()
     rows = []
     for end, sessions in itertools.product(ENDS, options.sessions):
-        costs = [measure(sessions, end) for _ in range(options.rounds)]
+        costs = [measure_drain_in_processes(sessions, end) for _ in range(options.rounds)]
         wall, cpu = (statistics.median(each[i] for each in costs) for i in (0, 1))
         abandoned = max(each.abandoned for each in costs)
         each = (f"{wall:.2f}", f"{cpu:.2f}", f"{1000 * cpu / sessions:.3f}", str(abandoned))
         rows.append([end, str(sessions), *each])
         print(*rows[-1], file=sys.stderr, flush=True)
     head = ("handlers", "sessions", "seconds", "CPU seconds", "CPU ms/session", "abandoned")
-    print(table(head, rows))
-    print(f"\nMedians of {options.rounds}. {versions()}")
+    print(format_table(head, rows))
+    print(f"\nMedians of {options.rounds}. {describe_versions()}")
 
 
 if __name__ == "__main__":

@@ -11,29 +11,45 @@ from __future__ import annotations
 import argparse
 
 import uvloop
-from arena import Contest, Plane, Watched, compete, control_plane, enqueue, table, versions
-from contenders import Entry, parse_contenders
+from contenders import BenchmarkEntry, parse_contenders
+from contest import (
+    Contest,
+    ControlPlaneAddress,
+    WatchedUsage,
+    describe_versions,
+    enqueue_items,
+    format_table,
+    run_contest,
+    serve_control_plane,
+)
 
 WARM_UP = 20
 
 
-def measure(plane: Plane, entry: Entry, seconds: float, settle: float) -> Watched:
-    """Measure an idle contender after its first items."""
-    uvloop.run(enqueue(plane, WARM_UP))
+def measure_idle_contender(
+    plane: ControlPlaneAddress, entry: BenchmarkEntry, seconds: float, settle: float
+) -> WatchedUsage:
+    """Measure a contender that is idle after its first items."""
+    uvloop.run(enqueue_items(plane, WARM_UP))
     contest = Contest(entry.run, plane, 0, WARM_UP, watch=seconds, settle=settle)
-    with compete(contest) as receive:
+    with run_contest(contest) as receive:
         receive()
-        watched: Watched = receive()
+        watched: WatchedUsage = receive()
     return watched
 
 
-def report(found: dict[str, Watched]) -> str:
-    """Return the table."""
+def format_report(found: dict[str, WatchedUsage]) -> str:
+    """Return the table of requests, CPU and memory of each contender."""
     rows = [
-        [name, f"{each.rate:.2f}", f"{each.cpu_percent:.3f}", f"{each.memory / 2**20:.1f}"]
+        [
+            name,
+            f"{each.requests_per_second:.2f}",
+            f"{each.cpu_percent:.3f}",
+            f"{each.memory / 2**20:.1f}",
+        ]
         for name, each in found.items()
     ]
-    return table(("contender", "requests/s", "CPU % of a core", "own memory MiB"), rows)
+    return format_table(("contender", "requests/s", "CPU % of a core", "own memory MiB"), rows)
 
 
 def main() -> None:
@@ -41,12 +57,13 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=60, help="how long it is watched")
     parser.add_argument("--settle", type=float, default=10, help="from its last item until then")
     options, entries = parse_contenders(parser)
-    with control_plane() as plane:
+    with serve_control_plane() as plane:
         found = {
-            entry.name: measure(plane, entry, options.seconds, options.settle) for entry in entries
+            entry.name: measure_idle_contender(plane, entry, options.seconds, options.settle)
+            for entry in entries
         }
-    print(report(found))
-    print(f"\n{options.seconds:g} s each. {versions()}")
+    print(format_report(found))
+    print(f"\n{options.seconds:g} s each. {describe_versions()}")
 
 
 if __name__ == "__main__":

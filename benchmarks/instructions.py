@@ -18,9 +18,16 @@ import sys
 from typing import TYPE_CHECKING
 
 import uvloop
-from arena import Meter, Plane, control_plane, enqueue, table, versions
-from contenders import Entry, parse_contenders
-from parts import ENTRIES
+from contenders import BenchmarkEntry, parse_contenders
+from contest import (
+    ContenderMeter,
+    ControlPlaneAddress,
+    describe_versions,
+    enqueue_items,
+    format_table,
+    serve_control_plane,
+)
+from part_costs import ENTRIES
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -29,15 +36,15 @@ WARM_UP = 20
 _COLLECTED = re.compile(r"Collected : ([0-9]+)")
 
 
-def measure(plane: Plane, entry: Entry, items: int) -> int:
-    """Return the instructions of a whole process that handles this number of items."""
-    uvloop.run(enqueue(plane, items + WARM_UP))
+def count_instructions(plane: ControlPlaneAddress, entry: BenchmarkEntry, items: int) -> int:
+    """Return the instructions of a process from its start until it has handled the items."""
+    uvloop.run(enqueue_items(plane, items + WARM_UP))
     command = ["valgrind", "--tool=callgrind", "--callgrind-out-file=/dev/null", sys.executable]
     command += [__file__, "--child", entry.name, str(items)]
     command += [plane.base_url, plane.anthropic_base_url, plane.token, plane.environment_id]
     done = subprocess.run(  # noqa: S603 - our own interpreter and arguments
         command,
-        env=os.environ | {"PYTHONHASHSEED": "0"},  # a random order of sets would add noise
+        env=os.environ | {"PYTHONHASHSEED": "0"},  # random hashes would add noise
         stderr=subprocess.PIPE,
         text=True,
         check=True,
@@ -47,45 +54,48 @@ def measure(plane: Plane, entry: Entry, items: int) -> int:
     return int(found[1])
 
 
-async def child(name: str, items: str, *address: str) -> None:
-    """Handle the items, then end. This runs in the process under callgrind."""
+async def run_items_under_callgrind(name: str, items: str, *address: str) -> None:
+    """Handle the items and exit, as the child process under callgrind."""
     [contender] = [entry.run for entry in ENTRIES if entry.name == name]
     base_url, anthropic_base_url, token, environment_id = address
-    plane = Plane(base_url, anthropic_base_url, token, environment_id)
-    meter = Meter(WARM_UP, int(items))
+    plane = ControlPlaneAddress(base_url, anthropic_base_url, token, environment_id)
+    meter = ContenderMeter(WARM_UP, int(items))
     async with asyncio.TaskGroup() as group:
         task = group.create_task(contender(plane, meter), name="contender")
         await meter.done.wait()
         task.cancel()
 
 
-def report(found: dict[str, float]) -> str:
+def format_report(found: dict[str, float]) -> str:
     """Return the table, which compares each contender with the first one."""
     base = next(iter(found.values()))
     rows = [
         [name, f"{each / 1e6:.3f}", f"{each / base:.2f} ×", f"{(each - base) / 1e6:+.3f}"]
         for name, each in found.items()
     ]
-    return table(("contender", "M instructions/item", "ratio", "difference"), rows)
+    return format_table(("contender", "M instructions/item", "ratio", "difference"), rows)
 
 
-def main(entries: Sequence[Entry]) -> None:
+def main(entries: Sequence[BenchmarkEntry]) -> None:
     parser = argparse.ArgumentParser(description="User instructions per item.")
     parser.add_argument("--items", type=int, nargs=2, default=(200, 600), metavar=("FEW", "MANY"))
     options, entries = parse_contenders(parser, "bare", "client only", "workpool", entries=entries)
     few, many = options.items
-    with control_plane() as plane:
+    with serve_control_plane() as plane:
         found = {
-            entry.name: (measure(plane, entry, many) - measure(plane, entry, few)) / (many - few)
+            entry.name: (
+                count_instructions(plane, entry, many) - count_instructions(plane, entry, few)
+            )
+            / (many - few)
             for entry in entries
         }
-    print(report(found))
-    print(f"\n{many} items less {few}. {versions()}")
+    print(format_report(found))
+    print(f"\n{many} items less {few}. {describe_versions()}")
 
 
 if __name__ == "__main__":
     if sys.argv[1:2] == ["--child"]:
-        uvloop.run(child(*sys.argv[2:]))
+        uvloop.run(run_items_under_callgrind(*sys.argv[2:]))
     else:
-        # The bare loop comes first, since the others are compared with the first contender.
+        # The bare loop is the first contender, with which the table compares the others.
         main(sorted(ENTRIES, key=lambda entry: entry.name != "bare"))

@@ -14,9 +14,9 @@ from functools import partial
 from typing import TYPE_CHECKING
 
 import uvloop
-from arena import LIMIT_SECONDS
 from contenders import CONCURRENCY
-from fleet import System, count
+from contest import LIMIT_SECONDS
+from measured_system import MeasuredSystem, count_stop
 
 from workpool.wire.protocol import ENQUEUE_COUNT_MAX
 
@@ -32,7 +32,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
     from multiprocessing.connection import Connection
 
-    from fleet import Stops
+    from measured_system import Stops
 
     from tests.postgres.cluster import Cluster
 
@@ -45,11 +45,11 @@ _FINISHED = """
 
 
 @contextmanager
-def opened(server: Cluster, finished: int) -> Iterator[System]:
-    """Open a queue in a new database, with `finished` jobs that have ended."""
+def open_job_queue(server: Cluster, finished: int) -> Iterator[MeasuredSystem]:
+    """Create a job queue in a new database, with `finished` jobs that have ended."""
     url = server.create_database()
     asyncio.run(_create_queue(url, finished))
-    yield System(
+    yield MeasuredSystem(
         enqueue=lambda number: asyncio.run(_enqueue_jobs(url, number)),
         worker=lambda _: partial(_run_worker, url),
         database=server.pid,
@@ -67,7 +67,7 @@ async def _create_queue(url: str, finished: int) -> None:
     async with app.open_async():
         await app.schema_manager.apply_schema_async()
     async with await psycopg.AsyncConnection.connect(url, autocommit=True) as connection:
-        # Triggers are off, so the jobs have no events in the database, unlike real jobs.
+        # Without triggers the insert is fast, but the jobs have no events, unlike real jobs.
         await connection.execute("SET session_replication_role = replica")
         await connection.execute(_FINISHED, (TASK, finished))
         await connection.execute("VACUUM ANALYZE procrastinate_jobs")
@@ -82,7 +82,7 @@ async def _enqueue_jobs(url: str, number: int) -> None:
 
 
 def _wait_until_settled(url: str) -> None:
-    """Return once the last job, which was counted while it ran, is marked as finished."""
+    """Wait until all jobs are marked as finished; they are counted while they still run."""
     until = time.monotonic() + LIMIT_SECONDS
     with psycopg.connect(url, autocommit=True) as connection:
         while time.monotonic() < until:
@@ -95,15 +95,15 @@ def _wait_until_settled(url: str) -> None:
 def _run_worker(url: str, pipe: Connection, stops: Stops) -> None:
     app = _new_app(url)
 
-    async def nothing() -> None:
-        count(stops)
+    async def run_nothing_job() -> None:
+        count_stop(stops)
 
-    # Not a decorator: it would have no type where procrastinate is not installed.
-    app.task(name=TASK)(nothing)
+    # A decorator would have no type for mypy where procrastinate is not installed.
+    app.task(name=TASK)(run_nothing_job)
 
-    async def run() -> None:
+    async def run_job_worker() -> None:
         async with app.open_async():
             pipe.send(os.getpid())
             await app.run_worker_async(concurrency=CONCURRENCY, install_signal_handlers=False)
 
-    uvloop.run(run())
+    uvloop.run(run_job_worker())

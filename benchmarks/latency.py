@@ -18,8 +18,18 @@ from statistics import quantiles
 from typing import Final
 
 import uvloop
-from arena import SENT, Contest, Plane, Result, compete, control_plane, enqueue, table, versions
-from contenders import Entry, parse_contenders
+from contenders import BenchmarkEntry, parse_contenders
+from contest import (
+    SENT,
+    Contest,
+    ContestResult,
+    ControlPlaneAddress,
+    describe_versions,
+    enqueue_items,
+    format_table,
+    run_contest,
+    serve_control_plane,
+)
 
 from workpool import WorkClient
 
@@ -28,25 +38,29 @@ GAPS: Final = {"idle": (0.025, 0.075), "sparse": (1.0, 3.0)}
 """The shortest and the longest, in seconds."""
 
 
-async def trickle(plane: Plane, items: int, gaps: tuple[float, float]) -> None:
-    """Enqueue one item after each gap."""
-    async with WorkClient(plane.settings()) as client:
+async def enqueue_with_gaps(
+    plane: ControlPlaneAddress, items: int, gaps: tuple[float, float]
+) -> None:
+    """Enqueue items one by one, each after a random gap."""
+    async with WorkClient(plane.client_settings()) as client:
         for _ in range(items):
             await asyncio.sleep(random.uniform(*gaps))  # noqa: S311 - spreads load, guards nothing
             await client.enqueue(metadata={SENT: repr(time.monotonic())})
 
 
-def measure(plane: Plane, entry: Entry, items: int, gaps: tuple[float, float]) -> list[float]:
+def measure_waits(
+    plane: ControlPlaneAddress, entry: BenchmarkEntry, items: int, gaps: tuple[float, float]
+) -> list[float]:
     """Return the seconds that each item waited for its handler."""
-    uvloop.run(enqueue(plane, WARM_UP))
-    with compete(Contest(entry.run, plane, items, WARM_UP)) as receive:
+    uvloop.run(enqueue_items(plane, WARM_UP))
+    with run_contest(Contest(entry.run, plane, items, WARM_UP)) as receive:
         receive()
-        uvloop.run(trickle(plane, items, gaps))
-        result: Result = receive()
+        uvloop.run(enqueue_with_gaps(plane, items, gaps))
+        result: ContestResult = receive()
     return result.waits
 
 
-def report(waits: dict[tuple[str, str], list[float]]) -> str:
+def format_report(waits: dict[tuple[str, str], list[float]]) -> str:
     """Return the table, which compares each contender with the first one of the same gaps."""
     base: dict[str, tuple[float, float]] = {}
     rows = []
@@ -57,7 +71,7 @@ def report(waits: dict[tuple[str, str], list[float]]) -> str:
         cells = [f"{p50 * 1000:.2f}", f"{p50 / base50:.2f} ×"]
         cells += [f"{p99 * 1000:.2f}", f"{p99 / base99:.2f} ×", f"{max(seconds) * 1000:.2f}"]
         rows.append([gaps, name, str(len(seconds)), *cells])
-    return table(
+    return format_table(
         ("gaps", "contender", "items", "p50 ms", "ratio", "p99 ms", "ratio", "max ms"), rows
     )
 
@@ -69,15 +83,15 @@ def main() -> None:
     parser.add_argument("--gaps", nargs="+", choices=GAPS, default=list(GAPS))
     options, entries = parse_contenders(parser, "bare", "workpool", "anthropic")
     waits: dict[tuple[str, str], list[float]] = {}
-    with control_plane() as plane:
+    with serve_control_plane() as plane:
         for _ in range(options.rounds):
             for name in options.gaps:
                 items = options.items if name == "idle" else max(2, options.items // 10)
                 for entry in entries:
-                    samples = measure(plane, entry, items, GAPS[name])
+                    samples = measure_waits(plane, entry, items, GAPS[name])
                     waits.setdefault((name, entry.name), []).extend(samples)
-    print(report(waits))
-    print(f"\n{options.rounds} rounds. {versions()}")
+    print(format_report(waits))
+    print(f"\n{options.rounds} rounds. {describe_versions()}")
 
 
 if __name__ == "__main__":

@@ -18,8 +18,18 @@ from typing import Any
 import aiohttp
 import orjson
 import uvloop
-from arena import Contest, Meter, Plane, Watched, compete, control_plane, enqueue, table, versions
-from contenders import BLOCK_MS, LEASE_SECONDS, Entry, parse_contenders
+from contenders import BLOCK_MS, LEASE_SECONDS, BenchmarkEntry, parse_contenders
+from contest import (
+    ContenderMeter,
+    Contest,
+    ControlPlaneAddress,
+    WatchedUsage,
+    describe_versions,
+    enqueue_items,
+    format_table,
+    run_contest,
+    serve_control_plane,
+)
 
 from workpool import Session, Supervisor, handler
 
@@ -28,81 +38,93 @@ RENEW_SECONDS = 20
 LEASES = (100, 1000, 10_000)
 
 
-async def bare(plane: Plane, meter: Meter) -> None:
-    """A loop written by hand with aiohttp, and a task for each lease."""
+async def hold_leases_with_bare_loop(plane: ControlPlaneAddress, meter: ContenderMeter) -> None:
+    """Hold leases in a loop written by hand with aiohttp, with one task for each lease."""
     headers = {"Authorization": f"Bearer {plane.token}", "Worker-ID": f"bare-{os.getpid()}"}
     async with aiohttp.ClientSession(headers=headers) as session, asyncio.TaskGroup() as group:
 
-        async def call(method: str, path: str) -> Any:
+        async def send_request(method: str, path: str) -> Any:
             url = f"{plane.base_url}/environments/{plane.environment_id}/work/{path}"
             async with session.request(method, url) as response:
                 response.raise_for_status()
                 return orjson.loads(await response.read())
 
-        async def hold(work_id: str) -> None:
+        async def hold_lease(work_id: str) -> None:
             expected = "NO_HEARTBEAT"
             while True:
                 query = f"expected_last_heartbeat={expected}&desired_ttl_seconds={LEASE_SECONDS}"
                 try:
-                    beat = await call("POST", f"{work_id}/heartbeat?{query}")
+                    beat = await send_request("POST", f"{work_id}/heartbeat?{query}")
                 except aiohttp.ClientResponseError:
                     meter.lost += 1
                     return
                 if expected == "NO_HEARTBEAT":
-                    meter.stopped()
+                    meter.record_stop()
                 expected = beat["last_heartbeat"]
                 await asyncio.sleep(RENEW_SECONDS)
 
         while True:
-            item = await call("GET", f"poll?block_ms={BLOCK_MS}")
+            item = await send_request("GET", f"poll?block_ms={BLOCK_MS}")
             if item is not None:
-                await call("POST", f"{item['id']}/ack")
-                group.create_task(hold(item["id"]))
+                await send_request("POST", f"{item['id']}/ack")
+                group.create_task(hold_lease(item["id"]))
 
 
-async def workpool(plane: Plane, meter: Meter) -> None:
-    """The pool, with as many slots as there are leases, and handlers that wait."""
+async def hold_leases_with_pool(plane: ControlPlaneAddress, meter: ContenderMeter) -> None:
+    """Hold leases in a pool with a slot for each lease and handlers that wait."""
 
     @handler
-    async def wait(session: Session) -> None:
-        meter.stopped()
+    async def hold_session(session: Session) -> None:
+        meter.record_stop()
         try:
             await session.interrupted()
         except asyncio.CancelledError:
             meter.lost += 1
             raise
 
-    settings = plane.settings(
+    settings = plane.client_settings(
         concurrency=meter.warm_up + 1, lease_ttl=LEASE_SECONDS, block_ms=BLOCK_MS, drain_timeout=0
     )
-    async with Supervisor(settings, plugins=[wait]) as supervisor:
+    async with Supervisor(settings, plugins=[hold_session]) as supervisor:
         await supervisor.wait()
 
 
-ENTRIES = (Entry("bare", bare, "aiohttp"), Entry("workpool", workpool, "workpool"))
+ENTRIES = (
+    BenchmarkEntry("bare", hold_leases_with_bare_loop, "aiohttp"),
+    BenchmarkEntry("workpool", hold_leases_with_pool, "workpool"),
+)
 
 
-def measure(entry: Entry, leases: int, seconds: float, settle: float) -> Watched:
+def measure_held_leases(
+    entry: BenchmarkEntry, leases: int, seconds: float, settle: float
+) -> WatchedUsage:
     """Measure a contender while it holds the leases, on a control plane of its own."""
-    with control_plane() as plane:
-        uvloop.run(enqueue(plane, leases))
+    with serve_control_plane() as plane:
+        uvloop.run(enqueue_items(plane, leases))
         contest = Contest(entry.run, plane, 0, leases, watch=seconds, settle=settle)
-        with compete(contest) as receive:
+        with run_contest(contest) as receive:
             receive()
-            watched: Watched = receive()
+            watched: WatchedUsage = receive()
     return watched
 
 
-def report(found: dict[tuple[str, int], Watched], alone: dict[str, Watched]) -> str:
+def format_report(
+    found: dict[tuple[str, int], WatchedUsage], alone: dict[str, WatchedUsage]
+) -> str:
     """Return the table; `alone` has the measurement of each contender with a single lease."""
     rows = []
     for (name, leases), each in found.items():
         kib = (each.memory - alone[name].memory) / leases / 1024
         cpu = each.cpu_percent - alone[name].cpu_percent
-        numbers = (f"{kib:.1f}", f"{each.rate:.1f}", f"{cpu:.2f}", f"{1000 * cpu / leases:.3f}")
+        numbers = (
+            f"{kib:.1f}",
+            f"{each.requests_per_second:.1f}",
+            f"{cpu:.2f}",
+            f"{1000 * cpu / leases:.3f}",
+        )
         rows.append([name, str(leases), *numbers, str(each.lost)])
     head = ("contender", "leases", "KiB each", "requests/s", "CPU % of a core", "per 1,000")
-    return table((*head, "lost"), rows)
+    return format_table((*head, "lost"), rows)
 
 
 def main() -> None:
@@ -111,14 +133,16 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=40, help="how long each is watched")
     parser.add_argument("--settle", type=float, default=5, help="from the last claim until then")
     options, entries = parse_contenders(parser, entries=ENTRIES)
-    alone: dict[str, Watched] = {}
-    found: dict[tuple[str, int], Watched] = {}
+    alone: dict[str, WatchedUsage] = {}
+    found: dict[tuple[str, int], WatchedUsage] = {}
     for entry in entries:
-        alone[entry.name] = measure(entry, 1, options.seconds, options.settle)
+        alone[entry.name] = measure_held_leases(entry, 1, options.seconds, options.settle)
         for leases in options.leases:
-            found[entry.name, leases] = measure(entry, leases, options.seconds, options.settle)
-    print(report(found, alone))
-    print(f"\n{options.seconds:g} s each. {versions()}")
+            found[entry.name, leases] = measure_held_leases(
+                entry, leases, options.seconds, options.settle
+            )
+    print(format_report(found, alone))
+    print(f"\n{options.seconds:g} s each. {describe_versions()}")
 
 
 if __name__ == "__main__":

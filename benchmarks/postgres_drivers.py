@@ -49,15 +49,15 @@ WRITES: Final = tuple(
 )
 
 
-def of_psycopg(sql: str) -> str:
-    """Return a statement with its parameters in the notation of psycopg."""
+def to_psycopg_parameters(sql: str) -> str:
+    """Return an SQL statement with its parameters in the notation of psycopg."""
     return sql.replace("$1", "%(a)s").replace("$2", "%(b)s")
 
 
-PSYCOPG: Final = {sql: of_psycopg(sql) for sql in (CLAIM, READ, *WRITES)}
+PSYCOPG: Final = {sql: to_psycopg_parameters(sql) for sql in (CLAIM, READ, *WRITES)}
 
 
-async def asyncpg_cycle(connection: Any) -> bool:
+async def run_item_with_asyncpg(connection: Any) -> bool:
     row = await connection.fetchrow(CLAIM, ENVIRONMENT, "worker")
     if row is None:
         return False
@@ -66,7 +66,7 @@ async def asyncpg_cycle(connection: Any) -> bool:
     return True
 
 
-async def asyncpg_transaction_cycle(connection: Any) -> bool:
+async def run_item_with_asyncpg_transactions(connection: Any) -> bool:
     row = await connection.fetchrow(CLAIM, ENVIRONMENT, "worker")
     if row is None:
         return False
@@ -77,40 +77,40 @@ async def asyncpg_transaction_cycle(connection: Any) -> bool:
     return True
 
 
-async def psycopg_fetch(connection: Any, sql: str, b: str) -> Any:
+async def fetch_with_psycopg(connection: Any, sql: str, b: str) -> Any:
     cursor = connection.cursor(binary=True)
     await cursor.execute(PSYCOPG[sql], {"a": ENVIRONMENT, "b": b}, prepare=True)
     return await cursor.fetchone()
 
 
-async def psycopg_cycle(connection: Any) -> bool:
-    row = await psycopg_fetch(connection, CLAIM, "worker")
+async def run_item_with_psycopg(connection: Any) -> bool:
+    row = await fetch_with_psycopg(connection, CLAIM, "worker")
     if row is None:
         return False
     for sql in WRITES:
-        assert await psycopg_fetch(connection, sql, row[0])
+        assert await fetch_with_psycopg(connection, sql, row[0])
     return True
 
 
-async def psycopg_transaction_cycle(connection: Any) -> bool:
-    row = await psycopg_fetch(connection, CLAIM, "worker")
+async def run_item_with_psycopg_transactions(connection: Any) -> bool:
+    row = await fetch_with_psycopg(connection, CLAIM, "worker")
     if row is None:
         return False
     for sql in WRITES:
         async with connection.transaction():
-            assert await psycopg_fetch(connection, READ, row[0])
-            await psycopg_fetch(connection, sql, row[0])
+            assert await fetch_with_psycopg(connection, READ, row[0])
+            await fetch_with_psycopg(connection, sql, row[0])
     return True
 
 
-async def psycopg_pipeline_cycle(connection: Any) -> bool:
-    row = await psycopg_fetch(connection, CLAIM, "worker")
+async def run_item_with_psycopg_pipelines(connection: Any) -> bool:
+    row = await fetch_with_psycopg(connection, CLAIM, "worker")
     if row is None:
         return False
     for sql in WRITES:
         async with connection.pipeline(), connection.transaction():
-            assert await psycopg_fetch(connection, READ, row[0])
-            await psycopg_fetch(connection, sql, row[0])
+            assert await fetch_with_psycopg(connection, READ, row[0])
+            await fetch_with_psycopg(connection, sql, row[0])
     return True
 
 
@@ -119,15 +119,15 @@ async def open_psycopg(url: str) -> Any:
 
 
 CONTENDERS: Final[dict[str, tuple[Callable[[str], Awaitable[Any]], Cycle]]] = {
-    "asyncpg": (asyncpg.connect, asyncpg_cycle),
-    "psycopg": (open_psycopg, psycopg_cycle),
-    "asyncpg transaction": (asyncpg.connect, asyncpg_transaction_cycle),
-    "psycopg transaction": (open_psycopg, psycopg_transaction_cycle),
-    "psycopg pipeline": (open_psycopg, psycopg_pipeline_cycle),
+    "asyncpg": (asyncpg.connect, run_item_with_asyncpg),
+    "psycopg": (open_psycopg, run_item_with_psycopg),
+    "asyncpg transaction": (asyncpg.connect, run_item_with_asyncpg_transactions),
+    "psycopg transaction": (open_psycopg, run_item_with_psycopg_transactions),
+    "psycopg pipeline": (open_psycopg, run_item_with_psycopg_pipelines),
 }
 
 
-async def measure(url: str, name: str, items: int, connections: int) -> tuple[float, float]:
+async def measure_driver(url: str, name: str, items: int, connections: int) -> tuple[float, float]:
     """Return the CPU of this process in µs for each item, and items per second."""
     connect, cycle = CONTENDERS[name]
     setup = await asyncpg.connect(url)
@@ -144,26 +144,26 @@ async def measure(url: str, name: str, items: int, connections: int) -> tuple[fl
     await setup.close()
     opened = [await connect(url) for _ in range(connections)]
 
-    async def run(connection: Any) -> None:
+    async def run_until_queue_is_empty(connection: Any) -> None:
         while await cycle(connection):
             pass
 
     started, cpu = time.perf_counter(), time.process_time()
     async with asyncio.TaskGroup() as group:
         for connection in opened:
-            group.create_task(run(connection))
+            group.create_task(run_until_queue_is_empty(connection))
     cpu, seconds = time.process_time() - cpu, time.perf_counter() - started
     for connection in opened:
         await connection.close()
     return cpu / items * 1e6, items / seconds
 
 
-async def compare(url: str, items: int, connections: int, rounds: int) -> None:
+async def compare_drivers(url: str, items: int, connections: int, rounds: int) -> None:
     await migrate(url)
     results: dict[str, list[tuple[float, float]]] = {name: [] for name in CONTENDERS}
     for _ in range(rounds):
         for name, found in results.items():
-            found.append(await measure(url, name, items, connections))
+            found.append(await measure_driver(url, name, items, connections))
     print("| driver | CPU µs/item | items/s |\n| --- | ---: | ---: |")
     for name, found in results.items():
         cpu, rate = (statistics.median(column) for column in zip(*found, strict=True))
@@ -177,7 +177,7 @@ def main() -> None:
     parser.add_argument("--connections", type=int, default=8)
     parser.add_argument("--rounds", type=int, default=5)
     given = parser.parse_args()
-    uvloop.run(compare(given.url, given.items, given.connections, given.rounds))
+    uvloop.run(compare_drivers(given.url, given.items, given.connections, given.rounds))
 
 
 if __name__ == "__main__":

@@ -34,8 +34,10 @@ WITH changed AS (UPDATE counted SET value = value + 1 WHERE id = $1 RETURNING id
 SELECT pg_notify('{CHANNEL}', 'node' || chr(10) || '1 work:env_' || id) FROM changed"""  # noqa: S608 - our own words
 
 
-async def node(url: str, kind: str, first: int, connections: int, seconds: float) -> None:
-    """Commit for some seconds and print the number of commits and the CPU of this process."""
+async def run_commit_node(
+    url: str, kind: str, first: int, connections: int, seconds: float
+) -> None:
+    """Commit updates for some seconds; print the number of commits and the CPU seconds."""
     hub = NotificationHub(url)
     opened = [await asyncpg.connect(url) for _ in range(connections)]
     async with asyncio.TaskGroup() as group:
@@ -46,7 +48,7 @@ async def node(url: str, kind: str, first: int, connections: int, seconds: float
         await asyncio.to_thread(sys.stdin.readline)
         start, cpu = time.perf_counter(), time.process_time()
 
-        async def commit(place: int, announce: Callable[[str], Any]) -> int:
+        async def commit_until_end(place: int, announce: Callable[[str], Any]) -> int:
             row, sql = first + place, UPDATE_AND_NOTIFY if kind == INSIDE else UPDATE
             commits = 0
             while time.perf_counter() < start + seconds:
@@ -55,20 +57,24 @@ async def node(url: str, kind: str, first: int, connections: int, seconds: float
                 announce(work_topic(f"env_{row}"))
             return commits
 
-        def ignore(_: str) -> None:
+        def announce_nothing(_: str) -> None:
             pass
 
         async with asyncio.TaskGroup() as committing:
-            announce = hub.announce_changes if kind == HUB else ignore
-            tasks = [committing.create_task(commit(n, announce)) for n in range(connections)]
+            announce = hub.announce if kind == HUB else announce_nothing
+            tasks = [
+                committing.create_task(commit_until_end(n, announce)) for n in range(connections)
+            ]
         commits = sum(task.result() for task in tasks)
         print(json.dumps([commits, time.process_time() - cpu]), flush=True)
         if sending is not None:
             sending.cancel()
 
 
-def measure(url: str, kind: str, nodes: int, connections: int, seconds: float) -> tuple[float, ...]:
-    """Return commits per second, and the CPU of the nodes for each in µs."""
+def measure_commits(
+    url: str, kind: str, nodes: int, connections: int, seconds: float
+) -> tuple[float, ...]:
+    """Return the commits per second of all nodes, and their CPU time per commit in µs."""
     words = [sys.executable, __file__, url, "--node", kind, "--seconds", str(seconds)]
     processes = [
         subprocess.Popen(  # noqa: S603 - our own words
@@ -95,7 +101,7 @@ def measure(url: str, kind: str, nodes: int, connections: int, seconds: float) -
     return commits / seconds, cpu / commits * 1e6
 
 
-async def prepare(url: str, rows: int) -> None:
+async def create_counter_table(url: str, rows: int) -> None:
     connection = await asyncpg.connect(url)
     await connection.execute("CREATE TABLE IF NOT EXISTS counted (id int PRIMARY KEY, value int)")
     await connection.execute("TRUNCATE counted")
@@ -113,15 +119,19 @@ def main() -> None:
     parser.add_argument("--first", type=int, default=0, help=argparse.SUPPRESS)
     given = parser.parse_args()
     if given.node:
-        uvloop.run(node(given.url, given.node, given.first, given.connections, given.seconds))
+        uvloop.run(
+            run_commit_node(given.url, given.node, given.first, given.connections, given.seconds)
+        )
         return
-    asyncio.run(prepare(given.url, 4 * given.connections))
+    asyncio.run(create_counter_table(given.url, 4 * given.connections))
     print("| nodes | notifications | commits/s | CPU of the nodes µs/commit |\n| - | - | -: | -: |")
     for nodes in (1, 2, 4):
         found: dict[str, list[tuple[float, ...]]] = {NONE: [], HUB: [], INSIDE: []}
         for _ in range(given.rounds):
             for kind, results in found.items():
-                results.append(measure(given.url, kind, nodes, given.connections, given.seconds))
+                results.append(
+                    measure_commits(given.url, kind, nodes, given.connections, given.seconds)
+                )
         for kind, results in found.items():
             rate, cpu = (statistics.median(column) for column in zip(*results, strict=True))
             print(f"| {nodes} | {kind} | {rate:.0f} | {cpu:.0f} |", flush=True)

@@ -15,7 +15,7 @@ import gc
 import time
 from typing import TYPE_CHECKING, NamedTuple
 
-from arena import table, versions
+from contest import describe_versions, format_table
 
 from workpool.server import Operations, Poll
 
@@ -32,24 +32,24 @@ PATIENT = Poll("patient", reclaim_older_than_ms=LONG_WINDOW_MS)
 """The poll of a worker that leaves items to others for an hour."""
 
 
-class Case(NamedTuple):
-    """A queue: its items, and how many of them were delivered and not acknowledged."""
+class QueueCase(NamedTuple):
+    """A queue with a number of items, of which some were delivered and not acknowledged."""
 
     name: str
     items: int
     delivered: int
 
 
-class Costs(NamedTuple):
-    """CPU seconds of one call."""
+class CallCosts(NamedTuple):
+    """The CPU seconds of one call of each kind."""
 
     claim: float
     empty: float
     stats: float
 
 
-def filled(case: Case, now: list[float]) -> Operations:
-    """Return a queue in which the deliveries are due for a poll with the usual window."""
+def fill_queue(case: QueueCase, now: list[float]) -> Operations:
+    """Return a queue whose delivered items are due for redelivery with the default window."""
     operations = Operations([ENVIRONMENT], now=lambda: now[0], history_limit=0)
     for _ in range(0, case.items, BATCH):
         operations.enqueue(ENVIRONMENT, count=BATCH)
@@ -60,23 +60,27 @@ def filled(case: Case, now: list[float]) -> Operations:
     return operations
 
 
-def measure(case: Case, calls: int) -> Costs:
-    """Measure the calls."""
-    operations = filled(case, [1_800_000_000.0])
+def measure_calls(case: QueueCase, calls: int) -> CallCosts:
+    """Measure the CPU time of each kind of call on a queue."""
+    operations = fill_queue(case, [1_800_000_000.0])
 
-    def claim() -> None:
+    def poll_and_ack() -> None:
         item = operations.poll(ENVIRONMENT, Poll("worker"))
         assert item is not None
         operations.ack_item(ENVIRONMENT, item.id, "worker")
 
-    def empty() -> None:
-        operations.get_queue(ENVIRONMENT).oldest_claimable(-1)
+    def find_no_due_item() -> None:
+        operations.get_queue(ENVIRONMENT).claimable(-1)
 
-    claims = cost(claim, min(calls, case.items // 2))
-    return Costs(claims, cost(empty, calls), cost(lambda: operations.queue_stats(ENVIRONMENT), 20))
+    claims = mean_cpu_seconds(poll_and_ack, min(calls, case.items // 2))
+    return CallCosts(
+        claims,
+        mean_cpu_seconds(find_no_due_item, calls),
+        mean_cpu_seconds(lambda: operations.stats(ENVIRONMENT), 20),
+    )
 
 
-def cost(call: Callable[[], object], count: int) -> float:
+def mean_cpu_seconds(call: Callable[[], object], count: int) -> float:
     """Return the mean CPU seconds of `count` calls, after a first call as warm-up."""
     call()
     gc.collect()
@@ -96,15 +100,15 @@ def main() -> None:
     options = parser.parse_args()
     window = POLLS_PER_SECOND * WINDOW_SECONDS
     cases = (
-        Case("baseline", 1000, 0),
-        Case("nothing delivered", options.items, 0),
-        Case("a window of deliveries", options.items, min(window, options.items)),
-        Case("all delivered", options.items, options.items),
+        QueueCase("baseline", 1000, 0),
+        QueueCase("nothing delivered", options.items, 0),
+        QueueCase("a window of deliveries", options.items, min(window, options.items)),
+        QueueCase("all delivered", options.items, options.items),
     )
     rows: list[list[str]] = []
-    baseline: Costs | None = None
+    baseline: CallCosts | None = None
     for case in cases:
-        costs = measure(case, options.calls)
+        costs = measure_calls(case, options.calls)
         baseline = baseline or costs
         cells = [
             f"{each * 1e6:.1f} ({each / first:.1f} ×)"
@@ -112,8 +116,8 @@ def main() -> None:
         ]
         rows.append([case.name, str(case.items), str(case.delivered), *cells])
     head = ("case", "items", "delivered", "poll and ack, µs", "poll, nothing due, µs", "stats, µs")
-    print(table(head, rows))
-    print(f"\nCPU time of one call, and its ratio to the baseline. {versions()}")
+    print(format_table(head, rows))
+    print(f"\nCPU time of one call, and its ratio to the baseline. {describe_versions()}")
 
 
 if __name__ == "__main__":

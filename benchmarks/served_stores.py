@@ -1,4 +1,4 @@
-"""The stores that benchmarks serve, each with its number of control plane processes."""
+"""The kinds of stores that benchmarks use, each with its number of control plane processes."""
 
 from __future__ import annotations
 
@@ -8,14 +8,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from fleet import MEMORY, control_planes
+from measured_system import MEMORY, serve_store
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-    from arena import Contender
     from backlogs import Backlog
-    from fleet import System
+    from contest import Contender
+    from measured_system import MeasuredSystem
 
     from tests.postgres.cluster import Cluster
 
@@ -32,15 +32,15 @@ class ServedStore:
     on_database: bool = False
 
     @property
-    def cells(self) -> list[str]:
-        """The first cells of a row."""
+    def table_cells(self) -> list[str]:
+        """The first cells of a table row: the kind of store and the number of nodes."""
         return [self.kind, str(self.nodes)]
 
     @contextmanager
-    def opened(
+    def open_store(
         self, contender: Contender, backlog: Backlog, server: Cluster | None
-    ) -> Iterator[System]:
-        """Serve a new store with this backlog; `server`: where new databases are created."""
+    ) -> Iterator[MeasuredSystem]:
+        """Serve a new store with a backlog; `server` is where new databases are created."""
         with ExitStack() as stack:
             if self.on_database:
                 assert server is not None
@@ -49,7 +49,7 @@ class ServedStore:
                 place = MEMORY
             else:
                 place = str(Path(stack.enter_context(tempfile.TemporaryDirectory())) / "items.db")
-            planes = control_planes(
+            planes = serve_store(
                 place,
                 contender,
                 backlog=backlog,

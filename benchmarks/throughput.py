@@ -13,51 +13,63 @@ import argparse
 import asyncio
 from statistics import median
 
-from arena import Contest, Plane, Result, compete, control_plane, enqueue, table, versions
-from contenders import Entry, parse_contenders
+from contenders import BenchmarkEntry, parse_contenders
+from contest import (
+    Contest,
+    ContestResult,
+    ControlPlaneAddress,
+    describe_versions,
+    enqueue_items,
+    format_table,
+    run_contest,
+    serve_control_plane,
+)
 
 WARM_UP = 100
 
 
-def measure(plane: Plane, entry: Entry, items: int) -> Result:
-    """Fill the queue, and measure the contender until the queue is empty."""
-    asyncio.run(enqueue(plane, items + WARM_UP))
-    with compete(Contest(entry.run, plane, items, WARM_UP)) as receive:
+def measure_contender(
+    plane: ControlPlaneAddress, entry: BenchmarkEntry, items: int
+) -> ContestResult:
+    """Fill the queue, and measure a contender until the queue is empty."""
+    asyncio.run(enqueue_items(plane, items + WARM_UP))
+    with run_contest(Contest(entry.run, plane, items, WARM_UP)) as receive:
         receive()
-        result: Result = receive()
+        result: ContestResult = receive()
     return result
 
 
-def report(rounds: dict[str, list[Result]]) -> str:
+def format_report(rounds: dict[str, list[ContestResult]]) -> str:
     """Return the table, which compares each contender with the first one."""
     base = next(iter(rounds.values()))
 
-    def row(name: str, results: list[Result]) -> list[str]:
+    def format_row(name: str, results: list[ContestResult]) -> list[str]:
         pairs = list(zip(results, base, strict=True))
+        speedups = [result.items_per_second / floor.items_per_second for result, floor in pairs]
         return [
             name,
             str(results[0].items),
             f"{median(result.cpu_ms for result in results):.3f}",
             f"{median(result.cpu_ms / floor.cpu_ms for result, floor in pairs):.2f} ×",
-            f"{median(result.rate for result in results):.0f}",
-            f"{median(result.rate / floor.rate for result, floor in pairs):.2f} ×",
+            f"{median(result.items_per_second for result in results):.0f}",
+            f"{median(speedups):.2f} ×",
         ]
 
     head = ("contender", "items", "CPU ms/item", "ratio", "items/s", "ratio")
-    return table(head, [row(name, results) for name, results in rounds.items()])
+    return format_table(head, [format_row(name, results) for name, results in rounds.items()])
 
 
-def compare(entries: list[Entry], items: int, number_of_rounds: int) -> None:
-    """Measure the contenders in turns, and print the table."""
-    rounds: dict[str, list[Result]] = {entry.name: [] for entry in entries}
-    with control_plane() as plane:
+def compare_contenders(entries: list[BenchmarkEntry], items: int, number_of_rounds: int) -> None:
+    """Measure all contenders in each round, and print the table."""
+    rounds: dict[str, list[ContestResult]] = {entry.name: [] for entry in entries}
+    with serve_control_plane() as plane:
         for number in range(number_of_rounds):
-            turn = number % len(entries)  # so that no contender always comes first
+            turn = number % len(entries)  # another contender begins each round
             for entry in entries[turn:] + entries[:turn]:
-                result = measure(plane, entry, max(1, items // entry.divisor))
+                result = measure_contender(plane, entry, max(1, items // entry.divisor))
                 rounds[entry.name].append(result)
-    print(report(rounds))
-    print(f"\n{number_of_rounds} rounds. {versions()}")
+    print(format_report(rounds))
+    print(f"\n{number_of_rounds} rounds. {describe_versions()}")
 
 
 def main() -> None:
@@ -65,7 +77,7 @@ def main() -> None:
     parser.add_argument("--items", type=int, default=3000, help="per contender and round")
     parser.add_argument("--rounds", type=int, default=5)
     options, entries = parse_contenders(parser)
-    compare(entries, options.items, options.rounds)
+    compare_contenders(entries, options.items, options.rounds)
 
 
 if __name__ == "__main__":

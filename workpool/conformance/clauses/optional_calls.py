@@ -1,7 +1,7 @@
 """Clauses about calls that a worker does not need: metadata, reads, lists, statistics.
 
 See workpool/docs/protocol.md, "Keys that may not read", "Update metadata", "Read an item",
-"List items" and "Read queue check_statistics_count_queued_item".
+"List items" and "Read queue statistics".
 """
 
 from __future__ import annotations

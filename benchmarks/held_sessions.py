@@ -1,4 +1,4 @@
-"""One process that holds many sessions with their leases, or with their event streams open.
+"""The cost of one worker process that holds many sessions, with leases or open event streams.
 
 Another process measures it, together with its control plane and the database.
 """
@@ -13,14 +13,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from contenders import BLOCK_MS, LEASE_SECONDS
-from fleet import Team, Use, own_kib
+from measured_system import ResourceUse, WorkerTeam, private_memory_kib
 
 from workpool import Session, Supervisor, WorkClient, handler
 from workpool.wire.protocol import ENQUEUE_COUNT_MAX
 
 if TYPE_CHECKING:
-    from arena import Contender, Meter, Plane
-    from fleet import System
+    from contest import Contender, ContenderMeter, ControlPlaneAddress
+    from measured_system import MeasuredSystem
 
 SCRIPT = [{"name": "wait", "input": {}, "custom": True}]
 """The agent of each session uses one tool, whose result never comes."""
@@ -28,76 +28,80 @@ _ESTABLISHED = "01"
 
 
 @dataclass(frozen=True)
-class Held:
-    """The cost of `sessions` held sessions; memory is each process's own, in KiB."""
+class HeldSessionsCost:
+    """The cost of holding sessions in one process; memory is not shared, in KiB."""
 
     sessions: int
-    use: Use
+    use: ResourceUse
     worker_kib: int
     server_kib: int
     connections: int
     running: int
 
-    def percent(self, seconds: float) -> float:
-        """Return CPU seconds of the period in percent of one core."""
+    def percent_of_core(self, seconds: float) -> float:
+        """Convert CPU seconds of the period to percent of one core."""
         return 100 * seconds / self.use.wall
 
 
-def holder(sessions: int, *, streams: bool) -> Contender:
-    """Return a contender that holds this number of sessions."""
+def make_holding_contender(sessions: int, *, streams: bool) -> Contender:
+    """Return a contender that claims and holds a number of sessions."""
     return partial(_hold_sessions, sessions=sessions, streams=streams)
 
 
-async def _hold_sessions(plane: Plane, meter: Meter, *, sessions: int, streams: bool) -> None:
+async def _hold_sessions(
+    plane: ControlPlaneAddress, meter: ContenderMeter, *, sessions: int, streams: bool
+) -> None:
     @handler
-    async def wait(session: Session) -> None:
+    async def hold_session(session: Session) -> None:
         if not streams:
-            meter.stopped()
+            meter.record_stop()
             await session.interrupted()
             return
         async with session.events.stream() as stream:
-            meter.stopped()
+            meter.record_stop()
             async for _ in stream:
                 pass
 
-    settings = plane.settings(
+    settings = plane.client_settings(
         concurrency=sessions, lease_ttl=LEASE_SECONDS, block_ms=BLOCK_MS, drain_timeout=0
     )
-    async with Supervisor(settings, plugins=[wait]) as supervisor:
+    async with Supervisor(settings, plugins=[hold_session]) as supervisor:
         await supervisor.wait()
 
 
-def watch(system: System, sessions: int, *, seconds: float, settle: float, streams: bool) -> Held:
-    """Let one worker of the system hold this number of sessions, and return the cost."""
+def measure_held_sessions(
+    system: MeasuredSystem, sessions: int, *, seconds: float, settle: float, streams: bool
+) -> HeldSessionsCost:
+    """Let one worker of the system hold a number of sessions, and return the cost."""
     assert system.plane is not None
-    with Team(system, 1) as team:
+    with WorkerTeam(system, 1) as team:
         asyncio.run(_enqueue_sessions(system.plane, sessions, streams=streams))
-        team.wait(sessions)
+        team.wait_for_stops(sessions)
         time.sleep(settle)
-        begin = team.use()
+        begin = team.read_usage()
         time.sleep(seconds)
-        use = team.use().since(begin)
+        use = team.read_usage().used_since(begin)
         [worker], [server] = team.pids, system.servers
-        return Held(
+        return HeldSessionsCost(
             sessions,
             use,
-            own_kib(worker),
-            own_kib(server),
+            private_memory_kib(worker),
+            private_memory_kib(server),
             _count_connections(worker),
             asyncio.run(_count_leases(system.plane)),
         )
 
 
-async def _enqueue_sessions(plane: Plane, count: int, *, streams: bool) -> None:
-    async with WorkClient(plane.settings()) as client:
+async def _enqueue_sessions(plane: ControlPlaneAddress, count: int, *, streams: bool) -> None:
+    async with WorkClient(plane.client_settings()) as client:
         for start in range(0, count, ENQUEUE_COUNT_MAX):
             number = min(ENQUEUE_COUNT_MAX, count - start)
             await client.enqueue(number, script=SCRIPT if streams else None)
 
 
-async def _count_leases(plane: Plane) -> int:
-    """Return the number of leases that the control plane counts."""
-    async with WorkClient(plane.settings()) as client:
+async def _count_leases(plane: ControlPlaneAddress) -> int:
+    """Return the number of running items according to the control plane."""
+    async with WorkClient(plane.client_settings()) as client:
         return (await client.stats()).running or 0
 
 

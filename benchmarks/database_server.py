@@ -1,4 +1,4 @@
-"""A PostgreSQL server for one benchmark, if PostgreSQL is installed."""
+"""A PostgreSQL server for the time of one benchmark, if PostgreSQL is installed."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
     from tests.postgres.cluster import Cluster
 
-# Commits reach the disk, as on a production server; the cluster of the tests does not sync them.
+# Unlike the cluster of the tests, the server syncs commits to the disk, as in production.
 SETTINGS = {
     "fsync": "on",
     "max_connections": "300",
@@ -24,7 +24,7 @@ SETTINGS = {
 
 @contextmanager
 def database_server() -> Iterator[Cluster | None]:
-    """Run a server with an empty data directory. Without PostgreSQL: None, and a line on stderr."""
+    """Run an empty PostgreSQL server; yield None, after a message, if it is not installed."""
     try:
         cluster = started_cluster(SETTINGS)
     except PostgresMissingError as missing:

@@ -1,8 +1,8 @@
-"""Processes of servers, a database and workers that run no-op items, and the cost of each kind.
+"""Systems to measure: processes of servers, a database and workers, and the cost of each kind.
 
-A `System` is a control plane in memory or on SQLite, nodes on one PostgreSQL database, or a job
-queue of another project. Its workers share the servers in turn and count their stops together. CPU
-times are those of all threads of a process, read from /proc.
+A `MeasuredSystem` is a control plane in memory or on SQLite, nodes on one PostgreSQL database, or a
+job queue of another project. Its workers share the servers in turn and count their stops together.
+CPU times are those of all threads of a process, read from /proc.
 """
 
 from __future__ import annotations
@@ -19,8 +19,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, TypeAlias
 
 import uvloop
-from arena import LIMIT_SECONDS, Meter, Plane, enqueue, process
 from backlogs import POSTGRES, Backlog, fill, fill_memory
+from contest import LIMIT_SECONDS, ContenderMeter, ControlPlaneAddress, enqueue_items, run_process
 
 from workpool import WorkClient
 from workpool.pool.lease_renewer import new_event_loop
@@ -32,7 +32,7 @@ if TYPE_CHECKING:
     from multiprocessing.sharedctypes import Synchronized
     from typing import Self
 
-    from arena import Contender
+    from contest import Contender
 
     Stops = Synchronized[int]
 
@@ -49,8 +49,8 @@ _processes = get_context("spawn")
 
 
 @dataclass(frozen=True)
-class System:
-    """A service that runs items.
+class MeasuredSystem:
+    """A queue service with its servers, database and workers.
 
     Attributes:
         enqueue: Creates the given number of items, and returns once they are stored.
@@ -66,12 +66,12 @@ class System:
     servers: Sequence[int] = ()
     database: int | None = None
     settled: Callable[[], None] = lambda: None
-    plane: Plane | None = None
+    plane: ControlPlaneAddress | None = None
 
 
 @dataclass(frozen=True)
-class Use:
-    """CPU seconds of each process and seconds of the wall clock, so far or of one period.
+class ResourceUse:
+    """The CPU seconds of each process and the wall clock time, in total or for a period.
 
     Attributes:
         machine: The CPU seconds used by all programs of this machine, and the available ones.
@@ -83,8 +83,8 @@ class Use:
     database: float
     workers: tuple[float, ...]
 
-    def since(self, begin: Use) -> Use:
-        return Use(
+    def used_since(self, begin: ResourceUse) -> ResourceUse:
+        return ResourceUse(
             self.wall - begin.wall,
             _subtract(self.machine, begin.machine),
             _subtract(self.servers, begin.servers),
@@ -93,47 +93,47 @@ class Use:
         )
 
     @property
-    def cpu(self) -> float:
+    def total_cpu_seconds(self) -> float:
         return sum(self.servers) + self.database + sum(self.workers)
 
 
 @dataclass(frozen=True)
-class Run:
-    """The CPU and wall clock time of a number of items."""
+class MeasuredRun:
+    """The CPU and wall clock time that a system needed for a number of items."""
 
     items: int
-    use: Use
+    use: ResourceUse
 
     @property
-    def rate(self) -> float:
+    def items_per_second(self) -> float:
         return self.items / self.use.wall
 
-    def ms(self, seconds: float) -> float:
-        """Milliseconds per item."""
+    def ms_per_item(self, seconds: float) -> float:
+        """Convert seconds of the whole run to milliseconds per item."""
         return seconds / self.items * 1000
 
 
 @dataclass
-class TeamMeter(Meter):
-    """A meter that adds its stops to those of other processes."""
+class SharedStopMeter(ContenderMeter):
+    """A meter that counts stops in a counter shared by all workers."""
 
     stops: Stops | None = None
 
-    def stopped(self) -> None:
-        count(self.stops)
+    def record_stop(self) -> None:
+        count_stop(self.stops)
 
 
-def count(stops: Stops | None) -> None:
-    """Count one stop."""
+def count_stop(stops: Stops | None) -> None:
+    """Add one stop to the shared counter."""
     assert stops is not None
     with stops.get_lock():
         stops.value += 1
 
 
-class Team:
-    """The workers of a system, from the start to the end of the block."""
+class WorkerTeam:
+    """The worker processes of a system, which run until the end of the `with` block."""
 
-    def __init__(self, system: System, workers: int) -> None:
+    def __init__(self, system: MeasuredSystem, workers: int) -> None:
         self.pids: list[int] = []
         self._system = system
         self._workers = workers
@@ -143,7 +143,7 @@ class Team:
     def __enter__(self) -> Self:
         with ExitStack() as stack:
             for number in range(self._workers):
-                receive = stack.enter_context(process(self._system.worker(number), self._stops))
+                receive = stack.enter_context(run_process(self._system.worker(number), self._stops))
                 self.pids.append(receive())
             self._stack = stack.pop_all()
         return self
@@ -151,76 +151,78 @@ class Team:
     def __exit__(self, *_: object) -> None:
         self._stack.close()
 
-    def use(self) -> Use:
-        """Return the CPU times until now."""
+    def read_usage(self) -> ResourceUse:
+        """Return the CPU and wall clock times so far."""
         system = self._system
-        return Use(
+        return ResourceUse(
             time.monotonic(),
             machine_seconds(),
-            tuple(map(cpu_seconds, system.servers)),
+            tuple(map(process_cpu_seconds, system.servers)),
             0.0 if system.database is None else family_cpu_seconds(system.database),
-            tuple(map(cpu_seconds, self.pids)),
+            tuple(map(process_cpu_seconds, self.pids)),
         )
 
     @property
-    def stops(self) -> int:
-        """The number of stops until now."""
+    def stop_count(self) -> int:
+        """The number of items that were stopped so far."""
         return self._stops.value
 
-    def wait(self, stops: int) -> None:
+    def wait_for_stops(self, stops: int) -> None:
         """Wait until `stops` items were stopped."""
         until = time.monotonic() + LIMIT_SECONDS
-        while self.stops < stops:
+        while self.stop_count < stops:
             if time.monotonic() > until:
-                raise TimeoutError(f"{self.stops} of {stops} items were stopped")
+                raise TimeoutError(f"{self.stop_count} of {stops} items were stopped")
             time.sleep(TICK_SECONDS)
 
 
-def run(system: System, items: int, warm_up: int, workers: int) -> Run:
+def measure_run(system: MeasuredSystem, items: int, warm_up: int, workers: int) -> MeasuredRun:
     """Enqueue the items for workers that are already polling, and measure until the last stop."""
-    with Team(system, workers) as team:
+    with WorkerTeam(system, workers) as team:
         system.enqueue(warm_up)
-        team.wait(warm_up)
+        team.wait_for_stops(warm_up)
         system.settled()
-        begin = team.use()
+        begin = team.read_usage()
         system.enqueue(items)
-        team.wait(warm_up + items)
+        team.wait_for_stops(warm_up + items)
         system.settled()
-        return Run(items, team.use().since(begin))
+        return MeasuredRun(items, team.read_usage().used_since(begin))
 
 
-def run_at_depth(system: System, items: int, warm_up: int) -> Run:
-    """Measure items while the queue keeps its present depth. Each server has one worker."""
+def measure_at_queue_depth(system: MeasuredSystem, items: int, warm_up: int) -> MeasuredRun:
+    """Measure items while the queue keeps its current depth, with one worker for each server."""
     assert system.plane is not None
-    with Team(system, len(system.servers)) as team:
-        return asyncio.run(_run_at_depth(team, system.plane, items, warm_up))
+    with WorkerTeam(system, len(system.servers)) as team:
+        return asyncio.run(_measure_at_queue_depth(team, system.plane, items, warm_up))
 
 
-async def _run_at_depth(team: Team, plane: Plane, items: int, warm_up: int) -> Run:
-    """Enqueue in batches of the same size at every depth, since a request has its own cost."""
-    async with WorkClient(plane.settings()) as client, asyncio.timeout(LIMIT_SECONDS):
+async def _measure_at_queue_depth(
+    team: WorkerTeam, plane: ControlPlaneAddress, items: int, warm_up: int
+) -> MeasuredRun:
+    """Enqueue batches of equal size at every depth, as each request has a fixed cost."""
+    async with WorkClient(plane.client_settings()) as client, asyncio.timeout(LIMIT_SECONDS):
         added, first = 0, 0
-        begin: Use | None = None
-        while begin is None or team.stops < first + items:
-            if begin is None and team.stops >= warm_up:
-                begin, first = team.use(), team.stops
-            if team.stops >= added + BATCH:
+        begin: ResourceUse | None = None
+        while begin is None or team.stop_count < first + items:
+            if begin is None and team.stop_count >= warm_up:
+                begin, first = team.read_usage(), team.stop_count
+            if team.stop_count >= added + BATCH:
                 added += len(await client.enqueue(BATCH))
             else:
                 await asyncio.sleep(TICK_SECONDS)
-        return Run(team.stops - first, team.use().since(begin))
+        return MeasuredRun(team.stop_count - first, team.read_usage().used_since(begin))
 
 
 @contextmanager
-def control_planes(
+def serve_store(
     store: str,
     contender: Contender,
     *,
     backlog: Backlog,
     nodes: int = 1,
     database: int | None = None,
-) -> Iterator[System]:
-    """Serve a store, which has the backlog, from processes of their own.
+) -> Iterator[MeasuredSystem]:
+    """Serve a store with a backlog by one or several control plane processes.
 
     Args:
         store: `MEMORY`, a new file of SQLite, or the URL of a database without workpool's tables.
@@ -233,11 +235,12 @@ def control_planes(
         fill(store, backlog)
     with ExitStack() as stack:
         ready = [
-            stack.enter_context(process(_run_control_plane, store, backlog))() for _ in range(nodes)
+            stack.enter_context(run_process(_run_control_plane, store, backlog))()
+            for _ in range(nodes)
         ]
-        planes: list[Plane] = [plane for plane, _ in ready]
-        yield System(
-            enqueue=lambda number: asyncio.run(enqueue(planes[0], number)),
+        planes: list[ControlPlaneAddress] = [plane for plane, _ in ready]
+        yield MeasuredSystem(
+            enqueue=lambda number: asyncio.run(enqueue_items(planes[0], number)),
             worker=lambda number: partial(_run_worker, contender, planes[number % nodes]),
             servers=[pid for _, pid in ready],
             database=database,
@@ -253,27 +256,27 @@ def machine_seconds() -> tuple[float, float]:
     return used / _TICKS_PER_SECOND, (used + idle + waiting) / _TICKS_PER_SECOND
 
 
-def cpu_seconds(pid: int) -> float:
-    """Return the CPU time of a process so far."""
+def process_cpu_seconds(pid: int) -> float:
+    """Return the CPU seconds that a process has used so far."""
     user, system, *_ = _cpu_ticks(pid)
     return (user + system) / _TICKS_PER_SECOND
 
 
 def family_cpu_seconds(pid: int) -> float:
-    """Return the CPU time of a process and of its children, also of those that have ended."""
+    """Return the CPU seconds of a process and its children, including ended ones."""
     children = [child for child in _list_pids() if _parent_pid(child) == pid]
-    return sum(_cpu_ticks(pid)) / _TICKS_PER_SECOND + sum(map(cpu_seconds, children))
+    return sum(_cpu_ticks(pid)) / _TICKS_PER_SECOND + sum(map(process_cpu_seconds, children))
 
 
-def own_kib(pid: int) -> int:
-    """Return the KiB of memory that only this process uses; shared libraries are left out."""
+def private_memory_kib(pid: int) -> int:
+    """Return the memory in KiB that only this process uses, without shared libraries."""
     lines = (_PROC / str(pid) / "smaps_rollup").read_text("ascii").splitlines()
     [kib] = [line.split()[1] for line in lines if line.startswith("Private_Dirty:")]
     return int(kib)
 
 
 def _cpu_ticks(pid: int) -> tuple[int, int, int, int]:
-    """Return the ticks in user and system mode, then those of children that have ended."""
+    """Return a process's ticks in user and system mode, and those of its ended children."""
     fields = _stat_fields(pid)
     user, system, *ended = map(int, fields[11:15]) if fields else (0, 0, 0, 0)
     return user, system, ended[0], ended[1]
@@ -285,7 +288,7 @@ def _parent_pid(pid: int) -> int | None:
 
 
 def _stat_fields(pid: int) -> list[str]:
-    """Return the fields of a process after its name, which may contain spaces; none if it ended."""
+    """Return the fields of /proc/PID/stat after the name; empty if the process has ended."""
     try:
         text = (_PROC / str(pid) / "stat").read_text()
     except (FileNotFoundError, ProcessLookupError):
@@ -303,10 +306,10 @@ def _subtract(after: tuple[float, ...], before: tuple[float, ...]) -> tuple[floa
 
 def _run_control_plane(pipe: Connection, store: str, backlog: Backlog) -> None:
     with asyncio.Runner(loop_factory=new_event_loop) as runner:
-        runner.run(_serve_plane(pipe, store, backlog))
+        runner.run(_serve_control_plane(pipe, store, backlog))
 
 
-async def _serve_plane(pipe: Connection, store: str, backlog: Backlog) -> None:
+async def _serve_control_plane(pipe: Connection, store: str, backlog: Backlog) -> None:
     plane = ControlPlane(
         store=_new_store(store),
         tokens={"token-of-the-benchmark": None},
@@ -316,11 +319,11 @@ async def _serve_plane(pipe: Connection, store: str, backlog: Backlog) -> None:
     async with plane:
         if store == MEMORY:
             fill_memory(plane, backlog)
-        address = Plane(
+        address = ControlPlaneAddress(
             plane.base_url, plane.anthropic_base_url, plane.token, plane.environments[0]
         )
         pipe.send((address, os.getpid()))
-        await asyncio.get_running_loop().create_future()  # until terminated
+        await asyncio.get_running_loop().create_future()  # serve until the process is terminated
 
 
 def _new_store(place: str) -> MemoryStore | SqliteStore | PostgresStore:
@@ -329,6 +332,8 @@ def _new_store(place: str) -> MemoryStore | SqliteStore | PostgresStore:
     return MemoryStore() if place == MEMORY else SqliteStore(place)
 
 
-def _run_worker(contender: Contender, plane: Plane, pipe: Connection, stops: Stops) -> None:
+def _run_worker(
+    contender: Contender, plane: ControlPlaneAddress, pipe: Connection, stops: Stops
+) -> None:
     pipe.send(os.getpid())
-    uvloop.run(contender(plane, TeamMeter(0, 0, stops=stops)))
+    uvloop.run(contender(plane, SharedStopMeter(0, 0, stops=stops)))

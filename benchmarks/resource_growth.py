@@ -1,6 +1,6 @@
 """A check that the resources of one pool do not grow with the number of its past sessions.
 
-    python benchmarks/growth.py [--sessions 30000] [--samples 6] [--warm-up 12000]
+    python benchmarks/resource_growth.py [--sessions 30000] [--samples 6] [--warm-up 12000]
 
 One pool runs the sessions; the control plane has a process of its own. A third of the handlers
 return a result, a third return none, a third raise. At each sample the queue is empty, and the
@@ -22,7 +22,14 @@ from pathlib import Path
 from typing import NamedTuple
 
 import uvloop
-from arena import Plane, _own_memory, control_plane, enqueue, table, versions
+from contest import (
+    ControlPlaneAddress,
+    describe_versions,
+    enqueue_items,
+    format_table,
+    private_memory_bytes,
+    serve_control_plane,
+)
 
 from workpool import Session, Supervisor, handler
 
@@ -32,8 +39,8 @@ OBJECTS_PART, MEMORY_PART = 0.005, 0.03
 """The growth of objects and memory that counts as noise, as parts of the first sample."""
 
 
-class Sample(NamedTuple):
-    """The resources of the process after `sessions` sessions; `memory` is its own, in bytes."""
+class ResourceSample(NamedTuple):
+    """The resources that the process uses after a number of sessions; `memory` is in bytes."""
 
     sessions: int
     objects: int
@@ -42,34 +49,36 @@ class Sample(NamedTuple):
     threads: int
     memory: int
 
-    def row(self) -> list[str]:
-        """Return the cells of this sample's row in the table."""
+    def table_row(self) -> list[str]:
+        """Return the sample as the cells of a table row."""
         *numbers, memory = self
         return [*map(str, numbers), f"{memory / 2**20:.1f}"]
 
 
-def sample(sessions: int) -> Sample:
-    """Count the present resources of this process."""
-    for _ in range(3):  # finalizers may free further objects
+def take_sample(sessions: int) -> ResourceSample:
+    """Return the resources that this process uses now."""
+    for _ in range(3):  # a finalizer may free objects that only a further collection finds
         gc.collect()
-    return Sample(
+    return ResourceSample(
         sessions,
         len(gc.get_objects()),
         len(asyncio.all_tasks()),
         sum(1 for _ in Path("/proc/self/fd").iterdir()),
         threading.active_count(),
-        _own_memory(),
+        private_memory_bytes(),
     )
 
 
-async def run(plane: Plane, samples: list[int]) -> list[Sample]:
+async def run_sessions_and_sample(
+    plane: ControlPlaneAddress, samples: list[int]
+) -> list[ResourceSample]:
     """Run sessions in one pool, and take a sample after each number of them."""
     numbers = itertools.count()
     finished = 0
     changed = asyncio.Event()
 
     @handler
-    async def work(_: Session) -> dict[str, str] | None:
+    async def run_counted_session(_: Session) -> dict[str, str] | None:
         nonlocal finished
         number = next(numbers)
         try:
@@ -81,28 +90,30 @@ async def run(plane: Plane, samples: list[int]) -> list[Sample]:
             finished += 1
             changed.set()
 
-    async def wait(sessions: int) -> None:
+    async def wait_for_sessions(sessions: int) -> None:
         while finished < sessions:
             changed.clear()
             await changed.wait()
 
-    found: list[Sample] = []
+    found: list[ResourceSample] = []
     sent = 0
-    async with Supervisor(plane.settings(concurrency=CONCURRENCY), plugins=[work]):
+    async with Supervisor(
+        plane.client_settings(concurrency=CONCURRENCY), plugins=[run_counted_session]
+    ):
         for sessions in samples:
             while sent < sessions:
                 count = min(BATCH, sessions - sent)
-                await enqueue(plane, count)
+                await enqueue_items(plane, count)
                 sent += count
-                await wait(sent)
-            await asyncio.sleep(1)  # until the last sessions have ended
-            found.append(sample(sessions))
+                await wait_for_sessions(sent)
+            await asyncio.sleep(1)  # the last sessions end meanwhile
+            found.append(take_sample(sessions))
             print(found[-1], file=sys.stderr, flush=True)
     return found
 
 
-def grown(first: Sample, last: Sample) -> list[str]:
-    """Return the names of the resources that have grown."""
+def find_grown_resources(first: ResourceSample, last: ResourceSample) -> list[str]:
+    """Return the names of the resources that have grown by more than noise."""
     limits = first._asdict() | {
         "sessions": last.sessions,
         "objects": first.objects * (1 + OBJECTS_PART),
@@ -117,15 +128,15 @@ def main() -> int:
     parser.add_argument("--samples", type=int, default=6)
     parser.add_argument("--warm-up", type=int, default=12_000, help="sessions before the first")
     options = parser.parse_args()
-    logging.disable(logging.ERROR)  # a third of the handlers fail on purpose
+    logging.disable(logging.ERROR)  # else the log has an error for a third of the sessions
     step = (options.sessions - options.warm_up) / (options.samples - 1)
     samples = [options.warm_up + round(step * number) for number in range(options.samples)]
-    with control_plane() as plane:
-        found = uvloop.run(run(plane, samples))
+    with serve_control_plane() as plane:
+        found = uvloop.run(run_sessions_and_sample(plane, samples))
     head = ("sessions", "objects", "tasks", "descriptors", "threads", "memory MiB")
-    print(table(head, [each.row() for each in found]))
-    names = grown(found[0], found[-1])
-    print(f"\ngrown: {', '.join(names) or 'nothing'}. {versions()}")
+    print(format_table(head, [each.table_row() for each in found]))
+    names = find_grown_resources(found[0], found[-1])
+    print(f"\ngrown: {', '.join(names) or 'nothing'}. {describe_versions()}")
     return 1 if names else 0
 
 

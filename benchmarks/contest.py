@@ -1,9 +1,9 @@
-"""Runs of contenders: a control plane in its own process, each contender in another.
+"""Contests: a control plane in one process, and one contender at a time in another process.
 
 A contender runs alone in a new process, against the same control plane as the others. It reports
-claims, starts and stops to its `Meter`. All benchmarks of this folder use this module. A contest
-either measures a number of items (`Result`), or the cost of a warm contender in a period
-(`Watched`).
+claims, starts and stops to its `ContenderMeter`. All benchmarks of this folder use this module. A
+contest either measures a number of items (`ContestResult`), or the cost of a warm contender in a
+period (`WatchedUsage`).
 """
 
 from __future__ import annotations
@@ -41,8 +41,8 @@ LIMIT_SECONDS = 600.0
 
 
 @dataclass(frozen=True)
-class Plane:
-    """The address of the control plane, and the number of requests that it received."""
+class ControlPlaneAddress:
+    """The address and token of a control plane, and a counter of the requests that it received."""
 
     base_url: str
     anthropic_base_url: str
@@ -50,7 +50,7 @@ class Plane:
     environment_id: str
     requests: Synchronized[int] | None = None
 
-    def settings(self, **more: Any) -> Settings:
+    def client_settings(self, **more: Any) -> Settings:
         """Return settings for workpool's own client and pool."""
         return Settings(
             base_url=self.base_url, token=self.token, environment_id=self.environment_id, **more
@@ -58,26 +58,26 @@ class Plane:
 
 
 @dataclass(frozen=True)
-class Mark:
-    """The CPU seconds of all threads of this process so far, and the wall clock, at one moment."""
+class ClockReading:
+    """The CPU seconds of this process so far, and the time of the wall clock."""
 
     cpu: float
     wall: float
 
     @classmethod
-    def now(cls) -> Mark:
+    def read_now(cls) -> ClockReading:
         usage = resource.getrusage(resource.RUSAGE_SELF)
         return cls(usage.ru_utime + usage.ru_stime, time.monotonic())
 
 
 @dataclass
-class Meter:
-    """Measures one contender, from the first claim after `warm_up` items to the last stop."""
+class ContenderMeter:
+    """Measures a contender from the first claim after `warm_up` items to the last stop."""
 
     warm_up: int
     items: int
-    begin: Mark | None = None
-    end: Mark | None = None
+    begin: ClockReading | None = None
+    end: ClockReading | None = None
     waits: list[float] = field(default_factory=list)
     """Seconds from the call that enqueued an item to the start of its handler."""
     lost: int = 0
@@ -87,30 +87,30 @@ class Meter:
     _claimed: int = 0
     _stopped: int = 0
 
-    def claimed(self) -> None:
-        """Count a poll that returned an item."""
+    def record_claim(self) -> None:
+        """Record that a poll returned an item."""
         self._claimed += 1
         if self._claimed == self.warm_up + 1:
-            self.begin = Mark.now()
+            self.begin = ClockReading.read_now()
 
-    def started(self, metadata: Mapping[str, str]) -> None:
+    def record_start(self, metadata: Mapping[str, str]) -> None:
         """Record that the handler of an item was called."""
         if SENT in metadata and self.begin is not None:
             self.waits.append(time.monotonic() - float(metadata[SENT]))
 
-    def stopped(self) -> None:
-        """Count an answer to the stop of an item."""
+    def record_stop(self) -> None:
+        """Record that the stop of an item was answered."""
         self._stopped += 1
         if self._stopped == self.warm_up:
             self.warm.set()
         if self._stopped == self.warm_up + self.items:
-            self.end = Mark.now()
+            self.end = ClockReading.read_now()
             self.done.set()
 
 
 @dataclass(frozen=True)
-class Result:
-    """The cost of a contender's run of `items` items, and the waits of the items."""
+class ContestResult:
+    """The cost of `items` items that a contender ran, and the time until each started."""
 
     items: int
     cpu_seconds: float
@@ -122,13 +122,13 @@ class Result:
         return self.cpu_seconds / self.items * 1000
 
     @property
-    def rate(self) -> float:
+    def items_per_second(self) -> float:
         return self.items / self.wall_seconds
 
 
 @dataclass(frozen=True)
-class Watched:
-    """The cost of one contender while it was watched; `memory` is its own, in bytes."""
+class WatchedUsage:
+    """The cost of a contender in a period; `memory` is that of its process only, in bytes."""
 
     cpu_seconds: float
     wall_seconds: float
@@ -142,24 +142,24 @@ class Watched:
         return 100 * self.cpu_seconds / self.wall_seconds
 
     @property
-    def rate(self) -> float:
+    def requests_per_second(self) -> float:
         return self.requests / self.wall_seconds
 
 
-Contender = Callable[[Plane, Meter], Coroutine[Any, Any, None]]
+Contender = Callable[[ControlPlaneAddress, ContenderMeter], Coroutine[Any, Any, None]]
 """Claims and runs items until it is cancelled, and reports them to the meter."""
 
 
 @dataclass(frozen=True)
 class Contest:
-    """One contender, and the number of items that it handles after the first `warm_up` items.
+    """A contender, its control plane, and the number of items that it handles after a warm-up.
 
     With `watch`, its cost is measured for that many seconds instead, beginning `settle` seconds
     after the warm-up.
     """
 
     contender: Contender
-    plane: Plane
+    plane: ControlPlaneAddress
     items: int
     warm_up: int
     watch: float = 0.0
@@ -167,44 +167,44 @@ class Contest:
 
 
 @contextmanager
-def control_plane() -> Iterator[Plane]:
+def serve_control_plane() -> Iterator[ControlPlaneAddress]:
     """Run a control plane in memory, in its own process, on a free loopback port."""
     requests: Synchronized[int] = _processes.Value("q", 0)
-    with process(_run_control_plane, requests) as receive:
+    with run_process(_run_control_plane, requests) as receive:
         yield replace(receive(), requests=requests)
 
 
 @contextmanager
-def compete(contest: Contest) -> Iterator[Callable[[], Any]]:
+def run_contest(contest: Contest) -> Iterator[Callable[[], Any]]:
     """Run a contest in a process of its own.
 
-    The value is a function that waits for a message of that process: the first message is None
+    It yields a function that waits for a message of that process: the first message is None
     after the warm-up, the second one is the measurement.
     """
-    with process(_run_contender, contest) as receive:
+    with run_process(_run_contender, contest) as receive:
         yield receive
 
 
-async def enqueue(plane: Plane, count: int) -> None:
-    """Create `count` items in the queue."""
-    async with WorkClient(plane.settings()) as client:
+async def enqueue_items(plane: ControlPlaneAddress, count: int) -> None:
+    """Enqueue `count` items at the control plane."""
+    async with WorkClient(plane.client_settings()) as client:
         for start in range(0, count, ENQUEUE_COUNT_MAX):
             await client.enqueue(min(ENQUEUE_COUNT_MAX, count - start))
 
 
-def versions() -> str:
-    """Return the versions on which the figures depend, for the line below a table."""
+def describe_versions() -> str:
+    """Return the number of cores and the versions of packages, for the line below a table."""
     packages = ("workpool", "aiohttp", "uvloop", "qca-sdk", "anthropic")
     installed = {dist.name: dist.version for dist in importlib.metadata.distributions()}
     found = [f"{name} {installed[name]}" for name in packages if name in installed]
     return f"{os.cpu_count()} cores, Python {platform.python_version()}, {', '.join(found)}."
 
 
-def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+def format_table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     """Return a Markdown table: the first column is aligned left, the numbers right."""
     widths = [max(map(len, column)) for column in zip(head, *rows, strict=True)]
 
-    def line(cells: Sequence[str]) -> str:
+    def format_row(cells: Sequence[str]) -> str:
         first, *others = (
             cell.rjust(width) if number else cell.ljust(width)
             for number, (cell, width) in enumerate(zip(cells, widths, strict=True))
@@ -214,29 +214,29 @@ def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     rule = [
         ("-" * (width - 1) + ":") if number else "-" * width for number, width in enumerate(widths)
     ]
-    return "\n".join(line(cells) for cells in (head, rule, *rows))
+    return "\n".join(format_row(cells) for cells in (head, rule, *rows))
 
 
-def ratio(value: float, base: float) -> str:
-    """Return a ratio as a cell. A base below the resolution of the kernel's clock is 0."""
+def format_ratio(value: float, base: float) -> str:
+    """Return a ratio as the text of a table cell; a dash if the base is too small to measure."""
     return f"{value / base:.2f} ×" if base else "—"
 
 
 @contextmanager
-def process(target: Callable[..., None], *args: object) -> Iterator[Callable[[], Any]]:
-    """Run `target(pipe, *args)` in a process; the value is called to receive its messages."""
+def run_process(target: Callable[..., None], *args: object) -> Iterator[Callable[[], Any]]:
+    """Run `target(pipe, *args)` in a process, and yield a function that receives its messages."""
     ours, theirs = _processes.Pipe()
     running = _processes.Process(target=target, args=(theirs, *args), daemon=True)
     running.start()
-    theirs.close()  # otherwise `recv` would not notice the end of the process
+    theirs.close()  # otherwise `recv` would hang after the end of the process
 
-    def receive() -> Any:
+    def receive_message() -> Any:
         if not ours.poll(LIMIT_SECONDS):
             raise TimeoutError(f"{target} said nothing for {LIMIT_SECONDS:.0f} s")
-        return ours.recv()  # an EOFError means that the process failed: see stderr
+        return ours.recv()  # raises EOFError if the process failed; its error is on stderr
 
     try:
-        yield receive
+        yield receive_message
     finally:
         ours.close()
         running.terminate()
@@ -244,22 +244,24 @@ def process(target: Callable[..., None], *args: object) -> Iterator[Callable[[],
 
 
 def _run_control_plane(pipe: Connection, requests: Synchronized[int]) -> None:
-    uvloop.run(_serve_plane(pipe, requests))
+    uvloop.run(_serve_control_plane(pipe, requests))
 
 
-async def _serve_plane(pipe: Connection, requests: Synchronized[int]) -> None:
+async def _serve_control_plane(pipe: Connection, requests: Synchronized[int]) -> None:
     @web.middleware
-    async def count(
+    async def count_request(
         request: web.Request, handler: Callable[[web.Request], Awaitable[web.StreamResponse]]
     ) -> web.StreamResponse:
         requests.value += 1
         return await handler(request)
 
-    async with ControlPlane(middlewares=[count]) as plane:
+    async with ControlPlane(middlewares=[count_request]) as plane:
         pipe.send(
-            Plane(plane.base_url, plane.anthropic_base_url, plane.token, plane.environments[0])
+            ControlPlaneAddress(
+                plane.base_url, plane.anthropic_base_url, plane.token, plane.environments[0]
+            )
         )
-        await asyncio.get_running_loop().create_future()  # until terminated
+        await asyncio.get_running_loop().create_future()  # serve until the process is terminated
 
 
 def _run_contender(pipe: Connection, contest: Contest) -> None:
@@ -267,7 +269,7 @@ def _run_contender(pipe: Connection, contest: Contest) -> None:
 
 
 async def _measure_contender(pipe: Connection, contest: Contest) -> None:
-    meter = Meter(contest.warm_up, contest.items)
+    meter = ContenderMeter(contest.warm_up, contest.items)
     async with asyncio.TaskGroup() as group:
         task = group.create_task(contest.contender(contest.plane, meter), name="contender")
         await meter.warm.wait()
@@ -278,11 +280,11 @@ async def _measure_contender(pipe: Connection, contest: Contest) -> None:
         task.cancel()
 
 
-async def _await_result(meter: Meter) -> Result:
+async def _await_result(meter: ContenderMeter) -> ContestResult:
     await meter.done.wait()
     assert meter.begin is not None
     assert meter.end is not None
-    return Result(
+    return ContestResult(
         meter.items,
         meter.end.cpu - meter.begin.cpu,
         meter.end.wall - meter.begin.wall,
@@ -290,16 +292,16 @@ async def _await_result(meter: Meter) -> Result:
     )
 
 
-async def _watch_contender(contest: Contest, meter: Meter) -> Watched:
+async def _watch_contender(contest: Contest, meter: ContenderMeter) -> WatchedUsage:
     requests = contest.plane.requests
     assert requests is not None
     await asyncio.sleep(contest.settle)
     gc.collect()
-    memory = _own_memory()
-    sent, begin = requests.value, Mark.now()
+    memory = private_memory_bytes()
+    sent, begin = requests.value, ClockReading.read_now()
     await asyncio.sleep(contest.watch)
-    end = Mark.now()
-    return Watched(
+    end = ClockReading.read_now()
+    return WatchedUsage(
         end.cpu - begin.cpu,
         end.wall - begin.wall,
         requests.value - sent,
@@ -308,8 +310,8 @@ async def _watch_contender(contest: Contest, meter: Meter) -> Watched:
     )
 
 
-def _own_memory() -> int:
-    """Return the bytes that only this process uses. Shared memory, as of libraries, is left out."""
+def private_memory_bytes() -> int:
+    """Return the bytes of memory that only this process uses, without shared libraries."""
     rows = Path("/proc/self/smaps_rollup").read_text("ascii").splitlines()
     [kib] = [row.split()[1] for row in rows if row.startswith("Private_Dirty:")]
     return int(kib) * 1024

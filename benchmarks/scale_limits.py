@@ -1,6 +1,6 @@
 """The limits of control planes: workers, held leases, open event streams and long queues.
 
-    python benchmarks/scale.py [--only PART …] [--stores STORE …]
+    python benchmarks/scale_limits.py [--only PART …] [--stores STORE …]
 
 - `workers`: 1, 2, 4 and 8 worker processes with eight slots each run no-op items, and their limit.
 - `leases`: one process holds 10,000 leases and renews each every 20 s.
@@ -16,12 +16,18 @@ from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from arena import ratio, table, versions
 from backlogs import Backlog
-from contenders import workpool
-from databases import database_server
-from fleet import Run, Use, own_kib, run, run_at_depth
-from holding import Held, holder, watch
+from contenders import run_pool
+from contest import describe_versions, format_ratio, format_table
+from database_server import database_server
+from held_sessions import HeldSessionsCost, make_holding_contender, measure_held_sessions
+from measured_system import (
+    MeasuredRun,
+    ResourceUse,
+    measure_at_queue_depth,
+    measure_run,
+    private_memory_kib,
+)
 from served_stores import COLUMNS, SERVED, ServedStore
 
 if TYPE_CHECKING:
@@ -35,75 +41,86 @@ BUSY = 0.85
 
 
 @dataclass(frozen=True)
-class Bench:
-    """The options of one call of this program, the stores, and the server of new databases."""
+class ScaleBenchmark:
+    """The options of the command line, the stores, and the database server."""
 
     options: argparse.Namespace
     stores: Sequence[ServedStore]
     server: Cluster | None
 
 
-def limit(use: Use) -> str:
+def describe_limit(use: ResourceUse) -> str:
     """Return the resource that limited the items per second."""
     cores = os.cpu_count() or 1
     used, available = use.machine
     if max(use.servers) > BUSY * use.wall:
         return "one core: a control plane"
-    if use.cpu > BUSY * cores * use.wall:
+    if use.total_cpu_seconds > BUSY * cores * use.wall:
         return f"all {cores} cores"
     if max(use.workers) > BUSY * use.wall:
         return "one core: a worker"
     if used > BUSY * available:
-        others = 1 - use.cpu / used
+        others = 1 - use.total_cpu_seconds / used
         return f"all {cores} cores, with {100 * others:.0f} % for other programs"
     return "waiting: round trips and commits"
 
 
-def workers(bench: Bench) -> str:
-    """Return the table of workers."""
+def report_workers(bench: ScaleBenchmark) -> str:
+    """Return the table of throughput by number of workers."""
     rows = []
     for store in bench.stores:
-        with store.opened(workpool, Backlog(), bench.server) as system:
+        with store.open_store(run_pool, Backlog(), bench.server) as system:
             for number in bench.options.workers:
-                found = run(system, bench.options.items, WARM_UP, number)
-                rows.append([*store.cells, str(number), *costs(found), limit(found.use)])
-    return table((*COLUMNS, "workers", *COSTS, "limit"), rows)
+                found = measure_run(system, bench.options.items, WARM_UP, number)
+                rows.append(
+                    [
+                        *store.table_cells,
+                        str(number),
+                        *format_costs(found),
+                        describe_limit(found.use),
+                    ]
+                )
+    return format_table((*COLUMNS, "workers", *COSTS, "limit"), rows)
 
 
 COSTS = ("server ms", "database ms", "worker ms", "items/s")
 
 
-def costs(found: Run) -> list[str]:
-    """Return CPU milliseconds per item of each kind of process, and items per second."""
+def format_costs(found: MeasuredRun) -> list[str]:
+    """Return table cells: CPU ms per item of each kind of process, and items per second."""
     use = found.use
     each = (sum(use.servers), use.database, sum(use.workers))
-    return [*(f"{found.ms(seconds):.3f}" for seconds in each), f"{found.rate:.0f}"]
+    return [
+        *(f"{found.ms_per_item(seconds):.3f}" for seconds in each),
+        f"{found.items_per_second:.0f}",
+    ]
 
 
-def leases(bench: Bench) -> str:
+def report_leases(bench: ScaleBenchmark) -> str:
     """Return the table of held leases."""
-    return held(bench, bench.options.leases, streams=False)
+    return report_held_sessions(bench, bench.options.leases, streams=False)
 
 
-def streams(bench: Bench) -> str:
+def report_streams(bench: ScaleBenchmark) -> str:
     """Return the table of open event streams."""
-    return held(bench, bench.options.streams, streams=True)
+    return report_held_sessions(bench, bench.options.streams, streams=True)
 
 
-def held(bench: Bench, numbers: Sequence[int], *, streams: bool) -> str:
-    """Return the table of sessions in one process. Memory excludes that of a single session."""
+def report_held_sessions(bench: ScaleBenchmark, numbers: Sequence[int], *, streams: bool) -> str:
+    """Return the table of sessions held by one process, less the memory of a single one."""
     rows = []
     for store in bench.stores:
-        alone = hold(bench, store, 1, streams=streams)
+        alone = hold_sessions_of_store(bench, store, 1, streams=streams)
         for number in numbers:
-            found = hold(bench, store, number, streams=streams)
+            found = hold_sessions_of_store(bench, store, number, streams=streams)
             use = found.use
             cpu = [
-                found.percent(each) for each in (sum(use.workers), sum(use.servers), use.database)
+                found.percent_of_core(each)
+                for each in (sum(use.workers), sum(use.servers), use.database)
             ]
             rows.append(
                 [
-                    *store.cells,
+                    *store.table_cells,
                     str(number),
                     f"{(found.worker_kib - alone.worker_kib) / number:.1f}",
                     f"{(found.server_kib - alone.server_kib) / number:.1f}",
@@ -114,39 +131,49 @@ def held(bench: Bench, numbers: Sequence[int], *, streams: bool) -> str:
                 ]
             )
     head = ("sessions", "worker KiB", "server KiB", "worker %", "server %", "database %")
-    return table((*COLUMNS, *head, "per 1,000 %", "connections", "lost"), rows)
+    return format_table((*COLUMNS, *head, "per 1,000 %", "connections", "lost"), rows)
 
 
-def hold(bench: Bench, store: ServedStore, sessions: int, *, streams: bool) -> Held:
-    """Hold this number of sessions of a new control plane in one process."""
+def hold_sessions_of_store(
+    bench: ScaleBenchmark, store: ServedStore, sessions: int, *, streams: bool
+) -> HeldSessionsCost:
+    """Measure one process that holds a number of sessions of a new control plane."""
     options = bench.options
-    with store.opened(holder(sessions, streams=streams), Backlog(), bench.server) as system:
-        return watch(
+    with store.open_store(
+        make_holding_contender(sessions, streams=streams), Backlog(), bench.server
+    ) as system:
+        return measure_held_sessions(
             system, sessions, seconds=options.seconds, settle=options.settle, streams=streams
         )
 
 
-def depth(bench: Bench) -> str:
+def report_queue_depths(bench: ScaleBenchmark) -> str:
     """Return the table of costs by the depth of the queue."""
     rows = []
     for store in bench.stores:
         base = 0.0
         for queued in bench.options.depths:
-            with store.opened(workpool, Backlog(queued=queued), bench.server) as system:
-                found = run_at_depth(system, bench.options.items, WARM_UP)
-                memory = own_kib(system.servers[0]) / 1024
-            ms = found.ms(sum(found.use.servers) + found.use.database)
+            with store.open_store(run_pool, Backlog(queued=queued), bench.server) as system:
+                found = measure_at_queue_depth(system, bench.options.items, WARM_UP)
+                memory = private_memory_kib(system.servers[0]) / 1024
+            ms = found.ms_per_item(sum(found.use.servers) + found.use.database)
             base = base or ms
-            cells = (*store.cells, str(queued), *costs(found), f"{memory:.0f}", ratio(ms, base))
-            rows.append([*cells, limit(found.use)])
-    return table((*COLUMNS, "depth", *COSTS, "server MiB", "ratio", "limit"), rows)
+            cells = (
+                *store.table_cells,
+                str(queued),
+                *format_costs(found),
+                f"{memory:.0f}",
+                format_ratio(ms, base),
+            )
+            rows.append([*cells, describe_limit(found.use)])
+    return format_table((*COLUMNS, "depth", *COSTS, "server MiB", "ratio", "limit"), rows)
 
 
-PARTS: dict[str, Callable[[Bench], str]] = {
-    "workers": workers,
-    "leases": leases,
-    "streams": streams,
-    "depth": depth,
+PARTS: dict[str, Callable[[ScaleBenchmark], str]] = {
+    "workers": report_workers,
+    "leases": report_leases,
+    "streams": report_streams,
+    "depth": report_queue_depths,
 }
 
 
@@ -168,9 +195,9 @@ def main() -> None:
         stores = [store for store in stores if server is not None or not store.on_database]
         for name in options.only:
             load = os.getloadavg()[0]
-            found = PARTS[name](Bench(options, stores, server))
+            found = PARTS[name](ScaleBenchmark(options, stores, server))
             print(f"{name}, at a load of {load:.0f}:\n\n{found}\n", flush=True)
-    print(versions())
+    print(describe_versions())
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
-"""The time that a process takes to start: the help text and the import, beside `import aiohttp`.
+"""The start time of a process: the help text and the import, compared with `import aiohttp`.
 
-    python benchmarks/start.py [--runs N]
+    python benchmarks/process_start.py [--runs N]
 
 Each run starts one process of each kind, one after the other, so that another program's load slows
 all kinds alike. The table has the median and the fastest of all runs, and the ratio of the medians.
@@ -18,7 +18,7 @@ import sys
 import tempfile
 import time
 
-from arena import table, versions
+from contest import describe_versions, format_table
 
 KINDS = {
     "import aiohttp": ("-c", "import aiohttp"),
@@ -28,8 +28,8 @@ KINDS = {
 }
 
 
-def seconds(arguments: tuple[str, ...], cache: str) -> float:
-    """Run Python once to its end, and return the seconds that it took."""
+def time_process(arguments: tuple[str, ...], cache: str) -> float:
+    """Run a Python process to its end, and return its duration in seconds."""
     variables = {k: v for k, v in os.environ.items() if k != "PYTHONDONTWRITEBYTECODE"}
     variables["PYTHONPYCACHEPREFIX"] = cache
     command = [sys.executable, *arguments]
@@ -45,14 +45,14 @@ def main() -> None:
     taken: dict[str, list[float]] = {name: [] for name in KINDS}
     with tempfile.TemporaryDirectory() as cache:
         for arguments in KINDS.values():
-            seconds(arguments, cache)  # the first run compiles the modules
+            time_process(arguments, cache)  # compiles the modules into the cache
         for _ in range(runs):
             for name, arguments in KINDS.items():
-                taken[name].append(seconds(arguments, cache))
+                taken[name].append(time_process(arguments, cache))
     unit = statistics.median(taken["import aiohttp"])
-    print(versions())
+    print(describe_versions())
     print(
-        table(
+        format_table(
             ("process", "runs", "median ms", "ratio", "fastest ms"),
             [
                 (

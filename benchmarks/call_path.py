@@ -1,6 +1,6 @@
-"""The path of one item: the files and functions of workpool that it passes, and its Python calls.
+"""The call path of one item: the files and functions of workpool that run for it, and its calls.
 
-    python benchmarks/path.py [--items N] [--by-file] [--only NAME …]
+    python benchmarks/call_path.py [--items N] [--by-file] [--only NAME …]
 
 The pool runs in this process, one item at a time, under `sys.setprofile` on all threads; the
 control plane has a process of its own. The calls of an item are those from the answer to one stop
@@ -24,8 +24,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import uvloop
-from arena import Meter, control_plane, enqueue, table, versions
-from contenders import Entry, bare, parse_contenders, workpool
+from contenders import BenchmarkEntry, parse_contenders, run_bare_loop, run_pool
+from contest import (
+    ContenderMeter,
+    describe_versions,
+    enqueue_items,
+    format_table,
+    serve_control_plane,
+)
 
 import workpool as package
 
@@ -33,7 +39,7 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
     from types import CodeType, FrameType
 
-    from arena import Plane
+    from contest import ControlPlaneAddress
 
 WARM_UP = 20
 PACKAGE = Path(package.__file__).parent
@@ -42,26 +48,28 @@ COMPREHENSIONS = frozenset({"<listcomp>", "<setcomp>", "<dictcomp>", "<genexpr>"
 """Functions in Python 3.11 only."""
 RESUMABLE = inspect.CO_COROUTINE | inspect.CO_GENERATOR | inspect.CO_ASYNC_GENERATOR
 ENTRIES = (
-    Entry("bare", bare, "aiohttp"),
-    Entry("workpool", partial(workpool, concurrency=1, pollers=1, stats_interval=0), "workpool"),
+    BenchmarkEntry("bare", run_bare_loop, "aiohttp"),
+    BenchmarkEntry(
+        "workpool", partial(run_pool, concurrency=1, pollers=1, stats_interval=0), "workpool"
+    ),
 )
 
 
 @dataclass
-class CallMeter(Meter):
+class CallMeter(ContenderMeter):
     """Counts the Python calls of every item, warm-up included."""
 
     calls_of_items: list[Counter[CodeType]] = field(default_factory=list)
     _calls: Counter[CodeType] = field(default_factory=Counter)
 
-    def profile(self, frame: FrameType, event: str, _: object) -> None:
-        """Count a call. This is the callback of `sys.setprofile`."""
-        if event == "call" and _is_new(frame):
+    def count_call(self, frame: FrameType, event: str, _: object) -> None:
+        """Count a function call, as the callback of `sys.setprofile`."""
+        if event == "call" and _begins_call(frame):
             self._calls[frame.f_code] += 1
 
-    def stopped(self) -> None:
-        """Begin the next item, since the stop of the present one was answered."""
-        super().stopped()
+    def record_stop(self) -> None:
+        """Record the answered stop of an item, and begin to count the calls of the next item."""
+        super().record_stop()
         self.calls_of_items.append(self._calls)
         self._calls = Counter()
 
@@ -81,8 +89,8 @@ class ItemPath:
     own_calls: float
 
     @classmethod
-    def of(cls, items: Sequence[Counter[CodeType]]) -> ItemPath:
-        """Compute the average over all items."""
+    def average_of(cls, items: Sequence[Counter[CodeType]]) -> ItemPath:
+        """Return the average calls over all items."""
         calls: Counter[CodeType] = Counter()
         for each in items:
             calls.update(each)
@@ -91,7 +99,7 @@ class ItemPath:
             for code, count in calls.items()
             if FOLDER not in Path(code.co_filename).parents
         }
-        own = {code: count for code, count in counted.items() if _is_own(code)}
+        own = {code: count for code, count in counted.items() if _is_workpool_code(code)}
         everywhere = set.intersection(*map(set, items))
         functions = {
             code: count
@@ -100,8 +108,8 @@ class ItemPath:
         }
         return cls(functions, sum(counted.values()), sum(own.values()))
 
-    def by_file(self) -> dict[str, list[float]]:
-        """The calls per item of each function, by file."""
+    def calls_by_file(self) -> dict[str, list[float]]:
+        """Return the calls per item of each function, grouped by file."""
         files: dict[str, list[float]] = {}
         for code, count in self.functions.items():
             name = Path(code.co_filename).relative_to(PACKAGE).as_posix()
@@ -109,8 +117,8 @@ class ItemPath:
         return dict(sorted(files.items()))
 
 
-def _is_new(frame: FrameType) -> bool:
-    """Return whether a function begins, rather than a coroutine or generator that continues.
+def _begins_call(frame: FrameType) -> bool:
+    """Return whether a function is called, and not a coroutine or generator resumed.
 
     Both are at a RESUME instruction; the two low bits of its argument are 0 at a beginning.
     """
@@ -118,16 +126,16 @@ def _is_new(frame: FrameType) -> bool:
     return not code.co_flags & RESUMABLE or code.co_code[frame.f_lasti + 1] & 3 == 0
 
 
-def _is_own(code: CodeType) -> bool:
+def _is_workpool_code(code: CodeType) -> bool:
     return PACKAGE in Path(code.co_filename).parents
 
 
-async def measure(plane: Plane, entry: Entry, items: int) -> ItemPath:
-    """Handle the items under the profiler."""
-    await enqueue(plane, WARM_UP + items)
+async def profile_items(plane: ControlPlaneAddress, entry: BenchmarkEntry, items: int) -> ItemPath:
+    """Handle items under the profiler, and return their average calls."""
+    await enqueue_items(plane, WARM_UP + items)
     meter = CallMeter(WARM_UP, items)
-    threading.setprofile(meter.profile)
-    sys.setprofile(meter.profile)
+    threading.setprofile(meter.count_call)
+    sys.setprofile(meter.count_call)
     try:
         async with asyncio.TaskGroup() as group:
             task = group.create_task(entry.run(plane, meter), name="contender")
@@ -136,16 +144,16 @@ async def measure(plane: Plane, entry: Entry, items: int) -> ItemPath:
     finally:
         sys.setprofile(None)
         threading.setprofile(None)
-    return ItemPath.of(meter.calls_of_items[WARM_UP : WARM_UP + items])
+    return ItemPath.average_of(meter.calls_of_items[WARM_UP : WARM_UP + items])
 
 
-def report(found: dict[str, ItemPath]) -> str:
+def format_report(found: dict[str, ItemPath]) -> str:
     """Return the table, which compares the calls with those of the first contender."""
     first = next(iter(found.values()))
     rows = [
         [
             name,
-            str(len(path.by_file())),
+            str(len(path.calls_by_file())),
             str(len(path.functions)),
             f"{path.own_calls:.0f}",
             f"{path.calls:.0f}",
@@ -154,13 +162,15 @@ def report(found: dict[str, ItemPath]) -> str:
         for name, path in found.items()
     ]
     head = ("contender", "files", "functions", "own calls/item", "calls/item", "difference")
-    return table(head, rows)
+    return format_table(head, rows)
 
 
-def report_by_file(path: ItemPath) -> str:
-    """Return the table of the files that one item passes."""
-    rows = [[name, str(len(calls)), f"{sum(calls):.1f}"] for name, calls in path.by_file().items()]
-    return table(("file", "functions", "calls/item"), rows)
+def format_report_by_file(path: ItemPath) -> str:
+    """Return the table of the files whose functions run for an item."""
+    rows = [
+        [name, str(len(calls)), f"{sum(calls):.1f}"] for name, calls in path.calls_by_file().items()
+    ]
+    return format_table(("file", "functions", "calls/item"), rows)
 
 
 def main() -> None:
@@ -168,13 +178,15 @@ def main() -> None:
     parser.add_argument("--items", type=int, default=200)
     parser.add_argument("--by-file", action="store_true", help="list the files that an item passes")
     options, entries = parse_contenders(parser, entries=ENTRIES)
-    with control_plane() as plane:
-        found = {entry.name: uvloop.run(measure(plane, entry, options.items)) for entry in entries}
-    print(report(found))
+    with serve_control_plane() as plane:
+        found = {
+            entry.name: uvloop.run(profile_items(plane, entry, options.items)) for entry in entries
+        }
+    print(format_report(found))
     for name, path in found.items():
         if options.by_file and path.functions:
-            print(f"\n{name}:\n\n{report_by_file(path)}")
-    print(f"\n{options.items} items. {versions()}")
+            print(f"\n{name}:\n\n{format_report_by_file(path)}")
+    print(f"\n{options.items} items. {describe_versions()}")
 
 
 if __name__ == "__main__":

@@ -1,0 +1,131 @@
+"""The cost of each part and setting of the pool: the same run without the part or with a change.
+
+    python benchmarks/part_costs.py [--items N] [--rounds N] [--only NAME …]
+
+Measures as throughput.py does. The first contender, with which the others are compared, is the pool
+with its defaults. A setting that is off by default costs nothing there, and the difference is its
+cost when it is on.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import logging
+import os
+import pkgutil
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from contenders import BenchmarkEntry, parse_contenders, run_bare_loop, run_client_only, run_pool
+from throughput import compare_contenders
+
+from workpool import hookimpl
+from workpool.log_fields import PoolIds
+from workpool.logs import JsonFormatter, TextFormatter
+from workpool.testing.loop_supervisor import LoopSupervisor
+
+if TYPE_CHECKING:
+    from contest import ContenderMeter, ControlPlaneAddress
+
+    from workpool.events import Event, SessionFinished
+
+
+class AllEventsObserver:
+    """A plugin that receives all events and ignores them."""
+
+    @hookimpl
+    def workpool_event(self, event: Event) -> None:
+        pass
+
+
+class OneTypeObserver:
+    """A plugin that observes one type of event."""
+
+    @hookimpl
+    def workpool_event(self, event: SessionFinished) -> None:
+        pass
+
+
+class SessionWrapper:
+    """A plugin that wraps every session in a context without effect."""
+
+    @hookimpl
+    def workpool_wrap_session(self) -> contextlib.AbstractAsyncContextManager[None]:
+        return contextlib.nullcontext()
+
+
+def do_nothing(*_: object) -> None:
+    pass
+
+
+async def run_pool_without(
+    function: str, plane: ControlPlaneAddress, meter: ContenderMeter
+) -> None:
+    """Run items in a pool, after a function was replaced by a no-op in this process.
+
+    `function`: `module:name` or `module:Class.name`, since a module cannot be sent to a process.
+    """
+    module, _, path = function.partition(":")
+    *classes, name = path.split(".")
+    owner = ":".join((module, ".".join(classes)))
+    setattr(pkgutil.resolve_name(owner), name, do_nothing)
+    await run_pool(plane, meter)
+
+
+async def run_pool_with_log(
+    formatter: logging.Formatter, plane: ControlPlaneAddress, meter: ContenderMeter
+) -> None:
+    """Run items in a pool that logs like `workpool run` at INFO, to the null device."""
+    with Path(os.devnull).open("w") as nowhere:  # noqa: ASYNC230 - opened once, before the run
+        handler = logging.StreamHandler(nowhere)
+        handler.setFormatter(formatter)
+        handler.addFilter(PoolIds())
+        logging.basicConfig(level="INFO", handlers=[handler], force=True)
+        await run_pool(plane, meter)
+
+
+def pool_entry(name: str, **changed: Any) -> BenchmarkEntry:
+    """Return a contender: the pool with changed settings, plugins or supervisor."""
+    return BenchmarkEntry(name, partial(run_pool, **changed), "workpool")
+
+
+def pool_entry_without(name: str, function: str) -> BenchmarkEntry:
+    """Return a contender: the pool without a function, which must exist."""
+    pkgutil.resolve_name(function)
+    return BenchmarkEntry(name, partial(run_pool_without, function), "workpool")
+
+
+ENTRIES = (
+    pool_entry("workpool"),
+    BenchmarkEntry("bare", run_bare_loop, "aiohttp"),
+    BenchmarkEntry("client only", run_client_only, "workpool"),
+    pool_entry_without("metrics off", "workpool.metrics:Metrics.count"),
+    pool_entry_without("session log left out", "workpool.pool.session_runner:_log_end"),
+    BenchmarkEntry("INFO as text", partial(run_pool_with_log, TextFormatter()), "workpool"),
+    BenchmarkEntry("INFO as JSON", partial(run_pool_with_log, JsonFormatter()), "workpool"),
+    pool_entry("an observer", plugins=(AllEventsObserver,)),
+    pool_entry("an observer of one type", plugins=(OneTypeObserver,)),
+    pool_entry("a wrapper", plugins=(SessionWrapper,)),
+    pool_entry("one loop", supervisor=LoopSupervisor),
+    pool_entry("stats_interval=0", stats_interval=0),
+    pool_entry("stats_interval=1", stats_interval=1),
+    pool_entry("rates=100000", read_rate=100_000, write_rate=100_000),
+    pool_entry("session_timeout=60", session_timeout=60),
+    pool_entry("max_attempts=3", max_attempts=3),
+    pool_entry("prefetch=8", prefetch=8),
+    pool_entry("metrics_listen=:0", metrics_listen="127.0.0.1:0"),
+)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="What each part and setting costs.")
+    parser.add_argument("--items", type=int, default=1000, help="per contender and round")
+    parser.add_argument("--rounds", type=int, default=7)
+    options, entries = parse_contenders(parser, entries=ENTRIES)
+    compare_contenders(entries, options.items, options.rounds)
+
+
+if __name__ == "__main__":
+    main()
