@@ -73,7 +73,7 @@ class Backlog:
     queued: int = 0
 
 
-def fill(store: str, backlog: Backlog) -> None:
+def fill_store(store: str, backlog: Backlog) -> None:
     """Write the backlog to a new SQLite file, or to a database without workpool's tables."""
     asyncio.run(_create_tables(store))
     now = time.time_ns() // 1_000_000
@@ -120,7 +120,7 @@ async def _create_tables(place: str) -> None:
     await store.close()
 
 
-def fill_memory(plane: ControlPlane, backlog: Backlog) -> None:
+def fill_memory_store(plane: ControlPlane, backlog: Backlog) -> None:
     """Create the items of the backlog in a control plane that runs in this process."""
     environment_id = plane.environments[0]
     for count, stops in ((backlog.stopped, True), (backlog.queued, False)):

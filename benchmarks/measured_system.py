@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, TypeAlias
 
 import uvloop
-from backlogs import POSTGRES, Backlog, fill, fill_memory
+from backlogs import POSTGRES, Backlog, fill_memory_store, fill_store
 from contest import LIMIT_SECONDS, ContenderMeter, ControlPlaneAddress, enqueue_items, run_process
 
 from workpool import WorkClient
@@ -232,7 +232,7 @@ def serve_store(
         database: The id of the database's first process.
     """
     if store != MEMORY:
-        fill(store, backlog)
+        fill_store(store, backlog)
     with ExitStack() as stack:
         ready = [
             stack.enter_context(run_process(_run_control_plane, store, backlog))()
@@ -318,7 +318,7 @@ async def _serve_control_plane(pipe: Connection, store: str, backlog: Backlog) -
     )
     async with plane:
         if store == MEMORY:
-            fill_memory(plane, backlog)
+            fill_memory_store(plane, backlog)
         address = ControlPlaneAddress(
             plane.base_url, plane.anthropic_base_url, plane.token, plane.environments[0]
         )

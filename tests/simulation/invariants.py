@@ -31,7 +31,7 @@ from tests.simulation.order_invariants import (
     completions_are_tried_while_the_lease_is_held,
     completions_precede_new_claims,
     failing_handlers_claim_slowly,
-    nothing_is_sent_in_doubt,
+    nothing_is_sent_before_doubted_lease_is_verified,
     one_heartbeat_at_a_time,
     optional_calls_are_refused_once,
     refused_acks_are_backed_off,
@@ -136,11 +136,11 @@ def no_two_handlers_run_one_item(case: FinishedSimulation) -> Iterator[str]:
     """
     for runs in case.runs.values():
         for one, two in combinations(sorted(runs, key=lambda run: run.started), 2):
-            if two.started < one.ended and not _may_overlap(case, one, two):
+            if two.started < one.ended and not _is_excused_overlap(case, one, two):
                 yield f"{_run_name(one)} and {_run_name(two)} ran at the same time"
 
 
-def _may_overlap(case: FinishedSimulation, one: HandlerRun, two: HandlerRun) -> bool:
+def _is_excused_overlap(case: FinishedSimulation, one: HandlerRun, two: HandlerRun) -> bool:
     if one.node is two.node:
         return False
     leases = [case.lease_at(run.node, run.work_id, run.started) for run in (one, two)]
@@ -337,7 +337,7 @@ def acknowledged_items_are_run(case: FinishedSimulation) -> Iterator[str]:
             yield f"{lease.work_id} was acknowledged by {node.machine.name} and not run"
 
 
-def no_more_is_claimed_than_can_be_run(case: FinishedSimulation) -> Iterator[str]:
+def claims_and_runs_never_exceed_places(case: FinishedSimulation) -> Iterator[str]:
     """5b. Polls or acks in flight plus running handlers never exceed the pool's places."""
     for node in case.trace.nodes:
         calls = [call for call in case.trace.sent if call.node is node]
@@ -352,7 +352,7 @@ def no_more_is_claimed_than_can_be_run(case: FinishedSimulation) -> Iterator[str
                     yield f"{call}: {under_way} {op}s and {running} runs in {places} places"
 
 
-def no_more_run_than_the_limit_of_their_handler(case: FinishedSimulation) -> Iterator[str]:
+def handler_limit_is_never_exceeded(case: FinishedSimulation) -> Iterator[str]:
     """5e. At most `max_sessions` runs of a pool's handler are in progress at once."""
     for node in case.trace.nodes:
         limit = node.pool.max_sessions
@@ -397,7 +397,7 @@ def shared_slots_are_given_back(case: FinishedSimulation) -> Iterator[str]:
             yield f"{node.machine.name} has {node.share.taken} shared slots after its end"
 
 
-def no_more_is_claimed_than_the_limit(case: FinishedSimulation) -> Iterator[str]:
+def claims_never_exceed_exit_limit(case: FinishedSimulation) -> Iterator[str]:
     """5c. A pool claims at most `exit_after_sessions` sessions, and ends after the last one."""
     for node in case.trace.nodes:
         limit = node.pool.exit_after_sessions
@@ -535,11 +535,11 @@ INVARIANTS: Final[tuple[Invariant, ...]] = (
     stops_are_justified,
     finished_items_are_stopped,
     acknowledged_items_are_run,
-    no_more_is_claimed_than_can_be_run,
-    no_more_is_claimed_than_the_limit,
+    claims_and_runs_never_exceed_places,
+    claims_never_exceed_exit_limit,
     shared_slots_are_never_exceeded,
     shared_slots_are_given_back,
-    no_more_run_than_the_limit_of_their_handler,
+    handler_limit_is_never_exceeded,
     nothing_is_claimed_during_a_pause,
     drains_end_in_time,
     only_stubborn_handlers_are_abandoned,
@@ -552,7 +552,7 @@ INVARIANTS: Final[tuple[Invariant, ...]] = (
     cancellations_are_repeated,
     silent_handlers_are_stalled,
     handlers_that_make_progress_are_not_stalled,
-    nothing_is_sent_in_doubt,
+    nothing_is_sent_before_doubted_lease_is_verified,
     one_heartbeat_at_a_time,
     unanswered_write_leaves_time_for_another_try,
     sessions_share_no_context,

@@ -32,7 +32,7 @@ INSTANT_SECONDS: Final = 1e-9
 """The shortest timer. With 0, rounding could make code that waits for a time loop without end."""
 
 
-class Machine:
+class SimulatedMachine:
     """The simulated machine of one process; a restarted process gets a new machine.
 
     Attributes:
@@ -136,7 +136,7 @@ class Machine:
             self._loop.run_kept_callback(handle)
 
 
-_MACHINE: ContextVar[Machine | None] = ContextVar("machine", default=None)
+_MACHINE: ContextVar[SimulatedMachine | None] = ContextVar("machine", default=None)
 
 EVENT_LOOP: Final[ContextVar[str]] = ContextVar("event_loop", default="handlers")
 """The event loop of a real pool on which the current callback would run."""
@@ -145,7 +145,7 @@ THREAD_SECONDS: Final = 0.001
 """Duration of a call on a thread."""
 
 
-def current_machine() -> Machine:
+def current_machine() -> SimulatedMachine:
     """Return the machine to which the current callback belongs."""
     machine = _MACHINE.get()
     assert machine is not None
@@ -161,7 +161,7 @@ class _MachineTimer(asyncio.TimerHandle):
 
     _loop: MachinesLoop
 
-    def __init__(self, when: float, machine: Machine | None, *rest: Any) -> None:
+    def __init__(self, when: float, machine: SimulatedMachine | None, *rest: Any) -> None:
         super().__init__(when, *rest)
         self._machine = machine
         self._slept = 0.0 if machine is None else machine.slept

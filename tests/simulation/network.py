@@ -53,7 +53,7 @@ THREADS: Final[Any] = object()
 """Stands for an executor that belongs to the pool."""
 
 
-class Network:
+class SimulatedNetwork:
     """The network between the pools and the control plane of one simulation.
 
     Attributes:
@@ -201,7 +201,7 @@ class SimulatedClient(LocalClient):
     reads its token and looks host names up with the code of the real client.
     """
 
-    def __init__(self, network: Network, node: PoolProcess, settings: Settings) -> None:
+    def __init__(self, network: SimulatedNetwork, node: PoolProcess, settings: Settings) -> None:
         super().__init__(network.operations, settings)
         self._network = network
         self._node = node

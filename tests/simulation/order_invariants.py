@@ -201,7 +201,7 @@ def cancellations_are_repeated(case: FinishedSimulation) -> Iterator[str]:
             yield f"{run.work_id[-6:]} was cancelled at {run.cancelled_at:.3f} and ran on"
 
 
-def nothing_is_sent_in_doubt(case: FinishedSimulation) -> Iterator[str]:
+def nothing_is_sent_before_doubted_lease_is_verified(case: FinishedSimulation) -> Iterator[str]:
     """9f. After a pause that the lease clock misses, a heartbeat or ack precedes all writes."""
     for (node, work_id), calls in case.sent.items():
         for since, until in node.machine.unseen:

@@ -17,11 +17,11 @@ from tests.simulation.machine import (
     EVENT_LOOP,
     NETWORK,
     HaltKind,
-    Machine,
     MachinesLoop,
+    SimulatedMachine,
 )
 from tests.simulation.metric_totals import counter_totals
-from tests.simulation.network import Network, SimulatedClient
+from tests.simulation.network import SimulatedClient, SimulatedNetwork
 from tests.simulation.schedule import PAUSE_SECONDS, Action, PoolSettings, Schedule
 from tests.simulation.scripted_handlers import (
     BEHAVIOUR,
@@ -152,7 +152,7 @@ class SimulatedWorld:
         self.items: list[str] = []
         self._registry = registry
         generator = random.Random(schedule.seed)
-        self._network = Network(schedule, generator, self.operations, self.trace)
+        self._network = SimulatedNetwork(schedule, generator, self.operations, self.trace)
         self._supervisors: dict[PoolProcess, SimulatedSupervisor] = {}
         self._tasks: dict[asyncio.Task[None], PoolProcess] = {}
         self._handlers: list[SimulatedHandlers] = []
@@ -250,8 +250,8 @@ class SimulatedWorld:
         self._handlers.append(machine.handlers)
         return node
 
-    def _new_machine(self, name: str, rate: float) -> Machine:
-        return Machine(self.loop, name, rate)
+    def _new_machine(self, name: str, rate: float) -> SimulatedMachine:
+        return SimulatedMachine(self.loop, name, rate)
 
     def _supervisor_arguments(self, node: PoolProcess) -> dict[str, Any]:
         connect = partial(SimulatedClient, self._network, node)

@@ -463,7 +463,8 @@ async def test_handoff_of_abandoned_session_does_not_delay_end_of_pool() -> None
     async with bench.supervisor as pool:
         bench.operations.enqueue(ENVIRONMENT)
         await bench.recorder.wait_for(SessionStarted)
-        # After 5.5 s the second heartbeat got no answer; the third one is due only later.
+        # After 5.5 s the second heartbeat still waits for its answer. It fails after 10 s, and the
+        # next heartbeat is due at 11 s.
         await asyncio.sleep(5.5)
         await pool.drain(0)
         drained_at = bench.loop.time()

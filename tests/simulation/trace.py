@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Final
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
-    from tests.simulation.machine import Machine
+    from tests.simulation.machine import SimulatedMachine
     from tests.simulation.schedule import PoolSettings
     from workpool.events import Event
     from workpool.pool.shared_slots import SlotShare
@@ -166,7 +166,7 @@ class PoolProcess:
         events: Every event for its observers, with its time.
     """
 
-    machine: Machine
+    machine: SimulatedMachine
     pool: PoolSettings
     started: float
     worker_id: str = ""

@@ -153,10 +153,10 @@ def literal(
 ) -> Fault:
     """Return a fault that answers with `body`, or with the result of the function `body`."""
 
-    def answer() -> Response:
+    def make_answer() -> Response:
         return Response(code, headers or _JSON, body() if callable(body) else body)
 
-    return Fault(answer=answer, applied=applied)
+    return Fault(answer=make_answer, applied=applied)
 
 
 def delay(seconds: float, *, applied: bool = False) -> Fault:
@@ -187,11 +187,11 @@ def trickle(seconds: float) -> Fault:
 def expired(plane: ControlPlane) -> Fault:
     """Return a fault that ends the item's lease before the operation, if the request has one."""
 
-    def expire(environment_id: str, work_id: str | None) -> None:
+    def expire_item_lease(environment_id: str, work_id: str | None) -> None:
         if work_id is not None:
             expire_lease(plane, work_id, environment_id)
 
-    return Fault(before=expire)
+    return Fault(before=expire_item_lease)
 
 
 def expire_lease(plane: ControlPlane, work_id: str, environment_id: str | None = None) -> None:

@@ -122,14 +122,16 @@ class Proxy:
             proxy_ends = asyncio.Event()
             stack.callback(proxy_ends.set)
 
-            def accept(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+            def accept_connection(
+                reader: asyncio.StreamReader, writer: asyncio.StreamWriter
+            ) -> None:
                 self.accepted += 1
                 group.create_task(
                     self._forward_connection(proxy_ends, reader, writer), name="proxy-connection"
                 )
                 self._changes.notify()
 
-            server = await asyncio.start_server(accept, _HOST, 0, limit=_CHUNK_BYTES)
+            server = await asyncio.start_server(accept_connection, _HOST, 0, limit=_CHUNK_BYTES)
             stack.callback(server.close)
             port = server.sockets[0].getsockname()[1]
             self.base_url = self._target._replace(netloc=f"{_HOST}:{port}").geturl()

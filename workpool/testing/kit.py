@@ -243,10 +243,10 @@ class Kit:
         """
         __tracebackhide__ = True
 
-        def is_new(event: E) -> bool:
+        def is_new_event(event: E) -> bool:
             return id(event) not in self._returned and (where is None or where(event))
 
-        accepts = is_new if count is None else where
+        accepts = is_new_event if count is None else where
         seconds = _timeout_seconds(timeout)
         try:
             event = await self.recorder.wait_for(kind, accepts, count=count or 1, timeout=seconds)

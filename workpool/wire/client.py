@@ -342,7 +342,7 @@ class WorkClient:
             before_id: As for `list`.
             timeout: As for `list`.
         """
-        query, start = search.query, _place_query(after_id, before_id)
+        query, start = search.query_parameters, _place_query(after_id, before_id)
         size = min(protocol.LIST_LIMIT_MAX if query else search.limit, protocol.LIST_LIMIT_MAX)
         found, limits = FoundItems(search), PageLimits("list")
         for _ in range(FIND_PAGES_MAX):

@@ -39,7 +39,7 @@ class ItemSearch:
     newest: bool = False
 
     @property
-    def query(self) -> str:
+    def query_parameters(self) -> str:
         """The query parameters for the control plane; empty if every item matches."""
         return "".join(
             (
@@ -49,7 +49,7 @@ class ItemSearch:
             )
         )
 
-    def matches(self, item: WorkItem) -> bool:
+    def matches_item(self, item: WorkItem) -> bool:
         """Return whether the item has the state and the failure that the search asks for."""
         failed = item.state == STOPPED and OUR_ERROR in item.metadata
         return (self.state is None or item.state == self.state) and (failed or not self.failed)
@@ -85,7 +85,7 @@ class FoundItems:
         """Add the items of a page that match the search."""
         self._ordered = self._ordered or page.selected
         self.read += len(page.items)
-        self.items += filter(self._search.matches, page.items)
+        self.items += filter(self._search.matches_item, page.items)
         self.complete = page.next_page is None
         if page.items:
             self.last_id = page.items[-1].id

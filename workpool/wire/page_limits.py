@@ -32,7 +32,7 @@ class RecentIds:
     def __contains__(self, one: str) -> bool:
         return one in self._ids
 
-    def add(self, one: str) -> bool:
+    def add_id(self, one: str) -> bool:
         """Add an id, and return whether the set did not contain it."""
         if one in self._ids:
             return False
@@ -70,11 +70,11 @@ class PageLimits:
         Raises:
             TransientError: The list has no end.
         """
-        new = [self._ids.add(one) for one in ids]
+        new = [self._ids.add_id(one) for one in ids]
         self._stale = 0 if any(new) else self._stale + 1
         if next_page is None:
             return
-        if not self._tokens.add(next_page):
+        if not self._tokens.add_id(next_page):
             raise TransientError(self._op, None, "the pages repeat", reason="bad_body")
         if self._stale >= STALE_PAGES:
             problem = f"{STALE_PAGES} pages without anything new"

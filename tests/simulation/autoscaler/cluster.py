@@ -117,7 +117,7 @@ class FleetRecord:
     lowered: list[tuple[float, int, int]] = field(default_factory=list)
 
 
-class Cluster:
+class SimulatedCluster:
     """The pods of one ReplicaSet.
 
     Attributes:

@@ -14,12 +14,12 @@ from contextlib import asynccontextmanager
 from functools import partial
 from typing import TYPE_CHECKING, Any, Final
 
-from tests.simulation.autoscaler.cluster import Cluster
+from tests.simulation.autoscaler.cluster import SimulatedCluster
 from tests.simulation.autoscaler.fleet_schedule import Incident
 from tests.simulation.autoscaler.horizontal_autoscaler import HorizontalAutoscaler, KedaActivation
 from tests.simulation.finished_simulation import START
-from tests.simulation.machine import NETWORK, Machine, current_machine
-from tests.simulation.network import Network, SimulatedClient
+from tests.simulation.machine import NETWORK, SimulatedMachine, current_machine
+from tests.simulation.network import SimulatedClient, SimulatedNetwork
 from tests.simulation.schedule import PoolSettings
 from tests.simulation.scripted_handlers import PLUGINS
 from tests.simulation.simulated_world import ENVIRONMENT, SimulatedWorld, pool_settings
@@ -58,7 +58,7 @@ SETTLED_LOOKS: Final = 100
 """The longest wait, after the last work, for its end and for the removal of the pods."""
 
 
-class PodMachine(Machine):
+class PodMachine(SimulatedMachine):
     """The simulated machine of a process in a pod.
 
     Attributes:
@@ -68,7 +68,7 @@ class PodMachine(Machine):
     """
 
     pod: Pod
-    cluster: Cluster | None = None
+    cluster: SimulatedCluster | None = None
     writer: CostWriter | None = None
 
 
@@ -105,14 +105,14 @@ class FleetWorld(SimulatedWorld):
         super().__init__(schedule.world, registry)
         self._fleet = schedule
         self._network.patience_ms = PATIENCE_MS
-        self.cluster = Cluster(self, schedule, random.Random(schedule.world.seed))
+        self.cluster = SimulatedCluster(self, schedule, random.Random(schedule.world.seed))
         settings = schedule.settings
         self._rule = ReplicaRule(settings.pool.concurrency, 0, settings.rules.maximum)
         self._reader: FleetReader | None = None
-        self._reader_network = Network(
+        self._reader_network = SimulatedNetwork(
             schedule.world, random.Random(schedule.world.seed), self.operations, Trace()
         )
-        self._reader_node = PoolProcess(Machine(self.loop, "scale"), PoolSettings(), 0.0)
+        self._reader_node = PoolProcess(SimulatedMachine(self.loop, "scale"), PoolSettings(), 0.0)
         self._reader_node.no_fault = Fault(
             request_delay=LATENCY_SECONDS, answer_delay=LATENCY_SECONDS
         )
@@ -243,7 +243,7 @@ class FleetWorld(SimulatedWorld):
         self._pod = pod
         return self._start_pool(self._fleet.settings.pool)
 
-    def _new_machine(self, name: str, rate: float) -> Machine:
+    def _new_machine(self, name: str, rate: float) -> SimulatedMachine:
         machine = PodMachine(self.loop, name, rate)
         if self._fleet.settings.deletion_cost and not self.cluster.closed:
             machine.pod, machine.cluster = self._pod, self.cluster

@@ -200,7 +200,7 @@ class EventStream:
 
     def _is_new_event(self, event: SessionEvent) -> bool:
         event_id = event["id"]
-        if not self._seen.add(event_id):
+        if not self._seen.add_id(event_id):
             return False
         self._last_id = event_id
         self._backoff.reset()

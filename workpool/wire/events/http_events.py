@@ -46,7 +46,7 @@ class HttpEvents:
         """List a session's first events, those after the event `after_id`, or the page `page`."""
         asked = {"after_id": after_id, "page": page}
         start = [f"{name}={quote(at, safe='')}" for name, at in asked.items() if at is not None]
-        url = self._url_of("", f"limit={limit}", *start)
+        url = self._build_url("", f"limit={limit}", *start)
         return await self._transport.send(endpoints.EVENTS, url, None, self._rate_limits.read)
 
     async def append_events(
@@ -55,7 +55,7 @@ class HttpEvents:
         """Append events to the session, and return them as the control plane stored them."""
         limiter = self._rate_limits.write
         return await self._transport.send(
-            endpoints.SEND, self._url_of(), None, limiter, body, options
+            endpoints.SEND, self._build_url(), None, limiter, body, options
         )
 
     async def open_stream(self, last_id: str | None) -> OpenEventStream:
@@ -64,16 +64,16 @@ class HttpEvents:
         if last_id is not None:
             headers[LAST_EVENT_ID_HEADER] = last_id
         limiter = self._rate_limits.read
-        return _HttpStream(
-            await self._transport.open_stream(self._url_of("/stream"), headers, limiter)
+        return _HttpEventStream(
+            await self._transport.open_stream(self._build_url("/stream"), headers, limiter)
         )
 
-    def _url_of(self, path: str = "", *query: str) -> URL:
+    def _build_url(self, path: str = "", *query: str) -> URL:
         text = "&".join((*query, self._query)).strip("&")
         return URL(f"{self._url}{path}?{text}" if text else f"{self._url}{path}", encoded=True)
 
 
-class _HttpStream:
+class _HttpEventStream:
     """The HTTP response that contains an event stream."""
 
     def __init__(self, response: aiohttp.ClientResponse) -> None:
