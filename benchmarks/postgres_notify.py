@@ -61,7 +61,7 @@ async def run_commit_node(
             pass
 
         async with asyncio.TaskGroup() as committing:
-            announce = hub.announce if kind == HUB else announce_nothing
+            announce = hub.announce_changes if kind == HUB else announce_nothing
             tasks = [
                 committing.create_task(commit_until_end(n, announce)) for n in range(connections)
             ]

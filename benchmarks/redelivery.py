@@ -70,13 +70,13 @@ def measure_calls(case: QueueCase, calls: int) -> CallCosts:
         operations.ack_item(ENVIRONMENT, item.id, "worker")
 
     def find_no_due_item() -> None:
-        operations.get_queue(ENVIRONMENT).claimable(-1)
+        operations.get_queue(ENVIRONMENT).oldest_claimable(-1)
 
     claims = mean_cpu_seconds(poll_and_ack, min(calls, case.items // 2))
     return CallCosts(
         claims,
         mean_cpu_seconds(find_no_due_item, calls),
-        mean_cpu_seconds(lambda: operations.stats(ENVIRONMENT), 20),
+        mean_cpu_seconds(lambda: operations.queue_stats(ENVIRONMENT), 20),
     )
 
 

@@ -82,7 +82,7 @@ class Journal(History):
 
     def write_snapshot(self, what: str, plane: ControlPlane) -> None:
         """Write the state of all items; the fields are those of `storm_checker.SnapshotItem`."""
-        items = plane.operations.page(plane.environments[0], 1_000_000).items
+        items = plane.operations.list_items(plane.environments[0], 1_000_000).items
         self.write_line(
             what,
             items=[

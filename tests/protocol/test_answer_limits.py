@@ -177,7 +177,7 @@ async def test_item_pages_are_shortened_to_response_limit(api: ApiClient) -> Non
 async def test_item_page_with_largest_items_has_one_item(api: ApiClient) -> None:
     for _ in range(3):
         (item,) = api.plane.enqueue()
-        api.plane.operations.update(ENV, item.id, metadata_of_size(METADATA_LIMIT_BYTES))
+        api.plane.operations.update_metadata(ENV, item.id, metadata_of_size(METADATA_LIMIT_BYTES))
     ids, largest = await read_all_pages(api, api.work_url())
     assert len(ids) == 3
     assert largest <= ANSWER_LIMIT_BYTES

@@ -338,7 +338,7 @@ async def test_failed_store_answers_500_to_every_later_call(
     async with control_plane_on(database_path, clock) as plane:
         api = ApiClient(plane, http_session, "qoder")
         (kept,) = (await api("POST", api.work_url())).body["data"]
-        monkeypatch.setattr("workpool.server.stores.sqlite._write", raise_disk_full)
+        monkeypatch.setattr("workpool.server.stores.sqlite._write_rows", raise_disk_full)
         answer = await api("POST", api.work_url())
         assert answer.status == 500
         assert answer.error_type["type"] == "api_error"

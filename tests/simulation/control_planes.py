@@ -41,9 +41,9 @@ class ActiveAckOperations(Operations):
             self.get_queue(environment_id), leased, "delivered", poll.worker_id
         )
 
-    def ack(self, environment_id: str, work_id: str, worker_id: str | None = None) -> Item:
+    def ack_item(self, environment_id: str, work_id: str, worker_id: str | None = None) -> Item:
         """Acknowledge an item, whoever sends the ack."""
-        queue = self.queue(environment_id)
+        queue = self.get_queue(environment_id)
         item = queue.get_item(work_id)
         if item.state == ACTIVE:
             return item

@@ -47,7 +47,7 @@ class Fault:
         answer: Replaces the true answer: a status with the envelope of an error, the body of a
             200, a function that returns the answer, or no answer. None: the true answer.
         retry_after: `Retry-After` of an answer with a status.
-        rewrite: StateChanges the JSON of the true answer, if it is a success.
+        rewrite: Changes the JSON of the true answer, if it is a success.
     """
 
     wait: float = 0.0

@@ -191,7 +191,9 @@ class LocalClient:
         """Acknowledge an item, as `WorkClient.ack` does."""
 
         def run_operation() -> object:
-            return QODER.item_json(self._operations.ack_item(self._environment_id, work_id, self.worker_id))
+            return QODER.item_json(
+                self._operations.ack_item(self._environment_id, work_id, self.worker_id)
+            )
 
         options = options._replace(permit=permit or options.permit)
         item = await self._send_call(endpoints.ACK, work_id, run_operation, timeout, options)
@@ -231,7 +233,9 @@ class LocalClient:
 
         def run_operation() -> object:
             return QODER.item_json(
-                self._operations.stop_item(self._environment_id, work_id, self.worker_id, force=force)
+                self._operations.stop_item(
+                    self._environment_id, work_id, self.worker_id, force=force
+                )
             )
 
         stop = endpoints.STOP if read_item else endpoints.STOP_UNREAD
@@ -249,7 +253,9 @@ class LocalClient:
 
         def run_operation() -> object:
             return QODER.item_json(
-                self._operations.update(self._environment_id, work_id, patch, self.worker_id)
+                self._operations.update_metadata(
+                    self._environment_id, work_id, patch, self.worker_id
+                )
             )
 
         return await self._send_call(endpoints.UPDATE, work_id, run_operation, timeout, options)
@@ -278,8 +284,8 @@ class LocalClient:
             size = min(left, LIST_LIMIT_MAX)
 
             def run_operation(size: int = size, after: str = after) -> object:
-                page = self._operations.page(self._environment_id, size, after=after)
-                return listing(page, QODER.item)
+                page = self._operations.list_items(self._environment_id, size, after=after)
+                return page_json(page, QODER.item_json)
 
             page = await self._send_call(endpoints.LIST, None, run_operation, timeout)
             for item in page.items:
@@ -301,7 +307,7 @@ class LocalClient:
         """Read the queue's statistics, as `WorkClient.stats` does."""
 
         def run_operation() -> object:
-            stats = self._operations.stats(self._environment_id)
+            stats = self._operations.queue_stats(self._environment_id)
             oldest = stats.oldest_queued_at
             text = None if oldest is None else to_seconds_text(oldest)
             return {"type": WORK_QUEUE_STATS, **stats._asdict(), "oldest_queued_at": text}

@@ -64,8 +64,8 @@ class LocalEvents:
         after = after_id or (page or "").partition("-")[2]
 
         def run_operation() -> object:
-            events = self._conversation().page(limit + 1, after=after)
-            return listing(page_of(events, limit, backwards=False), render_event)
+            events = self._conversation().list_events(limit + 1, after=after)
+            return page_json(make_page(events, limit, backwards=False), event_json)
 
         return await self._send_call(endpoints.EVENTS, self._session_id, run_operation, None)
 
@@ -75,8 +75,8 @@ class LocalEvents:
         """Append events to the session, and return them as the control plane stored them."""
 
         def run_operation() -> object:
-            stored = self._operations.send(self._session_id, client_events(body))
-            return {"data": [render_event(event) for event in stored]}
+            stored = self._operations.send_events(self._session_id, parse_event_batch(body))
+            return {"data": [event_json(event) for event in stored]}
 
         return await self._send_call(endpoints.SEND, self._session_id, run_operation, None, options)
 
@@ -86,7 +86,9 @@ class LocalEvents:
         def run_operation() -> object:
             history = self._conversation()
             return {
-                "position": len(history.events) if last_id is None else history.position_after(last_id)
+                "position": len(history.events)
+                if last_id is None
+                else history.position_after(last_id)
             }
 
         position = await self._send_call(_OPEN, self._session_id, run_operation, None)
@@ -107,7 +109,9 @@ class _LocalStream:
 
     async def read(self) -> bytes:
         """Return the events since the last call, or a keep-alive."""
-        if not await self._sessions.wait_for_events(self._session_id, self._position, KEEP_ALIVE_SECONDS):
+        if not await self._sessions.wait_for_events(
+            self._session_id, self._position, KEEP_ALIVE_SECONDS
+        ):
             return b""
         new_events = self._sessions.get_conversation(self._session_id).events[self._position :]
         self._position += len(new_events)
