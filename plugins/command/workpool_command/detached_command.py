@@ -58,7 +58,7 @@ class HoldProcesses:
     def __init__(self, command: DetachableCommand, settings: Settings) -> None:
         self._command = command
         self._settings = settings
-        # A group that has ended is referenced only from here, so the weak set drops it.
+        # After the exit of its leader, nothing else refers to a group, and the weak set drops it.
         self._groups: WeakSet[ProcessGroup] = WeakSet()
 
     def close(self) -> None:

@@ -103,7 +103,7 @@ class Otel:
             self._spans.record_event(event)
 
     def _choose_provider(self) -> tuple[trace.TracerProvider, TracerProvider | None]:
-        """Return the provider, and once more if plugins created it and must shut it down."""
+        """Return the tracer provider, and again as second value if plugins must shut it down."""
         if self.tracer_provider is not None:
             return self.tracer_provider, None
         current = trace.get_tracer_provider()

@@ -166,7 +166,8 @@ def test_interrupt_cancels_waiting_calls_but_not_later_ones() -> None:
     assert uses.now.is_interrupted("b")
     assert not uses.now.is_interrupted("c")
     assert [call.id for call in uses.now.runnable_calls()] == ["c"]
-    assert uses.next_call == "a"  # this call gets an answer but is not run
+    # The interrupted call is the next to be answered, but it is not executed.
+    assert uses.next_call == "a"
 
 
 def test_termination_of_thread_removes_its_calls() -> None:

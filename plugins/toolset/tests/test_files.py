@@ -120,7 +120,7 @@ async def test_offset_or_limit_that_is_no_number_is_refused(
 
 
 @pytest.mark.parametrize(
-    "asked",
+    "view_range",
     [
         [3, 2],
         [5, 0],
@@ -136,17 +136,17 @@ async def test_offset_or_limit_that_is_no_number_is_refused(
     ],
 )
 async def test_malformed_range_of_lines_is_refused(
-    agent_without_sandbox: Any, workspace_directory: Path, asked: object
+    agent_without_sandbox: Any, workspace_directory: Path, view_range: object
 ) -> None:
     (workspace_directory / "lines").write_text(LINES)
-    await agent_without_sandbox.call_with_error("read", file_path="lines", view_range=asked)
+    await agent_without_sandbox.call_with_error("read", file_path="lines", view_range=view_range)
 
 
 async def test_large_file_is_readable_only_by_range(
     agent_without_sandbox: Any, workspace_directory: Path
 ) -> None:
     line = "é" * 49 + "\n"
-    (workspace_directory / "large").write_text(line * 10_000)  # 990 kB
+    (workspace_directory / "large").write_text(line * 10_000)
     assert "view_range" in await agent_without_sandbox.call_with_error("read", file_path="large")
     assert (
         await agent_without_sandbox.call_successfully(
@@ -245,8 +245,8 @@ async def test_error_of_edit_above_size_limit_suggests_bash(
     agent_without_sandbox: Any, workspace_directory: Path
 ) -> None:
     (workspace_directory / "large").write_text("a" * 300_000)
-    asked = {"file_path": "large", "old_string": "a", "new_string": "b"}
-    assert await agent_without_sandbox.call_with_error("edit", **asked) == (
+    fields = {"file_path": "large", "old_string": "a", "new_string": "b"}
+    assert await agent_without_sandbox.call_with_error("edit", **fields) == (
         "large: larger than 262144 bytes; change it with bash, for example with sed"
     )
 
@@ -303,15 +303,13 @@ async def test_edit_with_result_above_limit_is_refused(
     agent_without_sandbox: Any, workspace_directory: Path
 ) -> None:
     (workspace_directory / "small").write_text("a" * 250_000)
-    asked = {"file_path": "small", "old_string": "a", "new_string": "b" * 4_000_000}
-    failed = await agent_without_sandbox.call_with_error(
-        "edit", **asked, replace_all=True
-    )  # the result would have a terabyte
+    fields = {"file_path": "small", "old_string": "a", "new_string": "b" * 4_000_000}
+    failed = await agent_without_sandbox.call_with_error("edit", **fields, replace_all=True)
     assert failed == "small: would be larger than 33554432 characters"
     assert (workspace_directory / "small").stat().st_size == 250_000
-    asked["new_string"] = "bb"
+    fields["new_string"] = "bb"
     assert "replaced 250000" in await agent_without_sandbox.call_successfully(
-        "edit", **asked, replace_all=True
+        "edit", **fields, replace_all=True
     )
 
 

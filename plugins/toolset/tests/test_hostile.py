@@ -253,7 +253,7 @@ def hostile_commands(outside: Path, port: int) -> list[str]:
         f"exec 3<>/dev/tcp/127.0.0.1/{port}; echo GET >&3",
         f"{python} 'import socket; socket.create_connection((\"127.0.0.1\", {port}), 2)'",
         f"{python} 'import socket; socket.create_connection((\"1.1.1.1\", 53), 2)'",
-        f"{python} 'import socket; socket.socket(17, 3, 768)'",  # AF_PACKET
+        f"{python} 'import socket; socket.socket(socket.AF_PACKET, 3, 768)'",
         f"{python} 'import ctypes; print(ctypes.CDLL(None).ptrace(16, {pid}, 0, 0))'",
         f"{python} 'import os; os.setuid(0); print(open(\"{outside}/token\").read())'",
         f'{python} \'import os; fd = os.open("/", 0); os.chroot("/tmp"); os.fchdir(fd)\'',
