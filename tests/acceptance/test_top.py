@@ -8,6 +8,8 @@ import pytest
 from aiohttp import web
 from aiohttp.test_utils import TestServer
 
+from workpool.cli.top import SESSION_COLUMNS, WORKER_COLUMNS
+
 if TYPE_CHECKING:
     from tests.acceptance.conftest import CommandRunner, CommandStarter
     from workpool.server import ControlPlane
@@ -29,6 +31,16 @@ async def test_top_shows_session_of_a_worker_and_an_address_without_one(
     assert item.session_id in shown.out
     assert "handlers.wait" in shown.out
     assert "no answer" in shown.out
+
+
+async def test_top_without_terminal_prints_column_names_of_both_tables(
+    run_in_process: CommandRunner,
+) -> None:
+    shown = await run_in_process("top", "--once", "http://127.0.0.1:1")
+    workers, worker, sessions = shown.out.splitlines()
+    assert workers.split("\t") == list(WORKER_COLUMNS)
+    assert worker.startswith("http://127.0.0.1:1\tno answer\t")
+    assert sessions.split("\t") == list(SESSION_COLUMNS)
 
 
 async def test_top_fails_when_no_worker_answers(run_in_process: CommandRunner) -> None:

@@ -22,10 +22,18 @@ def print_json(value: object) -> None:
     typer.echo("\n".join(map(_escape_unprintable, text.split("\n"))))
 
 
-def print_rows(columns: Sequence[str], rows: Sequence[Sequence[object]]) -> None:
-    """Print a table on a terminal; otherwise print lines with tabs between the fields."""
+def print_rows(
+    columns: Sequence[str], rows: Sequence[Sequence[object]], *, with_header: bool = False
+) -> None:
+    """Print a table on a terminal; otherwise print lines with tabs between the fields.
+
+    Args:
+        columns: The names of the columns.
+        rows: The cells of each row.
+        with_header: Whether the names of the columns are also printed without a terminal.
+    """
     if not sys.stdout.isatty():
-        for row in rows:
+        for row in (columns, *rows) if with_header else rows:
             typer.echo("\t".join(_cell_text(cell) for cell in row))
         return
     from workpool.cli.tables import print_table  # noqa: PLC0415 - only people need it; it is slow

@@ -67,8 +67,8 @@ def top(
     chosen = tuple(url.rstrip("/") for url in urls or [DEFAULT_URL])
     if once or not sys.stdout.isatty():
         statuses = asyncio.run(_read_statuses(chosen))
-        print_rows(WORKER_COLUMNS, _worker_rows(chosen, statuses))
-        print_rows(SESSION_COLUMNS, _session_rows(statuses))
+        print_rows(WORKER_COLUMNS, _worker_rows(chosen, statuses), with_header=True)
+        print_rows(SESSION_COLUMNS, _session_rows(statuses), with_header=True)
         raise typer.Exit(exits.FAILED if all("error" in each for each in statuses) else exits.OK)
     with contextlib.suppress(KeyboardInterrupt):
         asyncio.run(_refresh_until_interrupted(chosen, interval))
