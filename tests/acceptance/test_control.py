@@ -112,6 +112,21 @@ async def test_pause_and_resume_commands_stop_and_restart_claiming(
     assert file_names(socket_directory) == []
 
 
+async def test_pause_command_without_reason_keeps_reason_of_current_pause(
+    start_command: CommandStarter, run_in_process: CommandRunner
+) -> None:
+    worker = await start_command("run", "handlers")
+    await worker.wait_for_log("idle; waiting for work")
+    for arguments in (("database is moved",), ()):
+        assert (await run_in_process("pause", *arguments)).status == 0
+        _, body = await readiness_status(worker)
+        assert json.loads(body)["reasons"] == ["paused: database is moved"]
+    assert (await run_in_process("resume")).status == 0
+    assert (await run_in_process("pause")).status == 0
+    _, body = await readiness_status(worker)
+    assert json.loads(body)["reasons"] == ["paused: workpool pause"]
+
+
 async def test_drain_command_with_timeout_flag_ends_sessions_after_that_time(
     start_command: CommandStarter, run_in_process: CommandRunner, control_plane: ControlPlane
 ) -> None:

@@ -17,6 +17,7 @@ import typer
 from workpool.cli import exits
 from workpool.cli.control_socket import (
     LINE_BYTES,
+    PAUSE_REASON,
     SUFFIX,
     is_private_directory,
     peer_user_id,
@@ -28,7 +29,6 @@ from workpool.logs import readable
 ANSWER_SECONDS: Final = 5.0
 """Seconds for one request; a worker answers at once unless a handler blocks its event loop."""
 ANSWER_BYTES: Final = 4 * LINE_BYTES
-REASON: Final = "workpool pause"
 
 SocketPath = Annotated[
     Path | None,
@@ -65,8 +65,13 @@ class ControlError(Exception):
 
 def pause(
     reason: Annotated[
-        str, typer.Argument(metavar="REASON", help="Shown in the log and in `/readyz`.")
-    ] = REASON,
+        str | None,
+        typer.Argument(
+            metavar="REASON",
+            help="Shown in the log and in `/readyz`. Default: that of the current pause, or "
+            f"`{PAUSE_REASON}`.",
+        ),
+    ] = None,
     path: SocketPath = None,
     pid: Pid = None,
     environment_id: Environment = None,
@@ -75,7 +80,8 @@ def pause(
 
     The worker is the only one of this user on this machine, or the one that the flags choose.
     """
-    _request_worker({"command": "pause", "reason": reason}, "paused", path, pid, environment_id)
+    given = {} if reason is None else {"reason": reason}
+    _request_worker({"command": "pause", **given}, "paused", path, pid, environment_id)
 
 
 def resume(path: SocketPath = None, pid: Pid = None, environment_id: Environment = None) -> None:

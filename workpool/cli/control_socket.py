@@ -29,7 +29,7 @@ from workpool.setting_values import decimal, unlimited
 from workpool.settings import OFF
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Mapping
+    from collections.abc import Collection, Iterator, Mapping
     from types import TracebackType
 
     from workpool.cli.pool_interface import ControllablePool, RunnablePool
@@ -46,6 +46,8 @@ LOCK_SECONDS: Final = 2.0
 ACCEPT_SECONDS: Final = 1.0
 """Seconds to wait if a connection cannot be accepted because no descriptor is free."""
 BACKLOG: Final = 16
+PAUSE_REASON: Final = "workpool pause"
+"""The reason of a pause whose request gives none."""
 ROOT: Final = 0
 _read_timeout = unlimited(decimal(zero=True))
 
@@ -280,6 +282,8 @@ def _execute_request(
             pass
         case {"command": "pause", "reason": str(reason)}:
             chosen.pause(reason)
+        case {"command": "pause"} if "reason" not in request:
+            _pause_unless_paused(environments.values() if chosen is pool else (), chosen)
         case {"command": "resume"}:
             chosen.resume()
         case {"command": "drain", "timeout": timeout}:
@@ -295,6 +299,14 @@ def _execute_request(
         "running": status.running,
         "reasons": [reason[:200] for reason in status.reasons[:5]],
     }
+
+
+def _pause_unless_paused(members: Collection[ControllablePool], pool: ControllablePool) -> None:
+    """Pause the members of a group, or the pool itself; a current pause keeps its reason."""
+    for each in members or (pool,):
+        # `Status.paused` is also true while a plugin refuses to claim items.
+        if not any(reason.startswith("paused: ") for reason in each.status().reasons):
+            each.pause(PAUSE_REASON)
 
 
 def _requested_pool(
