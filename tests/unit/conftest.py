@@ -1,8 +1,10 @@
-"""Fixtures for unit tests of leases in virtual time with an embedded control plane."""
+"""Fixtures of unit tests: leases in virtual time, settings without an environment, signals."""
 
 from __future__ import annotations
 
 import asyncio
+import os
+import signal
 from contextlib import asynccontextmanager
 from contextvars import copy_context
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar, TypeVarTuple
@@ -10,6 +12,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar, TypeVarTuple
 import pytest
 
 from workpool import Settings
+from workpool.cli.signal_recorder import SignalRecorder
 from workpool.events import HeartbeatFinished
 from workpool.pool.item_requests import HeartbeatSender, ItemSender
 from workpool.pool.lease import Lease
@@ -23,7 +26,8 @@ from workpool.testing.virtual_time import VirtualLoop
 from workpool.wire.http.call_options import DEFAULT_OPTIONS, CallOptions, Priority
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator, Callable
+    from collections.abc import AsyncIterator, Callable, Iterator
+    from pathlib import Path
 
     from workpool.errors import LeaseRenewerError
     from workpool.events import Event
@@ -254,3 +258,33 @@ class LeaseTestbed:
 def testbed() -> type[LeaseTestbed]:
     """Return the class `LeaseTestbed`, which a test creates inside virtual time."""
     return LeaseTestbed
+
+
+@pytest.fixture
+def clean_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Remove the environment variables that settings read."""
+    for name in list(os.environ):
+        if name.upper().startswith(("WORKPOOL_", "QODER_PAT", "ANTHROPIC_")):
+            monkeypatch.delenv(name)
+
+
+@pytest.fixture
+def write_config(tmp_path: Path) -> Callable[[str], Path]:
+    """Return a function that writes a configuration file and returns its path."""
+
+    def write_config_file(text: str) -> Path:
+        path = tmp_path / "workpool.toml"
+        path.write_text(text)
+        return path
+
+    return write_config_file
+
+
+@pytest.fixture
+def signal_recorder() -> Iterator[SignalRecorder]:
+    """Return a signal recorder that is installed before the loop exists, as in a worker."""
+    recorder = SignalRecorder()
+    former = recorder.install_handlers()
+    yield recorder
+    for number, handler in former.items():
+        signal.signal(number, handler)

@@ -7,13 +7,8 @@ import random
 
 import pytest
 
+from tests.unit.event_loops import run_ready_tasks
 from workpool.pool.bounded_queue import BoundedQueue
-
-
-async def run_ready_tasks() -> None:
-    """Let every ready task run until it waits."""
-    for _ in range(5):
-        await asyncio.sleep(0)
 
 
 async def put_items(queue: BoundedQueue[str], *items: str) -> None:

@@ -13,17 +13,17 @@ import pytest
 from aiohttp.abc import AbstractResolver
 from yarl import URL
 
+from tests.unit.connected_transport import TOKEN, connected_transport
 from workpool import Settings, WorkClient
 from workpool.errors import RefusedError, TransientError
 from workpool.wire import endpoints
 from workpool.wire.http.call_options import CallOptions, Priority
-from workpool.wire.http.transport import Transport
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Awaitable, Callable
     from pathlib import Path
 
-WORK, TOKEN = "work_1", "token"
+WORK = "work_1"
 ANSWER = b"HTTP/1.1 200 OK\r\nContent-Length: 4\r\n\r\nnull"
 DENIED = b"HTTP/1.1 401 Unauthorized\r\nContent-Length: 0\r\n\r\n"
 ANY: Any = endpoints.Endpoint("stop", "POST", lambda _: None)
@@ -97,19 +97,6 @@ async def recording_server(*answers: bytes | None) -> AsyncIterator[RecordingSer
     async with listener:
         yield recorder
         await asyncio.wait_for(asyncio.gather(*recorder.handlers), 20)
-
-
-@asynccontextmanager
-async def connected_transport(
-    url: str, session: aiohttp.ClientSession | None = None, **values: Any
-) -> AsyncIterator[Transport]:
-    values = {"token": TOKEN} | values if "token_file" not in values else values
-    transport = Transport(Settings(base_url=url, environment_id="env_1", **values), session)
-    await transport.open("me")
-    try:
-        yield transport
-    finally:
-        await transport.close()
 
 
 def settings_for_server(server: RecordingServer, **values: Any) -> Settings:

@@ -5,13 +5,16 @@ from __future__ import annotations
 import asyncio
 import itertools
 import time
-from typing import TYPE_CHECKING, Any
+from types import SimpleNamespace
+from typing import TYPE_CHECKING, Any, cast
 
 import aiohttp
 import orjson
 import pytest
 from aiohttp import web
 
+from tests.unit.event_loops import run_ready_tasks
+from tests.unit.limiter_tokens import acquire_all_tokens
 from workpool.errors import (
     ConflictError,
     ControlPlaneError,
@@ -25,7 +28,7 @@ from workpool.settings import Settings
 from workpool.wire import page_limits
 from workpool.wire.client import WorkClient
 from workpool.wire.http.call_options import CallOptions, Priority
-from workpool.wire.http.rate_limiter import RateLimiter, RateLimits
+from workpool.wire.http.rate_limiter import RateLimits
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Awaitable, Callable
@@ -579,10 +582,6 @@ async def test_refused_stop_without_reading_item_raises_refused_error(
     assert raised.value.status == 404
 
 
-def spend_rate_limit(limiter: RateLimiter) -> int:
-    return next(count for count in range(10_000) if not limiter.try_acquire())
-
-
 async def test_reads_and_writes_are_limited_separately(control_plane: ControlPlane) -> None:
     control_plane.enqueue()
     async with WorkClient(settings_for(control_plane, read_rate=0.004, write_rate=0.004)) as client:
@@ -611,11 +610,11 @@ async def test_wait_for_rate_limit_is_reported_with_its_seconds(
     client = WorkClient(settings_for(control_plane, read_rate=20, write_rate=0.004))
     client.on_rate_limit_wait = lambda kind, seconds: waits.append((kind, seconds))
     async with client:
-        spend_rate_limit(client.rate_limits.read)
+        acquire_all_tokens(client.rate_limits.read)
         await client.stats()
         assert [kind for kind, _ in waits] == ["read"]
         assert waits[0][1] >= 0.04
-        spend_rate_limit(client.rate_limits.write)
+        acquire_all_tokens(client.rate_limits.write)
         with pytest.raises(TransientError):
             await client.stop(UNKNOWN, timeout=0.05)
     assert [kind for kind, _ in waits] == ["read", "write"]
@@ -630,13 +629,13 @@ async def test_ack_with_permit_acquired_before_poll_does_not_wait(
         settings_for(control_plane, write_rate=0.004, request_timeout=5)
     ) as client:
         await client.acquire_ack_permit()
-        assert spend_rate_limit(client.rate_limits.write) == 0
+        assert acquire_all_tokens(client.rate_limits.write) == 0
         item = await polled_item(client)
         await client.ack(item.id, permit=True)
         client.release_ack_permit()
         await client.acquire_ack_permit()
         client.release_ack_permit()
-        assert spend_rate_limit(client.rate_limits.write) == 1
+        assert acquire_all_tokens(client.rate_limits.write) == 1
 
 
 async def test_ack_permit_cancelled_while_waiting_uses_no_token(
@@ -646,33 +645,20 @@ async def test_ack_permit_cancelled_while_waiting_uses_no_token(
         await client.acquire_ack_permit()
         async with asyncio.TaskGroup() as group:
             waiting = group.create_task(client.acquire_ack_permit())
-            for _ in range(20):
-                await asyncio.sleep(0)
+            await run_ready_tasks()
             assert not waiting.done()
             waiting.cancel()
         client.release_ack_permit()
-        assert spend_rate_limit(client.rate_limits.write) == 1
+        assert acquire_all_tokens(client.rate_limits.write) == 1
 
 
 async def test_client_without_limits_never_uses_its_rate_limiters(
     control_plane: ControlPlane,
 ) -> None:
-    class UnusedRateLimiter(RateLimiter):
-        def try_acquire(self, priority: Priority = Priority.HANDLER) -> bool:
-            raise AssertionError(priority)
-
-        async def acquire(self, priority: Priority = Priority.HANDLER) -> None:
-            raise AssertionError(priority)
-
-        def refund(self) -> None:
-            raise AssertionError
-
-        def charge(self) -> None:
-            raise AssertionError
-
     control_plane.enqueue()
     limits = RateLimits(0, 0)
-    limits.read, limits.write = UnusedRateLimiter("read", 0), UnusedRateLimiter("write", 0)
+    # Each other attribute of a limiter raises AttributeError.
+    limits.read = limits.write = cast("Any", SimpleNamespace(limited=False))
     client = WorkClient(settings_for(control_plane), rate_limits=limits)
     async with client:
         await client.acquire_ack_permit()
@@ -703,7 +689,7 @@ async def test_calls_waiting_for_rate_limit_are_sent_by_priority(
     client.on_request = lambda op, *_: sent.put_nowait(op)
     limiter = client.rate_limits.write
     async with client:
-        spend_rate_limit(limiter)
+        acquire_all_tokens(limiter)
         completion = CallOptions(priority=Priority.COMPLETION)
         async with asyncio.TaskGroup() as group:
             for _ in range(2):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -13,6 +12,8 @@ from workpool.settings import PROCESS_SETTINGS, Settings
 if TYPE_CHECKING:
     from collections.abc import Callable
     from pathlib import Path
+
+pytestmark = pytest.mark.usefixtures("clean_environment")
 
 HIDDEN = "hunter2-hunter2"
 TWO = """
@@ -32,23 +33,6 @@ plugins = ["chat"]
 """
 
 
-@pytest.fixture(autouse=True)
-def clean_environment(monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in list(os.environ):
-        if name.upper().startswith(("WORKPOOL_", "QODER_PAT", "ANTHROPIC_")):
-            monkeypatch.delenv(name)
-
-
-@pytest.fixture
-def config(tmp_path: Path) -> Callable[[str], Path]:
-    def write(text: str) -> Path:
-        path = tmp_path / "pool.toml"
-        path.write_text(text)
-        return path
-
-    return write
-
-
 def refused_settings(read: Callable[..., object], **values: Any) -> tuple[str, ...]:
     with pytest.raises(SettingsError) as raised:
         read(**values)
@@ -56,8 +40,10 @@ def refused_settings(read: Callable[..., object], **values: Any) -> tuple[str, .
     return raised.value.problems
 
 
-def test_environment_table_has_settings_of_its_environment(config: Callable[[str], Path]) -> None:
-    process, (first, second) = Settings.of_environments(config=config(TWO))
+def test_environment_table_has_settings_of_its_environment(
+    write_config: Callable[[str], Path],
+) -> None:
+    process, (first, second) = Settings.of_environments(config=write_config(TWO))
     assert (process.environment_id, process.concurrency) == (None, 10)
     assert (first.environment_id, second.environment_id) == ("env_a", "env_b")
     assert (str(first.token_file), str(second.token_file)) == ("a.token", "b.token")
@@ -67,53 +53,59 @@ def test_environment_table_has_settings_of_its_environment(config: Callable[[str
 
 
 def test_config_file_without_environment_tables_has_no_environments(
-    config: Callable[[str], Path],
+    write_config: Callable[[str], Path],
 ) -> None:
-    process, environments = Settings.of_environments(config=config("[workpool]\nconcurrency = 3"))
+    process, environments = Settings.of_environments(
+        config=write_config("[workpool]\nconcurrency = 3")
+    )
     assert (process.concurrency, environments) == (3, ())
 
 
 @pytest.mark.parametrize("by_variable", [False, True])
 def test_environment_id_selects_table_of_that_environment(
-    config: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch, *, by_variable: bool
+    write_config: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch, *, by_variable: bool
 ) -> None:
     values = {} if by_variable else {"environment_id": "env_b"}
     if by_variable:
         monkeypatch.setenv("WORKPOOL_ENVIRONMENT_ID", "env_b")
-    chosen, none = Settings.of_environments(config=config(TWO), **values)
+    chosen, none = Settings.of_environments(config=write_config(TWO), **values)
     assert none == ()
     assert chosen.environment_ids == ()
     assert (chosen.environment_id, chosen.lease_ttl) == ("env_b", 90)
-    assert chosen == Settings(config=config(TWO), **values)
+    assert chosen == Settings(config=write_config(TWO), **values)
 
 
 def test_environment_table_overrides_variable_and_keyword_overrides_table(
-    config: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
+    write_config: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("WORKPOOL_LEASE_TTL", "40")
     monkeypatch.setenv("WORKPOOL_TOKEN", HIDDEN)
-    _, (first, second) = Settings.of_environments(config=config(TWO))
+    _, (first, second) = Settings.of_environments(config=write_config(TWO))
     assert (first.lease_ttl, second.lease_ttl) == (40, 90)
     assert (first.token, str(first.token_file)) == (None, "a.token")
-    _, given = Settings.of_environments(config=config(TWO), lease_ttl=50)
+    _, given = Settings.of_environments(config=write_config(TWO), lease_ttl=50)
     assert [each.lease_ttl for each in given] == [50, 50]
 
 
 def test_concurrency_of_environment_is_limited_to_that_of_process(
-    config: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
+    write_config: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("WORKPOOL_CONCURRENCY", "3")
-    process, environments = Settings.of_environments(config=config(TWO))
+    process, environments = Settings.of_environments(config=write_config(TWO))
     assert (process.concurrency, [each.concurrency for each in environments]) == (3, [3, 3])
 
 
-def test_concurrency_below_number_of_environments_is_refused(config: Callable[[str], Path]) -> None:
-    problems = refused_settings(Settings.of_environments, config=config(TWO), concurrency=1)
+def test_concurrency_below_number_of_environments_is_refused(
+    write_config: Callable[[str], Path],
+) -> None:
+    problems = refused_settings(Settings.of_environments, config=write_config(TWO), concurrency=1)
     assert problems == ("concurrency: must be 2 or more, one for each environment",)
 
 
-def test_error_in_environment_table_names_file_table_and_key(config: Callable[[str], Path]) -> None:
-    path = config(f"""
+def test_error_in_environment_table_names_file_table_and_key(
+    write_config: Callable[[str], Path],
+) -> None:
+    path = write_config(f"""
         [workpool]
         block_ms = 5000
         [workpool.environments.env_a]
@@ -134,9 +126,9 @@ def test_error_in_environment_table_names_file_table_and_key(config: Callable[[s
 
 @pytest.mark.parametrize("name", [*sorted(PROCESS_SETTINGS), "environment_id", "plugin"])
 def test_setting_of_whole_process_in_environment_table_is_refused(
-    config: Callable[[str], Path], name: str
+    write_config: Callable[[str], Path], name: str
 ) -> None:
-    path = config(f"[workpool.environments.env_a]\n{name} = 1\n")
+    path = write_config(f"[workpool.environments.env_a]\n{name} = 1\n")
     for read in (
         Settings.of_environments,
         lambda **given: Settings(environment_id="env_a", **given),
@@ -161,32 +153,36 @@ def test_setting_of_whole_process_in_environment_table_is_refused(
     ],
 )
 def test_malformed_environment_tables_are_refused_with_file_name(
-    config: Callable[[str], Path], text: str, problem: str
+    write_config: Callable[[str], Path], text: str, problem: str
 ) -> None:
-    path = config(f"[workpool]\n{text}")
+    path = write_config(f"[workpool]\n{text}")
     [found] = refused_settings(Settings, config=path)
     assert str(path) in found
     assert problem in found
 
 
-def test_environment_table_named_by_invalid_id_is_refused(config: Callable[[str], Path]) -> None:
-    path = config('[workpool.environments."a b"]')
+def test_environment_table_named_by_invalid_id_is_refused(
+    write_config: Callable[[str], Path],
+) -> None:
+    path = write_config('[workpool.environments."a b"]')
     [problem] = refused_settings(Settings.of_environments, config=path)
     assert problem.startswith("environment_id: must be 1 to 128 letters, digits, _ or - (from ")
 
 
-def test_environment_id_beside_environment_tables_is_refused(config: Callable[[str], Path]) -> None:
-    path = config(TWO.replace("[workpool]", '[workpool]\nenvironment_id = "env_a"'))
+def test_environment_id_beside_environment_tables_is_refused(
+    write_config: Callable[[str], Path],
+) -> None:
+    path = write_config(TWO.replace("[workpool]", '[workpool]\nenvironment_id = "env_a"'))
     [problem] = refused_settings(Settings.of_environments, config=path)
     assert "the tables [workpool.environments.ID] name the environments" in problem
     assert str(path) in problem
 
 
 def test_environment_id_without_table_in_file_is_refused(
-    config: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
+    write_config: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("WORKPOOL_ENVIRONMENT_ID", HIDDEN)
-    path = config(TWO)
+    path = write_config(TWO)
     assert refused_settings(Settings, config=path) == (
         f"environment_id: {path} has tables of env_a, env_b, and none of this one "
         "(from WORKPOOL_ENVIRONMENT_ID)",
@@ -194,9 +190,9 @@ def test_environment_id_without_table_in_file_is_refused(
 
 
 def test_error_without_environment_id_lists_environments_of_file(
-    config: Callable[[str], Path],
+    write_config: Callable[[str], Path],
 ) -> None:
-    settings = Settings(config=config(TWO))
+    settings = Settings(config=write_config(TWO))
     assert settings.environment_ids == ("env_a", "env_b")
     assert refused_settings(settings.require_connection)[0] == (
         "environment_id: not set (set WORKPOOL_ENVIRONMENT_ID to one of env_a, env_b)"
@@ -204,11 +200,11 @@ def test_error_without_environment_id_lists_environments_of_file(
 
 
 def test_options_of_plugin_of_another_environment_are_left_out(
-    config: Callable[[str], Path],
+    write_config: Callable[[str], Path],
 ) -> None:
     tables = "[workpool.plugin.reports]\n[workpool.plugin.chat]\n[workpool.plugin.nobody]\n"
-    _, (first, second) = Settings.of_environments(config=config(TWO + tables))
+    _, (first, second) = Settings.of_environments(config=write_config(TWO + tables))
     assert set(first.plugin_options) == {"reports", "nobody"}
     assert set(second.plugin_options) == {"chat", "nobody"}
-    alone = Settings(config=config(f'[workpool]\nplugins = ["a"]\n{tables}'))
+    alone = Settings(config=write_config(f'[workpool]\nplugins = ["a"]\n{tables}'))
     assert set(alone.plugin_options) == {"reports", "chat", "nobody"}

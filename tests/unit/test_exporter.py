@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import gzip
 import socket
-import sys
 import threading
 from collections import Counter as Multiset
 from pathlib import Path
@@ -19,6 +18,7 @@ from prometheus_client.core import GaugeMetricFamily
 from prometheus_client.parser import text_string_to_metric_families as parse_text
 from prometheus_client.registry import Collector
 
+from tests.unit.event_loops import LOOP_FACTORIES
 from workpool.errors import ListenError
 from workpool.exporter import SCRAPES_MAX, Exporter
 
@@ -26,12 +26,6 @@ if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Callable, Iterator
 
     from prometheus_client.metrics_core import Metric
-
-LOOPS: list[Callable[[], asyncio.AbstractEventLoop]] = [asyncio.new_event_loop]
-if sys.platform != "win32":
-    import uvloop
-
-    LOOPS.append(uvloop.new_event_loop)
 
 FDS = Path("/proc/self/fd")
 COUNTS_FILES = pytest.mark.skipif(not FDS.exists(), reason="counts open files in /proc")
@@ -258,7 +252,7 @@ async def test_exporter_url_of_wildcard_address_can_be_opened_locally(
 
 
 @pytest.mark.parametrize("host", ["", "localhost"])
-@pytest.mark.parametrize("new_loop", LOOPS)
+@pytest.mark.parametrize("new_loop", LOOP_FACTORIES)
 def test_exporter_on_port_0_uses_same_port_on_each_address(
     new_loop: Callable[[], asyncio.AbstractEventLoop], host: str, registry: CollectorRegistry
 ) -> None:
@@ -346,7 +340,7 @@ async def close_exporter_with_unread_clients(registry: CollectorRegistry) -> Non
 
 
 @COUNTS_FILES
-@pytest.mark.parametrize("new_loop", LOOPS)
+@pytest.mark.parametrize("new_loop", LOOP_FACTORIES)
 def test_connected_clients_do_not_delay_closing_of_exporter(
     new_loop: Callable[[], asyncio.AbstractEventLoop],
 ) -> None:
@@ -389,7 +383,7 @@ class ExporterStages:
 
 @COUNTS_FILES
 @pytest.mark.parametrize("stage", ExporterStages.STAGES)
-@pytest.mark.parametrize("new_loop", LOOPS)
+@pytest.mark.parametrize("new_loop", LOOP_FACTORIES)
 def test_exporter_cancelled_at_any_stage_leaves_nothing_open(
     new_loop: Callable[[], asyncio.AbstractEventLoop], stage: str
 ) -> None:

@@ -7,41 +7,14 @@ from typing import Any, cast
 
 import pytest
 
+from tests.unit.loaded_plugins import make_work_item
 from workpool import hookspecs
 from workpool.events import DrainStarted, Event
 from workpool.hookspecs import hookimpl
 from workpool.plugins import Plugins
 from workpool.session import Session
-from workpool.wire.items import parse_item
 
-ITEM = parse_item(
-    {
-        "id": "work_1",
-        "type": "work",
-        "environment_id": "env_1",
-        "data": {"type": "session", "id": "sess_1"},
-        "state": "queued",
-        "created_at": "2026-01-01T00:00:00Z",
-        "metadata": {},
-    }
-)
-
-
-class SessionStandIn:
-    remaining = 60.0
-    deadline = None
-
-    def progress(self) -> None: ...
-
-    def waiting(self) -> Any: ...
-
-    def check(self) -> None: ...
-
-    async def update_metadata(self, patch: object) -> Any: ...
-
-    def hand_over(self) -> Any: ...
-
-    def events(self) -> Any: ...
+ITEM = make_work_item()
 
 
 HOOKS = {name: spec for name, spec in vars(hookspecs).items() if name.startswith("workpool_")}
@@ -75,7 +48,7 @@ async def test_session_handler_hook_chooses_handler_for_item() -> None:
     assert handler is not None
     assert (handler.name, handler.plugin) == ("RoutingPlugin.run_session", "RoutingPlugin")
     call: Any = handler.call
-    assert await call(Session(ITEM, SessionStandIn(), redelivered=False)) == {"ran": "sess_1"}
+    assert await call(Session(ITEM, cast("Any", None), redelivered=False)) == {"ran": "sess_1"}
 
 
 async def enter_contexts(contexts: Any, seen: list[str]) -> None:
@@ -112,7 +85,7 @@ async def test_wrap_session_hook_contexts_are_entered_in_order_and_left_in_rever
     plugins = Plugins.load(
         [FirstWrapperPlugin(), PluginWithoutContext(), SecondWrapperPlugin()], [], {}
     )
-    contexts = plugins.contexts(Session(ITEM, SessionStandIn(), redelivered=False))
+    contexts = plugins.contexts(Session(ITEM, cast("Any", None), redelivered=False))
     assert [name for name, _ in contexts] == ["FirstWrapperPlugin", "SecondWrapperPlugin"]
     await enter_contexts(contexts, seen)
 
@@ -197,7 +170,7 @@ def test_hook_implementation_may_omit_its_argument(hook: str) -> None:
 
     plugin = type("Plugin", (), {hook: staticmethod(hook_implementation)})()
     plugins = Plugins.load([plugin], [], {})
-    session = Session(ITEM, SessionStandIn(), redelivered=False)
+    session = Session(ITEM, cast("Any", None), redelivered=False)
     assert plugins.handler_for(ITEM) is None
     assert plugins.contexts(session) == []
     assert plugins.lifespans(cast("Any", None)) == []

@@ -6,7 +6,6 @@ import asyncio
 import logging
 import resource
 import socket
-import sys
 from contextlib import asynccontextmanager, suppress
 from functools import partial
 from typing import TYPE_CHECKING, ClassVar
@@ -15,6 +14,7 @@ import pytest
 from aiohttp import web
 from prometheus_client import CollectorRegistry
 
+from tests.unit.event_loops import LOOP_FACTORIES
 from workpool import exporter as exporter_module
 from workpool import inbound_connections
 from workpool.exporter import Exporter
@@ -23,12 +23,6 @@ from workpool.server import ControlPlane, control_plane
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Callable, Coroutine, Iterator
-
-LOOPS: list[Callable[[], asyncio.AbstractEventLoop]] = [asyncio.new_event_loop]
-if sys.platform != "win32":
-    import uvloop
-
-    LOOPS.append(uvloop.new_event_loop)
 
 LIMIT = 5
 HALF = b"GET / HTTP/1.1\r\nHo"
@@ -162,7 +156,7 @@ def check_connections_often(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     RawClient.close_all_clients()
 
 
-@pytest.mark.parametrize("new_loop", LOOPS)
+@pytest.mark.parametrize("new_loop", LOOP_FACTORIES)
 def test_incomplete_requests_at_connection_limit_are_closed_oldest_first(
     new_loop: Callable[[], asyncio.AbstractEventLoop],
 ) -> None:
@@ -177,7 +171,7 @@ def test_incomplete_requests_at_connection_limit_are_closed_oldest_first(
     run_on_new_loop(new_loop, check_oldest_closed())
 
 
-@pytest.mark.parametrize("new_loop", LOOPS)
+@pytest.mark.parametrize("new_loop", LOOP_FACTORIES)
 def test_active_requests_at_connection_limit_refuse_new_connections(
     new_loop: Callable[[], asyncio.AbstractEventLoop],
 ) -> None:
@@ -241,7 +235,7 @@ def test_control_plane_connection_limit_leaves_descriptors_for_other_uses(
 
 
 @pytest.mark.parametrize("request_so_far", [b"", HALF])
-@pytest.mark.parametrize("new_loop", LOOPS)
+@pytest.mark.parametrize("new_loop", LOOP_FACTORIES)
 def test_connection_without_complete_headers_in_time_is_closed(
     new_loop: Callable[[], asyncio.AbstractEventLoop],
     request_so_far: bytes,
@@ -302,7 +296,7 @@ async def test_active_request_may_last_longer_than_header_and_idle_limits(
         assert (await waiting.read_bytes()).startswith(OK)
 
 
-@pytest.mark.parametrize("new_loop", LOOPS)
+@pytest.mark.parametrize("new_loop", LOOP_FACTORIES)
 def test_client_that_reads_nothing_is_disconnected(
     new_loop: Callable[[], asyncio.AbstractEventLoop], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -319,7 +313,7 @@ def test_client_that_reads_nothing_is_disconnected(
     run_on_new_loop(new_loop, check_disconnection())
 
 
-@pytest.mark.parametrize("new_loop", LOOPS)
+@pytest.mark.parametrize("new_loop", LOOP_FACTORIES)
 def test_client_that_reads_slowly_gets_whole_response(
     new_loop: Callable[[], asyncio.AbstractEventLoop], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -340,7 +334,7 @@ def test_client_that_reads_slowly_gets_whole_response(
     run_on_new_loop(new_loop, check_slow_reader())
 
 
-@pytest.mark.parametrize("new_loop", LOOPS)
+@pytest.mark.parametrize("new_loop", LOOP_FACTORIES)
 def test_unread_bytes_above_limit_disconnect_slowest_reader(
     new_loop: Callable[[], asyncio.AbstractEventLoop], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -13,14 +13,15 @@ import weakref
 from dataclasses import replace
 from datetime import UTC, datetime
 from importlib import resources
-from typing import TYPE_CHECKING, Any, NoReturn, cast, get_args
+from typing import TYPE_CHECKING, Any, cast, get_args
 
 import pytest
 from prometheus_client import CollectorRegistry, Counter, generate_latest
 from prometheus_client.parser import text_string_to_metric_families
 
+from tests.unit.manual_clock import ManualClock
 from workpool import events as ev
-from workpool.errors import RegistryError, SessionEnded
+from workpool.errors import RegistryError
 from workpool.metrics import DEFINITIONS, Metrics, PoolSnapshot
 from workpool.session import Session
 from workpool.wire.items import QueueStats, WorkItem
@@ -149,42 +150,7 @@ BUSY = PoolSnapshot(
 )  # fmt: skip
 
 
-class EndedSession:
-    """A client of a session that has ended: each call raises SessionEnded."""
-
-    remaining = 0.0
-    deadline = None
-
-    def progress(self) -> None:
-        """Do nothing: an ended session may still report progress."""
-
-    def waiting(self) -> NoReturn:
-        raise SessionEnded(ITEM.id)
-
-    def check(self) -> NoReturn:
-        raise SessionEnded(ITEM.id)
-
-    async def update_metadata(self, patch: Mapping[str, str | None]) -> NoReturn:
-        raise SessionEnded(f"{ITEM.id} {patch}")
-
-    def hand_over(self) -> NoReturn:
-        raise SessionEnded(ITEM.id)
-
-    def events(self) -> NoReturn:
-        raise SessionEnded(ITEM.id)
-
-
-SESSION = Session(ITEM, EndedSession(), redelivered=False)
-
-
-class MovableClock:
-    """A clock whose `time` the test sets."""
-
-    def __init__(self) -> None:
-        self.time = 5000.0
-
-    def __call__(self) -> float:
-        return self.time
+SESSION = Session(ITEM, cast("Any", None), redelivered=False)
 
 
 class PoolStandIn:
@@ -194,7 +160,7 @@ class PoolStandIn:
         self, registry: CollectorRegistry, environment_id: str = "env_1", **options: Any
     ) -> None:
         self.snapshot = options.pop("snapshot", IDLE)
-        self.clock = MovableClock()
+        self.clock = ManualClock(5000.0)
         self.metrics = Metrics(
             registry, environment_id, worker_id="vm-1", dialect="qoder", version="1.2.3",
             snapshot=lambda: self.snapshot, clock=self.clock, now=self.clock, **options,
@@ -518,14 +484,14 @@ def test_null_ratio_counts_polls_of_last_minute(
     for other in ("throttled", "error", "timeout", "cancelled"):
         pool.metrics.observe(ev.PollFinished(other, 1.0))
     assert scraped_samples(registry)[key] == 0.75
-    pool.clock.time += 30
+    pool.clock.now += 30
     pool.metrics.observe(ev.PollFinished("item", 0.1))
     assert scraped_samples(registry)[key] == 0.6
-    pool.clock.time += 29
+    pool.clock.now += 29
     assert scraped_samples(registry)[key] == 0.6
-    pool.clock.time += 1
+    pool.clock.now += 1
     assert scraped_samples(registry)[key] == 0
-    pool.clock.time += 30
+    pool.clock.now += 30
     assert key not in scraped_samples(registry)
     # This poll reuses a bucket of the ring buffer.
     pool.metrics.observe(ev.PollFinished("null", 1.0))
@@ -539,7 +505,7 @@ def test_age_of_oldest_item_grows_between_reads_of_stats(
     queued = datetime.fromtimestamp(4990, UTC)
     pool.metrics.observe(ev.QueueStatsRead(QueueStats(1, 0, queued, 1)))
     assert scraped_samples(registry)[key] == 10
-    pool.clock.time += 5
+    pool.clock.now += 5
     assert scraped_samples(registry)[key] == 15
     assert scraped_samples(registry)["remote_stats_timestamp_seconds{environment_id=env_1}"] == 5000
     pool.metrics.observe(ev.QueueStatsRead(QueueStats(0, 0, None, 1)))
@@ -583,7 +549,7 @@ def test_supervisors_of_one_environment_share_their_series(registry: CollectorRe
         pool.metrics.observe(ev.AckFinished(ITEM, "ok", 1.0, 1.0))
     one.metrics.observe(ev.PollFinished("item", 1.0))
     two.metrics.observe(ev.PollFinished("null", 1.0))
-    two.clock.time += 1
+    two.clock.now += 1
     # The newer answer is shown, although the older answer is observed last.
     for pool, depth in ((two, 7), (one, 3)):
         pool.metrics.observe(ev.QueueStatsRead(QueueStats(depth, 0, None, 1)))

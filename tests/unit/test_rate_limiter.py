@@ -11,36 +11,18 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from tests.unit.event_loops import run_ready_tasks
+from tests.unit.limiter_tokens import acquire_all_tokens
+from tests.unit.manual_clock import ManualClock
 from workpool.wire.http.call_options import Priority
 from workpool.wire.http.rate_limiter import RateLimiter
 
 COMPLETION, CLAIM, HANDLER = Priority
 
 
-class MovableClock:
-    """A clock in seconds that the test moves."""
-
-    def __init__(self) -> None:
-        self.now = 1000.0
-
-    def __call__(self) -> float:
-        return self.now
-
-
-def acquire_all_tokens(limiter: RateLimiter) -> int:
-    """Acquire as many tokens as possible right now, and return their number."""
-    return next(count for count in range(10_000) if not limiter.try_acquire())
-
-
-async def run_ready_tasks() -> None:
-    """Let every ready task run."""
-    for _ in range(20):
-        await asyncio.sleep(0)
-
-
 @pytest.fixture
-def clock() -> MovableClock:
-    return MovableClock()
+def clock() -> ManualClock:
+    return ManualClock(1000.0)
 
 
 def test_rate_limiter_with_rate_zero_is_unlimited() -> None:
@@ -48,14 +30,14 @@ def test_rate_limiter_with_rate_zero_is_unlimited() -> None:
     assert RateLimiter("read", 0.1).limited
 
 
-def test_rate_limiter_allows_burst_of_a_quarter_second(clock: MovableClock) -> None:
+def test_rate_limiter_allows_burst_of_a_quarter_second(clock: ManualClock) -> None:
     limiter = RateLimiter("write", 20, clock)
     assert acquire_all_tokens(limiter) == 5
     clock.now += 60
     assert acquire_all_tokens(limiter) == 5
 
 
-def test_rate_limiter_with_rate_below_one_allows_single_requests(clock: MovableClock) -> None:
+def test_rate_limiter_with_rate_below_one_allows_single_requests(clock: ManualClock) -> None:
     limiter = RateLimiter("write", 0.5, clock)
     assert acquire_all_tokens(limiter) == 1
     clock.now += 1.9
@@ -64,7 +46,7 @@ def test_rate_limiter_with_rate_below_one_allows_single_requests(clock: MovableC
     assert acquire_all_tokens(limiter) == 1
 
 
-def test_rate_limiter_passes_its_rate_per_second(clock: MovableClock) -> None:
+def test_rate_limiter_passes_its_rate_per_second(clock: ManualClock) -> None:
     limiter = RateLimiter("write", 20, clock)
     acquire_all_tokens(limiter)
     passed = 0
@@ -74,7 +56,7 @@ def test_rate_limiter_passes_its_rate_per_second(clock: MovableClock) -> None:
     assert passed == pytest.approx(200, abs=1)
 
 
-def test_rate_limiter_gains_no_tokens_from_a_stopped_or_reversed_clock(clock: MovableClock) -> None:
+def test_rate_limiter_gains_no_tokens_from_a_stopped_or_reversed_clock(clock: ManualClock) -> None:
     limiter = RateLimiter("write", 20, clock)
     acquire_all_tokens(limiter)
     clock.now -= 100
@@ -85,7 +67,7 @@ def test_rate_limiter_gains_no_tokens_from_a_stopped_or_reversed_clock(clock: Mo
 
 @given(st.floats(0.1, 1000), st.lists(st.floats(0, 3), max_size=60))
 def test_rate_limiter_never_exceeds_rate_plus_burst(rate: float, pauses: list[float]) -> None:
-    clock = MovableClock()
+    clock = ManualClock(1000.0)
     limiter = RateLimiter("write", rate, clock)
     passed = acquire_all_tokens(limiter)
     for pause in pauses:
@@ -94,7 +76,7 @@ def test_rate_limiter_never_exceeds_rate_plus_burst(rate: float, pauses: list[fl
         assert passed <= max(1.0, rate / 4) + rate * (clock.now - 1000.0) + 1e-6
 
 
-def test_heartbeats_use_up_rate_without_waiting(clock: MovableClock) -> None:
+def test_heartbeats_use_up_rate_without_waiting(clock: ManualClock) -> None:
     limiter = RateLimiter("write", 20, clock)
     acquire_all_tokens(limiter)
     passed = 0
@@ -105,7 +87,7 @@ def test_heartbeats_use_up_rate_without_waiting(clock: MovableClock) -> None:
     assert passed == pytest.approx(100, abs=2)
 
 
-def test_heartbeats_above_rate_leave_a_quarter_to_other_requests(clock: MovableClock) -> None:
+def test_heartbeats_above_rate_leave_a_quarter_to_other_requests(clock: ManualClock) -> None:
     limiter = RateLimiter("write", 20, clock)
     acquire_all_tokens(limiter)
     passed = 0
@@ -116,7 +98,7 @@ def test_heartbeats_above_rate_leave_a_quarter_to_other_requests(clock: MovableC
     assert passed == pytest.approx(50, abs=1)
 
 
-def test_debt_of_many_heartbeats_is_limited_to_one_second(clock: MovableClock) -> None:
+def test_debt_of_many_heartbeats_is_limited_to_one_second(clock: ManualClock) -> None:
     limiter = RateLimiter("write", 20, clock)
     acquire_all_tokens(limiter)
     for _ in range(10_000):
@@ -148,7 +130,7 @@ async def test_rate_limiter_wait_ends_despite_debt() -> None:
     assert time.monotonic() - started >= 1 / 200
 
 
-async def test_waiters_of_one_priority_acquire_tokens_in_order(clock: MovableClock) -> None:
+async def test_waiters_of_one_priority_acquire_tokens_in_order(clock: ManualClock) -> None:
     limiter = RateLimiter("write", 1, clock)
     acquire_all_tokens(limiter)
     served: list[int] = []
@@ -170,7 +152,7 @@ async def test_waiters_of_one_priority_acquire_tokens_in_order(clock: MovableClo
     assert served == [0, 1, 2, 3, 4]
 
 
-async def test_try_acquire_while_another_waits_is_refused(clock: MovableClock) -> None:
+async def test_try_acquire_while_another_waits_is_refused(clock: ManualClock) -> None:
     limiter = RateLimiter("write", 1, clock)
     acquire_all_tokens(limiter)
     async with asyncio.TaskGroup() as group:
@@ -184,7 +166,7 @@ async def test_try_acquire_while_another_waits_is_refused(clock: MovableClock) -
 
 
 async def test_cancelled_waiter_takes_no_token_and_next_waiter_proceeds(
-    clock: MovableClock,
+    clock: ManualClock,
 ) -> None:
     limiter = RateLimiter("write", 1, clock)
     acquire_all_tokens(limiter)
@@ -202,7 +184,7 @@ async def test_cancelled_waiter_takes_no_token_and_next_waiter_proceeds(
     assert acquire_all_tokens(limiter) == 1
 
 
-async def test_refunded_token_is_used_at_once(clock: MovableClock) -> None:
+async def test_refunded_token_is_used_at_once(clock: ManualClock) -> None:
     limiter = RateLimiter("write", 0.001, clock)
     assert limiter.try_acquire()
     async with asyncio.TaskGroup() as group:
@@ -214,7 +196,7 @@ async def test_refunded_token_is_used_at_once(clock: MovableClock) -> None:
         assert waiting.done()
 
 
-async def test_refunded_tokens_do_not_exceed_burst(clock: MovableClock) -> None:
+async def test_refunded_tokens_do_not_exceed_burst(clock: ManualClock) -> None:
     limiter = RateLimiter("write", 20, clock)
     for _ in range(50):
         limiter.refund()
@@ -230,7 +212,7 @@ class WaiterQueue:
 
     def __init__(self, group: asyncio.TaskGroup) -> None:
         self.served: list[Priority] = []
-        self.limiter = RateLimiter("write", 1, MovableClock())
+        self.limiter = RateLimiter("write", 1, ManualClock(1000.0))
         self.limiter.try_acquire()
         self._group = group
 
@@ -280,7 +262,7 @@ async def test_turns_of_claims_and_handler_calls_continue_after_completion() -> 
 
 
 async def test_try_acquire_of_completion_precedes_claims_and_handler_calls(
-    clock: MovableClock,
+    clock: ManualClock,
 ) -> None:
     limiter = RateLimiter("write", 1, clock)
     limiter.try_acquire()
@@ -296,7 +278,7 @@ async def test_try_acquire_of_completion_precedes_claims_and_handler_calls(
         limiter.refund()
 
 
-async def test_try_acquire_of_completion_waits_for_earlier_completions(clock: MovableClock) -> None:
+async def test_try_acquire_of_completion_waits_for_earlier_completions(clock: ManualClock) -> None:
     limiter = RateLimiter("write", 1, clock)
     limiter.try_acquire()
     async with asyncio.TaskGroup() as group:
@@ -309,7 +291,7 @@ async def test_try_acquire_of_completion_waits_for_earlier_completions(clock: Mo
 
 async def test_heartbeats_above_rate_leave_a_quarter_to_completions() -> None:
     """Completions get that whole quarter, however many claims and handler calls wait."""
-    clock = MovableClock()
+    clock = ManualClock(1000.0)
     async with asyncio.TaskGroup() as group:
         limiter = RateLimiter("write", 20, clock)
         acquire_all_tokens(limiter)
@@ -351,7 +333,7 @@ def test_order_of_tokens_equals_reference_model(steps: list[Priority | str]) -> 
     async def compare_with_model() -> None:
         model, spare = ReferenceModel(), False
         # The burst of a quarter second is one token.
-        limiter = RateLimiter("write", 4, MovableClock())
+        limiter = RateLimiter("write", 4, ManualClock(1000.0))
         limiter.try_acquire()
         async with asyncio.TaskGroup() as group:
             for step in steps:
@@ -392,7 +374,7 @@ def test_two_event_loops_on_two_threads_share_one_rate() -> None:
     assert time.monotonic() - started >= 39 / 200
 
 
-async def test_waiter_of_closed_loop_does_not_delay_other_waiters(clock: MovableClock) -> None:
+async def test_waiter_of_closed_loop_does_not_delay_other_waiters(clock: ManualClock) -> None:
     limiter = RateLimiter("write", 1, clock)
     acquire_all_tokens(limiter)
     left_behind: list[Any] = []
@@ -414,7 +396,7 @@ async def test_waiter_of_closed_loop_does_not_delay_other_waiters(clock: Movable
     left_behind[0]._log_destroy_pending = False
 
 
-async def test_refund_from_another_thread_wakes_first_waiter(clock: MovableClock) -> None:
+async def test_refund_from_another_thread_wakes_first_waiter(clock: ManualClock) -> None:
     limiter = RateLimiter("write", 0.001, clock)
     assert limiter.try_acquire()
     async with asyncio.TaskGroup() as group:
@@ -426,7 +408,7 @@ async def test_refund_from_another_thread_wakes_first_waiter(clock: MovableClock
 
 def test_tokens_acquired_and_refunded_on_two_threads_add_up() -> None:
     # The burst of a quarter second is 2000 tokens.
-    limiter = RateLimiter("write", 8000, MovableClock())
+    limiter = RateLimiter("write", 8000, ManualClock(1000.0))
 
     async def acquire_and_refund(priority: Priority) -> None:
         for number in range(300):

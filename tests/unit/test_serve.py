@@ -9,13 +9,12 @@ from typing import TYPE_CHECKING
 import pytest
 
 from workpool.cli.serve import _retention_seconds, _serve_until_signal
-from workpool.cli.signal_recorder import SignalRecorder
 from workpool.server import ControlPlane, MemoryStore, StoreError
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
-
     from workpool.server.stores.store import StoreContents
+
+pytestmark = pytest.mark.usefixtures("signal_recorder")
 
 
 class SlowStore(MemoryStore):
@@ -33,15 +32,6 @@ class SlowStore(MemoryStore):
 
     async def close(self) -> None:
         self.closed = True
-
-
-@pytest.fixture(autouse=True)
-def signal_recorder() -> Iterator[SignalRecorder]:
-    recorder = SignalRecorder()
-    former = recorder.install_handlers()
-    yield recorder
-    for number, handler in former.items():
-        signal.signal(number, handler)
 
 
 @pytest.mark.parametrize(

@@ -22,24 +22,7 @@ if TYPE_CHECKING:
 HIDDEN = "hunter2-hunter2"
 GIVEN = "given"
 
-
-@pytest.fixture(autouse=True)
-def clean_environment(monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in ("QODER_PAT", "ANTHROPIC_ENVIRONMENT_KEY"):
-        monkeypatch.delenv(name, raising=False)
-    for name in list(os.environ):
-        if name.upper().startswith("WORKPOOL_"):
-            monkeypatch.delenv(name)
-
-
-@pytest.fixture
-def config_file(tmp_path: Path) -> Callable[[str], Path]:
-    def write(text: str) -> Path:
-        path = tmp_path / "workpool.toml"
-        path.write_text(text)
-        return path
-
-    return write
+pytestmark = pytest.mark.usefixtures("clean_environment")
 
 
 def refused_settings(**values: Any) -> SettingsError:
@@ -137,9 +120,9 @@ def test_worker_id_defaults_to_cleaned_host_name(
 
 
 def test_keyword_overrides_variable_and_variable_overrides_file(
-    monkeypatch: pytest.MonkeyPatch, config_file: Callable[[str], Path]
+    monkeypatch: pytest.MonkeyPatch, write_config: Callable[[str], Path]
 ) -> None:
-    path = config_file("[workpool]\npollers = 3\nconcurrency = 3\nprefetch = 3\n")
+    path = write_config("[workpool]\npollers = 3\nconcurrency = 3\nprefetch = 3\n")
     monkeypatch.setenv("WORKPOOL_POLLERS", "4")
     monkeypatch.setenv("WORKPOOL_CONCURRENCY", "4")
     found = Settings(config=path, pollers=5)
@@ -147,9 +130,9 @@ def test_keyword_overrides_variable_and_variable_overrides_file(
 
 
 def test_config_file_is_read_only_if_named_by_variable(
-    monkeypatch: pytest.MonkeyPatch, config_file: Callable[[str], Path], tmp_path: Path
+    monkeypatch: pytest.MonkeyPatch, write_config: Callable[[str], Path], tmp_path: Path
 ) -> None:
-    path = config_file("[workpool]\npollers = 3\n")
+    path = write_config("[workpool]\npollers = 3\n")
     monkeypatch.chdir(tmp_path)
     assert Settings().pollers == 2
     monkeypatch.setenv("WORKPOOL_CONFIG", str(path))
@@ -215,9 +198,9 @@ def test_empty_environment_variable_counts_as_unset(monkeypatch: pytest.MonkeyPa
 
 
 def test_plugin_tables_of_config_file_are_kept_as_options(
-    config_file: Callable[[str], Path],
+    write_config: Callable[[str], Path],
 ) -> None:
-    path = config_file(
+    path = write_config(
         f'[workpool]\nplugins = ["sql"]\n[workpool.plugin.sql]\ndsn = "{HIDDEN}"\n[other]\nx = 1\n'
     )
     found = Settings(config=path)
@@ -247,9 +230,9 @@ def test_plugin_tables_of_config_file_are_kept_as_options(
     ],
 )
 def test_invalid_config_file_is_refused(
-    config_file: Callable[[str], Path], text: str, problem: str
+    write_config: Callable[[str], Path], text: str, problem: str
 ) -> None:
-    file = config_file(text)
+    file = write_config(text)
     error = refused_settings(config=file)
     assert error.problems[0].startswith(problem.format(file=file))
     assert HIDDEN not in str(error)
@@ -348,10 +331,10 @@ def test_every_setting_has_invalid_values_in_this_test() -> None:
 
 
 def test_all_invalid_values_are_reported_at_once(
-    monkeypatch: pytest.MonkeyPatch, config_file: Callable[[str], Path]
+    monkeypatch: pytest.MonkeyPatch, write_config: Callable[[str], Path]
 ) -> None:
     monkeypatch.setenv("WORKPOOL_LEASE_TTL", HIDDEN)
-    path = config_file(f'[workpool]\npolers = 1\nmetrics_listen = "{HIDDEN}"\n')
+    path = write_config(f'[workpool]\npolers = 1\nmetrics_listen = "{HIDDEN}"\n')
     error = refused_settings(config=path, token=HIDDEN, token_file=GIVEN, block_ms=0, tokn=HIDDEN)
     names = sorted(problem.split(":")[0] for problem in error.problems)
     assert names == [
@@ -382,11 +365,11 @@ def test_arbitrary_setting_value_raises_settings_error_or_is_accepted(
 
 
 def test_settings_error_names_the_variable_or_file_of_the_value(
-    monkeypatch: pytest.MonkeyPatch, config_file: Callable[[str], Path]
+    monkeypatch: pytest.MonkeyPatch, write_config: Callable[[str], Path]
 ) -> None:
     monkeypatch.setenv("WORKPOOL_LEASE_TTL", "9")
     monkeypatch.setenv("workpool_prefetch", "x")
-    file = config_file("[workpool]\npollers = 0\npolers = 1\n")
+    file = write_config("[workpool]\npollers = 0\npolers = 1\n")
     monkeypatch.setenv("WORKPOOL_CONFIG", str(file))
     assert set(refused_settings(block_ms=0).problems) == {
         "block_ms: must be a whole number from 1 to 999",
@@ -427,8 +410,8 @@ def test_empty_address_in_a_variable_is_refused(monkeypatch: pytest.MonkeyPatch)
     )
 
 
-def test_plugin_table_under_a_wrong_name_is_refused(config_file: Callable[[str], Path]) -> None:
-    file = config_file('[workpool.plugins.sql]\ndsn = "x"\n')
+def test_plugin_table_under_a_wrong_name_is_refused(write_config: Callable[[str], Path]) -> None:
+    file = write_config('[workpool.plugins.sql]\ndsn = "x"\n')
     assert refused_settings(config=file, plugins="sql").problems == (
         f"config: {file}: the tables of plugins are [workpool.plugin.NAME], without an s",
     )
@@ -450,8 +433,8 @@ def test_token_is_never_shown_by_settings(tmp_path: Path) -> None:
             assert HIDDEN not in text
 
 
-def test_values_of_extra_headers_are_never_shown(config_file: Callable[[str], Path]) -> None:
-    path = config_file(f'[workpool]\n[workpool.extra_headers]\nx-worker-token = "{HIDDEN}"\n')
+def test_values_of_extra_headers_are_never_shown(write_config: Callable[[str], Path]) -> None:
+    path = write_config(f'[workpool]\n[workpool.extra_headers]\nx-worker-token = "{HIDDEN}"\n')
     found = Settings(config=path)
     assert found.extra_headers["x-worker-token"].get_secret_value() == HIDDEN
     for text in (repr(found), str(found), json.dumps(dataclasses.asdict(found), default=str)):
@@ -485,11 +468,11 @@ def test_token_is_read_from_setting_or_file_or_variable_of_service(
 
 
 def test_token_setting_overrides_token_file_from_a_lower_source(
-    monkeypatch: pytest.MonkeyPatch, config_file: Callable[[str], Path], tmp_path: Path
+    monkeypatch: pytest.MonkeyPatch, write_config: Callable[[str], Path], tmp_path: Path
 ) -> None:
     monkeypatch.setenv("WORKPOOL_TOKEN_FILE", str(tmp_path / "none"))
     assert Settings(token=GIVEN).read_token() == GIVEN
-    path = config_file('[workpool]\ntoken = "in-toml"\n')
+    path = write_config('[workpool]\ntoken = "in-toml"\n')
     assert Settings(config=path).token is None
 
 

@@ -8,17 +8,12 @@ from collections import Counter
 
 import pytest
 
+from tests.unit.event_loops import run_ready_tasks
 from workpool.pool.bounded_queue import BoundedQueue
 from workpool.pool.shared_slots import SharedSlots
 
 
-async def turn() -> None:
-    """Let every ready task run until it waits."""
-    for _ in range(5):
-        await asyncio.sleep(0)
-
-
-def queues(slots: SharedSlots, number: int, concurrency: int) -> list[BoundedQueue[str]]:
+def make_queues(slots: SharedSlots, number: int, concurrency: int) -> list[BoundedQueue[str]]:
     return [BoundedQueue(concurrency, 0, share=slots.share()) for _ in range(number)]
 
 
@@ -35,12 +30,12 @@ def end_item(queue: BoundedQueue[str], *, used_up: bool = False) -> None:
 
 
 async def test_busy_environment_leaves_one_slot_to_each_other_environment() -> None:
-    busy, idle, other = queues(SharedSlots(6), 3, 6)
+    busy, idle, other = make_queues(SharedSlots(6), 3, 6)
     async with asyncio.timeout(20), asyncio.TaskGroup() as group:
         await start_items(busy, 4)
         assert (busy.free_slots, busy.full) == (0, True)
         fifth = group.create_task(busy.reserve())
-        await turn()
+        await run_ready_tasks()
         assert not fifth.done()
         await idle.reserve()
         await other.reserve()
@@ -49,13 +44,13 @@ async def test_busy_environment_leaves_one_slot_to_each_other_environment() -> N
 
 
 async def test_freed_slot_goes_to_waiting_environment_with_fewest_slots() -> None:
-    busy, late = queues(SharedSlots(6), 2, 6)
+    busy, late = make_queues(SharedSlots(6), 2, 6)
     async with asyncio.timeout(20), asyncio.TaskGroup() as group:
         await start_items(busy, 5)
         await start_items(late, 1)
         own, others = group.create_task(busy.reserve()), [late.reserve() for _ in range(2)]
         tasks = [group.create_task(each) for each in others]
-        await turn()
+        await run_ready_tasks()
         end_item(busy)
         await tasks[0]
         end_item(busy)
@@ -67,7 +62,7 @@ async def test_freed_slot_goes_to_waiting_environment_with_fewest_slots() -> Non
 
 
 async def test_equal_environments_get_slots_in_turn() -> None:
-    three = queues(SharedSlots(3), 3, 3)
+    three = make_queues(SharedSlots(3), 3, 3)
     order: list[int] = []
 
     async def reserve_repeatedly(number: int) -> None:
@@ -84,7 +79,7 @@ async def test_equal_environments_get_slots_in_turn() -> None:
 
 
 async def test_item_set_aside_takes_no_slot_from_environment_with_fewer_slots() -> None:
-    busy, late = queues(SharedSlots(4), 2, 4)
+    busy, late = make_queues(SharedSlots(4), 2, 4)
     started: list[str] = []
     busy.start = started.append
     async with asyncio.timeout(20), asyncio.TaskGroup() as group:
@@ -92,7 +87,7 @@ async def test_item_set_aside_takes_no_slot_from_environment_with_fewer_slots() 
         await start_items(late, 1)
         busy.set_aside("aside")
         second = group.create_task(late.reserve())
-        await turn()
+        await run_ready_tasks()
         busy.release()
         assert busy.take() is None
         busy.grant()
@@ -103,7 +98,7 @@ async def test_item_set_aside_takes_no_slot_from_environment_with_fewer_slots() 
 
 
 async def test_item_set_aside_starts_in_the_slot_that_another_environment_frees() -> None:
-    first, second = queues(SharedSlots(3), 2, 3)
+    first, second = make_queues(SharedSlots(3), 2, 3)
     started: list[str] = []
     first.start = started.append
     async with asyncio.timeout(20), asyncio.TaskGroup() as group:
@@ -111,7 +106,7 @@ async def test_item_set_aside_starts_in_the_slot_that_another_environment_frees(
         await start_items(second, 2)
         first.set_aside("aside")
         poller = group.create_task(first.reserve())
-        await turn()
+        await run_ready_tasks()
         assert first.take() is None
         end_item(second)
         assert (started, first.aside, first.running) == (["aside"], [], 2)
@@ -121,21 +116,21 @@ async def test_item_set_aside_starts_in_the_slot_that_another_environment_frees(
 
 
 async def test_slot_goes_to_a_poller_while_the_handler_of_the_item_set_aside_is_busy() -> None:
-    first, second = queues(SharedSlots(3), 2, 3)
+    first, second = make_queues(SharedSlots(3), 2, 3)
     first.may_start = lambda _: False
     async with asyncio.timeout(20), asyncio.TaskGroup() as group:
         await start_items(first, 1)
         await start_items(second, 2)
         first.set_aside("aside")
         poller = group.create_task(first.reserve())
-        await turn()
+        await run_ready_tasks()
         end_item(second)
         await poller
     assert (first.aside, first.reserved) == (["aside"], 1)
 
 
 async def test_poller_is_not_blocked_by_an_item_set_aside_that_may_start_by_now() -> None:
-    first, second = queues(SharedSlots(4), 2, 4)
+    first, second = make_queues(SharedSlots(4), 2, 4)
     handler_is_free = False
     started: list[str] = []
     first.may_start, first.start = lambda _: handler_is_free, started.append
@@ -151,28 +146,28 @@ async def test_poller_is_not_blocked_by_an_item_set_aside_that_may_start_by_now(
 async def test_environment_that_leaves_gives_its_own_slot_to_the_others() -> None:
     slots = SharedSlots(2)
     share = slots.share()
-    [queue] = queues(slots, 1, 2)
+    [queue] = make_queues(slots, 1, 2)
     async with asyncio.timeout(20), asyncio.TaskGroup() as group:
         await start_items(queue, 1)
         waiting = group.create_task(queue.reserve())
-        await turn()
+        await run_ready_tasks()
         assert not waiting.done()
         share.leave()
         await waiting
 
 
 async def test_used_up_slot_is_lost_for_all_environments() -> None:
-    first, second = queues(SharedSlots(4, uses=2), 2, 4)
+    first, second = make_queues(SharedSlots(4, uses=2), 2, 4)
     async with asyncio.timeout(20), asyncio.TaskGroup() as group:
         await start_items(first, 1)
         await start_items(second, 1)
         third = group.create_task(second.reserve())
-        await turn()
+        await run_ready_tasks()
         end_item(first, used_up=True)
         end_item(second)  # This item does not use up its slot.
         await third
         fourth = group.create_task(first.reserve())
-        await turn()
+        await run_ready_tasks()
         assert not fourth.done()
         fourth.cancel()
 
@@ -187,11 +182,11 @@ async def test_forgotten_items_and_cancelled_polls_return_their_slots() -> None:
         await queue.reserve()
         queue.put("waits")
         waiting = group.create_task(queue.reserve())
-        await turn()
+        await run_ready_tasks()
         assert share.taken == 2
         waiting.cancel()
         assert queue.forget_waiting() == ["waits"]
-        await turn()
+        await run_ready_tasks()
         end_item(queue)
     assert share.taken == 0
 

@@ -8,14 +8,14 @@ import threading
 from typing import TYPE_CHECKING, NoReturn
 
 import pytest
-import uvloop
 
+from tests.unit.event_loops import LOOP_FACTORIES
 from workpool.cli.log_config import log
 from workpool.cli.signal_recorder import SignalRecorder
 from workpool.cli.signals import SignalEvents
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Callable, Iterator
 
 WATCHED = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)
 
@@ -26,16 +26,6 @@ def restored_signal_handlers() -> Iterator[None]:
     before = [signal.getsignal(each) for each in WATCHED]
     yield
     assert [signal.getsignal(each) for each in WATCHED] == before
-
-
-@pytest.fixture
-def signal_recorder() -> Iterator[SignalRecorder]:
-    """Return a recorder installed before the loop exists, as the entry point does."""
-    recorder = SignalRecorder()
-    former = recorder.install_handlers()
-    yield recorder
-    for number, handler in former.items():
-        signal.signal(number, handler)
 
 
 def send_signal(number: signal.Signals) -> None:
@@ -56,9 +46,11 @@ async def wait_for_both_signals() -> None:
             assert signals.last is signal.SIGINT
 
 
-@pytest.mark.parametrize("factory", [asyncio.new_event_loop, uvloop.new_event_loop])
-def test_first_and_second_signal_wake_waiting_loop(factory: object) -> None:
-    with asyncio.Runner(loop_factory=factory) as runner:  # type: ignore[arg-type]  # uvloop
+@pytest.mark.parametrize("new_loop", LOOP_FACTORIES)
+def test_first_and_second_signal_wake_waiting_loop(
+    new_loop: Callable[[], asyncio.AbstractEventLoop],
+) -> None:
+    with asyncio.Runner(loop_factory=new_loop) as runner:
         runner.run(wait_for_both_signals())
 
 
@@ -89,9 +81,11 @@ async def test_signal_received_before_loop_starts_sets_first_event(
     assert signal_recorder.received == [signal.SIGTERM]
 
 
-@pytest.mark.parametrize("factory", [asyncio.new_event_loop, uvloop.new_event_loop])
+@pytest.mark.parametrize("new_loop", LOOP_FACTORIES)
 def test_signal_received_while_loop_starts_counts_once(
-    factory: object, signal_recorder: SignalRecorder, monkeypatch: pytest.MonkeyPatch
+    new_loop: Callable[[], asyncio.AbstractEventLoop],
+    signal_recorder: SignalRecorder,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     async def receive_signal() -> None:
         signal.raise_signal(signal.SIGTERM)
@@ -103,7 +97,7 @@ def test_signal_received_while_loop_starts_counts_once(
             await reported.wait()
             assert not signals.second.is_set()
 
-    with asyncio.Runner(loop_factory=factory) as runner:  # type: ignore[arg-type]  # uvloop
+    with asyncio.Runner(loop_factory=new_loop) as runner:
         runner.run(asyncio.wait_for(receive_signal(), 20))
     assert signal_recorder.received == [signal.SIGTERM, signal.SIGUSR1]
 

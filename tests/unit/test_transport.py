@@ -26,6 +26,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from yarl import URL
 
+from tests.unit.connected_transport import TOKEN, connected_transport
 from workpool.errors import (
     ConflictError,
     ControlPlaneError,
@@ -54,7 +55,6 @@ if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Awaitable, Callable
     from pathlib import Path
 
-TOKEN = "-".join(("pat", "hunter2", "hunter2"))
 OPENSSL = shutil.which("openssl")
 STATS = b'{"depth": 1, "pending": 0, "oldest_queued_at": null, "workers_polling": 1}'
 
@@ -135,20 +135,6 @@ async def running_server(
     finally:
         server.release.set()
         listener.close()
-
-
-@asynccontextmanager
-async def connected_transport(
-    url: str, session: Any = None, **values: Any
-) -> AsyncIterator[Transport]:
-    if "token_file" not in values:
-        values.setdefault("token", TOKEN)
-    transport = Transport(Settings(base_url=url, environment_id="env_1", **values), session)
-    await transport.open("me")
-    try:
-        yield transport
-    finally:
-        await transport.close()
 
 
 async def send_request(
