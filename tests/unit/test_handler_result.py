@@ -14,7 +14,7 @@ import pytest
 
 from workpool.errors import ResultError
 from workpool.pool.handler_result import metadata_of
-from workpool.wire.client_dialects import DIALECTS, MetadataLimits
+from workpool.wire.client_dialects import MetadataLimits
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -140,8 +140,3 @@ def test_error_about_result_with_long_key_is_short() -> None:
         metadata_of({"x" * 100_000: ""}, LIMITS)
     assert len(str(caught.value)) < 300
     assert len(caught.value.key) == 100_000
-
-
-def test_result_limits_are_documented_for_one_dialect() -> None:
-    assert DIALECTS["qoder"].metadata_limits is None
-    assert DIALECTS["anthropic"].metadata_limits == MetadataLimits(16, 64, 512)

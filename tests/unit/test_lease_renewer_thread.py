@@ -495,29 +495,6 @@ def test_closed_loop_ends_renewer_thread(loop_stop_logged: threading.Event) -> N
     assert not renewer.renewing
 
 
-async def test_machine_that_slept_beyond_ttl_loses_its_leases(testbed: RenewerTestbed) -> None:
-    item = await testbed.claim_item()
-    renewer = testbed.make_renewer()
-    async with renewer:
-        [lease] = await testbed.renew_leases(renewer, item)
-        testbed.ahead += 55
-        await testbed.wait_until(lambda: testbed.reported)
-        assert (lease.status, lease.confirmed) == ("lost", False)
-    assert [op for op, _ in testbed.script.sent] == ["heartbeat"]
-
-
-async def test_machine_that_slept_within_ttl_renews_its_leases_at_once(
-    testbed: RenewerTestbed,
-) -> None:
-    item = await testbed.claim_item()
-    renewer = testbed.make_renewer()
-    async with renewer:
-        [lease] = await testbed.renew_leases(renewer, item)
-        testbed.ahead += 50
-        await testbed.wait_for_heartbeats(2)
-        assert lease.remaining(testbed.lease_clock()) > 50
-
-
 async def test_lease_with_hanging_heartbeat_is_lost_in_time(testbed: RenewerTestbed) -> None:
     """The timer of the heartbeat stood still while the machine slept."""
     item = await testbed.claim_item()
