@@ -18,6 +18,12 @@ def error_caused_by(cause: Exception) -> Exception:
     return error
 
 
+def error_raised_while_handling(context: Exception) -> Exception:
+    error = ValueError("x")
+    error.__context__ = context
+    return error
+
+
 FULL = OSError(errno.ENOSPC, "x")
 
 
@@ -30,6 +36,7 @@ FULL = OSError(errno.ENOSPC, "x")
             RuntimeError("can't start new thread"),
             error_caused_by(FULL),
             error_caused_by(error_caused_by(FULL)),
+            error_caused_by(error_raised_while_handling(FULL)),
         ),
         ExceptionGroup("x", [ValueError(), ExceptionGroup("y", [error_caused_by(FULL)])]),
     ],
@@ -57,6 +64,12 @@ def test_error_other_than_exhaustion_is_raised_unchanged(error: Exception) -> No
     with pytest.raises(type(error)) as raised, release_on_exhaustion():
         raise error
     assert raised.value is error
+
+
+def test_cyclic_causes_of_error_are_followed_once() -> None:
+    one, two = ValueError(), KeyError()
+    one.__context__, two.__context__ = two, one
+    assert not exhausted(one)
 
 
 def test_release_caused_by_exhaustion_keeps_its_reason_and_delay() -> None:

@@ -36,35 +36,43 @@ def exposed_text(collector: Collector) -> list[str]:
     return [line for line in lines if "_created" not in line]
 
 
-def library_text(row: Definition) -> Counter | Histogram:
+def library_metric(row: Definition) -> Counter | Histogram:
     labels = tuple(row.labels)
     if row.kind == "counter":
         return Counter(row.full_name, row.help, labels, registry=None)
     return Histogram(row.full_name, row.help, labels, registry=None, buckets=row.buckets)
 
 
-@given(AMOUNTS)
-def test_histogram_store_exposes_same_text_as_client_library(amounts: Iterable[float]) -> None:
-    ours, theirs = store_of(HISTOGRAM, threading.RLock()), library_text(HISTOGRAM)
-    assert isinstance(theirs, Histogram)
+def text_of_store(row: Definition, amounts: Iterable[float]) -> list[str]:
+    """Return the exposed text of a store to which the amounts are added under each label set."""
+    store = store_of(row, threading.RLock())
     for labels in LABELS:
-        series, child = ours.series(labels), theirs.labels(*labels)
+        series = store.series(labels)
         for amount in amounts:
             series.add(amount)
+    return exposed_text(store)
+
+
+@given(AMOUNTS)
+def test_histogram_store_exposes_same_text_as_client_library(amounts: Iterable[float]) -> None:
+    theirs = library_metric(HISTOGRAM)
+    assert isinstance(theirs, Histogram)
+    for labels in LABELS:
+        child = theirs.labels(*labels)
+        for amount in amounts:
             child.observe(amount)
-    assert exposed_text(ours) == exposed_text(theirs)
+    assert text_of_store(HISTOGRAM, amounts) == exposed_text(theirs)
 
 
 @given(st.lists(st.floats(0, 1e9), max_size=30))
 def test_counter_store_exposes_same_text_as_client_library(amounts: Iterable[float]) -> None:
-    ours, theirs = store_of(COUNTER, threading.RLock()), library_text(COUNTER)
+    theirs = library_metric(COUNTER)
     assert isinstance(theirs, Counter)
     for labels in LABELS:
-        series, child = ours.series(labels), theirs.labels(*labels)
+        child = theirs.labels(*labels)
         for amount in amounts:
-            series.add(amount)
             child.inc(amount)
-    assert exposed_text(ours) == exposed_text(theirs)
+    assert text_of_store(COUNTER, amounts) == exposed_text(theirs)
 
 
 @pytest.mark.parametrize("row", [COUNTER, HISTOGRAM], ids=lambda row: row.kind)
