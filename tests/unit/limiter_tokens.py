@@ -1,4 +1,4 @@
-"""The tokens of a rate limiter."""
+"""Helper that uses up the burst of a rate limiter."""
 
 from __future__ import annotations
 

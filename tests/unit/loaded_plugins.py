@@ -1,4 +1,4 @@
-"""Items and plugins for tests of loading and of the registry."""
+"""Helpers that make items and load plugins, for tests of plugins and hooks."""
 
 from __future__ import annotations
 

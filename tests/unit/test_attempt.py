@@ -6,7 +6,7 @@ from workpool.pool.pool_item import Attempt, RunCounts
 
 
 def test_attempt_number_is_written_even_if_this_process_counted_the_attempt() -> None:
-    """A credential that may write again must leave the number for other processes."""
+    """A credential that regains write access must leave the number for other processes."""
     attempt = Attempt({}, redelivered=True)
     attempt.count_here(0)
     assert attempt.number == 1

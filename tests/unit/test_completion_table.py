@@ -1,4 +1,4 @@
-"""The completion table against a literal copy, the error notes that it writes, and outcomes."""
+"""The completion table compared with a literal copy, error notes, and outcomes of sessions."""
 
 from __future__ import annotations
 

@@ -25,7 +25,7 @@ def executor() -> Iterator[ThreadPoolExecutor]:
 
 
 class SlowFile:
-    """A file whose readings wait until the test lets them end."""
+    """A credential file whose readings block until `may_end` is set."""
 
     def __init__(self) -> None:
         self.readings = 0

@@ -1,4 +1,4 @@
-"""Diagnostic reports that delay their caller for a limited time, and stacks that need no file."""
+"""Diagnostic reports with a time limit, and thread stacks collected without a temporary file."""
 
 from __future__ import annotations
 

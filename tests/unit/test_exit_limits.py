@@ -17,7 +17,7 @@ async def test_uptime_limit_after_pool_restart_counts_from_process_start(
 ) -> None:
     limits = ExitLimits(Settings(exit_after_uptime=UPTIME))
     with pytest.raises(TimeoutError):
-        async with asyncio.timeout(0):  # This wait ends like that of a pool that fails.
+        async with asyncio.timeout(0):  # The first pool fails while it waits for a limit.
             await limits.wait()
     loop = asyncio.get_running_loop()
     clock = loop.time

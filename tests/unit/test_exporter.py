@@ -1,4 +1,4 @@
-"""The HTTP exporter over a real socket: its answers and its clean end."""
+"""The HTTP exporter over a real socket: its responses, its addresses, and its shutdown."""
 
 from __future__ import annotations
 

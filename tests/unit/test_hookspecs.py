@@ -1,4 +1,4 @@
-"""Each of the five hooks, implemented by a plugin and called like the pool does."""
+"""Each of the five hooks, implemented by a plugin and called as the pool calls it."""
 
 import inspect
 from collections.abc import AsyncIterator, Callable

@@ -106,7 +106,7 @@ class RawClient:
         await asyncio.get_running_loop().sock_sendall(self.socket, request)
 
     async def read_bytes(self, size: int = 65536) -> bytes:
-        """Return the bytes that the server sent; empty if it closed the connection."""
+        """Return the bytes that the server sent, or no bytes after it closed the connection."""
         try:
             return await asyncio.get_running_loop().sock_recv(self.socket, size)
         except ConnectionError:

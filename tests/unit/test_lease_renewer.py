@@ -58,7 +58,7 @@ async def test_renewer_tick_survives_lease_added_by_another_thread(
         others = iter(items[20:])
 
         def add_lease_during_collection(_phase: str, _info: object) -> None:
-            # A collection stands for a change to another thread in the middle of the tick.
+            # Python calls this in the middle of a tick, where another thread may run as well.
             for item in islice(others, 1):
                 one.renewer.add(item.lease, item)
 
@@ -197,7 +197,7 @@ def test_lease_without_answers_is_lost_before_its_deadline(
 async def test_lease_whose_heartbeat_waits_for_a_connection_is_lost_before_its_deadline(
     testbed: type[LeaseTestbed],
 ) -> None:
-    """The heartbeats are not sent yet, so no request timeout ends them: the renewer must."""
+    """No request timeout ends a heartbeat that waits for a connection, so the renewer must."""
     one = testbed(ttl=10)
     async with one.open_clients():
         leases = [await one.send_first_heartbeat(await one.claim_item()) for _ in range(200)]
@@ -624,7 +624,7 @@ async def test_pause_during_claim_of_item_puts_its_lease_in_doubt(
 
 @in_virtual_time
 async def test_pause_before_first_heartbeat_loses_lease(testbed: type[LeaseTestbed]) -> None:
-    """The item may be another worker's by now, so that a drain must not write to it."""
+    """Another worker may hold the item by now, so that a drain must not write to it."""
     one = testbed()
     async with one.open_clients():
         item = await one.claim_item()

@@ -87,7 +87,7 @@ class RenewerTestbed:
         self._notify_loop()
 
     def _notify_loop(self) -> None:
-        with contextlib.suppress(RuntimeError):  # A closed loop refuses the call.
+        with contextlib.suppress(RuntimeError):  # A closed loop refuses call_soon_threadsafe().
             self.loop.call_soon_threadsafe(self.changes.notify)
 
     def make_renewer(

@@ -1,4 +1,4 @@
-"""The fields of log records: their names and types, and the ids that every record of a pool has."""
+"""The fields of log records: names and types, and the ids in every record of a pool."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ LEVELS = {"debug", "info", "warning", "error", "exception", "critical", "log"}
 
 
 def log_calls() -> Iterator[tuple[str, ast.Call, ast.AST]]:
-    """Yield the place, the node and the function of each call that logs."""
+    """Yield the location, the AST node and the enclosing function of each logging call."""
     for path in sorted(PACKAGE.rglob("*.py")):
         tree = ast.parse(path.read_text())
         for function in ast.walk(tree):
@@ -49,7 +49,7 @@ def message_argument(call: ast.Call) -> str:
 
 
 def field_names(call: ast.Call, function: ast.AST) -> set[str]:
-    """Return the names of the fields that a call gives."""
+    """Return the names of the fields that a logging call sets."""
     if isinstance(call.func, ast.Name):
         return {each.arg for each in call.keywords if each.arg is not None}
     extra = next((each.value for each in call.keywords if each.arg == "extra"), None)

@@ -1,4 +1,4 @@
-"""Log lines: their content, and that no record can break or flood a log."""
+"""Log lines: their content, escaped characters, hidden tokens, and limited length."""
 
 from __future__ import annotations
 
@@ -146,7 +146,7 @@ def test_log_record_of_megabytes_is_cut_to_limit(char: str) -> None:
     made = hostile_record(char * 1_000_000)
     limit = LINE_CHARACTERS + 2 * ERROR_CHARACTERS + STACK_CHARACTERS
     for form in (TextFormatter(), JsonFormatter()):
-        # The limit counts no indentation, which JSON writes as an escape sequence.
+        # Newlines and indentation of the stack lengthen the line beyond the limit of its text.
         assert len(form.format(made)) < 3 * limit
     made.exc_info = made.stack_info = None
     assert len(TextFormatter().format(made)) <= LINE_CHARACTERS

@@ -718,7 +718,7 @@ def test_multiprocess_mode_adds_up_counters_and_histograms(tmp_path: Path) -> No
 
 def test_alert_rules_use_existing_metrics_and_labels_only() -> None:
     text = resources.files("workpool").joinpath("alerts.yml").read_text("utf-8")
-    yaml = importlib.import_module("yaml")  # mypy refuses an import statement: no type hints.
+    yaml = importlib.import_module("yaml")  # PyYAML has no type hints.
     rules = [rule for group in yaml.safe_load(text)["groups"] for rule in group["rules"]]
     assert len([rule for rule in rules if "record" in rule]) == 1
     assert len([rule for rule in rules if "alert" in rule]) == 21

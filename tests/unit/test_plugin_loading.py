@@ -99,23 +99,23 @@ class Reports:
         raise RuntimeError("not open yet")
 
     @handler(metadata={"job": "daily"})
-    async def daily(self, _session: Session) -> tuple[str, int]:
+    async def daily_report(self, _session: Session) -> tuple[str, int]:
         return self.folder, self.pages
 
     @staticmethod
     @handler(metadata={"job": "weekly"})
-    async def weekly(session: Session) -> None: ...
+    async def weekly_report(session: Session) -> None: ...
 
     @classmethod
     @handler(metadata={"job": "yearly"})
-    async def yearly(cls, session: Session) -> None: ...
+    async def yearly_report(cls, session: Session) -> None: ...
 
 
 @pytest.mark.parametrize("plugin", [Reports, Reports("there")])
 def test_class_or_object_gives_all_its_decorated_methods(plugin: object) -> None:
     plugins = load_plugins(plugin)
     for job in ("daily", "weekly", "yearly"):
-        assert chosen_handler_name(plugins, make_work_item(job=job)) == f"Reports.{job}"
+        assert chosen_handler_name(plugins, make_work_item(job=job)) == f"Reports.{job}_report"
     assert chosen_handler_name(plugins, make_work_item(job="hourly")) is None
 
 

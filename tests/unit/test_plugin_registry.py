@@ -221,7 +221,7 @@ def test_async_callable_answered_by_hook_is_accepted(
 
 
 def observer_annotated_with(annotation: object) -> Any:
-    """Return a plugin whose `workpool_event` has this annotation."""
+    """Return a plugin whose hook `workpool_event` annotates its argument with `annotation`."""
 
     def workpool_event(event: Any) -> None: ...
 

@@ -121,7 +121,7 @@ async def test_rate_limiter_wait_lasts_as_long_as_rate_requires() -> None:
 
 async def test_rate_limiter_wait_ends_despite_debt() -> None:
     limiter = RateLimiter("write", 200)
-    # Tokens that the limiter gains while the others are spent count as well.
+    # The measurement includes the time in which the burst is spent and tokens are gained.
     started = time.monotonic()
     acquire_all_tokens(limiter)
     for _ in range(20):
@@ -207,7 +207,7 @@ class WaiterQueue:
     """Waiters on a limiter whose tokens the test hands out one by one.
 
     Attributes:
-        served: The priorities of those that were served, in order.
+        served: The priorities of the waiters that got a token, in order.
     """
 
     def __init__(self, group: asyncio.TaskGroup) -> None:

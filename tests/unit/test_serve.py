@@ -1,4 +1,4 @@
-"""`workpool serve` in process: its end while its store opens."""
+"""`workpool serve` in the process of the test: its end by a signal or a failure of its store."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Signals as events, and the restored former handlers at the end."""
+"""Process signals as asyncio events, and the former signal handlers restored at the end."""
 
 from __future__ import annotations
 
