@@ -225,6 +225,12 @@ class LeaseTestbed:
         return lease
 
     @asynccontextmanager
+    async def renewed_lease(self) -> AsyncIterator[Lease]:
+        """Open the clients and yield the lease of a new item, which the renewer extends."""
+        async with self.open_clients():
+            yield await self.send_first_heartbeat(await self.claim_item())
+
+    @asynccontextmanager
     async def running_handler(self, item: PoolItem) -> AsyncIterator[None]:
         """Run a handler task of the item until the `async with` block ends."""
         item.handler_task = task = self.loop.create_task(asyncio.sleep(1e9))

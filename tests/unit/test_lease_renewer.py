@@ -79,8 +79,7 @@ async def test_renewer_tick_survives_lease_added_by_another_thread(
 @in_virtual_time
 async def test_lease_is_renewed_every_third_of_ttl_for_an_hour(testbed: type[LeaseTestbed]) -> None:
     one = testbed()
-    async with one.open_clients():
-        lease = await one.send_first_heartbeat(await one.claim_item())
+    async with one.renewed_lease() as lease:
         await asyncio.sleep(3_600)
         assert lease.held(one.clock())
     between = seconds_between(one.send_times("heartbeat"))
@@ -105,8 +104,7 @@ async def test_new_lease_is_renewed_from_next_tick(testbed: type[LeaseTestbed]) 
 @in_virtual_time
 async def test_removed_lease_is_not_renewed(testbed: type[LeaseTestbed]) -> None:
     one = testbed()
-    async with one.open_clients():
-        lease = await one.send_first_heartbeat(await one.claim_item())
+    async with one.renewed_lease() as lease:
         assert one.renewer.leases() == [lease]
         one.renewer.remove(lease)
         assert one.renewer.leases() == []
@@ -128,8 +126,7 @@ async def test_ended_lease_is_not_added_to_renewer(testbed: type[LeaseTestbed]) 
 @in_virtual_time
 async def test_failed_heartbeat_is_repeated_with_growing_delay(testbed: type[LeaseTestbed]) -> None:
     one = testbed(heartbeat=[None, *[RESET] * 6])
-    async with one.open_clients():
-        lease = await one.send_first_heartbeat(await one.claim_item())
+    async with one.renewed_lease() as lease:
         await asyncio.sleep(50)
         assert lease.held(one.clock())
     assert seconds_between(one.send_times("heartbeat"))[1:7] == pytest.approx(
@@ -144,8 +141,7 @@ async def test_urgent_heartbeat_is_sent_without_waiting_for_tick(
 ) -> None:
     slow = Fault(answer=409, applied=False, answer_delay=3)
     one = testbed(heartbeat=[None, slow], get=[Fault(answer_delay=3)])
-    async with one.open_clients():
-        await one.send_first_heartbeat(await one.claim_item())
+    async with one.renewed_lease():
         await asyncio.sleep(30)
     assert one.heartbeat_results() == ["ok", "recovered", "ok"]
     _, second, third = one.send_times("heartbeat")
@@ -157,8 +153,7 @@ async def test_urgent_heartbeat_is_sent_without_waiting_for_tick(
 @in_virtual_time
 async def test_lost_answer_of_heartbeat_is_recovered_by_a_read(testbed: type[LeaseTestbed]) -> None:
     one = testbed(heartbeat=[None, LOST])
-    async with one.open_clients():
-        lease = await one.send_first_heartbeat(await one.claim_item())
+    async with one.renewed_lease() as lease:
         await asyncio.sleep(120)
         assert lease.held(one.clock())
     assert one.heartbeat_results()[:4] == ["ok", "timeout", "recovered", "ok"]
@@ -169,8 +164,7 @@ async def test_contradictory_answers_of_control_plane_cause_few_requests(
     testbed: type[LeaseTestbed],
 ) -> None:
     one = testbed(heartbeat=[None, LOST, *[refused_answer(412)] * 999])
-    async with one.open_clients():
-        lease = await one.send_first_heartbeat(await one.claim_item())
+    async with one.renewed_lease() as lease:
         await asyncio.sleep(600)
         assert lease.status == "lost"
     assert len(one.sent) < 30
@@ -183,8 +177,7 @@ def test_lease_without_answers_is_lost_before_its_deadline(
     @in_virtual_time
     async def check_lost_in_time() -> None:
         one = testbed(ttl=ttl, heartbeat=[None, *[UNSENT] * 999])
-        async with one.open_clients():
-            lease = await one.send_first_heartbeat(await one.claim_item())
+        async with one.renewed_lease() as lease:
             await asyncio.sleep(300)
         assert_lease_change(one, end, "lost")
         assert not lease.confirmed
@@ -252,8 +245,7 @@ async def test_item_stopped_by_another_client_is_reported(testbed: type[LeaseTes
 @in_virtual_time
 async def test_check_requested_soon_sends_heartbeat_at_once(testbed: type[LeaseTestbed]) -> None:
     one = testbed()
-    async with one.open_clients():
-        lease = await one.send_first_heartbeat(await one.claim_item())
+    async with one.renewed_lease() as lease:
         await asyncio.sleep(5)
         one.renewer.check_soon(lease)
         await asyncio.sleep(LOOK)
@@ -321,8 +313,7 @@ async def test_release_that_cannot_be_sent_ends_in_lost_lease(
     testbed: type[LeaseTestbed],
 ) -> None:
     one = testbed(heartbeat=[None, *[UNSENT] * 99])
-    async with one.open_clients():
-        lease = await one.send_first_heartbeat(await one.claim_item())
+    async with one.renewed_lease() as lease:
         await asyncio.sleep(5)
         one.renewer.release(lease, 10)
         await asyncio.sleep(300)
@@ -468,8 +459,7 @@ async def test_leases_with_earliest_deadline_are_renewed_first(testbed: type[Lea
 @in_virtual_time
 async def test_machine_that_slept_beyond_ttl_loses_its_leases(testbed: type[LeaseTestbed]) -> None:
     one = testbed()
-    async with one.open_clients():
-        lease = await one.send_first_heartbeat(await one.claim_item())
+    async with one.renewed_lease() as lease:
         await asyncio.sleep(5)
         one.loop.suspend(55)
         await asyncio.sleep(1 + LOOK)
@@ -483,8 +473,7 @@ async def test_machine_that_slept_within_ttl_renews_its_leases_at_once(
 ) -> None:
     """The timers stood still, so the next heartbeat would come after the end of the lease."""
     one = testbed()
-    async with one.open_clients():
-        lease = await one.send_first_heartbeat(await one.claim_item())
+    async with one.renewed_lease() as lease:
         await asyncio.sleep(1)
         one.loop.suspend(50)
         await asyncio.sleep(1 + LOOK)
@@ -496,8 +485,7 @@ async def test_lease_with_hanging_heartbeat_is_lost_in_time_after_sleep(
     testbed: type[LeaseTestbed],
 ) -> None:
     one = testbed(heartbeat=[None, UNSENT])
-    async with one.open_clients():
-        lease = await one.send_first_heartbeat(await one.claim_item())
+    async with one.renewed_lease() as lease:
         one.renewer.check_soon(lease)
         await asyncio.sleep(0.5)
         one.loop.suspend(53.5)
@@ -511,8 +499,7 @@ async def test_heartbeat_answer_read_after_sleep_beyond_ttl_does_not_extend_leas
     testbed: type[LeaseTestbed],
 ) -> None:
     one = testbed(heartbeat=[None, Fault(answer_delay=5)])
-    async with one.open_clients():
-        lease = await one.send_first_heartbeat(await one.claim_item())
+    async with one.renewed_lease() as lease:
         one.renewer.check_soon(lease)
         await asyncio.sleep(1)
         one.loop.suspend(60)
@@ -550,8 +537,7 @@ async def test_paused_machine_sends_only_heartbeats_until_each_lease_is_verified
 @in_virtual_time
 async def test_renewer_detects_pause_of_machine_at_next_tick(testbed: type[LeaseTestbed]) -> None:
     one = testbed()
-    async with one.open_clients():
-        lease = await one.send_first_heartbeat(await one.claim_item())
+    async with one.renewed_lease() as lease:
         await asyncio.sleep(5)
         one.ahead += 30
         await asyncio.sleep(1 + LOOK)

@@ -537,7 +537,7 @@ async def test_stream_used_outside_async_with_raises_runtime_error(
 async def test_many_open_streams_do_not_delay_other_calls(
     control_plane: ControlPlane, qoder_client: WorkClient
 ) -> None:
-    """These 40 streams are more than the connections that the client has for other calls."""
+    """The client has fewer connections for other calls than the 40 streams of this test."""
     session_id = create_session(control_plane)
     streams = [qoder_client.events(session_id).stream() for _ in range(40)]
     try:
