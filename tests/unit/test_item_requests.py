@@ -73,6 +73,12 @@ def lose_lease(item: PoolItem) -> None:
     item.lease.end("lost")
 
 
+def report_lost_lease(one: LeaseTestbed, item: PoolItem) -> None:
+    """End the lease as lost and report the change, as the renewer does."""
+    lose_lease(item)
+    one.record_lease_change(item)
+
+
 def request_stop(item: PoolItem) -> None:
     item.lease.end("stopped")
 
@@ -358,12 +364,7 @@ async def test_lease_lost_between_two_attempts_ends_call_at_once(
 ) -> None:
     one = testbed(update=[Fault(answer=503, applied=False, retry_after=20)])
     async with renewed_item(one) as item:
-
-        def end_lease() -> None:
-            lose_lease(item)
-            item.notify()
-
-        one.loop.call_later(1, end_lease)
+        one.loop.call_later(1, report_lost_lease, one, item)
         with pytest.raises(LeaseLost):
             await send_update(one, item)
         assert one.clock() == pytest.approx(1)
@@ -375,12 +376,7 @@ async def test_call_in_progress_is_cancelled_when_lease_is_lost(
 ) -> None:
     one = testbed(update=[SILENCE])
     async with renewed_item(one) as item:
-
-        def end_lease() -> None:
-            lose_lease(item)
-            one.sender.cut(item)
-
-        one.loop.call_later(1, end_lease)
+        one.loop.call_later(1, report_lost_lease, one, item)
         with pytest.raises(LeaseLost):
             await send_update(one, item)
         assert one.clock() == pytest.approx(1)
@@ -393,14 +389,8 @@ async def test_lease_lost_in_same_loop_turn_as_timeout_is_raised(
     """After a handler has blocked the loop, timeout and loss are handled in the same turn."""
     one = testbed(update=[SILENCE] * 9)
     async with renewed_item(one) as item:
-
-        def end_lease() -> None:
-            lose_lease(item)
-            one.sender.cut(item)
-            item.notify()
-
         # The lease ends so soon after the timeout that both happen in one turn of the loop.
-        one.loop.call_at(10 + 1e-7, end_lease)
+        one.loop.call_at(10 + 1e-7, report_lost_lease, one, item)
         with pytest.raises(LeaseLost):
             await send_update(one, item)
         assert one.clock() < 11
@@ -441,12 +431,7 @@ async def test_read_of_session_ends_at_its_time_limit_or_with_session(
         with pytest.raises(TimeoutError):
             await one.sender.read(item, asyncio.Event().wait, 7.0)
         assert one.clock() == pytest.approx(7)
-
-        def end_session() -> None:
-            lose_lease(item)
-            one.sender.cut(item)
-
-        one.loop.call_later(3, end_session)
+        one.loop.call_later(3, report_lost_lease, one, item)
         with pytest.raises(LeaseLost):
             await one.sender.read(item, asyncio.Event().wait, 100.0)
         assert one.clock() == pytest.approx(10)
