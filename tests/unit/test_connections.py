@@ -199,8 +199,8 @@ async def test_retry_after_silent_connection_uses_new_connection() -> None:
         await client.stop(WORK, timeout=20, options=STOP._replace(new_connection=True))
 
 
-class HungDisk:
-    """A replacement for reading credentials that hangs until `release` is set.
+class HangingReader:
+    """A reader of credentials that hangs until `release` is set, as on a disk without an answer.
 
     Attributes:
         reads: The number of started reads.
@@ -217,14 +217,14 @@ class HungDisk:
 
 
 @pytest.fixture
-def hung_disk() -> Iterator[HungDisk]:
-    disk = HungDisk()
+def hanging_reader() -> Iterator[HangingReader]:
+    disk = HangingReader()
     yield disk
     disk.release.set()
 
 
-async def test_token_file_on_hung_disk_is_read_once_for_all_waiting_calls(
-    hung_disk: HungDisk, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+async def test_token_file_on_hanging_reader_is_read_once_for_all_waiting_calls(
+    hanging_reader: HangingReader, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     path = tmp_path / "token"
     path.write_text("old")
@@ -236,19 +236,19 @@ async def test_token_file_on_hung_disk_is_read_once_for_all_waiting_calls(
         running_server(deny_old_token) as server,
         WorkClient(server.settings_for_url(token_file=path)) as client,
     ):
-        monkeypatch.setattr("workpool.settings.read_credential", hung_disk)
+        monkeypatch.setattr("workpool.settings.read_credential", hanging_reader)
         asked = [client.stop(WORK, timeout=0.3) for _ in range(40)]
         results = await asyncio.gather(*asked, return_exceptions=True)
         assert all(isinstance(each, RefusedError) for each in results)
-        assert hung_disk.reads == 1
-        hung_disk.release.set()
+        assert hanging_reader.reads == 1
+        hanging_reader.release.set()
         await client.stop(WORK, timeout=20)
 
 
-async def test_client_opening_with_token_file_on_hung_disk_fails_in_bounded_time(
-    hung_disk: HungDisk, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+async def test_client_opening_with_token_file_on_hanging_reader_fails_in_bounded_time(
+    hanging_reader: HangingReader, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("workpool.settings.read_credential", hung_disk)
+    monkeypatch.setattr("workpool.settings.read_credential", hanging_reader)
     settings = Settings(
         base_url="http://127.0.0.1:1",
         environment_id="env_1",

@@ -19,7 +19,7 @@ FILE = Path("token")
 
 
 @pytest.fixture
-def executor() -> Iterator[ThreadPoolExecutor]:
+def thread_executor() -> Iterator[ThreadPoolExecutor]:
     with ThreadPoolExecutor(4) as executor:
         yield executor
 
@@ -37,22 +37,26 @@ class SlowFile:
         return f"token {self.readings}"
 
 
-async def test_concurrent_readers_of_a_file_share_one_reading(executor: ThreadPoolExecutor) -> None:
+async def test_concurrent_readers_of_a_file_share_one_reading(
+    thread_executor: ThreadPoolExecutor,
+) -> None:
     file = SlowFile()
     source = CredentialSource(file.read_credential, FILE)
     async with asyncio.TaskGroup() as group:
-        readers = [group.create_task(source.read(executor)) for _ in range(3)]
+        readers = [group.create_task(source.read(thread_executor)) for _ in range(3)]
         await asyncio.sleep(0)
         file.may_end.set()
     assert [reader.result() for reader in readers] == ["token 1"] * 3
-    assert await source.read(executor) == "token 2"
+    assert await source.read(thread_executor) == "token 2"
 
 
-async def test_cancelled_reader_leaves_the_reading_to_others(executor: ThreadPoolExecutor) -> None:
+async def test_cancelled_reader_leaves_the_reading_to_others(
+    thread_executor: ThreadPoolExecutor,
+) -> None:
     file = SlowFile()
     source = CredentialSource(file.read_credential, FILE)
     async with asyncio.TaskGroup() as group:
-        first, second = (group.create_task(source.read(executor)) for _ in range(2))
+        first, second = (group.create_task(source.read(thread_executor)) for _ in range(2))
         await asyncio.sleep(0)
         first.cancel()
         await asyncio.wait({first})
@@ -60,7 +64,9 @@ async def test_cancelled_reader_leaves_the_reading_to_others(executor: ThreadPoo
     assert (first.cancelled(), second.result(), file.readings) == (True, "token 1", 1)
 
 
-async def test_source_in_memory_is_read_without_a_thread(executor: ThreadPoolExecutor) -> None:
+async def test_source_in_memory_is_read_without_a_thread(
+    thread_executor: ThreadPoolExecutor,
+) -> None:
     thread = threading.get_ident()
     source = CredentialSource(lambda: str(threading.get_ident() == thread), None)
-    assert await source.read(executor) == "True"
+    assert await source.read(thread_executor) == "True"

@@ -738,15 +738,15 @@ class SimulatedControlPlane:
         (item,) = self.operations.enqueue(ENVIRONMENT)
         self.work_id = item.id
 
-    def poll(self, worker: str) -> bool:
+    def poll_item(self, worker: str) -> bool:
         return self.operations.poll(ENVIRONMENT, Poll(worker, 0, 0)) is not None
 
-    def ack(self, worker: str) -> WorkItem:
+    def ack_item(self, worker: str) -> WorkItem:
         return parse_item(
             QODER.item_json(self.operations.ack_item(ENVIRONMENT, self.work_id, worker))
         )
 
-    def heartbeat(self, expected: str | None, ttl: int) -> Heartbeat | ControlPlaneError:
+    def extend_lease(self, expected: str | None, ttl: int) -> Heartbeat | ControlPlaneError:
         try:
             item = self.operations.heartbeat(ENVIRONMENT, self.work_id, expected, ttl)
         except APIError as refusal:
@@ -796,20 +796,20 @@ class LeaseStateMachine(RuleBasedStateMachine):
         self.last_decision = ""
 
     @property
-    def now(self) -> float:
+    def current_time(self) -> float:
         return self.plane.now
 
     @initialize(ttl=st.sampled_from([10, 30, 60, 600]), latency=st.floats(LATENCY, 5.0))
     def acknowledge_item(self, ttl: int, latency: float) -> None:
-        self.plane.poll("ours")
-        acked_at = self.now
+        self.plane.poll_item("ours")
+        acked_at = self.current_time
         self.plane.now += latency
-        self.lease = Lease(self.plane.ack("ours"), acked_at, ttl=ttl, request_timeout=10.0)
+        self.lease = Lease(self.plane.ack_item("ours"), acked_at, ttl=ttl, request_timeout=10.0)
 
     @rule(length=seconds)
     def wait_up_to_forty_seconds(self, length: float) -> None:
         self.plane.now += length
-        self.lease.expire(self.now)
+        self.lease.expire(self.current_time)
 
     @rule(length=st.floats(0, 1.0))
     def wait_up_to_a_second(self, length: float) -> None:
@@ -817,23 +817,23 @@ class LeaseStateMachine(RuleBasedStateMachine):
 
     @rule()
     def wait_until_heartbeat_is_due(self) -> None:
-        assume(self.now < self.lease.due_at < math.inf)
-        self.wait_up_to_forty_seconds(self.lease.due_at - self.now)
+        assume(self.current_time < self.lease.due_at < math.inf)
+        self.wait_up_to_forty_seconds(self.lease.due_at - self.current_time)
 
     @precondition(lambda self: not self.rival_has_it)
     @rule(begins=st.booleans())
     def other_worker_claims_item(self, *, begins: bool) -> None:
-        if self.plane.poll("rival"):
-            self.plane.ack("rival")
+        if self.plane.poll_item("rival"):
+            self.plane.ack_item("rival")
             self.rival_has_it = True
             if begins:
-                self.plane.heartbeat("NO_HEARTBEAT", 600)
+                self.plane.extend_lease("NO_HEARTBEAT", 600)
 
     @rule(force=st.booleans())
     def operator_stops_item(self, *, force: bool) -> None:
         self.plane.stop_item("operator", force=force)
 
-    @precondition(lambda self: self.lease.held(self.now))
+    @precondition(lambda self: self.lease.held(self.current_time))
     @rule(applied=st.booleans())
     def pool_stops_item(self, *, applied: bool) -> None:
         self.lease.own_stop = True
@@ -843,18 +843,18 @@ class LeaseStateMachine(RuleBasedStateMachine):
     @precondition(lambda self: not self.lease.over)
     @rule(delay=st.floats(-5, 700))
     def pool_releases_item(self, delay: float) -> None:
-        self.lease.release(self.now, delay)
+        self.lease.release(self.current_time, delay)
 
     @rule()
     def pool_requests_check(self) -> None:
-        self.lease.check_soon(self.now)
+        self.lease.check_soon(self.current_time)
 
     @precondition(lambda self: not self.lease.in_flight and not self.lease.over)
     @rule()
     def send_heartbeat(self) -> None:
-        if self.lease.due_at <= self.now:
-            assert self.lease.held(self.now)
-            self.attempt = self.lease.send(self.now, self.lease.due_at)
+        if self.lease.due_at <= self.current_time:
+            assert self.lease.held(self.current_time)
+            self.attempt = self.lease.send(self.current_time, self.lease.due_at)
             self.under_way.append(self.attempt)
             self.plane.now += LATENCY
 
@@ -863,7 +863,7 @@ class LeaseStateMachine(RuleBasedStateMachine):
     def request_arrives(self, index: int) -> None:
         """Let a request arrive in any order, even after the wait for its answer has ended."""
         attempt = self.under_way.pop(index % len(self.under_way))
-        answer = self.plane.heartbeat(attempt.expected, attempt.ttl)
+        answer = self.plane.extend_lease(attempt.expected, attempt.ttl)
         if attempt is self.attempt:
             self.answer = answer
 
@@ -902,7 +902,7 @@ class LeaseStateMachine(RuleBasedStateMachine):
 
     def _apply_answer(self, outcome: Heartbeat | ControlPlaneError) -> None:
         assert self.attempt is not None
-        decision = self.lease.answered(self.now, self.attempt, outcome)
+        decision = self.lease.answered(self.current_time, self.attempt, outcome)
         self.reading = decision.then == "read"
         if decision.then == "held" and isinstance(outcome, Heartbeat) and outcome.lease_extended:
             assert self.lease.deadline == self.attempt.at + outcome.ttl_seconds
@@ -927,7 +927,7 @@ class LeaseStateMachine(RuleBasedStateMachine):
 
     def _apply_read(self, outcome: WorkItem | ControlPlaneError) -> None:
         before = self.lease.deadline
-        self._check_decision(self.lease.read(self.now, "conflict", outcome))
+        self._check_decision(self.lease.read(self.current_time, "conflict", outcome))
         assert self.lease.deadline == before
         self.reading, self.item = False, None
 
@@ -936,9 +936,9 @@ class LeaseStateMachine(RuleBasedStateMachine):
         assert self.lease.in_flight == (decision.then == "read")
         assert (decision.then == "over") == self.lease.over
         if decision.then == "again":
-            assert self.now <= self.lease.due_at < math.inf
+            assert self.current_time <= self.lease.due_at < math.inf
             # A heartbeat sent at once after two reads in a row would begin a loop of requests.
-            hurried = self.lease.due_at == self.now
+            hurried = self.lease.due_at == self.current_time
             assert not (hurried and self.last_decision == "hurried")
             self.last_decision = "hurried" if hurried else self.last_decision
         elif decision.then == "held":
@@ -946,7 +946,7 @@ class LeaseStateMachine(RuleBasedStateMachine):
 
     @invariant()
     def held_lease_belongs_to_no_other_worker(self) -> None:
-        if self.lease.held(self.now):
+        if self.lease.held(self.current_time):
             assert not self.rival_has_it
             assert self.plane.item_state() != "queued"
 
@@ -955,7 +955,7 @@ class LeaseStateMachine(RuleBasedStateMachine):
         if self.final is not None:
             assert (self.lease.status, self.lease.confirmed) == self.final
             assert self.lease.due_at == math.inf
-            assert not self.lease.held(self.now)
+            assert not self.lease.held(self.current_time)
         elif self.lease.over:
             self.final = self.lease.status, self.lease.confirmed
 
@@ -1000,11 +1000,11 @@ def test_handoff_never_leaves_item_to_both_parent_and_child(
 ) -> None:
     """Parent and child expect the same last heartbeat, so only one of them can extend the lease."""
     plane = SimulatedControlPlane()
-    plane.poll("ours")
-    parent = Lease(plane.ack("ours"), 0.0, ttl=60, request_timeout=10.0)
+    plane.poll_item("ours")
+    parent = Lease(plane.ack_item("ours"), 0.0, ttl=60, request_timeout=10.0)
     attempt = parent.send(0.0, 0.0)
     plane.now += LATENCY
-    parent.answered(plane.now, attempt, plane.heartbeat(attempt.expected, attempt.ttl))
+    parent.answered(plane.now, attempt, plane.extend_lease(attempt.expected, attempt.ttl))
     parent.suspend()
     child = Lease(
         plane.read_item(),
@@ -1017,7 +1017,7 @@ def test_handoff_never_leaves_item_to_both_parent_and_child(
     for who, is_lost, pause in zip(order, lost, pauses, strict=True):
         plane.now += pause
         if who == "rival":
-            rival = rival or (plane.poll("rival") and plane.ack("rival") is not None)
+            rival = rival or (plane.poll_item("rival") and plane.ack_item("rival") is not None)
             continue
         lease = parent if who == "parent" else child
         if lease.expire(plane.now):
@@ -1038,7 +1038,7 @@ def send_one_heartbeat(plane: SimulatedControlPlane, lease: Lease, *, lost: bool
         return "over"
     attempt = lease.send(plane.now, plane.now)
     plane.now += LATENCY
-    answer = plane.heartbeat(attempt.expected, attempt.ttl)
+    answer = plane.extend_lease(attempt.expected, attempt.ttl)
     decision = lease.answered(plane.now, attempt, transient_error() if lost else answer)
     if decision.then == "read":
         decision = lease.read(plane.now, decision.result, plane.read_item())

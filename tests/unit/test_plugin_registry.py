@@ -307,7 +307,7 @@ class OtherFailingObserver(FailingObserver): ...
 
 
 @pytest.mark.parametrize("error", [ValueError("no"), asyncio.CancelledError(), SystemExit(1)])
-def test_handler_hook_that_raises_fails_the_choice_and_is_reported(
+def test_handler_hook_that_raises_ends_choice_of_handler_and_is_reported(
     error: BaseException, caplog: pytest.LogCaptureFixture
 ) -> None:
     class FailingRoutingPlugin:

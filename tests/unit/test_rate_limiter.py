@@ -21,7 +21,7 @@ COMPLETION, CLAIM, HANDLER = Priority
 
 
 @pytest.fixture
-def clock() -> ManualClock:
+def manual_clock() -> ManualClock:
     return ManualClock(1000.0)
 
 
@@ -30,38 +30,40 @@ def test_rate_limiter_with_rate_zero_is_unlimited() -> None:
     assert RateLimiter("read", 0.1).limited
 
 
-def test_rate_limiter_allows_burst_of_a_quarter_second(clock: ManualClock) -> None:
-    limiter = RateLimiter("write", 20, clock)
+def test_rate_limiter_allows_burst_of_a_quarter_second(manual_clock: ManualClock) -> None:
+    limiter = RateLimiter("write", 20, manual_clock)
     assert acquire_all_tokens(limiter) == 5
-    clock.now += 60
+    manual_clock.now += 60
     assert acquire_all_tokens(limiter) == 5
 
 
-def test_rate_limiter_with_rate_below_one_allows_single_requests(clock: ManualClock) -> None:
-    limiter = RateLimiter("write", 0.5, clock)
+def test_rate_limiter_with_rate_below_one_allows_single_requests(manual_clock: ManualClock) -> None:
+    limiter = RateLimiter("write", 0.5, manual_clock)
     assert acquire_all_tokens(limiter) == 1
-    clock.now += 1.9
+    manual_clock.now += 1.9
     assert acquire_all_tokens(limiter) == 0
-    clock.now += 0.2
+    manual_clock.now += 0.2
     assert acquire_all_tokens(limiter) == 1
 
 
-def test_rate_limiter_passes_its_rate_per_second(clock: ManualClock) -> None:
-    limiter = RateLimiter("write", 20, clock)
+def test_rate_limiter_passes_its_rate_per_second(manual_clock: ManualClock) -> None:
+    limiter = RateLimiter("write", 20, manual_clock)
     acquire_all_tokens(limiter)
     passed = 0
     for _ in range(1000):
-        clock.now += 0.01
+        manual_clock.now += 0.01
         passed += acquire_all_tokens(limiter)
     assert passed == pytest.approx(200, abs=1)
 
 
-def test_rate_limiter_gains_no_tokens_from_a_stopped_or_reversed_clock(clock: ManualClock) -> None:
-    limiter = RateLimiter("write", 20, clock)
+def test_rate_limiter_gains_no_tokens_from_a_stopped_or_reversed_clock(
+    manual_clock: ManualClock,
+) -> None:
+    limiter = RateLimiter("write", 20, manual_clock)
     acquire_all_tokens(limiter)
-    clock.now -= 100
+    manual_clock.now -= 100
     assert acquire_all_tokens(limiter) == 0
-    clock.now += 0.06
+    manual_clock.now += 0.06
     assert acquire_all_tokens(limiter) == 1
 
 
@@ -76,36 +78,38 @@ def test_rate_limiter_never_exceeds_rate_plus_burst(rate: float, pauses: list[fl
         assert passed <= max(1.0, rate / 4) + rate * (clock.now - 1000.0) + 1e-6
 
 
-def test_heartbeats_use_up_rate_without_waiting(clock: ManualClock) -> None:
-    limiter = RateLimiter("write", 20, clock)
+def test_heartbeats_use_up_rate_without_waiting(manual_clock: ManualClock) -> None:
+    limiter = RateLimiter("write", 20, manual_clock)
     acquire_all_tokens(limiter)
     passed = 0
     for _ in range(100):
-        clock.now += 0.1
+        manual_clock.now += 0.1
         limiter.charge()  # These are 10 heartbeats a second, half of the rate.
         passed += acquire_all_tokens(limiter)
     assert passed == pytest.approx(100, abs=2)
 
 
-def test_heartbeats_above_rate_leave_a_quarter_to_other_requests(clock: ManualClock) -> None:
-    limiter = RateLimiter("write", 20, clock)
+def test_heartbeats_above_rate_leave_a_quarter_to_other_requests(manual_clock: ManualClock) -> None:
+    limiter = RateLimiter("write", 20, manual_clock)
     acquire_all_tokens(limiter)
     passed = 0
     for _ in range(1000):
-        clock.now += 0.01
+        manual_clock.now += 0.01
         limiter.charge()  # These are 100 heartbeats a second, five times the rate.
         passed += acquire_all_tokens(limiter)
     assert passed == pytest.approx(50, abs=1)
 
 
-def test_debt_of_many_heartbeats_is_limited_to_one_second(clock: ManualClock) -> None:
-    limiter = RateLimiter("write", 20, clock)
+def test_debt_of_many_heartbeats_is_limited_to_one_second(manual_clock: ManualClock) -> None:
+    limiter = RateLimiter("write", 20, manual_clock)
     acquire_all_tokens(limiter)
     for _ in range(10_000):
         limiter.charge()
-    clock.now += 20 / 15  # Three quarters of the rate repay the debt of one second in this time.
+    manual_clock.now += (
+        20 / 15
+    )  # Three quarters of the rate repay the debt of one second in this time.
     acquire_all_tokens(limiter)
-    clock.now += 0.25
+    manual_clock.now += 0.25
     assert acquire_all_tokens(limiter) == 5
 
 
@@ -130,8 +134,8 @@ async def test_rate_limiter_wait_ends_despite_debt() -> None:
     assert time.monotonic() - started >= 1 / 200
 
 
-async def test_waiters_of_one_priority_acquire_tokens_in_order(clock: ManualClock) -> None:
-    limiter = RateLimiter("write", 1, clock)
+async def test_waiters_of_one_priority_acquire_tokens_in_order(manual_clock: ManualClock) -> None:
+    limiter = RateLimiter("write", 1, manual_clock)
     acquire_all_tokens(limiter)
     served: list[int] = []
 
@@ -145,20 +149,20 @@ async def test_waiters_of_one_priority_acquire_tokens_in_order(clock: ManualCloc
         await run_ready_tasks()
         assert not limiter.try_acquire()
         for _ in range(5):
-            clock.now += 1
+            manual_clock.now += 1
             # A refund wakes the first waiter, which wakes the next one after its acquisition.
             limiter.refund()
             await run_ready_tasks()
     assert served == [0, 1, 2, 3, 4]
 
 
-async def test_try_acquire_while_another_waits_is_refused(clock: ManualClock) -> None:
-    limiter = RateLimiter("write", 1, clock)
+async def test_try_acquire_while_another_waits_is_refused(manual_clock: ManualClock) -> None:
+    limiter = RateLimiter("write", 1, manual_clock)
     acquire_all_tokens(limiter)
     async with asyncio.TaskGroup() as group:
         first = group.create_task(limiter.acquire())
         await run_ready_tasks()
-        clock.now += 1
+        manual_clock.now += 1
         assert not limiter.try_acquire()  # The available token belongs to the first waiter.
         limiter.refund()
         await run_ready_tasks()
@@ -166,26 +170,26 @@ async def test_try_acquire_while_another_waits_is_refused(clock: ManualClock) ->
 
 
 async def test_cancelled_waiter_takes_no_token_and_next_waiter_proceeds(
-    clock: ManualClock,
+    manual_clock: ManualClock,
 ) -> None:
-    limiter = RateLimiter("write", 1, clock)
+    limiter = RateLimiter("write", 1, manual_clock)
     acquire_all_tokens(limiter)
     async with asyncio.TaskGroup() as group:
         waiting = [group.create_task(limiter.acquire()) for _ in range(3)]
         await run_ready_tasks()
         waiting[0].cancel()
         waiting[1].cancel()
-        clock.now += 1
+        manual_clock.now += 1
         await run_ready_tasks()
         assert [task.cancelled() for task in waiting] == [True, True, False]
         assert waiting[2].done()
     assert acquire_all_tokens(limiter) == 0
-    clock.now += 1
+    manual_clock.now += 1
     assert acquire_all_tokens(limiter) == 1
 
 
-async def test_refunded_token_is_used_at_once(clock: ManualClock) -> None:
-    limiter = RateLimiter("write", 0.001, clock)
+async def test_refunded_token_is_used_at_once(manual_clock: ManualClock) -> None:
+    limiter = RateLimiter("write", 0.001, manual_clock)
     assert limiter.try_acquire()
     async with asyncio.TaskGroup() as group:
         waiting = group.create_task(limiter.acquire())
@@ -196,8 +200,8 @@ async def test_refunded_token_is_used_at_once(clock: ManualClock) -> None:
         assert waiting.done()
 
 
-async def test_refunded_tokens_do_not_exceed_burst(clock: ManualClock) -> None:
-    limiter = RateLimiter("write", 20, clock)
+async def test_refunded_tokens_do_not_exceed_burst(manual_clock: ManualClock) -> None:
+    limiter = RateLimiter("write", 20, manual_clock)
     for _ in range(50):
         limiter.refund()
     assert acquire_all_tokens(limiter) == 5
@@ -262,14 +266,14 @@ async def test_turns_of_claims_and_handler_calls_continue_after_completion() -> 
 
 
 async def test_try_acquire_of_completion_precedes_claims_and_handler_calls(
-    clock: ManualClock,
+    manual_clock: ManualClock,
 ) -> None:
-    limiter = RateLimiter("write", 1, clock)
+    limiter = RateLimiter("write", 1, manual_clock)
     limiter.try_acquire()
     async with asyncio.TaskGroup() as group:
         waiting = group.create_task(limiter.acquire(CLAIM))
         await run_ready_tasks()
-        clock.now += 1
+        manual_clock.now += 1
         assert not limiter.try_acquire(HANDLER)
         assert not limiter.try_acquire(CLAIM)
         assert limiter.try_acquire(COMPLETION)
@@ -278,13 +282,15 @@ async def test_try_acquire_of_completion_precedes_claims_and_handler_calls(
         limiter.refund()
 
 
-async def test_try_acquire_of_completion_waits_for_earlier_completions(clock: ManualClock) -> None:
-    limiter = RateLimiter("write", 1, clock)
+async def test_try_acquire_of_completion_waits_for_earlier_completions(
+    manual_clock: ManualClock,
+) -> None:
+    limiter = RateLimiter("write", 1, manual_clock)
     limiter.try_acquire()
     async with asyncio.TaskGroup() as group:
         group.create_task(limiter.acquire(COMPLETION))
         await run_ready_tasks()
-        clock.now += 1
+        manual_clock.now += 1
         assert not limiter.try_acquire(COMPLETION)
         limiter.refund()
 
@@ -374,8 +380,10 @@ def test_two_event_loops_on_two_threads_share_one_rate() -> None:
     assert time.monotonic() - started >= 39 / 200
 
 
-async def test_waiter_of_closed_loop_does_not_delay_other_waiters(clock: ManualClock) -> None:
-    limiter = RateLimiter("write", 1, clock)
+async def test_waiter_of_closed_loop_does_not_delay_other_waiters(
+    manual_clock: ManualClock,
+) -> None:
+    limiter = RateLimiter("write", 1, manual_clock)
     acquire_all_tokens(limiter)
     left_behind: list[Any] = []
 
@@ -391,13 +399,13 @@ async def test_waiter_of_closed_loop_does_not_delay_other_waiters(clock: ManualC
     async with asyncio.TaskGroup() as group:
         living = group.create_task(limiter.acquire())
         await run_ready_tasks()
-        clock.now += 1
+        manual_clock.now += 1
         await asyncio.wait_for(living, 10)
     left_behind[0]._log_destroy_pending = False
 
 
-async def test_refund_from_another_thread_wakes_first_waiter(clock: ManualClock) -> None:
-    limiter = RateLimiter("write", 0.001, clock)
+async def test_refund_from_another_thread_wakes_first_waiter(manual_clock: ManualClock) -> None:
+    limiter = RateLimiter("write", 0.001, manual_clock)
     assert limiter.try_acquire()
     async with asyncio.TaskGroup() as group:
         waiting = group.create_task(limiter.acquire())

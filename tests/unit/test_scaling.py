@@ -62,7 +62,7 @@ def test_replica_rule_out_of_range_is_refused(wrong: tuple[int, int, int]) -> No
         ReplicaRule(*wrong)
 
 
-def test_fleet_numbers_are_flat_numbers() -> None:
+def test_fleet_numbers_are_a_flat_mapping_of_numbers() -> None:
     numbers = fleet_numbers(
         FleetLoad(3, 1, 12, 4.5, lower_bound=True), ReplicaRule(8, 1, 20), age_seconds=2.5
     )

@@ -207,7 +207,7 @@ class RandomPollers:
             for each in self.shares
         ]
 
-    async def poll(self, queue: BoundedQueue[str]) -> None:
+    async def poll_repeatedly(self, queue: BoundedQueue[str]) -> None:
         for _ in range(30):
             await queue.reserve()
             await asyncio.sleep(0)
@@ -237,6 +237,6 @@ async def test_random_use_of_shared_slots_stays_within_total_and_starves_no_envi
     storm = RandomPollers(seed)
     async with asyncio.timeout(20), asyncio.TaskGroup() as group:
         for queue in storm.queues * 3:
-            group.create_task(storm.poll(queue))
+            group.create_task(storm.poll_repeatedly(queue))
     for share, queue in zip(storm.shares, storm.queues, strict=True):
         assert share.taken == queue.waiting + queue.running + queue.reserved
