@@ -27,9 +27,9 @@ if TYPE_CHECKING:
 
     Answer = Callable[[web.Request], Awaitable[web.StreamResponse]]
 
-PAGE = 100
+PAGE_ITEMS = 100
 SECOND = timedelta(seconds=1)
-NEVER = 3600.0
+NEVER_SECONDS = 3600.0
 
 
 def client_of(plane: ControlPlane) -> WorkClient:
@@ -39,17 +39,19 @@ def client_of(plane: ControlPlane) -> WorkClient:
 
 
 def reader_of(client: WorkClient) -> FleetReader:
-    return FleetReader(client, interval=NEVER, max_age=NEVER)
+    return FleetReader(client, interval=NEVER_SECONDS, max_age=NEVER_SECONDS)
 
 
-async def read(reader: FleetReader) -> FleetLoad:
+async def read_load(reader: FleetReader) -> FleetLoad:
     load = await reader.read_load()
     assert load is not None
     return load
 
 
-def vendor(*, statistics: bool = True, after_id: str = "known", newest: bool = False) -> Any:
-    """Return a middleware that makes the control plane one without a count of running items.
+def without_running_count(
+    *, statistics: bool = True, after_id: str = "known", newest: bool = False
+) -> Any:
+    """Return a middleware that removes the count of running items from the statistics.
 
     Args:
         statistics: Whether statistics are answered at all.
@@ -58,7 +60,7 @@ def vendor(*, statistics: bool = True, after_id: str = "known", newest: bool = F
     """
 
     @web.middleware
-    async def middleware(request: web.Request, handler: Answer) -> web.StreamResponse:
+    async def change_answer(request: web.Request, handler: Answer) -> web.StreamResponse:
         if request.path.endswith("/stats"):
             if not statistics:
                 error = {"type": "permission_error", "message": "not for this key"}
@@ -69,13 +71,13 @@ def vendor(*, statistics: bool = True, after_id: str = "known", newest: bool = F
             del stats["running"], stats["stopped"]
             return web.json_response(stats)
         if request.path.endswith("/work"):
-            request = _listing(request, after_id, newest=newest)
+            request = with_list_parameters(request, after_id, newest=newest)
         return await handler(request)
 
-    return middleware
+    return change_answer
 
 
-def _listing(request: web.Request, after_id: str, *, newest: bool) -> web.Request:
+def with_list_parameters(request: web.Request, after_id: str, *, newest: bool) -> web.Request:
     query = dict(request.query)
     if "after_id" in query and after_id == "refused":
         query["after_id"] = "work_of_nobody"
@@ -86,12 +88,12 @@ def _listing(request: web.Request, after_id: str, *, newest: bool) -> web.Reques
     return request.clone(rel_url=request.rel_url.with_query(query))
 
 
-def stop(plane: ControlPlane, *work_ids: str) -> None:
+def stop_items(plane: ControlPlane, *work_ids: str) -> None:
     for work_id in work_ids:
         plane.operations.stop_item(plane.environments[0], work_id, None, force=True)
 
 
-async def claim(client: WorkClient, count: int) -> None:
+async def claim_items(client: WorkClient, count: int) -> None:
     for _ in range(count):
         item = await client.poll()
         assert item is not None
@@ -101,9 +103,9 @@ async def claim(client: WorkClient, count: int) -> None:
 async def test_load_is_read_from_statistics_that_count_running_items() -> None:
     async with ControlPlane() as plane, client_of(plane) as client:
         plane.enqueue(5)
-        await claim(client, 2)
+        await claim_items(client, 2)
         assert await client.poll() is not None
-        load = await read(reader_of(client))
+        load = await read_load(reader_of(client))
         assert (load.queued, load.pending, load.running) == (2, 1, 2)
         assert (load.unfinished, load.lower_bound) == (5, False)
         assert 0 <= load.oldest_queued_seconds < 60
@@ -114,42 +116,48 @@ async def test_load_is_read_from_statistics_that_count_running_items() -> None:
 async def test_running_items_are_counted_in_the_list_of_other_control_planes(
     caplog: pytest.LogCaptureFixture, *, statistics: bool, newest: bool
 ) -> None:
-    middlewares = [vendor(statistics=statistics, newest=newest)]
+    middlewares = [without_running_count(statistics=statistics, newest=newest)]
     async with ControlPlane(middlewares=middlewares) as plane, client_of(plane) as client:
         items = plane.enqueue(6)
-        await claim(client, 3)
-        stop(plane, items[0].id, items[5].id)
+        await claim_items(client, 3)
+        stop_items(plane, items[0].id, items[5].id)
         reader = reader_of(client)
         for _ in range(2):
-            load = await read(reader)
+            load = await read_load(reader)
             assert (load.queued + load.pending, load.running) == (2, 2)
             assert not load.lower_bound
     assert caplog.text.count("statistics refused") == (0 if statistics else 1)
 
 
-async def test_history_that_is_longer_than_one_count_gives_no_numbers_until_it_is_passed(
+async def test_load_is_unknown_until_all_stopped_items_of_long_list_are_read(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """No running item has been reached, so the number of workers would be too small."""
-    monkeypatch.setattr(item_count, "LISTED_ITEMS_MAX", 2 * PAGE)
-    async with ControlPlane(middlewares=[vendor()]) as plane, client_of(plane) as client:
-        stop(plane, *(item.id for item in plane.enqueue(5 * PAGE)))
+    """The count has not reached a running item, so it would recommend too few workers."""
+    monkeypatch.setattr(item_count, "LISTED_ITEMS_MAX", 2 * PAGE_ITEMS)
+    async with (
+        ControlPlane(middlewares=[without_running_count()]) as plane,
+        client_of(plane) as client,
+    ):
+        stop_items(plane, *(item.id for item in plane.enqueue(5 * PAGE_ITEMS)))
         plane.enqueue(5)
-        await claim(client, 4)
+        await claim_items(client, 4)
         reader = reader_of(client)
         assert [await reader.read_load() for _ in range(2)] == [None, None]
         for _ in range(2):
-            load = await read(reader)
+            load = await read_load(reader)
             assert (load.running, load.lower_bound) == (4, False)
 
 
-async def test_reader_passes_a_long_history_and_then_has_numbers(
+async def test_reader_skips_long_list_of_stopped_items_and_is_then_ready(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(item_count, "LISTED_ITEMS_MAX", PAGE)
+    monkeypatch.setattr(item_count, "LISTED_ITEMS_MAX", PAGE_ITEMS)
     monkeypatch.setattr(fleet_reader, "HISTORY_SECONDS", 0.01)
-    async with ControlPlane(middlewares=[vendor()]) as plane, client_of(plane) as client:
-        stop(plane, *(item.id for item in plane.enqueue(3 * PAGE)))
+    async with (
+        ControlPlane(middlewares=[without_running_count()]) as plane,
+        client_of(plane) as client,
+    ):
+        stop_items(plane, *(item.id for item in plane.enqueue(3 * PAGE_ITEMS)))
         plane.enqueue(2)
         reader = reader_of(client)
         assert reader.unready_reasons() == ["the queue is not read to its end yet"]
@@ -164,37 +172,37 @@ async def test_reader_passes_a_long_history_and_then_has_numbers(
         assert (reader.load.unfinished, reader.unready_reasons()) == (2, [])
 
 
-async def test_history_that_cannot_be_passed_gives_no_numbers(
+async def test_load_stays_unknown_if_stopped_items_cannot_be_skipped(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(item_count, "LISTED_ITEMS_MAX", PAGE)
-    middlewares = [vendor(after_id="refused")]
+    monkeypatch.setattr(item_count, "LISTED_ITEMS_MAX", PAGE_ITEMS)
+    middlewares = [without_running_count(after_id="refused")]
     async with ControlPlane(middlewares=middlewares) as plane, client_of(plane) as client:
-        stop(plane, *(item.id for item in plane.enqueue(3 * PAGE)))
+        stop_items(plane, *(item.id for item in plane.enqueue(3 * PAGE_ITEMS)))
         reader = reader_of(client)
         assert [await reader.read_load() for _ in range(4)] == [None] * 4
 
 
-async def test_long_list_that_begins_with_the_newest_items_is_a_lower_bound(
+async def test_load_from_long_list_that_begins_with_newest_item_is_lower_bound(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(item_count, "LISTED_ITEMS_MAX", PAGE)
-    middlewares = [vendor(newest=True)]
+    monkeypatch.setattr(item_count, "LISTED_ITEMS_MAX", PAGE_ITEMS)
+    middlewares = [without_running_count(newest=True)]
     async with ControlPlane(middlewares=middlewares) as plane, client_of(plane) as client:
-        stop(plane, *(item.id for item in plane.enqueue(3 * PAGE)))
+        stop_items(plane, *(item.id for item in plane.enqueue(3 * PAGE_ITEMS)))
         plane.enqueue(2)
-        await claim(client, 2)
-        load = await read(reader_of(client))
+        await claim_items(client, 2)
+        load = await read_load(reader_of(client))
         assert (load.running, load.lower_bound) == (2, True)
 
 
 @pytest.mark.parametrize("after_id", ["known", "ignored", "refused"])
-async def test_count_is_exact_whether_or_not_the_list_can_begin_later(after_id: str) -> None:
-    middlewares = [vendor(after_id=after_id)]
+async def test_count_is_exact_whatever_control_plane_does_with_after_id(after_id: str) -> None:
+    middlewares = [without_running_count(after_id=after_id)]
     async with ControlPlane(middlewares=middlewares) as plane, client_of(plane) as client:
-        stop(plane, *(item.id for item in plane.enqueue(PAGE)))
+        stop_items(plane, *(item.id for item in plane.enqueue(PAGE_ITEMS)))
         plane.enqueue(4)
-        await claim(client, 3)
+        await claim_items(client, 3)
         counter = ItemCounter(client)
         for _ in range(3):
             count = await counter.count_items()
@@ -214,7 +222,11 @@ async def test_stopped_items_are_skipped_in_a_list_in_order_of_creation_only(
         item = plane.enqueue(1)[0]
         shown = parse_item(QODER.item_json(item) | {"state": "stopped"})
         assert shown.created_at is not None
-        ages = range(PAGE) if order != "by random id" else [n * 37 % PAGE for n in range(PAGE)]
+        ages = (
+            range(PAGE_ITEMS)
+            if order != "by random id"
+            else [n * 37 % PAGE_ITEMS for n in range(PAGE_ITEMS)]
+        )
         items = [
             replace(shown, id=f"work_{number:032x}", created_at=shown.created_at + age * SECOND)
             for number, age in enumerate(ages)
@@ -228,22 +240,25 @@ async def test_stopped_items_are_skipped_in_a_list_in_order_of_creation_only(
 
 async def test_running_item_behind_stopped_ones_is_counted_after_they_are_skipped() -> None:
     """A skipped beginning must never hide an item that still runs."""
-    async with ControlPlane(middlewares=[vendor()]) as plane, client_of(plane) as client:
-        items = plane.enqueue(PAGE + 3)
-        await claim(client, PAGE + 3)
+    async with (
+        ControlPlane(middlewares=[without_running_count()]) as plane,
+        client_of(plane) as client,
+    ):
+        items = plane.enqueue(PAGE_ITEMS + 3)
+        await claim_items(client, PAGE_ITEMS + 3)
         counter = ItemCounter(client)
-        assert (await counter.count_items()).running == PAGE + 3
-        stop(plane, *(item.id for item in items[1:]))
+        assert (await counter.count_items()).running == PAGE_ITEMS + 3
+        stop_items(plane, *(item.id for item in items[1:]))
         assert await counter.count_items() == ItemCount(0, 1, None, complete=True)
-        stop(plane, items[0].id)
+        stop_items(plane, items[0].id)
         assert [(await counter.count_items()).running for _ in range(2)] == [0, 0]
         plane.enqueue(2)
-        await claim(client, 1)
+        await claim_items(client, 1)
         count = await counter.count_items()
         assert (count.queued, count.running, count.complete) == (1, 1, True)
 
 
-def test_running_items_that_are_counted_as_pending_do_not_count_twice() -> None:
+def test_running_items_that_statistics_count_as_pending_are_counted_once() -> None:
     stats = QueueStats(depth=1, pending=5, oldest_queued_at=None, workers_polling=2)
     count = ItemCount(queued=1, running=5, oldest_queued_at=None, complete=True)
     assert combined_load(stats, count) == FleetLoad(1, 0, 5)
@@ -252,12 +267,12 @@ def test_running_items_that_are_counted_as_pending_do_not_count_twice() -> None:
     )
 
 
-async def test_refused_list_is_an_error_and_leaves_the_reader_without_numbers(
+async def test_refused_item_list_raises_and_leaves_load_unknown(
     caplog: pytest.LogCaptureFixture,
 ) -> None:
     async with ControlPlane() as plane:
         (other := ControlPlane()).port = plane.port
-        async with client_of(other) as client:  # with the token of another control plane
+        async with client_of(other) as client:  # its token is unknown to `plane`
             reader = reader_of(client)
             with pytest.raises(RefusedError):
                 await reader.read_load()

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
     from workpool.testing import Kit
 
-MINUTE = 60.0
+MINUTE_SECONDS = 60.0
 
 
 def acked_items(workpool: Kit) -> list[str]:
@@ -64,11 +64,11 @@ async def test_limited_handler_runs_as_fast_as_its_limit_allows(
         await workpool.wait_for(SessionFinished, count=40)
         elapsed = clock() - started
     assert running["most"] == 2
-    assert elapsed <= 40 * seconds / 2 * 1.1 + 0.5  # the first poll, and what a poll takes
+    assert elapsed <= 40 * seconds / 2 * 1.1 + 0.5  # with 0.5 s and 10 % for the polls
 
 
 @in_virtual_time
-async def test_item_set_aside_is_acknowledged_only_once_its_handler_has_a_slot(
+async def test_item_of_full_handler_is_acknowledged_when_slot_becomes_free(
     workpool: Kit,
 ) -> None:
     workpool.enqueue(count=2, metadata={"kind": "limited"})
@@ -81,15 +81,15 @@ async def test_item_set_aside_is_acknowledged_only_once_its_handler_has_a_slot(
 
 
 @in_virtual_time
-async def test_item_set_aside_is_declined_one_second_before_its_redelivery(workpool: Kit) -> None:
+async def test_item_of_full_handler_is_declined_one_second_before_redelivery(workpool: Kit) -> None:
     workpool.enqueue(count=2, metadata={"kind": "limited"})
     clock = asyncio.get_running_loop().time
-    async with workpool.pool(counting_handler(MINUTE, Counter(), most=1)):
+    async with workpool.pool(counting_handler(MINUTE_SECONDS, Counter(), most=1)):
         started = clock()
         declined = await workpool.wait_for(ItemDeclined)
         assert declined.reason == "busy"
         assert clock() - started == pytest.approx(4.0, abs=0.2)
-        await workpool.wait_for(SessionFinished, count=2, timeout=10 * MINUTE)
+        await workpool.wait_for(SessionFinished, count=2, timeout=10 * MINUTE_SECONDS)
     assert len(acked_items(workpool)) == 2
 
 
@@ -129,7 +129,7 @@ async def test_item_set_aside_starts_at_once_when_another_environment_frees_a_sl
 
 
 @in_virtual_time
-async def test_items_of_other_handlers_overtake_items_that_are_set_aside(workpool: Kit) -> None:
+async def test_items_of_other_handlers_overtake_items_of_full_handler(workpool: Kit) -> None:
     limited = counting_handler(3.0, Counter(), most=1)
     workpool.enqueue(count=4, metadata={"kind": "limited"})
     (item,) = workpool.enqueue()
@@ -139,7 +139,7 @@ async def test_items_of_other_handlers_overtake_items_that_are_set_aside(workpoo
 
 
 @in_virtual_time
-async def test_pool_that_ends_when_empty_waits_for_items_set_aside(workpool: Kit) -> None:
+async def test_until_empty_runs_items_that_wait_for_full_handler(workpool: Kit) -> None:
     workpool.enqueue(count=5, metadata={"kind": "limited"})
     limited = counting_handler(0.5, Counter(), most=1)
     await workpool.pool(limited).run(until_empty=True)
@@ -147,14 +147,14 @@ async def test_pool_that_ends_when_empty_waits_for_items_set_aside(workpool: Kit
 
 
 @in_virtual_time
-async def test_pause_and_drain_leave_items_set_aside_to_other_workers(workpool: Kit) -> None:
+async def test_pause_and_drain_leave_items_of_full_handler_to_other_workers(workpool: Kit) -> None:
     workpool.enqueue(count=4, metadata={"kind": "limited"})
     limited = counting_handler(2.0, Counter(), most=1)
     async with workpool.pool(limited) as pool:
         await workpool.wait_for(SessionStarted)
         await asyncio.sleep(1)
         pool.pause("a test")
-        await asyncio.sleep(MINUTE)
+        await asyncio.sleep(MINUTE_SECONDS)
         assert len(acked_items(workpool)) == 1
         pool.resume()
         await workpool.wait_for(SessionStarted, count=2, timeout=10)
@@ -170,12 +170,12 @@ async def test_reserved_slots_stay_free_for_their_handler(workpool: Kit) -> None
         await asyncio.sleep(30)
         assert pool.status().running == 3
         workpool.enqueue(count=2, metadata={"kind": "limited"})
-        await workpool.wait_for(SessionFinished, count=2, timeout=MINUTE)
+        await workpool.wait_for(SessionFinished, count=2, timeout=MINUTE_SECONDS)
         assert running["most"] == 2
 
 
 @in_virtual_time
-async def test_handler_with_reserved_slots_may_use_the_others_too(workpool: Kit) -> None:
+async def test_handler_with_reserved_slots_may_use_unreserved_slots_too(workpool: Kit) -> None:
     running: Counter[str] = Counter()
     workpool.enqueue(count=5, metadata={"kind": "limited"})
     async with workpool.pool(
@@ -195,7 +195,7 @@ async def test_handler_with_reserved_slots_may_use_the_others_too(workpool: Kit)
         (2, "other_handler.other_handler would never run: all 2 slots are reserved"),
     ],
 )
-async def test_reservation_that_leaves_no_slot_is_refused_at_the_start(
+async def test_reservation_that_leaves_other_handlers_no_slot_prevents_start(
     workpool: Kit, reserved: int, message: str
 ) -> None:
     limited = counting_handler(0.0, Counter(), reserved=reserved)
@@ -206,7 +206,7 @@ async def test_reservation_that_leaves_no_slot_is_refused_at_the_start(
 
 
 @in_virtual_time
-async def test_item_set_aside_that_is_delivered_again_runs_once(workpool: Kit) -> None:
+async def test_redelivered_item_of_full_handler_runs_once(workpool: Kit) -> None:
     workpool.enqueue(count=2, metadata={"kind": "limited"})
     async with workpool.pool(counting_handler(2.0, Counter(), most=1)) as pool:
         await workpool.wait_for(SessionStarted)

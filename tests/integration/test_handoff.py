@@ -37,12 +37,12 @@ if TYPE_CHECKING:
 UNSENT = Fault(answer="silence", applied=False)
 UNANSWERED = Fault(answer="silence")
 GARBLED = Fault(answer=b"{")
-BOUND = 60 - 6 - 15
+TAKE_BACK_SECONDS = 60 - 6 - 15
 """Seconds after which a parent takes back an item with the default TTL of 60 s."""
 
 
 class ChildInLoop(LoopSupervisor, HandoffChild):
-    """The child's side of a handoff in virtual time."""
+    """The supervisor of a child process, in virtual time."""
 
 
 class HandoffTestbed:
@@ -71,28 +71,28 @@ class HandoffTestbed:
 
     async def run_handler(
         self,
-        handle: Callable[[Session], Awaitable[Any]],
+        hand_off_item: Callable[[Session], Awaitable[Any]],
         meanwhile: Callable[[LoopSupervisor], Awaitable[None]] | None = None,
         **values: Any,
     ) -> str:
         """Run a pool with this handler until its session has ended; return the outcome."""
 
         @handler
-        async def work(session: Session) -> Any:
-            return await handle(session)
+        async def run_given_handler(session: Session) -> Any:
+            return await hand_off_item(session)
 
         settings = Settings(
             environment_id=ENVIRONMENT, token=ENVIRONMENT, stats_interval=0, **values
         )
         connect = partial(LocalClient, self.operations, faults=self._note_request)
-        pool = LoopSupervisor(settings, plugins=[work, self.recorder], connect=connect)
+        pool = LoopSupervisor(settings, plugins=[run_given_handler, self.recorder], connect=connect)
         child = LocalClient(self.operations, settings, worker_id="child")
         async with child as self.child, asyncio.TaskGroup() as self.group, pool as self.pool:
             if meanwhile is not None:
                 await meanwhile(pool)
             finished = await self.recorder.wait_for(SessionFinished, timeout=900)
             assert pool.status().running == 0
-            await asyncio.sleep(5)  # wait for all requests in progress
+            await asyncio.sleep(5)
         return finished.outcome
 
     def _note_request(self, request: Request) -> Fault | None:
@@ -101,13 +101,13 @@ class HandoffTestbed:
         return self._script(request)
 
     def start_child(self, after: float = 0.0) -> None:
-        """Start a child that sends its first heartbeat after this number of seconds."""
+        """Start a child that sends its first heartbeat after `after` seconds."""
 
-        async def start_later() -> None:
+        async def send_heartbeat_later() -> None:
             await asyncio.sleep(after)
             await self.send_child_heartbeat()
 
-        self._children.append(self.group.create_task(start_later()))
+        self._children.append(self.group.create_task(send_heartbeat_later()))
 
     async def send_child_heartbeat(self) -> None:
         """Send the child's first heartbeat."""
@@ -139,63 +139,60 @@ class HandoffTestbed:
         return self.operations.get_item(ENVIRONMENT, self.work_id)
 
 
-# Handoffs to a child that starts.
-
-
 @in_virtual_time
-@pytest.mark.parametrize("after", [0.0, 3.0, BOUND - 2])
-async def test_first_heartbeat_of_child_takes_the_item_over(after: float) -> None:
-    bench = HandoffTestbed()
+@pytest.mark.parametrize("after", [0.0, 3.0, TAKE_BACK_SECONDS - 2])
+async def test_first_heartbeat_of_child_ends_session_of_parent_as_detached(after: float) -> None:
+    testbed = HandoffTestbed()
     left_at = 0.0
 
-    async def handle(session: Session) -> dict[str, str]:
+    async def hand_off_item(session: Session) -> dict[str, str]:
         nonlocal left_at
-        async with session.handover() as bench.lease:
-            assert bench.metric_value("leases", state="active") == 1
-            bench.start_child(after)
-        left_at = bench.loop.time()
-        assert bench.metric_value("leases", state="active") == 0
+        async with session.handover() as testbed.lease:
+            assert testbed.metric_value("leases", state="active") == 1
+            testbed.start_child(after)
+        left_at = testbed.loop.time()
+        assert testbed.metric_value("leases", state="active") == 0
         with pytest.raises(SessionEnded):
             await session.update_metadata({"a": "b"})
         return {"ignored": "yes"}
 
-    assert await bench.run_handler(handle) == "detached"
+    assert await testbed.run_handler(hand_off_item) == "detached"
     assert after <= left_at <= after + 2
-    labels = {"handler": "work.work", "outcome": "detached"}
-    assert bench.metric_value("sessions_total", **labels) == 1
-    assert bench.lease.work_id == bench.work_id
-    assert bench.lease.environment_id == ENVIRONMENT
-    assert bench.lease.ttl == 60
-    # the first heartbeat, and a new one before the handoff
-    assert bench.request_names.count("heartbeat") == 2
-    assert set(bench.requests_since(0)) <= {"get"}
-    assert (bench.item.state, dict(bench.item.metadata)) == ("active", {})
-    assert bench.recorder.of(ItemReclaimed) == []
+    labels = {"handler": "run_given_handler.run_given_handler", "outcome": "detached"}
+    assert testbed.metric_value("sessions_total", **labels) == 1
+    assert testbed.lease.work_id == testbed.work_id
+    assert testbed.lease.environment_id == ENVIRONMENT
+    assert testbed.lease.ttl == 60
+    # The pool sends a first heartbeat, and another one before the handoff.
+    assert testbed.request_names.count("heartbeat") == 2
+    assert set(testbed.requests_since(0)) <= {"get"}
+    assert (testbed.item.state, dict(testbed.item.metadata)) == ("active", {})
+    assert testbed.recorder.of(ItemReclaimed) == []
 
 
 @in_virtual_time
 async def test_parent_sends_nothing_for_item_inside_handoff_block() -> None:
-    bench = HandoffTestbed()
+    testbed = HandoffTestbed()
 
-    async def handle(session: Session) -> None:
-        async with session.handover() as bench.lease:
-            entered = bench.loop.time()
+    async def hand_off_item(session: Session) -> None:
+        async with session.handover() as testbed.lease:
+            entered = testbed.loop.time()
             with pytest.raises(LeaseLost):
                 await session.update_metadata({"a": "b"})
             with pytest.raises(LeaseLost):
                 await session.handover().__aenter__()
-            await asyncio.sleep(BOUND - 4)
-            assert bench.requests_since(entered) == []
-            await bench.send_child_heartbeat()
+            await asyncio.sleep(TAKE_BACK_SECONDS - 4)
+            assert testbed.requests_since(entered) == []
+            await testbed.send_child_heartbeat()
 
-    assert await bench.run_handler(handle) == "detached"
+    assert await testbed.run_handler(hand_off_item) == "detached"
 
 
 @in_virtual_time
 async def test_write_in_progress_is_cancelled_when_handoff_begins() -> None:
-    bench = HandoffTestbed(update=[UNSENT])
+    testbed = HandoffTestbed(update=[UNSENT])
 
-    async def handle(session: Session) -> None:
+    async def hand_off_item(session: Session) -> None:
         async def write_metadata() -> None:
             with pytest.raises(LeaseLost):
                 await session.update_metadata({"a": "b"})
@@ -203,62 +200,62 @@ async def test_write_in_progress_is_cancelled_when_handoff_begins() -> None:
         async with asyncio.TaskGroup() as group:
             group.create_task(write_metadata())
             await asyncio.sleep(1)
-            async with session.handover() as bench.lease:
-                assert bench.loop.time() == 1
-                bench.start_child()
+            async with session.handover() as testbed.lease:
+                assert testbed.loop.time() == 1
+                testbed.start_child()
 
-    assert await bench.run_handler(handle) == "detached"
-    assert bench.item.metadata == {}
+    assert await testbed.run_handler(hand_off_item) == "detached"
+    assert testbed.item.metadata == {}
 
 
 @in_virtual_time
 async def test_handoff_block_starts_after_heartbeat_in_progress() -> None:
     """Parent and child must not both have a heartbeat in flight."""
-    bench = HandoffTestbed(heartbeat=[None, Fault(request_delay=4, answer_delay=4)])
+    testbed = HandoffTestbed(heartbeat=[None, Fault(request_delay=4, answer_delay=4)])
 
-    async def handle(session: Session) -> None:
-        # a heartbeat is due after a third of 60 s less jitter, so one is in flight
+    async def hand_off_item(session: Session) -> None:
+        # The second heartbeat was due 20 s after the first one, less jitter, so it is in flight.
         await asyncio.sleep(21)
-        assert bench.request_names.count("heartbeat") == 2
-        async with session.handover() as bench.lease:
-            assert bench.loop.time() > 25
-            assert bench.request_names.count("heartbeat") == 2
-            bench.start_child()
+        assert testbed.request_names.count("heartbeat") == 2
+        async with session.handover() as testbed.lease:
+            assert testbed.loop.time() > 25
+            assert testbed.request_names.count("heartbeat") == 2
+            testbed.start_child()
 
-    assert await bench.run_handler(handle) == "detached"
+    assert await testbed.run_handler(hand_off_item) == "detached"
 
 
 @in_virtual_time
-async def test_heartbeat_in_doubt_is_resolved_before_child_starts() -> None:
+async def test_unanswered_heartbeat_is_resolved_before_child_starts() -> None:
     """The heartbeat was applied and its answer lost: the child must expect the new value."""
-    bench = HandoffTestbed(heartbeat=[None, UNANSWERED])
+    testbed = HandoffTestbed(heartbeat=[None, UNANSWERED])
 
-    async def handle(session: Session) -> None:
-        async with session.handover() as bench.lease:
-            bench.start_child()
+    async def hand_off_item(session: Session) -> None:
+        async with session.handover() as testbed.lease:
+            testbed.start_child()
 
-    assert await bench.run_handler(handle) == "detached"
-    assert "recovered" in [event.result for event in bench.recorder.of(HeartbeatFinished)]
+    assert await testbed.run_handler(hand_off_item) == "detached"
+    assert "recovered" in [event.result for event in testbed.recorder.of(HeartbeatFinished)]
 
 
 @in_virtual_time
 @pytest.mark.parametrize("end", ["stopped", "lapsed"])
-async def test_child_process_that_ended_before_parent_checked_it_is_treated_as_lease_owner(
+async def test_child_that_ended_before_parent_read_item_counts_as_its_owner(
     end: str,
 ) -> None:
-    bench = HandoffTestbed()
+    testbed = HandoffTestbed()
 
-    async def handle(session: Session) -> None:
-        async with session.handover() as bench.lease:
+    async def hand_off_item(session: Session) -> None:
+        async with session.handover() as testbed.lease:
             if end == "stopped":
-                await bench.send_child_heartbeat()
-                await bench.child.stop(bench.work_id, force=True)
+                await testbed.send_child_heartbeat()
+                await testbed.child.stop(testbed.work_id, force=True)
             else:
-                await bench.child.heartbeat(bench.work_id, bench.lease.last_heartbeat, 10)
+                await testbed.child.heartbeat(testbed.work_id, testbed.lease.last_heartbeat, 10)
                 await asyncio.sleep(10.5)
 
-    assert await bench.run_handler(handle, reclaim_older_than_ms=60_000) == "detached"
-    assert bench.request_names == ["ack", "heartbeat", "heartbeat", "get"]
+    assert await testbed.run_handler(hand_off_item, reclaim_older_than_ms=60_000) == "detached"
+    assert testbed.request_names == ["ack", "heartbeat", "heartbeat", "get"]
 
 
 @in_virtual_time
@@ -266,131 +263,126 @@ async def test_child_that_starts_at_last_moment_keeps_item() -> None:
     """The parent's refused heartbeat means that the child holds the item, not that the lease is
     lost.
     """
-    bench = HandoffTestbed(get=[UNSENT] * 5)
+    testbed = HandoffTestbed(get=[UNSENT] * 5)
 
-    async def handle(session: Session) -> None:
-        async with session.handover() as bench.lease:
-            bench.start_child(BOUND - 0.1)
+    async def hand_off_item(session: Session) -> None:
+        async with session.handover() as testbed.lease:
+            testbed.start_child(TAKE_BACK_SECONDS - 0.1)
 
-    assert await bench.run_handler(handle) == "detached"
-    heartbeats = [event.result for event in bench.recorder.of(HeartbeatFinished)]
+    assert await testbed.run_handler(hand_off_item) == "detached"
+    heartbeats = [event.result for event in testbed.recorder.of(HeartbeatFinished)]
     assert heartbeats[-1] == "precondition"
-    assert bench.item.state == "active"
-    assert bench.recorder.of(ItemReclaimed) == []
+    assert testbed.item.state == "active"
+    assert testbed.recorder.of(ItemReclaimed) == []
 
 
 @in_virtual_time
-async def test_item_in_doubt_after_handoff_belongs_to_child() -> None:
+async def test_item_whose_holder_is_unknown_after_handoff_is_left_to_child() -> None:
     """The parent's heartbeat was applied and its answer lost; the item does not show its holder."""
-    bench = HandoffTestbed(heartbeat=[None, None, GARBLED])
+    testbed = HandoffTestbed(heartbeat=[None, None, GARBLED])
 
-    async def handle(session: Session) -> None:
-        async with session.handover() as bench.lease:
+    async def hand_off_item(session: Session) -> None:
+        async with session.handover() as testbed.lease:
             pass
 
-    assert await bench.run_handler(handle, reclaim_older_than_ms=60_000) == "detached"
-    assert "stop" not in bench.request_names
+    assert await testbed.run_handler(hand_off_item, reclaim_older_than_ms=60_000) == "detached"
+    assert "stop" not in testbed.request_names
 
 
 @in_virtual_time
 async def test_handoff_block_longer_than_time_limit_loses_no_lease() -> None:
     """A handler that starts its child slowly must not lose the item to an expired lease."""
-    bench = HandoffTestbed()
+    testbed = HandoffTestbed()
 
-    async def handle(session: Session) -> None:
+    async def hand_off_item(session: Session) -> None:
         async def start_slowly() -> None:
-            async with session.handover() as bench.lease:
+            async with session.handover() as testbed.lease:
                 await asyncio.sleep(300)
-                assert await bench.is_child_refused()
+                assert await testbed.is_child_refused()
 
         with pytest.raises(HandoverError):
             await start_slowly()
 
-    assert await bench.run_handler(handle) == "completed"
-
-
-# Handoffs whose child does not start.
+    assert await testbed.run_handler(hand_off_item) == "completed"
 
 
 @in_virtual_time
 async def test_handoff_without_child_returns_item_to_parent() -> None:
-    bench = HandoffTestbed()
+    testbed = HandoffTestbed()
 
-    async def handle(session: Session) -> dict[str, str]:
+    async def hand_off_item(session: Session) -> dict[str, str]:
         with pytest.raises(HandoverError) as caught:
-            async with session.handover() as bench.lease:
+            async with session.handover() as testbed.lease:
                 pass
-        assert caught.value.work_id == bench.work_id
-        assert bench.loop.time() == pytest.approx(BOUND, abs=0.1)
-        assert await bench.is_child_refused()
+        assert caught.value.work_id == testbed.work_id
+        assert testbed.loop.time() == pytest.approx(TAKE_BACK_SECONDS, abs=0.1)
+        assert await testbed.is_child_refused()
         await session.update_metadata({"a": "b"})
-        await asyncio.sleep(100)  # the lease is renewed as before the handoff
+        await asyncio.sleep(100)  # longer than the TTL, so the lease must be renewed
         return {"c": "d"}
 
-    assert await bench.run_handler(handle) == "completed"
-    assert dict(bench.item.metadata) == {"a": "b", "c": "d"}
+    assert await testbed.run_handler(hand_off_item) == "completed"
+    assert dict(testbed.item.metadata) == {"a": "b", "c": "d"}
 
 
 @in_virtual_time
 async def test_second_handoff_after_failed_one_can_succeed() -> None:
-    bench = HandoffTestbed()
+    testbed = HandoffTestbed()
 
-    async def handle(session: Session) -> None:
+    async def hand_off_item(session: Session) -> None:
         with pytest.raises(HandoverError):
-            async with session.handover() as bench.lease:
+            async with session.handover() as testbed.lease:
                 pass
-        async with session.handover() as bench.lease:
-            bench.start_child()
+        async with session.handover() as testbed.lease:
+            testbed.start_child()
 
-    assert await bench.run_handler(handle) == "detached"
+    assert await testbed.run_handler(hand_off_item) == "detached"
 
 
 @in_virtual_time
 async def test_failed_handoff_fails_session() -> None:
-    bench = HandoffTestbed()
+    testbed = HandoffTestbed()
 
-    async def handle(session: Session) -> None:
-        async with session.handover() as bench.lease:
+    async def hand_off_item(session: Session) -> None:
+        async with session.handover() as testbed.lease:
             pass
 
-    assert await bench.run_handler(handle) == "failed"
-    assert bench.item.metadata == {"workpool.error": "HandoverError"}
+    assert await testbed.run_handler(hand_off_item) == "failed"
+    assert testbed.item.metadata == {"workpool.error": "HandoverError"}
 
 
 @in_virtual_time
 @pytest.mark.parametrize("came", [False, True])
-async def test_exception_in_handoff_block_returns_item_unless_child_has_it(came: bool) -> None:  # noqa: FBT001 - a parameter of the test
-    bench = HandoffTestbed()
+async def test_exception_in_handoff_block_returns_item_unless_child_took_it(came: bool) -> None:  # noqa: FBT001 - a parameter of the test
+    testbed = HandoffTestbed()
 
-    async def handle(session: Session) -> None:
-        async with session.handover() as bench.lease:
+    async def hand_off_item(session: Session) -> None:
+        async with session.handover() as testbed.lease:
             if came:
-                await bench.send_child_heartbeat()
+                await testbed.send_child_heartbeat()
             raise ValueError("cannot start it")
 
-    assert await bench.run_handler(handle) == ("detached" if came else "failed")
-    assert ("stop" in bench.request_names) is not came
-    assert bench.item.metadata == ({} if came else {"workpool.error": "ValueError"})
-    assert bench.loop.time() < 10
+    assert await testbed.run_handler(hand_off_item) == ("detached" if came else "failed")
+    assert ("stop" in testbed.request_names) is not came
+    assert testbed.item.metadata == ({} if came else {"workpool.error": "ValueError"})
+    assert testbed.loop.time() < 10
     if not came:
-        assert bench.item.state == "stopped"
+        assert testbed.item.state == "stopped"
 
 
 @in_virtual_time
 async def test_item_returns_to_parent_before_exception_leaves_handoff_block() -> None:
-    bench = HandoffTestbed(heartbeat=[None, None, GARBLED])
+    testbed = HandoffTestbed(heartbeat=[None, None, GARBLED])
 
-    async def handle(session: Session) -> None:
+    async def hand_off_item(session: Session) -> None:
         with pytest.raises(ValueError, match="cannot"):
-            async with session.handover() as bench.lease:
+            async with session.handover() as testbed.lease:
                 raise ValueError("cannot")
-        with pytest.raises(SessionEnded):  # in doubt, the item belongs to the child
+        # The answer to the heartbeat was garbled, so the child may own the item.
+        with pytest.raises(SessionEnded):
             await session.update_metadata({"a": "b"})
 
-    assert await bench.run_handler(handle, reclaim_older_than_ms=60_000) == "detached"
-
-
-# Handoffs that operators, drains or other workers interrupt.
+    assert await testbed.run_handler(hand_off_item, reclaim_older_than_ms=60_000) == "detached"
 
 
 @in_virtual_time
@@ -401,123 +393,122 @@ async def test_stop_by_operator_during_handoff_ends_session_at_once(
     inside: bool,  # noqa: FBT001 - a parameter of the test
 ) -> None:
     """A child must not start an item that was stopped."""
-    bench = HandoffTestbed()
+    testbed = HandoffTestbed()
 
-    async def handle(session: Session) -> None:
-        async with session.handover() as bench.lease:
+    async def hand_off_item(session: Session) -> None:
+        async with session.handover() as testbed.lease:
             if inside:
-                bench.stop_by_operator(force=force)
+                testbed.stop_by_operator(force=force)
             else:
-                bench.loop.call_later(3, partial(bench.stop_by_operator, force=force))
+                testbed.loop.call_later(3, partial(testbed.stop_by_operator, force=force))
 
-    assert await bench.run_handler(handle) == "stopped"
-    assert bench.loop.time() < 12
-    assert bench.item.state == "stopped"
-    assert ("stop" in bench.request_names) is not force
+    assert await testbed.run_handler(hand_off_item) == "stopped"
+    assert testbed.loop.time() < 12
+    assert testbed.item.state == "stopped"
+    assert ("stop" in testbed.request_names) is not force
 
 
 @in_virtual_time
 async def test_handoff_of_session_with_stop_request_is_refused() -> None:
-    bench = HandoffTestbed()
+    testbed = HandoffTestbed()
 
-    async def handle(session: Session) -> None:
-        bench.stop_by_operator()
+    async def hand_off_item(session: Session) -> None:
+        testbed.stop_by_operator()
         async with session.handover():
             raise AssertionError("the block was entered")
 
-    assert await bench.run_handler(handle) == "stopped"
-    assert bench.item.state == "stopped"
+    assert await testbed.run_handler(hand_off_item) == "stopped"
+    assert testbed.item.state == "stopped"
 
 
 @in_virtual_time
 @pytest.mark.parametrize("comes", [False, True])
 async def test_drain_during_handoff_releases_item_that_no_child_has_taken(comes: bool) -> None:  # noqa: FBT001 - a parameter of the test
-    bench = HandoffTestbed()
+    testbed = HandoffTestbed()
     entered = asyncio.Event()
 
-    async def handle(session: Session) -> None:
-        async with session.handover() as bench.lease:
+    async def hand_off_item(session: Session) -> None:
+        async with session.handover() as testbed.lease:
             if comes:
-                bench.start_child(3)
+                testbed.start_child(3)
             entered.set()
 
     async def drain_pool(pool: LoopSupervisor) -> None:
         await entered.wait()
-        began = bench.loop.time()
+        began = testbed.loop.time()
         await pool.drain(6)
-        assert bench.loop.time() - began <= (5.1 if comes else 6.1)
+        assert testbed.loop.time() - began <= (5.1 if comes else 6.1)
         assert pool.abandoned == 0
 
-    outcome = await bench.run_handler(handle, drain_pool, reclaim_older_than_ms=60_000)
+    outcome = await testbed.run_handler(hand_off_item, drain_pool, reclaim_older_than_ms=60_000)
     assert outcome == ("detached" if comes else "released")
     if not comes:
-        assert bench.item.lease_end <= (START + 16.2) * 1_000_000  # 6 s, and the 10 s of a release
+        assert (
+            testbed.item.lease_end <= (START + 16.2) * 1_000_000
+        )  # a drain of 6 s, and a release for 10 s
 
 
 @in_virtual_time
 async def test_session_timeout_during_handoff_returns_item_to_parent() -> None:
-    bench = HandoffTestbed()
+    testbed = HandoffTestbed()
 
-    async def handle(session: Session) -> None:
-        async with session.handover() as bench.lease:
+    async def hand_off_item(session: Session) -> None:
+        async with session.handover() as testbed.lease:
             pass
 
-    assert await bench.run_handler(handle, session_timeout=5) == "timed_out"
-    assert bench.item.state == "stopped"
+    assert await testbed.run_handler(hand_off_item, session_timeout=5) == "timed_out"
+    assert testbed.item.state == "stopped"
 
 
 @in_virtual_time
 async def test_handler_cancelled_before_handoff_block_leaves_no_handoff() -> None:
-    bench = HandoffTestbed(heartbeat=[None, Fault(request_delay=1, answer_delay=4)])
+    testbed = HandoffTestbed(heartbeat=[None, Fault(request_delay=1, answer_delay=4)])
 
-    async def handle(session: Session) -> None:
+    async def hand_off_item(session: Session) -> None:
         async with session.handover():
             raise AssertionError("the block was entered")
 
-    assert await bench.run_handler(handle, session_timeout=2) == "timed_out"
-    assert bench.item.state == "stopped"
+    assert await testbed.run_handler(hand_off_item, session_timeout=2) == "timed_out"
+    assert testbed.item.state == "stopped"
 
 
 @in_virtual_time
 @pytest.mark.parametrize("inside", [False, True])
 async def test_lease_that_cannot_be_renewed_during_handoff_is_lost(inside: bool) -> None:  # noqa: FBT001 - a parameter of the test
     silence = [UNSENT] * 99
-    bench = HandoffTestbed(heartbeat=[None, None, *silence], get=[*silence], stop=[*silence])
+    testbed = HandoffTestbed(heartbeat=[None, None, *silence], get=[*silence], stop=[*silence])
 
-    async def handle(session: Session) -> None:
+    async def hand_off_item(session: Session) -> None:
         async with session.handover():
             if inside:
                 await asyncio.sleep(300)
 
-    assert await bench.run_handler(handle, reclaim_older_than_ms=60_000) == "lease_lost"
-    assert bench.requests_since(54) == []
-    assert bench.recorder.of(ItemReclaimed) == []
+    assert await testbed.run_handler(hand_off_item, reclaim_older_than_ms=60_000) == "lease_lost"
+    assert testbed.requests_since(54) == []
+    assert testbed.recorder.of(ItemReclaimed) == []
 
 
 @in_virtual_time
 async def test_item_queued_again_during_handoff_without_child_is_lost() -> None:
     """The control plane ended the lease early, so neither parent nor child holds the item."""
-    bench = HandoffTestbed()
+    testbed = HandoffTestbed()
 
     def expire_lease() -> None:
-        queue = bench.operations.get_queue(ENVIRONMENT)
-        queue.put_item(replace(queue.get_item(bench.work_id), lease_end=0))
+        queue = testbed.operations.get_queue(ENVIRONMENT)
+        queue.put_item(replace(queue.get_item(testbed.work_id), lease_end=0))
 
-    async def handle(session: Session) -> None:
-        async with session.handover() as bench.lease:
-            bench.loop.call_later(5, expire_lease)
+    async def hand_off_item(session: Session) -> None:
+        async with session.handover() as testbed.lease:
+            testbed.loop.call_later(5, expire_lease)
 
-    assert await bench.run_handler(handle, reclaim_older_than_ms=60_000) == "lease_lost"
-    assert bench.recorder.of(ItemReclaimed)[0].stage == "run"
-
-
-# The child's side up to its first heartbeat; the tests of `workpool hold` cover the rest.
+    assert await testbed.run_handler(hand_off_item, reclaim_older_than_ms=60_000) == "lease_lost"
+    assert testbed.recorder.of(ItemReclaimed)[0].stage == "run"
 
 
-async def run_child(
-    bench: HandoffTestbed, **faults: list[Fault | None]
+async def run_pool_with_child(
+    testbed: HandoffTestbed, **faults: list[Fault | None]
 ) -> tuple[ChildInLoop, list[str]]:
-    """Hand the item off to a child with these faults; return the child and its outcomes."""
+    """Hand the item off to a child with these faults; return the child and its session outcomes."""
 
     @handler
     async def child_program(session: Session) -> None:
@@ -525,14 +516,14 @@ async def run_child(
 
     recorder = Recorder()
     settings = Settings(environment_id=ENVIRONMENT, token=ENVIRONMENT, stats_interval=0)
-    connect = partial(LocalClient, bench.operations, faults=Script(**faults))
+    connect = partial(LocalClient, testbed.operations, faults=Script(**faults))
 
-    async def handle(session: Session) -> None:
-        async with session.handover() as bench.lease:
-            bench.group.create_task(wait_for_child())
+    async def hand_off_item(session: Session) -> None:
+        async with session.handover() as testbed.lease:
+            testbed.group.create_task(wait_for_child())
 
     async def wait_for_child() -> None:
-        lease = bench.lease
+        lease = testbed.lease
         child = ChildInLoop(
             settings,
             lease.work_id,
@@ -545,31 +536,33 @@ async def run_child(
             await child.run()
 
     children: list[ChildInLoop] = []
-    bench.outcome = await bench.run_handler(handle, reclaim_older_than_ms=600_000)
+    testbed.outcome = await testbed.run_handler(hand_off_item, reclaim_older_than_ms=600_000)
     return children[0], [event.outcome for event in recorder.of(SessionFinished)]
 
 
 @in_virtual_time
-async def test_child_retries_while_parent_waits() -> None:
-    bench = HandoffTestbed()
+async def test_child_repeats_failed_requests_and_takes_item_over() -> None:
+    testbed = HandoffTestbed()
     fault = [Fault(answer=503, applied=False), GARBLED]
-    _, outcomes = await run_child(bench, get=[*fault], heartbeat=[Fault(answer=429, applied=False)])
-    assert (bench.outcome, outcomes) == ("detached", ["completed"])
-    assert dict(bench.item.metadata) == {"by": "child"}
+    _, outcomes = await run_pool_with_child(
+        testbed, get=[*fault], heartbeat=[Fault(answer=429, applied=False)]
+    )
+    assert (testbed.outcome, outcomes) == ("detached", ["completed"])
+    assert dict(testbed.item.metadata) == {"by": "child"}
 
 
 @in_virtual_time
 async def test_child_that_cannot_read_item_leaves_it_to_parent() -> None:
-    bench = HandoffTestbed()
-    child, outcomes = await run_child(bench, get=[UNSENT] * 99)
-    assert (bench.outcome, outcomes) == ("failed", [])
+    testbed = HandoffTestbed()
+    child, outcomes = await run_pool_with_child(testbed, get=[UNSENT] * 99)
+    assert (testbed.outcome, outcomes) == ("failed", [])
     assert child.status().error is not None
 
 
 @in_virtual_time
-async def test_child_with_an_unknown_heartbeat_result_leaves_item_alone() -> None:
+async def test_child_whose_heartbeat_answer_is_lost_does_not_run_item() -> None:
     """The answer to the child's heartbeat was lost, so the applied one may be the parent's."""
-    bench = HandoffTestbed()
-    _, outcomes = await run_child(bench, heartbeat=[GARBLED])
-    assert (bench.outcome, outcomes) == ("detached", ["detached"])
-    assert bench.item.metadata == {}
+    testbed = HandoffTestbed()
+    _, outcomes = await run_pool_with_child(testbed, heartbeat=[GARBLED])
+    assert (testbed.outcome, outcomes) == ("detached", ["detached"])
+    assert testbed.item.metadata == {}

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from workpool.testing import Recorder
 
 
-async def http_status(supervisor: Supervisor, path: str) -> tuple[int, Any]:
+async def get_health_report(supervisor: Supervisor, path: str) -> tuple[int, Any]:
     url = f"{supervisor.metrics_url}/{path}"
     async with aiohttp.ClientSession() as http, http.get(url) as response:
         return response.status, await response.json()
@@ -38,21 +38,23 @@ async def test_full_pool_is_ready_regardless_of_last_poll(
     may_end = asyncio.Event()
 
     @handler
-    async def work(_: Session) -> None:
+    async def wait_until_may_end(_: Session) -> None:
         await may_end.wait()
 
     control_plane.enqueue()
-    async with make_pool(work, concurrency=1, metrics_listen="127.0.0.1:0") as supervisor:
+    async with make_pool(
+        wait_until_may_end, concurrency=1, metrics_listen="127.0.0.1:0"
+    ) as supervisor:
         await recorder.wait_for(SessionStarted)
-        assert await http_status(supervisor, "readyz") == (200, {"status": "ready"})
+        assert await get_health_report(supervisor, "readyz") == (200, {"status": "ready"})
         may_end.set()
         await recorder.wait_for(SessionFinished)
-        reasons = ["no successful poll in the last 0 s"]
-        assert await http_status(supervisor, "readyz") == (
-            503,
-            {"status": "unready", "reasons": reasons},
-        )
-        assert await http_status(supervisor, "healthz") == (200, {"status": "healthy"})
+        expected = {"status": "unready", "reasons": ["no successful poll in the last 0 s"]}
+        async with asyncio.timeout(20):
+            # The slot becomes free shortly after the event.
+            while await get_health_report(supervisor, "readyz") != (503, expected):  # noqa: ASYNC110 - no event
+                await asyncio.sleep(0.01)
+        assert await get_health_report(supervisor, "healthz") == (200, {"status": "healthy"})
 
 
 async def test_loop_blocked_for_max_block_is_unhealthy(
@@ -61,18 +63,18 @@ async def test_loop_blocked_for_max_block_is_unhealthy(
     given_up, may_end = threading.Event(), threading.Event()
 
     @handler
-    async def work(_: Session) -> None:
-        may_end.wait(50)  # blocks the loop, because it is not awaited
+    async def block_loop(_: Session) -> None:
+        may_end.wait(50)  # a blocking call, so the event loop stops
 
     control_plane.enqueue()
     settings = make_settings(max_block=1.5, metrics_listen="127.0.0.1:0")
-    supervisor = Supervisor(settings, plugins=[work])
+    supervisor = Supervisor(settings, plugins=[block_loop])
     supervisor.on_blocked = given_up.set
     async with asyncio.TaskGroup() as group:
         try:
             group.create_task(asyncio.to_thread(asyncio.run, supervisor.run(until_empty=True)))
             assert await asyncio.to_thread(given_up.wait, 40)
-            status, report = await http_status(supervisor, "healthz")
+            status, report = await get_health_report(supervisor, "healthz")
         finally:
             may_end.set()
     assert (status, report["status"]) == (503, "unhealthy")

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from workpool.testing.fault_rules import Request
 
 ENVIRONMENT = "env_00000000000070008000000000000001"
-HOUR = 3600.0
+HOUR_SECONDS = 3600.0
 ITEMS = 120
 BODIES = (
     b"", b"null", b"true", b"{", b"[]", b"{}", b'"item"', b"\xff\xfe", b"NaN", b"1e999",
@@ -52,12 +52,12 @@ class GarbageScript:
 
     def __init__(self, seed: int) -> None:
         self.dice = random.Random(seed)  # noqa: S311 - repeatable, guards nothing
-        self.given = 0
+        self.replaced = 0
 
     def __call__(self, _: Request) -> Fault | None:
-        if asyncio.get_running_loop().time() > HOUR or self.dice.random() < 0.3:
+        if asyncio.get_running_loop().time() > HOUR_SECONDS or self.dice.random() < 0.3:
             return None
-        self.given += 1
+        self.replaced += 1
         applied = self.dice.random() < 0.5
         match self.dice.randrange(4):
             case 0:
@@ -79,7 +79,7 @@ class GarbageScript:
 
 @pytest.mark.parametrize("seed", range(3))
 def test_pool_after_an_hour_of_garbage_answers_completes_all_items(seed: int) -> None:
-    async def run_pool() -> None:
+    async def run_pool_for_two_hours() -> None:
         loop = asyncio.get_running_loop()
         assert isinstance(loop, VirtualLoop)
         operations = Operations([ENVIRONMENT], now=lambda: 1e9 + loop.machine_time())
@@ -87,7 +87,7 @@ def test_pool_after_an_hour_of_garbage_answers_completes_all_items(seed: int) ->
         running: set[str] = set()
 
         @handler
-        async def work(session: Session) -> dict[str, str]:
+        async def write_halfway_and_return(session: Session) -> dict[str, str]:
             assert session.item.id not in running
             running.add(session.item.id)
             try:
@@ -100,22 +100,20 @@ def test_pool_after_an_hour_of_garbage_answers_completes_all_items(seed: int) ->
         settings = Settings(environment_id=ENVIRONMENT, token=ENVIRONMENT, stats_interval=60)
         supervisor = LoopSupervisor(
             settings,
-            plugins=[work, recorder],
+            plugins=[write_halfway_and_return, recorder],
             connect=partial(LocalClient, operations, faults=garbage),
         )
         async with supervisor:
             items: list[Item] = []
             for _ in range(ITEMS):
                 items += operations.enqueue(ENVIRONMENT)
-                await asyncio.sleep(HOUR / ITEMS)
-            while any(
-                operations.get_item(ENVIRONMENT, item.id).state != "stopped" for item in items
-            ):
-                assert loop.time() < 2 * HOUR
+                await asyncio.sleep(HOUR_SECONDS / ITEMS)
+            while any(operations.get_item(ENVIRONMENT, item.id).state != "stopped" for item in items):
+                assert loop.time() < 2 * HOUR_SECONDS
                 await asyncio.sleep(10)
             assert supervisor.status().error is None
-        assert garbage.given > 1000
+        assert garbage.replaced > 1000
         assert not recorder.of(PollerRestarted)
         assert not recorder.of(PluginFailed)
 
-    run_virtual(run_pool())
+    run_virtual(run_pool_for_two_hours())

@@ -39,31 +39,32 @@ class PoolOnThread:
         return [event.outcome for event in self.recorder.of(SessionFinished)]
 
 
-async def http_get(url: str) -> str:
+async def get_text(url: str) -> str:
     async with aiohttp.ClientSession() as http, http.get(url) as response:
         assert response.status == 200
         return await response.text()
 
 
+@pytest.mark.usefixtures("fast_heartbeats")
 async def test_heartbeats_and_metrics_continue_while_handler_blocks_loop(
     control_plane: ControlPlane, faults: Faults, make_settings: Callable[..., Settings]
 ) -> None:
     blocked, may_end = threading.Event(), threading.Event()
 
-    async def work(_: Session) -> None:
+    async def block_loop(_: Session) -> None:
         blocked.set()
-        may_end.wait(20)  # blocks the loop, because it is not awaited
+        may_end.wait(50)  # a blocking call, so the event loop stops
 
     (item,) = control_plane.enqueue()
-    pool = PoolOnThread(make_settings(lease_ttl=10, metrics_listen="127.0.0.1:0"), work)
+    pool = PoolOnThread(make_settings(metrics_listen="127.0.0.1:0"), block_loop)
     async with asyncio.TaskGroup() as group:
         group.create_task(pool.run_pool())
-        await asyncio.to_thread(blocked.wait, 10)
+        assert await asyncio.to_thread(blocked.wait, 40)
         await faults.wait_for("heartbeat", work_id=item.id, count=2, answered=True)
         assert pool.supervisor.metrics_url is not None
-        text = await http_get(f"{pool.supervisor.metrics_url}/metrics")
+        text = await get_text(f"{pool.supervisor.metrics_url}/metrics")
         assert 'state="active"} 1.0' in text
-        assert await http_get(f"{pool.supervisor.metrics_url}/healthz")
+        assert await get_text(f"{pool.supervisor.metrics_url}/healthz")
         may_end.set()
     assert pool.outcomes == ["completed"]
 
@@ -75,29 +76,29 @@ async def test_handler_that_blocks_loop_for_twice_its_ttl_keeps_lease(
 ) -> None:
     started = threading.Event()
 
-    async def work(_: Session) -> None:
+    async def block_loop(_: Session) -> None:
         started.set()
-        time.sleep(25)  # noqa: ASYNC251 - blocking the loop is the point
+        time.sleep(45)  # noqa: ASYNC251 - blocking the loop is the point
 
     (item,) = control_plane.enqueue()
-    pool = PoolOnThread(make_settings(lease_ttl=10, metrics_listen="127.0.0.1:0"), work)
+    pool = PoolOnThread(make_settings(lease_ttl=20, metrics_listen="127.0.0.1:0"), block_loop)
     async with asyncio.TaskGroup() as group:
         running = group.create_task(pool.run_pool())
-        await asyncio.to_thread(started.wait, 10)
+        assert await asyncio.to_thread(started.wait, 40)
         slowest = 0.0
         while not running.done():
             if faults.of("stop"):
                 break
             before = time.monotonic()
             try:
-                await http_get(f"{pool.supervisor.metrics_url}/metrics")
+                await get_text(f"{pool.supervisor.metrics_url}/metrics")
             except aiohttp.ClientError:
-                assert faults.of("stop")  # the handler has ended and the pool is closing
+                assert faults.of("stop")  # the pool closes after its last stop
             slowest = max(slowest, time.monotonic() - before)
             await asyncio.sleep(0.5)
-    assert slowest < 5
+    assert slowest < 20
     assert pool.outcomes == ["completed"]
     kinds = [record.kind for record in control_plane.history.records_of_item(item.id)]
     assert "lapsed" not in kinds
-    assert kinds.count("heartbeat") >= 7
+    assert kinds.count("heartbeat") >= 5
     assert control_plane.summary().overlapping == 0

@@ -9,9 +9,9 @@ import pytest
 
 from workpool import LeaseLost, Session, handler
 from workpool.events import HeartbeatFinished, ItemReclaimed, SessionFinished, SessionStarted
-from workpool.pool import lease, supervisor
+from workpool.pool import supervisor
 from workpool.pool.lease import lease_clock
-from workpool.testing import garbled, lost, reset, status
+from workpool.testing import Hold, garbled, lost, reset, status
 from workpool.wire.client import WorkClient
 
 if TYPE_CHECKING:
@@ -21,8 +21,8 @@ if TYPE_CHECKING:
     from workpool.server import ControlPlane
     from workpool.testing import Clock, Faults, Recorder
 
-OURS_IN_DOUBT = [lost(), reset(), garbled(), status(502, html=True, applied=True)]
-IDS = ["closed", "reset", "garbled", "502"]
+UNANSWERED_FAULTS = [lost(), reset(), garbled(), status(502, html=True, applied=True)]
+FAULT_IDS = ["closed", "reset", "garbled", "502"]
 
 
 @pytest.fixture
@@ -51,18 +51,18 @@ def heartbeat_results(recorder: Recorder) -> list[str]:
     return [event.result for event in recorder.of(HeartbeatFinished)]
 
 
-@pytest.mark.parametrize("fault", OURS_IN_DOUBT, ids=IDS)
+@pytest.mark.parametrize("fault", UNANSWERED_FAULTS, ids=FAULT_IDS)
 async def test_unanswered_first_heartbeat_that_was_applied_is_recovered(
     control_plane: ControlPlane, faults: Faults, make_pool: Any, recorder: Recorder, fault: Any
 ) -> None:
     faults.add(fault, "heartbeat", times=1)
 
     @handler
-    async def work(_: Session) -> None:
+    async def return_at_once(_: Session) -> None:
         return
 
     control_plane.enqueue()
-    async with make_pool(work, lease_ttl=10):
+    async with make_pool(return_at_once):
         finished = await recorder.wait_for(SessionFinished)
     assert finished.outcome == "completed"
     assert heartbeat_results(recorder)[:3] == ["transient", "recovered", "ok"]
@@ -70,24 +70,23 @@ async def test_unanswered_first_heartbeat_that_was_applied_is_recovered(
     assert len(faults.of("get")) == 1
 
 
-@pytest.mark.parametrize("fault", OURS_IN_DOUBT, ids=IDS)
+@pytest.mark.usefixtures("fast_heartbeats")
+@pytest.mark.parametrize("fault", UNANSWERED_FAULTS, ids=FAULT_IDS)
 async def test_unanswered_later_heartbeat_that_was_applied_does_not_affect_handler(
     control_plane: ControlPlane,
     faults: Faults,
     make_pool: Any,
     recorder: Recorder,
-    monkeypatch: pytest.MonkeyPatch,
     fault: Any,
 ) -> None:
-    monkeypatch.setattr(lease, "RENEW_PART", 100)  # one heartbeat every tenth of a second
     may_end = asyncio.Event()
 
     @handler
-    async def work(_: Session) -> None:
+    async def wait_until_may_end(_: Session) -> None:
         await may_end.wait()
 
     control_plane.enqueue()
-    async with make_pool(work, lease_ttl=10):
+    async with make_pool(wait_until_may_end):
         await recorder.wait_for(SessionStarted)
         rule = faults.add(fault, "heartbeat", times=1)
         await recorder.wait_for(HeartbeatFinished, lambda event: event.result == "recovered")
@@ -100,18 +99,19 @@ async def test_unanswered_later_heartbeat_that_was_applied_does_not_affect_handl
     assert finished.outcome == "completed"
 
 
+@pytest.mark.usefixtures("fast_heartbeats")
 async def test_handler_whose_item_another_worker_holds_is_cancelled_and_sends_nothing(
     control_plane: ControlPlane,
+    faults: Faults,
     take_over: Callable[[str], Awaitable[None]],
     make_pool: Any,
     recorder: Recorder,
-    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(lease, "RENEW_PART", 20)
+    hold = Hold()
     errors: list[BaseException] = []
 
     @handler
-    async def work(session: Session) -> None:
+    async def write_when_cancelled(session: Session) -> None:
         try:
             await asyncio.Event().wait()
         finally:
@@ -121,10 +121,13 @@ async def test_handler_whose_item_another_worker_holds_is_cancelled_and_sends_no
                 errors.append(error)
 
     (item,) = control_plane.enqueue()
-    # all slots are used, so it does not poll
-    async with make_pool(work, lease_ttl=10, concurrency=1):
+    # The pool's only slot is used, so the pool does not poll for the item itself.
+    async with make_pool(write_when_cancelled, concurrency=1):
         await recorder.wait_for(SessionStarted)
+        faults.add(hold, "heartbeat", times=1)
+        await hold.reached()
         await take_over(item.id)
+        hold.release()
         finished = await recorder.wait_for(SessionFinished)
         taken = len(control_plane.history)
     assert finished.outcome == "lease_lost"
@@ -138,7 +141,7 @@ async def test_handler_whose_item_another_worker_holds_is_cancelled_and_sends_no
     assert control_plane.operations.get_item(control_plane.environments[0], item.id).metadata == {}
 
 
-async def test_machine_that_slept_beyond_ttl_sends_nothing_after_waking(
+async def test_session_after_sleep_of_machine_beyond_ttl_sends_nothing_for_item(
     control_plane: ControlPlane,
     faults: Faults,
     make_pool: Any,
@@ -152,7 +155,7 @@ async def test_machine_that_slept_beyond_ttl_sends_nothing_after_waking(
     woken = asyncio.Event()
 
     @handler
-    async def work(session: Session) -> None:
+    async def write_after_wake_up(session: Session) -> None:
         await woken.wait()
         try:
             await session.update_metadata({"too": "late"})
@@ -161,7 +164,7 @@ async def test_machine_that_slept_beyond_ttl_sends_nothing_after_waking(
         await asyncio.Event().wait()
 
     (item,) = control_plane.enqueue()
-    async with make_pool(work):
+    async with make_pool(write_after_wake_up):
         await recorder.wait_for(SessionStarted)
         sent = len(faults.of(work_id=item.id))
         slept = 61.0
@@ -170,4 +173,4 @@ async def test_machine_that_slept_beyond_ttl_sends_nothing_after_waking(
     assert finished.outcome == "lease_lost"
     assert len(errors) == 1
     assert len(faults.of(work_id=item.id)) == sent
-    assert not recorder.of(ItemReclaimed)  # the loss was not confirmed by the control plane
+    assert not recorder.of(ItemReclaimed)

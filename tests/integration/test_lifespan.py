@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 
 @handler
-async def work(_: Session) -> None:
+async def return_at_once(_: Session) -> None:
     return None
 
 
@@ -44,10 +44,12 @@ class LeakingPlugin:
 
 
 @pytest.mark.parametrize("where", ["hook", "entering", "leaving"])
-async def test_cancelled_error_raised_by_plugin_is_plugin_error(make_pool: Any, where: str) -> None:
+async def test_cancelled_error_raised_by_plugin_becomes_plugin_error(
+    make_pool: Any, where: str
+) -> None:
     entered = False
     with pytest.raises(PluginError, match="CancelledError") as caught:
-        async with make_pool(work, LeakingPlugin(where)):
+        async with make_pool(return_at_once, LeakingPlugin(where)):
             entered = True
     assert caught.value.plugin == "LeakingPlugin"
     assert entered is (where == "leaving")
@@ -88,7 +90,7 @@ async def test_failed_start_is_raised_although_outer_lifespan_swallows_it(
     make_pool: Any,
 ) -> None:
     swallowing = SwallowingPlugin()
-    pool = make_pool(work, swallowing, PluginFailingAtStart())
+    pool = make_pool(return_at_once, swallowing, PluginFailingAtStart())
     entered = False
     with pytest.raises(LookupError, match="no database"):
         async with pool:
@@ -100,12 +102,12 @@ async def test_failed_start_is_raised_although_outer_lifespan_swallows_it(
 async def test_pool_crash_is_raised_although_lifespan_swallows_it(
     make_pool: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    async def crash(*_: object) -> int:
+    async def raise_error(*_: object) -> int:
         raise ZeroDivisionError("a bug")
 
-    monkeypatch.setattr(Drain, "wind_down", crash)
+    monkeypatch.setattr(Drain, "wind_down", raise_error)
     swallowing = SwallowingPlugin()
-    pool = make_pool(work, swallowing)
+    pool = make_pool(return_at_once, swallowing)
     async with asyncio.timeout(20):
         with pytest.raises(ZeroDivisionError, match="a bug"):
             await pool.run(until_empty=True)
@@ -146,34 +148,34 @@ class StubbornPlugin:
 
 
 @pytest.fixture
-def brief_close_timeouts(monkeypatch: pytest.MonkeyPatch) -> None:
+def short_close_timeouts(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("workpool.pool.supervisor.CLOSE_SECONDS", 0.1)
     monkeypatch.setattr("workpool.plugins.lifespan.CLOSE_SECONDS", 0.05)
 
 
-@pytest.mark.usefixtures("brief_close_timeouts")
+@pytest.mark.usefixtures("short_close_timeouts")
 async def test_start_that_ignores_cancellation_is_abandoned(
     make_pool: Any, caplog: pytest.LogCaptureFixture
 ) -> None:
-    deaf = StubbornPlugin("opening")
+    stubborn = StubbornPlugin("opening")
     async with asyncio.TaskGroup() as group:
-        starting = group.create_task(make_pool(work, deaf).__aenter__())
-        await deaf.reached.wait()
+        starting = group.create_task(make_pool(return_at_once, stubborn).__aenter__())
+        await stubborn.reached.wait()
         starting.cancel()
         await asyncio.wait({starting}, timeout=20)
     assert starting.cancelled()
     assert "pool did not close" in caplog.text
-    await deaf.end_context()
+    await stubborn.end_context()
 
 
-@pytest.mark.usefixtures("brief_close_timeouts")
+@pytest.mark.usefixtures("short_close_timeouts")
 async def test_pool_whose_plugin_never_closes_is_abandoned(
     make_pool: Any, caplog: pytest.LogCaptureFixture
 ) -> None:
-    deaf = StubbornPlugin("closing")
-    pool = make_pool(work, deaf)
+    stubborn = StubbornPlugin("closing")
+    pool = make_pool(return_at_once, stubborn)
     async with asyncio.timeout(20), asyncio.TaskGroup() as group:
         running = group.create_task(pool.run(until_empty=True))
         await running
     assert "pool did not close" in caplog.text
-    await deaf.end_context()
+    await stubborn.end_context()

@@ -1,4 +1,4 @@
-"""Hostile answers of a control plane in the log: forged lines, control characters, size, tokens."""
+"""Log records with hostile answers of a control plane contain no forged line and no token."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ FORGED = "\n2026-03-01T12:00:00.250Z ERROR   workpool.pool forged\r\x1b[2J\x9b31
 
 
 @handler
-async def work(_: Session) -> None:
+async def return_at_once(_: Session) -> None:
     pass
 
 
@@ -79,12 +79,14 @@ async def test_hostile_type_of_declined_item_is_escaped_and_cut(
 ) -> None:
     caplog.set_level(logging.INFO)
     hostile_item(control_plane.token + FORGED + "x" * 3_900_000)
-    async with make_pool(work, block_ms=20):
+    async with make_pool(return_at_once, block_ms=20):
         await recorder.wait_for(ItemDeclined)
     check_log_lines(formatted_logs, control_plane.token, 5_000)
     (record,) = [each for each in caplog.records if each.message == "item declined"]
     message = vars(record)["type"]
-    assert len(message) < 300  # also for an application with its own log format
+    assert (
+        len(message) < 300
+    )  # cut in the record too, for applications with a log format of their own
     assert message.isprintable()
     assert control_plane.token not in message
 
@@ -100,7 +102,7 @@ async def test_hostile_error_of_control_plane_is_escaped_and_cut(
     text = control_plane.token + FORGED + "\u200f" * 1_000_000
     envelope = {"error": {"message": text, "type": text, "param": text}}
     faults.add(literal(orjson.dumps(envelope), 500), "poll", times=1)
-    async with make_pool(work, block_ms=20):
+    async with make_pool(return_at_once, block_ms=20):
         await recorder.wait_for(PollerBackedOff)
     check_log_lines(formatted_logs, control_plane.token, 5_000)
     (message,) = [each for each in caplog.messages if each.startswith("poll failed")]

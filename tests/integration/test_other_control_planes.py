@@ -34,7 +34,7 @@ def rewrite_answers(
 ) -> Middleware:
     """Return a middleware that changes the JSON of a successful answer and adds headers."""
 
-    async def answer_request(request: web.Request, handler: Any) -> web.StreamResponse:
+    async def rewrite_answer(request: web.Request, handler: Any) -> web.StreamResponse:
         response = await handler(request)
         assert isinstance(response, web.Response)
         value = orjson.loads(response.text or "null")
@@ -42,7 +42,7 @@ def rewrite_answers(
             return response
         return web.json_response(change(value), headers=headers)
 
-    return answer_request
+    return rewrite_answer
 
 
 ACTIVE = Fault(rewrite=lambda item: {**item, "state": "active"})
@@ -53,7 +53,7 @@ LOST = Fault(rewrite=lambda answer: {**answer, "last_heartbeat": None, "lease_ex
 def make_settings(
     control_plane: ControlPlane, make_settings: Callable[..., Any], request: pytest.FixtureRequest
 ) -> Callable[..., Any]:
-    """Return a factory of settings for both dialects, as each difference may occur in both."""
+    """Return a function that makes settings for one of the dialects."""
     url = {"qoder": control_plane.base_url, "anthropic": control_plane.anthropic_base_url}[
         request.param
     ]
@@ -61,7 +61,7 @@ def make_settings(
 
 
 @handler
-async def work(_: Session) -> dict[str, str]:
+async def return_result(_: Session) -> dict[str, str]:
     return {"done": "yes"}
 
 
@@ -69,7 +69,7 @@ async def test_item_with_active_ack_answer_is_run(
     run_one_item: Any, faults: Faults, recorder: Recorder
 ) -> None:
     faults.add(ACTIVE, "ack")
-    final = await run_one_item(work)
+    final = await run_one_item(return_result)
     assert final.outcome == "completed"
     assert final.request_names == ["ack", "heartbeat", "update", "stop"]
     assert [event.result for event in recorder.of(AckFinished)] == ["ok"]
@@ -80,7 +80,7 @@ async def test_item_with_active_ack_answer_held_by_another_worker_is_not_run(
 ) -> None:
     (item,) = control_plane.enqueue()
 
-    async def take_item(request: web.Request, handler: Any) -> web.StreamResponse:
+    async def answer_and_take_item(request: web.Request, handler: Any) -> web.StreamResponse:
         response: web.StreamResponse = await handler(request)
         control_plane.operations.heartbeat(
             control_plane.environments[0], item.id, "NO_HEARTBEAT", 60, "another"
@@ -88,8 +88,8 @@ async def test_item_with_active_ack_answer_held_by_another_worker_is_not_run(
         return response
 
     faults.add(ACTIVE, "ack")
-    faults.add(take_item, "ack")
-    async with make_pool(work):
+    faults.add(answer_and_take_item, "ack")
+    async with make_pool(return_result):
         finished = await recorder.wait_for(SessionFinished)
     assert finished.outcome == "lease_lost"
     assert not recorder.of(SessionStarted)
@@ -103,7 +103,7 @@ async def test_health_check_with_active_ack_answer_is_stopped_after_heartbeat(
 ) -> None:
     faults.add(ACTIVE, "ack")
     (item,) = control_plane.enqueue(work_type="healthcheck")
-    async with make_pool(work):
+    async with make_pool(return_result):
         await faults.wait_for("stop", answered=True)
     assert [request.op for request in faults.of(work_id=item.id)] == ["ack", "heartbeat", "stop"]
 
@@ -112,7 +112,7 @@ async def test_heartbeat_answer_without_last_heartbeat_loses_lease_without_read(
     run_one_item: Any, faults: Faults, recorder: Recorder
 ) -> None:
     faults.add(LOST, "heartbeat")
-    final = await run_one_item(work)
+    final = await run_one_item(return_result)
     assert final.outcome == "lease_lost"
     assert final.request_names == ["ack", "heartbeat"]
     assert [event.result for event in recorder.of(HeartbeatFinished)] == ["conflict"]
@@ -123,12 +123,12 @@ async def test_heartbeat_answer_in_state_stopped_ends_session_without_read(
     run_one_item: Any, faults: Faults
 ) -> None:
     @handler
-    async def never_ends(_: Session) -> None:
+    async def endless_handler(_: Session) -> None:
         await asyncio.Event().wait()
 
-    over = Fault(rewrite=lambda answer: {**answer, "state": "stopped", "lease_extended": False})
-    faults.add(over, "heartbeat", skip=1)
-    final = await run_one_item(never_ends)
+    stopped = Fault(rewrite=lambda answer: {**answer, "state": "stopped", "lease_extended": False})
+    faults.add(stopped, "heartbeat", skip=1)
+    final = await run_one_item(endless_handler)
     assert final.outcome == "stopped"
     assert set(final.request_names) == {"ack", "heartbeat"}
 
@@ -140,7 +140,7 @@ async def test_unknown_fields_and_headers_are_ignored_and_traceparent_is_kept(
     for op in ("ack", "heartbeat", "update", "stop"):
         faults.add(rewrite_answers(lambda value: {**more, **value}, **{"X-Lease": "7"}), op)
     faults.add(rewrite_answers(lambda value: {**more, **value}, traceparent=TRACE), "poll")
-    final = await run_one_item(work)
+    final = await run_one_item(return_result)
     assert final.outcome == "completed"
     assert recorder.of(SessionStarted)[0].session.item.traceparent == TRACE
 
@@ -149,8 +149,10 @@ async def test_unknown_fields_and_headers_are_ignored_and_traceparent_is_kept(
 async def test_reclaim_window_is_sent_only_if_set(
     run_one_item: Any, faults: Faults, window: int | None
 ) -> None:
-    """One other control plane also ends leases whose last heartbeat is older than the window."""
-    await run_one_item(work, **({} if window is None else {"reclaim_older_than_ms": window}))
+    """One control plane ends leases whose last heartbeat is older than the window that is sent."""
+    await run_one_item(
+        return_result, **({} if window is None else {"reclaim_older_than_ms": window})
+    )
     sent = {request.query.get("reclaim_older_than_ms") for request in faults.of("poll")}
     assert sent == {None if window is None else str(window)}
 
@@ -160,25 +162,25 @@ async def test_extra_headers_are_sent_with_every_call_and_never_logged(
 ) -> None:
     seen: list[str | None] = []
 
-    async def record_request(request: web.Request, handler: Any) -> web.StreamResponse:
+    async def record_header(request: web.Request, handler: Any) -> web.StreamResponse:
         seen.append(request.headers.get("x-worker-token"))
-        if len(seen) < 4:  # The error answer, and so the log record, quotes the header.
+        if len(seen) < 4:  # answer with an error that quotes the header, because errors are logged
             text = {"error": {"message": f"no {seen[-1]}"}}
             return web.json_response(text, status=503)
         response: web.StreamResponse = await handler(request)
         return response
 
-    async def read_events(session: Session) -> None:
+    async def make_every_call(session: Session) -> None:
         await session.update_metadata({"a": "b"})
         text = {"type": "text", "text": "hello"}
         await session.events.send({"type": "user.message", "content": [text]})
         async with session.events.stream() as events:
             await anext(aiter(events))
 
-    faults.add(record_request, *get_args(Op))
+    faults.add(record_header, *get_args(Op))
     with caplog.at_level("DEBUG"):
         final = await run_one_item(
-            read_events, extra_headers={"x-worker-token": "hunter2"}, stats_interval=60
+            make_every_call, extra_headers={"x-worker-token": "hunter2"}, stats_interval=60
         )
     assert final.outcome == "completed"
     assert set(seen) == {"hunter2"}

@@ -50,12 +50,12 @@ async def test_session_with_own_aiohttp_clients_survives_lease_renewals(
         return clients[-1]
 
     @handler
-    async def long_handler(_: Session) -> dict[str, str]:
+    async def wait_for_renewals(_: Session) -> dict[str, str]:
         await renewed.wait()
         return {"done": "yes"}
 
     (item,) = control_plane.enqueue()
-    pool = Supervisor(make_settings(), plugins=[long_handler, recorder], connect=connect)
+    pool = Supervisor(make_settings(), plugins=[wait_for_renewals, recorder], connect=connect)
     async with pool:
         # The first heartbeat is sent on the handlers' loop, all others by the lease renewer.
         await recorder.wait_for(HeartbeatFinished, count=1 + RENEWALS)

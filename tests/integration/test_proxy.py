@@ -1,4 +1,4 @@
-"""The fault-injecting TCP proxy, and pools behind it."""
+"""The TCP proxy that injects network faults, and pools that are connected through it."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ if TYPE_CHECKING:
     from tests.integration.conftest import PoolFactory
     from workpool.server import ControlPlane
 
-SECONDS = 10.0
-SILENCE = 0.3
+WAIT_SECONDS = 30.0
+SILENT_SECONDS = 0.3
 
 
 class ConnectionEnd(NamedTuple):
@@ -32,20 +32,20 @@ class ConnectionEnd(NamedTuple):
         await self.writer.drain()
 
     async def expect_bytes(self, text: bytes) -> None:
-        async with asyncio.timeout(SECONDS):
+        async with asyncio.timeout(WAIT_SECONDS):
             assert await self.reader.readexactly(len(text)) == text
 
     async def expect_end(self) -> None:
-        async with asyncio.timeout(SECONDS):
+        async with asyncio.timeout(WAIT_SECONDS):
             assert await self.reader.read() == b""
 
     async def expect_nothing(self) -> None:
         with pytest.raises(TimeoutError):
-            async with asyncio.timeout(SILENCE):
+            async with asyncio.timeout(SILENT_SECONDS):
                 await self.reader.read(1)
 
-    async def is_reset(self) -> None:
-        async with asyncio.timeout(SECONDS):
+    async def expect_reset(self) -> None:
+        async with asyncio.timeout(WAIT_SECONDS):
             with pytest.raises(ConnectionResetError):
                 await self.reader.read()
 
@@ -61,7 +61,7 @@ class ProxyTestbed:
     async def open_pair(self) -> tuple[ConnectionEnd, ConnectionEnd]:
         """Open a connection through the proxy; return the client's end and the server's end."""
         port = int(self.proxy.base_url.rpartition(":")[2])
-        async with asyncio.timeout(SECONDS):
+        async with asyncio.timeout(WAIT_SECONDS):
             client = ConnectionEnd(*await asyncio.open_connection("127.0.0.1", port))
             server = await self._accepted.get()
         self._writers += [client.writer, server.writer]
@@ -107,7 +107,7 @@ async def test_proxy_blackhole_drops_bytes_of_open_connections_permanently(
     testbed.proxy.blackhole()
     await client.send_bytes(b"lost")
     await server.expect_nothing()
-    server.writer.close()  # even the end of the stream is not forwarded
+    server.writer.close()
     await client.expect_nothing()
     testbed.proxy.heal()
     await client.send_bytes(b"lost too")
@@ -123,7 +123,7 @@ async def test_proxy_partition_delays_bytes_until_healed(testbed: ProxyTestbed) 
     await client.send_bytes(b"question")
     await server.send_bytes(b"news")
     await server.expect_nothing()
-    testbed.proxy.partition()  # a second partition without a gap
+    testbed.proxy.partition()
     await client.expect_nothing()
     testbed.proxy.heal()
     await server.expect_bytes(b"question")
@@ -136,7 +136,7 @@ async def test_proxy_half_close_still_forwards_requests(testbed: ProxyTestbed) -
     await client.expect_end()
     await client.send_bytes(b"question")
     await server.expect_bytes(b"question")
-    await server.send_bytes(b"answer")  # the client does not receive it
+    await server.send_bytes(b"answer")
     await client.send_bytes(b"more")
     await server.expect_bytes(b"more")
 
@@ -148,8 +148,8 @@ async def test_proxy_reset_closes_open_connections_and_accepts_new_ones(
     await client.send_bytes(b"known to both")
     await server.expect_bytes(b"known to both")
     testbed.proxy.reset()
-    await client.is_reset()
-    await server.is_reset()
+    await client.expect_reset()
+    await server.expect_reset()
     client, server = await testbed.open_pair()
     await client.send_bytes(b"new")
     await server.expect_bytes(b"new")
@@ -161,19 +161,19 @@ async def test_proxy_reset_after_client_abort_resets_server_side(testbed: ProxyT
     await server.expect_bytes(b"known to both")
     for link in testbed.proxy._connections:
         link.worker.transport.abort()
-    await asyncio.sleep(0)  # the socket is closed, but the proxy has not noticed
+    await asyncio.sleep(0)  # closes the socket; the proxy's task has not run yet
     testbed.proxy.reset()
-    await server.is_reset()
+    await server.expect_reset()
 
 
 async def test_proxy_delay_postpones_every_byte(testbed: ProxyTestbed) -> None:
     client, server = await testbed.open_pair()
     loop = asyncio.get_running_loop()
-    testbed.proxy.delay(SILENCE)
+    testbed.proxy.delay(SILENT_SECONDS)
     began = loop.time()
     await client.send_bytes(b"question")
     await server.expect_bytes(b"question")
-    assert loop.time() - began >= SILENCE
+    assert loop.time() - began >= SILENT_SECONDS
     testbed.proxy.heal()
     await client.send_bytes(b"more")
     await server.expect_bytes(b"more")
@@ -215,9 +215,6 @@ async def test_proxy_without_control_plane_closes_connections() -> None:
         client.writer.transport.abort()
 
 
-# Pools.
-
-
 @handler
 async def wait_for_interruption(session: Session) -> None:
     await session.interrupted()
@@ -232,27 +229,26 @@ async def test_worker_cut_off_by_network_loses_item_to_other_worker(
     fault: str,
 ) -> None:
     @handler
-    async def hold_item(session: Session) -> None:
+    async def wait_in_first_run(session: Session) -> None:
         if session.redelivered:
             return
         await asyncio.Event().wait()
 
-    cut, free = Recorder(), Recorder()
+    cut_off, free = Recorder(), Recorder()
     (item,) = control_plane.enqueue()
-    async with Proxy(control_plane.base_url) as way:
-        settings = make_settings(base_url=way.base_url, lease_ttl=10, request_timeout=1)
-        async with Supervisor(settings, plugins=[hold_item, cut]):
-            await cut.wait_for(SessionStarted)
-            getattr(way, fault)()
+    async with Proxy(control_plane.base_url) as proxy:
+        settings = make_settings(base_url=proxy.base_url, lease_ttl=10, request_timeout=1)
+        async with Supervisor(settings, plugins=[wait_in_first_run, cut_off]):
+            await cut_off.wait_for(SessionStarted)
+            getattr(proxy, fault)()
             held = control_plane.operations.get_item(control_plane.environments[0], item.id).holder
-            async with Supervisor(make_settings(lease_ttl=10), plugins=[hold_item, free]):
-                # The lease expires on both clocks in real time.
-                lost = await cut.wait_for(SessionFinished, timeout=25)
+            async with Supervisor(make_settings(lease_ttl=10), plugins=[wait_in_first_run, free]):
+                lost = await cut_off.wait_for(SessionFinished, timeout=45)
                 assert lost.outcome == "lease_lost"
-                done = await free.wait_for(SessionFinished, timeout=25)
+                done = await free.wait_for(SessionFinished, timeout=45)
                 assert done.outcome == "completed"
-                way.heal()
-                await cut.wait_for(PollFinished, lambda poll: poll.result == "null", count=3)
+                proxy.heal()
+                await cut_off.wait_for(PollFinished, lambda poll: poll.result == "null", count=3)
     taken_at = min(
         record.time
         for record in control_plane.history.records_of_item(item.id)
@@ -268,13 +264,13 @@ async def test_worker_cut_off_by_network_loses_item_to_other_worker(
 
 
 @pytest.mark.usefixtures("fast_heartbeats")
-async def test_throttled_and_delayed_connection_keeps_leases(
+async def test_pool_behind_slow_connection_keeps_leases(
     control_plane: ControlPlane, recorder: Recorder, make_pool: PoolFactory
 ) -> None:
     control_plane.enqueue()
-    async with Proxy(control_plane.base_url) as way:
-        way.delay(0.02)
-        async with make_pool(wait_for_interruption, base_url=way.base_url):
+    async with Proxy(control_plane.base_url) as proxy:
+        proxy.delay(0.02)
+        async with make_pool(wait_for_interruption, base_url=proxy.base_url):
             await recorder.wait_for(HeartbeatFinished, lambda each: each.result == "ok", count=3)
     finished = await recorder.wait_for(SessionFinished)
     assert finished.outcome == "completed"
@@ -285,15 +281,15 @@ async def test_pool_continues_over_new_connections_after_reset(
     control_plane: ControlPlane, recorder: Recorder, make_pool: PoolFactory, fault: str
 ) -> None:
     @handler
-    async def count_sessions(session: Session) -> None:
+    async def return_at_once(session: Session) -> None:
         pass
 
     async with (
-        Proxy(control_plane.base_url) as way,
-        make_pool(count_sessions, base_url=way.base_url, reclaim_older_than_ms=500),
+        Proxy(control_plane.base_url) as proxy,
+        make_pool(return_at_once, base_url=proxy.base_url, reclaim_older_than_ms=500),
     ):
         await recorder.wait_for(PollFinished)
-        getattr(way, fault)()
+        getattr(proxy, fault)()
         control_plane.enqueue(count=3)
         await recorder.wait_for(SessionFinished, count=3)
     assert control_plane.summary().stopped == 3

@@ -18,18 +18,18 @@ from workpool.testing import Kit, in_virtual_time
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator
 
-UNREACHABLE = Retry(on=ConnectionError, times=3, backoff=20, backoff_max=60)
+RETRY_CONNECTION_ERRORS = Retry(on=ConnectionError, times=3, backoff=20, backoff_max=60)
 
 
 class FailingDependency:
-    """A resource of a handler that fails at its first calls."""
+    """A dependency of a handler whose first calls fail."""
 
     def __init__(self, failures: int = 10**6, error: Exception | None = None) -> None:
         self.calls: list[int] = []
         self.failures = failures
         self.error = error or ConnectionError("no route")
 
-    async def use(self, session: Session) -> dict[str, str]:
+    async def call(self, session: Session) -> dict[str, str]:
         self.calls.append(session.retry)
         await asyncio.sleep(1)
         if len(self.calls) <= self.failures:
@@ -37,14 +37,14 @@ class FailingDependency:
         return {"call": str(session.retry)}
 
 
-def flaky_handler(
-    dependency: FailingDependency, retry: Retry = UNREACHABLE, **arguments: Any
+def retrying_handler(
+    dependency: FailingDependency, retry: Retry = RETRY_CONNECTION_ERRORS, **arguments: Any
 ) -> Any:
     @handler(retry=retry, **arguments)
-    async def use_dependency(session: Session) -> dict[str, str]:
-        return await dependency.use(session)
+    async def call_dependency(session: Session) -> dict[str, str]:
+        return await dependency.call(session)
 
-    return use_dependency
+    return call_dependency
 
 
 async def wait_for_first_failure(workpool: Kit, dependency: FailingDependency) -> None:
@@ -56,14 +56,14 @@ async def wait_for_first_failure(workpool: Kit, dependency: FailingDependency) -
 
 @pytest.fixture
 def longest_delays(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Make each delay equal to its ceiling."""
+    """Make each delay before a retry as long as its random part allows."""
     monkeypatch.setattr(Backoff.__init__, "__defaults__", (lambda: 1.0,))
 
 
 @in_virtual_time
 async def test_handler_is_called_again_in_same_run_until_it_returns(workpool: Kit) -> None:
     dependency = FailingDependency(failures=2)
-    result = await workpool.run_session(flaky_handler(dependency))
+    result = await workpool.run_session(retrying_handler(dependency))
     assert (result.outcome, dict(result.metadata)) == ("completed", {"call": "2"})
     assert dependency.calls == [0, 1, 2]
     assert len(workpool.recorder.of(SessionStarted)) == 1
@@ -73,7 +73,7 @@ async def test_handler_is_called_again_in_same_run_until_it_returns(workpool: Ki
 @in_virtual_time
 @pytest.mark.usefixtures("longest_delays")
 async def test_delays_between_retries_double_up_to_their_limit(workpool: Kit) -> None:
-    result = await workpool.run_session(flaky_handler(FailingDependency()))
+    result = await workpool.run_session(retrying_handler(FailingDependency()))
     assert result.outcome == "failed"
     assert result.seconds == pytest.approx(4 * 1 + 20 + 40 + 60, abs=0.5)
 
@@ -81,7 +81,7 @@ async def test_delays_between_retries_double_up_to_their_limit(workpool: Kit) ->
 @in_virtual_time
 async def test_last_error_fails_session_once_retries_are_used_up(workpool: Kit) -> None:
     dependency = FailingDependency()
-    result = await workpool.run_session(flaky_handler(dependency), report_errors="message")
+    result = await workpool.run_session(retrying_handler(dependency), report_errors="message")
     assert (result.outcome, result.error) == ("failed", dependency.error)
     assert result.metadata == {"workpool.error": "ConnectionError: no route"}
     assert dependency.calls == [0, 1, 2, 3]
@@ -100,15 +100,15 @@ async def test_last_error_fails_session_once_retries_are_used_up(workpool: Kit) 
 )
 async def test_only_listed_errors_are_retried(workpool: Kit, error: Exception, calls: int) -> None:
     dependency = FailingDependency(error=error)
-    result = await workpool.run_session(flaky_handler(dependency))
+    result = await workpool.run_session(retrying_handler(dependency))
     assert (result.outcome, len(dependency.calls)) == ("failed", calls)
 
 
 @in_virtual_time
-async def test_release_is_not_retried_nor_is_result_that_is_not_json(workpool: Kit) -> None:
+async def test_release_and_invalid_result_are_not_retried(workpool: Kit) -> None:
     retry = Retry(on=Exception)
     dependency = FailingDependency(error=Release("later", 60))
-    assert (await workpool.run_session(flaky_handler(dependency, retry))).outcome == "released"
+    assert (await workpool.run_session(retrying_handler(dependency, retry))).outcome == "released"
     assert dependency.calls == [0]
 
     @handler(retry=retry)
@@ -123,7 +123,7 @@ async def test_release_is_not_retried_nor_is_result_that_is_not_json(workpool: K
 async def test_lost_lease_ends_wait_for_retry_without_another_call(workpool: Kit) -> None:
     dependency = FailingDependency()
     [item] = workpool.enqueue()
-    async with workpool.pool(flaky_handler(dependency), concurrency=1, lease_ttl=600):
+    async with workpool.pool(retrying_handler(dependency), concurrency=1, lease_ttl=600):
         await wait_for_first_failure(workpool, dependency)
         workpool.lose(item)
         finished = await workpool.wait_for(SessionFinished)
@@ -135,7 +135,7 @@ async def test_lost_lease_ends_wait_for_retry_without_another_call(workpool: Kit
 async def test_stop_request_ends_wait_for_retry_at_once(workpool: Kit) -> None:
     dependency = FailingDependency()
     [item] = workpool.enqueue()
-    async with workpool.pool(flaky_handler(dependency)):
+    async with workpool.pool(retrying_handler(dependency)):
         await wait_for_first_failure(workpool, dependency)
         workpool.stop(item)
         finished = await workpool.wait_for(SessionFinished)
@@ -148,7 +148,7 @@ async def test_stop_request_ends_wait_for_retry_at_once(workpool: Kit) -> None:
 async def test_drain_ends_wait_for_retry_and_next_run_continues_counting(workpool: Kit) -> None:
     dependency = FailingDependency()
     [item] = workpool.enqueue()
-    async with workpool.pool(flaky_handler(dependency)) as pool:
+    async with workpool.pool(retrying_handler(dependency)) as pool:
         await wait_for_first_failure(workpool, dependency)
         await pool.drain(timeout=600)
         finished = await workpool.wait_for(SessionFinished)
@@ -160,7 +160,7 @@ async def test_drain_ends_wait_for_retry_and_next_run_continues_counting(workpoo
         "workpool.released": "the pool is draining",
         "workpool.retries": "1",
     }
-    async with workpool.pool(flaky_handler(dependency)):
+    async with workpool.pool(retrying_handler(dependency)):
         again = await workpool.wait_for(SessionFinished)
     assert (again.outcome, again.session.attempt) == ("failed", 1)
     assert dependency.calls == [0, 1, 2, 3]
@@ -169,8 +169,8 @@ async def test_drain_ends_wait_for_retry_and_next_run_continues_counting(workpoo
 
 @in_virtual_time
 @pytest.mark.usefixtures("longest_delays")
-async def test_drain_during_retry_leaves_its_number_to_next_run(workpool: Kit) -> None:
-    @handler(retry=UNREACHABLE)
+async def test_drain_during_retry_keeps_retry_number_for_next_run(workpool: Kit) -> None:
+    @handler(retry=RETRY_CONNECTION_ERRORS)
     async def hang_when_retried(session: Session) -> dict[str, str]:
         if not session.redelivered:
             if session.retry == 0:
@@ -190,23 +190,23 @@ async def test_drain_during_retry_leaves_its_number_to_next_run(workpool: Kit) -
 
 @in_virtual_time
 @pytest.mark.usefixtures("longest_delays")
-async def test_timeout_bounds_whole_run_with_its_retries(workpool: Kit) -> None:
+async def test_handler_timeout_limits_all_retries_together(workpool: Kit) -> None:
     dependency = FailingDependency()
-    result = await workpool.run_session(flaky_handler(dependency, timeout=30))
+    result = await workpool.run_session(retrying_handler(dependency, timeout=30))
     assert (result.outcome, dependency.calls) == ("timed_out", [0, 1])
     assert result.seconds == pytest.approx(30, abs=0.5)
 
 
 @in_virtual_time
 @pytest.mark.usefixtures("longest_delays")
-async def test_machine_that_was_paused_during_wait_leaves_retry_to_next_run(workpool: Kit) -> None:
+async def test_retry_after_pause_of_machine_is_left_to_next_run(workpool: Kit) -> None:
     dependency = FailingDependency(failures=1)
     loop: Any = asyncio.get_running_loop()
     workpool.enqueue()
-    async with workpool.pool(flaky_handler(dependency), concurrency=1):
+    async with workpool.pool(retrying_handler(dependency), concurrency=1):
         await wait_for_first_failure(workpool, dependency)
         await asyncio.sleep(19.85)
-        loop.pause(5)  # too late for a heartbeat that verifies the lease before the retry
+        loop.pause(5)  # the retry is due before a heartbeat can verify the lease
         released = await workpool.wait_for(SessionFinished)
         completed = await workpool.wait_for(SessionFinished)
     assert (released.outcome, completed.outcome) == ("released", "completed")
@@ -215,11 +215,11 @@ async def test_machine_that_was_paused_during_wait_leaves_retry_to_next_run(work
 
 @in_virtual_time
 @pytest.mark.usefixtures("longest_delays")
-async def test_delay_before_retry_is_no_stall_and_each_call_has_the_whole_stall_timeout(
+async def test_stall_timeout_applies_to_each_call_and_not_to_delays(
     workpool: Kit,
 ) -> None:
     result = await workpool.run_session(
-        flaky_handler(FailingDependency(failures=2), stall_timeout=2)
+        retrying_handler(FailingDependency(failures=2), stall_timeout=2)
     )
     assert result.outcome == "completed"
     assert result.seconds == pytest.approx(3 * 1 + 20 + 40, abs=0.5)
@@ -230,7 +230,7 @@ async def test_handler_that_fails_after_its_handoff_is_not_called_again(workpool
     calls: list[int] = []
     loop, operations = asyncio.get_running_loop(), workpool.server.operations
 
-    @handler(retry=UNREACHABLE)
+    @handler(retry=RETRY_CONNECTION_ERRORS)
     async def hand_off(session: Session) -> None:
         calls.append(session.retry)
         async with session.handover() as lease:
@@ -244,10 +244,10 @@ async def test_handler_that_fails_after_its_handoff_is_not_called_again(workpool
 
 
 @in_virtual_time
-async def test_slot_and_lease_are_kept_between_calls_of_handler(workpool: Kit) -> None:
+async def test_session_keeps_slot_and_lease_between_retries(workpool: Kit) -> None:
     dependency = FailingDependency(failures=2)
     workpool.enqueue(2)
-    async with workpool.pool(flaky_handler(dependency), concurrency=1, lease_ttl=10) as pool:
+    async with workpool.pool(retrying_handler(dependency), concurrency=1, lease_ttl=10) as pool:
         await workpool.wait_for(HandlerRetried)
         assert pool.status().running == 1
         await workpool.wait_for(SessionFinished)
@@ -257,10 +257,10 @@ async def test_slot_and_lease_are_kept_between_calls_of_handler(workpool: Kit) -
 
 
 @in_virtual_time
-async def test_contexts_of_plugins_are_entered_once_around_all_calls(workpool: Kit) -> None:
+async def test_plugin_context_is_entered_once_around_all_retries(workpool: Kit) -> None:
     seen: list[str] = []
 
-    class ContextRecorder:
+    class ContextRecordingPlugin:
         @hookimpl
         def workpool_wrap_session(self) -> Any:
             return self.record_context()
@@ -276,18 +276,18 @@ async def test_contexts_of_plugins_are_entered_once_around_all_calls(workpool: K
                 seen.append("left")
 
     dependency = FailingDependency()
-    result = await workpool.run_session(flaky_handler(dependency), ContextRecorder())
+    result = await workpool.run_session(retrying_handler(dependency), ContextRecordingPlugin())
     assert (result.outcome, seen) == ("failed", ["error", "left"])
     assert len(dependency.calls) == 4
 
 
 @in_virtual_time
-async def test_each_retry_is_counted_reported_and_logged_in_one_line(
+async def test_each_retry_is_counted_and_logged_in_one_line(
     workpool: Kit, caplog: pytest.LogCaptureFixture
 ) -> None:
     dependency = FailingDependency(failures=2, error=ConnectionError("no route\nforged line"))
     workpool.enqueue()
-    pool = workpool.pool(flaky_handler(dependency))
+    pool = workpool.pool(retrying_handler(dependency))
     with caplog.at_level(logging.INFO, "workpool"):
         async with pool:
             await workpool.wait_for(SessionFinished)
@@ -309,8 +309,8 @@ async def test_each_retry_is_counted_reported_and_logged_in_one_line(
 
 
 @in_virtual_time
-async def test_counter_of_retries_is_zero_before_first_one(workpool: Kit) -> None:
-    async with workpool.pool(flaky_handler(FailingDependency())) as pool:
+async def test_retry_counter_is_zero_before_first_retry(workpool: Kit) -> None:
+    async with workpool.pool(retrying_handler(FailingDependency())) as pool:
         [sample] = [
             sample
             for metric in pool.registry.collect()

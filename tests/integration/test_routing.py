@@ -22,22 +22,22 @@ if TYPE_CHECKING:
     from workpool import WorkItem
     from workpool.testing import Kit
 
-MINUTES = 60.0
+MINUTE_SECONDS = 60.0
 
 
 @handler
-async def any_session(_: Session) -> dict[str, str]:
+async def any_session_handler(_: Session) -> dict[str, str]:
     return {"by": "any_session"}
 
 
-@handler(metadata={"job": "report"}, timeout=5 * MINUTES)
+@handler(metadata={"job": "report"}, timeout=5 * MINUTE_SECONDS)
 async def report_handler(session: Session) -> dict[str, str]:
-    return await _work(session, "report")
+    return await sleep_for_minutes(session, "report")
 
 
-@handler(metadata={"job": "report", "size": "huge"}, timeout=50 * MINUTES, max_sessions=1)
+@handler(metadata={"job": "report", "size": "huge"}, timeout=50 * MINUTE_SECONDS, max_sessions=1)
 async def huge_report_handler(session: Session) -> dict[str, str]:
-    return await _work(session, "huge_report")
+    return await sleep_for_minutes(session, "huge_report")
 
 
 @handler(type="job")
@@ -46,7 +46,7 @@ async def job_handler(_: Session) -> dict[str, str]:
 
 
 class WeightPlugin:
-    """A plugin that chooses the handler by a comparison instead of equality."""
+    """A plugin whose hook takes the items above a weight, which no rule can express."""
 
     @hookimpl
     def workpool_session_handler(self, item: WorkItem) -> Any:
@@ -57,12 +57,18 @@ class WeightPlugin:
         return {"by": "carry"}
 
 
-async def _work(session: Session, by: str) -> dict[str, str]:
-    await asyncio.sleep(float(session.item.metadata.get("minutes", "0")) * MINUTES)
+async def sleep_for_minutes(session: Session, by: str) -> dict[str, str]:
+    await asyncio.sleep(float(session.item.metadata.get("minutes", "0")) * MINUTE_SECONDS)
     return {"by": by}
 
 
-ALL = (WeightPlugin(), any_session, report_handler, huge_report_handler, job_handler)
+ALL_HANDLERS = (
+    WeightPlugin(),
+    any_session_handler,
+    report_handler,
+    huge_report_handler,
+    job_handler,
+)
 
 
 @pytest.mark.parametrize(
@@ -83,28 +89,28 @@ async def test_each_item_is_run_by_handler_of_most_specific_rule(
     workpool: Kit, work_type: str, metadata: dict[str, str], by: str
 ) -> None:
     (item,) = workpool.enqueue(metadata=metadata, work_type=work_type)
-    async with workpool.pool(*ALL):
+    async with workpool.pool(*ALL_HANDLERS):
         finished = await workpool.wait_for(SessionFinished)
     assert finished.outcome == "completed"
     assert workpool.item(item).metadata["by"] == by
 
 
 @in_virtual_time
-async def test_each_handler_has_its_own_timeout(workpool: Kit) -> None:
+async def test_timeout_of_handler_replaces_session_timeout(workpool: Kit) -> None:
     for size in ("small", "huge"):
         workpool.enqueue(metadata={"job": "report", "size": size, "minutes": "60"})
-    async with workpool.pool(*ALL, session_timeout=1):
+    async with workpool.pool(*ALL_HANDLERS, session_timeout=1):
         small, huge = [await workpool.wait_for(SessionFinished, count=count) for count in (1, 2)]
     assert (small.outcome, huge.outcome) == ("timed_out", "timed_out")
-    assert small.seconds == pytest.approx(5 * MINUTES, abs=1)
-    assert huge.seconds == pytest.approx(50 * MINUTES, abs=1)
+    assert small.seconds == pytest.approx(5 * MINUTE_SECONDS, abs=1)
+    assert huge.seconds == pytest.approx(50 * MINUTE_SECONDS, abs=1)
 
 
 @in_virtual_time
 async def test_full_handler_declines_before_ack_and_delays_no_other_handler(workpool: Kit) -> None:
     huge = {"job": "report", "size": "huge", "minutes": "10"}
     workpool.enqueue(count=2, metadata=huge)
-    async with workpool.pool(*ALL):
+    async with workpool.pool(*ALL_HANDLERS):
         await workpool.wait_for(SessionStarted)
         declined = await workpool.wait_for(ItemDeclined)
         assert declined.reason == "busy"
@@ -134,9 +140,9 @@ def declines_per_poll(pool: Supervisor) -> float:
 
 
 def alert_threshold() -> float:
-    """Return the ratio above which the alert fires."""
+    """Return the ratio above which the alert WorkpoolPollsWasted fires."""
     text = resources.files("workpool").joinpath("alerts.yml").read_text("utf-8")
-    yaml = importlib.import_module("yaml")  # the module has no type hints
+    yaml = importlib.import_module("yaml")  # not `import yaml`, which mypy has no types for
     rules = [rule for group in yaml.safe_load(text)["groups"] for rule in group["rules"]]
     (expr,) = [rule["expr"] for rule in rules if rule.get("alert") == "WorkpoolPollsWasted"]
     return float(re.findall(r"> ([\d.]+)\s*$", expr)[0])
@@ -166,11 +172,11 @@ async def test_more_unwanted_items_than_polls_per_reclaim_window_starve_other_it
     async with workpool.pool(report_handler, pollers=pollers) as pool:
         await asyncio.sleep(60)
         (wanted,) = workpool.enqueue(metadata={"job": "report"})
-        await asyncio.sleep(10 * MINUTES)
+        await asyncio.sleep(10 * MINUTE_SECONDS)
         assert declines_per_poll(pool) > alert_threshold()
         assert workpool.item(wanted).state == "queued"
         assert workpool.item(wanted).delivered_at is None
-        # A pool with another handler runs the unwanted items, and the remaining item is delivered.
-        async with workpool.pool(any_session):
+        # A second pool with another handler runs the unwanted items, and then the wanted one.
+        async with workpool.pool(any_session_handler):
             await workpool.wait_for(SessionFinished, count=31)
     assert workpool.item(wanted).state == "stopped"

@@ -46,7 +46,7 @@ class ConnectingPlugin:
             self.errors.append(error)
 
 
-async def return_handler(_: Session) -> None:
+async def returning_handler(_: Session) -> None:
     return None
 
 
@@ -70,7 +70,7 @@ async def hanging_handler(_: Session) -> None:
 @pytest.mark.parametrize(
     ("act", "outcome", "error"),
     [
-        (return_handler, "completed", None),
+        (returning_handler, "completed", None),
         (failing_handler, "failed", ValueError),
         (releasing_handler, "released", Release),
         (wrong_result_handler, "failed", ResultError),
@@ -78,33 +78,33 @@ async def hanging_handler(_: Session) -> None:
     ],
     ids=["returned", "raised", "released", "wrong_result", "stalled"],
 )
-async def test_wrapping_context_sees_the_outcome_after_its_yield(
+async def test_wrapping_context_reads_outcome_after_handler_ended(
     workpool: Kit,
     act: Callable[[Session], Awaitable[Any]],
     outcome: str,
     error: type[BaseException] | None,
 ) -> None:
     @handler
-    async def work(session: Session) -> Any:
+    async def use_connection(session: Session) -> Any:
         assert session.state["connection"] == f"to {session.id}"
         return await act(session)
 
     connecting = ConnectingPlugin()
-    result = await workpool.run_session(work, connecting, stall_timeout=5)
+    result = await workpool.run_session(use_connection, connecting, stall_timeout=5)
     assert connecting.outcomes == [outcome] == [result.outcome]
     assert connecting.errors == [error]
 
 
-async def test_wrapping_context_sees_that_an_operator_stopped_the_session(
+async def test_wrapping_context_reads_outcome_stopped_after_stop_request(
     make_pool: Any, control_plane: ControlPlane, recorder: Recorder, heartbeat_now: Any
 ) -> None:
     @handler
-    async def work(session: Session) -> None:
+    async def wait_for_interruption(session: Session) -> None:
         await session.interrupted()
 
     connecting = ConnectingPlugin()
     (item,) = control_plane.enqueue()
-    async with make_pool(work, connecting):
+    async with make_pool(wait_for_interruption, connecting):
         await recorder.wait_for(SessionStarted)
         control_plane.operations.stop_item(control_plane.environments[0], item.id)
         heartbeat_now(item.id)
@@ -112,20 +112,20 @@ async def test_wrapping_context_sees_that_an_operator_stopped_the_session(
     assert connecting.outcomes == ["stopped"] == [finished.outcome]
 
 
-async def test_current_session_is_seen_by_tasks_and_threads_of_its_handler(
+async def test_current_session_is_available_in_tasks_and_threads_of_handler(
     make_pool: Any, control_plane: ControlPlane, recorder: Recorder
 ) -> None:
     seen: dict[str, list[Session | None]] = {}
     both = asyncio.Barrier(2)
 
-    async def read_in_thread() -> Session | None:
+    async def read_in_task() -> Session | None:
         return current_session()
 
     @handler
-    async def work(session: Session) -> None:
+    async def record_current_session(session: Session) -> None:
         await both.wait()
         async with asyncio.TaskGroup() as group:
-            task = group.create_task(read_in_thread())
+            task = group.create_task(read_in_task())
         seen[session.id] = [
             current_session(),
             task.result(),
@@ -133,7 +133,7 @@ async def test_current_session_is_seen_by_tasks_and_threads_of_its_handler(
         ]
 
     control_plane.enqueue(2)
-    async with make_pool(work, concurrency=2):
+    async with make_pool(record_current_session, concurrency=2):
         await recorder.wait_for(SessionFinished, count=2)
     sessions = [event.session for event in recorder.of(SessionFinished)]
     assert seen == {session.id: [session] * 3 for session in sessions}
@@ -141,18 +141,18 @@ async def test_current_session_is_seen_by_tasks_and_threads_of_its_handler(
 
 
 @in_virtual_time
-async def test_deadline_is_none_without_a_limit_and_that_of_the_timeout_with_one(
+async def test_deadline_of_session_follows_from_session_timeout(
     workpool: Kit,
 ) -> None:
     left: list[float | None] = []
 
     @handler
-    async def work(session: Session) -> None:
+    async def record_seconds_left(session: Session) -> None:
         now = asyncio.get_running_loop().time()
         left.append(None if session.deadline is None else session.deadline - now)
 
-    await workpool.run_session(work)
-    await workpool.run_session(work, session_timeout=60)
+    await workpool.run_session(record_seconds_left)
+    await workpool.run_session(record_seconds_left, session_timeout=60)
     none, seconds = left
     assert none is None
     assert seconds is not None
@@ -164,18 +164,18 @@ async def test_deadline_is_earlier_after_a_drain_or_a_stop_request(workpool: Kit
     left: list[float] = []
 
     @handler(timeout=3600)
-    async def work(session: Session) -> None:
+    async def record_seconds_left(session: Session) -> None:
         await session.interrupted()
         assert session.deadline is not None
         left.append(session.deadline - asyncio.get_running_loop().time())
 
     workpool.enqueue()
-    async with workpool.pool(work) as supervisor:
+    async with workpool.pool(record_seconds_left) as supervisor:
         await workpool.wait_for(SessionStarted)
         await supervisor.drain(timeout=45)
         await workpool.wait_for(SessionFinished)
     (item,) = workpool.enqueue()
-    async with workpool.pool(work, stop_grace=15):
+    async with workpool.pool(record_seconds_left, stop_grace=15):
         await workpool.wait_for(SessionStarted)
         workpool.stop(item)
         await workpool.wait_for(SessionFinished)
@@ -183,17 +183,17 @@ async def test_deadline_is_earlier_after_a_drain_or_a_stop_request(workpool: Kit
 
 
 @in_virtual_time
-async def test_deadline_of_a_drain_without_limit_is_that_of_the_timeout(workpool: Kit) -> None:
+async def test_deadline_during_drain_without_limit_is_that_of_timeout(workpool: Kit) -> None:
     left: list[float | None] = []
 
     @handler(timeout=100)
-    async def work(session: Session) -> None:
+    async def record_seconds_left(session: Session) -> None:
         await session.interrupted()
         assert session.deadline is not None
         left.append(round(session.deadline - asyncio.get_running_loop().time()))
 
     workpool.enqueue()
-    async with workpool.pool(work) as supervisor:
+    async with workpool.pool(record_seconds_left) as supervisor:
         await workpool.wait_for(SessionStarted)
         await asyncio.sleep(30)
         await supervisor.drain(timeout=None)

@@ -38,17 +38,17 @@ class ContextSettingPlugin:
             VARIABLES[name].set("set")
 
     @asynccontextmanager
-    async def context(self, name: str) -> AsyncIterator[None]:
+    async def variable_context(self, name: str) -> AsyncIterator[None]:
         self.set_variable(name)
         yield
 
     @hookimpl
     def workpool_lifespan(self) -> Any:
-        return self.context("lifespan")
+        return self.variable_context("lifespan")
 
     @hookimpl
     def workpool_wrap_session(self) -> Any:
-        return self.context("wrapper")
+        return self.variable_context("wrapper")
 
     @hookimpl
     def workpool_event(self, event: Event) -> None:
@@ -58,14 +58,14 @@ class ContextSettingPlugin:
     @hookimpl
     def workpool_session_handler(self) -> Callable[[Session], Any]:
         self.set_variable("chooser")
-        return self.run
+        return self.record_variables
 
-    async def run(self, _: Session) -> None:
+    async def record_variables(self, _: Session) -> None:
         self.seen.append({name: each.get() for name, each in VARIABLES.items()})
         self.set_variable("handler")
 
 
-async def test_context_variables_set_for_one_session_are_not_seen_by_the_next(
+async def test_context_variables_set_in_one_session_are_unset_in_the_next(
     control_plane: ControlPlane, make_pool: Any, recorder: Recorder
 ) -> None:
     VARIABLES["embedder"].set("before start")
@@ -76,5 +76,5 @@ async def test_context_variables_set_for_one_session_are_not_seen_by_the_next(
         await recorder.wait_for(SessionFinished, count=4)
     unset = dict.fromkeys(VARIABLES, "unset")
     own = unset | {"embedder": "before start", "lifespan": "set"}
-    # A session sees variables set by its own wrapping contexts and by observers of its own events.
+    # A session reads the variables that its wrapping contexts and the observers of its events set.
     assert setting.seen == [own | {"wrapper": "set", "observer": "set"}, own, own, own]

@@ -55,7 +55,7 @@ async def answer_all_tools(session: Session) -> dict[str, str]:
 
 
 def lose_lease(plane: ControlPlane, session: Session) -> None:
-    """Let the lease expire; the pool notices when its own item is delivered to it again."""
+    """Let the lease expire; the pool notices it by a redelivery of the item."""
     expire_lease(plane, session.item.id)
     plane.operations.wake_all_polls()
 
@@ -73,13 +73,13 @@ def run_script(
 ) -> Callable[..., Awaitable[Any]]:
     """Return a function that runs a scripted session through a pool."""
 
-    async def run(call: Any, *script: dict[str, Any], **settings: Any) -> Any:
+    async def run_until_end(call: Any, *script: dict[str, Any], **settings: Any) -> Any:
         (item,) = control_plane.enqueue(script=script)
-        marked = call if rule_of(call) else handler(call)
-        async with make_pool(marked, **settings):
+        plugin = call if rule_of(call) else handler(call)
+        async with make_pool(plugin, **settings):
             return await wait_for_end(item.id)
 
-    return run
+    return run_until_end
 
 
 async def test_handler_answers_every_tool_use_of_script(
@@ -88,78 +88,78 @@ async def test_handler_answers_every_tool_use_of_script(
     script = [{"name": "Bash", "input": {"command": str(number)}} for number in range(10)]
     final = await run_script(answer_all_tools, *script)
     assert (final.outcome, final.metadata) == ("completed", {"answered": "10"})
-    events_said = control_plane.events(final.item.session_id)
-    texts = [one["content"][0]["text"] for one in events_said if one["type"] == "user.tool_result"]
+    events = control_plane.events(final.item.session_id)
+    texts = [one["content"][0]["text"] for one in events if one["type"] == "user.tool_result"]
     assert texts == [f"ran {number}" for number in range(10)]
 
 
-async def test_every_tool_use_is_answered_once_despite_lost_answers(
+async def test_each_tool_use_is_answered_once_although_requests_fail(
     control_plane: ControlPlane, run_script: Any, faults: Faults
 ) -> None:
     for fault in (lost(applied=True), lost(applied=False), status(503), reset()):
         faults.add(fault, "send", "stream", "events", probability=0.15)
     final = await run_script(answer_all_tools, *[BASH] * 15)
     assert final.outcome == "completed"
-    events_said = control_plane.events(final.item.session_id)
-    uses = [event["id"] for event in events_said if event["type"] == "agent.tool_use"]
-    assert [one["tool_use_id"] for one in events_said if one["type"] == "user.tool_result"] == uses
+    events = control_plane.events(final.item.session_id)
+    uses = [event["id"] for event in events if event["type"] == "agent.tool_use"]
+    assert [one["tool_use_id"] for one in events if one["type"] == "user.tool_result"] == uses
     assert len(uses) == 15
     assert len(faults.of("send")) > 15
 
 
 async def test_session_events_list_returns_history(run_script: Any) -> None:
-    async def work(session: Session) -> dict[str, str]:
+    async def return_event_types(session: Session) -> dict[str, str]:
         return {"types": " ".join([event["type"] async for event in session.events.list()])}
 
-    final = await run_script(work, BASH)
+    final = await run_script(return_event_types, BASH)
     assert final.metadata["types"] == "user.message session.status_running agent.tool_use"
 
 
-async def test_message_that_may_have_been_sent_is_not_repeated(
+async def test_unanswered_send_of_message_is_not_repeated(
     control_plane: ControlPlane, run_script: Any, faults: Faults
 ) -> None:
-    faults.add(status(429), "send", times=2)  # a 429 is never applied
+    faults.add(status(429), "send", times=2)  # repeated, because a 429 was certainly not applied
     faults.add(lost(applied=True), "send", times=1, skip=2)
 
-    async def work(session: Session) -> None:
+    async def send_message(session: Session) -> None:
         with pytest.raises(TransientError):
             await session.events.send(MESSAGE)
 
-    final = await run_script(work, BASH)
+    final = await run_script(send_message, BASH)
     assert final.outcome == "completed"
-    events_said = [event["type"] for event in control_plane.events(final.item.session_id)]
-    assert events_said.count("user.message") == 2  # one from the script, and one from the test
+    events = [event["type"] for event in control_plane.events(final.item.session_id)]
+    assert events.count("user.message") == 2  # the first message of the script, and the handler's
     assert len(faults.of("send")) == 3
 
 
-async def test_failed_check_whether_result_was_stored_is_repeated(
+async def test_failed_read_of_history_after_unanswered_send_is_repeated(
     control_plane: ControlPlane, run_script: Any, faults: Faults
 ) -> None:
     faults.add(lost(applied=True), "send", times=1)
     faults.add(status(503), "events", times=2)
 
-    async def work(session: Session) -> None:
+    async def send_result(session: Session) -> None:
         (stored,) = await session.events.send(tool_result(control_plane.events(session.id)[2]))
         assert stored == control_plane.events(session.id)[3]
 
-    final = await run_script(work, BASH)
+    final = await run_script(send_result, BASH)
     assert final.outcome == "completed"
     assert [request.op for request in faults.of("send", "events")] == [
-        "send",  # applied, but its answer is lost
-        *["send", "events"] * 3,  # a 409 each time, until the history shows the stored result
+        "send",
+        *["send", "events"] * 3,  # each repeated send is answered 409, so the history is read
     ]
 
 
 async def test_different_result_for_answered_tool_use_raises_conflict(
     control_plane: ControlPlane, run_script: Any
 ) -> None:
-    async def work(session: Session) -> None:
+    async def send_different_result(session: Session) -> None:
         use = control_plane.events(session.id)[-1]
         control_plane.operations.send_events(session.id, [{**tool_result(use), "content": []}])
         with pytest.raises(ConflictError):
             await session.events.send(tool_result(use))
 
-    assert (await run_script(work, BASH)).outcome == "completed"
+    assert (await run_script(send_different_result, BASH)).outcome == "completed"
 
 
 async def test_events_after_lost_lease_are_neither_sent_nor_read(
@@ -167,7 +167,7 @@ async def test_events_after_lost_lease_are_neither_sent_nor_read(
 ) -> None:
     raised: list[type[BaseException]] = []
 
-    async def work(session: Session) -> None:
+    async def use_events_without_lease(session: Session) -> None:
         events = session.events
         use = control_plane.events(session.id)[-1]
         async with events.stream() as stream:
@@ -184,7 +184,7 @@ async def test_events_after_lost_lease_are_neither_sent_nor_read(
                 raised.append(caught.type)
             assert [one.op for one in faults.seen[before:] if one.op in {"send", "events"}] == []
 
-    final = await run_script(work, BASH)
+    final = await run_script(use_events_without_lease, BASH)
     assert final.outcome == "lease_lost"
     assert len(raised) == 3
 
@@ -192,7 +192,7 @@ async def test_events_after_lost_lease_are_neither_sent_nor_read(
 async def test_event_stream_in_own_task_ends_with_lease(
     control_plane: ControlPlane, run_script: Any
 ) -> None:
-    """No code cancels that task, so its wait must end by itself."""
+    """The pool does not cancel tasks that a handler started, so the stream must end by itself."""
     ended = asyncio.Event()
 
     async def read_stream(stream: EventStream, caught_up: asyncio.Event) -> None:
@@ -208,16 +208,15 @@ async def test_event_stream_in_own_task_ends_with_lease(
 
     async with asyncio.TaskGroup() as group:
 
-        async def work(session: Session) -> None:
+        async def follow_in_task(session: Session) -> None:
             caught_up = asyncio.Event()
             group.create_task(follow_stream(session, caught_up))
             await caught_up.wait()
             lose_lease(control_plane, session)
-            async with asyncio.timeout(10):
+            async with asyncio.timeout(30):
                 await ended.wait()
 
-        # The item is delivered and claimed again after the script has ended.
-        assert (await run_script(work, BASH)).outcome == "lease_lost"
+        assert (await run_script(follow_in_task, BASH)).outcome == "lease_lost"
 
 
 async def test_event_send_in_progress_is_cancelled_with_lease(
@@ -234,13 +233,13 @@ async def test_event_send_in_progress_is_cancelled_with_lease(
 
     async with asyncio.TaskGroup() as group:
 
-        async def work(session: Session) -> None:
+        async def send_in_task(session: Session) -> None:
             group.create_task(send_event(session))
             await hold.reached()
             lose_lease(control_plane, session)
             await asyncio.Event().wait()
 
-        assert (await run_script(work, BASH)).outcome == "lease_lost"
+        assert (await run_script(send_in_task, BASH)).outcome == "lease_lost"
     assert raised == [LeaseLost]
     hold.release()
 
@@ -250,10 +249,10 @@ async def test_events_after_end_of_session_are_neither_sent_nor_read(
 ) -> None:
     kept: list[Session] = []
 
-    async def work(session: Session) -> None:
+    async def keep_session(session: Session) -> None:
         kept.append(session)
 
-    assert (await run_script(work, BASH)).outcome == "completed"
+    assert (await run_script(keep_session, BASH)).outcome == "completed"
     (session,) = kept
     with pytest.raises(SessionEnded):
         await session.events.send(MESSAGE)
@@ -265,20 +264,17 @@ async def test_events_after_end_of_session_are_neither_sent_nor_read(
     assert not faults.of("send", "events", "stream")
 
 
-# The token of an item's secret.
-
-
 class SecretMiddleware:
     """A middleware that adds a secret to every polled item and records the tokens of requests."""
 
     def __init__(self, secret: object) -> None:
         self.secret = secret
-        self.borne: dict[str, set[str]] = {}
+        self.used_tokens: dict[str, set[str]] = {}
 
     @web.middleware
     async def handle_request(self, request: web.Request, handler: Any) -> web.StreamResponse:
         tail = request.path.rpartition("/")[2]
-        self.borne.setdefault(tail, set()).add(request.headers["Authorization"])
+        self.used_tokens.setdefault(tail, set()).add(request.headers["Authorization"])
         response = await handler(request)
         if tail == "poll" and (item := json.loads(response.body)) is not None:
             return web.json_response({**item, "secret": self.secret})
@@ -291,7 +287,7 @@ def packed_secret(value: object) -> str:
 
 
 @pytest.mark.parametrize(
-    ("secret", "bears_its_own"),
+    ("secret", "uses_own_token"),
     [
         (packed_secret({"sessions_token": SESSIONS_TOKEN, "other": {"more": "?>~"}}), True),
         (packed_secret({"sessions_token": "not a token\r\n"}), False),
@@ -304,18 +300,18 @@ def packed_secret(value: object) -> str:
         ({"sessions_token": SESSIONS_TOKEN}, False),
     ],
 )
-async def test_token_of_item_is_used_for_its_session_calls_and_never_shown(
+async def test_item_token_is_used_for_event_calls_only_and_never_logged(
     make_pool: Any,
     recorder: Recorder,
     caplog: pytest.LogCaptureFixture,
     secret: object,
     *,
-    bears_its_own: bool,
+    uses_own_token: bool,
 ) -> None:
     caplog.set_level("DEBUG")
     shown: list[str] = []
 
-    async def work(session: Session) -> None:
+    async def answer_and_show_session(session: Session) -> None:
         shown.append(f"{session!r} {session.item!r} {session.item}")
         await answer_all_tools(session)
 
@@ -327,13 +323,14 @@ async def test_token_of_item_is_used_for_its_session_calls_and_never_shown(
     ) as plane:
         (item,) = plane.enqueue(script=[BASH])
         settings = {"base_url": plane.anthropic_base_url, "token": "environment-key"}
-        async with make_pool(handler(work), dialect="anthropic", **settings):
+        async with make_pool(handler(answer_and_show_session), dialect="anthropic", **settings):
             await recorder.wait_for(SessionFinished)
         assert plane.events(item.session_id)[-1]["stop_reason"] == {"type": "end_turn"}
-    own = {f"Bearer {SESSIONS_TOKEN if bears_its_own else 'environment-key'}"}
-    assert {tail: bearers for tail, bearers in secrets.borne.items() if tail in {"events", "stream"}
-            } == {"events": own, "stream": own}  # fmt: skip
-    assert secrets.borne["ack"] == secrets.borne["heartbeat"] == {"Bearer environment-key"}
+    own = {f"Bearer {SESSIONS_TOKEN if uses_own_token else 'environment-key'}"}
+    assert secrets.used_tokens["events"] == secrets.used_tokens["stream"] == own
+    assert (
+        secrets.used_tokens["ack"] == secrets.used_tokens["heartbeat"] == {"Bearer environment-key"}
+    )
     shown_text = "\n".join([caplog.text, *shown, *map(repr, recorder.events)])
     assert "sessions_token=" in shown_text
     assert SESSIONS_TOKEN not in shown_text

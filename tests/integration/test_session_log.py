@@ -1,4 +1,4 @@
-"""The log of a pool: one line for each session and each reclaim, and the ids on every record."""
+"""The log of a pool has one line for each session and reclaim, and ids on every record."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ TRACE = "00-4bf92f3577b34da6a3ce929d0e0e4736-00f067aa0ba902b7-01"
 
 
 @handler
-async def report_handler(session: Session) -> None:
+async def handler_by_metadata(session: Session) -> None:
     session.log.info("at work", extra={"reason": "a report"})
     if session.item.metadata.get("do") == "fail":
         raise RuntimeError("as it was asked to")
@@ -30,8 +30,8 @@ async def report_handler(session: Session) -> None:
         raise Release("busy\nhere")
 
 
-def item_held_before(plane: ControlPlane) -> str:
-    """Enqueue an item that another worker held and lost; return its id."""
+def enqueue_item_held_before(plane: ControlPlane) -> str:
+    """Enqueue an item that another worker then holds and loses; return the id of the item."""
     (item,) = plane.enqueue()
     operations, environment = plane.operations, plane.environments[0]
     operations.ack_item(environment, item.id, "another")
@@ -40,7 +40,7 @@ def item_held_before(plane: ControlPlane) -> str:
     return item.id
 
 
-def record_fields(caplog: pytest.LogCaptureFixture, message: str) -> list[dict[str, Any]]:
+def fields_of_records(caplog: pytest.LogCaptureFixture, message: str) -> list[dict[str, Any]]:
     """Return the fields of the records with this message."""
     names = {*FIELDS, "levelname"}
     return [
@@ -60,10 +60,10 @@ async def test_each_session_ends_with_one_line_at_info(
     control_plane.enqueue()
     control_plane.enqueue(metadata={"do": "fail"})
     control_plane.enqueue(metadata={"do": "release"})
-    async with make_pool(report_handler) as pool:
+    async with make_pool(handler_by_metadata) as pool:
         await recorder.wait_for(SessionFinished, count=3)
         ids = pool.log_ids
-    lines = record_fields(caplog, "session ended")
+    lines = fields_of_records(caplog, "session ended")
     assert sorted(line["outcome"] for line in lines) == ["completed", "failed", "released"]
     ended = {event.session.item.id: event for event in recorder.of(SessionFinished)}
     for line in lines:
@@ -82,22 +82,22 @@ async def test_each_session_ends_with_one_line_at_info(
         }
 
 
-async def test_failure_of_a_handler_can_be_searched_by_item_and_by_session(
+async def test_handler_failure_is_logged_with_item_and_session_ids(
     control_plane: ControlPlane,
     make_pool: Any,
     recorder: Recorder,
     caplog: pytest.LogCaptureFixture,
 ) -> None:
     (item,) = control_plane.enqueue(metadata={"do": "fail"})
-    async with make_pool(report_handler) as pool:
+    async with make_pool(handler_by_metadata) as pool:
         await recorder.wait_for(SessionFinished)
         ids = pool.log_ids
-    (line,) = record_fields(caplog, "handler failed")
+    (line,) = fields_of_records(caplog, "handler failed")
     assert line == {
         "levelname": "ERROR",
         "work_id": item.id,
         "session_id": item.session_id,
-        "handler": "report_handler.report_handler",
+        "handler": "handler_by_metadata.handler_by_metadata",
         **ids,
     }
 
@@ -108,10 +108,10 @@ async def test_every_record_of_a_pool_has_its_ids(
     recorder: Recorder,
     caplog: pytest.LogCaptureFixture,
 ) -> None:
-    """The records include those of the renewer's thread and of the embedder's own tasks."""
+    """The ids are also on records of the renewer's thread and of tasks of the embedder."""
     caplog.set_level(logging.DEBUG, "workpool")
     control_plane.enqueue(2)
-    async with make_pool(report_handler) as pool:
+    async with make_pool(handler_by_metadata) as pool:
         await recorder.wait_for(SessionFinished, count=2)
         pool.pause("for lunch")
         pool.resume()
@@ -148,12 +148,12 @@ async def test_heartbeat_of_the_renewers_thread_is_logged_with_ids(
     caplog: pytest.LogCaptureFixture,
 ) -> None:
     @handler
-    async def wait_for_heartbeat(session: Session) -> None:
+    async def wait_for_interruption(session: Session) -> None:
         await session.interrupted()
 
     caplog.set_level(logging.DEBUG, "workpool")
     control_plane.enqueue()
-    async with make_pool(wait_for_heartbeat) as pool:
+    async with make_pool(wait_for_interruption) as pool:
         await recorder.wait_for(HeartbeatFinished, count=3)
         ids = pool.log_ids
     lines = [each for each in caplog.records if each.message == "heartbeat ended"]
@@ -161,49 +161,49 @@ async def test_heartbeat_of_the_renewers_thread_is_logged_with_ids(
     assert all(ids.items() <= vars(each).items() for each in lines)
 
 
-async def test_records_of_a_session_have_the_trace_of_its_item(
+async def test_session_records_have_trace_of_item(
     control_plane: ControlPlane,
     faults: Faults,
     make_pool: Any,
     recorder: Recorder,
     caplog: pytest.LogCaptureFixture,
 ) -> None:
-    async def log_in_trace(request: web.Request, handler: Any) -> web.StreamResponse:
+    async def answer_with_trace(request: web.Request, handler: Any) -> web.StreamResponse:
         response: web.StreamResponse = await handler(request)
         response.headers["traceparent"] = TRACE
         return response
 
     caplog.set_level(logging.INFO, "workpool")
-    faults.add(log_in_trace, "poll")
+    faults.add(answer_with_trace, "poll")
     control_plane.enqueue()
-    async with make_pool(report_handler):
+    async with make_pool(handler_by_metadata):
         await recorder.wait_for(SessionFinished)
     for message in ("at work", "session ended"):
-        [line] = record_fields(caplog, message)
+        [line] = fields_of_records(caplog, message)
         assert line["trace_id"] == TRACE.split("-")[1]
-    assert record_fields(caplog, "at work")[0]["reason"] == "a report"
+    assert fields_of_records(caplog, "at work")[0]["reason"] == "a report"
 
 
-async def test_line_of_a_session_has_the_trace_that_its_plugin_began(
+async def test_session_line_has_trace_that_handler_set(
     control_plane: ControlPlane,
     make_pool: Any,
     recorder: Recorder,
     caplog: pytest.LogCaptureFixture,
 ) -> None:
     @handler
-    async def log_in_trace(session: Session) -> None:
+    async def begin_trace(session: Session) -> None:
         session.traceparent = session.item.metadata["trace"]
 
     caplog.set_level(logging.INFO, "workpool")
     control_plane.enqueue(metadata={"trace": TRACE})
     control_plane.enqueue(metadata={"trace": "malformed"})
-    async with make_pool(log_in_trace):
+    async with make_pool(begin_trace):
         await recorder.wait_for(SessionFinished, count=2)
-    lines = record_fields(caplog, "session ended")
+    lines = fields_of_records(caplog, "session ended")
     assert sorted(line.get("trace_id", "") for line in lines) == ["", TRACE.split("-")[1]]
 
 
-async def test_polls_are_not_logged_at_info(
+async def test_pool_at_level_info_logs_no_polls(
     control_plane: ControlPlane,
     make_pool: Any,
     recorder: Recorder,
@@ -211,10 +211,10 @@ async def test_polls_are_not_logged_at_info(
 ) -> None:
     caplog.set_level(logging.INFO, "workpool")
     control_plane.enqueue()
-    async with make_pool(report_handler):
+    async with make_pool(handler_by_metadata):
         await recorder.wait_for(SessionFinished)
     assert not [each for each in caplog.records if each.levelno < logging.INFO]
-    assert len(record_fields(caplog, "session ended")) == 1
+    assert len(fields_of_records(caplog, "session ended")) == 1
 
 
 async def test_item_that_was_held_before_is_logged_as_reclaimed(
@@ -224,14 +224,14 @@ async def test_item_that_was_held_before_is_logged_as_reclaimed(
     caplog: pytest.LogCaptureFixture,
 ) -> None:
     caplog.set_level(logging.INFO, "workpool")
-    work_id = item_held_before(control_plane)
-    async with make_pool(report_handler):
+    work_id = enqueue_item_held_before(control_plane)
+    async with make_pool(handler_by_metadata):
         await recorder.wait_for(SessionFinished)
-    [line] = record_fields(caplog, "item reclaimed")
+    [line] = fields_of_records(caplog, "item reclaimed")
     assert (line["work_id"], line["direction"], line["stage"]) == (work_id, "gained", "poll")
 
 
-async def test_item_that_another_worker_has_is_logged_as_lost(
+async def test_item_with_ack_conflict_is_logged_as_lost(
     control_plane: ControlPlane,
     faults: Faults,
     make_pool: Any,
@@ -241,7 +241,7 @@ async def test_item_that_another_worker_has_is_logged_as_lost(
     caplog.set_level(logging.INFO, "workpool")
     faults.add(literal(b'{"error": {"type": "conflict"}}', 409), "ack", times=1)
     (item,) = control_plane.enqueue()
-    async with make_pool(report_handler, block_ms=20):
+    async with make_pool(handler_by_metadata, block_ms=20):
         await recorder.wait_for(ItemReclaimed)
-    [line] = record_fields(caplog, "item reclaimed")
+    [line] = fields_of_records(caplog, "item reclaimed")
     assert (line["work_id"], line["direction"], line["stage"]) == (item.id, "lost", "ack")

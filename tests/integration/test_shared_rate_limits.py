@@ -31,7 +31,7 @@ class ThreadRecordingLimiter(RateLimiter):
 
 
 @handler
-async def work(_: Session) -> None:
+async def return_at_once(_: Session) -> None:
     return None
 
 
@@ -44,7 +44,7 @@ async def test_two_pools_on_two_threads_share_one_rate_limit(
     ready = threading.Barrier(2)
 
     async def run_until_empty() -> None:
-        pool = Supervisor(settings, plugins=[work], rate_limits=limits)
+        pool = Supervisor(settings, plugins=[return_at_once], rate_limits=limits)
         await asyncio.to_thread(ready.wait, 20)
         await pool.run(until_empty=True)
 

@@ -1,4 +1,7 @@
-"""Sessions without progress. See workpool/docs/handlers.md, "Progress"."""
+"""Sessions that are ended because they make no progress.
+
+See workpool/docs/handlers.md, "Progress".
+"""
 
 from __future__ import annotations
 
@@ -18,39 +21,39 @@ if TYPE_CHECKING:
     from workpool.server import ControlPlane
     from workpool.testing import Kit, Recorder
 
-STALL = 30.0
+STALL_SECONDS = 30.0
 """The `stall_timeout` of these tests, in virtual seconds."""
 
 
 MESSAGE = {"type": "user.message", "content": [{"type": "text", "text": "go on"}]}
 
 
-async def hang() -> None:
+async def wait_forever() -> None:
     await asyncio.Event().wait()
 
 
-async def stall_outcome(
+async def run_stalling_session(
     workpool: Kit, act: Callable[[Session], Awaitable[object]], **settings: Any
 ) -> tuple[str, float]:
-    """Run a session with that handler; return its outcome and its seconds."""
+    """Run a session whose handler awaits `act`; return the outcome and the duration in seconds."""
 
     @handler
-    async def work(session: Session) -> None:
+    async def call_act(session: Session) -> None:
         await act(session)
 
-    result = await workpool.run_session(work, **{"stall_timeout": STALL, **settings})
+    result = await workpool.run_session(call_act, **{"stall_timeout": STALL_SECONDS, **settings})
     return result.outcome, round(result.seconds)
 
 
 @in_virtual_time
 async def test_session_without_progress_is_stalled_and_its_item_stopped(workpool: Kit) -> None:
     @handler
-    async def work(session: Session) -> None:
+    async def report_progress_once(session: Session) -> None:
         await asyncio.sleep(20)
         session.progress()
-        await hang()
+        await wait_forever()
 
-    result = await workpool.run_session(work, stall_timeout=STALL)
+    result = await workpool.run_session(report_progress_once, stall_timeout=STALL_SECONDS)
     assert (result.outcome, result.item.state) == ("stalled", "stopped")
     assert dict(result.metadata) == {"workpool.error": "SessionStalled"}
     assert round(result.seconds) == 50
@@ -58,82 +61,89 @@ async def test_session_without_progress_is_stalled_and_its_item_stopped(workpool
 
 @in_virtual_time
 async def test_session_without_stall_timeout_may_report_no_progress(workpool: Kit) -> None:
-    async def work(_: Session) -> None:
+    async def sleep_long(_: Session) -> None:
         await asyncio.sleep(10_000)
 
-    assert await stall_outcome(workpool, work, stall_timeout=None) == ("completed", 10_000)
+    assert await run_stalling_session(workpool, sleep_long, stall_timeout=None) == (
+        "completed",
+        10_000,
+    )
 
 
 @in_virtual_time
 async def test_session_that_makes_progress_is_not_stalled(workpool: Kit) -> None:
-    async def work(session: Session) -> None:
+    async def report_progress(session: Session) -> None:
         for _ in range(10):
-            await asyncio.sleep(STALL - 1)
+            await asyncio.sleep(STALL_SECONDS - 1)
             session.progress()
 
-    assert await stall_outcome(workpool, work) == ("completed", 290)
+    assert await run_stalling_session(workpool, report_progress) == ("completed", 290)
 
 
 @in_virtual_time
-async def test_metadata_and_events_are_progress(workpool: Kit) -> None:
-    async def work(session: Session) -> None:
+async def test_metadata_writes_and_sent_events_count_as_progress(workpool: Kit) -> None:
+    async def write_and_send(session: Session) -> None:
         for number in range(5):
-            await asyncio.sleep(STALL - 1)
+            await asyncio.sleep(STALL_SECONDS - 1)
             await session.update_metadata({"page": str(number)})
-            await asyncio.sleep(STALL - 1)
+            await asyncio.sleep(STALL_SECONDS - 1)
             await session.events.send(MESSAGE)
 
-    assert await stall_outcome(workpool, work) == ("completed", 290)
+    assert await run_stalling_session(workpool, write_and_send) == ("completed", 290)
 
 
 @in_virtual_time
 async def test_session_that_waits_for_a_person_is_not_stalled(workpool: Kit) -> None:
-    async def work(session: Session) -> None:
+    async def wait_for_person(session: Session) -> None:
         with session.waiting():
             await asyncio.sleep(1_000)
             with session.waiting():
                 await asyncio.sleep(1_000)
             await asyncio.sleep(1_000)
-        await hang()
+        await wait_forever()
 
-    outcome, seconds = await stall_outcome(workpool, work)
+    outcome, seconds = await run_stalling_session(workpool, wait_for_person)
     assert outcome == "stalled"
-    assert 3_000 + STALL <= seconds <= 3_000 + 2 * STALL
+    assert 3_000 + STALL_SECONDS <= seconds <= 3_000 + 2 * STALL_SECONDS
 
 
 @in_virtual_time
 async def test_stall_timeout_of_handler_replaces_the_setting(workpool: Kit) -> None:
     @handler(stall_timeout=5)
-    async def work(_: Session) -> None:
-        await hang()
+    async def hang_with_own_timeout(_: Session) -> None:
+        await wait_forever()
 
-    result = await workpool.run_session(work, stall_timeout=STALL)
+    result = await workpool.run_session(hang_with_own_timeout, stall_timeout=STALL_SECONDS)
     assert (result.outcome, round(result.seconds)) == ("stalled", 5)
 
 
 @in_virtual_time
-async def test_stalled_handler_can_clean_up_but_its_progress_changes_nothing(workpool: Kit) -> None:
-    async def work(session: Session) -> None:
+async def test_progress_of_stalled_handler_during_clean_up_does_not_prevent_stall(
+    workpool: Kit,
+) -> None:
+    async def report_progress_after_stall(session: Session) -> None:
         try:
-            await hang()
+            await wait_forever()
         finally:
             for _ in range(5):
                 await asyncio.sleep(1)
                 session.progress()
 
-    assert await stall_outcome(workpool, work) == ("stalled", 35)
+    assert await run_stalling_session(workpool, report_progress_after_stall) == ("stalled", 35)
 
 
 @in_virtual_time
-async def test_error_of_a_stalled_handler_is_written(workpool: Kit) -> None:
+async def test_error_raised_by_stalled_handler_is_written_to_metadata(workpool: Kit) -> None:
     @handler
-    async def work(_: Session) -> None:
+    async def raise_after_stall(_: Session) -> None:
         try:
-            await hang()
+            await wait_forever()
         finally:
             raise OSError("connection lost")
 
-    result = await workpool.run_session(work, stall_timeout=STALL, report_errors="message")
+    result = await workpool.run_session(
+        raise_after_stall, stall_timeout=STALL_SECONDS, report_errors="message"
+    )
     assert result.outcome == "stalled"
     assert dict(result.metadata) == {"workpool.error": "OSError: connection lost"}
 
@@ -142,22 +152,22 @@ async def test_error_of_a_stalled_handler_is_written(workpool: Kit) -> None:
 async def test_stall_is_logged_with_handler_and_seconds(
     workpool: Kit, caplog: pytest.LogCaptureFixture
 ) -> None:
-    async def work(_: Session) -> None:
-        await hang()
+    async def hang_in_handler(_: Session) -> None:
+        await wait_forever()
 
-    await stall_outcome(workpool, work)
+    await run_stalling_session(workpool, hang_in_handler)
     assert "session stalled" in caplog.text
 
 
 @in_virtual_time
-async def test_session_that_stalls_in_a_drain_is_stalled(workpool: Kit) -> None:
+async def test_session_that_stalls_during_drain_is_stalled(workpool: Kit) -> None:
     (item,) = workpool.enqueue()
 
     @handler
-    async def work(_: Session) -> None:
-        await hang()
+    async def hang_in_handler(_: Session) -> None:
+        await wait_forever()
 
-    async with workpool.pool(work, stall_timeout=STALL) as supervisor:
+    async with workpool.pool(hang_in_handler, stall_timeout=STALL_SECONDS) as supervisor:
         await workpool.wait_for(SessionStarted)
         await supervisor.drain(timeout=None)
     finished = await workpool.wait_for(SessionFinished)
@@ -165,25 +175,25 @@ async def test_session_that_stalls_in_a_drain_is_stalled(workpool: Kit) -> None:
     assert workpool.item(item).state == "stopped"
 
 
-async def test_progress_from_a_thread_counts(
+async def test_progress_reported_from_thread_prevents_stall(
     make_pool: Any, control_plane: ControlPlane, recorder: Recorder
 ) -> None:
     def report_from_thread(session: Session) -> None:
         for _ in range(10):
-            time.sleep(0.1)
+            time.sleep(0.4)
             session.progress()
 
     @handler
-    async def work(session: Session) -> None:
+    async def report_in_thread(session: Session) -> None:
         await asyncio.to_thread(report_from_thread, session)
 
     control_plane.enqueue()
-    async with make_pool(work, stall_timeout=0.5):
+    async with make_pool(report_in_thread, stall_timeout=3.0):
         finished = await recorder.wait_for(SessionFinished)
     assert finished.outcome == "completed"
 
 
-async def test_loop_that_was_blocked_stalls_no_other_session(
+async def test_blocked_loop_does_not_stall_other_sessions(
     make_pool: Any, control_plane: ControlPlane, recorder: Recorder
 ) -> None:
     @handler(metadata={"job": "steady"})
@@ -207,13 +217,13 @@ async def test_loop_that_was_blocked_stalls_no_other_session(
     }
 
 
-async def test_longest_time_without_progress_of_a_handler_is_a_gauge(
+async def test_gauge_shows_longest_time_without_progress_of_handler(
     make_pool: Any, control_plane: ControlPlane, recorder: Recorder
 ) -> None:
     go_on, may_end = asyncio.Event(), asyncio.Event()
 
     @handler
-    async def work(session: Session) -> None:
+    async def wait_and_hang(session: Session) -> None:
         with session.waiting():
             await go_on.wait()
         await may_end.wait()
@@ -224,12 +234,12 @@ async def test_longest_time_without_progress_of_a_handler_is_a_gauge(
         return longest
 
     control_plane.enqueue()
-    async with make_pool(work) as supervisor:
+    async with make_pool(wait_and_hang) as supervisor:
         await recorder.wait_for(SessionStarted)
         await asyncio.sleep(0.1)
         assert gauge_value() == 0
         go_on.set()
-        async with asyncio.timeout(10):
-            while gauge_value() < 0.1:  # noqa: ASYNC110 - nothing tells of the time that passes
+        async with asyncio.timeout(20):
+            while gauge_value() < 0.1:  # noqa: ASYNC110 - the gauge grows with time
                 await asyncio.sleep(0.02)
         may_end.set()

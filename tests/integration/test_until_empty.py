@@ -16,12 +16,12 @@ if TYPE_CHECKING:
     from workpool.server import ControlPlane
     from workpool.testing import Faults, Recorder
 
-# A poll without an item that may wait for 0.1 s is answered this many seconds early.
-NULL_EARLY = 0.09
+EARLY_SECONDS = 0.09
+"""Seconds for which a poll without an item waits, a little less than its `block_ms` of 0.1 s."""
 
 
 @handler
-async def work(_: Session) -> None:
+async def return_at_once(_: Session) -> None:
     await asyncio.sleep(0)
 
 
@@ -31,7 +31,8 @@ async def test_queue_run_until_empty_costs_four_requests_per_item(
     prefetch: int,
 ) -> None:  # fmt: skip
     items = control_plane.enqueue(200)
-    pool = make_pool(work, pollers=pollers, prefetch=prefetch, block_ms=20)
+    sizes = {"pollers": pollers, "prefetch": prefetch, "reclaim_older_than_ms": 600_000}
+    pool = make_pool(return_at_once, block_ms=20, **sizes)
     await pool.run(until_empty=True)
     assert control_plane.summary() == (200, 200, 0, 0, 0)
     assert [event.outcome for event in recorder.of(SessionFinished)] == ["completed"] * 200
@@ -49,7 +50,7 @@ async def test_queue_run_until_empty_costs_four_requests_per_item(
 async def test_until_empty_on_empty_queue_ends_at_first_poll_without_item(
     faults: Faults, make_pool: Any
 ) -> None:
-    await make_pool(work, pollers=1, block_ms=20).run(until_empty=True)
+    await make_pool(return_at_once, pollers=1, block_ms=20).run(until_empty=True)
     assert len(faults.of("poll")) == 1
 
 
@@ -59,7 +60,7 @@ async def test_until_empty_waits_for_running_sessions_and_takes_new_items(
     @handler
     async def enqueue_more(session: Session) -> None:
         if "last" not in session.item.metadata:
-            await asyncio.sleep(0.1)  # as long as several null polls
+            await asyncio.sleep(0.1)  # several polls without an item end meanwhile
             control_plane.enqueue(metadata={"last": "yes"})
 
     control_plane.enqueue()
@@ -71,11 +72,11 @@ async def test_until_empty_waits_for_running_sessions_and_takes_new_items(
 async def test_until_empty_does_not_end_during_another_poll(
     control_plane: ControlPlane, faults: Faults, make_pool: Any, recorder: Recorder
 ) -> None:
-    """One poller receives null while an answer with an item for the other poller is in flight."""
+    """One poller receives no item while an answer with an item for the other one is in flight."""
     hold = Hold(applied=True)
     faults.add(hold, "poll", times=1)
     control_plane.enqueue()
-    pool = make_pool(work, pollers=2, block_ms=20)
+    pool = make_pool(return_at_once, pollers=2, block_ms=20)
     async with asyncio.TaskGroup() as group:
         running = group.create_task(pool.run(until_empty=True))
         await hold.reached()
@@ -89,18 +90,18 @@ async def test_until_empty_does_not_end_during_another_poll(
 async def test_until_empty_with_polls_that_never_overlap_ends(
     control_plane: ControlPlane, faults: Faults, make_pool: Any
 ) -> None:
-    """The control plane answers early, so each poller pauses while the other one polls."""
+    """The answers come before `block_ms`, so each poller pauses while the other one polls."""
 
     @handler
-    async def wait_until_out_of_step(_: Session) -> None:
+    async def wait_for_seven_polls(_: Session) -> None:
         await faults.wait_for("poll", count=7)
 
     control_plane.enqueue()
-    faults.add(delay(NULL_EARLY / 2), "poll", skip=2, times=1)
-    faults.add(delay(NULL_EARLY), "poll", skip=1)
+    faults.add(delay(EARLY_SECONDS / 2), "poll", skip=2, times=1)
+    faults.add(delay(EARLY_SECONDS), "poll", skip=1)
     faults.add(literal(b"null"), "poll", skip=1)
     async with asyncio.timeout(20):
-        await make_pool(wait_until_out_of_step, pollers=2, block_ms=100).run(until_empty=True)
+        await make_pool(wait_for_seven_polls, pollers=2, block_ms=100).run(until_empty=True)
 
 
 async def test_until_empty_with_unwanted_items_queued_ends(
@@ -108,7 +109,7 @@ async def test_until_empty_with_unwanted_items_queued_ends(
 ) -> None:
     control_plane.enqueue(work_type="for_others")
     async with asyncio.timeout(20):
-        await make_pool(work, pollers=2, block_ms=20).run(until_empty=True)
+        await make_pool(return_at_once, pollers=2, block_ms=20).run(until_empty=True)
     assert recorder.of(ItemDeclined)
 
 

@@ -1,4 +1,4 @@
-"""A pool with a key that may only poll, ack, heartbeat, stop and list, over real sockets."""
+"""A pool whose key may only poll, ack, heartbeat, stop and list."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ KEY = "key-of-a-worker"
 
 
 @handler
-async def work(_: Session) -> dict[str, str]:
+async def return_result(_: Session) -> dict[str, str]:
     return {"done": "yes"}
 
 
@@ -56,15 +56,15 @@ def make_settings(
 ) -> Callable[..., Any]:
     urls = {"qoder": control_plane.base_url, "anthropic": control_plane.anthropic_base_url}
 
-    def make(**values: Any) -> Any:
+    def make_for_worker_key(**values: Any) -> Any:
         given = {"token": KEY, "dialect": dialect, "base_url": urls[dialect], **values}
         return make_settings(**given)
 
-    return make
+    return make_for_worker_key
 
 
 @pytest.fixture(autouse=True)
-def quick_retries(monkeypatch: pytest.MonkeyPatch) -> None:
+def short_retry_delays(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(lease, "RETRY_PARTS", (6000,))
 
 
@@ -72,7 +72,7 @@ def call_counts(faults: Faults) -> Counter[str]:
     return Counter(request.op for request in faults.seen)
 
 
-async def finished_items(recorder: Recorder, count: int) -> list[SessionFinished]:
+async def wait_for_finished_sessions(recorder: Recorder, count: int) -> list[SessionFinished]:
     await recorder.wait_for(SessionFinished, count=count)
     return recorder.of(SessionFinished)
 
@@ -85,14 +85,14 @@ async def test_each_optional_call_is_refused_and_logged_once(
     caplog: pytest.LogCaptureFixture,
 ) -> None:
     with caplog.at_level(logging.WARNING):
-        async with make_pool(work, stats_interval=0.02, concurrency=1):
+        async with make_pool(return_result, stats_interval=0.02, concurrency=1):
             control_plane.enqueue(5)
-            ends = await finished_items(recorder, 5)
+            ends = await wait_for_finished_sessions(recorder, 5)
             await faults.wait_for("poll", count=len(faults.of("poll")) + 2, answered=True)
     assert {end.outcome for end in ends} == {"completed"}
     assert {
         control_plane.operations.get_item(item.environment_id, item.id).state
-        for item in listed_items(control_plane)
+        for item in all_items(control_plane)
     } == {"stopped"}
     assert call_counts(faults)["update"] == call_counts(faults)["stats"] == 1
     assert len(recorder.of(ResultDropped)) == 5
@@ -105,7 +105,7 @@ async def test_each_optional_call_is_refused_and_logged_once(
     assert "yes" not in caplog.text
 
 
-def listed_items(plane: ControlPlane) -> tuple[Any, ...]:
+def all_items(plane: ControlPlane) -> tuple[Any, ...]:
     return tuple(plane.operations.list_items(plane.environments[0], 100).items)
 
 
@@ -113,7 +113,7 @@ async def test_unanswered_heartbeat_is_recovered_from_list_of_items(
     run_one_item: Any, faults: Faults, recorder: Recorder
 ) -> None:
     faults.add(lost(), "heartbeat", times=1)
-    final = await run_one_item(work)
+    final = await run_one_item(return_result)
     assert final.outcome == "completed"
     results = [event.result for event in recorder.of(HeartbeatFinished)]
     assert results == ["transient", "recovered", "ok"]
@@ -129,17 +129,17 @@ async def test_unanswered_heartbeat_of_item_missing_in_list_loses_lease(
     faults.add(lost(), "heartbeat", times=1)
     empty = {"data": [], "has_more": False, "next_page": None}
     faults.add(literal(orjson.dumps(empty)), "list")
-    final = await run_one_item(work)
+    final = await run_one_item(return_result)
     assert final.outcome == "lease_lost"
     assert [each.op for each in final.sent if each.op != "ack"] == ["heartbeat", "heartbeat", "get"]
     assert not recorder.of(ItemReclaimed)
 
 
-async def test_heartbeat_conflict_under_worker_key_ends_lease_at_once(
+async def test_heartbeat_conflict_under_worker_key_loses_lease(
     run_one_item: Any, faults: Faults
 ) -> None:
     faults.add(status(409), "heartbeat")
-    final = await run_one_item(work)
+    final = await run_one_item(return_result)
     assert final.outcome == "lease_lost"
     assert [each.op for each in final.sent] == ["ack", "heartbeat", "get"]
     assert not faults.of("list")
@@ -149,9 +149,9 @@ async def test_second_heartbeat_conflict_under_worker_key_causes_no_read(
     control_plane: ControlPlane, faults: Faults, make_pool: Any, recorder: Recorder
 ) -> None:
     faults.add(status(409), "heartbeat")
-    async with make_pool(work, concurrency=1):
+    async with make_pool(return_result, concurrency=1):
         control_plane.enqueue(3)
-        ends = await finished_items(recorder, 3)
+        ends = await wait_for_finished_sessions(recorder, 3)
     assert {end.outcome for end in ends} == {"lease_lost"}
     assert call_counts(faults)["get"] == 1
 
@@ -177,7 +177,7 @@ async def test_attempts_under_worker_key_are_counted_in_process(
             clock.advance(100)
             control_plane.operations.wake_all_polls()
             await recorder.wait_for(SessionFinished, count=len(attempts))
-        ends = await finished_items(recorder, 3)
+        ends = await wait_for_finished_sessions(recorder, 3)
     assert attempts == [1, 2]
     assert [end.outcome for end in ends] == ["lease_lost", "lease_lost", "failed"]
     assert isinstance(ends[-1].error, AttemptsExceeded)
@@ -200,10 +200,10 @@ async def test_release_under_worker_key_is_not_counted_as_attempt(
     async with make_pool(release_item, block_ms=50):
         control_plane.enqueue()
         for count in (1, 2):
-            await finished_items(recorder, count)
+            await wait_for_finished_sessions(recorder, count)
             clock.advance(100)
             control_plane.operations.wake_all_polls()
-        ends = await finished_items(recorder, 3)
+        ends = await wait_for_finished_sessions(recorder, 3)
     assert attempts == [1, 1, 1]
     assert ends[-1].outcome == "completed"
 
@@ -222,11 +222,11 @@ async def test_metadata_write_under_worker_key_is_refused_without_request(
 
     async with make_pool(write_metadata):
         control_plane.enqueue(3)
-        ends = await finished_items(recorder, 3)
+        ends = await wait_for_finished_sessions(recorder, 3)
     assert {end.outcome for end in ends} == {"completed"}
     assert len(errors) == 3
     assert "may not make this call" in errors[0]
-    assert call_counts(faults)["update"] <= 3  # calls that were in flight at the same time
+    assert call_counts(faults)["update"] <= 3  # the calls that were sent before the first refusal
 
 
 async def test_handler_error_under_worker_key_fails_session(
@@ -242,7 +242,7 @@ async def test_handler_error_under_worker_key_fails_session(
     assert call_counts(faults)["update"] == 1
 
 
-async def test_second_credential_is_used_for_optional_calls(
+async def test_api_key_is_used_for_optional_calls_and_token_for_others(
     control_plane: ControlPlane, run_one_item: Any, faults: Faults, recorder: Recorder, dialect: str
 ) -> None:
     names: list[tuple[str, bool]] = []
@@ -258,7 +258,7 @@ async def test_second_credential_is_used_for_optional_calls(
         record_credential, "poll", "ack", "heartbeat", "stop", "list", "get", "update", "stats"
     )
     faults.add(lost(), "heartbeat", times=1)
-    final = await run_one_item(work, api_key=control_plane.token, stats_interval=60)
+    final = await run_one_item(return_result, api_key=control_plane.token, stats_interval=60)
     assert final.outcome == "completed"
     assert final.metadata == {"done": "yes"}
     assert not recorder.of(ResultDropped)
@@ -272,12 +272,12 @@ async def test_second_credential_is_used_for_optional_calls(
 async def test_optional_calls_are_tried_again_after_refused_poll(
     control_plane: ControlPlane, faults: Faults, make_pool: Any, recorder: Recorder
 ) -> None:
-    """The refused optional call may have been refused for the same temporary reason as the poll."""
-    async with make_pool(work, concurrency=1, block_ms=20):
+    """The cause of a refused poll may also have been the cause of the refused optional call."""
+    async with make_pool(return_result, concurrency=1, block_ms=20):
         control_plane.enqueue()
-        await finished_items(recorder, 1)
+        await wait_for_finished_sessions(recorder, 1)
         faults.add(status(403), "poll", times=1)
         await faults.wait_for("poll", count=len(faults.of("poll")) + 3)
         control_plane.enqueue(2)
-        await finished_items(recorder, 3)
+        await wait_for_finished_sessions(recorder, 3)
     assert call_counts(faults)["update"] == 2

@@ -20,20 +20,20 @@ from workpool.events import (
 from workpool.pool import supervisor as supervisor_module
 from workpool.pool.admission import Admission, ExitLimits
 from workpool.pool.shared_slots import SharedParts, SharedSlots
-from workpool.testing import Hold, status
+from workpool.testing import Hold, in_virtual_time, status
 from workpool.wire.protocol import HEALTHCHECK
 
 if TYPE_CHECKING:
     from workpool import Supervisor
     from workpool.server import ControlPlane
-    from workpool.testing import Faults, Recorder
+    from workpool.testing import Faults, Kit, Recorder
 
-SECONDS = 20.0
+WAIT_SECONDS = 20.0
 """Maximum time for the end of a pool that should end by itself."""
 
 
-async def end_reasons(supervisor: Supervisor) -> None:
-    async with asyncio.timeout(SECONDS):
+async def wait_for_pool_end(supervisor: Supervisor) -> None:
+    async with asyncio.timeout(WAIT_SECONDS):
         await supervisor.wait()
 
 
@@ -60,7 +60,7 @@ async def test_pool_with_exit_after_sessions_ends_and_claims_no_more(
     limit, concurrency, prefetch, pollers = case
     sizes = {"concurrency": concurrency, "prefetch": prefetch, "pollers": pollers}
     async with make_pool(return_at_once, exit_after_sessions=limit, **sizes) as supervisor:
-        await end_reasons(supervisor)
+        await wait_for_pool_end(supervisor)
     assert session_count(recorder) == limit
     assert len(faults.of("ack")) == limit
     assert (
@@ -80,19 +80,19 @@ async def test_last_session_before_exit_is_not_interrupted_or_time_limited(
         assert supervisor.status().reasons == ("ending: exit_after_sessions",)
         assert not supervisor.status().draining
         gate.may_end.set()
-        await end_reasons(supervisor)
+        await wait_for_pool_end(supervisor)
     assert gate.interrupted == [False]
     assert [event.outcome for event in recorder.of(SessionFinished)] == ["completed"]
     assert [event.timeout for event in recorder.of(DrainStarted)] == [None]
 
 
-async def test_drain_during_last_session_uses_its_own_timeout(
+async def test_drain_during_last_session_before_exit_uses_given_timeout(
     control_plane: ControlPlane, make_pool: Any, recorder: Recorder
 ) -> None:
     control_plane.enqueue()
     async with make_pool(GatedHandler(), exit_after_sessions=1) as supervisor:
         await recorder.wait_for(SessionStarted)
-        async with asyncio.timeout(SECONDS):
+        async with asyncio.timeout(WAIT_SECONDS):
             await supervisor.drain(timeout=0)
     assert [event.outcome for event in recorder.of(SessionFinished)] == ["released"]
 
@@ -104,7 +104,7 @@ async def test_lost_claim_does_not_count_towards_exit_after_sessions(
     items = control_plane.enqueue(3)
     faults.add(status(code), "ack", times=1)
     async with make_pool(return_at_once, exit_after_sessions=1, pollers=3) as supervisor:
-        await end_reasons(supervisor)
+        await wait_for_pool_end(supervisor)
     assert session_count(recorder) == 1
     assert item_states(control_plane, items).count("stopped") == 1
 
@@ -115,7 +115,7 @@ async def test_claim_lost_at_first_heartbeat_does_not_count_towards_exit_after_s
     control_plane.enqueue(2)
     faults.add(status(404), "heartbeat", times=1)
     async with make_pool(return_at_once, exit_after_sessions=1) as supervisor:
-        await end_reasons(supervisor)
+        await wait_for_pool_end(supervisor)
     outcomes = [event.outcome for event in recorder.of(SessionFinished)]
     assert outcomes == ["lease_lost", "completed"]
 
@@ -126,7 +126,7 @@ async def test_health_check_does_not_count_towards_exit_after_sessions(
     (check,) = control_plane.enqueue(work_type=HEALTHCHECK)
     (item,) = control_plane.enqueue()
     async with make_pool(return_at_once, exit_after_sessions=1, concurrency=1) as supervisor:
-        await end_reasons(supervisor)
+        await wait_for_pool_end(supervisor)
     assert item_states(control_plane, [check, item]) == ["stopped", "stopped"]
     assert session_count(recorder) == 1
 
@@ -141,37 +141,36 @@ async def test_exit_after_idle_ends_pool_only_while_no_session_runs(
         await recorder.wait_for(PollFinished, lambda event: event.result == "null", count=20)
         assert supervisor.status().ready
         gate.may_end.set()
-        await end_reasons(supervisor)
+        await wait_for_pool_end(supervisor)
     assert [event.outcome for event in recorder.of(SessionFinished)] == ["completed"]
     assert len(recorder.of(ItemReceived)) == 1
 
 
-async def test_exit_after_idle_ends_one_session_pool_if_no_session_arrives(
+async def test_exit_after_idle_ends_pool_that_waits_for_its_only_session(
     make_pool: Any, recorder: Recorder
 ) -> None:
     limits = {"exit_after_sessions": 1, "exit_after_idle": 0.05}
     async with make_pool(return_at_once, block_ms=10, **limits) as supervisor:
-        await end_reasons(supervisor)
+        await wait_for_pool_end(supervisor)
     assert not recorder.of(ItemReceived)
     assert not supervisor.abandoned
 
 
-async def test_exit_after_uptime_ends_claiming_but_not_running_session(
-    control_plane: ControlPlane, make_pool: Any, recorder: Recorder
-) -> None:
-    first, *others = control_plane.enqueue(3)
+@in_virtual_time
+async def test_exit_after_uptime_ends_claiming_but_not_running_session(workpool: Kit) -> None:
+    first, *others = workpool.enqueue(count=3)
     gate = GatedHandler()
     sizes = {"concurrency": 1, "prefetch": 2, "drain_timeout": 0}
-    async with make_pool(gate, exit_after_uptime=0.3, **sizes) as supervisor:
-        await recorder.wait_for(SessionStarted)
-        while supervisor.status().ready:  # noqa: ASYNC110 - a timer of the pool ends this
-            await asyncio.sleep(0.01)
+    async with workpool.pool(gate, exit_after_uptime=20, **sizes) as supervisor:
+        await workpool.wait_for(SessionStarted)
+        await asyncio.sleep(21)
         assert supervisor.status().reasons == ("ending: exit_after_uptime",)
         assert supervisor.status().waiting == 0
         gate.may_end.set()
-        await end_reasons(supervisor)
+        await wait_for_pool_end(supervisor)
     assert gate.interrupted == [False]
-    assert item_states(control_plane, [first, *others]) == ["stopped", "queued", "queued"]
+    states = [workpool.item(item).state for item in (first, *others)]
+    assert states == ["stopped", "queued", "queued"]
 
 
 async def test_item_delivered_after_exit_limit_is_not_claimed(
@@ -180,14 +179,14 @@ async def test_item_delivered_after_exit_limit_is_not_claimed(
     hold = Hold(applied=True)
     faults.add(hold, "poll")
     (item,) = control_plane.enqueue()
-    async with make_pool(return_at_once, exit_after_uptime=0.2) as supervisor:
+    async with make_pool(return_at_once, exit_after_uptime=3.0) as supervisor:
         await hold.reached()
-        await end_reasons(supervisor)
+        await wait_for_pool_end(supervisor)
     assert not recorder.of(ItemReceived)
     assert item_states(control_plane, [item]) == ["queued"]
 
 
-async def test_stuck_handler_of_last_session_does_not_keep_pool_running(
+async def test_pool_whose_last_handler_is_stuck_ends_after_exit_limit(
     control_plane: ControlPlane, make_pool: Any, recorder: Recorder, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("workpool.pool.handler_executor.REPEAT_SECONDS", 0.05)
@@ -204,7 +203,7 @@ async def test_stuck_handler_of_last_session_does_not_keep_pool_running(
     (item,) = control_plane.enqueue()
     limits = {"exit_after_sessions": 1, "session_timeout": 0.05}
     async with make_pool(stubborn_handler, **limits) as supervisor:
-        await end_reasons(supervisor)
+        await wait_for_pool_end(supervisor)
     may_end.set()
     assert supervisor.abandoned == 1
     assert recorder.of(DrainFinished)[0].result == "killed"
@@ -214,27 +213,27 @@ async def test_stuck_handler_of_last_session_does_not_keep_pool_running(
     )
 
 
-async def test_pool_that_fails_returns_its_shared_slots_and_does_not_hold_up_the_idle_exit(
+async def test_failed_pool_returns_shared_slots_and_does_not_delay_idle_exit(
     control_plane: ControlPlane, make_pool: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     may_crash = asyncio.Event()
 
-    async def crash(_: object) -> None:
+    async def raise_error_when_allowed(_: object) -> None:
         await may_crash.wait()
         raise RuntimeError("a bug")
 
-    async def run() -> None:
+    async def run_pool_until_error() -> None:
         with pytest.raises(RuntimeError, match="a bug"):
             await supervisor.run()
 
-    monkeypatch.setattr(supervisor_module, "read_remote_stats", crash)
+    monkeypatch.setattr(supervisor_module, "read_remote_stats", raise_error_when_allowed)
     sizes = {"concurrency": 1, "prefetch": 1, "pollers": 1, "stats_interval": 30}
     supervisor = make_pool(GatedHandler(), exit_after_idle=0.001, **sizes)
     share, limits = SharedSlots(4).share(), ExitLimits(supervisor.settings)
     supervisor.shared = SharedParts(share, limits, None)
     control_plane.enqueue(2)
-    async with asyncio.timeout(2 * SECONDS), asyncio.TaskGroup() as group:
-        group.create_task(run())
+    async with asyncio.timeout(2 * WAIT_SECONDS), asyncio.TaskGroup() as group:
+        group.create_task(run_pool_until_error())
         while supervisor.status().waiting == 0:  # noqa: ASYNC110 - no event for a waiting item
             await asyncio.sleep(0.01)
         may_crash.set()

@@ -16,7 +16,7 @@ POLLERS = 4
 
 
 @handler
-async def work(_: Session) -> None:
+async def return_at_once(_: Session) -> None:
     pass
 
 
@@ -24,25 +24,24 @@ async def test_idle_pool_keeps_one_poll_in_flight_and_restores_pollers_for_work(
     control_plane: ControlPlane, faults: Faults, make_pool: Any, recorder: Recorder
 ) -> None:
     (environment_id,) = control_plane.environments
-    async with make_pool(work, pollers=POLLERS, block_ms=200) as supervisor:
+    async with make_pool(return_at_once, pollers=POLLERS, block_ms=200) as supervisor:
 
-        def idle_pollers(name: str, **labels: str) -> float | None:
+        def metric_value(name: str, **labels: str) -> float | None:
             labels["environment_id"] = environment_id
             found: float | None = supervisor.registry.get_sample_value(f"workpool_{name}", labels)
             return found
 
         await recorder.wait_for(PollersScaled, count=POLLERS - 1)
-        assert idle_pollers("pollers_target") == 1
-        # pausing may begin a moment later
-        await wait_until(lambda: idle_pollers("pollers", state="paused") == POLLERS - 1)
+        assert metric_value("pollers_target") == 1
+        await wait_until(lambda: metric_value("pollers", state="paused") == POLLERS - 1)
         asked = len(faults.of("poll"))
         for more in range(1, 4):
             await faults.wait_for("poll", count=asked + more)
             assert sum(poll.status is None for poll in faults.of("poll")) <= 1
-        assert idle_pollers("pollers", state="paused") == POLLERS - 1
+        assert metric_value("pollers", state="paused") == POLLERS - 1
 
         control_plane.enqueue(3)
         await recorder.wait_for(SessionFinished, count=3)
-        up = recorder.of(PollersScaled)[POLLERS - 1]
+        up = await recorder.wait_for(PollersScaled, count=POLLERS)
         assert (up.direction, up.reason, up.target) == ("up", "hits", 2)
-        assert idle_pollers("poller_scale_events_total", direction="up", reason="hits")
+        assert metric_value("poller_scale_events_total", direction="up", reason="hits")

@@ -17,7 +17,7 @@ from workpool.testing import Hold, Kit, delay, expired, in_virtual_time, lost, s
 if TYPE_CHECKING:
     from workpool.testing import SessionResult
 
-HOUR = 3600.0
+HOUR_SECONDS = 3600.0
 
 
 @handler(metadata={"job": "add"})
@@ -33,7 +33,7 @@ async def wait_for_cancellation(session: Session) -> dict[str, str]:
 
 
 @handler
-async def sleep(session: Session) -> dict[str, str]:
+async def sleep_as_asked(session: Session) -> dict[str, str]:
     await asyncio.sleep(float(session.item.metadata["seconds"]))
     return {"slept": session.item.metadata["seconds"]}
 
@@ -61,7 +61,7 @@ async def test_completed_session_has_its_result(workpool: Kit) -> None:
     assert (result.outcome, result.item.state) == ("completed", "stopped")
     assert result.metadata == {"job": "add", "a": "1", "b": "2", "sum": "3"}
     assert result.error is None
-    assert 0 < result.seconds < 10
+    assert result.seconds > 0
 
 
 async def test_failed_session_has_exception_of_its_handler(workpool: Kit) -> None:
@@ -77,7 +77,9 @@ async def test_sessions_of_one_test_share_control_plane(workpool: Kit) -> None:
     assert [each.outcome for each in workpool.recorder.of(SessionFinished)] == ["completed"] * 2
 
 
-async def test_stop_by_operator_is_noticed_at_once(workpool: Kit) -> None:
+async def test_stop_by_operator_interrupts_handler_before_next_heartbeat_is_due(
+    workpool: Kit,
+) -> None:
     (item,) = workpool.enqueue()
     async with workpool.pool(wait_for_cancellation, lease_ttl=600):
         await workpool.wait_for(SessionStarted)
@@ -105,7 +107,7 @@ async def test_faults_are_injected_into_requests_of_pool(workpool: Kit) -> None:
     assert len(workpool.faults.of("poll")) >= 3
 
 
-async def test_item_without_handler_fails_test_at_once(workpool: Kit) -> None:
+async def test_run_session_without_matching_handler_fails_at_once(workpool: Kit) -> None:
     with pytest.raises(AssertionError) as caught:
         await workpool.run_session(add_numbers, metadata={"job": "subtract"}, timeout=3600)
     assert str(caught.value).splitlines() == [
@@ -115,20 +117,22 @@ async def test_item_without_handler_fails_test_at_once(workpool: Kit) -> None:
 
 
 @in_virtual_time
-async def test_session_that_does_not_end_is_reported_with_its_current_await(workpool: Kit) -> None:
+async def test_unfinished_session_is_reported_with_its_current_await(workpool: Kit) -> None:
     with pytest.raises(AssertionError) as caught:
-        await workpool.run_session(sleep, metadata={"seconds": str(2 * HOUR)}, timeout=HOUR)
+        await workpool.run_session(
+            sleep_as_asked, metadata={"seconds": str(2 * HOUR_SECONDS)}, timeout=HOUR_SECONDS
+        )
     error_text = str(caught.value)
     assert "the session has not ended within 3600 s" in error_text
     assert "the item is active; it was created, delivered, acked, heartbeat ×" in error_text
-    assert "sleep waits here:" in error_text
+    assert "sleep_as_asked waits here:" in error_text
     assert 'await asyncio.sleep(float(session.item.metadata["seconds"]))' in error_text
     assert re.search(
         r"the pool reported: .*\bItemReceived, AckFinished, HeartbeatFinished ×", error_text
     )
 
 
-async def test_missing_event_is_reported_with_other_events(workpool: Kit) -> None:
+async def test_wait_for_missing_event_reports_other_events(workpool: Kit) -> None:
     workpool.enqueue()
     async with workpool.pool(wait_for_cancellation):
         await workpool.wait_for(SessionStarted)
@@ -138,7 +142,7 @@ async def test_missing_event_is_reported_with_other_events(workpool: Kit) -> Non
             await workpool.wait_for(SessionFinished, timeout=0.05)
 
 
-async def test_error_of_failed_pool_is_raised(workpool: Kit) -> None:
+async def test_run_session_with_failed_pool_raises_its_error(workpool: Kit) -> None:
     workpool.faults.add(status(401), "poll")
     with pytest.raises(RefusedError, match="401"):
         await workpool.run_session(wait_for_cancellation)
@@ -152,24 +156,26 @@ async def test_kit_without_pytest_works_only_while_open() -> None:
         await Kit().run_session(add_numbers)
 
 
-def test_fixture_in_plain_function_raises(workpool: Kit) -> None:
+def test_fixture_in_test_that_is_no_coroutine_raises(workpool: Kit) -> None:
     with pytest.raises(RuntimeError, match="async def"):
         workpool.enqueue()
 
 
 @in_virtual_time
 async def test_session_duration_in_virtual_time_is_exact(workpool: Kit) -> None:
-    result = await workpool.run_session(sleep, metadata={"seconds": str(6 * HOUR)})
+    result = await workpool.run_session(sleep_as_asked, metadata={"seconds": str(6 * HOUR_SECONDS)})
     assert result.outcome == "completed"
-    assert result.seconds == pytest.approx(6 * HOUR, abs=1)
+    assert result.seconds == pytest.approx(6 * HOUR_SECONDS, abs=1)
 
 
 @in_virtual_time
 async def test_session_timeout_in_virtual_time_is_exact(workpool: Kit) -> None:
-    seconds = {"seconds": str(2 * HOUR)}
-    result = await workpool.run_session(sleep, metadata=seconds, session_timeout=HOUR)
+    seconds = {"seconds": str(2 * HOUR_SECONDS)}
+    result = await workpool.run_session(
+        sleep_as_asked, metadata=seconds, session_timeout=HOUR_SECONDS
+    )
     assert result.outcome == "timed_out"
-    assert result.seconds == pytest.approx(HOUR, abs=1)
+    assert result.seconds == pytest.approx(HOUR_SECONDS, abs=1)
 
 
 @in_virtual_time
@@ -188,14 +194,14 @@ async def test_released_item_is_delivered_again(workpool: Kit) -> None:
 async def test_stop_in_virtual_time_ends_session(workpool: Kit) -> None:
     (item,) = workpool.enqueue()
     async with workpool.pool(wait_for_cancellation):
-        await asyncio.sleep(HOUR)
+        await asyncio.sleep(HOUR_SECONDS)
         workpool.stop(item)
         finished = await workpool.wait_for(SessionFinished)
     assert finished.outcome == "stopped"
-    assert finished.seconds == pytest.approx(HOUR, abs=1)
+    assert finished.seconds == pytest.approx(HOUR_SECONDS, abs=1)
 
 
-def uses_of(result: SessionResult) -> tuple[list[str], list[str]]:
+def tool_use_ids(result: SessionResult) -> tuple[list[str], list[str]]:
     asked = [each["id"] for each in result.events if each["type"] == "agent.tool_use"]
     answered = [each["tool_use_id"] for each in result.events if each["type"] == "user.tool_result"]
     return asked, answered
@@ -204,7 +210,7 @@ def uses_of(result: SessionResult) -> tuple[list[str], list[str]]:
 async def test_script_emits_next_tool_use_after_each_result(workpool: Kit) -> None:
     script = [{"name": "Bash", "input": {"seconds": 0}}] * 3
     result = await workpool.run_session(answer_tools, script=script)
-    asked, answered = uses_of(result)
+    asked, answered = tool_use_ids(result)
     assert (result.outcome, len(asked)) == ("completed", 3)
     assert asked == answered
     assert result.events[-1]["stop_reason"]["type"] == "end_turn"
@@ -212,12 +218,12 @@ async def test_script_emits_next_tool_use_after_each_result(workpool: Kit) -> No
 
 @in_virtual_time
 async def test_script_in_virtual_time_lasts_as_long_as_its_tools(workpool: Kit) -> None:
-    script = [{"name": "Bash", "input": {"seconds": HOUR}}] * 3
+    script = [{"name": "Bash", "input": {"seconds": HOUR_SECONDS}}] * 3
     result = await workpool.run_session(answer_tools, script=script)
-    asked, answered = uses_of(result)
+    asked, answered = tool_use_ids(result)
     assert (result.outcome, len(asked)) == ("completed", 3)
     assert asked == answered
-    assert result.seconds == pytest.approx(3 * HOUR, abs=10)
+    assert result.seconds == pytest.approx(3 * HOUR_SECONDS, abs=10)
 
 
 @in_virtual_time
@@ -235,7 +241,7 @@ async def test_faults_in_virtual_time_are_injected_and_requests_recorded(workpoo
 @in_virtual_time
 async def test_lease_expired_by_fault_in_virtual_time_is_lost(workpool: Kit) -> None:
     workpool.faults.add(expired(workpool.server), "heartbeat", skip=1, times=1)
-    result = await workpool.run_session(sleep, metadata={"seconds": "100"})
+    result = await workpool.run_session(sleep_as_asked, metadata={"seconds": "100"})
     assert result.outcome == "lease_lost"
 
 
@@ -299,15 +305,13 @@ async def test_lost_lease_in_virtual_time_ends_session(workpool: Kit) -> None:
     assert finished.outcome == "lease_lost"
 
 
-async def test_lose_without_lease_raises(workpool: Kit) -> None:
+async def test_lose_of_item_without_lease_raises(workpool: Kit) -> None:
     (item,) = workpool.enqueue()
     with pytest.raises(ValueError, match=f"no worker holds a lease of {item.id}: it is queued"):
         workpool.lose(item)
 
 
-async def test_fixture_kit_is_the_object_that_fixture_workpool_returns(
-    kit: Kit, workpool: Kit
-) -> None:
+async def test_fixtures_kit_and_workpool_return_same_object(kit: Kit, workpool: Kit) -> None:
     assert kit is workpool
 
 
@@ -317,22 +321,22 @@ async def test_fixture_kit_alone_opens_control_plane(kit: Kit) -> None:
 
 def test_handler_thread_in_virtual_time_fails_with_name_of_its_function() -> None:
     @handler
-    async def hash_bytes(_: Session) -> None:
+    async def wait_in_thread(_: Session) -> None:
         await asyncio.to_thread(release.wait, 20)
 
     @in_virtual_time
-    async def run_handler() -> None:
+    async def run_in_virtual_time() -> None:
         async with Kit() as kit:
-            await kit.run_session(hash_bytes)
+            await kit.run_session(wait_in_thread)
 
     release = threading.Event()
     with pytest.raises(RuntimeError, match=r"cannot wait for the thread of Event\.wait"):
-        run_handler()
+        run_in_virtual_time()
     release.set()
 
 
 @in_virtual_time
 async def test_kit_without_pytest_works_in_virtual_time() -> None:
     async with Kit() as kit:
-        result = await kit.run_session(sleep, metadata={"seconds": str(HOUR)})
-    assert result.seconds == pytest.approx(HOUR, abs=1)
+        result = await kit.run_session(sleep_as_asked, metadata={"seconds": str(HOUR_SECONDS)})
+    assert result.seconds == pytest.approx(HOUR_SECONDS, abs=1)

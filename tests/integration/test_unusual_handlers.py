@@ -17,7 +17,7 @@ from workpool.testing import literal, status
 
 if TYPE_CHECKING:
     from workpool.server import ControlPlane
-    from workpool.testing import Faults, Recorder
+    from workpool.testing import Faults, Recorder, Request
 
 
 class PhaseEnum(enum.StrEnum):
@@ -44,19 +44,19 @@ class UnprintableError(Exception):
 
 
 async def test_result_with_enum_keys_is_written_as_strings(run_one_item: Any) -> None:
-    async def work(session: Session) -> Mapping[str, str]:
+    async def return_enum_members(session: Session) -> Mapping[str, str]:
         await session.update_metadata({PhaseEnum.DONE: PhaseEnum.PHASE})
         return {PhaseEnum.PHASE: PhaseEnum.DONE}
 
-    final = await run_one_item(work)
+    final = await run_one_item(return_enum_members)
     assert (final.outcome, final.metadata) == ("completed", {"done": "phase", "phase": "done"})
 
 
-async def test_result_that_cannot_be_read_fails_session(run_one_item: Any) -> None:
-    async def work(_: Session) -> Mapping[str, str]:
+async def test_result_that_raises_while_it_is_read_fails_session(run_one_item: Any) -> None:
+    async def return_changing_mapping(_: Session) -> Mapping[str, str]:
         return ChangingMapping()
 
-    final = await run_one_item(work)
+    final = await run_one_item(return_changing_mapping)
     assert (final.outcome, final.item.state) == ("failed", "stopped")
     assert final.metadata == {"workpool.error": "RuntimeError"}
 
@@ -66,23 +66,23 @@ async def test_result_changed_after_return_is_written_as_returned(
 ) -> None:
     shared: dict[str, Any] = {"rows": "42"}
 
-    def change_later() -> bytes:
+    def change_result() -> bytes:
         shared["rows"] = 43
         return b""
 
     async def return_mapping(_: Session) -> Mapping[str, str]:
         return shared
 
-    faults.add(literal(change_later, 503), "update", times=1)
+    faults.add(literal(change_result, 503), "update", times=1)
     final = await run_one_item(return_mapping)
     assert (final.outcome, final.metadata) == ("completed", {"rows": "42"})
 
 
-async def test_error_that_cannot_be_printed_is_reported_with_placeholder(run_one_item: Any) -> None:
-    async def work(_: Session) -> None:
+async def test_error_whose_str_raises_is_reported_with_placeholder(run_one_item: Any) -> None:
+    async def raise_unprintable_error(_: Session) -> None:
         raise UnprintableError
 
-    final = await run_one_item(work, report_errors="message")
+    final = await run_one_item(raise_unprintable_error, report_errors="message")
     assert final.outcome == "failed"
     assert final.metadata == {"workpool.error": "UnprintableError: <exception str() failed>"}
 
@@ -95,22 +95,22 @@ async def test_error_that_cannot_be_printed_is_reported_with_placeholder(run_one
 async def test_release_reason_of_any_type_is_written_as_text(
     run_one_item: Any, reason: Any, note: str
 ) -> None:
-    async def work(_: Session) -> None:
+    async def release_with_reason(_: Session) -> None:
         raise Release(reason)
 
-    final = await run_one_item(work, report_errors="message")
+    final = await run_one_item(release_with_reason, report_errors="message")
     assert (final.outcome, final.item.state) == ("released", "active")
     assert final.metadata == {"workpool.released": note}
 
 
 @pytest.mark.parametrize("delay", [float("nan"), "60", None])
 async def test_release_with_invalid_delay_uses_default_delay(run_one_item: Any, delay: Any) -> None:
-    async def work(_: Session) -> None:
+    async def release_with_delay(_: Session) -> None:
         release = Release("later")
         release.delay = delay
         raise release
 
-    final = await run_one_item(work)
+    final = await run_one_item(release_with_delay)
     assert (final.outcome, final.item.state) == ("released", "active")
     assert final.sent[-1].query["desired_ttl_seconds"] == "10"
 
@@ -119,34 +119,37 @@ async def test_release_with_invalid_delay_uses_default_delay(run_one_item: Any, 
 async def test_answer_about_another_item_is_ignored(
     control_plane: ControlPlane, faults: Faults, make_pool: Any, recorder: Recorder, op: Any
 ) -> None:
-    """A proxy that mixes up answers would give such an answer."""
+    """A faulty proxy may send the answer to another request."""
 
     @handler
-    async def work(_: Session) -> None:
+    async def return_at_once(_: Session) -> None:
         return None
 
     ours, other = control_plane.enqueue(2)
 
-    def swap_answers() -> bytes:
+    def answer_with_other_item() -> bytes:
         item = control_plane.operations.get_item(control_plane.environments[0], other.id)
         return orjson.dumps(DIALECTS["qoder"].item_json(item) | {"state": "starting"})
 
+    def is_for_our_item(request: Request) -> bool:
+        return request.work_id == ours.id
+
     if op == "get":  # the item is read after a heartbeat that was applied but not answered
-        faults.add(status(503, applied=True), "heartbeat", times=1)
-    faults.add(literal(swap_answers), op, times=1)
-    async with make_pool(work):
+        faults.add(status(503, applied=True), "heartbeat", times=1, where=is_for_our_item)
+    faults.add(literal(answer_with_other_item), op, times=1, where=is_for_our_item)
+    async with make_pool(return_at_once):
         await recorder.wait_for(SessionFinished, count=2)
     assert {event.outcome for event in recorder.of(SessionFinished)} == {"completed"}
     assert len(faults.of(op, work_id=ours.id)) == 2
 
 
 async def test_handler_that_cancels_its_own_task_fails(run_one_item: Any) -> None:
-    async def work(_: Session) -> None:
+    async def cancel_own_task(_: Session) -> None:
         task = asyncio.current_task()
         assert task is not None
         task.cancel()
 
-    final = await run_one_item(work)
+    final = await run_one_item(cancel_own_task)
     assert (final.outcome, final.item.state) == ("failed", "stopped")
     assert final.metadata == {"workpool.error": "CancelledError"}
 
@@ -159,10 +162,10 @@ async def test_handler_that_cancels_its_own_task_fails(run_one_item: Any) -> Non
 async def test_result_is_written_up_to_size_limit_and_fails_session_above(
     run_one_item: Any, size: int, outcome: str
 ) -> None:
-    async def work(_: Session) -> dict[str, str]:
+    async def return_long_text(_: Session) -> dict[str, str]:
         return {"text": "x" * size}
 
-    final = await run_one_item(work)
+    final = await run_one_item(return_long_text)
     assert (final.outcome, final.item.state) == (outcome, "stopped")
     assert (len(final.metadata.get("text", "")) == size) is (outcome == "completed")
     assert ("workpool.error" in final.metadata) is (outcome == "failed")
@@ -172,19 +175,19 @@ async def test_ack_answered_with_another_session_does_not_block_either_session(
     control_plane: ControlPlane, faults: Faults, make_pool: Any, recorder: Recorder
 ) -> None:
     @handler(type="session")
-    async def work(_: Session) -> None:
+    async def return_at_once(_: Session) -> None:
         return None
 
     (item,) = control_plane.enqueue()
 
-    def change_session() -> bytes:
+    def answer_with_other_session() -> bytes:
         acked = DIALECTS["qoder"].item_json(
             control_plane.operations.ack_item(control_plane.environments[0], item.id)
         )
         return orjson.dumps(acked | {"data": {"type": "session", "id": "sess_other"}})
 
-    faults.add(literal(change_session), "ack", times=1)
-    async with make_pool(work) as pool:
+    faults.add(literal(answer_with_other_session), "ack", times=1)
+    async with make_pool(return_at_once) as pool:
         await recorder.wait_for(SessionFinished)
         again = orjson.dumps(DIALECTS["qoder"].item_json(item) | {"id": "work_again"})
         faults.add(literal(again), "poll", times=1)

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 
 @handler
-async def work(_: Session) -> None:
+async def endless_handler(_: Session) -> None:
     await asyncio.Event().wait()
 
 
@@ -38,10 +38,10 @@ def pool_drained_during_ack(faults: Faults, make_pool: Any, recorder: Recorder) 
     """Return a pool that is drained while its ack is in flight."""
 
     @asynccontextmanager
-    async def start_pool() -> AsyncIterator[Supervisor]:
+    async def run_pool_and_drain() -> AsyncIterator[Supervisor]:
         ack = Hold()
         faults.add(ack, "ack", where=lambda request: request.worker_id != "former")
-        async with make_pool(work) as supervisor:
+        async with make_pool(endless_handler) as supervisor:
             await ack.reached()
             async with asyncio.TaskGroup() as group:
                 group.create_task(supervisor.drain())
@@ -49,10 +49,10 @@ def pool_drained_during_ack(faults: Faults, make_pool: Any, recorder: Recorder) 
                 ack.release()
                 yield supervisor
 
-    return start_pool
+    return run_pool_and_drain
 
 
-async def test_redelivered_item_acknowledged_during_drain_is_released_not_lost(
+async def test_redelivered_item_acknowledged_during_drain_is_released(
     control_plane: ControlPlane,
     former_worker: WorkClient,
     clock: Clock,
@@ -74,7 +74,7 @@ async def test_redelivered_item_acknowledged_during_drain_is_released_not_lost(
     assert final.sent[-1].query["desired_ttl_seconds"] == "10"
 
 
-async def test_item_in_state_stopping_at_last_heartbeat_of_drained_claim_counts_as_stopped(
+async def test_item_with_stop_request_acknowledged_during_drain_counts_as_stopped(
     control_plane: ControlPlane,
     pool_drained_during_ack: Any,
     faults: Faults,
@@ -94,7 +94,7 @@ async def test_item_in_state_stopping_at_last_heartbeat_of_drained_claim_counts_
     assert not recorder.of(SessionStarted)
 
 
-async def test_released_session_in_state_stopping_at_last_heartbeat_counts_as_stopped(
+async def test_session_with_stop_request_released_by_drain_counts_as_stopped(
     control_plane: ControlPlane,
     make_pool: Any,
     faults: Faults,
@@ -102,7 +102,7 @@ async def test_released_session_in_state_stopping_at_last_heartbeat_counts_as_st
     recorder: Recorder,
 ) -> None:
     (item,) = control_plane.enqueue()
-    async with make_pool(work) as supervisor:
+    async with make_pool(endless_handler) as supervisor:
         await recorder.wait_for(SessionStarted)
         control_plane.operations.stop_item(control_plane.environments[0], item.id)
         await supervisor.drain(timeout=0)

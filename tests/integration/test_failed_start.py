@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 
 @handler
-async def work(_: Session) -> None:
+async def return_at_once(_: Session) -> None:
     return None
 
 
@@ -35,16 +35,15 @@ async def test_connect_that_raises_prevents_start_and_leaves_nothing(
 
     registry = CollectorRegistry()
     supervisor = Supervisor(
-        make_settings(), plugins=[work], registry=registry, connect=failing_connect
+        make_settings(), plugins=[return_at_once], registry=registry, connect=failing_connect
     )
     with pytest.raises(LookupError, match="no such vault"):
         await supervisor.__aenter__()
     assert not supervisor.status().ready
     assert not faults.seen
     assert not [each for each in threading.enumerate() if each.name.startswith("workpool")]
-    # no gauge is left in the registry
     assert "workpool_slots_limit{" not in generate_latest(registry).decode()
-    async with Supervisor(make_settings(), plugins=[work], registry=registry) as another:
+    async with Supervisor(make_settings(), plugins=[return_at_once], registry=registry) as another:
         assert another.status().capacity
 
 
@@ -52,10 +51,12 @@ async def test_registry_with_conflicting_metric_name_prevents_start(
     make_settings: Any, faults: Faults
 ) -> None:
     registry = CollectorRegistry()
-    theirs = Counter("workpool_polls_total", "Somebody else's.", registry=registry)
+    foreign_counter = Counter("workpool_polls_total", "Somebody else's.", registry=registry)
     with pytest.raises(RegistryError, match="workpool_polls"):
-        await Supervisor(make_settings(), plugins=[work], registry=registry).__aenter__()
+        await Supervisor(make_settings(), plugins=[return_at_once], registry=registry).__aenter__()
     assert not faults.seen
-    registry.unregister(theirs)
-    async with Supervisor(make_settings(), plugins=[work], registry=registry) as supervisor:
+    registry.unregister(foreign_counter)
+    async with Supervisor(
+        make_settings(), plugins=[return_at_once], registry=registry
+    ) as supervisor:
         assert "workpool_slots_limit{" in generate_latest(supervisor.registry).decode()

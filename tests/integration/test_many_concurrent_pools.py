@@ -22,12 +22,12 @@ if TYPE_CHECKING:
     from workpool.testing import Clock
 
 POOLS = 500
-SECONDS = 8.0
+SPREAD_SECONDS = 8.0
 """Period over which the random times are spread; a start is slow when all pools start at once."""
 
 
 @handler
-async def work(session: Session) -> None:
+async def wait_briefly(session: Session) -> None:
     with suppress(TimeoutError):
         async with asyncio.timeout(0.2):
             await session.interrupted()
@@ -35,9 +35,9 @@ async def work(session: Session) -> None:
 
 async def run_pool(supervisor: Supervisor, dice: random.Random, end: str) -> None:
     """Run one pool and end it in the way that `end` names."""
-    await asyncio.sleep(dice.uniform(0, SECONDS / 2))
+    await asyncio.sleep(dice.uniform(0, SPREAD_SECONDS / 2))
     async with supervisor:
-        await asyncio.sleep(dice.uniform(0, SECONDS / 4))
+        await asyncio.sleep(dice.uniform(0, SPREAD_SECONDS / 4))
         if end == "drain":
             await supervisor.drain(dice.choice([0, 0.1, 5]))
         elif end == "raise":
@@ -53,34 +53,36 @@ async def test_five_hundred_concurrent_pools_leave_no_task_or_thread(
 ) -> None:
     dice = random.Random(3)  # noqa: S311 - repeatable, guards nothing
     settings = make_settings(drain_timeout=2, concurrency=2)
-    async with Supervisor(settings, plugins=[work]):
-        pass  # Caches are filled first, because they do not count as leftovers.
+    async with Supervisor(settings, plugins=[wait_briefly]):
+        pass  # fills caches, which must not count as open files or threads that the pools left
     gc.collect()
     files, tasks, threads = open_file_count(), asyncio.all_tasks(), threading.active_count()
     control_plane.enqueue(count=200)
     ends = [dice.choice(["drain", "leave", "raise", "stay"]) for _ in range(POOLS)]
     async with asyncio.TaskGroup() as group:
-        lives = [
+        pool_tasks = [
             group.create_task(
-                ignore_loop_error(run_pool(Supervisor(settings, plugins=[work]), dice, end))
+                ignore_lookup_error(
+                    run_pool(Supervisor(settings, plugins=[wait_briefly]), dice, end)
+                )
             )
             for end in ends
         ]
-        for final, end in zip(lives, ends, strict=True):
+        for task, end in zip(pool_tasks, ends, strict=True):
             if end == "stay" or dice.random() < 0.2:
-                asyncio.get_running_loop().call_later(dice.uniform(0, SECONDS), final.cancel)
+                asyncio.get_running_loop().call_later(dice.uniform(0, SPREAD_SECONDS), task.cancel)
     assert not workpool_threads()
     await wait_until(lambda: threading.active_count() <= threads)
     await wait_until(lambda: asyncio.all_tasks() <= tasks)
     gc.collect()
     await wait_until(lambda: open_file_count() <= files)
-    # the leases of ended pools have expired, so that another pool finishes their items
+    # The leases of the ended pools expire, so that another pool can finish the items.
     clock.advance(60)
-    await Supervisor(make_settings(concurrency=16), plugins=[work]).run(until_empty=True)
+    await Supervisor(make_settings(concurrency=16), plugins=[wait_briefly]).run(until_empty=True)
     totals = control_plane.summary()
     assert (totals.stopped, totals.overlapping) == (200, 0)
 
 
-async def ignore_loop_error(waiting: Any) -> None:
+async def ignore_lookup_error(waiting: Any) -> None:
     with suppress(LookupError):
         await waiting

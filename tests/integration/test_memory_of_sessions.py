@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from workpool.server import ControlPlane
 
 
-def living_objects() -> dict[int, object]:
+def pool_objects_in_memory() -> dict[int, object]:
     return {id(one): one for one in gc.get_objects() if isinstance(one, PoolItem | Lease | Session)}
 
 
@@ -44,8 +44,8 @@ async def write_metadata(session: Session) -> dict[str, str]:
 async def test_finished_sessions_are_freed_without_garbage_collector(
     control_plane: ControlPlane, make_settings: Callable[..., Settings]
 ) -> None:
-    of_other_tests = living_objects()
+    of_other_tests = pool_objects_in_memory()
     control_plane.enqueue(count=50)
     await Supervisor(make_settings(), plugins=[write_metadata]).run(until_empty=True)
     assert control_plane.summary().stopped == 50
-    assert living_objects().keys() <= of_other_tests.keys()
+    assert pool_objects_in_memory().keys() <= of_other_tests.keys()

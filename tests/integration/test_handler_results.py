@@ -1,4 +1,4 @@
-"""The result of a handler: it is written as a whole, or it is an error of the session."""
+"""The result of a handler is written completely, or it fails the session."""
 
 from __future__ import annotations
 
@@ -16,23 +16,23 @@ if TYPE_CHECKING:
 
 
 async def test_result_that_is_no_mapping_of_strings_is_written_as_json(run_one_item: Any) -> None:
-    async def work(_: Session) -> JSON:
+    async def return_json(_: Session) -> JSON:
         return {"rows": 42, "names": ["a", "b"]}
 
-    final = await run_one_item(work)
+    final = await run_one_item(return_json)
     assert (final.outcome, final.item.state) == ("completed", "stopped")
     assert final.metadata.keys() == {"workpool.result"}
     assert orjson.loads(final.metadata["workpool.result"]) == {"rows": 42, "names": ["a", "b"]}
 
 
-async def test_result_that_cannot_be_written_fails_the_session_once_and_is_named_in_the_log(
+async def test_result_that_is_not_json_fails_session_and_is_logged(
     run_one_item: Any, caplog: pytest.LogCaptureFixture
 ) -> None:
-    async def work(_: Session) -> Any:
+    async def return_set(_: Session) -> Any:
         return {"rows": {1, 2}}
 
     with caplog.at_level(logging.INFO, "workpool"):
-        final = await run_one_item(work)
+        final = await run_one_item(return_set)
     assert (final.outcome, final.item.state) == ("failed", "stopped")
     assert final.metadata == {"workpool.error": "ResultError"}
     assert final.request_names.count("ack") == 1
@@ -42,7 +42,7 @@ async def test_result_that_cannot_be_written_fails_the_session_once_and_is_named
 
 
 @pytest.mark.parametrize(
-    ("result", "named"),
+    ("result", "expected"),
     [
         ({"rows": "1", "text": "x" * 513}, ("text", 513, 512)),
         ({"k" * 65: "x"}, ("k" * 65, 65, 64)),
@@ -51,20 +51,20 @@ async def test_result_that_cannot_be_written_fails_the_session_once_and_is_named
     ],
     ids=["value", "key", "pairs", "json"],
 )
-async def test_result_beyond_a_limit_of_the_dialect_is_an_error_and_not_cut(
+async def test_result_beyond_limit_of_dialect_fails_session(
     run_one_item: Any,
     control_plane: ControlPlane,
     caplog: pytest.LogCaptureFixture,
     result: Any,
-    named: Any,
+    expected: Any,
 ) -> None:
-    key, size, limit = named
+    key, size, limit = expected
 
-    async def work(_: Session) -> Any:
+    async def return_result(_: Session) -> Any:
         return result
 
     final = await run_one_item(
-        work,
+        return_result,
         dialect="anthropic",
         base_url=control_plane.anthropic_base_url,
         report_errors="message",
@@ -79,13 +79,15 @@ async def test_result_beyond_a_limit_of_the_dialect_is_an_error_and_not_cut(
     assert f"{size}; the dialect allows {limit}" in caplog.text
 
 
-async def test_result_at_the_limits_of_the_dialect_is_written(
+async def test_result_at_limits_of_dialect_is_written(
     run_one_item: Any, control_plane: ControlPlane
 ) -> None:
     result = {f"{number:064}": "☃" * 512 for number in range(16)}
 
-    async def work(_: Session) -> dict[str, str]:
+    async def return_result(_: Session) -> dict[str, str]:
         return result
 
-    final = await run_one_item(work, dialect="anthropic", base_url=control_plane.anthropic_base_url)
+    final = await run_one_item(
+        return_result, dialect="anthropic", base_url=control_plane.anthropic_base_url
+    )
     assert (final.outcome, final.metadata) == ("completed", result)

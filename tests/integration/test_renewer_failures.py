@@ -1,4 +1,4 @@
-"""Failures of the renewer thread, which are fatal to an embedded pool and reported at once."""
+"""Failures of the lease renewer's thread, which end an embedded pool and are reported at once."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from workpool import Session, Supervisor, handler
 from workpool.errors import LeaseRenewerError, WorkpoolError
 from workpool.events import SessionFinished, SessionStarted
 from workpool.exporter import Exporter
+from workpool.pool.lease_renewer import LeaseRenewer
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -22,27 +23,38 @@ if TYPE_CHECKING:
     from workpool.testing import Faults, Recorder
 
 
-class RaisingLogHandler(logging.Handler):
-    """A log handler that raises for every message that begins with `text`."""
+@handler
+async def endless_handler(_: Session) -> None:
+    await asyncio.Event().wait()
 
-    def __init__(self, text: str, error: BaseException) -> None:
+
+class RaisingLogHandler(logging.Handler):
+    """A log handler that raises for every message with a given beginning."""
+
+    def __init__(self, beginning: str, error: BaseException) -> None:
         super().__init__()
-        self.text = text
+        self.beginning = beginning
         self.error = error
 
     def emit(self, record: logging.LogRecord) -> None:
-        if record.getMessage().startswith(self.text):
+        if record.getMessage().startswith(self.beginning):
             raise self.error
 
 
 @pytest.fixture
 def raising_log_handler(request: pytest.FixtureRequest) -> Iterator[float]:
     """Add a log handler that raises; return the `max_block` of the test."""
-    text, max_block, error = request.param
-    added = RaisingLogHandler(text, error)
+    beginning, max_block, error = request.param
+    added = RaisingLogHandler(beginning, error)
     logging.getLogger().addHandler(added)
     yield max_block
     logging.getLogger().removeHandler(added)
+
+
+@pytest.fixture(autouse=True)
+def check_no_renewer_thread_left() -> Iterator[None]:
+    yield
+    assert not [each for each in threading.enumerate() if each.name.startswith("workpool-lease")]
 
 
 async def run_on_thread(supervisor: Supervisor) -> WorkpoolError | None:
@@ -79,15 +91,15 @@ async def test_log_handler_that_raises_while_loop_is_blocked_fails_pool(
     calls: list[BaseException | None] = []
 
     @handler
-    async def work(_: Session) -> None:
-        may_end.wait(50)  # blocks the loop, because it is not awaited
+    async def block_loop(_: Session) -> None:
+        may_end.wait(50)  # a blocking call, so the event loop stops
 
     def on_blocked() -> None:
         calls.append(supervisor.status().error)
         called.set()
 
     (item,) = control_plane.enqueue()
-    supervisor = Supervisor(make_settings(max_block=raising_log_handler), plugins=[work])
+    supervisor = Supervisor(make_settings(max_block=raising_log_handler), plugins=[block_loop])
     supervisor.on_blocked = on_blocked
     async with asyncio.TaskGroup() as group:
         running = group.create_task(run_on_thread(supervisor))
@@ -110,16 +122,14 @@ async def test_exception_on_renewer_thread_while_loop_runs_calls_on_blocked(
 ) -> None:
     called = threading.Event()
 
-    @handler
-    async def long_handler(_: Session) -> None:
-        await asyncio.Event().wait()
-
-    def crash(_: Exporter) -> None:
+    def raise_system_exit(_: Exporter) -> None:
         raise SystemExit("from the exporter")
 
-    monkeypatch.setattr(Exporter, "_health", property(crash, lambda *_: None), raising=False)
+    monkeypatch.setattr(
+        Exporter, "_health", property(raise_system_exit, lambda *_: None), raising=False
+    )
     control_plane.enqueue()
-    supervisor = make_pool(long_handler, metrics_listen="127.0.0.1:0")
+    supervisor = make_pool(endless_handler, metrics_listen="127.0.0.1:0")
     supervisor.on_blocked = called.set
     async with supervisor:
         await recorder.wait_for(SessionStarted)
@@ -135,18 +145,18 @@ async def test_exception_on_renewer_thread_while_loop_runs_calls_on_blocked(
         writer.close()
 
 
-async def test_loop_that_runs_again_after_max_block_keeps_pool_running(
+async def test_pool_continues_after_loop_was_blocked_for_max_block(
     control_plane: ControlPlane, make_settings: Callable[..., Settings]
 ) -> None:
     """An embedded pool survives a loop that is blocked for `max_block`."""
     called, may_end = threading.Event(), threading.Event()
 
     @handler
-    async def work(_: Session) -> None:
-        may_end.wait(50)  # blocks the loop, because it is not awaited
+    async def block_loop(_: Session) -> None:
+        may_end.wait(50)  # a blocking call, so the event loop stops
 
     control_plane.enqueue()
-    supervisor = Supervisor(make_settings(max_block=1), plugins=[work])
+    supervisor = Supervisor(make_settings(max_block=1), plugins=[block_loop])
     supervisor.on_blocked = called.set
     async with asyncio.TaskGroup() as group:
         running = group.create_task(run_on_thread(supervisor))
@@ -156,3 +166,27 @@ async def test_loop_that_runs_again_after_max_block_keeps_pool_running(
             may_end.set()
     assert running.result() is None
     assert supervisor.status().error is None
+
+
+async def test_failed_lease_renewer_is_fatal_and_sends_nothing_more(
+    control_plane: ControlPlane,
+    faults: Faults,
+    make_pool: Any,
+    recorder: Recorder,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    (item,) = control_plane.enqueue()
+
+    def crash_renewer(_: LeaseRenewer) -> float:
+        raise ZeroDivisionError("a bug of the lease renewer")
+
+    async with make_pool(endless_handler) as supervisor:
+        await recorder.wait_for(SessionStarted)
+        monkeypatch.setattr(LeaseRenewer, "_look", crash_renewer)
+        finished = await recorder.wait_for(SessionFinished)
+        assert finished.outcome == "lease_lost"
+        with pytest.raises(LeaseRenewerError) as caught:
+            await supervisor.wait()
+    assert caught.value.__cause__ is not None
+    assert [request.op for request in faults.of(work_id=item.id)] == ["ack", "heartbeat"]
+    assert control_plane.operations.get(control_plane.environments[0], item.id).state == "active"
