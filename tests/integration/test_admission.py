@@ -202,7 +202,7 @@ async def test_paused_time_does_not_count_as_idle_time(make_pool: Any) -> None:
     supervisor.pause("now")
     async with supervisor:
         await wait_for_paused_pollers(supervisor)
-        await asyncio.sleep(0.6)  # longer than exit_after_idle
+        await asyncio.sleep(0.6)  # if the idle time ran during a pause, it would be over now
         resumed = time.monotonic()
         supervisor.resume()
         async with asyncio.timeout(SECONDS):
@@ -247,7 +247,9 @@ async def test_repeated_error_of_admission_hook_is_logged_once_per_minute(
         assert logged_errors() == [": one"]
         disk.reason = RuntimeError("two")
         await disk.wait_for_hook_calls(5)
-        assert logged_errors() == [": one"]  # the second error came within the same minute
+        assert logged_errors() == [
+            ": one"
+        ]  # the second error is not logged, because it came within a minute
         monkeypatch.setattr(registry, "REFUSAL_LOG_SECONDS", 0.0)
         await disk.wait_for_hook_calls(5)
         assert logged_errors() == [": one", ": two"]

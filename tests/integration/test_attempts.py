@@ -26,12 +26,12 @@ DRAINED = {"workpool.released": "the pool is draining"}
 
 
 @handler
-async def long_handler(_: Session) -> None:
+async def endless_handler(_: Session) -> None:
     await asyncio.Event().wait()
 
 
 @handler
-async def short_handler(_: Session) -> None:
+async def return_at_once(_: Session) -> None:
     return None
 
 
@@ -133,7 +133,7 @@ def short_number_retries(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 async def test_attempt_of_new_item_is_one_without_extra_request(item_runs: ItemRuns) -> None:
-    await item_runs.run_once(short_handler, max_attempts=1)
+    await item_runs.run_once(return_at_once, max_attempts=1)
     assert item_runs.attempts == [1]
     assert [request.op for request in item_runs.faults.of(work_id=item_runs.id)] == [
         "ack",
@@ -144,7 +144,7 @@ async def test_attempt_of_new_item_is_one_without_extra_request(item_runs: ItemR
 
 async def test_attempt_after_crashed_run_is_counted(item_runs: ItemRuns) -> None:
     item_runs.run_and_crash()
-    await item_runs.run_once(short_handler)
+    await item_runs.run_once(return_at_once)
     assert item_runs.attempts == [2]
     assert item_runs.metadata == {"workpool.attempt": "2"}
 
@@ -153,8 +153,8 @@ async def test_session_drained_repeatedly_completes_within_max_attempts(
     item_runs: ItemRuns,
 ) -> None:
     for _ in range(3):
-        await item_runs.drain_during_session(long_handler, max_attempts=2)
-    assert (await item_runs.run_once(short_handler, max_attempts=2)).outcome == "completed"
+        await item_runs.drain_during_session(endless_handler, max_attempts=2)
+    assert (await item_runs.run_once(return_at_once, max_attempts=2)).outcome == "completed"
     assert item_runs.attempts == [1, 1, 1, 1]
     assert item_runs.metadata == {}
 
@@ -166,13 +166,13 @@ async def test_release_by_handler_is_not_counted_as_attempt(item_runs: ItemRuns)
 
     for _ in range(3):
         assert (await item_runs.run_once(release_later, max_attempts=1)).outcome == "released"
-    assert (await item_runs.run_once(short_handler, max_attempts=1)).outcome == "completed"
+    assert (await item_runs.run_once(return_at_once, max_attempts=1)).outcome == "completed"
     assert item_runs.attempts == [1, 1, 1, 1]
     assert item_runs.metadata == {}
 
 
 async def test_crash_after_drained_run_counts_as_attempt(item_runs: ItemRuns) -> None:
-    await item_runs.drain_during_session(long_handler)
+    await item_runs.drain_during_session(endless_handler)
     assert item_runs.metadata == DRAINED
     seen: list[dict[str, str]] = []
 
@@ -184,15 +184,15 @@ async def test_crash_after_drained_run_counts_as_attempt(item_runs: ItemRuns) ->
 
     assert (await item_runs.run_once(lose_lease)).outcome == "lease_lost"
     assert seen == [{}]  # the earlier mark was deleted before the handler started
-    await item_runs.run_once(short_handler)
+    await item_runs.run_once(return_at_once)
     assert item_runs.attempts == [1, 1, 2]
 
 
 async def test_drained_run_after_crash_keeps_attempt_number(item_runs: ItemRuns) -> None:
     item_runs.run_and_crash()
-    await item_runs.drain_during_session(long_handler)
+    await item_runs.drain_during_session(endless_handler)
     assert item_runs.metadata == {"workpool.attempt": "2"} | DRAINED
-    await item_runs.run_once(short_handler)
+    await item_runs.run_once(return_at_once)
     assert item_runs.attempts == [2, 2]
     assert item_runs.metadata == {"workpool.attempt": "2"}
 
@@ -206,14 +206,14 @@ async def test_item_acknowledged_during_drain_is_not_counted_as_attempt(
         item_runs.run_and_crash()
     hold = Hold()
     item_runs.faults.add(hold, op, times=1)
-    async with item_runs.make_pool(long_handler) as supervisor, asyncio.TaskGroup() as group:
+    async with item_runs.make_pool(endless_handler) as supervisor, asyncio.TaskGroup() as group:
         await hold.reached()
         group.create_task(supervisor.drain())
         await item_runs.recorder.wait_for(DrainStarted)
         hold.release()
     assert item_runs.attempts == []
     item_runs.expire_lease()
-    await item_runs.run_once(short_handler)
+    await item_runs.run_once(return_at_once)
     assert item_runs.attempts == [number]
 
 
@@ -230,7 +230,7 @@ async def test_run_by_another_worker_while_item_waited_for_slot_counts_as_attemp
     async with item_runs.make_pool(wait_until_may_end, concurrency=1, prefetch=1):
         await item_runs.recorder.wait_for(ItemReceived, count=2)
         await item_runs.recorder.wait_for(SessionStarted)
-        clock.advance(6)  # longer than the reclaim window
+        clock.advance(6)  # beyond the reclaim window, so that the item is delivered again
         item_runs.plane.operations.poll(item_runs.plane.environments[0], Poll("another"))
         item_runs.run_and_crash(second.id)
         may_end.set()
@@ -244,7 +244,7 @@ async def test_run_by_another_worker_while_item_waited_for_slot_counts_as_attemp
 
 async def test_drain_mark_is_written_as_soon_as_drain_is_requested(item_runs: ItemRuns) -> None:
     """A process that is killed at the end of its grace period has already written the mark."""
-    async with item_runs.draining_pool(long_handler):
+    async with item_runs.draining_pool(endless_handler):
         await item_runs.faults.wait_for("update", answered=True)
         assert item_runs.metadata == DRAINED
         assert not item_runs.recorder.of(SessionFinished)
@@ -290,7 +290,7 @@ async def test_drained_session_whose_mark_is_never_answered_is_released(
     item_runs: ItemRuns,
 ) -> None:
     item_runs.faults.add(Hold(), "update")
-    async with item_runs.make_pool(long_handler) as supervisor:
+    async with item_runs.make_pool(endless_handler) as supervisor:
         await item_runs.recorder.wait_for(SessionStarted)
         await supervisor.drain(timeout=0)
     assert supervisor.abandoned == 0
@@ -330,9 +330,9 @@ async def test_drain_abandons_stuck_session_although_its_mark_is_never_answered(
 async def test_attempt_whose_mark_could_not_be_written_is_counted(item_runs: ItemRuns) -> None:
     item_runs.faults.add(status(503), "update", where=lambda _: not recovered)
     recovered: list[bool] = []
-    await item_runs.drain_during_session(long_handler)
+    await item_runs.drain_during_session(endless_handler)
     recovered.append(True)
-    await item_runs.run_once(short_handler)
+    await item_runs.run_once(return_at_once)
     assert item_runs.attempts == [1, 2]
 
 
@@ -353,7 +353,7 @@ async def test_release_by_handler_replaces_reason_written_by_drain(item_runs: It
 
 @pytest.mark.usefixtures("fast_heartbeats")
 async def test_session_stopped_by_operator_during_drain_leaves_no_mark(item_runs: ItemRuns) -> None:
-    async with item_runs.draining_pool(long_handler, stop_grace=0):
+    async with item_runs.draining_pool(endless_handler, stop_grace=0):
         await item_runs.faults.wait_for("update", answered=True)
         item_runs.plane.operations.stop_item(item_runs.plane.environments[0], item_runs.id)
         await item_runs.recorder.wait_for(SessionFinished)
@@ -385,7 +385,7 @@ async def test_completed_session_whose_mark_cannot_be_deleted_is_stopped(
 async def test_attempt_whose_update_loses_its_answer_is_counted_once(item_runs: ItemRuns) -> None:
     item_runs.run_and_crash()
     item_runs.faults.add(lost(), "update", times=2)
-    await item_runs.run_once(short_handler, request_timeout=1.0)
+    await item_runs.run_once(return_at_once, request_timeout=1.0)
     assert item_runs.attempts == [2]
     assert item_runs.metadata == {"workpool.attempt": "2"}
 
@@ -405,9 +405,9 @@ async def test_run_whose_number_cannot_be_written_is_released_and_keeps_its_numb
     item_runs.run_and_crash()
     item_runs.write_metadata(**notes)
     item_runs.faults.add(status(503, applied=applied), "update", where=number_is_retried)
-    assert (await item_runs.run_once(long_handler)).outcome == "released"
+    assert (await item_runs.run_once(endless_handler)).outcome == "released"
     assert item_runs.attempts == []
-    await item_runs.run_once(short_handler)
+    await item_runs.run_once(return_at_once)
     assert item_runs.attempts == [number]
 
 
@@ -419,10 +419,10 @@ async def test_run_whose_number_cannot_be_written_keeps_mark_of_earlier_run(
     item_runs.write_metadata(released="earlier")
     item_runs.faults.add(status(503), "update", where=lambda _: not recovered)
     recovered: list[bool] = []
-    assert (await item_runs.run_once(long_handler)).outcome == "released"
+    assert (await item_runs.run_once(endless_handler)).outcome == "released"
     assert item_runs.metadata == {"workpool.released": "earlier"}
     recovered.append(True)
-    await item_runs.run_once(short_handler)
+    await item_runs.run_once(return_at_once)
     assert item_runs.attempts == [1]
 
 
@@ -430,7 +430,7 @@ async def test_drain_mark_replaces_error_of_earlier_run(item_runs: ItemRuns) -> 
     """A run that failed and could not be stopped has left its error note in the metadata."""
     item_runs.run_and_crash()
     item_runs.write_metadata(error="ValueError")
-    await item_runs.drain_during_session(long_handler)
+    await item_runs.drain_during_session(endless_handler)
     assert item_runs.attempts == [2]
     assert item_runs.metadata == {"workpool.attempt": "2"} | DRAINED
 
@@ -445,7 +445,7 @@ async def test_item_beyond_ten_attempts_fails_by_default(
 ) -> None:
     item_runs.run_and_crash()
     item_runs.write_metadata(attempt="10")
-    finished = await item_runs.run_once(short_handler, **settings)
+    finished = await item_runs.run_once(return_at_once, **settings)
     assert finished.outcome == outcome
     assert isinstance(finished.error, AttemptsExceeded) is (outcome == "failed")
 
@@ -455,5 +455,5 @@ async def test_item_beyond_max_attempts_is_failed_without_writing_its_attempt(
 ) -> None:
     item_runs.run_and_crash()
     item_runs.write_metadata(attempt="5", released="earlier")
-    assert (await item_runs.run_once(short_handler, max_attempts=4)).outcome == "failed"
+    assert (await item_runs.run_once(return_at_once, max_attempts=4)).outcome == "failed"
     assert item_runs.metadata == {"workpool.attempt": "5", "workpool.error": "AttemptsExceeded"}

@@ -78,7 +78,7 @@ async def test_leases_benchmark_keeps_every_lease(contender: str) -> None:
     options = ("--leases", "3", "--seconds", "0.2", "--settle", "0")
     [cells] = await printed_rows("leases.py", *options, only=(contender,))
     assert cells[:2] == [contender, "3"]
-    assert cells[-1] == "0"  # number of lost leases
+    assert cells[-1] == "0"  # the last cell is the number of lost leases
 
 
 @pytest.mark.trial
@@ -119,7 +119,7 @@ async def test_path_benchmark_lists_source_files_that_one_item_uses() -> None:
     bare, pool, *files = await printed_rows("path.py", "--items", "20", "--by-file")
     assert bare[:4] == ["bare", "0", "0", "0"]
     assert pool[0] == "workpool"
-    counted = files[2:]  # without the header of the second table and its rule
+    counted = files[2:]  # skips the header and the rule of the second table
     assert len(counted) == int(pool[1])
     assert sum(int(functions) for _, functions, _ in counted) == int(pool[2])
     assert float(pool[4]) > float(bare[4])

@@ -117,7 +117,7 @@ async def test_retry_after_beyond_lease_does_not_prevent_retry_within_lease(
     final = await run_one_item(return_result)
     assert (final.outcome, final.item.state) == ("completed", "stopped")
     first, second = [request.at for request in final.sent if request.op == op]
-    assert second - first > 0.5  # the pool waits for a part of Retry-After, within its lease
+    assert second - first > 0.5  # the pool waits for Retry-After as long as its lease allows
 
 
 @pytest.mark.parametrize("code", [409, 412])

@@ -37,7 +37,7 @@ SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 
 
 @handler
-async def work(session: Session) -> dict[str, str]:
+async def return_or_wait(session: Session) -> dict[str, str]:
     if "wait" in session.item.metadata:
         await session.interrupted()
     return {"done": "yes"}
@@ -76,7 +76,7 @@ async def test_running_pool_changes_no_global_state(
 ) -> None:
     before = process_state()
     control_plane.enqueue()
-    async with make_pool(work, metrics_listen="127.0.0.1:0"):
+    async with make_pool(return_or_wait, metrics_listen="127.0.0.1:0"):
         await recorder.wait_for(SessionFinished)
         assert process_state() == before
     assert process_state() == before
@@ -108,7 +108,7 @@ async def test_pool_ended_at_any_point_leaves_no_task_or_thread(
         settings = make_settings(
             metrics_listen="127.0.0.1:0", drain_timeout=dice.choice([0, 5]), stats_interval=0.01
         )
-        supervisor = Supervisor(settings, plugins=[work, recorder])
+        supervisor = Supervisor(settings, plugins=[return_or_wait, recorder])
         async with asyncio.TaskGroup() as group:
             task = group.create_task(
                 ignore_lookup_error(end_pool_at(moment, supervisor, recorder, control_plane))
@@ -150,7 +150,9 @@ async def test_several_pools_share_one_loop_and_registry(
     registry = CollectorRegistry()
     recorders = [Recorder(), Recorder(), Recorder()]
     pools = [
-        Supervisor(make_settings(concurrency=1), plugins=[work, recorder], registry=registry)
+        Supervisor(
+            make_settings(concurrency=1), plugins=[return_or_wait, recorder], registry=registry
+        )
         for recorder in recorders
     ]
     control_plane.enqueue(3, {"wait": "yes"})
@@ -159,7 +161,9 @@ async def test_several_pools_share_one_loop_and_registry(
             await recorder.wait_for(SessionStarted)
         text = generate_latest(registry).decode()
         (limit,) = re.findall(r"^workpool_slots_limit{.*} (.*)$", text, re.MULTILINE)
-        (active,) = re.findall(r'^workpool_sessions_active{.*work"} (.*)$', text, re.MULTILINE)
+        (active,) = re.findall(
+            r'^workpool_sessions_active{.*return_or_wait"} (.*)$', text, re.MULTILINE
+        )
         assert (float(limit), float(active)) == (3, 3)
         workers = {request.worker_id for request in faults.of("ack")}
         assert len(workers) == 3
@@ -169,7 +173,7 @@ async def test_several_pools_share_one_loop_and_registry(
 async def test_each_start_uses_a_new_worker_id(faults: Faults, make_pool: Any) -> None:
     for _ in range(3):
         polls = len(faults.of("poll"))
-        async with make_pool(work, worker_id="me"):
+        async with make_pool(return_or_wait, worker_id="me"):
             await faults.wait_for("poll", count=polls + 1)
     names = {request.worker_id for request in faults.seen}
     assert len(names) == 3
@@ -180,7 +184,7 @@ async def test_all_requests_of_pool_have_one_worker_id(
     control_plane: ControlPlane, faults: Faults, make_pool: Any, recorder: Recorder
 ) -> None:
     control_plane.enqueue()
-    async with make_pool(work):
+    async with make_pool(return_or_wait):
         await recorder.wait_for(SessionFinished)
     assert {request.op for request in faults.seen} == {"poll", "ack", "heartbeat", "update", "stop"}
     assert len({request.worker_id for request in faults.seen}) == 1
@@ -191,7 +195,7 @@ async def test_registry_of_caller_is_used_and_reusable_afterwards(
 ) -> None:
     registry = CollectorRegistry()
     Counter("mine", "The caller's own.", registry=registry)
-    supervisor = Supervisor(make_settings(), plugins=[work, recorder], registry=registry)
+    supervisor = Supervisor(make_settings(), plugins=[return_or_wait, recorder], registry=registry)
     assert supervisor.registry is registry
     control_plane.enqueue()
     async with supervisor:
@@ -199,12 +203,12 @@ async def test_registry_of_caller_is_used_and_reusable_afterwards(
     text = generate_latest(registry).decode()
     assert "mine_total" in text
     assert re.search(r'^workpool_sessions_total{.*outcome="completed"} 1.0$', text, re.MULTILINE)
-    async with Supervisor(make_settings(), plugins=[work], registry=registry):
+    async with Supervisor(make_settings(), plugins=[return_or_wait], registry=registry):
         pass
 
 
 async def test_supervisor_started_twice_raises(make_pool: Any) -> None:
-    supervisor = make_pool(work)
+    supervisor = make_pool(return_or_wait)
     async with supervisor:
         with pytest.raises(RuntimeError, match="runs once"):
             await supervisor.__aenter__()
@@ -214,7 +218,7 @@ async def test_supervisor_started_twice_raises(make_pool: Any) -> None:
 
 
 async def test_supervisor_before_start_reports_not_started(make_pool: Any) -> None:
-    supervisor = make_pool(work)
+    supervisor = make_pool(return_or_wait)
     for call in (supervisor.wait, supervisor.drain):
         with pytest.raises(RuntimeError, match="not started"):
             await call()
@@ -226,17 +230,17 @@ async def test_port_in_use_is_named_by_start_error(make_pool: Any, faults: Fault
     with socket.create_server(("127.0.0.1", 0)) as taken:
         address = f"127.0.0.1:{taken.getsockname()[1]}"
         with pytest.raises(ListenError, match="metrics_listen") as caught:
-            await make_pool(work, metrics_listen=address).__aenter__()
+            await make_pool(return_or_wait, metrics_listen=address).__aenter__()
         assert address in str(caught.value)
     assert not faults.seen
     assert not workpool_threads()
 
 
 async def test_second_pool_on_same_port_fails_and_first_continues(make_pool: Any) -> None:
-    async with make_pool(work, metrics_listen="127.0.0.1:0") as first:
+    async with make_pool(return_or_wait, metrics_listen="127.0.0.1:0") as first:
         address = first.metrics_url.removeprefix("http://")
         with pytest.raises(ListenError):
-            await make_pool(work, metrics_listen=address).__aenter__()
+            await make_pool(return_or_wait, metrics_listen=address).__aenter__()
         async with aiohttp.ClientSession() as http, http.get(f"{first.metrics_url}/healthz") as ok:
             assert ok.status == 200
 
@@ -277,7 +281,7 @@ async def test_lifespan_of_plugin_encloses_all_sessions_and_drain(
 ) -> None:
     plugin = DatabasePlugin()
     control_plane.enqueue(metadata={"wait": "yes"})
-    async with make_pool(work, plugin) as supervisor:
+    async with make_pool(return_or_wait, plugin) as supervisor:
         await recorder.wait_for(SessionStarted)
     facts = [fact for fact in plugin.trace if fact != "RequestFinished"]
     assert facts[0] == "opening"
@@ -289,7 +293,9 @@ async def test_lifespan_of_plugin_encloses_all_sessions_and_drain(
 async def test_lifespan_that_fails_to_open_prevents_start(faults: Faults, make_pool: Any) -> None:
     first = DatabasePlugin()
     with pytest.raises(LookupError, match="no database") as caught:
-        await make_pool(copy_with_other_name(first), work, DatabasePlugin("opening")).__aenter__()
+        await make_pool(
+            copy_with_other_name(first), return_or_wait, DatabasePlugin("opening")
+        ).__aenter__()
     assert any("'DatabasePlugin'" in note for note in caught.value.__notes__)
     assert first.closed
     assert not faults.seen
@@ -311,7 +317,7 @@ async def test_lifespan_that_fails_to_close_raises_after_drain(
     control_plane: ControlPlane, make_pool: Any, recorder: Recorder
 ) -> None:
     control_plane.enqueue(metadata={"wait": "yes"})
-    supervisor = make_pool(work, DatabasePlugin("closing"))
+    supervisor = make_pool(return_or_wait, DatabasePlugin("closing"))
     await supervisor.__aenter__()
     await recorder.wait_for(SessionStarted)
     with pytest.raises(LookupError, match="lost the database"):
@@ -321,7 +327,7 @@ async def test_lifespan_that_fails_to_close_raises_after_drain(
 
 async def test_unknown_plugin_is_named_and_prevents_start(faults: Faults, make_pool: Any) -> None:
     with pytest.raises(PluginError, match="no_such_plugin"):
-        await make_pool(work, "no_such_plugin:Anywhere").__aenter__()
+        await make_pool(return_or_wait, "no_such_plugin:Anywhere").__aenter__()
     assert not faults.seen
 
 
@@ -334,7 +340,7 @@ async def test_failing_observers_do_not_affect_sessions(
             raise LookupError(event)
 
     control_plane.enqueue(5)
-    async with make_pool(FailingObserver(), work):
+    async with make_pool(FailingObserver(), return_or_wait):
         await recorder.wait_for(SessionFinished, count=5)
     assert {event.outcome for event in recorder.of(SessionFinished)} == {"completed"}
 
@@ -345,7 +351,7 @@ async def test_health_endpoint_and_leases_remain_until_pool_has_closed(
     hold = Hold()
     faults.add(hold, "stop")
     control_plane.enqueue()
-    pool = make_pool(work, metrics_listen="127.0.0.1:0")
+    pool = make_pool(return_or_wait, metrics_listen="127.0.0.1:0")
     async with aiohttp.ClientSession() as http, asyncio.TaskGroup() as group:
         running = group.create_task(pool.run())
         await hold.reached()

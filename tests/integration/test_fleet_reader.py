@@ -217,7 +217,7 @@ async def test_count_is_exact_whatever_control_plane_does_with_after_id(after_id
 async def test_stopped_items_are_skipped_in_a_list_in_order_of_creation_only(
     order: str, *, skips: bool
 ) -> None:
-    """In another order, a new item could be before the skipped ones."""
+    """In another order, a new item could stand before the skipped items and never be counted."""
     async with ControlPlane() as plane, client_of(plane) as client:
         item = plane.enqueue(1)[0]
         shown = parse_item(QODER.item_json(item) | {"state": "stopped"})
@@ -239,7 +239,7 @@ async def test_stopped_items_are_skipped_in_a_list_in_order_of_creation_only(
 
 
 async def test_running_item_behind_stopped_ones_is_counted_after_they_are_skipped() -> None:
-    """A skipped beginning must never hide an item that still runs."""
+    """The skip of stopped items must never hide a running item."""
     async with (
         ControlPlane(middlewares=[without_running_count()]) as plane,
         client_of(plane) as client,

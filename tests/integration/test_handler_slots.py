@@ -64,7 +64,7 @@ async def test_limited_handler_runs_as_fast_as_its_limit_allows(
         await workpool.wait_for(SessionFinished, count=40)
         elapsed = clock() - started
     assert running["most"] == 2
-    assert elapsed <= 40 * seconds / 2 * 1.1 + 0.5  # with 0.5 s and 10 % for the polls
+    assert elapsed <= 40 * seconds / 2 * 1.1 + 0.5  # allows 10 % and 0.5 s for the polls
 
 
 @in_virtual_time
@@ -106,7 +106,7 @@ async def test_item_set_aside_starts_at_once_when_another_environment_frees_a_sl
     own, others = slots.share(), slots.share()
     assert others.take()
     assert others.take()
-    workpool.enqueue(count=4, metadata={"seconds": str(MINUTE)})
+    workpool.enqueue(count=4, metadata={"seconds": str(MINUTE_SECONDS)})
     workpool.enqueue(count=2, metadata={"kind": "limited"})
     pool = workpool.pool(counting_handler(3, Counter(), most=1), other_handler, concurrency=8)
     pool.shared = SharedParts(own, ExitLimits(pool.settings), None)

@@ -108,7 +108,9 @@ def test_pool_after_an_hour_of_garbage_answers_completes_all_items(seed: int) ->
             for _ in range(ITEMS):
                 items += operations.enqueue(ENVIRONMENT)
                 await asyncio.sleep(HOUR_SECONDS / ITEMS)
-            while any(operations.get_item(ENVIRONMENT, item.id).state != "stopped" for item in items):
+            while any(
+                operations.get_item(ENVIRONMENT, item.id).state != "stopped" for item in items
+            ):
                 assert loop.time() < 2 * HOUR_SECONDS
                 await asyncio.sleep(10)
             assert supervisor.status().error is None

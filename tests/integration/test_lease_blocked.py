@@ -1,4 +1,4 @@
-"""A handler that blocks its loop: the lease is renewed and metrics are answered meanwhile."""
+"""While a handler blocks its loop, its lease is renewed and metrics are answered."""
 
 from __future__ import annotations
 
@@ -93,7 +93,7 @@ async def test_handler_that_blocks_loop_for_twice_its_ttl_keeps_lease(
             try:
                 await get_text(f"{pool.supervisor.metrics_url}/metrics")
             except aiohttp.ClientError:
-                assert faults.of("stop")  # the pool closes after its last stop
+                assert faults.of("stop")  # the endpoint closes only after the last stop of the pool
             slowest = max(slowest, time.monotonic() - before)
             await asyncio.sleep(0.5)
     assert slowest < 20

@@ -1,4 +1,4 @@
-"""Leases over a real socket that may be lost: lost answers, and items claimed by another worker."""
+"""Leases that may be lost: heartbeats without an answer, and items that another worker claims."""
 
 from __future__ import annotations
 

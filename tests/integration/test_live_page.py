@@ -73,7 +73,7 @@ async def test_live_status_shows_slots_sessions_polls_and_outcomes(
         may_end.set()
         await recorder.wait_for(SessionFinished)
         async with asyncio.timeout(20):
-            # The slot becomes free shortly after the event.
+            # The slot becomes free only shortly after SessionFinished is observed.
             while (shown := await live_status(pool))["sessions"]:  # noqa: ASYNC110 - no event
                 await asyncio.sleep(0.01)
         assert shown["outcomes"]["completed"] == 1

@@ -67,7 +67,7 @@ class ProxyTestbed:
         self._writers += [client.writer, server.writer]
         return client, server
 
-    def close(self) -> None:
+    def abort_connections(self) -> None:
         for writer in self._writers:
             writer.transport.abort()
 
@@ -82,7 +82,7 @@ async def testbed() -> AsyncIterator[ProxyTestbed]:
     async with Proxy(f"http://127.0.0.1:{port}") as proxy:
         wire = ProxyTestbed(proxy, accepted)
         yield wire
-    wire.close()
+    wire.abort_connections()
     listening.close()
 
 
@@ -198,7 +198,7 @@ async def test_closed_proxy_closes_its_connections(testbed: ProxyTestbed) -> Non
         outer.blackhole()
         await client.send_bytes(b"lost")
     await server.expect_end()
-    inner.close()
+    inner.abort_connections()
 
 
 async def test_exception_in_proxy_block_is_raised_unchanged(testbed: ProxyTestbed) -> None:

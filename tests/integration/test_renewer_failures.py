@@ -189,4 +189,6 @@ async def test_failed_lease_renewer_is_fatal_and_sends_nothing_more(
             await supervisor.wait()
     assert caught.value.__cause__ is not None
     assert [request.op for request in faults.of(work_id=item.id)] == ["ack", "heartbeat"]
-    assert control_plane.operations.get(control_plane.environments[0], item.id).state == "active"
+    assert (
+        control_plane.operations.get_item(control_plane.environments[0], item.id).state == "active"
+    )

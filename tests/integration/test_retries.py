@@ -29,7 +29,7 @@ class FailingDependency:
         self.failures = failures
         self.error = error or ConnectionError("no route")
 
-    async def call(self, session: Session) -> dict[str, str]:
+    async def answer_or_raise(self, session: Session) -> dict[str, str]:
         self.calls.append(session.retry)
         await asyncio.sleep(1)
         if len(self.calls) <= self.failures:
@@ -42,7 +42,7 @@ def retrying_handler(
 ) -> Any:
     @handler(retry=retry, **arguments)
     async def call_dependency(session: Session) -> dict[str, str]:
-        return await dependency.call(session)
+        return await dependency.answer_or_raise(session)
 
     return call_dependency
 

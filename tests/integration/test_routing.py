@@ -142,7 +142,7 @@ def declines_per_poll(pool: Supervisor) -> float:
 def alert_threshold() -> float:
     """Return the ratio above which the alert WorkpoolPollsWasted fires."""
     text = resources.files("workpool").joinpath("alerts.yml").read_text("utf-8")
-    yaml = importlib.import_module("yaml")  # not `import yaml`, which mypy has no types for
+    yaml = importlib.import_module("yaml")  # imported by name, because mypy has no types of `yaml`
     rules = [rule for group in yaml.safe_load(text)["groups"] for rule in group["rules"]]
     (expr,) = [rule["expr"] for rule in rules if rule.get("alert") == "WorkpoolPollsWasted"]
     return float(re.findall(r"> ([\d.]+)\s*$", expr)[0])

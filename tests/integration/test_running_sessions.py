@@ -60,7 +60,7 @@ class CancellationIgnoringHandler:
 
 
 @pytest.fixture
-def ignoring() -> Iterator[CancellationIgnoringHandler]:
+def ignoring_handler() -> Iterator[CancellationIgnoringHandler]:
     """Return a handler that ends after the test, so that a failed test does not hang."""
     made = CancellationIgnoringHandler()
     yield made
@@ -143,7 +143,7 @@ async def test_handler_can_read_item_remaining_lease_and_log_of_session(
 
 @pytest.mark.usefixtures("short_cancellation_interval")
 async def test_stuck_handler_keeps_its_slot_and_session_until_it_ends(
-    ignoring: CancellationIgnoringHandler,
+    ignoring_handler: CancellationIgnoringHandler,
     control_plane: ControlPlane,
     make_pool: Any,
     recorder: Recorder,
@@ -152,8 +152,8 @@ async def test_stuck_handler_keeps_its_slot_and_session_until_it_ends(
     (item,) = control_plane.enqueue()
     control_plane.enqueue(session_id=item.session_id)
     settings = {"concurrency": 2, "session_timeout": 0.02, "block_ms": 20}
-    async with make_pool(ignoring, **settings, reclaim_older_than_ms=20) as supervisor:
-        await ignoring.wait_until_cancelled()
+    async with make_pool(ignoring_handler, **settings, reclaim_older_than_ms=20) as supervisor:
+        await ignoring_handler.wait_until_cancelled()
         await recorder.wait_for(ItemDeclined, lambda _: not supervisor.status().ready)
         declined = len(recorder.of(ItemDeclined))
         await recorder.wait_for(ItemDeclined, count=declined + 2)
@@ -163,40 +163,40 @@ async def test_stuck_handler_keeps_its_slot_and_session_until_it_ends(
         [report] = [each for each in caplog.records if "ignores its cancellation" in each.message]
         assert "CancellationIgnoringHandler.ignore_cancellation" in str(report.stack_info)
         assert supervisor.status().reasons == ("handlers that ignore their cancellation: 1",)
-        ignoring.may_end.set()
+        ignoring_handler.may_end.set()
         finished = await recorder.wait_for(SessionFinished)
         assert supervisor.status().ready
         assert finished.outcome == "timed_out"
-        ignoring.cancelled = False
+        ignoring_handler.cancelled = False
         control_plane.operations.stop_item(
             control_plane.environments[0], recorder.of(ItemDeclined)[0].item.id
         )
-    assert ignoring.raised == [SessionEnded]
+    assert ignoring_handler.raised == [SessionEnded]
 
 
 @pytest.mark.usefixtures("short_cancellation_interval")
 @pytest.mark.parametrize("timeout", [None, 60.0])
 async def test_drain_does_not_wait_for_stuck_handler(
-    ignoring: CancellationIgnoringHandler, control_plane: ControlPlane, make_pool: Any,
+    ignoring_handler: CancellationIgnoringHandler, control_plane: ControlPlane, make_pool: Any,
     recorder: Recorder, timeout: float | None,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:  # fmt: skip
     monkeypatch.setattr("workpool.pool.drain.AFTER_DEADLINE_SECONDS", 0.1)
     control_plane.enqueue()
-    async with make_pool(ignoring, session_timeout=0.02) as supervisor:
-        await ignoring.wait_until_cancelled()
+    async with make_pool(ignoring_handler, session_timeout=0.02) as supervisor:
+        await ignoring_handler.wait_until_cancelled()
         async with asyncio.timeout(20):
             await supervisor.drain(timeout=timeout)
     assert supervisor.abandoned == 1
     assert recorder.of(DrainFinished)[0].result == "killed"
-    assert not ignoring.left
-    ignoring.may_end.set()
+    assert not ignoring_handler.left
+    ignoring_handler.may_end.set()
     await asyncio.wait(asyncio.all_tasks() - {asyncio.current_task()}, timeout=20)
-    assert ignoring.left
+    assert ignoring_handler.left
 
 
 async def test_session_with_lost_lease_sends_nothing_and_raises_lease_lost(
-    ignoring: CancellationIgnoringHandler,
+    ignoring_handler: CancellationIgnoringHandler,
     control_plane: ControlPlane,
     faults: Faults,
     make_pool: Any,
@@ -204,20 +204,20 @@ async def test_session_with_lost_lease_sends_nothing_and_raises_lease_lost(
     heartbeat_now: Any,
 ) -> None:
     (item,) = control_plane.enqueue()
-    async with make_pool(ignoring, block_ms=20):
+    async with make_pool(ignoring_handler, block_ms=20):
         await recorder.wait_for(SessionStarted)
         expire_lease(control_plane, item.id)
         control_plane.operations.ack_item(control_plane.environments[0], item.id, "another")
         heartbeat_now(item.id)
-        await ignoring.wait_until_cancelled()
-        ignoring.may_end.set()
+        await ignoring_handler.wait_until_cancelled()
+        ignoring_handler.may_end.set()
         await recorder.wait_for(SessionFinished)
-    assert ignoring.raised == [LeaseLost]
+    assert ignoring_handler.raised == [LeaseLost]
     assert not faults.of("update", "stop")
 
 
 async def test_session_stopped_by_another_client_sends_nothing_and_raises_session_ended(
-    ignoring: CancellationIgnoringHandler,
+    ignoring_handler: CancellationIgnoringHandler,
     control_plane: ControlPlane,
     faults: Faults,
     make_pool: Any,
@@ -225,14 +225,14 @@ async def test_session_stopped_by_another_client_sends_nothing_and_raises_sessio
     heartbeat_now: Any,
 ) -> None:
     (item,) = control_plane.enqueue()
-    async with make_pool(ignoring, block_ms=20):
+    async with make_pool(ignoring_handler, block_ms=20):
         await recorder.wait_for(SessionStarted)
         control_plane.operations.stop_item(control_plane.environments[0], item.id, force=True)
         heartbeat_now(item.id)
-        await ignoring.wait_until_cancelled()
-        ignoring.may_end.set()
+        await ignoring_handler.wait_until_cancelled()
+        ignoring_handler.may_end.set()
         await recorder.wait_for(SessionFinished)
-    assert ignoring.raised == [SessionEnded]
+    assert ignoring_handler.raised == [SessionEnded]
     assert not faults.of("update", "stop")
 
 

@@ -128,7 +128,7 @@ async def test_unanswered_send_of_message_is_not_repeated(
     final = await run_script(send_message, BASH)
     assert final.outcome == "completed"
     events = [event["type"] for event in control_plane.events(final.item.session_id)]
-    assert events.count("user.message") == 2  # the first message of the script, and the handler's
+    assert events.count("user.message") == 2  # one begins the script, and the handler sent one
     assert len(faults.of("send")) == 3
 
 

@@ -87,7 +87,7 @@ async def test_until_empty_does_not_end_during_another_poll(
     assert len(recorder.of(SessionFinished)) == 1
 
 
-async def test_until_empty_with_polls_that_never_overlap_ends(
+async def test_until_empty_ends_although_polls_never_overlap(
     control_plane: ControlPlane, faults: Faults, make_pool: Any
 ) -> None:
     """The answers come before `block_ms`, so each poller pauses while the other one polls."""
@@ -104,7 +104,7 @@ async def test_until_empty_with_polls_that_never_overlap_ends(
         await make_pool(wait_for_seven_polls, pollers=2, block_ms=100).run(until_empty=True)
 
 
-async def test_until_empty_with_unwanted_items_queued_ends(
+async def test_until_empty_ends_although_unwanted_items_are_queued(
     control_plane: ControlPlane, make_pool: Any, recorder: Recorder
 ) -> None:
     control_plane.enqueue(work_type="for_others")
@@ -113,7 +113,7 @@ async def test_until_empty_with_unwanted_items_queued_ends(
     assert recorder.of(ItemDeclined)
 
 
-async def test_until_empty_after_released_item_ends(
+async def test_until_empty_ends_although_item_was_released(
     control_plane: ControlPlane, make_pool: Any, recorder: Recorder
 ) -> None:
     @handler

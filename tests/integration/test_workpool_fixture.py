@@ -305,7 +305,7 @@ async def test_lost_lease_in_virtual_time_ends_session(workpool: Kit) -> None:
     assert finished.outcome == "lease_lost"
 
 
-async def test_lose_of_item_without_lease_raises(workpool: Kit) -> None:
+async def test_kit_lose_for_item_without_lease_raises(workpool: Kit) -> None:
     (item,) = workpool.enqueue()
     with pytest.raises(ValueError, match=f"no worker holds a lease of {item.id}: it is queued"):
         workpool.lose(item)

@@ -12,6 +12,7 @@ import pytest
 from tests.protocol.postgres_node import PostgresPlane
 from workpool.conformance.api import WorkCalls
 from workpool.server import ControlPlane, MemoryStore, PostgresStore, SqliteStore
+from workpool.server.parsing import request_values
 from workpool.server.postgres.migrations import migrate
 
 if TYPE_CHECKING:
@@ -25,7 +26,8 @@ ENV = "env_0199aaaaaaaa70008000000000000001"
 OTHER = "env_0199aaaaaaaa70008000000000000002"
 CLOUD = "env_0199aaaaaaaa70008000000000000003"
 TOKEN, LIMITED = "token-of-everything", "token-of-env-only"
-START = 1_772_366_400.0  # 2026-03-01T12:00:00Z
+START = 1_772_366_400.0
+"""The time 2026-03-01T12:00:00Z."""
 
 TABLES = ("environments", "sessions", "items", "events", "history", "pollers", "stopped_counts")
 
@@ -52,7 +54,7 @@ class HttpAnswer:
     headers: Mapping[str, str]
 
     @property
-    def error_type(self) -> dict[str, Any]:
+    def error(self) -> dict[str, Any]:
         assert set(self.body) == {"type", "error"}
         assert self.body["type"] == "error"
         assert isinstance(self.body["error"]["message"], str)
@@ -69,7 +71,7 @@ class ApiClient(WorkCalls[HttpAnswer]):
     dialect: str
     token: str | None = TOKEN
     worker: str | None = None
-    extra: dict[str, str] = field(default_factory=dict)
+    extra_headers: dict[str, str] = field(default_factory=dict)
     environment: str = ENV
 
     @property
@@ -79,7 +81,7 @@ class ApiClient(WorkCalls[HttpAnswer]):
     base_url = base_path
 
     async def __call__(self, method: str, url: str, **options: Any) -> HttpAnswer:
-        headers = {**self.extra, **options.pop("headers", {})}
+        headers = {**self.extra_headers, **options.pop("headers", {})}
         if self.token is not None:
             headers["Authorization"] = f"Bearer {self.token}"
         worker = options.pop("worker", self.worker)
@@ -93,7 +95,7 @@ class ApiClient(WorkCalls[HttpAnswer]):
             return HttpAnswer(response.status, body, response.headers)
 
     async def claim_item(self, **options: Any) -> dict[str, Any]:
-        """Poll an item and return it as all other calls answer it, without the secret."""
+        """Poll an item and return it without the secret, as all other calls answer it."""
         answer = await self.poll(**options)
         assert answer.status == 200
         assert answer.body is not None
@@ -113,8 +115,8 @@ class ApiClient(WorkCalls[HttpAnswer]):
         body: dict[str, Any] = answer.body
         return body
 
-    async def item_in_state(self, state: str, worker: str | None = None) -> str:
-        """Create an item and bring it to a state by requests only."""
+    async def create_item_in_state(self, state: str, worker: str | None = None) -> str:
+        """Create an item and bring it to a state by HTTP requests; return its id."""
         (item,) = self.plane.enqueue()
         if state in {"starting", "active", "stopping"}:
             await self.claim_item(worker=worker)
@@ -130,18 +132,22 @@ class ApiClient(WorkCalls[HttpAnswer]):
 
 
 async def wait_until(condition: Callable[[], object]) -> None:
-    """Wait until the condition is true, which the loop brings about."""
-    for _ in range(10_000):
-        if condition():
-            return
-        await asyncio.sleep(0.001)
-    pytest.fail("it never came")
+    """Wait until a condition that other tasks change is true."""
+    async with asyncio.timeout(30):
+        while not condition():  # noqa: ASYNC110 - the states of the control plane have no event
+            await asyncio.sleep(0.001)
 
 
 def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:
-    """Skip the modules that import another SDK in the quick tests, which do not install any."""
+    """Skip modules that import the SDK of a vendor in the quick tier, which does not install it."""
     quick = config.option.markexpr == "not trial"
     return True if quick and collection_path.name.startswith("test_sdk_") else None
+
+
+@pytest.fixture
+def minute_polls(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Allow polls that wait for a minute, so that a slow machine does not end them early."""
+    monkeypatch.setattr(request_values, "BLOCK_MS_MAX", 60_000)
 
 
 @pytest.fixture
@@ -158,7 +164,7 @@ def migrated_database_url(postgres: Cluster) -> str:
 
 @pytest.fixture
 def emptied_database_url(postgres: Cluster, migrated_database_url: str) -> str:
-    """Return the URL of a database without rows; a database for each test would take longer."""
+    """Return the URL of a shared database whose rows were deleted."""
     statements = [f"DELETE FROM {each};" for each in TABLES]  # noqa: S608 - our own names
     postgres.execute("".join(statements), migrated_database_url)
     return migrated_database_url
@@ -184,7 +190,7 @@ async def control_plane(
     }
     if isinstance(store, PostgresStore):
         shared = PostgresPlane(store=store, **options)
-        with shared.node.running():
+        with shared.node.run_in_thread():
             async with shared:
                 yield shared
         return
@@ -222,7 +228,7 @@ def anthropic_api(control_plane: ControlPlane, http_session: aiohttp.ClientSessi
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
-    """Run tests of a control plane in memory, and as trials on PostgreSQL."""
+    """Run each test of a control plane with the store in memory, and as a trial on PostgreSQL."""
     if "store" not in metafunc.fixturenames:
         return
     stores: list[object] = ["memory"]
@@ -236,9 +242,9 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
 
 @pytest.fixture
 def both_stores() -> None:
-    """Run the test with SQLite too."""
+    """Run the test with the store in memory and with SQLite."""
 
 
 @pytest.fixture
 def every_store() -> None:
-    """Run the test with SQLite too, and as a trial with PostgreSQL, without `control_plane`."""
+    """Run a test without `control_plane` on all stores; on PostgreSQL it is a trial."""

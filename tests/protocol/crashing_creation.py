@@ -1,4 +1,7 @@
-"""Create a session on SQLite and exit before its events are saved: `crashing_creation.py FILE`."""
+"""Program that creates a session on SQLite and is killed before its events are saved.
+
+Usage: `crashing_creation.py FILE`.
+"""
 
 from __future__ import annotations
 
@@ -23,10 +26,10 @@ WRITER_SECONDS = 0.5
 
 
 class CrashingStore(SqliteStore):
-    """A store whose process ends after a session and its item are saved, but before any event."""
+    """A store that kills its process between the save of an item and the save of its events."""
 
     def save_events(self, events: Sequence[StoredEvent]) -> NoReturn:
-        """Give the writer time for the earlier changes, then exit."""
+        """Wait until the writer has saved the earlier changes, then kill the process."""
         time.sleep(WRITER_SECONDS)
         os.kill(os.getpid(), signal.SIGKILL)
         raise AssertionError(events)

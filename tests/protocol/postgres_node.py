@@ -1,4 +1,4 @@
-"""The synchronous calls of tests on PostgreSQL, made by a second node on the same database.
+"""A second node on the same database, which makes the synchronous calls of tests on PostgreSQL.
 
 A test calls `plane.enqueue()` and `plane.operations.get_item(…)` in the middle of a coroutine. On
 PostgreSQL these are coroutines, so a second node on the same database, with a loop on a thread of
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from workpool.server.pagination import ListPage
     from workpool.server.stored_item import Item
 
-SECONDS = 20
+WAIT_SECONDS = 20
 CALLS = {
     "ack_item",
     "emit_events",
@@ -40,21 +40,21 @@ CALLS = {
 
 
 class BlockingNode:
-    """The calls of `Operations`, each done by a node on another thread."""
+    """The calls of `Operations`, made blocking by a node that runs on another thread."""
 
     def __init__(self, engine: Engine) -> None:
         self._engine = engine
         self._loop = asyncio.new_event_loop()
 
     @contextmanager
-    def running(self) -> Iterator[None]:
+    def run_in_thread(self) -> Iterator[None]:
         thread = threading.Thread(target=self._loop.run_forever)
         thread.start()
         try:
-            self._result(self._engine.open())
+            self._wait_for_result(self._engine.open())
             yield
         finally:
-            self._result(self._engine.close())
+            self._wait_for_result(self._engine.close())
             self._loop.call_soon_threadsafe(self._loop.stop)
             thread.join()
             self._loop.close()
@@ -63,27 +63,27 @@ class BlockingNode:
         if name not in CALLS:
             pytest.skip(f"`operations.{name}` is of the index in memory")
 
-        def call(*arguments: Any, **options: Any) -> Any:
-            return self._result(getattr(self._engine, name)(*arguments, **options))
+        def call_engine(*arguments: Any, **options: Any) -> Any:
+            return self._wait_for_result(getattr(self._engine, name)(*arguments, **options))
 
-        return call
+        return call_engine
 
     def list_items(self, environment_id: str, limit: int = 20) -> ListPage[Item]:
-        found: ListPage[Item] = self._result(
+        found: ListPage[Item] = self._wait_for_result(
             self._engine.list_items(environment_id, PageRequest(limit, "", None))
         )
         return found
 
     @property
     def history(self) -> Any:
-        return self._result(self._engine.read_history())
+        return self._wait_for_result(self._engine.read_history())
 
-    def _result(self, call: Coroutine[Any, Any, Any]) -> Any:
-        return asyncio.run_coroutine_threadsafe(call, self._loop).result(SECONDS)
+    def _wait_for_result(self, call: Coroutine[Any, Any, Any]) -> Any:
+        return asyncio.run_coroutine_threadsafe(call, self._loop).result(WAIT_SECONDS)
 
 
 class PostgresPlane(ControlPlane):
-    """A control plane whose synchronous calls another node does."""
+    """A control plane on PostgreSQL whose `operations` can be called without await."""
 
     def __init__(self, *, store: PostgresStore, **options: Any) -> None:
         super().__init__(store=store, **options)

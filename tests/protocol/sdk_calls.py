@@ -1,4 +1,4 @@
-"""The calls of a vendor's SDK for one item, which two SDKs make alike."""
+"""The calls for one item that the SDKs of two vendors make in the same way."""
 
 from __future__ import annotations
 

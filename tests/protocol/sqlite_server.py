@@ -1,4 +1,7 @@
-"""A control plane on SQLite in its own process, for tests that kill it: `sqlite_server.py FILE`."""
+"""Program that runs a control plane on SQLite, for tests that kill it.
+
+Usage: `sqlite_server.py FILE`.
+"""
 
 from __future__ import annotations
 
@@ -10,7 +13,7 @@ from workpool.server import ControlPlane, SqliteStore
 ENV, TOKEN = "env_0199aaaaaaaa70008000000000000001", "token-of-everything"
 
 
-async def serve(path: str) -> None:
+async def serve_until_killed(path: str) -> None:
     plane = ControlPlane(environments=(ENV,), tokens={TOKEN: None}, store=SqliteStore(path))
     async with plane:
         print(plane.port, flush=True)  # noqa: T201 - the parent process waits for it
@@ -18,4 +21,4 @@ async def serve(path: str) -> None:
 
 
 if __name__ == "__main__":
-    asyncio.run(serve(sys.argv[1]))
+    asyncio.run(serve_until_killed(sys.argv[1]))

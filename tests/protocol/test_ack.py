@@ -32,12 +32,12 @@ async def test_ack_moves_item_from_queued_to_starting(api: ApiClient, clock: Mov
 async def test_repeated_ack_changes_nothing(
     api: ApiClient, clock: MovableClock, state: str
 ) -> None:
-    work_id = await api.item_in_state(state, "a")
+    work_id = await api.create_item_in_state(state, "a")
     before = (await api.get(work_id)).body
     clock.advance(59)
     answer = await api.ack(work_id, worker="a")
     assert (answer.status, answer.body) == (200, before)
-    clock.advance(1)  # 60 s since the ack or heartbeat: the repeated ack did not extend the lease
+    clock.advance(1)  # the lease ends after 60 s, because the repeated ack did not extend it
     assert await api.item_state(work_id) == "queued"
 
 
@@ -54,7 +54,7 @@ async def test_item_that_was_never_delivered_can_be_acknowledged_by_any_worker(
     ("polled_by", "acked_by", "status"),
     [("a", "a", 200), ("a", "b", 409), ("a", None, 200), (None, "b", 200), (None, None, 200)],
 )
-async def test_ack_by_worker_other_than_the_delivered_one_is_409(
+async def test_ack_by_worker_that_did_not_receive_item_is_409(
     api: ApiClient, polled_by: str | None, acked_by: str | None, status: int
 ) -> None:
     api.plane.enqueue()
@@ -62,13 +62,13 @@ async def test_ack_by_worker_other_than_the_delivered_one_is_409(
     answer = await api.ack(item["id"], worker=acked_by)
     assert answer.status == status
     if status == 409:
-        assert answer.error_type["type"] == "invalid_request_error"
+        assert answer.error["type"] == "invalid_request_error"
         assert await api.item_state(item["id"]) == "queued"
 
 
 @pytest.mark.parametrize("state", ["starting", "active"])
 async def test_ack_of_item_held_by_another_worker_is_409(api: ApiClient, state: str) -> None:
-    work_id = await api.item_in_state(state, "a")
+    work_id = await api.create_item_in_state(state, "a")
     assert (await api.ack(work_id, worker="b")).status == 409
 
 
@@ -95,10 +95,10 @@ async def test_late_ack_of_item_not_redelivered_is_accepted(
 
 @pytest.mark.parametrize("state", ["stopping", "stopped"])
 async def test_ack_of_stopping_or_stopped_item_is_409(api: ApiClient, state: str) -> None:
-    work_id = await api.item_in_state(state)
+    work_id = await api.create_item_in_state(state)
     answer = await api.ack(work_id)
     assert answer.status == 409
-    assert answer.error_type["type"] == "invalid_request_error"
+    assert answer.error["type"] == "invalid_request_error"
 
 
 async def test_anthropic_ack_without_worker_id_but_with_body_is_accepted(api: ApiClient) -> None:

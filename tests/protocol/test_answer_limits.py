@@ -1,4 +1,4 @@
-"""Size limits of answers: a worker can read each one, and slow readers use little memory."""
+"""Answers are small enough for workers to read, and clients that read slowly use little memory."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import orjson
 import pytest
 
 from tests.protocol.conftest import ENV, TOKEN, ApiClient, HttpAnswer
-from tests.protocol.test_events import events_path, scripted_session, send_events
+from tests.protocol.test_events import create_scripted_session, events_path, send_events
 from workpool import Settings, WorkClient
 from workpool.server import APIError, Item
 from workpool.server.answer_limits import (
@@ -31,29 +31,28 @@ MEGABYTE = 1_000_000
 
 
 def metadata_of_size(size: int) -> dict[str, str]:
-    """Return metadata with this number of bytes as compact JSON."""
+    """Return metadata of `size` bytes as compact JSON."""
     frame = len(orjson.dumps({"k": ""}))
     return {"k": "x" * (size - frame)}
 
 
-async def post(api: ApiClient, url: str, content: object) -> HttpAnswer:
+async def post_json(api: ApiClient, url: str, content: object) -> HttpAnswer:
     return await api("POST", url, data=BytesIO(orjson.dumps(content)))
 
 
-def make_client(plane: ControlPlane) -> WorkClient:
+def open_work_client(plane: ControlPlane) -> WorkClient:
     settings = Settings(environment_id=ENV, token=TOKEN, base_url=plane.base_url)
     return WorkClient(settings)
 
 
-# One item.
-
-
 async def test_responses_about_largest_item_are_readable_by_worker(qoder_api: ApiClient) -> None:
-    created = await post(qoder_api, qoder_api.work_url(), {"metadata": metadata_of_size(4_000_000)})
+    created = await post_json(
+        qoder_api, qoder_api.work_url(), {"metadata": metadata_of_size(4_000_000)}
+    )
     assert created.status == 200
     work_id = created.body["data"][0]["id"]
     grown = metadata_of_size(METADATA_LIMIT_BYTES)
-    async with make_client(qoder_api.plane) as client:
+    async with open_work_client(qoder_api.plane) as client:
         item = await client.poll()
         assert item is not None
         assert item.id == work_id
@@ -84,8 +83,8 @@ async def test_update_above_metadata_limit_is_refused_and_not_applied(api: ApiCl
     patches = [{f"more {number}": "y" * 30_000} for number in range(3)]
     answers = [await api.update(item.id, json={"metadata": patch}) for patch in patches]
     assert [answer.status for answer in answers] == [200, 200, 400]
-    assert answers[2].error_type["param"] == "metadata"
-    assert str(METADATA_LIMIT_BYTES) in answers[2].error_type["message"]
+    assert answers[2].error["param"] == "metadata"
+    assert str(METADATA_LIMIT_BYTES) in answers[2].error["message"]
     kept = (await api.get(item.id)).body["metadata"]
     assert set(kept) == {"k", "more 0", "more 1"}
     assert (await api.update(item.id, json={"metadata": {"k": None}})).status == 200
@@ -103,7 +102,7 @@ async def test_metadata_with_too_many_entries_are_refused(api: ApiClient) -> Non
     with pytest.raises(APIError, match=str(METADATA_ENTRIES_MAX)):
         api.plane.enqueue(metadata={**allowed, "more": ""})
     answer = await api.update(item.id, json={"metadata": {"more": ""}})
-    assert (answer.status, answer.error_type["param"]) == (400, "metadata")
+    assert (answer.status, answer.error["param"]) == (400, "metadata")
     assert (await api.update(item.id, json={"metadata": {"more": "", "0": None}})).status == 200
 
 
@@ -118,32 +117,29 @@ async def test_application_object_with_metadata_above_limit_is_refused(
     anthropic_api: ApiClient, suffix: str, body: dict[str, Any]
 ) -> None:
     content = {**body, "metadata": metadata_of_size(NEW_METADATA_LIMIT_BYTES + 1)}
-    answer = await post(anthropic_api, anthropic_api.base_path + suffix, content)
-    assert (answer.status, answer.error_type["param"]) == (400, "metadata")
-
-
-# Many items.
+    answer = await post_json(anthropic_api, anthropic_api.base_path + suffix, content)
+    assert (answer.status, answer.error["param"]) == (400, "metadata")
 
 
 async def test_enqueue_with_response_above_limit_is_refused(api: ApiClient) -> None:
     content = {"count": 1000, "metadata": metadata_of_size(4_000_000)}
-    answer = await post(api, api.work_url(), content)
-    assert (answer.status, answer.error_type["param"]) == (400, "count")
-    assert str(ANSWER_LIMIT_BYTES) in answer.error_type["message"]
+    answer = await post_json(api, api.work_url(), content)
+    assert (answer.status, answer.error["param"]) == (400, "count")
+    assert str(ANSWER_LIMIT_BYTES) in answer.error["message"]
     assert len(api.plane.operations.get_queue(ENV)) == 0
 
 
 async def test_largest_enqueue_response_is_readable_by_worker(qoder_api: ApiClient) -> None:
     size = ANSWER_LIMIT_BYTES // 1000 - 1024
-    async with make_client(qoder_api.plane) as client:
+    async with open_work_client(qoder_api.plane) as client:
         items = await client.enqueue(count=1000, metadata=metadata_of_size(size))
         assert len(items) == 1000
     content = {"count": 1000, "metadata": metadata_of_size(size + 1)}
-    assert (await post(qoder_api, qoder_api.work_url(), content)).status == 400
+    assert (await post_json(qoder_api, qoder_api.work_url(), content)).status == 400
 
 
 async def read_all_pages(api: ApiClient, url: str, **query: str) -> tuple[list[str], int]:
-    """Return the ids of all pages, and the size of the largest page."""
+    """Return the ids on all pages of a list, and the size of the largest page in bytes."""
     ids: list[str] = []
     largest = 0
     headers = {"Authorization": f"Bearer {TOKEN}"}
@@ -199,16 +195,13 @@ async def test_session_pages_are_shortened_to_response_limit(
 
 @pytest.mark.parametrize("order", ["asc", "desc"])
 async def test_event_pages_are_shortened_to_response_limit(api: ApiClient, order: str) -> None:
-    session_id = scripted_session(api)
+    session_id = create_scripted_session(api)
     for _ in range(9):
         assert (await send_events(api, session_id, message_of_size(MEGABYTE))).status == 200
     ids, largest = await read_all_pages(api, events_path(api, session_id, "/events"), order=order)
     assert sorted(ids) == [event["id"] for event in api.plane.events(session_id)]
     assert ids == sorted(ids, reverse=order == "desc")
     assert largest <= ANSWER_LIMIT_BYTES
-
-
-# Clients that do not read.
 
 
 def message_of_size(size: int) -> dict[str, Any]:
@@ -218,7 +211,7 @@ def message_of_size(size: int) -> dict[str, Any]:
 async def test_streams_to_clients_that_do_not_read_use_limited_memory(
     qoder_api: ApiClient,
 ) -> None:
-    session_id = scripted_session(qoder_api)
+    session_id = create_scripted_session(qoder_api)
     for _ in range(20):
         assert (await send_events(qoder_api, session_id, message_of_size(MEGABYTE))).status == 200
     whole = sum(len(orjson.dumps(event)) for event in qoder_api.plane.events(session_id))

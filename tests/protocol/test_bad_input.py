@@ -24,11 +24,11 @@ if TYPE_CHECKING:
     import logging
     from collections.abc import Callable
 
-LIMIT = 4 * 1024 * 1024
+BODY_LIMIT_BYTES = 4 * 1024 * 1024
 
 
 async def send_raw(plane: ControlPlane, *parts: bytes, eof: bool = False) -> bytes:
-    """Send bytes and return all bytes until the server closes the connection or stops sending."""
+    """Send bytes; return the bytes received until the answer or the connection has ended."""
     reader, writer = await asyncio.open_connection("127.0.0.1", plane.port)
     answer = b""
     try:
@@ -56,7 +56,7 @@ def is_complete(answer: bytes) -> bool:
     return bool(separator) and length is not None and len(body) >= int(length[1])
 
 
-def status_of(answer: bytes) -> int | None:
+def http_status_of(answer: bytes) -> int | None:
     match = re.match(rb"HTTP/1\.[01] (\d{3}) ", answer)
     return int(match[1]) if match else None
 
@@ -72,10 +72,7 @@ def request_head(method: str, path: str, *headers: str) -> bytes:
 
 
 async def check_server_answers(plane: ControlPlane) -> None:
-    assert status_of(await send_raw(plane, request_head("GET", "/stats"))) == 200
-
-
-# Size.
+    assert http_status_of(await send_raw(plane, request_head("GET", "/stats"))) == 200
 
 
 def padded_body(size: int) -> bytes:
@@ -84,21 +81,21 @@ def padded_body(size: int) -> bytes:
 
 async def test_body_at_size_limit_is_accepted_and_one_byte_more_is_400(api: ApiClient) -> None:
     (item,) = api.plane.enqueue()
-    answer = await api.update(item.id, data=BytesIO(padded_body(LIMIT)))
+    answer = await api.update(item.id, data=BytesIO(padded_body(BODY_LIMIT_BYTES)))
     assert answer.status == 200
-    answer = await api.update(item.id, data=BytesIO(padded_body(LIMIT + 1)))
+    answer = await api.update(item.id, data=BytesIO(padded_body(BODY_LIMIT_BYTES + 1)))
     assert answer.status == 400
-    assert answer.error_type["type"] == "invalid_request_error"
+    assert answer.error["type"] == "invalid_request_error"
 
 
-BLOCKS: dict[str, Callable[[int], list[object]]] = {
+BODIES_WITH_VALUES: dict[str, Callable[[int], list[object]]] = {
     "a long list": lambda count: [{"type": "x", "a": [0] * (count - 8)}],
     "many blocks": lambda count: [{"type": ""}] * (count // 2 - 2),
     "a deep list": lambda count: [{"type": "x", "a": [[[]]] * (count // 2 - 4)}],
 }
 
 
-@pytest.mark.parametrize("name", BLOCKS)
+@pytest.mark.parametrize("name", BODIES_WITH_VALUES)
 async def test_body_with_too_many_values_is_400(
     api: ApiClient, name: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -107,13 +104,15 @@ async def test_body_with_too_many_values_is_400(
     url = path_of(api, item.session_id, "/events")
 
     def body_with_values(count: int) -> bytes:
-        return orjson.dumps({"events": [{"type": "user.message", "content": BLOCKS[name](count)}]})
+        return orjson.dumps(
+            {"events": [{"type": "user.message", "content": BODIES_WITH_VALUES[name](count)}]}
+        )
 
     assert (await api("POST", url, data=body_with_values(1000))).status == 200
     answer = await api("POST", url, data=body_with_values(1020))
     assert answer.status == 400
-    assert "1000 JSON values" in answer.error_type["message"]
-    script = {"script": [{"name": "Bash", "input": {"a": BLOCKS[name](1020)}}]}
+    assert "1000 JSON values" in answer.error["message"]
+    script = {"script": [{"name": "Bash", "input": {"a": BODIES_WITH_VALUES[name](1020)}}]}
     assert (await api("POST", api.work_url(), data=orjson.dumps(script))).status == 400
 
 
@@ -144,13 +143,13 @@ async def test_oversized_body_of_any_call_is_400(
 ) -> None:
     (item,) = qoder_api.plane.enqueue()
     url = qoder_api.work_url(path.format(id=item.id))
-    answer = await qoder_api(method, url, data=BytesIO(b" " * (LIMIT + 1)))
+    answer = await qoder_api(method, url, data=BytesIO(b" " * (BODY_LIMIT_BYTES + 1)))
     assert answer.status == 400
     assert await qoder_api.item_state(item.id) == "queued"
 
 
 async def test_compressed_body_above_size_limit_is_400(qoder_api: ApiClient) -> None:
-    bomb = zlib.compress(b" " * (16 * LIMIT))
+    bomb = zlib.compress(b" " * (16 * BODY_LIMIT_BYTES))
     answer = await qoder_api(
         "POST", qoder_api.work_url(), data=bomb, headers={"Content-Encoding": "deflate"}
     )
@@ -162,7 +161,7 @@ async def test_endless_chunked_body_is_400(control_plane: ControlPlane) -> None:
     answer = await send_raw(
         control_plane, request_head("POST", "", "Transfer-Encoding: chunked"), *([chunk] * 80)
     )
-    assert status_of(answer) == 400
+    assert http_status_of(answer) == 400
 
 
 @pytest.mark.parametrize("method", ["GET", "POST"])
@@ -172,12 +171,10 @@ async def test_small_body_of_call_without_body_is_ignored(
     control_plane.enqueue()
     path = {"GET": "/poll", "POST": ""}[method]
     request = request_head(method, path, "Content-Length: 2")
-    assert status_of(await send_raw(control_plane, request + b"{}")) == 200
+    assert http_status_of(await send_raw(control_plane, request + b"{}")) == 200
 
 
-# Malformed HTTP.
-
-BROKEN = {
+MALFORMED_REQUESTS = {
     "a space after the name": request_head("GET", "/poll").replace(b": Bearer", b" : Bearer"),
     "a NUL before the token": request_head("GET", "/poll").replace(b"Bearer ", b"Bearer\x00"),
     "not HTTP": b"\x00\x01\x02\x03\r\n\r\n",
@@ -218,33 +215,33 @@ BROKEN = {
 }
 
 
-@pytest.mark.parametrize("name", BROKEN)
+@pytest.mark.parametrize("name", MALFORMED_REQUESTS)
 async def test_malformed_http_request_is_4xx(control_plane: ControlPlane, name: str) -> None:
-    answer = await send_raw(control_plane, BROKEN[name])
-    assert status_of(answer) in range(400, 500), answer
+    answer = await send_raw(control_plane, MALFORMED_REQUESTS[name])
+    assert http_status_of(answer) in range(400, 500), answer
     await check_server_answers(control_plane)
 
 
-LATE = {
+MALFORMED_BODIES = {
     "a bad chunk": ("Transfer-Encoding: chunked", b"2\r\n{}XX\r\n"),
     "compressed garbage": ("Content-Encoding: gzip\r\nContent-Length: 40", b"\x1f\x8b" + b"x" * 38),
 }
 
 
-@pytest.mark.parametrize("name", LATE)
+@pytest.mark.parametrize("name", MALFORMED_BODIES)
 async def test_malformed_body_after_valid_headers_is_4xx(
     control_plane: ControlPlane, name: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    # aiohttp does not report a malformed body to a handler, so only the time limit ends the call.
+    # aiohttp does not report a malformed body to a handler, so the time limit ends the request.
     monkeypatch.setattr(request_values, "BODY_SECONDS", 0.5)
-    headers, body = LATE[name]
+    headers, body = MALFORMED_BODIES[name]
     reader, writer = await asyncio.open_connection("127.0.0.1", control_plane.port)
     writer.write(request_head("POST", "", headers, "Expect: 100-continue"))
     assert (await reader.readline()).startswith(b"HTTP/1.1 100")
     await reader.readline()
     writer.write(body)
     async with asyncio.timeout(20):
-        assert status_of(await reader.readline()) in range(400, 500)
+        assert http_status_of(await reader.readline()) in range(400, 500)
     writer.close()
     await check_server_answers(control_plane)
 
@@ -254,14 +251,14 @@ async def test_body_that_does_not_arrive_is_408(
 ) -> None:
     monkeypatch.setattr(request_values, "BODY_SECONDS", 0.05)
     answer = await send_raw(control_plane, request_head("POST", "", "Content-Length: 10"), b"{")
-    assert status_of(answer) == 408
+    assert http_status_of(answer) == 408
     assert orjson.loads(answer.partition(b"\r\n\r\n")[2])["type"] == "error"
 
 
 async def test_large_bodies_are_read_a_few_at_a_time(
     control_plane: ControlPlane, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Each body that is read uses memory, so the others wait in the buffers of the network."""
+    """Each body that is read uses memory, so further bodies wait in the buffers of the network."""
     now, most = 0, 0
     read = web.Request.read
 
@@ -287,7 +284,7 @@ async def test_large_bodies_are_read_a_few_at_a_time(
         writer.write(b" ")
     async with asyncio.timeout(20):
         for reader, writer in connections:
-            assert status_of(await reader.readline()) == 200
+            assert http_status_of(await reader.readline()) == 200
             writer.close()
     assert most == request_values.LARGE_BODIES_MAX
 
@@ -296,10 +293,10 @@ async def test_small_body_does_not_wait_for_large_bodies(control_plane: ControlP
     writers = []
     for _ in range(request_values.LARGE_BODIES_MAX):
         writers.append((await asyncio.open_connection("127.0.0.1", control_plane.port))[1])
-        writers[-1].write(request_head("POST", "", f"Content-Length: {LIMIT}"))
+        writers[-1].write(request_head("POST", "", f"Content-Length: {BODY_LIMIT_BYTES}"))
         await writers[-1].drain()
     assert (
-        status_of(
+        http_status_of(
             await send_raw(control_plane, request_head("POST", "", "Content-Length: 2"), b"{}")
         )
         == 200
@@ -320,7 +317,7 @@ async def test_token_of_malformed_request_is_not_logged(
     control_plane: ControlPlane, caplog: pytest.LogCaptureFixture
 ) -> None:
     caplog.set_level(0)
-    for request in BROKEN.values():
+    for request in MALFORMED_REQUESTS.values():
         await send_raw(control_plane, request)
     await send_raw(control_plane, request_head("GET", "/poll"))
     assert caplog.records
@@ -329,8 +326,6 @@ async def test_token_of_malformed_request_is_not_logged(
     assert TOKEN not in repr(control_plane)
     assert TOKEN not in repr(vars(control_plane.operations))
 
-
-# Arbitrary requests.
 
 json_values = st.recursive(
     st.none()
@@ -365,19 +360,19 @@ suffixes = st.sampled_from(["", "/poll", "/stats", "/{id}", "/{id}/ack", "/{id}/
 )
 
 
-async def fuzz_client() -> aiohttp.ClientSession:
+async def open_http_session() -> aiohttp.ClientSession:
     return aiohttp.ClientSession()
 
 
 def test_arbitrary_json_and_query_are_answered_without_500(
     tmp_path_factory: pytest.TempPathFactory,
 ) -> None:
-    """All requests go to one server, so that bad state left by one request affects the next one."""
+    """One server answers all requests, so that a wrong state of it shows at a later request."""
     with asyncio.Runner() as runner:
         path = tmp_path_factory.mktemp("abuse") / "work.db"
         plane = ControlPlane(environments=(ENV,), tokens={TOKEN: None}, store=SqliteStore(path))
         runner.run(plane.__aenter__())
-        http = runner.run(fuzz_client())
+        http = runner.run(open_http_session())
         dialects = [ApiClient(plane, http, "qoder"), ApiClient(plane, http, "anthropic")]
 
         @settings(max_examples=60, deadline=None)
@@ -388,20 +383,20 @@ def test_arbitrary_json_and_query_are_answered_without_500(
             bodies,
             queries,
         )
-        def check_answer(
+        def check_status(
             api: ApiClient, method: str, suffix: str, body: bytes, query: list[tuple[str, str]]
         ) -> None:
-            async def send_request() -> None:
+            async def send_and_check() -> None:
                 (item,) = plane.enqueue()
                 url = api.work_url(suffix.format(id=item.id))
                 answer = await api(method, url, data=body, params=query)
                 assert answer.status in {200, 204, 400, 405, 409, 412}
-                assert answer.status < 400 or answer.error_type["type"]
+                assert answer.status < 400 or answer.error["type"]
 
-            runner.run(send_request())
+            runner.run(send_and_check())
 
         try:
-            check_answer()
+            check_status()
         finally:
             runner.run(http.close())
             runner.run(plane.__aexit__(None, None, None))

@@ -51,14 +51,14 @@ def suite_with_moved_clock(
 ) -> Suite:
     """Return a suite whose waits move the control plane's clock."""
 
-    async def sleep(seconds: float) -> None:
+    async def move_clock(seconds: float) -> None:
         clock.advance(seconds)
 
     address = plane.base_url if dialect == "qoder" else plane.anthropic_base_url
     api = Api(http, address, dialect, ENV, token=token, worker="workpool-conform")
     if api_key is not None:
         options["creator"] = api.as_application(api_key)
-    return Suite(api, **{"source": EnqueueSource(), "now": clock, "sleep": sleep, **options})
+    return Suite(api, **{"source": EnqueueSource(), "now": clock, "sleep": move_clock, **options})
 
 
 @pytest.mark.parametrize("clause", CLAUSES, ids=lambda clause: clause.name)
@@ -76,13 +76,13 @@ async def test_clause_holds_for_embedded_control_plane(
 
 
 class ConcurrentSleepers:
-    """Waits of concurrent clauses; the clock moves when all of them wait."""
+    """The sleeps of concurrent clauses; the clock moves once all running clauses sleep."""
 
     def __init__(self, clock: MovableClock) -> None:
         self._clock = clock
         self._waiting: list[tuple[float, asyncio.Future[None]]] = []
 
-    async def sleep(self, seconds: float) -> None:
+    async def wait_for_clock(self, seconds: float) -> None:
         wake = asyncio.get_running_loop().create_future()
         self._waiting.append((self._clock() + seconds, wake))
         await wake
@@ -107,7 +107,7 @@ async def test_suite_with_concurrent_clauses_has_the_same_verdicts_as_single_cla
 ) -> None:
     sleepers = ConcurrentSleepers(clock)
     suite = suite_with_moved_clock(
-        control_plane, http_session, clock, dialect, sleep=sleepers.sleep
+        control_plane, http_session, clock, dialect, sleep=sleepers.wait_for_clock
     )
     started = clock()
     async with asyncio.TaskGroup() as group:
@@ -129,11 +129,10 @@ def test_documented_verdict_counts_add_up_to_every_clause() -> None:
     assert [row.split(" | ")[3:] for row in results] == [[f"{len(CLAUSES)}", "0", "0", "0 |"]] * 2
 
 
-# Control planes that differ from the protocol.
-
-
-async def finding_with_fault(name: str, http: aiohttp.ClientSession, fault: Handler) -> Finding:
-    """Return the finding for a clause of a control plane with a fault in front of it."""
+async def check_clause_with_fault(
+    name: str, http: aiohttp.ClientSession, fault: Handler
+) -> Finding:
+    """Check one clause of a control plane with a fault; return the finding."""
     clock = MovableClock()
     [clause] = [each for each in CLAUSES if each.name == name]
     async with ControlPlane(
@@ -143,7 +142,7 @@ async def finding_with_fault(name: str, http: aiohttp.ClientSession, fault: Hand
 
 
 def replace_answers(path: str, change: Callable[[web.Request], web.Response | None]) -> Any:
-    """Return a fault that replaces answers of requests whose path ends so."""
+    """Return a fault that replaces the answers to requests whose path ends with `path`."""
 
     @web.middleware
     async def inject_replacement(request: web.Request, handler: Handler) -> web.StreamResponse:
@@ -154,7 +153,7 @@ def replace_answers(path: str, change: Callable[[web.Request], web.Response | No
 
 
 def rewrite_answers(path: str, change: Callable[[dict[str, Any]], dict[str, Any]]) -> Any:
-    """Return a fault that changes the JSON objects in answers of requests whose path ends so."""
+    """Return a fault that changes the JSON objects in the answers on paths ending with `path`."""
 
     @web.middleware
     async def inject_rewrite(request: web.Request, handler: Handler) -> web.StreamResponse:
@@ -263,10 +262,10 @@ def drop_query_parameter(name: str) -> Any:
         ),
     ],
 )
-async def test_difference_of_control_plane_is_found(
+async def test_clause_reports_difference_of_control_plane(
     http_session: aiohttp.ClientSession, name: str, fault: Handler, verdict: Verdict, seen: str
 ) -> None:
-    finding = await finding_with_fault(name, http_session, fault)
+    finding = await check_clause_with_fault(name, http_session, fault)
     assert (finding.verdict, finding.seen) == (verdict, seen)
 
 
@@ -277,12 +276,14 @@ async def test_refused_read_of_item_is_a_harmless_difference(
         single = request.method == "GET" and "/work/work_" in request.path
         return web.Response(status=403) if single else None
 
-    finding = await finding_with_fault("get-item", http_session, replace_answers("", refuse_reads))
+    finding = await check_clause_with_fault(
+        "get-item", http_session, replace_answers("", refuse_reads)
+    )
     assert finding.verdict is Verdict.DIFFERS
-    finding = await finding_with_fault(
+    finding = await check_clause_with_fault(
         "stop-graceful", http_session, replace_answers("", refuse_reads)
     )
-    assert finding.verdict is Verdict.HOLDS  # the item was found in the list
+    assert finding.verdict is Verdict.HOLDS
 
 
 async def test_item_lost_after_expired_lease_breaks_workers(
@@ -295,17 +296,14 @@ async def test_item_lost_after_expired_lease_breaks_workers(
         polls += 1
         return None if polls == 1 else web.json_response(None)
 
-    finding = await finding_with_fault(
+    finding = await check_clause_with_fault(
         "lease-lapses", http_session, replace_answers("/poll", fail_once)
     )
     assert finding.verdict is Verdict.BREAKS
     assert finding.seen == "never: an item is lost when its worker dies"
 
 
-# Test environments, and the sources of items.
-
-
-async def test_environment_with_foreign_item_is_refused(
+async def test_suite_refuses_environment_with_foreign_item(
     control_plane: ControlPlane, http_session: aiohttp.ClientSession, clock: MovableClock
 ) -> None:
     (item,) = control_plane.enqueue()
@@ -314,12 +312,12 @@ async def test_environment_with_foreign_item_is_refused(
     assert control_plane.operations.get_item(ENV, item.id).state == "queued"
 
 
-async def test_environment_with_items_of_earlier_run_is_accepted(
+async def test_suite_accepts_environment_with_items_of_earlier_run(
     control_plane: ControlPlane, http_session: aiohttp.ClientSession, clock: MovableClock
 ) -> None:
     for _ in range(2):
         [finding] = await suite_with_moved_clock(control_plane, http_session, clock, "qoder").run(
-            clauses_with_verdict("ack-starts")
+            clauses_by_name("ack-starts")
         )
         assert finding.verdict is Verdict.HOLDS
 
@@ -331,11 +329,11 @@ async def test_foreign_item_created_during_run_ends_suite(
         control_plane, http_session, clock, "qoder", source=IntrudingSource(control_plane)
     )
     with pytest.raises(ForeignItemsError, match="not created by the suite, came"):
-        await suite.run(clauses_with_verdict("ack-starts", "lease-held"))
+        await suite.run(clauses_by_name("ack-starts", "lease-held"))
 
 
 class IntrudingSource(EnqueueSource):
-    """A source of items before which another client creates an item."""
+    """A source of items that creates an item as another client before each of its own."""
 
     def __init__(self, plane: ControlPlane) -> None:
         self._plane = plane
@@ -345,42 +343,42 @@ class IntrudingSource(EnqueueSource):
         return await super().create_item(api, script)
 
 
-async def test_foreign_items_in_test_environment_are_stopped(
+async def test_suite_stops_foreign_items_in_test_environment(
     control_plane: ControlPlane, http_session: aiohttp.ClientSession, clock: MovableClock
 ) -> None:
     items = control_plane.enqueue(3)
-    clock.advance(1)  # nodes of one database have no order within a millisecond
+    clock.advance(1)  # the nodes of one database order items by milliseconds only
     suite = suite_with_moved_clock(
         control_plane, http_session, clock, "qoder", test_environment=True
     )
-    [finding] = await suite.run(clauses_with_verdict("ack-starts"))
+    [finding] = await suite.run(clauses_by_name("ack-starts"))
     assert finding.verdict is Verdict.HOLDS
     assert {control_plane.operations.get_item(ENV, item.id).state for item in items} == {"stopped"}
 
 
-async def test_items_of_clause_are_stopped_after_it(
+async def test_suite_stops_items_of_each_clause(
     control_plane: ControlPlane, http_session: aiohttp.ClientSession, clock: MovableClock
 ) -> None:
     await suite_with_moved_clock(control_plane, http_session, clock, "qoder").run(
-        clauses_with_verdict("list-pages", "ack-lease")
+        clauses_by_name("list-pages", "ack-lease")
     )
     items = control_plane.operations.list_items(ENV).items
     assert [item.state for item in items] == ["stopped"] * 3
 
 
-async def test_clauses_beyond_given_items_are_untried(
+async def test_clauses_without_remaining_given_item_are_untried(
     control_plane: ControlPlane, http_session: aiohttp.ClientSession, clock: MovableClock
 ) -> None:
     given = [item.id for item in control_plane.enqueue(2)]
     suite = suite_with_moved_clock(
         control_plane, http_session, clock, "qoder", source=GivenSource(given), given=given
     )
-    findings = await suite.run(clauses_with_verdict("ack-starts", "stop-force", "lease-held"))
+    findings = await suite.run(clauses_by_name("ack-starts", "stop-force", "lease-held"))
     assert [each.verdict for each in findings] == [Verdict.HOLDS, Verdict.HOLDS, Verdict.UNTRIED]
     assert findings[-1].seen == "all given items are used"
 
 
-def clauses_with_verdict(*names: str) -> list[Clause]:
+def clauses_by_name(*names: str) -> list[Clause]:
     return [clause for name in names for clause in CLAUSES if clause.name == name]
 
 
@@ -400,19 +398,19 @@ def clauses_with_verdict(*names: str) -> list[Clause]:
         b'{"data": [{"id": "work_1", "type": 7, "metadata": 7}], "next_page": "again"}',
     ],
 )
-async def test_malformed_response_gets_verdict_without_exception(
+async def test_clause_with_malformed_response_has_verdict_and_raises_nothing(
     http_session: aiohttp.ClientSession, answer: bytes
 ) -> None:
     clock = MovableClock()
 
     @web.middleware
-    async def malformed_answer(request: web.Request, handler: Handler) -> web.StreamResponse:
+    async def send_malformed_answer(request: web.Request, handler: Handler) -> web.StreamResponse:
         if request.method == "POST" and request.path.endswith("/work"):
-            return await handler(request)  # so that the suite can create its items
+            return await handler(request)  # otherwise the suite could not create its items
         return web.Response(body=answer, content_type="application/json")
 
     async with ControlPlane(
-        environments=(ENV,), tokens={TOKEN: None}, now=clock, middlewares=[malformed_answer]
+        environments=(ENV,), tokens={TOKEN: None}, now=clock, middlewares=[send_malformed_answer]
     ) as plane:
         suite = suite_with_moved_clock(plane, http_session, clock, "qoder", test_environment=True)
         for clause in CLAUSES:
@@ -426,12 +424,14 @@ async def test_hanging_control_plane_leaves_clauses_untried_within_time_limit(
     hung = asyncio.Event()
 
     @web.middleware
-    async def hang(request: web.Request, handler: Handler) -> web.StreamResponse:
+    async def hang_polls(request: web.Request, handler: Handler) -> web.StreamResponse:
         if request.path.endswith("/poll"):
             await hung.wait()
         return await handler(request)
 
-    async with ControlPlane(environments=(ENV,), tokens={TOKEN: None}, middlewares=[hang]) as plane:
+    async with ControlPlane(
+        environments=(ENV,), tokens={TOKEN: None}, middlewares=[hang_polls]
+    ) as plane:
         api = Api(
             http_session, plane.base_url, "qoder", ENV, token=TOKEN, worker="workpool-conform"
         )
@@ -443,7 +443,7 @@ async def test_hanging_control_plane_leaves_clauses_untried_within_time_limit(
     assert {each.verdict for each in late} == {Verdict.UNTRIED}
 
 
-HELD = ["active", "starting"]
+HELD_STATES = ["active", "starting"]
 
 
 async def test_cancelled_suite_stops_its_items(
@@ -454,21 +454,24 @@ async def test_cancelled_suite_stops_its_items(
     )
     suite = Suite(api, EnqueueSource())
     async with asyncio.TaskGroup() as group:
-        running = group.create_task(suite.run(clauses_with_verdict("lease-held", "ack-lease")))
+        running = group.create_task(suite.run(clauses_by_name("lease-held", "ack-lease")))
         await wait_until(
-            lambda: [item.state for item in control_plane.operations.list_items(ENV).items] == HELD
+            lambda: (
+                [item.state for item in control_plane.operations.list_items(ENV).items]
+                == HELD_STATES
+            )
         )
         running.cancel()
     assert {item.state for item in control_plane.operations.list_items(ENV).items} == {"stopped"}
 
 
-async def test_items_for_suite_can_come_from_created_sessions(
+async def test_suite_with_session_source_creates_items_by_sessions(
     control_plane: ControlPlane, http_session: aiohttp.ClientSession, clock: MovableClock
 ) -> None:
     source = SessionSource("agent_00000000000070008000000000000001")
     suite = suite_with_moved_clock(control_plane, http_session, clock, "anthropic", source=source)
     names = ("ack-starts", "lease-lapses", "session-object", "result-once")
-    findings = await suite.run(clauses_with_verdict(*names))
+    findings = await suite.run(clauses_by_name(*names))
     assert [(each.verdict, each.seen) for each in findings] == [
         (Verdict.HOLDS, ""),
         (Verdict.HOLDS, ""),
@@ -503,24 +506,26 @@ async def test_worker_key_causes_no_difference_except_refusals(
             assert finding.verdict is expected, finding
 
 
-async def test_credentials_repeated_in_response_are_not_shown(
+async def test_finding_hides_credentials_that_response_repeats(
     http_session: aiohttp.ClientSession,
 ) -> None:
     def repeat_credentials(request: web.Request) -> web.Response:
         authorization = request.headers["Authorization"]
         return web.json_response({"error": {"message": f"no: {authorization}"}}, status=404)
 
-    finding = await finding_with_fault(
+    finding = await check_clause_with_fault(
         "stop-body", http_session, replace_answers("/stop", repeat_credentials)
     )
     assert finding.seen == "HTTP 404 (no: Bearer [token])"
 
 
-async def test_oversized_response_is_not_read(http_session: aiohttp.ClientSession) -> None:
+async def test_clause_with_oversized_response_is_untried(
+    http_session: aiohttp.ClientSession,
+) -> None:
     def send_oversized_answer(_: web.Request) -> web.Response:
         return web.Response(body=b" " * (ANSWER_LIMIT_BYTES + 1))
 
-    finding = await finding_with_fault(
+    finding = await check_clause_with_fault(
         "get-unknown", http_session, replace_answers("/work_" + "0" * 32, send_oversized_answer)
     )
     assert finding.verdict is Verdict.UNTRIED

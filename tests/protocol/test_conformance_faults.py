@@ -25,14 +25,14 @@ if TYPE_CHECKING:
 
     from workpool.wire.protocol import Dialect
 
-FOUND = {Verdict.DIFFERS, Verdict.BREAKS}
+DETECTING_VERDICTS = {Verdict.DIFFERS, Verdict.BREAKS}
 
 
 class WrongControlPlane(NamedTuple):
-    """One wrong control plane.
+    """A control plane with one fault, and the clauses that must detect it.
 
     Attributes:
-        clauses: The clauses that detect it.
+        clauses: The names of the clauses, separated by spaces.
         fault: A middleware; None = none.
         speed: Seconds of the control plane's clock for one of the suite's.
         dialect: The dialect of the suite.
@@ -47,7 +47,7 @@ class WrongControlPlane(NamedTuple):
 
 
 def replace_answers(path: str, change: Callable[[web.Request], web.Response | None]) -> Any:
-    """Return a fault that replaces answers of requests whose path ends so."""
+    """Return a fault that replaces the answers to requests whose path ends with `path`."""
 
     @web.middleware
     async def inject_replacement(request: web.Request, handler: Any) -> web.StreamResponse:
@@ -59,7 +59,7 @@ def replace_answers(path: str, change: Callable[[web.Request], web.Response | No
 
 
 def rewrite_answers(path: str, change: Callable[[Any], Any]) -> Any:
-    """Return a fault that changes the JSON of successful answers of requests whose path ends so."""
+    """Return a fault that changes the JSON of successful answers on paths ending with `path`."""
 
     @web.middleware
     async def inject_rewrite(request: web.Request, handler: Any) -> web.StreamResponse:
@@ -73,7 +73,7 @@ def rewrite_answers(path: str, change: Callable[[Any], Any]) -> Any:
 
 
 def replace_errors(answer: Callable[[int], web.Response]) -> Any:
-    """Return a fault that replaces error answers."""
+    """Return a fault that replaces each error answer by `answer(status)`."""
 
     @web.middleware
     async def inject_replacement(request: web.Request, handler: Any) -> web.StreamResponse:
@@ -84,7 +84,7 @@ def replace_errors(answer: Callable[[int], web.Response]) -> Any:
 
 
 def change_query(path: str, **values: str | None) -> Any:
-    """Return a fault that changes query parameters of some requests; None removes the parameter."""
+    """Return a fault that sets query parameters of requests to a path, or removes them if None."""
 
     @web.middleware
     async def inject_change(request: web.Request, handler: Any) -> web.StreamResponse:
@@ -116,12 +116,12 @@ def deliver_newest_first_once() -> Any:
 def change_id_at_redelivery() -> Any:
     known: set[str] = set()
 
-    def change_answer(item: dict[str, Any]) -> dict[str, Any]:
+    def change_id_of_known_item(item: dict[str, Any]) -> dict[str, Any]:
         again = item["id"] in known
         known.add(item["id"])
         return {**item, "id": f"{item['id']}-again"} if again else item
 
-    return rewrite_answers("/poll", change_answer)
+    return rewrite_answers("/poll", change_id_of_known_item)
 
 
 def deliver_stopped_items_again() -> Any:
@@ -143,17 +143,17 @@ def deliver_stopped_items_again() -> Any:
 def accept_first_heartbeats_once() -> Any:
     begun: set[str] = set()
 
-    def change_answer(request: web.Request) -> web.Response | None:
+    def refuse_second_first_heartbeat(request: web.Request) -> web.Response | None:
         if request.query.get("expected_last_heartbeat") != "NO_HEARTBEAT":
             return None
         again = request.path in begun
         begun.add(request.path)
         return web.Response(status=412) if again else None
 
-    return replace_answers("/heartbeat", change_answer)
+    return replace_answers("/heartbeat", refuse_second_first_heartbeat)
 
 
-def refuse_call(request: web.Request) -> web.Response | None:
+def refuse_optional_call(request: web.Request) -> web.Response | None:
     path = request.path.partition("/work")[2]
     item = path.startswith("/work_") and path.count("/") == 1
     return web.Response(status=403) if item or path == "/stats" else None
@@ -163,7 +163,7 @@ def remove_times(value: dict[str, Any]) -> dict[str, Any]:
     return {name: None if name.endswith("_at") else each for name, each in value.items()}
 
 
-def wrong_control_planes() -> list[WrongControlPlane]:
+def make_wrong_control_planes() -> list[WrongControlPlane]:
     acked = count(10)
     empty = web.json_response
     return [
@@ -246,7 +246,7 @@ def wrong_control_planes() -> list[WrongControlPlane]:
         WrongControlPlane("stop-final", deliver_stopped_items_again()),
         WrongControlPlane(
             "update-merges update-stopped update-invalid get-item get-unknown stats-counts",
-            replace_answers("", refuse_call),
+            replace_answers("", refuse_optional_call),
         ),
         WrongControlPlane("list-pages", change_query("/work", page=None)),
         WrongControlPlane(
@@ -267,14 +267,16 @@ def wrong_control_planes() -> list[WrongControlPlane]:
     ]
 
 
-CASES = {name: wrong for wrong in wrong_control_planes() for name in wrong.clauses.split()}
+WRONG_PLANE_OF_CLAUSE = {
+    name: wrong for wrong in make_wrong_control_planes() for name in wrong.clauses.split()
+}
 
 
 @pytest.mark.parametrize("clause", CLAUSES, ids=lambda clause: clause.name)
 async def test_clause_finds_fault_of_wrong_control_plane(
     clause: Clause, http_session: aiohttp.ClientSession
 ) -> None:
-    wrong, clock = CASES[clause.name], MovableClock()
+    wrong, clock = WRONG_PLANE_OF_CLAUSE[clause.name], MovableClock()
     async with ControlPlane(
         environments=(ENV,),
         tokens={TOKEN: None},
@@ -285,4 +287,4 @@ async def test_clause_finds_fault_of_wrong_control_plane(
         if wrong.mixed:
             suite.api.base_url = plane.anthropic_base_url
         finding = await suite.check_clause(clause)
-    assert finding.verdict in FOUND, finding.seen
+    assert finding.verdict in DETECTING_VERDICTS, finding.seen

@@ -60,7 +60,7 @@ async def test_second_item_of_session_shares_its_status_and_metadata(
         assert (session["status"], session["metadata"]) == ("running", {"of": "the session"})
 
 
-async def test_control_plane_opened_fifty_times_leaves_nothing(tmp_path: Path) -> None:
+async def test_control_plane_opened_fifty_times_leaves_no_task_or_thread(tmp_path: Path) -> None:
     tasks, threads = asyncio.all_tasks(), threading.active_count()
     for number in range(50):
         plane = ControlPlane(store=SqliteStore(tmp_path / f"{number % 2}.db"))
@@ -72,7 +72,7 @@ async def test_control_plane_opened_fifty_times_leaves_nothing(tmp_path: Path) -
             probe.bind(("127.0.0.1", plane.port))
     names = {thread.name for thread in threading.enumerate()}
     assert "workpool-store" not in names
-    assert threading.active_count() <= threads + 8  # threads of the loop's default executor
+    assert threading.active_count() <= threads + 8  # the loop's default executor keeps its threads
     assert asyncio.all_tasks() == tasks
     gc.collect()
 
@@ -85,7 +85,7 @@ async def test_failed_start_of_control_plane_leaves_store_unlocked(tmp_path: Pat
         with pytest.raises(ServeError, match=f"127.0.0.1 port {port}"):
             await plane.__aenter__()
     async with ControlPlane(store=SqliteStore(path)):
-        pass  # the file must not be locked anymore
+        pass  # a second store can only open a file that is not locked
 
 
 async def test_cancelled_start_of_control_plane_leaves_store_unlocked(tmp_path: Path) -> None:
@@ -155,9 +155,6 @@ async def test_middlewares_apply_to_every_response(http_session: aiohttp.ClientS
         api = ApiClient(plane, http_session, "qoder", token=plane.token)
         assert (await api("GET", api.base_path)).status == 503
         assert (await api.poll(DEFAULT_ENVIRONMENT)).status == 200
-
-
-# Tokens.
 
 
 def test_token_file_is_parsed_into_tokens_and_environments() -> None:

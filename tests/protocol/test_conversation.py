@@ -1,4 +1,4 @@
-"""Conversations as any sequence of events: answers, refusals and the server's stored events."""
+"""Conversations with events in any order, and after a kill of the server."""
 
 from __future__ import annotations
 
@@ -33,45 +33,45 @@ RESULTS = {"user.tool_result", "user.custom_tool_result", "agent.tool_result"}
 
 
 def answered_tool_use_id(event: StoredEvent) -> str:
-    """Return the tool use to which an answer belongs."""
+    """Return the id of the tool use that an event answers."""
     value = event.value
     return str(value.get("tool_use_id", value.get("custom_tool_use_id")))
 
 
 class ConversationMachine(RuleBasedStateMachine):
-    """Clients that send any event at any time in any order."""
+    """State machine of a conversation in which clients send any event at any time."""
 
     @initialize(script=st.none() | st.lists(ENTRY, max_size=4))
     def start_session(self, script: list[dict[str, Any]] | None) -> None:
         self.script = None if script is None else parse_script(script)
-        self.talk = Conversation(self.script)
+        self.conversation = Conversation(self.script)
         self.advance_script()
 
     def advance_script(self) -> None:
         for _ in range(50):
-            if (fields := self.talk.next_server_event()) is None:
+            if (fields := self.conversation.next_server_event()) is None:
                 return
             self.append_event(fields)
-        raise AssertionError("it never stops talking")
+        raise AssertionError("the script never waits or ends")
 
     def append_event(self, fields: dict[str, Any]) -> None:
-        event_id = f"evt_{len(self.talk.events):03}"
-        self.talk.append_event(StoredEvent(event_id, "sess_1", {"id": event_id, **fields}))
+        event_id = f"evt_{len(self.conversation.events):03}"
+        self.conversation.append_event(StoredEvent(event_id, "sess_1", {"id": event_id, **fields}))
 
-    def agent_says(self, *said: dict[str, Any]) -> bool:
+    def apply_events(self, *events: dict[str, Any]) -> bool:
         try:
-            self.talk.check_client_events(said)
+            self.conversation.check_client_events(events)
         except APIError:
             return False
-        for fields in said:
+        for fields in events:
             self.append_event(fields)
         self.advance_script()
         return True
 
     def tool_uses(self) -> list[StoredEvent]:
-        return [event for event in self.talk.events if event.type in USES]
+        return [event for event in self.conversation.events if event.type in USES]
 
-    def send_result(self, pick: int, *, custom: bool) -> dict[str, Any]:
+    def make_result(self, pick: int, *, custom: bool) -> dict[str, Any]:
         uses = self.tool_uses()
         use_id = uses[pick % len(uses)].id if uses else "evt_none"
         if custom:
@@ -80,33 +80,35 @@ class ConversationMachine(RuleBasedStateMachine):
 
     @rule(picks=st.lists(st.integers(0, 9), min_size=1, max_size=2), custom=st.booleans())
     def send_answer(self, picks: list[int], *, custom: bool) -> None:
-        self.agent_says(*[self.send_result(pick, custom=custom) for pick in picks])
+        self.apply_events(*[self.make_result(pick, custom=custom) for pick in picks])
 
     @rule(pick=st.integers(0, 9), verdict=st.sampled_from(["allow", "deny"]), at_once=st.booleans())
     def send_confirmation(self, pick: int, verdict: str, *, at_once: bool) -> None:
-        use_id = self.send_result(pick, custom=False)["tool_use_id"]
+        use_id = self.make_result(pick, custom=False)["tool_use_id"]
         said = [{"type": "user.tool_confirmation", "tool_use_id": use_id, "result": verdict}]
         if at_once:
-            said.append(self.send_result(pick, custom=False))
-        self.agent_says(*said)
+            said.append(self.make_result(pick, custom=False))
+        self.apply_events(*said)
 
     @rule(first=st.booleans())
     def send_message(self, *, first: bool) -> None:
         message = {"type": "user.message", "content": []}
-        self.agent_says(message, {"type": "user.interrupt"}) if first else self.agent_says(message)
+        self.apply_events(message, {"type": "user.interrupt"}) if first else self.apply_events(
+            message
+        )
 
     @rule(more=st.booleans())
     def send_interrupt(self, *, more: bool) -> None:
         said = ({"type": "user.interrupt"}, {"type": "user.message", "content": []})
-        self.agent_says(*said) if more else self.agent_says(said[0])
+        self.apply_events(*said) if more else self.apply_events(said[0])
 
     @rule(custom=st.booleans(), permission=st.sampled_from(["allow", "ask", "deny"]))
     def emit_tool_use(self, permission: str, *, custom: bool) -> None:
-        """Emit a tool use as the agent does."""
+        """Append a tool use as the agent does, if the script allows it."""
         kind = "agent.custom_tool_use" if custom else "agent.tool_use"
         event = {"type": kind, "evaluated_permission": permission}
         try:
-            self.talk.check_server_events([event])
+            self.conversation.check_server_events([event])
         except APIError:
             assert self.script is not None
             return
@@ -116,7 +118,9 @@ class ConversationMachine(RuleBasedStateMachine):
     @invariant()
     def every_tool_use_is_answered_at_most_once(self) -> None:
         answers = [
-            answered_tool_use_id(event) for event in self.talk.events if event.type in RESULTS
+            answered_tool_use_id(event)
+            for event in self.conversation.events
+            if event.type in RESULTS
         ]
         assert len(answers) == len(set(answers))
         assert set(answers) <= {event.id for event in self.tool_uses()}
@@ -127,18 +131,22 @@ class ConversationMachine(RuleBasedStateMachine):
             uses = self.tool_uses()
             assert len(uses) <= len(self.script)
             answers = {
-                answered_tool_use_id(event) for event in self.talk.events if event.type in RESULTS
+                answered_tool_use_id(event)
+                for event in self.conversation.events
+                if event.type in RESULTS
             }
             assert all(use.id in answers for use in uses[:-1])
 
     @invariant()
     def waiting_tool_uses_are_named(self) -> None:
         answers = {
-            answered_tool_use_id(event) for event in self.talk.events if event.type in RESULTS
+            answered_tool_use_id(event)
+            for event in self.conversation.events
+            if event.type in RESULTS
         }
         allowed = {
             answered_tool_use_id(event)
-            for event in self.talk.events
+            for event in self.conversation.events
             if event.type == "user.tool_confirmation" and event.value["result"] == "allow"
         }
         waiting = [
@@ -148,46 +156,45 @@ class ConversationMachine(RuleBasedStateMachine):
             and (use.type == "agent.custom_tool_use" or use.id not in allowed)
             and (use.type == "agent.custom_tool_use" or use.value["evaluated_permission"] == "ask")
         ]
-        states = [event for event in self.talk.events if event.type.startswith("session.status")]
+        states = [
+            event for event in self.conversation.events if event.type.startswith("session.status")
+        ]
         reason = states[-1].value.get("stop_reason", {}) if states else {}
         assert list(reason.get("event_ids", ())) == waiting
 
     @invariant()
     def restart_changes_nothing(self) -> None:
         again = Conversation(self.script)
-        for event in self.talk.events:
+        for event in self.conversation.events:
             again.append_event(event)
         assert again.next_server_event() is None
-        for name, value in vars(self.talk).items():
+        for name, value in vars(self.conversation).items():
             assert vars(again)[name] == value, name
 
     def teardown(self) -> None:
-        """Answer every tool use, which must lead to the end of the script from any state."""
+        """Answer every tool use, and check that the script then ends."""
         if getattr(self, "script", None) is None:
             return
-        self.agent_says({"type": "user.message", "content": []})
+        self.apply_events({"type": "user.message", "content": []})
         for _ in range(len(self.script or ())):
             use = self.tool_uses()[-1]
-            self.agent_says(
+            self.apply_events(
                 {"type": "user.tool_confirmation", "tool_use_id": use.id, "result": "allow"}
             )
             at = len(self.tool_uses()) - 1
-            self.agent_says(self.send_result(at, custom=use.type == "agent.custom_tool_use"))
-        assert self.talk.events[-1].value.get("stop_reason") == {"type": "end_turn"}
+            self.apply_events(self.make_result(at, custom=use.type == "agent.custom_tool_use"))
+        assert self.conversation.events[-1].value.get("stop_reason") == {"type": "end_turn"}
         assert len(self.tool_uses()) == len(self.script or ())
 
 
 ConversationMachine.TestCase.settings = settings(
     max_examples=60, stateful_step_count=20, deadline=None
 )
-TestTalk = ConversationMachine.TestCase
-
-
-# The server is killed.
+TestConversation = ConversationMachine.TestCase
 
 
 class ScriptAnsweringClient:
-    """A client that answers one scripted session repeatedly and records all that it receives."""
+    """A client that answers the tool uses of a scripted session and records all events."""
 
     def __init__(self, http: aiohttp.ClientSession, port: int) -> None:
         self.http = http
@@ -195,7 +202,7 @@ class ScriptAnsweringClient:
         self.known: dict[str, dict[str, Any]] = {}
         self.session_id = ""
 
-    async def call(self, method: str, url: str, **options: Any) -> Any:
+    async def send_request(self, method: str, url: str, **options: Any) -> Any:
         headers = {"Authorization": f"Bearer {TOKEN}"}
         async with self.http.request(method, url, headers=headers, **options) as response:
             assert response.status == 200
@@ -206,33 +213,33 @@ class ScriptAnsweringClient:
 
     async def start_session(self) -> None:
         script = [{"name": "Bash", "custom": number % 2 == 1} for number in range(400)]
-        created = await self.call(
+        created = await self.send_request(
             "POST", f"{self.base}/environments/{ENV}/work", json={"script": script}
         )
         self.session_id = created["data"][0]["data"]["id"]
 
     @property
-    def read_events(self) -> str:
+    def events_url(self) -> str:
         return f"{self.base}/sessions/{self.session_id}/events"
 
     async def answer_open_tool_use(self) -> None:
-        """Answer the open tool use."""
+        """Read the new events and answer the tool use among them."""
         last = max(self.known, default=None)
         params = {"limit": "100"} if last is None else {"limit": "100", "after_id": last}
-        for event in (await self.call("GET", self.read_events, params=params))["data"]:
+        for event in (await self.send_request("GET", self.events_url, params=params))["data"]:
             if event["type"] in USES:
                 custom = event["type"] == "agent.custom_tool_use"
                 answer = {
                     "type": "user.custom_tool_result" if custom else "user.tool_result",
                     "custom_tool_use_id" if custom else "tool_use_id": event["id"],
                 }
-                await self.call("POST", self.read_events, json={"events": [answer]})
+                await self.send_request("POST", self.events_url, json={"events": [answer]})
 
-    async def stored_history(self) -> list[dict[str, Any]]:
+    async def read_history(self) -> list[dict[str, Any]]:
         events: list[dict[str, Any]] = []
         params = {"limit": "100"}
         while True:
-            page = await self.call("GET", self.read_events, params=params)
+            page = await self.send_request("GET", self.events_url, params=params)
             events += page["data"]
             if not page["has_more"]:
                 return events
@@ -240,33 +247,35 @@ class ScriptAnsweringClient:
 
 
 @pytest.mark.trial
-async def test_killed_control_plane_forgets_no_answered_event(tmp_path: Path) -> None:
+async def test_control_plane_killed_during_conversation_keeps_answered_events(
+    tmp_path: Path,
+) -> None:
     async with aiohttp.ClientSession() as http:
         async with start_server(tmp_path / "work.db") as (process, port):
-            talkers = [ScriptAnsweringClient(http, port) for _ in range(4)]
+            clients = [ScriptAnsweringClient(http, port) for _ in range(4)]
             enough = asyncio.Event()
 
-            async def run_client(talker: ScriptAnsweringClient) -> None:
-                await talker.start_session()
+            async def run_client(client: ScriptAnsweringClient) -> None:
+                await client.start_session()
                 try:
                     while True:
-                        await talker.answer_open_tool_use()
-                        if sum(len(each.known) for each in talkers) > 300:
+                        await client.answer_open_tool_use()
+                        if sum(len(each.known) for each in clients) > 300:
                             enough.set()
                 except (aiohttp.ClientError, ConnectionError):
                     return
 
             async with asyncio.TaskGroup() as group:
-                for talker in talkers:
-                    group.create_task(run_client(talker))
+                for client in clients:
+                    group.create_task(run_client(client))
                 await enough.wait()
                 process.send_signal(signal.SIGKILL)
         async with start_server(tmp_path / "work.db") as (_, port):
-            for talker in talkers:
+            for client in clients:
                 again = ScriptAnsweringClient(http, port)
-                again.session_id = talker.session_id
-                events = {event["id"]: event for event in await again.stored_history()}
-                assert talker.known.items() <= events.items()
+                again.session_id = client.session_id
+                events = {event["id"]: event for event in await again.read_history()}
+                assert client.known.items() <= events.items()
                 answers = [
                     event.get("tool_use_id") or event["custom_tool_use_id"]
                     for event in events.values()
@@ -278,12 +287,12 @@ async def test_killed_control_plane_forgets_no_answered_event(tmp_path: Path) ->
                 assert [each["id"] for each in uses[:-1]] == answers
                 before = len(events)
                 again.known = dict(list(events.items())[:-3])
-                await again.answer_open_tool_use()  # the script continues where it was
-                assert len(await again.stored_history()) > before
+                await again.answer_open_tool_use()
+                assert len(await again.read_history()) > before
 
 
 class CountedEvents(list[StoredEvent]):
-    """Events that count their reads."""
+    """A list of events that counts its reads."""
 
     reads = 0
 
@@ -293,35 +302,35 @@ class CountedEvents(list[StoredEvent]):
 
 
 def long_conversation() -> Conversation:
-    """Return 10,000 events: each 1,000th is a message of a user, the one after it an interrupt."""
-    talk = Conversation()
+    """Return a conversation of 10,000 events, with a user's message and interrupt in each 1,000."""
+    conversation = Conversation()
     rare = {0: "user.message", 1: "user.interrupt"}
     for number in range(10_000):
         kind = rare.get(number % 1000, "agent.message")
-        talk.append_event(StoredEvent(f"evt_{number:05}", "sess_1", {"type": kind}))
-    return talk
+        conversation.append_event(StoredEvent(f"evt_{number:05}", "sess_1", {"type": kind}))
+    return conversation
 
 
 @pytest.mark.parametrize("newest_first", [False, True])
 @pytest.mark.parametrize("after", ["", "evt_03000"])
 @pytest.mark.parametrize("before", [None, "evt_07001"])
 @pytest.mark.parametrize("types", [{"user.message"}, {"user.interrupt", "user.message", "none"}])
-def test_list_of_rare_types_has_the_nearest_events_and_reads_no_others(
+def test_page_of_rare_event_types_reads_only_nearest_events(
     types: set[str], before: str | None, after: str, *, newest_first: bool
 ) -> None:
-    talk = long_conversation()
+    conversation = long_conversation()
     wanted = [
         event
-        for event in talk.events
+        for event in conversation.events
         if event.type in types and after < event.id and (before is None or event.id < before)
     ]
     nearest = wanted[-4:] if newest_first or before is not None else wanted[:4]
-    counted = talk.events = CountedEvents(talk.events)
-    found = talk.list_events(
+    counted = conversation.events = CountedEvents(conversation.events)
+    found = conversation.list_events(
         4,
         after=after,
         before=before,
         wanted=EventFilter(types=frozenset(types), newest_first=newest_first),
     )
     assert list(found) == (nearest[::-1] if newest_first else nearest)
-    assert counted.reads < 50  # 4 events, and the searches for `after` and `before`
+    assert counted.reads < 50  # more reads than 4 events and two binary searches need

@@ -1,4 +1,4 @@
-"""A poll whose client has disconnected takes no item, whenever the client disconnected.
+"""A poll whose client has disconnected receives no item, at whatever time it disconnected.
 
 See workpool/docs/protocol.md, "Poll".
 """
@@ -19,18 +19,20 @@ if TYPE_CHECKING:
 
     import aiohttp
 
+pytestmark = pytest.mark.usefixtures("minute_polls")
+
 
 class BlockingStore(MemoryStore):
     """A store whose commits wait until the test lets them continue."""
 
     def __init__(self) -> None:
-        self.open_gate = asyncio.Event()
+        self.may_store = asyncio.Event()
         self.waiting = 0
 
     async def wait_until_durable(self) -> None:
         self.waiting += 1
         try:
-            await self.open_gate.wait()
+            await self.may_store.wait()
         finally:
             self.waiting -= 1
 
@@ -47,11 +49,11 @@ async def blocked_api(
     plane = ControlPlane(environments=(ENV,), tokens={TOKEN: None}, store=blocking_store)
     async with plane:
         yield ApiClient(plane, http_session, "qoder")
-        blocking_store.open_gate.set()
+        blocking_store.may_store.set()
 
 
-async def send_poll(api: ApiClient, query: str = "block_ms=999") -> socket.socket:
-    """Send a poll on a plain socket and return the socket, so that the test can close it itself."""
+async def send_poll(api: ApiClient, query: str = "block_ms=60000") -> socket.socket:
+    """Send a poll on a plain socket; return the socket, which the test closes."""
     connection = socket.create_connection(("127.0.0.1", api.plane.port))
     connection.setblocking(False)  # noqa: FBT003 - socket's own signature
     request = (
@@ -62,7 +64,7 @@ async def send_poll(api: ApiClient, query: str = "block_ms=999") -> socket.socke
     return connection
 
 
-def record_kinds(api: ApiClient) -> list[str]:
+def history_kinds(api: ApiClient) -> list[str]:
     return [record.kind for record in api.plane.history]
 
 
@@ -73,14 +75,14 @@ async def test_client_disconnected_during_wait_receives_no_item(api: ApiClient) 
     connection.close()
     await wait_until(lambda: len(waiting) == 0)
     api.plane.enqueue()
-    assert record_kinds(api) == ["created"]
+    assert history_kinds(api) == ["created"]
     assert (await api.claim_item())["id"]
 
 
 async def test_client_disconnected_in_same_loop_turn_as_arrival_receives_no_item(
     api: ApiClient,
 ) -> None:
-    """When the poll wakes, the kernel knows of the closed connection, but the loop does not."""
+    """When the poll wakes, the connection is closed, but the loop has not processed that yet."""
     waiting = api.plane.operations.get_queue(ENV).waiting
     connection = await send_poll(api)
     await wait_until(lambda: len(waiting) == 1)
@@ -88,7 +90,7 @@ async def test_client_disconnected_in_same_loop_turn_as_arrival_receives_no_item
     api.plane.enqueue()
     await wait_until(lambda: len(waiting) == 0)
     assert (await api.claim_item())["id"]
-    assert record_kinds(api) == ["created", "delivered"]
+    assert history_kinds(api) == ["created", "delivered"]
 
 
 async def test_item_for_disconnected_client_goes_to_next_waiting_poll(api: ApiClient) -> None:
@@ -96,12 +98,12 @@ async def test_item_for_disconnected_client_goes_to_next_waiting_poll(api: ApiCl
     connection = await send_poll(api)
     await wait_until(lambda: len(waiting) == 1)
     async with asyncio.TaskGroup() as group:
-        poll = group.create_task(api.poll(params={"block_ms": "999"}))
+        poll = group.create_task(api.poll(params={"block_ms": "60000"}))
         await wait_until(lambda: len(waiting) == 2)
         connection.close()
         (item,) = api.plane.enqueue()
     assert poll.result().body["id"] == item.id
-    assert record_kinds(api) == ["created", "delivered"]
+    assert history_kinds(api) == ["created", "delivered"]
 
 
 async def test_client_disconnected_right_after_request_receives_no_item(api: ApiClient) -> None:
@@ -109,7 +111,7 @@ async def test_client_disconnected_right_after_request_receives_no_item(api: Api
     for _ in range(20):
         (await send_poll(api, "")).close()
     assert (await api.claim_item())["id"]
-    assert record_kinds(api) == ["created", "delivered"]
+    assert history_kinds(api) == ["created", "delivered"]
 
 
 async def test_delivery_to_client_disconnected_while_it_is_stored_is_withdrawn(
@@ -118,11 +120,11 @@ async def test_delivery_to_client_disconnected_while_it_is_stored_is_withdrawn(
     (item,) = blocked_api.plane.enqueue()
     connection = await send_poll(blocked_api)
     await wait_until(lambda: blocking_store.waiting == 1)
-    assert record_kinds(blocked_api) == ["created", "delivered"]
+    assert history_kinds(blocked_api) == ["created", "delivered"]
     connection.close()
     await wait_until(lambda: blocking_store.waiting == 0)
-    await wait_until(lambda: record_kinds(blocked_api) == ["created", "delivered", "withdrawn"])
-    blocking_store.open_gate.set()
+    await wait_until(lambda: history_kinds(blocked_api) == ["created", "delivered", "withdrawn"])
+    blocking_store.may_store.set()
     assert (await blocked_api.claim_item(worker="b"))["id"] == item.id
     assert (await blocked_api.ack(item.id, worker="b")).status == 200
 
@@ -134,8 +136,8 @@ async def test_delivery_to_client_disconnected_in_same_loop_turn_as_storage_is_w
     connection = await send_poll(blocked_api)
     await wait_until(lambda: blocking_store.waiting == 1)
     connection.close()
-    blocking_store.open_gate.set()
-    await wait_until(lambda: record_kinds(blocked_api)[-1] == "withdrawn")
+    blocking_store.may_store.set()
+    await wait_until(lambda: history_kinds(blocked_api)[-1] == "withdrawn")
     assert (await blocked_api.claim_item())["id"]
 
 
@@ -147,11 +149,11 @@ async def test_withdrawn_delivery_wakes_next_poll(
     connection = await send_poll(blocked_api)
     await wait_until(lambda: blocking_store.waiting == 1)
     async with asyncio.TaskGroup() as group:
-        poll = group.create_task(blocked_api.poll(params={"block_ms": "999"}))
+        poll = group.create_task(blocked_api.poll(params={"block_ms": "60000"}))
         await wait_until(lambda: len(waiting) == 1)
         connection.close()
         await wait_until(lambda: len(waiting) == 0)
-        blocking_store.open_gate.set()
+        blocking_store.may_store.set()
     assert poll.result().body["id"] == item.id
 
 
@@ -164,9 +166,9 @@ async def test_delivery_of_item_acknowledged_meanwhile_is_not_withdrawn(
     blocked_api.plane.operations.ack_item(ENV, item.id, "ghost")
     connection.close()
     await wait_until(lambda: blocking_store.waiting == 0)
-    blocking_store.open_gate.set()
+    blocking_store.may_store.set()
     assert await blocked_api.item_state(item.id) == "starting"
-    assert "withdrawn" not in record_kinds(blocked_api)
+    assert "withdrawn" not in history_kinds(blocked_api)
 
 
 async def test_closing_control_plane_answers_waiting_polls(
@@ -175,6 +177,6 @@ async def test_closing_control_plane_answers_waiting_polls(
     plane = ControlPlane(environments=(ENV,), tokens={TOKEN: None})
     async with asyncio.TaskGroup() as group, plane:
         api = ApiClient(plane, http_session, "qoder")
-        poll = group.create_task(api.poll(params={"block_ms": "999"}))
+        poll = group.create_task(api.poll(params={"block_ms": "60000"}))
         await wait_until(lambda: len(plane.operations.get_queue(ENV).waiting) == 1)
     assert (poll.result().status, poll.result().body) == (200, None)

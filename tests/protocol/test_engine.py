@@ -1,4 +1,4 @@
-"""The interface behind the routes, with the same results on memory, SQLite and PostgreSQL."""
+"""The engines behind the routes have the same results in memory, on SQLite and on PostgreSQL."""
 
 from __future__ import annotations
 
@@ -23,13 +23,13 @@ if TYPE_CHECKING:
     from workpool.server import Item, PostgresStore, Store
     from workpool.server.engine import Engine
 
-ALL = PageRequest(20, "", None)
+FIRST_PAGE = PageRequest(20, "", None)
 MESSAGE = {"type": "user.message", "content": [{"type": "text", "text": "go\0on"}]}
 SCRIPT = [{"name": "bash", "input": {"command": "true"}}]
-SECONDS = 20
+WAIT_SECONDS = 40
 
 
-def never() -> bool:
+def client_has_left() -> bool:
     return False
 
 
@@ -38,12 +38,12 @@ pytestmark = pytest.mark.usefixtures("both_stores")
 
 @pytest.fixture
 async def engine(store: Store | PostgresStore, clock: MovableClock) -> AsyncIterator[Engine]:
-    async with running(store, clock) as engine:
+    async with open_engine(store, clock) as engine:
         yield engine
 
 
 @asynccontextmanager
-async def running(
+async def open_engine(
     store: Store | PostgresStore, clock: MovableClock | None
 ) -> AsyncIterator[Engine]:
     engine = ControlPlane(
@@ -51,39 +51,41 @@ async def running(
     ).engine
     try:
         await engine.open()
-        async with asyncio.timeout(SECONDS):
+        async with asyncio.timeout(WAIT_SECONDS):
             yield engine
     finally:
         engine.end_waits()
         await engine.close()
 
 
-async def claimed(engine: Engine, worker: str = "a", **poll: Any) -> Item:
-    item = await engine.long_poll(ENV, Poll(worker, **poll), never)
+async def claim_item(engine: Engine, worker: str = "a", **poll: Any) -> Item:
+    item = await engine.long_poll(ENV, Poll(worker, **poll), client_has_left)
     assert item is not None
     return item
 
 
-async def held(engine: Engine, worker: str = "a") -> Item:
-    """Create an item and bring it to `active` for a worker."""
+async def create_active_item(engine: Engine, worker: str = "a") -> Item:
+    """Create an item, and claim it for a worker up to its first heartbeat."""
     (item,) = await engine.enqueue(ENV)
-    await claimed(engine, worker)
+    await claim_item(engine, worker)
     await engine.ack_item(ENV, item.id, worker)
     return await engine.heartbeat(ENV, item.id, "NO_HEARTBEAT", 30, worker)
 
 
-async def refusal(call: Any) -> int:
+async def status_of_refusal(call: Any) -> int:
     with pytest.raises(APIError) as caught:
         await call
     return caught.value.status
 
 
-async def test_item_lives_from_creation_to_stop(engine: Engine, clock: MovableClock) -> None:
+async def test_item_goes_through_every_state_from_creation_to_stop(
+    engine: Engine, clock: MovableClock
+) -> None:
     (created,) = await engine.enqueue(ENV, metadata={"k": "v\0"})
     assert created.state == "queued"
-    delivered = await claimed(engine)
+    delivered = await claim_item(engine)
     assert (delivered.id, delivered.holder, delivered.metadata) == (created.id, "a", {"k": "v\0"})
-    assert await engine.long_poll(ENV, Poll("b"), never) is None
+    assert await engine.long_poll(ENV, Poll("b"), client_has_left) is None
     clock.advance(1)
     acked = await engine.ack_item(ENV, created.id, "a")
     assert (acked.state, acked.holder) == ("starting", "a")
@@ -104,9 +106,9 @@ async def test_item_lives_from_creation_to_stop(engine: Engine, clock: MovableCl
 
 
 async def test_history_of_item_is_recorded_in_order(engine: Engine) -> None:
-    item = await held(engine)
+    item = await create_active_item(engine)
     await engine.heartbeat(ENV, item.id, last_heartbeat(item), 30, "a")
-    assert await refusal(engine.ack_item(ENV, item.id, "b")) == 409
+    assert await status_of_refusal(engine.ack_item(ENV, item.id, "b")) == 409
     await engine.stop_item(ENV, item.id, "a", force=True)
     records = await engine.read_history()
     assert [record.kind for record in records] == [
@@ -132,7 +134,7 @@ async def test_history_of_item_is_recorded_in_order(engine: Engine) -> None:
 @pytest.mark.parametrize("expected", ["last", "wrong", "NO_HEARTBEAT", None])
 @pytest.mark.parametrize("state", ["active", "stopping"])
 @pytest.mark.parametrize("compare_on_stop", [True, False])
-async def test_heartbeat_is_the_state_machines(
+async def test_heartbeat_has_same_result_as_state_machine(
     engine: Engine,
     clock: MovableClock,
     seconds: int,
@@ -140,8 +142,8 @@ async def test_heartbeat_is_the_state_machines(
     state: str,
     compare_on_stop: bool,  # noqa: FBT001 - a parameter of the test
 ) -> None:
-    """One engine has a statement of its own for the most frequent heartbeat."""
-    item = await held(engine)
+    """An engine that sends one statement for a heartbeat must agree with the state machine."""
+    item = await create_active_item(engine)
     if state == "stopping":
         item = await engine.stop_item(ENV, item.id)
     if expected in {"last", "wrong"}:
@@ -156,31 +158,36 @@ async def test_heartbeat_is_the_state_machines(
     except APIError as error:
         wanted = error.status
     call = engine.heartbeat(ENV, item.id, expected, 45, "a", compare_on_stop=compare_on_stop)
-    found = await refusal(call) if isinstance(wanted, int) else await call
+    found = await status_of_refusal(call) if isinstance(wanted, int) else await call
     assert found == wanted
 
 
 async def test_items_are_delivered_oldest_first(engine: Engine) -> None:
     items = [*await engine.enqueue(ENV, count=3), *await engine.enqueue(ENV, count=2)]
-    assert [(await claimed(engine)).id for _ in items] == [item.id for item in items]
-    assert await engine.long_poll(ENV, Poll("a"), never) is None
+    assert [(await claim_item(engine)).id for _ in items] == [item.id for item in items]
+    assert await engine.long_poll(ENV, Poll("a"), client_has_left) is None
 
 
-async def test_lapsed_lease_returns_item_to_queue(engine: Engine, clock: MovableClock) -> None:
-    item = await held(engine)
+async def test_expired_lease_returns_item_to_queue(engine: Engine, clock: MovableClock) -> None:
+    item = await create_active_item(engine)
     later = await engine.enqueue(ENV)
     clock.advance(30)
     assert (await engine.get_item(ENV, item.id)).state == "queued"
-    assert await refusal(engine.heartbeat(ENV, item.id, last_heartbeat(item), 30, "a")) == 409
-    assert (await claimed(engine, "b")).id == item.id
-    assert (await claimed(engine, "b")).id == later[0].id
+    assert (
+        await status_of_refusal(engine.heartbeat(ENV, item.id, last_heartbeat(item), 30, "a"))
+        == 409
+    )
+    assert (await claim_item(engine, "b")).id == item.id
+    assert (await claim_item(engine, "b")).id == later[0].id
     assert (await engine.ack_item(ENV, item.id, "b")).holder == "b"
     kinds = [record.kind for record in await engine.read_history() if record.work_id == item.id]
     assert kinds.count("lapsed") == 1
 
 
-async def test_lapsed_stopping_item_is_stopped(engine: Engine, clock: MovableClock) -> None:
-    item = await held(engine)
+async def test_stopping_item_with_expired_lease_is_stopped(
+    engine: Engine, clock: MovableClock
+) -> None:
+    item = await create_active_item(engine)
     await engine.stop_item(ENV, item.id)
     clock.advance(30)
     found = await engine.get_item(ENV, item.id)
@@ -192,35 +199,38 @@ async def test_unacknowledged_delivery_is_repeated_after_window(
     engine: Engine, clock: MovableClock
 ) -> None:
     (item,) = await engine.enqueue(ENV)
-    await claimed(engine, "a")
+    await claim_item(engine, "a")
     clock.advance(2)
-    assert await engine.long_poll(ENV, Poll("b", 0, 3000), never) is None
-    assert (await claimed(engine, "b", reclaim_older_than_ms=2000)).holder == "b"
-    assert await refusal(engine.ack_item(ENV, item.id, "a")) == 409
+    assert await engine.long_poll(ENV, Poll("b", 0, 3000), client_has_left) is None
+    assert (await claim_item(engine, "b", reclaim_older_than_ms=2000)).holder == "b"
+    assert await status_of_refusal(engine.ack_item(ENV, item.id, "a")) == 409
 
 
-async def test_poll_of_gone_client_leaves_item_in_queue(engine: Engine) -> None:
+async def test_poll_of_disconnected_client_leaves_item_in_queue(engine: Engine) -> None:
     (item,) = await engine.enqueue(ENV)
     answers = iter([False, True, True])
     assert await engine.long_poll(ENV, Poll("a"), lambda: next(answers)) is None
     assert (await engine.get_item(ENV, item.id)).delivered_at is None
-    assert (await claimed(engine, "b")).id == item.id
+    assert (await claim_item(engine, "b")).id == item.id
 
 
 async def test_waiting_poll_wakes_for_new_item(engine: Engine) -> None:
     async with asyncio.TaskGroup() as group:
-        polls = [group.create_task(engine.long_poll(ENV, Poll("a", 999_000), never)) for _ in "ab"]
-        await asyncio.sleep(0.05)  # either order is right; mostly the polls wait already
+        polls = [
+            group.create_task(engine.long_poll(ENV, Poll("a", 999_000), client_has_left))
+            for _ in "ab"
+        ]
+        await asyncio.sleep(0.05)  # the polls usually wait by now, but may also begin later
         items = await engine.enqueue(ENV, count=2)
     assert {item.id for poll in polls if (item := poll.result())} == {item.id for item in items}
 
 
-async def test_release_ends_waiting_polls_and_streams(engine: Engine) -> None:
+async def test_released_engine_ends_waiting_polls_and_streams(engine: Engine) -> None:
     (item,) = await engine.enqueue(OTHER)
     async with asyncio.TaskGroup() as group:
-        poll = group.create_task(engine.long_poll(ENV, Poll("a", 999_000), never))
+        poll = group.create_task(engine.long_poll(ENV, Poll("a", 999_000), client_has_left))
         stream = group.create_task(engine.wait_for_events(item.session_id, 0, 999.0))
-        await asyncio.sleep(0.05)  # either order is right
+        await asyncio.sleep(0.05)  # both calls usually wait by now, but may also begin later
         engine.end_waits()
     assert poll.result() is None
     assert stream.result() is None
@@ -229,16 +239,16 @@ async def test_release_ends_waiting_polls_and_streams(engine: Engine) -> None:
 @pytest.mark.parametrize("name", ["ack_item", "heartbeat", "stop_item", "get_item"])
 @pytest.mark.parametrize("work_id", ["work_" + 32 * "0", "\0", "\udc80", 200 * "x"])
 async def test_unknown_item_is_not_found(engine: Engine, name: str, work_id: str) -> None:
-    assert await refusal(getattr(engine, name)(ENV, work_id)) == 404
+    assert await status_of_refusal(getattr(engine, name)(ENV, work_id)) == 404
 
 
 async def test_item_of_other_environment_is_not_found(engine: Engine) -> None:
     (item,) = await engine.enqueue(OTHER)
-    assert await refusal(engine.get_item(ENV, item.id)) == 404
+    assert await status_of_refusal(engine.get_item(ENV, item.id)) == 404
 
 
 async def test_concurrent_stops_and_updates_all_apply(engine: Engine) -> None:
-    item = await held(engine)
+    item = await create_active_item(engine)
     async with asyncio.TaskGroup() as group:
         for number in range(12):
             group.create_task(engine.update_metadata(ENV, item.id, {str(number): "x"}, "a"))
@@ -250,20 +260,22 @@ async def test_concurrent_stops_and_updates_all_apply(engine: Engine) -> None:
 
 async def test_concurrent_claims_deliver_each_item_once(engine: Engine) -> None:
     items = await engine.enqueue(ENV, count=20)
-    found = await asyncio.gather(*(engine.long_poll(ENV, Poll("a"), never) for _ in range(25)))
-    # A poll may see an item that another one takes first; then its own answer is empty.
+    found = await asyncio.gather(
+        *(engine.long_poll(ENV, Poll("a"), client_has_left) for _ in range(25))
+    )
+    # A poll whose item another poll takes first has an empty answer.
     ids = [item.id for item in found if item is not None]
-    while (item := await engine.long_poll(ENV, Poll("a"), never)) is not None:
+    while (item := await engine.long_poll(ENV, Poll("a"), client_has_left)) is not None:
         ids.append(item.id)
     assert sorted(ids) == [item.id for item in items]
 
 
 async def test_statistics_count_every_state(engine: Engine, clock: MovableClock) -> None:
-    await held(engine, "a")
-    stopped = await held(engine, "b")
+    await create_active_item(engine, "a")
+    stopped = await create_active_item(engine, "b")
     await engine.stop_item(ENV, stopped.id, force=True)
     (oldest, *_) = await engine.enqueue(ENV, count=3)
-    await claimed(engine, "c")
+    await claim_item(engine, "c")
     assert await engine.queue_stats(ENV) == WorkQueueStats(2, 1, oldest.created_at, 3, 1, 1)
     clock.advance(5)
     assert (await engine.queue_stats(ENV)).pending == 0
@@ -287,7 +299,7 @@ async def test_search_selects_and_orders_items(engine: Engine) -> None:
         await engine.update_metadata(ENV, item.id, {"workpool.error": "E"})
         await engine.stop_item(ENV, item.id)
     queued = await engine.list_items(
-        ENV, ALL, ItemFilter("queued", failed=False, newest_first=True)
+        ENV, FIRST_PAGE, ItemFilter("queued", failed=False, newest_first=True)
     )
     assert [item.id for item in queued.items] == [items[3].id, items[2].id]
     page = await engine.list_items(
@@ -297,20 +309,20 @@ async def test_search_selects_and_orders_items(engine: Engine) -> None:
 
 
 async def test_environments_are_created_and_listed(engine: Engine) -> None:
-    assert await refusal(engine.check_environment("env_unknown")) == 404
-    assert await refusal(engine.check_environment("\0")) == 404
-    assert await refusal(engine.check_environment(CLOUD)) == 400
+    assert await status_of_refusal(engine.check_environment("env_unknown")) == 404
+    assert await status_of_refusal(engine.check_environment("\0")) == 404
+    assert await status_of_refusal(engine.check_environment(CLOUD)) == 400
     created = await engine.create_environment(NewEnvironment("a\0b", None, {"k": "v"}))
     await engine.check_environment(created.id)
     assert await engine.get_environment(created.id) == created
-    page = await engine.list_environments(ALL, None)
+    page = await engine.list_environments(FIRST_PAGE, None)
     assert [each.id for each in page.items] == sorted([ENV, OTHER, CLOUD, created.id])
     page = await engine.list_environments(PageRequest(1, "", None), frozenset({ENV, created.id}))
     assert len(page.items) == 1
     assert page.has_more
 
 
-def wanted_session(**fields: Any) -> NewSession:
+def new_session(**fields: Any) -> NewSession:
     values: dict[str, Any] = {
         "environment_id": ENV,
         "agent": {"id": "agent_1"},
@@ -324,10 +336,10 @@ def wanted_session(**fields: Any) -> NewSession:
 
 async def test_session_is_created_read_and_archived(engine: Engine) -> None:
     created = await engine.create_session(
-        wanted_session(title="t\0", metadata={"k": "v"}, initial_events=[MESSAGE])
+        new_session(title="t\0", metadata={"k": "v"}, initial_events=[MESSAGE])
     )
     assert await engine.get_session(created.id) == created
-    page = await engine.list_events(created.id, ALL, EVERY_EVENT)
+    page = await engine.list_events(created.id, FIRST_PAGE, EVERY_EVENT)
     assert [event.value["content"] for event in page.items] == [MESSAGE["content"]]
     archived = await engine.archive_session(created.id)
     assert archived.status == "terminated"
@@ -335,31 +347,32 @@ async def test_session_is_created_read_and_archived(engine: Engine) -> None:
     assert (await engine.get_item(ENV, created.item.id)).state == "stopped"
     assert (await engine.queue_stats(ENV)).stopped == 1
     assert await engine.archive_session(created.id) == archived
-    assert await refusal(engine.send_events(created.id, [MESSAGE])) == 409
+    assert await status_of_refusal(engine.send_events(created.id, [MESSAGE])) == 409
 
 
 @pytest.mark.parametrize("session_id", ["sess_" + 32 * "0", "", "\0"])
 async def test_unknown_session_is_not_found(engine: Engine, session_id: str) -> None:
-    assert await refusal(engine.get_session(session_id)) == 404
-    assert await refusal(engine.send_events(session_id, [MESSAGE])) == 404
-    assert await refusal(engine.archive_session(session_id)) == 404
+    assert await status_of_refusal(engine.get_session(session_id)) == 404
+    assert await status_of_refusal(engine.send_events(session_id, [MESSAGE])) == 404
+    assert await status_of_refusal(engine.archive_session(session_id)) == 404
 
 
-async def test_scripted_session_goes_on_by_results(engine: Engine) -> None:
+async def test_scripted_session_continues_after_each_result(engine: Engine) -> None:
     (item,) = await engine.enqueue(ENV, script=SCRIPT)
-    page = await engine.list_events(item.session_id, ALL, EVERY_EVENT)
+    page = await engine.list_events(item.session_id, FIRST_PAGE, EVERY_EVENT)
     (use,) = [event for event in page.items if event.type == "agent.tool_use"]
     result = {"type": "user.tool_result", "tool_use_id": use.id}
     assert len(await engine.send_events(item.session_id, [result])) == 1
-    assert await refusal(engine.send_events(item.session_id, [result])) == 409
+    assert await status_of_refusal(engine.send_events(item.session_id, [result])) == 409
     types = [
-        event.type for event in (await engine.list_events(item.session_id, ALL, EVERY_EVENT)).items
+        event.type
+        for event in (await engine.list_events(item.session_id, FIRST_PAGE, EVERY_EVENT)).items
     ]
     assert types[-3:] == ["user.tool_result", "agent.message", "session.status_idle"]
     assert (await engine.get_session(item.session_id)).status == "idle"
 
 
-async def test_events_are_selected_by_type_and_place(engine: Engine) -> None:
+async def test_events_are_selected_by_type_and_position(engine: Engine) -> None:
     (item,) = await engine.enqueue(ENV)
     sent = [(await engine.send_events(item.session_id, [MESSAGE]))[0] for _ in range(4)]
     await engine.emit_events(item.session_id, [{"type": "agent.thinking"}])
@@ -373,7 +386,7 @@ async def test_events_are_selected_by_type_and_place(engine: Engine) -> None:
     assert list(page.items) == [sent[1], sent[2]]
 
 
-async def test_stream_follows_events_from_a_place(engine: Engine) -> None:
+async def test_stream_returns_events_after_given_position(engine: Engine) -> None:
     (item,) = await engine.enqueue(ENV)
     first, second = await engine.send_events(item.session_id, [MESSAGE, MESSAGE])
     assert await engine.stream_position(item.session_id, None) == 2
@@ -383,21 +396,21 @@ async def test_stream_follows_events_from_a_place(engine: Engine) -> None:
     assert list(await engine.wait_for_events(item.session_id, 2, 0.01) or "x") == ["x"]
     async with asyncio.TaskGroup() as group:
         stream = group.create_task(engine.wait_for_events(item.session_id, 2, 999.0))
-        await asyncio.sleep(0.05)  # either order is right
+        await asyncio.sleep(0.05)  # the stream usually waits by now, but may also begin later
         third = await engine.send_events(item.session_id, [MESSAGE])
     assert stream.result() == list(third)
 
 
-async def test_concurrent_sends_have_one_order(engine: Engine) -> None:
+async def test_events_of_concurrent_sends_have_one_order(engine: Engine) -> None:
     (item,) = await engine.enqueue(ENV)
     await asyncio.gather(*(engine.send_events(item.session_id, [MESSAGE]) for _ in range(12)))
-    events = (await engine.list_events(item.session_id, ALL, EVERY_EVENT)).items
+    events = (await engine.list_events(item.session_id, FIRST_PAGE, EVERY_EVENT)).items
     assert len(events) == 12
     assert [event.id for event in events] == sorted(event.id for event in events)
     assert await engine.wait_for_events(item.session_id, 0, 1.0) == list(events)
 
 
-async def test_message_to_stopped_session_brings_work(engine: Engine) -> None:
+async def test_message_to_session_with_stopped_item_creates_item(engine: Engine) -> None:
     (item,) = await engine.enqueue(ENV)
     await engine.send_events(item.session_id, [MESSAGE], messages_bring_work=True)
     assert (await engine.get_session(item.session_id)).item.id == item.id
@@ -405,17 +418,17 @@ async def test_message_to_stopped_session_brings_work(engine: Engine) -> None:
     await engine.send_events(item.session_id, [MESSAGE], messages_bring_work=True)
     further = (await engine.get_session(item.session_id)).item
     assert further.id > item.id
-    assert (await claimed(engine)).id == further.id
+    assert (await claim_item(engine)).id == further.id
 
 
 async def test_sessions_are_selected_and_ordered(engine: Engine) -> None:
     first, second, third = [
-        await engine.create_session(wanted_session(agent={"id": f"agent_{number}"}))
+        await engine.create_session(new_session(agent={"id": f"agent_{number}"}))
         for number in range(3)
     ]
     await engine.archive_session(second.id)
     newest = SessionFilter(archived=False, newest_first=True)
-    page = await engine.list_sessions(ALL, newest)
+    page = await engine.list_sessions(FIRST_PAGE, newest)
     assert [view.id for view in page.items] == [third.id, first.id]
     page = await engine.list_sessions(PageRequest(1, "", None), SessionFilter())
     assert ([view.id for view in page.items], page.has_more) == ([first.id], True)

@@ -92,7 +92,7 @@ async def test_malformed_enqueue_body_is_400_and_creates_nothing(
     answer = await api("POST", api.work_url(), data=body)
     assert answer.status == 400
     if param is not None:
-        assert answer.error_type["param"] == param
+        assert answer.error["param"] == param
     assert (await api.queue_stats())["depth"] == 0
 
 
@@ -103,7 +103,7 @@ async def test_enqueue_with_other_type_creates_item_of_that_type(api: ApiClient)
 
 
 @pytest.mark.usefixtures("both_stores")
-async def test_items_are_the_same_in_both_dialects(
+async def test_item_created_in_one_dialect_is_delivered_in_the_other(
     qoder_api: ApiClient, anthropic_api: ApiClient
 ) -> None:
     created = (await anthropic_api("POST", anthropic_api.work_url())).body["data"][0]

@@ -29,8 +29,7 @@ CALLS = {
     "enqueue": ("POST", ""),
 }
 ON_ITEMS = ["ack", "heartbeat", "stop", "update", "get"]
-# Every mistake that one request can contain, all at once.
-BAD = {
+BAD_REQUEST = {
     "params": {
         "block_ms": "0",
         "desired_ttl_seconds": "0",
@@ -39,43 +38,44 @@ BAD = {
     },
     "data": b"{",
 }
+"""The options of a request with every mistake that it can contain."""
 
 
 @pytest.mark.parametrize("call", CALLS)
 async def test_error_statuses_have_documented_precedence(api: ApiClient, call: str) -> None:
     method, suffix = CALLS[call]
 
-    async def status_of(token: str | None, environment: str) -> int:
+    async def status_of_bad_request(token: str | None, environment: str) -> int:
         api.token = token
         url = api.work_url(suffix.format(id=UNKNOWN_ITEM), environment)
-        answer = await api(method, url, **BAD)
-        assert answer.error_type["type"]
+        answer = await api(method, url, **BAD_REQUEST)
+        assert answer.error["type"]
         return answer.status
 
-    assert await status_of(None, UNKNOWN_ENV) == 401
-    assert await status_of("wrong", CLOUD) == 401
-    assert await status_of(LIMITED, UNKNOWN_ENV) == 403
-    assert await status_of(LIMITED, OTHER) == 403
-    assert await status_of(LIMITED, CLOUD) == 403
-    assert await status_of(TOKEN, UNKNOWN_ENV) == 404
-    assert await status_of(TOKEN, CLOUD) == 400
+    assert await status_of_bad_request(None, UNKNOWN_ENV) == 401
+    assert await status_of_bad_request("wrong", CLOUD) == 401
+    assert await status_of_bad_request(LIMITED, UNKNOWN_ENV) == 403
+    assert await status_of_bad_request(LIMITED, OTHER) == 403
+    assert await status_of_bad_request(LIMITED, CLOUD) == 403
+    assert await status_of_bad_request(TOKEN, UNKNOWN_ENV) == 404
+    assert await status_of_bad_request(TOKEN, CLOUD) == 400
     expected = {"get": 404, "stats": 200}.get(call, 404 if call in ON_ITEMS else 400)
     if expected != 200:
-        assert await status_of(TOKEN, ENV) == expected
-        assert await status_of(LIMITED, ENV) == expected
+        assert await status_of_bad_request(TOKEN, ENV) == expected
+        assert await status_of_bad_request(LIMITED, ENV) == expected
 
 
 @pytest.mark.parametrize("call", ["ack", "heartbeat", "stop", "update"])
 async def test_bad_request_precedes_409(api: ApiClient, call: str) -> None:
-    work_id = await api.item_in_state("stopped")
+    work_id = await api.create_item_in_state("stopped")
     method, suffix = CALLS[call]
-    answer = await api(method, api.work_url(suffix.format(id=work_id)), **BAD)
-    # an ack has no parameter that could be malformed
+    answer = await api(method, api.work_url(suffix.format(id=work_id)), **BAD_REQUEST)
+    # An ack has no parameters that could be malformed.
     assert answer.status == (409 if call == "ack" else 400)
 
 
 async def test_conflict_409_precedes_412(qoder_api: ApiClient) -> None:
-    work_id = await qoder_api.item_in_state("stopped")
+    work_id = await qoder_api.create_item_in_state("stopped")
     assert (await qoder_api.heartbeat(work_id, "2026-03-01T12:00:00Z")).status == 409
 
 
@@ -84,7 +84,7 @@ async def test_environment_that_is_not_self_hosted_is_400(api: ApiClient, call: 
     method, suffix = CALLS[call]
     answer = await api(method, api.work_url(suffix.format(id=UNKNOWN_ITEM), CLOUD))
     assert answer.status == 400
-    assert answer.error_type["type"] == "invalid_request_error"
+    assert answer.error["type"] == "invalid_request_error"
 
 
 @pytest.mark.parametrize(
@@ -109,7 +109,7 @@ async def test_missing_or_wrong_token_is_401(api: ApiClient, authorization: str 
     headers = {} if authorization is None else {"Authorization": authorization}
     answer = await api("GET", api.work_url("/poll"), headers=headers)
     assert answer.status == 401
-    assert answer.error_type["type"] == "authentication_error"
+    assert answer.error["type"] == "authentication_error"
     assert TOKEN not in str(answer.body)
 
 
@@ -124,7 +124,7 @@ async def test_token_without_permission_is_403(api: ApiClient) -> None:
     assert (await api.poll(ENV)).status == 200
     answer = await api.poll(OTHER)
     assert answer.status == 403
-    assert answer.error_type["type"] == "permission_error"
+    assert answer.error["type"] == "permission_error"
 
 
 @pytest.mark.parametrize(
@@ -134,7 +134,7 @@ async def test_token_without_permission_is_403(api: ApiClient) -> None:
 async def test_unknown_path_is_404_with_error_body(api: ApiClient, path: str) -> None:
     answer = await api("GET", api.base_path + path)
     assert answer.status == 404
-    assert answer.error_type["type"] == "not_found_error"
+    assert answer.error["type"] == "not_found_error"
 
 
 @pytest.mark.parametrize(
@@ -156,7 +156,7 @@ async def test_wrong_method_is_405_with_error_body(
 ) -> None:
     answer = await api(method, api.work_url(suffix))
     assert answer.status == 405
-    assert answer.error_type["type"] == "invalid_request_error"
+    assert answer.error["type"] == "invalid_request_error"
     assert answer.headers["Allow"] == allowed
 
 

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 BASH: dict[str, Any] = {"name": "Bash", "input": {"command": "ls"}}
 CUSTOM: dict[str, Any] = {"name": "weather", "input": {"city": "Ulm"}, "custom": True}
-TIME = "2026-03-01T12:00:00.000000Z"
+START_TIME = "2026-03-01T12:00:00.000000Z"
 TEXT = [{"type": "text", "text": "hello"}]
 
 
@@ -64,16 +64,13 @@ def tool_result(use: dict[str, Any], text: str = "done", **more: object) -> dict
     }
 
 
-def scripted_session(api: ApiClient, *entries: dict[str, Any]) -> str:
+def create_scripted_session(api: ApiClient, *entries: dict[str, Any]) -> str:
     (item,) = api.plane.enqueue(script=entries)
     return item.session_id
 
 
-async def last_event(api: ApiClient, session_id: str, kind: str) -> dict[str, Any]:
+async def last_event_of_type(api: ApiClient, session_id: str, kind: str) -> dict[str, Any]:
     return [event for event in await event_history(api, session_id) if event["type"] == kind][-1]
-
-
-# Scripted sessions.
 
 
 @pytest.mark.usefixtures("both_stores")
@@ -88,16 +85,20 @@ async def test_scripted_session_emits_events_from_first_to_last(api: ApiClient) 
         "id": message["id"],
         "type": "user.message",
         "content": [{"type": "text", "text": "Run the script."}],
-        "processed_at": TIME,
+        "processed_at": START_TIME,
     }
-    assert running == {"id": running["id"], "type": "session.status_running", "processed_at": TIME}
+    assert running == {
+        "id": running["id"],
+        "type": "session.status_running",
+        "processed_at": START_TIME,
+    }
     assert first == {
         "id": first["id"],
         "type": "agent.tool_use",
         "name": "Bash",
         "input": {"command": "ls"},
         "evaluated_permission": "allow",
-        "processed_at": TIME,
+        "processed_at": START_TIME,
     }
     assert await session_status(api, session_id) == "running"
 
@@ -110,9 +111,9 @@ async def test_scripted_session_emits_events_from_first_to_last(api: ApiClient) 
         "tool_use_id": first["id"],
         "content": [{"type": "text", "text": "done"}],
         "is_error": False,
-        "processed_at": TIME,
+        "processed_at": START_TIME,
     }
-    second = await last_event(api, session_id, "agent.tool_use")
+    second = await last_event_of_type(api, session_id, "agent.tool_use")
     assert (second["name"], second["input"]) == ("Read", {"file_path": "a"})
     await send_events(api, session_id, tool_result(second))
 
@@ -135,7 +136,7 @@ async def test_scripted_session_emits_events_from_first_to_last(api: ApiClient) 
 
 
 async def test_empty_script_ends_turn_at_once(api: ApiClient) -> None:
-    assert await event_types(api, scripted_session(api)) == [
+    assert await event_types(api, create_scripted_session(api)) == [
         "user.message",
         "session.status_running",
         "agent.message",
@@ -145,13 +146,15 @@ async def test_empty_script_ends_turn_at_once(api: ApiClient) -> None:
 
 async def test_each_session_of_one_enqueue_runs_script_separately(api: ApiClient) -> None:
     first, second = (item.session_id for item in api.plane.enqueue(2, script=[BASH]))
-    await send_events(api, first, tool_result(await last_event(api, first, "agent.tool_use")))
+    await send_events(
+        api, first, tool_result(await last_event_of_type(api, first, "agent.tool_use"))
+    )
     assert (await event_types(api, first))[-1] == "session.status_idle"
     assert (await event_types(api, second))[-1] == "agent.tool_use"
 
 
 async def test_script_waits_for_result_of_custom_tool_use(api: ApiClient) -> None:
-    session_id = scripted_session(api, CUSTOM, BASH)
+    session_id = create_scripted_session(api, CUSTOM, BASH)
     use, idle = (await event_history(api, session_id))[2:]
     assert (use["type"], use["name"]) == ("agent.custom_tool_use", "weather")
     assert idle["type"] == "session.status_idle"
@@ -170,16 +173,16 @@ async def test_script_waits_for_result_of_custom_tool_use(api: ApiClient) -> Non
 async def test_script_waits_for_confirmation_of_tool_use_with_permission_ask(
     api: ApiClient,
 ) -> None:
-    session_id = scripted_session(api, {**BASH, "permission": "ask"})
+    session_id = create_scripted_session(api, {**BASH, "permission": "ask"})
     use, idle = (await event_history(api, session_id))[2:]
     assert use["evaluated_permission"] == "ask"
     assert idle["stop_reason"] == {"type": "requires_action", "event_ids": [use["id"]]}
     early = await send_events(api, session_id, tool_result(use))
-    assert (early.status, early.error_type["type"]) == (409, "conflict_error")
+    assert (early.status, early.error["type"]) == (409, "conflict_error")
     allow = {"type": "user.tool_confirmation", "tool_use_id": use["id"], "result": "allow"}
     assert (await send_events(api, session_id, allow)).status == 200
     again = await send_events(api, session_id, allow)
-    assert (again.status, again.error_type["type"]) == (409, "conflict_error")
+    assert (again.status, again.error["type"]) == (409, "conflict_error")
     assert (await event_types(api, session_id))[-1] == "session.status_running"
     assert (await send_events(api, session_id, tool_result(use))).status == 200
     assert (await event_types(api, session_id))[-2:] == ["agent.message", "session.status_idle"]
@@ -189,21 +192,21 @@ async def test_script_waits_for_confirmation_of_tool_use_with_permission_ask(
 async def test_batch_with_two_confirmations_of_one_tool_use_is_409(
     api: ApiClient, verdicts: tuple[str, str]
 ) -> None:
-    session_id = scripted_session(api, {**BASH, "permission": "ask"})
-    use = await last_event(api, session_id, "agent.tool_use")
+    session_id = create_scripted_session(api, {**BASH, "permission": "ask"})
+    use = await last_event_of_type(api, session_id, "agent.tool_use")
     decision = {"type": "user.tool_confirmation", "tool_use_id": use["id"]}
     answer = await send_events(
         api, session_id, *({**decision, "result": word} for word in verdicts)
     )
-    assert (answer.status, answer.error_type["type"]) == (409, "conflict_error")
+    assert (answer.status, answer.error["type"]) == (409, "conflict_error")
     assert len(await event_history(api, session_id)) == 4
 
 
 async def test_denied_tool_use_is_answered_by_server(api: ApiClient) -> None:
-    session_id = scripted_session(
+    session_id = create_scripted_session(
         api, {**BASH, "permission": "ask"}, {**BASH, "permission": "deny"}
     )
-    use = await last_event(api, session_id, "agent.tool_use")
+    use = await last_event_of_type(api, session_id, "agent.tool_use")
     deny = {
         "type": "user.tool_confirmation",
         "tool_use_id": use["id"],
@@ -227,17 +230,17 @@ async def test_denied_tool_use_is_answered_by_server(api: ApiClient) -> None:
         "tool_use_id": use["id"],
         "content": [{"type": "text", "text": "not on a Sunday"}],
         "is_error": True,
-        "processed_at": TIME,
+        "processed_at": START_TIME,
     }
     assert events[7]["evaluated_permission"] == "deny"
     assert events[8]["tool_use_id"] == events[7]["id"]
     late = await send_events(api, session_id, tool_result(use))
-    assert (late.status, late.error_type["type"]) == (409, "conflict_error")
+    assert (late.status, late.error["type"]) == (409, "conflict_error")
 
 
 async def test_interrupt_ends_turn_and_message_continues_script(api: ApiClient) -> None:
-    session_id = scripted_session(api, BASH, BASH)
-    use = await last_event(api, session_id, "agent.tool_use")
+    session_id = create_scripted_session(api, BASH, BASH)
+    use = await last_event_of_type(api, session_id, "agent.tool_use")
     assert (await send_events(api, session_id, {"type": "user.interrupt"})).status == 200
     events = await event_history(api, session_id)
     assert [event["type"] for event in events[3:]] == [
@@ -248,13 +251,13 @@ async def test_interrupt_ends_turn_and_message_continues_script(api: ApiClient) 
     assert events[-1]["stop_reason"] == {"type": "end_turn"}
     assert (await send_events(api, session_id, tool_result(use))).status == 409
     assert (await send_events(api, session_id, {"type": "user.interrupt"})).status == 200
-    assert (await event_types(api, session_id))[-1] == "user.interrupt"  # nothing was interrupted
+    assert (await event_types(api, session_id))[-1] == "user.interrupt"
     await send_events(api, session_id, {"type": "user.message", "content": TEXT})
     assert (await event_types(api, session_id))[-2:] == ["session.status_running", "agent.tool_use"]
 
 
 async def test_interrupt_with_message_begins_new_turn(api: ApiClient) -> None:
-    session_id = scripted_session(api, {**BASH, "permission": "ask"}, BASH)
+    session_id = create_scripted_session(api, {**BASH, "permission": "ask"}, BASH)
     message = {"type": "user.message", "content": TEXT}
     assert (await send_events(api, session_id, {"type": "user.interrupt"}, message)).status == 200
     assert (await event_types(api, session_id))[4:] == [
@@ -268,7 +271,7 @@ async def test_interrupt_with_message_begins_new_turn(api: ApiClient) -> None:
 
 
 async def test_message_after_end_of_script_is_answered(api: ApiClient) -> None:
-    session_id = scripted_session(api)
+    session_id = create_scripted_session(api)
     await send_events(api, session_id, {"type": "user.message", "content": TEXT})
     assert (await event_types(api, session_id))[4:] == [
         "user.message",
@@ -278,13 +281,10 @@ async def test_message_after_end_of_script_is_answered(api: ApiClient) -> None:
     ]
 
 
-# Sending.
-
-
 @pytest.mark.usefixtures("both_stores")
 async def test_batch_with_one_invalid_event_is_refused_completely(api: ApiClient) -> None:
-    session_id = scripted_session(api, BASH)
-    use = await last_event(api, session_id, "agent.tool_use")
+    session_id = create_scripted_session(api, BASH)
+    use = await last_event_of_type(api, session_id, "agent.tool_use")
     before = await event_history(api, session_id)
     message = {"type": "user.message", "content": TEXT}
     unknown = {"type": "user.tool_result", "tool_use_id": "evt_" + "0" * 32}
@@ -295,18 +295,18 @@ async def test_batch_with_one_invalid_event_is_refused_completely(api: ApiClient
         ([tool_result(use), {"type": "user.message"}], 400, "invalid_request_error"),
     ):
         answer = await send_events(api, session_id, *batch)
-        assert (answer.status, answer.error_type["type"]) == (code, kind)
+        assert (answer.status, answer.error["type"]) == (code, kind)
     assert await event_history(api, session_id) == before
     assert (await send_events(api, session_id, message, tool_result(use))).status == 200
 
 
 async def test_second_result_for_tool_use_is_409(api: ApiClient) -> None:
-    session_id = scripted_session(api, BASH, BASH)
-    use = await last_event(api, session_id, "agent.tool_use")
+    session_id = create_scripted_session(api, BASH, BASH)
+    use = await last_event_of_type(api, session_id, "agent.tool_use")
     await send_events(api, session_id, tool_result(use))
     for text in ("done", "something else"):
         answer = await send_events(api, session_id, tool_result(use, text))
-        assert (answer.status, answer.error_type["type"]) == (409, "conflict_error")
+        assert (answer.status, answer.error["type"]) == (409, "conflict_error")
 
 
 @pytest.mark.parametrize(
@@ -350,22 +350,22 @@ async def test_second_result_for_tool_use_is_409(api: ApiClient) -> None:
 async def test_malformed_events_are_400_and_append_nothing(
     api: ApiClient, body: bytes, param: str | None
 ) -> None:
-    session_id = scripted_session(api, BASH)
+    session_id = create_scripted_session(api, BASH)
     answer = await api("POST", events_path(api, session_id), data=body)
     assert answer.status == 400
-    assert answer.error_type.get("param") == param
+    assert answer.error.get("param") == param
     assert len(await event_history(api, session_id)) == 3
 
 
 async def test_unknown_fields_of_event_are_dropped(api: ApiClient) -> None:
-    session_id = scripted_session(api)
+    session_id = create_scripted_session(api)
     message = {"type": "user.message", "content": TEXT, "id": "evt_mine", "colour": "red"}
     (stored,) = (await send_events(api, session_id, message)).body["data"]
     assert set(stored) == {"id", "type", "content", "processed_at"}
     assert stored["id"] != "evt_mine"
 
 
-async def test_events_are_read_and_sent_only_with_permission(
+async def test_events_of_forbidden_session_are_neither_read_nor_sent(
     api: ApiClient, http_session: aiohttp.ClientSession
 ) -> None:
     mine, theirs = (
@@ -391,12 +391,9 @@ async def test_events_are_read_and_sent_only_with_permission(
         )
 
 
-# Event lists.
-
-
 @pytest.mark.usefixtures("both_stores")
 async def test_event_pages_are_listed_in_both_directions(api: ApiClient) -> None:
-    session_id = scripted_session(api)
+    session_id = create_scripted_session(api)
     for _ in range(5):
         await send_events(api, session_id, {"type": "user.message", "content": TEXT})
     url = events_path(api, session_id)
@@ -435,14 +432,13 @@ async def test_session_without_events_has_empty_history(api: ApiClient) -> None:
      {"before_id": "evt_x"}, {"page": "after-evt_" + "0" * 32, "after_id": "evt_" + "0" * 32}],
 )  # fmt: skip
 async def test_invalid_cursor_of_event_list_is_400(api: ApiClient, params: dict[str, str]) -> None:
-    assert (await api("GET", events_path(api, scripted_session(api)), params=params)).status == 400
+    assert (
+        await api("GET", events_path(api, create_scripted_session(api)), params=params)
+    ).status == 400
 
 
-# Filters and order of event lists.
-
-
-async def listed_texts(api: ApiClient, session_id: str, *params: tuple[str, str]) -> list[str]:
-    """Return the texts of the agent's messages, read in pages of two."""
+async def list_texts(api: ApiClient, session_id: str, *params: tuple[str, str]) -> list[str]:
+    """Read a list of events in pages of two and return their texts."""
     texts, page = [], None
     while True:
         query = [*params, ("limit", "2"), *([("page", page)] if page else [])]
@@ -460,8 +456,8 @@ async def listed_texts(api: ApiClient, session_id: str, *params: tuple[str, str]
 
 
 @pytest.fixture
-def session_with_messages(api: ApiClient, clock: MovableClock) -> str:
-    """Return a session with messages "0" to "4", one a second, alternating with thinking events."""
+def session_with_five_events(api: ApiClient, clock: MovableClock) -> str:
+    """Return a session with five events, one a second, with the texts "0" to "4"."""
     (item,) = api.plane.enqueue()
     for number in range(5):
         kind = "agent.message" if number % 2 == 0 else "agent.thinking"
@@ -471,17 +467,17 @@ def session_with_messages(api: ApiClient, clock: MovableClock) -> str:
     return item.session_id
 
 
-async def test_events_in_descending_order_are_listed_to_the_oldest(
-    api: ApiClient, session_with_messages: str
+async def test_events_in_descending_order_are_listed_newest_first(
+    api: ApiClient, session_with_five_events: str
 ) -> None:
-    assert await listed_texts(api, session_with_messages, ("order", "desc")) == [
+    assert await list_texts(api, session_with_five_events, ("order", "desc")) == [
         "4",
         "3",
         "2",
         "1",
         "0",
     ]
-    assert await listed_texts(api, session_with_messages, ("order", "asc")) == [
+    assert await list_texts(api, session_with_five_events, ("order", "asc")) == [
         "0",
         "1",
         "2",
@@ -492,19 +488,19 @@ async def test_events_in_descending_order_are_listed_to_the_oldest(
 
 @pytest.mark.parametrize("name", ["types", "types[]"])
 async def test_events_are_filtered_by_type(
-    api: ApiClient, session_with_messages: str, name: str
+    api: ApiClient, session_with_five_events: str, name: str
 ) -> None:
-    assert await listed_texts(api, session_with_messages, (name, "agent.message")) == [
+    assert await list_texts(api, session_with_five_events, (name, "agent.message")) == [
         "0",
         "2",
         "4",
     ]
-    assert await listed_texts(
-        api, session_with_messages, (name, "agent.message"), ("order", "desc")
+    assert await list_texts(
+        api, session_with_five_events, (name, "agent.message"), ("order", "desc")
     ) == ["4", "2", "0"]
     both = [(name, "agent.message"), (name, "agent.thinking")]
-    assert await listed_texts(api, session_with_messages, *both) == ["0", "1", "2", "3", "4"]
-    assert await listed_texts(api, session_with_messages, (name, "agent.unknown")) == []
+    assert await list_texts(api, session_with_five_events, *both) == ["0", "1", "2", "3", "4"]
+    assert await list_texts(api, session_with_five_events, (name, "agent.unknown")) == []
 
 
 @pytest.mark.parametrize(
@@ -522,19 +518,23 @@ async def test_events_are_filtered_by_type(
 )  # fmt: skip
 @pytest.mark.parametrize("order", ["asc", "desc"])
 async def test_events_are_filtered_by_time(
-    api: ApiClient, session_with_messages: str, bounds: dict[str, str], texts: list[str], order: str
+    api: ApiClient,
+    session_with_five_events: str,
+    bounds: dict[str, str],
+    texts: list[str],
+    order: str,
 ) -> None:
     params = [(f"created_at[{name}]", value) for name, value in bounds.items()]
     expected = texts if order == "asc" else texts[::-1]
-    assert await listed_texts(api, session_with_messages, *params, ("order", order)) == expected
+    assert await list_texts(api, session_with_five_events, *params, ("order", order)) == expected
 
 
 async def test_before_id_with_filter_returns_nearest_events_in_ascending_order(
-    api: ApiClient, session_with_messages: str
+    api: ApiClient, session_with_five_events: str
 ) -> None:
-    last_id = (await event_history(api, session_with_messages))[-1]["id"]
+    last_id = (await event_history(api, session_with_five_events))[-1]["id"]
     params = {"before_id": last_id, "types": "agent.message", "limit": "1"}
-    answer = await api("GET", events_path(api, session_with_messages), params=params)
+    answer = await api("GET", events_path(api, session_with_five_events), params=params)
     assert [event["content"][0]["text"] for event in answer.body["data"]] == ["2"]
     assert answer.body["has_more"] is True
 
@@ -550,25 +550,24 @@ async def test_before_id_with_filter_returns_nearest_events_in_ascending_order(
         ("created_at[lt]", ""),
     ],
 )
-async def test_malformed_event_filter_is_400_and_named(
+async def test_malformed_event_filter_is_400_with_its_name(
     api: ApiClient, name: str, value: str
 ) -> None:
-    answer = await api("GET", events_path(api, scripted_session(api)), params={name: value})
-    assert (answer.status, answer.error_type["param"]) == (400, name)
+    answer = await api("GET", events_path(api, create_scripted_session(api)), params={name: value})
+    assert (answer.status, answer.error["param"]) == (400, name)
 
 
 async def test_after_id_in_descending_order_is_400(
-    api: ApiClient, session_with_messages: str
+    api: ApiClient, session_with_five_events: str
 ) -> None:
-    first_id = (await event_history(api, session_with_messages))[0]["id"]
+    first_id = (await event_history(api, session_with_five_events))[0]["id"]
     params = {"after_id": first_id, "order": "desc"}
-    assert (await api("GET", events_path(api, session_with_messages), params=params)).status == 400
+    assert (
+        await api("GET", events_path(api, session_with_five_events), params=params)
+    ).status == 400
 
 
-# Events of the agent that an embedding program emits.
-
-
-async def test_partly_resolved_action_is_announced_again_with_remaining_calls(
+async def test_idle_event_after_one_of_two_results_names_remaining_tool_use(
     api: ApiClient,
 ) -> None:
     (item,) = api.plane.enqueue()
@@ -578,20 +577,20 @@ async def test_partly_resolved_action_is_announced_again_with_remaining_calls(
         {"type": "agent.tool_use", "name": "Bash", "input": {}, "evaluated_permission": "ask"},
         {"type": "agent.tool_use", "name": "Bash", "input": {}},
     )
-    idle = await last_event(api, item.session_id, "session.status_idle")
+    idle = await last_event_of_type(api, item.session_id, "session.status_idle")
     assert idle["stop_reason"] == {
         "type": "requires_action", "event_ids": [one["id"], two["id"]]
     }  # fmt: skip
-    # the result of another worker, for which the session does not wait
+    # The session does not wait for this result, because the tool use needs no action.
     await send_events(api, item.session_id, tool_result(dict(three)))
-    assert (await last_event(api, item.session_id, "session.status_idle"))["id"] == idle["id"]
+    assert (await last_event_of_type(api, item.session_id, "session.status_idle"))["id"] == idle[
+        "id"
+    ]
     await send_events(api, item.session_id, tool_result(dict(one)))
-    idle = await last_event(api, item.session_id, "session.status_idle")
+    idle = await last_event_of_type(api, item.session_id, "session.status_idle")
     assert idle["stop_reason"] == {"type": "requires_action", "event_ids": [two["id"]]}
     allow = {"type": "user.tool_confirmation", "tool_use_id": two["id"], "result": "allow"}
-    await send_events(
-        api, item.session_id, allow, tool_result(dict(two))
-    )  # the confirmation allows the result
+    await send_events(api, item.session_id, allow, tool_result(dict(two)))
     assert (await event_types(api, item.session_id))[-3:] == [
         "user.tool_confirmation",
         "user.tool_result",
@@ -601,29 +600,29 @@ async def test_partly_resolved_action_is_announced_again_with_remaining_calls(
 
 
 async def test_event_to_terminated_session_is_409(api: ApiClient) -> None:
-    session_id = scripted_session(api, BASH)
+    session_id = create_scripted_session(api, BASH)
     api.plane.emit(session_id, {"type": "session.status_terminated"})
     assert await session_status(api, session_id) == "terminated"
     answer = await send_events(api, session_id, {"type": "user.interrupt"})
-    assert (answer.status, answer.error_type["type"]) == (409, "conflict_error")
+    assert (answer.status, answer.error["type"]) == (409, "conflict_error")
 
 
 THREAD_ENDS = {"type": "session.thread_status_terminated", "session_thread_id": "sthr_1"}
 
 
 @pytest.mark.parametrize("kind", ["agent.tool_use", "agent.custom_tool_use"])
-async def test_result_for_call_of_terminated_thread_is_409(api: ApiClient, kind: str) -> None:
+async def test_result_for_tool_use_of_terminated_thread_is_409(api: ApiClient, kind: str) -> None:
     (item,) = api.plane.enqueue()
     use = {"type": kind, "name": "bash", "input": {}, "session_thread_id": "sthr_1"}
     (before,) = api.plane.emit(item.session_id, use)
     (_, after) = api.plane.emit(item.session_id, THREAD_ENDS, use)
     for call in (before, after):
         answer = await send_events(api, item.session_id, tool_result(dict(call)))
-        assert (answer.status, answer.error_type["type"]) == (409, "conflict_error")
-        assert "thread" in answer.error_type["message"]
+        assert (answer.status, answer.error["type"]) == (409, "conflict_error")
+        assert "thread" in answer.error["message"]
 
 
-async def test_confirming_tool_call_of_terminated_session_thread_is_409(api: ApiClient) -> None:
+async def test_confirmation_for_tool_use_of_terminated_thread_is_409(api: ApiClient) -> None:
     (item,) = api.plane.enqueue()
     use = {"type": "agent.tool_use", "name": "bash", "input": {}, "evaluated_permission": "ask"}
     (asked,) = api.plane.emit(item.session_id, {**use, "session_thread_id": "sthr_1"})
@@ -632,12 +631,12 @@ async def test_confirming_tool_call_of_terminated_session_thread_is_409(api: Api
     assert (await send_events(api, item.session_id, allow)).status == 409
 
 
-async def test_termination_of_thread_ends_wait_for_its_calls_only(api: ApiClient) -> None:
+async def test_terminated_thread_ends_wait_for_its_own_tool_uses_only(api: ApiClient) -> None:
     (item,) = api.plane.enqueue()
     use = {"type": "agent.custom_tool_use", "name": "weather", "input": {}}
     _, other = api.plane.emit(item.session_id, {**use, "session_thread_id": "sthr_1"}, use)
     api.plane.emit(item.session_id, THREAD_ENDS)
-    idle = await last_event(api, item.session_id, "session.status_idle")
+    idle = await last_event_of_type(api, item.session_id, "session.status_idle")
     assert idle["stop_reason"] == {"type": "requires_action", "event_ids": [other["id"]]}
     assert (await send_events(api, item.session_id, tool_result(dict(other)))).status == 200
     assert await session_status(api, item.session_id) == "running"
@@ -656,17 +655,17 @@ async def test_event_with_malformed_thread_belongs_to_primary_thread(api: ApiCli
     [{}, {"type": 1}, {"type": "user.message"}, {"type": "agent.tool_use", "name": "Bash"},
      {"type": "agent.message", "content": object()}],
 )  # fmt: skip
-async def test_event_that_no_agent_sends_is_refused(
+async def test_emit_refuses_event_that_agents_do_not_send(
     qoder_api: ApiClient, event: dict[str, Any]
 ) -> None:
-    session_id = scripted_session(qoder_api, BASH)
+    session_id = create_scripted_session(qoder_api, BASH)
     with pytest.raises(APIError):
         qoder_api.plane.emit(session_id, event)
     assert len(qoder_api.plane.events(session_id)) == 3
 
 
 async def test_session_of_stopping_item_has_status_of_item(api: ApiClient) -> None:
-    work_id = await api.item_in_state("stopping")
+    work_id = await api.create_item_in_state("stopping")
     session_id = api.plane.operations.get_item(ENV, work_id).session_id
     api.plane.emit(session_id, {"type": "session.status_running"})
     written = "canceling" if api.dialect == "qoder" else "running"
@@ -674,7 +673,7 @@ async def test_session_of_stopping_item_has_status_of_item(api: ApiClient) -> No
 
 
 async def test_terminated_session_of_stopping_item_stays_terminated(api: ApiClient) -> None:
-    work_id = await api.item_in_state("stopping")
+    work_id = await api.create_item_in_state("stopping")
     session_id = api.plane.operations.get_item(ENV, work_id).session_id
     api.plane.emit(session_id, {"type": "session.status_terminated"})
     assert await session_status(api, session_id) == "terminated"
@@ -683,9 +682,6 @@ async def test_terminated_session_of_stopping_item_stays_terminated(api: ApiClie
 async def test_script_in_cloud_environment_is_refused(qoder_api: ApiClient) -> None:
     with pytest.raises(APIError):
         qoder_api.plane.enqueue(environment_id=CLOUD, script=[BASH])
-
-
-# SQLite.
 
 
 def control_plane_on(file: Path, clock: MovableClock) -> ControlPlane:
@@ -701,7 +697,7 @@ async def test_scripted_session_continues_after_restart(
     script = [{**BASH, "permission": "ask"}, BASH, CUSTOM]
     async with control_plane_on(file, clock) as plane:
         api = ApiClient(plane, http_session, "qoder")
-        session_id = scripted_session(api, *script)
+        session_id = create_scripted_session(api, *script)
         before = await event_history(api, session_id)
     for place in range(3):
         async with control_plane_on(file, clock) as plane:
@@ -727,8 +723,9 @@ async def test_event_missing_after_crash_is_appended_at_start(
 ) -> None:
     file = tmp_path / "work.db"
     async with control_plane_on(file, clock) as plane:
-        session_id = scripted_session(ApiClient(plane, http_session, "qoder"), BASH)
-    with closing(sqlite3.connect(file)) as connection:  # keep only the session and its item
+        session_id = create_scripted_session(ApiClient(plane, http_session, "qoder"), BASH)
+    with closing(sqlite3.connect(file)) as connection:
+        # A crash can leave a session and its item in the file without their events.
         connection.execute("DELETE FROM event")
         connection.commit()
     async with control_plane_on(file, clock) as plane:
@@ -767,14 +764,13 @@ async def test_database_of_older_version_is_migrated(
         assert [event["type"] for event in plane.events(item.session_id)] == ["user.message"]
 
 
-# Events emitted by an embedding program.
-
-
-async def test_stored_event_does_not_change_with_the_object_of_its_sender(
+async def test_stored_event_is_independent_copy_of_sent_object(
     qoder_api: ApiClient,
 ) -> None:
     given: dict[str, Any] = {"command": ["ls"]}
-    session_id = scripted_session(qoder_api, {"name": "Bash", "input": MappingProxyType(given)})
+    session_id = create_scripted_session(
+        qoder_api, {"name": "Bash", "input": MappingProxyType(given)}
+    )
     event: dict[str, Any] = {"type": "agent.thinking", "more": MappingProxyType(given)}
     qoder_api.plane.emit(session_id, event)
     given["command"].append("-l")

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 @pytest.mark.usefixtures("both_stores")
 async def test_first_heartbeat_moves_item_to_active(api: ApiClient, clock: MovableClock) -> None:
-    work_id = await api.item_in_state("starting")
+    work_id = await api.create_item_in_state("starting")
     clock.advance(1.25)
     answer = await api.heartbeat(work_id, "NO_HEARTBEAT")
     assert answer.status == 200
@@ -34,7 +34,7 @@ async def test_first_heartbeat_moves_item_to_active(api: ApiClient, clock: Movab
 
 @pytest.mark.usefixtures("both_stores")
 async def test_later_heartbeats_keep_started_at(api: ApiClient, clock: MovableClock) -> None:
-    work_id = await api.item_in_state("starting")
+    work_id = await api.create_item_in_state("starting")
     last = (await api.heartbeat(work_id, "NO_HEARTBEAT")).body["last_heartbeat"]
     for _ in range(3):
         clock.advance(20)
@@ -48,7 +48,7 @@ async def test_later_heartbeats_keep_started_at(api: ApiClient, clock: MovableCl
 
 
 async def test_two_heartbeats_in_one_microsecond_have_different_times(api: ApiClient) -> None:
-    work_id = await api.item_in_state("starting")
+    work_id = await api.create_item_in_state("starting")
     first = (await api.heartbeat(work_id, "NO_HEARTBEAT")).body["last_heartbeat"]
     second = (await api.heartbeat(work_id, first)).body["last_heartbeat"]
     assert second == "2026-03-01T12:00:00.000001Z"
@@ -57,7 +57,7 @@ async def test_two_heartbeats_in_one_microsecond_have_different_times(api: ApiCl
 
 @pytest.mark.parametrize("state", ["starting", "active", "stopping"])
 async def test_heartbeat_without_expected_time_is_unconditional(api: ApiClient, state: str) -> None:
-    work_id = await api.item_in_state(state)
+    work_id = await api.create_item_in_state(state)
     answer = await api.heartbeat(work_id)
     assert answer.status == 200
     assert answer.body["state"] == ("stopping" if state == "stopping" else "active")
@@ -79,7 +79,7 @@ async def test_heartbeat_without_expected_time_is_unconditional(api: ApiClient, 
 async def test_heartbeat_ttl_is_limited_to_range(
     api: ApiClient, clock: MovableClock, asked: str | None, granted: int
 ) -> None:
-    work_id = await api.item_in_state("starting")
+    work_id = await api.create_item_in_state("starting")
     answer = await api.heartbeat(work_id, "NO_HEARTBEAT", asked)
     assert (answer.status, answer.body["ttl_seconds"]) == (200, granted)
     clock.advance(granted - 0.001)
@@ -90,10 +90,10 @@ async def test_heartbeat_ttl_is_limited_to_range(
 
 @pytest.mark.parametrize("value", ["0", "00", "-1", "", "10.0", "1e1", "ten", "true", "+10"])
 async def test_heartbeat_ttl_other_than_positive_integer_is_400(api: ApiClient, value: str) -> None:
-    work_id = await api.item_in_state("starting")
+    work_id = await api.create_item_in_state("starting")
     answer = await api.heartbeat(work_id, "NO_HEARTBEAT", value)
     assert answer.status == 400
-    assert answer.error_type["param"] == "desired_ttl_seconds"
+    assert answer.error["param"] == "desired_ttl_seconds"
     assert await api.item_state(work_id) == "starting"
 
 
@@ -119,10 +119,10 @@ async def test_heartbeat_ttl_other_than_positive_integer_is_400(api: ApiClient, 
 async def test_expected_last_heartbeat_that_is_no_time_is_400(
     qoder_api: ApiClient, value: str, state: str
 ) -> None:
-    work_id = await qoder_api.item_in_state(state)
+    work_id = await qoder_api.create_item_in_state(state)
     answer = await qoder_api.heartbeat(work_id, value)
     assert answer.status == 400
-    assert answer.error_type["param"] == "expected_last_heartbeat"
+    assert answer.error["param"] == "expected_last_heartbeat"
 
 
 @pytest.mark.parametrize(
@@ -139,21 +139,21 @@ async def test_expected_last_heartbeat_that_is_no_time_is_400(
 async def test_expected_last_heartbeat_that_differs_is_412(
     qoder_api: ApiClient, value: str, state: str
 ) -> None:
-    work_id = await qoder_api.item_in_state(state)
+    work_id = await qoder_api.create_item_in_state(state)
     answer = await qoder_api.heartbeat(work_id, value)
     assert answer.status == 412
-    assert answer.error_type["type"] == "precondition_failed_error"
+    assert answer.error["type"] == "precondition_failed_error"
     assert await qoder_api.item_state(work_id) == state
 
 
 @pytest.mark.parametrize("state", ["active", "stopping"])
-async def test_expecting_no_heartbeat_after_a_heartbeat_is_412(
+async def test_first_heartbeat_sent_again_is_412_with_current_state(
     qoder_api: ApiClient, state: str
 ) -> None:
-    work_id = await qoder_api.item_in_state(state)
+    work_id = await qoder_api.create_item_in_state(state)
     answer = await qoder_api.heartbeat(work_id, "NO_HEARTBEAT")
     assert answer.status == 412
-    assert answer.error_type["details"] == {
+    assert answer.error["details"] == {
         "error_code": "heartbeat_precondition_failed",
         "current_state": {
             "last_heartbeat": "2026-03-01T12:00:00.000000Z",
@@ -165,7 +165,7 @@ async def test_expecting_no_heartbeat_after_a_heartbeat_is_412(
 
 
 async def test_refused_heartbeat_does_not_extend_lease(api: ApiClient, clock: MovableClock) -> None:
-    work_id = await api.item_in_state("active")
+    work_id = await api.create_item_in_state("active")
     clock.advance(59)
     assert (await api.heartbeat(work_id, "NO_HEARTBEAT")).status == 412
     clock.advance(1)
@@ -177,20 +177,17 @@ async def test_refused_heartbeat_does_not_extend_lease(api: ApiClient, clock: Mo
 async def test_heartbeat_of_queued_or_stopped_item_is_409(
     qoder_api: ApiClient, state: str, expected: str | None
 ) -> None:
-    work_id = await qoder_api.item_in_state(state)
+    work_id = await qoder_api.create_item_in_state(state)
     answer = await qoder_api.heartbeat(work_id, expected)
     assert answer.status == 409
-    assert answer.error_type["type"] == "invalid_request_error"
-
-
-# The anthropic dialect: nothing is compared once a stop was requested.
+    assert answer.error["type"] == "invalid_request_error"
 
 
 @pytest.mark.parametrize("expected", [None, "NO_HEARTBEAT", "2020-01-01T00:00:00.000000Z"])
 async def test_anthropic_heartbeat_on_stopping_item_extends_lease_without_comparison(
     anthropic_api: ApiClient, clock: MovableClock, expected: str | None
 ) -> None:
-    work_id = await anthropic_api.item_in_state("stopping")
+    work_id = await anthropic_api.create_item_in_state("stopping")
     clock.advance(59)
     answer = await anthropic_api.heartbeat(work_id, expected, 30)
     assert answer.status == 200
@@ -209,7 +206,7 @@ async def test_anthropic_heartbeat_on_stopping_item_extends_lease_without_compar
 async def test_anthropic_heartbeat_on_stopped_item_answers_state_and_changes_nothing(
     anthropic_api: ApiClient, clock: MovableClock, expected: str | None
 ) -> None:
-    work_id = await anthropic_api.item_in_state("active")
+    work_id = await anthropic_api.create_item_in_state("active")
     await anthropic_api.stop(work_id, json={"force": True})
     before, records = (await anthropic_api.get(work_id)).body, len(anthropic_api.plane.history)
     clock.advance(1)
@@ -229,7 +226,7 @@ async def test_anthropic_heartbeat_on_stopped_item_answers_state_and_changes_not
 async def test_anthropic_heartbeat_on_stopped_item_without_heartbeat_answers_empty_string(
     anthropic_api: ApiClient,
 ) -> None:
-    work_id = await anthropic_api.item_in_state("stopped")
+    work_id = await anthropic_api.create_item_in_state("stopped")
     answer = await anthropic_api.heartbeat(work_id, "NO_HEARTBEAT")
     assert (answer.status, answer.body["last_heartbeat"]) == (200, "")
 
@@ -238,12 +235,14 @@ async def test_anthropic_heartbeat_on_stopped_item_without_heartbeat_answers_emp
 async def test_anthropic_heartbeat_on_queued_item_is_409(
     anthropic_api: ApiClient, expected: str | None
 ) -> None:
-    work_id = await anthropic_api.item_in_state("queued")
+    work_id = await anthropic_api.create_item_in_state("queued")
     assert (await anthropic_api.heartbeat(work_id, expected)).status == 409
 
 
-async def test_anthropic_heartbeat_on_active_item_is_compared(anthropic_api: ApiClient) -> None:
-    work_id = await anthropic_api.item_in_state("active")
+async def test_anthropic_heartbeat_on_active_item_with_wrong_expectation_is_412(
+    anthropic_api: ApiClient,
+) -> None:
+    work_id = await anthropic_api.create_item_in_state("active")
     assert (await anthropic_api.heartbeat(work_id, "NO_HEARTBEAT")).status == 412
 
 
@@ -251,7 +250,7 @@ async def test_anthropic_heartbeat_on_active_item_is_compared(anthropic_api: Api
 async def test_anthropic_heartbeat_with_malformed_expectation_is_400_in_every_state(
     anthropic_api: ApiClient, state: str
 ) -> None:
-    work_id = await anthropic_api.item_in_state(state)
+    work_id = await anthropic_api.create_item_in_state(state)
     assert (await anthropic_api.heartbeat(work_id, "yesterday")).status == 400
 
 
@@ -259,7 +258,7 @@ async def test_anthropic_heartbeat_with_malformed_expectation_is_400_in_every_st
 async def test_heartbeat_of_stopping_item_reports_state_and_extends_lease(
     api: ApiClient, clock: MovableClock
 ) -> None:
-    work_id = await api.item_in_state("stopping")
+    work_id = await api.create_item_in_state("stopping")
     clock.advance(59)
     last = (await api.get(work_id)).body["latest_heartbeat_at"]
     answer = await api.heartbeat(work_id, last, 30)
@@ -272,7 +271,7 @@ async def test_heartbeat_of_stopping_item_reports_state_and_extends_lease(
 
 
 async def test_first_heartbeat_after_stop_request_is_accepted(api: ApiClient) -> None:
-    work_id = await api.item_in_state("starting")
+    work_id = await api.create_item_in_state("starting")
     await api.stop(work_id)
     answer = await api.heartbeat(work_id, "NO_HEARTBEAT")
     assert (answer.status, answer.body["state"]) == (200, "stopping")
@@ -280,8 +279,8 @@ async def test_first_heartbeat_after_stop_request_is_accepted(api: ApiClient) ->
 
 @pytest.mark.parametrize("name", ["expected_last_heartbeat", "desired_ttl_seconds"])
 async def test_heartbeat_parameter_given_twice_is_400(api: ApiClient, name: str) -> None:
-    work_id = await api.item_in_state("starting")
+    work_id = await api.create_item_in_state("starting")
     url = api.work_url(f"/{work_id}/heartbeat")
     answer = await api("POST", url, params=[(name, "10"), (name, "10")])
     assert answer.status == 400
-    assert answer.error_type["param"] == name
+    assert answer.error["param"] == name

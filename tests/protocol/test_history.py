@@ -15,7 +15,7 @@ def operations(clock: MovableClock) -> Operations:
 
 
 def claim_and_heartbeat(operations: Operations, worker: str) -> str:
-    """Poll, acknowledge and send one heartbeat, as one worker."""
+    """Poll an item, acknowledge it and send a heartbeat; return its id."""
     item = operations.poll(ENV, Poll(worker))
     assert item is not None
     operations.ack_item(ENV, item.id, worker)
@@ -161,7 +161,7 @@ def test_action_of_former_holder_counts_as_overlap_only_if_item_is_held(
     assert summarize(operations.history).overlapping == 1
 
 
-def test_history_beyond_limit_forgets_oldest_records_and_counts_them() -> None:
+def test_history_beyond_limit_drops_oldest_records_and_counts_them() -> None:
     history = History(limit=2)
     for number in range(5):
         history.add(Record(number, "work_1", "created", None, "queued"))
@@ -169,10 +169,10 @@ def test_history_beyond_limit_forgets_oldest_records_and_counts_them() -> None:
     assert (len(history), history.forgotten) == (2, 3)
 
 
-def test_worker_that_sends_the_holders_last_heartbeat_takes_item_over(
+def test_worker_that_sends_last_heartbeat_of_holder_takes_item_over(
     operations: Operations,
 ) -> None:
-    """A child of a handoff takes over like this; its parent must not act afterwards."""
+    """The child of a handoff takes an item over in this way; later calls of the parent overlap."""
     operations.enqueue(ENV)
     work_id = claim_and_heartbeat(operations, "a")
     last = to_heartbeat_text(operations.get_item(ENV, work_id).heartbeat_at or 0)

@@ -1,4 +1,4 @@
-"""The search in the list of items, and what the client does without the control plane's help."""
+"""Searches in the list of items, by the control plane or by the client in its place."""
 
 from __future__ import annotations
 
@@ -24,9 +24,11 @@ STATES = ("queued", "starting", "active", "stopping", "stopped")
 
 @pytest.fixture
 async def item_ids(qoder_api: ApiClient) -> dict[str, str]:
-    """One item in each state, oldest first, followed by a failed one."""
-    found = {state: await qoder_api.item_in_state(state, "worker") for state in reversed(STATES)}
-    failed = await qoder_api.item_in_state("stopped")
+    """Return the ids of one item in each state, from the oldest, and of a failed one."""
+    found = {
+        state: await qoder_api.create_item_in_state(state, "worker") for state in reversed(STATES)
+    }
+    failed = await qoder_api.create_item_in_state("stopped")
     qoder_api.plane.operations.update_metadata(ENV, failed, {"workpool.error": "ValueError"})
     return found | {"failed": failed}
 
@@ -49,7 +51,7 @@ async def test_search_by_state_finds_the_items_in_that_state(
     )
 
 
-async def test_search_for_failed_items_leaves_out_other_stopped_ones(
+async def test_search_for_failed_items_finds_only_stopped_items_with_error(
     api: ApiClient, item_ids: dict[str, str]
 ) -> None:
     api.plane.operations.update_metadata(
@@ -68,7 +70,7 @@ async def test_search_in_descending_order_pages_towards_the_oldest(
     assert await search_items(api, order="desc", limit="4", page=token) == (expected[4:], None)
 
 
-async def test_page_of_a_search_examines_a_bounded_number_of_items(
+async def test_search_page_examines_limited_number_of_items(
     api: ApiClient, item_ids: dict[str, str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(operations, "LOOKED_AT_MAX", 4)
@@ -95,7 +97,7 @@ async def test_full_last_page_has_no_next_page(api: ApiClient, item_ids: dict[st
 )
 async def test_search_with_unknown_value_is_400(api: ApiClient, params: dict[str, str]) -> None:
     answer = await api("GET", api.work_url(), params=params)
-    assert (answer.status, answer.error_type["param"]) == (400, next(iter(params)))
+    assert (answer.status, answer.error["param"]) == (400, next(iter(params)))
 
 
 async def test_stats_count_running_and_stopped_items(
@@ -108,14 +110,13 @@ async def test_stats_count_running_and_stopped_items(
     assert (stats["running"], stats["stopped"]) == (2, 3)
 
 
-# Searches by the client.
-
-
-class OtherControlPlane:
-    """A middleware that answers searches as other control planes do.
+class SearchMiddleware:
+    """Middleware of a control plane that supports searches, ignores them or refuses them.
 
     Attributes:
-        refuses: Unknown parameters are a 400, and are not ignored.
+        helps: Searches are supported.
+        refuses: If they are not supported, they are refused with a 400 instead of ignored.
+        lists: The number of list requests.
     """
 
     def __init__(self) -> None:
@@ -140,19 +141,19 @@ class OtherControlPlane:
 
 
 @pytest.fixture
-def other_control_plane() -> OtherControlPlane:
-    return OtherControlPlane()
+def search_middleware() -> SearchMiddleware:
+    return SearchMiddleware()
 
 
 @pytest.fixture
 async def control_plane(
-    clock: MovableClock, other_control_plane: OtherControlPlane
+    clock: MovableClock, search_middleware: SearchMiddleware
 ) -> AsyncIterator[ControlPlane]:
     async with ControlPlane(
         environments=(ENV,),
         tokens={TOKEN: None},
         now=clock,
-        middlewares=[other_control_plane.handle_request],
+        middlewares=[search_middleware.handle_request],
     ) as plane:
         yield plane
 
@@ -165,19 +166,19 @@ async def client(control_plane: ControlPlane) -> AsyncIterator[WorkClient]:
 
 
 @pytest.fixture(params=["helps", "ignores", "refuses"])
-def item_kind(request: pytest.FixtureRequest, other_control_plane: OtherControlPlane) -> str:
-    other_control_plane.helps = request.param == "helps"
-    other_control_plane.refuses = request.param == "refuses"
+def search_support(request: pytest.FixtureRequest, search_middleware: SearchMiddleware) -> str:
+    search_middleware.helps = request.param == "helps"
+    search_middleware.refuses = request.param == "refuses"
     return str(request.param)
 
 
-async def test_client_finds_the_same_items_on_every_control_plane(
-    client: WorkClient, item_ids: dict[str, str], clock: MovableClock, item_kind: str
+async def test_client_finds_same_items_whether_or_not_searches_are_supported(
+    client: WorkClient, item_ids: dict[str, str], clock: MovableClock, search_support: str
 ) -> None:
     failed = await client.find(ItemSearch(20, failed=True))
     assert [item.id for item in failed.items] == [item_ids["failed"]]
     assert failed.complete
-    assert failed.read == (1 if item_kind == "helps" else 6)
+    assert failed.read == (1 if search_support == "helps" else 6)
     clock.advance(1)
     (newer,) = await client.enqueue()
     newest = await client.find(ItemSearch(1, newest=True))
@@ -187,23 +188,23 @@ async def test_client_finds_the_same_items_on_every_control_plane(
     assert [item.id for item in active.items] == [item_ids["active"]]
 
 
-async def test_client_reads_a_bounded_number_of_pages(
+async def test_client_search_reads_limited_number_of_pages(
     client: WorkClient,
     control_plane: ControlPlane,
-    other_control_plane: OtherControlPlane,
+    search_middleware: SearchMiddleware,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    other_control_plane.helps = False
+    search_middleware.helps = False
     monkeypatch.setattr(client_module, "FIND_PAGES_MAX", 3)
     items = control_plane.enqueue(500)
     found = await client.find(ItemSearch(20, failed=True))
     assert (found.items, found.read, found.complete) == ([], 300, False)
-    assert (other_control_plane.lists, found.last_id) == (3, items[299].id)
+    assert (search_middleware.lists, found.last_id) == (3, items[299].id)
     found = await client.find(ItemSearch(20, failed=True), after_id=found.last_id)
     assert (found.read, found.complete) == (200, True)
 
 
-async def test_client_reads_no_more_than_the_limit_without_a_selection(
+async def test_client_without_search_reads_no_more_items_than_its_limit(
     client: WorkClient, control_plane: ControlPlane
 ) -> None:
     items = control_plane.enqueue(7)
@@ -212,10 +213,10 @@ async def test_client_reads_no_more_than_the_limit_without_a_selection(
     assert (found.complete, found.last_id) == (False, items[4].id)
 
 
-async def test_refusal_of_a_list_itself_is_raised(
-    client: WorkClient, other_control_plane: OtherControlPlane
+async def test_client_raises_refusal_of_list_without_search(
+    client: WorkClient, search_middleware: SearchMiddleware
 ) -> None:
-    other_control_plane.helps, other_control_plane.refuses = False, True
+    search_middleware.helps, search_middleware.refuses = False, True
     with pytest.raises(RefusedError):
         await client.find(ItemSearch(5), after_id="work_unknown")
 
@@ -227,6 +228,6 @@ async def test_client_reads_the_counts_of_running_and_stopped_items(client: Work
 
 
 @pytest.mark.parametrize("more", [{}, {"running": None, "stopped": "many"}, {"running": True}])
-def test_counts_that_another_control_plane_does_not_give_are_none(more: dict[str, object]) -> None:
+def test_missing_or_malformed_counts_in_statistics_are_none(more: dict[str, object]) -> None:
     stats = parse_stats({"depth": 1, "pending": 0, **more})
     assert (stats.depth, stats.running, stats.stopped) == (1, None, None)

@@ -29,8 +29,10 @@ def token_in_secret(item: dict[str, Any]) -> str:
     return token
 
 
-async def claimed_item(api: ApiClient, environment: str = ENV) -> tuple[dict[str, Any], ApiClient]:
-    """Return a claimed item, and a client with only the token of the item."""
+async def claim_item_with_token(
+    api: ApiClient, environment: str = ENV
+) -> tuple[dict[str, Any], ApiClient]:
+    """Create and poll an item; return it and a client that has only the token of the item."""
     api.plane.enqueue(script=[BASH], environment_id=environment)
     item = (await api.poll(environment)).body
     return item, ApiClient(api.plane, api.http, "anthropic", token=token_in_secret(item))
@@ -42,7 +44,7 @@ def session_path(api: ApiClient, item: dict[str, Any], suffix: str = "/events") 
 
 @pytest.mark.usefixtures("both_stores")
 async def test_item_token_allows_calls_for_item_from_ack_to_stop(anthropic_api: ApiClient) -> None:
-    item, own = await claimed_item(anthropic_api)
+    item, own = await claim_item_with_token(anthropic_api)
     assert (await own.ack(item["id"])).status == 200
     assert (await own.heartbeat(item["id"], "NO_HEARTBEAT")).status == 200
     session = await own("GET", session_path(own, item, ""))
@@ -57,10 +59,10 @@ async def test_item_token_allows_calls_for_item_from_ack_to_stop(anthropic_api: 
     assert (await own.stop(item["id"], json={"force": True})).status == 204
 
 
-async def forbidden_answers(
+async def make_forbidden_calls(
     own: ApiClient, item: dict[str, Any], other: dict[str, Any]
 ) -> list[HttpAnswer]:
-    """Return the answers to all calls that the token of `item` must not make."""
+    """Make all calls that the token of `item` must not make, and return the answers."""
     base, work_id = own.base_path, item["id"]
     events = {"events": [MESSAGE]}
     return [
@@ -92,22 +94,22 @@ async def forbidden_answers(
 async def test_item_token_is_403_for_all_other_calls(
     anthropic_api: ApiClient, environment: str
 ) -> None:
-    item, own = await claimed_item(anthropic_api)
-    other, _ = await claimed_item(anthropic_api, environment)
-    answers = await forbidden_answers(own, item, other)
+    item, own = await claim_item_with_token(anthropic_api)
+    other, _ = await claim_item_with_token(anthropic_api, environment)
+    answers = await make_forbidden_calls(own, item, other)
     assert [answer.status for answer in answers] == [403] * len(answers)
-    assert {answer.error_type["type"] for answer in answers} == {"permission_error"}
+    assert {answer.error["type"] for answer in answers} == {"permission_error"}
     assert await anthropic_api.item_state(item["id"]) == "queued"
 
 
 async def test_item_token_in_path_of_another_environment_is_403(anthropic_api: ApiClient) -> None:
-    item, own = await claimed_item(anthropic_api)
+    item, own = await claim_item_with_token(anthropic_api)
     url = own.work_url(f"/{item['id']}/heartbeat", OTHER)
     assert (await own("POST", url)).status == 403
 
 
 async def test_item_token_of_stopped_item_opens_no_session(anthropic_api: ApiClient) -> None:
-    item, own = await claimed_item(anthropic_api)
+    item, own = await claim_item_with_token(anthropic_api)
     await anthropic_api.stop(item["id"], json={"force": True})
     assert (await own("GET", session_path(own, item, ""))).status == 403
     assert (await own.stop(item["id"], json={"force": True})).status == 409
@@ -127,7 +129,7 @@ async def test_item_token_of_stopped_item_opens_no_session(anthropic_api: ApiCli
     ],
 )
 async def test_modified_item_token_is_401(anthropic_api: ApiClient, change: Any) -> None:
-    item, own = await claimed_item(anthropic_api)
+    item, own = await claim_item_with_token(anthropic_api)
     own.token = change(own.token)
     assert (await own.heartbeat(item["id"], "NO_HEARTBEAT")).status == 401
 
@@ -135,7 +137,7 @@ async def test_modified_item_token_is_401(anthropic_api: ApiClient, change: Any)
 async def test_secret_is_in_polls_of_anthropic_dialect_only(
     anthropic_api: ApiClient, qoder_api: ApiClient
 ) -> None:
-    item, own = await claimed_item(anthropic_api)
+    item, own = await claim_item_with_token(anthropic_api)
     assert "secret" not in (await anthropic_api.get(item["id"])).body
     assert "secret" not in (await anthropic_api.ack(item["id"])).body
     assert all(
@@ -148,9 +150,9 @@ async def test_secret_is_in_polls_of_anthropic_dialect_only(
 
 
 async def test_item_tokens_of_two_control_planes_differ(anthropic_api: ApiClient) -> None:
-    _, own = await claimed_item(anthropic_api)
+    _, own = await claim_item_with_token(anthropic_api)
     async with ControlPlane(environments=(ENV,), tokens={TOKEN: None}) as another:
-        item, _ = await claimed_item(ApiClient(another, anthropic_api.http, "anthropic"))
+        item, _ = await claim_item_with_token(ApiClient(another, anthropic_api.http, "anthropic"))
         stranger = ApiClient(another, anthropic_api.http, "anthropic", token=own.token)
         assert (await stranger.ack(item["id"])).status == 401
 
@@ -158,12 +160,12 @@ async def test_item_tokens_of_two_control_planes_differ(anthropic_api: ApiClient
 async def test_item_token_is_valid_after_restart_with_sqlite(
     tmp_path: Path, clock: MovableClock, http_session: aiohttp.ClientSession
 ) -> None:
-    def plane() -> ControlPlane:
+    def open_control_plane() -> ControlPlane:
         store = SqliteStore(tmp_path / "work.db")
         return ControlPlane(environments=(ENV,), tokens={TOKEN: None}, store=store, now=clock)
 
-    async with plane() as first:
-        item, own = await claimed_item(ApiClient(first, http_session, "anthropic"))
-    async with plane() as second:
+    async with open_control_plane() as first:
+        item, own = await claim_item_with_token(ApiClient(first, http_session, "anthropic"))
+    async with open_control_plane() as second:
         own.plane = second
         assert (await own.ack(item["id"])).status == 200

@@ -19,10 +19,10 @@ pytestmark = pytest.mark.usefixtures("both_stores")
 async def test_every_call_notices_an_expired_lease(
     api: ApiClient, clock: MovableClock, seen_by: str
 ) -> None:
-    work_id = await api.item_in_state("active", "a")
+    work_id = await api.create_item_in_state("active", "a")
     clock.advance(59.999999)
     assert (await api.get(work_id)).body["state"] == "active"
-    clock.advance(0.000002)  # a float of this size loses half a microsecond
+    clock.advance(0.000002)  # 1 µs more than needed, because the clock is a float
     if seen_by == "poll":
         assert (await api.claim_item())["id"] == work_id
     elif seen_by == "get":
@@ -40,7 +40,7 @@ async def test_every_call_notices_an_expired_lease(
 async def test_lease_from_ack_to_first_heartbeat_lasts_60_seconds(
     api: ApiClient, clock: MovableClock
 ) -> None:
-    work_id = await api.item_in_state("starting")
+    work_id = await api.create_item_in_state("starting")
     clock.advance(59.999)
     assert await api.item_state(work_id) == "starting"
     clock.advance(0.001)
@@ -48,7 +48,7 @@ async def test_lease_from_ack_to_first_heartbeat_lasts_60_seconds(
 
 
 async def test_heartbeat_with_short_ttl_shortens_lease(api: ApiClient, clock: MovableClock) -> None:
-    work_id = await api.item_in_state("starting")
+    work_id = await api.create_item_in_state("starting")
     last = (await api.heartbeat(work_id, "NO_HEARTBEAT", 600)).body["last_heartbeat"]
     assert (await api.heartbeat(work_id, last, 10)).body["lease_extended"] is True
     clock.advance(10)
@@ -58,7 +58,7 @@ async def test_heartbeat_with_short_ttl_shortens_lease(api: ApiClient, clock: Mo
 async def test_heartbeat_with_long_ttl_extends_short_lease(
     api: ApiClient, clock: MovableClock
 ) -> None:
-    work_id = await api.item_in_state("starting")
+    work_id = await api.create_item_in_state("starting")
     last = (await api.heartbeat(work_id, "NO_HEARTBEAT", 10)).body["last_heartbeat"]
     clock.advance(9)
     await api.heartbeat(work_id, last, 600)
@@ -71,7 +71,7 @@ async def test_heartbeat_with_long_ttl_extends_short_lease(
 async def test_item_with_expired_lease_keeps_its_times_until_overwritten(
     api: ApiClient, clock: MovableClock
 ) -> None:
-    work_id = await api.item_in_state("active", "a")
+    work_id = await api.create_item_in_state("active", "a")
     clock.advance(60)
     item = await api.claim_item(worker="b")
     assert item["state"] == "queued"
@@ -91,7 +91,7 @@ async def test_item_with_expired_lease_keeps_its_times_until_overwritten(
 
 
 async def test_expired_lease_clears_delivery(api: ApiClient, clock: MovableClock) -> None:
-    work_id = await api.item_in_state("starting", "a")
+    work_id = await api.create_item_in_state("starting", "a")
     clock.advance(60)
     assert (await api.queue_stats())["pending"] == 0
     assert (await api.ack(work_id, worker="b")).status == 200
@@ -100,7 +100,7 @@ async def test_expired_lease_clears_delivery(api: ApiClient, clock: MovableClock
 async def test_item_with_expired_lease_is_delivered_at_once(
     api: ApiClient, clock: MovableClock
 ) -> None:
-    work_id = await api.item_in_state("active")
+    work_id = await api.create_item_in_state("active")
     clock.advance(60)
     params = {"reclaim_older_than_ms": "600000"}
     assert (await api.claim_item(params=params))["id"] == work_id
@@ -110,17 +110,17 @@ async def test_item_with_expired_lease_is_delivered_at_once(
 async def test_stopping_item_whose_lease_expires_becomes_stopped(
     api: ApiClient, clock: MovableClock
 ) -> None:
-    work_id = await api.item_in_state("stopping")
+    work_id = await api.create_item_in_state("stopping")
     clock.advance(3600)
     item = (await api.get(work_id)).body
     assert item["state"] == "stopped"
-    # the end of the lease, not the time of the read
+    # The item stopped when its lease ended, not when it was read.
     assert item["stopped_at"] == "2026-03-01T12:01:00Z"
     assert (await api.poll()).body is None
 
 
 async def test_graceful_stop_does_not_change_lease(api: ApiClient, clock: MovableClock) -> None:
-    work_id = await api.item_in_state("starting")
+    work_id = await api.create_item_in_state("starting")
     clock.advance(50)
     await api.stop(work_id)
     clock.advance(10)
@@ -128,7 +128,7 @@ async def test_graceful_stop_does_not_change_lease(api: ApiClient, clock: Movabl
 
 
 async def test_clock_set_back_changes_no_lease(api: ApiClient, clock: MovableClock) -> None:
-    work_id = await api.item_in_state("active")
+    work_id = await api.create_item_in_state("active")
     clock.advance(-3600)
     assert await api.item_state(work_id) == "active"
     answer = await api.heartbeat(work_id)
@@ -136,7 +136,10 @@ async def test_clock_set_back_changes_no_lease(api: ApiClient, clock: MovableClo
 
 
 async def test_leases_expire_in_order_of_their_ends(api: ApiClient, clock: MovableClock) -> None:
-    slow, fast = await api.item_in_state("active"), await api.item_in_state("starting")
+    slow, fast = (
+        await api.create_item_in_state("active"),
+        await api.create_item_in_state("starting"),
+    )
     await api.heartbeat(fast, "NO_HEARTBEAT", 10)
     clock.advance(3600)
     assert await api.item_state(slow) == await api.item_state(fast) == "queued"

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 
 class VirtualLoop(asyncio.SelectorEventLoop):
-    """An event loop whose waits take no time."""
+    """An event loop whose time jumps to the next timer, so that waits take no real time."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -38,32 +38,35 @@ class VirtualLoop(asyncio.SelectorEventLoop):
         super()._run_once()  # type: ignore[misc]  # asyncio's own
 
 
-def run_virtually(scene: Callable[[Operations], Awaitable[Any]]) -> Any:
-    """Run a test in virtual time with a clock as large as the real time since the epoch."""
+def run_in_virtual_time(check: Callable[[Operations], Awaitable[Any]]) -> Any:
+    """Run a check in virtual time, with operations whose clock begins at `START`."""
     with asyncio.Runner(loop_factory=VirtualLoop) as runner:
 
-        async def main() -> Any:
+        async def run_check() -> Any:
             loop = asyncio.get_running_loop()
-            return await scene(Operations([ENV], now=lambda: START + loop.time()))
+            return await check(Operations([ENV], now=lambda: START + loop.time()))
 
-        return runner.run(main())
+        return runner.run(run_check())
 
 
-def expect_item() -> bool:
+def client_has_left() -> bool:
     return False
 
 
 async def timed_poll(operations: Operations, **poll: Any) -> tuple[float, Item | None]:
-    item = await operations.long_poll(ENV, Poll(**poll), expect_item)
+    item = await operations.long_poll(ENV, Poll(**poll), client_has_left)
     return round(asyncio.get_running_loop().time(), 3), item
 
 
 def test_poll_of_empty_queue_waits_for_block_ms() -> None:
-    assert run_virtually(lambda operations: timed_poll(operations, block_ms=250)) == (0.25, None)
+    assert run_in_virtual_time(lambda operations: timed_poll(operations, block_ms=250)) == (
+        0.25,
+        None,
+    )
 
 
 def test_waiting_poll_returns_at_once_when_item_arrives() -> None:
-    async def check_arrival(operations: Operations) -> None:
+    async def check_wake_up_by_new_item(operations: Operations) -> None:
         async with asyncio.TaskGroup() as group:
             poll = group.create_task(timed_poll(operations, block_ms=999))
             await asyncio.sleep(0.3)
@@ -71,12 +74,12 @@ def test_waiting_poll_returns_at_once_when_item_arrives() -> None:
         at, item = poll.result()
         assert (at, item is not None) == (0.3, True)
 
-    run_virtually(check_arrival)
+    run_in_virtual_time(check_wake_up_by_new_item)
 
 
 @pytest.mark.parametrize("reclaim", [0, 1, 200, 700])
 def test_waiting_poll_returns_when_redelivery_becomes_due(reclaim: int) -> None:
-    async def check_redelivery(operations: Operations) -> None:
+    async def check_wake_up_by_redelivery(operations: Operations) -> None:
         operations.enqueue(ENV)
         operations.poll(ENV, Poll("a"))
         await asyncio.sleep(0.1)
@@ -84,7 +87,7 @@ def test_waiting_poll_returns_when_redelivery_becomes_due(reclaim: int) -> None:
         assert item is not None
         assert at == max(0.1, reclaim / 1000)
 
-    run_virtually(check_redelivery)
+    run_in_virtual_time(check_wake_up_by_redelivery)
 
 
 def test_delivery_made_during_wait_becomes_due_to_second_poll() -> None:
@@ -99,21 +102,21 @@ def test_delivery_made_during_wait_becomes_due_to_second_poll() -> None:
         assert [poll.result()[0] for poll in (first, second)] == [0.1, 0.3]
         assert None not in [poll.result()[1] for poll in (first, second)]
 
-    run_virtually(check_second_poll)
+    run_in_virtual_time(check_second_poll)
 
 
 def test_waiting_poll_ends_before_later_redelivery() -> None:
-    async def check_end(operations: Operations) -> None:
+    async def check_end_without_item(operations: Operations) -> None:
         operations.enqueue(ENV)
         operations.poll(ENV, Poll("a"))
         assert await timed_poll(operations, block_ms=999) == (0.999, None)
 
-    run_virtually(check_end)
+    run_in_virtual_time(check_end_without_item)
 
 
 @pytest.mark.parametrize("state", ["starting", "active"])
 def test_waiting_poll_returns_when_lease_expires(state: str) -> None:
-    async def check_expiry(operations: Operations) -> None:
+    async def check_wake_up_by_expired_lease(operations: Operations) -> None:
         (item,) = operations.enqueue(ENV)
         operations.ack_item(ENV, item.id)
         lease = 60.0
@@ -125,11 +128,11 @@ def test_waiting_poll_returns_when_lease_expires(state: str) -> None:
         assert again is not None
         assert (at, again.id) == (lease, item.id)
 
-    run_virtually(check_expiry)
+    run_in_virtual_time(check_wake_up_by_expired_lease)
 
 
 def test_waiting_polls_receive_one_item_each_in_order() -> None:
-    async def check_order(operations: Operations) -> None:
+    async def check_order_of_polls(operations: Operations) -> None:
         async with asyncio.TaskGroup() as group:
             polls = []
             for _ in range(5):
@@ -139,11 +142,11 @@ def test_waiting_polls_receive_one_item_each_in_order() -> None:
         items = [poll.result()[1] for poll in polls]
         assert [item and item.id for item in items] == [*(item.id for item in created), None, None]
 
-    run_virtually(check_order)
+    run_in_virtual_time(check_order_of_polls)
 
 
 def test_thousand_waiting_polls_receive_thousand_items() -> None:
-    async def check_thousand(operations: Operations) -> None:
+    async def check_thousand_polls(operations: Operations) -> None:
         async with asyncio.TaskGroup() as group:
             polls = [group.create_task(timed_poll(operations, block_ms=999)) for _ in range(1000)]
             await asyncio.sleep(0.1)
@@ -153,11 +156,11 @@ def test_thousand_waiting_polls_receive_thousand_items() -> None:
         assert len({item.id for item in items if item is not None}) == 1000
         assert {poll.result()[0] for poll in polls} == {0.1}
 
-    run_virtually(check_thousand)
+    run_in_virtual_time(check_thousand_polls)
 
 
 def test_release_answers_all_waiting_polls() -> None:
-    async def check_release(operations: Operations) -> None:
+    async def check_end_by_release(operations: Operations) -> None:
         async with asyncio.TaskGroup() as group:
             polls = [group.create_task(timed_poll(operations, block_ms=999)) for _ in range(3)]
             await asyncio.sleep(0.1)
@@ -165,7 +168,7 @@ def test_release_answers_all_waiting_polls() -> None:
         assert [poll.result() for poll in polls] == [(0.1, None)] * 3
         assert await timed_poll(operations, block_ms=999) == (0.1, None)
 
-    run_virtually(check_release)
+    run_in_virtual_time(check_end_by_release)
 
 
 async def test_wake_up_of_cancelled_poll_goes_to_next_poll() -> None:
@@ -196,7 +199,7 @@ def test_wake_up_of_poll_with_disconnected_client_goes_to_next_poll() -> None:
         at, item = second.result()
         assert (at, item is not None) == (0.2, True)
 
-    run_virtually(check_next_poll)
+    run_in_virtual_time(check_next_poll)
 
 
 def test_withdrawn_delivery_wakes_next_poll() -> None:
@@ -211,11 +214,11 @@ def test_withdrawn_delivery_wakes_next_poll() -> None:
         at, item = poll.result()
         assert (at, item is not None) == (0.3, True)
 
-    run_virtually(check_next_poll)
+    run_in_virtual_time(check_next_poll)
 
 
 def test_expired_lease_noticed_by_another_call_wakes_poll() -> None:
-    async def check_wake_up(operations: Operations) -> None:
+    async def check_wake_up_by_other_call(operations: Operations) -> None:
         (item,) = operations.enqueue(ENV)
         operations.ack_item(ENV, item.id)
         await asyncio.sleep(59.5)
@@ -226,13 +229,14 @@ def test_expired_lease_noticed_by_another_call_wakes_poll() -> None:
         at, again = poll.result()
         assert (at, again is not None) == (60.0, True)
 
-    run_virtually(check_wake_up)
+    run_in_virtual_time(check_wake_up_by_other_call)
 
 
+@pytest.mark.usefixtures("minute_polls")
 async def test_enqueue_over_http_wakes_waiting_poll(api: ApiClient) -> None:
     waiting = api.plane.operations.get_queue(ENV).waiting
     async with asyncio.TaskGroup() as group:
-        poll = group.create_task(api.poll(params={"block_ms": "999"}))
+        poll = group.create_task(api.poll(params={"block_ms": "60000"}))
         await wait_until(lambda: len(waiting) == 1)
         created = (await api("POST", api.work_url())).body["data"][0]
     assert poll.result().body["id"] == created["id"]
@@ -240,17 +244,18 @@ async def test_enqueue_over_http_wakes_waiting_poll(api: ApiClient) -> None:
         next(record for record in api.plane.history if record.kind == kind)
         for kind in ("delivered", "created")
     )
-    # the clock stands still, so the item did not come by a timeout
+    # The clock of the control plane stands still, so no timeout delivered the item.
     assert delivered.time == made.time
 
 
+@pytest.mark.usefixtures("minute_polls")
 async def test_clock_changed_by_test_ends_poll_after_wake(
     api: ApiClient, clock: MovableClock
 ) -> None:
-    work_id = await api.item_in_state("active")
+    work_id = await api.create_item_in_state("active")
     waiting = api.plane.operations.get_queue(ENV).waiting
     async with asyncio.TaskGroup() as group:
-        poll = group.create_task(api.poll(params={"block_ms": "999"}))
+        poll = group.create_task(api.poll(params={"block_ms": "60000"}))
         await wait_until(lambda: len(waiting) == 1)
         clock.advance(60)
         api.plane.operations.wake_all_polls()
@@ -260,7 +265,7 @@ async def test_clock_changed_by_test_ends_poll_after_wake(
 async def test_enqueue_in_one_environment_does_not_wake_poll_of_another(api: ApiClient) -> None:
     waiting = api.plane.operations.get_queue(ENV).waiting
     async with asyncio.TaskGroup() as group:
-        poll = group.create_task(api.poll(params={"block_ms": "200"}))
+        poll = group.create_task(api.poll(params={"block_ms": "999"}))
         await wait_until(lambda: len(waiting) == 1)
         api.plane.enqueue(environment_id=OTHER)
         assert len(waiting) == 1

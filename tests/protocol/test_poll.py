@@ -122,8 +122,8 @@ async def test_block_ms_out_of_range_is_400(api: ApiClient, value: str) -> None:
     api.plane.enqueue()
     answer = await api.poll(params={"block_ms": value})
     assert answer.status == 400
-    assert answer.error_type["type"] == "invalid_request_error"
-    assert answer.error_type["param"] == "block_ms"
+    assert answer.error["type"] == "invalid_request_error"
+    assert answer.error["param"] == "block_ms"
     assert (await api.queue_stats())["depth"] == 1
 
 
@@ -139,14 +139,14 @@ async def test_reclaim_window_other_than_non_negative_integer_is_400(
 ) -> None:
     answer = await api.poll(params={"reclaim_older_than_ms": value})
     assert answer.status == 400
-    assert answer.error_type["param"] == "reclaim_older_than_ms"
+    assert answer.error["param"] == "reclaim_older_than_ms"
 
 
 @pytest.mark.parametrize("name", ["block_ms", "reclaim_older_than_ms"])
 async def test_poll_parameter_given_twice_is_400(api: ApiClient, name: str) -> None:
     answer = await api.poll(params=[(name, "5"), (name, "5")])
     assert answer.status == 400
-    assert answer.error_type["param"] == name
+    assert answer.error["param"] == name
 
 
 async def test_unknown_poll_parameters_are_ignored(api: ApiClient) -> None:
@@ -165,7 +165,7 @@ async def test_poll_records_worker_of_delivery(api: ApiClient) -> None:
 async def test_invalid_worker_id_is_400(qoder_api: ApiClient, worker: str) -> None:
     answer = await qoder_api.poll(worker=worker)
     assert answer.status == 400
-    assert answer.error_type["type"] == "invalid_request_error"
+    assert answer.error["type"] == "invalid_request_error"
 
 
 async def test_head_request_is_405_and_delivers_nothing(api: ApiClient) -> None:

@@ -1,4 +1,4 @@
-"""Indexes of the queue, which answer like a scan of all items, but without one."""
+"""The indexes of the queue have the same results as a scan of all items, at less cost."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ IDS = st.integers(0, 4 * CHUNK_MAX).map(lambda number: f"work_{number:05}")
 
 @given(st.sets(IDS), st.data())
 @settings(max_examples=50)
-def test_index_of_ascending_ids_gives_same_results_as_sorted_list(
+def test_index_of_ascending_ids_has_same_results_as_sorted_list(
     removed: set[str], data: st.DataObject
 ) -> None:
     every = [f"work_{number:05}" for number in range(3 * CHUNK_MAX + 7)]
@@ -69,7 +69,7 @@ def test_index_of_ascending_ids_gives_same_results_as_sorted_list(
     assert list(iterate_ids(ids, after=after, before=before, newest_first=True)) == between[::-1]
 
 
-def test_ascending_ids_may_change_while_they_are_walked() -> None:
+def test_walk_over_ascending_ids_continues_after_removals() -> None:
     every = [f"work_{number:05}" for number in range(3 * CHUNK_MAX)]
     for newest_first in (False, True):
         ids = AscendingIds(every)
@@ -129,7 +129,7 @@ WORKERS = st.sampled_from([None, "a", "b", "c"])
 
 
 class QueueMachine(RuleBasedStateMachine):
-    """Calls in any order, after which the indexes must agree with a scan of all items."""
+    """State machine of calls in any order, after which the indexes agree with a full scan."""
 
     retention: ClassVar[float | None] = None
 
@@ -162,7 +162,7 @@ class QueueMachine(RuleBasedStateMachine):
         self.clock.advance(seconds)
 
     @rule(worker=WORKERS, reclaim_ms=st.sampled_from([0, 1000, 5000, 20_000]))
-    def poll(self, worker: str | None, reclaim_ms: int) -> None:
+    def poll_oldest_item(self, worker: str | None, reclaim_ms: int) -> None:
         expected = min(self.claimable_items(reclaim_ms), default=None)
         item = self.operations.poll(ENV, Poll(worker, 0, reclaim_ms))
         assert (item and item.id) == expected
@@ -210,7 +210,7 @@ class QueueMachine(RuleBasedStateMachine):
 
 
 class QueueMachineWithRetention(QueueMachine):
-    """The same state machine with a retention that deletes stopped items soon."""
+    """The state machine of a queue that deletes stopped items after 30 s."""
 
     retention = 30.0
 
@@ -223,15 +223,15 @@ class QueueMachineWithRetention(QueueMachine):
             assert self.operations.get_session(item.session_id)[1] == item
 
 
-TestEverything = QueueMachine.TestCase
-TestEverything.settings = settings(max_examples=40, stateful_step_count=40, deadline=None)
-TestEverythingWithRetention = QueueMachineWithRetention.TestCase
-TestEverythingWithRetention.settings = TestEverything.settings
+TestQueueMachine = QueueMachine.TestCase
+TestQueueMachine.settings = settings(max_examples=40, stateful_step_count=40, deadline=None)
+TestQueueMachineWithRetention = QueueMachineWithRetention.TestCase
+TestQueueMachineWithRetention.settings = TestQueueMachine.settings
 
 
 @pytest.mark.trial
 def test_cost_of_call_does_not_grow_with_queue() -> None:
-    """With a hundred times the items, a scan costs a hundred times as much, an index at most 10."""
+    """With 100 times the items, a scan costs 100 times as much, and an index less than 10 times."""
 
     def cost_of_calls(count: int) -> float:
         operations = Operations([ENV], history_limit=0)

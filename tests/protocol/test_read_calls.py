@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 @pytest.mark.parametrize(
     "work_id",
     [
-        "work_4e43a33e401a4038abe36845dff55165",  # well-formed ids that do not exist
+        "work_4e43a33e401a4038abe36845dff55165",  # well-formed, but unknown
         "work_",
         "x",
         "sess_" + "0" * 32,
@@ -46,7 +46,7 @@ async def test_unknown_or_malformed_item_id_is_404(
     url = URL(qoder_api.work_url(f"/{work_id}{suffix}"), encoded=True)
     answer = await qoder_api(method, url)  # type: ignore[arg-type]  # an encoded URL, not to be quoted
     assert answer.status == 404
-    assert answer.error_type["type"] == "not_found_error"
+    assert answer.error["type"] == "not_found_error"
 
 
 async def test_item_of_another_environment_is_404(api: ApiClient) -> None:
@@ -55,7 +55,7 @@ async def test_item_of_another_environment_is_404(api: ApiClient) -> None:
     assert (await api("GET", api.work_url(f"/{item.id}", OTHER))).status == 200
 
 
-async def listed_ids(api: ApiClient, **params: Any) -> dict[str, Any]:
+async def read_item_page(api: ApiClient, **params: Any) -> dict[str, Any]:
     answer = await api("GET", api.work_url(), params={k: str(v) for k, v in params.items()})
     assert answer.status == 200
     body: dict[str, Any] = answer.body
@@ -69,7 +69,7 @@ async def listed_ids(api: ApiClient, **params: Any) -> dict[str, Any]:
 
 
 async def test_list_of_empty_queue_has_no_items(api: ApiClient) -> None:
-    assert await listed_ids(api) == {
+    assert await read_item_page(api) == {
         "data": [],
         "first_id": None,
         "last_id": None,
@@ -82,22 +82,22 @@ async def test_list_of_empty_queue_has_no_items(api: ApiClient) -> None:
 @pytest.mark.usefixtures("both_stores")
 async def test_item_pages_continue_forward_to_the_end(api: ApiClient) -> None:
     ids = [item.id for item in api.plane.enqueue(45)]
-    page = await listed_ids(api)
+    page = await read_item_page(api)
     seen = page["ids"]
     assert len(seen) == 20
     while page["has_more"]:
-        page = await listed_ids(api, page=page["next_page"], limit=20)
+        page = await read_item_page(api, page=page["next_page"], limit=20)
         seen += page["ids"]
     assert seen == ids
 
 
 async def test_item_pages_continue_backward_to_the_start(api: ApiClient) -> None:
     ids = [item.id for item in api.plane.enqueue(10)]
-    page = await listed_ids(api, before_id=ids[8], limit=3)
+    page = await read_item_page(api, before_id=ids[8], limit=3)
     assert page["ids"] == ids[5:8]
-    page = await listed_ids(api, page=page["next_page"], limit=3)
+    page = await read_item_page(api, page=page["next_page"], limit=3)
     assert page["ids"] == ids[2:5]
-    page = await listed_ids(api, page=page["next_page"], limit=3)
+    page = await read_item_page(api, page=page["next_page"], limit=3)
     assert page["ids"] == ids[0:2]
     assert not page["has_more"]
 
@@ -105,23 +105,23 @@ async def test_item_pages_continue_backward_to_the_start(api: ApiClient) -> None
 @pytest.mark.parametrize(("limit", "count"), [("1", 1), ("99", 99), ("100", 100), ("1000", 100)])
 async def test_list_limit_is_capped_at_100(api: ApiClient, limit: str, count: int) -> None:
     ids = [item.id for item in api.plane.enqueue(101)]
-    page = await listed_ids(api, limit=limit)
+    page = await read_item_page(api, limit=limit)
     assert page["ids"] == ids[:count]
     assert page["has_more"]
 
 
-async def test_last_page_that_is_full_has_no_more(api: ApiClient) -> None:
+async def test_full_last_page_of_items_has_no_next_page(api: ApiClient) -> None:
     ids = [item.id for item in api.plane.enqueue(4)]
-    assert not (await listed_ids(api, after_id=ids[1], limit=2))["has_more"]
-    assert not (await listed_ids(api, before_id=ids[2], limit=2))["has_more"]
+    assert not (await read_item_page(api, after_id=ids[1], limit=2))["has_more"]
+    assert not (await read_item_page(api, before_id=ids[2], limit=2))["has_more"]
 
 
 async def test_after_id_and_before_id_exclude_their_item(api: ApiClient) -> None:
     ids = [item.id for item in api.plane.enqueue(3)]
-    assert (await listed_ids(api, after_id=ids[0]))["ids"] == ids[1:]
-    assert (await listed_ids(api, before_id=ids[2]))["ids"] == ids[:2]
-    assert (await listed_ids(api, after_id=ids[2]))["ids"] == []
-    assert (await listed_ids(api, before_id=ids[0]))["ids"] == []
+    assert (await read_item_page(api, after_id=ids[0]))["ids"] == ids[1:]
+    assert (await read_item_page(api, before_id=ids[2]))["ids"] == ids[:2]
+    assert (await read_item_page(api, after_id=ids[2]))["ids"] == []
+    assert (await read_item_page(api, before_id=ids[0]))["ids"] == []
 
 
 @pytest.mark.parametrize(
@@ -148,7 +148,7 @@ async def test_invalid_cursor_or_limit_of_list_is_400(
 ) -> None:
     answer = await api("GET", api.work_url(), params=params)
     assert answer.status == 400
-    assert answer.error_type["param"] == param
+    assert answer.error["param"] == param
 
 
 @pytest.mark.parametrize(
@@ -178,7 +178,7 @@ async def test_stats_count_queued_and_pending_items(api: ApiClient, clock: Movab
     stats = await api.queue_stats()
     assert (stats["depth"], stats["pending"], stats["workers_polling"]) == (2, 1, 1)
     assert stats["oldest_queued_at"] == "2026-03-01T12:00:00Z"
-    clock.advance(5)  # the item is due for redelivery
+    clock.advance(5)  # the delivered item is then due for redelivery
     stats = await api.queue_stats()
     assert (stats["depth"], stats["pending"]) == (3, 0)
 
@@ -187,10 +187,10 @@ async def test_stats_exclude_acknowledged_and_stopped_items(
     api: ApiClient, clock: MovableClock
 ) -> None:
     for state in ("starting", "active", "stopping", "stopped"):
-        await api.item_in_state(state)
+        await api.create_item_in_state(state)
     stats = await api.queue_stats()
     assert (stats["depth"], stats["pending"], stats["oldest_queued_at"]) == (0, 0, None)
-    clock.advance(60)  # the leases of `starting` and `active` expire
+    clock.advance(60)  # the leases of the items in `starting` and `active` then expire
     stats = await api.queue_stats()
     assert (stats["depth"], stats["pending"]) == (2, 0)
     assert stats["oldest_queued_at"] == "2026-03-01T12:00:00Z"
@@ -223,7 +223,7 @@ async def test_workers_polling_counts_distinct_named_workers_of_last_30_seconds(
 async def test_session_status_follows_state_of_item(
     qoder_api: ApiClient, state: str, status: str
 ) -> None:
-    work_id = await qoder_api.item_in_state(state)
+    work_id = await qoder_api.create_item_in_state(state)
     await qoder_api.update(work_id, json={"metadata": {"only": "the item's"}})
     session_id = (await qoder_api.get(work_id)).body["data"]["id"]
     answer = await qoder_api("GET", f"{qoder_api.base_path}/sessions/{session_id}")
@@ -237,7 +237,7 @@ async def test_session_status_follows_state_of_item(
 
 
 async def test_anthropic_session_of_stopping_item_is_running(anthropic_api: ApiClient) -> None:
-    work_id = await anthropic_api.item_in_state("stopping")
+    work_id = await anthropic_api.create_item_in_state("stopping")
     session_id = (await anthropic_api.get(work_id)).body["data"]["id"]
     answer = await anthropic_api("GET", f"{anthropic_api.base_path}/sessions/{session_id}")
     assert answer.body["status"] == "running"
@@ -246,7 +246,7 @@ async def test_anthropic_session_of_stopping_item_is_running(anthropic_api: ApiC
 async def test_session_updated_at_changes_with_item_and_events(
     api: ApiClient, clock: MovableClock
 ) -> None:
-    work_id = await api.item_in_state("starting")
+    work_id = await api.create_item_in_state("starting")
     own = api.plane.operations.get_item(ENV, work_id).session_id
     session_id = (await api.get(work_id)).body["data"]["id"]
 

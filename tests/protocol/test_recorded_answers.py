@@ -1,4 +1,4 @@
-"""The client with the answers of five other control planes, as in their public source code.
+"""The client reads the recorded answers of five other control planes.
 
 Each file of `recorded/` holds the answers of one repository: the call, the file that writes the
 answer, the answer itself, and the expected result of the client.
@@ -34,7 +34,7 @@ WORK_CALLS = ("poll", "ack", "heartbeat", "stop", "update", "list")
 
 
 def requested_item_id(answer: dict[str, Any]) -> str:
-    """Return the item id of the request: the id in the answer, if it has one."""
+    """Return the item id to request: the id in the recorded answer, if it has one."""
     body = answer["body"]
     return str(body["id"]) if isinstance(body, dict) and "id" in body else "work_1"
 
@@ -55,8 +55,8 @@ CALLS: dict[str, Callable[[WorkClient, str], Awaitable[Any]]] = {
 }
 
 
-def as_json(value: object, name: str) -> object:
-    """Return an attribute of the client's result as JSON has it."""
+def attribute_as_json(value: object, name: str) -> object:
+    """Return an attribute of the client's result as a JSON value."""
     found = getattr(value, name)
     if isinstance(found, Secret):
         return found.get_secret_value()
@@ -67,14 +67,14 @@ def as_json(value: object, name: str) -> object:
 
 @pytest.mark.parametrize("answer", ANSWERS)
 async def test_recorded_response_is_read_as_expected(answer: dict[str, Any]) -> None:
-    async def answer_recorded(_: web.Request) -> web.Response:
+    async def send_recorded_answer(_: web.Request) -> web.Response:
         headers = answer.get("headers")
         if answer["body"] == "no body":
             return web.Response(status=answer["status"], headers=headers)
         return web.json_response(answer["body"], status=answer["status"], headers=headers)
 
     app = web.Application()
-    app.router.add_route("*", "/{path:.*}", answer_recorded)
+    app.router.add_route("*", "/{path:.*}", send_recorded_answer)
     expected = answer["client"]
     async with TestServer(app, host="127.0.0.1") as server:
         settings = Settings(
@@ -94,7 +94,7 @@ async def test_recorded_response_is_read_as_expected(answer: dict[str, Any]) -> 
                 return
             returned = await call
     if isinstance(expected["returns"], dict):
-        found = {name: as_json(returned, name) for name in expected["returns"]}
+        found = {name: attribute_as_json(returned, name) for name in expected["returns"]}
         assert found == expected["returns"]
     else:
         assert returned == expected["returns"]

@@ -31,12 +31,12 @@ if TYPE_CHECKING:
 
     from workpool.server import Store
 
-KEPT = 100.0
+RETENTION_SECONDS = 100.0
 """Retention of stopped items in these tests, in seconds."""
 
 
 def make_control_plane(
-    store: Store, clock: MovableClock, retention: float | None = KEPT
+    store: Store, clock: MovableClock, retention: float | None = RETENTION_SECONDS
 ) -> ControlPlane:
     return ControlPlane(
         environments=(ENV, OTHER),
@@ -56,12 +56,12 @@ async def control_plane(clock: MovableClock, store: Store) -> AsyncIterator[Cont
         yield plane
 
 
-def stopped_item(plane: ControlPlane) -> Item:
+def create_stopped_item(plane: ControlPlane) -> Item:
     (item,) = plane.enqueue(script=[{"name": "Bash"}])
     return plane.operations.stop_item(item.environment_id, item.id)
 
 
-def row_counts(file: Path) -> list[int]:
+def count_rows(file: Path) -> list[int]:
     """Return the numbers of items, sessions and events in a database file."""
     with closing(sqlite3.connect(file)) as connection:
         return [
@@ -74,9 +74,9 @@ def row_counts(file: Path) -> list[int]:
 async def test_stopped_item_is_deleted_with_session_after_retention(
     api: ApiClient, clock: MovableClock
 ) -> None:
-    item = stopped_item(api.plane)
+    item = create_stopped_item(api.plane)
     (waiting,) = api.plane.enqueue()
-    clock.advance(KEPT - 1)
+    clock.advance(RETENTION_SECONDS - 1)
     await api.poll()
     assert await api.item_state(item.id) == "stopped"
     clock.advance(1)
@@ -94,11 +94,11 @@ async def test_deleted_items_are_removed_from_database_file(
 ) -> None:
     file = tmp_path / "work.db"
     async with make_control_plane(SqliteStore(file), clock) as plane:
-        stopped_item(plane)
+        create_stopped_item(plane)
         plane.enqueue()
-        clock.advance(KEPT)
+        clock.advance(RETENTION_SECONDS)
         await ApiClient(plane, http_session, "qoder").poll()
-    assert row_counts(file) == [1, 1, 0]
+    assert count_rows(file) == [1, 1, 0]
 
 
 async def test_items_expired_while_server_was_down_are_deleted_at_start(
@@ -106,25 +106,27 @@ async def test_items_expired_while_server_was_down_are_deleted_at_start(
 ) -> None:
     file = tmp_path / "work.db"
     async with make_control_plane(SqliteStore(file), clock) as plane:
-        (former,) = plane.enqueue(environment_id=OTHER)  # not served after the restart
+        (former,) = plane.enqueue(
+            environment_id=OTHER
+        )  # the second server does not serve this environment
         plane.operations.stop_item(OTHER, former.id)
-        old = stopped_item(plane)
-        clock.advance(KEPT / 2)
-        young = stopped_item(plane)
-    clock.advance(KEPT / 2)
+        old = create_stopped_item(plane)
+        clock.advance(RETENTION_SECONDS / 2)
+        young = create_stopped_item(plane)
+    clock.advance(RETENTION_SECONDS / 2)
     serves_one = ControlPlane(
-        environments=(ENV,), store=SqliteStore(file), now=clock, retention=KEPT
+        environments=(ENV,), store=SqliteStore(file), now=clock, retention=RETENTION_SECONDS
     )
     async with serves_one as plane:
         with pytest.raises(APIError):
             plane.operations.get_item(ENV, old.id)
         assert plane.operations.get_item(ENV, young.id).state == "stopped"
-        clock.advance(KEPT / 2)
+        clock.advance(RETENTION_SECONDS / 2)
         plane.operations.poll(ENV, Poll())
         assert len(plane.operations.get_queue(ENV)) == 0
         (new,) = plane.enqueue()
         assert new.id > young.id
-    assert row_counts(file) == [1, 1, 0]
+    assert count_rows(file) == [1, 1, 0]
 
 
 async def test_session_is_deleted_when_retention_of_its_last_item_ends(
@@ -133,14 +135,14 @@ async def test_session_is_deleted_when_retention_of_its_last_item_ends(
     operations = control_plane.operations
     (first,) = control_plane.enqueue()
     second, third = (control_plane.enqueue(session_id=first.session_id)[0] for _ in range(2))
-    operations.stop_item(ENV, third.id)  # the latest item of the session stops first
-    clock.advance(KEPT)
+    operations.stop_item(ENV, third.id)  # the newest item of the session stops first
+    clock.advance(RETENTION_SECONDS)
     operations.poll(ENV, Poll())
     operations.stop_item(ENV, first.id, force=True)
-    clock.advance(KEPT)
+    clock.advance(RETENTION_SECONDS)
     operations.poll(ENV, Poll())
     operations.stop_item(ENV, second.id, force=True)
-    clock.advance(KEPT - 1)
+    clock.advance(RETENTION_SECONDS - 1)
     operations.poll(ENV, Poll())
     assert operations.get_session(first.session_id)[1].id == third.id
     clock.advance(1)
@@ -153,18 +155,18 @@ async def test_session_is_deleted_when_retention_of_its_last_item_ends(
 async def test_item_stopped_by_expired_lease_is_deleted_after_retention(
     qoder_api: ApiClient, clock: MovableClock
 ) -> None:
-    work_id = await qoder_api.item_in_state("stopping")
+    work_id = await qoder_api.create_item_in_state("stopping")
     clock.advance(60)
     assert await qoder_api.item_state(work_id) == "stopped"
-    clock.advance(KEPT)
+    clock.advance(RETENTION_SECONDS)
     await qoder_api.poll()
     assert (await qoder_api.get(work_id)).status == 404
 
 
 async def test_stream_of_deleted_session_ends(qoder_api: ApiClient, clock: MovableClock) -> None:
-    item = stopped_item(qoder_api.plane)
+    item = create_stopped_item(qoder_api.plane)
     async with open_stream(qoder_api, item.session_id) as reader:
-        clock.advance(KEPT)
+        clock.advance(RETENTION_SECONDS)
         await qoder_api.poll()
         async with asyncio.timeout(20):
             assert await reader.response.content.read() == b""
@@ -176,7 +178,7 @@ async def test_one_call_deletes_limited_number_of_items(
     operations = control_plane.operations
     for item in control_plane.enqueue(2 * BATCH_MAX + 1):
         operations.stop_item(ENV, item.id)
-    clock.advance(KEPT)
+    clock.advance(RETENTION_SECONDS)
     sizes = []
     for _ in range(3):
         operations.poll(ENV, Poll())
@@ -196,9 +198,9 @@ async def test_items_are_kept_forever_by_default(clock: MovableClock) -> None:
 async def test_paging_over_sessions_skips_deleted_sessions(
     control_plane: ControlPlane, clock: MovableClock
 ) -> None:
-    ended = stopped_item(control_plane)
+    ended = create_stopped_item(control_plane)
     (going_on,) = control_plane.enqueue()
-    clock.advance(KEPT)
+    clock.advance(RETENTION_SECONDS)
     control_plane.operations.poll(ENV, Poll())
     found = [session.id for session, _ in control_plane.operations.iterate_sessions()]
     assert found == [going_on.session_id]

@@ -1,4 +1,4 @@
-"""The numbers of an environment at `/scale/{environment_id}`, and who may read them."""
+"""The numbers of an environment at `/scale/{environment_id}`, and the tokens that read them."""
 
 from __future__ import annotations
 
@@ -21,11 +21,11 @@ OTHER = "env_0199aaaaaaaa70008000000000000002"
 CLOUD = "env_0199aaaaaaaa70008000000000000003"
 TOKEN, LIMITED, KEY = "token-Zx9", "limited-Zx9", "key-Zx9"
 SCALE, SCALE_LIMITED = "scale-Zx9", "scale-limited-Zx9"
-NAMED = {"Host": "queue.example"}
-"""A request through a proxy, which needs a token also on loopback."""
+PROXY_HEADERS = {"Host": "queue.example"}
+"""Headers of a request through a proxy, which needs a token on loopback too."""
 
 
-def new_control_plane(
+def make_control_plane(
     host: str = "127.0.0.1", store: Store | PostgresStore | None = None
 ) -> ControlPlane:
     return ControlPlane(
@@ -39,7 +39,7 @@ def new_control_plane(
     )
 
 
-async def ask(
+async def fetch_numbers(
     plane: ControlPlane,
     path: str = ENV,
     headers: Mapping[str, str] | None = None,
@@ -57,18 +57,22 @@ async def ask(
 async def test_scale_counts_unfinished_items_and_recommends_workers(
     store: Store | PostgresStore,
 ) -> None:
-    async with new_control_plane(store=store) as plane:
+    async with make_control_plane(store=store) as plane:
         items = await plane.engine.enqueue(ENV, count=7)
         await plane.engine.ack_item(ENV, items[0].id, "worker-1")
         await plane.engine.stop_item(ENV, items[6].id, None, force=True)
-        status, numbers = await ask(plane, query={"slots_per_worker": "2", "min_replicas": "1"})
+        status, numbers = await fetch_numbers(
+            plane, query={"slots_per_worker": "2", "min_replicas": "1"}
+        )
         assert (status, list(numbers)) == (200, list(FLEET_NUMBERS))
         assert (numbers["queued"], numbers["pending"], numbers["running"]) == (5, 0, 1)
         assert (numbers["unfinished"], numbers["recommended_replicas"]) == (6, 3)
         assert 0 <= numbers["oldest_queued_seconds"] < 60
-        _, limited = await ask(plane, query={"slots_per_worker": "1", "max_replicas": "2"})
+        _, limited = await fetch_numbers(
+            plane, query={"slots_per_worker": "1", "max_replicas": "2"}
+        )
         assert limited["recommended_replicas"] == 2
-        assert (await ask(plane, OTHER))[1]["recommended_replicas"] == 0
+        assert (await fetch_numbers(plane, OTHER))[1]["recommended_replicas"] == 0
 
 
 @pytest.mark.parametrize(
@@ -81,17 +85,17 @@ async def test_scale_counts_unfinished_items_and_recommends_workers(
     ],
 )
 async def test_scale_with_wrong_query_is_refused(query: dict[str, str]) -> None:
-    async with new_control_plane() as plane:
-        status, body = await ask(plane, query=query)
+    async with make_control_plane() as plane:
+        status, body = await fetch_numbers(plane, query=query)
         assert (status, body["error"]["type"]) == (400, "invalid_request_error")
 
 
 @pytest.mark.parametrize(("environment", "status"), [("env_unknown", 404), (CLOUD, 400)])
-async def test_scale_of_environment_without_queue_is_an_error(
+async def test_scale_of_unknown_or_cloud_environment_is_error(
     environment: str, status: int
 ) -> None:
-    async with new_control_plane() as plane:
-        assert (await ask(plane, environment))[0] == status
+    async with make_control_plane() as plane:
+        assert (await fetch_numbers(plane, environment))[0] == status
 
 
 @pytest.mark.parametrize(
@@ -110,32 +114,34 @@ async def test_scale_of_environment_without_queue_is_an_error(
 async def test_scale_through_a_proxy_needs_a_token_of_the_environment(
     headers: dict[str, str], status: int
 ) -> None:
-    """A proxy on the machine would otherwise open the numbers to everybody."""
-    async with new_control_plane() as plane:
-        assert (await ask(plane, headers=NAMED | headers))[0] == status
+    """Otherwise a proxy on the same machine would show the numbers to all its clients."""
+    async with make_control_plane() as plane:
+        assert (await fetch_numbers(plane, headers=PROXY_HEADERS | headers))[0] == status
 
 
 async def test_scale_beyond_loopback_needs_a_token() -> None:
-    async with new_control_plane("0.0.0.0") as plane:  # noqa: S104 - it is what this test is about
-        assert (await ask(plane))[0] == 401
-        assert (await ask(plane, headers={"X-Api-Key": SCALE}))[0] == 200
+    async with make_control_plane("0.0.0.0") as plane:  # noqa: S104 - it is what this test is about
+        assert (await fetch_numbers(plane))[0] == 401
+        assert (await fetch_numbers(plane, headers={"X-Api-Key": SCALE}))[0] == 200
 
 
-async def test_scale_token_opens_nothing_else() -> None:
-    async with new_control_plane() as plane, aiohttp.ClientSession() as http:
+async def test_scale_token_for_other_calls_is_401() -> None:
+    async with make_control_plane() as plane, aiohttp.ClientSession() as http:
         for path in ("/v1/environments", f"/v1/environments/{ENV}/work/stats"):
             url = f"http://127.0.0.1:{plane.port}{path}"
             async with http.get(url, headers={"X-Api-Key": SCALE}) as answer:
                 assert answer.status == 401
 
 
-async def test_token_of_an_item_does_not_open_the_numbers() -> None:
-    async with new_control_plane() as plane, aiohttp.ClientSession() as http:
+async def test_item_token_for_scale_numbers_is_403() -> None:
+    async with make_control_plane() as plane, aiohttp.ClientSession() as http:
         plane.enqueue()
         url = f"http://127.0.0.1:{plane.port}/v1/environments/{ENV}/work/poll"
         async with http.get(url, headers={"X-Api-Key": TOKEN}) as answer:
             item = parse_item(await answer.json())
         assert item.sessions_token is not None
         token = item.sessions_token.get_secret_value()
-        status, _ = await ask(plane, headers=NAMED | {"Authorization": f"Bearer {token}"})
+        status, _ = await fetch_numbers(
+            plane, headers=PROXY_HEADERS | {"Authorization": f"Bearer {token}"}
+        )
         assert status == 403

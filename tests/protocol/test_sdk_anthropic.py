@@ -39,7 +39,7 @@ async def sdk_client(control_plane: ControlPlane) -> AsyncIterator[AsyncAnthropi
 
 
 @pytest.fixture
-async def strict_validation(control_plane: ControlPlane) -> AsyncIterator[AsyncAnthropic]:
+async def strict_client(control_plane: ControlPlane) -> AsyncIterator[AsyncAnthropic]:
     base_url = control_plane.anthropic_base_url.removesuffix("/v1")
     async with AsyncAnthropic(
         auth_token=TOKEN, base_url=base_url, _strict_response_validation=True
@@ -48,7 +48,7 @@ async def strict_validation(control_plane: ControlPlane) -> AsyncIterator[AsyncA
 
 
 @pytest.fixture
-async def api_key(control_plane: ControlPlane) -> AsyncIterator[AsyncAnthropic]:
+async def api_key_client(control_plane: ControlPlane) -> AsyncIterator[AsyncAnthropic]:
     base_url = control_plane.anthropic_base_url.removesuffix("/v1")
     async with AsyncAnthropic(
         api_key=TOKEN, base_url=base_url, _strict_response_validation=True
@@ -57,9 +57,9 @@ async def api_key(control_plane: ControlPlane) -> AsyncIterator[AsyncAnthropic]:
 
 
 async def test_anthropic_sdk_makes_all_eight_calls(
-    control_plane: ControlPlane, strict_validation: AsyncAnthropic, clock: MovableClock
+    control_plane: ControlPlane, strict_client: AsyncAnthropic, clock: MovableClock
 ) -> None:
-    sdk = strict_validation
+    sdk = strict_client
     work = sdk.beta.environments.work
     assert await work.poll(ENV, anthropic_worker_id="sdk") is None
     (created,) = control_plane.enqueue(metadata={"job": "report"})
@@ -70,7 +70,7 @@ async def test_anthropic_sdk_makes_all_eight_calls(
 
     await make_work_calls(work, created, clock)
 
-    # The SDK expects an item as the answer to a stop, but the service sends 204.
+    # The SDK expects an item in the answer to a stop, but the service answers 204 without body.
     raw = sdk.beta.environments.work.with_raw_response
     assert (await raw.stop(created.id, environment_id=ENV)).http_response.status_code == 204
     assert (await work.retrieve(created.id, environment_id=ENV)).state == "stopping"
@@ -99,7 +99,7 @@ async def test_anthropic_sdk_work_poller_claims_fifty_items(
             await sdk_client.beta.environments.work.heartbeat(item.id, environment_id=ENV)
         ).state == ("active")
     assert claimed == ids
-    # The poller requests a graceful stop; only the end of the lease or a second stop completes it.
+    # The poller sends one graceful stop; the end of the lease or a second stop completes it.
     states = [item.state async for item in sdk_client.beta.environments.work.list(ENV)]
     assert states == ["stopping"] * 50
     assert control_plane.summary().overlapping == 0
@@ -108,11 +108,11 @@ async def test_anthropic_sdk_work_poller_claims_fifty_items(
 
 @pytest.mark.parametrize("state", ["queued", "starting", "active", "stopping", "stopped"])
 async def test_session_in_every_state_validates_as_type_of_anthropic_sdk(
-    anthropic_api: ApiClient, strict_validation: AsyncAnthropic, state: str
+    anthropic_api: ApiClient, strict_client: AsyncAnthropic, state: str
 ) -> None:
-    work_id = await anthropic_api.item_in_state(state)
+    work_id = await anthropic_api.create_item_in_state(state)
     session_id = (await anthropic_api.get(work_id)).body["data"]["id"]
-    session = await strict_validation.beta.sessions.retrieve(session_id)
+    session = await strict_client.beta.sessions.retrieve(session_id)
     assert session.id == session_id
     assert session.status == ("running" if state in {"active", "stopping"} else "idle")
     assert (session.resources, session.vault_ids, session.outcome_evaluations) == ([], [], [])
@@ -125,25 +125,25 @@ async def test_session_in_every_state_validates_as_type_of_anthropic_sdk(
 
 @pytest.mark.parametrize("status", ["running", "idle", "terminated"])
 async def test_session_after_every_status_event_validates_as_type_of_anthropic_sdk(
-    control_plane: ControlPlane, strict_validation: AsyncAnthropic, status: str
+    control_plane: ControlPlane, strict_client: AsyncAnthropic, status: str
 ) -> None:
     (item,) = control_plane.enqueue()
     control_plane.emit(
         item.session_id, {"type": f"session.status_{status}", "stop_reason": {"type": "end_turn"}}
     )
     session_id = item.session_id.replace("sess_", "session_")
-    assert (await strict_validation.beta.sessions.retrieve(session_id)).status == status
+    assert (await strict_client.beta.sessions.retrieve(session_id)).status == status
 
 
-async def test_application_creates_work_with_anthropic_sdk_only(
-    strict_validation: AsyncAnthropic, api_key: AsyncAnthropic
+async def test_application_with_anthropic_sdk_creates_and_archives_sessions(
+    strict_client: AsyncAnthropic, api_key_client: AsyncAnthropic
 ) -> None:
-    environment = await api_key.beta.environments.create(
+    environment = await api_key_client.beta.environments.create(
         name="mine", config={"type": "self_hosted"}, metadata={"team": "a"}
     )
-    assert await api_key.beta.environments.retrieve(environment.id) == environment
-    assert environment in [each async for each in api_key.beta.environments.list(limit=1)]
-    session = await api_key.beta.sessions.create(
+    assert await api_key_client.beta.environments.retrieve(environment.id) == environment
+    assert environment in [each async for each in api_key_client.beta.environments.list(limit=1)]
+    session = await api_key_client.beta.sessions.create(
         agent={"type": "agent", "id": "agent_1", "version": 2},
         environment_id=environment.id,
         title="report",
@@ -151,16 +151,20 @@ async def test_application_creates_work_with_anthropic_sdk_only(
         initial_events=[{"type": "user.message", "content": [{"type": "text", "text": "hello"}]}],
     )
     assert (session.agent.id, session.agent.version, session.title) == ("agent_1", 2, "report")
-    item = await strict_validation.beta.environments.work.poll(environment.id)
+    item = await strict_client.beta.environments.work.poll(environment.id)
     assert item is not None
     assert (item.data.id, item.metadata) == (session.id, {"job": "report"})
-    another = await api_key.beta.sessions.create(agent="agent_1", environment_id=environment.id)
-    listed = [each.id async for each in api_key.beta.sessions.list(limit=1, statuses=["idle"])]
+    another = await api_key_client.beta.sessions.create(
+        agent="agent_1", environment_id=environment.id
+    )
+    listed = [
+        each.id async for each in api_key_client.beta.sessions.list(limit=1, statuses=["idle"])
+    ]
     assert listed == [another.id, session.id]
-    archived = await api_key.beta.sessions.archive(session.id)
+    archived = await api_key_client.beta.sessions.archive(session.id)
     assert archived.status == "terminated"
     assert archived.archived_at is not None
-    assert [each.id async for each in api_key.beta.sessions.list()] == [another.id]
+    assert [each.id async for each in api_key_client.beta.sessions.list()] == [another.id]
 
 
 async def test_worker_of_anthropic_sdk_completes_scripted_sessions(

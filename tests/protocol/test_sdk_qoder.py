@@ -96,7 +96,7 @@ async def test_qoder_sdk_lists_events_by_type_time_and_order(
 async def test_session_in_every_state_validates_as_type_of_qoder_sdk(
     qoder_api: ApiClient, sdk_client: AsyncManaged, state: str, status: str
 ) -> None:
-    work_id = await qoder_api.item_in_state(state)
+    work_id = await qoder_api.create_item_in_state(state)
     session_id = (await qoder_api.get(work_id)).body["data"]["id"]
     session = await sdk_client.sessions.retrieve(session_id)
     assert (session.id, session.type, session.status) == (session_id, "session", status)

@@ -1,4 +1,4 @@
-"""The SDK of the anthropic dialect (`anthropic`) as the session's side of a conversation."""
+"""The SDK `anthropic` reads, sends and streams the events of sessions."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ async def sdk_client(control_plane: ControlPlane) -> AsyncIterator[AsyncAnthropi
         yield client
 
 
-def scripted_session(plane: ControlPlane, *script: dict[str, Any]) -> str:
+def create_scripted_session(plane: ControlPlane, *script: dict[str, Any]) -> str:
     (item,) = plane.enqueue(script=script)
     return item.session_id.replace("sess_", "session_")
 
@@ -46,7 +46,7 @@ async def test_anthropic_sdk_lists_sends_and_streams_events(
     control_plane: ControlPlane, sdk_client: AsyncAnthropic
 ) -> None:
     events = sdk_client.beta.sessions.events
-    session_id = scripted_session(control_plane, BASH, ASK)
+    session_id = create_scripted_session(control_plane, BASH, ASK)
     listed = [event async for event in events.list(session_id, limit=2)]
     assert [event.type for event in listed] == [
         "user.message",
@@ -87,7 +87,7 @@ async def test_anthropic_sdk_lists_sends_and_streams_events(
 async def test_anthropic_sdk_lists_events_by_type_time_and_order(
     control_plane: ControlPlane, sdk_client: AsyncAnthropic, clock: MovableClock
 ) -> None:
-    session_id = scripted_session(control_plane, BASH)
+    session_id = create_scripted_session(control_plane, BASH)
     since = clock.seconds
     clock.advance(1)
     (use,) = [event async for event in sdk_client.beta.sessions.events.list(
@@ -108,7 +108,7 @@ async def test_refused_events_become_exceptions_of_anthropic_sdk(
     control_plane: ControlPlane, sdk_client: AsyncAnthropic
 ) -> None:
     events = sdk_client.beta.sessions.events
-    session_id = scripted_session(control_plane, BASH)
+    session_id = create_scripted_session(control_plane, BASH)
     use = [event async for event in events.list(session_id)][-1]
     await events.send(session_id, events=[{"type": "user.tool_result", "tool_use_id": use.id}])
     with pytest.raises(ConflictError):
@@ -117,12 +117,12 @@ async def test_refused_events_become_exceptions_of_anthropic_sdk(
         await events.send(session_id, events=[{"type": "user.tool_result", "tool_use_id": "evt_1"}])
 
 
-async def confirm_first_only(
+async def allow_first_and_deny_second(
     sdk: AsyncAnthropic,
     session_id: str,
     stream: AsyncStream[BetaManagedAgentsStreamSessionEvents],
 ) -> None:
-    """Allow the first requested tool use, and deny the second one."""
+    """Allow the first tool use that asks for a confirmation, and deny the second one."""
     verdicts: list[Literal["allow", "deny"]] = ["allow", "deny"]
     async with stream:
         async for event in stream:
@@ -139,7 +139,7 @@ async def confirm_first_only(
 async def test_tool_runner_of_anthropic_sdk_answers_whole_script(
     control_plane: ControlPlane, sdk_client: AsyncAnthropic
 ) -> None:
-    """The tool runner is another client of this protocol: one stream, one answer per tool use."""
+    """The tool runner of the SDK follows one stream and answers each tool use once."""
 
     @beta_async_tool
     async def bash(command: str) -> str:
@@ -169,11 +169,11 @@ async def test_tool_runner_of_anthropic_sdk_answers_whole_script(
         {**BASH, "permission": "deny"},
         ASK,
     ]
-    session_id = scripted_session(control_plane, *script)
+    session_id = create_scripted_session(control_plane, *script)
     runner = SessionToolRunner(sdk_client, session_id, tools=[bash, weather], max_idle=0.05)
     async with asyncio.timeout(20), asyncio.TaskGroup() as group:
         stream = await sdk_client.beta.sessions.events.stream(session_id)
-        group.create_task(confirm_first_only(sdk_client, session_id, stream))
+        group.create_task(allow_first_and_deny_second(sdk_client, session_id, stream))
         calls = [
             (call.name, call.is_error, call.posted, call.confirmation) async for call in runner
         ]

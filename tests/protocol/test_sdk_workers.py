@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
     Worker = Callable[[str], AbstractAsyncContextManager[None]]
 
-pytestmark = [pytest.mark.trial, pytest.mark.timeout(300)]  # npm may have to download packages
+pytestmark = [pytest.mark.trial, pytest.mark.timeout(300)]  # with time for npm to download packages
 
 APPLICATION, KEY = "token-of-the-application", "key-of-the-environment"
 NODE_MAJOR_MIN = 20
@@ -44,7 +44,7 @@ SCRIPT: list[dict[str, Any]] = [
 
 
 class CallRecorder:
-    """A middleware that records a worker's calls with the kind of credential: "key" or "item"."""
+    """Middleware that records each call of a worker with its credential: "key" or "item"."""
 
     def __init__(self) -> None:
         self.seen: set[tuple[str, str]] = set()
@@ -56,7 +56,7 @@ class CallRecorder:
         handler: Callable[[web.Request], Awaitable[web.StreamResponse]],
     ) -> web.StreamResponse:
         token = request.headers.get("Authorization", "").removeprefix("Bearer ")
-        # The name of a call is its path without ids.
+        # A call is recorded as its method and its path without ids.
         words = request.path.removeprefix("/v1/").split("/")
         call = f"{request.method} {'/'.join(word for word in words if '_' not in word)}"
         if token != APPLICATION:
@@ -86,13 +86,13 @@ async def application(control_plane: ControlPlane) -> AsyncIterator[AsyncAnthrop
         yield client
 
 
-async def confirm_first_only(application: AsyncAnthropic, session_id: str) -> None:
-    """Allow the first requested tool use and deny the next, until the turn ends."""
+async def allow_first_and_deny_second(application: AsyncAnthropic, session_id: str) -> None:
+    """Allow the first tool use that asks and deny the second one, until the turn ends."""
     verdicts: list[Literal["allow", "deny"]] = ["allow", "deny"]
     events = application.beta.sessions.events
     seen: set[str] = set()
 
-    async def decided_session(event: Any) -> bool:
+    async def answer_and_check_end(event: Any) -> bool:
         if event.type == "agent.tool_use" and event.evaluated_permission == "ask":
             await events.send(
                 session_id,
@@ -102,22 +102,22 @@ async def confirm_first_only(application: AsyncAnthropic, session_id: str) -> No
         ended: bool = event.type == "session.status_idle" and (event.stop_reason.type == "end_turn")
         return ended
 
-    async def ordered_events() -> AsyncGenerator[Any, None]:
-        """Yield the history and all later events; the stream is opened first, so none is missed."""
+    async def all_events_in_order() -> AsyncGenerator[Any, None]:
+        """Yield all events; the stream is opened before the history is read, so none is missed."""
         async with await events.stream(session_id) as stream:
             async for past in events.list(session_id):
                 yield past
             async for event in stream:
                 yield event
 
-    async with aclosing(ordered_events()) as all_events:
-        async for event in all_events:
-            if event.id not in seen and await decided_session(event):
+    async with aclosing(all_events_in_order()) as events_in_order:
+        async for event in events_in_order:
+            if event.id not in seen and await answer_and_check_end(event):
                 return
             seen.add(event.id)
 
 
-def text_of(event: dict[str, Any]) -> str:
+def content_text_of(event: dict[str, Any]) -> str:
     text: str = event["content"][0]["text"]
     return text.strip()
 
@@ -134,13 +134,13 @@ async def weather(city: str) -> str:
 
 @pytest.fixture
 def python_worker(control_plane: ControlPlane, tmp_path: Path) -> Worker:
-    def tools(context: AgentToolContext) -> list[Any]:
+    def make_tools(context: AgentToolContext) -> list[Any]:
         return [*beta_agent_toolset_20260401(context), weather]
 
     base_url = control_plane.anthropic_base_url.removesuffix("/v1")
 
     @asynccontextmanager
-    async def worker(environment_id: str) -> AsyncIterator[None]:
+    async def run_worker(environment_id: str) -> AsyncIterator[None]:
         async with (
             AsyncAnthropic(auth_token=KEY, base_url=base_url) as client,
             asyncio.TaskGroup() as group,
@@ -150,18 +150,18 @@ def python_worker(control_plane: ControlPlane, tmp_path: Path) -> Worker:
                 environment_key=KEY,
                 workdir=tmp_path,
                 max_idle=0.05,
-                tools=tools,
+                tools=make_tools,
             )
             running = group.create_task(work.run())
             yield
             running.cancel()
 
-    return worker
+    return run_worker
 
 
 @pytest.fixture(scope="session")
 def node_project(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Return a directory with the TypeScript SDK in which Node finds it."""
+    """Return a directory with the TypeScript worker and the SDK that it imports."""
     node, npm = shutil.which("node"), shutil.which("npm")
     if node is None or npm is None:
         pytest.skip("node and npm are not installed")
@@ -188,7 +188,7 @@ def typescript_worker(control_plane: ControlPlane, tmp_path: Path, node_project:
     base_url = control_plane.anthropic_base_url.removesuffix("/v1")
 
     @asynccontextmanager
-    async def worker(environment_id: str) -> AsyncIterator[None]:
+    async def run_worker(environment_id: str) -> AsyncIterator[None]:
         process = await asyncio.create_subprocess_exec(
             "node", "environment_worker.mjs", base_url, environment_id, KEY, str(tmp_path),
             cwd=node_project, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
@@ -201,12 +201,12 @@ def typescript_worker(control_plane: ControlPlane, tmp_path: Path, node_project:
             print(output.decode())  # noqa: T201 - pytest shows it when the test fails
         assert process.returncode == 0
 
-    return worker
+    return run_worker
 
 
 @pytest.fixture(params=["python_worker", "typescript_worker"])
 def start_worker(request: pytest.FixtureRequest) -> Worker:
-    """Return a context manager that runs a worker of an environment."""
+    """Return a function whose context manager runs a worker for an environment."""
     started: Worker = request.getfixturevalue(request.param)
     return started
 
@@ -221,7 +221,7 @@ async def environment_id(application: AsyncAnthropic) -> str:
 
 
 async def wait_until(condition: Callable[[], object]) -> None:
-    """Wait until the condition is true; the caller limits the time."""
+    """Wait until a condition is true, without a limit of its own."""
     while not condition():  # noqa: ASYNC110 - a worker is a process that sets no event here
         await asyncio.sleep(0.02)
 
@@ -241,9 +241,9 @@ async def test_sdk_worker_completes_a_conversation(
             metadata={"job": "report"},
             extra_body={"script": SCRIPT},
         )
-        await confirm_first_only(application, session.id)
+        await allow_first_and_deny_second(application, session.id)
         await wait_until(lambda: control_plane.summary().stopped == 1)
-        # The worker has left the session, and the next message lets it return.
+        # The worker has ended its item, and the next message creates another item of the session.
         await application.beta.sessions.events.send(
             session.id,
             events=[{"type": "user.message", "content": [{"type": "text", "text": "Thanks."}]}],
@@ -258,15 +258,15 @@ async def test_sdk_worker_completes_a_conversation(
         event["tool_use_id"]: event for event in stored if event["type"] in answers
     }
     assert [use["name"] for use in uses] == ["write", "bash", "bash", "bash", "read"]
-    ordered_events = [results[use["id"]] for use in uses]
-    # The fourth tool use was denied, so its result is from the control plane.
-    assert [event["type"] for event in ordered_events] == [
+    results_in_order = [results[use["id"]] for use in uses]
+    # The fourth tool use was denied, so the control plane wrote its result.
+    assert [event["type"] for event in results_in_order] == [
         *["user.tool_result"] * 3, "agent.tool_result", "user.tool_result"
     ]  # fmt: skip
-    assert [event["is_error"] for event in ordered_events] == [False, False, False, True, False]
-    assert [text_of(event) for event in ordered_events[1:3]] == ["hello", "hello\nworld"]
+    assert [event["is_error"] for event in results_in_order] == [False, False, False, True, False]
+    assert [content_text_of(event) for event in results_in_order[1:3]] == ["hello", "hello\nworld"]
     (custom,) = [event for event in stored if event["type"] == "user.custom_tool_result"]
-    assert text_of(custom) == "rain in Ulm"
+    assert content_text_of(custom) == "rain in Ulm"
 
     assert control_plane.summary()[:3] == (2, 2, 0)
     assert control_plane.summary().overlapping == 0
@@ -284,8 +284,8 @@ async def test_sdk_worker_completes_a_conversation(
 
 
 @dataclass(frozen=True)
-class HeldSession:
-    """A session whose worker waits for a confirmation, and the state of its item."""
+class WaitingSession:
+    """A session whose worker waits for a confirmation; `state` reads the state of the item."""
 
     session_id: str
     work_id: str
@@ -293,22 +293,22 @@ class HeldSession:
 
 
 @pytest.fixture
-async def held_session(
+async def waiting_session(
     control_plane: ControlPlane,
     application: AsyncAnthropic,
     start_worker: Worker,
     environment_id: str,
     call_recorder: CallRecorder,
-) -> AsyncIterator[HeldSession]:
+) -> AsyncIterator[WaitingSession]:
     ask = {"name": "bash", "input": {"command": "ls"}, "permission": "ask"}
     async with start_worker(environment_id), asyncio.timeout(120):
         session = await application.beta.sessions.create(
             agent="agent_1", environment_id=environment_id, extra_body={"script": [ask]}
         )
         (item,) = control_plane.operations.list_items(environment_id).items
-        # The worker reads the history once its event stream is open.
+        # The worker reads the history of events only after it has opened its event stream.
         await wait_until(lambda: ("item", "GET sessions/events") in call_recorder.seen)
-        yield HeldSession(
+        yield WaitingSession(
             session.id,
             item.id,
             lambda: control_plane.operations.get_item(environment_id, item.id).state,
@@ -316,38 +316,45 @@ async def held_session(
 
 
 async def test_sdk_worker_leaves_archived_session(
-    application: AsyncAnthropic, held_session: HeldSession, caplog: pytest.LogCaptureFixture
+    application: AsyncAnthropic, waiting_session: WaitingSession, caplog: pytest.LogCaptureFixture
 ) -> None:
-    assert (await application.beta.sessions.archive(held_session.session_id)).status == "terminated"
-    async with asyncio.timeout(20):  # less than the time to its next heartbeat
-        await wait_until(lambda: held_session.state() == "stopped")
+    assert (
+        await application.beta.sessions.archive(waiting_session.session_id)
+    ).status == "terminated"
+    async with asyncio.timeout(20):  # the next heartbeat would come later
+        await wait_until(lambda: waiting_session.state() == "stopped")
     assert not [record for record in caplog.records if record.levelname == "ERROR"]
 
 
 async def test_sdk_worker_ends_session_when_heartbeat_answers_stopping(
     control_plane: ControlPlane,
-    held_session: HeldSession,
+    waiting_session: WaitingSession,
     environment_id: str,
     caplog: pytest.LogCaptureFixture,
 ) -> None:
-    """The workers send a heartbeat every 30 s."""
-    control_plane.operations.stop_item(environment_id, held_session.work_id)
-    assert held_session.state() == "stopping"
+    """The worker notices the stop at its next heartbeat, within 30 s."""
+    control_plane.operations.stop_item(environment_id, waiting_session.work_id)
+    assert waiting_session.state() == "stopping"
     async with asyncio.timeout(90):
-        await wait_until(lambda: held_session.state() == "stopped")
-    kinds = [record.kind for record in control_plane.history.records_of_item(held_session.work_id)]
-    assert kinds[-2:] == ["heartbeat", "stopped"]  # its own stop, not the end of its lease
+        await wait_until(lambda: waiting_session.state() == "stopped")
+    kinds = [
+        record.kind for record in control_plane.history.records_of_item(waiting_session.work_id)
+    ]
+    assert kinds[-2:] == [
+        "heartbeat",
+        "stopped",
+    ]  # the worker stopped the item before its lease ended
     assert not [record for record in caplog.records if record.levelname == "ERROR"]
 
 
-async def test_sdk_worker_handles_item_with_its_secret_but_without_key(
+async def test_sdk_worker_with_secret_of_item_and_without_key_runs_item(
     control_plane: ControlPlane,
     application: AsyncAnthropic,
     environment_id: str,
     call_recorder: CallRecorder,
     tmp_path: Path,
 ) -> None:
-    """One process polls with the key of the environment; the other one has only the secret."""
+    """A parent polls with the key of the environment; its child has only the secret of the item."""
     base_url = control_plane.anthropic_base_url.removesuffix("/v1")
     await application.beta.sessions.create(
         agent="agent_1", environment_id=environment_id, extra_body={"script": SCRIPT[:2]}

@@ -48,7 +48,7 @@ async def test_items_sessions_and_stats_survive_restart(
     async with control_plane_on(database_path, clock, ENV, OTHER) as plane:
         api = ApiClient(plane, http_session, "qoder")
         for state in ("stopped", "stopping", "active", "starting", "queued"):
-            await api.item_in_state(state, "a")
+            await api.create_item_in_state(state, "a")
         plane.enqueue(metadata={"nul": "\0", "emoji": "🙂"}, environment_id=OTHER)
         assert (await api.claim_item(worker="a"))["state"] == "queued"
         sessions = [
@@ -65,7 +65,7 @@ async def test_items_sessions_and_stats_survive_restart(
             url = f"{api.base_path}/sessions/{session['id']}"
             assert (await api("GET", url)).body == session
         _, stopping, active, starting, queued = (item["id"] for item in before[0]["data"])
-        # the item was delivered to worker a
+        # Only worker a, which received the item, may acknowledge it.
         assert (await api.ack(queued, worker="b")).status == 409
         assert (await api.heartbeat(active, "NO_HEARTBEAT")).status == 412
         assert (await api.heartbeat(starting, "NO_HEARTBEAT")).status == 200
@@ -81,7 +81,9 @@ async def test_holder_of_item_survives_restart(
 ) -> None:
     async with control_plane_on(database_path, clock) as plane:
         api = ApiClient(plane, http_session, "qoder")
-        starting, active = [await api.item_in_state(state, "a") for state in ("starting", "active")]
+        starting, active = [
+            await api.create_item_in_state(state, "a") for state in ("starting", "active")
+        ]
     async with control_plane_on(database_path, clock) as plane:
         api = ApiClient(plane, http_session, "qoder")
         for work_id in (starting, active):
@@ -108,7 +110,8 @@ async def test_redelivery_order_survives_restart(
         await api.claim_item()
         await api.claim_item()
         clock.advance(5)
-        assert (await api.claim_item())["id"] == first  # so item 2 was delivered before item 1
+        # After this redelivery, the second item is the one that was delivered longer ago.
+        assert (await api.claim_item())["id"] == first
     async with control_plane_on(database_path, clock) as plane:
         api = ApiClient(plane, http_session, "qoder")
         assert (await api.claim_item())["id"] == second
@@ -117,7 +120,7 @@ async def test_redelivery_order_survives_restart(
         assert (await api.claim_item())["id"] == first
 
 
-async def test_environment_not_served_meanwhile_keeps_its_items(
+async def test_items_of_environment_survive_server_without_that_environment(
     database_path: Path, clock: MovableClock
 ) -> None:
     async with control_plane_on(database_path, clock, ENV, OTHER) as plane:
@@ -229,9 +232,7 @@ def test_files_of_new_store_are_accessible_to_owner_only(database_path: Path, ma
     assert modes == {"work.db": 0o600, "work.db-wal": 0o600}
 
 
-# Rows that cannot be read.
-
-MALFORMED = {
+ROW_CHANGES = {
     "work.metadata": "UPDATE work SET metadata = 'not json'",
     "work.metadata of lists": """UPDATE work SET metadata = '{"k": []}'""",
     "work.metadata as bytes": "UPDATE work SET metadata = x'00'",
@@ -245,19 +246,19 @@ MALFORMED = {
 }
 
 
-async def filled_database(path: Path, clock: MovableClock) -> None:
+async def fill_database(path: Path, clock: MovableClock) -> None:
     async with control_plane_on(path, clock) as plane:
         (item,) = plane.enqueue(script=[{"name": "Bash"}])
         plane.emit(item.session_id, {"type": "agent.message", "content": []})
 
 
-@pytest.mark.parametrize("name", MALFORMED)
-async def test_malformed_row_prevents_start_and_is_named(
+@pytest.mark.parametrize("name", ROW_CHANGES)
+async def test_malformed_row_prevents_start_with_error_that_names_it(
     database_path: Path, clock: MovableClock, name: str
 ) -> None:
-    await filled_database(database_path, clock)
+    await fill_database(database_path, clock)
     with closing(sqlite3.connect(database_path)) as connection:
-        connection.execute(MALFORMED[name])
+        connection.execute(ROW_CHANGES[name])
         connection.commit()
     column = name.split(maxsplit=1)[0].rpartition(".")[2]
     async with asyncio.timeout(20):
@@ -276,7 +277,7 @@ async def test_malformed_row_prevents_start_and_is_named(
 async def test_inconsistent_rows_prevent_start(
     database_path: Path, clock: MovableClock, change: str
 ) -> None:
-    await filled_database(database_path, clock)
+    await fill_database(database_path, clock)
     with closing(sqlite3.connect(database_path)) as connection:
         connection.execute(change)
         connection.commit()
@@ -296,7 +297,7 @@ async def test_exception_on_writer_thread_fails_store(
                 await plane.operations.wait_until_durable()
 
 
-async def test_close_during_reading_of_store_ends_reading(
+async def test_close_of_store_ends_reading_in_progress(
     database_path: Path, clock: MovableClock, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     async with control_plane_on(database_path, clock) as plane:
@@ -323,7 +324,8 @@ async def test_close_during_reading_of_store_ends_reading(
 def test_database_uses_wal_and_full_sync(database_path: Path) -> None:
     with closing(SqliteStore(database_path)._connect()) as connection:
         assert connection.execute("PRAGMA journal_mode").fetchone() == ("wal",)
-        assert connection.execute("PRAGMA synchronous").fetchone() == (2,)  # FULL
+        full = 2
+        assert connection.execute("PRAGMA synchronous").fetchone() == (full,)
 
 
 async def test_failed_store_answers_500_to_every_later_call(
@@ -341,7 +343,7 @@ async def test_failed_store_answers_500_to_every_later_call(
         monkeypatch.setattr("workpool.server.stores.sqlite._write_rows", raise_disk_full)
         answer = await api("POST", api.work_url())
         assert answer.status == 500
-        assert answer.error_type["type"] == "api_error"
+        assert answer.error["type"] == "api_error"
         assert (await api.get(kept["id"])).status == 500
     monkeypatch.undo()
     async with control_plane_on(database_path, clock) as plane:
@@ -350,9 +352,7 @@ async def test_failed_store_answers_500_to_every_later_call(
         assert len(plane.operations.get_queue(ENV)) == 1
 
 
-# The server is killed under load.
-
-ORDER = ["queued", "starting", "active", "stopped"]
+STATE_ORDER = ["queued", "starting", "active", "stopped"]
 
 
 @asynccontextmanager
@@ -363,7 +363,7 @@ async def start_server(path: Path) -> AsyncIterator[tuple[asyncio.subprocess.Pro
     )
     try:
         assert process.stdout is not None
-        async with asyncio.timeout(20):
+        async with asyncio.timeout(40):
             yield process, int(await process.stdout.readline())
     finally:
         with contextlib.suppress(ProcessLookupError):
@@ -372,7 +372,7 @@ async def start_server(path: Path) -> AsyncIterator[tuple[asyncio.subprocess.Pro
 
 
 class LoadGenerator:
-    """Workers that bring items through all states and record every answer."""
+    """Workers that claim, update and stop items, and record every answer."""
 
     def __init__(self, http: aiohttp.ClientSession, port: int) -> None:
         self._http = http
@@ -381,7 +381,7 @@ class LoadGenerator:
         self.known: dict[str, dict[str, Any]] = {}
         self.enough = asyncio.Event()
 
-    async def call(self, method: str, suffix: str, **options: Any) -> Any:
+    async def send_request(self, method: str, suffix: str, **options: Any) -> Any:
         headers = {"Authorization": f"Bearer {TOKEN}"}
         url = self._url + suffix
         async with self._http.request(method, url, headers=headers, **options) as response:
@@ -393,7 +393,7 @@ class LoadGenerator:
         return body
 
     async def run_items(self) -> None:
-        """Run one item after another until the server is killed."""
+        """Create and run one item after another until the server is killed."""
         while True:
             try:
                 await self.run_one_item()
@@ -401,12 +401,12 @@ class LoadGenerator:
                 return
 
     async def run_one_item(self) -> None:
-        (item,) = (await self.call("POST", "", json={"count": 1}))["data"]
+        (item,) = (await self.send_request("POST", "", json={"count": 1}))["data"]
         self.known[item["id"]] = item
-        polled = await self.call("GET", "/poll")
+        polled = await self.send_request("GET", "/poll")
         for call in ("/ack", "/heartbeat", "", "/stop"):
             json = {"": {"metadata": {"k": "v"}}, "/stop": {"force": True}}.get(call)
-            answer = await self.call("POST", f"/{polled['id']}{call}", json=json)
+            answer = await self.send_request("POST", f"/{polled['id']}{call}", json=json)
             if answer["type"] == "work":
                 self.known[polled["id"]] = answer
 
@@ -426,8 +426,8 @@ async def test_killed_server_under_load_loses_no_answered_change(
     async with start_server(database_path) as (_, port):
         load_after = LoadGenerator(http_session, port)
         for work_id, item in load.known.items():
-            after = await load_after.call("GET", f"/{work_id}")
-            assert ORDER.index(after["state"]) >= ORDER.index(item["state"])
+            after = await load_after.send_request("GET", f"/{work_id}")
+            assert STATE_ORDER.index(after["state"]) >= STATE_ORDER.index(item["state"])
             for name in ("created_at", "acknowledged_at", "started_at", "stopped_at"):
                 assert item[name] in {None, after[name]}
             assert item["metadata"].items() <= after["metadata"].items()
@@ -435,10 +435,10 @@ async def test_killed_server_under_load_loses_no_answered_change(
         assert stopped
 
 
-async def test_process_killed_between_item_and_first_event_leaves_neither(
+async def test_process_killed_between_item_and_first_event_stores_neither(
     database_path: Path,
 ) -> None:
-    """An item without its first message would bring a worker to a session that never begins."""
+    """A worker that gets an item without its first message would wait for it forever."""
     program = Path(__file__).with_name("crashing_creation.py")
     root = Path(__file__).parents[2]
     process = await asyncio.create_subprocess_exec(

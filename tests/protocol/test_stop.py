@@ -12,8 +12,7 @@ import pytest
 if TYPE_CHECKING:
     from tests.protocol.conftest import ApiClient, MovableClock
 
-# A second copy of the table in `server/state_machine.py`, written by hand.
-TABLE = [
+STOP_RESULTS = [
     (False, "queued", "stopped"),
     (False, "starting", "stopping"),
     (False, "active", "stopping"),
@@ -25,15 +24,16 @@ TABLE = [
     (True, "stopping", "stopped"),
     (True, "stopped", "stopped"),
 ]
-SIBLING_REFUSES = [(False, "stopping"), (False, "stopped"), (True, "stopped")]
+"""Whether a stop has `force`, the state before the stop, and the state after it."""
+ANTHROPIC_CONFLICTS = [(False, "stopping"), (False, "stopped"), (True, "stopped")]
 
 
 @pytest.mark.usefixtures("both_stores")
-@pytest.mark.parametrize(("force", "state", "after"), TABLE)
+@pytest.mark.parametrize(("force", "state", "after"), STOP_RESULTS)
 async def test_stop_of_item_in_each_state_has_documented_result(
     qoder_api: ApiClient, clock: MovableClock, state: str, after: str, *, force: bool
 ) -> None:
-    work_id = await qoder_api.item_in_state(state)
+    work_id = await qoder_api.create_item_in_state(state)
     before = (await qoder_api.get(work_id)).body
     clock.advance(3)
     answer = await qoder_api.stop(work_id, json={"force": force})
@@ -47,15 +47,15 @@ async def test_stop_of_item_in_each_state_has_documented_result(
 
 
 @pytest.mark.usefixtures("both_stores")
-@pytest.mark.parametrize(("force", "state", "after"), TABLE)
-async def test_anthropic_stop_answers_204_or_409_by_state(
+@pytest.mark.parametrize(("force", "state", "after"), STOP_RESULTS)
+async def test_anthropic_stop_of_item_in_each_state_is_204_or_409(
     anthropic_api: ApiClient, state: str, after: str, *, force: bool
 ) -> None:
-    work_id = await anthropic_api.item_in_state(state)
+    work_id = await anthropic_api.create_item_in_state(state)
     answer = await anthropic_api.stop(work_id, json={"force": force})
-    if (force, state) in SIBLING_REFUSES:
+    if (force, state) in ANTHROPIC_CONFLICTS:
         assert answer.status == 409
-        assert answer.error_type["type"] == "invalid_request_error"
+        assert answer.error["type"] == "invalid_request_error"
         assert await anthropic_api.item_state(work_id) == state
     else:
         assert (answer.status, answer.body) == (204, None)
@@ -66,7 +66,7 @@ async def test_anthropic_stop_answers_204_or_409_by_state(
     "body", [b"", b"{}", b'{"force": null}', b'{"force": false}', b' {"other": 1} ']
 )
 async def test_stop_without_force_is_graceful(api: ApiClient, body: bytes) -> None:
-    work_id = await api.item_in_state("active")
+    work_id = await api.create_item_in_state("active")
     assert (await api.stop(work_id, data=body)).status in {200, 204}
     assert await api.item_state(work_id) == "stopping"
 
@@ -92,14 +92,14 @@ async def test_stop_without_force_is_graceful(api: ApiClient, body: bytes) -> No
     ],
 )
 async def test_malformed_stop_body_is_400_and_stops_nothing(api: ApiClient, body: bytes) -> None:
-    work_id = await api.item_in_state("active")
+    work_id = await api.create_item_in_state("active")
     answer = await api.stop(work_id, data=body)
     assert answer.status == 400
-    assert answer.error_type["type"] == "invalid_request_error"
+    assert answer.error["type"] == "invalid_request_error"
     assert await api.item_state(work_id) == "active"
 
 
-async def test_stopped_delivered_item_is_not_delivered_again(
+async def test_delivered_item_that_was_stopped_is_not_redelivered(
     api: ApiClient, clock: MovableClock
 ) -> None:
     api.plane.enqueue()

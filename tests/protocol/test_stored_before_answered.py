@@ -1,4 +1,4 @@
-"""Answers are sent only after their changes are stored, so that a kill -9 revokes nothing."""
+"""Answers are sent only after their changes are stored, so that a killed server revokes none."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ if TYPE_CHECKING:
     import aiohttp
 
 
-class BlockingStore(MemoryStore):
-    """A store whose commits wait while it is blocked."""
+class GatedStore(MemoryStore):
+    """A store whose commits wait while its gate is closed."""
 
     def __init__(self) -> None:
         self.gate = asyncio.Event()
@@ -31,25 +31,23 @@ class BlockingStore(MemoryStore):
 
 
 @pytest.fixture
-def blocking_store() -> BlockingStore:
-    return BlockingStore()
+def gated_store() -> GatedStore:
+    return GatedStore()
 
 
 @pytest.fixture
 async def api(
-    blocking_store: BlockingStore, http_session: aiohttp.ClientSession, dialect: str
+    gated_store: GatedStore, http_session: aiohttp.ClientSession, dialect: str
 ) -> AsyncIterator[ApiClient]:
-    async with ControlPlane(
-        environments=(ENV,), tokens={TOKEN: None}, store=blocking_store
-    ) as plane:
+    async with ControlPlane(environments=(ENV,), tokens={TOKEN: None}, store=gated_store) as plane:
         yield ApiClient(plane, http_session, dialect)
 
 
-async def answer_after_storage(gate: BlockingStore, answer: Awaitable[HttpAnswer]) -> HttpAnswer:
-    """Return the answer, which must not arrive before the store is unblocked."""
+async def answer_after_storage(gate: GatedStore, answer: Awaitable[HttpAnswer]) -> HttpAnswer:
+    """Check that the answer arrives only after the store has committed, and return it."""
     gate.gate.clear()
     async with asyncio.TaskGroup() as group:
-        asking = group.create_task(_wait_for_answer(answer))
+        asking = group.create_task(await_answer(answer))
         async with asyncio.timeout(20):
             await wait_until(lambda: gate.waiting or asking.done())
         assert not asking.done()
@@ -57,7 +55,7 @@ async def answer_after_storage(gate: BlockingStore, answer: Awaitable[HttpAnswer
     return asking.result()
 
 
-async def _wait_for_answer(answer: Awaitable[HttpAnswer]) -> HttpAnswer:
+async def await_answer(answer: Awaitable[HttpAnswer]) -> HttpAnswer:
     return await answer
 
 
@@ -77,50 +75,46 @@ CALLS: dict[str, tuple[str, Callable[[ApiClient, str], Awaitable[HttpAnswer]]]] 
 
 @pytest.mark.parametrize("call", CALLS)
 async def test_call_is_answered_only_after_its_change_is_stored(
-    api: ApiClient, blocking_store: BlockingStore, call: str
+    api: ApiClient, gated_store: GatedStore, call: str
 ) -> None:
     state, ask = CALLS[call]
-    work_id = await api.item_in_state(state)
-    assert (await answer_after_storage(blocking_store, ask(api, work_id))).status in {200, 204}
+    work_id = await api.create_item_in_state(state)
+    assert (await answer_after_storage(gated_store, ask(api, work_id))).status in {200, 204}
 
 
 async def test_session_and_events_are_returned_only_after_they_are_stored(
-    api: ApiClient, blocking_store: BlockingStore
+    api: ApiClient, gated_store: GatedStore
 ) -> None:
     api.plane.enqueue(script=[{"name": "Bash", "input": {}}])
     [item] = (await api("GET", api.work_url())).body["data"]
     session = f"{api.base_path}/sessions/{item['data']['id']}"
-    assert (await answer_after_storage(blocking_store, api("GET", session))).status == 200
-    listed = await answer_after_storage(blocking_store, api("GET", f"{session}/events"))
+    assert (await answer_after_storage(gated_store, api("GET", session))).status == 200
+    listed = await answer_after_storage(gated_store, api("GET", f"{session}/events"))
     [use] = [event for event in listed.body["data"] if event["type"] == "agent.tool_use"]
     result_body = {
         "events": [{"type": "user.tool_result", "tool_use_id": use["id"], "content": []}]
     }
     assert (
-        await answer_after_storage(
-            blocking_store, api("POST", f"{session}/events", json=result_body)
-        )
+        await answer_after_storage(gated_store, api("POST", f"{session}/events", json=result_body))
     ).status == 200
-    # A client that repeats the call after a lost answer takes a 409 as "stored".
+    # A client that repeats the call after a lost answer concludes from a 409 that it was stored.
     assert (
-        await answer_after_storage(
-            blocking_store, api("POST", f"{session}/events", json=result_body)
-        )
+        await answer_after_storage(gated_store, api("POST", f"{session}/events", json=result_body))
     ).status == 409
 
 
 async def test_conflict_is_answered_only_after_its_cause_is_stored(
-    api: ApiClient, blocking_store: BlockingStore
+    api: ApiClient, gated_store: GatedStore
 ) -> None:
-    stopped = await api.item_in_state("stopped")
+    stopped = await api.create_item_in_state("stopped")
     answers = [
-        await answer_after_storage(blocking_store, api.ack(stopped)),
-        await answer_after_storage(blocking_store, api.heartbeat(stopped)),
+        await answer_after_storage(gated_store, api.ack(stopped)),
+        await answer_after_storage(gated_store, api.heartbeat(stopped)),
     ]
-    if api.dialect == "anthropic":  # the 409 to a second stop says that the first one was applied
+    if api.dialect == "anthropic":  # a second stop is answered 409 there
         answers.append(
-            await answer_after_storage(blocking_store, api.stop(stopped, json={"force": True}))
+            await answer_after_storage(gated_store, api.stop(stopped, json={"force": True}))
         )
-    # A heartbeat in the anthropic dialect answers the state of a stopped item instead.
+    # In the anthropic dialect, a heartbeat of a stopped item is answered 200 with its state.
     allowed = {200, 409} if api.dialect == "anthropic" else {409}
     assert {answer.status for answer in answers} == allowed

@@ -17,10 +17,10 @@ import pytest
 from tests.protocol.conftest import ENV, TOKEN, ApiClient, wait_until
 from tests.protocol.test_events import (
     BASH,
+    create_scripted_session,
     event_history,
     events_path,
-    last_event,
-    scripted_session,
+    last_event_of_type,
     send_events,
     tool_result,
 )
@@ -36,7 +36,7 @@ UNKNOWN = "evt_" + "0" * 32
 
 
 class StreamReader:
-    """The blocks of one open stream, in order."""
+    """Reader of the blocks of one open stream."""
 
     def __init__(self, response: aiohttp.ClientResponse) -> None:
         self.response = response
@@ -46,7 +46,7 @@ class StreamReader:
             return (await self.response.content.readuntil(b"\n\n")).decode()
 
     async def read_event(self) -> dict[str, Any]:
-        """Return the next event, whose three lines must agree."""
+        """Return the next event; check that its `id:` and `event:` lines agree with its data."""
         while (text := await self.read_block()).startswith(":"):
             pass
         first, second, third = text.removesuffix("\n\n").split("\n")
@@ -69,16 +69,15 @@ async def open_stream(
         assert response.headers["Content-Type"] == "text/event-stream"
         assert response.headers["Cache-Control"] == "no-store"
         reader = StreamReader(response)
-        assert (await reader.read_block()).startswith(
-            ":"
-        )  # the stream is open before the first event
+        # A comment shows that the stream is open before the first event.
+        assert (await reader.read_block()).startswith(":")
         yield reader
 
 
 @pytest.mark.usefixtures("both_stores")
 async def test_stream_without_last_event_id_starts_with_new_events(api: ApiClient) -> None:
-    session_id = scripted_session(api, BASH)
-    use = await last_event(api, session_id, "agent.tool_use")
+    session_id = create_scripted_session(api, BASH)
+    use = await last_event_of_type(api, session_id, "agent.tool_use")
     async with open_stream(api, session_id) as one, open_stream(api, session_id) as two:
         await send_events(api, session_id, tool_result(use, "ünïcode \n\r\n two lines"))
         frames = [await one.read_event() for _ in range(3)]
@@ -93,13 +92,13 @@ async def test_stream_without_last_event_id_starts_with_new_events(api: ApiClien
 
 @pytest.mark.usefixtures("both_stores")
 async def test_stream_resumes_after_last_event_id(api: ApiClient) -> None:
-    session_id = scripted_session(api, BASH)
+    session_id = create_scripted_session(api, BASH)
     whole = await event_history(api, session_id)
     for place, event in enumerate(whole):
         async with open_stream(api, session_id, event["id"]) as reader:
             left = whole[place + 1 :]
             assert [await reader.read_event() for _ in left] == left
-    # the stream then continues with new events
+    # After the stored events, the stream continues with new ones.
     async with open_stream(api, session_id, whole[0]["id"]) as reader:
         await send_events(api, session_id, {"type": "user.interrupt"})
         assert [(await reader.read_event())["id"] for _ in whole[1:]] == [
@@ -112,13 +111,13 @@ async def test_stream_resumes_after_last_event_id(api: ApiClient) -> None:
 async def test_stream_with_unknown_last_event_id_replays_all_events(
     api: ApiClient, unknown: str
 ) -> None:
-    session_id = scripted_session(api, BASH)
+    session_id = create_scripted_session(api, BASH)
     async with open_stream(api, session_id, unknown) as reader:
         assert [await reader.read_event() for _ in range(3)] == await event_history(api, session_id)
 
 
 async def test_stream_with_event_id_of_another_session_replays_all_events(api: ApiClient) -> None:
-    first, second = scripted_session(api, BASH), scripted_session(api, BASH)
+    first, second = create_scripted_session(api, BASH), create_scripted_session(api, BASH)
     theirs = (await event_history(api, first))[-1]["id"]
     async with open_stream(api, second, theirs) as reader:
         assert (await reader.read_event())["type"] == "user.message"
@@ -128,23 +127,23 @@ async def test_idle_stream_sends_keep_alives(
     api: ApiClient, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(session_routes, "KEEP_ALIVE_SECONDS", 0.02)
-    async with open_stream(api, scripted_session(api)) as reader:
+    async with open_stream(api, create_scripted_session(api)) as reader:
         for _ in range(3):
             assert await reader.read_block() == ": keep-alive\n\n"
 
 
 async def test_stream_ends_when_control_plane_closes(qoder_api: ApiClient) -> None:
-    async with open_stream(qoder_api, scripted_session(qoder_api)) as reader:
+    async with open_stream(qoder_api, create_scripted_session(qoder_api)) as reader:
         qoder_api.plane.operations.end_waits()
         async with asyncio.timeout(20):
             assert await reader.response.content.read() == b""
-    # A new stream ends in the same way.
-    async with open_stream(qoder_api, scripted_session(qoder_api)) as reader:
+    # A stream that is opened afterwards ends at once.
+    async with open_stream(qoder_api, create_scripted_session(qoder_api)) as reader:
         assert await reader.response.content.read() == b""
 
 
 async def test_stream_of_disconnected_client_is_removed(qoder_api: ApiClient) -> None:
-    session_id = scripted_session(qoder_api)
+    session_id = create_scripted_session(qoder_api)
     following = qoder_api.plane.operations.sessions._following
     async with open_stream(qoder_api, session_id) as reader:
         await wait_until(lambda: following)
@@ -157,13 +156,13 @@ async def test_stream_of_client_that_does_not_read_is_cut_off(
 ) -> None:
     monkeypatch.setattr(inbound_connections, "READ_SECONDS", 0.1)
     monkeypatch.setattr(inbound_connections, "CHECK_SECONDS", 0.02)
-    session_id = scripted_session(qoder_api)
+    session_id = create_scripted_session(qoder_api)
     text = "x" * 1_000_000
     async with open_stream(qoder_api, session_id) as reader:
         message = {"type": "user.message", "content": [{"type": "text", "text": text}]}
-        for _ in range(20):  # more than all buffers between server and client can hold
+        for _ in range(20):  # 20 MB, more than all buffers between server and client hold
             assert (await send_events(qoder_api, session_id, message)).status == 200
-        # Only the connection that sent the messages is open.
+        # Only the connection that sent the messages is left.
         await wait_until(lambda: len(qoder_api.plane._connections) == 1)
         with pytest.raises(aiohttp.ClientError):
             await reader.response.content.read()
@@ -178,7 +177,7 @@ async def test_event_that_could_not_be_stored_is_not_streamed(
     store = SqliteStore(tmp_path / "work.db")
     async with ControlPlane(environments=(ENV,), tokens={TOKEN: None}, store=store) as plane:
         api = ApiClient(plane, http_session, "qoder")
-        session_id = scripted_session(api, BASH)
+        session_id = create_scripted_session(api, BASH)
         async with open_stream(api, session_id) as reader:
             monkeypatch.setattr("workpool.server.stores.sqlite._write_rows", raise_disk_full)
             use = plane.events(session_id)[-1]
@@ -187,6 +186,6 @@ async def test_event_that_could_not_be_stored_is_not_streamed(
 
 
 async def test_head_request_to_stream_is_405(api: ApiClient) -> None:
-    url = events_path(api, scripted_session(api), "/events/stream")
+    url = events_path(api, create_scripted_session(api), "/events/stream")
     async with api.http.head(url, headers={"Authorization": f"Bearer {TOKEN}"}) as response:
         assert response.status == 405

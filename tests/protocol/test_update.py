@@ -50,12 +50,12 @@ async def test_anthropic_update_requires_metadata(anthropic_api: ApiClient) -> N
     (item,) = anthropic_api.plane.enqueue()
     answer = await anthropic_api.update(item.id, json={})
     assert answer.status == 400
-    assert answer.error_type["param"] == "metadata"
+    assert answer.error["param"] == "metadata"
 
 
 @pytest.mark.parametrize("state", ["queued", "starting", "active", "stopping", "stopped"])
 async def test_update_is_accepted_in_every_state(api: ApiClient, state: str) -> None:
-    work_id = await api.item_in_state(state)
+    work_id = await api.create_item_in_state(state)
     answer = await api.update(work_id, json={"metadata": {"k": "v"}})
     assert (answer.status, answer.body["metadata"]) == (200, {"k": "v"})
     assert answer.body["state"] == state
@@ -87,5 +87,5 @@ async def test_malformed_update_is_400_and_not_applied(api: ApiClient, body: byt
     (item,) = api.plane.enqueue(metadata={"a": "1"})
     answer = await api.update(item.id, data=body)
     assert answer.status == 400
-    assert answer.error_type["type"] == "invalid_request_error"
+    assert answer.error["type"] == "invalid_request_error"
     assert (await api.get(item.id)).body["metadata"] == {"a": "1"}
