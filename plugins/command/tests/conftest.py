@@ -65,21 +65,17 @@ class ProcessView:
         def read_lines() -> list[str]:
             return path.read_text().splitlines() if path.exists() else []
 
-        await wait_until(lambda: len(read_lines()) >= lines)
+        await self.wait_until(lambda: len(read_lines()) >= lines)
         return read_lines()
 
     async def wait_until(self, condition: Callable[[], bool]) -> None:
-        await wait_until(condition)
+        """Call `condition` until it returns true: the kernel reports no changes in `/proc`."""
+        async with asyncio.timeout(WAIT_SECONDS):
+            while not condition():  # noqa: ASYNC110 - the kernel reports no event
+                await asyncio.sleep(0.01)
 
     async def wait_for_end(self, pids: list[str]) -> None:
-        await wait_until(lambda: not any(map(self.is_running, pids)))
-
-
-async def wait_until(condition: Callable[[], bool]) -> None:
-    """Call `condition` until it returns true, because the kernel reports no changes in `/proc`."""
-    async with asyncio.timeout(WAIT_SECONDS):
-        while not condition():  # noqa: ASYNC110 - the kernel reports no event
-            await asyncio.sleep(0.01)
+        await self.wait_until(lambda: not any(map(self.is_running, pids)))
 
 
 @pytest.fixture

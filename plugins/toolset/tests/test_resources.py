@@ -100,6 +100,6 @@ async def test_session_whose_journal_cannot_be_written_is_released(
     monkeypatch.setattr(CallJournal, step, raise_error)
     toolset = Toolset(isolation="none", state=str(tmp_path / "state"), max_idle=0.05)
     script = [{"name": "Bash", "input": {"command": "echo out"}}]
-    result = await workpool.run_session(toolset, script=script)
+    result = await workpool.run_session(toolset, script=script, timeout=50)
     assert result.outcome == "released"
     assert exhausted(result.error)
