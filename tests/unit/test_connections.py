@@ -223,7 +223,7 @@ def hanging_reader() -> Iterator[HangingReader]:
     disk.release.set()
 
 
-async def test_token_file_on_hanging_reader_is_read_once_for_all_waiting_calls(
+async def test_token_file_that_hangs_is_read_once_for_all_waiting_calls(
     hanging_reader: HangingReader, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     path = tmp_path / "token"
@@ -245,7 +245,7 @@ async def test_token_file_on_hanging_reader_is_read_once_for_all_waiting_calls(
         await client.stop(WORK, timeout=20)
 
 
-async def test_client_opening_with_token_file_on_hanging_reader_fails_in_bounded_time(
+async def test_client_opening_with_token_file_that_hangs_fails_in_bounded_time(
     hanging_reader: HangingReader, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("workpool.settings.read_credential", hanging_reader)

@@ -273,7 +273,7 @@ def test_demo_view_without_terminal_prints_lines(
     ]
 
 
-def test_demo_view_without_terminal_prints_the_end_at_once(demo_state: DemoState) -> None:
+def test_demo_view_without_terminal_prints_final_state_at_once(demo_state: DemoState) -> None:
     page = io.StringIO()
     demo_state.count = demo_state.ended_count
     with DemoView(Console(file=page, width=40)) as plain:

@@ -614,14 +614,14 @@ def test_release_without_extension_in_state_stopping_ends_lease() -> None:
     assert lease.status == "released"
 
 
-def test_check_requested_soon_makes_heartbeat_due_at_once() -> None:
+def test_requested_lease_check_makes_heartbeat_due_at_once() -> None:
     lease = renewed_lease()
     lease.check_soon(5.0)
     lease.check_soon(6.0)
     assert lease.due_at == 5.0
 
 
-def test_check_requested_soon_while_suspended_schedules_no_heartbeat() -> None:
+def test_requested_lease_check_while_suspended_schedules_no_heartbeat() -> None:
     lease = renewed_lease()
     lease.suspend()
     lease.check_soon(5.0)
@@ -660,7 +660,7 @@ def test_successful_heartbeat_records_clock_offset_of_its_sending() -> None:
 
 
 @pytest.mark.parametrize("extended", [True, False])
-def test_answer_stopping_after_a_pause_leaves_lease_in_doubt(*, extended: bool) -> None:
+def test_heartbeat_answer_in_state_stopping_loses_lease_in_doubt(*, extended: bool) -> None:
     lease = renewed_lease()
     lease.doubt(SENT)
     attempt = lease.send(SENT, SENT, 30.0)

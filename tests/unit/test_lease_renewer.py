@@ -243,7 +243,7 @@ async def test_item_stopped_by_another_client_is_reported(testbed: type[LeaseTes
 
 
 @in_virtual_time
-async def test_check_requested_soon_sends_heartbeat_at_once(testbed: type[LeaseTestbed]) -> None:
+async def test_requested_lease_check_sends_heartbeat_at_once(testbed: type[LeaseTestbed]) -> None:
     one = testbed()
     async with one.renewed_lease() as lease:
         await asyncio.sleep(5)

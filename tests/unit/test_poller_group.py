@@ -141,7 +141,9 @@ def test_last_successful_poll_is_measured_on_lease_clock() -> None:
     assert bench.group.last_success_at == 1000.0
 
 
-def test_start_of_idleness_is_logged_once(caplog: pytest.LogCaptureFixture) -> None:
+def test_first_of_several_polls_without_item_is_logged_as_idle(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
     caplog.set_level("INFO", "workpool")
     bench = GroupTestbed()
     for _ in range(5):

@@ -103,7 +103,7 @@ def test_forbidden_transition_raises_and_keeps_state(state: State, transition: T
     assert item.state == state
 
 
-def test_every_path_of_states_from_a_new_item_ends_closed() -> None:
+def test_every_path_of_states_from_a_new_item_ends_in_closed() -> None:
     assert make_item().state == "delivered"
     for state in get_args(State):
         seen = {state}
@@ -197,7 +197,7 @@ def test_owned_health_check_occupies_neither_session_nor_handler() -> None:
     assert len(owned) == 0
 
 
-def test_owned_items_without_session_do_not_exclude_each_other() -> None:
+def test_several_items_without_session_can_be_owned_at_once() -> None:
     owned = OwnedItems()
     one, other = (make_item(work_id, "", first) for work_id in ("work_1", "work_2"))
     owned.add(one)
