@@ -44,14 +44,14 @@ LOOPS = (
     "pool/lease_renewer.py",
 )
 MODULES_WITH_BROAD_EXCEPT = {
-    "logs.py",  # calls `__str__` of objects that users log
-    "metrics/observer.py",  # metrics must not affect the code that they count
+    "logs.py",  # `__str__` of an object that a user logs may raise
+    "metrics/observer.py",  # an error in a metric must not affect the pool
     "session.py",  # raises all errors again except those that an option names
-    "plugins/loading.py",  # evaluates the annotations of a plugin
-    "pool/handler_executor.py",  # calls a handler
+    "plugins/loading.py",  # annotations of a plugin may raise when they are evaluated
+    "pool/handler_executor.py",  # a handler may raise any error
     # Calls a plain handler on a thread, and raises its error where the call is awaited.
     "pool/handler_threads.py",
-    "plugins/discovery.py",  # calls observers and other code of plugins
+    "plugins/discovery.py",  # hooks of plugins may raise any error
     "pool/poller.py",  # an error in one poll must not end the poller
     "pool/item_requests.py",  # an error in one heartbeat must not end the renewal
     "pool/lease_renewer.py",  # raises the error of its thread on the handlers' loop
@@ -303,7 +303,7 @@ DIALECT_TABLES = {
     "server/http/server_dialects.py",
 }
 DIALECT_TEXTS = {
-    "cli/conform.py",  # an example of a command
+    "cli/conform.py",  # a help text has an example with `--dialect anthropic`
     "conformance/clauses/heartbeats.py",  # clauses that differ between the dialects
     "conformance/clauses/stops.py",
     "conformance/clauses/conversations.py",

@@ -148,7 +148,7 @@ class RunningCommand:
         self.out += out.decode()
         self.err += err.decode()
         assert self._process.returncode is not None
-        sys.stderr.write(self.err)  # pytest shows the log if the test fails
+        sys.stderr.write(self.err)  # pytest shows this log if the test fails
         assert TOKEN not in self.out + self.err
         assert LIMITED not in self.out + self.err
         return self._process.returncode

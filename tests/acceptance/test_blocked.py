@@ -139,7 +139,7 @@ async def test_blocked_loop_report_states_seconds_since_last_answer_of_loop(
     stated = re.search(r"seconds=(\d+\.\d+) ", line)
     assert stated is not None
     blocked = log_timestamp(line) - began
-    late = 0.1  # the log line is written after the measurement
+    late = 0.1  # seconds from the measurement to the log line
     assert blocked - late <= float(stated[1])
     # The monitor asks the loop once a second, so the last answer may be a second before the block.
     assert float(stated[1]) <= blocked + 1.0 + late

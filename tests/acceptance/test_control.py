@@ -256,7 +256,7 @@ async def test_control_socket_and_directory_of_another_user_are_refused(
         assert f"{socket_directory}: not used, as others have access to it" in found.err
         listener.settimeout(0)
         with pytest.raises(BlockingIOError):
-            listener.accept()  # the command must not have connected to this listener
+            listener.accept()  # the command has not connected to the other user's socket
     worker = await start_command("run", "handlers", "--control-socket", str(path))
     assert await worker.wait_for_end() == 2
     assert f"control_socket: {path}: is the socket of another user" in worker.err

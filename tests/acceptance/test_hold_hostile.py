@@ -57,7 +57,7 @@ async def test_handoff_block_is_not_entered_before_heartbeats_are_suspended() ->
     async def check_handoff(session: Session) -> None:
         nonlocal entered
         renewer = session._held._context.renewer  # type: ignore[attr-defined]  # no test has another way
-        renewer.call = lambda *_: None  # the renewer thread must not run this call yet
+        renewer.call = lambda *_: None  # as if the renewer thread were suspended
         with pytest.raises(LeaseLost):
             async with session.handover():
                 entered = True
@@ -86,9 +86,7 @@ async def test_hold_started_after_parent_lost_lease_leaves_item_to_new_worker(
                 plane, item.id, last.last_heartbeat, "touch", str(tmp_path / "child-ran")
             )
 
-            await other.heartbeat(
-                item.id, NO_HEARTBEAT, 10
-            )  # the first heartbeat of the new worker
+            await other.heartbeat(item.id, NO_HEARTBEAT, 10)  # the new worker gets the lease
     assert status == 1
     assert not (tmp_path / "child-ran").exists()
 

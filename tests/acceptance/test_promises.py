@@ -113,7 +113,7 @@ async def test_items_of_killed_worker_are_finished_by_another_worker(
         successor = await start_worker(
             start_without_settings, plane.base_url, WORKPOOL_WORKER_ID="heir"
         )
-        await successor.wait_for_log("idle")  # it polled, and no item was free
+        await successor.wait_for_log("idle")  # the second worker has polled and got no item
         victim.send_signal(signal.SIGKILL)
         assert await victim.wait_for_end() == -signal.SIGKILL
         clock.advance(LEASE_SECONDS)  # the leases of the killed worker lapse

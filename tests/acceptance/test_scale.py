@@ -169,7 +169,9 @@ async def test_serve_scale_and_worker_agree_on_the_numbers(
     for command in (worker, scale, serve):
         command.send_signal(signal.SIGTERM)
         if command is worker:
-            command.send_signal(signal.SIGTERM)  # ends sessions that would last forever
+            command.send_signal(
+                signal.SIGTERM
+            )  # a second signal ends its sessions, which would last forever
     assert await scale.wait_for_end() == 0
     assert await serve.wait_for_end() == 0
 

@@ -201,7 +201,7 @@ NAMESPACE = ["unshare", "--pid", "--fork", "--kill-child", "--mount-proc"]
 
 
 @pytest.fixture
-def as_process_1(command_directory: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def run_as_process_1(command_directory: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Run each command as process 1 of a PID namespace of its own."""
     if shutil.which("unshare") is None:
         pytest.skip("unshare is not installed")
@@ -213,18 +213,18 @@ def as_process_1(command_directory: Path, monkeypatch: pytest.MonkeyPatch) -> No
     monkeypatch.setattr(sys, "executable", str(interpreter))
 
 
-def only_child(pid: int) -> int:
+def only_child_process(pid: int) -> int:
     return int(Path(f"/proc/{pid}/task/{pid}/children").read_text())
 
 
-@pytest.mark.usefixtures("as_process_1")
+@pytest.mark.usefixtures("run_as_process_1")
 async def test_run_as_process_1_with_sigterm_during_start_ends(
     start_blocked: BlockedCommandStarter, control_plane: ControlPlane, continue_start: ContinueStart
 ) -> None:
     """The kernel drops a signal to process 1 of a PID namespace if it has no handler."""
     [item] = control_plane.enqueue(metadata={"do": "finish"})
     command = await start_blocked("aiohttp", "run", "handlers")
-    os.kill(only_child(command.pid), signal.SIGTERM)
+    os.kill(only_child_process(command.pid), signal.SIGTERM)
     continue_start()
     assert await command.wait_for_end() == 0
     assert record_kinds(control_plane, item) == ["created"]

@@ -511,7 +511,7 @@ async def test_failed_start_reports_its_reason(
     # The error ends the command, so no log line may announce a retry.
     assert "wait_seconds" not in command.err
     if mistake.trace:
-        assert "workpool/plugins" not in command.err  # frames of workpool itself are left out
+        assert "workpool/plugins" not in command.err  # the traceback leaves out frames of workpool
 
 
 async def test_port_in_use_is_reported_with_its_setting(start_command: CommandStarter) -> None:

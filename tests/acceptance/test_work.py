@@ -138,7 +138,7 @@ async def test_work_command_with_invalid_arguments_ends_with_2(
         (["enqueue", "--script", "nowhere.json"], 2),
         (["enqueue", "--script", "bad.json"], 2),
         (["enqueue", "--script", "object.json"], 2),
-        (["enqueue", "--script", "script.json"], 3),  # refused by the control plane with 400
+        (["enqueue", "--script", "script.json"], 3),  # the control plane refuses the script
         (["update", "work_unknown"], 2),
     ]
     for arguments, status in cases:

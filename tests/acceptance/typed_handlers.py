@@ -83,12 +83,12 @@ async def always_releases(session: Session) -> NoReturn:
 
 
 @handler(retry=Retry(on=(ConnectionError, TimeoutError), times=5))
-async def is_retried(session: Session) -> int:
+async def retries_after_errors(session: Session) -> int:
     return session.retry
 
 
 @handler
-async def has_a_default(session: Session, scale: float = 1.0) -> dict[str, float]:
+async def has_an_optional_parameter(session: Session, scale: float = 1.0) -> dict[str, float]:
     return {session.id: scale}
 
 

@@ -162,14 +162,14 @@ async def test_reader_skips_long_list_of_stopped_items_and_is_then_ready(
         reader = reader_of(client)
         assert reader.unready_reasons() == ["the queue is not read to its end yet"]
         async with asyncio.TaskGroup() as group:
-            reading = group.create_task(reader.run())
+            reading = group.create_task(reader.read_until_cancelled())
             for _ in range(2000):
-                if reader.load is not None:
+                if reader.last_load is not None:
                     break
                 await asyncio.sleep(0.01)
             reading.cancel()
-        assert reader.load is not None
-        assert (reader.load.unfinished, reader.unready_reasons()) == (2, [])
+        assert reader.last_load is not None
+        assert (reader.last_load.unfinished, reader.unready_reasons()) == (2, [])
 
 
 async def test_load_stays_unknown_if_stopped_items_cannot_be_skipped(
@@ -276,7 +276,7 @@ async def test_refused_item_list_raises_and_leaves_load_unknown(
             reader = reader_of(client)
             with pytest.raises(RefusedError):
                 await reader.read_load()
-            assert reader.load is None
+            assert reader.last_load is None
             assert reader.unready_reasons() == ["the queue is not read to its end yet"]
     assert "statistics refused" not in caplog.text
 

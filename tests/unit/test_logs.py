@@ -14,7 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from workpool import logs
-from workpool.cli.log_config import configure
+from workpool.cli.log_config import configure_logging
 from workpool.logs import (
     ERROR_CHARACTERS,
     ITEM_TOKENS,
@@ -247,7 +247,7 @@ def restored_logging(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_configured_logging_writes_records_and_uncaught_errors_to_stderr(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    configure("warning", "json")
+    configure_logging("warning", "json")
     try:
         logging.getLogger("plugin").info("not this")
         logging.getLogger("plugin").warning("this")

@@ -23,7 +23,7 @@ from workpool.cli.flags import (
     read_environments,
     with_setting_flags,
 )
-from workpool.cli.help_text import examples
+from workpool.cli.help_text import examples_section
 from workpool.cli.output import print_json
 from workpool.cli.plugin_list import load_plugins
 from workpool.cli.rate_limit_groups import shared_rate_limits
@@ -54,7 +54,7 @@ class CheckResult:
     environment_id: str | None = None
 
 
-EXAMPLES: Final = examples(
+EXAMPLES: Final = examples_section(
     "workpool check reports",
     "workpool check --config workpool.toml --json",
     "workpool check reports --base-url http://127.0.0.1:8484/api/v1/cloud",
@@ -198,8 +198,8 @@ def clock_result(date: str, now: datetime, seconds: float) -> CheckResult:
         skew = (now - parsedate_to_datetime(date)).total_seconds()
     except (TypeError, ValueError):
         return CheckResult("clock", "warn", "the control plane sends no date that can be read")
-    # A `Date` header is cut to whole seconds, and is up to `seconds` old when it is compared.
-    # The middle of both intervals is expected; only an error beyond their ends is a wrong clock.
+    # A `Date` header is cut to whole seconds and up to `seconds` old, so a correct clock is ahead
+    # of it by 0 to 1 + `seconds`. Only the distance from this interval is an error of the clock.
     off = max(0.0, abs(skew - 0.5 - seconds / 2) - 0.5 - seconds / 2)
     if off <= SKEW_SECONDS:
         return CheckResult("clock", "ok", f"within {SKEW_SECONDS:.0f} s of the control plane's")

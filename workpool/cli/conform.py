@@ -14,7 +14,7 @@ from yarl import URL
 
 from workpool.cli import exits
 from workpool.cli.flags import Config, Dialect, EnvironmentId, FlagSettings, Json, read_settings
-from workpool.cli.help_text import examples
+from workpool.cli.help_text import examples_section
 from workpool.cli.output import print_json
 from workpool.conformance import (
     CLAUSES,
@@ -54,7 +54,7 @@ _ORDER: Final = list(Verdict)
 SEEN_CHARACTERS: Final = 2_000
 """Largest number of characters of an answer that are shown for one clause."""
 
-EXAMPLES: Final = examples(
+EXAMPLES: Final = examples_section(
     "workpool conform http://127.0.0.1:8484/api/v1/cloud",
     "workpool conform https://queue.example/v1 --dialect anthropic --agent agent_1 --json",
 )

@@ -23,7 +23,7 @@ from workpool.cli.control_socket import (
     peer_user_id,
     socket_directories,
 )
-from workpool.cli.help_text import examples
+from workpool.cli.help_text import examples_section
 from workpool.logs import readable
 
 ANSWER_SECONDS: Final = 5.0
@@ -51,9 +51,9 @@ Environment = Annotated[
     ),
 ]
 EXAMPLES: Final = {
-    "pause": examples("workpool pause", "workpool pause 'database is moved' --pid 4711"),
-    "resume": examples("workpool resume", "workpool resume --environment-id env_1"),
-    "drain": examples(
+    "pause": examples_section("workpool pause", "workpool pause 'database is moved' --pid 4711"),
+    "resume": examples_section("workpool resume", "workpool resume --environment-id env_1"),
+    "drain": examples_section(
         "workpool drain", "workpool drain --timeout 300 --socket /run/workpool/reports.sock"
     ),
 }

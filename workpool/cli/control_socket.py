@@ -133,7 +133,7 @@ class ControlSocket:
         self._listener.close()
         with contextlib.suppress(OSError):
             found = self._path.lstat()
-            # Another worker may have replaced the socket; removing that one would cut it off.
+            # Another worker may have a socket at this path now, which must not be removed.
             if (found.st_dev, found.st_ino) == self._identity:
                 self._path.unlink()
 
@@ -150,7 +150,7 @@ class ControlSocket:
                 log.warning("control socket cannot accept: %s", problem, extra={"error": problem})
                 await asyncio.sleep(ACCEPT_SECONDS)
                 continue
-            with connection, contextlib.suppress(OSError):  # a client may disconnect early
+            with connection, contextlib.suppress(OSError):  # clients may disconnect at any time
                 async with asyncio.timeout(REQUEST_SECONDS):
                     await _answer_request(connection, pool, self.environments)
 
@@ -182,12 +182,14 @@ def _usable_socket_directory() -> Path:
     """
     for directory in socket_directories():
         if directory.parent.is_dir():
-            with contextlib.suppress(OSError):  # the directory may exist, or may not be allowed
+            with contextlib.suppress(
+                OSError
+            ):  # a directory that cannot be created is checked below
                 directory.mkdir(mode=0o700)
             if is_private_directory(directory) and os.access(directory, os.W_OK):
                 with _locked_directory(directory):
                     for path in directory.glob(f"*{SUFFIX}"):
-                        with contextlib.suppress(OSError):  # a worker may listen on it
+                        with contextlib.suppress(OSError):  # the socket of a running worker is kept
                             _remove_dead_socket(path)
                 return directory
     raise OSError(errno.EACCES, "no directory of this user can be used")

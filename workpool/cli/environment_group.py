@@ -337,7 +337,7 @@ class EnvironmentGroup:
         and the others go on. The process ends if that drain takes longer than the shortest lease
         allows. Called on the thread of the lease renewer.
         """
-        if supervisor.status().error is None:  # a handler blocks the loop of all environments
+        if supervisor.status().error is None:  # a handler blocks the event loop
             self._end_process()
             return
         seconds = exits.FAILED_SECONDS

@@ -48,7 +48,7 @@ class Fleet:
             environment_id: self.environment_numbers(environment_id)
             for environment_id in self.readers
         }
-        loads = [reader.load for reader in self.readers.values()]
+        loads = [reader.last_load for reader in self.readers.values()]
         known = [each for each in found.values() if each is not None]
         if len(known) < len(found) or None in loads:
             return None
@@ -63,7 +63,7 @@ class Fleet:
     def environment_numbers(self, environment_id: str) -> dict[str, float] | None:
         """Return the numbers of one environment; None if unknown. Safe on any thread."""
         reader = self.readers[environment_id]
-        load, age = reader.load, reader.age_seconds
+        load, age = reader.last_load, reader.age_seconds
         if load is None or age is None:
             return None
         return fleet_numbers(load, self._rules[environment_id], age_seconds=age)
@@ -80,8 +80,8 @@ class Fleet:
             for reason in reader.unready_reasons()
         ]
 
-    async def run(self) -> None:
+    async def read_until_cancelled(self) -> None:
         """Read the load of all environments at intervals until cancelled."""
         async with asyncio.TaskGroup() as group:
             for environment_id, reader in self.readers.items():
-                group.create_task(reader.run(), name=f"read {environment_id}")
+                group.create_task(reader.read_until_cancelled(), name=f"read {environment_id}")

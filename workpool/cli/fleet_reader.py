@@ -60,20 +60,20 @@ class FleetReader:
         return None if last is None else self._clock() - last[0]
 
     @property
-    def load(self) -> FleetLoad | None:
+    def last_load(self) -> FleetLoad | None:
         """The last load; None before the first load or after `max_age`. Safe on any thread."""
         last = self._last
         return None if last is None or self._clock() - last[0] > self._max_age else last[1]
 
     def unready_reasons(self) -> list[str]:
         """Return the reasons why there is no load. Safe on any thread."""
-        if self.load is not None:
+        if self.last_load is not None:
             return []
         if (error := self.error) is not None:
             return [f"the queue cannot be read: {error}"]
         return ["the queue is not read to its end yet"]
 
-    async def run(self) -> None:
+    async def read_until_cancelled(self) -> None:
         """Read the load at intervals until cancelled; a failed reading leaves the last load."""
         while True:
             began_at = self._clock()
@@ -119,7 +119,7 @@ class FleetReader:
         stats: QueueStats | None = None
         try:
             stats = await self._client.stats()
-        except RefusedError as error:  # many credentials may list items and not read statistics
+        except RefusedError as error:  # many credentials may only list items
             refusal = error
         if stats is not None and stats.running is not None:
             return FleetLoad(

@@ -15,7 +15,7 @@ import typer
 
 from workpool.cli import exits, log_config
 from workpool.cli.flags import BaseUrl, Config, EnvironmentId, FlagSettings
-from workpool.cli.help_text import examples
+from workpool.cli.help_text import examples_section
 from workpool.cli.hold_program import ProgramPlugin
 from workpool.cli.run import run_supervisor
 from workpool.cli.signals import SignalEvents
@@ -40,7 +40,7 @@ The child does not poll, and cannot see the progress of the program.
 """
 
 
-EXAMPLES: Final = examples(
+EXAMPLES: Final = examples_section(
     "workpool hold -- ./train.sh --epochs 3",
     "workpool hold --work-id work_1 --last-heartbeat 2026-11-27T12:00:00Z sh -c 'sleep 60'",
 )
@@ -101,7 +101,7 @@ def hold(
     inside `session.handover()`. The command needs the variables of `lease.variables` and a token. A
     stop request and SIGTERM are passed on to the program.
     """
-    # Typer has read these variables. They would be reported as unknown settings.
+    # These variables are options of this command, and unknown to the settings and to the program.
     for name in (WORK_ID, LAST_HEARTBEAT, TTL, SESSION_ID):
         os.environ.pop(name, None)
     with exits.exit_on_error():
@@ -118,7 +118,7 @@ def hold(
     if shutil.which(command[0]) is None:
         raise typer.BadParameter(f"{command[0]}: no such program", param_hint="COMMAND")
     ignored = [name for name in NO_EFFECT if getattr(settings, name) is not None]
-    settings = settings.replace(  # the parent has the plugins and the port for metrics
+    settings = settings.replace(  # plugins and metrics belong to the parent process
         plugins=(),
         metrics_listen=None,
         concurrency=1,
@@ -128,7 +128,7 @@ def hold(
     program = ProgramPlugin(command, item_token_variables(settings) if session_id else {})
     session = session_id or None
     pool = HandoffChild(settings, work_id, last_heartbeat, plugins=[program], session_id=session)
-    log_config.configure(
+    log_config.configure_logging(
         "debug" if is_verbose(context) else settings.log_level,
         settings.log_format,
         lambda: pool.log_ids,
@@ -157,7 +157,9 @@ def item_token_variables(settings: Settings) -> dict[str, str]:
 def _leave_parent_session() -> None:
     """Start an operating system session, so that signals to the parent's group do not arrive."""
     if hasattr(os, "setsid"):
-        with contextlib.suppress(PermissionError):  # this process leads a process group already
+        with contextlib.suppress(
+            PermissionError
+        ):  # `setsid` fails for the leader of a process group
             os.setsid()
         # A handler and not SIG_IGN, which the program would inherit.
         signal.signal(signal.SIGHUP, lambda *_: None)

@@ -121,7 +121,9 @@ def _running_program(
             yield program, guard.pid
         finally:
             _send_signal(guard.pid, signal.SIGKILL)
-            with contextlib.suppress(subprocess.TimeoutExpired):  # blocked in the kernel
+            with contextlib.suppress(
+                subprocess.TimeoutExpired
+            ):  # SIGKILL does not end a process that is blocked in the kernel
                 program.wait(REAP_SECONDS)
 
 

@@ -14,7 +14,7 @@ from workpool.logs import JsonFormatter, TextFormatter
 log = logging.getLogger("workpool")
 
 
-def configure(level: str, form: str, ids: Callable[[], Mapping[str, str]] = dict) -> None:
+def configure_logging(level: str, form: str, ids: Callable[[], Mapping[str, str]] = dict) -> None:
     """Log to stderr as `text` or `json`, including uncaught exceptions and warnings.
 
     `ids` returns the ids of the process's only pool, for the records of all loggers.

@@ -13,12 +13,12 @@ from workpool.cli.flags import (
     import_from_current_directory,
     read_settings,
 )
-from workpool.cli.help_text import examples
+from workpool.cli.help_text import examples_section
 from workpool.cli.output import print_json, print_rows
 from workpool.plugins import Plugin, Plugins, available
 from workpool.settings import Settings
 
-EXAMPLES: Final = examples("workpool plugins", "workpool plugins reports --json")
+EXAMPLES: Final = examples_section("workpool plugins", "workpool plugins reports --json")
 
 
 def load_plugins(settings: Settings) -> Plugins:

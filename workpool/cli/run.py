@@ -25,7 +25,7 @@ from workpool.cli.flags import (
     require_connections,
     with_setting_flags,
 )
-from workpool.cli.help_text import examples
+from workpool.cli.help_text import examples_section
 from workpool.cli.pool_interface import RunnablePool
 from workpool.cli.signals import SignalEvents
 from workpool.cli.systemd import ServiceReporter
@@ -44,7 +44,7 @@ TASKS_SECONDS: Final = 2.0
 """Seconds by which cancelled tasks of handlers may delay the end of the process."""
 THREADS_SECONDS: Final = 2.0
 """Seconds by which threads, such as blocking code of cancelled handlers, may delay the end."""
-EXAMPLES: Final = examples(
+EXAMPLES: Final = examples_section(
     "workpool run reports",
     "workpool run reports:daily_report --concurrency 16 --drain-timeout 60",
     "workpool run --config workpool.toml --metrics-listen :9464",
@@ -78,7 +78,7 @@ def run(
             settings = settings.replace(metrics_listen=METRICS_LISTEN)
         pool = _new_pool(settings, environments)
     signals = SignalEvents()
-    log_config.configure(settings.log_level, settings.log_format, lambda: pool.log_ids)
+    log_config.configure_logging(settings.log_level, settings.log_format, lambda: pool.log_ids)
     import_from_current_directory()
     reporter = ServiceReporter(pool.status)
     if reporter.wanted:
@@ -212,7 +212,7 @@ async def _drain_on_signals(
     await signals.first.wait()
     supervisor.request_drain()
     await signals.second.wait()
-    if running is not None:  # a drain would not end a start that hangs
+    if running is not None:  # a start that hangs does not react to a drain
         running.cancel()
 
 

@@ -26,7 +26,7 @@ from workpool.cli.flags import (
 )
 from workpool.cli.fleet import Fleet
 from workpool.cli.fleet_reader import FleetReader
-from workpool.cli.help_text import examples
+from workpool.cli.help_text import examples_section
 from workpool.cli.rate_limit_groups import shared_rate_limits
 from workpool.cli.signals import SignalEvents
 from workpool.cli.verbosity import Verbose, is_verbose
@@ -40,7 +40,7 @@ from workpool.wire.client import WorkClient
 SCALE_LISTEN: Final = "127.0.0.1:9465"
 METRIC_PREFIX: Final = "workpool_fleet_"
 """The beginning of the names of the metrics; the key in the JSON of `/scale` follows."""
-EXAMPLES: Final = examples(
+EXAMPLES: Final = examples_section(
     "workpool scale",
     "workpool scale --config workpool.toml --metrics-listen :9465 --max-replicas 20",
 )
@@ -105,7 +105,7 @@ def scale(
             settings = settings.replace(metrics_listen=SCALE_LISTEN)
         if settings.metrics_address is None:
             raise SettingsError(("metrics_listen: off, so nothing could be served",))
-        log_config.configure(
+        log_config.configure_logging(
             "debug" if is_verbose(context) else settings.log_level, settings.log_format
         )
         environments = tables or (settings,)
@@ -161,7 +161,7 @@ async def _serve_numbers(
         exporter.scale = fleet.total_numbers
         async with exporter:
             typer.echo(f"ready {exporter.url}/scale")
-            await fleet.run()
+            await fleet.read_until_cancelled()
 
 
 class FleetMetrics(Collector):

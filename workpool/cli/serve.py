@@ -14,7 +14,7 @@ import typer
 
 from workpool.cli import exits, log_config
 from workpool.cli.flags import Json
-from workpool.cli.help_text import examples
+from workpool.cli.help_text import examples_section
 from workpool.cli.request_log import log_request
 from workpool.cli.signals import SignalEvents
 from workpool.cli.verbosity import Verbose, is_verbose
@@ -44,7 +44,7 @@ CloudIds = Annotated[
     ),
 ]
 
-EXAMPLES: Final = examples(
+EXAMPLES: Final = examples_section(
     "workpool serve",
     "workpool serve --port 8000 --store queue.db --token-file tokens.txt",
     "workpool serve --host 0.0.0.0 --token-file tokens.txt --environment env_builds",
@@ -124,7 +124,7 @@ def serve(
     It speaks both dialects. Without a token, a random one is created and printed in the ready
     line.
     """
-    log_config.configure("debug" if is_verbose(context) else "info", "text")
+    log_config.configure_logging("debug" if is_verbose(context) else "info", "text")
     with exits.exit_on_error():
         if migrate:
             _migrate_database(store)

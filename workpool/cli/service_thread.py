@@ -67,7 +67,7 @@ class ServiceThread:
         await self._close_services()
 
     async def _close_services(self) -> None:
-        with contextlib.suppress(RuntimeError):  # the loop is closed if the thread has ended
+        with contextlib.suppress(RuntimeError):  # a thread that has ended has closed its loop
             self._loop.call_soon_threadsafe(self._stop.set)
         done, _ = await asyncio.wait({self._thread}, timeout=CLOSE_SECONDS)
         if done:
@@ -91,6 +91,6 @@ class ServiceThread:
         async with contextlib.AsyncExitStack() as stack:
             for service in self._services:
                 await stack.enter_async_context(service)
-            with contextlib.suppress(RuntimeError):  # the loop of the owner may be closed
+            with contextlib.suppress(RuntimeError):  # the owner may have closed its loop
                 self._owner.call_soon_threadsafe(self._opened.set)
             await self._stop.wait()

@@ -13,7 +13,7 @@ import orjson
 import typer
 
 from workpool.cli import exits
-from workpool.cli.help_text import examples
+from workpool.cli.help_text import examples_section
 from workpool.cli.output import print_rows
 from workpool.logs import readable
 
@@ -28,7 +28,7 @@ ANSWER_BYTES: Final = 1024 * 1024
 TEXT_CHARACTERS: Final = 120
 SESSIONS_SHOWN: Final = 20
 """Sessions that a terminal shows; `--once` prints all that workers send."""
-EXAMPLES: Final = examples(
+EXAMPLES: Final = examples_section(
     "workpool top",
     "workpool top http://127.0.0.1:9464 http://127.0.0.1:9465",
     "workpool top --once",

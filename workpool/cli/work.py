@@ -22,7 +22,7 @@ from workpool.cli.flags import (
     parse_pairs,
     read_settings,
 )
-from workpool.cli.help_text import PLAIN, examples
+from workpool.cli.help_text import PLAIN, examples_section
 from workpool.cli.output import pairs_text, print_json, print_pairs, print_rows, protocol_fields
 from workpool.errors import RefusedError
 from workpool.logs import escaped
@@ -45,7 +45,7 @@ app = typer.Typer(
     add_completion=False,
     no_args_is_help=True,
     help="Read and change a queue.",
-    epilog=examples("workpool work list", "workpool work get work_1 --json"),
+    epilog=examples_section("workpool work list", "workpool work get work_1 --json"),
     **PLAIN,
 )
 
@@ -62,7 +62,7 @@ def _read_queue_settings(
 
 @app.command(
     "list",
-    epilog=examples(
+    epilog=examples_section(
         "workpool work list",
         "workpool work list --failed --newest --limit 5",
         "workpool work list --state active --watch",
@@ -139,8 +139,10 @@ def _print_items(found: FoundItems, *, as_json: bool) -> None:
     typer.echo(f"workpool: {len(found.items)} shown of {found.read} items read{rest}", err=True)
 
 
-@app.command(epilog=examples("workpool work get work_1", "workpool work get work_1 --json"))
-def get(
+@app.command(
+    "get", epilog=examples_section("workpool work get work_1", "workpool work get work_1 --json")
+)
+def show_item(
     work_id: WorkId,
     json: Json = False,
     config: Config = None,
@@ -153,12 +155,13 @@ def get(
 
 
 @app.command(
-    epilog=examples(
+    "enqueue",
+    epilog=examples_section(
         "workpool work enqueue --metadata job=daily-report",
         "workpool work enqueue --count 10 --script session.json",
-    )
+    ),
 )
-def enqueue(
+def enqueue_items(
     count: Annotated[
         int, typer.Option(min=1, max=protocol.ENQUEUE_COUNT_MAX, help="The number of items.")
     ] = 1,
@@ -195,11 +198,12 @@ def enqueue(
 
 
 @app.command(
-    epilog=examples(
+    "update",
+    epilog=examples_section(
         "workpool work update work_1 priority=high", "workpool work update work_1 --delete priority"
-    )
+    ),
 )
-def update(
+def update_item(
     work_id: WorkId,
     pairs: Annotated[
         list[str] | None, typer.Argument(metavar="KEY=VALUE", help="Metadata to set.")
@@ -223,8 +227,8 @@ def update(
     )
 
 
-@app.command(epilog=examples("workpool work retry work_1"))
-def retry(
+@app.command("retry", epilog=examples_section("workpool work retry work_1"))
+def retry_item(
     work_id: WorkId,
     json: Json = False,
     config: Config = None,
@@ -273,8 +277,11 @@ def retry(
         typer.echo(copy.id)
 
 
-@app.command(epilog=examples("workpool work stop work_1", "workpool work stop work_1 --force"))
-def stop(
+@app.command(
+    "stop",
+    epilog=examples_section("workpool work stop work_1", "workpool work stop work_1 --force"),
+)
+def stop_item(
     work_id: WorkId,
     force: Annotated[
         bool, typer.Option("--force", help="End the item now, without its worker.")
@@ -287,16 +294,16 @@ def stop(
     """Stop an item: ask its worker to end it, or with --force end it now."""
     settings = _read_queue_settings(config, environment_id, base_url)
 
-    async def stop_item(client: WorkClient) -> WorkItem:
+    async def stop_and_read(client: WorkClient) -> WorkItem:
         stopped = await client.stop(work_id, force)
         # Some control planes answer without a body.
         return stopped or await _read_or_find_item(client, work_id)
 
-    _print_item(_run_call(settings, stop_item), as_json=json)
+    _print_item(_run_call(settings, stop_and_read), as_json=json)
 
 
-@app.command(epilog=examples("workpool work stats", "workpool work stats --json"))
-def stats(
+@app.command("stats", epilog=examples_section("workpool work stats", "workpool work stats --json"))
+def show_stats(
     json: Json = False,
     config: Config = None,
     environment_id: EnvironmentId = None,

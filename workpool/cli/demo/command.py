@@ -6,9 +6,9 @@ import typer
 
 from workpool.cli import exits
 from workpool.cli.flags import Metadata, parse_pairs
-from workpool.cli.help_text import examples
+from workpool.cli.help_text import examples_section
 
-EXAMPLES: Final = examples(
+EXAMPLES: Final = examples_section(
     "workpool demo",
     "workpool demo reports:daily_report --count 10",
     "workpool demo reports --metadata job=daily-report --metadata day=monday",

@@ -183,7 +183,7 @@ class DemoRunner:
         """Show new records of the history after each request, and kill a worker when it is due."""
         worker = worker_name_of(request.headers.get("Worker-ID"))
         if self._victim is not None and worker == self._victim.name:
-            raise web.HTTPServiceUnavailable  # sent by the killed worker before its end
+            raise web.HTTPServiceUnavailable  # the killed worker sent it before its end
         self._polled.add(worker)
         response = await handler(request)
         for line in self.state.apply_new_records():
