@@ -10,7 +10,7 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 
-WAIT_SECONDS = 10.0
+WAIT_SECONDS = 30.0
 """The default bound of a wait, in seconds."""
 VIRTUAL_WAIT_SECONDS = 86_400.0
 """The bound of a wait in virtual time. A session that never ends costs seconds of real time."""
