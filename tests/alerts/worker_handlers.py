@@ -69,13 +69,13 @@ class CrashingPollerPlugin:
     def __init__(self) -> None:
         from workpool.pool.dispatcher import Dispatcher  # noqa: PLC0415 - in this worker only
 
-        offer = Dispatcher.offer
+        offer = Dispatcher.offer_item
 
         def crash_once(*_: object) -> object:
-            setattr(Dispatcher, "offer", offer)  # noqa: B010 - types forbid it
+            setattr(Dispatcher, "offer_item", offer)  # noqa: B010 - types forbid it
             raise KeyError("ordered by tests.alerts")
 
-        setattr(Dispatcher, "offer", crash_once)  # noqa: B010 - types forbid it
+        setattr(Dispatcher, "offer_item", crash_once)  # noqa: B010 - types forbid it
 
     @hookimpl
     def workpool_event(self, event: SessionFinished) -> None:

@@ -213,10 +213,10 @@ async def test_redelivered_item_of_full_handler_runs_once(workpool: Kit) -> None
         await asyncio.sleep(1)
         assert pool._view is not None
         dispatcher, queue = pool._view.dispatcher, pool._view.context.queue
-        (aside,) = queue.aside
-        await queue.reserve()
-        assert dispatcher.offer(aside.work_item, pool._view.context.clock()) == "declined"
-        queue.unreserve()
-        assert queue.aside == [aside]
+        (aside,) = queue.items_set_aside
+        await queue.reserve_place()
+        assert dispatcher.offer_item(aside.work_item, pool._view.context.clock()) == "declined"
+        queue.release_reserved_place()
+        assert queue.items_set_aside == [aside]
         await workpool.wait_for(SessionFinished, count=2)
     assert len(acked_items(workpool)) == 2

@@ -38,7 +38,9 @@ class SourceEdit(NamedTuple):
 
 MUTATIONS: dict[str, list[SourceEdit]] = {
     "no deduplication of items": [
-        SourceEdit("dispatcher:Dispatcher", "owned = self.items.get(work_item.id)", "owned = None"),
+        SourceEdit(
+            "dispatcher:Dispatcher", "owned = self.items.find_item(work_item.id)", "owned = None"
+        ),
         # Without this edit, the check for a running session would still decline the item.
         SourceEdit(
             "dispatcher:Dispatcher", "self.items.has_session(work_item.session_id)", "False"
@@ -101,7 +103,7 @@ MUTATIONS: dict[str, list[SourceEdit]] = {
     "poll before reserving": [
         SourceEdit(
             "bounded_queue:BoundedQueue",
-            "self._free_places() > 0\n        and not self._reservers\n        and",
+            "self._count_free_places() > 0\n        and not self._reservers\n        and",
             "True or",
         ),
     ],
@@ -143,8 +145,10 @@ MUTATIONS: dict[str, list[SourceEdit]] = {
     "renewer takes a lease that has not begun": [
         SourceEdit(
             "session_runner:SessionRunner",
-            "await self._claimer.begin(item)\n    self._context.renewer.add(lease, item)",
-            "self._context.renewer.add(lease, item)\n    await self._claimer.begin(item)",
+            "await self._claimer.send_first_heartbeats(item)\n"
+            "    self._context.renewer.add(lease, item)",
+            "self._context.renewer.add(lease, item)\n"
+            "    await self._claimer.send_first_heartbeats(item)",
         ),
     ],
     "no last heartbeat for a claim that a drain ends": [
@@ -160,7 +164,7 @@ MUTATIONS: dict[str, list[SourceEdit]] = {
         ),
     ],
     "lost runs not counted": [
-        SourceEdit("session_runner:SessionRunner", "self._runs.add(item.id)", "pass"),
+        SourceEdit("session_runner:SessionRunner", "self._runs.count_run(item.id)", "pass"),
     ],
     "refusal after a success taken for a missing permission": [
         SourceEdit("call_permissions:OptionalCalls", "op in self._allowed or ", ""),
@@ -170,7 +174,9 @@ MUTATIONS: dict[str, list[SourceEdit]] = {
     ],
     "loss ignored": [
         SourceEdit(
-            "session_runner:SessionRunner", "self._executor.cancel(item, EndReason.LOST)", "0"
+            "session_runner:SessionRunner",
+            "self._executor.cancel_handler(item, EndReason.LOST)",
+            "0",
         ),
     ],
     "heartbeat after loss": [
@@ -227,7 +233,9 @@ MUTATIONS: dict[str, list[SourceEdit]] = {
             "item_requests:ItemSender", "lease.check(self._clock() if now is None else now)", "pass"
         ),
         SourceEdit(
-            "session_runner:SessionRunner", "self._executor.cancel(item, EndReason.LOST)", "0"
+            "session_runner:SessionRunner",
+            "self._executor.cancel_handler(item, EndReason.LOST)",
+            "0",
         ),
     ],
     "no check after the wait": [
@@ -268,8 +276,8 @@ MUTATIONS: dict[str, list[SourceEdit]] = {
     "completion given up after ten seconds": [
         SourceEdit(
             "completion:Completion",
-            'await self.stop(item, confirm=row.outcome == "stopped")',
-            'await self.stop(item, confirm=row.outcome == "stopped", seconds=10.0)',
+            'await self.stop_item(item, confirm=row.outcome == "stopped")',
+            'await self.stop_item(item, confirm=row.outcome == "stopped", seconds=10.0)',
         ),
     ],
     "completion behind claims in the line": [
@@ -309,7 +317,7 @@ MUTATIONS: dict[str, list[SourceEdit]] = {
         SourceEdit("claim:Claimer", "permit=repeats is None", "permit=False")
     ],
     "refused acks not backed off": [
-        SourceEdit("poller:PollerGroup", "self.hold_back(self._ack_backoff.next())", "0"),
+        SourceEdit("poller:PollerGroup", "self.hold_back_polls(self._ack_backoff.next())", "0"),
     ],
     "failing handler claims on": [
         SourceEdit(
@@ -359,7 +367,7 @@ MUTATIONS: dict[str, list[SourceEdit]] = {
         ),
     ],
     "failed call not repeated": [
-        SourceEdit("handler_executor:HandlerExecutor", "or not self._may_wait(item)", "or True"),
+        SourceEdit("handler_executor:HandlerExecutor", "or not self._may_retry(item)", "or True"),
     ],
     "drain does not end the wait for a retry": [
         SourceEdit("handler_executor:HandlerExecutor", "if session.draining:", "if False:"),
@@ -388,7 +396,7 @@ MUTATIONS: dict[str, list[SourceEdit]] = {
     "retries not counted": [
         SourceEdit(
             "handler_executor:HandlerExecutor",
-            "self._observe(HandlerRetried, session, item.label, session.retry, error)",
+            "self._observe(HandlerRetried, session, item.handler_label, session.retry, error)",
             "0",
         ),
     ],
@@ -400,7 +408,9 @@ MUTATIONS: dict[str, list[SourceEdit]] = {
     ],
     "session without progress never ended": [
         SourceEdit(
-            "handler_executor:HandlerExecutor", "self.cancel(item, EndReason.STALLED)", "pass"
+            "handler_executor:HandlerExecutor",
+            "self.cancel_handler(item, EndReason.STALLED)",
+            "pass",
         ),
     ],
     "progress not counted": [
@@ -440,7 +450,7 @@ MUTATIONS: dict[str, list[SourceEdit]] = {
         SourceEdit(
             "handler_executor:HandlerExecutor",
             "await ended(task)",
-            'lost = asyncio.ensure_future(item.until(lambda: item.lease.status != "held"))\n'
+            'lost = asyncio.ensure_future(item.wait_until(lambda: item.lease.status != "held"))\n'
             '        await asyncio.wait({task, lost}, return_when="FIRST_COMPLETED")\n'
             "        lost.cancel()\n"
             "        if not task.done():\n"

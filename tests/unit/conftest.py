@@ -180,9 +180,9 @@ class LeaseTestbed:
         self.changes.append((self.clock(), item.lease.status))
         if item.lease.status == "lost":
             self.lost_at.setdefault(item.id, self.clock())
-        item.notify()
+        item.notify_waiters()
         if item.lease.status != "held":
-            self.sender.cut(item)
+            self.sender.end_waits(item)
 
     def fail_on_renewer_error(self, error: LeaseRenewerError | None) -> None:
         raise AssertionError(error)
@@ -204,8 +204,8 @@ class LeaseTestbed:
         assert delivered is not None
         acked_at = self.clock()
         item = PoolItem(await self.client.ack(delivered.id), None, copy_context(), acked_at)
-        item.advance("slot")
-        item.advance("acknowledged")
+        item.advance_state("slot")
+        item.advance_state("acknowledged")
         settings = self.settings
         item.lease = Lease(
             item.work_item,
@@ -220,7 +220,7 @@ class LeaseTestbed:
     async def send_first_heartbeat(self, item: PoolItem) -> Lease:
         """Send the first heartbeat and give the lease to the renewer, which extends it."""
         lease = item.lease
-        await self.heartbeats.send(lease)
+        await self.heartbeats.send_heartbeat(lease)
         self.renewer.add(lease, item)
         return lease
 

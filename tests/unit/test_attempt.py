@@ -8,27 +8,30 @@ from workpool.pool.pool_item import Attempt, RunCounts
 def test_attempt_number_is_written_even_if_this_process_counted_the_attempt() -> None:
     """A credential that regains write access must leave the number for other processes."""
     attempt = Attempt({}, redelivered=True)
-    attempt.count_here(0)
+    attempt.add_earlier_runs(0)
     assert attempt.number == 1
-    assert attempt.mark("draining", 0) == {"workpool.attempt": "2", "workpool.released": "draining"}
+    assert attempt.mark_patch("draining", 0) == {
+        "workpool.attempt": "2",
+        "workpool.released": "draining",
+    }
 
 
 def test_attempt_number_is_the_greater_of_the_stored_and_the_counted_one() -> None:
     attempt = Attempt({"workpool.attempt": "3"}, redelivered=True)
-    attempt.count_here(1)
+    attempt.add_earlier_runs(1)
     assert attempt.number == 3
-    attempt.count_here(4)
+    attempt.add_earlier_runs(4)
     assert attempt.number == 5
 
 
 def test_unfinished_retry_is_not_counted_twice_by_the_next_run() -> None:
     first = Attempt({}, redelivered=False)
-    left = first.mark("draining", 2)
+    left = first.mark_patch("draining", 2)
     assert left == {"workpool.released": "draining", "workpool.retries": "2"}
-    assert first.closing({}) == {"workpool.released": None, "workpool.retries": None}
+    assert first.closing_patch({}) == {"workpool.released": None, "workpool.retries": None}
     following = Attempt({key: str(value) for key, value in left.items()}, redelivered=True)
     assert (following.number, following.retry) == (1, 2)
-    assert following.opening() == {"workpool.released": None, "workpool.retries": None}
+    assert following.opening_patch() == {"workpool.released": None, "workpool.retries": None}
 
 
 def test_lost_run_or_unreadable_number_adds_no_retries() -> None:
@@ -40,6 +43,6 @@ def test_lost_run_or_unreadable_number_adds_no_retries() -> None:
 def test_attempt_counts_beyond_their_limit_forget_the_oldest_items() -> None:
     counts = RunCounts()
     for number in range(10_001):
-        counts.add(f"work_{number}")
-    counts.add("work_1")
-    assert [counts.of(f"work_{number}") for number in (0, 1, 2)] == [0, 2, 1]
+        counts.count_run(f"work_{number}")
+    counts.count_run("work_1")
+    assert [counts.runs_of_item(f"work_{number}") for number in (0, 1, 2)] == [0, 2, 1]

@@ -60,11 +60,11 @@ class ClaimTestbed:
 
     def begin_drain(self, item: PoolItem) -> None:
         self.context.draining = True
-        item.notify()
+        item.notify_waiters()
 
     async def acknowledge_item(self, item: PoolItem | None = None) -> tuple[PoolItem, str]:
         item = item or await self.deliver_item()
-        result = await self.claimer.acknowledge(item, self.bench.clock())
+        result = await self.claimer.acknowledge_item(item, self.bench.clock())
         assert [event.result for event in self.events if isinstance(event, AckFinished)] == [result]
         return item, result
 
@@ -209,7 +209,7 @@ async def test_ack_answer_keeps_token_and_trace_of_polled_item(testbed: type[Lea
         item = await claims.deliver_item()
         token, trace = Secret("token-of-the-session"), "00-" + "1" * 32 + "-" + "2" * 16 + "-01"
         item.work_item = replace(item.work_item, sessions_token=token, traceparent=trace)
-        await claims.claimer.acknowledge(item, one.clock())
+        await claims.claimer.acknowledge_item(item, one.clock())
     assert item.work_item.state == "starting"
     assert (item.work_item.sessions_token, item.work_item.traceparent) == (token, trace)
 
@@ -235,7 +235,7 @@ async def test_first_heartbeat_is_sent_at_once_and_begins_lease(
     one = testbed()
     async with one.open_clients():
         item = await one.claim_item()
-        await ClaimTestbed(one).claimer.begin(item)
+        await ClaimTestbed(one).claimer.send_first_heartbeats(item)
     assert item.lease.begun
     assert one.send_times("heartbeat") == [0]
     assert one.item_history(item, "heartbeat")[0].state == "active"
@@ -248,7 +248,7 @@ async def test_first_heartbeat_with_lost_answer_is_recovered_by_read(
     one = testbed(heartbeat=[Fault(answer="silence")])
     async with one.open_clients():
         item = await one.claim_item()
-        await ClaimTestbed(one).claimer.begin(item)
+        await ClaimTestbed(one).claimer.send_first_heartbeats(item)
     assert one.heartbeat_results() == ["timeout", "recovered", "ok"]
     assert [each.op for each in one.sent] == ["heartbeat", "heartbeat", "get", "heartbeat"]
     assert item.lease.begun
@@ -261,7 +261,7 @@ async def test_first_heartbeat_that_fails_is_repeated_while_lease_of_ack_lasts(
     one = testbed(heartbeat=[refused_answer(503)] * 999)
     async with one.open_clients():
         item = await one.claim_item()
-        await ClaimTestbed(one).claimer.begin(item)
+        await ClaimTestbed(one).claimer.send_first_heartbeats(item)
         assert one.clock() == pytest.approx(54)
     assert (item.lease.status, item.lease.begun) == ("lost", False)
     assert len(one.send_times("heartbeat")) > 10
@@ -275,7 +275,7 @@ async def test_unanswered_first_heartbeat_with_short_ttl_is_repeated_within_ttl(
     one = testbed(ttl=10, heartbeat=[Fault(answer="silence")])
     async with one.open_clients():
         item = await one.claim_item()
-        await ClaimTestbed(one).claimer.begin(item)
+        await ClaimTestbed(one).claimer.send_first_heartbeats(item)
         assert one.clock() < 5
     assert one.heartbeat_results() == ["timeout", "recovered", "ok"]
 
@@ -289,7 +289,7 @@ async def test_first_heartbeat_of_item_held_by_another_worker_is_not_repeated(
         item = await one.claim_item()
         one.ahead += 300
         one.claim_as_other_worker(item.id)
-        await ClaimTestbed(one).claimer.begin(item)
+        await ClaimTestbed(one).claimer.send_first_heartbeats(item)
     assert (item.lease.status, item.lease.confirmed) == ("lost", True)
     assert len(one.sent) == 1
 
@@ -303,7 +303,7 @@ async def test_unsettled_item_held_by_another_worker_is_neither_read_nor_run(
     async with one.open_clients():
         item = await one.claim_item()
         one.operations.heartbeat(ENVIRONMENT, item.id, None, 60, "rival")
-        await ClaimTestbed(one).claimer.begin(item)
+        await ClaimTestbed(one).claimer.send_first_heartbeats(item)
     assert (item.lease.status, item.lease.confirmed) == ("lost", True)
     assert [each.op for each in one.sent] == ["heartbeat", "heartbeat"]
 
@@ -316,9 +316,9 @@ async def test_unsettled_item_is_written_only_after_successful_heartbeat(
     async with one.open_clients():
         item = await one.claim_item()
         with pytest.raises(LeaseLost):
-            one.sender.check_write(item, by_handler=False)
-        await ClaimTestbed(one).claimer.begin(item)
-        one.sender.check_write(item, by_handler=False)
+            one.sender.check_may_write(item, by_handler=False)
+        await ClaimTestbed(one).claimer.send_first_heartbeats(item)
+        one.sender.check_may_write(item, by_handler=False)
     assert item.lease.begun
 
 
@@ -329,7 +329,7 @@ async def test_first_heartbeat_during_drain_is_also_the_last(testbed: type[Lease
         item = await one.claim_item()
         claims = ClaimTestbed(one)
         claims.begin_drain(item)
-        await claims.claimer.begin(item)
+        await claims.claimer.send_first_heartbeats(item)
     (record,) = one.item_history(item, "heartbeat")
     assert record.lease_end == START + 10
     assert item.lease.status == "released"
@@ -343,7 +343,7 @@ async def test_drain_does_not_wait_for_retry_after_of_first_heartbeat(
     async with one.open_clients(), asyncio.TaskGroup() as group:
         item = await one.claim_item()
         claims = ClaimTestbed(one)
-        task = group.create_task(claims.claimer.begin(item))
+        task = group.create_task(claims.claimer.send_first_heartbeats(item))
         await asyncio.sleep(1)
         claims.begin_drain(item)
         await task
@@ -361,7 +361,7 @@ async def test_failed_first_heartbeat_during_drain_is_not_repeated_in_tight_loop
         item = await one.claim_item()
         claims = ClaimTestbed(one)
         claims.begin_drain(item)
-        await claims.claimer.begin(item)
+        await claims.claimer.send_first_heartbeats(item)
         assert item.lease.status == "lost"
     assert len(one.send_times("heartbeat")) < 100
 
@@ -373,9 +373,9 @@ async def test_cancelled_first_heartbeat_counts_as_unanswered(testbed: type[Leas
         item = await one.claim_item()
         claims = ClaimTestbed(one)
         async with asyncio.TaskGroup() as group:
-            task = group.create_task(claims.claimer.begin(item))
+            task = group.create_task(claims.claimer.send_first_heartbeats(item))
             await asyncio.sleep(1)
             task.cancel()
         assert not item.lease.in_flight
-        await claims.claimer.begin(item)
+        await claims.claimer.send_first_heartbeats(item)
     assert one.heartbeat_results() == ["recovered", "ok"]

@@ -37,10 +37,10 @@ class SessionsStandIn:
         self.executor: Any = SimpleNamespace(on_stuck=None)
         self.events: list[Event] = []
 
-    def unfinished(self) -> int:
+    def count_unfinished_items(self) -> int:
         return self.running - self.stuck
 
-    async def marked(self, seconds: float) -> None:
+    async def wait_for_marks(self, seconds: float) -> None:
         """Return at once: these sessions write no marks."""
 
     def end_sessions(self, count: int = 1) -> None:
@@ -52,12 +52,12 @@ class SessionsStandIn:
         self.stuck += 1
         self.executor.on_stuck()
 
-    def release_all(self) -> None:
+    def release_all_items(self) -> None:
         self.cancelled_at = self.loop.time()
         if self.ends_when_cancelled:
             self.loop.call_later(1, self.end_sessions, self.running)
 
-    def abandon(self) -> int:
+    def abandon_items(self) -> int:
         return self.running
 
     async def wind_down(self, drain: Drain) -> int:

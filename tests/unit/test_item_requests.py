@@ -62,7 +62,7 @@ async def send_update(
             item.id, {"key": "value"}, timeout=seconds, options=options
         )
 
-    return await one.sender.send(item, update_metadata, request, before_bytes)
+    return await one.sender.send_with_retries(item, update_metadata, request, before_bytes)
 
 
 def update_tries(one: LeaseTestbed) -> list[tuple[str, float | None, CallOptions]]:
@@ -419,7 +419,7 @@ async def test_read_of_session_continues_across_lease_renewals(testbed: type[Lea
             return "answer"
 
         one.loop.call_later(300, answered.set)
-        assert await one.sender.read(item, read_session) == "answer"
+        assert await one.sender.read_while_leased(item, read_session) == "answer"
 
 
 @in_virtual_time
@@ -429,11 +429,11 @@ async def test_read_of_session_ends_at_its_time_limit_or_with_session(
     one = testbed()
     async with renewed_item(one) as item:
         with pytest.raises(TimeoutError):
-            await one.sender.read(item, asyncio.Event().wait, 7.0)
+            await one.sender.read_while_leased(item, asyncio.Event().wait, 7.0)
         assert one.clock() == pytest.approx(7)
         one.loop.call_later(3, report_lost_lease, one, item)
         with pytest.raises(LeaseLost):
-            await one.sender.read(item, asyncio.Event().wait, 100.0)
+            await one.sender.read_while_leased(item, asyncio.Event().wait, 100.0)
         assert one.clock() == pytest.approx(10)
 
 

@@ -522,13 +522,13 @@ async def test_paused_machine_sends_only_heartbeats_until_each_lease_is_verified
         one.ahead += 30  # The wall clock is ahead, as if the lease clock had stood still.
         for item in items:
             with pytest.raises(TransientError, match="verified first"):
-                one.sender.check_write(item, by_handler=False)
+                one.sender.check_may_write(item, by_handler=False)
         await asyncio.sleep(0.9)
         with pytest.raises(TransientError, match="verified first"):
-            one.sender.check_write(items[0], by_handler=False)
+            one.sender.check_may_write(items[0], by_handler=False)
         await asyncio.sleep(0.3)
         for item in items:
-            one.sender.check(item, by_handler=False)
+            one.sender.check_may_send(item, by_handler=False)
     assert one.send_times("heartbeat") == pytest.approx([0, 0, 0, 5, 5, 5])
     # Each report wakes the calls that wait for its lease.
     assert [status for _, status in one.changes] == ["held"] * 3
@@ -557,10 +557,10 @@ async def test_item_claimed_by_another_worker_during_pause_is_lost_before_any_wr
         one.ahead += 300
         one.claim_as_other_worker(item.id)
         with pytest.raises(TransientError, match="verified first"):
-            one.sender.check_write(item, by_handler=False)
+            one.sender.check_may_write(item, by_handler=False)
         await asyncio.sleep(1)
         with pytest.raises(LeaseLost):
-            one.sender.check(item, by_handler=False)
+            one.sender.check_may_send(item, by_handler=False)
     assert (lease.status, lease.confirmed) == ("lost", True)
     assert [each.op for each in one.sent] == ["heartbeat", "heartbeat"]
 
@@ -577,9 +577,9 @@ async def test_pause_during_heartbeat_causes_another_heartbeat_at_once(
         await asyncio.sleep(1)
         one.ahead += 30
         with pytest.raises(TransientError, match="verified first"):
-            one.sender.check_write(item, by_handler=False)
+            one.sender.check_may_write(item, by_handler=False)
         await asyncio.sleep(1.1)
-        one.sender.check(item, by_handler=False)
+        one.sender.check_may_send(item, by_handler=False)
     assert one.send_times("heartbeat") == pytest.approx([0, 0, 2], abs=LOOK)
 
 
@@ -600,12 +600,12 @@ async def test_pause_during_claim_of_item_puts_its_lease_in_doubt(
             one.ahead += 300
             one.claim_as_other_worker(second.id)
             with pytest.raises(TransientError, match="verified first"):
-                one.sender.check_write(first, by_handler=False)
+                one.sender.check_may_write(first, by_handler=False)
         with pytest.raises(TransientError, match="verified first"):
-            one.sender.check_write(second, by_handler=False)
+            one.sender.check_may_write(second, by_handler=False)
         await asyncio.sleep(1 + LOOK)
         with pytest.raises(LeaseLost):
-            one.sender.check(second, by_handler=False)
+            one.sender.check_may_send(second, by_handler=False)
 
 
 @in_virtual_time
@@ -618,7 +618,7 @@ async def test_pause_before_first_heartbeat_loses_lease(testbed: type[LeaseTestb
         one.ahead += 300
         for _ in range(2):
             with pytest.raises(LeaseLost):
-                one.sender.check_write(item, by_handler=False)
+                one.sender.check_may_write(item, by_handler=False)
         await asyncio.sleep(1)
         other = await one.claim_item()  # The ack of this item is sent after the pause.
-        one.sender.check(other, by_handler=False)
+        one.sender.check_may_send(other, by_handler=False)

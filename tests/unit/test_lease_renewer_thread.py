@@ -126,7 +126,7 @@ class RenewerTestbed:
             heartbeats = HeartbeatSender(
                 client, self.lease_clock, pauses, cast("Any", lambda *_: None)
             )
-            await heartbeats.send(ours.lease)
+            await heartbeats.send_heartbeat(ours.lease)
         assert ours.lease.begun
         return ours
 
@@ -312,7 +312,7 @@ async def test_heartbeat_that_raises_base_exception_is_fatal(
     renewer = testbed.make_renewer()
     async with renewer:
         [lease] = await testbed.renew_leases(renewer, item)
-        monkeypatch.setattr(HeartbeatSender, "send", crash_heartbeat)
+        monkeypatch.setattr(HeartbeatSender, "send_heartbeat", crash_heartbeat)
         renewer.check_soon(lease)
         await testbed.wait_until(lambda: testbed.failures and testbed.ended)
         assert testbed.ended == testbed.failures

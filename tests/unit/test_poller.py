@@ -71,19 +71,19 @@ class ScriptedDispatcher:
     ) -> None:
         self.queue = queue
         self.answer = answer
-        self.paced = False
+        self.must_pace_polls = False
         self.health = HandlerHealth(lambda _: 0)
         self.offered: list[object] = []
 
-    def offer(self, item: object, polled_at: float) -> Reception:
+    def offer_item(self, item: object, polled_at: float) -> Reception:
         assert polled_at <= asyncio.get_running_loop().time()
         self.offered.append(item)
         if isinstance(self.answer, Exception):
             raise self.answer
         if self.answer == "queued":
-            self.queue.put(item)
+            self.queue.put_item(item)
         elif self.answer == "aside":
-            self.queue.set_aside(item)
+            self.queue.set_item_aside(item)
         return self.answer
 
 
@@ -123,7 +123,7 @@ class PollerTestbed:
         """Run one poller until its client has no further answer, or until the poller ends."""
         one = Poller(self.context, self.group, cast("Any", self.dispatcher), 0)
         async with asyncio.timeout(seconds), asyncio.TaskGroup() as group:
-            task = group.create_task(one.run())
+            task = group.create_task(one.run_polls())
             over = group.create_task(self.client.exhausted.wait())
             await asyncio.wait({task, over}, return_when=asyncio.FIRST_COMPLETED)
             task.cancel()
@@ -237,7 +237,7 @@ async def test_accepted_item_keeps_place_and_permit() -> None:
     bench = PollerTestbed("item")
     await bench.run_poller()
     assert bench.dispatcher.offered == ["item"]
-    assert (bench.queue.reserved, bench.queue.waiting, bench.client.permits) == (0, 1, 1)
+    assert (bench.queue.reserved, bench.queue.waiting_count, bench.client.permits) == (0, 1, 1)
 
 
 @pytest.mark.parametrize("answer", ["declined", KeyError("bug")], ids=["declined", "bug"])
@@ -245,14 +245,18 @@ async def test_rejected_item_returns_place_and_permit(answer: Any) -> None:
     bench = PollerTestbed("item", answer=answer)
     await bench.run_poller()
     assert bench.dispatcher.offered == ["item"]
-    assert (bench.queue.reserved, bench.queue.waiting) == (0, 0)
+    assert (bench.queue.reserved, bench.queue.waiting_count) == (0, 0)
     assert bench.client.permits == 0
 
 
 async def test_item_set_aside_returns_its_place_and_keeps_its_permit() -> None:
     bench = PollerTestbed("item", answer="aside")
     await bench.run_poller()
-    assert (bench.queue.reserved, bench.queue.aside, bench.client.permits) == (0, ["item"], 1)
+    assert (bench.queue.reserved, bench.queue.items_set_aside, bench.client.permits) == (
+        0,
+        ["item"],
+        1,
+    )
 
 
 @in_virtual_time
@@ -267,7 +271,7 @@ async def test_poller_whose_item_is_set_aside_polls_again_at_once() -> None:
 @in_virtual_time
 async def test_poller_whose_items_start_no_handler_polls_once_per_block_time() -> None:
     bench = PollerTestbed(*("item" for _ in range(5)), block_ms=999, concurrency=10)
-    bench.dispatcher.paced = True
+    bench.dispatcher.must_pace_polls = True
     clock = asyncio.get_running_loop().time
     started = clock()
     await bench.run_poller(60)

@@ -61,26 +61,26 @@ class GroupTestbed:
         self.emptied += 1
 
     def finish_null_poll(self) -> None:
-        self.group.succeeded(self.now, null=True)
+        self.group.note_poll_success(self.now, null=True)
 
     def finish_poll_with_item(self) -> None:
-        self.group.succeeded(self.now, null=False)
+        self.group.note_poll_success(self.now, null=False)
 
     def finish_throttled_poll(self) -> None:
-        self.group.throttled()
+        self.group.halve_pollers()
 
     def refuse_polls_for(self, minutes: float) -> None:
         """Refuse one poll now and one every ten seconds for this number of minutes."""
         until = self.now + minutes * MINUTE
         while self.now <= until:
-            self.group.failed(REFUSED)
+            self.group.note_poll_failure(REFUSED)
             self.now += 10
         self.now = until
 
 
 def test_refused_poll_before_any_success_is_fatal_at_once() -> None:
     bench = GroupTestbed()
-    bench.group.failed(REFUSED)
+    bench.group.note_poll_failure(REFUSED)
     assert bench.fatal == [REFUSED]
 
 
@@ -88,7 +88,7 @@ def test_transient_poll_failures_are_never_fatal() -> None:
     bench = GroupTestbed()
     for error in (DOWN, THROTTLED):
         for _ in range(100):
-            bench.group.failed(error)
+            bench.group.note_poll_failure(error)
             bench.now += MINUTE
     assert not bench.fatal
     assert not bench.group.refused
@@ -104,7 +104,7 @@ def test_polls_refused_for_five_minutes_are_fatal() -> None:
     assert not bench.fatal
     assert bench.group.refused
     bench.now += 1
-    bench.group.failed(REFUSED)
+    bench.group.note_poll_failure(REFUSED)
     assert bench.fatal == [REFUSED]
 
 
@@ -113,8 +113,8 @@ def test_polls_refused_for_five_minutes_are_fatal() -> None:
     [
         lambda bench: bench.finish_null_poll(),
         lambda bench: bench.finish_poll_with_item(),
-        lambda bench: bench.group.failed(DOWN),
-        lambda bench: bench.group.failed(THROTTLED),
+        lambda bench: bench.group.note_poll_failure(DOWN),
+        lambda bench: bench.group.note_poll_failure(THROTTLED),
     ],
     ids=["null", "item", "network error", "throttled"],
 )
@@ -137,7 +137,7 @@ def test_last_successful_poll_is_measured_on_lease_clock() -> None:
     assert bench.group.last_success_at is None
     bench.finish_null_poll()
     bench.now += 7
-    bench.group.failed(REFUSED)
+    bench.group.note_poll_failure(REFUSED)
     assert bench.group.last_success_at == 1000.0
 
 
@@ -158,17 +158,17 @@ def test_first_of_several_polls_without_item_is_logged_as_idle(
 async def test_cooldown_extended_meanwhile_lasts_longer_and_never_shorter() -> None:
     group = GroupTestbed().group
     loop = asyncio.get_running_loop()
-    group.hold_back(5)
-    loop.call_later(1, group.hold_back, 20)
-    loop.call_later(2, group.hold_back, 1)
-    await group.cooldown()
+    group.hold_back_polls(5)
+    loop.call_later(1, group.hold_back_polls, 20)
+    loop.call_later(2, group.hold_back_polls, 1)
+    await group.wait_for_cooldown()
     assert loop.time() == pytest.approx(21)
 
 
 @in_virtual_time
 async def test_poller_group_without_refusals_has_no_cooldown() -> None:
     group = GroupTestbed().group
-    await group.cooldown()
+    await group.wait_for_cooldown()
     assert asyncio.get_running_loop().time() == 0
 
 
@@ -177,21 +177,21 @@ async def test_second_and_later_ack_conflicts_in_a_row_hold_back_pollers() -> No
     group = GroupTestbed().group
     loop = asyncio.get_running_loop()
     conflict = ConflictError("ack", 409, "another worker has it")
-    group.note_ack(conflict)
+    group.note_ack_result(conflict)
     group._conflict_backoff._rng = lambda: 1.0
     waits = []
     for _ in range(7):
         before = loop.time()
-        await group.cooldown()
+        await group.wait_for_cooldown()
         waits.append(loop.time() - before)
-        group.note_ack(conflict)
+        group.note_ack_result(conflict)
     assert waits == pytest.approx([0, 0.1, 0.2, 0.4, 0.8, 1.6, 3])
     assert not group.ack_refused
-    await group.cooldown()
+    await group.wait_for_cooldown()
     before = loop.time()
-    group.note_ack(None)
-    group.note_ack(conflict)
-    await group.cooldown()
+    group.note_ack_result(None)
+    group.note_ack_result(conflict)
+    await group.wait_for_cooldown()
     assert loop.time() == before
 
 
@@ -202,18 +202,18 @@ async def test_refused_acks_hold_back_pollers_with_growing_delay() -> None:
     group._ack_backoff._rng = lambda: 1.0
     waits = []
     for _ in range(7):
-        group.note_ack(RefusedError("ack", 403, "no"))
+        group.note_ack_result(RefusedError("ack", 403, "no"))
         assert group.ack_refused
         before = loop.time()
-        await group.cooldown()
+        await group.wait_for_cooldown()
         waits.append(loop.time() - before)
     assert waits == pytest.approx([1, 2, 4, 8, 16, 30, 30])
-    group.note_ack(None)
+    group.note_ack_result(None)
     assert not group.ack_refused
-    await group.cooldown()
-    group.note_ack(RefusedError("ack", 403, "no"))
+    await group.wait_for_cooldown()
+    group.note_ack_result(RefusedError("ack", 403, "no"))
     before = loop.time()
-    await group.cooldown()
+    await group.wait_for_cooldown()
     assert loop.time() - before == pytest.approx(1)
 
 
@@ -242,9 +242,9 @@ def test_throttled_poll_halves_number_of_pollers() -> None:
 async def test_poller_beyond_target_waits_until_items_arrive() -> None:
     bench = GroupTestbed(2)
     bench.finish_null_poll()
-    await bench.group.turn(0)
+    await bench.group.wait_for_turn(0)
     async with asyncio.TaskGroup() as group:
-        waiting = group.create_task(bench.group.turn(1))
+        waiting = group.create_task(bench.group.wait_for_turn(1))
         await asyncio.sleep(100)
         assert not waiting.done()
         bench.finish_poll_with_item()
@@ -280,22 +280,24 @@ def test_number_of_pollers_stays_within_limits_and_changes_are_observed(
 async def test_poll_without_item_ends_pool_only_if_until_empty_and_pool_is_idle() -> None:
     bench = GroupTestbed(until_empty=True)
     other = GroupTestbed()
-    await other.group.settle_empty()  # Without until_empty, an empty queue does not end the pool.
+    await (
+        other.group.end_if_queue_is_empty()
+    )  # Without until_empty, an empty queue does not end the pool.
     assert (other.emptied, other.group.ended) == (0, False)
-    await bench.queue.reserve()
-    bench.queue.put("item")
-    await bench.group.settle_empty()  # One item waits for a slot.
-    bench.queue.take()
-    await bench.group.settle_empty()  # One item runs.
+    await bench.queue.reserve_place()
+    bench.queue.put_item("item")
+    await bench.group.end_if_queue_is_empty()  # One item waits for a slot.
+    bench.queue.take_item()
+    await bench.group.end_if_queue_is_empty()  # One item runs.
     assert bench.emptied == 0
-    bench.queue.release()
-    bench.group.sent()
+    bench.queue.release_slot()
+    bench.group.note_poll_sent()
     async with asyncio.TaskGroup() as group:
         # Another poll is in flight and may bring an item.
-        waiting = group.create_task(bench.group.settle_empty())
+        waiting = group.create_task(bench.group.end_if_queue_is_empty())
         await asyncio.sleep(1)
         assert (waiting.done(), bench.emptied) == (False, 0)
-        bench.group.answered()
+        bench.group.note_poll_answered()
     assert (bench.emptied, bench.group.ended) == (0, False)
-    await bench.group.settle_empty()
+    await bench.group.end_if_queue_is_empty()
     assert (bench.emptied, bench.group.ended) == (1, True)

@@ -91,7 +91,7 @@ def test_item_state_table_equals_documented_table() -> None:
 @pytest.mark.parametrize(("state", "transition"), [pair for pair in PAIRS if pair in ALLOWED])
 def test_allowed_transition_leads_to_next_state(state: State, transition: Transition) -> None:
     item = item_in_state(state)
-    item.advance(transition)
+    item.advance_state(transition)
     assert item.state == ALLOWED[state, transition]
 
 
@@ -99,7 +99,7 @@ def test_allowed_transition_leads_to_next_state(state: State, transition: Transi
 def test_forbidden_transition_raises_and_keeps_state(state: State, transition: Transition) -> None:
     item = item_in_state(state)
     with pytest.raises(RuntimeError, match=f"'{transition}' is not allowed in '{state}'"):
-        item.advance(transition)
+        item.advance_state(transition)
     assert item.state == state
 
 
@@ -136,8 +136,8 @@ def test_end_reasons_have_order_of_completion_table() -> None:
 def test_gravest_end_reason_is_kept_in_either_order(one: EndReason, other: EndReason) -> None:
     item = make_item()
     assert item.reason is None
-    item.end(one)
-    item.end(other)
+    item.add_end_reason(one)
+    item.add_end_reason(other)
     assert item.reason is max(one, other)
 
 
@@ -147,8 +147,8 @@ async def test_wait_for_condition_ends_at_notification_that_meets_it() -> None:
     loop = asyncio.get_running_loop()
     for seconds in (1, 2, 3):
         loop.call_later(seconds, met.append, seconds)
-        loop.call_later(seconds, item.notify)
-    await item.until(lambda: len(met) == 2)
+        loop.call_later(seconds, item.notify_waiters)
+    await item.wait_until(lambda: len(met) == 2)
     assert loop.time() == pytest.approx(2)
 
 
@@ -156,10 +156,10 @@ async def test_wait_for_condition_ends_at_notification_that_meets_it() -> None:
 async def test_wait_for_condition_ends_at_time_limit_or_at_once_if_met() -> None:
     item = make_item()
     loop = asyncio.get_running_loop()
-    item.notify()  # A notification without a waiter is not kept for later waits.
-    await item.until(lambda: False, 5)
+    item.notify_waiters()  # A notification without a waiter is not kept for later waits.
+    await item.wait_until(lambda: False, 5)
     assert loop.time() == pytest.approx(5)
-    await item.until(lambda: True)
+    await item.wait_until(lambda: True)
     assert loop.time() == pytest.approx(5)
 
 
@@ -169,60 +169,60 @@ async def test_notification_wakes_all_waiters() -> None:
     async with asyncio.timeout(10), asyncio.TaskGroup() as group:
         met: list[int] = []
         for _ in range(3):
-            group.create_task(item.until(lambda: bool(met)))
+            group.create_task(item.wait_until(lambda: bool(met)))
         await asyncio.sleep(1)
         met.append(1)
-        item.notify()
+        item.notify_waiters()
 
 
 def test_owned_item_is_found_by_id_session_and_handler() -> None:
     owned, item = OwnedItems(), make_item(run_by=first)
-    assert (len(owned), owned.get("work_1"), owned.all()) == (0, None, [])
-    owned.add(item)
-    assert (len(owned), owned.get("work_1"), owned.all()) == (1, item, [item])
+    assert (len(owned), owned.find_item("work_1"), owned.copy_items()) == (0, None, [])
+    owned.add_item(item)
+    assert (len(owned), owned.find_item("work_1"), owned.copy_items()) == (1, item, [item])
     assert owned.has_session("sesn_1")
-    assert (owned.count(first), owned.count(second)) == (1, 0)
-    owned.remove(item)
-    assert (len(owned), owned.get("work_1"), owned.all()) == (0, None, [])
+    assert (owned.count_items(first), owned.count_items(second)) == (1, 0)
+    owned.remove_item(item)
+    assert (len(owned), owned.find_item("work_1"), owned.copy_items()) == (0, None, [])
     assert not owned.has_session("sesn_1")
-    assert owned.count(first) == 0
+    assert owned.count_items(first) == 0
 
 
 def test_owned_health_check_occupies_neither_session_nor_handler() -> None:
     owned = OwnedItems()
     item = make_item()
-    owned.add(item)
+    owned.add_item(item)
     assert not owned.has_session("sesn_1")
-    owned.remove(item)
+    owned.remove_item(item)
     assert len(owned) == 0
 
 
 def test_several_items_without_session_can_be_owned_at_once() -> None:
     owned = OwnedItems()
     one, other = (make_item(work_id, "", first) for work_id in ("work_1", "work_2"))
-    owned.add(one)
+    owned.add_item(one)
     assert not owned.has_session("")
-    owned.add(other)
-    owned.remove(one)
-    assert owned.count(first) == 1
-    owned.remove(other)
-    assert owned.count(first) == 0
+    owned.add_item(other)
+    owned.remove_item(one)
+    assert owned.count_items(first) == 1
+    owned.remove_item(other)
+    assert owned.count_items(first) == 0
 
 
 def test_owned_item_is_removed_by_the_session_id_of_its_delivery() -> None:
     """The ack returns another copy of the item with another session id."""
     owned, item = OwnedItems(), make_item(run_by=first)
-    owned.add(item)
+    owned.add_item(item)
     item.work_item = replace(item.work_item, session_id="sesn_other")
-    owned.remove(item)
+    owned.remove_item(item)
     assert not owned.has_session("sesn_1")
 
 
 def test_list_of_owned_items_does_not_change_later() -> None:
     owned, item = OwnedItems(), make_item(run_by=first)
-    owned.add(item)
-    for each in owned.all():
-        owned.remove(each)
+    owned.add_item(item)
+    for each in owned.copy_items():
+        owned.remove_item(each)
     assert len(owned) == 0
 
 
@@ -235,12 +235,12 @@ def test_counts_of_owned_items_are_correct_after_random_changes() -> None:
     dice = random.Random(0)  # noqa: S311 - repeatable, guards nothing
     owned, mine = OwnedItems(), list[PoolItem]()
     for item in numbered_item(dice):
-        owned.add(item)
+        owned.add_item(item)
         mine.append(item)
         while mine and dice.random() < 0.4:
-            owned.remove(mine.pop(dice.randrange(len(mine))))
-        assert set(owned.all()) == set(mine)
+            owned.remove_item(mine.pop(dice.randrange(len(mine))))
+        assert set(owned.copy_items()) == set(mine)
         for each in (first, second):
-            assert owned.count(each) == sum(item.handler is each for item in mine)
+            assert owned.count_items(each) == sum(item.handler is each for item in mine)
         for each_item in mine:
             assert owned.has_session(each_item.session_id) == (each_item.handler is not None)

@@ -63,13 +63,13 @@ async def running_stubborn_handler(
     )
     async with handler_group() as handlers, parts.open_clients(), asyncio.TaskGroup() as group:
         item = await parts.claim_item()
-        item.advance("started")
+        item.advance_state("started")
         executor = HandlerExecutor(cast("Any", context), handlers)
         call = Handler(
             name="stubborn.run", call=handler, timeout=None, max_sessions=None, plugin="stubborn"
         )
         session = Session(item.work_item, cast("Any", None), redelivered=False)
-        group.create_task(executor.run(item, call, session))
+        group.create_task(executor.run_handler(item, call, session))
         await handler.began.wait()
         yield executor, item
 
@@ -98,7 +98,7 @@ async def test_cancellation_is_repeated_every_ten_seconds_and_at_once_for_a_grav
         for at, reason in steps:
             await asyncio.sleep(at - passed)
             passed = at
-            executor.cancel(item, reason)
+            executor.cancel_handler(item, reason)
     assert handler.times == times
     assert not executor.stuck
 
@@ -113,7 +113,7 @@ async def test_handler_is_reported_as_stuck_once_ten_seconds_after_cancellation(
         now: Callable[[], float] = asyncio.get_running_loop().time
         began = now()
         executor.on_stuck = lambda: reports.append(round(now() - began, 3))
-        executor.cancel(item, EndReason.TIMED_OUT)
+        executor.cancel_handler(item, EndReason.TIMED_OUT)
     assert reports == [10]
     assert caplog.text.count("handler ignores its cancellation") == 1
 
@@ -122,11 +122,11 @@ async def test_handler_is_reported_as_stuck_once_ten_seconds_after_cancellation(
 async def test_handler_that_has_ended_is_not_cancelled_again(testbed: type[LeaseTestbed]) -> None:
     handler = StubbornHandler(until=12)
     async with running_stubborn_handler(testbed, handler) as (executor, item):
-        executor.cancel(item, EndReason.TIMED_OUT)
+        executor.cancel_handler(item, EndReason.TIMED_OUT)
         task = item.handler_task
         assert task is not None
         await asyncio.wait({task})
-        executor.cancel(item, EndReason.LOST)
+        executor.cancel_handler(item, EndReason.LOST)
         await asyncio.sleep(30)
     assert handler.times == [0, 10]
     assert task.cancelling() == 2

@@ -18,27 +18,27 @@ def make_queues(slots: SharedSlots, number: int, concurrency: int) -> list[Bound
 
 async def start_items(queue: BoundedQueue[str], number: int) -> None:
     for _ in range(number):
-        await queue.reserve()
-        queue.put("item")
-        assert queue.take() == "item"
+        await queue.reserve_place()
+        queue.put_item("item")
+        assert queue.take_item() == "item"
 
 
 def end_item(queue: BoundedQueue[str], *, used_up: bool = False) -> None:
-    queue.release(used_up=used_up)
-    queue.grant()
+    queue.release_slot(used_up=used_up)
+    queue.grant_free_places()
 
 
 async def test_busy_environment_leaves_one_slot_to_each_other_environment() -> None:
     busy, idle, other = make_queues(SharedSlots(6), 3, 6)
     async with asyncio.timeout(20), asyncio.TaskGroup() as group:
         await start_items(busy, 4)
-        assert (busy.free_slots, busy.full) == (0, True)
-        fifth = group.create_task(busy.reserve())
+        assert (busy.free_slots, busy.is_full) == (0, True)
+        fifth = group.create_task(busy.reserve_place())
         await run_ready_tasks()
         assert not fifth.done()
-        await idle.reserve()
-        await other.reserve()
-        assert (idle.free_slots, idle.full) == (1, False)
+        await idle.reserve_place()
+        await other.reserve_place()
+        assert (idle.free_slots, idle.is_full) == (1, False)
         fifth.cancel()
 
 
@@ -47,7 +47,10 @@ async def test_freed_slot_goes_to_waiting_environment_with_fewest_slots() -> Non
     async with asyncio.timeout(20), asyncio.TaskGroup() as group:
         await start_items(busy, 5)
         await start_items(late, 1)
-        own, others = group.create_task(busy.reserve()), [late.reserve() for _ in range(2)]
+        own, others = (
+            group.create_task(busy.reserve_place()),
+            [late.reserve_place() for _ in range(2)],
+        )
         tasks = [group.create_task(each) for each in others]
         await run_ready_tasks()
         end_item(busy)
@@ -66,14 +69,14 @@ async def test_environments_with_equally_many_slots_get_the_shared_slot_in_turn(
 
     async def use_shared_slot(number: int) -> None:
         for _ in range(4):
-            await three[number].reserve()
+            await three[number].reserve_place()
             order.append(number)
             await asyncio.sleep(0)
-            three[number].unreserve()
+            three[number].release_reserved_place()
 
     async with asyncio.timeout(20), asyncio.TaskGroup() as group:
         for queue in three:
-            await queue.reserve()
+            await queue.reserve_place()
         for number in range(3):
             group.create_task(use_shared_slot(number))
     assert order == [0, 1, 2] * 4
@@ -86,15 +89,15 @@ async def test_item_set_aside_takes_no_slot_from_environment_with_fewer_slots() 
     async with asyncio.timeout(20), asyncio.TaskGroup() as group:
         await start_items(busy, 3)
         await start_items(late, 1)
-        busy.set_aside("aside")
-        second = group.create_task(late.reserve())
+        busy.set_item_aside("aside")
+        second = group.create_task(late.reserve_place())
         await run_ready_tasks()
-        busy.release()
-        assert busy.take() is None
-        busy.grant()
+        busy.release_slot()
+        assert busy.take_item() is None
+        busy.grant_free_places()
         await second
         assert started == []
-        late.unreserve()
+        late.release_reserved_place()
     assert started == ["aside"]
 
 
@@ -105,12 +108,12 @@ async def test_item_set_aside_starts_in_the_slot_that_another_environment_frees(
     async with asyncio.timeout(20), asyncio.TaskGroup() as group:
         await start_items(first, 1)
         await start_items(second, 2)
-        first.set_aside("aside")
-        poller = group.create_task(first.reserve())
+        first.set_item_aside("aside")
+        poller = group.create_task(first.reserve_place())
         await run_ready_tasks()
-        assert first.take() is None
+        assert first.take_item() is None
         end_item(second)
-        assert (started, first.aside, first.running) == (["aside"], [], 2)
+        assert (started, first.items_set_aside, first.running) == (["aside"], [], 2)
         assert not poller.done()
         end_item(first)
         await poller
@@ -122,12 +125,12 @@ async def test_slot_goes_to_a_poller_while_the_handler_of_the_item_set_aside_is_
     async with asyncio.timeout(20), asyncio.TaskGroup() as group:
         await start_items(first, 1)
         await start_items(second, 2)
-        first.set_aside("aside")
-        poller = group.create_task(first.reserve())
+        first.set_item_aside("aside")
+        poller = group.create_task(first.reserve_place())
         await run_ready_tasks()
         end_item(second)
         await poller
-    assert (first.aside, first.reserved) == (["aside"], 1)
+    assert (first.items_set_aside, first.reserved) == (["aside"], 1)
 
 
 async def test_poller_is_not_blocked_by_an_item_set_aside_that_may_start_by_now() -> None:
@@ -138,9 +141,9 @@ async def test_poller_is_not_blocked_by_an_item_set_aside_that_may_start_by_now(
     async with asyncio.timeout(20):
         await start_items(first, 1)
         await start_items(second, 1)
-        first.set_aside("aside")
+        first.set_item_aside("aside")
         handler_is_free = True
-        await second.reserve()
+        await second.reserve_place()
     assert (started, second.reserved) == (["aside"], 1)
 
 
@@ -150,7 +153,7 @@ async def test_environment_that_leaves_gives_its_own_slot_to_the_others() -> Non
     [queue] = make_queues(slots, 1, 2)
     async with asyncio.timeout(20), asyncio.TaskGroup() as group:
         await start_items(queue, 1)
-        waiting = group.create_task(queue.reserve())
+        waiting = group.create_task(queue.reserve_place())
         await run_ready_tasks()
         assert not waiting.done()
         share.leave()
@@ -162,12 +165,12 @@ async def test_used_up_slot_is_lost_for_all_environments() -> None:
     async with asyncio.timeout(20), asyncio.TaskGroup() as group:
         await start_items(first, 1)
         await start_items(second, 1)
-        third = group.create_task(second.reserve())
+        third = group.create_task(second.reserve_place())
         await run_ready_tasks()
         end_item(first, used_up=True)
         end_item(second)  # This item does not use up its slot.
         await third
-        fourth = group.create_task(first.reserve())
+        fourth = group.create_task(first.reserve_place())
         await run_ready_tasks()
         assert not fourth.done()
         fourth.cancel()
@@ -180,13 +183,13 @@ async def test_forgotten_items_and_cancelled_polls_return_their_slots() -> None:
     slots.share()
     async with asyncio.timeout(20), asyncio.TaskGroup() as group:
         await start_items(queue, 1)
-        await queue.reserve()
-        queue.put("waits")
-        waiting = group.create_task(queue.reserve())
+        await queue.reserve_place()
+        queue.put_item("waits")
+        waiting = group.create_task(queue.reserve_place())
         await run_ready_tasks()
         assert share.taken == 2
         waiting.cancel()
-        assert queue.forget_waiting() == ["waits"]
+        assert queue.forget_waiting_items() == ["waits"]
         await run_ready_tasks()
         end_item(queue)
     assert share.taken == 0
@@ -209,25 +212,25 @@ class RandomPollers:
 
     async def poll_repeatedly(self, queue: BoundedQueue[str]) -> None:
         for _ in range(30):
-            await queue.reserve()
+            await queue.reserve_place()
             await asyncio.sleep(0)
             if self.dice.random() < 0.4:
-                queue.unreserve()
+                queue.release_reserved_place()
             else:
                 await self.run_item(queue)
             assert sum(share.taken for share in self.shares) <= self.total
 
     async def run_item(self, queue: BoundedQueue[str]) -> None:
-        queue.put("item")
-        if queue.take() is None:
+        queue.put_item("item")
+        if queue.take_item() is None:
             return
         for _ in range(self.dice.randrange(3)):
             await asyncio.sleep(0)
         assert sum(each.running for each in self.queues) <= self.total
-        queue.release()
-        while queue.take() is not None:
-            queue.release()
-        queue.grant()
+        queue.release_slot()
+        while queue.take_item() is not None:
+            queue.release_slot()
+        queue.grant_free_places()
 
 
 @pytest.mark.parametrize("seed", range(20))
@@ -239,4 +242,4 @@ async def test_random_use_of_shared_slots_stays_within_total_and_starves_no_envi
         for queue in storm.queues * 3:
             group.create_task(storm.poll_repeatedly(queue))
     for share, queue in zip(storm.shares, storm.queues, strict=True):
-        assert share.taken == queue.waiting + queue.running + queue.reserved
+        assert share.taken == queue.waiting_count + queue.running + queue.reserved

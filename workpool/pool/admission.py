@@ -267,12 +267,12 @@ class HandlerSlots:
     def free(self, handler: Handler) -> bool:
         """Return whether one more session of this handler may run."""
         limit = handler.max_sessions
-        if limit is not None and self._items.count(handler) >= limit:
+        if limit is not None and self._items.count_items(handler) >= limit:
             return False
         if not self._reserving:
             return True
         kept_free = sum(
-            max(0, other.reserved_sessions - self._items.count(other))
+            max(0, other.reserved_sessions - self._items.count_items(other))
             for other in self._reserving
             if other.name != handler.name
         )

@@ -72,17 +72,17 @@ class BoundedQueue(Generic[T]):
         return min(free, self.reserved + self._share.available)
 
     @property
-    def waiting(self) -> int:
+    def waiting_count(self) -> int:
         """The number of items that wait in a place for a slot."""
         return len(self._waiting)
 
     @property
-    def aside(self) -> list[T]:
+    def items_set_aside(self) -> list[T]:
         """A copy of the items that wait for a slot of their handler, the oldest first."""
         return self._aside.copy()
 
     @property
-    def full(self) -> bool:
+    def is_full(self) -> bool:
         """Whether an item is in every place; places that polls have reserved do not count.
 
         True also if other pools have taken the remaining slots, so that this pool cannot poll.
@@ -93,18 +93,18 @@ class BoundedQueue(Generic[T]):
         return items >= self.capacity or not (self.reserved or self._share.available)
 
     @property
-    def idle(self) -> bool:
+    def is_idle(self) -> bool:
         """Whether no item waits or runs."""
         return not self._waiting and not self._aside and not self.running
 
-    def _free_places(self) -> int:
+    def _count_free_places(self) -> int:
         return self.capacity - self.reserved - self.running - len(self._waiting)
 
-    async def reserve(self) -> None:
+    async def reserve_place(self) -> None:
         """Reserve a place; wait until one is free, in the order of the calls."""
         # Checked here and not in a function, whose call each session of every pool would pay for.
         if (
-            self._free_places() > 0
+            self._count_free_places() > 0
             and not self._reservers
             and (self._share is None or self._share.take())
         ):
@@ -119,57 +119,57 @@ class BoundedQueue(Generic[T]):
         except asyncio.CancelledError:
             if not turn.cancelled():
                 # The wait was granted and cancelled in the same turn: the place must not be lost.
-                self.unreserve()
-            elif turn in self._reservers:  # `grant` removes the turns of its pollers
+                self.release_reserved_place()
+            elif turn in self._reservers:  # `grant_free_places` removes the turns of its pollers
                 self._reservers.remove(turn)
             raise
 
-    def unreserve(self) -> None:
+    def release_reserved_place(self) -> None:
         """Free a reserved place."""
         self.reserved -= 1
         if self._share is not None:
             self._share.give_back()
-        self.grant()
+        self.grant_free_places()
 
-    def put(self, item: T) -> None:
+    def put_item(self, item: T) -> None:
         """Put an item into a reserved place, to wait for a slot."""
         self.reserved -= 1
         self._waiting.append(item)
 
-    def set_aside(self, item: T) -> None:
+    def set_item_aside(self, item: T) -> None:
         """Let an item wait outside all places."""
         self._aside.append(item)
-        if self.aside_full:
+        if self.too_many_set_aside:
             self._room.clear()
 
     @property
-    def aside_full(self) -> bool:
+    def too_many_set_aside(self) -> bool:
         """Whether as many items are set aside as there are places.
 
         The pool should then poll more slowly, because it may hold back items from other workers.
         """
         return len(self._aside) >= self.capacity
 
-    def remove_aside(self, item: T) -> None:
+    def remove_item_set_aside(self, item: T) -> None:
         """Remove an item that was set aside."""
         self._aside.remove(item)
-        if not self.aside_full:
+        if not self.too_many_set_aside:
             self._room.set()
 
-    async def room_aside(self, seconds: float) -> None:
+    async def wait_for_room_aside(self, seconds: float) -> None:
         """Wait until fewer items are set aside than there are places, for `seconds` at most."""
         with suppress(TimeoutError):
             async with asyncio.timeout(seconds):
                 await self._room.wait()
 
-    def take(self) -> T | None:
+    def take_item(self) -> T | None:
         """Move an item into a slot, and return it; None if no item may start or no slot is free.
 
         The oldest item that was set aside and may start goes before the items in places.
         """
         if self.running >= self.concurrency:
             return None
-        item = self._next_aside() if self._aside else None
+        item = self._next_startable_item() if self._aside else None
         if item is not None and (self._share is None or self._share.take()):
             self._move_to_slot(item)
             return item
@@ -178,21 +178,22 @@ class BoundedQueue(Generic[T]):
         self.running += 1
         return self._waiting.popleft()
 
-    def _next_aside(self) -> T | None:
+    def _next_startable_item(self) -> T | None:
         """Return the oldest item set aside that may start, if a place and a slot are free."""
-        if self._aside and self.running < self.concurrency and self._free_places() > 0:
+        if self._aside and self.running < self.concurrency and self._count_free_places() > 0:
             return next(filter(self.may_start, self._aside), None)
         return None
 
     def _move_to_slot(self, item: T) -> None:
         """Move an item that was set aside into a slot."""
-        self.remove_aside(item)
+        self.remove_item_set_aside(item)
         self.running += 1
 
-    def release(self, *, used_up: bool = False) -> None:
-        """Free the slot, and with it the place, of an item that `take` returned.
+    def release_slot(self, *, used_up: bool = False) -> None:
+        """Free the slot, and with it the place, of an item that `take_item` returned.
 
-        The place goes to an item that waits here (`take`) before it goes to a poller (`grant`).
+        The caller gives it to a waiting item (`take_item`), and only then to a poller
+        (`grant_free_places`).
         `used_up`: the item counts as one of the `uses`.
         """
         self.running -= 1
@@ -202,7 +203,7 @@ class BoundedQueue(Generic[T]):
             self._uses -= 1
             self.capacity = min(self.capacity, self._uses)
 
-    def forget_waiting(self) -> list[T]:
+    def forget_waiting_items(self) -> list[T]:
         """Remove and return the waiting items, which the control plane will deliver again."""
         forgotten = [*self._waiting, *self._aside]
         if self._share is not None:
@@ -211,15 +212,15 @@ class BoundedQueue(Generic[T]):
         self._waiting.clear()
         self._aside.clear()
         self._room.set()
-        self.grant()
+        self.grant_free_places()
         return forgotten
 
-    def grant(self) -> None:
-        """Give the free places to the pollers that wait in `reserve`."""
+    def grant_free_places(self) -> None:
+        """Give the free places to the pollers that wait in `reserve_place`."""
         if self._share is not None:
             self._share.grant()
             return
-        while self._reservers and self._free_places() > 0:
+        while self._reservers and self._count_free_places() > 0:
             self._hand_out_place()
 
     def _hand_out_place(self) -> None:
@@ -236,14 +237,14 @@ class BoundedQueue(Generic[T]):
 
         None if no item or poller waits although a place is free.
         """
-        item = self._next_aside()
+        item = self._next_startable_item()
         if item is not None:
-            return partial(self._start_aside, item)
+            return partial(self._start_item_set_aside, item)
         while self._reservers and self._reservers[0].done():  # its poller was cancelled just now
             del self._reservers[0]
-        return self._hand_out_place if self._reservers and self._free_places() > 0 else None
+        return self._hand_out_place if self._reservers and self._count_free_places() > 0 else None
 
-    def _start_aside(self, item: T) -> None:
+    def _start_item_set_aside(self, item: T) -> None:
         """Start an item that was set aside, in a slot that was granted."""
         self._move_to_slot(item)
         self.start(item)

@@ -53,7 +53,7 @@ class OptionalCalls:
         self._allowed: set[Op] = set()
         self._logged: set[Op] = set()
 
-    def check(self, op: Op) -> None:
+    def check_permitted(self, op: Op) -> None:
         """Raise an error if the call is known to be refused.
 
         Raises:
@@ -62,14 +62,14 @@ class OptionalCalls:
         if op in self.refused:
             raise NotPermittedError(op, self.refused[op], NOT_PERMITTED)
 
-    async def make(self, op: Op, call: Callable[[], Awaitable[T]]) -> T:
+    async def make_call(self, op: Op, call: Callable[[], Awaitable[T]]) -> T:
         """Make a call, unless it was refused before.
 
         Raises:
             NotPermittedError: The credential does not permit the call.
             ControlPlaneError: The error of the call.
         """
-        self.check(op)
+        self.check_permitted(op)
         try:
             value = await call()
         except (RefusedError, TransientError) as error:
@@ -81,7 +81,7 @@ class OptionalCalls:
             return value
         raise NotPermittedError(op, status, NOT_PERMITTED)
 
-    def forget(self) -> None:
+    def forget_refusals(self) -> None:
         """Let all calls be tried again, since a call was refused that every credential permits."""
         self.refused.clear()
 
@@ -123,7 +123,7 @@ async def read_item(
         The item; None if it is not among the first `LOOK_UP_ITEMS` of the list.
     """
     try:
-        return await optional.make("get", lambda: client.get(work_id, timeout=timeout))
+        return await optional.make_call("get", lambda: client.get(work_id, timeout=timeout))
     except NotPermittedError:
         pass
     try:

@@ -88,7 +88,7 @@ class Claimer:
         self._heartbeats = heartbeats
         self._on_ack = on_ack
 
-    async def acknowledge(self, item: PoolItem, taken_at: float) -> CallResult:
+    async def acknowledge_item(self, item: PoolItem, taken_at: float) -> CallResult:
         """Acknowledge the item, repeatedly while the pool can still own it, and return the result.
 
         After "ok", `item.work_item` is the answer and `item.acked_at` is set. `taken_at` is the
@@ -105,8 +105,10 @@ class Claimer:
                 result = self._handle_refusal(item, error)
             except TransientError as error:
                 repeats = repeats or _Repeats(item.delivered_at + self._context.redelivery_seconds)
-                options = CallOptions(partial(self._check_repeat, repeats), Priority.CLAIM)
-                result = None if await self._may_repeat(item, repeats, error, sent) else "error"
+                options = CallOptions(partial(self._check_time_of_repeat, repeats), Priority.CLAIM)
+                result = (
+                    None if await self._wait_for_repeat(item, repeats, error, sent) else "error"
+                )
             else:
                 self._on_ack(None)
                 first_sent = sent if repeats is None else min(repeats.first_sent, sent)
@@ -117,7 +119,7 @@ class Claimer:
                 self._observe(AckFinished, item.work_item, result, waited, took)
                 return result
 
-    def _check_repeat(self, repeats: _Repeats) -> None:
+    def _check_time_of_repeat(self, repeats: _Repeats) -> None:
         """Raise an error if it is too late for the ack, which may have waited for a connection.
 
         It would lease the item to this pool, which could not use that lease, for 60 s.
@@ -125,14 +127,14 @@ class Claimer:
         if self._clock() >= repeats.until:
             raise TransientError("ack", None, "too late to own the item", reason="throttled")
 
-    async def begin(self, item: PoolItem) -> None:
+    async def send_first_heartbeats(self, item: PoolItem) -> None:
         """Send first heartbeats until one succeeds or the lease is over."""
         lease = item.lease
         while not lease.expire(self._clock()):
             draining = self._context.draining
             if draining:
                 lease.release(self._clock(), RELEASE_DELAY_SECONDS)
-            await self._heartbeats.send(lease, self._end_after_pause)
+            await self._heartbeats.send_heartbeat(lease, self._end_after_pause)
             now = self._clock()
             if lease.begun:
                 lease.expire(now)  # the answer may have come too late for a handler
@@ -143,7 +145,7 @@ class Claimer:
             if draining:
                 await asyncio.sleep(max(0.0, seconds))
             else:  # a drain that begins must not wait for a long Retry-After
-                await self._draining_within(item, seconds)
+                await self._wait_for_drain(item, seconds)
 
     def _end_after_pause(self, lease: Lease, now: float) -> None:
         """End the lease if the machine was paused during the claim: no handler runs yet."""
@@ -151,7 +153,7 @@ class Claimer:
             log.warning("the machine was paused during a claim", extra={"work_id": lease.item.id})
             lease.end("lost")
 
-    async def _may_repeat(
+    async def _wait_for_repeat(
         self, item: PoolItem, repeats: _Repeats, failure: TransientError, sent: float
     ) -> bool:
         """Wait until the next try of an ack; return False if no further try is allowed."""
@@ -160,7 +162,7 @@ class Claimer:
             repeats.first_sent = min(repeats.first_sent, sent)
             repeats.until = repeats.first_sent + ACK_LEASE_SECONDS - MARGIN_SECONDS
         delay = max(repeats.backoff.next(), failure.retry_after or 0.0)
-        if self._clock() + delay < repeats.until and not await self._draining_within(item, delay):
+        if self._clock() + delay < repeats.until and not await self._wait_for_drain(item, delay):
             return True
         log.warning("ack given up: %s", failure, extra={"work_id": item.id, "error": str(failure)})
         return False
@@ -172,10 +174,10 @@ class Claimer:
         self._on_ack(error)
         return "error"
 
-    async def _draining_within(self, item: PoolItem, seconds: float) -> bool:
+    async def _wait_for_drain(self, item: PoolItem, seconds: float) -> bool:
         """Wait until a drain begins, at most for `seconds`; return whether it has begun."""
         if seconds > 0:
-            await item.until(lambda: self._context.draining, seconds)
+            await item.wait_until(lambda: self._context.draining, seconds)
         return self._context.draining
 
 

@@ -96,7 +96,7 @@ class Completion:
         self._sender = sender
         self._optional = context.optional
 
-    async def complete(self, item: PoolItem) -> Outcome:
+    async def complete_session(self, item: PoolItem) -> Outcome:
         """Carry out the row while the lease is held, and return the outcome."""
         row = row_of(item)
         if row.item == "untouched":
@@ -104,8 +104,8 @@ class Completion:
         try:
             if row.item == "release":
                 return await self._release_item(item)
-            outcome = await self._write_row(item, row)
-            await self.stop(item, confirm=row.outcome == "stopped")
+            outcome = await self._write_row_metadata(item, row)
+            await self.stop_item(item, confirm=row.outcome == "stopped")
         except SessionGoneError:
             return "stopped" if item.lease.status == "stopped" else "lease_lost"
         except RefusedError as error:
@@ -121,7 +121,7 @@ class Completion:
             return "released"
         return outcome
 
-    async def stop(
+    async def stop_item(
         self, item: PoolItem, *, confirm: bool = False, seconds: float = math.inf
     ) -> None:
         """Stop the item with `force`, which is allowed in every state and in both dialects.
@@ -135,7 +135,7 @@ class Completion:
         result: CallResult = "error"
         try:
             call = partial(self._send_stop, item)
-            await self._sender.send(item, call, options, lease.note_own_stop)
+            await self._sender.send_with_retries(item, call, options, lease.note_own_stop)
             result = "ok"
         except (ConflictError, PreconditionError):
             result = "conflict"  # the item is stopped already
@@ -161,16 +161,16 @@ class Completion:
                 lease.own_stop = before  # the stop was certainly not applied
             raise
 
-    async def _write_row(self, item: PoolItem, row: Row) -> Outcome:
+    async def _write_row_metadata(self, item: PoolItem, row: Row) -> Outcome:
         """Write the row's metadata, if any; return the outcome: `failed` for a refused result."""
         attempt = item.attempt
         if row.metadata == "result" and not item.result:
-            if patch := attempt.closing({}):
+            if patch := attempt.closing_patch({}):
                 await self._remove_mark(item, patch)
             return row.outcome
         notes = item.result if row.metadata == "result" else self._error_note(item)
         try:
-            await self.write_metadata(item, attempt.closing(notes))
+            await self.write_metadata(item, attempt.closing_patch(notes))
         except (ConflictError, PreconditionError):
             pass  # the item is stopped already
         except NotPermittedError:
@@ -187,7 +187,7 @@ class Completion:
             item.error = error
             notes = self._error_note(item)
             with contextlib.suppress(RefusedError, ConflictError, PreconditionError):
-                await self.write_metadata(item, attempt.closing(notes))
+                await self.write_metadata(item, attempt.closing_patch(notes))
             return "failed"
         return row.outcome
 
@@ -202,7 +202,7 @@ class Completion:
                 "mark not removed: %s", error, extra={"work_id": item.id, "error": str(error)}
             )
 
-    async def mark_running(self, item: PoolItem) -> None:
+    async def mark_running_session(self, item: PoolItem) -> None:
         """Mark a running session when a drain begins; the end of the session cancels it."""
         if item.lease.stop_requested:
             return  # the item will be stopped or lapse to `stopped`, so no worker runs it again
@@ -210,7 +210,7 @@ class Completion:
         request = SendOptions(Priority.HANDLER, by_handler=False, seconds=MARK_TRY_SECONDS)
         await self._write_mark(item, DRAIN_REASON, request)
 
-    async def mark(self, item: PoolItem, reason: str, seconds: float) -> None:
+    async def mark_released_session(self, item: PoolItem, reason: str, seconds: float) -> None:
         """Mark a released session within `seconds`; without the mark, its run counts."""
         lease = item.lease
         if lease.unsettled or (item.parents_heartbeat is not None and not lease.begun):
@@ -221,7 +221,7 @@ class Completion:
         attempt = item.attempt
         retry = 0 if item.session is None else item.session.retry
         try:
-            await self.write_metadata(item, attempt.mark(reason, retry), request)
+            await self.write_metadata(item, attempt.mark_patch(reason, retry), request)
             attempt.marked = True
         except NotPermittedError:
             pass  # `RunCounts` counts the runs in this process
@@ -234,16 +234,16 @@ class Completion:
         self, item: PoolItem, patch: Mapping[str, str | None], request: SendOptions = WRITE
     ) -> None:
         """Write metadata for the pool, repeatedly while the lease is held and `request` allows."""
-        await self._optional.make(
+        await self._optional.make_call(
             "update",
-            lambda: self._sender.send(
+            lambda: self._sender.send_with_retries(
                 item,
                 lambda options, timeout: self._client.update_metadata(
                     item.id, patch, timeout=timeout, options=options
                 ),
                 request,
                 # Checked again after the wait for the rate limit and a connection.
-                partial(self._optional.check, "update"),
+                partial(self._optional.check_permitted, "update"),
             ),
         )
 
@@ -253,11 +253,11 @@ class Completion:
         if release is item.error or (lease.status == "held" and not attempt.marked):
             draining = item.session is not None and item.session.draining
             hurried = draining or item.handler_task is None
-            await self.mark(
+            await self.mark_released_session(
                 item, self._release_note(release), MARK_SECONDS if hurried else MARK_TRY_SECONDS
             )
         self._renewer.release(lease, delay_of(release))
-        await item.until(lambda: lease.status != "held", lease.remaining(self._clock()))
+        await item.wait_until(lambda: lease.status != "held", lease.remaining(self._clock()))
         return "lease_lost" if lease.confirmed else outcome_by(lease)
 
     def _release_note(self, release: Release) -> str:

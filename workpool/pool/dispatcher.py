@@ -95,7 +95,7 @@ class Dispatcher:
             context.renewer.look_soon,
         )
         self.executor = HandlerExecutor(context, handlers)
-        self.health = HandlerHealth(self.items.count)
+        self.health = HandlerHealth(self.items.count_items)
         self.runner = SessionRunner(
             context, claimer, sender, self.executor, self.health.record, self._on_item_closed
         )
@@ -108,20 +108,20 @@ class Dispatcher:
         self._seen: OrderedDict[str, bool] = OrderedDict()
 
     @property
-    def paced(self) -> bool:
+    def must_pace_polls(self) -> bool:
         """Whether the last `UNSTARTED` owned items ended without a call of a handler."""
         return self.runner.unstarted >= UNSTARTED
 
     # Receive and choose.
 
-    def offer(self, work_item: WorkItem, polled_at: float) -> Reception:
+    def offer_item(self, work_item: WorkItem, polled_at: float) -> Reception:
         """Decide on a received item.
 
         `polled_at` is the time when its poll was sent, on the lease clock.
         """
         if self._context.draining or (self._admission.gated and self._admission.paused is not None):
             return "declined"  # never acknowledged, so it is redelivered
-        owned = self.items.get(work_item.id)
+        owned = self.items.find_item(work_item.id)
         if owned is None and self._expiry is not None:  # without the timer, no item is set aside
             owned = self._find_set_aside(work_item.id)
         item = PoolItem(work_item, None, self._context.start_context.copy(), self._context.clock())
@@ -130,7 +130,7 @@ class Dispatcher:
         age = _age_of(work_item) if origin == "new" else None
         self._context.observe(ItemReceived, work_item, origin, age)
         if owned is not None:
-            self._received_again(owned, polled_at)
+            self._handle_redelivery(owned, polled_at)
             return "declined"
         item.polled_at = polled_at
         if work_item.type != HEALTHCHECK:
@@ -139,32 +139,32 @@ class Dispatcher:
                 return "declined"
             if not self._slots.free(item.handler):
                 return self._set_aside(item)
-        self._own_item(item)
-        self._context.queue.put(item)
+        self._add_owned_item(item)
+        self._context.queue.put_item(item)
         self._fill_slots()
         return "queued"
 
-    async def adopt(self, work_item: WorkItem, parents_heartbeat: str) -> None:
+    async def adopt_handed_off_item(self, work_item: WorkItem, parents_heartbeat: str) -> None:
         """Run an item that a parent process handed off to this one."""
         handler = self._context.plugins.handler_for(work_item)
         context = self._context.start_context.copy()
         item = PoolItem(work_item, handler, context, self._context.clock())
         item.parents_heartbeat, item.held_before = parents_heartbeat, False
-        self.items.add(item)
-        await self._context.queue.reserve()
-        self._context.queue.put(item)
+        self.items.add_item(item)
+        await self._context.queue.reserve_place()
+        self._context.queue.put_item(item)
         self._fill_slots()
 
-    def _received_again(self, owned: PoolItem, polled_at: float) -> None:
+    def _handle_redelivery(self, owned: PoolItem, polled_at: float) -> None:
         """React to another delivery of an owned item, which the control plane has `queued`."""
         if owned.state == "delivered":
             owned.polled_at = polled_at
-        if owned.executing:
+        if owned.handler_runs:
             self._context.renewer.check_soon(owned.lease)
         else:
             owned.delivered_at = self._context.clock()
 
-    def _own_item(self, item: PoolItem) -> None:
+    def _add_owned_item(self, item: PoolItem) -> None:
         if item.held_before:
             log.info(
                 "item reclaimed",
@@ -176,19 +176,21 @@ class Dispatcher:
                 },
             )
             self._context.observe(ItemReclaimed, item.work_item, "gained", "poll")
-        self.items.add(item)
+        self.items.add_item(item)
 
     def _set_aside(self, item: PoolItem) -> Reception:
         """Keep an item whose handler has no slot, unacknowledged, for most of its window."""
         if self._aside_seconds <= 0:
             self._decline_item(item.work_item, "busy")
             return "declined"
-        self._context.queue.set_aside(item)
-        self._expire_later()
+        self._context.queue.set_item_aside(item)
+        self._set_expiry_timer()
         return "aside"
 
     def _find_set_aside(self, work_id: str) -> PoolItem | None:
-        return next((item for item in self._context.queue.aside if item.id == work_id), None)
+        return next(
+            (item for item in self._context.queue.items_set_aside if item.id == work_id), None
+        )
 
     def _may_start(self, item: PoolItem) -> bool:
         """Whether an item that was set aside may start now."""
@@ -200,25 +202,27 @@ class Dispatcher:
             and self._context.clock() < item.delivered_at + self._aside_seconds
         )
 
-    def _expire_later(self) -> None:
+    def _set_expiry_timer(self) -> None:
         """Set the timer that declines items set aside, unless there are none or it is set."""
-        aside = self._context.queue.aside
+        aside = self._context.queue.items_set_aside
         if aside and self._expiry is None:
             oldest = min(item.delivered_at for item in aside)
             seconds = max(0.0, oldest + self._aside_seconds - self._context.clock())
-            self._expiry = asyncio.get_running_loop().call_later(seconds, self._decline_expired)
+            self._expiry = asyncio.get_running_loop().call_later(
+                seconds, self._decline_expired_items
+            )
 
-    def _decline_expired(self) -> None:
+    def _decline_expired_items(self) -> None:
         """Decline the items that were set aside for so long that they will be redelivered soon."""
         self._expiry = None
         # The timer may run a moment too early; without the 10 ms it would run again at once.
         latest = self._context.clock() - self._aside_seconds + 0.01
-        for item in self._context.queue.aside:
+        for item in self._context.queue.items_set_aside:
             if item.delivered_at <= latest:
-                self._context.queue.remove_aside(item)
+                self._context.queue.remove_item_set_aside(item)
                 self._context.client.release_ack_permit()
                 self._decline_item(item.work_item, "busy")
-        self._expire_later()
+        self._set_expiry_timer()
 
     def _choose_handler(self, work_item: WorkItem) -> Handler | None:
         """Ask the plugins for a handler; None if the item is declined."""
@@ -265,64 +269,64 @@ class Dispatcher:
     def _fill_slots(self) -> None:
         """Start waiting items in the slots that are free."""
         queue = self._context.queue
-        while not self._context.draining and (item := queue.take()) is not None:
+        while not self._context.draining and (item := queue.take_item()) is not None:
             self._start_item(item)
 
     def _start_item(self, item: PoolItem) -> None:
         """Run an item that has a slot."""
-        if self.items.get(item.id) is None:  # an item that was set aside is not owned yet
-            item.context.run(self._own_item, item)  # another pool may have freed the slot
-        item.advance("slot" if item.parents_heartbeat is None else "adopted")
+        if self.items.find_item(item.id) is None:  # an item that was set aside is not owned yet
+            item.context.run(self._add_owned_item, item)  # another pool may have freed the slot
+        item.advance_state("slot" if item.parents_heartbeat is None else "adopted")
         item.task = self._group.create_task(
-            self.runner.run(item), name=item.id, context=item.context
+            self.runner.run_item(item), name=item.id, context=item.context
         )
 
     def _on_item_closed(self, item: PoolItem) -> None:
         """Free the slot of an item that has ended."""
-        self.items.remove(item)
+        self.items.remove_item(item)
         self.idle_since = self._context.clock()
-        self._context.queue.release(used_up=item.counted)
+        self._context.queue.release_slot(used_up=item.counted)
         self._fill_slots()
-        self._context.queue.grant()
+        self._context.queue.grant_free_places()
         if self.on_closed is not None:
             self.on_closed()
 
     # The drain.
 
-    def drain(self) -> None:
+    def begin_drain(self) -> None:
         """Start no further item, forget the waiting ones and notify the running sessions."""
         self._context.draining = True
-        self.forget_waiting()
-        for item in self.items.all():
-            item.notify()
-            if item.executing and item.session is not None:
+        self.forget_waiting_items()
+        for item in self.items.copy_items():
+            item.notify_waiters()
+            if item.handler_runs and item.session is not None:
                 item.session.interrupt(draining=True)
-                mark = self.runner.completion.mark_running(item)
+                mark = self.runner.completion.mark_running_session(item)
                 item.mark_task = self._group.create_task(mark, name=f"mark {item.id}")
 
-    def forget_waiting(self) -> None:
+    def forget_waiting_items(self) -> None:
         """Forget the items that wait for a slot, which were never acknowledged."""
-        for _ in self._context.queue.aside:
+        for _ in self._context.queue.items_set_aside:
             self._context.client.release_ack_permit()
-        for item in self._context.queue.forget_waiting():
-            item.advance("closed")
-            if self.items.get(item.id) is item:  # an item that was set aside is not owned
-                self.items.remove(item)
+        for item in self._context.queue.forget_waiting_items():
+            item.advance_state("closed")
+            if self.items.find_item(item.id) is item:  # an item that was set aside is not owned
+                self.items.remove_item(item)
 
-    def release_all(self) -> None:
+    def release_all_items(self) -> None:
         """Cancel the handlers that still run, so that their items are released."""
-        for item in self.items.all():
-            self.executor.cancel(item, EndReason.DRAINED)
+        for item in self.items.copy_items():
+            self.executor.cancel_handler(item, EndReason.DRAINED)
 
-    def unfinished(self) -> int:
+    def count_unfinished_items(self) -> int:
         """The number of items that a drain waits for: all but those of stuck handlers.
 
         The completion of a stuck handler that has just ended counts, too.
         """
         running = self._context.queue.running
-        return running - sum(item.executing for item in self.executor.stuck)
+        return running - sum(item.handler_runs for item in self.executor.stuck)
 
-    async def marked(self, seconds: float) -> None:
+    async def wait_for_marks(self, seconds: float) -> None:
         """Wait at most for `seconds` until the items of stuck handlers are marked.
 
         Without this wait, a drain would abandon them as soon as it begins.
@@ -331,12 +335,12 @@ class Dispatcher:
         if marks:
             await asyncio.wait(marks, timeout=max(0.0, seconds))
 
-    def abandon(self) -> int:
+    def abandon_items(self) -> int:
         """End every item that has not ended, and return their number."""
-        tasks = [(item, item.task) for item in self.items.all()]
+        tasks = [(item, item.task) for item in self.items.copy_items()]
         running = [(item, task) for item, task in tasks if task is not None]
         for item, task in running:
-            self.runner.close(item)
+            self.runner.close_item(item)
             task.cancel()
         return len(running)
 

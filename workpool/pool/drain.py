@@ -91,10 +91,10 @@ class Drain:
         clean = await self._wait_until_finished(dispatcher, lambda: self._deadline)
         until = loop.time() + AFTER_DEADLINE_SECONDS
         if not clean:
-            dispatcher.release_all()
+            dispatcher.release_all_items()
             await self._wait_until_finished(dispatcher, lambda: until)
-        await dispatcher.marked(until - loop.time())
-        abandoned = dispatcher.abandon()
+        await dispatcher.wait_for_marks(until - loop.time())
+        abandoned = dispatcher.abandon_items()
         result: DrainResult = "killed" if abandoned else "clean" if clean else "deadline"
         seconds = loop.time() - started
         level = logging.ERROR if abandoned else logging.INFO
@@ -139,7 +139,7 @@ class Drain:
         """
         dispatcher.on_closed = dispatcher.executor.on_stuck = self.changed
         loop = asyncio.get_running_loop()
-        while dispatcher.unfinished():
+        while dispatcher.count_unfinished_items():
             left = until() - loop.time()
             if left <= 0:
                 return False

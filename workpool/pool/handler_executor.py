@@ -75,7 +75,7 @@ class HandlerExecutor:
         self._observe = context.observe
         self._group = group
 
-    async def run(self, item: PoolItem, handler: Handler, session: Session) -> None:
+    async def run_handler(self, item: PoolItem, handler: Handler, session: Session) -> None:
         """Call the handler and wait for its end without a limit; record its end.
 
         A handler whose lease is not held anymore when its turn comes is not called.
@@ -89,9 +89,9 @@ class HandlerExecutor:
         )
         timeout = self._session_timeout if handler.timeout is None else handler.timeout
         if timeout is not None:
-            self.cancel_later(item, EndReason.TIMED_OUT, timeout)
+            self.cancel_handler_later(item, EndReason.TIMED_OUT, timeout)
         stall = self._stall_timeout if handler.stall_timeout is None else handler.stall_timeout
-        if stall is not None and item.executing:
+        if stall is not None and item.handler_runs:
             self._watch_progress(item, stall)
         try:
             await ended(task)
@@ -106,21 +106,21 @@ class HandlerExecutor:
         elif item.cancelled_for is None:
             self._record_error(item, asyncio.CancelledError("leaked from the handler"))
 
-    def cancel_later(self, item: PoolItem, reason: EndReason, seconds: float) -> None:
+    def cancel_handler_later(self, item: PoolItem, reason: EndReason, seconds: float) -> None:
         """Cancel the handler after `seconds`, unless an earlier cancellation is planned."""
-        if item.cancelled_for is not None or not item.executing:
+        if item.cancelled_for is not None or not item.handler_runs:
             return
         loop = asyncio.get_running_loop()
         at = loop.time() + seconds
         if at < item.cancelled_at:
             self._stop_timer(item)
-            item.cancelled_at, item.timer = at, loop.call_at(at, self.cancel, item, reason)
+            item.cancelled_at, item.timer = at, loop.call_at(at, self.cancel_handler, item, reason)
 
-    def cancel(self, item: PoolItem, reason: EndReason) -> None:
+    def cancel_handler(self, item: PoolItem, reason: EndReason) -> None:
         """Cancel the handler now, unless it was cancelled for an equally grave reason."""
         if item.handler_task is None or item.handler_task.done():
             return
-        item.end(reason)
+        item.add_end_reason(reason)
         if item.cancelled_for is not None and item.cancelled_for >= reason:
             return
         self._stop_stall_timer(item)
@@ -129,7 +129,7 @@ class HandlerExecutor:
         item.handler_task.cancel()
         log.info("handler cancelled", extra={"work_id": item.id, "reason": reason.name.lower()})
         if first:
-            self._repeat_later(item)
+            self._repeat_cancellation_later(item)
 
     def _watch_progress(
         self, item: PoolItem, stall: float, silence: float = 0.0, late: float = 0.0
@@ -163,8 +163,8 @@ class HandlerExecutor:
         # handler.
         if lateness >= LATE_SECONDS:
             late += lateness
-        silence = max(0.0, item.silence(now) - late)
-        if not item.executing:
+        silence = max(0.0, item.seconds_without_progress(now) - late)
+        if not item.handler_runs:
             return
         if silence < stall:
             self._watch_progress(item, stall, silence, late)
@@ -173,9 +173,9 @@ class HandlerExecutor:
             "session stalled",
             extra={**_log_fields(item), "seconds": round(silence, 3)},
         )
-        self.cancel(item, EndReason.STALLED)
+        self.cancel_handler(item, EndReason.STALLED)
 
-    def _repeat_later(self, item: PoolItem) -> None:
+    def _repeat_cancellation_later(self, item: PoolItem) -> None:
         self._stop_timer(item)
         item.timer = asyncio.get_running_loop().call_later(
             REPEAT_SECONDS, self._repeat_cancellation, item
@@ -186,19 +186,19 @@ class HandlerExecutor:
         if item.handler_task is None or item.handler_task.done():
             return
         if item not in self.stuck:
-            self._report_stuck(item, item.handler_task)
+            self._report_stuck_handler(item, item.handler_task)
         item.handler_task.cancel()
-        self._repeat_later(item)
+        self._repeat_cancellation_later(item)
 
-    def _report_stuck(self, item: PoolItem, task: asyncio.Task[object]) -> None:
+    def _report_stuck_handler(self, item: PoolItem, task: asyncio.Task[object]) -> None:
         stack = io.StringIO()
         task.print_stack(file=stack)
         log_stacks(
             log,
-            self._threads.stack_of(item) or stack.getvalue(),
+            self._threads.stack_of_item(item) or stack.getvalue(),
             "handler ignores its cancellation",
             work_id=item.id,
-            handler=item.label,
+            handler=item.handler_label,
             seconds=REPEAT_SECONDS,
         )
         self.stuck.add(item)
@@ -224,7 +224,7 @@ class HandlerExecutor:
         if item.handler_task is None:
             item.handler_task = asyncio.current_task()
         if not self._may_start(item):
-            item.end(EndReason.RETURNED)
+            item.add_end_reason(EndReason.RETURNED)
             return
         CURRENT.set(ref(session))
         self._observe(SessionStarted, session, handler.name)
@@ -233,18 +233,18 @@ class HandlerExecutor:
             contexts = self._plugins.contexts(session)
             call: Call = handler.call  # type: ignore[assignment]  # async - unless `blocking`
             if handler.blocking or handler.retry is not None:
-                call = self._call_of(item, handler)
+                call = self._prepare_call(item, handler)
             if contexts:
-                item.result = await self._in_contexts(contexts, item, call, session)
+                item.result = await self._call_in_contexts(contexts, item, call, session)
             elif (returned := await call(session)) is not None:
                 item.result = metadata_of(returned, self._metadata_limits)
-            item.end(EndReason.RETURNED)
+            item.add_end_reason(EndReason.RETURNED)
         except (asyncio.CancelledError, KeyboardInterrupt):
             raise
         except BaseException as error:  # noqa: BLE001 - SystemExit, too, cannot end the pool
             self._record_error(item, error)
 
-    async def _in_contexts(
+    async def _call_in_contexts(
         self, contexts: list[Context], item: PoolItem, call: Call, session: Session
     ) -> Mapping[str, str]:
         """Call the handler inside the plugins' contexts, which see the outcome when they end."""
@@ -262,14 +262,16 @@ class HandlerExecutor:
                 error = None  # breaks the cycle of error, traceback and frame
         return {}  # a context has suppressed the handler's error
 
-    def _call_of(self, item: PoolItem, handler: Handler) -> Call:
+    def _prepare_call(self, item: PoolItem, handler: Handler) -> Call:
         """Return the function that calls the handler with its retries, on the loop or a thread."""
         call = cast("Call", handler.call)
         if handler.blocking:
-            call = partial(self._threads.call, item, cast("Function", handler.call))
-        return call if handler.retry is None else partial(self._with_retries, item, handler, call)
+            call = partial(self._threads.call_on_thread, item, cast("Function", handler.call))
+        return (
+            call if handler.retry is None else partial(self._call_with_retries, item, handler, call)
+        )
 
-    async def _with_retries(
+    async def _call_with_retries(
         self, item: PoolItem, handler: Handler, call: Call, session: Session
     ) -> object:
         """Call the handler until it returns, or raises an error that ends the session."""
@@ -278,18 +280,18 @@ class HandlerExecutor:
             try:
                 return await call(session)
             except Exception as error:
-                if not _is_retried(handler.retry, error, session) or not self._may_wait(item):
+                if not _is_retried(handler.retry, error, session) or not self._may_retry(item):
                     raise
                 session.retry += 1
                 backoff = backoff or Backoff(handler.retry.backoff, handler.retry.backoff_max)
-                await self._before_retry(item, session, backoff.next(), error)
-                self._observe(HandlerRetried, session, item.label, session.retry, error)
+                await self._wait_before_retry(item, session, backoff.next(), error)
+                self._observe(HandlerRetried, session, item.handler_label, session.retry, error)
 
-    def _may_wait(self, item: PoolItem) -> bool:
+    def _may_retry(self, item: PoolItem) -> bool:
         """Return whether the session can go on: it is not cancelled, and no child has its item."""
         return item.cancelled_for is None and item.lease.held(self._clock())
 
-    async def _before_retry(
+    async def _wait_before_retry(
         self, item: PoolItem, session: Session, seconds: float, error: Exception
     ) -> None:
         """Wait until the handler may be called again.
@@ -326,7 +328,7 @@ class HandlerExecutor:
             return False
         if self._pauses.paused(item.lease.clock_offset, now):
             item.error = PoolRelease("not started: the machine was paused")
-            item.end(EndReason.RELEASED)
+            item.add_end_reason(EndReason.RELEASED)
             return False
         return True
 
@@ -336,9 +338,9 @@ class HandlerExecutor:
         release = release_of(error)
         item.error = release or error
         if release is not None:
-            item.end(EndReason.RELEASED)
+            item.add_end_reason(EndReason.RELEASED)
             return
-        item.end(EndReason.RAISED)
+        item.add_end_reason(EndReason.RAISED)
         if isinstance(error, ResultError):  # a traceback would show no code of the handler
             log.error(
                 "result not written: %s",
@@ -351,7 +353,7 @@ class HandlerExecutor:
 
 def _log_fields(item: PoolItem) -> dict[str, str]:
     """Return the fields that identify the session in a log record."""
-    return {"work_id": item.id, "session_id": item.session_id, "handler": item.label}
+    return {"work_id": item.id, "session_id": item.session_id, "handler": item.handler_label}
 
 
 def _is_retried(retry: Retry | None, error: Exception, session: Session) -> TypeGuard[Retry]:

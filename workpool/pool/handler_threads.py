@@ -55,7 +55,7 @@ class HandlerThreads:
         self._clock = clock
         self._idents: dict[PoolItem, int] = {}
 
-    async def call(self, item: PoolItem, function: Function, session: Session) -> object:
+    async def call_on_thread(self, item: PoolItem, function: Function, session: Session) -> object:
         """Call a plain handler on a thread, and wait for its end, however long it takes.
 
         A cancellation sets `BlockingSession.cancelled`, and ends the wait only once the item was
@@ -74,7 +74,7 @@ class HandlerThreads:
             try:
                 outcome = await self._run_function(item, function, blocking, calls)
             finally:
-                calls.close()
+                calls.refuse_calls()
                 waiting.cancel()
         if not isinstance(outcome, _ThreadError):
             return outcome
@@ -100,7 +100,7 @@ class HandlerThreads:
                 await asyncio.wait({future})
             except asyncio.CancelledError:
                 blocking.interrupt(cancel=True)
-                calls.cancel()
+                calls.cancel_calls()
                 if item.state == "closed":
                     future.cancel()  # the thread cannot be ended, and no task waits for it anymore
                     raise
@@ -127,12 +127,12 @@ class HandlerThreads:
 
         return run
 
-    def stack_of(self, item: PoolItem) -> str | None:
+    def stack_of_item(self, item: PoolItem) -> str | None:
         """Return the stack of the thread that runs the item's handler; None if there is none."""
         ident = self._idents.get(item)
         return None if ident is None else stack_of(ident)
 
-    async def close(self) -> None:
+    async def close_threads(self) -> None:
         """End the threads. A thread whose handler hangs ends after the handler."""
         await self._threads.close()
 
@@ -189,15 +189,15 @@ class _ThreadCalls:
         self._leave_context(left, None)
         ended.result()
 
-    def cancel(self) -> None:
+    def cancel_calls(self) -> None:
         """End the calls in progress."""
         for task in self._tasks:
             task.cancel()
 
-    def close(self) -> None:
+    def refuse_calls(self) -> None:
         """End the calls in progress, and refuse further ones."""
         self._closed = True
-        self.cancel()
+        self.cancel_calls()
 
     def _submit_call(self, make: Callable[[], Awaitable[T]]) -> Future[T]:
         if threading.get_ident() == self._thread:
@@ -211,7 +211,7 @@ class _ThreadCalls:
 
     def _start_call(self, make: Callable[[], Awaitable[T]], future: Future[T]) -> None:
         if self._closed:
-            future.set_exception(self._error_of_end())
+            future.set_exception(self._error_of_ended_call())
             return
         task = self._group.create_task(_complete_future(make, future))
         self._tasks.add(task)
@@ -220,9 +220,9 @@ class _ThreadCalls:
     def _on_call_ended(self, future: Future[Any], task: asyncio.Task[None]) -> None:
         self._tasks.discard(task)
         if not future.done():  # the call was cancelled, perhaps before its first step
-            future.set_exception(self._error_of_end())
+            future.set_exception(self._error_of_ended_call())
 
-    def _error_of_end(self) -> SessionGoneError:
+    def _error_of_ended_call(self) -> SessionGoneError:
         """Return the error with the reason for which a call was ended."""
         try:
             self._item.lease.check(self._clock())

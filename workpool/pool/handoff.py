@@ -113,14 +113,14 @@ async def hand_off(
     item: PoolItem, context: PoolContext, sender: ItemSender
 ) -> AsyncIterator[HandedLease]:
     """Hand an item off; see `Session.handover`. Used on the handlers' loop."""
-    sender.check(item, by_handler=True)
+    sender.check_may_send(item, by_handler=True)
     lease, renewer = item.lease, context.renewer
     item.handoff = handoff = Handoff()
-    sender.cut(item)
+    sender.end_waits(item)
     renewer.start(HandoffRun(item, handoff, renewer).run, "handoff")
     try:
         yield await _wait_until_open(item, handoff, context, sender)
-        renewer.call(handoff.expect_child)
+        renewer.call(handoff.note_child_started)
         await _wait_for_state(item, handoff, "closed", renewer.clock)
     except asyncio.CancelledError:
         renewer.call(handoff.take_back)
@@ -129,7 +129,7 @@ async def hand_off(
         await settle(item, handoff, renewer)
         raise
     if lease.status != "handed_off":
-        sender.check(item, by_handler=False)
+        sender.check_may_send(item, by_handler=False)
         raise HandoverError(item.id)
 
 
@@ -148,7 +148,7 @@ async def _wait_until_open(
     lease = item.lease
     await _wait_for_state(item, handoff, "open", context.clock)
     if handoff.state != "open" or lease.status != "held":
-        sender.check(item, by_handler=False)
+        sender.check_may_send(item, by_handler=False)
         raise HandoverError(item.id)  # there was no time left for a child
     if lease.stop_requested:  # a child would only be started to be stopped
         raise SessionEnded(item.id)
@@ -169,4 +169,4 @@ async def _wait_for_state(item: PoolItem, handoff: Handoff, state: str, clock: C
     """Wait until the handoff is in this state or closed, at most until the lease ends."""
     lease, states = item.lease, {state, "closed"}
     seconds = max(0.0, lease.deadline - clock())
-    await item.until(lambda: handoff.state in states or lease.status != "held", seconds)
+    await item.wait_until(lambda: handoff.state in states or lease.status != "held", seconds)

@@ -70,13 +70,13 @@ class HandoffChild(Supervisor):
         async with handler_group() as handlers, asyncio.TaskGroup() as working:
             end = functools.partial(self._drain.begin, self.settings.drain_timeout)
             group = PollerGroup(context, until_empty=False, on_fatal=self._fail, on_empty=end)
-            dispatcher = Dispatcher(context, working, handlers, group.note_ack)
+            dispatcher = Dispatcher(context, working, handlers, group.note_ack_result)
             self._view = PoolView(context, dispatcher, group, [], self._drain)
             holding = working.create_task(self._run_item(context, dispatcher), name="hold")
             self._opened.set()
             await self._drain.requested.wait()
             holding.cancel()
-            dispatcher.drain()
+            dispatcher.begin_drain()
             self.abandoned = await self._drain.wind_down(context, dispatcher)
 
     async def _run_item(self, context: PoolContext, dispatcher: Dispatcher) -> None:
@@ -87,7 +87,7 @@ class HandoffChild(Supervisor):
         except ControlPlaneError as error:
             self._fail(error)
             return
-        await dispatcher.adopt(item, self._last_heartbeat)
+        await dispatcher.adopt_handed_off_item(item, self._last_heartbeat)
         await ended.wait()
         self._drain.begin(self.settings.drain_timeout)
 

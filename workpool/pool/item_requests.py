@@ -104,7 +104,7 @@ class ItemSender:
         self._pauses = pauses
         self._on_pause = on_pause
 
-    def check(self, item: PoolItem, *, by_handler: bool, now: float | None = None) -> None:
+    def check_may_send(self, item: PoolItem, *, by_handler: bool, now: float | None = None) -> None:
         """Raise an error unless something may be sent for the item at this time.
 
         `now` is the time if the caller has just read the clock.
@@ -117,10 +117,10 @@ class ItemSender:
         lease.check(self._clock() if now is None else now)
         if item.handoff is not None and item.handoff.state != "closed":
             raise LeaseLost(item.id)
-        if by_handler and (item.cancelled_for is not None or not item.executing):
+        if by_handler and (item.cancelled_for is not None or not item.handler_runs):
             raise SessionEnded(item.id)
 
-    def check_write(
+    def check_may_write(
         self,
         item: PoolItem,
         *,
@@ -132,11 +132,11 @@ class ItemSender:
         `before_bytes` is called last, if nothing is wrong.
 
         Raises:
-            SessionGoneError: From `check`.
+            SessionGoneError: From `check_may_send`.
             LeaseDoubted: The machine was paused, and the lease is not verified yet.
         """
         lease, now = item.lease, self._clock()
-        self.check(item, by_handler=by_handler, now=now)
+        self.check_may_send(item, by_handler=by_handler, now=now)
         paused = self._pauses.paused(lease.clock_offset, now)
         if not lease.begun and (lease.unsettled or paused):
             raise LeaseLost(item.id)  # no heartbeat has verified the lease yet
@@ -146,7 +146,7 @@ class ItemSender:
         if before_bytes is not None:
             before_bytes()
 
-    async def send(
+    async def send_with_retries(
         self,
         item: PoolItem,
         call: Call[T],
@@ -166,7 +166,7 @@ class ItemSender:
         if request.seconds != math.inf:
             until = asyncio.get_running_loop().time() + request.seconds
         check = partial(
-            self.check_write, item, by_handler=request.by_handler, before_bytes=before_bytes
+            self.check_may_write, item, by_handler=request.by_handler, before_bytes=before_bytes
         )
         options = CallOptions(check, request.priority, False, True)  # noqa: FBT003 - in the order of its fields
         while True:
@@ -181,11 +181,11 @@ class ItemSender:
             # session that has ended must not be run again because of a 429.
             delay = max(backoff.next(), min(failure.retry_after or 0.0, left / 2))
             if delay >= left:
-                self.check(item, by_handler=request.by_handler)
+                self.check_may_send(item, by_handler=request.by_handler)
                 raise failure
-            await item.until(partial(self._retry_now, item.lease, failure), delay)
+            await item.wait_until(partial(self._may_retry_now, item.lease, failure), delay)
 
-    async def read(
+    async def read_while_leased(
         self, item: PoolItem, call: Callable[[], Awaitable[T]], seconds: float | None = None
     ) -> T:
         """Await `call()`; call again if the known deadline passes but the lease was renewed.
@@ -198,16 +198,16 @@ class ItemSender:
         until = math.inf if seconds is None else loop.time() + seconds
         while True:
             now = self._clock()
-            self.check(item, by_handler=True, now=now)
+            self.check_may_send(item, by_handler=True, now=now)
             try:
                 with Bound(self._seconds_left(item, until, now), open_bounds=item.open_sends):
                     return await call()
             except TimeoutError:
-                self.check(item, by_handler=True)
+                self.check_may_send(item, by_handler=True)
                 if loop.time() >= until:
                     raise
 
-    def cut(self, item: PoolItem) -> None:
+    def end_waits(self, item: PoolItem) -> None:
         """End the waits for the answers to calls for the item."""
         for bound in list(item.open_sends):
             bound.expire()
@@ -221,7 +221,7 @@ class ItemSender:
         options: CallOptions,
     ) -> T:
         now = self._clock()
-        self.check(item, by_handler=request.by_handler, now=now)
+        self.check_may_send(item, by_handler=request.by_handler, now=now)
         try:
             if not self._client.try_acquire_permit(request.priority):
                 with Bound(self._seconds_left(item, until, now), open_bounds=item.open_sends):
@@ -231,10 +231,10 @@ class ItemSender:
             with Bound(None, open_bounds=item.open_sends):
                 return await call(options, seconds)
         except TimeoutError:
-            self.check(item, by_handler=request.by_handler)
+            self.check_may_send(item, by_handler=request.by_handler)
             raise TransientError("call", None, "no answer in time", reason="timeout") from None
 
-    def _retry_now(self, lease: Lease, failure: TransientError) -> bool:
+    def _may_retry_now(self, lease: Lease, failure: TransientError) -> bool:
         """Return whether the next try follows at once: the lease has ended, or is verified."""
         if isinstance(failure, LeaseDoubted) and not self._pauses.paused(since=lease.clock_offset):
             return True
@@ -267,7 +267,7 @@ class HeartbeatSender:
         self._pauses = pauses
         self._observe = observe
 
-    async def send(self, lease: Lease, check: LeaseCheck | None = None) -> bool:
+    async def send_heartbeat(self, lease: Lease, check: LeaseCheck | None = None) -> bool:
         """Send one heartbeat, apply its answer to the lease, and return whether it extended it.
 
         `check` is called with the lease and the time right before the bytes; it may end the lease,
@@ -327,7 +327,7 @@ class HeartbeatSender:
             if look_up:
                 outcome = await read_item(client, self._optional, work_id, timeout)
             else:
-                outcome = await self._optional.make(
+                outcome = await self._optional.make_call(
                     "get", lambda: client.get(work_id, timeout=timeout)
                 )
         except NotPermittedError:

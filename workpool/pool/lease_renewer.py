@@ -179,7 +179,7 @@ class LeaseRenewer:
         lease.closed = True
         item = self._leases.pop(lease, None)
         if item is not None and item.handoff is not None:
-            self.call(item.handoff.wake)  # no further heartbeat wakes the handoff
+            self.call(item.handoff.note_change)  # no further heartbeat wakes the handoff
 
     def check_soon(self, lease: Lease) -> None:
         """Send a heartbeat now for a lease that may be lost."""
@@ -447,7 +447,7 @@ class LeaseRenewer:
         finally:
             self._under_way -= 1
             if item.handoff is not None:
-                item.handoff.wake()
+                item.handoff.note_change()
             if lease.due_at < self._next_look_at:
                 self._look_now.set()
             self._start_waiting()
@@ -455,7 +455,7 @@ class LeaseRenewer:
     async def _send_heartbeat(self, lease: Lease, item: PoolItem) -> bool:
         before = lease.status, lease.stop_requested
         doubted = self.pauses.paused(since=lease.clock_offset)
-        held = await self._heartbeats.send(lease)
+        held = await self._heartbeats.send_heartbeat(lease)
         lease.expire(self.clock())
         if doubted or (lease.status, lease.stop_requested) != before:
             self.report(item)
@@ -469,7 +469,7 @@ class LeaseRenewer:
             return
         self.report(item)
         if item.handoff is not None:
-            item.handoff.wake()
+            item.handoff.note_change()
 
     def _watch_handlers_loop(self) -> None:
         """Measure, once a tick, how late the handlers' loop is."""

@@ -145,17 +145,17 @@ def _sum_counts(statuses: Sequence[Mapping[str, Any]], name: str) -> dict[str, f
 
 
 def _executing_items(view: PoolView) -> Iterator[PoolItem]:
-    return (item for item in view.dispatcher.items.all() if item.executing)
+    return (item for item in view.dispatcher.items.copy_items() if item.handler_runs)
 
 
 def _session_status(item: PoolItem, now: float, *, show_ids: bool) -> dict[str, Any]:
     ids = {"session_id": item.session_id, "work_id": item.id} if show_ids else {}
     return ids | {
-        "handler": readable(item.label, TEXT_CHARACTERS),
+        "handler": readable(item.handler_label, TEXT_CHARACTERS),
         "age_seconds": now - item.acked_at,
         "attempt": item.attempt.number,
         "lease_seconds": item.lease.remaining(now),
-        "silence_seconds": item.silence(now),
+        "silence_seconds": item.seconds_without_progress(now),
     }
 
 

@@ -117,11 +117,11 @@ class PollerGroup:
 
     # Turns of the pollers.
 
-    async def turn(self, number: int) -> None:
+    async def wait_for_turn(self, number: int) -> None:
         """Wait until poller `number` is among those that poll."""
         await self._turns[number].wait()
 
-    async def cooldown(self) -> None:
+    async def wait_for_cooldown(self) -> None:
         """Wait while all pollers are stopped."""
         while self.cooldown_until:
             seconds = self.cooldown_until - asyncio.get_running_loop().time()
@@ -130,25 +130,25 @@ class PollerGroup:
             else:
                 await asyncio.sleep(seconds)  # the cooldown may be extended meanwhile
 
-    def hold_back(self, seconds: float) -> None:
+    def hold_back_polls(self, seconds: float) -> None:
         """Stop all pollers for `seconds` from now."""
         until = asyncio.get_running_loop().time() + seconds
         self.cooldown_until = max(self.cooldown_until, until)
 
     # The results of polls and acks.
 
-    def sent(self) -> None:
+    def note_poll_sent(self) -> None:
         """Record that a poll is in flight."""
         self._in_flight += 1
 
-    def answered(self) -> None:
+    def note_poll_answered(self) -> None:
         """Record that a poll is no longer in flight."""
         self._in_flight -= 1
         if self._until_empty:
             self._answered.set()
             self._answered = asyncio.Event()
 
-    def succeeded(self, at: float, *, null: bool) -> None:
+    def note_poll_success(self, at: float, *, null: bool) -> None:
         """Record a poll that succeeded at this time of the lease clock; `null`: without an item."""
         self.last_success_at = at
         self.refused = False
@@ -157,14 +157,14 @@ class PollerGroup:
             self._set_target(self.target - 1, "nulls")
         elif self.target < len(self._turns):
             self._set_target(self.target + 1, "hits")
-        idle = null and self._context.queue.idle
+        idle = null and self._context.queue.is_idle
         if idle and not self._idle:  # once when idleness starts, and not for each poll
             log.info("idle; waiting for work")
         self._idle = idle
         if self.on_poll is not None:
             self.on_poll(idle)
 
-    def skipped(self, error: UnreadableError) -> None:
+    def note_unreadable_item(self, error: UnreadableError) -> None:
         """Record a poll that brought an item that cannot be read; log each item once."""
         self.refused = False
         self._refused_since = None
@@ -181,7 +181,7 @@ class PollerGroup:
             extra={"work_id": shown, "error": str(error)},
         )
 
-    def failed(self, error: ControlPlaneError) -> None:
+    def note_poll_failure(self, error: ControlPlaneError) -> None:
         """Record a failed poll.
 
         A refusal is fatal before the first success, and after `REFUSED_SECONDS` with refusals only.
@@ -198,11 +198,13 @@ class PollerGroup:
             self.ended = True
             self.fail(error)
 
-    def throttled(self) -> None:
+    def halve_pollers(self) -> None:
         """Halve the number of pollers after a 429."""
         self._set_target(self.target // 2, "throttled")
 
-    def note_ack(self, error: RefusedError | ConflictError | PreconditionError | None) -> None:
+    def note_ack_result(
+        self, error: RefusedError | ConflictError | PreconditionError | None
+    ) -> None:
         """Record the error of an ack, which may stop the pollers for a while; None: a success."""
         if error is None:
             self.ack_refused = False
@@ -211,17 +213,17 @@ class PollerGroup:
                 self._conflict_backoff.reset()
         elif isinstance(error, RefusedError):
             self.ack_refused = True
-            self.hold_back(self._ack_backoff.next())
+            self.hold_back_polls(self._ack_backoff.next())
         else:
             # Without this, two workers whose polls and acks are in step could take an item from
             # each other forever: each polls it before the other one's ack arrives.
             seconds = self._conflict_backoff.next()
             if self._conflict_backoff.failures > 1:
-                self.hold_back(seconds)
+                self.hold_back_polls(seconds)
 
-    async def settle_empty(self) -> None:
+    async def end_if_queue_is_empty(self) -> None:
         """After a null poll, end if the queue is certainly empty, else wait for another poll."""
-        if not (self._until_empty and self._context.queue.idle):
+        if not (self._until_empty and self._context.queue.is_idle):
             return
         if self._in_flight == 0:
             self.ended = True
@@ -272,7 +274,7 @@ class Poller:
         self._backoff = Backoff(BACKOFF_SECONDS, BACKOFF_CAP_SECONDS)
         self._unreadable = 0  # unreadable items in a row
 
-    async def run(self) -> None:
+    async def run_polls(self) -> None:
         """Poll until cancelled or the group has ended; continue after a few crashes (bugs)."""
         crashes = 0
         while not self._group.ended:
@@ -297,27 +299,27 @@ class Poller:
         if self._number >= self._group.target:
             self.state = "paused"
             # Wait before `reserve`: a reserved place is not available to other pollers.
-            await self._group.turn(self._number)
+            await self._group.wait_for_turn(self._number)
         self.state = "waiting_slot"
-        await self._context.queue.reserve()
+        await self._context.queue.reserve_place()
         try:
             item, reception = await self._poll_and_offer()
         except UnreadableError as error:
             await self._skip_item(error)
             return
         except ControlPlaneError as error:
-            await self._back_off(error)
+            await self._back_off_after_error(error)
             return
         if item is None:
             # Before the pause below, in which the other pollers poll again.
-            await self._group.settle_empty()
-        if reception == "declined" or self._dispatcher.paced:
+            await self._group.end_if_queue_is_empty()
+        if reception == "declined" or self._dispatcher.must_pace_polls:
             # A control plane that does not wait for `block_ms`, or delivers items that are declined
             # or cannot be claimed, must not make this loop busy.
             await self._sleep_in_state(self._rest_of_block(), "pacing")
-        elif reception == "aside" and self._context.queue.aside_full:
+        elif reception == "aside" and self._context.queue.too_many_set_aside:
             self.state = "pacing"
-            await self._context.queue.room_aside(self._rest_of_block())
+            await self._context.queue.wait_for_room_aside(self._rest_of_block())
 
     async def _poll_and_offer(self) -> tuple[WorkItem | None, Reception]:
         """Poll as soon as cooldown and rate limit allow, and offer the item.
@@ -329,7 +331,7 @@ class Poller:
         try:
             self.state = "paused"
             if self._group.cooldown_until:
-                await self._group.cooldown()
+                await self._group.wait_for_cooldown()
             if self._dispatcher.health.failures:
                 await self._dispatcher.health.admission()
             if self._admission.gated:
@@ -338,10 +340,10 @@ class Poller:
             permitted = True
             item = await self._send_poll()
             if item is not None:
-                reception = self._dispatcher.offer(item, self._polled_at)
+                reception = self._dispatcher.offer_item(item, self._polled_at)
         finally:
             if reception != "queued":
-                self._context.queue.unreserve()
+                self._context.queue.release_reserved_place()
             if permitted and reception == "declined":
                 self._context.client.release_ack_permit()
         return item, reception
@@ -349,7 +351,7 @@ class Poller:
     async def _send_poll(self) -> WorkItem | None:
         self.state = "polling"
         started = self._polled_at = self._clock()
-        self._group.sent()
+        self._group.note_poll_sent()
         result: PollResult = "error"
         try:
             item = await self._context.client.poll(self._block_ms, self._reclaim_older_than_ms)
@@ -362,26 +364,26 @@ class Poller:
                 result = "throttled" if error.reason == "throttled" else "timeout"
             raise
         finally:
-            self._group.answered()
+            self._group.note_poll_answered()
             ended = self._clock()
             self._context.observe(PollFinished, result, ended - started)
         if self._backoff.failures:
             self._backoff.reset()
         self._unreadable = 0
-        self._group.succeeded(ended, null=item is None)
+        self._group.note_poll_success(ended, null=item is None)
         return item
 
-    async def _back_off(self, failure: ControlPlaneError) -> None:
+    async def _back_off_after_error(self, failure: ControlPlaneError) -> None:
         reason, seconds = _wait_after(failure, self._backoff.next())
-        self._group.failed(failure)
+        self._group.note_poll_failure(failure)
         if self._group.ended:
             return  # the pool fails with this error, and logs it
         if isinstance(failure, RefusedError):
-            self._context.optional.forget()
+            self._context.optional.forget_refusals()
         if failure.status == HTTPStatus.TOO_MANY_REQUESTS:
-            self._group.throttled()
+            self._group.halve_pollers()
         if failure.status in {HTTPStatus.TOO_MANY_REQUESTS, HTTPStatus.SERVICE_UNAVAILABLE}:
-            self._group.hold_back(seconds)
+            self._group.hold_back_polls(seconds)
         log.warning(
             "poll failed: %s",
             failure,
@@ -403,7 +405,7 @@ class Poller:
         """
         self._backoff.reset()
         self._unreadable += 1
-        self._group.skipped(failure)
+        self._group.note_unreadable_item(failure)
         rest = self._rest_of_block()
         seconds = min(SKIP_SECONDS, rest) if self._unreadable <= SKIPS else rest
         await self._sleep_in_state(seconds, "pacing")

@@ -107,11 +107,11 @@ class Handoff:
         self.child_expected = self.taken_back = False
         self.changed = asyncio.Event()
 
-    def wake(self) -> None:
+    def note_change(self) -> None:
         """Record that a heartbeat was answered or that the lease has ended."""
         self.changed.set()
 
-    def expect_child(self) -> None:
+    def note_child_started(self) -> None:
         """Record that the child was started."""
         self.child_expected = True
         self.changed.set()
@@ -229,25 +229,25 @@ class PoolItem:
         self._changed: asyncio.Event | None = None
 
     @property
-    def label(self) -> str:
+    def handler_label(self) -> str:
         """The handler's name for metrics and logs."""
         return "none" if self.handler is None else self.handler.name
 
     @property
-    def acknowledged(self) -> bool:
+    def has_lease(self) -> bool:
         """Whether the item has a lease, which may have ended."""
         return hasattr(self, "lease")
 
     @property
-    def executing(self) -> bool:
+    def handler_runs(self) -> bool:
         """Whether the handler has been called and has not returned yet, cancelled or not."""
         return self.handler_task is not None and not self.handler_task.done()
 
-    def silence(self, now: float) -> float:
+    def seconds_without_progress(self, now: float) -> float:
         """Seconds without progress; 0 while the handler waits. May be called on any thread."""
         return 0.0 if self.waits else max(0.0, now - self.progressed_at)
 
-    def advance(self, transition: Transition) -> None:
+    def advance_state(self, transition: Transition) -> None:
         """Move to the next state.
 
         Raises:
@@ -258,7 +258,7 @@ class PoolItem:
             raise RuntimeError(f"{self.id}: {transition!r} is not allowed in {self.state!r}")
         self.state = state
 
-    def end(self, reason: EndReason | None) -> None:
+    def add_end_reason(self, reason: EndReason | None) -> None:
         """Record a reason to end the session, if any; a graver one that was recorded before stays.
 
         A reason of None has no effect.
@@ -273,13 +273,13 @@ class PoolItem:
             return EndReason.STOP_REQUESTED if lease.stop_requested else None
         return REASONS_OF_LEASE.get(lease.status, EndReason.LOST)
 
-    def notify(self) -> None:
-        """Wake all tasks that wait in `until`."""
+    def notify_waiters(self) -> None:
+        """Wake all tasks that wait in `wait_until`."""
         if self._changed is not None:
             self._changed.set()
             self._changed.clear()
 
-    async def until(self, met: Callable[[], bool], seconds: float | None = None) -> None:
+    async def wait_until(self, met: Callable[[], bool], seconds: float | None = None) -> None:
         """Wait until `met()` returns True after a notification, for `seconds` at most."""
         changed = self._changed = self._changed or asyncio.Event()
         with suppress(TimeoutError):
@@ -300,11 +300,11 @@ class OwnedItems:
     def __len__(self) -> int:
         return len(self._by_id)
 
-    def get(self, work_id: str) -> PoolItem | None:
+    def find_item(self, work_id: str) -> PoolItem | None:
         """Return the item with this work id if the pool owns it."""
         return self._by_id.get(work_id)
 
-    def all(self) -> list[PoolItem]:
+    def copy_items(self) -> list[PoolItem]:
         """Return a copy of all items. May be called on any thread."""
         return list(self._by_id.values())
 
@@ -312,11 +312,11 @@ class OwnedItems:
         """Whether an item of this session is owned."""
         return session_id in self._by_session
 
-    def count(self, handler: Handler) -> int:
+    def count_items(self, handler: Handler) -> int:
         """Return the number of items of one handler."""
         return self._per_handler[handler.name]
 
-    def add(self, item: PoolItem) -> None:
+    def add_item(self, item: PoolItem) -> None:
         """Add an item."""
         self._by_id[item.id] = item
         if item.handler is not None:
@@ -324,7 +324,7 @@ class OwnedItems:
             if item.session_id:  # an item of another type may have no session
                 self._by_session[item.session_id] = item
 
-    def remove(self, item: PoolItem) -> None:
+    def remove_item(self, item: PoolItem) -> None:
         """Remove an item."""
         del self._by_id[item.id]
         if item.handler is not None:
@@ -364,7 +364,7 @@ class Attempt:
             if key in metadata:
                 self._notes[key] = None
 
-    def count_here(self, earlier: int) -> None:
+    def add_earlier_runs(self, earlier: int) -> None:
         """Number the run by the `earlier` runs of this process.
 
         The patches do not change, in case the mark can be written later.
@@ -372,15 +372,15 @@ class Attempt:
         # The larger number, not the sum: a mark that was written has counted the same runs.
         self.number = max(self._first, 1 + earlier)
 
-    def opening(self) -> Patch:
+    def opening_patch(self) -> Patch:
         """Return the patch that must be written before the handler starts; may be empty."""
         return self._notes | self._number
 
-    def opened(self) -> None:
+    def note_opening_written(self) -> None:
         """Record that the opening patch was applied."""
         self._notes, self._number = {}, {}
 
-    def mark(self, reason: str, retry: int) -> Patch:
+    def mark_patch(self, reason: str, retry: int) -> Patch:
         """Return the patch that keeps this run from being counted, and leaves `retry` to the next.
 
         From now on the mark may exist, whatever the answer.
@@ -392,7 +392,7 @@ class Attempt:
             self._notes[RETRIES] = None
         return patch
 
-    def closing(self, notes: Mapping[str, str]) -> Patch:
+    def closing_patch(self, notes: Mapping[str, str]) -> Patch:
         """Return `notes` and the deletion of the notes of earlier ends; may be empty."""
         return {**self._notes, **notes}
 
@@ -403,12 +403,12 @@ class RunCounts:
     def __init__(self) -> None:
         self._counts: OrderedDict[str, int] = OrderedDict()
 
-    def add(self, work_id: str) -> None:
+    def count_run(self, work_id: str) -> None:
         """Count a run. Beyond the limit, the item that was counted the longest ago is forgotten."""
         self._counts[work_id] = self._counts.pop(work_id, 0) + 1
         if len(self._counts) > REMEMBERED_ITEMS:
             self._counts.popitem(last=False)
 
-    def of(self, work_id: str) -> int:
+    def runs_of_item(self, work_id: str) -> int:
         """Return the number of an item's runs."""
         return self._counts.get(work_id, 0)

@@ -1,7 +1,7 @@
 """One item from its slot to its end: acknowledge, first heartbeat, handler, completion.
 
-`SessionRunner.run` is the main path of the pool; it reads top to bottom. `close` ends an item
-exactly once, however often it is called. Every acknowledged session ends in exactly one
+`SessionRunner.run_item` is the main path of the pool; it reads top to bottom. `close_item` ends an
+item exactly once, however often it is called. Every acknowledged session ends in exactly one
 `SessionFinished`. `SessionCalls` has the calls that a running handler may make for its item. See
 workpool/docs/architecture.md, "The path of one item". Lives on the handlers' loop.
 """
@@ -125,7 +125,7 @@ class SessionRunner:
         self._on_finished = on_finished
         self._on_closed = on_closed
 
-    async def run(self, item: PoolItem) -> None:
+    async def run_item(self, item: PoolItem) -> None:
         """Run one item to its end."""
         current_work_id.set(item.id)
         outcome: Outcome | None = None
@@ -138,26 +138,26 @@ class SessionRunner:
             session = await self._begin_session(item)
             if item.reason is None:
                 await self._execute_handler(item, item.handler, session)
-            item.advance("ended")
-            outcome = await self.completion.complete(item)
+            item.advance_state("ended")
+            outcome = await self.completion.complete_session(item)
         finally:
-            self.close(item, outcome)
+            self.close_item(item, outcome)
 
-    def close(self, item: PoolItem, outcome: Outcome | None = None) -> None:
+    def close_item(self, item: PoolItem, outcome: Outcome | None = None) -> None:
         """End an item: give up its lease and its slot, and report the outcome. May be repeated.
 
         Without an outcome, the session is abandoned: its outcome follows from its lease.
         """
         if item.state == "closed":
             return
-        item.advance("closed")
+        item.advance_state("closed")
         if item.handler_task is None:
             self.unstarted += 1
         if item.mark_task is not None:
             item.mark_task.cancel()
         if item.handler_task is not None:
             item.handler_task.cancel()  # ends the wait for the thread of an abandoned session
-        if item.acknowledged:
+        if item.has_lease:
             self._context.renewer.remove(item.lease)
         if item.session is not None:
             self._report_end(item, item.session, outcome or outcome_when_abandoned(item))
@@ -165,31 +165,31 @@ class SessionRunner:
             item.session = None
         self._on_closed(item)
 
-    def lease_changed(self, item: PoolItem) -> None:
+    def handle_lease_change(self, item: PoolItem) -> None:
         """React to a change of the item's lease by the lease renewer."""
         lease, session = item.lease, item.session
         if lease.closed or session is None:
             return  # the session has ended meanwhile
-        item.notify()
+        item.notify_waiters()
         if lease.status != "held":
-            self._sender.cut(item)
+            self._sender.end_waits(item)
         if lease.status == "lost":
-            self._executor.cancel(item, EndReason.LOST)
+            self._executor.cancel_handler(item, EndReason.LOST)
         elif lease.status == "stopped":
-            self._executor.cancel(item, EndReason.STOPPED)
+            self._executor.cancel_handler(item, EndReason.STOPPED)
         elif lease.stop_requested:
-            self._pass_on_stop(item, session)
+            self._pass_on_stop_request(item, session)
 
     async def _acknowledge_item(self, item: PoolItem) -> bool:
         now = self._context.clock()
         clock_offset = self._context.renewer.pauses.offset(now)
         if item.parents_heartbeat is None:
-            result = await self._claimer.acknowledge(item, now)
+            result = await self._claimer.acknowledge_item(item, now)
             if result == "conflict":
                 self._report_lost(item, "ack")
             if result != "ok":
                 return False
-            item.advance("acknowledged")
+            item.advance_state("acknowledged")
         settings = self._context.settings
         item.lease = Lease(
             item.work_item,
@@ -214,53 +214,55 @@ class SessionRunner:
             retry=attempt.retry,
         )
         if self._context.draining:
-            await self.completion.mark(item, DRAIN_REASON, MARK_SECONDS)
-        await self._claimer.begin(item)
+            await self.completion.mark_released_session(item, DRAIN_REASON, MARK_SECONDS)
+        await self._claimer.send_first_heartbeats(item)
         self._context.renewer.add(lease, item)
-        item.end(item.reason_of_lease(self._context.clock()))
+        item.add_end_reason(item.reason_of_lease(self._context.clock()))
         counted_here = "update" in self._context.optional.refused
-        to_count = counted_here or bool(attempt.opening())
+        to_count = counted_here or bool(attempt.opening_patch())
         if to_count and item.reason is None and not self._context.draining:
-            await self._open_attempt(item, session, attempt)
-            item.end(item.reason_of_lease(self._context.clock()))
+            await self._write_attempt_if_needed(item, session, attempt)
+            item.add_end_reason(item.reason_of_lease(self._context.clock()))
         if self.on_claimed is not None and item.reason is not EndReason.LOST:
             item.counted = True
             self.on_claimed()
         if lease.stop_requested:
-            self._pass_on_stop(item, session)
+            self._pass_on_stop_request(item, session)
         if self._context.draining:
-            item.end(EndReason.DRAINED)
+            item.add_end_reason(EndReason.DRAINED)
         return session
 
     async def _execute_handler(self, item: PoolItem, handler: Handler, session: Session) -> None:
-        item.advance("started")
+        item.advance_state("started")
         self.unstarted = 0
-        await self._executor.run(item, handler, session)
+        await self._executor.run_handler(item, handler, session)
         if item.mark_task is not None:
             await _settle_mark(item.mark_task)
         if item.handoff is not None:
             await settle(item, item.handoff, self._context.renewer)
-        item.end(item.reason_of_lease(self._context.clock()))
+        item.add_end_reason(item.reason_of_lease(self._context.clock()))
 
-    def _pass_on_stop(self, item: PoolItem, session: Session) -> None:
+    def _pass_on_stop_request(self, item: PoolItem, session: Session) -> None:
         """Report an operator's request to stop once, and tell the session about it."""
         if not session.stopping:
             self._context.observe(StopRequested, item.work_item)
             session.interrupt(stopping=True)
             grace = self._context.settings.stop_grace
-            self._executor.cancel_later(item, EndReason.STOP_REQUESTED, grace)
+            self._executor.cancel_handler_later(item, EndReason.STOP_REQUESTED, grace)
 
-    async def _open_attempt(self, item: PoolItem, session: Session, attempt: Attempt) -> None:
+    async def _write_attempt_if_needed(
+        self, item: PoolItem, session: Session, attempt: Attempt
+    ) -> None:
         """Write the number of this run, if it must be written before the handler starts."""
         counted_here = "update" in self._context.optional.refused
         if counted_here:
-            attempt.count_here(self._runs.of(item.id))
+            attempt.add_earlier_runs(self._runs.runs_of_item(item.id))
             session.attempt = attempt.number
-        patch = {} if counted_here else attempt.opening()
+        patch = {} if counted_here else attempt.opening_patch()
         limit = self._context.settings.max_attempts
         if limit and attempt.number > limit:
             item.error = AttemptsExceeded(f"attempt {attempt.number} of {limit}")
-            item.end(EndReason.RAISED)
+            item.add_end_reason(EndReason.RAISED)
         elif patch:
             await self._write_attempt(item, session, attempt, patch)
 
@@ -271,19 +273,19 @@ class SessionRunner:
             await self.completion.write_metadata(
                 item, patch, WRITE._replace(seconds=ATTEMPT_SECONDS)
             )
-            attempt.opened()
+            attempt.note_opening_written()
         except SessionGoneError:
-            item.end(EndReason.LOST)
+            item.add_end_reason(EndReason.LOST)
         except TransientError as error:
             # An item whose runs are not counted could run forever, so it is released without a run.
             log.warning(
                 "attempt not counted: %s", error, extra={"work_id": item.id, "error": str(error)}
             )
             item.error = PoolRelease("not started: its attempt could not be counted")
-            item.end(EndReason.RELEASED)
+            item.add_end_reason(EndReason.RELEASED)
         except NotPermittedError:
             # From now on, this process counts the runs.
-            await self._open_attempt(item, session, attempt)
+            await self._write_attempt_if_needed(item, session, attempt)
         except ControlPlaneError as error:
             log.warning(
                 "attempt refused: %s", error, extra={"work_id": item.id, "error": str(error)}
@@ -292,9 +294,9 @@ class SessionRunner:
     async def _answer_healthcheck(self, item: PoolItem) -> None:
         """Stop a health check, which only needs an acknowledgement."""
         if item.lease.unsettled:
-            await self._claimer.begin(item)
+            await self._claimer.send_first_heartbeats(item)
         try:
-            await self.completion.stop(item, seconds=HEALTHCHECK_SECONDS)
+            await self.completion.stop_item(item, seconds=HEALTHCHECK_SECONDS)
         except (ControlPlaneError, SessionGoneError) as error:
             log.warning(
                 "health check not stopped: %s",
@@ -310,12 +312,14 @@ class SessionRunner:
         elif outcome in FAILURES:
             self._context.observe(SessionFailed, item.work_item, error_kind_of(item, outcome))
         if outcome not in SETTLED and item.reason not in RELEASES and item.handler_task is not None:
-            self._runs.add(item.id)
+            self._runs.count_run(item.id)
         session.outcome = outcome
         seconds = self._context.clock() - item.acked_at
         _log_end(item, session, outcome, seconds)
         self._on_finished(item, outcome, seconds)
-        self._context.observe(SessionFinished, session, item.label, outcome, seconds, item.error)
+        self._context.observe(
+            SessionFinished, session, item.handler_label, outcome, seconds, item.error
+        )
 
     def _report_lost(self, item: PoolItem, stage: ReclaimStage) -> None:
         """Report that the control plane said that another worker has the item."""
@@ -347,7 +351,7 @@ def _log_end(item: PoolItem, session: Session, outcome: Outcome, seconds: float)
     fields: dict[str, object] = {
         "work_id": item.id,
         "session_id": item.session_id,
-        "handler": item.label,
+        "handler": item.handler_label,
         "outcome": outcome,
         "seconds": round(seconds, 3),
         "attempt": session.attempt,
@@ -400,7 +404,7 @@ class SessionCalls:
 
     def check(self) -> None:
         """Raise an error unless the handler may send something for the item."""
-        self._sender.check(self._item, by_handler=True)
+        self._sender.check_may_send(self._item, by_handler=True)
 
     def hand_over(self) -> AbstractAsyncContextManager[HandedLease]:
         """Hand the item off to a child process."""
@@ -410,14 +414,14 @@ class SessionCalls:
         """Write metadata, retried for `UPDATE_SECONDS`."""
         client, work_id = self._context.client, self._item.id
         optional = self._context.optional
-        written = await optional.make(
+        written = await optional.make_call(
             "update",
             lambda: self._send_call(
                 lambda options, seconds: client.update_metadata(
                     work_id, patch, timeout=seconds, options=options
                 ),
                 UPDATE_SECONDS,
-                partial(optional.check, "update"),
+                partial(optional.check_permitted, "update"),
             ),
         )
         self.progress()
@@ -438,7 +442,7 @@ class SessionCalls:
         self, call: Callable[[], Awaitable[T]], seconds: float | None = None
     ) -> T:
         """Await a read of the session while the handler may use the item."""
-        return await self._sender.read(self._item, call, seconds)
+        return await self._sender.read_while_leased(self._item, call, seconds)
 
     async def _send_call(
         self,
@@ -450,4 +454,4 @@ class SessionCalls:
         self._places = self._places or asyncio.Semaphore(CALLS_PER_SESSION)
         async with self._places:
             options = SendOptions(Priority.HANDLER, by_handler=True, seconds=seconds)
-            return await self._sender.send(self._item, call, options, before_bytes)
+            return await self._sender.send_with_retries(self._item, call, options, before_bytes)

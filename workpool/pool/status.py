@@ -98,8 +98,8 @@ class PoolView:
         queue, clock = self.context.queue, self.context.clock
         now = clock()
         polled_at = self.group.last_success_at
-        items = self.dispatcher.items.all()
-        leases = [item.lease for item in items if item.acknowledged and not item.lease.over]
+        items = self.dispatcher.items.copy_items()
+        leases = [item.lease for item in items if item.has_lease and not item.lease.over]
         states = Counter(
             "stopping" if lease.stop_requested else "active" if lease.begun else "starting"
             for lease in leases
@@ -124,8 +124,8 @@ class PoolView:
                 if polled_at is None
                 else datetime.now(UTC).timestamp() - max(0.0, now - polled_at)
             ),
-            queue_depth=queue.waiting,
-            items_set_aside=len(queue.aside),
+            queue_depth=queue.waiting_count,
+            items_set_aside=len(queue.items_set_aside),
             queue_capacity=queue.capacity,
             slots={"busy": queue.running, "reserved": reserved, "free": free - reserved},
             slots_limit=queue.concurrency,
@@ -152,11 +152,15 @@ class PoolView:
         running: Counter[str] = Counter()
         oldest: dict[str, float] = {}
         silence: dict[str, float] = {}
-        for item in self.dispatcher.items.all():
-            if item.executing:
-                running[item.label] += 1
-                oldest[item.label] = max(oldest.get(item.label, 0.0), now - item.acked_at)
-                silence[item.label] = max(silence.get(item.label, 0.0), item.silence(now))
+        for item in self.dispatcher.items.copy_items():
+            if item.handler_runs:
+                running[item.handler_label] += 1
+                oldest[item.handler_label] = max(
+                    oldest.get(item.handler_label, 0.0), now - item.acked_at
+                )
+                silence[item.handler_label] = max(
+                    silence.get(item.handler_label, 0.0), item.seconds_without_progress(now)
+                )
         return [(name, count, oldest[name], silence[name]) for name, count in running.items()]
 
     @property
@@ -207,7 +211,7 @@ class PoolView:
             yield "refused by the control plane"
         polled_at = self.group.last_success_at
         recent = polled_at is not None and self.context.clock() - polled_at < POLL_SUCCESS_SECONDS
-        if not recent and not self.context.queue.full:
+        if not recent and not self.context.queue.is_full:
             yield f"no successful poll in the last {POLL_SUCCESS_SECONDS:.0f} s"
 
     def unhealthy(self) -> list[str]:
@@ -222,7 +226,7 @@ async def read_remote_stats(context: PoolContext) -> None:
     optional, client = context.optional, context.client
     while True:
         try:
-            context.observe(QueueStatsRead, await optional.make("stats", client.stats))
+            context.observe(QueueStatsRead, await optional.make_call("stats", client.stats))
         except ControlPlaneError as error:
             log.debug("stats not read: %s", error, extra={"error": str(error)})
         await asyncio.sleep(context.settings.stats_interval)

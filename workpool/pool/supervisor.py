@@ -254,7 +254,7 @@ class Supervisor:
         with self._log_ids():
             self._admission.pause(reason, until)
         if self._view is not None:
-            self._view.dispatcher.forget_waiting()
+            self._view.dispatcher.forget_waiting_items()
 
     def resume(self) -> None:
         """End the pause of `pause()`, if there is one. A plugin may still refuse."""
@@ -270,7 +270,7 @@ class Supervisor:
             ready=not reasons,
             reasons=reasons,
             running=queue.running if queue else 0,
-            waiting=queue.waiting if queue else 0,
+            waiting=queue.waiting_count if queue else 0,
             capacity=self.settings.concurrency + self.settings.prefetch,
             draining=self._drain.requested.is_set(),
             error=self._error,
@@ -391,7 +391,7 @@ class Supervisor:
         if self._exporter is not None and self.shared is None:
             log.info("metrics served", extra={"url": f"{self._exporter.url}/metrics"})
         threads = HandlerThreads(settings.concurrency, self._clock)
-        stack.push_async_callback(threads.close)
+        stack.push_async_callback(threads.close_threads)
         start_context = copy_context()
         start_context.run(_RUNNING_IN.set, self)
         return PoolContext(
@@ -424,7 +424,7 @@ class Supervisor:
                 on_fatal=self._fail,
                 on_empty=functools.partial(self._drain.begin, self.settings.drain_timeout),
             )
-            dispatcher = Dispatcher(context, working, handlers, group.note_ack)
+            dispatcher = Dispatcher(context, working, handlers, group.note_ack_result)
             pollers = [
                 Poller(context, group, dispatcher, number)
                 for number in range(self.settings.pollers)
@@ -437,7 +437,7 @@ class Supervisor:
             self._view = PoolView(context, dispatcher, group, pollers, self._drain, self._limits)
             async with asyncio.TaskGroup() as fetching:
                 tasks = [
-                    fetching.create_task(poller.run(), name=f"poller-{number}")
+                    fetching.create_task(poller.run_polls(), name=f"poller-{number}")
                     for number, poller in enumerate(pollers)
                 ]
                 if self.settings.stats_interval:
@@ -448,7 +448,7 @@ class Supervisor:
                     tasks.append(fetching.create_task(ending, name="limits"))
                 self._opened.set()
                 await self._until_drain(dispatcher)
-                dispatcher.drain()
+                dispatcher.begin_drain()
                 for task in tasks:
                     task.cancel()
             self.abandoned = await self._drain.wind_down(context, dispatcher)
@@ -461,7 +461,7 @@ class Supervisor:
             await self._drain.requested.wait()
         finally:
             self._limits.remove(self._admission)
-            dispatcher.forget_waiting()
+            dispatcher.forget_waiting_items()
 
     async def _end_at_limit(
         self, dispatcher: Dispatcher, polling: Sequence[asyncio.Task[None]]
@@ -474,8 +474,8 @@ class Supervisor:
         limit = await self._limits.wait()
         for task in polling:
             task.cancel()
-        dispatcher.forget_waiting()
-        running = dispatcher.unfinished()
+        dispatcher.forget_waiting_items()
+        running = dispatcher.count_unfinished_items()
         log.info(
             "limit reached; no more items are claimed", extra={"limit": limit, "running": running}
         )
@@ -531,7 +531,7 @@ class Supervisor:
 
     def _lease_changed(self, item: PoolItem) -> None:
         if self._view is not None:
-            self._view.dispatcher.runner.lease_changed(item)
+            self._view.dispatcher.runner.handle_lease_change(item)
 
     def _renewer_failed(self, error: LeaseRenewerError) -> None:
         self._fail(error)
