@@ -53,7 +53,7 @@ def document_headings(document: Path) -> set[str]:
 
 
 def unresolved_citations(text: str) -> list[tuple[str, str]]:
-    """Return the cited_headings whose document or heading does not exist."""
+    """Return the citations whose document or heading does not exist."""
     return [
         (path, heading)
         for path, heading in cited_headings(text)
