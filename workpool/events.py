@@ -278,6 +278,16 @@ class DrainFinished:
     seconds: float
 
 
+@dataclass(frozen=True, slots=True)
+class PoolFailed:
+    """A pool ended with an error, at its start or later.
+
+    The last event of the pool: the lifespans of its plugins have ended.
+    """
+
+    error: BaseException
+
+
 Event = (
     PollFinished
     | PollerBackedOff
@@ -304,4 +314,5 @@ Event = (
     | PluginFailed
     | DrainStarted
     | DrainFinished
+    | PoolFailed
 )

@@ -23,7 +23,7 @@ from prometheus_client import CollectorRegistry, Counter, generate_latest
 
 from workpool import PluginError, Session, Supervisor, handler, hookimpl
 from workpool.errors import ListenError
-from workpool.events import SessionFinished, SessionStarted, StopFinished
+from workpool.events import PoolFailed, SessionFinished, SessionStarted, StopFinished
 from workpool.testing import Hold, Recorder
 
 if TYPE_CHECKING:
@@ -323,6 +323,8 @@ async def test_lifespan_that_fails_to_close_raises_after_drain(
     with pytest.raises(LookupError, match="lost the database"):
         await supervisor.__aexit__(None, None, None)
     assert recorder.of(SessionFinished)[0].outcome == "completed"
+    assert [str(event.error) for event in recorder.of(PoolFailed)] == ["lost the database"]
+    assert recorder.events[-1] is recorder.of(PoolFailed)[0]
 
 
 async def test_unknown_plugin_is_named_and_prevents_start(faults: Faults, make_pool: Any) -> None:

@@ -117,6 +117,14 @@ async def wait_until(holds: Callable[[], object]) -> None:
             await asyncio.sleep(0.01)
 
 
+def failure_count(group: EnvironmentGroup, environment_id: str) -> float:
+    registry = group.members_by_id[environment_id].supervisor.registry
+    labels = {"environment_id": environment_id}
+    value = registry.get_sample_value("workpool_pool_failures_total", labels)
+    assert value is not None
+    return value
+
+
 async def while_running(group: EnvironmentGroup, use: Running) -> None:
     """Call `use` while the group runs, then drain it."""
     async with asyncio.timeout(2 * SECONDS), asyncio.TaskGroup() as tasks:
@@ -167,6 +175,8 @@ async def test_failed_environment_restarts_paused_and_recovers(
         other.resume()
         await wait_until(lambda: plugin_module.ended)
         await wait_until(lambda: group.status().ready)
+        assert failure_count(group, OTHER) >= 1
+        assert failure_count(group, FIRST) == 0
 
     await while_running(make_group(), revoke_and_restore_key)
     assert plugin_module.ended == [OTHER]
@@ -189,6 +199,7 @@ async def test_environment_whose_plugin_cannot_open_does_not_end_other_environme
         control_plane.enqueue(environment_id=FIRST)
         await wait_until(lambda: plugin_module.ended == [FIRST])
         await wait_until(lambda: "ConnectionError" in str(group.status().reasons))
+        assert failure_count(group, OTHER) >= 1
         plugin_module.broken.clear()
         await wait_until(lambda: group.status().ready)
 

@@ -111,6 +111,7 @@ TABLE: tuple[tuple[str, str | tuple[float, ...], str], ...] = (
     ("event_loop_blocked_seconds", "G", "environment_id"),
     ("plugin_errors_total", "C", "environment_id, plugin, hook"),
     ("credential_refreshes_total", "C", "environment_id, result=ok|error"),
+    ("pool_failures_total", "C", "environment_id"),
     ("build_info", "G", "environment_id, worker_id, version, python, dialect"),
 )  # fmt: skip
 
@@ -345,6 +346,7 @@ FED: tuple[tuple[ev.Event, Mapping[str, float]], ...] = (
         {"handler_retries_total{environment_id=env_1,handler=echo.run}": 1},
     ),
     (ev.DrainStarted(None), {}),
+    (ev.PoolFailed(ValueError()), {"pool_failures_total{environment_id=env_1}": 1}),
 )  # fmt: skip
 
 

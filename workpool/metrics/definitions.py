@@ -303,6 +303,11 @@ DEFINITIONS: Final[tuple[Definition, ...]] = (
         "plugin_errors_total", _env(plugin=OPEN, hook=OPEN), ev.PluginFailed,
         "Exceptions of plugins' hooks.",
     ),
+    _counter(
+        "pool_failures_total", _env(), ev.PoolFailed,
+        "Pools that ended with an error. A process for several environments starts such a pool "
+        "again after a minute.",
+    ),
     _gauge(
         "build_info", _env(worker_id=OPEN, version=OPEN, python=OPEN, dialect=OPEN),
         "Always 1; the labels are the worker and the versions in use.",

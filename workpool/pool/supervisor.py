@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 from prometheus_client import CollectorRegistry
 
 from workpool.errors import PluginError, WorkpoolError, innermost
+from workpool.events import PoolFailed
 from workpool.log_fields import pool_logger, record_ids
 from workpool.metrics import PoolSnapshot
 from workpool.plugins import Plugins
@@ -344,10 +345,21 @@ class Supervisor:
         self._telemetry = stack.enter_context(
             Telemetry(settings, self._plugins, self.registry, self._snapshot)
         )
+        stack.push(self._report_failure)
         self._client = await stack.enter_async_context(self._new_client())
         for plugin, context in self._plugins.lifespans(self):
             await stack.enter_async_context(Lifespan(plugin, context))
         log.info("pool started")
+
+    def _report_failure(
+        self, _: type[BaseException] | None, error: BaseException | None, __: object
+    ) -> None:
+        """Report the error that ends the pool, once everything but the metrics has closed."""
+        error = self._error or error
+        if isinstance(error, BaseExceptionGroup):
+            error = innermost(error)
+        if error is not None and not isinstance(error, asyncio.CancelledError):
+            self._telemetry.observe(PoolFailed, error)
 
     def _new_client(self) -> ClientProtocol:
         """Create a client for the running loop."""
