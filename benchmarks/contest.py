@@ -297,7 +297,7 @@ async def _watch_contender(contest: Contest, meter: ContenderMeter) -> WatchedUs
     assert requests is not None
     await asyncio.sleep(contest.settle)
     gc.collect()
-    memory = private_memory_bytes()
+    memory = private_memory_kib(os.getpid()) * 1024
     sent, begin = requests.value, ClockReading.read_now()
     await asyncio.sleep(contest.watch)
     end = ClockReading.read_now()
@@ -310,8 +310,8 @@ async def _watch_contender(contest: Contest, meter: ContenderMeter) -> WatchedUs
     )
 
 
-def private_memory_bytes() -> int:
-    """Return the bytes of memory that only this process uses, without shared libraries."""
-    rows = Path("/proc/self/smaps_rollup").read_text("ascii").splitlines()
-    [kib] = [row.split()[1] for row in rows if row.startswith("Private_Dirty:")]
-    return int(kib) * 1024
+def private_memory_kib(pid: int) -> int:
+    """Return the memory in KiB that only this process uses, without shared libraries."""
+    lines = Path(f"/proc/{pid}/smaps_rollup").read_text("ascii").splitlines()
+    [kib] = [line.split()[1] for line in lines if line.startswith("Private_Dirty:")]
+    return int(kib)

@@ -13,7 +13,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from contenders import BLOCK_MS, LEASE_SECONDS
-from measured_system import ResourceUse, WorkerTeam, private_memory_kib
+from contest import private_memory_kib
+from measured_system import ResourceUse, WorkerTeam
 
 from workpool import Session, Supervisor, WorkClient, handler
 from workpool.wire.protocol import ENQUEUE_COUNT_MAX

@@ -268,13 +268,6 @@ def family_cpu_seconds(pid: int) -> float:
     return sum(_cpu_ticks(pid)) / _TICKS_PER_SECOND + sum(map(process_cpu_seconds, children))
 
 
-def private_memory_kib(pid: int) -> int:
-    """Return the memory in KiB that only this process uses, without shared libraries."""
-    lines = (_PROC / str(pid) / "smaps_rollup").read_text("ascii").splitlines()
-    [kib] = [line.split()[1] for line in lines if line.startswith("Private_Dirty:")]
-    return int(kib)
-
-
 def _cpu_ticks(pid: int) -> tuple[int, int, int, int]:
     """Return a process's ticks in user and system mode, and those of its ended children."""
     fields = _stat_fields(pid)

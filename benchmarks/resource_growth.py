@@ -16,6 +16,7 @@ import asyncio
 import gc
 import itertools
 import logging
+import os
 import sys
 import threading
 from pathlib import Path
@@ -27,7 +28,7 @@ from contest import (
     describe_versions,
     enqueue_items,
     format_table,
-    private_memory_bytes,
+    private_memory_kib,
     serve_control_plane,
 )
 
@@ -65,7 +66,7 @@ def take_sample(sessions: int) -> ResourceSample:
         len(asyncio.all_tasks()),
         sum(1 for _ in Path("/proc/self/fd").iterdir()),
         threading.active_count(),
-        private_memory_bytes(),
+        private_memory_kib(os.getpid()) * 1024,
     )
 
 

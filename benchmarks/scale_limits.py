@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING
 
 from backlogs import Backlog
 from contenders import run_pool
-from contest import describe_versions, format_ratio, format_table
+from contest import describe_versions, format_ratio, format_table, private_memory_kib
 from database_server import database_server
 from held_sessions import HeldSessionsCost, make_holding_contender, measure_held_sessions
 from measured_system import (
@@ -26,7 +26,6 @@ from measured_system import (
     ResourceUse,
     measure_at_queue_depth,
     measure_run,
-    private_memory_kib,
 )
 from served_stores import COLUMNS, SERVED, ServedStore
 

@@ -93,7 +93,7 @@ def released_items_are_marked(case: FinishedSimulation) -> Iterator[str]:
     for work_id in case.runs:
         for one in _list_attempts(case, work_id):
             lease = one.leases[-1]
-            node = _node_of_lease(case, lease)
+            node = case.node_of_lease(lease)
             if one.marked or one.denied or lease.stop_requested < FOREVER:
                 continue
             if case.had_fault_during_lease(node, lease):
@@ -130,7 +130,7 @@ def _list_attempts(case: FinishedSimulation, work_id: str) -> list[_ItemAttempt]
 
 
 def _add_lease_to_attempt(case: FinishedSimulation, one: _ItemAttempt, lease: GrantedLease) -> None:
-    node = _node_of_lease(case, lease)
+    node = case.node_of_lease(lease)
     one.leases.append(lease)
     one.runs += [
         run
@@ -178,10 +178,6 @@ def _was_released(node: PoolProcess, lease: GrantedLease) -> bool:
         and lease.began <= at <= lease.ended
         for at, event in node.events
     )
-
-
-def _node_of_lease(case: FinishedSimulation, lease: GrantedLease) -> PoolProcess:
-    return next(node for node in case.trace.nodes if node.worker_id == lease.worker_id)
 
 
 def _send_time(call: SentCall) -> float:

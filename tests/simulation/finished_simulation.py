@@ -185,6 +185,10 @@ class FinishedSimulation:
         extended_another = any(lease.extended_by == node.worker_id for lease in leases)
         return extended_another and any(broken == work_id for _, broken in self.trace.broken)
 
+    def node_of_lease(self, lease: GrantedLease) -> PoolProcess:
+        """Return the process that owned the lease."""
+        return next(node for node in self.trace.nodes if node.worker_id == lease.worker_id)
+
     def all_leases(self) -> Iterable[tuple[PoolProcess, GrantedLease]]:
         """Yield every granted lease with the node that owned it."""
         nodes = {node.worker_id: node for node in self.trace.nodes}

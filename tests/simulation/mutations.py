@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from tests.simulation.runner import schedule_for_seed, simulate_schedule
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Callable, Iterator, Mapping
 
 LIMIT = 2000
 
@@ -620,31 +620,52 @@ def _compile_edited_function(module: Any, original: Any, edit: SourceEdit) -> An
     return member
 
 
-def find_catching_invariants(edits: list[SourceEdit], seeds: range) -> tuple[int, list[str]] | None:
+def find_violations(seed: int) -> list[str]:
+    """Simulate a seed's schedule; an exception of the mutated pool counts as a violation."""
+    try:
+        _, violations = simulate_schedule(schedule_for_seed(seed))
+    except BaseExceptionGroup as group:
+        return [f"crash: {group.exceptions[0]!r}"]
+    return violations
+
+
+def find_catching_invariants(
+    edits: list[SourceEdit],
+    seeds: range,
+    find: Callable[[int], list[str]] = find_violations,
+) -> tuple[int, list[str]] | None:
     """Return the number of schedules until a violation, and the violated invariants; else None."""
     with apply_mutation(edits):
         for count, seed in enumerate(seeds, 1):
-            try:
-                _, violations = simulate_schedule(schedule_for_seed(seed))
-            except BaseExceptionGroup as group:
-                violations = [f"crash: {group.exceptions[0]!r}"]
-            if violations:
+            if violations := find(seed):
                 return count, sorted({each.partition(":")[0] for each in violations})
     return None
 
 
-def main() -> int:
-    wanted = sys.argv[1:]
+def report_mutations(
+    mutations: Mapping[str, list[SourceEdit]],
+    seeds: range,
+    find: Callable[[int], list[str]] = find_violations,
+) -> int:
+    """Print the invariants that caught each mutation; return how many mutations survived."""
     survived = 0
-    for name, edits in MUTATIONS.items():
-        if wanted and not any(word in name for word in wanted):
-            continue
-        found = find_catching_invariants(edits, range(LIMIT))
+    for name, edits in mutations.items():
+        found = find_catching_invariants(edits, seeds, find)
         survived += found is None
         text = "SURVIVED" if found is None else f"{found[0]:5d}  {', '.join(found[1])}"
         sys.stdout.write(f"{name:40s} {text}\n")
         sys.stdout.flush()
     return survived
+
+
+def main() -> int:
+    words = sys.argv[1:]
+    wanted = {
+        name: edits
+        for name, edits in MUTATIONS.items()
+        if not words or any(word in name for word in words)
+    }
+    return report_mutations(wanted, range(LIMIT))
 
 
 if __name__ == "__main__":

@@ -68,7 +68,7 @@ def retry_number_continues_in_the_next_run(case: FinishedSimulation) -> Iterator
         if has_late_note_write(case, work_id) or not any(run.behaviour == "retry" for run in runs):
             continue
         for lease in case.leases.get(work_id, ()):
-            node = next(each for each in case.trace.nodes if each.worker_id == lease.worker_id)
+            node = case.node_of_lease(lease)
             calls = _list_handler_calls(case, node, lease)
             if not calls:
                 continue

@@ -43,7 +43,7 @@ NO_CONTENT: Final = NoContent()
 
 
 class MalformedItemError(ValueError):
-    """An item that cannot be read, but has an id.
+    """A received item is malformed, but has an id.
 
     Attributes:
         work_id: The id of the item.
@@ -56,7 +56,7 @@ class MalformedItemError(ValueError):
 
 @dataclass(frozen=True, slots=True)
 class Endpoint(Generic[T]):
-    """One HTTP call of the protocol.
+    """One kind of HTTP call of the protocol, with the parser of its answer.
 
     Attributes:
         op: The name of the call in errors and metrics.
@@ -74,13 +74,13 @@ class Endpoint(Generic[T]):
     load: Callable[[bytes], object] = orjson.loads
 
     def parse_success(self, status: int, body: bytes | OversizedBody) -> T:
-        """Load and parse the body of a success.
+        """Return the parsed body of a successful answer.
 
         Raises:
             TransientError: The body is not what `load` or `parse` expects, or exceeds `limit`.
         """
         if isinstance(body, OversizedBody):
-            raise TooLargeError(self.op, status, work_id=_id_at_beginning(body.beginning))
+            raise TooLargeError(self.op, status, work_id=_find_id_at_beginning(body.beginning))
         failure: TransientError
         try:
             return self.parse(NO_CONTENT if status == _NO_CONTENT_STATUS else self.load(body))
@@ -100,8 +100,8 @@ _BEFORE_ID: Final = rb'\s*"[^"\\]*"\s*:\s*(?:"[^"\\]*"|[-+.0-9A-Za-z]+)\s*,'
 _find_id = re.compile(rb'\s*\{(?:%b)*\s*"id"\s*:\s*"([A-Za-z0-9_-]{1,128})"' % _BEFORE_ID).match
 
 
-def _id_at_beginning(beginning: bytes) -> str | None:
-    """Return the `id` of an object; None unless only plain values precede the id."""
+def _find_id_at_beginning(beginning: bytes) -> str | None:
+    """Return the `id` of a truncated JSON object; None unless only plain values precede it."""
     found = _find_id(beginning)
     return None if found is None else found[1].decode()
 

@@ -104,7 +104,7 @@ class QueueStats:
 
 
 def parse_item(obj: object) -> WorkItem:
-    """Parse a work item.
+    """Parse the JSON object of an item.
 
     Raises:
         ValueError: A field is missing or malformed. Names the field and quotes no value.

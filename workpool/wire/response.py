@@ -1,4 +1,4 @@
-"""Parsing of HTTP answers: the result of a success, or the error for a status and body.
+"""HTTP answers, and the parsing of error answers: status, error body and `Retry-After`.
 
 The functions have no side effects. No error quotes a body, except the message of an error envelope:
 shortened, without control characters, and without tokens. See workpool/docs/protocol.md, "Errors".

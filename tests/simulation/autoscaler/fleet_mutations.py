@@ -11,7 +11,7 @@ import sys
 from typing import Final
 
 from tests.simulation.autoscaler.fleet_runner import fleet_schedule_for_seed, simulate_fleet
-from tests.simulation.mutations import SourceEdit, apply_mutation
+from tests.simulation.mutations import SourceEdit, report_mutations
 
 LIMIT: Final = 300
 
@@ -46,27 +46,13 @@ FLEET_MUTATIONS: Final[dict[str, list[SourceEdit]]] = {
 }
 
 
-def find_catching_fleet_invariants(
-    edits: list[SourceEdit], seeds: range
-) -> tuple[int, list[str]] | None:
-    """Return the number of schedules until a violation, and the violated invariants; else None."""
-    with apply_mutation(edits):
-        for count, seed in enumerate(seeds, 1):
-            violations = simulate_fleet(fleet_schedule_for_seed(seed)).violations
-            if violations:
-                return count, sorted({each.partition(":")[0] for each in violations})
-    return None
+def find_fleet_violations(seed: int) -> list[str]:
+    """Simulate the fleet schedule of a seed, and return the violations of invariants."""
+    return simulate_fleet(fleet_schedule_for_seed(seed)).violations
 
 
 def main() -> int:
-    survived = 0
-    for name, edits in FLEET_MUTATIONS.items():
-        found = find_catching_fleet_invariants(edits, range(LIMIT))
-        survived += found is None
-        text = "SURVIVED" if found is None else f"{found[0]:5d}  {', '.join(found[1])}"
-        sys.stdout.write(f"{name:40s} {text}\n")
-        sys.stdout.flush()
-    return survived
+    return report_mutations(FLEET_MUTATIONS, range(LIMIT), find_fleet_violations)
 
 
 if __name__ == "__main__":

@@ -11,7 +11,7 @@ import yaml
 from tests.simulation.autoscaler.fleet_mutations import (
     FLEET_MUTATIONS,
     LIMIT,
-    find_catching_fleet_invariants,
+    find_fleet_violations,
 )
 from tests.simulation.autoscaler.fleet_runner import (
     DOCUMENTED,
@@ -26,7 +26,7 @@ from tests.simulation.autoscaler.fleet_schedule import (
     WITHOUT,
 )
 from tests.simulation.autoscaler.horizontal_autoscaler import ScalingPolicy
-from tests.simulation.mutations import apply_mutation
+from tests.simulation.mutations import apply_mutation, find_catching_invariants
 from tests.simulation.replay import replay_lines
 
 if TYPE_CHECKING:
@@ -102,5 +102,5 @@ def test_lines_of_each_fleet_mutation_exist_once_in_source(name: str) -> None:
 @pytest.mark.timeout(600)
 @pytest.mark.parametrize("name", FLEET_MUTATIONS)
 def test_fleet_mutation_is_caught_by_simulation(name: str) -> None:
-    found = find_catching_fleet_invariants(FLEET_MUTATIONS[name], range(LIMIT))
+    found = find_catching_invariants(FLEET_MUTATIONS[name], range(LIMIT), find_fleet_violations)
     assert found is not None, f"{name}: {LIMIT} schedules did not catch it"

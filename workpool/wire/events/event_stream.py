@@ -49,7 +49,7 @@ _LAST_EVENT_TYPES: Final = frozenset({STATUS_TERMINATED, SESSION_DELETED})
 
 
 class EventStream:
-    """The events of one session, for one reader at a time: `async with … as stream`, `async for`.
+    """The events of one session as an async iterator for one reader: `async with`, `async for`.
 
     Ends after the event that says that the session is terminated or deleted.
 
