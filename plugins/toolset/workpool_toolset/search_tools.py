@@ -75,7 +75,7 @@ class SearchTools:
             raise ToolError("the pattern holds a NUL")
         with self._workspace.open_parent(path) as spot:
             mode = os.stat(spot.name, dir_fd=spot.directory, follow_symlinks=False).st_mode
-            # To open a pipe would block.
+            # The search would block when it opens a pipe.
             if not (stat.S_ISREG(mode) or stat.S_ISDIR(mode)):
                 raise ToolError(f"{path}: neither a file nor a directory")
             is_file = stat.S_ISREG(mode)

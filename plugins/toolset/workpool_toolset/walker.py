@@ -178,7 +178,7 @@ def _open_in_root(shown: str, host: str, path: str) -> int | str:
             try:
                 target = os.readlink(part, dir_fd=opened)
             except OSError:
-                # The component is no link.
+                # The error shows that this component of the path is no link.
                 inner = os.open(part, _PASSED, dir_fd=opened)
                 os.close(opened)
                 opened, here = inner, posixpath.join(here, part)
