@@ -441,7 +441,9 @@ MUTATIONS: dict[str, list[SourceEdit]] = {
         ),
     ],
     "released by silence": [
-        SourceEdit("completion:Completion", "self._renewer.release(lease, delay_of(release))", "0"),
+        SourceEdit(
+            "completion:Completion", "self._renewer.release(lease, release_delay_of(release))", "0"
+        ),
     ],
     "unwritten taken for written": [
         SourceEdit("completion:Completion", 'return "released"', "return row.outcome"),

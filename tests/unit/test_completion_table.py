@@ -13,8 +13,8 @@ from workpool.pool.completion import (
     NOTE_LIMIT,
     RELEASE_DELAY_SECONDS,
     TABLE,
-    delay_of,
-    outcome_by,
+    outcome_of_lapse,
+    release_delay_of,
     release_of,
     row_of,
     sendable,
@@ -87,7 +87,7 @@ def test_outcome_of_lease_that_expires_depends_on_status_and_stop_request(
     status: str, outcome: str, *, stop_requested: bool
 ) -> None:
     lease: Any = EndedSession(status=status, stop_requested=stop_requested)
-    assert outcome_by(lease) == outcome
+    assert outcome_of_lapse(lease) == outcome
 
 
 @pytest.mark.parametrize(
@@ -125,7 +125,7 @@ def test_invalid_release_delay_is_replaced_by_default(delay: Any, seconds: float
     assert RELEASE_DELAY_SECONDS == 10
     release = Release("why")
     release.delay = delay
-    assert delay_of(release) == seconds
+    assert release_delay_of(release) == seconds
 
 
 def test_exception_group_of_releases_uses_longest_delay() -> None:

@@ -154,5 +154,5 @@ async def test_request_after_an_ended_one_is_bounded_by_the_same_timer() -> None
     for seconds in (0.1, 0.05):
         with pytest.raises(TimeoutError), Bound(seconds, timer):
             await asyncio.sleep(LONG)
-    timer.cancel()
+    timer.unset()
     assert timer.at == float("inf")

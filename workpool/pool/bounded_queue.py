@@ -230,8 +230,6 @@ class BoundedQueue(Generic[T]):
             self.reserved += 1
             turn.set_result(None)
 
-    # The slots that the pool shares with others.
-
     def _next_use_of_shared_slot(self) -> Callable[[], None] | None:
         """Return the function that uses one more slot: for an item set aside, or for a poller.
 
@@ -240,7 +238,9 @@ class BoundedQueue(Generic[T]):
         item = self._next_startable_item()
         if item is not None:
             return partial(self._start_item_set_aside, item)
-        while self._reservers and self._reservers[0].done():  # its poller was cancelled just now
+        while (
+            self._reservers and self._reservers[0].done()
+        ):  # the poller of this turn was cancelled
             del self._reservers[0]
         return self._hand_out_place if self._reservers and self._count_free_places() > 0 else None
 

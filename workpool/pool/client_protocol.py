@@ -52,7 +52,7 @@ class ClientProtocol(Protocol):
         trace: TracebackType | None,
         /,
     ) -> None:
-        """Close."""
+        """Close the connections."""
 
     def try_acquire_permit(self, priority: Priority) -> bool:
         """Take a permit for one write if no wait is needed; return whether it was taken."""

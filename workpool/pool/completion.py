@@ -138,7 +138,7 @@ class Completion:
             await self._sender.send_with_retries(item, call, options, lease.note_own_stop)
             result = "ok"
         except (ConflictError, PreconditionError):
-            result = "conflict"  # the item is stopped already
+            result = "conflict"  # the control plane says that the item is stopped already
         except SessionGoneError:
             if lease.status != "finished":
                 raise
@@ -158,7 +158,7 @@ class Completion:
             )
         except (TransientError, RefusedError) as error:
             if isinstance(error, RefusedError) or error.reason == "throttled":
-                lease.own_stop = before  # the stop was certainly not applied
+                lease.own_stop = before  # this stop was not applied
             raise
 
     async def _write_row_metadata(self, item: PoolItem, row: Row) -> Outcome:
@@ -172,7 +172,7 @@ class Completion:
         try:
             await self.write_metadata(item, attempt.closing_patch(notes))
         except (ConflictError, PreconditionError):
-            pass  # the item is stopped already
+            pass  # the control plane says that the item is stopped already
         except NotPermittedError:
             # Another run would have the same end, so the session is completed without its result.
             if row.metadata == "result":
@@ -196,7 +196,7 @@ class Completion:
         try:
             await self.write_metadata(item, patch, WRITE._replace(seconds=MARK_SECONDS))
         except NotPermittedError:
-            pass  # the mark was not written either
+            pass  # the mark could not be written before, so there is none to remove
         except ControlPlaneError as error:
             log.warning(
                 "mark not removed: %s", error, extra={"work_id": item.id, "error": str(error)}
@@ -224,7 +224,7 @@ class Completion:
             await self.write_metadata(item, attempt.mark_patch(reason, retry), request)
             attempt.marked = True
         except NotPermittedError:
-            pass  # `RunCounts` counts the runs in this process
+            pass  # without marks, `RunCounts` counts the runs in this process
         except (ControlPlaneError, SessionGoneError) as error:
             log.warning(
                 "mark not written: %s", error, extra={"work_id": item.id, "error": str(error)}
@@ -256,9 +256,9 @@ class Completion:
             await self.mark_released_session(
                 item, self._release_note(release), MARK_SECONDS if hurried else MARK_TRY_SECONDS
             )
-        self._renewer.release(lease, delay_of(release))
+        self._renewer.release(lease, release_delay_of(release))
         await item.wait_until(lambda: lease.status != "held", lease.remaining(self._clock()))
-        return "lease_lost" if lease.confirmed else outcome_by(lease)
+        return "lease_lost" if lease.confirmed else outcome_of_lapse(lease)
 
     def _release_note(self, release: Release) -> str:
         if self._with_message or isinstance(release, PoolRelease):
@@ -315,10 +315,10 @@ def outcome_when_abandoned(item: PoolItem) -> Outcome:
             return row_of(item).outcome
         case "lost":
             return "lease_lost"
-    return outcome_by(lease)
+    return outcome_of_lapse(lease)
 
 
-def outcome_by(lease: Lease) -> Outcome:
+def outcome_of_lapse(lease: Lease) -> Outcome:
     """Return the outcome of a session whose lease lapses and whose item no other worker took.
 
     The control plane stops an item that is `stopping` when its lease lapses.
@@ -328,7 +328,7 @@ def outcome_by(lease: Lease) -> Outcome:
     return "stopped" if lease.status == "stopped" or lease.stop_requested else "released"
 
 
-def leaves_of(error: BaseException) -> Iterator[BaseException]:
+def leaf_errors_of(error: BaseException) -> Iterator[BaseException]:
     """Yield the errors of a group, at any depth, or an error that is no group."""
     unread = [error]
     while unread:  # not recursive: a handler's groups may be nested more deeply than the stack
@@ -342,14 +342,14 @@ def leaves_of(error: BaseException) -> Iterator[BaseException]:
 def release_of(error: BaseException) -> Release | None:
     """Return `error` if it is a `Release`; from a group of releases only, the longest one."""
     releases: list[Release] = []
-    for each in leaves_of(error):
+    for each in leaf_errors_of(error):
         if not isinstance(each, Release):
             return None
         releases.append(each)
-    return max(releases, key=delay_of, default=None)
+    return max(releases, key=release_delay_of, default=None)
 
 
-def delay_of(release: Release) -> float:
+def release_delay_of(release: Release) -> float:
     """Return the seconds until another worker may take the item.
 
     They are `RELEASE_DELAY_SECONDS` if the release has no number.

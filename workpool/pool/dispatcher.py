@@ -112,8 +112,6 @@ class Dispatcher:
         """Whether the last `UNSTARTED` owned items ended without a call of a handler."""
         return self.runner.unstarted >= UNSTARTED
 
-    # Receive and choose.
-
     def offer_item(self, work_item: WorkItem, polled_at: float) -> Reception:
         """Decide on a received item.
 
@@ -264,8 +262,6 @@ class Dispatcher:
             self._seen.popitem(last=False)
         return False
 
-    # Running items.
-
     def _fill_slots(self) -> None:
         """Start waiting items in the slots that are free."""
         queue = self._context.queue
@@ -290,8 +286,6 @@ class Dispatcher:
         self._context.queue.grant_free_places()
         if self.on_closed is not None:
             self.on_closed()
-
-    # The drain.
 
     def begin_drain(self) -> None:
         """Start no further item, forget the waiting ones and notify the running sessions."""

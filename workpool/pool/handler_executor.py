@@ -18,7 +18,13 @@ from workpool.backoff import Backoff
 from workpool.errors import ResultError, SessionGoneError
 from workpool.events import HandlerRetried, SessionStarted
 from workpool.log_fields import pool_logger
-from workpool.pool.completion import DRAIN_REASON, leaves_of, outcome_expected, release_of, text_of
+from workpool.pool.completion import (
+    DRAIN_REASON,
+    leaf_errors_of,
+    outcome_expected,
+    release_of,
+    text_of,
+)
 from workpool.pool.diagnostics import log_stacks
 from workpool.pool.handler_result import metadata_of
 from workpool.pool.pool_item import EndReason
@@ -102,7 +108,7 @@ class HandlerExecutor:
                 self._stop_stall_timer(item)
             self.stuck.discard(item)
         if not task.cancelled():
-            task.result()  # raises a KeyboardInterrupt
+            task.result()  # raises a KeyboardInterrupt of the handler
         elif item.cancelled_for is None:
             self._record_error(item, asyncio.CancelledError("leaked from the handler"))
 
@@ -363,7 +369,7 @@ def _is_retried(retry: Retry | None, error: Exception, session: Session) -> Type
         and session.retry < retry.times
         and all(
             isinstance(each, retry.on) and not isinstance(each, Release | SessionGoneError)
-            for each in leaves_of(error)
+            for each in leaf_errors_of(error)
         )
     )
 
@@ -372,11 +378,11 @@ def ended(task: asyncio.Task[object]) -> asyncio.Future[None]:
     """Return a future that is done when the task is; its cancellation does not cancel the task."""
     future: asyncio.Future[None] = task.get_loop().create_future()
 
-    def end(_: asyncio.Task[object]) -> None:
+    def set_ended(_: asyncio.Task[object]) -> None:
         if not future.done():  # it is done if the waiting task was cancelled
             future.set_result(None)
 
-    task.add_done_callback(end)
+    task.add_done_callback(set_ended)
     return future
 
 
@@ -390,12 +396,12 @@ async def handler_group() -> AsyncIterator[asyncio.TaskGroup]:
     opened, closing = asyncio.Event(), asyncio.Event()
     group = asyncio.TaskGroup()
 
-    async def host() -> None:
+    async def host_group() -> None:
         async with group:
             opened.set()
             await closing.wait()
 
-    task = asyncio.get_running_loop().create_task(host(), name="workpool-handlers")
+    task = asyncio.get_running_loop().create_task(host_group(), name="workpool-handlers")
     try:
         await opened.wait()
         yield group

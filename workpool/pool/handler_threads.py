@@ -70,7 +70,7 @@ class HandlerThreads:
         async with asyncio.TaskGroup() as group:
             calls = _ThreadCalls(item, group, self._clock)
             blocking = BlockingSession(session, calls)
-            waiting = group.create_task(_pass_on(session, blocking))
+            waiting = group.create_task(_pass_on_interruption(session, blocking))
             try:
                 outcome = await self._run_function(item, function, blocking, calls)
             finally:
@@ -171,13 +171,13 @@ class _ThreadCalls:
         """
         entered: Future[tuple[T, asyncio.Future[None]]] = Future()
 
-        async def hold() -> None:
+        async def hold_context() -> None:
             async with make() as value:
                 left: asyncio.Future[None] = self._loop.create_future()
                 entered.set_result((value, left))
                 await left
 
-        ended = self._submit_call(hold)
+        ended = self._submit_call(hold_context)
         ended.add_done_callback(functools.partial(_pass_on_error, entered))
         value, left = entered.result()
         try:
@@ -231,7 +231,7 @@ class _ThreadCalls:
         return SessionEnded(self._item.id)
 
     def _leave_context(self, left: asyncio.Future[None], error: BaseException | None) -> None:
-        def leave() -> None:
+        def leave_context() -> None:
             if left.done():
                 return  # the task of the context was cancelled
             if error is None:
@@ -240,7 +240,7 @@ class _ThreadCalls:
                 left.set_exception(error)
 
         try:
-            self._loop.call_soon_threadsafe(leave)
+            self._loop.call_soon_threadsafe(leave_context)
         except RuntimeError:  # the loop is closed
             raise SessionEnded(self._item.id) from error
 
@@ -261,7 +261,7 @@ def _pass_on_error(entered: Future[Any], ended: Future[None]) -> None:
         entered.set_exception(ended.exception() or RuntimeError("the context was not entered"))
 
 
-async def _pass_on(session: Session, blocking: BlockingSession) -> None:
+async def _pass_on_interruption(session: Session, blocking: BlockingSession) -> None:
     """End the waits of `BlockingSession.interrupted` when the session is interrupted."""
     await session.interrupted()
     blocking.interrupt()

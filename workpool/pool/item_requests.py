@@ -210,7 +210,7 @@ class ItemSender:
     def end_waits(self, item: PoolItem) -> None:
         """End the waits for the answers to calls for the item."""
         for bound in list(item.open_sends):
-            bound.expire()
+            bound.end_wait()
 
     async def _try_once(
         self,
@@ -297,7 +297,7 @@ class HeartbeatSender:
                     timeout=attempt.timeout,
                     options=options,
                 )
-            except SessionGoneError:  # raised by the check
+            except SessionGoneError:  # the check refused the heartbeat
                 lease.unsent(attempt)
                 return False
             except ControlPlaneErrors as error:

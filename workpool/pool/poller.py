@@ -113,9 +113,7 @@ class PollerGroup:
         self._in_flight = 0
         self._answered = asyncio.Event()
         self._idle = False
-        self._unreadable: OrderedDict[str | None, None] = OrderedDict()  # ids that are logged
-
-    # Turns of the pollers.
+        self._unreadable: OrderedDict[str | None, None] = OrderedDict()  # ids that were logged
 
     async def wait_for_turn(self, number: int) -> None:
         """Wait until poller `number` is among those that poll."""
@@ -134,8 +132,6 @@ class PollerGroup:
         """Stop all pollers for `seconds` from now."""
         until = asyncio.get_running_loop().time() + seconds
         self.cooldown_until = max(self.cooldown_until, until)
-
-    # The results of polls and acks.
 
     def note_poll_sent(self) -> None:
         """Record that a poll is in flight."""

@@ -42,14 +42,14 @@ TRANSITIONS: Final[Mapping[tuple[State, Transition], State]] = {
     ("delivered", "slot"): "acking",
     # handed off to this process: its parent has acknowledged it
     ("delivered", "adopted"): "beginning",
-    ("delivered", "closed"): "closed",  # forgotten by a drain: never acknowledged
+    ("delivered", "closed"): "closed",  # a drain forgot the item, which was never acknowledged
     ("acking", "acknowledged"): "beginning",
-    ("acking", "closed"): "closed",  # refused, or another worker has it
+    ("acking", "closed"): "closed",  # the ack was refused, or another worker has the item
     ("beginning", "started"): "running",
-    ("beginning", "ended"): "completing",  # no handler may start
+    ("beginning", "ended"): "completing",  # the handler may not start, such as in a drain
     ("beginning", "closed"): "closed",
     ("running", "ended"): "completing",
-    ("running", "closed"): "closed",  # abandoned by a drain
+    ("running", "closed"): "closed",  # a drain abandoned the session
     ("completing", "closed"): "closed",
 }
 """Every allowed transition; any other one is a bug and raises."""

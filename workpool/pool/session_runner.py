@@ -88,7 +88,7 @@ UPDATE_SECONDS = 30.0
 
 
 class SessionRunner:
-    """Runs items.
+    """Runs each item from its slot to its end.
 
     Args:
         context: The context of the pool.
@@ -169,7 +169,7 @@ class SessionRunner:
         """React to a change of the item's lease by the lease renewer."""
         lease, session = item.lease, item.session
         if lease.closed or session is None:
-            return  # the session has ended meanwhile
+            return  # the session ended before this report
         item.notify_waiters()
         if lease.status != "held":
             self._sender.end_waits(item)

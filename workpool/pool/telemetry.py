@@ -115,9 +115,8 @@ class Telemetry:
     def __enter__(self) -> Telemetry:
         self._metrics.open()
         self._plugins.metrics = self._metrics.observe
-        if log.isEnabledFor(
-            logging.DEBUG
-        ):  # looked up once: polls and heartbeats cost nothing more
+        # Checked once, so that polls and heartbeats cost nothing more without this level.
+        if log.isEnabledFor(logging.DEBUG):
             for each, write in LOGGED:
                 self._metrics.forward(each, write)
         for event_type in self._plugins.wanted - {PluginFailed}:

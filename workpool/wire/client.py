@@ -156,7 +156,7 @@ class WorkClient:
             TransientError: The wait exceeded the setting `request_timeout`.
         """
         if self.rate_limits.write.limited:
-            await self._transport.acquire(self.rate_limits.write, "ack", Priority.CLAIM)
+            await self._transport.acquire_limited(self.rate_limits.write, "ack", Priority.CLAIM)
 
     def release_ack_permit(self) -> None:
         """Give back an ack permit that was not used, because there is nothing to acknowledge."""
@@ -169,7 +169,7 @@ class WorkClient:
 
     async def acquire_permit(self, priority: Priority) -> None:
         """Acquire the right to send one write, without a bound on the wait."""
-        await self._transport.acquire(self.rate_limits.write, "permit", priority, math.inf)
+        await self._transport.acquire_limited(self.rate_limits.write, "permit", priority, math.inf)
 
     def release_permit(self) -> None:
         """Give back a permit that was not used."""

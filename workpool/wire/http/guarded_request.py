@@ -98,7 +98,7 @@ class CheckedBody(aiohttp.payload.Payload):
         self, writer: AbstractStreamWriter, content_length: int | None
     ) -> None:
         """Check, then write the headers and the body."""
-        del content_length  # the body knows its own length
+        del content_length  # aiohttp passes None or the size of the body
         self._check.verify()
         if self._headers_first:
             writer.send_headers()
@@ -163,7 +163,9 @@ class GuardedRequest(aiohttp.ClientRequest):
         if protocol is not None and not isinstance(protocol.feed_data, _LimitedFeed):
             setattr(protocol, "feed_data", _LimitedFeed(protocol))  # noqa: B010 - types forbid it
         if self.check is not None and not self.body:
-            if protocol is None or protocol.writing_paused:  # aiohttp waits before it writes
+            if (
+                protocol is None or protocol.writing_paused
+            ):  # aiohttp would wait between the check and the bytes
                 await self.update_body(CheckedBody(self.check))
             else:
                 self.check.verify()

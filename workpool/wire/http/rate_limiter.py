@@ -47,14 +47,14 @@ class _WaitingLine:
         self._waiters: dict[Priority, deque[_Waiter]] = {each: deque() for each in Priority}
         self._turn = Priority.CLAIM
 
-    def add(self, waiter: _Waiter) -> None:
+    def add_waiter(self, waiter: _Waiter) -> None:
         self._waiters[waiter.priority].append(waiter)
 
-    def discard(self, waiter: _Waiter) -> None:
-        with suppress(ValueError):  # `first` has removed a waiter with a closed loop
+    def discard_waiter(self, waiter: _Waiter) -> None:
+        with suppress(ValueError):  # `first_waiter` has removed a waiter with a closed loop
             self._waiters[waiter.priority].remove(waiter)
 
-    def first(self) -> _Waiter | None:
+    def first_waiter(self) -> _Waiter | None:
         """Return the waiter that is served next."""
         for priority in (Priority.COMPLETION, self._turn, _NEXT_TURN[self._turn]):
             waiters = self._waiters[priority]
@@ -66,12 +66,12 @@ class _WaitingLine:
 
     def holds_back(self, priority: Priority) -> bool:
         """Return whether a call waits that a call of this priority must not overtake."""
-        first = self.first()
+        first = self.first_waiter()
         return first is not None and (priority, first.priority) not in _OVERTAKES
 
-    def served(self, waiter: _Waiter) -> None:
+    def note_served_waiter(self, waiter: _Waiter) -> None:
         """Remove a waiter that was served, and give the other priority the next turn."""
-        self.discard(waiter)
+        self.discard_waiter(waiter)
         self._turn = _NEXT_TURN.get(waiter.priority, self._turn)
 
 
@@ -114,7 +114,7 @@ class RateLimiter:
         """Take a token, waiting for it by priority; a cancelled wait takes none."""
         waiter = _Waiter(priority, asyncio.get_running_loop(), asyncio.Event())
         with self._lock:
-            self._line.add(waiter)
+            self._line.add_waiter(waiter)
         try:
             # There is no await between the successful attempt and the return, so a cancellation
             # cannot lose the token.
@@ -125,7 +125,7 @@ class RateLimiter:
                 waiter.moved.clear()
         finally:
             with self._lock:
-                self._line.discard(waiter)
+                self._line.discard_waiter(waiter)
             self._wake_first()
 
     def refund(self) -> None:
@@ -145,12 +145,12 @@ class RateLimiter:
     def _serve_waiter(self, waiter: _Waiter) -> float:
         """Take a token if `waiter` is the first; else return seconds until the next attempt."""
         with self._lock:
-            first = self._line.first()
+            first = self._line.first_waiter()
             if first is not waiter:
                 return _RECHECK_SECONDS
             delay = self._take_token()
             if delay == 0:
-                self._line.served(waiter)
+                self._line.note_served_waiter(waiter)
             return min(delay, _RECHECK_SECONDS)
 
     def _take_token(self) -> float:
@@ -174,7 +174,7 @@ class RateLimiter:
 
     def _wake_first(self) -> None:
         with self._lock:
-            first = self._line.first()
+            first = self._line.first_waiter()
         if first is not None:
             with suppress(RuntimeError):  # its loop was closed just now; `first` removes the waiter
                 first.loop.call_soon_threadsafe(first.moved.set)

@@ -26,9 +26,9 @@ class Bound:
     same turn of the loop. An object is for one block, inside a task.
 
     Args:
-        seconds: The bound; None = only `expire` ends the wait.
+        seconds: The bound; None = only `end_wait` ends the wait.
         timer: Ends the wait; None = a timer of its own.
-        open_bounds: Contains the bound while its block runs, so that others can call `expire`.
+        open_bounds: Contains the bound while its block runs, so that others can call `end_wait`.
     """
 
     __slots__ = ("_before", "_expired", "_handle", "_open", "_seconds", "_task", "_timer")
@@ -57,11 +57,11 @@ class Bound:
         timer = self._timer
         if timer is None:
             seconds = max(0.0, self._seconds)
-            self._handle = task.get_loop().call_later(seconds, self.expire)
+            self._handle = task.get_loop().call_later(seconds, self.end_wait)
         else:
             timer.open[self] = at = timer.loop.time() + self._seconds
             if at < timer.at:
-                timer.set(at)
+                timer.set_time(at)
 
     def __exit__(
         self,
@@ -82,7 +82,7 @@ class Bound:
         ):
             raise TimeoutError from error
 
-    def expire(self) -> None:
+    def end_wait(self) -> None:
         """End the wait now. Called on the loop while the block runs."""
         if not self._expired:
             self._expired = True
@@ -106,20 +106,20 @@ class BoundTimer:
         """The time at which the timer fires; infinite: it is not set."""
         self._handle: asyncio.TimerHandle | None = None
 
-    def set(self, at: float) -> None:
+    def set_time(self, at: float) -> None:
         """Let the timer fire at this time instead of `at`; infinite: not at all."""
-        self.cancel()
+        self.unset()
         if at != math.inf:
             self.at = at
             # An empty context: the first request's own would stay referenced until the timer fires.
             self._handle = self.loop.call_at(at, self._expire_due, context=Context())
 
-    def close(self) -> None:
+    def unset_if_unused(self) -> None:
         """Unset the timer unless a block still runs, which must not lose its time limit."""
         if not self.open:
-            self.cancel()
+            self.unset()
 
-    def cancel(self) -> None:
+    def unset(self) -> None:
         """Unset the timer."""
         if self._handle is not None:
             self._handle.cancel()
@@ -130,5 +130,5 @@ class BoundTimer:
         for bound, at in self.open.items():
             if at <= now:
                 self.open[bound] = math.inf
-                bound.expire()
-        self.set(min(self.open.values(), default=math.inf))
+                bound.end_wait()
+        self.set_time(min(self.open.values(), default=math.inf))

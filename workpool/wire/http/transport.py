@@ -103,7 +103,7 @@ class Transport:
             self._hide_secrets()
             headers = self._public_headers()
             self._connections = Connections(self._settings, self._given, headers, self._threads)
-            self._request_options = self._options()
+            self._request_options = self._build_request_options()
         except BaseException:
             await self._threads.close()
             raise
@@ -114,7 +114,7 @@ class Transport:
         """Close the connections except those of a caller's own session."""
         if self._loop is not None:
             self._loop = None
-            self._timer.close()
+            self._timer.unset_if_unused()
             try:
                 await self._connections.close()
             finally:
@@ -178,7 +178,7 @@ class Transport:
             seconds = self._seconds
         until = time.monotonic() + seconds
         if limiter is not None and limiter.limited and not options.permit:
-            await self.acquire(limiter, endpoint.op, options.priority, seconds)
+            await self.acquire_limited(limiter, endpoint.op, options.priority, seconds)
         token = self._token
         try:
             return await self._attempt_request(endpoint, url, until, body, options)
@@ -198,12 +198,12 @@ class Transport:
         if self._loop is not asyncio.get_running_loop():
             self._raise_wrong_loop()
         until = time.monotonic() + self._seconds
-        await self.acquire(limiter, STREAM, Priority.HANDLER)
+        await self.acquire_limited(limiter, STREAM, Priority.HANDLER)
         return await self._attempt_with_renewal(
             partial(self._attempt_stream, url, headers, until), until
         )
 
-    async def acquire(
+    async def acquire_limited(
         self, limiter: RateLimiter, op: str, priority: Priority, seconds: float | None = None
     ) -> None:
         """Acquire one request of the rate limit, with a wait if necessary.
@@ -346,7 +346,7 @@ class Transport:
             if not response.closed:
                 response.release()
 
-    def _options(self) -> dict[str, Any]:
+    def _build_request_options(self) -> dict[str, Any]:
         """Return the options of every request that differ from the defaults of its session.
 
         aiohttp processes each option in two functions, so fewer options cost less.
@@ -392,16 +392,18 @@ class Transport:
         """Check all settings of a connection; return token, second credential and TLS context."""
         settings = self._settings
 
-        def read() -> tuple[str, str | None, ssl.SSLContext | bool]:
+        def read_credentials() -> tuple[str, str | None, ssl.SSLContext | bool]:
             settings.require_connection()
             return settings.read_token(), settings.read_api_key(), settings.tls_context() or True
 
         files = (settings.token_file, settings.api_key_file)
         if not (any(files) or settings.ca_file or settings.client_cert_file):
-            return read()  # the source is in memory
+            return read_credentials()  # no file has to be read
         try:
             async with asyncio.timeout(self._seconds):
-                return await asyncio.get_running_loop().run_in_executor(self._threads, read)
+                return await asyncio.get_running_loop().run_in_executor(
+                    self._threads, read_credentials
+                )
         except TimeoutError:
             names = "token_file, api_key_file, ca_file, client_cert_file"
             problem = f"{names}: could not be read in time"
