@@ -6,7 +6,7 @@ import sys
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
-from tests.postgres.cluster import PostgresMissingError, remove, started_cluster
+from tests.postgres.cluster import PostgresMissingError, remove_cluster, start_cluster
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -26,7 +26,7 @@ SETTINGS = {
 def database_server() -> Iterator[Cluster | None]:
     """Run an empty PostgreSQL server; yield None, after a message, if it is not installed."""
     try:
-        cluster = started_cluster(SETTINGS)
+        cluster = start_cluster(SETTINGS)
     except PostgresMissingError as missing:
         print(f"left out: everything on PostgreSQL, which is {missing}", file=sys.stderr)
         yield None
@@ -34,4 +34,4 @@ def database_server() -> Iterator[Cluster | None]:
     try:
         yield cluster
     finally:
-        remove(cluster)
+        remove_cluster(cluster)

@@ -1,1 +1,1 @@
-"""Real firings of the alert rules: Prometheus, control planes and workers, one cause each."""
+"""Runs that make each alert rule fire in a real Prometheus, each by its own cause."""

@@ -102,7 +102,8 @@ async def main() -> int:
                 cause_task.cancel()
             for setup in setups.values():
                 setup.kill_workers()
-            await asyncio.sleep(150)  # A worker cause kills all workers at this time.
+            # Without any worker, the rule WorkpoolNoWorkers must fire within this time.
+            await asyncio.sleep(150)
             watching.cancel()
     return _print_report(firings, {name: setups[name].environment for name in chosen})
 
@@ -117,7 +118,7 @@ def _write_rule_files(folder: Path) -> Path:
 
 
 def _print_report(firings: AlertFirings, environments: Mapping[str, str]) -> int:
-    """Print a line for each cause, and return the exit status."""
+    """Print the alerts of each cause, and return 1 if one is missing or unexpected, else 0."""
     wrong = 0
     for name, environment in environments.items():
         cause = CAUSES[name]

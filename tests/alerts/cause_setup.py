@@ -1,4 +1,4 @@
-"""The control plane, the environment and the workers with which one alert is caused."""
+"""The control plane, the environment and the workers of one alert cause."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def free_port() -> int:
 
 
 class CauseSetup:
-    """An async context manager that starts what one cause of alerts needs.
+    """The control plane and the workers of one alert cause, as an async context manager.
 
     Attributes:
         environment: The id of the environment, and the label of its alerts.
@@ -94,10 +94,10 @@ class CauseSetup:
     def enqueue_items(
         self, *, count: int = 1, do: str = "sleep", kind: str = "wanted", seconds: str = "1"
     ) -> tuple[Item, ...]:
-        """Create items."""
+        """Enqueue items whose metadata choose the behaviour of their handler."""
         metadata = {"do": do, "kind": kind, "seconds": seconds}
         return self.plane.enqueue(count, metadata)
 
     async def wait_for_claims(self, count: int) -> None:
-        """Wait until `count` items were acknowledged in total."""
+        """Wait until workers have acknowledged `count` items since the start."""
         await self.faults.wait_for("ack", count=count, timeout=120, answered=True)

@@ -25,7 +25,7 @@ MINUTE = 60.0
 
 @dataclass(frozen=True)
 class AlertCause:
-    """One way to cause alerts.
+    """A situation that makes alerts fire, with the names of these alerts.
 
     Attributes:
         begin: Causes the alert.
@@ -188,7 +188,7 @@ async def run_two_pools(setup: CauseSetup) -> None:
 
 
 def full_alert_names(*names: str) -> frozenset[str]:
-    """Return the full names of alerts."""
+    """Return the names of alerts with the prefix that all alert rules have."""
     return frozenset(f"Workpool{name}" for name in names)
 
 

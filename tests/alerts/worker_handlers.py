@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable
 
 
-async def sleep_for_hours(session: Session) -> None:
+async def sleep_for_seconds(session: Session) -> None:
     await asyncio.sleep(float(session.item.metadata.get("seconds", "1")))
 
 
@@ -41,7 +41,7 @@ async def ignore_cancellation(_: Session) -> None:
 
 
 BEHAVIOURS: dict[str, Callable[[Session], Awaitable[None]]] = {
-    "sleep": sleep_for_hours,
+    "sleep": sleep_for_seconds,
     "fail": raise_error,
     "block": block_loop,
     "block often": block_loop_often,
@@ -51,12 +51,12 @@ BEHAVIOURS: dict[str, Callable[[Session], Awaitable[None]]] = {
 
 @handler(metadata={"kind": "wanted"})
 async def work(session: Session) -> None:
-    """Run the behaviour that the item names."""
+    """Run the behaviour that the metadata `do` of the item names."""
     await BEHAVIOURS[session.item.metadata["do"]](session)
 
 
 class FailingObserver:
-    """A plugin whose hook fails."""
+    """A plugin whose event hook raises an error for each finished session."""
 
     @hookimpl
     def workpool_event(self, event: SessionFinished) -> None:
@@ -79,4 +79,4 @@ class CrashingPollerPlugin:
 
     @hookimpl
     def workpool_event(self, event: SessionFinished) -> None:
-        """Do nothing; a plugin must have a hook."""
+        """Ignore the event: a plugin without any hook is refused."""

@@ -21,7 +21,7 @@ from tests.chaos.control_plane import boot_time
 from tests.chaos.processes import SECONDS, StartError, StormFleet
 from tests.chaos.recorded_history import find_history_violations, read_history
 from tests.chaos.storm import KINDS, Storm, StormSettings, format_report, parse_settings
-from tests.postgres.cluster import remove, started_cluster
+from tests.postgres.cluster import remove_cluster, start_cluster
 
 if TYPE_CHECKING:
     from collections.abc import Coroutine
@@ -147,12 +147,12 @@ def main() -> None:
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     settings = parse_settings(__doc__)
     folder = Path(tempfile.mkdtemp(prefix="storm-"))
-    cluster = started_cluster()
+    cluster = start_cluster()
     try:
         verdict = asyncio.run(DatabaseStorm(settings, folder, cluster).run_to_end())
     finally:
-        (folder / "database.log").write_text(cluster.log())
-        remove(cluster)
+        (folder / "database.log").write_text(cluster.read_log())
+        remove_cluster(cluster)
     print(f"{folder}\n{format_report(settings, verdict)}")  # noqa: T201 - what it is for
     sys.exit(1 if verdict.broken else 0)
 

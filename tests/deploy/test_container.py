@@ -86,24 +86,24 @@ sys.meta_path.insert(0, Blocked())
 
 
 class CommandFailed(Exception):
-    """The error that a program has failed."""
+    """Raised when a program that makes the image fails."""
 
 
 class TimeBudgetExceeded(CommandFailed):
-    """The error that the time for making the image is over."""
+    """Raised when making the image takes longer than `IMAGE_SECONDS`."""
 
 
 class TimeBudget:
-    """The time for making the image, which a slow machine or network may exceed."""
+    """The time limit of all programs that make the image together."""
 
     def __init__(self) -> None:
         self._until = time.monotonic() + IMAGE_SECONDS
 
     def run_program(self, *words: str, **given: Any) -> str:
-        """Run a program.
+        """Run a program within the time limit, and return its output.
 
         Raises:
-            Failed: The program failed, or the time is over.
+            CommandFailed: The program failed, or the time is over.
         """
         process = subprocess.Popen(  # noqa: S603 - our own words
             words,
@@ -127,7 +127,7 @@ class TimeBudget:
 
 
 def unmount_all(folder: Path) -> None:
-    """Unmount what a killed engine has left mounted in a folder."""
+    """Unmount all file systems that a killed container engine has left below a folder."""
     mounts = [line.split()[1] for line in Path("/proc/self/mounts").read_text().splitlines()]
     for mount in reversed(mounts):
         if Path(mount).is_relative_to(folder):
@@ -144,16 +144,16 @@ class PodmanEngine:
         places = [f"--{name}={folder / name}" for name in ("root", "runroot", "tmpdir")]
         self.command = ["podman", *places, "--storage-driver=overlay"]
 
-    def run_building_command(self, *arguments: str, cwd: Path | None = None) -> str:
+    def run_build_command(self, *arguments: str, cwd: Path | None = None) -> str:
         """Run a Podman command that makes the image.
 
         Raises:
-            Failed: The program failed, or the time is over.
+            CommandFailed: The program failed, or the time is over.
         """
         return self.budget.run_program(*self.command, *arguments, env=self.environment, cwd=cwd)
 
     def run_command(self, *arguments: str) -> None:
-        """Run a command of Podman's with a container."""
+        """Run a Podman command on a container."""
         subprocess.run(  # noqa: S603 - our own words
             [*self.command, *arguments],
             env=self.environment,
@@ -166,29 +166,29 @@ class PodmanEngine:
 def make_base_image(engine: PodmanEngine, folder: Path) -> None:
     """Pull the base image that the environment names, or build one from Debian's packages."""
     if name := os.environ.get("TEST_CONTAINER_BASE"):
-        engine.run_building_command("pull", name)
-        engine.run_building_command("tag", name, BASE)
+        engine.run_build_command("pull", name)
+        engine.run_build_command("tag", name, BASE)
         return
     packages = "--include=python3,python3-venv,tini,ca-certificates"
     base, archive = str(folder / "base"), str(folder / "base.tar")
-    # Killed at the time limit, its processes and what it has mounted must not remain.
+    # Namespaces of its own leave no process and no mount if debootstrap is killed.
     apart = ("unshare", "--mount", "--pid", "--fork", "--kill-child")
     engine.budget.run_program(
         *apart, "debootstrap", "--variant=minbase", packages, "bookworm", base
     )
     engine.budget.run_program("tar", "-C", base, "-cf", archive, ".")
-    engine.run_building_command("import", archive, BASE)
-    engine.run_building_command("run", "--rm", "--network=none", BASE, "python3", "--version")
+    engine.run_build_command("import", archive, BASE)
+    engine.run_build_command("run", "--rm", "--network=none", BASE, "python3", "--version")
 
 
 def make_wheels(engine: PodmanEngine, folder: Path) -> None:
-    """Make wheels of this checkout and of all that it depends on."""
+    """Build wheels of this checkout and of all its dependencies."""
     words = ("-m", "pip", "wheel", "--quiet", "--wheel-dir", str(folder / "dist"))
     engine.budget.run_program(sys.executable, *words, f"{ROOT}[cli]", str(ROOT / "plugins/command"))
 
 
 def build_image(engine: PodmanEngine, folder: Path) -> None:
-    engine.run_building_command(
+    engine.run_build_command(
         *("build", "--layers=false", "--network=host", "--isolation=chroot"),
         *("--build-arg", f"BASE={BASE}", "--build-arg", "PIP_NO_INDEX=1"),
         *("--build-arg", "PLUGINS=workpool-command"),
@@ -199,7 +199,7 @@ def build_image(engine: PodmanEngine, folder: Path) -> None:
 
 @pytest.fixture(scope="module")
 def engine() -> Iterator[PodmanEngine]:
-    """Podman with the image of a worker."""
+    """A Podman whose storage has the image of a worker."""
     missing = [name for name in PROGRAMS if shutil.which(name) is None]
     if missing:
         pytest.skip(f"not installed: {', '.join(missing)}")
@@ -228,7 +228,7 @@ def engine() -> Iterator[PodmanEngine]:
 
 
 class WorkerContainer:
-    """A worker in its own container."""
+    """A worker that runs in a container of its own."""
 
     def __init__(
         self, engine: PodmanEngine, name: str, process: asyncio.subprocess.Process
@@ -253,12 +253,12 @@ class WorkerContainer:
         async with asyncio.timeout(120):
             self.err += (await self._stderr.read()).decode()
             status = await self._process.wait()
-        sys.stderr.write(self.err)  # shown when the test fails
+        sys.stderr.write(self.err)  # pytest shows the log if the test fails
         return status
 
 
-class StartWorkers:
-    """Return a function that starts workers in containers as the documentation says."""
+class WorkerStarter:
+    """Starts workers in containers, with the options that the documentation recommends."""
 
     def __init__(self, engine: PodmanEngine, plane: ControlPlane, folder: Path) -> None:
         self._engine = engine
@@ -290,35 +290,35 @@ class StartWorkers:
         )
         return WorkerContainer(self._engine, name, process)
 
-    def record_kinds(self, item: Item) -> list[str]:
+    def item_record_kinds(self, item: Item) -> list[str]:
         return [record.kind for record in self.plane.history.records_of_item(item.id)]
 
 
 @pytest.fixture
 def shared_directory() -> Iterator[Path]:
-    """A folder that the user of the image can read."""
+    """A folder whose files the user inside the container can read."""
     with tempfile.TemporaryDirectory(prefix="workpool-") as name:
         Path(name).chmod(0o755)
         yield Path(name)
 
 
 @pytest.fixture
-async def start_workers(
+async def worker_starter(
     engine: PodmanEngine, shared_directory: Path
-) -> AsyncIterator[StartWorkers]:
+) -> AsyncIterator[WorkerStarter]:
     async with ControlPlane() as plane:
-        yield StartWorkers(engine, plane, shared_directory)
+        yield WorkerStarter(engine, plane, shared_directory)
 
 
 async def test_ten_sessions_run_without_privileges_under_an_init_process(
-    start_workers: StartWorkers,
+    worker_starter: WorkerStarter,
 ) -> None:
-    items = start_workers.plane.enqueue(count=10, metadata={"do": "look"})
-    worker = await start_workers.start_worker("handlers", "--drain")
+    items = worker_starter.plane.enqueue(count=10, metadata={"do": "look"})
+    worker = await worker_starter.start_worker("handlers", "--drain")
     assert await worker.wait_for_end() == 0
     for item in items:
-        found = start_workers.plane.operations.get_item(
-            start_workers.plane.environments[0], item.id
+        found = worker_starter.plane.operations.get_item(
+            worker_starter.plane.environments[0], item.id
         )
         assert found.state == "stopped"
         assert found.metadata["user"] == "10001"
@@ -326,31 +326,33 @@ async def test_ten_sessions_run_without_privileges_under_an_init_process(
         assert found.metadata["first"] == "tini"
 
 
-async def test_sigterm_during_start_ends_the_container_with_0(start_workers: StartWorkers) -> None:
-    [item] = start_workers.plane.enqueue(metadata={"do": "look"})
-    worker = await start_workers.start_worker("handlers", BLOCKED="1")
+async def test_sigterm_during_start_ends_the_container_with_status_0(
+    worker_starter: WorkerStarter,
+) -> None:
+    [item] = worker_starter.plane.enqueue(metadata={"do": "look"})
+    worker = await worker_starter.start_worker("handlers", BLOCKED="1")
     await worker.wait_for_log("importing handlers")
     await worker.send_signal("TERM")
-    (start_workers.folder / "go").touch()
+    (worker_starter.folder / "go").touch()
     assert await worker.wait_for_end() == 0
     assert "drained result=clean" in worker.err
-    assert start_workers.record_kinds(item) == ["created"]
+    assert worker_starter.item_record_kinds(item) == ["created"]
 
 
 async def test_sigterm_with_work_finishes_one_session_and_releases_the_other(
-    start_workers: StartWorkers,
+    worker_starter: WorkerStarter,
 ) -> None:
-    [waiting] = start_workers.plane.enqueue(metadata={"do": "wait"})
-    [lingering] = start_workers.plane.enqueue(metadata={"do": "linger"})
-    worker = await start_workers.start_worker("handlers", "--drain-timeout", "2")
+    [waiting] = worker_starter.plane.enqueue(metadata={"do": "wait"})
+    [lingering] = worker_starter.plane.enqueue(metadata={"do": "linger"})
+    worker = await worker_starter.start_worker("handlers", "--drain-timeout", "2")
     await worker.wait_for_log("wait runs")
     await worker.wait_for_log("linger runs")
     await worker.send_signal("TERM")
     assert await worker.wait_for_end() == 0
     assert "drained result=deadline" in worker.err
-    assert start_workers.record_kinds(waiting)[-1] == "stopped"
-    found = start_workers.plane.operations.get_item(
-        start_workers.plane.environments[0], lingering.id
+    assert worker_starter.item_record_kinds(waiting)[-1] == "stopped"
+    found = worker_starter.plane.operations.get_item(
+        worker_starter.plane.environments[0], lingering.id
     )
     assert "workpool.released" in found.metadata
     assert found.state != "stopped"

@@ -56,7 +56,7 @@ def manifests_in_files() -> list[Manifest]:
 
 
 def manifest_of_kind(found: list[Manifest], kind: str) -> Manifest:
-    """Return the only manifest of a kind; of several, that of the workers."""
+    """Return the only manifest of a kind, or that of the workers if there are several."""
     ones = [each for each in found if each["kind"] == kind]
     if len(ones) > 1:
         ones = [each for each in ones if each["metadata"]["name"] == "workpool"]
@@ -107,8 +107,8 @@ def render_overlay(kubectl: str, folder: Path) -> list[Manifest]:
     return parse_manifests(done.stdout)
 
 
-def with_deletion_cost(overlay: str, folder: Path) -> Path:
-    """Write an overlay as plugins/kubernetes/README.md says, and return its directory."""
+def write_overlay_with_deletion_cost(overlay: str, folder: Path) -> Path:
+    """Write an overlay with the deletion-cost component, and return its directory."""
     checkout = os.path.relpath(KUBERNETES, folder)  # Kustomize accepts relative paths only.
     kustomization = {
         "resources": [f"{checkout}/{overlay}"],
@@ -130,16 +130,16 @@ def builtin_manifests(found: list[Manifest]) -> Iterator[Manifest]:
         if each["kind"] == "ScaledJob":
             job = {"apiVersion": "batch/v1", "kind": "Job", "metadata": each["metadata"]}
             yield job | {"spec": each["spec"]["jobTargetRef"]}
-        elif not schema_of(each).exists():
+        elif not schema_path(each).exists():
             yield each
 
 
-def schema_of(manifest: Manifest) -> Path:
+def schema_path(manifest: Manifest) -> Path:
     return SCHEMAS / f"{manifest['kind'].lower()}.json"
 
 
 def check_custom_resource(manifest: Manifest) -> None:
-    schema = json.loads(schema_of(manifest).read_text())
+    schema = json.loads(schema_path(manifest).read_text())
     jsonschema.Draft202012Validator.check_schema(schema)
     jsonschema.validate(manifest, schema)
 
@@ -164,7 +164,7 @@ def test_manifests_in_files_are_valid_for_kubernetes(version: str) -> None:
 
 
 def test_custom_resources_have_known_fields_only() -> None:
-    custom = [each for each in manifests_in_files() if schema_of(each).exists()]
+    custom = [each for each in manifests_in_files() if schema_path(each).exists()]
     assert {each["kind"] for each in custom} == {"PodMonitor", "ScaledJob", "ScaledObject"}
     for each in custom:
         check_custom_resource(each)
@@ -174,7 +174,7 @@ def test_unknown_field_of_a_manifest_is_reported() -> None:
     for each in manifests_in_files():
         wrong = copy.deepcopy(each)
         wrong.get("spec", wrong)["limitOfReplicas"] = 1
-        check = check_custom_resource if schema_of(wrong).exists() else check_builtin_resource
+        check = check_custom_resource if schema_path(wrong).exists() else check_builtin_resource
         with pytest.raises(jsonschema.ValidationError):
             check(wrong)
 
@@ -191,8 +191,8 @@ def test_kustomization_lists_every_file_of_its_folder() -> None:
             assert (path.parent / name / "kustomization.yaml").is_file(), name
 
 
-def test_names_in_an_overlay_resolve_within_it(rendered_overlay: list[Manifest]) -> None:
-    """All secrets are created by the operator, with this credential only."""
+def test_each_name_that_an_overlay_refers_to_exists_in_it(rendered_overlay: list[Manifest]) -> None:
+    """The Secret `workpool-token` is no manifest: the operator creates it."""
     names = {(each["kind"], each["metadata"]["name"]) for each in rendered_overlay}
     for each in rendered_overlay:
         if each["kind"] in {"Deployment", "ScaledJob"}:
@@ -230,7 +230,9 @@ def test_selectors_of_an_overlay_match_its_pods(rendered_overlay: list[Manifest]
     assert seen == set(pods)
 
 
-def test_documented_example_sets_image_settings_and_namespace(kubectl: str, tmp_path: Path) -> None:
+def test_documented_kustomization_sets_image_settings_and_namespace(
+    kubectl: str, tmp_path: Path
+) -> None:
     page = (ROOT / "workpool/docs/operating.md").read_text()
     [example] = re.findall(r"```yaml\n(# kustomization.yaml\n.*?)```", page, re.DOTALL)
     checkout = os.path.relpath(ROOT, tmp_path)  # Kustomize accepts relative paths only.
@@ -261,7 +263,9 @@ def test_autoscaled_deployment_leaves_the_number_of_pods_to_the_autoscaler(
 def test_deletion_cost_component_gives_pods_a_token_a_name_and_the_role(
     kubectl: str, tmp_path: Path
 ) -> None:
-    found = render_overlay(kubectl, with_deletion_cost("overlays/autoscaled", tmp_path))
+    found = render_overlay(
+        kubectl, write_overlay_with_deletion_cost("overlays/autoscaled", tmp_path)
+    )
     for each in builtin_manifests(found):
         check_builtin_resource(each)
     deployment = manifest_of_kind(found, "Deployment")
@@ -285,7 +289,7 @@ def test_role_of_the_deletion_cost_may_only_patch_pods() -> None:
     ]
 
 
-def test_policy_of_the_deletion_cost_is_for_the_service_account_of_the_workers() -> None:
+def test_deletion_cost_policy_applies_to_the_service_account_of_the_workers() -> None:
     policy = manifest_of_kind(manifests_in_files(), "ValidatingAdmissionPolicy")
     account = pod_spec(manifest_of_kind(manifests_in_files(), "Deployment"))["serviceAccountName"]
     [condition] = policy["spec"]["matchConditions"]
@@ -294,12 +298,9 @@ def test_policy_of_the_deletion_cost_is_for_the_service_account_of_the_workers()
     assert binding["spec"]["policyName"] == policy["metadata"]["name"]
 
 
-# Values of the manifests that follow from the settings.
-
-
 @pytest.fixture
 def worker_settings(tmp_path: Path) -> Settings:
-    """The settings of the manifests, with a token that exists."""
+    """The worker settings of the manifests, with the path of an existing token file."""
     text = (KUBERNETES / "common/workpool.toml").read_text()
     (tmp_path / "token").write_text("a token")
     path = tmp_path / "workpool.toml"
@@ -311,7 +312,9 @@ WORKERS = pytest.mark.parametrize("kind", ["Deployment", "ScaledJob"])
 
 
 @WORKERS
-def test_grace_period_of_a_pod_fits_the_drain(worker_settings: Settings, kind: str) -> None:
+def test_termination_grace_period_exceeds_drain_timeout_by_30_seconds(
+    worker_settings: Settings, kind: str
+) -> None:
     assert worker_settings.drain_timeout is not None
     grace = pod_spec(manifest_of_kind(manifests_in_files(), kind))["terminationGracePeriodSeconds"]
     assert grace >= worker_settings.drain_timeout + 30
@@ -332,14 +335,14 @@ def test_frozen_process_is_killed_before_its_leases_lapse(
 
 
 @WORKERS
-def test_start_of_plugins_may_take_ten_minutes(kind: str) -> None:
+def test_startup_probe_gives_plugins_ten_minutes_to_start(kind: str) -> None:
     """The liveness probe begins after the startup probe, so it can be strict."""
     probe = worker_container(manifest_of_kind(manifests_in_files(), kind))["startupProbe"]
     assert probe["failureThreshold"] * probe["periodSeconds"] >= 600
 
 
 @WORKERS
-def test_probes_and_scrapes_use_the_port_of_the_settings(
+def test_probes_and_scrapes_use_the_metrics_port_of_the_settings(
     worker_settings: Settings, kind: str
 ) -> None:
     address = worker_settings.metrics_address
@@ -358,14 +361,14 @@ def test_probes_and_scrapes_use_the_port_of_the_settings(
 
 
 @WORKERS
-def test_variables_of_a_container_are_settings_without_secrets(kind: str) -> None:
+def test_container_environment_variables_are_settings_without_secrets(kind: str) -> None:
     for variable in worker_container(manifest_of_kind(manifests_in_files(), kind))["env"]:
         name = variable["name"].removeprefix("WORKPOOL_").lower()
         assert name in {*(each.name for each in fields(Settings)), "config"}
         assert "secretKeyRef" not in variable.get("valueFrom", {})
 
 
-def test_credential_of_the_settings_is_the_mounted_file() -> None:
+def test_token_file_of_the_settings_is_the_mounted_secret() -> None:
     path = Path(
         tomllib.loads((KUBERNETES / "common/workpool.toml").read_text())["workpool"]["token_file"]
     )
@@ -391,7 +394,7 @@ def test_pods_of_jobs_differ_from_those_of_the_deployment_in_their_limits_only()
     assert job == deployment
 
 
-def test_targets_of_the_autoscalers_are_the_slots_of_a_worker(worker_settings: Settings) -> None:
+def test_autoscaler_target_values_equal_the_slots_of_a_worker(worker_settings: Settings) -> None:
     [trigger] = manifest_in_file("overlays/autoscaled/scaledobject.yaml")["spec"]["triggers"]
     assert float(trigger["metadata"]["threshold"]) == worker_settings.concurrency
     [metric] = manifest_of_kind(manifests_in_files(), "HorizontalPodAutoscaler")["spec"]["metrics"]
@@ -423,7 +426,7 @@ def test_queries_of_both_autoscalers_are_equal_and_name_metrics_of_the_worker() 
 
 
 def test_query_counts_the_queue_once_whatever_the_number_of_workers(tmp_path: Path) -> None:
-    """Three workers, two slots busy in each; they all report the same queue, one an old state."""
+    """Three workers with two busy slots each report the same queue; one reports old numbers."""
     promtool = shutil.which("promtool")
     if promtool is None:
         pytest.skip("promtool is not installed")
@@ -484,7 +487,7 @@ def test_keda_trigger_reads_a_number_of_the_scale_service(path: str) -> None:
     assert "authenticationRef" not in trigger
 
 
-def test_scale_process_listens_where_service_and_probes_ask() -> None:
+def test_scale_process_listens_on_the_port_of_service_and_probes() -> None:
     container = worker_container(manifest_in_file("scale/deployment.yaml"))
     command, flag, address = container["args"]
     assert (command, flag) == ("scale", "--metrics-listen")
@@ -498,8 +501,8 @@ def test_scale_process_listens_where_service_and_probes_ask() -> None:
         assert container[name]["httpGet"] == {"path": path, "port": port["name"]}
 
 
-def test_keda_job_lists_count_running_items_as_their_strategy_requires() -> None:
-    """The strategy `default` subtracts running jobs, so running items must be in the number."""
+def test_keda_jobs_with_strategy_default_count_running_items_too() -> None:
+    """KEDA's strategy `default` subtracts the running jobs from the number of items."""
     spec = manifest_of_kind(manifests_in_files(), "ScaledJob")["spec"]
     [trigger] = spec["triggers"]
     assert spec["scalingStrategy"] == {"strategy": "default"}
@@ -508,12 +511,12 @@ def test_keda_job_lists_count_running_items_as_their_strategy_requires() -> None
 
 
 @pytest.mark.parametrize("overlay", ["autoscaled", "autoscaled-by-api"])
-def test_autoscaler_without_numbers_keeps_the_number_of_pods(overlay: str) -> None:
+def test_autoscaler_without_metrics_keeps_the_number_of_pods(overlay: str) -> None:
     spec = manifest_in_file(f"overlays/{overlay}/scaledobject.yaml")["spec"]
     assert spec["fallback"]["behavior"] == "currentReplicas"
 
 
-def test_documented_trigger_authentication_is_valid_and_has_the_token_of_serve() -> None:
+def test_documented_trigger_authentication_is_valid_and_uses_the_scale_token() -> None:
     page = (ROOT / "workpool/docs/operating.md").read_text()
     [example] = re.findall(r"```yaml\n([^`]*?kind: TriggerAuthentication.*?)```", page, re.DOTALL)
     authentication, trigger = parse_manifests(example)
@@ -527,7 +530,7 @@ def test_documented_trigger_authentication_is_valid_and_has_the_token_of_serve()
     assert wanted["metadata"]["valueLocation"] in FLEET_NUMBERS
 
 
-def test_update_of_the_manifests_ends_no_job_and_no_worker_too_early() -> None:
+def test_rollout_ends_no_running_job_and_starts_new_workers_first() -> None:
     job, deployment = (
         manifest_of_kind(manifests_in_files(), "ScaledJob"),
         manifest_of_kind(manifests_in_files(), "Deployment"),

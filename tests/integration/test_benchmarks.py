@@ -9,14 +9,14 @@ from pathlib import Path
 
 import pytest
 
-from tests.postgres.cluster import PostgresMissingError, programs
+from tests.postgres.cluster import PostgresMissingError, postgres_program_folder
 
 BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
 
 
 def skip_without_postgres() -> None:
     try:
-        programs()
+        postgres_program_folder()
     except PostgresMissingError as missing:
         pytest.skip(str(missing))
 

@@ -1,4 +1,4 @@
-"""A real PostgreSQL cluster of the tests, in a directory and on a port of its own.
+"""A PostgreSQL cluster for tests, with a data directory and a port of its own.
 
 The fixture `postgres` starts one cluster for each process of pytest, which all its tests share, and
 `database_url` makes an empty database for each test. `own_postgres` is a cluster for one test,
@@ -45,7 +45,7 @@ _START_ATTEMPTS = 5
 
 
 class PostgresMissingError(Exception):
-    """PostgreSQL cannot run on this machine."""
+    """Raised if PostgreSQL cannot run on this machine."""
 
 
 class Cluster:
@@ -64,7 +64,7 @@ class Cluster:
         self.port = 0
         self._data = folder / "data"
         self._log = folder / "log"
-        self._programs = programs()
+        self._programs = postgres_program_folder()
         self._settings = {**SETTINGS, "unix_socket_directories": str(folder), **(settings or {})}
         self._numbers = count(1)
         # `initdb` and `postgres` refuse to run as root.
@@ -72,7 +72,7 @@ class Cluster:
 
     @property
     def pid(self) -> int:
-        """The first process of the running server; its other processes are children of it."""
+        """The process id of the running server, which is the parent of its other processes."""
         return int((self._data / "postmaster.pid").read_text().partition("\n")[0])
 
     def create(self) -> None:
@@ -112,9 +112,9 @@ class Cluster:
             try:
                 self._run_pg_ctl("start", "-l", str(self._log), "-o", " ".join(options))
             except subprocess.CalledProcessError as error:
-                error.add_note(self.log())
+                error.add_note(self.read_log())
                 if self.port or attempt == _START_ATTEMPTS:
-                    # Another process may take a port only between its choice and the first start.
+                    # Only a port that was chosen just now may be in use by another process.
                     raise
             else:
                 self.port = chosen
@@ -132,8 +132,8 @@ class Cluster:
     def kill(self) -> None:
         """Kill every process of the server, as a crash does, and return once they have ended."""
         first = self.pid
-        os.kill(first, signal.SIGSTOP)  # so that it starts no new processes
-        processes = [first, *_children_of(first)]
+        os.kill(first, signal.SIGSTOP)  # a stopped server cannot start further processes
+        processes = [first, *_child_pids(first)]
         for process in processes:
             with suppress(ProcessLookupError):
                 os.kill(process, signal.SIGKILL)
@@ -164,14 +164,14 @@ class Cluster:
         return self.url(name)
 
     def execute(self, sql: str, url: str | None = None) -> str:
-        """Run statements on a connection of its own, and return the rows of the last one.
+        """Run statements on a new connection, and return the rows of the last one.
 
-        A line for each row, with `|` between its columns.
+        The result has a line for each row, with `|` between its columns.
         """
         words = ("-X", "-q", "-A", "-t", "-v", "ON_ERROR_STOP=1", "-d", url or self.url())
-        return self._output_of("psql", *words, "-c", sql).strip()
+        return self._run_and_read("psql", *words, "-c", sql).strip()
 
-    def log(self) -> str:
+    def read_log(self) -> str:
         """Return the log of the server."""
         return self._log.read_text()
 
@@ -179,7 +179,7 @@ class Cluster:
         self._run_program("pg_ctl", action, "-w", "-t", str(SECONDS), "-s", *words)
 
     def _run_program(self, program: str, *words: str) -> None:
-        """Run a program of the server; its output is in no pipe, which the server would inherit."""
+        """Run a server program with a file as its output: the server would keep a pipe open."""
         with tempfile.TemporaryFile() as output:
             try:
                 subprocess.run(  # noqa: S603 - our own words
@@ -199,7 +199,7 @@ class Cluster:
                 error.add_note(output.read().decode(errors="replace"))
                 raise
 
-    def _output_of(self, program: str, *words: str) -> str:
+    def _run_and_read(self, program: str, *words: str) -> str:
         done = subprocess.run(  # noqa: S603 - our own words
             [str(self._programs / program), *words],
             capture_output=True,
@@ -211,7 +211,7 @@ class Cluster:
         return done.stdout
 
 
-def programs() -> Path:
+def postgres_program_folder() -> Path:
     """Return the folder of PostgreSQL's programs. Raises `PostgresMissingError`."""
     found = sorted(
         Path("/usr/lib/postgresql").glob("*/bin/initdb"),
@@ -225,11 +225,11 @@ def programs() -> Path:
     return Path(other).resolve().parent
 
 
-def started_cluster(settings: dict[str, str] | None = None) -> Cluster:
-    """Make and start a cluster, which the caller must `remove`. Raises `PostgresMissingError`."""
-    programs()
-    # /tmp, not a folder of pytest's: the user of the server may not enter that, and a socket's path
-    # must be short.
+def start_cluster(settings: dict[str, str] | None = None) -> Cluster:
+    """Make and start a cluster, which the caller must remove. Raises `PostgresMissingError`."""
+    postgres_program_folder()
+    # Below /tmp, since the user of the server may not enter a folder of pytest's, and the path of a
+    # socket must be short.
     parent = Path(tempfile.mkdtemp(prefix="workpool-postgres-", dir="/tmp"))
     parent.chmod(0o711)
     cluster = Cluster(parent / "cluster", settings)
@@ -237,26 +237,26 @@ def started_cluster(settings: dict[str, str] | None = None) -> Cluster:
         cluster.create()
         cluster.start()
     except BaseException:
-        remove(cluster)
+        remove_cluster(cluster)
         raise
     return cluster
 
 
-def remove(cluster: Cluster) -> None:
-    """End a cluster of `started_cluster` and delete its folders."""
+def remove_cluster(cluster: Cluster) -> None:
+    """End a cluster of `start_cluster` and delete its folders."""
     cluster.remove()
     shutil.rmtree(cluster.folder.parent, ignore_errors=True)
 
 
 def _running_cluster() -> Iterator[Cluster]:
     try:
-        cluster = started_cluster()
+        cluster = start_cluster()
     except PostgresMissingError as error:
         pytest.skip(str(error))
     try:
         yield cluster
     finally:
-        remove(cluster)
+        remove_cluster(cluster)
 
 
 @pytest.fixture(scope="session")
@@ -273,7 +273,7 @@ def own_postgres() -> Iterator[Cluster]:
 
 @pytest.fixture
 def standby(own_postgres: Cluster) -> Iterator[Cluster]:
-    """Return a running standby of `own_postgres`, whose commits wait for it."""
+    """Return a running standby of `own_postgres`, with synchronous replication."""
     standby = Cluster(own_postgres.folder.with_name("standby"))
     standby.create_standby(own_postgres)
     try:
@@ -301,7 +301,7 @@ def _free_port() -> int:
         return port
 
 
-def _children_of(process: int) -> list[int]:
+def _child_pids(process: int) -> list[int]:
     try:
         text = Path(f"/proc/{process}/task/{process}/children").read_text()
     except FileNotFoundError:

@@ -1,8 +1,8 @@
 """Nodes of the control plane on one database, and a client that sends each request once.
 
 `python -m tests.postgres.nodes URL [CALL]` is a node in its own process, for tests that kill it. It
-prints its base URL. With CALL (`ack`, `poll`, …) it carries out such a request, prints `held`, and
-does not answer.
+prints its base URL. With CALL (`ack`, `poll`, …) it carries out each such request, prints `held`,
+and does not answer.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ ENV, TOKEN = "env_0199aaaaaaaa70008000000000000001", "token-of-everything"
 
 
 class NodeAnswer(NamedTuple):
-    """An answer of a node, read to its end."""
+    """The status, the JSON body and the headers of a node's answer."""
 
     status: int
     body: Any
@@ -37,7 +37,7 @@ class NodeAnswer(NamedTuple):
 
 
 class NodeClient(WorkCalls[NodeAnswer]):
-    """A client of one node, as one worker."""
+    """A client that calls one node in the name of one worker."""
 
     environment = ENV
 
@@ -54,12 +54,12 @@ class NodeClient(WorkCalls[NodeAnswer]):
             return NodeAnswer(response.status, body, response.headers)
 
     async def enqueue(self, count: int = 1) -> NodeAnswer:
-        """Create items."""
+        """Create `count` items."""
         return await self("POST", self.work_url(), json={"count": count})
 
 
-def node(url: str, middlewares: tuple[Any, ...] = ()) -> ControlPlane:
-    """Return a node of the control plane on a database, with a history."""
+def make_node(url: str, middlewares: tuple[Any, ...] = ()) -> ControlPlane:
+    """Return a control plane on a database that records its history, not yet started."""
     return ControlPlane(
         environments=(ENV,),
         tokens={TOKEN: None},
@@ -69,7 +69,7 @@ def node(url: str, middlewares: tuple[Any, ...] = ()) -> ControlPlane:
 
 
 @asynccontextmanager
-async def node_process(url: str, *call: str) -> AsyncIterator[asyncio.subprocess.Process]:
+async def start_node_process(url: str, *call: str) -> AsyncIterator[asyncio.subprocess.Process]:
     """Start a node in a process of its own; its first line of output is its base URL."""
     process = await asyncio.create_subprocess_exec(
         *(sys.executable, "-m", "tests.postgres.nodes", url, *call),
@@ -92,7 +92,7 @@ async def read_line(process: asyncio.subprocess.Process) -> str:
 
 async def _serve_node(url: str, call: str) -> None:
     @web.middleware
-    async def hold(
+    async def withhold_answer(
         request: web.Request, handler: Callable[[web.Request], Awaitable[web.StreamResponse]]
     ) -> web.StreamResponse:
         response = await handler(request)
@@ -101,7 +101,7 @@ async def _serve_node(url: str, call: str) -> None:
             await asyncio.Event().wait()
         return response
 
-    async with node(url, (hold,)) as plane:
+    async with make_node(url, (withhold_answer,)) as plane:
         print(plane.base_url, flush=True)  # noqa: T201 - the parent process waits for it
         await asyncio.Event().wait()
 

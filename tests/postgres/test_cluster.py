@@ -1,4 +1,4 @@
-"""The cluster of the tests: it keeps committed data, and its databases are separate."""
+"""The PostgreSQL cluster of the tests keeps committed data and separates databases."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
 
 @pytest.mark.parametrize("end", ["stop", "kill"])
-def test_cluster_after_end_and_start_has_every_commit(own_postgres: Cluster, end: str) -> None:
+def test_restarted_cluster_has_all_committed_rows(own_postgres: Cluster, end: str) -> None:
     url = own_postgres.create_database()
     own_postgres.execute("CREATE TABLE number (value int)", url)
     own_postgres.execute("INSERT INTO number VALUES (7)", url)
@@ -23,7 +23,7 @@ def test_cluster_after_end_and_start_has_every_commit(own_postgres: Cluster, end
         own_postgres.execute("SELECT 1", url)
     own_postgres.start()
     assert own_postgres.execute("SELECT value FROM number", url) == "7"
-    recovered = "not properly shut down" in own_postgres.log()
+    recovered = "not properly shut down" in own_postgres.read_log()
     assert recovered == (end == "kill")
 
 

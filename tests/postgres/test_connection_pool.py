@@ -1,4 +1,4 @@
-"""The connection pool: bounds, and the driver's errors as 503s."""
+"""The connection pool: its limits, and driver errors that become 503s."""
 
 from __future__ import annotations
 
@@ -39,8 +39,8 @@ async def pool(database_url: str) -> AsyncIterator[ConnectionPool]:
     await pool.close()
 
 
-async def until_available(pool: ConnectionPool) -> int:
-    """Call until the database answers; return the number of 503s before that."""
+async def wait_until_available(pool: ConnectionPool) -> int:
+    """Repeat a query until the database answers; return the number of 503s before that."""
     refusals = 0
     async with asyncio.timeout(SECONDS):
         while True:
@@ -64,40 +64,44 @@ async def test_statement_result_is_returned_and_committed(
 async def test_transaction_with_exception_is_undone(pool: ConnectionPool) -> None:
     await pool.execute("CREATE TABLE number (value int)")
 
-    async def fail() -> None:
+    async def fail_in_transaction() -> None:
         async with pool.transaction() as connection:
             await connection.execute("INSERT INTO number VALUES (7)")
             raise LookupError
 
     with pytest.raises(LookupError):
-        await fail()
+        await fail_in_transaction()
     assert await pool.fetchval("SELECT count(*) FROM number") == 0
 
 
-async def test_transaction_that_goes_on_after_an_error_fails(pool: ConnectionPool) -> None:
-    async def go_on() -> None:
+async def test_transaction_continued_after_a_failed_statement_raises_error(
+    pool: ConnectionPool,
+) -> None:
+    async def continue_after_error() -> None:
         async with pool.transaction() as connection:
             with suppress(asyncpg.DivisionByZeroError):
                 await connection.fetchval("SELECT 1 / 0")
 
     with pytest.raises(RuntimeError, match="after a failed statement"):
-        await go_on()
+        await continue_after_error()
     assert await pool.fetchval("SELECT 7") == 7
 
 
-async def test_more_calls_than_connections_wait_in_turn(pool: ConnectionPool) -> None:
+async def test_calls_beyond_the_pool_size_wait_for_a_connection(pool: ConnectionPool) -> None:
     sql = "SELECT pg_backend_pid() FROM pg_sleep(0.01)"
     found = await asyncio.gather(*(pool.fetchval(sql) for _ in range(40)))
     assert 1 <= len(set(found)) <= 2
 
 
-async def test_cancelled_waiting_call_passes_the_connection_on(pool: ConnectionPool) -> None:
+async def test_call_cancelled_while_waiting_leaves_connection_to_next_call(
+    pool: ConnectionPool,
+) -> None:
     async with asyncio.timeout(SECONDS), asyncio.TaskGroup() as group, AsyncExitStack() as stack:
         for _ in range(2):
             await stack.enter_async_context(pool.transaction())
         first, second = (group.create_task(pool.fetchval("SELECT 7")) for _ in range(2))
         await asyncio.sleep(0)
-        await stack.aclose()  # wakes the first waiting call
+        await stack.aclose()  # The first waiting call is woken, and cancelled before it runs.
         first.cancel()
         assert await second == 7
 
@@ -118,7 +122,7 @@ async def test_exhausted_pool_is_503_and_recovers(
     ]
 
 
-async def test_slow_statement_is_cancelled_and_503(
+async def test_statement_beyond_its_time_limit_is_503(
     database_url: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(connection_pool, "STATEMENT_SECONDS", 0.2)
@@ -127,7 +131,7 @@ async def test_slow_statement_is_cancelled_and_503(
     try:
         with pytest.raises(UnavailableError, match="a statement took too long"):
             await pool.execute("SELECT pg_sleep(600)")
-        await until_available(pool)
+        await wait_until_available(pool)
     finally:
         await pool.close()
 
@@ -138,31 +142,31 @@ async def test_read_only_database_is_503_until_it_is_writable(
     name = database_url.rpartition("/")[2]
     await pool.execute("CREATE TABLE number (value int)")
     postgres.execute(f"ALTER DATABASE {name} SET default_transaction_read_only = on")
-    await end_sessions(pool, postgres, name)
+    await terminate_connections(pool, postgres, name)
     with pytest.raises(UnavailableError, match="read-only"):
         await pool.execute("INSERT INTO number VALUES (7)")
-    # Nothing cuts the connections this time: the pool replaces them by itself.
+    # The read-only connections stay open: the pool must replace them by itself.
     postgres.execute(f"ALTER DATABASE {name} SET default_transaction_read_only = off")
     assert await pool.execute("INSERT INTO number VALUES (7)") == "INSERT 0 1"
 
 
-async def end_sessions(pool: ConnectionPool, postgres: Cluster, name: str) -> None:
-    """End all connections to a database, and wait until the pool has replaced them."""
+async def terminate_connections(pool: ConnectionPool, postgres: Cluster, name: str) -> None:
+    """Terminate all connections to a database, and wait until the pool has replaced them."""
     postgres.execute(
         f"SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE datname = '{name}'"  # noqa: S608 - our own name
     )
-    await until_available(pool)
+    await wait_until_available(pool)
 
 
-async def test_terminated_connection_in_a_statement_is_503(
+async def test_connection_terminated_during_a_statement_is_503(
     pool: ConnectionPool, postgres: Cluster
 ) -> None:
-    async def wait_for_death() -> None:
+    async def run_until_terminated() -> None:
         with pytest.raises(UnavailableError):
             await pool.execute("SELECT pg_sleep(600)")
 
     async with asyncio.timeout(SECONDS), asyncio.TaskGroup() as group:
-        group.create_task(wait_for_death())
+        group.create_task(run_until_terminated())
         ended = ""
         while "t" not in ended:
             ended = await asyncio.to_thread(
@@ -170,13 +174,11 @@ async def test_terminated_connection_in_a_statement_is_503(
                 "SELECT pg_terminate_backend(pid) FROM pg_stat_activity "
                 "WHERE query = 'SELECT pg_sleep(600)'",
             )
-    await until_available(pool)
+    await wait_until_available(pool)
 
 
 @pytest.mark.parametrize("end", ["restart", "kill"])
-async def test_restarted_database_is_used_again_without_action(
-    own_postgres: Cluster, end: str
-) -> None:
+async def test_pool_reconnects_after_a_database_restart(own_postgres: Cluster, end: str) -> None:
     pool = ConnectionPool(own_postgres.create_database())
     await pool.open()
     try:
@@ -187,12 +189,12 @@ async def test_restarted_database_is_used_again_without_action(
             await asyncio.to_thread(own_postgres.start)
         else:
             await asyncio.to_thread(own_postgres.restart)
-        await until_available(pool)
+        await wait_until_available(pool)
     finally:
         await pool.close()
 
 
-async def test_database_without_answers_is_503_and_its_connection_replaced(
+async def test_unanswered_statement_is_503_and_its_connection_is_replaced(
     pool: ConnectionPool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(connection_pool, "_ANSWER_SECONDS", 0.2)
@@ -200,12 +202,12 @@ async def test_database_without_answers_is_503_and_its_connection_replaced(
     await pool.close()
     await pool.open()
     process = await pool.fetchval("SELECT pg_backend_pid()")
-    os.kill(process, signal.SIGSTOP)  # as if the network dropped everything
+    os.kill(process, signal.SIGSTOP)  # answers nothing, like a network that drops all packets
     try:
         async with asyncio.timeout(SECONDS):
             with pytest.raises(UnavailableError, match="did not answer in time"):
                 await pool.fetchval("SELECT 7")
-            await until_available(pool)
+            await wait_until_available(pool)
     finally:
         os.kill(process, signal.SIGCONT)
 
@@ -228,23 +230,23 @@ async def test_too_many_connections_is_503(own_postgres: Cluster) -> None:
 async def test_deadlock_and_serialization_failure_are_retried(pool: ConnectionPool) -> None:
     calls = 0
 
-    async def collide() -> int:
+    async def fail_twice() -> int:
         nonlocal calls
         calls += 1
         if calls < 3:
             await pool.execute("DO $$ BEGIN RAISE SQLSTATE '40P01'; END $$")
         return calls
 
-    assert await pool.retry_collisions(collide) == 3
+    assert await pool.retry_collisions(fail_twice) == 3
 
-    async def always() -> None:
+    async def always_fail() -> None:
         await pool.execute("DO $$ BEGIN RAISE SQLSTATE '40001'; END $$")
 
     with pytest.raises(RetryableError):
-        await pool.retry_collisions(always)
+        await pool.retry_collisions(always_fail)
 
 
-async def test_violated_constraint_stays_a_loud_error(pool: ConnectionPool) -> None:
+async def test_wrong_statement_raises_the_error_of_the_driver(pool: ConnectionPool) -> None:
     await pool.execute("CREATE TABLE number (value int PRIMARY KEY)")
     await pool.execute("INSERT INTO number VALUES (7)")
     with pytest.raises(asyncpg.UniqueViolationError):
@@ -257,7 +259,7 @@ async def test_violated_constraint_stays_a_loud_error(pool: ConnectionPool) -> N
 
 
 async def test_cancelled_call_frees_its_connection(pool: ConnectionPool, postgres: Cluster) -> None:
-    for _ in range(4):  # more calls than connections
+    for _ in range(4):  # twice the number of connections
         with pytest.raises(TimeoutError):
             async with asyncio.timeout(0.1):
                 await pool.execute("SELECT pg_sleep(600)")
@@ -268,7 +270,7 @@ async def test_cancelled_call_frees_its_connection(pool: ConnectionPool, postgre
             pass
 
 
-async def test_closed_pool_is_503(pool: ConnectionPool) -> None:
+async def test_call_on_closed_pool_is_503(pool: ConnectionPool) -> None:
     await pool.close()
     with pytest.raises(UnavailableError, match="this node ends"):
         await pool.fetchval("SELECT 7")
@@ -292,7 +294,7 @@ async def test_start_error_names_the_database_without_password(
     assert HIDDEN not in f"{raised.value}{pool!r}"
 
 
-async def test_missing_database_is_named_at_start(postgres: Cluster) -> None:
+async def test_start_error_names_the_missing_database(postgres: Cluster) -> None:
     with pytest.raises(StoreError, match=r"127.0.0.1:\d+/absent: the database does not exist"):
         await ConnectionPool(postgres.url("absent")).open()
 
@@ -307,7 +309,7 @@ async def test_missing_database_is_named_at_start(postgres: Cluster) -> None:
         ("postgres://a,b:1/work", "postgresql://a,b:1/work"),
     ],
 )
-def test_shown_url_has_no_password(url: str, shown: str) -> None:
+def test_redacted_url_has_no_password(url: str, shown: str) -> None:
     assert redact_url(url) == shown
 
 
@@ -330,6 +332,8 @@ def test_shown_url_has_no_password(url: str, shown: str) -> None:
         (TimeoutError(), "it did not answer in time"),
     ],
 )
-def test_driver_error_is_unavailability_or_a_defect(error: Exception, reason: str | None) -> None:
+def test_only_temporary_driver_errors_become_unavailable_errors(
+    error: Exception, reason: str | None
+) -> None:
     translated: Any = to_unavailable_error(error)
     assert (None if translated is None else translated.reason) == reason

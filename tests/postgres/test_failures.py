@@ -1,4 +1,4 @@
-"""Failures of the database and of nodes under load: 503s, and no lost or doubly held item."""
+"""Failures of the database and of nodes under load give 503s and lose no item."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ from tests.postgres.nodes import (
     SECONDS,
     NodeAnswer,
     NodeClient,
-    node,
-    node_process,
+    make_node,
     read_line,
+    start_node_process,
 )
 from workpool.server import summarize
 from workpool.server.postgres import connection_pool, migrations
@@ -37,7 +37,7 @@ RECLAIM_MS = 1000
 CUT = "SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE application_name = 'workpool'"
 
 
-class Load:
+class WorkerLoad:
     """Workers on several nodes, which repeat each call that was answered with a 503.
 
     Attributes:
@@ -58,13 +58,13 @@ class Load:
         self._refused = asyncio.Event()
         self._stopped = asyncio.Event()
 
-    async def refused(self) -> None:
+    async def wait_for_refusal(self) -> None:
         """Wait for the next 503."""
         self._refused.clear()
         await self._refused.wait()
 
-    async def stopped_more(self, count: int) -> None:
-        """Wait until `count` more items are stopped."""
+    async def wait_for_stops(self, count: int) -> None:
+        """Wait until workers have stopped `count` further items."""
         target = len(self.stopped) + count
         while len(self.stopped) < target:
             self._stopped.clear()
@@ -73,20 +73,25 @@ class Load:
     async def run(self) -> None:
         """Create items until `is_full`, and work until all of them are stopped."""
         async with asyncio.TaskGroup() as group:
-            group.create_task(self._create_items(self._client_of(0, "creator")))
+            group.create_task(self._create_items(self._make_client(0, "creator")))
             for number in range(WORKERS):
                 group.create_task(
-                    self._work_until_done(self._client_of(number, f"worker-{number}"))
+                    self._work_until_done(self._make_client(number, f"worker-{number}"))
                 )
 
-    def _client_of(self, number: int, worker: str) -> NodeClient:
+    def _make_client(self, number: int, worker: str) -> NodeClient:
         return NodeClient(self._http, self._planes[number % len(self._planes)].base_url, worker)
 
     def _is_done(self) -> bool:
         return self.is_full and self.stopped >= set(self.created)
 
-    async def _answer_of(self, call: Callable[[], Awaitable[NodeAnswer]], *more: int) -> NodeAnswer:
-        """Return the first answer that is no 503: 200, 204, or after a 503 one of `more`."""
+    async def _call_until_answered(
+        self, call: Callable[[], Awaitable[NodeAnswer]], *more: int
+    ) -> NodeAnswer:
+        """Repeat a call until its answer is not a 503, and return that answer.
+
+        `more`: statuses that are also allowed after a 503, whose call may have taken effect.
+        """
         repeated = False
         while True:
             answer = await call()
@@ -102,40 +107,41 @@ class Load:
 
     async def _create_items(self, client: NodeClient) -> None:
         while not self.is_full:
-            answer = await self._answer_of(client.enqueue)
+            answer = await self._call_until_answered(client.enqueue)
             self.created += [item["id"] for item in answer.body["data"]]
             await asyncio.sleep(0.01)
 
     async def _work_until_done(self, client: NodeClient) -> None:
         params = {"block_ms": "500", "reclaim_older_than_ms": str(RECLAIM_MS)}
         while not self._is_done():
-            item = (await self._answer_of(partial(client.poll, params=params))).body
+            item = (await self._call_until_answered(partial(client.poll, params=params))).body
             if item is not None:
-                await self._serve_item(client, item["id"])
+                await self._process_item(client, item["id"])
 
-    async def _serve_item(self, client: NodeClient, work_id: str) -> None:
-        acked = await self._answer_of(partial(client.ack, work_id), 409)
+    async def _process_item(self, client: NodeClient, work_id: str) -> None:
+        acked = await self._call_until_answered(partial(client.ack, work_id), 409)
         if acked.status == 409:
-            return  # delivered to another worker, or stopped by a call whose answer was lost
+            return  # The item went to another worker, or was stopped by a call without an answer.
         assert work_id not in self.holders, "two workers hold one item"
         self.holders[work_id] = client._worker
         first = partial(client.heartbeat, work_id, "NO_HEARTBEAT")
-        beaten = await self._answer_of(first, 412)  # 412: a repetition, of which the first counted
+        # 412: an earlier try of this heartbeat took effect, but its answer was a 503.
+        beaten = await self._call_until_answered(first, 412)
         state = beaten.body if beaten.status == 200 else beaten.body["error"]["details"]
         last = (state if beaten.status == 200 else state["current_state"])["last_heartbeat"]
-        await self._answer_of(partial(client.heartbeat, work_id, last), 412)
-        await self._answer_of(partial(client.stop, work_id, json={"force": True}))
+        await self._call_until_answered(partial(client.heartbeat, work_id, last), 412)
+        await self._call_until_answered(partial(client.stop, work_id, json={"force": True}))
         self.stopped.add(work_id)
         self._stopped.set()
 
 
 @asynccontextmanager
-async def loaded(url: str, nodes: int = 2) -> AsyncIterator[Load]:
-    """Run nodes under load; at the end, check the state of all items in the database."""
+async def run_under_load(url: str, nodes: int = 2) -> AsyncIterator[WorkerLoad]:
+    """Run nodes under load; afterwards check that all items are stopped in the database."""
     async with asyncio.timeout(4 * SECONDS), AsyncExitStack() as stack:
         http = await stack.enter_async_context(aiohttp.ClientSession())
-        planes = [await stack.enter_async_context(node(url)) for _ in range(nodes)]
-        load = Load(http, planes)
+        planes = [await stack.enter_async_context(make_node(url)) for _ in range(nodes)]
+        load = WorkerLoad(http, planes)
         async with asyncio.TaskGroup() as group:
             group.create_task(load.run())
             yield load
@@ -160,64 +166,68 @@ async def _stored_states(url: str) -> AsyncIterator[dict[str, str]]:
         await connection.close()
 
 
-async def sql(cluster: Cluster, statement: str, url: str | None = None) -> str:
+async def execute_sql(cluster: Cluster, statement: str, url: str | None = None) -> str:
     return await asyncio.to_thread(cluster.execute, statement, url)
 
 
 @pytest.mark.parametrize("end", ["stop", "kill"])
-async def test_database_that_restarts_under_load_loses_nothing(
+async def test_database_that_restarts_under_load_loses_no_item(
     own_postgres: Cluster, end: str
 ) -> None:
-    async with loaded(own_postgres.create_database()) as load:
+    async with run_under_load(own_postgres.create_database()) as load:
         for _ in range(2):
-            await load.stopped_more(5)
+            await load.wait_for_stops(5)
             await asyncio.to_thread(own_postgres.stop if end == "stop" else own_postgres.kill)
-            await load.refused()
+            await load.wait_for_refusal()
             await asyncio.to_thread(own_postgres.start)
-            await load.stopped_more(1)
+            await load.wait_for_stops(1)
     assert load.refusals > 0
 
 
-async def test_connections_that_are_cut_under_load_lose_nothing(own_postgres: Cluster) -> None:
-    async with loaded(own_postgres.create_database()) as load:
+async def test_connections_that_are_cut_under_load_lose_no_item(own_postgres: Cluster) -> None:
+    async with run_under_load(own_postgres.create_database()) as load:
         while load.refusals < 5:
             await asyncio.sleep(0.05)
-            await sql(own_postgres, CUT)
+            await execute_sql(own_postgres, CUT)
 
 
-async def test_database_that_is_read_only_for_a_while_refuses_writes(
+async def test_temporarily_read_only_database_gives_503s_and_loses_no_item(
     own_postgres: Cluster,
 ) -> None:
     url = own_postgres.create_database()
     name = url.rpartition("/")[2]
-    async with loaded(url) as load:
-        await sql(own_postgres, f"ALTER DATABASE {name} SET default_transaction_read_only = on")
-        await sql(own_postgres, CUT)
+    async with run_under_load(url) as load:
+        await execute_sql(
+            own_postgres, f"ALTER DATABASE {name} SET default_transaction_read_only = on"
+        )
+        await execute_sql(own_postgres, CUT)
         for _ in range(20):
-            await load.refused()
-        # As after a failover: no connection is cut a second time.
-        await sql(own_postgres, f"ALTER DATABASE {name} RESET default_transaction_read_only")
+            await load.wait_for_refusal()
+        # The connections stay open, as after a failover, so the pool must replace them itself.
+        await execute_sql(
+            own_postgres, f"ALTER DATABASE {name} RESET default_transaction_read_only"
+        )
 
 
-async def test_failover_to_a_standby_under_load_loses_nothing(
+async def test_failover_to_a_standby_under_load_loses_no_item(
     own_postgres: Cluster, standby: Cluster
 ) -> None:
     name = own_postgres.create_database().rpartition("/")[2]
     hosts = f"127.0.0.1:{own_postgres.port},127.0.0.1:{standby.port}"
     url = f"postgresql://workpool@{hosts}/{name}?target_session_attrs=read-write"
-    async with loaded(url) as load:
-        await load.stopped_more(10)
+    async with run_under_load(url) as load:
+        await load.wait_for_stops(10)
         await asyncio.to_thread(own_postgres.kill)
         for _ in range(20):
-            await load.refused()
+            await load.wait_for_refusal()
         await asyncio.to_thread(standby.promote)
-        await load.stopped_more(10)
+        await load.wait_for_stops(10)
 
 
 @pytest.mark.parametrize(
     ("size", "reason"), [(20, "a statement took too long"), (2, "all connections are in use")]
 )
-async def test_locked_table_and_exhausted_pool_are_503s(
+async def test_locked_table_gives_503s_and_logs_the_reason(
     own_postgres: Cluster,
     monkeypatch: pytest.MonkeyPatch,
     caplog: pytest.LogCaptureFixture,
@@ -229,24 +239,24 @@ async def test_locked_table_and_exhausted_pool_are_503s(
     monkeypatch.setattr(connection_pool, "ACQUIRE_SECONDS", 0.1 if size == 2 else 20.0)
     monkeypatch.setattr(connection_pool, "POOL_SIZE", size)
     url = own_postgres.create_database()
-    async with loaded(url) as load:
+    async with run_under_load(url) as load:
         blocker = await open_connection(url, statement_seconds=SECONDS)
         async with blocker.transaction():
             await blocker.execute("LOCK TABLE items IN ACCESS EXCLUSIVE MODE")
             for _ in range(3):
-                await load.refused()
+                await load.wait_for_refusal()
         await blocker.close()
     assert f"database is not available: {reason}" in caplog.messages
 
 
 @pytest.mark.parametrize("call", ["work", "poll", "ack", "heartbeat", "stop"])
-async def test_node_killed_between_commit_and_answer_loses_nothing(
+async def test_node_killed_between_commit_and_answer_loses_no_item(
     database_url: str, call: str
 ) -> None:
     async with (
         asyncio.timeout(2 * SECONDS),
-        node(database_url) as plane,
-        node_process(database_url, call) as process,
+        make_node(database_url) as plane,
+        start_node_process(database_url, call) as process,
         aiohttp.ClientSession() as http,
         asyncio.TaskGroup() as group,
     ):
@@ -274,10 +284,10 @@ async def test_node_killed_between_commit_and_answer_loses_nothing(
         assert await read_line(process) == "held"
         process.kill()
         await held
-        if call == "work":  # the other node delivers the committed item
+        if call == "work":  # The creation was committed, so the other node delivers the item.
             assert (await client.poll()).body["state"] == "queued"
             return
-        if call == "poll":  # the delivery was lost, so the item returns
+        if call == "poll":  # Nobody received the delivery, so the item is delivered again.
             await asyncio.sleep(RECLAIM_MS / 1000)
             assert (await calls[call](client)).body["id"] == work_id
             return
@@ -298,7 +308,7 @@ async def test_nodes_of_two_releases_share_a_database_during_an_upgrade(
     own_postgres: Cluster, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     for name in ("STATEMENT_SECONDS", "ACQUIRE_SECONDS"):
-        # A loaded machine must not count as a failure.
+        # With the usual limits, a run_under_load machine would cause 503s, which this test counts.
         monkeypatch.setattr(connection_pool, name, SECONDS)
     url = own_postgres.create_database()
     steps = migrations.load_migrations()
@@ -311,18 +321,20 @@ async def test_nodes_of_two_releases_share_a_database_during_an_upgrade(
         "ALTER TABLE events ADD COLUMN region text;"
         "CREATE TABLE regions (name text PRIMARY KEY);",
     )
-    async with loaded(url) as load:  # nodes of this release
-        await load.stopped_more(20)
+    async with run_under_load(url) as load:
+        await load.wait_for_stops(20)
         releases = migrations.load_migrations
-        monkeypatch.setattr(migrations, "migrations", lambda: (*steps, step))
-        async with node(url) as newer:  # a node of the next release, which migrates
-            stored = await sql(own_postgres, "SELECT max(version) FROM schema_versions", url)
+        monkeypatch.setattr(migrations, "load_migrations", lambda: (*steps, step))
+        async with make_node(url) as newer:  # migrates the schema, as the next release would
+            stored = await execute_sql(
+                own_postgres, "SELECT max(version) FROM schema_versions", url
+            )
             assert stored == str(version)
             client = NodeClient(load._http, newer.base_url, "newer")
             for _ in range(10):
-                await load._answer_of(client.enqueue)
-            await load.stopped_more(20)
-        monkeypatch.setattr(migrations, "migrations", releases)
-        async with node(url):  # a node of this release, on the newer schema
+                await load._call_until_answered(client.enqueue)
+            await load.wait_for_stops(20)
+        monkeypatch.setattr(migrations, "load_migrations", releases)
+        async with make_node(url):  # starts with the old migrations on the newer schema
             pass
     assert load.refusals == 0

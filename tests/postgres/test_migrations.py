@@ -1,4 +1,4 @@
-"""Migrations: each runs once, in order, and a node refuses a schema that it cannot use."""
+"""Schema migrations: each runs once and in order; a node refuses a schema that is too new."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ SECOND = Migration(2, 1, "ALTER TABLE number ADD COLUMN name text; CREATE TABLE 
 THIRD = Migration(3, 2, "CREATE TABLE third (id int)")
 
 
-def test_release_has_contiguous_versions_and_sane_minimums() -> None:
+def test_migrations_of_release_have_contiguous_versions_and_valid_minimums() -> None:
     steps = migrations.load_migrations()
     assert [step.version for step in steps] == list(range(1, len(steps) + 1))
     assert all(step.oldest <= max(1, step.version - 1) for step in steps)
@@ -28,7 +28,7 @@ def test_release_has_contiguous_versions_and_sane_minimums() -> None:
     assert oldest == sorted(oldest)
 
 
-async def test_migrations_of_release_make_the_tables_once(
+async def test_migrations_of_release_create_the_tables_once(
     postgres: Cluster, database_url: str
 ) -> None:
     steps = len(migrations.load_migrations())
@@ -50,7 +50,7 @@ async def test_nodes_that_start_together_migrate_once(database_url: str) -> None
     assert sum(applied) == 2
 
 
-async def test_failed_migration_leaves_nothing(postgres: Cluster, database_url: str) -> None:
+async def test_failed_migration_changes_nothing(postgres: Cluster, database_url: str) -> None:
     broken = Migration(2, 1, "CREATE TABLE other (id int); SELECT 1 / 0")
     with pytest.raises(Exception, match="division by zero"):
         await migrate(database_url, [FIRST, broken])
@@ -59,7 +59,7 @@ async def test_failed_migration_leaves_nothing(postgres: Cluster, database_url: 
     assert await migrate(database_url, [FIRST, SECOND]) == 1
 
 
-async def test_newer_schema_is_used_if_it_allows_the_release(database_url: str) -> None:
+async def test_newer_schema_is_refused_only_if_too_new_for_the_release(database_url: str) -> None:
     await migrate(database_url, [FIRST, SECOND])
     assert await migrate(database_url, [FIRST]) == 0
     await migrate(database_url, [FIRST, SECOND, THIRD])
@@ -80,7 +80,7 @@ async def test_migration_waits_for_locked_table_without_blocking_others_for_long
         await reader.execute("SELECT * FROM number")
         migration = group.create_task(migrate(database_url, [FIRST, SECOND]))
         other = await open_connection(database_url)
-        # A statement that queues behind the migration's lock goes on when the migration gives up.
+        # The migration gives up its wait for the lock, so statements behind it are not blocked.
         for _ in range(5):
             await other.execute("SELECT * FROM number")
             await asyncio.sleep(0.1)
@@ -91,7 +91,7 @@ async def test_migration_waits_for_locked_table_without_blocking_others_for_long
     await other.close()
 
 
-async def test_migration_that_never_gets_its_lock_fails_at_start(
+async def test_migration_without_its_table_lock_fails_with_store_error(
     database_url: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(migrations, "LOCK_SECONDS", 0.05)
@@ -104,7 +104,7 @@ async def test_migration_that_never_gets_its_lock_fails_at_start(
     await reader.close()
 
 
-async def test_role_without_create_rights_starts_on_a_current_schema(own_postgres: Cluster) -> None:
+async def test_role_without_create_rights_accepts_current_schema(own_postgres: Cluster) -> None:
     url = own_postgres.create_database()
     await migrate(url, [FIRST])
     own_postgres.execute("CREATE ROLE app LOGIN; GRANT SELECT ON schema_versions TO app", url)

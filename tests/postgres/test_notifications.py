@@ -1,4 +1,4 @@
-"""Wake-ups between nodes: announced, lost, and after a lost connection."""
+"""Notifications that wake waiting calls of other nodes, also after lost connections."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ SELECT pid FROM pg_stat_activity WHERE datname = current_database() AND pid <> p
 
 
 @asynccontextmanager
-async def running(*hubs: NotificationHub) -> AsyncIterator[None]:
+async def run_hubs(*hubs: NotificationHub) -> AsyncIterator[None]:
     async with asyncio.timeout(SECONDS), asyncio.TaskGroup() as group:
         tasks = [group.create_task(hub.run()) for hub in hubs]
         for hub in hubs:
@@ -38,8 +38,8 @@ async def running(*hubs: NotificationHub) -> AsyncIterator[None]:
             task.cancel()
 
 
-class Waits:
-    """Calls that wait for one topic, each in a task."""
+class WaitingCalls:
+    """Tasks that wait for a change of one topic, and the results of their waits."""
 
     def __init__(self, group: asyncio.TaskGroup, hub: NotificationHub, topic: str, n: int) -> None:
         self.ended: list[bool] = []
@@ -53,7 +53,7 @@ class Waits:
             task.cancel()
 
 
-async def until(condition: Callable[[], object]) -> None:
+async def wait_until(condition: Callable[[], object]) -> None:
     async with asyncio.timeout(SECONDS):
         while not condition():  # noqa: ASYNC110 - the loop brings it about
             await asyncio.sleep(0.005)
@@ -73,15 +73,15 @@ def hubs(database_url: str) -> tuple[NotificationHub, NotificationHub]:
 async def test_announcement_wakes_as_many_polls_of_each_node_as_there_are_items(
     hubs: tuple[NotificationHub, NotificationHub],
 ) -> None:
-    async with running(*hubs), asyncio.TaskGroup() as group:
-        here, there = (Waits(group, hub, WORK, 20) for hub in hubs)
-        other = Waits(group, hubs[1], work_topic("env_2"), 1)
+    async with run_hubs(*hubs), asyncio.TaskGroup() as group:
+        here, there = (WaitingCalls(group, hub, WORK, 20) for hub in hubs)
+        other = WaitingCalls(group, hubs[1], work_topic("env_2"), 1)
         await asyncio.sleep(0)
         hubs[0].announce_changes(WORK, 3)
         assert len(hubs[0]._waiting[WORK]) == 17
-        await until(lambda: len(there.ended) >= 3)
-        hubs[0].announce_changes(work_topic("env_2"))  # arrives after the announcement of WORK
-        await until(lambda: other.ended)
+        await wait_until(lambda: len(there.ended) >= 3)
+        hubs[0].announce_changes(work_topic("env_2"))  # sent later, so WORK has arrived before it
+        await wait_until(lambda: other.ended)
         assert (here.ended, there.ended) == ([True] * 3, [True] * 3)
         here.cancel()
         there.cancel()
@@ -91,84 +91,87 @@ async def test_announcement_wakes_as_many_polls_of_each_node_as_there_are_items(
 async def test_announcement_wakes_all_streams_of_a_session(
     hubs: tuple[NotificationHub, NotificationHub],
 ) -> None:
-    async with running(*hubs), asyncio.TaskGroup() as group:
-        waits = [Waits(group, hub, SESSION, 3) for hub in hubs]
+    async with run_hubs(*hubs), asyncio.TaskGroup() as group:
+        waits = [WaitingCalls(group, hub, SESSION, 3) for hub in hubs]
         await asyncio.sleep(0)
         hubs[0].announce_changes(SESSION)
-        await until(lambda: all(len(each.ended) == 3 for each in waits))
+        await wait_until(lambda: all(len(each.ended) == 3 for each in waits))
 
 
 @pytest.mark.usefixtures("no_fallback")
-async def test_change_between_read_and_wait_ends_the_wait(
+async def test_change_between_read_and_wait_ends_the_wait_at_once(
     hubs: tuple[NotificationHub, NotificationHub], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(notifications, "_TOPICS_MAX", 2)
     here, there = hubs
-    async with running(here, there):
+    async with run_hubs(here, there):
         before, far = here.change_count(), there.change_count()
         here.announce_changes(WORK)
         assert await here.wait_for_change(WORK, before, LONG)
         assert not await here.wait_for_change(SESSION, before, 0.01)
-        await until(lambda: there.change_count() > far)
+        await wait_until(lambda: there.change_count() > far)
         assert await there.wait_for_change(WORK, far, LONG)
-        # A change that was dropped from the record still counts.
+        # The limit of topics dropped the change of WORK from the record: the wait must still end.
         for number in range(3):
             here.announce_changes(f"session:{number}")
         assert await here.wait_for_change(WORK, before, LONG)
         assert not await here.wait_for_change(WORK, here.change_count(), 0.01)
 
 
-async def test_announcement_sends_as_many_reading_polls_back_as_there_are_items(
+async def test_announcement_during_reads_lets_one_poll_per_item_read_again(
     database_url: str,
 ) -> None:
     hub = NotificationHub(database_url)
-    seen = hub.change_count()  # all polls read the database at the same time
+    seen = hub.change_count()  # as twenty polls that read before the announcement
     hub.announce_changes(WORK, 3)
     ended = [await hub.wait_for_change(WORK, seen, 0.001) for _ in range(20)]
     assert ended == [True] * 3 + [False] * 17
     seen = hub.change_count()
-    hub.wake_calls(WORK)  # a poll whose client has gone passes its wake-up on
+    hub.wake_calls(WORK)  # as a poll whose client has disconnected
     assert [await hub.wait_for_change(WORK, seen, 0.001) for _ in range(2)] == [True, False]
     assert not await hub.wait_for_change(WORK, hub.change_count(), 0.001)
 
 
 @pytest.mark.usefixtures("no_fallback")
-async def test_poll_that_reads_is_not_sent_back_for_an_item_that_woke_another(
+async def test_reading_poll_ignores_item_that_woke_a_waiting_poll(
     database_url: str,
 ) -> None:
     hub = NotificationHub(database_url)
     async with asyncio.timeout(SECONDS), asyncio.TaskGroup() as group:
-        waiting = Waits(group, hub, WORK, 1)
+        waiting = WaitingCalls(group, hub, WORK, 1)
         await asyncio.sleep(0)
         seen = hub.change_count()
         hub.announce_changes(WORK)
         assert not await hub.wait_for_change(WORK, seen, 0.001)
-        await until(lambda: waiting.ended == [True])
+        await wait_until(lambda: waiting.ended == [True])
 
 
-async def test_lost_notification_costs_only_the_fallback(
+async def test_calls_without_notification_read_again_after_the_fallback_time(
     hubs: tuple[NotificationHub, NotificationHub], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(notifications, "FALLBACK_SECONDS", 0.3)
-    async with running(*hubs), asyncio.TaskGroup() as group:
-        polls, streams = Waits(group, hubs[0], WORK, 3), Waits(group, hubs[0], SESSION, 3)
-        await until(lambda: len(polls.ended) == 1)
-        await until(lambda: len(streams.ended) == 3)
-        # A poll that found an item wakes the next poll; without an item, the next fallback wakes
-        # that poll.
+    async with run_hubs(*hubs), asyncio.TaskGroup() as group:
+        polls, streams = (
+            WaitingCalls(group, hubs[0], WORK, 3),
+            WaitingCalls(group, hubs[0], SESSION, 3),
+        )
+        await wait_until(lambda: len(polls.ended) == 1)
+        await wait_until(lambda: len(streams.ended) == 3)
+        # The first poll would wake the next one after finding an item; the last poll is woken by
+        # the next fallback.
         hubs[0].wake_calls(WORK)
-        await until(lambda: len(polls.ended) == 2)
-        await until(lambda: len(polls.ended) == 3)
+        await wait_until(lambda: len(polls.ended) == 2)
+        await wait_until(lambda: len(polls.ended) == 3)
         assert sorted(polls.ended) == [False, False, True]
 
 
 @pytest.mark.usefixtures("no_fallback")
-async def test_lost_connection_is_replaced_and_nothing_is_missed(
+async def test_hub_after_lost_connection_reconnects_and_wakes_waiting_calls(
     hubs: tuple[NotificationHub, NotificationHub], postgres: Cluster, database_url: str
 ) -> None:
     here, there = hubs
-    async with running(here, there), asyncio.TaskGroup() as group:
-        polls, streams = Waits(group, there, WORK, 3), Waits(group, there, SESSION, 3)
+    async with run_hubs(here, there), asyncio.TaskGroup() as group:
+        polls, streams = WaitingCalls(group, there, WORK, 3), WaitingCalls(group, there, SESSION, 3)
         await asyncio.sleep(0)
         before = there.change_count()
         name = database_url.rpartition("/")[2]
@@ -177,17 +180,19 @@ async def test_lost_connection_is_replaced_and_nothing_is_missed(
             "SELECT pg_terminate_backend(pid) FROM pg_stat_activity "  # noqa: S608 - our own name
             f"WHERE datname = '{name}' AND backend_type = 'client backend'",
         )
-        await until(lambda: len(streams.ended) == 3)  # the streams end after the new LISTEN
-        await until(lambda: len(polls.ended) == 1)
+        await wait_until(
+            lambda: len(streams.ended) == 3
+        )  # The waits of streams end once the hub listens again.
+        await wait_until(lambda: len(polls.ended) == 1)
         assert polls.ended == [False]
         assert await there.wait_for_change("work:any", before, LONG)
         await here.listening.wait()
         here.announce_changes(WORK, 2)
-        await until(lambda: len(polls.ended) == 3)
+        await wait_until(lambda: len(polls.ended) == 3)
 
 
 @pytest.mark.usefixtures("no_fallback")
-async def test_connection_without_answers_is_replaced(
+async def test_connection_without_answer_to_a_ping_is_replaced(
     hubs: tuple[NotificationHub, NotificationHub],
     postgres: Cluster,
     database_url: str,
@@ -196,74 +201,74 @@ async def test_connection_without_answers_is_replaced(
     monkeypatch.setattr(notifications, "_PING_SECONDS", 0.2)
     monkeypatch.setattr(connection_pool, "STATEMENT_SECONDS", 0.2)
     hub = hubs[0]
-    async with running(hub), asyncio.TaskGroup() as group:
-        streams = Waits(group, hub, SESSION, 1)
+    async with run_hubs(hub), asyncio.TaskGroup() as group:
+        streams = WaitingCalls(group, hub, SESSION, 1)
         process = int(await asyncio.to_thread(postgres.execute, LISTENER, database_url))
-        os.kill(process, signal.SIGSTOP)  # as if the network dropped everything
+        os.kill(process, signal.SIGSTOP)  # answers nothing, like a network that drops all packets
         try:
-            await until(lambda: streams.ended)
+            await wait_until(lambda: streams.ended)
         finally:
             os.kill(process, signal.SIGCONT)
 
 
 @pytest.mark.usefixtures("no_fallback")
-async def test_more_topics_than_fit_one_notification_all_arrive(
+async def test_topics_beyond_one_notification_arrive_in_further_ones(
     hubs: tuple[NotificationHub, NotificationHub],
 ) -> None:
     topics = [work_topic(f"env_{number:064}") for number in range(500)]
-    async with running(*hubs), asyncio.TaskGroup() as group:
-        waits = [Waits(group, hubs[1], topic, 1) for topic in topics]
+    async with run_hubs(*hubs), asyncio.TaskGroup() as group:
+        waits = [WaitingCalls(group, hubs[1], topic, 1) for topic in topics]
         await asyncio.sleep(0)
         for topic in topics:
             hubs[0].announce_changes(topic)
-        await until(lambda: all(each.ended == [True] for each in waits))
+        await wait_until(lambda: all(each.ended == [True] for each in waits))
 
 
 @pytest.mark.usefixtures("no_fallback")
-async def test_too_many_unsent_topics_become_one_for_everything(
+async def test_too_many_unsent_topics_are_sent_as_one_for_all_topics(
     hubs: tuple[NotificationHub, NotificationHub], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(notifications, "_TOPICS_MAX", 10)
-    async with running(*hubs), asyncio.TaskGroup() as group:
-        waits = Waits(group, hubs[1], WORK, 1)
+    async with run_hubs(*hubs), asyncio.TaskGroup() as group:
+        waits = WaitingCalls(group, hubs[1], WORK, 1)
         await asyncio.sleep(0)
         for number in range(11):
             hubs[0].announce_changes(session_topic(f"sess_{number}"))
-        await until(lambda: waits.ended == [False])
+        await wait_until(lambda: waits.ended == [False])
 
 
 @pytest.mark.parametrize("payload", ["nonsense\nwithout a number", "other\n1 *", "x\n² work:"])
 @pytest.mark.usefixtures("no_fallback")
-async def test_unknown_notification_lets_calls_read_again(
+async def test_unreadable_notification_lets_waiting_calls_read_again(
     hubs: tuple[NotificationHub, NotificationHub], database_url: str, payload: str
 ) -> None:
-    async with running(hubs[0]), asyncio.TaskGroup() as group:
-        waits = Waits(group, hubs[0], WORK, 1)
+    async with run_hubs(hubs[0]), asyncio.TaskGroup() as group:
+        waits = WaitingCalls(group, hubs[0], WORK, 1)
         await asyncio.sleep(0)
         connection = await open_connection(database_url)
         await connection.execute("SELECT pg_notify($1, $2)", notifications.CHANNEL, payload)
         await connection.close()
-        await until(lambda: waits.ended == [False])
+        await wait_until(lambda: waits.ended == [False])
 
 
-async def test_cancelled_poll_passes_its_wake_up_on(database_url: str) -> None:
+async def test_poll_cancelled_after_its_wake_up_wakes_the_next_poll(database_url: str) -> None:
     hub = NotificationHub(database_url)
     async with asyncio.timeout(SECONDS), asyncio.TaskGroup() as group:
-        first, second = (Waits(group, hub, WORK, 1) for _ in range(2))
+        first, second = (WaitingCalls(group, hub, WORK, 1) for _ in range(2))
         await asyncio.sleep(0)
         hub.announce_changes(WORK)
         first.cancel()
-        await until(lambda: second.ended)
+        await wait_until(lambda: second.ended)
     assert first.ended == []
 
 
-async def test_release_ends_all_waits_and_later_ones(database_url: str) -> None:
+async def test_end_waits_ends_current_waits_and_later_ones(database_url: str) -> None:
     hub = NotificationHub(database_url)
     async with asyncio.timeout(SECONDS), asyncio.TaskGroup() as group:
-        waits = [Waits(group, hub, topic, 3) for topic in (WORK, SESSION)]
+        waits = [WaitingCalls(group, hub, topic, 3) for topic in (WORK, SESSION)]
         await asyncio.sleep(0)
         hub.end_waits()
-        await until(lambda: all(len(each.ended) == 3 for each in waits))
+        await wait_until(lambda: all(len(each.ended) == 3 for each in waits))
         assert await hub.wait_for_change(WORK, hub.change_count(), LONG)
 
 

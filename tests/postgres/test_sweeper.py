@@ -1,4 +1,4 @@
-"""The sweeper: one node at a time, in bounded batches, over failures of the database."""
+"""The sweeper: one node at a time sweeps in bounded batches, and survives failures."""
 
 from __future__ import annotations
 
@@ -29,8 +29,8 @@ async def pools(database_url: str) -> AsyncIterator[tuple[ConnectionPool, Connec
         await pool.close()
 
 
-class Batches:
-    """A batch with `left` rows to change, which takes as long as the test wants."""
+class ControlledBatch:
+    """A batch with `left` rows to change; each call waits until the test sets `go_on`."""
 
     def __init__(self, left: int = 0) -> None:
         self.left = left
@@ -51,16 +51,16 @@ class Batches:
 async def test_sweep_repeats_each_batch_until_nothing_is_left(
     pools: tuple[ConnectionPool, ConnectionPool],
 ) -> None:
-    lapses, deletions = Batches(25), Batches()
+    lapses, deletions = ControlledBatch(25), ControlledBatch()
     assert await Sweeper(pools[0], lapses, deletions).sweep()
     assert (lapses.left, lapses.calls, deletions.calls) == (0, 4, 1)
 
 
-async def test_sweep_ends_before_its_transaction_is_long(
+async def test_sweep_beyond_its_time_limit_begins_no_further_round(
     pools: tuple[ConnectionPool, ConnectionPool], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(sweeper, "_SWEEP_MAX_SECONDS", 0.0)
-    lapses, deletions = Batches(25), Batches(25)
+    lapses, deletions = ControlledBatch(25), ControlledBatch(25)
     assert await Sweeper(pools[0], lapses, deletions).sweep()
     assert (lapses.left, deletions.left) == (15, 15)
 
@@ -68,7 +68,7 @@ async def test_sweep_ends_before_its_transaction_is_long(
 async def test_second_node_does_not_sweep_until_the_first_has_ended(
     pools: tuple[ConnectionPool, ConnectionPool],
 ) -> None:
-    slow, other = Batches(5), Batches()
+    slow, other = ControlledBatch(5), ControlledBatch()
     slow.go_on.clear()
     async with asyncio.timeout(SECONDS), asyncio.TaskGroup() as group:
         first = group.create_task(Sweeper(pools[0], slow).sweep())
@@ -80,26 +80,26 @@ async def test_second_node_does_not_sweep_until_the_first_has_ended(
     assert other.calls == 1
 
 
-async def test_node_that_stops_in_a_sweep_is_followed_by_another(
+async def test_sweep_cancelled_on_one_node_is_possible_on_another(
     pools: tuple[ConnectionPool, ConnectionPool],
 ) -> None:
-    slow = Batches(5)
+    slow = ControlledBatch(5)
     slow.go_on.clear()
     async with asyncio.timeout(SECONDS), asyncio.TaskGroup() as group:
         first = group.create_task(Sweeper(pools[0], slow).sweep())
         await slow.begun.wait()
         first.cancel()
         await asyncio.wait([first])
-        assert await Sweeper(pools[1], Batches()).sweep()
+        assert await Sweeper(pools[1], ControlledBatch()).sweep()
 
 
-async def test_sweeper_goes_on_after_a_restart_of_the_database(
+async def test_sweeper_continues_after_a_restart_of_the_database(
     own_postgres: Cluster, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(sweeper, "SWEEP_SECONDS", 0.02)
     pool = ConnectionPool(own_postgres.create_database())
     await pool.open()
-    batches = Batches()
+    batches = ControlledBatch()
     try:
         async with asyncio.timeout(SECONDS), asyncio.TaskGroup() as group:
             task = group.create_task(Sweeper(pool, batches).run())
@@ -112,14 +112,14 @@ async def test_sweeper_goes_on_after_a_restart_of_the_database(
         await pool.close()
 
 
-async def test_defect_in_a_batch_ends_the_sweeper(
+async def test_unexpected_error_in_a_batch_ends_the_sweeper(
     pools: tuple[ConnectionPool, ConnectionPool], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(sweeper, "SWEEP_SECONDS", 0.02)
 
-    async def fail() -> int:
+    async def fail_batch() -> int:
         raise LookupError("a defect")
 
     async with asyncio.timeout(SECONDS):
         with pytest.raises(LookupError):
-            await Sweeper(pools[0], fail).run()
+            await Sweeper(pools[0], fail_batch).run()

@@ -25,7 +25,7 @@ MESSAGE = {"type": "user.message", "content": [{"type": "text", "text": "hello"}
 SECONDS = 60
 
 
-def stays() -> bool:
+def never_disconnected() -> bool:
     return False
 
 
@@ -43,8 +43,8 @@ async def nodes(database_url: str) -> AsyncIterator[list[Engine]]:
             await node.close()
 
 
-async def outcomes(*calls: Any) -> list[Any]:
-    """Run calls at the same time, and return the result of each, or the status of its refusal."""
+async def gather_outcomes(*calls: Any) -> list[Any]:
+    """Run calls concurrently, and return the result of each, or the status of its APIError."""
     found = await asyncio.gather(*calls, return_exceptions=True)
     for each in found:
         if isinstance(each, BaseException) and not isinstance(each, APIError):
@@ -62,7 +62,11 @@ async def test_nodes_share_signing_key_and_environments(nodes: list[Engine]) -> 
 
 async def test_concurrent_claims_of_nodes_deliver_each_item_once(nodes: list[Engine]) -> None:
     items = await nodes[0].enqueue(ENV, count=60)
-    polls = [node.long_poll(ENV, Poll("w", 20_000), stays) for node in nodes for _ in range(30)]
+    polls = [
+        node.long_poll(ENV, Poll("w", 20_000), never_disconnected)
+        for node in nodes
+        for _ in range(30)
+    ]
     found = await asyncio.gather(*polls)
     assert sorted(item.id for item in found if item) == [item.id for item in items]
 
@@ -70,8 +74,8 @@ async def test_concurrent_claims_of_nodes_deliver_each_item_once(nodes: list[Eng
 async def test_waiting_poll_gets_item_that_other_node_creates(nodes: list[Engine]) -> None:
     one, other = nodes
     async with asyncio.TaskGroup() as group:
-        poll = group.create_task(one.long_poll(ENV, Poll("w", 999_000), stays))
-        await asyncio.sleep(0.1)  # either order is right; mostly the poll waits already
+        poll = group.create_task(one.long_poll(ENV, Poll("w", 999_000), never_disconnected))
+        await asyncio.sleep(0.1)  # The poll mostly waits by now; the other order must work too.
         (item,) = await other.enqueue(ENV)
     assert (found := poll.result()) is not None
     assert found.id == item.id
@@ -82,7 +86,7 @@ async def test_stream_gets_event_that_other_node_appends(nodes: list[Engine]) ->
     (item,) = await one.enqueue(ENV)
     async with asyncio.TaskGroup() as group:
         stream = group.create_task(one.wait_for_events(item.session_id, 0, 999.0))
-        await asyncio.sleep(0.1)  # either order is right
+        await asyncio.sleep(0.1)  # The stream mostly waits by now; the other order must work too.
         sent = await other.send_events(item.session_id, [MESSAGE])
     assert stream.result() == list(sent)
 
@@ -91,8 +95,8 @@ async def test_cancelled_poll_leaves_no_delivery(nodes: list[Engine]) -> None:
     for _ in range(20):
         await nodes[0].enqueue(ENV)
         async with asyncio.TaskGroup() as group:
-            poll = group.create_task(nodes[0].long_poll(ENV, Poll("w"), stays))
-            await asyncio.sleep(0.002)  # mostly in the middle of the claim
+            poll = group.create_task(nodes[0].long_poll(ENV, Poll("w"), never_disconnected))
+            await asyncio.sleep(0.002)  # mostly cancels the poll in the middle of its claim
             poll.cancel()
         stats = await nodes[1].queue_stats(ENV)
         if poll.cancelled():
@@ -105,23 +109,25 @@ async def test_heartbeats_of_nodes_with_one_expected_value_extend_lease_once(
     nodes: list[Engine],
 ) -> None:
     (item,) = await nodes[0].enqueue(ENV)
-    await nodes[0].long_poll(ENV, Poll("w"), stays)
+    await nodes[0].long_poll(ENV, Poll("w"), never_disconnected)
     await nodes[1].ack_item(ENV, item.id, "w")
     first = await nodes[0].heartbeat(ENV, item.id, "NO_HEARTBEAT", 60, "w")
     for _ in range(10):
         expected = last_heartbeat(first)
         calls = [node.heartbeat(ENV, item.id, expected, 60, "w") for node in nodes]
-        found = await outcomes(*calls)
+        found = await gather_outcomes(*calls)
         assert found.count(412) == 1
         (first,) = [each for each in found if each != 412]
 
 
-async def test_node_with_outdated_row_of_item_applies_call_to_current_one(
+async def test_node_with_outdated_cached_row_applies_calls_to_current_row(
     nodes: list[Engine],
 ) -> None:
     one, other = nodes
     (item,) = await one.enqueue(ENV)
-    await one.long_poll(ENV, Poll("w"), stays)  # from now on, this node knows the row
+    await one.long_poll(
+        ENV, Poll("w"), never_disconnected
+    )  # The node now has the row in its cache.
     await other.ack_item(ENV, item.id, "w")
     beaten = await other.heartbeat(ENV, item.id, "NO_HEARTBEAT", 60, "w")
     assert await one.ack_item(ENV, item.id, "w") == beaten
@@ -136,29 +142,29 @@ async def test_node_with_outdated_row_of_item_applies_call_to_current_one(
     assert kinds[-4:] == ["heartbeat", "metadata", "stop_requested", "stopped"]
 
 
-async def test_node_that_knows_a_lost_commit_does_not_overwrite_later_one(
+async def test_node_with_cached_row_of_lost_commit_does_not_overwrite_later_claim(
     nodes: list[Engine], postgres: Cluster, database_url: str
 ) -> None:
     one, other = nodes
     (item,) = await one.enqueue(ENV)
-    await one.long_poll(ENV, Poll("a"), stays)
-    # A failover to a database that lacks the last commit.
+    await one.long_poll(ENV, Poll("a"), never_disconnected)
+    # Undo the last commit, as a failover to a database that lacks it would.
     postgres.execute(
         "UPDATE items SET version = 1, delivered_at = NULL, holder = NULL", database_url
     )
-    await other.long_poll(ENV, Poll("b"), stays)
-    assert await outcomes(one.ack_item(ENV, item.id, "a")) == [409]
+    await other.long_poll(ENV, Poll("b"), never_disconnected)
+    assert await gather_outcomes(one.ack_item(ENV, item.id, "a")) == [409]
     assert (await other.ack_item(ENV, item.id, "b")).holder == "b"
 
 
-async def test_concurrent_acks_and_stops_keep_one_holder(nodes: list[Engine]) -> None:
+async def test_concurrent_acks_and_stops_give_no_item_two_holders(nodes: list[Engine]) -> None:
     for item in await nodes[0].enqueue(ENV, count=10):
-        await nodes[0].long_poll(ENV, Poll("a", 0, 0), stays)
-        await outcomes(
+        await nodes[0].long_poll(ENV, Poll("a", 0, 0), never_disconnected)
+        await gather_outcomes(
             nodes[0].ack_item(ENV, item.id, "a"),
             nodes[1].ack_item(ENV, item.id, "b"),
-            nodes[1].long_poll(ENV, Poll("b", 0, 0), stays),
-            nodes[0].stop_item(ENV, item.id, force=True),  # an operator, who holds no item
+            nodes[1].long_poll(ENV, Poll("b", 0, 0), never_disconnected),
+            nodes[0].stop_item(ENV, item.id, force=True),  # by an operator, without a worker id
         )
         await nodes[1].stop_item(ENV, item.id, force=True)
     summary = summarize(await nodes[0].read_history())
@@ -166,7 +172,7 @@ async def test_concurrent_acks_and_stops_keep_one_holder(nodes: list[Engine]) ->
     assert (await nodes[1].queue_stats(ENV)).stopped == 10
 
 
-async def test_concurrent_sends_of_nodes_have_one_order(nodes: list[Engine]) -> None:
+async def test_events_sent_to_two_nodes_have_one_order(nodes: list[Engine]) -> None:
     (item,) = await nodes[0].enqueue(ENV)
     await asyncio.gather(
         *(node.send_events(item.session_id, [MESSAGE, MESSAGE]) for node in nodes for _ in range(8))
@@ -181,7 +187,7 @@ async def test_concurrent_sends_of_nodes_have_one_order(nodes: list[Engine]) -> 
     assert len(ids) == 32
 
 
-async def test_concurrent_messages_to_stopped_session_bring_one_item(nodes: list[Engine]) -> None:
+async def test_concurrent_messages_to_stopped_session_create_one_item(nodes: list[Engine]) -> None:
     (item,) = await nodes[0].enqueue(ENV)
     await nodes[0].stop_item(ENV, item.id, force=True)
     calls = [
@@ -191,9 +197,11 @@ async def test_concurrent_messages_to_stopped_session_bring_one_item(nodes: list
     assert (await nodes[0].queue_stats(ENV)).depth == 1
 
 
-async def test_session_archived_during_sends_ends_with_termination(nodes: list[Engine]) -> None:
+async def test_session_archived_during_sends_has_termination_as_last_event(
+    nodes: list[Engine],
+) -> None:
     (item,) = await nodes[0].enqueue(ENV)
-    await outcomes(
+    await gather_outcomes(
         *(node.send_events(item.session_id, [MESSAGE]) for node in nodes for _ in range(4)),
         nodes[1].archive_session(item.session_id),
         nodes[0].archive_session(item.session_id),
@@ -205,12 +213,14 @@ async def test_session_archived_during_sends_ends_with_termination(nodes: list[E
     assert (await nodes[1].get_item(ENV, item.id)).state == "stopped"
 
 
-async def test_ended_sessions_are_deleted_while_messages_bring_work(nodes: list[Engine]) -> None:
+async def test_session_with_new_message_is_kept_while_ended_ones_are_deleted(
+    nodes: list[Engine],
+) -> None:
     items = await nodes[0].enqueue(ENV, count=8)
     for item in items:
         await nodes[0].stop_item(ENV, item.id, force=True)
     engine: Any = nodes[1]
-    found = await outcomes(
+    found = await gather_outcomes(
         engine.delete_ended_sessions(0),
         *(
             nodes[0].send_events(item.session_id, [MESSAGE], messages_bring_work=True)

@@ -1,4 +1,4 @@
-"""Limits on the size of answers, of which a client reads `ANSWER_LIMIT_BYTES` at most.
+"""Limits on metadata, enqueues and lists, since clients read `ANSWER_LIMIT_BYTES` at most.
 
 See workpool/docs/protocol.md, "Limits of the embedded control plane".
 """
@@ -31,7 +31,7 @@ ITEM_BYTES: Final = 1024
 
 
 def check_metadata(metadata: Mapping[str, str], limit: int = METADATA_LIMIT_BYTES) -> None:
-    """Refuse metadata that have too many entries, or are larger than `limit` bytes as JSON."""
+    """Raise a 400 for metadata with too many entries, or more than `limit` bytes as JSON."""
     if len(metadata) > METADATA_ENTRIES_MAX:
         raise APIError(400, f"metadata has more than {METADATA_ENTRIES_MAX} entries", "metadata")
     if len(orjson.dumps(metadata, default=dict)) > limit:
@@ -39,7 +39,7 @@ def check_metadata(metadata: Mapping[str, str], limit: int = METADATA_LIMIT_BYTE
 
 
 def check_enqueue_size(count: int, metadata: Mapping[str, str]) -> None:
-    """Refuse an enqueue whose answer, which repeats the metadata for each item, is too large."""
+    """Raise a 400 for an enqueue whose answer, with the metadata of each item, is too large."""
     size = count * (len(orjson.dumps(metadata, default=dict)) + ITEM_BYTES)
     if size > ANSWER_LIMIT_BYTES:
         raise APIError(
@@ -51,7 +51,7 @@ def check_enqueue_size(count: int, metadata: Mapping[str, str]) -> None:
 
 
 def count_fitting_rows(rows: Sequence[T]) -> int:
-    """Return how many of these rows, JSON values, fit into one answer; at least one."""
+    """Return the number of rows (JSON values) that fit into one answer; at least 1."""
     room = ANSWER_LIMIT_BYTES - ITEM_BYTES
     for number, row in enumerate(rows):
         room -= len(orjson.dumps(row, default=dict)) + 1

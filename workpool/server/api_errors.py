@@ -1,4 +1,4 @@
-"""The refusals of the control plane, and the errors that prevent it from serving.
+"""The error answers of the control plane, and the errors that prevent it from serving.
 
 Owns the protocol's error envelope. No message may contain a token or a request body.
 See workpool/docs/protocol.md, "Errors".
@@ -18,7 +18,7 @@ ERROR_TYPES: Final[Mapping[int, str]] = {
     401: protocol.AUTHENTICATION_ERROR,
     403: protocol.PERMISSION_ERROR,
     404: protocol.NOT_FOUND_ERROR,
-    409: protocol.INVALID_REQUEST_ERROR,  # on work endpoints; other endpoints use `conflict`
+    409: protocol.INVALID_REQUEST_ERROR,  # of work endpoints; for others see `conflict_error`
     412: protocol.PRECONDITION_FAILED_ERROR,
     429: protocol.RATE_LIMIT_ERROR,
     500: protocol.API_ERROR,
@@ -27,7 +27,7 @@ ERROR_TYPES: Final[Mapping[int, str]] = {
 
 
 class APIError(Exception):
-    """One answer with a status of 400 or above.
+    """An HTTP answer with a status of 400 or above, as an exception.
 
     Attributes:
         status: The HTTP status.
@@ -56,7 +56,7 @@ class APIError(Exception):
         self.kind = kind or ERROR_TYPES.get(status, protocol.INVALID_REQUEST_ERROR)
 
     def to_envelope(self) -> dict[str, Any]:
-        """Return the JSON body."""
+        """Return the protocol's error envelope, which is the JSON body of the answer."""
         error: dict[str, Any] = {"type": self.kind, "message": self.message}
         if self.param is not None:
             error["param"] = self.param
@@ -66,7 +66,7 @@ class APIError(Exception):
 
 
 def conflict_error(message: str) -> APIError:
-    """Return a 409 of an endpoint that is not about work items."""
+    """Return the 409 of an endpoint for sessions, which has another error type than for items."""
     return APIError(409, message, kind=protocol.CONFLICT_ERROR)
 
 

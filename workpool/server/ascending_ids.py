@@ -1,4 +1,4 @@
-"""Ids in ascending order; the cost of a removal does not depend on their number.
+"""A sorted list of ids, from which removing one is fast however long the list is.
 
 With one list of a million ids, each removal would move all later ids: 0.2 ms in which no request is
 served, for each item and each session whose retention is over.
@@ -18,7 +18,7 @@ _first: Final = itemgetter(0)
 
 
 class AscendingIds:
-    """A list of ids in chunks; a new id must be greater than all before it.
+    """A sorted list of ids, stored in chunks; each new id must be the greatest.
 
     An iterator that is open while an id is added or removed may return that id or not.
     """
@@ -29,13 +29,13 @@ class AscendingIds:
             self.append(each)
 
     def append(self, new_id: str) -> None:
-        """Add the greatest id."""
+        """Append an id, which must be greater than all others."""
         if not self._chunks or len(self._chunks[-1]) == CHUNK_MAX:
             self._chunks.append([])
         self._chunks[-1].append(new_id)
 
     def remove(self, old_id: str) -> None:
-        """Remove an id that is in the list."""
+        """Remove an id, which must be in the list."""
         place = bisect_right(self._chunks, old_id, key=_first) - 1
         chunk = self._chunks[place]
         del chunk[bisect_left(chunk, old_id)]
@@ -75,9 +75,9 @@ class AscendingIds:
 def iterate_ids(
     ids: AscendingIds, *, after: str = "", before: str | None = None, newest_first: bool = False
 ) -> Iterator[str]:
-    """Iterate over the ids between two places, ascending from `after` unless `before` is given.
+    """Iterate over the ids that are greater than `after` and less than `before`.
 
-    `newest_first`: descending in any case.
+    In ascending order, unless `before` is given or `newest_first` is true.
     """
     if before is None and not newest_first:
         yield from ids.ids_after(after)

@@ -1,4 +1,4 @@
-"""The embedded control plane: a port, a store and the rules between them.
+"""The embedded control plane, which serves an engine over HTTP on one port.
 
 Owns start and end: `__aexit__` closes everything that `__aenter__` opened, and an entry that fails
 half-way leaves nothing open.
@@ -34,8 +34,8 @@ from workpool.wire.protocol import ID_PATTERN, SESSION
 
 try:
     import resource
-except ImportError:  # Windows
-    resource = None  # type: ignore[assignment]  # elsewhere - it is a module
+except ImportError:
+    resource = None  # type: ignore[assignment]  # on Windows - elsewhere it is a module
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -57,7 +57,7 @@ _PORT_MAX: Final = 65535
 
 
 class ControlPlane:
-    """A work queue over HTTP in both dialects, on the running loop.
+    """A work queue that is served over HTTP in both dialects, on the running loop.
 
     `async with ControlPlane() as plane:` serves one environment on a free port of the loopback
     interface, in memory. The port is bound from the beginning to the end of the block.
@@ -140,7 +140,7 @@ class ControlPlane:
 
     @property
     def operations(self) -> Operations:
-        """The calls on the index in memory, for memory and SQLite.
+        """The synchronous calls on the state in memory, which a PostgreSQL store does not have.
 
         Raises:
             RuntimeError: The store is a `PostgresStore`.
@@ -163,23 +163,23 @@ class ControlPlane:
 
     @property
     def token(self) -> str:
-        """The first token, which is the random one if none was given."""
+        """The first accepted token, which is random if the caller gave none."""
         if self._tokens is None:
             self._tokens = {secrets.token_urlsafe(24): None}
         return next(iter(self._tokens))
 
     @property
     def tokens(self) -> tuple[str, ...]:
-        """All tokens."""
+        """All accepted tokens for work calls: those of the argument `tokens`, or the random one."""
         return (self.token, *tuple(self._tokens or ())[1:])
 
     @property
     def history(self) -> History:
-        """The history of all items, in order."""
+        """The recorded history of all items, the oldest record first."""
         return self.operations.history
 
     def summary(self) -> Summary:
-        """The summary of `history`: whether each session ended once and none overlapped."""
+        """Count the enqueued, stopped, reclaimed, lost and overlapping items of `history`."""
         return summarize(self.history)
 
     def enqueue(
@@ -217,7 +217,7 @@ class ControlPlane:
         )
 
     def emit(self, session_id: str, *events: Mapping[str, Any]) -> tuple[Mapping[str, Any], ...]:
-        """Append events of the agent of a session without a script, or about any session.
+        """Append events to a session in the name of the agent or the service.
 
         The events are of types that only a server emits (`agent.tool_use`,
         `session.status_terminated`, …) and have no id. Returns the stored events. Raises
@@ -301,21 +301,24 @@ class ControlPlane:
             connections.protocol_factory(runner.server),
             sock=bound,
             backlog=_BACKLOG,
-            # If a call that already listens were cancelled, its socket would have no owner.
+            # Serving starts once `server.close` is on the stack, so a cancellation leaks no socket.
             start_serving=False,
         )
         stack.callback(server.close)
         await server.start_serving()
 
     def _scale_routes(self, bound: socket.socket) -> ScaleRoutes:
-        """Return the routes for autoscalers, who have tokens of their own."""
+        """Return the route for autoscalers, which also accepts the tokens of `scale_tokens`."""
         grants = {**self._scale_tokens, **(self._tokens or {})}
         tokens = AcceptedTokens(grants, self.engine.signing_key, self._worker_keys)
         local = ip_address(bound.getsockname()[0]).is_loopback
         return ScaleRoutes(self.engine, tokens, self._now, local=local)
 
     def _bind_port(self, stack: AsyncExitStack) -> socket.socket:
-        """Bind the port here: a cancelled `create_server` would leave it bound forever."""
+        """Bind and return the listening socket, and unbind it with the stack.
+
+        A cancelled `loop.create_server(host, port)` would leave the port bound forever.
+        """
         family = socket.AF_INET6 if ":" in self.host else socket.AF_INET
         try:
             bound = socket.create_server((self.host, self.port), family=family, backlog=_BACKLOG)
@@ -332,7 +335,7 @@ class ControlPlane:
 
 
 def _connections_max() -> int:
-    """Return three quarters of the descriptors that this process may have open."""
+    """Return the limit of connections: three quarters of the file descriptors, up to 10,000."""
     if resource is None:
         return _CONNECTIONS_MAX
     soft, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
@@ -340,6 +343,6 @@ def _connections_max() -> int:
 
 
 def _unbind_port(loop: asyncio.AbstractEventLoop, bound: socket.socket) -> None:
-    if bound.fileno() >= 0:  # no server has closed the socket
+    if bound.fileno() >= 0:  # still open, since no server has closed it
         loop.remove_reader(bound)
         bound.close()

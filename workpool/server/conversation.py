@@ -1,9 +1,9 @@
 """The events of one session, and the events that follow from them.
 
-The module uses no clock and no store, and creates no ids. `append` adds an event, `check` refuses
-events that a client may not send, and `following` returns the next event of the control plane. All
-state comes from the events, so that a restart only reads them again. See workpool/docs/protocol.md,
-"Events" and "Scripted sessions".
+The module uses no clock and no store, and creates no ids. `append_event` adds an event,
+`check_client_events` refuses events that a client may not send, and `next_server_event` returns the
+next event of the control plane. All state comes from the events, so that a restart only reads them
+again. See workpool/docs/protocol.md, "Events" and "Scripted sessions".
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ TOOL_USES: Final = frozenset({protocol.AGENT_TOOL_USE, protocol.AGENT_CUSTOM_TOO
 
 @dataclass(frozen=True, slots=True)
 class StoredEvent:
-    """One event: its JSON without the session, `value`, and its session."""
+    """One event of a session; `value` is its JSON."""
 
     id: str
     session_id: str
@@ -69,7 +69,7 @@ EVERY_EVENT: Final = EventFilter()
 
 @dataclass(slots=True)
 class _ToolUse:
-    """A tool use: its kind, its permission ("allow", "ask" or "deny"), the reason of a denial.
+    """A tool use of the agent, and its permission: "allow", "ask" or "deny".
 
     `thread`: the id of the session's thread that made it; None for the primary thread.
     """
@@ -81,38 +81,38 @@ class _ToolUse:
 
     @property
     def requires_action(self) -> bool:
-        """Whether something other than the worker's built-in tools must act."""
+        """Whether a client must send a result or a confirmation before the agent continues."""
         return self.custom or self.permission == "ask"
 
 
 class Conversation:
-    """The events of one session, in their order.
+    """The events of one session in their order, and the state that follows from them.
 
     Attributes:
-        events: All events; only `append` adds one.
+        events: All events; only `append_event` adds one.
         status: The status of the last `session.status_…`: "running", "idle" or "terminated".
     """
 
     def __init__(self, script: Script | None = None) -> None:
         """`script`: the tool uses of a scripted session; None: the control plane plays no agent."""
         self.events: list[StoredEvent] = []
-        # The places of the events of each type, so that a list of rare types reads only those.
+        # The indexes of the events of each type, so that a list of rare types reads only those.
         self._places: dict[str, array[int]] = {}
         self.status: str | None = None
         self._script = script
-        self._place = 0  # the next scripted tool use
+        self._place = 0  # the index of the next tool use in the script
         self._uses: dict[str, _ToolUse] = {}
-        self._open: dict[str, _ToolUse] = {}  # the entries of `_uses` without an answer
-        self._ended_threads: set[str] = set()  # threads that accept no result anymore
+        self._open: dict[str, _ToolUse] = {}  # the tool uses without a result
+        self._ended_threads: set[str] = set()  # ids of threads that accept no result anymore
         self._blocking: tuple[str, ...] = ()  # the event ids of the last `requires_action`
-        # whether a turn of the agent is due, now and after the current one
+        # Whether the agent must act now, and whether it must act again after the current turn.
         self._turn = self._next_turn = False
         self._interrupted = False
         self._concluded = False  # whether the agent has sent the last event of its turn
 
     @property
     def last_event_at(self) -> str | None:
-        """The time of the last event; None: there is none."""
+        """The time of the last event; None if there are no events."""
         return _event_time(self.events[-1]) if self.events else None
 
     def list_events(
@@ -123,7 +123,7 @@ class Conversation:
         before: str | None = None,
         wanted: EventFilter = EVERY_EVENT,
     ) -> Sequence[StoredEvent]:
-        """Return up to `limit` events next to a place, in the order of the list."""
+        """Return up to `limit` events after or before an id, in the order of `wanted`."""
         start = max(
             bisect_right(self.events, after, key=_event_id), self._first_index(wanted.times)
         )
@@ -149,9 +149,9 @@ class Conversation:
     def _indexes_of_types(
         self, types: frozenset[str] | None, start: int, end: int, *, backwards: bool
     ) -> Iterator[int]:
-        """Iterate over the places from `start` to `end` with events of these types.
+        """Iterate over the indexes from `start` to `end` of events of these types.
 
-        The time depends on the places that are read, not on the number of events.
+        The time depends on the number of these events, not on that of all events.
         """
         if types is None:
             places = range(start, end)
@@ -165,15 +165,13 @@ class Conversation:
         return merge(*parts, reverse=backwards)
 
     def position_after(self, event_id: str) -> int:
-        """Return the number of events up to and including this one; 0 for an unknown id."""
+        """Return the number of events up to and including `event_id`; 0 if it is unknown."""
         place = bisect_left(self.events, event_id, key=_event_id)
         known = place < len(self.events) and self.events[place].id == event_id
         return place + 1 if known else 0
 
-    # Checks.
-
     def check_client_events(self, new_events: Sequence[Mapping[str, Any]]) -> None:
-        """Refuse the whole batch if one of its events does not fit: 400 if unknown, 409 if late."""
+        """Raise a 400 or 409 if one of these events of a client does not fit the session."""
         if self.status == "terminated":
             raise conflict_error("the session is terminated")
         answered: set[str] = set()
@@ -215,7 +213,7 @@ class Conversation:
             raise conflict_error("the tool use's thread is terminated")
 
     def check_server_events(self, new_events: Sequence[Mapping[str, Any]]) -> None:
-        """Refuse events that a caller of `emit` may not append here."""
+        """Raise a 400 for events that a caller of `emit_events` may not append to this session."""
         for event in new_events:
             kind = event.get("type")
             if not isinstance(kind, str) or kind.startswith("user."):
@@ -223,10 +221,8 @@ class Conversation:
             if kind in TOOL_USES and self._script is not None:
                 raise APIError(400, "a scripted session's tool uses are its script's", "type")
 
-    # Changes.
-
     def append_event(self, event: StoredEvent) -> None:
-        """Add an event, whose id must be the greatest so far."""
+        """Append an event, whose id must be the greatest so far, and update the state."""
         self._places.setdefault(event.type, array("Q")).append(len(self.events))
         self.events.append(event)
         effect = self._EFFECTS.get(event.type)
@@ -280,7 +276,7 @@ class Conversation:
         self.status = "terminated"
 
     def _end_thread(self, event: StoredEvent) -> None:
-        """Close the tool uses of a thread, which accepts no result anymore."""
+        """Forget the open tool uses of an ended thread, which accepts no result anymore."""
         thread = _event_thread(event)
         if thread is None:
             return
@@ -304,10 +300,8 @@ class Conversation:
         protocol.THREAD_TERMINATED: _end_thread,
     }
 
-    # The next event.
-
     def next_server_event(self) -> dict[str, Any] | None:
-        """Return the next event of the control plane; None if it waits for others."""
+        """Return the event that the control plane must append now; None if it must wait."""
         if self.status == "terminated":
             return None
         for use_id, use in self._open.items():
@@ -327,7 +321,7 @@ class Conversation:
         )
 
     def _next_scripted_event(self, script: Script) -> dict[str, Any] | None:
-        """Return the next event of a scripted agent that does not wait for an answer."""
+        """Return the next event of a scripted agent; None if no turn is due."""
         if not self.events:
             return {"type": protocol.USER_MESSAGE, "content": _text_content("Run the script.")}
         if not self._turn:
@@ -348,7 +342,7 @@ def extend_conversation(
     ids: IdGenerator,
     now: int,
 ) -> list[StoredEvent]:
-    """Append events and all that follow from them, and return them as stored."""
+    """Append events and those of the control plane that follow; return all stored events."""
     events: list[StoredEvent] = []
     waiting = iter(new_events)
     while (fields := next(waiting, None) or conversation.next_server_event()) is not None:
@@ -360,7 +354,7 @@ def extend_conversation(
 
 
 def copy_events(new_events: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """Return a copy that no other code changes; 400 if it cannot be written as JSON."""
+    """Return a deep copy of events; raises a 400 if they cannot be written as JSON."""
     try:
         content = orjson.dumps({"data": list(new_events)}, default=dict)
     except orjson.JSONEncodeError as error:

@@ -1,4 +1,4 @@
-"""The calls behind the routes: the one interface between HTTP and the control plane's state.
+"""The interface between the HTTP routes and the state of the control plane.
 
 `index_engine` implements it on the index in memory with a store behind it, and `postgres` on a
 database that several control planes share. See workpool/docs/architecture.md, "The control plane".
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
 
 class Engine(Protocol):
-    """The calls of the protocol without HTTP.
+    """The calls of the protocol, as coroutines without HTTP.
 
     Each result survives a crash when the call returns, and so does each state that a refusal with
     409 shows. Every call may raise `APIError`, which is the answer, and `StoreError`.
@@ -41,24 +41,24 @@ class Engine(Protocol):
         """Open the store. Raises `ServeError`."""
 
     async def close(self) -> None:
-        """Close everything that `open` opened; without effect if nothing is open."""
+        """Close everything that `open` opened, if anything is open."""
 
     async def wait_for_failure(self) -> None:
-        """Wait until nothing can be saved before a restart. Raises `StoreError`."""
+        """Wait until the store fails for good. Raises `StoreError`."""
 
     def end_waits(self) -> None:
-        """End all long polls and streams, and let no further one wait: the server closes."""
+        """End all waits of polls and streams, and let no later one wait: the server closes."""
 
     async def check_environment(self, environment_id: str) -> None:
-        """Check an environment for work calls: 404 if unknown, 400 if not `self_hosted`."""
+        """Raise a 404 for an unknown environment, and a 400 for one that is not `self_hosted`."""
 
     async def get_environment(self, environment_id: str) -> Environment:
-        """Return an environment; 404 if unknown."""
+        """Return an environment; raises a 404 if it is unknown."""
 
     async def list_environments(
         self, place: PageRequest, limits: frozenset[str] | None
     ) -> ListPage[Environment]:
-        """Return the environments in `limits` (None: all) after a place."""
+        """Return a page of the environments whose ids are in `limits`; None: of all."""
 
     async def create_environment(self, wanted: NewEnvironment) -> Environment:
         """Create a `self_hosted` environment."""
@@ -73,7 +73,7 @@ class Engine(Protocol):
         session_id: str | None = None,
         script: object = None,
     ) -> Sequence[Item]:
-        """Create items. `session_id`: the existing session that they belong to."""
+        """Create items, each with a new session unless `session_id` names an existing one."""
 
     async def create_session(self, wanted: NewSession) -> SessionView:
         """Create a session and the work item that brings it to a worker."""
@@ -81,10 +81,10 @@ class Engine(Protocol):
     async def long_poll(
         self, environment_id: str, poll: Poll, gone: Callable[[], bool]
     ) -> Item | None:
-        """Deliver an item, after a wait of up to `block_ms`; None: no item.
+        """Deliver an item to a poll, which waits up to `block_ms`; None: there was no item.
 
-        `gone` returns whether the client has gone: then it receives none, and a delivery is taken
-        back.
+        `gone` returns whether the client has disconnected. Then it gets no item, and a delivery is
+        withdrawn.
         """
 
     async def ack_item(
@@ -102,7 +102,7 @@ class Engine(Protocol):
         *,
         compare_on_stop: bool = True,
     ) -> Item:
-        """Extend an item's lease, as `state_machine.extend_lease` decides."""
+        """Extend the lease of an item, if `state_machine.extend_lease` allows the heartbeat."""
 
     async def stop_item(
         self,
@@ -113,7 +113,7 @@ class Engine(Protocol):
         force: bool = False,
         refused: frozenset[tuple[bool, str]] = frozenset(),
     ) -> Item:
-        """Stop an item. `refused`: the stops, as (force, state), that are a 409 in the dialect."""
+        """Stop an item; raises a 409 if `refused` has the pair of `force` and the item's state."""
 
     async def update_metadata(
         self,
@@ -125,26 +125,26 @@ class Engine(Protocol):
         """Merge a patch into an item's metadata."""
 
     async def get_item(self, environment_id: str, work_id: str) -> Item:
-        """Return an item; 404 if unknown."""
+        """Return an item; raises a 404 if it is unknown."""
 
     async def list_items(
         self, environment_id: str, place: PageRequest, wanted: ItemFilter | None = None
     ) -> ListPage[Item]:
-        """Return the items next to a place that `wanted` selects, in its order."""
+        """Return a page of the items that `wanted` selects, in the order of `wanted`."""
 
     async def queue_stats(self, environment_id: str) -> WorkQueueStats:
         """Return the statistics of an environment's queue."""
 
     async def get_session(self, session_id: str) -> SessionView:
-        """Return a session; 404 if unknown."""
+        """Return a session; raises a 404 if it is unknown."""
 
     async def list_sessions(
         self, place: PageRequest, wanted: SessionFilter
     ) -> ListPage[SessionView]:
-        """Return the wanted sessions next to a place."""
+        """Return a page of the sessions that `wanted` selects."""
 
     async def archive_session(self, session_id: str) -> SessionView:
-        """Archive a session: it is terminated, and its work item is asked to stop."""
+        """Archive a session: terminate it, and request the stop of its work item."""
 
     async def send_events(
         self,
@@ -153,7 +153,7 @@ class Engine(Protocol):
         *,
         messages_bring_work: bool = False,
     ) -> Sequence[StoredEvent]:
-        """Append all events of a client, or none.
+        """Append all new events of a client to a session, or none if one does not fit.
 
         `messages_bring_work`: whether a message to a session whose item is stopped puts a new item
         into the queue.
@@ -162,27 +162,27 @@ class Engine(Protocol):
     async def emit_events(
         self, session_id: str, new_events: Sequence[Mapping[str, Any]]
     ) -> Sequence[Mapping[str, Any]]:
-        """Append events of the agent's side of a session, and return them as stored."""
+        """Append events of the agent to a session, and return the stored events."""
 
     async def list_events(
         self, session_id: str, place: PageRequest, wanted: EventFilter
     ) -> ListPage[StoredEvent]:
-        """Return the wanted events of a session next to a place."""
+        """Return a page of the events of a session that `wanted` selects."""
 
     async def stream_position(self, session_id: str, last_event_id: str | None) -> int:
-        """Return the number of events that a stream skips: those up to `last_event_id`.
+        """Return the number of events that a stream skips, up to and including `last_event_id`.
 
-        None: all events so far; the id of no event: none.
+        If it is None, all events so far are skipped; if it is the id of no event, none.
         """
 
     async def wait_for_events(
         self, session_id: str, place: int, seconds: float
     ) -> Sequence[StoredEvent] | None:
-        """Return the next events after the first `place` ones, once there are any.
+        """Wait until a session has more than `place` events, and return the further ones.
 
-        Empty: there were none within `seconds`. None: the session was deleted or the control plane
-        closes, so no event follows.
+        The result is empty if there are none within `seconds`, and None if no event can follow:
+        the session was deleted, or the control plane closes.
         """
 
     async def read_history(self) -> Sequence[Record]:
-        """Return the recorded history of all items, in order."""
+        """Return the recorded history of all items, the oldest record first."""

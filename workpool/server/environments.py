@@ -1,4 +1,7 @@
-"""The environments of a control plane, given at its start or created by clients, and their JSON."""
+"""The environments of a control plane and their JSON.
+
+An environment is either named at the start of the control plane or created by a client.
+"""
 
 from __future__ import annotations
 
@@ -24,7 +27,7 @@ _CLOUD: Final[Mapping[str, Any]] = {
 
 @dataclass(frozen=True, slots=True)
 class Environment:
-    """An environment. If no client created it, its name is its id."""
+    """An environment, which is one queue; without a client as its creator, its name is its id."""
 
     id: str
     name: str

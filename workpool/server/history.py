@@ -1,4 +1,4 @@
-"""The history of all items, in order, and whether a session was lost or ran twice at once.
+"""The history of all items, and its summary of lost and overlapping sessions.
 
 The control plane's own record. `operations` appends to it and never reads it.
 """
@@ -33,7 +33,7 @@ BLIND: Final = "blind"
 
 
 class Record(NamedTuple):
-    """One fact about one item.
+    """One change of one item, or one refused call on it.
 
     Attributes:
         time: Epoch seconds; for a lapse, the end of the lease.
@@ -54,12 +54,12 @@ class Record(NamedTuple):
 
 
 def heartbeat_op(expected: str | None) -> str | None:
-    """Return the `op` of a heartbeat's record: any worker can send NO_HEARTBEAT."""
+    """Return `BLIND` for a heartbeat that expects no earlier one, which any worker can send."""
     return BLIND if expected in {None, NO_HEARTBEAT} else None
 
 
 class History:
-    """Records in order; beyond `limit`, the oldest one is dropped (None: no limit).
+    """Records in the order of time, of which the newest `limit` are kept (None: all).
 
     Attributes:
         forgotten: The number of dropped records; with 0 a summary is exact.
@@ -76,17 +76,17 @@ class History:
         return iter(tuple(self._records))
 
     def add(self, record: Record) -> None:
-        """Append a record."""
+        """Append a record, and drop the oldest one beyond the limit."""
         self.forgotten += len(self._records) == self._records.maxlen
         self._records.append(record)
 
     def records_of_item(self, work_id: str) -> tuple[Record, ...]:
-        """Return the records of one item. Reads all records, so it is for tests and analyses."""
+        """Return the records of one item, by a search of all records."""
         return tuple(record for record in self._records if record.work_id == work_id)
 
 
 class Summary(NamedTuple):
-    """The numbers that show whether each session ended once and none overlapped.
+    """Numbers of items, which show whether each ended once and none was run twice at once.
 
     Attributes:
         enqueued: The number of created items.
@@ -105,7 +105,7 @@ class Summary(NamedTuple):
 
 
 def summarize(records: Iterable[Record]) -> Summary:
-    """Return the summary of a history."""
+    """Count the enqueued, stopped, reclaimed, lost and overlapping items of a history."""
     lives: dict[str, _ItemHistory] = {}
     for record in records:
         lives.setdefault(record.work_id, _ItemHistory()).apply_record(record)
@@ -121,7 +121,7 @@ def summarize(records: Iterable[Record]) -> Summary:
 
 
 class _ItemHistory:
-    """The history of one item."""
+    """The state of one item while the summary reads its records."""
 
     def __init__(self) -> None:
         self.created = False
@@ -135,11 +135,11 @@ class _ItemHistory:
 
     def apply_record(self, record: Record) -> None:
         if record.kind == "conflict":
-            return  # the call was refused, so it changed nothing
+            return  # A refused call has changed nothing.
         if self._is_by_other_worker(record):
             if record.kind == "heartbeat" and record.op != BLIND:
-                # The sender knew the holder's last heartbeat: it is a child to which the item was
-                # handed off.
+                # The sender knew the last heartbeat of the holder, so the holder has handed the
+                # item off to this process.
                 self._holder = record.worker_id
             else:
                 self.overlapping = True

@@ -1,4 +1,4 @@
-"""The engine on the index in memory: `operations`, whose results wait until the store saved them.
+"""The engine in memory, for memory and SQLite: calls of `Operations` that wait for the store.
 
 One process has the whole state. See workpool/docs/architecture.md, "The control plane".
 """
@@ -40,7 +40,7 @@ T = TypeVar("T")
 
 
 class IndexEngine:
-    """The calls of `operations`, each of which returns once its changes survive a crash.
+    """The calls of `Operations`, each of which returns once its changes survive a crash.
 
     Most calls return the coroutine of `_call_durably` and are not coroutines themselves: the most
     frequent calls would pay for a second one.
@@ -64,7 +64,7 @@ class IndexEngine:
         await self._operations.wait_for_failure()
 
     def end_waits(self) -> None:
-        """End all long polls and streams, and let no further one wait."""
+        """End all waits of polls and streams, and let no later one wait: the server closes."""
         self._operations.end_waits()
 
     async def _call_durably(
@@ -72,7 +72,7 @@ class IndexEngine:
     ) -> T:
         """Return the result of a call once all changes so far survive a crash.
 
-        A 409 can show that an earlier call was applied, so it waits too.
+        A 409 waits too, since it can show a change that an earlier call has made.
         """
         try:
             result = call(*arguments, **options)
@@ -84,17 +84,17 @@ class IndexEngine:
         return result
 
     async def check_environment(self, environment_id: str) -> None:
-        """Check an environment for work calls: 404 if unknown, 400 if not `self_hosted`."""
+        """Raise a 404 for an unknown environment, and a 400 for one that is not `self_hosted`."""
         self._operations.get_queue(environment_id)
 
     def get_environment(self, environment_id: str) -> Coroutine[Any, Any, Environment]:
-        """Return an environment; 404 if unknown."""
+        """Return an environment; raises a 404 if it is unknown."""
         return self._call_durably(self._operations.get_environment, environment_id)
 
     async def list_environments(
         self, place: PageRequest, limits: frozenset[str] | None
     ) -> ListPage[Environment]:
-        """Return the environments in `limits` (None: all) after a place."""
+        """Return a page of the environments whose ids are in `limits`; None: of all."""
         found = [
             self._operations.get_environment(environment_id)
             for environment_id in self._operations.environment_ids()
@@ -117,7 +117,7 @@ class IndexEngine:
         session_id: str | None = None,
         script: object = None,
     ) -> Coroutine[Any, Any, Sequence[Item]]:
-        """Create items. `session_id`: the existing session that they belong to."""
+        """Create items, each with a new session unless `session_id` names an existing one."""
         return self._call_durably(
             self._operations.enqueue,
             environment_id,
@@ -137,7 +137,7 @@ class IndexEngine:
     async def long_poll(
         self, environment_id: str, poll: Poll, gone: Callable[[], bool]
     ) -> Item | None:
-        """Deliver an item, after a wait of up to `block_ms`; None: no item."""
+        """Deliver an item to a poll, which waits up to `block_ms`; None: there was no item."""
         item = await self._operations.long_poll(environment_id, poll, gone)
         if item is None:
             await self._operations.wait_until_durable()
@@ -146,7 +146,7 @@ class IndexEngine:
         try:
             await self._operations.wait_until_durable()
             delivered = not gone()
-        finally:  # the client may have gone while the delivery became durable
+        finally:  # The client may have disconnected while the store saved the delivery.
             if not delivered:
                 self._operations.withdraw_delivery(item)
         return item if delivered else None
@@ -167,7 +167,7 @@ class IndexEngine:
         *,
         compare_on_stop: bool = True,
     ) -> Coroutine[Any, Any, Item]:
-        """Extend an item's lease, as `state_machine.extend_lease` decides."""
+        """Extend the lease of an item, if `state_machine.extend_lease` allows the heartbeat."""
         return self._call_durably(
             self._operations.heartbeat,
             environment_id,
@@ -187,7 +187,7 @@ class IndexEngine:
         force: bool = False,
         refused: frozenset[tuple[bool, str]] = frozenset(),
     ) -> Coroutine[Any, Any, Item]:
-        """Stop an item. `refused`: the stops, as (force, state), that are a 409 in the dialect."""
+        """Stop an item; raises a 409 if `refused` has the pair of `force` and the item's state."""
         return self._call_durably(
             self._operations.stop_item,
             environment_id,
@@ -210,13 +210,13 @@ class IndexEngine:
         )
 
     def get_item(self, environment_id: str, work_id: str) -> Coroutine[Any, Any, Item]:
-        """Return an item; 404 if unknown."""
+        """Return an item; raises a 404 if it is unknown."""
         return self._call_durably(self._operations.get_item, environment_id, work_id)
 
     def list_items(
         self, environment_id: str, place: PageRequest, wanted: ItemFilter | None = None
     ) -> Coroutine[Any, Any, ListPage[Item]]:
-        """Return the items next to a place that `wanted` selects, in its order."""
+        """Return a page of the items that `wanted` selects, in the order of `wanted`."""
         limit, after, before = place
         if wanted is None:
             return self._call_durably(
@@ -231,7 +231,7 @@ class IndexEngine:
         return self._call_durably(self._operations.queue_stats, environment_id)
 
     async def get_session(self, session_id: str) -> SessionView:
-        """Return a session; 404 if unknown."""
+        """Return a session; raises a 404 if it is unknown."""
         view = self._make_view(*self._operations.get_session(session_id))
         await self._operations.wait_until_durable()
         return view
@@ -239,7 +239,7 @@ class IndexEngine:
     async def list_sessions(
         self, place: PageRequest, wanted: SessionFilter
     ) -> ListPage[SessionView]:
-        """Return the wanted sessions next to a place."""
+        """Return a page of the sessions that `wanted` selects."""
         limit, after, before = place
         backwards = wanted.newest_first or before is not None
         found: list[SessionView] = []
@@ -250,7 +250,7 @@ class IndexEngine:
                 after=after, before=before, newest_first=wanted.newest_first
             )
             for each in islice(walk, SCAN_ROWS):
-                view = self._make_view(*each)  # read now: other calls may delete the session
+                view = self._make_view(*each)  # read before other calls can delete it
                 last = view.id
                 if wanted.matches(view):
                     found.append(view)
@@ -267,7 +267,7 @@ class IndexEngine:
         return make_page(found, limit, backwards=backwards, newest_first=wanted.newest_first)
 
     async def archive_session(self, session_id: str) -> SessionView:
-        """Archive a session: it is terminated, and its work item is asked to stop."""
+        """Archive a session: terminate it, and request the stop of its work item."""
         view = self._make_view(*self._operations.archive_session(session_id))
         await self._operations.wait_until_durable()
         return view
@@ -279,7 +279,7 @@ class IndexEngine:
         *,
         messages_bring_work: bool = False,
     ) -> Coroutine[Any, Any, Sequence[StoredEvent]]:
-        """Append all events of a client, or none."""
+        """Append all new events of a client to a session, or none if one does not fit."""
         return self._call_durably(
             self._operations.send_events,
             session_id,
@@ -290,13 +290,13 @@ class IndexEngine:
     def emit_events(
         self, session_id: str, new_events: Sequence[Mapping[str, Any]]
     ) -> Coroutine[Any, Any, Sequence[Mapping[str, Any]]]:
-        """Append events of the agent's side of a session, and return them as stored."""
+        """Append events of the agent to a session, and return the stored events."""
         return self._call_durably(self._operations.emit_events, session_id, new_events)
 
     async def list_events(
         self, session_id: str, place: PageRequest, wanted: EventFilter = EVERY_EVENT
     ) -> ListPage[StoredEvent]:
-        """Return the wanted events of a session next to a place."""
+        """Return a page of the events of a session that `wanted` selects."""
         conversation = self._operations.sessions.get_conversation(session_id)
         found = conversation.list_events(
             place.limit + 1, after=place.after, before=place.before, wanted=wanted
@@ -310,7 +310,7 @@ class IndexEngine:
         )
 
     async def stream_position(self, session_id: str, last_event_id: str | None) -> int:
-        """Return the number of events that a stream skips: those up to `last_event_id`."""
+        """Return the number of events that a stream skips, up to and including `last_event_id`."""
         conversation = self._operations.sessions.get_conversation(session_id)
         if last_event_id is None:
             return len(conversation.events)
@@ -319,7 +319,7 @@ class IndexEngine:
     async def wait_for_events(
         self, session_id: str, place: int, seconds: float
     ) -> Sequence[StoredEvent] | None:
-        """Return the next events after the first `place` ones, once there are any."""
+        """Wait until a session has more than `place` events, and return the further ones."""
         sessions = self._operations.sessions
         if not await sessions.wait_for_events(session_id, place, seconds):
             return None
@@ -328,7 +328,7 @@ class IndexEngine:
         return events
 
     async def read_history(self) -> Sequence[Record]:
-        """Return the recorded history of all items, in order."""
+        """Return the recorded history of all items, the oldest record first."""
         return tuple(self._operations.history)
 
     def _make_view(self, session: StoredSession, item: Item) -> SessionView:

@@ -1,8 +1,8 @@
-"""The calls of the protocol without HTTP: checked, applied, saved, recorded.
+"""The calls of the protocol on an index in memory, with a store for every change.
 
 Synchronous except for the wait of a long poll, on one thread, with an injected clock. Each call
-first applies lapses, so no caller sees a lease that has ended. A caller awaits `durable` before a
-result is sent. See workpool/docs/protocol.md, "Calls" and "Sessions".
+first ends the leases that are due, so no caller sees one. A caller awaits `wait_until_durable`
+before it sends a result. See workpool/docs/protocol.md, "Calls" and "Sessions".
 """
 
 from __future__ import annotations
@@ -51,11 +51,11 @@ if TYPE_CHECKING:
 
 
 LOOKED_AT_MAX = 10_000
-"""Items that one page of a search looks at: some 5 ms."""
+"""Largest number of items that one page of a search reads, in some 5 ms."""
 
 
 class Operations:
-    """The control plane's calls on any number of environments.
+    """The calls of the protocol on any number of environments, in memory.
 
     Args:
         environments: Ids of the environments that are `self_hosted`.
@@ -140,23 +140,26 @@ class Operations:
         await self._store.close()
 
     def end_waits(self) -> None:
-        """Answer all waiting polls now, and let no further one wait: the server closes."""
+        """End all waits of polls and streams, and let no later one wait: the server closes."""
         self._closing = True
         self.sessions.end_waits()
         self.wake_all_polls()
 
     def wake_all_polls(self) -> None:
-        """Let all waiting polls read the clock again, after a clock was moved by hand."""
+        """Wake all waiting polls, so that they read a clock again that a test has moved."""
         for queue in self._queues.values():
             queue.waiting.wake_polls(len(queue.waiting))
 
     @property
     def latest_time(self) -> int:
-        """The time of the last call; no record is later."""
+        """The time of the last call in microseconds; no record is later."""
         return self._latest
 
     def get_queue(self, environment_id: str) -> WorkQueue:
-        """Return the queue after all lapses; 404 if unknown, 400 if not `self_hosted`."""
+        """Return the queue of an environment, after the end of all leases that are due.
+
+        Raises a 404 if the environment is unknown, and a 400 if it is not `self_hosted`.
+        """
         queue = self._queues.get(environment_id)
         if queue is None:
             if environment_id in self._cloud:
@@ -166,7 +169,7 @@ class Operations:
         return queue
 
     def get_environment(self, environment_id: str) -> Environment:
-        """Return an environment; 404 if unknown."""
+        """Return an environment; raises a 404 if it is unknown."""
         environment = self._environments.get(environment_id)
         if environment is None:
             raise APIError(404, "no such environment")
@@ -205,11 +208,11 @@ class Operations:
         session_id: str | None = None,
         script: object = None,
     ) -> tuple[Item, ...]:
-        """Create items. `session_id`: the existing session that they belong to."""
+        """Create items, each with a new session unless `session_id` names an existing one."""
         queue = self.get_queue(environment_id)
         self._delete_ended_sessions()
         now = self._latest
-        metadata = dict(metadata or {})  # one copy, which all items share
+        metadata = dict(metadata or {})  # All items of this call share one copy.
         check_metadata(metadata, NEW_METADATA_LIMIT_BYTES)
         known = None if session_id is None else self.sessions.find_session(session_id)[0]
         parsed = None if script is None else parse_script(script, count)
@@ -263,7 +266,7 @@ class Operations:
         return self._replace_item(queue, item, "created")
 
     def poll(self, environment_id: str, poll: Poll) -> Item | None:
-        """Deliver an item, without waiting for one."""
+        """Deliver an item to a poll at once; None: there is no item."""
         queue = self.get_queue(environment_id)
         self._delete_ended_sessions()
         now = self._latest
@@ -280,10 +283,10 @@ class Operations:
     async def long_poll(
         self, environment_id: str, poll: Poll, gone: Callable[[], bool]
     ) -> Item | None:
-        """Deliver an item, after a wait of up to `block_ms`.
+        """Deliver an item to a poll, which waits up to `block_ms`; None: there was no item.
 
-        `gone` returns whether the client has gone: then no item is taken, and the wake-up of this
-        poll goes to the next one.
+        `gone` returns whether the client has disconnected. Then no item is delivered, and the
+        wake-up of this poll goes to the next one.
         """
         loop = asyncio.get_running_loop()
         deadline = loop.time() + poll.block_ms / 1000
@@ -297,7 +300,7 @@ class Operations:
         return None
 
     async def _wait_for_item(self, queue: WorkQueue, poll: Poll, seconds: float) -> None:
-        """Wait until woken, or until a delivery becomes due or a lease may lapse."""
+        """Wait until woken, or until an item may become claimable by the passage of time."""
         reclaim = poll.reclaim_older_than_ms * MILLISECOND
         delivered = queue.deliveries.oldest_time()
         due = [instant for instant in (queue.leases.earliest_end(),) if instant is not None]
@@ -310,7 +313,7 @@ class Operations:
         )
 
     def withdraw_delivery(self, item: Item) -> None:
-        """Take back a delivery whose client has gone before the answer."""
+        """Undo a delivery whose client has disconnected before the answer."""
         queue = self.get_queue(item.environment_id)
         if queue.is_current(item):
             self._replace_item(
@@ -339,7 +342,7 @@ class Operations:
         *,
         compare_on_stop: bool = True,
     ) -> Item:
-        """Extend an item's lease. `heartbeat_answer` turns the result into JSON."""
+        """Extend the lease of an item; `heartbeat_answer` turns the result into JSON."""
         queue = self.get_queue(environment_id)
         item = queue.get_item(work_id)
         try:
@@ -360,7 +363,7 @@ class Operations:
         force: bool = False,
         refused: frozenset[tuple[bool, str]] = frozenset(),
     ) -> Item:
-        """Stop an item. `refused`: the stops, as (force, state), that are a 409 in the dialect."""
+        """Stop an item; raises a 409 if `refused` has the pair of `force` and the item's state."""
         queue = self.get_queue(environment_id)
         item = queue.get_item(work_id)
         if (force, item.state) in refused:
@@ -377,14 +380,14 @@ class Operations:
         patch: Mapping[str, str | None],
         worker_id: str | None = None,
     ) -> Item:
-        """Merge a patch into the metadata."""
+        """Merge a patch into an item's metadata."""
         queue = self.get_queue(environment_id)
         merged = state_machine.merge_metadata(queue.get_item(work_id), patch)
         check_metadata(merged.metadata)
         return self._replace_item(queue, merged, "metadata", worker_id)
 
     def get_item(self, environment_id: str, work_id: str) -> Item:
-        """Return one item."""
+        """Return an item; raises a 404 if it is unknown."""
         return self.get_queue(environment_id).get_item(work_id)
 
     def list_items(
@@ -395,7 +398,7 @@ class Operations:
         after: str = "",
         before: str | None = None,
     ) -> ListPage[Item]:
-        """Return the items next to a place, and whether there are more in that direction."""
+        """Return a page of the items after or before an id, in ascending order."""
         items = self.get_queue(environment_id).list_items(limit + 1, after=after, before=before)
         return make_page(items, limit, backwards=before is not None)
 
@@ -408,9 +411,9 @@ class Operations:
         after: str = "",
         before: str | None = None,
     ) -> ListPage[Item]:
-        """Return the wanted items next to a place.
+        """Return a page of the items that `wanted` selects.
 
-        A page looks at `LOOKED_AT_MAX` items at most, so it may have fewer than `limit`, or none,
+        A page reads `LOOKED_AT_MAX` items at most, so it may have fewer than `limit`, or none,
         although there are more.
         """
         walk = self.get_queue(environment_id).iterate_items(
@@ -421,7 +424,7 @@ class Operations:
         last: str | None = None
         for count, item in enumerate(walk):
             if len(found) == limit or count == LOOKED_AT_MAX:
-                break  # at least this item follows the page
+                break  # The next page begins with this item.
             last = item.id
             if wanted.matches(item):
                 found.append(item)
@@ -432,18 +435,18 @@ class Operations:
         return ListPage(found, last is not None, backwards, last)
 
     def queue_stats(self, environment_id: str) -> WorkQueueStats:
-        """Return the statistics of the queue."""
+        """Return the statistics of an environment's queue."""
         return self.get_queue(environment_id).compute_stats(self._latest)
 
     def get_session(self, session_id: str) -> tuple[StoredSession, Item]:
-        """Return a session and its latest work item; 404 if it is unknown."""
+        """Return a session and its latest work item; raises a 404 if it is unknown."""
         session, work_id = self.sessions.find_session(session_id)
         return session, self.get_item(session.environment_id, work_id)
 
     def iterate_sessions(
         self, *, after: str = "", before: str | None = None, newest_first: bool = False
     ) -> Iterator[tuple[StoredSession, Item]]:
-        """Iterate over the sessions next to a place, the nearest first, each with its latest item.
+        """Iterate over the sessions between two ids, each with its latest item.
 
         Sessions of environments that are not served are left out.
         """
@@ -453,7 +456,7 @@ class Operations:
                 yield session, self.get_item(session.environment_id, work_id)
 
     def archive_session(self, session_id: str) -> tuple[StoredSession, Item]:
-        """Archive a session: it is terminated, and its work item is asked to stop."""
+        """Archive a session: terminate it, and request the stop of its work item."""
         session, item = self.get_session(session_id)
         if session.archived_at is None:
             with self._store.transaction():
@@ -469,7 +472,7 @@ class Operations:
         *,
         messages_bring_work: bool = False,
     ) -> Sequence[StoredEvent]:
-        """Append a client's events.
+        """Append all new events of a client to a session, or none if one does not fit.
 
         `messages_bring_work`: whether a message to a session whose item is stopped puts a new item
         into the queue.
@@ -478,7 +481,7 @@ class Operations:
         has_message = any(event["type"] == USER_MESSAGE for event in new_events)
         with self._store.transaction():
             if messages_bring_work and has_message and item.state == STOPPED:
-                # checked before the item is created
+                # Refused events must not create an item.
                 self.sessions.get_conversation(session_id).check_client_events(new_events)
                 queue = self.get_queue(session.environment_id)
                 self.sessions.attach_item(
@@ -490,19 +493,19 @@ class Operations:
     def emit_events(
         self, session_id: str, new_events: Sequence[Mapping[str, Any]]
     ) -> tuple[Mapping[str, Any], ...]:
-        """Append events of the agent's side of a session, and return them as stored."""
+        """Append events of the agent to a session, and return the stored events."""
         self.get_session(session_id)
         return tuple(
             event.value for event in self.sessions.emit_events(session_id, new_events, self._latest)
         )
 
     def _read_clock(self) -> int:
-        """Read the clock, once for each call, so that all its decisions use one time."""
+        """Read the clock once for each call, and return a time that never goes back."""
         self._latest = max(self._latest, int(self._clock() * SECOND))
         return self._latest
 
     def _apply_lapses(self, queue: WorkQueue) -> None:
-        """Apply the lapses that are due, each at the time when its lease ended."""
+        """End the leases that are due, each at its own end."""
         for work_id in queue.leases.pop_ended(self._read_clock()):
             held = queue.get_item(work_id)
             self._replace_item(
@@ -518,7 +521,7 @@ class Operations:
         at: int | None = None,
         op: str | None = None,
     ) -> Item:
-        """Replace the item of this id by `item`; without a change nothing is stored or recorded."""
+        """Store and record a new version of an item, unless it is the current one."""
         if not queue.is_current(item):
             queue.put_item(item)
             self._store.save_item(item)
@@ -532,10 +535,10 @@ class Operations:
         for session_id in self._retention.pop_due_sessions(self._latest):
             work_ids = self.sessions.item_ids(session_id)
             if not work_ids:
-                continue  # the session was deleted together with another of its items
+                continue  # An earlier round has deleted the session.
             queue = self._queues[self.sessions.find_session(session_id)[0].environment_id]
             items = queue.existing_items(work_ids)
-            # Another item of the session may still run, or have stopped later.
+            # A session stays as long as one of its items runs or has stopped too late.
             if len(items) == len(work_ids) and self._retention.have_expired(items, self._latest):
                 for work_id in work_ids:
                     queue.remove_item(work_id)

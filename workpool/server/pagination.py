@@ -1,4 +1,4 @@
-"""The pages of a list: of work items and of events.
+"""One page of a list of items, events, sessions or environments, and its JSON.
 
 See workpool/docs/protocol.md, "List items".
 """
@@ -25,9 +25,9 @@ BEFORE: Final = "before"
 
 
 class ListPage(NamedTuple, Generic[Row]):
-    """A page of a list. If it is `backwards`, the next page has the rows before its oldest one.
+    """One page of a list; if it is `backwards`, the next page has older rows.
 
-    `looked_until`: the last row that a search looked at, if the next page begins there.
+    `looked_until`: the id of the last row that a search has read, if the next page begins there.
     """
 
     items: Sequence[Row]
@@ -39,9 +39,9 @@ class ListPage(NamedTuple, Generic[Row]):
 def make_page(
     rows: Sequence[Row], limit: int, *, backwards: bool, newest_first: bool = False
 ) -> ListPage[Row]:
-    """Make a page of `rows`, which has one row beyond `limit` if there are more.
+    """Make a page of at most `limit` rows; one row more in `rows` shows that others follow.
 
-    `newest_first`: the rows descend, and the list goes backwards.
+    `newest_first`: the rows are in descending order, and the next page has older ones.
     """
     more = len(rows) > limit
     if newest_first:
@@ -54,7 +54,8 @@ def make_page(
 def page_json(page: ListPage[Row], render: Callable[[Row], dict[str, Any]]) -> dict[str, Any]:
     """Return a page's JSON, with fewer rows if one answer cannot hold them all."""
     items, rows = page.items, [render(row) for row in page.items]
-    # In ascending order, the last row of a page that goes backwards is next to its place.
+    # The rows of a backwards page that ascend begin with those farthest from the request's id;
+    # those are left out, since the next page can have them.
     from_end = page.backwards and len(items) > 1 and items[0].id < items[-1].id
     count = count_fitting_rows(rows[::-1] if from_end else rows)
     kept = slice(len(rows) - count, None) if from_end else slice(count)

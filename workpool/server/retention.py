@@ -1,4 +1,4 @@
-"""The sessions that ended long enough ago to be deleted, with their items and events.
+"""The sessions whose retention is over, which are deleted with their items and events.
 
 A session has ended once all of its items are stopped. It is deleted as a whole, so that each item
 has its session, and each session an item.
@@ -24,7 +24,7 @@ BATCH_MAX: Final = 100
 
 
 class StoppedItems:
-    """The stopped items in the order in which they stopped.
+    """The sessions of stopped items, in the order in which the items stopped.
 
     Args:
         seconds: Seconds for which a stopped item is kept; None: forever, and no item is recorded.
@@ -35,12 +35,12 @@ class StoppedItems:
         self._stopped: deque[tuple[int, str]] = deque()
 
     def add_item(self, item: Item) -> None:
-        """Record an item that has stopped."""
+        """Add an item that has just stopped."""
         if self._time is not None and item.stopped_at is not None:
             self._stopped.append((item.stopped_at, item.session_id))
 
     def pop_due_sessions(self, now: int) -> Iterator[str]:
-        """Remove and return the sessions that may have ended long ago, at most `BATCH_MAX`."""
+        """Pop up to `BATCH_MAX` ids of sessions whose item stopped long enough ago."""
         if self._time is None:
             return
         for _ in range(BATCH_MAX):
@@ -49,13 +49,13 @@ class StoppedItems:
             yield self._stopped.popleft()[1]
 
     def have_expired(self, items: Iterable[Item], now: int) -> bool:
-        """Return whether all these items of a session have stopped long enough ago."""
+        """Return whether all these items are stopped and their retention is over."""
         return self._time is not None and all(
             item.state == STOPPED and (item.stopped_at or 0) + self._time <= now for item in items
         )
 
     def split_contents(self, contents: StoreContents, now: int) -> tuple[StoreContents, list[Row]]:
-        """Return the part of a store's content that is kept, and the rows to delete."""
+        """Return the contents without ended sessions, and the rows of these sessions to delete."""
         if self._time is None:
             return contents, []
         alive = {item.session_id for item in contents.items if not self.have_expired((item,), now)}

@@ -1,6 +1,6 @@
-"""The sessions of a control plane: a work item's `data.id` is the id of one.
+"""The sessions of a control plane and their events, in memory.
 
-In the services, sessions exist on their own; here, each work item creates one. The module owns
+The `data.id` of a work item is the id of its session. The module owns
 their events: in one step each change is checked, gets its id, is saved and is sent to the open
 streams. See workpool/docs/protocol.md, "Sessions".
 """
@@ -30,20 +30,20 @@ if TYPE_CHECKING:
 
 
 class SessionRegistry:
-    """All sessions. Synchronous except for `wait`; belongs to one loop."""
+    """All sessions of one event loop. Only `wait_for_events` is a coroutine."""
 
     def __init__(self, store: Store, ids: IdGenerator) -> None:
         self._store = store
         self._ids = ids
         self._sessions: dict[str, tuple[StoredSession, str]] = {}
-        self._earlier: dict[str, list[str]] = {}  # earlier items of a session, if there are any
-        self._order = AscendingIds()  # the ids of `_sessions`
+        self._earlier: dict[str, list[str]] = {}  # ids of a session's items before its latest one
+        self._order = AscendingIds()  # the keys of `_sessions`
         self._conversations: dict[str, Conversation] = {}
         self._following: dict[str, set[asyncio.Event]] = {}
         self._closing = False
 
     def restore_contents(self, contents: StoreContents, ids: IdGenerator, now: int) -> None:
-        """Take over the store's content, and add the events that a crash prevented."""
+        """Restore the sessions of a store, and append the events that a crash prevented."""
         self._ids = ids
         sessions = {session.id: session for session in contents.sessions}
         for item in contents.items:
@@ -56,7 +56,7 @@ class SessionRegistry:
                 self._append_events(session.id, (), now)
 
     def find_session(self, session_id: str) -> tuple[StoredSession, str]:
-        """Return a session and the id of its latest work item; 404 if it is unknown."""
+        """Return a session and the id of its latest item; raises a 404 if it is unknown."""
         found = self._sessions.get(session_id)
         if found is None:
             raise APIError(404, "no such session")
@@ -68,7 +68,7 @@ class SessionRegistry:
         return [] if found is None else [*self._earlier.get(session_id, ()), found[1]]
 
     def remove_session(self, session_id: str) -> list[StoredSession | StoredEvent]:
-        """Remove a session and its events, and return them. Its streams end."""
+        """Remove a session with its events, return the removed rows, and end its streams."""
         session, _ = self._sessions.pop(session_id)
         self._earlier.pop(session_id, None)
         self._order.remove(session_id)
@@ -85,13 +85,13 @@ class SessionRegistry:
     def iterate_sessions(
         self, *, after: str = "", before: str | None = None, newest_first: bool = False
     ) -> Iterator[tuple[StoredSession, str]]:
-        """Iterate over the sessions next to a place, nearest first, each with its latest item."""
+        """Iterate over the sessions between two ids, each with the id of its latest item."""
         walked = iterate_ids(self._order, after=after, before=before, newest_first=newest_first)
-        # other calls may delete sessions while a long list is filtered
+        # A long list is filtered in parts, between which other calls may delete sessions.
         return (self._sessions[each] for each in walked if each in self._sessions)
 
     def get_conversation(self, session_id: str) -> Conversation:
-        """Return the conversation of a session; 404 if it is unknown."""
+        """Return the conversation of a session; raises a 404 if it is unknown."""
         found = self._conversations.get(session_id)
         if found is None:
             found = self._conversations[session_id] = Conversation(
@@ -114,7 +114,7 @@ class SessionRegistry:
         now: int,
         **more: Any,
     ) -> StoredSession:
-        """Create a session with further fields in `more`; call `attach` next."""
+        """Create a session, with `more` fields of `StoredSession`; `attach_item` must follow."""
         session_id = SESSION_PREFIX + self._ids.next_digits(now)
         session = StoredSession(session_id, environment_id, metadata, now, script, **more)
         self._store.save_session(session)
@@ -127,7 +127,7 @@ class SessionRegistry:
         now: int,
         new_events: Sequence[Mapping[str, Any]] = (),
     ) -> None:
-        """Make this the session's latest work item; `new_events`: a client's first events."""
+        """Set the latest work item of a session, and append the first events of a client."""
         if session.id not in self._sessions:
             self._order.append(session.id)
         self._add_session(session, work_id)
@@ -148,21 +148,21 @@ class SessionRegistry:
     def send_events(
         self, session_id: str, new_events: Sequence[Mapping[str, Any]], now: int
     ) -> Sequence[StoredEvent]:
-        """Append all events of a client, or none."""
+        """Append all new events of a client, or none if one does not fit."""
         self.get_conversation(session_id).check_client_events(new_events)
         return self._append_events(session_id, new_events, now)
 
     def emit_events(
         self, session_id: str, new_events: Sequence[Mapping[str, Any]], now: int
     ) -> Sequence[StoredEvent]:
-        """Append the server's events, in the name of the agent."""
+        """Append events of the agent, which a caller in this process supplies."""
         self.get_conversation(session_id).check_server_events(new_events)
         return self._append_events(session_id, copy_events(new_events), now)
 
     async def wait_for_events(self, session_id: str, place: int, seconds: float) -> bool:
-        """Return once there are more than `place` events, or after `seconds`.
+        """Wait until a session has more than `place` events, for at most `seconds`.
 
-        False: the session was deleted or the control plane closes, so no event follows.
+        Returns False if no event can follow: the session was deleted, or the control plane closes.
         """
         if session_id not in self._sessions:
             return False
@@ -190,7 +190,7 @@ class SessionRegistry:
     def _append_events(
         self, session_id: str, new_events: Sequence[Mapping[str, Any]], now: int
     ) -> Sequence[StoredEvent]:
-        """Add events and those that follow, save them, and notify the streams."""
+        """Append events and those that follow, save all of them, and wake the streams."""
         events = extend_conversation(
             self.get_conversation(session_id), session_id, new_events, self._ids, now
         )

@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 
     from workpool.server.stored_item import Item
 
-# The state after a stop, by force and current state.
+# The state after a stop, by `force` and the current state.
 STOP: Final[Mapping[tuple[bool, State], State]] = {
     (False, QUEUED): STOPPED,
     (False, STARTING): STOPPING,
@@ -45,22 +45,22 @@ STOP: Final[Mapping[tuple[bool, State], State]] = {
     (True, STOPPED): STOPPED,
 }
 
-# The state after a lapse; an item in any other state has no lease.
+# The state after the end of a lease; an item in any other state has no lease.
 LAPSE: Final[Mapping[State, State]] = {STARTING: QUEUED, ACTIVE: QUEUED, STOPPING: STOPPED}
 
 
 def deliver_item(item: Item, worker_id: str | None, now: int) -> Item:
-    """Deliver an item to a poll: it stays `queued`, and other polls do not receive it."""
+    """Record the delivery of an item to a poll; the item stays `queued`."""
     return replace(item, delivered_at=now, holder=worker_id)
 
 
 def withdraw_delivery(item: Item) -> Item:
-    """Take back a delivery that reached no client."""
+    """Undo a delivery that reached no client."""
     return replace(item, delivered_at=None, holder=None)
 
 
 def ack_item(item: Item, worker_id: str | None, now: int) -> Item:
-    """Acknowledge an item. A repeated ack changes neither `acknowledged_at` nor the lease."""
+    """Acknowledge an item and begin its lease; a repeated ack changes nothing."""
     if item.state in {STOPPING, STOPPED}:
         raise APIError(409, f"the item is {item.state}")
     if item.holder is not None and worker_id is not None and worker_id != item.holder:
@@ -81,7 +81,7 @@ def ack_item(item: Item, worker_id: str | None, now: int) -> Item:
 def extend_lease(
     item: Item, expected: str | None, ttl_seconds: int, now: int, *, compare_on_stop: bool = True
 ) -> Item:
-    """Extend the lease: it ends exactly `ttl_seconds` (clamped) from `now`.
+    """Extend the lease of an item to `ttl_seconds` (within the limits) from `now`.
 
     `compare_on_stop`: if it is false, every heartbeat of a `stopping` or `stopped` item is
     answered, whatever it expects; a `stopped` item does not change.
@@ -118,14 +118,14 @@ def extend_lease(
 
 
 def last_heartbeat(item: Item) -> str:
-    """Return the value that the next heartbeat must expect."""
+    """Return the time of the last heartbeat as text, which the next heartbeat must expect."""
     if not item.beaten or item.heartbeat_at is None:
         return NO_HEARTBEAT
     return to_heartbeat_text(item.heartbeat_at)
 
 
 def heartbeat_answer(item: Item, *, extended: bool) -> dict[str, Any]:
-    """Return a heartbeat's answer, which is also the current state in a 412."""
+    """Return the JSON of a heartbeat's answer, which a 412 contains as the current state."""
     return {
         "last_heartbeat": last_heartbeat(item) if item.beaten else None,
         "lease_extended": extended,
@@ -135,7 +135,7 @@ def heartbeat_answer(item: Item, *, extended: bool) -> dict[str, Any]:
 
 
 def stop_item(item: Item, now: int, *, force: bool) -> Item:
-    """Stop an item by the table `STOP`."""
+    """Stop an item, or request its stop, as the table `STOP` says."""
     state = STOP[force, item.state]
     if state == item.state:
         return item
@@ -145,13 +145,13 @@ def stop_item(item: Item, now: int, *, force: bool) -> Item:
 
 
 def end_lease(item: Item) -> Item:
-    """End a lease at `lease_end`, even if the lapse is noticed later."""
+    """End the lease of an item at its `lease_end`, even if the end is noticed later."""
     if LAPSE[item.state] == STOPPED:
         return replace(item, state=STOPPED, stopped_at=item.lease_end, lease_end=None)
     return replace(item, state=QUEUED, holder=None, lease_end=None, beaten=False)
 
 
 def merge_metadata(item: Item, patch: Mapping[str, str | None]) -> Item:
-    """Merge metadata: a string sets a key, None deletes it."""
+    """Merge a patch into the metadata of an item: a string sets a key, None deletes it."""
     merged = {key: value for key, value in {**item.metadata, **patch}.items() if value is not None}
     return item if merged == item.metadata else replace(item, metadata=merged)

@@ -1,4 +1,4 @@
-"""One work item of the control plane: a frozen value, which every change replaces.
+"""A work item as the control plane stores it: a frozen value that each change replaces.
 
 It has the public fields and those that only the server knows: the worker and time of the delivery,
 and the lease. Every time is in microseconds since the epoch (`timestamps`). See
@@ -25,7 +25,7 @@ SESSION_PREFIX: Final = "sess_"
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Item:
-    """A work item.
+    """A work item with its public fields, its delivery and its lease.
 
     Attributes:
         holder: The `Worker-ID` of the delivery or the acknowledgement; None if the request had
@@ -58,7 +58,7 @@ class Item:
 
 
 class IdGenerator:
-    """Digits of UUIDv7, strictly ascending, so that the order of ids is the order of creation.
+    """Generates strictly ascending UUIDv7, so that the order of ids is the order of creation.
 
     `last` keeps the order across a restart, even if the clock was set back meanwhile.
     """
@@ -67,17 +67,17 @@ class IdGenerator:
         self._last = _ascending_part(last)
 
     def advance_past(self, last: str) -> None:
-        """Make all further digits greater than these, which another process may have made."""
+        """Make all further ids greater than this one, which another process may have generated."""
         self._last = max(self._last, _ascending_part(last))
 
     def next_digits(self, now: int) -> str:
-        """Return 32 lowercase hex digits that are greater than all before."""
+        """Return the 32 lowercase hex digits of a new id, which is greater than all before."""
         self._last = max(now // MILLISECOND << 12, self._last + 1)
         number = self._last >> 12 << 80 | 0x7 << 76 | (self._last & 0xFFF) << 64
         return f"{number | 0b10 << 62 | secrets.randbits(62):032x}"
 
 
 def _ascending_part(digits: str) -> int:
-    """Return the part of a UUIDv7 that ascends: milliseconds and a counter."""
+    """Return milliseconds and counter of a UUIDv7 as one number, without its random bits."""
     number = int(digits, 16) if digits else 0
     return (number >> 80) << 12 | (number >> 64) & 0xFFF

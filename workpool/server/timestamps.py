@@ -27,7 +27,7 @@ _LEAP_SECOND: Final = "60"
 
 
 def system_clock() -> Callable[[], float]:
-    """Return epoch seconds that never jump: the wall time at the start plus a monotonic clock.
+    """Return a clock of epoch seconds that never jumps: the wall time now plus monotonic time.
 
     A wall clock that is set forward would end every lease at once while the workers, which use
     monotonic clocks, still hold them. CLOCK_BOOTTIME also counts the time of a suspension.
@@ -59,7 +59,7 @@ def to_heartbeat_text(instant: int) -> str:
 
 
 def from_heartbeat_text(text: str) -> int | None:
-    """Return the time that `to_heartbeat_text` writes as this text; None if there is none."""
+    """Parse a text of `to_heartbeat_text`; None if it is not one."""
     match = _HEARTBEAT_TEXT.fullmatch(text)
     if match is None:
         return None
@@ -72,7 +72,7 @@ def from_heartbeat_text(text: str) -> int | None:
 
 
 def is_rfc3339(text: str) -> bool:
-    """Return whether `text` is an RFC 3339 time, a leap second (60) included."""
+    """Return whether `text` is an RFC 3339 time, which may have the leap second 60."""
     match = _RFC3339.fullmatch(text)
     if match is None:
         return False
@@ -85,18 +85,18 @@ def is_rfc3339(text: str) -> bool:
 
 
 def to_utc_text(text: str) -> str | None:
-    """Return an RFC 3339 time as `to_heartbeat_text` writes it; None if `text` is no such time."""
+    """Convert an RFC 3339 time to the form of `to_heartbeat_text`; None if it is malformed."""
     if not is_rfc3339(text):
         return None
     try:
         moment = datetime.fromisoformat(text.upper()).astimezone(UTC)
-    except (ValueError, OverflowError):  # a leap second, or a year that Python does not support
+    except (ValueError, OverflowError):  # leap seconds and some years
         return None
     return moment.strftime("%Y-%m-%dT%H:%M:%S.%fZ").rjust(len("2026-03-01T12:00:00.000000Z"), "0")
 
 
 class TimeRange(NamedTuple):
-    """Bounds of a time, each in the form of `to_heartbeat_text`; None: no bound."""
+    """Lower and upper bounds of times in the form of `to_heartbeat_text`; None: no bound."""
 
     gt: str | None = None
     gte: str | None = None

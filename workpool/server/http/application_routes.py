@@ -1,4 +1,4 @@
-"""HTTP for applications: create, read and list environments and sessions, and archive sessions.
+"""The routes for applications: environments, and the creation and lists of sessions.
 
 An application that uses the vendor's SDK begins with these calls. A new session creates a work item
 for the workers of its environment.
@@ -34,7 +34,7 @@ class ApplicationRoutes:
     def __init__(
         self, engine: Engine, tokens: AcceptedTokens, dialect: ServerDialect, cloud: Collection[str]
     ) -> None:
-        """`cloud`: the ids of the environments that are not `self_hosted`."""
+        """Create the routes; `cloud` has the ids of environments that are not `self_hosted`."""
         self._engine = engine
         self._tokens = tokens
         self._dialect = dialect
@@ -62,7 +62,7 @@ class ApplicationRoutes:
         return json_response(environment.to_json(cloud=False))
 
     async def get_environment(self, request: web.Request) -> web.Response:
-        """Read one environment."""
+        """Answer with one environment."""
         environment_id = request.match_info["environment_id"]
         self._authenticate_application(request).check_environment(environment_id)
         await requests.read_body(request)
@@ -71,7 +71,7 @@ class ApplicationRoutes:
         )
 
     async def list_environments(self, request: web.Request) -> web.Response:
-        """List the environments that the token may use, in ascending order of their ids."""
+        """Answer with a page of the environments that the token may use, by ascending id."""
         limits = self._authenticate_application(request).environments
         await requests.read_body(request)
         place = requests.parse_page_request(request, "", ID_PATTERN)
@@ -91,7 +91,7 @@ class ApplicationRoutes:
         return json_response(self._session_json(await self._engine.create_session(wanted)))
 
     async def list_sessions(self, request: web.Request) -> web.Response:
-        """List the sessions that the query selects, by default the newest first."""
+        """Answer with a page of the sessions that the query selects, by default newest first."""
         limits = self._authenticate_application(request).environments
         await requests.read_body(request)
         place = requests.parse_page_request(request, SESSION_PREFIX)
@@ -105,7 +105,7 @@ class ApplicationRoutes:
     def _session_filter(
         self, request: web.Request, limits: frozenset[str] | None, *, newest_first: bool
     ) -> SessionFilter:
-        """Return the selection of sessions that the query asks for."""
+        """Parse the query parameters that select and order a list of sessions."""
         times = requests.parse_time_range(request)
         statuses = requests.repeated_parameter(request, "statuses")
         archived = requests.boolean_parameter(request, "include_archived")
@@ -115,7 +115,7 @@ class ApplicationRoutes:
             requests.single_parameter(request, name)
             for name in ("deployment_id", "memory_store_id")
         ):
-            statuses = frozenset()  # no session here has a deployment or a memory store
+            statuses = frozenset()  # matches nothing: these sessions have neither
         return SessionFilter(
             environments=limits,
             archived=archived,

@@ -1,7 +1,7 @@
-"""The check whether the client of a request still waits.
+"""The check whether the client of a request has closed its connection.
 
-The loop notices a closed connection only at its next call of `select`; before that, a woken poll
-could take an item for a client that has gone. So a poll asks the kernel itself.
+The event loop notices a closed connection only at its next call of `select`. Until then, a woken
+poll could deliver an item to a client that has disconnected, so a poll asks the kernel itself.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from aiohttp import web
 
 _HANGUP: Final = getattr(select, "POLLRDHUP", 0)
-"""Linux only; elsewhere a closed connection is noticed by the loop."""
+"""The event of a closed connection on Linux; 0 elsewhere, where only the loop notices it."""
 
 
 def has_disconnected(request: web.Request) -> bool:

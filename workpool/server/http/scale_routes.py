@@ -1,4 +1,4 @@
-"""The numbers of an environment for autoscalers, outside the paths of the dialects.
+"""The route `/scale/ENVIRONMENT_ID`, which answers autoscalers with the load of the fleet.
 
 An answer has numbers only. See workpool/docs/operating.md, "`workpool serve`".
 """
@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 
 
 class ScaleRoutes:
-    """The endpoint of the numbers.
+    """The endpoint for autoscalers.
 
     Args:
         engine: The engine.
@@ -50,15 +50,15 @@ class ScaleRoutes:
         self._local = local
 
     def routes(self) -> list[web.RouteDef]:
-        """Return the routes."""
+        """Return the definition of the route."""
         return [web.get("/scale/{environment_id}", self.get_fleet_numbers, allow_head=False)]
 
     async def get_fleet_numbers(self, request: web.Request) -> web.Response:
-        """Answer with the numbers of an environment."""
+        """Answer with the load of an environment and the recommended number of workers."""
         environment_id = request.match_info["environment_id"]
-        # A proxy on this machine, or a page of another site, has a name in place of an address.
+        # A request through a proxy, or from a page of another site, names a host and needs a token.
         if not (self._local and names_an_address(request.host)):
-            # This dialect also reads X-Api-Key.
+            # The anthropic dialect also accepts a token in X-Api-Key.
             caller = self._tokens.authenticate(request.headers, ANTHROPIC)
             caller.check_environment(environment_id)
             caller.check_item(None)
@@ -75,7 +75,7 @@ class ScaleRoutes:
 
 
 def _parse_replica_rule(request: web.Request) -> ReplicaRule:
-    """Return the rule of the query; 400 if it cannot be one."""
+    """Parse the query parameters that limit the number of workers; raises a 400."""
     try:
         return ReplicaRule(
             requests.integer_parameter(request, "slots_per_worker", SLOTS_PER_WORKER),

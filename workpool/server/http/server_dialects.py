@@ -1,4 +1,4 @@
-"""The answers of each dialect, as one table.
+"""The differences between the answers of the two dialects, as one table.
 
 See workpool/docs/protocol.md, "Dialects".
 """
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True)
 class ServerDialect:
-    """The differences between the dialects.
+    """The rules of one dialect for requests and answers.
 
     Attributes:
         prefix: The path before `/environments`, which distinguishes the dialects on one port.
@@ -61,28 +61,28 @@ class ServerDialect:
     agent_fields: tuple[str, ...]
 
     def format_session_id(self, own: str) -> str:
-        """Return the id of a session in the form of this dialect."""
+        """Return the id of a session with the prefix of this dialect."""
         return self.session_prefixes[0] + own.removeprefix(SESSION_PREFIX)
 
     def parse_session_id(self, written: str) -> str:
-        """Return the session id without this dialect's prefix; any other text stays unchanged."""
+        """Return the stored id of a session; an empty text if the prefix is not this dialect's."""
         for prefix in self.session_prefixes:
             if written.startswith(prefix):
                 return SESSION_PREFIX + written.removeprefix(prefix)
         return ""
 
     def session_json(self, value: Mapping[str, Any]) -> dict[str, Any]:
-        """Return a session's JSON in this dialect."""
+        """Convert the JSON of a session to this dialect: its id and its status."""
         status = self.session_statuses.get(value["status"], value["status"])
         return {**value, "id": self.format_session_id(value["id"]), "status": status}
 
     def parse_statuses(self, written: Collection[str]) -> frozenset[str]:
-        """Return the statuses of sessions that this dialect writes as one of `written`."""
+        """Return the stored statuses that this dialect writes as one of `written`."""
         own = {*STATUS.values(), TERMINATED}
         return frozenset(each for each in own if self.session_statuses.get(each, each) in written)
 
     def item_json(self, item: Item) -> dict[str, Any]:
-        """Return an item's JSON."""
+        """Return the JSON of an item in this dialect."""
         return {
             "id": item.id,
             "type": protocol.WORK,

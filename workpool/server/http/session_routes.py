@@ -1,4 +1,4 @@
-"""The calls on sessions and their events over HTTP, in one dialect.
+"""The routes of sessions and their events, in one dialect.
 
 An event stream has no queue for its reader, only a place in the session's events, and writes in
 bounded pieces, so that a slow reader costs little. If a reader stops reading, its connection is
@@ -35,7 +35,7 @@ WRITE_BYTES: Final = 64 * 1024
 _STREAM: Final = {
     "Content-Type": "text/event-stream",
     "Cache-Control": "no-store",
-    # otherwise a proxy would buffer the stream, which would look stalled
+    # Tells a proxy not to buffer the stream, which would delay its events.
     "X-Accel-Buffering": "no",
 }
 KEEP_ALIVE: Final = b": keep-alive\n\n"
@@ -43,7 +43,7 @@ KEEP_ALIVE: Final = b": keep-alive\n\n"
 
 
 class SessionRoutes:
-    """The endpoints of sessions in one dialect."""
+    """The endpoints of one session: read it, list, send and stream its events."""
 
     def __init__(self, engine: Engine, tokens: AcceptedTokens, dialect: ServerDialect) -> None:
         self._engine = engine
@@ -61,13 +61,13 @@ class SessionRoutes:
         ]
 
     async def get_session(self, request: web.Request) -> web.Response:
-        """Answer with the session."""
+        """Answer with one session."""
         view = await self._authorize_session(request)
         await requests.read_body(request)
         return json_response(self._dialect.session_json(view.to_json()))
 
     async def list_events(self, request: web.Request) -> web.Response:
-        """List the events of a session that the query selects, page by page."""
+        """Answer with a page of the events that the query selects."""
         view = await self._authorize_session(request)
         await requests.read_body(request)
         place = requests.parse_page_request(request, EVENT_PREFIX)
@@ -78,7 +78,7 @@ class SessionRoutes:
         return json_response(page_json(page, event_json))
 
     async def send_events(self, request: web.Request) -> web.Response:
-        """Append all events of a client, or none."""
+        """Append all events of the request to a session, or none if one does not fit."""
         view = await self._authorize_session(request)
         new_events = parse_event_batch(await requests.read_body(request))
         events = await self._engine.send_events(
@@ -87,15 +87,15 @@ class SessionRoutes:
         return json_response({"data": [event_json(event) for event in events]})
 
     async def stream_events(self, request: web.Request) -> web.StreamResponse:
-        """Stream new events, after those that follow `Last-Event-ID`."""
+        """Stream the events after `Last-Event-ID`, or without this header all new events."""
         view = await self._authorize_session(request)
         await requests.read_body(request)
         last = request.headers.get(LAST_EVENT_ID_HEADER)
-        # Before the first byte is sent, so that a client with an open stream misses no later event.
+        # Read before the first byte is sent: a client whose stream is open must miss no event.
         place = await self._engine.stream_position(view.id, last)
         response = web.StreamResponse(headers=_STREAM)
-        # The stream ends if the reader has gone or stopped reading, or if the store has failed or
-        # is not available. The reader then continues with the last event that it received.
+        # A lost connection, a reader that stopped reading, or a store without answers ends the
+        # stream. The client then opens another one after the last event that it received.
         with suppress(ConnectionError, StoreError, APIError):
             await response.prepare(request)
             await response.write(KEEP_ALIVE)
@@ -109,7 +109,7 @@ class SessionRoutes:
         return response
 
     async def _authorize_session(self, request: web.Request) -> SessionView:
-        """Admit the caller to the session of the path: 401, 404, 403, in this order.
+        """Return the session of the path; raises 401, 404 or 403, checked in this order.
 
         An item's token is accepted for the session of this item, until the item is stopped.
         """
@@ -125,15 +125,12 @@ class SessionRoutes:
 
 
 def event_json(event: StoredEvent) -> dict[str, Any]:
-    """Return an event's JSON."""
+    """Return the JSON of an event."""
     return dict(event.value)
 
 
 def _join_frames(events: Sequence[StoredEvent]) -> Iterator[bytes]:
-    """Iterate over the frames of these events, joined until each write is full.
-
-    Without events: a keep-alive.
-    """
+    """Join the frames of events to writes of about `WRITE_BYTES`; no events: a keep-alive."""
     frames: list[bytes] = []
     size = 0
     for event in events:
@@ -147,6 +144,6 @@ def _join_frames(events: Sequence[StoredEvent]) -> Iterator[bytes]:
 
 
 def event_frame(event: StoredEvent) -> bytes:
-    """Return an event as a frame of a stream."""
+    """Return an event as a frame of a `text/event-stream`."""
     head = f"id: {event.id}\nevent: {event.type}\ndata: "
     return b"%s%s\n\n" % (head.encode(), orjson.dumps(event.value, default=dict))

@@ -1,4 +1,4 @@
-"""The permissions of callers: tokens for environments, and a token for each item.
+"""The tokens that requests are authenticated with, and the permissions of each.
 
 Stores only hashes of the tokens for environments. The items' tokens are signed, so none is stored.
 """
@@ -46,23 +46,23 @@ class Caller(NamedTuple):
     worker: bool = False
 
     def check_environment(self, environment_id: str) -> None:
-        """Refuse another environment."""
+        """Raise a 403 if the caller may not use this environment."""
         if self.environments is not None and environment_id not in self.environments:
             raise APIError(403, "this token is not allowed on this environment")
 
     def check_not_worker_key(self) -> None:
-        """Refuse a worker's key."""
+        """Raise a 403 if the caller has sent a worker's key."""
         if self.worker:
             raise APIError(403, "a worker's key may only poll, ack, heartbeat, stop and list")
 
     def check_item(self, work_id: str | None) -> None:
-        """Refuse an item's token for a call on another item, or on no item (None)."""
+        """Raise a 403 for the token of another item; None: for the token of any item."""
         if self.item is not None and work_id != self.item[1]:
             raise APIError(403, "an item's token is for this item and its session only")
 
 
 class AcceptedTokens:
-    """The accepted tokens, looked up by hash, so that the time of a comparison reveals nothing.
+    """The accepted tokens, found by their hash, so that timing reveals nothing about them.
 
     Args:
         grants: Token → the environments that it is limited to.
@@ -76,7 +76,7 @@ class AcceptedTokens:
         self._signing_key = signing_key
 
     def authenticate(self, headers: Mapping[str, str], dialect: ServerDialect) -> Caller:
-        """Return the sender of a request with these headers; 401 if it is unknown."""
+        """Return the permissions of the token in these headers; raises a 401 if it is unknown."""
         token = _token_in_headers(headers, dialect.api_key_header)
         digest = _token_digest(token)
         if digest in self._grants:
@@ -112,14 +112,14 @@ def _token_digest(token: str) -> bytes:
 
 
 def check_token(token: str) -> str:
-    """Return a token that can be sent in a header; raises `ServeError`, without the token."""
+    """Return the token if a header can contain it; else raise a `ServeError` that hides it."""
     if not _TOKEN.fullmatch(token):
         raise ServeError("a token must be 1 to 1024 printable ASCII characters without spaces")
     return token
 
 
 def parse_token_file(text: str) -> dict[str, frozenset[str] | None]:
-    """Parse a file with one token in each line, followed by the environments that it may use.
+    """Parse a file whose lines have a token and the environments that the token may use.
 
     Empty lines and lines that begin with `#` are skipped.
 

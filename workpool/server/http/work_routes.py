@@ -1,4 +1,4 @@
-"""The work calls over HTTP, in one dialect.
+"""The routes of work items, in one dialect.
 
 Every handler checks in the same order, which is the precedence of errors: token, environment, item,
 the request's own values, the call. An answer is sent once its change is durable. See
@@ -49,7 +49,7 @@ _JSON: Final = {"Content-Type": "application/json"}
 
 
 def json_response(value: object, status: int = 200) -> web.Response:
-    """Return a JSON answer."""
+    """Return an answer with a JSON body."""
     return web.Response(body=orjson.dumps(value), status=status, headers=_JSON)
 
 
@@ -62,9 +62,9 @@ class WorkRoutes:
         self._dialect = dialect
 
     def routes(self) -> list[web.RouteDef]:
-        """Return the routes under the dialect's prefix. No HEAD, since a poll has an effect."""
+        """Return the dialect's routes, without HEAD, since a poll has an effect."""
         environment, item = self._dialect.prefix + _ENVIRONMENT, self._dialect.prefix + _ITEM
-        return [  # matched in this order, with a worker's most frequent calls first
+        return [  # aiohttp tries them in this order, so the most frequent calls come first
             web.get(environment + "/poll", self.poll, allow_head=False),
             web.post(item + "/ack", self.ack_item),
             web.post(item + "/heartbeat", self.heartbeat),
@@ -77,7 +77,7 @@ class WorkRoutes:
         ]
 
     async def poll(self, request: web.Request) -> web.Response:
-        """Answer a poll. A client that has disconnected gets no item, whenever it disconnected."""
+        """Answer with a delivered item or null; a disconnected client gets no item."""
         environment_id = await self._authorize_environment(request, worker=True)
         await requests.read_body(request)
         poll = requests.parse_poll(request, self._worker_id(request))
@@ -107,7 +107,7 @@ class WorkRoutes:
         )
 
     async def list_items(self, request: web.Request) -> web.Response:
-        """Answer with a page of the list of items."""
+        """Answer with a page of the items that the query selects."""
         environment_id = await self._authorize_environment(request, worker=True)
         await requests.read_body(request)
         place = requests.parse_page_request(request, WORK_PREFIX)
@@ -115,11 +115,11 @@ class WorkRoutes:
         shown = page_json(
             await self._engine.list_items(environment_id, place, wanted), self._dialect.item_json
         )
-        # This field tells a client that the answer is already selected and ordered.
+        # The field tells a client that it need not select and order the items itself.
         return json_response(shown if wanted is None else {**shown, "selected": True})
 
     async def enqueue(self, request: web.Request) -> web.Response:
-        """Create work."""
+        """Create items, and answer with them."""
         environment_id = await self._authorize_environment(request)
         wanted = requests.parse_enqueue(await requests.read_body(request))
         items = await self._engine.enqueue(
@@ -139,7 +139,7 @@ class WorkRoutes:
         return json_response(self._dialect.item_json(await self._engine.get_item(*place)))
 
     async def update_metadata(self, request: web.Request) -> web.Response:
-        """Update metadata."""
+        """Merge the metadata of the request into those of an item."""
         place = await self._authorize_item(request)
         async with self._prefer_unknown_item(place):
             patch = requests.parse_metadata_patch(
@@ -151,7 +151,7 @@ class WorkRoutes:
         )
 
     async def ack_item(self, request: web.Request) -> web.Response:
-        """Acknowledge an item."""
+        """Acknowledge an item, and answer with it."""
         place = await self._authorize_item(request, own_token=True)
         async with self._prefer_unknown_item(place):
             await requests.read_body(request)
@@ -161,7 +161,7 @@ class WorkRoutes:
         )
 
     async def heartbeat(self, request: web.Request) -> web.Response:
-        """Extend the lease of an item if its state allows it."""
+        """Extend the lease of an item, and answer with the heartbeat's result."""
         place = await self._authorize_item(request, own_token=True)
         async with self._prefer_unknown_item(place):
             await requests.read_body(request)
@@ -175,12 +175,12 @@ class WorkRoutes:
             compare_on_stop=self._dialect.compare_on_stop,
         )
         state = heartbeat_answer(item, extended=item.state != STOPPED)
-        # The vendor's type of this answer is a string, empty before the first heartbeat.
+        # The vendor's SDK expects a string, which is empty before the first heartbeat.
         last = state["last_heartbeat"] or ""
         return json_response({"type": WORK_HEARTBEAT, **state, "last_heartbeat": last})
 
     async def stop_item(self, request: web.Request) -> web.Response:
-        """Stop an item; the dialect decides the form of the answer."""
+        """Stop an item, and answer with the item or 204, as the dialect says."""
         place = await self._authorize_item(request, own_token=True)
         async with self._prefer_unknown_item(place):
             force = requests.parse_force(await requests.read_body(request))
@@ -195,7 +195,7 @@ class WorkRoutes:
     async def _authorize_environment(
         self, request: web.Request, work_id: str | None = None, *, worker: bool = False
     ) -> str:
-        """Admit the caller to the environment of the path: 401, 403, 404, 400, in this order.
+        """Return the environment of the path; raises 401, 403, 404 or 400, checked in this order.
 
         Args:
             request: The request.
@@ -214,7 +214,7 @@ class WorkRoutes:
     async def _authorize_item(
         self, request: web.Request, *, own_token: bool = False
     ) -> tuple[str, str]:
-        """Admit the caller to the item of the path, and return its environment and its id.
+        """Check the caller's permissions, and return environment and id of the path's item.
 
         `own_token`: whether the item's own token, and a worker's key, are accepted for this call.
         """
@@ -224,9 +224,10 @@ class WorkRoutes:
 
     @asynccontextmanager
     async def _prefer_unknown_item(self, place: tuple[str, str]) -> AsyncIterator[None]:
-        """Read the request's own values: if they are refused, a 404 of the item comes first.
+        """Replace an error in the block by a 404 if the item does not exist.
 
-        Without a refusal, the call itself looks for the item, so that the item is read only once.
+        The order of errors demands it. Without an error the item is not read here, so that the
+        call itself reads it only once.
         """
         try:
             yield
@@ -242,7 +243,7 @@ class WorkRoutes:
 async def error_envelopes(
     request: web.Request, handler: Callable[[web.Request], Awaitable[web.StreamResponse]]
 ) -> web.StreamResponse:
-    """Turn every refusal into an error envelope."""
+    """Middleware of aiohttp that answers with an error envelope for each API error."""
     try:
         return await handler(request)
     except APIError as refusal:
@@ -260,7 +261,7 @@ async def error_envelopes(
 
 
 async def add_request_id(request: web.Request, response: web.StreamResponse) -> None:
-    """Add a header with an id to the answer, in the dialects that do so."""
+    """Add the header `request-id`, in the dialects that have it."""
     if request.path.startswith(_REQUEST_ID_PREFIXES):
         response.headers["request-id"] = "req_" + secrets.token_hex(12)
 
@@ -270,7 +271,7 @@ def make_application(
     routes: list[web.RouteDef],
     middlewares: tuple[Any, ...] = (),
 ) -> web.Application:
-    """Return the aiohttp application; faults are injected by the outer `middlewares`."""
+    """Return the aiohttp application; `middlewares` are around all calls, to inject faults."""
     app = web.Application(
         middlewares=[*middlewares, error_envelopes], client_max_size=BODY_LIMIT_BYTES
     )

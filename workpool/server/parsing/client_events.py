@@ -1,4 +1,4 @@
-"""The events that a client may send to a session, parsed one by one: values or a 400.
+"""Parser of the events that a client may send to a session; raises a 400.
 
 Independent of any session: `conversation` decides whether an event fits the earlier ones.
 See workpool/docs/protocol.md, "Events".
@@ -21,18 +21,18 @@ BATCH_MAX: Final = 100
 
 
 def parse_event_batch(content: bytes) -> list[dict[str, Any]]:
-    """Parse the body of a request to send events; a bad batch is refused as a whole."""
+    """Parse the body of a request that sends events; one malformed event is a 400 for all."""
     return parse_client_events(parse_json_object(content).get("events"), "events", BATCH_MAX)
 
 
 def parse_client_events(given: object, name: str, limit: int) -> list[dict[str, Any]]:
-    """Check a batch of at most `limit` events; `name`: the field that holds it."""
+    """Parse a list of 1 to `limit` events from the field `name`; raises a 400."""
     if not isinstance(given, list) or not 1 <= len(given) <= limit:
         raise APIError(400, f"{name} must be a list of 1 to {limit} events", name)
     events = [_parse_event(event) for event in given]
     try:
         orjson.dumps({"data": events})
-    except orjson.JSONEncodeError:  # nested too deeply to be written again
+    except orjson.JSONEncodeError:  # an answer could not contain such an event
         raise APIError(400, f"{name} are nested too deep", name) from None
     return events
 

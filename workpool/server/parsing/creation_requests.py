@@ -1,4 +1,4 @@
-"""The objects that an application may create, parsed before any effect: values or a 400."""
+"""Parsers of the requests that create environments and sessions; each raises a 400."""
 
 from __future__ import annotations
 
@@ -62,7 +62,7 @@ def parse_environment(content: bytes) -> NewEnvironment:
 
 
 def parse_session(content: bytes) -> NewSession:
-    """Parse the body of a request to create a session; unsupported values are a 400."""
+    """Parse the body of a request to create a session; an unsupported field is a 400."""
     fields = parse_json_object(content)
     for name in _NOT_SUPPORTED:
         if fields.get(name):
@@ -82,7 +82,7 @@ def parse_session(content: bytes) -> NewSession:
 
 
 def _parse_agent(given: object) -> Mapping[str, Any]:
-    """Return id and version: an agent is given by its id, or by an object that has it."""
+    """Return `id` and `version` of an agent, given as its id or as an object with both."""
     agent = {"id": given} if isinstance(given, str) else given
     if not isinstance(agent, dict):
         raise APIError(400, "agent must be an id or an object", "agent")
@@ -106,7 +106,7 @@ def _parse_initial_events(given: object) -> Sequence[Mapping[str, Any]]:
 
 
 def _parse_metadata(fields: Mapping[str, Any]) -> Mapping[str, str]:
-    """Return the metadata, which must stay within the vendor's limits."""
+    """Return the field `metadata`; raises a 400 beyond the vendor's limits."""
     given = fields.get("metadata")
     metadata = {} if given is None else check_string_values(given)
     if len(metadata) > METADATA_PAIRS_MAX:

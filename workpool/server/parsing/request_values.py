@@ -1,4 +1,4 @@
-"""The values of a request, checked before anything is done: values or a 400.
+"""Parsers of query parameters, headers and bodies; each raises a 400.
 
 Independent of items. Query values are parsed strictly: no sign, no space, ASCII digits only, no
 parameter twice. See workpool/docs/protocol.md, "Calls".
@@ -61,7 +61,7 @@ _PLACES: Final = {"page": "", "before_id": BEFORE, "after_id": AFTER}
 
 @dataclass(frozen=True, slots=True)
 class EnqueueRequest:
-    """The body of a request to create work."""
+    """The body of a request to create items."""
 
     count: int
     metadata: Mapping[str, str]
@@ -70,7 +70,7 @@ class EnqueueRequest:
 
 
 class PageRequest(NamedTuple):
-    """The beginning of a list: after an id, or before one."""
+    """The query of one page: up to `limit` rows after or before an id."""
 
     limit: int
     after: str
@@ -91,13 +91,13 @@ class ItemFilter(NamedTuple):
     newest_first: bool
 
     def matches(self, item: Item) -> bool:
-        """Return whether the list has this item."""
+        """Return whether the filter selects this item."""
         failed = item.state == STOPPED and OUR_ERROR in item.metadata
         return (self.state is None or item.state == self.state) and (failed or not self.failed)
 
 
 def single_parameter(request: web.Request, name: str) -> str | None:
-    """Return a query parameter, None if absent; a repeated one is a 400."""
+    """Return a query parameter; None if it is absent. A repeated one is a 400."""
     values = request.query.getall(name, ())
     if len(values) > 1:
         raise APIError(400, f"{name} is given more than once", name)
@@ -105,19 +105,19 @@ def single_parameter(request: web.Request, name: str) -> str | None:
 
 
 def integer_parameter(request: web.Request, name: str, default: int) -> int:
-    """Return a query parameter that is a non-negative integer."""
+    """Parse a query parameter that is a non-negative integer; `default` if it is absent."""
     text = single_parameter(request, name)
     if text is None:
         return default
     if not _NUMBER.fullmatch(text):
         raise APIError(400, f"{name} must be a non-negative integer", name)
     digits = text.lstrip("0")
-    # int() refuses thousands of digits, and such a number exceeds every limit.
+    # A longer number exceeds every limit, and int() raises an error for thousands of digits.
     return int(digits or "0") if len(digits) <= _LONGEST_NUMBER else 10**_LONGEST_NUMBER
 
 
 def parse_poll(request: web.Request, worker_id: str | None) -> Poll:
-    """Return the parameters of a poll."""
+    """Parse the query parameters of a poll."""
     block_ms = integer_parameter(request, "block_ms", 0)
     if (
         single_parameter(request, "block_ms") is not None
@@ -129,7 +129,7 @@ def parse_poll(request: web.Request, worker_id: str | None) -> Poll:
 
 
 def parse_heartbeat(request: web.Request) -> tuple[str | None, int]:
-    """Return `expected_last_heartbeat` of a heartbeat, and its TTL before it is clamped."""
+    """Parse the query of a heartbeat: `expected_last_heartbeat`, and the requested TTL."""
     ttl_seconds = integer_parameter(request, "desired_ttl_seconds", TTL_DEFAULT_SECONDS)
     if ttl_seconds == 0:
         raise APIError(400, "desired_ttl_seconds must be positive", "desired_ttl_seconds")
@@ -144,7 +144,10 @@ def parse_heartbeat(request: web.Request) -> tuple[str | None, int]:
 
 
 def parse_page_request(request: web.Request, prefix: str, digits: str = _DIGITS) -> PageRequest:
-    """Return the beginning of a list; its ids are `prefix` and a text that `digits` matches."""
+    """Parse `limit` and the id after or before which a page begins.
+
+    The id is `prefix` and a text that the pattern `digits` matches.
+    """
     limit = integer_parameter(request, "limit", LIST_LIMIT_DEFAULT)
     if limit == 0:
         raise APIError(400, "limit must be positive", "limit")
@@ -166,7 +169,7 @@ def parse_page_request(request: web.Request, prefix: str, digits: str = _DIGITS)
 
 
 def parse_item_filter(request: web.Request) -> ItemFilter | None:
-    """Parse the selection and order of a list of items: `state`, `failed`, `order`; None: all."""
+    """Parse the query parameters `state`, `failed` and `order`; None if all are absent."""
     state, failed = single_parameter(request, "state"), single_parameter(request, "failed")
     if state is None and failed is None and single_parameter(request, "order") is None:
         return None
@@ -178,7 +181,7 @@ def parse_item_filter(request: web.Request) -> ItemFilter | None:
 
 
 def parse_event_filter(request: web.Request) -> EventFilter:
-    """Parse the selection and order of a list of events: `order`, `types`, `created_at[…]`."""
+    """Parse the query parameters `order`, `types` and `created_at[…]` of a list of events."""
     return EventFilter(
         types=repeated_parameter(request, "types"),
         times=parse_time_range(request),
@@ -187,7 +190,7 @@ def parse_event_filter(request: web.Request) -> EventFilter:
 
 
 def parse_newest_first(request: web.Request, *, default: bool) -> bool:
-    """Parse the order of a list from `order`."""
+    """Return whether the query parameter `order` is `desc`; `default` if it is absent."""
     order = single_parameter(request, "order")
     if order not in {None, "asc", "desc"}:
         raise APIError(400, "order must be asc or desc", "order")
@@ -195,7 +198,7 @@ def parse_newest_first(request: web.Request, *, default: bool) -> bool:
 
 
 def boolean_parameter(request: web.Request, name: str) -> bool:
-    """Return a query parameter that is `true` or `false`; False if absent."""
+    """Parse a query parameter that is `true` or `false`; False if it is absent."""
     text = single_parameter(request, name)
     if text not in {None, "true", "false"}:
         raise APIError(400, f"{name} must be true or false", name)
@@ -203,13 +206,13 @@ def boolean_parameter(request: web.Request, name: str) -> bool:
 
 
 def repeated_parameter(request: web.Request, name: str) -> frozenset[str] | None:
-    """Return the values of a repeated query parameter, in both spellings; None if absent."""
+    """Return all values of the query parameters `name` and `name[]`; None if absent."""
     values = [*request.query.getall(f"{name}[]", ()), *request.query.getall(name, ())]
     return frozenset(values) if values else None
 
 
 def parse_time_range(request: web.Request) -> TimeRange:
-    """Parse the bounds of a list in time: `created_at[gt]`, `[gte]`, `[lt]` and `[lte]`."""
+    """Parse the query parameters `created_at[gt]`, `[gte]`, `[lt]` and `[lte]`."""
     return TimeRange(*(_parse_time(request, f"created_at[{name}]") for name in TimeRange._fields))
 
 
@@ -224,22 +227,22 @@ def _parse_time(request: web.Request, name: str) -> str | None:
 
 
 def parse_worker_id(request: web.Request, header: str) -> str | None:
-    """Return the name that the worker sent; None if it sent no name."""
+    """Return the worker id in a header; None if the header is absent or empty."""
     value = request.headers.get(header)
     if not value:
         return None
     if len(value) > WORKER_ID_LENGTH or not value.isprintable():
-        # Bytes that are not UTF-8 arrive as lone surrogates, which no store can write.
+        # Headers with bytes that are not UTF-8 have lone surrogates, which no store can write.
         raise APIError(400, f"{header} must be at most {WORKER_ID_LENGTH} characters", header)
     return value
 
 
 async def read_body(request: web.Request) -> bytes:
-    """Read the whole body, within the limits of size and time."""
+    """Read the whole body of a request; a 400 or 408 beyond the limits of size and time."""
     if not request.can_read_body:
         return b""
     if request.headers.get("Content-Encoding", "identity").lower() != "identity":
-        # Decompression could turn 4 MiB of a request into 4 GiB of memory.
+        # A compressed body of 4 MiB could take 4 GiB of memory.
         raise APIError(400, "a compressed body is not read", "Content-Encoding")
     try:
         async with asyncio.timeout(BODY_SECONDS):
@@ -256,7 +259,7 @@ async def read_body(request: web.Request) -> bytes:
 
 
 def parse_json_object(content: bytes) -> dict[str, Any]:
-    """Parse a body that must be a JSON object."""
+    """Parse a body that is a JSON object; raises a 400."""
     try:
         value = orjson.loads(content)
     except orjson.JSONDecodeError:
@@ -279,7 +282,7 @@ def _has_too_many_values(value: object) -> bool:
 
 
 def parse_force(content: bytes) -> bool:
-    """Return `force` of the body of a stop."""
+    """Parse the field `force` of the body of a stop; False if it is absent."""
     value = parse_json_object(content).get("force") if content else None
     if value is not None and not isinstance(value, bool):
         raise APIError(400, "force must be a boolean", "force")
@@ -287,7 +290,7 @@ def parse_force(content: bytes) -> bool:
 
 
 def parse_metadata_patch(content: bytes, *, required: bool) -> Mapping[str, str | None]:
-    """Return the patch of an update; a bad patch is refused as a whole."""
+    """Parse the metadata patch of an update; one malformed value is a 400 for all."""
     fields = parse_json_object(content)
     if "metadata" not in fields and not required:
         return {}
@@ -295,7 +298,7 @@ def parse_metadata_patch(content: bytes, *, required: bool) -> Mapping[str, str 
 
 
 def parse_enqueue(content: bytes) -> EnqueueRequest:
-    """Return the body of a request to create work."""
+    """Parse the body of a request to create items."""
     fields = parse_json_object(content) if content else {}
     if fields.get("script", ...) is None:
         raise APIError(400, "script must be a list of tool uses", "script")
@@ -313,7 +316,7 @@ def parse_enqueue(content: bytes) -> EnqueueRequest:
 
 
 def check_string_values(value: object, allowed: tuple[type, ...] = (str,)) -> dict[str, Any]:
-    """Check metadata: an object whose values are strings, or of the types `allowed`."""
+    """Return metadata if it is an object whose values have the types `allowed`; else a 400."""
     if not isinstance(value, dict):
         raise APIError(400, "metadata must be an object", "metadata")
     if not all(isinstance(entry, allowed) for entry in value.values()):

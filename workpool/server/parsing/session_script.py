@@ -1,4 +1,4 @@
-"""Scripts of scripted sessions, checked before anything is created.
+"""Parser of the scripts of scripted sessions.
 
 See workpool/docs/protocol.md, "Scripted sessions".
 """
@@ -23,7 +23,7 @@ PERMISSIONS: Final = ("allow", "ask", "deny")
 
 
 def parse_script(value: object, copies: int = 1) -> Script:
-    """Return the script that `value` contains, for `copies` sessions; 400 if it is not a script."""
+    """Parse a script for `copies` sessions; raises a 400 if it is malformed or too large."""
     if not isinstance(value, Sequence) or isinstance(value, str | bytes):
         raise _script_error("must be a list of tool uses")
     if len(value) > ENTRIES_MAX:
@@ -32,13 +32,15 @@ def parse_script(value: object, copies: int = 1) -> Script:
         _parse_tool_use(entry, f"entry {number}") for number, entry in enumerate(value, 1)
     )
     try:
-        # Nested more deeply than in any answer, so that an accepted script can always be written.
+        # Two more levels of nesting, so that every answer can contain an accepted script.
         content = orjson.dumps([[script]], default=dict)
     except orjson.JSONEncodeError:
         raise _script_error("cannot be written as JSON") from None
     if len(content) * copies > SCRIPTS_BYTES_MAX:
         raise _script_error(f"must stay below {SCRIPTS_BYTES_MAX} bytes, times count")
-    copy: Script = orjson.loads(content)[0][0]  # a copy that no other code changes
+    copy: Script = orjson.loads(content)[0][
+        0
+    ]  # a deep copy, which the caller of `enqueue` cannot change
     return copy
 
 

@@ -1,6 +1,6 @@
-"""The delivery of items to polls, its withdrawal, and the lapses of leases.
+"""Polls on PostgreSQL: delivery of items, its withdrawal, and the end of leases.
 
-A claim takes the oldest item that no other transaction is taking, in one statement. Leases lapse
+A claim takes the oldest item that no other transaction is taking, in one statement. Leases end
 without a leader: each node looks for ended leases before some of its claims, and every call on an
 item sees the end of its lease.
 """
@@ -104,7 +104,7 @@ DELETE FROM pollers WHERE seen_at <= coalesce($1::bigint, workpool_now()) - $2::
 
 
 class ClaimOutcome(NamedTuple):
-    """The outcome of one claim.
+    """The item that one claim delivered, or the time until one may be claimable.
 
     Attributes:
         item: The delivered item; None: there was none.
@@ -119,11 +119,11 @@ class ClaimOutcome(NamedTuple):
 
 
 class ClaimCalls(DatabaseCalls):
-    """The calls of polls."""
+    """The calls of polls, and the end of leases that are due."""
 
     def __init__(self, *arguments: Any, **options: Any) -> None:
         super().__init__(*arguments, **options)
-        # The time of the next look for ended leases, by environment; None: in all environments.
+        # The time of the next check for ended leases, by environment; None: of all environments.
         self._next_look: dict[str | None, float] = {}
         self._known = ItemCache()
         self._polled: OrderedDict[tuple[str, str], float] = OrderedDict()
@@ -132,7 +132,7 @@ class ClaimCalls(DatabaseCalls):
     async def long_poll(
         self, environment_id: str, poll: Poll, gone: Callable[[], bool]
     ) -> Item | None:
-        """Deliver an item, after a wait of up to `block_ms`; None: no item."""
+        """Deliver an item to a poll, which waits up to `block_ms`; None: there was no item."""
         loop = asyncio.get_running_loop()
         deadline = loop.time() + poll.block_ms / 1000
         topic = work_topic(environment_id)
@@ -144,7 +144,7 @@ class ClaimCalls(DatabaseCalls):
             item = delivery.item
             if item is not None:
                 if not announced:
-                    self._hub.wake_calls(topic)  # other items may be unannounced, too
+                    self._hub.wake_calls(topic)  # a lost notification may have announced more items
                 if not gone():
                     return item
                 await self._withdraw_delivery(item, delivery.version)
@@ -155,17 +155,17 @@ class ClaimCalls(DatabaseCalls):
             seconds = _poll_wait_seconds(remaining, poll, delivery.due_seconds)
             announced = await self._hub.wait_for_change(topic, seen, seconds)
             if not announced and loop.time() >= deadline:
-                return None  # the next poll begins with a claim
-        self._hub.wake_calls(topic)  # pass the wake-up of this poll on to another poll
+                return None  # The worker's next poll begins with a claim.
+        self._hub.wake_calls(topic)  # gives the wake-up of this poll to another poll
         return None
 
     async def _claim_or_withdraw(self, environment_id: str, poll: Poll) -> ClaimOutcome:
-        """Claim an item; if the client disconnects meanwhile, take back the delivery."""
+        """Claim an item; if the call is cancelled meanwhile, withdraw the delivery."""
         claim = asyncio.get_running_loop().create_task(self._claim_item(environment_id, poll))
         try:
             return await asyncio.shield(claim)
         except asyncio.CancelledError:
-            # Bounded by the time-outs of statements; a further cancellation ends the claim itself.
+            # The time limits of statements bound this wait; a second cancellation ends the claim.
             with suppress(UnavailableError):
                 delivery = await claim
                 if delivery.item is not None:
@@ -187,7 +187,7 @@ class ClaimCalls(DatabaseCalls):
         return ClaimOutcome(None, 0, due)
 
     async def _withdraw_delivery(self, item: Item, version: int) -> None:
-        """Take back a delivery whose client has gone before the answer."""
+        """Undo a delivery whose client has disconnected before the answer."""
         self._known.take(item.environment_id, item.id)
         withdrawn = state_machine.withdraw_delivery(item)
         change = ItemChange(withdrawn, "withdrawn", item.holder, await self._current_time())
@@ -195,10 +195,10 @@ class ClaimCalls(DatabaseCalls):
             self._hub.announce_changes(work_topic(item.environment_id))
 
     async def _end_due_leases(self, environment_id: str | None) -> int:
-        """Apply the lapses that are due in this environment, and return their number.
+        """End the leases that are due in an environment, and return their number.
 
-        A look reads all leases, so the next one is as late as it may be: when the first of these
-        leases ends, or when the first lease may end that begins or is extended after this look.
+        A check reads all leases, so the next one is as late as it may be: when the first of these
+        leases ends, or when the first lease may end that begins or is extended after this check.
         """
         now = asyncio.get_running_loop().time()
         if now < self._next_look.get(environment_id, now) and self._now is None:
@@ -213,9 +213,9 @@ class ClaimCalls(DatabaseCalls):
         return await self.end_leases(environment_id) if ended else 0
 
     async def sweep_leases(self) -> int:
-        """Apply a bounded number of due lapses in all environments; return that number.
+        """End a bounded number of due leases in all environments, and return this number.
 
-        The next call looks again if there may be more.
+        The next call checks again at once if there may be more.
         """
         lapsed = await self._end_due_leases(None)
         if lapsed:
@@ -223,20 +223,20 @@ class ClaimCalls(DatabaseCalls):
         return lapsed
 
     async def end_leases(self, environment_id: str | None = None) -> int:
-        """Apply lapses that are due, at most `LAPSES_MAX`, and return their number.
+        """End at most `LAPSES_MAX` leases that are due, and return their number.
 
         `environment_id` None: in all environments. Leases whose rows are in use are left out.
         """
         statement = _ENDED.format(_EVERYWHERE if environment_id is None else _HERE)
 
-        async def lapse() -> list[Item]:
+        async def end_batch() -> list[Item]:
             async with self._pool.transaction() as connection:
                 rows = await connection.fetch(statement, environment_id, self._fixed_time())
                 return [
                     await self._end_lease(connection, item_from_row(row), row[-1]) for row in rows
                 ]
 
-        lapsed = await self._pool.retry_collisions(lapse)
+        lapsed = await self._pool.retry_collisions(end_batch)
         queued = [item.environment_id for item in lapsed if item.state == QUEUED]
         for each in sorted(set(queued)):
             self._hub.announce_changes(work_topic(each), queued.count(each))
@@ -248,12 +248,12 @@ class ClaimCalls(DatabaseCalls):
         return change.item
 
     async def delete_idle_pollers(self) -> int:
-        """Delete the workers that have not polled for some time; return 0: all are deleted."""
+        """Delete all workers that have not polled for some time; return 0, as a complete batch."""
         await self._pool.execute(_FORGET_POLLERS, self._fixed_time(), _WINDOW)
         return 0
 
     async def _record_poller(self, environment_id: str, worker_id: str | None) -> None:
-        """Record that this worker polls, unless that was recorded just now."""
+        """Record the time of a worker's poll, at most once in `POLLER_SECONDS`."""
         if worker_id is None:
             return
         now = asyncio.get_running_loop().time()
@@ -265,7 +265,7 @@ class ClaimCalls(DatabaseCalls):
 
 
 def _poll_wait_seconds(remaining: float, poll: Poll, due_seconds: float | None) -> float:
-    """Return the time for which a poll waits unless it is woken.
+    """Return the seconds that a poll waits before it claims again, unless it is woken.
 
     An item that another poll receives meanwhile becomes claimable again after the poll's own window
     at the earliest, and no notification says so.

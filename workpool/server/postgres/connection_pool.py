@@ -1,4 +1,4 @@
-"""The connections of one node to its database: a bounded number, and no call that waits forever.
+"""The pool of a node's database connections, in which every wait is bounded.
 
 The only module that opens a connection. Every driver's error that may be gone after some time
 becomes an `UnavailableError`. No error and no log record contains the database's password.
@@ -53,7 +53,7 @@ _LOG_SECONDS: Final = 5.0
 
 
 class Connection(Protocol):
-    """A connection to the database; its rows are read by name or by place."""
+    """A database connection; the columns of its rows are read by name or by position."""
 
     async def fetch(self, query: str, *args: object) -> Sequence[Any]:
         """Run a statement and return its rows."""
@@ -84,7 +84,7 @@ def redact_url(url: str) -> str:
 
 
 class ConnectionPool:
-    """The connections of one node, opened when they are needed.
+    """The database connections of one node, which are opened on demand.
 
     Each method takes a connection, runs one statement in a transaction of its own, and returns once
     that is committed. Raises `UnavailableError` if the database is not available now.
@@ -101,10 +101,10 @@ class ConnectionPool:
     def __init__(self, url: str, *, size: int | None = None) -> None:
         self._url = url
         self._size = POOL_SIZE if size is None else size
-        self._idle: list[Any] = []  # a stack: the connection used last is taken first
+        self._idle: list[Any] = []  # The connection that was used last is taken first.
         self._used: set[Any] = set()
         self._opening = 0
-        self._expired: set[Any] = set()  # connections in use that are closed after their call
+        self._expired: set[Any] = set()  # used connections to close after their call
         self._waiting: deque[asyncio.Future[None]] = deque()
         self._closed = True
         self._logged_at = float("-inf")
@@ -158,7 +158,7 @@ class ConnectionPool:
 
     @asynccontextmanager
     async def transaction(self) -> AsyncIterator[Connection]:
-        """Return a connection for one transaction, which an exception in the block undoes."""
+        """Return a context with a connection in a transaction; an exception rolls it back."""
         connection = self._take_idle_connection() or await self._acquire_connection()
         try:
             await connection.execute("BEGIN")
@@ -176,7 +176,7 @@ class ConnectionPool:
         self._release_connection(connection)
 
     async def retry_collisions(self, call: Callable[[], Awaitable[T]]) -> T:
-        """Return the result of a call, repeated while concurrent changes collide with it."""
+        """Run a call, and repeat it a few times while concurrent changes collide with it."""
         for attempt in range(_RETRIES):
             with suppress(RetryableError):
                 return await call()
@@ -193,7 +193,7 @@ class ConnectionPool:
         return None
 
     async def _acquire_connection(self) -> Any:
-        """Return an idle or a new connection, maybe after a wait. Raises `UnavailableError`."""
+        """Return an idle or new connection, or wait for one. Raises `UnavailableError`."""
         loop = asyncio.get_running_loop()
         end = loop.time() + ACQUIRE_SECONDS
         while not self._closed:
@@ -222,7 +222,7 @@ class ConnectionPool:
         return connection
 
     async def _wait_for_free_connection(self, seconds: float) -> None:
-        """Wait until a connection may be free. Raises `UnavailableError`."""
+        """Wait until another call frees a connection. Raises `UnavailableError`."""
         waiter: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         self._waiting.append(waiter)
         try:
@@ -238,12 +238,12 @@ class ConnectionPool:
             raise
 
     def _pass_wake_up_on(self, waiter: asyncio.Future[None]) -> None:
-        """Wake another call if this one was woken and ended in the same step."""
+        """Wake another waiting call if this one was woken but ends without a connection."""
         if waiter.done() and not waiter.cancelled():
             self._wake_waiting_calls()
 
     def _release_connection(self, connection: Any, error: BaseException | None = None) -> None:
-        """Let other calls use a connection, or cut it if its state is unknown after an error."""
+        """Make a connection idle, or terminate it if its state is unknown after an error."""
         self._used.discard(connection)
         is_reusable = (
             not self._closed
@@ -256,7 +256,7 @@ class ConnectionPool:
         if is_reusable:
             self._idle.append(connection)
         else:
-            connection.terminate()  # the server then cancels a statement that still runs
+            connection.terminate()  # The server then cancels its running statement.
         self._wake_waiting_calls()
 
     def _wake_waiting_calls(self, count: int = 1) -> None:
@@ -267,14 +267,14 @@ class ConnectionPool:
                 count -= 1
 
     def _raise_if_unavailable(self, error: BaseException) -> None:
-        """Raise the `UnavailableError` of a driver's error; return if the error is another one."""
+        """Raise `UnavailableError` if a driver's error is temporary; else return."""
         if not isinstance(error, DRIVER_ERRORS):
             return
         refusal = to_unavailable_error(error)
         if refusal is None:
             return
         if refusal.reason == READ_ONLY:
-            # After a failover, a new connection may lead to the new primary.
+            # The server may be a former primary: only new connections can reach the new one.
             self._expired |= self._used
             while self._idle:
                 self._idle.pop().terminate()
@@ -298,7 +298,7 @@ async def _commit_transaction(connection: Any) -> None:
 
 
 def _has_no_open_statement(error: BaseException | None) -> bool:
-    """Return whether a connection has no statement without an answer after this error."""
+    """Return whether the last statement of a connection was answered, given its error."""
     of_driver = isinstance(error, DRIVER_ERRORS) and not isinstance(error, asyncpg.PostgresError)
     return error is None or (isinstance(error, Exception) and not of_driver)
 
@@ -315,9 +315,9 @@ async def open_connection(url: str, *, statement_seconds: float | None = None) -
 
 
 async def end_connection(connection: Any) -> None:
-    """Close a connection of `open_connection`, or cut it if that takes too long."""
+    """Close a connection, or terminate it if closing takes too long."""
     try:
-        # The driver's own time-out does not bound its wait for a statement that is being cancelled.
+        # The driver's own time limit does not include its wait for a statement that it cancels.
         async with asyncio.timeout(_RELEASE_SECONDS):
             await connection.close()
     except DRIVER_ERRORS:
@@ -326,7 +326,7 @@ async def end_connection(connection: Any) -> None:
 
 @asynccontextmanager
 async def start_connection(url: str, *, statement_seconds: float) -> AsyncIterator[Any]:
-    """Return a connection for the start of a node. Raises `StoreError` or `ServeError`."""
+    """Return a context with a connection for a node's start. Raises `ServeError`."""
     try:
         connection = await open_connection(url, statement_seconds=statement_seconds)
         try:
@@ -348,18 +348,17 @@ def _connection_options(
             "application_name": "workpool",
             "default_transaction_isolation": "read committed",
             "statement_timeout": f"{statement_seconds * 1000:.0f}",
-            # Otherwise a node that stops in a transaction, but keeps its connections, would block
-            # others at the rows that it has locked.
+            # A node that hangs in a transaction must not block other nodes by its locks forever.
             "idle_in_transaction_session_timeout": f"{answer_seconds * 1000:.0f}",
-            # A node that is cut off, or has cut a call off, leaves no statement that keeps waiting.
+            # The server cancels the statement of a connection that was lost or terminated.
             "client_connection_check_interval": "1000",
-            "jit": "off",  # compiling a short statement takes longer than running it
+            "jit": "off",  # Compilation takes longer than a short statement.
         },
     }
 
 
 def _start_error(url: str, error: BaseException) -> BaseException:
-    """Return the error of a start that failed; a defect is returned unchanged.
+    """Return the error to raise for a failed start; an unexpected error stays unchanged.
 
     The driver's text about a URL may contain a part of its password.
     """

@@ -1,4 +1,4 @@
-"""The conversations that a node has read lately, so that an append reads only newer events."""
+"""A cache of conversations, so that an append reads only events that are newer."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ EVENTS_MAX: Final = 50_000
 
 
 class ConversationCache:
-    """Conversations by session, the least recently used first.
+    """Recently used conversations by session, with a limit of their events.
 
     A conversation leaves the cache while it is used, and returns once its new events are committed,
     so that the cache has committed events only.
@@ -25,14 +25,14 @@ class ConversationCache:
         self._count = 0
 
     def take(self, session_id: str) -> Conversation | None:
-        """Remove and return a conversation; None: it is not kept."""
+        """Remove and return a conversation; None if the cache does not have it."""
         found = self._kept.pop(session_id, None)
         if found is not None:
             self._count -= len(found.events)
         return found
 
     def put(self, session_id: str, conversation: Conversation) -> None:
-        """Keep a conversation; no caller may change it while it is in the cache."""
+        """Add a conversation, which no caller may change while it is in the cache."""
         self.take(session_id)
         self._kept[session_id] = conversation
         self._count += len(conversation.events)

@@ -1,4 +1,4 @@
-"""The creation of work: items with a new session each, in one statement."""
+"""The creation of items with a new session each, in one statement."""
 
 from __future__ import annotations
 
@@ -63,7 +63,7 @@ _CREATES: Final = {
 
 
 class CreationCalls(EnvironmentCalls):
-    """The calls that create work."""
+    """The calls that create items and sessions."""
 
     async def enqueue(
         self,
@@ -113,7 +113,7 @@ class CreationCalls(EnvironmentCalls):
         work_type: str,
         initial_events: Sequence[Mapping[str, Any]] = (),
     ) -> list[SessionView]:
-        """Create sessions like `template`, each with its item and its first events."""
+        """Create `count` sessions like `template`, each with an item and its first events."""
         views: list[SessionView] = []
         events: list[StoredEvent] = []
         counts: list[int] = []

@@ -1,4 +1,4 @@
-"""The parts that all calls on the database share: time, attempts, and the change of one item.
+"""The base of all calls on the database: its clock, retries, and the change of one item.
 
 Most calls read a row, decide with the rules of the other engines, and write on the condition that
 the row still has the version that was read: two statements, without a lock in between. After some
@@ -97,7 +97,7 @@ class ItemChange(NamedTuple):
 
 
 class DatabaseCalls:
-    """The base of the calls on one database.
+    """The base class of the calls on one database.
 
     Args:
         pool: The connections.
@@ -128,22 +128,23 @@ class DatabaseCalls:
         self._has_history = has_history
 
     def _fixed_time(self) -> int | None:
-        """Return the time for `CLOCK`."""
+        """Return the microseconds of the argument `now`; None for the database's clock."""
         return None if self._now is None else int(self._now() * SECOND)
 
     async def _retry_with_lock(
         self, attempt: Callable[[Connection], Awaitable[T | None]], lock: str, *key: str
     ) -> T:
-        """Return the first result of an attempt that is not None; None stands for a collision.
+        """Repeat an attempt while it returns None, which means a collision; return its result.
 
-        `lock`: the statement that locks the row of `key`, after which no attempt collides.
+        After some collisions, the statement `lock` locks the row of `key`, so that the next attempt
+        cannot collide.
         """
         for _ in range(_ATTEMPTS):
             result = await attempt(self._pool)
             if result is not None:
                 return result
 
-        async def locked() -> T:
+        async def attempt_with_lock() -> T:
             async with self._pool.transaction() as connection:
                 await connection.execute(lock, *key)
                 result = await attempt(connection)
@@ -151,17 +152,17 @@ class DatabaseCalls:
                     raise RetryableError("concurrent changes collided")
                 return result
 
-        return await self._pool.retry_collisions(locked)
+        return await self._pool.retry_collisions(attempt_with_lock)
 
     async def _current_time(self) -> int:
-        """Return the time in microseconds."""
+        """Return the current time of the database in microseconds."""
         now: int = await self._pool.fetchval(_NOW, self._fixed_time())
         return now
 
     async def _read_item(
         self, connection: Connection, environment_id: str, work_id: str
     ) -> tuple[Item, Item, int, int]:
-        """Return the stored item, the item as it is now, its version, the time; 404 if unknown."""
+        """Return an item as stored, without an ended lease, its version and the time; or a 404."""
         row = None
         if may_be_id(work_id):
             row = await connection.fetchrow(_READ, environment_id, work_id, self._fixed_time())
@@ -173,7 +174,7 @@ class DatabaseCalls:
     async def _write_item(
         self, connection: Connection, stored: Item, version: int, changes: Sequence[ItemChange]
     ) -> int | None:
-        """Replace an item by the last of its changes, and return its new version.
+        """Write the changes of an item, and return the new version of its row.
 
         None: the stored item has another version than `version`, so nothing was written.
         """
@@ -184,7 +185,7 @@ class DatabaseCalls:
             item.id,
             version,
             item.state,
-            # Large metadata stay where they are if they are not written.
+            # None leaves the metadata unchanged, which saves writing a large column.
             None if item.metadata is stored.metadata else to_json(item.metadata),
             item.acknowledged_at,
             item.started_at,
@@ -205,14 +206,14 @@ class DatabaseCalls:
 
 
 def without_ended_lease(item: Item, now: int) -> Item:
-    """Return an item as it is at this time: without a lease that has ended."""
+    """Return an item at a time: if its lease has ended, as the end of the lease leaves it."""
     if item.lease_end is None or item.lease_end > now:
         return item
     return state_machine.end_lease(item)
 
 
 def lease_end_change(stored: Item) -> ItemChange:
-    """Return the change that ends the lease of an item, whose time is over."""
+    """Return the change that ends a lease, which must be over."""
     return ItemChange(
         state_machine.end_lease(stored), "lapsed", stored.holder, stored.lease_end or 0
     )

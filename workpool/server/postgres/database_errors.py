@@ -1,4 +1,4 @@
-"""The errors of the database driver as errors of the control plane.
+"""Conversion of database errors: temporary ones to a 503, which a caller may repeat.
 
 An error that may be gone after some time is a 503. Every other error, such as a violated constraint
 or a wrong statement, is a defect, which stays as it is: a 500 with a traceback in the log. See
@@ -31,7 +31,7 @@ READ_ONLY: Final = "it is read-only"
 _CUT: Final = "the connection was lost"
 _REASONS: Final[Mapping[str, str]] = {
     "25006": READ_ONLY,
-    "25P03": _CUT,  # idle in a transaction for too long
+    "25P03": _CUT,  # idle_in_transaction_session_timeout
     "25P05": _CUT,
     "3D000": "the database does not exist",
     "53300": "it has too many connections",
@@ -54,7 +54,7 @@ _CONFLICTS: Final[Mapping[str, str]] = {
 
 
 class UnavailableError(APIError):
-    """503: the database could not carry out a call; the same call may succeed soon.
+    """A 503: the database cannot carry out a call now, but the same call may succeed soon.
 
     A change may have been committed although its confirmation was lost.
 
@@ -70,11 +70,11 @@ class UnavailableError(APIError):
 
 
 class RetryableError(UnavailableError):
-    """The database undid a whole transaction, which may be repeated at once."""
+    """The database rolled back a transaction, which may be repeated at once."""
 
 
 def to_unavailable_error(error: BaseException) -> UnavailableError | None:
-    """Return the 503 for a driver's error; None if the error is a defect."""
+    """Return the 503 for a temporary error of the driver; None for any other error."""
     if isinstance(error, asyncpg.InvalidCachedStatementError | asyncpg.OutdatedSchemaCacheError):
         return RetryableError("its schema was changed")
     if isinstance(error, asyncpg.PostgresError):
@@ -88,7 +88,7 @@ def to_unavailable_error(error: BaseException) -> UnavailableError | None:
 
 
 def _client_error_reason(error: BaseException) -> str | None:
-    """Return the reason of an error that the driver raised by itself."""
+    """Return the reason for a temporary error without an SQLSTATE; None for other errors."""
     if isinstance(error, TimeoutError):
         return "it did not answer in time"
     if isinstance(error, OSError):
@@ -96,9 +96,8 @@ def _client_error_reason(error: BaseException) -> str | None:
     if isinstance(error, asyncpg.TargetServerAttributeNotMatched):
         return READ_ONLY
     if isinstance(error, asyncpg.InternalClientError):
-        # Among others, a call that begins between the server's last message on a connection and
-        # the end of that connection.
+        # The driver raises it if a call begins while the server closes the connection.
         return _CUT
-    # The same class also reports wrong uses of the driver; only the text tells them apart.
+    # Only its text tells a closed connection from a wrong use of the driver.
     closed = type(error) is asyncpg.InterfaceError and "clos" in str(error)
     return _CUT if closed else None

@@ -1,4 +1,4 @@
-"""The environments: those that this node was given, and those that clients created."""
+"""The calls on environments, which arguments of this node or clients have created."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ WHERE (SELECT count(*) FROM environments) < {ENVIRONMENTS_MAX}
 
 
 class EnvironmentCalls(DatabaseCalls):
-    """The calls on environments.
+    """The calls that create, read and list environments.
 
     An environment is never deleted, so that a node reads each created one only once.
     """
@@ -46,14 +46,14 @@ class EnvironmentCalls(DatabaseCalls):
         self._created: dict[str, Environment] = {}
 
     async def check_environment(self, environment_id: str) -> None:
-        """Check an environment for work calls: 404 if unknown, 400 if not `self_hosted`."""
+        """Raise a 404 for an unknown environment, and a 400 for one that is not `self_hosted`."""
         if environment_id not in self._self_hosted:
             if environment_id in self._cloud:
                 raise APIError(400, "this environment is not self_hosted")
             await self._find_created_environment(environment_id)
 
     async def get_environment(self, environment_id: str) -> Environment:
-        """Return an environment; 404 if unknown."""
+        """Return an environment; raises a 404 if it is unknown."""
         if environment_id in self._self_hosted | self._cloud:
             return self._given_environment(environment_id)
         return await self._find_created_environment(environment_id)
@@ -61,7 +61,7 @@ class EnvironmentCalls(DatabaseCalls):
     async def list_environments(
         self, place: PageRequest, limits: frozenset[str] | None
     ) -> ListPage[Environment]:
-        """Return the environments in `limits` (None: all) after a place."""
+        """Return a page of the environments whose ids are in `limits`; None: of all."""
         given = [
             self._given_environment(name)
             for name in self._self_hosted | self._cloud
@@ -87,7 +87,7 @@ class EnvironmentCalls(DatabaseCalls):
         return Environment(environment_id, environment_id, None, {}, self._opened_at)
 
     async def _find_created_environment(self, environment_id: str) -> Environment:
-        """Return an environment that a client created on any node; 404 if unknown."""
+        """Return an environment that a client created on any node; raises a 404."""
         found = self._created.get(environment_id)
         if found is None:
             row = (

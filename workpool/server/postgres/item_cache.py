@@ -1,4 +1,4 @@
-"""The change of an item whose row this node knows already: one statement in place of two.
+"""A cache of rows, with which a node changes an item in one statement in place of two.
 
 A poll's answer is mostly followed by the ack, the first heartbeat and the stop on the same node, so
 the node keeps the last rows that it read or wrote. A change is decided on the known row, and
@@ -90,7 +90,7 @@ _CHANGES: Final = {
 
 
 class CachedItem(NamedTuple):
-    """A row as this node last saw it: `seen_at` is the database's time then."""
+    """A row as this node last read or wrote it; `seen_at`: the database's time of that."""
 
     item: Item
     version: int
@@ -98,13 +98,13 @@ class CachedItem(NamedTuple):
 
 
 class ItemCache:
-    """The rows that this node read or wrote last, by environment and id."""
+    """The rows that this node has read or written last, by environment and item id."""
 
     def __init__(self) -> None:
         self._known: OrderedDict[tuple[str, str], CachedItem] = OrderedDict()
 
     def put(self, item: Item, version: int, seen_at: int) -> None:
-        """Remember a row, unless no change is likely to follow or it takes much memory."""
+        """Add a row, unless its item is stopped or its metadata are large."""
         size = sum(len(key) + len(value) for key, value in item.metadata.items())
         if item.state == STOPPED or size > KNOWN_METADATA_MAX:
             return
@@ -114,7 +114,7 @@ class ItemCache:
             self._known.popitem(last=False)
 
     def take(self, environment_id: str, work_id: str) -> CachedItem | None:
-        """Forget a row, which is about to change, and return it; None: it is not known."""
+        """Remove and return a row that is about to change; None if the cache does not have it."""
         return self._known.pop((environment_id, work_id), None)
 
 
@@ -126,10 +126,10 @@ async def change_cached_item(
     now: int | None,
     has_history: bool,
 ) -> CachedItem | None:
-    """Write the change that `decide` returns for a known row, and return the row afterwards.
+    """Write the change that `decide` returns for a cached row, and return the changed row.
 
-    None: nothing was written. The row has changed meanwhile, its lease has ended, or the decision
-    is a refusal or no change, which only the current row can justify.
+    Returns None if nothing was written: the row has changed meanwhile, its lease has ended, or the
+    decision is an error or no change, for which the current row must be read.
 
     `now`: the time of a clock that a test moves; None: the database's.
     """

@@ -74,10 +74,10 @@ _HEARTBEATS: Final = {
 
 
 class ItemCalls(ClaimCalls):
-    """The calls on one item."""
+    """The calls that read or change one item."""
 
     async def get_item(self, environment_id: str, work_id: str) -> Item:
-        """Return an item; 404 if unknown."""
+        """Return an item; raises a 404 if it is unknown."""
         stored, item, _, _ = await self._read_item(self._pool, environment_id, work_id)
         if item is not stored:
             await self.end_leases(environment_id)
@@ -88,11 +88,11 @@ class ItemCalls(ClaimCalls):
     ) -> Item:
         """Acknowledge an item."""
 
-        def decide(item: Item, now: int) -> ItemChange:
+        def decide_ack(item: Item, now: int) -> ItemChange:
             acked = state_machine.ack_item(item, worker_id, now)
             return ItemChange(acked, "acked", worker_id or acked.holder, now)
 
-        return await self._change_item(environment_id, work_id, decide, worker_id, "ack")
+        return await self._change_item(environment_id, work_id, decide_ack, worker_id, "ack")
 
     async def heartbeat(
         self,
@@ -104,20 +104,22 @@ class ItemCalls(ClaimCalls):
         *,
         compare_on_stop: bool = True,
     ) -> Item:
-        """Extend an item's lease, as `state_machine.extend_lease` decides."""
+        """Extend the lease of an item, if `state_machine.extend_lease` allows the heartbeat."""
         extended = await self._extend_lease(
             environment_id, work_id, expected, ttl_seconds, worker_id
         )
         if extended is not None:
             return extended
 
-        def decide(item: Item, now: int) -> ItemChange:
+        def decide_heartbeat(item: Item, now: int) -> ItemChange:
             beaten = state_machine.extend_lease(
                 item, expected, ttl_seconds, now, compare_on_stop=compare_on_stop
             )
             return ItemChange(beaten, "heartbeat", worker_id, now, heartbeat_op(expected))
 
-        return await self._change_item(environment_id, work_id, decide, worker_id, "heartbeat")
+        return await self._change_item(
+            environment_id, work_id, decide_heartbeat, worker_id, "heartbeat"
+        )
 
     async def _extend_lease(
         self,
@@ -127,7 +129,7 @@ class ItemCalls(ClaimCalls):
         ttl_seconds: int,
         worker_id: str | None,
     ) -> Item | None:
-        """Extend a lease whose last heartbeat is the expected one; None: any other case."""
+        """Extend a lease in one statement; None unless its last heartbeat is the expected one."""
         last = None if expected is None else from_heartbeat_text(expected)
         if last is None or not may_be_id(work_id):
             return None
@@ -151,12 +153,12 @@ class ItemCalls(ClaimCalls):
         force: bool = False,
         refused: frozenset[tuple[bool, str]] = frozenset(),
     ) -> Item:
-        """Stop an item. `refused`: the stops, as (force, state), that are a 409 in the dialect."""
+        """Stop an item; raises a 409 if `refused` has the pair of `force` and the item's state."""
 
-        def decide(item: Item, now: int) -> ItemChange:
+        def decide_stop(item: Item, now: int) -> ItemChange:
             return stop_change(item, worker_id, now, force=force, refused=refused)
 
-        return await self._change_item(environment_id, work_id, decide, worker_id, "stop")
+        return await self._change_item(environment_id, work_id, decide_stop, worker_id, "stop")
 
     async def update_metadata(
         self,
@@ -167,12 +169,12 @@ class ItemCalls(ClaimCalls):
     ) -> Item:
         """Merge a patch into an item's metadata."""
 
-        def decide(item: Item, now: int) -> ItemChange:
+        def decide_update(item: Item, now: int) -> ItemChange:
             merged = state_machine.merge_metadata(item, patch)
             check_metadata(merged.metadata)
             return ItemChange(merged, "metadata", worker_id, now)
 
-        return await self._change_item(environment_id, work_id, decide, worker_id)
+        return await self._change_item(environment_id, work_id, decide_update, worker_id)
 
     async def _change_item(
         self,
@@ -182,9 +184,9 @@ class ItemCalls(ClaimCalls):
         worker_id: str | None,
         op: str | None = None,
     ) -> Item:
-        """Replace an item by the one that `decide` returns for it and the time.
+        """Change an item as `decide` says, which gets the item and the time.
 
-        `op`: the name of the call in the record of a refusal; None: it is not recorded.
+        `op`: the name of the call in the record of a conflict; None: it is not recorded.
         """
         changed = None
         known = self._known.take(environment_id, work_id)
@@ -207,7 +209,7 @@ class ItemCalls(ClaimCalls):
         worker_id: str | None,
         op: str | None,
     ) -> CachedItem:
-        async def attempt(connection: Connection) -> CachedItem | None:
+        async def attempt_change(connection: Connection) -> CachedItem | None:
             stored, item, version, now = await self._read_item(connection, environment_id, work_id)
             try:
                 change = decide(item, now)
@@ -222,9 +224,9 @@ class ItemCalls(ClaimCalls):
             written = await self._write_item(connection, stored, version, changes)
             return None if written is None else CachedItem(change.item, written, now)
 
-        changed = await self._retry_with_lock(attempt, LOCK_ITEM, environment_id, work_id)
+        changed = await self._retry_with_lock(attempt_change, LOCK_ITEM, environment_id, work_id)
         if changed.item.state == QUEUED:
-            # The item's lease may have lapsed only now.
+            # This change may have ended the lease, which makes the item claimable.
             self._hub.announce_changes(work_topic(environment_id))
         return changed
 
@@ -243,7 +245,7 @@ def stop_change(
     force: bool = False,
     refused: frozenset[tuple[bool, str]] = frozenset(),
 ) -> ItemChange:
-    """Return the change that stops an item; raises the 409 of a refused stop."""
+    """Return the change that stops an item; raises a 409 if the dialect refuses the stop."""
     if (force, item.state) in refused:
         raise APIError(409, f"the item is {item.state}")
     stopped = state_machine.stop_item(item, now, force=force)

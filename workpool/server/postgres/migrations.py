@@ -1,4 +1,4 @@
-"""The schema of the database, and its upgrades while nodes of the previous version still run.
+"""Migrations of the database schema, while nodes of the previous release still run.
 
 A migration goes forward only and is one transaction under an advisory lock, so that nodes which
 start together run it once. It must work with nodes of the previous release, which run during the
@@ -43,7 +43,7 @@ CREATE TABLE IF NOT EXISTS schema_versions (
 
 
 class Migration(NamedTuple):
-    """One step of the schema.
+    """One step from a version of the schema to the next.
 
     Attributes:
         version: The version of the schema afterwards, one more than before.
@@ -57,7 +57,7 @@ class Migration(NamedTuple):
 
 
 def load_migrations() -> tuple[Migration, ...]:
-    """Return all migrations, in order."""
+    """Return all migrations of this release, in ascending order of versions."""
     return tuple(
         Migration(version, oldest, (files(__package__) / "schema" / name).read_text("utf-8"))
         for version, oldest, name in _MIGRATIONS
@@ -69,7 +69,7 @@ _MIGRATIONS: Final = ((1, 1, "001.sql"),)
 
 
 async def migrate(url: str, steps: Sequence[Migration] | None = None) -> int:
-    """Bring the database to the schema of this release; return the number of migrations.
+    """Upgrade the database to the schema of this release; return the number of migrations.
 
     A schema that is newer stays as it is if this release can use it.
 
@@ -89,7 +89,7 @@ async def migrate(url: str, steps: Sequence[Migration] | None = None) -> int:
 
 
 async def _usable_version(url: str, connection: Any, steps: Sequence[Migration]) -> int:
-    """Return the version of the schema, 0 for an empty database. Raises `StoreError`."""
+    """Return the schema version, 0 if empty. Raises `StoreError` if it is too new."""
     if await connection.fetchval("SELECT to_regclass('schema_versions')") is None:
         return 0
     version, oldest = await connection.fetchrow(
@@ -106,13 +106,13 @@ async def _usable_version(url: str, connection: Any, steps: Sequence[Migration])
 async def _apply_migration(
     url: str, connection: Any, steps: Sequence[Migration], step: Migration
 ) -> bool:
-    """Run one migration, unless another node has; return whether it ran. Raises `StoreError`."""
+    """Run a migration unless another node has; return whether it ran. Raises `StoreError`."""
     for _ in range(_ATTEMPTS):
         try:
             async with connection.transaction():
                 return await _run_migration(url, connection, steps, step)
         except asyncpg.LockNotAvailableError:
-            # Lets the calls that wait behind this migration go first.
+            # The pause lets calls run that were waiting behind this migration's lock request.
             await asyncio.sleep(LOCK_SECONDS)
     raise StoreError(
         f"store {redact_url(url)}: other transactions kept its tables locked, so that its schema "

@@ -1,4 +1,4 @@
-"""Wake-ups between the nodes of one database, over LISTEN and NOTIFY.
+"""Notifications that wake waiting calls on all nodes, by LISTEN and NOTIFY.
 
 A node announces a change after its commit: its own waiting calls wake at once, and those of other
 nodes through one notification for all changes since the last. A notification can be lost, when a
@@ -43,20 +43,20 @@ _RECONNECT_SECONDS: Final = (0.1, 5.0)
 
 
 def work_topic(environment_id: str) -> str:
-    """Return the topic of new work in an environment: `count` changes wake `count` calls."""
+    """Return the topic of claimable items, of which each wakes one waiting poll."""
     return _WORK + environment_id
 
 
 def session_topic(session_id: str) -> str:
-    """Return the topic of a session's events: a change wakes all calls."""
+    """Return the topic of a session's events, of which each wakes all waiting streams."""
     return "session:" + session_id
 
 
 class NotificationHub:
-    """The waiting calls of one node, by topic, on one loop.
+    """The waiting calls of one node, which changes of their topics wake.
 
-    A call takes `seen`, reads the database, and then waits with that value, so that a change
-    between the two ends the wait at once.
+    A call takes `change_count`, reads the database, and then waits with that value, so that a
+    change between the two ends the wait at once.
 
     Attributes:
         listening: Set while the node receives notifications.
@@ -68,26 +68,26 @@ class NotificationHub:
         self._waiting: dict[str, OrderedDict[Waiter, None]] = {}
         self._fallbacks: dict[str, asyncio.TimerHandle] = {}
         self._changes = 0
-        # The number of the last change of each topic, the least recent first; beyond the limit,
-        # `_forgotten` is the greatest number that was dropped.
+        # The number of each topic's last change, oldest first. `_forgotten` is the greatest number
+        # that the limit has removed.
         self._last: OrderedDict[str, int] = OrderedDict()
         self._forgotten = 0
-        # The wake-ups of each work topic for which no call waited.
+        # The number of items of each topic for which no poll was waiting.
         self._unused: dict[str, int] = {}
         self._unsent: dict[str, int] = {}
-        self._wanted = asyncio.Event()  # set by an announcement or a lost connection
+        self._wanted = asyncio.Event()  # set to send a batch, or after a lost connection
         self._released = False
         self.listening = asyncio.Event()
 
     def change_count(self) -> int:
-        """Return the number of changes so far; read the database after that."""
+        """Return the number of known changes, to be taken before the database is read."""
         return self._changes
 
     async def wait_for_change(self, topic: str, seen: int, seconds: float) -> bool:
         """Wait for a change of a topic after `seen`, and return whether one was announced.
 
-        False: `seconds` have passed, or a change may have gone unnoticed. A call for work that then
-        finds an item must `wake` the next call, since only one is woken for any number of items.
+        False: `seconds` have passed, or a notification may be lost. A poll that then finds an item
+        must call `wake_calls`, since only one poll is woken for any number of items.
         """
         if self._released or self._has_changed(topic, seen):
             return True
@@ -98,7 +98,7 @@ class NotificationHub:
         try:
             return await waiter
         except asyncio.CancelledError:
-            # Woken and cancelled in one step: another call must be woken for the item.
+            # The poll was woken for an item before it was cancelled, so the next one must be woken.
             if waiter.done() and not waiter.cancelled():
                 self.wake_calls(topic)
             raise
@@ -107,7 +107,7 @@ class NotificationHub:
             self._discard_waiter(topic, waiter)
 
     def announce_changes(self, topic: str, count: int = 1) -> None:
-        """Announce changes that are committed, to this node at once and to the others soon."""
+        """Announce committed changes to this node at once, and to the other nodes soon."""
         self._record_change(topic)
         self.wake_calls(topic, count)
         self._unsent[topic] = self._unsent.get(topic, 0) + count
@@ -116,9 +116,9 @@ class NotificationHub:
         self._wanted.set()
 
     def wake_calls(self, topic: str, count: int = 1) -> None:
-        """Wake calls of this node: `count` of those for work, all of those for a session.
+        """Wake `count` polls, or all streams of a session, on this node.
 
-        If fewer wait, the next waits of calls that read the database meanwhile end at once.
+        If fewer polls wait, polls that read the database meanwhile read it once more.
         """
         waiters: OrderedDict[Waiter, None] = self._waiting.get(topic, OrderedDict())
         is_work = topic.startswith(_WORK)
@@ -162,25 +162,27 @@ class NotificationHub:
             pause = min(2 * pause, longest)
 
     async def _listen(self, connection: Any) -> None:
-        # A lost notification costs some seconds, so its commit need not wait for the disk. All
-        # transactions with a notification wait for each other until they have committed.
+        # Transactions that notify commit one after the other, so none should wait for the disk. A
+        # notification that a crash loses only delays the calls of other nodes by some seconds.
         await connection.execute("SET synchronous_commit = off")
         connection.add_termination_listener(lambda _: self._wanted.set())
         await connection.add_listener(CHANNEL, self._on_notification)
         self.listening.set()
-        self._wake_after_gap()  # announcements before LISTEN were not received
+        self._wake_after_gap()  # Announcements before LISTEN were not received.
 
     async def _send_announcements(self, connection: Any) -> None:
-        """Send what is announced, until the connection is lost. Raises `DRIVER_ERRORS`.
+        """Send announced changes until the connection is lost. Raises `DRIVER_ERRORS`.
 
-        Everything that is announced while one batch is sent, and shortly after, forms the next.
+        The changes that are announced while one batch is sent, and shortly after, form the next.
         """
         while True:
             try:
                 async with asyncio.timeout(_PING_SECONDS):
                     await self._wanted.wait()
             except TimeoutError:
-                await connection.execute("SELECT 1")  # fails if the server has vanished
+                await connection.execute(
+                    "SELECT 1"
+                )  # raises an error if the server does not answer
             self._wanted.clear()
             for payload, topics in list(self._make_payloads()):
                 await connection.execute("SELECT pg_notify($1, $2)", CHANNEL, payload)
@@ -191,7 +193,7 @@ class NotificationHub:
                 raise ConnectionResetError
 
     def _make_payloads(self) -> Iterator[tuple[str, list[tuple[str, int]]]]:
-        """Iterate over the notifications to send, each with its topics and counts."""
+        """Iterate over the payloads to send, each with its topics and their counts."""
         lines = [self._node]
         topics: list[tuple[str, int]] = []
         length = len(self._node)
@@ -210,24 +212,24 @@ class NotificationHub:
     def _remove_sent(self, topic: str, count: int) -> None:
         left = self._unsent.get(topic, 0) - count
         if left > 0:
-            self._unsent[topic] = left  # changes announced during the send
+            self._unsent[topic] = left  # announced while the batch was sent
         else:
             self._unsent.pop(topic, None)
 
     def _on_notification(self, _connection: object, _pid: int, _channel: str, payload: str) -> None:
         node, *lines = payload.split("\n")
         if node == self._node:
-            return  # this node has already woken its own calls
+            return  # This node has woken its own calls already.
         for line in lines:
             count, _, topic = line.partition(" ")
             if topic == EVERYTHING or not count.isdecimal():
-                self._wake_after_gap()  # any topic, or a text of another release
+                self._wake_after_gap()  # may be about any topic
                 return
             self._record_change(topic)
             self.wake_calls(topic, int(count))
 
     def _wake_after_gap(self) -> None:
-        """Let calls read again, since changes may be missed: one call for each work topic."""
+        """Let calls read again after lost notifications: one poll a topic, and all streams."""
         self._changes += 1
         self._last.clear()
         self._unused.clear()
@@ -238,8 +240,8 @@ class NotificationHub:
     def _has_changed(self, topic: str, seen: int) -> bool:
         """Return whether a call must read again, because its data may be older than a change.
 
-        For work, as many calls as there were wake-ups for which no call waited: otherwise each new
-        item would send all calls that read at that moment to the database again.
+        Of the polls that were reading, only as many read again as wake-ups found no waiting poll:
+        otherwise each new item would make all of them read the database again.
         """
         changed = self._last.get(topic)
         if changed is None:
@@ -283,7 +285,7 @@ class NotificationHub:
             self._recheck_waiters(topic)
 
     def _recheck_waiters(self, topic: str) -> None:
-        """Let one call for work, or all calls of a session, read again."""
+        """Let one poll, or all streams of a session, read the database again."""
         waiters = self._waiting[topic]
         for waiter in list(waiters):
             del waiters[waiter]
@@ -292,7 +294,7 @@ class NotificationHub:
 
 
 def _end_wait(waiter: Waiter, announced: bool) -> bool:  # noqa: FBT001 - the result
-    """End a wait, unless it has ended; return whether it had not."""
+    """End a wait with a result; return False if it had ended before."""
     if waiter.done():
         return False
     waiter.set_result(announced)

@@ -1,4 +1,4 @@
-"""The engine on PostgreSQL: any number of nodes share one database, and none is special.
+"""The engine on PostgreSQL, where any number of equal nodes share one database.
 
 All state is in the database, and every call is one transaction, or a few that each leave a state
 which other calls may see. See workpool/docs/architecture.md, "The control plane on PostgreSQL".
@@ -44,10 +44,10 @@ class PostgresEngine(ReadCalls, RetentionCalls):
         self._running: asyncio.Task[None] | None = None
 
     async def open(self) -> None:
-        """Bring the schema up to date and connect. Raises `ServeError`."""
+        """Upgrade the schema, connect, and start the background tasks. Raises `ServeError`."""
         await migrate(self._url)
         await self._pool.open()
-        # A statement of its own sees the key that another node made meanwhile.
+        # A second statement also sees a key that another node has inserted at the same time.
         await self._pool.execute(_MAKE_SIGNING_KEY, secrets.token_bytes(32))
         self.signing_key = await self._pool.fetchval(_SIGNING_KEY)
         self._opened_at = await self._current_time()
@@ -56,7 +56,7 @@ class PostgresEngine(ReadCalls, RetentionCalls):
         )
 
     async def close(self) -> None:
-        """End the work in the background and all connections."""
+        """End the background tasks and close all connections."""
         running, self._running = self._running, None
         if running is not None:
             running.cancel()
@@ -64,17 +64,17 @@ class PostgresEngine(ReadCalls, RetentionCalls):
         await self._pool.close()
 
     async def wait_for_failure(self) -> None:
-        """Wait for a defect of the work in the background; an unavailable database is no defect."""
+        """Wait until a background task fails; an unavailable database does not end one."""
         if self._running is not None:
             await asyncio.shield(self._running)
 
     def end_waits(self) -> None:
-        """End all long polls and streams, and let no further one wait: the server closes."""
+        """End all waits of polls and streams, and let no later one wait: the server closes."""
         self._closing = True
         self._hub.end_waits()
 
     async def _run_background(self) -> None:
-        """Exchange notifications with the other nodes, and sweep."""
+        """Run the notification hub and the sweeper until cancelled."""
         batches: list[Callable[[], Awaitable[int]]] = [self.sweep_leases, self.delete_idle_pollers]
         if self._retention is not None:
             retention = int(self._retention * SECOND)

@@ -19,7 +19,7 @@ def _password_in_url(url: str) -> str | None:
     try:
         return urlsplit(url).password
     except ValueError:
-        return None  # `open` reports the malformed URL
+        return None  # The engine's `open` reports a malformed URL.
 
 
 class PostgresStore:
@@ -53,7 +53,7 @@ class PostgresStore:
         return PostgresEngine(self._url, has_history=self._history, **options)
 
     async def migrate(self) -> int:
-        """Bring the schema of the database up to date; return the number of migrations.
+        """Upgrade the schema of the database; return the number of migrations that ran.
 
         Raises:
             ServeError: The driver is not installed, the database cannot be reached, or its schema
@@ -66,7 +66,7 @@ class PostgresStore:
 
 @contextmanager
 def _require_driver() -> Iterator[None]:
-    """Turn the failed import of a missing driver into a `ServeError` that names the extra."""
+    """Raise a `ServeError` that names the extra if the driver cannot be imported."""
     try:
         yield
     except ModuleNotFoundError as error:

@@ -1,4 +1,4 @@
-"""The lists, the streams of events, the statistics and the history: calls that only read.
+"""The calls that only read: lists, streams of events, statistics and history.
 
 A list of items or sessions shows each lease's end; one that selects by state first lets the
 leases lapse that have ended, as the statistics do.
@@ -123,12 +123,12 @@ _HISTORY: Final = f"SELECT {RECORD_COLUMNS} FROM history ORDER BY number"
 
 
 class ReadCalls(StoredSessionCalls):
-    """The calls that only read."""
+    """The calls that read lists, streams of events, statistics and the history."""
 
     async def list_items(
         self, environment_id: str, place: PageRequest, wanted: ItemFilter | None = None
     ) -> ListPage[Item]:
-        """Return the items next to a place that `wanted` selects, in its order."""
+        """Return a page of the items that `wanted` selects, in the order of `wanted`."""
         if wanted is not None:
             return await self._search_items(environment_id, place, wanted)
         limit, after, before = place
@@ -141,7 +141,7 @@ class ReadCalls(StoredSessionCalls):
     async def _search_items(
         self, environment_id: str, place: PageRequest, wanted: ItemFilter
     ) -> ListPage[Item]:
-        """Return the wanted items next to a place, of the first `LOOKED_AT_MAX` ones."""
+        """Return a page of the selected items, after reading `LOOKED_AT_MAX` items at most."""
         await self._end_due_leases(environment_id)
         limit, after, before = place
         backwards = wanted.newest_first or before is not None
@@ -189,7 +189,7 @@ class ReadCalls(StoredSessionCalls):
     async def list_sessions(
         self, place: PageRequest, wanted: SessionFilter
     ) -> ListPage[SessionView]:
-        """Return the wanted sessions next to a place."""
+        """Return a page of the sessions that `wanted` selects."""
         limit = place.limit
         backwards = wanted.newest_first or place.before is not None
         found: list[SessionView] = []
@@ -205,7 +205,7 @@ class ReadCalls(StoredSessionCalls):
     async def _iterate_sessions(
         self, place: PageRequest, *, backwards: bool
     ) -> AsyncIterator[SessionView]:
-        """Iterate over the sessions next to a place, nearest first, each with its latest item."""
+        """Iterate over the sessions after or before an id, each with its latest item."""
         _, after, before = place
         statement = _SESSIONS.format("DESC" if backwards else "")
         batch = place.limit + 1
@@ -225,7 +225,7 @@ class ReadCalls(StoredSessionCalls):
     async def list_events(
         self, session_id: str, place: PageRequest, wanted: EventFilter = EVERY_EVENT
     ) -> ListPage[StoredEvent]:
-        """Return the wanted events of a session next to a place."""
+        """Return a page of the events of a session that `wanted` selects."""
         limit, after, before = place
         backwards = wanted.newest_first or before is not None
         types = None if wanted.types is None else [*filter(is_storable, wanted.types)]
@@ -241,7 +241,7 @@ class ReadCalls(StoredSessionCalls):
         )
 
     async def stream_position(self, session_id: str, last_event_id: str | None) -> int:
-        """Return the number of events that a stream skips: those up to `last_event_id`."""
+        """Return the number of events that a stream skips, up to and including `last_event_id`."""
         if last_event_id is not None and not is_storable(last_event_id):
             return 0
         return await self._pool.fetchval(_PLACE, session_id, last_event_id) or 0
@@ -249,7 +249,7 @@ class ReadCalls(StoredSessionCalls):
     async def wait_for_events(
         self, session_id: str, place: int, seconds: float
     ) -> Sequence[StoredEvent] | None:
-        """Return the next events after the first `place` ones, once there are any."""
+        """Wait until a session has more than `place` events, and return the further ones."""
         loop = asyncio.get_running_loop()
         deadline = loop.time() + seconds
         while not self._closing:
@@ -264,7 +264,7 @@ class ReadCalls(StoredSessionCalls):
                 session_topic(session_id), seen, max(0, remaining)
             )
             if not announced and loop.time() >= deadline:
-                # Without another read: of a thousand quiet streams, one returns every 10 ms.
+                # Another read would cost much: of 1000 quiet streams, one returns every 10 ms.
                 return ()
         return None
 
@@ -282,5 +282,5 @@ class ReadCalls(StoredSessionCalls):
         return WorkQueueStats(depth, pending, oldest, polling, running, int(stopped))
 
     async def read_history(self) -> Sequence[Record]:
-        """Return the recorded history of all items, in order."""
+        """Return the recorded history of all items, the oldest record first."""
         return [record_from_row(row) for row in await self._pool.fetch(_HISTORY)]

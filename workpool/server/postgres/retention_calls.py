@@ -1,4 +1,4 @@
-"""The deletion of sessions that ended long enough ago, with their items and events."""
+"""The deletion of ended sessions with their items and events, once their retention is over."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ SELECT id FROM ended
 
 
 class RetentionCalls(DatabaseCalls):
-    """The retention of ended sessions."""
+    """The call that deletes sessions whose retention is over."""
 
     async def delete_ended_sessions(self, retention: int) -> int:
         """Delete sessions whose items all stopped at least `retention` microseconds ago.
@@ -65,21 +65,23 @@ class RetentionCalls(DatabaseCalls):
         """
         until = await self._current_time() - retention
 
-        async def delete() -> list[str]:
+        async def delete_batch() -> list[str]:
             async with self._pool.transaction() as connection:
                 found = _limit_deleted_events(await connection.fetch(_FIND, until))
                 if not found:
                     return []
                 return [row[0] for row in await connection.fetch(_DELETE, until, found)]
 
-        deleted = await self._pool.retry_collisions(delete)
+        deleted = await self._pool.retry_collisions(delete_batch)
         for session_id in deleted:
-            self._hub.announce_changes(session_topic(session_id))  # ends the streams of the session
+            self._hub.announce_changes(
+                session_topic(session_id)
+            )  # The streams of the session notice its end.
         return len(deleted)
 
 
 def _limit_deleted_events(rows: Sequence[Any]) -> list[str]:
-    """Return the ids of the first rows of `_FIND` whose events one transaction deletes."""
+    """Return the ids of the first sessions with `EVENTS_MAX` events in total; at least one."""
     totals = accumulate(row[1] for row in rows)
     return [
         row[0]

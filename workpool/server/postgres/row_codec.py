@@ -1,4 +1,4 @@
-"""The columns of the database's rows, and the values of the server that they are read to.
+"""Conversion between rows of the database and items, sessions, environments and events.
 
 Statements name their columns, since a later migration may add some. JSON is text. Fields that may
 contain any text are JSON too, since PostgreSQL refuses a NUL character.
@@ -65,7 +65,7 @@ _ID: Final = re.compile(ID_PATTERN)
 
 
 def may_be_id(text: str) -> bool:
-    """Return whether a text may be an id; PostgreSQL cannot even compare some other texts."""
+    """Return whether a text has the form of an id; PostgreSQL cannot compare all others."""
     return _ID.fullmatch(text) is not None
 
 
@@ -80,19 +80,19 @@ def to_json(value: object) -> str:
 
 
 def to_json_or_null(value: object) -> str | None:
-    """Return a value as JSON text; None for None."""
+    """Return a value as JSON text, or None if the value is None."""
     return None if value is None else to_json(value)
 
 
 def item_from_row(row: Sequence[Any]) -> Item:
-    """Return the item whose columns begin a row."""
+    """Return the item in the first columns of a row."""
     values = dict(zip(ITEM_FIELDS, row, strict=False))
     values["metadata"] = orjson.loads(values["metadata"])
     return Item(**values)
 
 
 def session_from_row(row: Sequence[Any]) -> StoredSession:
-    """Return the session whose columns begin a row."""
+    """Return the session in the first columns of a row."""
     values = dict(zip(_SESSION_FIELDS, row, strict=False))
     for name in ("metadata", "script", "title", "agent"):
         if values[name] is not None:
@@ -101,7 +101,7 @@ def session_from_row(row: Sequence[Any]) -> StoredSession:
 
 
 def view_from_row(row: Sequence[Any]) -> SessionView:
-    """Return the session and its latest item whose columns begin a row."""
+    """Return the session and its latest item in the first columns of a row."""
     width = len(_SESSION_FIELDS)
     return SessionView(
         session_from_row(row), item_from_row(row[width + 2 :]), row[width], row[width + 1]
@@ -123,7 +123,7 @@ def session_to_row(session: StoredSession) -> list[Any]:
 
 
 def environment_from_row(row: Sequence[Any]) -> Environment:
-    """Return the environment of a row with `ENVIRONMENT_COLUMNS`."""
+    """Return the environment in a row with the columns `ENVIRONMENT_COLUMNS`."""
     environment_id, name, description, metadata, created_at = row
     return Environment(
         environment_id,
@@ -146,12 +146,12 @@ def environment_to_row(environment: Environment) -> list[Any]:
 
 
 def event_from_columns(session_id: str, event_id: str, value: str) -> StoredEvent:
-    """Return the event with this id and JSON."""
+    """Return the event of a session with this id and this JSON."""
     return StoredEvent(event_id, session_id, orjson.loads(value))
 
 
 def events_to_columns(events: Iterable[StoredEvent]) -> list[list[str]]:
-    """Return ids, types, times and JSON of events, a list for each, for `unnest`."""
+    """Return four lists for SQL's `unnest`: ids, types, times and JSON of events."""
     rows = [
         (event.id, event.type, str(event.value["processed_at"]), to_json(event.value))
         for event in events
@@ -160,7 +160,7 @@ def events_to_columns(events: Iterable[StoredEvent]) -> list[list[str]]:
 
 
 def record_from_row(row: Sequence[Any]) -> Record:
-    """Return the record of a row with `RECORD_COLUMNS`."""
+    """Return the history record in a row with the columns `RECORD_COLUMNS`."""
     time, work_id, kind, worker_id, state, lease_end, op = row
     return Record(
         time / SECOND,

@@ -94,7 +94,7 @@ _ARCHIVE: Final = "UPDATE sessions SET archived_at = $2 WHERE id = $1"
 
 
 class _SessionRow(NamedTuple):
-    """A session as it was read: `now` is the time of the read."""
+    """A session as read from the database, with its number of events and the time."""
 
     view: SessionView
     event_count: int
@@ -103,14 +103,14 @@ class _SessionRow(NamedTuple):
 
 
 class StoredSessionCalls(ItemCalls, CreationCalls):
-    """The calls on one session."""
+    """The calls that read one session, append to its events or archive it."""
 
     def __init__(self, *arguments: Any, **options: Any) -> None:
         super().__init__(*arguments, **options)
         self._conversations = ConversationCache()
 
     async def get_session(self, session_id: str) -> SessionView:
-        """Return a session; 404 if unknown."""
+        """Return a session; raises a 404 if it is unknown."""
         return (await self._read_session(self._pool, session_id)).view
 
     async def send_events(
@@ -120,10 +120,10 @@ class StoredSessionCalls(ItemCalls, CreationCalls):
         *,
         messages_bring_work: bool = False,
     ) -> Sequence[StoredEvent]:
-        """Append all events of a client, or none."""
+        """Append all new events of a client to a session, or none if one does not fit."""
         has_message = any(event["type"] == USER_MESSAGE for event in new_events)
 
-        async def attempt(connection: Connection) -> Sequence[StoredEvent] | None:
+        async def attempt_send(connection: Connection) -> Sequence[StoredEvent] | None:
             read = await self._read_session(connection, session_id)
             conversation = await self._load_conversation(connection, read)
             try:
@@ -135,7 +135,7 @@ class StoredSessionCalls(ItemCalls, CreationCalls):
             item = self._make_next_item(read) if brings else None
             return await self._append_events(connection, read, conversation, new_events, item)
 
-        events = await self._retry_with_lock(attempt, _LOCK, session_id)
+        events = await self._retry_with_lock(attempt_send, _LOCK, session_id)
         self._hub.announce_changes(session_topic(session_id))
         if messages_bring_work and has_message:
             view = await self.get_session(session_id)
@@ -145,11 +145,11 @@ class StoredSessionCalls(ItemCalls, CreationCalls):
     async def emit_events(
         self, session_id: str, new_events: Sequence[Mapping[str, Any]]
     ) -> Sequence[Mapping[str, Any]]:
-        """Append events of the agent's side of a session, and return them as stored."""
+        """Append events of the agent to a session, and return the stored events."""
         if not all(is_storable(str(event.get("type", ""))) for event in new_events):
             raise APIError(400, "type has characters that are not printable", "type")
 
-        async def attempt(connection: Connection) -> Sequence[StoredEvent] | None:
+        async def attempt_emit(connection: Connection) -> Sequence[StoredEvent] | None:
             read = await self._read_session(connection, session_id)
             conversation = await self._load_conversation(connection, read)
             try:
@@ -160,15 +160,15 @@ class StoredSessionCalls(ItemCalls, CreationCalls):
                 raise
             return await self._append_events(connection, read, conversation, copies)
 
-        events = await self._retry_with_lock(attempt, _LOCK, session_id)
+        events = await self._retry_with_lock(attempt_emit, _LOCK, session_id)
         self._hub.announce_changes(session_topic(session_id))
         return tuple(event.value for event in events)
 
     async def archive_session(self, session_id: str) -> SessionView:
-        """Archive a session: it is terminated, and its work item is asked to stop."""
-        await self.get_session(session_id)  # 404 before a lock
+        """Archive a session: terminate it, and request the stop of its work item."""
+        await self.get_session(session_id)  # raises a 404 without taking a lock
 
-        async def archive() -> SessionView:
+        async def archive_once() -> SessionView:
             async with self._pool.transaction() as connection:
                 await connection.execute(_LOCK, session_id)
                 read = await self._read_session(connection, session_id)
@@ -176,18 +176,18 @@ class StoredSessionCalls(ItemCalls, CreationCalls):
                     await self._archive_locked_session(connection, read)
                 return (await self._read_session(connection, session_id)).view
 
-        view = await self._pool.retry_collisions(archive)
+        view = await self._pool.retry_collisions(archive_once)
         self._hub.announce_changes(session_topic(session_id))
         return view
 
     async def _archive_locked_session(self, connection: Connection, read: _SessionRow) -> None:
-        """Archive a session whose row is locked."""
+        """Archive a session, whose row the caller has locked."""
         view = read.view
         await connection.execute(_ARCHIVE, view.id, read.now)
         if view.last_status != TERMINATED:
             conversation = await self._load_conversation(connection, read)
             await self._append_events(connection, read, conversation, [{"type": STATUS_TERMINATED}])
-            # The transaction may still fail.
+            # The cache may have only committed events, and the transaction may still fail.
             self._conversations.take(view.id)
         place = view.session.environment_id, view.item.id
         await connection.execute(LOCK_ITEM, *place)
@@ -198,7 +198,7 @@ class StoredSessionCalls(ItemCalls, CreationCalls):
             await self._write_item(connection, stored, version, changes)
 
     async def _read_session(self, connection: Connection, session_id: str) -> _SessionRow:
-        """Return a session; 404 if unknown, and if its environment is not served here."""
+        """Return a session; raises a 404 also if its environment is not served here."""
         row = None
         if may_be_id(session_id):
             row = await connection.fetchrow(_READ, session_id, self._fixed_time())
@@ -212,7 +212,7 @@ class StoredSessionCalls(ItemCalls, CreationCalls):
         )
 
     async def _load_conversation(self, connection: Connection, read: _SessionRow) -> Conversation:
-        """Take a conversation out of the cache, and return it up to the events that were read."""
+        """Return the conversation with all events of a session that was read."""
         session = read.view.session
         conversation = self._conversations.take(session.id)
         if conversation is None or not await self._matches_stored_events(
@@ -222,7 +222,7 @@ class StoredSessionCalls(ItemCalls, CreationCalls):
         while (known := len(conversation.events)) < read.event_count:
             rows = await connection.fetch(_EVENTS, session.id, known, read.event_count)
             if not rows:
-                raise APIError(404, "no such session")  # the session was deleted meanwhile
+                raise APIError(404, "no such session")  # Its events were deleted after it was read.
             for event_id, value in rows:
                 conversation.append_event(event_from_columns(session.id, event_id, value))
         return conversation
@@ -230,7 +230,7 @@ class StoredSessionCalls(ItemCalls, CreationCalls):
     async def _matches_stored_events(
         self, connection: Connection, conversation: Conversation, read: _SessionRow
     ) -> bool:
-        """Return whether a conversation has the first events of the session.
+        """Return whether a cached conversation has the first stored events of its session.
 
         After a failover to a database that lacks the last commits, other events may have the
         numbers of those in the cache.
@@ -244,7 +244,7 @@ class StoredSessionCalls(ItemCalls, CreationCalls):
         return conversation.events[-1].id == last
 
     def _make_next_item(self, read: _SessionRow) -> Item:
-        """Return a further item of a session, which brings it to a worker again."""
+        """Return a new item that brings a session to a worker again."""
         session = read.view.session
         self._ids.advance_past(read.view.item.id.removeprefix(WORK_PREFIX))
         return Item(
@@ -263,16 +263,16 @@ class StoredSessionCalls(ItemCalls, CreationCalls):
         new_events: Sequence[Mapping[str, Any]],
         item: Item | None = None,
     ) -> Sequence[StoredEvent] | None:
-        """Append events and those that follow from them, and return the former.
+        """Append events and those of the control plane that follow; return the former.
 
-        None: another call has appended events since the session was read.
+        Returns None if another call has appended events since the session was read.
 
         `item`: the further item that comes with them.
         """
         view = read.view
         now = read.now
         if read.last_event_id is not None:
-            # The clock of the database may go back, the times of a session's events may not.
+            # The events of a session stay in order even if the clock of the database goes back.
             self._ids.advance_past(read.last_event_id.rpartition("_")[2])
             now = max(now, from_heartbeat_text(view.last_event_at or "") or 0)
         events = extend_conversation(conversation, view.id, new_events, self._ids, now)

@@ -1,4 +1,4 @@
-"""The periodic work on the database: lapsed leases, and sessions past their retention.
+"""Periodic background work: the end of due leases, and the deletion of ended sessions.
 
 Calls apply lapses by themselves; the sweep makes them known to calls that wait. Any node may sweep,
 one at a time, under an advisory lock that ends with its transaction: no node is a leader, and one
@@ -30,7 +30,7 @@ _ADVISORY_LOCK: Final = 0x737765657065720A
 
 
 class Sweeper:
-    """The sweeps of one node.
+    """Runs the periodic batches of one node.
 
     Args:
         pool: The connections of the node.
@@ -43,15 +43,15 @@ class Sweeper:
         self._batches = batches
 
     async def run(self) -> None:
-        """Sweep until cancelled, over any failure of the database."""
+        """Sweep again and again until cancelled, whatever fails in the database."""
         while True:
-            # Spread, so that the nodes do not ask for the lock at the same times.
+            # A random pause keeps the nodes from asking for the lock at the same times.
             await asyncio.sleep(random.uniform(0.5, 1.5) * SWEEP_SECONDS)  # noqa: S311 - no secret
-            with suppress(UnavailableError):  # the pool has logged it
+            with suppress(UnavailableError):  # The connection pool has logged it.
                 await self.sweep()
 
     async def sweep(self) -> bool:
-        """Sweep, unless another node does; return whether this one did."""
+        """Run all batches unless another node does at this time; return whether they ran."""
         async with self._pool.transaction() as connection:
             taken = "SELECT pg_try_advisory_xact_lock($1)"
             if not await connection.fetchval(taken, _ADVISORY_LOCK):

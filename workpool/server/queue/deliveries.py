@@ -1,4 +1,4 @@
-"""The items that wait for an acknowledgement, by the age of their delivery.
+"""The delivered items that are not yet acknowledged, by the time of their delivery.
 
 Every poll brings its own `reclaim_older_than_ms`, and receives the item with the lowest id among
 those that were delivered at least that long ago.
@@ -13,23 +13,23 @@ from itertools import chain
 
 
 class Deliveries:
-    """Deliveries in the order of their times, which must never go back."""
+    """The ids of delivered items in the order of delivery times, which never go back."""
 
     def __init__(self) -> None:
         self._times: OrderedDict[str, int] = OrderedDict()
-        # ids that are too recent for every poll so far
+        # The ids delivered too recently for every poll so far.
         self._recent: OrderedDict[str, int] = OrderedDict()
-        self._due: list[str] = []  # all other ids, ascending
+        self._due: list[str] = []  # all other ids, in ascending order
 
     def __len__(self) -> int:
         return len(self._times)
 
     def add(self, work_id: str, delivered_at: int) -> None:
-        """Add the delivery of an item that is not stored so far."""
+        """Add the delivery of an item, which must have no other one."""
         self._times[work_id] = self._recent[work_id] = delivered_at
 
     def discard(self, work_id: str) -> None:
-        """Remove the item's delivery."""
+        """Remove the delivery of an item."""
         del self._times[work_id]
         if self._recent.pop(work_id, None) is None:
             del self._due[bisect_left(self._due, work_id)]
@@ -43,7 +43,7 @@ class Deliveries:
         return min(chain(self._due[:1], self._recent), default=None)
 
     def lowest_due_id(self, until: int) -> str | None:
-        """Return the lowest id among the deliveries up to `until`.
+        """Return the lowest id of the items that were delivered by the time `until`.
 
         Every id becomes due once, so this is the first id in the list, unless a poll with a shorter
         window made ids due that are too recent for this one.

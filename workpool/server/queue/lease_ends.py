@@ -1,4 +1,4 @@
-"""The ends of leases: a heap with one entry for each item, whatever its number of heartbeats."""
+"""The ends of leases, in a heap that does not grow with the number of heartbeats."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ if TYPE_CHECKING:
 
 
 class LeaseEnds:
-    """The ends of the current leases."""
+    """The ends of the current leases of one environment, earliest first."""
 
     def __init__(self) -> None:
         self._ends: dict[str, int] = {}
@@ -18,7 +18,7 @@ class LeaseEnds:
         self._heap: list[tuple[int, str]] = []
 
     def set_end(self, work_id: str, end: int) -> None:
-        """Record that the item's lease ends at `end`.
+        """Set the time at which the lease of an item ends.
 
         If the end is later than before, the entry stays and is moved once it is the first: a heap
         with an entry for each heartbeat would grow with the heartbeats.
@@ -28,15 +28,15 @@ class LeaseEnds:
             self._push_entry(work_id, end)
 
     def remove(self, work_id: str) -> None:
-        """Remove the item's lease."""
+        """Remove the lease of an item, if there is one."""
         self._ends.pop(work_id, None)
 
     def earliest_end(self) -> int | None:
-        """Return a time before which no lease ends; None if there is no lease."""
+        """Return a lower bound of the ends of all leases; None if there is no lease."""
         return self._heap[0][0] if self._heap else None
 
     def pop_ended(self, now: int) -> Iterator[str]:
-        """Remove the items whose leases ended by `now`; return them in the order of the ends."""
+        """Remove the leases that ended by `now`, and iterate over their items by lease end."""
         while self._heap and self._heap[0][0] <= now:
             at, work_id = heappop(self._heap)
             if self._scheduled.get(work_id) != at:

@@ -17,7 +17,7 @@ Waiter: TypeAlias = "asyncio.Future[None]"
 
 
 class Poll(NamedTuple):
-    """The parameters of a poll. `block_ms` 0: do not wait."""
+    """The parameters of a poll; with `block_ms` 0 it does not wait."""
 
     worker_id: str | None = None
     block_ms: int = 0
@@ -25,7 +25,7 @@ class Poll(NamedTuple):
 
 
 class WaitingPolls:
-    """The waiting polls of one environment, woken in the order of their arrival, on one loop."""
+    """The waiting polls of one environment and loop, which are woken in order of arrival."""
 
     def __init__(self) -> None:
         self._waiters: OrderedDict[Waiter, bool] = OrderedDict()
@@ -46,7 +46,7 @@ class WaitingPolls:
         try:
             await waiter
         except asyncio.CancelledError:
-            # Woken and cancelled in one step: another poll must be woken for the item.
+            # This poll was woken for an item before it was cancelled: wake the next poll for it.
             if waiter.done() and not waiter.cancelled():
                 self.wake_polls(1)
             raise
@@ -55,7 +55,7 @@ class WaitingPolls:
             self._waiters.pop(waiter, None)
 
     def wake_polls(self, count: int) -> None:
-        """Wake the first `count` polls, since this many items became claimable."""
+        """Wake the first `count` waiting polls, one for each item that became claimable."""
         while count > 0 and self._waiters:
             waiter, _ = self._waiters.popitem(last=False)
             if not waiter.done():

@@ -33,7 +33,7 @@ _WINDOW: Final = RECLAIM_OLDER_THAN_MS * MILLISECOND
 
 
 class WorkQueueStats(NamedTuple):
-    """Statistics of the queue. `oldest_queued_at` in microseconds.
+    """Numbers of items and workers of one environment; `oldest_queued_at` is in microseconds.
 
     `running` counts the items that are starting, active or stopping.
     """
@@ -47,7 +47,7 @@ class WorkQueueStats(NamedTuple):
 
 
 class WorkQueue:
-    """The items of one environment."""
+    """The items of one environment, with indexes by id, delivery and lease."""
 
     def __init__(self, environment_id: str) -> None:
         self.environment_id = environment_id
@@ -65,18 +65,18 @@ class WorkQueue:
         return len(self._items)
 
     def get_item(self, work_id: str) -> Item:
-        """Return the item; 404 if the id is unknown or malformed."""
+        """Return an item; raises a 404 if its id is unknown or malformed."""
         item = self._items.get(work_id)
         if item is None:
             raise APIError(404, "no such work item in this environment")
         return item
 
     def is_current(self, item: Item) -> bool:
-        """Return whether this very object is the current one of its id."""
+        """Return whether this object is the current version of its item."""
         return self._items.get(item.id) is item
 
     def put_item(self, item: Item) -> None:
-        """Add an item, whose id must be the greatest so far, or replace its earlier version."""
+        """Add an item with the greatest id so far, or replace the earlier version of an item."""
         former = self._items.get(item.id)
         self._items[item.id] = item
         if former is None:
@@ -96,11 +96,11 @@ class WorkQueue:
             self._index_queued_item(item, former)
 
     def existing_items(self, work_ids: Iterable[str]) -> list[Item]:
-        """Return those of the items that are in this queue."""
+        """Return the items with these ids, without ids that are not in this queue."""
         return [self._items[work_id] for work_id in work_ids if work_id in self._items]
 
     def remove_item(self, work_id: str) -> None:
-        """Remove a stopped item."""
+        """Remove an item, which must be stopped."""
         self._stopped -= self._items.pop(work_id).state == STOPPED
         self._ids.remove(work_id)
 
@@ -113,7 +113,7 @@ class WorkQueue:
             self._recent[item.id] = item.delivered_at
 
     def oldest_claimable(self, delivered_until: int) -> Item | None:
-        """Return the oldest item that is unclaimed, or was delivered by `delivered_until`."""
+        """Return the oldest queued item without a delivery, or delivered by `delivered_until`."""
         ids = (self._first_undelivered_id(), self.deliveries.lowest_due_id(delivered_until))
         oldest = min((work_id for work_id in ids if work_id is not None), default=None)
         return None if oldest is None else self._items[oldest]
@@ -129,7 +129,7 @@ class WorkQueue:
     def list_items(
         self, limit: int, *, after: str = "", before: str | None = None
     ) -> Sequence[Item]:
-        """Return up to `limit` items next to a place in the order of ids, ascending."""
+        """Return up to `limit` items after or before an id, in ascending order of ids."""
         walked = iterate_ids(self._ids, after=after, before=before)
         items = [self._items[work_id] for work_id in islice(walked, limit)]
         return items if before is None else items[::-1]
@@ -137,18 +137,18 @@ class WorkQueue:
     def iterate_items(
         self, *, after: str = "", before: str | None = None, newest_first: bool = False
     ) -> Iterator[Item]:
-        """Iterate over the items next to a place, nearest first."""
+        """Iterate over the items between two ids; see `iterate_ids` for the order."""
         walked = iterate_ids(self._ids, after=after, before=before, newest_first=newest_first)
         return (self._items[work_id] for work_id in walked)
 
     def record_poll(self, worker_id: str, now: int) -> None:
-        """Record that this worker polls."""
+        """Record the time of a worker's poll, for the number of polling workers."""
         self._pollers[worker_id] = now
         self._pollers.move_to_end(worker_id)
         self._drop_older_entries(self._pollers, now - WORKERS_POLLING_WINDOW_SECONDS * SECOND)
 
     def compute_stats(self, now: int) -> WorkQueueStats:
-        """Return the statistics of the queue."""
+        """Return the statistics of this queue at the time `now`."""
         self._drop_older_entries(self._recent, now - _WINDOW)
         self._drop_older_entries(self._pollers, now - WORKERS_POLLING_WINDOW_SECONDS * SECOND)
         ids = (self._first_undelivered_id(), self.deliveries.lowest_id())

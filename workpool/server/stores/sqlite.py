@@ -1,4 +1,4 @@
-"""A store that survives kill -9: SQLite, written by one thread.
+"""A store in a SQLite file that survives kill -9 and is written by one thread.
 
 All changes during a commit go into the next one, so that many calls share one sync to disk. The
 file is locked while open, since two servers on one file would each rely on their own memory. After
@@ -46,13 +46,14 @@ _NO_FILES: Final = ("", ":memory:")
 class SqliteStore:
     """Environments, items, sessions and their events in one SQLite file, created if missing.
 
-    `open`, `durable` and `close` belong to one event loop; only the writer's thread uses the file.
+    `open`, `wait_until_durable` and `close` belong to one event loop; only the writer's thread uses
+    the file.
     """
 
     def __init__(self, path: str | Path) -> None:
         self._path = path
         self._thread: threading.Thread | None = None
-        self._changed = threading.Condition(threading.RLock())  # reentrant, for `together`
+        self._changed = threading.Condition(threading.RLock())  # reentrant, for `transaction`
         # Guarded by _changed: the unsaved rows, only the newest version of each, and their count.
         self._unsaved: dict[str, Row | DeletedRow] = {}
         self._saved = 0
@@ -74,30 +75,30 @@ class SqliteStore:
         return await opened
 
     def transaction(self) -> AbstractContextManager[object]:
-        """Return a context whose changes are one transaction; it must not await.
+        """Return a context whose changes are one transaction; the block must not await.
 
         The writer takes no changes meanwhile: the context is the lock, which is reentrant.
         """
         return self._changed
 
     def save_item(self, item: Item) -> None:
-        """Accept an item's new version; returns at once."""
+        """Save a new version of an item soon; returns at once."""
         self._accept_rows(item)
 
     def save_session(self, session: StoredSession) -> None:
-        """Accept a session's new version; returns at once."""
+        """Save a new version of a session soon; returns at once."""
         self._accept_rows(session)
 
     def save_environment(self, environment: Environment) -> None:
-        """Accept a new environment; returns at once."""
+        """Save a new environment soon; returns at once."""
         self._accept_rows(environment)
 
     def save_events(self, events: Sequence[StoredEvent]) -> None:
-        """Accept new events, for one transaction; returns at once."""
+        """Save new events soon, in one transaction; returns at once."""
         self._accept_rows(*events)
 
     def delete_rows(self, rows: Sequence[Row]) -> None:
-        """Delete items, sessions and events; returns at once."""
+        """Delete items, sessions and events soon; returns at once."""
         if rows:
             self._accept_rows(*(DeletedRow(type(row), row.id) for row in rows))
 
@@ -132,7 +133,7 @@ class SqliteStore:
             self._saved += 1
             self._changed.notify()
 
-    # On the writer's thread.
+    # The next methods run on the writer's thread.
 
     def _run_writer(
         self, loop: asyncio.AbstractEventLoop, opened: asyncio.Future[StoreContents]
@@ -174,7 +175,7 @@ class SqliteStore:
         return connection
 
     def _read_contents(self, connection: sqlite3.Connection) -> StoreContents | None:
-        """Read everything; None if closing. Raises `StoreError` for a malformed row."""
+        """Read all rows; None if the store closes. Raises `StoreError` for a malformed row."""
         read: list[list[Any]] = []
         for table in TABLES:
             read.append([])
@@ -187,7 +188,7 @@ class SqliteStore:
         return StoreContents(items, sessions, events, environments, signing_key)
 
     def _next_batch(self) -> tuple[Sequence[Row | DeletedRow], int] | None:
-        """Wait for changes to write; None if closing and nothing is left."""
+        """Wait for changes, and return them with their number; None once the store closes."""
         with self._changed:
             while not self._unsaved and not self._closing:
                 self._changed.wait()
@@ -196,7 +197,7 @@ class SqliteStore:
             rows, self._unsaved = self._unsaved, {}
             return tuple(rows.values()), self._saved
 
-    # On the loop.
+    # The next methods run on the event loop.
 
     def _on_commit(self, saved: int) -> None:
         self._committed = saved
@@ -243,7 +244,7 @@ def _upgrade_schema(connection: sqlite3.Connection) -> None:
 
 
 def _write_rows(connection: sqlite3.Connection, rows: Sequence[Row | DeletedRow]) -> None:
-    """Write all rows in one transaction; after its COMMIT they survive a crash."""
+    """Write and delete rows in one transaction, after which the changes survive a crash."""
     connection.execute("BEGIN IMMEDIATE")
     for table in TABLES:
         connection.executemany(

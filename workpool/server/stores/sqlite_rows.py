@@ -1,4 +1,4 @@
-"""The rows of the SQLite store: how each is written, read and checked.
+"""Conversion of environments, items, sessions and events to SQLite rows, and checks.
 
 A file may have been edited, or written by a version with an error. The start reports a malformed
 row, so that no later call fails because of it.
@@ -30,14 +30,14 @@ _YEAR_10000: Final = 253_402_300_800 * SECOND
 
 
 class DeletedRow(NamedTuple):
-    """A row to delete."""
+    """The dataclass and the id of a row to delete."""
 
     kind: type[Row]
     id: str
 
 
 class RowTable:
-    """The rows of one dataclass, whose fields are the columns, in the same order.
+    """The SQL statements and conversions of one dataclass, whose fields are the columns.
 
     Attributes:
         kind: The dataclass.
@@ -59,7 +59,7 @@ class RowTable:
         self._flags = [place for place, each in enumerate(types) if each == "bool"]
 
     def to_row(self, one: Row) -> list[Any]:
-        """Return the columns of one row."""
+        """Return the columns of an object of this dataclass."""
         row = list(self._values(one))
         for place in self._json:
             if row[place] is not None:
@@ -67,7 +67,7 @@ class RowTable:
         return row
 
     def from_row(self, columns: Sequence[Any]) -> Any:
-        """Return the row of these columns. Raises `StoreError` if one is malformed."""
+        """Return the object with these columns. Raises `StoreError` if a column is malformed."""
         row = list(columns)
         for place in self._json:
             row[place] = _from_json(row[place])

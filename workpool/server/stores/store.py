@@ -1,8 +1,8 @@
 """The interface of a store, and a store in memory.
 
 While the control plane runs, it only writes to the store: its working state is the index in memory
-(`queue`), which is filled from the store at start. `save` never waits; an answer is sent after
-`durable`.
+(`queue`), which is filled from the store at start. `save_item` never waits; an answer is sent after
+`wait_until_durable`.
 """
 
 from __future__ import annotations
@@ -36,34 +36,34 @@ class StoreContents(NamedTuple):
 
 
 class Store(Protocol):
-    """The interface of a store."""
+    """The interface of a store, to which the control plane writes each change."""
 
     async def open(self) -> StoreContents:
-        """Prepare the store and read everything. Raises `StoreError`."""
+        """Open the store and read its contents. Raises `StoreError`."""
 
     def transaction(self) -> AbstractContextManager[object]:
-        """Return a context whose changes either all survive a crash or none; it must not await."""
+        """Return a context whose changes all survive a crash or none; it must not await."""
 
     def save_item(self, item: Item) -> None:
-        """Accept an item's new version; returns at once."""
+        """Save a new version of an item soon; returns at once."""
 
     def save_session(self, session: StoredSession) -> None:
-        """Accept a session's new version; returns at once."""
+        """Save a new version of a session soon; returns at once."""
 
     def save_environment(self, environment: Environment) -> None:
-        """Accept a new environment; returns at once."""
+        """Save a new environment soon; returns at once."""
 
     def save_events(self, events: Sequence[StoredEvent]) -> None:
-        """Accept new events, of which all or none survive a crash; returns at once."""
+        """Save new events soon, all or none; returns at once."""
 
     def delete_rows(self, rows: Sequence[Row]) -> None:
-        """Delete items, sessions and events; returns at once."""
+        """Delete items, sessions and events soon; returns at once."""
 
     async def wait_until_durable(self) -> None:
         """Return once all changes so far survive a crash. Raises `StoreError`."""
 
     async def wait_for_failure(self) -> None:
-        """Wait until nothing can be saved anymore. Raises `StoreError`."""
+        """Wait until the store fails for good. Raises `StoreError`."""
 
     async def close(self) -> None:
         """Make the remaining changes durable and close the file."""
@@ -73,7 +73,7 @@ class MemoryStore:
     """A store whose content ends with the process."""
 
     async def open(self) -> StoreContents:
-        """Start empty."""
+        """Return empty contents."""
         return StoreContents()
 
     def transaction(self) -> AbstractContextManager[object]:
@@ -81,26 +81,26 @@ class MemoryStore:
         return nullcontext()
 
     def save_item(self, item: Item) -> None:
-        """No effect: the index has the item."""
+        """Do nothing: the index in memory has the item."""
 
     def save_session(self, session: StoredSession) -> None:
-        """No effect: the index has the session."""
+        """Do nothing: the index in memory has the session."""
 
     def save_environment(self, environment: Environment) -> None:
-        """No effect: the index has the environment."""
+        """Do nothing: the index in memory has the environment."""
 
     def save_events(self, events: Sequence[StoredEvent]) -> None:
-        """No effect: the index has the events."""
+        """Do nothing: the index in memory has the events."""
 
     def delete_rows(self, rows: Sequence[Row]) -> None:
-        """No effect: only the index had the rows."""
+        """Do nothing: only the index in memory had the rows."""
 
     async def wait_until_durable(self) -> None:
-        """Return at once."""
+        """Return at once, since nothing survives a crash."""
 
     async def wait_for_failure(self) -> None:
         """Wait forever, since nothing can fail."""
         await asyncio.get_running_loop().create_future()
 
     async def close(self) -> None:
-        """No effect."""
+        """Do nothing, since nothing is open."""
