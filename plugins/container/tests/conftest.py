@@ -166,7 +166,7 @@ class ContainerTestbed:
     def request_stop(self, work_id: str) -> None:
         """Request the stop of an item, and let the pool detect the request by a heartbeat now."""
         self.plane.operations.stop_item(self.plane.environments[0], work_id, force=False)
-        delivery = json.dumps(DIALECTS["qoder"].item(self.stored_item(work_id))).encode()
+        delivery = json.dumps(DIALECTS["qoder"].item_json(self.stored_item(work_id))).encode()
         self.faults.add(literal(delivery), "poll", times=1)
 
     @asynccontextmanager
