@@ -308,7 +308,7 @@ async def test_nodes_of_two_releases_share_a_database_during_an_upgrade(
     own_postgres: Cluster, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     for name in ("STATEMENT_SECONDS", "ACQUIRE_SECONDS"):
-        # With the usual limits, a run_under_load machine would cause 503s, which this test counts.
+        # With the usual limits, a loaded machine would cause 503s, which this test counts.
         monkeypatch.setattr(connection_pool, name, SECONDS)
     url = own_postgres.create_database()
     steps = migrations.load_migrations()
