@@ -307,7 +307,11 @@ async def test_environments_of_one_account_share_rate_limits(tmp_path: Path) -> 
     assert len(set(rate_limits_of(a=("t", group), b=("u", group), c=("u", "")))) == 2
     with pytest.raises(SettingsError) as raised:
         rate_limits_of(a=("secret-Zx9", ""), b=("secret-Zx9", "read_rate = 8"))
-    assert raised.value.problems == ("read_rate: must be the same for a, b, which share it",)
+    [problem] = raised.value.problems
+    assert problem == (
+        "read_rate: must be the same for a, b, which share it "
+        f"(from {tmp_path}/pool.toml, {tmp_path}/pool.toml [workpool.environments.b])"
+    )
 
 
 async def test_exit_after_idle_waits_until_every_environment_is_idle(

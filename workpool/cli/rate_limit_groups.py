@@ -34,7 +34,11 @@ def shared_rate_limits(environments: Sequence[Settings]) -> dict[str | None, Rat
             rates = {getattr(each, f"{name}_limit") for each in members}
             if len(rates) > 1:
                 ids = ", ".join(str(each.environment_id) for each in members)
-                problems.append(f"{name}_rate: must be the same for {ids}, which share it")
+                origins = dict.fromkeys(each.origin_of(f"{name}_rate") for each in members)
+                sources = ", ".join(origin for origin in origins if origin)
+                problems.append(
+                    f"{name}_rate: must be the same for {ids}, which share it (from {sources})"
+                )
         limits = RateLimits(members[0].read_limit, members[0].write_limit)
         found |= {each.environment_id: limits for each in members}
     if problems:
