@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import time
 from typing import TYPE_CHECKING, ClassVar
 
@@ -105,6 +106,33 @@ def test_lease_index_returns_expired_leases_in_order_once(
         if model:
             assert first is not None
             assert first <= min(model.values())
+
+
+@given(st.lists(st.tuples(st.booleans(), IDS), max_size=100), st.integers(0, 3 * CHUNK_MAX))
+@settings(max_examples=50)
+def test_ids_inserted_in_any_order_are_sorted(
+    steps: Sequence[tuple[bool, str]], number: int
+) -> None:
+    model = {f"work_{each:05}" for each in range(number)}
+    ids = AscendingIds(sorted(model))
+    for inserts, work_id in steps:
+        if inserts and work_id not in model:
+            ids.insert(work_id)
+            model.add(work_id)
+        elif not inserts and work_id in model:
+            ids.remove(work_id)
+            model.remove(work_id)
+        assert ids.lowest() == min(model, default=None)
+    assert list(iterate_ids(ids)) == sorted(model)
+
+
+def test_ids_inserted_in_descending_order_are_sorted() -> None:
+    every = [f"work_{number:05}" for number in range(3 * CHUNK_MAX)]
+    ids = AscendingIds()
+    for each in every[::-1]:
+        ids.insert(each)
+    assert list(iterate_ids(ids)) == every
+    assert max(len(chunk) for chunk in ids._chunks) <= CHUNK_MAX
 
 
 def test_lease_index_with_one_renewed_item_does_not_grow() -> None:
@@ -227,6 +255,33 @@ TestQueueMachine = QueueMachine.TestCase
 TestQueueMachine.settings = settings(max_examples=40, stateful_step_count=40, deadline=None)
 TestQueueMachineWithRetention = QueueMachineWithRetention.TestCase
 TestQueueMachineWithRetention.settings = TestQueueMachine.settings
+
+
+def test_poll_after_many_stopped_items_makes_no_more_calls() -> None:
+    """Ids of stopped items that stayed in an index once made the next poll remove all of them."""
+
+    def calls_of_poll(stopped: int) -> int:
+        operations = Operations([ENV], history_limit=0)
+        items = operations.enqueue(ENV, count=stopped + 1)
+        for item in items[:stopped][::-1]:
+            operations.stop_item(ENV, item.id)
+        calls = 0
+
+        def count_call(_frame: object, event: str, _argument: object) -> None:
+            nonlocal calls
+            calls += event in {"call", "c_call"}
+
+        former = sys.getprofile()
+        sys.setprofile(count_call)
+        try:
+            found = operations.poll(ENV, Poll("a"))
+        finally:
+            sys.setprofile(former)
+        assert found is not None
+        assert found.id == items[-1].id
+        return calls
+
+    assert calls_of_poll(2000) < 2 * calls_of_poll(2)
 
 
 @pytest.mark.trial

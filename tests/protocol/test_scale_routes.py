@@ -8,13 +8,14 @@ import aiohttp
 import pytest
 
 from workpool.scaling import FLEET_NUMBERS
-from workpool.server import ControlPlane
+from workpool.server import ControlPlane, PostgresStore
 from workpool.wire.items import parse_item
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
-    from workpool.server import PostgresStore, Store
+    from tests.postgres.cluster import Cluster
+    from workpool.server import Store
 
 ENV = "env_0199aaaaaaaa70008000000000000001"
 OTHER = "env_0199aaaaaaaa70008000000000000002"
@@ -73,6 +74,23 @@ async def test_scale_counts_unfinished_items_and_recommends_workers(
         )
         assert limited["recommended_replicas"] == 2
         assert (await fetch_numbers(plane, OTHER))[1]["recommended_replicas"] == 0
+
+
+async def test_oldest_age_on_postgres_is_read_from_the_clock_of_the_database(
+    postgres: Cluster, database_url: str
+) -> None:
+    store = PostgresStore(database_url)
+    await store.migrate()
+    hour_ago = "SELECT (extract(epoch FROM clock_timestamp()) * 1000000)::bigint - 3600000000"
+    postgres.execute(
+        "CREATE OR REPLACE FUNCTION workpool_now() RETURNS bigint LANGUAGE sql VOLATILE "
+        f"AS $$ {hour_ago} $$",
+        database_url,
+    )
+    async with new_control_plane(store=store) as plane:
+        await plane.engine.enqueue(ENV)
+        _, numbers = await ask(plane)
+        assert 0 <= numbers["oldest_queued_seconds"] < 600
 
 
 @pytest.mark.parametrize(

@@ -6,7 +6,7 @@ served, for each item and each session whose retention is over.
 
 from __future__ import annotations
 
-from bisect import bisect_left, bisect_right
+from bisect import bisect_left, bisect_right, insort
 from operator import itemgetter
 from typing import TYPE_CHECKING, Final
 
@@ -18,7 +18,7 @@ _first: Final = itemgetter(0)
 
 
 class AscendingIds:
-    """A sorted list of ids, stored in chunks; each new id must be the greatest.
+    """A sorted list of ids, stored in chunks.
 
     An iterator that is open while an id is added or removed may return that id or not.
     """
@@ -33,6 +33,22 @@ class AscendingIds:
         if not self._chunks or len(self._chunks[-1]) == CHUNK_MAX:
             self._chunks.append([])
         self._chunks[-1].append(new_id)
+
+    def insert(self, new_id: str) -> None:
+        """Add an id, which may be less than others and must not be in the list."""
+        if not self._chunks or new_id > self._chunks[-1][-1]:
+            self.append(new_id)
+            return
+        place = max(0, bisect_right(self._chunks, new_id, key=_first) - 1)
+        chunk = self._chunks[place]
+        insort(chunk, new_id)
+        if len(chunk) > CHUNK_MAX:
+            self._chunks.insert(place + 1, chunk[CHUNK_MAX // 2 :])
+            del chunk[CHUNK_MAX // 2 :]
+
+    def lowest(self) -> str | None:
+        """Return the lowest id; None if there is no id."""
+        return self._chunks[0][0] if self._chunks else None
 
     def remove(self, old_id: str) -> None:
         """Remove an id, which must be in the list."""

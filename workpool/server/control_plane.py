@@ -29,7 +29,6 @@ from workpool.server.http.work_routes import WorkRoutes, make_application
 from workpool.server.index_engine import IndexEngine
 from workpool.server.operations import Operations
 from workpool.server.postgres.postgres_store import PostgresStore
-from workpool.server.timestamps import system_clock
 from workpool.wire.protocol import ID_PATTERN, SESSION
 
 try:
@@ -111,7 +110,6 @@ class ControlPlane:
         self.cloud_environments = tuple(cloud_environments)
         self.host = host
         self.port = port
-        self._now = now or system_clock()
         self._operations: Operations | None = None
         self.engine: Engine
         if isinstance(store, PostgresStore):
@@ -126,7 +124,7 @@ class ControlPlane:
                 self.environments,
                 self.cloud_environments,
                 store=store,
-                now=self._now,
+                now=now,
                 history_limit=history_limit,
                 retention=retention,
             )
@@ -312,7 +310,7 @@ class ControlPlane:
         grants = {**self._scale_tokens, **(self._tokens or {})}
         tokens = AcceptedTokens(grants, self.engine.signing_key, self._worker_keys)
         local = ip_address(bound.getsockname()[0]).is_loopback
-        return ScaleRoutes(self.engine, tokens, self._now, local=local)
+        return ScaleRoutes(self.engine, tokens, local=local)
 
     def _bind_port(self, stack: AsyncExitStack) -> socket.socket:
         """Bind and return the listening socket, and unbind it with the stack.

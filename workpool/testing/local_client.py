@@ -19,7 +19,6 @@ from workpool.server import APIError, Poll
 from workpool.server.http.server_dialects import QODER
 from workpool.server.pagination import page_json
 from workpool.server.state_machine import heartbeat_answer
-from workpool.server.timestamps import to_seconds_text
 from workpool.testing.fault import NO_FAULT, Fault, Op
 from workpool.testing.fault_rules import Request
 from workpool.testing.local_events import LocalEvents
@@ -32,7 +31,6 @@ from workpool.wire.protocol import (
     RECLAIM_OLDER_THAN_MS,
     TTL_DEFAULT_SECONDS,
     WORK_HEARTBEAT,
-    WORK_QUEUE_STATS,
 )
 from workpool.wire.response import CODES, SUCCESS, Response, parse_error
 
@@ -307,10 +305,7 @@ class LocalClient:
         """Read the queue's statistics, as `WorkClient.stats` does."""
 
         def run_operation() -> object:
-            stats = self._operations.queue_stats(self._environment_id)
-            oldest = stats.oldest_queued_at
-            text = None if oldest is None else to_seconds_text(oldest)
-            return {"type": WORK_QUEUE_STATS, **stats._asdict(), "oldest_queued_at": text}
+            return self._operations.queue_stats(self._environment_id).to_json()
 
         return await self._send_call(endpoints.STATS, None, run_operation, None)
 

@@ -24,8 +24,6 @@ from workpool.server.parsing import request_values as requests
 from workpool.server.timestamps import SECOND
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
-
     from workpool.server.engine import Engine
     from workpool.server.http.tokens import AcceptedTokens
     from workpool.server.queue.work_queue import WorkQueueStats
@@ -37,16 +35,12 @@ class ScaleRoutes:
     Args:
         engine: The engine.
         tokens: The accepted tokens: all others, and those for this endpoint only.
-        now: Returns epoch seconds.
         local: Whether the server listens on the loopback interface only. Then no token is needed.
     """
 
-    def __init__(
-        self, engine: Engine, tokens: AcceptedTokens, now: Callable[[], float], *, local: bool
-    ) -> None:
+    def __init__(self, engine: Engine, tokens: AcceptedTokens, *, local: bool) -> None:
         self._engine = engine
         self._tokens = tokens
-        self._now = now
         self._local = local
 
     def routes(self) -> list[web.RouteDef]:
@@ -65,13 +59,14 @@ class ScaleRoutes:
         await self._engine.check_environment(environment_id)
         rule = _parse_replica_rule(request)
         return json_response(
-            fleet_numbers(self._fleet_load(await self._engine.queue_stats(environment_id)), rule)
+            fleet_numbers(_fleet_load(await self._engine.queue_stats(environment_id)), rule)
         )
 
-    def _fleet_load(self, stats: WorkQueueStats) -> FleetLoad:
-        oldest = stats.oldest_queued_at
-        age = 0.0 if oldest is None else max(0.0, self._now() - oldest / SECOND)
-        return FleetLoad(stats.depth, stats.pending, stats.running, age)
+
+def _fleet_load(stats: WorkQueueStats) -> FleetLoad:
+    oldest = stats.oldest_queued_at
+    age = 0.0 if oldest is None else max(0, stats.read_at - oldest) / SECOND
+    return FleetLoad(stats.depth, stats.pending, stats.running, age)
 
 
 def _parse_replica_rule(request: web.Request) -> ReplicaRule:

@@ -24,12 +24,10 @@ from workpool.server.pagination import page_json
 from workpool.server.parsing import request_values as requests
 from workpool.server.state_machine import heartbeat_answer
 from workpool.server.stored_item import WORK_PREFIX
-from workpool.server.timestamps import to_seconds_text
 from workpool.wire.protocol import (
     BODY_LIMIT_BYTES,
     STOPPED,
     WORK_HEARTBEAT,
-    WORK_QUEUE_STATS,
 )
 
 if TYPE_CHECKING:
@@ -97,14 +95,7 @@ class WorkRoutes:
         environment_id = await self._authorize_environment(request)
         await requests.read_body(request)
         stats = await self._engine.queue_stats(environment_id)
-        oldest = stats.oldest_queued_at
-        return json_response(
-            {
-                "type": WORK_QUEUE_STATS,
-                **stats._asdict(),
-                "oldest_queued_at": None if oldest is None else to_seconds_text(oldest),
-            }
-        )
+        return json_response(stats.to_json())
 
     async def list_items(self, request: web.Request) -> web.Response:
         """Answer with a page of the items that the query selects."""

@@ -116,7 +116,8 @@ SELECT queued.number - queued.pending, queued.pending,
         SELECT count(*) FROM items AS i
         WHERE i.environment_id = $1 AND i.state IN ('starting', 'active', 'stopping')
     ),
-    (SELECT coalesce(sum(c.count), 0) FROM stopped_counts AS c WHERE c.environment_id = $1)
+    (SELECT coalesce(sum(c.count), 0) FROM stopped_counts AS c WHERE c.environment_id = $1),
+    clock.now
 FROM queued, clock
 """
 _HISTORY: Final = f"SELECT {RECORD_COLUMNS} FROM history ORDER BY number"
@@ -278,8 +279,8 @@ class ReadCalls(StoredSessionCalls):
             RECLAIM_OLDER_THAN_MS * MILLISECOND,
             WORKERS_POLLING_WINDOW_SECONDS * SECOND,
         )
-        depth, pending, oldest, polling, running, stopped = row
-        return WorkQueueStats(depth, pending, oldest, polling, running, int(stopped))
+        depth, pending, oldest, polling, running, stopped, now = row
+        return WorkQueueStats(depth, pending, oldest, polling, running, int(stopped), now)
 
     async def read_history(self) -> Sequence[Record]:
         """Return the recorded history of all items, the oldest record first."""

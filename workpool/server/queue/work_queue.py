@@ -1,26 +1,26 @@
 """The items of one environment, indexed so that no query scans all of them.
 
-Owns the indexes of items: fresh, delivered, leased and ended ones. `state_machine` makes all
+Owns the indexes of items: undelivered, delivered and leased ones. `state_machine` makes all
 decisions.
 """
 
 from __future__ import annotations
 
 from collections import OrderedDict
-from heapq import heappop, heappush
 from itertools import islice
-from typing import TYPE_CHECKING, Final, NamedTuple
+from typing import TYPE_CHECKING, Any, Final, NamedTuple
 
 from workpool.server.api_errors import APIError
 from workpool.server.ascending_ids import AscendingIds, iterate_ids
 from workpool.server.queue.deliveries import Deliveries
 from workpool.server.queue.lease_ends import LeaseEnds
 from workpool.server.queue.long_polls import WaitingPolls
-from workpool.server.timestamps import MILLISECOND, SECOND
+from workpool.server.timestamps import MILLISECOND, SECOND, to_seconds_text
 from workpool.wire.protocol import (
     QUEUED,
     RECLAIM_OLDER_THAN_MS,
     STOPPED,
+    WORK_QUEUE_STATS,
     WORKERS_POLLING_WINDOW_SECONDS,
 )
 
@@ -33,9 +33,11 @@ _WINDOW: Final = RECLAIM_OLDER_THAN_MS * MILLISECOND
 
 
 class WorkQueueStats(NamedTuple):
-    """Numbers of items and workers of one environment; `oldest_queued_at` is in microseconds.
+    """Numbers of items and workers of one environment; times are in microseconds.
 
-    `running` counts the items that are starting, active or stopping.
+    Attributes:
+        running: The number of items that are starting, active or stopping.
+        read_at: The time for which the numbers hold.
     """
 
     depth: int
@@ -44,6 +46,15 @@ class WorkQueueStats(NamedTuple):
     workers_polling: int
     running: int
     stopped: int
+    read_at: int
+
+    def to_json(self) -> dict[str, Any]:
+        """Return the JSON of the statistics, which has no `read_at`."""
+        numbers = self._asdict()
+        del numbers["read_at"]
+        oldest = self.oldest_queued_at
+        text = None if oldest is None else to_seconds_text(oldest)
+        return {"type": WORK_QUEUE_STATS, **numbers, "oldest_queued_at": text}
 
 
 class WorkQueue:
@@ -56,7 +67,7 @@ class WorkQueue:
         self.waiting = WaitingPolls()
         self._items: dict[str, Item] = {}
         self._ids = AscendingIds()
-        self._fresh: list[str] = []
+        self._undelivered = AscendingIds()
         self._queued = self._stopped = 0
         self._recent: OrderedDict[str, int] = OrderedDict()
         self._pollers: OrderedDict[str, int] = OrderedDict()
@@ -92,8 +103,7 @@ class WorkQueue:
             self.leases.remove(item.id)
         else:
             self.leases.set_end(item.id, item.lease_end)
-        if item.state == QUEUED:
-            self._index_queued_item(item, former)
+        self._index_queued_item(item, former)
 
     def existing_items(self, work_ids: Iterable[str]) -> list[Item]:
         """Return the items with these ids, without ids that are not in this queue."""
@@ -105,26 +115,21 @@ class WorkQueue:
         self._ids.remove(work_id)
 
     def _index_queued_item(self, item: Item, former: Item | None) -> None:
-        if item.delivered_at is None:
-            if former is None or former.state != QUEUED or former.delivered_at is not None:
-                heappush(self._fresh, item.id)
-        elif former is None or former.delivered_at != item.delivered_at:
+        is_undelivered = _is_undelivered(item)
+        if is_undelivered != (former is not None and _is_undelivered(former)):
+            change = self._undelivered.insert if is_undelivered else self._undelivered.remove
+            change(item.id)
+        if item.delivered_at is not None and (
+            former is None or former.delivered_at != item.delivered_at
+        ):
             self.deliveries.add(item.id, item.delivered_at)
             self._recent[item.id] = item.delivered_at
 
     def oldest_claimable(self, delivered_until: int) -> Item | None:
         """Return the oldest queued item without a delivery, or delivered by `delivered_until`."""
-        ids = (self._first_undelivered_id(), self.deliveries.lowest_due_id(delivered_until))
+        ids = (self._undelivered.lowest(), self.deliveries.lowest_due_id(delivered_until))
         oldest = min((work_id for work_id in ids if work_id is not None), default=None)
         return None if oldest is None else self._items[oldest]
-
-    def _first_undelivered_id(self) -> str | None:
-        while self._fresh:
-            item = self._items.get(self._fresh[0])
-            if item is not None and item.state == QUEUED and item.delivered_at is None:
-                return item.id
-            heappop(self._fresh)
-        return None
 
     def list_items(
         self, limit: int, *, after: str = "", before: str | None = None
@@ -151,7 +156,7 @@ class WorkQueue:
         """Return the statistics of this queue at the time `now`."""
         self._drop_older_entries(self._recent, now - _WINDOW)
         self._drop_older_entries(self._pollers, now - WORKERS_POLLING_WINDOW_SECONDS * SECOND)
-        ids = (self._first_undelivered_id(), self.deliveries.lowest_id())
+        ids = (self._undelivered.lowest(), self.deliveries.lowest_id())
         oldest = min((work_id for work_id in ids if work_id is not None), default=None)
         return WorkQueueStats(
             depth=self._queued - len(self._recent),
@@ -160,9 +165,14 @@ class WorkQueue:
             workers_polling=len(self._pollers),
             running=len(self._items) - self._queued - self._stopped,
             stopped=self._stopped,
+            read_at=now,
         )
 
     @staticmethod
     def _drop_older_entries(entries: OrderedDict[str, int], until: int) -> None:
         while entries and next(iter(entries.values())) <= until:
             entries.popitem(last=False)
+
+
+def _is_undelivered(item: Item) -> bool:
+    return item.state == QUEUED and item.delivered_at is None
