@@ -130,7 +130,7 @@ async def stall_sessions(setup: CauseSetup) -> None:
     setup.enqueue_items(seconds="600")
 
 
-async def get_handlers_stuck(setup: CauseSetup) -> None:
+async def make_handlers_hang(setup: CauseSetup) -> None:
     process = await setup.start_worker()
     setup.enqueue_items(count=2, do="ignore cancellation")
     await asyncio.sleep(5 * MINUTE)
@@ -221,7 +221,7 @@ CAUSES: Mapping[str, AlertCause] = {
         stall_sessions, full_alert_names("SessionsStall"), settings={"STALL_TIMEOUT": "20"}
     ),
     "a handler ignores cancellation": AlertCause(
-        get_handlers_stuck,
+        make_handlers_hang,
         full_alert_names("HandlersStuck", "DrainKilled"),
         full_alert_names("SessionsLost", "SessionsFail"),
         {"SESSION_TIMEOUT": "20", "DRAIN_TIMEOUT": "5"},

@@ -347,7 +347,7 @@ def test_probes_and_scrapes_use_the_metrics_port_of_the_settings(
 ) -> None:
     address = worker_settings.metrics_address
     assert address is not None
-    assert not address.host  # the default is loopback, which no probe reaches
+    assert not address.host  # not loopback, which no probe reaches
     container = worker_container(manifest_of_kind(manifests_in_files(), kind))
     [port] = container["ports"]
     assert port["containerPort"] == address.port

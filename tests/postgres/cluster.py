@@ -75,14 +75,14 @@ class Cluster:
         """The process id of the running server, which is the parent of its other processes."""
         return int((self._data / "postmaster.pid").read_text().partition("\n")[0])
 
-    def create(self) -> None:
+    def create_data_directory(self) -> None:
         """Make the data directory. Raises `PostgresMissingError`."""
         self._make_folder()
         self._run_program(
             "initdb", "--no-sync", "--auth=trust", f"--username={SUPERUSER}", "-E", "UTF8"
         )
 
-    def create_standby(self, primary: Cluster) -> None:
+    def create_standby_directory(self, primary: Cluster) -> None:
         """Make the data directory of a standby, which follows a running primary."""
         self._make_folder()
         self._run_program(
@@ -234,7 +234,7 @@ def start_cluster(settings: dict[str, str] | None = None) -> Cluster:
     parent.chmod(0o711)
     cluster = Cluster(parent / "cluster", settings)
     try:
-        cluster.create()
+        cluster.create_data_directory()
         cluster.start()
     except BaseException:
         remove_cluster(cluster)
@@ -275,7 +275,7 @@ def own_postgres() -> Iterator[Cluster]:
 def standby(own_postgres: Cluster) -> Iterator[Cluster]:
     """Return a running standby of `own_postgres`, with synchronous replication."""
     standby = Cluster(own_postgres.folder.with_name("standby"))
-    standby.create_standby(own_postgres)
+    standby.create_standby_directory(own_postgres)
     try:
         standby.start()
         own_postgres.execute("ALTER SYSTEM SET synchronous_standby_names = '*'")

@@ -174,8 +174,8 @@ def test_release_answers_all_waiting_polls() -> None:
 async def test_wake_up_of_cancelled_poll_goes_to_next_poll() -> None:
     waiting = WaitingPolls()
     async with asyncio.timeout(20), asyncio.TaskGroup() as group:
-        first = group.create_task(waiting.wait_until_woken(60, impatient=False))
-        second = group.create_task(waiting.wait_until_woken(60, impatient=False))
+        first = group.create_task(waiting.wait_until_woken(60, reclaiming=False))
+        second = group.create_task(waiting.wait_until_woken(60, reclaiming=False))
         await wait_until(lambda: len(waiting) == 2)
         waiting.wake_polls(1)
         first.cancel()

@@ -87,9 +87,9 @@ async def test_oldest_age_on_postgres_is_read_from_the_clock_of_the_database(
         f"AS $$ {hour_ago} $$",
         database_url,
     )
-    async with new_control_plane(store=store) as plane:
+    async with make_control_plane(store=store) as plane:
         await plane.engine.enqueue(ENV)
-        _, numbers = await ask(plane)
+        _, numbers = await fetch_numbers(plane)
         assert 0 <= numbers["oldest_queued_seconds"] < 600
 
 

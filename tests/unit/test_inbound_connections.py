@@ -219,7 +219,7 @@ async def test_exporter_at_connection_limit_of_incomplete_requests_answers_healt
 async def test_control_plane_at_connection_limit_of_incomplete_requests_answers(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(control_plane, "_connections_max", lambda: LIMIT)
+    monkeypatch.setattr(control_plane, "_max_connections", lambda: LIMIT)
     async with ControlPlane() as plane:
         clients = [await RawClient.connect(plane.port, HALF) for _ in range(3 * LIMIT)]
         assert (await send_and_read(plane.port)).startswith(b"HTTP/1.1 200")
@@ -231,7 +231,7 @@ def test_control_plane_connection_limit_leaves_descriptors_for_other_uses(
 ) -> None:
     for soft, expected in ((1024, 768), (256, 192), (10**9, 10_000), (-1, 10_000)):
         monkeypatch.setattr(resource, "getrlimit", lambda _, soft=soft: (soft, soft))
-        assert control_plane._connections_max() == expected
+        assert control_plane._max_connections() == expected
 
 
 @pytest.mark.parametrize("request_so_far", [b"", HALF])

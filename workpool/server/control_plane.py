@@ -264,7 +264,7 @@ class ControlPlane:
     async def _start_server(self, stack: AsyncExitStack) -> None:
         bound = self._bind_port(stack)
         tokens = AcceptedTokens(self._tokens or {}, self.engine.signing_key, self._worker_keys)
-        self._connections = connections = InboundConnections(_connections_max())
+        self._connections = connections = InboundConnections(_max_connections())
         stack.callback(connections.close)
         routes = [
             route
@@ -332,7 +332,7 @@ class ControlPlane:
         return f"http://{host}:{self.port}"
 
 
-def _connections_max() -> int:
+def _max_connections() -> int:
     """Return the limit of connections: three quarters of the file descriptors, up to 10,000."""
     if resource is None:
         return _CONNECTIONS_MAX

@@ -165,7 +165,7 @@ class Operations:
             if environment_id in self._cloud:
                 raise APIError(400, "this environment is not self_hosted")
             raise APIError(404, "no such environment")
-        self._apply_lapses(queue)
+        self._end_due_leases(queue)
         return queue
 
     def get_environment(self, environment_id: str) -> Environment:
@@ -277,7 +277,7 @@ class Operations:
             return None
         delivered = state_machine.deliver_item(item, poll.worker_id, now)
         self._replace_item(queue, delivered, "delivered", poll.worker_id)
-        queue.waiting.wake_impatient_polls()
+        queue.waiting.wake_reclaiming_polls()
         return delivered
 
     async def long_poll(
@@ -309,7 +309,7 @@ class Operations:
         if due:
             seconds = min(seconds, (min(due) - self._latest) / SECOND)
         await queue.waiting.wait_until_woken(
-            seconds, impatient=poll.reclaim_older_than_ms < poll.block_ms
+            seconds, reclaiming=poll.reclaim_older_than_ms < poll.block_ms
         )
 
     def withdraw_delivery(self, item: Item) -> None:
@@ -504,7 +504,7 @@ class Operations:
         self._latest = max(self._latest, int(self._clock() * SECOND))
         return self._latest
 
-    def _apply_lapses(self, queue: WorkQueue) -> None:
+    def _end_due_leases(self, queue: WorkQueue) -> None:
         """End the leases that are due, each at its own end."""
         for work_id in queue.leases.pop_ended(self._read_clock()):
             held = queue.get_item(work_id)

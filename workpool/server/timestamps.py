@@ -32,14 +32,14 @@ def system_clock() -> Callable[[], float]:
     A wall clock that is set forward would end every lease at once while the workers, which use
     monotonic clocks, still hold them. CLOCK_BOOTTIME also counts the time of a suspension.
     """
-    steady = time.monotonic
+    monotonic_seconds = time.monotonic
     if hasattr(time, "CLOCK_BOOTTIME"):
 
-        def steady() -> float:
+        def monotonic_seconds() -> float:
             return time.clock_gettime(time.CLOCK_BOOTTIME)
 
-    start = datetime.now(UTC).timestamp() - steady()
-    return lambda: start + steady()
+    start = datetime.now(UTC).timestamp() - monotonic_seconds()
+    return lambda: start + monotonic_seconds()
 
 
 @lru_cache(maxsize=4096)
@@ -90,7 +90,7 @@ def to_utc_text(text: str) -> str | None:
         return None
     try:
         moment = datetime.fromisoformat(text.upper()).astimezone(UTC)
-    except (ValueError, OverflowError):  # leap seconds and some years
+    except (ValueError, OverflowError):  # `datetime` lacks leap seconds and year 0.
         return None
     return moment.strftime("%Y-%m-%dT%H:%M:%S.%fZ").rjust(len("2026-03-01T12:00:00.000000Z"), "0")
 

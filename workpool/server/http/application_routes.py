@@ -115,7 +115,8 @@ class ApplicationRoutes:
             requests.single_parameter(request, name)
             for name in ("deployment_id", "memory_store_id")
         ):
-            statuses = frozenset()  # matches nothing: these sessions have neither
+            # No session here has a deployment or a memory store, so the list must be empty.
+            statuses = frozenset()
         return SessionFilter(
             environments=limits,
             archived=archived,

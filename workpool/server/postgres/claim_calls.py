@@ -188,7 +188,7 @@ class ClaimCalls(DatabaseCalls):
 
     async def _withdraw_delivery(self, item: Item, version: int) -> None:
         """Undo a delivery whose client has disconnected before the answer."""
-        self._known.take(item.environment_id, item.id)
+        self._known.pop(item.environment_id, item.id)
         withdrawn = state_machine.withdraw_delivery(item)
         change = ItemChange(withdrawn, "withdrawn", item.holder, await self._current_time())
         if await self._write_item(self._pool, item, version, [change]) is not None:

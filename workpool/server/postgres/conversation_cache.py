@@ -24,7 +24,7 @@ class ConversationCache:
         self._kept: OrderedDict[str, Conversation] = OrderedDict()
         self._count = 0
 
-    def take(self, session_id: str) -> Conversation | None:
+    def pop(self, session_id: str) -> Conversation | None:
         """Remove and return a conversation; None if the cache does not have it."""
         found = self._kept.pop(session_id, None)
         if found is not None:
@@ -33,7 +33,7 @@ class ConversationCache:
 
     def put(self, session_id: str, conversation: Conversation) -> None:
         """Add a conversation, which no caller may change while it is in the cache."""
-        self.take(session_id)
+        self.pop(session_id)
         self._kept[session_id] = conversation
         self._count += len(conversation.events)
         while self._count > self._limit:

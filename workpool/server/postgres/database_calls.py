@@ -162,7 +162,7 @@ class DatabaseCalls:
     async def _read_item(
         self, connection: Connection, environment_id: str, work_id: str
     ) -> tuple[Item, Item, int, int]:
-        """Return an item as stored, without an ended lease, its version and the time; or a 404."""
+        """Return an item as stored and as it is now, its version and the time; raises a 404."""
         row = None
         if may_be_id(work_id):
             row = await connection.fetchrow(_READ, environment_id, work_id, self._fixed_time())
@@ -206,7 +206,7 @@ class DatabaseCalls:
 
 
 def without_ended_lease(item: Item, now: int) -> Item:
-    """Return an item at a time: if its lease has ended, as the end of the lease leaves it."""
+    """Return an item as it is at the time `now`: if its lease has ended, without a lease."""
     if item.lease_end is None or item.lease_end > now:
         return item
     return state_machine.end_lease(item)

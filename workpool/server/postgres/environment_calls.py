@@ -1,4 +1,4 @@
-"""The calls on environments, which arguments of this node or clients have created."""
+"""The calls on environments, which a node's arguments name or clients have created."""
 
 from __future__ import annotations
 

@@ -113,7 +113,7 @@ class ItemCache:
         if len(self._known) > KNOWN_MAX:
             self._known.popitem(last=False)
 
-    def take(self, environment_id: str, work_id: str) -> CachedItem | None:
+    def pop(self, environment_id: str, work_id: str) -> CachedItem | None:
         """Remove and return a row that is about to change; None if the cache does not have it."""
         return self._known.pop((environment_id, work_id), None)
 

@@ -189,7 +189,7 @@ class ItemCalls(ClaimCalls):
         `op`: the name of the call in the record of a conflict; None: it is not recorded.
         """
         changed = None
-        known = self._known.take(environment_id, work_id)
+        known = self._known.pop(environment_id, work_id)
         if known is not None:
             changed = await change_cached_item(
                 self._pool, known, decide, now=self._fixed_time(), has_history=self._has_history

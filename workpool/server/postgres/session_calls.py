@@ -188,7 +188,7 @@ class StoredSessionCalls(ItemCalls, CreationCalls):
             conversation = await self._load_conversation(connection, read)
             await self._append_events(connection, read, conversation, [{"type": STATUS_TERMINATED}])
             # The cache may have only committed events, and the transaction may still fail.
-            self._conversations.take(view.id)
+            self._conversations.pop(view.id)
         place = view.session.environment_id, view.item.id
         await connection.execute(LOCK_ITEM, *place)
         stored, item, version, now = await self._read_item(connection, *place)
@@ -214,7 +214,7 @@ class StoredSessionCalls(ItemCalls, CreationCalls):
     async def _load_conversation(self, connection: Connection, read: _SessionRow) -> Conversation:
         """Return the conversation with all events of a session that was read."""
         session = read.view.session
-        conversation = self._conversations.take(session.id)
+        conversation = self._conversations.pop(session.id)
         if conversation is None or not await self._matches_stored_events(
             connection, conversation, read
         ):

@@ -19,7 +19,7 @@ class Deliveries:
         self._times: OrderedDict[str, int] = OrderedDict()
         # The ids delivered too recently for every poll so far.
         self._recent: OrderedDict[str, int] = OrderedDict()
-        self._due: list[str] = []  # all other ids, in ascending order
+        self._due: list[str] = []  # the other ids of delivered items, ascending
 
     def __len__(self) -> int:
         return len(self._times)

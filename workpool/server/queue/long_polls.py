@@ -33,15 +33,15 @@ class WaitingPolls:
     def __len__(self) -> int:
         return len(self._waiters)
 
-    async def wait_until_woken(self, seconds: float, *, impatient: bool) -> None:
+    async def wait_until_woken(self, seconds: float, *, reclaiming: bool) -> None:
         """Sleep for `seconds`, or until woken.
 
-        `impatient`: an item that is delivered from now on may become claimable for this poll while
+        `reclaiming`: an item that is delivered from now on may become claimable for this poll while
         it waits.
         """
         loop = asyncio.get_running_loop()
         waiter = loop.create_future()
-        self._waiters[waiter] = impatient
+        self._waiters[waiter] = reclaiming
         timer = loop.call_later(seconds, _wake_waiter, waiter)
         try:
             await waiter
@@ -62,10 +62,10 @@ class WaitingPolls:
                 waiter.set_result(None)
                 count -= 1
 
-    def wake_impatient_polls(self) -> None:
+    def wake_reclaiming_polls(self) -> None:
         """Wake the polls for which a newly delivered item may become claimable while they wait."""
-        for waiter, impatient in self._waiters.items():
-            if impatient:
+        for waiter, reclaiming in self._waiters.items():
+            if reclaiming:
                 _wake_waiter(waiter)
 
 

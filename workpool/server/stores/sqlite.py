@@ -58,7 +58,7 @@ class SqliteStore:
         self._unsaved: dict[str, Row | DeletedRow] = {}
         self._saved = 0
         self._closing = False
-        # Used on the loop only.
+        # Used on the event loop only.
         self._committed = 0
         self._waiting: deque[tuple[int, asyncio.Future[None]]] = deque()
         self._failure = ""
@@ -83,24 +83,24 @@ class SqliteStore:
 
     def save_item(self, item: Item) -> None:
         """Save a new version of an item soon; returns at once."""
-        self._accept_rows(item)
+        self._queue_rows(item)
 
     def save_session(self, session: StoredSession) -> None:
         """Save a new version of a session soon; returns at once."""
-        self._accept_rows(session)
+        self._queue_rows(session)
 
     def save_environment(self, environment: Environment) -> None:
         """Save a new environment soon; returns at once."""
-        self._accept_rows(environment)
+        self._queue_rows(environment)
 
     def save_events(self, events: Sequence[StoredEvent]) -> None:
         """Save new events soon, in one transaction; returns at once."""
-        self._accept_rows(*events)
+        self._queue_rows(*events)
 
     def delete_rows(self, rows: Sequence[Row]) -> None:
         """Delete items, sessions and events soon; returns at once."""
         if rows:
-            self._accept_rows(*(DeletedRow(type(row), row.id) for row in rows))
+            self._queue_rows(*(DeletedRow(type(row), row.id) for row in rows))
 
     async def wait_until_durable(self) -> None:
         """Return once all changes so far are on disk. Raises `StoreError`."""
@@ -127,7 +127,7 @@ class SqliteStore:
         if self._thread is not None:
             await asyncio.to_thread(self._thread.join)
 
-    def _accept_rows(self, *rows: Row | DeletedRow) -> None:
+    def _queue_rows(self, *rows: Row | DeletedRow) -> None:
         with self._changed:
             self._unsaved.update((row.id, row) for row in rows)
             self._saved += 1
