@@ -385,7 +385,7 @@ async def test_completed_session_whose_mark_cannot_be_deleted_is_stopped(
 async def test_attempt_whose_update_loses_its_answer_is_counted_once(item_runs: ItemRuns) -> None:
     item_runs.run_and_crash()
     item_runs.faults.add(lost(), "update", times=2)
-    await item_runs.run_once(return_at_once, request_timeout=1.0)
+    await item_runs.run_once(return_at_once)
     assert item_runs.attempts == [2]
     assert item_runs.metadata == {"workpool.attempt": "2"}
 
