@@ -95,7 +95,8 @@ async def test_drain_benchmark_abandons_no_session() -> None:
 async def test_growth_benchmark_prints_memory_of_every_sample() -> None:
     options = ("--sessions", "60", "--warm-up", "20", "--samples", "3")
     process = await asyncio.create_subprocess_exec(
-        *(sys.executable, str(BENCHMARKS / "resource_growth.py"), *options), stdout=asyncio.subprocess.PIPE
+        *(sys.executable, str(BENCHMARKS / "resource_growth.py"), *options),
+        stdout=asyncio.subprocess.PIPE,
     )
     output, _ = await process.communicate()
     assert re.findall(r"^\| (\d+) ", output.decode(), re.MULTILINE) == ["20", "40", "60"]
@@ -142,7 +143,10 @@ async def test_instructions_benchmark_help_lists_all_contenders() -> None:
 @pytest.mark.trial
 @pytest.mark.timeout(120)
 async def test_start_benchmark_compares_help_and_import_with_import_of_aiohttp() -> None:
-    found = {name: cells for name, *cells in await printed_rows("process_start.py", "--runs", "3", only=())}
+    found = {
+        name: cells
+        for name, *cells in await printed_rows("process_start.py", "--runs", "3", only=())
+    }
     assert found["import aiohttp"][2] == "1.00 ×"
     ratios = {name: float(cells[2].split()[0]) for name, cells in found.items()}
     assert {"workpool --help", "from workpool import …"} <= set(ratios)
@@ -172,7 +176,9 @@ async def test_control_plane_benchmark_measures_servers_with_stopped_rows(
 async def test_scale_benchmark_prints_workers_leases_streams_and_depths(store: str) -> None:
     sizes = ("--workers", "2", "--leases", "3", "--streams", "4", "--depths", "10", "50")
     options = ("--items", "30", *sizes, "--seconds", "0.2", "--settle", "0", "--stores", store)
-    found = await printed_rows("scale_limits.py", *options, only=("workers", "leases", "streams", "depth"))
+    found = await printed_rows(
+        "scale_limits.py", *options, only=("workers", "leases", "streams", "depth")
+    )
     tables = [cells[1:] for cells in found if cells[1].isdigit()]
     assert [cells[1] for cells in tables] == ["2", "3", "4", "10", "50"]
     assert [cells[-1] for cells in tables[1:3]] == ["0", "0"]

@@ -21,13 +21,14 @@ import aiohttp
 import pytest
 from prometheus_client import CollectorRegistry, Counter, generate_latest
 
+from tests.integration.state_waits import wait_until
 from workpool import PluginError, Session, Supervisor, handler, hookimpl
 from workpool.errors import ListenError
 from workpool.events import PoolFailed, SessionFinished, SessionStarted, StopFinished
 from workpool.testing import Hold, Recorder
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator, Callable
+    from collections.abc import AsyncIterator
 
     from workpool.server import ControlPlane
     from workpool.testing import Faults
@@ -41,13 +42,6 @@ async def return_or_wait(session: Session) -> dict[str, str]:
     if "wait" in session.item.metadata:
         await session.interrupted()
     return {"done": "yes"}
-
-
-async def wait_until(condition: Callable[[], object]) -> None:
-    """Wait until a condition that other threads, the loop or the kernel change is true."""
-    async with asyncio.timeout(20):
-        while not condition():  # noqa: ASYNC110 - threads and sockets have no event
-            await asyncio.sleep(0.001)
 
 
 def process_state() -> dict[str, Any]:

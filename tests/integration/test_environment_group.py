@@ -16,6 +16,7 @@ import aiohttp
 import pytest
 from prometheus_client import CollectorRegistry
 
+from tests.integration.state_waits import wait_until
 from tests.integration.test_live_page import driven_browser
 from workpool import Settings, SettingsError
 from workpool.cli import environment_group, exits
@@ -109,12 +110,6 @@ def make_group(
         return EnvironmentGroup(process, environments, CollectorRegistry())
 
     return make_from_file
-
-
-async def wait_until(holds: Callable[[], object]) -> None:
-    async with asyncio.timeout(SECONDS):
-        while not holds():  # noqa: ASYNC110 - the states of several pools have no event
-            await asyncio.sleep(0.01)
 
 
 def failure_count(group: EnvironmentGroup, environment_id: str) -> float:

@@ -7,11 +7,12 @@ import gc
 import random
 import threading
 from contextlib import suppress
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import pytest
 
-from tests.integration.test_embedding import open_file_count, wait_until, workpool_threads
+from tests.integration.state_waits import wait_until
+from tests.integration.test_embedding import ignore_lookup_error, open_file_count, workpool_threads
 from workpool import Session, Supervisor, handler
 
 if TYPE_CHECKING:
@@ -81,8 +82,3 @@ async def test_five_hundred_concurrent_pools_leave_no_task_or_thread(
     await Supervisor(make_settings(concurrency=16), plugins=[wait_briefly]).run(until_empty=True)
     totals = control_plane.summary()
     assert (totals.stopped, totals.overlapping) == (200, 0)
-
-
-async def ignore_lookup_error(waiting: Any) -> None:
-    with suppress(LookupError):
-        await waiting

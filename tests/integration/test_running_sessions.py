@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
+from tests.integration.held_items import enqueue_item_held_before
 from workpool import LeaseLost, Session, SessionEnded, handler, hookimpl
 from workpool.errors import ConflictError, RefusedError, TransientError
 from workpool.events import (
@@ -492,16 +493,6 @@ async def test_wrapping_context_can_swallow_exception_of_handler(
     async with make_pool(SwallowingWrapper(), raise_error):
         final = await wait_for_end(item.id)
     assert (final.outcome, final.request_names) == ("completed", ["ack", "heartbeat", "stop"])
-
-
-def enqueue_item_held_before(plane: ControlPlane, **metadata: str) -> str:
-    """Enqueue an item that another worker then holds and loses; return the id of the item."""
-    (item,) = plane.enqueue(metadata=metadata)
-    operations, environment = plane.operations, plane.environments[0]
-    operations.ack_item(environment, item.id, "another")
-    operations.heartbeat(environment, item.id, "NO_HEARTBEAT", worker_id="another")
-    expire_lease(plane, item.id)
-    return item.id
 
 
 async def test_item_held_before_is_redelivered_and_counted(

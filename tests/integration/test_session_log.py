@@ -7,10 +7,11 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
+from tests.integration.held_items import enqueue_item_held_before
 from workpool import Release, Session, handler
 from workpool.events import HeartbeatFinished, ItemReclaimed, SessionFinished
 from workpool.log_fields import FIELDS
-from workpool.testing import expire_lease, literal
+from workpool.testing import literal
 
 if TYPE_CHECKING:
     from aiohttp import web
@@ -28,16 +29,6 @@ async def handler_by_metadata(session: Session) -> None:
         raise RuntimeError("as it was asked to")
     if session.item.metadata.get("do") == "release" and session.attempt == 1:
         raise Release("busy\nhere")
-
-
-def enqueue_item_held_before(plane: ControlPlane) -> str:
-    """Enqueue an item that another worker then holds and loses; return the id of the item."""
-    (item,) = plane.enqueue()
-    operations, environment = plane.operations, plane.environments[0]
-    operations.ack_item(environment, item.id, "another")
-    operations.heartbeat(environment, item.id, "NO_HEARTBEAT", worker_id="another")
-    expire_lease(plane, item.id)
-    return item.id
 
 
 def fields_of_records(caplog: pytest.LogCaptureFixture, message: str) -> list[dict[str, Any]]:

@@ -1,0 +1,20 @@
+"""Waits for states that have no event, such as those of threads, sockets and several pools."""
+
+from __future__ import annotations
+
+import asyncio
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+
+async def wait_until(condition: Callable[[], object]) -> None:
+    """Wait until a condition that other tasks, threads or the kernel change is true.
+
+    Raises:
+        TimeoutError: The condition was false for 30 s.
+    """
+    async with asyncio.timeout(30):
+        while not condition():  # noqa: ASYNC110 - threads and sockets have no event
+            await asyncio.sleep(0.001)
