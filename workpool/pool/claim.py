@@ -187,7 +187,7 @@ def _accept_answer(item: PoolItem, answer: WorkItem, acked_at: float) -> CallRes
     if answer.state not in {STARTING, ACTIVE}:
         return "conflict"
     token, trace = item.work_item.sessions_token, item.work_item.traceparent
-    if token is not None or trace is not None:  # an ack is answered without them
+    if token is not None or trace is not None:  # the answer to an ack has no token and no trace
         answer = replace(answer, sessions_token=answer.sessions_token or token, traceparent=trace)
     # While the item waited for a slot, another worker may have held and lost it.
     item.held_before = item.held_before or answer.last_heartbeat is not None

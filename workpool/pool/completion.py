@@ -158,7 +158,7 @@ class Completion:
             )
         except (TransientError, RefusedError) as error:
             if isinstance(error, RefusedError) or error.reason == "throttled":
-                lease.own_stop = before  # this stop was not applied
+                lease.own_stop = before  # the control plane has not applied this stop
             raise
 
     async def _write_row_metadata(self, item: PoolItem, row: Row) -> Outcome:

@@ -118,7 +118,7 @@ class Dispatcher:
         `polled_at` is the time when its poll was sent, on the lease clock.
         """
         if self._context.draining or (self._admission.gated and self._admission.paused is not None):
-            return "declined"  # never acknowledged, so it is redelivered
+            return "declined"  # the item is not acknowledged, so another worker gets it
         owned = self.items.find_item(work_item.id)
         if owned is None and self._expiry is not None:  # without the timer, no item is set aside
             owned = self._find_set_aside(work_item.id)
@@ -271,7 +271,8 @@ class Dispatcher:
     def _start_item(self, item: PoolItem) -> None:
         """Run an item that has a slot."""
         if self.items.find_item(item.id) is None:  # an item that was set aside is not owned yet
-            item.context.run(self._add_owned_item, item)  # another pool may have freed the slot
+            # This may run in the context of a session of another pool.
+            item.context.run(self._add_owned_item, item)
         item.advance_state("slot" if item.parents_heartbeat is None else "adopted")
         item.task = self._group.create_task(
             self.runner.run_item(item), name=item.id, context=item.context

@@ -108,7 +108,7 @@ class HandlerExecutor:
                 self._stop_stall_timer(item)
             self.stuck.discard(item)
         if not task.cancelled():
-            task.result()  # raises a KeyboardInterrupt of the handler
+            task.result()  # a KeyboardInterrupt of the handler ends the loop
         elif item.cancelled_for is None:
             self._record_error(item, asyncio.CancelledError("leaked from the handler"))
 
@@ -379,7 +379,7 @@ def ended(task: asyncio.Task[object]) -> asyncio.Future[None]:
     future: asyncio.Future[None] = task.get_loop().create_future()
 
     def set_ended(_: asyncio.Task[object]) -> None:
-        if not future.done():  # it is done if the waiting task was cancelled
+        if not future.done():  # a cancellation of the waiting task has ended the future
             future.set_result(None)
 
     task.add_done_callback(set_ended)

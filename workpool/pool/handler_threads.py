@@ -241,7 +241,7 @@ class _ThreadCalls:
 
         try:
             self._loop.call_soon_threadsafe(leave_context)
-        except RuntimeError:  # the loop is closed
+        except RuntimeError:  # the loop is closed, so no context is left
             raise SessionEnded(self._item.id) from error
 
 

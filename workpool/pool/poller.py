@@ -113,7 +113,8 @@ class PollerGroup:
         self._in_flight = 0
         self._answered = asyncio.Event()
         self._idle = False
-        self._unreadable: OrderedDict[str | None, None] = OrderedDict()  # ids that were logged
+        # Ids of the items that were logged.
+        self._unreadable: OrderedDict[str | None, None] = OrderedDict()
 
     async def wait_for_turn(self, number: int) -> None:
         """Wait until poller `number` is among those that poll."""
@@ -154,7 +155,7 @@ class PollerGroup:
         elif self.target < len(self._turns):
             self._set_target(self.target + 1, "hits")
         idle = null and self._context.queue.is_idle
-        if idle and not self._idle:  # once when idleness starts, and not for each poll
+        if idle and not self._idle:  # logged once when the pool becomes idle
             log.info("idle; waiting for work")
         self._idle = idle
         if self.on_poll is not None:
@@ -225,7 +226,7 @@ class PollerGroup:
             self.ended = True
             self._on_empty()
         else:
-            await self._answered.wait()  # bounded: every poll has a time limit
+            await self._answered.wait()  # this wait is bounded, since every poll has a time limit
 
     def _set_target(self, wanted: int, reason: ScaleReason) -> None:
         target = max(1, min(wanted, len(self._turns)))
@@ -266,9 +267,9 @@ class Poller:
         self._dispatcher = dispatcher
         self._number = number
         self._clock = context.clock
-        self._polled_at = 0.0  # a time of the lease clock
+        self._polled_at = 0.0  # the time of the last poll, on the lease clock
         self._backoff = Backoff(BACKOFF_SECONDS, BACKOFF_CAP_SECONDS)
-        self._unreadable = 0  # unreadable items in a row
+        self._unreadable = 0  # the number of unreadable items in a row
 
     async def run_polls(self) -> None:
         """Poll until cancelled or the group has ended; continue after a few crashes (bugs)."""

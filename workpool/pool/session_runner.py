@@ -169,7 +169,7 @@ class SessionRunner:
         """React to a change of the item's lease by the lease renewer."""
         lease, session = item.lease, item.session
         if lease.closed or session is None:
-            return  # the session ended before this report
+            return  # the session ended before this report of its lease
         item.notify_waiters()
         if lease.status != "held":
             self._sender.end_waits(item)

@@ -139,5 +139,6 @@ class Telemetry:
         if threading.get_ident() == self._thread:
             self._plugins.notify(event)
         else:
-            with contextlib.suppress(RuntimeError):  # the handlers' loop is closed
+            # The handlers' loop is closed: no plugin observes.
+            with contextlib.suppress(RuntimeError):
                 self._loop.call_soon_threadsafe(self._plugins.notify, event)

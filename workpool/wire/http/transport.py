@@ -398,7 +398,7 @@ class Transport:
 
         files = (settings.token_file, settings.api_key_file)
         if not (any(files) or settings.ca_file or settings.client_cert_file):
-            return read_credentials()  # no file has to be read
+            return read_credentials()  # no file has to be read, which could block the loop
         try:
             async with asyncio.timeout(self._seconds):
                 return await asyncio.get_running_loop().run_in_executor(
@@ -468,7 +468,7 @@ async def read_bounded(
             content = response.content
             return content.read_nowait() if content.is_eof() else await content.read()
         if length > limit:
-            limit = BEGINNING_BYTES  # the rest of the body is not read
+            limit = BEGINNING_BYTES  # only its beginning is read
     chunks: list[bytes] = []
     room = limit
     async for chunk in response.content.iter_any():
