@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import tempfile
 import threading
 from typing import TYPE_CHECKING
@@ -9,7 +10,7 @@ from typing import TYPE_CHECKING
 import pytest
 
 from workpool.pool import diagnostics
-from workpool.pool.diagnostics import THREADS_MAX, all_stacks, report
+from workpool.pool.diagnostics import THREADS_MAX, all_stacks, report, stack_of_task
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -92,3 +93,23 @@ def test_all_stacks_of_many_deep_threads_are_limited_and_start_with_requested_th
     assert text.count("most recent call last") == THREADS_MAX
     assert "more threads" in text
     assert len(text) < 130_000
+
+
+async def test_stack_of_task_has_one_frame_for_each_awaited_coroutine() -> None:
+    released = asyncio.Event()
+
+    async def await_event() -> None:
+        await released.wait()
+
+    async def await_inner() -> None:
+        await await_event()
+
+    async with asyncio.TaskGroup() as group:
+        task = group.create_task(await_inner(), name="waiting")
+        await asyncio.sleep(0)
+        lines = stack_of_task(task).splitlines()
+        released.set()
+    assert lines[0] == "Task waiting (most recent call last):"
+    functions = [line.rpartition(" in ")[2] for line in lines if line.startswith("  File ")]
+    assert functions == ["await_inner", "await_event", "wait"]
+    assert stack_of_task(task) == "Task waiting (most recent call last):\n"

@@ -173,6 +173,21 @@ def stack_of(ident: int) -> str | None:
     return None if frame is None else "".join(traceback.format_stack(frame, FRAMES_MAX))
 
 
+def stack_of_task(task: asyncio.Task[object]) -> str:
+    """Return the stack of a task that waits, as text: one frame for each coroutine that it awaits.
+
+    `Task.print_stack` prints the outermost coroutine only, which is the pool's own.
+    """
+    awaited: object = task.get_coro()
+    frames: list[str] = []
+    while awaited is not None and len(frames) < FRAMES_MAX:
+        frame = getattr(awaited, "cr_frame", None) or getattr(awaited, "gi_frame", None)
+        if frame is not None:
+            frames += traceback.format_stack(frame, 1)
+        awaited = getattr(awaited, "cr_await", None) or getattr(awaited, "gi_yieldfrom", None)
+    return f"Task {task.get_name()} (most recent call last):\n{''.join(frames)}"
+
+
 def all_stacks(first: int) -> str:
     """Return the current stack of every thread as text, at most 128,000 characters of frames.
 

@@ -8,7 +8,6 @@ See workpool/docs/architecture.md, "The end of a session".
 from __future__ import annotations
 
 import asyncio
-import io
 from contextlib import AsyncExitStack, asynccontextmanager, suppress
 from functools import partial
 from typing import TYPE_CHECKING, TypeGuard, cast
@@ -25,7 +24,7 @@ from workpool.pool.completion import (
     release_of,
     text_of,
 )
-from workpool.pool.diagnostics import log_stacks
+from workpool.pool.diagnostics import log_stacks, stack_of_task
 from workpool.pool.handler_result import metadata_of
 from workpool.pool.pool_item import EndReason
 from workpool.session import CURRENT, PoolRelease, Release
@@ -197,11 +196,9 @@ class HandlerExecutor:
         self._repeat_cancellation_later(item)
 
     def _report_stuck_handler(self, item: PoolItem, task: asyncio.Task[object]) -> None:
-        stack = io.StringIO()
-        task.print_stack(file=stack)
         log_stacks(
             log,
-            self._threads.stack_of_item(item) or stack.getvalue(),
+            self._threads.stack_of_item(item) or stack_of_task(task),
             "handler ignores its cancellation",
             work_id=item.id,
             handler=item.handler_label,
