@@ -30,12 +30,12 @@ class Backoff:
         """The number of delays since the last `reset()`."""
 
     def next(self) -> float:
-        """Count one more failure and return the delay, in seconds."""
+        """Count a failure, and return the seconds to wait before the next try."""
         # The exponent is bounded: after days of failures 2**n would not fit a float.
         ceiling = min(self._cap, self._initial * 2.0 ** min(self.failures, 64))
         self.failures += 1
         return self._rng() * ceiling
 
     def reset(self) -> None:
-        """Begin with the first delay again, after a success."""
+        """Begin with the shortest delay again, because a try succeeded."""
         self.failures = 0

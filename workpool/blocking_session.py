@@ -27,10 +27,10 @@ T = TypeVar("T")
 
 
 class LoopCalls(Protocol):
-    """Runs calls of a thread on the handlers' event loop."""
+    """The interface for running coroutines on the handlers' event loop from a thread."""
 
     def run(self, make: Callable[[], Awaitable[T]]) -> T:
-        """Await `make()` on the loop, and return its result on the calling thread."""
+        """Await `make()` on the loop, and return the result on the calling thread."""
 
     def enter(
         self, make: Callable[[], AbstractAsyncContextManager[T]]
@@ -71,7 +71,7 @@ class BlockingSession:
 
     @property
     def redelivered(self) -> bool:
-        """Whether the item was held before, here or elsewhere: it may have run before."""
+        """Whether a worker, this one or another, held the item before and may have run it."""
         return self._session.redelivered
 
     @property
@@ -81,12 +81,12 @@ class BlockingSession:
 
     @property
     def retry(self) -> int:
-        """The number of this call of the handler in its run, see `Session.retry`."""
+        """The number of this call of the handler within the run, see `Session.retry`."""
         return self._session.retry
 
     @property
     def state(self) -> dict[str, Any]:
-        """The objects that wrapping contexts of plugins share with the handler, see `Session`."""
+        """Objects that `workpool_wrap_session` contexts share with the handler, see `Session`."""
         return self._session.state
 
     @property
@@ -96,7 +96,7 @@ class BlockingSession:
 
     @property
     def log(self) -> logging.LoggerAdapter[logging.Logger]:
-        """A logger whose records have the ids."""
+        """A logger whose records have the ids of the item, its session and the pool."""
         return self._session.log
 
     @property
@@ -183,7 +183,7 @@ class BlockingEvents:
             while (event := self._calls.run(lambda: anext(events, None))) is not None:
                 yield event
         finally:
-            with suppress(SessionGoneError):  # the loop has closed it already
+            with suppress(SessionGoneError):  # the end of the session has closed it
                 self._calls.run(events.aclose)
 
     def send(self, *events: Mapping[str, Any]) -> Sequence[SessionEvent]:

@@ -66,7 +66,7 @@ class PollerError(WorkpoolError):
 
 
 class ControlPlaneError(WorkpoolError):
-    """The control plane did not answer a call with success.
+    """A call failed: the control plane answered with an error, or not at all.
 
     See workpool/docs/protocol.md, "Errors".
 
@@ -182,7 +182,7 @@ class SessionEnded(SessionGoneError):
 
 
 class HandoverError(WorkpoolError):
-    """No child took the item over in time. The pool holds the item; a later child is refused.
+    """No child took the item over in time; the pool still holds it and refuses later children.
 
     Attributes:
         work_id: The item.
@@ -222,7 +222,7 @@ class SessionStalled(WorkpoolError):
 
 
 def innermost(group: BaseExceptionGroup[BaseException]) -> BaseException:
-    """Return the single error inside nested exception groups, or the group that has several."""
+    """Return the only error inside nested exception groups, or the group that has several."""
     error: BaseException = group
     while isinstance(error, BaseExceptionGroup) and len(error.exceptions) == 1:
         error = error.exceptions[0]
@@ -230,11 +230,12 @@ def innermost(group: BaseExceptionGroup[BaseException]) -> BaseException:
 
 
 def exhausted(error: BaseException | None) -> bool:
-    """Whether the machine has run out of descriptors, disk, memory, processes or threads.
+    """Return whether an error shows that the machine has run out of a resource.
 
-    Its causes and the errors of its exception groups are checked, too.
+    The resources are descriptors, disk, memory, processes and threads. Causes of the error and
+    errors in exception groups are checked, too.
     """
-    left, seen = [error], set[int]()  # the causes of an exception may form a cycle
+    left, seen = [error], set[int]()  # `seen`, because causes may form a cycle
     while left:
         each = left.pop()
         if each is None or id(each) in seen:
@@ -249,7 +250,7 @@ def exhausted(error: BaseException | None) -> bool:
 
 
 def _is_exhaustion(error: BaseException) -> bool:
-    if isinstance(error, RuntimeError):  # the error of `threading` when no thread can be started
+    if isinstance(error, RuntimeError):  # `threading` raises it if no thread can start
         return error.args == ("can't start new thread",)
     number = error.errno if isinstance(error, OSError) else None
     return isinstance(error, MemoryError) or (isinstance(number, int) and number in EXHAUSTED)

@@ -102,7 +102,7 @@ class ItemDeclined:
 
 @dataclass(frozen=True, slots=True)
 class ItemReclaimed:
-    """An item changed hands. Gained: it was held before. Lost: the pool held it."""
+    """An item changed its holder: this pool took it over (gained) or lost it (lost)."""
 
     item: WorkItem
     direction: ReclaimDirection
@@ -111,7 +111,7 @@ class ItemReclaimed:
 
 @dataclass(frozen=True, slots=True)
 class AckFinished:
-    """An acknowledgement has its final result, retries included.
+    """An ack has its final result, after all retries.
 
     `queue_seconds`: from the delivery until a slot took the item. `delivery_seconds`: from the
     delivery until the answer.
@@ -152,7 +152,7 @@ class SessionStarted:
 
 @dataclass(frozen=True, slots=True)
 class HandlerRetried:
-    """A handler that raised is about to be called again in the same session run.
+    """A handler raised an error and is about to be called again in the same session run.
 
     `retry`: the number of this call. `error`: the exception of the call before it.
     """
@@ -199,7 +199,7 @@ class SessionFailed:
 
 @dataclass(frozen=True, slots=True)
 class StopFinished:
-    """A stop call of the pool has its final result, retries included."""
+    """A stop request of the pool has its final result, after all retries."""
 
     item: WorkItem
     mode: StopMode
@@ -215,7 +215,7 @@ class ResultDropped:
 
 @dataclass(frozen=True, slots=True)
 class RequestFinished:
-    """An HTTP request ended. `code`: a value of `http_requests_total` (2xx, 304, 400 … error)."""
+    """An HTTP request ended. `code`: the label of `http_requests_total` (2xx, 304, 400 … error)."""
 
     op: str
     code: str
@@ -246,7 +246,7 @@ class QueueStatsRead:
 
 @dataclass(frozen=True, slots=True)
 class LoopLagMeasured:
-    """Delay of the handlers' loop, measured once a second.
+    """The delay of the handlers' loop, measured once a second.
 
     Created on the thread of the lease renewer.
     """

@@ -70,7 +70,7 @@ INDEX: Final = {
 
 
 class LivePage(NamedTuple):
-    """The data of the live page, and the rule when the data include ids.
+    """The data of the live page, and the setting that decides when the data include ids.
 
     Attributes:
         status: Returns the data; its argument says whether ids are included. Called on the thread
@@ -130,7 +130,7 @@ class Exporter:
         self._connections = InboundConnections(CONNECTIONS_MAX)
 
     async def __aenter__(self) -> Self:
-        """Listen.
+        """Bind the address and serve the endpoints.
 
         Raises:
             ListenError: The address cannot be bound.
@@ -157,7 +157,7 @@ class Exporter:
         exc: BaseException | None,
         traceback: TracebackType | None,
     ) -> None:
-        """Close, within a bound. One cancellation does not interrupt it, a second one does."""
+        """Close the server in bounded time; only a second cancellation interrupts the close."""
         async with asyncio.TaskGroup() as group:
             closing = group.create_task(self._exit.aclose(), name="exporter-close")
             try:
@@ -183,8 +183,8 @@ class Exporter:
         again.
         """
         for _ in range(BIND_TRIES):
-            # The call binds and does not listen yet: if it listened and was cancelled, the server
-            # would have no owner that closes it.
+            # This call binds without listening: if a cancellation interrupted a listening call,
+            # nothing would close the listening server.
             server = await self._create_server(protocol, self.port)
             ports = {each.getsockname()[1] for each in server.sockets}
             if len(ports) == 1:
@@ -203,12 +203,12 @@ class Exporter:
     async def _disconnect(self, server: asyncio.Server, runner: web.AppRunner) -> None:
         """Close every connection, even if its client neither reads nor closes it."""
         server.close()
-        await asyncio.sleep(0)  # so that accepted sockets become connections
+        await asyncio.sleep(0)  # lets the loop add accepted sockets to the connections
         try:
             await runner.cleanup()
         finally:
             self._connections.close()
-            await asyncio.sleep(0)  # sockets close in the loop's next turn
+            await asyncio.sleep(0)  # the loop closes the sockets in its next turn
 
     def _listen_error(self, error: OSError) -> ListenError:
         reason = os.strerror(error.errno) if error.errno and error.errno > 0 else str(error)
@@ -227,7 +227,7 @@ class Exporter:
                 await asyncio.wait(under_way, timeout=CLOSE_SECONDS)
         finally:
             for rendering in under_way:
-                rendering.cancel()  # otherwise it would call a closed loop
+                rendering.cancel()  # a later end of the thread must not call the closed loop
             if self._renderings:
                 log.warning("metrics rendering abandoned: a collector does not return")
             await self._renderer.close()
@@ -259,7 +259,8 @@ class Exporter:
     async def _live_json(self, request: web.Request) -> web.Response:
         if self._live_page is None:
             raise web.HTTPNotFound
-        # A page of another site could use a name of its own that resolves to the loopback address.
+        # Only loopback names: the page of another site could use a host name of that site which
+        # resolves to the loopback address.
         local = _is_loopback(self._host) and names_an_address(request.host)
         data = await self._render_on_thread(
             self._live_page.status, local or self._live_page.always_ids
@@ -332,7 +333,7 @@ def _encode_compressed(encode: Encoder, registry: CollectorRegistry) -> bytes:
 
 
 def _url_and_port(server: asyncio.Server) -> tuple[str, int]:
-    """Return the URL and the port. A server on all addresses has the URL of the loopback one."""
+    """Return the URL and the port; the URL of a server on all addresses is the loopback URL."""
     host, port = server.sockets[0].getsockname()[:2]
     address = ip_address(host)
     if address.is_unspecified:

@@ -1,4 +1,4 @@
-"""The decorator `@handler` with `Retry`, its rule, and `Handler`, which the pool runs.
+"""The decorator `@handler` with its rule and `Retry`, and the class `Handler` for the pool.
 
 The decorator only adds an attribute to the function, which stays callable in a test without a pool.
 `workpool.plugins` turns rules into routes. This module registers nothing.
@@ -214,19 +214,19 @@ def handler(  # noqa: PLR0913 - the arguments are documented one by one
 def rule_of(call: object) -> HandlerRule | None:
     """Return the rule of a function, a method, or the function of a `functools.partial`, if any."""
     inner = _innermost_function(call)
-    # Functions only: a module may import lazily, and an object may have any attribute.
+    # Other objects may have any attribute, and reading one may run code of the object.
     rule = getattr(inner, _MARK, None) if inspect.isroutine(inner) else None
     return rule if isinstance(rule, HandlerRule) else None
 
 
 def name_of(call: object) -> str:
-    """Return the function part of a label: a function's name, or the class of an object."""
+    """Return the name of a function, or the class name of another callable, for labels."""
     inner = _innermost_function(call)
     return str(getattr(inner, "__name__", inner.__class__.__name__))
 
 
 def is_async_callable(call: object) -> bool:
-    """Return whether a call gives a coroutine: async functions, methods, partials, `__call__`."""
+    """Return whether calling the object returns a coroutine; supports partials and `__call__`."""
     inner = _innermost_function(call)
     return inspect.iscoroutinefunction(inner) or inspect.iscoroutinefunction(
         getattr(inner.__class__, "__call__", None)  # noqa: B004 - it must be async, not only callable

@@ -73,7 +73,7 @@ def workpool_admission(supervisor: object) -> str | None:
 
 @hookspec
 def workpool_event(event: Event) -> None:
-    """Observe one event. Must be quick. An exception is logged and counted, with no other effect.
+    """Observe one event, quickly. An exception is logged and counted, with no other effect.
 
     The annotation of `event` selects the types: `event: SessionFinished | DrainFinished` is called
     with these two only, `Event` or no annotation with every type. A type without an observer costs

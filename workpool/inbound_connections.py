@@ -70,15 +70,15 @@ class InboundConnections:
         return len(self._open)
 
     def protocol_factory(self, server: web.Server | None) -> Callable[[], asyncio.Protocol]:
-        """Return what `loop.create_server` calls for each connection to `server`."""
+        """Return the factory that `loop.create_server` calls for each connection to `server`."""
         new_protocol = cast("Callable[[], asyncio.Protocol]", server)
         return lambda: _Connection(self, new_protocol())
 
     @web.middleware
     async def middleware(self, request: web.Request, handler: Handler) -> web.StreamResponse:
-        """Record which connections serve a request: the outermost middleware of aiohttp."""
+        """Record which connections serve a request, as the outermost aiohttp middleware."""
         connection = self._open.get(cast("asyncio.BaseTransport", request.transport))
-        if connection is None:  # the connection was closed meanwhile
+        if connection is None:
             return await handler(request)
         self._without_request.pop(connection, None)
         self._serving[connection] = asyncio.get_running_loop().time()
@@ -98,8 +98,6 @@ class InboundConnections:
         for transport in tuple(self._open):
             cast("asyncio.WriteTransport", transport).abort()
 
-    # The connections call the methods below.
-
     def add(self, connection: _Connection) -> bool:
         """Record a new connection. Return False if it must be closed."""
         if len(self._open) >= self._limit:
@@ -114,7 +112,7 @@ class InboundConnections:
         return True
 
     def remove(self, connection: _Connection) -> None:
-        """Forget a connection."""
+        """Remove a connection that was closed."""
         self._open.pop(connection.transport, None)
         self._without_request.pop(connection, None)
         self._serving.pop(connection, None)
@@ -140,8 +138,6 @@ class InboundConnections:
             return connection if since <= until else None
         return None
 
-    # Time limits.
-
     def _await_request(self, connection: _Connection, seconds: float) -> None:
         connection.due = asyncio.get_running_loop().time() + seconds
         connection.began = False
@@ -152,7 +148,7 @@ class InboundConnections:
         self._timer = loop.call_later(CHECK_SECONDS, self._close_late) if self._open else None
         now = loop.time()
         for connection in tuple(self._without_request):
-            # While the client reads an answer, only the limit for reading applies.
+            # While the client reads an answer, only the time limit for reading applies.
             if connection.due is not None and connection.due <= now and not connection.read_due:
                 self._abort(connection)
         for connection, before in tuple(self._unread.items()):
@@ -196,7 +192,7 @@ class _Connection(asyncio.Protocol):
         if self._connections.add(self):
             self._protocol.connection_made(transport)
         else:
-            self._protocol = asyncio.Protocol()  # ignores the events of the connection
+            self._protocol = asyncio.Protocol()  # ignores all further events
             self.transport.abort()
 
     def data_received(self, data: bytes) -> None:
@@ -216,7 +212,7 @@ class _Connection(asyncio.Protocol):
     def resume_writing(self) -> None:
         self.read_due = 0.0
         if self.due is not None:
-            # The client took long to read an answer: its time for the next request begins now.
+            # The time for the next request begins when the client has read the last answer.
             self.due = asyncio.get_running_loop().time() + READ_SECONDS
         self._connections.note_read(self)
         self._protocol.resume_writing()
@@ -234,7 +230,7 @@ class HttpLog(logging.LoggerAdapter[logging.Logger]):
     """
 
     def log(self, level: int, msg: object, *args: object, **kwargs: Any) -> None:
-        """Log a record."""
+        """Log a record of aiohttp without text from clients."""
         if isinstance(kwargs.get("exc_info"), HttpProcessingError):
             level, kwargs = logging.DEBUG, {**kwargs, "exc_info": None}
         super().log(level, msg, *args, **kwargs)

@@ -26,7 +26,7 @@ class JSONArray(Protocol[T_co]):
 
 
 class JSONRecord(Protocol):
-    """The protocol of a `TypedDict`, which is no mapping of JSON values for type checkers."""
+    """The type of a `TypedDict`, which type checkers do not accept as a mapping of JSON values."""
 
     __required_keys__: ClassVar[frozenset[str]]
     __optional_keys__: ClassVar[frozenset[str]]

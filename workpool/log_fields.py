@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping, MutableMapping
 
 FIELDS: Final[Mapping[str, Literal["text", "number"]]] = {
-    # Fields of every record of a pool.
+    # Fields of all records that a pool logs.
     "environment_id": "text",
     "worker_id": "text",
     "trace_id": "text",
@@ -68,7 +68,7 @@ _IDS: ContextVar[Mapping[str, str] | None] = ContextVar("workpool_log_ids", defa
 
 @contextmanager
 def record_ids(ids: Mapping[str, str]) -> Iterator[None]:
-    """Give the ids of a pool to the records of the block, and of all tasks that begin in it."""
+    """Add the ids of a pool to the log records of the block and of the tasks that it starts."""
     token = _IDS.set(ids)
     try:
         yield
@@ -106,7 +106,7 @@ _POOL_IDS: Final = PoolIds()
 
 
 def pool_logger(name: str) -> logging.Logger:
-    """Return the logger of this name, whose records have the ids of the pool that made them."""
+    """Return the logger of this name, with the ids of the current pool in its records."""
     logger = logging.getLogger(name)
     logger.addFilter(_POOL_IDS)
     return logger

@@ -45,7 +45,7 @@ _STANDARD: Final = {
     *vars(logging.makeLogRecord({})),
     "asctime",
     "message",
-    "taskName",  # from Python 3.12 on
+    "taskName",  # an attribute of log records from Python 3.12 on
 }
 _tokens: dict[str, Sequence[str]] = {}
 _item_tokens: dict[str, Sequence[str]] = {}
@@ -60,7 +60,7 @@ def hide(token: str) -> None:
 
 
 def hide_item_token(token: str) -> None:
-    """Redact the token of one item. Many item tokens do not displace the tokens of clients."""
+    """Redact the token of one item from all later results of `readable`."""
     _remember_token(_item_tokens, token, ITEM_TOKENS)
 
 
@@ -103,18 +103,20 @@ def _redact(text: str) -> str:
             for form in forms:
                 if form in text:
                     found.append(form)  # noqa: PERF401 - a third of the time of a generator
-    for form in sorted(found, key=len, reverse=True):  # a form may contain another one
+    for form in sorted(
+        found, key=len, reverse=True
+    ):  # longest first: a form may contain another one
         text = text.replace(form, _REDACTED)
     return text
 
 
 def _forms(token: str) -> Sequence[str]:
-    """Return the forms in which text may contain a token: plain, quoted, encoded."""
+    """Return the forms in which a text may contain the token: plain, quoted and encoded."""
     return list({token, repr(token)[1:-1], json.dumps(token)[1:-1], quote(token, safe="")})
 
 
 def _limit_length(text: str, limit: int) -> str:
-    """Return text that is redacted later, but before a cut could leave a part of a token."""
+    """Cut a long text to `limit`; redact it first, as a cut could leave a part of a token."""
     return text if len(text) <= limit else _cut_middle(_redact(text), limit)
 
 
@@ -128,7 +130,7 @@ def _cut_middle(text: str, limit: int) -> str:
 
 
 def _printable_lines(text: str, limit: int) -> list[str]:
-    """Return the lines of a text that may have several."""
+    """Return the lines of a text, redacted and printable, such as those of a traceback."""
     lines = _cut_middle(_redact(text), limit).split("\n")
     return [_make_printable(line, MESSAGE_CHARACTERS) for line in lines]
 
@@ -167,11 +169,12 @@ class TextFormatter(logging.Formatter):
     """`2026-03-01T12:00:00.000Z INFO    workpool.session hello work_id=… session_id=…`."""
 
     def format(self, record: logging.LogRecord) -> str:
-        """Return one line, and the stack of an error indented below it."""
+        """Return the record as one line, with the stack of an error indented below the line."""
         message = _make_printable(
             _limit_length(_message(record), MESSAGE_CHARACTERS), MESSAGE_CHARACTERS
         )
-        # Each part is bounded, so that a long message leaves room for the ids.
+        # Message and fields have limits of their own, so that a long message leaves room for the
+        # ids.
         line = f"{_time_text(record)} {record.levelname:<7} {record.name} {message}"
         for name, value in _bounded_extras(record).items():
             text = str(value)
@@ -194,7 +197,7 @@ class JsonFormatter(logging.Formatter):
     """
 
     def format(self, record: logging.LogRecord) -> str:
-        """Return exactly one line."""
+        """Return the record as exactly one line of JSON."""
         fields: dict[str, Any] = {
             "time": _time_text(record),
             "level": readable(record.levelname, VALUE_CHARACTERS).lower(),

@@ -1,4 +1,4 @@
-"""The numbers of an environment that autoscalers read, and the number of workers that they need.
+"""The load of an environment, and the number of workers for it, as autoscalers read them.
 
 Pure functions, shared by `workpool serve`, `workpool scale` and the simulation of autoscalers. See
 workpool/docs/operating.md, "Scale automatically".
@@ -38,7 +38,7 @@ class FleetLoad:
 
     @property
     def unfinished(self) -> int:
-        """The number of items for which a slot is needed, now or soon."""
+        """The number of items that need a slot: queued, pending and running."""
         return self.queued + self.pending + self.running
 
 

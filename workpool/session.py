@@ -74,7 +74,7 @@ class PoolRelease(Release):
 
 @contextmanager
 def release_on_exhaustion() -> Iterator[None]:
-    """Release the item if the machine runs out of a resource that the block needs.
+    """Raise `Release` if the block fails because the machine has run out of a resource.
 
     A session does not fail because its worker has no descriptor, disk space, memory, process or
     thread left: another worker may have them. Other errors pass unchanged.
@@ -128,7 +128,7 @@ class HandedLease:
 
     @property
     def keyless_variables(self) -> dict[str, str]:
-        """`variables` and the item's own token, so that `workpool hold` needs no other credential.
+        """`variables` with the item's own token, so that `workpool hold` needs no other credential.
 
         That token is good for this item and its session only. The session's id is among them
         because this token may not read the item.
@@ -144,12 +144,12 @@ class HandedLease:
         }
 
 
-class Held(Protocol):
-    """The interface between a session and the pool that holds its item."""
+class ItemHolder(Protocol):
+    """The interface of the pool that holds the item of a session, as the session uses it."""
 
     @property
     def remaining(self) -> float:
-        """Seconds until the lease is considered lost; 0 if it is not held."""
+        """Seconds until the lease is considered lost; 0 if the pool does not hold the lease."""
 
     @property
     def deadline(self) -> float | None:
@@ -209,7 +209,13 @@ class Session:
     )
 
     def __init__(
-        self, item: WorkItem, held: Held, *, redelivered: bool, attempt: int = 1, retry: int = 0
+        self,
+        item: WorkItem,
+        held: ItemHolder,
+        *,
+        redelivered: bool,
+        attempt: int = 1,
+        retry: int = 0,
     ) -> None:
         self.item = item
         self.redelivered = redelivered
@@ -221,7 +227,7 @@ class Session:
         self._held = held
         self._stopping = False
         self._draining = False
-        # An `asyncio.Event` instead would cost a session that waits 1 KiB.
+        # A list, because an `asyncio.Event` would cost 1 KiB for each waiting session.
         self._interrupt_waiters: list[asyncio.Future[None]] = []
 
     @property
@@ -238,7 +244,7 @@ class Session:
 
     @property
     def trace_fields(self) -> dict[str, str]:
-        """The `trace_id` of log records: OpenTelemetry's current one, else `traceparent`'s."""
+        """The log field `trace_id`: the current one of OpenTelemetry, else of `traceparent`."""
         trace_id = current_trace_id()
         if trace_id is None and self.traceparent is not None:
             _, _, rest = self.traceparent.partition("-")

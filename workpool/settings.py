@@ -23,18 +23,18 @@ from yarl import URL
 
 from workpool.errors import SettingsError
 from workpool.setting_values import (
-    checked,
-    choice,
-    decimal,
-    matching,
-    names,
-    optional,
-    path,
-    secret,
-    secrets_by_name,
+    checked_text_parser,
+    choice_parser,
+    number_parser,
+    optional_parser,
+    parse_names,
+    parse_path,
+    parse_secret,
+    parse_secrets_by_name,
+    pattern_parser,
     setting,
-    unlimited,
-    whole,
+    unlimited_parser,
+    whole_number_parser,
 )
 from workpool.wire import protocol
 from workpool.wire.client_dialects import DIALECTS
@@ -117,7 +117,7 @@ def parse_listen(value: str) -> Address | None:
 
 
 def lease_margin(ttl: float) -> float:
-    """Return how many seconds before the end of its lease a handler is cancelled.
+    """Return the seconds between the cancellation of a handler and the end of its lease.
 
     They leave time for its clean-up before another worker can start the item.
     """
@@ -170,7 +170,7 @@ def _parse_headers(value: object) -> dict[str, Secret]:
             value = orjson.loads(value)
         except orjson.JSONDecodeError:
             raise ValueError('not a JSON object, as in {"x-worker-token": "..."}') from None
-    headers = secrets_by_name(value)
+    headers = parse_secrets_by_name(value)
     if len({name.lower() for name in headers}) != len(headers):
         raise ValueError("a name is given twice")
     for name, value in headers.items():
@@ -257,8 +257,8 @@ class _ConfigFile(NamedTuple):
 
 Level = Literal["debug", "info", "warning", "error", "critical"]
 _ID: Final = "1 to 128 letters, digits, _ or -"
-_SECONDS: Final = decimal(zero=True)
-_SOME_SECONDS: Final = decimal(zero=False)
+_SECONDS: Final = number_parser(zero=True)
+_SOME_SECONDS: Final = number_parser(zero=False)
 
 
 def _join_with_or(names: Iterable[str]) -> str:
@@ -285,35 +285,35 @@ class Settings:
     """
 
     base_url: str = setting(
-        checked(_check_base_url),
+        checked_text_parser(_check_base_url),
         protocol.QODER_BASE_URL,
         "The control plane's address, with the dialect's prefix. Default: the dialect's own.",
     )
     dialect: protocol.Dialect = setting(
-        choice(*get_args(protocol.Dialect)),
+        choice_parser(*get_args(protocol.Dialect)),
         protocol.QODER,
         f"The variant of the protocol: {_join_with_or(DIALECTS)}. Default: `{protocol.QODER}`.",
     )
     token: Secret | None = setting(
-        optional(secret),
+        optional_parser(parse_secret),
         None,
         "The credential. Default: the variable "
         f"{_join_with_or(rules.credential_variable for rules in DIALECTS.values())}.",
     )
     token_file: Path | None = setting(
-        optional(path),
+        optional_parser(parse_path),
         None,
         "A file with the credential, read again after a refusal. Default: none.",
     )
     api_key: Secret | None = setting(
-        optional(secret),
+        optional_parser(parse_secret),
         None,
         "A second credential, for calls that some control planes refuse a worker's: those "
         "that read an item, write its metadata or query statistics. Default: none, so they "
         "use `token`.",
     )
     api_key_file: Path | None = setting(
-        optional(path),
+        optional_parser(parse_path),
         None,
         "A file with the second credential, read again after a refusal. Default: none.",
     )
@@ -324,60 +324,60 @@ class Settings:
         "a variable a JSON object, in the TOML file a table. Default: none.",
     )
     ca_file: Path | None = setting(
-        optional(path),
+        optional_parser(parse_path),
         None,
         "Certificates (PEM) to trust instead of the system's. Default: none.",
     )
     client_cert_file: Path | None = setting(
-        optional(path),
+        optional_parser(parse_path),
         None,
         "The worker's certificate (PEM), if the control plane asks for one. Default: none.",
     )
     client_key_file: Path | None = setting(
-        optional(path),
+        optional_parser(parse_path),
         None,
         "The private key (PEM) of the certificate, not encrypted. Default: in `client_cert_file`.",
     )
     environment_id: str | None = setting(
-        optional(matching(protocol.ID_PATTERN, _ID)),
+        optional_parser(pattern_parser(protocol.ID_PATTERN, _ID)),
         None,
         "The environment whose queue is polled; needed to connect. Default: none.",
     )
     worker_id: str = setting(
-        matching(r"[\x21-\x7e]{1,128}", "1 to 128 printable ASCII characters"),
+        pattern_parser(r"[\x21-\x7e]{1,128}", "1 to 128 printable ASCII characters"),
         _host_name,
         "The name of this worker in its requests; each start adds 8 random digits. Default: "
         "the host name.",
     )
     plugins: tuple[str, ...] = setting(
-        names,
+        parse_names,
         (),
         "The plugins to run, in order of preference; in a variable, separated by commas. "
         "Default: nothing.",
     )
     pollers: int = setting(
-        whole(1),
+        whole_number_parser(1),
         2,
         "The number of polls in flight at most; an idle pool has one. Default: 2.",
     )
     concurrency: int = setting(
-        whole(1),
+        whole_number_parser(1),
         8,
         "The number of sessions that run at once. Default: 8.",
     )
     prefetch: int = setting(
-        whole(0),
+        whole_number_parser(0),
         0,
         "The number of items that wait for a slot; only for handlers that end within the "
         "reclaim window. Default: 0.",
     )
     block_ms: int = setting(
-        whole(protocol.BLOCK_MS_MIN, protocol.BLOCK_MS_MAX),
+        whole_number_parser(protocol.BLOCK_MS_MIN, protocol.BLOCK_MS_MAX),
         999,
         "The time for which a poll waits for an item, in milliseconds, 1 to 999. Default: 999.",
     )
     reclaim_older_than_ms: int | None = setting(
-        optional(whole(0)),
+        optional_parser(whole_number_parser(0)),
         None,
         "Receive items again that were delivered this many milliseconds ago and not "
         "acknowledged; the lowest value of all workers decides. Some control planes also end "
@@ -385,7 +385,7 @@ class Settings:
         "plane (5000).",
     )
     lease_ttl: int = setting(
-        whole(protocol.TTL_MIN_SECONDS, protocol.TTL_MAX_SECONDS),
+        whole_number_parser(protocol.TTL_MIN_SECONDS, protocol.TTL_MAX_SECONDS),
         protocol.TTL_DEFAULT_SECONDS,
         "The duration of a lease, in seconds, 10 to 600. Default: 60.",
     )
@@ -395,36 +395,36 @@ class Settings:
         "The time between a stop request and the cancellation of the handler. Default: 30.",
     )
     session_timeout: float | None = setting(
-        optional(_SOME_SECONDS),
+        optional_parser(_SOME_SECONDS),
         None,
         "The limit of the duration of a session; a handler's own `timeout` replaces it. "
         "Default: no limit.",
     )
     stall_timeout: float | None = setting(
-        optional(_SOME_SECONDS),
+        optional_parser(_SOME_SECONDS),
         None,
         "The time without progress after which a session is ended; a handler's own "
         "`stall_timeout` replaces it. Default: no limit.",
     )
     drain_timeout: float | None = setting(
-        unlimited(_SECONDS),
+        unlimited_parser(_SECONDS),
         20.0,
         "The time that running sessions have in a drain; `unlimited` = until they end. "
         "Default: 20.",
     )
     exit_after_sessions: int | None = setting(
-        optional(whole(1)),
+        optional_parser(whole_number_parser(1)),
         None,
         "End after this many sessions; 1 = a process for each session. Default: no limit.",
     )
     exit_after_idle: float | None = setting(
-        optional(_SOME_SECONDS),
+        optional_parser(_SOME_SECONDS),
         None,
         "End once polls have brought nothing for this long while no session ran. Default: no "
         "limit.",
     )
     exit_after_uptime: float | None = setting(
-        optional(_SOME_SECONDS),
+        optional_parser(_SOME_SECONDS),
         None,
         "Claim nothing more after this time, and end after the running sessions. Default: no "
         "limit.",
@@ -440,43 +440,45 @@ class Settings:
         "The time for which a handler may block its event loop and keep its leases. Default: 300.",
     )
     max_attempts: int = setting(
-        whole(0),
+        whole_number_parser(0),
         10,
         "The number of attempts of an item; a further one fails without a run; 0 = no limit. "
         "It is a limit of each process if the credential may not write metadata. Default: 10.",
     )
     report_errors: Literal["type", "message"] = setting(
-        choice("type", "message"),
+        choice_parser("type", "message"),
         "type",
         "The part of a handler's error or `Release` that is written to the metadata: its "
         "`type`, or also its `message` or reason, which may contain secrets. Default: `type`.",
     )
     read_rate: float | None = setting(
-        optional(_SECONDS),
+        optional_parser(_SECONDS),
         None,
         "Read requests per second; 0 = no limit. Default: 50 at the dialect's own `base_url`, "
         "else 0.",
     )
     write_rate: float | None = setting(
-        optional(_SECONDS),
+        optional_parser(_SECONDS),
         None,
         "Write requests per second; 0 = no limit. Default: 20 at the dialect's own "
         "`base_url`, else 0.",
     )
     rate_limit_group: str | None = setting(
-        optional(matching(r"[\x21-\x7e]{1,128}", "1 to 128 printable ASCII characters")),
+        optional_parser(
+            pattern_parser(r"[\x21-\x7e]{1,128}", "1 to 128 printable ASCII characters")
+        ),
         None,
         "Environments of one process with the same group share their rate limits, as those "
         "of one account should. Default: those with the same `base_url` and credential.",
     )
     metrics_listen: str | None = setting(
-        optional(checked(_check_listen)),
+        optional_parser(checked_text_parser(_check_listen)),
         None,
         "The address of metrics and health: `HOST:PORT`, `:PORT`, port 0 for any free one, or "
         "`off`. Default: `127.0.0.1:9464` under `workpool run`, `off` when embedded.",
     )
     live_page_ids: Literal["loopback", "always"] = setting(
-        choice("loopback", "always"),
+        choice_parser("loopback", "always"),
         "loopback",
         "When the live page shows ids of items and sessions: if `metrics_listen` is on the "
         "`loopback` interface, or `always`. Default: `loopback`.",
@@ -487,17 +489,17 @@ class Settings:
         "The interval of reading the queue's statistics; 0 = never. Default: 15.",
     )
     log_level: Level = setting(
-        choice(*get_args(Level)),
+        choice_parser(*get_args(Level)),
         "info",
         "The least level that the command line logs: `debug` to `critical`. Default: `info`.",
     )
     log_format: Literal["text", "json"] = setting(
-        choice("text", "json"),
+        choice_parser("text", "json"),
         "text",
         "The format of the command line's logs: `text` or `json`. Default: `text`.",
     )
     control_socket: str | None = setting(
-        optional(checked(_check_control_socket)),
+        optional_parser(checked_text_parser(_check_control_socket)),
         None,
         "The path of the Unix socket for `workpool pause`, `resume` and `drain`, or `off`. "
         "Default: a new one in a directory of the user under `workpool run`, `off` when embedded.",
@@ -520,7 +522,7 @@ class Settings:
     def of_environments(
         cls, *, config: str | os.PathLike[str] | None = None, **values: Any
     ) -> tuple[Self, tuple[Self, ...]]:
-        """Return the settings of a process, and those of each environment of its TOML file.
+        """Return the settings of the process, and those of each environment in its TOML file.
 
         There are no environments if the file has no tables of them, or if `environment_id` chooses
         one. The `concurrency` of the process is the limit of all its environments together.
@@ -564,7 +566,7 @@ class Settings:
         *,
         chosen: bool,
     ) -> None:
-        """Set all attributes from the file and from the layers that win over it.
+        """Set all attributes from the file and from the layers that override the file.
 
         `problems`: problems that were found before, with the sources of their values.
         """
@@ -613,7 +615,7 @@ class Settings:
         return self._sources.origins.get(name, "")
 
     def replace(self, **values: Any) -> Self:
-        """Return a copy with other values, which are not checked."""
+        """Return a copy with some values replaced; the new values are not checked."""
         changed = copy.copy(self)
         for name, value in values.items():
             object.__setattr__(changed, name, value)
@@ -794,7 +796,8 @@ def _form_problem(table: Table) -> str:
     if table.get("environments") == {}:
         return "[workpool.environments] has no table of an environment"
     if isinstance(table.get("plugins"), dict):
-        # An error even if another source gives `plugins`: the plugin would run without its options.
+        # This is an error even if another source sets `plugins`, because the plugins would run
+        # without the options of these tables.
         return "the tables of plugins are [workpool.plugin.NAME], without an s"
     if isinstance(table.get("environment"), dict | list):
         return "the tables of environments are [workpool.environments.ID], with an s"
@@ -802,7 +805,7 @@ def _form_problem(table: Table) -> str:
 
 
 def _choice_problems(file: _ConfigFile, given: _GivenValue) -> list[str]:
-    """Return why no table of the file is of the given environment."""
+    """Return why none of the tables of environments matches the given `environment_id`."""
     if not file.environments:
         return []
     problems = []
@@ -833,7 +836,7 @@ def _table_problems(file: _ConfigFile, environment_id: str) -> list[str]:
 def _plugin_names(plugins: object) -> set[str]:
     """Return the names under which plugins may have tables; empty for a wrong value."""
     try:
-        given = names(plugins)
+        given = parse_names(plugins)
     except ValueError:
         return set()
     # An installed plugin has a name of its own; the name of a module or an attribute is the last
@@ -857,7 +860,7 @@ def _variables() -> dict[str, _GivenValue]:
 
 
 def _merge(*layers: Mapping[str, _GivenValue]) -> tuple[dict[str, _GivenValue], list[str]]:
-    """Merge the layers; later layers win. Also return problems of their combination."""
+    """Merge the layers, of which later ones win, and return conflicts between settings."""
     merged: dict[str, _GivenValue] = {}
     problems: list[str] = []
     for layer in layers:
@@ -868,7 +871,7 @@ def _merge(*layers: Mapping[str, _GivenValue]) -> tuple[dict[str, _GivenValue], 
             if len(given) > 1:
                 problems.append(f"{name}, {file}: set one of the two")
             if given:
-                # A token of a later layer also replaces the token file of an earlier one.
+                # A token also replaces the token file of an earlier layer, and a file the token.
                 merged.pop(name, None)
                 merged.pop(file, None)
         merged |= layer
@@ -913,7 +916,7 @@ def _unknown_setting(name: str, known: Iterable[str], prefix: str = "") -> str:
 
 
 def _unknown_variables() -> tuple[str, ...]:
-    # `config` is a variable but no field, since a file cannot name itself.
+    # The path of the settings file is a variable and no setting: a file cannot name itself.
     others = {name.removeprefix(PREFIX) for name in (CONFIG_VARIABLE, SERVE_VARIABLE)}
     names = {name.upper() for name in DESCRIPTIONS} | others
     given = sorted(name.upper() for name in os.environ if name.upper().startswith(PREFIX))

@@ -145,13 +145,13 @@ def _cached_distribution_version(name: str) -> str:
     return metadata.version(name)
 
 
-_Series: Final = observer._Series
-_series: Final[dict[object, observer._Series]] = {}
+_MetricSeries: Final = observer._MetricSeries
+_series: Final[dict[object, observer._MetricSeries]] = {}
 
 
-def _cached_series(metric: Any, *rest: Any) -> observer._Series:
+def _cached_series(metric: Any, *rest: Any) -> observer._MetricSeries:
     if metric not in _series:
-        _series[metric] = _Series(metric, *rest)
+        _series[metric] = _MetricSeries(metric, *rest)
     return _series[metric]
 
 
@@ -162,7 +162,7 @@ def _cache_pool_start(given: tuple[object, ...]) -> Iterator[None]:
     replaced = [
         (registry, "load", lambda *_: plugins),
         (registry, "_in_order", lambda _: hooks),
-        (observer, "_Series", _cached_series),
+        (observer, "_MetricSeries", _cached_series),
         (telemetry, "version", _cached_distribution_version),
         (resolver, "_look_up_host", lambda *_: []),
     ]

@@ -85,7 +85,7 @@ async def test_wrap_session_hook_contexts_are_entered_in_order_and_left_in_rever
     plugins = Plugins.load(
         [FirstWrapperPlugin(), PluginWithoutContext(), SecondWrapperPlugin()], [], {}
     )
-    contexts = plugins.contexts(Session(ITEM, cast("Any", None), redelivered=False))
+    contexts = plugins.session_contexts(Session(ITEM, cast("Any", None), redelivered=False))
     assert [name for name, _ in contexts] == ["FirstWrapperPlugin", "SecondWrapperPlugin"]
     await enter_contexts(contexts, seen)
 
@@ -111,7 +111,7 @@ async def test_lifespan_hook_context_encloses_the_pool() -> None:
             seen.append("closed")
 
     plugins = Plugins.load([DatabasePlugin()], [], {})
-    await enter_contexts(plugins.lifespans(cast("Any", "the pool")), seen)
+    await enter_contexts(plugins.lifespan_contexts(cast("Any", "the pool")), seen)
 
     assert seen == ["open for the pool", "inside", "closed"]
 
@@ -133,7 +133,7 @@ def test_admission_hook_that_raises_or_returns_a_reason_refuses_claims() -> None
     failures: list[Event] = []
     plugins.metrics = failures.append
     assert plugins.can_refuse
-    assert [plugins.refusal("the pool") for _ in range(4)] == [
+    assert [plugins.refusal_reason("the pool") for _ in range(4)] == [
         None,
         "DiskCheckPlugin: disk full",
         "DiskCheckPlugin: workpool_admission failed",
@@ -172,9 +172,9 @@ def test_hook_implementation_may_omit_its_argument(hook: str) -> None:
     plugins = Plugins.load([plugin], [], {})
     session = Session(ITEM, cast("Any", None), redelivered=False)
     assert plugins.handler_for(ITEM) is None
-    assert plugins.contexts(session) == []
-    assert plugins.lifespans(cast("Any", None)) == []
-    assert plugins.refusal(None) is None
+    assert plugins.session_contexts(session) == []
+    assert plugins.lifespan_contexts(cast("Any", None)) == []
+    assert plugins.refusal_reason(None) is None
     plugins.notify(DrainStarted(timeout=None))
 
     assert called == [hook]

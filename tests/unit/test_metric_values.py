@@ -11,14 +11,14 @@ from hypothesis import strategies as st
 from prometheus_client import CollectorRegistry, Counter, Histogram, generate_latest
 
 from workpool.metrics import DEFINITIONS
-from workpool.metrics.metric_values import store_of
+from workpool.metrics.metric_values import new_metric_store
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
 
     from prometheus_client.registry import Collector
 
-    from workpool.metrics import Definition
+    from workpool.metrics import MetricDefinition
 
 ROWS = {row.name: row for row in DEFINITIONS}
 COUNTER, HISTOGRAM = ROWS["acks_total"], ROWS["session_duration_seconds"]
@@ -36,16 +36,16 @@ def exposed_text(collector: Collector) -> list[str]:
     return [line for line in lines if "_created" not in line]
 
 
-def library_metric(row: Definition) -> Counter | Histogram:
+def library_metric(row: MetricDefinition) -> Counter | Histogram:
     labels = tuple(row.labels)
     if row.kind == "counter":
         return Counter(row.full_name, row.help, labels, registry=None)
     return Histogram(row.full_name, row.help, labels, registry=None, buckets=row.buckets)
 
 
-def text_of_store(row: Definition, amounts: Iterable[float]) -> list[str]:
+def text_of_store(row: MetricDefinition, amounts: Iterable[float]) -> list[str]:
     """Return the exposed text of a store to which the amounts are added under each label set."""
-    store = store_of(row, threading.RLock())
+    store = new_metric_store(row, threading.RLock())
     for labels in LABELS:
         series = store.series(labels)
         for amount in amounts:
@@ -76,9 +76,9 @@ def test_counter_store_exposes_same_text_as_client_library(amounts: Iterable[flo
 
 
 @pytest.mark.parametrize("row", [COUNTER, HISTOGRAM], ids=lambda row: row.kind)
-def test_increments_from_four_threads_to_one_series_are_all_counted(row: Definition) -> None:
+def test_increments_from_four_threads_to_one_series_are_all_counted(row: MetricDefinition) -> None:
     lock, begin = threading.RLock(), threading.Barrier(4)
-    store = store_of(row, lock)
+    store = new_metric_store(row, lock)
 
     def add_increments() -> None:
         begin.wait()

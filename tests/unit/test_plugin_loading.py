@@ -16,7 +16,7 @@ from workpool.errors import PluginError
 from workpool.events import Event
 from workpool.handlers import handler
 from workpool.hookspecs import hookimpl
-from workpool.plugins import Available, available
+from workpool.plugins import InstalledPlugin, installed_plugins
 from workpool.session import Session
 
 HEAD = "from workpool.handlers import handler\nfrom workpool.hookspecs import hookimpl\n"
@@ -190,7 +190,7 @@ def test_installed_plugin_is_listed_without_being_imported_or_activated(
 ) -> None:
     name = plugin_disk.write_module("raise SystemExit('imported')\n")
     plugin_disk.write_distribution("acme-plugin", acme=name)
-    assert Available("acme", name, "acme-plugin 1.0") in available()
+    assert InstalledPlugin("acme", name, "acme-plugin 1.0") in installed_plugins()
     assert not load_plugins().can_handle
     assert load_plugins().describe() == ()
 

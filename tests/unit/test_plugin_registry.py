@@ -430,7 +430,7 @@ def test_context_hook_that_raises_is_not_caught(hook: str) -> None:
         type("Broken", (), {hook: staticmethod(hookimpl(hook_implementation))})()
     )
     argument: Any = None
-    ask = plugins.contexts if hook == "workpool_wrap_session" else plugins.lifespans
+    ask = plugins.session_contexts if hook == "workpool_wrap_session" else plugins.lifespan_contexts
     with pytest.raises(LookupError, match="no database"):
         ask(argument)
 
@@ -445,6 +445,6 @@ def test_context_hook_answer_that_is_no_context_is_plugin_error(hook: str, answe
         type("Broken", (), {hook: staticmethod(hookimpl(hook_implementation))})()
     )
     argument: Any = None
-    ask = plugins.contexts if hook == "workpool_wrap_session" else plugins.lifespans
+    ask = plugins.session_contexts if hook == "workpool_wrap_session" else plugins.lifespan_contexts
     with pytest.raises(PluginError, match=f"'Broken': {hook} returned .* async context manager"):
         ask(argument)

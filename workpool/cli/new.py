@@ -10,7 +10,7 @@ from typing import Annotated, Final
 import typer
 
 from workpool.cli.help_text import examples_section
-from workpool.plugins import available
+from workpool.plugins import installed_plugins
 
 NAME: Final = re.compile(r"[a-z][a-z0-9]*(-[a-z0-9]+)*")
 NAME_LENGTH: Final = 64
@@ -49,7 +49,7 @@ def new(
             f"{name!r} cannot be a plugin's name: at most {NAME_LENGTH} small letters and digits, "
             "with single dashes between them, and a letter first"
         )
-    if name in {plugin.name for plugin in available()}:
+    if name in {plugin.name for plugin in installed_plugins()}:
         raise typer.BadParameter(f"a plugin named {name!r} is installed already")
     module = "workpool_" + name.replace("-", "_")
     class_name = name.title().replace("-", "") + "Plugin"

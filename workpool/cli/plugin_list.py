@@ -15,7 +15,7 @@ from workpool.cli.flags import (
 )
 from workpool.cli.help_text import examples_section
 from workpool.cli.output import print_json, print_rows
-from workpool.plugins import Plugin, Plugins, available
+from workpool.plugins import Plugin, Plugins, installed_plugins
 from workpool.settings import Settings
 
 EXAMPLES: Final = examples_section("workpool plugins", "workpool plugins reports --json")
@@ -42,7 +42,7 @@ def plugins(plugins: PluginNames = None, config: Config = None, json: Json = Fal
     found = {
         "available": [
             {"name": one.name, "value": one.value, "distribution": one.distribution}
-            for one in available()
+            for one in installed_plugins()
         ],
         "active": [_describe_plugin(plugin) for plugin in loaded],
     }

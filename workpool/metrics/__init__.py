@@ -12,8 +12,8 @@ files, since no process can compute them for another; use the recorded rules of 
 null ratio. See workpool/docs/metrics.md, "Registries and processes".
 """
 
-from workpool.metrics.definitions import DEFINITIONS, PREFIX, Definition
+from workpool.metrics.definitions import DEFINITIONS, PREFIX, MetricDefinition
 from workpool.metrics.gauges import PoolSnapshot
 from workpool.metrics.observer import Metrics
 
-__all__ = ["DEFINITIONS", "PREFIX", "Definition", "Metrics", "PoolSnapshot"]
+__all__ = ["DEFINITIONS", "PREFIX", "MetricDefinition", "Metrics", "PoolSnapshot"]

@@ -15,7 +15,7 @@ from prometheus_client.registry import Collector
 from workpool.errors import RegistryError
 from workpool.metrics.definitions import DEFINITIONS
 from workpool.metrics.gauges import GaugeSource, gauge_families
-from workpool.metrics.metric_values import store_of
+from workpool.metrics.metric_values import new_metric_store
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -25,15 +25,17 @@ if TYPE_CHECKING:
 
 
 class Collectors(Collector):
-    """All metrics as one collector, so that a conflict of names registers none of them."""
+    """All metrics as one collector: if the name of one is taken, none is registered."""
 
     def __init__(self) -> None:
-        self.stores_lock = threading.RLock()  # a log handler may read metrics during a count
+        self.stores_lock = threading.RLock()
         self.stores = {
-            row.name: store_of(row, self.stores_lock) for row in DEFINITIONS if row.kind != "gauge"
+            row.name: new_metric_store(row, self.stores_lock)
+            for row in DEFINITIONS
+            if row.kind != "gauge"
         }
         self._lock = threading.Lock()
-        self._sources: list[GaugeSource] = []  # guarded by `_lock`
+        self._sources: list[GaugeSource] = []
 
     def attach(self, source: GaugeSource) -> None:
         """Add the gauges of a supervisor."""
@@ -52,7 +54,7 @@ class Collectors(Collector):
         yield from gauge_families(())
 
     def collect(self) -> Iterable[Metric]:
-        """Return the current values."""
+        """Return all metrics with their current values."""
         for store in self.stores.values():
             yield from store.collect()
         with self._lock:

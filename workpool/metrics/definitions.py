@@ -37,7 +37,14 @@ OPS: Final = (
 )
 CODES: Final = (
     *("2xx", "304", "400", "401", "403", "404", "409", "412", "429", "4xx", "5xx"),
-    *("dns", "refused", "tls", "timeout", "reset", "error"),  # requests without an answer
+    *(
+        "dns",
+        "refused",
+        "tls",
+        "timeout",
+        "reset",
+        "error",
+    ),  # requests that got no answer
 )
 
 H_POLL: Final = (
@@ -56,8 +63,8 @@ _Labels = dict[str, tuple[str, ...]]
 
 
 @dataclass(frozen=True, slots=True)
-class Definition:
-    """One metric.
+class MetricDefinition:
+    """The definition of one metric: its name, type, labels and source.
 
     Attributes:
         name: The name without the prefix.
@@ -81,135 +88,133 @@ class Definition:
 
     @property
     def full_name(self) -> str:
-        """The name with the prefix."""
+        """The name of the metric with the prefix `workpool_`."""
         return PREFIX + self.name
 
 
-def _env(**closed: tuple[str, ...]) -> _Labels:
+def _labels(**closed: tuple[str, ...]) -> _Labels:
     """Return the labels of a metric: the environment, and labels with closed sets of values."""
     return {ENVIRONMENT: OPEN, **closed}
 
 
 def _counter(
     name: str, labels: _Labels, event: type[ev.Event] | None, text: str, value: str | None = None
-) -> Definition:
-    return Definition(name, "counter", text, labels, event, value)
+) -> MetricDefinition:
+    return MetricDefinition(name, "counter", text, labels, event, value)
 
 
-def _gauge(name: str, labels: _Labels, text: str) -> Definition:
-    return Definition(name, "gauge", text, labels)
+def _gauge(name: str, labels: _Labels, text: str) -> MetricDefinition:
+    return MetricDefinition(name, "gauge", text, labels)
 
 
 def _histogram(
     name: str, labels: _Labels, fed_by: tuple[type[ev.Event], str], buckets: tuple[float, ...],
     text: str, skips: tuple[str, ...] = (),
-) -> Definition:  # fmt: skip
-    return Definition(name, "histogram", text, labels, *fed_by, buckets, skips)
+) -> MetricDefinition:  # fmt: skip
+    return MetricDefinition(name, "histogram", text, labels, *fed_by, buckets, skips)
 
 
-DEFINITIONS: Final[tuple[Definition, ...]] = (
-    # Polling.
+DEFINITIONS: Final[tuple[MetricDefinition, ...]] = (
     _counter(
-        "polls_total", _env(result=get_args(ev.PollResult)), ev.PollFinished,
+        "polls_total", _labels(result=get_args(ev.PollResult)), ev.PollFinished,
         "Polls that ended. A 429 is throttled, a 503 an error.",
     ),
     # A timeout or a cancellation ends a poll early, and a 429 says nothing about the queue: none of
     # them measures how long a poll takes.
     _histogram(
-        "poll_duration_seconds", _env(result=("item", "null", "error")),
+        "poll_duration_seconds", _labels(result=("item", "null", "error")),
         (ev.PollFinished, "seconds"), H_POLL,
         "Time from sending a poll to its answer.",
         skips=("throttled", "timeout", "cancelled"),
     ),
     _gauge(
-        "poll_null_ratio", _env(),
+        "poll_null_ratio", _labels(),
         "Share of nulls in this worker's item and null polls of the last 60 s; absent without such "
         "polls. Not to be averaged over workers: divide the rates of polls_total instead.",
     ),
     _counter(
-        "poll_backoff_seconds_total", _env(reason=get_args(ev.BackoffReason)), ev.PollerBackedOff,
+        "poll_backoff_seconds_total", _labels(reason=get_args(ev.BackoffReason)),
+        ev.PollerBackedOff,
         "Time that pollers waited after failed polls.", "seconds",
     ),
-    _gauge("pollers", _env(state=POLLER_STATES), "Pollers by state."),
-    _gauge("pollers_target", _env(), "Number of pollers that poll while they have places."),
-    _gauge("pollers_limit", _env(), "Largest number of pollers that the settings allow."),
+    _gauge("pollers", _labels(state=POLLER_STATES), "Pollers by state."),
+    _gauge("pollers_target", _labels(), "Number of pollers that poll while they have places."),
+    _gauge("pollers_limit", _labels(), "Largest number of pollers that the settings allow."),
     _counter(
         "poller_scale_events_total",
-        _env(direction=("up", "down"), reason=get_args(ev.ScaleReason)),
+        _labels(direction=("up", "down"), reason=get_args(ev.ScaleReason)),
         ev.PollersScaled, "Changes of pollers_target.",
     ),
     _gauge(
-        "last_poll_success_timestamp_seconds", _env(),
+        "last_poll_success_timestamp_seconds", _labels(),
         "Unix time of the last poll with an item or null; 0 before the first.",
     ),
-    # Items.
     _counter(
-        "items_received_total", _env(origin=get_args(ev.Origin), type=ITEM_TYPES), ev.ItemReceived,
+        "items_received_total", _labels(origin=get_args(ev.Origin), type=ITEM_TYPES),
+        ev.ItemReceived,
         "Items that polls returned.",
     ),
     _histogram(
-        "item_pickup_latency_seconds", _env(), (ev.ItemReceived, "pickup_seconds"), H_WAIT,
+        "item_pickup_latency_seconds", _labels(), (ev.ItemReceived, "pickup_seconds"), H_WAIT,
         "Time from the creation of a new item to the poll that returned it.",
     ),
     _counter(
         "reclaims_total",
-        _env(direction=get_args(ev.ReclaimDirection), stage=get_args(ev.ReclaimStage)),
+        _labels(direction=get_args(ev.ReclaimDirection), stage=get_args(ev.ReclaimStage)),
         ev.ItemReclaimed,
         "Items that changed hands: received although held before, or held and then lost.",
     ),
     _counter(
-        "items_declined_total", _env(reason=get_args(ev.DeclineReason)), ev.ItemDeclined,
+        "items_declined_total", _labels(reason=get_args(ev.DeclineReason)), ev.ItemDeclined,
         "Items that were not acknowledged, so that other workers receive them.",
     ),
     _counter(
-        "poller_restarts_total", _env(), ev.PollerRestarted,
+        "poller_restarts_total", _labels(), ev.PollerRestarted,
         "Crashes of pollers, which are bugs, followed by a restart.",
     ),
-    _gauge("queue_depth", _env(), "Items that wait for a slot."),
-    _gauge("items_set_aside", _env(), "Items that wait for a slot of their handler."),
-    _gauge("queue_capacity", _env(), "Places for items: slots and places to wait."),
+    _gauge("queue_depth", _labels(), "Items that wait for a slot."),
+    _gauge("items_set_aside", _labels(), "Items that wait for a slot of their handler."),
+    _gauge("queue_capacity", _labels(), "Places for items: slots and places to wait."),
     _histogram(
-        "queue_wait_seconds", _env(), (ev.AckFinished, "queue_seconds"), H_WAIT,
+        "queue_wait_seconds", _labels(), (ev.AckFinished, "queue_seconds"), H_WAIT,
         "Time from an item's delivery until a slot took it.",
     ),
-    _gauge("slots", _env(state=SLOT_STATES), "Handler slots by state."),
-    _gauge("slots_limit", _env(), "Handler slots that the settings allow."),
+    _gauge("slots", _labels(state=SLOT_STATES), "Handler slots by state."),
+    _gauge("slots_limit", _labels(), "Handler slots that the settings allow."),
     _counter(
-        "acks_total", _env(result=get_args(ev.CallResult)), ev.AckFinished,
+        "acks_total", _labels(result=get_args(ev.CallResult)), ev.AckFinished,
         "Acknowledgements by final result; http_requests_total counts each try.",
     ),
     _histogram(
-        "delivery_to_ack_seconds", _env(), (ev.AckFinished, "delivery_seconds"), H_WAIT,
+        "delivery_to_ack_seconds", _labels(), (ev.AckFinished, "delivery_seconds"), H_WAIT,
         "Time from delivery to the answer of the ack; must stay below the reclaim window.",
     ),
-    # Leases.
-    _gauge("lease_ttl_seconds", _env(), "Duration of the leases that heartbeats are granted."),
+    _gauge("lease_ttl_seconds", _labels(), "Duration of the leases that heartbeats are granted."),
     _counter(
-        "leases_lost_total", _env(reason=get_args(ev.LossReason)), ev.SessionLost,
+        "leases_lost_total", _labels(reason=get_args(ev.LossReason)), ev.SessionLost,
         "Leases lost: expired without an answer, taken by another worker, gone, or refused.",
     ),
-    _gauge("leases", _env(state=LEASE_STATES), "Leases held, by the state of their item."),
+    _gauge("leases", _labels(state=LEASE_STATES), "Leases held, by the state of their item."),
     _gauge(
-        "lease_remaining_seconds_min", _env(),
+        "lease_remaining_seconds_min", _labels(),
         "Remaining time of the lease that ends first; absent if no lease is being renewed.",
     ),
     _counter(
-        "heartbeats_total", _env(result=get_args(ev.HeartbeatResult)), ev.HeartbeatFinished,
+        "heartbeats_total", _labels(result=get_args(ev.HeartbeatResult)), ev.HeartbeatFinished,
         "Heartbeats by final result; recovered: refused, but the item was read and is still held.",
     ),
     _histogram(
-        "heartbeat_lag_seconds", _env(), (ev.HeartbeatFinished, "lag_seconds"), H_LAG,
+        "heartbeat_lag_seconds", _labels(), (ev.HeartbeatFinished, "lag_seconds"), H_LAG,
         "Actual minus planned send time of a heartbeat.",
     ),
     _counter(
-        "stop_requests_total", _env(), ev.StopRequested,
+        "stop_requests_total", _labels(), ev.StopRequested,
         "Stop requests of operators, as heartbeats reported them.",
     ),
-    # Sessions.
-    _gauge("sessions_active", _env(handler=OPEN), "Sessions running."),
-    _gauge("session_age_seconds_max", _env(handler=OPEN), "Age of the oldest running session."),
+    _gauge("sessions_active", _labels(handler=OPEN), "Sessions running."),
+    _gauge("session_age_seconds_max", _labels(handler=OPEN), "Age of the oldest running session."),
     _gauge(
-        "session_silence_seconds_max", _env(handler=OPEN),
+        "session_silence_seconds_max", _labels(handler=OPEN),
         "Longest time without progress of a running session that does not wait for others.",
     ),
     _histogram(
@@ -218,40 +223,39 @@ DEFINITIONS: Final[tuple[Definition, ...]] = (
         "Time from the acknowledgement to the end of the completion.",
     ),
     _counter(
-        "sessions_total", _env(handler=OPEN, outcome=get_args(Outcome)), ev.SessionFinished,
+        "sessions_total", _labels(handler=OPEN, outcome=get_args(Outcome)), ev.SessionFinished,
         "Sessions that ended: one for each acknowledgement.",
     ),
     _counter(
-        "session_errors_total", _env(error=get_args(ev.SessionErrorKind)), ev.SessionFailed,
+        "session_errors_total", _labels(error=get_args(ev.SessionErrorKind)), ev.SessionFailed,
         "Sessions that failed, by the kind of error.",
     ),
-    _gauge("stuck_handlers", _env(), "Handlers that ignore their cancellation."),
+    _gauge("stuck_handlers", _labels(), "Handlers that ignore their cancellation."),
     _counter(
-        "handler_retries_total", _env(handler=OPEN), ev.HandlerRetried,
+        "handler_retries_total", _labels(handler=OPEN), ev.HandlerRetried,
         "Calls of handlers that followed an error in the same session run.",
     ),
     _counter(
-        "stops_total", _env(mode=get_args(ev.StopMode), result=get_args(ev.CallResult)),
+        "stops_total", _labels(mode=get_args(ev.StopMode), result=get_args(ev.CallResult)),
         ev.StopFinished,
         "Stop calls of the pool by final result.",
     ),
     _counter(
-        "results_dropped_total", _env(), ev.ResultDropped,
+        "results_dropped_total", _labels(), ev.ResultDropped,
         "Results of handlers not written, as the credential may not write metadata.",
     ),
     _gauge(
-        "paused", _env(reason=PAUSE_REASONS),
+        "paused", _labels(reason=PAUSE_REASONS),
         "Pools that claim nothing: paused, refused by a plugin, or at an exit limit.",
     ),
-    _gauge("draining", _env(), "1 during a drain, else 0."),
+    _gauge("draining", _labels(), "1 during a drain, else 0."),
     _histogram(
         "drain_duration_seconds", {"result": get_args(ev.DrainResult)},
         (ev.DrainFinished, "seconds"), H_RUN,
         "Duration of drains: clean, until the deadline, or with abandoned sessions (killed).",
     ),
-    # Requests.
     _counter(
-        "http_requests_total", _env(op=OPS, code=CODES), ev.RequestFinished,
+        "http_requests_total", _labels(op=OPS, code=CODES), ev.RequestFinished,
         "HTTP requests sent, retries included.",
     ),
     _histogram(
@@ -259,57 +263,55 @@ DEFINITIONS: Final[tuple[Definition, ...]] = (
         "Time from sending a request to the end of its answer.",
     ),
     _counter(
-        "rate_budget_wait_seconds_total", _env(kind=("read", "write")), ev.RateBudgetWaited,
+        "rate_budget_wait_seconds_total", _labels(kind=("read", "write")), ev.RateBudgetWaited,
         "Time that requests waited for the pool's own rate limits.", "seconds",
     ),
     _counter(
-        "credential_refreshes_total", _env(result=("ok", "error")), ev.CredentialRefreshed,
+        "credential_refreshes_total", _labels(result=("ok", "error")), ev.CredentialRefreshed,
         "Readings of the token's source after a refusal.",
     ),
-    # Statistics from the control plane.
     _gauge(
-        "remote_queue_items", _env(state=("claimable", "pending")),
+        "remote_queue_items", _labels(state=("claimable", "pending")),
         "Queued items, as the control plane counts them; absent until the first reading. Each "
         "worker reports the same queue: use max, not sum.",
     ),
     _gauge(
-        "remote_oldest_queued_age_seconds", _env(),
+        "remote_oldest_queued_age_seconds", _labels(),
         "Age of the oldest queued item, 0 without one; absent while unknown. Each worker reports "
         "the same queue: use max, not sum.",
     ),
     _gauge(
-        "remote_workers_polling", _env(),
+        "remote_workers_polling", _labels(),
         "Workers that polled recently, as the control plane counts them: use max, not sum. Not the "
         "size of the fleet, since full workers do not poll; count build_info for that.",
     ),
     _gauge(
-        "remote_stats_timestamp_seconds", _env(),
+        "remote_stats_timestamp_seconds", _labels(),
         "Unix time of the last reading of the other remote_ metrics.",
     ),
     _gauge(
-        "remote_stats_interval_seconds", _env(),
+        "remote_stats_interval_seconds", _labels(),
         "Interval of reading the other remote_ metrics; 0 = never.",
     ),
-    # The process.
     _histogram(
         "event_loop_lag_seconds", {}, (ev.LoopLagMeasured, "seconds"), H_LAG,
         "Delay of the handlers' event loop, measured once a second; no value while it is blocked.",
     ),
     _gauge(
-        "event_loop_blocked_seconds", _env(),
+        "event_loop_blocked_seconds", _labels(),
         "Time for which the handlers' event loop has not answered; 0 while it answers.",
     ),
     _counter(
-        "plugin_errors_total", _env(plugin=OPEN, hook=OPEN), ev.PluginFailed,
+        "plugin_errors_total", _labels(plugin=OPEN, hook=OPEN), ev.PluginFailed,
         "Exceptions of plugins' hooks.",
     ),
     _counter(
-        "pool_failures_total", _env(), ev.PoolFailed,
+        "pool_failures_total", _labels(), ev.PoolFailed,
         "Pools that ended with an error. A process for several environments starts such a pool "
         "again after a minute.",
     ),
     _gauge(
-        "build_info", _env(worker_id=OPEN, version=OPEN, python=OPEN, dialect=OPEN),
+        "build_info", _labels(worker_id=OPEN, version=OPEN, python=OPEN, dialect=OPEN),
         "Always 1; the labels are the worker and the versions in use.",
     ),
 )  # fmt: skip

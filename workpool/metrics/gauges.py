@@ -50,7 +50,7 @@ class NullWindow:
         self._buckets = [[-WINDOW_SECONDS, 0, 0] for _ in range(WINDOW_SECONDS)]
 
     def count(self, result: PollResult, _: float) -> None:
-        """Count a poll if it brought an item or null."""
+        """Count a poll if it returned an item or null."""
         null = result == "null"
         if not null and result != "item":
             return
@@ -63,7 +63,7 @@ class NullWindow:
             bucket[2] += 1
 
     def counts(self) -> tuple[int, int]:
-        """Return (nulls, polls) of the window."""
+        """Return the numbers of null answers and of all counted polls in the window of 60 s."""
         oldest = int(self._clock()) - WINDOW_SECONDS
         with self._lock:
             live = [bucket for bucket in self._buckets if bucket[0] > oldest]

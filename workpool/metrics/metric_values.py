@@ -24,15 +24,15 @@ if TYPE_CHECKING:
 
     from prometheus_client.metrics_core import Metric
 
-    from workpool.metrics.definitions import Definition
+    from workpool.metrics.definitions import MetricDefinition
 
 
 class Series(Protocol):
-    """One series of a metric."""
+    """The interface of one series, which is one combination of label values of a metric."""
 
     @property
     def add(self) -> Callable[[float], object]:
-        """Add to a counter, or observe an amount. The caller holds the lock."""
+        """Add an amount to a counter, or observe it in a histogram. The caller holds the lock."""
 
 
 class MetricStore(Protocol):
@@ -42,20 +42,20 @@ class MetricStore(Protocol):
         """Return the series of these label values, which begins at 0."""
 
     def describe(self) -> Iterable[Metric]:
-        """Return the name and the type, without series."""
+        """Return the name and the type of the metric, without series."""
 
     def collect(self) -> Iterable[Metric]:
-        """Return the current values."""
+        """Return the current values of all series."""
 
 
-def store_of(row: Definition, lock: threading.RLock) -> MetricStore:
+def new_metric_store(row: MetricDefinition, lock: threading.RLock) -> MetricStore:
     """Return a new store for this counter or histogram, guarded by `lock`."""
     if values.ValueClass is not values.MutexValue:
         return _LibraryStore(row)
     return _CounterStore(row, lock) if row.kind == "counter" else _HistogramStore(row, lock)
 
 
-class Count:
+class CounterSeries:
     """One series of a counter.
 
     Attributes:
@@ -68,20 +68,20 @@ class Count:
         self.value = 0.0
 
     def add(self, amount: float) -> None:
-        """Add an amount."""
+        """Add an amount to the counter."""
         self.value += amount
 
 
 class _CounterStore:
     """The series of a counter."""
 
-    def __init__(self, row: Definition, lock: threading.RLock) -> None:
+    def __init__(self, row: MetricDefinition, lock: threading.RLock) -> None:
         self._row = row
         self._lock = lock
-        self._series: dict[tuple[str, ...], Count] = {}
+        self._series: dict[tuple[str, ...], CounterSeries] = {}
 
-    def series(self, labels: tuple[str, ...]) -> Count:
-        return self._series.setdefault(labels, Count())
+    def series(self, labels: tuple[str, ...]) -> CounterSeries:
+        return self._series.setdefault(labels, CounterSeries())
 
     def describe(self) -> Iterable[CounterMetricFamily]:
         row = self._row
@@ -96,7 +96,7 @@ class _CounterStore:
         return [family]
 
 
-class Spread:
+class HistogramSeries:
     """One series of a histogram.
 
     Attributes:
@@ -113,7 +113,7 @@ class Spread:
         self.total = 0.0
 
     def add(self, amount: float) -> None:
-        """Observe an amount."""
+        """Observe an amount in the histogram."""
         self.counts[bisect_left(self.bounds, amount)] += 1
         self.total += amount
 
@@ -125,15 +125,15 @@ class Spread:
 class _HistogramStore:
     """The series of a histogram."""
 
-    def __init__(self, row: Definition, lock: threading.RLock) -> None:
+    def __init__(self, row: MetricDefinition, lock: threading.RLock) -> None:
         self._row = row
         self._lock = lock
         self._bounds = tuple(map(float, row.buckets))
         self._names = [*map(str, self._bounds), "+Inf"]
-        self._series: dict[tuple[str, ...], Spread] = {}
+        self._series: dict[tuple[str, ...], HistogramSeries] = {}
 
-    def series(self, labels: tuple[str, ...]) -> Spread:
-        return self._series.setdefault(labels, Spread(self._bounds))
+    def series(self, labels: tuple[str, ...]) -> HistogramSeries:
+        return self._series.setdefault(labels, HistogramSeries(self._bounds))
 
     def describe(self) -> Iterable[HistogramMetricFamily]:
         row = self._row
@@ -157,7 +157,7 @@ class _LibrarySeries(NamedTuple):
 class _LibraryStore:
     """A metric of prometheus_client, for its multiprocess mode."""
 
-    def __init__(self, row: Definition) -> None:
+    def __init__(self, row: MetricDefinition) -> None:
         name, text, labels = row.full_name, row.help, tuple(row.labels)
         self._metric: Counter | Histogram = (
             Counter(name, text, labels, registry=None)

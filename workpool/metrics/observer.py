@@ -30,7 +30,7 @@ from workpool.metrics.definitions import (
     OTHER_HANDLERS,
 )
 from workpool.metrics.gauges import GaugeSource, NullWindow
-from workpool.metrics.metric_values import Count, Spread
+from workpool.metrics.metric_values import CounterSeries, HistogramSeries
 from workpool.wire.protocol import HEALTHCHECK, SESSION
 
 if TYPE_CHECKING:
@@ -39,7 +39,7 @@ if TYPE_CHECKING:
     from prometheus_client import CollectorRegistry
 
     from workpool.metrics.collectors import Collectors
-    from workpool.metrics.definitions import Definition
+    from workpool.metrics.definitions import MetricDefinition
     from workpool.metrics.gauges import PoolSnapshot
     from workpool.metrics.metric_values import MetricStore, Series
     from workpool.wire.items import QueueStats
@@ -64,7 +64,7 @@ def _unix_time() -> float:
 
 
 class _LeftOutSeries:
-    """A series for label values that a metric leaves out on purpose."""
+    """A series that ignores all amounts, for label values that a metric leaves out on purpose."""
 
     def add(self, _: float) -> None:
         """Ignore an amount."""
@@ -73,7 +73,7 @@ class _LeftOutSeries:
 _LEFT_OUT: Final = _LeftOutSeries()
 
 
-class _Series(dict["Hashable", "Series"]):
+class _MetricSeries(dict["Hashable", "Series"]):
     """The series of one metric in one environment, by the labels without the environment.
 
     The key is the value of the only other label, or the tuple of the values of several. A series
@@ -84,7 +84,7 @@ class _Series(dict["Hashable", "Series"]):
     def __init__(
         self,
         store: MetricStore,
-        row: Definition,
+        row: MetricDefinition,
         environment_id: str,
         label_of: Callable[[str], str],
     ) -> None:
@@ -95,7 +95,7 @@ class _Series(dict["Hashable", "Series"]):
         self._environment_id = environment_id
         self.labels = tuple(label for label in row.labels if label != ENVIRONMENT)
         if all(row.labels[label] for label in self.labels):
-            self.prime({})
+            self.create_series({})
 
     def __missing__(self, key: Hashable) -> Series:
         values = key if isinstance(key, tuple) else (key,)
@@ -108,30 +108,30 @@ class _Series(dict["Hashable", "Series"]):
                 return _LEFT_OUT
         if HANDLER in given:
             return self._series_of_handler(given)
-        self.prime(given)
+        self.create_series(given)
         return self[key]
 
     def _series_of_handler(self, given: dict[str, Any]) -> Series:
-        # Not stored under the handler's own name, since the number of handlers has no limit.
+        # A series under each handler's own name would use unlimited memory for unlimited handlers.
         given[HANDLER] = self._label_of(given[HANDLER])
-        return self[_key(given.values())]
+        return self[_series_key(given.values())]
 
-    def prime(self, given: Mapping[str, Hashable]) -> None:
+    def create_series(self, given: Mapping[str, Hashable]) -> None:
         """Create all series with the given values of the run-time labels."""
         choices = (self._row.labels[label] or (given[label],) for label in self.labels)
         for values in itertools.product(*choices):
             environment = (self._environment_id,) if ENVIRONMENT in self._row.labels else ()
             series = self._store.series((*environment, *map(str, values)))
-            self[_key(values)] = series
+            self[_series_key(values)] = series
 
 
-def _key(values: Iterable[Hashable]) -> Hashable:
-    """Return the key of `_Series` for these label values."""
+def _series_key(values: Iterable[Hashable]) -> Hashable:
+    """Return the key in `_MetricSeries` for these label values."""
     key = tuple(values)
     return key[0] if len(key) == 1 else key
 
 
-class _Feed(NamedTuple):
+class _EventEffect(NamedTuple):
     """The effect of an event on one metric.
 
     Attributes:
@@ -139,13 +139,13 @@ class _Feed(NamedTuple):
         amount_at: The index of the amount in the event's values; None: the amount is 1.
     """
 
-    series: _Series
+    series: _MetricSeries
     key_of: Callable[[Values], Hashable]
     amount_at: int | None
 
 
-class _Targets(NamedTuple):
-    """The series that an event with certain labels adds to, by the way of adding.
+class _AffectedSeries(NamedTuple):
+    """The series that an event with certain labels changes, by the way of adding.
 
     Attributes:
         counts: Counters of events.
@@ -153,17 +153,17 @@ class _Targets(NamedTuple):
         others: Counters of amounts, and the library's metrics; an index of None: the amount is 1.
     """
 
-    counts: list[Count]
-    spreads: list[tuple[Spread, int]]
+    counts: list[CounterSeries]
+    spreads: list[tuple[HistogramSeries, int]]
     others: list[tuple[Series, int | None]]
 
 
-class _EventFeeds:
-    """The effects of one type of event.
+class _EventEffects:
+    """The effects of the events of one type on all metrics.
 
     Attributes:
         callbacks: Called with the values of each event.
-        labels_of: Returns the values of all labels of all feeds, from the event's values.
+        labels_of: Returns the values of all labels of these metrics, from the event's values.
         targets: The series by the labels from `labels_of`: finding them again for each event would
             cost more than the counting.
     """
@@ -171,34 +171,35 @@ class _EventFeeds:
     def __init__(self, event_type: type[ev.Event]) -> None:
         self.callbacks: list[Callback] = []
         self.labels_of: Callable[[Values], Hashable] = _NO_LABELS
-        self.targets: dict[Hashable, _Targets] = {}
+        self.targets: dict[Hashable, _AffectedSeries] = {}
         self._names = _FIELDS[event_type]
-        self._feeds: list[_Feed] = []
+        self._effects: list[_EventEffect] = []
         self._labels: tuple[str, ...] = ()
 
-    def add(self, series: _Series, row: Definition) -> None:
-        """Let the events feed a metric too."""
+    def add_metric(self, series: _MetricSeries, row: MetricDefinition) -> None:
+        """Let the events of this type change this metric too."""
         names, labels = self._names, series.labels
         amount_at = None if row.value is None else names.index(row.value)
-        self._feeds.append(_Feed(series, _label_reader(labels, names), amount_at))
+        self._effects.append(_EventEffect(series, _label_reader(labels, names), amount_at))
         self._labels = tuple(dict.fromkeys((*self._labels, *labels)))
         self.labels_of = _label_reader(self._labels, names)
 
-    def find(self, labels: Hashable, values: Values) -> _Targets:
+    def find_affected_series(self, labels: Hashable, values: Values) -> _AffectedSeries:
         """Return the series to which an event adds, and store them for equal labels."""
-        targets = _Targets([], [], [])
+        targets = _AffectedSeries([], [], [])
         known = True
-        for feed in self._feeds:
-            key = feed.key_of(values)
-            series = feed.series[key]
-            known = known and key in feed.series
-            if isinstance(series, Count) and feed.amount_at is None:
+        for effect in self._effects:
+            key = effect.key_of(values)
+            series = effect.series[key]
+            known = known and key in effect.series
+            if isinstance(series, CounterSeries) and effect.amount_at is None:
                 targets.counts.append(series)
-            elif isinstance(series, Spread) and feed.amount_at is not None:
-                targets.spreads.append((series, feed.amount_at))
+            elif isinstance(series, HistogramSeries) and effect.amount_at is not None:
+                targets.spreads.append((series, effect.amount_at))
             else:
-                targets.others.append((series, feed.amount_at))
-        if known:  # other handlers share a series, and their number has no limit
+                targets.others.append((series, effect.amount_at))
+        # The names of handlers that share the series `other` have no limit and are not stored.
+        if known:
             self.targets[labels] = targets
         return targets
 
@@ -245,8 +246,8 @@ class Metrics:
     handlers: Iterable[str] = ()
     clock: Callable[[], float] = time.monotonic
     now: Callable[[], float] = _unix_time
-    _series: dict[str, _Series] = field(init=False)
-    _feeds: dict[EventType, _EventFeeds] = field(init=False)
+    _series: dict[str, _MetricSeries] = field(init=False)
+    _effects: dict[EventType, _EventEffects] = field(init=False)
     _acquire: Callable[[], object] = field(init=False)
     _release: Callable[[], None] = field(init=False)
     _source: GaugeSource = field(init=False)
@@ -267,14 +268,16 @@ class Metrics:
             NullWindow(self.clock), self.now,
         )  # fmt: skip
         self._series = {
-            row.name: _Series(shared.stores[row.name], row, self.environment_id, self._label_of)
+            row.name: _MetricSeries(
+                shared.stores[row.name], row, self.environment_id, self._label_of
+            )
             for row in DEFINITIONS
             if row.name in shared.stores
         }
-        self._feeds = {event_type: _EventFeeds(event_type) for event_type in _FIELDS}
+        self._effects = {event_type: _EventEffects(event_type) for event_type in _FIELDS}
         for row in DEFINITIONS:
             if row.event is not None:
-                self._feeds[row.event].add(self._series[row.name], row)
+                self._effects[row.event].add_metric(self._series[row.name], row)
         self.forward(ev.PollFinished, self._source.polls.count)
         self.forward(ev.QueueStatsRead, self._on_stats)
         self.forward(ev.SessionStarted, self._on_start)
@@ -284,28 +287,30 @@ class Metrics:
         self._shared = shared
 
     def close(self) -> None:
-        """Remove the gauges. No effect if not open."""
+        """Remove the gauges. Does nothing if the metrics are not open."""
         if self._shared is not None:
             self._shared.detach(self._source)
             self._shared = None
 
     def forward(self, event_type: EventType, callback: Callback) -> None:
-        """Call `callback` with the values of each event of this type, after it was counted.
+        """Call `callback` with the values of each event of this type, after the event was counted.
 
         The callback runs on the thread that counts the event. The metrics must be open.
         """
-        self._feeds[event_type].callbacks.append(callback)
+        self._effects[event_type].callbacks.append(callback)
 
     def count(self, event_type: EventType, /, *values: Any) -> None:
         """Count one event by the values of its fields, in their order."""
         try:
-            feeds = self._feeds[event_type]
-            labels = feeds.labels_of(values)
+            effects = self._effects[event_type]
+            labels = effects.labels_of(values)
             # `with` would cost twice as much: 11,000 more instructions for each item.
             self._acquire()
             try:
                 # Adding inline, without a function call, saves 4 % of the pool's instructions.
-                counts, spreads, others = feeds.targets.get(labels) or feeds.find(labels, values)
+                counts, spreads, others = effects.targets.get(
+                    labels
+                ) or effects.find_affected_series(labels, values)
                 for count in counts:
                     count.value += 1
                 for spread, at in spreads:
@@ -317,7 +322,7 @@ class Metrics:
                         series.add(amount)
             finally:
                 self._release()
-            for callback in feeds.callbacks:
+            for callback in effects.callbacks:
                 callback(*values)
         except Exception:
             log.exception("metrics failed", extra={"event_type": str(event_type)})
@@ -350,5 +355,5 @@ class Metrics:
     def _show_handler(self, label: str) -> None:
         for series in self._series.values():
             if HANDLER in series.labels:
-                series.prime({HANDLER: label})
+                series.create_series({HANDLER: label})
         self._source.handlers.add(label)

@@ -28,7 +28,7 @@ GROUP: Final = "workpool"
 
 
 @dataclass(frozen=True, slots=True)
-class Available:
+class InstalledPlugin:
     """An installed entry point of the group `workpool`; active only if a setting names it."""
 
     name: str
@@ -37,16 +37,18 @@ class Available:
 
 
 @dataclass(frozen=True, slots=True)
-class Found:
-    """A module, class, function or object that a plugin's name stands for, and its source."""
+class FoundPlugin:
+    """A plugin (module, class, function or object) with its name and its source."""
 
     name: str
     source: str
     target: object
 
 
-def guarded(plugin: str, doing: str, call: Callable[..., T], *args: object, **kwargs: object) -> T:
-    """Call code of a plugin. An exception becomes a `PluginError` with `doing` in its text.
+def call_plugin(
+    plugin: str, doing: str, call: Callable[..., T], *args: object, **kwargs: object
+) -> T:
+    """Call code of a plugin. An exception becomes a `PluginError` whose text contains `doing`.
 
     CancelledError and SystemExit are exceptions of the plugin, too: a synchronous call cannot be
     cancelled, so a CancelledError from a plugin would end the calling task by mistake.
@@ -59,16 +61,16 @@ def guarded(plugin: str, doing: str, call: Callable[..., T], *args: object, **kw
         raise PluginError(plugin, f"{doing} raised {reason}") from error
 
 
-def available() -> list[Available]:
+def installed_plugins() -> list[InstalledPlugin]:
     """Return the installed entry points of the group `workpool`, sorted by name."""
     return [
-        Available(point.name, point.value, _distribution_text(point))
+        InstalledPlugin(point.name, point.value, _distribution_text(point))
         for point in sorted(entry_points(group=GROUP), key=attrgetter("name", "value"))
     ]
 
 
-def find(asked: str) -> Found:
-    """Import the plugin of an entry point's name, `pkg.module` or `pkg.module:Name`."""
+def find_plugin(asked: str) -> FoundPlugin:
+    """Import a plugin by the name of its entry point, `pkg.module` or `pkg.module:Name`."""
     points = [point for point in entry_points(group=GROUP) if point.name == asked]
     if len(points) > 1:
         owners = " and ".join(sorted(_distribution_text(point) for point in points))
@@ -76,10 +78,10 @@ def find(asked: str) -> Found:
     if points:
         [point] = points
         source = f"{point.value} of {_distribution_text(point)}"
-        return Found(asked, source, _import_target(asked, point.value))
+        return FoundPlugin(asked, source, _import_target(asked, point.value))
     target = _import_target(asked, asked)
     module, _, attribute = asked.partition(":")
-    return Found(attribute or module.rpartition(".")[2], asked, target)
+    return FoundPlugin(attribute or module.rpartition(".")[2], asked, target)
 
 
 def _import_target(asked: str, path: str) -> object:
@@ -90,7 +92,7 @@ def _import_target(asked: str, path: str) -> object:
             asked, f"is not installed, nor a module or module:Name{_name_hint(asked)}"
         )
     try:
-        target = guarded(asked, f"importing {module}", importlib.import_module, module)
+        target = call_plugin(asked, f"importing {module}", importlib.import_module, module)
     except PluginError as failure:
         error = failure.__cause__
         if isinstance(error, ModuleNotFoundError) and f"{module}.".startswith(f"{error.name}."):
@@ -103,16 +105,16 @@ def _import_target(asked: str, path: str) -> object:
     try:
         return attrgetter(attribute)(target)
     except AttributeError as error:
-        hint = did_you_mean(attribute, dir(target))
+        hint = suggestion_text(attribute, dir(target))
         raise PluginError(asked, f"module {module} has no {attribute!r}{hint}") from error
 
 
-def named(target: object) -> Found:
-    """Return a plugin that was passed as an object, with its name and its source."""
+def describe_plugin_object(target: object) -> FoundPlugin:
+    """Return the name and the source of a plugin that was passed as an object."""
     if isinstance(target, ModuleType):
-        return Found(target.__name__.rpartition(".")[2], target.__name__, target)
+        return FoundPlugin(target.__name__.rpartition(".")[2], target.__name__, target)
     described = target if inspect.isclass(target) or inspect.isroutine(target) else type(target)
-    return Found(name_of(target), f"{described.__module__}.{described.__qualname__}", target)
+    return FoundPlugin(name_of(target), f"{described.__module__}.{described.__qualname__}", target)
 
 
 def _distribution_text(point: EntryPoint) -> str:
@@ -122,10 +124,10 @@ def _distribution_text(point: EntryPoint) -> str:
 def _name_hint(asked: str) -> str:
     names = sorted({point.name for point in entry_points(group=GROUP)} - {asked})
     installed = f"; installed plugins: {', '.join(names) or 'none'}"
-    return did_you_mean(asked, names) or installed
+    return suggestion_text(asked, names) or installed
 
 
-def did_you_mean(word: str, words: Sequence[str]) -> str:
-    """Return the end of a sentence about an unknown word; empty if no word is similar."""
+def suggestion_text(word: str, words: Sequence[str]) -> str:
+    """Return `; did you mean …?` with the most similar word; empty if no word is similar."""
     close = difflib.get_close_matches(word, words, n=1)
     return f"; did you mean {close[0]!r}?" if close else ""

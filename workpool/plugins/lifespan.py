@@ -24,7 +24,7 @@ CLOSE_SECONDS = 10.0
 
 
 class Lifespan:
-    """One plugin's context around the pool's life."""
+    """The context that one plugin's hook `workpool_lifespan` returned, with limits and checks."""
 
     def __init__(self, plugin: str, context: AbstractAsyncContextManager[object]) -> None:
         self._plugin = plugin
@@ -57,7 +57,7 @@ class Lifespan:
 
     @contextlib.contextmanager
     def _refuse_leaked_cancellation(self) -> Iterator[None]:
-        """Turn a CancelledError into a PluginError if this task was not cancelled.
+        """Replace a CancelledError of the plugin by a PluginError if this task was not cancelled.
 
         Otherwise the start or the end of the pool would look like a cancellation by the embedder.
         """

@@ -17,7 +17,14 @@ from workpool import events, hookspecs
 from workpool.errors import PluginError
 from workpool.handlers import Handler, HandlerRule, is_async_callable, name_of, rule_of
 from workpool.hookspecs import PROJECT
-from workpool.plugins.discovery import Found, available, did_you_mean, find, guarded, named
+from workpool.plugins.discovery import (
+    FoundPlugin,
+    call_plugin,
+    describe_plugin_object,
+    find_plugin,
+    installed_plugins,
+    suggestion_text,
+)
 from workpool.plugins.routing import Route, refuse_equal_rules
 
 if TYPE_CHECKING:
@@ -58,7 +65,7 @@ def load(
     options: Mapping[str, Mapping[str, Any]],
     file: Path | None = None,
 ) -> tuple[Plugin, ...]:
-    """Load plugins, in this order. A string is a name, anything else is the plugin.
+    """Load and check plugins in this order: a string is the name of a plugin.
 
     Args:
         given: The plugins.
@@ -68,9 +75,9 @@ def load(
     Raises:
         PluginError: The first mistake, with the name of its plugin.
     """
-    found: list[Found] = []
+    found: list[FoundPlugin] = []
     for each in given:
-        one = find(each) if isinstance(each, str) else named(each)
+        one = find_plugin(each) if isinstance(each, str) else describe_plugin_object(each)
         _refuse_duplicates(one, found)
         found.append(one)
     where = "" if file is None else f"{file}: "
@@ -80,10 +87,7 @@ def load(
     return plugins
 
 
-# Checking one plugin.
-
-
-def _build_plugin(found: Found, options: Mapping[str, Any], where: str) -> Plugin:
+def _build_plugin(found: FoundPlugin, options: Mapping[str, Any], where: str) -> Plugin:
     target = _instantiate(found, options, where)
     rule = rule_of(target)
     if rule is not None:
@@ -107,7 +111,7 @@ def _build_plugin(found: Found, options: Mapping[str, Any], where: str) -> Plugi
     return Plugin(found.name, found.source, hooks, tuple(routes.values()), event_types)
 
 
-def _instantiate(found: Found, options: Mapping[str, Any], where: str) -> object:
+def _instantiate(found: FoundPlugin, options: Mapping[str, Any], where: str) -> object:
     table = f"{where}[workpool.plugin.{found.name}]"
     if not inspect.isclass(found.target):
         if options:
@@ -120,8 +124,8 @@ def _instantiate(found: Found, options: Mapping[str, Any], where: str) -> object
     except TypeError as error:
         raise PluginError(found.name, f"{table}: {error}") from error
     except ValueError:
-        pass  # a class in C may have no signature; a mistake makes the call below fail
-    return guarded(found.name, f"creating it with {table}", found.target, **options)
+        pass  # A class in C may have no signature; wrong options then fail in the call below.
+    return call_plugin(found.name, f"creating it with {table}", found.target, **options)
 
 
 def _refuse_unknown_options(
@@ -130,7 +134,7 @@ def _refuse_unknown_options(
     kinds = {each.kind for each in signature.parameters.values()}
     for name in options:
         if name not in signature.parameters and inspect.Parameter.VAR_KEYWORD not in kinds:
-            hint = did_you_mean(name, list(signature.parameters))
+            hint = suggestion_text(name, list(signature.parameters))
             raise PluginError(plugin, f"{table}: {name}: no such option{hint}")
 
 
@@ -149,7 +153,7 @@ def _is_hook(plugin: str, name: str, member: Any) -> bool:
     if marks is None and not name.startswith(f"{PROJECT}_"):
         return False
     if name not in SPECS:
-        raise PluginError(plugin, f"{name} is not a hook{did_you_mean(name, list(SPECS))}")
+        raise PluginError(plugin, f"{name} is not a hook{suggestion_text(name, list(SPECS))}")
     if marks is None:
         raise PluginError(plugin, f"{name} is not marked with @hookimpl")
     if marks.get("wrapper") or marks.get("hookwrapper") or marks.get("specname"):
@@ -236,10 +240,7 @@ def new_handler(plugin: str, name: str, call: Any) -> Handler:
     )
 
 
-# Checking several plugins together.
-
-
-def _refuse_duplicates(found: Found, before: Sequence[Found]) -> None:
+def _refuse_duplicates(found: FoundPlugin, before: Sequence[FoundPlugin]) -> None:
     for other in before:
         if other.target is found.target:
             raise PluginError(found.name, f"is given twice: {other.source}, {found.source}")
@@ -251,10 +252,10 @@ def _refuse_duplicates(found: Found, before: Sequence[Found]) -> None:
 
 def _refuse_unused_options(options: Mapping[str, object], active: set[str], where: str) -> None:
     # Pools with different plugins may share a file, so tables of all installed plugins are allowed.
-    known = active | {point.name for point in available()}
+    known = active | {point.name for point in installed_plugins()}
     for name in options:
         if name not in known:
-            hint = did_you_mean(name, sorted(known))
+            hint = suggestion_text(name, sorted(known))
             raise PluginError(
                 name, f"{where}[workpool.plugin.{name}] is for no active plugin{hint}"
             )

@@ -25,7 +25,7 @@ from workpool.events import PluginFailed
 from workpool.handlers import Handler, is_async_callable, name_of, rule_of
 from workpool.hookspecs import PROJECT, hookimpl
 from workpool.log_fields import pool_logger
-from workpool.plugins.discovery import guarded
+from workpool.plugins.discovery import call_plugin
 from workpool.plugins.loading import SPECS, Plugin, load, new_handler
 
 if TYPE_CHECKING:
@@ -91,7 +91,7 @@ class Plugins:
 
     def __init__(self, plugins: tuple[Plugin, ...], hooks: Mapping[str, Sequence[Hook]]) -> None:
         self.metrics: Callable[[Event], None] | None = None
-        # Changed on the loop only, so no lock is needed.
+        # Only the thread of the event loop changes these two, so no lock is needed.
         self._reported: set[tuple[str, str, type[BaseException]]] = set()
         self._failing: dict[str, _LoggedError] = {}
         self._plugins = plugins
@@ -116,7 +116,7 @@ class Plugins:
             objects: Modules, classes, functions with `@handler`, objects; a string is a name.
             names: Entry points, `pkg.module` or `pkg.module:Name`.
             options: The keyword arguments of classes, by plugin name.
-            file: Where they come from, for errors.
+            file: The file with the tables, for errors.
 
         Raises:
             PluginError: A plugin cannot be used.
@@ -136,10 +136,10 @@ class Plugins:
 
     @property
     def can_refuse(self) -> bool:
-        """Whether any plugin can refuse that items are claimed."""
+        """Whether any plugin has the hook `workpool_admission`, which can refuse to claim items."""
         return bool(self._refusers)
 
-    def refusal(self, supervisor: object) -> str | None:
+    def refusal_reason(self, supervisor: object) -> str | None:
         """Return the first plugin's reason why no item may be claimed now, or None.
 
         A hook that fails refuses; its error is logged and counted.
@@ -147,7 +147,7 @@ class Plugins:
         for plugin, hook in self._refusers:
             try:
                 answer = _check_reason(
-                    plugin, guarded(plugin, "workpool_admission", hook, supervisor)
+                    plugin, call_plugin(plugin, "workpool_admission", hook, supervisor)
                 )
                 if plugin in self._failing:
                     self._failing[plugin] = self._failing[plugin]._replace(text="")
@@ -173,7 +173,7 @@ class Plugins:
         return self._plugins
 
     def handler_for(self, item: WorkItem) -> Handler | None:
-        """Return the handler of the first plugin that has one, or None.
+        """Return the handler of the first plugin that has one for this item, or None.
 
         Raises:
             PluginError: A hook raised, or returned something that cannot be run. The error is
@@ -181,7 +181,7 @@ class Plugins:
         """
         for plugin, hook in self._choosers:
             try:
-                answer = guarded(plugin, "workpool_session_handler", hook, item)
+                answer = call_plugin(plugin, "workpool_session_handler", hook, item)
                 if answer is not None:
                     return answer if isinstance(answer, Handler) else _as_handler(plugin, answer)
             except PluginError as failure:
@@ -189,7 +189,7 @@ class Plugins:
                 raise
         return None
 
-    def contexts(self, session: Session) -> list[Context]:
+    def session_contexts(self, session: Session) -> list[Context]:
         """Return the contexts for this session, in the order of entering them.
 
         An exception of a hook is not caught: it counts as an exception of the handler.
@@ -198,7 +198,7 @@ class Plugins:
             return []
         return _collect_contexts("workpool_wrap_session", self._wrappers, session)
 
-    def lifespans(self, supervisor: object) -> list[Context]:
+    def lifespan_contexts(self, supervisor: object) -> list[Context]:
         """Return the contexts for the lifetime of the pool, in the order of entering them.
 
         An exception of a hook is not caught: it stops the start.
@@ -206,7 +206,7 @@ class Plugins:
         return _collect_contexts("workpool_lifespan", self._lifespans, supervisor)
 
     def notify(self, event: Event) -> None:
-        """Call the plugins that observe this type, in order. Their exceptions are caught.
+        """Call the observers of this type of event, in order. Their exceptions are caught.
 
         Must be called on the supervisor's loop.
         """
@@ -217,9 +217,10 @@ class Plugins:
             if plugin == but:
                 continue
             try:
-                guarded(plugin, "workpool_event", hook, event)
+                call_plugin(plugin, "workpool_event", hook, event)
             except PluginError as failure:
-                # Otherwise two observers that both fail would report to each other without end.
+                # The failure of an observer of `PluginFailed` is reported to no other observer: two
+                # such observers that both fail would report to each other without end.
                 self._report_failure(
                     plugin, "workpool_event", failure, tell=type(event) is not PluginFailed
                 )
@@ -309,13 +310,14 @@ def _check_reason(plugin: str, answer: object) -> str | None:
 
 
 def _as_handler(plugin: str, answer: object) -> Handler:
-    # Guarded: an object may raise when its attributes are read.
+    # `call_plugin`, because an object may raise when its attributes are read.
     looking = "looking at the answer of workpool_session_handler"
-    name = guarded(plugin, looking, name_of, answer)
-    # A plain function without @handler may return a coroutine: whether it blocks is unknown.
-    rule = guarded(plugin, looking, rule_of, answer)
+    name = call_plugin(plugin, looking, name_of, answer)
+    # Only `@handler` shows that a plain function blocks: without it, the function may return a
+    # coroutine.
+    rule = call_plugin(plugin, looking, rule_of, answer)
     plain = rule is not None and rule.blocking
-    if plain or guarded(plugin, looking, is_async_callable, answer):
+    if plain or call_plugin(plugin, looking, is_async_callable, answer):
         return new_handler(plugin, name, answer)
     raise PluginError(
         plugin,
@@ -329,7 +331,8 @@ def _collect_contexts(hook: str, calls: Sequence[Hook], argument: object) -> lis
     for plugin, call in calls:
         try:
             context = call(argument)
-        except asyncio.CancelledError as error:  # a synchronous call cannot be cancelled
+        except asyncio.CancelledError as error:
+            # The plugin raised this error: nobody can cancel a synchronous call.
             raise PluginError(plugin, f"{hook} raised CancelledError") from error
         if isinstance(context, AbstractAsyncContextManager):
             contexts.append((plugin, context))

@@ -233,7 +233,7 @@ class HandlerExecutor:
         self._observe(SessionStarted, session, handler.name)
         try:
             # Reading the mapping may run code of the handler, whose errors are the handler's.
-            contexts = self._plugins.contexts(session)
+            contexts = self._plugins.session_contexts(session)
             call: Call = handler.call  # type: ignore[assignment]  # async - unless `blocking`
             if handler.blocking or handler.retry is not None:
                 call = self._prepare_call(item, handler)

@@ -161,7 +161,7 @@ class Supervisor:
                 "no plugin handles anything; name one in `plugins` or pass a handler",
             )
         if self._plugins.can_refuse:
-            self._admission.ask(functools.partial(self._plugins.refusal, self))
+            self._admission.ask(functools.partial(self._plugins.refusal_reason, self))
         self._opened = asyncio.Event()
         self._served = asyncio.Event()
         with self._log_ids():
@@ -347,7 +347,7 @@ class Supervisor:
         )
         stack.push(self._report_failure)
         self._client = await stack.enter_async_context(self._new_client())
-        for plugin, context in self._plugins.lifespans(self):
+        for plugin, context in self._plugins.lifespan_contexts(self):
             await stack.enter_async_context(Lifespan(plugin, context))
         log.info("pool started")
 

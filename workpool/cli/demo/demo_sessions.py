@@ -7,7 +7,7 @@ from typing import Final, NamedTuple
 from workpool.errors import PluginError
 from workpool.handlers import HandlerRule, rule_of
 from workpool.hookspecs import PROJECT
-from workpool.plugins.discovery import find
+from workpool.plugins.discovery import find_plugin
 from workpool.wire.protocol import SESSION
 
 EXAMPLE: Final = "workpool.cli.demo.sample"
@@ -56,7 +56,7 @@ def handler_rules_of(plugin: str) -> list[HandlerRule]:
     The list is empty if a hook of the module or an instance of a class chooses the handler: only
     the workers call that hook.
     """
-    target = find(plugin).target
+    target = find_plugin(plugin).target
     if not isinstance(target, ModuleType):
         rule = rule_of(target)
         return [] if rule is None else [rule]
