@@ -51,7 +51,7 @@ async def test_conform_with_dialect_flag_uses_that_dialect(
     ]
 
 
-async def test_conform_with_dialect_of_other_control_planes_ends_with_status_4(
+async def test_conform_with_dialect_that_differs_from_address_ends_with_status_4(
     run_in_process: CommandRunner, control_plane: ControlPlane
 ) -> None:
     ended = await run_in_process(
@@ -61,7 +61,7 @@ async def test_conform_with_dialect_of_other_control_planes_ends_with_status_4(
     assert ended.status == 4
 
 
-async def test_conform_without_item_for_a_clause_ends_with_status_5(
+async def test_conform_with_fewer_items_than_clauses_ends_with_status_5(
     run_in_process: CommandRunner, control_plane: ControlPlane
 ) -> None:
     (item,) = control_plane.enqueue()
@@ -135,7 +135,7 @@ async def test_conform_without_answer_of_control_plane_ends_with_status_1(
 async def test_conform_finds_no_difference_in_embedded_control_plane(
     start_command: CommandStarter, control_plane: ControlPlane, dialect: str
 ) -> None:
-    """The suite runs in real time, in 80 s; other tests of the suite move the clock."""
+    """The conformance suite runs in real time for 80 s; its other tests advance a clock."""
     address = control_plane.base_url if dialect == "qoder" else control_plane.anthropic_base_url
     command = await start_command("conform", address, "--dialect", dialect)
     assert await command.wait_for_end(seconds=290) == 0

@@ -111,7 +111,7 @@ async def http_status(url: str) -> tuple[int, str]:
 
 
 async def wait_until(condition: Callable[[], Awaitable[bool]]) -> None:
-    """Poll until a condition holds that another process fulfils."""
+    """Wait until a condition holds that depends on another process."""
     async with asyncio.timeout(45):
         while not await condition():  # noqa: ASYNC110 - another process changes it
             await asyncio.sleep(0.05)
@@ -163,7 +163,7 @@ async def test_application_with_a_wrong_token_ends_and_logs_the_reason(
 
 
 @pytest.mark.parametrize("module", ["web_aiohttp", pytest.param("web_fastapi", marks=TRIAL)])
-async def test_application_that_continues_reports_a_wrong_token_as_not_ready(
+async def test_application_that_outlives_its_pool_is_not_ready_after_wrong_token(
     start_example: ExampleStarter, module: str
 ) -> None:
     application, url = await start_example(module, QODER_PAT="wrong")

@@ -340,7 +340,7 @@ async def test_one_environment_is_paused_and_drained_by_command_while_the_other_
     assert await worker.wait_for_end() == 0
 
 
-async def test_service_manager_gets_ready_once_every_environment_has_opened(
+async def test_service_manager_receives_ready_only_after_every_environment_started(
     start_without_settings: CommandStarter, config: Path
 ) -> None:
     append_line(config.parent / "handlers.py", f"import sys\n{SLOW}")

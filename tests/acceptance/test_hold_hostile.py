@@ -50,7 +50,7 @@ def make_client(plane: ControlPlane, name: str) -> WorkClient:
 
 @in_virtual_time
 async def test_handoff_block_is_not_entered_before_heartbeats_are_suspended() -> None:
-    """After a suspension of the machine, the block must not start with a lease that is lost."""
+    """Otherwise the block could start with a lost lease after a suspension of the machine."""
     bench = HandoffTestbed()
     entered = False
 
@@ -138,7 +138,7 @@ async def test_handoff_is_not_counted_as_overlap_by_control_plane() -> None:
 
 
 async def test_first_heartbeat_by_worker_without_ack_is_counted_as_overlap() -> None:
-    """Any worker can claim that there was no heartbeat yet; only a child knows the last one."""
+    """A child in a handoff knows the last heartbeat; a worker without ack does not."""
     async with ControlPlane() as plane:
         [item] = plane.enqueue()
         async with make_client(plane, "holder") as holder, make_client(plane, "thief") as thief:

@@ -67,7 +67,7 @@ def test_every_workpool_command_of_page_exists_with_its_flags() -> None:
         assert {word for word in rest if word.startswith("--")} <= known, words
 
 
-def test_every_file_of_repository_in_console_blocks_exists() -> None:
+def test_repository_files_named_in_console_blocks_exist() -> None:
     paths = re.findall(r"PATH/TO/(workpool[\w./@-]*)", "\n".join(console_lines()))
     assert len(paths) > 3
     root = Path(__file__).parents[2]

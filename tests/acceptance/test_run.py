@@ -80,9 +80,8 @@ async def test_session_released_by_drain_is_not_stopped(
     await command.wait_for_log("linger runs")
     command.send_signal(signal.SIGTERM)
     assert await command.wait_for_end() == 0
-    assert (
-        stored_item(control_plane, item).state == "active"
-    )  # its lease, shortened by the release, has not lapsed
+    # The release shortened the lease, but the lease has not lapsed yet.
+    assert stored_item(control_plane, item).state == "active"
     assert "result=deadline" in command.err
 
 
@@ -100,7 +99,7 @@ async def test_run_after_second_signal_ends_with_128_plus_signal_number(
     assert stored_item(control_plane, item).state == "active"
 
 
-async def test_stalled_session_is_ended_and_one_that_waits_for_a_person_is_not(
+async def test_stall_timeout_ends_silent_session_but_none_that_waits_for_a_person(
     start_command: CommandStarter, control_plane: ControlPlane, command_directory: Path
 ) -> None:
     silent, asking = enqueue_items(control_plane, "linger"), enqueue_items(control_plane, "ask")

@@ -219,7 +219,7 @@ async def test_scale_reads_all_environments_of_the_file(
         (("--metrics-listen", "192.0.2.1:1"), "cannot listen on 192.0.2.1:1"),
     ],
 )
-async def test_scale_with_arguments_that_cannot_work_ends_with_status_2(
+async def test_scale_with_invalid_arguments_ends_with_status_2(
     start_command: CommandStarter, arguments: tuple[str, ...], problem: str
 ) -> None:
     command = await start_command("scale", *arguments)

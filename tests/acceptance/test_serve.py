@@ -32,7 +32,7 @@ async def start_serve(
     return command, ready
 
 
-def printed_variables(ready: dict[str, Any], token: str) -> dict[str, str]:
+def client_variables(ready: dict[str, Any], token: str) -> dict[str, str]:
     return {
         "WORKPOOL_BASE_URL": ready["base_url"],
         "WORKPOOL_TOKEN": token,
@@ -40,7 +40,7 @@ def printed_variables(ready: dict[str, Any], token: str) -> dict[str, str]:
     }
 
 
-async def printed_text(
+async def run_and_read_output(
     ask: CommandRunner, asked: dict[str, str], *arguments: str, status: int = 0
 ) -> str:
     ended = await ask(*arguments, **asked)
@@ -54,13 +54,13 @@ async def test_serve_answers_both_dialects_until_signal(
 ) -> None:
     command, ready = await start_serve(start_without_settings)
     assert set(ready) == {"base_url", "anthropic_base_url", "token", "environments"}
-    asked = printed_variables(ready, ready["token"])
-    [work_id] = (await printed_text(run_in_process, asked, "work", "enqueue")).split()
+    asked = client_variables(ready, ready["token"])
+    [work_id] = (await run_and_read_output(run_in_process, asked, "work", "enqueue")).split()
     anthropic = asked | {
         "WORKPOOL_BASE_URL": ready["anthropic_base_url"],
         "WORKPOOL_DIALECT": "anthropic",
     }
-    assert work_id in await printed_text(run_in_process, anthropic, "work", "get", work_id)
+    assert work_id in await run_and_read_output(run_in_process, anthropic, "work", "get", work_id)
     command.send_signal(number)
     assert await command.wait_for_end() == 0
     assert len(command.out.splitlines()) == 1
@@ -77,9 +77,11 @@ async def test_serve_and_worker_of_anthropic_sdk_complete_a_session(
         json.dumps([{"name": "bash", "input": {"command": "echo hello >note"}}])
     )
     command, ready = await start_serve(start_without_settings)
-    asked = printed_variables(ready, ready["token"])
+    asked = client_variables(ready, ready["token"])
     [work_id] = (
-        await printed_text(run_in_process, asked, "work", "enqueue", "--script", "script.json")
+        await run_and_read_output(
+            run_in_process, asked, "work", "enqueue", "--script", "script.json"
+        )
     ).split()
     (workdir := command_directory / "workdir").mkdir()
     environment = asked["WORKPOOL_ENVIRONMENT_ID"]
@@ -109,7 +111,7 @@ async def test_ready_line_of_serve_has_variables_that_a_worker_needs(
     word, *pairs = (await command.wait_for_output()).split()
     assert word == "ready"
     asked = dict(pair.split("=", 1) for pair in pairs)
-    assert "depth" in await printed_text(run_in_process, asked, "work", "stats")
+    assert "depth" in await run_and_read_output(run_in_process, asked, "work", "stats")
     command.send_signal(signal.SIGTERM)
     assert await command.wait_for_end() == 0
 
@@ -127,16 +129,16 @@ async def test_tokens_given_to_serve_are_limited_and_never_printed(
     )
     assert ready["token"] is None
     assert ready["environments"] == [ENVIRONMENT, FORBIDDEN]
-    asked = printed_variables(ready, TOKEN)
+    asked = client_variables(ready, TOKEN)
     other = {"WORKPOOL_ENVIRONMENT_ID": FORBIDDEN}
-    await printed_text(run_in_process, asked, "work", "stats")
-    await printed_text(run_in_process, {**asked, **other}, "work", "stats")
-    await printed_text(run_in_process, {**asked, "WORKPOOL_TOKEN": LIMITED}, "work", "stats")
-    await printed_text(
+    await run_and_read_output(run_in_process, asked, "work", "stats")
+    await run_and_read_output(run_in_process, {**asked, **other}, "work", "stats")
+    await run_and_read_output(run_in_process, {**asked, "WORKPOOL_TOKEN": LIMITED}, "work", "stats")
+    await run_and_read_output(
         run_in_process, {**asked, **other, "WORKPOOL_TOKEN": LIMITED}, "work", "stats", status=3
     )
     cloud = {"WORKPOOL_ENVIRONMENT_ID": "env_cloud"}
-    await printed_text(run_in_process, {**asked, **cloud}, "work", "stats", status=3)
+    await run_and_read_output(run_in_process, {**asked, **cloud}, "work", "stats", status=3)
     command.send_signal(signal.SIGTERM)
     assert await command.wait_for_end() == 0
 
@@ -155,7 +157,7 @@ async def test_token_in_environment_variable_of_serve_is_not_in_process_list(
     )
     assert ready["token"] is None
     for token in (TOKEN, LIMITED):
-        await printed_text(run_in_process, printed_variables(ready, token), "work", "stats")
+        await run_and_read_output(run_in_process, client_variables(ready, token), "work", "stats")
     assert TOKEN not in process_command_line(command.pid)
     command.send_signal(signal.SIGTERM)
     assert await command.wait_for_end() == 0
@@ -183,13 +185,15 @@ async def test_items_in_store_on_disk_survive_restart_of_serve(
     start_without_settings: CommandStarter, run_in_process: CommandRunner
 ) -> None:
     command, ready = await start_serve(start_without_settings, "--store", "work.db")
-    asked = printed_variables(ready, ready["token"])
-    ids = (await printed_text(run_in_process, asked, "work", "enqueue", "--count", "3")).split()
+    asked = client_variables(ready, ready["token"])
+    ids = (
+        await run_and_read_output(run_in_process, asked, "work", "enqueue", "--count", "3")
+    ).split()
     command.send_signal(signal.SIGTERM)
     assert await command.wait_for_end() == 0
     command, ready = await start_serve(start_without_settings, "--store", "work.db")
-    listed = await printed_text(
-        run_in_process, printed_variables(ready, ready["token"]), "work", "list"
+    listed = await run_and_read_output(
+        run_in_process, client_variables(ready, ready["token"]), "work", "list"
     )
     assert [line.split()[0] for line in listed.splitlines()] == ids
     command.send_signal(signal.SIGTERM)
@@ -236,12 +240,14 @@ async def test_serve_with_fault_file_injects_its_faults(
         '[[fault]]\nkind = "expired"\nops = ["heartbeat"]\ntimes = 1\n'
     )
     command, ready = await start_serve(start_without_settings, "--faults", "faults.toml")
-    asked = printed_variables(ready, ready["token"])
+    asked = client_variables(ready, ready["token"])
     failed = await run_in_process("work", "enqueue", **asked)
     assert failed.status == 1
     assert "503" in failed.err
     [work_id] = (
-        await printed_text(run_in_process, asked, "work", "enqueue", "--metadata", "do=finish")
+        await run_and_read_output(
+            run_in_process, asked, "work", "enqueue", "--metadata", "do=finish"
+        )
     ).split()
     worker = await start_without_settings(
         *("run", "handlers", "--drain"), **asked, WORKPOOL_METRICS_LISTEN="127.0.0.1:0"
@@ -249,7 +255,9 @@ async def test_serve_with_fault_file_injects_its_faults(
     assert await worker.wait_for_end() == 0
     assert "item reclaimed" in worker.err
     # The lease had expired at the first heartbeat, so the item was delivered and run again.
-    item = json.loads(await printed_text(run_in_process, asked, "work", "get", work_id, "--json"))
+    item = json.loads(
+        await run_and_read_output(run_in_process, asked, "work", "get", work_id, "--json")
+    )
     assert (item["state"], item["metadata"]["done"]) == ("stopped", "yes")
     assert datetime.fromisoformat(item["created_at"]) > datetime.now(UTC) + timedelta(seconds=30)
     command.send_signal(signal.SIGTERM)
@@ -267,8 +275,8 @@ async def test_serve_with_unwritable_store_ends_with_1(
         start_without_settings, "--store", str(command_directory / "work.db"), **unmeasured
     )
     resource.prlimit(command.pid, resource.RLIMIT_FSIZE, (4096, resource.RLIM_INFINITY))
-    asked = printed_variables(ready, ready["token"])
-    await printed_text(run_in_process, asked, "work", "enqueue", "--count", "100", status=1)
+    asked = client_variables(ready, ready["token"])
+    await run_and_read_output(run_in_process, asked, "work", "enqueue", "--count", "100", status=1)
     assert await command.wait_for_end() == 1
     assert "work.db" in command.err
     assert "Traceback" not in command.err
@@ -278,13 +286,15 @@ async def test_verbose_serve_logs_requests_without_tokens_queries_and_bodies(
     start_without_settings: CommandStarter, run_in_process: CommandRunner
 ) -> None:
     command, ready = await start_serve(start_without_settings, "-v")
-    asked = printed_variables(ready, ready["token"])
+    asked = client_variables(ready, ready["token"])
     work_id = (
-        await printed_text(run_in_process, asked, "work", "enqueue", "--metadata", "key=hunter2")
+        await run_and_read_output(
+            run_in_process, asked, "work", "enqueue", "--metadata", "key=hunter2"
+        )
     ).strip()
-    await printed_text(run_in_process, asked, "work", "list")
+    await run_and_read_output(run_in_process, asked, "work", "list")
     wrong = asked | {"WORKPOOL_TOKEN": "hunter2-" * 3}
-    await printed_text(run_in_process, wrong, "work", "get", work_id, status=3)
+    await run_and_read_output(run_in_process, wrong, "work", "get", work_id, status=3)
     command.send_signal(signal.SIGTERM)
     assert await command.wait_for_end() == 0
     lines = [line for line in command.err.splitlines() if " request method=" in line]
@@ -301,21 +311,21 @@ async def test_verbose_serve_logs_requests_without_tokens_queries_and_bodies(
 async def start_two_servers(start: CommandStarter, url: str) -> list[dict[str, str]]:
     """Start two servers on one database, and return the client variables of each server."""
     given = {"WORKPOOL_SERVE_STORE": url, "WORKPOOL_SERVE_TOKEN": TOKEN}
-    return [printed_variables((await start_serve(start, **given))[1], TOKEN) for _ in range(2)]
+    return [client_variables((await start_serve(start, **given))[1], TOKEN) for _ in range(2)]
 
 
-async def test_two_servers_share_one_database(
+async def test_item_created_on_one_server_is_stopped_on_another_with_same_database(
     start_without_settings: CommandStarter, run_in_process: CommandRunner, database_url: str
 ) -> None:
     one, other = await start_two_servers(start_without_settings, database_url)
-    [work_id] = (await printed_text(run_in_process, one, "work", "enqueue")).split()
-    assert work_id in await printed_text(run_in_process, other, "work", "list")
-    await printed_text(run_in_process, other, "work", "stop", "--force", work_id)
-    assert "stopped" in await printed_text(run_in_process, one, "work", "get", work_id)
+    [work_id] = (await run_and_read_output(run_in_process, one, "work", "enqueue")).split()
+    assert work_id in await run_and_read_output(run_in_process, other, "work", "list")
+    await run_and_read_output(run_in_process, other, "work", "stop", "--force", work_id)
+    assert "stopped" in await run_and_read_output(run_in_process, one, "work", "get", work_id)
 
 
-@pytest.mark.timeout(300)  # the suite waits until a lease of 60 s lapses
-async def test_conformance_suite_passes_on_database(
+@pytest.mark.timeout(300)  # the conformance suite waits until a lease of 60 s lapses
+async def test_conformance_suite_finds_no_difference_in_server_with_database(
     start_without_settings: CommandStarter, database_url: str
 ) -> None:
     (_, asked) = await start_two_servers(start_without_settings, database_url)
@@ -325,7 +335,7 @@ async def test_conformance_suite_passes_on_database(
     assert await suite.wait_for_end(200) == 0
 
 
-async def test_password_of_database_is_not_shown(
+async def test_serve_never_prints_password_of_its_database(
     start_without_settings: CommandStarter, database_url: str
 ) -> None:
     url = database_url.replace("workpool@", "workpool:pass%2Fword-9137@")

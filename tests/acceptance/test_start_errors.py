@@ -1,4 +1,4 @@
-"""The error line and the exit status of commands that users start with a mistake.
+"""The error line and the exit status of commands with wrong settings or arguments.
 
 The first line of the error names the setting, where its value came from, and the file or path.
 See workpool/docs/cli.md, "Exit statuses".
@@ -77,7 +77,7 @@ class StartMistake:
     status: int = 2
     trace: bool = False
 
-    def is_reported_in(self, text: str) -> bool:
+    def line_is_in(self, text: str) -> bool:
         pattern = ".*".join(map(re.escape, self.line.split("…")))
         return (
             re.search(rf"^(workpool: |Error: |.* ended: ){pattern}", text, re.MULTILINE) is not None
@@ -494,7 +494,7 @@ async def test_wrong_setting_is_reported_with_its_source(
     mistake: StartMistake, run_in_process: CommandRunner
 ) -> None:
     ended = await run_in_process(*shlex.split(mistake.command), **mistake.variables)
-    assert mistake.is_reported_in(ended.err), ended.err
+    assert mistake.line_is_in(ended.err), ended.err
     assert ended.status == mistake.status
     assert ended.out == ""
 
@@ -505,7 +505,7 @@ async def test_failed_start_reports_its_reason(
 ) -> None:
     command = await start_command(*shlex.split(mistake.command), **mistake.variables)
     assert await command.wait_for_end() == mistake.status
-    assert mistake.is_reported_in(command.err), command.err
+    assert mistake.line_is_in(command.err), command.err
     assert ('File "' in command.err) == mistake.trace
     assert "backoff" not in command.err
     # The error ends the command, so no log line may announce a retry.
@@ -520,7 +520,7 @@ async def test_port_in_use_is_reported_with_its_setting(start_command: CommandSt
         command = await start_command("run", "handlers", WORKPOOL_METRICS_LISTEN=address)
         assert await command.wait_for_end() == 2
     mistake = StartMistake("", "", f"cannot listen on {address} (Address already in use); …")
-    assert mistake.is_reported_in(command.err)
+    assert mistake.line_is_in(command.err)
     assert "(metrics_listen from WORKPOOL_METRICS_LISTEN)" in command.err
 
 
@@ -530,7 +530,7 @@ async def test_address_without_the_prefix_of_the_dialect_is_refused(
     address = control_plane.base_url.removesuffix("/api/v1/cloud")
     command = await start_command("run", "handlers", WORKPOOL_BASE_URL=address)
     assert await command.wait_for_end() == 3
-    assert StartMistake("", "", "poll: 404 …").is_reported_in(command.err)
+    assert StartMistake("", "", "poll: 404 …").line_is_in(command.err)
 
 
 TLS_ALERT = b"\x15\x03\x01\x00\x02\x02\x46"

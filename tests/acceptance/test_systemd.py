@@ -76,7 +76,7 @@ class ServiceManager:
         """Wait for an unread line that begins with `start`."""
         async with asyncio.timeout(SECONDS):
             while True:
-                lines = await self._read_lines()
+                lines = await self._receive_lines()
                 for line in lines:
                     if line.startswith(start):
                         return line
@@ -90,12 +90,12 @@ class ServiceManager:
             pass
         try:
             async with asyncio.timeout(seconds):
-                await self._read_lines()
+                await self._receive_lines()
         except TimeoutError:
             return True
         return False
 
-    async def _read_lines(self) -> list[str]:
+    async def _receive_lines(self) -> list[str]:
         datagram = await asyncio.get_running_loop().sock_recv(self.socket, 4096)
         lines = datagram.decode().split("\n")
         self.lines += lines
@@ -272,7 +272,7 @@ def test_unit_file_has_no_problem_for_systemd(run_systemd_analyze: str, tmp_path
     )
 
 
-def test_unit_file_restricts_the_process(run_systemd_analyze: str) -> None:
+def test_unit_file_has_low_exposure_level_in_systemd_analysis(run_systemd_analyze: str) -> None:
     words = ("security", "--offline=true", "--no-pager", f"--threshold={EXPOSURE_TENTHS}")
     assert "Overall exposure level" in run_command(run_systemd_analyze, *words, str(UNIT))
 
@@ -295,14 +295,14 @@ def test_unit_file_gives_a_drain_enough_time() -> None:
     assert unit_setting("KillMode") == "mixed"
 
 
-def test_unit_file_accepts_the_reports_of_the_worker() -> None:
+def test_unit_file_lets_systemd_accept_reports_of_main_process() -> None:
     assert (unit_setting("Type"), unit_setting("NotifyAccess")) == ("notify", "main")
     assert unit_seconds("WatchdogSec") >= 10, "reports are sent every second and may be late"
 
 
 def test_watchdog_ends_a_frozen_process_before_its_leases_lapse() -> None:
     ttl = Settings().lease_ttl
-    left = ttl - ttl / RENEW_PART  # what a lease still lasts when its next heartbeat is due
+    left = ttl - ttl / RENEW_PART  # remaining time when a heartbeat is due
     assert unit_seconds("WatchdogSec") < left - lease_margin(ttl)
 
 

@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 pytestmark = [pytest.mark.acceptance, pytest.mark.timeout(120)]
 
 
-async def work_output(ask: CommandRunner, *arguments: str) -> str:
+async def output_of_work_command(ask: CommandRunner, *arguments: str) -> str:
     ended = await ask("work", *arguments)
     assert ended.status == 0
     # Only `work list` writes to stderr: the number of items that were read.
@@ -49,7 +49,7 @@ async def test_work_enqueue_prints_ids_and_work_get_of_unknown_item_fails(
 async def test_work_commands_take_an_item_from_creation_to_stop(
     run_in_process: CommandRunner,
 ) -> None:
-    printed = await work_output(
+    printed = await output_of_work_command(
         run_in_process, "enqueue", "--count", "3", "--metadata", "job=a", "--metadata", "n="
     )
     first, second, third = printed.splitlines()
@@ -57,34 +57,42 @@ async def test_work_commands_take_an_item_from_creation_to_stop(
 
     rows = [
         line.split("\t")
-        for line in (await work_output(run_in_process, "list", "--limit", "2")).splitlines()
+        for line in (
+            await output_of_work_command(run_in_process, "list", "--limit", "2")
+        ).splitlines()
     ]
     assert [row[0] for row in rows] == [first, second]
     assert rows[0][2] == "queued"
     assert rows[0][-1] == "job=a n="
-    after = json.loads(await work_output(run_in_process, "list", "--after", second, "--json"))
+    after = json.loads(
+        await output_of_work_command(run_in_process, "list", "--after", second, "--json")
+    )
     assert [item["id"] for item in after] == [third]
-    before = json.loads(await work_output(run_in_process, "list", "--before", second, "--json"))
+    before = json.loads(
+        await output_of_work_command(run_in_process, "list", "--before", second, "--json")
+    )
     assert [item["id"] for item in before] == [first]
 
-    updated = await work_output(
+    updated = await output_of_work_command(
         run_in_process, "update", first, "job=b", "more=x=y", "--delete", "n", "--json"
     )
     assert json.loads(updated)["metadata"] == {"job": "b", "more": "x=y"}
     assert (
-        json.loads(await work_output(run_in_process, "stop", first, "--force", "--json"))["state"]
+        json.loads(
+            await output_of_work_command(run_in_process, "stop", first, "--force", "--json")
+        )["state"]
         == "stopped"
     )
-    got = json.loads(await work_output(run_in_process, "get", first, "--json"))
+    got = json.loads(await output_of_work_command(run_in_process, "get", first, "--json"))
     assert got["state"] == "stopped"
     assert got["created_at"].endswith("Z")
-    assert "state\tstopped" in await work_output(run_in_process, "stop", second)
+    assert "state\tstopped" in await output_of_work_command(run_in_process, "stop", second)
 
-    stats = json.loads(await work_output(run_in_process, "stats", "--json"))
+    stats = json.loads(await output_of_work_command(run_in_process, "stats", "--json"))
     assert (stats["depth"], stats["pending"]) == (1, 0)
-    assert "depth\t1" in await work_output(run_in_process, "stats")
+    assert "depth\t1" in await output_of_work_command(run_in_process, "stats")
     created = json.loads(
-        await work_output(run_in_process, "enqueue", "--type", "healthcheck", "--json")
+        await output_of_work_command(run_in_process, "enqueue", "--type", "healthcheck", "--json")
     )
     assert [item["type"] for item in created] == ["healthcheck"]
 
@@ -93,8 +101,10 @@ async def test_work_enqueue_with_script_creates_scripted_session(
     run_in_process: CommandRunner, command_directory: Path, control_plane: ControlPlane
 ) -> None:
     (command_directory / "script.json").write_text('[{"name": "Bash", "input": {"command": "ls"}}]')
-    work_id = (await work_output(run_in_process, "enqueue", "--script", "script.json")).strip()
-    session_id = json.loads(await work_output(run_in_process, "get", work_id, "--json"))[
+    work_id = (
+        await output_of_work_command(run_in_process, "enqueue", "--script", "script.json")
+    ).strip()
+    session_id = json.loads(await output_of_work_command(run_in_process, "get", work_id, "--json"))[
         "session_id"
     ]
     expected_text = control_plane.events(session_id)
@@ -166,11 +176,13 @@ async def test_work_stop_under_key_that_may_not_read_shows_item(
 async def test_failed_item_is_listed_and_retried_as_a_copy(
     start_command: CommandStarter, run_in_process: CommandRunner
 ) -> None:
-    [work_id] = (await work_output(run_in_process, "enqueue", "--metadata", "do=fail")).split()
+    [work_id] = (
+        await output_of_work_command(run_in_process, "enqueue", "--metadata", "do=fail")
+    ).split()
     queued = await run_in_process("work", "retry", work_id)
     assert queued.status == 1
     assert queued.err == f"workpool: {work_id} is queued; only a stopped item is retried\n"
-    await work_output(run_in_process, "enqueue", "--metadata", "do=finish")
+    await output_of_work_command(run_in_process, "enqueue", "--metadata", "do=finish")
     worker = await start_command("run", "handlers", "--drain")
     assert await worker.wait_for_end() == 0
 
@@ -179,20 +191,20 @@ async def test_failed_item_is_listed_and_retried_as_a_copy(
     assert (failed["id"], failed["metadata"]["workpool.error"]) == (work_id, "RuntimeError")
     assert listed.err == "workpool: 1 shown of 1 items read\n"
 
-    [copy] = (await work_output(run_in_process, "retry", work_id)).split()
-    got = json.loads(await work_output(run_in_process, "get", copy, "--json"))
+    [copy] = (await output_of_work_command(run_in_process, "retry", work_id)).split()
+    got = json.loads(await output_of_work_command(run_in_process, "get", copy, "--json"))
     assert (got["state"], got["type"]) == ("queued", failed["type"])
     assert got["metadata"] == {"do": "fail", "workpool.retry_of": work_id}
     assert got["session_id"] != failed["session_id"]
     [newest] = json.loads(
-        await work_output(run_in_process, "list", "--newest", "--limit", "1", "--json")
+        await output_of_work_command(run_in_process, "list", "--newest", "--limit", "1", "--json")
     )
     assert newest["id"] == copy
-    stats = json.loads(await work_output(run_in_process, "stats", "--json"))
+    stats = json.loads(await output_of_work_command(run_in_process, "stats", "--json"))
     assert (stats["running"], stats["stopped"]) == (0, 2)
 
 
-async def test_retry_on_a_control_plane_that_cannot_create_items_suggests_a_solution(
+async def test_retry_without_call_that_creates_items_prints_metadata_of_item(
     run_in_process: CommandRunner,
 ) -> None:
     faults = Faults()
@@ -208,13 +220,15 @@ async def test_retry_on_a_control_plane_that_cannot_create_items_suggests_a_solu
     assert ended.err.endswith("it had the metadata: report=7\n")
 
 
-async def test_list_of_an_unknown_state_ends_with_2(run_in_process: CommandRunner) -> None:
+async def test_work_list_with_unknown_state_ends_with_status_2(
+    run_in_process: CommandRunner,
+) -> None:
     ended = await run_in_process("work", "list", "--state", "lost")
     assert ended.status == 2
     assert "queued, starting, active, stopping, stopped" in ended.err
 
 
-async def test_watched_list_is_printed_again_until_a_signal(
+async def test_work_list_with_watch_flag_prints_changes_until_a_signal(
     start_command: CommandStarter, control_plane: ControlPlane
 ) -> None:
     (first,) = control_plane.enqueue()

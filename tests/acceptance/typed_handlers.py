@@ -113,7 +113,7 @@ class Reports:
         return [event["id"] for event in session.events.list()]
 
     @handler
-    async def method(self, session: Session) -> dict[str, int]:
+    async def async_method(self, session: Session) -> dict[str, int]:
         return {"rows": session.attempt}
 
     @handler(max_sessions=2)

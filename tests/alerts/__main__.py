@@ -29,8 +29,9 @@ if TYPE_CHECKING:
 MINUTES: Final = 20.0
 LOOK_SECONDS: Final = 5.0
 BACKLOG_SECONDS: Final = 120
-TWO_WORKERS: Final = "env-kill-9-of-one-worker"
 """Replaces the threshold of the rule WorkpoolBacklog, which each operator must choose."""
+TWO_WORKERS: Final = "env-kill-9-of-one-worker"
+"""The environment with two workers; an alert must fire if it has fewer."""
 
 
 class AlertFirings:
@@ -63,7 +64,7 @@ class AlertFirings:
 
 
 async def main() -> int:
-    """Run the causes whose names contain an argument, and print the alerts."""
+    """Run the alert causes whose names contain an argument, and print the alerts that fired."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("names", nargs="*", help="parts of names of causes; default: all")
     parser.add_argument("--minutes", type=float, default=MINUTES)

@@ -37,7 +37,7 @@ class CauseSetup:
 
     Attributes:
         environment: The id of the environment, and the label of its alerts.
-        ports: The ports at which its workers are scraped.
+        ports: The ports at which Prometheus scrapes the workers.
     """
 
     def __init__(self, environment: str, cause: AlertCause, logs: Path) -> None:
@@ -61,7 +61,7 @@ class CauseSetup:
         await self.plane.__aexit__(None, None, None)
 
     def kill_workers(self) -> None:
-        """Kill all workers of this cause."""
+        """Kill all workers that `start_worker` has started."""
         for worker in self._workers:
             if worker.returncode is None:
                 worker.kill()
@@ -81,7 +81,7 @@ class CauseSetup:
         with (self._logs / f"{self.environment}-{port}.log").open("wb") as log:
             worker = await asyncio.create_subprocess_exec(
                 *(sys.executable, "-m", "workpool", "run"),
-                *("tests.alerts.worker_handlers:work", *self._cause.plugins),
+                *("tests.alerts.worker_handlers:run_requested_behaviour", *self._cause.plugins),
                 cwd=ROOT,
                 env=os.environ | {f"WORKPOOL_{name}": value for name, value in variables.items()},
                 stdout=log,

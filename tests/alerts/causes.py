@@ -28,7 +28,7 @@ class AlertCause:
     """A situation that makes alerts fire, with the names of these alerts.
 
     Attributes:
-        begin: Causes the alert.
+        begin: Starts workers and causes the situation.
         must: The alerts that must fire.
         may: Further alerts that are right, and may come late.
         settings: The settings of its workers, as variables without prefix.

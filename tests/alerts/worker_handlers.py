@@ -50,7 +50,7 @@ BEHAVIOURS: dict[str, Callable[[Session], Awaitable[None]]] = {
 
 
 @handler(metadata={"kind": "wanted"})
-async def work(session: Session) -> None:
+async def run_requested_behaviour(session: Session) -> None:
     """Run the behaviour that the metadata `do` of the item names."""
     await BEHAVIOURS[session.item.metadata["do"]](session)
 

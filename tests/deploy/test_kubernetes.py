@@ -46,7 +46,7 @@ def parse_manifests(text: str) -> list[Manifest]:
 
 
 def manifests_in_files() -> list[Manifest]:
-    """Return all manifests of the YAML files."""
+    """Return the manifests in all YAML files for Kubernetes, without those of Kustomize."""
     paths = [
         path
         for path in sorted(KUBERNETES.rglob("*.yaml"))
@@ -280,7 +280,7 @@ def test_deletion_cost_component_gives_pods_a_token_a_name_and_the_role(
     ]
 
 
-def test_role_of_the_deletion_cost_may_only_patch_pods() -> None:
+def test_deletion_cost_role_may_only_patch_pods() -> None:
     readme = (ROOT / "plugins/kubernetes/README.md").read_text()
     [example] = re.findall(r"```yaml\n(apiVersion: rbac.*?)```", readme, re.DOTALL)
     assert yaml.safe_load(example) == manifest_of_kind(manifests_in_files(), "Role")
@@ -377,7 +377,7 @@ def test_token_file_of_the_settings_is_the_mounted_secret() -> None:
     assert str(path.parent) == mount["mountPath"]
 
 
-def test_pods_of_jobs_differ_from_those_of_the_deployment_in_their_limits_only() -> None:
+def test_job_pods_differ_from_deployment_pods_in_exit_limits_only() -> None:
     deployment, job = (
         pod_spec(manifest_of_kind(manifests_in_files(), kind))
         for kind in ("Deployment", "ScaledJob")

@@ -106,7 +106,7 @@ async def test_call_cancelled_while_waiting_leaves_connection_to_next_call(
         assert await second == 7
 
 
-async def test_exhausted_pool_is_503_and_recovers(
+async def test_call_with_exhausted_pool_raises_503_until_a_connection_is_free(
     pool: ConnectionPool, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     monkeypatch.setattr(connection_pool, "ACQUIRE_SECONDS", 0.2)
@@ -122,7 +122,7 @@ async def test_exhausted_pool_is_503_and_recovers(
     ]
 
 
-async def test_statement_beyond_its_time_limit_is_503(
+async def test_statement_beyond_its_time_limit_is_cancelled_and_raises_503(
     database_url: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(connection_pool, "STATEMENT_SECONDS", 0.2)
@@ -136,7 +136,7 @@ async def test_statement_beyond_its_time_limit_is_503(
         await pool.close()
 
 
-async def test_read_only_database_is_503_until_it_is_writable(
+async def test_write_to_read_only_database_raises_503_until_it_is_writable(
     pool: ConnectionPool, postgres: Cluster, database_url: str
 ) -> None:
     name = database_url.rpartition("/")[2]
@@ -158,7 +158,7 @@ async def terminate_connections(pool: ConnectionPool, postgres: Cluster, name: s
     await wait_until_available(pool)
 
 
-async def test_connection_terminated_during_a_statement_is_503(
+async def test_statement_on_terminated_connection_raises_503(
     pool: ConnectionPool, postgres: Cluster
 ) -> None:
     async def run_until_terminated() -> None:
@@ -194,7 +194,7 @@ async def test_pool_reconnects_after_a_database_restart(own_postgres: Cluster, e
         await pool.close()
 
 
-async def test_unanswered_statement_is_503_and_its_connection_is_replaced(
+async def test_statement_without_answer_raises_503_and_its_connection_is_replaced(
     pool: ConnectionPool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(connection_pool, "_ANSWER_SECONDS", 0.2)
@@ -212,7 +212,7 @@ async def test_unanswered_statement_is_503_and_its_connection_is_replaced(
         os.kill(process, signal.SIGCONT)
 
 
-async def test_too_many_connections_is_503(own_postgres: Cluster) -> None:
+async def test_connection_beyond_limit_of_database_role_raises_503(own_postgres: Cluster) -> None:
     url = own_postgres.create_database()
     role = "CREATE ROLE app LOGIN CONNECTION LIMIT 1"
     own_postgres.execute(role)
@@ -270,7 +270,7 @@ async def test_cancelled_call_frees_its_connection(pool: ConnectionPool, postgre
             pass
 
 
-async def test_call_on_closed_pool_is_503(pool: ConnectionPool) -> None:
+async def test_call_on_closed_pool_raises_503(pool: ConnectionPool) -> None:
     await pool.close()
     with pytest.raises(UnavailableError, match="this node ends"):
         await pool.fetchval("SELECT 7")

@@ -104,7 +104,9 @@ async def test_migration_without_its_table_lock_fails_with_store_error(
     await reader.close()
 
 
-async def test_role_without_create_rights_accepts_current_schema(own_postgres: Cluster) -> None:
+async def test_database_role_without_create_rights_can_use_current_schema(
+    own_postgres: Cluster,
+) -> None:
     url = own_postgres.create_database()
     await migrate(url, [FIRST])
     own_postgres.execute("CREATE ROLE app LOGIN; GRANT SELECT ON schema_versions TO app", url)

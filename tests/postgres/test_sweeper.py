@@ -80,7 +80,7 @@ async def test_second_node_does_not_sweep_until_the_first_has_ended(
     assert other.calls == 1
 
 
-async def test_sweep_cancelled_on_one_node_is_possible_on_another(
+async def test_node_sweeps_after_sweep_of_another_node_was_cancelled(
     pools: tuple[ConnectionPool, ConnectionPool],
 ) -> None:
     slow = ControlledBatch(5)
