@@ -57,7 +57,7 @@ async def test_handoff_block_is_not_entered_before_heartbeats_are_suspended() ->
     async def check_handoff(session: Session) -> None:
         nonlocal entered
         renewer = session._held._context.renewer  # type: ignore[attr-defined]  # no test has another way
-        renewer.call = lambda *_: None  # as if the renewer thread were suspended
+        renewer.call_on_loop = lambda *_: None  # as if the renewer thread were suspended
         with pytest.raises(LeaseLost):
             async with session.handover():
                 entered = True

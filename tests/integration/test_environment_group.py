@@ -249,7 +249,7 @@ def crash_renewer(member: GroupMember) -> None:
 
     view = member.supervisor._view
     assert view is not None
-    view.context.renewer.call(raise_error)
+    view.context.renewer.call_on_loop(raise_error)
 
 
 async def test_environment_with_burst_yields_shared_slots_to_waiting_environment(

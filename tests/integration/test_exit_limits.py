@@ -229,7 +229,7 @@ async def test_failed_pool_returns_shared_slots_and_does_not_delay_idle_exit(
     monkeypatch.setattr(supervisor_module, "read_remote_stats", raise_error_when_allowed)
     sizes = {"concurrency": 1, "prefetch": 1, "pollers": 1, "stats_interval": 30}
     supervisor = make_pool(GatedHandler(), exit_after_idle=0.001, **sizes)
-    share, limits = SharedSlots(4).share(), ExitLimits(supervisor.settings)
+    share, limits = SharedSlots(4).add_share(), ExitLimits(supervisor.settings)
     supervisor.shared = SharedParts(share, limits, None)
     control_plane.enqueue(2)
     async with asyncio.timeout(2 * WAIT_SECONDS), asyncio.TaskGroup() as group:
@@ -238,7 +238,7 @@ async def test_failed_pool_returns_shared_slots_and_does_not_delay_idle_exit(
             await asyncio.sleep(0.01)
         may_crash.set()
     assert share.taken == 0
-    note_poll, idle = limits.add(Admission(lambda: 0.0)), True
+    note_poll, idle = limits.add_pool(Admission(lambda: 0.0)), True
     note_poll(idle)
     await asyncio.sleep(0.01)
     note_poll(idle)

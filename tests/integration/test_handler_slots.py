@@ -103,9 +103,9 @@ async def test_item_set_aside_starts_at_once_when_another_environment_frees_a_sl
     workpool: Kit,
 ) -> None:
     slots = SharedSlots(8)
-    own, others = slots.share(), slots.share()
-    assert others.take()
-    assert others.take()
+    own, others = slots.add_share(), slots.add_share()
+    assert others.take_slot()
+    assert others.take_slot()
     workpool.enqueue(count=4, metadata={"seconds": str(MINUTE_SECONDS)})
     workpool.enqueue(count=2, metadata={"kind": "limited"})
     pool = workpool.pool(counting_handler(3, Counter(), most=1), other_handler, concurrency=8)
@@ -122,8 +122,8 @@ async def test_item_set_aside_starts_at_once_when_another_environment_frees_a_sl
         await slot_of_session.wait()
         assert len(workpool.recorder.of(SessionStarted)) == 5
         freed_at = clock()
-        others.give_back()
-        others.grant()
+        others.return_slot()
+        others.grant_free_slots()
         await workpool.wait_for(SessionStarted, count=6)
         assert clock() - freed_at < 0.1
 

@@ -105,7 +105,7 @@ async def test_pool_crash_is_raised_although_lifespan_swallows_it(
     async def raise_error(*_: object) -> int:
         raise ZeroDivisionError("a bug")
 
-    monkeypatch.setattr(Drain, "wind_down", raise_error)
+    monkeypatch.setattr(Drain, "finish_sessions", raise_error)
     swallowing = SwallowingPlugin()
     pool = make_pool(return_at_once, swallowing)
     async with asyncio.timeout(20):

@@ -182,7 +182,7 @@ async def test_failed_lease_renewer_is_fatal_and_sends_nothing_more(
 
     async with make_pool(endless_handler) as supervisor:
         await recorder.wait_for(SessionStarted)
-        monkeypatch.setattr(LeaseRenewer, "_look", crash_renewer)
+        monkeypatch.setattr(LeaseRenewer, "_check_leases", crash_renewer)
         finished = await recorder.wait_for(SessionFinished)
         assert finished.outcome == "lease_lost"
         with pytest.raises(LeaseRenewerError) as caught:

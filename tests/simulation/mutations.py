@@ -60,7 +60,7 @@ MUTATIONS: dict[str, list[SourceEdit]] = {
         SourceEdit("bounded_queue:BoundedQueue", "self.running >= self.concurrency", "False"),
     ],
     "more runs than the limit of their handler": [
-        SourceEdit("dispatcher:Dispatcher", "and self._slots.free(item.handler)", ""),
+        SourceEdit("dispatcher:Dispatcher", "and self._slots.has_free_slot(item.handler)", ""),
     ],
     "item taken during a pause": [
         SourceEdit(
@@ -88,14 +88,16 @@ MUTATIONS: dict[str, list[SourceEdit]] = {
         ),
     ],
     "shared slot taken although none is free": [
-        SourceEdit("shared_slots:SharedSlots", "if not self.available(share):", "if False:"),
+        SourceEdit("shared_slots:SharedSlots", "if not self.available_to(share):", "if False:"),
     ],
     "slot of another environment taken": [
         SourceEdit("shared_slots:SharedSlots", "max(1, each)", "each"),
         SourceEdit("shared_slots:SharedSlots", "max(0, left - sum(taken))", "99"),
     ],
     "shared slot not given back": [
-        SourceEdit("bounded_queue:BoundedQueue", "self._share.give_back(used_up=used_up)", "pass"),
+        SourceEdit(
+            "bounded_queue:BoundedQueue", "self._share.return_slot(used_up=used_up)", "pass"
+        ),
     ],
     "shared slots of forgotten items not given back": [
         SourceEdit("bounded_queue:BoundedQueue", "for _ in self._waiting:", "for _ in ():"),
@@ -132,7 +134,9 @@ MUTATIONS: dict[str, list[SourceEdit]] = {
         ),
     ],
     "handler before the first heartbeat": [
-        SourceEdit("claim:Claimer", "while not lease.expire(self._clock()):", "while False:"),
+        SourceEdit(
+            "claim:Claimer", "while not lease.end_if_expired(self._clock()):", "while False:"
+        ),
         SourceEdit("pool_item:PoolItem", "if lease.begun and lease.held(", "if lease.held("),
     ],
     "first heartbeat unchecked": [
@@ -146,14 +150,14 @@ MUTATIONS: dict[str, list[SourceEdit]] = {
         SourceEdit(
             "session_runner:SessionRunner",
             "await self._claimer.send_first_heartbeats(item)\n"
-            "    self._context.renewer.add(lease, item)",
-            "self._context.renewer.add(lease, item)\n"
+            "    self._context.renewer.add_lease(lease, item)",
+            "self._context.renewer.add_lease(lease, item)\n"
             "    await self._claimer.send_first_heartbeats(item)",
         ),
     ],
     "no last heartbeat for a claim that a drain ends": [
         SourceEdit(
-            "claim:Claimer", "lease.release(self._clock(), RELEASE_DELAY_SECONDS)", "return"
+            "claim:Claimer", "lease.let_lapse(self._clock(), RELEASE_DELAY_SECONDS)", "return"
         ),
     ],
     "refusal of an optional call not remembered": [
@@ -183,7 +187,7 @@ MUTATIONS: dict[str, list[SourceEdit]] = {
         SourceEdit(
             "lease:Lease", 'if self.status == "held" and now >= self.give_up_at:', "if 0 > 1:"
         ),
-        SourceEdit("item_requests:HeartbeatSender", "lease.check(now)", "pass"),
+        SourceEdit("item_requests:HeartbeatSender", "lease.check_held(now)", "pass"),
     ],
     "deadline from the answer": [
         SourceEdit(
@@ -219,18 +223,24 @@ MUTATIONS: dict[str, list[SourceEdit]] = {
     ],
     "completion without a held lease": [
         SourceEdit(
-            "item_requests:ItemSender", "lease.check(self._clock() if now is None else now)", "pass"
+            "item_requests:ItemSender",
+            "lease.check_held(self._clock() if now is None else now)",
+            "pass",
         ),
     ],
     "stop after loss": [
         SourceEdit(
-            "item_requests:ItemSender", "lease.check(self._clock() if now is None else now)", "pass"
+            "item_requests:ItemSender",
+            "lease.check_held(self._clock() if now is None else now)",
+            "pass",
         ),
         SourceEdit("completion:Completion", 'if row.item == "untouched":', "if False:"),
     ],
     "metadata after loss": [
         SourceEdit(
-            "item_requests:ItemSender", "lease.check(self._clock() if now is None else now)", "pass"
+            "item_requests:ItemSender",
+            "lease.check_held(self._clock() if now is None else now)",
+            "pass",
         ),
         SourceEdit(
             "session_runner:SessionRunner",
@@ -251,20 +261,20 @@ MUTATIONS: dict[str, list[SourceEdit]] = {
     "pause noticed at the next tick only": [
         SourceEdit(
             "item_requests:ItemSender",
-            "paused = self._pauses.paused(lease.clock_offset, now)",
+            "paused = self._pauses.was_paused(lease.clock_offset, now)",
             "paused = lease._doubted",
         ),
     ],
     "pause ended by a heartbeat before it": [
         SourceEdit(
             "item_requests:HeartbeatSender",
-            "lease.answered(self._clock(), attempt, outcome)",
-            "lease.answered(self._clock(), "
-            "attempt._replace(clock_offset=self._pauses.offset()), outcome)",
+            "lease.apply_answer(self._clock(), attempt, outcome)",
+            "lease.apply_answer(self._clock(), "
+            "attempt._replace(clock_offset=self._pauses.wall_clock_offset()), outcome)",
         ),
     ],
     "pause during a claim not noticed": [
-        SourceEdit("claim:Claimer", "self._pauses.paused(lease.clock_offset, now)", "False"),
+        SourceEdit("claim:Claimer", "self._pauses.was_paused(lease.clock_offset, now)", "False"),
     ],
     "one try for all the time that is left": [
         SourceEdit(
@@ -322,7 +332,7 @@ MUTATIONS: dict[str, list[SourceEdit]] = {
     "failing handler claims on": [
         SourceEdit(
             "admission:HandlerHealth",
-            "return failures is None or self._may_claim(failures)",
+            "return failures is None or self._may_claim_after(failures)",
             "return True",
         ),
     ],
@@ -343,7 +353,7 @@ MUTATIONS: dict[str, list[SourceEdit]] = {
     "handler starts after a pause of the machine": [
         SourceEdit(
             "handler_executor:HandlerExecutor",
-            "self._pauses.paused(item.lease.clock_offset, now)",
+            "self._pauses.was_paused(item.lease.clock_offset, now)",
             "False",
         ),
     ],
@@ -442,7 +452,9 @@ MUTATIONS: dict[str, list[SourceEdit]] = {
     ],
     "released by silence": [
         SourceEdit(
-            "completion:Completion", "self._renewer.release(lease, release_delay_of(release))", "0"
+            "completion:Completion",
+            "self._renewer.let_lease_lapse(lease, release_delay_of(release))",
+            "0",
         ),
     ],
     "unwritten taken for written": [
@@ -463,7 +475,7 @@ MUTATIONS: dict[str, list[SourceEdit]] = {
         SourceEdit(
             "dispatcher:Dispatcher",
             "item.session.interrupt(draining=True)",
-            "item.session.interrupt(draining=True); self._context.renewer.remove(item.lease)",
+            "item.session.interrupt(draining=True); self._context.renewer.remove_lease(item.lease)",
         ),
     ],
     "completion not awaited": [
@@ -477,8 +489,8 @@ MUTATIONS: dict[str, list[SourceEdit]] = {
     "heartbeats during the handoff": [
         SourceEdit(
             "handoff:HandoffRun",
-            "lease.suspend()",
-            "lease.suspend(); self._renewer.heartbeat_now(lease)",
+            "lease.suspend_heartbeats()",
+            "lease.suspend_heartbeats(); self._renewer.heartbeat_now(lease)",
         ),
     ],
     "a child's heartbeat taken for our own": [
@@ -489,7 +501,7 @@ MUTATIONS: dict[str, list[SourceEdit]] = {
     "completion before the handoff is settled": [
         SourceEdit(
             "session_runner:SessionRunner",
-            "await settle(item, item.handoff, self._context.renewer)",
+            "await settle_handoff(item, item.handoff, self._context.renewer)",
             "pass",
         ),
         SourceEdit(

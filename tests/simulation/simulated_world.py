@@ -74,7 +74,9 @@ class SimulatedRenewer(LoopRenewer):
         self._loop = self._handlers_loop
         self._handlers_context, self._context = copy_context(), copy_context()
         self._context.run(EVENT_LOOP.set, "renewer")
-        return self._loop.create_task(self._main(), name="lease-renewer", context=self._context)
+        return self._loop.create_task(
+            self._run_until_stopped(), name="lease-renewer", context=self._context
+        )
 
     def _schedule_call(self, callback: Callable[..., object], *args: object) -> None:
         self._loop.call_soon(callback, *args, context=self._context)
@@ -214,7 +216,7 @@ class SimulatedWorld:
         node.machine.handlers.healed = healed
         supervisor = SimulatedSupervisor(pool_settings(pool), **self._supervisor_arguments(node))
         if self._slots is not None and not healed:
-            node.share = self._slots.share()
+            node.share = self._slots.add_share()
             supervisor.shared = SharedParts(node.share, ExitLimits(supervisor.settings), None)
         self._spawn_task(node, self._run_pool(node, supervisor))
         return node
@@ -276,7 +278,7 @@ class SimulatedWorld:
                 node.closed = self.loop.now
                 node.abandoned = supervisor.abandoned
                 if node.share is not None:
-                    node.share.leave()
+                    node.share.end_share()
 
     async def _drain_pool(self, node: PoolProcess, timeout: float) -> None:
         await self._supervisors[node].drain(timeout)
@@ -361,7 +363,7 @@ class SimulatedWorld:
         node.machine.halt("crashed")
         node.crashed = self.loop.now
         if node.share is not None:
-            node.share.leave()
+            node.share.end_share()
         for run in self.trace.runs:
             if run.node is node and run.result is None:
                 run.ended, run.result = node.crashed, "crashed"

@@ -16,7 +16,7 @@ from workpool.cli.signal_recorder import SignalRecorder
 from workpool.events import HeartbeatFinished
 from workpool.pool.item_requests import HeartbeatSender, ItemSender
 from workpool.pool.lease import Lease
-from workpool.pool.lease_renewer import Callbacks
+from workpool.pool.lease_renewer import RenewerCallbacks
 from workpool.pool.pool_item import PoolItem
 from workpool.server import Operations, Poll
 from workpool.testing.fault import Fault
@@ -145,7 +145,7 @@ class LeaseTestbed:
             self.clock,
             self.wall_clock,
             self.open_client,
-            Callbacks(
+            RenewerCallbacks(
                 self.record_event,
                 self.record_lease_change,
                 self.fail_on_renewer_error,
@@ -157,7 +157,11 @@ class LeaseTestbed:
             self.client, self.clock, self.renewer.pauses, self.record_event
         )
         self.sender = ItemSender(
-            self.client, self.clock, request_timeout, self.renewer.pauses, self.renewer.look_soon
+            self.client,
+            self.clock,
+            request_timeout,
+            self.renewer.pauses,
+            self.renewer.check_leases_soon,
         )
 
     def open_client(self) -> RecordingClient:
@@ -221,7 +225,7 @@ class LeaseTestbed:
         """Send the first heartbeat and give the lease to the renewer, which extends it."""
         lease = item.lease
         await self.heartbeats.send_heartbeat(lease)
-        self.renewer.add(lease, item)
+        self.renewer.add_lease(lease, item)
         return lease
 
     @asynccontextmanager

@@ -290,7 +290,7 @@ async def test_first_heartbeat_of_item_held_by_another_worker_is_not_repeated(
         one.ahead += 300
         one.claim_as_other_worker(item.id)
         await ClaimTestbed(one).claimer.send_first_heartbeats(item)
-    assert (item.lease.status, item.lease.confirmed) == ("lost", True)
+    assert (item.lease.status, item.lease.loss_confirmed) == ("lost", True)
     assert len(one.sent) == 1
 
 
@@ -304,7 +304,7 @@ async def test_unsettled_item_held_by_another_worker_is_neither_read_nor_run(
         item = await one.claim_item()
         one.operations.heartbeat(ENVIRONMENT, item.id, None, 60, "rival")
         await ClaimTestbed(one).claimer.send_first_heartbeats(item)
-    assert (item.lease.status, item.lease.confirmed) == ("lost", True)
+    assert (item.lease.status, item.lease.loss_confirmed) == ("lost", True)
     assert [each.op for each in one.sent] == ["heartbeat", "heartbeat"]
 
 

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 import pytest
 
 from workpool.pool import diagnostics
-from workpool.pool.diagnostics import THREADS_MAX, all_stacks, report, stack_of_task
+from workpool.pool.diagnostics import THREADS_MAX, all_stacks, call_on_report_thread, stack_of_task
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -37,7 +37,7 @@ def test_error_of_a_diagnostic_report_reaches_its_caller() -> None:
         raise SystemExit("from a log handler")
 
     with pytest.raises(SystemExit, match="from a log handler"):
-        report(write_failing_report)
+        call_on_report_thread(write_failing_report)
 
 
 def test_diagnostic_report_that_hangs_returns_after_time_limit(
@@ -51,7 +51,7 @@ def test_diagnostic_report_that_hangs_returns_after_time_limit(
         release.wait()
         ended.set()
 
-    report(write_hanging_report)
+    call_on_report_thread(write_hanging_report)
     assert began.is_set()
     assert not ended.is_set()
     release.set()

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 from workpool.events import DrainFinished, DrainStarted
-from workpool.pool.drain import AFTER_DEADLINE_SECONDS, Drain, see_through
+from workpool.pool.drain import AFTER_DEADLINE_SECONDS, Drain, await_despite_cancellation
 from workpool.testing.virtual_time import in_virtual_time
 
 if TYPE_CHECKING:
@@ -66,7 +66,7 @@ class SessionsStandIn:
             queue=SimpleNamespace(running=self.running),
         )
         dispatcher: Any = self
-        return await drain.wind_down(context, dispatcher)
+        return await drain.finish_sessions(context, dispatcher)
 
     @property
     def drain_result(self) -> str:
@@ -193,7 +193,7 @@ async def test_end_of_pool_completes_despite_cancellations_and_raises_last_one()
         ended.append("ended")
 
     async with asyncio.TaskGroup() as group:
-        task = group.create_task(see_through(end_pool, drain))
+        task = group.create_task(await_despite_cancellation(end_pool, drain))
         for _ in range(3):
             await asyncio.sleep(1)
             task.cancel()
@@ -206,5 +206,5 @@ async def test_end_of_pool_completes_despite_cancellations_and_raises_last_one()
 @in_virtual_time
 async def test_end_of_pool_without_cancellation_requests_no_drain() -> None:
     drain = Drain()
-    await see_through(lambda: asyncio.sleep(1), drain)
+    await await_despite_cancellation(lambda: asyncio.sleep(1), drain)
     assert not drain.requested.is_set()

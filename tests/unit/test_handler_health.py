@@ -64,7 +64,7 @@ class HealthTestbed:
         """End a session of a new item, or of the item with this number."""
         self.number += number is None
         item: Any = EndedItem(self.number if number is None else number, handler, error)
-        self.health.record(item, outcome, seconds)
+        self.health.record_session_end(item, outcome, seconds)
 
     def fail_sessions(self, times: int = FAILURES) -> None:
         for _ in range(times):
@@ -72,7 +72,7 @@ class HealthTestbed:
 
     @property
     def is_failing(self) -> bool:
-        return self.health.failing() == [BROKEN.name]
+        return self.health.failing_handlers() == [BROKEN.name]
 
 
 @in_virtual_time
@@ -80,7 +80,7 @@ async def test_five_quick_failures_in_a_row_mark_handler_as_failing() -> None:
     bench = HealthTestbed()
     assert FAILURES == 5
     bench.fail_sessions(4)
-    assert bench.health.failing() == []
+    assert bench.health.failing_handlers() == []
     assert bench.health.may_claim(BROKEN)
     bench.end_session()
     assert bench.is_failing
@@ -101,7 +101,7 @@ async def test_failed_health_checks_do_not_count_as_handler_failures() -> None:
     bench = HealthTestbed()
     for _ in range(100):
         bench.end_session(handler=None)
-    assert bench.health.failing() == []
+    assert bench.health.failing_handlers() == []
 
 
 FULL = OSError(errno.ENOSPC, "no space left on device")
@@ -189,7 +189,7 @@ async def test_pause_of_failing_handler_doubles_up_to_thirty_seconds() -> None:
     pauses = []
     for _ in range(8):
         before = bench.loop.time()
-        await bench.health.admission()
+        await bench.health.wait_until_claimable()
         assert bench.health.may_claim(BROKEN)
         pauses.append(bench.loop.time() - before)
         bench.end_session()
@@ -198,7 +198,7 @@ async def test_pause_of_failing_handler_doubles_up_to_thirty_seconds() -> None:
     bench.end_session("completed")
     bench.fail_sessions()
     before = bench.loop.time()
-    await bench.health.admission()
+    await bench.health.wait_until_claimable()
     # After a success, the pause starts again at 1 s.
     assert bench.loop.time() - before == pytest.approx(1)
 
@@ -206,15 +206,15 @@ async def test_pause_of_failing_handler_doubles_up_to_thirty_seconds() -> None:
 @in_virtual_time
 async def test_admission_waits_only_if_every_used_handler_is_failing() -> None:
     bench = HealthTestbed()
-    await bench.health.admission()
+    await bench.health.wait_until_claimable()
     assert bench.loop.time() == 0
     bench.end_session("completed", handler=OTHER)
     bench.fail_sessions()
-    await bench.health.admission()
+    await bench.health.wait_until_claimable()
     assert bench.loop.time() == 0
     for _ in range(FAILURES):
         bench.end_session(handler=OTHER)
-    await bench.health.admission()
+    await bench.health.wait_until_claimable()
     assert bench.loop.time() == pytest.approx(1)
 
 
@@ -230,7 +230,7 @@ async def test_admission_waits_for_running_session_of_failing_handler() -> None:
         bench.end_session("completed")
 
     bench.loop.call_later(100, complete_session)
-    await bench.health.admission()
+    await bench.health.wait_until_claimable()
     assert bench.loop.time() == pytest.approx(102)
     assert not bench.is_failing
 
@@ -243,7 +243,7 @@ async def test_admission_of_two_paused_handlers_ends_with_shorter_pause() -> Non
     for _ in range(FAILURES):
         bench.end_session(handler=OTHER)  # OTHER pauses for 1 s.
     before = bench.loop.time()
-    await bench.health.admission()
+    await bench.health.wait_until_claimable()
     assert bench.loop.time() - before == pytest.approx(1)
     assert [a < b for a, b in pairwise(map(bench.health.may_claim, (BROKEN, OTHER)))] == [True]
 
@@ -256,7 +256,7 @@ async def test_admission_with_one_running_and_one_paused_handler_ends_with_the_p
         bench.end_session(handler=OTHER)  # OTHER pauses for 1 s.
     bench.owned[OTHER] = 1
     bench.fail_sessions(FAILURES + 2)  # BROKEN pauses for 4 s.
-    await bench.health.admission()
+    await bench.health.wait_until_claimable()
     assert bench.loop.time() == pytest.approx(4)
     assert bench.health.may_claim(BROKEN)
 

@@ -252,7 +252,7 @@ async def test_attempt_of_call_takes_at_most_a_third_of_remaining_lease(
     one = testbed(request_timeout=300.0, update=[SILENCE] * 99)
     async with renewed_item(one) as item:
         lease = item.lease
-        one.renewer.remove(lease)
+        one.renewer.remove_lease(lease)
         lease.closed = False  # remove() closes the lease, but only the renewal must end here.
         with pytest.raises(TransientError):
             await send_update(one, item)

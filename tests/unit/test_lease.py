@@ -21,7 +21,7 @@ from workpool.errors import (
     SessionEnded,
     TransientError,
 )
-from workpool.pool.lease import RETRY_PARTS, Decision, Lease
+from workpool.pool.lease import RETRY_PARTS, HeartbeatDecision, Lease
 from workpool.server import APIError, Operations, Poll
 from workpool.server.http.server_dialects import QODER
 from workpool.server.state_machine import heartbeat_answer
@@ -102,8 +102,8 @@ THROTTLED = transient_error("throttled")
 
 def exchange_heartbeat(
     lease: Lease, sent: float, answered: float, outcome: Heartbeat | ControlPlaneError
-) -> Decision:
-    return lease.answered(answered, lease.send(sent, sent), outcome)
+) -> HeartbeatDecision:
+    return lease.apply_answer(answered, lease.begin_heartbeat(sent, sent), outcome)
 
 
 def fresh_lease() -> Lease:
@@ -155,15 +155,15 @@ def checked_lease() -> Lease:
     """Return a lease that a read has shown to be held."""
     lease = renewed_lease()
     exchange_heartbeat(lease, 5.0, 6.0, CONFLICT)
-    lease.read(7.0, "conflict", own_item())
+    lease.apply_read(7.0, "conflict", own_item())
     return lease
 
 
 def lease_in_handoff() -> Lease:
     """Return a lease that a child process may have taken over."""
     lease = renewed_lease()
-    lease.suspend()
-    lease.resume(SENT)
+    lease.suspend_heartbeats()
+    lease.resume_heartbeats(SENT)
     return lease
 
 
@@ -177,7 +177,7 @@ def stopped_lease() -> Lease:
 def releasing_lease() -> Lease:
     """Return a lease whose next heartbeat is the last one."""
     lease = renewed_lease()
-    lease.release(SENT, 12.0)
+    lease.let_lapse(SENT, 12.0)
     return lease
 
 
@@ -303,7 +303,7 @@ def test_heartbeat_answer_determines_decision_status_and_deadline(
     lease = state()
     decision = exchange_heartbeat(lease, SENT, ANSWERED, outcome)
     assert decision == (expected.then, expected.result)
-    assert (lease.status, lease.confirmed) == (expected.status, expected.confirmed)
+    assert (lease.status, lease.loss_confirmed) == (expected.status, expected.confirmed)
     assert lease.deadline == expected.deadline
     assert lease.in_flight == (expected.then == "read")
     if expected.due is not None:
@@ -361,21 +361,21 @@ def test_granted_ttl_replaces_requested_ttl() -> None:
 def test_heartbeat_timeout_is_a_sixth_of_ttl_and_ends_before_give_up_time(
     ttl: int, request_timeout: float, sent: float, timeout: float
 ) -> None:
-    attempt = renewed_lease(ttl=ttl, request_timeout=request_timeout).send(sent, sent)
+    attempt = renewed_lease(ttl=ttl, request_timeout=request_timeout).begin_heartbeat(sent, sent)
     assert attempt.timeout == pytest.approx(timeout, abs=0.001)
     assert attempt.timeout > 0
 
 
 @pytest.mark.parametrize("lease", [make_lease(ttl=10), releasing_lease()], ids=["first", "release"])
 def test_heartbeat_that_may_shorten_lease_leaves_time_for_retry(lease: Lease) -> None:
-    attempt = lease.send(SENT, SENT)
+    attempt = lease.begin_heartbeat(SENT, SENT)
     assert attempt.timeout <= attempt.ttl / 6
     assert SENT + attempt.timeout < lease.give_up_at
 
 
 def test_late_heartbeat_reports_its_lag() -> None:
-    assert renewed_lease().send(20.0, 18.5).lag == 1.5
-    assert renewed_lease().send(20.0, 21.0).lag == 0
+    assert renewed_lease().begin_heartbeat(20.0, 18.5).lag == 1.5
+    assert renewed_lease().begin_heartbeat(20.0, 21.0).lag == 0
 
 
 def test_failed_heartbeats_are_repeated_with_growing_delay() -> None:
@@ -395,7 +395,7 @@ def test_heartbeat_answer_after_deadline_does_not_extend_lease() -> None:
     assert exchange_heartbeat(lease, 20.0, 59.9, make_answer(2)).then == "held"
     lease = renewed_lease()
     assert exchange_heartbeat(lease, 20.0, 60.0, make_answer(2)) == ("over", "timeout")
-    assert (lease.status, lease.confirmed, lease.deadline) == ("lost", False, 60)
+    assert (lease.status, lease.loss_confirmed, lease.deadline) == ("lost", False, 60)
 
 
 def test_unanswered_heartbeat_shortens_lease_to_its_requested_ttl() -> None:
@@ -417,14 +417,14 @@ def test_heartbeat_refused_without_effect_does_not_shorten_lease(
 
 def test_heartbeat_that_was_not_sent_does_not_shorten_lease() -> None:
     lease = make_lease(ttl=10)
-    lease.unsent(lease.send(1.0, 1.0))
+    lease.note_unsent(lease.begin_heartbeat(1.0, 1.0))
     assert (lease.deadline, lease.in_flight) == (60, False)
 
 
 def test_abandoned_heartbeat_counts_as_unanswered() -> None:
     lease = renewed_lease()
-    lease.send(5.0, 5.0)
-    lease.abandoned()
+    lease.begin_heartbeat(5.0, 5.0)
+    lease.note_unanswered()
     assert not lease.in_flight
     assert exchange_heartbeat(lease, SENT, ANSWERED, PRECONDITION) == READ_PRECONDITION[:2]
 
@@ -436,16 +436,16 @@ def test_heartbeat_answer_after_end_of_lease_changes_nothing(
     outcome: Heartbeat | ControlPlaneError,
 ) -> None:
     lease = renewed_lease()
-    attempt = lease.send(SENT, SENT)
+    attempt = lease.begin_heartbeat(SENT, SENT)
     lease.end("released")
-    assert lease.answered(ANSWERED, attempt, outcome) == ("over", None)
-    assert (lease.status, lease.confirmed, lease.deadline) == ("released", False, 60)
+    assert lease.apply_answer(ANSWERED, attempt, outcome) == ("over", None)
+    assert (lease.status, lease.loss_confirmed, lease.deadline) == ("released", False, 60)
     assert (lease.due_at, lease.in_flight) == (math.inf, False)
 
 
 def test_heartbeat_expects_the_last_answered_heartbeat() -> None:
     lease = make_lease()
-    assert lease.send(0.0, 0.0).expected == "NO_HEARTBEAT"
+    assert lease.begin_heartbeat(0.0, 0.0).expected == "NO_HEARTBEAT"
     lease = renewed_lease()
     assert lease.expected == "hb_1"
     exchange_heartbeat(lease, SENT, ANSWERED, transient_error())
@@ -470,7 +470,7 @@ def test_first_heartbeat_of_child_expects_last_heartbeat_of_parent() -> None:
 def test_heartbeat_after_read_expects_last_heartbeat_of_item(item: WorkItem, expected: str) -> None:
     lease = unanswered_lease()
     exchange_heartbeat(lease, SENT, ANSWERED, PRECONDITION)
-    lease.read(23.0, "precondition", item)
+    lease.apply_read(23.0, "precondition", item)
     assert lease.expected == expected
 
 
@@ -531,9 +531,9 @@ def test_read_of_item_determines_decision_status_and_deadline(
     lease = state()
     exchange_heartbeat(lease, SENT, ANSWERED, CONFLICT)
     assert lease.in_flight
-    decision = lease.read(READ_AT, "conflict", outcome)
+    decision = lease.apply_read(READ_AT, "conflict", outcome)
     assert decision == (expected.then, expected.result)
-    assert (lease.status, lease.confirmed) == (expected.status, expected.confirmed)
+    assert (lease.status, lease.loss_confirmed) == (expected.status, expected.confirmed)
     assert (lease.deadline, lease.in_flight) == (60, False)  # A read never extends the lease.
     assert lease.due_at == pytest.approx(READ_AT + (expected.due or 0))
 
@@ -541,9 +541,9 @@ def test_read_of_item_determines_decision_status_and_deadline(
 def test_failed_read_after_412_leaves_ownership_unknown_and_successful_read_does_not() -> None:
     lease = renewed_lease()
     exchange_heartbeat(lease, SENT, ANSWERED, CONFLICT)
-    lease.read(READ_AT, "conflict", transient_error())
+    lease.apply_read(READ_AT, "conflict", transient_error())
     assert exchange_heartbeat(lease, 25.0, 25.0, PRECONDITION).then == "read"
-    lease.read(26.0, "precondition", own_item())
+    lease.apply_read(26.0, "precondition", own_item())
     assert exchange_heartbeat(lease, 26.0, 26.0, PRECONDITION) == ("over", "precondition")
 
 
@@ -551,8 +551,8 @@ def test_read_after_end_of_lease_changes_nothing() -> None:
     lease = renewed_lease()
     exchange_heartbeat(lease, SENT, ANSWERED, CONFLICT)
     lease.end("released")
-    assert lease.read(READ_AT, "conflict", foreign_item()) == ("over", None)
-    assert (lease.status, lease.confirmed, lease.in_flight) == ("released", False, False)
+    assert lease.apply_read(READ_AT, "conflict", foreign_item()) == ("over", None)
+    assert (lease.status, lease.loss_confirmed, lease.in_flight) == ("released", False, False)
 
 
 @pytest.mark.parametrize(("state", "requested"), [(renewed_lease, True), (stopped_lease, False)])
@@ -579,17 +579,17 @@ def test_first_heartbeat_in_state_stopping_begins_lease() -> None:
 )
 def test_release_delay_is_limited_to_range_of_protocol(delay: float, ttl: int) -> None:
     lease = renewed_lease()
-    lease.release(5.0, delay)
+    lease.let_lapse(5.0, delay)
     assert lease.due_at == 5.0
-    attempt = lease.send(5.0, 5.0)
+    attempt = lease.begin_heartbeat(5.0, 5.0)
     assert (attempt.ttl, attempt.last) == (ttl, True)
 
 
 def test_release_during_heartbeat_makes_next_heartbeat_the_last() -> None:
     lease = renewed_lease()
-    attempt = lease.send(SENT, SENT)
-    lease.release(SENT + 1, 10.0)
-    assert lease.answered(ANSWERED, attempt, make_answer(2)).then == "held"
+    attempt = lease.begin_heartbeat(SENT, SENT)
+    lease.let_lapse(SENT + 1, 10.0)
+    assert lease.apply_answer(ANSWERED, attempt, make_answer(2)).then == "held"
     assert (lease.status, lease.due_at) == ("held", SENT + 1)
     assert (
         exchange_heartbeat(lease, ANSWERED, ANSWERED, make_answer(3, ttl_seconds=10)).then == "over"
@@ -601,7 +601,7 @@ def test_second_release_request_leaves_the_heartbeat_the_last_one() -> None:
     lease = releasing_lease()
     exchange_heartbeat(lease, SENT, ANSWERED, transient_error())
     assert lease.deadline == SENT + 12  # The unanswered heartbeat may have been applied.
-    attempt = lease.send(23.0, 23.0)
+    attempt = lease.begin_heartbeat(23.0, 23.0)
     assert (attempt.ttl, attempt.last) == (12, True)
     assert lease.deadline == SENT + 12
 
@@ -616,62 +616,62 @@ def test_release_without_extension_in_state_stopping_ends_lease() -> None:
 
 def test_requested_lease_check_makes_heartbeat_due_at_once() -> None:
     lease = renewed_lease()
-    lease.check_soon(5.0)
-    lease.check_soon(6.0)
+    lease.make_heartbeat_due(5.0)
+    lease.make_heartbeat_due(6.0)
     assert lease.due_at == 5.0
 
 
 def test_requested_lease_check_while_suspended_schedules_no_heartbeat() -> None:
     lease = renewed_lease()
-    lease.suspend()
-    lease.check_soon(5.0)
+    lease.suspend_heartbeats()
+    lease.make_heartbeat_due(5.0)
     assert lease.due_at == math.inf
 
 
 def test_lease_in_doubt_schedules_heartbeat_at_once() -> None:
     lease = renewed_lease()
-    assert lease.doubt(5.0)
+    assert lease.doubt_after_pause(5.0)
     assert lease.due_at == 5.0
 
 
 def test_failed_heartbeat_of_lease_in_doubt_is_repeated_after_delay() -> None:
     lease = renewed_lease()
-    lease.doubt(5.0)
+    lease.doubt_after_pause(5.0)
     exchange_heartbeat(lease, 5.0, 5.1, THROTTLED)
     due_at = lease.due_at
     assert due_at > 5.1
-    assert not lease.doubt(5.2)
+    assert not lease.doubt_after_pause(5.2)
     assert lease.due_at == due_at
 
 
 def test_lease_can_be_in_doubt_again_after_successful_heartbeat() -> None:
     lease = renewed_lease()
-    lease.doubt(5.0)
+    lease.doubt_after_pause(5.0)
     exchange_heartbeat(lease, 5.0, 5.1, make_answer(2))
-    assert lease.doubt(7.0)
+    assert lease.doubt_after_pause(7.0)
 
 
 def test_successful_heartbeat_records_clock_offset_of_its_sending() -> None:
     lease = renewed_lease()
-    attempt = lease.send(SENT, SENT, 30.0)
+    attempt = lease.begin_heartbeat(SENT, SENT, 30.0)
     assert lease.clock_offset == 0.0
-    lease.answered(ANSWERED, attempt, make_answer(2))
+    lease.apply_answer(ANSWERED, attempt, make_answer(2))
     assert lease.clock_offset == 30.0
 
 
 @pytest.mark.parametrize("extended", [True, False])
 def test_heartbeat_answer_in_state_stopping_loses_lease_in_doubt(*, extended: bool) -> None:
     lease = renewed_lease()
-    lease.doubt(SENT)
-    attempt = lease.send(SENT, SENT, 30.0)
+    lease.doubt_after_pause(SENT)
+    attempt = lease.begin_heartbeat(SENT, SENT, 30.0)
     answer = make_answer(2, lease_extended=extended, state="stopping")
-    assert lease.answered(ANSWERED, attempt, answer) == Decision("over", "conflict")
-    assert (lease.status, lease.confirmed) == ("lost", False)
+    assert lease.apply_answer(ANSWERED, attempt, answer) == HeartbeatDecision("over", "conflict")
+    assert (lease.status, lease.loss_confirmed) == ("lost", False)
 
 
 def test_failed_heartbeat_records_no_clock_offset() -> None:
     lease = renewed_lease()
-    lease.answered(ANSWERED, lease.send(SENT, SENT, 30.0), transient_error())
+    lease.apply_answer(ANSWERED, lease.begin_heartbeat(SENT, SENT, 30.0), transient_error())
     assert lease.clock_offset == 0.0
 
 
@@ -695,21 +695,21 @@ def test_lease_check_raises_unless_lease_is_held(
     assert lease.held(1.0) == (error is None)
     assert (lease.remaining(1.0) == 59.0) == (error is None)
     if error is None:
-        lease.check(59.9)
+        lease.check_held(59.9)
         with pytest.raises(LeaseLost):
-            lease.check(60.0)
+            lease.check_held(60.0)
         assert lease.remaining(60.0) == 0
     else:
         with pytest.raises(error):
-            lease.check(1.0)
+            lease.check_held(1.0)
         assert lease.remaining(1.0) == 0
 
 
 def test_lease_expires_at_give_up_time() -> None:
     lease = renewed_lease()
-    assert not lease.expire(53.9)
-    assert lease.expire(54.0)
-    assert (lease.status, lease.confirmed, lease.due_at) == ("lost", False, math.inf)
+    assert not lease.end_if_expired(53.9)
+    assert lease.end_if_expired(54.0)
+    assert (lease.status, lease.loss_confirmed, lease.due_at) == ("lost", False, math.inf)
 
 
 @pytest.mark.parametrize("first", ["finished", "released", "stopped", "lost", "handed_off"])
@@ -718,8 +718,8 @@ def test_first_final_status_of_lease_is_kept(first: Any, second: Any) -> None:
     lease = renewed_lease()
     lease.end(first, "taken")
     lease.end(second, "taken")
-    lease.expire(1000.0)
-    assert (lease.status, lease.confirmed) == (first, first == "lost")
+    lease.end_if_expired(1000.0)
+    assert (lease.status, lease.loss_confirmed) == (first, first == "lost")
 
 
 ENVIRONMENT = "env_00000000000070008000000000000001"
@@ -809,7 +809,7 @@ class LeaseStateMachine(RuleBasedStateMachine):
     @rule(length=seconds)
     def wait_up_to_forty_seconds(self, length: float) -> None:
         self.plane.now += length
-        self.lease.expire(self.current_time)
+        self.lease.end_if_expired(self.current_time)
 
     @rule(length=st.floats(0, 1.0))
     def wait_up_to_a_second(self, length: float) -> None:
@@ -843,18 +843,18 @@ class LeaseStateMachine(RuleBasedStateMachine):
     @precondition(lambda self: not self.lease.over)
     @rule(delay=st.floats(-5, 700))
     def pool_releases_item(self, delay: float) -> None:
-        self.lease.release(self.current_time, delay)
+        self.lease.let_lapse(self.current_time, delay)
 
     @rule()
     def pool_requests_check(self) -> None:
-        self.lease.check_soon(self.current_time)
+        self.lease.make_heartbeat_due(self.current_time)
 
     @precondition(lambda self: not self.lease.in_flight and not self.lease.over)
     @rule()
     def send_heartbeat(self) -> None:
         if self.lease.due_at <= self.current_time:
             assert self.lease.held(self.current_time)
-            self.attempt = self.lease.send(self.current_time, self.lease.due_at)
+            self.attempt = self.lease.begin_heartbeat(self.current_time, self.lease.due_at)
             self.under_way.append(self.attempt)
             self.plane.now += LATENCY
 
@@ -891,18 +891,18 @@ class LeaseStateMachine(RuleBasedStateMachine):
     def request_is_never_sent(self) -> None:
         assert self.attempt is not None
         self.under_way.remove(self.attempt)
-        self.lease.unsent(self.attempt)
+        self.lease.note_unsent(self.attempt)
         self.attempt = self.answer = None
 
     @precondition(lambda self: self.attempt is not None)
     @rule()
     def caller_stops_waiting(self) -> None:
-        self.lease.abandoned()
+        self.lease.note_unanswered()
         self.attempt = self.answer = None
 
     def _apply_answer(self, outcome: Heartbeat | ControlPlaneError) -> None:
         assert self.attempt is not None
-        decision = self.lease.answered(self.current_time, self.attempt, outcome)
+        decision = self.lease.apply_answer(self.current_time, self.attempt, outcome)
         self.reading = decision.then == "read"
         if decision.then == "held" and isinstance(outcome, Heartbeat) and outcome.lease_extended:
             assert self.lease.deadline == self.attempt.at + outcome.ttl_seconds
@@ -927,11 +927,11 @@ class LeaseStateMachine(RuleBasedStateMachine):
 
     def _apply_read(self, outcome: WorkItem | ControlPlaneError) -> None:
         before = self.lease.deadline
-        self._check_decision(self.lease.read(self.current_time, "conflict", outcome))
+        self._check_decision(self.lease.apply_read(self.current_time, "conflict", outcome))
         assert self.lease.deadline == before
         self.reading, self.item = False, None
 
-    def _check_decision(self, decision: Decision) -> None:
+    def _check_decision(self, decision: HeartbeatDecision) -> None:
         """Assert the conditions that hold after every decision on a heartbeat or read."""
         assert self.lease.in_flight == (decision.then == "read")
         assert (decision.then == "over") == self.lease.over
@@ -953,11 +953,11 @@ class LeaseStateMachine(RuleBasedStateMachine):
     @invariant()
     def ended_lease_stays_ended(self) -> None:
         if self.final is not None:
-            assert (self.lease.status, self.lease.confirmed) == self.final
+            assert (self.lease.status, self.lease.loss_confirmed) == self.final
             assert self.lease.due_at == math.inf
             assert not self.lease.held(self.current_time)
         elif self.lease.over:
-            self.final = self.lease.status, self.lease.confirmed
+            self.final = self.lease.status, self.lease.loss_confirmed
 
     @invariant()
     def lease_is_given_up_before_its_deadline(self) -> None:
@@ -965,7 +965,7 @@ class LeaseStateMachine(RuleBasedStateMachine):
 
     @invariant()
     def lost_lease_is_not_held(self) -> None:
-        assert not self.lease.confirmed or self.lease.status == "lost"
+        assert not self.lease.loss_confirmed or self.lease.status == "lost"
 
 
 TestLeaseMachine = pytest.mark.trial(LeaseStateMachine.TestCase)
@@ -982,10 +982,10 @@ def test_lease_deadline_never_exceeds_send_time_plus_granted_ttl(
     granted: float, ttl: int, sent: float, latency: float
 ) -> None:
     lease = make_lease(ttl=ttl)
-    attempt = lease.send(sent, sent)
+    attempt = lease.begin_heartbeat(sent, sent)
     assert lease.deadline <= sent + ttl
     assume(sent + latency < 60)
-    lease.answered(sent + latency, attempt, make_answer(ttl_seconds=granted))
+    lease.apply_answer(sent + latency, attempt, make_answer(ttl_seconds=granted))
     assert lease.deadline == sent + granted
     assert lease.due_at <= sent + granted / 3
 
@@ -1002,10 +1002,10 @@ def test_handoff_never_leaves_item_to_both_parent_and_child(
     plane = SimulatedControlPlane()
     plane.poll_item("ours")
     parent = Lease(plane.ack_item("ours"), 0.0, ttl=60, request_timeout=10.0)
-    attempt = parent.send(0.0, 0.0)
+    attempt = parent.begin_heartbeat(0.0, 0.0)
     plane.now += LATENCY
-    parent.answered(plane.now, attempt, plane.extend_lease(attempt.expected, attempt.ttl))
-    parent.suspend()
+    parent.apply_answer(plane.now, attempt, plane.extend_lease(attempt.expected, attempt.ttl))
+    parent.suspend_heartbeats()
     child = Lease(
         plane.read_item(),
         plane.now,
@@ -1020,7 +1020,7 @@ def test_handoff_never_leaves_item_to_both_parent_and_child(
             rival = rival or (plane.poll_item("rival") and plane.ack_item("rival") is not None)
             continue
         lease = parent if who == "parent" else child
-        if lease.expire(plane.now):
+        if lease.end_if_expired(plane.now):
             continue
         decision = send_one_heartbeat(plane, lease, lost=is_lost)
         if who == "parent" and decision == "held":
@@ -1036,10 +1036,10 @@ def send_one_heartbeat(plane: SimulatedControlPlane, lease: Lease, *, lost: bool
     """Send one heartbeat, read the item if the decision requires a read, return the decision."""
     if lease.over:
         return "over"
-    attempt = lease.send(plane.now, plane.now)
+    attempt = lease.begin_heartbeat(plane.now, plane.now)
     plane.now += LATENCY
     answer = plane.extend_lease(attempt.expected, attempt.ttl)
-    decision = lease.answered(plane.now, attempt, transient_error() if lost else answer)
+    decision = lease.apply_answer(plane.now, attempt, transient_error() if lost else answer)
     if decision.then == "read":
-        decision = lease.read(plane.now, decision.result, plane.read_item())
+        decision = lease.apply_read(plane.now, decision.result, plane.read_item())
     return decision.then

@@ -59,10 +59,10 @@ class MovableClocks:
 
     def pause_reported_after(self, lease: float, wall: float) -> bool:
         """Move both clocks, and return whether the detector reports a pause."""
-        before = self.detector.offset()
+        before = self.detector.wall_clock_offset()
         self.lease += lease
         self.wall += wall
-        return self.detector.paused(since=before)
+        return self.detector.was_paused(since=before)
 
 
 @pytest.mark.parametrize(

@@ -54,13 +54,13 @@ async def test_renewer_tick_survives_lease_added_by_another_thread(
     async with one.open_clients():
         items = [await one.claim_item() for _ in range(30)]
         for item in items[:20]:
-            one.renewer.add(item.lease, item)
+            one.renewer.add_lease(item.lease, item)
         others = iter(items[20:])
 
         def add_lease_during_collection(_phase: str, _info: object) -> None:
             # Python calls this in the middle of a tick, where another thread may run as well.
             for item in islice(others, 1):
-                one.renewer.add(item.lease, item)
+                one.renewer.add_lease(item.lease, item)
 
         former = gc.get_threshold()
         # Use up the tuples that Python keeps for reuse, since only a new tuple starts a collection.
@@ -68,12 +68,12 @@ async def test_renewer_tick_survives_lease_added_by_another_thread(
         gc.callbacks.append(add_lease_during_collection)
         try:
             gc.set_threshold(1)
-            one.renewer._look()
+            one.renewer._check_leases()
         finally:
             gc.set_threshold(*former)
             gc.callbacks.remove(add_lease_during_collection)
         assert len(used) == 5_000
-        assert len(one.renewer.leases()) > 20
+        assert len(one.renewer.held_leases()) > 20
 
 
 @in_virtual_time
@@ -105,9 +105,9 @@ async def test_new_lease_is_renewed_from_next_tick(testbed: type[LeaseTestbed]) 
 async def test_removed_lease_is_not_renewed(testbed: type[LeaseTestbed]) -> None:
     one = testbed()
     async with one.renewed_lease() as lease:
-        assert one.renewer.leases() == [lease]
-        one.renewer.remove(lease)
-        assert one.renewer.leases() == []
+        assert one.renewer.held_leases() == [lease]
+        one.renewer.remove_lease(lease)
+        assert one.renewer.held_leases() == []
         await asyncio.sleep(300)
     assert len(one.sent) == 1
     assert not one.changes
@@ -119,8 +119,8 @@ async def test_ended_lease_is_not_added_to_renewer(testbed: type[LeaseTestbed]) 
     async with one.open_clients():
         item = await one.claim_item()
         item.lease.end("lost")
-        one.renewer.add(item.lease, item)
-        assert one.renewer.leases() == []
+        one.renewer.add_lease(item.lease, item)
+        assert one.renewer.held_leases() == []
 
 
 @in_virtual_time
@@ -180,7 +180,7 @@ def test_lease_without_answers_is_lost_before_its_deadline(
         async with one.renewed_lease() as lease:
             await asyncio.sleep(300)
         assert_lease_change(one, end, "lost")
-        assert not lease.confirmed
+        assert not lease.loss_confirmed
         assert max(one.send_times("heartbeat")) < end
 
     check_lost_in_time()
@@ -208,7 +208,7 @@ async def test_heartbeat_that_crashes_loses_its_own_lease_only(
     async with one.open_clients():
         leases = [await one.send_first_heartbeat(await one.claim_item()) for _ in range(2)]
         leases[0]._ttl_asked = "a bug"  # type: ignore[assignment]  # a bug
-        one.renewer.check_soon(leases[0])
+        one.renewer.send_heartbeat_soon(leases[0])
         await asyncio.sleep(60)
         assert [lease.held(one.clock()) for lease in leases] == [False, True]
     assert_lease_change(one, 0, "lost")
@@ -247,7 +247,7 @@ async def test_requested_lease_check_sends_heartbeat_at_once(testbed: type[Lease
     one = testbed()
     async with one.renewed_lease() as lease:
         await asyncio.sleep(5)
-        one.renewer.check_soon(lease)
+        one.renewer.send_heartbeat_soon(lease)
         await asyncio.sleep(LOOK)
     assert one.send_times("heartbeat") == pytest.approx([0, 5])
 
@@ -263,7 +263,7 @@ async def test_suspended_renewer_sends_no_heartbeats(testbed: type[LeaseTestbed]
         )
         one.renewer.renewing = False
         one.renewer.monitor._ping += 1  # The handlers' loop has not answered this ping.
-        one.renewer.remove(second)
+        one.renewer.remove_lease(second)
         await asyncio.sleep(300)
         assert first.status == "lost"
     assert len(one.sent) == 1
@@ -277,7 +277,7 @@ async def test_release_sends_one_last_heartbeat(testbed: type[LeaseTestbed]) -> 
         item = await one.claim_item()
         lease = await one.send_first_heartbeat(item)
         await asyncio.sleep(5)
-        one.renewer.release(lease, 12.4)
+        one.renewer.let_lease_lapse(lease, 12.4)
         await asyncio.sleep(300)
     assert one.send_times("heartbeat") == pytest.approx([0, 5])
     assert lease.status == "released"
@@ -295,9 +295,9 @@ def test_release_during_heartbeat_or_retry_sends_one_last_heartbeat(
         async with one.open_clients():
             item = await one.claim_item()
             lease = await one.send_first_heartbeat(item)
-            one.renewer.check_soon(lease)
+            one.renewer.send_heartbeat_soon(lease)
             await asyncio.sleep(0.5)
-            one.renewer.release(lease, 10)
+            one.renewer.let_lease_lapse(lease, 10)
             await asyncio.sleep(300)
         assert lease.status == "released"
         ttls = [
@@ -315,12 +315,12 @@ async def test_release_that_cannot_be_sent_ends_in_lost_lease(
     one = testbed(heartbeat=[None, *[UNSENT] * 99])
     async with one.renewed_lease() as lease:
         await asyncio.sleep(5)
-        one.renewer.release(lease, 10)
+        one.renewer.let_lease_lapse(lease, 10)
         await asyncio.sleep(300)
     assert one.changes[0][0] == pytest.approx(5 + 9, abs=LOOK)
     assert lease.status == "lost"
     assert len(one.send_times("heartbeat")) > 3
-    assert not lease.confirmed
+    assert not lease.loss_confirmed
 
 
 @in_virtual_time
@@ -330,7 +330,7 @@ async def test_release_of_ended_lease_sends_nothing(testbed: type[LeaseTestbed])
         item = await one.claim_item()
         lease = await one.send_first_heartbeat(item)
         lease.end("lost")
-        one.renewer.release(lease, 10)
+        one.renewer.let_lease_lapse(lease, 10)
         await asyncio.sleep(30)
     assert len(one.sent) == 1
 
@@ -372,8 +372,8 @@ async def test_quick_heartbeats_are_never_more_than_ten_at_once(
             await one.send_first_heartbeat(await one.claim_item())
         one.peaks.clear()
         one.latency = 0.001
-        for lease in one.renewer.leases():
-            one.renewer.check_soon(lease)
+        for lease in one.renewer.held_leases():
+            one.renewer.send_heartbeat_soon(lease)
         await asyncio.sleep(0.5)
     assert len(one.peaks) == 300
     assert max(under_way for _, under_way in one.peaks) <= WIDTH_MIN + 50 * 0.1
@@ -390,7 +390,7 @@ async def test_heartbeat_concurrency_limit_shrinks_after_disuse(
         await asyncio.sleep(40)
         assert max(under_way for _, under_way in one.peaks) > 100
         for lease in leases[5:]:
-            one.renewer.remove(lease)
+            one.renewer.remove_lease(lease)
         await asyncio.sleep(2 * WIDTH_SECONDS + 10)
         assert one.renewer._width == WIDTH_MIN
 
@@ -432,7 +432,7 @@ async def test_six_thousand_leases_with_half_a_second_latency_stay_held(
         leases = [Lease(item.work_item, 0.0, ttl=60, request_timeout=10.0) for _ in range(6_000)]
         for lease in leases:
             lease.begun, lease.due_at = True, 20.0
-            one.renewer.add(lease, item)
+            one.renewer.add_lease(lease, item)
         await asyncio.sleep(75)
         assert all(lease.remaining(one.clock()) > 20 for lease in leases)
     assert_heartbeats_limited(client.peaks, since=20)
@@ -463,7 +463,7 @@ async def test_machine_that_slept_beyond_ttl_loses_its_leases(testbed: type[Leas
         await asyncio.sleep(5)
         one.loop.suspend(55)
         await asyncio.sleep(1 + LOOK)
-        assert (lease.status, lease.confirmed) == ("lost", False)
+        assert (lease.status, lease.loss_confirmed) == ("lost", False)
     assert len(one.sent) == 1
 
 
@@ -486,7 +486,7 @@ async def test_lease_with_hanging_heartbeat_is_lost_in_time_after_sleep(
 ) -> None:
     one = testbed(heartbeat=[None, UNSENT])
     async with one.renewed_lease() as lease:
-        one.renewer.check_soon(lease)
+        one.renewer.send_heartbeat_soon(lease)
         await asyncio.sleep(0.5)
         one.loop.suspend(53.5)
         await asyncio.sleep(1 + LOOK)
@@ -500,7 +500,7 @@ async def test_heartbeat_answer_read_after_sleep_beyond_ttl_does_not_extend_leas
 ) -> None:
     one = testbed(heartbeat=[None, Fault(answer_delay=5)])
     async with one.renewed_lease() as lease:
-        one.renewer.check_soon(lease)
+        one.renewer.send_heartbeat_soon(lease)
         await asyncio.sleep(1)
         one.loop.suspend(60)
         await asyncio.sleep(10)
@@ -561,7 +561,7 @@ async def test_item_claimed_by_another_worker_during_pause_is_lost_before_any_wr
         await asyncio.sleep(1)
         with pytest.raises(LeaseLost):
             one.sender.check_may_send(item, by_handler=False)
-    assert (lease.status, lease.confirmed) == ("lost", True)
+    assert (lease.status, lease.loss_confirmed) == ("lost", True)
     assert [each.op for each in one.sent] == ["heartbeat", "heartbeat"]
 
 
@@ -573,7 +573,7 @@ async def test_pause_during_heartbeat_causes_another_heartbeat_at_once(
     async with one.open_clients():
         item = await one.claim_item()
         lease = await one.send_first_heartbeat(item)
-        one.renewer.check_soon(lease)
+        one.renewer.send_heartbeat_soon(lease)
         await asyncio.sleep(1)
         one.ahead += 30
         with pytest.raises(TransientError, match="verified first"):

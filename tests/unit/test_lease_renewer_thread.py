@@ -19,7 +19,7 @@ from workpool.pool import diagnostics, lease_renewer
 from workpool.pool.diagnostics import LoopMonitor
 from workpool.pool.item_requests import HeartbeatSender
 from workpool.pool.lease import Lease, PauseDetector, lease_clock
-from workpool.pool.lease_renewer import Callbacks, LeaseRenewer
+from workpool.pool.lease_renewer import LeaseRenewer, RenewerCallbacks
 from workpool.pool.pool_item import PoolItem
 from workpool.server import Operations
 from workpool.testing.bounded_wait import StateChanges
@@ -99,7 +99,7 @@ class RenewerTestbed:
             self.lease_clock,
             self.lease_clock,
             lambda: LocalClient(self.operations, settings, faults=self.fault_for_request),
-            Callbacks(
+            RenewerCallbacks(
                 cast("Any", self.record_event),
                 self.record_lease_change,
                 self.record_failure,
@@ -135,8 +135,8 @@ class RenewerTestbed:
         leases = []
         for item in items:
             assert item.lease is not None
-            renewer.add(item.lease, item)
-            renewer.check_soon(item.lease)
+            renewer.add_lease(item.lease, item)
+            renewer.send_heartbeat_soon(item.lease)
             leases.append(item.lease)
         await self.wait_for_heartbeats(len(items))
         return leases
@@ -185,9 +185,9 @@ async def test_heartbeats_are_sent_on_renewer_thread(testbed: RenewerTestbed) ->
         assert thread.daemon
         [lease] = await testbed.renew_leases(renewer, item)
         assert testbed.threads == {thread.name}
-        assert renewer.leases() == [lease]
-        renewer.remove(lease)
-        assert renewer.leases() == []
+        assert renewer.held_leases() == [lease]
+        renewer.remove_lease(lease)
+        assert renewer.held_leases() == []
 
 
 async def test_failed_start_of_renewer_raises_error_and_closes_opened_services(
@@ -271,14 +271,14 @@ async def test_failed_renewer_thread_is_fatal_and_loses_its_leases(testbed: Rene
         testbed.fault = ZeroDivisionError("in the tick")
         await testbed.wait_until(lambda: testbed.failures)
         assert testbed.failures[0].__cause__ is testbed.fault
-        assert (lease.status, lease.confirmed) == ("lost", False)
+        assert (lease.status, lease.loss_confirmed) == ("lost", False)
         assert testbed.reported == ["lost"]
         assert later.lease is not None
-        renewer.add(later.lease, later)
+        renewer.add_lease(later.lease, later)
         assert later.lease.status == "lost"
         # These calls have no effect after the end of the renewer thread.
-        renewer.release(lease, 10)
-        renewer.remove(lease)
+        renewer.let_lease_lapse(lease, 10)
+        renewer.remove_lease(lease)
     assert len(testbed.failures) == 1
 
 
@@ -293,7 +293,7 @@ async def test_exception_in_call_on_renewer_thread_is_fatal(
     renewer = testbed.make_renewer()
     async with renewer:
         [lease] = await testbed.renew_leases(renewer, item)
-        renewer.call(raise_in_call)
+        renewer.call_on_loop(raise_in_call)
         await testbed.wait_until(lambda: testbed.failures and testbed.ended)
         assert testbed.failures[0].__cause__ is error
         assert testbed.ended == testbed.failures
@@ -313,7 +313,7 @@ async def test_heartbeat_that_raises_base_exception_is_fatal(
     async with renewer:
         [lease] = await testbed.renew_leases(renewer, item)
         monkeypatch.setattr(HeartbeatSender, "send_heartbeat", crash_heartbeat)
-        renewer.check_soon(lease)
+        renewer.send_heartbeat_soon(lease)
         await testbed.wait_until(lambda: testbed.failures and testbed.ended)
         assert testbed.ended == testbed.failures
         assert lease.status == "lost"
@@ -393,7 +393,7 @@ async def test_heartbeat_due_while_loop_is_blocked_too_long_is_not_sent(
     async with renewer:
         [lease] = await testbed.renew_leases(renewer, item)
         assert testbed.blocked.wait(10)  # This wait blocks the handlers' loop.
-        renewer.check_soon(lease)
+        renewer.send_heartbeat_soon(lease)
         time.sleep(5 * TICK_SECONDS)  # noqa: ASYNC251 - blocking the loop is the point
         assert testbed.heartbeat_results() == ["ok"]
         await testbed.wait_for_heartbeats(2)
@@ -420,9 +420,9 @@ async def test_blocked_time_is_exact_despite_late_ticks(
 async def test_stop_and_continuation_of_process_do_not_count_as_blocked_loop() -> None:
     pings: list[object] = []
     monitor = LoopMonitor(pings.append, max_block=5)
-    monitor.ask()
+    monitor.send_ping()
     assert not monitor.answered
-    assert not monitor.wait(3_600.0)
+    assert not monitor.count_unanswered_time(3_600.0)
 
 
 class LogWatcher(logging.Handler):
@@ -463,7 +463,7 @@ def test_stopped_loop_suspends_renewal_until_it_runs_again(
     bench, renewer, lease = loop.run_until_complete(start_renewer())
     assert loop_stop_logged.wait(10)
     assert not renewer.renewing
-    renewer.check_soon(lease)
+    renewer.send_heartbeat_soon(lease)
     time.sleep(5 * TICK_SECONDS)
     assert bench.heartbeat_results() == ["ok"]
 
@@ -503,7 +503,7 @@ async def test_lease_with_hanging_heartbeat_is_lost_in_time(testbed: RenewerTest
         [lease] = await testbed.renew_leases(renewer, item)
         testbed.sent.acquire()
         testbed.script = Script(heartbeat=[Fault(answer="silence", applied=False)])
-        renewer.check_soon(lease)
+        renewer.send_heartbeat_soon(lease)
         assert await asyncio.to_thread(testbed.sent.acquire, timeout=5)
         testbed.ahead += 53.5
         await testbed.wait_until(lambda: testbed.reported)

@@ -13,7 +13,7 @@ from workpool.pool.shared_slots import SharedSlots
 
 
 def make_queues(slots: SharedSlots, number: int, concurrency: int) -> list[BoundedQueue[str]]:
-    return [BoundedQueue(concurrency, 0, share=slots.share()) for _ in range(number)]
+    return [BoundedQueue(concurrency, 0, share=slots.add_share()) for _ in range(number)]
 
 
 async def start_items(queue: BoundedQueue[str], number: int) -> None:
@@ -149,14 +149,14 @@ async def test_poller_is_not_blocked_by_an_item_set_aside_that_may_start_by_now(
 
 async def test_environment_that_leaves_gives_its_own_slot_to_the_others() -> None:
     slots = SharedSlots(2)
-    share = slots.share()
+    share = slots.add_share()
     [queue] = make_queues(slots, 1, 2)
     async with asyncio.timeout(20), asyncio.TaskGroup() as group:
         await start_items(queue, 1)
         waiting = group.create_task(queue.reserve_place())
         await run_ready_tasks()
         assert not waiting.done()
-        share.leave()
+        share.end_share()
         await waiting
 
 
@@ -178,9 +178,9 @@ async def test_used_up_slot_is_lost_for_all_environments() -> None:
 
 async def test_forgotten_items_and_cancelled_polls_return_their_slots() -> None:
     slots = SharedSlots(3)
-    share = slots.share()
+    share = slots.add_share()
     queue: BoundedQueue[str] = BoundedQueue(2, 1, share=share)
-    slots.share()
+    slots.add_share()
     async with asyncio.timeout(20), asyncio.TaskGroup() as group:
         await start_items(queue, 1)
         await queue.reserve_place()
@@ -202,7 +202,7 @@ class RandomPollers:
         self.dice = random.Random(seed)  # noqa: S311 - for a test
         self.total = self.dice.randint(3, 9)
         slots = SharedSlots(self.total)
-        self.shares = [slots.share() for _ in range(self.dice.randint(1, 3))]
+        self.shares = [slots.add_share() for _ in range(self.dice.randint(1, 3))]
         self.queues = [
             BoundedQueue[str](
                 self.dice.randint(1, self.total), self.dice.choice([0, 2]), share=each

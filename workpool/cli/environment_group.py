@@ -155,7 +155,7 @@ class EnvironmentGroup:
         self._slots = SharedSlots(process.concurrency, process.exit_after_sessions)
         self._limits = ExitLimits(process)
         self._exporter = self._new_exporter()
-        self._shares = {each.environment_id: self._slots.share() for each in environments}
+        self._shares = {each.environment_id: self._slots.add_share() for each in environments}
         self._changed = asyncio.Event()
         self.environments = [GroupMember(each, self._new_supervisor) for each in environments]
         for each in self.environments:
@@ -267,7 +267,7 @@ class EnvironmentGroup:
             if until_empty or not await self._wait_to_restart(one):
                 break
         one.ended = True
-        self._shares[one.environment_id].leave()
+        self._shares[one.environment_id].end_share()
         self._wake_waiters()
 
     async def _keep_services_open(self) -> None:

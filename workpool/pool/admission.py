@@ -47,13 +47,13 @@ FAILING_PAUSE_SECONDS, FAILING_PAUSE_MAX_SECONDS = 1.0, 30.0
 
 
 class Admission:
-    """The admission of one pool.
+    """Decides whether a pool may claim items: pauses, and refusals of plugins.
 
     Args:
         wall: The wall clock.
 
     Attributes:
-        gated: Pollers must await `granted` before they poll.
+        gated: Pollers must await `wait_until_granted` before they poll.
         refused: The reason of the last plugin that refused; None: no plugin refuses.
         granted_at: The time at which the last pause or refusal ended, on the loop's clock.
     """
@@ -64,7 +64,8 @@ class Admission:
         self.granted_at = -math.inf
         self._wall = wall
         self._paused: str | None = None
-        self._until = math.inf  # a time of the wall clock
+        self._until = math.inf
+        """The end of the pause, on the wall clock."""
         self._ask: Callable[[], str | None] | None = None
         self._changed = asyncio.Event()
 
@@ -74,12 +75,12 @@ class Admission:
         reason = self._paused
         return None if reason is None or self._wall() >= self._until else reason
 
-    def ask(self, ask: Callable[[], str | None]) -> None:
+    def set_plugin_check(self, ask: Callable[[], str | None]) -> None:
         """Set the function that asks the plugins; it returns a reason to refuse, or None."""
         self._ask, self.gated = ask, True
 
     def pause(self, reason: str, until: datetime | None) -> None:
-        """Pause, or replace the reason and the end of the pause.
+        """Pause the claiming of items, or replace the reason and the end of the pause.
 
         Raises:
             ValueError: `until` has no time zone.
@@ -100,14 +101,14 @@ class Admission:
         log.info("resumed")
         self._wake_waiters()
 
-    async def granted(self) -> None:
+    async def wait_until_granted(self) -> None:
         """Wait until the pool is not paused and no plugin refuses."""
         waited = False
         while self.paused is not None or self._ask_plugins() is not None:
             waited = True
             await self._wait_for_change()
         if self._paused is not None:
-            self.resume()  # the time of the pause is over
+            self.resume()
         if waited:
             self.granted_at = asyncio.get_running_loop().time()
 
@@ -155,7 +156,9 @@ class _Failures:
 
 
 class HandlerHealth:
-    """The failing handlers of one pool. Used on the handlers' loop; `failing` on any thread.
+    """The failing handlers of one pool.
+
+    Used on the handlers' loop; `failing_handlers` may be called on any thread.
 
     Args:
         count: Returns the number of owned items of a handler.
@@ -171,12 +174,12 @@ class HandlerHealth:
         self.failures: dict[str, _Failures] = {}
         self._changed = asyncio.Event()
 
-    def failing(self) -> list[str]:
+    def failing_handlers(self) -> list[str]:
         """The names of the failing handlers."""
         return [name for name, each in list(self.failures.items()) if each.pause]
 
-    def record(self, item: PoolItem, outcome: Outcome, seconds: float) -> None:
-        """Record the end of a session."""
+    def record_session_end(self, item: PoolItem, outcome: Outcome, seconds: float) -> None:
+        """Count the end of a session for or against its handler."""
         if item.handler is None:
             return
         handler, failing = item.handler, bool(self.failures)
@@ -194,13 +197,13 @@ class HandlerHealth:
     def may_claim(self, handler: Handler) -> bool:
         """Whether an item may be claimed for this handler now."""
         failures = self.failures.get(handler.name)
-        return failures is None or self._may_claim(failures)
+        return failures is None or self._may_claim_after(failures)
 
-    async def admission(self) -> None:
-        """Wait while every handler that has run here is failing and none may claim an item."""
-        while self.failures and self._all_wait():
+    async def wait_until_claimable(self) -> None:
+        """Wait while every handler that has run in this pool is failing and may claim no item."""
+        while self.failures and self._no_handler_may_claim():
             now = asyncio.get_running_loop().time()
-            # A handler whose pause is over waits for the end of its one session.
+            # A failing handler whose pause is over may run one session, and waits for its end.
             resume_at = [each.resume_at for each in self.failures.values()]
             pauses = [each - now for each in resume_at if each > now]
             self._changed.clear()
@@ -208,12 +211,12 @@ class HandlerHealth:
                 async with asyncio.timeout(min(pauses, default=None)):
                     await self._changed.wait()
 
-    def _all_wait(self) -> bool:
+    def _no_handler_may_claim(self) -> bool:
         return len(self.failures) == len(self._seen) and not any(
-            map(self._may_claim, self.failures.values())
+            map(self._may_claim_after, self.failures.values())
         )
 
-    def _may_claim(self, failures: _Failures) -> bool:
+    def _may_claim_after(self, failures: _Failures) -> bool:
         if not failures.pause:
             return True
         now = asyncio.get_running_loop().time()
@@ -231,9 +234,9 @@ class HandlerHealth:
 
 
 class HandlerSlots:
-    """The slots that each handler may use: its `max_sessions`, but none reserved for others.
+    """Tells whether a handler has a free slot, by `max_sessions` and `reserved_sessions`.
 
-    Decides nothing about items: it counts those that the pool owns.
+    Counts the items that the pool owns, and decides nothing about them.
 
     Args:
         items: The items that the pool owns.
@@ -264,7 +267,7 @@ class HandlerSlots:
                     "handlers; reserve less, or raise concurrency",
                 )
 
-    def free(self, handler: Handler) -> bool:
+    def has_free_slot(self, handler: Handler) -> bool:
         """Return whether one more session of this handler may run."""
         limit = handler.max_sessions
         if limit is not None and self._items.count_items(handler) >= limit:
@@ -297,14 +300,15 @@ class ExitLimits:
         self._sessions = settings.exit_after_sessions
         self._idle = settings.exit_after_idle
         self._uptime = settings.exit_after_uptime
-        self._ends_at: float | None = None  # a time of the loop's clock
+        self._ends_at: float | None = None
+        """The end of the uptime, on the loop's clock; None before `wait_until_reached`."""
         self._claimed = 0
         self._pools: dict[Admission, _IdleTime] = {}
         self._changed = asyncio.Event()
 
     @property
-    def any(self) -> bool:
-        """Whether there is a limit."""
+    def has_limit(self) -> bool:
+        """Whether the settings have an exit limit."""
         return (self._sessions, self._idle, self._uptime) != (None, None, None)
 
     def note_claim(self) -> None:
@@ -313,7 +317,7 @@ class ExitLimits:
         if self._claimed == self._sessions:
             self._record_reached("exit_after_sessions")
 
-    def add(self, admission: Admission) -> Callable[[bool], None]:
+    def add_pool(self, admission: Admission) -> Callable[[bool], None]:
         """Add a pool; a pause of it interrupts the idle time.
 
         Returns: The function to call after each successful poll of the pool, with True if it
@@ -322,11 +326,11 @@ class ExitLimits:
         self._pools[admission] = _IdleTime()
         return partial(self._note_poll, admission)
 
-    def remove(self, admission: Admission) -> None:
+    def remove_pool(self, admission: Admission) -> None:
         """Remove a pool; the idle time of the process no longer depends on its queue."""
         self._pools.pop(admission, None)
 
-    async def wait(self) -> Limit:
+    async def wait_until_reached(self) -> Limit:
         """Wait until a limit is reached, and return it. The uptime counts from the first call."""
         if self._uptime is not None and self._ends_at is None:
             self._ends_at = asyncio.get_running_loop().time() + self._uptime
@@ -338,7 +342,7 @@ class ExitLimits:
     def _note_poll(self, admission: Admission, idle: bool) -> None:  # noqa: FBT001 - a callback
         time = self._pools.get(admission)
         if time is None:
-            return  # a late poll of a pool that has ended
+            return  # the pool has ended while its last poll was on its way
         if not idle:
             time.since = None
             return
@@ -347,7 +351,7 @@ class ExitLimits:
             time.since = now
         time.last = now
         if self._idle is not None and all(
-            time.seconds >= self._idle and each.paused is None and each.refused is None
+            time.idle_seconds >= self._idle and each.paused is None and each.refused is None
             for each, time in self._pools.items()
         ):
             self._record_reached("exit_after_idle")
@@ -373,5 +377,5 @@ class _IdleTime:
     last: float = 0.0
 
     @property
-    def seconds(self) -> float:
+    def idle_seconds(self) -> float:
         return -1.0 if self.since is None else self.last - self.since

@@ -106,14 +106,15 @@ class BoundedQueue(Generic[T]):
         if (
             self._count_free_places() > 0
             and not self._reservers
-            and (self._share is None or self._share.take())
+            and (self._share is None or self._share.take_slot())
         ):
             self.reserved += 1
             return
         turn: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         self._reservers.append(turn)
         if self._share is not None:
-            self._share.grant()  # an item set aside may have come before, by the order of the slots
+            # An item set aside may come before this poller, by the order of the slots.
+            self._share.grant_free_slots()
         try:
             await turn
         except asyncio.CancelledError:
@@ -128,7 +129,7 @@ class BoundedQueue(Generic[T]):
         """Free a reserved place."""
         self.reserved -= 1
         if self._share is not None:
-            self._share.give_back()
+            self._share.return_slot()
         self.grant_free_places()
 
     def put_item(self, item: T) -> None:
@@ -170,7 +171,7 @@ class BoundedQueue(Generic[T]):
         if self.running >= self.concurrency:
             return None
         item = self._next_startable_item() if self._aside else None
-        if item is not None and (self._share is None or self._share.take()):
+        if item is not None and (self._share is None or self._share.take_slot()):
             self._move_to_slot(item)
             return item
         if not self._waiting:
@@ -198,7 +199,7 @@ class BoundedQueue(Generic[T]):
         """
         self.running -= 1
         if self._share is not None:
-            self._share.give_back(used_up=used_up)
+            self._share.return_slot(used_up=used_up)
         if used_up:
             self._uses -= 1
             self.capacity = min(self.capacity, self._uses)
@@ -208,7 +209,7 @@ class BoundedQueue(Generic[T]):
         forgotten = [*self._waiting, *self._aside]
         if self._share is not None:
             for _ in self._waiting:
-                self._share.give_back()
+                self._share.return_slot()
         self._waiting.clear()
         self._aside.clear()
         self._room.set()
@@ -218,7 +219,7 @@ class BoundedQueue(Generic[T]):
     def grant_free_places(self) -> None:
         """Give the free places to the pollers that wait in `reserve_place`."""
         if self._share is not None:
-            self._share.grant()
+            self._share.grant_free_slots()
             return
         while self._reservers and self._count_free_places() > 0:
             self._hand_out_place()

@@ -130,14 +130,14 @@ class Claimer:
     async def send_first_heartbeats(self, item: PoolItem) -> None:
         """Send first heartbeats until one succeeds or the lease is over."""
         lease = item.lease
-        while not lease.expire(self._clock()):
+        while not lease.end_if_expired(self._clock()):
             draining = self._context.draining
             if draining:
-                lease.release(self._clock(), RELEASE_DELAY_SECONDS)
+                lease.let_lapse(self._clock(), RELEASE_DELAY_SECONDS)
             await self._heartbeats.send_heartbeat(lease, self._end_after_pause)
             now = self._clock()
             if lease.begun:
-                lease.expire(now)  # the answer may have come too late for a handler
+                lease.end_if_expired(now)  # the answer may have come too late for a handler
             if lease.begun or lease.over:
                 self._end_after_pause(lease, now)
                 return
@@ -149,7 +149,7 @@ class Claimer:
 
     def _end_after_pause(self, lease: Lease, now: float) -> None:
         """End the lease if the machine was paused during the claim: no handler runs yet."""
-        if self._pauses.paused(lease.clock_offset, now):
+        if self._pauses.was_paused(lease.clock_offset, now):
             log.warning("the machine was paused during a claim", extra={"work_id": lease.item.id})
             lease.end("lost")
 

@@ -256,9 +256,9 @@ class Completion:
             await self.mark_released_session(
                 item, self._release_note(release), MARK_SECONDS if hurried else MARK_TRY_SECONDS
             )
-        self._renewer.release(lease, release_delay_of(release))
+        self._renewer.let_lease_lapse(lease, release_delay_of(release))
         await item.wait_until(lambda: lease.status != "held", lease.remaining(self._clock()))
-        return "lease_lost" if lease.confirmed else outcome_of_lapse(lease)
+        return "lease_lost" if lease.loss_confirmed else outcome_of_lapse(lease)
 
     def _release_note(self, release: Release) -> str:
         if self._with_message or isinstance(release, PoolRelease):

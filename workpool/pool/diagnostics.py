@@ -56,8 +56,9 @@ class LoopMonitor:
         self._ping = 0
         self._asked_at = time.monotonic()
         self._answered_before = 0.0  # the time of the answer before the last one
-        self._answered_at = time.monotonic()  # written on the handlers' loop
-        self._pong = 0  # written on the handlers' loop, after `lag` and `_answered_at`
+        # Written on the handlers' loop; `_pong` last, since other threads read the others after it.
+        self._answered_at = time.monotonic()
+        self._pong = 0
 
     @property
     def answered(self) -> bool:
@@ -77,31 +78,32 @@ class LoopMonitor:
         """Whether the loop has not answered for `LAG_WARNING_SECONDS`."""
         return self._waited >= LAG_WARNING_SECONDS
 
-    def ask(self) -> None:
+    def send_ping(self) -> None:
         """Send the next ping to a loop that has answered the last one."""
         if self.blocked:
             seconds = self._answered_at - self._answered_before
-            _warn("event loop runs again", seconds=round(seconds, 3))
+            _log_warning("event loop runs again", seconds=round(seconds, 3))
         self._waited = 0.0
-        self._asked_at = time.monotonic()  # before `_ping`: other threads read both
+        # Written before `_ping`, since other threads read the time of the ping that they see.
+        self._asked_at = time.monotonic()
         self._ping += 1
         self._answered_before = self._answered_at
         self._tell(functools.partial(self._record_answer, self._ping, self._asked_at))
 
-    def wait(self, seconds: float) -> bool:
-        """Add `seconds` without an answer; return whether the sum reaches `max_block`."""
+    def count_unanswered_time(self, seconds: float) -> bool:
+        """Count `seconds` without an answer to the ping; return whether they reach `max_block`."""
         was_blocked = self.blocked
-        # Two ticks at most: after a stop of the process, its loop does not count as blocked.
+        # At most two ticks are counted: the loop of a process that was stopped is not blocked.
         self._waited += min(seconds, 2 * TICK_SECONDS)
         if self.blocked and not was_blocked:
-            _warn(
+            _log_warning(
                 "event loop is blocked; use asyncio.to_thread for blocking code",
                 task=self._blocking_task(),
             )
         return self._waited >= self._max_block
 
     def blocked_report(self) -> Callable[[], None]:
-        """Measure now for how long the loop has not answered; return the call that logs it."""
+        """Return the call that logs the block of the loop, which is measured now."""
         seconds = time.monotonic() - self._answered_at
         return functools.partial(self._log_blocked, seconds)
 
@@ -125,11 +127,11 @@ class LoopMonitor:
         return "no task" if task is None else task.get_name()
 
 
-def _warn(message: str, **fields: object) -> None:
-    report(functools.partial(log.warning, message, extra=fields))
+def _log_warning(message: str, **fields: object) -> None:
+    call_on_report_thread(functools.partial(log.warning, message, extra=fields))
 
 
-def report(write: Callable[[], None]) -> None:
+def call_on_report_thread(write: Callable[[], None]) -> None:
     """Call `write` on a new thread and wait until it returns, at most `REPORT_SECONDS`.
 
     The blocked loop may hold the lock of a log handler, which `write` then waits for.
@@ -146,7 +148,7 @@ def report(write: Callable[[], None]) -> None:
             errors.append(error)
 
     thread = threading.Thread(
-        target=copy_context().run,  # the context has the ids for the log
+        target=copy_context().run,  # the context has the pool's ids for log records
         args=(run,),
         name="workpool-report",
         daemon=True,
@@ -167,7 +169,7 @@ def log_stacks(log: logging.Logger, stacks: str, message: str, **fields: object)
         )
 
 
-def stack_of(ident: int) -> str | None:
+def thread_stack(ident: int) -> str | None:
     """Return the current stack of a thread as text; None if the thread has ended."""
     frame = sys._current_frames().get(ident)  # noqa: SLF001 - the documented way to other threads' frames
     return None if frame is None else "".join(traceback.format_stack(frame, FRAMES_MAX))

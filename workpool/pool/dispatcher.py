@@ -92,12 +92,17 @@ class Dispatcher:
             clock,
             settings.request_timeout,
             pauses,
-            context.renewer.look_soon,
+            context.renewer.check_leases_soon,
         )
         self.executor = HandlerExecutor(context, handlers)
         self.health = HandlerHealth(self.items.count_items)
         self.runner = SessionRunner(
-            context, claimer, sender, self.executor, self.health.record, self._on_item_closed
+            context,
+            claimer,
+            sender,
+            self.executor,
+            self.health.record_session_end,
+            self._on_item_closed,
         )
         self._slots = HandlerSlots(self.items, context.plugins.handlers, settings.concurrency)
         context.queue.may_start, context.queue.start = self._may_start, self._start_item
@@ -135,7 +140,7 @@ class Dispatcher:
             item.handler = self._choose_handler(work_item)
             if item.handler is None:
                 return "declined"
-            if not self._slots.free(item.handler):
+            if not self._slots.has_free_slot(item.handler):
                 return self._set_aside(item)
         self._add_owned_item(item)
         self._context.queue.put_item(item)
@@ -158,7 +163,7 @@ class Dispatcher:
         if owned.state == "delivered":
             owned.polled_at = polled_at
         if owned.handler_runs:
-            self._context.renewer.check_soon(owned.lease)
+            self._context.renewer.send_heartbeat_soon(owned.lease)
         else:
             owned.delivered_at = self._context.clock()
 
@@ -194,7 +199,7 @@ class Dispatcher:
         """Whether an item that was set aside may start now."""
         return (
             item.handler is not None
-            and self._slots.free(item.handler)
+            and self._slots.has_free_slot(item.handler)
             and not self.items.has_session(item.session_id)
             and self.health.may_claim(item.handler)
             and self._context.clock() < item.delivered_at + self._aside_seconds

@@ -41,7 +41,7 @@ That is 2 s before the end of the grace period. See workpool/docs/operating.md, 
 
 
 class Drain:
-    """The drain of one supervisor.
+    """The drain of one supervisor: when it began, and until when sessions may run.
 
     Attributes:
         requested: Set once the drain has begun.
@@ -72,18 +72,21 @@ class Drain:
             self.requested.set()
         if timeout is not None and now + timeout < self._deadline:
             self._deadline = now + timeout
-        self.changed()
+        self.note_change()
 
-    def changed(self) -> None:
+    def note_change(self) -> None:
         """Record that the deadline was brought forward, or that an item has ended or is stuck."""
         self._changed.set()
 
-    async def sessions_ended(self, dispatcher: Dispatcher) -> None:
+    async def wait_for_sessions(self, dispatcher: Dispatcher) -> None:
         """Wait, without a limit, until only sessions of stuck handlers run."""
         await self._wait_until_finished(dispatcher, lambda: math.inf)
 
-    async def wind_down(self, context: PoolContext, dispatcher: Dispatcher) -> int:
-        """Wait for the sessions, then release the rest; return the number of abandoned items."""
+    async def finish_sessions(self, context: PoolContext, dispatcher: Dispatcher) -> int:
+        """Wait for the running sessions until the deadline, then release the rest of the items.
+
+        Returns the number of abandoned items.
+        """
         loop = asyncio.get_running_loop()
         started = loop.time()
         log.info("draining", extra={"running": context.queue.running, "timeout": self.timeout})
@@ -106,7 +109,7 @@ class Drain:
         context.observe(DrainFinished, result, seconds)
         return abandoned
 
-    async def scraped(self, exporter: Exporter) -> None:
+    async def wait_for_last_scrape(self, exporter: Exporter) -> None:
         """Wait until a scrape has shown the end of the drain, or a further drain is requested.
 
         Returns at once if the process is not scraped, and within the grace period in any case.
@@ -119,7 +122,7 @@ class Drain:
         if self.timeout is not None and self.started_at is not None:
             seconds = min(seconds, self.started_at + self.timeout + GRACE_SECONDS - loop.time())
         log.info("waiting for the last scrape", extra={"wait_seconds": round(seconds, 1)})
-        on_scraped = partial(loop.call_soon_threadsafe, self.changed)
+        on_scraped = partial(loop.call_soon_threadsafe, self.note_change)
         exporter.on_scraped.add(on_scraped)
         try:
             with suppress(TimeoutError):
@@ -137,7 +140,7 @@ class Drain:
 
         `until` is called again after each change.
         """
-        dispatcher.on_closed = dispatcher.executor.on_stuck = self.changed
+        dispatcher.on_closed = dispatcher.executor.on_stuck = self.note_change
         loop = asyncio.get_running_loop()
         while dispatcher.count_unfinished_items():
             left = until() - loop.time()
@@ -150,8 +153,8 @@ class Drain:
         return True
 
 
-async def see_through(end: Callable[[], Awaitable[None]], drain: Drain) -> None:
-    """Await `end()` despite any number of cancellations; raise the last one afterwards.
+async def await_despite_cancellation(end: Callable[[], Awaitable[None]], drain: Drain) -> None:
+    """Await `end()` although this task is cancelled; raise the last CancelledError afterwards.
 
     A cancellation moves the drain's deadline to now, which limits `end()`. Otherwise a pool could
     continue without its embedder, since some libraries cancel a task again at each of its steps.

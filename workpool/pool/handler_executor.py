@@ -329,7 +329,7 @@ class HandlerExecutor:
         now = self._clock()
         if not item.lease.held(now):
             return False
-        if self._pauses.paused(item.lease.clock_offset, now):
+        if self._pauses.was_paused(item.lease.clock_offset, now):
             item.error = PoolRelease("not started: the machine was paused")
             item.add_end_reason(EndReason.RELEASED)
             return False

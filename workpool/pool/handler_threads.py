@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from workpool.blocking_session import BlockingSession
 from workpool.errors import SessionEnded, SessionGoneError
-from workpool.pool.diagnostics import stack_of
+from workpool.pool.diagnostics import thread_stack
 from workpool.session import release_on_exhaustion
 from workpool.wire.http.daemon_threads import DaemonThreads
 
@@ -130,7 +130,7 @@ class HandlerThreads:
     def stack_of_item(self, item: PoolItem) -> str | None:
         """Return the stack of the thread that runs the item's handler; None if there is none."""
         ident = self._idents.get(item)
-        return None if ident is None else stack_of(ident)
+        return None if ident is None else thread_stack(ident)
 
     async def close_threads(self) -> None:
         """End the threads. A thread whose handler hangs ends after the handler."""
@@ -225,7 +225,7 @@ class _ThreadCalls:
     def _error_of_ended_call(self) -> SessionGoneError:
         """Return the error with the reason for which a call was ended."""
         try:
-            self._item.lease.check(self._clock())
+            self._item.lease.check_held(self._clock())
         except SessionGoneError as error:
             return error
         return SessionEnded(self._item.id)

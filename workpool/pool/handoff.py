@@ -1,11 +1,11 @@
-"""Handing an item off to a child process: the parent's side.
+"""The parent's side of a handoff: it gives the lease of an item to a child process.
 
 The pool suspends its heartbeats, the handler starts the child, and the child's first heartbeat
 takes the item. That heartbeat and the pool's next one expect the same last heartbeat, so that only
 one of the two succeeds. Until it is known which one succeeded, nothing else is sent for the item:
 requests for stops and metadata have no precondition.
 
-`hand_off` and `settle` run on the handlers' loop; `HandoffRun` runs on the renewer's.
+`hand_off` and `settle_handoff` run on the handlers' loop; `HandoffRun` runs on the renewer's.
 See workpool/docs/architecture.md, "Handing an item off".
 """
 
@@ -55,7 +55,7 @@ class HandoffRun:
         lease, handoff = self._lease, self._handoff
         try:
             if await self._send_heartbeat():
-                lease.suspend()
+                lease.suspend_heartbeats()
                 handoff.last_heartbeat, handoff.ttl = lease.expected, round(lease.ttl)
                 self._set_state("open")
                 await self._wait_for_child()
@@ -69,12 +69,12 @@ class HandoffRun:
         self._renewer.heartbeat_now(lease)
         while not (lease.over or (lease.settled and lease.due_at > self._renewer.clock())):
             changed.clear()
-            await changed.wait()  # bounded by the end of the lease
+            await changed.wait()  # ends with the lease at the latest, which sets `changed`
         return not lease.over
 
     async def _wait_for_child(self) -> None:
         lease, handoff, clock = self._lease, self._handoff, self._renewer.clock
-        # Leaves time for the heartbeat that takes the item back.
+        # The rest of the lease is left for the heartbeat that takes the item back.
         until = lease.give_up_at - lease.ttl / TAKE_BACK_PART
         while not (handoff.taken_back or lease.over) and (left := until - clock()) > 0:
             handoff.changed.clear()
@@ -83,11 +83,11 @@ class HandoffRun:
                     min(left, self._reads.next()) if handoff.child_expected else left
                 ):
                     await handoff.changed.wait()
-            if handoff.child_expected and not await self._child_missing():
+            if handoff.child_expected and not await self._must_wait_longer():
                 return
 
-    async def _child_missing(self) -> bool:
-        """Read the item; return whether to wait longer for the child."""
+    async def _must_wait_longer(self) -> bool:
+        """Read the item; return whether no child has it yet, and a child may still come."""
         lease, client = self._lease, self._renewer.client
         try:
             timeout = self._renewer.request_timeout
@@ -96,16 +96,16 @@ class HandoffRun:
             return True
         if item is None:
             return True
-        status = lease.status_by(item)
+        status = lease.status_from_read(item)
         if status != "held":
             lease.end(status, "taken")
-            self._renewer.report(self._item)
+            self._renewer.report_lease_change(self._item)
         # A request to stop must not wait for a child that may never start.
         return status == "held" and item.state != STOPPING
 
     def _set_state(self, state: Literal["open", "closed"]) -> None:
         self._handoff.state = state
-        self._renewer.report(self._item)
+        self._renewer.report_lease_change(self._item)
 
 
 @asynccontextmanager
@@ -117,26 +117,27 @@ async def hand_off(
     lease, renewer = item.lease, context.renewer
     item.handoff = handoff = Handoff()
     sender.end_waits(item)
-    renewer.start(HandoffRun(item, handoff, renewer).run, "handoff")
+    renewer.start_handoff_task(HandoffRun(item, handoff, renewer).run, "handoff")
     try:
         yield await _wait_until_open(item, handoff, context, sender)
-        renewer.call(handoff.note_child_started)
+        renewer.call_on_loop(handoff.note_child_started)
         await _wait_for_state(item, handoff, "closed", renewer.clock)
     except asyncio.CancelledError:
-        renewer.call(handoff.take_back)
-        raise  # a cancelled handler must end at once; the runner calls `settle` afterwards
+        renewer.call_on_loop(handoff.take_back)
+        # A cancelled handler must end at once; the session runner calls `settle_handoff`.
+        raise
     except BaseException:
-        await settle(item, handoff, renewer)
+        await settle_handoff(item, handoff, renewer)
         raise
     if lease.status != "handed_off":
         sender.check_may_send(item, by_handler=False)
         raise HandoverError(item.id)
 
 
-async def settle(item: PoolItem, handoff: Handoff, renewer: LeaseRenewer) -> None:
+async def settle_handoff(item: PoolItem, handoff: Handoff, renewer: LeaseRenewer) -> None:
     """Wait for the end of the handoff, which decides which process has the item."""
     if handoff.state != "closed":
-        renewer.call(handoff.take_back)
+        renewer.call_on_loop(handoff.take_back)
         await _wait_for_state(item, handoff, "closed", renewer.clock)
     if item.lease.status == "handed_off":
         log.info("handed off", extra={"work_id": item.id})

@@ -66,10 +66,12 @@ class HandoffChild(Supervisor):
         self._work_id = work_id
         self._last_heartbeat = last_heartbeat
 
-    async def _serve(self, context: PoolContext) -> None:
+    async def _run_pool(self, context: PoolContext) -> None:
         async with handler_group() as handlers, asyncio.TaskGroup() as working:
             end = functools.partial(self._drain.begin, self.settings.drain_timeout)
-            group = PollerGroup(context, until_empty=False, on_fatal=self._fail, on_empty=end)
+            group = PollerGroup(
+                context, until_empty=False, on_fatal=self._end_with_error, on_empty=end
+            )
             dispatcher = Dispatcher(context, working, handlers, group.note_ack_result)
             self._view = PoolView(context, dispatcher, group, [], self._drain)
             holding = working.create_task(self._run_item(context, dispatcher), name="hold")
@@ -77,7 +79,7 @@ class HandoffChild(Supervisor):
             await self._drain.requested.wait()
             holding.cancel()
             dispatcher.begin_drain()
-            self.abandoned = await self._drain.wind_down(context, dispatcher)
+            self.abandoned = await self._drain.finish_sessions(context, dispatcher)
 
     async def _run_item(self, context: PoolContext, dispatcher: Dispatcher) -> None:
         ended = asyncio.Event()
@@ -85,7 +87,7 @@ class HandoffChild(Supervisor):
         try:
             item = await self._find_item(context)
         except ControlPlaneError as error:
-            self._fail(error)
+            self._end_with_error(error)
             return
         await dispatcher.adopt_handed_off_item(item, self._last_heartbeat)
         await ended.wait()
@@ -94,7 +96,9 @@ class HandoffChild(Supervisor):
     async def _find_item(self, context: PoolContext) -> WorkItem:
         """Read the item, repeatedly while its parent may wait for the child's first heartbeat."""
         if self._session_id is not None:
-            return _unread_item(self._work_id, self._session_id, str(self.settings.environment_id))
+            return _item_without_read(
+                self._work_id, self._session_id, str(self.settings.environment_id)
+            )
         backoff = Backoff(RETRY_SECONDS, RETRY_CAP_SECONDS)
         until = context.clock() + self.settings.lease_ttl
         client, optional, seconds = context.client, context.optional, self.settings.request_timeout
@@ -112,7 +116,7 @@ class HandoffChild(Supervisor):
             await asyncio.sleep(delay)
 
 
-def _unread_item(work_id: str, session_id: str, environment_id: str) -> WorkItem:
+def _item_without_read(work_id: str, session_id: str, environment_id: str) -> WorkItem:
     """Return the item with the fields that are known without a read."""
     data = {"type": SESSION, "id": session_id}
     item = {"id": work_id, "environment_id": environment_id, "data": data, "state": ACTIVE}

@@ -37,7 +37,7 @@ if TYPE_CHECKING:
 
     from workpool.errors import ControlPlaneError
     from workpool.pool.client_protocol import ClientProtocol
-    from workpool.pool.lease import Clock, Decision, HeartbeatAttempt, Lease, PauseDetector
+    from workpool.pool.lease import Clock, HeartbeatAttempt, HeartbeatDecision, Lease, PauseDetector
     from workpool.pool.pool_item import PoolItem
     from workpool.pool.telemetry import Observe
     from workpool.wire.items import Heartbeat, WorkItem
@@ -114,7 +114,7 @@ class ItemSender:
             SessionEnded: The session has ended, or its handler does not run.
         """
         lease = item.lease
-        lease.check(self._clock() if now is None else now)
+        lease.check_held(self._clock() if now is None else now)
         if item.handoff is not None and item.handoff.state != "closed":
             raise LeaseLost(item.id)
         if by_handler and (item.cancelled_for is not None or not item.handler_runs):
@@ -137,7 +137,7 @@ class ItemSender:
         """
         lease, now = item.lease, self._clock()
         self.check_may_send(item, by_handler=by_handler, now=now)
-        paused = self._pauses.paused(lease.clock_offset, now)
+        paused = self._pauses.was_paused(lease.clock_offset, now)
         if not lease.begun and (lease.unsettled or paused):
             raise LeaseLost(item.id)  # no heartbeat has verified the lease yet
         if paused:
@@ -236,7 +236,9 @@ class ItemSender:
 
     def _may_retry_now(self, lease: Lease, failure: TransientError) -> bool:
         """Return whether the next try follows at once: the lease has ended, or is verified."""
-        if isinstance(failure, LeaseDoubted) and not self._pauses.paused(since=lease.clock_offset):
+        if isinstance(failure, LeaseDoubted) and not self._pauses.was_paused(
+            since=lease.clock_offset
+        ):
             return True
         return lease.over
 
@@ -285,7 +287,7 @@ class HeartbeatSender:
 
     async def _exchange_heartbeat(self, lease: Lease, check: LeaseCheck | None) -> bool:
         now = self._clock()
-        attempt = lease.send(now, lease.due_at, self._pauses.offset(now))
+        attempt = lease.begin_heartbeat(now, lease.due_at, self._pauses.wall_clock_offset(now))
         options = CallOptions(partial(self._check_lease, lease, check), Priority.COMPLETION)
         outcome: Heartbeat | ControlPlaneError
         try:
@@ -298,24 +300,24 @@ class HeartbeatSender:
                     options=options,
                 )
             except SessionGoneError:  # the check refused the heartbeat
-                lease.unsent(attempt)
+                lease.note_unsent(attempt)
                 return False
             except ControlPlaneErrors as error:
                 outcome = error
-            decision = lease.answered(self._clock(), attempt, outcome)
+            decision = lease.apply_answer(self._clock(), attempt, outcome)
             if decision.then == "read":
                 look_up = not isinstance(outcome, ConflictError)
                 decision = await self._read_item(lease, attempt, decision, look_up=look_up)
         finally:
             if lease.in_flight:
-                lease.abandoned()
+                lease.note_unanswered()
         if decision.result is not None:
             self._observe(HeartbeatFinished, lease.item, decision.result, attempt.lag)
         return decision.then == "held"
 
     async def _read_item(
-        self, lease: Lease, attempt: HeartbeatAttempt, decision: Decision, *, look_up: bool
-    ) -> Decision:
+        self, lease: Lease, attempt: HeartbeatAttempt, decision: HeartbeatDecision, *, look_up: bool
+    ) -> HeartbeatDecision:
         """Read the item and apply it to the lease.
 
         `look_up`: if the credential may not read it, look it up in the list. After a 409 that is
@@ -334,10 +336,10 @@ class HeartbeatSender:
             outcome = None
         except ControlPlaneErrors as error:
             outcome = error
-        return lease.read(self._clock(), decision.result, outcome)
+        return lease.apply_read(self._clock(), decision.result, outcome)
 
     def _check_lease(self, lease: Lease, check: LeaseCheck | None) -> None:
         now = self._clock()
         if check is not None:
             check(lease, now)
-        lease.check(now)
+        lease.check_held(now)

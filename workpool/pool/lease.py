@@ -61,7 +61,7 @@ def clock_that_counts_sleep() -> Clock:
     The result is the platform's own function: a wrapper would cost some forty calls for each
     item.
     """
-    if hasattr(time, "CLOCK_BOOTTIME"):  # Linux
+    if hasattr(time, "CLOCK_BOOTTIME"):  # on Linux only
         return functools.partial(time.clock_gettime, time.CLOCK_BOOTTIME)
     if sys.platform == "darwin":  # `time.monotonic` stands still during sleep on this system
         return functools.partial(time.clock_gettime, time.CLOCK_MONOTONIC)
@@ -81,16 +81,16 @@ class PauseDetector:
         self._clock = clock
         self._wall = wall
 
-    def offset(self, now: float | None = None) -> float:
+    def wall_clock_offset(self, now: float | None = None) -> float:
         """Return the seconds by which the wall clock is ahead of the lease clock.
 
         `now` is the lease clock's time if the caller has just read it.
         """
         return self._wall() - (self._clock() if now is None else now)
 
-    def paused(self, since: float, now: float | None = None) -> bool:
-        """Return whether the machine was paused since `offset` returned the value `since`."""
-        # Called for every write, so the code makes no further calls.
+    def was_paused(self, since: float, now: float | None = None) -> bool:
+        """Return whether the machine was paused since `wall_clock_offset` returned `since`."""
+        # `wall_clock_offset` is repeated here, because a call for every write costs too much.
         now = self._clock() if now is None else now
         return abs(self._wall() - now - since) >= PAUSE_SECONDS
 
@@ -140,8 +140,8 @@ class HeartbeatAttempt(NamedTuple):
     last: bool
 
 
-class Decision(NamedTuple):
-    """The decision after the answer to a heartbeat, or to a read of the item.
+class HeartbeatDecision(NamedTuple):
+    """The next step after the answer to a heartbeat, or to a read of the item.
 
     Attributes:
         then: `held`: the lease goes on. `again`: send another heartbeat at `Lease.due_at`.
@@ -154,8 +154,8 @@ class Decision(NamedTuple):
     result: HeartbeatResult | None
 
 
-IGNORED: Final = Decision("over", None)
-EXTENDED: Final = Decision("held", "ok")
+IGNORED: Final = HeartbeatDecision("over", None)
+EXTENDED: Final = HeartbeatDecision("held", "ok")
 
 
 class Lease:
@@ -235,7 +235,7 @@ class Lease:
         self._unanswered = self._read_twice = False
         self._failures = 0
 
-    # Read on any thread.
+    # The following methods may be called on any thread.
 
     def held(self, now: float) -> bool:
         """Return whether this pool certainly holds the item at this time."""
@@ -251,7 +251,7 @@ class Lease:
         return self.closed or self.status != "held"
 
     @property
-    def confirmed(self) -> bool:
+    def loss_confirmed(self) -> bool:
         """Whether the control plane confirmed the loss of the lease; if not, its time ran out."""
         return self.status == "lost" and self.loss in {"taken", "gone"}
 
@@ -266,14 +266,15 @@ class Lease:
         doubted = self._unanswered or self._read_twice or self._failures > 0
         return self.begun and not (self.in_flight or doubted)
 
-    def check(self, now: float) -> None:
+    def check_held(self, now: float) -> None:
         """Raise an error unless something may be sent for the item at this time.
 
         Raises:
             SessionEnded: The session has ended, or the item was stopped or handed off.
             LeaseLost: The lease is not held.
         """
-        if self.status != "held" or now >= self.deadline or self.closed:  # `held`, inlined
+        # `held` is repeated here, because a call for every write costs too much.
+        if self.status != "held" or now >= self.deadline or self.closed:
             ended = self.closed or self.status in {"stopped", "handed_off"}
             raise (SessionEnded if ended else LeaseLost)(self.item.id)
 
@@ -284,7 +285,8 @@ class Lease:
         """
         self.own_stop = True
 
-    # Written by one thread at a time: the handlers' loop until `begun`, then the lease renewer.
+    # The following methods are called on one thread at a time: on the handlers' loop until the
+    # lease has begun, then on the lease renewer's.
 
     def end(self, status: Status, loss: LossReason = "expired") -> None:
         """End a held lease; a lease that has ended does not change."""
@@ -293,44 +295,46 @@ class Lease:
             self.due_at = math.inf
             self.status = status
 
-    def expire(self, now: float) -> bool:
+    def end_if_expired(self, now: float) -> bool:
         """End the lease if the latest time for a heartbeat has passed; return `over`."""
         if self.status == "held" and now >= self.give_up_at:
             self.end("lost")
-        return self.closed or self.status != "held"  # `over`, inlined
+        return self.over
 
-    def check_soon(self, now: float) -> None:
+    def make_heartbeat_due(self, now: float) -> None:
         """Make the next heartbeat due now, because another worker may have the item."""
         if self.due_at != math.inf:
             self.due_at = min(self.due_at, now)
 
-    def doubt(self, now: float) -> bool:
-        """Make the next heartbeat due now, because the machine was paused.
+    def doubt_after_pause(self, now: float) -> bool:
+        """Make the next heartbeat due now, because a pause of the machine put the lease in doubt.
 
         Until a heartbeat has succeeded, only the first call has an effect. Returns whether it had
         one.
         """
         first, self._doubted = not self._doubted, True
         if first:
-            self.check_soon(now)
+            self.make_heartbeat_due(now)
         return first
 
-    def release(self, now: float, delay: float) -> None:
+    def let_lapse(self, now: float, delay: float) -> None:
         """Make the next heartbeat the last one, so that the lease lapses after `delay` seconds."""
         self._release_ttl = round(min(max(delay, TTL_MIN_SECONDS), TTL_MAX_SECONDS))
         self.due_at = now
 
-    def suspend(self) -> None:
-        """Send no heartbeat until `resume`: a child process may send its own from now on."""
+    def suspend_heartbeats(self) -> None:
+        """Send no heartbeat until `resume_heartbeats`, because a child process may send its own."""
         self._lent = True
         self.due_at = math.inf
 
-    def resume(self, now: float) -> None:
+    def resume_heartbeats(self, now: float) -> None:
         """Send heartbeats again, the first one now."""
         self.due_at = now
 
-    def send(self, now: float, planned_at: float, clock_offset: float = 0.0) -> HeartbeatAttempt:
-        """Begin a heartbeat; `answered`, `unsent` or `abandoned` must follow.
+    def begin_heartbeat(
+        self, now: float, planned_at: float, clock_offset: float = 0.0
+    ) -> HeartbeatAttempt:
+        """Begin a heartbeat; `apply_answer`, `note_unsent` or `note_unanswered` must follow.
 
         `clock_offset` is the number of seconds by which the wall clock is ahead of the lease clock.
         """
@@ -346,22 +350,22 @@ class Lease:
         timeout = max(0.001, min(self._request_timeout, self.ttl / TIMEOUT_PART, left))
         return HeartbeatAttempt(now, self.expected, ttl, timeout, before, lag, clock_offset, last)
 
-    def unsent(self, attempt: HeartbeatAttempt) -> None:
+    def note_unsent(self, attempt: HeartbeatAttempt) -> None:
         """Record that the heartbeat was not sent."""
         self.in_flight = False
         self._set_deadline(attempt.deadline, self.ttl)
 
-    def abandoned(self) -> None:
+    def note_unanswered(self) -> None:
         """Record that the wait for the answer has ended: the heartbeat may have been applied."""
         self.in_flight = False
         self._unanswered = True
 
-    def answered(
+    def apply_answer(
         self, now: float, attempt: HeartbeatAttempt, outcome: Heartbeat | ControlPlaneError
-    ) -> Decision:
+    ) -> HeartbeatDecision:
         """Apply the answer to a heartbeat."""
         if self.status != "held":
-            decision = IGNORED  # the lease ended while the heartbeat was in flight
+            decision = IGNORED  # the lease has ended while the heartbeat was in flight
         elif isinstance(outcome, Heartbeat):
             decision = self._apply_success(now, attempt, outcome)
         else:
@@ -369,12 +373,12 @@ class Lease:
         self.in_flight = decision.then == "read"
         return decision
 
-    def read(
+    def apply_read(
         self,
         now: float,
         doubt: HeartbeatResult | None,
         outcome: WorkItem | ControlPlaneError | None,
-    ) -> Decision:
+    ) -> HeartbeatDecision:
         """Apply a read of the item, after an answer that left open which worker holds it.
 
         Args:
@@ -388,24 +392,25 @@ class Lease:
             return IGNORED
         if outcome is None:
             self.end("finished" if self.own_stop else "lost")
-            return Decision("over", doubt)
+            return HeartbeatDecision("over", doubt)
         if isinstance(outcome, ControlPlaneError):
-            self._unanswered = True  # still in doubt: the next 412 must be read again
-            return self._apply_error_judgement(now, judge_read_error(outcome), outcome)
-        status = self.status_by(outcome)
+            # The holder is still unknown, so that the item must be read after the next 412, too.
+            self._unanswered = True
+            return self._apply_error_class(now, classify_read_error(outcome), outcome)
+        status = self.status_from_read(outcome)
         if status != "held":
             self.end(status, "taken")
-            return Decision("over", doubt)
+            return HeartbeatDecision("over", doubt)
         self._unanswered = False
-        self.expected = _expected_by(outcome)
+        self.expected = _last_heartbeat_of(outcome)
         if self._read_twice:
-            self._plan_repeat(now)  # not at once: contradictory answers must not cause a busy loop
+            self._plan_repeat(now)  # later, because contradictory answers would cause a busy loop
         else:
             self._read_twice = True
             self.due_at = now
-        return Decision("again", "recovered")
+        return HeartbeatDecision("again", "recovered")
 
-    def status_by(self, item: WorkItem) -> Status:
+    def status_from_read(self, item: WorkItem) -> Status:
         """Return the status that follows from the item that was just read.
 
         As long as `acknowledged_at` is that of this pool's ack, no other worker has acknowledged
@@ -427,34 +432,35 @@ class Lease:
 
     def _apply_success(
         self, now: float, attempt: HeartbeatAttempt, heartbeat: Heartbeat
-    ) -> Decision:
+    ) -> HeartbeatDecision:
         if now >= attempt.deadline:
             # Between that deadline and this answer, another worker may have had the item.
             self.end("lost")
-            return Decision("over", "timeout")
-        if heartbeat.state == STOPPED:  # this state is final, whichever worker held the item
+            return HeartbeatDecision("over", "timeout")
+        if heartbeat.state == STOPPED:  # final, whichever worker held the item
             self.end("finished" if self.own_stop else "stopped")
-            return Decision("over", "ok")
+            return HeartbeatDecision("over", "ok")
         extended, stopping = heartbeat.lease_extended, heartbeat.state == STOPPING
         if not heartbeat.last_heartbeat or (self.unsettled and (stopping or not extended)):
             # Some control planes answer a heartbeat of a `stopping` item to any sender, so that
             # answer does not settle an ack, and does not prove a loss either.
             proven = not stopping or not heartbeat.last_heartbeat
             self.end("lost", "taken" if proven else "expired")
-            return Decision("over", "conflict")
+            return HeartbeatDecision("over", "conflict")
         paused = abs(attempt.clock_offset - self.clock_offset) >= PAUSE_SECONDS
         if stopping and paused:
-            self.end("lost")  # such an answer verifies no lease after a pause either
-            return Decision("over", "conflict")
+            # Any sender gets this answer, so it does not prove that the lease outlasted the pause.
+            self.end("lost")
+            return HeartbeatDecision("over", "conflict")
         if not extended and not stopping:
             self._unanswered, self.expected = False, heartbeat.last_heartbeat
-            return Decision("read", "conflict")
+            return HeartbeatDecision("read", "conflict")
         self._apply_extension(attempt, heartbeat)
         self.begun = True
         self.stop_requested |= heartbeat.state == STOPPING and not self.own_stop
         if attempt.last:
             self.end("released")
-        return Decision("over", "ok") if attempt.last else EXTENDED
+        return HeartbeatDecision("over", "ok") if attempt.last else EXTENDED
 
     def _apply_extension(self, attempt: HeartbeatAttempt, heartbeat: Heartbeat) -> None:
         self.expected, self.clock_offset = heartbeat.last_heartbeat, attempt.clock_offset
@@ -465,34 +471,34 @@ class Lease:
             ttl = heartbeat.ttl_seconds
             self._set_deadline(attempt.at + ttl, ttl)
         if self._release_ttl is not None and not attempt.last:
-            return  # a release requested during this heartbeat has made the last one due
+            return  # `let_lapse` was called during this heartbeat: the last one is due already
         jitter = 1 - JITTER * random.random()  # noqa: S311 - spreads load, guards nothing
         self.due_at = attempt.at + self.ttl / RENEW_PART * jitter
 
     def _apply_error(
         self, now: float, attempt: HeartbeatAttempt, error: ControlPlaneError
-    ) -> Decision:
+    ) -> HeartbeatDecision:
         if isinstance(error, TransientError) and error.reason != "throttled":
             self._unanswered = True
         else:
             # The heartbeat was certainly not applied, so it has not shortened the lease.
             self._set_deadline(attempt.deadline, self.ttl)
-        judgement = judge(error, doubted=self._unanswered or self._lent)
-        if judgement.then == "read":
+        error_class = classify_heartbeat_error(error, doubted=self._unanswered or self._lent)
+        if error_class.then == "read":
             if not self.unsettled:
-                return Decision("read", judgement.result)
+                return HeartbeatDecision("read", error_class.result)
             # A repeated ack returns the holder's `acknowledged_at`, so a read would show nothing.
-            judgement = judgement._replace(then="taken")
-        return self._apply_error_judgement(now, judgement, error)
+            error_class = error_class._replace(then="taken")
+        return self._apply_error_class(now, error_class, error)
 
-    def _apply_error_judgement(
-        self, now: float, judgement: Judgement, error: ControlPlaneError
-    ) -> Decision:
-        if judgement.then == "repeat":
+    def _apply_error_class(
+        self, now: float, error_class: ErrorClass, error: ControlPlaneError
+    ) -> HeartbeatDecision:
+        if error_class.then == "repeat":
             self._plan_repeat(now, getattr(error, "retry_after", None) or 0.0)
-            return Decision("again", judgement.result)
-        self.end("lost", "taken" if judgement.then == "read" else judgement.then)
-        return Decision("over", judgement.result)
+            return HeartbeatDecision("again", error_class.result)
+        self.end("lost", "taken" if error_class.then == "read" else error_class.then)
+        return HeartbeatDecision("over", error_class.result)
 
     def _set_deadline(self, deadline: float, ttl: float) -> None:
         if ttl != self.ttl:
@@ -508,12 +514,12 @@ class Lease:
         self.due_at = now + max(self.ttl / part, min(retry_after, left / 2))
 
 
-class Judgement(NamedTuple):
+class ErrorClass(NamedTuple):
     """The meaning of an error for a heartbeat.
 
     Attributes:
         result: The heartbeat's result for the metrics.
-        then: `repeat` it while the lease lasts, or `read` the item, or the name of the reason for
+        then: `repeat` the heartbeat while the lease lasts, or `read` the item, or the reason for
             which the lease is lost.
     """
 
@@ -521,8 +527,8 @@ class Judgement(NamedTuple):
     then: Literal["repeat", "read"] | LossReason
 
 
-def judge(error: ControlPlaneError, *, doubted: bool) -> Judgement:
-    """Judge the error of a heartbeat.
+def classify_heartbeat_error(error: ControlPlaneError, *, doubted: bool) -> ErrorClass:
+    """Return the class of a heartbeat's error.
 
     Args:
         error: The error.
@@ -530,26 +536,29 @@ def judge(error: ControlPlaneError, *, doubted: bool) -> Judgement:
             leaves open which process holds the item.
     """
     if isinstance(error, TransientError):
-        return Judgement("timeout" if error.reason == "timeout" else "transient", "repeat")
+        return ErrorClass("timeout" if error.reason == "timeout" else "transient", "repeat")
     if isinstance(error, ConflictError):
-        return Judgement("conflict", "read")
+        return ErrorClass("conflict", "read")
     if isinstance(error, PreconditionError):
-        return Judgement("precondition", "read" if doubted else "taken")
+        return ErrorClass("precondition", "read" if doubted else "taken")
     if error.status == HTTPStatus.BAD_REQUEST:
-        # the request is wrong; the pool may still hold the item
-        return Judgement("rejected", "refused")
+        # The control plane does not accept the request, whoever holds the item.
+        return ErrorClass("rejected", "refused")
     # A token, a proxy or a certificate may be repaired while the lease lasts.
-    return Judgement("rejected", "gone" if error.status == HTTPStatus.NOT_FOUND else "repeat")
+    return ErrorClass("rejected", "gone" if error.status == HTTPStatus.NOT_FOUND else "repeat")
 
 
-def judge_read_error(error: ControlPlaneError) -> Judgement:
-    """Judge the error of reading the item; a gateway's 409 or 412 to a GET is repeated."""
+def classify_read_error(error: ControlPlaneError) -> ErrorClass:
+    """Return the class of an error of reading the item.
+
+    A 409 or 412 is that of a gateway, since the read is a GET, so the read is repeated.
+    """
     if isinstance(error, ConflictError | PreconditionError):
-        return Judgement("rejected", "repeat")
-    return judge(error, doubted=True)
+        return ErrorClass("rejected", "repeat")
+    return classify_heartbeat_error(error, doubted=True)
 
 
-def _expected_by(item: WorkItem) -> str:
+def _last_heartbeat_of(item: WorkItem) -> str:
     # In `starting`, `last_heartbeat` is that of a former holder.
     fresh = item.state == STARTING or item.last_heartbeat is None
     return NO_HEARTBEAT if fresh else str(item.last_heartbeat)

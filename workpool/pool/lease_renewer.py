@@ -23,7 +23,7 @@ from workpool.errors import LeaseRenewerError, innermost
 from workpool.events import LoopLagMeasured, current_work_id
 from workpool.log_fields import pool_logger
 from workpool.pool.call_permissions import OptionalCalls
-from workpool.pool.diagnostics import LoopMonitor, report
+from workpool.pool.diagnostics import LoopMonitor, call_on_report_thread
 from workpool.pool.item_requests import HeartbeatSender
 from workpool.pool.lease import PAUSE_SECONDS, PauseDetector
 
@@ -53,8 +53,8 @@ WIDTH_SECONDS = 30.0
 """Seconds without use after which a wider limit shrinks: its connections are closed by then."""
 
 
-class Callbacks(NamedTuple):
-    """The functions to which the renewer reports."""
+class RenewerCallbacks(NamedTuple):
+    """The functions that the lease renewer calls to report changes and failures."""
 
     observe: Observe
     """Called with events on the renewer's thread."""
@@ -63,10 +63,7 @@ class Callbacks(NamedTuple):
     failed: Callable[[LeaseRenewerError], None]
     """Called on the handlers' loop when the thread has failed."""
     stopped_renewing: Callable[[LeaseRenewerError | None], None]
-    """Called on the renewer's thread when leases are not renewed anymore.
-
-    Called on the renewer's thread.
-    """
+    """Called on the renewer's thread when leases are not renewed anymore."""
 
 
 def new_event_loop() -> asyncio.AbstractEventLoop:
@@ -109,7 +106,7 @@ class LeaseRenewer:
         clock: Clock,
         wall: Clock,
         connect: Callable[[], ClientProtocol],
-        callbacks: Callbacks,
+        callbacks: RenewerCallbacks,
         services: Sequence[AbstractAsyncContextManager[object]] = (),
     ) -> None:
         self.optional = OptionalCalls()
@@ -121,12 +118,14 @@ class LeaseRenewer:
         self._callbacks = callbacks
         self._services = services
         self.pauses = PauseDetector(clock, wall)
-        # Written on the handlers' loop, copied on the renewer's; each of these is one atomic step.
+        # Changed on the handlers' loop, copied on the renewer's. Each change and copy is atomic.
         self._leases: dict[Lease, PoolItem] = {}
-        self._serving = self._closing = False  # written on the handlers' loop
-        self._error: LeaseRenewerError | None = None  # written on the renewer's thread
+        # Written on the handlers' loop.
+        self._serving = self._closing = False
+        # Written on the renewer's thread.
+        self._error: LeaseRenewerError | None = None
 
-        # Used on the renewer's loop.
+        # The following attributes are used on the renewer's loop only.
         self._crash: BaseException | None = None
         self._stop = asyncio.Event()
         self._look_now = asyncio.Event()
@@ -138,7 +137,7 @@ class LeaseRenewer:
         self._width = float(WIDTH_MIN)
         self._paced_at = self._peak_since = clock()
 
-    # Called on the handlers' loop.
+    # The following methods are called on the handlers' loop.
 
     async def __aenter__(self) -> LeaseRenewer:
         self._handlers_loop = asyncio.get_running_loop()
@@ -149,7 +148,7 @@ class LeaseRenewer:
         try:
             await self._opened.wait()
             if self._thread.done():
-                await self._thread  # raises the error that ended it
+                await self._thread  # raises the error that has ended the thread
             self._serving = True
         except BaseException:
             await self._close_thread()
@@ -159,7 +158,7 @@ class LeaseRenewer:
     async def __aexit__(self, *_: object) -> None:
         await self._close_thread()
 
-    def add(self, lease: Lease, item: PoolItem) -> None:
+    def add_lease(self, lease: Lease, item: PoolItem) -> None:
         """Extend `lease`, which has begun, from now on.
 
         Wakes the thread only if the lease is due.
@@ -168,10 +167,12 @@ class LeaseRenewer:
             self._leases[lease] = item
             if self._error is not None:
                 lease.end("lost")
-            elif lease.due_at < self._next_look_at:  # the answer to its first heartbeat was slow
+            # The answer to the first heartbeat was so slow that the second one is due before
+            # the next check of all leases.
+            elif lease.due_at < self._next_look_at:
                 self._schedule_call(self._look_now.set)
 
-    def remove(self, lease: Lease) -> None:
+    def remove_lease(self, lease: Lease) -> None:
         """Do not extend `lease` anymore, because its session has ended.
 
         Does not wake the thread.
@@ -179,29 +180,33 @@ class LeaseRenewer:
         lease.closed = True
         item = self._leases.pop(lease, None)
         if item is not None and item.handoff is not None:
-            self.call(item.handoff.note_change)  # no further heartbeat wakes the handoff
+            self.call_on_loop(item.handoff.note_change)  # no further heartbeat wakes the handoff
 
-    def check_soon(self, lease: Lease) -> None:
+    def send_heartbeat_soon(self, lease: Lease) -> None:
         """Send a heartbeat now for a lease that may be lost."""
-        self.call(lambda: self._send_now(lease, lease.check_soon))
+        self.call_on_loop(lambda: self._send_now(lease, lease.make_heartbeat_due))
 
-    def look_soon(self) -> None:
+    def check_leases_soon(self) -> None:
         """Check all leases now, because the machine was paused."""
-        self.call(self._look_now.set)
+        self.call_on_loop(self._look_now.set)
 
-    def release(self, lease: Lease, delay: float) -> None:
+    def let_lease_lapse(self, lease: Lease, delay: float) -> None:
         """Let `lease` lapse `delay` seconds from now: send one last heartbeat."""
-        self.call(lambda: self._send_now(lease, functools.partial(lease.release, delay=delay)))
+        self.call_on_loop(
+            lambda: self._send_now(lease, functools.partial(lease.let_lapse, delay=delay))
+        )
 
-    def start(self, work: Callable[[], Coroutine[object, object, None]], name: str) -> None:
+    def start_handoff_task(
+        self, work: Callable[[], Coroutine[object, object, None]], name: str
+    ) -> None:
         """Run a part of a handoff in a task on the renewer's loop."""
-        self.call(lambda: self._group.create_task(work(), name=name))
+        self.call_on_loop(lambda: self._group.create_task(work(), name=name))
 
-    def call(self, callback: Callable[[], object]) -> None:
+    def call_on_loop(self, callback: Callable[[], object]) -> None:
         """Run a callback on the renewer's loop."""
         self._schedule_call(self._run_call, callback)
 
-    def leases(self) -> list[Lease]:
+    def held_leases(self) -> list[Lease]:
         """The leases that are held now. May be called on any thread."""
         return [lease for lease in list(self._leases) if not lease.over]
 
@@ -215,14 +220,14 @@ class LeaseRenewer:
             log.critical("lease renewer did not end; abandoned", extra={"seconds": CLOSE_SECONDS})
 
     def _start_thread(self) -> asyncio.Future[None]:
-        """Start to run `_main` on `_loop`; the future is done when it has ended.
+        """Start to run `_run_until_stopped` on `_loop`; the future is done when it has ended.
 
         The thread is a daemon, so that a blocked one does not prevent the end of the process.
         """
         self._loop = new_event_loop()
         ended = self._handlers_loop.create_future()
         self._os_thread = threading.Thread(
-            target=copy_context().run,  # the context has the ids for the log
+            target=copy_context().run,  # the context has the pool's ids for log records
             args=(self._run_thread, ended),
             name="workpool-lease-renewer",
             daemon=True,
@@ -231,17 +236,17 @@ class LeaseRenewer:
         return ended
 
     def _join_thread(self) -> None:
-        self._os_thread.join(JOIN_SECONDS)  # the thread has only to return
+        self._os_thread.join(JOIN_SECONDS)  # the thread has nothing left to do but to return
 
     def _schedule_call(self, callback: Callable[..., object], *args: object) -> None:
-        with contextlib.suppress(RuntimeError):  # the renewer's loop is closed
+        with contextlib.suppress(RuntimeError):  # raised if the renewer's loop is closed
             self._loop.call_soon_threadsafe(callback, *args)
 
     def _thread_ended(self, thread: asyncio.Future[None]) -> None:
         self._opened.set()
         cause = None if thread.cancelled() else thread.exception()
         if not self._serving:
-            return  # the thread never began: `__aenter__` raises the error
+            return  # the thread has failed to start, and `__aenter__` raises its error
         if self._closing:
             if cause is not None:
                 log.error("lease renewer did not close cleanly", exc_info=cause)
@@ -256,26 +261,27 @@ class LeaseRenewer:
         if self._error is not None:
             self._callbacks.failed(self._error)
 
-    # Called on the renewer's thread.
+    # The following methods are called on the renewer's thread.
 
     def _run_thread(self, ended: asyncio.Future[None]) -> None:
         error: BaseException | None = None
         try:
             with asyncio.Runner(loop_factory=lambda: self._loop) as runner:
                 try:
-                    runner.run(self._main())
+                    runner.run(self._run_until_stopped())
                 except BaseException as failure:
-                    self._fail_pool(failure)  # before the runner closes, which may take long
+                    # Reported before the runner closes, which may take long.
+                    self._fail_pool(failure)
                     raise
         except BaseException as failure:  # noqa: BLE001 - passed on to the handlers' loop
             error = failure
-        self._call_on_handlers_loop(functools.partial(_set_outcome, ended, error))
+        self._call_on_handlers_loop(functools.partial(_finish_future, ended, error))
 
     def _send_now(self, lease: Lease, plan: Callable[[float], None]) -> None:
         if lease in self._leases and not lease.over:
             plan(self.clock())
             self._waiting.appendleft(lease)
-            self._start_waiting()
+            self._start_due_heartbeats()
 
     def _run_call(self, callback: Callable[[], object]) -> None:
         try:
@@ -305,14 +311,15 @@ class LeaseRenewer:
         """Renew no lease anymore and report it; a failing report does not stop the callback."""
         self.renewing = False
         try:
-            report(write_report)
+            call_on_report_thread(write_report)
         except BaseException as error:
-            self._end_pool(error)  # before the callback, which may let a blocked handler continue
+            # The leases end before the callback, which may let a blocked handler continue.
+            self._end_pool(error)
             raise
         finally:
             self._callbacks.stopped_renewing(self._error)
 
-    async def _main(self) -> None:
+    async def _run_until_stopped(self) -> None:
         async with contextlib.AsyncExitStack() as stack:
             self.client = self._connect()
             await stack.enter_async_context(self.client)
@@ -325,7 +332,8 @@ class LeaseRenewer:
                 async with asyncio.TaskGroup() as group:
                     await self._renew_leases(group)
             except BaseExceptionGroup as errors:
-                self._fail_pool(innermost(errors))  # before the services close, which may take long
+                # Reported before the services close, which may take long.
+                self._fail_pool(innermost(errors))
                 raise
 
     async def _renew_leases(self, group: asyncio.TaskGroup) -> None:
@@ -341,48 +349,48 @@ class LeaseRenewer:
 
     def _call_on_handlers_loop(self, callback: Callable[[], object]) -> None:
         """Run `callback` on the handlers' loop."""
-        with contextlib.suppress(RuntimeError):  # the handlers' loop is closed
+        with contextlib.suppress(RuntimeError):  # raised if the handlers' loop is closed
             self._handlers_loop.call_soon_threadsafe(callback)
 
-    def report(self, item: PoolItem) -> None:
+    def report_lease_change(self, item: PoolItem) -> None:
         """Report that the lease of an item has changed."""
         self._call_on_handlers_loop(functools.partial(self._callbacks.changed, item))
 
     def heartbeat_now(self, lease: Lease) -> None:
         """Send a heartbeat for a handoff, unless one is in flight."""
         if not lease.in_flight:
-            self._send_now(lease, lease.resume)
+            self._send_now(lease, lease.resume_heartbeats)
 
     async def _run_ticks(self) -> None:
         while True:
             self._watch_handlers_loop()
-            self._next_look_at = self._look()
+            self._next_look_at = self._check_leases()
             await asyncio.sleep(LOOK_MIN_SECONDS + len(self._leases) * LOOK_SECONDS_PER_LEASE)
             with contextlib.suppress(TimeoutError):
                 async with asyncio.timeout(self._next_look_at - self.clock()):
                     await self._look_now.wait()
             self._look_now.clear()
 
-    def _look(self) -> float:
+    def _check_leases(self) -> float:
         """End expired leases, start due heartbeats; return the latest time of the next check."""
         # A list of the keys is made in one step, while the other thread may add and remove some. A
         # list of the items is not: each new tuple may start a garbage collection.
         leases, now = list(self._leases), self.clock()
         self._doubt_leases(leases, now)
         due, next_at = self._find_due(leases, now)
-        self._adjust_width(now, waiting=bool(self._waiting))
+        self._adjust_heartbeat_limit(now, waiting=bool(self._waiting))
         due.sort(key=_deadline_of)
         self._waiting = deque(due)
-        self._start_waiting()
+        self._start_due_heartbeats()
         return next_at
 
     def _doubt_leases(self, leases: list[Lease], now: float) -> None:
         """Have the leases verified first that were extended before the machine was paused."""
-        offset = self.pauses.offset()
+        offset = self.pauses.wall_clock_offset()
         doubted = 0
         for lease in leases:
             if abs(offset - lease.clock_offset) >= PAUSE_SECONDS:
-                doubted += lease.doubt(now)
+                doubted += lease.doubt_after_pause(now)
         if doubted:
             log.warning(
                 "the machine was paused; its leases are verified first", extra={"count": doubted}
@@ -398,8 +406,8 @@ class LeaseRenewer:
         next_at = now + self.tick_seconds
         for lease in leases:
             if now >= lease.give_up_at and lease.status == "held":
-                lease.expire(now)
-                self._report_change(lease)
+                lease.end_if_expired(now)
+                self._report_loss(lease)
                 continue
             at = lease.give_up_at
             if lease.due_at <= now:
@@ -409,7 +417,7 @@ class LeaseRenewer:
             next_at = at if at < next_at else next_at
         return due, next_at
 
-    def _adjust_width(self, now: float, *, waiting: bool) -> None:
+    def _adjust_heartbeat_limit(self, now: float, *, waiting: bool) -> None:
         """Widen the limit of heartbeats in flight while others wait; narrow it after disuse."""
         if waiting:
             seconds = min(1.0, now - self._paced_at)
@@ -419,7 +427,7 @@ class LeaseRenewer:
             self._peak, self._peak_since = self._under_way, now
         self._paced_at = now
 
-    def _start_waiting(self) -> None:
+    def _start_due_heartbeats(self) -> None:
         """Start heartbeats that are due, the earliest deadline first, within the limit."""
         while self._waiting and self._under_way < self._width and self.renewing:
             lease = self._waiting.popleft()
@@ -442,7 +450,7 @@ class LeaseRenewer:
         current_work_id.set(item.id)
         try:
             await self._send_heartbeat(lease, item)
-            while lease.due_at <= self.clock() and not lease.expire(self.clock()):
+            while lease.due_at <= self.clock() and not lease.end_if_expired(self.clock()):
                 await self._send_heartbeat(lease, item)
         finally:
             self._under_way -= 1
@@ -450,24 +458,25 @@ class LeaseRenewer:
                 item.handoff.note_change()
             if lease.due_at < self._next_look_at:
                 self._look_now.set()
-            self._start_waiting()
+            self._start_due_heartbeats()
 
     async def _send_heartbeat(self, lease: Lease, item: PoolItem) -> bool:
         before = lease.status, lease.stop_requested
-        doubted = self.pauses.paused(since=lease.clock_offset)
+        doubted = self.pauses.was_paused(since=lease.clock_offset)
         held = await self._heartbeats.send_heartbeat(lease)
-        lease.expire(self.clock())
+        lease.end_if_expired(self.clock())
         if doubted or (lease.status, lease.stop_requested) != before:
-            self.report(item)
-        if self.pauses.paused(since=lease.clock_offset):  # during this heartbeat
-            lease.doubt(self.clock())
+            self.report_lease_change(item)
+        # The machine was paused during this heartbeat, whose answer does not prove the lease.
+        if self.pauses.was_paused(since=lease.clock_offset):
+            lease.doubt_after_pause(self.clock())
         return held
 
-    def _report_change(self, lease: Lease) -> None:
+    def _report_loss(self, lease: Lease) -> None:
         item = self._leases.get(lease)
         if item is None:  # the session has ended since
             return
-        self.report(item)
+        self.report_lease_change(item)
         if item.handoff is not None:
             item.handoff.note_change()
 
@@ -475,7 +484,7 @@ class LeaseRenewer:
         """Measure, once a tick, how late the handlers' loop is."""
         loop = asyncio.get_running_loop()
         times = loop.time(), time.monotonic()
-        # A busy loop's clock lags behind, and in virtual time only the loop's clock moves.
+        # Two clocks: that of a busy loop lags behind, and in virtual time no other clock moves.
         seconds = max(now - then for now, then in zip(times, self._watched_at, strict=True))
         if seconds < self.tick_seconds:
             return
@@ -486,8 +495,8 @@ class LeaseRenewer:
             if self.monitor.lag is not None:
                 self._callbacks.observe(LoopLagMeasured, self.monitor.lag)
             self.renewing = True
-            self.monitor.ask()
-        elif self.monitor.wait(seconds) and self.renewing:
+            self.monitor.send_ping()
+        elif self.monitor.count_unanswered_time(seconds) and self.renewing:
             self._stop_renewing(self.monitor.blocked_report())
 
     def _handlers_loop_ended(self) -> None:
@@ -503,7 +512,7 @@ def _deadline_of(lease: Lease) -> float:
     return lease.deadline
 
 
-def _set_outcome(future: asyncio.Future[None], error: BaseException | None) -> None:
+def _finish_future(future: asyncio.Future[None], error: BaseException | None) -> None:
     if not future.done():
         if error is None:
             future.set_result(None)

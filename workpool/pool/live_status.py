@@ -69,8 +69,8 @@ def live_status(
             "answers": counts.get(("workpool_poll_duration_seconds_count", ""), 0),
             "seconds": counts.get(("workpool_poll_duration_seconds_sum", ""), 0),
         },
-        "outcomes": _by_label(counts, "workpool_sessions_total"),
-        "reclaims": _by_label(counts, "workpool_reclaims_total"),
+        "outcomes": _counts_by_label(counts, "workpool_sessions_total"),
+        "reclaims": _counts_by_label(counts, "workpool_reclaims_total"),
         "leases": {
             "held": sum(snapshot.leases.values()),
             "shortest_seconds": snapshot.lease_remaining_min,
@@ -122,7 +122,7 @@ def merged_status(
         **names,
         "reasons": shown,
         "draining": all(each["draining"] for each in statuses),
-        # The free slots of each pool are partly the same.
+        # Pools share free slots, so that the sum over the pools would be too large.
         "slots": {**slots, "free": max(0, slots_limit - used), "limit": slots_limit},
         **{name: _sum_counts(statuses, name) for name in ("queue", "pollers", "polls", "outcomes")},
         "reclaims": _sum_counts(statuses, "reclaims"),
@@ -172,5 +172,5 @@ def read_counts(registry: CollectorRegistry) -> dict[str, Counts]:
     return found
 
 
-def _by_label(counts: Counts, name: str) -> dict[str, float]:
+def _counts_by_label(counts: Counts, name: str) -> dict[str, float]:
     return {label: value for (sample, label), value in counts.items() if sample == name}

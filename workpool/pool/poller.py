@@ -330,9 +330,9 @@ class Poller:
             if self._group.cooldown_until:
                 await self._group.wait_for_cooldown()
             if self._dispatcher.health.failures:
-                await self._dispatcher.health.admission()
+                await self._dispatcher.health.wait_until_claimable()
             if self._admission.gated:
-                await self._admission.granted()
+                await self._admission.wait_until_granted()
             await self._context.client.acquire_ack_permit()
             permitted = True
             item = await self._send_poll()

@@ -43,7 +43,7 @@ from workpool.pool.completion import (
     outcome_when_abandoned,
     text_of,
 )
-from workpool.pool.handoff import hand_off, settle
+from workpool.pool.handoff import hand_off, settle_handoff
 from workpool.pool.item_requests import CALLS_PER_SESSION, SendOptions
 from workpool.pool.lease import Lease
 from workpool.pool.pool_item import Attempt, EndReason, RunCounts
@@ -158,7 +158,7 @@ class SessionRunner:
         if item.handler_task is not None:
             item.handler_task.cancel()  # ends the wait for the thread of an abandoned session
         if item.has_lease:
-            self._context.renewer.remove(item.lease)
+            self._context.renewer.remove_lease(item.lease)
         if item.session is not None:
             self._report_end(item, item.session, outcome or outcome_when_abandoned(item))
             # Breaks the cycle of session and item, which only the garbage collector could free.
@@ -182,7 +182,7 @@ class SessionRunner:
 
     async def _acknowledge_item(self, item: PoolItem) -> bool:
         now = self._context.clock()
-        clock_offset = self._context.renewer.pauses.offset(now)
+        clock_offset = self._context.renewer.pauses.wall_clock_offset(now)
         if item.parents_heartbeat is None:
             result = await self._claimer.acknowledge_item(item, now)
             if result == "conflict":
@@ -216,7 +216,7 @@ class SessionRunner:
         if self._context.draining:
             await self.completion.mark_released_session(item, DRAIN_REASON, MARK_SECONDS)
         await self._claimer.send_first_heartbeats(item)
-        self._context.renewer.add(lease, item)
+        self._context.renewer.add_lease(lease, item)
         item.add_end_reason(item.reason_of_lease(self._context.clock()))
         counted_here = "update" in self._context.optional.refused
         to_count = counted_here or bool(attempt.opening_patch())
@@ -239,7 +239,7 @@ class SessionRunner:
         if item.mark_task is not None:
             await _settle_mark(item.mark_task)
         if item.handoff is not None:
-            await settle(item, item.handoff, self._context.renewer)
+            await settle_handoff(item, item.handoff, self._context.renewer)
         item.add_end_reason(item.reason_of_lease(self._context.clock()))
 
     def _pass_on_stop_request(self, item: PoolItem, session: Session) -> None:
@@ -305,7 +305,7 @@ class SessionRunner:
             )
 
     def _report_end(self, item: PoolItem, session: Session, outcome: Outcome) -> None:
-        if outcome == "lease_lost" and item.lease.confirmed:
+        if outcome == "lease_lost" and item.lease.loss_confirmed:
             self._report_lost(item, "run" if item.lease.begun else "start")
         if outcome == "lease_lost":
             self._context.observe(SessionLost, item.work_item, item.lease.loss)

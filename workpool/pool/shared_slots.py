@@ -3,7 +3,7 @@
 Each environment has a slot of its own, which its poll reserves while it is idle: an item never
 waits because sessions of another environment occupy all slots. A further slot goes to the waiting
 environment with the fewest slots, and among equal ones to that which has waited longest for one.
-Used on one event loop only; `available` may be read on any thread.
+Used on one event loop only; `available_to` may be read on any thread.
 See workpool/docs/architecture.md, "Slots of several environments".
 """
 
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 
 class SharedSlots:
-    """The slots of a process.
+    """All slots of a process, and the shares that its environments have of them.
 
     Args:
         total: The number of slots, at least that of the shares.
@@ -35,18 +35,18 @@ class SharedSlots:
         self._shares: list[SlotShare] = []
         self._order = itertools.count()
 
-    def share(self) -> SlotShare:
-        """Return the share of one more environment."""
+    def add_share(self) -> SlotShare:
+        """Add an environment, and return its share."""
         share = SlotShare(self)
         self._shares.append(share)
         return share
 
-    def leave(self, share: SlotShare) -> None:
+    def remove_share(self, share: SlotShare) -> None:
         """End the share of an environment; the others may use its own slot from now on."""
         self._shares.remove(share)
-        self.grant()
+        self.grant_free_slots()
 
-    def grant(self) -> None:
+    def grant_free_slots(self) -> None:
         """Give the free slots to the environments that wait for one."""
         while (waiting := self._next_waiting()) is not None:
             share, use_slot = waiting
@@ -54,14 +54,14 @@ class SharedSlots:
             share.granted = next(self._order)
             use_slot()
 
-    def available(self, share: SlotShare) -> int:
+    def available_to(self, share: SlotShare) -> int:
         """Return the number of further slots that a share could have now."""
         common, most = self._count_free()
         return min(common + (not share.taken), most)
 
-    def take(self, share: SlotShare) -> bool:
+    def take_slot(self, share: SlotShare) -> bool:
         """Take a slot, unless none is free or another environment gets the next one."""
-        if not self.available(share):
+        if not self.available_to(share):
             return False
         waiting = self._next_waiting()
         if waiting is not None and waiting[0] is not share and waiting[0].rank <= share.rank:
@@ -70,8 +70,8 @@ class SharedSlots:
         share.granted = next(self._order)
         return True
 
-    def give_back(self, share: SlotShare, *, used_up: bool) -> None:
-        """Return a slot, which `grant` gives to another environment."""
+    def return_slot(self, share: SlotShare, *, used_up: bool) -> None:
+        """Return a slot, which `grant_free_slots` gives to another environment."""
         share.taken -= 1
         if used_up and self._uses is not None:
             self._uses -= 1
@@ -90,7 +90,7 @@ class SharedSlots:
         return min(waiting, key=lambda each: each[0].rank, default=None)
 
     def _count_free(self) -> tuple[int, int]:
-        """Return the number of free slots that no environment owns, and how many may be taken."""
+        """Return the number of free common slots, and the number that may be taken in all."""
         taken = [each.taken for each in tuple(self._shares)]
         common = max(0, self._total - sum(max(1, each) for each in taken))
         left = self._total if self._uses is None else self._uses
@@ -98,7 +98,7 @@ class SharedSlots:
 
 
 class SlotShare:
-    """The slots of one environment.
+    """The share of one environment in the slots of its process.
 
     Attributes:
         taken: The number of slots that polls have reserved or sessions occupy.
@@ -121,23 +121,23 @@ class SlotShare:
     @property
     def available(self) -> int:
         """The number of further slots that the environment could have now."""
-        return self._slots.available(self)
+        return self._slots.available_to(self)
 
-    def take(self) -> bool:
+    def take_slot(self) -> bool:
         """Take a slot, unless none is free or another environment gets the next one."""
-        return self._slots.take(self)
+        return self._slots.take_slot(self)
 
-    def give_back(self, *, used_up: bool = False) -> None:
+    def return_slot(self, *, used_up: bool = False) -> None:
         """Return a slot. `used_up`: its item counts as one of the `uses`."""
-        self._slots.give_back(self, used_up=used_up)
+        self._slots.return_slot(self, used_up=used_up)
 
-    def grant(self) -> None:
+    def grant_free_slots(self) -> None:
         """Give the free slots to the environments that wait for one."""
-        self._slots.grant()
+        self._slots.grant_free_slots()
 
-    def leave(self) -> None:
-        """End the share."""
-        self._slots.leave(self)
+    def end_share(self) -> None:
+        """Give the environment's own slot to the others, because the environment has ended."""
+        self._slots.remove_share(self)
 
 
 @dataclass(frozen=True, slots=True)

@@ -35,7 +35,7 @@ POLL_SUCCESS_SECONDS = 30.0
 
 @dataclass(frozen=True, slots=True)
 class Status:
-    """A supervisor at one moment.
+    """The state of a supervisor at one moment.
 
     Attributes:
         ready: Whether it takes work, or all its places are occupied.
@@ -84,7 +84,7 @@ def worker_numbers(status: Status) -> dict[str, float]:
 
 @dataclass(frozen=True, slots=True)
 class PoolView:
-    """Read access to the parts of a running pool."""
+    """The state of a running pool, read from its parts."""
 
     context: PoolContext
     dispatcher: Dispatcher
@@ -94,7 +94,7 @@ class PoolView:
     limits: ExitLimits | None = None
 
     def snapshot(self) -> PoolSnapshot:
-        """The gauges."""
+        """Return the values of the gauges."""
         queue, clock = self.context.queue, self.context.clock
         now = clock()
         polled_at = self.group.last_success_at
@@ -166,7 +166,7 @@ class PoolView:
     @property
     def claiming(self) -> bool:
         """Whether the pool claims items when a place is free."""
-        return not any(self._closed_to_work())
+        return not any(self._reasons_not_to_claim())
 
     @property
     def paused(self) -> bool:
@@ -183,12 +183,12 @@ class PoolView:
         # other order, a session that ends meanwhile would seem to have ended long ago.
         return max(0.0, self.context.clock() - self.dispatcher.idle_since)
 
-    def unready(self) -> list[str]:
+    def unready_reasons(self) -> list[str]:
         """The reasons why the pool is not ready, except a fatal error."""
-        return [*self._closed_to_work(), *self._troubles()]
+        return [*self._reasons_not_to_claim(), *self._operator_problems()]
 
-    def _closed_to_work(self) -> Iterator[str]:
-        """The reasons of the pool itself for which it takes no items."""
+    def _reasons_not_to_claim(self) -> Iterator[str]:
+        """Yield the reasons for which the pool claims no items, such as a drain or a pause."""
         if self.drain.requested.is_set():
             yield "draining"
         if self.limits is not None and self.limits.reached is not None:
@@ -198,14 +198,14 @@ class PoolView:
         if (refused := self.context.admission.refused) is not None:
             yield f"refused: {refused}"
 
-    def _troubles(self) -> Iterator[str]:
-        """The problems that an operator should look at."""
+    def _operator_problems(self) -> Iterator[str]:
+        """Yield the problems that an operator should look at."""
         blocked = self.context.renewer.monitor.blocked_seconds
         if blocked >= LAG_WARNING_SECONDS:
             yield f"the handlers' event loop has been blocked for {blocked:.0f} s"
         if stuck := len(self.dispatcher.executor.stuck):
             yield f"handlers that ignore their cancellation: {stuck}"
-        for name in self.dispatcher.health.failing():
+        for name in self.dispatcher.health.failing_handlers():
             yield f"handler_failing:{name}"
         if self.group.refused or self.group.ack_refused:
             yield "refused by the control plane"
@@ -214,7 +214,7 @@ class PoolView:
         if not recent and not self.context.queue.is_full:
             yield f"no successful poll in the last {POLL_SUCCESS_SECONDS:.0f} s"
 
-    def unhealthy(self) -> list[str]:
+    def unhealthy_reasons(self) -> list[str]:
         """The reasons why the process should be restarted."""
         if self.context.renewer.renewing:
             return []

@@ -26,11 +26,11 @@ from workpool.plugins.lifespan import Lifespan
 from workpool.pool.admission import Admission, ExitLimits
 from workpool.pool.bounded_queue import BoundedQueue
 from workpool.pool.dispatcher import Dispatcher
-from workpool.pool.drain import Drain, see_through
+from workpool.pool.drain import Drain, await_despite_cancellation
 from workpool.pool.handler_executor import handler_group
 from workpool.pool.handler_threads import HandlerThreads
 from workpool.pool.lease import lease_clock, wall_clock
-from workpool.pool.lease_renewer import Callbacks, LeaseRenewer
+from workpool.pool.lease_renewer import LeaseRenewer, RenewerCallbacks
 from workpool.pool.poller import Poller, PollerGroup
 from workpool.pool.pool_context import PoolContext
 from workpool.pool.status import PoolView, Status, read_remote_stats, worker_numbers
@@ -92,7 +92,7 @@ class Supervisor:
             loop; None: it has its own. Set before the start.
     """
 
-    # The simulation replaces these.
+    # The simulation replaces the renewer and the clocks.
     _renewer: ClassVar[type[LeaseRenewer]] = LeaseRenewer
     _clock: Clock = staticmethod(lease_clock)
     _wall: Clock = staticmethod(wall_clock)
@@ -130,8 +130,6 @@ class Supervisor:
     def __repr__(self) -> str:
         return f"<Supervisor of {self.settings.environment_id}>"
 
-    # The interface for embedders.
-
     async def __aenter__(self) -> Self:
         """Start the pool: plugins, lease renewer, exporter, then the pollers.
 
@@ -161,11 +159,11 @@ class Supervisor:
                 "no plugin handles anything; name one in `plugins` or pass a handler",
             )
         if self._plugins.can_refuse:
-            self._admission.ask(functools.partial(self._plugins.refusal_reason, self))
+            self._admission.set_plugin_check(functools.partial(self._plugins.refusal_reason, self))
         self._opened = asyncio.Event()
         self._served = asyncio.Event()
         with self._log_ids():
-            self._root = asyncio.get_running_loop().create_task(self._live(), name="workpool")
+            self._root = asyncio.get_running_loop().create_task(self._run_root(), name="workpool")
             self._root.add_done_callback(self._root_ended)
         try:
             await self._opened.wait()
@@ -175,7 +173,7 @@ class Supervisor:
                 self._root.cancel()  # the root task may be blocked in opening a connection
                 # a pool without sessions closes within a limit, even if it ignores the cancellation
                 self._served.set()
-            await see_through(self._wait_for_root, self._drain)
+            await await_despite_cancellation(self._wait_for_root, self._drain)
             raise
         if self._root.done():
             self._root.result()
@@ -193,12 +191,15 @@ class Supervisor:
             WorkpoolError: The error that ended the pool, if `wait()` has not raised it.
         """
         self._drain.begin(self.settings.drain_timeout if kind is None else 0)
-        await see_through(self._wait_for_root, self._drain)
+        await await_despite_cancellation(self._wait_for_root, self._drain)
         if kind is None and not self._error_raised:
             self._raise_error()
 
     async def run(self, *, until_empty: bool = False) -> None:
-        """Enter, wait, leave. `until_empty`: drain once the queue is empty and all is done."""
+        """Start the pool, wait for its end, and close it.
+
+        `until_empty`: drain once the queue is empty and no session runs.
+        """
         self._until_empty = until_empty
         async with self:
             await self.wait()
@@ -223,7 +224,7 @@ class Supervisor:
         Raises:
             RuntimeError: Called by a handler, for whose end the drain would wait.
         """
-        root = self._task()
+        root = self._root_task()
         if _RUNNING_IN.get() is self:
             raise RuntimeError(
                 "a handler cannot wait for the drain, which waits for the handler; "
@@ -283,7 +284,7 @@ class Supervisor:
 
     def unhealthy(self) -> list[str]:
         """Return the reasons why the process should be restarted. May be called on any thread."""
-        return self._view.unhealthy() if self._view else []
+        return self._view.unhealthy_reasons() if self._view else []
 
     def live_status(
         self,
@@ -322,15 +323,13 @@ class Supervisor:
         """The URL of `/metrics`, `/healthz`, `/readyz` and `/scale`, without path; None if off."""
         return self._exporter.url if self._exporter else None
 
-    # The root task.
-
-    async def _live(self) -> None:
+    async def _run_root(self) -> None:
         try:
             async with contextlib.AsyncExitStack() as stack:
                 await self._open_client_and_plugins(stack)
                 context = await self._open_renewer(stack)
                 try:
-                    await self._serve(context)
+                    await self._run_pool(context)
                 finally:
                     self._served.set()
         except BaseExceptionGroup as group:
@@ -362,7 +361,7 @@ class Supervisor:
             self._telemetry.observe(PoolFailed, error)
 
     def _new_client(self) -> ClientProtocol:
-        """Create a client for the running loop."""
+        """Create a client that sends and reports for this pool, for the running loop."""
         client = self._connect(self.settings)
         self._rate_limits = client.rate_limits = self._rate_limits or client.rate_limits
         client.worker_id = self._worker_id
@@ -390,7 +389,7 @@ class Supervisor:
             self._exporter.scale = lambda: worker_numbers(self.status())
             services.append(self._exporter)
         services += self.renewer_services
-        callbacks = Callbacks(
+        callbacks = RenewerCallbacks(
             observe=self._telemetry.observe,
             changed=self._lease_changed,
             failed=self._renewer_failed,
@@ -427,13 +426,13 @@ class Supervisor:
             optional=renewer.optional,
         )
 
-    async def _serve(self, context: PoolContext) -> None:
+    async def _run_pool(self, context: PoolContext) -> None:
         """Poll until a drain is requested, then wait for the items that were claimed."""
         async with handler_group() as handlers, asyncio.TaskGroup() as working:
             group = PollerGroup(
                 context,
                 until_empty=self._until_empty,
-                on_fatal=self._fail,
+                on_fatal=self._end_with_error,
                 on_empty=functools.partial(self._drain.begin, self.settings.drain_timeout),
             )
             dispatcher = Dispatcher(context, working, handlers, group.note_ack_result)
@@ -443,9 +442,9 @@ class Supervisor:
             ]
             if self.shared is not None:
                 self._limits = self.shared.limits
-            if self._limits.any:
+            if self._limits.has_limit:
                 dispatcher.runner.on_claimed = self._limits.note_claim
-                group.on_poll = self._limits.add(self._admission)
+                group.on_poll = self._limits.add_pool(self._admission)
             self._view = PoolView(context, dispatcher, group, pollers, self._drain, self._limits)
             async with asyncio.TaskGroup() as fetching:
                 tasks = [
@@ -455,24 +454,24 @@ class Supervisor:
                 if self.settings.stats_interval:
                     reading = read_remote_stats(context)
                     tasks.append(fetching.create_task(reading, name="remote-stats"))
-                if self._limits.any:
+                if self._limits.has_limit:
                     ending = self._end_at_limit(dispatcher, tasks[: len(pollers)])
                     tasks.append(fetching.create_task(ending, name="limits"))
                 self._opened.set()
-                await self._until_drain(dispatcher)
+                await self._wait_for_drain_request(dispatcher)
                 dispatcher.begin_drain()
                 for task in tasks:
                     task.cancel()
-            self.abandoned = await self._drain.wind_down(context, dispatcher)
+            self.abandoned = await self._drain.finish_sessions(context, dispatcher)
             if self.awaits_last_scrape and self._exporter is not None:
-                await self._drain.scraped(self._exporter)
+                await self._drain.wait_for_last_scrape(self._exporter)
 
-    async def _until_drain(self, dispatcher: Dispatcher) -> None:
-        """Wait until a drain is requested; give shared slots and limits up, also after an error."""
+    async def _wait_for_drain_request(self, dispatcher: Dispatcher) -> None:
+        """Wait until a drain is requested; then, or after an error, give back shared slots."""
         try:
             await self._drain.requested.wait()
         finally:
-            self._limits.remove(self._admission)
+            self._limits.remove_pool(self._admission)
             dispatcher.forget_waiting_items()
 
     async def _end_at_limit(
@@ -483,7 +482,7 @@ class Supervisor:
         Unlike in a drain, sessions are not asked to end and have no time limit. A drain can still
         be requested meanwhile.
         """
-        limit = await self._limits.wait()
+        limit = await self._limits.wait_until_reached()
         for task in polling:
             task.cancel()
         dispatcher.forget_waiting_items()
@@ -491,10 +490,10 @@ class Supervisor:
         log.info(
             "limit reached; no more items are claimed", extra={"limit": limit, "running": running}
         )
-        await self._drain.sessions_ended(dispatcher)
+        await self._drain.wait_for_sessions(dispatcher)
         self._drain.begin(None)
 
-    def _fail(self, error: BaseException) -> None:
+    def _end_with_error(self, error: BaseException) -> None:
         """End the pool because of an error: drain it; the error is raised after that."""
         if self._error is None:
             self._error = error
@@ -504,14 +503,14 @@ class Supervisor:
         """Add the pool's ids to the log records of the block, perhaps in an embedder's task."""
         return record_ids(self.log_ids)
 
-    def _task(self) -> asyncio.Task[None]:
+    def _root_task(self) -> asyncio.Task[None]:
         if self._root is None:
             raise RuntimeError(_NOT_STARTED)
         return self._root
 
     async def _wait_for_root(self) -> None:
         """Wait for the root task, with a limit once no session is left to wait for."""
-        root = self._task()
+        root = self._root_task()
         await self._served.wait()
         # For a task that is done, `wait` would still take a turn of the loop, and could be
         # cancelled there.
@@ -524,7 +523,7 @@ class Supervisor:
     def _root_ended(self, root: asyncio.Task[None]) -> None:
         self._error = self._error or (None if root.cancelled() else root.exception())
         if self._error is not None and self._view is not None:
-            # `__aenter__` raises an error of the start.
+            # An error before the pool has started is raised by `__aenter__`, and not logged here.
             bug = not isinstance(self._error, WorkpoolError)
             log.critical(
                 "pool failed: %s",
@@ -539,14 +538,12 @@ class Supervisor:
             self._error_raised = True
             raise self._error
 
-    # Called by the lease renewer and by the exporter.
-
     def _lease_changed(self, item: PoolItem) -> None:
         if self._view is not None:
             self._view.dispatcher.runner.handle_lease_change(item)
 
     def _renewer_failed(self, error: LeaseRenewerError) -> None:
-        self._fail(error)
+        self._end_with_error(error)
         self._drain.begin(0)
 
     def _stopped_renewing(self, error: LeaseRenewerError | None) -> None:
@@ -559,4 +556,4 @@ class Supervisor:
 
     def _unready_reasons(self) -> list[str]:
         reasons = [f"failed: {type(self._error).__name__}"] if self._error else []
-        return reasons + (self._view.unready() if self._view else ["not started"])
+        return reasons + (self._view.unready_reasons() if self._view else ["not started"])

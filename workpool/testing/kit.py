@@ -326,9 +326,9 @@ class _HeartbeatOnDemandPool(Supervisor):
     def check_soon(self, work_id: str) -> None:
         """Send a heartbeat for an item now, if this pool has its lease."""
         if self._context is not None:
-            for lease in self._context.renewer.leases():
+            for lease in self._context.renewer.held_leases():
                 if lease.item.id == work_id:
-                    self._context.renewer.check_soon(lease)
+                    self._context.renewer.send_heartbeat_soon(lease)
 
 
 class _VirtualTimePool(_HeartbeatOnDemandPool, LoopSupervisor):

@@ -20,7 +20,7 @@ class LoopRenewer(LeaseRenewer):
 
     def _start_thread(self) -> asyncio.Future[None]:
         self._loop = self._handlers_loop
-        return self._loop.create_task(self._main(), name="lease-renewer")
+        return self._loop.create_task(self._run_until_stopped(), name="lease-renewer")
 
     def _join_thread(self) -> None:
         """Do nothing, since the lease renewer has no thread."""
@@ -34,9 +34,9 @@ class LoopSupervisor(Supervisor):
 
     _renewer = LoopRenewer
 
-    async def _live(self) -> None:
+    async def _run_root(self) -> None:
         self._use_virtual_clocks()
-        await super()._live()
+        await super()._run_root()
 
     def _use_virtual_clocks(self) -> None:
         loop = asyncio.get_running_loop()
