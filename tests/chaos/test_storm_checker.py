@@ -166,7 +166,7 @@ WOKEN = [
 STOP = [{"t": 2, "what": "stop", "pid": 1}, {"t": 16, "what": "cont", "pid": 1}]
 
 
-def test_checker_lets_suspended_process_end_its_handler_after_it_resumes() -> None:
+def test_checker_allows_run_to_end_shortly_after_suspended_process_resumes() -> None:
     verdict = check_records(
         [*LEASE_PASSED_TO_B, *END], [*WOKEN, make_trace_line(16.1, 1, "cancelled")], STOP
     )
@@ -189,7 +189,7 @@ def test_checker_reports_run_beyond_lease_unless_its_process_was_killed() -> Non
     assert check_records([*LEASE_PASSED_TO_B, *END], WOKEN, []).broken
 
 
-def test_checker_allows_run_until_granted_end_of_lease_that_a_fault_ended() -> None:
+def test_checker_allows_run_until_granted_end_of_lease_that_fault_ended_early() -> None:
     fault = {"t": 3, "what": "fault", "kind": "expired", "work_id": "w"}
     handed_on = [
         *make_lease_records(0, A),

@@ -286,7 +286,7 @@ async def test_session_that_fails_while_its_mark_is_written_leaves_no_mark(
 
 
 @pytest.mark.usefixtures("short_mark_retries")
-async def test_drained_session_whose_mark_is_never_answered_is_released(
+async def test_drained_session_whose_mark_write_is_never_answered_is_released(
     item_runs: ItemRuns,
 ) -> None:
     item_runs.faults.add(Hold(), "update")
@@ -299,7 +299,7 @@ async def test_drained_session_whose_mark_is_never_answered_is_released(
     assert item_runs.metadata == {}
 
 
-async def test_drain_abandons_stuck_session_although_its_mark_is_never_answered(
+async def test_drain_abandons_stuck_session_whose_mark_write_is_never_answered(
     item_runs: ItemRuns, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("workpool.pool.drain.AFTER_DEADLINE_SECONDS", 0.5)
@@ -382,7 +382,9 @@ async def test_completed_session_whose_mark_cannot_be_deleted_is_stopped(
     assert item_runs.metadata == DRAINED
 
 
-async def test_attempt_whose_update_loses_its_answer_is_counted_once(item_runs: ItemRuns) -> None:
+async def test_attempt_whose_number_was_written_without_answer_is_counted_once(
+    item_runs: ItemRuns,
+) -> None:
     item_runs.run_and_crash()
     item_runs.faults.add(lost(), "update", times=2)
     await item_runs.run_once(return_at_once)
@@ -396,7 +398,7 @@ async def test_attempt_whose_update_loses_its_answer_is_counted_once(item_runs: 
 )  # fmt: skip
 @pytest.mark.parametrize("applied", [False, True])
 @pytest.mark.usefixtures("short_number_retries")
-async def test_run_whose_number_cannot_be_written_is_released_and_keeps_its_number(
+async def test_run_whose_attempt_number_cannot_be_written_is_released_and_keeps_number(
     item_runs: ItemRuns, caplog: pytest.LogCaptureFixture, notes: Any, number: int, *, applied: bool
 ) -> None:
     def number_is_retried(_: object) -> bool:
@@ -412,7 +414,7 @@ async def test_run_whose_number_cannot_be_written_is_released_and_keeps_its_numb
 
 
 @pytest.mark.usefixtures("short_number_retries", "short_mark_retries")
-async def test_run_whose_number_cannot_be_written_keeps_mark_of_earlier_run(
+async def test_run_whose_attempt_number_cannot_be_written_keeps_mark_of_earlier_run(
     item_runs: ItemRuns,
 ) -> None:
     item_runs.run_and_crash()
@@ -426,7 +428,7 @@ async def test_run_whose_number_cannot_be_written_keeps_mark_of_earlier_run(
     assert item_runs.attempts == [1]
 
 
-async def test_drain_mark_replaces_error_of_earlier_run(item_runs: ItemRuns) -> None:
+async def test_drain_mark_replaces_error_note_of_earlier_run(item_runs: ItemRuns) -> None:
     """A run that failed and could not be stopped has left its error note in the metadata."""
     item_runs.run_and_crash()
     item_runs.write_metadata(error="ValueError")

@@ -106,7 +106,7 @@ async def test_handler_that_raises_fails_with_error_type_as_metadata(run_one_ite
     [("why", "ValueError: why"), ("", "ValueError"), ("x" * 600, "ValueError: " + "x" * 500),
      ("a\ud800b", "ValueError: a?b")],
 )  # fmt: skip
-async def test_report_errors_message_writes_message_as_metadata(
+async def test_setting_report_errors_message_writes_error_message_to_metadata(
     run_one_item: Any, message: str, note: str
 ) -> None:
     async def raise_with_message(_: Session) -> None:
@@ -442,7 +442,7 @@ async def test_session_whose_item_another_worker_holds_loses_lease_however_handl
     ],
     ids=["returned", "raised", "released"],
 )
-async def test_outcome_of_timed_out_session_depends_on_end_of_its_handler(
+async def test_outcome_of_timed_out_session_depends_on_how_handler_ends(
     control_plane: ControlPlane, make_pool: Any, wait_for_end: Any, end: Any, expected: Any
 ) -> None:
     outcome, last, metadata = expected

@@ -108,7 +108,7 @@ async def test_completion_is_repeated_for_longer_than_request_timeout(
 
 
 @pytest.mark.parametrize("op", ["update", "stop"])
-async def test_retry_after_beyond_lease_does_not_prevent_retry_within_lease(
+async def test_retry_after_longer_than_lease_does_not_prevent_retry_within_lease(
     run_one_item: Any, faults: Faults, monkeypatch: pytest.MonkeyPatch, op: Any
 ) -> None:
     """One 429 must not cause a finished session to be run again."""
@@ -190,7 +190,7 @@ async def test_item_stopped_by_another_client_after_throttled_own_stop_has_outco
 
 
 @pytest.mark.parametrize("fault", TRANSIENT.values(), ids=TRANSIENT)
-async def test_result_is_written_again_until_answered(
+async def test_result_write_is_repeated_until_answered(
     run_one_item: Any, faults: Faults, fault: Callable[[], Fault]
 ) -> None:
     faults.add(fault(), "update", times=2)
@@ -208,7 +208,7 @@ async def test_item_whose_result_cannot_be_written_is_not_stopped(
     assert "stop" not in final.request_names
 
 
-async def test_item_whose_result_is_never_answered_is_not_stopped(
+async def test_item_whose_result_write_is_never_answered_is_not_stopped(
     run_until_drain_deadline: Any, faults: Faults
 ) -> None:
     faults.add(delay(30), "update")
@@ -355,7 +355,7 @@ async def test_completion_continues_after_cancellation_of_embedder(
     assert final.request_names == [*FIRST_CALLS, "update", "stop"]
 
 
-async def test_release_that_is_never_answered_ends_at_drain_deadline(
+async def test_release_request_that_is_never_answered_is_given_up_at_drain_deadline(
     run_until_drain_deadline: Any, faults: Faults
 ) -> None:
     @handler

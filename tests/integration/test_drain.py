@@ -103,7 +103,7 @@ async def test_item_delivered_during_drain_is_not_claimed(
     )
 
 
-async def test_ack_in_flight_that_succeeds_during_drain_is_released(
+async def test_item_whose_ack_in_flight_succeeds_during_drain_is_released(
     control_plane: ControlPlane,
     faults: Faults,
     make_pool: Any,
@@ -236,7 +236,7 @@ async def test_many_sessions_at_drain_deadline_are_released_together(
     assert list(last.values()) == ["10"] * 8
 
 
-async def test_release_without_answers_is_abandoned_after_drain_deadline(
+async def test_session_whose_release_is_never_answered_is_abandoned_after_drain_deadline(
     control_plane: ControlPlane, faults: Faults, make_pool: Any, recorder: Recorder,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:  # fmt: skip
@@ -447,7 +447,7 @@ async def test_plugin_whose_lifespan_never_closes_is_abandoned(
     assert vars(record)["plugin"] == "HangingPlugin"
 
 
-async def test_item_of_stuck_handler_is_marked_before_it_is_abandoned(
+async def test_item_of_stuck_handler_gets_release_mark_before_session_is_abandoned(
     control_plane: ControlPlane, make_pool: Any, recorder: Recorder, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("workpool.pool.handler_executor.REPEAT_SECONDS", 0.05)

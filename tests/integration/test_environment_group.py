@@ -145,7 +145,7 @@ async def test_each_environment_has_plugin_instance_and_lifespan_of_its_own(
     assert len(set(plugin_module.instances.values())) == 2
 
 
-async def test_failed_environment_restarts_paused_and_recovers(
+async def test_environment_paused_while_failed_restarts_paused_and_recovers(
     make_group: Callable[..., EnvironmentGroup],
     control_plane: ControlPlane,
     plugin_module: Any,
@@ -203,7 +203,7 @@ async def test_environment_whose_plugin_cannot_open_does_not_end_other_environme
 
 
 @pytest.mark.parametrize("ignores_cancellation", [False, True])
-async def test_failed_renewal_of_one_environment_ends_process_only_if_session_continues(
+async def test_failed_lease_renewer_ends_process_only_if_handler_ignores_cancellation(
     make_group: Callable[..., EnvironmentGroup],
     control_plane: ControlPlane,
     plugin_module: Any,

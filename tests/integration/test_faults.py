@@ -99,7 +99,7 @@ async def test_injected_status_has_json_or_html_body_and_retry_after(
     assert b"<html>" in body
 
 
-async def test_injected_bodies_can_be_garbled_literal_or_slow(
+async def test_injected_response_body_is_garbled_literal_or_slow(
     item_api: ItemApi, faults: Faults
 ) -> None:
     faults.add(garbled(), "ack")
@@ -125,7 +125,7 @@ async def test_client_that_disconnects_during_slow_body_leaves_operation_applied
 
 
 @pytest.mark.parametrize(("applied", "state"), [(True, "starting"), (False, "queued")])
-async def test_held_request_continues_after_release(
+async def test_request_held_by_fault_continues_after_release(
     item_api: ItemApi, faults: Faults, state: str, *, applied: bool
 ) -> None:
     hold = Hold(applied=applied)
@@ -168,7 +168,7 @@ async def statuses_of_reads(wire: ItemApi, count: int) -> list[int]:
     return [(await wire("GET", f"/{wire.id}"))[0] for _ in range(count)]
 
 
-async def test_fault_with_skip_and_times_applies_to_those_requests(
+async def test_fault_with_skip_and_times_applies_to_that_range_of_requests(
     item_api: ItemApi, faults: Faults
 ) -> None:
     rule = faults.add(status(500), "get", skip=1, times=2)

@@ -197,7 +197,7 @@ async def test_load_from_long_list_that_begins_with_newest_item_is_lower_bound(
 
 
 @pytest.mark.parametrize("after_id", ["known", "ignored", "refused"])
-async def test_count_is_exact_whatever_control_plane_does_with_after_id(after_id: str) -> None:
+async def test_load_is_exact_however_control_plane_treats_after_id(after_id: str) -> None:
     middlewares = [without_running_count(after_id=after_id)]
     async with ControlPlane(middlewares=middlewares) as plane, client_of(plane) as client:
         stop_items(plane, *(item.id for item in plane.enqueue(PAGE_ITEMS)))

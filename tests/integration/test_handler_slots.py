@@ -99,7 +99,7 @@ def use_one_slot(granted: asyncio.Event) -> Callable[[], Callable[[], None] | No
 
 
 @in_virtual_time
-async def test_item_set_aside_starts_at_once_when_another_environment_frees_a_slot(
+async def test_item_of_full_handler_starts_when_another_environment_frees_shared_slot(
     workpool: Kit,
 ) -> None:
     slots = SharedSlots(8)

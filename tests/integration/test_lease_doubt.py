@@ -52,7 +52,7 @@ def heartbeat_results(recorder: Recorder) -> list[str]:
 
 
 @pytest.mark.parametrize("fault", UNANSWERED_FAULTS, ids=FAULT_IDS)
-async def test_unanswered_first_heartbeat_that_was_applied_is_recovered(
+async def test_lease_survives_first_heartbeat_that_was_applied_but_not_answered(
     control_plane: ControlPlane, faults: Faults, make_pool: Any, recorder: Recorder, fault: Any
 ) -> None:
     faults.add(fault, "heartbeat", times=1)
@@ -72,7 +72,7 @@ async def test_unanswered_first_heartbeat_that_was_applied_is_recovered(
 
 @pytest.mark.usefixtures("fast_heartbeats")
 @pytest.mark.parametrize("fault", UNANSWERED_FAULTS, ids=FAULT_IDS)
-async def test_unanswered_later_heartbeat_that_was_applied_does_not_affect_handler(
+async def test_later_heartbeat_that_was_applied_but_not_answered_does_not_affect_handler(
     control_plane: ControlPlane,
     faults: Faults,
     make_pool: Any,

@@ -117,7 +117,7 @@ async def test_log_handler_that_raises_while_loop_is_blocked_fails_pool(
     assert isinstance(calls[-1], LeaseRenewerError) or raising_log_handler == 1.5
 
 
-async def test_exception_on_renewer_thread_while_loop_runs_calls_on_blocked(
+async def test_exception_on_renewer_thread_while_loop_runs_calls_on_blocked_callback(
     control_plane: ControlPlane, make_pool: Any, recorder: Recorder, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     called = threading.Event()

@@ -79,7 +79,7 @@ async def test_delays_between_retries_double_up_to_their_limit(workpool: Kit) ->
 
 
 @in_virtual_time
-async def test_last_error_fails_session_once_retries_are_used_up(workpool: Kit) -> None:
+async def test_last_error_fails_session_after_last_retry(workpool: Kit) -> None:
     dependency = FailingDependency()
     result = await workpool.run_session(retrying_handler(dependency), report_errors="message")
     assert (result.outcome, result.error) == ("failed", dependency.error)

@@ -396,7 +396,7 @@ def make_wrapper(name: str, trace: list[str]) -> RecordingWrapper:
     return built
 
 
-async def test_wrapping_contexts_are_entered_in_plugin_order_and_left_in_reverse(
+async def test_plugin_contexts_are_entered_in_plugin_order_and_left_in_reverse(
     control_plane: ControlPlane, make_pool: Any, recorder: Recorder
 ) -> None:
     trace: list[str] = []
@@ -411,7 +411,7 @@ async def test_wrapping_contexts_are_entered_in_plugin_order_and_left_in_reverse
     assert trace == ["enter A", "enter B", "call", "leave B", "leave A"]
 
 
-async def test_exception_of_handler_passes_through_wrapping_contexts(
+async def test_exception_of_handler_passes_through_plugin_contexts(
     control_plane: ControlPlane, make_pool: Any, recorder: Recorder
 ) -> None:
     trace: list[str] = []
@@ -449,7 +449,7 @@ class RaisingWrapper:
 
 
 @pytest.mark.parametrize("where", ["hook", "enter", "leave"])
-async def test_exception_of_wrapping_context_fails_session(
+async def test_exception_of_plugin_context_fails_session(
     control_plane: ControlPlane, make_pool: Any, wait_for_end: Any, where: str
 ) -> None:
     ran: list[bool] = []
@@ -482,7 +482,7 @@ class SwallowingWrapper:
             yield
 
 
-async def test_wrapping_context_can_swallow_exception_of_handler(
+async def test_plugin_context_can_swallow_exception_of_handler(
     control_plane: ControlPlane, make_pool: Any, wait_for_end: Any
 ) -> None:
     @handler

@@ -78,7 +78,7 @@ async def hanging_handler(_: Session) -> None:
     ],
     ids=["returned", "raised", "released", "wrong_result", "stalled"],
 )
-async def test_wrapping_context_reads_outcome_after_handler_ended(
+async def test_plugin_context_reads_outcome_after_handler_ended(
     workpool: Kit,
     act: Callable[[Session], Awaitable[Any]],
     outcome: str,
@@ -95,7 +95,7 @@ async def test_wrapping_context_reads_outcome_after_handler_ended(
     assert connecting.errors == [error]
 
 
-async def test_wrapping_context_reads_outcome_stopped_after_stop_request(
+async def test_plugin_context_reads_outcome_stopped_after_stop_request(
     make_pool: Any, control_plane: ControlPlane, recorder: Recorder, heartbeat_now: Any
 ) -> None:
     @handler
@@ -183,7 +183,9 @@ async def test_deadline_is_earlier_after_a_drain_or_a_stop_request(workpool: Kit
 
 
 @in_virtual_time
-async def test_deadline_during_drain_without_limit_is_that_of_timeout(workpool: Kit) -> None:
+async def test_deadline_during_drain_without_timeout_is_that_of_handler_timeout(
+    workpool: Kit,
+) -> None:
     left: list[float | None] = []
 
     @handler(timeout=100)

@@ -161,7 +161,7 @@ async def test_stall_is_logged_with_handler_and_seconds(
 
 
 @in_virtual_time
-async def test_session_that_stalls_during_drain_is_stalled(workpool: Kit) -> None:
+async def test_session_that_stalls_during_drain_has_outcome_stalled(workpool: Kit) -> None:
     (item,) = workpool.enqueue()
 
     @handler

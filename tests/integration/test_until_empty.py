@@ -69,7 +69,7 @@ async def test_until_empty_waits_for_running_sessions_and_takes_new_items(
     assert len(recorder.of(SessionFinished)) == 2
 
 
-async def test_until_empty_does_not_end_during_another_poll(
+async def test_until_empty_does_not_end_while_another_poll_is_in_flight(
     control_plane: ControlPlane, faults: Faults, make_pool: Any, recorder: Recorder
 ) -> None:
     """One poller receives no item while an answer with an item for the other one is in flight."""

@@ -109,7 +109,7 @@ def all_items(plane: ControlPlane) -> tuple[Any, ...]:
     return tuple(plane.operations.list_items(plane.environments[0], 100).items)
 
 
-async def test_unanswered_heartbeat_is_recovered_from_list_of_items(
+async def test_unanswered_heartbeat_under_worker_key_is_looked_up_in_item_list(
     run_one_item: Any, faults: Faults, recorder: Recorder
 ) -> None:
     faults.add(lost(), "heartbeat", times=1)
@@ -123,7 +123,7 @@ async def test_unanswered_heartbeat_is_recovered_from_list_of_items(
     assert None not in expected
 
 
-async def test_unanswered_heartbeat_of_item_missing_in_list_loses_lease(
+async def test_unanswered_heartbeat_of_item_missing_from_item_list_loses_lease(
     run_one_item: Any, faults: Faults, recorder: Recorder
 ) -> None:
     faults.add(lost(), "heartbeat", times=1)

@@ -68,7 +68,9 @@ async def test_responses_about_largest_item_are_readable_by_worker(qoder_api: Ap
         assert len(await response.read()) <= ANSWER_LIMIT_BYTES
 
 
-async def test_metadata_above_limit_of_new_items_are_refused_with_limit(api: ApiClient) -> None:
+async def test_enqueue_with_metadata_above_limit_is_refused_with_limit_in_message(
+    api: ApiClient,
+) -> None:
     too_large = metadata_of_size(NEW_METADATA_LIMIT_BYTES + 1)
     with pytest.raises(APIError, match=str(NEW_METADATA_LIMIT_BYTES)) as caught:
         api.plane.enqueue(metadata=too_large)
@@ -90,7 +92,7 @@ async def test_update_above_metadata_limit_is_refused_and_not_applied(api: ApiCl
     assert (await api.update(item.id, json={"metadata": {"k": None}})).status == 200
 
 
-async def test_metadata_are_measured_by_size_as_json(api: ApiClient) -> None:
+async def test_size_of_metadata_is_measured_as_json(api: ApiClient) -> None:
     """A control character takes one byte of memory but six of JSON."""
     with pytest.raises(APIError):
         api.plane.enqueue(metadata={"k": "\0" * MEGABYTE})
@@ -113,7 +115,7 @@ async def test_metadata_with_too_many_entries_are_refused(api: ApiClient) -> Non
         ("/sessions", {"agent": "agent_1", "environment_id": ENV}),
     ],
 )
-async def test_application_object_with_metadata_above_limit_is_refused(
+async def test_environment_or_session_with_metadata_above_limit_is_refused(
     anthropic_api: ApiClient, suffix: str, body: dict[str, Any]
 ) -> None:
     content = {**body, "metadata": metadata_of_size(NEW_METADATA_LIMIT_BYTES + 1)}
@@ -242,7 +244,7 @@ async def open_unread_stream(api: ApiClient, session_id: str) -> asyncio.StreamW
     return writer
 
 
-def test_size_allowance_for_an_item_covers_all_its_fields(dialect: str) -> None:
+def test_bytes_reserved_for_item_fields_cover_longest_fields(dialect: str) -> None:
     item = Item(
         id="work_" + "0" * 32,
         environment_id="e" * 128,

@@ -94,7 +94,7 @@ async def test_environment_list_includes_initial_environments(anthropic_api: Api
     assert (config["type"], config["networking"]) == ("cloud", {"type": "unrestricted"})
 
 
-async def test_token_of_one_environment_cannot_see_or_create_others(
+async def test_token_of_one_environment_cannot_read_or_create_other_environments(
     anthropic_api: ApiClient,
 ) -> None:
     anthropic_api.token = LIMITED
@@ -126,7 +126,7 @@ async def test_malformed_environment_is_400(
     assert (answer.status, answer.error["param"]) == (400, param)
 
 
-async def test_environment_beyond_limit_is_400(anthropic_api: ApiClient) -> None:
+async def test_environment_created_beyond_maximum_number_is_400(anthropic_api: ApiClient) -> None:
     for number in range(ENVIRONMENTS_MAX):
         anthropic_api.plane.operations.create_environment(str(number), None, {})
     assert (await post_json(anthropic_api, "/environments", SELF_HOSTED)).status == 400
@@ -292,7 +292,7 @@ async def test_sessions_are_filtered_by_time_status_agent_and_archive(
     } == lists
 
 
-async def test_list_over_many_sessions_does_not_delay_other_calls(
+async def test_list_of_many_sessions_does_not_delay_other_calls(
     anthropic_api: ApiClient,
 ) -> None:
     for _ in range(10 * SCAN_ROWS):
@@ -397,7 +397,7 @@ async def test_application_calls_in_qoder_dialect_are_404(qoder_api: ApiClient, 
     assert (await get_json(qoder_api, path)).status == 404
 
 
-async def test_anthropic_token_is_accepted_as_api_key(
+async def test_token_in_x_api_key_header_is_accepted_in_anthropic_dialect_only(
     anthropic_api: ApiClient, qoder_api: ApiClient
 ) -> None:
     for api, status in ((anthropic_api, 200), (qoder_api, 401)):

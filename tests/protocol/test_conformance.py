@@ -262,7 +262,7 @@ def drop_query_parameter(name: str) -> Any:
         ),
     ],
 )
-async def test_clause_reports_difference_of_control_plane(
+async def test_clause_reports_verdict_and_observation_of_faulty_control_plane(
     http_session: aiohttp.ClientSession, name: str, fault: Handler, verdict: Verdict, seen: str
 ) -> None:
     finding = await check_clause_with_fault(name, http_session, fault)
@@ -366,7 +366,7 @@ async def test_suite_stops_items_of_each_clause(
     assert [item.state for item in items] == ["stopped"] * 3
 
 
-async def test_clauses_without_remaining_given_item_are_untried(
+async def test_clause_is_untried_after_all_given_items_were_used(
     control_plane: ControlPlane, http_session: aiohttp.ClientSession, clock: MovableClock
 ) -> None:
     given = [item.id for item in control_plane.enqueue(2)]

@@ -46,7 +46,7 @@ async def test_two_control_planes_have_different_tokens() -> None:
     assert ControlPlane().token != ControlPlane().token
 
 
-async def test_second_item_of_session_shares_its_status_and_metadata(
+async def test_session_of_two_items_has_first_metadata_and_status_of_second(
     http_session: aiohttp.ClientSession,
 ) -> None:
     async with ControlPlane(environments=(ENV,), tokens={TOKEN: None}) as plane:

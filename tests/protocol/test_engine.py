@@ -195,7 +195,7 @@ async def test_stopping_item_with_expired_lease_is_stopped(
     assert (await engine.queue_stats(ENV)).stopped == 1
 
 
-async def test_unacknowledged_delivery_is_repeated_after_window(
+async def test_unacknowledged_item_is_delivered_again_after_reclaim_window(
     engine: Engine, clock: MovableClock
 ) -> None:
     (item,) = await engine.enqueue(ENV)
@@ -225,7 +225,7 @@ async def test_waiting_poll_wakes_for_new_item(engine: Engine) -> None:
     assert {item.id for poll in polls if (item := poll.result())} == {item.id for item in items}
 
 
-async def test_released_engine_ends_waiting_polls_and_streams(engine: Engine) -> None:
+async def test_end_waits_ends_waiting_polls_and_streams(engine: Engine) -> None:
     (item,) = await engine.enqueue(OTHER)
     async with asyncio.TaskGroup() as group:
         poll = group.create_task(engine.long_poll(ENV, Poll("a", 999_000), client_has_left))
@@ -286,7 +286,7 @@ async def test_statistics_count_every_state(engine: Engine, clock: MovableClock)
     )
 
 
-async def test_pages_of_items_go_both_ways(engine: Engine) -> None:
+async def test_item_pages_are_read_in_both_directions(engine: Engine) -> None:
     items = list(await engine.enqueue(ENV, count=5))
     await engine.enqueue(OTHER)
     page = await engine.list_items(ENV, PageRequest(2, "", None))
@@ -297,7 +297,7 @@ async def test_pages_of_items_go_both_ways(engine: Engine) -> None:
     assert (list(page.items), page.has_more, page.backwards) == (items[2:4], True, True)
 
 
-async def test_search_selects_and_orders_items(engine: Engine) -> None:
+async def test_item_search_filters_and_orders_items(engine: Engine) -> None:
     items = list(await engine.enqueue(ENV, count=4))
     for item in items[:2]:
         await engine.update_metadata(ENV, item.id, {"workpool.error": "E"})
@@ -376,7 +376,7 @@ async def test_scripted_session_continues_after_each_result(engine: Engine) -> N
     assert (await engine.get_session(item.session_id)).status == "idle"
 
 
-async def test_events_are_selected_by_type_and_position(engine: Engine) -> None:
+async def test_event_list_is_filtered_by_type_and_position(engine: Engine) -> None:
     (item,) = await engine.enqueue(ENV)
     sent = [(await engine.send_events(item.session_id, [MESSAGE]))[0] for _ in range(4)]
     await engine.emit_events(item.session_id, [{"type": "agent.thinking"}])
@@ -405,7 +405,7 @@ async def test_stream_returns_events_after_given_position(engine: Engine) -> Non
     assert stream.result() == list(third)
 
 
-async def test_events_of_concurrent_sends_have_one_order(engine: Engine) -> None:
+async def test_list_and_stream_have_concurrently_sent_events_in_same_order(engine: Engine) -> None:
     (item,) = await engine.enqueue(ENV)
     await asyncio.gather(*(engine.send_events(item.session_id, [MESSAGE]) for _ in range(12)))
     events = (await engine.list_events(item.session_id, FIRST_PAGE, EVERY_EVENT)).items
@@ -425,7 +425,7 @@ async def test_message_to_session_with_stopped_item_creates_item(engine: Engine)
     assert (await claim_item(engine)).id == further.id
 
 
-async def test_sessions_are_selected_and_ordered(engine: Engine) -> None:
+async def test_session_list_is_filtered_and_ordered(engine: Engine) -> None:
     first, second, third = [
         await engine.create_session(new_session(agent={"id": f"agent_{number}"}))
         for number in range(3)

@@ -550,7 +550,7 @@ async def test_before_id_with_filter_returns_nearest_events_in_ascending_order(
         ("created_at[lt]", ""),
     ],
 )
-async def test_malformed_event_filter_is_400_with_its_name(
+async def test_malformed_event_filter_is_400_and_names_parameter(
     api: ApiClient, name: str, value: str
 ) -> None:
     answer = await api("GET", events_path(api, create_scripted_session(api)), params={name: value})

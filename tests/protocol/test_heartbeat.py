@@ -184,7 +184,7 @@ async def test_heartbeat_of_queued_or_stopped_item_is_409(
 
 
 @pytest.mark.parametrize("expected", [None, "NO_HEARTBEAT", "2020-01-01T00:00:00.000000Z"])
-async def test_anthropic_heartbeat_on_stopping_item_extends_lease_without_comparison(
+async def test_anthropic_heartbeat_on_stopping_item_ignores_expected_time_and_extends_lease(
     anthropic_api: ApiClient, clock: MovableClock, expected: str | None
 ) -> None:
     work_id = await anthropic_api.create_item_in_state("stopping")
@@ -223,7 +223,7 @@ async def test_anthropic_heartbeat_on_stopped_item_answers_state_and_changes_not
     assert len(anthropic_api.plane.history) == records
 
 
-async def test_anthropic_heartbeat_on_stopped_item_without_heartbeat_answers_empty_string(
+async def test_anthropic_heartbeat_on_stopped_item_without_earlier_heartbeat_answers_empty_string(
     anthropic_api: ApiClient,
 ) -> None:
     work_id = await anthropic_api.create_item_in_state("stopped")
@@ -239,7 +239,7 @@ async def test_anthropic_heartbeat_on_queued_item_is_409(
     assert (await anthropic_api.heartbeat(work_id, expected)).status == 409
 
 
-async def test_anthropic_heartbeat_on_active_item_with_wrong_expectation_is_412(
+async def test_anthropic_heartbeat_on_active_item_with_wrong_expected_time_is_412(
     anthropic_api: ApiClient,
 ) -> None:
     work_id = await anthropic_api.create_item_in_state("active")
@@ -247,7 +247,7 @@ async def test_anthropic_heartbeat_on_active_item_with_wrong_expectation_is_412(
 
 
 @pytest.mark.parametrize("state", ["stopping", "stopped"])
-async def test_anthropic_heartbeat_with_malformed_expectation_is_400_in_every_state(
+async def test_anthropic_heartbeat_with_malformed_expected_time_is_400_in_every_state(
     anthropic_api: ApiClient, state: str
 ) -> None:
     work_id = await anthropic_api.create_item_in_state(state)

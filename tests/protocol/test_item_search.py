@@ -204,7 +204,7 @@ async def test_client_search_reads_limited_number_of_pages(
     assert (found.read, found.complete) == (200, True)
 
 
-async def test_client_without_search_reads_no_more_items_than_its_limit(
+async def test_client_without_search_reads_limited_number_of_items(
     client: WorkClient, control_plane: ControlPlane
 ) -> None:
     items = control_plane.enqueue(7)
@@ -213,7 +213,7 @@ async def test_client_without_search_reads_no_more_items_than_its_limit(
     assert (found.complete, found.last_id) == (False, items[4].id)
 
 
-async def test_client_raises_refusal_of_list_without_search(
+async def test_client_without_search_raises_error_when_item_list_is_refused(
     client: WorkClient, search_middleware: SearchMiddleware
 ) -> None:
     search_middleware.helps, search_middleware.refuses = False, True

@@ -108,7 +108,7 @@ async def test_item_token_in_path_of_another_environment_is_403(anthropic_api: A
     assert (await own("POST", url)).status == 403
 
 
-async def test_item_token_of_stopped_item_opens_no_session(anthropic_api: ApiClient) -> None:
+async def test_token_of_stopped_item_gives_no_access_to_session(anthropic_api: ApiClient) -> None:
     item, own = await claim_item_with_token(anthropic_api)
     await anthropic_api.stop(item["id"], json={"force": True})
     assert (await own("GET", session_path(own, item, ""))).status == 403
@@ -134,7 +134,7 @@ async def test_modified_item_token_is_401(anthropic_api: ApiClient, change: Any)
     assert (await own.heartbeat(item["id"], "NO_HEARTBEAT")).status == 401
 
 
-async def test_secret_is_in_polls_of_anthropic_dialect_only(
+async def test_only_poll_responses_of_anthropic_dialect_contain_secret(
     anthropic_api: ApiClient, qoder_api: ApiClient
 ) -> None:
     item, own = await claim_item_with_token(anthropic_api)

@@ -16,7 +16,7 @@ pytestmark = pytest.mark.usefixtures("both_stores")
 
 
 @pytest.mark.parametrize("seen_by", ["poll", "get", "list", "stats", "ack", "heartbeat"])
-async def test_every_call_notices_an_expired_lease(
+async def test_each_call_treats_item_with_expired_lease_as_queued(
     api: ApiClient, clock: MovableClock, seen_by: str
 ) -> None:
     work_id = await api.create_item_in_state("active", "a")
@@ -68,7 +68,7 @@ async def test_heartbeat_with_long_ttl_extends_short_lease(
     assert await api.item_state(work_id) == "queued"
 
 
-async def test_item_with_expired_lease_keeps_its_times_until_overwritten(
+async def test_item_with_expired_lease_keeps_timestamps_until_next_ack_and_heartbeat(
     api: ApiClient, clock: MovableClock
 ) -> None:
     work_id = await api.create_item_in_state("active", "a")
@@ -90,7 +90,9 @@ async def test_item_with_expired_lease_keeps_its_times_until_overwritten(
     assert item["started_at"] == "2026-03-01T12:01:02Z"
 
 
-async def test_expired_lease_clears_delivery(api: ApiClient, clock: MovableClock) -> None:
+async def test_item_with_expired_lease_is_not_pending_and_any_worker_may_ack_it(
+    api: ApiClient, clock: MovableClock
+) -> None:
     work_id = await api.create_item_in_state("starting", "a")
     clock.advance(60)
     assert (await api.queue_stats())["pending"] == 0

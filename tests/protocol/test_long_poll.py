@@ -90,7 +90,7 @@ def test_waiting_poll_returns_when_redelivery_becomes_due(reclaim: int) -> None:
     run_in_virtual_time(check_wake_up_by_redelivery)
 
 
-def test_delivery_made_during_wait_becomes_due_to_second_poll() -> None:
+def test_waiting_poll_receives_item_delivered_meanwhile_once_redelivery_is_due() -> None:
     async def check_second_poll(operations: Operations) -> None:
         async with asyncio.TaskGroup() as group:
             first = group.create_task(timed_poll(operations, block_ms=999))
@@ -105,7 +105,7 @@ def test_delivery_made_during_wait_becomes_due_to_second_poll() -> None:
     run_in_virtual_time(check_second_poll)
 
 
-def test_waiting_poll_ends_before_later_redelivery() -> None:
+def test_waiting_poll_ends_without_item_if_redelivery_is_due_later() -> None:
     async def check_end_without_item(operations: Operations) -> None:
         operations.enqueue(ENV)
         operations.poll(ENV, Poll("a"))
@@ -159,7 +159,7 @@ def test_thousand_waiting_polls_receive_thousand_items() -> None:
     run_in_virtual_time(check_thousand_polls)
 
 
-def test_release_answers_all_waiting_polls() -> None:
+def test_end_waits_answers_all_waiting_polls() -> None:
     async def check_end_by_release(operations: Operations) -> None:
         async with asyncio.TaskGroup() as group:
             polls = [group.create_task(timed_poll(operations, block_ms=999)) for _ in range(3)]
@@ -249,7 +249,7 @@ async def test_enqueue_over_http_wakes_waiting_poll(api: ApiClient) -> None:
 
 
 @pytest.mark.usefixtures("minute_polls")
-async def test_clock_changed_by_test_ends_poll_after_wake(
+async def test_waiting_poll_woken_after_clock_was_moved_receives_item_with_expired_lease(
     api: ApiClient, clock: MovableClock
 ) -> None:
     work_id = await api.create_item_in_state("active")

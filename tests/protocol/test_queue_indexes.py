@@ -28,7 +28,9 @@ STEPS = st.lists(
 
 
 @given(STEPS)
-def test_delivery_index_answers_like_a_full_scan(steps: Sequence[tuple[str, int, int]]) -> None:
+def test_delivery_index_has_same_results_as_full_scan(
+    steps: Sequence[tuple[str, int, int]],
+) -> None:
     deliveries, model, now = Deliveries(), dict[str, int](), 0
     for step, number, pause in steps:
         now += pause
@@ -70,7 +72,7 @@ def test_index_of_ascending_ids_has_same_results_as_sorted_list(
     assert list(iterate_ids(ids, after=after, before=before, newest_first=True)) == between[::-1]
 
 
-def test_walk_over_ascending_ids_continues_after_removals() -> None:
+def test_iteration_over_ascending_ids_continues_after_removals() -> None:
     every = [f"work_{number:05}" for number in range(3 * CHUNK_MAX)]
     for newest_first in (False, True):
         ids = AscendingIds(every)
@@ -257,7 +259,7 @@ TestQueueMachineWithRetention = QueueMachineWithRetention.TestCase
 TestQueueMachineWithRetention.settings = TestQueueMachine.settings
 
 
-def test_poll_after_many_stopped_items_makes_no_more_calls() -> None:
+def test_poll_after_many_stops_makes_no_more_function_calls() -> None:
     """Ids of stopped items that stayed in an index once made the next poll remove all of them."""
 
     def calls_of_poll(stopped: int) -> int:

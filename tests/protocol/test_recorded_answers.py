@@ -101,7 +101,7 @@ async def test_recorded_response_is_read_as_expected(answer: dict[str, Any]) -> 
 
 
 @pytest.mark.parametrize("name", RECORDED)
-def test_recorded_control_plane_has_sources_and_every_worker_call(name: str) -> None:
+def test_recording_of_control_plane_names_its_source_and_has_every_worker_call(name: str) -> None:
     plane = RECORDED[name]
     assert plane["repository"].count("/") == 1
     assert len(plane["commit"]) == 40

@@ -76,7 +76,7 @@ async def test_scale_counts_unfinished_items_and_recommends_workers(
         assert (await fetch_numbers(plane, OTHER))[1]["recommended_replicas"] == 0
 
 
-async def test_oldest_age_on_postgres_is_read_from_the_clock_of_the_database(
+async def test_age_of_oldest_item_on_postgres_follows_clock_of_database(
     postgres: Cluster, database_url: str
 ) -> None:
     store = PostgresStore(database_url)
@@ -102,14 +102,14 @@ async def test_oldest_age_on_postgres_is_read_from_the_clock_of_the_database(
         {"max_replicas": "many"},
     ],
 )
-async def test_scale_with_wrong_query_is_refused(query: dict[str, str]) -> None:
+async def test_scale_with_invalid_query_is_400(query: dict[str, str]) -> None:
     async with make_control_plane() as plane:
         status, body = await fetch_numbers(plane, query=query)
         assert (status, body["error"]["type"]) == (400, "invalid_request_error")
 
 
 @pytest.mark.parametrize(("environment", "status"), [("env_unknown", 404), (CLOUD, 400)])
-async def test_scale_of_unknown_or_cloud_environment_is_error(
+async def test_scale_of_unknown_environment_is_404_and_of_cloud_environment_400(
     environment: str, status: int
 ) -> None:
     async with make_control_plane() as plane:

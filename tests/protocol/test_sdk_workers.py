@@ -315,7 +315,7 @@ async def waiting_session(
         )
 
 
-async def test_sdk_worker_leaves_archived_session(
+async def test_sdk_worker_stops_item_of_archived_session_at_once(
     application: AsyncAnthropic, waiting_session: WaitingSession, caplog: pytest.LogCaptureFixture
 ) -> None:
     assert (

@@ -286,7 +286,7 @@ async def test_inconsistent_rows_prevent_start(
             await control_plane_on(database_path, clock).__aenter__()
 
 
-async def test_exception_on_writer_thread_fails_store(
+async def test_store_fails_after_exception_on_writer_thread(
     database_path: Path, clock: MovableClock, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     async with control_plane_on(database_path, clock) as plane:
@@ -297,7 +297,7 @@ async def test_exception_on_writer_thread_fails_store(
                 await plane.operations.wait_until_durable()
 
 
-async def test_close_of_store_ends_reading_in_progress(
+async def test_closing_store_ends_read_in_progress(
     database_path: Path, clock: MovableClock, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     async with control_plane_on(database_path, clock) as plane:

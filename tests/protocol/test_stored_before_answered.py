@@ -103,7 +103,7 @@ async def test_session_and_events_are_returned_only_after_they_are_stored(
     ).status == 409
 
 
-async def test_conflict_is_answered_only_after_its_cause_is_stored(
+async def test_conflict_is_answered_only_after_conflicting_change_is_stored(
     api: ApiClient, gated_store: GatedStore
 ) -> None:
     stopped = await api.create_item_in_state("stopped")

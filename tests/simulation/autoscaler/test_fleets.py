@@ -55,7 +55,7 @@ def test_scale_down_without_documented_settings_cuts_sessions() -> None:
 
 
 @pytest.mark.parametrize("name", WITHOUT)
-def test_setting_that_is_left_out_differs_from_the_documented_one(name: str) -> None:
+def test_left_out_setting_has_another_value_than_documented(name: str) -> None:
     documented = fleet_schedule_for_seed(1, DOCUMENTED)
     without = fleet_schedule_for_seed(1, frozenset({name}))
     assert without.world == documented.world

@@ -74,7 +74,7 @@ def test_scale_down_from_eighty_to_ten_pods_takes_the_larger_policy_each_minute(
     assert numbers[-1] == 10
 
 
-def test_policy_with_exhausted_changes_allows_none_until_its_period_ends() -> None:
+def test_scaling_policy_at_its_limit_allows_no_change_until_period_ends() -> None:
     scaler = make_autoscaler(down=ScalingRules(0.0, (ScalingPolicy("Pods", 4, 60.0),)))
     assert scaler.sync_target_size(0.0, 20, 20, 1.0) == 16
     assert scaler.sync_target_size(15.0, 16, 16, 1.0) == 16
@@ -123,7 +123,7 @@ def test_scale_down_window_does_not_delay_scale_up() -> None:
     assert scaler.sync_target_size(15.0, 4, 4, 8.0) == 8
 
 
-def test_metric_within_tolerance_keeps_eleven_pods_where_ten_suffice() -> None:
+def test_metric_within_tolerance_keeps_eleven_pods_although_ten_suffice() -> None:
     assert make_autoscaler().sync_target_size(0.0, 11, 11, 10.0) == 11
     assert make_autoscaler().sync_target_size(0.0, 9, 9, 8.0) == 8
 
@@ -134,7 +134,7 @@ def test_first_work_starts_at_least_the_minimum_of_pods() -> None:
     assert KedaActivation(0, 300.0).poll_target_size(0.0, 6, 1.0) == 6
 
 
-def test_all_pods_are_removed_after_cooldown_from_last_activity() -> None:
+def test_all_pods_are_removed_after_cooldown_since_last_activity() -> None:
     keda = KedaActivation(0, 300.0)
     assert keda.poll_target_size(0.0, 5, 2.0) == 5
     assert keda.poll_target_size(15.0, 5, 0.0) == 5

@@ -55,7 +55,7 @@ def test_pod_that_rule_puts_first_is_deleted_first(rule: str) -> None:
     assert pods_to_delete([second, first], 1, NOW) == [first]
 
 
-def test_pod_of_node_with_several_pods_is_deleted_before_single_pod() -> None:
+def test_pod_that_shares_its_node_is_deleted_before_pod_alone_on_its_node() -> None:
     alone = replace(POD, host="b", ready_since=NOW - 1)
     both = [replace(POD, uid="x"), replace(POD, uid="y")]
     assert pods_to_delete([alone, *both], 1, NOW)[0] in both
