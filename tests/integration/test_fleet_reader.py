@@ -162,7 +162,7 @@ async def test_reader_skips_long_list_of_stopped_items_and_is_then_ready(
         reader = reader_of(client)
         assert reader.unready_reasons() == ["the queue is not read to its end yet"]
         async with asyncio.TaskGroup() as group:
-            reading = group.create_task(reader.read_until_cancelled())
+            reading = group.create_task(reader.read_loads_until_cancelled())
             for _ in range(2000):
                 if reader.last_load is not None:
                     break

@@ -33,5 +33,5 @@ def main() -> None:
 
 
 def _command_name(arguments: list[str]) -> str | None:
-    """Return the first argument that is no option: no option before the command takes a value."""
+    """Return the command, which is the first argument that is not an option."""
     return next((each for each in arguments if not each.startswith("-")), None)

@@ -169,7 +169,7 @@ async def _check_control_plane(settings: Settings) -> list[CheckResult]:
         started = time.monotonic()
         error: ControlPlaneError | None = None
         try:
-            # Some credentials may list items and not read statistics, so the check lists items.
+            # The check lists items, because some credentials may do that and not read statistics.
             async for _ in client.list(limit=1):
                 pass
         except ControlPlaneError as failure:

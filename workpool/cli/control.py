@@ -60,7 +60,7 @@ EXAMPLES: Final = {
 
 
 class ControlError(Exception):
-    """The error that a worker cannot be reached, with the reason as its message."""
+    """A worker cannot be reached; the message is the reason."""
 
 
 def pause(
@@ -81,7 +81,7 @@ def pause(
     The worker is the only one of this user on this machine, or the one that the flags choose.
     """
     given = {} if reason is None else {"reason": reason}
-    _request_worker({"command": "pause", **given}, "paused", path, pid, environment_id)
+    _send_to_chosen_worker({"command": "pause", **given}, "paused", path, pid, environment_id)
 
 
 def resume(path: SocketPath = None, pid: Pid = None, environment_id: Environment = None) -> None:
@@ -89,7 +89,7 @@ def resume(path: SocketPath = None, pid: Pid = None, environment_id: Environment
 
     The worker is the only one of this user on this machine, or the one that the flags choose.
     """
-    _request_worker({"command": "resume"}, "resumed", path, pid, environment_id)
+    _send_to_chosen_worker({"command": "resume"}, "resumed", path, pid, environment_id)
 
 
 def drain(
@@ -110,17 +110,17 @@ def drain(
     only one of this user on this machine, or the one that the flags choose.
     """
     given = {} if timeout is None else {"timeout": timeout}
-    _request_worker({"command": "drain", **given}, "draining", path, pid, environment_id)
+    _send_to_chosen_worker({"command": "drain", **given}, "draining", path, pid, environment_id)
 
 
-def _request_worker(
+def _send_to_chosen_worker(
     request: Mapping[str, object],
     done: str,
     path: Path | None,
     pid: int | None,
     environment_id: str | None,
 ) -> None:
-    """Send a request to the chosen worker, and print its answer; an error ends the command."""
+    """Send a request to the worker that the flags choose, and print the answer of the worker."""
     if environment_id is not None:
         request = {**request, "environment_id": environment_id}
     try:
@@ -202,7 +202,7 @@ def _send_request(path: Path, request: Mapping[str, object]) -> dict[str, Any]:
 
 
 def _connect_to_own_socket(connection: socket.socket, path: Path) -> None:
-    """Connect to a socket if this user owns it and its listener; otherwise raise an error."""
+    """Connect to a socket; raise an error if another user owns the socket or its listener."""
     found, user = path.lstat(), os.geteuid()
     if not stat.S_ISSOCK(found.st_mode):
         raise ControlError("is no socket")

@@ -163,7 +163,7 @@ class ControlSocket:
             try:
                 listener.bind(str(path))
                 path.chmod(0o600)
-                # Clients can connect from here on, so the mode is set before.
+                # The mode is set before `listen`, from which on clients can connect.
                 listener.listen(BACKLOG)
                 listener.setblocking(False)
             except BaseException:
@@ -182,14 +182,12 @@ def _usable_socket_directory() -> Path:
     """
     for directory in socket_directories():
         if directory.parent.is_dir():
-            with contextlib.suppress(
-                OSError
-            ):  # a directory that cannot be created is checked below
+            with contextlib.suppress(OSError):
                 directory.mkdir(mode=0o700)
             if is_private_directory(directory) and os.access(directory, os.W_OK):
                 with _locked_directory(directory):
                     for path in directory.glob(f"*{SUFFIX}"):
-                        with contextlib.suppress(OSError):  # the socket of a running worker is kept
+                        with contextlib.suppress(OSError):  # raised for a running worker's socket
                             _remove_dead_socket(path)
                 return directory
     raise OSError(errno.EACCES, "no directory of this user can be used")
@@ -237,7 +235,7 @@ def _remove_dead_socket(path: Path) -> None:
     with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as trying:
         trying.setblocking(False)
         result = trying.connect_ex(str(path))
-    if result != errno.ECONNREFUSED:  # even a full backlog shows that a worker listens
+    if result != errno.ECONNREFUSED:  # another error, too, shows that a worker listens
         raise OSError(errno.EADDRINUSE, "another worker listens there")
     path.unlink(missing_ok=True)
 
@@ -304,7 +302,7 @@ def _execute_request(
 
 
 def _pause_unless_paused(members: Collection[ControllablePool], pool: ControllablePool) -> None:
-    """Pause the members of a group, or the pool itself; a current pause keeps its reason."""
+    """Pause all members, or the pool if there are none; an existing pause keeps its reason."""
     for each in members or (pool,):
         # `Status.paused` is also true while a plugin refuses to claim items.
         if not any(reason.startswith("paused: ") for reason in each.status().reasons):
@@ -314,7 +312,7 @@ def _pause_unless_paused(members: Collection[ControllablePool], pool: Controllab
 def _requested_pool(
     request: object, pool: RunnablePool, environments: Mapping[str, ControllablePool]
 ) -> ControllablePool:
-    """Return the environment that a request names, or the pool if it names none.
+    """Return the environment that a request names, or the pool if the request names none.
 
     Raises:
         ValueError: The worker does not have this environment.

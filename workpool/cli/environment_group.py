@@ -84,7 +84,8 @@ class GroupMember:
 
     async def run(self, *, until_empty: bool) -> None:
         """Run the supervisor until it ends, and store its failure in `error`."""
-        if self.error is not None:  # a supervisor runs only once
+        # After a failure, the restart needs a new supervisor, because a supervisor runs only once.
+        if self.error is not None:
             self._abandoned += self.supervisor.abandoned
             self.supervisor = self._create(self.settings)
             if self._pause_reason is not None:
@@ -163,7 +164,7 @@ class EnvironmentGroup:
 
     @property
     def log_ids(self) -> dict[str, str]:
-        """No ids: a log record outside of the tasks of a pool belongs to no environment."""
+        """Return no ids, as log records outside of a pool's tasks belong to no environment."""
         return {}
 
     @property
@@ -263,7 +264,7 @@ class EnvironmentGroup:
                 break
             self._log_failure(one, one.error)
             if isinstance(one.error, SettingsError | PluginError) and not one.opened:
-                self.request_drain()  # a start with wrong settings can only fail again
+                self.request_drain()  # another start with these settings would fail again
             if until_empty or not await self._wait_to_restart(one):
                 break
         one.ended = True
@@ -280,7 +281,7 @@ class EnvironmentGroup:
 
     @asynccontextmanager
     async def _marking_opened(self, environment_id: str | None) -> AsyncIterator[None]:
-        """Mark an environment as opened. Entered on the thread of its lease renewer."""
+        """Mark an environment as opened, on the thread of the environment's lease renewer."""
         self._loop.call_soon_threadsafe(self._mark_opened, str(environment_id))
         yield
 
@@ -289,7 +290,7 @@ class EnvironmentGroup:
         self._wake_waiters()
 
     async def _wait_to_restart(self, one: GroupMember) -> bool:
-        """Wait for `RETRY_SECONDS`; return whether a failed environment may then restart."""
+        """Wait for `RETRY_SECONDS`; return whether the failed environment may restart then."""
         self._wake_waiters()
         with suppress(TimeoutError):
             async with asyncio.timeout(RETRY_SECONDS):
@@ -337,7 +338,7 @@ class EnvironmentGroup:
         and the others go on. The process ends if that drain takes longer than the shortest lease
         allows. Called on the thread of the lease renewer.
         """
-        if supervisor.status().error is None:  # a handler blocks the event loop
+        if supervisor.status().error is None:  # a blocked loop has not failed
             self._end_process()
             return
         seconds = exits.FAILED_SECONDS

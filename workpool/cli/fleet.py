@@ -80,8 +80,10 @@ class Fleet:
             for reason in reader.unready_reasons()
         ]
 
-    async def read_until_cancelled(self) -> None:
+    async def read_loads_until_cancelled(self) -> None:
         """Read the load of all environments at intervals until cancelled."""
         async with asyncio.TaskGroup() as group:
             for environment_id, reader in self.readers.items():
-                group.create_task(reader.read_until_cancelled(), name=f"read {environment_id}")
+                group.create_task(
+                    reader.read_loads_until_cancelled(), name=f"read {environment_id}"
+                )

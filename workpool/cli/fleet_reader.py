@@ -73,8 +73,8 @@ class FleetReader:
             return [f"the queue cannot be read: {error}"]
         return ["the queue is not read to its end yet"]
 
-    async def read_until_cancelled(self) -> None:
-        """Read the load at intervals until cancelled; a failed reading leaves the last load."""
+    async def read_loads_until_cancelled(self) -> None:
+        """Read the load at intervals until cancelled; a failed read keeps the previous load."""
         while True:
             began_at = self._clock()
             try:
@@ -103,7 +103,7 @@ class FleetReader:
         return min(WAIT_SECONDS_MAX, asked or 0.0)
 
     async def read_load(self) -> FleetLoad | None:
-        """Read the load once; return None if the list was not read beyond its stopped items.
+        """Read the load once; return None if this call reached no unfinished items in the list.
 
         A long history of stopped items is read in several calls. Before they reach the unfinished
         items, a load would count none of these, and autoscalers would remove busy workers after
@@ -131,7 +131,7 @@ class FleetReader:
         return None if count.before_unfinished else combined_load(stats, count)
 
     def _log_refusal(self, refusal: RefusedError) -> None:
-        """Log once that the control plane refuses the statistics and not the list."""
+        """Log once that the control plane refuses the statistics but permits the list."""
         if not self._without_statistics:
             self._without_statistics = True
             log.warning(
@@ -142,13 +142,13 @@ class FleetReader:
 
 
 def combined_load(stats: QueueStats | None, count: ItemCount) -> FleetLoad:
-    """Return the load from statistics without running items, and from the count in the list."""
+    """Combine the statistics, which lack the running items, with the items counted in the list."""
     if stats is None:
         oldest = _seconds_since(count.oldest_queued_at)
         return FleetLoad(count.queued, 0, count.running, oldest, lower_bound=not count.complete)
     pending = stats.pending
     if count.complete:
-        # Some control planes report running items as pending too; they would count twice.
+        # Some control planes report running items as pending too, which would count twice.
         pending = min(pending, max(0, count.queued - stats.depth))
     oldest = _seconds_since(stats.oldest_queued_at)
     return FleetLoad(stats.depth, pending, count.running, oldest, lower_bound=not count.complete)

@@ -101,7 +101,8 @@ def hold(
     inside `session.handover()`. The command needs the variables of `lease.variables` and a token. A
     stop request and SIGTERM are passed on to the program.
     """
-    # These variables are options of this command, and unknown to the settings and to the program.
+    # Only options of this command read these variables: the settings would refuse them as unknown,
+    # and the program must not get them.
     for name in (WORK_ID, LAST_HEARTBEAT, TTL, SESSION_ID):
         os.environ.pop(name, None)
     with exits.exit_on_error():
@@ -157,9 +158,7 @@ def item_token_variables(settings: Settings) -> dict[str, str]:
 def _leave_parent_session() -> None:
     """Start an operating system session, so that signals to the parent's group do not arrive."""
     if hasattr(os, "setsid"):
-        with contextlib.suppress(
-            PermissionError
-        ):  # `setsid` fails for the leader of a process group
+        with contextlib.suppress(PermissionError):  # the process already leads its own group
             os.setsid()
-        # A handler and not SIG_IGN, which the program would inherit.
+        # A function ignores the signal, because the program would inherit SIG_IGN.
         signal.signal(signal.SIGHUP, lambda *_: None)

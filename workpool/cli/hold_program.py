@@ -56,7 +56,7 @@ class ProgramPlugin:
 
     @hookimpl
     def workpool_session_handler(self, item: WorkItem) -> object:
-        """Return the handler for the item of the parent, of any type."""
+        """Return the handler, which runs an item of any type."""
         del item
         return self.run
 
@@ -84,7 +84,7 @@ class ProgramPlugin:
                 try:
                     await asyncio.wait({ended})
                 except asyncio.CancelledError:
-                    # After a lost lease, the program has not been asked to end yet.
+                    # A lost lease cancels the handler without a stop request to the program.
                     if not asking.done():
                         _send_signal(number, signal.SIGTERM)
                         await asyncio.wait({ended}, timeout=LOST_SECONDS)

@@ -73,11 +73,11 @@ class ItemCounter:
         )
 
     async def _read_list(self) -> FoundItems:
-        """Read the list after the skipped items, or the whole list if they cannot be skipped."""
+        """Read the list after the skipped items, or all of it if no items can be skipped."""
         if self._after is not None:
             try:
                 return await self._find_items(self._after)
-            # The last skipped item was deleted, or the control plane has no `after_id`.
+            # The last skipped item was deleted, or the control plane does not know `after_id`.
             except RefusedError:
                 self._after = None
         return await self._find_items()

@@ -137,7 +137,7 @@ def run_supervisor(
 
 
 def _end_process(supervisor: RunnablePool) -> None:
-    """End the process with the status `FAILED`, since its leases are not renewed anymore.
+    """End the process with the status `FAILED`, because nothing renews its leases anymore.
 
     Called on the thread of the lease renewer. A failed pool drains by itself unless its loop is
     blocked. It has less time for that than the shortest lease.
@@ -157,7 +157,9 @@ async def _run_and_clean_up(
 ) -> int:
     executor = ThreadPoolExecutor(thread_name_prefix=BLOCKING_THREADS)
     asyncio.get_running_loop().set_default_executor(executor)
-    status = await _run_with_control(supervisor, signals, control, until_empty=until_empty)
+    status = await _run_with_signals_and_socket(
+        supervisor, signals, control, until_empty=until_empty
+    )
     executor.shutdown(wait=False, cancel_futures=True)
     left_tasks = supervisor.abandoned or await _cancel_remaining_tasks()
     sys.stdout.flush()
@@ -168,9 +170,10 @@ async def _run_and_clean_up(
     return status
 
 
-async def _run_with_control(
+async def _run_with_signals_and_socket(
     supervisor: RunnablePool, signals: SignalEvents, control: ControlSocket, *, until_empty: bool
 ) -> int:
+    """Run the pool, obey signals and control requests, and return the exit status."""
     failure: WorkpoolError | None = None
     with signals, control:
         try:
@@ -212,7 +215,8 @@ async def _drain_on_signals(
     await signals.first.wait()
     supervisor.request_drain()
     await signals.second.wait()
-    if running is not None:  # a start that hangs does not react to a drain
+    # A drain has no effect on a start that hangs, so the second signal cancels the pool.
+    if running is not None:
         running.cancel()
 
 

@@ -161,7 +161,7 @@ async def _serve_numbers(
         exporter.scale = fleet.total_numbers
         async with exporter:
             typer.echo(f"ready {exporter.url}/scale")
-            await fleet.read_until_cancelled()
+            await fleet.read_loads_until_cancelled()
 
 
 class FleetMetrics(Collector):

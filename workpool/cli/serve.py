@@ -157,7 +157,7 @@ def serve(
             port=port,
             now=None if isinstance(opened, PostgresStore) else clock,
             retention=_retention_seconds(store, retention),
-            history_limit=0,  # the history is for tests; it would only use memory here
+            history_limit=0,  # only tests read the history, which would use memory here
             middlewares=middlewares,
         )
         plan.install(injected, plane)
@@ -185,7 +185,7 @@ async def _serve_until_signal(plane: ControlPlane, *, shown: str | None, as_json
             async with asyncio.TaskGroup() as group:
                 serving = group.create_task(_serve_until_failed(plane, shown, as_json=as_json))
                 await signals.first.wait()
-                serving.cancel()  # also interrupts a start that still reads a large store
+                serving.cancel()  # interrupts also a slow start that still reads the store
         except BaseExceptionGroup as group_error:
             raise innermost(group_error) from None
         ending = signals.last
@@ -196,13 +196,12 @@ async def _serve_until_failed(plane: ControlPlane, shown: str | None, *, as_json
     async with plane:
         hide(plane.token)
         typer.echo(_ready_line(plane, shown, as_json=as_json))
-        await (
-            plane.engine.wait_for_failure()
-        )  # raises the error of a store that cannot be used anymore
+        # Raises an error if the store cannot be used anymore.
+        await plane.engine.wait_for_failure()
 
 
 def _ready_line(plane: ControlPlane, token: str | None, *, as_json: bool) -> str:
-    """Return the line that reports the address; `token` is shown unless it is None."""
+    """Return the line that reports the address, and the token unless it is None."""
     if as_json:
         ready = {
             "base_url": plane.base_url,
@@ -238,7 +237,7 @@ def _new_store(name: str) -> MemoryStore | SqliteStore | PostgresStore:
 
 
 def _retention_seconds(store: str, seconds: float | None) -> float:
-    """Return the seconds for which stopped items are kept, from the flag or by the store."""
+    """Return the seconds for which stopped items are kept: the flag, or the store's default."""
     if seconds is not None:
         return seconds
     return 3600 if store == "memory" else 86_400

@@ -52,7 +52,7 @@ class ServiceThread:
         try:
             await self._opened.wait()
             if self._thread.done():
-                await self._thread  # raises the error of the service that could not be opened
+                await self._thread  # raises the error of a service that did not open
         except BaseException:
             await self._close_services()
             raise
@@ -67,7 +67,7 @@ class ServiceThread:
         await self._close_services()
 
     async def _close_services(self) -> None:
-        with contextlib.suppress(RuntimeError):  # a thread that has ended has closed its loop
+        with contextlib.suppress(RuntimeError):  # the thread has ended and closed its loop
             self._loop.call_soon_threadsafe(self._stop.set)
         done, _ = await asyncio.wait({self._thread}, timeout=CLOSE_SECONDS)
         if done:
@@ -77,7 +77,7 @@ class ServiceThread:
 
     def _handle_thread_end(self, thread: asyncio.Future[None]) -> None:
         error = None if thread.cancelled() else thread.exception()
-        # Before the services have opened, `__aenter__` raises the error.
+        # An error before the services have opened is raised by `__aenter__` and not logged here.
         if error is not None and self._opened.is_set():
             log.critical("services failed", exc_info=error)
         self._opened.set()
@@ -91,6 +91,6 @@ class ServiceThread:
         async with contextlib.AsyncExitStack() as stack:
             for service in self._services:
                 await stack.enter_async_context(service)
-            with contextlib.suppress(RuntimeError):  # the owner may have closed its loop
+            with contextlib.suppress(RuntimeError):  # the loop that waits may be closed
                 self._owner.call_soon_threadsafe(self._opened.set)
             await self._stop.wait()

@@ -296,7 +296,7 @@ def stop_item(
 
     async def stop_and_read(client: WorkClient) -> WorkItem:
         stopped = await client.stop(work_id, force)
-        # Some control planes answer without a body.
+        # Some control planes answer a stop without a body, so the item is read.
         return stopped or await _read_or_find_item(client, work_id)
 
     _print_item(_run_call(settings, stop_and_read), as_json=json)
@@ -328,7 +328,7 @@ def _run_call(settings: Settings, call: Callable[[WorkClient], Awaitable[T]]) ->
     with exits.exit_on_error():
         try:
             return asyncio.run(call_with_client())
-        except ValueError as error:  # the user gave an id that is not valid
+        except ValueError as error:  # an id from the user is not valid
             raise typer.BadParameter(str(error)) from None
 
 

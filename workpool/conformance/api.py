@@ -1,4 +1,4 @@
-"""Requests to one environment that return the control plane's answers without interpretation.
+"""Requests to one environment, which return the answers of the control plane unparsed.
 
 The suite compares answers as they were sent. The package's own client would hide differences.
 """
@@ -68,7 +68,7 @@ class Answer:
 
     @property
     def refused(self) -> bool:
-        """Whether the control plane refuses this call for every item, as for a limited key."""
+        """Whether the control plane refuses this call to this key, whatever the item."""
         unsupported = self.error.get("type") == "unsupported_capability"
         return self.status in REFUSED or (self.status == HTTPStatus.BAD_REQUEST and unsupported)
 

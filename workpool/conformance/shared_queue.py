@@ -193,7 +193,7 @@ class SharedQueue:
                 )
 
     async def _list_rows(self, *, strict: bool = False) -> AsyncIterator[Mapping[str, Any]]:
-        """Yield the items of the list; `strict`: raise an error unless it is read to its end."""
+        """Yield the items of the list; with `strict`, an incomplete list is an error."""
         page: str | None = None
         for _ in range(PAGES_MAX):
             query = {"limit": "100"} if page is None else {"limit": "100", "page": page}

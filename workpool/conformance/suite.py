@@ -104,7 +104,7 @@ class Suite(SharedQueue):
         try:
             async with asyncio.timeout_at(deadline):
                 await trial.wait_for_start_permit()
-                # A deadline that passed during the wait cancels here, before the first request.
+                # If the deadline has passed during the wait, this cancels before the first request.
                 await asyncio.sleep(0)
                 await clause.check(trial)
         except DepartureError as departure:

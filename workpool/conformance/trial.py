@@ -45,7 +45,7 @@ class Trial:
         self._starting = False
 
     async def wait_for_start_permit(self) -> None:
-        """Wait for a start permit, of which only a few clauses have one at the same time."""
+        """Wait for a start permit, which limits how many clauses run at the same time."""
         await self._queue.starts.acquire()
         self._starting = True
 
@@ -82,7 +82,9 @@ class Trial:
             Untried: No item can be created, or it is not delivered.
         """
         subject = await self.create_item(script)
-        came = bool(subject.deliveries)  # an item that existed before may be delivered early
+        came = bool(
+            subject.deliveries
+        )  # an item that existed before the suite may be delivered again early
         if (
             await self.wait_for_delivery(subject, REDELIVERY_SECONDS if came else CLAIM_SECONDS)
             is None

@@ -29,7 +29,7 @@ class Recorder:
 
     @hookimpl
     def workpool_event(self, event: Event) -> None:
-        """Record an event, and wake the waits for it."""
+        """Record an event, and wake the tasks that wait for events."""
         self.events.append(event)
         self._changes.notify()
 

@@ -92,7 +92,8 @@ def nest_faults(faults: Sequence[Fault]) -> Fault:
 
 def _nest_fault(outer: Fault, inner: Fault) -> Fault:
     if not outer.applied:
-        return outer  # the outer fault prevents the call, and so every effect of the inner fault
+        # The outer fault prevents the call, so the inner fault has no effect.
+        return outer
     replaced = outer if outer.answer is not None else inner
     return Fault(
         wait=outer.wait + inner.wait,
@@ -151,7 +152,7 @@ def literal(
     headers: Mapping[str, str] | None = None,
     applied: bool = False,
 ) -> Fault:
-    """Return a fault that answers with `body`, or with the result of the function `body`."""
+    """Return a fault that answers with `body`, or with the return value of a function `body`."""
 
     def make_answer() -> Response:
         return Response(code, headers or _JSON, body() if callable(body) else body)

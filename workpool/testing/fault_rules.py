@@ -112,7 +112,7 @@ class Rule:
         return True
 
     def remove(self) -> None:
-        """Stop injecting the fault; a second call does nothing."""
+        """Stop injecting the fault; a second call has no effect."""
         if self in self.faults.rules:
             self.faults.rules.remove(self)
 
@@ -232,7 +232,7 @@ class Faults:
             dict(request.query),
             request.headers,
         )
-        for rule in self._note_request(seen)[::-1]:
+        for rule in self._record_request(seen)[::-1]:
             handler = partial(answer_with_fault, rule.fault, handler=handler)
         try:
             response = await handler(request)
@@ -243,13 +243,13 @@ class Faults:
             return response
         finally:
             if request.body_exists and request.content.is_eof():
-                with suppress(ConnectionError):  # the connection was lost before the body was read
+                with suppress(ConnectionError):
                     seen.body = _parse_json(await request.read())
             self._changes.notify()
 
     def fault_for_call(self, request: Request) -> Fault:
         """Return the fault of a call in one process; see `workpool.testing.local_client`."""
-        rules = self._note_request(request)
+        rules = self._record_request(request)
         return nest_faults([rule.fault for rule in rules if isinstance(rule.fault, Fault)])
 
     def record_answer(self, request: Request, status: int | None) -> None:
@@ -257,7 +257,7 @@ class Faults:
         request.status, request.lost = status, status is None
         self._changes.notify()
 
-    def _note_request(self, request: Request) -> list[Rule]:
+    def _record_request(self, request: Request) -> list[Rule]:
         """Record a request, and return the rules that apply to it."""
         if self._began is None:
             self._began = request.at

@@ -173,7 +173,7 @@ class Proxy:
         host, port = self._target.hostname, self._target.port
         try:
             answers, plane = await asyncio.open_connection(host, port, limit=_CHUNK_BYTES)
-        except OSError:  # no server listens, so the worker's connection is closed
+        except OSError:  # no server listens: only the worker's connection is closed
             return
         connection.plane = plane
         try:
@@ -209,7 +209,7 @@ class Proxy:
             sink.transport.abort()
 
     def _next_read_size(self) -> int:
-        """Return the number of bytes to read next; with a throttle, those of 0.1 s."""
+        """Return the number of bytes to read next; a throttle allows the bytes of 0.1 s."""
         if self._bytes_per_second is None:
             return _CHUNK_BYTES
         return max(1, int(self._bytes_per_second / 10))

@@ -71,7 +71,8 @@ async def _replace_answer(
     if isinstance(answer, str):
         if request.transport is not None:
             _close_connection(request.transport, answer)
-        return true  # aiohttp drops this answer, since the connection is closed
+        # aiohttp needs an answer, which it drops because the connection is closed.
+        return true
     body = answer.body if isinstance(answer.body, bytes) else b""
     replaced = web.Response(body=body, status=answer.status, headers=answer.headers)
     return (
@@ -174,7 +175,7 @@ class Cut:
         self._open: set[asyncio.WriteTransport] = set()
 
     async def __call__(self, request: web.Request, handler: Handler) -> web.StreamResponse:
-        """Answer one request, whose connection `now()` can reset meanwhile."""
+        """Answer one request, while `now()` can reset the connection of the request."""
         transport = request.transport
         if transport is None:
             return await handler(request)
@@ -195,6 +196,6 @@ class Cut:
 def reset_connection(transport: asyncio.WriteTransport) -> None:
     """Reset a TCP connection, and drop the bytes that are not sent yet."""
     connection = transport.get_extra_info("socket")
-    with suppress(OSError):  # the connection has just ended
+    with suppress(OSError):  # the connection has already ended
         connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, _LINGER_NONE)
     transport.abort()

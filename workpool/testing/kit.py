@@ -111,7 +111,7 @@ class Kit:
         return items
 
     def item(self, item: Item) -> Item:
-        """Return an item as the control plane has it now."""
+        """Return the current state of an item at the control plane."""
         return self.server.operations.get_item(item.environment_id, item.id)
 
     def stop(self, item: Item, *, force: bool = False) -> None:
@@ -202,9 +202,8 @@ class Kit:
             # the error. The drain of another pool is ignored.
             return isinstance(event, DrainFinished) and pool.status().draining
 
-        one_at_a_time: dict[str, Any] = {
-            "concurrency": 1
-        }  # else the pool could take other items of the test
+        # With more slots, the pool could take other items of the test.
+        one_at_a_time: dict[str, Any] = {"concurrency": 1}
         pool = self.pool(*plugins, **one_at_a_time | settings)
         async with pool:
             try:
@@ -275,7 +274,7 @@ class Kit:
             await self.server.__aexit__(kind, error, trace)
 
     def around(self, test: Callable[..., Coroutine[Any, Any, T]]) -> Callable[..., Any]:
-        """Return `test` as a function that also opens and closes the control plane."""
+        """Return a function that runs `test` while the control plane is open."""
 
         @functools.wraps(test)
         async def run_with_control_plane(*args: Any, **kwargs: Any) -> T:

@@ -341,7 +341,7 @@ class LocalClient:
         async def receive_answer() -> Response | NoAnswer:
             return await answered
 
-        # A cancellation of the caller from now on does not stop the request, which was sent.
+        # From now on, a cancellation of the caller does not stop the request, which was sent.
         self._schedule_arrival(fault.request_delay, arrive_at_control_plane)
         return await self._await_answer(endpoint, receive_answer(), until - loop.time())
 
@@ -378,7 +378,7 @@ class LocalClient:
         asyncio.get_running_loop().call_later(seconds, arrive)
 
     def _record_sent_call(self, op: str, work_id: str | None, fault: Fault) -> None:
-        """Do nothing; subclasses record the call, which is sent now."""
+        """Record a call at the time of sending, in subclasses; does nothing here."""
 
     def _new_request(self, op: str, subject: str | None) -> Request:
         if not self._open:

@@ -150,7 +150,7 @@ def _function_name(func: Any) -> str:
 
 
 def _socket_name(file: int) -> str | None:
-    """Describe the socket of a file descriptor; None if it is no socket."""
+    """Describe the socket of a file descriptor; None if the descriptor is no socket."""
     try:
         copy = socket.socket(fileno=os.dup(file))
     except OSError:

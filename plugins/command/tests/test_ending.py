@@ -159,7 +159,7 @@ async def test_daemon_that_keeps_pipes_open_does_not_block_session(
     os.kill(int(daemon), signal.SIGKILL)
 
 
-async def test_session_whose_command_other_code_reaped_fails(
+async def test_session_fails_if_other_code_reaped_its_command(
     kit: Kit, shell_command: Shell, process_view: Any, tmp_path: Path
 ) -> None:
     kit.enqueue()
@@ -179,7 +179,7 @@ async def test_session_whose_command_other_code_reaped_fails(
     assert "its exit status was taken" in str(end.error)
 
 
-async def test_session_whose_command_was_reaped_before_watch_fails(
+async def test_session_fails_if_its_command_was_reaped_before_watch(
     kit: Kit, shell_command: Shell, process_view: Any, tmp_path: Path, before_watch: InstallCallback
 ) -> None:
     before_watch(lambda pid: os.waitpid(pid, 0))

@@ -92,7 +92,7 @@ async def test_session_with_exhausted_resource_is_released(
     def raise_error(*_: object) -> None:
         raise error
 
-    monkeypatch.setattr("workpool_command.plugin.logged_output", raise_error)
+    monkeypatch.setattr("workpool_command.plugin.read_output_into_log", raise_error)
     assert (await kit.run_session(shell_command("echo ran"))).outcome == "released"
 
 

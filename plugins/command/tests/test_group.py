@@ -106,7 +106,7 @@ async def test_leader_reaped_before_watch_counts_as_exited_with_unknown_status(
     await process_view.wait_for_end(await process_view.wait_for_lines(tmp_path / "pids"))
 
 
-async def test_group_whose_leader_was_reaped_before_watch_can_be_left_running(
+async def test_group_whose_leader_was_reaped_before_watch_can_continue_to_run(
     before_watch: InstallCallback,
 ) -> None:
     before_watch(lambda pid: os.waitpid(pid, 0))
@@ -190,7 +190,7 @@ async def test_start_without_permission_to_kill_group_raises_first_error(
     assert vars(record)["pid"] == pids[0]
 
 
-async def test_start_of_missing_program_withdraws_announcement_to_guard() -> None:
+async def test_failed_start_of_missing_program_withdraws_group_announcement() -> None:
     guard = RecordingGuard()
     start = replace(shell_script(""), argv=["/no/such/program"], unique_entry="ENTRY=1")
     with pytest.raises(FileNotFoundError):

@@ -78,7 +78,7 @@ async def test_program_is_looked_up_on_path_of_command_not_of_worker(
         await kit.run_session(Command(command=["tool"], environment=[]))
 
 
-async def test_start_with_file_as_root_raises_plugin_error(
+async def test_root_setting_that_names_file_raises_plugin_error(
     kit: Kit, shell_command: Shell, tmp_path: Path
 ) -> None:
     (tmp_path / "file").touch()
@@ -97,7 +97,7 @@ async def test_start_in_process_that_ignores_sigchld_raises_plugin_error(
         signal.signal(signal.SIGCHLD, before)
 
 
-async def test_command_object_in_second_pool_at_once_is_refused(
+async def test_command_object_used_by_running_pool_is_refused_by_second_pool(
     kit: Kit, shell_command: Shell
 ) -> None:
     command = shell_command("")
@@ -144,7 +144,7 @@ async def test_kept_directory_replaced_by_symlink_fails_session(
 
 
 @pytest.mark.parametrize("number", [errno.EAGAIN, errno.EMFILE, errno.ENOMEM])
-def test_start_error_of_exhausted_resource_becomes_release(number: int) -> None:
+def test_exhausted_resource_at_start_of_command_raises_release(number: int) -> None:
     with pytest.raises(Release), start_errors_as_session_errors("tool"):
         raise OSError(number, os.strerror(number))
 

@@ -170,10 +170,10 @@ class PipeReader:
 
 
 @contextmanager
-def logged_output(
+def read_output_into_log(
     log: logging.LoggerAdapter[logging.Logger], limit: int, progress: Callable[[], None]
 ) -> Iterator[tuple[PipeReader, PipeReader]]:
-    """Read stdout and stderr of a command into a log of at most `limit` lines.
+    """Log at most `limit` lines of a command's stdout and stderr during the block.
 
     `progress` is called for each chunk with a line end, also after the limit is reached.
     """

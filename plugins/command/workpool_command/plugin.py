@@ -39,7 +39,7 @@ from workpool_command.command_inputs import (
     temporary_directory,
     trace_variables,
 )
-from workpool_command.command_output import logged_output
+from workpool_command.command_output import read_output_into_log
 from workpool_command.command_result import (
     check_exit_status,
     parse_result,
@@ -191,7 +191,10 @@ class Command:
             await self._hold_processes.hand_off_session(session, cwd)
             return None
         program = Path(self.command[0]).name
-        with logged_output(session.log, self.log_lines, session.progress) as (stdout, stderr):
+        with read_output_into_log(session.log, self.log_lines, session.progress) as (
+            stdout,
+            stderr,
+        ):
             async with AsyncExitStack() as stack:
                 with start_errors_as_session_errors(program):
                     cwd = await stack.enter_async_context(self._working_directory(session))

@@ -16,8 +16,8 @@ if TYPE_CHECKING:
     from plugins.container.tests.conftest import ContainerTestbed
 
 
-def logged_output(caplog: pytest.LogCaptureFixture) -> list[str]:
-    """Return the output lines of the containers from the log, without the names of the streams."""
+def logged_output_lines(caplog: pytest.LogCaptureFixture) -> list[str]:
+    """Return the logged output lines of all containers, without the names of the streams."""
     streams = ("stdout: ", "stderr: ")
     return [line[len("std...: ") :] for line in caplog.messages if line.startswith(streams)]
 
@@ -32,7 +32,7 @@ async def test_container_of_session_gets_variables_with_ids_and_item(
     item = finished.session.item
     assert finished.outcome == "completed"
     assert testbed.stored_item(item.id).metadata["exit_status"] == "0"
-    variables = dict(line.split("=", 1) for line in logged_output(caplog) if "=" in line)
+    variables = dict(line.split("=", 1) for line in logged_output_lines(caplog) if "=" in line)
     assert "stderr: on stderr" in caplog.messages
     assert variables["GREETING"] == "hello you"
     assert variables["WORKPOOL_WORK_ID"] == item.id
@@ -80,7 +80,7 @@ async def test_container_has_no_privileges_by_default(
         pids=17,
     )
     assert finished.outcome == "completed"
-    lines = [line.split() for line in logged_output(caplog)]
+    lines = [line.split() for line in logged_output_lines(caplog)]
     assert ["CapEff:", "0000000000000000"] in lines
     assert ["CapBnd:", "0000000000000000"] in lines
     assert ["NoNewPrivs:", "1"] in lines
@@ -107,7 +107,7 @@ async def test_container_with_many_output_lines_logs_only_first_ones(
         "i=0; while [ $i -lt 5000 ]; do echo line $i; i=$((i+1)); done", log_lines=50
     )
     assert finished.outcome == "completed"
-    assert logged_output(caplog) == [f"line {number}" for number in range(50)]
+    assert logged_output_lines(caplog) == [f"line {number}" for number in range(50)]
     assert "more of its output is not logged" in caplog.messages
 
 

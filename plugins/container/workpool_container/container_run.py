@@ -110,8 +110,8 @@ class ContainerRun:
             adopted = await self._adopt_or_start_container()
             return await self._session_metadata(await self._wait_for_exit(adopted=adopted))
         except (asyncio.CancelledError, Exception) as error:
-            # An error of exhausted memory or descriptors releases the item. Its container must not
-            # run when another worker receives the item.
+            # After a cancellation, or if memory or descriptors are exhausted, another worker may
+            # receive the item. The container must not run then.
             if isinstance(error, asyncio.CancelledError) or exhausted(error):
                 await self._give_up_container()
             raise
@@ -129,7 +129,7 @@ class ContainerRun:
             await self._give_up_container()
             if not isinstance(error, EngineError | TransientError):
                 raise
-            # Nothing has run, and the engine of another worker may start the container.
+            # The container has not run, so another worker may start one with its own engine.
             self._session.log.warning(
                 "container not started: %s", error, extra={"error": str(error)}
             )
@@ -175,7 +175,7 @@ class ContainerRun:
         except EngineError as error:
             if not error.is_not_found or self._options.pull == "never":
                 raise
-            # The image was removed after the start of the pool.
+            # The image was removed from the engine after the start of the pool.
             await self._engine.pull_image(self._options.image)
             self._id = await self._engine.create_container(self._name, specification)
         await self._session.update_metadata({CONTAINER_ID_KEY: self._id})
@@ -218,7 +218,7 @@ class ContainerRun:
                     "container output interrupted: %s", error, extra={"error": str(error)}
                 )
                 await asyncio.sleep(OUTPUT_RETRY_SECONDS)
-                # Lines of the interruption may be missing, but no line is logged twice.
+                # The log continues with new lines only: lines may be missing, but none is repeated.
                 tail = "0"
             else:
                 output.log_unfinished_lines()
@@ -240,8 +240,8 @@ class ContainerRun:
         try:
             await self._engine.stop_container(self._id, self._options.grace)
         except EngineError as error:
-            # `wait_for_exit_status` reports a container that does not exist anymore. If the engine
-            # does not answer, the pool cancels the handler after its grace.
+            # If the container does not exist anymore, `wait_for_exit_status` raises the error. If
+            # the engine does not answer, the pool cancels the handler after `stop_grace`.
             session.log.warning("container not stopped: %s", error, extra={"error": str(error)})
 
     async def _session_metadata(self, status: int) -> dict[str, str]:
@@ -249,7 +249,8 @@ class ContainerRun:
         if status == 0 or self._session.stopping:
             return {"exit_status": str(status)}
         if status == os.EX_TEMPFAIL or self._stop_signal_sent:
-            # The next run would adopt the container and report the status of this run.
+            # Without this, the next run of the item would adopt the ended container and report its
+            # exit status instead of starting a new container.
             await self._give_up_container()
             raise Release(f"exit status {status}")
         killed = " (SIGKILL: was it out of memory?)" if status == SIGKILL_EXIT_STATUS else ""

@@ -53,7 +53,7 @@ class CostWriter:
             self._changed.clear()
             cost = self._cost()
             if cost is None:
-                # The plugin of another pool writes now, so the stored cost is unknown.
+                # The plugin of another pool writes the cost now, so its stored value is unknown.
                 self._written = None
             if cost is not None and cost != self._written:
                 await self._try_write(cost)

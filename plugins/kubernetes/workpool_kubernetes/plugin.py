@@ -117,5 +117,5 @@ def _count_pool_sessions(supervisor: Supervisor, writer: CostWriter) -> Iterator
 def _request_update() -> None:
     """Let the plugin of the first pool compute the deletion cost again."""
     for request in tuple(_UPDATE_REQUESTS.values())[:1]:
-        with suppress(RuntimeError):  # The event loop of the first pool is closed.
+        with suppress(RuntimeError):  # raised if the event loop of the first pool is closed
             request()

@@ -81,7 +81,7 @@ def test_call_that_was_answered_is_not_taken_again() -> None:
     assert uses.add_use("a").next_call is None
 
 
-def test_calls_of_unknown_tools_are_left_to_others() -> None:
+def test_calls_of_unknown_tools_are_left_to_other_clients() -> None:
     uses = (
         ConversationTestbed()
         .add_use("a", "browser")

@@ -63,7 +63,7 @@ async def test_journal_of_two_workers_begins_each_call_once(journal_directory: P
 @pytest.mark.parametrize(
     "call", ["../../evil", "/etc/passwd", "", ".", "a\0b", "é" * 500, "\ud800"]
 )
-async def test_record_of_call_id_with_path_characters_is_inside_journal(
+async def test_call_id_with_path_characters_is_recorded_inside_journal_directory(
     journal_directory: Path, call: str
 ) -> None:
     journal = await open_journal(journal_directory)

@@ -240,7 +240,7 @@ async def test_grep_with_and_without_sandbox_finds_the_same_lines(
 
 
 @pytest.mark.parametrize("pattern", ["(", "[", "a{2,1}", "(?<=a", r"(\1", "(?P<", "*a"])
-async def test_grep_with_invalid_expression_error_names_no_option_of_ripgrep(
+async def test_grep_error_for_invalid_expression_names_no_ripgrep_option(
     agent: Any, pattern: str
 ) -> None:
     output = await agent.call_with_error("grep", pattern=pattern)

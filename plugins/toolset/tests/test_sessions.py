@@ -81,7 +81,7 @@ def session_directory(tmp_path: Path, session: str) -> Path:
     return tmp_path / "state" / session
 
 
-async def test_script_with_every_tool_is_answered_as_expected(
+async def test_session_that_calls_every_tool_gets_expected_results(
     workpool: Kit, make_toolset: Make, tmp_path: Path
 ) -> None:
     async def weather(call: ToolCall) -> object:
@@ -184,7 +184,7 @@ async def test_confirmed_calls_run_and_denied_calls_return_errors(
     assert len(ours) == 2
 
 
-async def test_time_of_wait_for_confirmation_does_not_count_as_stall(
+async def test_waiting_for_confirmation_does_not_count_as_stall(
     workpool: Kit, make_toolset: Make, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     begin_waiting, waiting = Session.waiting, asyncio.Event()
@@ -444,7 +444,7 @@ async def test_result_computed_before_crash_is_sent_without_second_run(
     assert not (folder / "workspace/log").exists()
 
 
-async def test_interrupt_sends_result_that_was_computed_before(
+async def test_result_computed_before_interrupt_is_sent(
     workpool: Kit, make_toolset: Make, tmp_path: Path
 ) -> None:
     [item] = workpool.enqueue()
@@ -478,7 +478,7 @@ async def test_call_possibly_begun_on_another_machine_is_not_executed(
     assert answers == [(session_answerer.UNKNOWN_OUTCOME, True), ("2\n", False)]
 
 
-async def test_call_begun_elsewhere_between_two_runs_here_is_not_executed_again(
+async def test_call_begun_on_other_machine_between_runs_is_not_executed_again(
     workpool: Kit, make_toolset: Make, tmp_path: Path
 ) -> None:
     """The session runs here, on another machine and here again, without that run in its journal."""

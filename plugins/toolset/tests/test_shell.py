@@ -320,7 +320,7 @@ def test_sandbox_of_root_gives_each_session_its_own_user() -> None:
     assert Bubblewrap(ProcessLimits(), as_root=False).file_owner("sess_1") is None
 
 
-async def test_shell_that_has_not_answered_yet_is_sent_no_command(tmp_path: Path) -> None:
+async def test_shell_gets_no_command_before_its_first_answer(tmp_path: Path) -> None:
     """A sandbox may outlive a worker that is killed during the start of the sandbox."""
     words = ["/bin/bash", "-c", "head -n 3 > input; exit 3"]
     shell = BashShell(words, {"PATH": "/usr/bin:/bin"}, tmp_path)

@@ -95,7 +95,7 @@ def test_long_error_text_is_cut_to_limit() -> None:
     assert len(block["text"]) == 4_001
 
 
-async def test_custom_tools_run_async_on_loop_or_plain_in_thread(make_agents: Any) -> None:
+async def test_async_custom_tools_run_on_loop_and_sync_tools_in_threads(make_agents: Any) -> None:
     main = threading.current_thread()
 
     async def answer_later(call: ToolCall) -> object:
@@ -206,7 +206,7 @@ async def test_token_file_in_directory_visible_to_sandbox_is_refused(
             pass
 
 
-async def test_root_that_shows_token_file_to_sessions_is_refused(
+async def test_read_only_root_that_contains_token_file_is_refused_at_start(
     workpool: Kit, tmp_path: Path
 ) -> None:
     (tmp_path / "open/secrets").mkdir(parents=True)
@@ -218,7 +218,7 @@ async def test_root_that_shows_token_file_to_sessions_is_refused(
             pass
 
 
-async def test_root_below_directory_that_sessions_can_replace_is_refused(
+async def test_additional_root_below_session_writable_directory_is_refused(
     workpool: Kit, tmp_path: Path
 ) -> None:
     """A session with the roots `open` and `open/between/deep` could replace `between` by a link."""

@@ -146,7 +146,7 @@ class SessionAnswerer:
                 return "idle"
 
     async def _next_call(self) -> ToolCall | None:
-        # The events that are not read yet may contain the results of calls.
+        # The unread events of the history may contain the results of calls.
         if not self._caught_up:
             return None
         if not self._journal_named:
@@ -171,7 +171,7 @@ class SessionAnswerer:
         try:
             await self._session.update_metadata({JOURNAL_KEY: name})
         except NotPermittedError:
-            # The pool has logged the error. The name stays in the state directory only.
+            # The pool has logged the error. Only the state directory has the journal's name then.
             pass
         except TransientError as error:
             raise Release("the item cannot name its journal") from error

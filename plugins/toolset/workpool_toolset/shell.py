@@ -152,7 +152,7 @@ class BashShell:
             f"eval {shlex.quote(command)} </dev/null 2>&{_MARKER_FD} {_MARKER_FD}>&-\n"
             f"\\builtin printf '\\n%s%s %d\\n' {first} {second} \"$?\" >&{_MARKER_FD}\n"
         )
-        # A shell that has ended is detected by the following read.
+        # If the shell has ended, the write may fail, and the read below reports the end.
         with contextlib.suppress(ConnectionError):
             started.stdin.write(script.encode(errors="replace"))
             await started.stdin.drain()

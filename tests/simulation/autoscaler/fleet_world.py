@@ -186,7 +186,7 @@ class FleetWorld(SimulatedWorld):
                 max_age=AGE_SECONDS,
                 clock=self._reader_node.machine.lease_clock,
             )
-            await self._reader.read_until_cancelled()
+            await self._reader.read_loads_until_cancelled()
 
     def _read_metric(self) -> float | None:
         """Return the metric that the autoscaler reads from `/scale`; None for its answer 503."""

@@ -125,7 +125,7 @@ class DemoRunner:
                 {all_ended, hurry}, timeout=END_SECONDS, return_when=asyncio.FIRST_COMPLETED
             )
             for task in (*tasks, all_ended, hurry):
-                task.cancel()  # kills the process of a worker that has not drained
+                task.cancel()  # the cancellation kills a worker that has not drained
 
     async def _show_until_end(self, signals: SignalEvents) -> int:
         """Show the state until all sessions have ended, a signal arrives, or the demo is stuck."""
@@ -183,7 +183,8 @@ class DemoRunner:
         """Show new records of the history after each request, and kill a worker when it is due."""
         worker = worker_name_of(request.headers.get("Worker-ID"))
         if self._victim is not None and worker == self._victim.name:
-            raise web.HTTPServiceUnavailable  # the killed worker sent it before its end
+            # The worker was killed after it sent this request.
+            raise web.HTTPServiceUnavailable
         self._polled.add(worker)
         response = await handler(request)
         for line in self.state.apply_new_records():

@@ -67,7 +67,7 @@ class DemoWorker:
         )
         self._process, self.pid = process, process.pid
         if self._must_end:
-            self.terminate()  # repeats a call that came before the process existed
+            self.terminate()  # `terminate` was called before the process existed
         try:
             if process.stdout is not None:
                 async for line in _read_lines(process.stdout):

@@ -28,7 +28,8 @@ SLACK_SECONDS: Final = 4.0
 async def check_lease_of_ack_lapses_after_a_minute(trial: Trial) -> None:
     """Acknowledge an item and send nothing more, like a worker that crashes."""
     subject = await trial.claim_item()
-    await trial.wait_while_others_run(10)  # a lease that began at the poll would end 10 s too early
+    # After this pause, a lease that began at the poll and not at the ack would end 10 s too early.
+    await trial.wait_while_others_run(10)
     await trial.acknowledge_item(subject)
     start = trial.now
     again = await trial.wait_for_delivery(subject, ACK_LEASE_SECONDS + LATE_SECONDS)
