@@ -78,8 +78,8 @@ class WorkClient:
         self._sessions = f"{settings.base_url}/sessions"
         self._work = f"{settings.base_url}/environments/{settings.environment_id}/work"
         self._work_query = DIALECTS[settings.dialect].work_query
-        # A URL with another path keeps the parsed host and query, which saves most of its cost.
-        # A pool polls, and sends first heartbeats, with the same values each time.
+        # These URLs are built once: a URL that is derived from another by its path alone is not
+        # parsed again. A pool sends all its polls, and all first heartbeats, with the same query.
         self._base = self._work_url()
         self._path = self._base.raw_path
         self._last_poll: tuple[tuple[int | None, int | None], URL]
@@ -156,7 +156,7 @@ class WorkClient:
             TransientError: The wait exceeded the setting `request_timeout`.
         """
         if self.rate_limits.write.limited:
-            await self._transport.acquire_limited(self.rate_limits.write, "ack", Priority.CLAIM)
+            await self._transport.acquire_rate_token(self.rate_limits.write, "ack", Priority.CLAIM)
 
     def release_ack_permit(self) -> None:
         """Give back an ack permit that was not used, because there is nothing to acknowledge."""
@@ -169,7 +169,9 @@ class WorkClient:
 
     async def acquire_permit(self, priority: Priority) -> None:
         """Acquire the right to send one write, without a bound on the wait."""
-        await self._transport.acquire_limited(self.rate_limits.write, "permit", priority, math.inf)
+        await self._transport.acquire_rate_token(
+            self.rate_limits.write, "permit", priority, math.inf
+        )
 
     def release_permit(self) -> None:
         """Give back a permit that was not used."""
@@ -243,7 +245,7 @@ class WorkClient:
         timeout: float | None = None,
         options: CallOptions = DEFAULT_OPTIONS,
     ) -> WorkItem | None:
-        """Stop an item: finish it, ask for its stop, or confirm one.
+        """Stop an item: end it, ask its worker to end it, or confirm that it was ended on request.
 
         Args:
             work_id: The item.
@@ -274,7 +276,7 @@ class WorkClient:
         Raises:
             TypeError: A key or a value is of another type; nothing was sent.
         """
-        body = request_bodies.update_body(patch)
+        body = request_bodies.metadata_patch_body(patch)
         limiter, url = self.rate_limits.write, self._item_url(work_id)
         return await self._key_transport.send(
             endpoints.UPDATE, url, timeout, limiter, body, options
@@ -308,7 +310,7 @@ class WorkClient:
             before_id: The pages before this item, nearest page first, each ascending.
             timeout: See the class; for each page.
         """
-        start = _place_query(after_id, before_id)
+        start = _list_start_query(after_id, before_id)
         left = sys.maxsize if limit is None else limit
         limits = PageLimits("list")
         while left > 0:
@@ -342,7 +344,7 @@ class WorkClient:
             before_id: As for `list`.
             timeout: As for `list`.
         """
-        query, start = search.query_parameters, _place_query(after_id, before_id)
+        query, start = search.query_parameters, _list_start_query(after_id, before_id)
         size = min(protocol.LIST_LIMIT_MAX if query else search.limit, protocol.LIST_LIMIT_MAX)
         found, limits = FoundItems(search), PageLimits("list")
         for _ in range(FIND_PAGES_MAX):
@@ -353,7 +355,7 @@ class WorkClient:
             except RefusedError as error:
                 if error.status != HTTPStatus.BAD_REQUEST or not query:
                     raise
-                query = ""  # this control plane refuses parameters that it does not know
+                query = ""  # read all items: the control plane refused the search parameters
                 continue
             found.add_page(page)
             if page.next_page is None or found.has_enough_items:
@@ -413,7 +415,7 @@ class WorkClient:
             timeout: See the class.
         """
         fields = {"count": count, "metadata": metadata, "type": item_type, "script": script}
-        body = request_bodies.enqueue_body(fields)
+        body = request_bodies.new_items_body(fields)
         url = self._work_url()
         return (await self._send_write(endpoints.ENQUEUE, url, body, timeout)).items
 
@@ -444,7 +446,7 @@ class WorkClient:
         return URL(f"{self._work}{path}{mark}{query}", encoded=True)
 
     def _item_url(self, work_id: str, path: str = "", base: URL | None = None) -> URL:
-        """Return the URL of a call for an item, with the query of `base` if it is given."""
+        """Return the URL of a call for an item; its query is that of the URL `base`, if given."""
         if type(work_id) is not str or not _is_id(work_id):
             _check_id("work_id", work_id)
         path = f"{self._path}/{work_id}{path}"
@@ -466,8 +468,8 @@ class WorkClient:
         return self._work_url("/poll", query)
 
 
-def _place_query(after_id: str | None, before_id: str | None) -> str:
-    """Return the parameters of the place at which a list begins."""
+def _list_start_query(after_id: str | None, before_id: str | None) -> str:
+    """Return the query parameters for the id after which, or before which, a list begins."""
     place = ""
     for name, value in (("after_id", after_id), ("before_id", before_id)):
         if value is not None:
@@ -477,6 +479,6 @@ def _place_query(after_id: str | None, before_id: str | None) -> str:
 
 
 def _check_id(name: str, value: object) -> None:
-    """Raise `ValueError` unless `value` is an id: ids become parts of URLs."""
+    """Raise `ValueError` if `value`, which becomes a part of a URL, is not a valid id."""
     if not isinstance(value, str) or not _is_id(value):
         raise ValueError(f"{name}: not an id")

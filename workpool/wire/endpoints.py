@@ -35,7 +35,7 @@ _NO_CONTENT_STATUS: Final = 204
 
 
 class NoContent:
-    """The type of `NO_CONTENT`."""
+    """The type of `NO_CONTENT`, which stands for the missing body of an answer with 204."""
 
 
 NO_CONTENT: Final = NoContent()
@@ -101,7 +101,7 @@ _find_id = re.compile(rb'\s*\{(?:%b)*\s*"id"\s*:\s*"([A-Za-z0-9_-]{1,128})"' % _
 
 
 def _find_id_at_beginning(beginning: bytes) -> str | None:
-    """Return the `id` of a truncated JSON object; None unless only plain values precede it."""
+    """Return the `id` near the beginning of a truncated JSON object; None if none is found."""
     found = _find_id(beginning)
     return None if found is None else found[1].decode()
 
@@ -156,7 +156,7 @@ def _check_object_shape(body: bytes) -> None:
 
 
 def _ignore_body(_: object) -> None:
-    """Return None for any body of an answer whose content is not used."""
+    """Accept every body of an answer whose content is not used."""
 
 
 def _parse_stopped_item(obj: object) -> WorkItem | None:

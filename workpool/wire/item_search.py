@@ -1,4 +1,4 @@
-"""A bounded search in the list of items by state and failure, if wanted the newest first.
+"""A bounded search of the item list by state and failure, in either order.
 
 The control plane of this package applies the parameters itself. Others ignore or refuse them; then
 all items are read, up to a bound, and selected here. See workpool/docs/protocol.md, "List items".

@@ -128,7 +128,7 @@ def parse_item(obj: object) -> WorkItem:
     heartbeat_at, secret = get("latest_heartbeat_at"), get("secret")
     item: Any = _Draft(
         work_id,
-        intern(item_type),  # the same text in all items: one object, not one for each held item
+        intern(item_type),  # all items share one string object, since few types exist
         session_id,
         intern(environment_id),
         intern(state),
@@ -242,7 +242,7 @@ def _describe_malformed_item(obj: object) -> str:
 
 
 def _parse_missing_session_id(session_id: object, item_type: str) -> str:
-    """Return the empty session id of an item that is not of type `session`.
+    """Return "" as the session id of an item that needs none, since its type is not `session`.
 
     An id becomes a part of URLs, so a malformed id is an error.
 
@@ -277,7 +277,7 @@ def _require_state(value: object) -> State:
 
 
 def _parse_metadata(value: object) -> Mapping[str, str]:
-    """Return the metadata entries that are text; none if the value is not an object."""
+    """Return the metadata entries whose values are strings; empty if `value` is not an object."""
     if not isinstance(value, dict) or not value:
         return _NO_METADATA
     for text in value.values():
@@ -305,7 +305,10 @@ def _parse_last_heartbeat(value: object) -> str | None:
 
 
 def _parse_expected_heartbeat(value: object) -> str:
-    """Return the expectation of the next heartbeat; empty text stands for no earlier heartbeat."""
+    """Return the answer's `last_heartbeat`, which the next heartbeat sends as its expectation.
+
+    Empty text stands for no earlier heartbeat.
+    """
     text = _require_text("last_heartbeat", value)
     if len(text) > _TIME_LENGTH_MAX:
         raise ValueError("last_heartbeat: too long")

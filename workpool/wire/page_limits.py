@@ -1,4 +1,4 @@
-"""Limits for reading a list page by page: rate, memory, and detection of an endless list."""
+"""Limits for reading a list page by page: request rate, memory, and detection of endless lists."""
 
 from __future__ import annotations
 

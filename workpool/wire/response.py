@@ -102,12 +102,12 @@ def parse_error(op: str, answer: Response, *secrets: str) -> ControlPlaneError:
 
 
 def _describe_redirect(location: str, secrets: Sequence[str]) -> str:
-    """Describe a redirect, which is not followed, as the new host would receive the token.
+    """Describe a redirect. The client follows none, since the new host would receive the token.
 
     The text has only scheme, host and port of the address, since the rest may contain credentials.
     """
     try:
-        # Hosts are in lower case, so a secret in a host name is found in lower case only.
+        # `URL.origin` writes hosts in lower case, so the secrets are searched in lower case.
         lower = [secret.lower() for secret in secrets]
         origin = _sanitize_error_text(str(URL(location).origin()).lower(), lower, _ORIGIN_MAX)
     except ValueError:  # the location is relative, or not a URL
@@ -123,7 +123,7 @@ _REFUSALS: Final[Mapping[int, type[ControlPlaneError]]] = {
 
 
 def parse_retry_after(headers: Mapping[str, str]) -> float | None:
-    """Return the seconds of `Retry-After`, at most 300; None if absent, past or not readable."""
+    """Return the seconds of `Retry-After`, at most 300; None without a readable future time."""
     value = headers.get("Retry-After", "").strip()
     if _SECONDS(value):
         return min(float(value), RETRY_AFTER_MAX_SECONDS)

@@ -56,7 +56,7 @@ class EventCalls(Protocol):
     async def list_page(
         self, limit: int, *, after_id: str | None = None, page: str | None = None
     ) -> EventPage:
-        """List a session's first events, those after the event `after_id`, or the page `page`."""
+        """Return a page of events: the first, the one after `after_id`, or that of token `page`."""
 
     async def append_events(
         self, body: bytes, *, options: CallOptions = DEFAULT_OPTIONS
@@ -68,7 +68,7 @@ class EventCalls(Protocol):
 
 
 class SessionGuard(Protocol):
-    """The interface that checks whether a session may still be used, and else ends all waits."""
+    """The interface that makes calls on a session, and ends them if the lease is lost."""
 
     def check(self) -> None:
         """Raise an error if the session may not be used anymore."""
@@ -79,7 +79,7 @@ class SessionGuard(Protocol):
         """Await `call()`, which may be called several times; raise TimeoutError after `seconds`."""
 
     async def run_write(self, call: Callable[[CallOptions], Awaitable[T]]) -> T:
-        """Make a call that changes the session, with the options for sending its request."""
+        """Call `call`, which changes the session, with the options for its request."""
 
 
 class LeaselessGuard:

@@ -71,11 +71,11 @@ class EventStream:
         self._entered = self._ended = False
         # The events that were read and not yet yielded, each with its value of `caught_up`.
         self._ready: deque[tuple[SessionEvent, bool]] = deque()
-        # At most one event: the last of a page. Whether the history ends there, and `caught_up` is
-        # true, is known only after the next page.
+        # The last event of a page, if any. It is yielded only after the next page was read, which
+        # shows whether the history ends with this event, so that its `caught_up` is true.
         self._held_back: list[SessionEvent] = []
         self._seen = RecentIds(REMEMBERED_EVENTS)
-        # Whether events that are older than all ids in `_seen` are skipped.
+        # Whether the events of the history that precede every id in `_seen` are skipped.
         self._skipping = False
         self._last_id: str | None = None
         self._reconnect_at = 0.0
@@ -165,9 +165,9 @@ class EventStream:
 
     async def _read_live(self, stream: OpenEventStream) -> None:
         clock = asyncio.get_running_loop().time
-        # The silence counts from the last byte. If it counted from the beginning of this wait, a
-        # reader that cancels each wait after a short time would never notice a dead connection.
-        # After a long pause of the reader, received keep-alives can be read without a wait.
+        # The silence counts from the last received byte. If it counted from the beginning of this
+        # wait, a reader that cancels each wait early would never notice a dead connection. A reader
+        # that paused for long gets 0 s, in which bytes that have arrived can still be read.
         silence_left = self._last_byte_at + self._stall_seconds - clock()
         try:
             chunk = await self._guard.await_within(stream.read, max(0.0, silence_left))

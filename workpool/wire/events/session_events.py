@@ -62,7 +62,7 @@ class SessionEvents:
             TransientError: There was no clear answer in time; the events may have been stored.
             ControlPlaneError: The control plane refused the call.
         """
-        body = request_bodies.events_body(events)
+        body = request_bodies.new_events_body(events)
         repeatable = all(event.get("type") in _ANSWERED_CALL_FIELDS for event in events)
         may_be_stored = False  # whether an earlier request may have stored the events
 

@@ -1,4 +1,4 @@
-"""The errors of requests that were not answered."""
+"""The errors of requests without an answer: which are transient, and the hints in their texts."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ TRANSIENT: Final = (
 
 
 def error_code(error: BaseException) -> str:
-    """Return the `code` in the metrics of a request that was not answered."""
+    """Return the value of the metrics' label `code` for a request without an answer."""
     match error:
         case aiohttp.ClientConnectorDNSError():
             return "dns"
@@ -51,25 +51,25 @@ def error_code(error: BaseException) -> str:
     return "error"
 
 
-def no_answer(op: str, error: BaseException, *, plain: bool = False) -> ControlPlaneError:
-    """Return the error for a request that was not answered.
+def no_answer_error(op: str, error: BaseException, *, plain: bool = False) -> ControlPlaneError:
+    """Return the error to raise for a request without an answer.
 
-    `plain`: it was sent without TLS, and this address has not answered anything yet.
+    `plain`: the request was sent without TLS, and no request of this client was answered before.
     """
     if isinstance(error, aiohttp.ClientConnectorCertificateError):
-        # The certificate stays wrong without a change, so the error counts as a refusal.
+        # A retry cannot succeed before somebody replaces the certificate: not a transient error.
         problem = getattr(error.certificate_error, "verify_message", "") or "not valid"
         return RefusedError(op, None, f"the TLS certificate is not trusted: {problem}")
     if isinstance(error, TimeoutError):
         return TransientError(op, None, "no answer in time", reason="timeout")
     # Only aiohttp's texts about connecting are quoted: its other errors quote received bytes.
     text = str(error) if isinstance(error, aiohttp.ClientConnectorError) else type(error).__name__
-    hint = _wrong_scheme(error, plain=plain)
+    hint = _wrong_scheme_hint(error, plain=plain)
     return TransientError(op, None, f"no answer: {text}{hint}", reason="network")
 
 
-def _wrong_scheme(error: BaseException, *, plain: bool) -> str:
-    """Return a hint if the port has, or may have, another scheme than `base_url`."""
+def _wrong_scheme_hint(error: BaseException, *, plain: bool) -> str:
+    """Return a hint if the error shows that `base_url` has the wrong scheme for its port."""
     if isinstance(error, aiohttp.ClientConnectorSSLError):
         reason = getattr(error.os_error, "reason", None)
         return "; the port does not speak TLS: base_url is https" if reason in _NO_TLS else ""

@@ -69,12 +69,12 @@ class Connections:
         self.proxy = proxy_for_url(URL(settings.base_url)) if given is None else None
         pool = given or self._new_session(POOL_BUFFER_BYTES, limit=0)
         handlers = given or self._new_session(BUFFER_BYTES, limit=limit)
-        # A tuple: the hash of a member of an enum costs a Python call.
+        # A tuple and not a dict, since hashing an enum member for each request calls Python code.
         self.sessions = tuple(handlers if each is Priority.HANDLER else pool for each in Priority)
         self.single_use = given or self._new_session(BUFFER_BYTES, limit=0, single_use=True)
 
     async def close(self) -> None:
-        """Close the connections, unless they are the caller's."""
+        """Close the connections, except those of a session that the caller owns."""
         if self._is_ours:
             for session in {*self.sessions, self.single_use}:
                 await session.close()

@@ -1,4 +1,4 @@
-"""Reading a credential again from its source, after the control plane refused the old one."""
+"""Reads a credential again from its source after the control plane has refused the old one."""
 
 from __future__ import annotations
 
@@ -44,5 +44,6 @@ class CredentialSource:
 
 def _mark_exception_retrieved(reading: asyncio.Future[str | None]) -> None:
     if not reading.cancelled():
-        # Otherwise asyncio logs an error if all callers were cancelled.
+        # Without this call, asyncio logs an error that nobody has awaited: all callers may have
+        # been cancelled before the read failed.
         reading.exception()

@@ -1,4 +1,4 @@
-"""Reading a credential from a setting, a file, or the service's own environment variable.
+"""Reads a credential from a setting, a file, or the service's own environment variable.
 
 Each call reads the source again, so that a rotated token is found. No error quotes its content.
 """
@@ -50,7 +50,7 @@ def read_credential(
 
 
 def _path_for_error(path: Path) -> str:
-    """Return the path as an error shows it, hidden if it may be a credential by mistake."""
+    """Return the path for an error's text, hidden if it may be a credential set by mistake."""
     name = str(path)
     looks_secret = len(name) >= SECRET_CHARACTERS and not re.search(r"[/\\.]", name)
     return "(not shown, as it may be the credential)" if looks_secret else name

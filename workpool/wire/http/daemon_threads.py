@@ -86,7 +86,7 @@ class DaemonThreads(Executor):
             async with asyncio.timeout(CLOSE_SECONDS):
                 await ended.wait()
             for thread in self._threads:
-                thread.join()  # does not block: the thread has left its loop
+                thread.join()  # returns at once: no thread runs a call anymore
 
     def _start_thread(self) -> None:
         name = f"{self._name}-{self._alive + 1}"
@@ -96,20 +96,20 @@ class DaemonThreads(Executor):
         except RuntimeError as error:
             if not self._alive:
                 raise OSError(errno.EAGAIN, "no thread can be started") from error
-            return  # no further thread can be started: an existing thread makes the call later
+            return  # the operating system refuses a further thread; an existing one takes the call
         self._alive += 1
         self._threads.append(thread)
 
     def _run_submitted_calls(self) -> None:
         while (call := self._calls.get()) is not None:
             call()
-            del call  # else the objects of the call stay in memory until the next call
+            del call  # free the arguments and the result now, not when the next call arrives
             self._idle.release()
         with self._lock:
             self._alive -= 1
             set_ended = None if self._alive else self._set_ended
         if set_ended is not None:
-            with suppress(RuntimeError):  # the event loop is closed, so no task waits for the end
+            with suppress(RuntimeError):  # the loop of `close` is closed, so nobody waits anymore
                 set_ended()
 
 

@@ -1,4 +1,4 @@
-"""The HTTP proxy from environment variables; errors do not quote its URL, with its password."""
+"""The HTTP proxy that environment variables set; its URL may contain a password."""
 
 from __future__ import annotations
 

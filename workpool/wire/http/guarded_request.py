@@ -51,7 +51,7 @@ class RequestCheck:
     refusal: Exception | None = None
 
     def verify(self) -> None:
-        """Check whether the request may be sent.
+        """Run the check, and keep its error for the transport.
 
         Raises:
             NotSentError: The request may not be sent.
@@ -64,7 +64,7 @@ class RequestCheck:
 
 
 class CheckedBody(aiohttp.payload.Payload):
-    """The body of a `RequestCheck` for aiohttp, which checks right before it is written.
+    """The body of a `RequestCheck` as an aiohttp payload, which runs the check before its write.
 
     aiohttp (since 3.12) writes a request's headers together with the body, once it has a
     connection: resolved, connected, encrypted, through any proxy. So after a refused check nothing
@@ -91,13 +91,13 @@ class CheckedBody(aiohttp.payload.Payload):
         return self._value.decode(encoding, errors)
 
     async def write(self, writer: AbstractStreamWriter) -> None:
-        """Check, then write the headers and the body."""
+        """Run the check, then write the headers and the body."""
         await self.write_with_length(writer, None)
 
     async def write_with_length(
         self, writer: AbstractStreamWriter, content_length: int | None
     ) -> None:
-        """Check, then write the headers and the body."""
+        """Run the check, then write the headers and the body; the given length is not used."""
         del content_length  # aiohttp passes None or the size of the body
         self._check.verify()
         if self._headers_first:
@@ -107,7 +107,7 @@ class CheckedBody(aiohttp.payload.Payload):
 
 
 class InformationalFlood(aiohttp.ClientError):
-    """Too many informational answers; aiohttp closes the connection."""
+    """A server sent too many informational answers (1xx); aiohttp closes the connection."""
 
 
 class _LimitedFeed:
@@ -126,7 +126,7 @@ class _LimitedFeed:
             self._count_message(answer[0])
         else:
             self._count = self._bytes = 0
-        if not self._flooded:  # after a flood, the connection is closing
+        if not self._flooded:  # aiohttp closes the connection, and the rest is discarded
             self._feed(answer, size)
 
     def _count_message(self, message: RawResponseMessage) -> None:
@@ -148,18 +148,18 @@ class GuardedRequest(aiohttp.ClientRequest):
     check: RequestCheck | None = None
 
     def update_body_from_data(self, body: object, _stacklevel: int = 3) -> None:
-        """Keep a check; aiohttp gets a body only if there is one, or if it may repeat a request."""
+        """Store a given `RequestCheck`; make a payload of it unless it is a POST without a body."""
         if type(body) is RequestCheck:
             self.check = body
             body = CheckedBody(body) if body.body or self.method != "POST" else None
         super().update_body_from_data(body, _stacklevel)
 
     async def send(self, conn: Connection) -> aiohttp.ClientResponse:
-        """Verify the check unless the body does, then send the request."""
+        """Run the check if no payload will run it, then send the request."""
         protocol = conn.protocol
-        # The method is replaced once for each connection, with `setattr`: after an access to
-        # `__dict__`, Python 3.11 reads all attributes of the object more slowly, which cost 14,000
-        # instructions a request.
+        # `feed_data` is replaced once for each connection. `setattr` and not `__dict__`: after an
+        # access to `__dict__`, Python 3.11 reads the attributes of the connection more slowly,
+        # which cost 14,000 instructions a request.
         if protocol is not None and not isinstance(protocol.feed_data, _LimitedFeed):
             setattr(protocol, "feed_data", _LimitedFeed(protocol))  # noqa: B010 - types forbid it
         if self.check is not None and not self.body:

@@ -33,7 +33,7 @@ _NEXT_TURN: Final = {Priority.CLAIM: Priority.HANDLER, Priority.HANDLER: Priorit
 
 @dataclass(frozen=True, slots=True, eq=False)
 class _Waiter:
-    """A call that waits; `moved` is set on `loop`."""
+    """A call that waits for a token; `moved` is set, on `loop`, when the call may try again."""
 
     priority: Priority
     loop: asyncio.AbstractEventLoop
@@ -51,7 +51,7 @@ class _WaitingLine:
         self._waiters[waiter.priority].append(waiter)
 
     def discard_waiter(self, waiter: _Waiter) -> None:
-        with suppress(ValueError):  # `first_waiter` has removed a waiter with a closed loop
+        with suppress(ValueError):  # `first_waiter` removes waiters whose loop is closed
             self._waiters[waiter.priority].remove(waiter)
 
     def first_waiter(self) -> _Waiter | None:
@@ -64,8 +64,8 @@ class _WaitingLine:
                 return waiters[0]
         return None
 
-    def holds_back(self, priority: Priority) -> bool:
-        """Return whether a call waits that a call of this priority must not overtake."""
+    def must_wait(self, priority: Priority) -> bool:
+        """Return whether a new call of this priority must wait behind a call that waits already."""
         first = self.first_waiter()
         return first is not None and (priority, first.priority) not in _OVERTAKES
 
@@ -106,9 +106,9 @@ class RateLimiter:
         self._line = _WaitingLine()
 
     def try_acquire(self, priority: Priority = Priority.HANDLER) -> bool:
-        """Take a token if there is one and no call waits that this call must not overtake."""
+        """Take a token without a wait; return False if none is left or other calls come first."""
         with self._lock:
-            return not self._line.holds_back(priority) and self._take_token() == 0
+            return not self._line.must_wait(priority) and self._take_token() == 0
 
     async def acquire(self, priority: Priority = Priority.HANDLER) -> None:
         """Take a token, waiting for it by priority; a cancelled wait takes none."""
@@ -135,11 +135,11 @@ class RateLimiter:
         self._wake_first()
 
     def charge(self) -> None:
-        """Count a request that did not wait."""
+        """Count a heartbeat, which is sent without a wait, as debt."""
         with self._lock:
             self._add_tokens()
-            # At most the tokens of one second: many heartbeats at once must not delay calls for
-            # long.
+            # The debt is limited to the tokens of one second, so that many heartbeats at once do
+            # not delay the other calls for long.
             self._debt = min(self._debt + 1, max(1.0, self.rate))
 
     def _serve_waiter(self, waiter: _Waiter) -> float:
@@ -160,8 +160,8 @@ class RateLimiter:
         if missing <= 0:
             self._tokens -= 1
             return 0.0
-        # While there is debt, calls other than heartbeats get a quarter of the new tokens. The wait
-        # is at least a millisecond, so that a timer that fires early does not loop.
+        # While there is debt, calls other than heartbeats get a quarter of the new tokens. A wait
+        # of less than a millisecond could end early, again and again, because timers are coarse.
         return max(0.001, min(missing / (1 - _DEBT_SHARE), missing + self._debt) / self.rate)
 
     def _add_tokens(self) -> None:
@@ -176,7 +176,8 @@ class RateLimiter:
         with self._lock:
             first = self._line.first_waiter()
         if first is not None:
-            with suppress(RuntimeError):  # its loop was closed just now; `first` removes the waiter
+            # The waiter's loop may have been closed just now; `first_waiter` removes it later.
+            with suppress(RuntimeError):
                 first.loop.call_soon_threadsafe(first.moved.set)
 
 

@@ -1,4 +1,4 @@
-"""Timeouts for the waits of a block: the rules of `asyncio.timeout`, at a part of its cost.
+"""Context managers that work like `asyncio.timeout` and cost less CPU time.
 
 A `Bound` with a timer of its own has a third of the cost of `asyncio.timeout`. The bounds of one
 client's requests share a timer: a timer for each request cost 9,000 instructions, and almost none
@@ -107,15 +107,15 @@ class BoundTimer:
         self._handle: asyncio.TimerHandle | None = None
 
     def set_time(self, at: float) -> None:
-        """Let the timer fire at this time instead of `at`; infinite: not at all."""
+        """Set the timer to the loop time `at`, in place of an earlier setting; infinite: unset."""
         self.unset()
         if at != math.inf:
             self.at = at
-            # An empty context: the first request's own would stay referenced until the timer fires.
+            # An empty context, so that the timer does not keep the first request's objects alive.
             self._handle = self.loop.call_at(at, self._expire_due, context=Context())
 
     def unset_if_unused(self) -> None:
-        """Unset the timer unless a block still runs, which must not lose its time limit."""
+        """Unset the timer, unless a block whose time it limits still runs."""
         if not self.open:
             self.unset()
 

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 def tls_context(
     ca_file: Path | None, client_cert_file: Path | None, client_key_file: Path | None
 ) -> ssl.SSLContext | None:
-    """Return the TLS context for the control plane; None = aiohttp's default.
+    """Build the TLS context for the control plane; None = use aiohttp's default.
 
     Args:
         ca_file: Certificates, in PEM, that are trusted instead of the system's.

@@ -29,7 +29,7 @@ from workpool.logs import hide
 from workpool.wire.client_dialects import DIALECTS
 from workpool.wire.endpoints import ANSWER_LIMIT_BYTES, STREAM
 from workpool.wire.http.call_options import DEFAULT_OPTIONS, CallOptions, Priority
-from workpool.wire.http.connection_errors import TRANSIENT, error_code, no_answer
+from workpool.wire.http.connection_errors import TRANSIENT, error_code, no_answer_error
 from workpool.wire.http.connections import ENDLESS, Connections
 from workpool.wire.http.credential_renewal import CredentialSource
 from workpool.wire.http.daemon_threads import DaemonThreads
@@ -66,7 +66,7 @@ _DENIED: Final = frozenset({401, 403})
 
 
 class Transport:
-    """Requests of one client, on one event loop.
+    """Sends the requests of one client, on one event loop, and reads their answers.
 
     Args:
         settings: The address and the credentials.
@@ -121,7 +121,7 @@ class Transport:
                 await self._threads.close()
 
     def with_api_key(self) -> Transport:
-        """Return the same connections with the second credential; this transport if none is set."""
+        """Return a transport on the same connections that sends the API key, or else `self`."""
         if self._api_key is None:
             return self
         other = copy.copy(self)
@@ -129,7 +129,7 @@ class Transport:
         return other
 
     def use_api_key(self, key: str) -> None:
-        """Send this second credential from now on; its source is read again after a refusal."""
+        """Send this API key from now on; its source is read again after a refusal."""
         settings = self._settings
         self._source = CredentialSource(settings.read_api_key, settings.api_key_file)
         self._key_header = DIALECTS[settings.dialect].api_key_header
@@ -137,13 +137,13 @@ class Transport:
         self._hide_secrets()
 
     def with_own_token(self, token: str) -> Transport:
-        """Return the same connections with another token, whose source is not read again."""
+        """Return a transport on the same connections that sends `token`, which never changes."""
         other = copy.copy(self)
         other.use_token(token)
         return other
 
     def use_token(self, token: str) -> None:
-        """Send this token from now on, and no other."""
+        """Send this token from now on, and do not renew it after a refusal."""
         self._renews = False
         self._set_headers(token)
 
@@ -178,7 +178,7 @@ class Transport:
             seconds = self._seconds
         until = time.monotonic() + seconds
         if limiter is not None and limiter.limited and not options.permit:
-            await self.acquire_limited(limiter, endpoint.op, options.priority, seconds)
+            await self.acquire_rate_token(limiter, endpoint.op, options.priority, seconds)
         token = self._token
         try:
             return await self._attempt_request(endpoint, url, until, body, options)
@@ -198,15 +198,15 @@ class Transport:
         if self._loop is not asyncio.get_running_loop():
             self._raise_wrong_loop()
         until = time.monotonic() + self._seconds
-        await self.acquire_limited(limiter, STREAM, Priority.HANDLER)
+        await self.acquire_rate_token(limiter, STREAM, Priority.HANDLER)
         return await self._attempt_with_renewal(
             partial(self._attempt_stream, url, headers, until), until
         )
 
-    async def acquire_limited(
+    async def acquire_rate_token(
         self, limiter: RateLimiter, op: str, priority: Priority, seconds: float | None = None
     ) -> None:
-        """Acquire one request of the rate limit, with a wait if necessary.
+        """Acquire a token of the rate limiter for one request, with a wait if necessary.
 
         Raises:
             TransientError: The wait exceeded `seconds` (None = `request_timeout`); nothing was
@@ -227,7 +227,7 @@ class Transport:
                 self.on_rate_limit_wait(limiter.kind, time.monotonic() - started)
 
     async def _attempt_with_renewal(self, attempt: Callable[[], Awaitable[T]], until: float) -> T:
-        """Make an attempt, and a second one if it was denied and the source has another token."""
+        """Make a call, and repeat it if it was denied (401, 403) and its token could be renewed."""
         token = self._token
         try:
             return await attempt()
@@ -250,8 +250,8 @@ class Transport:
         secrets, code = self._secrets, "error"
         check = None if options.check is None else RequestCheck(body or b"", options.check)
         try:
-            # aiohttp's timeout is not used: it mistakes another cancellation in the same turn of
-            # the loop for its own.
+            # aiohttp's own timeout is not used: if the task is cancelled in the loop iteration in
+            # which the timeout expires, aiohttp raises a timeout in place of the cancellation.
             with Bound(until - started, self._timer):
                 response, content = await self._exchange_request(
                     endpoint, url, body, options, check
@@ -261,7 +261,7 @@ class Transport:
             code = CODES.get(status, "error")
         except TRANSIENT as error:
             plain = url.scheme == "http" and not self._answered
-            failure: Exception = no_answer(op, error, plain=plain)
+            failure: Exception = no_answer_error(op, error, plain=plain)
             code = error_code(error)
         else:
             if status in SUCCESS:
@@ -288,7 +288,7 @@ class Transport:
                 response = await self._connect_stream(url, headers)
                 code = CODES.get(response.status, "error")
                 if response.status == http.HTTPStatus.OK:
-                    return _checked_stream(response)
+                    return _require_event_stream(response)
                 try:
                     answer = Response(
                         response.status, response.headers, await read_bounded(response)
@@ -297,7 +297,7 @@ class Transport:
                     response.close()
             failure = parse_error(STREAM, answer, *secrets)
         except TRANSIENT as error:
-            failure = no_answer(STREAM, error)
+            failure = no_answer_error(STREAM, error)
             code = error_code(error)
         finally:
             if self.on_request is not None:
@@ -338,16 +338,16 @@ class Transport:
         )
         try:
             if check is not None and check.refusal is not None:
-                # The connection has bytes that no request asked for.
+                # The check refused the request, but an answer came: the server sent it unasked.
                 raise NotSentError
             return response, await read_bounded(response, endpoint.limit)
         finally:
-            # An answer that was not read to its end leaves a connection that cannot be reused.
+            # After an error or cancellation: aiohttp closes a connection with unread bytes.
             if not response.closed:
                 response.release()
 
     def _build_request_options(self) -> dict[str, Any]:
-        """Return the options of every request that differ from the defaults of its session.
+        """Return the options that every request passes to aiohttp, without its defaults.
 
         aiohttp processes each option in two functions, so fewer options cost less.
         """
@@ -368,11 +368,11 @@ class Transport:
         )
 
     async def _renew_token(self, refused: str, until: float) -> bool:
-        """Return whether the source, which is read again, has a token other than `refused`."""
+        """Read the token's source again; return whether its token differs from `refused`."""
         if not self._renews:
             return False
         if self._token != refused:
-            return True  # another refused request has renewed the token
+            return True  # a concurrent request was refused, too, and has renewed the token
         result = "error"
         try:
             async with asyncio.timeout(until - time.monotonic()):
@@ -389,7 +389,7 @@ class Transport:
         return self._token != refused
 
     async def _read_settings(self) -> tuple[str, str | None, ssl.SSLContext | bool]:
-        """Check all settings of a connection; return token, second credential and TLS context."""
+        """Check the settings of the connection; return token, API key and TLS context."""
         settings = self._settings
 
         def read_credentials() -> tuple[str, str | None, ssl.SSLContext | bool]:
@@ -398,7 +398,7 @@ class Transport:
 
         files = (settings.token_file, settings.api_key_file)
         if not (any(files) or settings.ca_file or settings.client_cert_file):
-            return read_credentials()  # no file has to be read, which could block the loop
+            return read_credentials()  # does not block the loop: all settings are in memory
         try:
             async with asyncio.timeout(self._seconds):
                 return await asyncio.get_running_loop().run_in_executor(
@@ -410,8 +410,9 @@ class Transport:
         raise SettingsError((problem,))
 
     def _set_headers(self, token: str) -> None:
-        """Build the headers of every further request, in addition to those of its session."""
-        # With each request, not as a default of the session, which aiohttp sends to a proxy, too.
+        """Build the headers that are passed with every request from now on."""
+        # The token is passed with each request: aiohttp would send a session's default headers to
+        # the proxy, too.
         headers = CIMultiDict(self._public_headers() if self._given else ())
         if self._key_header is None:
             headers["Authorization"] = f"Bearer {token}"
@@ -433,11 +434,11 @@ class Transport:
                 hide(value)
 
     def _public_headers(self) -> dict[str, str]:
-        """Return the headers of all requests that a proxy may see, as defaults of the session."""
+        """Return the headers without secrets: a session's defaults, which a proxy also receives."""
         rules = DIALECTS[self._settings.dialect]
         headers = {
             "Accept": "application/json",
-            "Accept-Encoding": "identity",  # unpacking costs more than it saves on half a kilobyte
+            "Accept-Encoding": "identity",  # decompressing a small answer costs more than it saves
             "User-Agent": f"workpool/{_package_version()}",
             **rules.headers,
         }
@@ -446,7 +447,7 @@ class Transport:
         return headers
 
 
-def _checked_stream(response: aiohttp.ClientResponse) -> aiohttp.ClientResponse:
+def _require_event_stream(response: aiohttp.ClientResponse) -> aiohttp.ClientResponse:
     """Return the response if it is an event stream; a gateway may send a page with status 200."""
     if response.content_type == "text/event-stream":
         return response
@@ -457,18 +458,18 @@ def _checked_stream(response: aiohttp.ClientResponse) -> aiohttp.ClientResponse:
 async def read_bounded(
     response: aiohttp.ClientResponse, limit: int = ANSWER_LIMIT_BYTES
 ) -> bytes | OversizedBody:
-    """Return the body, unpacked.
+    """Return the body of an answer, decompressed.
 
     If it exceeds `limit`, return its beginning and close the connection.
     """
     length = response.content_length
     if length is not None and "Content-Encoding" not in response.headers:
         if 0 < length <= limit:
-            # mostly the body has arrived with the headers, so there is no wait
+            # Most bodies arrive together with the headers, and are read without a wait.
             content = response.content
             return content.read_nowait() if content.is_eof() else await content.read()
         if length > limit:
-            limit = BEGINNING_BYTES  # only its beginning is read
+            limit = BEGINNING_BYTES
     chunks: list[bytes] = []
     room = limit
     async for chunk in response.content.iter_any():
