@@ -446,14 +446,14 @@ MUTATIONS: dict[str, list[SourceEdit]] = {
     "drained is stopped": [
         SourceEdit(
             "completion:Completion",
-            "row = row_of(item)",
+            "row = completion_row(item)",
             "row = TABLE[item.reason if item.reason != EndReason.DRAINED else EndReason.RETURNED]",
         ),
     ],
     "released by silence": [
         SourceEdit(
             "completion:Completion",
-            "self._renewer.let_lease_lapse(lease, release_delay_of(release))",
+            "self._renewer.let_lease_lapse(lease, release_delay(release))",
             "0",
         ),
     ],

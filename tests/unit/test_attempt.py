@@ -8,7 +8,7 @@ from workpool.pool.pool_item import Attempt, RunCounts
 def test_attempt_number_is_written_even_if_this_process_counted_the_attempt() -> None:
     """A credential that regains write access must leave the number for other processes."""
     attempt = Attempt({}, redelivered=True)
-    attempt.add_earlier_runs(0)
+    attempt.number_by_earlier_runs(0)
     assert attempt.number == 1
     assert attempt.mark_patch("draining", 0) == {
         "workpool.attempt": "2",
@@ -18,9 +18,9 @@ def test_attempt_number_is_written_even_if_this_process_counted_the_attempt() ->
 
 def test_attempt_number_is_the_greater_of_the_stored_and_the_counted_one() -> None:
     attempt = Attempt({"workpool.attempt": "3"}, redelivered=True)
-    attempt.add_earlier_runs(1)
+    attempt.number_by_earlier_runs(1)
     assert attempt.number == 3
-    attempt.add_earlier_runs(4)
+    attempt.number_by_earlier_runs(4)
     assert attempt.number == 5
 
 

@@ -13,12 +13,12 @@ from workpool.pool.completion import (
     NOTE_LIMIT,
     RELEASE_DELAY_SECONDS,
     TABLE,
+    completion_row,
+    find_release,
     outcome_of_lapse,
-    release_delay_of,
-    release_of,
-    row_of,
-    sendable,
-    text_of,
+    release_delay,
+    safe_text,
+    sendable_text,
 )
 from workpool.pool.pool_item import EndReason
 
@@ -61,13 +61,13 @@ def test_graver_of_two_end_reasons_is_the_later_table_row(pair: tuple[str, str])
 @pytest.mark.parametrize("reason", list(EndReason))
 def test_completion_row_of_session_is_row_of_its_end_reason(reason: EndReason) -> None:
     item: Any = EndedSession(reason=reason)
-    assert row_of(item) is TABLE[reason]
+    assert completion_row(item) is TABLE[reason]
 
 
 def test_session_without_end_reason_has_no_completion_row() -> None:
     item: Any = EndedSession(reason=None)
     with pytest.raises(RuntimeError, match="nothing ends"):
-        row_of(item)
+        completion_row(item)
 
 
 @pytest.mark.parametrize(
@@ -103,7 +103,7 @@ def test_outcome_of_lease_that_expires_depends_on_status_and_stop_request(
 )
 def test_error_note_is_cut_to_limit_and_encodable(text: str, note: str) -> None:
     assert NOTE_LIMIT == 512
-    assert sendable(text) == note
+    assert sendable_text(text) == note
 
 
 class UnprintableError(Exception):
@@ -112,9 +112,9 @@ class UnprintableError(Exception):
 
 
 def test_error_that_cannot_be_printed_still_has_text() -> None:
-    assert text_of(ValueError("why")) == "why"
-    assert "UnprintableError" not in text_of("reason")
-    assert isinstance(text_of(UnprintableError()), str)
+    assert safe_text(ValueError("why")) == "why"
+    assert "UnprintableError" not in safe_text("reason")
+    assert isinstance(safe_text(UnprintableError()), str)
 
 
 @pytest.mark.parametrize(
@@ -125,18 +125,20 @@ def test_invalid_release_delay_is_replaced_by_default(delay: Any, seconds: float
     assert RELEASE_DELAY_SECONDS == 10
     release = Release("why")
     release.delay = delay
-    assert release_delay_of(release) == seconds
+    assert release_delay(release) == seconds
 
 
 def test_exception_group_of_releases_uses_longest_delay() -> None:
     short, long = Release("short", 11), Release("long", 19)
-    assert release_of(short) is short
-    assert release_of(ExceptionGroup("g", [short, ExceptionGroup("g", [long])])) is long
+    assert find_release(short) is short
+    assert find_release(ExceptionGroup("g", [short, ExceptionGroup("g", [long])])) is long
 
 
 def test_exception_group_with_another_error_is_no_release() -> None:
-    assert release_of(ValueError()) is None
-    assert release_of(ExceptionGroup("g", [Release(), ExceptionGroup("g", [ValueError()])])) is None
+    assert find_release(ValueError()) is None
+    assert (
+        find_release(ExceptionGroup("g", [Release(), ExceptionGroup("g", [ValueError()])])) is None
+    )
 
 
 def test_release_in_deeply_nested_exception_group_is_recognised() -> None:
@@ -144,7 +146,7 @@ def test_release_in_deeply_nested_exception_group_is_recognised() -> None:
     innermost = error
     for _ in range(5_000):
         error = ExceptionGroup("g", [error])
-    assert release_of(error) is innermost
+    assert find_release(error) is innermost
     # Free the groups one by one: the destructor of a deeply nested group recurses.
     while isinstance(error, ExceptionGroup):
         (error,) = error.exceptions

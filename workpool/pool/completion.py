@@ -60,7 +60,7 @@ DRAIN_REASON: Final = "the pool is draining"
 
 
 @dataclass(frozen=True, slots=True)
-class Row:
+class CompletionRow:
     """One row of the table: the effect on the item, the metadata to write, and the outcome."""
 
     item: Literal["stop", "release", "untouched"]
@@ -68,17 +68,17 @@ class Row:
     outcome: Outcome
 
 
-TABLE: Final[Mapping[EndReason, Row]] = {  # if several reasons apply, the lowest row wins
-    EndReason.RETURNED: Row("stop", "result", "completed"),
-    EndReason.RAISED: Row("stop", "error", "failed"),
-    EndReason.TIMED_OUT: Row("stop", "error", "timed_out"),
-    EndReason.STALLED: Row("stop", "error", "stalled"),
-    EndReason.DRAINED: Row("release", "reason", "released"),
-    EndReason.RELEASED: Row("release", "reason", "released"),
-    EndReason.STOP_REQUESTED: Row("stop", "result", "stopped"),
-    EndReason.HANDED_OFF: Row("untouched", "none", "detached"),
-    EndReason.STOPPED: Row("untouched", "none", "stopped"),
-    EndReason.LOST: Row("untouched", "none", "lease_lost"),
+TABLE: Final[Mapping[EndReason, CompletionRow]] = {  # if several reasons apply, the lowest row wins
+    EndReason.RETURNED: CompletionRow("stop", "result", "completed"),
+    EndReason.RAISED: CompletionRow("stop", "error", "failed"),
+    EndReason.TIMED_OUT: CompletionRow("stop", "error", "timed_out"),
+    EndReason.STALLED: CompletionRow("stop", "error", "stalled"),
+    EndReason.DRAINED: CompletionRow("release", "reason", "released"),
+    EndReason.RELEASED: CompletionRow("release", "reason", "released"),
+    EndReason.STOP_REQUESTED: CompletionRow("stop", "result", "stopped"),
+    EndReason.HANDED_OFF: CompletionRow("untouched", "none", "detached"),
+    EndReason.STOPPED: CompletionRow("untouched", "none", "stopped"),
+    EndReason.LOST: CompletionRow("untouched", "none", "lease_lost"),
 }
 
 WRITE: Final = SendOptions(Priority.COMPLETION, by_handler=False)
@@ -98,7 +98,7 @@ class Completion:
 
     async def complete_session(self, item: PoolItem) -> Outcome:
         """Carry out the row while the lease is held, and return the outcome."""
-        row = row_of(item)
+        row = completion_row(item)
         if row.item == "untouched":
             return row.outcome
         try:
@@ -161,7 +161,7 @@ class Completion:
                 lease.own_stop = before  # the control plane has not applied this stop
             raise
 
-    async def _write_row_metadata(self, item: PoolItem, row: Row) -> Outcome:
+    async def _write_row_metadata(self, item: PoolItem, row: CompletionRow) -> Outcome:
         """Write the row's metadata, if any; return the outcome: `failed` for a refused result."""
         attempt = item.attempt
         if row.metadata == "result" and not item.result:
@@ -256,31 +256,31 @@ class Completion:
             await self.mark_released_session(
                 item, self._release_note(release), MARK_SECONDS if hurried else MARK_TRY_SECONDS
             )
-        self._renewer.let_lease_lapse(lease, release_delay_of(release))
+        self._renewer.let_lease_lapse(lease, release_delay(release))
         await item.wait_until(lambda: lease.status != "held", lease.remaining(self._clock()))
         return "lease_lost" if lease.loss_confirmed else outcome_of_lapse(lease)
 
     def _release_note(self, release: Release) -> str:
         if self._with_message or isinstance(release, PoolRelease):
-            return sendable(text_of(release.reason))
-        return sendable(type(release).__name__)
+            return sendable_text(safe_text(release.reason))
+        return sendable_text(type(release).__name__)
 
     def _error_note(self, item: PoolItem) -> Mapping[str, str]:
-        error = item.error or _error_of(item.reason)
+        error = item.error or _error_for_reason(item.reason)
         text = type(error).__name__
-        if self._with_message and (message := text_of(error)):
+        if self._with_message and (message := safe_text(error)):
             text = f"{text}: {message}"
-        return {ERROR: sendable(text)}
+        return {ERROR: sendable_text(text)}
 
 
-def _error_of(reason: EndReason | None) -> Exception:
+def _error_for_reason(reason: EndReason | None) -> Exception:
     """Return the error that stands for this reason if the handler has raised no error."""
     if reason is EndReason.STALLED:
         return SessionStalled("no progress for stall_timeout seconds")
     return TimeoutError("the session's time is over")
 
 
-def row_of(item: PoolItem) -> Row:
+def completion_row(item: PoolItem) -> CompletionRow:
     """Return the row of the gravest end reason of the item."""
     if item.reason is None:
         raise RuntimeError(f"{item.id}: nothing ends this session")
@@ -297,7 +297,7 @@ def outcome_expected(item: PoolItem, error: BaseException | None, now: float) ->
     """
     if error is None:
         reason = EndReason.RETURNED
-    elif release_of(error) is not None:
+    elif find_release(error) is not None:
         reason = EndReason.RELEASED
     elif isinstance(error, asyncio.CancelledError) and item.cancelled_for is not None:
         reason = item.cancelled_for
@@ -312,7 +312,7 @@ def outcome_when_abandoned(item: PoolItem) -> Outcome:
     lease = item.lease
     match lease.status:
         case "finished":
-            return row_of(item).outcome
+            return completion_row(item).outcome
         case "lost":
             return "lease_lost"
     return outcome_of_lapse(lease)
@@ -339,17 +339,17 @@ def leaf_errors_of(error: BaseException) -> Iterator[BaseException]:
             yield each
 
 
-def release_of(error: BaseException) -> Release | None:
+def find_release(error: BaseException) -> Release | None:
     """Return `error` if it is a `Release`; from a group of releases only, the longest one."""
     releases: list[Release] = []
     for each in leaf_errors_of(error):
         if not isinstance(each, Release):
             return None
         releases.append(each)
-    return max(releases, key=release_delay_of, default=None)
+    return max(releases, key=release_delay, default=None)
 
 
-def release_delay_of(release: Release) -> float:
+def release_delay(release: Release) -> float:
     """Return the seconds until another worker may take the item.
 
     They are `RELEASE_DELAY_SECONDS` if the release has no number.
@@ -361,12 +361,12 @@ def release_delay_of(release: Release) -> float:
     return RELEASE_DELAY_SECONDS
 
 
-def text_of(value: object) -> str:
+def safe_text(value: object) -> str:
     """Return an error or a reason as text, even if its `__str__` raises."""
     error = value if isinstance(value, BaseException) else Exception(value)
     return str(TracebackException(type(error), error, None))
 
 
-def sendable(text: str) -> str:
+def sendable_text(text: str) -> str:
     """Return `text` cut to `NOTE_LIMIT`, with a replacement for each character that UTF-8 lacks."""
     return text[:NOTE_LIMIT].encode(errors="replace").decode()

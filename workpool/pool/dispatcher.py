@@ -141,7 +141,7 @@ class Dispatcher:
             if item.handler is None:
                 return "declined"
             if not self._slots.has_free_slot(item.handler):
-                return self._set_aside(item)
+                return self._set_item_aside(item)
         self._add_owned_item(item)
         self._context.queue.put_item(item)
         self._fill_slots()
@@ -181,8 +181,8 @@ class Dispatcher:
             self._context.observe(ItemReclaimed, item.work_item, "gained", "poll")
         self.items.add_item(item)
 
-    def _set_aside(self, item: PoolItem) -> Reception:
-        """Keep an item whose handler has no slot, unacknowledged, for most of its window."""
+    def _set_item_aside(self, item: PoolItem) -> Reception:
+        """Let an item wait for a slot of its handler, without an ack, for `_aside_seconds`."""
         if self._aside_seconds <= 0:
             self._decline_item(item.work_item, "busy")
             return "declined"

@@ -19,10 +19,10 @@ from workpool.events import HandlerRetried, SessionStarted
 from workpool.log_fields import pool_logger
 from workpool.pool.completion import (
     DRAIN_REASON,
+    find_release,
     leaf_errors_of,
     outcome_expected,
-    release_of,
-    text_of,
+    safe_text,
 )
 from workpool.pool.diagnostics import log_stacks, stack_of_task
 from workpool.pool.handler_result import metadata_of
@@ -303,7 +303,7 @@ class HandlerExecutor:
             Exception: `error`, because an operator stops the session or the lease is not held.
             PoolRelease: The pool drains, or the machine was paused: another run continues.
         """
-        text = f"{type(error).__name__}: {text_of(error)}"
+        text = f"{type(error).__name__}: {safe_text(error)}"
         log.warning(
             "handler failed and is called again: %s",
             text,
@@ -338,7 +338,7 @@ class HandlerExecutor:
     def _record_error(self, item: PoolItem, error: BaseException) -> None:
         if item.state == "closed":
             return  # the session was abandoned, and has been reported
-        release = release_of(error)
+        release = find_release(error)
         item.error = release or error
         if release is not None:
             item.add_end_reason(EndReason.RELEASED)

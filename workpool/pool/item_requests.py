@@ -183,7 +183,7 @@ class ItemSender:
             if delay >= left:
                 self.check_may_send(item, by_handler=request.by_handler)
                 raise failure
-            await item.wait_until(partial(self._may_retry_now, item.lease, failure), delay)
+            await item.wait_until(partial(self._may_retry_at_once, item.lease, failure), delay)
 
     async def read_while_leased(
         self, item: PoolItem, call: Callable[[], Awaitable[T]], seconds: float | None = None
@@ -234,8 +234,8 @@ class ItemSender:
             self.check_may_send(item, by_handler=request.by_handler)
             raise TransientError("call", None, "no answer in time", reason="timeout") from None
 
-    def _may_retry_now(self, lease: Lease, failure: TransientError) -> bool:
-        """Return whether the next try follows at once: the lease has ended, or is verified."""
+    def _may_retry_at_once(self, lease: Lease, failure: TransientError) -> bool:
+        """Return whether the next try need not wait: the lease was verified, or has ended."""
         if isinstance(failure, LeaseDoubted) and not self._pauses.was_paused(
             since=lease.clock_offset
         ):

@@ -372,7 +372,7 @@ class LeaseRenewer:
             self._look_now.clear()
 
     def _check_leases(self) -> float:
-        """End expired leases, start due heartbeats; return the latest time of the next check."""
+        """End expired leases, start due heartbeats; return when the next check must be made."""
         # A list of the keys is made in one step, while the other thread may add and remove some. A
         # list of the items is not: each new tuple may start a garbage collection.
         leases, now = list(self._leases), self.clock()
@@ -385,7 +385,7 @@ class LeaseRenewer:
         return next_at
 
     def _doubt_leases(self, leases: list[Lease], now: float) -> None:
-        """Have the leases verified first that were extended before the machine was paused."""
+        """Let heartbeats verify the leases whose last extension was before a machine pause."""
         offset = self.pauses.wall_clock_offset()
         doubted = 0
         for lease in leases:

@@ -364,12 +364,12 @@ class Attempt:
             if key in metadata:
                 self._notes[key] = None
 
-    def add_earlier_runs(self, earlier: int) -> None:
-        """Number the run by the `earlier` runs of this process.
+    def number_by_earlier_runs(self, earlier: int) -> None:
+        """Set the number of this run from the number of `earlier` runs that this process counted.
 
         The patches do not change, in case the mark can be written later.
         """
-        # The larger number, not the sum: a mark that was written has counted the same runs.
+        # The larger number and not the sum, because the metadata may count the same runs.
         self.number = max(self._first, 1 + earlier)
 
     def opening_patch(self) -> Patch:

@@ -41,7 +41,7 @@ from workpool.pool.completion import (
     WRITE,
     Completion,
     outcome_when_abandoned,
-    text_of,
+    safe_text,
 )
 from workpool.pool.handoff import hand_off, settle_handoff
 from workpool.pool.item_requests import CALLS_PER_SESSION, SendOptions
@@ -256,7 +256,7 @@ class SessionRunner:
         """Write the number of this run, if it must be written before the handler starts."""
         counted_here = "update" in self._context.optional.refused
         if counted_here:
-            attempt.add_earlier_runs(self._runs.runs_of_item(item.id))
+            attempt.number_by_earlier_runs(self._runs.runs_of_item(item.id))
             session.attempt = attempt.number
         patch = {} if counted_here else attempt.opening_patch()
         limit = self._context.settings.max_attempts
@@ -357,7 +357,7 @@ def _log_end(item: PoolItem, session: Session, outcome: Outcome, seconds: float)
         "attempt": session.attempt,
     }
     if isinstance(item.error, Release):
-        fields["reason"] = readable(text_of(item.error.reason), NOTE_LIMIT)
+        fields["reason"] = readable(safe_text(item.error.reason), NOTE_LIMIT)
     log.info("session ended", extra=fields | session.trace_fields)
 
 

@@ -115,7 +115,7 @@ class Operations:
             if item.environment_id in self._queues:
                 self._queues[item.environment_id].put_item(replace(item, delivered_at=None))
         for item in sorted(contents.items, key=lambda item: item.stopped_at or 0):
-            self._retention.add_item(item)
+            self._retention.add_stopped_item(item)
         delivered = [item for item in contents.items if item.delivered_at is not None]
         for item in sorted(delivered, key=lambda item: item.delivered_at or 0):
             if item.environment_id in self._queues:
@@ -527,7 +527,7 @@ class Operations:
             self._store.save_item(item)
             self._add_record(kind, item, worker_id, at, op)
             if item.state == STOPPED and kind in {"stopped", "lapsed"}:
-                self._retention.add_item(item)
+                self._retention.add_stopped_item(item)
         return item
 
     def _delete_ended_sessions(self) -> None:

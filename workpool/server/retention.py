@@ -34,7 +34,7 @@ class StoppedItems:
         self._time = None if seconds is None else int(seconds * SECOND)
         self._stopped: deque[tuple[int, str]] = deque()
 
-    def add_item(self, item: Item) -> None:
+    def add_stopped_item(self, item: Item) -> None:
         """Add an item that has just stopped."""
         if self._time is not None and item.stopped_at is not None:
             self._stopped.append((item.stopped_at, item.session_id))
