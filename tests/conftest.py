@@ -72,7 +72,7 @@ def recorder() -> Recorder:
 def make_settings(
     control_plane: ControlPlane, monkeypatch: pytest.MonkeyPatch
 ) -> Callable[..., Settings]:
-    """Return a factory of settings for the control plane that ignores environment variables."""
+    """Return a function that makes settings for the control plane without environment variables."""
     for name in os.environ:
         if name.startswith("WORKPOOL_"):
             monkeypatch.delenv(name)
@@ -86,19 +86,19 @@ def make_settings(
         "stop_grace": 5,
     }
 
-    def make(**values: Any) -> Settings:
+    def make_settings_with(**values: Any) -> Settings:
         if "token_file" not in values:
             values.setdefault("token", control_plane.token)
         return Settings(**{**defaults, **values})
 
-    return make
+    return make_settings_with
 
 
 @pytest.fixture
 def make_pool(make_settings: Callable[..., Settings], recorder: Recorder) -> PoolFactory:
-    """Return a factory of supervisors with the given plugins and the recorder; none is started."""
+    """Return a function that makes a supervisor, not yet started, with plugins and the recorder."""
 
-    def make(*plugins: object, **settings: Any) -> Supervisor:
+    def make_supervisor(*plugins: object, **settings: Any) -> Supervisor:
         return Supervisor(make_settings(**settings), plugins=[*plugins, recorder])
 
-    return make
+    return make_supervisor

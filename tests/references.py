@@ -86,7 +86,7 @@ def parameter_usage(parameter: Any) -> str:
 
 
 def parameter_table(command: Any, *, settings: bool = True) -> Iterator[str]:
-    """Return the table of a command's arguments and flags, also those of settings if `settings`."""
+    """Yield a table of a command's arguments and flags; with `settings`, also flags of settings."""
     yield from markdown_table("argument or flag", "meaning")
     if not settings:
         yield markdown_row(

@@ -45,23 +45,23 @@ LOOPS = (
 )
 MODULES_WITH_BROAD_EXCEPT = {
     "logs.py",  # `__str__` of an object that a user logs may raise
-    "metrics/observer.py",  # an error in a metric must not affect the pool
-    "session.py",  # raises all errors again except those that an option names
+    "metrics/observer.py",  # An error in a metric must not end the pool.
+    "session.py",  # Raises all errors again, those of exhaustion as `Release`.
     "plugins/loading.py",  # annotations of a plugin may raise when they are evaluated
     "pool/handler_executor.py",  # a handler may raise any error
     # Calls a plain handler on a thread, and raises its error where the call is awaited.
     "pool/handler_threads.py",
     "plugins/discovery.py",  # hooks of plugins may raise any error
-    "pool/poller.py",  # an error in one poll must not end the poller
+    "pool/poller.py",  # An error in one poll must not end the poller.
     "pool/item_requests.py",  # an error in one heartbeat must not end the renewal
-    "pool/lease_renewer.py",  # raises the error of its thread on the handlers' loop
-    "pool/diagnostics.py",  # raises the error of a thread in the caller
-    "server/stores/sqlite.py",  # raises the error of the writer thread on the loop
+    "pool/lease_renewer.py",  # Reports an error of the renewer thread on the handlers' loop.
+    "pool/diagnostics.py",  # Raises the error of a report's thread in its caller.
+    "server/stores/sqlite.py",  # Reports an error of the writer thread on the loop.
     # aiohttp would take an error of a caller's check for a failed connection.
     "wire/http/guarded_request.py",
     # Calls a function on a thread, and raises its error where the result is awaited.
     "wire/http/daemon_threads.py",
-    "cli/environment_group.py",  # raises the error of an environment after the others have ended
+    "cli/environment_group.py",  # Raises an environment's error after the others ended.
 }
 
 
@@ -95,7 +95,7 @@ def test_no_two_modules_share_a_name() -> None:
     assert [name for name, count in names.items() if count > 1] == []
 
 
-def test_no_two_classes_share_a_name() -> None:
+def test_no_two_classes_of_package_share_a_name() -> None:
     names = Counter(
         node.name
         for path in MODULES
@@ -172,7 +172,9 @@ def test_suppressions_of_tests_have_reasons() -> None:
 
 
 @pytest.mark.parametrize("name", LOOPS)
-def test_event_loop_subclass_is_covered_and_simple(name: str) -> None:
+def test_module_with_event_loop_subclass_suppresses_no_coverage_or_complexity_rule(
+    name: str,
+) -> None:
     hidden = [
         text for text in suppression_comments(PACKAGE / name) if re.search("pragma|C901|PLR", text)
     ]

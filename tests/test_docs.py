@@ -217,7 +217,7 @@ async def metadata_of_finished_item(
     return dict(item.metadata)
 
 
-async def metadata_written_by(plugin: object, metadata: dict[str, str]) -> dict[str, str]:
+async def metadata_written_by_plugin(plugin: object, metadata: dict[str, str]) -> dict[str, str]:
     async with Supervisor(Settings(), plugins=[plugin]):
         return await metadata_of_finished_item(metadata)
 
@@ -225,7 +225,7 @@ async def metadata_written_by(plugin: object, metadata: dict[str, str]) -> dict[
 @pytest.mark.usefixtures("control_plane_for_examples")
 async def test_documented_first_handler_writes_its_metadata(tmp_path: Path) -> None:
     names = run_example("# reports.py", tmp_path)
-    done = await metadata_written_by(names["daily_report"], {"job": "daily-report"})
+    done = await metadata_written_by_plugin(names["daily_report"], {"job": "daily-report"})
     assert (done["phase"], done["rows"]) == ("fetching", "42")
 
 
@@ -241,34 +241,34 @@ async def test_documented_embedded_pool_runs_sessions(tmp_path: Path) -> None:
 @pytest.mark.usefixtures("control_plane_for_examples")
 async def test_documented_blocking_code_in_thread_returns_its_result(tmp_path: Path) -> None:
     names = run_example("pbkdf2_hmac", tmp_path)
-    done = await metadata_written_by(names["digest_session"], {"job": "digest"})
+    done = await metadata_written_by_plugin(names["digest_session"], {"job": "digest"})
     assert len(done["digest"]) == 64
 
 
 @pytest.mark.usefixtures("control_plane_for_examples")
 async def test_documented_handler_with_release_on_exhaustion_completes(tmp_path: Path) -> None:
     scratch = run_example("# scratch.py", tmp_path)["scratch"]
-    assert int((await metadata_written_by(scratch, {"job": "scratch"}))["bytes"]) > 10
+    assert int((await metadata_written_by_plugin(scratch, {"job": "scratch"}))["bytes"]) > 10
 
 
 @pytest.mark.usefixtures("control_plane_for_examples")
 async def test_documented_json_result_is_written_as_one_text(tmp_path: Path) -> None:
     totals = run_example("# totals.py", tmp_path)["totals"]
-    done = await metadata_written_by(totals, {"job": "totals"})
+    done = await metadata_written_by_plugin(totals, {"job": "totals"})
     assert done["workpool.result"] == '{"orders":2,"amounts":[12.5,30],"currency":null}'
 
 
 @pytest.mark.usefixtures("control_plane_for_examples")
 async def test_documented_retry_calls_handler_until_it_returns(tmp_path: Path) -> None:
     stock = run_example("# stock.py", tmp_path)["stock"]
-    done = await metadata_written_by(stock, {"job": "stock"})
+    done = await metadata_written_by_plugin(stock, {"job": "stock"})
     assert (done["stock"], done["retry"]) == ("7", "2")
 
 
 @pytest.mark.usefixtures("control_plane_for_examples")
 async def test_documented_plain_handler_returns_its_result(tmp_path: Path) -> None:
     resize = run_example("# resize.py", tmp_path)["resize"]
-    assert (await metadata_written_by(resize, {"job": "resize"}))["resized"] == "3"
+    assert (await metadata_written_by_plugin(resize, {"job": "resize"}))["resized"] == "3"
 
 
 @pytest.mark.usefixtures("control_plane_for_examples")
@@ -276,7 +276,7 @@ async def test_documented_pool_of_processes_computes_and_ends(tmp_path: Path) ->
     # The pool of processes in the example imports this module.
     (tmp_path / "primes.py").write_text(code_block_with("# primes.py"))
     primes = importlib.import_module("primes").Primes
-    done = await metadata_written_by(primes, {"job": "primes", "below": "100"})
+    done = await metadata_written_by_plugin(primes, {"job": "primes", "below": "100"})
     assert done["workpool.result"] == '{"primes":25}'
     # The executor reaps its processes on a thread, so `join` could fail to see their end.
     for process in multiprocessing.active_children():
@@ -312,13 +312,13 @@ async def test_documented_handoff_ends_session_with_its_program(
     monkeypatch.setenv("PATH", f"{commands}{os.pathsep}{os.environ['PATH']}")
     start, children = asyncio.create_subprocess_exec, []
 
-    async def start_and_record(*words: Any, **given: Any) -> asyncio.subprocess.Process:
+    async def start_recorded_process(*words: Any, **given: Any) -> asyncio.subprocess.Process:
         children.append(await start(*words, **given))
         return children[-1]
 
-    monkeypatch.setattr(asyncio, "create_subprocess_exec", start_and_record)
+    monkeypatch.setattr(asyncio, "create_subprocess_exec", start_recorded_process)
     apart = run_example("def apart", tmp_path)["apart"]
-    assert await metadata_written_by(apart, {"job": "apart"}) == {"job": "apart"}
+    assert await metadata_written_by_plugin(apart, {"job": "apart"}) == {"job": "apart"}
     async with asyncio.timeout(20):
         # the child exits shortly after its item, and must exit before this loop closes
         await children[0].wait()
@@ -406,7 +406,7 @@ async def test_documented_plugin_with_database_reads_from_it(tmp_path: Path) -> 
         database.executescript("create table orders (id); insert into orders values (1), (2)")
     database.close()
     orders: Callable[[], object] = run_example("class Orders", tmp_path)["Orders"]
-    assert (await metadata_written_by(orders, {"job": "count-orders"}))["orders"] == "2"
+    assert (await metadata_written_by_plugin(orders, {"job": "count-orders"}))["orders"] == "2"
 
 
 @pytest.mark.usefixtures("control_plane_for_examples")

@@ -1,4 +1,4 @@
-"""The event loops on which a worker may run, and steps of the loop of a test."""
+"""The event loops on which a worker may run, and a helper that runs all ready tasks."""
 
 from __future__ import annotations
 

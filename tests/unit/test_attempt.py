@@ -5,8 +5,8 @@ from __future__ import annotations
 from workpool.pool.pool_item import Attempt, RunCounts
 
 
-def test_attempt_number_is_written_even_if_this_process_counted_the_attempt() -> None:
-    """A credential that regains write access must leave the number for other processes."""
+def test_attempt_counted_in_this_process_is_also_written_to_metadata() -> None:
+    """Other processes read the number from the metadata once the credential may write again."""
     attempt = Attempt({}, redelivered=True)
     attempt.number_by_earlier_runs(0)
     assert attempt.number == 1
@@ -16,7 +16,7 @@ def test_attempt_number_is_written_even_if_this_process_counted_the_attempt() ->
     }
 
 
-def test_attempt_number_is_the_greater_of_the_stored_and_the_counted_one() -> None:
+def test_attempt_number_is_the_greater_of_stored_and_counted_number() -> None:
     attempt = Attempt({"workpool.attempt": "3"}, redelivered=True)
     attempt.number_by_earlier_runs(1)
     assert attempt.number == 3
@@ -24,7 +24,7 @@ def test_attempt_number_is_the_greater_of_the_stored_and_the_counted_one() -> No
     assert attempt.number == 5
 
 
-def test_unfinished_retry_is_not_counted_twice_by_the_next_run() -> None:
+def test_retry_interrupted_by_drain_keeps_its_number_in_next_run() -> None:
     first = Attempt({}, redelivered=False)
     left = first.mark_patch("draining", 2)
     assert left == {"workpool.released": "draining", "workpool.retries": "2"}
@@ -34,13 +34,13 @@ def test_unfinished_retry_is_not_counted_twice_by_the_next_run() -> None:
     assert following.opening_patch() == {"workpool.released": None, "workpool.retries": None}
 
 
-def test_lost_run_or_unreadable_number_adds_no_retries() -> None:
+def test_retries_of_lost_run_or_unreadable_number_are_not_counted() -> None:
     assert Attempt({"workpool.retries": "2"}, redelivered=True).retry == 0
     notes = {"workpool.released": "draining", "workpool.retries": "-1"}
     assert Attempt(notes, redelivered=True).retry == 0
 
 
-def test_attempt_counts_beyond_their_limit_forget_the_oldest_items() -> None:
+def test_run_counts_beyond_ten_thousand_items_drop_the_oldest_item() -> None:
     counts = RunCounts()
     for number in range(10_001):
         counts.count_run(f"work_{number}")

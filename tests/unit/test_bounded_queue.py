@@ -283,7 +283,7 @@ async def test_released_place_goes_to_item_set_aside_before_a_poller() -> None:
     assert queue.reserved == 1
 
 
-async def test_wait_for_room_aside_ends_when_item_set_aside_starts() -> None:
+async def test_wait_to_set_item_aside_ends_when_another_such_item_starts() -> None:
     queue: BoundedQueue[str] = BoundedQueue(1, 0)
     queue.set_item_aside("a")
     async with asyncio.TaskGroup() as group:

@@ -40,7 +40,7 @@ class CheckRefusal(Exception):
 
 
 class NetworkLikeRefusal(TimeoutError):
-    """A refusal whose class is that of a network error, after which aiohttp repeats a request."""
+    """A refusal of the class of errors after which aiohttp repeats a request."""
 
 
 @dataclass
@@ -140,7 +140,7 @@ def client_session_of_caller() -> aiohttp.ClientSession:
 
 
 def traced_client_session() -> aiohttp.ClientSession:
-    """Return a caller's session whose traces wait around the headers and each chunk."""
+    """Return a client session with trace callbacks that wait at each step of a request."""
 
     async def wait_in_trace(*_: object) -> None:
         await asyncio.sleep(0.01)
@@ -321,7 +321,8 @@ async def assert_transient_error(call: Awaitable[object]) -> None:
 async def test_check_refusing_after_wait_for_free_connection_sends_no_byte() -> None:
     check = SwitchableCheck()
     connector = aiohttp.TCPConnector(limit=1)
-    hold: list[bytes | None] = [b""]  # An empty answer leaves the first request unanswered.
+    # With this empty answer, the server never completes the first request.
+    hold: list[bytes | None] = [b""]
     async with (
         recording_server(*hold) as server,
         aiohttp.ClientSession(connector=connector) as session,

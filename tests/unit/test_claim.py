@@ -298,7 +298,7 @@ async def test_first_heartbeat_of_item_held_by_another_worker_is_not_repeated(
 async def test_unsettled_item_held_by_another_worker_is_neither_read_nor_run(
     testbed: type[LeaseTestbed],
 ) -> None:
-    """A read proves nothing: it shows the holder's `acknowledged_at`, as the repeated ack did."""
+    """A read shows the `acknowledged_at` of any holder, so it cannot tell whose lease it is."""
     one = testbed(ack=[answer_with_state("active")], heartbeat=[UNSENT])
     async with one.open_clients():
         item = await one.claim_item()

@@ -78,7 +78,7 @@ def test_partial_of_decorated_function_has_its_rule() -> None:
     assert rule_of(functools.partial(new_handler_function())) is None
 
 
-def test_object_with_every_attribute_is_not_taken_for_a_decorated_handler() -> None:
+def test_object_that_has_every_attribute_is_no_decorated_handler() -> None:
     class ObjectWithEveryAttribute:
         def __getattr__(self, name: str) -> str:
             return name

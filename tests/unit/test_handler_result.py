@@ -38,7 +38,7 @@ def test_result_of_strings_is_written_key_by_key(returned: Mapping[str, str]) ->
     assert metadata_of(returned, None) == returned
 
 
-def test_result_of_strings_is_copied() -> None:
+def test_result_changed_after_return_leaves_metadata_unchanged() -> None:
     returned = {"a": "b"}
     result = metadata_of(returned, None)
     returned["a"] = "changed"

@@ -107,7 +107,7 @@ def test_missing_or_malformed_metadata_is_read_as_empty(metadata: object) -> Non
 
 
 @pytest.mark.parametrize("state", ["queued", "starting", "active", "stopping", "stopped"])
-def test_five_states_are_read_in_item_and_heartbeat(state: str) -> None:
+def test_each_of_the_five_states_is_read_in_item_and_heartbeat(state: str) -> None:
     assert parse_item({**ITEM, "state": state}).state == state
     assert parse_heartbeat({**HEARTBEAT, "state": state}).state == state
 

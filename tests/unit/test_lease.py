@@ -241,7 +241,7 @@ ANSWERS: list[tuple[Callable[[], Lease], Heartbeat | ControlPlaneError, Expected
      ExpectedLease("over", "ok", "stopped", due=LOST)),
     (releasing_lease, make_answer(2, ttl_seconds=12),
      ExpectedLease("over", "ok", "released", deadline=SENT + 12, due=LOST)),
-    # An answer that does not extend the lease leaves its deadline.
+    # An answer that does not extend the lease leaves its deadline unchanged.
     (renewed_lease, make_answer(2, lease_extended=False, state="stopping"),
      ExpectedLease("held", "ok")),
     (renewed_lease, make_answer(2, lease_extended=False), READ_CONFLICT),
@@ -373,7 +373,7 @@ def test_heartbeat_that_may_shorten_lease_leaves_time_for_retry(lease: Lease) ->
     assert SENT + attempt.timeout < lease.give_up_at
 
 
-def test_late_heartbeat_reports_its_lag() -> None:
+def test_heartbeat_sent_after_its_due_time_reports_lag_in_seconds() -> None:
     assert renewed_lease().begin_heartbeat(20.0, 18.5).lag == 1.5
     assert renewed_lease().begin_heartbeat(20.0, 21.0).lag == 0
 
@@ -538,7 +538,7 @@ def test_read_of_item_determines_decision_status_and_deadline(
     assert lease.due_at == pytest.approx(READ_AT + (expected.due or 0))
 
 
-def test_failed_read_after_412_leaves_ownership_unknown_and_successful_read_does_not() -> None:
+def test_item_is_read_after_412_only_while_its_holder_is_unknown() -> None:
     lease = renewed_lease()
     exchange_heartbeat(lease, SENT, ANSWERED, CONFLICT)
     lease.apply_read(READ_AT, "conflict", transient_error())

@@ -134,7 +134,7 @@ class PollerTestbed:
 
 
 @pytest.fixture(autouse=True)
-def no_backoff(monkeypatch: pytest.MonkeyPatch) -> None:
+def without_backoff(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(poller, "BACKOFF_SECONDS", 0.0)
 
 
@@ -269,7 +269,7 @@ async def test_poller_whose_item_is_set_aside_polls_again_at_once() -> None:
 
 
 @in_virtual_time
-async def test_poller_whose_items_start_no_handler_polls_once_per_block_time() -> None:
+async def test_poller_whose_items_start_no_handler_waits_block_time_between_polls() -> None:
     bench = PollerTestbed(*("item" for _ in range(5)), block_ms=999, concurrency=10)
     bench.dispatcher.must_pace_polls = True
     clock = asyncio.get_running_loop().time
@@ -278,7 +278,7 @@ async def test_poller_whose_items_start_no_handler_polls_once_per_block_time() -
     assert clock() - started == pytest.approx(5 * 0.999)
 
 
-async def test_five_poller_crashes_in_a_row_are_fatal_and_four_are_not() -> None:
+async def test_fifth_poller_crash_in_a_row_is_fatal() -> None:
     bugs = [KeyError(number) for number in range(9)]
     bench = PollerTestbed(*bugs[:4], None, *bugs[4:8])
     await bench.run_poller()

@@ -155,7 +155,7 @@ def test_first_of_several_polls_without_item_is_logged_as_idle(
 
 
 @in_virtual_time
-async def test_cooldown_extended_meanwhile_lasts_longer_and_never_shorter() -> None:
+async def test_second_cooldown_extends_the_first_but_never_shortens_it() -> None:
     group = GroupTestbed().group
     loop = asyncio.get_running_loop()
     group.hold_back_polls(5)

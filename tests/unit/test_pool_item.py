@@ -209,7 +209,7 @@ def test_several_items_without_session_can_be_owned_at_once() -> None:
     assert owned.count_items(first) == 0
 
 
-def test_owned_item_is_removed_by_the_session_id_of_its_delivery() -> None:
+def test_item_with_session_id_changed_by_ack_is_removed_from_owned_items() -> None:
     """The ack returns another copy of the item with another session id."""
     owned, item = OwnedItems(), make_item(run_by=first)
     owned.add_item(item)

@@ -233,8 +233,8 @@ async def test_repeated_message_never_counts_as_sent(
         await qoder_client.events(session_id).send(MESSAGE)
 
 
-class ImpatientGuard(LeaselessGuard):
-    """A guard that gives up on a call once its request is held, and repeats it."""
+class GuardWithTimeout(LeaselessGuard):
+    """A guard that times out a call once the fault `hold` withholds its answer, and repeats it."""
 
     def __init__(self, hold: Hold) -> None:
         self._hold = hold
@@ -242,24 +242,26 @@ class ImpatientGuard(LeaselessGuard):
     async def run_write(self, call: Callable[[CallOptions], Awaitable[T]]) -> T:
         with suppress(TimeoutError):
             async with asyncio.timeout(None) as limit, asyncio.TaskGroup() as group:
-                giving_up = group.create_task(self._expire_once_held(limit, self._hold.held + 1))
+                giving_up = group.create_task(
+                    self._expire_once_request_is_held(limit, self._hold.held + 1)
+                )
                 result = await call(DEFAULT_OPTIONS)
                 giving_up.cancel()
                 return result
         return await call(DEFAULT_OPTIONS)
 
-    async def _expire_once_held(self, limit: asyncio.Timeout, held: int) -> None:
+    async def _expire_once_request_is_held(self, limit: asyncio.Timeout, held: int) -> None:
         await self._hold.reached(held)
         limit.reschedule(asyncio.get_running_loop().time())
 
 
-async def test_unanswered_message_is_not_repeated_but_result_is(
+async def test_send_without_answer_is_repeated_for_result_but_not_for_message(
     control_plane: ControlPlane, qoder_client: WorkClient, faults: Faults
 ) -> None:
     session_id = create_session(control_plane, BASH)
     hold = Hold(applied=True)
     faults.add(hold, "send", times=2)
-    events = qoder_client.events(session_id, guard=ImpatientGuard(hold))
+    events = qoder_client.events(session_id, guard=GuardWithTimeout(hold))
     with pytest.raises(TransientError) as caught:
         await events.send(MESSAGE)
     assert caught.value.reason == "timeout"

@@ -1,4 +1,4 @@
-"""Shared slots: never more than the total, one for each environment, the rest max-min fair."""
+"""Shared slots: one is reserved for each environment, the rest are shared max-min fairly."""
 
 from __future__ import annotations
 
@@ -133,7 +133,9 @@ async def test_slot_goes_to_a_poller_while_the_handler_of_the_item_set_aside_is_
     assert (first.items_set_aside, first.reserved) == (["aside"], 1)
 
 
-async def test_poller_is_not_blocked_by_an_item_set_aside_that_may_start_by_now() -> None:
+async def test_startable_item_set_aside_in_one_environment_does_not_block_poller_of_another() -> (
+    None
+):
     first, second = make_queues(SharedSlots(4), 2, 4)
     handler_is_free = False
     started: list[str] = []
@@ -147,7 +149,7 @@ async def test_poller_is_not_blocked_by_an_item_set_aside_that_may_start_by_now(
     assert (started, second.reserved) == (["aside"], 1)
 
 
-async def test_environment_that_leaves_gives_its_own_slot_to_the_others() -> None:
+async def test_reserved_slot_of_ended_environment_is_used_by_other_environments() -> None:
     slots = SharedSlots(2)
     share = slots.add_share()
     [queue] = make_queues(slots, 1, 2)
@@ -160,7 +162,7 @@ async def test_environment_that_leaves_gives_its_own_slot_to_the_others() -> Non
         await waiting
 
 
-async def test_used_up_slot_is_lost_for_all_environments() -> None:
+async def test_slot_use_counted_in_one_environment_reduces_uses_left_for_all() -> None:
     first, second = make_queues(SharedSlots(4, uses=2), 2, 4)
     async with asyncio.timeout(20), asyncio.TaskGroup() as group:
         await start_items(first, 1)
@@ -168,7 +170,7 @@ async def test_used_up_slot_is_lost_for_all_environments() -> None:
         third = group.create_task(second.reserve_place())
         await run_ready_tasks()
         end_item(first, used_up=True)
-        end_item(second)  # This item does not use up its slot.
+        end_item(second)  # This item does not count as a use of its slot.
         await third
         fourth = group.create_task(first.reserve_place())
         await run_ready_tasks()
@@ -176,7 +178,7 @@ async def test_used_up_slot_is_lost_for_all_environments() -> None:
         fourth.cancel()
 
 
-async def test_forgotten_items_and_cancelled_polls_return_their_slots() -> None:
+async def test_forgotten_items_and_cancelled_reservations_return_their_slots() -> None:
     slots = SharedSlots(3)
     share = slots.add_share()
     queue: BoundedQueue[str] = BoundedQueue(2, 1, share=share)

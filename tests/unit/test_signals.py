@@ -117,7 +117,8 @@ async def test_sighup_requests_end_only_after_the_terminal_has_hung_up(
         with SignalEvents(hangup_ends=hangup_ends) as signals:
             signal.raise_signal(signal.SIGHUP)
             signal.raise_signal(signal.SIGHUP)
-            await asyncio.sleep(0)  # The loop passes the signals to `Signals` in this turn.
+            # The event loop passes the signals to `SignalEvents` in this turn.
+            await asyncio.sleep(0)
             assert signals.first.is_set() is (hung_up and hangup_ends)
             assert not signals.second.is_set()
     assert len(caplog.messages) == (0 if hung_up and hangup_ends else 2)

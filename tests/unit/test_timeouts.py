@@ -1,4 +1,4 @@
-"""Bounds of waits, which behave like `asyncio.timeout`: each test runs with all of them."""
+"""Time limits with own or shared timers behave like `asyncio.timeout`; tests run with all three."""
 
 from __future__ import annotations
 
@@ -65,7 +65,9 @@ async def test_block_that_ends_within_time_bound_is_unchanged(time_limit: Bounde
     assert pending_cancellations() == 0
 
 
-async def test_error_raised_in_answer_to_time_bound_is_not_replaced(time_limit: Bounded) -> None:
+async def test_error_raised_while_timeout_cancels_block_is_not_replaced(
+    time_limit: Bounded,
+) -> None:
     async def wait_and_raise() -> None:
         async with time_limit(0):
             try:
