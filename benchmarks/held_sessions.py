@@ -30,7 +30,7 @@ _ESTABLISHED = "01"
 
 @dataclass(frozen=True)
 class HeldSessionsCost:
-    """The cost of holding sessions in one process; memory is not shared, in KiB."""
+    """The cost of holding sessions in one process; shared memory is not counted."""
 
     sessions: int
     use: ResourceUse

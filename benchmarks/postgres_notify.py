@@ -1,4 +1,4 @@
-"""The cost of NOTIFY: commits per second of 1, 2 and 4 nodes, by where the notification is sent.
+"""The cost of NOTIFY: commits per second of 1, 2 and 4 nodes, with and without notifications.
 
     python benchmarks/postgres_notify.py URL [--seconds N] [--connections N]
 

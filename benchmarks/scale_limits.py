@@ -106,7 +106,7 @@ def report_streams(bench: ScaleBenchmark) -> str:
 
 
 def report_held_sessions(bench: ScaleBenchmark, numbers: Sequence[int], *, streams: bool) -> str:
-    """Return the table of sessions held by one process, less the memory of a single one."""
+    """Return the table of held sessions; the memory of a process with one is subtracted."""
     rows = []
     for store in bench.stores:
         alone = hold_sessions_of_store(bench, store, 1, streams=streams)

@@ -124,7 +124,7 @@ def _describe_call(request: web.Request) -> dict[str, str | None]:
 def install_faults(
     config: ControlPlaneConfig, faults: Faults, plane: ControlPlane, journal: Journal
 ) -> None:
-    """Inject the faults of the file, each of which the journal records."""
+    """Inject the faults that the file lists, and let the journal record each."""
     if not config.faults:
         return
     read_fault_plan(Path(config.faults)).install(faults, plane)
@@ -143,8 +143,8 @@ def with_journal_entry(fault: Fault, name: str, journal: Journal) -> Fault:
     return nest_faults([Fault(before=write_fault), fault])
 
 
-async def record_lag(journal: Journal) -> None:
-    """Write each delay of this event loop, in which requests were read late."""
+async def record_loop_lag(journal: Journal) -> None:
+    """Write a line for each delay of this event loop, during which requests were read late."""
     while True:
         before = boot_time()
         await asyncio.sleep(TICK_SECONDS)
@@ -189,7 +189,7 @@ async def serve_control_plane(config: ControlPlaneConfig) -> None:
     async with plane, asyncio.TaskGroup() as group:
         if has_index:
             journal.write_snapshot("boot", plane)
-        ticking = group.create_task(record_lag(journal))
+        ticking = group.create_task(record_loop_lag(journal))
         print(plane.port, flush=True)  # noqa: T201 - the parent waits for it
         await ending.wait()
         if has_index:

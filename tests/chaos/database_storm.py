@@ -78,7 +78,7 @@ class DatabaseStorm(Storm):
         return [self._kill_control_plane(), self._restart_database_repeatedly()]
 
     async def _kill_control_plane(self) -> None:
-        """Kill and restart control planes one by one, some before the last one is ready."""
+        """Kill and restart control planes in turn, sometimes before the previous one is ready."""
         every = self.settings.plane_kill_every / PLANES
         while True:
             await asyncio.sleep(every * self._random.uniform(0.7, 1.3))

@@ -137,7 +137,7 @@ class Storm:
                     *self._control_plane_disturbances(),
                     self._stop_items(http),
                     self._disturb_network(proxy),
-                    self._measure_lag(),
+                    self._record_loop_lag(),
                 )
             ]
             await asyncio.sleep(self.settings.seconds)
@@ -189,8 +189,7 @@ class Storm:
             self._fleet.send_signal("stop", self._stopped)
             await asyncio.sleep(LEASE_SECONDS + self._random.uniform(*self.settings.stop_beyond))
             self._fleet.send_signal("cont", self._stopped)
-            # The worker runs on for some time, so that the check sees what it does after it
-            # resumes.
+            # Let the resumed worker run for some time, so that the check sees its next requests.
             await asyncio.sleep(WAKE_SECONDS + 0.5)
             self._stopped = None
             self._woke.set()
@@ -225,8 +224,8 @@ class Storm:
                 await self._send_request(http, "POST", f"/{work_id}/stop", {"force": force})
 
     async def _disturb_network(self, proxy: Proxy) -> None:
-        # There is no partition: it would deliver requests late that were sent in time, and the
-        # check could not distinguish them from requests that were sent late.
+        # A partition is not used: it would delay requests that were sent in time, and the check
+        # could not distinguish them from requests that were sent late.
         faults = (
             proxy.blackhole,
             proxy.reset,
@@ -240,8 +239,8 @@ class Storm:
             await asyncio.sleep(self._random.uniform(1, LEASE_SECONDS + 6))
             proxy.heal()
 
-    async def _measure_lag(self) -> None:
-        """Record delays of this event loop, as a busy machine delays the workers, too."""
+    async def _record_loop_lag(self) -> None:
+        """Record delays of this event loop, since a busy machine delays the workers as well."""
         while True:
             before = boot_time()
             await asyncio.sleep(TICK_SECONDS)
@@ -261,7 +260,7 @@ class Storm:
         else:
             await self._start_control_planes()
             for name in NAMES:
-                if self._fleet.was_killed(name):  # killed and not started again yet
+                if self._fleet.was_killed(name):  # `_kill_workers` ended before the restart
                     await self._fleet.workers[name].wait()
                     await self._start_worker(name, proxy)
             await self._wait_until_all_stopped(http)

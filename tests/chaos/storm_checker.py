@@ -117,7 +117,7 @@ class StormChecker:
         self.verdict.counts.update(f"action: {action['what']}" for action in self._actions)
         return self.verdict
 
-    def _add_breach(self, text: str) -> None:
+    def _add_violation(self, text: str) -> None:
         self.verdict.broken.append(text)
 
     def _check_record(self, line: Line) -> None:
@@ -130,8 +130,8 @@ class StormChecker:
         elif kind in {"lapsed", "stopped"}:
             self._holder[work_id] = None
         if None not in {worker, holder} and worker != holder and kind in {"metadata", "stopped"}:
-            # An injected delay can apply a request late that was sent in time. `_check_arrival`
-            # reports the requests that were sent late.
+            # This is no violation: an injected delay can apply a request after the lease although
+            # the request was sent in time. `_check_arrival` reports requests that were sent late.
             self.verdict.counts["applied late to another's item"] += 1
 
     def _record_fault(self, kind: str, work_id: str | None) -> None:
@@ -148,18 +148,18 @@ class StormChecker:
         self.verdict.counts[f"came: {op}"] += 1
         grants = self._grants.get((worker, work_id))
         if not grants:
-            self._add_breach(f"{worker} sent {op} for {work_id}, which it never held")
+            self._add_violation(f"{worker} sent {op} for {work_id}, which it never held")
             return
         late = line["t"] - grants[-1][1]
         self.verdict.latest = max(self.verdict.latest, late)
-        if late > self._slack + self._lag_before(line["t"]):
+        if late > self._slack + self._loop_lag_around(line["t"]):
             holder = self._holder.get(work_id)
-            self._add_breach(
+            self._add_violation(
                 f"{worker} sent {op} for {work_id} {late:.2f} s after its lease; held by {holder}"
             )
 
-    def _lag_before(self, at: float) -> float:
-        """Return the lag in seconds that was measured around the time `at`."""
+    def _loop_lag_around(self, at: float) -> float:
+        """Return for how many seconds event loops were delayed around the time `at`."""
         return float(sum(lag for since, until, lag in self._lags if since <= at <= until))
 
     def _check_snapshot(self, at: float, items: Sequence[SnapshotItem]) -> None:
@@ -173,7 +173,7 @@ class StormChecker:
                 and (item.beaten or "heartbeat" not in ops)
             )
             if not kept:
-                self._add_breach(f"{work_id}: answered {sorted(ops)}, then forgotten: {item}")
+                self._add_violation(f"{work_id}: answered {sorted(ops)}, then forgotten: {item}")
         for item in items:
             self._holder[item.id] = item.holder if item.lease_end is not None else None
             if item.lease_end is not None and item.holder is not None:
@@ -186,7 +186,7 @@ class StormChecker:
         self.verdict.counts["stopped"] = sum(state == "stopped" for state in states.values())
         for work_id in {*enqueued, *states}:
             if states.get(work_id) != "stopped":
-                self._add_breach(f"{work_id} is lost: {states.get(work_id)}")
+                self._add_violation(f"{work_id} is lost: {states.get(work_id)}")
 
     def _check_runs(self) -> None:
         for work_id, runs in self._group_runs_by_item().items():
@@ -223,19 +223,19 @@ class StormChecker:
         granted_at = [at for at, _ in grants]
         place = bisect_right(granted_at, run.start)
         if not place:
-            self._add_breach(f"{worker} ran {work_id} without a lease")
+            self._add_violation(f"{worker} ran {work_id} without a lease")
             return
         late = run.start - grants[place - 1][1]
-        if late > self._slack + self._lag_before(run.start):
-            self._add_breach(f"{worker} began {work_id} {late:.2f} s after its lease")
+        if late > self._slack + self._loop_lag_around(run.start):
+            self._add_violation(f"{worker} began {work_id} {late:.2f} s after its lease")
         lease_end = grants[bisect_right(granted_at, run.end) - 1][1]
-        until = lease_end + self._slack + self._lag_before(lease_end)
+        until = lease_end + self._slack + self._loop_lag_around(lease_end)
         for stopped, woke in self._suspensions_of_process(run.pid):
             if run.start <= stopped <= run.end:
-                until = max(until, woke + WAKE_SECONDS + self._lag_before(woke))
+                until = max(until, woke + WAKE_SECONDS + self._loop_lag_around(woke))
                 self.verdict.counts["runs whose lease ended while stopped"] += lease_end < woke
         if run.end > until:
-            self._add_breach(
+            self._add_violation(
                 f"{worker} went on with {work_id} for {run.end - until:.2f} s too long"
             )
 
@@ -250,8 +250,8 @@ class StormChecker:
             for stopped, woke in self._suspensions_of_process(run.pid)
         ):
             self.verdict.counts["overlaps excused: process was stopped"] += 1
-        elif seconds > self._slack + self._lag_before(later.start):
-            self._add_breach(
+        elif seconds > self._slack + self._loop_lag_around(later.start):
+            self._add_violation(
                 f"{work_id} was run by {worker} and {other} at once for {seconds:.2f} s"
             )
         else:

@@ -28,8 +28,8 @@ async def run_storm_session(session: Session) -> dict[str, str]:
     how = "cancelled"
     try:
         for half in ("first", "second"):
-            # The work has small steps, of which none passes while the process is suspended. So the
-            # handler still has work and a write left when the process resumes.
+            # One long sleep would be over when a suspended process resumes. After short sleeps, the
+            # resumed handler still has work and a metadata write to do.
             for _ in range(round(float(metadata["seconds"]) / 2 / STEP_SECONDS)):
                 await asyncio.sleep(STEP_SECONDS)
             if metadata["end"] == "write":

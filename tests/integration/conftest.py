@@ -42,7 +42,7 @@ async def check_no_task_or_error_left() -> AsyncIterator[None]:
 
 @pytest.fixture(autouse=True)
 def tolerate_loaded_machine(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Lengthen the limits that a loaded machine may exceed: loop lag, drains and marks.
+    """Lengthen the time limits of loop lag, drains and mark writes, for a loaded machine.
 
     Tests of blocked loops replace this fixture.
     """
@@ -120,7 +120,7 @@ def run_one_item(
 def heartbeat_now(control_plane: ControlPlane, faults: Faults) -> Callable[[str], None]:
     """Return a function that makes the pool send a heartbeat at once.
 
-    A poll returns a copy of the item.
+    The next poll returns a copy of the held item, so the pool checks its lease by a heartbeat.
     """
 
     def request_heartbeat(work_id: str) -> None:
@@ -135,7 +135,7 @@ def heartbeat_now(control_plane: ControlPlane, faults: Faults) -> Callable[[str]
 
 @pytest.fixture
 def short_mark_retries(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Let a drain give up an unanswered mark after 0.1 s."""
+    """Let a drain give up the unanswered write of a mark after 0.1 s."""
     monkeypatch.setattr(completion, "MARK_SECONDS", 0.1)
 
 

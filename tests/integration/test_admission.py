@@ -62,8 +62,8 @@ def fast_refusal_checks(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(admission, "ASK_SECONDS", 0.02)
 
 
-async def wait_for_paused_pollers(supervisor: Supervisor) -> None:
-    """Wait until all polls in progress have ended."""
+async def wait_until_no_poll_is_in_flight(supervisor: Supervisor) -> None:
+    """Wait until every poller of a paused pool has ended its poll."""
     async with asyncio.timeout(SECONDS):
         paused = {"paused": supervisor.settings.pollers}
         while supervisor._snapshot().pollers != paused:  # noqa: ASYNC110 - a state has no event
@@ -82,7 +82,7 @@ async def test_paused_pool_claims_nothing_while_its_session_continues(
     async with make_pool(gate, block_ms=20, pollers=2) as supervisor:
         await recorder.wait_for(SessionStarted)
         supervisor.pause("maintenance\n of the \x1b[31mdatabase")
-        await wait_for_paused_pollers(supervisor)
+        await wait_until_no_poll_is_in_flight(supervisor)
         (reason,) = supervisor.status().reasons
         assert reason == "paused: maintenance\\n of the \\x1b[31mdatabase"
         polls = len(faults.of("poll"))
@@ -105,7 +105,7 @@ async def test_pause_before_start_starts_pool_paused(
     supervisor = make_pool(return_at_once)
     supervisor.pause("not yet")
     async with supervisor:
-        await wait_for_paused_pollers(supervisor)
+        await wait_until_no_poll_is_in_flight(supervisor)
         assert not faults.of("poll")
         assert "paused: not yet" in supervisor.status().reasons
         supervisor.resume()
@@ -183,7 +183,7 @@ async def test_item_delivered_during_pause_is_not_claimed(
         supervisor.pause("now")
         hold.release()
         await recorder.wait_for(PollFinished)
-        await wait_for_paused_pollers(supervisor)
+        await wait_until_no_poll_is_in_flight(supervisor)
         assert item_state(control_plane, item) == "queued"
         assert not recorder.of(ItemReceived)
 
@@ -193,7 +193,7 @@ async def test_paused_pool_drains_at_once(control_plane: ControlPlane, make_pool
     supervisor = make_pool(return_at_once)
     supervisor.pause("now")
     async with supervisor, asyncio.timeout(SECONDS):
-        await wait_for_paused_pollers(supervisor)
+        await wait_until_no_poll_is_in_flight(supervisor)
         await supervisor.drain(timeout=None)
 
 
@@ -201,8 +201,8 @@ async def test_paused_time_does_not_count_as_idle_time(make_pool: Any) -> None:
     supervisor = make_pool(return_at_once, block_ms=10, exit_after_idle=0.5)
     supervisor.pause("now")
     async with supervisor:
-        await wait_for_paused_pollers(supervisor)
-        await asyncio.sleep(0.6)  # if the idle time ran during a pause, it would be over now
+        await wait_until_no_poll_is_in_flight(supervisor)
+        await asyncio.sleep(0.6)  # longer than `exit_after_idle`, which must not run now
         resumed = time.monotonic()
         supervisor.resume()
         async with asyncio.timeout(SECONDS):
@@ -219,7 +219,7 @@ async def test_refusing_plugin_is_asked_again_before_each_poll(
         await recorder.wait_for(SessionStarted)
         disk.reason = "disk full"
         await disk.wait_for_hook_calls(2)
-        await wait_for_paused_pollers(supervisor)
+        await wait_until_no_poll_is_in_flight(supervisor)
         assert supervisor.status().reasons == ("refused: RefusingPlugin: disk full",)
         assert supervisor._snapshot().paused == {"pause": 0, "plugin": 1, "limit": 0}
         polls = len(faults.of("poll"))

@@ -128,7 +128,7 @@ def item_runs(
 
 
 @pytest.fixture
-def short_number_retries(monkeypatch: pytest.MonkeyPatch) -> None:
+def short_attempt_number_retries(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("workpool.pool.session_runner.ATTEMPT_SECONDS", 0.1)
 
 
@@ -397,23 +397,23 @@ async def test_attempt_whose_number_was_written_without_answer_is_counted_once(
     ids=["crashed", "released"],
 )  # fmt: skip
 @pytest.mark.parametrize("applied", [False, True])
-@pytest.mark.usefixtures("short_number_retries")
+@pytest.mark.usefixtures("short_attempt_number_retries")
 async def test_run_whose_attempt_number_cannot_be_written_is_released_and_keeps_number(
     item_runs: ItemRuns, caplog: pytest.LogCaptureFixture, notes: Any, number: int, *, applied: bool
 ) -> None:
-    def number_is_retried(_: object) -> bool:
+    def attempt_number_is_retried(_: object) -> bool:
         return "attempt not counted" not in caplog.text
 
     item_runs.run_and_crash()
     item_runs.write_metadata(**notes)
-    item_runs.faults.add(status(503, applied=applied), "update", where=number_is_retried)
+    item_runs.faults.add(status(503, applied=applied), "update", where=attempt_number_is_retried)
     assert (await item_runs.run_once(endless_handler)).outcome == "released"
     assert item_runs.attempts == []
     await item_runs.run_once(return_at_once)
     assert item_runs.attempts == [number]
 
 
-@pytest.mark.usefixtures("short_number_retries", "short_mark_retries")
+@pytest.mark.usefixtures("short_attempt_number_retries", "short_mark_retries")
 async def test_run_whose_attempt_number_cannot_be_written_keeps_mark_of_earlier_run(
     item_runs: ItemRuns,
 ) -> None:
@@ -429,7 +429,7 @@ async def test_run_whose_attempt_number_cannot_be_written_keeps_mark_of_earlier_
 
 
 async def test_drain_mark_replaces_error_note_of_earlier_run(item_runs: ItemRuns) -> None:
-    """A run that failed and could not be stopped has left its error note in the metadata."""
+    """The item of the failed run could not be stopped, and its metadata have an error note."""
     item_runs.run_and_crash()
     item_runs.write_metadata(error="ValueError")
     await item_runs.drain_during_session(endless_handler)

@@ -394,7 +394,7 @@ async def test_session_whose_item_is_queued_again_loses_lease(
     (item,) = control_plane.enqueue()
     async with make_pool(endless_handler(), reclaim_older_than_ms=600_000):
         await recorder.wait_for(SessionStarted)
-        # The control plane then delivers the item to this pool again.
+        # The control plane delivers an item with an expired lease to this pool again.
         expire_lease(control_plane, item.id)
         final = await wait_for_end(item.id)
     assert (final.outcome, final.item.state, final.metadata) == ("lease_lost", "queued", {})
@@ -426,7 +426,7 @@ async def test_session_whose_item_another_worker_holds_loses_lease_however_handl
         heartbeat_now(item.id)
         final = await wait_for_end(item.id)
     assert (final.outcome, final.item.state, final.metadata) == ("lease_lost", "starting", {})
-    # The heartbeat was answered 412 and no earlier one was unanswered, so the item is not read.
+    # The 412 is certain, because all earlier heartbeats were answered; so the item is not read.
     assert final.request_names == [*FIRST_CALLS, "heartbeat"]
 
 

@@ -153,7 +153,7 @@ async def test_heartbeat_conflict_after_unanswered_own_stop_counts_as_success(
     assert (final.outcome, final.item.state) == ("completed", "stopped")
     assert recorder.of(HeartbeatFinished)[-1].result == "conflict"
     assert [event.result for event in recorder.of(StopFinished)] == ["ok"]
-    # The pool reads the item, because an item that is queued again is answered 409 too.
+    # The pool reads the item, because a 409 could also mean that the item is queued again.
     assert final.request_names[-1] == "get"
 
 
@@ -230,7 +230,7 @@ async def test_result_whose_first_write_is_never_answered_is_written_again(
 async def test_result_write_denied_after_earlier_success_fails_session(
     control_plane: ControlPlane, faults: Faults, make_pool: Any, wait_for_end: Any, code: int
 ) -> None:
-    """Only a credential that was refused at its first write counts as one without permission."""
+    """A credential counts as one without permission only if its first write is refused."""
     faults.add(status(code), "update", skip=1, times=1)
     async with make_pool(return_result, concurrency=1):
         ended = [await wait_for_end(item.id) for item in control_plane.enqueue(2)]

@@ -389,7 +389,7 @@ async def test_start_cancelled_at_any_point_leaves_no_task(
         async with asyncio.TaskGroup() as group:
             starting = group.create_task(supervisor.__aenter__())
             for turn in range(turns):
-                # Later steps of the start wait for the thread of the lease renewer.
+                # After 15 turns, the start waits for the renewer's thread, which needs real time.
                 await asyncio.sleep(0.0005 * (turn > 15))
             starting.cancel()
             await asyncio.wait({starting}, timeout=20)

@@ -120,8 +120,8 @@ def failure_count(group: EnvironmentGroup, environment_id: str) -> float:
     return value
 
 
-async def while_running(group: EnvironmentGroup, use: Running) -> None:
-    """Call `use` while the group runs, then drain it."""
+async def use_running_group(group: EnvironmentGroup, use: Running) -> None:
+    """Run the group, await `use(group)`, and then drain the group."""
     async with asyncio.timeout(2 * SECONDS), asyncio.TaskGroup() as tasks:
         running = tasks.create_task(group.run())
         try:
@@ -140,7 +140,7 @@ async def test_each_environment_has_plugin_instance_and_lifespan_of_its_own(
         await wait_until(lambda: len(plugin_module.ended) == 2)
         assert group.status().ready
 
-    await while_running(make_group(), run_item_in_each_environment)
+    await use_running_group(make_group(), run_item_in_each_environment)
     assert sorted(plugin_module.opened) == [FIRST, OTHER]
     assert len(set(plugin_module.instances.values())) == 2
 
@@ -173,7 +173,7 @@ async def test_environment_paused_while_failed_restarts_paused_and_recovers(
         assert failure_count(group, OTHER) >= 1
         assert failure_count(group, FIRST) == 0
 
-    await while_running(make_group(), revoke_and_restore_key)
+    await use_running_group(make_group(), revoke_and_restore_key)
     assert plugin_module.ended == [OTHER]
     assert "environment failed: " in caplog.text
     assert "revoked-Zx9" not in caplog.text
@@ -198,7 +198,7 @@ async def test_environment_whose_plugin_cannot_open_does_not_end_other_environme
         plugin_module.broken.clear()
         await wait_until(lambda: group.status().ready)
 
-    await while_running(make_group(), run_while_plugin_is_broken)
+    await use_running_group(make_group(), run_while_plugin_is_broken)
     assert plugin_module.opened == [FIRST, OTHER]
 
 
@@ -237,7 +237,7 @@ async def test_failed_lease_renewer_ends_process_only_if_handler_ignores_cancell
         await wait_until(lambda: FIRST in plugin_module.ended)
 
     with pytest.raises(ExceptionGroup) as raised:
-        await while_running(make_group(), crash_one_renewer)
+        await use_running_group(make_group(), crash_one_renewer)
     assert isinstance(raised.value.exceptions[0], LeaseRenewerError)
 
 
@@ -276,7 +276,7 @@ async def test_environment_with_burst_yields_shared_slots_to_waiting_environment
             plugin_module.may_end.release()
         await wait_until(lambda: len(plugin_module.ended) == 20)
 
-    await while_running(make_group(concurrency=6), load_one_environment_then_other)
+    await use_running_group(make_group(concurrency=6), load_one_environment_then_other)
 
 
 async def test_environments_of_one_account_share_rate_limits(tmp_path: Path) -> None:
@@ -360,4 +360,4 @@ async def test_live_page_in_browser_shows_every_environment(
         for _ in range(2):
             plugin_module.may_end.release()
 
-    await while_running(make_group(), check_page)
+    await use_running_group(make_group(), check_page)

@@ -64,7 +64,7 @@ async def test_limited_handler_runs_as_fast_as_its_limit_allows(
         await workpool.wait_for(SessionFinished, count=40)
         elapsed = clock() - started
     assert running["most"] == 2
-    assert elapsed <= 40 * seconds / 2 * 1.1 + 0.5  # allows 10 % and 0.5 s for the polls
+    assert elapsed <= 40 * seconds / 2 * 1.1 + 0.5  # 10 % and 0.5 s are for polls
 
 
 @in_virtual_time
@@ -93,8 +93,8 @@ async def test_item_of_full_handler_is_declined_one_second_before_redelivery(wor
     assert len(acked_items(workpool)) == 2
 
 
-def use_one_slot(granted: asyncio.Event) -> Callable[[], Callable[[], None] | None]:
-    """Return the `next_use` of an environment that needs one slot, and sets `granted` then."""
+def next_use_of_one_slot(granted: asyncio.Event) -> Callable[[], Callable[[], None] | None]:
+    """Return a `next_use` that needs one slot, and that sets `granted` when it gets the slot."""
     return lambda: None if granted.is_set() else granted.set
 
 
@@ -116,9 +116,9 @@ async def test_item_of_full_handler_starts_when_another_environment_frees_shared
         await workpool.wait_for(SessionStarted, count=5)
         while pool.live_status(show_ids=False)["queue"]["set_aside"] == 0:  # noqa: ASYNC110 - no event
             await asyncio.sleep(0.1)
-        others.next_use = use_one_slot(slot_of_poller)
+        others.next_use = next_use_of_one_slot(slot_of_poller)
         await slot_of_poller.wait()
-        others.next_use = use_one_slot(slot_of_session)
+        others.next_use = next_use_of_one_slot(slot_of_session)
         await slot_of_session.wait()
         assert len(workpool.recorder.of(SessionStarted)) == 5
         freed_at = clock()

@@ -96,7 +96,7 @@ def hostile_plugin() -> Iterator[HostilePlugin]:
     plugin = HostilePlugin()
     yield plugin
     plugin.threads_may_end.set()
-    plugin.sessions_may_end.set()  # a session that goes on would prevent the end of the event loop
+    plugin.sessions_may_end.set()  # a running session would keep the loop from ending
 
 
 async def test_plugin_with_every_kind_of_fault_does_not_affect_other_plugins(

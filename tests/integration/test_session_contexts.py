@@ -76,5 +76,5 @@ async def test_context_variables_set_in_one_session_are_unset_in_the_next(
         await recorder.wait_for(SessionFinished, count=4)
     unset = dict.fromkeys(VARIABLES, "unset")
     own = unset | {"embedder": "before start", "lifespan": "set"}
-    # A session reads the variables that its wrapping contexts and the observers of its events set.
+    # A session sees the variables that plugin contexts and observers of its events have set.
     assert setting.seen == [own | {"wrapper": "set", "observer": "set"}, own, own, own]

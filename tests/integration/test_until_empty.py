@@ -60,7 +60,7 @@ async def test_until_empty_waits_for_running_sessions_and_takes_new_items(
     @handler
     async def enqueue_more(session: Session) -> None:
         if "last" not in session.item.metadata:
-            await asyncio.sleep(0.1)  # several polls without an item end meanwhile
+            await asyncio.sleep(0.1)  # meanwhile several polls return no item
             control_plane.enqueue(metadata={"last": "yes"})
 
     control_plane.enqueue()

@@ -95,7 +95,7 @@ class ApiClient(WorkCalls[HttpAnswer]):
             return HttpAnswer(response.status, body, response.headers)
 
     async def claim_item(self, **options: Any) -> dict[str, Any]:
-        """Poll an item and return it without the secret, as all other calls answer it."""
+        """Poll an item, and return it without its `secret`, which other calls do not return."""
         answer = await self.poll(**options)
         assert answer.status == 200
         assert answer.body is not None
@@ -145,8 +145,8 @@ def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool 
 
 
 @pytest.fixture
-def minute_polls(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Allow polls that wait for a minute, so that a slow machine does not end them early."""
+def polls_up_to_a_minute(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Allow polls that wait for a minute, so that none ends early on a slow machine."""
     monkeypatch.setattr(request_values, "BLOCK_MS_MAX", 60_000)
 
 

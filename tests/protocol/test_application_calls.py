@@ -159,7 +159,7 @@ async def test_created_session_has_item_with_its_metadata(anthropic_api: ApiClie
     assert (event["type"], event["content"]) == ("user.message", MESSAGE["content"])
 
 
-@pytest.mark.usefixtures("minute_polls")
+@pytest.mark.usefixtures("polls_up_to_a_minute")
 async def test_created_session_wakes_waiting_poll(anthropic_api: ApiClient) -> None:
     async def wait_for_item() -> HttpAnswer:
         return await anthropic_api.poll(params={"block_ms": "60000"})
@@ -176,7 +176,7 @@ async def test_message_to_session_without_work_creates_new_item(anthropic_api: A
     url = f"/sessions/{session['id']}/events"
     assert (await post_json(anthropic_api, url, {"events": [MESSAGE]})).status == 200
     first = await anthropic_api.claim_item()
-    assert (await anthropic_api.poll()).body is None  # the first item is not stopped yet
+    assert (await anthropic_api.poll()).body is None  # a session has one unfinished item at most
     await anthropic_api.stop(first["id"], json={"force": True})
     assert (
         await post_json(anthropic_api, url, {"events": [{"type": "user.interrupt"}]})

@@ -38,7 +38,7 @@ async def send_raw(plane: ControlPlane, *parts: bytes, eof: bool = False) -> byt
         if eof:
             writer.write_eof()
         async with asyncio.timeout(20):
-            while not is_complete(answer):
+            while not is_complete_response(answer):
                 chunk = await reader.read(65536)
                 if not chunk:
                     break
@@ -50,7 +50,7 @@ async def send_raw(plane: ControlPlane, *parts: bytes, eof: bool = False) -> byt
     return answer
 
 
-def is_complete(answer: bytes) -> bool:
+def is_complete_response(answer: bytes) -> bool:
     head, separator, body = answer.partition(b"\r\n\r\n")
     length = re.search(rb"(?i)content-length: (\d+)", head)
     return bool(separator) and length is not None and len(body) >= int(length[1])

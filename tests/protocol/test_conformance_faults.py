@@ -84,7 +84,7 @@ def replace_errors(answer: Callable[[int], web.Response]) -> Any:
 
 
 def change_query(path: str, **values: str | None) -> Any:
-    """Return a fault that sets query parameters of requests to a path, or removes them if None."""
+    """Return a fault that sets query parameters on a path, and removes those that are None."""
 
     @web.middleware
     async def inject_change(request: web.Request, handler: Any) -> web.StreamResponse:

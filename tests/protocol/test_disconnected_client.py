@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
     import aiohttp
 
-pytestmark = pytest.mark.usefixtures("minute_polls")
+pytestmark = pytest.mark.usefixtures("polls_up_to_a_minute")
 
 
 class BlockingStore(MemoryStore):

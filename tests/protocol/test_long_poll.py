@@ -232,7 +232,7 @@ def test_expired_lease_noticed_by_another_call_wakes_poll() -> None:
     run_in_virtual_time(check_wake_up_by_other_call)
 
 
-@pytest.mark.usefixtures("minute_polls")
+@pytest.mark.usefixtures("polls_up_to_a_minute")
 async def test_enqueue_over_http_wakes_waiting_poll(api: ApiClient) -> None:
     waiting = api.plane.operations.get_queue(ENV).waiting
     async with asyncio.TaskGroup() as group:
@@ -248,7 +248,7 @@ async def test_enqueue_over_http_wakes_waiting_poll(api: ApiClient) -> None:
     assert delivered.time == made.time
 
 
-@pytest.mark.usefixtures("minute_polls")
+@pytest.mark.usefixtures("polls_up_to_a_minute")
 async def test_waiting_poll_woken_after_clock_was_moved_receives_item_with_expired_lease(
     api: ApiClient, clock: MovableClock
 ) -> None:

@@ -260,9 +260,9 @@ TestQueueMachineWithRetention.settings = TestQueueMachine.settings
 
 
 def test_poll_after_many_stops_makes_no_more_function_calls() -> None:
-    """Ids of stopped items that stayed in an index once made the next poll remove all of them."""
+    """If ids of stopped items stayed in an index, the next poll would have to remove them all."""
 
-    def calls_of_poll(stopped: int) -> int:
+    def count_calls_of_poll(stopped: int) -> int:
         operations = Operations([ENV], history_limit=0)
         items = operations.enqueue(ENV, count=stopped + 1)
         for item in items[:stopped][::-1]:
@@ -283,7 +283,7 @@ def test_poll_after_many_stops_makes_no_more_function_calls() -> None:
         assert found.id == items[-1].id
         return calls
 
-    assert calls_of_poll(2000) < 2 * calls_of_poll(2)
+    assert count_calls_of_poll(2000) < 2 * count_calls_of_poll(2)
 
 
 @pytest.mark.trial

@@ -206,7 +206,7 @@ def typescript_worker(control_plane: ControlPlane, tmp_path: Path, node_project:
 
 @pytest.fixture(params=["python_worker", "typescript_worker"])
 def start_worker(request: pytest.FixtureRequest) -> Worker:
-    """Return a function whose context manager runs a worker for an environment."""
+    """Return a function that makes a context manager, which runs a worker."""
     started: Worker = request.getfixturevalue(request.param)
     return started
 

@@ -97,7 +97,7 @@ async def test_session_and_events_are_returned_only_after_they_are_stored(
     assert (
         await answer_after_storage(gated_store, api("POST", f"{session}/events", json=result_body))
     ).status == 200
-    # A client that repeats the call after a lost answer concludes from a 409 that it was stored.
+    # After a lost answer, a client repeats the call and takes a 409 as proof that it was stored.
     assert (
         await answer_after_storage(gated_store, api("POST", f"{session}/events", json=result_body))
     ).status == 409
@@ -111,7 +111,7 @@ async def test_conflict_is_answered_only_after_conflicting_change_is_stored(
         await answer_after_storage(gated_store, api.ack(stopped)),
         await answer_after_storage(gated_store, api.heartbeat(stopped)),
     ]
-    if api.dialect == "anthropic":  # a second stop is answered 409 there
+    if api.dialect == "anthropic":  # only here is a second stop answered 409
         answers.append(
             await answer_after_storage(gated_store, api.stop(stopped, json={"force": True}))
         )

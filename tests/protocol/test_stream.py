@@ -137,7 +137,7 @@ async def test_stream_ends_when_control_plane_closes(qoder_api: ApiClient) -> No
         qoder_api.plane.operations.end_waits()
         async with asyncio.timeout(20):
             assert await reader.response.content.read() == b""
-    # A stream that is opened afterwards ends at once.
+    # A stream that is opened after `end_waits` ends at once.
     async with open_stream(qoder_api, create_scripted_session(qoder_api)) as reader:
         assert await reader.response.content.read() == b""
 

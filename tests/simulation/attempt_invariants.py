@@ -30,7 +30,7 @@ class _ItemAttempt:
     """One try of an item, as the history and the trace show it.
 
     Attributes:
-        marked: The release mark that the try wrote was there at its end.
+        marked: The item had the release mark of this try when the try ended.
         refused: A metadata write was refused, so the next try may not know the attempt number.
         denied: The pool may not write metadata, so the next try does not know of this try.
     """
@@ -162,7 +162,7 @@ def list_note_writes(case: FinishedSimulation, work_id: str) -> list[SentCall]:
 
 
 def has_late_note_write(case: FinishedSimulation, work_id: str) -> bool:
-    """Return whether a write arrived after its sender's lease, as a slow network allows."""
+    """Return whether a slow network delivered a write after the end of its sender's lease."""
     for call in list_note_writes(case, work_id):
         lease = case.lease_at(call.node, work_id, call.at)
         if lease is None or call.arrives_at > lease.ended:

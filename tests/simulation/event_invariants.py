@@ -147,7 +147,7 @@ def _was_stopped_before(case: FinishedSimulation, lease: GrantedLease, at: float
 def _last_heartbeat_applied_at(
     case: FinishedSimulation, node: PoolProcess, lease: GrantedLease, at: float
 ) -> float:
-    """Return when the last successful heartbeat arrived; the pool knows of no later stop."""
+    """Return when the last successful heartbeat arrived; the pool knows no later state."""
     applied = [
         call.arrives_at
         for call in case.sent[node, lease.work_id]
@@ -227,7 +227,7 @@ def _add_event_counts(case: FinishedSimulation, seen: Counter[tuple[str, ...]]) 
 def _add_contradicted_counts(
     case: FinishedSimulation, node: PoolProcess, seen: Counter[tuple[str, ...]]
 ) -> None:
-    """Add the expected numbers of events that differ, so that the comparison reports them."""
+    """Add the expected number of each kind of event that was reported more or less often."""
     calls = [run for run in case.trace.runs if run.node is node and run.behaviour != "alone"]
     runs = sum(not run.again for run in calls)
     started = sum(isinstance(event, SessionStarted) for _, event in node.events)

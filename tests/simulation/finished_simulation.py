@@ -253,8 +253,8 @@ def _build_leases(
             leases[-1].settled = record.state != ACTIVE
             continue
         if record.kind == "heartbeat" and leases and leases[-1].end_kind == "lapsed":
-            # In `poll leases`, a poll has leased the item again, and its worker then sent a first
-            # heartbeat.
+            # If `poll_leases` is set, a poll leased the item again, and the worker that polled sent
+            # a first heartbeat.
             leases.append(_lease_from_record(record))
             continue
         if not leases or leases[-1].end_kind is not None:

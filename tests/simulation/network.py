@@ -264,7 +264,7 @@ class SimulatedClient(LocalClient):
         def check_and_record_patch() -> None:
             if options.check is not None:
                 options.check()
-            self._patch = dict(patch)  # `_record_sent_call` reads it in the same step
+            self._patch = dict(patch)  # for `_record_sent_call`, which runs next
 
         noting = options._replace(check=check_and_record_patch)
         return await super().update_metadata(work_id, patch, timeout=timeout, options=noting)

@@ -123,7 +123,7 @@ async def test_drain_does_not_wait_for_first_heartbeat_with_long_retry_after() -
 
 
 @in_virtual_time
-async def test_drain_during_first_heartbeat_sends_second_only_after_its_answer() -> None:
+async def test_drain_during_first_heartbeat_sends_second_only_after_answer_to_first() -> None:
     script = Script(heartbeat=[Fault(request_delay=4, answer_delay=4)])
     bench = PoolTestbed(script, drain_timeout=20)
     async with bench.supervisor as pool, asyncio.TaskGroup() as group:

@@ -167,7 +167,7 @@ class SimulatedCluster:
         """Delete a pod because its node ends in two minutes."""
         self._delete_pod(pod, "eviction", min(NOTICE_SECONDS, self._schedule.settings.grace))
 
-    async def write_cost(self, pod: Pod, cost: int) -> None:
+    async def write_deletion_cost(self, pod: Pod, cost: int) -> None:
         """Write the deletion cost of a pod with the API server's latency and failures.
 
         Raises:

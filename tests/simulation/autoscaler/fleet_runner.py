@@ -42,7 +42,7 @@ class FleetResult(NamedTuple):
 
 
 class FleetReport(NamedTuple):
-    """The summed results of some fleet simulations; `failures`: seed and violations."""
+    """The summed results of fleets; `failures` has the seed and violations of each failed one."""
 
     schedules: int = 0
     faults: int = 0

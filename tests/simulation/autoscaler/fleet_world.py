@@ -82,7 +82,7 @@ class DeletionCostPlugin:
         if not isinstance(machine, PodMachine) or machine.cluster is None:
             yield
             return
-        write = partial(machine.cluster.write_cost, machine.pod)
+        write = partial(machine.cluster.write_deletion_cost, machine.pod)
         writer = CostWriter(partial(running_sessions, supervisor), write, Kubernetes.interval)
         async with running_writer(writer) as machine.writer:
             yield
@@ -231,7 +231,7 @@ class FleetWorld(SimulatedWorld):
             self.cluster.set_replicas(replicas)
 
     def _count_known_items(self) -> int:
-        """Count the unfinished items that were created before the oldest valid reading."""
+        """Count the unfinished items that are old enough to be in every valid queue reading."""
         known = self.loop.now - KNOWN_SECONDS
         items = [self.operations.get_item(ENVIRONMENT, work_id) for work_id in self.items]
         return sum(
