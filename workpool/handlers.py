@@ -92,11 +92,11 @@ class HandlerRule:
     retry: Retry | None = None
     blocking: bool = False
 
-    def matches(self, item: WorkItem) -> bool:
+    def matches_item(self, item: WorkItem) -> bool:
         """Whether the item has this type and at least this metadata."""
         return self.type == item.type and self.metadata.items() <= item.metadata.items()
 
-    def covers(self, other: HandlerRule) -> bool:
+    def covers_rule(self, other: HandlerRule) -> bool:
         """Whether every item that `other` matches is matched by this rule too."""
         return self.type == other.type and self.metadata.items() <= other.metadata.items()
 

@@ -98,20 +98,20 @@ class InboundConnections:
         for transport in tuple(self._open):
             cast("asyncio.WriteTransport", transport).abort()
 
-    def add(self, connection: _Connection) -> bool:
+    def add_connection(self, connection: _Connection) -> bool:
         """Record a new connection. Return False if it must be closed."""
         if len(self._open) >= self._limit:
             oldest = self._find_dispensable()
             if oldest is None:
                 return False
-            self._abort(oldest)
+            self._abort_connection(oldest)
         self._open[connection.transport] = connection
         self._await_request(connection, HEADER_SECONDS)
         if self._timer is None:
             self._timer = asyncio.get_running_loop().call_later(CHECK_SECONDS, self._close_late)
         return True
 
-    def remove(self, connection: _Connection) -> None:
+    def remove_connection(self, connection: _Connection) -> None:
         """Remove a connection that was closed."""
         self._open.pop(connection.transport, None)
         self._without_request.pop(connection, None)
@@ -120,10 +120,10 @@ class InboundConnections:
 
     def note_unread(self, connection: _Connection) -> None:
         """Record that bytes wait for the client of this connection to read."""
-        self._unread[connection] = size = connection.unread()
+        self._unread[connection] = size = connection.count_unread_bytes()
         self._unread_bytes += size
         while self._unread_bytes > UNREAD_BYTES_MAX:
-            self._abort(next(iter(self._unread)))
+            self._abort_connection(next(iter(self._unread)))
 
     def note_read(self, connection: _Connection) -> None:
         """Record that the client of this connection has read."""
@@ -150,18 +150,18 @@ class InboundConnections:
         for connection in tuple(self._without_request):
             # While the client reads an answer, only the time limit for reading applies.
             if connection.due is not None and connection.due <= now and not connection.read_due:
-                self._abort(connection)
+                self._abort_connection(connection)
         for connection, before in tuple(self._unread.items()):
-            size = connection.unread()
+            size = connection.count_unread_bytes()
             if size < before:
                 self._unread[connection] = size
                 self._unread_bytes -= before - size
                 connection.read_due = now + READ_SECONDS
             elif connection.read_due <= now:
-                self._abort(connection)
+                self._abort_connection(connection)
 
-    def _abort(self, connection: _Connection) -> None:
-        self.remove(connection)
+    def _abort_connection(self, connection: _Connection) -> None:
+        self.remove_connection(connection)
         connection.transport.abort()
 
 
@@ -183,13 +183,13 @@ class _Connection(asyncio.Protocol):
         self._connections = connections
         self._protocol = protocol
 
-    def unread(self) -> int:
+    def count_unread_bytes(self) -> int:
         """Return the number of bytes that wait for the client."""
         return self.transport.get_write_buffer_size()
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         self.transport = cast("asyncio.Transport", transport)
-        if self._connections.add(self):
+        if self._connections.add_connection(self):
             self._protocol.connection_made(transport)
         else:
             self._protocol = asyncio.Protocol()  # ignores all further events
@@ -218,7 +218,7 @@ class _Connection(asyncio.Protocol):
         self._protocol.resume_writing()
 
     def connection_lost(self, exc: Exception | None) -> None:
-        self._connections.remove(self)
+        self._connections.remove_connection(self)
         self._protocol.connection_lost(exc)
 
 

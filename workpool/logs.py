@@ -54,7 +54,7 @@ since most items end without a record."""
 _lock = threading.Lock()
 
 
-def hide(token: str) -> None:
+def hide_token(token: str) -> None:
     """Redact a client's token from all later results of `readable`."""
     _remember_token(_tokens, token, TOKENS)
 
@@ -79,10 +79,10 @@ def readable(text: str, limit: int = MESSAGE_CHARACTERS) -> str:
     Characters that are not printable become escape sequences: line ends, control characters, marks
     that change the direction of text. Text that is too long loses its middle. Tokens are redacted.
     """
-    return _make_printable(_redact(text), limit)
+    return _make_printable(_redact_tokens(text), limit)
 
 
-def escaped(text: str) -> str:
+def escape_text(text: str) -> str:
     """Return the text with an escape sequence for each character that is not printable."""
     if text.isprintable():
         return text
@@ -91,15 +91,15 @@ def escaped(text: str) -> str:
 
 def _make_printable(text: str, limit: int) -> str:
     text = _cut_middle(text, limit)
-    return text if text.isprintable() else _cut_middle(escaped(text), limit)
+    return text if text.isprintable() else _cut_middle(escape_text(text), limit)
 
 
-def _redact(text: str) -> str:
+def _redact_tokens(text: str) -> str:
     found: list[str] = []
     for tokens in (_tokens, _item_tokens):
         for token, forms in tuple(tokens.items()):
             if not forms:
-                forms = tokens[token] = _forms(token)  # noqa: PLW2901 - the same, computed now
+                forms = tokens[token] = _token_forms(token)  # noqa: PLW2901 - the same, computed now
             for form in forms:
                 if form in text:
                     found.append(form)  # noqa: PERF401 - a third of the time of a generator
@@ -110,14 +110,14 @@ def _redact(text: str) -> str:
     return text
 
 
-def _forms(token: str) -> Sequence[str]:
+def _token_forms(token: str) -> Sequence[str]:
     """Return the forms in which a text may contain the token: plain, quoted and encoded."""
     return list({token, repr(token)[1:-1], json.dumps(token)[1:-1], quote(token, safe="")})
 
 
 def _limit_length(text: str, limit: int) -> str:
     """Cut a long text to `limit`; redact it first, as a cut could leave a part of a token."""
-    return text if len(text) <= limit else _cut_middle(_redact(text), limit)
+    return text if len(text) <= limit else _cut_middle(_redact_tokens(text), limit)
 
 
 def _cut_middle(text: str, limit: int) -> str:
@@ -131,11 +131,11 @@ def _cut_middle(text: str, limit: int) -> str:
 
 def _printable_lines(text: str, limit: int) -> list[str]:
     """Return the lines of a text, redacted and printable, such as those of a traceback."""
-    lines = _cut_middle(_redact(text), limit).split("\n")
+    lines = _cut_middle(_redact_tokens(text), limit).split("\n")
     return [_make_printable(line, MESSAGE_CHARACTERS) for line in lines]
 
 
-def _message(record: logging.LogRecord) -> str:
+def _message_text(record: logging.LogRecord) -> str:
     """Return the message; if its arguments do not fit, logging would print the record to stderr."""
     try:
         return record.getMessage()
@@ -171,7 +171,7 @@ class TextFormatter(logging.Formatter):
     def format(self, record: logging.LogRecord) -> str:
         """Return the record as one line, with the stack of an error indented below the line."""
         message = _make_printable(
-            _limit_length(_message(record), MESSAGE_CHARACTERS), MESSAGE_CHARACTERS
+            _limit_length(_message_text(record), MESSAGE_CHARACTERS), MESSAGE_CHARACTERS
         )
         # Message and fields have limits of their own, so that a long message leaves room for the
         # ids.
@@ -181,7 +181,7 @@ class TextFormatter(logging.Formatter):
             if name == "error" and message.endswith(text):
                 continue  # the message already ends with the error
             plain = text.isprintable() and " " not in text
-            line += f" {name}={text if plain else repr(_redact(text))}"
+            line += f" {name}={text if plain else repr(_redact_tokens(text))}"
         lines = [readable(line, LINE_CHARACTERS)]
         if record.exc_info:
             lines += _printable_lines(self.formatException(record.exc_info), ERROR_CHARACTERS)
@@ -202,7 +202,7 @@ class JsonFormatter(logging.Formatter):
             "time": _time_text(record),
             "level": readable(record.levelname, VALUE_CHARACTERS).lower(),
             "logger": readable(record.name, VALUE_CHARACTERS),
-            "message": readable(_message(record)),
+            "message": readable(_message_text(record)),
         }
         extras = {
             name if name.isidentifier() else readable(name): readable(value, VALUE_CHARACTERS)

@@ -224,23 +224,23 @@ class _ConfigFile(NamedTuple):
     plugins: Mapping[str, Table]
     environments: Mapping[str, Table]
 
-    def layer(self) -> dict[str, _GivenValue]:
+    def process_layer(self) -> dict[str, _GivenValue]:
         """Return the settings of the table `[workpool]`."""
         return {name: _GivenValue(value, str(self.path)) for name, value in self.table.items()}
 
     def environment_layer(self, environment_id: str) -> dict[str, _GivenValue]:
         """Return the settings of an environment's table, whose name is its id."""
         table = {**self.environments[environment_id], "environment_id": environment_id}
-        origin = self.origin(environment_id)
+        origin = self.table_name(environment_id)
         return {
             name: _GivenValue(value, origin) for name, value in table.items() if name != "plugin"
         }
 
-    def origin(self, environment_id: str) -> str:
+    def table_name(self, environment_id: str) -> str:
         """Return the name of an environment's table in errors."""
         return f"{self.path} [workpool.environments.{environment_id}]"
 
-    def options(self, plugins: Iterable[str]) -> Mapping[str, Table]:
+    def plugin_tables(self, plugins: Iterable[str]) -> Mapping[str, Table]:
         """Return the tables of plugins, without the plugins that only other environments run.
 
         Otherwise an environment would refuse the table of a module that only another one names.
@@ -509,14 +509,14 @@ class Settings:
 
     def __init__(self, *, config: str | os.PathLike[str] | None = None, **values: Any) -> None:
         file = self._read_file(config)
-        variables, keywords = _variables(), self._keyword_values(values)
+        variables, keywords = _settings_from_variables(), self._keyword_values(values)
         given = {**variables, **keywords}.get("environment_id", _GivenValue(None, ""))
         layer: dict[str, _GivenValue] = {}
         problems = _choice_problems(file, given)
         if isinstance(given.value, str) and given.value in file.environments:
             layer = file.environment_layer(given.value)
             problems = _table_problems(file, given.value)
-        self._load(file, (variables, layer, keywords), problems, chosen=bool(given.value))
+        self._load_layers(file, (variables, layer, keywords), problems, chosen=bool(given.value))
 
     @classmethod
     def of_environments(
@@ -536,13 +536,13 @@ class Settings:
         problems: list[str] = []
         for environment_id in process.environment_ids:
             layers = (
-                _variables(),
+                _settings_from_variables(),
                 file.environment_layer(environment_id),
                 cls._keyword_values(values),
             )
             one = cls.__new__(cls)
             try:
-                one._load(  # noqa: SLF001 - of this class
+                one._load_layers(  # noqa: SLF001 - of this class
                     file, layers, _table_problems(file, environment_id), chosen=True
                 )
             except SettingsError as error:
@@ -558,7 +558,7 @@ class Settings:
             raise SettingsError(tuple(dict.fromkeys(problems)))
         return process, tuple(found)
 
-    def _load(
+    def _load_layers(
         self,
         file: _ConfigFile,
         layers: Iterable[Mapping[str, _GivenValue]],
@@ -570,17 +570,17 @@ class Settings:
 
         `problems`: problems that were found before, with the sources of their values.
         """
-        given, more = _merge(file.layer(), *layers)
+        given, more = _merge_layers(file.process_layer(), *layers)
         parsed, wrong = _parse_values(given)
         origins = {name: each.origin for name, each in given.items()}
         problems = [*problems, *(_with_origin(each, origins) for each in (*more, *wrong))]
-        self._refuse(problems, {})
+        self._raise_problems(problems, {})
         for name, value in parsed.items():
             object.__setattr__(self, name, value)
         sources = _Sources(
             file.path,
             origins,
-            file.options(parsed["plugins"]),
+            file.plugin_tables(parsed["plugins"]),
             () if chosen else tuple(file.environments),
         )
         object.__setattr__(self, "_sources", sources)
@@ -588,21 +588,21 @@ class Settings:
     @classmethod
     def _read_file(cls, config: str | os.PathLike[str] | None) -> _ConfigFile:
         if config:
-            return _read_config(config, cls._origin("config"))
+            return _read_config(config, cls._source_name("config"))
         return _read_config(os.environ.get(CONFIG_VARIABLE), CONFIG_VARIABLE)
 
     @classmethod
     def _keyword_values(cls, values: Mapping[str, Any]) -> dict[str, _GivenValue]:
-        return {name: _GivenValue(value, cls._origin(name)) for name, value in values.items()}
+        return {name: _GivenValue(value, cls._source_name(name)) for name, value in values.items()}
 
     @staticmethod
-    def _origin(name: str) -> str:
+    def _source_name(name: str) -> str:
         """Return the name of the source of a keyword in errors; empty: none."""
         del name
         return ""
 
     @staticmethod
-    def _refuse(problems: Iterable[str], origins: Mapping[str, str]) -> None:
+    def _raise_problems(problems: Iterable[str], origins: Mapping[str, str]) -> None:
         """Raise an error with these problems, if any, each with the source of its value."""
         found = tuple(_with_origin(problem, origins) for problem in problems)
         if found:
@@ -710,7 +710,7 @@ class Settings:
                 read()
             except SettingsError as error:
                 problems += error.problems
-        self._refuse(problems, self._sources.origins)
+        self._raise_problems(problems, self._sources.origins)
 
     def warnings(self) -> tuple[str, ...]:
         """Return a sentence for each setting that is allowed but probably a mistake."""
@@ -828,7 +828,7 @@ def _table_problems(file: _ConfigFile, environment_id: str) -> list[str]:
         "plugin": "the tables of plugins are [workpool.plugin.NAME], for all environments",
         **dict.fromkeys(PROCESS_SETTINGS, "is for all environments; move it to [workpool]"),
     }
-    table, origin = file.environments[environment_id], file.origin(environment_id)
+    table, origin = file.environments[environment_id], file.table_name(environment_id)
     problems = [f"{name}: {refused[name]} (from {origin})" for name in table if name in refused]
     return problems + _choice_problems(file, _GivenValue(None, ""))
 
@@ -844,7 +844,7 @@ def _plugin_names(plugins: object) -> set[str]:
     return {*given, *(re.split("[.:]", each)[-1] for each in given)}
 
 
-def _variables() -> dict[str, _GivenValue]:
+def _settings_from_variables() -> dict[str, _GivenValue]:
     """Return the settings from environment variables. An empty variable counts as not set.
 
     An empty `base_url` is an exception, and becomes an error later: as not set, it would make the
@@ -859,7 +859,7 @@ def _variables() -> dict[str, _GivenValue]:
     return found
 
 
-def _merge(*layers: Mapping[str, _GivenValue]) -> tuple[dict[str, _GivenValue], list[str]]:
+def _merge_layers(*layers: Mapping[str, _GivenValue]) -> tuple[dict[str, _GivenValue], list[str]]:
     """Merge the layers, of which later ones win, and return conflicts between settings."""
     merged: dict[str, _GivenValue] = {}
     problems: list[str] = []

@@ -15,7 +15,6 @@ from aiohttp import web
 from tests.protocol.conftest import ENV, TOKEN, MovableClock, wait_until
 from workpool.conformance import (
     CLAUSES,
-    Api,
     Clause,
     EnqueueSource,
     Finding,
@@ -24,6 +23,7 @@ from workpool.conformance import (
     SessionSource,
     Suite,
     Verdict,
+    WorkerApi,
 )
 from workpool.server import ControlPlane
 from workpool.wire.endpoints import ANSWER_LIMIT_BYTES
@@ -55,7 +55,7 @@ def suite_with_moved_clock(
         clock.advance(seconds)
 
     address = plane.base_url if dialect == "qoder" else plane.anthropic_base_url
-    api = Api(http, address, dialect, ENV, token=token, worker="workpool-conform")
+    api = WorkerApi(http, address, dialect, ENV, token=token, worker="workpool-conform")
     if api_key is not None:
         options["creator"] = api.as_application(api_key)
     return Suite(api, **{"source": EnqueueSource(), "now": clock, "sleep": move_clock, **options})
@@ -338,7 +338,7 @@ class IntrudingSource(EnqueueSource):
     def __init__(self, plane: ControlPlane) -> None:
         self._plane = plane
 
-    async def create_item(self, api: Api, script: Any = None) -> str:
+    async def create_item(self, api: WorkerApi, script: Any = None) -> str:
         self._plane.enqueue()
         return await super().create_item(api, script)
 
@@ -432,7 +432,7 @@ async def test_hanging_control_plane_leaves_clauses_untried_within_time_limit(
     async with ControlPlane(
         environments=(ENV,), tokens={TOKEN: None}, middlewares=[hang_polls]
     ) as plane:
-        api = Api(
+        api = WorkerApi(
             http_session, plane.base_url, "qoder", ENV, token=TOKEN, worker="workpool-conform"
         )
         suite = Suite(api, EnqueueSource(), seconds=0.2)
@@ -449,7 +449,7 @@ HELD_STATES = ["active", "starting"]
 async def test_cancelled_suite_stops_its_items(
     control_plane: ControlPlane, http_session: aiohttp.ClientSession
 ) -> None:
-    api = Api(
+    api = WorkerApi(
         http_session, control_plane.base_url, "qoder", ENV, token=TOKEN, worker="workpool-conform"
     )
     suite = Suite(api, EnqueueSource())

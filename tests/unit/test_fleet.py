@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from workpool.cli.fleet import Fleet
+from workpool.cli.fleet import FleetReaders
 from workpool.cli.fleet_reader import FleetReader
 from workpool.scaling import FleetLoad, ReplicaRule, total_load
 from workpool.settings import Settings
@@ -14,7 +14,9 @@ if TYPE_CHECKING:
     from collections.abc import Mapping
 
 
-def fleet_with_loads(loads: Mapping[str, FleetLoad | None], slots: Mapping[str, int]) -> Fleet:
+def fleet_with_loads(
+    loads: Mapping[str, FleetLoad | None], slots: Mapping[str, int]
+) -> FleetReaders:
     """Return a fleet whose readers have read these loads, or nothing yet where a load is None."""
     client = WorkClient(Settings(environment_id="env_a"))
     readers = {}
@@ -22,7 +24,7 @@ def fleet_with_loads(loads: Mapping[str, FleetLoad | None], slots: Mapping[str, 
         reader = FleetReader(client, interval=15, max_age=120, clock=lambda: 100.0)
         reader._last = None if load is None else (100.0 - number, load)
         readers[environment_id] = reader
-    return Fleet(readers, slots, ReplicaRule(7, 1, 20))
+    return FleetReaders(readers, slots, ReplicaRule(7, 1, 20))
 
 
 def test_fleet_numbers_of_two_environments_are_sums_with_greatest_age() -> None:

@@ -24,8 +24,8 @@ from workpool.logs import (
     TOKENS,
     JsonFormatter,
     TextFormatter,
-    hide,
     hide_item_token,
+    hide_token,
     readable,
 )
 
@@ -193,7 +193,7 @@ def forgotten_tokens(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.usefixtures("forgotten_tokens")
-@pytest.mark.parametrize("hiding", [hide, hide_item_token])
+@pytest.mark.parametrize("hiding", [hide_token, hide_item_token])
 def test_token_anywhere_in_log_record_is_redacted(hiding: Callable[[str], None]) -> None:
     token = "pat-" + "\"hunter2\\hunter2+/'"
     hiding(token)
@@ -206,20 +206,20 @@ def test_token_anywhere_in_log_record_is_redacted(hiding: Callable[[str], None])
 
 @pytest.mark.usefixtures("forgotten_tokens")
 def test_token_of_three_characters_leaves_words_readable() -> None:
-    hide("and")
+    hide_token("and")
     assert readable("workers and handlers") == "workers and handlers"
 
 
 @pytest.mark.usefixtures("forgotten_tokens")
 def test_text_redacted_twice_stays_the_same() -> None:
-    hide("token")
-    hide("hunter2-hunter2")
+    hide_token("token")
+    hide_token("hunter2-hunter2")
     assert readable(readable("Bearer hunter2-hunter2")) == "Bearer [token]"
 
 
 @pytest.mark.usefixtures("forgotten_tokens")
 def test_token_at_cut_of_long_message_leaves_no_part() -> None:
-    hide("hunter2-" * 8)
+    hide_token("hunter2-" * 8)
     for before in range(0, 2 * MESSAGE_CHARACTERS, 50):
         text = "x" * before + "hunter2-" * 8 + "y" * (2 * MESSAGE_CHARACTERS - before)
         assert "hunter2" not in readable(text)
@@ -228,7 +228,7 @@ def test_token_at_cut_of_long_message_leaves_no_part() -> None:
 @pytest.mark.usefixtures("forgotten_tokens")
 def test_number_of_remembered_tokens_is_limited() -> None:
     for number in range(1000):
-        hide(f"token-{number:04}")
+        hide_token(f"token-{number:04}")
         hide_item_token(f"item-{number:04}")
     assert (len(logs._tokens), len(logs._item_tokens)) == (TOKENS, ITEM_TOKENS)
     assert readable("token-0999 item-0999 token-0000") == "[token] [token] token-0000"

@@ -14,7 +14,7 @@ from workpool.cli import conform
 from workpool.cli.flags import import_from_current_directory
 from workpool.cli.output import print_json, print_pairs, print_rows
 from workpool.conformance import CLAUSES, Finding, Verdict
-from workpool.logs import hide
+from workpool.logs import hide_token
 from workpool.settings import Settings
 
 if TYPE_CHECKING:
@@ -45,7 +45,7 @@ def test_json_output_contains_no_control_characters(
 def test_conform_output_shows_answers_of_control_plane_escaped_and_cut(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    hide("hunter2-hunter2")
+    hide_token("hunter2-hunter2")
     text = "hunter2-hunter2\n\x1b[2J\u202e" + "x" * 4_000_000
     findings = [Finding(CLAUSES[0], Verdict.BREAKS, text)]
     conform._print_findings(findings)

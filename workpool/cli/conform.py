@@ -18,17 +18,17 @@ from workpool.cli.help_text import examples_section
 from workpool.cli.output import print_json
 from workpool.conformance import (
     CLAUSES,
-    Api,
     Clause,
     EnqueueSource,
     Finding,
     ForeignItemsError,
     GivenSource,
+    ItemSource,
     SessionSource,
-    Source,
     Suite,
     UnlistedItemsError,
     Verdict,
+    WorkerApi,
 )
 from workpool.conformance.api import NoAnswerError
 from workpool.logs import readable
@@ -140,7 +140,7 @@ def _select_clauses(names: Sequence[str] | None) -> Sequence[Clause]:
     return [by_name[name] for name in dict.fromkeys(names)]
 
 
-def _new_item_source(agent: str | None, work_ids: Sequence[str] | None) -> Source:
+def _new_item_source(agent: str | None, work_ids: Sequence[str] | None) -> ItemSource:
     if agent and work_ids:
         raise typer.BadParameter("give --agent or --work-id, not both")
     if work_ids:
@@ -151,7 +151,7 @@ def _new_item_source(agent: str | None, work_ids: Sequence[str] | None) -> Sourc
 async def _run_suite(
     settings: Settings,
     clauses: Sequence[Clause],
-    source: Source,
+    source: ItemSource,
     given: Sequence[str],
     test_environment: bool,
 ) -> list[Finding]:
@@ -162,7 +162,7 @@ async def _run_suite(
         cookie_jar=aiohttp.DummyCookieJar(),
         proxy=proxy_for_url(URL(settings.base_url)),
     ) as http:
-        api = Api(
+        api = WorkerApi(
             http,
             settings.base_url,
             settings.dialect,

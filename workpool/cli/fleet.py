@@ -13,8 +13,8 @@ if TYPE_CHECKING:
     from workpool.cli.fleet_reader import FleetReader
 
 
-class Fleet:
-    """The numbers of a fleet whose workers work for all of its environments.
+class FleetReaders:
+    """The readers of a fleet whose workers work for all of its environments.
 
     Args:
         readers: The reader of each environment, by its id.

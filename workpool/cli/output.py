@@ -9,7 +9,7 @@ from typing import Any
 import orjson
 import typer
 
-from workpool.logs import escaped
+from workpool.logs import escape_text
 from workpool.wire.items import QueueStats, WorkItem
 
 
@@ -69,7 +69,7 @@ def _cell_text(cell: object) -> str:
         return "-"
     text = cell.isoformat().replace("+00:00", "Z") if hasattr(cell, "isoformat") else str(cell)
     # Strings from the control plane must not control the terminal or split a line.
-    return escaped(text)
+    return escape_text(text)
 
 
 def _escape_unprintable(line: str) -> str:

@@ -24,7 +24,7 @@ from workpool.cli.flags import (
     read_environments,
     require_connections,
 )
-from workpool.cli.fleet import Fleet
+from workpool.cli.fleet import FleetReaders
 from workpool.cli.fleet_reader import FleetReader
 from workpool.cli.help_text import examples_section
 from workpool.cli.rate_limit_groups import shared_rate_limits
@@ -150,7 +150,7 @@ async def _serve_numbers(
             environment_id = str(each.environment_id)
             readers[environment_id] = new_reader(await stack.enter_async_context(client))
             slots[environment_id] = each.concurrency
-        fleet = Fleet(readers, slots, rule)
+        fleet = FleetReaders(readers, slots, rule)
         registry = CollectorRegistry()
         registry.register(FleetMetrics(fleet))
         address = settings.metrics_address
@@ -167,7 +167,7 @@ async def _serve_numbers(
 class FleetMetrics(Collector):
     """Prometheus collector of the numbers of each environment; unknown numbers are left out."""
 
-    def __init__(self, fleet: Fleet) -> None:
+    def __init__(self, fleet: FleetReaders) -> None:
         self._fleet = fleet
 
     def collect(self) -> Iterable[Metric]:

@@ -19,7 +19,7 @@ from workpool.cli.request_log import log_request
 from workpool.cli.signals import SignalEvents
 from workpool.cli.verbosity import Verbose, is_verbose
 from workpool.errors import innermost
-from workpool.logs import hide
+from workpool.logs import hide_token
 from workpool.pool.lease_renewer import new_event_loop
 from workpool.server import (
     DEFAULT_ENVIRONMENT,
@@ -136,7 +136,7 @@ def serve(
                 f"{host} is not a loopback address: set WORKPOOL_SERVE_TOKEN or give --token-file"
             )
         for each in (*grants, *scale_grants):
-            hide(each)
+            hide_token(each)
         plan = read_fault_plan(faults) if faults is not None else FaultPlan()
         opened = _new_store(store)
         if isinstance(opened, PostgresStore) and plan.needs_in_memory_index:
@@ -194,7 +194,7 @@ async def _serve_until_signal(plane: ControlPlane, *, shown: str | None, as_json
 
 async def _serve_until_failed(plane: ControlPlane, shown: str | None, *, as_json: bool) -> None:
     async with plane:
-        hide(plane.token)
+        hide_token(plane.token)
         typer.echo(_ready_line(plane, shown, as_json=as_json))
         # Raises an error if the store cannot be used anymore.
         await plane.engine.wait_for_failure()

@@ -25,7 +25,7 @@ from workpool.cli.flags import (
 from workpool.cli.help_text import PLAIN, examples_section
 from workpool.cli.output import pairs_text, print_json, print_pairs, print_rows, protocol_fields
 from workpool.errors import RefusedError
-from workpool.logs import escaped
+from workpool.logs import escape_text
 from workpool.settings import Settings
 from workpool.wire import protocol
 from workpool.wire.client import WorkClient
@@ -267,7 +267,7 @@ def retry_item(
         typer.echo(
             "workpool: this control plane has no call that creates items. Create a session for the "
             "same work in your application or with the service's API; it had the metadata: "
-            f"{escaped(pairs_text(metadata)) or 'none'}",
+            f"{escape_text(pairs_text(metadata)) or 'none'}",
             err=True,
         )
         raise typer.Exit(exits.REFUSED)

@@ -5,18 +5,17 @@ environment; the same clauses run against the embedded control plane in this pro
 See workpool/docs/protocol.md, "Conformance".
 """
 
-from workpool.conformance.api import Answer, Api
+from workpool.conformance.api import Answer, WorkerApi
 from workpool.conformance.clause import Clause
 from workpool.conformance.clauses import CLAUSES
 from workpool.conformance.shared_queue import ForeignItemsError, UnlistedItemsError
 from workpool.conformance.suite import Finding, Suite
 from workpool.conformance.verdict import Breaks, Differs, Untried, Verdict
-from workpool.conformance.work_sources import EnqueueSource, GivenSource, SessionSource, Source
+from workpool.conformance.work_sources import EnqueueSource, GivenSource, ItemSource, SessionSource
 
 __all__ = [
     "CLAUSES",
     "Answer",
-    "Api",
     "Breaks",
     "Clause",
     "Differs",
@@ -24,10 +23,11 @@ __all__ = [
     "Finding",
     "ForeignItemsError",
     "GivenSource",
+    "ItemSource",
     "SessionSource",
-    "Source",
     "Suite",
     "UnlistedItemsError",
     "Untried",
     "Verdict",
+    "WorkerApi",
 ]

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, Final, Generic, TypeVar
 import aiohttp
 import orjson
 
-from workpool.logs import hide, readable
+from workpool.logs import hide_token, readable
 from workpool.wire.client_dialects import DIALECTS
 from workpool.wire.endpoints import ANSWER_LIMIT_BYTES
 from workpool.wire.http.connection_errors import TRANSIENT
@@ -139,7 +139,7 @@ class WorkCalls(ABC, Generic[A]):
 
 
 @dataclass(eq=False)
-class Api(WorkCalls[Answer]):
+class WorkerApi(WorkCalls[Answer]):
     """A worker that sends single requests to the work calls of one environment.
 
     Attributes:
@@ -164,16 +164,16 @@ class Api(WorkCalls[Answer]):
 
     def __post_init__(self) -> None:
         for secret in (self.token or "", *self.headers.values()):
-            hide(secret)
+            hide_token(secret)
 
-    def as_application(self, api_key: str) -> Api:
+    def as_application(self, api_key: str) -> WorkerApi:
         """Return an API object of an application with an API key."""
         header = DIALECTS[self.dialect].api_key_header
         if header is None:
             return replace(self, token=api_key)
         return replace(self, token=None, headers={**self.headers, header: api_key})
 
-    def as_worker(self, worker: str | None, token: str | None) -> Api:
+    def as_worker(self, worker: str | None, token: str | None) -> WorkerApi:
         """Return an API object of another worker, or with another token."""
         return replace(self, worker=worker, token=token)
 

@@ -16,8 +16,8 @@ from workpool.wire.protocol import NO_HEARTBEAT
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Mapping
 
-    from workpool.conformance.api import Answer, Api
-    from workpool.conformance.work_sources import Script, Source
+    from workpool.conformance.api import Answer, WorkerApi
+    from workpool.conformance.work_sources import ItemSource, Script
 
 STARTS: Final = 4
 """Largest number of clauses between their start and their first wait."""
@@ -72,10 +72,10 @@ class SharedQueue:
 
     def __init__(  # noqa: PLR0913 - one keyword for each option of `workpool conform`
         self,
-        api: Api,
-        source: Source,
+        api: WorkerApi,
+        source: ItemSource,
         *,
-        creator: Api | None = None,
+        creator: WorkerApi | None = None,
         given: Iterable[str] = (),
         test_environment: bool = False,
         now: Callable[[], float] = time.monotonic,

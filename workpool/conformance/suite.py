@@ -16,9 +16,9 @@ from workpool.conformance.verdict import DepartureError, Verdict
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable, Iterable
 
-    from workpool.conformance.api import Api
+    from workpool.conformance.api import WorkerApi
     from workpool.conformance.clause import Clause
-    from workpool.conformance.work_sources import Source
+    from workpool.conformance.work_sources import ItemSource
 
 SUITE_SECONDS: Final = 280.0
 CLEAN_UP_SECONDS: Final = 15.0
@@ -49,10 +49,10 @@ class Suite(SharedQueue):
 
     def __init__(  # noqa: PLR0913 - one keyword for each option of `workpool conform`
         self,
-        api: Api,
-        source: Source,
+        api: WorkerApi,
+        source: ItemSource,
         *,
-        creator: Api | None = None,
+        creator: WorkerApi | None = None,
         given: Iterable[str] = (),
         test_environment: bool = False,
         seconds: float = SUITE_SECONDS,

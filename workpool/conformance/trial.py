@@ -15,7 +15,7 @@ from workpool.wire.protocol import STATES
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
-    from workpool.conformance.api import Answer, Api
+    from workpool.conformance.api import Answer, WorkerApi
     from workpool.conformance.shared_queue import Delivery, SharedQueue, SuiteItem
     from workpool.conformance.work_sources import Script
 
@@ -39,8 +39,8 @@ class Trial:
 
     def __init__(self, queue: SharedQueue) -> None:
         self._queue = queue
-        self.api: Api = queue.api
-        self.other: Api = queue.other
+        self.api: WorkerApi = queue.api
+        self.other: WorkerApi = queue.other
         self.subjects: list[SuiteItem] = []
         self._starting = False
 

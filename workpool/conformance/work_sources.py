@@ -9,7 +9,7 @@ from workpool.conformance.verdict import Untried
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
-    from workpool.conformance.api import Answer, Api
+    from workpool.conformance.api import Answer, WorkerApi
 
 Script: TypeAlias = "Sequence[Mapping[str, Any]]"
 
@@ -17,10 +17,10 @@ MARK: Final = "workpool.conform"
 """The metadata key that marks items of the suite, so that a later run recognizes them."""
 
 
-class Source(Protocol):
+class ItemSource(Protocol):
     """The interface for getting one new item."""
 
-    async def create_item(self, api: Api, script: Script | None = None) -> str:
+    async def create_item(self, api: WorkerApi, script: Script | None = None) -> str:
         """Create one item; return its id, or that of its session.
 
         Args:
@@ -35,7 +35,7 @@ class Source(Protocol):
 class EnqueueSource:
     """Creates items with the embedded control plane's own call."""
 
-    async def create_item(self, api: Api, script: Script | None = None) -> str:
+    async def create_item(self, api: WorkerApi, script: Script | None = None) -> str:
         """Create one item and return its id."""
         wanted: dict[str, Any] = {"metadata": {MARK: "1"}}
         answer = await api(
@@ -57,7 +57,7 @@ class SessionSource:
     def __init__(self, agent: str) -> None:
         self._agent = agent
 
-    async def create_item(self, api: Api, script: Script | None = None) -> str:
+    async def create_item(self, api: WorkerApi, script: Script | None = None) -> str:
         """Create a session, send it a message and return the session's id."""
         _refuse_script(script)
         body = {
@@ -74,7 +74,7 @@ class SessionSource:
             raise Untried(f"the session takes no message: {sent}")
         return session_id
 
-    async def _send_message(self, api: Api, session_id: str) -> Answer:
+    async def _send_message(self, api: WorkerApi, session_id: str) -> Answer:
         message: dict[str, Any] = {
             "type": "user.message",
             "content": [{"type": "text", "text": "workpool conform"}],
@@ -93,7 +93,7 @@ class GivenSource:
     def __init__(self, work_ids: Sequence[str]) -> None:
         self._left = list(work_ids)
 
-    async def create_item(self, api: Api, script: Script | None = None) -> str:
+    async def create_item(self, api: WorkerApi, script: Script | None = None) -> str:
         """Return the id of the next given item."""
         del api
         _refuse_script(script)

@@ -49,7 +49,7 @@ class NullWindow:
         # One [second, nulls, polls] for each second; an entry is overwritten after 60 s.
         self._buckets = [[-WINDOW_SECONDS, 0, 0] for _ in range(WINDOW_SECONDS)]
 
-    def count(self, result: PollResult, _: float) -> None:
+    def count_poll(self, result: PollResult, _: float) -> None:
         """Count a poll if it returned an item or null."""
         null = result == "null"
         if not null and result != "item":
@@ -62,7 +62,7 @@ class NullWindow:
             bucket[1] += null
             bucket[2] += 1
 
-    def counts(self) -> tuple[int, int]:
+    def poll_counts(self) -> tuple[int, int]:
         """Return the numbers of null answers and of all counted polls in the window of 60 s."""
         oldest = int(self._clock()) - WINDOW_SECONDS
         with self._lock:
@@ -224,7 +224,7 @@ def _session_samples(
 
 
 def _null_ratio_samples(environment_id: str, group: Sequence[GaugeSource]) -> Iterator[Sample]:
-    counts = [source.polls.counts() for source in group]
+    counts = [source.polls.poll_counts() for source in group]
     polls = sum(polls for _, polls in counts)
     if polls:
         yield "poll_null_ratio", (environment_id,), sum(nulls for nulls, _ in counts) / polls

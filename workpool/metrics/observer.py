@@ -278,7 +278,7 @@ class Metrics:
         for row in DEFINITIONS:
             if row.event is not None:
                 self._effects[row.event].add_metric(self._series[row.name], row)
-        self.forward(ev.PollFinished, self._source.polls.count)
+        self.forward(ev.PollFinished, self._source.polls.count_poll)
         self.forward(ev.QueueStatsRead, self._on_stats)
         self.forward(ev.SessionStarted, self._on_start)
         for handler in self.handlers:

@@ -47,7 +47,7 @@ REFUSAL_LOG_SECONDS = 60.0
 this often."""
 
 
-class _Hooks:
+class _PluginHooks:
     """The checked hooks of a plugin, as an object that pluggy registers."""
 
     def __init__(self, hooks: Mapping[str, Callable[..., Any]]) -> None:
@@ -63,7 +63,7 @@ class _RouteAdapter:
     @hookimpl
     def workpool_session_handler(self, item: WorkItem) -> Handler | None:
         for route in self._routes:
-            if route.rule.matches(item):
+            if route.rule.matches_item(item):
                 return route.handler
         return None
 
@@ -266,7 +266,7 @@ def _in_order(plugins: Sequence[Plugin]) -> dict[str, list[Hook]]:
                 _RouteAdapter(_reachable_routes(plugin, routes)), f"@{plugin.name}"
             )
             owners[str(adapter)] = plugin.name
-        registry.register(_Hooks(plugin.hooks), plugin.name)
+        registry.register(_PluginHooks(plugin.hooks), plugin.name)
         owners[plugin.name] = plugin.name
     return {
         hook: [
@@ -292,7 +292,7 @@ def _observers_by_type(
 def _reachable_routes(plugin: Plugin, routes: Iterable[Route]) -> list[Route]:
     """Return the plugin's routes and all more specific ones, the most specific first."""
     own = [route.rule for route in plugin.routes]
-    refined = [route for route in routes if any(rule.covers(route.rule) for rule in own)]
+    refined = [route for route in routes if any(rule.covers_rule(route.rule) for rule in own)]
     return sorted(refined, key=lambda route: -len(route.rule.metadata))
 
 

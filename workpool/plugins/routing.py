@@ -33,7 +33,7 @@ def refuse_equal_rules(routes: Sequence[Route]) -> None:
     """
     for index, route in enumerate(routes):
         for other in routes[:index]:
-            if other.rule.covers(route.rule) and route.rule.covers(other.rule):
+            if other.rule.covers_rule(route.rule) and route.rule.covers_rule(other.rule):
                 raise PluginError(
                     route.handler.plugin,
                     f"{route.handler.name} and {other.handler.name} have the same rule "

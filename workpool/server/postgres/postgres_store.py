@@ -6,7 +6,7 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 from urllib.parse import unquote, urlsplit
 
-from workpool.logs import hide
+from workpool.logs import hide_token
 from workpool.server.api_errors import ServeError
 
 if TYPE_CHECKING:
@@ -32,11 +32,11 @@ class PostgresStore:
     """
 
     def __init__(self, url: str, *, history: bool = False) -> None:
-        hide(url)
+        hide_token(url)
         password = _password_in_url(url)
         if password is not None:
-            hide(password)
-            hide(unquote(password))
+            hide_token(password)
+            hide_token(unquote(password))
         self._url = url
         self._history = history
 

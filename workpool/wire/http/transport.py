@@ -25,7 +25,7 @@ from typing import TYPE_CHECKING, Any, Final, NoReturn, TypeVar
 from multidict import CIMultiDict
 
 from workpool.errors import RefusedError, SettingsError, TransientError
-from workpool.logs import hide
+from workpool.logs import hide_token
 from workpool.wire.client_dialects import DIALECTS
 from workpool.wire.endpoints import ANSWER_LIMIT_BYTES, STREAM
 from workpool.wire.http.call_options import DEFAULT_OPTIONS, CallOptions, Priority
@@ -428,10 +428,10 @@ class Transport:
     def _hide_secrets(self) -> None:
         """Keep the token and the values of extra headers out of the log."""
         token, *values = self._secrets
-        hide(token)
+        hide_token(token)
         for value in values:
             if len(value) >= HIDDEN_CHARACTERS:
-                hide(value)
+                hide_token(value)
 
     def _public_headers(self) -> dict[str, str]:
         """Return the headers without secrets: a session's defaults, which a proxy also receives."""
