@@ -463,7 +463,7 @@ MUTATIONS: dict[str, list[SourceEdit]] = {
     "id given up at the cancellation": [
         SourceEdit(
             "handler_executor:HandlerExecutor",
-            "await ended(task)",
+            "await end_of_task(task)",
             'lost = asyncio.ensure_future(item.wait_until(lambda: item.lease.status != "held"))\n'
             '        await asyncio.wait({task, lost}, return_when="FIRST_COMPLETED")\n'
             "        lost.cancel()\n"

@@ -25,19 +25,21 @@ T = TypeVar("T")
 
 
 class BoundedQueue(Generic[T]):
-    """Places for items. A place is free, reserved (by a poll), waiting (an item) or running.
+    """The places of one pool. A place is free, reserved for a poll, or has an item.
+
+    An item in a place waits for a slot, or runs in one.
 
     Args:
         concurrency: The number of slots.
         prefetch: The number of places to wait in.
-        uses: The number of items that may use a place up; after that no place is left. None: no
-            limit.
+        uses: The number of items that the pool may run in all; there are never more places than
+            items left to run. None: no limit.
         share: The pool's share of slots that several pools use; each place needs one of these
             slots. None: the slots are the pool's own.
 
     Attributes:
         may_start: Returns whether an item that was set aside may start now.
-        start: Called with an item that was set aside and that has got a slot of another pool.
+        start: Called with an item that was set aside and has just got a shared slot.
     """
 
     def __init__(
@@ -65,7 +67,7 @@ class BoundedQueue(Generic[T]):
 
     @property
     def free_slots(self) -> int:
-        """The number of slots in which no item runs and that the pool could have now."""
+        """The number of slots that this pool could use now; other pools may use shared slots."""
         free = max(0, self.concurrency - self.running)
         if self._share is None:
             return free
@@ -102,7 +104,7 @@ class BoundedQueue(Generic[T]):
 
     async def reserve_place(self) -> None:
         """Reserve a place; wait until one is free, in the order of the calls."""
-        # Checked here and not in a function, whose call each session of every pool would pay for.
+        # These conditions are written here, since a function call would cost time in each session.
         if (
             self._count_free_places() > 0
             and not self._reservers
@@ -113,15 +115,15 @@ class BoundedQueue(Generic[T]):
         turn: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         self._reservers.append(turn)
         if self._share is not None:
-            # An item set aside may come before this poller, by the order of the slots.
+            # A free slot may be there for this poller, or for an item set aside that comes first.
             self._share.grant_free_slots()
         try:
             await turn
         except asyncio.CancelledError:
             if not turn.cancelled():
-                # The wait was granted and cancelled in the same turn: the place must not be lost.
+                # The place was granted just before the cancellation, and would be lost.
                 self.release_reserved_place()
-            elif turn in self._reservers:  # `grant_free_places` removes the turns of its pollers
+            elif turn in self._reservers:  # else `grant_free_places` has removed the turn
                 self._reservers.remove(turn)
             raise
 
@@ -138,7 +140,7 @@ class BoundedQueue(Generic[T]):
         self._waiting.append(item)
 
     def set_item_aside(self, item: T) -> None:
-        """Let an item wait outside all places."""
+        """Store an item that waits for a slot of its handler, without a place."""
         self._aside.append(item)
         if self.too_many_set_aside:
             self._room.clear()
@@ -166,7 +168,7 @@ class BoundedQueue(Generic[T]):
     def take_item(self) -> T | None:
         """Move an item into a slot, and return it; None if no item may start or no slot is free.
 
-        The oldest item that was set aside and may start goes before the items in places.
+        Items that were set aside and may start now have precedence over items in places.
         """
         if self.running >= self.concurrency:
             return None
@@ -193,8 +195,8 @@ class BoundedQueue(Generic[T]):
     def release_slot(self, *, used_up: bool = False) -> None:
         """Free the slot, and with it the place, of an item that `take_item` returned.
 
-        The caller gives it to a waiting item (`take_item`), and only then to a poller
-        (`grant_free_places`).
+        The caller then offers the slot to waiting items (`take_item`), and after them the place
+        to pollers (`grant_free_places`).
         `used_up`: the item counts as one of the `uses`.
         """
         self.running -= 1
@@ -232,7 +234,7 @@ class BoundedQueue(Generic[T]):
             turn.set_result(None)
 
     def _next_use_of_shared_slot(self) -> Callable[[], None] | None:
-        """Return the function that uses one more slot: for an item set aside, or for a poller.
+        """Return a function that uses a shared slot: for an item set aside, or else for a poller.
 
         None if no item or poller waits although a place is free.
         """
@@ -246,6 +248,6 @@ class BoundedQueue(Generic[T]):
         return self._hand_out_place if self._reservers and self._count_free_places() > 0 else None
 
     def _start_item_set_aside(self, item: T) -> None:
-        """Start an item that was set aside, in a slot that was granted."""
+        """Start an item that was set aside, in a shared slot that the pool was granted."""
         self._move_to_slot(item)
         self.start(item)

@@ -48,12 +48,12 @@ A later answer leaves no time for a first heartbeat.
 
 
 @dataclass(slots=True)
-class _Repeats:
-    """The repetition of one ack.
+class _AckRepeats:
+    """The time limit and the backoff of the repetition of one ack.
 
     Attributes:
-        until: The time from which no ack is sent, on the lease clock: then another worker may claim
-            the item, or the lease that begins with it would count as over.
+        until: The time from which the ack is not sent anymore, on the lease clock: another worker
+            may claim the item then, or the lease would end before its first heartbeat.
         first_sent: The time at which the first ack that may have been applied was sent; infinite:
             no such ack was sent.
     """
@@ -64,9 +64,9 @@ class _Repeats:
 
 
 class Claimer:
-    """Claims items. Lives on the handlers' loop.
+    """Claims items: sends their acks and first heartbeats. Lives on the handlers' loop.
 
-    From the beginning of a drain on, no ack is repeated, and every first heartbeat is the last one.
+    During a drain, no ack is repeated, and the first heartbeat already releases the item.
 
     Args:
         context: The context of the pool.
@@ -89,10 +89,10 @@ class Claimer:
         self._on_ack = on_ack
 
     async def acknowledge_item(self, item: PoolItem, taken_at: float) -> CallResult:
-        """Acknowledge the item, repeatedly while the pool can still own it, and return the result.
+        """Send the item's ack, with retries while the pool can still own it; return the result.
 
         After "ok", `item.work_item` is the answer and `item.acked_at` is set. `taken_at` is the
-        time now, at which a slot took the item, on the lease clock.
+        current time on the lease clock: the item has just got its slot.
         """
         sent, repeats, options = taken_at, None, CLAIM_OPTIONS
         while True:
@@ -104,7 +104,9 @@ class Claimer:
             except RefusedError as error:
                 result = self._handle_refusal(item, error)
             except TransientError as error:
-                repeats = repeats or _Repeats(item.delivered_at + self._context.redelivery_seconds)
+                repeats = repeats or _AckRepeats(
+                    item.delivered_at + self._context.redelivery_seconds
+                )
                 options = CallOptions(partial(self._check_time_of_repeat, repeats), Priority.CLAIM)
                 result = (
                     None if await self._wait_for_repeat(item, repeats, error, sent) else "error"
@@ -119,10 +121,10 @@ class Claimer:
                 self._observe(AckFinished, item.work_item, result, waited, took)
                 return result
 
-    def _check_time_of_repeat(self, repeats: _Repeats) -> None:
-        """Raise an error if it is too late for the ack, which may have waited for a connection.
+    def _check_time_of_repeat(self, repeats: _AckRepeats) -> None:
+        """Raise an error if it is too late to repeat the ack, after its wait for a connection.
 
-        It would lease the item to this pool, which could not use that lease, for 60 s.
+        A late ack could lease the item for 60 s to this pool, which would not run it.
         """
         if self._clock() >= repeats.until:
             raise TransientError("ack", None, "too late to own the item", reason="throttled")
@@ -137,28 +139,28 @@ class Claimer:
             await self._heartbeats.send_heartbeat(lease, self._end_after_pause)
             now = self._clock()
             if lease.begun:
-                lease.end_if_expired(now)  # the answer may have come too late for a handler
+                lease.end_if_expired(now)  # a late answer may leave no time to run a handler
             if lease.begun or lease.over:
                 self._end_after_pause(lease, now)
                 return
             seconds = min(lease.due_at, lease.give_up_at) - now
             if draining:
                 await asyncio.sleep(max(0.0, seconds))
-            else:  # a drain that begins must not wait for a long Retry-After
+            else:  # a drain ends this wait, which a Retry-After can make long
                 await self._wait_for_drain(item, seconds)
 
     def _end_after_pause(self, lease: Lease, now: float) -> None:
-        """End the lease if the machine was paused during the claim: no handler runs yet."""
+        """End the lease if the machine was paused since the ack; no handler has been called yet."""
         if self._pauses.was_paused(lease.clock_offset, now):
             log.warning("the machine was paused during a claim", extra={"work_id": lease.item.id})
             lease.end("lost")
 
     async def _wait_for_repeat(
-        self, item: PoolItem, repeats: _Repeats, failure: TransientError, sent: float
+        self, item: PoolItem, repeats: _AckRepeats, failure: TransientError, sent: float
     ) -> bool:
-        """Wait until the next try of an ack; return False if no further try is allowed."""
+        """Wait for the next try of an ack; return False if the ack must not be repeated."""
         if failure.reason in MAYBE_APPLIED:
-            # If it was applied, no other worker can have the item before that lease has lapsed.
+            # If the ack was applied, no other worker can claim the item before its lease lapses.
             repeats.first_sent = min(repeats.first_sent, sent)
             repeats.until = repeats.first_sent + ACK_LEASE_SECONDS - MARGIN_SECONDS
         delay = max(repeats.backoff.next(), failure.retry_after or 0.0)
@@ -187,7 +189,7 @@ def _accept_answer(item: PoolItem, answer: WorkItem, acked_at: float) -> CallRes
     if answer.state not in {STARTING, ACTIVE}:
         return "conflict"
     token, trace = item.work_item.sessions_token, item.work_item.traceparent
-    if token is not None or trace is not None:  # the answer to an ack has no token and no trace
+    if token is not None or trace is not None:  # only the answer to the poll has these two
         answer = replace(answer, sessions_token=answer.sessions_token or token, traceparent=trace)
     # While the item waited for a slot, another worker may have held and lost it.
     item.held_before = item.held_before or answer.last_heartbeat is not None

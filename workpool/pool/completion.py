@@ -1,4 +1,4 @@
-"""The end of a session: the completion table, and the calls that it makes the pool send.
+"""The end of a session: the completion table, and the requests by which a session is ended.
 
 The table says what happens; `Completion` does it. Nothing is sent for an item whose lease is not
 held, and an item whose result could not be written is not stopped as completed.
@@ -61,7 +61,7 @@ DRAIN_REASON: Final = "the pool is draining"
 
 @dataclass(frozen=True, slots=True)
 class CompletionRow:
-    """One row of the table: the effect on the item, the metadata to write, and the outcome."""
+    """One row of the completion table: what happens to the item, its metadata, and the outcome."""
 
     item: Literal["stop", "release", "untouched"]
     metadata: Literal["result", "error", "reason", "none"]
@@ -85,7 +85,7 @@ WRITE: Final = SendOptions(Priority.COMPLETION, by_handler=False)
 
 
 class Completion:
-    """Ends sessions by the table. Lives on the handlers' loop."""
+    """Ends sessions by the completion table. Lives on the handlers' loop."""
 
     def __init__(self, context: PoolContext, sender: ItemSender) -> None:
         self._with_message = context.settings.report_errors == "message"
@@ -97,7 +97,7 @@ class Completion:
         self._optional = context.optional
 
     async def complete_session(self, item: PoolItem) -> Outcome:
-        """Carry out the row while the lease is held, and return the outcome."""
+        """Write and stop, or release, the item as its row of the table says; return the outcome."""
         row = completion_row(item)
         if row.item == "untouched":
             return row.outcome
@@ -158,11 +158,11 @@ class Completion:
             )
         except (TransientError, RefusedError) as error:
             if isinstance(error, RefusedError) or error.reason == "throttled":
-                lease.own_stop = before  # the control plane has not applied this stop
+                lease.own_stop = before  # the stop was certainly not applied
             raise
 
     async def _write_row_metadata(self, item: PoolItem, row: CompletionRow) -> Outcome:
-        """Write the row's metadata, if any; return the outcome: `failed` for a refused result."""
+        """Write the metadata that the row names; return its outcome, or `failed` if refused."""
         attempt = item.attempt
         if row.metadata == "result" and not item.result:
             if patch := attempt.closing_patch({}):
@@ -174,7 +174,7 @@ class Completion:
         except (ConflictError, PreconditionError):
             pass  # the control plane says that the item is stopped already
         except NotPermittedError:
-            # Another run would have the same end, so the session is completed without its result.
+            # Another run could not write its result either, so the session is completed without it.
             if row.metadata == "result":
                 self._observe(ResultDropped, item.work_item)
         except RefusedError as error:
@@ -183,7 +183,7 @@ class Completion:
             )
             if row.metadata != "result":
                 return row.outcome
-            # A result that cannot be written must not count as completed.
+            # The session failed if its result cannot be written; the error is written in its place.
             item.error = error
             notes = self._error_note(item)
             with contextlib.suppress(RefusedError, ConflictError, PreconditionError):
@@ -192,29 +192,29 @@ class Completion:
         return row.outcome
 
     async def _remove_mark(self, item: PoolItem, patch: Patch) -> None:
-        """Remove the mark of a completed session; a failure must not cause another run."""
+        """Remove the mark of a completed session; a failure is logged and causes no other run."""
         try:
             await self.write_metadata(item, patch, WRITE._replace(seconds=MARK_SECONDS))
         except NotPermittedError:
-            pass  # the mark could not be written before, so there is none to remove
+            pass  # the credential may not write metadata, so no mark was written before
         except ControlPlaneError as error:
             log.warning(
                 "mark not removed: %s", error, extra={"work_id": item.id, "error": str(error)}
             )
 
     async def mark_running_session(self, item: PoolItem) -> None:
-        """Mark a running session when a drain begins; the end of the session cancels it."""
+        """Write a running session's mark when a drain begins; cancelled if the session ends."""
         if item.lease.stop_requested:
-            return  # the item will be stopped or lapse to `stopped`, so no worker runs it again
-        # A low priority: the completions of others must not wait for many marks.
+            return  # an operator has asked to stop the item, so no worker runs it again
+        # A low priority, so that completions do not wait behind the marks of all sessions.
         request = SendOptions(Priority.HANDLER, by_handler=False, seconds=MARK_TRY_SECONDS)
         await self._write_mark(item, DRAIN_REASON, request)
 
     async def mark_released_session(self, item: PoolItem, reason: str, seconds: float) -> None:
-        """Mark a released session within `seconds`; without the mark, its run counts."""
+        """Write a released session's mark within `seconds`; without it, the run is an attempt."""
         lease = item.lease
         if lease.unsettled or (item.parents_heartbeat is not None and not lease.begun):
-            return  # until its first heartbeat has succeeded, another process may have the item
+            return  # no heartbeat has succeeded yet, so another process may own the item
         await self._write_mark(item, reason, WRITE._replace(seconds=seconds))
 
     async def _write_mark(self, item: PoolItem, reason: str, request: SendOptions) -> None:
@@ -224,7 +224,7 @@ class Completion:
             await self.write_metadata(item, attempt.mark_patch(reason, retry), request)
             attempt.marked = True
         except NotPermittedError:
-            pass  # without marks, `RunCounts` counts the runs in this process
+            pass  # the credential may not write marks; `RunCounts` counts the runs instead
         except (ControlPlaneError, SessionGoneError) as error:
             log.warning(
                 "mark not written: %s", error, extra={"work_id": item.id, "error": str(error)}
@@ -233,7 +233,7 @@ class Completion:
     async def write_metadata(
         self, item: PoolItem, patch: Mapping[str, str | None], request: SendOptions = WRITE
     ) -> None:
-        """Write metadata for the pool, repeatedly while the lease is held and `request` allows."""
+        """Write metadata, with retries while the lease is held and within `request.seconds`."""
         await self._optional.make_call(
             "update",
             lambda: self._sender.send_with_retries(
@@ -242,7 +242,7 @@ class Completion:
                     item.id, patch, timeout=timeout, options=options
                 ),
                 request,
-                # Checked again after the wait for the rate limit and a connection.
+                # Another write may have been refused while this one waited for a connection.
                 partial(self._optional.check_permitted, "update"),
             ),
         )
@@ -274,21 +274,21 @@ class Completion:
 
 
 def _error_for_reason(reason: EndReason | None) -> Exception:
-    """Return the error that stands for this reason if the handler has raised no error."""
+    """Return the error to write for a session that ended without an error of its handler."""
     if reason is EndReason.STALLED:
         return SessionStalled("no progress for stall_timeout seconds")
     return TimeoutError("the session's time is over")
 
 
 def completion_row(item: PoolItem) -> CompletionRow:
-    """Return the row of the gravest end reason of the item."""
+    """Return the row of the completion table for the item's gravest end reason."""
     if item.reason is None:
         raise RuntimeError(f"{item.id}: nothing ends this session")
     return TABLE[item.reason]
 
 
 def outcome_expected(item: PoolItem, error: BaseException | None, now: float) -> Outcome:
-    """Return the outcome of a session whose handler ends in this way, if its completion succeeds.
+    """Return the outcome that a session will have if its completion succeeds.
 
     Args:
         item: The item.
@@ -308,7 +308,7 @@ def outcome_expected(item: PoolItem, error: BaseException | None, now: float) ->
 
 
 def outcome_when_abandoned(item: PoolItem) -> Outcome:
-    """Return the outcome of an abandoned session, which follows from its lease."""
+    """Return the outcome of an abandoned session, as its lease's status determines it."""
     lease = item.lease
     match lease.status:
         case "finished":
@@ -319,7 +319,7 @@ def outcome_when_abandoned(item: PoolItem) -> Outcome:
 
 
 def outcome_of_lapse(lease: Lease) -> Outcome:
-    """Return the outcome of a session whose lease lapses and whose item no other worker took.
+    """Return the outcome of a session whose lease lapses before another worker takes its item.
 
     The control plane stops an item that is `stopping` when its lease lapses.
     """
@@ -328,10 +328,10 @@ def outcome_of_lapse(lease: Lease) -> Outcome:
     return "stopped" if lease.status == "stopped" or lease.stop_requested else "released"
 
 
-def leaf_errors_of(error: BaseException) -> Iterator[BaseException]:
-    """Yield the errors of a group, at any depth, or an error that is no group."""
+def iterate_leaf_errors(error: BaseException) -> Iterator[BaseException]:
+    """Yield the errors in an exception group, at any depth; yield any other error itself."""
     unread = [error]
-    while unread:  # not recursive: a handler's groups may be nested more deeply than the stack
+    while unread:  # a loop, since deeply nested groups would exceed the recursion limit
         each = unread.pop()
         if isinstance(each, BaseExceptionGroup):
             unread.extend(each.exceptions)
@@ -340,9 +340,9 @@ def leaf_errors_of(error: BaseException) -> Iterator[BaseException]:
 
 
 def find_release(error: BaseException) -> Release | None:
-    """Return `error` if it is a `Release`; from a group of releases only, the longest one."""
+    """Return the `Release` that `error` is, or the longest of a group that has only releases."""
     releases: list[Release] = []
-    for each in leaf_errors_of(error):
+    for each in iterate_leaf_errors(error):
         if not isinstance(each, Release):
             return None
         releases.append(each)
@@ -350,9 +350,9 @@ def find_release(error: BaseException) -> Release | None:
 
 
 def release_delay(release: Release) -> float:
-    """Return the seconds until another worker may take the item.
+    """Return the seconds after which another worker may take a released item.
 
-    They are `RELEASE_DELAY_SECONDS` if the release has no number.
+    `RELEASE_DELAY_SECONDS` if the handler's `Release` has no number.
     """
     delay: object = release.delay
     if isinstance(delay, int | float) and not math.isnan(delay):
@@ -368,5 +368,5 @@ def safe_text(value: object) -> str:
 
 
 def sendable_text(text: str) -> str:
-    """Return `text` cut to `NOTE_LIMIT`, with a replacement for each character that UTF-8 lacks."""
+    """Return `text` as metadata accept it: cut to `NOTE_LIMIT`, lone surrogates replaced."""
     return text[:NOTE_LIMIT].encode(errors="replace").decode()

@@ -53,7 +53,7 @@ not take it.
 
 
 class Dispatcher:
-    """Owns the pool's items, and runs each in a task of `group`.
+    """Accepts or declines the items that pollers receive, and starts a task for each accepted one.
 
     Args:
         context: The context of the pool.
@@ -118,19 +118,19 @@ class Dispatcher:
         return self.runner.unstarted >= UNSTARTED
 
     def offer_item(self, work_item: WorkItem, polled_at: float) -> Reception:
-        """Decide on a received item.
+        """Accept an item that a poll returned, set it aside, or decline it; return which.
 
-        `polled_at` is the time when its poll was sent, on the lease clock.
+        `polled_at` is the time when that poll was sent, on the lease clock.
         """
         if self._context.draining or (self._admission.gated and self._admission.paused is not None):
-            return "declined"  # the item is not acknowledged, so another worker gets it
+            return "declined"  # without an ack, the item is redelivered to another worker
         owned = self.items.find_item(work_item.id)
-        if owned is None and self._expiry is not None:  # without the timer, no item is set aside
+        if owned is None and self._expiry is not None:  # the timer is set if items are set aside
             owned = self._find_set_aside(work_item.id)
         item = PoolItem(work_item, None, self._context.start_context.copy(), self._context.clock())
         seen = self._note_seen(item.id) or item.held_before
         origin: Origin = "duplicate" if owned else "redelivered" if seen else "new"
-        age = _age_of(work_item) if origin == "new" else None
+        age = _item_age_seconds(work_item) if origin == "new" else None
         self._context.observe(ItemReceived, work_item, origin, age)
         if owned is not None:
             self._handle_redelivery(owned, polled_at)
@@ -159,7 +159,10 @@ class Dispatcher:
         self._fill_slots()
 
     def _handle_redelivery(self, owned: PoolItem, polled_at: float) -> None:
-        """React to another delivery of an owned item, which the control plane has `queued`."""
+        """Handle another delivery of an owned item: the control plane has put it back in its queue.
+
+        A running item's lease is checked by a heartbeat soon; a waiting item's time begins anew.
+        """
         if owned.state == "delivered":
             owned.polled_at = polled_at
         if owned.handler_runs:
@@ -206,7 +209,7 @@ class Dispatcher:
         )
 
     def _set_expiry_timer(self) -> None:
-        """Set the timer that declines items set aside, unless there are none or it is set."""
+        """Set the timer that declines items set aside, if any, at the end of their time."""
         aside = self._context.queue.items_set_aside
         if aside and self._expiry is None:
             oldest = min(item.delivered_at for item in aside)
@@ -218,7 +221,7 @@ class Dispatcher:
     def _decline_expired_items(self) -> None:
         """Decline the items that were set aside for so long that they will be redelivered soon."""
         self._expiry = None
-        # The timer may run a moment too early; without the 10 ms it would run again at once.
+        # Timers may fire a moment early; without these 10 ms the next timer would fire at once.
         latest = self._context.clock() - self._aside_seconds + 0.01
         for item in self._context.queue.items_set_aside:
             if item.delivered_at <= latest:
@@ -228,7 +231,7 @@ class Dispatcher:
         self._set_expiry_timer()
 
     def _choose_handler(self, work_item: WorkItem) -> Handler | None:
-        """Ask the plugins for a handler; None if the item is declined."""
+        """Return the handler that the plugins choose; decline the item and return None if none."""
         handler = None
         reason: DeclineReason | None = None
         if self.items.has_session(work_item.session_id):
@@ -249,7 +252,7 @@ class Dispatcher:
         return None
 
     def _decline_item(self, work_item: WorkItem, reason: DeclineReason) -> None:
-        """Report that an item is left to other workers; each item is logged once."""
+        """Report that the pool leaves an item to other workers; log it only the first time."""
         if not self._seen.get(work_item.id):
             self._seen[work_item.id] = True
             shown = readable(work_item.type, TYPE_CHARACTERS)
@@ -259,7 +262,7 @@ class Dispatcher:
         self._context.observe(ItemDeclined, work_item, reason)
 
     def _note_seen(self, work_id: str) -> bool:
-        """Remember an id, and return whether it was received before."""
+        """Remember the id of a received item; return whether the item was received before."""
         if work_id in self._seen:
             return True
         self._seen[work_id] = False
@@ -274,9 +277,9 @@ class Dispatcher:
             self._start_item(item)
 
     def _start_item(self, item: PoolItem) -> None:
-        """Run an item that has a slot."""
-        if self.items.find_item(item.id) is None:  # an item that was set aside is not owned yet
-            # This may run in the context of a session of another pool.
+        """Start the task of an item that has just got a slot."""
+        if self.items.find_item(item.id) is None:  # the item was set aside until now
+            # The current context may be that of a session of another pool, which freed this slot.
             item.context.run(self._add_owned_item, item)
         item.advance_state("slot" if item.parents_heartbeat is None else "adopted")
         item.task = self._group.create_task(
@@ -284,7 +287,7 @@ class Dispatcher:
         )
 
     def _on_item_closed(self, item: PoolItem) -> None:
-        """Free the slot of an item that has ended."""
+        """Remove an item that has ended, and give its slot to the next item or to a poller."""
         self.items.remove_item(item)
         self.idle_since = self._context.clock()
         self._context.queue.release_slot(used_up=item.counted)
@@ -305,12 +308,12 @@ class Dispatcher:
                 item.mark_task = self._group.create_task(mark, name=f"mark {item.id}")
 
     def forget_waiting_items(self) -> None:
-        """Forget the items that wait for a slot, which were never acknowledged."""
+        """Forget the unacknowledged items, which wait for a slot; other workers get them."""
         for _ in self._context.queue.items_set_aside:
             self._context.client.release_ack_permit()
         for item in self._context.queue.forget_waiting_items():
             item.advance_state("closed")
-            if self.items.find_item(item.id) is item:  # an item that was set aside is not owned
+            if self.items.find_item(item.id) is item:  # items set aside are not in `items`
                 self.items.remove_item(item)
 
     def release_all_items(self) -> None:
@@ -319,7 +322,7 @@ class Dispatcher:
             self.executor.cancel_handler(item, EndReason.DRAINED)
 
     def count_unfinished_items(self) -> int:
-        """The number of items that a drain waits for: all but those of stuck handlers.
+        """Return the number of items that a drain waits for: all but those of stuck handlers.
 
         The completion of a stuck handler that has just ended counts, too.
         """
@@ -327,16 +330,16 @@ class Dispatcher:
         return running - sum(item.handler_runs for item in self.executor.stuck)
 
     async def wait_for_marks(self, seconds: float) -> None:
-        """Wait at most for `seconds` until the items of stuck handlers are marked.
+        """Wait, for `seconds` at most, until the marks of stuck handlers' items are written.
 
-        Without this wait, a drain would abandon them as soon as it begins.
+        Without this wait, a drain would abandon these items, and their marks, at once.
         """
         marks = [item.mark_task for item in self.executor.stuck if item.mark_task is not None]
         if marks:
             await asyncio.wait(marks, timeout=max(0.0, seconds))
 
     def abandon_items(self) -> int:
-        """End every item that has not ended, and return their number."""
+        """Abandon every item that has not ended yet; return the number of these items."""
         tasks = [(item, item.task) for item in self.items.copy_items()]
         running = [(item, task) for item, task in tasks if task is not None]
         for item, task in running:
@@ -345,7 +348,7 @@ class Dispatcher:
         return len(running)
 
 
-def _age_of(item: WorkItem) -> float | None:
+def _item_age_seconds(item: WorkItem) -> float | None:
     if item.created_at is None:
         return None
     return max(0.0, (datetime.now(UTC) - item.created_at).total_seconds())

@@ -20,7 +20,7 @@ from workpool.log_fields import pool_logger
 from workpool.pool.completion import (
     DRAIN_REASON,
     find_release,
-    leaf_errors_of,
+    iterate_leaf_errors,
     outcome_expected,
     safe_text,
 )
@@ -81,7 +81,7 @@ class HandlerExecutor:
         self._group = group
 
     async def run_handler(self, item: PoolItem, handler: Handler, session: Session) -> None:
-        """Call the handler and wait for its end without a limit; record its end.
+        """Call the handler in a task, and wait until the task has ended, however long it takes.
 
         A handler whose lease is not held anymore when its turn comes is not called.
         """
@@ -89,7 +89,8 @@ class HandlerExecutor:
         task = item.handler_task = self._group.create_task(
             self._call_handler(item, handler, session),
             name=f"{handler.name} {item.id}",
-            # A copy: an eager task begins here, where the item's own context is already entered.
+            # A copy, since an eager task starts inside this call, in which the item's own context
+            # is entered already: a context cannot be entered twice.
             context=item.context.copy(),
         )
         timeout = self._session_timeout if handler.timeout is None else handler.timeout
@@ -99,7 +100,7 @@ class HandlerExecutor:
         if stall is not None and item.handler_runs:
             self._watch_progress(item, stall)
         try:
-            await ended(task)
+            await end_of_task(task)
         finally:
             if item.timer is not None:
                 self._stop_timer(item)
@@ -107,7 +108,7 @@ class HandlerExecutor:
                 self._stop_stall_timer(item)
             self.stuck.discard(item)
         if not task.cancelled():
-            task.result()  # a KeyboardInterrupt of the handler ends the loop
+            task.result()  # raises a KeyboardInterrupt of the handler, if any
         elif item.cancelled_for is None:
             self._record_error(item, asyncio.CancelledError("leaked from the handler"))
 
@@ -139,7 +140,7 @@ class HandlerExecutor:
     def _watch_progress(
         self, item: PoolItem, stall: float, silence: float = 0.0, late: float = 0.0
     ) -> None:
-        """Check later whether the handler has made progress in the last `stall` seconds.
+        """Set the timer for the next check of the handler's progress.
 
         Args:
             item: The item.
@@ -157,15 +158,15 @@ class HandlerExecutor:
     ) -> None:
         """Cancel the handler if it has made no progress for `stall` seconds.
 
-        The machine slept, or the loop was blocked, for as long as this check is late: that time
-        does not count, since no handler could make progress.
+        If this check is late, the machine slept or the loop was blocked. That time does not count,
+        since no handler could make progress in it.
         """
         now = self._clock()
         late = late if item.progressed_at == seen_at else 0.0
-        # Lateness before the last progress is not part of the silence after it.
+        # The silence began with the last progress, so lateness before it is not subtracted.
         lateness = now - max(due_at, item.progressed_at)
-        # A shorter delay is usual; subtracted at each check, it would delay the end of a stalled
-        # handler.
+        # Short delays are usual and not subtracted: their sum over many checks would delay the end
+        # of a stalled handler.
         if lateness >= LATE_SECONDS:
             late += lateness
         silence = max(0.0, item.seconds_without_progress(now) - late)
@@ -187,7 +188,7 @@ class HandlerExecutor:
         )
 
     def _repeat_cancellation(self, item: PoolItem) -> None:
-        """Cancel a handler again that ignores its cancellation."""
+        """Cancel the handler again if it still runs after its cancellation."""
         if item.handler_task is None or item.handler_task.done():
             return
         if item not in self.stuck:
@@ -223,7 +224,7 @@ class HandlerExecutor:
 
         An error is recorded and not raised, since it would cancel all other handlers of the group.
         """
-        # An eager task runs before `create_task` returns, and the session's calls need the task.
+        # An eager task starts before `create_task` returns it; the session's calls need it already.
         if item.handler_task is None:
             item.handler_task = asyncio.current_task()
         if not self._may_start(item):
@@ -232,7 +233,7 @@ class HandlerExecutor:
         CURRENT.set(ref(session))
         self._observe(SessionStarted, session, handler.name)
         try:
-            # Reading the mapping may run code of the handler, whose errors are the handler's.
+            # `metadata_of`, too, may run code of the handler: that of a mapping which it returned.
             contexts = self._plugins.session_contexts(session)
             call: Call = handler.call  # type: ignore[assignment]  # async - unless `blocking`
             if handler.blocking or handler.retry is not None:
@@ -250,7 +251,7 @@ class HandlerExecutor:
     async def _call_in_contexts(
         self, contexts: list[Context], item: PoolItem, call: Call, session: Session
     ) -> Mapping[str, str]:
-        """Call the handler inside the plugins' contexts, which see the outcome when they end."""
+        """Call the handler inside the plugins' contexts; set the outcome before these are left."""
         async with AsyncExitStack() as stack:
             for _, context in contexts:
                 await stack.enter_async_context(context)
@@ -262,11 +263,11 @@ class HandlerExecutor:
                 raise
             finally:
                 session.outcome = outcome_expected(item, error, self._clock())
-                error = None  # breaks the cycle of error, traceback and frame
-        return {}  # a context has suppressed the handler's error
+                error = None  # break the reference cycle between error, traceback and frame
+        return {}  # reached if a plugin's context has suppressed the handler's error
 
     def _prepare_call(self, item: PoolItem, handler: Handler) -> Call:
-        """Return the function that calls the handler with its retries, on the loop or a thread."""
+        """Return a function that calls the handler, with its retries or on a thread."""
         call = cast("Call", handler.call)
         if handler.blocking:
             call = partial(self._threads.call_on_thread, item, cast("Function", handler.call))
@@ -291,7 +292,7 @@ class HandlerExecutor:
                 self._observe(HandlerRetried, session, item.handler_label, session.retry, error)
 
     def _may_retry(self, item: PoolItem) -> bool:
-        """Return whether the session can go on: it is not cancelled, and no child has its item."""
+        """Return whether the handler may be called again: not cancelled, and its lease is held."""
         return item.cancelled_for is None and item.lease.held(self._clock())
 
     async def _wait_before_retry(
@@ -314,7 +315,7 @@ class HandlerExecutor:
                 "error": text,
             },
         )
-        with suppress(TimeoutError), session.waiting():  # no progress is expected during this wait
+        with suppress(TimeoutError), session.waiting():  # this wait does not count as a stall
             async with asyncio.timeout(seconds):
                 await session.interrupted()
         if session.stopping:
@@ -325,7 +326,7 @@ class HandlerExecutor:
             raise item.error or error
 
     def _may_start(self, item: PoolItem) -> bool:
-        """Return whether the lease is still held: the machine may have slept meanwhile."""
+        """Return whether to call the handler: the lease is held, the machine was not paused."""
         now = self._clock()
         if not item.lease.held(now):
             return False
@@ -337,14 +338,14 @@ class HandlerExecutor:
 
     def _record_error(self, item: PoolItem, error: BaseException) -> None:
         if item.state == "closed":
-            return  # the session was abandoned, and has been reported
+            return  # the session was abandoned, and its end was reported then
         release = find_release(error)
         item.error = release or error
         if release is not None:
             item.add_end_reason(EndReason.RELEASED)
             return
         item.add_end_reason(EndReason.RAISED)
-        if isinstance(error, ResultError):  # a traceback would show no code of the handler
+        if isinstance(error, ResultError):  # without a traceback: it has no code of the handler
             log.error(
                 "result not written: %s",
                 error,
@@ -366,17 +367,17 @@ def _is_retried(retry: Retry | None, error: Exception, session: Session) -> Type
         and session.retry < retry.times
         and all(
             isinstance(each, retry.on) and not isinstance(each, Release | SessionGoneError)
-            for each in leaf_errors_of(error)
+            for each in iterate_leaf_errors(error)
         )
     )
 
 
-def ended(task: asyncio.Task[object]) -> asyncio.Future[None]:
-    """Return a future that is done when the task is; its cancellation does not cancel the task."""
+def end_of_task(task: asyncio.Task[object]) -> asyncio.Future[None]:
+    """Return a future for the end of a task; cancelling the future does not cancel the task."""
     future: asyncio.Future[None] = task.get_loop().create_future()
 
     def set_ended(_: asyncio.Task[object]) -> None:
-        if not future.done():  # a cancellation of the waiting task has ended the future
+        if not future.done():  # the future is cancelled if the task that awaits it is cancelled
             future.set_result(None)
 
     task.add_done_callback(set_ended)

@@ -37,7 +37,7 @@ T = TypeVar("T")
 
 @dataclass(frozen=True, slots=True)
 class _ThreadError:
-    """An error of a handler, returned as a value: a future cannot hold every exception."""
+    """A handler's error as the result of a future, since a future cannot raise StopIteration."""
 
     error: BaseException
 
@@ -58,9 +58,9 @@ class HandlerThreads:
     async def call_on_thread(self, item: PoolItem, function: Function, session: Session) -> object:
         """Call a plain handler on a thread, and wait for its end, however long it takes.
 
-        A cancellation sets `BlockingSession.cancelled`, and ends the wait only once the item was
-        abandoned. A result that the handler returns after its cancellation counts, as the result of
-        a coroutine would.
+        A cancellation sets `BlockingSession.cancelled`; the wait goes on until the handler ends or
+        the item is abandoned. A result that the handler returns after its cancellation counts, as
+        with a coroutine.
 
         Raises:
             BaseException: An error of the handler.
@@ -83,13 +83,13 @@ class HandlerThreads:
         try:
             raise outcome.error
         except KeyboardInterrupt as error:
-            # Raised in a task, a KeyboardInterrupt would end the loop.
+            # A KeyboardInterrupt raised in a task would end the event loop.
             raise RuntimeError("KeyboardInterrupt in a plain handler") from error
 
     async def _run_function(
         self, item: PoolItem, function: Function, blocking: BlockingSession, calls: _ThreadCalls
     ) -> object:
-        run = functools.partial(copy_context().run, self._on_thread(item, function), blocking)
+        run = functools.partial(copy_context().run, self._wrap_function(item, function), blocking)
         try:
             with release_on_exhaustion():
                 future = asyncio.get_running_loop().run_in_executor(self._threads, run)
@@ -102,11 +102,13 @@ class HandlerThreads:
                 blocking.interrupt(cancel=True)
                 calls.cancel_calls()
                 if item.state == "closed":
-                    future.cancel()  # the thread cannot be ended, and no task waits for it anymore
+                    future.cancel()  # stop waiting; the thread itself cannot be ended
                     raise
         return future.result()
 
-    def _on_thread(self, item: PoolItem, function: Function) -> Callable[[BlockingSession], object]:
+    def _wrap_function(
+        self, item: PoolItem, function: Function
+    ) -> Callable[[BlockingSession], object]:
         @functools.wraps(function, assigned=("__qualname__",), updated=())
         def run(session: BlockingSession) -> object:
             self._idents[item] = threading.get_ident()
@@ -138,7 +140,7 @@ class HandlerThreads:
 
 
 class _ThreadCalls:
-    """The calls of one handler's threads: each runs in a task of the loop while its thread waits.
+    """Runs the calls of one handler's threads on the event loop while the calling thread waits.
 
     `run` and `enter` may be used on any thread, the other methods on the handlers' loop.
     """
@@ -184,7 +186,7 @@ class _ThreadCalls:
             yield value
         except BaseException as error:
             self._leave_context(left, error)
-            ended.result()  # raises `error`, or the error of leaving the context
+            ended.result()  # raises the error with which the context was left, if any
             raise
         self._leave_context(left, None)
         ended.result()
@@ -205,7 +207,7 @@ class _ThreadCalls:
         future: Future[T] = Future()
         try:
             self._loop.call_soon_threadsafe(self._start_call, make, future)
-        except RuntimeError:  # the loop is closed: the session was abandoned
+        except RuntimeError:  # the loop is closed, so the session was abandoned
             raise SessionEnded(self._item.id) from None
         return future
 
@@ -219,11 +221,11 @@ class _ThreadCalls:
 
     def _on_call_ended(self, future: Future[Any], task: asyncio.Task[None]) -> None:
         self._tasks.discard(task)
-        if not future.done():  # the call was cancelled, perhaps before its first step
+        if not future.done():  # the task was cancelled before the call had a result
             future.set_exception(self._error_of_ended_call())
 
     def _error_of_ended_call(self) -> SessionGoneError:
-        """Return the error with the reason for which a call was ended."""
+        """Return the error for a call that was ended: its lease's error, or `SessionEnded`."""
         try:
             self._item.lease.check_held(self._clock())
         except SessionGoneError as error:
@@ -233,7 +235,7 @@ class _ThreadCalls:
     def _leave_context(self, left: asyncio.Future[None], error: BaseException | None) -> None:
         def leave_context() -> None:
             if left.done():
-                return  # the task of the context was cancelled
+                return  # the task that holds the context was cancelled
             if error is None:
                 left.set_result(None)
             else:
@@ -241,7 +243,7 @@ class _ThreadCalls:
 
         try:
             self._loop.call_soon_threadsafe(leave_context)
-        except RuntimeError:  # the loop is closed, so no context is left
+        except RuntimeError:  # the loop is closed, so no context is open anymore
             raise SessionEnded(self._item.id) from error
 
 
@@ -262,6 +264,6 @@ def _pass_on_error(entered: Future[Any], ended: Future[None]) -> None:
 
 
 async def _pass_on_interruption(session: Session, blocking: BlockingSession) -> None:
-    """End the waits of `BlockingSession.interrupted` when the session is interrupted."""
+    """Interrupt the blocking session when the session of the loop is interrupted."""
     await session.interrupted()
     blocking.interrupt()

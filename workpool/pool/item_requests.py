@@ -50,7 +50,10 @@ T = TypeVar("T")
 
 
 class LeaseDoubted(TransientError):
-    """The machine was paused; the lease is verified before anything is sent."""
+    """Raised for a write after a pause of the machine, in which the lease may have ended.
+
+    A heartbeat verifies the lease; then the request may be retried.
+    """
 
     def __init__(self) -> None:
         problem = "the machine was paused; the lease is verified first"
@@ -65,7 +68,7 @@ CALLS_PER_SESSION = 8
 
 
 class SendOptions(NamedTuple):
-    """The options of a call for an item.
+    """The priority and the limits of a call for an item.
 
     Attributes:
         priority: The priority among the calls that wait for the rate limit or a connection.
@@ -80,7 +83,7 @@ class SendOptions(NamedTuple):
 
 
 class ItemSender:
-    """Sends calls for the items of one pool.
+    """Sends the requests for the items of one pool, and checks the lease before each.
 
     Args:
         client: The client of the handlers' loop.
@@ -105,7 +108,7 @@ class ItemSender:
         self._on_pause = on_pause
 
     def check_may_send(self, item: PoolItem, *, by_handler: bool, now: float | None = None) -> None:
-        """Raise an error unless something may be sent for the item at this time.
+        """Raise an error if no request may be sent for the item now.
 
         `now` is the time if the caller has just read the clock.
 
@@ -127,9 +130,9 @@ class ItemSender:
         by_handler: bool,
         before_bytes: Callable[[], None] | None = None,
     ) -> None:
-        """Raise an error unless something may be written for the item at this time.
+        """Raise an error if no write may be sent for the item now.
 
-        `before_bytes` is called last, if nothing is wrong.
+        `before_bytes` is called if the write may be sent.
 
         Raises:
             SessionGoneError: From `check_may_send`.
@@ -139,7 +142,7 @@ class ItemSender:
         self.check_may_send(item, by_handler=by_handler, now=now)
         paused = self._pauses.was_paused(lease.clock_offset, now)
         if not lease.begun and (lease.unsettled or paused):
-            raise LeaseLost(item.id)  # no heartbeat has verified the lease yet
+            raise LeaseLost(item.id)  # no heartbeat has shown yet that the item is ours
         if paused:
             self._on_pause()
             raise LeaseDoubted
@@ -153,7 +156,7 @@ class ItemSender:
         request: SendOptions,
         before_bytes: Callable[[], None] | None = None,
     ) -> T:
-        """Make a call that needs the lease; repeat it until its answer is final or time is up.
+        """Make a call that needs the lease, with retries until an answer is final or time is over.
 
         `before_bytes` is called after the check, right before the first byte is written.
 
@@ -177,8 +180,8 @@ class ItemSender:
             backoff = backoff or Backoff(RETRY_SECONDS, RETRY_CAP_SECONDS)
             options = options._replace(new_connection=failure.reason in {"timeout", "network"})
             left = self._seconds_left(item, until, self._clock())
-            # A Retry-After may take half of the time that is left, to leave time for another try: a
-            # session that has ended must not be run again because of a 429.
+            # Wait for half of the remaining time at most, whatever the Retry-After: without another
+            # try, a session that has ended would be run again because of a 429.
             delay = max(backoff.next(), min(failure.retry_after or 0.0, left / 2))
             if delay >= left:
                 self.check_may_send(item, by_handler=request.by_handler)
@@ -188,7 +191,9 @@ class ItemSender:
     async def read_while_leased(
         self, item: PoolItem, call: Callable[[], Awaitable[T]], seconds: float | None = None
     ) -> T:
-        """Await `call()`; call again if the known deadline passes but the lease was renewed.
+        """Await `call()` while the lease is held; repeat the call if the lease was renewed.
+
+        Each wait ends at the lease's deadline that was known when the wait began.
 
         Raises:
             SessionGoneError: The handler may not use the item anymore.
@@ -208,7 +213,7 @@ class ItemSender:
                     raise
 
     def end_waits(self, item: PoolItem) -> None:
-        """End the waits for the answers to calls for the item."""
+        """End all waits for answers to the item's requests, with a TimeoutError in each."""
         for bound in list(item.open_sends):
             bound.end_wait()
 
@@ -270,7 +275,7 @@ class HeartbeatSender:
         self._observe = observe
 
     async def send_heartbeat(self, lease: Lease, check: LeaseCheck | None = None) -> bool:
-        """Send one heartbeat, apply its answer to the lease, and return whether it extended it.
+        """Send one heartbeat, apply the answer to the lease; return whether the lease was extended.
 
         `check` is called with the lease and the time right before the bytes; it may end the lease,
         so that nothing is sent.
@@ -299,7 +304,7 @@ class HeartbeatSender:
                     timeout=attempt.timeout,
                     options=options,
                 )
-            except SessionGoneError:  # the check refused the heartbeat
+            except SessionGoneError:  # the lease is over, so nothing was sent
                 lease.note_unsent(attempt)
                 return False
             except ControlPlaneErrors as error:
@@ -318,10 +323,10 @@ class HeartbeatSender:
     async def _read_item(
         self, lease: Lease, attempt: HeartbeatAttempt, decision: HeartbeatDecision, *, look_up: bool
     ) -> HeartbeatDecision:
-        """Read the item and apply it to the lease.
+        """Read the item after an unclear answer to a heartbeat, and apply its state to the lease.
 
-        `look_up`: if the credential may not read it, look it up in the list. After a 409 that is
-        not needed: the lease has ended, and only the cause is unknown.
+        `look_up`: if the credential may not read one item, search the list for it. After a 409 the
+        search is not worth its cost: the lease has ended in any case.
         """
         outcome: WorkItem | ControlPlaneError | None
         client, work_id, timeout = self._client, lease.item.id, attempt.timeout

@@ -113,7 +113,7 @@ class PollerGroup:
         self._in_flight = 0
         self._answered = asyncio.Event()
         self._idle = False
-        # Ids of the items that were logged.
+        # The ids of unreadable items that were logged, so that each is logged once.
         self._unreadable: OrderedDict[str | None, None] = OrderedDict()
 
     async def wait_for_turn(self, number: int) -> None:
@@ -121,32 +121,32 @@ class PollerGroup:
         await self._turns[number].wait()
 
     async def wait_for_cooldown(self) -> None:
-        """Wait while all pollers are stopped."""
+        """Wait until the cooldown, in which no poller of the group polls, is over."""
         while self.cooldown_until:
             seconds = self.cooldown_until - asyncio.get_running_loop().time()
             if seconds <= 0:
                 self.cooldown_until = 0.0
             else:
-                await asyncio.sleep(seconds)  # the cooldown may be extended meanwhile
+                await asyncio.sleep(seconds)  # then check again: the cooldown may be longer now
 
     def hold_back_polls(self, seconds: float) -> None:
-        """Stop all pollers for `seconds` from now."""
+        """Begin a cooldown: no poller of the group polls for `seconds` from now."""
         until = asyncio.get_running_loop().time() + seconds
         self.cooldown_until = max(self.cooldown_until, until)
 
     def note_poll_sent(self) -> None:
-        """Record that a poll is in flight."""
+        """Record that a poll was sent, and is not answered yet."""
         self._in_flight += 1
 
     def note_poll_answered(self) -> None:
-        """Record that a poll is no longer in flight."""
+        """Record that a poll has ended, with an answer or an error."""
         self._in_flight -= 1
         if self._until_empty:
             self._answered.set()
             self._answered = asyncio.Event()
 
     def note_poll_success(self, at: float, *, null: bool) -> None:
-        """Record a poll that succeeded at this time of the lease clock; `null`: without an item."""
+        """Record a poll that succeeded at the lease-clock time `at`; `null`: it brought no item."""
         self.last_success_at = at
         self.refused = False
         self._refused_since = None
@@ -202,7 +202,7 @@ class PollerGroup:
     def note_ack_result(
         self, error: RefusedError | ConflictError | PreconditionError | None
     ) -> None:
-        """Record the error of an ack, which may stop the pollers for a while; None: a success."""
+        """Record the error of an ack, which may begin a cooldown; None: the ack succeeded."""
         if error is None:
             self.ack_refused = False
             if self._ack_backoff.failures or self._conflict_backoff.failures:
@@ -212,21 +212,21 @@ class PollerGroup:
             self.ack_refused = True
             self.hold_back_polls(self._ack_backoff.next())
         else:
-            # Without this, two workers whose polls and acks are in step could take an item from
-            # each other forever: each polls it before the other one's ack arrives.
+            # Without this cooldown, two workers that poll in step could take an item from each
+            # other forever: each polls the item before the ack of the other arrives.
             seconds = self._conflict_backoff.next()
             if self._conflict_backoff.failures > 1:
                 self.hold_back_polls(seconds)
 
     async def end_if_queue_is_empty(self) -> None:
-        """After a null poll, end if the queue is certainly empty, else wait for another poll."""
+        """End the group if the queue is empty; wait first if another poll may still get an item."""
         if not (self._until_empty and self._context.queue.is_idle):
             return
         if self._in_flight == 0:
             self.ended = True
             self._on_empty()
         else:
-            await self._answered.wait()  # this wait is bounded, since every poll has a time limit
+            await self._answered.wait()  # bounded: every poll in flight has a time limit
 
     def _set_target(self, wanted: int, reason: ScaleReason) -> None:
         target = max(1, min(wanted, len(self._turns)))
@@ -272,7 +272,7 @@ class Poller:
         self._unreadable = 0  # the number of unreadable items in a row
 
     async def run_polls(self) -> None:
-        """Poll until cancelled or the group has ended; continue after a few crashes (bugs)."""
+        """Poll until the group ends; after `CRASHES` unexpected errors in a row, fail the pool."""
         crashes = 0
         while not self._group.ended:
             try:
@@ -280,7 +280,7 @@ class Poller:
                 crashes = 0
             except (Exception, asyncio.CancelledError) as error:
                 if isinstance(error, asyncio.CancelledError) and _is_cancelled():
-                    raise  # any other CancelledError leaked and would end this poller unnoticed
+                    raise  # a CancelledError that a bug leaked is handled below, like a crash
                 crashes += 1
                 log.exception("poller crashed", extra={"in_a_row": crashes})
                 self._context.observe(PollerRestarted, error)
@@ -292,10 +292,10 @@ class Poller:
                 await self._sleep_in_state(self._backoff.next())
 
     async def _poll_once(self) -> None:
-        """Reserve a place, poll, offer the item; then wait for a time set by the answer."""
+        """Reserve a place, poll, and offer the item; wait if the next poll must be delayed."""
         if self._number >= self._group.target:
             self.state = "paused"
-            # Wait before `reserve`: a reserved place is not available to other pollers.
+            # Wait before a place is reserved, which no other poller could use meanwhile.
             await self._group.wait_for_turn(self._number)
         self.state = "waiting_slot"
         await self._context.queue.reserve_place()
@@ -308,11 +308,11 @@ class Poller:
             await self._back_off_after_error(error)
             return
         if item is None:
-            # Before the pause below, in which the other pollers poll again.
+            # This check comes before the pause below: in a pause, other pollers send new polls.
             await self._group.end_if_queue_is_empty()
         if reception == "declined" or self._dispatcher.must_pace_polls:
-            # A control plane that does not wait for `block_ms`, or delivers items that are declined
-            # or cannot be claimed, must not make this loop busy.
+            # Without this pause, the loop would be busy if the control plane answers at once with
+            # null, or with items that are declined or cannot be claimed.
             await self._sleep_in_state(self._rest_of_block(), "pacing")
         elif reception == "aside" and self._context.queue.too_many_set_aside:
             self.state = "pacing"
@@ -374,7 +374,7 @@ class Poller:
         reason, seconds = _wait_after(failure, self._backoff.next())
         self._group.note_poll_failure(failure)
         if self._group.ended:
-            return  # the pool fails with this error, and logs it
+            return  # the supervisor ends the pool with this error, and logs it
         if isinstance(failure, RefusedError):
             self._context.optional.forget_refusals()
         if failure.status == HTTPStatus.TOO_MANY_REQUESTS:
@@ -408,7 +408,7 @@ class Poller:
         await self._sleep_in_state(seconds, "pacing")
 
     def _rest_of_block(self) -> float:
-        """Return the seconds until `block_ms` after the last poll; negative if they are over."""
+        """Return the seconds until `block_ms` have passed since the last poll; may be negative."""
         return self._polled_at + self._block_ms / 1000 - self._clock()
 
     async def _sleep_in_state(self, seconds: float, state: PollerState = "backoff") -> None:
@@ -423,7 +423,7 @@ def _is_cancelled() -> bool:
 
 
 def _wait_after(failure: ControlPlaneError, seconds: float) -> tuple[BackoffReason, float]:
-    """Return why and for how long to wait: `seconds`, or longer if the control plane asked."""
+    """Return reason and length of the wait after an error: `seconds`, or a longer Retry-After."""
     if not isinstance(failure, TransientError):
         return "server_error", seconds
     if failure.retry_after is not None and failure.retry_after > seconds:

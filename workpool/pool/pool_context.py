@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 
 @dataclass(slots=True)
 class PoolContext:
-    """The shared objects; created by the supervisor's root task, and passed to each part.
+    """The objects that all parts of one pool share; the supervisor creates them.
 
     Attributes:
         client: The client of the handlers' loop.

@@ -40,13 +40,13 @@ Transition = Literal["slot", "adopted", "acknowledged", "started", "ended", "clo
 
 TRANSITIONS: Final[Mapping[tuple[State, Transition], State]] = {
     ("delivered", "slot"): "acking",
-    # handed off to this process: its parent has acknowledged it
+    # A parent process, which has acknowledged the item, handed it off to this process.
     ("delivered", "adopted"): "beginning",
     ("delivered", "closed"): "closed",  # a drain forgot the item, which was never acknowledged
     ("acking", "acknowledged"): "beginning",
     ("acking", "closed"): "closed",  # the ack was refused, or another worker has the item
     ("beginning", "started"): "running",
-    ("beginning", "ended"): "completing",  # the handler may not start, such as in a drain
+    ("beginning", "ended"): "completing",  # no handler is called, such as in a drain
     ("beginning", "closed"): "closed",
     ("running", "ended"): "completing",
     ("running", "closed"): "closed",  # a drain abandoned the session
@@ -63,7 +63,10 @@ _NUMBER = re.compile(r"[1-9][0-9]{0,8}").fullmatch
 
 
 class EndReason(enum.IntEnum):
-    """The reason of a session's end, in the order of the completion table: the greatest wins."""
+    """The reason for the end of a session; of several reasons, the greatest counts.
+
+    The order is that of the completion table.
+    """
 
     RETURNED = enum.auto()
     RAISED = enum.auto()
@@ -80,9 +83,9 @@ class EndReason(enum.IntEnum):
 REASONS_OF_LEASE: Final[Mapping[Status, EndReason | None]] = {
     "stopped": EndReason.STOPPED,
     "handed_off": EndReason.HANDED_OFF,
-    "released": None,  # released by the pool's own last heartbeat: no other worker took the item
+    "released": None,  # the pool itself released the item, for a reason that it has recorded
 }
-"""The reasons that a lease gives to end a session once it is not held; any other: lost."""
+"""The end reason that follows from the status of a lease that is over; for other statuses: lost."""
 
 
 class Handoff:
@@ -108,7 +111,7 @@ class Handoff:
         self.changed = asyncio.Event()
 
     def note_change(self) -> None:
-        """Record that a heartbeat was answered or that the lease has ended."""
+        """Wake the handoff after a heartbeat's answer or the end of the lease."""
         self.changed.set()
 
     def note_child_started(self) -> None:
@@ -240,7 +243,7 @@ class PoolItem:
 
     @property
     def handler_runs(self) -> bool:
-        """Whether the handler has been called and has not returned yet, cancelled or not."""
+        """Whether the handler was called and has not ended yet, even if it was cancelled."""
         return self.handler_task is not None and not self.handler_task.done()
 
     def seconds_without_progress(self, now: float) -> float:
@@ -248,7 +251,7 @@ class PoolItem:
         return 0.0 if self.waits else max(0.0, now - self.progressed_at)
 
     def advance_state(self, transition: Transition) -> None:
-        """Move to the next state.
+        """Move to the state that the table `TRANSITIONS` names for this transition.
 
         Raises:
             RuntimeError: The table does not allow the transition, which is a bug of the pool.
@@ -259,7 +262,7 @@ class PoolItem:
         self.state = state
 
     def add_end_reason(self, reason: EndReason | None) -> None:
-        """Record a reason to end the session, if any; a graver one that was recorded before stays.
+        """Record a reason to end the session, unless a graver reason was recorded before.
 
         A reason of None has no effect.
         """
@@ -267,7 +270,7 @@ class PoolItem:
             self.reason = reason
 
     def reason_of_lease(self, now: float) -> EndReason | None:
-        """Return the reason that the lease gives to end the session, or None."""
+        """Return the end reason that follows from the lease; None while the session may go on."""
         lease = self.lease
         if lease.begun and lease.held(now):
             return EndReason.STOP_REQUESTED if lease.stop_requested else None
@@ -294,7 +297,7 @@ class OwnedItems:
     def __init__(self) -> None:
         self._by_id: dict[str, PoolItem] = {}
         self._by_session: dict[str, PoolItem] = {}
-        # Keyed by name, since a hook may return a new handler for each item.
+        # Handlers are counted by name, since a hook may return a new object for each item.
         self._per_handler: Counter[str] = Counter()
 
     def __len__(self) -> int:
@@ -337,15 +340,15 @@ class Attempt:
 
     Attributes:
         number: 1 for the first run.
-        retry: The number with which the first call of the handler begins: a run that was released
-            left it, else 0.
+        retry: The retry number of the handler's first call: the number that a released run stored
+            in the metadata, else 0.
         marked: Whether the control plane has confirmed the mark of this run.
     """
 
     __slots__ = ("_first", "_notes", "_number", "marked", "number", "retry")
 
     def __init__(self, metadata: Mapping[str, str], *, redelivered: bool) -> None:
-        """Number the run.
+        """Determine the number of this run from the item's metadata.
 
         Args:
             metadata: The item's metadata in the answer to the acknowledgement.
@@ -373,7 +376,7 @@ class Attempt:
         self.number = max(self._first, 1 + earlier)
 
     def opening_patch(self) -> Patch:
-        """Return the patch that must be written before the handler starts; may be empty."""
+        """Return the metadata patch to write before the handler is called; may be empty."""
         return self._notes | self._number
 
     def note_opening_written(self) -> None:
@@ -381,9 +384,9 @@ class Attempt:
         self._notes, self._number = {}, {}
 
     def mark_patch(self, reason: str, retry: int) -> Patch:
-        """Return the patch that keeps this run from being counted, and leaves `retry` to the next.
+        """Return the metadata patch by which this run is no attempt; the next run gets `retry`.
 
-        From now on the mark may exist, whatever the answer.
+        After this call, the closing patch removes the mark, which may exist even after an error.
         """
         patch = self._notes | self._number | {RELEASED: reason}
         self._notes[RELEASED] = None
@@ -393,22 +396,22 @@ class Attempt:
         return patch
 
     def closing_patch(self, notes: Mapping[str, str]) -> Patch:
-        """Return `notes` and the deletion of the notes of earlier ends; may be empty."""
+        """Return the metadata patch that writes `notes` and deletes those of earlier runs."""
         return {**self._notes, **notes}
 
 
 class RunCounts:
-    """Counts runs of this process that ended with neither a release nor a stop, by work id."""
+    """Counts, by work id, the runs of this process that ended without a release or a stop."""
 
     def __init__(self) -> None:
         self._counts: OrderedDict[str, int] = OrderedDict()
 
     def count_run(self, work_id: str) -> None:
-        """Count a run. Beyond the limit, the item that was counted the longest ago is forgotten."""
+        """Count a run of an item; beyond the limit, forget the item with the oldest run."""
         self._counts[work_id] = self._counts.pop(work_id, 0) + 1
         if len(self._counts) > REMEMBERED_ITEMS:
             self._counts.popitem(last=False)
 
     def runs_of_item(self, work_id: str) -> int:
-        """Return the number of an item's runs."""
+        """Return the number of runs that were counted for an item."""
         return self._counts.get(work_id, 0)

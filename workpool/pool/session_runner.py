@@ -156,20 +156,21 @@ class SessionRunner:
         if item.mark_task is not None:
             item.mark_task.cancel()
         if item.handler_task is not None:
-            item.handler_task.cancel()  # ends the wait for the thread of an abandoned session
+            # If the session is abandoned, its handler still runs: stop waiting for its thread.
+            item.handler_task.cancel()
         if item.has_lease:
             self._context.renewer.remove_lease(item.lease)
         if item.session is not None:
             self._report_end(item, item.session, outcome or outcome_when_abandoned(item))
-            # Breaks the cycle of session and item, which only the garbage collector could free.
+            # Break the reference cycle of session and item: without it, no garbage collection runs.
             item.session = None
         self._on_closed(item)
 
     def handle_lease_change(self, item: PoolItem) -> None:
-        """React to a change of the item's lease by the lease renewer."""
+        """Cancel or notify the handler after the lease renewer has changed its lease."""
         lease, session = item.lease, item.session
         if lease.closed or session is None:
-            return  # the session ended before this report of its lease
+            return  # the session has ended already
         item.notify_waiters()
         if lease.status != "held":
             self._sender.end_waits(item)
@@ -203,7 +204,7 @@ class SessionRunner:
         return True
 
     async def _begin_session(self, item: PoolItem) -> Session:
-        """Send the first heartbeat, record all reasons not to call the handler."""
+        """Create the session, send first heartbeats, record reasons not to call the handler."""
         lease, redelivered = item.lease, item.held_before
         attempt = item.attempt = Attempt(item.work_item.metadata, redelivered=redelivered)
         session = item.session = Session(
@@ -237,13 +238,13 @@ class SessionRunner:
         self.unstarted = 0
         await self._executor.run_handler(item, handler, session)
         if item.mark_task is not None:
-            await _settle_mark(item.mark_task)
+            await _wait_for_mark(item.mark_task)
         if item.handoff is not None:
             await settle_handoff(item, item.handoff, self._context.renewer)
         item.add_end_reason(item.reason_of_lease(self._context.clock()))
 
     def _pass_on_stop_request(self, item: PoolItem, session: Session) -> None:
-        """Report an operator's request to stop once, and tell the session about it."""
+        """Interrupt the session because of a stop request, and report the request once."""
         if not session.stopping:
             self._context.observe(StopRequested, item.work_item)
             session.interrupt(stopping=True)
@@ -253,7 +254,7 @@ class SessionRunner:
     async def _write_attempt_if_needed(
         self, item: PoolItem, session: Session, attempt: Attempt
     ) -> None:
-        """Write the number of this run, if it must be written before the handler starts."""
+        """Write the number of this run, if necessary; end the session if it exceeds the limit."""
         counted_here = "update" in self._context.optional.refused
         if counted_here:
             attempt.number_by_earlier_runs(self._runs.runs_of_item(item.id))
@@ -277,14 +278,14 @@ class SessionRunner:
         except SessionGoneError:
             item.add_end_reason(EndReason.LOST)
         except TransientError as error:
-            # An item whose runs are not counted could run forever, so it is released without a run.
+            # Without the count, an item that crashes its worker could run forever: release it.
             log.warning(
                 "attempt not counted: %s", error, extra={"work_id": item.id, "error": str(error)}
             )
             item.error = PoolRelease("not started: its attempt could not be counted")
             item.add_end_reason(EndReason.RELEASED)
         except NotPermittedError:
-            # From now on, this process counts the runs.
+            # The credential may not write metadata: this process counts the runs instead.
             await self._write_attempt_if_needed(item, session, attempt)
         except ControlPlaneError as error:
             log.warning(
@@ -292,7 +293,7 @@ class SessionRunner:
             )
 
     async def _answer_healthcheck(self, item: PoolItem) -> None:
-        """Stop a health check, which only needs an acknowledgement."""
+        """Stop the item of a health check, which ends with its ack and calls no handler."""
         if item.lease.unsettled:
             await self._claimer.send_first_heartbeats(item)
         try:
@@ -310,7 +311,7 @@ class SessionRunner:
         if outcome == "lease_lost":
             self._context.observe(SessionLost, item.work_item, item.lease.loss)
         elif outcome in FAILURES:
-            self._context.observe(SessionFailed, item.work_item, error_kind_of(item, outcome))
+            self._context.observe(SessionFailed, item.work_item, session_error_kind(item, outcome))
         if outcome not in SETTLED and item.reason not in RELEASES and item.handler_task is not None:
             self._runs.count_run(item.id)
         session.outcome = outcome
@@ -322,7 +323,7 @@ class SessionRunner:
         )
 
     def _report_lost(self, item: PoolItem, stage: ReclaimStage) -> None:
-        """Report that the control plane said that another worker has the item."""
+        """Report that another worker has the item, as the control plane has answered."""
         stage = "drain" if self._context.draining else stage
         log.info(
             "item reclaimed",
@@ -336,7 +337,7 @@ class SessionRunner:
         self._context.observe(ItemReclaimed, item.work_item, "lost", stage)
 
 
-def error_kind_of(item: PoolItem, outcome: Outcome) -> SessionErrorKind:
+def session_error_kind(item: PoolItem, outcome: Outcome) -> SessionErrorKind:
     """Return the kind of error by which a session failed."""
     if isinstance(item.error, AttemptsExceeded):
         return "attempts_exceeded"
@@ -361,15 +362,18 @@ def _log_end(item: PoolItem, session: Session, outcome: Outcome, seconds: float)
     log.info("session ended", extra=fields | session.trace_fields)
 
 
-async def _settle_mark(task: asyncio.Task[None]) -> None:
-    """Wait for the mark in flight: applied later, it would undo the completion's metadata."""
+async def _wait_for_mark(task: asyncio.Task[None]) -> None:
+    """Wait for the request that writes the mark: later, it would undo the completion's metadata."""
     await asyncio.wait({task}, timeout=MARK_SECONDS)
     task.cancel()
 
 
 @dataclass(slots=True)
 class SessionCalls:
-    """The calls of one session. Lives on the handlers' loop."""
+    """The calls of a `Session` for its item: progress, metadata, events and handoff.
+
+    Lives on the handlers' loop.
+    """
 
     _item: PoolItem
     _context: PoolContext
@@ -378,12 +382,12 @@ class SessionCalls:
 
     @property
     def remaining(self) -> float:
-        """Return the seconds until the lease must be considered lost."""
+        """The seconds until the lease is considered lost."""
         return self._item.lease.remaining(self._context.clock())
 
     @property
     def deadline(self) -> float | None:
-        """Return the time when the handler is cancelled, on the loop's clock; None if unknown."""
+        """The loop time at which the handler will be cancelled; None if no limit is known."""
         deadline = min(self._item.cancelled_at, self._context.drain_deadline())
         return None if deadline == math.inf else deadline
 
@@ -393,17 +397,17 @@ class SessionCalls:
 
     @contextmanager
     def waiting(self) -> Iterator[None]:
-        """Suspend the stall clock. May be used on any thread."""
+        """Do not count the time of this block as a stall. May be used on any thread."""
         waits = self._item.waits
         waits.append(None)
         try:
             yield
         finally:
-            self.progress()  # before `pop`, after which the time of the wait would count as silence
+            self.progress()  # before `pop`: otherwise the time of the wait could count as a stall
             waits.pop()
 
     def check(self) -> None:
-        """Raise an error unless the handler may send something for the item."""
+        """Raise an error if the handler may not send requests for the item anymore."""
         self._sender.check_may_send(self._item, by_handler=True)
 
     def hand_over(self) -> AbstractAsyncContextManager[HandedLease]:
@@ -411,7 +415,7 @@ class SessionCalls:
         return hand_off(self._item, self._context, self._sender)
 
     async def update_metadata(self, patch: Mapping[str, str | None]) -> WorkItem:
-        """Write metadata, retried for `UPDATE_SECONDS`."""
+        """Write metadata of the item, with retries for `UPDATE_SECONDS`."""
         client, work_id = self._context.client, self._item.id
         optional = self._context.optional
         written = await optional.make_call(
@@ -433,7 +437,7 @@ class SessionCalls:
         return self._context.client.events(item.session_id, token=item.sessions_token, guard=self)
 
     async def run_write(self, call: Callable[[CallOptions], Awaitable[T]]) -> T:
-        """Send something to the session, retried for `EVENTS_SECONDS`."""
+        """Make a call that writes to the session, with retries for `EVENTS_SECONDS`."""
         sent = await self._send_call(lambda options, _: call(options), EVENTS_SECONDS)
         self.progress()
         return sent
@@ -441,7 +445,7 @@ class SessionCalls:
     async def await_within(
         self, call: Callable[[], Awaitable[T]], seconds: float | None = None
     ) -> T:
-        """Await a read of the session while the handler may use the item."""
+        """Await a call that reads the session, as long as the handler may use the item."""
         return await self._sender.read_while_leased(self._item, call, seconds)
 
     async def _send_call(
@@ -450,7 +454,7 @@ class SessionCalls:
         seconds: float,
         before_bytes: Callable[[], None] | None = None,
     ) -> T:
-        # One handler with many calls must not take the connections of the others.
+        # Without this limit, a handler with many calls at once could use all connections.
         self._places = self._places or asyncio.Semaphore(CALLS_PER_SESSION)
         async with self._places:
             options = SendOptions(Priority.HANDLER, by_handler=True, seconds=seconds)

@@ -115,12 +115,12 @@ class Telemetry:
     def __enter__(self) -> Telemetry:
         self._metrics.open()
         self._plugins.metrics = self._metrics.observe
-        # Checked once, so that polls and heartbeats cost nothing more without this level.
+        # The log level is read once, so that without DEBUG a poll or heartbeat costs no more time.
         if log.isEnabledFor(logging.DEBUG):
             for each, write in LOGGED:
                 self._metrics.forward(each, write)
         for event_type in self._plugins.wanted - {PluginFailed}:
-            # The registry of plugins reports `PluginFailed`.
+            # `PluginFailed` is left out: the registry of plugins itself reports it to the plugins.
             self._metrics.forward(event_type, partial(self._notify_plugins, event_type))
         return self
 
@@ -128,17 +128,17 @@ class Telemetry:
         self._metrics.close()
 
     def listen_to(self, client: ClientProtocol) -> None:
-        """Report the requests of a client; it may live on any loop."""
+        """Count the requests of a client, which may run on any event loop, in the metrics."""
         client.on_request = partial(self._metrics.count, RequestFinished)
         client.on_rate_limit_wait = partial(self._metrics.count, RateBudgetWaited)
         client.on_credential_refresh = partial(self._metrics.count, CredentialRefreshed)
 
     def _notify_plugins(self, event_type: Callable[..., Event], *values: Any) -> None:
-        """Call the plugins that observe this type: now, or soon if this is another thread."""
+        """Call the plugins that observe this type of event, on the thread of the handlers' loop."""
         event = event_type(*values)
         if threading.get_ident() == self._thread:
             self._plugins.notify(event)
         else:
-            # The handlers' loop is closed: no plugin observes.
+            # After the handlers' loop is closed, no plugin observes anymore.
             with contextlib.suppress(RuntimeError):
                 self._loop.call_soon_threadsafe(self._plugins.notify, event)
