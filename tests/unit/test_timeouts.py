@@ -55,7 +55,7 @@ async def test_block_beyond_time_bound_raises_timeout_error(
     assert pending_cancellations() == 0
 
 
-async def test_block_that_ends_within_time_bound_is_unchanged(time_limit: Bounded) -> None:
+async def test_block_that_ends_within_time_bound_is_not_cancelled(time_limit: Bounded) -> None:
     async with time_limit(0.01):
         pass
     with pytest.raises(KeyError):
@@ -125,7 +125,7 @@ async def test_inner_time_bound_that_runs_out_raises_before_outer(time_limit: Bo
     assert pending_cancellations() == 0
 
 
-async def test_requests_with_one_timer_end_each_at_its_own_time() -> None:
+async def test_requests_that_share_a_timer_end_at_their_own_time_limits() -> None:
     loop = asyncio.get_running_loop()
     timer = BoundTimer(loop)
     early: list[float] = []
@@ -148,7 +148,7 @@ async def test_requests_with_one_timer_end_each_at_its_own_time() -> None:
     assert timer.at == float("inf")
 
 
-async def test_request_after_an_ended_one_is_bounded_by_the_same_timer() -> None:
+async def test_request_that_starts_after_another_ended_is_bounded_by_shared_timer() -> None:
     timer = BoundTimer(asyncio.get_running_loop())
     with Bound(0.05, timer):
         pass

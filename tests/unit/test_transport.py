@@ -282,7 +282,7 @@ async def test_empty_response_is_accepted_for_poll_and_stop_only() -> None:
         )
 
 
-async def test_null_response_to_poll_is_accepted() -> None:
+async def test_null_response_to_poll_is_read_as_no_item() -> None:
     async with (
         running_server(http_answer(200, b"null")) as server,
         connected_transport(server.url) as transport,
@@ -497,7 +497,7 @@ async def test_untrusted_certificate_raises_refused_error(
     assert server.requests == []
 
 
-async def test_server_without_tls_is_transient_error() -> None:
+async def test_https_request_to_server_without_tls_raises_transient_error() -> None:
     async with running_server(OK) as server:
         url = server.url.replace("http", "https")
         async with connected_transport(url) as transport:
@@ -720,7 +720,7 @@ def test_arbitrary_retry_after_gives_valid_seconds_or_none(value: str) -> None:
     assert seconds is None or 0 <= seconds <= RETRY_AFTER_MAX_SECONDS
 
 
-async def test_read_on_closed_connection_is_repeated_and_write_is_not() -> None:
+async def test_only_reads_are_repeated_after_their_connection_was_closed() -> None:
     # aiohttp repeats a GET on a new connection, which is right: a read changes nothing.
     async with (
         running_server(OK, close_connection, OK) as server,
@@ -785,7 +785,7 @@ async def test_request_body_is_sent_again_with_rotated_token(tmp_path: Path) -> 
     assert [each.body for each in server.requests] == [b"{}", b"{}"]
 
 
-async def test_unchanged_token_is_not_tried_again() -> None:
+async def test_refused_request_with_unchanged_token_is_not_repeated() -> None:
     refreshes: list[str] = []
     async with (
         running_server(refusal_answer(401)) as server,
@@ -848,7 +848,9 @@ async def test_concurrent_refused_requests_all_succeed_with_rotated_token(tmp_pa
     assert [each.depth for each in found] == [1] * 8
 
 
-async def test_late_refusal_uses_token_renewed_meanwhile(tmp_path: Path) -> None:
+async def test_request_refused_after_token_renewal_is_repeated_with_renewed_token(
+    tmp_path: Path,
+) -> None:
     path = tmp_path / "token"
     path.write_text("old")
     refreshes: list[str] = []
@@ -1033,7 +1035,9 @@ async def test_proxy_tunnel_request_does_not_contain_token(
     assert "Authorization" not in proxy.requests[0].headers
 
 
-def test_proxy_is_chosen_by_scheme_and_no_proxy(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_proxy_is_chosen_by_url_scheme_and_no_proxy_variable(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     monkeypatch.setenv("https_proxy", "proxy.example:3128")
     monkeypatch.setenv("no_proxy", ".internal")
     assert proxy_for_url(URL("https://h.example")) == URL("http://proxy.example:3128")

@@ -341,6 +341,6 @@ def _max_connections() -> int:
 
 
 def _unbind_port(loop: asyncio.AbstractEventLoop, bound: socket.socket) -> None:
-    if bound.fileno() >= 0:  # still open, since no server has closed it
+    if bound.fileno() >= 0:  # the socket is open if no server took it over and closed it
         loop.remove_reader(bound)
         bound.close()

@@ -96,7 +96,7 @@ class Conversation:
     def __init__(self, script: Script | None = None) -> None:
         """`script`: the tool uses of a scripted session; None: the control plane plays no agent."""
         self.events: list[StoredEvent] = []
-        # The indexes of the events of each type, so that a list of rare types reads only those.
+        # The indexes of the events of each type: a list of a rare type reads only these events.
         self._places: dict[str, array[int]] = {}
         self.status: str | None = None
         self._script = script
@@ -104,8 +104,8 @@ class Conversation:
         self._uses: dict[str, _ToolUse] = {}
         self._open: dict[str, _ToolUse] = {}  # the tool uses without a result
         self._ended_threads: set[str] = set()  # ids of threads that accept no result anymore
-        self._blocking: tuple[str, ...] = ()  # the event ids of the last `requires_action`
-        # Whether the agent must act now, and whether it must act again after the current turn.
+        self._blocking: tuple[str, ...] = ()  # event ids in the last `requires_action`
+        # Whether a turn of the agent is due, and whether another one is due after it.
         self._turn = self._next_turn = False
         self._interrupted = False
         self._concluded = False  # whether the agent has sent the last event of its turn

@@ -54,7 +54,7 @@ class Record(NamedTuple):
 
 
 def heartbeat_op(expected: str | None) -> str | None:
-    """Return `BLIND` for a heartbeat that expects no earlier one, which any worker can send."""
+    """Return `BLIND` for a heartbeat without an expectation, which any worker can send; or None."""
     return BLIND if expected in {None, NO_HEARTBEAT} else None
 
 
@@ -135,11 +135,11 @@ class _ItemHistory:
 
     def apply_record(self, record: Record) -> None:
         if record.kind == "conflict":
-            return  # A refused call has changed nothing.
+            return  # the call was refused, so the item has not changed
         if self._is_by_other_worker(record):
             if record.kind == "heartbeat" and record.op != BLIND:
-                # The sender knew the last heartbeat of the holder, so the holder has handed the
-                # item off to this process.
+                # The sender knew the holder's last heartbeat, which only the holder could give to
+                # it: the holder has handed the item off.
                 self._holder = record.worker_id
             else:
                 self.overlapping = True

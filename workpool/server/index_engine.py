@@ -250,7 +250,8 @@ class IndexEngine:
                 after=after, before=before, newest_first=wanted.newest_first
             )
             for each in islice(walk, SCAN_ROWS):
-                view = self._make_view(*each)  # read before other calls can delete it
+                # Made here: after the next await, other calls may have deleted the session.
+                view = self._make_view(*each)
                 last = view.id
                 if wanted.matches(view):
                     found.append(view)

@@ -535,10 +535,10 @@ class Operations:
         for session_id in self._retention.pop_due_sessions(self._latest):
             work_ids = self.sessions.item_ids(session_id)
             if not work_ids:
-                continue  # An earlier round has deleted the session.
+                continue  # the session was deleted before, with all its items
             queue = self._queues[self.sessions.find_session(session_id)[0].environment_id]
             items = queue.existing_items(work_ids)
-            # A session stays as long as one of its items runs or has stopped too late.
+            # Keep the session while one of its items runs, or stopped too recently.
             if len(items) == len(work_ids) and self._retention.have_expired(items, self._latest):
                 for work_id in work_ids:
                     queue.remove_item(work_id)

@@ -144,7 +144,7 @@ class ClaimCalls(DatabaseCalls):
             item = delivery.item
             if item is not None:
                 if not announced:
-                    self._hub.wake_calls(topic)  # a lost notification may have announced more items
+                    self._hub.wake_calls(topic)  # a notification, perhaps for more items, was lost
                 if not gone():
                     return item
                 await self._withdraw_delivery(item, delivery.version)
@@ -155,8 +155,8 @@ class ClaimCalls(DatabaseCalls):
             seconds = _poll_wait_seconds(remaining, poll, delivery.due_seconds)
             announced = await self._hub.wait_for_change(topic, seen, seconds)
             if not announced and loop.time() >= deadline:
-                return None  # The worker's next poll begins with a claim.
-        self._hub.wake_calls(topic)  # gives the wake-up of this poll to another poll
+                return None  # no last claim is needed: the worker's next poll begins with one
+        self._hub.wake_calls(topic)  # the client is gone, so another poll gets the wake-up
         return None
 
     async def _claim_or_withdraw(self, environment_id: str, poll: Poll) -> ClaimOutcome:

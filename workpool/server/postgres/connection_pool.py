@@ -101,7 +101,7 @@ class ConnectionPool:
     def __init__(self, url: str, *, size: int | None = None) -> None:
         self._url = url
         self._size = POOL_SIZE if size is None else size
-        self._idle: list[Any] = []  # The connection that was used last is taken first.
+        self._idle: list[Any] = []  # used as a stack: the last used connection is taken first
         self._used: set[Any] = set()
         self._opening = 0
         self._expired: set[Any] = set()  # used connections to close after their call
@@ -256,7 +256,7 @@ class ConnectionPool:
         if is_reusable:
             self._idle.append(connection)
         else:
-            connection.terminate()  # The server then cancels its running statement.
+            connection.terminate()  # the server then cancels a statement that still runs
         self._wake_waiting_calls()
 
     def _wake_waiting_calls(self, count: int = 1) -> None:
@@ -274,7 +274,7 @@ class ConnectionPool:
         if refusal is None:
             return
         if refusal.reason == READ_ONLY:
-            # The server may be a former primary: only new connections can reach the new one.
+            # After a failover, this server may be a standby: new connections reach the new primary.
             self._expired |= self._used
             while self._idle:
                 self._idle.pop().terminate()

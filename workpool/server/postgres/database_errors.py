@@ -31,7 +31,7 @@ READ_ONLY: Final = "it is read-only"
 _CUT: Final = "the connection was lost"
 _REASONS: Final[Mapping[str, str]] = {
     "25006": READ_ONLY,
-    "25P03": _CUT,  # idle_in_transaction_session_timeout
+    "25P03": _CUT,  # after `idle_in_transaction_session_timeout`
     "25P05": _CUT,
     "3D000": "the database does not exist",
     "53300": "it has too many connections",
@@ -96,8 +96,8 @@ def _client_error_reason(error: BaseException) -> str | None:
     if isinstance(error, asyncpg.TargetServerAttributeNotMatched):
         return READ_ONLY
     if isinstance(error, asyncpg.InternalClientError):
-        # The driver raises it if a call begins while the server closes the connection.
+        # The driver raises this error if a call begins while the server closes the connection.
         return _CUT
-    # Only its text tells a closed connection from a wrong use of the driver.
+    # `InterfaceError` also reports a wrong use of the driver; only its text shows the difference.
     closed = type(error) is asyncpg.InterfaceError and "clos" in str(error)
     return _CUT if closed else None

@@ -226,7 +226,7 @@ class ItemCalls(ClaimCalls):
 
         changed = await self._retry_with_lock(attempt_change, LOCK_ITEM, environment_id, work_id)
         if changed.item.state == QUEUED:
-            # This change may have ended the lease, which makes the item claimable.
+            # The change may include the end of a lease, after which the item is claimable again.
             self._hub.announce_changes(work_topic(environment_id))
         return changed
 

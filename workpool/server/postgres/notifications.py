@@ -68,14 +68,14 @@ class NotificationHub:
         self._waiting: dict[str, OrderedDict[Waiter, None]] = {}
         self._fallbacks: dict[str, asyncio.TimerHandle] = {}
         self._changes = 0
-        # The number of each topic's last change, oldest first. `_forgotten` is the greatest number
-        # that the limit has removed.
+        # The number of each topic's last change, oldest first. Old entries are removed beyond a
+        # limit; `_forgotten` is the greatest number among the removed entries.
         self._last: OrderedDict[str, int] = OrderedDict()
         self._forgotten = 0
         # The number of items of each topic for which no poll was waiting.
         self._unused: dict[str, int] = {}
         self._unsent: dict[str, int] = {}
-        self._wanted = asyncio.Event()  # set to send a batch, or after a lost connection
+        self._wanted = asyncio.Event()  # set if a batch is to be sent or the connection is lost
         self._released = False
         self.listening = asyncio.Event()
 
@@ -212,18 +212,18 @@ class NotificationHub:
     def _remove_sent(self, topic: str, count: int) -> None:
         left = self._unsent.get(topic, 0) - count
         if left > 0:
-            self._unsent[topic] = left  # announced while the batch was sent
+            self._unsent[topic] = left  # these changes were announced while the batch was sent
         else:
             self._unsent.pop(topic, None)
 
     def _on_notification(self, _connection: object, _pid: int, _channel: str, payload: str) -> None:
         node, *lines = payload.split("\n")
         if node == self._node:
-            return  # This node has woken its own calls already.
+            return  # this node sent the notification, and has woken its own calls already
         for line in lines:
             count, _, topic = line.partition(" ")
             if topic == EVERYTHING or not count.isdecimal():
-                self._wake_after_gap()  # may be about any topic
+                self._wake_after_gap()  # the notification may be about any topic
                 return
             self._record_change(topic)
             self.wake_calls(topic, int(count))

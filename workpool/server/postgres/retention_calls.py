@@ -74,14 +74,13 @@ class RetentionCalls(DatabaseCalls):
 
         deleted = await self._pool.retry_collisions(delete_batch)
         for session_id in deleted:
-            self._hub.announce_changes(
-                session_topic(session_id)
-            )  # The streams of the session notice its end.
+            # This wakes the streams of the session, which then end.
+            self._hub.announce_changes(session_topic(session_id))
         return len(deleted)
 
 
 def _limit_deleted_events(rows: Sequence[Any]) -> list[str]:
-    """Return the ids of the first sessions with `EVENTS_MAX` events in total; at least one."""
+    """Return the ids of the first sessions with `EVENTS_MAX` events at most in all; one or more."""
     totals = accumulate(row[1] for row in rows)
     return [
         row[0]

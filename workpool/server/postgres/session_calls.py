@@ -166,7 +166,7 @@ class StoredSessionCalls(ItemCalls, CreationCalls):
 
     async def archive_session(self, session_id: str) -> SessionView:
         """Archive a session: terminate it, and request the stop of its work item."""
-        await self.get_session(session_id)  # raises a 404 without taking a lock
+        await self.get_session(session_id)  # an unknown session is a 404, before any lock is taken
 
         async def archive_once() -> SessionView:
             async with self._pool.transaction() as connection:
@@ -187,7 +187,7 @@ class StoredSessionCalls(ItemCalls, CreationCalls):
         if view.last_status != TERMINATED:
             conversation = await self._load_conversation(connection, read)
             await self._append_events(connection, read, conversation, [{"type": STATUS_TERMINATED}])
-            # The cache may have only committed events, and the transaction may still fail.
+            # The cache must have committed events only, and this transaction may still fail.
             self._conversations.pop(view.id)
         place = view.session.environment_id, view.item.id
         await connection.execute(LOCK_ITEM, *place)
@@ -222,7 +222,7 @@ class StoredSessionCalls(ItemCalls, CreationCalls):
         while (known := len(conversation.events)) < read.event_count:
             rows = await connection.fetch(_EVENTS, session.id, known, read.event_count)
             if not rows:
-                raise APIError(404, "no such session")  # Its events were deleted after it was read.
+                raise APIError(404, "no such session")  # it was deleted after the read
             for event_id, value in rows:
                 conversation.append_event(event_from_columns(session.id, event_id, value))
         return conversation

@@ -17,7 +17,7 @@ class Deliveries:
 
     def __init__(self) -> None:
         self._times: OrderedDict[str, int] = OrderedDict()
-        # The ids delivered too recently for every poll so far.
+        # Ids of items whose delivery is too recent for a redelivery by any poll so far.
         self._recent: OrderedDict[str, int] = OrderedDict()
         self._due: list[str] = []  # the other ids of delivered items, ascending
 

@@ -53,8 +53,8 @@ class SqliteStore:
     def __init__(self, path: str | Path) -> None:
         self._path = path
         self._thread: threading.Thread | None = None
-        self._changed = threading.Condition(threading.RLock())  # reentrant, for `transaction`
-        # Guarded by _changed: the unsaved rows, only the newest version of each, and their count.
+        self._changed = threading.Condition(threading.RLock())  # reentrant: `transaction` holds it
+        # `_changed` guards the rows that are not saved yet (the newest version of each) and counts.
         self._unsaved: dict[str, Row | DeletedRow] = {}
         self._saved = 0
         self._closing = False

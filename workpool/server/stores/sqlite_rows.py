@@ -83,7 +83,7 @@ def _from_json(text: object) -> object:
     try:
         return orjson.loads(text) if isinstance(text, str) else text
     except orjson.JSONDecodeError:
-        return text  # The check of the column reports malformed JSON.
+        return text  # the check of the column's type then reports the malformed JSON
 
 
 def _is_text(value: object) -> bool:
