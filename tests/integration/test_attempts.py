@@ -12,6 +12,7 @@ import pytest
 from workpool import Release, Session, handler
 from workpool.errors import AttemptsExceeded
 from workpool.events import DrainStarted, ItemReceived, SessionFinished, SessionStarted
+from workpool.pool import session_runner
 from workpool.server import Poll
 from workpool.testing import Hold, expire_lease, lost, status
 
@@ -129,7 +130,7 @@ def item_runs(
 
 @pytest.fixture
 def short_attempt_number_retries(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("workpool.pool.session_runner.ATTEMPT_SECONDS", 0.1)
+    monkeypatch.setattr(session_runner, "ATTEMPT_SECONDS", 0.1)
 
 
 async def test_attempt_of_new_item_is_one_without_extra_request(item_runs: ItemRuns) -> None:
@@ -399,8 +400,9 @@ async def test_attempt_whose_number_was_written_without_answer_is_counted_once(
 @pytest.mark.parametrize("applied", [False, True])
 @pytest.mark.usefixtures("short_attempt_number_retries")
 async def test_run_whose_attempt_number_cannot_be_written_is_released_and_keeps_number(
-    item_runs: ItemRuns, caplog: pytest.LogCaptureFixture, notes: Any, number: int, *, applied: bool
-) -> None:
+    item_runs: ItemRuns, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch,
+    notes: Any, number: int, *, applied: bool,
+) -> None:  # fmt: skip
     def attempt_number_is_retried(_: object) -> bool:
         return "attempt not counted" not in caplog.text
 
@@ -409,13 +411,14 @@ async def test_run_whose_attempt_number_cannot_be_written_is_released_and_keeps_
     item_runs.faults.add(status(503, applied=applied), "update", where=attempt_number_is_retried)
     assert (await item_runs.run_once(endless_handler)).outcome == "released"
     assert item_runs.attempts == []
+    monkeypatch.setattr(session_runner, "ATTEMPT_SECONDS", 10.0)
     await item_runs.run_once(return_at_once)
     assert item_runs.attempts == [number]
 
 
 @pytest.mark.usefixtures("short_attempt_number_retries", "short_mark_retries")
 async def test_run_whose_attempt_number_cannot_be_written_keeps_mark_of_earlier_run(
-    item_runs: ItemRuns,
+    item_runs: ItemRuns, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     item_runs.run_and_crash()
     item_runs.write_metadata(released="earlier")
@@ -424,6 +427,7 @@ async def test_run_whose_attempt_number_cannot_be_written_keeps_mark_of_earlier_
     assert (await item_runs.run_once(endless_handler)).outcome == "released"
     assert item_runs.metadata == {"workpool.released": "earlier"}
     recovered.append(True)
+    monkeypatch.setattr(session_runner, "ATTEMPT_SECONDS", 10.0)
     await item_runs.run_once(return_at_once)
     assert item_runs.attempts == [1]
 
