@@ -77,7 +77,7 @@ def help_examples(command: Any) -> list[str]:
 
 
 def parameter_usage(parameter: Any) -> str:
-    """Return an argument or flag as a user writes it in a command."""
+    """Return the usage of an argument or flag, as in `--name VALUE`."""
     word = parameter.metavar or parameter.name.upper()
     if parameter.param_type_name == "option":
         names = ", ".join(f"`{name}`" for name in parameter.opts)

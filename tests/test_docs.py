@@ -401,7 +401,7 @@ async def test_documented_pools_with_shared_rate_limits_run_sessions(
 
 
 @pytest.mark.usefixtures("control_plane_for_examples")
-async def test_documented_plugin_with_database_reads_from_it(tmp_path: Path) -> None:
+async def test_documented_plugin_reads_from_its_database(tmp_path: Path) -> None:
     with sqlite3.connect(tmp_path / "orders.db") as database:
         database.executescript("create table orders (id); insert into orders values (1), (2)")
     database.close()

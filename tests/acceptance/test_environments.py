@@ -170,7 +170,7 @@ async def test_sessions_of_both_environments_run_and_sigterm_drains_both(
     assert [each.metadata["done"] for each in found] == ["when asked"] * 2
 
 
-async def test_refused_environment_is_reported_and_the_other_one_goes_on(
+async def test_refused_environment_is_reported_while_other_environment_continues(
     start_without_settings: CommandStarter, control_plane: ControlPlane, config: Path
 ) -> None:
     replace_text(config.parent / "b.token", "key-of-the-other", "revoked")
@@ -307,7 +307,7 @@ async def test_check_reports_each_environment(
     assert f"ok    {ENVIRONMENT}: control plane: " in text.out
 
 
-async def test_one_environment_is_paused_and_drained_by_command_while_the_other_goes_on(
+async def test_commands_pause_and_drain_one_environment_while_other_continues(
     start_without_settings: CommandStarter, control_plane: ControlPlane, config: Path
 ) -> None:
     socket = config.parent / "s"

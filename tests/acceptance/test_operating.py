@@ -78,8 +78,8 @@ def test_repository_files_named_in_console_blocks_exist() -> None:
 def test_every_metric_on_page_is_defined() -> None:
     names = {each.name for each in DEFINITIONS}
     found = set(re.findall(r"`workpool_([a-z0-9_]+)[`{]", PAGE))
-    found -= {"session_handler", "admission", "event", "lifespan"}  # names of hooks
-    found -= {f"fleet_{key}" for key in FLEET_NUMBERS}  # metrics of `workpool scale`
+    found -= {"session_handler", "admission", "event", "lifespan"}  # These are names of hooks.
+    found -= {f"fleet_{key}" for key in FLEET_NUMBERS}  # `workpool scale` defines these.
     suffixes = re.compile(r"_(total|bucket|count|sum)$")
     missing = {each for each in found if each not in names and suffixes.sub("", each) not in names}
     assert missing == set()

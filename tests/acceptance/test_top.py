@@ -49,7 +49,9 @@ async def test_top_fails_when_no_worker_answers(run_in_process: CommandRunner) -
     assert "not a URL" in shown.out
 
 
-async def test_top_escapes_what_a_worker_sends(run_in_process: CommandRunner) -> None:
+async def test_top_escapes_control_characters_in_answer_of_worker(
+    run_in_process: CommandRunner,
+) -> None:
     async def answer_hostile_text(_: web.Request) -> web.Response:
         status = {"worker_id": "w", "reasons": ["\x1b[2J[red]disk full"], "sessions": []}
         return web.json_response(status)

@@ -1,4 +1,4 @@
-"""The handlers of the workers that `tests.alerts` runs; the metadata `do` chooses what happens."""
+"""The handlers of the workers that `tests.alerts` runs; the metadata `do` names a behaviour."""
 
 from __future__ import annotations
 

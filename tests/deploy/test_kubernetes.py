@@ -125,7 +125,7 @@ def rendered_overlay(kubectl: str, request: pytest.FixtureRequest) -> list[Manif
 
 
 def builtin_manifests(found: list[Manifest]) -> Iterator[Manifest]:
-    """Return the manifests of Kubernetes itself, and the job of a ScaledJob as one of them."""
+    """Yield the manifests of kinds that Kubernetes defines, and the job in each ScaledJob."""
     for each in found:
         if each["kind"] == "ScaledJob":
             job = {"apiVersion": "batch/v1", "kind": "Job", "metadata": each["metadata"]}

@@ -70,8 +70,8 @@ class WorkerLoad:
             self._stopped.clear()
             await self._stopped.wait()
 
-    async def run(self) -> None:
-        """Create items until `is_full`, and work until all of them are stopped."""
+    async def run_until_items_stopped(self) -> None:
+        """Create items until `is_full` is set, and run workers until all items are stopped."""
         async with asyncio.TaskGroup() as group:
             group.create_task(self._create_items(self._make_client(0, "creator")))
             for number in range(WORKERS):
@@ -143,7 +143,7 @@ async def run_under_load(url: str, nodes: int = 2) -> AsyncIterator[WorkerLoad]:
         planes = [await stack.enter_async_context(make_node(url)) for _ in range(nodes)]
         load = WorkerLoad(http, planes)
         async with asyncio.TaskGroup() as group:
-            group.create_task(load.run())
+            group.create_task(load.run_until_items_stopped())
             yield load
             load.is_full = True
         summary = summarize(await planes[0].engine.read_history())

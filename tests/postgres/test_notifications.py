@@ -48,7 +48,7 @@ class WaitingCalls:
     async def _wait_once(self, hub: NotificationHub, topic: str) -> None:
         self.ended.append(await hub.wait_for_change(topic, hub.change_count(), LONG))
 
-    def cancel(self) -> None:
+    def cancel_waits(self) -> None:
         for task in self.tasks:
             task.cancel()
 
@@ -83,8 +83,8 @@ async def test_announcement_wakes_as_many_polls_of_each_node_as_there_are_items(
         hubs[0].announce_changes(work_topic("env_2"))  # sent later, so WORK has arrived before it
         await wait_until(lambda: other.ended)
         assert (here.ended, there.ended) == ([True] * 3, [True] * 3)
-        here.cancel()
-        there.cancel()
+        here.cancel_waits()
+        there.cancel_waits()
 
 
 @pytest.mark.usefixtures("no_fallback")
@@ -257,7 +257,7 @@ async def test_poll_cancelled_after_its_wake_up_wakes_the_next_poll(database_url
         first, second = (WaitingCalls(group, hub, WORK, 1) for _ in range(2))
         await asyncio.sleep(0)
         hub.announce_changes(WORK)
-        first.cancel()
+        first.cancel_waits()
         await wait_until(lambda: second.ended)
     assert first.ended == []
 

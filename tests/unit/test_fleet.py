@@ -36,7 +36,7 @@ def test_fleet_numbers_of_two_environments_are_sums_with_greatest_age() -> None:
     assert (numbers["recommended_replicas"], numbers["age_seconds"]) == (3, 2.0)
 
 
-def test_recommended_replicas_are_those_of_the_environment_that_needs_most() -> None:
+def test_recommended_replicas_are_the_maximum_over_all_environments() -> None:
     loads = {"env_a": FleetLoad(0, 0, 0), "env_b": FleetLoad(9, 0, 0)}
     fleet = fleet_with_loads(loads, {"env_a": 8, "env_b": 2})
     numbers, few = fleet.total_numbers(), fleet.environment_numbers("env_b")

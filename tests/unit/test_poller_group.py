@@ -217,7 +217,7 @@ async def test_refused_acks_hold_back_pollers_with_growing_delay() -> None:
     assert loop.time() - before == pytest.approx(1)
 
 
-def test_polls_without_item_reduce_pollers_to_one_and_items_restore_them() -> None:
+def test_number_of_pollers_falls_after_empty_polls_and_recovers_with_items() -> None:
     bench = GroupTestbed(3)
     for _ in range(4):
         bench.finish_null_poll()

@@ -142,7 +142,7 @@ def test_gravest_end_reason_is_kept_in_either_order(one: EndReason, other: EndRe
 
 
 @in_virtual_time
-async def test_wait_for_condition_ends_at_notification_that_meets_it() -> None:
+async def test_wait_for_condition_ends_at_first_notification_after_condition_holds() -> None:
     item, met = make_item(), list[int]()
     loop = asyncio.get_running_loop()
     for seconds in (1, 2, 3):
