@@ -75,7 +75,7 @@ class CallMeter(ContenderMeter):
 
 
 @dataclass(frozen=True)
-class ItemPath:
+class ItemCalls:
     """The calls of one item, by function.
 
     Attributes:
@@ -89,7 +89,7 @@ class ItemPath:
     own_calls: float
 
     @classmethod
-    def average_of(cls, items: Sequence[Counter[CodeType]]) -> ItemPath:
+    def average_calls_of(cls, items: Sequence[Counter[CodeType]]) -> ItemCalls:
         """Return the average calls over all items."""
         calls: Counter[CodeType] = Counter()
         for each in items:
@@ -130,7 +130,7 @@ def _is_workpool_code(code: CodeType) -> bool:
     return PACKAGE in Path(code.co_filename).parents
 
 
-async def profile_items(plane: ControlPlaneAddress, entry: BenchmarkEntry, items: int) -> ItemPath:
+async def profile_items(plane: ControlPlaneAddress, entry: BenchmarkEntry, items: int) -> ItemCalls:
     """Handle items under the profiler, and return their average calls."""
     await enqueue_items(plane, WARM_UP + items)
     meter = CallMeter(WARM_UP, items)
@@ -144,10 +144,10 @@ async def profile_items(plane: ControlPlaneAddress, entry: BenchmarkEntry, items
     finally:
         sys.setprofile(None)
         threading.setprofile(None)
-    return ItemPath.average_of(meter.calls_of_items[WARM_UP : WARM_UP + items])
+    return ItemCalls.average_calls_of(meter.calls_of_items[WARM_UP : WARM_UP + items])
 
 
-def format_report(found: dict[str, ItemPath]) -> str:
+def format_report(found: dict[str, ItemCalls]) -> str:
     """Return the table, which compares the calls with those of the first contender."""
     first = next(iter(found.values()))
     rows = [
@@ -165,7 +165,7 @@ def format_report(found: dict[str, ItemPath]) -> str:
     return format_table(head, rows)
 
 
-def format_report_by_file(path: ItemPath) -> str:
+def format_report_by_file(path: ItemCalls) -> str:
     """Return the table of the files whose functions run for an item."""
     rows = [
         [name, str(len(calls)), f"{sum(calls):.1f}"] for name, calls in path.calls_by_file().items()

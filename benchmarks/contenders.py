@@ -107,7 +107,7 @@ async def run_pool(
         return CountingClient(settings)
 
     @handler
-    async def run_nothing(session: Session) -> None:
+    async def do_no_work(session: Session) -> None:
         meter.record_start(session.item.metadata)
 
     usual = {
@@ -118,7 +118,7 @@ async def run_pool(
     }
     pool = supervisor(
         plane.client_settings(**usual | settings),
-        plugins=[run_nothing, *plugins],
+        plugins=[do_no_work, *plugins],
         connect=connect_counting_client,
     )
     async with pool:

@@ -40,7 +40,7 @@ ENTRIES = SERVED | {JOB_QUEUE.name: JOB_QUEUE}
 
 
 @contextmanager
-def open_system(
+def open_measured_system(
     entry: ServedStore, stopped: int, server: Cluster | None
 ) -> Iterator[MeasuredSystem]:
     """Start the store or job queue of an entry, with `stopped` items that have ended."""
@@ -64,7 +64,7 @@ def measure_entries(
         if entry is JOB_QUEUE and not job_queue.INSTALLED:
             continue
         for stopped in options.stopped_rows:
-            with open_system(entry, stopped, server) as system:
+            with open_measured_system(entry, stopped, server) as system:
                 found[entry, stopped] = [
                     measure_run(system, options.items, WARM_UP, options.workers)
                     for _ in range(options.rounds)

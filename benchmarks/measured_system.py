@@ -86,10 +86,10 @@ class ResourceUse:
     def used_since(self, begin: ResourceUse) -> ResourceUse:
         return ResourceUse(
             self.wall - begin.wall,
-            _subtract(self.machine, begin.machine),
-            _subtract(self.servers, begin.servers),
+            _subtract_each(self.machine, begin.machine),
+            _subtract_each(self.servers, begin.servers),
             self.database - begin.database,
-            _subtract(self.workers, begin.workers),
+            _subtract_each(self.workers, begin.workers),
         )
 
     @property
@@ -293,7 +293,7 @@ def _list_pids() -> list[int]:
     return [int(each.name) for each in _PROC.iterdir() if each.name.isdecimal()]
 
 
-def _subtract(after: tuple[float, ...], before: tuple[float, ...]) -> tuple[float, ...]:
+def _subtract_each(after: tuple[float, ...], before: tuple[float, ...]) -> tuple[float, ...]:
     return tuple(last - first for last, first in zip(after, before, strict=True))
 
 

@@ -64,7 +64,7 @@ def describe_limit(use: ResourceUse) -> str:
     return "waiting: round trips and commits"
 
 
-def report_workers(bench: ScaleBenchmark) -> str:
+def format_workers_report(bench: ScaleBenchmark) -> str:
     """Return the table of throughput by number of workers."""
     rows = []
     for store in bench.stores:
@@ -95,17 +95,19 @@ def format_costs(found: MeasuredRun) -> list[str]:
     ]
 
 
-def report_leases(bench: ScaleBenchmark) -> str:
+def format_leases_report(bench: ScaleBenchmark) -> str:
     """Return the table of held leases."""
-    return report_held_sessions(bench, bench.options.leases, streams=False)
+    return format_held_sessions_report(bench, bench.options.leases, streams=False)
 
 
-def report_streams(bench: ScaleBenchmark) -> str:
+def format_streams_report(bench: ScaleBenchmark) -> str:
     """Return the table of open event streams."""
-    return report_held_sessions(bench, bench.options.streams, streams=True)
+    return format_held_sessions_report(bench, bench.options.streams, streams=True)
 
 
-def report_held_sessions(bench: ScaleBenchmark, numbers: Sequence[int], *, streams: bool) -> str:
+def format_held_sessions_report(
+    bench: ScaleBenchmark, numbers: Sequence[int], *, streams: bool
+) -> str:
     """Return the table of held sessions; the memory of a process with one is subtracted."""
     rows = []
     for store in bench.stores:
@@ -146,7 +148,7 @@ def hold_sessions_of_store(
         )
 
 
-def report_queue_depths(bench: ScaleBenchmark) -> str:
+def format_queue_depths_report(bench: ScaleBenchmark) -> str:
     """Return the table of costs by the depth of the queue."""
     rows = []
     for store in bench.stores:
@@ -169,10 +171,10 @@ def report_queue_depths(bench: ScaleBenchmark) -> str:
 
 
 PARTS: dict[str, Callable[[ScaleBenchmark], str]] = {
-    "workers": report_workers,
-    "leases": report_leases,
-    "streams": report_streams,
-    "depth": report_queue_depths,
+    "workers": format_workers_report,
+    "leases": format_leases_report,
+    "streams": format_streams_report,
+    "depth": format_queue_depths_report,
 }
 
 

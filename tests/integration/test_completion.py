@@ -106,7 +106,7 @@ async def test_handler_that_raises_fails_with_error_type_as_metadata(run_one_ite
     [("why", "ValueError: why"), ("", "ValueError"), ("x" * 600, "ValueError: " + "x" * 500),
      ("a\ud800b", "ValueError: a?b")],
 )  # fmt: skip
-async def test_setting_report_errors_message_writes_error_message_to_metadata(
+async def test_message_of_error_is_written_if_report_errors_is_message(
     run_one_item: Any, message: str, note: str
 ) -> None:
     async def raise_with_message(_: Session) -> None:
@@ -188,7 +188,7 @@ async def test_handler_that_raises_release_is_released_with_delay(
     assert final.item.ttl_seconds == ttl
 
 
-async def test_reason_of_a_release_is_written_with_report_errors_message(run_one_item: Any) -> None:
+async def test_reason_of_release_is_written_if_report_errors_is_message(run_one_item: Any) -> None:
     async def release_with_reason(_: Session) -> None:
         raise Release("come back later")
 

@@ -84,7 +84,7 @@ class HandoffTestbed:
         settings = Settings(
             environment_id=ENVIRONMENT, token=ENVIRONMENT, stats_interval=0, **values
         )
-        connect = partial(LocalClient, self.operations, faults=self._note_request)
+        connect = partial(LocalClient, self.operations, faults=self._record_request)
         pool = LoopSupervisor(settings, plugins=[run_given_handler, self.recorder], connect=connect)
         child = LocalClient(self.operations, settings, worker_id="child")
         async with child as self.child, asyncio.TaskGroup() as self.group, pool as self.pool:
@@ -95,7 +95,7 @@ class HandoffTestbed:
             await asyncio.sleep(5)
         return finished.outcome
 
-    def _note_request(self, request: Request) -> Fault | None:
+    def _record_request(self, request: Request) -> Fault | None:
         if request.work_id is not None:
             self.sent.append((self.loop.time(), request.op))
         return self._script(request)
@@ -290,7 +290,7 @@ async def test_item_whose_holder_is_unknown_after_handoff_is_left_to_child() -> 
 
 
 @in_virtual_time
-async def test_handoff_block_longer_than_time_limit_loses_no_lease() -> None:
+async def test_handoff_block_longer_than_handoff_time_limit_loses_no_lease() -> None:
     """A handler that starts its child slowly must not lose the item to an expired lease."""
     testbed = HandoffTestbed()
 

@@ -33,8 +33,10 @@ async def other_worker(make_settings: Callable[..., Settings]) -> AsyncIterator[
 
 
 @pytest.fixture
-def take_over(clock: Clock, other_worker: WorkClient) -> Callable[[str], Awaitable[None]]:
-    """Let the pool's lease expire at the control plane and another worker claim the item."""
+def let_other_worker_take_over(
+    clock: Clock, other_worker: WorkClient
+) -> Callable[[str], Awaitable[None]]:
+    """Return a function that ends the lease of an item and lets another worker claim it."""
 
     async def claim_as_other_worker(work_id: str) -> None:
         clock.advance(1_000)
@@ -103,7 +105,7 @@ async def test_later_heartbeat_that_was_applied_but_not_answered_does_not_affect
 async def test_handler_whose_item_another_worker_holds_is_cancelled_and_sends_nothing(
     control_plane: ControlPlane,
     faults: Faults,
-    take_over: Callable[[str], Awaitable[None]],
+    let_other_worker_take_over: Callable[[str], Awaitable[None]],
     make_pool: Any,
     recorder: Recorder,
 ) -> None:
@@ -126,7 +128,7 @@ async def test_handler_whose_item_another_worker_holds_is_cancelled_and_sends_no
         await recorder.wait_for(SessionStarted)
         faults.add(hold, "heartbeat", times=1)
         await hold.reached()
-        await take_over(item.id)
+        await let_other_worker_take_over(item.id)
         hold.release()
         finished = await recorder.wait_for(SessionFinished)
         taken = len(control_plane.history)

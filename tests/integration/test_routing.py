@@ -51,9 +51,9 @@ class WeightPlugin:
     @hookimpl
     def workpool_session_handler(self, item: WorkItem) -> Any:
         heavy = int(item.metadata.get("weight", "0")) > 100
-        return self.carry_item if heavy else None
+        return self.handle_heavy_item if heavy else None
 
-    async def carry_item(self, _: Session) -> dict[str, str]:
+    async def handle_heavy_item(self, _: Session) -> dict[str, str]:
         return {"by": "carry"}
 
 

@@ -93,7 +93,7 @@ async def test_handler_failure_is_logged_with_item_and_session_ids(
     }
 
 
-async def test_every_record_of_a_pool_has_its_ids(
+async def test_every_log_record_of_pool_has_pool_ids(
     control_plane: ControlPlane,
     make_pool: Any,
     recorder: Recorder,
@@ -152,7 +152,7 @@ async def test_heartbeat_of_the_renewers_thread_is_logged_with_ids(
     assert all(ids.items() <= vars(each).items() for each in lines)
 
 
-async def test_session_records_have_trace_of_item(
+async def test_log_records_of_session_have_trace_of_item(
     control_plane: ControlPlane,
     faults: Faults,
     make_pool: Any,
@@ -175,7 +175,7 @@ async def test_session_records_have_trace_of_item(
     assert fields_of_records(caplog, "at work")[0]["reason"] == "a report"
 
 
-async def test_session_line_has_trace_that_handler_set(
+async def test_log_line_of_session_has_trace_set_by_handler(
     control_plane: ControlPlane,
     make_pool: Any,
     recorder: Recorder,

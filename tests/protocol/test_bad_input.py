@@ -75,15 +75,15 @@ async def check_server_answers(plane: ControlPlane) -> None:
     assert http_status_of(await send_raw(plane, request_head("GET", "/stats"))) == 200
 
 
-def padded_body(size: int) -> bytes:
+def body_of_size(size: int) -> bytes:
     return b'{"metadata":{}}'.ljust(size)
 
 
 async def test_body_at_size_limit_is_accepted_and_one_byte_more_is_400(api: ApiClient) -> None:
     (item,) = api.plane.enqueue()
-    answer = await api.update(item.id, data=BytesIO(padded_body(BODY_LIMIT_BYTES)))
+    answer = await api.update(item.id, data=BytesIO(body_of_size(BODY_LIMIT_BYTES)))
     assert answer.status == 200
-    answer = await api.update(item.id, data=BytesIO(padded_body(BODY_LIMIT_BYTES + 1)))
+    answer = await api.update(item.id, data=BytesIO(body_of_size(BODY_LIMIT_BYTES + 1)))
     assert answer.status == 400
     assert answer.error["type"] == "invalid_request_error"
 
@@ -116,7 +116,7 @@ async def test_body_with_too_many_values_is_400(
     assert (await api("POST", api.work_url(), data=orjson.dumps(script))).status == 400
 
 
-async def test_text_of_any_size_counts_as_one_value(api: ApiClient) -> None:
+async def test_long_string_in_body_counts_as_one_value(api: ApiClient) -> None:
     text = "{}," * 1_000_000
     answer = await api(
         "POST", api.work_url(), data=BytesIO(orjson.dumps({"metadata": {"k": text}}))

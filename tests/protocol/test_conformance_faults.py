@@ -102,7 +102,7 @@ def deliver_newest_first_once() -> Any:
     swapped = False
 
     @web.middleware
-    async def inject_order(request: web.Request, handler: Any) -> web.StreamResponse:
+    async def inject_newest_first(request: web.Request, handler: Any) -> web.StreamResponse:
         nonlocal swapped
         response: web.Response = await handler(request)
         if not request.path.endswith("/poll") or swapped or response.body == b"null":
@@ -110,7 +110,7 @@ def deliver_newest_first_once() -> Any:
         swapped = True
         return cast("web.Response", await handler(request))
 
-    return inject_order
+    return inject_newest_first
 
 
 def change_id_at_redelivery() -> Any:

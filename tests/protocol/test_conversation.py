@@ -247,7 +247,7 @@ class ScriptAnsweringClient:
 
 
 @pytest.mark.trial
-async def test_control_plane_killed_during_conversation_keeps_answered_events(
+async def test_control_plane_killed_during_conversation_keeps_events_of_answered_requests(
     tmp_path: Path,
 ) -> None:
     async with aiohttp.ClientSession() as http:

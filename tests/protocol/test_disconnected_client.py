@@ -114,7 +114,7 @@ async def test_client_disconnected_right_after_request_receives_no_item(api: Api
     assert history_kinds(api) == ["created", "delivered"]
 
 
-async def test_delivery_to_client_disconnected_while_it_is_stored_is_withdrawn(
+async def test_delivery_is_withdrawn_if_client_disconnects_while_delivery_is_stored(
     blocked_api: ApiClient, blocking_store: BlockingStore
 ) -> None:
     (item,) = blocked_api.plane.enqueue()

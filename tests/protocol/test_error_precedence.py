@@ -80,7 +80,9 @@ async def test_conflict_409_precedes_412(qoder_api: ApiClient) -> None:
 
 
 @pytest.mark.parametrize("call", CALLS)
-async def test_environment_that_is_not_self_hosted_is_400(api: ApiClient, call: str) -> None:
+async def test_worker_call_to_environment_that_is_not_self_hosted_is_400(
+    api: ApiClient, call: str
+) -> None:
     method, suffix = CALLS[call]
     answer = await api(method, api.work_url(suffix.format(id=UNKNOWN_ITEM), CLOUD))
     assert answer.status == 400

@@ -53,13 +53,13 @@ def client_has_left() -> bool:
     return False
 
 
-async def timed_poll(operations: Operations, **poll: Any) -> tuple[float, Item | None]:
+async def measure_poll(operations: Operations, **poll: Any) -> tuple[float, Item | None]:
     item = await operations.long_poll(ENV, Poll(**poll), client_has_left)
     return round(asyncio.get_running_loop().time(), 3), item
 
 
 def test_poll_of_empty_queue_waits_for_block_ms() -> None:
-    assert run_in_virtual_time(lambda operations: timed_poll(operations, block_ms=250)) == (
+    assert run_in_virtual_time(lambda operations: measure_poll(operations, block_ms=250)) == (
         0.25,
         None,
     )
@@ -68,7 +68,7 @@ def test_poll_of_empty_queue_waits_for_block_ms() -> None:
 def test_waiting_poll_returns_at_once_when_item_arrives() -> None:
     async def check_wake_up_by_new_item(operations: Operations) -> None:
         async with asyncio.TaskGroup() as group:
-            poll = group.create_task(timed_poll(operations, block_ms=999))
+            poll = group.create_task(measure_poll(operations, block_ms=999))
             await asyncio.sleep(0.3)
             operations.enqueue(ENV)
         at, item = poll.result()
@@ -83,7 +83,7 @@ def test_waiting_poll_returns_when_redelivery_becomes_due(reclaim: int) -> None:
         operations.enqueue(ENV)
         operations.poll(ENV, Poll("a"))
         await asyncio.sleep(0.1)
-        at, item = await timed_poll(operations, block_ms=999, reclaim_older_than_ms=reclaim)
+        at, item = await measure_poll(operations, block_ms=999, reclaim_older_than_ms=reclaim)
         assert item is not None
         assert at == max(0.1, reclaim / 1000)
 
@@ -93,9 +93,9 @@ def test_waiting_poll_returns_when_redelivery_becomes_due(reclaim: int) -> None:
 def test_waiting_poll_receives_item_delivered_meanwhile_once_redelivery_is_due() -> None:
     async def check_second_poll(operations: Operations) -> None:
         async with asyncio.TaskGroup() as group:
-            first = group.create_task(timed_poll(operations, block_ms=999))
+            first = group.create_task(measure_poll(operations, block_ms=999))
             second = group.create_task(
-                timed_poll(operations, block_ms=999, reclaim_older_than_ms=200)
+                measure_poll(operations, block_ms=999, reclaim_older_than_ms=200)
             )
             await asyncio.sleep(0.1)
             operations.enqueue(ENV)
@@ -109,7 +109,7 @@ def test_waiting_poll_ends_without_item_if_redelivery_is_due_later() -> None:
     async def check_end_without_item(operations: Operations) -> None:
         operations.enqueue(ENV)
         operations.poll(ENV, Poll("a"))
-        assert await timed_poll(operations, block_ms=999) == (0.999, None)
+        assert await measure_poll(operations, block_ms=999) == (0.999, None)
 
     run_in_virtual_time(check_end_without_item)
 
@@ -124,7 +124,7 @@ def test_waiting_poll_returns_when_lease_expires(state: str) -> None:
             operations.heartbeat(ENV, item.id, ttl_seconds=10)
             lease = 10.0
         await asyncio.sleep(lease - 0.5)
-        at, again = await timed_poll(operations, block_ms=999)
+        at, again = await measure_poll(operations, block_ms=999)
         assert again is not None
         assert (at, again.id) == (lease, item.id)
 
@@ -136,7 +136,7 @@ def test_waiting_polls_receive_one_item_each_in_order() -> None:
         async with asyncio.TaskGroup() as group:
             polls = []
             for _ in range(5):
-                polls.append(group.create_task(timed_poll(operations, block_ms=999)))
+                polls.append(group.create_task(measure_poll(operations, block_ms=999)))
                 await asyncio.sleep(0.01)
             created = operations.enqueue(ENV, count=3)
         items = [poll.result()[1] for poll in polls]
@@ -148,7 +148,7 @@ def test_waiting_polls_receive_one_item_each_in_order() -> None:
 def test_thousand_waiting_polls_receive_thousand_items() -> None:
     async def check_thousand_polls(operations: Operations) -> None:
         async with asyncio.TaskGroup() as group:
-            polls = [group.create_task(timed_poll(operations, block_ms=999)) for _ in range(1000)]
+            polls = [group.create_task(measure_poll(operations, block_ms=999)) for _ in range(1000)]
             await asyncio.sleep(0.1)
             for _ in range(1000):
                 operations.enqueue(ENV)
@@ -162,11 +162,11 @@ def test_thousand_waiting_polls_receive_thousand_items() -> None:
 def test_end_waits_answers_all_waiting_polls() -> None:
     async def check_end_by_release(operations: Operations) -> None:
         async with asyncio.TaskGroup() as group:
-            polls = [group.create_task(timed_poll(operations, block_ms=999)) for _ in range(3)]
+            polls = [group.create_task(measure_poll(operations, block_ms=999)) for _ in range(3)]
             await asyncio.sleep(0.1)
             operations.end_waits()
         assert [poll.result() for poll in polls] == [(0.1, None)] * 3
-        assert await timed_poll(operations, block_ms=999) == (0.1, None)
+        assert await measure_poll(operations, block_ms=999) == (0.1, None)
 
     run_in_virtual_time(check_end_by_release)
 
@@ -191,7 +191,7 @@ def test_wake_up_of_poll_with_disconnected_client_goes_to_next_poll() -> None:
             poll = Poll(block_ms=999)
             first = group.create_task(operations.long_poll(ENV, poll, lambda: left))
             await asyncio.sleep(0.1)
-            second = group.create_task(timed_poll(operations, block_ms=999))
+            second = group.create_task(measure_poll(operations, block_ms=999))
             await asyncio.sleep(0.1)
             left = True
             operations.enqueue(ENV)
@@ -208,7 +208,7 @@ def test_withdrawn_delivery_wakes_next_poll() -> None:
         delivered = operations.poll(ENV, Poll("gone"))
         assert delivered is not None
         async with asyncio.TaskGroup() as group:
-            poll = group.create_task(timed_poll(operations, block_ms=999))
+            poll = group.create_task(measure_poll(operations, block_ms=999))
             await asyncio.sleep(0.3)
             operations.withdraw_delivery(delivered)
         at, item = poll.result()
@@ -223,7 +223,7 @@ def test_expired_lease_noticed_by_another_call_wakes_poll() -> None:
         operations.ack_item(ENV, item.id)
         await asyncio.sleep(59.5)
         async with asyncio.TaskGroup() as group:
-            poll = group.create_task(timed_poll(operations, block_ms=999))
+            poll = group.create_task(measure_poll(operations, block_ms=999))
             await asyncio.sleep(0.5)
             operations.queue_stats(ENV)
         at, again = poll.result()

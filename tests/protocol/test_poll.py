@@ -154,7 +154,7 @@ async def test_unknown_poll_parameters_are_ignored(api: ApiClient) -> None:
 
 
 @pytest.mark.usefixtures("both_stores")
-async def test_poll_records_worker_of_delivery(api: ApiClient) -> None:
+async def test_only_worker_whose_poll_received_item_may_ack_it(api: ApiClient) -> None:
     api.plane.enqueue()
     item = await api.claim_item(worker="a")
     assert (await api.ack(item["id"], worker="b")).status == 409

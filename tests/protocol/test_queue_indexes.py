@@ -287,10 +287,10 @@ def test_poll_after_many_stops_makes_no_more_function_calls() -> None:
 
 
 @pytest.mark.trial
-def test_cost_of_call_does_not_grow_with_queue() -> None:
+def test_cost_of_call_does_not_grow_with_queue_length() -> None:
     """With 100 times the items, a scan costs 100 times as much, and an index less than 10 times."""
 
-    def cost_of_calls(count: int) -> float:
+    def measure_calls(count: int) -> float:
         operations = Operations([ENV], history_limit=0)
         items = operations.enqueue(ENV, count=count)
         for _ in range(count // 2):
@@ -309,4 +309,4 @@ def test_cost_of_call_does_not_grow_with_queue() -> None:
             best = min(best, time.thread_time() - started)
         return best
 
-    assert cost_of_calls(50_000) < 10 * cost_of_calls(500)
+    assert measure_calls(50_000) < 10 * measure_calls(500)

@@ -66,7 +66,7 @@ def attribute_as_json(value: object, name: str) -> object:
 
 
 @pytest.mark.parametrize("answer", ANSWERS)
-async def test_recorded_response_is_read_as_expected(answer: dict[str, Any]) -> None:
+async def test_client_reads_recorded_response_as_expected(answer: dict[str, Any]) -> None:
     async def send_recorded_answer(_: web.Request) -> web.Response:
         headers = answer.get("headers")
         if answer["body"] == "no body":

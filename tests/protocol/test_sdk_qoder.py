@@ -170,7 +170,7 @@ async def test_error_responses_become_exceptions_of_qoder_sdk(
 
 
 async def test_synchronous_qoder_sdk_stops_all_items(control_plane: ControlPlane) -> None:
-    def stop_all() -> list[str]:
+    def stop_all_items() -> list[str]:
         seen: list[str] = []
         with Managed(pat=TOKEN, base_url=control_plane.base_url) as sdk:
             while (item := sdk.environments.work.poll(ENV, worker_id="sdk")) is not None:
@@ -181,4 +181,4 @@ async def test_synchronous_qoder_sdk_stops_all_items(control_plane: ControlPlane
         return seen
 
     ids = [item.id for item in control_plane.enqueue(5)]
-    assert await asyncio.to_thread(stop_all) == ids
+    assert await asyncio.to_thread(stop_all_items) == ids

@@ -412,7 +412,7 @@ class LoadGenerator:
 
 
 @pytest.mark.trial
-async def test_killed_server_under_load_loses_no_answered_change(
+async def test_server_killed_under_load_loses_no_change_of_answered_request(
     database_path: Path, http_session: aiohttp.ClientSession
 ) -> None:
     async with start_server(database_path) as (process, port):
