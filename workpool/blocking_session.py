@@ -183,7 +183,7 @@ class BlockingEvents:
             while (event := self._calls.run(lambda: anext(events, None))) is not None:
                 yield event
         finally:
-            with suppress(SessionGoneError):  # the end of the session has closed it
+            with suppress(SessionGoneError):  # the end of the session has closed the stream
                 self._calls.run(events.aclose)
 
     def send(self, *events: Mapping[str, Any]) -> Sequence[SessionEvent]:

@@ -190,7 +190,8 @@ class Exporter:
             if len(ports) == 1:
                 return server
             server.close()
-            with contextlib.suppress(OSError):  # a program has that port on another address
+            # Another program has that port on one of the addresses.
+            with contextlib.suppress(OSError):
                 return await self._create_server(protocol, ports.pop())
         raise OSError(errno.EADDRINUSE, "no port is free on every address")
 
@@ -227,7 +228,7 @@ class Exporter:
                 await asyncio.wait(under_way, timeout=CLOSE_SECONDS)
         finally:
             for rendering in under_way:
-                rendering.cancel()  # a later end of the thread must not call the closed loop
+                rendering.cancel()  # or the end of the thread would call the closed loop
             if self._renderings:
                 log.warning("metrics rendering abandoned: a collector does not return")
             await self._renderer.close()

@@ -17,11 +17,9 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping, MutableMapping
 
 FIELDS: Final[Mapping[str, Literal["text", "number"]]] = {
-    # Fields of all records that a pool logs.
     "environment_id": "text",
     "worker_id": "text",
     "trace_id": "text",
-    # Fields about items and sessions.
     "work_id": "text",
     "session_id": "text",
     "handler": "text",
@@ -37,7 +35,6 @@ FIELDS: Final[Mapping[str, Literal["text", "number"]]] = {
     "result": "text",
     "mode": "text",
     "until": "text",
-    # Fields about the pool.
     "running": "number",
     "abandoned": "number",
     "limit": "text",
@@ -53,10 +50,8 @@ FIELDS: Final[Mapping[str, Literal["text", "number"]]] = {
     "signal": "text",
     "status": "number",
     "file": "text",
-    # Fields about requests to `workpool serve`.
     "method": "text",
     "path": "text",
-    # Fields about errors.
     "error": "text",
     "error_type": "text",
     "stack": "text",

@@ -187,7 +187,7 @@ def _usable_socket_directory() -> Path:
             if is_private_directory(directory) and os.access(directory, os.W_OK):
                 with _locked_directory(directory):
                     for path in directory.glob(f"*{SUFFIX}"):
-                        with contextlib.suppress(OSError):  # raised for a running worker's socket
+                        with contextlib.suppress(OSError):  # a running worker's socket stays
                             _remove_dead_socket(path)
                 return directory
     raise OSError(errno.EACCES, "no directory of this user can be used")
@@ -235,7 +235,7 @@ def _remove_dead_socket(path: Path) -> None:
     with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as trying:
         trying.setblocking(False)
         result = trying.connect_ex(str(path))
-    if result != errno.ECONNREFUSED:  # another error, too, shows that a worker listens
+    if result != errno.ECONNREFUSED:
         raise OSError(errno.EADDRINUSE, "another worker listens there")
     path.unlink(missing_ok=True)
 

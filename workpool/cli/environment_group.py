@@ -338,7 +338,7 @@ class EnvironmentGroup:
         and the others go on. The process ends if that drain takes longer than the shortest lease
         allows. Called on the thread of the lease renewer.
         """
-        if supervisor.status().error is None:  # a blocked loop has not failed
+        if supervisor.status().error is None:  # no error: the loop is blocked
             self._end_process()
             return
         seconds = exits.FAILED_SECONDS

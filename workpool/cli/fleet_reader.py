@@ -119,7 +119,7 @@ class FleetReader:
         stats: QueueStats | None = None
         try:
             stats = await self._client.stats()
-        except RefusedError as error:  # many credentials may only list items
+        except RefusedError as error:  # many credentials may list items only
             refusal = error
         if stats is not None and stats.running is not None:
             return FleetLoad(

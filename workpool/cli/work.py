@@ -328,7 +328,7 @@ def _run_call(settings: Settings, call: Callable[[WorkClient], Awaitable[T]]) ->
     with exits.exit_on_error():
         try:
             return asyncio.run(call_with_client())
-        except ValueError as error:  # an id from the user is not valid
+        except ValueError as error:  # the id from the command line is not valid
             raise typer.BadParameter(str(error)) from None
 
 

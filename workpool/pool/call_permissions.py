@@ -104,7 +104,7 @@ class OptionalCalls:
 def _means_never(op: Op, error: ControlPlaneError) -> bool:
     status = error.status
     if op == "stats" and status == HTTPStatus.NOT_FOUND:
-        return True  # the control plane offers no statistics
+        return True
     return status in DENIED or error.error_type == UNSUPPORTED
 
 

@@ -150,8 +150,8 @@ async def _wait_until_open(
     await _wait_for_state(item, handoff, "open", context.clock)
     if handoff.state != "open" or lease.status != "held":
         sender.check_may_send(item, by_handler=False)
-        raise HandoverError(item.id)  # there was no time left for a child
-    if lease.stop_requested:  # a child would only be started to be stopped
+        raise HandoverError(item.id)  # too little of the lease is left for a child
+    if lease.stop_requested:  # the child would be stopped at once
         raise SessionEnded(item.id)
     settings = context.settings
     return HandedLease(

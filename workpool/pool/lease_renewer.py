@@ -474,7 +474,7 @@ class LeaseRenewer:
 
     def _report_loss(self, lease: Lease) -> None:
         item = self._leases.get(lease)
-        if item is None:  # the session has ended since
+        if item is None:  # the session has ended meanwhile
             return
         self.report_lease_change(item)
         if item.handoff is not None:

@@ -128,7 +128,7 @@ class SlotShare:
         return self._slots.take_slot(self)
 
     def return_slot(self, *, used_up: bool = False) -> None:
-        """Return a slot. `used_up`: its item counts as one of the `uses`."""
+        """Return a slot. `used_up`: count the item of the slot as one of the `uses`."""
         self._slots.return_slot(self, used_up=used_up)
 
     def grant_free_slots(self) -> None:

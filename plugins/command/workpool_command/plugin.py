@@ -173,7 +173,7 @@ class Command:
         if self._root is not None:
             self._root.mkdir(mode=0o700, parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=self._root):
-            # The creation has shown that the parent directory can be written.
+            # Creating the directory has shown that its parent directory is writable.
             pass
         if self.detach and importlib.util.find_spec("typer") is None:
             raise PluginError(NAME, "detach: needs `workpool hold`, of workpool[cli]")

@@ -295,7 +295,7 @@ class ContainerRun:
                 if not await self._engine.rename_container(
                     self._name, self._name + GIVEN_UP_SUFFIX
                 ):
-                    # No container was created, or another worker has adopted it.
+                    # The container was not created, or another worker has adopted it.
                     return
                 await self._stop_and_remove_given_up(grace)
         except (EngineError, TimeoutError) as error:
@@ -311,6 +311,6 @@ class ContainerRun:
             async with asyncio.timeout(0 if self._without_grace else grace) as self._grace_timeout:
                 await self._engine.stop_container(given_up_name, grace)
         except (EngineError, TimeoutError):
-            pass  # The removal kills a container that still runs.
+            pass  # If the stop failed, the removal kills the running container.
         self._grace_timeout = None
         await self._engine.remove_container(given_up_name)

@@ -180,7 +180,7 @@ async def test_confirmed_calls_run_and_denied_calls_return_errors(
     assert [error for _, error in answers] == [False, True, True, False]
     assert answers[3] == ("allowed\n", False)
     ours = [event for event in events if event["type"] == "user.tool_result"]
-    # The control plane answers the denied calls.
+    # The control plane and not the worker answers the denied calls.
     assert len(ours) == 2
 
 

@@ -152,7 +152,7 @@ async def test_redirection_of_shell_output_does_not_affect_later_commands(
 
 async def test_commands_do_not_inherit_descriptor_of_end_marker(agent: Any) -> None:
     shown_output = await agent.call_successfully("bash", command="ls -1 /proc/self/fd")
-    # 3 is the descriptor of the listed directory.
+    # Descriptor 3 is the directory /proc/self/fd, which the command lists.
     assert shown_output == "0\n1\n2\n3\n"
 
 

@@ -95,7 +95,7 @@ class CallJournal:
                 record.write(_id_bytes(call))
             _sync_directory(self._directory)
         except OSError:
-            # Otherwise the call would count as begun, although it is not executed.
+            # Without this removal, a call that was never executed would count as begun.
             path.unlink()
             raise
         return "new"

@@ -149,7 +149,7 @@ class Conversation:
         self._decisions.setdefault(name, allowed)
         waiting = self._open.get(name)
         if waiting and not allowed:
-            # The control plane answers a denied call.
+            # The control plane answers a denied call, so the worker does not.
             self.close_call(name)
             self.on_denied(waiting.call)
         elif waiting:

@@ -289,7 +289,7 @@ class SessionAnswerer:
             pause = min(pause * 2, MAX_RETRY_SECONDS)
 
     def _log_denied_call(self, call: ToolCall) -> None:
-        # Denials of the history are not logged again.
+        # An earlier run has logged the denials that the history already contains.
         if self._caught_up:
             self._session.log.info(
                 "toolset: the call was denied", extra={"tool": call.name, "call_id": call.id}

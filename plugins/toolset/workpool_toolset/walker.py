@@ -105,7 +105,7 @@ class DirectoryWalk:
                 elif stat.S_ISREG(state.st_mode):
                     yield DirectoryEntry(place.opened, name, (*place.parts, name), state)
             except OSError:
-                # The entry was replaced meanwhile, or cannot be read.
+                # The entry was replaced after it was listed, or cannot be read.
                 continue
 
     def _enter_link(self, place: SearchedDirectory, name: str) -> Iterator[DirectoryEntry]:

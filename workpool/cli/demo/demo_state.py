@@ -81,7 +81,7 @@ class DemoState:
         return sum(hold.worker == worker for hold in self.held.values())
 
     def results_text(self, worker: str) -> str:
-        """Return the numbers of completed and failed sessions of a worker, as text."""
+        """Return a text with the numbers of completed and failed sessions of a worker."""
         failed = f", {self.failed[worker]} failed" if self.failed[worker] else ""
         return f"{self.completed[worker]} completed{failed}"
 
