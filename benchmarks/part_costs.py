@@ -102,7 +102,7 @@ ENTRIES = (
     BenchmarkEntry("bare", run_bare_loop, "aiohttp"),
     BenchmarkEntry("client only", run_client_only, "workpool"),
     pool_entry_without("metrics off", "workpool.metrics:Metrics.count"),
-    pool_entry_without("session log left out", "workpool.pool.session_runner:_log_end"),
+    pool_entry_without("session log left out", "workpool.pool.session_runner:_log_session_end"),
     BenchmarkEntry("INFO as text", partial(run_pool_with_log, TextFormatter()), "workpool"),
     BenchmarkEntry("INFO as JSON", partial(run_pool_with_log, JsonFormatter()), "workpool"),
     pool_entry("an observer", plugins=(AllEventsObserver,)),

@@ -114,7 +114,7 @@ class Claimer:
             else:
                 self._on_ack(None)
                 first_sent = sent if repeats is None else min(repeats.first_sent, sent)
-                result = _accept_answer(item, answer, first_sent)
+                result = _accept_ack_answer(item, answer, first_sent)
             sent, delivered_at = self._clock(), item.delivered_at
             if result is not None:
                 waited, took = taken_at - delivered_at, sent - delivered_at
@@ -183,7 +183,7 @@ class Claimer:
         return self._context.draining
 
 
-def _accept_answer(item: PoolItem, answer: WorkItem, acked_at: float) -> CallResult:
+def _accept_ack_answer(item: PoolItem, answer: WorkItem, acked_at: float) -> CallResult:
     # Some control planes answer every ack with `active`, and all of them answer a repeated ack with
     # it. The first heartbeat shows which worker has the item.
     if answer.state not in {STARTING, ACTIVE}:

@@ -68,7 +68,7 @@ class CompletionRow:
     outcome: Outcome
 
 
-TABLE: Final[Mapping[EndReason, CompletionRow]] = {  # if several reasons apply, the lowest row wins
+TABLE: Final[Mapping[EndReason, CompletionRow]] = {  # of several reasons, the last row counts
     EndReason.RETURNED: CompletionRow("stop", "result", "completed"),
     EndReason.RAISED: CompletionRow("stop", "error", "failed"),
     EndReason.TIMED_OUT: CompletionRow("stop", "error", "timed_out"),

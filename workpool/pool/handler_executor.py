@@ -103,7 +103,7 @@ class HandlerExecutor:
             await end_of_task(task)
         finally:
             if item.timer is not None:
-                self._stop_timer(item)
+                self._stop_cancellation_timer(item)
             if item.stall_timer is not None:
                 self._stop_stall_timer(item)
             self.stuck.discard(item)
@@ -119,7 +119,7 @@ class HandlerExecutor:
         loop = asyncio.get_running_loop()
         at = loop.time() + seconds
         if at < item.cancelled_at:
-            self._stop_timer(item)
+            self._stop_cancellation_timer(item)
             item.cancelled_at, item.timer = at, loop.call_at(at, self.cancel_handler, item, reason)
 
     def cancel_handler(self, item: PoolItem, reason: EndReason) -> None:
@@ -182,7 +182,7 @@ class HandlerExecutor:
         self.cancel_handler(item, EndReason.STALLED)
 
     def _repeat_cancellation_later(self, item: PoolItem) -> None:
-        self._stop_timer(item)
+        self._stop_cancellation_timer(item)
         item.timer = asyncio.get_running_loop().call_later(
             REPEAT_SECONDS, self._repeat_cancellation, item
         )
@@ -209,7 +209,7 @@ class HandlerExecutor:
         if self.on_stuck is not None:
             self.on_stuck()
 
-    def _stop_timer(self, item: PoolItem) -> None:
+    def _stop_cancellation_timer(self, item: PoolItem) -> None:
         if item.timer is not None:
             item.timer.cancel()
             item.timer = None
@@ -233,7 +233,7 @@ class HandlerExecutor:
         CURRENT.set(ref(session))
         self._observe(SessionStarted, session, handler.name)
         try:
-            # `metadata_of`, too, may run code of the handler: that of a mapping which it returned.
+            # `metadata_of` is inside this `try`: it may run code of a mapping of the handler.
             contexts = self._plugins.session_contexts(session)
             call: Call = handler.call  # type: ignore[assignment]  # async - unless `blocking`
             if handler.blocking or handler.retry is not None:
@@ -284,7 +284,7 @@ class HandlerExecutor:
             try:
                 return await call(session)
             except Exception as error:
-                if not _is_retried(handler.retry, error, session) or not self._may_retry(item):
+                if not _is_retryable(handler.retry, error, session) or not self._may_retry(item):
                     raise
                 session.retry += 1
                 backoff = backoff or Backoff(handler.retry.backoff, handler.retry.backoff_max)
@@ -360,7 +360,7 @@ def _log_fields(item: PoolItem) -> dict[str, str]:
     return {"work_id": item.id, "session_id": item.session_id, "handler": item.handler_label}
 
 
-def _is_retried(retry: Retry | None, error: Exception, session: Session) -> TypeGuard[Retry]:
+def _is_retryable(retry: Retry | None, error: Exception, session: Session) -> TypeGuard[Retry]:
     """Return whether the handler is called again after this error."""
     return (
         retry is not None

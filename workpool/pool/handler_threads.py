@@ -165,7 +165,7 @@ class _ThreadCalls:
 
     @contextmanager
     def enter(self, make: Callable[[], AbstractAsyncContextManager[T]]) -> Iterator[T]:
-        """Enter and leave a context on the loop, in one task.
+        """Enter a context on the loop, and leave it after the block, both in one task.
 
         Raises:
             LeaseLost, SessionEnded: The handler was cancelled or has ended.
@@ -192,12 +192,12 @@ class _ThreadCalls:
         ended.result()
 
     def cancel_calls(self) -> None:
-        """End the calls in progress."""
+        """Cancel the calls in progress, so that the threads stop waiting for them."""
         for task in self._tasks:
             task.cancel()
 
     def refuse_calls(self) -> None:
-        """End the calls in progress, and refuse further ones."""
+        """Cancel the calls in progress, and refuse further calls."""
         self._closed = True
         self.cancel_calls()
 
@@ -264,6 +264,6 @@ def _pass_on_error(entered: Future[Any], ended: Future[None]) -> None:
 
 
 async def _pass_on_interruption(session: Session, blocking: BlockingSession) -> None:
-    """Interrupt the blocking session when the session of the loop is interrupted."""
+    """Interrupt the handler's blocking session when its asynchronous session is interrupted."""
     await session.interrupted()
     blocking.interrupt()

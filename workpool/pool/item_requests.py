@@ -174,7 +174,7 @@ class ItemSender:
         options = CallOptions(check, request.priority, False, True)  # noqa: FBT003 - in the order of its fields
         while True:
             try:
-                return await self._try_once(item, call, request, until, options)
+                return await self._try_call_once(item, call, request, until, options)
             except TransientError as error:
                 failure = error
             backoff = backoff or Backoff(RETRY_SECONDS, RETRY_CAP_SECONDS)
@@ -217,7 +217,7 @@ class ItemSender:
         for bound in list(item.open_sends):
             bound.end_wait()
 
-    async def _try_once(
+    async def _try_call_once(
         self,
         item: PoolItem,
         call: Call[T],

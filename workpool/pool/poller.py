@@ -1,4 +1,4 @@
-"""The pollers of one pool: the work of each, and the number that poll.
+"""The pollers of one pool: the loop of each, and the number of those that poll now.
 
 A poller acquires a place and an ack permit, polls, offers the item, and waits for a time that
 depends on the answer. A poll only delivers an item, so after a cancelled poll the item is delivered
@@ -117,7 +117,7 @@ class PollerGroup:
         self._unreadable: OrderedDict[str | None, None] = OrderedDict()
 
     async def wait_for_turn(self, number: int) -> None:
-        """Wait until poller `number` is among those that poll."""
+        """Wait until the target number of pollers includes the poller `number`."""
         await self._turns[number].wait()
 
     async def wait_for_cooldown(self) -> None:
@@ -151,9 +151,9 @@ class PollerGroup:
         self.refused = False
         self._refused_since = None
         if null:
-            self._set_target(self.target - 1, "nulls")
+            self._set_target_size(self.target - 1, "nulls")
         elif self.target < len(self._turns):
-            self._set_target(self.target + 1, "hits")
+            self._set_target_size(self.target + 1, "hits")
         idle = null and self._context.queue.is_idle
         if idle and not self._idle:  # logged once when the pool becomes idle
             log.info("idle; waiting for work")
@@ -165,7 +165,7 @@ class PollerGroup:
         """Record a poll that brought an item that cannot be read; log each item once."""
         self.refused = False
         self._refused_since = None
-        self._set_target(self.target + 1, "hits")
+        self._set_target_size(self.target + 1, "hits")
         if error.work_id in self._unreadable:
             return
         self._unreadable[error.work_id] = None
@@ -197,7 +197,7 @@ class PollerGroup:
 
     def halve_pollers(self) -> None:
         """Halve the number of pollers after a 429."""
-        self._set_target(self.target // 2, "throttled")
+        self._set_target_size(self.target // 2, "throttled")
 
     def note_ack_result(
         self, error: RefusedError | ConflictError | PreconditionError | None
@@ -228,7 +228,7 @@ class PollerGroup:
         else:
             await self._answered.wait()  # bounded: every poll in flight has a time limit
 
-    def _set_target(self, wanted: int, reason: ScaleReason) -> None:
+    def _set_target_size(self, wanted: int, reason: ScaleReason) -> None:
         target = max(1, min(wanted, len(self._turns)))
         if target == self.target:
             return
@@ -243,7 +243,7 @@ class PollerGroup:
 
 
 class Poller:
-    """One of the pool's pollers.
+    """A loop that reserves a place, polls, and offers the received item to the dispatcher.
 
     Args:
         context: The context of the pool.
@@ -279,7 +279,7 @@ class Poller:
                 await self._poll_once()
                 crashes = 0
             except (Exception, asyncio.CancelledError) as error:
-                if isinstance(error, asyncio.CancelledError) and _is_cancelled():
+                if isinstance(error, asyncio.CancelledError) and _is_task_cancelled():
                     raise  # a CancelledError that a bug leaked is handled below, like a crash
                 crashes += 1
                 log.exception("poller crashed", extra={"in_a_row": crashes})
@@ -371,7 +371,7 @@ class Poller:
         return item
 
     async def _back_off_after_error(self, failure: ControlPlaneError) -> None:
-        reason, seconds = _wait_after(failure, self._backoff.next())
+        reason, seconds = _wait_after_error(failure, self._backoff.next())
         self._group.note_poll_failure(failure)
         if self._group.ended:
             return  # the supervisor ends the pool with this error, and logs it
@@ -417,12 +417,12 @@ class Poller:
             await asyncio.sleep(seconds)
 
 
-def _is_cancelled() -> bool:
+def _is_task_cancelled() -> bool:
     task = asyncio.current_task()
     return task is None or bool(task.cancelling())
 
 
-def _wait_after(failure: ControlPlaneError, seconds: float) -> tuple[BackoffReason, float]:
+def _wait_after_error(failure: ControlPlaneError, seconds: float) -> tuple[BackoffReason, float]:
     """Return reason and length of the wait after an error: `seconds`, or a longer Retry-After."""
     if not isinstance(failure, TransientError):
         return "server_error", seconds

@@ -320,7 +320,7 @@ class OwnedItems:
         return self._per_handler[handler.name]
 
     def add_item(self, item: PoolItem) -> None:
-        """Add an item."""
+        """Add an item under its work id, session and handler."""
         self._by_id[item.id] = item
         if item.handler is not None:
             self._per_handler[item.handler.name] += 1
@@ -328,7 +328,7 @@ class OwnedItems:
                 self._by_session[item.session_id] = item
 
     def remove_item(self, item: PoolItem) -> None:
-        """Remove an item."""
+        """Remove an item, which must have been added."""
         del self._by_id[item.id]
         if item.handler is not None:
             self._per_handler[item.handler.name] -= 1
@@ -336,7 +336,7 @@ class OwnedItems:
 
 
 class Attempt:
-    """One run of an item, according to the item's metadata.
+    """The number of one run of an item, and the metadata patches that store the number.
 
     Attributes:
         number: 1 for the first run.

@@ -126,7 +126,7 @@ class SessionRunner:
         self._on_closed = on_closed
 
     async def run_item(self, item: PoolItem) -> None:
-        """Run one item to its end."""
+        """Acknowledge an item, call its handler, and complete the session."""
         current_work_id.set(item.id)
         outcome: Outcome | None = None
         try:
@@ -161,8 +161,8 @@ class SessionRunner:
         if item.has_lease:
             self._context.renewer.remove_lease(item.lease)
         if item.session is not None:
-            self._report_end(item, item.session, outcome or outcome_when_abandoned(item))
-            # Break the reference cycle of session and item: without it, no garbage collection runs.
+            self._report_session_end(item, item.session, outcome or outcome_when_abandoned(item))
+            # Break the reference cycle of session and item, which delays their release.
             item.session = None
         self._on_closed(item)
 
@@ -187,7 +187,7 @@ class SessionRunner:
         if item.parents_heartbeat is None:
             result = await self._claimer.acknowledge_item(item, now)
             if result == "conflict":
-                self._report_lost(item, "ack")
+                self._report_lost_item(item, "ack")
             if result != "ok":
                 return False
             item.advance_state("acknowledged")
@@ -305,9 +305,9 @@ class SessionRunner:
                 extra={"work_id": item.id, "error": str(error)},
             )
 
-    def _report_end(self, item: PoolItem, session: Session, outcome: Outcome) -> None:
+    def _report_session_end(self, item: PoolItem, session: Session, outcome: Outcome) -> None:
         if outcome == "lease_lost" and item.lease.loss_confirmed:
-            self._report_lost(item, "run" if item.lease.begun else "start")
+            self._report_lost_item(item, "run" if item.lease.begun else "start")
         if outcome == "lease_lost":
             self._context.observe(SessionLost, item.work_item, item.lease.loss)
         elif outcome in FAILURES:
@@ -316,13 +316,13 @@ class SessionRunner:
             self._runs.count_run(item.id)
         session.outcome = outcome
         seconds = self._context.clock() - item.acked_at
-        _log_end(item, session, outcome, seconds)
+        _log_session_end(item, session, outcome, seconds)
         self._on_finished(item, outcome, seconds)
         self._context.observe(
             SessionFinished, session, item.handler_label, outcome, seconds, item.error
         )
 
-    def _report_lost(self, item: PoolItem, stage: ReclaimStage) -> None:
+    def _report_lost_item(self, item: PoolItem, stage: ReclaimStage) -> None:
         """Report that another worker has the item, as the control plane has answered."""
         stage = "drain" if self._context.draining else stage
         log.info(
@@ -346,7 +346,7 @@ def session_error_kind(item: PoolItem, outcome: Outcome) -> SessionErrorKind:
     return FAILURES[outcome]
 
 
-def _log_end(item: PoolItem, session: Session, outcome: Outcome, seconds: float) -> None:
+def _log_session_end(item: PoolItem, session: Session, outcome: Outcome, seconds: float) -> None:
     if not log.isEnabledFor(logging.INFO):
         return
     fields: dict[str, object] = {
@@ -392,7 +392,7 @@ class SessionCalls:
         return None if deadline == math.inf else deadline
 
     def progress(self) -> None:
-        """Record progress. May be called on any thread."""
+        """Record that the handler makes progress. May be called on any thread."""
         self._item.progressed_at = self._context.clock()
 
     @contextmanager

@@ -86,7 +86,7 @@ class Observe(Protocol):
 
 
 class Telemetry:
-    """Delivers the events of one supervisor; a context that is open while its loops run."""
+    """Delivers the events of one supervisor; a context manager around the life of its loops."""
 
     def __init__(
         self,

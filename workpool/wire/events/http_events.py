@@ -43,7 +43,7 @@ class HttpEvents:
     async def list_page(
         self, limit: int, *, after_id: str | None = None, page: str | None = None
     ) -> EventPage:
-        """List a session's first events, those after the event `after_id`, or the page `page`."""
+        """Return a page of events: the first, the one after `after_id`, or that of token `page`."""
         asked = {"after_id": after_id, "page": page}
         start = [f"{name}={quote(at, safe='')}" for name, at in asked.items() if at is not None]
         url = self._build_url("", f"limit={limit}", *start)

@@ -44,6 +44,5 @@ class CredentialSource:
 
 def _mark_exception_retrieved(reading: asyncio.Future[str | None]) -> None:
     if not reading.cancelled():
-        # Without this call, asyncio logs an error that nobody has awaited: all callers may have
-        # been cancelled before the read failed.
+        # Without this call, asyncio logs the error of a failed read whose callers were cancelled.
         reading.exception()

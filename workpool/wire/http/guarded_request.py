@@ -163,9 +163,8 @@ class GuardedRequest(aiohttp.ClientRequest):
         if protocol is not None and not isinstance(protocol.feed_data, _LimitedFeed):
             setattr(protocol, "feed_data", _LimitedFeed(protocol))  # noqa: B010 - types forbid it
         if self.check is not None and not self.body:
-            if (
-                protocol is None or protocol.writing_paused
-            ):  # aiohttp would wait between the check and the bytes
+            # aiohttp waits while writing is paused; a payload runs the check after that wait.
+            if protocol is None or protocol.writing_paused:
                 await self.update_body(CheckedBody(self.check))
             else:
                 self.check.verify()

@@ -90,7 +90,7 @@ class Bound:
 
 
 class BoundTimer:
-    """A timer that the bounds of one client share. Used on one event loop.
+    """One timer for all bounds of a client, on one event loop.
 
     It is set for the earliest time and stays set when that block has ended, so that it fires once
     in a while and not for each request.

@@ -137,7 +137,7 @@ class Transport:
         self._hide_secrets()
 
     def with_own_token(self, token: str) -> Transport:
-        """Return a transport on the same connections that sends `token`, which never changes."""
+        """Return a transport on the same connections that sends `token` and never renews it."""
         other = copy.copy(self)
         other.use_token(token)
         return other
