@@ -67,11 +67,14 @@ def attempts_are_counted(case: FinishedSimulation) -> Iterator[str]:
 
 
 def lost_runs_are_counted(case: FinishedSimulation) -> Iterator[str]:
-    """8d. A pool that may not write metadata counts the runs whose lease it lost."""
+    """8d. A pool that may not write metadata counts the runs whose lease it lost.
+
+    A run that its handler has released does not count, even if the lease is lost afterwards.
+    """
     for node in case.trace.nodes:
         lost: Counter[str] = Counter()
         started: set[str] = set()
-        for _, event in node.events if node.pool.worker_key else ():
+        for at, event in node.events if node.pool.worker_key else ():
             if isinstance(event, SessionStarted):
                 work_id, attempt = event.session.item.id, event.session.attempt
                 started.add(work_id)
@@ -80,7 +83,12 @@ def lost_runs_are_counted(case: FinishedSimulation) -> Iterator[str]:
                     yield f"{name} is attempt {attempt} after {lost[work_id]} lost runs"
             elif isinstance(event, SessionFinished):
                 work_id = event.session.item.id
-                lost[work_id] += event.outcome == "lease_lost" and work_id in started
+                if event.outcome == "lease_lost" and work_id in started:
+                    runs = [run for run in case.runs[work_id] if run.node is node]
+                    latest = max(
+                        (run for run in runs if run.started <= at), key=lambda run: run.started
+                    )
+                    lost[work_id] += latest.result != "released"
                 started.discard(work_id)
 
 
