@@ -155,7 +155,7 @@ def test_event_hook_receives_events() -> None:
     plugins = Plugins.load([EventRecorderPlugin()], [], {})
     assert plugins.wanted
     fact = DrainStarted(timeout=20.0)
-    plugins.notify(fact)
+    plugins.notify_observers(fact)
 
     assert seen == [fact]
 
@@ -175,6 +175,6 @@ def test_hook_implementation_may_omit_its_argument(hook: str) -> None:
     assert plugins.session_contexts(session) == []
     assert plugins.lifespan_contexts(cast("Any", None)) == []
     assert plugins.refusal_reason(None) is None
-    plugins.notify(DrainStarted(timeout=None))
+    plugins.notify_observers(DrainStarted(timeout=None))
 
     assert called == [hook]

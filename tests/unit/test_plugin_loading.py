@@ -149,7 +149,7 @@ def test_module_gives_all_its_decorated_functions_including_imported_ones(
     source = "from jobs_a.inner import a\nalias = a\n@handler\nasync def b(session): ...\n"
     name = plugin_disk.write_module(source, "jobs_b")
     for plugins in (load_plugins(names=(name,)), load_plugins(__import__(name))):
-        [plugin] = plugins.describe()
+        [plugin] = plugins.active_plugins()
         assert [route.handler.name for route in plugin.routes] == ["jobs_b.a", "jobs_b.b"]
 
 
@@ -180,7 +180,7 @@ def test_plugin_is_loaded_by_every_form_of_its_name(
         "shop.reports",
     )
     plugin_disk.write_distribution("acme-plugin", acme="shop.reports:Yearly")
-    [described] = load_plugins(names=(asked,)).describe()
+    [described] = load_plugins(names=(asked,)).active_plugins()
     assert described.name == plugin
     assert "shop.reports" in described.source or asked in described.source
 
@@ -192,7 +192,7 @@ def test_installed_plugin_is_listed_without_being_imported_or_activated(
     plugin_disk.write_distribution("acme-plugin", acme=name)
     assert InstalledPlugin("acme", name, "acme-plugin 1.0") in installed_plugins()
     assert not load_plugins().can_handle
-    assert load_plugins().describe() == ()
+    assert load_plugins().active_plugins() == ()
 
 
 def test_plugin_description_lists_its_hooks_and_rules() -> None:
@@ -203,7 +203,7 @@ def test_plugin_description_lists_its_hooks_and_rules() -> None:
         @handler(type="build", metadata={"job": "a"})
         async def build_project(self, session: Session) -> None: ...
 
-    [plugin] = load_plugins(PluginWithHookAndRules).describe()
+    [plugin] = load_plugins(PluginWithHookAndRules).active_plugins()
     assert list(plugin.hooks) == ["workpool_session_handler"]
     assert [(str(route.rule), route.handler.name) for route in plugin.routes] == [
         ("type=build job=a", "PluginWithHookAndRules.build_project")

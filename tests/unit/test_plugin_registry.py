@@ -278,7 +278,7 @@ def test_observers_of_different_types_receive_only_their_types() -> None:
     plugins = load_plugins(drains, failures)
     failed = PluginFailed("mail", "workpool_event", ValueError())
     for event in (FACT, failed):
-        plugins.notify(event)
+        plugins.notify_observers(event)
     assert plugins.wanted == {DrainStarted, PluginFailed}
     assert (drains.seen, failures.seen) == ([FACT], [failed])
 
@@ -377,7 +377,7 @@ def test_failing_observer_is_reported_to_the_other_observers(
     failing, metrics = FailingObserver(error), ErrorRecorder()
     plugins = load_plugins(before, failing, after)
     plugins.metrics = metrics.workpool_event
-    plugins.notify(FACT)
+    plugins.notify_observers(FACT)
 
     failed = PluginFailed("FailingObserver", "workpool_event", error)
     assert before.seen == [FACT, failed]
@@ -391,7 +391,7 @@ def test_two_failing_observers_are_reported_once_per_event() -> None:
     one, two, metrics = FailingObserver(), OtherFailingObserver(), ErrorRecorder()
     plugins = load_plugins(one, two)
     plugins.metrics = metrics.workpool_event
-    plugins.notify(FACT)
+    plugins.notify_observers(FACT)
 
     assert (len(one.calls), len(two.calls)) == (2, 2)
     blamed = [event.plugin for event in metrics.seen if isinstance(event, PluginFailed)]
@@ -408,17 +408,17 @@ def test_repeated_observer_failure_is_logged_with_traceback_once(
 ) -> None:
     failing = FailingObserver()
     plugins = load_plugins(failing)
-    plugins.notify(FACT)
-    plugins.notify(FACT)
+    plugins.notify_observers(FACT)
+    plugins.notify_observers(FACT)
     failing.error = KeyError("other")
-    plugins.notify(FACT)
+    plugins.notify_observers(FACT)
 
     assert [bool(record.exc_info) for record in caplog.records] == [True, False, True]
 
 
 def test_keyboard_interrupt_in_observer_is_raised() -> None:
     with pytest.raises(KeyboardInterrupt):
-        load_plugins(FailingObserver(KeyboardInterrupt())).notify(FACT)
+        load_plugins(FailingObserver(KeyboardInterrupt())).notify_observers(FACT)
 
 
 @pytest.mark.parametrize("hook", ["workpool_wrap_session", "workpool_lifespan"])

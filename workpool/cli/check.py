@@ -147,7 +147,7 @@ def _check_plugins(settings: Settings) -> CheckResult:
     except PluginError as error:
         exits.print_plugin_traceback(error)
         return CheckResult("plugins", "FAIL", str(error), "see workpool plugins", exits.USAGE)
-    names = ", ".join(plugin.name for plugin in loaded.describe())
+    names = ", ".join(plugin.name for plugin in loaded.active_plugins())
     if not loaded.can_handle:
         problem = f"no plugin supplies a handler: {names or 'no plugin is active'}"
         return CheckResult("plugins", "warn", problem, "name a plugin, or set WORKPOOL_PLUGINS")

@@ -38,7 +38,7 @@ def plugins(plugins: PluginNames = None, config: Config = None, json: Json = Fal
     plugin here, or in the setting `plugins`.
     """
     with exits.exit_on_error():
-        loaded = load_plugins(read_settings(config, plugins=plugins)).describe()
+        loaded = load_plugins(read_settings(config, plugins=plugins)).active_plugins()
     found = {
         "available": [
             {"name": one.name, "value": one.value, "distribution": one.distribution}

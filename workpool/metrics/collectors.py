@@ -37,12 +37,12 @@ class Collectors(Collector):
         self._lock = threading.Lock()
         self._sources: list[GaugeSource] = []
 
-    def attach(self, source: GaugeSource) -> None:
+    def add_gauges(self, source: GaugeSource) -> None:
         """Add the gauges of a supervisor."""
         with self._lock:
             self._sources.append(source)
 
-    def detach(self, source: GaugeSource) -> None:
+    def remove_gauges(self, source: GaugeSource) -> None:
         """Remove the gauges. A scrape that has begun may still take one last snapshot."""
         with self._lock:
             self._sources.remove(source)

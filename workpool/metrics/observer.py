@@ -278,21 +278,21 @@ class Metrics:
         for row in DEFINITIONS:
             if row.event is not None:
                 self._effects[row.event].add_metric(self._series[row.name], row)
-        self.forward(ev.PollFinished, self._source.polls.count_poll)
-        self.forward(ev.QueueStatsRead, self._on_stats)
-        self.forward(ev.SessionStarted, self._on_start)
+        self.forward_values(ev.PollFinished, self._source.polls.count_poll)
+        self.forward_values(ev.QueueStatsRead, self._on_stats)
+        self.forward_values(ev.SessionStarted, self._on_start)
         for handler in self.handlers:
             self._label_of(handler)
-        shared.attach(self._source)
+        shared.add_gauges(self._source)
         self._shared = shared
 
     def close(self) -> None:
         """Remove the gauges. Does nothing if the metrics are not open."""
         if self._shared is not None:
-            self._shared.detach(self._source)
+            self._shared.remove_gauges(self._source)
             self._shared = None
 
-    def forward(self, event_type: EventType, callback: Callback) -> None:
+    def forward_values(self, event_type: EventType, callback: Callback) -> None:
         """Call `callback` with the values of each event of this type, after the event was counted.
 
         The callback runs on the thread that counts the event. The metrics must be open.

@@ -168,8 +168,8 @@ class Plugins:
         self._failing[plugin] = _LoggedError(text, now)
         return True
 
-    def describe(self) -> tuple[Plugin, ...]:
-        """The active plugins, in the order of their calls."""
+    def active_plugins(self) -> tuple[Plugin, ...]:
+        """Return the active plugins, in the order in which they are called."""
         return self._plugins
 
     def handler_for(self, item: WorkItem) -> Handler | None:
@@ -205,14 +205,14 @@ class Plugins:
         """
         return _collect_contexts("workpool_lifespan", self._lifespans, supervisor)
 
-    def notify(self, event: Event) -> None:
+    def notify_observers(self, event: Event) -> None:
         """Call the observers of this type of event, in order. Their exceptions are caught.
 
         Must be called on the supervisor's loop.
         """
-        self._notify_observers(event, but=None)
+        self._notify_other_observers(event, but=None)
 
-    def _notify_observers(self, event: Event, *, but: str | None) -> None:
+    def _notify_other_observers(self, event: Event, *, but: str | None) -> None:
         for plugin, hook in self._observers.get(type(event), ()):
             if plugin == but:
                 continue
@@ -250,7 +250,7 @@ class Plugins:
         if self.metrics is not None:
             self.metrics(event)
         if tell:
-            self._notify_observers(event, but=plugin)
+            self._notify_other_observers(event, but=plugin)
 
 
 def _in_order(plugins: Sequence[Plugin]) -> dict[str, list[Hook]]:

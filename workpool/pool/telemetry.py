@@ -106,7 +106,7 @@ class Telemetry:
             version=version("workpool"),
             snapshot=snapshot,
             handlers=[
-                route.handler.name for plugin in plugins.describe() for route in plugin.routes
+                route.handler.name for plugin in plugins.active_plugins() for route in plugin.routes
             ],
         )
         self.observe = cast("Observe", self._metrics.count)
@@ -118,10 +118,10 @@ class Telemetry:
         # The log level is read once, so that without DEBUG a poll or heartbeat costs no more time.
         if log.isEnabledFor(logging.DEBUG):
             for each, write in LOGGED:
-                self._metrics.forward(each, write)
+                self._metrics.forward_values(each, write)
         for event_type in self._plugins.wanted - {PluginFailed}:
             # `PluginFailed` is left out: the registry of plugins itself reports it to the plugins.
-            self._metrics.forward(event_type, partial(self._notify_plugins, event_type))
+            self._metrics.forward_values(event_type, partial(self._notify_plugins, event_type))
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -137,8 +137,8 @@ class Telemetry:
         """Call the plugins that observe this type of event, on the thread of the handlers' loop."""
         event = event_type(*values)
         if threading.get_ident() == self._thread:
-            self._plugins.notify(event)
+            self._plugins.notify_observers(event)
         else:
             # After the handlers' loop is closed, no plugin observes anymore.
             with contextlib.suppress(RuntimeError):
-                self._loop.call_soon_threadsafe(self._plugins.notify, event)
+                self._loop.call_soon_threadsafe(self._plugins.notify_observers, event)
