@@ -53,7 +53,7 @@ def open_job_queue(server: Cluster, finished: int) -> Iterator[MeasuredSystem]:
         enqueue=lambda number: asyncio.run(_enqueue_jobs(url, number)),
         worker=lambda _: partial(_run_worker, url),
         database=server.pid,
-        settled=partial(_wait_until_settled, url),
+        settled=partial(_wait_until_jobs_finished, url),
     )
 
 
@@ -81,7 +81,7 @@ async def _enqueue_jobs(url: str, number: int) -> None:
             await task.batch_defer_async(*[{}] * min(ENQUEUE_COUNT_MAX, number - start))
 
 
-def _wait_until_settled(url: str) -> None:
+def _wait_until_jobs_finished(url: str) -> None:
     """Wait until all jobs are marked as finished; they are counted while they still run."""
     until = time.monotonic() + LIMIT_SECONDS
     with psycopg.connect(url, autocommit=True) as connection:

@@ -158,7 +158,7 @@ class WorkerTeam:
             time.monotonic(),
             machine_seconds(),
             tuple(map(process_cpu_seconds, system.servers)),
-            0.0 if system.database is None else family_cpu_seconds(system.database),
+            0.0 if system.database is None else process_tree_cpu_seconds(system.database),
             tuple(map(process_cpu_seconds, self.pids)),
         )
 
@@ -262,7 +262,7 @@ def process_cpu_seconds(pid: int) -> float:
     return (user + system) / _TICKS_PER_SECOND
 
 
-def family_cpu_seconds(pid: int) -> float:
+def process_tree_cpu_seconds(pid: int) -> float:
     """Return the CPU seconds of a process and its children, including ended ones."""
     children = [child for child in _list_pids() if _parent_pid(child) == pid]
     return sum(_cpu_ticks(pid)) / _TICKS_PER_SECOND + sum(map(process_cpu_seconds, children))
@@ -270,17 +270,17 @@ def family_cpu_seconds(pid: int) -> float:
 
 def _cpu_ticks(pid: int) -> tuple[int, int, int, int]:
     """Return a process's ticks in user and system mode, and those of its ended children."""
-    fields = _stat_fields(pid)
+    fields = _read_stat_fields(pid)
     user, system, *ended = map(int, fields[11:15]) if fields else (0, 0, 0, 0)
     return user, system, ended[0], ended[1]
 
 
 def _parent_pid(pid: int) -> int | None:
-    fields = _stat_fields(pid)
+    fields = _read_stat_fields(pid)
     return int(fields[1]) if fields else None
 
 
-def _stat_fields(pid: int) -> list[str]:
+def _read_stat_fields(pid: int) -> list[str]:
     """Return the fields of /proc/PID/stat after the name; empty if the process has ended."""
     try:
         text = (_PROC / str(pid) / "stat").read_text()

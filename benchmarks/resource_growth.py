@@ -129,7 +129,7 @@ def main() -> int:
     parser.add_argument("--samples", type=int, default=6)
     parser.add_argument("--warm-up", type=int, default=12_000, help="sessions before the first")
     options = parser.parse_args()
-    logging.disable(logging.ERROR)  # else the log has an error for a third of the sessions
+    logging.disable(logging.ERROR)  # otherwise a third of the sessions would log an error
     step = (options.sessions - options.warm_up) / (options.samples - 1)
     samples = [options.warm_up + round(step * number) for number in range(options.samples)]
     with serve_control_plane() as plane:

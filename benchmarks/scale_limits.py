@@ -48,7 +48,7 @@ class ScaleBenchmark:
     server: Cluster | None
 
 
-def describe_limit(use: ResourceUse) -> str:
+def describe_limiting_resource(use: ResourceUse) -> str:
     """Return the resource that limited the items per second."""
     cores = os.cpu_count() or 1
     used, available = use.machine
@@ -76,7 +76,7 @@ def format_workers_report(bench: ScaleBenchmark) -> str:
                         *store.table_cells,
                         str(number),
                         *format_costs(found),
-                        describe_limit(found.use),
+                        describe_limiting_resource(found.use),
                     ]
                 )
     return format_table((*COLUMNS, "workers", *COSTS, "limit"), rows)
@@ -166,7 +166,7 @@ def format_queue_depths_report(bench: ScaleBenchmark) -> str:
                 f"{memory:.0f}",
                 format_ratio(ms, base),
             )
-            rows.append([*cells, describe_limit(found.use)])
+            rows.append([*cells, describe_limiting_resource(found.use)])
     return format_table((*COLUMNS, "depth", *COSTS, "server MiB", "ratio", "limit"), rows)
 
 

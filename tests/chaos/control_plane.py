@@ -38,7 +38,7 @@ DATABASE = "postgresql://"
 LAG_SECONDS = 0.1
 
 
-def boot_time() -> float:
+def seconds_since_boot() -> float:
     """Return the seconds since the boot of the machine, sleep included, as in all processes."""
     return time.clock_gettime(getattr(time, "CLOCK_BOOTTIME", time.CLOCK_MONOTONIC))
 
@@ -49,7 +49,7 @@ class ControlPlaneConfig:
 
     Attributes:
         store: A file of SQLite, or the URL of a database, which then records the history itself.
-        offset: The control plane's clock minus `boot_time`. A database has its own clock.
+        offset: The control plane's clock minus `seconds_since_boot`. A database has its own clock.
     """
 
     store: str
@@ -71,7 +71,9 @@ class Journal(History):
         self._offset = offset
 
     def write_line(self, what: str, **facts: Any) -> None:
-        os.write(self._file, orjson.dumps({"t": boot_time(), "what": what, **facts}) + b"\n")
+        os.write(
+            self._file, orjson.dumps({"t": seconds_since_boot(), "what": what, **facts}) + b"\n"
+        )
 
     def add(self, record: Record) -> None:
         facts = record._asdict()
@@ -146,9 +148,9 @@ def with_journal_entry(fault: Fault, name: str, journal: Journal) -> Fault:
 async def record_loop_lag(journal: Journal) -> None:
     """Write a line for each delay of this event loop, during which requests were read late."""
     while True:
-        before = boot_time()
+        before = seconds_since_boot()
         await asyncio.sleep(TICK_SECONDS)
-        lag = boot_time() - before - TICK_SECONDS
+        lag = seconds_since_boot() - before - TICK_SECONDS
         if lag > LAG_SECONDS:
             journal.write_line("lag", seconds=lag)
 
@@ -171,7 +173,7 @@ def build_control_plane(
         tokens={config.token: None},
         store=SqliteStore(config.store),
         port=config.port,
-        now=lambda: boot_time() + config.offset,
+        now=lambda: seconds_since_boot() + config.offset,
         middlewares=middlewares,
     )
     plane.operations.history = journal

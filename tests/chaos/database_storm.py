@@ -17,7 +17,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from tests.chaos.control_plane import boot_time
+from tests.chaos.control_plane import seconds_since_boot
 from tests.chaos.processes import SECONDS, StartError, StormFleet
 from tests.chaos.recorded_history import find_history_violations, read_history
 from tests.chaos.storm import KINDS, Storm, StormSettings, format_report, parse_settings
@@ -111,7 +111,7 @@ class DatabaseStorm(Storm):
         self._cluster.start()
 
     def _record_action(self, what: str) -> None:
-        self._fleet.actions.append({"t": boot_time(), "what": what, "pid": 0})
+        self._fleet.actions.append({"t": seconds_since_boot(), "what": what, "pid": 0})
 
     async def _take_snapshot(self, what: str) -> None:
         found = json.loads(await asyncio.to_thread(self._cluster.execute, _SNAPSHOT, self._url))

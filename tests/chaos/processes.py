@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 
 from tests.chaos.balancer import Balancer
-from tests.chaos.control_plane import ControlPlaneConfig, boot_time
+from tests.chaos.control_plane import ControlPlaneConfig, seconds_since_boot
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -61,7 +61,7 @@ class StormFleet:
 
     Attributes:
         base_url: The base URL of the control plane, the same after each restart.
-        offset: The system's clock minus `boot_time`.
+        offset: The system's clock minus `seconds_since_boot`.
         workers: The running or the last process of each name.
         actions: The actions on processes, in order: `kill`, `stop`, `cont`, `exit` of a `pid`.
         broken: Errors of the processes.
@@ -78,7 +78,7 @@ class StormFleet:
         self._store = store or str(folder / "work.db")
         self._planes: dict[int, Process] = {}
         self._logs: dict[int, Path] = {}
-        self.offset = datetime.now(UTC).timestamp() - boot_time()
+        self.offset = datetime.now(UTC).timestamp() - seconds_since_boot()
         self._ports, [port] = _free_ports(planes), _free_ports(1)
         self._balancer = Balancer(port, self._ports) if planes > 1 else None
         self.base_url = f"http://127.0.0.1:{port if planes > 1 else self._ports[0]}/api/v1/cloud"
@@ -198,7 +198,7 @@ class StormFleet:
         """Send the signal `kill`, `stop` or `cont` to a worker, and record it with its time."""
         process = self.workers[name]
         if process.returncode is None:
-            self.actions.append({"t": boot_time(), "what": what, "pid": process.pid})
+            self.actions.append({"t": seconds_since_boot(), "what": what, "pid": process.pid})
             process.send_signal(_NUMBERS[what])
         elif what == "kill":
             self.broken.append(f"worker {name} ended by itself: {process.returncode}")
@@ -222,7 +222,7 @@ class StormFleet:
         except TimeoutError:
             self.broken.append(f"worker {name} did not end")
             return
-        self.actions.append({"t": boot_time(), "what": "exit", "pid": process.pid})
+        self.actions.append({"t": seconds_since_boot(), "what": "exit", "pid": process.pid})
         if status != 0:
             self.broken.append(f"worker {name} ended with {status}")
 

@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING, Any
 
 import aiohttp
 
-from tests.chaos.control_plane import boot_time
+from tests.chaos.control_plane import seconds_since_boot
 from tests.chaos.processes import ENVIRONMENT, LEASE_SECONDS, TOKEN, StormFleet
 from tests.chaos.storm_checker import WAKE_SECONDS, StormChecker, StormVerdict
 from workpool.testing import Proxy
@@ -242,11 +242,11 @@ class Storm:
     async def _record_loop_lag(self) -> None:
         """Record delays of this event loop, since a busy machine delays the workers as well."""
         while True:
-            before = boot_time()
+            before = seconds_since_boot()
             await asyncio.sleep(TICK_SECONDS)
-            lag = boot_time() - before - TICK_SECONDS
+            lag = seconds_since_boot() - before - TICK_SECONDS
             if lag > LAG_SECONDS:
-                self._lags.append({"t": boot_time(), "what": "lag", "seconds": lag})
+                self._lags.append({"t": seconds_since_boot(), "what": "lag", "seconds": lag})
 
     async def _finish_without_faults(self, http: aiohttp.ClientSession, proxy: Proxy) -> None:
         proxy.heal()
@@ -271,9 +271,9 @@ class Storm:
 
     async def _wait_until_all_stopped(self, http: aiohttp.ClientSession) -> None:
         """Wait until all items are stopped, for as long as leases of killed workers may last."""
-        until = boot_time() + 2 * ACK_LEASE_SECONDS
+        until = seconds_since_boot() + 2 * ACK_LEASE_SECONDS
         while await self._has_unfinished_items(http):
-            if boot_time() > until:
+            if seconds_since_boot() > until:
                 return
             await asyncio.sleep(0.5)
 

@@ -124,11 +124,11 @@ def heartbeat_now(control_plane: ControlPlane, faults: Faults) -> Callable[[str]
     """
 
     def request_heartbeat(work_id: str) -> None:
-        def encoded_item() -> bytes:
+        def encode_item() -> bytes:
             item = control_plane.operations.get_item(control_plane.environments[0], work_id)
             return orjson.dumps(DIALECTS["qoder"].item_json(item))
 
-        faults.add(literal(encoded_item), "poll", times=1)
+        faults.add(literal(encode_item), "poll", times=1)
 
     return request_heartbeat
 

@@ -267,7 +267,7 @@ async def test_polls_that_return_only_unwanted_items_are_spaced_out(
         assert time.monotonic() - started > 0.29
 
 
-async def test_handler_at_max_sessions_declines_item(
+async def test_item_is_declined_while_its_handler_is_at_max_sessions(
     control_plane: ControlPlane, faults: Faults, make_pool: Any, recorder: Recorder
 ) -> None:
     opened = asyncio.Event()

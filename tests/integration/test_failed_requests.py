@@ -419,7 +419,7 @@ async def test_item_with_refused_ack_is_run_after_redelivery(
 
 
 @pytest.mark.parametrize("code", [409, 412])
-async def test_ack_in_conflict_loses_item(
+async def test_item_whose_ack_is_answered_409_or_412_is_lost(
     control_plane: ControlPlane, faults: Faults, make_pool: Any, recorder: Recorder, code: int
 ) -> None:
     faults.add(status(code), "ack")

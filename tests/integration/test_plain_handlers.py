@@ -214,7 +214,7 @@ async def test_lost_lease_cancels_plain_handler_and_later_calls_raise(workpool: 
     assert "late" not in workpool.item(item).metadata
 
 
-async def test_lost_session_keeps_slot_and_item_until_its_thread_ends(
+async def test_plain_handler_of_lost_session_keeps_slot_and_item_until_thread_ends(
     workpool: Kit, gate: ThreadGate
 ) -> None:
     runs: list[bool] = []

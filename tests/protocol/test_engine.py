@@ -247,7 +247,7 @@ async def test_item_of_other_environment_is_not_found(engine: Engine) -> None:
     assert await status_of_refusal(engine.get_item(ENV, item.id)) == 404
 
 
-async def test_concurrent_stops_and_updates_all_apply(engine: Engine) -> None:
+async def test_concurrent_stops_and_updates_are_all_applied(engine: Engine) -> None:
     item = await create_active_item(engine)
     async with asyncio.TaskGroup() as group:
         for number in range(12):

@@ -116,7 +116,7 @@ async def test_heartbeat_ttl_other_than_positive_integer_is_400(api: ApiClient, 
     ],
 )
 @pytest.mark.parametrize("state", ["starting", "active"])
-async def test_expected_last_heartbeat_that_is_no_time_is_400(
+async def test_heartbeat_with_malformed_expected_time_is_400(
     qoder_api: ApiClient, value: str, state: str
 ) -> None:
     work_id = await qoder_api.create_item_in_state(state)
@@ -136,7 +136,7 @@ async def test_expected_last_heartbeat_that_is_no_time_is_400(
     ],
 )
 @pytest.mark.parametrize("state", ["starting", "active", "stopping"])
-async def test_expected_last_heartbeat_that_differs_is_412(
+async def test_heartbeat_with_other_expected_time_is_412(
     qoder_api: ApiClient, value: str, state: str
 ) -> None:
     work_id = await qoder_api.create_item_in_state(state)

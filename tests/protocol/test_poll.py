@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from tests.protocol.conftest import ApiClient, MovableClock
 
 
-async def test_poll_of_empty_queue_answers_literal_null(api: ApiClient) -> None:
+async def test_poll_of_empty_queue_is_answered_with_json_null(api: ApiClient) -> None:
     answer = await api.poll()
     assert (answer.status, answer.body) == (200, None)
     assert answer.headers["Content-Length"] == "4"

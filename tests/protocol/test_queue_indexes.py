@@ -137,7 +137,7 @@ def test_ids_inserted_in_descending_order_are_sorted() -> None:
     assert max(len(chunk) for chunk in ids._chunks) <= CHUNK_MAX
 
 
-def test_lease_index_with_one_renewed_item_does_not_grow() -> None:
+def test_lease_index_does_not_grow_with_renewals_of_one_lease() -> None:
     leases = LeaseEnds()
     for now in range(10_000):
         leases.set_end("work_1", now + 60)

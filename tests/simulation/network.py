@@ -259,12 +259,12 @@ class SimulatedClient(LocalClient):
         timeout: float | None = None,
         options: CallOptions = DEFAULT_OPTIONS,
     ) -> WorkItem:
-        """Update metadata, and record the patch."""
+        """Update the metadata of an item, and record the patch."""
 
         def check_and_record_patch() -> None:
             if options.check is not None:
                 options.check()
-            self._patch = dict(patch)  # for `_record_sent_call`, which runs next
+            self._patch = dict(patch)  # recorded by `_record_sent_call`
 
         noting = options._replace(check=check_and_record_patch)
         return await super().update_metadata(work_id, patch, timeout=timeout, options=noting)

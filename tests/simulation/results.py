@@ -63,7 +63,7 @@ class ProgressFile:
         self._source = _source_digest()
 
     def finished_parts(self) -> Mapping[range, SimulationReport]:
-        """Return the results for the current source code, by the seeds of each part."""
+        """Return the stored results of the current source code, by the seeds of their parts."""
         found: dict[range, SimulationReport] = {}
         lines = self._path.read_text().splitlines() if self._path.exists() else []
         for line in lines:

@@ -166,7 +166,7 @@ async def test_abandoned_session_that_an_operator_stopped_counts_as_stopped() ->
 
 
 @in_virtual_time
-async def test_stop_request_seen_by_first_heartbeat_is_reported() -> None:
+async def test_stop_request_in_answer_to_first_heartbeat_is_reported() -> None:
     """Formerly only a stop request seen by a later heartbeat was counted."""
     bench = PoolTestbed(Script(heartbeat=[Fault(request_delay=1)]))
     async with bench.supervisor:
@@ -328,7 +328,7 @@ async def test_stopping_item_of_another_worker_is_not_touched_after_machine_paus
 
 @in_virtual_time
 async def test_claim_ended_by_drain_after_machine_pause_writes_no_release_mark() -> None:
-    """Formerly the release mark hid the run of another worker meanwhile, which must count."""
+    """Formerly the release mark hid that another worker had run the item meanwhile."""
     bench = PoolTestbed(Script(ack=[Fault(answer_delay=7)]))
     async with bench.supervisor as pool, asyncio.TaskGroup() as group:
         (item,) = bench.operations.enqueue(ENVIRONMENT)

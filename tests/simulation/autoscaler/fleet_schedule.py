@@ -179,7 +179,7 @@ def _draw_fleet_settings(random: Random) -> FleetSettings:
     minimum = random.choice((0, 0, 1, 2))
     concurrency = random.choice((1, 2, 2, 3))
     metric = random.choice(METRICS)
-    if metric == "busy_slots":  # a metric of the workers, which has no value without a worker
+    if metric == "busy_slots":  # workers report this metric, so it has no value without a worker
         minimum = max(1, minimum)
     down = ScalingRules(random.choice(WINDOW_SECONDS), (ONE_PER_MINUTE,))
     rules = AutoscalerSpec(
