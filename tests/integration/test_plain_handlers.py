@@ -341,7 +341,7 @@ async def test_plain_handler_that_ignores_cancellation_is_logged_with_its_stack(
     assert "gate.wait_at_gate()" in str(report.stack_info)
 
 
-async def test_session_calls_from_many_threads_all_succeed(run_one_item: Any) -> None:
+async def test_calls_of_blocking_session_from_many_threads_all_succeed(run_one_item: Any) -> None:
     def write_from_threads(session: BlockingSession) -> None:
         threads = [
             threading.Thread(target=session.update_metadata, args=({f"key{n}": "x"},))

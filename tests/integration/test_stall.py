@@ -38,10 +38,12 @@ async def run_stalling_session(
     """Run a session whose handler awaits `act`; return the outcome and the duration in seconds."""
 
     @handler
-    async def call_act(session: Session) -> None:
+    async def handler_awaiting_act(session: Session) -> None:
         await act(session)
 
-    result = await workpool.run_session(call_act, **{"stall_timeout": STALL_SECONDS, **settings})
+    result = await workpool.run_session(
+        handler_awaiting_act, **{"stall_timeout": STALL_SECONDS, **settings}
+    )
     return result.outcome, round(result.seconds)
 
 
@@ -157,7 +159,10 @@ async def test_stall_is_logged_with_handler_and_seconds(
 
     await run_stalling_session(workpool, hang_in_handler)
     [record] = [vars(each) for each in caplog.records if each.message == "session stalled"]
-    assert (record["handler"], round(record["seconds"])) == ("call_act.call_act", STALL_SECONDS)
+    assert (record["handler"], round(record["seconds"])) == (
+        "handler_awaiting_act.handler_awaiting_act",
+        STALL_SECONDS,
+    )
 
 
 @in_virtual_time

@@ -113,7 +113,7 @@ async def test_until_empty_ends_although_unwanted_items_are_queued(
     assert recorder.of(ItemDeclined)
 
 
-async def test_until_empty_ends_although_item_was_released(
+async def test_until_empty_ends_although_handler_released_its_item(
     control_plane: ControlPlane, make_pool: Any, recorder: Recorder
 ) -> None:
     @handler
