@@ -1,4 +1,4 @@
-"""Invariants about stalls: which sessions a pool ends as stalled, and when."""
+"""Invariants 12: stalls; which sessions a pool ends as stalled, and when."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ UNNOTICED_PART: Final = 0.25
 
 
 def silent_handlers_are_stalled(case: FinishedSimulation) -> Iterator[str]:
-    """9g. A handler that reports no progress for `stall_timeout` is cancelled.
+    """12a. A handler that reports no progress for `stall_timeout` is cancelled.
 
     If its machine was halted shortly before its last progress, the pool cannot tell how much of the
     delay of its next check came after the progress: the end may come one check later.
@@ -36,7 +36,7 @@ def silent_handlers_are_stalled(case: FinishedSimulation) -> Iterator[str]:
 
 
 def handlers_that_make_progress_are_not_stalled(case: FinishedSimulation) -> Iterator[str]:
-    """9h. A session is `stalled` only if its handler reported no progress for `stall_timeout`.
+    """12b. A session is `stalled` only if its handler reported no progress for `stall_timeout`.
 
     Time in which its machine was halted does not count, but for a small part.
     """
