@@ -1,4 +1,4 @@
-"""Invariants 12: stalls; which sessions a pool ends as stalled, and when."""
+"""Invariants 12: which sessions a pool ends as stalled, and when."""
 
 from __future__ import annotations
 
