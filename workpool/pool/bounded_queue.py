@@ -115,7 +115,7 @@ class BoundedQueue(Generic[T]):
         turn: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         self._reservers.append(turn)
         if self._share is not None:
-            # A free slot may be there for this poller, or for an item set aside that comes first.
+            # A slot may be free: for this poller, or for an item set aside, which comes first.
             self._share.grant_free_slots()
         try:
             await turn

@@ -189,7 +189,7 @@ def _accept_ack_answer(item: PoolItem, answer: WorkItem, acked_at: float) -> Cal
     if answer.state not in {STARTING, ACTIVE}:
         return "conflict"
     token, trace = item.work_item.sessions_token, item.work_item.traceparent
-    if token is not None or trace is not None:  # only the answer to the poll has these two
+    if token is not None or trace is not None:  # the ack's answer has neither
         answer = replace(answer, sessions_token=answer.sessions_token or token, traceparent=trace)
     # While the item waited for a slot, another worker may have held and lost it.
     item.held_before = item.held_before or answer.last_heartbeat is not None

@@ -1,4 +1,4 @@
-"""Decides on each received item: whether the pool owns it, its handler, and its start.
+"""Decides for each received item whether the pool accepts it, and with which handler it starts.
 
 It owns the pool's items and the tasks that run them. Lives on the handlers' loop.
 See workpool/docs/architecture.md, "The path of one item".

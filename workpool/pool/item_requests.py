@@ -1,4 +1,4 @@
-"""The requests for an item: heartbeats, its stop, its metadata, its events.
+"""The requests that a pool sends for an item: heartbeats, stop, metadata and events.
 
 The lease is checked as the last step before the bytes: after the wait for the rate limit, for a
 connection and for DNS, with no await in between. The promise does not cover bytes that the kernel

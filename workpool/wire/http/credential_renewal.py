@@ -12,7 +12,7 @@ if TYPE_CHECKING:
 
 
 class CredentialSource:
-    """The source of one credential: the memory, or a file that may be replaced.
+    """The source of one credential: a setting in memory, or a file that may be replaced.
 
     Args:
         read: Reads the source; raises `SettingsError` if it holds no credential.
