@@ -230,7 +230,7 @@ CAUSES: Mapping[str, AlertCause] = {
         fail_plugin, full_alert_names("PluginErrors"), plugins=(PLUGIN + "FailingObserver",)
     ),
     "a poller crashes": AlertCause(
-        crash_poller, full_alert_names("PollerCrashed"), plugins=(PLUGIN + "CrashingPoller",)
+        crash_poller, full_alert_names("PollerCrashed"), plugins=(PLUGIN + "CrashingPollerPlugin",)
     ),
     "more work than slots": AlertCause(
         enqueue_too_much_work, full_alert_names("Backlog"), settings={"CONCURRENCY": "1"}

@@ -330,11 +330,26 @@ def acknowledged_items_are_run(case: FinishedSimulation) -> Iterator[str]:
             node, lease
         ):
             continue
-        if not lease.settled:
-            continue  # after the ack, the pool did not yet know that it owned the item
+        if not lease.settled or _heartbeat_answer_was_lost(case, node, lease):
+            continue  # the pool did not know that it owned the item
         wished = min(lease.stop_requested, lease.ended if lease.end_kind == "stopped" else FOREVER)
         if not _has_stopped_claiming(node, lease.began + 1) and wished > lease.began + 1:
             yield f"{lease.work_id} was acknowledged by {node.machine.name} and not run"
+
+
+def _heartbeat_answer_was_lost(
+    case: FinishedSimulation, node: PoolProcess, lease: GrantedLease
+) -> bool:
+    """Return whether the time for a first heartbeat ended before the answer that grants the lease.
+
+    Where a poll leases, this happens without a fault: the time ends with the lease of the ack.
+    """
+    return any(
+        call.op == "heartbeat"
+        and call.answer == "lost"
+        and call.at <= lease.began <= call.answered_at
+        for call in case.sent[node, lease.work_id]
+    )
 
 
 def claims_and_runs_never_exceed_places(case: FinishedSimulation) -> Iterator[str]:
