@@ -70,12 +70,13 @@ INDEX: Final = {
 
 
 class LivePage(NamedTuple):
-    """The data of the live page, and the setting that decides when the data include ids.
+    """The source of the data for the page `/` of the exporter, which shows the pool in a browser.
 
     Attributes:
         status: Returns the data; its argument says whether ids are included. Called on the thread
             that renders metrics.
-        always_ids: Whether ids are included also if the address is not on the loopback interface.
+        always_ids: Whether ids of items and sessions are included also if the address is not on
+            the loopback interface.
     """
 
     status: Callable[[bool], Mapping[str, Any]]

@@ -86,7 +86,7 @@ async def flood(session):
 def launcher_without_writable_directory(
     request: pytest.FixtureRequest, command_directory: Path
 ) -> tuple[tuple[str, ...], dict[str, str]]:
-    """Return a command that starts `workpool` without a writable directory, and its variables."""
+    """Return a command that starts `workpool` without a writable directory, and its environment."""
     if request.param == "no temporary directory":
         return (sys.executable, "-c", NO_TEMPORARY_DIRECTORY), {}
     launcher = ("unshare", "--mount", "sh", "-c", READ_ONLY, "sh")

@@ -1,4 +1,4 @@
-"""The fixture `workpool` in the pytest configurations of other projects, and pytest without it."""
+"""The fixture `workpool` with pytest settings of other projects, and runs that do not use it."""
 
 from __future__ import annotations
 

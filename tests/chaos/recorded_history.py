@@ -1,4 +1,4 @@
-"""The history of changes that a database recorded, and the check of its guarantees.
+"""The changes of items that a database has recorded, checked against the guarantees of a queue.
 
 The checks are those that need no other records; `storm_checker` compares the history with the
 workers' requests and the handlers' traces.

@@ -158,7 +158,7 @@ async def test_start_benchmark_compares_help_and_import_with_import_of_aiohttp()
 @pytest.mark.parametrize(
     ("store", "nodes"), [("memory", "1"), ("sqlite", "1"), ("postgres-2", "2")]
 )
-async def test_control_plane_benchmark_measures_servers_with_stopped_rows(
+async def test_control_plane_benchmark_measures_databases_full_of_stopped_items(
     store: str, nodes: str
 ) -> None:
     if store.startswith("postgres"):

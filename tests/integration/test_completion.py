@@ -426,7 +426,8 @@ async def test_session_whose_item_another_worker_holds_loses_lease_however_handl
         heartbeat_now(item.id)
         final = await wait_for_end(item.id)
     assert (final.outcome, final.item.state, final.metadata) == ("lease_lost", "starting", {})
-    # The 412 is certain, because all earlier heartbeats were answered; so the item is not read.
+    # All earlier heartbeats were answered, so a 412 proves that the lease is lost, and the pool
+    # need not read the item to find its holder.
     assert final.request_names == [*FIRST_CALLS, "heartbeat"]
 
 

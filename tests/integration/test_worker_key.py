@@ -109,7 +109,7 @@ def all_items(plane: ControlPlane) -> tuple[Any, ...]:
     return tuple(plane.operations.list_items(plane.environments[0], 100).items)
 
 
-async def test_unanswered_heartbeat_under_worker_key_is_looked_up_in_item_list(
+async def test_item_is_found_in_list_after_unanswered_heartbeat_with_worker_key(
     run_one_item: Any, faults: Faults, recorder: Recorder
 ) -> None:
     faults.add(lost(), "heartbeat", times=1)

@@ -567,7 +567,7 @@ async def test_after_id_in_descending_order_is_400(
     ).status == 400
 
 
-async def test_idle_event_after_one_of_two_results_names_remaining_tool_use(
+async def test_idle_event_lists_tool_use_that_still_needs_a_result(
     api: ApiClient,
 ) -> None:
     (item,) = api.plane.enqueue()

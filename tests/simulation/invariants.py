@@ -449,7 +449,7 @@ def _shows_claimed_session(event: Event) -> TypeGuard[SessionStarted | SessionFi
 
 
 def drains_end_in_time(case: FinishedSimulation) -> Iterator[str]:
-    """6a. A drain ends within its timeout and 5 s, whatever a handler or the network does."""
+    """6a. A drain ends at most 5 s after its timeout, whatever a handler or the network does."""
     for node in case.trace.nodes:
         if node.drain is None or node.crashed < FOREVER:
             continue

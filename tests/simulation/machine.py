@@ -72,7 +72,7 @@ class SimulatedMachine:
         """Return the wall clock, which never stands still."""
         return self._loop.now
 
-    def callback_context(self) -> Context:
+    def context_of_callbacks(self) -> Context:
         """Return a context whose callbacks run on this machine."""
         context = copy_context()
         context.run(_MACHINE.set, self)

@@ -162,7 +162,7 @@ def _draw_with_own_slots(random: Random, seed: int) -> Schedule:
             replace(pool, worker_key=random.choice((True, True, False))) for pool in pools
         )
     if random.random() < LIMITS_SHARE:
-        pools = tuple(_draw_exit_limits(pool, random) for pool in pools)
+        pools = tuple(_draw_limits_that_end_the_pool(pool, random) for pool in pools)
     if random.random() < HANDLER_LIMIT_SHARE:
         pools = tuple(
             replace(pool, concurrency=3, max_sessions=random.choice((1, 1, 2))) for pool in pools
@@ -249,7 +249,7 @@ def _draw_pool_settings(random: Random) -> PoolSettings:
     )
 
 
-def _draw_exit_limits(pool: PoolSettings, random: Random) -> PoolSettings:
+def _draw_limits_that_end_the_pool(pool: PoolSettings, random: Random) -> PoolSettings:
     return replace(
         pool,
         exit_after_sessions=random.choice((None, 1, 1, 2, 3)),

@@ -260,7 +260,7 @@ class SimulatedWorld:
         return {"plugins": PLUGINS, "registry": self._registry, "connect": connect}
 
     def _spawn_task(self, node: PoolProcess, coroutine: Coroutine[object, object, None]) -> None:
-        context = node.machine.callback_context()
+        context = node.machine.context_of_callbacks()
         task = self._group.create_task(coroutine, context=context)
         self._tasks[task] = node
 

@@ -6,7 +6,7 @@ from workpool.pool.pool_item import Attempt, RunCounts
 
 
 def test_attempt_counted_in_this_process_is_also_written_to_metadata() -> None:
-    """Other processes read the number from the metadata once the credential may write again."""
+    """Another process can only learn the attempt number from the metadata."""
     attempt = Attempt({}, redelivered=True)
     attempt.number_by_earlier_runs(0)
     assert attempt.number == 1

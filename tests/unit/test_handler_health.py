@@ -116,7 +116,7 @@ ENDS: list[tuple[Outcome, float, BaseException | None, bool]] = [
     ("stopped", 0.5, None, False),
     ("lease_lost", 0.5, None, False),
     ("detached", 0.5, None, False),
-    # A release for exhaustion counts as a failure, however long the session ran.
+    # A session released because the disk is full counts as a failure, however long it ran.
     ("released", 100.0, FULL, True),
     ("released", 0.5, None, False),
     ("released", 0.5, Release("busy"), False),

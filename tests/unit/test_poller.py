@@ -149,7 +149,7 @@ FAILURES: dict[str, Exception] = {
 
 
 @pytest.mark.parametrize("failure", FAILURES.values(), ids=FAILURES)
-async def test_failed_poll_returns_its_place_and_permit(failure: Exception) -> None:
+async def test_failed_poll_frees_its_queue_slot_and_ack_permit(failure: Exception) -> None:
     # The first poll succeeds, because a refusal of the first poll would be fatal.
     bench = PollerTestbed(None, failure, failure)
     await bench.run_poller()

@@ -118,7 +118,7 @@ class FleetWorld(SimulatedWorld):
         )
 
     async def _run_actions(self) -> None:
-        context = self._reader_node.machine.callback_context()
+        context = self._reader_node.machine.context_of_callbacks()
         services = [
             self._group.create_task(self._read_queue(), context=context),
             *(

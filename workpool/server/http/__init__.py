@@ -1,1 +1,1 @@
-"""The control plane over HTTP: routes, permissions, and the answers of each dialect."""
+"""The control plane over HTTP: routes, permissions, and answers in the format of each vendor."""

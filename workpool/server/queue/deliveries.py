@@ -13,7 +13,7 @@ from itertools import chain
 
 
 class Deliveries:
-    """The ids of delivered items in the order of delivery times, which never go back."""
+    """The ids of delivered items, the earliest delivery first."""
 
     def __init__(self) -> None:
         self._times: OrderedDict[str, int] = OrderedDict()

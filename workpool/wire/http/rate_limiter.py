@@ -160,8 +160,8 @@ class RateLimiter:
         if missing <= 0:
             self._tokens -= 1
             return 0.0
-        # While there is debt, calls other than heartbeats get a quarter of the new tokens. A wait
-        # of less than a millisecond could end early, again and again, because timers are coarse.
+        # While heartbeats have overdrawn the limit, other calls get a quarter of the new tokens.
+        # The wait is at least a millisecond: timers are coarse, and a shorter one ends too early.
         return max(0.001, min(missing / (1 - _DEBT_SHARE), missing + self._debt) / self.rate)
 
     def _add_tokens(self) -> None:
