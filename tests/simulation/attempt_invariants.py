@@ -96,7 +96,8 @@ def released_items_are_marked(case: FinishedSimulation) -> Iterator[str]:
     """8b. A released item has the mark of a release, unless its pool had a fault.
 
     Before its first heartbeat, an item whose ack answered `active` may be another worker's, and a
-    child does not own its item, so nothing can be written for it, and no handler has run.
+    child does not own its item, so nothing can be written for it, and no handler has run. The mark
+    of a drain is removed once the handler has returned, also if the drain then gives the item up.
     """
     for work_id in case.runs:
         for one in _list_attempts(case, work_id):
@@ -109,7 +110,8 @@ def released_items_are_marked(case: FinishedSimulation) -> Iterator[str]:
             not_begun = node.child or case.active_claim(node, work_id, lease.ended) is not None
             if not_begun and not any(run.node is node for run in one.runs):
                 continue
-            if _was_released(node, lease):
+            returned = any(run.result == "returned" and run.node is node for run in one.runs)
+            if _was_released(node, lease) and not returned:
                 yield f"{work_id} was released by {node.machine.name} and not marked"
 
 
