@@ -1,4 +1,4 @@
-"""The protocol as a runnable conformance suite against any control plane, in both dialects.
+"""The conformance suite, which checks any control plane against the protocol, in both dialects.
 
 Each clause of the protocol page is one coroutine in `clauses`. A `Suite` runs them against one
 environment; the same clauses run against the embedded control plane in this project's own tests.

@@ -1,4 +1,4 @@
-"""Requests to one environment, which return the answers of the control plane unparsed.
+"""Single requests to one environment of a control plane, with unparsed answers.
 
 The suite compares answers as they were sent. The package's own client would hide differences.
 """
@@ -68,7 +68,7 @@ class Answer:
 
     @property
     def refused(self) -> bool:
-        """Whether the control plane refuses this call to this key, whatever the item."""
+        """Whether this key may not make this call, or the control plane does not support it."""
         unsupported = self.error.get("type") == "unsupported_capability"
         return self.status in REFUSED or (self.status == HTTPStatus.BAD_REQUEST and unsupported)
 
@@ -96,7 +96,7 @@ def shorten_for_terminal(value: object) -> str:
 
 
 class WorkCalls(ABC, Generic[A]):
-    """The work calls of one environment as single requests; `options` are passed to aiohttp."""
+    """The work calls of one environment, one request each; `options` are passed to aiohttp."""
 
     environment: str
     base_url: str
@@ -106,7 +106,7 @@ class WorkCalls(ABC, Generic[A]):
         """Send one HTTP request, and return its answer."""
 
     def work_url(self, suffix: str = "", environment: str | None = None) -> str:
-        """Return the URL of a work call, which ends with `suffix`."""
+        """Return the URL of a work call: the URL of the queue, followed by `suffix`."""
         return f"{self.base_url}/environments/{environment or self.environment}/work{suffix}"
 
     async def poll(self, environment: str | None = None, **options: Any) -> A:
@@ -120,7 +120,7 @@ class WorkCalls(ABC, Generic[A]):
     async def heartbeat(
         self, work_id: str, expected: str | None = None, ttl: object = None, **options: Any
     ) -> A:
-        """Send a heartbeat; a parameter that is None is left out."""
+        """Send a heartbeat; a parameter that is None is not sent."""
         params = {"expected_last_heartbeat": expected, "desired_ttl_seconds": ttl}
         query = {name: str(value) for name, value in params.items() if value is not None}
         return await self("POST", self.work_url(f"/{work_id}/heartbeat"), params=query, **options)
@@ -167,18 +167,18 @@ class WorkerApi(WorkCalls[Answer]):
             hide_token(secret)
 
     def as_application(self, api_key: str) -> WorkerApi:
-        """Return an API object of an application with an API key."""
+        """Return a copy that sends requests as an application with this API key."""
         header = DIALECTS[self.dialect].api_key_header
         if header is None:
             return replace(self, token=api_key)
         return replace(self, token=None, headers={**self.headers, header: api_key})
 
     def as_worker(self, worker: str | None, token: str | None) -> WorkerApi:
-        """Return an API object of another worker, or with another token."""
+        """Return a copy with another worker name and token."""
         return replace(self, worker=worker, token=token)
 
     async def __call__(self, method: str, url: str, **options: Any) -> Answer:
-        """Send one request; `options` are aiohttp's, and `worker`, another name for this call.
+        """Send one request; `options` are aiohttp's, or `worker`: the worker name to send.
 
         Raises:
             NoAnswerError: The control plane did not answer within `REQUEST_SECONDS`.

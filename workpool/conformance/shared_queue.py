@@ -37,7 +37,7 @@ class Delivery(NamedTuple):
     """One delivery of an item by a poll.
 
     Attributes:
-        number: Its number among all deliveries.
+        number: The number of this delivery, counted over all items.
         nothing_at: The time when the suite sent the last poll that returned no item: the item was
             not available then. It shows whether the control plane delivered the item late, or the
             suite polled late.
@@ -106,16 +106,19 @@ class SharedQueue:
             return self._subjects.setdefault(name, SuiteItem(name))
 
     async def poll(self, **options: Any) -> Answer:
-        """Send a poll; record the delivery of the suite's own item, or stop a foreign item.
+        """Send a poll; record the delivery of an item of the suite, and stop any other item.
 
         Raises:
-            ForeignItemsError: The suite has not created the item.
+            ForeignItemsError: The suite has not created the item, and may not stop it.
         """
         answer, _ = await self._poll_once(options)
         return answer
 
     async def _poll_once(self, options: dict[str, Any]) -> tuple[Answer, bool]:
-        """Send a poll; return its answer, and whether a new item came, own or foreign."""
+        """Send a poll; return its answer, and whether it delivered an item.
+
+        An item that is not the suite's counts only at its first delivery.
+        """
         async with self._queue:
             at = self.now()
             answer = await self.api.poll(**options)
@@ -139,7 +142,7 @@ class SharedQueue:
         return answer, new
 
     async def join_or_start_poll(self) -> bool:
-        """Wait for the poll in progress, or send one; return whether a new item came."""
+        """Join the poll in progress, or send one; return whether it delivered an item."""
         if self._polling is not None:
             return await asyncio.shield(self._polling)
         polling = self._polling = asyncio.get_running_loop().create_future()
@@ -180,7 +183,7 @@ class SharedQueue:
         """Check that the environment has only items that the suite created or was given.
 
         Raises:
-            ForeignItemsError: There are such items, or the list cannot be read.
+            ForeignItemsError: There are other items, or the list cannot be read.
         """
         if self._test_environment:
             return

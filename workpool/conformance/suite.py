@@ -26,7 +26,7 @@ CLEAN_UP_SECONDS: Final = 15.0
 
 @dataclass(frozen=True, slots=True)
 class Finding:
-    """The verdict on one clause, and the observation `seen`, empty if the clause holds."""
+    """The verdict on one clause; `seen` is the observation, empty if the clause holds."""
 
     clause: Clause
     verdict: Verdict
@@ -71,7 +71,7 @@ class Suite(SharedQueue):
         self._seconds = seconds
 
     async def run(self, clauses: Iterable[Clause]) -> list[Finding]:
-        """Check the clauses; the findings are in the order of the clauses.
+        """Check the clauses, and return their findings in the same order.
 
         Raises:
             ForeignItemsError: The environment has items that the suite may not have created.
@@ -104,7 +104,7 @@ class Suite(SharedQueue):
         try:
             async with asyncio.timeout_at(deadline):
                 await trial.wait_for_start_permit()
-                # If the deadline has passed during the wait, this cancels before the first request.
+                # If the deadline passed during the wait, this cancels before any request.
                 await asyncio.sleep(0)
                 await clause.check(trial)
         except DepartureError as departure:

@@ -1,4 +1,4 @@
-"""The test environment of one clause: its own items, two workers, and the clock.
+"""The tools of one clause's check: its items, two workers, and the clock.
 
 Clauses run at the same time. A poll may deliver any clause's item, so every delivery is recorded
 with its item, and a clause that waits for a delivery joins the poll in progress.
@@ -29,7 +29,7 @@ POLLS_AT_ONCE: Final = 20
 
 
 class Trial:
-    """The check of one clause: creates items and brings them into the wanted state.
+    """One check of a clause: creates items and brings them into the state that it needs.
 
     Attributes:
         api: The worker that polls.
@@ -57,20 +57,20 @@ class Trial:
 
     @property
     def now(self) -> float:
-        """The current seconds of a monotonic clock."""
+        """The current time of a monotonic clock, in seconds."""
         return self._queue.now()
 
     async def wait_while_others_run(self, seconds: float) -> None:
-        """Wait for `seconds`, while other clauses run."""
+        """Release the start permit, so that other clauses can start, and wait for `seconds`."""
         self.release_start_permit()
         await self._queue.sleep(seconds)
 
     async def poll(self, **options: Any) -> Answer:
-        """Poll, and record the delivery of the item, which may belong to another clause."""
+        """Poll, and record the delivered item, even if it belongs to another clause."""
         return await self._queue.poll(**options)
 
     async def create_item(self, script: Script | None = None) -> SuiteItem:
-        """Create an item, and a session with the tool uses of the script."""
+        """Create an item; its session has the tool uses of `script`."""
         subject = await self._queue.create_item(script)
         self.subjects.append(subject)
         return subject
@@ -82,9 +82,7 @@ class Trial:
             Untried: No item can be created, or it is not delivered.
         """
         subject = await self.create_item(script)
-        came = bool(
-            subject.deliveries
-        )  # an item that existed before the suite may be delivered again early
+        came = bool(subject.deliveries)  # another clause's poll may have received a given item
         if (
             await self.wait_for_delivery(subject, REDELIVERY_SECONDS if came else CLAIM_SECONDS)
             is None
@@ -128,7 +126,7 @@ class Trial:
         return answer
 
     async def wait_for_delivery(self, subject: SuiteItem, seconds: float) -> Delivery | None:
-        """Poll for up to `seconds` until the item is delivered; return None without a delivery."""
+        """Poll until the item is delivered; return None if it is not within `seconds`."""
         before = len(subject.deliveries)
         until = self.now + seconds
         polls = 0

@@ -31,7 +31,7 @@ class Untried(DepartureError):
 
 
 class Breaks(DepartureError):
-    """The control plane differs so that a worker loses an item, runs it twice, or fails."""
+    """The control plane differs in a way that makes a worker lose an item, run it twice or fail."""
 
     verdict = Verdict.BREAKS
 

@@ -18,10 +18,10 @@ MARK: Final = "workpool.conform"
 
 
 class ItemSource(Protocol):
-    """The interface for getting one new item."""
+    """The interface of a source of items."""
 
     async def create_item(self, api: WorkerApi, script: Script | None = None) -> str:
-        """Create one item; return its id, or that of its session.
+        """Create one item; return the item's id or its session's id.
 
         Args:
             api: The control plane.
@@ -33,7 +33,7 @@ class ItemSource(Protocol):
 
 
 class EnqueueSource:
-    """Creates items with the embedded control plane's own call."""
+    """Creates items with the enqueue call, which only the embedded control plane has."""
 
     async def create_item(self, api: WorkerApi, script: Script | None = None) -> str:
         """Create one item and return its id."""
@@ -84,7 +84,7 @@ class SessionSource:
 
 
 class GivenSource:
-    """Returns existing items, each once.
+    """Returns the ids of existing items, each once.
 
     Args:
         work_ids: The ids of the items, which must be queued.

@@ -1,4 +1,4 @@
-"""Limits on metadata, enqueues and lists, since clients read `ANSWER_LIMIT_BYTES` at most.
+"""Limits on metadata, enqueues and lists, so that no answer exceeds `ANSWER_LIMIT_BYTES`.
 
 See workpool/docs/protocol.md, "Limits of the embedded control plane".
 """
@@ -39,7 +39,7 @@ def check_metadata(metadata: Mapping[str, str], limit: int = METADATA_LIMIT_BYTE
 
 
 def check_enqueue_size(count: int, metadata: Mapping[str, str]) -> None:
-    """Raise a 400 for an enqueue whose answer, with the metadata of each item, is too large."""
+    """Raise a 400 if the answer to an enqueue, with `count` times the metadata, is too large."""
     size = count * (len(orjson.dumps(metadata, default=dict)) + ITEM_BYTES)
     if size > ANSWER_LIMIT_BYTES:
         raise APIError(

@@ -18,7 +18,7 @@ ERROR_TYPES: Final[Mapping[int, str]] = {
     401: protocol.AUTHENTICATION_ERROR,
     403: protocol.PERMISSION_ERROR,
     404: protocol.NOT_FOUND_ERROR,
-    409: protocol.INVALID_REQUEST_ERROR,  # of items; for sessions see `conflict_error`
+    409: protocol.INVALID_REQUEST_ERROR,  # for items; sessions use `conflict_error`
     412: protocol.PRECONDITION_FAILED_ERROR,
     429: protocol.RATE_LIMIT_ERROR,
     500: protocol.API_ERROR,
@@ -66,12 +66,12 @@ class APIError(Exception):
 
 
 def conflict_error(message: str) -> APIError:
-    """Return the 409 of an endpoint for sessions, which has another error type than for items."""
+    """Return the 409 of a session endpoint; its error type differs from that of item endpoints."""
     return APIError(409, message, kind=protocol.CONFLICT_ERROR)
 
 
 class ServeError(Exception):
-    """The control plane cannot start with these values: address, store, environments or tokens."""
+    """The control plane cannot start: its address, store, environments or tokens are unusable."""
 
 
 class StoreError(ServeError):

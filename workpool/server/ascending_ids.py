@@ -1,7 +1,7 @@
-"""A sorted list of ids, from which removing one is fast however long the list is.
+"""A sorted list of ids with fast removal, however long the list is.
 
-With one list of a million ids, each removal would move all later ids: 0.2 ms in which no request is
-served, for each item and each session whose retention is over.
+In a plain list of a million ids, each removal would move all later ids, which blocks the server for
+0.2 ms for every item and every session that retention deletes.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ class AscendingIds:
         self._chunks[-1].append(new_id)
 
     def insert(self, new_id: str) -> None:
-        """Add an id, which may be less than others and must not be in the list."""
+        """Insert a new id at its place in the order; it must not be in the list."""
         if not self._chunks or new_id > self._chunks[-1][-1]:
             self.append(new_id)
             return
@@ -93,7 +93,7 @@ def iterate_ids(
 ) -> Iterator[str]:
     """Iterate over the ids that are greater than `after` and less than `before`.
 
-    In ascending order, unless `before` is given or `newest_first` is true.
+    The order is ascending, unless `before` is given or `newest_first` is true.
     """
     if before is None and not newest_first:
         yield from ids.ids_after(after)

@@ -1,4 +1,4 @@
-"""The embedded control plane, which serves an engine over HTTP on one port.
+"""The embedded control plane: a work queue that is served over HTTP on one port.
 
 Owns start and end: `__aexit__` closes everything that `__aenter__` opened, and an entry that fails
 half-way leaves nothing open.
@@ -138,7 +138,7 @@ class ControlPlane:
 
     @property
     def operations(self) -> Operations:
-        """The synchronous calls on the state in memory, which a PostgreSQL store does not have.
+        """The synchronous calls on the state in memory; a PostgreSQL store has no such state.
 
         Raises:
             RuntimeError: The store is a `PostgresStore`.
@@ -190,7 +190,7 @@ class ControlPlane:
         session_id: str | None = None,
         script: Sequence[Mapping[str, Any]] | None = None,
     ) -> tuple[Item, ...]:
-        """Create work items, and wake as many waiting polls.
+        """Create work items, and wake one waiting poll for each.
 
         The items survive a crash once `operations.wait_until_durable()` has returned.
 
@@ -313,7 +313,7 @@ class ControlPlane:
         return ScaleRoutes(self.engine, tokens, local=local)
 
     def _bind_port(self, stack: AsyncExitStack) -> socket.socket:
-        """Bind and return the listening socket, and unbind it with the stack.
+        """Return a listening socket, which `stack` unbinds when it closes.
 
         A cancelled `loop.create_server(host, port)` would leave the port bound forever.
         """
@@ -333,7 +333,7 @@ class ControlPlane:
 
 
 def _max_connections() -> int:
-    """Return the limit of connections: three quarters of the file descriptors, up to 10,000."""
+    """Return the limit of connections: 3/4 of the limit of file descriptors, at most 10,000."""
     if resource is None:
         return _CONNECTIONS_MAX
     soft, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
@@ -341,6 +341,6 @@ def _max_connections() -> int:
 
 
 def _unbind_port(loop: asyncio.AbstractEventLoop, bound: socket.socket) -> None:
-    if bound.fileno() >= 0:  # the socket is open if no server took it over and closed it
+    if bound.fileno() >= 0:  # -1 if a server took the socket over and closed it
         loop.remove_reader(bound)
         bound.close()

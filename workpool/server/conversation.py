@@ -1,4 +1,4 @@
-"""The events of one session, and the events that follow from them.
+"""The events of one session, and the events that the control plane adds in response.
 
 The module uses no clock and no store, and creates no ids. `append_event` adds an event,
 `check_client_events` refuses events that a client may not send, and `next_server_event` returns the
@@ -51,7 +51,7 @@ class StoredEvent:
 
 
 class EventFilter(NamedTuple):
-    """The selection and the order of the events in a list.
+    """The filter and sort order of a list of events.
 
     Attributes:
         types: Only events of these types; None: of all.
@@ -86,7 +86,7 @@ class _ToolUse:
 
 
 class Conversation:
-    """The events of one session in their order, and the state that follows from them.
+    """The events of one session in their order, and the state derived from them.
 
     Attributes:
         events: All events; only `append_event` adds one.
@@ -94,9 +94,9 @@ class Conversation:
     """
 
     def __init__(self, script: Script | None = None) -> None:
-        """`script`: the tool uses of a scripted session; None: the control plane plays no agent."""
+        """Create an empty conversation; `script`: the tool uses if the session is scripted."""
         self.events: list[StoredEvent] = []
-        # The indexes of the events of each type: a list of a rare type reads only these events.
+        # The indexes of the events of each type, so that a list of one type reads only its events.
         self._places: dict[str, array[int]] = {}
         self.status: str | None = None
         self._script = script
@@ -105,7 +105,7 @@ class Conversation:
         self._open: dict[str, _ToolUse] = {}  # the tool uses without a result
         self._ended_threads: set[str] = set()  # ids of threads that accept no result anymore
         self._blocking: tuple[str, ...] = ()  # event ids in the last `requires_action`
-        # Whether a turn of the agent is due, and whether another one is due after it.
+        # Whether the agent has a turn to make, and whether it has another one after that.
         self._turn = self._next_turn = False
         self._interrupted = False
         self._concluded = False  # whether the agent has sent the last event of its turn
@@ -123,7 +123,7 @@ class Conversation:
         before: str | None = None,
         wanted: EventFilter = EVERY_EVENT,
     ) -> Sequence[StoredEvent]:
-        """Return up to `limit` events after or before an id, in the order of `wanted`."""
+        """Return up to `limit` events after or before an id, selected and ordered by `wanted`."""
         start = max(
             bisect_right(self.events, after, key=_event_id), self._first_index(wanted.times)
         )
@@ -171,7 +171,7 @@ class Conversation:
         return place + 1 if known else 0
 
     def check_client_events(self, new_events: Sequence[Mapping[str, Any]]) -> None:
-        """Raise a 400 or 409 if one of these events of a client does not fit the session."""
+        """Raise a 400 or 409 if the session cannot accept one of these events of a client."""
         if self.status == "terminated":
             raise conflict_error("the session is terminated")
         answered: set[str] = set()
@@ -321,7 +321,7 @@ class Conversation:
         )
 
     def _next_scripted_event(self, script: Script) -> dict[str, Any] | None:
-        """Return the next event of a scripted agent; None if no turn is due."""
+        """Return the next event of a scripted agent; None if it has no turn to make."""
         if not self.events:
             return {"type": protocol.USER_MESSAGE, "content": _text_content("Run the script.")}
         if not self._turn:
@@ -342,7 +342,7 @@ def extend_conversation(
     ids: IdGenerator,
     now: int,
 ) -> list[StoredEvent]:
-    """Append events and those of the control plane that follow; return all stored events."""
+    """Append events and the control plane's responses to them; return all stored events."""
     events: list[StoredEvent] = []
     waiting = iter(new_events)
     while (fields := next(waiting, None) or conversation.next_server_event()) is not None:

@@ -44,10 +44,10 @@ class Engine(Protocol):
         """Close everything that `open` opened, if anything is open."""
 
     async def wait_for_failure(self) -> None:
-        """Wait until the store fails for good. Raises `StoreError`."""
+        """Wait until the store fails permanently; then raise `StoreError`."""
 
     def end_waits(self) -> None:
-        """End all waits of polls and streams, and let no later one wait: the server closes."""
+        """End all waits of polls and streams and forbid new ones, because the server closes."""
 
     async def check_environment(self, environment_id: str) -> None:
         """Raise a 404 for an unknown environment, and a 400 for one that is not `self_hosted`."""
@@ -58,7 +58,7 @@ class Engine(Protocol):
     async def list_environments(
         self, place: PageRequest, limits: frozenset[str] | None
     ) -> ListPage[Environment]:
-        """Return a page of the environments whose ids are in `limits`; None: of all."""
+        """Return a page of the environments with the ids `limits`; `limits` None: of all."""
 
     async def create_environment(self, wanted: NewEnvironment) -> Environment:
         """Create a `self_hosted` environment."""
@@ -81,10 +81,10 @@ class Engine(Protocol):
     async def long_poll(
         self, environment_id: str, poll: Poll, gone: Callable[[], bool]
     ) -> Item | None:
-        """Deliver an item to a poll, which waits up to `block_ms`; None: there was no item.
+        """Deliver an item to a poll; wait up to `block_ms` for one; return None if none came.
 
-        `gone` returns whether the client has disconnected. Then it gets no item, and a delivery is
-        withdrawn.
+        `gone` returns whether the client has disconnected. If it has, it gets no item, and a
+        delivery that was made for it is withdrawn.
         """
 
     async def ack_item(
@@ -113,7 +113,7 @@ class Engine(Protocol):
         force: bool = False,
         refused: frozenset[tuple[bool, str]] = frozenset(),
     ) -> Item:
-        """Stop an item; raises a 409 if `refused` has the pair of `force` and the item's state."""
+        """Stop an item; raises a 409 if `refused` contains the pair (`force`, item's state)."""
 
     async def update_metadata(
         self,
@@ -153,7 +153,7 @@ class Engine(Protocol):
         *,
         messages_bring_work: bool = False,
     ) -> Sequence[StoredEvent]:
-        """Append all new events of a client to a session, or none if one does not fit.
+        """Append a client's events to a session: all of them, or none if one is refused.
 
         `messages_bring_work`: whether a message to a session whose item is stopped puts a new item
         into the queue.
@@ -170,7 +170,7 @@ class Engine(Protocol):
         """Return a page of the events of a session that `wanted` selects."""
 
     async def stream_position(self, session_id: str, last_event_id: str | None) -> int:
-        """Return the number of events that a stream skips, up to and including `last_event_id`.
+        """Return the number of events up to and including `last_event_id`, which a stream skips.
 
         If it is None, all events so far are skipped; if it is the id of no event, none.
         """
@@ -178,7 +178,7 @@ class Engine(Protocol):
     async def wait_for_events(
         self, session_id: str, place: int, seconds: float
     ) -> Sequence[StoredEvent] | None:
-        """Wait until a session has more than `place` events, and return the further ones.
+        """Wait until a session has more than `place` events, and return the events beyond them.
 
         The result is empty if there are none within `seconds`, and None if no event can follow:
         the session was deleted, or the control plane closes.

@@ -1,4 +1,4 @@
-"""The history of all items, and its summary of lost and overlapping sessions.
+"""The history of all items, and a summary that counts lost and overlapping items.
 
 The control plane's own record. `operations` appends to it and never reads it.
 """
@@ -54,12 +54,12 @@ class Record(NamedTuple):
 
 
 def heartbeat_op(expected: str | None) -> str | None:
-    """Return `BLIND` for a heartbeat without an expectation, which any worker can send; or None."""
+    """Return `BLIND` if a heartbeat expects no earlier one, as any worker can send; else None."""
     return BLIND if expected in {None, NO_HEARTBEAT} else None
 
 
 class History:
-    """Records in the order of time, of which the newest `limit` are kept (None: all).
+    """The newest `limit` records (None: all records), in order of time.
 
     Attributes:
         forgotten: The number of dropped records; with 0 a summary is exact.
@@ -81,19 +81,19 @@ class History:
         self._records.append(record)
 
     def records_of_item(self, work_id: str) -> tuple[Record, ...]:
-        """Return the records of one item, by a search of all records."""
+        """Return the records of one item; searches all records."""
         return tuple(record for record in self._records if record.work_id == work_id)
 
 
 class Summary(NamedTuple):
-    """Numbers of items, which show whether each ended once and none was run twice at once.
+    """Counts of items, which show whether each one ended, and none ran on two workers at once.
 
     Attributes:
         enqueued: The number of created items.
         stopped: The number of stopped items.
         reclaimed: The number of lapsed leases whose items returned to the queue, and of redelivered
             items that another worker acknowledged.
-        lost: The number of items that are not stopped, or not yet.
+        lost: The number of items that are not stopped: lost, or still in progress.
         overlapping: The number of items on which a worker acted while another held the lease.
     """
 
@@ -159,7 +159,7 @@ class _ItemHistory:
             self._redelivered, self._delivered_to = False, None
 
     def _is_by_other_worker(self, record: Record) -> bool:
-        """Return whether a worker acted on an item that another worker holds."""
+        """Return whether the record's worker acted while another worker held the lease."""
         return (
             record.kind not in {"created", "delivered", "withdrawn", "lapsed"}
             and self._lease_end is not None

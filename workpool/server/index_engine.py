@@ -1,4 +1,4 @@
-"""The engine in memory, for memory and SQLite: calls of `Operations` that wait for the store.
+"""The engine for the memory and SQLite stores: calls `Operations`, then waits for the store.
 
 One process has the whole state. See workpool/docs/architecture.md, "The control plane".
 """
@@ -42,8 +42,8 @@ T = TypeVar("T")
 class IndexEngine:
     """The calls of `Operations`, each of which returns once its changes survive a crash.
 
-    Most calls return the coroutine of `_call_durably` and are not coroutines themselves: the most
-    frequent calls would pay for a second one.
+    Most methods return the coroutine of `_call_durably` instead of awaiting it: a second coroutine
+    would slow down the most frequent calls.
     """
 
     def __init__(self, operations: Operations) -> None:
@@ -60,11 +60,11 @@ class IndexEngine:
         await self._operations.close()
 
     async def wait_for_failure(self) -> None:
-        """Wait until the store cannot save anything anymore. Raises `StoreError`."""
+        """Wait until the store can no longer save anything; then raise `StoreError`."""
         await self._operations.wait_for_failure()
 
     def end_waits(self) -> None:
-        """End all waits of polls and streams, and let no later one wait: the server closes."""
+        """End all waits of polls and streams and forbid new ones, because the server closes."""
         self._operations.end_waits()
 
     async def _call_durably(
@@ -94,7 +94,7 @@ class IndexEngine:
     async def list_environments(
         self, place: PageRequest, limits: frozenset[str] | None
     ) -> ListPage[Environment]:
-        """Return a page of the environments whose ids are in `limits`; None: of all."""
+        """Return a page of the environments with the ids `limits`; `limits` None: of all."""
         found = [
             self._operations.get_environment(environment_id)
             for environment_id in self._operations.environment_ids()
@@ -137,7 +137,7 @@ class IndexEngine:
     async def long_poll(
         self, environment_id: str, poll: Poll, gone: Callable[[], bool]
     ) -> Item | None:
-        """Deliver an item to a poll, which waits up to `block_ms`; None: there was no item."""
+        """Deliver an item to a poll; wait up to `block_ms` for one; return None if none came."""
         item = await self._operations.long_poll(environment_id, poll, gone)
         if item is None:
             await self._operations.wait_until_durable()
@@ -187,7 +187,7 @@ class IndexEngine:
         force: bool = False,
         refused: frozenset[tuple[bool, str]] = frozenset(),
     ) -> Coroutine[Any, Any, Item]:
-        """Stop an item; raises a 409 if `refused` has the pair of `force` and the item's state."""
+        """Stop an item; raises a 409 if `refused` contains the pair (`force`, item's state)."""
         return self._call_durably(
             self._operations.stop_item,
             environment_id,
@@ -250,7 +250,7 @@ class IndexEngine:
                 after=after, before=before, newest_first=wanted.newest_first
             )
             for each in islice(walk, SCAN_ROWS):
-                # Made here: after the next await, other calls may have deleted the session.
+                # Make the view before the next await, in which another call may delete the session.
                 view = self._make_view(*each)
                 last = view.id
                 if wanted.matches(view):
@@ -280,7 +280,7 @@ class IndexEngine:
         *,
         messages_bring_work: bool = False,
     ) -> Coroutine[Any, Any, Sequence[StoredEvent]]:
-        """Append all new events of a client to a session, or none if one does not fit."""
+        """Append a client's events to a session: all of them, or none if one is refused."""
         return self._call_durably(
             self._operations.send_events,
             session_id,
@@ -311,7 +311,7 @@ class IndexEngine:
         )
 
     async def stream_position(self, session_id: str, last_event_id: str | None) -> int:
-        """Return the number of events that a stream skips, up to and including `last_event_id`."""
+        """Return the number of events up to and including `last_event_id`, which a stream skips."""
         conversation = self._operations.sessions.get_conversation(session_id)
         if last_event_id is None:
             return len(conversation.events)
@@ -320,7 +320,7 @@ class IndexEngine:
     async def wait_for_events(
         self, session_id: str, place: int, seconds: float
     ) -> Sequence[StoredEvent] | None:
-        """Wait until a session has more than `place` events, and return the further ones."""
+        """Wait until a session has more than `place` events, and return the events beyond them."""
         sessions = self._operations.sessions
         if not await sessions.wait_for_events(session_id, place, seconds):
             return None

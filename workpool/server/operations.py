@@ -1,4 +1,4 @@
-"""The calls of the protocol on an index in memory, with a store for every change.
+"""The calls of the protocol on the state in memory; a store saves every change.
 
 Synchronous except for the wait of a long poll, on one thread, with an injected clock. Each call
 first ends the leases that are due, so no caller sees one. A caller awaits `wait_until_durable`
@@ -132,7 +132,7 @@ class Operations:
         await self._store.wait_until_durable()
 
     async def wait_for_failure(self) -> None:
-        """Wait until the store cannot save anything anymore. Raises `StoreError`."""
+        """Wait until the store can no longer save anything; then raise `StoreError`."""
         await self._store.wait_for_failure()
 
     async def close(self) -> None:
@@ -140,13 +140,13 @@ class Operations:
         await self._store.close()
 
     def end_waits(self) -> None:
-        """End all waits of polls and streams, and let no later one wait: the server closes."""
+        """End all waits of polls and streams and forbid new ones, because the server closes."""
         self._closing = True
         self.sessions.end_waits()
         self.wake_all_polls()
 
     def wake_all_polls(self) -> None:
-        """Wake all waiting polls, so that they read a clock again that a test has moved."""
+        """Wake all waiting polls, so that they notice that a test has moved the clock."""
         for queue in self._queues.values():
             queue.waiting.wake_polls(len(queue.waiting))
 
@@ -156,7 +156,7 @@ class Operations:
         return self._latest
 
     def get_queue(self, environment_id: str) -> WorkQueue:
-        """Return the queue of an environment, after the end of all leases that are due.
+        """End the expired leases of an environment, and return its queue.
 
         Raises a 404 if the environment is unknown, and a 400 if it is not `self_hosted`.
         """
@@ -266,7 +266,7 @@ class Operations:
         return self._replace_item(queue, item, "created")
 
     def poll(self, environment_id: str, poll: Poll) -> Item | None:
-        """Deliver an item to a poll at once; None: there is no item."""
+        """Deliver an item to a poll without waiting; return None if there is no item."""
         queue = self.get_queue(environment_id)
         self._delete_ended_sessions()
         now = self._latest
@@ -283,7 +283,7 @@ class Operations:
     async def long_poll(
         self, environment_id: str, poll: Poll, gone: Callable[[], bool]
     ) -> Item | None:
-        """Deliver an item to a poll, which waits up to `block_ms`; None: there was no item.
+        """Deliver an item to a poll; wait up to `block_ms` for one; return None if none came.
 
         `gone` returns whether the client has disconnected. Then no item is delivered, and the
         wake-up of this poll goes to the next one.
@@ -300,7 +300,7 @@ class Operations:
         return None
 
     async def _wait_for_item(self, queue: WorkQueue, poll: Poll, seconds: float) -> None:
-        """Wait until woken, or until an item may become claimable by the passage of time."""
+        """Wait until woken, or until the end of a lease or delivery may make an item claimable."""
         reclaim = poll.reclaim_older_than_ms * MILLISECOND
         delivered = queue.deliveries.oldest_time()
         due = [instant for instant in (queue.leases.earliest_end(),) if instant is not None]
@@ -313,7 +313,7 @@ class Operations:
         )
 
     def withdraw_delivery(self, item: Item) -> None:
-        """Undo a delivery whose client has disconnected before the answer."""
+        """Undo a delivery, because the client disconnected before it got the answer."""
         queue = self.get_queue(item.environment_id)
         if queue.is_current(item):
             self._replace_item(
@@ -363,7 +363,7 @@ class Operations:
         force: bool = False,
         refused: frozenset[tuple[bool, str]] = frozenset(),
     ) -> Item:
-        """Stop an item; raises a 409 if `refused` has the pair of `force` and the item's state."""
+        """Stop an item; raises a 409 if `refused` contains the pair (`force`, item's state)."""
         queue = self.get_queue(environment_id)
         item = queue.get_item(work_id)
         if (force, item.state) in refused:
@@ -472,7 +472,7 @@ class Operations:
         *,
         messages_bring_work: bool = False,
     ) -> Sequence[StoredEvent]:
-        """Append all new events of a client to a session, or none if one does not fit.
+        """Append a client's events to a session: all of them, or none if one is refused.
 
         `messages_bring_work`: whether a message to a session whose item is stopped puts a new item
         into the queue.
@@ -481,7 +481,7 @@ class Operations:
         has_message = any(event["type"] == USER_MESSAGE for event in new_events)
         with self._store.transaction():
             if messages_bring_work and has_message and item.state == STOPPED:
-                # Refused events must not create an item.
+                # Check the events first, so that refused events create no item.
                 self.sessions.get_conversation(session_id).check_client_events(new_events)
                 queue = self.get_queue(session.environment_id)
                 self.sessions.attach_item(
@@ -505,7 +505,7 @@ class Operations:
         return self._latest
 
     def _end_due_leases(self, queue: WorkQueue) -> None:
-        """End the leases that are due, each at its own end."""
+        """End all leases that have expired, each at its own end time."""
         for work_id in queue.leases.pop_ended(self._read_clock()):
             held = queue.get_item(work_id)
             self._replace_item(
@@ -521,7 +521,7 @@ class Operations:
         at: int | None = None,
         op: str | None = None,
     ) -> Item:
-        """Store and record a new version of an item, unless it is the current one."""
+        """Store a new version of an item and record the change, unless nothing changed."""
         if not queue.is_current(item):
             queue.put_item(item)
             self._store.save_item(item)
@@ -531,14 +531,14 @@ class Operations:
         return item
 
     def _delete_ended_sessions(self) -> None:
-        """Delete sessions that ended long enough ago, with their items and events."""
+        """Delete sessions whose retention is over, with their items and events."""
         for session_id in self._retention.pop_due_sessions(self._latest):
             work_ids = self.sessions.item_ids(session_id)
             if not work_ids:
                 continue  # the session was deleted before, with all its items
             queue = self._queues[self.sessions.find_session(session_id)[0].environment_id]
             items = queue.existing_items(work_ids)
-            # Keep the session while one of its items runs, or stopped too recently.
+            # Keep the session if one of its items is not stopped, or stopped too recently.
             if len(items) == len(work_ids) and self._retention.have_expired(items, self._latest):
                 for work_id in work_ids:
                     queue.remove_item(work_id)

@@ -54,8 +54,8 @@ def make_page(
 def page_json(page: ListPage[Row], render: Callable[[Row], dict[str, Any]]) -> dict[str, Any]:
     """Return a page's JSON, with fewer rows if one answer cannot hold them all."""
     items, rows = page.items, [render(row) for row in page.items]
-    # The rows of a backwards page that ascend begin with those farthest from the request's id;
-    # those are left out, since the next page can have them.
+    # A backwards page in ascending order begins with the rows farthest from the request's id. Drop
+    # these if the answer is full, since the next page contains them.
     from_end = page.backwards and len(items) > 1 and items[0].id < items[-1].id
     count = count_fitting_rows(rows[::-1] if from_end else rows)
     kept = slice(len(rows) - count, None) if from_end else slice(count)

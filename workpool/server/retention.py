@@ -1,4 +1,4 @@
-"""The sessions whose retention is over, which are deleted with their items and events.
+"""Finds the sessions whose retention is over, to delete them with their items and events.
 
 A session has ended once all of its items are stopped. It is deleted as a whole, so that each item
 has its session, and each session an item.
@@ -40,7 +40,7 @@ class StoppedItems:
             self._stopped.append((item.stopped_at, item.session_id))
 
     def pop_due_sessions(self, now: int) -> Iterator[str]:
-        """Pop up to `BATCH_MAX` ids of sessions whose item stopped long enough ago."""
+        """Pop the ids of up to `BATCH_MAX` sessions with an item whose retention is over."""
         if self._time is None:
             return
         for _ in range(BATCH_MAX):
@@ -55,7 +55,7 @@ class StoppedItems:
         )
 
     def split_contents(self, contents: StoreContents, now: int) -> tuple[StoreContents, list[Row]]:
-        """Return the contents without ended sessions, and the rows of these sessions to delete."""
+        """Split contents into those to keep, and the rows of sessions whose retention is over."""
         if self._time is None:
             return contents, []
         alive = {item.session_id for item in contents.items if not self.have_expired((item,), now)}

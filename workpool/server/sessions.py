@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 
 
 class SessionRegistry:
-    """All sessions of one event loop. Only `wait_for_events` is a coroutine."""
+    """All sessions of a control plane, for use on one event loop."""
 
     def __init__(self, store: Store, ids: IdGenerator) -> None:
         self._store = store
@@ -43,7 +43,7 @@ class SessionRegistry:
         self._closing = False
 
     def restore_contents(self, contents: StoreContents, ids: IdGenerator, now: int) -> None:
-        """Restore the sessions of a store, and append the events that a crash prevented."""
+        """Restore the sessions of a store, and append the responses that a crash prevented."""
         self._ids = ids
         sessions = {session.id: session for session in contents.sessions}
         for item in contents.items:
@@ -87,7 +87,7 @@ class SessionRegistry:
     ) -> Iterator[tuple[StoredSession, str]]:
         """Iterate over the sessions between two ids, each with the id of its latest item."""
         walked = iterate_ids(self._order, after=after, before=before, newest_first=newest_first)
-        # A long list is filtered in parts, between which other calls may delete sessions.
+        # Other calls may delete sessions while a long list is iterated over in parts.
         return (self._sessions[each] for each in walked if each in self._sessions)
 
     def get_conversation(self, session_id: str) -> Conversation:
@@ -114,7 +114,7 @@ class SessionRegistry:
         now: int,
         **more: Any,
     ) -> StoredSession:
-        """Create a session, with `more` fields of `StoredSession`; `attach_item` must follow."""
+        """Create a session; `more`: further fields of `StoredSession`. Call `attach_item` next."""
         session_id = SESSION_PREFIX + self._ids.next_digits(now)
         session = StoredSession(session_id, environment_id, metadata, now, script, **more)
         self._store.save_session(session)
@@ -148,7 +148,7 @@ class SessionRegistry:
     def send_events(
         self, session_id: str, new_events: Sequence[Mapping[str, Any]], now: int
     ) -> Sequence[StoredEvent]:
-        """Append all new events of a client, or none if one does not fit."""
+        """Append a client's events: all of them, or none if one is refused."""
         self.get_conversation(session_id).check_client_events(new_events)
         return self._append_events(session_id, new_events, now)
 
@@ -190,7 +190,7 @@ class SessionRegistry:
     def _append_events(
         self, session_id: str, new_events: Sequence[Mapping[str, Any]], now: int
     ) -> Sequence[StoredEvent]:
-        """Append events and those that follow, save all of them, and wake the streams."""
+        """Append events and the control plane's responses, save both, and wake the streams."""
         events = extend_conversation(
             self.get_conversation(session_id), session_id, new_events, self._ids, now
         )

@@ -118,14 +118,14 @@ def extend_lease(
 
 
 def last_heartbeat(item: Item) -> str:
-    """Return the time of the last heartbeat as text, which the next heartbeat must expect."""
+    """Return the text that the next heartbeat must expect: the time of the last heartbeat."""
     if not item.beaten or item.heartbeat_at is None:
         return NO_HEARTBEAT
     return to_heartbeat_text(item.heartbeat_at)
 
 
 def heartbeat_answer(item: Item, *, extended: bool) -> dict[str, Any]:
-    """Return the JSON of a heartbeat's answer, which a 412 contains as the current state."""
+    """Return the answer to a heartbeat as JSON; a 412 contains it as the current state."""
     return {
         "last_heartbeat": last_heartbeat(item) if item.beaten else None,
         "lease_extended": extended,

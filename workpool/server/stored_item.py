@@ -67,7 +67,7 @@ class IdGenerator:
         self._last = _ascending_part(last)
 
     def advance_past(self, last: str) -> None:
-        """Make all further ids greater than this one, which another process may have generated."""
+        """Make all further ids greater than `last`, which another process may have generated."""
         self._last = max(self._last, _ascending_part(last))
 
     def next_digits(self, now: int) -> str:

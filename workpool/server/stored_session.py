@@ -54,7 +54,7 @@ USAGE: Final[Mapping[str, Any]] = {
 
 @dataclass(frozen=True, slots=True)
 class StoredSession:
-    """A session. Its metadata are those of its first item at its creation.
+    """A session. Its metadata are those that its first item was created with.
 
     Attributes:
         script: The tool uses of a scripted session; None: the session has no script.
@@ -73,7 +73,7 @@ class StoredSession:
 
 
 class SessionView(NamedTuple):
-    """A session with the other values of its JSON.
+    """A session with its latest item, and the status and time of its last events.
 
     Attributes:
         session: The session.
@@ -134,7 +134,7 @@ class SessionView(NamedTuple):
 
 
 class SessionFilter(NamedTuple):
-    """The selection and the order of a list of sessions; None: no limit.
+    """The filter and sort order of a list of sessions; None in a field: any value.
 
     Attributes:
         environments: Only sessions of these environments.
@@ -155,7 +155,7 @@ class SessionFilter(NamedTuple):
     newest_first: bool = False
 
     def matches(self, view: SessionView) -> bool:
-        """Return whether the list has this session."""
+        """Return whether the filter selects this session."""
         session = view.session
         return (
             (self.environments is None or session.environment_id in self.environments)

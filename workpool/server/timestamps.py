@@ -59,7 +59,7 @@ def to_heartbeat_text(instant: int) -> str:
 
 
 def from_heartbeat_text(text: str) -> int | None:
-    """Parse a text of `to_heartbeat_text`; None if it is not one."""
+    """Parse a time in the form of `to_heartbeat_text`; None if it has another form."""
     match = _HEARTBEAT_TEXT.fullmatch(text)
     if match is None:
         return None

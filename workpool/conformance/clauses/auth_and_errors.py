@@ -19,7 +19,7 @@ UNKNOWN: Final = "0" * 32
 
 @clause("auth-missing", "A request without a token is answered with 401.")
 async def check_request_without_token_is_refused(trial: Trial) -> None:
-    """Acknowledge an unknown item without a token, so that nothing happens if it is accepted."""
+    """Send an ack without a token for an unknown item, so that an accepted ack has no effect."""
     answer = await trial.api.as_worker(None, None).ack(f"work_{UNKNOWN}")
     differs_unless(answer.status == HTTPStatus.UNAUTHORIZED, f"{answer}: no token is needed")
 

@@ -1,4 +1,4 @@
-"""Clauses about polls, and when and in which order they deliver items.
+"""Clauses about polls: their answers, and the time and order of deliveries.
 
 See workpool/docs/protocol.md, "Delivery" and "Poll".
 """
@@ -55,7 +55,7 @@ async def check_delivered_item_is_queued(trial: Trial) -> None:
 
 @clause("poll-once", "A second poll right after the first does not receive the item.")
 async def check_item_is_delivered_once(trial: Trial) -> None:
-    """Poll three times right after an item was delivered, as another worker does."""
+    """Deliver an item, and check that three polls right after that do not receive it."""
     subject = await trial.claim_item()
     for _ in range(3):
         await trial.poll()
@@ -178,7 +178,7 @@ def breaks_unless_item_is_readable(item: Mapping[str, Any] | Any) -> None:
 
 
 async def _poll_until_empty(trial: Trial) -> Answer:
-    """Poll until the queue is empty, and return the answer that has no item."""
+    """Poll until the queue is empty, and return the first answer without an item."""
     for _ in range(DRAINED_POLLS):
         answer = await trial.poll()
         if not isinstance(answer.body, dict) or "id" not in answer.body:

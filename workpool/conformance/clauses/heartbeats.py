@@ -55,7 +55,7 @@ async def check_next_heartbeat_returns_new_value(trial: Trial) -> None:
 
 @clause("heartbeat-read-back", "The item's `latest_heartbeat_at` can be the expected value.")
 async def check_heartbeat_with_value_read_from_item(trial: Trial) -> None:
-    """Continue with the item's last heartbeat, as a worker does after a lost answer."""
+    """Send a heartbeat that expects the value read from the item, as after a lost answer."""
     subject = await trial.active_item()
     read = (await trial.read_item(subject)).get("latest_heartbeat_at")
     breaks_unless(isinstance(read, str), "the item shows no heartbeat")
@@ -175,7 +175,7 @@ def _breaks_unless_heartbeat_is_readable(answer: Answer) -> None:
 
 
 def _expect_precondition_failed(answer: Answer, consequence: str) -> None:
-    """Raise `Breaks` if the lease was extended, and `Differs` for another status than 412."""
+    """Raise `Breaks` if the lease was extended, or `Differs` if the status is not 412."""
     breaks_unless(not answer.ok or answer.get("lease_extended") is False, consequence)
     if not is_precondition_failed(answer):
         raise Differs(_describe_heartbeat_answer(answer))

@@ -28,7 +28,7 @@ SLACK_SECONDS: Final = 4.0
 async def check_lease_of_ack_lapses_after_a_minute(trial: Trial) -> None:
     """Acknowledge an item and send nothing more, like a worker that crashes."""
     subject = await trial.claim_item()
-    # After this pause, a lease that began at the poll and not at the ack would end 10 s too early.
+    # With this pause, a lease that begins at the poll instead of the ack ends 10 s too early.
     await trial.wait_while_others_run(10)
     await trial.acknowledge_item(subject)
     start = trial.now
@@ -71,7 +71,7 @@ async def check_item_with_lapsed_lease_is_delivered_again(trial: Trial) -> None:
 
 @clause("lease-shortened", "A heartbeat with a shorter TTL ends the lease earlier.")
 async def check_shorter_ttl_ends_lease_earlier(trial: Trial) -> None:
-    """Shorten a lease by a heartbeat, as a worker does that releases its item."""
+    """Shorten a lease by a heartbeat, as a worker does when it releases its item."""
     subject = await trial.active_item(600)
     await trial.send_heartbeat(subject, TTL)
     again = await trial.wait_for_delivery(subject, TTL + LATE_SECONDS)

@@ -84,7 +84,7 @@ async def check_repeated_stop_is_answered(trial: Trial) -> None:
 
 @clause("stop-body", "The body may be left out.")
 async def check_stop_without_body_is_accepted(trial: Trial) -> None:
-    """Stop an item with a request without a body, which this package's workers never send."""
+    """Send a stop request without a body; this package's workers never send one."""
     answer = await trial.api.stop((await trial.active_item()).id)
     differs_unless(answer.ok, str(answer))
 

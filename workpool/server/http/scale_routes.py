@@ -34,7 +34,7 @@ class ScaleRoutes:
 
     Args:
         engine: The engine.
-        tokens: The accepted tokens: all others, and those for this endpoint only.
+        tokens: The accepted tokens: those for all calls, and those for this endpoint only.
         local: Whether the server listens on the loopback interface only. Then no token is needed.
     """
 
@@ -50,7 +50,8 @@ class ScaleRoutes:
     async def get_fleet_numbers(self, request: web.Request) -> web.Response:
         """Answer with the load of an environment and the recommended number of workers."""
         environment_id = request.match_info["environment_id"]
-        # A request through a proxy, or from a page of another site, names a host and needs a token.
+        # A local request to an IP address or localhost needs no token. A request through a proxy,
+        # or from a web page of another site, names another host and needs one.
         if not (self._local and names_an_address(request.host)):
             # The anthropic dialect also accepts a token in X-Api-Key.
             caller = self._tokens.authenticate(request.headers, ANTHROPIC)

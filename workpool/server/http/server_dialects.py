@@ -65,7 +65,7 @@ class ServerDialect:
         return self.session_prefixes[0] + own.removeprefix(SESSION_PREFIX)
 
     def parse_session_id(self, written: str) -> str:
-        """Return the stored id of a session; an empty text if the prefix is not this dialect's."""
+        """Return the stored id of a session; empty if the prefix belongs to another dialect."""
         for prefix in self.session_prefixes:
             if written.startswith(prefix):
                 return SESSION_PREFIX + written.removeprefix(prefix)
@@ -77,7 +77,7 @@ class ServerDialect:
         return {**value, "id": self.format_session_id(value["id"]), "status": status}
 
     def parse_statuses(self, written: Collection[str]) -> frozenset[str]:
-        """Return the stored statuses that this dialect writes as one of `written`."""
+        """Convert statuses in this dialect's words, `written`, to the statuses that are stored."""
         own = {*STATUS.values(), TERMINATED}
         return frozenset(each for each in own if self.session_statuses.get(each, each) in written)
 

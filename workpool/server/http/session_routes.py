@@ -78,7 +78,7 @@ class SessionRoutes:
         return json_response(page_json(page, event_json))
 
     async def send_events(self, request: web.Request) -> web.Response:
-        """Append all events of the request to a session, or none if one does not fit."""
+        """Append the events of the request to a session: all of them, or none if one is refused."""
         view = await self._authorize_session(request)
         new_events = parse_event_batch(await requests.read_body(request))
         events = await self._engine.send_events(
@@ -91,7 +91,7 @@ class SessionRoutes:
         view = await self._authorize_session(request)
         await requests.read_body(request)
         last = request.headers.get(LAST_EVENT_ID_HEADER)
-        # Read before the first byte is sent: a client whose stream is open must miss no event.
+        # Read the position before sending the first byte: an open stream must miss no event.
         place = await self._engine.stream_position(view.id, last)
         response = web.StreamResponse(headers=_STREAM)
         # A lost connection, a reader that stopped reading, or a store without answers ends the
@@ -130,7 +130,7 @@ def event_json(event: StoredEvent) -> dict[str, Any]:
 
 
 def _join_frames(events: Sequence[StoredEvent]) -> Iterator[bytes]:
-    """Join the frames of events to writes of about `WRITE_BYTES`; no events: a keep-alive."""
+    """Yield the frames of events in pieces of about `WRITE_BYTES`; without events, a keep-alive."""
     frames: list[bytes] = []
     size = 0
     for event in events:

@@ -56,7 +56,7 @@ class Caller(NamedTuple):
             raise APIError(403, "a worker's key may only poll, ack, heartbeat, stop and list")
 
     def check_item(self, work_id: str | None) -> None:
-        """Raise a 403 for the token of another item; None: for the token of any item."""
+        """Raise a 403 if the caller sent an item's token that is not that of the item `work_id`."""
         if self.item is not None and work_id != self.item[1]:
             raise APIError(403, "an item's token is for this item and its session only")
 
@@ -112,7 +112,7 @@ def _token_digest(token: str) -> bytes:
 
 
 def check_token(token: str) -> str:
-    """Return the token if a header can contain it; else raise a `ServeError` that hides it."""
+    """Return the token if a header can contain it; else raise a `ServeError` without the token."""
     if not _TOKEN.fullmatch(token):
         raise ServeError("a token must be 1 to 1024 printable ASCII characters without spaces")
     return token

@@ -60,7 +60,7 @@ class WorkRoutes:
         self._dialect = dialect
 
     def routes(self) -> list[web.RouteDef]:
-        """Return the dialect's routes, without HEAD, since a poll has an effect."""
+        """Return the dialect's routes; HEAD is not allowed, since a poll would deliver an item."""
         environment, item = self._dialect.prefix + _ENVIRONMENT, self._dialect.prefix + _ITEM
         return [  # aiohttp tries them in this order, so the most frequent calls come first
             web.get(environment + "/poll", self.poll, allow_head=False),
@@ -106,7 +106,7 @@ class WorkRoutes:
         shown = page_json(
             await self._engine.list_items(environment_id, place, wanted), self._dialect.item_json
         )
-        # The field tells a client that it need not select and order the items itself.
+        # `selected` shows the client that the server has already filtered and ordered the items.
         return json_response(shown if wanted is None else {**shown, "selected": True})
 
     async def enqueue(self, request: web.Request) -> web.Response:
@@ -217,8 +217,8 @@ class WorkRoutes:
     async def _prefer_unknown_item(self, place: tuple[str, str]) -> AsyncIterator[None]:
         """Replace an error in the block by a 404 if the item does not exist.
 
-        The order of errors demands it. Without an error the item is not read here, so that the
-        call itself reads it only once.
+        In the order of errors, an unknown item comes first. Without an error the item is not read
+        here, since the call itself reads it.
         """
         try:
             yield
@@ -262,7 +262,7 @@ def make_application(
     routes: list[web.RouteDef],
     middlewares: tuple[Any, ...] = (),
 ) -> web.Application:
-    """Return the aiohttp application; `middlewares` are around all calls, to inject faults."""
+    """Return the aiohttp application; `middlewares` wrap all calls, for example to cause faults."""
     app = web.Application(
         middlewares=[*middlewares, error_envelopes], client_max_size=BODY_LIMIT_BYTES
     )

@@ -21,7 +21,7 @@ BATCH_MAX: Final = 100
 
 
 def parse_event_batch(content: bytes) -> list[dict[str, Any]]:
-    """Parse the body of a request that sends events; one malformed event is a 400 for all."""
+    """Parse the body of a request that sends events; raises a 400 if any event is malformed."""
     return parse_client_events(parse_json_object(content).get("events"), "events", BATCH_MAX)
 
 
@@ -32,7 +32,7 @@ def parse_client_events(given: object, name: str, limit: int) -> list[dict[str, 
     events = [_parse_event(event) for event in given]
     try:
         orjson.dumps({"data": events})
-    except orjson.JSONEncodeError:  # an answer could not contain such an event
+    except orjson.JSONEncodeError:  # no answer could contain an event that is nested so deep
         raise APIError(400, f"{name} are nested too deep", name) from None
     return events
 

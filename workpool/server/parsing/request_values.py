@@ -78,7 +78,7 @@ class PageRequest(NamedTuple):
 
 
 class ItemFilter(NamedTuple):
-    """The selection and the order of a list of items.
+    """The filter and sort order of a list of items.
 
     Attributes:
         state: Only items in this state; None: in any.
@@ -97,7 +97,7 @@ class ItemFilter(NamedTuple):
 
 
 def single_parameter(request: web.Request, name: str) -> str | None:
-    """Return a query parameter; None if it is absent. A repeated one is a 400."""
+    """Return a query parameter, or None if it is absent; raises a 400 if it is repeated."""
     values = request.query.getall(name, ())
     if len(values) > 1:
         raise APIError(400, f"{name} is given more than once", name)
@@ -232,13 +232,14 @@ def parse_worker_id(request: web.Request, header: str) -> str | None:
     if not value:
         return None
     if len(value) > WORKER_ID_LENGTH or not value.isprintable():
-        # Headers with bytes that are not UTF-8 have lone surrogates, which no store can write.
+        # `isprintable` also rejects lone surrogates, which stand for bytes that are not UTF-8: no
+        # store can write them.
         raise APIError(400, f"{header} must be at most {WORKER_ID_LENGTH} characters", header)
     return value
 
 
 async def read_body(request: web.Request) -> bytes:
-    """Read the whole body of a request; a 400 or 408 beyond the limits of size and time."""
+    """Read the whole body of a request; raises a 400 or 408 beyond the size or time limit."""
     if not request.can_read_body:
         return b""
     if request.headers.get("Content-Encoding", "identity").lower() != "identity":
@@ -290,7 +291,7 @@ def parse_force(content: bytes) -> bool:
 
 
 def parse_metadata_patch(content: bytes, *, required: bool) -> Mapping[str, str | None]:
-    """Parse the metadata patch of an update; one malformed value is a 400 for all."""
+    """Parse the metadata patch of an update; raises a 400 if any value is malformed."""
     fields = parse_json_object(content)
     if "metadata" not in fields and not required:
         return {}

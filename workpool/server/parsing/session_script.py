@@ -32,7 +32,7 @@ def parse_script(value: object, copies: int = 1) -> Script:
         _parse_tool_use(entry, f"entry {number}") for number, entry in enumerate(value, 1)
     )
     try:
-        # Answers nest the script two levels deeper, and orjson limits the depth of nesting.
+        # Check it two levels deeper, as answers nest it: orjson limits the depth of nesting.
         content = orjson.dumps([[script]], default=dict)
     except orjson.JSONEncodeError:
         raise _script_error("cannot be written as JSON") from None

@@ -1,4 +1,4 @@
-"""Polls on PostgreSQL: delivery of items, its withdrawal, and the end of leases.
+"""Polls on PostgreSQL: deliver items, withdraw deliveries, and end expired leases.
 
 A claim takes the oldest item that no other transaction is taking, in one statement. Leases end
 without a leader: each node looks for ended leases before some of its claims, and every call on an
@@ -104,7 +104,7 @@ DELETE FROM pollers WHERE seen_at <= coalesce($1::bigint, workpool_now()) - $2::
 
 
 class ClaimOutcome(NamedTuple):
-    """The item that one claim delivered, or the time until one may be claimable.
+    """The result of one claim: the delivered item, or the time until an item may be claimable.
 
     Attributes:
         item: The delivered item; None: there was none.
@@ -119,11 +119,11 @@ class ClaimOutcome(NamedTuple):
 
 
 class ClaimCalls(DatabaseCalls):
-    """The calls of polls, and the end of leases that are due."""
+    """The calls that deliver items to polls, and the calls that end expired leases."""
 
     def __init__(self, *arguments: Any, **options: Any) -> None:
         super().__init__(*arguments, **options)
-        # The time of the next check for ended leases, by environment; None: of all environments.
+        # The time of the next check for ended leases, by environment id; the key None: for all.
         self._next_look: dict[str | None, float] = {}
         self._known = ItemCache()
         self._polled: OrderedDict[tuple[str, str], float] = OrderedDict()
@@ -132,7 +132,7 @@ class ClaimCalls(DatabaseCalls):
     async def long_poll(
         self, environment_id: str, poll: Poll, gone: Callable[[], bool]
     ) -> Item | None:
-        """Deliver an item to a poll, which waits up to `block_ms`; None: there was no item."""
+        """Deliver an item to a poll; wait up to `block_ms` for one; return None if none came."""
         loop = asyncio.get_running_loop()
         deadline = loop.time() + poll.block_ms / 1000
         topic = work_topic(environment_id)
@@ -144,7 +144,8 @@ class ClaimCalls(DatabaseCalls):
             item = delivery.item
             if item is not None:
                 if not announced:
-                    self._hub.wake_calls(topic)  # a notification, perhaps for more items, was lost
+                    # The notification was lost, perhaps for several items: wake another poll too.
+                    self._hub.wake_calls(topic)
                 if not gone():
                     return item
                 await self._withdraw_delivery(item, delivery.version)
@@ -187,7 +188,7 @@ class ClaimCalls(DatabaseCalls):
         return ClaimOutcome(None, 0, due)
 
     async def _withdraw_delivery(self, item: Item, version: int) -> None:
-        """Undo a delivery whose client has disconnected before the answer."""
+        """Undo a delivery, because the client disconnected before it got the answer."""
         self._known.pop(item.environment_id, item.id)
         withdrawn = state_machine.withdraw_delivery(item)
         change = ItemChange(withdrawn, "withdrawn", item.holder, await self._current_time())
@@ -195,10 +196,11 @@ class ClaimCalls(DatabaseCalls):
             self._hub.announce_changes(work_topic(item.environment_id))
 
     async def _end_due_leases(self, environment_id: str | None) -> int:
-        """End the leases that are due in an environment, and return their number.
+        """End the expired leases of an environment (None: of all), and return their number.
 
-        A check reads all leases, so the next one is as late as it may be: when the first of these
-        leases ends, or when the first lease may end that begins or is extended after this check.
+        A check reads all leases, so the next check is as late as possible: at the end of the first
+        of these leases, or at the earliest end of a lease that begins or is extended after this
+        check.
         """
         now = asyncio.get_running_loop().time()
         if now < self._next_look.get(environment_id, now) and self._now is None:
@@ -213,9 +215,9 @@ class ClaimCalls(DatabaseCalls):
         return await self.end_leases(environment_id) if ended else 0
 
     async def sweep_leases(self) -> int:
-        """End a bounded number of due leases in all environments, and return this number.
+        """End at most `LAPSES_MAX` expired leases of all environments, and return their number.
 
-        The next call checks again at once if there may be more.
+        If it ended any, there may be more, so the next call checks again at once.
         """
         lapsed = await self._end_due_leases(None)
         if lapsed:
@@ -223,9 +225,9 @@ class ClaimCalls(DatabaseCalls):
         return lapsed
 
     async def end_leases(self, environment_id: str | None = None) -> int:
-        """End at most `LAPSES_MAX` leases that are due, and return their number.
+        """End at most `LAPSES_MAX` expired leases, and return their number.
 
-        `environment_id` None: in all environments. Leases whose rows are in use are left out.
+        `environment_id`: None: in all environments. Leases whose rows are locked are skipped.
         """
         statement = _ENDED.format(_EVERYWHERE if environment_id is None else _HERE)
 
@@ -248,7 +250,7 @@ class ClaimCalls(DatabaseCalls):
         return change.item
 
     async def delete_idle_pollers(self) -> int:
-        """Delete all workers that have not polled for some time; return 0, as a complete batch."""
+        """Delete the records of workers that stopped polling; return 0, as one call deletes all."""
         await self._pool.execute(_FORGET_POLLERS, self._fixed_time(), _WINDOW)
         return 0
 
@@ -267,8 +269,8 @@ class ClaimCalls(DatabaseCalls):
 def _poll_wait_seconds(remaining: float, poll: Poll, due_seconds: float | None) -> float:
     """Return the seconds that a poll waits before it claims again, unless it is woken.
 
-    An item that another poll receives meanwhile becomes claimable again after the poll's own window
-    at the earliest, and no notification says so.
+    If another poll receives an item meanwhile and its worker sends no ack, the item becomes
+    claimable again after `reclaim_older_than_ms` at the earliest, without a notification.
     """
     limits = [remaining, max(poll.reclaim_older_than_ms / 1000, 1.0)]
     if due_seconds is not None:

@@ -1,4 +1,4 @@
-"""A cache of conversations, so that an append reads only events that are newer."""
+"""A cache of conversations, so that an append reads only the events that are not cached."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ EVENTS_MAX: Final = 50_000
 
 
 class ConversationCache:
-    """Recently used conversations by session, with a limit of their events.
+    """Recently used conversations by session id, up to a total number of events.
 
     A conversation leaves the cache while it is used, and returns once its new events are committed,
     so that the cache has committed events only.

@@ -1,4 +1,4 @@
-"""The creation of items with a new session each, in one statement."""
+"""The creation of items, each with a new session, in one statement."""
 
 from __future__ import annotations
 
@@ -78,7 +78,7 @@ class CreationCalls(EnvironmentCalls):
         """Create items, each with a session of its own.
 
         Raises:
-            ValueError: `session_id` is given: here, only messages bring further items to a session.
+            ValueError: `session_id` is given: here, only a message brings a session another item.
         """
         if session_id is not None:
             raise ValueError("a control plane on PostgreSQL adds items to a session by messages")

@@ -1,4 +1,4 @@
-"""The base of all calls on the database: its clock, retries, and the change of one item.
+"""The base class of all calls on the database: the clock, retries, and changes of one item.
 
 Most calls read a row, decide with the rules of the other engines, and write on the condition that
 the row still has the version that was read: two statements, without a lock in between. After some
@@ -128,7 +128,7 @@ class DatabaseCalls:
         self._has_history = has_history
 
     def _fixed_time(self) -> int | None:
-        """Return the microseconds of the argument `now`; None for the database's clock."""
+        """Return the time of the test's clock `now` in microseconds; None: use the database's."""
         return None if self._now is None else int(self._now() * SECOND)
 
     async def _retry_with_lock(
@@ -213,7 +213,7 @@ def without_ended_lease(item: Item, now: int) -> Item:
 
 
 def lease_end_change(stored: Item) -> ItemChange:
-    """Return the change that ends a lease, which must be over."""
+    """Return the change that ends an item's expired lease."""
     return ItemChange(
         state_machine.end_lease(stored), "lapsed", stored.holder, stored.lease_end or 0
     )

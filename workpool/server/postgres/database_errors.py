@@ -1,4 +1,4 @@
-"""Conversion of database errors: temporary ones to a 503, which a caller may repeat.
+"""Conversion of temporary database errors to a 503, after which a caller may try again.
 
 An error that may be gone after some time is a 503. Every other error, such as a violated constraint
 or a wrong statement, is a defect, which stays as it is: a 500 with a traceback in the log. See

@@ -1,4 +1,4 @@
-"""The calls on environments, which a node's arguments name or clients have created."""
+"""The calls on environments: those that a node's arguments name, and those of clients."""
 
 from __future__ import annotations
 
@@ -61,7 +61,7 @@ class EnvironmentCalls(DatabaseCalls):
     async def list_environments(
         self, place: PageRequest, limits: frozenset[str] | None
     ) -> ListPage[Environment]:
-        """Return a page of the environments whose ids are in `limits`; None: of all."""
+        """Return a page of the environments with the ids `limits`; `limits` None: of all."""
         given = [
             self._given_environment(name)
             for name in self._self_hosted | self._cloud

@@ -1,4 +1,4 @@
-"""A cache of rows, with which a node changes an item in one statement in place of two.
+"""A cache of item rows, so that a node changes an item with one statement instead of two.
 
 A poll's answer is mostly followed by the ack, the first heartbeat and the stop on the same node, so
 the node keeps the last rows that it read or wrote. A change is decided on the known row, and
@@ -90,7 +90,7 @@ _CHANGES: Final = {
 
 
 class CachedItem(NamedTuple):
-    """A row as this node last read or wrote it; `seen_at`: the database's time of that."""
+    """An item's row as this node last read or wrote it; `seen_at`: the database's time then."""
 
     item: Item
     version: int
@@ -128,8 +128,8 @@ async def change_cached_item(
 ) -> CachedItem | None:
     """Write the change that `decide` returns for a cached row, and return the changed row.
 
-    Returns None if nothing was written: the row has changed meanwhile, its lease has ended, or the
-    decision is an error or no change, for which the current row must be read.
+    Returns None if nothing was written: the row has changed meanwhile, its lease has ended, or
+    `decide` raised an error or changed nothing, which only the current row can confirm.
 
     `now`: the time of a clock that a test moves; None: the database's.
     """

@@ -129,7 +129,7 @@ class ItemCalls(ClaimCalls):
         ttl_seconds: int,
         worker_id: str | None,
     ) -> Item | None:
-        """Extend a lease in one statement; None unless its last heartbeat is the expected one."""
+        """Extend a lease in one statement; None if its last heartbeat is not the expected one."""
         last = None if expected is None else from_heartbeat_text(expected)
         if last is None or not may_be_id(work_id):
             return None
@@ -153,7 +153,7 @@ class ItemCalls(ClaimCalls):
         force: bool = False,
         refused: frozenset[tuple[bool, str]] = frozenset(),
     ) -> Item:
-        """Stop an item; raises a 409 if `refused` has the pair of `force` and the item's state."""
+        """Stop an item; raises a 409 if `refused` contains the pair (`force`, item's state)."""
 
         def decide_stop(item: Item, now: int) -> ItemChange:
             return stop_change(item, worker_id, now, force=force, refused=refused)
@@ -184,7 +184,7 @@ class ItemCalls(ClaimCalls):
         worker_id: str | None,
         op: str | None = None,
     ) -> Item:
-        """Change an item as `decide` says, which gets the item and the time.
+        """Apply the change that `decide` returns for the item and the current time.
 
         `op`: the name of the call in the record of a conflict; None: it is not recorded.
         """

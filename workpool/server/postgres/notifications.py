@@ -43,17 +43,17 @@ _RECONNECT_SECONDS: Final = (0.1, 5.0)
 
 
 def work_topic(environment_id: str) -> str:
-    """Return the topic of claimable items, of which each wakes one waiting poll."""
+    """Return the topic of an environment's claimable items; each wakes one waiting poll."""
     return _WORK + environment_id
 
 
 def session_topic(session_id: str) -> str:
-    """Return the topic of a session's events, of which each wakes all waiting streams."""
+    """Return the topic of a session's events; each wakes all waiting streams of the session."""
     return "session:" + session_id
 
 
 class NotificationHub:
-    """The waiting calls of one node, which changes of their topics wake.
+    """The waiting calls of one node; a change of a call's topic wakes it.
 
     A call takes `change_count`, reads the database, and then waits with that value, so that a
     change between the two ends the wait at once.
@@ -80,7 +80,7 @@ class NotificationHub:
         self.listening = asyncio.Event()
 
     def change_count(self) -> int:
-        """Return the number of known changes, to be taken before the database is read."""
+        """Return the number of known changes; call it before reading the database."""
         return self._changes
 
     async def wait_for_change(self, topic: str, seen: int, seconds: float) -> bool:
@@ -118,7 +118,7 @@ class NotificationHub:
     def wake_calls(self, topic: str, count: int = 1) -> None:
         """Wake `count` polls, or all streams of a session, on this node.
 
-        If fewer polls wait, polls that read the database meanwhile read it once more.
+        If fewer polls wait, as many of those that are reading the database read it once more.
         """
         waiters: OrderedDict[Waiter, None] = self._waiting.get(topic, OrderedDict())
         is_work = topic.startswith(_WORK)
@@ -140,7 +140,7 @@ class NotificationHub:
             self.wake_calls(topic, len(self._waiting[topic]))
 
     async def run(self) -> None:
-        """Exchange notifications with the other nodes until cancelled, over any lost connection."""
+        """Exchange notifications with other nodes until cancelled; reconnect when disconnected."""
         shortest, longest = _RECONNECT_SECONDS
         pause = shortest
         while True:
@@ -229,7 +229,7 @@ class NotificationHub:
             self.wake_calls(topic, int(count))
 
     def _wake_after_gap(self) -> None:
-        """Let calls read again after lost notifications: one poll a topic, and all streams."""
+        """Let calls read again after lost notifications: one poll per topic, and all streams."""
         self._changes += 1
         self._last.clear()
         self._unused.clear()
@@ -240,8 +240,8 @@ class NotificationHub:
     def _has_changed(self, topic: str, seen: int) -> bool:
         """Return whether a call must read again, because its data may be older than a change.
 
-        Of the polls that were reading, only as many read again as wake-ups found no waiting poll:
-        otherwise each new item would make all of them read the database again.
+        For each wake-up that found no waiting poll, only one of the polls that were reading reads
+        again: otherwise each new item would make all of them read the database again.
         """
         changed = self._last.get(topic)
         if changed is None:

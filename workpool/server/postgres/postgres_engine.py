@@ -47,7 +47,7 @@ class PostgresEngine(ReadCalls, RetentionCalls):
         """Upgrade the schema, connect, and start the background tasks. Raises `ServeError`."""
         await migrate(self._url)
         await self._pool.open()
-        # A second statement also sees a key that another node has inserted at the same time.
+        # Read by a second statement, which also sees a key that another node has just inserted.
         await self._pool.execute(_MAKE_SIGNING_KEY, secrets.token_bytes(32))
         self.signing_key = await self._pool.fetchval(_SIGNING_KEY)
         self._opened_at = await self._current_time()
@@ -64,12 +64,12 @@ class PostgresEngine(ReadCalls, RetentionCalls):
         await self._pool.close()
 
     async def wait_for_failure(self) -> None:
-        """Wait until a background task fails; an unavailable database does not end one."""
+        """Wait until a background task fails; none fails because the database is unavailable."""
         if self._running is not None:
             await asyncio.shield(self._running)
 
     def end_waits(self) -> None:
-        """End all waits of polls and streams, and let no later one wait: the server closes."""
+        """End all waits of polls and streams and forbid new ones, because the server closes."""
         self._closing = True
         self._hub.end_waits()
 

@@ -41,7 +41,7 @@ class PostgresStore:
         self._history = history
 
     def make_engine(self, **options: Any) -> Engine:
-        """Return the engine on this database, with the further arguments of `PostgresEngine`.
+        """Return an engine on this database; `options`: further arguments of `PostgresEngine`.
 
         Raises:
             ServeError: The driver is not installed.
@@ -66,7 +66,7 @@ class PostgresStore:
 
 @contextmanager
 def _require_driver() -> Iterator[None]:
-    """Raise a `ServeError` that names the extra if the driver cannot be imported."""
+    """Return a context that raises a `ServeError` if the driver in its block is not installed."""
     try:
         yield
     except ModuleNotFoundError as error:

@@ -242,7 +242,7 @@ class ReadCalls(StoredSessionCalls):
         )
 
     async def stream_position(self, session_id: str, last_event_id: str | None) -> int:
-        """Return the number of events that a stream skips, up to and including `last_event_id`."""
+        """Return the number of events up to and including `last_event_id`, which a stream skips."""
         if last_event_id is not None and not is_storable(last_event_id):
             return 0
         return await self._pool.fetchval(_PLACE, session_id, last_event_id) or 0
@@ -250,7 +250,7 @@ class ReadCalls(StoredSessionCalls):
     async def wait_for_events(
         self, session_id: str, place: int, seconds: float
     ) -> Sequence[StoredEvent] | None:
-        """Wait until a session has more than `place` events, and return the further ones."""
+        """Wait until a session has more than `place` events, and return the events beyond them."""
         loop = asyncio.get_running_loop()
         deadline = loop.time() + seconds
         while not self._closing:
@@ -265,7 +265,7 @@ class ReadCalls(StoredSessionCalls):
                 session_topic(session_id), seen, max(0, remaining)
             )
             if not announced and loop.time() >= deadline:
-                # Another read would cost much: of 1000 quiet streams, one returns every 10 ms.
+                # No last read: 1000 quiet streams would cause one every 10 ms, without a result.
                 return ()
         return None
 

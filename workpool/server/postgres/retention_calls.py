@@ -80,7 +80,10 @@ class RetentionCalls(DatabaseCalls):
 
 
 def _limit_deleted_events(rows: Sequence[Any]) -> list[str]:
-    """Return the ids of the first sessions with `EVENTS_MAX` events at most in all; one or more."""
+    """Return the ids of the first sessions that together have at most `EVENTS_MAX` events.
+
+    The first session is always included, so that one with more events is deleted too.
+    """
     totals = accumulate(row[1] for row in rows)
     return [
         row[0]

@@ -65,7 +65,7 @@ _ID: Final = re.compile(ID_PATTERN)
 
 
 def may_be_id(text: str) -> bool:
-    """Return whether a text has the form of an id; PostgreSQL cannot compare all others."""
+    """Return whether a text has the form of an id; PostgreSQL rejects some other texts."""
     return _ID.fullmatch(text) is not None
 
 

@@ -120,7 +120,7 @@ class StoredSessionCalls(ItemCalls, CreationCalls):
         *,
         messages_bring_work: bool = False,
     ) -> Sequence[StoredEvent]:
-        """Append all new events of a client to a session, or none if one does not fit."""
+        """Append a client's events to a session: all of them, or none if one is refused."""
         has_message = any(event["type"] == USER_MESSAGE for event in new_events)
 
         async def attempt_send(connection: Connection) -> Sequence[StoredEvent] | None:
@@ -198,7 +198,7 @@ class StoredSessionCalls(ItemCalls, CreationCalls):
             await self._write_item(connection, stored, version, changes)
 
     async def _read_session(self, connection: Connection, session_id: str) -> _SessionRow:
-        """Return a session; raises a 404 also if its environment is not served here."""
+        """Return a session; raises a 404 if it or its environment is unknown to this node."""
         row = None
         if may_be_id(session_id):
             row = await connection.fetchrow(_READ, session_id, self._fixed_time())
@@ -212,7 +212,7 @@ class StoredSessionCalls(ItemCalls, CreationCalls):
         )
 
     async def _load_conversation(self, connection: Connection, read: _SessionRow) -> Conversation:
-        """Return the conversation with all events of a session that was read."""
+        """Return a session's conversation, with all events that it had when `read` was read."""
         session = read.view.session
         conversation = self._conversations.pop(session.id)
         if conversation is None or not await self._matches_stored_events(
@@ -230,10 +230,10 @@ class StoredSessionCalls(ItemCalls, CreationCalls):
     async def _matches_stored_events(
         self, connection: Connection, conversation: Conversation, read: _SessionRow
     ) -> bool:
-        """Return whether a cached conversation has the first stored events of its session.
+        """Return whether a cached conversation equals the beginning of the stored events.
 
-        After a failover to a database that lacks the last commits, other events may have the
-        numbers of those in the cache.
+        After a failover to a database that lacks the last commits, other events may be stored in
+        place of the cached ones.
         """
         known = len(conversation.events)
         if known == 0 or known > read.event_count:
@@ -263,11 +263,11 @@ class StoredSessionCalls(ItemCalls, CreationCalls):
         new_events: Sequence[Mapping[str, Any]],
         item: Item | None = None,
     ) -> Sequence[StoredEvent] | None:
-        """Append events and those of the control plane that follow; return the former.
+        """Append events and the control plane's responses; return the stored `new_events`.
 
         Returns None if another call has appended events since the session was read.
 
-        `item`: the further item that comes with them.
+        `item`: a new item of the session, which is created with the events; None: none.
         """
         view = read.view
         now = read.now

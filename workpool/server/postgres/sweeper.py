@@ -1,4 +1,4 @@
-"""Periodic background work: the end of due leases, and the deletion of ended sessions.
+"""Periodic background work: ends expired leases, and deletes ended sessions.
 
 Calls apply lapses by themselves; the sweep makes them known to calls that wait. Any node may sweep,
 one at a time, under an advisory lock that ends with its transaction: no node is a leader, and one
@@ -43,15 +43,15 @@ class Sweeper:
         self._batches = batches
 
     async def run(self) -> None:
-        """Sweep again and again until cancelled, whatever fails in the database."""
+        """Sweep periodically until cancelled, even while the database is unavailable."""
         while True:
             # A random pause keeps the nodes from asking for the lock at the same times.
             await asyncio.sleep(random.uniform(0.5, 1.5) * SWEEP_SECONDS)  # noqa: S311 - no secret
-            with suppress(UnavailableError):  # The connection pool has logged it.
+            with suppress(UnavailableError):  # the connection pool has logged it
                 await self.sweep()
 
     async def sweep(self) -> bool:
-        """Run all batches unless another node does at this time; return whether they ran."""
+        """Run all batches unless another node is sweeping; return whether they ran."""
         async with self._pool.transaction() as connection:
             taken = "SELECT pg_try_advisory_xact_lock($1)"
             if not await connection.fetchval(taken, _ADVISORY_LOCK):

@@ -17,7 +17,7 @@ class Deliveries:
 
     def __init__(self) -> None:
         self._times: OrderedDict[str, int] = OrderedDict()
-        # Ids of items whose delivery is too recent for a redelivery by any poll so far.
+        # Items whose delivery was too recent for a redelivery at every poll so far.
         self._recent: OrderedDict[str, int] = OrderedDict()
         self._due: list[str] = []  # the other ids of delivered items, ascending
 
@@ -25,7 +25,7 @@ class Deliveries:
         return len(self._times)
 
     def add(self, work_id: str, delivered_at: int) -> None:
-        """Add the delivery of an item, which must have no other one."""
+        """Add the delivery of an item that has no recorded delivery."""
         self._times[work_id] = self._recent[work_id] = delivered_at
 
     def discard(self, work_id: str) -> None:
@@ -45,8 +45,9 @@ class Deliveries:
     def lowest_due_id(self, until: int) -> str | None:
         """Return the lowest id of the items that were delivered by the time `until`.
 
-        Every id becomes due once, so this is the first id in the list, unless a poll with a shorter
-        window made ids due that are too recent for this one.
+        Each id moves once from `_recent` to the sorted list `_due`. The result is the first id of
+        that list, unless a poll with a shorter window has moved ids that are too recent for this
+        poll.
         """
         oldest = self.oldest_time()
         if oldest is None or oldest > until:

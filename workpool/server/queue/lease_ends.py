@@ -20,8 +20,8 @@ class LeaseEnds:
     def set_end(self, work_id: str, end: int) -> None:
         """Set the time at which the lease of an item ends.
 
-        If the end is later than before, the entry stays and is moved once it is the first: a heap
-        with an entry for each heartbeat would grow with the heartbeats.
+        If the end is later than before, the heap's entry stays, and is moved only when it becomes
+        the first: with one entry for each heartbeat, the heap would grow.
         """
         self._ends[work_id] = end
         if end < self._scheduled.get(work_id, end + 1):
@@ -36,7 +36,7 @@ class LeaseEnds:
         return self._heap[0][0] if self._heap else None
 
     def pop_ended(self, now: int) -> Iterator[str]:
-        """Remove the leases that ended by `now`, and iterate over their items by lease end."""
+        """Remove the leases that ended by `now`, and yield their item ids in order of lease end."""
         while self._heap and self._heap[0][0] <= now:
             at, work_id = heappop(self._heap)
             if self._scheduled.get(work_id) != at:

@@ -1,8 +1,8 @@
 """The polls that wait for an item, and their wake-ups.
 
-Nothing polls the queue: a waiting poll sleeps until an item becomes claimable, or until the
-time at which one will. A poll that cannot use its wake-up passes it on, so that no item stays
-claimable while a poll waits.
+A waiting poll does not check the queue periodically. It sleeps until an item becomes claimable, or
+until the time at which one will. A poll that cannot use its wake-up passes it on, so that no item
+stays claimable while a poll waits.
 """
 
 from __future__ import annotations

@@ -106,7 +106,7 @@ class WorkQueue:
         self._index_queued_item(item, former)
 
     def existing_items(self, work_ids: Iterable[str]) -> list[Item]:
-        """Return the items with these ids, without ids that are not in this queue."""
+        """Return the items with these ids; skips ids that are not in this queue."""
         return [self._items[work_id] for work_id in work_ids if work_id in self._items]
 
     def remove_item(self, work_id: str) -> None:
@@ -126,7 +126,7 @@ class WorkQueue:
             self._recent[item.id] = item.delivered_at
 
     def oldest_claimable(self, delivered_until: int) -> Item | None:
-        """Return the oldest queued item without a delivery, or delivered by `delivered_until`."""
+        """Return the oldest queued item that was not delivered after the time `delivered_until`."""
         ids = (self._undelivered.lowest(), self.deliveries.lowest_due_id(delivered_until))
         oldest = min((work_id for work_id in ids if work_id is not None), default=None)
         return None if oldest is None else self._items[oldest]
@@ -147,7 +147,7 @@ class WorkQueue:
         return (self._items[work_id] for work_id in walked)
 
     def record_poll(self, worker_id: str, now: int) -> None:
-        """Record the time of a worker's poll, for the number of polling workers."""
+        """Record the time of a worker's poll, from which the polling workers are counted."""
         self._pollers[worker_id] = now
         self._pollers.move_to_end(worker_id)
         self._drop_older_entries(self._pollers, now - WORKERS_POLLING_WINDOW_SECONDS * SECOND)

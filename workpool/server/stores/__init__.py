@@ -1,1 +1,1 @@
-"""The stores, in which the control plane's state outlives the process."""
+"""The stores: where the control plane saves its state, in memory or in a SQLite file."""

@@ -1,4 +1,4 @@
-"""A store in a SQLite file that survives kill -9 and is written by one thread.
+"""A store in a SQLite file, which one thread writes; saved changes survive kill -9.
 
 All changes during a commit go into the next one, so that many calls share one sync to disk. The
 file is locked while open, since two servers on one file would each rely on their own memory. After
@@ -54,7 +54,7 @@ class SqliteStore:
         self._path = path
         self._thread: threading.Thread | None = None
         self._changed = threading.Condition(threading.RLock())  # reentrant: `transaction` holds it
-        # `_changed` guards the rows that are not saved yet (the newest version of each) and counts.
+        # `_changed` guards these three; `_unsaved` has only the newest version of each row.
         self._unsaved: dict[str, Row | DeletedRow] = {}
         self._saved = 0
         self._closing = False
@@ -82,23 +82,23 @@ class SqliteStore:
         return self._changed
 
     def save_item(self, item: Item) -> None:
-        """Save a new version of an item soon; returns at once."""
+        """Queue a new version of an item to be saved; returns at once."""
         self._queue_rows(item)
 
     def save_session(self, session: StoredSession) -> None:
-        """Save a new version of a session soon; returns at once."""
+        """Queue a new version of a session to be saved; returns at once."""
         self._queue_rows(session)
 
     def save_environment(self, environment: Environment) -> None:
-        """Save a new environment soon; returns at once."""
+        """Queue a new environment to be saved; returns at once."""
         self._queue_rows(environment)
 
     def save_events(self, events: Sequence[StoredEvent]) -> None:
-        """Save new events soon, in one transaction; returns at once."""
+        """Queue new events to be saved in one transaction; returns at once."""
         self._queue_rows(*events)
 
     def delete_rows(self, rows: Sequence[Row]) -> None:
-        """Delete items, sessions and events soon; returns at once."""
+        """Queue items, sessions and events to be deleted; returns at once."""
         if rows:
             self._queue_rows(*(DeletedRow(type(row), row.id) for row in rows))
 
@@ -112,7 +112,7 @@ class SqliteStore:
             await future
 
     async def wait_for_failure(self) -> None:
-        """Wait until a write has failed. Raises `StoreError`."""
+        """Wait until a write has failed; then raise `StoreError`."""
         await self._failed.wait()
         raise StoreError(self._failure)
 
@@ -188,7 +188,7 @@ class SqliteStore:
         return StoreContents(items, sessions, events, environments, signing_key)
 
     def _next_batch(self) -> tuple[Sequence[Row | DeletedRow], int] | None:
-        """Wait for changes, and return them with their number; None once the store closes."""
+        """Wait for unsaved rows; return them and the count of all changes, or None at the close."""
         with self._changed:
             while not self._unsaved and not self._closing:
                 self._changed.wait()

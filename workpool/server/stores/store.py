@@ -42,35 +42,35 @@ class Store(Protocol):
         """Open the store and read its contents. Raises `StoreError`."""
 
     def transaction(self) -> AbstractContextManager[object]:
-        """Return a context whose changes all survive a crash or none; it must not await."""
+        """Return a context in which all changes are saved, or none; its block must not await."""
 
     def save_item(self, item: Item) -> None:
-        """Save a new version of an item soon; returns at once."""
+        """Queue a new version of an item to be saved; returns at once."""
 
     def save_session(self, session: StoredSession) -> None:
-        """Save a new version of a session soon; returns at once."""
+        """Queue a new version of a session to be saved; returns at once."""
 
     def save_environment(self, environment: Environment) -> None:
-        """Save a new environment soon; returns at once."""
+        """Queue a new environment to be saved; returns at once."""
 
     def save_events(self, events: Sequence[StoredEvent]) -> None:
-        """Save new events soon, all or none; returns at once."""
+        """Queue new events to be saved, all of them or none; returns at once."""
 
     def delete_rows(self, rows: Sequence[Row]) -> None:
-        """Delete items, sessions and events soon; returns at once."""
+        """Queue items, sessions and events to be deleted; returns at once."""
 
     async def wait_until_durable(self) -> None:
         """Return once all changes so far survive a crash. Raises `StoreError`."""
 
     async def wait_for_failure(self) -> None:
-        """Wait until the store fails for good. Raises `StoreError`."""
+        """Wait until the store fails permanently; then raise `StoreError`."""
 
     async def close(self) -> None:
-        """Make the remaining changes durable and close the file."""
+        """Save the remaining changes and close the store."""
 
 
 class MemoryStore:
-    """A store whose content ends with the process."""
+    """A store that saves nothing: its content is lost when the process ends."""
 
     async def open(self) -> StoreContents:
         """Return empty contents."""
