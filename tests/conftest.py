@@ -15,19 +15,19 @@ from workpool.testing import Clock, Faults, Recorder
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Callable, Generator
 
-# pytest finds these fixtures in the namespace of this module.
+# These imported fixtures are used by pytest only, which finds them by name in this module.
 __all__ = ["database_url", "own_postgres", "postgres", "standby"]
 
 
 def pytest_itemcollected(item: pytest.Item) -> None:
-    """Mark every test that needs PostgreSQL as a trial."""
+    """Mark every test that needs PostgreSQL as `trial`, so that `poe test` leaves it out."""
     if any(name in getattr(item, "fixturenames", ()) for name in FIXTURES):
         item.add_marker(pytest.mark.trial)
 
 
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_makereport() -> Generator[None, pytest.TestReport, pytest.TestReport]:
-    """Escape lone surrogates in the captured log of a test, which pytest-xdist cannot transfer."""
+    """Escape lone surrogates in captured logs, because pytest-xdist cannot transfer them."""
     report = yield
     report.sections = [
         (name, text.encode(errors="backslashreplace").decode()) for name, text in report.sections
@@ -37,7 +37,7 @@ def pytest_runtest_makereport() -> Generator[None, pytest.TestReport, pytest.Tes
 
 @pytest.fixture(autouse=True)
 def forget_tokens_of_other_tests() -> None:
-    """Empty the set of tokens that logs redact, which all tests of a process share."""
+    """Clear the set of tokens that logs redact, because all tests of a process share the set."""
     logs._tokens.clear()
     logs._item_tokens.clear()
 

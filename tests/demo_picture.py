@@ -26,13 +26,13 @@ COLUMNS: Final = 112
 
 
 class RecordingView(DemoView):
-    """The output of a demo that keeps only the messages of the demo itself."""
+    """A demo view that shows the demo's own messages only, without log lines and live tables."""
 
     def print_worker_line(self, worker: str, line: str) -> None:
         """Ignore log lines of workers."""
 
     def draw_state(self, state: DemoState) -> None:
-        """Ignore the tables before the last one."""
+        """Ignore the tables of the running demo; `record_demo` prints the final table."""
 
 
 async def record_demo() -> str:

@@ -86,7 +86,10 @@ def parameter_usage(parameter: Any) -> str:
 
 
 def parameter_table(command: Any, *, settings: bool = True) -> Iterator[str]:
-    """Yield a table of a command's arguments and flags; with `settings`, also flags of settings."""
+    """Yield the table of a command's arguments and flags, one line at a time.
+
+    Without `settings`, one row that names `workpool run` replaces the flags of settings.
+    """
     yield from markdown_table("argument or flag", "meaning")
     if not settings:
         yield markdown_row(

@@ -46,7 +46,7 @@ LOOPS = (
 MODULES_WITH_BROAD_EXCEPT = {
     "logs.py",  # `__str__` of an object that a user logs may raise
     "metrics/observer.py",  # An error in a metric must not end the pool.
-    "session.py",  # Raises all errors again, those of exhaustion as `Release`.
+    "session.py",  # Raises each error again; raises `Release` if the machine is exhausted.
     "plugins/loading.py",  # annotations of a plugin may raise when they are evaluated
     "pool/handler_executor.py",  # a handler may raise any error
     # Calls a plain handler on a thread, and raises its error where the call is awaited.
@@ -55,13 +55,13 @@ MODULES_WITH_BROAD_EXCEPT = {
     "pool/poller.py",  # An error in one poll must not end the poller.
     "pool/item_requests.py",  # an error in one heartbeat must not end the renewal
     "pool/lease_renewer.py",  # Reports an error of the renewer thread on the handlers' loop.
-    "pool/diagnostics.py",  # Raises the error of a report's thread in its caller.
+    "pool/diagnostics.py",  # Raises an error of the report's thread in the thread that waits.
     "server/stores/sqlite.py",  # Reports an error of the writer thread on the loop.
     # aiohttp would take an error of a caller's check for a failed connection.
     "wire/http/guarded_request.py",
     # Calls a function on a thread, and raises its error where the result is awaited.
     "wire/http/daemon_threads.py",
-    "cli/environment_group.py",  # Raises an environment's error after the others ended.
+    "cli/environment_group.py",  # Raises an environment's error once all others have ended.
 }
 
 
@@ -160,7 +160,7 @@ def test_suppressions_of_package_are_few_and_have_reasons() -> None:
 
 
 def test_suppressions_of_tests_have_reasons() -> None:
-    """The reason follows after a dash, or for `type: ignore` in a comment of its own."""
+    """A reason follows `noqa` after a dash, and follows `type: ignore` after a second `#`."""
     paths = [*ROOT.glob("tests/**/*.py"), *ROOT.glob("plugins/*/tests/**/*.py")]
     found = [(path, text) for path in paths for text in suppression_comments(path)]
     assert len(found) > 50
@@ -216,7 +216,7 @@ def test_imports_including_those_for_types_form_no_cycle() -> None:
 
 
 def private_component(dotted: str) -> str | None:
-    """Return the first private component of a dotted name; None without one."""
+    """Return the first private component of a dotted name; None if all components are public."""
     module = max((each for each in PUBLIC if f"{dotted}.".startswith(f"{each}.")), key=len)
     name = dotted[len(module) :].lstrip(".").partition(".")[0]
     known = name in workpool.__all__ if module == "workpool" else not name.startswith("_")

@@ -30,7 +30,7 @@ CITATION = re.compile(r'([\w./-]+\.md), ("[^"]+"(?:(?:, | and |, and )"[^"]+")*)
 OUTSIDE = re.compile(
     r"§|\bD\d+\b|\bissue #?\d|/work/|\b(?:design|protocol|metrics|style)\.md|\bREADME\b(?!\.md, \")"
 )
-"""Patterns of cited_headings of documents outside the repository, and of decisions by number."""
+"""Matches citations of documents outside the repository, and of decisions by their numbers."""
 
 
 def text_without_line_breaks(text: str) -> str:
@@ -145,7 +145,7 @@ def test_malformed_citation_is_found(text: str, found: list[str]) -> None:
 
 
 def citation_rows_in_docs(first_column: str) -> list[list[str]]:
-    """Return the rows of the table on the architecture page whose first column has this title."""
+    """Return the rows of the architecture page's table whose first column has this title."""
     table = ARCHITECTURE.partition(f"| {first_column} |")[2].partition("\n\n")[0]
     lines = table.splitlines()[2:]
     return [[cell.strip().strip("`") for cell in line.strip("|").split("|")] for line in lines]

@@ -148,7 +148,7 @@ def test_ci_script_runs_every_python_version_of_classifiers() -> None:
 
 
 def test_each_test_is_selected_by_exactly_one_tier() -> None:
-    """`poe test` uses the `-m` of `addopts` in pyproject.toml, and `poe trials` its negation."""
+    """`poe test` selects `not trial`, which `addopts` contains; `poe trials` selects `trial`."""
     assert TOOLS["pytest"]["ini_options"]["addopts"][-2:] == ["-m", "not trial"]
     tasks = TOOLS["poe"]["tasks"]
     selection = re.compile(r" -m | -k |--ignore|--deselect| tests| plugins")
@@ -187,7 +187,7 @@ def test_page_is_reachable_from_readme(path: Path) -> None:
 async def control_plane_for_examples(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> AsyncIterator[ControlPlane]:
-    """Open a control plane for the environment variables, and write an importable `reports.py`."""
+    """Open a control plane, set its environment variables, and write an importable `reports.py`."""
     (tmp_path / "reports.py").write_text(code_block_with("# reports.py"))
     monkeypatch.chdir(tmp_path)
     monkeypatch.syspath_prepend(str(tmp_path))
@@ -273,12 +273,12 @@ async def test_documented_plain_handler_returns_its_result(tmp_path: Path) -> No
 
 @pytest.mark.usefixtures("control_plane_for_examples")
 async def test_documented_pool_of_processes_computes_and_ends(tmp_path: Path) -> None:
-    # The pool of processes in the example imports this module.
+    # Each process of the example's process pool imports this module.
     (tmp_path / "primes.py").write_text(code_block_with("# primes.py"))
     primes = importlib.import_module("primes").Primes
     done = await metadata_written_by_plugin(primes, {"job": "primes", "below": "100"})
     assert done["workpool.result"] == '{"primes":25}'
-    # The executor reaps its processes on a thread, so `join` could fail to see their end.
+    # The executor's thread may reap a process first, so `join` could miss the end of the process.
     for process in multiprocessing.active_children():
         assert multiprocessing.connection.wait([process.sentinel], timeout=50)
 

@@ -44,7 +44,7 @@ def test_public_names_are_the_documented_ones() -> None:
 
 
 def test_everything_that_hooks_take_and_return_is_exported() -> None:
-    """Types inside of type aliases count too, such as each event of `Event`."""
+    """Types inside type aliases count too, such as each member of the union `Event`."""
     namespace = {
         **{name: getattr(workpool, name) for name in workpool.__all__},
         "Event": workpool.events.Event,
@@ -74,7 +74,7 @@ def output_of_code(code: str) -> str:
 
 
 def test_import_of_workpool_imports_none_of_its_modules() -> None:
-    """The command line installs its signal handlers before the slow imports of the package."""
+    """The command line must be able to install its signal handlers before the slow imports."""
     code = "import sys, workpool; print([n for n in sys.modules if n.startswith('workpool.')])"
     assert output_of_code(code) == "[]"
 

@@ -1,4 +1,4 @@
-"""Fixtures that run the real command line in its own process, with a control plane in the test."""
+"""Fixtures that run `workpool` in a process of its own, and a control plane in pytest's process."""
 
 from __future__ import annotations
 
@@ -102,7 +102,7 @@ async def own_thread(session: Session) -> None:
 
 
 class RunningCommand:
-    """A running `workpool` process, with the output that was read so far."""
+    """A running `workpool` process, and the output that was read from it so far."""
 
     def __init__(self, process: asyncio.subprocess.Process) -> None:
         assert process.stdout is not None
@@ -114,9 +114,9 @@ class RunningCommand:
         self._stdout, self._stderr = process.stdout, process.stderr
 
     async def wait_for_log(self, text: str, times: int = 1) -> str:
-        """Wait until `times` lines on stderr contain `text`, counted from the start of the process.
+        """Wait until `times` lines on stderr contain `text`, and return the last of these lines.
 
-        Returns the last of them. Lines that arrived before the call count.
+        Lines that arrived before this call count too.
         """
         found = [line for line in self.err.splitlines() if text in line]
         async with asyncio.timeout(SECONDS):
@@ -130,7 +130,7 @@ class RunningCommand:
         return found[times - 1]
 
     async def wait_for_output(self, text: str = "") -> str:
-        """Wait for the next line on stdout that contains `text`."""
+        """Read stdout up to the next line that contains `text`, and return this line."""
         async with asyncio.timeout(SECONDS):
             while line := (await self._stdout.readline()).decode():
                 self.out += line
@@ -142,7 +142,7 @@ class RunningCommand:
         self._process.send_signal(number)
 
     async def wait_for_end(self, seconds: float = SECONDS) -> int:
-        """Wait for the end of the process, read the rest, and return the exit status."""
+        """Wait for the end of the process, read all remaining output, return the exit status."""
         async with asyncio.timeout(seconds):
             out, err = await self._process.communicate()
         self.out += out.decode()
@@ -165,7 +165,7 @@ class CommandStarter(Protocol):
 
 @pytest.fixture(autouse=True)
 def interruptible_commands() -> Iterator[None]:
-    """Reset SIGINT, which a shell ignores in tests that it runs in the background."""
+    """Let commands receive SIGINT, which a shell disables if it runs pytest in the background."""
     former = signal.getsignal(signal.SIGINT)
     if former is signal.SIG_IGN:
         signal.signal(signal.SIGINT, signal.default_int_handler)
@@ -227,7 +227,7 @@ async def start_without_settings(
 def start_command(
     start_without_settings: CommandStarter, control_plane: ControlPlane
 ) -> CommandStarter:
-    """Return a function that starts a command whose environment points to the control plane."""
+    """Return a function that starts a command with the settings of the test's control plane."""
 
     async def start_process(*arguments: str, **variables: str) -> RunningCommand:
         defaults = {
@@ -257,7 +257,7 @@ class CommandRunner(Protocol):
 def run_in_process(
     control_plane: ControlPlane, command_directory: Path, monkeypatch: pytest.MonkeyPatch
 ) -> CommandRunner:
-    """Return a function that runs a short command in this process, to save a second of start."""
+    """Return a function that runs a command in pytest's process, which saves a second of start."""
     monkeypatch.chdir(command_directory)
     monkeypatch.setattr(sys, "path", [str(command_directory), *sys.path])
     monkeypatch.delitem(sys.modules, "handlers", raising=False)

@@ -45,7 +45,7 @@ uvicorn.run(app, fd=int(sys.argv[1]), log_level="warning")
 
 
 class UnavailableError(Exception):
-    """The error that the control plane cannot be installed, with the reason."""
+    """Raised if the control plane cannot be installed; the message is the reason."""
 
 
 def python_interpreter() -> str:
@@ -140,7 +140,7 @@ async def running_control_plane(python: str, folder: Path) -> AsyncIterator[Open
     try:
         timeout = aiohttp.ClientTimeout(total=START_SECONDS)
         async with aiohttp.ClientSession(headers=HEADERS, timeout=timeout) as http:
-            # The socket listens already, so the first request waits for the start of the server.
+            # The socket already listens, so the first request waits until the server has started.
             environment = {"name": "tests", "config": {"type": "self_hosted"}}
             agent = {"name": "tests", "model": "none"}
             yield OpenManagedAgents(

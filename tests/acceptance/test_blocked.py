@@ -1,4 +1,4 @@
-"""`workpool run` reports a blocked event loop and ends, even if logs or directories fail too."""
+"""`workpool run` reports a blocked event loop and ends, even if logs or temporary files fail."""
 
 from __future__ import annotations
 
@@ -86,7 +86,7 @@ async def flood(session):
 def launcher_without_writable_directory(
     request: pytest.FixtureRequest, command_directory: Path
 ) -> tuple[tuple[str, ...], dict[str, str]]:
-    """Return a command that starts `workpool` without a writable directory, and its environment."""
+    """Return the command and the variables that start `workpool` without a writable directory."""
     if request.param == "no temporary directory":
         return (sys.executable, "-c", NO_TEMPORARY_DIRECTORY), {}
     launcher = ("unshare", "--mount", "sh", "-c", READ_ONLY, "sh")
@@ -139,9 +139,10 @@ async def test_blocked_loop_report_states_seconds_since_last_answer_of_loop(
     stated = re.search(r"seconds=(\d+\.\d+) ", line)
     assert stated is not None
     blocked = log_timestamp(line) - began
-    late = 0.1  # seconds from the measurement to the log line
+    late = 0.1  # allowed seconds between the measurement and its log line
     assert blocked - late <= float(stated[1])
-    # The monitor asks the loop once a second, so the last answer may be a second before the block.
+    # The measured time begins at the loop's last answer, which may be a second before the block,
+    # because the monitor asks the loop once a second.
     assert float(stated[1]) <= blocked + 1.0 + late
 
 
@@ -193,7 +194,7 @@ async def test_failed_renewer_thread_while_loop_runs_lets_handlers_clean_up(
 async def test_handler_blocked_on_full_stderr_does_not_keep_process_running(
     control_plane: ControlPlane, command_directory: Path
 ) -> None:
-    """The handler waits in a write to stderr, and holds the lock of the only log handler."""
+    """The handler blocks in a write to stderr with the log handler's lock, so no thread can log."""
     (command_directory / "flood.py").write_text(FLOOD)
     control_plane.enqueue()
     process = subprocess.Popen(  # noqa: ASYNC220 - it must not be read, which asyncio would

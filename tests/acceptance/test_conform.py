@@ -135,7 +135,7 @@ async def test_conform_without_answer_of_control_plane_ends_with_status_1(
 async def test_conform_finds_no_difference_in_embedded_control_plane(
     start_command: CommandStarter, control_plane: ControlPlane, dialect: str
 ) -> None:
-    """The conformance suite runs in real time for 80 s; its other tests advance a clock."""
+    """The suite runs in real time for 80 s here, while other tests of the suite advance a clock."""
     address = control_plane.base_url if dialect == "qoder" else control_plane.anthropic_base_url
     command = await start_command("conform", address, "--dialect", dialect)
     assert await command.wait_for_end(seconds=290) == 0
@@ -147,7 +147,7 @@ async def test_conform_finds_no_difference_in_embedded_control_plane(
 async def test_conform_finds_no_difference_in_slow_control_plane(
     start_without_settings: CommandStarter,
 ) -> None:
-    """Every answer takes a fifth of a second, which must not count as a lost lease."""
+    """Each answer takes 0.2 s, and the suite must not report a lost lease for this reason."""
     faults = Faults()
     faults.add(delay(0.2))
     async with ControlPlane(

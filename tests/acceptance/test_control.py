@@ -41,7 +41,7 @@ pytestmark = [
 
 @pytest.fixture
 def socket_directory(monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
-    """Create a directory for sockets whose path is short, because socket paths are limited."""
+    """Create a directory with a short path, because the path of a socket has at most 108 bytes."""
     with tempfile.TemporaryDirectory(prefix="wp-") as directory:
         for name in ("XDG_RUNTIME_DIR", "TMPDIR"):
             monkeypatch.setenv(name, directory)
@@ -74,7 +74,7 @@ async def readiness_status(worker: RunningCommand) -> tuple[int, str]:
 
 
 def send_to_socket(path: Path, data: bytes) -> Any:
-    """Send bytes to a control socket and return the answer; None without one."""
+    """Send bytes to a control socket and return its answer; None if it closes without one."""
     with socket.socket(socket.AF_UNIX) as connection:
         connection.settimeout(20)
         connection.connect(str(path))

@@ -121,7 +121,7 @@ async def test_demo_with_failing_handler_ends_with_status_1(
 async def test_demo_whose_sessions_all_fail_ends_early_and_says_so(
     start_without_settings: CommandStarter, command_directory: Path
 ) -> None:
-    """Workers delay the items of a failing handler, so without this end the demo would hang."""
+    """Workers claim items of a failing handler ever more slowly, so the demo would seem to hang."""
     (command_directory / "broken.py").write_text(
         "from workpool import Session, handler\n"
         "@handler\n"
@@ -172,7 +172,7 @@ async def test_demo_on_terminal_shows_live_view(command_directory: Path) -> None
             shown = await asyncio.to_thread(read_terminal, terminal.fileno())
             status = await process.wait()
     assert status == 0
-    # Several processes write to the terminal, so one can write inside a character of another.
+    # Several processes write to the terminal, so the bytes of a character may be separated.
     text = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", shown.decode(errors="replace"))
     for words in ("slots", "sessions", "reclaimed", "queue 0", "stopped 4 of 4", "/metrics"):
         assert words in text
@@ -180,7 +180,7 @@ async def test_demo_on_terminal_shows_live_view(command_directory: Path) -> None
 
 
 def read_terminal(terminal: int) -> bytes:
-    """Return all output of a pty; reading fails once the last writer has closed it."""
+    """Return all output of a terminal, up to the OSError after its last writer has closed it."""
     shown = b""
     try:
         while chunk := os.read(terminal, 65536):

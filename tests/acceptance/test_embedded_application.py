@@ -64,7 +64,7 @@ class ExampleStarter(Protocol):
 async def start_example(
     command_directory: Path, control_plane: ControlPlane
 ) -> AsyncIterator[ExampleStarter]:
-    """Return a function that runs an example of the embedding page in a new process."""
+    """Return a function that runs an example from the page on embedding in a new process."""
     (command_directory / "reports.py").write_text(REPORTS)
     for name in EXAMPLES:
         (command_directory / f"{name}.py").write_text(code_block_with(f"# {name}.py"))
@@ -111,7 +111,7 @@ async def http_status(url: str) -> tuple[int, str]:
 
 
 async def wait_until(condition: Callable[[], Awaitable[bool]]) -> None:
-    """Wait until a condition holds that depends on another process."""
+    """Check a condition repeatedly until another process has made it true."""
     async with asyncio.timeout(45):
         while not await condition():  # noqa: ASYNC110 - another process changes it
             await asyncio.sleep(0.05)
@@ -134,7 +134,7 @@ async def test_application_under_sigterm_lets_its_session_end(
     module: str,
     status: int,
 ) -> None:
-    if module == "program":  # this example has a handler of its own, which ends at once
+    if module == "program":  # the example's handler ends at once; use one that waits
         path = command_directory / "program.py"
         path.write_text(path.read_text().replace("[greet]", '["reports"]'))
     [item] = control_plane.enqueue()

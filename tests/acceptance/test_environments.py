@@ -48,7 +48,7 @@ async def slowly(environment_id):
 
 
 class ServiceManager:
-    """A datagram socket that receives reports in place of systemd."""
+    """A datagram socket that receives the worker's reports in place of systemd."""
 
     def __enter__(self) -> Self:
         self._folder = tempfile.TemporaryDirectory(prefix="wp-")
@@ -84,7 +84,7 @@ async def control_plane() -> AsyncIterator[ControlPlane]:
 
 @pytest.fixture
 def config(command_directory: Path, control_plane: ControlPlane) -> Path:
-    """Return the file of a worker for both environments, with a token file for each."""
+    """Write a configuration file with both environments, and their token files; return its path."""
     for name, token in zip("ab", KEYS, strict=True):
         (command_directory / f"{name}.token").write_text(token)
     path = command_directory / "pool.toml"
@@ -163,7 +163,7 @@ async def test_sessions_of_both_environments_run_and_sigterm_drains_both(
     worker.send_signal(signal.SIGTERM)
     for each in (ENVIRONMENT, OTHER):
         await worker.wait_for_log(f"last scrape wait_seconds=20.0 environment_id={each}")
-    await get_text(worker, "/metrics")  # one scrape reports the drains of both environments
+    await get_text(worker, "/metrics")  # both drains wait for one scrape
     assert await worker.wait_for_end() == 0
     assert worker.err.count("result=clean") == 2
     found = [control_plane.operations.get_item(each.environment_id, each.id) for each in items]

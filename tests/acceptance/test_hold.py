@@ -28,7 +28,7 @@ IGNORES_SIGTERM = "trap '' TERM; echo begun; while :; do sleep 0.05; done"
 
 
 class HandedOffItem(NamedTuple):
-    """An item that a parent holds and is about to hand off."""
+    """An item whose lease a parent process holds, and the variables that hand the item off."""
 
     work_id: str
     variables: dict[str, str]
@@ -47,7 +47,7 @@ async def client(control_plane: ControlPlane) -> AsyncIterator[WorkClient]:
 
 @pytest.fixture
 def open_handoff(control_plane: ControlPlane, client: WorkClient) -> HandoffFactory:
-    """Return a function that acknowledges an item and returns the variables for `workpool hold`."""
+    """Return a function that claims an item, as a parent process does, and prepares its handoff."""
 
     async def hand_off_item(**variables: str) -> HandedOffItem:
         (item,) = control_plane.enqueue(environment_id=ENVIRONMENT)
@@ -68,7 +68,7 @@ def open_handoff(control_plane: ControlPlane, client: WorkClient) -> HandoffFact
 
 
 def record_kinds_after_handoff(plane: ControlPlane, work_id: str) -> list[str]:
-    """Return the kinds of the item's records after the heartbeat of its parent."""
+    """Return the kinds of the item's history records that follow the heartbeat of its parent."""
     return [str(record.kind) for record in plane.history.records_of_item(work_id)][4:]
 
 
@@ -129,7 +129,7 @@ async def test_stop_request_ends_held_program_and_stops_item(
     open_handoff: HandoffFactory,
     script: str,
 ) -> None:
-    """The program gets SIGTERM, a grace period and SIGKILL; the item is stopped in any case."""
+    """The program gets SIGTERM, and SIGKILL after a grace period if it has not ended by then."""
     handed = await open_handoff(WORKPOOL_STOP_GRACE="0.5")
     command = await start_holding_shell_script(start_command, handed, script)
     await command.wait_for_output("begun")
@@ -143,7 +143,7 @@ async def test_stop_request_ends_held_program_and_stops_item(
 async def test_sigterm_to_hold_releases_item(
     client: WorkClient, start_command: CommandStarter, open_handoff: HandoffFactory
 ) -> None:
-    """`docker stop` and the end of a pod send SIGTERM, and another worker should run the item."""
+    """`docker stop` and the end of a pod send SIGTERM; another worker should then run the item."""
     handed = await open_handoff()
     command = await start_holding_shell_script(start_command, handed, SLOW_TO_END)
     await command.wait_for_output("begun")
@@ -200,7 +200,7 @@ async def test_hold_of_item_taken_back_by_parent_runs_no_program(
 async def test_held_program_of_killed_hold_process_is_killed_with_its_children(
     start_command: CommandStarter, open_handoff: HandoffFactory
 ) -> None:
-    """The lease lapses, so another worker may start the session again."""
+    """A surviving program would run beside the worker that claims the item after its lease."""
     handed = await open_handoff()
     command = await start_holding_shell_script(
         start_command, handed, f"({IGNORES_SIGTERM}) & {IGNORES_SIGTERM}"
@@ -208,7 +208,7 @@ async def test_held_program_of_killed_hold_process_is_killed_with_its_children(
     await command.wait_for_output("begun")
     await command.wait_for_output("begun")
     command.send_signal(signal.SIGKILL)
-    # The output is read to its end, so no child process is left that holds it open.
+    # This reads the output to its end, which a surviving child process would keep open.
     assert await command.wait_for_end() == -signal.SIGKILL
 
 
@@ -222,7 +222,7 @@ subprocess.run([sys.executable, "-m", "workpool", "hold", "--", "sh", "-c", sys.
 async def test_held_program_continues_after_end_of_parent_and_of_terminal(
     control_plane: ControlPlane, client: WorkClient, open_handoff: HandoffFactory, tmp_path: Any
 ) -> None:
-    """`workpool hold` still ends the item when the program ends."""
+    """`workpool hold` continues as well, and stops the item when its program ends."""
     fifo = tmp_path / "go"
     os.mkfifo(fifo)
     handed = await open_handoff()

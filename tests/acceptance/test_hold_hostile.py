@@ -1,4 +1,4 @@
-"""A handoff when the parent loses its lease or the child starts too late."""
+"""Handoffs whose parent loses its lease, or whose child starts too late."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ def make_client(plane: ControlPlane, name: str) -> WorkClient:
 
 @in_virtual_time
 async def test_handoff_block_is_not_entered_before_heartbeats_are_suspended() -> None:
-    """Otherwise the block could start with a lost lease after a suspension of the machine."""
+    """A block that is entered earlier could run without a lease after the machine was suspended."""
     bench = HandoffTestbed()
     entered = False
 
@@ -138,7 +138,7 @@ async def test_handoff_is_not_counted_as_overlap_by_control_plane() -> None:
 
 
 async def test_first_heartbeat_by_worker_without_ack_is_counted_as_overlap() -> None:
-    """A child in a handoff knows the last heartbeat; a worker without ack does not."""
+    """A child in a handoff sends the holder's last heartbeat, but this worker sends none."""
     async with ControlPlane() as plane:
         [item] = plane.enqueue()
         async with make_client(plane, "holder") as holder, make_client(plane, "thief") as thief:

@@ -55,13 +55,13 @@ async def test_virtual(workpool, text):
     await check(workpool, text)
 """
 ANYIO = "pytestmark = pytest.mark.anyio\n\n@pytest.fixture\ndef anyio_backend(): return 'asyncio'\n"
-# pytest-asyncio warns if this option is not set.
+# Without this option, pytest-asyncio warns, and the tests treat warnings as errors.
 ASYNCIO = ["-p", "pytest_asyncio.plugin", "-o", "asyncio_default_fixture_loop_scope=function"]
 
 
 @pytest.fixture(autouse=True)
 def without_other_pytest_plugins(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Disable other pytest plugins, which are slow or import modules that tests look for."""
+    """Disable other pytest plugins, which are slow or import modules that must not be imported."""
     monkeypatch.setenv("PYTEST_DISABLE_PLUGIN_AUTOLOAD", "1")
 
 
@@ -90,7 +90,7 @@ def test_async_tests_with_fixture_run_under_any_async_plugin(
     pytester: pytest.Pytester, monkeypatch: pytest.MonkeyPatch, marks: str, options: Sequence[str]
 ) -> None:
     monkeypatch.setenv("WORKPOOL_CONCURRENCY", "a mistake of this machine's")
-    # These marks are for coroutines, and `in_virtual_time` makes a plain function.
+    # These marks are valid for coroutine functions only, but `in_virtual_time` returns a plain one.
     virtual = "" if "anyio" in marks or "asyncio" in marks else VIRTUAL
     pytester.makepyfile(TESTS.replace("MARKS", marks) + virtual)
     result = pytester.runpytest_inprocess("-p", "pytest_workpool", "-W", "error", *options)
@@ -161,7 +161,7 @@ async def test_coroutine(workpool): ...
 def test_fixture_of_project_with_same_name_overrides_fixture_of_workpool(
     pytester: pytest.Pytester, place: str
 ) -> None:
-    """The coroutine test fails: workpool runs only coroutine tests that use its own fixture."""
+    """The coroutine test fails, because workpool only runs those that use workpool's fixture."""
     options = ["-p", "pytest_workpool"]
     # pytest loads plugins that `-p` names before installed plugins.
     if place == "plugin":

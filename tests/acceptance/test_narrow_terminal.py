@@ -1,4 +1,4 @@
-"""Tables on narrow terminals, which must show whole ids."""
+"""Tables on narrow terminals: every id is shown in full."""
 
 from __future__ import annotations
 

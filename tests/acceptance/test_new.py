@@ -33,7 +33,7 @@ def project_directory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path
 
 
-def run_new(*arguments: str) -> EndedCommand:
+def run_workpool_new(*arguments: str) -> EndedCommand:
     result = CliRunner().invoke(app, ["new", *arguments], env={"COLUMNS": "200"})
     if result.exception is not None and not isinstance(result.exception, SystemExit):
         raise result.exception
@@ -56,7 +56,7 @@ def run_python(*arguments: str, folder: Path) -> str:
 def test_new_plugin_passes_its_tests_and_can_be_installed(
     project_directory: Path, flags: tuple[str, ...], target: str
 ) -> None:
-    ended = run_new(*flags, "daily-reports")
+    ended = run_workpool_new(*flags, "daily-reports")
     assert ended.status == 0
     assert ended.out.splitlines() == [
         "daily-reports/pyproject.toml",
@@ -85,7 +85,7 @@ def test_new_plugin_passes_its_tests_and_can_be_installed(
 def test_new_plugin_passes_linter_and_formatter(
     project_directory: Path, flags: tuple[str, ...], name: str
 ) -> None:
-    run_new(*flags, name)
+    run_workpool_new(*flags, name)
     ruff = ["-m", "ruff"]
     rules = ["--select", "E,F,I,W,UP,B,RUF"]
     run_python(*ruff, "check", "--isolated", *rules, ".", folder=project_directory / name)
@@ -103,7 +103,7 @@ def test_new_plugin_over_existing_file_is_refused_and_changes_nothing(
         place.write_text("mine")
     else:
         place.symlink_to("nowhere")
-    ended = run_new("reports")
+    ended = run_workpool_new("reports")
     assert ended.status == 2
     assert "cannot write reports: File exists" in ended.err
     assert ended.out == ""
@@ -115,14 +115,14 @@ def test_new_plugin_over_existing_file_is_refused_and_changes_nothing(
     ["", "Reports", "my_reports", "2nd", "a--b", "a-", "../up", "/x", "é", "a\n", "echo me", LONG],
 )
 def test_new_plugin_with_invalid_name_is_refused(project_directory: Path, name: str) -> None:
-    ended = run_new(name)
+    ended = run_workpool_new(name)
     assert ended.status == 2
     assert "cannot be a plugin's name" in ended.err
     assert not list(project_directory.iterdir())
 
 
 def test_new_plugin_with_name_of_installed_plugin_is_refused(project_directory: Path) -> None:
-    ended = run_new("echo")
+    ended = run_workpool_new("echo")
     assert ended.status == 2
     assert "a plugin named 'echo' is installed already" in ended.err
     assert not list(project_directory.iterdir())
@@ -135,6 +135,6 @@ def test_new_plugin_in_directory_that_cannot_be_written_is_refused_by_name(
     gone.mkdir()
     monkeypatch.chdir(gone)
     gone.rmdir()
-    ended = run_new("reports")
+    ended = run_workpool_new("reports")
     assert ended.status == 2
     assert "cannot write reports: No such file or directory" in ended.err

@@ -1,4 +1,4 @@
-"""The operating page: its commands exist, its numbers hold, and its upgrade loses no session."""
+"""The page on operating: commands exist, numbers are right, the upgrade loses no session."""
 
 from __future__ import annotations
 
@@ -78,8 +78,8 @@ def test_repository_files_named_in_console_blocks_exist() -> None:
 def test_every_metric_on_page_is_defined() -> None:
     names = {each.name for each in DEFINITIONS}
     found = set(re.findall(r"`workpool_([a-z0-9_]+)[`{]", PAGE))
-    found -= {"session_handler", "admission", "event", "lifespan"}  # These are names of hooks.
-    found -= {f"fleet_{key}" for key in FLEET_NUMBERS}  # `workpool scale` defines these.
+    found -= {"session_handler", "admission", "event", "lifespan"}  # hooks, not metrics
+    found -= {f"fleet_{key}" for key in FLEET_NUMBERS}  # metrics of `workpool scale`
     suffixes = re.compile(r"_(total|bucket|count|sum)$")
     missing = {each for each in found if each not in names and suffixes.sub("", each) not in names}
     assert missing == set()
@@ -114,7 +114,7 @@ async def wait_until_ready(worker: RunningCommand) -> None:
 async def test_documented_upgrade_loses_no_session_and_counts_no_attempt(
     start_command: CommandStarter, control_plane: ControlPlane
 ) -> None:
-    """One session ends during the drain; the other is released, and a new worker runs it."""
+    """One session ends during the drain; the other is released and continued by the new worker."""
     [waiting] = control_plane.enqueue(metadata={"do": "wait"})
     [lingering] = control_plane.enqueue(metadata={"do": "linger"})
     old = await start_command("run", "handlers", "--drain-timeout", "1")

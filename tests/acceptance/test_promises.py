@@ -1,4 +1,4 @@
-"""End-to-end tests of promises: requests per item, and kill -9 of worker and control plane."""
+"""Documented promises, end to end: requests per item, and SIGKILL of worker or control plane."""
 
 from __future__ import annotations
 
@@ -77,7 +77,7 @@ async def test_thousand_items_cost_four_requests_each(
         environments=(ENVIRONMENT,), tokens={TOKEN: None}, middlewares=[faults.middleware]
     ) as plane:
         items = plane.enqueue(count=ITEMS)
-        # A slow machine must not need a second heartbeat or a second delivery of an item.
+        # Long times, so that even on a slow machine each item needs one heartbeat and one delivery.
         patient = {"WORKPOOL_LEASE_TTL": "600", "WORKPOOL_RECLAIM_OLDER_THAN_MS": "600000"}
         command = await start_worker(start_without_settings, plane.base_url, "--drain", **patient)
         assert await command.wait_for_end(SECONDS) == 0
@@ -86,7 +86,7 @@ async def test_thousand_items_cost_four_requests_each(
     sent = Counter(request.op for request in faults.seen)
     empty = sent.pop("poll") - ITEMS
     assert sent == {"ack": ITEMS, "heartbeat": ITEMS, "stop": ITEMS}
-    # Polls found no item while the last items ran, and when the queue was empty.
+    # `--drain` ends the worker only after a poll that found no item.
     assert empty >= 1
     for item in items:
         kinds = [record.kind for record in plane.history.records_of_item(item.id)]

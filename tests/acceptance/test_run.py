@@ -80,7 +80,7 @@ async def test_session_released_by_drain_is_not_stopped(
     await command.wait_for_log("linger runs")
     command.send_signal(signal.SIGTERM)
     assert await command.wait_for_end() == 0
-    # The release shortened the lease, but the lease has not lapsed yet.
+    # A released item stays active until its shortened lease lapses.
     assert stored_item(control_plane, item).state == "active"
     assert "result=deadline" in command.err
 

@@ -1,4 +1,4 @@
-"""`workpool scale`: numbers for autoscalers from a process that holds the credential."""
+"""`workpool scale` serves numbers to autoscalers, which need no credential of the queue."""
 
 from __future__ import annotations
 
@@ -171,7 +171,7 @@ async def test_serve_scale_and_worker_agree_on_the_numbers(
         if command is worker:
             command.send_signal(
                 signal.SIGTERM
-            )  # a second signal ends its sessions, which would last forever
+            )  # the drain after the first signal would wait forever for the sessions
     assert await scale.wait_for_end() == 0
     assert await serve.wait_for_end() == 0
 
@@ -201,7 +201,7 @@ async def test_scale_reads_all_environments_of_the_file(
     assert (numbers["unfinished"], numbers["slots_per_worker"]) == (12, 4)
     assert (
         numbers["recommended_replicas"] == 5
-    )  # each worker has two slots for the 9 items of one environment
+    )  # one environment has 9 items, and each worker has two slots for it
     _, text = await get_json_or_text(f"{url}/metrics")
     for environment_id, queued in ((ENVIRONMENT, 3), (FORBIDDEN, 9)):
         line = f'workpool_fleet_queued{{environment_id="{environment_id}"}} {queued}.0'

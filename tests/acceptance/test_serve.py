@@ -268,8 +268,8 @@ async def test_serve_with_fault_file_injects_its_faults(
 async def test_serve_with_unwritable_store_ends_with_1(
     start_without_settings: CommandStarter, run_in_process: CommandRunner, command_directory: Path
 ) -> None:
-    """A server that continued would answer requests and lose them at its next restart."""
-    # The limit on file sizes would also prevent the coverage file.
+    """A server that continued would accept changes and lose them at its next restart."""
+    # Coverage is off, because its file would exceed the limit on file sizes below.
     unmeasured = {"COVERAGE_PROCESS_CONFIG": ""}
     command, ready = await start_serve(
         start_without_settings, "--store", str(command_directory / "work.db"), **unmeasured

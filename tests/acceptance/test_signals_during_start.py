@@ -25,8 +25,8 @@ if TYPE_CHECKING:
 
 pytestmark = [pytest.mark.acceptance, pytest.mark.timeout(120)]
 
-# Before the import of `MODULE` the process prints a line and waits until the fifo is written. It
-# waits in steps, because a blocking read does not notice a signal that arrived just before.
+# Before the import of `MODULE`, the process prints a line and waits until the test writes to a
+# fifo. It waits in steps, because a signal just before a blocking read would not end that read.
 BLOCKED_IMPORT = """
 import os, select, sys
 

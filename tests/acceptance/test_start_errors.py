@@ -84,7 +84,7 @@ class StartMistake:
         )
 
 
-# The command reports these mistakes before it creates the pool, so they run in this process.
+# These commands fail before they create a pool, so they can run in pytest's process.
 SETTINGS = [
     StartMistake(
         "no environment",

@@ -82,7 +82,7 @@ class ServiceManager:
                         return line
 
     async def receives_nothing_for(self, seconds: float) -> bool:
-        """Read all lines that have arrived, then return whether none follows for `seconds`."""
+        """Read all waiting lines, then return whether no other line arrives within `seconds`."""
         try:
             while True:
                 self.lines += self.socket.recv(4096).decode().split("\n")
@@ -188,7 +188,7 @@ async def test_watchdog_message_continues_while_a_handler_blocks_its_event_loop(
     control_plane: ControlPlane,
     command_directory: Path,
 ) -> None:
-    """A blocked worker keeps its leases until the pool itself ends it after `max_block`."""
+    """A blocked worker still renews its leases, so only its own limit `max_block` may end it."""
     control_plane.enqueue(metadata={"do": "block"})
     command = await start_supervised("run", "handlers")
     await command.wait_for_log("block runs")
@@ -283,7 +283,7 @@ def unit_setting(name: str) -> str:
 
 
 def unit_seconds(name: str) -> int:
-    """Return a setting of the unit file that is a number of seconds."""
+    """Return the value of a setting in the unit file, as a number of seconds."""
     return int(unit_setting(name))
 
 
@@ -291,7 +291,7 @@ def test_unit_file_gives_a_drain_enough_time() -> None:
     timeout = Settings().drain_timeout
     assert timeout is not None
     assert unit_seconds("TimeoutStopSec") >= timeout + 30
-    # With the default, the commands that sessions run would get SIGTERM with the worker.
+    # With systemd's default, the child processes of running sessions would get SIGTERM too.
     assert unit_setting("KillMode") == "mixed"
 
 
@@ -302,7 +302,7 @@ def test_unit_file_lets_systemd_accept_reports_of_main_process() -> None:
 
 def test_watchdog_ends_a_frozen_process_before_its_leases_lapse() -> None:
     ttl = Settings().lease_ttl
-    left = ttl - ttl / RENEW_PART  # remaining time when a heartbeat is due
+    left = ttl - ttl / RENEW_PART  # seconds that a lease still lasts when a heartbeat is due
     assert unit_seconds("WatchdogSec") < left - lease_margin(ttl)
 
 

@@ -69,7 +69,7 @@ def tutorial_checkout(place: Path) -> Path:
 
 
 def newcomer_environment() -> dict[str, str]:
-    """Return environment variables without settings, with which installed packages are found."""
+    """Return environment variables without settings, but with the path of installed packages."""
     foreign = ("WORKPOOL_", "QODER_PAT", "COVERAGE_", "COV_", "PYTEST_", "PIP_", "VIRTUAL_ENV")
     inherited = {k: v for k, v in os.environ.items() if not k.startswith(foreign)}
     return inherited | {

@@ -161,7 +161,7 @@ async def test_work_command_with_invalid_arguments_ends_with_2(
 async def test_work_stop_under_key_that_may_not_read_shows_item(
     run_in_process: CommandRunner, control_plane: ControlPlane
 ) -> None:
-    """In the anthropic dialect the answer to a stop is empty, so the item is read from the list."""
+    """In the anthropic dialect a stop returns no item, so the command reads the list of items."""
     (item,) = control_plane.enqueue()
     variables = {
         "WORKPOOL_BASE_URL": control_plane.anthropic_base_url,

@@ -1,4 +1,4 @@
-"""Fixtures of unit tests: leases in virtual time, settings without an environment, signals."""
+"""Fixtures of unit tests: leases in virtual time, settings without variables, and signals."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ class SentCall(NamedTuple):
 
 
 class RecordingClient(LocalClient):
-    """A client that records its calls in the testbed and waits `permit_seconds` for each permit."""
+    """A client that records its calls in the testbed and delays each one by `permit_seconds`."""
 
     def __init__(self, bench: LeaseTestbed, worker_id: str) -> None:
         super().__init__(
@@ -193,7 +193,7 @@ class LeaseTestbed:
 
     @asynccontextmanager
     async def open_clients(self) -> AsyncIterator[None]:
-        """Open the clients and the renewer."""
+        """Open both clients and the renewer during the `async with` block."""
         async with self.client, self.rival, self.renewer:
             yield
 

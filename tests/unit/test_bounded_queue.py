@@ -1,4 +1,4 @@
-"""The bounded queue: its places are never lost, never used twice, and granted in order."""
+"""The bounded queue: no place is lost or used twice, and waiters get places in their order."""
 
 from __future__ import annotations
 
@@ -79,7 +79,7 @@ async def test_new_reservation_waits_behind_earlier_waiters() -> None:
     async with asyncio.TaskGroup() as group:
         first = group.create_task(queue.reserve_place())
         await run_ready_tasks()
-        # The place is granted, but the first waiter has not run yet.
+        # This grants the place to the first waiter, which has not run yet.
         queue.release_reserved_place()
         late = group.create_task(queue.reserve_place())
         await run_ready_tasks()
@@ -109,7 +109,7 @@ async def test_place_granted_to_reservation_cancelled_at_once_is_not_lost() -> N
         first = group.create_task(queue.reserve_place())
         second = group.create_task(queue.reserve_place())
         await run_ready_tasks()
-        # The first waiter is granted the place and cancelled before it runs.
+        # The first waiter gets the place, but it is cancelled before it runs.
         queue.release_reserved_place()
         first.cancel()
         await second

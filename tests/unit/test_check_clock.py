@@ -1,4 +1,4 @@
-"""Comparison by `workpool check` of the local clock with a `Date` header in whole seconds."""
+"""`workpool check` compares the local clock with a `Date` header, which has whole seconds only."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ THEN = datetime(2026, 3, 1, 12, tzinfo=UTC)
         (6.1, 0.01, "warn"),
         (-4.9, 0.01, "ok"),
         (-5.1, 0.01, "warn"),
-        (10.0, 8.0, "ok"),  # The answer may have been in flight for as long as the request took.
+        (10.0, 8.0, "ok"),  # The answer may have been on its way for all of these 8 s.
         (3600.0, 0.01, "warn"),
     ],
 )

@@ -1,4 +1,4 @@
-"""The check that is called right before the bytes of a request: a refused request sends no byte."""
+"""A check runs right before the bytes of a request; a request that it refuses sends no byte."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ class CheckRefusal(Exception):
 
 
 class NetworkLikeRefusal(TimeoutError):
-    """A refusal of the class of errors after which aiohttp repeats a request."""
+    """A refusal that aiohttp takes for a network error, after which it repeats some requests."""
 
 
 @dataclass
@@ -265,7 +265,7 @@ async def test_check_refusing_after_slow_host_lookup_sends_no_byte() -> None:
             resolver.release.set()
             await sending
     assert len(server) == 0
-    assert len(server.received) == 1  # The connection was opened, but carried no byte.
+    assert len(server.received) == 1  # The connection was opened, but no byte was sent on it.
 
 
 async def assert_refused_by_check(call: Awaitable[object]) -> None:
@@ -321,7 +321,7 @@ async def assert_transient_error(call: Awaitable[object]) -> None:
 async def test_check_refusing_after_wait_for_free_connection_sends_no_byte() -> None:
     check = SwitchableCheck()
     connector = aiohttp.TCPConnector(limit=1)
-    # With this empty answer, the server never completes the first request.
+    # This empty answer never completes the first request, which so occupies the only connection.
     hold: list[bytes | None] = [b""]
     async with (
         recording_server(*hold) as server,

@@ -1,4 +1,4 @@
-"""Claims of items: the ack from which a lease counts, and first heartbeats, in virtual time."""
+"""Claims of items in virtual time: acks, the start of a lease, and the first heartbeats."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def refused_answer(status: int, retry_after: float | None = None) -> Fault:
 
 
 class ClaimTestbed:
-    """A claimer of a `LeaseTestbed` that records the reported events and results of acks."""
+    """A claimer that uses a `LeaseTestbed`; records its events and the results of its acks."""
 
     def __init__(self, bench: LeaseTestbed, window: float | None = None) -> None:
         self.bench = bench
@@ -84,7 +84,7 @@ class ClaimTestbed:
 def test_lease_counts_from_first_ack_that_may_have_been_applied(
     testbed: type[LeaseTestbed], fault: Fault, *, first: bool
 ) -> None:
-    """If the lease counted from the last ack, another worker could hold the item already."""
+    """The lease may have begun with that ack, and another worker may claim the item at its end."""
 
     @in_virtual_time
     async def check_lease_start() -> None:
@@ -126,7 +126,7 @@ async def test_ack_that_may_have_been_applied_is_repeated_while_its_lease_lasts(
 async def test_ack_that_may_have_been_applied_is_not_repeated_after_its_lease(
     testbed: type[LeaseTestbed],
 ) -> None:
-    """A later ack would lease the item to a pool for which the lease has already ended."""
+    """The pool counts the lease from the first ack, so the lease from a later ack is useless."""
     one = testbed(ack=[Fault(answer=500, applied=False)] * 999)
     async with one.open_clients():
         _, result = await ClaimTestbed(one, window=300).acknowledge_item()
@@ -156,7 +156,7 @@ async def test_repeated_ack_that_waits_beyond_its_lease_is_not_sent(
 def test_refused_ack_is_not_repeated_and_is_reported_unless_item_is_gone(
     testbed: type[LeaseTestbed], status: int, result: str, reported: int
 ) -> None:
-    """Pollers wait after a conflict, but a missing item gives them no reason to wait."""
+    """A report makes pollers pause, and a missing item is no reason to pause."""
 
     @in_virtual_time
     async def check_refused_ack() -> None:
@@ -271,7 +271,7 @@ async def test_first_heartbeat_that_fails_is_repeated_while_lease_of_ack_lasts(
 async def test_unanswered_first_heartbeat_with_short_ttl_is_repeated_within_ttl(
     testbed: type[LeaseTestbed],
 ) -> None:
-    """With a requested TTL of 10 s, the control plane may hold the item for 10 s only."""
+    """The control plane may have applied the heartbeat; its lease then lasts the requested 10 s."""
     one = testbed(ttl=10, heartbeat=[Fault(answer="silence")])
     async with one.open_clients():
         item = await one.claim_item()
@@ -298,7 +298,7 @@ async def test_first_heartbeat_of_item_held_by_another_worker_is_not_repeated(
 async def test_unsettled_item_held_by_another_worker_is_neither_read_nor_run(
     testbed: type[LeaseTestbed],
 ) -> None:
-    """A read shows the `acknowledged_at` of any holder, so it cannot tell whose lease it is."""
+    """A read shows the `acknowledged_at` of any holder, so it cannot show whose lease it is."""
     one = testbed(ack=[answer_with_state("active")], heartbeat=[UNSENT])
     async with one.open_clients():
         item = await one.claim_item()

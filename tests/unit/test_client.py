@@ -657,7 +657,7 @@ async def test_client_without_limits_never_uses_its_rate_limiters(
 ) -> None:
     control_plane.enqueue()
     limits = RateLimits(0, 0)
-    # Each other attribute of a limiter raises AttributeError.
+    # Any use of these limiters other than reading `limited` raises AttributeError.
     limits.read = limits.write = cast("Any", SimpleNamespace(limited=False))
     client = WorkClient(settings_for(control_plane), rate_limits=limits)
     async with client:

@@ -22,7 +22,7 @@ from workpool.pool.completion import (
 )
 from workpool.pool.pool_item import EndReason
 
-# A literal copy in the order of the table: the last row that applies is used.
+# A literal copy in the order of the table: of several end reasons, the lowest row's is used.
 COPY = [
     ("RETURNED", "stop", "result", "completed"),
     ("RAISED", "stop", "error", "failed"),
@@ -37,8 +37,8 @@ COPY = [
 ]
 
 
-class EndedSession:
-    """A stand-in with the attributes of an ended item or of its lease."""
+class ItemOrLeaseStandIn:
+    """A stand-in for an ended item or its lease, with the given attributes only."""
 
     def __init__(self, **attributes: Any) -> None:
         self.id = "work_1"
@@ -60,12 +60,12 @@ def test_graver_of_two_end_reasons_is_the_later_table_row(pair: tuple[str, str])
 
 @pytest.mark.parametrize("reason", list(EndReason))
 def test_completion_row_of_session_is_row_of_its_end_reason(reason: EndReason) -> None:
-    item: Any = EndedSession(reason=reason)
+    item: Any = ItemOrLeaseStandIn(reason=reason)
     assert completion_row(item) is TABLE[reason]
 
 
 def test_session_without_end_reason_has_no_completion_row() -> None:
-    item: Any = EndedSession(reason=None)
+    item: Any = ItemOrLeaseStandIn(reason=None)
     with pytest.raises(RuntimeError, match="nothing ends"):
         completion_row(item)
 
@@ -86,7 +86,7 @@ def test_session_without_end_reason_has_no_completion_row() -> None:
 def test_session_outcome_depends_on_lease_status_and_stop_request(
     status: str, outcome: str, *, stop_requested: bool
 ) -> None:
-    lease: Any = EndedSession(status=status, stop_requested=stop_requested)
+    lease: Any = ItemOrLeaseStandIn(status=status, stop_requested=stop_requested)
     assert outcome_of_lapse(lease) == outcome
 
 

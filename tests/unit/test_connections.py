@@ -97,7 +97,7 @@ async def running_server(
 
 @pytest.fixture
 async def occupied_executor() -> AsyncIterator[None]:
-    """Occupy every thread of the event loop's default executor by blocking code of users."""
+    """Block every thread of the event loop's default executor, as blocking code of users can."""
     release = threading.Event()
     loop = asyncio.get_running_loop()
     blocked = [loop.run_in_executor(None, release.wait) for _ in range(64)]
@@ -138,7 +138,7 @@ async def test_pool_calls_do_not_wait_for_two_hundred_handler_calls() -> None:
             group.create_task(client.update_metadata(WORK, {"step": str(number)}))
             for number in range(200)
         ]
-        # Calls of handlers have one connection for each session and sixteen more.
+        # Calls of handlers share 17 connections: sixteen, and one for each of `concurrency`.
         await server.wait_for_requests(17)
         await client.stop(WORK, force=True, timeout=20, options=STOP)
         asked: list[asyncio.Task[Any]] = [
@@ -178,7 +178,7 @@ async def test_call_with_new_connection_reuses_no_connection() -> None:
 
 
 async def test_retry_after_silent_connection_uses_new_connection() -> None:
-    """After a network failure, pooled connections are silent although nobody closed them."""
+    """After a network failure, connections that nobody closed stay open but receive no answers."""
     silent = False
 
     def answer_unless_silent(_: str, connection: int) -> bytes | None:
@@ -200,7 +200,7 @@ async def test_retry_after_silent_connection_uses_new_connection() -> None:
 
 
 class HangingReader:
-    """A reader of credentials that hangs until `release` is set, as on a disk without an answer.
+    """A reader of credentials that hangs until `release` is set, as if the disk did not answer.
 
     Attributes:
         reads: The number of started reads.
@@ -405,7 +405,7 @@ with socket.create_server(("127.0.0.1", 0)) as listener:
 
 
 def test_endless_informational_responses_do_not_block_event_loop() -> None:
-    """The loop of the command line (uvloop) reads as long as bytes are available."""
+    """uvloop, the loop of the command line, reads in one turn as long as bytes are available."""
 
     async def loop_turn_times(port: int) -> list[float]:
         times: list[float] = []

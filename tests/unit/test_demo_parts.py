@@ -42,7 +42,7 @@ def sample_session() -> Session:
 
 
 class DemoTestbed:
-    """The state of a demo with one session, and the calls of two workers."""
+    """The state of a demo with one session, and methods that call the control plane as a worker."""
 
     def __init__(self, count: int = 40) -> None:
         self.clock = Clock()

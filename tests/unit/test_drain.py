@@ -1,4 +1,4 @@
-"""The drain of a pool: its deadline never moves to a later time, stuck sessions are abandoned."""
+"""Drains of a pool: a deadline never moves to a later time, and stuck sessions are abandoned."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ class SessionsStandIn:
         return self.running - self.stuck
 
     async def wait_for_marks(self, seconds: float) -> None:
-        """Return at once: these sessions write no marks."""
+        """Return at once, because these sessions write no metadata."""
 
     def end_sessions(self, count: int = 1) -> None:
         self.running -= count
@@ -60,7 +60,7 @@ class SessionsStandIn:
     def abandon_items(self) -> int:
         return self.running
 
-    async def wind_down(self, drain: Drain) -> int:
+    async def run_drain(self, drain: Drain) -> int:
         context: Any = SimpleNamespace(
             observe=lambda kind, *values: self.events.append(kind(*values)),
             queue=SimpleNamespace(running=self.running),
@@ -80,7 +80,7 @@ class SessionsStandIn:
 async def test_drain_without_sessions_is_clean_even_at_its_deadline() -> None:
     drain, sessions = Drain(), SessionsStandIn()
     drain.begin(0)
-    assert await sessions.wind_down(drain) == 0
+    assert await sessions.run_drain(drain) == 0
     assert (sessions.drain_result, sessions.loop.time()) == ("clean", 0)
 
 
@@ -90,7 +90,7 @@ async def test_drain_without_a_deadline_waits_for_every_session() -> None:
     drain.begin(None)
     for seconds in (10, 1_000, 100_000):
         sessions.loop.call_later(seconds, sessions.end_sessions)
-    assert await sessions.wind_down(drain) == 0
+    assert await sessions.run_drain(drain) == 0
     assert (sessions.drain_result, sessions.cancelled_at) == ("clean", None)
     assert sessions.loop.time() == pytest.approx(100_000)
 
@@ -99,7 +99,7 @@ async def test_drain_without_a_deadline_waits_for_every_session() -> None:
 async def test_drain_at_its_deadline_cancels_handlers() -> None:
     drain, sessions = Drain(), SessionsStandIn(3)
     drain.begin(30)
-    assert await sessions.wind_down(drain) == 0
+    assert await sessions.run_drain(drain) == 0
     assert sessions.cancelled_at == pytest.approx(30)
     assert sessions.drain_result == "deadline"
     assert sessions.loop.time() == pytest.approx(31)
@@ -113,7 +113,7 @@ def test_second_drain_shortens_deadline(first: float | None, second: float) -> N
         drain, sessions = Drain(), SessionsStandIn(1)
         drain.begin(first)
         sessions.loop.call_later(5, drain.begin, second)
-        await sessions.wind_down(drain)
+        await sessions.run_drain(drain)
         assert sessions.cancelled_at == pytest.approx(5 + second)
         assert drain.timeout == first
 
@@ -127,7 +127,7 @@ def test_second_drain_never_extends_deadline(second: float | None) -> None:
         drain, sessions = Drain(), SessionsStandIn(1)
         drain.begin(20)
         sessions.loop.call_later(5, drain.begin, second)
-        await sessions.wind_down(drain)
+        await sessions.run_drain(drain)
         assert sessions.cancelled_at == pytest.approx(20)
 
     check_deadline()
@@ -138,7 +138,7 @@ async def test_drain_does_not_wait_for_session_that_becomes_stuck() -> None:
     drain, sessions = Drain(), SessionsStandIn(1)
     drain.begin(None)
     sessions.loop.call_later(7, sessions.mark_stuck)
-    assert await sessions.wind_down(drain) == 1
+    assert await sessions.run_drain(drain) == 1
     assert sessions.loop.time() == pytest.approx(7)
     assert (sessions.drain_result, sessions.cancelled_at) == ("killed", None)
 
@@ -150,7 +150,7 @@ async def test_sessions_that_ignore_deadline_are_abandoned(
     drain, sessions = Drain(), SessionsStandIn(2)
     sessions.ends_when_cancelled = False
     drain.begin(10)
-    assert await sessions.wind_down(drain) == 2
+    assert await sessions.run_drain(drain) == 2
     assert sessions.loop.time() == pytest.approx(10 + AFTER_DEADLINE_SECONDS)
     assert sessions.drain_result == "killed"
     [record] = [each for each in caplog.records if each.message == "drained"]
@@ -162,7 +162,7 @@ async def test_cancelled_drain_leaves_no_task() -> None:
     drain, sessions = Drain(), SessionsStandIn(1)
     drain.begin(None)
     async with asyncio.TaskGroup() as group:
-        waiting = group.create_task(sessions.wind_down(drain))
+        waiting = group.create_task(sessions.run_drain(drain))
         await asyncio.sleep(1)
         waiting.cancel()
     assert waiting.cancelled()

@@ -132,7 +132,7 @@ async def test_event_stream_without_timely_answer_is_requested_again() -> None:
 
 
 class EndlessHistory:
-    """An event history without a last page; `make` returns the event ids of a page number."""
+    """An event history without a last page; `make` maps the number of a page to its event ids."""
 
     resumes = False
 
@@ -201,7 +201,7 @@ async def test_event_stream_with_endless_history_requests_pages_slowly() -> None
     with pytest.raises(TimeoutError):
         async with asyncio.timeout(600), SessionEvents(endless, "sess_1").stream() as stream:
             await anext(stream)
-    # Reading 100 pages takes 5 s, and the backoff that follows takes 5 s on average.
+    # Requests pause half of the time: 100 pages take 5 s, and the next backoff 5 s on average.
     assert len(endless.asked) < 0.75 * 600 * PAGES_PER_SECOND
 
 
@@ -236,7 +236,7 @@ def test_page_token_too_long_for_url_is_malformed() -> None:
 
 
 class FailingEventCalls:
-    """Event calls that each take the next of `conditions`, and succeed after the last one."""
+    """Event calls that each fail or succeed as the next of `conditions` says, and then succeed."""
 
     def __init__(
         self, calls: EventCalls, conditions: Iterator[str], *, resumes: bool, replays: bool
@@ -353,7 +353,7 @@ def test_events_after_any_failure_arrive_once_and_in_order(
                             received.append(await anext(stream))
                             flags.append(stream.caught_up)
                     except TimeoutError:
-                        # A reader that waits longer has missed an event.
+                        # Fail instead of waiting forever for an event that the stream has lost.
                         assert bench.loop.time() < 100_000
         assert [event["id"] for event in received] == bench.emitted_ids
         assert flags[-1:] in ([], [True])

@@ -79,7 +79,7 @@ def test_release_caused_by_exhaustion_keeps_its_reason_and_delay() -> None:
 
 
 def test_thread_that_cannot_start_is_recognised_as_exhaustion() -> None:
-    """Python raises a RuntimeError, which only differs from other errors in its text."""
+    """Python raises a RuntimeError, and only its text shows that a thread could not start."""
     program = """
 import resource, threading
 from workpool.errors import exhausted

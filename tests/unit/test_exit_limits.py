@@ -1,4 +1,4 @@
-"""The exit limits that the pools of one process have together."""
+"""Exit limits that all pools of one process share."""
 
 from __future__ import annotations
 

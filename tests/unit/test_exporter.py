@@ -290,7 +290,7 @@ async def test_listen_address_of_another_host_is_an_error(registry: CollectorReg
 
 
 def open_resources() -> tuple[Multiset[str], set[str], int]:
-    """Return the open sockets, the exporter's threads and the number of tasks of this process."""
+    """Return this process's open sockets, exporter threads and number of asyncio tasks."""
     sockets = Multiset(
         link for fd in FDS.iterdir() if (link := link_target(fd)).startswith("socket:")
     )
@@ -301,7 +301,7 @@ def open_resources() -> tuple[Multiset[str], set[str], int]:
 def link_target(path: Path) -> str:
     try:
         return str(path.readlink())
-    except OSError:  # The descriptor of the directory listing itself is closed by now.
+    except OSError:  # The listing contains its own descriptor, which is closed by now.
         return ""
 
 
@@ -424,7 +424,7 @@ async def test_hanging_collector_does_not_delay_closing_of_exporter(
 ) -> None:
     stuck = HangingCollector()
     registry.register(stuck)
-    # The collector hangs for 20 s, which closing must not wait for.
+    # Closing must not wait for the collector, which hangs for 20 s.
     async with asyncio.timeout(15):
         async with make_exporter(registry, health_reasons) as exporter:
             client = await connect_without_reading(

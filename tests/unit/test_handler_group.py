@@ -1,4 +1,4 @@
-"""The task group of handlers, which can be left or cancelled at any time."""
+"""The task group of handlers can be left or cancelled at any time."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from workpool.pool.handler_executor import handler_group
 
 @pytest.mark.parametrize("turns", range(4))
 async def test_handler_group_cancelled_at_any_turn_of_its_start_leaves_no_task(turns: int) -> None:
-    """A task that is left fails later, and the loop logs an error that no code can handle."""
+    """A task that stays behind would fail later with an error that no code handles."""
     problems: list[dict[str, Any]] = []
     asyncio.get_running_loop().set_exception_handler(lambda _, context: problems.append(context))
 
@@ -31,7 +31,7 @@ async def test_handler_group_cancelled_at_any_turn_of_its_start_leaves_no_task(t
     hosts = [task for task in asyncio.all_tasks() if task.get_name() == "workpool-handlers"]
     assert not hosts
     del entering
-    gc.collect()  # A collection reports the exceptions of tasks that nobody has retrieved.
+    gc.collect()  # asyncio reports unretrieved exceptions when their tasks are collected.
     assert not problems
 
 

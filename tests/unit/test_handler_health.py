@@ -61,7 +61,7 @@ class HealthTestbed:
         handler: Handler | None = BROKEN,
         number: int | None = None,
     ) -> None:
-        """End a session of a new item, or of the item with this number."""
+        """End a session of a new item, or of the item with the given number."""
         self.number += number is None
         item: Any = EndedItem(self.number if number is None else number, handler, error)
         self.health.record_session_end(item, outcome, seconds)
@@ -250,7 +250,7 @@ async def test_admission_of_two_paused_handlers_ends_with_shorter_pause() -> Non
 
 @in_virtual_time
 async def test_admission_with_one_running_and_one_paused_handler_ends_with_the_pause() -> None:
-    """One handler runs its session after its pause; the other handler may claim in 4 s."""
+    """OTHER already runs the only session that a failing handler may run; BROKEN pauses for 4 s."""
     bench = HealthTestbed()
     for _ in range(FAILURES):
         bench.end_session(handler=OTHER)  # OTHER pauses for 1 s.

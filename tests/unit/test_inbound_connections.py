@@ -106,7 +106,7 @@ class RawClient:
         await asyncio.get_running_loop().sock_sendall(self.socket, request)
 
     async def read_bytes(self, size: int = 65536) -> bytes:
-        """Return the bytes that the server sent, or no bytes after it closed the connection."""
+        """Return bytes that the server sent; empty once the server has closed the connection."""
         try:
             return await asyncio.get_running_loop().sock_recv(self.socket, size)
         except ConnectionError:
@@ -134,7 +134,7 @@ async def wait_until(condition: Callable[[], object]) -> None:
     pytest.fail("it never came")
 
 
-def leave_bytes_unread(site: LimitedServer, clients: int) -> bool:
+def has_unread_bytes_for(site: LimitedServer, clients: int) -> bool:
     return len(site.connections._unread) == clients
 
 
@@ -347,7 +347,7 @@ def test_unread_bytes_above_limit_disconnect_slowest_reader(
                 clients.append(await RawClient.connect(site.port, BIG))
                 # Each client leaves almost 20 MB unread, so that the third one exceeds the limit
                 # and the first one is disconnected.
-                await wait_until(partial(leave_bytes_unread, site, min(count, 2)))
+                await wait_until(partial(has_unread_bytes_for, site, min(count, 2)))
                 assert site.connections._unread_bytes <= 50 * MEGABYTE
             assert (await send_and_read(site.port)).startswith(OK)
             assert await clients[0].read_until_closed() < 20 * MEGABYTE

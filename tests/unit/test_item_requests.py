@@ -253,7 +253,7 @@ async def test_attempt_of_call_takes_at_most_a_third_of_remaining_lease(
     async with renewed_item(one) as item:
         lease = item.lease
         one.renewer.remove_lease(lease)
-        lease.closed = False  # This test only ends the renewal of the lease.
+        lease.closed = False  # `remove_lease` closed it, but only its renewal must end here.
         with pytest.raises(TransientError):
             await send_update(one, item)
         sent = one.send_times("update")

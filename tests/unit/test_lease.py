@@ -112,7 +112,7 @@ def fresh_lease() -> Lease:
 
 
 def unsettled_lease() -> Lease:
-    """Return a lease whose ack answered `active`, without a heartbeat."""
+    """Return a lease without a heartbeat whose ack answered with the state `active`."""
     return make_lease(state="active")
 
 
@@ -138,21 +138,21 @@ def renewed_lease(**values: Any) -> Lease:
 
 
 def unanswered_lease() -> Lease:
-    """Return a lease with an unanswered heartbeat after the first one."""
+    """Return a lease whose second heartbeat was not answered, so it may have been applied."""
     lease = renewed_lease()
     exchange_heartbeat(lease, 5.0, 6.0, transient_error())
     return lease
 
 
 def throttled_lease() -> Lease:
-    """Return a lease with a heartbeat after the first one that was certainly not applied."""
+    """Return a lease whose second heartbeat was answered with 429, so it was not applied."""
     lease = renewed_lease()
     exchange_heartbeat(lease, 5.0, 6.0, THROTTLED)
     return lease
 
 
-def checked_lease() -> Lease:
-    """Return a lease that a read has shown to be held."""
+def lease_after_read() -> Lease:
+    """Return a lease whose second heartbeat got a 409, and that a read then showed to be held."""
     lease = renewed_lease()
     exchange_heartbeat(lease, 5.0, 6.0, CONFLICT)
     lease.apply_read(7.0, "conflict", own_item())
@@ -168,14 +168,14 @@ def lease_in_handoff() -> Lease:
 
 
 def stopped_lease() -> Lease:
-    """Return a lease for which a stop of this pool may have been applied."""
+    """Return a lease of an item that this pool may have stopped."""
     lease = renewed_lease()
     lease.own_stop = True
     return lease
 
 
 def releasing_lease() -> Lease:
-    """Return a lease whose next heartbeat is the last one."""
+    """Return the lease of a released item: its next heartbeat is the last one."""
     lease = renewed_lease()
     lease.let_lapse(SENT, 12.0)
     return lease
@@ -228,7 +228,7 @@ ANSWERS: list[tuple[Callable[[], Lease], Heartbeat | ControlPlaneError, Expected
     (renewed_lease, make_answer(2, state="stopping"), HELD),
     (unsettled_lease, make_answer(), HELD),
     (unanswered_unsettled_lease, make_answer(), HELD),
-    # The state `stopped` ends the lease without a read, extended or not.
+    # The state `stopped` ends the lease without a read, whether or not the answer extends it.
     (renewed_lease, make_answer(2, state="stopped"),
      ExpectedLease("over", "ok", "stopped", due=LOST)),
     (stopped_lease, make_answer(2, state="stopped"),
@@ -279,7 +279,7 @@ ANSWERS: list[tuple[Callable[[], Lease], Heartbeat | ControlPlaneError, Expected
     (fresh_lease, PRECONDITION, GONE),
     (renewed_lease, PRECONDITION, GONE),
     (throttled_lease, PRECONDITION, GONE),
-    (checked_lease, PRECONDITION, GONE),
+    (lease_after_read, PRECONDITION, GONE),
     (unanswered_lease, PRECONDITION, READ_PRECONDITION),
     (lease_in_handoff, PRECONDITION, READ_PRECONDITION),
     # After 409 the item is always read.
@@ -479,7 +479,7 @@ READS: list[tuple[Callable[[], Lease], WorkItem | ControlPlaneError | None, Expe
     (unanswered_lease, own_item(last_heartbeat="hb_2"), ExpectedLease("again", "recovered", due=0)),
     (unanswered_lease, own_item(state="stopping"), ExpectedLease("again", "recovered", due=0)),
     # After two reads in a row, the next heartbeat waits, so that requests do not loop.
-    (checked_lease, own_item(), ExpectedLease("again", "recovered", due=FIRST_REPEAT)),
+    (lease_after_read, own_item(), ExpectedLease("again", "recovered", due=FIRST_REPEAT)),
     (renewed_lease, stopped_item(), ExpectedLease("over", "conflict", "stopped", due=LOST)),
     (stopped_lease, stopped_item(), ExpectedLease("over", "conflict", "finished", due=LOST)),
     (renewed_lease, own_item(state="queued"),
@@ -508,7 +508,7 @@ READS: list[tuple[Callable[[], Lease], WorkItem | ControlPlaneError | None, Expe
      ExpectedLease("over", "conflict", "lost", confirmed=True, due=LOST)),
     (lease_in_handoff, foreign_item(),
      ExpectedLease("over", "conflict", "lost", confirmed=True, due=LOST)),
-    # A failed read delays the next heartbeat as its error says.
+    # The error of a failed read determines the delay of the next heartbeat.
     (renewed_lease, transient_error("timeout"),
      ExpectedLease("again", "timeout", due=FIRST_REPEAT)),
     (renewed_lease, transient_error("server_error", 9.0),
@@ -779,9 +779,7 @@ def error_for_status(status: int) -> ControlPlaneError:
 
 
 class LeaseStateMachine(RuleBasedStateMachine):
-    """A lease whose heartbeats may arrive late, twice or never, and another worker that claims its
-    item.
-    """
+    """A lease with late, repeated and lost heartbeats, and another worker that claims its item."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -861,7 +859,7 @@ class LeaseStateMachine(RuleBasedStateMachine):
     @precondition(lambda self: self.under_way)
     @rule(index=st.integers(0, 5))
     def request_arrives(self, index: int) -> None:
-        """Let a request arrive in any order, even after the wait for its answer has ended."""
+        """Let any request in flight arrive, even after the wait for its answer has ended."""
         attempt = self.under_way.pop(index % len(self.under_way))
         answer = self.plane.extend_lease(attempt.expected, attempt.ttl)
         if attempt is self.attempt:

@@ -1,4 +1,4 @@
-"""The lease clock, which counts the time of a suspended machine, and detected pauses."""
+"""The lease clock, which also counts while the machine sleeps, and the detection of pauses."""
 
 from __future__ import annotations
 
@@ -70,7 +70,7 @@ class MovableClocks:
     [
         (0, 0, False),
         (3_600, 3_600, False),  # Both clocks count the time for which the machine sleeps.
-        (0, 1.9, False),  # A correction of the wall clock may move it by less than PAUSE_SECONDS.
+        (0, 1.9, False),  # A jump below PAUSE_SECONDS is a correction of the wall clock.
         (0, -1.9, False),
         (0, PAUSE_SECONDS, True),
         (5, 5 + PAUSE_SECONDS, True),

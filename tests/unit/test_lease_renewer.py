@@ -58,12 +58,12 @@ async def test_renewer_tick_survives_lease_added_by_another_thread(
         others = iter(items[20:])
 
         def add_lease_during_collection(_phase: str, _info: object) -> None:
-            # Python calls this in the middle of a tick, where another thread may run as well.
+            # Python calls this in the middle of a tick, as if another thread added a lease.
             for item in islice(others, 1):
                 one.renewer.add_lease(item.lease, item)
 
         former = gc.get_threshold()
-        # Use up the tuples that Python keeps for reuse, since only a new tuple starts a collection.
+        # Use up the tuples that Python keeps for reuse: only a new one starts garbage collection.
         used = [(number, number) for number in range(5_000)]
         gc.callbacks.append(add_lease_during_collection)
         try:
@@ -262,7 +262,7 @@ async def test_suspended_renewer_sends_no_heartbeats(testbed: type[LeaseTestbed]
             await one.send_first_heartbeat(await one.claim_item()),
         )
         one.renewer.renewing = False
-        one.renewer.monitor._ping += 1  # The handlers' loop has not answered this ping.
+        one.renewer.monitor._ping += 1  # as if the handlers' loop had not answered a ping
         one.renewer.remove_lease(second)
         await asyncio.sleep(300)
         assert first.status == "lost"
@@ -338,7 +338,7 @@ async def test_release_of_ended_lease_sends_nothing(testbed: type[LeaseTestbed])
 def assert_heartbeats_limited(
     peaks: list[tuple[float, int]], since: float, width: int = WIDTH_MIN
 ) -> None:
-    """Assert that at most 50 more calls were in flight each second after `since`."""
+    """Assert that after `since` the number of calls in flight grew by at most 50 each second."""
     for at, under_way in peaks:
         assert under_way <= width + NEW_CONNECTIONS_PER_SECOND * (at - since + LOOK) + 1
 
@@ -423,7 +423,7 @@ class SlowClient(LocalClient):
 async def test_six_thousand_leases_with_half_a_second_latency_stay_held(
     testbed: type[LeaseTestbed],
 ) -> None:
-    """A fixed limit of concurrent heartbeats below latency times rate would lose some leases."""
+    """Some leases would be lost if fewer heartbeats than rate times latency could run at once."""
     one = testbed()
     client = SlowClient(one)
     one.renewer._connect = lambda: client
@@ -471,7 +471,7 @@ async def test_machine_that_slept_beyond_ttl_loses_its_leases(testbed: type[Leas
 async def test_machine_that_slept_within_ttl_renews_its_leases_at_once(
     testbed: type[LeaseTestbed],
 ) -> None:
-    """The timers stood still, so the next heartbeat would come after the end of the lease."""
+    """Timers stood still during the sleep, so the next scheduled heartbeat would be too late."""
     one = testbed()
     async with one.renewed_lease() as lease:
         await asyncio.sleep(1)
@@ -587,9 +587,7 @@ async def test_pause_during_heartbeat_causes_another_heartbeat_at_once(
 async def test_pause_during_claim_of_item_puts_its_lease_in_doubt(
     testbed: type[LeaseTestbed],
 ) -> None:
-    """The first heartbeat was answered before the pause; another item's heartbeat detected the
-    pause.
-    """
+    """The first item's heartbeat ended before the pause; the second item's heartbeat detects it."""
     one = testbed(heartbeat=[None, Fault(answer_delay=2)])
     async with one.open_clients():
         first, second = await one.claim_item(), await one.claim_item()
@@ -610,7 +608,7 @@ async def test_pause_during_claim_of_item_puts_its_lease_in_doubt(
 
 @in_virtual_time
 async def test_pause_before_first_heartbeat_loses_lease(testbed: type[LeaseTestbed]) -> None:
-    """Another worker may hold the item by now, so that a drain must not write to it."""
+    """Another worker may hold the item by now, so the pool must not write to it."""
     one = testbed()
     async with one.open_clients():
         item = await one.claim_item()

@@ -87,7 +87,7 @@ class RenewerTestbed:
         self._notify_loop()
 
     def _notify_loop(self) -> None:
-        with contextlib.suppress(RuntimeError):  # A closed loop refuses call_soon_threadsafe().
+        with contextlib.suppress(RuntimeError):  # call_soon_threadsafe() fails on a closed loop.
             self.loop.call_soon_threadsafe(self.changes.notify)
 
     def make_renewer(
@@ -402,7 +402,7 @@ async def test_heartbeat_due_while_loop_is_blocked_too_long_is_not_sent(
 async def test_blocked_time_is_exact_despite_late_ticks(
     testbed: RenewerTestbed, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """The interval of the ticks is three times the longest time that one tick may count."""
+    """Ticks are three times as far apart as the longest time that a single tick may count."""
     monkeypatch.setattr(diagnostics, "TICK_SECONDS", TICK_SECONDS / 6)
     async with testbed.make_renewer(max_block=0.1):
         await testbed.wait_until(
@@ -496,7 +496,7 @@ def test_closed_loop_ends_renewer_thread(loop_stop_logged: threading.Event) -> N
 
 
 async def test_lease_with_hanging_heartbeat_is_lost_in_time(testbed: RenewerTestbed) -> None:
-    """The timer of the heartbeat stood still while the machine slept."""
+    """No timeout ends the heartbeat, because its timer stood still while the machine slept."""
     item = await testbed.claim_item()
     renewer = testbed.make_renewer()
     async with renewer:

@@ -187,12 +187,12 @@ def test_log_record_that_cannot_be_formatted_is_still_logged(form: logging.Forma
 
 
 @pytest.fixture
-def forgotten_tokens(monkeypatch: pytest.MonkeyPatch) -> None:
+def without_remembered_tokens(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(logs, "_tokens", {})
     monkeypatch.setattr(logs, "_item_tokens", {})
 
 
-@pytest.mark.usefixtures("forgotten_tokens")
+@pytest.mark.usefixtures("without_remembered_tokens")
 @pytest.mark.parametrize("hiding", [hide_token, hide_item_token])
 def test_token_anywhere_in_log_record_is_redacted(hiding: Callable[[str], None]) -> None:
     token = "pat-" + "\"hunter2\\hunter2+/'"
@@ -204,20 +204,20 @@ def test_token_anywhere_in_log_record_is_redacted(hiding: Callable[[str], None])
         assert "a[token]b" in text
 
 
-@pytest.mark.usefixtures("forgotten_tokens")
+@pytest.mark.usefixtures("without_remembered_tokens")
 def test_token_of_three_characters_leaves_words_readable() -> None:
     hide_token("and")
     assert readable("workers and handlers") == "workers and handlers"
 
 
-@pytest.mark.usefixtures("forgotten_tokens")
+@pytest.mark.usefixtures("without_remembered_tokens")
 def test_text_redacted_twice_stays_the_same() -> None:
     hide_token("token")
     hide_token("hunter2-hunter2")
     assert readable(readable("Bearer hunter2-hunter2")) == "Bearer [token]"
 
 
-@pytest.mark.usefixtures("forgotten_tokens")
+@pytest.mark.usefixtures("without_remembered_tokens")
 def test_token_at_cut_of_long_message_leaves_no_part() -> None:
     hide_token("hunter2-" * 8)
     for before in range(0, 2 * MESSAGE_CHARACTERS, 50):
@@ -225,7 +225,7 @@ def test_token_at_cut_of_long_message_leaves_no_part() -> None:
         assert "hunter2" not in readable(text)
 
 
-@pytest.mark.usefixtures("forgotten_tokens")
+@pytest.mark.usefixtures("without_remembered_tokens")
 def test_number_of_remembered_tokens_is_limited() -> None:
     for number in range(1000):
         hide_token(f"token-{number:04}")

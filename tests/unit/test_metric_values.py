@@ -44,7 +44,7 @@ def library_metric(row: MetricDefinition) -> Counter | Histogram:
 
 
 def text_of_store(row: MetricDefinition, amounts: Iterable[float]) -> list[str]:
-    """Return the exposed text of a store to which the amounts are added under each label set."""
+    """Add the amounts to a new store under each label set, and return the store's exposed text."""
     store = new_metric_store(row, threading.RLock())
     for labels in LABELS:
         series = store.series(labels)

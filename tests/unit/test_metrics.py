@@ -182,7 +182,7 @@ def pool(registry: CollectorRegistry) -> Iterator[PoolStandIn]:
 
 
 def scraped_samples(registry: CollectorRegistry) -> dict[str, float]:
-    """Return the values of all samples but buckets and creation times, keyed by name and labels."""
+    """Return all values except buckets and creation times, keyed by metric name and labels."""
     samples = {}
     for family in text_string_to_metric_families(generate_latest(registry).decode()):
         for sample in family.samples:
@@ -495,7 +495,7 @@ def test_null_ratio_counts_polls_of_last_minute(
     assert scraped_samples(registry)[key] == 0
     pool.clock.now += 30
     assert key not in scraped_samples(registry)
-    # This poll reuses a bucket of the ring buffer.
+    # This poll is counted in a place of the ring buffer that an old poll has used.
     pool.metrics.observe(ev.PollFinished("null", 1.0))
     assert scraped_samples(registry)[key] == 1
 
@@ -720,7 +720,7 @@ def test_multiprocess_mode_adds_up_counters_and_histograms(tmp_path: Path) -> No
 
 def test_alert_rules_use_existing_metrics_and_labels_only() -> None:
     text = resources.files("workpool").joinpath("alerts.yml").read_text("utf-8")
-    yaml = importlib.import_module("yaml")  # PyYAML has no type hints.
+    yaml = importlib.import_module("yaml")  # mypy rejects `import yaml`, which has no types.
     rules = [rule for group in yaml.safe_load(text)["groups"] for rule in group["rules"]]
     assert len([rule for rule in rules if "record" in rule]) == 1
     assert len([rule for rule in rules if "alert" in rule]) == 21

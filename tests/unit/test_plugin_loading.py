@@ -22,7 +22,7 @@ from workpool.session import Session
 HEAD = "from workpool.handlers import handler\nfrom workpool.hookspecs import hookimpl\n"
 
 
-class PluginDisk:
+class PluginFolder:
     """A folder of the import path to which tests write modules and distributions."""
 
     def __init__(self, path: Path) -> None:
@@ -45,10 +45,10 @@ class PluginDisk:
 
 
 @pytest.fixture
-def plugin_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[PluginDisk]:
+def plugin_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[PluginFolder]:
     monkeypatch.syspath_prepend(tmp_path)
     before = set(sys.modules)
-    yield PluginDisk(tmp_path)
+    yield PluginFolder(tmp_path)
     roots = {path.stem for path in tmp_path.iterdir()}
     for name in set(sys.modules) - before:
         if name.partition(".")[0] in roots:
@@ -141,20 +141,20 @@ def test_unhashable_dataclass_is_loaded_as_plugin() -> None:
 
 
 def test_module_gives_all_its_decorated_functions_including_imported_ones(
-    plugin_disk: PluginDisk,
+    plugin_folder: PluginFolder,
 ) -> None:
-    plugin_disk.write_module(
+    plugin_folder.write_module(
         "@handler(metadata={'job': 'a'})\nasync def a(session): ...\n", "jobs_a.inner"
     )
     source = "from jobs_a.inner import a\nalias = a\n@handler\nasync def b(session): ...\n"
-    name = plugin_disk.write_module(source, "jobs_b")
+    name = plugin_folder.write_module(source, "jobs_b")
     for plugins in (load_plugins(names=(name,)), load_plugins(__import__(name))):
         [plugin] = plugins.active_plugins()
         assert [route.handler.name for route in plugin.routes] == ["jobs_b.a", "jobs_b.b"]
 
 
-def test_lazy_attribute_of_plugin_module_is_not_loaded(plugin_disk: PluginDisk) -> None:
-    name = plugin_disk.write_module(
+def test_lazy_attribute_of_plugin_module_is_not_loaded(plugin_folder: PluginFolder) -> None:
+    name = plugin_folder.write_module(
         "@handler\nasync def a(session): ...\n"
         "def __dir__(): return ['a', 'lazy']\n"
         "def __getattr__(name): raise RuntimeError(name)\n"
@@ -172,24 +172,24 @@ def test_lazy_attribute_of_plugin_module_is_not_loaded(plugin_disk: PluginDisk) 
     ],
 )
 def test_plugin_is_loaded_by_every_form_of_its_name(
-    plugin_disk: PluginDisk, asked: str, plugin: str
+    plugin_folder: PluginFolder, asked: str, plugin: str
 ) -> None:
-    plugin_disk.write_module(
+    plugin_folder.write_module(
         "@handler(metadata={'job': 'monthly'})\nasync def monthly(session): ...\n"
         "class Yearly:\n    @handler\n    async def run(self, session): ...\n",
         "shop.reports",
     )
-    plugin_disk.write_distribution("acme-plugin", acme="shop.reports:Yearly")
+    plugin_folder.write_distribution("acme-plugin", acme="shop.reports:Yearly")
     [described] = load_plugins(names=(asked,)).active_plugins()
     assert described.name == plugin
     assert "shop.reports" in described.source or asked in described.source
 
 
 def test_installed_plugin_is_listed_without_being_imported_or_activated(
-    plugin_disk: PluginDisk,
+    plugin_folder: PluginFolder,
 ) -> None:
-    name = plugin_disk.write_module("raise SystemExit('imported')\n")
-    plugin_disk.write_distribution("acme-plugin", acme=name)
+    name = plugin_folder.write_module("raise SystemExit('imported')\n")
+    plugin_folder.write_distribution("acme-plugin", acme=name)
     assert InstalledPlugin("acme", name, "acme-plugin 1.0") in installed_plugins()
     assert not load_plugins().can_handle
     assert load_plugins().active_plugins() == ()
@@ -313,10 +313,10 @@ MISTAKES = {
 
 @pytest.mark.parametrize("mistake", MISTAKES)
 def test_mistake_in_plugin_module_is_refused_with_module_name(
-    plugin_disk: PluginDisk, mistake: str
+    plugin_folder: PluginFolder, mistake: str
 ) -> None:
     source, sentence = MISTAKES[mistake]
-    name = plugin_disk.write_module(source)
+    name = plugin_folder.write_module(source)
     with pytest.raises(PluginError) as caught:
         load_plugins(names=(name,))
     assert caught.value.plugin == name
@@ -325,9 +325,9 @@ def test_mistake_in_plugin_module_is_refused_with_module_name(
 
 
 def test_equal_rules_within_module_are_refused_naming_both_handlers(
-    plugin_disk: PluginDisk,
+    plugin_folder: PluginFolder,
 ) -> None:
-    name = plugin_disk.write_module(MISTAKES["two equal rules"][0])
+    name = plugin_folder.write_module(MISTAKES["two equal rules"][0])
     with pytest.raises(PluginError, match=f"{name}.two and {name}.one have the same rule"):
         load_plugins(names=(name,))
 
@@ -341,8 +341,8 @@ def test_equal_rules_of_two_plugins_are_refused_naming_both() -> None:
     assert caught.value.plugin == "two"
 
 
-def test_function_that_two_plugins_supply_is_refused(plugin_disk: PluginDisk) -> None:
-    name = plugin_disk.write_module(MARKED)
+def test_function_that_two_plugins_supply_is_refused(plugin_folder: PluginFolder) -> None:
+    name = plugin_folder.write_module(MARKED)
     module = __import__(name)
     with pytest.raises(PluginError, match=rf"{name}.run and run.run have the same rule"):
         load_plugins(module.run, module)
@@ -364,26 +364,26 @@ def test_function_that_two_plugins_supply_is_refused(plugin_disk: PluginDisk) ->
     ],
 )
 def test_unknown_plugin_name_is_refused_with_hint(
-    plugin_disk: PluginDisk, asked: str, sentence: str
+    plugin_folder: PluginFolder, asked: str, sentence: str
 ) -> None:
-    plugin_disk.write_module("class Reports: ...\n", "shop")
-    plugin_disk.write_distribution("acme-plugin", acme="shop", lost="gone")
+    plugin_folder.write_module("class Reports: ...\n", "shop")
+    plugin_folder.write_distribution("acme-plugin", acme="shop", lost="gone")
     with pytest.raises(PluginError) as caught:
         load_plugins(names=(asked,))
     assert caught.value.plugin == asked
     assert sentence in str(caught.value)
 
 
-def test_plugin_name_offered_by_two_distributions_is_refused(plugin_disk: PluginDisk) -> None:
-    plugin_disk.write_distribution("acme-one", acme="shop")
-    plugin_disk.write_distribution("acme-two", acme="shop")
+def test_plugin_name_offered_by_two_distributions_is_refused(plugin_folder: PluginFolder) -> None:
+    plugin_folder.write_distribution("acme-one", acme="shop")
+    plugin_folder.write_distribution("acme-two", acme="shop")
     with pytest.raises(PluginError, match=r"offered by acme-one 1\.0 and acme-two 1\.0"):
         load_plugins(names=("acme",))
 
 
-def test_same_plugin_given_twice_is_refused(plugin_disk: PluginDisk) -> None:
-    name = plugin_disk.write_module(MARKED)
-    plugin_disk.write_distribution("acme-plugin", acme=name)
+def test_same_plugin_given_twice_is_refused(plugin_folder: PluginFolder) -> None:
+    name = plugin_folder.write_module(MARKED)
+    plugin_folder.write_distribution("acme-plugin", acme=name)
     reports = Reports()
     for given in ([name, name], [name, __import__(name)], ["acme", name], [reports, reports]):
         with pytest.raises(PluginError, match="is given twice"):
@@ -426,8 +426,10 @@ def test_plugin_class_that_fails_to_start_is_refused_with_reason() -> None:
     assert isinstance(caught.value.__cause__, OSError)
 
 
-def test_settings_for_inactive_plugin_are_refused_unless_installed(plugin_disk: PluginDisk) -> None:
-    plugin_disk.write_distribution("acme-plugin", acme="shop")
+def test_settings_for_inactive_plugin_are_refused_unless_installed(
+    plugin_folder: PluginFolder,
+) -> None:
+    plugin_folder.write_distribution("acme-plugin", acme="shop")
     with pytest.raises(PluginError, match=r"Repots\] is for no active .* 'Reports'\?") as caught:
         load_plugins(Reports, Repots={})
     assert caught.value.plugin == "Repots"
@@ -440,7 +442,7 @@ def test_object_that_is_no_plugin_is_refused(plugin: object) -> None:
         load_plugins(plugin)
 
 
-def test_keyboard_interrupt_while_loading_plugin_is_raised(plugin_disk: PluginDisk) -> None:
-    name = plugin_disk.write_module("raise KeyboardInterrupt\n")
+def test_keyboard_interrupt_while_loading_plugin_is_raised(plugin_folder: PluginFolder) -> None:
+    name = plugin_folder.write_module("raise KeyboardInterrupt\n")
     with pytest.raises(KeyboardInterrupt):
         load_plugins(names=(name,))

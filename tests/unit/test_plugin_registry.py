@@ -31,8 +31,8 @@ def decorated_handler(name: str = "daily", **rule: Any) -> Any:
     return handler_function
 
 
-class AnsweringPlugin:
-    """A plugin whose hook answers each item with the same method."""
+class OneHandlerPlugin:
+    """A plugin whose hook chooses the same handler, a method, for each item."""
 
     async def run_session(self, session: Session) -> None: ...
 
@@ -41,10 +41,10 @@ class AnsweringPlugin:
         return self.run_session
 
 
-class FirstPlugin(AnsweringPlugin): ...
+class FirstPlugin(OneHandlerPlugin): ...
 
 
-class SecondPlugin(AnsweringPlugin): ...
+class SecondPlugin(OneHandlerPlugin): ...
 
 
 def test_plugin_objects_precede_named_plugins_and_first_answer_is_used(
@@ -86,12 +86,12 @@ def test_plugin_that_answers_none_leaves_choice_to_next_plugin() -> None:
 
 
 def test_tryfirst_and_trylast_change_order_of_plugins() -> None:
-    class EarlyPlugin(AnsweringPlugin):
+    class EarlyPlugin(OneHandlerPlugin):
         @hookimpl(tryfirst=True)
         def workpool_session_handler(self) -> Any:
             return self.run_session
 
-    class LatePlugin(AnsweringPlugin):
+    class LatePlugin(OneHandlerPlugin):
         @hookimpl(trylast=True)
         def workpool_session_handler(self) -> Any:
             return self.run_session

@@ -1,6 +1,4 @@
-"""One poller: the place and permit that it returns after a poll, and the errors that it
-survives.
-"""
+"""One poller: it survives errors, and each poll returns its queue place and its ack permit."""
 
 from __future__ import annotations
 

@@ -210,7 +210,7 @@ def test_several_items_without_session_can_be_owned_at_once() -> None:
 
 
 def test_item_with_session_id_changed_by_ack_is_removed_from_owned_items() -> None:
-    """The ack returns another copy of the item with another session id."""
+    """The answer to the ack replaces the item, and its session id may differ."""
     owned, item = OwnedItems(), make_item(run_by=first)
     owned.add_item(item)
     item.work_item = replace(item.work_item, session_id="sesn_other")
@@ -226,7 +226,7 @@ def test_list_of_owned_items_does_not_change_later() -> None:
     assert len(owned) == 0
 
 
-def numbered_item(dice: random.Random) -> Iterator[PoolItem]:
+def random_items(dice: random.Random) -> Iterator[PoolItem]:
     for number in range(200):
         yield make_item(f"work_{number}", f"sesn_{number}", dice.choice((first, second, None)))
 
@@ -234,7 +234,7 @@ def numbered_item(dice: random.Random) -> Iterator[PoolItem]:
 def test_counts_of_owned_items_are_correct_after_random_changes() -> None:
     dice = random.Random(0)  # noqa: S311 - repeatable, guards nothing
     owned, mine = OwnedItems(), list[PoolItem]()
-    for item in numbered_item(dice):
+    for item in random_items(dice):
         owned.add_item(item)
         mine.append(item)
         while mine and dice.random() < 0.4:

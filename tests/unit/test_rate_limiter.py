@@ -105,9 +105,8 @@ def test_debt_of_many_heartbeats_is_limited_to_one_second(manual_clock: ManualCl
     acquire_all_tokens(limiter)
     for _ in range(10_000):
         limiter.charge()
-    manual_clock.now += (
-        20 / 15
-    )  # Three quarters of the rate repay the debt of one second in this time.
+    # The heartbeats owe at most the 20 tokens of one second, and 15 a second pay them off.
+    manual_clock.now += 20 / 15
     acquire_all_tokens(limiter)
     manual_clock.now += 0.25
     assert acquire_all_tokens(limiter) == 5
@@ -119,13 +118,13 @@ async def test_rate_limiter_wait_lasts_as_long_as_rate_requires() -> None:
     started = time.monotonic()
     for _ in range(10):
         await limiter.acquire()
-    # A wait is never shorter; how much longer it is depends on the machine.
+    # Only the minimum is certain: on a slow machine, the wait is longer.
     assert time.monotonic() - started >= 9 / 50
 
 
 async def test_rate_limiter_wait_ends_despite_debt() -> None:
     limiter = RateLimiter("write", 200)
-    # The measurement includes the time in which the burst is spent and tokens are gained.
+    # Measure from before the burst is spent, because new tokens are gained from then on.
     started = time.monotonic()
     acquire_all_tokens(limiter)
     for _ in range(20):

@@ -25,7 +25,7 @@ async def test_request_to_end_wakes_every_task_that_waits_for_it(request_kind: s
     async with asyncio.timeout(WAIT_SECONDS), asyncio.TaskGroup() as group:
         for _ in range(3):
             group.create_task(session.interrupted())
-        await asyncio.sleep(0)  # Every task waits for the request now.
+        await asyncio.sleep(0)  # Now every task waits for the session to be interrupted.
         session.interrupt(**{request_kind: True})
         await session.interrupted()
 
@@ -34,7 +34,7 @@ async def test_cancelled_wait_for_interruption_leaves_another_wait_undisturbed()
     session = Session(parse_item(ITEM), cast("Any", None), redelivered=False)
     async with asyncio.timeout(WAIT_SECONDS), asyncio.TaskGroup() as group:
         cancelled, waiting = (group.create_task(session.interrupted()) for _ in range(2))
-        await asyncio.sleep(0)  # Both tasks wait for the request now.
+        await asyncio.sleep(0)  # Now both tasks wait for the session to be interrupted.
         cancelled.cancel()
         session.interrupt(draining=True)
         await waiting

@@ -76,7 +76,7 @@ def tool_result(use: SessionEvent, text: str = "done") -> dict[str, Any]:
     }
 
 
-def open_tool_use(plane: ControlPlane, session_id: str) -> SessionEvent:
+def last_tool_use(plane: ControlPlane, session_id: str) -> SessionEvent:
     return [event for event in plane.events(session_id) if event["type"] == "agent.tool_use"][-1]
 
 
@@ -159,7 +159,7 @@ async def test_sent_events_are_returned_as_stored(
     control_plane: ControlPlane, client: WorkClient
 ) -> None:
     session_id = create_session(control_plane, BASH)
-    use = open_tool_use(control_plane, session_id)
+    use = last_tool_use(control_plane, session_id)
     stored = await client.events(session_id).send(MESSAGE, tool_result(use))
     assert list(stored) == list(control_plane.events(session_id)[3:5])
 
@@ -185,7 +185,7 @@ async def test_result_repeated_after_lost_answer_counts_as_sent(
     control_plane: ControlPlane, client: WorkClient, faults: Faults
 ) -> None:
     session_id = create_session(control_plane, BASH)
-    use = open_tool_use(control_plane, session_id)
+    use = last_tool_use(control_plane, session_id)
     faults.add(lost(applied=True), "send", times=1)
     with pytest.raises(TransientError):
         await client.events(session_id).send(tool_result(use))
@@ -202,7 +202,7 @@ async def test_second_result_with_other_content_raises_conflict(
     control_plane: ControlPlane, qoder_client: WorkClient, other: dict[str, Any]
 ) -> None:
     session_id = create_session(control_plane, BASH)
-    use = open_tool_use(control_plane, session_id)
+    use = last_tool_use(control_plane, session_id)
     await qoder_client.events(session_id).send(tool_result(use))
     with pytest.raises(ConflictError):
         await qoder_client.events(session_id).send({**tool_result(use), **other})
@@ -214,7 +214,7 @@ async def test_repeated_confirmation_counts_as_sent_and_opposite_raises_conflict
     session_id = create_session(control_plane, {**BASH, "permission": "ask"})
     verdict = {
         "type": "user.tool_confirmation",
-        "tool_use_id": open_tool_use(control_plane, session_id)["id"],
+        "tool_use_id": last_tool_use(control_plane, session_id)["id"],
         "result": "allow",
     }
     first = await qoder_client.events(session_id).send(verdict)
@@ -234,7 +234,7 @@ async def test_repeated_message_never_counts_as_sent(
 
 
 class GuardWithTimeout(LeaselessGuard):
-    """A guard that times out a call once the fault `hold` withholds its answer, and repeats it."""
+    """A guard that ends a call once the fault `hold` withholds its answer, and repeats the call."""
 
     def __init__(self, hold: Hold) -> None:
         self._hold = hold
@@ -266,7 +266,7 @@ async def test_send_without_answer_is_repeated_for_result_but_not_for_message(
         await events.send(MESSAGE)
     assert caught.value.reason == "timeout"
     assert len(faults.of("send")) == 1
-    (stored,) = await events.send(tool_result(open_tool_use(control_plane, session_id)))
+    (stored,) = await events.send(tool_result(last_tool_use(control_plane, session_id)))
     assert len(faults.of("send")) == 3
     assert [event["type"] for event in control_plane.events(session_id)[3:5]] == [
         "user.message",

@@ -1,4 +1,4 @@
-"""Shared slots: one is reserved for each environment, the rest are shared max-min fairly."""
+"""Shared slots: one slot is reserved for each environment, the rest are shared max-min fairly."""
 
 from __future__ import annotations
 
@@ -170,7 +170,7 @@ async def test_slot_use_counted_in_one_environment_reduces_uses_left_for_all() -
         third = group.create_task(second.reserve_place())
         await run_ready_tasks()
         end_item(first, used_up=True)
-        end_item(second)  # This item does not count as a use of its slot.
+        end_item(second)  # `used_up` is false, so this item does not count as a use of its slot.
         await third
         fourth = group.create_task(first.reserve_place())
         await run_ready_tasks()

@@ -1,4 +1,4 @@
-"""Time limits with own or shared timers behave like `asyncio.timeout`; tests run with all three."""
+"""Time limits, with a timer of their own or a shared one, behave like `asyncio.timeout`."""
 
 from __future__ import annotations
 
@@ -138,7 +138,7 @@ async def test_requests_that_share_a_timer_end_at_their_own_time_limits() -> Non
             early.append(seconds)
 
     async with asyncio.TaskGroup() as group:
-        # The second request ends before the time for which the timer is set.
+        # The second time limit (0.1 s) ends before the time for which the first has set the timer.
         for seconds in (0.2, 0.1, 0.3):
             group.create_task(wait_until_timeout(seconds))
         with Bound(LONG, timer):
@@ -152,7 +152,7 @@ async def test_request_that_starts_after_another_ended_is_bounded_by_shared_time
     timer = BoundTimer(asyncio.get_running_loop())
     with Bound(0.05, timer):
         pass
-    # The second request starts after the timer has fired, and sets it again.
+    # The second time limit starts after the timer has fired, and sets the timer again.
     for seconds in (0.1, 0.05):
         with pytest.raises(TimeoutError), Bound(seconds, timer):
             await asyncio.sleep(LONG)

@@ -122,7 +122,7 @@ async def test_every_connection_trusts_ca_file_and_presents_client_certificate(
     async with WorkClient(tls_server.settings_for(certificate_files, **key), session=own) as client:
         for each in (*options, CallOptions(new_connection=True)):
             await client.stop(WORK, options=each)
-        # The answer, which is no event stream, is refused after the TLS handshake.
+        # This fails after the TLS handshake, because the answer is no event stream.
         with pytest.raises(ControlPlaneError):
             await client.events("sess_1")._calls.open_stream(None)
         if own is not None:

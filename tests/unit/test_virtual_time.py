@@ -97,7 +97,7 @@ async def test_local_client_poll_waits_and_injects_faults(testbed: type[LeaseTes
         assert one.clock() == pytest.approx(1.499)
         with pytest.raises(TransientError, match="time"):
             await one.client.poll()
-        # The lost answer delivered the item to no worker, so it is delivered again after 10 s.
+        # The answer with the item was lost, so the item is delivered again after 10 s.
         again = await one.client.poll()
         assert again is not None
         assert one.clock() == pytest.approx(13.499)
