@@ -63,7 +63,7 @@ class ControlPlaneConfig:
 
 
 class Journal(History):
-    """A history in a file, of which a `kill -9` loses no line."""
+    """A history whose lines are written to a file at once, so that a `kill -9` loses none."""
 
     def __init__(self, path: str, offset: float) -> None:
         super().__init__(0)
@@ -102,14 +102,14 @@ class Journal(History):
 
     @web.middleware
     async def record_arrivals(self, request: web.Request, handler: Handler) -> web.StreamResponse:
-        """Write the arrival of a request, as the outermost middleware."""
+        """Outermost middleware: write the arrival of each request."""
         if "work_id" in request.match_info:
             self.write_line("came", **_describe_call(request))
         return await handler(request)
 
     @web.middleware
     async def record_answers(self, request: web.Request, handler: Handler) -> web.StreamResponse:
-        """Write each success before faults change the answer, as the innermost middleware."""
+        """Innermost middleware: write each successful call before a fault changes its answer."""
         response = await handler(request)
         if "work_id" in request.match_info and response.status == 200:
             self.write_line("durable", **_describe_call(request))
@@ -126,7 +126,7 @@ def _describe_call(request: web.Request) -> dict[str, str | None]:
 def install_faults(
     config: ControlPlaneConfig, faults: Faults, plane: ControlPlane, journal: Journal
 ) -> None:
-    """Inject the faults that the file lists, and let the journal record each."""
+    """Inject the faults that the file lists, and record each injection in the journal."""
     if not config.faults:
         return
     read_fault_plan(Path(config.faults)).install(faults, plane)
@@ -146,7 +146,7 @@ def with_journal_entry(fault: Fault, name: str, journal: Journal) -> Fault:
 
 
 async def record_loop_lag(journal: Journal) -> None:
-    """Write a line for each delay of this event loop, during which requests were read late."""
+    """Write a line to the journal when this event loop was delayed, and so read requests late."""
     while True:
         before = seconds_since_boot()
         await asyncio.sleep(TICK_SECONDS)

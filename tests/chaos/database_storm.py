@@ -78,7 +78,7 @@ class DatabaseStorm(Storm):
         return [self._kill_control_plane(), self._restart_database_repeatedly()]
 
     async def _kill_control_plane(self) -> None:
-        """Kill and restart control planes in turn, sometimes before the previous one is ready."""
+        """Kill and restart random control planes, sometimes before the previous one is ready."""
         every = self.settings.plane_kill_every / PLANES
         while True:
             await asyncio.sleep(every * self._random.uniform(0.7, 1.3))
@@ -143,7 +143,7 @@ class DatabaseStorm(Storm):
 
 
 def main() -> None:
-    """Run one storm; return exit status 1 if a guarantee was violated. The folder is kept."""
+    """Run one storm, and keep its folder; exit with status 1 if a guarantee was violated."""
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     settings = parse_settings(__doc__)
     folder = Path(tempfile.mkdtemp(prefix="storm-"))

@@ -190,7 +190,7 @@ class StormFleet:
 
     @contextmanager
     def _open_log(self, name: str) -> Iterator[IO[str]]:
-        """Open the log file of a process until the process has inherited the descriptor."""
+        """Keep the log file of a process open until the process has inherited its descriptor."""
         with (self.folder / f"{name}.log").open("a") as file:
             yield file
 
@@ -209,7 +209,7 @@ class StormFleet:
         await self.workers[name].wait()
 
     def was_killed(self, name: str) -> bool:
-        """Return whether the last worker of this name was sent a SIGKILL."""
+        """Return whether a SIGKILL was sent to the last worker of this name."""
         pid = self.workers[name].pid
         return any(action["pid"] == pid and action["what"] == "kill" for action in self.actions)
 

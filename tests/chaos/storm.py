@@ -144,7 +144,7 @@ class Storm:
             await self._woke.wait()
             for disturbance in disturbances:
                 disturbance.cancel()
-        if self._stopped is not None:  # another worker was suspended when the storm ended
+        if self._stopped is not None:  # the storm ended while a worker was suspended
             self._fleet.send_signal("cont", self._stopped)
 
     async def _enqueue_items(self, http: aiohttp.ClientSession) -> None:
@@ -155,7 +155,7 @@ class Storm:
             seconds = self._random.uniform(3, self.settings.longest) if is_long else chance * 3
             metadata = {"seconds": f"{seconds:.2f}", "end": self._random.choice(self.settings.ends)}
             answer = await self._send_request(http, "POST", "", {"metadata": metadata})
-            # Without an answer, the effect is unknown; the last snapshot shows the state.
+            # Without an answer, the items may or may not exist; the last snapshot shows them.
             if answer is not None:
                 self._enqueued += [item["id"] for item in answer["data"]]
             if number >= 2 * len(NAMES):
@@ -183,7 +183,7 @@ class Storm:
             await self._start_worker(name, proxy)
 
     async def _suspend_workers(self) -> None:
-        """Suspend a busy worker until its leases have certainly expired, again and again."""
+        """Suspend a busy worker for longer than its leases last, again and again."""
         while True:
             self._stopped = await self._wait_for_busy_worker()
             self._fleet.send_signal("stop", self._stopped)
@@ -260,7 +260,7 @@ class Storm:
         else:
             await self._start_control_planes()
             for name in NAMES:
-                if self._fleet.was_killed(name):  # `_kill_workers` ended before the restart
+                if self._fleet.was_killed(name):  # the storm ended between its kill and its restart
                     await self._fleet.workers[name].wait()
                     await self._start_worker(name, proxy)
             await self._wait_until_all_stopped(http)
@@ -270,7 +270,7 @@ class Storm:
         await self._fleet.stop_control_planes()
 
     async def _wait_until_all_stopped(self, http: aiohttp.ClientSession) -> None:
-        """Wait until all items are stopped, for as long as leases of killed workers may last."""
+        """Wait until all items are stopped, at most while leases of killed workers may last."""
         until = seconds_since_boot() + 2 * ACK_LEASE_SECONDS
         while await self._has_unfinished_items(http):
             if seconds_since_boot() > until:
@@ -325,7 +325,7 @@ def format_report(settings: StormSettings, verdict: StormVerdict) -> str:
 
 
 def main() -> None:
-    """Run one storm; return exit status 1 if a guarantee was violated. The folder is kept."""
+    """Run one storm, and keep its folder; exit with status 1 if a guarantee was violated."""
     # SIGTERM must end the workers, too, as Ctrl-C does.
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     settings = parse_settings(__doc__)

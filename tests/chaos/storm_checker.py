@@ -49,7 +49,7 @@ class StormVerdict:
     """The result of the check of a storm: violations and counts.
 
     Attributes:
-        broken: One sentence for each breach of the promise.
+        broken: One sentence for each violation of a guarantee.
         counts: The number of each kind of event, which shows that faults happened.
         latest: The largest number of seconds from the end of a lease to the arrival of a request of
             its holder.
@@ -138,7 +138,7 @@ class StormChecker:
         self.verdict.counts[f"fault: {kind}"] += 1
         holder = self._holder.get(work_id or "")
         if kind == "expired" and holder is not None:
-            # The holder of the item cannot know that its lease has expired.
+            # Overlaps are excused, since the holder cannot know that its lease has expired.
             self._cut.add((holder, work_id or ""))
 
     def _check_arrival(self, line: Line) -> None:

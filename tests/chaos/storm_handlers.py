@@ -22,7 +22,7 @@ def write_trace_line(session: Session, what: str) -> None:
 
 @handler
 async def run_storm_session(session: Session) -> dict[str, str]:
-    """Work for `seconds` with two metadata writes, and then end as the metadata `end` says."""
+    """Work for `seconds`, and then end as `end` says; both values are metadata of the item."""
     metadata = session.item.metadata
     write_trace_line(session, "start")
     how = "cancelled"

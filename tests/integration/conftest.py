@@ -42,7 +42,7 @@ async def check_no_task_or_error_left() -> AsyncIterator[None]:
 
 @pytest.fixture(autouse=True)
 def tolerate_loaded_machine(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Lengthen the time limits of loop lag, drains and mark writes, for a loaded machine.
+    """Raise the time limits for loop lag, drains and writes of release marks, for loaded machines.
 
     Tests of blocked loops replace this fixture.
     """
@@ -135,7 +135,7 @@ def heartbeat_now(control_plane: ControlPlane, faults: Faults) -> Callable[[str]
 
 @pytest.fixture
 def short_mark_retries(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Let a drain give up the unanswered write of a mark after 0.1 s."""
+    """Let a drain give up an unanswered write of a release mark after 0.1 s."""
     monkeypatch.setattr(completion, "MARK_SECONDS", 0.1)
 
 

@@ -202,7 +202,8 @@ async def test_paused_time_does_not_count_as_idle_time(make_pool: Any) -> None:
     supervisor.pause("now")
     async with supervisor:
         await wait_until_no_poll_is_in_flight(supervisor)
-        await asyncio.sleep(0.6)  # longer than `exit_after_idle`, which must not run now
+        # Longer than `exit_after_idle`, which does not count during a pause.
+        await asyncio.sleep(0.6)
         resumed = time.monotonic()
         supervisor.resume()
         async with asyncio.timeout(SECONDS):

@@ -24,7 +24,7 @@ def skip_without_postgres() -> None:
 async def printed_rows(
     script: str, *options: str, only: tuple[str, ...] = ("bare", "workpool")
 ) -> list[list[str]]:
-    """Run a benchmark and return the cells of its table without header and rule."""
+    """Run a benchmark and return the cells of its table, without the header lines."""
     contenders = ("--only", *only) if only else ()
     process = await asyncio.create_subprocess_exec(
         *(sys.executable, str(BENCHMARKS / script), *options, *contenders),
@@ -120,7 +120,7 @@ async def test_path_benchmark_lists_source_files_that_one_item_uses() -> None:
     bare, pool, *files = await printed_rows("call_path.py", "--items", "20", "--by-file")
     assert bare[:4] == ["bare", "0", "0", "0"]
     assert pool[0] == "workpool"
-    counted = files[2:]  # skips the header and the rule of the second table
+    counted = files[2:]  # skips the two header lines of the second table
     assert len(counted) == int(pool[1])
     assert sum(int(functions) for _, functions, _ in counted) == int(pool[2])
     assert float(pool[4]) > float(bare[4])

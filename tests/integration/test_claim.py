@@ -113,7 +113,7 @@ async def test_claimed_items_never_exceed_places(
 async def test_place_is_reserved_before_poll(
     control_plane: ControlPlane, faults: Faults, make_pool: Any
 ) -> None:
-    """The poll in flight has reserved the only place, so the other pollers do not poll."""
+    """The poll in flight has reserved the only slot, so the other pollers do not poll."""
     gate, hold = CountingGatedHandler(), Hold()
     faults.add(hold, "poll")
     control_plane.enqueue(3)

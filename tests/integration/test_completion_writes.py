@@ -52,7 +52,7 @@ def run_until_drain_deadline(
     wait_for_end: Any,
     monkeypatch: pytest.MonkeyPatch,
 ) -> Any:
-    """Return a function that runs one session whose completion ends at the drain's deadline."""
+    """Return a function that runs one session whose completion the drain's deadline cuts short."""
     monkeypatch.setattr("workpool.pool.drain.AFTER_DEADLINE_SECONDS", 0.2)
 
     async def run_session(call: Any, op: Any, count: int) -> Any:
@@ -230,7 +230,7 @@ async def test_result_whose_first_write_is_never_answered_is_written_again(
 async def test_result_write_denied_after_earlier_success_fails_session(
     control_plane: ControlPlane, faults: Faults, make_pool: Any, wait_for_end: Any, code: int
 ) -> None:
-    """A credential counts as one without permission only if its first write is refused."""
+    """A credential counts as not permitted to write only if its first write is refused."""
     faults.add(status(code), "update", skip=1, times=1)
     async with make_pool(return_result, concurrency=1):
         ended = [await wait_for_end(item.id) for item in control_plane.enqueue(2)]

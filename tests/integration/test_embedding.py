@@ -77,7 +77,7 @@ async def test_running_pool_changes_no_global_state(
 
 
 async def end_pool_at(moment: int, supervisor: Supervisor, recorder: Recorder, plane: Any) -> None:
-    """Start a pool and end it at a given moment, in one of several ways."""
+    """Start a pool and end it; `moment` determines when, and in which way."""
     async with supervisor:
         if moment >= 1:
             plane.enqueue(metadata={} if moment % 2 else {"wait": "yes"})

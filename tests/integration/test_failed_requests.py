@@ -382,14 +382,14 @@ async def test_throttled_ack_is_given_up_after_claim_window(
         acked = await recorder.wait_for(AckFinished)
         assert supervisor.status().running == 0
     assert acked.result == "error"
-    assert acked.delivery_seconds < 40  # an ack that may have been applied is repeated for 54 s
+    assert acked.delivery_seconds < 40  # only acks that may have been applied are repeated for 54 s
     assert not recorder.of(SessionStarted)
 
 
 async def test_ack_that_may_have_been_applied_is_repeated_beyond_claim_window(
     run_one_item: Any, faults: Faults, recorder: Recorder
 ) -> None:
-    """If the ack was applied, no other worker can get the item before that lease expires."""
+    """If the ack was applied, no other worker can get the item before the lease expires."""
     faults.add(status(500, retry_after="0.2", applied=True), "ack", times=1)
     final = await run_one_item(return_at_once, reclaim_older_than_ms=100)
     assert final.request_names == ["ack", "ack", "heartbeat", "stop"]

@@ -217,7 +217,7 @@ async def test_load_is_exact_however_control_plane_treats_after_id(after_id: str
 async def test_stopped_items_are_skipped_in_a_list_in_order_of_creation_only(
     order: str, *, skips: bool
 ) -> None:
-    """In another order, a new item could stand before the skipped items and never be counted."""
+    """In another order, a new item could be listed before the point where the count begins."""
     async with ControlPlane() as plane, client_for(plane) as client:
         item = plane.enqueue(1)[0]
         shown = parse_item(QODER.item_json(item) | {"state": "stopped"})

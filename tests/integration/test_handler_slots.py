@@ -64,7 +64,7 @@ async def test_limited_handler_runs_as_fast_as_its_limit_allows(
         await workpool.wait_for(SessionFinished, count=40)
         elapsed = clock() - started
     assert running["most"] == 2
-    assert elapsed <= 40 * seconds / 2 * 1.1 + 0.5  # 10 % and 0.5 s are for polls
+    assert elapsed <= 40 * seconds / 2 * 1.1 + 0.5  # 10 % and 0.5 s more, for polls
 
 
 @in_virtual_time
@@ -94,7 +94,7 @@ async def test_item_of_full_handler_is_declined_one_second_before_redelivery(wor
 
 
 def next_use_of_one_slot(granted: asyncio.Event) -> Callable[[], Callable[[], None] | None]:
-    """Return a `next_use` that needs one slot, and that sets `granted` when it gets the slot."""
+    """Return a `next_use` callback that needs one slot and sets `granted` when it gets it."""
     return lambda: None if granted.is_set() else granted.set
 
 

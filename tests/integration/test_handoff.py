@@ -227,7 +227,7 @@ async def test_handoff_block_starts_after_heartbeat_in_progress() -> None:
 
 @in_virtual_time
 async def test_unanswered_heartbeat_is_resolved_before_child_starts() -> None:
-    """The heartbeat was applied and its answer lost: the child must expect the new value."""
+    """The heartbeat was applied but its answer lost, so the child's heartbeat must name it."""
     testbed = HandoffTestbed(heartbeat=[None, UNANSWERED])
 
     async def hand_off_item(session: Session) -> None:
@@ -278,7 +278,7 @@ async def test_child_that_starts_at_last_moment_keeps_item() -> None:
 
 @in_virtual_time
 async def test_item_whose_holder_is_unknown_after_handoff_is_left_to_child() -> None:
-    """The parent's heartbeat was applied and its answer lost; the item does not show its holder."""
+    """The answer to the parent's heartbeat is lost, and the item does not show its holder."""
     testbed = HandoffTestbed(heartbeat=[None, None, GARBLED])
 
     async def hand_off_item(session: Session) -> None:
@@ -443,7 +443,7 @@ async def test_drain_during_handoff_releases_item_that_no_child_has_taken(comes:
     outcome = await testbed.run_handler(hand_off_item, drain_pool, reclaim_older_than_ms=60_000)
     assert outcome == ("detached" if comes else "released")
     if not comes:
-        # The drain may take 6 s, and the release lasts 10 s.
+        # At most 6 s for the drain; then the lease of the released item lasts 10 s.
         assert testbed.item.lease_end <= (START + 16.2) * 1_000_000
 
 
@@ -560,7 +560,7 @@ async def test_child_that_cannot_read_item_leaves_it_to_parent() -> None:
 
 @in_virtual_time
 async def test_child_whose_heartbeat_answer_is_lost_does_not_run_item() -> None:
-    """The answer to the child's heartbeat was lost, so the applied one may be the parent's."""
+    """The answer to the child's heartbeat is lost: the applied heartbeat may be the parent's."""
     testbed = HandoffTestbed()
     _, outcomes = await run_pool_with_child(testbed, heartbeat=[GARBLED])
     assert (testbed.outcome, outcomes) == ("detached", ["detached"])

@@ -1,4 +1,4 @@
-"""The live page of a worker: its data, what it hides, and the page in a real browser.
+"""The status page of a worker ("live page"): its data, hidden data, and its look in a browser.
 
 See workpool/docs/operating.md, "The live page".
 """
@@ -250,7 +250,7 @@ async def test_queue_page_is_served_without_token_and_contains_no_item(
 async def test_queue_page_in_browser_shows_items_after_token_is_entered(
     control_plane: ControlPlane, tmp_path: Path
 ) -> None:
-    """The browser is driven through its debugging port, because a token is never in a URL."""
+    """The token is entered through the browser's debugging port, since no URL may contain it."""
     (item,) = control_plane.enqueue(work_type="<img src=x onerror=alert(1)>")
     url = control_plane.base_url.partition("/api/")[0] + "/"
     async with driven_browser(tmp_path) as browser:

@@ -36,7 +36,7 @@ async def quote_metadata(session: Session) -> None:
 
 @pytest.fixture(params=[TextFormatter, JsonFormatter])
 def formatted_logs(request: pytest.FixtureRequest) -> Iterator[io.StringIO]:
-    """Return the log output as the command line formats it."""
+    """Return a buffer that receives the log in one of the formats of the command line."""
     written = io.StringIO()
     handler = logging.StreamHandler(written)
     handler.setFormatter(request.param())
@@ -50,7 +50,7 @@ def formatted_logs(request: pytest.FixtureRequest) -> Iterator[io.StringIO]:
 
 @pytest.fixture
 def hostile_item(control_plane: ControlPlane, faults: Faults) -> Callable[[str], None]:
-    """Return a function that answers one poll with an item of this type."""
+    """Return a function that answers one poll with an item of the given type."""
 
     def answer_with_hostile_item(kind: str) -> None:
         (item,) = control_plane.enqueue()
@@ -86,7 +86,7 @@ async def test_hostile_type_of_declined_item_is_escaped_and_cut(
     message = vars(record)["type"]
     assert (
         len(message) < 300
-    )  # cut in the record too, for applications with a log format of their own
+    )  # the record itself is cut, for applications with their own log format
     assert message.isprintable()
     assert control_plane.token not in message
 

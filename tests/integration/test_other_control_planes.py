@@ -149,7 +149,7 @@ async def test_unknown_fields_and_headers_are_ignored_and_traceparent_is_kept(
 async def test_reclaim_window_is_sent_only_if_set(
     run_one_item: Any, faults: Faults, window: int | None
 ) -> None:
-    """One control plane ends leases whose last heartbeat is older than the reclaim window."""
+    """A window sent by default would hurt: one control plane then ends leases of that age."""
     await run_one_item(
         return_result, **({} if window is None else {"reclaim_older_than_ms": window})
     )

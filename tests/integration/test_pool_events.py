@@ -1,4 +1,4 @@
-"""Events of a whole pool: always counted, but built as objects only for observed types."""
+"""Events of a whole pool: always counted, but built as objects only if their type is observed."""
 
 from __future__ import annotations
 
@@ -90,7 +90,7 @@ async def test_observer_of_one_event_type_causes_only_that_type_to_be_built(
 
 
 class RequestObserver:
-    """A plugin that records the item of each request, sent on either of the two threads."""
+    """A plugin that records the item of each request, from both threads of a pool."""
 
     def __init__(self) -> None:
         self.items: list[tuple[str, str | None]] = []

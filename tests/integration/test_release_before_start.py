@@ -35,7 +35,7 @@ async def former_worker(make_settings: Callable[..., Settings]) -> AsyncIterator
 
 @pytest.fixture
 def pool_drained_during_ack(faults: Faults, make_pool: Any, recorder: Recorder) -> Any:
-    """Return a pool that is drained while its ack is in flight."""
+    """Return a context manager that runs a pool and drains it while its ack is in flight."""
 
     @asynccontextmanager
     async def run_pool_and_drain() -> AsyncIterator[Supervisor]:

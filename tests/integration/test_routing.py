@@ -126,7 +126,7 @@ async def test_full_handler_declines_before_ack_and_delays_no_other_handler(work
 
 
 def declines_per_poll(pool: Supervisor) -> float:
-    """Return the ratio that the alert WorkpoolPollsWasted uses, since the pool started."""
+    """Return the ratio of declined items to polls, which the alert WorkpoolPollsWasted uses."""
     named = {"environment_id": DEFAULT_ENVIRONMENT}
 
     def metric_sum(name: str, label: str, *values: str) -> float:

@@ -162,7 +162,8 @@ async def test_stuck_handler_keeps_its_slot_and_session_until_it_ends(
         assert not recorder.of(SessionFinished)
         assert log_levels_of(caplog, "handler ignores its cancellation") == ["CRITICAL"]
         [report] = [each for each in caplog.records if "ignores its cancellation" in each.message]
-        assert "await self.may_end.wait()" in str(report.stack_info)  # a line of the handler
+        # The report contains the line at which the handler waits.
+        assert "await self.may_end.wait()" in str(report.stack_info)
         assert supervisor.status().reasons == ("handlers that ignore their cancellation: 1",)
         ignoring_handler.may_end.set()
         finished = await recorder.wait_for(SessionFinished)
@@ -364,7 +365,7 @@ async def test_metadata_that_are_not_text_raise_in_handler(
     final = await run_one_item(write_invalid_metadata)
     assert final.outcome == "failed"
     assert isinstance(final.finished.error, TypeError | ValueError)
-    assert len(faults.of("update")) == 1  # only the error of the session is written
+    assert len(faults.of("update")) == 1  # the only write is the session's error
 
 
 class RecordingWrapper:

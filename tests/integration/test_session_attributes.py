@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 
 class ConnectingPlugin:
-    """A plugin whose context opens a connection and records the end of the session."""
+    """A plugin whose context opens a connection and records how the session ends."""
 
     def __init__(self) -> None:
         self.connections: list[Any] = []

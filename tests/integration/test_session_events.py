@@ -55,7 +55,7 @@ async def answer_all_tools(session: Session) -> dict[str, str]:
 
 
 def lose_lease(plane: ControlPlane, session: Session) -> None:
-    """Let the lease expire; the pool notices it by a redelivery of the item."""
+    """Let the lease expire; the pool notices the loss by a redelivery of the item."""
     expire_lease(plane, session.item.id)
     plane.operations.wake_all_polls()
 
@@ -118,7 +118,7 @@ async def test_session_events_list_returns_history(run_script: Any) -> None:
 async def test_unanswered_send_of_message_is_not_repeated(
     control_plane: ControlPlane, run_script: Any, faults: Faults
 ) -> None:
-    faults.add(status(429), "send", times=2)  # repeated, because a 429 was certainly not applied
+    faults.add(status(429), "send", times=2)  # repeated: a call answered 429 was not applied
     faults.add(lost(applied=True), "send", times=1, skip=2)
 
     async def send_message(session: Session) -> None:

@@ -45,7 +45,7 @@ def malformed_item(item: dict[str, Any]) -> bytes:
 def unreadable_items(
     faults: Faults, request: pytest.FixtureRequest
 ) -> Callable[[dict[str, Any]], bytes]:
-    """Make polled items with the metadata `bad` unreadable; return the change of an item."""
+    """Make polled items with the metadata `bad` unreadable; return the function that does so."""
     make_unreadable: Callable[[dict[str, Any]], bytes] = request.param
 
     async def make_bad_items_unreadable(
@@ -74,7 +74,7 @@ async def test_thirty_unreadable_items_do_not_prevent_other_items(
     async with make_pool(return_at_once):
         await recorder.wait_for(SessionFinished, count=10)
     assert not recorder.of(PollerBackedOff)
-    assert len(recorder.of(PollFinished)) < 1000  # thousands if pauses are missing
+    assert len(recorder.of(PollFinished)) < 1000  # without pauses there would be thousands
     lines = [each for each in caplog.records if each.message.startswith("item cannot be read")]
     if unreadable_items is too_large_item_with_late_id:
         assert len(lines) == 1

@@ -90,7 +90,7 @@ async def test_until_empty_does_not_end_while_another_poll_is_in_flight(
 async def test_until_empty_ends_although_polls_never_overlap(
     control_plane: ControlPlane, faults: Faults, make_pool: Any
 ) -> None:
-    """The answers come before `block_ms`, so each poller pauses while the other one polls."""
+    """Polls are answered before `block_ms`, so each poller pauses while the other one polls."""
 
     @handler
     async def wait_for_seven_polls(_: Session) -> None:

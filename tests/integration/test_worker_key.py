@@ -272,7 +272,7 @@ async def test_api_key_is_used_for_optional_calls_and_token_for_others(
 async def test_optional_calls_are_tried_again_after_refused_poll(
     control_plane: ControlPlane, faults: Faults, make_pool: Any, recorder: Recorder
 ) -> None:
-    """The temporary fault that refuses a poll may have refused the optional call, too."""
+    """A temporary fault that refuses a poll may have refused the optional call, too."""
     async with make_pool(return_result, concurrency=1, block_ms=20):
         control_plane.enqueue()
         await wait_for_finished_sessions(recorder, 1)

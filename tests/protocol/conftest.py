@@ -164,7 +164,7 @@ def migrated_database_url(postgres: Cluster) -> str:
 
 @pytest.fixture
 def emptied_database_url(postgres: Cluster, migrated_database_url: str) -> str:
-    """Return the URL of a shared database whose rows were deleted."""
+    """Return the URL of the shared database of all tests, after deleting its rows."""
     statements = [f"DELETE FROM {each};" for each in TABLES]  # noqa: S608 - our own names
     postgres.execute("".join(statements), migrated_database_url)
     return migrated_database_url
@@ -228,7 +228,7 @@ def anthropic_api(control_plane: ControlPlane, http_session: aiohttp.ClientSessi
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
-    """Run each test of a control plane with the store in memory, and as a trial on PostgreSQL."""
+    """Run each test of a control plane with the store in memory and, as a trial, on PostgreSQL."""
     if "store" not in metafunc.fixturenames:
         return
     stores: list[object] = ["memory"]
@@ -247,4 +247,4 @@ def both_stores() -> None:
 
 @pytest.fixture
 def every_store() -> None:
-    """Run a test without `control_plane` on all stores; on PostgreSQL it is a trial."""
+    """Run a test that does not use `control_plane` on all stores; on PostgreSQL it is a trial."""

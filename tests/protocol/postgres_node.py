@@ -1,4 +1,4 @@
-"""A second node on the same database, which makes the synchronous calls of tests on PostgreSQL.
+"""A second node on the same PostgreSQL database, for the synchronous calls of tests.
 
 A test calls `plane.enqueue()` and `plane.operations.get_item(…)` in the middle of a coroutine. On
 PostgreSQL these are coroutines, so a second node on the same database, with a loop on a thread of
@@ -40,7 +40,7 @@ CALLS = {
 
 
 class BlockingNode:
-    """The calls of `Operations`, made blocking by a node that runs on another thread."""
+    """Blocking versions of the calls of `Operations`; a node on another thread runs them."""
 
     def __init__(self, engine: Engine) -> None:
         self._engine = engine

@@ -1,4 +1,4 @@
-"""Answers are small enough for workers to read, and clients that read slowly use little memory."""
+"""Answers are small enough for workers to read, and slow clients cost the server little memory."""
 
 from __future__ import annotations
 

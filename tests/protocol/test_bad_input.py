@@ -367,7 +367,7 @@ async def open_http_session() -> aiohttp.ClientSession:
 def test_arbitrary_json_and_query_are_answered_without_500(
     tmp_path_factory: pytest.TempPathFactory,
 ) -> None:
-    """One server answers all requests, so that a wrong state of it shows at a later request."""
+    """One server answers all requests, so that a later request shows damage by an earlier one."""
     with asyncio.Runner() as runner:
         path = tmp_path_factory.mktemp("abuse") / "work.db"
         plane = ControlPlane(environments=(ENV,), tokens={TOKEN: None}, store=SqliteStore(path))

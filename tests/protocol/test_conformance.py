@@ -333,7 +333,7 @@ async def test_foreign_item_created_during_run_ends_suite(
 
 
 class IntrudingSource(EnqueueSource):
-    """A source of items that creates an item as another client before each of its own."""
+    """A source of items that creates a foreign item before each of its own."""
 
     def __init__(self, plane: ControlPlane) -> None:
         self._plane = plane
@@ -347,7 +347,8 @@ async def test_suite_stops_foreign_items_in_test_environment(
     control_plane: ControlPlane, http_session: aiohttp.ClientSession, clock: MovableClock
 ) -> None:
     items = control_plane.enqueue(3)
-    clock.advance(1)  # the nodes of one database order items by milliseconds only
+    # Nodes of one database order items by milliseconds, so the suite's items must be later.
+    clock.advance(1)
     suite = suite_with_moved_clock(
         control_plane, http_session, clock, "qoder", test_environment=True
     )

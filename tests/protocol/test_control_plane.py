@@ -72,7 +72,7 @@ async def test_control_plane_opened_fifty_times_leaves_no_task_or_thread(tmp_pat
             probe.bind(("127.0.0.1", plane.port))
     names = {thread.name for thread in threading.enumerate()}
     assert "workpool-store" not in names
-    assert threading.active_count() <= threads + 8  # the loop's default executor keeps its threads
+    assert threading.active_count() <= threads + 8  # threads of the loop's default executor
     assert asyncio.all_tasks() == tasks
     gc.collect()
 

@@ -302,7 +302,7 @@ class CountedEvents(list[StoredEvent]):
 
 
 def long_conversation() -> Conversation:
-    """Return a conversation of 10,000 events, with a user's message and interrupt in each 1,000."""
+    """Return a conversation of 10,000 events; each 1,000 have a user message and an interrupt."""
     conversation = Conversation()
     rare = {0: "user.message", 1: "user.interrupt"}
     for number in range(10_000):
@@ -333,4 +333,4 @@ def test_page_of_rare_event_types_reads_only_nearest_events(
         wanted=EventFilter(types=frozenset(types), newest_first=newest_first),
     )
     assert list(found) == (nearest[::-1] if newest_first else nearest)
-    assert counted.reads < 50  # more reads than 4 events and two binary searches need
+    assert counted.reads < 50  # enough for 4 events and two binary searches

@@ -142,7 +142,7 @@ async def test_heartbeat_has_same_result_as_state_machine(
     state: str,
     compare_on_stop: bool,  # noqa: FBT001 - a parameter of the test
 ) -> None:
-    """An engine that sends one statement for a heartbeat must agree with the state machine."""
+    """PostgreSQL runs a heartbeat as one statement, which must agree with the state machine."""
     item = await create_active_item(engine)
     if state == "stopping":
         item = await engine.stop_item(ENV, item.id)

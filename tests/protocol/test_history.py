@@ -172,7 +172,7 @@ def test_history_beyond_limit_drops_oldest_records_and_counts_them() -> None:
 def test_worker_that_sends_last_heartbeat_of_holder_takes_item_over(
     operations: Operations,
 ) -> None:
-    """The child of a handoff takes an item over in this way; later calls of the parent overlap."""
+    """A handoff's child takes an item over like this; later calls of the parent are overlaps."""
     operations.enqueue(ENV)
     work_id = claim_and_heartbeat(operations, "a")
     last = to_heartbeat_text(operations.get_item(ENV, work_id).heartbeat_at or 0)

@@ -1,4 +1,4 @@
-"""Searches in the list of items, by the control plane or by the client in its place."""
+"""Searches in the list of items, by the control plane or, if it has no search, by the client."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ STATES = ("queued", "starting", "active", "stopping", "stopped")
 
 @pytest.fixture
 async def item_ids(qoder_api: ApiClient) -> dict[str, str]:
-    """Return the ids of one item in each state, from the oldest, and of a failed one."""
+    """Return the ids of one item in each state, oldest first, and of a failed item."""
     found = {
         state: await qoder_api.create_item_in_state(state, "worker") for state in reversed(STATES)
     }

@@ -159,7 +159,7 @@ WORKERS = st.sampled_from([None, "a", "b", "c"])
 
 
 class QueueMachine(RuleBasedStateMachine):
-    """State machine of calls in any order, after which the indexes agree with a full scan."""
+    """State machine that makes calls in any order, and compares the indexes with a full scan."""
 
     retention: ClassVar[float | None] = None
 

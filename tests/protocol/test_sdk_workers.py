@@ -87,7 +87,7 @@ async def application(control_plane: ControlPlane) -> AsyncIterator[AsyncAnthrop
 
 
 async def allow_first_and_deny_second(application: AsyncAnthropic, session_id: str) -> None:
-    """Allow the first tool use that asks and deny the second one, until the turn ends."""
+    """Until the turn ends, allow the first tool use that asks and deny the second one."""
     verdicts: list[Literal["allow", "deny"]] = ["allow", "deny"]
     events = application.beta.sessions.events
     seen: set[str] = set()
@@ -206,7 +206,7 @@ def typescript_worker(control_plane: ControlPlane, tmp_path: Path, node_project:
 
 @pytest.fixture(params=["python_worker", "typescript_worker"])
 def start_worker(request: pytest.FixtureRequest) -> Worker:
-    """Return a function that makes a context manager, which runs a worker."""
+    """Return a function that returns a context manager, inside which a worker runs."""
     started: Worker = request.getfixturevalue(request.param)
     return started
 
@@ -221,7 +221,7 @@ async def environment_id(application: AsyncAnthropic) -> str:
 
 
 async def wait_until(condition: Callable[[], object]) -> None:
-    """Wait until a condition is true, without a limit of its own."""
+    """Wait until a condition is true; only the time limit of the test ends the wait."""
     while not condition():  # noqa: ASYNC110 - a worker is a process that sets no event here
         await asyncio.sleep(0.02)
 
@@ -306,7 +306,7 @@ async def waiting_session(
             agent="agent_1", environment_id=environment_id, extra_body={"script": [ask]}
         )
         (item,) = control_plane.operations.list_items(environment_id).items
-        # The worker reads the history of events only after it has opened its event stream.
+        # The worker opens its event stream before it reads the history, so the stream is open now.
         await wait_until(lambda: ("item", "GET sessions/events") in call_recorder.seen)
         yield WaitingSession(
             session.id,
@@ -321,7 +321,7 @@ async def test_sdk_worker_stops_item_of_archived_session_at_once(
     assert (
         await application.beta.sessions.archive(waiting_session.session_id)
     ).status == "terminated"
-    async with asyncio.timeout(20):  # the next heartbeat would come later
+    async with asyncio.timeout(20):  # less than the time until the next heartbeat
         await wait_until(lambda: waiting_session.state() == "stopped")
     assert not [record for record in caplog.records if record.levelname == "ERROR"]
 

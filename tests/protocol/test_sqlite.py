@@ -438,7 +438,7 @@ async def test_server_killed_under_load_loses_no_change_of_answered_request(
 async def test_process_killed_between_item_and_first_event_stores_neither(
     database_path: Path,
 ) -> None:
-    """A worker that gets an item without its first message would wait for it forever."""
+    """A worker that gets an item without its first message would wait for that message forever."""
     program = Path(__file__).with_name("crashing_creation.py")
     root = Path(__file__).parents[2]
     process = await asyncio.create_subprocess_exec(

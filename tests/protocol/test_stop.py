@@ -1,4 +1,4 @@
-"""Stops, and the answers of both dialects.
+"""Stops of items, and their answers in both dialects.
 
 See workpool/docs/protocol.md, "Stop".
 """

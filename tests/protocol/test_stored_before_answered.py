@@ -1,4 +1,4 @@
-"""Answers are sent only after their changes are stored, so that a killed server revokes none."""
+"""Changes are stored before they are answered, so that a killed server loses no answered change."""
 
 from __future__ import annotations
 
@@ -111,7 +111,7 @@ async def test_conflict_is_answered_only_after_conflicting_change_is_stored(
         await answer_after_storage(gated_store, api.ack(stopped)),
         await answer_after_storage(gated_store, api.heartbeat(stopped)),
     ]
-    if api.dialect == "anthropic":  # only here is a second stop answered 409
+    if api.dialect == "anthropic":  # only this dialect answers a second stop with 409
         answers.append(
             await answer_after_storage(gated_store, api.stop(stopped, json={"force": True}))
         )

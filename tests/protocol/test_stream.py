@@ -69,7 +69,7 @@ async def open_stream(
         assert response.headers["Content-Type"] == "text/event-stream"
         assert response.headers["Cache-Control"] == "no-store"
         reader = StreamReader(response)
-        # A comment shows that the stream is open before the first event.
+        # A server-sent comment shows that the stream is open before the first event.
         assert (await reader.read_block()).startswith(":")
         yield reader
 
@@ -162,7 +162,7 @@ async def test_stream_of_client_that_does_not_read_is_cut_off(
         message = {"type": "user.message", "content": [{"type": "text", "text": text}]}
         for _ in range(20):  # 20 MB, more than all buffers between server and client hold
             assert (await send_events(qoder_api, session_id, message)).status == 200
-        # Only the connection that sent the messages is left.
+        # The server has closed the stream: only the connection that sent the messages is left.
         await wait_until(lambda: len(qoder_api.plane._connections) == 1)
         with pytest.raises(aiohttp.ClientError):
             await reader.response.content.read()

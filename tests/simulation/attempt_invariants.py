@@ -27,7 +27,7 @@ _NOTES: Final = frozenset({"workpool.attempt", "workpool.retries", _RELEASED, _E
 
 @dataclass(slots=True, eq=False, repr=False)
 class _ItemAttempt:
-    """One try of an item, as the history and the trace show it.
+    """One try to run an item: its leases and handler runs, from the history and the trace.
 
     Attributes:
         marked: The item had the release mark of this try when the try ended.
@@ -43,7 +43,7 @@ class _ItemAttempt:
 
 
 def attempts_are_counted(case: FinishedSimulation) -> Iterator[str]:
-    """8a. The attempt number of a run is 1 plus the number of earlier attempts without a mark.
+    """8a. A run's attempt number is 1 plus the number of earlier attempts without a release mark.
 
     A try without a handler run may or may not count, as may one whose number was refused. A pool
     that may not write notes counts its own tries only. If its child may write them, the child's
@@ -93,7 +93,7 @@ def lost_runs_are_counted(case: FinishedSimulation) -> Iterator[str]:
 
 
 def released_items_are_marked(case: FinishedSimulation) -> Iterator[str]:
-    """8b. A released item has the mark of a release, unless its pool had a fault.
+    """8b. A pool that releases an item writes a release mark, unless the pool had a fault.
 
     Before its first heartbeat, an item whose ack answered `active` may be another worker's, and a
     child does not own its item, so nothing can be written for it, and no handler has run. The mark
@@ -116,7 +116,7 @@ def released_items_are_marked(case: FinishedSimulation) -> Iterator[str]:
 
 
 def no_item_has_a_mark_and_an_error(case: FinishedSimulation) -> Iterator[str]:
-    """8c. No item has a release mark and an error, unless a write overtook an earlier one."""
+    """8c. No item has both a release mark and an error, unless writes arrived out of order."""
     for work_id in case.runs:
         calls = list_note_writes(case, work_id)
         if has_late_note_write(case, work_id) or calls != sorted(calls, key=_send_time):
@@ -159,7 +159,7 @@ def _add_lease_to_attempt(case: FinishedSimulation, one: _ItemAttempt, lease: Gr
 
 
 def list_note_writes(case: FinishedSimulation, work_id: str) -> list[SentCall]:
-    """Return the writes of the item's attempt, error and mark, in their order of arrival."""
+    """Return the writes of the item's attempt number, error and release mark, by arrival time."""
     found = [
         call
         for (_, of_item), calls in case.sent.items()
@@ -172,7 +172,7 @@ def list_note_writes(case: FinishedSimulation, work_id: str) -> list[SentCall]:
 
 
 def has_late_note_write(case: FinishedSimulation, work_id: str) -> bool:
-    """Return whether a slow network delivered a write after the end of its sender's lease."""
+    """Return whether a write to the item arrived after the end of its sender's lease."""
     for call in list_note_writes(case, work_id):
         lease = case.lease_at(call.node, work_id, call.at)
         if lease is None or call.arrives_at > lease.ended:

@@ -42,7 +42,7 @@ class ActiveAckOperations(Operations):
         )
 
     def ack_item(self, environment_id: str, work_id: str, worker_id: str | None = None) -> Item:
-        """Acknowledge an item, whoever sends the ack."""
+        """Acknowledge an item for any worker, even if another worker already holds it."""
         queue = self.get_queue(environment_id)
         item = queue.get_item(work_id)
         if item.state == ACTIVE:

@@ -62,7 +62,8 @@ def _describe_wrong_outcome(
 ) -> str | None:
     work_id = event.session.item.id
     if event.outcome in {"lease_lost", "released"} and case.has_unsettled_claim(node, work_id, at):
-        # Another worker may have sent the first heartbeat, or a drain gave the claim up.
+        # After an ack answered `active`, another worker may own the item, or a drain has ended the
+        # claim.
         return None
     lease = case.lease_at(node, work_id, at)
     if lease is None:
@@ -73,7 +74,7 @@ def _describe_wrong_outcome(
 
 
 def reported_losses_are_real(case: FinishedSimulation) -> Iterator[str]:
-    """7c. An item that a pool reports as lost to another worker is not owned by this pool."""
+    """7c. If a pool reports that another worker took its item, the pool no longer owns the item."""
     for node in case.trace.nodes:
         for at, event in node.events:
             if not isinstance(event, ItemReclaimed) or event.direction != "lost":
@@ -90,9 +91,10 @@ def reported_losses_are_real(case: FinishedSimulation) -> Iterator[str]:
 def _was_acked_again(
     case: FinishedSimulation, node: PoolProcess, lease: GrantedLease, at: float
 ) -> bool:
-    """Return whether the reported loss is about another ack of the item than that of `lease`.
+    """Return whether the reported loss belongs to another ack of the item than the one of `lease`.
 
-    The ack of a later delivery was refused, or an ack that was given up before was applied.
+    Either the ack of a later delivery was refused, or `lease` began with an ack that the pool had
+    already given up.
     """
     return any(
         call.answered_at == at or call.answered_at < lease.began <= call.arrives_at + 0.01
@@ -147,7 +149,7 @@ def _was_stopped_before(case: FinishedSimulation, lease: GrantedLease, at: float
 def _last_heartbeat_applied_at(
     case: FinishedSimulation, node: PoolProcess, lease: GrantedLease, at: float
 ) -> float:
-    """Return when the last successful heartbeat arrived; the pool knows no later state."""
+    """Return when the last answered heartbeat arrived: the pool knows no later lease state."""
     applied = [
         call.arrives_at
         for call in case.sent[node, lease.work_id]
@@ -163,7 +165,7 @@ def _describe_unexpected_outcome(
     run: HandlerRun | None,
     outcome: str,
 ) -> str | None:
-    """Describe how the outcome contradicts the handler's end; None if there was a fault."""
+    """Describe how the outcome contradicts the handler's end; None if a fault may be the cause."""
     if run is None or run.cancelled_at < FOREVER or case.had_fault_during_lease(node, lease):
         return None
     if min(lease.stop_requested, _foreign_stop_time(lease)) <= run.ended + 1:
@@ -227,7 +229,7 @@ def _add_event_counts(case: FinishedSimulation, seen: Counter[tuple[str, ...]]) 
 def _add_contradicted_counts(
     case: FinishedSimulation, node: PoolProcess, seen: Counter[tuple[str, ...]]
 ) -> None:
-    """Add the expected number of each kind of event that was reported more or less often."""
+    """Add each kind of event whose reported number is wrong to `seen`, with the expected number."""
     calls = [run for run in case.trace.runs if run.node is node and run.behaviour != "alone"]
     runs = sum(not run.again for run in calls)
     started = sum(isinstance(event, SessionStarted) for _, event in node.events)
@@ -281,7 +283,7 @@ def _list_event_count_bounds(
         if event.item.acknowledged_at or event.item.last_heartbeat
     )
     reclaims = [event.direction for event in events if isinstance(event, ItemReclaimed)]
-    # With a handler limit, an item is reported as gained when its session starts, or never.
+    # With a handler limit, a gained item is reported when its session starts, so perhaps never.
     least = gained if node.pool.max_sessions is None else 0
     yield "items gained", reclaims.count("gained"), least, gained
     conflicts = sum(isinstance(e, AckFinished) and e.result == "conflict" for e in events)

@@ -71,10 +71,10 @@ class GrantedLease:
 
 
 class ActiveClaim(NamedTuple):
-    """A claim whose ack was answered with the state `active`, which proves no ownership.
+    """A claim whose ack was answered `active`, which does not prove that the node owns the item.
 
     Attributes:
-        polled_at: The time at which the poll that delivered it was sent.
+        polled_at: The time at which the poll that delivered the item was sent.
         calls: The node's calls for the item from then on.
     """
 
@@ -141,7 +141,7 @@ class FinishedSimulation:
         return found
 
     def active_claim(self, node: PoolProcess, work_id: str, at: float) -> ActiveClaim | None:
-        """Return the node's last claim of the item at `at`, if its ack was answered `active`."""
+        """Return the node's claim of the item at time `at`, if its ack was answered `active`."""
         calls = self.sent.get((node, work_id), [])
         ack = max(
             (call for call in calls if call.op == "ack" and call.answered_at <= at),
@@ -162,12 +162,12 @@ class FinishedSimulation:
         return ActiveClaim(polled_at, [call for call in later if call.op != "ack"])
 
     def has_unsettled_claim(self, node: PoolProcess, work_id: str, at: float) -> bool:
-        """Return whether the node's claim at `at` is of an item that another worker may own."""
+        """Return whether another worker may own the item that the node has claimed at `at`."""
         claim = self.active_claim(node, work_id, at)
         return claim is not None and not claim.is_settled_by(at)
 
     def permission_denied_at(self, node: PoolProcess, op: str) -> float:
-        """Return when a call was first refused for the node's key; infinite if it never was."""
+        """Return when the call `op` was refused for the node's key; infinite if it is permitted."""
         answered = sorted(
             (call for call in self.trace.sent if call.node is node and call.op == op),
             key=lambda call: call.answered_at,
@@ -214,7 +214,7 @@ class FinishedSimulation:
                 call.fault is not None and call.effective_until >= since and call.at <= until
                 for call in self.sent[node, lease.work_id]
             )
-            # A pool with a worker's key reads items in the list.
+            # A pool with a worker's key reads items by list calls, so their faults count, too.
             or any(
                 call.op == "list" and call.node is node and call.fault is not None
                 for call in self.trace.sent
@@ -235,7 +235,7 @@ class FinishedSimulation:
         )
 
     def lease_was_ended_early(self, lease: GrantedLease) -> bool:
-        """Return whether the lease ended before its granted end."""
+        """Return whether the control plane ended the lease before the end that it had granted."""
         return any(
             work_id == lease.work_id and lease.began <= at <= lease.last_granted_end
             for at, work_id in self.trace.broken
@@ -253,8 +253,8 @@ def _build_leases(
             leases[-1].settled = record.state != ACTIVE
             continue
         if record.kind == "heartbeat" and leases and leases[-1].end_kind == "lapsed":
-            # If `poll_leases` is set, a poll leased the item again, and the worker that polled sent
-            # a first heartbeat.
+            # If `poll_leases` is set, a poll has begun a new lease without an ack, and this is the
+            # first heartbeat of that lease.
             leases.append(_lease_from_record(record))
             continue
         if not leases or leases[-1].end_kind is not None:

@@ -15,10 +15,10 @@ if TYPE_CHECKING:
 
 
 def nothing_is_sent_during_a_handoff(case: FinishedSimulation) -> Iterator[str]:
-    """3d. While a handler starts a child, no heartbeat is under way and nothing is sent."""
+    """3d. While a handler starts a child, the parent sends nothing and awaits no heartbeat."""
     for block in case.trace.handoff_blocks:
         until = min(block.left, block.entered + block.ttl / 2)
-        # A handler that is cancelled at the time of the handoff takes the item back at once.
+        # If the handler is cancelled as the handoff begins, the parent takes the item back at once.
         if block.left <= block.entered or block.node.was_paused(block.entered - 1, until):
             continue
         for call in case.sent[block.node, block.work_id]:
@@ -28,7 +28,7 @@ def nothing_is_sent_during_a_handoff(case: FinishedSimulation) -> Iterator[str]:
 
 
 def only_a_child_takes_an_item_over(case: FinishedSimulation) -> Iterator[str]:
-    """3e. Only a child takes an item over during a lease, and never from another child."""
+    """3e. During a lease, only a child may take over the item, and never from another child."""
     children = {node.worker_id for node in case.trace.nodes if node.child}
     for leases in case.leases.values():
         for one, two in pairwise(leases):
@@ -38,7 +38,7 @@ def only_a_child_takes_an_item_over(case: FinishedSimulation) -> Iterator[str]:
 
 
 def items_handed_off_are_left_alone(case: FinishedSimulation) -> Iterator[str]:
-    """3f. After a handoff the parent sends nothing but one heartbeat to take the item back."""
+    """3f. After a child took the item, the parent sends at most one heartbeat, to take it back."""
     for node, lease in case.all_leases():
         if lease.end_kind == "detached":
             yield from _check_calls_after_handoff(case, node, lease)
@@ -52,12 +52,12 @@ def _check_calls_after_handoff(
         if call.at <= lease.ended or case.lease_at(node, lease.work_id, call.at) is not lease:
             continue
         if case.has_unsettled_claim(node, lease.work_id, call.at):
-            continue  # The heartbeat belongs to a later claim of the same item.
+            continue  # This call belongs to a later claim of the same item.
         if call.op in {"stop", "update"}:
             yield f"{call} was sent for an item that a child owns"
         tries += call.op == "heartbeat" and call.fault is None
         tries -= call.op == "get" and (call.fault is not None or call.answer != "ok")
-    # A failed list allows one more try: a pool with a worker's key looks up the owner in the list.
+    # A pool with a worker's key looks up the owner in the list; a failed list allows another try.
     tries -= sum(
         call.node is node and call.op == "list" and call.fault is not None
         for call in case.trace.sent

@@ -159,7 +159,7 @@ def no_two_handlers_run_one_session(case: FinishedSimulation) -> Iterator[str]:
 
 
 def nothing_is_sent_without_the_lease(case: FinishedSimulation) -> Iterator[str]:
-    """3a. Heartbeats, stops and metadata are sent only during the lease, whatever happened."""
+    """3a. Heartbeats, stops and metadata are sent only during the lease, even after faults."""
     for call in case.trace.sent:
         if call.op not in WRITES or call.work_id is None:
             continue
@@ -176,7 +176,7 @@ def nothing_is_sent_without_the_lease(case: FinishedSimulation) -> Iterator[str]
 
 
 def _is_sent_under_unsettled_claim(case: FinishedSimulation, call: SentCall) -> bool:
-    """Return whether the call follows an ack answered `active`, before ownership is known."""
+    """Return whether the call follows an ack answered `active` while the owner is still unknown."""
     claim = case.active_claim(call.node, str(call.work_id), call.at)
     return (
         claim is not None
@@ -210,7 +210,7 @@ def unsettled_items_are_left_alone(case: FinishedSimulation) -> Iterator[str]:
 def _is_verifying_heartbeat(case: FinishedSimulation, lease: GrantedLease, call: SentCall) -> bool:
     """Return whether the call is the first heartbeat after a pause that the lease clock missed.
 
-    The heartbeat names the last one, so it cannot extend another worker's lease.
+    It names the previous heartbeat, so it cannot extend another worker's lease.
     """
     begun = any(
         each.op == "heartbeat" and each.answer == "ok" and lease.began < each.answered_at <= call.at
@@ -220,7 +220,7 @@ def _is_verifying_heartbeat(case: FinishedSimulation, lease: GrantedLease, call:
 
 
 def nothing_is_sent_after_a_known_loss(case: FinishedSimulation) -> Iterator[str]:
-    """3b. Nothing is sent after an answer that said that the item is stopped or lost."""
+    """3b. Nothing is sent for an item after an answer that reports that it is stopped or lost."""
     for (node, work_id), calls in case.sent.items():
         for lease in case.leases.get(work_id, ()):
             if lease.worker_id != node.worker_id:
@@ -265,8 +265,8 @@ def _known_loss_time(
                 for block in case.trace.handoff_blocks
             )
         )
-        # A heartbeat that got no connection was not sent, but the pool cannot know that. So a later
-        # 412 may be about that heartbeat.
+        # The pool cannot know that a heartbeat without a connection was not sent. So it may explain
+        # a later 412 by that heartbeat, instead of by a lost lease.
         delayed = any(
             delay.node is call.node
             and delay.work_id == call.work_id
@@ -282,7 +282,7 @@ def _known_loss_time(
 
 
 def stops_are_justified(case: FinishedSimulation) -> Iterator[str]:
-    """3c. A pool stops an item after its handler has ended, or after an operator's request."""
+    """3c. A pool stops an item only after its handler has ended or an operator has requested it."""
     for call in case.trace.sent:
         if call.op != "stop" or call.work_id is None:
             continue
@@ -340,7 +340,7 @@ def acknowledged_items_are_run(case: FinishedSimulation) -> Iterator[str]:
 def _heartbeat_answer_was_lost(
     case: FinishedSimulation, node: PoolProcess, lease: GrantedLease
 ) -> bool:
-    """Return whether the time for a first heartbeat ended before the answer that grants the lease.
+    """Return whether the pool gave up the first heartbeat before the answer that grants the lease.
 
     Where a poll leases, this happens without a fault: the time ends with the lease of the ack.
     """
@@ -353,7 +353,10 @@ def _heartbeat_answer_was_lost(
 
 
 def claims_and_runs_never_exceed_places(case: FinishedSimulation) -> Iterator[str]:
-    """5b. Polls or acks in flight plus running handlers never exceed the pool's places."""
+    """5b. Running handlers plus polls in flight, or plus acks in flight, never exceed the limit.
+
+    The limit is `concurrency` plus `prefetch` for polls, and `concurrency` for acks.
+    """
     for node in case.trace.nodes:
         calls = [call for call in case.trace.sent if call.node is node]
         runs = [run for run in case.trace.runs if run.node is node]
@@ -381,7 +384,7 @@ def handler_limit_is_never_exceeded(case: FinishedSimulation) -> Iterator[str]:
 
 
 def shared_slots_are_never_exceeded(case: FinishedSimulation) -> Iterator[str]:
-    """5f. Polls in flight plus runs of pools that share slots never exceed the shared slots."""
+    """5f. In pools that share slots, polls in flight plus runs never exceed the shared slots."""
     total = case.trace.shared_slots
     if total is None:
         return
@@ -400,7 +403,7 @@ def shared_slots_are_never_exceeded(case: FinishedSimulation) -> Iterator[str]:
 
 
 def _keeps_slots_until(node: PoolProcess) -> float:
-    """Return the time until which a pool certainly holds the slots of its runs."""
+    """Return when the pool drains, closes or crashes, which may free slots of polls and runs."""
     drain = FOREVER if node.drain is None else node.drain[0]
     return min(node.crashed, node.closed, drain)
 
@@ -431,10 +434,10 @@ def claims_never_exceed_exit_limit(case: FinishedSimulation) -> Iterator[str]:
 
 
 def nothing_is_claimed_during_a_pause(case: FinishedSimulation) -> Iterator[str]:
-    """5d. A paused pool takes no item until its last pause has ended."""
+    """5d. A pool receives no item while it is paused."""
     for node in case.trace.nodes:
         for number, (since, until) in enumerate(node.refrains):
-            # A later pause replaces an earlier one, and may end before the earlier one's end.
+            # A later pause replaces an earlier one, even if the later one ends sooner.
             end = min([until, *(start for start, _ in node.refrains[number + 1 :])])
             for at, event in node.events:
                 if isinstance(event, ItemReceived) and since < at < end - MARGIN_SECONDS:

@@ -168,8 +168,8 @@ class _MachineTimer(asyncio.TimerHandle):
 
     def _run(self) -> None:
         machine = self._machine
-        # A timer may fire early by the clock's resolution. Code that waits for the time `_when`
-        # would then wait again without end.
+        # A timer may fire early by the clock's resolution, so the time is moved on to `_when`.
+        # Otherwise code that waits for that time would wait again without end.
         self._loop.now = max(self._loop.now, self._when)
         if machine is None:
             super()._run()
@@ -259,7 +259,7 @@ class MachinesLoop(VirtualLoop):
     def run_in_executor(
         self, executor: Executor | None, func: Callable[[Unpack[Ts]], T], *args: *Ts
     ) -> asyncio.Future[T]:
-        """Call a function later; on the default executor never, as if users blocked its threads."""
+        """Call a function after a delay; on the default executor never: its threads are busy."""
         future: asyncio.Future[T] = self.create_future()
 
         def run_function() -> None:

@@ -323,7 +323,7 @@ class SimulatedClient(LocalClient):
     async def _wait_before_sending(
         self, op: str, fault: Fault, options: CallOptions, until: float
     ) -> None:
-        # No other call ran since `_fault_for_request` stored the item of this call.
+        # `_fault_for_request` stored the item of this call, and no other call has run since.
         work_id = self._work_id
         await super()._wait_before_sending(op, fault, options, until)
         await self._open_connection(op, work_id, options, until - _current_loop().time())
@@ -364,7 +364,7 @@ class SimulatedClient(LocalClient):
     async def _await_answer(
         self, endpoint: Endpoint[T], exchange: Coroutine[Any, Any, Reply], seconds: float
     ) -> T:
-        # No other call ran since `_record_sent_call` stored the record of this call.
+        # `_record_sent_call` stored the record of this call, and no other call has run since.
         sent = self._sent
         answer: str | int | None = None
         try:

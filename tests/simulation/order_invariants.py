@@ -78,7 +78,7 @@ def _find_overtaking_claims(
 
 
 def acks_do_not_wait_for_permits(case: FinishedSimulation) -> Iterator[str]:
-    """9b. An item with a slot is acknowledged at once: its permit was acquired before the poll."""
+    """9b. An item with a slot is acknowledged at once: its ack permit precedes the poll."""
     for node in case.trace.nodes:
         if not node.claim_permits:
             continue
@@ -139,7 +139,7 @@ def _find_early_claims(
 ) -> Iterator[str]:
     """Yield the claims that came during the pause after quick failures of one handler.
 
-    A limit of sessions has one handler for both kinds of items.
+    A pool with `max_sessions` has one handler for items with and without retries.
     """
     failed: set[str] = set()
     resume_at, pause = 0.0, 0.0
@@ -233,7 +233,7 @@ def one_heartbeat_at_a_time(case: FinishedSimulation) -> Iterator[str]:
     for (node, work_id), calls in case.sent.items():
         heartbeats = [call for call in calls if call.op == "heartbeat"]
         for one, two in pairwise(heartbeats):
-            # A heartbeat of an earlier lease may still be in flight, since its answer is not used.
+            # A heartbeat of an earlier lease may still be in flight; its answer is ignored.
             again = case.lease_at(node, work_id, one.at) is not case.lease_at(node, work_id, two.at)
             if two.at < one.answered_at and not again:
                 yield f"{two} was sent while {one} was under way"
@@ -296,7 +296,7 @@ def _waited_for_connection(case: FinishedSimulation, call: SentCall, since: floa
 
 
 def _repeats_unanswered_call(case: FinishedSimulation, call: SentCall, since: float) -> bool:
-    """Return whether the call waited before `since`, or repeats a call that got no answer."""
+    """Return whether the call waited to be sent before `since`, or repeats an unanswered call."""
     waited = any(
         delay.node is call.node
         and (delay.op, delay.work_id) == (call.op, call.work_id)
@@ -327,11 +327,11 @@ def clients_stay_on_their_loop(case: FinishedSimulation) -> Iterator[str]:
 
 
 def completions_are_tried_while_the_lease_is_held(case: FinishedSimulation) -> Iterator[str]:
-    """9l. A completion is given up only shortly before the end of the lease that the pool knows."""
+    """9l. A completion is given up only shortly before the lease ends by the pool's own count."""
     for node in case.trace.nodes:
         leaving = 0.0 if node.error is not None else node.drain[0] if node.drain else FOREVER
         for at, event in node.events:
-            # A pool that reaches its exit limits drains without an action of the schedule.
+            # The exit limits begin a drain without an action of the schedule, so the event counts.
             if isinstance(event, DrainStarted):
                 leaving = min(leaving, at)
             if not isinstance(event, SessionFinished) or event.outcome != "released":
@@ -349,7 +349,7 @@ def completions_are_tried_while_the_lease_is_held(case: FinishedSimulation) -> I
 
 
 def _known_lease_end(case: FinishedSimulation, node: PoolProcess, work_id: str, at: float) -> float:
-    """Return the end of the lease by the pool's count from its last answered heartbeat."""
+    """Return when the lease ends by the pool's own count, from its last answered heartbeat."""
     decided = [
         _send_decided_at(case, call)
         for call in case.sent[node, work_id]

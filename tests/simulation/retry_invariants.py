@@ -22,7 +22,7 @@ _RETRIES: Final = "workpool.retries"
 
 
 def failed_calls_are_repeated(case: FinishedSimulation) -> Iterator[str]:
-    """11a. After an error the handler is called again under the same lease, within its delay."""
+    """11a. After an error the handler is called again during the lease, within the retry delay."""
     for node, lease in case.all_leases():
         runs = _list_handler_calls(case, node, lease)
         for number, (run, following) in enumerate(pairwise([*runs, None])):

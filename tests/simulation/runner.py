@@ -56,7 +56,7 @@ def simulate_schedule(schedule: Schedule) -> tuple[FinishedSimulation, list[str]
 def run_seeded_simulation(
     main: Callable[[], Coroutine[Any, Any, T]], seed: int, plugins: tuple[object, ...]
 ) -> T:
-    """Run `main()`, which simulates pools with these plugins, with a seeded random generator."""
+    """Run the simulation `main()` of pools with these plugins, with a seeded random generator."""
     state, disabled = random.getstate(), logging.root.manager.disable
     random.seed(seed)
     logging.disable(logging.CRITICAL)
@@ -70,7 +70,7 @@ def run_seeded_simulation(
 
 
 def simulate_seeds(seeds: Iterable[int], until: float = float("inf")) -> SimulationReport:
-    """Simulate these seeds in this process, as long as `time.monotonic()` is below `until`."""
+    """Simulate these seeds in this process, until `time.monotonic()` reaches `until`."""
     report = SimulationReport()
     for seed in iterate_with_rare_garbage_collection(seeds):
         if time.monotonic() >= until:
@@ -157,7 +157,7 @@ def _cached_series(metric: Any, *rest: Any) -> observer._MetricSeries:
 
 @contextmanager
 def _cache_pool_start(given: tuple[object, ...]) -> Iterator[None]:
-    """Cache results that every pool start would compute again: 90 % of the CPU time of a start."""
+    """Cache the plugins, hooks and metric series that pool starts share: 90 % of their CPU time."""
     plugins, hooks = _preloaded_plugins(given)
     replaced = [
         (registry, "load", lambda *_: plugins),

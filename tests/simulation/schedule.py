@@ -186,7 +186,7 @@ def _draw_with_own_slots(random: Random, seed: int) -> Schedule:
 
 
 def _add_shared_slots(schedule: Schedule, random: Random) -> Schedule:
-    """Let the pools of some schedules share slots, of which there may be only one for each pool."""
+    """Let the pools of some schedules share slots: at least one slot for each pool."""
     if random.random() >= SHARED_SLOTS_SHARE:
         return schedule
     pools = [
@@ -217,7 +217,7 @@ def _draw_interruption(work: Action, random: Random) -> Action:
 
 
 def _draw_retry_behaviour(action: Action, random: Random) -> Action:
-    """Return new work with the behaviour `retry` with a chance of one half, else the action."""
+    """Return the action, which gets the behaviour `retry` in one half of the cases of new work."""
     chosen = action.kind == "work" and random.random() < 0.5
     return replace(action, behaviour="retry") if chosen else action
 

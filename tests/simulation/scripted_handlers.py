@@ -100,7 +100,7 @@ class SimulatedHandlers:
         now: Callable[[], float],
         start_child: Callable[[PoolProcess, HandedLease, float], None],
     ) -> None:
-        """`start_child(node, lease, delay)` starts a child process for a lease after `delay`."""
+        """Create the handlers; `start_child(node, lease, delay)` starts a child after `delay`."""
         self.healed = False
         self._start_child = start_child
         self._trace = trace
@@ -174,7 +174,7 @@ class SimulatedHandlers:
     async def _run_retry(
         self, session: Session, _run: HandlerRun, seconds: float, _first: bool
     ) -> Any:
-        """Fail in the first calls, whose number depends on the duration of the work."""
+        """Fail in the first calls; the duration of the work determines their number."""
         failures = round(seconds * 1000) % (RETRY.times + 2)
         await asyncio.sleep(min(seconds, RETRY_SECONDS))
         if session.retry < failures:
@@ -223,7 +223,7 @@ class SimulatedHandlers:
         while self._now() < min(until, run.cancelled_at + STUBBORN_SECONDS):
             try:
                 await asyncio.sleep(1)
-            except asyncio.CancelledError:  # a faulty handler: cancellations must not be swallowed
+            except asyncio.CancelledError:  # a faulty handler, which swallows its cancellation
                 self._record_first_cancellation(run)
         return {"done": "at last"}
 
@@ -232,7 +232,7 @@ class SimulatedHandlers:
     ) -> Any:
         try:
             await asyncio.sleep(seconds)
-        except asyncio.CancelledError:  # a faulty handler: cancellations must not be swallowed
+        except asyncio.CancelledError:  # a faulty handler, which swallows its cancellation
             self._record_first_cancellation(run)
             await asyncio.sleep(SWALLOW_SECONDS)
         return {"done": "at last"}
@@ -243,7 +243,7 @@ class SimulatedHandlers:
         """Return at the moment at which the session time-out, if any, cancels the handler."""
         try:
             await asyncio.sleep(self._node.pool.session_timeout or seconds)
-        except asyncio.CancelledError:  # a faulty handler: cancellations must not be swallowed
+        except asyncio.CancelledError:  # a faulty handler, which swallows its cancellation
             self._record_first_cancellation(run)
         return {"done": "in time"}
 

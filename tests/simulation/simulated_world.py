@@ -320,7 +320,7 @@ class SimulatedWorld:
             queue = self.operations.get_queue(ENVIRONMENT)
             item = queue.get_item(work_id)
             now = int((START + self.loop.now) * SECOND)
-            # A lease does not expire in the second of its ack: pools distinguish owners by
+            # Expire no lease in the second of its ack: pools distinguish owners by
             # `acknowledged_at`, which has whole seconds.
             if item.lease_end is not None and now // SECOND > (item.acknowledged_at or 0) // SECOND:
                 self.trace.broken.append((self.loop.now, work_id))

@@ -181,7 +181,7 @@ async def test_stop_request_in_answer_to_first_heartbeat_is_reported() -> None:
 
 @in_virtual_time
 async def test_lease_claimed_after_machine_pause_is_not_in_doubt() -> None:
-    """Formerly the first write of a later session noticed the pause, and then had to wait."""
+    """Formerly the session's first write noticed the earlier pause, and waited for a heartbeat."""
     script = Script()
     bench = PoolTestbed(script)
     async with bench.supervisor:
@@ -229,7 +229,7 @@ async def test_handoff_after_machine_pause_verifies_lease_and_succeeds() -> None
 
 @in_virtual_time
 async def test_first_heartbeat_after_machine_pause_is_not_sent() -> None:
-    """A first heartbeat expects no earlier one, so it could extend the lease of another worker."""
+    """A first heartbeat names no earlier one, so it could extend the lease of another worker."""
     script = Script(heartbeat=[Fault(wait=3)])
     bench = PoolTestbed(script, drain_timeout=0)
     async with bench.supervisor:
@@ -300,7 +300,7 @@ async def test_heartbeat_answered_after_machine_pause_is_followed_by_another_at_
 
 
 class LenientStoppingOperations(Operations):
-    """Operations that answer each heartbeat of a `stopping` item, as the anthropic dialect does."""
+    """Operations that accept any heartbeat of a `stopping` item, as the anthropic dialect does."""
 
     def heartbeat(self, *values: Any, **named: Any) -> Item:
         return super().heartbeat(*values, **named | {"compare_on_stop": False})
@@ -400,10 +400,10 @@ async def work_for_five_seconds(_: Session) -> dict[str, str]:
 
 @in_virtual_time
 async def test_completion_is_retried_until_shortly_before_end_of_lease() -> None:
-    """Formerly an invariant counted the lease from the heartbeat's bytes and reported an early end.
+    """Formerly an invariant counted the lease from the send time, and so reported an early end.
 
-    A pool counts from before the wait for a connection, here a wait in which the machine slept.
-    That is safe, and the next heartbeat follows at once; but here that one has no answer.
+    A pool counts the lease from the time before it waits for a connection, and here the machine
+    sleeps during that wait. The next heartbeat follows at once, but here it gets no answer.
     """
     silence = Fault(answer="silence", applied=False)
     script = Script(heartbeat=[None, Fault(wait=1), *[silence] * 20], update=[silence] * 40)
@@ -455,7 +455,7 @@ async def hand_off_to_nobody(session: Session) -> None:
 
 @in_virtual_time
 async def test_handoff_of_abandoned_session_does_not_delay_end_of_pool() -> None:
-    """Formerly the handoff waited for a heartbeat that was not sent, and the renewer did not
+    """Formerly the handoff waited for a heartbeat that was never sent, so the lease renewer did not
     end.
     """
     silence = Fault(answer="silence", applied=False)

@@ -69,7 +69,7 @@ class SentCall:
 
 @dataclass(slots=True, eq=False, repr=False)
 class DelayedCall:
-    """A call that waited on its own machine before the lease was checked, and may not be sent.
+    """A call that waited in its client before the lease check, and may never have been sent.
 
     Attributes:
         op: The operation; empty if the client does not know it.

@@ -71,7 +71,7 @@ class FleetReport(NamedTuple):
 
 
 def fleet_schedule_for_seed(seed: int, without: Without = DOCUMENTED) -> FleetSchedule:
-    """Return a seed's fleet schedule, which may leave out some documented settings."""
+    """Return the fleet schedule of a seed; `without` names documented settings to leave out."""
     return draw_fleet_schedule(seed, random.Random(seed), without)
 
 

@@ -179,7 +179,8 @@ def _draw_fleet_settings(random: Random) -> FleetSettings:
     minimum = random.choice((0, 0, 1, 2))
     concurrency = random.choice((1, 2, 2, 3))
     metric = random.choice(METRICS)
-    if metric == "busy_slots":  # workers report this metric, so it has no value without a worker
+    if metric == "busy_slots":
+        # Workers report this metric, so at least one worker must always run.
         minimum = max(1, minimum)
     down = ScalingRules(random.choice(WINDOW_SECONDS), (ONE_PER_MINUTE,))
     rules = AutoscalerSpec(

@@ -189,7 +189,7 @@ class FleetWorld(SimulatedWorld):
             await self._reader.read_loads_until_cancelled()
 
     def _read_metric(self) -> float | None:
-        """Return the metric that the autoscaler reads from `/scale`; None for its answer 503."""
+        """Return the metric that the autoscaler reads from `/scale`; None if the answer is 503."""
         load = None if self._reader is None else self._reader.last_load
         if load is None:
             return None

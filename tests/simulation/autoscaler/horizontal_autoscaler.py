@@ -83,7 +83,7 @@ class HorizontalAutoscaler:
         """
         rules = self._rules
         if replicas == 0 and rules.minimum != 0:
-            return 0  # a number of 0 deactivates the autoscaler
+            return 0  # with 0 replicas, Kubernetes switches the autoscaler off
         if not rules.minimum <= replicas <= rules.maximum:
             desired = min(rules.maximum, max(rules.minimum, replicas))
         elif metric is None:
@@ -98,7 +98,7 @@ class HorizontalAutoscaler:
         return desired
 
     def _stabilize_recommendation(self, now: float, replicas: int, wanted: int) -> int:
-        """Limit the number by the recommendations in both windows, and record `wanted`."""
+        """Limit the number by the recommendations in the stabilization windows; record `wanted`."""
         up, down = self._rules.up.window, self._rules.down.window
         lowest = min([wanted, *(each for at, each in self._recommended if at > now - up)])
         highest = max([wanted, *(each for at, each in self._recommended if at > now - down)])
@@ -107,7 +107,7 @@ class HorizontalAutoscaler:
         return min(max(replicas, lowest), highest)
 
     def _limit_change(self, now: float, replicas: int, desired: int) -> int:
-        """Limit the number by the minimum, the maximum and the policies."""
+        """Limit the number by the minimum, the maximum and the scaling policies."""
         rules = self._rules
         if desired > replicas:
             allowed = max(
