@@ -169,7 +169,7 @@ async def _check_control_plane(settings: Settings) -> list[CheckResult]:
         started = time.monotonic()
         error: ControlPlaneError | None = None
         try:
-            # The check lists items, because some credentials may do that and not read statistics.
+            # List items, because some credentials may list items but not read statistics.
             async for _ in client.list(limit=1):
                 pass
         except ControlPlaneError as failure:
@@ -199,7 +199,7 @@ def clock_result(date: str, now: datetime, seconds: float) -> CheckResult:
     except (TypeError, ValueError):
         return CheckResult("clock", "warn", "the control plane sends no date that can be read")
     # A `Date` header is cut to whole seconds and up to `seconds` old, so a correct clock is ahead
-    # of it by 0 to 1 + `seconds`. Only the distance from this interval is an error of the clock.
+    # of it by 0 to 1 + `seconds`. Only the distance from this interval shows a wrong clock.
     off = max(0.0, abs(skew - 0.5 - seconds / 2) - 0.5 - seconds / 2)
     if off <= SKEW_SECONDS:
         return CheckResult("clock", "ok", f"within {SKEW_SECONDS:.0f} s of the control plane's")

@@ -87,7 +87,7 @@ class LazyCommandGroup(TyperGroup):
         return [entry.name for entry in ENTRIES]
 
     def get_command(self, ctx: Any, cmd_name: str) -> Any:
-        """Return a command; for a list of commands, return a command that has only a summary."""
+        """Return the command of this name; for a list of commands, only a stub with its summary."""
         del ctx
         for entry in ENTRIES:
             if entry.name == cmd_name:

@@ -134,7 +134,7 @@ def _send_to_chosen_worker(
 
 
 def _choose_worker(path: Path | None, pid: int | None, environment_id: str | None) -> Path:
-    """Return the socket of the only worker that the flags match; otherwise end the command."""
+    """Return the socket of the only worker that matches the flags; otherwise end the command."""
     wanted = {"pid": pid, "environment_id": environment_id}
     asked = {} if environment_id is None else {"environment_id": environment_id}
     paths = [path] if path is not None else _find_sockets()

@@ -61,7 +61,7 @@ def socket_directories() -> list[Path]:
 
 
 def is_private_directory(directory: Path) -> bool:
-    """Return whether this is a directory (no link) that only this user can read or change."""
+    """Return whether the path is a directory, not a link, that only this user can access."""
     try:
         found = directory.lstat()
     except OSError:
@@ -80,7 +80,7 @@ def peer_user_id(connection: socket.socket) -> int | None:
 
 
 class ControlSocket:
-    """The control socket of one worker, created by the constructor and removed with the context.
+    """The control socket of one worker. The constructor creates it; leaving the context removes it.
 
     Args:
         setting: The path; None: a new path in a directory of this user; `off`: no socket.
@@ -150,7 +150,7 @@ class ControlSocket:
                 log.warning("control socket cannot accept: %s", problem, extra={"error": problem})
                 await asyncio.sleep(ACCEPT_SECONDS)
                 continue
-            with connection, contextlib.suppress(OSError):  # clients may disconnect at any time
+            with connection, contextlib.suppress(OSError):  # the client may disconnect early
                 async with asyncio.timeout(REQUEST_SECONDS):
                     await _answer_request(connection, pool, self.environments)
 
@@ -163,7 +163,7 @@ class ControlSocket:
             try:
                 listener.bind(str(path))
                 path.chmod(0o600)
-                # The mode is set before `listen`, from which on clients can connect.
+                # The mode must be set before `listen`, because clients can connect from then on.
                 listener.listen(BACKLOG)
                 listener.setblocking(False)
             except BaseException:
@@ -187,7 +187,7 @@ def _usable_socket_directory() -> Path:
             if is_private_directory(directory) and os.access(directory, os.W_OK):
                 with _locked_directory(directory):
                     for path in directory.glob(f"*{SUFFIX}"):
-                        with contextlib.suppress(OSError):  # a running worker's socket stays
+                        with contextlib.suppress(OSError):  # keep the socket of a running worker
                             _remove_dead_socket(path)
                 return directory
     raise OSError(errno.EACCES, "no directory of this user can be used")
@@ -260,8 +260,8 @@ async def _answer_request(
         answer = {"error": "the request is not JSON"}
     except ValueError as error:
         answer = {"error": str(error)}
-    # Nothing is awaited between the action and the answer: after a drain of an idle pool, the
-    # process may end before the next step of this task.
+    # Send the answer without an `await` in between: after a drain of an idle pool, the process may
+    # end before this task runs again.
     await loop.sock_sendall(connection, orjson.dumps(answer) + b"\n")
 
 
@@ -302,9 +302,9 @@ def _execute_request(
 
 
 def _pause_unless_paused(members: Collection[ControllablePool], pool: ControllablePool) -> None:
-    """Pause all members, or the pool if there are none; an existing pause keeps its reason."""
+    """Pause `members`, or `pool` if there are none. Skip paused ones, to keep their reasons."""
     for each in members or (pool,):
-        # `Status.paused` is also true while a plugin refuses to claim items.
+        # `Status.paused` does not suffice: it is also true while a plugin refuses to claim items.
         if not any(reason.startswith("paused: ") for reason in each.status().reasons):
             each.pause(PAUSE_REASON)
 

@@ -39,7 +39,7 @@ RETRY_SECONDS: Final = 60.0
 
 
 class GroupMember:
-    """One environment of the process, with a new supervisor for each start.
+    """One environment of the process; each start of it creates a new supervisor.
 
     Attributes:
         settings: The settings of the environment.
@@ -243,7 +243,7 @@ class EnvironmentGroup:
         return self._exporter.url if self._exporter else None
 
     def live_status(self, show_ids: bool) -> dict[str, Any]:
-        """Return the data that the live page shows. May be called on any thread."""
+        """Return the data for the worker's page in a browser. May be called on any thread."""
         from workpool.pool.live_status import merged_status, read_counts  # noqa: PLC0415 - rarely needed
 
         counts = read_counts(self._registry)
@@ -264,7 +264,7 @@ class EnvironmentGroup:
                 break
             self._log_failure(one, one.error)
             if isinstance(one.error, SettingsError | PluginError) and not one.opened:
-                self.request_drain()  # another start with these settings would fail again
+                self.request_drain()  # with these settings, every start would fail
             if until_empty or not await self._wait_to_restart(one):
                 break
         one.ended = True
@@ -272,7 +272,7 @@ class EnvironmentGroup:
         self._wake_waiters()
 
     async def _keep_services_open(self) -> None:
-        """Open the services once all environments have started, and close them after the last."""
+        """Open the services once all environments have started; close them once all have ended."""
         while not all(each.opened or each.ended or each.error for each in self.environments):
             await self._changed.wait()
         async with ServiceThread(self.renewer_services):
@@ -281,7 +281,7 @@ class EnvironmentGroup:
 
     @asynccontextmanager
     async def _marking_opened(self, environment_id: str | None) -> AsyncIterator[None]:
-        """Mark an environment as opened, on the thread of the environment's lease renewer."""
+        """Mark an environment as opened when its lease renewer enters this context."""
         self._loop.call_soon_threadsafe(self._mark_opened, str(environment_id))
         yield
 
@@ -338,7 +338,7 @@ class EnvironmentGroup:
         and the others go on. The process ends if that drain takes longer than the shortest lease
         allows. Called on the thread of the lease renewer.
         """
-        if supervisor.status().error is None:  # no error: the loop is blocked
+        if supervisor.status().error is None:  # no error, so the loop is blocked
             self._end_process()
             return
         seconds = exits.FAILED_SECONDS
@@ -359,7 +359,7 @@ class EnvironmentGroup:
             self.on_blocked()
 
     def _new_exporter(self) -> Exporter | None:
-        """Return the exporter, which calls methods of this group on its own threads."""
+        """Create the exporter, whose threads call methods of this group; None if it is off."""
         address = self._process.metrics_address
         if address is None:
             return None
@@ -377,7 +377,7 @@ class EnvironmentGroup:
         return exporter
 
     def _health_problems(self) -> list[str]:
-        # An environment that failed is not counted: restarting the process would not repair it, and
+        # Leave out environments that failed: a restart of the process would not repair them, and
         # would interrupt the other environments.
         reasons = (each.supervisor.unhealthy() for each in self.environments if each.running)
         return list(dict.fromkeys(reason for each in reasons for reason in each))

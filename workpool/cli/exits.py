@@ -66,7 +66,7 @@ _REFUSED_SETTINGS: Final[Mapping[int, tuple[str, ...]]] = {
 
 
 def line_with_advice(line: str, error: Exception, settings: Settings) -> str:
-    """Return an error line with advice and with the sources of the settings that it concerns."""
+    """Return an error line with advice, and with the sources of the settings behind the error."""
     names: tuple[str, ...] = ("metrics_listen",) if isinstance(error, ListenError) else ()
     if isinstance(error, RefusedError) and (advice := ADVICE.get(error.status or 0)):
         line = f"{line}; {advice}"
@@ -77,7 +77,7 @@ def line_with_advice(line: str, error: Exception, settings: Settings) -> str:
 
 
 def exit_status_of(error: WorkpoolError | ServeError) -> int:
-    """Return the exit status of a command that an error ends."""
+    """Return the exit status for a command that ends with this error."""
     if isinstance(error, ControlPlaneError):
         return REFUSED if error.status in _REFUSALS else FAILED
     if isinstance(error, StoreError):
@@ -155,7 +155,7 @@ def end_process_after(seconds: float, status: int) -> None:
 
 
 def end_process_despite_threads(seconds: float, status: int) -> None:
-    """Bound the end of the process: end it after `seconds` if threads still run then.
+    """End the process after `seconds` if threads other than daemons still run then.
 
     The interpreter waits without a bound for each thread that is not a daemon. The log names the
     abandoned threads.

@@ -48,7 +48,7 @@ def flag_name(setting: str) -> str:
 
 
 def _setting_option(setting: str) -> Any:
-    """Return the Typer option of a setting, with its description and its variable."""
+    """Return the Typer option of a setting; its help names the environment variable."""
     return typer.Option(
         flag_name(setting),
         metavar=METAVARS.get(setting, "SECONDS"),
@@ -139,7 +139,7 @@ def _given_flags(flags: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def with_setting_flags(command: Callable[..., None]) -> Callable[..., None]:
-    """Add a flag for each setting to a command, which gets their values as the mapping `flags`."""
+    """Add a flag for each setting to a command, and pass it the values as the mapping `flags`."""
     names = [name for name in DESCRIPTIONS if name not in WITHOUT_FLAG]
     flags = [
         inspect.Parameter(

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 
 class FleetReaders:
-    """The readers of a fleet whose workers work for all of its environments.
+    """One `FleetReader` for each environment of a fleet; each worker works for all of these.
 
     Args:
         readers: The reader of each environment, by its id.
@@ -39,7 +39,7 @@ class FleetReaders:
         }
 
     def total_numbers(self) -> dict[str, float] | None:
-        """Return the numbers of all environments together; None if those of one are unknown.
+        """Return the numbers of all environments together; None if any of them has no load.
 
         The recommendation suffices for all items together, and for the items of each environment.
         May be called on any thread.

@@ -119,7 +119,7 @@ class FleetReader:
         stats: QueueStats | None = None
         try:
             stats = await self._client.stats()
-        except RefusedError as error:  # many credentials may list items only
+        except RefusedError as error:  # many credentials cannot read statistics
             refusal = error
         if stats is not None and stats.running is not None:
             return FleetLoad(
@@ -142,13 +142,13 @@ class FleetReader:
 
 
 def combined_load(stats: QueueStats | None, count: ItemCount) -> FleetLoad:
-    """Combine the statistics, which lack the running items, with the items counted in the list."""
+    """Return the load: the list of items gives the running items, which the statistics lack."""
     if stats is None:
         oldest = _seconds_since(count.oldest_queued_at)
         return FleetLoad(count.queued, 0, count.running, oldest, lower_bound=not count.complete)
     pending = stats.pending
     if count.complete:
-        # Some control planes report running items as pending too, which would count twice.
+        # Some control planes report running items as pending too; these would count twice.
         pending = min(pending, max(0, count.queued - stats.depth))
     oldest = _seconds_since(stats.oldest_queued_at)
     return FleetLoad(stats.depth, pending, count.running, oldest, lower_bound=not count.complete)

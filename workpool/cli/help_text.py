@@ -2,8 +2,8 @@
 
 from typing import Any, Final
 
-# Rich would take as long to import as all of aiohttp. Its tracebacks show local variables, which
-# may be tokens.
+# Do without Rich: its import would take as long as that of aiohttp, and its tracebacks show local
+# variables, which may be tokens.
 PLAIN: Final[dict[str, Any]] = {"rich_markup_mode": None, "pretty_exceptions_enable": False}
 """The keyword arguments of each `typer.Typer`."""
 

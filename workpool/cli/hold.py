@@ -1,4 +1,4 @@
-"""`workpool hold`: run a program in a child process, and extend the lease that it was handed.
+"""`workpool hold`: run a program as a session, and extend the lease that a handler handed off.
 
 The process outlives its parent: it has an operating system session of its own, and the end of the
 parent's terminal does not end it. See workpool/docs/handlers.md, "Handing a session off".
@@ -47,7 +47,7 @@ EXAMPLES: Final = examples_section(
 
 
 class _ParentSettings(FlagSettings):
-    """The settings of the parent, without the tables of its plugins."""
+    """The settings of the process that handed the lease off, without the tables for plugins."""
 
     names: ClassVar = {"lease_ttl": "--ttl"}
 
@@ -101,8 +101,8 @@ def hold(
     inside `session.handover()`. The command needs the variables of `lease.variables` and a token. A
     stop request and SIGTERM are passed on to the program.
     """
-    # Only options of this command read these variables: the settings would refuse them as unknown,
-    # and the program must not get them.
+    # Remove the variables that only options of this command read: the settings would refuse them as
+    # unknown, and the program must not get them.
     for name in (WORK_ID, LAST_HEARTBEAT, TTL, SESSION_ID):
         os.environ.pop(name, None)
     with exits.exit_on_error():
@@ -147,7 +147,7 @@ def hold(
 
 
 def item_token_variables(settings: Settings) -> dict[str, str]:
-    """Return the variables with which the program can call the session with the item's token."""
+    """Return the variables that let the program call the session's API with the item's token."""
     return {
         "WORKPOOL_BASE_URL": settings.base_url,
         "WORKPOOL_DIALECT": settings.dialect,
@@ -156,9 +156,9 @@ def item_token_variables(settings: Settings) -> dict[str, str]:
 
 
 def _leave_parent_session() -> None:
-    """Start an operating system session, so that signals to the parent's group do not arrive."""
+    """Leave the parent's process group, so that signals to the group do not reach this process."""
     if hasattr(os, "setsid"):
         with contextlib.suppress(PermissionError):  # the process already leads its own group
             os.setsid()
-        # A function ignores the signal, because the program would inherit SIG_IGN.
+        # Ignore SIGHUP with a function: the program would inherit SIG_IGN, but not a function.
         signal.signal(signal.SIGHUP, lambda *_: None)

@@ -38,7 +38,7 @@ class ProgramFailed(WorkpoolError):
 
 
 class ProgramPlugin:
-    """A plugin whose handler runs a program, and which stores the outcome of the session.
+    """A plugin that runs a program as its handler and stores the outcome of the session.
 
     Args:
         argv: The program and its arguments.
@@ -84,7 +84,7 @@ class ProgramPlugin:
                 try:
                     await asyncio.wait({ended})
                 except asyncio.CancelledError:
-                    # A lost lease cancels the handler without a stop request to the program.
+                    # A lost lease cancels the handler at once, so SIGTERM has not been sent yet.
                     if not asking.done():
                         _send_signal(number, signal.SIGTERM)
                         await asyncio.wait({ended}, timeout=LOST_SECONDS)
@@ -102,7 +102,7 @@ class ProgramPlugin:
 
 
 async def _terminate_when_interrupted(session: Session, group: int) -> None:
-    """Send SIGTERM when the session is interrupted; the pool bounds the time of the clean-up."""
+    """Send SIGTERM when the session is interrupted; the pool limits the time until SIGKILL."""
     await session.interrupted()
     _send_signal(group, signal.SIGTERM)
 
@@ -142,7 +142,7 @@ def _send_signal(group: int, number: signal.Signals) -> None:
 
 
 def _program_environment(session: Session) -> dict[str, str]:
-    """Return the variables of the program: no settings and credentials, and the session's ids."""
+    """Return the variables of this process without settings and credentials, plus the ids."""
     env = {
         name: value
         for name, value in os.environ.items()

@@ -1,4 +1,4 @@
-"""Counts unfinished items in the list, since some control planes do not report their number.
+"""Counts unfinished items in the list, since some control planes do not report the number.
 
 Reads a bounded number of pages each time. See workpool/docs/operating.md, "`workpool scale`".
 """
@@ -77,7 +77,8 @@ class ItemCounter:
         if self._after is not None:
             try:
                 return await self._find_items(self._after)
-            # The last skipped item was deleted, or the control plane does not know `after_id`.
+            # Read the whole list: the last skipped item was deleted, or the control plane does not
+            # know `after_id`.
             except RefusedError:
                 self._after = None
         return await self._find_items()
@@ -87,8 +88,8 @@ class ItemCounter:
 
     def _skip_stopped_items(self, items: Sequence[WorkItem]) -> None:
         """Let later counts skip the stopped items before the first unfinished item."""
-        # A short list could be in order of creation by chance. New items could then come before the
-        # skipped items, and would never be counted.
+        # Skip items only in a long list: a short one could be in order of creation by chance, and
+        # new items that come before the skipped ones would never be counted.
         if len(items) >= LIST_LIMIT_MAX and _in_order_of_creation(items):
             stopped = next((n for n, item in enumerate(items) if item.state != STOPPED), len(items))
             if stopped:

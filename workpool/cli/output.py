@@ -17,8 +17,8 @@ def print_json(value: object) -> None:
     """Print a value as JSON, with times in UTC."""
     option = orjson.OPT_UTC_Z | orjson.OPT_INDENT_2
     text = orjson.dumps(value, default=dict, option=option).decode()
-    # Strings from the control plane must not control the terminal. Only the indentation of orjson
-    # adds line ends, so each line can be escaped alone.
+    # Escape control characters: a string from the control plane could change the terminal. All line
+    # ends in the text are orjson's own, so each line can be escaped alone.
     typer.echo("\n".join(map(_escape_unprintable, text.split("\n"))))
 
 
@@ -53,7 +53,7 @@ def print_pairs(pairs: Mapping[str, object]) -> None:
 
 def protocol_fields(thing: WorkItem | QueueStats) -> dict[str, Any]:
     """Return the fields of an item or of statistics by the names that the protocol gives them."""
-    # `last_heartbeat` repeats `latest_heartbeat_at`, and a token is never shown.
+    # Hide the duplicate of `latest_heartbeat_at`, and the token, which must not be printed.
     hidden = {"last_heartbeat", "sessions_token"}
     names = [each.name for each in fields(thing) if each.name not in hidden]
     return {name: getattr(thing, name) for name in names}

@@ -45,7 +45,7 @@ class RunnablePool(ControllablePool, Protocol):
 
     @property
     def log_ids(self) -> Mapping[str, str]:
-        """The ids that log records outside of the tasks of a pool get."""
+        """The ids for log records that are made outside of a pool's tasks."""
 
     async def run(self, *, until_empty: bool = False) -> None:
         """Run the pool until its drain has ended."""

@@ -20,7 +20,7 @@ CLIENT_GONE: Final = 499
 async def log_request(
     request: web.Request, handler: Callable[[web.Request], Awaitable[web.StreamResponse]]
 ) -> web.StreamResponse:
-    """Log each request; as the outermost aiohttp middleware, to log the final status.
+    """Log each request. Must be the outermost middleware, in order to log the final status.
 
     An event stream is logged when it ends.
     """

@@ -196,7 +196,7 @@ async def _serve_until_failed(plane: ControlPlane, shown: str | None, *, as_json
     async with plane:
         hide_token(plane.token)
         typer.echo(_ready_line(plane, shown, as_json=as_json))
-        # Raises an error if the store cannot be used anymore.
+        # Wait until the store fails, which raises an error.
         await plane.engine.wait_for_failure()
 
 

@@ -1,4 +1,4 @@
-"""A thread with an event loop of its own, for services that answer while a handler blocks its loop.
+"""A thread with an event loop of its own, for services that answer while handlers block theirs.
 
 A process for one environment runs its exporter on the thread of the lease renewer. In a process for
 several environments, each environment may end before the others, and the exporter must not end with
@@ -91,6 +91,6 @@ class ServiceThread:
         async with contextlib.AsyncExitStack() as stack:
             for service in self._services:
                 await stack.enter_async_context(service)
-            with contextlib.suppress(RuntimeError):  # the loop that waits may be closed
+            with contextlib.suppress(RuntimeError):  # the owner's loop may be closed
                 self._owner.call_soon_threadsafe(self._opened.set)
             await self._stop.wait()

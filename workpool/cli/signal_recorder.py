@@ -39,7 +39,7 @@ class SignalRecorder:
         if self.listener is not None:
             self.listener()
         elif sum(each in ENDING for each in self.received) > 1 and number in ENDING:
-            # Not SystemExit, which a plugin that is being imported could catch.
+            # Do not raise SystemExit: a plugin that is being imported could catch it.
             os._exit(128 + number)
 
     def install_handlers(self) -> "dict[signal.Signals, Callable[..., object] | int | None]":

@@ -69,8 +69,9 @@ class SignalEvents:
 
     def _start_listening(self) -> None:
         # asyncio's Unix loop wakes for signals only after a call of `add_signal_handler`; loops of
-        # uvloop and Windows always wake. The recorder is restored at once, but a signal in between
-        # would be lost. Losing SIGUSR1 is harmless, so the call is made for SIGUSR1.
+        # uvloop and Windows always wake. The call replaces the recorder until the recorder is
+        # installed again below, and a signal in between would be lost. Losing SIGUSR1 is
+        # harmless, so the call is made for SIGUSR1.
         for each in USER[:1]:
             with contextlib.suppress(NotImplementedError):
                 self._loop.add_signal_handler(each, self._handle_signals)
@@ -97,7 +98,7 @@ class SignalEvents:
 
     def _request_end(self, each: signal.Signals) -> None:
         if self.first.is_set():
-            # The shell and the kernel both send SIGHUP when the terminal hangs up.
+            # Ignore a second SIGHUP: the shell and the kernel both send one at a hangup.
             if each in HANGUP:
                 return
             self.second.set()

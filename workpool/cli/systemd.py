@@ -83,7 +83,7 @@ class ServiceReporter:
         repeated = [] if self._watchdog is None else ["WATCHDOG=1"]
         if status.draining or ending:
             facts.add("STOPPING=1")
-            # `drain_timeout` may be longer than the time that systemd gives the unit to stop.
+            # Ask for more time: `drain_timeout` may be longer than systemd's limit for a stop.
             repeated.append(f"EXTEND_TIMEOUT_USEC={EXTEND_SECONDS * 1_000_000:.0f}")
         news = sorted(facts - self._sent)
         if self._send_datagram("\n".join(news + repeated)):

@@ -1,4 +1,4 @@
-"""`workpool top`: shows workers in a terminal from the data of their live pages.
+"""`workpool top`: shows workers in a terminal, from the `/live.json` of their exporters.
 
 See workpool/docs/operating.md, "The live page".
 """
@@ -119,7 +119,7 @@ def _worker_rows(urls: "Sequence[str]", statuses: "Sequence[Status]") -> "list[R
 
 
 def _environment_statuses(status: Status) -> "list[Status]":
-    """Return a status for each environment of a worker, or its only status."""
+    """Return the status of each environment of a worker; `status` itself if it lists none."""
     found = status.get("environments")
     if not isinstance(found, list):
         return [status]

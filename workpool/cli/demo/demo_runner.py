@@ -110,7 +110,7 @@ class DemoRunner:
 
     @asynccontextmanager
     async def _running_workers(self, signals: SignalEvents) -> AsyncIterator[None]:
-        """Run the processes of the workers during the block, then drain or kill them."""
+        """Run the worker processes during the block; then drain them, and kill the late ones."""
         async with asyncio.TaskGroup() as group:
             tasks = {
                 group.create_task(worker.run_process(), name=worker.name)
@@ -180,10 +180,10 @@ class DemoRunner:
     async def _history_middleware(
         self, request: web.Request, handler: Respond
     ) -> web.StreamResponse:
-        """Show new records of the history after each request, and kill a worker when it is due."""
+        """After each request, show new records; kill a worker once enough sessions have ended."""
         worker = worker_name_of(request.headers.get("Worker-ID"))
         if self._victim is not None and worker == self._victim.name:
-            # The worker was killed after it sent this request.
+            # The worker sent this request before it was killed: it must not receive an item now.
             raise web.HTTPServiceUnavailable
         self._polled.add(worker)
         response = await handler(request)
@@ -194,7 +194,7 @@ class DemoRunner:
         return response
 
     def _kill_worker_when_due(self) -> None:
-        """Kill a worker once it holds several items and a quarter of all sessions have ended."""
+        """Once a quarter of all sessions have ended, kill a worker that holds enough items."""
         stopped, count = self.state.ended_count, len(self._sessions)
         wanted = 3 if stopped < count // 2 else 1
         for worker in reversed(self._workers):

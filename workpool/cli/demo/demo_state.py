@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 @dataclass(slots=True)
 class HeldItem:
-    """An item that a worker holds, until `lease_end` (epoch seconds)."""
+    """An item that a worker holds under a lease, which ends at `lease_end` (epoch seconds)."""
 
     worker: str
     lease_end: float
@@ -101,7 +101,7 @@ class DemoState:
         return [self._name_of(work_id) for work_id in held] if ready else []
 
     def apply_new_records(self) -> list[str]:
-        """Apply new records; return a sentence for each item that failed or changed its worker."""
+        """Apply new history records; return a sentence for each item that failed or moved."""
         records = list(islice(self._plane.history, self._seen, None))
         self._seen += len(records)
         return [line for record in records if (line := self._apply_record(record))]

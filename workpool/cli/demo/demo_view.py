@@ -1,4 +1,4 @@
-"""The output of the demo: log lines above a table that changes in place, or lines only."""
+"""The output of the demo: log lines above a live table; without a terminal, only lines."""
 
 from contextlib import AbstractContextManager
 from time import monotonic
@@ -35,7 +35,7 @@ class DemoView(AbstractContextManager["DemoView"]):
         return self
 
     def __exit__(self, *_: object) -> None:
-        """Leave the last table on the terminal."""
+        """Stop updating the table, which stays on the terminal."""
         self._live.stop()
 
     def print_demo_line(self, line: str) -> None:
@@ -95,5 +95,5 @@ def worker_state_text(state: DemoState, worker: DemoWorker) -> str:
 
 
 def slots_text(state: DemoState, worker: DemoWorker) -> str:
-    """Return the busy slots and all slots of a worker, such as `3/4`."""
+    """Return the numbers of busy slots and of all slots of a worker, such as `3/4`."""
     return "-" if worker.state == "starting" else f"{state.held_count(worker.name)}/{SLOTS}"

@@ -88,7 +88,7 @@ class DemoWorker:
                 self._process.kill()
 
     def terminate(self) -> None:
-        """Drain the worker with SIGTERM, which is sent once its process exists."""
+        """Drain the worker with SIGTERM, now or as soon as its process exists."""
         self._must_end = True
         if self._process is not None:
             with suppress(ProcessLookupError):

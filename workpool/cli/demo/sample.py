@@ -8,7 +8,7 @@ from workpool.session import Release, Session
 
 @handler
 async def sample(session: Session) -> dict[str, str]:
-    """Wait as long as the metadata `seconds` says, then return the metadata `text`."""
+    """Wait for the seconds in the metadata `seconds`, then return the metadata `text`."""
     text = session.item.metadata.get("text", "hello")
     session.log.info("sample: %r %s", text, "redelivered" if session.redelivered else "started")
     try:
