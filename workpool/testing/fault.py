@@ -186,7 +186,7 @@ def trickle(seconds: float) -> Fault:
 
 
 def expired(plane: ControlPlane) -> Fault:
-    """Return a fault that ends the item's lease before the operation, if the request has one."""
+    """Return a fault that ends the item's lease before the operation, if it is about an item."""
 
     def expire_item_lease(environment_id: str, work_id: str | None) -> None:
         if work_id is not None:

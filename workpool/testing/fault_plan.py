@@ -123,7 +123,7 @@ class FaultPlan(_StrictModel):
 
     @property
     def needs_in_memory_index(self) -> bool:
-        """Whether the plan changes the control plane's clock or leases in its memory."""
+        """Whether the plan changes the control plane's clock, or leases in the server's memory."""
         return self.clock_skew != 0 or any(
             isinstance(each, _ExpiredLeaseFault) for each in self.fault
         )

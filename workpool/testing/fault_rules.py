@@ -39,7 +39,7 @@ class RuleLimits(TypedDict, total=False):
     """The conditions under which a rule injects its fault; all of them must hold."""
 
     times: int
-    """The number of requests at most."""
+    """The largest number of requests that get the fault."""
     skip: int
     """The number of matching requests to skip first."""
     probability: float
@@ -185,7 +185,7 @@ class Faults:
         answered: bool = False,
         timeout: float | None = None,
     ) -> Request:
-        """Return the `count`-th request of the calls `ops`; with `answered` wait for its answer.
+        """Return the `count`-th request of the calls `ops`; with `answered`, count answered ones.
 
         `timeout`: seconds; None: 10, in virtual time a day.
 

@@ -88,7 +88,7 @@ class Proxy:
         self._bytes_per_second = bytes_per_second
 
     def half_close(self) -> None:
-        """Close the control plane's side of every open connection; requests still arrive."""
+        """Send EOF to the worker on every open connection: only requests arrive from then on."""
         for connection in self._connections:
             connection.half_closed = True
             with suppress(OSError):  # the worker has already closed the connection
@@ -144,8 +144,8 @@ class Proxy:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        # `aclose` hides an error of the `async with` block from the task group, which would wrap
-        # the error in an ExceptionGroup.
+        # Do not pass an error of the `async with` block on: the task group would wrap the error in
+        # an ExceptionGroup.
         await self._stack.aclose()
 
     async def _forward_connection(
@@ -190,7 +190,7 @@ class Proxy:
         sink: asyncio.StreamWriter,
     ) -> None:
         """Forward the bytes of one direction, and then the end of the stream (EOF)."""
-        with suppress(OSError):  # a reset or abort also ends the other direction
+        with suppress(OSError):  # after a reset, the other side is aborted below
             while chunk := await source.read(self._next_read_size()):
                 await self._wait_for_network(len(chunk))
                 if self._drops_bytes(connection):
@@ -218,7 +218,7 @@ class Proxy:
         """Wait for the injected delay, the throttle and the end of a partition."""
         pace = self._bytes_per_second
         await asyncio.sleep(self._delay + (count / pace if pace else 0.0))
-        # A second partition may begin before this task runs after the end of the first one.
+        # Check again after each wait: a new partition may begin before this task continues.
         while not self._network_up.is_set():
             await self._network_up.wait()
 

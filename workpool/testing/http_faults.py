@@ -175,7 +175,7 @@ class Cut:
         self._open: set[asyncio.WriteTransport] = set()
 
     async def __call__(self, request: web.Request, handler: Handler) -> web.StreamResponse:
-        """Answer one request, while `now()` can reset the connection of the request."""
+        """Answer one request; until the answer is complete, `now()` can reset the connection."""
         transport = request.transport
         if transport is None:
             return await handler(request)

@@ -253,7 +253,7 @@ class Kit:
             wanted = f"{'another' if count is None else f'{count} ×'} {kind.__name__}"
             raise AssertionError(self._wait_failure_text(wanted, seconds)) from None
         if count is None:
-            # The recorder keeps all events alive, so that no two of them have the same id.
+            # An id identifies one event: the recorder keeps events alive, so no id is used twice.
             self._returned.add(id(event))
         return event
 

@@ -122,16 +122,16 @@ class LocalClient:
         self._open = False
 
     def try_acquire_permit(self, priority: Priority) -> bool:
-        """Acquire a permit for one write, unless others wait for one or the rate is exhausted."""
+        """Acquire a permit for one write if no wait is needed; return whether it was acquired."""
         limiter = self.rate_limits.write
         return not limiter.limited or limiter.try_acquire(priority)
 
     async def acquire_permit(self, priority: Priority) -> None:
-        """Wait for a permit for one write, without a bound."""
+        """Wait for a permit for one write, without a time limit."""
         await self._acquire_write_permit(priority, None)
 
     def release_permit(self) -> None:
-        """Return a permit that was not used to the rate limiter."""
+        """Give an unused permit back to the rate limiter."""
         if self.rate_limits.write.limited:
             self.rate_limits.write.refund()
 
@@ -144,7 +144,7 @@ class LocalClient:
         await self._acquire_write_permit(Priority.CLAIM, self._timeout)
 
     def release_ack_permit(self) -> None:
-        """Return an ack permit that was not used to the rate limiter."""
+        """Give an unused ack permit back to the rate limiter."""
         self.release_permit()
 
     async def poll(
@@ -341,7 +341,7 @@ class LocalClient:
         async def receive_answer() -> Response | NoAnswer:
             return await answered
 
-        # From now on, a cancellation of the caller does not stop the request, which was sent.
+        # The request is sent now: from here on, a cancellation of the caller does not stop it.
         self._schedule_arrival(fault.request_delay, arrive_at_control_plane)
         return await self._await_answer(endpoint, receive_answer(), until - loop.time())
 
@@ -358,7 +358,7 @@ class LocalClient:
                 raise TransientError(op, None, "no answer in time", reason="timeout")
 
     async def _acquire_write_permit(self, priority: Priority, seconds: float | None) -> None:
-        """Wait until the rate limit allows a write, for at most `seconds` (None: no bound)."""
+        """Wait until the rate limit allows a write, for at most `seconds` (None: no limit)."""
         limiter = self.rate_limits.write
         if not limiter.limited or limiter.try_acquire(priority):
             return

@@ -60,7 +60,7 @@ class LocalEvents:
     async def list_page(
         self, limit: int, *, after_id: str | None = None, page: str | None = None
     ) -> EventPage:
-        """Return a page of the session's history, which may begin after an event."""
+        """Return a page of the session's history: the first page, or the one after an event."""
         after = after_id or (page or "").partition("-")[2]
 
         def run_operation() -> object:
@@ -81,7 +81,7 @@ class LocalEvents:
         return await self._send_call(endpoints.SEND, self._session_id, run_operation, None, options)
 
     async def open_stream(self, last_id: str | None) -> OpenEventStream:
-        """Open a stream of the events after `last_id`, or of new events."""
+        """Open a stream of the events after `last_id`; None: of new events only."""
 
         def run_operation() -> object:
             history = self._conversation()

@@ -22,12 +22,12 @@ if TYPE_CHECKING:
 def _workpool_kit(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Kit:
     from workpool.testing.kit import Kit  # noqa: PLC0415 - takes half a second
 
-    # pytest shows the captured log of a failed test.
+    # Capture info messages as well: pytest shows the captured log of a failed test.
     if request.config.pluginmanager.has_plugin("logging"):
         request.getfixturevalue("caplog").set_level("INFO", "workpool")
     for name in os.environ:
         if name.startswith("WORKPOOL_"):
-            monkeypatch.delenv(name)  # a test must not depend on its machine's environment
+            monkeypatch.delenv(name)  # a test must not depend on variables of its machine
     kit = Kit()
     test = request.node.obj
     if inspect.iscoroutinefunction(test):

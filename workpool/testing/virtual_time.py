@@ -46,8 +46,8 @@ class VirtualLoop(asyncio.SelectorEventLoop):
         self._jumping_selector = _JumpingSelector(self._advance_to_next_timer)
         super().__init__(self._jumping_selector)
         self._own_files = {key.fd for key in self._jumping_selector.get_map().values()}
-        # A timer may fire this much too early. After a month of virtual time, asyncio's default is
-        # smaller than the precision of floats, so that a timer that is due would never fire.
+        # asyncio runs a timer up to this many seconds early. After a month of virtual time, its
+        # default value is smaller than the precision of floats: a timer would never run.
         self._clock_resolution = 1e-6
 
     def time(self) -> float:
@@ -122,7 +122,7 @@ class VirtualLoop(asyncio.SelectorEventLoop):
 
 
 class _RealTimeWaits:
-    """The threads and processes of one loop whose ends take real time."""
+    """The threads and processes that tasks of one loop may wait for, which takes real time."""
 
     def __init__(self) -> None:
         self.threads: dict[asyncio.Future[Any], str] = {}

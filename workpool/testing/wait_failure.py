@@ -1,4 +1,4 @@
-"""The error text of a failed wait: the events and item states instead of the expected event."""
+"""The error text of a failed wait: the events that were reported, and the states of items."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 
 def count_event_names(events: Iterable[Event]) -> str:
-    """Return the names of the kinds of events, each with its count."""
+    """Return the names of the kinds of events, each with the number of its events."""
     counts = Counter(type(event).__name__ for event in events)
     return ", ".join(_name_with_count(name, count) for name, count in counts.items()) or "nothing"
 
