@@ -88,10 +88,10 @@ _MODULE_OF = {
 }
 
 
-if not TYPE_CHECKING:  # otherwise type checkers would accept any name
+if not TYPE_CHECKING:  # a type checker that sees `__getattr__` accepts any name
 
     def __getattr__(name: str) -> object:
-        """Import a public name, and keep it as an attribute of the package."""
+        """Import a public name at its first use, and store it as an attribute of the package."""
         if name == "__version__":
             found: object = import_module("importlib.metadata").version("workpool")
         elif name in _MODULES:

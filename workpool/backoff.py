@@ -31,7 +31,7 @@ class Backoff:
 
     def next(self) -> float:
         """Count a failure, and return the seconds to wait before the next try."""
-        # The exponent is bounded: after days of failures 2**n would not fit a float.
+        # Bound the exponent: after days of failures, `2.0 ** failures` would overflow.
         ceiling = min(self._cap, self._initial * 2.0 ** min(self.failures, 64))
         self.failures += 1
         return self._rng() * ceiling

@@ -35,7 +35,7 @@ class LoopCalls(Protocol):
     def enter(
         self, make: Callable[[], AbstractAsyncContextManager[T]]
     ) -> AbstractContextManager[T]:
-        """Enter and leave `make()` on the loop, in one task."""
+        """Return a context that enters and leaves `make()` on the loop, in one task."""
 
 
 class BlockingSession:
@@ -76,7 +76,7 @@ class BlockingSession:
 
     @property
     def attempt(self) -> int:
-        """The number of this run, see `Session.attempt`."""
+        """The number of this run of the item, starting at 1; see `Session.attempt`."""
         return self._session.attempt
 
     @property
@@ -101,12 +101,12 @@ class BlockingSession:
 
     @property
     def stopping(self) -> bool:
-        """Whether an operator asked to end this session: finish within `stop_grace` seconds."""
+        """Whether an operator asked to end this session; it has `stop_grace` seconds to finish."""
         return self._session.stopping
 
     @property
     def draining(self) -> bool:
-        """Whether the pool drains: finish within `drain_timeout` seconds, or raise `Release`."""
+        """Whether the pool drains; finish within `drain_timeout` seconds, or raise `Release`."""
         return self._session.draining
 
     @property
@@ -116,7 +116,7 @@ class BlockingSession:
 
     @property
     def deadline(self) -> float | None:
-        """The time at which `cancelled` is set, on `time.monotonic()`; None without a limit."""
+        """The time at which the pool sets `cancelled`, on `time.monotonic()`; None: no limit."""
         return self._session.deadline
 
     @property
@@ -129,7 +129,7 @@ class BlockingSession:
         self._session.progress()
 
     def waiting(self) -> AbstractContextManager[None]:
-        """Suspend the stall clock, see `Session.waiting`."""
+        """Stop counting time towards `stall_timeout` during a block, see `Session.waiting`."""
         return self._session.waiting()
 
     def interrupted(self, timeout: float | None = None) -> bool:
@@ -144,7 +144,7 @@ class BlockingSession:
         return self._interrupted.wait(timeout)
 
     def update_metadata(self, patch: Mapping[str, str | None]) -> WorkItem:
-        """Merge `patch` into the item's metadata; None deletes a key. See `Session`.
+        """Merge `patch` into the item's metadata; None deletes a key.
 
         Raises:
             LeaseLost: The lease is not held.
@@ -159,7 +159,7 @@ class BlockingSession:
         return self._calls.enter(self._session.handover)
 
     def interrupt(self, *, cancel: bool = False) -> None:
-        """End the waits of `interrupted`; with `cancel`, set `cancelled`. Called by the pool."""
+        """End waits in `interrupted`; with `cancel`, also set `cancelled`. Called by the pool."""
         if cancel:
             self.cancelled.set()
         self._interrupted.set()
@@ -183,7 +183,7 @@ class BlockingEvents:
             while (event := self._calls.run(lambda: anext(events, None))) is not None:
                 yield event
         finally:
-            with suppress(SessionGoneError):  # the end of the session has closed the stream
+            with suppress(SessionGoneError):  # the session's end has closed the stream
                 self._calls.run(events.aclose)
 
     def send(self, *events: Mapping[str, Any]) -> Sequence[SessionEvent]:
@@ -209,7 +209,7 @@ class BlockingStream(Iterator["SessionEvent"]):
 
     @property
     def caught_up(self) -> bool:
-        """Whether the last event was the newest of the history, or came live."""
+        """Whether the last returned event was the newest one of the session at that time."""
         return self._stream.caught_up
 
     def __next__(self) -> SessionEvent:

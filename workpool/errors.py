@@ -23,7 +23,7 @@ class WorkpoolError(Exception):
 
 
 class SettingsError(WorkpoolError):
-    """Some settings are wrong. Names all of them, and quotes no value.
+    """Some settings are wrong. The text names all of them, and quotes no value.
 
     Attributes:
         problems: One sentence for each wrong value; the name of the setting comes first.
@@ -51,7 +51,7 @@ class ListenError(WorkpoolError):
 
 
 class RegistryError(WorkpoolError):
-    """The registry does not accept the metrics: registered twice, or their names are taken."""
+    """The metrics are registered already, or the registry has another metric of such a name."""
 
 
 class LeaseRenewerError(WorkpoolError):
@@ -94,7 +94,7 @@ class ControlPlaneError(WorkpoolError):
 
 
 class TransientError(ControlPlaneError):
-    """The same call may succeed later: no answer, 408, 425, 429, 5xx, or an unreadable success.
+    """The same call may succeed later: no answer, 408, 425, 429, 5xx, or an unreadable 2xx.
 
     An answer that only a gateway gives is transient too: a redirect, 101, a status that HTTP does
     not define. Unless `reason` is "throttled", the call may have been applied.
@@ -119,7 +119,7 @@ class TransientError(ControlPlaneError):
 
 
 class UnreadableError(TransientError):
-    """The body of a success is malformed or too large. Other answers may be readable.
+    """The body of a 2xx answer is malformed or too large. Other answers may be readable.
 
     Attributes:
         work_id: The id of the answer's item; None if it could not be read.
@@ -133,7 +133,7 @@ class UnreadableError(TransientError):
 
 
 class TooLargeError(UnreadableError):
-    """The body of a success is too large. The caller should request a smaller page now."""
+    """The body of a 2xx answer is too large. The caller should request a smaller page."""
 
     def __init__(self, op: str, status: int | None, *, work_id: str | None = None) -> None:
         super().__init__(op, status, "the answer is too large", work_id=work_id)
@@ -182,7 +182,7 @@ class SessionEnded(SessionGoneError):
 
 
 class HandoverError(WorkpoolError):
-    """No child took the item over in time; the pool still holds it and refuses later children.
+    """No child took the item over in time. The pool keeps the item, and refuses later children.
 
     Attributes:
         work_id: The item.
@@ -235,7 +235,7 @@ def exhausted(error: BaseException | None) -> bool:
     The resources are descriptors, disk, memory, processes and threads. Causes of the error and
     errors in exception groups are checked, too.
     """
-    left, seen = [error], set[int]()  # `seen`, because causes may form a cycle
+    left, seen = [error], set[int]()  # `seen`: causes may form a cycle
     while left:
         each = left.pop()
         if each is None or id(each) in seen:

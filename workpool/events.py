@@ -49,7 +49,7 @@ is the item of the request. A poll, a list and the mark of a drain have none.
 
 @dataclass(frozen=True, slots=True)
 class PollFinished:
-    """A poll ended, with or without an answer. `seconds`: from sending it to its end."""
+    """A poll ended, with or without an answer. `seconds`: from the request to that end."""
 
     result: PollResult
     seconds: float
@@ -199,7 +199,7 @@ class SessionFailed:
 
 @dataclass(frozen=True, slots=True)
 class StopFinished:
-    """A stop request of the pool has its final result, after all retries."""
+    """The pool's request to stop an item has its final result, after all retries."""
 
     item: WorkItem
     mode: StopMode
@@ -232,7 +232,7 @@ class RateBudgetWaited:
 
 @dataclass(frozen=True, slots=True)
 class CredentialRefreshed:
-    """The source of the token was read again after a refusal. "error": it could not be read."""
+    """The token was read again from its source, after a refusal. "error": that failed."""
 
     result: Literal["ok", "error"]
 
@@ -272,7 +272,7 @@ class DrainStarted:
 
 @dataclass(frozen=True, slots=True)
 class DrainFinished:
-    """A drain ended: clean, at its deadline, or with abandoned sessions (killed)."""
+    """A drain ended: clean, at its deadline, or with sessions that it abandoned (killed)."""
 
     result: DrainResult
     seconds: float

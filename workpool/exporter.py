@@ -191,7 +191,7 @@ class Exporter:
             if len(ports) == 1:
                 return server
             server.close()
-            # Another program has that port on one of the addresses.
+            # Try again if another program has that port on one of the addresses.
             with contextlib.suppress(OSError):
                 return await self._create_server(protocol, ports.pop())
         raise OSError(errno.EADDRINUSE, "no port is free on every address")
@@ -229,7 +229,7 @@ class Exporter:
                 await asyncio.wait(under_way, timeout=CLOSE_SECONDS)
         finally:
             for rendering in under_way:
-                rendering.cancel()  # or the end of the thread would call the closed loop
+                rendering.cancel()  # otherwise its end would call the closed loop
             if self._renderings:
                 log.warning("metrics rendering abandoned: a collector does not return")
             await self._renderer.close()
@@ -261,8 +261,8 @@ class Exporter:
     async def _live_json(self, request: web.Request) -> web.Response:
         if self._live_page is None:
             raise web.HTTPNotFound
-        # Only loopback names: the page of another site could use a host name of that site which
-        # resolves to the loopback address.
+        # Check the name, too: the page of another site could use a host name that resolves to the
+        # loopback address.
         local = _is_loopback(self._host) and names_an_address(request.host)
         data = await self._render_on_thread(
             self._live_page.status, local or self._live_page.always_ids
@@ -335,7 +335,7 @@ def _encode_compressed(encode: Encoder, registry: CollectorRegistry) -> bytes:
 
 
 def _url_and_port(server: asyncio.Server) -> tuple[str, int]:
-    """Return the URL and the port; the URL of a server on all addresses is the loopback URL."""
+    """Return the URL and the port; a server on all addresses has the loopback address as URL."""
     host, port = server.sockets[0].getsockname()[:2]
     address = ip_address(host)
     if address.is_unspecified:

@@ -212,9 +212,9 @@ def handler(  # noqa: PLR0913 - the arguments are documented one by one
 
 
 def rule_of(call: object) -> HandlerRule | None:
-    """Return the rule of a function, a method, or the function of a `functools.partial`, if any."""
+    """Return the `@handler` rule of a function, method or `functools.partial`; None without one."""
     inner = _innermost_function(call)
-    # Other objects may have any attribute, and reading one may run code of the object.
+    # Read no attribute of other objects: reading an attribute may run code of the object.
     rule = getattr(inner, _MARK, None) if inspect.isroutine(inner) else None
     return rule if isinstance(rule, HandlerRule) else None
 

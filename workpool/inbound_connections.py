@@ -58,7 +58,7 @@ class InboundConnections:
     def __init__(self, limit: int) -> None:
         self._limit = limit
         self._open: dict[asyncio.BaseTransport, _Connection] = {}
-        # Ordered by the time since which each connection waits.
+        # In order of waiting time: the connection that has waited longest comes first.
         self._without_request: dict[_Connection, None] = {}
         self._serving: dict[_Connection, float] = {}
         self._unread: dict[_Connection, int] = {}
@@ -76,7 +76,7 @@ class InboundConnections:
 
     @web.middleware
     async def middleware(self, request: web.Request, handler: Handler) -> web.StreamResponse:
-        """Record which connections serve a request, as the outermost aiohttp middleware."""
+        """Record which connections serve a request. Must be the outermost aiohttp middleware."""
         connection = self._open.get(cast("asyncio.BaseTransport", request.transport))
         if connection is None:
             return await handler(request)
@@ -148,7 +148,7 @@ class InboundConnections:
         self._timer = loop.call_later(CHECK_SECONDS, self._close_late) if self._open else None
         now = loop.time()
         for connection in tuple(self._without_request):
-            # While the client reads an answer, only the time limit for reading applies.
+            # While the client reads an answer, `read_due` applies instead of `due`.
             if connection.due is not None and connection.due <= now and not connection.read_due:
                 self._abort_connection(connection)
         for connection, before in tuple(self._unread.items()):
@@ -192,7 +192,7 @@ class _Connection(asyncio.Protocol):
         if self._connections.add_connection(self):
             self._protocol.connection_made(transport)
         else:
-            self._protocol = asyncio.Protocol()  # ignores all further events
+            self._protocol = asyncio.Protocol()  # a protocol that ignores all further events
             self.transport.abort()
 
     def data_received(self, data: bytes) -> None:

@@ -87,7 +87,7 @@ class PoolIds(logging.Filter):
         self._default = default
 
     def filter(self, record: logging.LogRecord) -> bool:
-        """Add the missing fields. Every record passes."""
+        """Add the missing fields, and return True, so that every record is logged."""
         fields = vars(record)
         ids = _IDS.get()
         for name, value in (self._default() if ids is None else ids).items():
@@ -108,7 +108,7 @@ def pool_logger(name: str) -> logging.Logger:
 
 
 class FieldsAdapter(logging.LoggerAdapter[logging.Logger]):
-    """A logger that adds its fields to the `extra` of each call, instead of replacing it."""
+    """A logger that adds its fields to the `extra` of each call and keeps the call's fields."""
 
     def process(
         self, msg: object, kwargs: MutableMapping[str, Any]

@@ -136,7 +136,7 @@ def _printable_lines(text: str, limit: int) -> list[str]:
 
 
 def _message_text(record: logging.LogRecord) -> str:
-    """Return the message; if its arguments do not fit, logging would print the record to stderr."""
+    """Return the message, even if its arguments do not fit and logging would fail."""
     try:
         return record.getMessage()
     except Exception:  # noqa: BLE001 - code of users, in `__str__`
@@ -166,7 +166,7 @@ def _bounded_extras(record: logging.LogRecord) -> dict[str, Any]:
 
 
 class TextFormatter(logging.Formatter):
-    """`2026-03-01T12:00:00.000Z INFO    workpool.session hello work_id=… session_id=…`."""
+    """Formats lines like `2026-03-01T12:00:00.000Z INFO    workpool.session hello work_id=…`."""
 
     def format(self, record: logging.LogRecord) -> str:
         """Return the record as one line, with the stack of an error indented below the line."""

@@ -59,8 +59,8 @@ class ReplicaRule:
 
     Args:
         slots_per_worker: The sessions that one worker runs at once: its setting `concurrency`.
-        minimum: The number of workers without work.
-        maximum: The number of workers for any load.
+        minimum: The least number of workers, also if there is no work.
+        maximum: The largest number of workers, for any load.
 
     Raises:
         ValueError: A number is out of range.

@@ -92,7 +92,7 @@ def release_on_exhaustion() -> Iterator[None]:
 
 @dataclass(frozen=True, slots=True)
 class HandedLease:
-    """The data with which a child takes an item over (`Session.handover`).
+    """The data with which a child process takes an item over (`Session.handover`).
 
     Attributes:
         work_id: The id of the item, `work_…`.
@@ -130,8 +130,8 @@ class HandedLease:
     def keyless_variables(self) -> dict[str, str]:
         """`variables` with the item's own token, so that `workpool hold` needs no other credential.
 
-        That token is good for this item and its session only. The session's id is among them
-        because this token may not read the item.
+        That token is valid for this item and its session only. The session's id is a variable too,
+        because the token may not read the item.
 
         Raises:
             ValueError: The item came without a token of its own.
@@ -145,7 +145,7 @@ class HandedLease:
 
 
 class ItemHolder(Protocol):
-    """The interface of the pool that holds the item of a session, as the session uses it."""
+    """The interface through which a session calls the pool that holds its item."""
 
     @property
     def remaining(self) -> float:
@@ -159,7 +159,7 @@ class ItemHolder(Protocol):
         """Record that the session has made progress. May be called on any thread."""
 
     def waiting(self) -> AbstractContextManager[None]:
-        """Suspend the stall clock during a block. May be used on any thread."""
+        """Stop counting time towards `stall_timeout` during a block. May be used on any thread."""
 
     def check(self) -> None:
         """Raise `LeaseLost` or `SessionEnded` if the pool does not hold the item."""
@@ -227,7 +227,7 @@ class Session:
         self._held = held
         self._stopping = False
         self._draining = False
-        # A list, because an `asyncio.Event` would cost 1 KiB for each waiting session.
+        # A list of futures, because an `asyncio.Event` would cost 1 KiB for each session.
         self._interrupt_waiters: list[asyncio.Future[None]] = []
 
     @property
@@ -244,7 +244,7 @@ class Session:
 
     @property
     def trace_fields(self) -> dict[str, str]:
-        """The log field `trace_id`: the current one of OpenTelemetry, else of `traceparent`."""
+        """The log field `trace_id`: of OpenTelemetry's current trace, else of `traceparent`."""
         trace_id = current_trace_id()
         if trace_id is None and self.traceparent is not None:
             _, _, rest = self.traceparent.partition("-")
@@ -261,12 +261,12 @@ class Session:
 
     @property
     def stopping(self) -> bool:
-        """Whether an operator asked to end this session: finish within `stop_grace` seconds."""
+        """Whether an operator asked to end this session; it has `stop_grace` seconds to finish."""
         return self._stopping
 
     @property
     def draining(self) -> bool:
-        """Whether the pool drains: finish within `drain_timeout` seconds, or raise `Release`."""
+        """Whether the pool drains; finish within `drain_timeout` seconds, or raise `Release`."""
         return self._draining
 
     @property
@@ -303,7 +303,7 @@ class Session:
         self._held.progress()
 
     def waiting(self) -> AbstractContextManager[None]:
-        """Suspend the stall clock while the session waits for a person or another system.
+        """Stop counting time towards `stall_timeout` while waiting for a person or another system.
 
             with session.waiting():
                 answer = await approval()

@@ -119,7 +119,7 @@ def parse_listen(value: str) -> Address | None:
 def lease_margin(ttl: float) -> float:
     """Return the seconds between the cancellation of a handler and the end of its lease.
 
-    They leave time for its clean-up before another worker can start the item.
+    They leave time for the handler's clean-up before another worker can start the item.
     """
     return max(1.0, ttl / 10)
 
@@ -196,7 +196,7 @@ class _GivenValue(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class _Sources:
-    """The sources of the settings: the file, the source of each value, tables of plugins.
+    """The sources of the settings: the file, the source of each value, and tables of plugins.
 
     `environment_ids`: the environments of the file, if none of them is chosen.
     """
@@ -241,7 +241,7 @@ class _ConfigFile(NamedTuple):
         return f"{self.path} [workpool.environments.{environment_id}]"
 
     def plugin_tables(self, plugins: Iterable[str]) -> Mapping[str, Table]:
-        """Return the tables of plugins, without the plugins that only other environments run.
+        """Return the tables of plugins, except those of plugins that only other environments run.
 
         Otherwise an environment would refuse the table of a module that only another one names.
         """
@@ -609,7 +609,7 @@ class Settings:
             raise SettingsError(found)
 
     def origin_of(self, name: str) -> str:
-        """Return the variable, file or flag of a setting's value; empty if it has none."""
+        """Return the variable, file or flag that gave a setting its value; empty if none did."""
         if name == "token" and self.token is None and self.token_file is None:
             return DIALECTS[self.dialect].credential_variable
         return self._sources.origins.get(name, "")
@@ -675,7 +675,7 @@ class Settings:
         return read_credential(given, self.api_key_file, "", name="api_key")
 
     def item_token_variables(self, item: WorkItem) -> dict[str, str]:
-        """Return variables with which a child process makes the calls of an item's own session.
+        """Return the variables that let a child process call the API for an item's session.
 
         They hold the item's own token, never the worker's; empty if the item came without one.
         """
@@ -860,7 +860,7 @@ def _settings_from_variables() -> dict[str, _GivenValue]:
 
 
 def _merge_layers(*layers: Mapping[str, _GivenValue]) -> tuple[dict[str, _GivenValue], list[str]]:
-    """Merge the layers, of which later ones win, and return conflicts between settings."""
+    """Return the merged layers, of which later ones win, and the conflicts between settings."""
     merged: dict[str, _GivenValue] = {}
     problems: list[str] = []
     for layer in layers:
@@ -871,7 +871,7 @@ def _merge_layers(*layers: Mapping[str, _GivenValue]) -> tuple[dict[str, _GivenV
             if len(given) > 1:
                 problems.append(f"{name}, {file}: set one of the two")
             if given:
-                # A token also replaces the token file of an earlier layer, and a file the token.
+                # A token also replaces the token file of an earlier layer, and the other way round.
                 merged.pop(name, None)
                 merged.pop(file, None)
         merged |= layer
@@ -903,7 +903,7 @@ def _parse_values(given: Mapping[str, _GivenValue]) -> tuple[Table, list[str]]:
 
 
 def _with_origin(problem: str, origins: Mapping[str, str]) -> str:
-    """Return a problem with the source of the settings that it begins with."""
+    """Return the text of a problem, with the sources of the settings that it names first."""
     names = problem.partition(":")[0].split(", ")
     found = dict.fromkeys(origin for name in names if (origin := origins.get(name)))
     return f"{problem} (from {', '.join(found)})" if found else problem
@@ -916,7 +916,7 @@ def _unknown_setting(name: str, known: Iterable[str], prefix: str = "") -> str:
 
 
 def _unknown_variables() -> tuple[str, ...]:
-    # The path of the settings file is a variable and no setting: a file cannot name itself.
+    # These variables are known, although they are no settings of a worker.
     others = {name.removeprefix(PREFIX) for name in (CONFIG_VARIABLE, SERVE_VARIABLE)}
     names = {name.upper() for name in DESCRIPTIONS} | others
     given = sorted(name.upper() for name in os.environ if name.upper().startswith(PREFIX))

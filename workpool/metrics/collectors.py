@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 
 class Collectors(Collector):
-    """All metrics as one collector: if the name of one is taken, none is registered."""
+    """All metrics as one collector: if the name of one metric is taken, none is registered."""
 
     def __init__(self) -> None:
         self.stores_lock = threading.RLock()
@@ -48,7 +48,7 @@ class Collectors(Collector):
             self._sources.remove(source)
 
     def describe(self) -> Iterable[Metric]:
-        """Return the names of all metrics, so that the registry refuses other metrics with them."""
+        """Return all metrics without values; the registry refuses other metrics of these names."""
         for store in self.stores.values():
             yield from store.describe()
         yield from gauge_families(())
@@ -67,7 +67,7 @@ _collectors_lock = threading.Lock()  # two threads may open a supervisor on one 
 
 
 def collectors_of(registry: CollectorRegistry) -> Collectors:
-    """Return the collectors on this registry, which the first call registers.
+    """Return the `Collectors` of this registry; the first call creates and registers them.
 
     Raises:
         RegistryError: The registry has another metric with one of the names.

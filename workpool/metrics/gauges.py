@@ -41,7 +41,7 @@ WINDOW_SECONDS: Final = 60
 
 
 class NullWindow:
-    """The numbers of polls in the last 60 s that returned an item or null. Thread-safe."""
+    """Counts the polls of the last 60 s that returned an item or none (null). Thread-safe."""
 
     def __init__(self, clock: Callable[[], float]) -> None:
         self._clock = clock
@@ -89,7 +89,7 @@ _SUMS: Final = (
 
 @dataclass(frozen=True, slots=True)
 class PoolSnapshot:
-    """The state of one supervisor at one moment. A missing state of a mapping counts as 0.
+    """The state of one supervisor at one moment. A state that a mapping lacks counts as 0.
 
     Attributes:
         pollers: Pollers by state, one of `POLLER_STATES`.
@@ -129,7 +129,7 @@ class PoolSnapshot:
 
 @dataclass(eq=False, slots=True)
 class GaugeSource:
-    """The source of one supervisor's gauges, while it is open.
+    """The source of one supervisor's gauges, while the supervisor is open.
 
     Attributes:
         snapshot: Returns the state. Called at each scrape, on the thread of the scrape.
@@ -156,7 +156,7 @@ class GaugeSource:
 
 
 def gauge_families(sources: Iterable[GaugeSource]) -> Iterable[GaugeMetricFamily]:
-    """Return all gauges of the table with their current values."""
+    """Return all gauges of `DEFINITIONS` with their current values."""
     families = {
         row.name: GaugeMetricFamily(row.full_name, row.help, labels=tuple(row.labels))
         for row in DEFINITIONS

@@ -1,4 +1,4 @@
-"""The counting of events in the series that the table of metrics names.
+"""Counts events in the metrics that `workpool.metrics.definitions` lists.
 
 `count` takes the type of an event and the values of its fields, in their order, so that no object
 is created for the event. Counting never raises. A label value that is missing in the table is a bug
@@ -74,7 +74,7 @@ _LEFT_OUT: Final = _LeftOutSeries()
 
 
 class _MetricSeries(dict["Hashable", "Series"]):
-    """The series of one metric in one environment, by the labels without the environment.
+    """The series of one metric in one environment, by the values of the other labels.
 
     The key is the value of the only other label, or the tuple of the values of several. A series
     with a run-time label is created at its first use, together with those for all closed values of
@@ -112,7 +112,7 @@ class _MetricSeries(dict["Hashable", "Series"]):
         return self[key]
 
     def _series_of_handler(self, given: dict[str, Any]) -> Series:
-        # A series under each handler's own name would use unlimited memory for unlimited handlers.
+        # Handlers beyond a limit share one series: a series for each could use unlimited memory.
         given[HANDLER] = self._label_of(given[HANDLER])
         return self[_series_key(given.values())]
 
@@ -145,7 +145,7 @@ class _EventEffect(NamedTuple):
 
 
 class _AffectedSeries(NamedTuple):
-    """The series that an event with certain labels changes, by the way of adding.
+    """The series that an event with certain labels changes, grouped by how they are changed.
 
     Attributes:
         counts: Counters of events.
@@ -185,7 +185,7 @@ class _EventEffects:
         self.labels_of = _label_reader(self._labels, names)
 
     def find_affected_series(self, labels: Hashable, values: Values) -> _AffectedSeries:
-        """Return the series to which an event adds, and store them for equal labels."""
+        """Return the series that an event changes, and store them for events of equal labels."""
         targets = _AffectedSeries([], [], [])
         known = True
         for effect in self._effects:
@@ -198,7 +198,7 @@ class _EventEffects:
                 targets.spreads.append((series, effect.amount_at))
             else:
                 targets.others.append((series, effect.amount_at))
-        # The names of handlers that share the series `other` have no limit and are not stored.
+        # Store nothing for handlers that share the series `other`: their number has no limit.
         if known:
             self.targets[labels] = targets
         return targets
@@ -209,7 +209,7 @@ _NO_LABELS: Final = itemgetter(slice(0))
 
 
 def _label_reader(labels: tuple[str, ...], names: tuple[str, ...]) -> Callable[[Values], Hashable]:
-    """Return a function that takes the values of labels from the event's values."""
+    """Return a function that selects the values of these labels from an event's values."""
     if not labels:
         return _NO_LABELS
     if "type" not in labels:
@@ -300,7 +300,7 @@ class Metrics:
         self._effects[event_type].callbacks.append(callback)
 
     def count(self, event_type: EventType, /, *values: Any) -> None:
-        """Count one event by the values of its fields, in their order."""
+        """Count one event, given as its type and the values of its fields in order."""
         try:
             effects = self._effects[event_type]
             labels = effects.labels_of(values)
@@ -328,7 +328,7 @@ class Metrics:
             log.exception("metrics failed", extra={"event_type": str(event_type)})
 
     def observe(self, event: ev.Event) -> None:
-        """Count one event that exists as an object."""
+        """Count one event, given as an object."""
         event_type = type(event)
         self.count(event_type, *(getattr(event, name) for name in _FIELDS[event_type]))
 
@@ -340,7 +340,7 @@ class Metrics:
             self._label_of(handler)
 
     def _label_of(self, handler: str) -> str:
-        """Return the label of a handler, which has gauges from its first session on."""
+        """Return the label of a handler, and create the label's series and gauges if needed."""
         label = self._source.label_of(handler)
         if label not in self._source.handlers:
             if label == OTHER_HANDLERS:

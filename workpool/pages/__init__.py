@@ -1,4 +1,4 @@
-"""The pages that show a worker or a queue in a browser, and the headers that confine them.
+"""The pages that show a worker or a queue in a browser, and their security headers.
 
 The pages load nothing from elsewhere, and their scripts write text only, never HTML: whatever an
 item contains, it is shown as it is. See workpool/docs/operating.md, "The live page".
@@ -29,7 +29,7 @@ _SHARED: Final = ("page.css", "page.js")
 
 
 def add_page(router: web.UrlDispatcher, name: str) -> Handler:
-    """Serve the script of the page `name` and what it shares with others; return its handler.
+    """Serve the scripts and styles of the page `name`; return the handler that serves its HTML.
 
     Args:
         router: The router of the application, whose paths below `/page/` are taken.

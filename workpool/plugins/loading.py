@@ -124,7 +124,7 @@ def _instantiate(found: FoundPlugin, options: Mapping[str, Any], where: str) -> 
     except TypeError as error:
         raise PluginError(found.name, f"{table}: {error}") from error
     except ValueError:
-        pass  # A class in C may have no signature; wrong options then fail in the call below.
+        pass  # A class in C may have no signature; the call below then fails on wrong options.
     return call_plugin(found.name, f"creating it with {table}", found.target, **options)
 
 

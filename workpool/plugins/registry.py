@@ -55,7 +55,7 @@ class _PluginHooks:
 
 
 class _RouteAdapter:
-    """The hook `workpool_session_handler` of one plugin's functions with `@handler`."""
+    """Implements the hook `workpool_session_handler` for a plugin's functions with `@handler`."""
 
     def __init__(self, routes: Sequence[Route]) -> None:
         self._routes = routes
@@ -140,7 +140,7 @@ class Plugins:
         return bool(self._refusers)
 
     def refusal_reason(self, supervisor: object) -> str | None:
-        """Return the first plugin's reason why no item may be claimed now, or None.
+        """Return the first reason of a plugin why no item may be claimed now; None if none has one.
 
         A hook that fails refuses; its error is logged and counted.
         """
@@ -239,7 +239,7 @@ class Plugins:
             kind = (plugin, hook, type(error))
             first = kind not in self._reported
             self._reported.add(kind)
-            # One traceback for each type of error: an observer may fail ten times in each session.
+            # Log one traceback for each type of error: an observer may fail ten times a session.
             log.error(
                 "plugin failed: %s",
                 failure,
@@ -254,12 +254,12 @@ class Plugins:
 
 
 def _in_order(plugins: Sequence[Plugin]) -> dict[str, list[Hook]]:
-    """Return the implementations of each hook in calling order, with tryfirst and trylast."""
+    """Return the implementations of each hook in calling order; applies tryfirst and trylast."""
     registry = pluggy.PluginManager(PROJECT)
     registry.add_hookspecs(hookspecs)
     owners: dict[str, str] = {}
     routes = [route for plugin in plugins for route in plugin.routes]
-    # pluggy calls first the implementation that was registered last
+    # Reversed, because pluggy calls the implementation that was registered last first.
     for plugin in reversed(plugins):
         if plugin.routes:
             adapter = registry.register(
@@ -310,11 +310,11 @@ def _check_reason(plugin: str, answer: object) -> str | None:
 
 
 def _as_handler(plugin: str, answer: object) -> Handler:
-    # `call_plugin`, because an object may raise when its attributes are read.
+    # Use `call_plugin`, because reading an attribute of the object may raise an error.
     looking = "looking at the answer of workpool_session_handler"
     name = call_plugin(plugin, looking, name_of, answer)
-    # Only `@handler` shows that a plain function blocks: without it, the function may return a
-    # coroutine.
+    # Accept a plain function only with `@handler`: without that mark, it may be a function that
+    # returns a coroutine.
     rule = call_plugin(plugin, looking, rule_of, answer)
     plain = rule is not None and rule.blocking
     if plain or call_plugin(plugin, looking, is_async_callable, answer):
