@@ -1,4 +1,4 @@
-"""The admission of items: pauses, refusals by plugins, slots and failures of handlers, exit limits.
+"""Rules for claiming items: pauses, plugins' refusals, handler slots and failures, exit limits.
 
 Running sessions are not affected. A failing handler would take item after item from the workers
 that can run them, so it claims one at a time, after a pause that doubles with every further
@@ -47,7 +47,7 @@ FAILING_PAUSE_SECONDS, FAILING_PAUSE_MAX_SECONDS = 1.0, 30.0
 
 
 class Admission:
-    """Decides whether a pool may claim items: pauses, and refusals of plugins.
+    """Keeps a pool from claiming items while it is paused or a plugin refuses.
 
     Args:
         wall: The wall clock.
@@ -113,7 +113,7 @@ class Admission:
             self.granted_at = asyncio.get_running_loop().time()
 
     def _ask_plugins(self) -> str | None:
-        """Ask the plugins, and log a change of their answer."""
+        """Ask the plugins, log a changed answer, and return the reason of a refusal, if any."""
         reason = None if self._ask is None else self._ask()
         refused = None if reason is None else readable(reason, REASON_CHARACTERS)
         if refused != self.refused:
@@ -125,7 +125,7 @@ class Admission:
         return refused
 
     async def _wait_for_change(self) -> None:
-        """Wait for a pause or a resumption, or until the next check of clock or plugin is due."""
+        """Wait until a pause begins or ends, or until the next check of clock and plugins."""
         seconds = ASK_SECONDS
         if self._paused is not None:
             seconds = max(0.0, min(LOOK_SECONDS, self._until - self._wall()))
@@ -156,7 +156,7 @@ class _Failures:
 
 
 class HandlerHealth:
-    """The failing handlers of one pool.
+    """Detects the failing handlers of one pool, and decides when each may claim an item.
 
     Used on the handlers' loop; `failing_handlers` may be called on any thread.
 
@@ -179,7 +179,7 @@ class HandlerHealth:
         return [name for name, each in list(self.failures.items()) if each.pause]
 
     def record_session_end(self, item: PoolItem, outcome: Outcome, seconds: float) -> None:
-        """Count the end of a session for or against its handler."""
+        """Update the failure record of the handler whose session has ended."""
         if item.handler is None:
             return
         handler, failing = item.handler, bool(self.failures)
@@ -203,7 +203,8 @@ class HandlerHealth:
         """Wait while every handler that has run in this pool is failing and may claim no item."""
         while self.failures and self._no_handler_may_claim():
             now = asyncio.get_running_loop().time()
-            # A failing handler whose pause is over may run one session, and waits for its end.
+            # A handler whose pause is over has its one session running here, so it needs no timer:
+            # the end of the session sets `_changed`.
             resume_at = [each.resume_at for each in self.failures.values()]
             pauses = [each - now for each in resume_at if each > now]
             self._changed.clear()
@@ -312,26 +313,26 @@ class ExitLimits:
         return (self._sessions, self._idle, self._uptime) != (None, None, None)
 
     def note_claim(self) -> None:
-        """Count a claimed session."""
+        """Count a claimed session; the count may reach the limit `exit_after_sessions`."""
         self._claimed += 1
         if self._claimed == self._sessions:
             self._record_reached("exit_after_sessions")
 
     def add_pool(self, admission: Admission) -> Callable[[bool], None]:
-        """Add a pool; a pause of it interrupts the idle time.
+        """Add a pool; the process is idle only while this pool, too, is idle and not paused.
 
-        Returns: The function to call after each successful poll of the pool, with True if it
-            brought no item, and the pool owns no item.
+        Returns: The function to call after each successful poll of the pool, with True if the poll
+            brought no item and the pool owns none.
         """
         self._pools[admission] = _IdleTime()
         return partial(self._note_poll, admission)
 
     def remove_pool(self, admission: Admission) -> None:
-        """Remove a pool; the idle time of the process no longer depends on its queue."""
+        """Remove a pool; the idle time of the process no longer depends on it."""
         self._pools.pop(admission, None)
 
     async def wait_until_reached(self) -> Limit:
-        """Wait until a limit is reached, and return it. The uptime counts from the first call."""
+        """Wait until an exit limit is reached; return it. The uptime counts from the first call."""
         if self._uptime is not None and self._ends_at is None:
             self._ends_at = asyncio.get_running_loop().time() + self._uptime
         with suppress(TimeoutError):
@@ -342,7 +343,7 @@ class ExitLimits:
     def _note_poll(self, admission: Admission, idle: bool) -> None:  # noqa: FBT001 - a callback
         time = self._pools.get(admission)
         if time is None:
-            return  # the pool has ended while its last poll was on its way
+            return  # the pool was removed before the answer to its last poll
         if not idle:
             time.since = None
             return
@@ -357,7 +358,7 @@ class ExitLimits:
             self._record_reached("exit_after_idle")
 
     def _record_reached(self, limit: Limit) -> Limit:
-        """Record that a limit is reached, and return the first one."""
+        """Record that a limit was reached, unless another was before; return the first one."""
         if self.reached is None:
             self.reached = limit
             self._changed.set()
@@ -366,11 +367,11 @@ class ExitLimits:
 
 @dataclass(slots=True)
 class _IdleTime:
-    """The time for which the polls of one pool have brought nothing, on the loop's clock.
+    """The period in which the polls of one pool have brought no item, on the loop's clock.
 
     Attributes:
-        since: The time of the first of these polls; None: the pool is not idle.
-        last: The time of the last one.
+        since: The time of the first poll of the period; None: the pool is not idle.
+        last: The time of the latest poll of the period.
     """
 
     since: float | None = None

@@ -25,7 +25,7 @@ T = TypeVar("T")
 
 
 class BoundedQueue(Generic[T]):
-    """The places of one pool. A place is free, reserved for a poll, or has an item.
+    """The queue of one pool: each of its places is free, reserved for a poll, or has an item.
 
     An item in a place waits for a slot, or runs in one.
 
@@ -67,7 +67,7 @@ class BoundedQueue(Generic[T]):
 
     @property
     def free_slots(self) -> int:
-        """The number of slots that this pool could use now; other pools may use shared slots."""
+        """The number of slots that this pool could use now if no other pool takes them first."""
         free = max(0, self.concurrency - self.running)
         if self._share is None:
             return free
@@ -104,7 +104,7 @@ class BoundedQueue(Generic[T]):
 
     async def reserve_place(self) -> None:
         """Reserve a place; wait until one is free, in the order of the calls."""
-        # These conditions are written here, since a function call would cost time in each session.
+        # The conditions are inlined, because a function call would cost time in each session.
         if (
             self._count_free_places() > 0
             and not self._reservers
@@ -115,13 +115,15 @@ class BoundedQueue(Generic[T]):
         turn: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         self._reservers.append(turn)
         if self._share is not None:
-            # A slot may be free: for this poller, or for an item set aside, which comes first.
+            # A shared slot may be free already. If so, it goes to an item set aside, or else to
+            # this poller.
             self._share.grant_free_slots()
         try:
             await turn
         except asyncio.CancelledError:
             if not turn.cancelled():
-                # The place was granted just before the cancellation, and would be lost.
+                # The place was granted just before the cancellation: free it, or nobody could use
+                # it again.
                 self.release_reserved_place()
             elif turn in self._reservers:  # else `grant_free_places` has removed the turn
                 self._reservers.remove(turn)
@@ -140,14 +142,14 @@ class BoundedQueue(Generic[T]):
         self._waiting.append(item)
 
     def set_item_aside(self, item: T) -> None:
-        """Store an item that waits for a slot of its handler, without a place."""
+        """Store an item that has no place and waits until its handler has a free slot."""
         self._aside.append(item)
         if self.too_many_set_aside:
             self._room.clear()
 
     @property
     def too_many_set_aside(self) -> bool:
-        """Whether as many items are set aside as there are places.
+        """Whether at least as many items are set aside as there are places.
 
         The pool should then poll more slowly, because it may hold back items from other workers.
         """
@@ -234,9 +236,9 @@ class BoundedQueue(Generic[T]):
             turn.set_result(None)
 
     def _next_use_of_shared_slot(self) -> Callable[[], None] | None:
-        """Return a function that uses a shared slot: for an item set aside, or else for a poller.
+        """Return a function that gives a shared slot to an item set aside, or else to a poller.
 
-        None if no item or poller waits although a place is free.
+        None: no item can start, and no poller can get a place.
         """
         item = self._next_startable_item()
         if item is not None:
@@ -248,6 +250,6 @@ class BoundedQueue(Generic[T]):
         return self._hand_out_place if self._reservers and self._count_free_places() > 0 else None
 
     def _start_item_set_aside(self, item: T) -> None:
-        """Start an item that was set aside, in a shared slot that the pool was granted."""
+        """Start an item that was set aside, in a shared slot that was just granted to the pool."""
         self._move_to_slot(item)
         self.start(item)

@@ -1,4 +1,4 @@
-"""The calls that a credential may not permit, and without which a pool works.
+"""Optional calls: a pool works without them if its credential does not permit them.
 
 Some control planes do not let a worker's key read an item, write its metadata or query statistics.
 Such a refusal is remembered as long as the process runs and logged once with its meaning; the call
@@ -41,7 +41,7 @@ LOOK_UP_ITEMS: Final = 1000
 
 
 class OptionalCalls:
-    """Makes optional calls for one pool, on all of its loops.
+    """Makes the optional calls of one pool, on any of its event loops; remembers refusals.
 
     Attributes:
         refused: The calls that the credential is known not to permit, with the status of the
@@ -54,7 +54,7 @@ class OptionalCalls:
         self._logged: set[Op] = set()
 
     def check_permitted(self, op: Op) -> None:
-        """Raise an error if the call is known to be refused.
+        """Raise an error if the control plane has refused this kind of call before.
 
         Raises:
             NotPermittedError: The call was refused before.
@@ -63,7 +63,7 @@ class OptionalCalls:
             raise NotPermittedError(op, self.refused[op], NOT_PERMITTED)
 
     async def make_call(self, op: Op, call: Callable[[], Awaitable[T]]) -> T:
-        """Make a call, unless it was refused before.
+        """Make an optional call, unless the control plane has refused this kind of call before.
 
         Raises:
             NotPermittedError: The credential does not permit the call.
@@ -82,11 +82,15 @@ class OptionalCalls:
         raise NotPermittedError(op, status, NOT_PERMITTED)
 
     def forget_refusals(self) -> None:
-        """Let all calls be tried again, since a call was refused that every credential permits."""
+        """Forget all refusals, so that every optional call is tried again.
+
+        Called after the refusal of a call that every valid credential permits: the credential
+        itself may have been invalid when the optional calls were refused.
+        """
         self.refused.clear()
 
     def _record_refusal(self, op: Op, error: ControlPlaneError) -> bool:
-        """Return whether a refusal means that the credential does not permit this call at all."""
+        """Return whether the credential permits no such call at all; if so, record the refusal."""
         if op in self._allowed or not _means_never(op, error):
             return False
         self.refused[op] = error.status
@@ -111,7 +115,7 @@ def _means_never(op: Op, error: ControlPlaneError) -> bool:
 async def read_item(
     client: ClientProtocol, optional: OptionalCalls, work_id: str, timeout: float
 ) -> WorkItem | None:
-    """Read an item, or look it up in the list if the credential may not read it.
+    """Read one item, or find it in the list of items if the credential may not read it.
 
     Args:
         client: Sends the calls.

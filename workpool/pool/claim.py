@@ -49,7 +49,7 @@ A later answer leaves no time for a first heartbeat.
 
 @dataclass(slots=True)
 class _AckRepeats:
-    """The time limit and the backoff of the repetition of one ack.
+    """The time limit and the backoff for repeating one ack.
 
     Attributes:
         until: The time from which the ack is not sent anymore, on the lease clock: another worker
@@ -89,7 +89,7 @@ class Claimer:
         self._on_ack = on_ack
 
     async def acknowledge_item(self, item: PoolItem, taken_at: float) -> CallResult:
-        """Send the item's ack, with retries while the pool can still own it; return the result.
+        """Acknowledge the item, with retries while this pool can still get it; return the result.
 
         After "ok", `item.work_item` is the answer and `item.acked_at` is set. `taken_at` is the
         current time on the lease clock: the item has just got its slot.
@@ -122,7 +122,7 @@ class Claimer:
                 return result
 
     def _check_time_of_repeat(self, repeats: _AckRepeats) -> None:
-        """Raise an error if it is too late to repeat the ack, after its wait for a connection.
+        """Raise an error if the wait for a connection has left no time to repeat the ack.
 
         A late ack could lease the item for 60 s to this pool, which would not run it.
         """
@@ -130,7 +130,7 @@ class Claimer:
             raise TransientError("ack", None, "too late to own the item", reason="throttled")
 
     async def send_first_heartbeats(self, item: PoolItem) -> None:
-        """Send first heartbeats until one succeeds or the lease is over."""
+        """Try to send the first heartbeat until it succeeds or the lease has ended."""
         lease = item.lease
         while not lease.end_if_expired(self._clock()):
             draining = self._context.draining
@@ -150,7 +150,7 @@ class Claimer:
                 await self._wait_for_drain(item, seconds)
 
     def _end_after_pause(self, lease: Lease, now: float) -> None:
-        """End the lease if the machine was paused since the ack; no handler has been called yet."""
+        """End the lease if the machine was paused since the ack: the lease may have expired."""
         if self._pauses.was_paused(lease.clock_offset, now):
             log.warning("the machine was paused during a claim", extra={"work_id": lease.item.id})
             lease.end("lost")
@@ -160,7 +160,8 @@ class Claimer:
     ) -> bool:
         """Wait for the next try of an ack; return False if the ack must not be repeated."""
         if failure.reason in MAYBE_APPLIED:
-            # If the ack was applied, no other worker can claim the item before its lease lapses.
+            # If the ack was applied, its lease keeps other workers away, so the ack may be repeated
+            # until this lease is about to lapse.
             repeats.first_sent = min(repeats.first_sent, sent)
             repeats.until = repeats.first_sent + ACK_LEASE_SECONDS - MARGIN_SECONDS
         delay = max(repeats.backoff.next(), failure.retry_after or 0.0)
@@ -184,14 +185,16 @@ class Claimer:
 
 
 def _accept_ack_answer(item: PoolItem, answer: WorkItem, acked_at: float) -> CallResult:
-    # Some control planes answer every ack with `active`, and all of them answer a repeated ack with
-    # it. The first heartbeat shows which worker has the item.
+    # `active` does not prove that another worker has the item: some control planes answer every ack
+    # with it, and all of them answer a repeated ack with it. The first heartbeat shows which worker
+    # has the item.
     if answer.state not in {STARTING, ACTIVE}:
         return "conflict"
     token, trace = item.work_item.sessions_token, item.work_item.traceparent
     if token is not None or trace is not None:  # the ack's answer has neither
         answer = replace(answer, sessions_token=answer.sessions_token or token, traceparent=trace)
-    # While the item waited for a slot, another worker may have held and lost it.
+    # `last_heartbeat` is set if another worker has had the item, perhaps while the item waited for
+    # a slot of this pool.
     item.held_before = item.held_before or answer.last_heartbeat is not None
     item.work_item = answer
     item.acked_at = acked_at

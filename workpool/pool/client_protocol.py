@@ -82,7 +82,7 @@ class ClientProtocol(Protocol):
         timeout: float | None = None,
         options: CallOptions = CLAIM_OPTIONS,
     ) -> WorkItem:
-        """Acknowledge an item; `permit`: an ack permit was acquired for it."""
+        """Acknowledge an item; `permit` says that an ack permit was acquired for it."""
 
     async def heartbeat(
         self,

@@ -61,14 +61,14 @@ DRAIN_REASON: Final = "the pool is draining"
 
 @dataclass(frozen=True, slots=True)
 class CompletionRow:
-    """One row of the completion table: what happens to the item, its metadata, and the outcome."""
+    """A row of the completion table: action on the item, metadata to write, and outcome."""
 
     item: Literal["stop", "release", "untouched"]
     metadata: Literal["result", "error", "reason", "none"]
     outcome: Outcome
 
 
-TABLE: Final[Mapping[EndReason, CompletionRow]] = {  # of several reasons, the last row counts
+TABLE: Final[Mapping[EndReason, CompletionRow]] = {  # the last row of several end reasons applies
     EndReason.RETURNED: CompletionRow("stop", "result", "completed"),
     EndReason.RAISED: CompletionRow("stop", "error", "failed"),
     EndReason.TIMED_OUT: CompletionRow("stop", "error", "timed_out"),
@@ -97,7 +97,7 @@ class Completion:
         self._optional = context.optional
 
     async def complete_session(self, item: PoolItem) -> Outcome:
-        """Write and stop, or release, the item as its row of the table says; return the outcome."""
+        """Complete the session by its row of the completion table; return the outcome."""
         row = completion_row(item)
         if row.item == "untouched":
             return row.outcome
@@ -114,7 +114,8 @@ class Completion:
             )
             return "failed"
         except TransientError as error:
-            # The item is not stopped, so it is redelivered once its lease has lapsed.
+            # The outcome is `released`: the item is not stopped, so it is redelivered once its
+            # lease has lapsed.
             log.warning(
                 "completion not written: %s", error, extra={"work_id": item.id, "error": str(error)}
             )
@@ -158,11 +159,14 @@ class Completion:
             )
         except (TransientError, RefusedError) as error:
             if isinstance(error, RefusedError) or error.reason == "throttled":
-                lease.own_stop = before  # the stop was certainly not applied
+                lease.own_stop = before  # this stop was not sent, or was refused
             raise
 
     async def _write_row_metadata(self, item: PoolItem, row: CompletionRow) -> Outcome:
-        """Write the metadata that the row names; return its outcome, or `failed` if refused."""
+        """Write the metadata that the row names; return the outcome of the session.
+
+        That is the row's outcome, or `failed` if the control plane refuses the handler's result.
+        """
         attempt = item.attempt
         if row.metadata == "result" and not item.result:
             if patch := attempt.closing_patch({}):
@@ -174,7 +178,8 @@ class Completion:
         except (ConflictError, PreconditionError):
             pass  # the control plane says that the item is stopped already
         except NotPermittedError:
-            # Another run could not write its result either, so the session is completed without it.
+            # Complete the session without its result: another run could not write the result
+            # either.
             if row.metadata == "result":
                 self._observe(ResultDropped, item.work_item)
         except RefusedError as error:
@@ -183,7 +188,7 @@ class Completion:
             )
             if row.metadata != "result":
                 return row.outcome
-            # The session failed if its result cannot be written; the error is written in its place.
+            # Without its result the session has failed; write the error instead.
             item.error = error
             notes = self._error_note(item)
             with contextlib.suppress(RefusedError, ConflictError, PreconditionError):
@@ -192,7 +197,7 @@ class Completion:
         return row.outcome
 
     async def _remove_mark(self, item: PoolItem, patch: Patch) -> None:
-        """Remove the mark of a completed session; a failure is logged and causes no other run."""
+        """Delete the mark of a completed session; if that fails, log it and keep the outcome."""
         try:
             await self.write_metadata(item, patch, WRITE._replace(seconds=MARK_SECONDS))
         except NotPermittedError:
@@ -203,7 +208,11 @@ class Completion:
             )
 
     async def mark_running_session(self, item: PoolItem) -> None:
-        """Write a running session's mark when a drain begins; cancelled if the session ends."""
+        """Write the mark of a running session at the beginning of a drain.
+
+        With the mark, the run does not count as an attempt if the process ends before the session.
+        The write is cancelled if the session ends first.
+        """
         if item.lease.stop_requested:
             return  # an operator has asked to stop the item, so no worker runs it again
         # A low priority, so that completions do not wait behind the marks of all sessions.
@@ -211,7 +220,7 @@ class Completion:
         await self._write_mark(item, DRAIN_REASON, request)
 
     async def mark_released_session(self, item: PoolItem, reason: str, seconds: float) -> None:
-        """Write a released session's mark within `seconds`; without it, the run is an attempt."""
+        """Write the mark of a released session within `seconds`, so that its run is no attempt."""
         lease = item.lease
         if lease.unsettled or (item.parents_heartbeat is not None and not lease.begun):
             return  # no heartbeat has succeeded yet, so another process may own the item
@@ -242,7 +251,8 @@ class Completion:
                     item.id, patch, timeout=timeout, options=options
                 ),
                 request,
-                # Another write may have been refused while this one waited for a connection.
+                # Check again right before sending: while this write waited for a connection, the
+                # refusal of another one may have shown that the credential permits none.
                 partial(self._optional.check_permitted, "update"),
             ),
         )
@@ -308,7 +318,7 @@ def outcome_expected(item: PoolItem, error: BaseException | None, now: float) ->
 
 
 def outcome_when_abandoned(item: PoolItem) -> Outcome:
-    """Return the outcome of an abandoned session, as its lease's status determines it."""
+    """Return the outcome of an abandoned session, by the status of its lease."""
     lease = item.lease
     match lease.status:
         case "finished":
@@ -329,7 +339,7 @@ def outcome_of_lapse(lease: Lease) -> Outcome:
 
 
 def iterate_leaf_errors(error: BaseException) -> Iterator[BaseException]:
-    """Yield the errors in an exception group, at any depth; yield any other error itself."""
+    """Yield the errors inside an exception group, at any depth, or a plain error itself."""
     unread = [error]
     while unread:  # a loop, since deeply nested groups would exceed the recursion limit
         each = unread.pop()
@@ -340,7 +350,10 @@ def iterate_leaf_errors(error: BaseException) -> Iterator[BaseException]:
 
 
 def find_release(error: BaseException) -> Release | None:
-    """Return the `Release` that `error` is, or the longest of a group that has only releases."""
+    """Return the release that `error` is or contains; None if it contains any other error.
+
+    Of several releases in an exception group, the one with the longest delay is returned.
+    """
     releases: list[Release] = []
     for each in iterate_leaf_errors(error):
         if not isinstance(each, Release):

@@ -56,7 +56,8 @@ class LoopMonitor:
         self._ping = 0
         self._asked_at = time.monotonic()
         self._answered_before = 0.0  # the time of the answer before the last one
-        # Written on the handlers' loop; `_pong` last, since other threads read the others after it.
+        # Written on the handlers' loop, `_pong` last: a thread that sees the new `_pong` must not
+        # read old values of the other attributes.
         self._answered_at = time.monotonic()
         self._pong = 0
 
@@ -84,16 +85,17 @@ class LoopMonitor:
             seconds = self._answered_at - self._answered_before
             _log_warning("event loop runs again", seconds=round(seconds, 3))
         self._waited = 0.0
-        # Written before `_ping`, since other threads read the time of the ping that they see.
+        # Written before `_ping`: a thread that sees the new ping must not read the time of the old.
         self._asked_at = time.monotonic()
         self._ping += 1
         self._answered_before = self._answered_at
         self._tell(functools.partial(self._record_answer, self._ping, self._asked_at))
 
     def count_unanswered_time(self, seconds: float) -> bool:
-        """Count `seconds` without an answer to the ping; return whether they reach `max_block`."""
+        """Add `seconds` to the time without an answer; return whether it reaches `max_block`."""
         was_blocked = self.blocked
-        # At most two ticks are counted: the loop of a process that was stopped is not blocked.
+        # Count at most two ticks: if the whole process was stopped for a long time, its loop was
+        # not blocked for that time.
         self._waited += min(seconds, 2 * TICK_SECONDS)
         if self.blocked and not was_blocked:
             _log_warning(
@@ -103,7 +105,7 @@ class LoopMonitor:
         return self._waited >= self._max_block
 
     def blocked_report(self) -> Callable[[], None]:
-        """Return the call that logs the block of the loop, which is measured now."""
+        """Measure how long the loop has been blocked until now; return a function that logs it."""
         seconds = time.monotonic() - self._answered_at
         return functools.partial(self._log_blocked, seconds)
 
@@ -160,7 +162,7 @@ def call_on_report_thread(write: Callable[[], None]) -> None:
 
 
 def log_stacks(log: logging.Logger, stacks: str, message: str, **fields: object) -> None:
-    """Log a critical message and fields, with stacks below them: a message is one line."""
+    """Log a critical one-line message with its fields, and `stacks` on the lines below."""
     if log.isEnabledFor(logging.CRITICAL):
         path, line, function, _ = log.findCaller(stacklevel=2)
         level = logging.CRITICAL
@@ -176,7 +178,7 @@ def thread_stack(ident: int) -> str | None:
 
 
 def stack_of_task(task: asyncio.Task[object]) -> str:
-    """Return the stack of a task that waits, as text: one frame for each coroutine that it awaits.
+    """Return the stack of a waiting task as text: a frame for each coroutine of its await chain.
 
     `Task.print_stack` prints the outermost coroutine only, which is the pool's own.
     """
@@ -191,7 +193,7 @@ def stack_of_task(task: asyncio.Task[object]) -> str:
 
 
 def all_stacks(first: int) -> str:
-    """Return the current stack of every thread as text, at most 128,000 characters of frames.
+    """Return the current stacks of all threads as text, with at most 128,000 characters of frames.
 
     Args:
         first: The identifier of the thread that is listed first.

@@ -114,18 +114,21 @@ class Dispatcher:
 
     @property
     def must_pace_polls(self) -> bool:
-        """Whether the last `UNSTARTED` owned items ended without a call of a handler."""
+        """Whether pollers must pause between polls.
+
+        True after `UNSTARTED` owned items in a row ended before a handler was called.
+        """
         return self.runner.unstarted >= UNSTARTED
 
     def offer_item(self, work_item: WorkItem, polled_at: float) -> Reception:
-        """Accept an item that a poll returned, set it aside, or decline it; return which.
+        """Accept, set aside or decline an item that a poll returned; return the decision.
 
         `polled_at` is the time when that poll was sent, on the lease clock.
         """
         if self._context.draining or (self._admission.gated and self._admission.paused is not None):
             return "declined"  # without an ack, the item is redelivered to another worker
         owned = self.items.find_item(work_item.id)
-        if owned is None and self._expiry is not None:  # the timer is set if items are set aside
+        if owned is None and self._expiry is not None:  # the timer is set while items are set aside
             owned = self._find_set_aside(work_item.id)
         item = PoolItem(work_item, None, self._context.start_context.copy(), self._context.clock())
         seen = self._note_seen(item.id) or item.held_before
@@ -159,9 +162,10 @@ class Dispatcher:
         self._fill_slots()
 
     def _handle_redelivery(self, owned: PoolItem, polled_at: float) -> None:
-        """Handle another delivery of an owned item: the control plane has put it back in its queue.
+        """Handle another delivery of an item that this pool owns: the item is in the queue again.
 
-        A running item's lease is checked by a heartbeat soon; a waiting item's time begins anew.
+        If the handler runs, a heartbeat checks the lease soon. If the item waits for a slot, the
+        time for which it may wait begins anew.
         """
         if owned.state == "delivered":
             owned.polled_at = polled_at
@@ -185,7 +189,7 @@ class Dispatcher:
         self.items.add_item(item)
 
     def _set_item_aside(self, item: PoolItem) -> Reception:
-        """Let an item wait for a slot of its handler, without an ack, for `_aside_seconds`."""
+        """Let an unacknowledged item wait up to `_aside_seconds` for a slot of its handler."""
         if self._aside_seconds <= 0:
             self._decline_item(item.work_item, "busy")
             return "declined"
@@ -209,7 +213,7 @@ class Dispatcher:
         )
 
     def _set_expiry_timer(self) -> None:
-        """Set the timer that declines items set aside, if any, at the end of their time."""
+        """Set the timer for the time when the oldest item set aside must be declined."""
         aside = self._context.queue.items_set_aside
         if aside and self._expiry is None:
             oldest = min(item.delivered_at for item in aside)
@@ -221,7 +225,8 @@ class Dispatcher:
     def _decline_expired_items(self) -> None:
         """Decline the items that were set aside for so long that they will be redelivered soon."""
         self._expiry = None
-        # Timers may fire a moment early; without these 10 ms the next timer would fire at once.
+        # A timer may fire a little early. Without these 10 ms, its item would not be due yet, and
+        # the next timer would fire at once.
         latest = self._context.clock() - self._aside_seconds + 0.01
         for item in self._context.queue.items_set_aside:
             if item.delivered_at <= latest:
@@ -279,7 +284,8 @@ class Dispatcher:
     def _start_item(self, item: PoolItem) -> None:
         """Start the task of an item that has just got a slot."""
         if self.items.find_item(item.id) is None:  # the item was set aside until now
-            # The current context may be that of a session of another pool, which freed this slot.
+            # Use the item's own context: the current one may be that of another pool's session,
+            # whose end freed this slot.
             item.context.run(self._add_owned_item, item)
         item.advance_state("slot" if item.parents_heartbeat is None else "adopted")
         item.task = self._group.create_task(
@@ -308,7 +314,7 @@ class Dispatcher:
                 item.mark_task = self._group.create_task(mark, name=f"mark {item.id}")
 
     def forget_waiting_items(self) -> None:
-        """Forget the unacknowledged items, which wait for a slot; other workers get them."""
+        """Forget the items that wait for a slot; they have no ack, so other workers get them."""
         for _ in self._context.queue.items_set_aside:
             self._context.client.release_ack_permit()
         for item in self._context.queue.forget_waiting_items():

@@ -60,7 +60,7 @@ class Drain:
 
     @property
     def deadline(self) -> float:
-        """The time when handlers are cancelled, on the loop's clock; infinite until it is known."""
+        """The loop time at which running handlers are cancelled; infinite while none is set."""
         return self._deadline
 
     def begin(self, timeout: float | None) -> None:
@@ -79,7 +79,7 @@ class Drain:
         self._changed.set()
 
     async def wait_for_sessions(self, dispatcher: Dispatcher) -> None:
-        """Wait, without a limit, until only sessions of stuck handlers run."""
+        """Wait, without a time limit, until no session runs except those of stuck handlers."""
         await self._wait_until_finished(dispatcher, lambda: math.inf)
 
     async def finish_sessions(self, context: PoolContext, dispatcher: Dispatcher) -> int:
@@ -154,7 +154,7 @@ class Drain:
 
 
 async def await_despite_cancellation(end: Callable[[], Awaitable[None]], drain: Drain) -> None:
-    """Await `end()` although this task is cancelled; raise the last CancelledError afterwards.
+    """Await `end()` completely even if this task is cancelled; then raise the last CancelledError.
 
     A cancellation moves the drain's deadline to now, which limits `end()`. Otherwise a pool could
     continue without its embedder, since some libraries cancel a task again at each of its steps.

@@ -89,8 +89,8 @@ class HandlerExecutor:
         task = item.handler_task = self._group.create_task(
             self._call_handler(item, handler, session),
             name=f"{handler.name} {item.id}",
-            # A copy, since an eager task starts inside this call, in which the item's own context
-            # is entered already: a context cannot be entered twice.
+            # A copy: an eager task runs its first step inside this call, while the item's own
+            # context is entered already, and a context cannot be entered twice.
             context=item.context.copy(),
         )
         timeout = self._session_timeout if handler.timeout is None else handler.timeout
@@ -113,7 +113,7 @@ class HandlerExecutor:
             self._record_error(item, asyncio.CancelledError("leaked from the handler"))
 
     def cancel_handler_later(self, item: PoolItem, reason: EndReason, seconds: float) -> None:
-        """Cancel the handler after `seconds`, unless an earlier cancellation is planned."""
+        """Cancel the handler after `seconds`, unless it will be cancelled earlier anyway."""
         if item.cancelled_for is not None or not item.handler_runs:
             return
         loop = asyncio.get_running_loop()
@@ -123,7 +123,7 @@ class HandlerExecutor:
             item.cancelled_at, item.timer = at, loop.call_at(at, self.cancel_handler, item, reason)
 
     def cancel_handler(self, item: PoolItem, reason: EndReason) -> None:
-        """Cancel the handler now, unless it was cancelled for an equally grave reason."""
+        """Cancel the handler now, unless it was already cancelled for this or a graver reason."""
         if item.handler_task is None or item.handler_task.done():
             return
         item.add_end_reason(reason)
@@ -163,10 +163,10 @@ class HandlerExecutor:
         """
         now = self._clock()
         late = late if item.progressed_at == seen_at else 0.0
-        # The silence began with the last progress, so lateness before it is not subtracted.
+        # Subtract only the lateness after the last progress, since the silence began there.
         lateness = now - max(due_at, item.progressed_at)
-        # Short delays are usual and not subtracted: their sum over many checks would delay the end
-        # of a stalled handler.
+        # Do not subtract short delays, which are usual: their sum over many checks would delay the
+        # end of a stalled handler.
         if lateness >= LATE_SECONDS:
             late += lateness
         silence = max(0.0, item.seconds_without_progress(now) - late)
@@ -224,7 +224,7 @@ class HandlerExecutor:
 
         An error is recorded and not raised, since it would cancel all other handlers of the group.
         """
-        # An eager task starts before `create_task` returns it; the session's calls need it already.
+        # An eager task runs before `create_task` returns it, but the session's calls need the task.
         if item.handler_task is None:
             item.handler_task = asyncio.current_task()
         if not self._may_start(item):
@@ -233,7 +233,8 @@ class HandlerExecutor:
         CURRENT.set(ref(session))
         self._observe(SessionStarted, session, handler.name)
         try:
-            # `metadata_of` is inside this `try`: it may run code of a mapping of the handler.
+            # `metadata_of` is inside this `try`, because it may run the handler's own code: that of
+            # a returned Mapping.
             contexts = self._plugins.session_contexts(session)
             call: Call = handler.call  # type: ignore[assignment]  # async - unless `blocking`
             if handler.blocking or handler.retry is not None:
@@ -251,7 +252,7 @@ class HandlerExecutor:
     async def _call_in_contexts(
         self, contexts: list[Context], item: PoolItem, call: Call, session: Session
     ) -> Mapping[str, str]:
-        """Call the handler inside the plugins' contexts; set the outcome before these are left."""
+        """Call the handler inside the plugins' contexts; set `session.outcome` before they exit."""
         async with AsyncExitStack() as stack:
             for _, context in contexts:
                 await stack.enter_async_context(context)
@@ -267,7 +268,7 @@ class HandlerExecutor:
         return {}  # reached if a plugin's context has suppressed the handler's error
 
     def _prepare_call(self, item: PoolItem, handler: Handler) -> Call:
-        """Return a function that calls the handler, with its retries or on a thread."""
+        """Return a function that calls the handler with its retries, on a thread if necessary."""
         call = cast("Call", handler.call)
         if handler.blocking:
             call = partial(self._threads.call_on_thread, item, cast("Function", handler.call))
@@ -292,7 +293,7 @@ class HandlerExecutor:
                 self._observe(HandlerRetried, session, item.handler_label, session.retry, error)
 
     def _may_retry(self, item: PoolItem) -> bool:
-        """Return whether the handler may be called again: not cancelled, and its lease is held."""
+        """Return whether a retry is allowed: the handler was not cancelled, the lease is held."""
         return item.cancelled_for is None and item.lease.held(self._clock())
 
     async def _wait_before_retry(
@@ -326,7 +327,7 @@ class HandlerExecutor:
             raise item.error or error
 
     def _may_start(self, item: PoolItem) -> bool:
-        """Return whether to call the handler: the lease is held, the machine was not paused."""
+        """Return whether the handler may be called; record a release if the machine was paused."""
         now = self._clock()
         if not item.lease.held(now):
             return False
@@ -386,7 +387,7 @@ def end_of_task(task: asyncio.Task[object]) -> asyncio.Future[None]:
 
 @asynccontextmanager
 async def handler_group() -> AsyncIterator[asyncio.TaskGroup]:
-    """Return a task group that the pool can leave although a handler in it still runs.
+    """Open a task group that the pool can leave while a handler in it still runs.
 
     A handler that ignores its cancellation would keep the pool from leaving a normal group. This
     group has its own task, which is the only kind of task that may outlive the pool.

@@ -53,7 +53,7 @@ def _to_json(value: object) -> str:
 
 
 def _to_plain(value: Any) -> Any:
-    """Return mappings and sequences of other classes in a form that orjson writes.
+    """Convert a mapping or sequence of a class that orjson does not know to a dict or list.
 
     Raises:
         TypeError: The value is neither.

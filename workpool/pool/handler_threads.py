@@ -37,7 +37,7 @@ T = TypeVar("T")
 
 @dataclass(frozen=True, slots=True)
 class _ThreadError:
-    """A handler's error as the result of a future, since a future cannot raise StopIteration."""
+    """A handler's error, stored as a future's result: a future cannot raise StopIteration."""
 
     error: BaseException
 
@@ -83,7 +83,8 @@ class HandlerThreads:
         try:
             raise outcome.error
         except KeyboardInterrupt as error:
-            # A KeyboardInterrupt raised in a task would end the event loop.
+            # Convert the error: a KeyboardInterrupt that is raised in a task would end the event
+            # loop.
             raise RuntimeError("KeyboardInterrupt in a plain handler") from error
 
     async def _run_function(
@@ -225,7 +226,7 @@ class _ThreadCalls:
             future.set_exception(self._error_of_ended_call())
 
     def _error_of_ended_call(self) -> SessionGoneError:
-        """Return the error for a call that was ended: its lease's error, or `SessionEnded`."""
+        """Return the error for a cancelled call: the lease's error if any, else `SessionEnded`."""
         try:
             self._item.lease.check_held(self._clock())
         except SessionGoneError as error:

@@ -69,12 +69,12 @@ class HandoffRun:
         self._renewer.heartbeat_now(lease)
         while not (lease.over or (lease.settled and lease.due_at > self._renewer.clock())):
             changed.clear()
-            await changed.wait()  # ends with the lease at the latest, which sets `changed`
+            await changed.wait()  # bounded: the end of the lease sets `changed`, too
         return not lease.over
 
     async def _wait_for_child(self) -> None:
         lease, handoff, clock = self._lease, self._handoff, self._renewer.clock
-        # The rest of the lease is left for the heartbeat that takes the item back.
+        # Stop waiting early enough for the heartbeat by which this pool takes the item back.
         until = lease.give_up_at - lease.ttl / TAKE_BACK_PART
         while not (handoff.taken_back or lease.over) and (left := until - clock()) > 0:
             handoff.changed.clear()
@@ -87,7 +87,7 @@ class HandoffRun:
                 return
 
     async def _must_wait_longer(self) -> bool:
-        """Read the item; return whether no child has it yet, and a child may still come."""
+        """Read the item; return whether to go on waiting for a child to take the item over."""
         lease, client = self._lease, self._renewer.client
         try:
             timeout = self._renewer.request_timeout
@@ -100,7 +100,7 @@ class HandoffRun:
         if status != "held":
             lease.end(status, "taken")
             self._renewer.report_lease_change(self._item)
-        # A request to stop must not wait for a child that may never start.
+        # End the wait on a stop request, which must not wait for a child that may never start.
         return status == "held" and item.state != STOPPING
 
     def _set_state(self, state: Literal["open", "closed"]) -> None:
@@ -124,7 +124,8 @@ async def hand_off(
         await _wait_for_state(item, handoff, "closed", renewer.clock)
     except asyncio.CancelledError:
         renewer.call_on_loop(handoff.take_back)
-        # A cancelled handler must end at once; the session runner calls `settle_handoff`.
+        # Do not wait here, since a cancelled handler must end at once: the session runner calls
+        # `settle_handoff` later.
         raise
     except BaseException:
         await settle_handoff(item, handoff, renewer)
@@ -135,7 +136,7 @@ async def hand_off(
 
 
 async def settle_handoff(item: PoolItem, handoff: Handoff, renewer: LeaseRenewer) -> None:
-    """Wait for the end of the handoff, which decides which process has the item."""
+    """Take the item back unless a child has it, and wait until the handoff is closed."""
     if handoff.state != "closed":
         renewer.call_on_loop(handoff.take_back)
         await _wait_for_state(item, handoff, "closed", renewer.clock)

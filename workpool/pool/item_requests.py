@@ -50,7 +50,7 @@ T = TypeVar("T")
 
 
 class LeaseDoubted(TransientError):
-    """Raised for a write after a pause of the machine, in which the lease may have ended.
+    """A write was not sent, because the lease may have ended during a pause of the machine.
 
     A heartbeat verifies the lease; then the request may be retried.
     """
@@ -156,7 +156,7 @@ class ItemSender:
         request: SendOptions,
         before_bytes: Callable[[], None] | None = None,
     ) -> T:
-        """Make a call that needs the lease, with retries until an answer is final or time is over.
+        """Make a call that needs the lease; retry it until a final answer or the end of its time.
 
         `before_bytes` is called after the check, right before the first byte is written.
 
@@ -180,8 +180,9 @@ class ItemSender:
             backoff = backoff or Backoff(RETRY_SECONDS, RETRY_CAP_SECONDS)
             options = options._replace(new_connection=failure.reason in {"timeout", "network"})
             left = self._seconds_left(item, until, self._clock())
-            # Wait for half of the remaining time at most, whatever the Retry-After: without another
-            # try, a session that has ended would be run again because of a 429.
+            # Wait for at most half of the remaining time, even if the Retry-After is longer:
+            # without another try, the item of an ended session would not be stopped, and would be
+            # run again.
             delay = max(backoff.next(), min(failure.retry_after or 0.0, left / 2))
             if delay >= left:
                 self.check_may_send(item, by_handler=request.by_handler)
@@ -213,7 +214,7 @@ class ItemSender:
                     raise
 
     def end_waits(self, item: PoolItem) -> None:
-        """End all waits for answers to the item's requests, with a TimeoutError in each."""
+        """End every wait for an answer to a request for the item; each wait raises TimeoutError."""
         for bound in list(item.open_sends):
             bound.end_wait()
 
@@ -240,7 +241,7 @@ class ItemSender:
             raise TransientError("call", None, "no answer in time", reason="timeout") from None
 
     def _may_retry_at_once(self, lease: Lease, failure: TransientError) -> bool:
-        """Return whether the next try need not wait: the lease was verified, or has ended."""
+        """Return whether to end the wait: a heartbeat has verified the lease, or it has ended."""
         if isinstance(failure, LeaseDoubted) and not self._pauses.was_paused(
             since=lease.clock_offset
         ):

@@ -1,4 +1,4 @@
-"""The lease of one item as pure arithmetic, and the clocks that it is measured by.
+"""The lease of one item, as arithmetic on given times, and the clocks that measure it.
 
 `Lease` reads no clock and awaits nothing: each method gets the time. One thread writes a lease at
 a time: the handlers' loop until the first heartbeat has succeeded, the lease renewer from then on.
@@ -56,7 +56,7 @@ PAUSE_SECONDS = 2.0
 
 
 def clock_that_counts_sleep() -> Clock:
-    """Return this platform's monotonic clock that counts the time of sleep.
+    """Return this platform's monotonic clock that goes on while the machine sleeps.
 
     The result is the platform's own function: a wrapper would cost some forty calls for each
     item.
@@ -90,7 +90,7 @@ class PauseDetector:
 
     def was_paused(self, since: float, now: float | None = None) -> bool:
         """Return whether the machine was paused since `wall_clock_offset` returned `since`."""
-        # `wall_clock_offset` is repeated here, because a call for every write costs too much.
+        # `wall_clock_offset` is inlined, because a call for every write costs too much.
         now = self._clock() if now is None else now
         return abs(self._wall() - now - since) >= PAUSE_SECONDS
 
@@ -238,7 +238,7 @@ class Lease:
     # The following methods may be called on any thread.
 
     def held(self, now: float) -> bool:
-        """Return whether this pool certainly holds the item at this time."""
+        """Return whether this pool has the lease at the time `now`."""
         return self.status == "held" and now < self.deadline and not self.closed
 
     def remaining(self, now: float) -> float:
@@ -257,29 +257,29 @@ class Lease:
 
     @property
     def releasing(self) -> bool:
-        """Whether the last heartbeat is due or was sent, so that the lease lapses."""
+        """Whether the pool lets the lease lapse: its last heartbeat is due or was sent."""
         return self._release_ttl is not None
 
     @property
     def settled(self) -> bool:
-        """Whether the last heartbeat has extended the lease, and no other one is in flight."""
+        """Whether the latest heartbeat has extended the lease, and no heartbeat is in flight."""
         doubted = self._unanswered or self._read_twice or self._failures > 0
         return self.begun and not (self.in_flight or doubted)
 
     def check_held(self, now: float) -> None:
-        """Raise an error unless something may be sent for the item at this time.
+        """Raise an error unless requests may be sent for the item at the time `now`.
 
         Raises:
             SessionEnded: The session has ended, or the item was stopped or handed off.
             LeaseLost: The lease is not held.
         """
-        # `held` is repeated here, because a call for every write costs too much.
+        # The condition of `held` is inlined, because a call for every write costs too much.
         if self.status != "held" or now >= self.deadline or self.closed:
             ended = self.closed or self.status in {"stopped", "handed_off"}
             raise (SessionEnded if ended else LeaseLost)(self.item.id)
 
     def note_own_stop(self) -> None:
-        """Record that the pool's stop may be applied from now on.
+        """Record that the stop request of this pool may be applied from now on.
 
         Called on the handlers' loop only.
         """
@@ -296,7 +296,7 @@ class Lease:
             self.status = status
 
     def end_if_expired(self, now: float) -> bool:
-        """End the lease if the latest time for a heartbeat has passed; return `over`."""
+        """End the lease if its give-up time has passed; return whether the lease is over."""
         if self.status == "held" and now >= self.give_up_at:
             self.end("lost")
         return self.over
@@ -309,8 +309,8 @@ class Lease:
     def doubt_after_pause(self, now: float) -> bool:
         """Make the next heartbeat due now, because a pause of the machine put the lease in doubt.
 
-        Until a heartbeat has succeeded, only the first call has an effect. Returns whether it had
-        one.
+        Until a heartbeat has succeeded, only the first call has an effect. Returns whether this
+        call was the first.
         """
         first, self._doubted = not self._doubted, True
         if first:
@@ -343,9 +343,9 @@ class Lease:
         ttl = self._release_ttl or self._ttl_asked
         lag = max(0.0, now - planned_at)
         before = self.deadline
-        # The answer may be lost and the lease shortened, so trust only the requested TTL.
+        # The heartbeat may shorten the lease to the requested TTL, and its answer may be lost.
         self._set_deadline(min(before, now + ttl), min(self.ttl, ttl))
-        # Without an answer, there must be time for another try.
+        # The timeout leaves time for another try if there is no answer.
         left = self.give_up_at - now
         timeout = max(0.001, min(self._request_timeout, self.ttl / TIMEOUT_PART, left))
         return HeartbeatAttempt(now, self.expected, ttl, timeout, before, lag, clock_offset, last)
@@ -356,7 +356,7 @@ class Lease:
         self._set_deadline(attempt.deadline, self.ttl)
 
     def note_unanswered(self) -> None:
-        """Record that the wait for the answer has ended: the heartbeat may have been applied."""
+        """Record that the wait ended without an answer; the heartbeat may have been applied."""
         self.in_flight = False
         self._unanswered = True
 
@@ -394,7 +394,8 @@ class Lease:
             self.end("finished" if self.own_stop else "lost")
             return HeartbeatDecision("over", doubt)
         if isinstance(outcome, ControlPlaneError):
-            # The holder is still unknown, so that the item must be read after the next 412, too.
+            # It is still unknown which worker has the lease, so after another 412 the item must be
+            # read again.
             self._unanswered = True
             return self._apply_error_class(now, classify_read_error(outcome), outcome)
         status = self.status_from_read(outcome)
@@ -419,8 +420,8 @@ class Lease:
         are worse than none.
         """
         if item.state == STARTING and (self._lent or self.item.state == ACTIVE):
-            # The item was `active` before: another worker acknowledged it, or a poll leased it to
-            # one.
+            # The item was `active` and is `starting` again, so another worker has acknowledged it,
+            # or a poll has leased it to one.
             return "lost"
         acked_at = self.item.acknowledged_at
         ours = acked_at is not None and item.acknowledged_at == acked_at
@@ -434,7 +435,8 @@ class Lease:
         self, now: float, attempt: HeartbeatAttempt, heartbeat: Heartbeat
     ) -> HeartbeatDecision:
         if now >= attempt.deadline:
-            # Between that deadline and this answer, another worker may have had the item.
+            # The answer came after the old deadline; in between, another worker may have had the
+            # item.
             self.end("lost")
             return HeartbeatDecision("over", "timeout")
         if heartbeat.state == STOPPED:  # final, whichever worker held the item
@@ -442,14 +444,15 @@ class Lease:
             return HeartbeatDecision("over", "ok")
         extended, stopping = heartbeat.lease_extended, heartbeat.state == STOPPING
         if not heartbeat.last_heartbeat or (self.unsettled and (stopping or not extended)):
-            # Some control planes answer a heartbeat of a `stopping` item to any sender, so that
-            # answer does not settle an ack, and does not prove a loss either.
+            # Some control planes accept a heartbeat for a `stopping` item from any worker. Such an
+            # answer proves neither that the item is ours nor that the lease is lost.
             proven = not stopping or not heartbeat.last_heartbeat
             self.end("lost", "taken" if proven else "expired")
             return HeartbeatDecision("over", "conflict")
         paused = abs(attempt.clock_offset - self.clock_offset) >= PAUSE_SECONDS
         if stopping and paused:
-            # Any sender gets this answer, so it does not prove that the lease outlasted the pause.
+            # Any worker can get this answer, so it does not prove that the lease outlasted the
+            # pause.
             self.end("lost")
             return HeartbeatDecision("over", "conflict")
         if not extended and not stopping:
@@ -481,13 +484,14 @@ class Lease:
         if isinstance(error, TransientError) and error.reason != "throttled":
             self._unanswered = True
         else:
-            # The heartbeat was certainly not applied, so it has not shortened the lease.
+            # The heartbeat was not applied, so it has not shortened the lease.
             self._set_deadline(attempt.deadline, self.ttl)
         error_class = classify_heartbeat_error(error, doubted=self._unanswered or self._lent)
         if error_class.then == "read":
             if not self.unsettled:
                 return HeartbeatDecision("read", error_class.result)
-            # A repeated ack returns the holder's `acknowledged_at`, so a read would show nothing.
+            # A read would not show whether the lease is ours: the answer to a repeated ack has the
+            # `acknowledged_at` of whichever worker has the lease.
             error_class = error_class._replace(then="taken")
         return self._apply_error_class(now, error_class, error)
 
@@ -509,7 +513,8 @@ class Lease:
     def _plan_repeat(self, now: float, retry_after: float = 0.0) -> None:
         part = RETRY_PARTS[min(self._failures, len(RETRY_PARTS) - 1)]
         self._failures += 1
-        # A Retry-After may take half of the time that is left, so that it leaves another try.
+        # A Retry-After delays the next try by at most half of the time that is left, so that there
+        # is time for it.
         left = self.give_up_at - now
         self.due_at = now + max(self.ttl / part, min(retry_after, left / 2))
 
@@ -542,16 +547,17 @@ def classify_heartbeat_error(error: ControlPlaneError, *, doubted: bool) -> Erro
     if isinstance(error, PreconditionError):
         return ErrorClass("precondition", "read" if doubted else "taken")
     if error.status == HTTPStatus.BAD_REQUEST:
-        # The control plane does not accept the request, whoever holds the item.
+        # The control plane does not accept the request itself, so repeating it is useless.
         return ErrorClass("rejected", "refused")
-    # A token, a proxy or a certificate may be repaired while the lease lasts.
+    # Repeat after other errors: a token, a proxy or a certificate may be repaired while the lease
+    # lasts.
     return ErrorClass("rejected", "gone" if error.status == HTTPStatus.NOT_FOUND else "repeat")
 
 
 def classify_read_error(error: ControlPlaneError) -> ErrorClass:
     """Return the class of an error of reading the item.
 
-    A 409 or 412 is that of a gateway, since the read is a GET, so the read is repeated.
+    A GET has no reason for a 409 or 412, so a gateway must have sent it, and the read is repeated.
     """
     if isinstance(error, ConflictError | PreconditionError):
         return ErrorClass("rejected", "repeat")
@@ -559,6 +565,6 @@ def classify_read_error(error: ControlPlaneError) -> ErrorClass:
 
 
 def _last_heartbeat_of(item: WorkItem) -> str:
-    # In `starting`, `last_heartbeat` is that of a former holder.
+    # While the item is `starting`, its `last_heartbeat` is that of an earlier lease.
     fresh = item.state == STARTING or item.last_heartbeat is None
     return NO_HEARTBEAT if fresh else str(item.last_heartbeat)

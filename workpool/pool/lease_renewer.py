@@ -167,8 +167,8 @@ class LeaseRenewer:
             self._leases[lease] = item
             if self._error is not None:
                 lease.end("lost")
-            # The answer to the first heartbeat was so slow that the second one is due before
-            # the next check of all leases.
+            # Wake the thread: after a slow answer to the first heartbeat, the second one is due
+            # before the next check of all leases.
             elif lease.due_at < self._next_look_at:
                 self._schedule_call(self._look_now.set)
 
@@ -180,7 +180,7 @@ class LeaseRenewer:
         lease.closed = True
         item = self._leases.pop(lease, None)
         if item is not None and item.handoff is not None:
-            self.call_on_loop(item.handoff.note_change)  # no further heartbeat wakes the handoff
+            self.call_on_loop(item.handoff.note_change)  # no heartbeat will wake the handoff
 
     def send_heartbeat_soon(self, lease: Lease) -> None:
         """Send a heartbeat now for a lease that may be lost."""
@@ -308,12 +308,13 @@ class LeaseRenewer:
         return True
 
     def _stop_renewing(self, write_report: Callable[[], None]) -> None:
-        """Renew no lease anymore and report it; a failing report does not stop the callback."""
+        """Stop renewing, write the report, and call `stopped_renewing` even if the report fails."""
         self.renewing = False
         try:
             call_on_report_thread(write_report)
         except BaseException as error:
-            # The leases end before the callback, which may let a blocked handler continue.
+            # End the leases before the callback: it may let a blocked handler continue, which must
+            # not use its lease anymore.
             self._end_pool(error)
             raise
         finally:
@@ -373,8 +374,8 @@ class LeaseRenewer:
 
     def _check_leases(self) -> float:
         """End expired leases, start due heartbeats; return when the next check must be made."""
-        # A list of the keys is made in one step, while the other thread may add and remove some. A
-        # list of the items is not: each new tuple may start a garbage collection.
+        # Copy the keys only: that is one atomic step, although the other thread adds and removes
+        # leases. Copying `items()` is not atomic: each new tuple may start a garbage collection.
         leases, now = list(self._leases), self.clock()
         self._doubt_leases(leases, now)
         due, next_at = self._find_due(leases, now)
@@ -418,7 +419,7 @@ class LeaseRenewer:
         return due, next_at
 
     def _adjust_heartbeat_limit(self, now: float, *, waiting: bool) -> None:
-        """Widen the limit of heartbeats in flight while others wait; narrow it after disuse."""
+        """Raise the limit of concurrent heartbeats while others wait; lower it after disuse."""
         if waiting:
             seconds = min(1.0, now - self._paced_at)
             self._width += NEW_CONNECTIONS_PER_SECOND * seconds
@@ -467,7 +468,8 @@ class LeaseRenewer:
         lease.end_if_expired(self.clock())
         if doubted or (lease.status, lease.stop_requested) != before:
             self.report_lease_change(item)
-        # The machine was paused during this heartbeat, whose answer does not prove the lease.
+        # The machine was paused during this heartbeat, so the answer does not prove that the lease
+        # is still held.
         if self.pauses.was_paused(since=lease.clock_offset):
             lease.doubt_after_pause(self.clock())
         return held
@@ -484,7 +486,8 @@ class LeaseRenewer:
         """Measure, once a tick, how late the handlers' loop is."""
         loop = asyncio.get_running_loop()
         times = loop.time(), time.monotonic()
-        # Two clocks: that of a busy loop lags behind, and in virtual time no other clock moves.
+        # Take the larger difference of two clocks: the loop's own clock lags behind while the loop
+        # is busy, and the other one stands still in virtual time.
         seconds = max(now - then for now, then in zip(times, self._watched_at, strict=True))
         if seconds < self.tick_seconds:
             return

@@ -1,6 +1,7 @@
-"""The data of the live page: pools as JSON, computed on request only.
+"""The state of pools as JSON, for the exporter's status page in a browser (the live page).
 
-Read on the exporter's thread while the pool runs: each value is read once.
+It is computed for each request, on the exporter's thread while the pool runs. Therefore each value
+is read only once.
 See workpool/docs/operating.md, "The live page".
 """
 
@@ -122,7 +123,7 @@ def merged_status(
         **names,
         "reasons": shown,
         "draining": all(each["draining"] for each in statuses),
-        # Pools share free slots, so that the sum over the pools would be too large.
+        # The pools share the free slots, so a sum over the pools would count them several times.
         "slots": {**slots, "free": max(0, slots_limit - used), "limit": slots_limit},
         **{name: _sum_counts(statuses, name) for name in ("queue", "pollers", "polls", "outcomes")},
         "reclaims": _sum_counts(statuses, "reclaims"),

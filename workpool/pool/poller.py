@@ -117,7 +117,7 @@ class PollerGroup:
         self._unreadable: OrderedDict[str | None, None] = OrderedDict()
 
     async def wait_for_turn(self, number: int) -> None:
-        """Wait until the target number of pollers includes the poller `number`."""
+        """Wait until the target number of pollers is large enough for poller `number` to poll."""
         await self._turns[number].wait()
 
     async def wait_for_cooldown(self) -> None:
@@ -146,7 +146,7 @@ class PollerGroup:
             self._answered = asyncio.Event()
 
     def note_poll_success(self, at: float, *, null: bool) -> None:
-        """Record a poll that succeeded at the lease-clock time `at`; `null`: it brought no item."""
+        """Record a successful poll; `at`: its time on the lease clock; `null`: it had no item."""
         self.last_success_at = at
         self.refused = False
         self._refused_since = None
@@ -202,7 +202,7 @@ class PollerGroup:
     def note_ack_result(
         self, error: RefusedError | ConflictError | PreconditionError | None
     ) -> None:
-        """Record the error of an ack, which may begin a cooldown; None: the ack succeeded."""
+        """Record the result of an ack: None for success, or an error that may begin a cooldown."""
         if error is None:
             self.ack_refused = False
             if self._ack_backoff.failures or self._conflict_backoff.failures:
@@ -213,7 +213,7 @@ class PollerGroup:
             self.hold_back_polls(self._ack_backoff.next())
         else:
             # Without this cooldown, two workers that poll in step could take an item from each
-            # other forever: each polls the item before the ack of the other arrives.
+            # other forever: the poll of each returns the item before the ack of the other arrives.
             seconds = self._conflict_backoff.next()
             if self._conflict_backoff.failures > 1:
                 self.hold_back_polls(seconds)
@@ -295,7 +295,7 @@ class Poller:
         """Reserve a place, poll, and offer the item; wait if the next poll must be delayed."""
         if self._number >= self._group.target:
             self.state = "paused"
-            # Wait before a place is reserved, which no other poller could use meanwhile.
+            # Wait before reserving a place: during the wait, no other poller could use that place.
             await self._group.wait_for_turn(self._number)
         self.state = "waiting_slot"
         await self._context.queue.reserve_place()
@@ -308,7 +308,8 @@ class Poller:
             await self._back_off_after_error(error)
             return
         if item is None:
-            # This check comes before the pause below: in a pause, other pollers send new polls.
+            # Check before the pause below: during the pause other pollers send new polls, for which
+            # the check would have to wait.
             await self._group.end_if_queue_is_empty()
         if reception == "declined" or self._dispatcher.must_pace_polls:
             # Without this pause, the loop would be busy if the control plane answers at once with

@@ -1,4 +1,4 @@
-"""One item while this pool owns it: its state, the reason of its end, the number of its run.
+"""An item that the pool owns: its state, the end reason and the number of its run.
 
 `PoolItem` is the only place that records the progress of an item. Slots, owned ids and taken
 sessions are derived from it. Used on the handlers' loop only.
@@ -40,13 +40,13 @@ Transition = Literal["slot", "adopted", "acknowledged", "started", "ended", "clo
 
 TRANSITIONS: Final[Mapping[tuple[State, Transition], State]] = {
     ("delivered", "slot"): "acking",
-    # A parent process, which has acknowledged the item, handed it off to this process.
+    # A parent process has acknowledged the item and handed it off to this process.
     ("delivered", "adopted"): "beginning",
     ("delivered", "closed"): "closed",  # a drain forgot the item, which was never acknowledged
     ("acking", "acknowledged"): "beginning",
     ("acking", "closed"): "closed",  # the ack was refused, or another worker has the item
     ("beginning", "started"): "running",
-    ("beginning", "ended"): "completing",  # no handler is called, such as in a drain
+    ("beginning", "ended"): "completing",  # no handler is called, for example in a drain
     ("beginning", "closed"): "closed",
     ("running", "ended"): "completing",
     ("running", "closed"): "closed",  # a drain abandoned the session
@@ -63,7 +63,7 @@ _NUMBER = re.compile(r"[1-9][0-9]{0,8}").fullmatch
 
 
 class EndReason(enum.IntEnum):
-    """The reason for the end of a session; of several reasons, the greatest counts.
+    """Why a session ended; of several reasons, the one with the greatest value counts.
 
     The order is that of the completion table.
     """
@@ -372,7 +372,7 @@ class Attempt:
 
         The patches do not change, in case the mark can be written later.
         """
-        # The larger number and not the sum, because the metadata may count the same runs.
+        # Take the larger number and not the sum, because both may count the same runs.
         self.number = max(self._first, 1 + earlier)
 
     def opening_patch(self) -> Patch:
@@ -384,9 +384,9 @@ class Attempt:
         self._notes, self._number = {}, {}
 
     def mark_patch(self, reason: str, retry: int) -> Patch:
-        """Return the metadata patch by which this run is no attempt; the next run gets `retry`.
+        """Return the patch that marks this run as no attempt and stores `retry` for the next run.
 
-        After this call, the closing patch removes the mark, which may exist even after an error.
+        After this call, the closing patch deletes the mark: it may exist even if its write failed.
         """
         patch = self._notes | self._number | {RELEASED: reason}
         self._notes[RELEASED] = None
@@ -396,7 +396,7 @@ class Attempt:
         return patch
 
     def closing_patch(self, notes: Mapping[str, str]) -> Patch:
-        """Return the metadata patch that writes `notes` and deletes those of earlier runs."""
+        """Return the metadata patch that writes `notes` and deletes the notes of earlier runs."""
         return {**self._notes, **notes}
 
 

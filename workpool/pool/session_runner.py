@@ -156,7 +156,7 @@ class SessionRunner:
         if item.mark_task is not None:
             item.mark_task.cancel()
         if item.handler_task is not None:
-            # If the session is abandoned, its handler still runs: stop waiting for its thread.
+            # The handler of an abandoned session still runs; this ends the wait for its thread.
             item.handler_task.cancel()
         if item.has_lease:
             self._context.renewer.remove_lease(item.lease)
@@ -278,7 +278,8 @@ class SessionRunner:
         except SessionGoneError:
             item.add_end_reason(EndReason.LOST)
         except TransientError as error:
-            # Without the count, an item that crashes its worker could run forever: release it.
+            # Release the item: if its runs were not counted, an item that crashes its worker would
+            # be run again forever.
             log.warning(
                 "attempt not counted: %s", error, extra={"work_id": item.id, "error": str(error)}
             )
@@ -363,7 +364,7 @@ def _log_session_end(item: PoolItem, session: Session, outcome: Outcome, seconds
 
 
 async def _wait_for_mark(task: asyncio.Task[None]) -> None:
-    """Wait for the request that writes the mark: later, it would undo the completion's metadata."""
+    """Wait until the mark is written: a later write would undo the completion's metadata."""
     await asyncio.wait({task}, timeout=MARK_SECONDS)
     task.cancel()
 

@@ -1,4 +1,4 @@
-"""The slots of a process that its environments share.
+"""The slots of a process that works for several environments, and who may use them.
 
 Each environment has a slot of its own, which its poll reserves while it is idle: an item never
 waits because sessions of another environment occupy all slots. A further slot goes to the waiting
@@ -21,10 +21,10 @@ if TYPE_CHECKING:
 
 
 class SharedSlots:
-    """All slots of a process, and the shares that its environments have of them.
+    """All slots of a process, and their distribution among its environments.
 
     Args:
-        total: The number of slots, at least that of the shares.
+        total: The number of slots: at least one for each environment.
         uses: The number of items that may use a slot up; after that no slot is left. None: no
             limit.
     """
@@ -42,7 +42,7 @@ class SharedSlots:
         return share
 
     def remove_share(self, share: SlotShare) -> None:
-        """End the share of an environment; the others may use its own slot from now on."""
+        """Remove an environment; the others may use its own slot from now on."""
         self._shares.remove(share)
         self.grant_free_slots()
 
@@ -90,7 +90,7 @@ class SharedSlots:
         return min(waiting, key=lambda each: each[0].rank, default=None)
 
     def _count_free(self) -> tuple[int, int]:
-        """Return the number of free common slots, and the number that may be taken in all."""
+        """Return the number of free slots that no environment owns, and the limit set by `uses`."""
         taken = [each.taken for each in tuple(self._shares)]
         common = max(0, self._total - sum(max(1, each) for each in taken))
         left = self._total if self._uses is None else self._uses
@@ -98,7 +98,7 @@ class SharedSlots:
 
 
 class SlotShare:
-    """The share of one environment in the slots of its process.
+    """The slots of the process that one environment uses.
 
     Attributes:
         taken: The number of slots that polls have reserved or sessions occupy.
@@ -115,7 +115,7 @@ class SlotShare:
 
     @property
     def rank(self) -> tuple[int, int]:
-        """The order in which environments get slots: the lowest rank is the first."""
+        """The rank of the environment: the one with the lowest rank gets the next slot."""
         return self.taken, self.granted
 
     @property
@@ -128,7 +128,7 @@ class SlotShare:
         return self._slots.take_slot(self)
 
     def return_slot(self, *, used_up: bool = False) -> None:
-        """Return a slot. `used_up`: count the item of the slot as one of the `uses`."""
+        """Return a slot; `used_up` says that its item counts towards the limit `uses`."""
         self._slots.return_slot(self, used_up=used_up)
 
     def grant_free_slots(self) -> None:

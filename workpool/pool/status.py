@@ -106,8 +106,8 @@ class PoolView:
         )
         free = queue.free_slots
         reserved = min(queue.reserved, free)
-        # Leases whose first heartbeat is in flight are left out, since they are as short as an
-        # acknowledgement makes them, and so are leases that are about to lapse.
+        # Leave out leases that are always short: those that an acknowledgement began and no
+        # heartbeat has extended yet, and those that are about to lapse.
         renewed = [lease for lease in leases if lease.begun and not lease.releasing]
         blocked = self.context.renewer.monitor.blocked_seconds
         settings = self.context.settings
@@ -179,8 +179,9 @@ class PoolView:
         """Seconds for which no slot has been taken; 0 while one is."""
         if self.context.queue.running:
             return 0.0
-        # Read after the slots: the dispatcher writes the time before it frees the last slot. In the
-        # other order, a session that ends meanwhile would seem to have ended long ago.
+        # Read `idle_since` after `running`, because the dispatcher writes `idle_since` before it
+        # frees the last slot. In the other order, a pool whose session ends meanwhile would seem to
+        # have been idle for long.
         return max(0.0, self.context.clock() - self.dispatcher.idle_since)
 
     def unready_reasons(self) -> list[str]:

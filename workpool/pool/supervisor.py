@@ -142,7 +142,7 @@ class Supervisor:
         if self._root is not None:
             raise RuntimeError("a supervisor runs once; make a new one")
         self.settings.require_connection()
-        # Two pools must never share a name, by which the control plane distinguishes holders.
+        # Each pool needs a name of its own: the control plane distinguishes workers by it.
         self._worker_id = f"{self.settings.worker_id}-{secrets.token_hex(4)}"
         with self._log_ids():
             for warning in self.settings.warnings():
@@ -170,8 +170,8 @@ class Supervisor:
         except asyncio.CancelledError:
             self._drain.begin(0)
             if not self._opened.is_set():
-                self._root.cancel()  # the root task may be blocked in opening a connection
-                # a pool without sessions closes within a limit, even if it ignores the cancellation
+                self._root.cancel()  # it may be blocked in opening a connection
+                # limits the wait below, in case the root task ignores its cancellation
                 self._served.set()
             await await_despite_cancellation(self._wait_for_root, self._drain)
             raise
@@ -185,7 +185,7 @@ class Supervisor:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        """Drain, with an immediate deadline if the block raised, and close everything.
+        """Drain the pool and close everything; if the block raised, drain with no time left.
 
         Raises:
             WorkpoolError: The error that ended the pool, if `wait()` has not raised it.
@@ -291,7 +291,7 @@ class Supervisor:
         show_ids: bool,  # noqa: FBT001 - a callback
         counts: Mapping[str, Counts] | None = None,
     ) -> dict[str, Any]:
-        """Return the data of the live page. May be called on any thread.
+        """Return the pool's state as JSON for the live page. May be called on any thread.
 
         Args:
             show_ids: Whether ids of items and sessions are included.
@@ -320,7 +320,7 @@ class Supervisor:
 
     @property
     def metrics_url(self) -> str | None:
-        """The URL of `/metrics`, `/healthz`, `/readyz` and `/scale`, without path; None if off."""
+        """The base URL of `/metrics`, `/healthz`, `/readyz` and `/scale`; None if they are off."""
         return self._exporter.url if self._exporter else None
 
     async def _run_root(self) -> None:
@@ -339,7 +339,7 @@ class Supervisor:
             self._opened.set()
 
     async def _open_client_and_plugins(self, stack: contextlib.AsyncExitStack) -> None:
-        """Open the connections and the plugins, which close after the lease renewer."""
+        """Open telemetry, connections and plugins, all of which close after the lease renewer."""
         settings = self.settings
         self._telemetry = stack.enter_context(
             Telemetry(settings, self._plugins, self.registry, self._snapshot)
@@ -361,7 +361,7 @@ class Supervisor:
             self._telemetry.observe(PoolFailed, error)
 
     def _new_client(self) -> ClientProtocol:
-        """Create a client that sends and reports for this pool, for the running loop."""
+        """Create a client of this pool for the running loop; its requests count in the metrics."""
         client = self._connect(self.settings)
         self._rate_limits = client.rate_limits = self._rate_limits or client.rate_limits
         client.worker_id = self._worker_id
@@ -467,7 +467,7 @@ class Supervisor:
                 await self._drain.wait_for_last_scrape(self._exporter)
 
     async def _wait_for_drain_request(self, dispatcher: Dispatcher) -> None:
-        """Wait until a drain is requested; then, or after an error, give back shared slots."""
+        """Wait until a drain is requested; then, and after an error, forget the waiting items."""
         try:
             await self._drain.requested.wait()
         finally:
@@ -477,7 +477,7 @@ class Supervisor:
     async def _end_at_limit(
         self, dispatcher: Dispatcher, polling: Sequence[asyncio.Task[None]]
     ) -> None:
-        """End the claiming at the first limit, and the pool once no session runs.
+        """Stop claiming when an exit limit is reached; end the pool once no session runs.
 
         Unlike in a drain, sessions are not asked to end and have no time limit. A drain can still
         be requested meanwhile.
@@ -500,7 +500,7 @@ class Supervisor:
         self._drain.begin(self.settings.drain_timeout)
 
     def _log_ids(self) -> AbstractContextManager[None]:
-        """Add the pool's ids to the log records of the block, perhaps in an embedder's task."""
+        """Add the pool's ids to the log records of the block, whichever task runs it."""
         return record_ids(self.log_ids)
 
     def _root_task(self) -> asyncio.Task[None]:
@@ -509,10 +509,10 @@ class Supervisor:
         return self._root
 
     async def _wait_for_root(self) -> None:
-        """Wait for the root task, with a limit once no session is left to wait for."""
+        """Wait for the root task; once all sessions have ended, wait for a limited time only."""
         root = self._root_task()
         await self._served.wait()
-        # For a task that is done, `wait` would still take a turn of the loop, and could be
+        # Do not call `wait` for a task that is done: it would yield to the loop once, and could be
         # cancelled there.
         if not root.done():
             await asyncio.wait({root}, timeout=CLOSE_SECONDS)

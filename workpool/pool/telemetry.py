@@ -86,7 +86,7 @@ class Observe(Protocol):
 
 
 class Telemetry:
-    """Delivers the events of one supervisor; a context manager around the life of its loops."""
+    """Delivers one supervisor's events; entered before its loops start, left after their end."""
 
     def __init__(
         self,
@@ -115,7 +115,8 @@ class Telemetry:
     def __enter__(self) -> Telemetry:
         self._metrics.open()
         self._plugins.metrics = self._metrics.observe
-        # The log level is read once, so that without DEBUG a poll or heartbeat costs no more time.
+        # Read the log level only once, so that polls and heartbeats spend no time on unlogged
+        # events.
         if log.isEnabledFor(logging.DEBUG):
             for each, write in LOGGED:
                 self._metrics.forward_values(each, write)

@@ -78,8 +78,8 @@ class WorkClient:
         self._sessions = f"{settings.base_url}/sessions"
         self._work = f"{settings.base_url}/environments/{settings.environment_id}/work"
         self._work_query = DIALECTS[settings.dialect].work_query
-        # These URLs are built once: a URL that is derived from another by its path alone is not
-        # parsed again. A pool sends all its polls, and all first heartbeats, with the same query.
+        # Build these URLs once and derive others from them by path alone, which saves parsing. All
+        # polls of a pool have the same query, and so have all its first heartbeats.
         self._base = self._work_url()
         self._path = self._base.raw_path
         self._last_poll: tuple[tuple[int | None, int | None], URL]
@@ -150,7 +150,7 @@ class WorkClient:
         )
 
     async def acquire_ack_permit(self) -> None:
-        """Acquire the right to send one ack before polling: no item waits for the rate limit.
+        """Before a poll, acquire the right to send one ack: no item then waits for the rate limit.
 
         Raises:
             TransientError: The wait exceeded the setting `request_timeout`.
@@ -446,7 +446,7 @@ class WorkClient:
         return URL(f"{self._work}{path}{mark}{query}", encoded=True)
 
     def _item_url(self, work_id: str, path: str = "", base: URL | None = None) -> URL:
-        """Return the URL of a call for an item; its query is that of the URL `base`, if given."""
+        """Return the URL of a call for an item, with the query of the URL `base` if it is given."""
         if type(work_id) is not str or not _is_id(work_id):
             _check_id("work_id", work_id)
         path = f"{self._path}/{work_id}{path}"
@@ -469,7 +469,7 @@ class WorkClient:
 
 
 def _list_start_query(after_id: str | None, before_id: str | None) -> str:
-    """Return the query parameters for the id after which, or before which, a list begins."""
+    """Return the query parameters that make a list begin after or before the given id."""
     place = ""
     for name, value in (("after_id", after_id), ("before_id", before_id)):
         if value is not None:

@@ -14,7 +14,7 @@ from workpool.wire import protocol
 
 @dataclass(frozen=True, slots=True)
 class MetadataLimits:
-    """The largest metadata that a control plane accepts: pairs, and lengths in characters."""
+    """The limits of an item's metadata: number of pairs, characters of a key and of a value."""
 
     pairs: int
     key_characters: int

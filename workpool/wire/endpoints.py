@@ -60,10 +60,10 @@ class Endpoint(Generic[T]):
 
     Attributes:
         op: The name of the call in errors and metrics.
-        parse: Parses what `load` returns of a success.
+        parse: Parses the value that `load` returns.
         limit: The largest accepted answer in bytes.
-        add_headers: Adds values of the answer's headers to a parsed success; None = none.
-        load: Loads the body of a success.
+        add_headers: Adds values of the answer's headers to the parsed value; None: adds nothing.
+        load: Decodes the body of a successful answer.
     """
 
     op: str
@@ -134,7 +134,7 @@ def _parse_delivery(obj: object) -> WorkItem | None:
 
 
 def _add_trace_context(item: WorkItem | None, headers: Mapping[str, str]) -> WorkItem | None:
-    """Add the trace context that the control plane gave an item, unless it is malformed."""
+    """Add the trace context in the answer's headers to the item, unless it is malformed."""
     trace = headers.get("traceparent")
     if item is None or trace is None or not _is_traceparent(trace):
         return item

@@ -109,8 +109,8 @@ def parse_item(obj: object) -> WorkItem:
     Raises:
         ValueError: A field is missing or malformed. Names the field and quotes no value.
     """
-    # One expression is faster than a function call for each field, and a session needs three
-    # parsed items.
+    # One expression is faster than a function call for each field, and each session parses three
+    # items.
     if not (
         isinstance(obj, dict)
         and isinstance(data := obj.get("data"), dict)
@@ -305,9 +305,9 @@ def _parse_last_heartbeat(value: object) -> str | None:
 
 
 def _parse_expected_heartbeat(value: object) -> str:
-    """Return the answer's `last_heartbeat`, which the next heartbeat sends as its expectation.
+    """Return the answer's `last_heartbeat`; the next heartbeat sends it as the expected value.
 
-    Empty text stands for no earlier heartbeat.
+    Empty text means that there was no earlier heartbeat.
     """
     text = _require_text("last_heartbeat", value)
     if len(text) > _TIME_LENGTH_MAX:

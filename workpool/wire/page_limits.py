@@ -33,7 +33,7 @@ class RecentIds:
         return one in self._ids
 
     def add_id(self, one: str) -> bool:
-        """Add an id, and return whether the set did not contain it."""
+        """Add an id; return whether it is new to the set."""
         if one in self._ids:
             return False
         self._ids[one] = None
@@ -44,7 +44,7 @@ class RecentIds:
 
 
 class PageLimits:
-    """The rate limit of page requests for one list, and the check that the list has an end.
+    """Limits the rate of page requests for one list, and detects a list without an end.
 
     Args:
         op: The name of the call in errors.

@@ -163,7 +163,8 @@ def _sanitize_error_text(text: object, secrets: Sequence[str], limit: int) -> st
     """
     if not isinstance(text, str):
         return None
-    # The longest first: a secret may be a part of another, whose rest would stay in the text.
+    # Replace the longest secrets first: otherwise, if one is a part of another, the rest of the
+    # longer one would stay in the text.
     for secret in sorted(secrets, key=len, reverse=True):
         text = text.replace(secret, "[token]")
     shown = "".join(each if each.isprintable() else " " for each in text[: 4 * limit])

@@ -34,7 +34,7 @@ class OpenEventStream(Protocol):
     """The interface of an open event stream."""
 
     async def read(self) -> bytes:
-        """Return the next bytes of the stream, empty at its end; a cancellation loses no byte.
+        """Return the next bytes of the stream; empty at its end. Cancelling the call loses no byte.
 
         Raises:
             TransientError: The connection broke.
@@ -64,7 +64,7 @@ class EventCalls(Protocol):
         """Append events to the session, and return them as the control plane stored them."""
 
     async def open_stream(self, last_id: str | None) -> OpenEventStream:
-        """Open a stream of new events, or of all after `last_id` if the server can resume there."""
+        """Open a stream of new events; it begins after `last_id` if the server can resume there."""
 
 
 class SessionGuard(Protocol):
@@ -79,7 +79,7 @@ class SessionGuard(Protocol):
         """Await `call()`, which may be called several times; raise TimeoutError after `seconds`."""
 
     async def run_write(self, call: Callable[[CallOptions], Awaitable[T]]) -> T:
-        """Call `call`, which changes the session, with the options for its request."""
+        """Make a call that changes the session, with the options for its request."""
 
 
 class LeaselessGuard:
@@ -116,7 +116,7 @@ class EventPages:
         self._limits = PageLimits("events")
 
     async def read_next_page(self) -> list[SessionEvent]:
-        """Read the next page of events, with at most `PAGES_PER_SECOND` calls in a second.
+        """Read the next page of events; at most `PAGES_PER_SECOND` pages are requested in a second.
 
         Raises:
             TransientError: The page could not be read, or the pages have no end.

@@ -69,10 +69,11 @@ class EventStream:
         self._stall_seconds = stall_seconds
         self._backoff = Backoff(BACKOFF_SECONDS, BACKOFF_CAP_SECONDS)
         self._entered = self._ended = False
-        # The events that were read and not yet yielded, each with its value of `caught_up`.
+        # The events that were read and not yet yielded, each with the value that `caught_up` gets
+        # when the event is yielded.
         self._ready: deque[tuple[SessionEvent, bool]] = deque()
-        # The last event of a page, if any. It is yielded only after the next page was read, which
-        # shows whether the history ends with this event, so that its `caught_up` is true.
+        # The last event of a page, if any. It is yielded only after the next page was read: only
+        # then is it known whether it is the last event of the history, which sets `caught_up`.
         self._held_back: list[SessionEvent] = []
         self._seen = RecentIds(REMEMBERED_EVENTS)
         # Whether the events of the history that precede every id in `_seen` are skipped.
@@ -193,8 +194,8 @@ class EventStream:
             self._ready.append((event, True))
 
     def _is_new_in_history(self, event: SessionEvent) -> bool:
-        # The history is read from its beginning after older ids were forgotten: all events before
-        # the first remembered id were yielded already.
+        # If `_seen` has forgotten old ids, the history is read from its beginning. The events
+        # before the first remembered id were yielded already, so skip them.
         self._skipping = self._skipping and event["id"] not in self._seen
         return not self._skipping and self._is_new_event(event)
 

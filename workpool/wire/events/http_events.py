@@ -74,7 +74,7 @@ class HttpEvents:
 
 
 class _HttpEventStream:
-    """The HTTP response that contains an event stream."""
+    """An open event stream over HTTP (an implementation of `OpenEventStream`)."""
 
     def __init__(self, response: aiohttp.ClientResponse) -> None:
         self._response = response

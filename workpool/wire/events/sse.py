@@ -28,7 +28,7 @@ class Frame(NamedTuple):
 
 
 class FrameParser:
-    """The parser of one SSE stream; the blank line after a frame completes it.
+    """The parser of one SSE stream; a blank line completes a frame.
 
     Args:
         limit: The largest accepted number of bytes of a line, and of all data of one frame.

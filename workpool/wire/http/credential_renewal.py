@@ -44,5 +44,5 @@ class CredentialSource:
 
 def _mark_exception_retrieved(reading: asyncio.Future[str | None]) -> None:
     if not reading.cancelled():
-        # Without this call, asyncio logs the error of a failed read whose callers were cancelled.
+        # Mark the error as retrieved: otherwise asyncio would log it if all callers were cancelled.
         reading.exception()

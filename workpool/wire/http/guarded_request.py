@@ -51,7 +51,7 @@ class RequestCheck:
     refusal: Exception | None = None
 
     def verify(self) -> None:
-        """Run the check, and keep its error for the transport.
+        """Run the check; store its error in `refusal`, so that the transport can raise it.
 
         Raises:
             NotSentError: The request may not be sent.
@@ -64,7 +64,7 @@ class RequestCheck:
 
 
 class CheckedBody(aiohttp.payload.Payload):
-    """The body of a `RequestCheck` as an aiohttp payload, which runs the check before its write.
+    """An aiohttp payload that runs the check of a `RequestCheck` before it writes the body.
 
     aiohttp (since 3.12) writes a request's headers together with the body, once it has a
     connection: resolved, connected, encrypted, through any proxy. So after a refused check nothing
@@ -157,13 +157,14 @@ class GuardedRequest(aiohttp.ClientRequest):
     async def send(self, conn: Connection) -> aiohttp.ClientResponse:
         """Run the check if no payload will run it, then send the request."""
         protocol = conn.protocol
-        # `feed_data` is replaced once for each connection. `setattr` and not `__dict__`: after an
-        # access to `__dict__`, Python 3.11 reads the attributes of the connection more slowly,
-        # which cost 14,000 instructions a request.
+        # Replace `feed_data` once for each connection. Do not assign in `__dict__`: after an access
+        # to it, Python 3.11 reads the attributes of the connection more slowly, which cost 14,000
+        # instructions a request.
         if protocol is not None and not isinstance(protocol.feed_data, _LimitedFeed):
             setattr(protocol, "feed_data", _LimitedFeed(protocol))  # noqa: B010 - types forbid it
         if self.check is not None and not self.body:
-            # aiohttp waits while writing is paused; a payload runs the check after that wait.
+            # aiohttp waits while writing is paused. Use a payload, which runs the check after that
+            # wait.
             if protocol is None or protocol.writing_paused:
                 await self.update_body(CheckedBody(self.check))
             else:

@@ -41,7 +41,7 @@ class _Waiter:
 
 
 class _WaitingLine:
-    """The waiting calls by priority. Its methods need the limiter's lock."""
+    """The calls that wait for a token, by priority. Callers must hold the limiter's lock."""
 
     def __init__(self) -> None:
         self._waiters: dict[Priority, deque[_Waiter]] = {each: deque() for each in Priority}
@@ -51,7 +51,7 @@ class _WaitingLine:
         self._waiters[waiter.priority].append(waiter)
 
     def discard_waiter(self, waiter: _Waiter) -> None:
-        with suppress(ValueError):  # `first_waiter` removes waiters whose loop is closed
+        with suppress(ValueError):  # `first_waiter` has removed it if its loop is closed
             self._waiters[waiter.priority].remove(waiter)
 
     def first_waiter(self) -> _Waiter | None:
@@ -70,7 +70,7 @@ class _WaitingLine:
         return first is not None and (priority, first.priority) not in _OVERTAKES
 
     def note_served_waiter(self, waiter: _Waiter) -> None:
-        """Remove a waiter that was served, and give the other priority the next turn."""
+        """Remove a served waiter; claims and the calls of handlers take turns."""
         self.discard_waiter(waiter)
         self._turn = _NEXT_TURN.get(waiter.priority, self._turn)
 
@@ -135,11 +135,11 @@ class RateLimiter:
         self._wake_first()
 
     def charge(self) -> None:
-        """Count a heartbeat, which is sent without a wait, as debt."""
+        """Count a heartbeat against the limit; it is sent at once even if no token is left."""
         with self._lock:
             self._add_tokens()
-            # The debt is limited to the tokens of one second, so that many heartbeats at once do
-            # not delay the other calls for long.
+            # `_debt` counts the tokens that heartbeats have overdrawn: at most those of one second,
+            # so that many heartbeats at once do not delay the other calls for long.
             self._debt = min(self._debt + 1, max(1.0, self.rate))
 
     def _serve_waiter(self, waiter: _Waiter) -> float:

@@ -121,7 +121,7 @@ class Transport:
                 await self._threads.close()
 
     def with_api_key(self) -> Transport:
-        """Return a transport on the same connections that sends the API key, or else `self`."""
+        """Return a copy that sends the API key over the same connections; without a key, `self`."""
         if self._api_key is None:
             return self
         other = copy.copy(self)
@@ -137,7 +137,7 @@ class Transport:
         self._hide_secrets()
 
     def with_own_token(self, token: str) -> Transport:
-        """Return a transport on the same connections that sends `token` and never renews it."""
+        """Return a copy that sends `token` over the same connections and never renews it."""
         other = copy.copy(self)
         other.use_token(token)
         return other
@@ -338,16 +338,17 @@ class Transport:
         )
         try:
             if check is not None and check.refusal is not None:
-                # The check refused the request, but an answer came: the server sent it unasked.
+                # The check failed, so no request was sent: the server has sent this answer unasked.
                 raise NotSentError
             return response, await read_bounded(response, endpoint.limit)
         finally:
-            # After an error or cancellation: aiohttp closes a connection with unread bytes.
+            # Reading ended early, by an error or a cancellation: aiohttp closes the connection,
+            # because it has unread bytes.
             if not response.closed:
                 response.release()
 
     def _build_request_options(self) -> dict[str, Any]:
-        """Return the options that every request passes to aiohttp, without its defaults.
+        """Return the aiohttp options of every request, without those that equal aiohttp's defaults.
 
         aiohttp processes each option in two functions, so fewer options cost less.
         """
