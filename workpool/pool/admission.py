@@ -1,9 +1,9 @@
 """Rules for claiming items: pauses, plugins' refusals, handler slots and failures, exit limits.
 
-Running sessions are not affected. A failing handler would take item after item from the workers
-that can run them, so it claims one at a time, after a pause that doubles with every further
-failure. An exit limit that is reached ends the claiming for good; the drain follows once no session
-runs. Lives on the handlers' loop; the reasons may be read on any thread. See
+Running sessions are not affected. A handler that fails at once could take item after item from
+other workers, so it claims only one at a time, after a pause that doubles with every further
+failure. Once an exit limit is reached, no item is claimed anymore, and the pool drains when no
+session runs. Lives on the handlers' loop; the reasons may be read on any thread. See
 workpool/docs/architecture.md, "Admission", "Failing handlers" and "Limits of a process", and
 workpool/docs/routing.md, "Limits of handlers".
 """
@@ -144,7 +144,7 @@ class _Failures:
 
     Attributes:
         handler: The handler.
-        work_ids: The items of the failures, as long as they are fewer than `FAILURES`.
+        work_ids: The ids of the items that failed, until there are `FAILURES` of them.
         pause: Seconds until the next item may be claimed; 0 while the handler is not failing.
         resume_at: The time of the next claim, on the loop's clock.
     """
@@ -237,7 +237,7 @@ class HandlerHealth:
 class HandlerSlots:
     """Tells whether a handler has a free slot, by `max_sessions` and `reserved_sessions`.
 
-    Counts the items that the pool owns, and decides nothing about them.
+    It only reads the items that the pool owns.
 
     Args:
         items: The items that the pool owns.

@@ -199,7 +199,7 @@ class BoundedQueue(Generic[T]):
 
         The caller then offers the slot to waiting items (`take_item`), and after them the place
         to pollers (`grant_free_places`).
-        `used_up`: the item counts as one of the `uses`.
+        `used_up`: the item counts towards the limit `uses`.
         """
         self.running -= 1
         if self._share is not None:

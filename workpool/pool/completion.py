@@ -1,8 +1,8 @@
 """The end of a session: the completion table, and the requests by which a session is ended.
 
-The table says what happens; `Completion` does it. Nothing is sent for an item whose lease is not
-held, and an item whose result could not be written is not stopped as completed.
-See workpool/docs/architecture.md, "The end of a session".
+The table defines the actions, and `Completion` carries them out. Nothing is sent for an item whose
+lease is not held, and an item whose result could not be written is not stopped as completed. See
+workpool/docs/architecture.md, "The end of a session".
 """
 
 from __future__ import annotations

@@ -136,7 +136,8 @@ def _log_warning(message: str, **fields: object) -> None:
 def call_on_report_thread(write: Callable[[], None]) -> None:
     """Call `write` on a new thread and wait until it returns, at most `REPORT_SECONDS`.
 
-    The blocked loop may hold the lock of a log handler, which `write` then waits for.
+    The wait is limited because the blocked loop's thread may have the lock of a log handler, and
+    then `write` would wait for this lock.
 
     Raises:
         BaseException: The exception that `write` raised within that time.

@@ -66,8 +66,8 @@ class Dispatcher:
         executor: Calls the handlers.
         runner: Runs the items.
         health: The failing handlers.
-        idle_since: When the last slot became free, on the lease clock; at first, the start. The
-            value means nothing while a slot is taken.
+        idle_since: The time at which the last slot became free, on the lease clock; at first, the
+            time of the start. Only valid while no slot is taken.
         on_closed: Called after an item has ended.
     """
 
@@ -330,7 +330,7 @@ class Dispatcher:
     def count_unfinished_items(self) -> int:
         """Return the number of items that a drain waits for: all but those of stuck handlers.
 
-        The completion of a stuck handler that has just ended counts, too.
+        An item whose stuck handler has just ended counts, because its completion still runs.
         """
         running = self._context.queue.running
         return running - sum(item.handler_runs for item in self.executor.stuck)

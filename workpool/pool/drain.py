@@ -45,9 +45,9 @@ class Drain:
 
     Attributes:
         requested: Set once the drain has begun.
-        started_at: The time at which it began, on the loop's clock; None before that.
-        timeout: The seconds of the first request; None = no limit.
-        requests: The number of requests.
+        started_at: The time at which the drain began, on the loop's clock; None before that.
+        timeout: The time limit in seconds that the first request set; None = no limit.
+        requests: The number of times that the drain was requested.
     """
 
     def __init__(self) -> None:
@@ -156,8 +156,8 @@ class Drain:
 async def await_despite_cancellation(end: Callable[[], Awaitable[None]], drain: Drain) -> None:
     """Await `end()` completely even if this task is cancelled; then raise the last CancelledError.
 
-    A cancellation moves the drain's deadline to now, which limits `end()`. Otherwise a pool could
-    continue without its embedder, since some libraries cancel a task again at each of its steps.
+    A cancellation moves the drain's deadline to now, so that `end()` ends soon. Without this
+    function, a pool could outlive its embedder: some libraries cancel a task again at every await.
     """
     cancelled: asyncio.CancelledError | None = None
     while True:

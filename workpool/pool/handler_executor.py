@@ -1,8 +1,8 @@
 """Calls handlers: their tasks, the plugins' contexts around them, retries and cancellations.
 
-This module decides nothing about the item. A cancelled handler has not ended: it ends when it
-returns, and a cancellation that it ignores is repeated.
-See workpool/docs/architecture.md, "The end of a session".
+This module decides nothing about the item. A cancelled handler counts as running until it has
+returned; a cancellation that it ignores is repeated. See workpool/docs/architecture.md, "The end of
+a session".
 """
 
 from __future__ import annotations
@@ -83,7 +83,7 @@ class HandlerExecutor:
     async def run_handler(self, item: PoolItem, handler: Handler, session: Session) -> None:
         """Call the handler in a task, and wait until the task has ended, however long it takes.
 
-        A handler whose lease is not held anymore when its turn comes is not called.
+        The handler is not called if the lease has ended before the task starts.
         """
         item.progressed_at = self._clock()
         task = item.handler_task = self._group.create_task(
@@ -303,7 +303,8 @@ class HandlerExecutor:
 
         Raises:
             Exception: `error`, because an operator stops the session or the lease is not held.
-            PoolRelease: The pool drains, or the machine was paused: another run continues.
+            PoolRelease: The pool drains, or the machine was paused, so another run must continue
+                the work.
         """
         text = f"{type(error).__name__}: {safe_text(error)}"
         log.warning(

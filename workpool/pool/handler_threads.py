@@ -60,7 +60,7 @@ class HandlerThreads:
 
         A cancellation sets `BlockingSession.cancelled`; the wait goes on until the handler ends or
         the item is abandoned. A result that the handler returns after its cancellation counts, as
-        with a coroutine.
+        it does for an async handler.
 
         Raises:
             BaseException: An error of the handler.

@@ -2,8 +2,8 @@
 
 The pool suspends its heartbeats, the handler starts the child, and the child's first heartbeat
 takes the item. That heartbeat and the pool's next one expect the same last heartbeat, so that only
-one of the two succeeds. Until it is known which one succeeded, nothing else is sent for the item:
-requests for stops and metadata have no precondition.
+one of the two succeeds. Until it is known which one succeeded, nothing else is sent for the item: a
+stop or metadata request would be accepted even from the process that has lost the item.
 
 `hand_off` and `settle_handoff` run on the handlers' loop; `HandoffRun` runs on the renewer's.
 See workpool/docs/architecture.md, "Handing an item off".

@@ -1,11 +1,12 @@
 """The requests that a pool sends for an item: heartbeats, stop, metadata and events.
 
-The lease is checked as the last step before the bytes: after the wait for the rate limit, for a
-connection and for DNS, with no await in between. The promise does not cover bytes that the kernel
-has accepted by then. `ItemSender` makes and repeats the calls whose requests have no precondition;
-`HeartbeatSender` sends one heartbeat, and reads the item if the answer leaves open which worker
-holds it. See workpool/docs/architecture.md, "Sending for an item" and "The arithmetic of a lease".
-An `ItemSender` is used on the handlers' loop; each event loop has a `HeartbeatSender` of its own.
+The lease is checked as the last step before the bytes are written: after the waits for the rate
+limit, a connection and DNS, with no await in between. Bytes that the kernel has accepted cannot be
+taken back if the lease ends after that. `ItemSender` makes and repeats the calls whose requests
+have no precondition; `HeartbeatSender` sends one heartbeat, and reads the item if the answer leaves
+open which worker holds it. See workpool/docs/architecture.md, "Sending for an item" and "The
+arithmetic of a lease". An `ItemSender` is used on the handlers' loop; each event loop has a
+`HeartbeatSender` of its own.
 """
 
 from __future__ import annotations
@@ -72,9 +73,9 @@ class SendOptions(NamedTuple):
 
     Attributes:
         priority: The priority among the calls that wait for the rate limit or a connection.
-        by_handler: Whether the handler makes the call, which is then refused unless the handler
+        by_handler: Whether the handler makes the call; such a call is refused unless the handler
             runs.
-        seconds: The seconds for which it is retried; infinite = as long as the lease is held.
+        seconds: The seconds for which the call is retried; infinite = as long as the lease is held.
     """
 
     priority: Priority
@@ -194,7 +195,8 @@ class ItemSender:
     ) -> T:
         """Await `call()` while the lease is held; repeat the call if the lease was renewed.
 
-        Each wait ends at the lease's deadline that was known when the wait began.
+        Each try ends at the deadline that the lease had when the try began. If the lease was
+        renewed since then, `call` is called again.
 
         Raises:
             SessionGoneError: The handler may not use the item anymore.

@@ -146,8 +146,8 @@ class HeartbeatDecision(NamedTuple):
     Attributes:
         then: `held`: the lease goes on. `again`: send another heartbeat at `Lease.due_at`.
             `read`: read the item to find out which worker has it. `over`: the lease has ended.
-        result: The heartbeat's result for the metrics; None = it is not counted. With `read`, the
-            result if another worker has the item.
+        result: The heartbeat's result for the metrics; None = it is not counted. If `then` is
+            `read`: the result to count if the read shows that another worker has the item.
     """
 
     then: Literal["held", "again", "read", "over"]
@@ -163,21 +163,22 @@ class Lease:
 
     Attributes:
         item: The item in the answer to the acknowledgement.
-        deadline: The time until which the lease is certainly held, on the lease clock.
+        deadline: The time until which no other worker can get the item, on the lease clock.
         due_at: The time of the next heartbeat; infinite if none follows.
         give_up_at: Latest time for a successful heartbeat; after it the lease is considered lost.
-        ttl: The TTL in seconds that the last successful heartbeat was granted.
+        ttl: The TTL in seconds that the answer to the last successful heartbeat granted.
         expected: The `expected_last_heartbeat` of the next heartbeat.
-        status: Whether it is held, or how it ended.
+        status: Whether the lease is held, or how it ended.
         loss: How the lease was lost, if its status is `lost`.
         begun: Whether a heartbeat has succeeded.
         stop_requested: Whether a heartbeat's answer had a stop request.
-        unsettled: The ack answered `active`, which it also does for an item that another worker
-            holds, and no heartbeat has succeeded yet: nothing but a heartbeat may be sent.
+        unsettled: Whether it is unknown that the lease is ours: the answer to the ack was `active`,
+            as it would be for an item of another worker, and no heartbeat has succeeded yet. Only
+            heartbeats may be sent.
         in_flight: Whether a heartbeat is being sent.
         clock_offset: Seconds by which the wall clock was ahead of the lease clock when the claim
-            began or the last successful heartbeat was sent. If the offset is another one now, the
-            machine was paused since, and nothing but heartbeats may be sent.
+            began or the last successful heartbeat was sent. If the offset has changed since then,
+            the machine was paused, and only heartbeats may be sent.
         own_stop: Whether a stop of this pool may have been applied. Written on the handlers' loop
             only.
         closed: Whether the session has ended, so that nothing may be sent. Written on the handlers'
@@ -415,9 +416,9 @@ class Lease:
         """Return the status that follows from the item that was just read.
 
         As long as `acknowledged_at` is that of this pool's ack, no other worker has acknowledged
-        it. During a handoff parent and child expect the same heartbeat; a later one is the child's,
-        or an unanswered one of this pool. It counts as the child's: two processes that run one item
-        are worse than none.
+        it. During a handoff parent and child expect the same heartbeat; a later heartbeat is the
+        child's, or one of this pool that was not answered. It is taken for the child's: two
+        processes that run one item are worse than none.
         """
         if item.state == STARTING and (self._lent or self.item.state == ACTIVE):
             # The item was `active` and is `starting` again, so another worker has acknowledged it,

@@ -48,7 +48,7 @@ def live_status(
 
     Args:
         view: The pool.
-        counts_by_environment: The values of its registry's counters.
+        counts_by_environment: The values of the registry's counters, by environment.
         reasons: Why it is not ready.
         worker: Its names: `worker_id`, `environment_id`, `version`.
         show_ids: Whether ids of items and sessions are included.
@@ -92,8 +92,8 @@ def merged_status(
 ) -> dict[str, Any]:
     """Return the states of the pools of one process as the state of one worker.
 
-    It has the same names, with sums, and the sessions of all pools. Beside them, `environments` is
-    each pool's own state without its sessions.
+    The result has the keys of `live_status`, with the sums over the pools, and the sessions of all
+    pools. Its key `environments` has each pool's own state without the sessions.
 
     Args:
         worker: The names of the worker: `worker_id`, `version`.

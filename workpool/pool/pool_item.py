@@ -63,7 +63,7 @@ _NUMBER = re.compile(r"[1-9][0-9]{0,8}").fullmatch
 
 
 class EndReason(enum.IntEnum):
-    """Why a session ended; of several reasons, the one with the greatest value counts.
+    """The reason why a session ended; of several reasons, the greatest value counts.
 
     The order is that of the completion table.
     """
@@ -370,7 +370,7 @@ class Attempt:
     def number_by_earlier_runs(self, earlier: int) -> None:
         """Set the number of this run from the number of `earlier` runs that this process counted.
 
-        The patches do not change, in case the mark can be written later.
+        The patches stay as they are, so that they are right if metadata can be written later.
         """
         # Take the larger number and not the sum, because both may count the same runs.
         self.number = max(self._first, 1 + earlier)

@@ -93,7 +93,7 @@ class SessionRunner:
     Args:
         context: The context of the pool.
         claimer: Acknowledges items and sends first heartbeats.
-        sender: Sends for items.
+        sender: Sends the requests for items.
         executor: Calls handlers.
         on_finished: Called with the outcome and the seconds of each session that has ended.
         on_closed: Called once for each item, when it has ended.

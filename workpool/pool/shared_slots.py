@@ -1,10 +1,10 @@
 """The slots of a process that works for several environments, and who may use them.
 
-Each environment has a slot of its own, which its poll reserves while it is idle: an item never
-waits because sessions of another environment occupy all slots. A further slot goes to the waiting
-environment with the fewest slots, and among equal ones to that which has waited longest for one.
-Used on one event loop only; `available_to` may be read on any thread.
-See workpool/docs/architecture.md, "Slots of several environments".
+Each environment has a slot of its own, which its poll reserves while no session uses it. So an item
+never waits because the sessions of other environments occupy all slots. A further slot goes to the
+waiting environment with the fewest slots; among equals, to the one whose last slot was granted the
+longest time ago. Used on one event loop only; `available_to` may be read on any thread. See
+workpool/docs/architecture.md, "Slots of several environments".
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ class SharedSlots:
 
     Args:
         total: The number of slots: at least one for each environment.
-        uses: The number of items that may use a slot up; after that no slot is left. None: no
+        uses: The number of items that may be run in all; after them no slot is left. None: no
             limit.
     """
 
@@ -147,7 +147,8 @@ class SharedParts:
     Attributes:
         slots: The pool's share of the slots.
         limits: The exit limits.
-        exporter: The server of the metrics of all pools, which others open; None: there is none.
+        exporter: The server for the metrics of all pools, opened and closed elsewhere; None: there
+            is none.
     """
 
     slots: SlotShare

@@ -1,7 +1,7 @@
 """The state of a pool for its users, and the statistics of the remote queue.
 
-`PoolView` is status, gauges, readiness and health. It only reads, and may be called on any thread
-while the pool runs: each value is read once and replaced in one atomic step.
+`PoolView` supplies status, gauges, readiness and health. It only reads, and may be called on any
+thread while the pool runs: each value is read once, and its writers replace it in one atomic step.
 """
 
 from __future__ import annotations

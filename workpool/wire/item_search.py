@@ -62,7 +62,8 @@ class FoundItems:
         items: The items that were found.
         read: The number of items that were received, wanted or not.
         complete: Whether the list was read to its end, and nothing beyond `limit` was found.
-        last_id: The item next to which the rest of the list is; None: nothing was received.
+        last_id: The id of the item at which the unread rest of the list begins; None: nothing was
+            received.
     """
 
     def __init__(self, search: ItemSearch) -> None:

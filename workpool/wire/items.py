@@ -91,8 +91,9 @@ class Heartbeat:
 class QueueStats:
     """Statistics of the queue: counts of items, and of the workers that poll.
 
-    `running` counts the items that are starting, active or stopping, and `stopped` those that are
-    kept. Both are None from a control plane that does not count them.
+    `running` counts the items that are starting, active or stopping, and `stopped` the stopped
+    items that the control plane still stores. Both are None from a control plane that does not
+    count them.
     """
 
     depth: int

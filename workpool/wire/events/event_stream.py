@@ -2,7 +2,7 @@
 
 For every connection, the stream is opened first, then the history is read, and both are merged by
 their ids, so that no event in between is missed. After a failure, a new connection is opened. Each
-await may be cancelled without the loss of an event: the next one continues there. See
+await may be cancelled without the loss of an event: the next await continues at the same place. See
 workpool/docs/protocol.md, "Event stream".
 """
 

@@ -1,6 +1,7 @@
 """Reads a credential from a setting, a file, or the service's own environment variable.
 
-Each call reads the source again, so that a rotated token is found. No error quotes its content.
+Each call reads the source again, so that a rotated token is found. No error text quotes the
+credential.
 """
 
 from __future__ import annotations

@@ -140,9 +140,9 @@ class _LimitedFeed:
 class GuardedRequest(aiohttp.ClientRequest):
     """A request that limits informational answers and verifies a `RequestCheck` given as its data.
 
-    To write a body, also an empty one, aiohttp makes a payload and on Python 3.11 starts a task:
-    5 % of what the pool spends on an item. Without a body, it writes the headers before the next
-    await, so that the check of a POST without a body is called here.
+    To write a body, also an empty one, aiohttp makes a payload and on Python 3.11 starts a task,
+    which costs 5 % of the CPU time that the pool spends on an item. So the check of a POST without
+    a body is called here: aiohttp then writes the headers before the next await.
     """
 
     check: RequestCheck | None = None

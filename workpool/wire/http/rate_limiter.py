@@ -81,8 +81,9 @@ _OVERTAKES: Final = {(Priority.COMPLETION, other) for other in _NEXT_TURN}
 class RateLimiter:
     """A token bucket that fills with `rate` tokens per second; one request takes one token.
 
-    Heartbeats must not wait, so they create a debt, which takes at most three quarters of the new
-    tokens. The last quarter is for all other calls, completions first.
+    Heartbeats never wait, even if no token is left. The tokens that they overdraw are then
+    subtracted from the new tokens, but at most three quarters of these: the last quarter is left
+    for all other calls, completions first.
 
     Args:
         kind: The kind of requests, for observers.
