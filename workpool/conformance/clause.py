@@ -32,5 +32,5 @@ class Clause:
 
 
 def clause(name: str, rule: str, *, when: When = "together") -> Callable[[Check], Clause]:
-    """Decorate a coroutine function that checks a rule, and return the clause."""
+    """Return a decorator that turns a coroutine function into the clause that it checks."""
     return lambda check: Clause(name, rule, check, when)

@@ -30,7 +30,7 @@ class ForeignItemsError(Exception):
 
 
 class UnlistedItemsError(ForeignItemsError):
-    """The control plane refuses the list of items."""
+    """The control plane refuses to list the items."""
 
 
 class Delivery(NamedTuple):
@@ -68,7 +68,7 @@ class SuiteItem:
 
 
 class SharedQueue:
-    """Creates items and polls for them, for clauses that run at the same time."""
+    """Creates items and polls for them, on behalf of clauses that run at the same time."""
 
     def __init__(  # noqa: PLR0913 - one keyword for each option of `workpool conform`
         self,
@@ -155,7 +155,7 @@ class SharedQueue:
         return came
 
     def _find_suite_item(self, item: Mapping[str, Any]) -> SuiteItem | None:
-        """Return the suite's record of a delivered item, and store the item's ids in the record."""
+        """Update and return the suite's record of a delivered item; None if it has no record."""
         payload = item.get("data")
         session_id = payload.get("id") if isinstance(payload, dict) else None
         subject = self._subjects.get(item["id"]) or self._subjects.get(session_id or "")

@@ -1,4 +1,4 @@
-"""The ways in which the suite gets items: the enqueue call, sessions of an agent, or given ids."""
+"""The sources of the suite's items: the enqueue call, sessions of an agent, or given ids."""
 
 from __future__ import annotations
 

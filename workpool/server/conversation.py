@@ -104,7 +104,7 @@ class Conversation:
         self._uses: dict[str, _ToolUse] = {}
         self._open: dict[str, _ToolUse] = {}  # the tool uses without a result
         self._ended_threads: set[str] = set()  # ids of threads that accept no result anymore
-        self._blocking: tuple[str, ...] = ()  # event ids in the last `requires_action`
+        self._blocking: tuple[str, ...] = ()  # event ids in the last status `requires_action`
         # Whether the agent has a turn to make, and whether it has another one after that.
         self._turn = self._next_turn = False
         self._interrupted = False
@@ -375,7 +375,7 @@ def _event_time(event: StoredEvent) -> str:
 
 
 def _event_thread(event: StoredEvent) -> str | None:
-    """Return the thread that an event names; None for the primary thread."""
+    """Return the id of the thread that an event names; None for the primary thread."""
     thread = event.value.get("session_thread_id")
     return thread if isinstance(thread, str) else None
 

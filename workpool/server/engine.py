@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
 
 class Engine(Protocol):
-    """The calls of the protocol, as coroutines without HTTP.
+    """The calls of the protocol as coroutines, independent of HTTP.
 
     Each result survives a crash when the call returns, and so does each state that a refusal with
     409 shows. Every call may raise `APIError`, which is the answer, and `StoreError`.

@@ -54,7 +54,7 @@ class Record(NamedTuple):
 
 
 def heartbeat_op(expected: str | None) -> str | None:
-    """Return `BLIND` if a heartbeat expects no earlier one, as any worker can send; else None."""
+    """Return `BLIND` if a heartbeat expects no earlier one: any worker can send it. Else None."""
     return BLIND if expected in {None, NO_HEARTBEAT} else None
 
 

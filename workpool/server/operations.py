@@ -152,7 +152,7 @@ class Operations:
 
     @property
     def latest_time(self) -> int:
-        """The time of the last call in microseconds; no record is later."""
+        """The time of the last call in microseconds; no history record is later."""
         return self._latest
 
     def get_queue(self, environment_id: str) -> WorkQueue:
@@ -212,7 +212,7 @@ class Operations:
         queue = self.get_queue(environment_id)
         self._delete_ended_sessions()
         now = self._latest
-        metadata = dict(metadata or {})  # All items of this call share one copy.
+        metadata = dict(metadata or {})  # All items of this call share one copy of the metadata.
         check_metadata(metadata, NEW_METADATA_LIMIT_BYTES)
         known = None if session_id is None else self.sessions.find_session(session_id)[0]
         parsed = None if script is None else parse_script(script, count)

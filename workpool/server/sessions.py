@@ -36,8 +36,8 @@ class SessionRegistry:
         self._store = store
         self._ids = ids
         self._sessions: dict[str, tuple[StoredSession, str]] = {}
-        self._earlier: dict[str, list[str]] = {}  # ids of a session's items before its latest one
-        self._order = AscendingIds()  # the keys of `_sessions`
+        self._earlier: dict[str, list[str]] = {}  # ids of each session's items, without the latest
+        self._order = AscendingIds()  # the keys of `_sessions`, sorted
         self._conversations: dict[str, Conversation] = {}
         self._following: dict[str, set[asyncio.Event]] = {}
         self._closing = False

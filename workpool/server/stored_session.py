@@ -1,4 +1,4 @@
-"""One session of the control plane, its JSON, and the selection of sessions for a list.
+"""One session of the control plane, its JSON, and the filter for lists of sessions.
 
 See workpool/docs/protocol.md, "Sessions".
 """

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 @clause("ack-starts", "The answer is the item, `starting`, with `acknowledged_at`.")
 async def check_ack_starts_item(trial: Trial) -> None:
-    """Acknowledge an item, and read the answer as a worker does."""
+    """Acknowledge an item, and parse the answer as a worker does."""
     answer = await trial.api.ack((await trial.claim_item()).id)
     breaks_unless(answer.ok, str(answer))
     breaks_unless_item_is_readable(answer.body)

@@ -58,7 +58,7 @@ async def check_events_can_be_streamed(trial: Trial) -> None:
 
 @clause("item-secret", "The secret of an item is a token for its own session (`anthropic`).")
 async def check_item_secret_opens_own_session_only(trial: Trial) -> None:
-    """Use an item's token to read the session of the item, then that of another item."""
+    """Use an item's token to read the item's session, then the session of another item."""
     subject, another = await trial.claim_item(), await trial.claim_item()
     try:
         token = parse_item(subject.deliveries[0].item).sessions_token

@@ -148,7 +148,7 @@ async def check_poll_with_invalid_block_time_is_refused(trial: Trial) -> None:
 
 @clause("poll-item", "The item has all fields of a work item.")
 async def check_fields_of_an_item(trial: Trial) -> None:
-    """Read an item as a worker does, then check its fields."""
+    """Parse an item as a worker does, then check its fields."""
     item = (await trial.claim_item()).deliveries[0].item
     breaks_unless_item_is_readable(item)
     missing = [name for name in FIELDS if name not in item]

@@ -32,7 +32,7 @@ TTLS: Final = (
 
 @clause("heartbeat-first", "The first one moves `starting` to `active` and extends the lease.")
 async def check_first_heartbeat_activates_item(trial: Trial) -> None:
-    """Send a first heartbeat, and read the answer as a worker does."""
+    """Send a first heartbeat, and parse the answer as a worker does."""
     subject = await trial.acknowledged_item()
     answer = await trial.api.heartbeat(subject.id, NO_HEARTBEAT, 60)
     breaks_unless(answer.ok, str(answer))

@@ -118,7 +118,7 @@ async def check_redelivered_item_keeps_its_id(trial: Trial) -> None:
 
 @clause("lease-stopping", "A `stopping` item whose lease lapses is `stopped`, and not delivered.")
 async def check_stopping_item_whose_lease_lapses_is_stopped(trial: Trial) -> None:
-    """Stop an item gracefully, and let its lease lapse, like a worker that crashes."""
+    """Stop an item gracefully, and let the lease lapse as if the worker had crashed."""
     subject = await trial.acknowledged_item()
     ttl = (await trial.send_heartbeat(subject, TTL)).get("ttl_seconds")
     await trial.stop_item(subject, force=False)
@@ -131,7 +131,7 @@ async def check_stopping_item_whose_lease_lapses_is_stopped(trial: Trial) -> Non
 
 
 async def _create_redelivered_item(trial: Trial) -> tuple[SuiteItem, str]:
-    """Return an item that was delivered again after its lease lapsed, and its former id."""
+    """Return an item that was redelivered after its lease lapsed, and the id that it had before."""
     subject = await trial.acknowledged_item()
     ttl = (await trial.send_heartbeat(subject, TTL)).get("ttl_seconds")
     former = subject.id

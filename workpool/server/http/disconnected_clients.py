@@ -1,4 +1,4 @@
-"""The check whether the client of a request has closed its connection.
+"""Detection of clients that have closed the connection of their request.
 
 The event loop notices a closed connection only at its next call of `select`. Until then, a woken
 poll could deliver an item to a client that has disconnected, so a poll asks the kernel itself.

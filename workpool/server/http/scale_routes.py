@@ -71,7 +71,7 @@ def _fleet_load(stats: WorkQueueStats) -> FleetLoad:
 
 
 def _parse_replica_rule(request: web.Request) -> ReplicaRule:
-    """Parse the query parameters that limit the number of workers; raises a 400."""
+    """Parse the query parameters that limit the number of workers; a wrong one raises a 400."""
     try:
         return ReplicaRule(
             requests.integer_parameter(request, "slots_per_worker", SLOTS_PER_WORKER),

@@ -43,7 +43,7 @@ KEEP_ALIVE: Final = b": keep-alive\n\n"
 
 
 class SessionRoutes:
-    """The endpoints of one session: read it, list, send and stream its events."""
+    """The endpoints of one session: read the session; list, send and stream its events."""
 
     def __init__(self, engine: Engine, tokens: AcceptedTokens, dialect: ServerDialect) -> None:
         self._engine = engine

@@ -56,7 +56,7 @@ class Caller(NamedTuple):
             raise APIError(403, "a worker's key may only poll, ack, heartbeat, stop and list")
 
     def check_item(self, work_id: str | None) -> None:
-        """Raise a 403 if the caller sent an item's token that is not that of the item `work_id`."""
+        """Raise a 403 if the caller sent an item's token, unless it belongs to item `work_id`."""
         if self.item is not None and work_id != self.item[1]:
             raise APIError(403, "an item's token is for this item and its session only")
 

@@ -130,7 +130,7 @@ class WorkRoutes:
         return json_response(self._dialect.item_json(await self._engine.get_item(*place)))
 
     async def update_metadata(self, request: web.Request) -> web.Response:
-        """Merge the metadata of the request into those of an item."""
+        """Merge the metadata patch of the request into an item's metadata."""
         place = await self._authorize_item(request)
         async with self._prefer_unknown_item(place):
             patch = requests.parse_metadata_patch(
@@ -171,7 +171,7 @@ class WorkRoutes:
         return json_response({"type": WORK_HEARTBEAT, **state, "last_heartbeat": last})
 
     async def stop_item(self, request: web.Request) -> web.Response:
-        """Stop an item, and answer with the item or 204, as the dialect says."""
+        """Stop an item; the dialect decides whether the answer is the item or a 204."""
         place = await self._authorize_item(request, own_token=True)
         async with self._prefer_unknown_item(place):
             force = requests.parse_force(await requests.read_body(request))
@@ -234,7 +234,7 @@ class WorkRoutes:
 async def error_envelopes(
     request: web.Request, handler: Callable[[web.Request], Awaitable[web.StreamResponse]]
 ) -> web.StreamResponse:
-    """Middleware of aiohttp that answers with an error envelope for each API error."""
+    """Middleware that turns each API error into an answer with an error envelope."""
     try:
         return await handler(request)
     except APIError as refusal:

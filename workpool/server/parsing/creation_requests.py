@@ -1,4 +1,4 @@
-"""Parsers of the requests that create environments and sessions; each raises a 400."""
+"""Parsers of the requests that create environments and sessions; a malformed one is a 400."""
 
 from __future__ import annotations
 
@@ -82,7 +82,7 @@ def parse_session(content: bytes) -> NewSession:
 
 
 def _parse_agent(given: object) -> Mapping[str, Any]:
-    """Return `id` and `version` of an agent, given as its id or as an object with both."""
+    """Return `id` and `version` of an agent, which is given as its id or an object with both."""
     agent = {"id": given} if isinstance(given, str) else given
     if not isinstance(agent, dict):
         raise APIError(400, "agent must be an id or an object", "agent")

@@ -1,4 +1,4 @@
-"""Parsers of query parameters, headers and bodies; each raises a 400.
+"""Parsers of query parameters, headers and bodies; a malformed value raises a 400.
 
 Independent of items. Query values are parsed strictly: no sign, no space, ASCII digits only, no
 parameter twice. See workpool/docs/protocol.md, "Calls".
@@ -112,7 +112,7 @@ def integer_parameter(request: web.Request, name: str, default: int) -> int:
     if not _NUMBER.fullmatch(text):
         raise APIError(400, f"{name} must be a non-negative integer", name)
     digits = text.lstrip("0")
-    # A longer number exceeds every limit, and int() raises an error for thousands of digits.
+    # A longer number is replaced: it exceeds every limit, and int() fails on thousands of digits.
     return int(digits or "0") if len(digits) <= _LONGEST_NUMBER else 10**_LONGEST_NUMBER
 
 
@@ -260,7 +260,7 @@ async def read_body(request: web.Request) -> bytes:
 
 
 def parse_json_object(content: bytes) -> dict[str, Any]:
-    """Parse a body that is a JSON object; raises a 400."""
+    """Parse a body that is a JSON object; raises a 400 for any other body."""
     try:
         value = orjson.loads(content)
     except orjson.JSONDecodeError:

@@ -71,7 +71,7 @@ class Connection(Protocol):
         """
 
     def transaction(self) -> AbstractAsyncContextManager[object]:
-        """Return a context that is one transaction, or a savepoint in one."""
+        """Return a context that is a transaction, or a savepoint inside of a transaction."""
 
 
 def redact_url(url: str) -> str:
@@ -105,7 +105,7 @@ class ConnectionPool:
         self._idle: list[Any] = []  # used as a stack: the last used connection is taken first
         self._used: set[Any] = set()
         self._opening = 0
-        self._expired: set[Any] = set()  # used connections to close after their call
+        self._expired: set[Any] = set()  # connections in use, to be closed after their call
         self._waiting: deque[asyncio.Future[None]] = deque()
         self._closed = True
         self._logged_at = float("-inf")
@@ -275,7 +275,7 @@ class ConnectionPool:
         if refusal is None:
             return
         if refusal.reason == READ_ONLY:
-            # After a failover, this server may be a standby: close its connections.
+            # After a failover, this server may be a standby: use none of its connections again.
             self._expired |= self._used
             while self._idle:
                 self._idle.pop().terminate()

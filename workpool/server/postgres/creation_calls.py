@@ -113,7 +113,7 @@ class CreationCalls(EnvironmentCalls):
         work_type: str,
         initial_events: Sequence[Mapping[str, Any]] = (),
     ) -> list[SessionView]:
-        """Create `count` sessions like `template`, each with an item and its first events."""
+        """Create `count` sessions like `template`, each with an item and `initial_events`."""
         views: list[SessionView] = []
         events: list[StoredEvent] = []
         counts: list[int] = []

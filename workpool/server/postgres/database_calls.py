@@ -162,7 +162,7 @@ class DatabaseCalls:
     async def _read_item(
         self, connection: Connection, environment_id: str, work_id: str
     ) -> tuple[Item, Item, int, int]:
-        """Return an item as stored and as it is now, its version and the time; raises a 404."""
+        """Return an item as stored, the item as of now, its version and the time; raises a 404."""
         row = None
         if may_be_id(work_id):
             row = await connection.fetchrow(_READ, environment_id, work_id, self._fixed_time())

@@ -72,7 +72,7 @@ class NotificationHub:
         # limit; `_forgotten` is the greatest number among the removed entries.
         self._last: OrderedDict[str, int] = OrderedDict()
         self._forgotten = 0
-        # The number of items of each topic for which no poll was waiting.
+        # For each topic, the number of items for which no poll was waiting.
         self._unused: dict[str, int] = {}
         self._unsent: dict[str, int] = {}
         self._wanted = asyncio.Event()  # set if a batch is to be sent or the connection is lost
@@ -168,7 +168,7 @@ class NotificationHub:
         connection.add_termination_listener(lambda _: self._wanted.set())
         await connection.add_listener(CHANNEL, self._on_notification)
         self.listening.set()
-        self._wake_after_gap()  # Announcements before LISTEN were not received.
+        self._wake_after_gap()  # notifications before LISTEN were not received
 
     async def _send_announcements(self, connection: Any) -> None:
         """Send announced changes until the connection is lost. Raises `DRIVER_ERRORS`.

@@ -222,7 +222,7 @@ class StoredSessionCalls(ItemCalls, CreationCalls):
         while (known := len(conversation.events)) < read.event_count:
             rows = await connection.fetch(_EVENTS, session.id, known, read.event_count)
             if not rows:
-                raise APIError(404, "no such session")  # it was deleted after the read
+                raise APIError(404, "no such session")  # the session was deleted after the read
             for event_id, value in rows:
                 conversation.append_event(event_from_columns(session.id, event_id, value))
         return conversation

@@ -30,7 +30,7 @@ _ADVISORY_LOCK: Final = 0x737765657065720A
 
 
 class Sweeper:
-    """Runs the periodic batches of one node.
+    """Runs the periodic background work of one node.
 
     Args:
         pool: The connections of the node.

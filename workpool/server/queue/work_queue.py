@@ -49,7 +49,7 @@ class WorkQueueStats(NamedTuple):
     read_at: int
 
     def to_json(self) -> dict[str, Any]:
-        """Return the JSON of the statistics, which has no `read_at`."""
+        """Return the statistics as JSON, without `read_at`."""
         numbers = self._asdict()
         del numbers["read_at"]
         oldest = self.oldest_queued_at

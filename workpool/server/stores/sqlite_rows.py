@@ -1,4 +1,4 @@
-"""Conversion of environments, items, sessions and events to SQLite rows, and checks.
+"""Conversion between SQLite rows and environments, items, sessions and events, with checks.
 
 A file may have been edited, or written by a version with an error. The start reports a malformed
 row, so that no later call fails because of it.
@@ -37,7 +37,7 @@ class DeletedRow(NamedTuple):
 
 
 class RowTable:
-    """The SQL statements and conversions of one dataclass, whose fields are the columns.
+    """The SQL statements and conversions of one table, whose columns are a dataclass's fields.
 
     Attributes:
         kind: The dataclass.
