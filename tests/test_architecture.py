@@ -1,4 +1,4 @@
-"""Rules of the code that a program can check."""
+"""Rules for the code that a program can check."""
 
 from __future__ import annotations
 

@@ -307,7 +307,7 @@ async def test_documented_idempotency_key_is_the_same_in_second_run(tmp_path: Pa
 async def test_documented_handoff_ends_session_with_its_program(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The handoff goes to a real `workpool hold` process, which ends the item with its program."""
+    """The handoff goes to a real `workpool hold`, which stops the item when its program ends."""
     commands = Path(sys.executable).parent
     monkeypatch.setenv("PATH", f"{commands}{os.pathsep}{os.environ['PATH']}")
     start, children = asyncio.create_subprocess_exec, []
@@ -320,7 +320,7 @@ async def test_documented_handoff_ends_session_with_its_program(
     apart = run_example("def apart", tmp_path)["apart"]
     assert await metadata_written_by_plugin(apart, {"job": "apart"}) == {"job": "apart"}
     async with asyncio.timeout(20):
-        # the child exits shortly after its item, and must exit before this loop closes
+        # the child exits shortly after it stops its item, and must exit before this loop closes
         await children[0].wait()
 
 

@@ -142,7 +142,7 @@ class RunningCommand:
         self._process.send_signal(number)
 
     async def wait_for_end(self, seconds: float = SECONDS) -> int:
-        """Wait for the end of the process, read all remaining output, return the exit status."""
+        """Wait for the end of the process, read its last output, and return its exit status."""
         async with asyncio.timeout(seconds):
             out, err = await self._process.communicate()
         self.out += out.decode()

@@ -1,4 +1,4 @@
-"""The fixture `workpool` with pytest settings of other projects, and runs that do not use it."""
+"""The fixture `workpool` with pytest settings of other projects, and runs without the fixture."""
 
 from __future__ import annotations
 

@@ -114,7 +114,7 @@ async def wait_until_ready(worker: RunningCommand) -> None:
 async def test_documented_upgrade_loses_no_session_and_counts_no_attempt(
     start_command: CommandStarter, control_plane: ControlPlane
 ) -> None:
-    """One session ends during the drain; the other is released and continued by the new worker."""
+    """One session ends during the drain; the other is released and run again by the new worker."""
     [waiting] = control_plane.enqueue(metadata={"do": "wait"})
     [lingering] = control_plane.enqueue(metadata={"do": "linger"})
     old = await start_command("run", "handlers", "--drain-timeout", "1")

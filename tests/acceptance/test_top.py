@@ -1,4 +1,4 @@
-"""`workpool top`: workers in a terminal."""
+"""`workpool top` shows the state of workers in a terminal."""
 
 from __future__ import annotations
 

@@ -6,7 +6,7 @@ from workpool.pool.pool_item import Attempt, RunCounts
 
 
 def test_attempt_counted_in_this_process_is_also_written_to_metadata() -> None:
-    """Another process can only learn the attempt number from the metadata."""
+    """Another process can read the attempt number from the metadata only."""
     attempt = Attempt({}, redelivered=True)
     attempt.number_by_earlier_runs(0)
     assert attempt.number == 1

@@ -84,7 +84,7 @@ class ClaimTestbed:
 def test_lease_counts_from_first_ack_that_may_have_been_applied(
     testbed: type[LeaseTestbed], fault: Fault, *, first: bool
 ) -> None:
-    """The lease may have begun with that ack, and another worker may claim the item at its end."""
+    """The lease may have begun with that ack; when it ends, another worker may claim the item."""
 
     @in_virtual_time
     async def check_lease_start() -> None:

@@ -1,4 +1,4 @@
-"""The completion table compared with a literal copy, error notes, and outcomes of sessions."""
+"""The completion table, which must equal a literal copy; error notes; outcomes of sessions."""
 
 from __future__ import annotations
 

@@ -108,7 +108,7 @@ async def occupied_executor() -> AsyncIterator[None]:
 
 @pytest.mark.usefixtures("occupied_executor")
 async def test_calls_succeed_while_default_executor_is_occupied(tmp_path: Path) -> None:
-    """The calls look up a host name and read a renewed token."""
+    """The calls look up a host name and read a renewed token, which both need a thread."""
     path = tmp_path / "token"
     path.write_text("old")
 

@@ -63,7 +63,7 @@ class LimitedServer:
         await runner.setup()
         listening = socket.create_server(("127.0.0.1", 0))
         self.port = listening.getsockname()[1]
-        # The kernel buffers little, so that unread bytes soon wait in the process.
+        # With a small kernel buffer, unread bytes soon wait in the server's process.
         listening.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 16384)
         server = await asyncio.get_running_loop().create_server(
             self.connections.protocol_factory(runner.server), sock=listening

@@ -130,7 +130,7 @@ def test_lease_is_checked_right_before_the_bytes_of_a_request(
                 one.loop.call_later(4.9, end, item)
             with pytest.raises(error):
                 await send_update(one, item, request)
-            assert len(update_tries(one)) <= 1  # A call whose check refused is never retried.
+            assert len(update_tries(one)) <= 1  # A refused call is never retried.
         assert not one.send_times("update")
 
     check_no_request()

@@ -1,4 +1,4 @@
-"""Calls of plugins: the choice of handlers, contexts, events, and the plugin named by an error."""
+"""Calls of plugins: the choice of handlers, contexts, events, and errors that name the plugin."""
 
 import asyncio
 import functools

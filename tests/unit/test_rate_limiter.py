@@ -105,7 +105,7 @@ def test_debt_of_many_heartbeats_is_limited_to_one_second(manual_clock: ManualCl
     acquire_all_tokens(limiter)
     for _ in range(10_000):
         limiter.charge()
-    # The heartbeats owe at most the 20 tokens of one second, and 15 a second pay them off.
+    # Heartbeats overdraw the limit by at most one second (20 tokens); 15 tokens a second repay it.
     manual_clock.now += 20 / 15
     acquire_all_tokens(limiter)
     manual_clock.now += 0.25

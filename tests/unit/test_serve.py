@@ -1,4 +1,4 @@
-"""`workpool serve` in the process of the test: its end by a signal or a failure of its store."""
+"""`workpool serve`, run in pytest's process, ends after a signal or a failure of its store."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Process signals as asyncio events, and the former signal handlers restored at the end."""
+"""Process signals become asyncio events, and the former signal handlers return at the end."""
 
 from __future__ import annotations
 

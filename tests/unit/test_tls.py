@@ -1,4 +1,4 @@
-"""A private CA and a client certificate, with a TLS server that requires one."""
+"""Connections to a TLS server that has a private CA and requires a client certificate."""
 
 from __future__ import annotations
 

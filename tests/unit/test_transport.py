@@ -1,4 +1,4 @@
-"""One request and its answer over a real socket: unusual answers, and credentials never shown.
+"""Single requests over a real socket: unusual answers, and credentials that are never shown.
 
 The server sends raw bytes, because no HTTP library would send most of these answers.
 """

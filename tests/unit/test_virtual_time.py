@@ -127,7 +127,7 @@ async def test_local_client_that_is_not_open_raises(testbed: type[LeaseTestbed])
 
 
 async def test_pool_with_local_client_completes_session_on_real_loop() -> None:
-    """The loop is real, because the lease renewer is a thread."""
+    """The loop is real, because virtual time cannot wait for the thread of the lease renewer."""
 
     @handler
     async def handle_session(session: Session) -> dict[str, str]:

@@ -1,4 +1,4 @@
-"""Errors of virtual time that name threads, processes and sockets that it cannot wait for."""
+"""Virtual time raises an error that names each thread, process or socket it cannot wait for."""
 
 from __future__ import annotations
 
