@@ -40,9 +40,9 @@ ASK_SECONDS = 1.0
 LOOK_SECONDS = 10.0
 """Seconds between checks of a pause's end. The wall clock may jump, or the machine may sleep."""
 FAILURES = 5
-"""Number of sessions of different items in a row that must fail."""
+"""After this many failed sessions in a row, of different items, a handler counts as failing."""
 QUICK_SECONDS = 1.0
-"""Seconds after the acknowledgement within which a failure counts."""
+"""Only a failure within this many seconds after the acknowledgement counts."""
 FAILING_PAUSE_SECONDS, FAILING_PAUSE_MAX_SECONDS = 1.0, 30.0
 
 

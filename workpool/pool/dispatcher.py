@@ -38,17 +38,17 @@ REMEMBERED_IDS = 10_000
 """Number of ids that are remembered, to recognize redeliveries and to log a decline once."""
 
 UNSTARTED = 3
-"""Number of items in a row without a call of a handler after which polls are paced."""
+"""After this many items in a row for which no handler was called, pollers pause between polls."""
 ASIDE_MARGIN_SECONDS = 1.0
-"""Seconds before its redelivery at which an item without a slot is set aside no longer."""
+"""An item that is set aside is declined this many seconds before its redelivery."""
 TYPE_CHARACTERS = 128
 """Largest number of characters of an item's type in the log."""
 
 Reception = Literal["queued", "aside", "declined"]
-"""The result of an offer of an item.
+"""The decision about an item that is offered to the dispatcher.
 
-It took the reserved place; or it waits for a slot of its handler, without a place; or the pool does
-not take it.
+`queued`: the item is in the reserved place. `aside`: it waits for a slot of its handler and has no
+place. `declined`: the pool does not accept this delivery.
 """
 
 

@@ -1,4 +1,4 @@
-"""The drain: its deadline, and the end of the sessions before and after it.
+"""The drain of a pool: the wait for sessions until the deadline, and their release after it.
 
 The deadline can be brought forward and never postponed. Lives on the handlers' loop.
 See workpool/docs/architecture.md, "The drain".
@@ -41,7 +41,7 @@ That is 2 s before the end of the grace period. See workpool/docs/operating.md, 
 
 
 class Drain:
-    """The drain of one supervisor: when it began, and until when sessions may run.
+    """The state of one supervisor's drain: its beginning, its deadline and its requests.
 
     Attributes:
         requested: Set once the drain has begun.

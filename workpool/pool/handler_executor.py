@@ -51,10 +51,10 @@ REPEAT_SECONDS = 10.0
 From the second one on, the handler counts as stuck.
 """
 STALL_CHECKS = 4
-"""Checks of the progress in one `stall_timeout`: a block of the loop that is longer than the time
-between two of them is noticed, and not counted."""
+"""Number of progress checks in one `stall_timeout`: a block of the loop that is longer than the
+time between two checks is noticed, and does not count as a stall."""
 LATE_SECONDS = 0.1
-"""A check of the progress that is this late was held up by a sleep or a blocked loop."""
+"""A progress check that is this many seconds late was delayed by a sleep or a blocked loop."""
 LEAVE_SECONDS = 0.1
 """Seconds for which the pool waits for the group of handlers to close, twice at most."""
 

@@ -37,11 +37,11 @@ log = pool_logger(__name__)
 READ_SECONDS, READ_CAP_SECONDS = 0.2, 2.0
 """The shortest and the longest delay between two reads of the item."""
 TAKE_BACK_PART = 4
-"""An item without a child is taken back when this part of its TTL is left."""
+"""The pool takes the item back if no child has it when the TTL divided by this is left."""
 
 
 class HandoffRun:
-    """Hands an item off. Created on the handlers' loop, used on the renewer's."""
+    """Hands one item off to a child. Created on the handlers' loop, used on the renewer's."""
 
     def __init__(self, item: PoolItem, handoff: Handoff, renewer: LeaseRenewer) -> None:
         self._item = item

@@ -94,7 +94,7 @@ class HandoffChild(Supervisor):
         self._drain.begin(self.settings.drain_timeout)
 
     async def _find_item(self, context: PoolContext) -> WorkItem:
-        """Read the item, repeatedly while its parent may wait for the child's first heartbeat."""
+        """Read the item, with retries as long as the parent may still wait for the child."""
         if self._session_id is not None:
             return _item_without_read(
                 self._work_id, self._session_id, str(self.settings.environment_id)

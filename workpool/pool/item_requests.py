@@ -63,7 +63,7 @@ class LeaseDoubted(TransientError):
 
 RETRY_SECONDS, RETRY_CAP_SECONDS = 0.2, 3.0
 TRY_PART = 3
-"""A try takes at most this part of the time that is left, so that others can follow."""
+"""A try takes at most the time that is left divided by this, so that others can follow."""
 CALLS_PER_SESSION = 8
 """Largest number of concurrent calls of one session; further ones wait."""
 
@@ -261,7 +261,7 @@ ControlPlaneErrors = (TransientError, RefusedError, ConflictError, PreconditionE
 
 
 class HeartbeatSender:
-    """Sends heartbeats through one client; there is one for each event loop."""
+    """Sends heartbeats through the client of one event loop."""
 
     def __init__(
         self,

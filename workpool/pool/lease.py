@@ -52,7 +52,7 @@ Clock = Callable[[], float]
 """Seconds on a monotonic clock; only differences mean anything."""
 
 PAUSE_SECONDS = 2.0
-"""The machine counts as paused if the wall clock moved this much against the lease clock."""
+"""The machine counts as paused if the two clocks moved apart by this many seconds."""
 
 
 def clock_that_counts_sleep() -> Clock:

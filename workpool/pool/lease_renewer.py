@@ -42,7 +42,7 @@ log = pool_logger(__name__)
 TICK_SECONDS = 1.0
 """Longest time in seconds between two checks of all leases, and the interval of pings."""
 LOOK_MIN_SECONDS, LOOK_SECONDS_PER_LEASE = 0.02, 0.00005
-"""Shortest time in seconds between two checks of all leases: a part for each lease."""
+"""Shortest time in seconds between two checks of all leases: a minimum, and a part per lease."""
 CLOSE_SECONDS = 10.0
 JOIN_SECONDS = 1.0
 WIDTH_MIN = 10

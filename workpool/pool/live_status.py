@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from workpool.pool.status import PoolView
 
 SESSIONS_MAX: Final = 200
-"""The oldest sessions are listed, at most so many."""
+"""Largest number of sessions that are listed, the oldest first."""
 TEXT_CHARACTERS: Final = 200
 
 Counts = dict[tuple[str, str], float]

@@ -55,7 +55,7 @@ One poller can skip this many before the control plane delivers the first of the
 by default.
 """
 REFUSED_SECONDS = 300.0
-"""Seconds of refused polls after a success, after which they are fatal."""
+"""After a poll has succeeded, only this many seconds of refused polls end the pool."""
 REMEMBERED_IDS = 1_000
 """Number of unreadable items that are remembered, to log each once."""
 ACK_BACKOFF_SECONDS, ACK_BACKOFF_CAP_SECONDS = 1.0, 30.0

@@ -78,9 +78,9 @@ FAILURES: Final[Mapping[str, SessionErrorKind]] = {
     "timed_out": "timeout",
     "stalled": "stalled",
 }
-"""The outcomes of sessions that failed, with the kind of their error unless it says more."""
+"""The error kind for each outcome of a failed session, if the error itself has no kind."""
 RELEASES: Final = frozenset({EndReason.DRAINED, EndReason.RELEASED})
-"""Reasons whose run does not count as an attempt."""
+"""End reasons of runs that do not count as attempts."""
 EVENTS_SECONDS = 60.0
 """Seconds for which a handler's `events.send` is retried: the default TTL of a lease."""
 UPDATE_SECONDS = 30.0
@@ -294,7 +294,7 @@ class SessionRunner:
             )
 
     async def _answer_healthcheck(self, item: PoolItem) -> None:
-        """Stop the item of a health check, which ends with its ack and calls no handler."""
+        """Complete a health check: stop its item after the ack, without calling a handler."""
         if item.lease.unsettled:
             await self._claimer.send_first_heartbeats(item)
         try:
@@ -324,7 +324,7 @@ class SessionRunner:
         )
 
     def _report_lost_item(self, item: PoolItem, stage: ReclaimStage) -> None:
-        """Report that another worker has the item, as the control plane has answered."""
+        """Report that, by the control plane's answer, another worker has the item."""
         stage = "drain" if self._context.draining else stage
         log.info(
             "item reclaimed",

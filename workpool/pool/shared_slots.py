@@ -77,7 +77,7 @@ class SharedSlots:
             self._uses -= 1
 
     def _next_waiting(self) -> tuple[SlotShare, Callable[[], None]] | None:
-        """Return the environment that is to have the next slot, and the function that uses it.
+        """Return the environment that gets the next slot, and its function that uses the slot.
 
         None if no environment waits for a slot that it could have.
         """

@@ -176,7 +176,7 @@ class PoolView:
 
     @property
     def idle_seconds(self) -> float:
-        """Seconds for which no slot has been taken; 0 while one is."""
+        """Seconds for which no slot has been in use; 0 while a slot is in use."""
         if self.context.queue.running:
             return 0.0
         # Read `idle_since` after `running`, because the dispatcher writes `idle_since` before it

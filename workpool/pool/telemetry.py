@@ -129,7 +129,7 @@ class Telemetry:
         self._metrics.close()
 
     def listen_to(self, client: ClientProtocol) -> None:
-        """Count the requests of a client, which may run on any event loop, in the metrics."""
+        """Count a client's requests in the metrics; the client may run on any event loop."""
         client.on_request = partial(self._metrics.count, RequestFinished)
         client.on_rate_limit_wait = partial(self._metrics.count, RateBudgetWaited)
         client.on_credential_refresh = partial(self._metrics.count, CredentialRefreshed)

@@ -28,7 +28,7 @@ T = TypeVar("T")
 ANSWER_LIMIT_BYTES: Final = 4 * 1024 * 1024
 PAGE_TOKEN_CHARACTERS: Final = 4096
 ITEM_LIMIT_BYTES: Final = ANSWER_LIMIT_BYTES + 64 * 1024
-"""An item that a poll brought grows by its times and by the pool's own metadata."""
+"""Larger than the limit of a poll, because control plane and pool add to the item after it."""
 
 
 _NO_CONTENT_STATUS: Final = 204

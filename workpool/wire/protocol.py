@@ -31,7 +31,7 @@ TTL_MIN_SECONDS: Final = 10
 TTL_MAX_SECONDS: Final = 600
 TTL_DEFAULT_SECONDS: Final = 60
 ACK_LEASE_SECONDS: Final = 60
-"""Seconds for which an ack holds an item before the first heartbeat."""
+"""The length in seconds of the lease that an ack begins."""
 
 LIST_LIMIT_DEFAULT: Final = 20
 LIST_LIMIT_MAX: Final = 100
@@ -59,11 +59,11 @@ KEEP_ALIVE_SECONDS: Final = 10
 """Longest silence in seconds of an event stream of the embedded control plane."""
 
 OUR_METADATA: Final = "workpool."
-"""The prefix of all keys that are ours."""
+"""The prefix of all metadata keys that workpool writes."""
 OUR_ERROR: Final = "workpool.error"
-"""The error with which a worker stopped the item."""
+"""The metadata key for the error with which a worker stopped the item."""
 OUR_RETRY: Final = "workpool.retry_of"
-"""The item of which this one is a copy, made by `workpool work retry`."""
+"""The metadata key for the id of the item that `workpool work retry` has copied to this one."""
 
 ENQUEUE_COUNT_MAX: Final = 1000
 

@@ -39,7 +39,7 @@ _ORIGIN_MAX: Final = 128
 _SECONDS = re.compile(r"[0-9]{1,12}(\.[0-9]{1,9})?").fullmatch
 _CLIENT_ERRORS: Final = range(400, 500)
 _REFUSED_STATUSES: Final = frozenset({*http.HTTPStatus} & {*_CLIENT_ERRORS} - {408, 425, 429})
-"""The statuses for a wrong request.
+"""The statuses that show that the request is wrong, so that no retry can succeed.
 
 Any other status may pass by itself, also one that HTTP does not define or that no request asks for,
 such as 101.

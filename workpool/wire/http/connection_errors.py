@@ -1,4 +1,4 @@
-"""The errors of requests without an answer: which are transient, and the hints in their texts."""
+"""Errors of requests that got no answer: whether they are transient, and hints in their texts."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ TRANSIENT: Final = (
     TimeoutError,
     OSError,
 )
-"""Errors that may pass without a change. Any other error is a bug and is raised."""
+"""Errors after which the same request may succeed. Any other error is a bug and is raised."""
 
 
 def error_code(error: BaseException) -> str:

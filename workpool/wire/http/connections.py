@@ -32,7 +32,7 @@ KEEPALIVE_SECONDS: Final = 30.0
 SPARE_CONNECTIONS: Final = 16
 """Connections for the calls of handlers, in addition to one for each session."""
 ENDLESS: Final = aiohttp.ClientTimeout(total=None)
-"""No timeout of aiohttp's: each request has one of its own."""
+"""Turns aiohttp's timeouts off, because each request has a time limit of its own."""
 POOL_BUFFER_BYTES: Final = 64 * 1024
 BUFFER_BYTES: Final = 208 * 1024
 """The most that a connection of a handler receives at once; a larger buffer would be faster on long

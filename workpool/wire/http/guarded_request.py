@@ -36,7 +36,7 @@ class NotSentError(aiohttp.ClientConnectionError):
 
 @dataclass(slots=True, eq=False)
 class RequestCheck:
-    """A body, possibly empty, whose check is the last step before the request's bytes are written.
+    """A request body, possibly empty, with a check that runs right before the bytes are written.
 
     Bytes that the kernel already holds cannot be taken back.
 

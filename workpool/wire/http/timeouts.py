@@ -90,7 +90,7 @@ class Bound:
 
 
 class BoundTimer:
-    """One timer for all bounds of a client, on one event loop.
+    """A timer of one event loop that all `Bound` objects of a client share.
 
     It is set for the earliest time and stays set when that block has ended, so that it fires once
     in a while and not for each request.

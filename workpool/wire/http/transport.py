@@ -59,7 +59,7 @@ T = TypeVar("T")
 
 LARGE_BYTES: Final = 256 * 1024
 THREADS: Final = 8
-"""More threads than lookups and readings at one time, so that none waits for another."""
+"""More than the lookups and file reads that run at one time, so that none waits for a thread."""
 HIDDEN_CHARACTERS: Final = 8
 """A shorter value of an extra header, such as `1`, is not treated as a secret."""
 _DENIED: Final = frozenset({401, 403})
@@ -435,7 +435,7 @@ class Transport:
                 hide_token(value)
 
     def _public_headers(self) -> dict[str, str]:
-        """Return the headers without secrets: a session's defaults, which a proxy also receives."""
+        """Return the headers that contain no secrets; a proxy receives them, too, as defaults."""
         rules = DIALECTS[self._settings.dialect]
         headers = {
             "Accept": "application/json",
