@@ -81,7 +81,7 @@ def ack_item(item: Item, worker_id: str | None, now: int) -> Item:
 def extend_lease(
     item: Item, expected: str | None, ttl_seconds: int, now: int, *, compare_on_stop: bool = True
 ) -> Item:
-    """Extend the lease of an item to `ttl_seconds` (within the limits) from `now`.
+    """Set the end of an item's lease to `now` plus `ttl_seconds`, clamped to the allowed range.
 
     `compare_on_stop`: if it is false, every heartbeat of a `stopping` or `stopped` item is
     answered, whatever it expects; a `stopped` item does not change.

@@ -166,7 +166,7 @@ class ClaimCalls(DatabaseCalls):
         try:
             return await asyncio.shield(claim)
         except asyncio.CancelledError:
-            # The time limits of statements bound this wait; a second cancellation ends the claim.
+            # The statements' time limits end this wait; a second cancellation aborts the claim.
             with suppress(UnavailableError):
                 delivery = await claim
                 if delivery.item is not None:

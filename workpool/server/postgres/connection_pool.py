@@ -327,7 +327,7 @@ async def end_connection(connection: Any) -> None:
 
 @asynccontextmanager
 async def start_connection(url: str, *, statement_seconds: float) -> AsyncIterator[Any]:
-    """Return a context with a connection for a node's start. Raises `ServeError`."""
+    """Return a context with a connection that a node uses at its start. Raises `ServeError`."""
     try:
         connection = await open_connection(url, statement_seconds=statement_seconds)
         try:
@@ -353,7 +353,7 @@ def _connection_options(
             "idle_in_transaction_session_timeout": f"{answer_seconds * 1000:.0f}",
             # Lets the server notice a lost connection, and cancel the connection's statement.
             "client_connection_check_interval": "1000",
-            "jit": "off",  # Compilation takes longer than a short statement.
+            "jit": "off",  # off: compiling takes longer than a short statement
         },
     }
 

@@ -106,7 +106,10 @@ async def _usable_version(url: str, connection: Any, steps: Sequence[Migration])
 async def _apply_migration(
     url: str, connection: Any, steps: Sequence[Migration], step: Migration
 ) -> bool:
-    """Run a migration unless another node has; return whether it ran. Raises `StoreError`."""
+    """Run a migration unless another node has run it; return whether it ran here.
+
+    Raises `StoreError`.
+    """
     for _ in range(_ATTEMPTS):
         try:
             async with connection.transaction():

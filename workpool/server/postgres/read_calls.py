@@ -142,7 +142,7 @@ class ReadCalls(StoredSessionCalls):
     async def _search_items(
         self, environment_id: str, place: PageRequest, wanted: ItemFilter
     ) -> ListPage[Item]:
-        """Return a page of the selected items, after reading `LOOKED_AT_MAX` items at most."""
+        """Return a page of the selected items; stop after reading `LOOKED_AT_MAX` items."""
         await self._end_due_leases(environment_id)
         limit, after, before = place
         backwards = wanted.newest_first or before is not None

@@ -85,14 +85,14 @@ def to_json_or_null(value: object) -> str | None:
 
 
 def item_from_row(row: Sequence[Any]) -> Item:
-    """Return the item in the first columns of a row."""
+    """Return the item whose fields are the first columns of a row."""
     values = dict(zip(ITEM_FIELDS, row, strict=False))
     values["metadata"] = orjson.loads(values["metadata"])
     return Item(**values)
 
 
 def session_from_row(row: Sequence[Any]) -> StoredSession:
-    """Return the session in the first columns of a row."""
+    """Return the session whose fields are the first columns of a row."""
     values = dict(zip(_SESSION_FIELDS, row, strict=False))
     for name in ("metadata", "script", "title", "agent"):
         if values[name] is not None:
@@ -101,7 +101,7 @@ def session_from_row(row: Sequence[Any]) -> StoredSession:
 
 
 def view_from_row(row: Sequence[Any]) -> SessionView:
-    """Return the session and its latest item in the first columns of a row."""
+    """Return the session and its latest item, whose fields are the first columns of a row."""
     width = len(_SESSION_FIELDS)
     return SessionView(
         session_from_row(row), item_from_row(row[width + 2 :]), row[width], row[width + 1]
@@ -109,7 +109,7 @@ def view_from_row(row: Sequence[Any]) -> SessionView:
 
 
 def session_to_row(session: StoredSession) -> list[Any]:
-    """Return the columns of a session."""
+    """Return the values of a session's columns."""
     return [
         session.id,
         session.environment_id,
@@ -135,7 +135,7 @@ def environment_from_row(row: Sequence[Any]) -> Environment:
 
 
 def environment_to_row(environment: Environment) -> list[Any]:
-    """Return the columns of an environment."""
+    """Return the values of an environment's columns."""
     return [
         environment.id,
         to_json(environment.name),

@@ -1,4 +1,4 @@
-"""The delivered items that are not yet acknowledged, by the time of their delivery.
+"""The delivered items that are not yet acknowledged, in order of their deliveries.
 
 Every poll brings its own `reclaim_older_than_ms`, and receives the item with the lowest id among
 those that were delivered at least that long ago.
