@@ -403,12 +403,14 @@ async def test_run_whose_attempt_number_cannot_be_written_is_released_and_keeps_
     item_runs: ItemRuns, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch,
     notes: Any, number: int, *, applied: bool,
 ) -> None:  # fmt: skip
-    def attempt_number_is_retried(_: object) -> bool:
+    def attempt_write_is_still_retried(_: object) -> bool:
         return "attempt not counted" not in caplog.text
 
     item_runs.run_and_crash()
     item_runs.write_metadata(**notes)
-    item_runs.faults.add(status(503, applied=applied), "update", where=attempt_number_is_retried)
+    item_runs.faults.add(
+        status(503, applied=applied), "update", where=attempt_write_is_still_retried
+    )
     assert (await item_runs.run_once(endless_handler)).outcome == "released"
     assert item_runs.attempts == []
     monkeypatch.setattr(session_runner, "ATTEMPT_SECONDS", 10.0)

@@ -345,12 +345,12 @@ async def test_item_of_unknown_type_is_offered_to_plugins(
     control_plane: ControlPlane, make_pool: Any, recorder: Recorder
 ) -> None:
     @handler(type="index")
-    async def record_index(_: Session) -> dict[str, str]:
+    async def handle_index_item(_: Session) -> dict[str, str]:
         return {"indexed": "yes"}
 
     (other,) = control_plane.enqueue(work_type="unheard_of")
     (ours,) = control_plane.enqueue(work_type="index")
-    async with make_pool(record_index, block_ms=20):
+    async with make_pool(handle_index_item, block_ms=20):
         finished = await recorder.wait_for(SessionFinished)
         declined = await recorder.wait_for(ItemDeclined)
     assert finished.session.item.id == ours.id

@@ -346,7 +346,7 @@ async def test_live_page_in_browser_shows_every_environment(
     for each in (FIRST, OTHER):
         control_plane.enqueue(1, {"wait": "yes"}, environment_id=each)
 
-    async def check_page(group: EnvironmentGroup) -> None:
+    async def check_live_page(group: EnvironmentGroup) -> None:
         await wait_until(lambda: group.status().running == 2)
         async with driven_browser(tmp_path) as browser:
             await browser.open_page(f"{group.metrics_url}/")
@@ -360,4 +360,4 @@ async def test_live_page_in_browser_shows_every_environment(
         for _ in range(2):
             plugin_module.may_end.release()
 
-    await use_running_group(make_group(), check_page)
+    await use_running_group(make_group(), check_live_page)

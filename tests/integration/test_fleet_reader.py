@@ -32,7 +32,7 @@ SECOND = timedelta(seconds=1)
 NEVER_SECONDS = 3600.0
 
 
-def client_for(plane: ControlPlane) -> WorkClient:
+def make_client(plane: ControlPlane) -> WorkClient:
     return WorkClient(
         Settings(base_url=plane.base_url, token=plane.token, environment_id=plane.environments[0])
     )
@@ -71,13 +71,13 @@ def without_running_count(
             del stats["running"], stats["stopped"]
             return web.json_response(stats)
         if request.path.endswith("/work"):
-            request = with_list_parameters(request, after_id, newest=newest)
+            request = change_list_request(request, after_id, newest=newest)
         return await handler(request)
 
     return change_answer
 
 
-def with_list_parameters(request: web.Request, after_id: str, *, newest: bool) -> web.Request:
+def change_list_request(request: web.Request, after_id: str, *, newest: bool) -> web.Request:
     query = dict(request.query)
     if "after_id" in query and after_id == "refused":
         query["after_id"] = "work_of_nobody"
@@ -101,7 +101,7 @@ async def claim_items(client: WorkClient, count: int) -> None:
 
 
 async def test_load_is_read_from_statistics_that_count_running_items() -> None:
-    async with ControlPlane() as plane, client_for(plane) as client:
+    async with ControlPlane() as plane, make_client(plane) as client:
         plane.enqueue(5)
         await claim_items(client, 2)
         assert await client.poll() is not None
@@ -117,7 +117,7 @@ async def test_running_items_are_counted_in_the_list_of_other_control_planes(
     caplog: pytest.LogCaptureFixture, *, statistics: bool, newest: bool
 ) -> None:
     middlewares = [without_running_count(statistics=statistics, newest=newest)]
-    async with ControlPlane(middlewares=middlewares) as plane, client_for(plane) as client:
+    async with ControlPlane(middlewares=middlewares) as plane, make_client(plane) as client:
         items = plane.enqueue(6)
         await claim_items(client, 3)
         stop_items(plane, items[0].id, items[5].id)
@@ -136,7 +136,7 @@ async def test_load_is_unknown_until_all_stopped_items_of_long_list_are_read(
     monkeypatch.setattr(item_count, "LISTED_ITEMS_MAX", 2 * PAGE_ITEMS)
     async with (
         ControlPlane(middlewares=[without_running_count()]) as plane,
-        client_for(plane) as client,
+        make_client(plane) as client,
     ):
         stop_items(plane, *(item.id for item in plane.enqueue(5 * PAGE_ITEMS)))
         plane.enqueue(5)
@@ -155,7 +155,7 @@ async def test_reader_skips_long_list_of_stopped_items_and_is_then_ready(
     monkeypatch.setattr(fleet_reader, "HISTORY_SECONDS", 0.01)
     async with (
         ControlPlane(middlewares=[without_running_count()]) as plane,
-        client_for(plane) as client,
+        make_client(plane) as client,
     ):
         stop_items(plane, *(item.id for item in plane.enqueue(3 * PAGE_ITEMS)))
         plane.enqueue(2)
@@ -177,7 +177,7 @@ async def test_load_stays_unknown_if_stopped_items_cannot_be_skipped(
 ) -> None:
     monkeypatch.setattr(item_count, "LISTED_ITEMS_MAX", PAGE_ITEMS)
     middlewares = [without_running_count(after_id="refused")]
-    async with ControlPlane(middlewares=middlewares) as plane, client_for(plane) as client:
+    async with ControlPlane(middlewares=middlewares) as plane, make_client(plane) as client:
         stop_items(plane, *(item.id for item in plane.enqueue(3 * PAGE_ITEMS)))
         reader = make_reader(client)
         assert [await reader.read_load() for _ in range(4)] == [None] * 4
@@ -188,7 +188,7 @@ async def test_load_from_long_list_that_begins_with_newest_item_is_lower_bound(
 ) -> None:
     monkeypatch.setattr(item_count, "LISTED_ITEMS_MAX", PAGE_ITEMS)
     middlewares = [without_running_count(newest=True)]
-    async with ControlPlane(middlewares=middlewares) as plane, client_for(plane) as client:
+    async with ControlPlane(middlewares=middlewares) as plane, make_client(plane) as client:
         stop_items(plane, *(item.id for item in plane.enqueue(3 * PAGE_ITEMS)))
         plane.enqueue(2)
         await claim_items(client, 2)
@@ -199,7 +199,7 @@ async def test_load_from_long_list_that_begins_with_newest_item_is_lower_bound(
 @pytest.mark.parametrize("after_id", ["known", "ignored", "refused"])
 async def test_load_is_exact_however_control_plane_treats_after_id(after_id: str) -> None:
     middlewares = [without_running_count(after_id=after_id)]
-    async with ControlPlane(middlewares=middlewares) as plane, client_for(plane) as client:
+    async with ControlPlane(middlewares=middlewares) as plane, make_client(plane) as client:
         stop_items(plane, *(item.id for item in plane.enqueue(PAGE_ITEMS)))
         plane.enqueue(4)
         await claim_items(client, 3)
@@ -218,7 +218,7 @@ async def test_stopped_items_are_skipped_in_a_list_in_order_of_creation_only(
     order: str, *, skips: bool
 ) -> None:
     """In another order, a new item could be listed before the point where the count begins."""
-    async with ControlPlane() as plane, client_for(plane) as client:
+    async with ControlPlane() as plane, make_client(plane) as client:
         item = plane.enqueue(1)[0]
         shown = parse_item(QODER.item_json(item) | {"state": "stopped"})
         assert shown.created_at is not None
@@ -242,7 +242,7 @@ async def test_running_item_behind_stopped_ones_is_counted_after_they_are_skippe
     """The skip of stopped items must never hide a running item."""
     async with (
         ControlPlane(middlewares=[without_running_count()]) as plane,
-        client_for(plane) as client,
+        make_client(plane) as client,
     ):
         items = plane.enqueue(PAGE_ITEMS + 3)
         await claim_items(client, PAGE_ITEMS + 3)
@@ -272,7 +272,7 @@ async def test_refused_item_list_raises_and_leaves_load_unknown(
 ) -> None:
     async with ControlPlane() as plane:
         (other := ControlPlane()).port = plane.port
-        async with client_for(other) as client:  # `plane` does not know this client's token
+        async with make_client(other) as client:  # `plane` does not know this client's token
             reader = make_reader(client)
             with pytest.raises(RefusedError):
                 await reader.read_load()
@@ -285,6 +285,6 @@ async def test_refused_item_list_raises_and_leaves_load_unknown(
 async def test_reader_waits_as_long_as_the_control_plane_asks(
     asked: float | None, wait: float
 ) -> None:
-    async with ControlPlane() as plane, client_for(plane) as client:
+    async with ControlPlane() as plane, make_client(plane) as client:
         error = TransientError("stats", 503, "busy", reason="throttled", retry_after=asked)
         assert make_reader(client)._record_failure(error) == wait

@@ -30,7 +30,7 @@ async def return_at_once(_: Session) -> None:
 
 
 @handler
-async def quote_metadata(session: Session) -> None:
+async def raise_error_with_metadata(session: Session) -> None:
     raise ValueError(session.item.metadata["text"])
 
 
@@ -116,7 +116,7 @@ async def test_hostile_text_in_traceback_of_handler_is_escaped_and_cut(
 ) -> None:
     text = f"{control_plane.token}{FORGED}" + FORGED * 20_000
     control_plane.enqueue(metadata={"text": text})
-    async with make_pool(quote_metadata, block_ms=20):
+    async with make_pool(raise_error_with_metadata, block_ms=20):
         await recorder.wait_for(SessionFinished)
-    assert "quote_metadata" in formatted_logs.getvalue()
+    assert "raise_error_with_metadata" in formatted_logs.getvalue()
     check_log_lines(formatted_logs, control_plane.token, 120_000)

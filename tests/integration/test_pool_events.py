@@ -38,11 +38,11 @@ def count_built_events(monkeypatch: pytest.MonkeyPatch) -> Counter[str]:
     def count_events_of_type(event_type: Any) -> None:
         init = event_type.__init__
 
-        def count_and_build(*args: Any, **kwargs: Any) -> None:
+        def count_and_initialize(*args: Any, **kwargs: Any) -> None:
             built[event_type.__name__] += 1
             init(*args, **kwargs)
 
-        monkeypatch.setattr(event_type, "__init__", count_and_build)
+        monkeypatch.setattr(event_type, "__init__", count_and_initialize)
 
     for event_type in get_args(Event):
         count_events_of_type(event_type)

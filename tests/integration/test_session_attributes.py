@@ -85,12 +85,12 @@ async def test_plugin_context_reads_outcome_after_handler_ended(
     error: type[BaseException] | None,
 ) -> None:
     @handler
-    async def use_connection(session: Session) -> Any:
+    async def check_connection_and_act(session: Session) -> Any:
         assert session.state["connection"] == f"to {session.id}"
         return await act(session)
 
     connecting = ConnectingPlugin()
-    result = await workpool.run_session(use_connection, connecting, stall_timeout=5)
+    result = await workpool.run_session(check_connection_and_act, connecting, stall_timeout=5)
     assert connecting.outcomes == [outcome] == [result.outcome]
     assert connecting.errors == [error]
 

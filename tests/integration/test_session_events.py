@@ -61,7 +61,7 @@ def lose_lease(plane: ControlPlane, session: Session) -> None:
 
 
 @pytest.fixture(autouse=True)
-def short_delays(monkeypatch: pytest.MonkeyPatch) -> None:
+def short_retry_delays(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(event_stream, "BACKOFF_SECONDS", 0.01)
     monkeypatch.setattr(item_requests, "RETRY_SECONDS", 0.01)
     monkeypatch.setattr(item_requests, "RETRY_CAP_SECONDS", 0.1)
@@ -282,18 +282,18 @@ class SecretMiddleware:
         return response
 
 
-def packed_secret(value: object) -> str:
+def encode_secret(value: object) -> str:
     return base64.urlsafe_b64encode(json.dumps(value).encode()).decode().rstrip("=")
 
 
 @pytest.mark.parametrize(
     ("secret", "uses_own_token"),
     [
-        (packed_secret({"sessions_token": SESSIONS_TOKEN, "other": {"more": "?>~"}}), True),
-        (packed_secret({"sessions_token": "not a token\r\n"}), False),
-        (packed_secret({"sessions_token": 1}), False),
-        (packed_secret({}), False),
-        (packed_secret([SESSIONS_TOKEN]), False),
+        (encode_secret({"sessions_token": SESSIONS_TOKEN, "other": {"more": "?>~"}}), True),
+        (encode_secret({"sessions_token": "not a token\r\n"}), False),
+        (encode_secret({"sessions_token": 1}), False),
+        (encode_secret({}), False),
+        (encode_secret([SESSIONS_TOKEN]), False),
         ("%%%", False),
         ("é", False),
         (None, False),

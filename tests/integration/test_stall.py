@@ -63,10 +63,10 @@ async def test_session_without_progress_is_stalled_and_its_item_stopped(workpool
 
 @in_virtual_time
 async def test_session_without_stall_timeout_may_report_no_progress(workpool: Kit) -> None:
-    async def sleep_long(_: Session) -> None:
+    async def sleep_without_progress(_: Session) -> None:
         await asyncio.sleep(10_000)
 
-    assert await run_stalling_session(workpool, sleep_long, stall_timeout=None) == (
+    assert await run_stalling_session(workpool, sleep_without_progress, stall_timeout=None) == (
         "completed",
         10_000,
     )

@@ -56,11 +56,11 @@ def make_settings(
 ) -> Callable[..., Any]:
     urls = {"qoder": control_plane.base_url, "anthropic": control_plane.anthropic_base_url}
 
-    def make_for_worker_key(**values: Any) -> Any:
+    def make_settings_for_worker_key(**values: Any) -> Any:
         given = {"token": KEY, "dialect": dialect, "base_url": urls[dialect], **values}
         return make_settings(**given)
 
-    return make_for_worker_key
+    return make_settings_for_worker_key
 
 
 @pytest.fixture(autouse=True)

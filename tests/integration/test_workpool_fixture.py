@@ -33,13 +33,13 @@ async def wait_for_cancellation(session: Session) -> dict[str, str]:
 
 
 @handler
-async def sleep_as_asked(session: Session) -> dict[str, str]:
+async def sleep_for_given_seconds(session: Session) -> dict[str, str]:
     await asyncio.sleep(float(session.item.metadata["seconds"]))
     return {"slept": session.item.metadata["seconds"]}
 
 
 @handler
-async def release_first_time(session: Session) -> None:
+async def release_first_run(session: Session) -> None:
     if not session.redelivered:
         raise Release("not yet", delay=60)
 
@@ -120,12 +120,14 @@ async def test_run_session_without_matching_handler_fails_at_once(workpool: Kit)
 async def test_unfinished_session_is_reported_with_its_current_await(workpool: Kit) -> None:
     with pytest.raises(AssertionError) as caught:
         await workpool.run_session(
-            sleep_as_asked, metadata={"seconds": str(2 * HOUR_SECONDS)}, timeout=HOUR_SECONDS
+            sleep_for_given_seconds,
+            metadata={"seconds": str(2 * HOUR_SECONDS)},
+            timeout=HOUR_SECONDS,
         )
     error_text = str(caught.value)
     assert "the session has not ended within 3600 s" in error_text
     assert "the item is active; it was created, delivered, acked, heartbeat ×" in error_text
-    assert "sleep_as_asked waits here:" in error_text
+    assert "sleep_for_given_seconds waits here:" in error_text
     assert 'await asyncio.sleep(float(session.item.metadata["seconds"]))' in error_text
     assert re.search(
         r"the pool reported: .*\bItemReceived, AckFinished, HeartbeatFinished ×", error_text
@@ -163,7 +165,9 @@ def test_fixture_in_test_that_is_no_coroutine_raises(workpool: Kit) -> None:
 
 @in_virtual_time
 async def test_session_duration_in_virtual_time_is_exact(workpool: Kit) -> None:
-    result = await workpool.run_session(sleep_as_asked, metadata={"seconds": str(6 * HOUR_SECONDS)})
+    result = await workpool.run_session(
+        sleep_for_given_seconds, metadata={"seconds": str(6 * HOUR_SECONDS)}
+    )
     assert result.outcome == "completed"
     assert result.seconds == pytest.approx(6 * HOUR_SECONDS, abs=1)
 
@@ -172,7 +176,7 @@ async def test_session_duration_in_virtual_time_is_exact(workpool: Kit) -> None:
 async def test_session_timeout_in_virtual_time_is_exact(workpool: Kit) -> None:
     seconds = {"seconds": str(2 * HOUR_SECONDS)}
     result = await workpool.run_session(
-        sleep_as_asked, metadata=seconds, session_timeout=HOUR_SECONDS
+        sleep_for_given_seconds, metadata=seconds, session_timeout=HOUR_SECONDS
     )
     assert result.outcome == "timed_out"
     assert result.seconds == pytest.approx(HOUR_SECONDS, abs=1)
@@ -181,7 +185,7 @@ async def test_session_timeout_in_virtual_time_is_exact(workpool: Kit) -> None:
 @in_virtual_time
 async def test_released_item_is_delivered_again(workpool: Kit) -> None:
     (item,) = workpool.enqueue()
-    async with workpool.pool(release_first_time):
+    async with workpool.pool(release_first_run):
         first = await workpool.wait_for(SessionFinished)
         second = await workpool.wait_for(SessionFinished, count=2)
     assert (first.outcome, second.outcome) == ("released", "completed")
@@ -241,7 +245,7 @@ async def test_faults_in_virtual_time_are_injected_and_requests_recorded(workpoo
 @in_virtual_time
 async def test_lease_expired_by_fault_in_virtual_time_is_lost(workpool: Kit) -> None:
     workpool.faults.add(expired(workpool.server), "heartbeat", skip=1, times=1)
-    result = await workpool.run_session(sleep_as_asked, metadata={"seconds": "100"})
+    result = await workpool.run_session(sleep_for_given_seconds, metadata={"seconds": "100"})
     assert result.outcome == "lease_lost"
 
 
@@ -338,5 +342,7 @@ def test_handler_thread_in_virtual_time_fails_with_name_of_its_function() -> Non
 @in_virtual_time
 async def test_kit_without_pytest_works_in_virtual_time() -> None:
     async with Kit() as kit:
-        result = await kit.run_session(sleep_as_asked, metadata={"seconds": str(HOUR_SECONDS)})
+        result = await kit.run_session(
+            sleep_for_given_seconds, metadata={"seconds": str(HOUR_SECONDS)}
+        )
     assert result.seconds == pytest.approx(HOUR_SECONDS, abs=1)

@@ -51,7 +51,7 @@ async def create_session(api: ApiClient, **fields: object) -> dict[str, Any]:
     return session
 
 
-async def list_ids(api: ApiClient, path: str, *params: tuple[str, str]) -> list[str]:
+async def list_all_ids(api: ApiClient, path: str, *params: tuple[str, str]) -> list[str]:
     """Read a list in pages of two and return its ids."""
     ids: list[str] = []
     page = None
@@ -89,7 +89,7 @@ async def test_created_environment_is_served_at_once(anthropic_api: ApiClient) -
 
 async def test_environment_list_includes_initial_environments(anthropic_api: ApiClient) -> None:
     new = (await post_json(anthropic_api, "/environments", SELF_HOSTED)).body["id"]
-    assert await list_ids(anthropic_api, "/environments") == sorted([ENV, OTHER, CLOUD, new])
+    assert await list_all_ids(anthropic_api, "/environments") == sorted([ENV, OTHER, CLOUD, new])
     config = (await get_json(anthropic_api, f"/environments/{CLOUD}")).body["config"]
     assert (config["type"], config["networking"]) == ("cloud", {"type": "unrestricted"})
 
@@ -98,7 +98,7 @@ async def test_token_of_one_environment_cannot_read_or_create_other_environments
     anthropic_api: ApiClient,
 ) -> None:
     anthropic_api.token = LIMITED
-    assert await list_ids(anthropic_api, "/environments") == [ENV]
+    assert await list_all_ids(anthropic_api, "/environments") == [ENV]
     assert (await get_json(anthropic_api, f"/environments/{OTHER}")).status == 403
     assert (await post_json(anthropic_api, "/environments", SELF_HOSTED)).status == 403
     body = {"agent": "agent_1", "environment_id": OTHER}
@@ -263,8 +263,8 @@ async def test_invalid_session_is_refused(
 
 async def test_sessions_are_listed_newest_first_by_default(anthropic_api: ApiClient) -> None:
     ids = [(await create_session(anthropic_api))["id"] for _ in range(5)]
-    assert await list_ids(anthropic_api, "/sessions") == ids[::-1]
-    assert await list_ids(anthropic_api, "/sessions", ("order", "asc")) == ids
+    assert await list_all_ids(anthropic_api, "/sessions") == ids[::-1]
+    assert await list_all_ids(anthropic_api, "/sessions", ("order", "asc")) == ids
 
 
 async def test_sessions_are_filtered_by_time_status_agent_and_archive(
@@ -288,7 +288,7 @@ async def test_sessions_are_filtered_by_time_status_agent_and_archive(
         (("deployment_id", "depl_1"),): [],
     }
     assert {
-        params: await list_ids(anthropic_api, "/sessions", *params) for params in lists
+        params: await list_all_ids(anthropic_api, "/sessions", *params) for params in lists
     } == lists
 
 
@@ -321,7 +321,7 @@ async def test_sessions_of_other_environments_are_hidden_from_limited_token(
     await create_session(anthropic_api, environment_id=OTHER)
     own = (await create_session(anthropic_api))["id"]
     anthropic_api.token = LIMITED
-    assert await list_ids(anthropic_api, "/sessions") == [own]
+    assert await list_all_ids(anthropic_api, "/sessions") == [own]
 
 
 @pytest.mark.parametrize(

@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 BODY_LIMIT_BYTES = 4 * 1024 * 1024
 
 
-async def send_raw(plane: ControlPlane, *parts: bytes, eof: bool = False) -> bytes:
+async def send_raw_bytes(plane: ControlPlane, *parts: bytes, eof: bool = False) -> bytes:
     """Send bytes; return the bytes received until the answer or the connection has ended."""
     reader, writer = await asyncio.open_connection("127.0.0.1", plane.port)
     answer = b""
@@ -72,7 +72,7 @@ def request_head(method: str, path: str, *headers: str) -> bytes:
 
 
 async def check_server_answers(plane: ControlPlane) -> None:
-    assert http_status_of(await send_raw(plane, request_head("GET", "/stats"))) == 200
+    assert http_status_of(await send_raw_bytes(plane, request_head("GET", "/stats"))) == 200
 
 
 def body_of_size(size: int) -> bytes:
@@ -158,7 +158,7 @@ async def test_compressed_body_above_size_limit_is_400(qoder_api: ApiClient) -> 
 
 async def test_endless_chunked_body_is_400(control_plane: ControlPlane) -> None:
     chunk = b"10000\r\n" + b" " * 65536 + b"\r\n"
-    answer = await send_raw(
+    answer = await send_raw_bytes(
         control_plane, request_head("POST", "", "Transfer-Encoding: chunked"), *([chunk] * 80)
     )
     assert http_status_of(answer) == 400
@@ -171,7 +171,7 @@ async def test_small_body_of_call_without_body_is_ignored(
     control_plane.enqueue()
     path = {"GET": "/poll", "POST": ""}[method]
     request = request_head(method, path, "Content-Length: 2")
-    assert http_status_of(await send_raw(control_plane, request + b"{}")) == 200
+    assert http_status_of(await send_raw_bytes(control_plane, request + b"{}")) == 200
 
 
 MALFORMED_REQUESTS = {
@@ -217,7 +217,7 @@ MALFORMED_REQUESTS = {
 
 @pytest.mark.parametrize("name", MALFORMED_REQUESTS)
 async def test_malformed_http_request_is_4xx(control_plane: ControlPlane, name: str) -> None:
-    answer = await send_raw(control_plane, MALFORMED_REQUESTS[name])
+    answer = await send_raw_bytes(control_plane, MALFORMED_REQUESTS[name])
     assert http_status_of(answer) in range(400, 500), answer
     await check_server_answers(control_plane)
 
@@ -250,7 +250,9 @@ async def test_body_that_does_not_arrive_is_408(
     control_plane: ControlPlane, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(request_values, "BODY_SECONDS", 0.05)
-    answer = await send_raw(control_plane, request_head("POST", "", "Content-Length: 10"), b"{")
+    answer = await send_raw_bytes(
+        control_plane, request_head("POST", "", "Content-Length: 10"), b"{"
+    )
     assert http_status_of(answer) == 408
     assert orjson.loads(answer.partition(b"\r\n\r\n")[2])["type"] == "error"
 
@@ -297,7 +299,9 @@ async def test_small_body_does_not_wait_for_large_bodies(control_plane: ControlP
         await writers[-1].drain()
     assert (
         http_status_of(
-            await send_raw(control_plane, request_head("POST", "", "Content-Length: 2"), b"{}")
+            await send_raw_bytes(
+                control_plane, request_head("POST", "", "Content-Length: 2"), b"{}"
+            )
         )
         == 200
     )
@@ -308,7 +312,9 @@ async def test_small_body_does_not_wait_for_large_bodies(control_plane: ControlP
 async def test_client_that_disconnects_during_body_creates_nothing(
     control_plane: ControlPlane,
 ) -> None:
-    await send_raw(control_plane, request_head("POST", "", "Content-Length: 10"), b"{", eof=True)
+    await send_raw_bytes(
+        control_plane, request_head("POST", "", "Content-Length: 10"), b"{", eof=True
+    )
     await check_server_answers(control_plane)
     assert len(control_plane.operations.get_queue(ENV)) == 0
 
@@ -318,8 +324,8 @@ async def test_token_of_malformed_request_is_not_logged(
 ) -> None:
     caplog.set_level(0)
     for request in MALFORMED_REQUESTS.values():
-        await send_raw(control_plane, request)
-    await send_raw(control_plane, request_head("GET", "/poll"))
+        await send_raw_bytes(control_plane, request)
+    await send_raw_bytes(control_plane, request_head("GET", "/poll"))
     assert caplog.records
     formatter: logging.Formatter = caplog.handler.formatter or pytest.fail("no formatter")
     assert TOKEN not in "".join(formatter.format(record) for record in caplog.records)
@@ -383,20 +389,20 @@ def test_arbitrary_json_and_query_are_answered_without_500(
             bodies,
             queries,
         )
-        def check_status(
+        def check_status_of_request(
             api: ApiClient, method: str, suffix: str, body: bytes, query: list[tuple[str, str]]
         ) -> None:
-            async def send_and_check() -> None:
+            async def send_request_and_check() -> None:
                 (item,) = plane.enqueue()
                 url = api.work_url(suffix.format(id=item.id))
                 answer = await api(method, url, data=body, params=query)
                 assert answer.status in {200, 204, 400, 405, 409, 412}
                 assert answer.status < 400 or answer.error["type"]
 
-            runner.run(send_and_check())
+            runner.run(send_request_and_check())
 
         try:
-            check_status()
+            check_status_of_request()
         finally:
             runner.run(http.close())
             runner.run(plane.__aexit__(None, None, None))

@@ -173,11 +173,11 @@ def drop_query_parameter(name: str) -> Any:
     """Return a fault that drops a query parameter of every request."""
 
     @web.middleware
-    async def inject_drop(request: web.Request, handler: Handler) -> web.StreamResponse:
+    async def remove_parameter(request: web.Request, handler: Handler) -> web.StreamResponse:
         query = {key: value for key, value in request.query.items() if key != name}
         return await handler(request.clone(rel_url=request.rel_url.with_query(query)))
 
-    return inject_drop
+    return remove_parameter
 
 
 @pytest.mark.parametrize(
@@ -291,13 +291,13 @@ async def test_item_lost_after_expired_lease_breaks_workers(
 ) -> None:
     polls = 0
 
-    def fail_once(_: web.Request) -> web.Response | None:
+    def answer_later_polls_with_null(_: web.Request) -> web.Response | None:
         nonlocal polls
         polls += 1
         return None if polls == 1 else web.json_response(None)
 
     finding = await check_clause_with_fault(
-        "lease-lapses", http_session, replace_answers("/poll", fail_once)
+        "lease-lapses", http_session, replace_answers("/poll", answer_later_polls_with_null)
     )
     assert finding.verdict is Verdict.BREAKS
     assert finding.seen == "never: an item is lost when its worker dies"

@@ -87,7 +87,7 @@ def change_query(path: str, **values: str | None) -> Any:
     """Return a fault that sets query parameters on a path, and removes those that are None."""
 
     @web.middleware
-    async def inject_change(request: web.Request, handler: Any) -> web.StreamResponse:
+    async def change_parameters(request: web.Request, handler: Any) -> web.StreamResponse:
         if request.path.endswith(path):
             merged = {**request.query, **values}
             kept = {name: value for name, value in merged.items() if value is not None}
@@ -95,14 +95,14 @@ def change_query(path: str, **values: str | None) -> Any:
         response: web.StreamResponse = await handler(request)
         return response
 
-    return inject_change
+    return change_parameters
 
 
 def deliver_newest_first_once() -> Any:
     swapped = False
 
     @web.middleware
-    async def inject_newest_first(request: web.Request, handler: Any) -> web.StreamResponse:
+    async def deliver_newest_item_first(request: web.Request, handler: Any) -> web.StreamResponse:
         nonlocal swapped
         response: web.Response = await handler(request)
         if not request.path.endswith("/poll") or swapped or response.body == b"null":
@@ -110,7 +110,7 @@ def deliver_newest_first_once() -> Any:
         swapped = True
         return cast("web.Response", await handler(request))
 
-    return inject_newest_first
+    return deliver_newest_item_first
 
 
 def change_id_at_redelivery() -> Any:
@@ -128,7 +128,7 @@ def deliver_stopped_items_again() -> Any:
     polled: list[web.Response] = []
 
     @web.middleware
-    async def inject_delivery(request: web.Request, handler: Any) -> web.StreamResponse:
+    async def deliver_stopped_item(request: web.Request, handler: Any) -> web.StreamResponse:
         response: web.Response = await handler(request)
         if not request.path.endswith("/poll"):
             return response
@@ -137,7 +137,7 @@ def deliver_stopped_items_again() -> Any:
             return response
         return web.Response(body=polled[-1].body, content_type="application/json")
 
-    return inject_delivery
+    return deliver_stopped_item
 
 
 def accept_first_heartbeats_once() -> Any:

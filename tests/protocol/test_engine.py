@@ -72,7 +72,7 @@ async def create_active_item(engine: Engine, worker: str = "a") -> Item:
     return await engine.heartbeat(ENV, item.id, "NO_HEARTBEAT", 30, worker)
 
 
-async def status_of_refusal(call: Any) -> int:
+async def status_of_refused_call(call: Any) -> int:
     with pytest.raises(APIError) as caught:
         await call
     return caught.value.status
@@ -108,7 +108,7 @@ async def test_item_goes_through_every_state_from_creation_to_stop(
 async def test_history_of_item_is_recorded_in_order(engine: Engine) -> None:
     item = await create_active_item(engine)
     await engine.heartbeat(ENV, item.id, last_heartbeat(item), 30, "a")
-    assert await status_of_refusal(engine.ack_item(ENV, item.id, "b")) == 409
+    assert await status_of_refused_call(engine.ack_item(ENV, item.id, "b")) == 409
     await engine.stop_item(ENV, item.id, "a", force=True)
     records = await engine.read_history()
     assert [record.kind for record in records] == [
@@ -158,7 +158,7 @@ async def test_heartbeat_has_same_result_as_state_machine(
     except APIError as error:
         wanted = error.status
     call = engine.heartbeat(ENV, item.id, expected, 45, "a", compare_on_stop=compare_on_stop)
-    found = await status_of_refusal(call) if isinstance(wanted, int) else await call
+    found = await status_of_refused_call(call) if isinstance(wanted, int) else await call
     assert found == wanted
 
 
@@ -174,7 +174,7 @@ async def test_expired_lease_returns_item_to_queue(engine: Engine, clock: Movabl
     clock.advance(30)
     assert (await engine.get_item(ENV, item.id)).state == "queued"
     assert (
-        await status_of_refusal(engine.heartbeat(ENV, item.id, last_heartbeat(item), 30, "a"))
+        await status_of_refused_call(engine.heartbeat(ENV, item.id, last_heartbeat(item), 30, "a"))
         == 409
     )
     assert (await claim_item(engine, "b")).id == item.id
@@ -203,7 +203,7 @@ async def test_unacknowledged_item_is_delivered_again_after_reclaim_window(
     clock.advance(2)
     assert await engine.long_poll(ENV, Poll("b", 0, 3000), client_has_left) is None
     assert (await claim_item(engine, "b", reclaim_older_than_ms=2000)).holder == "b"
-    assert await status_of_refusal(engine.ack_item(ENV, item.id, "a")) == 409
+    assert await status_of_refused_call(engine.ack_item(ENV, item.id, "a")) == 409
 
 
 async def test_poll_of_disconnected_client_leaves_item_in_queue(engine: Engine) -> None:
@@ -239,12 +239,12 @@ async def test_end_waits_ends_waiting_polls_and_streams(engine: Engine) -> None:
 @pytest.mark.parametrize("name", ["ack_item", "heartbeat", "stop_item", "get_item"])
 @pytest.mark.parametrize("work_id", ["work_" + 32 * "0", "\0", "\udc80", 200 * "x"])
 async def test_unknown_item_is_not_found(engine: Engine, name: str, work_id: str) -> None:
-    assert await status_of_refusal(getattr(engine, name)(ENV, work_id)) == 404
+    assert await status_of_refused_call(getattr(engine, name)(ENV, work_id)) == 404
 
 
 async def test_item_of_other_environment_is_not_found(engine: Engine) -> None:
     (item,) = await engine.enqueue(OTHER)
-    assert await status_of_refusal(engine.get_item(ENV, item.id)) == 404
+    assert await status_of_refused_call(engine.get_item(ENV, item.id)) == 404
 
 
 async def test_concurrent_stops_and_updates_are_all_applied(engine: Engine) -> None:
@@ -313,9 +313,9 @@ async def test_item_search_filters_and_orders_items(engine: Engine) -> None:
 
 
 async def test_environments_are_created_and_listed(engine: Engine) -> None:
-    assert await status_of_refusal(engine.check_environment("env_unknown")) == 404
-    assert await status_of_refusal(engine.check_environment("\0")) == 404
-    assert await status_of_refusal(engine.check_environment(CLOUD)) == 400
+    assert await status_of_refused_call(engine.check_environment("env_unknown")) == 404
+    assert await status_of_refused_call(engine.check_environment("\0")) == 404
+    assert await status_of_refused_call(engine.check_environment(CLOUD)) == 400
     created = await engine.create_environment(NewEnvironment("a\0b", None, {"k": "v"}))
     await engine.check_environment(created.id)
     assert await engine.get_environment(created.id) == created
@@ -351,14 +351,14 @@ async def test_session_is_created_read_and_archived(engine: Engine) -> None:
     assert (await engine.get_item(ENV, created.item.id)).state == "stopped"
     assert (await engine.queue_stats(ENV)).stopped == 1
     assert await engine.archive_session(created.id) == archived
-    assert await status_of_refusal(engine.send_events(created.id, [MESSAGE])) == 409
+    assert await status_of_refused_call(engine.send_events(created.id, [MESSAGE])) == 409
 
 
 @pytest.mark.parametrize("session_id", ["sess_" + 32 * "0", "", "\0"])
 async def test_unknown_session_is_not_found(engine: Engine, session_id: str) -> None:
-    assert await status_of_refusal(engine.get_session(session_id)) == 404
-    assert await status_of_refusal(engine.send_events(session_id, [MESSAGE])) == 404
-    assert await status_of_refusal(engine.archive_session(session_id)) == 404
+    assert await status_of_refused_call(engine.get_session(session_id)) == 404
+    assert await status_of_refused_call(engine.send_events(session_id, [MESSAGE])) == 404
+    assert await status_of_refused_call(engine.archive_session(session_id)) == 404
 
 
 async def test_scripted_session_continues_after_each_result(engine: Engine) -> None:
@@ -367,7 +367,7 @@ async def test_scripted_session_continues_after_each_result(engine: Engine) -> N
     (use,) = [event for event in page.items if event.type == "agent.tool_use"]
     result = {"type": "user.tool_result", "tool_use_id": use.id}
     assert len(await engine.send_events(item.session_id, [result])) == 1
-    assert await status_of_refusal(engine.send_events(item.session_id, [result])) == 409
+    assert await status_of_refused_call(engine.send_events(item.session_id, [result])) == 409
     types = [
         event.type
         for event in (await engine.list_events(item.session_id, FIRST_PAGE, EVERY_EVENT)).items

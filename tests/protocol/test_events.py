@@ -437,7 +437,7 @@ async def test_invalid_cursor_of_event_list_is_400(api: ApiClient, params: dict[
     ).status == 400
 
 
-async def list_texts(api: ApiClient, session_id: str, *params: tuple[str, str]) -> list[str]:
+async def list_event_texts(api: ApiClient, session_id: str, *params: tuple[str, str]) -> list[str]:
     """Read a list of events in pages of two and return their texts."""
     texts, page = [], None
     while True:
@@ -470,14 +470,14 @@ def session_with_five_events(api: ApiClient, clock: MovableClock) -> str:
 async def test_events_in_descending_order_are_listed_newest_first(
     api: ApiClient, session_with_five_events: str
 ) -> None:
-    assert await list_texts(api, session_with_five_events, ("order", "desc")) == [
+    assert await list_event_texts(api, session_with_five_events, ("order", "desc")) == [
         "4",
         "3",
         "2",
         "1",
         "0",
     ]
-    assert await list_texts(api, session_with_five_events, ("order", "asc")) == [
+    assert await list_event_texts(api, session_with_five_events, ("order", "asc")) == [
         "0",
         "1",
         "2",
@@ -490,17 +490,17 @@ async def test_events_in_descending_order_are_listed_newest_first(
 async def test_events_are_filtered_by_type(
     api: ApiClient, session_with_five_events: str, name: str
 ) -> None:
-    assert await list_texts(api, session_with_five_events, (name, "agent.message")) == [
+    assert await list_event_texts(api, session_with_five_events, (name, "agent.message")) == [
         "0",
         "2",
         "4",
     ]
-    assert await list_texts(
+    assert await list_event_texts(
         api, session_with_five_events, (name, "agent.message"), ("order", "desc")
     ) == ["4", "2", "0"]
     both = [(name, "agent.message"), (name, "agent.thinking")]
-    assert await list_texts(api, session_with_five_events, *both) == ["0", "1", "2", "3", "4"]
-    assert await list_texts(api, session_with_five_events, (name, "agent.unknown")) == []
+    assert await list_event_texts(api, session_with_five_events, *both) == ["0", "1", "2", "3", "4"]
+    assert await list_event_texts(api, session_with_five_events, (name, "agent.unknown")) == []
 
 
 @pytest.mark.parametrize(
@@ -526,7 +526,9 @@ async def test_events_are_filtered_by_time(
 ) -> None:
     params = [(f"created_at[{name}]", value) for name, value in bounds.items()]
     expected = texts if order == "asc" else texts[::-1]
-    assert await list_texts(api, session_with_five_events, *params, ("order", order)) == expected
+    assert (
+        await list_event_texts(api, session_with_five_events, *params, ("order", order)) == expected
+    )
 
 
 async def test_before_id_with_filter_returns_nearest_events_in_ascending_order(

@@ -91,7 +91,7 @@ def test_waiting_poll_returns_when_redelivery_becomes_due(reclaim: int) -> None:
 
 
 def test_waiting_poll_receives_item_delivered_meanwhile_once_redelivery_is_due() -> None:
-    async def check_second_poll(operations: Operations) -> None:
+    async def check_poll_of_delivered_item(operations: Operations) -> None:
         async with asyncio.TaskGroup() as group:
             first = group.create_task(measure_poll(operations, block_ms=999))
             second = group.create_task(
@@ -102,7 +102,7 @@ def test_waiting_poll_receives_item_delivered_meanwhile_once_redelivery_is_due()
         assert [poll.result()[0] for poll in (first, second)] == [0.1, 0.3]
         assert None not in [poll.result()[1] for poll in (first, second)]
 
-    run_in_virtual_time(check_second_poll)
+    run_in_virtual_time(check_poll_of_delivered_item)
 
 
 def test_waiting_poll_ends_without_item_if_redelivery_is_due_later() -> None:
@@ -160,7 +160,7 @@ def test_thousand_waiting_polls_receive_thousand_items() -> None:
 
 
 def test_end_waits_answers_all_waiting_polls() -> None:
-    async def check_end_by_release(operations: Operations) -> None:
+    async def check_end_of_waits(operations: Operations) -> None:
         async with asyncio.TaskGroup() as group:
             polls = [group.create_task(measure_poll(operations, block_ms=999)) for _ in range(3)]
             await asyncio.sleep(0.1)
@@ -168,7 +168,7 @@ def test_end_waits_answers_all_waiting_polls() -> None:
         assert [poll.result() for poll in polls] == [(0.1, None)] * 3
         assert await measure_poll(operations, block_ms=999) == (0.1, None)
 
-    run_in_virtual_time(check_end_by_release)
+    run_in_virtual_time(check_end_of_waits)
 
 
 async def test_wake_up_of_cancelled_poll_goes_to_next_poll() -> None:
@@ -185,7 +185,7 @@ async def test_wake_up_of_cancelled_poll_goes_to_next_poll() -> None:
 
 
 def test_wake_up_of_poll_with_disconnected_client_goes_to_next_poll() -> None:
-    async def check_next_poll(operations: Operations) -> None:
+    async def check_wake_up_of_next_poll(operations: Operations) -> None:
         left = False
         async with asyncio.TaskGroup() as group:
             poll = Poll(block_ms=999)
@@ -199,11 +199,11 @@ def test_wake_up_of_poll_with_disconnected_client_goes_to_next_poll() -> None:
         at, item = second.result()
         assert (at, item is not None) == (0.2, True)
 
-    run_in_virtual_time(check_next_poll)
+    run_in_virtual_time(check_wake_up_of_next_poll)
 
 
 def test_withdrawn_delivery_wakes_next_poll() -> None:
-    async def check_next_poll(operations: Operations) -> None:
+    async def check_wake_up_by_withdrawal(operations: Operations) -> None:
         operations.enqueue(ENV)
         delivered = operations.poll(ENV, Poll("gone"))
         assert delivered is not None
@@ -214,7 +214,7 @@ def test_withdrawn_delivery_wakes_next_poll() -> None:
         at, item = poll.result()
         assert (at, item is not None) == (0.3, True)
 
-    run_in_virtual_time(check_next_poll)
+    run_in_virtual_time(check_wake_up_by_withdrawal)
 
 
 def test_expired_lease_noticed_by_another_call_wakes_poll() -> None:

@@ -40,7 +40,7 @@ def make_control_plane(
     )
 
 
-async def fetch_numbers(
+async def fetch_scale_numbers(
     plane: ControlPlane,
     path: str = ENV,
     headers: Mapping[str, str] | None = None,
@@ -62,18 +62,18 @@ async def test_scale_counts_unfinished_items_and_recommends_workers(
         items = await plane.engine.enqueue(ENV, count=7)
         await plane.engine.ack_item(ENV, items[0].id, "worker-1")
         await plane.engine.stop_item(ENV, items[6].id, None, force=True)
-        status, numbers = await fetch_numbers(
+        status, numbers = await fetch_scale_numbers(
             plane, query={"slots_per_worker": "2", "min_replicas": "1"}
         )
         assert (status, list(numbers)) == (200, list(FLEET_NUMBERS))
         assert (numbers["queued"], numbers["pending"], numbers["running"]) == (5, 0, 1)
         assert (numbers["unfinished"], numbers["recommended_replicas"]) == (6, 3)
         assert 0 <= numbers["oldest_queued_seconds"] < 60
-        _, limited = await fetch_numbers(
+        _, limited = await fetch_scale_numbers(
             plane, query={"slots_per_worker": "1", "max_replicas": "2"}
         )
         assert limited["recommended_replicas"] == 2
-        assert (await fetch_numbers(plane, OTHER))[1]["recommended_replicas"] == 0
+        assert (await fetch_scale_numbers(plane, OTHER))[1]["recommended_replicas"] == 0
 
 
 async def test_age_of_oldest_item_on_postgres_follows_clock_of_database(
@@ -89,7 +89,7 @@ async def test_age_of_oldest_item_on_postgres_follows_clock_of_database(
     )
     async with make_control_plane(store=store) as plane:
         await plane.engine.enqueue(ENV)
-        _, numbers = await fetch_numbers(plane)
+        _, numbers = await fetch_scale_numbers(plane)
         assert 0 <= numbers["oldest_queued_seconds"] < 600
 
 
@@ -104,7 +104,7 @@ async def test_age_of_oldest_item_on_postgres_follows_clock_of_database(
 )
 async def test_scale_with_invalid_query_is_400(query: dict[str, str]) -> None:
     async with make_control_plane() as plane:
-        status, body = await fetch_numbers(plane, query=query)
+        status, body = await fetch_scale_numbers(plane, query=query)
         assert (status, body["error"]["type"]) == (400, "invalid_request_error")
 
 
@@ -113,7 +113,7 @@ async def test_scale_of_unknown_environment_is_404_and_of_cloud_environment_400(
     environment: str, status: int
 ) -> None:
     async with make_control_plane() as plane:
-        assert (await fetch_numbers(plane, environment))[0] == status
+        assert (await fetch_scale_numbers(plane, environment))[0] == status
 
 
 @pytest.mark.parametrize(
@@ -134,13 +134,13 @@ async def test_scale_through_a_proxy_needs_a_token_of_the_environment(
 ) -> None:
     """Otherwise a proxy on the same machine would show the numbers to all its clients."""
     async with make_control_plane() as plane:
-        assert (await fetch_numbers(plane, headers=PROXY_HEADERS | headers))[0] == status
+        assert (await fetch_scale_numbers(plane, headers=PROXY_HEADERS | headers))[0] == status
 
 
 async def test_scale_beyond_loopback_needs_a_token() -> None:
     async with make_control_plane("0.0.0.0") as plane:  # noqa: S104 - it is what this test is about
-        assert (await fetch_numbers(plane))[0] == 401
-        assert (await fetch_numbers(plane, headers={"X-Api-Key": SCALE}))[0] == 200
+        assert (await fetch_scale_numbers(plane))[0] == 401
+        assert (await fetch_scale_numbers(plane, headers={"X-Api-Key": SCALE}))[0] == 200
 
 
 async def test_scale_token_for_other_calls_is_401() -> None:
@@ -159,7 +159,7 @@ async def test_item_token_for_scale_numbers_is_403() -> None:
             item = parse_item(await answer.json())
         assert item.sessions_token is not None
         token = item.sessions_token.get_secret_value()
-        status, _ = await fetch_numbers(
+        status, _ = await fetch_scale_numbers(
             plane, headers=PROXY_HEADERS | {"Authorization": f"Bearer {token}"}
         )
         assert status == 403

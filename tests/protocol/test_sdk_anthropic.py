@@ -39,7 +39,7 @@ async def sdk_client(control_plane: ControlPlane) -> AsyncIterator[AsyncAnthropi
 
 
 @pytest.fixture
-async def strict_client(control_plane: ControlPlane) -> AsyncIterator[AsyncAnthropic]:
+async def validating_client(control_plane: ControlPlane) -> AsyncIterator[AsyncAnthropic]:
     base_url = control_plane.anthropic_base_url.removesuffix("/v1")
     async with AsyncAnthropic(
         auth_token=TOKEN, base_url=base_url, _strict_response_validation=True
@@ -57,9 +57,9 @@ async def api_key_client(control_plane: ControlPlane) -> AsyncIterator[AsyncAnth
 
 
 async def test_anthropic_sdk_makes_all_eight_calls(
-    control_plane: ControlPlane, strict_client: AsyncAnthropic, clock: MovableClock
+    control_plane: ControlPlane, validating_client: AsyncAnthropic, clock: MovableClock
 ) -> None:
-    sdk = strict_client
+    sdk = validating_client
     work = sdk.beta.environments.work
     assert await work.poll(ENV, anthropic_worker_id="sdk") is None
     (created,) = control_plane.enqueue(metadata={"job": "report"})
@@ -108,11 +108,11 @@ async def test_anthropic_sdk_work_poller_claims_fifty_items(
 
 @pytest.mark.parametrize("state", ["queued", "starting", "active", "stopping", "stopped"])
 async def test_session_in_every_state_validates_as_type_of_anthropic_sdk(
-    anthropic_api: ApiClient, strict_client: AsyncAnthropic, state: str
+    anthropic_api: ApiClient, validating_client: AsyncAnthropic, state: str
 ) -> None:
     work_id = await anthropic_api.create_item_in_state(state)
     session_id = (await anthropic_api.get(work_id)).body["data"]["id"]
-    session = await strict_client.beta.sessions.retrieve(session_id)
+    session = await validating_client.beta.sessions.retrieve(session_id)
     assert session.id == session_id
     assert session.status == ("running" if state in {"active", "stopping"} else "idle")
     assert (session.resources, session.vault_ids, session.outcome_evaluations) == ([], [], [])
@@ -125,18 +125,18 @@ async def test_session_in_every_state_validates_as_type_of_anthropic_sdk(
 
 @pytest.mark.parametrize("status", ["running", "idle", "terminated"])
 async def test_session_after_every_status_event_validates_as_type_of_anthropic_sdk(
-    control_plane: ControlPlane, strict_client: AsyncAnthropic, status: str
+    control_plane: ControlPlane, validating_client: AsyncAnthropic, status: str
 ) -> None:
     (item,) = control_plane.enqueue()
     control_plane.emit(
         item.session_id, {"type": f"session.status_{status}", "stop_reason": {"type": "end_turn"}}
     )
     session_id = item.session_id.replace("sess_", "session_")
-    assert (await strict_client.beta.sessions.retrieve(session_id)).status == status
+    assert (await validating_client.beta.sessions.retrieve(session_id)).status == status
 
 
 async def test_application_with_anthropic_sdk_creates_and_archives_sessions(
-    strict_client: AsyncAnthropic, api_key_client: AsyncAnthropic
+    validating_client: AsyncAnthropic, api_key_client: AsyncAnthropic
 ) -> None:
     environment = await api_key_client.beta.environments.create(
         name="mine", config={"type": "self_hosted"}, metadata={"team": "a"}
@@ -151,7 +151,7 @@ async def test_application_with_anthropic_sdk_creates_and_archives_sessions(
         initial_events=[{"type": "user.message", "content": [{"type": "text", "text": "hello"}]}],
     )
     assert (session.agent.id, session.agent.version, session.title) == ("agent_1", 2, "report")
-    item = await strict_client.beta.environments.work.poll(environment.id)
+    item = await validating_client.beta.environments.work.poll(environment.id)
     assert item is not None
     assert (item.data.id, item.metadata) == (session.id, {"job": "report"})
     another = await api_key_client.beta.sessions.create(
