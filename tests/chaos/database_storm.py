@@ -94,8 +94,8 @@ class DatabaseStorm(Storm):
             await asyncio.sleep(DATABASE_EVERY * self._random.uniform(0.7, 1.3))
             crash, away = self._random.random() < 0.5, self._random.choice([0, 0, 4])
             self._record_action("database killed" if crash else "database stopped")
-            # The thread of a restart runs on when the storm ends, so `_finish_without_faults` waits
-            # until the database is available again.
+            # The thread of a restart may outlive the storm, so `_finish_without_faults` waits until
+            # the database is available again.
             self._restart = asyncio.create_task(  # noqa: TID251 - `_finish_without_faults` awaits it
                 asyncio.to_thread(self._restart_database, away, crash=crash)
             )

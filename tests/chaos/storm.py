@@ -224,8 +224,8 @@ class Storm:
                 await self._send_request(http, "POST", f"/{work_id}/stop", {"force": force})
 
     async def _disturb_network(self, proxy: Proxy) -> None:
-        # A partition is not used: it would delay requests that were sent in time, and the check
-        # could not distinguish them from requests that were sent late.
+        # A partition is not among the faults: it would delay requests that were sent in time, and
+        # the check could not distinguish them from requests that were sent late.
         faults = (
             proxy.blackhole,
             proxy.reset,

@@ -36,7 +36,7 @@ class SnapshotItem(NamedTuple):
 
 @dataclass(slots=True)
 class HandlerRun:
-    """One run of a handler; `end` is the end of its process if the handler recorded none."""
+    """One run of a handler; `end` is the end of its process if the handler recorded no end."""
 
     pid: int
     start: float
@@ -159,7 +159,7 @@ class StormChecker:
             )
 
     def _loop_lag_around(self, at: float) -> float:
-        """Return for how many seconds event loops were delayed around the time `at`."""
+        """Return the seconds for which event loops were delayed around the time `at`."""
         return float(sum(lag for since, until, lag in self._lags if since <= at <= until))
 
     def _check_snapshot(self, at: float, items: Sequence[SnapshotItem]) -> None:
@@ -258,7 +258,7 @@ class StormChecker:
             self.verdict.counts["overlaps within the margin"] += 1
 
     def _suspensions_of_process(self, pid: int) -> list[tuple[float, float]]:
-        """Return the times at which a process was suspended and resumed."""
+        """Return the pairs of times at which a process was suspended and resumed."""
         mine = [action for action in self._actions if action["pid"] == pid]
         stopped = [action["t"] for action in mine if action["what"] == "stop"]
         return list(

@@ -248,9 +248,8 @@ async def test_repeated_error_of_admission_hook_is_logged_once_per_minute(
         assert logged_errors() == [": one"]
         disk.reason = RuntimeError("two")
         await disk.wait_for_hook_calls(5)
-        assert logged_errors() == [
-            ": one"
-        ]  # the second error is not logged, because it came within a minute
+        # The second error is not logged, because it came within a minute after the first one.
+        assert logged_errors() == [": one"]
         monkeypatch.setattr(registry, "REFUSAL_LOG_SECONDS", 0.0)
         await disk.wait_for_hook_calls(5)
         assert logged_errors() == [": one", ": two"]

@@ -93,7 +93,7 @@ class ItemRuns:
         expire_lease(self.plane, work_id)
 
     async def run_once(self, plugin: object, **settings: Any) -> SessionFinished:
-        """Run a pool until the session has ended, then let the lease of a released item expire."""
+        """Run a pool until the session has ended; if it was released, let the lease expire."""
         before = len(self.outcomes)
         async with self.make_pool(plugin, **settings):
             await self.recorder.wait_for(SessionFinished, count=before + 1)
@@ -112,7 +112,7 @@ class ItemRuns:
 
     @asynccontextmanager
     async def draining_pool(self, plugin: object, **settings: Any) -> AsyncIterator[None]:
-        """Run the block while a pool drains; the drain began while the session of the item ran."""
+        """Run the `async with` block while a pool drains, whose session of the item still runs."""
         async with self.make_pool(plugin, **settings) as supervisor, asyncio.TaskGroup() as group:
             await self.recorder.wait_for(SessionStarted)
             group.create_task(supervisor.drain(timeout=None))
@@ -435,7 +435,7 @@ async def test_run_whose_attempt_number_cannot_be_written_keeps_mark_of_earlier_
 
 
 async def test_drain_mark_replaces_error_note_of_earlier_run(item_runs: ItemRuns) -> None:
-    """The item of the failed run could not be stopped, and its metadata have an error note."""
+    """An earlier run failed and wrote an error note, but its item could not be stopped."""
     item_runs.run_and_crash()
     item_runs.write_metadata(error="ValueError")
     await item_runs.drain_during_session(endless_handler)

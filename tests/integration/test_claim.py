@@ -225,7 +225,7 @@ async def test_second_item_of_running_session_is_not_acknowledged(
 
 
 class SelectivePlugin:
-    """A plugin that takes some items, declines others and raises for the rest."""
+    """A plugin that accepts some items, declines others and raises an error for the rest."""
 
     @hookimpl
     def workpool_session_handler(self, item: WorkItem) -> Any:

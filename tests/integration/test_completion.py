@@ -394,7 +394,7 @@ async def test_session_whose_item_is_queued_again_loses_lease(
     (item,) = control_plane.enqueue()
     async with make_pool(endless_handler(), reclaim_older_than_ms=600_000):
         await recorder.wait_for(SessionStarted)
-        # The control plane delivers an item with an expired lease to this pool again.
+        # With its lease expired, the item is delivered again, to this pool.
         expire_lease(control_plane, item.id)
         final = await wait_for_end(item.id)
     assert (final.outcome, final.item.state, final.metadata) == ("lease_lost", "queued", {})

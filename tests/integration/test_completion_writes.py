@@ -147,7 +147,7 @@ async def test_refused_stop_call_fails_session(
 async def test_heartbeat_conflict_after_unanswered_own_stop_counts_as_success(
     run_one_item: Any, faults: Faults, recorder: Recorder
 ) -> None:
-    """The stop is never answered, and the next heartbeat of the lease is answered 409."""
+    """The pool's stop is applied but never answered, and the next heartbeat is answered 409."""
     faults.add(Hold(applied=True), "stop")
     final = await run_one_item(return_result)
     assert (final.outcome, final.item.state) == ("completed", "stopped")
@@ -176,7 +176,7 @@ async def test_item_read_as_stopped_after_unanswered_own_stop_counts_as_success(
 async def test_item_stopped_by_another_client_after_throttled_own_stop_has_outcome_stopped(
     control_plane: ControlPlane, faults: Faults, run_one_item: Any
 ) -> None:
-    """A call answered 429 was not applied, so another client stopped the item."""
+    """The pool's stop was answered 429 and not applied, so another client stopped the item."""
 
     def stop_by_another_client() -> bytes:
         work_id = faults.of("ack")[-1].work_id

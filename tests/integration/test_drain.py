@@ -381,7 +381,7 @@ async def test_wait_returns_after_drain_and_close(make_pool: Any) -> None:
 async def test_start_cancelled_at_any_point_leaves_no_task(
     make_settings: Any, recorder: Recorder, chunk: int
 ) -> None:
-    """The start is cancelled after each possible number of turns of the loop."""
+    """The start is cancelled after each possible number of iterations of the event loop."""
     for turns in range(chunk * 8, chunk * 8 + 8):
         supervisor = Supervisor(
             make_settings(metrics_listen="127.0.0.1:0"), plugins=[endless_handler, recorder]
@@ -389,7 +389,7 @@ async def test_start_cancelled_at_any_point_leaves_no_task(
         async with asyncio.TaskGroup() as group:
             starting = group.create_task(supervisor.__aenter__())
             for turn in range(turns):
-                # After 15 turns, the start waits for the renewer's thread, which needs real time.
+                # After 15 iterations the start waits for the renewer's thread: it needs real time.
                 await asyncio.sleep(0.0005 * (turn > 15))
             starting.cancel()
             await asyncio.wait({starting}, timeout=20)

@@ -297,7 +297,7 @@ async def test_lifespan_that_fails_to_open_prevents_start(faults: Faults, make_p
 
 
 def copy_with_other_name(plugin: DatabasePlugin) -> object:
-    """Return the same plugin under another name."""
+    """Return a plugin with another name that opens the context of the given plugin."""
 
     class FirstPlugin:
         @hookimpl

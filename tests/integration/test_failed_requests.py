@@ -131,9 +131,8 @@ async def test_cooldown_after_429_or_503_holds_back_all_pollers(
 ) -> None:
     control_plane.enqueue()  # the second poller receives this item and then polls again
     hold = Hold()
-    faults.add(
-        hold, "poll", skip=1, times=1
-    )  # the second poll is in flight during the first answer
+    # The second poll is still in flight when the first one is answered.
+    faults.add(hold, "poll", skip=1, times=1)
     seconds = 0.4 if shared else 60.0
     faults.add(status(code, retry_after=str(seconds)), "poll", times=1)
     async with make_pool(return_at_once, pollers=2, block_ms=20):

@@ -132,7 +132,7 @@ async def test_running_items_are_counted_in_the_list_of_other_control_planes(
 async def test_load_is_unknown_until_all_stopped_items_of_long_list_are_read(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """An incomplete count contains no running item, so it would recommend too few workers."""
+    """A partial count would miss the running items, and so recommend too few workers."""
     monkeypatch.setattr(item_count, "LISTED_ITEMS_MAX", 2 * PAGE_ITEMS)
     async with (
         ControlPlane(middlewares=[without_running_count()]) as plane,
@@ -239,7 +239,7 @@ async def test_stopped_items_are_skipped_in_a_list_in_order_of_creation_only(
 
 
 async def test_running_item_behind_stopped_ones_is_counted_after_they_are_skipped() -> None:
-    """The skip of stopped items must never hide a running item."""
+    """Skipping stopped items must never hide a running item."""
     async with (
         ControlPlane(middlewares=[without_running_count()]) as plane,
         make_client(plane) as client,

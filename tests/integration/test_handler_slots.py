@@ -1,4 +1,4 @@
-"""Limits of handlers: `max_sessions` costs no throughput, `reserved_sessions` stay free.
+"""Limits of handlers: `max_sessions` costs no throughput, and `reserved_sessions` keeps slots free.
 
 See workpool/docs/routing.md, "Limits of handlers".
 """

@@ -260,9 +260,7 @@ async def test_child_that_ended_before_parent_read_item_counts_as_its_owner(
 
 @in_virtual_time
 async def test_child_that_starts_at_last_moment_keeps_item() -> None:
-    """The parent's refused heartbeat means that the child holds the item, not that the lease is
-    lost.
-    """
+    """The parent's heartbeat is refused because the child holds the item: no lease is lost."""
     testbed = HandoffTestbed(get=[UNSENT] * 5)
 
     async def hand_off_item(session: Session) -> None:
@@ -489,7 +487,7 @@ async def test_lease_that_cannot_be_renewed_during_handoff_is_lost(inside: bool)
 
 @in_virtual_time
 async def test_item_queued_again_during_handoff_without_child_is_lost() -> None:
-    """The control plane ended the lease early, so neither parent nor child holds the item."""
+    """The control plane ends the lease early, so neither parent nor child holds the item."""
     testbed = HandoffTestbed()
 
     def expire_lease() -> None:

@@ -22,7 +22,7 @@ async def return_at_once(_: Session) -> None:
 
 
 class LeakingPlugin:
-    """A plugin that raises a CancelledError although nobody cancelled it."""
+    """A plugin that raises a CancelledError although its task was not cancelled."""
 
     def __init__(self, where: str) -> None:
         self.where = where
@@ -56,7 +56,7 @@ async def test_cancelled_error_raised_by_plugin_becomes_plugin_error(
 
 
 class SwallowingPlugin(AbstractAsyncContextManager[None]):
-    """A plugin whose context returns True for every exception, and so swallows it."""
+    """A plugin whose context swallows every exception: its `__aexit__` returns True."""
 
     def __init__(self) -> None:
         self.left_with: list[BaseException | None] = []

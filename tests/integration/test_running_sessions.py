@@ -429,7 +429,7 @@ async def test_exception_of_handler_passes_through_plugin_contexts(
 
 
 class RaisingWrapper:
-    """A plugin whose hook raises, or whose context raises when it is entered or left."""
+    """A plugin that raises an error in its hook, or when its context is entered or left."""
 
     def __init__(self, where: str) -> None:
         self.where = where

@@ -82,7 +82,7 @@ async def test_client_disconnected_during_wait_receives_no_item(api: ApiClient) 
 async def test_client_disconnected_in_same_loop_turn_as_arrival_receives_no_item(
     api: ApiClient,
 ) -> None:
-    """When the poll wakes, the connection is closed, but the loop has not processed that yet."""
+    """When the poll wakes, the connection is closed, but the event loop has not noticed it yet."""
     waiting = api.plane.operations.get_queue(ENV).waiting
     connection = await send_poll(api)
     await wait_until(lambda: len(waiting) == 1)

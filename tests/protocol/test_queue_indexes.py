@@ -288,7 +288,7 @@ def test_poll_after_many_stops_makes_no_more_function_calls() -> None:
 
 @pytest.mark.trial
 def test_cost_of_call_does_not_grow_with_queue_length() -> None:
-    """With 100 times the items, a scan costs 100 times as much, and an index less than 10 times."""
+    """With 100 times the items, a scan costs 100 times as much, but an index less than 10 times."""
 
     def measure_calls(count: int) -> float:
         operations = Operations([ENV], history_limit=0)

@@ -178,7 +178,7 @@ async def test_stats_count_queued_and_pending_items(api: ApiClient, clock: Movab
     stats = await api.queue_stats()
     assert (stats["depth"], stats["pending"], stats["workers_polling"]) == (2, 1, 1)
     assert stats["oldest_queued_at"] == "2026-03-01T12:00:00Z"
-    clock.advance(5)  # the delivered item is then due for redelivery
+    clock.advance(5)  # the delivered item may now be delivered again
     stats = await api.queue_stats()
     assert (stats["depth"], stats["pending"]) == (3, 0)
 
@@ -190,7 +190,7 @@ async def test_stats_exclude_acknowledged_and_stopped_items(
         await api.create_item_in_state(state)
     stats = await api.queue_stats()
     assert (stats["depth"], stats["pending"], stats["oldest_queued_at"]) == (0, 0, None)
-    clock.advance(60)  # the leases of the items in `starting` and `active` then expire
+    clock.advance(60)  # the leases of the items in `starting` and `active` have now expired
     stats = await api.queue_stats()
     assert (stats["depth"], stats["pending"]) == (2, 0)
     assert stats["oldest_queued_at"] == "2026-03-01T12:00:00Z"

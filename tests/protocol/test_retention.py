@@ -106,9 +106,8 @@ async def test_items_expired_while_server_was_down_are_deleted_at_start(
 ) -> None:
     file = tmp_path / "work.db"
     async with make_control_plane(SqliteStore(file), clock) as plane:
-        (former,) = plane.enqueue(
-            environment_id=OTHER
-        )  # the second server does not serve this environment
+        # The second server does not serve this environment.
+        (former,) = plane.enqueue(environment_id=OTHER)
         plane.operations.stop_item(OTHER, former.id)
         old = create_stopped_item(plane)
         clock.advance(RETENTION_SECONDS / 2)

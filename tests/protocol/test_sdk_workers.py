@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
     Worker = Callable[[str], AbstractAsyncContextManager[None]]
 
-pytestmark = [pytest.mark.trial, pytest.mark.timeout(300)]  # with time for npm to download packages
+pytestmark = [pytest.mark.trial, pytest.mark.timeout(300)]  # npm downloads packages
 
 APPLICATION, KEY = "token-of-the-application", "key-of-the-environment"
 NODE_MAJOR_MIN = 20
@@ -340,10 +340,8 @@ async def test_sdk_worker_ends_session_when_heartbeat_answers_stopping(
     kinds = [
         record.kind for record in control_plane.history.records_of_item(waiting_session.work_id)
     ]
-    assert kinds[-2:] == [
-        "heartbeat",
-        "stopped",
-    ]  # the worker stopped the item before its lease ended
+    # The worker stopped the item before its lease ended.
+    assert kinds[-2:] == ["heartbeat", "stopped"]
     assert not [record for record in caplog.records if record.levelname == "ERROR"]
 
 

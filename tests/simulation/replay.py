@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 
 def replay_lines(schedule: Schedule, case: FinishedSimulation) -> Iterator[str]:
-    """Yield the schedule, then all events in order; polls only if a fault was injected."""
+    """Yield the schedule and then all events in order, but of the polls only those with a fault."""
     yield f"faults {schedule.fault_share} of {', '.join(schedule.fault_kinds)}"
     yield f"control plane: {schedule.control_plane}"
     yield from (str(pool) for pool in schedule.pools)

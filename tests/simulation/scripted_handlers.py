@@ -122,7 +122,7 @@ class SimulatedHandlers:
         self._sessions.add(session)
         run.leaked = _SESSION.get() is not None and not run.again
         _SESSION.set(item.id)
-        # A machine that crashes in this step of the loop has ended the handler already.
+        # If the machine crashes in this iteration of the loop, the handler has already ended.
         if self._node.crashed <= run.started:
             run.ended, run.result = run.started, "crashed"
         self._trace.runs.append(run)

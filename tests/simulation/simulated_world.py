@@ -203,7 +203,7 @@ class SimulatedWorld:
         await self._end_schedule()
 
     async def _end_schedule(self) -> None:
-        """End all faults, and let a fresh pool finish the remaining work."""
+        """End all faults, and let a new pool finish the remaining work."""
         await asyncio.sleep(REST_SECONDS)
         self._end_all_faults()
         await self._drain_all_pools()

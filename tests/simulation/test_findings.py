@@ -160,7 +160,7 @@ async def test_abandoned_session_that_an_operator_stopped_counts_as_stopped() ->
         (item,) = bench.operations.enqueue(ENVIRONMENT)
         await asyncio.sleep(1)
         bench.operations.stop_item(ENVIRONMENT, item.id, "operator", force=True)
-        await asyncio.sleep(4)  # until a heartbeat has reported the stop
+        await asyncio.sleep(4)  # meanwhile a heartbeat reports the stop
         await pool.drain(0)
     assert (bench.session_outcomes, pool.abandoned) == (["stopped"], 1)
 
@@ -291,7 +291,7 @@ async def test_heartbeat_answered_after_machine_pause_is_followed_by_another_at_
     bench = PoolTestbed(script, ignore_cancellation, lease_ttl=60)
     async with bench.supervisor as pool:
         (item,) = bench.operations.enqueue(ENVIRONMENT)
-        await asyncio.sleep(20.5)  # until the second heartbeat was sent, whose answer takes 8 s
+        await asyncio.sleep(20.5)  # by then the second heartbeat, whose answer takes 8 s, is sent
         assert script.sent.count(("heartbeat", item.id)) == 2
         bench.loop.pause(5)
         await asyncio.sleep(8)
@@ -382,7 +382,7 @@ async def test_item_whose_first_ack_was_lost_is_completed_after_machine_slept() 
     async with bench.supervisor:
         (item,) = bench.operations.enqueue(ENVIRONMENT)
         await bench.recorder.wait_for(ItemReceived)
-        await asyncio.sleep(0.9)  # until the second ack waits in the client, as for the rate limit
+        await asyncio.sleep(0.9)  # now the second ack waits in the client, as for the rate limit
         bench.loop.suspend(60)
         await bench.recorder.wait_for(SessionFinished, timeout=60)
         assert bench.loop.time() < 30

@@ -91,7 +91,7 @@ class BusyPodRemoval:
 
     Attributes:
         busy_seconds: The seconds for which the pod had run sessions.
-        idle_seconds: For each ready pod that was kept, the seconds for which it had been idle.
+        idle_seconds: The seconds for which each ready pod that was kept had been idle.
         cost_failed: The time of the last write of the pod's cost that failed.
     """
 
@@ -164,7 +164,7 @@ class SimulatedCluster:
             self._reconcile()
 
     def evict_pod(self, pod: Pod) -> None:
-        """Delete a pod because its node ends in two minutes."""
+        """Delete a pod as its node, which ends in two minutes, evicts it."""
         self._delete_pod(pod, "eviction", min(NOTICE_SECONDS, self._schedule.settings.grace))
 
     async def write_deletion_cost(self, pod: Pod, cost: int) -> None:

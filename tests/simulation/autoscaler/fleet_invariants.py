@@ -36,7 +36,7 @@ class RemovalCounts(NamedTuple):
     Attributes:
         sessions: Items.
         pods: Pods that the autoscaler removed.
-        busy_pods: Those of them that ran sessions.
+        busy_pods: Removed pods that ran sessions.
         drained: The sessions that these pods ran.
         cut: The sessions of them that were cancelled or killed before their end.
         evictions: Pods whose node went with a notice of two minutes.
@@ -131,7 +131,7 @@ def idle_pods_are_removed_first(fleet: FinishedFleet) -> Iterator[str]:
 
 
 def enough_pods_are_kept(fleet: FinishedFleet) -> Iterator[str]:
-    """F3. The number of pods is not lowered below the number that the unfinished items need."""
+    """F3. The number of pods is never reduced to fewer than the unfinished items need."""
     settings = fleet.settings
     for at, replicas, items in fleet.record.lowered:
         needed = min(settings.rules.maximum, -(-items // settings.pool.concurrency))

@@ -103,7 +103,7 @@ class FleetSettings:
 
     @property
     def least_pods(self) -> int:
-        """The number of pods that the autoscaler keeps without work."""
+        """The number of pods that the autoscaler keeps if there is no work."""
         return 0 if self.to_zero else self.rules.minimum
 
 

@@ -77,7 +77,7 @@ def _deletion_ranks(hosts: Counter[str | None], pod: PodState) -> tuple[int, ...
         pod.running,
         pod.ready_since is not None,
         pod.cost,
-        -hosts[pod.host],  # pods of nodes with several pods are deleted first
+        -hosts[pod.host],  # of two pods, the one on the node with more pods is deleted first
     )
 
 
