@@ -101,12 +101,12 @@ class BlockingSession:
 
     @property
     def stopping(self) -> bool:
-        """Whether an operator asked to end this session; it has `stop_grace` seconds to finish."""
+        """Whether an operator asked to end the session; if so, end within `stop_grace` seconds."""
         return self._session.stopping
 
     @property
     def draining(self) -> bool:
-        """Whether the pool drains; finish within `drain_timeout` seconds, or raise `Release`."""
+        """Whether the pool drains; if so, end within `drain_timeout` seconds or raise `Release`."""
         return self._session.draining
 
     @property

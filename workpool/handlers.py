@@ -1,4 +1,4 @@
-"""The decorator `@handler` with its rule and `Retry`, and the class `Handler` for the pool.
+"""The decorator `@handler`, its options `HandlerRule` and `Retry`, and the pool's `Handler`.
 
 The decorator only adds an attribute to the function, which stays callable in a test without a pool.
 `workpool.plugins` turns rules into routes. This module registers nothing.

@@ -108,7 +108,7 @@ def pattern_parser(pattern: str, description: str) -> Parser:
 
 
 def checked_text_parser(check: Callable[[str], str]) -> Parser:
-    """Return a parser of texts that returns the result of `check`, which refuses wrong texts."""
+    """Return a parser that returns `check(text)`; `check` raises an error for a wrong text."""
     return lambda value: check(parse_text(value))
 
 

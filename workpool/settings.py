@@ -237,7 +237,7 @@ class _ConfigFile(NamedTuple):
         }
 
     def table_name(self, environment_id: str) -> str:
-        """Return the name of an environment's table in errors."""
+        """Return the name that errors give to an environment's table."""
         return f"{self.path} [workpool.environments.{environment_id}]"
 
     def plugin_tables(self, plugins: Iterable[str]) -> Mapping[str, Table]:
@@ -597,7 +597,7 @@ class Settings:
 
     @staticmethod
     def _source_name(name: str) -> str:
-        """Return the name of the source of a keyword in errors; empty: none."""
+        """Return the name that errors give to the source of a keyword; empty: no name."""
         del name
         return ""
 

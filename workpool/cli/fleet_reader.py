@@ -103,7 +103,7 @@ class FleetReader:
         return min(WAIT_SECONDS_MAX, asked or 0.0)
 
     async def read_load(self) -> FleetLoad | None:
-        """Read the load once; return None if this call reached no unfinished items in the list.
+        """Read the load once; return None if only stopped items of a longer list were read.
 
         A long history of stopped items is read in several calls. Before they reach the unfinished
         items, a load would count none of these, and autoscalers would remove busy workers after

@@ -142,7 +142,7 @@ def _send_signal(group: int, number: signal.Signals) -> None:
 
 
 def _program_environment(session: Session) -> dict[str, str]:
-    """Return the variables of this process without settings and credentials, plus the ids."""
+    """Return this process's variables without settings and credentials, plus the session's ids."""
     env = {
         name: value
         for name, value in os.environ.items()

@@ -290,7 +290,7 @@ def _observers_by_type(
 
 
 def _reachable_routes(plugin: Plugin, routes: Iterable[Route]) -> list[Route]:
-    """Return the plugin's routes and all more specific ones, the most specific first."""
+    """Return the plugin's routes and more specific ones of all plugins, most specific first."""
     own = [route.rule for route in plugin.routes]
     refined = [route for route in routes if any(rule.covers_rule(route.rule) for rule in own)]
     return sorted(refined, key=lambda route: -len(route.rule.metadata))

@@ -101,7 +101,7 @@ class DemoState:
         return [self._name_of(work_id) for work_id in held] if ready else []
 
     def apply_new_records(self) -> list[str]:
-        """Apply new history records; return a sentence for each item that failed or moved."""
+        """Apply new history records; return lines about failures and items of lapsed leases."""
         records = list(islice(self._plane.history, self._seen, None))
         self._seen += len(records)
         return [line for record in records if (line := self._apply_record(record))]
