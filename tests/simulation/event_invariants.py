@@ -108,12 +108,15 @@ def _find_contradiction(
 ) -> str | None:
     run = case.last_run_of_lease(node, lease)
     handed = lease.end_kind == "detached" and lease.ended <= at
+    # A pool that may not read items cannot find out whether a 409 means that the item is stopped,
+    # also if its child has stopped the item.
+    unread = case.permission_denied_at(node, "get") <= at
     if handed != (outcome == "detached") and not (
-        case.had_fault_during_lease(node, lease) or node.abandoned
+        case.had_fault_during_lease(node, lease)
+        or node.abandoned
+        or (unread and _was_stopped_before(case, lease, at))
     ):
         return "a child has taken it" if handed else "no child has taken it"
-    # A pool that may not read items cannot find out whether a 409 means that the item is stopped.
-    unread = case.permission_denied_at(node, "get") <= at
     match outcome:
         case "completed" | "timed_out" | "stalled" if not (
             unread or _was_stopped_before(case, lease, at) or case.lease_was_ended_early(lease)
