@@ -257,11 +257,16 @@ MUTATIONS: dict[str, list[SourceEdit]] = {
     ],
     "pause not noticed": [
         SourceEdit("lease:PauseDetector", ">= PAUSE_SECONDS", ">= 1e9"),
+        SourceEdit(
+            "item_requests:ItemSender",
+            "unseen = self._pauses.seconds_unseen(lease.clock_offset, now)",
+            "unseen = 0.0",
+        ),
     ],
     "pause noticed at the next tick only": [
         SourceEdit(
             "item_requests:ItemSender",
-            "paused = self._pauses.was_paused(lease.clock_offset, now)",
+            "paused = abs(unseen) >= PAUSE_SECONDS",
             "paused = lease._doubted",
         ),
     ],

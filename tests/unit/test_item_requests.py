@@ -175,6 +175,19 @@ async def test_machine_paused_while_a_call_waited_verifies_lease_before_sending(
 
 
 @in_virtual_time
+async def test_pause_too_short_to_be_noticed_counts_against_the_lease(
+    testbed: type[LeaseTestbed],
+) -> None:
+    one = testbed()
+    async with renewed_item(one) as item:
+        item.lease.deadline = one.clock() + 1.0
+        one.sender.check_may_write(item, by_handler=False)
+        one.ahead = 1.5
+        with pytest.raises(LeaseLost):
+            one.sender.check_may_write(item, by_handler=False)
+
+
+@in_virtual_time
 async def test_machine_paused_while_another_worker_claimed_sends_nothing(
     testbed: type[LeaseTestbed],
 ) -> None:

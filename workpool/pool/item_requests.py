@@ -30,6 +30,7 @@ from workpool.errors import (
 from workpool.events import HeartbeatFinished
 from workpool.log_fields import pool_logger
 from workpool.pool.call_permissions import OptionalCalls, read_item
+from workpool.pool.lease import PAUSE_SECONDS
 from workpool.wire.http.call_options import CallOptions, Priority
 from workpool.wire.http.timeouts import Bound
 
@@ -140,8 +141,12 @@ class ItemSender:
             LeaseDoubted: The machine was paused, and the lease is not verified yet.
         """
         lease, now = item.lease, self._clock()
-        self.check_may_send(item, by_handler=by_handler, now=now)
-        paused = self._pauses.was_paused(lease.clock_offset, now)
+        unseen = self._pauses.seconds_unseen(lease.clock_offset, now)
+        paused = abs(unseen) >= PAUSE_SECONDS
+        # A pause that is too short to be noticed counts against the lease all the same: the control
+        # plane may have given the item to another worker in the meantime.
+        held_at = now if paused else now + max(0.0, unseen)
+        self.check_may_send(item, by_handler=by_handler, now=held_at)
         if not lease.begun and (lease.unsettled or paused):
             raise LeaseLost(item.id)  # no heartbeat has shown yet that the item is ours
         if paused:

@@ -90,9 +90,15 @@ class PauseDetector:
 
     def was_paused(self, since: float, now: float | None = None) -> bool:
         """Return whether the machine was paused since `wall_clock_offset` returned `since`."""
-        # `wall_clock_offset` is inlined, because a call for every write costs too much.
-        now = self._clock() if now is None else now
-        return abs(self._wall() - now - since) >= PAUSE_SECONDS
+        return abs(self.seconds_unseen(since, now)) >= PAUSE_SECONDS
+
+    def seconds_unseen(self, since: float, now: float | None = None) -> float:
+        """Return the seconds that the wall clock, but not the lease clock, has counted.
+
+        They count from the time at which `wall_clock_offset` returned `since`. The result is
+        negative if the wall clock was set back.
+        """
+        return self._wall() - (self._clock() if now is None else now) - since
 
 
 RENEW_PART, JITTER = 3, 0.1
