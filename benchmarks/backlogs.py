@@ -104,7 +104,7 @@ async def _fill_database(url: str, parts: Sequence[tuple[str, int, int]]) -> Non
             await connection.execute(_ITEMS, state, start, timeout=600)
             if state == STOPPED:
                 await connection.execute(_STOPPED, DEFAULT_ENVIRONMENT, count)
-        # Otherwise autovacuum could run during the benchmark.
+        # Vacuum now: an autovacuum of these rows during the benchmark would distort the results.
         await connection.execute("VACUUM ANALYZE", timeout=600)
         await connection.execute("CHECKPOINT", timeout=600)
     finally:

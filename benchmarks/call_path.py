@@ -1,4 +1,4 @@
-"""The call path of one item: the files and functions of workpool that run for it, and its calls.
+"""The Python calls for one item: which functions of workpool run, in which files, how often.
 
     python benchmarks/call_path.py [--items N] [--by-file] [--only NAME …]
 
@@ -90,7 +90,7 @@ class ItemCalls:
 
     @classmethod
     def average_calls_of(cls, items: Sequence[Counter[CodeType]]) -> ItemCalls:
-        """Return the average calls over all items."""
+        """Return the calls per item, as an average of the counted calls of all `items`."""
         calls: Counter[CodeType] = Counter()
         for each in items:
             calls.update(each)
@@ -109,7 +109,7 @@ class ItemCalls:
         return cls(functions, sum(counted.values()), sum(own.values()))
 
     def calls_by_file(self) -> dict[str, list[float]]:
-        """Return the calls per item of each function, grouped by file."""
+        """Return for each file the list of its functions' calls per item."""
         files: dict[str, list[float]] = {}
         for code, count in self.functions.items():
             name = Path(code.co_filename).relative_to(PACKAGE).as_posix()
@@ -118,9 +118,10 @@ class ItemCalls:
 
 
 def _begins_call(frame: FrameType) -> bool:
-    """Return whether a function is called, and not a coroutine or generator resumed.
+    """Return whether the frame begins a call, and does not resume a coroutine or generator.
 
-    Both are at a RESUME instruction; the two low bits of its argument are 0 at a beginning.
+    Python executes a RESUME instruction in both cases; at a beginning, the two low bits of its
+    argument are 0.
     """
     code = frame.f_code
     return not code.co_flags & RESUMABLE or code.co_code[frame.f_lasti + 1] & 3 == 0
@@ -131,7 +132,7 @@ def _is_workpool_code(code: CodeType) -> bool:
 
 
 async def profile_items(plane: ControlPlaneAddress, entry: BenchmarkEntry, items: int) -> ItemCalls:
-    """Handle items under the profiler, and return their average calls."""
+    """Let a contender run items under the profiler, and return the calls per item."""
     await enqueue_items(plane, WARM_UP + items)
     meter = CallMeter(WARM_UP, items)
     threading.setprofile(meter.count_call)
@@ -148,7 +149,7 @@ async def profile_items(plane: ControlPlaneAddress, entry: BenchmarkEntry, items
 
 
 def format_report(found: dict[str, ItemCalls]) -> str:
-    """Return the table, which compares the calls with those of the first contender."""
+    """Return the table of calls per item, with the ratios to the first contender."""
     first = next(iter(found.values()))
     rows = [
         [

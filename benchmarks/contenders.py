@@ -1,4 +1,4 @@
-"""The contenders of benchmarks: the pool, a bare loop with the same calls, and other SDKs.
+"""The programs that benchmarks compare: the pool, a bare loop with the same calls, other SDKs.
 
 All contenders run no-op items, eight at a time, with the longest poll that is allowed.
 """
@@ -32,7 +32,7 @@ LEASE_SECONDS = 60
 
 @dataclass(frozen=True)
 class BenchmarkEntry:
-    """A contender of the benchmarks, with its name and requirements.
+    """A contender (a program that benchmarks compare with others), and the package that it needs.
 
     Attributes:
         package: The package that must be installed (`pip install -e '.[bench]'`).
@@ -87,7 +87,7 @@ async def run_pool(
     plugins: Sequence[object] = (),
     **settings: Any,
 ) -> None:
-    """Run items in a pool, by default with default settings and metrics."""
+    """Run items in a pool with these plugins and settings; all others are the defaults."""
 
     class CountingClient(WorkClient):
         """A client that also reports claims and stops to the meter."""
@@ -173,7 +173,7 @@ async def run_qca_sdk(plane: ControlPlaneAddress, meter: ContenderMeter) -> None
 
 
 async def run_anthropic_sdk(plane: ControlPlaneAddress, meter: ContenderMeter) -> None:
-    """Run items with the work poller of the SDK `anthropic`: three calls, no heartbeat."""
+    """Run items with the work poller of the SDK `anthropic`: three requests each, no heartbeat."""
     client = importlib.import_module("anthropic").AsyncAnthropic(
         auth_token=plane.token, base_url=plane.anthropic_base_url.removesuffix("/v1")
     )

@@ -1,4 +1,4 @@
-"""Contests: a control plane in one process, and one contender at a time in another process.
+"""Contests: a contender runs items in one process, from a control plane in another process.
 
 A contender runs alone in a new process, against the same control plane as the others. It reports
 claims, starts and stops to its `ContenderMeter`. All benchmarks of this folder use this module. A
@@ -110,7 +110,7 @@ class ContenderMeter:
 
 @dataclass(frozen=True)
 class ContestResult:
-    """The cost of `items` items that a contender ran, and the time until each started."""
+    """The time that a contender needed for its items, and how long each item waited to start."""
 
     items: int
     cpu_seconds: float
@@ -128,7 +128,7 @@ class ContestResult:
 
 @dataclass(frozen=True)
 class WatchedUsage:
-    """The cost of a contender in a period; `memory` is that of its process only, in bytes."""
+    """What a contender used in a period; `memory` has the bytes that only its process uses."""
 
     cpu_seconds: float
     wall_seconds: float

@@ -1,4 +1,4 @@
-"""The cost of an item to control planes on each store, and to a job queue on the same database.
+"""The cost per item of control planes on each kind of store, compared with another job queue.
 
     python benchmarks/control_plane.py [--items N] [--stopped-rows N …] [--rounds N] [--only NAME …]
 
@@ -43,7 +43,7 @@ ENTRIES = SERVED | {JOB_QUEUE.name: JOB_QUEUE}
 def open_measured_system(
     entry: ServedStore, stopped: int, server: Cluster | None
 ) -> Iterator[MeasuredSystem]:
-    """Start the store or job queue of an entry, with `stopped` items that have ended."""
+    """Start a control plane or the job queue, with `stopped` items that have already ended."""
     if entry is not JOB_QUEUE:
         system = entry.open_store(run_pool, Backlog(stopped), server)
     else:
@@ -56,7 +56,7 @@ def open_measured_system(
 def measure_entries(
     entries: list[ServedStore], options: argparse.Namespace, server: Cluster | None
 ) -> dict[tuple[ServedStore, int], list[MeasuredRun]]:
-    """Measure each entry whose requirements are installed, with each number of stopped items."""
+    """Measure each system that can run on this machine, with each number of stopped items."""
     found: dict[tuple[ServedStore, int], list[MeasuredRun]] = {}
     for entry in entries:
         if entry.on_database and server is None:

@@ -39,7 +39,7 @@ ENDS = ("return", "release")
 
 
 class DrainCost(NamedTuple):
-    """The cost of one drain, in seconds, and the number of sessions that it abandoned."""
+    """The wall clock and CPU seconds of one drain, and the number of sessions it abandoned."""
 
     wall: float
     cpu: float
@@ -86,7 +86,8 @@ def measure_drain_in_processes(sessions: int, end: str) -> DrainCost:
 def _measure_in_process(
     pipe: Connection, plane: ControlPlaneAddress, sessions: int, end: str
 ) -> None:
-    logging.disable(logging.WARNING)  # on a slow machine the pool warns about each session
+    # On a slow machine, the pool would log a warning for each of the thousands of sessions.
+    logging.disable(logging.WARNING)
     pipe.send(uvloop.run(measure_drain(plane, sessions, end)))
 
 

@@ -1,6 +1,6 @@
-"""The cost of one worker process that holds many sessions, with leases or open event streams.
+"""The cost of a worker process that holds many sessions, each with or without an event stream.
 
-Another process measures it, together with its control plane and the database.
+Another process measures the worker, the control plane and the database.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ class HeldSessionsCost:
     running: int
 
     def percent_of_core(self, seconds: float) -> float:
-        """Convert CPU seconds of the period to percent of one core."""
+        """Convert CPU seconds used in the measured period to percent of one core."""
         return 100 * seconds / self.use.wall
 
 

@@ -1,4 +1,4 @@
-"""The cost of an item in user instructions, which no other load on the machine changes.
+"""The CPU instructions per item: a cost that other load on the machine does not change.
 
     python benchmarks/instructions.py [--items FEW MANY] [--only NAME …]
 
@@ -37,14 +37,14 @@ _COLLECTED = re.compile(r"Collected : ([0-9]+)")
 
 
 def count_instructions(plane: ControlPlaneAddress, entry: BenchmarkEntry, items: int) -> int:
-    """Return the instructions of a process from its start until it has handled the items."""
+    """Return how many instructions a process executes to start and to run the items."""
     uvloop.run(enqueue_items(plane, items + WARM_UP))
     command = ["valgrind", "--tool=callgrind", "--callgrind-out-file=/dev/null", sys.executable]
     command += [__file__, "--child", entry.name, str(items)]
     command += [plane.base_url, plane.anthropic_base_url, plane.token, plane.environment_id]
     done = subprocess.run(  # noqa: S603 - our own interpreter and arguments
         command,
-        env=os.environ | {"PYTHONHASHSEED": "0"},  # random hashes would add noise
+        env=os.environ | {"PYTHONHASHSEED": "0"},  # random hashes change the count
         stderr=subprocess.PIPE,
         text=True,
         check=True,
@@ -97,5 +97,5 @@ if __name__ == "__main__":
     if sys.argv[1:2] == ["--child"]:
         uvloop.run(run_items_under_callgrind(*sys.argv[2:]))
     else:
-        # The bare loop is the first contender, with which the table compares the others.
+        # Put the bare loop first: the table compares all contenders with the first one.
         main(sorted(ENTRIES, key=lambda entry: entry.name != "bare"))

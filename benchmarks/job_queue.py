@@ -1,4 +1,4 @@
-"""The PostgreSQL job queue `procrastinate`, as a system that runs the same number of no-op jobs.
+"""The PostgreSQL job queue `procrastinate` with no-op jobs, to compare control planes with it.
 
 It has no servers: its workers talk to the database, with its own connector and as many jobs at once
 as a pool has slots. Finished jobs stay in its table, as stopped items do in a control plane.
@@ -67,7 +67,8 @@ async def _create_queue(url: str, finished: int) -> None:
     async with app.open_async():
         await app.schema_manager.apply_schema_async()
     async with await psycopg.AsyncConnection.connect(url, autocommit=True) as connection:
-        # Without triggers the insert is fast, but the jobs have no events, unlike real jobs.
+        # This setting disables triggers, so that the insert is fast. Unlike real jobs, these jobs
+        # have no rows in the table of events.
         await connection.execute("SET session_replication_role = replica")
         await connection.execute(_FINISHED, (TASK, finished))
         await connection.execute("VACUUM ANALYZE procrastinate_jobs")
@@ -82,7 +83,7 @@ async def _enqueue_jobs(url: str, number: int) -> None:
 
 
 def _wait_until_jobs_finished(url: str) -> None:
-    """Wait until all jobs are marked as finished; they are counted while they still run."""
+    """Wait until the database marks all jobs as finished; each counts its stop before that."""
     until = time.monotonic() + LIMIT_SECONDS
     with psycopg.connect(url, autocommit=True) as connection:
         while time.monotonic() < until:
@@ -98,7 +99,7 @@ def _run_worker(url: str, pipe: Connection, stops: Stops) -> None:
     async def run_nothing_job() -> None:
         count_stop(stops)
 
-    # A decorator would have no type for mypy where procrastinate is not installed.
+    # Not used as a decorator: where procrastinate is not installed, mypy finds no type for it.
     app.task(name=TASK)(run_nothing_job)
 
     async def run_job_worker() -> None:

@@ -35,7 +35,7 @@ from workpool import WorkClient
 
 WARM_UP = 20
 GAPS: Final = {"idle": (0.025, 0.075), "sparse": (1.0, 3.0)}
-"""The shortest and the longest, in seconds."""
+"""The shortest and the longest gap between two items, in seconds."""
 
 
 async def enqueue_with_gaps(
@@ -61,7 +61,7 @@ def measure_waits(
 
 
 def format_report(waits: dict[tuple[str, str], list[float]]) -> str:
-    """Return the table, which compares each contender with the first one of the same gaps."""
+    """Return the table; its ratios compare contenders with the first one with the same gaps."""
     base: dict[str, tuple[float, float]] = {}
     rows = []
     for (gaps, name), seconds in waits.items():

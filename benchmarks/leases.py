@@ -1,4 +1,4 @@
-"""The cost of a held lease: memory, and CPU with its heartbeats.
+"""The cost of holding a lease: memory, and the CPU time of its heartbeats.
 
     python benchmarks/leases.py [--leases N …] [--seconds N] [--only NAME …]
 
@@ -98,7 +98,7 @@ ENTRIES = (
 def measure_held_leases(
     entry: BenchmarkEntry, leases: int, seconds: float, settle: float
 ) -> WatchedUsage:
-    """Measure a contender while it holds the leases, on a control plane of its own."""
+    """Measure a contender while it holds leases of a control plane that serves only it."""
     with serve_control_plane() as plane:
         uvloop.run(enqueue_items(plane, leases))
         contest = Contest(entry.run, plane, 0, leases, watch=seconds, settle=settle)

@@ -1,4 +1,4 @@
-"""Systems to measure: processes of servers, a database and workers, and the cost of each kind.
+"""The servers, database and workers of a system, and the CPU time of each kind of process.
 
 A `MeasuredSystem` is a control plane in memory or on SQLite, nodes on one PostgreSQL database, or a
 job queue of another project. Its workers share the servers in turn and count their stops together.
@@ -74,7 +74,7 @@ class ResourceUse:
     """The CPU seconds of each process and the wall clock time, in total or for a period.
 
     Attributes:
-        machine: The CPU seconds used by all programs of this machine, and the available ones.
+        machine: The CPU seconds used by all programs of this machine, and the used and idle ones.
     """
 
     wall: float
@@ -190,7 +190,7 @@ def measure_run(system: MeasuredSystem, items: int, warm_up: int, workers: int) 
 
 
 def measure_at_queue_depth(system: MeasuredSystem, items: int, warm_up: int) -> MeasuredRun:
-    """Measure items while the queue keeps its current depth, with one worker for each server."""
+    """Measure items while new ones keep the queue as long as it is, with a worker per server."""
     assert system.plane is not None
     with WorkerTeam(system, len(system.servers)) as team:
         return asyncio.run(_measure_at_queue_depth(team, system.plane, items, warm_up))
@@ -222,7 +222,7 @@ def serve_store(
     nodes: int = 1,
     database: int | None = None,
 ) -> Iterator[MeasuredSystem]:
-    """Serve a store with a backlog by one or several control plane processes.
+    """Start one or several control plane processes on a store that already has a backlog.
 
     Args:
         store: `MEMORY`, a new file of SQLite, or the URL of a database without workpool's tables.
@@ -249,7 +249,7 @@ def serve_store(
 
 
 def machine_seconds() -> tuple[float, float]:
-    """Return the CPU seconds used on this machine since its start, and the available ones."""
+    """Return this machine's used CPU seconds since its start, and the used and idle ones."""
     first = (_PROC / "stat").read_text().partition("\n")[0]
     user, nice, system, idle, waiting, *others = map(int, first.split()[1:9])
     used = user + nice + system + sum(others)
@@ -269,7 +269,7 @@ def process_tree_cpu_seconds(pid: int) -> float:
 
 
 def _cpu_ticks(pid: int) -> tuple[int, int, int, int]:
-    """Return a process's ticks in user and system mode, and those of its ended children."""
+    """Return the CPU ticks of a process in user and system mode, then of its ended children."""
     fields = _read_stat_fields(pid)
     user, system, *ended = map(int, fields[11:15]) if fields else (0, 0, 0, 0)
     return user, system, ended[0], ended[1]

@@ -1,4 +1,4 @@
-"""The cost of each part and setting of the pool: the same run without the part or with a change.
+"""The cost of each part and setting of the pool: the pool without the part, or with the setting.
 
     python benchmarks/part_costs.py [--items N] [--rounds N] [--only NAME …]
 
@@ -63,7 +63,7 @@ def do_nothing(*_: object) -> None:
 async def run_pool_without(
     function: str, plane: ControlPlaneAddress, meter: ContenderMeter
 ) -> None:
-    """Run items in a pool, after a function was replaced by a no-op in this process.
+    """Replace a function by a no-op in this process, then run items in a pool.
 
     `function`: `module:name` or `module:Class.name`, since a module cannot be sent to a process.
     """
@@ -87,12 +87,12 @@ async def run_pool_with_log(
 
 
 def pool_entry(name: str, **changed: Any) -> BenchmarkEntry:
-    """Return a contender: the pool with changed settings, plugins or supervisor."""
+    """Return a contender that is the pool with changed settings, plugins or supervisor."""
     return BenchmarkEntry(name, partial(run_pool, **changed), "workpool")
 
 
 def pool_entry_without(name: str, function: str) -> BenchmarkEntry:
-    """Return a contender: the pool without a function, which must exist."""
+    """Return a contender that is the pool with an existing function replaced by a no-op."""
     pkgutil.resolve_name(function)
     return BenchmarkEntry(name, partial(run_pool_without, function), "workpool")
 

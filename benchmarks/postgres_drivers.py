@@ -1,4 +1,4 @@
-"""The cost of PostgreSQL drivers: CPU of the client for one item from claim to stop.
+"""The cost of PostgreSQL drivers: the client's CPU time for the statements of one item.
 
     python benchmarks/postgres_drivers.py URL [--items N] [--connections N] [--rounds N]
 
@@ -50,7 +50,7 @@ WRITES: Final = tuple(
 
 
 def to_psycopg_parameters(sql: str) -> str:
-    """Return an SQL statement with its parameters in the notation of psycopg."""
+    """Convert the parameters `$1` and `$2` of an SQL statement to the notation of psycopg."""
     return sql.replace("$1", "%(a)s").replace("$2", "%(b)s")
 
 
@@ -128,7 +128,7 @@ CONTENDERS: Final[dict[str, tuple[Callable[[str], Awaitable[Any]], Cycle]]] = {
 
 
 async def measure_driver(url: str, name: str, items: int, connections: int) -> tuple[float, float]:
-    """Return the CPU of this process in µs for each item, and items per second."""
+    """Return the CPU time of this process per item in µs, and the items per second."""
     connect, cycle = CONTENDERS[name]
     setup = await asyncpg.connect(url)
     await setup.execute("TRUNCATE items")

@@ -74,7 +74,7 @@ async def run_commit_node(
 def measure_commits(
     url: str, kind: str, nodes: int, connections: int, seconds: float
 ) -> tuple[float, ...]:
-    """Return the commits per second of all nodes, and their CPU time per commit in µs."""
+    """Return the commits per second of all nodes together, and the CPU µs per commit."""
     words = [sys.executable, __file__, url, "--node", kind, "--seconds", str(seconds)]
     processes = [
         subprocess.Popen(  # noqa: S603 - our own words

@@ -1,4 +1,4 @@
-"""The start time of a process: the help text and the import, compared with `import aiohttp`.
+"""The start time of `workpool --help` and the import of workpool, and of `import aiohttp`.
 
     python benchmarks/process_start.py [--runs N]
 
@@ -45,7 +45,7 @@ def main() -> None:
     taken: dict[str, list[float]] = {name: [] for name in KINDS}
     with tempfile.TemporaryDirectory() as cache:
         for arguments in KINDS.values():
-            time_process(arguments, cache)  # compiles the modules into the cache
+            time_process(arguments, cache)  # fills the cache with compiled modules
         for _ in range(runs):
             for name, arguments in KINDS.items():
                 taken[name].append(time_process(arguments, cache))

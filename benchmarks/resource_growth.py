@@ -58,7 +58,7 @@ class ResourceSample(NamedTuple):
 
 def take_sample(sessions: int) -> ResourceSample:
     """Return the resources that this process uses now."""
-    for _ in range(3):  # a finalizer may free objects that only a further collection finds
+    for _ in range(3):  # after a finalizer, another collection may find more
         gc.collect()
     return ResourceSample(
         sessions,
@@ -73,7 +73,7 @@ def take_sample(sessions: int) -> ResourceSample:
 async def run_sessions_and_sample(
     plane: ControlPlaneAddress, samples: list[int]
 ) -> list[ResourceSample]:
-    """Run sessions in one pool, and take a sample after each number of them."""
+    """Run sessions in one pool, and take a sample after each number of sessions in `samples`."""
     numbers = itertools.count()
     finished = 0
     changed = asyncio.Event()
@@ -107,14 +107,14 @@ async def run_sessions_and_sample(
                 await enqueue_items(plane, count)
                 sent += count
                 await wait_for_sessions(sent)
-            await asyncio.sleep(1)  # the last sessions end meanwhile
+            await asyncio.sleep(1)  # lets the last sessions end
             found.append(take_sample(sessions))
             print(found[-1], file=sys.stderr, flush=True)
     return found
 
 
 def find_grown_resources(first: ResourceSample, last: ResourceSample) -> list[str]:
-    """Return the names of the resources that have grown by more than noise."""
+    """Return the names of the resources that have grown by more than measurement noise."""
     limits = first._asdict() | {
         "sessions": last.sessions,
         "objects": first.objects * (1 + OBJECTS_PART),

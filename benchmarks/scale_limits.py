@@ -41,7 +41,7 @@ BUSY = 0.85
 
 @dataclass(frozen=True)
 class ScaleBenchmark:
-    """The options of the command line, the stores, and the database server."""
+    """What every part needs: command line options, the stores, and a database server or None."""
 
     options: argparse.Namespace
     stores: Sequence[ServedStore]
@@ -108,7 +108,7 @@ def format_streams_report(bench: ScaleBenchmark) -> str:
 def format_held_sessions_report(
     bench: ScaleBenchmark, numbers: Sequence[int], *, streams: bool
 ) -> str:
-    """Return the table of held sessions; the memory of a process with one is subtracted."""
+    """Return the table of held sessions; its memory is the part above that of one session."""
     rows = []
     for store in bench.stores:
         alone = hold_sessions_of_store(bench, store, 1, streams=streams)
@@ -149,7 +149,7 @@ def hold_sessions_of_store(
 
 
 def format_queue_depths_report(bench: ScaleBenchmark) -> str:
-    """Return the table of costs by the depth of the queue."""
+    """Return the table of the cost per item by the number of items in the queue."""
     rows = []
     for store in bench.stores:
         base = 0.0

@@ -1,4 +1,4 @@
-"""The kinds of stores that benchmarks use, each with its number of control plane processes."""
+"""The kinds of stores in benchmarks, each with the number of control planes that share it."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ COLUMNS = ("store", "nodes")
 
 @dataclass(frozen=True)
 class ServedStore:
-    """A kind of store, with its name on the command line and in tables."""
+    """A kind of store, with its name on the command line and its name in tables."""
 
     name: str
     kind: str
@@ -40,7 +40,7 @@ class ServedStore:
     def open_store(
         self, contender: Contender, backlog: Backlog, server: Cluster | None
     ) -> Iterator[MeasuredSystem]:
-        """Serve a new store with a backlog; `server` is where new databases are created."""
+        """Start control planes on a new store with a backlog; `server` gets the new database."""
         with ExitStack() as stack:
             if self.on_database:
                 assert server is not None

@@ -1,4 +1,4 @@
-"""The cost of an item: CPU in the worker's process, and items per second, against a bare loop.
+"""The CPU time per item in the worker, and items per second, compared with a bare loop.
 
     python benchmarks/throughput.py [--items N] [--rounds N] [--only NAME …]
 
@@ -64,7 +64,7 @@ def compare_contenders(entries: list[BenchmarkEntry], items: int, number_of_roun
     rounds: dict[str, list[ContestResult]] = {entry.name: [] for entry in entries}
     with serve_control_plane() as plane:
         for number in range(number_of_rounds):
-            turn = number % len(entries)  # another contender begins each round
+            turn = number % len(entries)  # each round begins with the next one
             for entry in entries[turn:] + entries[:turn]:
                 result = measure_contender(plane, entry, max(1, items // entry.divisor))
                 rounds[entry.name].append(result)

@@ -1,4 +1,4 @@
-"""The table of causes names existing plugins: the run that uses them takes 20 minutes."""
+"""A quick check that the plugins in the table of causes exist; the full run takes 20 minutes."""
 
 from __future__ import annotations
 

@@ -79,4 +79,4 @@ class CrashingPollerPlugin:
 
     @hookimpl
     def workpool_event(self, event: SessionFinished) -> None:
-        """Ignore the event: a plugin without any hook is refused."""
+        """Ignore the event. The hook exists because a plugin without any hook is refused."""

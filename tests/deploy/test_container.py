@@ -171,7 +171,7 @@ def make_base_image(engine: PodmanEngine, folder: Path) -> None:
         return
     packages = "--include=python3,python3-venv,tini,ca-certificates"
     base, archive = str(folder / "base"), str(folder / "base.tar")
-    # Namespaces of its own leave no process and no mount if debootstrap is killed.
+    # Run debootstrap in new namespaces, so that it leaves no process or mount when killed.
     apart = ("unshare", "--mount", "--pid", "--fork", "--kill-child")
     engine.budget.run_program(
         *apart, "debootstrap", "--variant=minbase", packages, "bookworm", base

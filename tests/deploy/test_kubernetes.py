@@ -1,4 +1,4 @@
-"""The Kubernetes manifests are valid, fit each other and fit the settings of the worker."""
+"""The Kubernetes manifests are valid, and match each other and the settings of the worker."""
 
 from __future__ import annotations
 
@@ -125,7 +125,7 @@ def rendered_overlay(kubectl: str, request: pytest.FixtureRequest) -> list[Manif
 
 
 def builtin_manifests(found: list[Manifest]) -> Iterator[Manifest]:
-    """Yield the manifests of kinds that Kubernetes defines, and the job in each ScaledJob."""
+    """Yield the manifests of kinds built into Kubernetes, and the job in each ScaledJob."""
     for each in found:
         if each["kind"] == "ScaledJob":
             job = {"apiVersion": "batch/v1", "kind": "Job", "metadata": each["metadata"]}
@@ -158,7 +158,7 @@ def test_overlay_manifests_are_valid_for_kubernetes(
 
 @pytest.mark.parametrize("version", VERSIONS)
 def test_manifests_in_files_are_valid_for_kubernetes(version: str) -> None:
-    """The check also runs on a machine without kubectl."""
+    """Unlike the check of rendered overlays, this check also runs without kubectl."""
     for each in builtin_manifests(manifests_in_files()):
         check_builtin_resource(each, version)
 
@@ -192,7 +192,7 @@ def test_kustomization_lists_every_file_of_its_folder() -> None:
 
 
 def test_each_name_that_an_overlay_refers_to_exists_in_it(rendered_overlay: list[Manifest]) -> None:
-    """The Secret `workpool-token` is no manifest: the operator creates it."""
+    """No manifest has the Secret `workpool-token`, because the operator creates it."""
     names = {(each["kind"], each["metadata"]["name"]) for each in rendered_overlay}
     for each in rendered_overlay:
         if each["kind"] in {"Deployment", "ScaledJob"}:
@@ -336,7 +336,7 @@ def test_frozen_process_is_killed_before_its_leases_lapse(
 
 @WORKERS
 def test_startup_probe_gives_plugins_ten_minutes_to_start(kind: str) -> None:
-    """The liveness probe begins after the startup probe, so it can be strict."""
+    """The liveness probe can be strict, because it begins only after the startup probe."""
     probe = worker_container(manifest_of_kind(manifests_in_files(), kind))["startupProbe"]
     assert probe["failureThreshold"] * probe["periodSeconds"] >= 600
 
@@ -347,7 +347,7 @@ def test_probes_and_scrapes_use_the_metrics_port_of_the_settings(
 ) -> None:
     address = worker_settings.metrics_address
     assert address is not None
-    assert not address.host  # not loopback, which no probe reaches
+    assert not address.host  # all interfaces, since no probe reaches loopback
     container = worker_container(manifest_of_kind(manifests_in_files(), kind))
     [port] = container["ports"]
     assert port["containerPort"] == address.port
@@ -502,7 +502,7 @@ def test_scale_process_listens_on_the_port_of_service_and_probes() -> None:
 
 
 def test_keda_jobs_with_strategy_default_count_running_items_too() -> None:
-    """KEDA's strategy `default` subtracts the running jobs from the number of items."""
+    """KEDA's strategy `default` subtracts running jobs, so the number must include their items."""
     spec = manifest_of_kind(manifests_in_files(), "ScaledJob")["spec"]
     [trigger] = spec["triggers"]
     assert spec["scalingStrategy"] == {"strategy": "default"}

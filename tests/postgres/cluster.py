@@ -34,8 +34,8 @@ SECONDS = 60
 SETTINGS = {
     "listen_addresses": "127.0.0.1",
     "max_connections": "200",
-    # An answered commit survives kill -9 of all processes of the cluster without a sync to disk,
-    # since the operating system has its log record. Only a failure of the machine loses it.
+    # Without a sync to disk, a commit still survives kill -9 of the whole server, because the
+    # operating system has the commit's log record. Only a crash of the machine would lose it.
     "fsync": "off",
     "synchronous_commit": "on",
     "shared_buffers": "64MB",
@@ -114,7 +114,7 @@ class Cluster:
             except subprocess.CalledProcessError as error:
                 error.add_note(self.read_log())
                 if self.port or attempt == _START_ATTEMPTS:
-                    # Only a port that was chosen just now may be in use by another process.
+                    # A retry helps only if another process took the port that was chosen above.
                     raise
             else:
                 self.port = chosen
@@ -132,7 +132,7 @@ class Cluster:
     def kill(self) -> None:
         """Kill every process of the server, as a crash does, and return once they have ended."""
         first = self.pid
-        os.kill(first, signal.SIGSTOP)  # a stopped server cannot start further processes
+        os.kill(first, signal.SIGSTOP)  # suspended, the server starts no more processes
         processes = [first, *_child_pids(first)]
         for process in processes:
             with suppress(ProcessLookupError):
@@ -142,8 +142,8 @@ class Cluster:
             if time.monotonic() > deadline:
                 pytest.fail("a killed process of PostgreSQL did not end")
             time.sleep(0.01)
-        # In a container without an init process, the killed processes stay zombies, which `pg_ctl`
-        # takes for a running server.
+        # In a container without an init process, the killed processes stay zombies. Remove the lock
+        # files, or `pg_ctl` would consider the server to be running.
         for lock in (self._data / "postmaster.pid", *self.folder.glob(".s.PGSQL.*.lock")):
             lock.unlink()
 
@@ -179,7 +179,7 @@ class Cluster:
         self._run_program("pg_ctl", action, "-w", "-t", str(SECONDS), "-s", *words)
 
     def _run_program(self, program: str, *words: str) -> None:
-        """Run a server program with a file as its output: the server would keep a pipe open."""
+        """Run a server program with its output in a file; the server would keep a pipe open."""
         with tempfile.TemporaryFile() as output:
             try:
                 subprocess.run(  # noqa: S603 - our own words
@@ -228,7 +228,7 @@ def postgres_program_folder() -> Path:
 def start_cluster(settings: dict[str, str] | None = None) -> Cluster:
     """Make and start a cluster, which the caller must remove. Raises `PostgresMissingError`."""
     postgres_program_folder()
-    # Below /tmp, since the user of the server may not enter a folder of pytest's, and the path of a
+    # Use /tmp: the user of the server may have no access to a folder of pytest, and the path of a
     # socket must be short.
     parent = Path(tempfile.mkdtemp(prefix="workpool-postgres-", dir="/tmp"))
     parent.chmod(0o711)
@@ -261,7 +261,7 @@ def _running_cluster() -> Iterator[Cluster]:
 
 @pytest.fixture(scope="session")
 def postgres() -> Iterator[Cluster]:
-    """Return the running cluster of this process; a test must not stop it."""
+    """Return the cluster that all tests of this process share; no test may stop it."""
     yield from _running_cluster()
 
 

@@ -59,7 +59,7 @@ class NodeClient(WorkCalls[NodeAnswer]):
 
 
 def make_node(url: str, middlewares: tuple[Any, ...] = ()) -> ControlPlane:
-    """Return a control plane on a database that records its history, not yet started."""
+    """Return a control plane, not yet started, that records its history in a database."""
     return ControlPlane(
         environments=(ENV,),
         tokens={TOKEN: None},

@@ -101,7 +101,7 @@ async def test_call_cancelled_while_waiting_leaves_connection_to_next_call(
             await stack.enter_async_context(pool.transaction())
         first, second = (group.create_task(pool.fetchval("SELECT 7")) for _ in range(2))
         await asyncio.sleep(0)
-        await stack.aclose()  # The first waiting call is woken, and cancelled before it runs.
+        await stack.aclose()  # Wakes the first waiting call, which is cancelled before it runs.
         first.cancel()
         assert await second == 7
 

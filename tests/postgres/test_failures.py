@@ -152,7 +152,7 @@ async def run_under_load(url: str, nodes: int = 2) -> AsyncIterator[WorkerLoad]:
             load.created, "stopped"
         )
         assert load.stopped >= set(load.created)
-        # An enqueue whose answer was lost may have created an item that nobody else knows.
+        # `created` may lack an item: an enqueue whose answer was lost may have created one.
         assert (summary.lost, summary.overlapping) == (0, 0)
         assert summary.stopped == summary.enqueued >= len(load.created) > 0
 

@@ -80,7 +80,8 @@ async def test_announcement_wakes_as_many_polls_of_each_node_as_there_are_items(
         hubs[0].announce_changes(WORK, 3)
         assert len(hubs[0]._waiting[WORK]) == 17
         await wait_until(lambda: len(there.ended) >= 3)
-        hubs[0].announce_changes(work_topic("env_2"))  # sent later, so WORK has arrived before it
+        # Notifications arrive in order: when this one has arrived, so has the one for WORK.
+        hubs[0].announce_changes(work_topic("env_2"))
         await wait_until(lambda: other.ended)
         assert (here.ended, there.ended) == ([True] * 3, [True] * 3)
         here.cancel_waits()
@@ -111,7 +112,8 @@ async def test_change_between_read_and_wait_ends_the_wait_at_once(
         assert not await here.wait_for_change(SESSION, before, 0.01)
         await wait_until(lambda: there.change_count() > far)
         assert await there.wait_for_change(WORK, far, LONG)
-        # The limit of topics dropped the change of WORK from the record: the wait must still end.
+        # These topics exceed the limit of the record, which then drops the change of WORK. The wait
+        # must still end.
         for number in range(3):
             here.announce_changes(f"session:{number}")
         assert await here.wait_for_change(WORK, before, LONG)
@@ -122,12 +124,12 @@ async def test_announcement_during_reads_lets_one_poll_per_item_read_again(
     database_url: str,
 ) -> None:
     hub = NotificationHub(database_url)
-    seen = hub.change_count()  # as twenty polls that read before the announcement
+    seen = hub.change_count()  # twenty polls read here, before the announcement
     hub.announce_changes(WORK, 3)
     ended = [await hub.wait_for_change(WORK, seen, 0.001) for _ in range(20)]
     assert ended == [True] * 3 + [False] * 17
     seen = hub.change_count()
-    hub.wake_calls(WORK)  # as a poll whose client has disconnected
+    hub.wake_calls(WORK)  # a poll with a disconnected client does this
     assert [await hub.wait_for_change(WORK, seen, 0.001) for _ in range(2)] == [True, False]
     assert not await hub.wait_for_change(WORK, hub.change_count(), 0.001)
 
@@ -157,8 +159,8 @@ async def test_calls_without_notification_read_again_after_the_fallback_time(
         )
         await wait_until(lambda: len(polls.ended) == 1)
         await wait_until(lambda: len(streams.ended) == 3)
-        # The first poll would wake the next one after finding an item; the last poll is woken by
-        # the next fallback.
+        # This call stands for the first poll, which wakes the next one when it has found an item.
+        # The last poll is woken by the next fallback.
         hubs[0].wake_calls(WORK)
         await wait_until(lambda: len(polls.ended) == 2)
         await wait_until(lambda: len(polls.ended) == 3)

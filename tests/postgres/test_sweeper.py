@@ -30,7 +30,7 @@ async def pools(database_url: str) -> AsyncIterator[tuple[ConnectionPool, Connec
 
 
 class ControlledBatch:
-    """A batch with `left` rows to change; each call waits until the test sets `go_on`."""
+    """A fake batch with `left` rows to change; each call waits until the test sets `go_on`."""
 
     def __init__(self, left: int = 0) -> None:
         self.left = left

@@ -75,7 +75,7 @@ async def test_waiting_poll_gets_item_that_other_node_creates(nodes: list[Engine
     one, other = nodes
     async with asyncio.TaskGroup() as group:
         poll = group.create_task(one.long_poll(ENV, Poll("w", 999_000), never_disconnected))
-        await asyncio.sleep(0.1)  # The poll mostly waits by now; the other order must work too.
+        await asyncio.sleep(0.1)  # The poll usually waits by now; if not, it must work too.
         (item,) = await other.enqueue(ENV)
     assert (found := poll.result()) is not None
     assert found.id == item.id
@@ -86,7 +86,7 @@ async def test_stream_gets_event_that_other_node_appends(nodes: list[Engine]) ->
     (item,) = await one.enqueue(ENV)
     async with asyncio.TaskGroup() as group:
         stream = group.create_task(one.wait_for_events(item.session_id, 0, 999.0))
-        await asyncio.sleep(0.1)  # The stream mostly waits by now; the other order must work too.
+        await asyncio.sleep(0.1)  # The stream usually waits by now; if not, it must work too.
         sent = await other.send_events(item.session_id, [MESSAGE])
     assert stream.result() == list(sent)
 
@@ -96,7 +96,7 @@ async def test_cancelled_poll_leaves_no_delivery(nodes: list[Engine]) -> None:
         await nodes[0].enqueue(ENV)
         async with asyncio.TaskGroup() as group:
             poll = group.create_task(nodes[0].long_poll(ENV, Poll("w"), never_disconnected))
-            await asyncio.sleep(0.002)  # mostly cancels the poll in the middle of its claim
+            await asyncio.sleep(0.002)  # the claim is usually in progress then
             poll.cancel()
         stats = await nodes[1].queue_stats(ENV)
         if poll.cancelled():
@@ -148,7 +148,7 @@ async def test_node_with_cached_row_of_lost_commit_does_not_overwrite_later_clai
     one, other = nodes
     (item,) = await one.enqueue(ENV)
     await one.long_poll(ENV, Poll("a"), never_disconnected)
-    # Undo the last commit, as a failover to a database that lacks it would.
+    # Undo the delivery, as a failover to a standby without the last commit would.
     postgres.execute(
         "UPDATE items SET version = 1, delivered_at = NULL, holder = NULL", database_url
     )

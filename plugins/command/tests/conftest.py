@@ -1,4 +1,4 @@
-"""Fixtures: a control plane, commands of a shell, and a view of processes in `/proc`."""
+"""Fixtures: a control plane, shell commands, and a reader of process states in `/proc`."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ class ProcessView:
         return {pid for pid in pids if self._status_fields(pid)[1] == str(os.getpid())}
 
     def open_descriptors(self) -> list[str]:
-        """Return the targets of this process's descriptors, except sockets, which close later."""
+        """Return the targets of open descriptors, without sockets, which may still be closing."""
         targets = []
         for path in Path("/proc/self/fd").iterdir():
             # The descriptor that lists the directory is closed before its link is read.
@@ -69,7 +69,7 @@ class ProcessView:
         return read_lines()
 
     async def wait_until(self, condition: Callable[[], bool]) -> None:
-        """Call `condition` until it returns true: the kernel reports no changes in `/proc`."""
+        """Call `condition` repeatedly until it returns true, because `/proc` reports no events."""
         async with asyncio.timeout(WAIT_SECONDS):
             while not condition():  # noqa: ASYNC110 - the kernel reports no event
                 await asyncio.sleep(0.01)
@@ -90,20 +90,21 @@ def shell_command() -> ShellCommand:
 
 @pytest.fixture
 def process_view() -> ProcessView:
-    """A view of processes and descriptors, in a process that has already used uvloop."""
-    # The first uvloop loop of a process opens a pipe that stays open until the process ends.
+    """A reader of the processes and descriptors in `/proc`."""
+    # The first uvloop loop of a process opens a pipe that is never closed. Open this pipe now, or a
+    # test that compares descriptors would find one more at its end.
     uvloop.new_event_loop().close()
     return ProcessView()
 
 
 @pytest.fixture
 def before_watch(monkeypatch: pytest.MonkeyPatch) -> InstallCallback:
-    """Return a function that sets a callback between the spawn and `pidfd_open`."""
+    """Return a function that sets a callback, which runs after the spawn, before `pidfd_open`."""
     pidfd_open = os.pidfd_open
 
     def install_callback(action: Callable[[int], object]) -> None:
         def call_back_and_open(pid: int, *flags: int) -> int:
-            # asyncio calls `pidfd_open` too, for the guard's process, from Python 3.12 on.
+            # Ignore calls of asyncio, which since Python 3.12 watches the guard's process so.
             if sys._getframe(1).f_globals["__name__"] == "workpool_command.process_group":
                 action(pid)
             return pidfd_open(pid, *flags)

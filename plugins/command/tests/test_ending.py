@@ -102,7 +102,7 @@ async def test_command_after_lost_lease_is_killed_with_its_children(
     [item] = kit.enqueue()
     async with kit.pool(shell_command(IGNORES_SIGTERM, tmp_path / "pids")):
         pids = await process_view.wait_for_lines(tmp_path / "pids", 2)
-        # The item is redelivered, which shows the pool that the lease is lost.
+        # The item is then delivered again, and the pool detects that its lease is lost.
         expire_lease(kit.server, item.id)
         end = await kit.wait_for(SessionFinished)
 
@@ -155,7 +155,7 @@ async def test_daemon_that_keeps_pipes_open_does_not_block_session(
     assert result.outcome == "completed"
     assert "stdout: ok" in caplog.messages
     [daemon] = await process_view.wait_for_lines(tmp_path / "pids")
-    # The plugin cannot find a process that has left the group.
+    # The daemon has left the process group, so the plugin cannot find and kill it.
     os.kill(int(daemon), signal.SIGKILL)
 
 
@@ -167,7 +167,7 @@ async def test_session_fails_if_other_code_reaped_its_command(
     os.mkfifo(fifo)
     async with kit.pool(shell_command("echo $$ >$0/pids; read x <$0/fifo", tmp_path)):
         await process_view.wait_for_lines(tmp_path / "pids")
-        # With SIG_IGN the kernel reaps all child processes of this process.
+        # If SIGCHLD is ignored, the kernel reaps every child, and the exit status is lost.
         before = signal.signal(signal.SIGCHLD, signal.SIG_IGN)
         try:
             await asyncio.to_thread(fifo.write_text, "go\n")
@@ -216,7 +216,7 @@ def test_hundred_sessions_of_all_outcomes_leave_no_process_or_descriptor(
 
     async def run_sessions(kit: Kit, count: int) -> None:
         command = shell_command(script, grace=0.3)
-        # The kinds alternate, because the pool pauses a handler whose sessions fail in succession.
+        # The kinds alternate, because the pool slows down a handler that fails repeatedly.
         enqueued = [kit.enqueue(1, {"kind": kind}) for _ in range(count) for kind in outcomes]
         items = {item.id: item for (item,) in enqueued}
         async with kit.pool(command, concurrency=25):
@@ -230,7 +230,8 @@ def test_hundred_sessions_of_all_outcomes_leave_no_process_or_descriptor(
 
     async def compare_before_and_after() -> None:
         async with Kit() as first, Kit() as kit:
-            # The first sessions open the descriptors that a loop opens only once.
+            # Run one session of each kind first: a loop opens some descriptors once and keeps them,
+            # which would look like a leak.
             await run_sessions(first, 1)
             children, descriptors = process_view.child_processes(), process_view.open_descriptors()
             await run_sessions(kit, 25)

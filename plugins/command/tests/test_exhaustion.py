@@ -69,7 +69,7 @@ async def few_descriptors(left: int) -> AsyncIterator[None]:
 async def test_session_without_free_descriptors_is_released(
     kit: Kit, shell_command: Shell, left: int
 ) -> None:
-    """The count decides which call fails: the pipes, the directory, standard input or the spawn."""
+    """The number of free descriptors decides which call fails: pipes, directory, stdin, spawn."""
     result = await kit.run_session(shell_command("echo ran"), WrappingPlugin(few_descriptors(left)))
     # The outcome for the other counts depends on the versions of Python and the kernel.
     outcomes = {0: {"released"}, 12: {"completed"}}

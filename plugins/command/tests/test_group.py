@@ -28,7 +28,7 @@ NOBODY = 65_534
 
 
 class RecordingGuard:
-    """A guard that stores the numbers of the running groups, and can refuse new groups."""
+    """A fake guard that stores the numbers of the running groups, and can refuse new groups."""
 
     def __init__(self, refusal: Exception | None = None) -> None:
         self.running: set[int] = set()
@@ -51,7 +51,7 @@ class RecordingGuard:
 def _no_process_or_descriptor_left(process_view: Any) -> Iterator[None]:
     children, descriptors = process_view.child_processes(), process_view.open_descriptors()
     yield
-    # A `Popen` without a wait warns when it is deleted, which fails the test.
+    # Deleting a `Popen` that nobody waited for causes a ResourceWarning, which fails the test.
     gc.collect()
     assert process_view.child_processes() == children
     assert process_view.open_descriptors() == descriptors
@@ -125,7 +125,7 @@ async def test_start_without_free_descriptor_raises_emfile_and_kills_group(
     with ExitStack() as stack:
 
         def exhaust_descriptors(_pid: int) -> None:
-            # The read returns when all processes of the group run.
+            # `pids` is a FIFO: the read returns once the script has written both process ids.
             pids.extend((tmp_path / "pids").read_text().split())
             stack.enter_context(no_free_descriptor())
 
@@ -184,7 +184,8 @@ async def test_start_without_permission_to_kill_group_raises_first_error(
     os.kill(pids[0], signal.SIGKILL)
     await asyncio.to_thread(os.waitpid, pids[0], 0)
 
-    # The error refers to the `Popen`, whose warning needs a free descriptor.
+    # The error keeps the `Popen` alive. Delete it now: the `Popen`'s ResourceWarning needs a free
+    # descriptor.
     del caught
     [record] = [each for each in caplog.records if each.message == "command may still run"]
     assert vars(record)["pid"] == pids[0]
@@ -229,7 +230,7 @@ async def test_command_cancelled_again_after_kill_is_reaped_when_leader_exits(
     killpg = os.killpg
 
     def cancel_at_kill(_group: int, sent: int) -> None:
-        # The leader survives this SIGKILL, like a process that is blocked in the kernel.
+        # Send no SIGKILL: the leader survives, like a process that is blocked in the kernel.
         if sent == signal.SIGKILL:
             task.cancel()
 

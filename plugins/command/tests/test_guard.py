@@ -1,4 +1,4 @@
-"""The guard process: it kills the commands of a killed worker, and may itself be killed."""
+"""The guard process: it kills the commands of a killed worker; the guard may be killed too."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def test_guard_reaped_by_other_code_does_not_fail_end_of_pool(
     async def kill_guard_during_block() -> None:
         async with asyncio.timeout(WAIT_SECONDS), running_guard({}):
             [pid] = process_view.child_processes() - children
-            # With SIG_IGN the kernel reaps all child processes of this process.
+            # If SIGCHLD is ignored, the kernel reaps every child before asyncio can.
             before = signal.signal(signal.SIGCHLD, signal.SIG_IGN)
             try:
                 os.kill(int(pid), signal.SIGKILL)

@@ -1,4 +1,4 @@
-"""Commands with the item's own token cannot read the worker's key."""
+"""A command that gets only the item's token cannot read the worker's own key."""
 
 from __future__ import annotations
 
@@ -123,7 +123,7 @@ async def test_detached_command_and_its_hold_process_cannot_read_key_of_worker(
         finished = await kit.recorder.wait_for(SessionFinished, timeout=WAIT_SECONDS)
         assert finished.outcome == "detached"
         await kit.faults.wait_for("stop", answered=True, timeout=WAIT_SECONDS)
-        # Only the guard may still be a child process.
+        # No child process may remain except the guard.
         await process_view.wait_until(lambda: len(process_view.child_processes() - before) <= 1)
     assert kit.item(item).state == "stopped"
     dump = (tmp_path / "dump").read_bytes()

@@ -1,4 +1,4 @@
-"""Errors of settings, of the start of a pool, and of the start of a command."""
+"""Errors in settings, at the start of a pool, and at the start of a command."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Commands of a `workpool run` process that is killed, and detached commands."""
+"""Commands whose `workpool run` process is killed, and detached commands."""
 
 from __future__ import annotations
 
@@ -105,7 +105,7 @@ async def test_detached_command_of_running_worker_is_reaped(
     async with kit.pool(Command(command=["true"], detach=True, root=tmp_path)):
         end = await kit.wait_for(SessionFinished, timeout=WAIT_SECONDS)
         await process_view.wait_until(lambda: item_state(kit, item) == "stopped")
-        # Only the guard process is still a child process.
+        # No child process remains except the guard.
         await process_view.wait_until(lambda: len(process_view.child_processes() - children) == 1)
 
     assert end.outcome == "detached"
@@ -120,7 +120,7 @@ async def test_detached_command_whose_hold_process_is_refused_releases_session(
     token.write_text(kit.server.token)
     command = Command(command=["true"], detach=True, root=tmp_path)
     async with kit.pool(command, token=None, token_file=token):
-        # The pool reads the file again only after a refused call, but `hold` reads it at its start.
+        # Only `hold` gets the new token: the pool reads the file again only after a refused call.
         token.write_text("revoked")
         [item] = kit.enqueue()
         end = await kit.wait_for(SessionFinished, timeout=WAIT_SECONDS)

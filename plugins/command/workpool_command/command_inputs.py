@@ -53,7 +53,7 @@ def id_variables(session: Session) -> dict[str, str]:
 
 
 def redelivery_variables(session: Session) -> dict[str, str]:
-    """Return the variable that tells whether the item may have been run before."""
+    """Return the variable that says whether the item was delivered before."""
     return {"WORKPOOL_REDELIVERED": "1" if session.redelivered else "0"}
 
 
@@ -63,7 +63,7 @@ def trace_variables(session: Session) -> dict[str, str]:
 
 
 def item_json(item: WorkItem) -> bytes:
-    """Return the item as one line of JSON, with the names of the protocol."""
+    """Return the item as one line of JSON, with the field names of the protocol."""
     return (
         json.dumps(
             {

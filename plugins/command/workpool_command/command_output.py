@@ -30,7 +30,7 @@ MAX_LINE_BYTES: Final = 2_000
 
 
 class OutputLog:
-    """Logs at most `limit` lines of a command's output, both streams together."""
+    """Logs at most `limit` lines of a command's stdout and stderr together."""
 
     def __init__(self, log: logging.LoggerAdapter[logging.Logger], limit: int) -> None:
         self._log = log
@@ -47,7 +47,7 @@ class OutputLog:
         lines = text.split(b"\n", self._left) if self._left else [text]
         for line in lines[: self._left]:
             self._log.info("%s: %s", stream, escape_line(line))
-        # The rest after the limit is not split, which would be slow for many short lines.
+        # The lines after the limit are only counted: splitting many short lines would be slow.
         self._dropped += sum(rest.count(b"\n") + 1 for rest in lines[self._left :])
         self._left = max(0, self._left - len(lines))
 
@@ -162,7 +162,7 @@ class PipeReader:
             )
 
     def _read_chunk(self) -> bytes | None:
-        """Return a chunk, empty bytes at the end of the pipe, or None if the pipe is empty."""
+        """Return a chunk, empty bytes after the last output, or None if there is no output yet."""
         try:
             return os.read(self._reader, CHUNK_BYTES)
         except BlockingIOError:
@@ -189,7 +189,7 @@ def read_output_into_log(
 
 
 def escape_line(line: bytes) -> str:
-    """Return a line as text, cut and with all control characters escaped."""
+    """Return a line as text of limited length, with all control characters escaped."""
     text = line[:MAX_LINE_BYTES].rstrip(b"\r").decode(errors="backslashreplace")
     if not text.isprintable():
         text = "".join(char if char.isprintable() else ascii(char)[1:-1] for char in text)

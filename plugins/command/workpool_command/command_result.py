@@ -1,4 +1,4 @@
-"""The result of a command: the outcome of its exit status, and its last line as metadata.
+"""The result of a command: an outcome from its exit status, and metadata from its last line.
 
 The exit statuses are those of `sysexits.h`: 0 is success, 75 (EX_TEMPFAIL) requests another try,
 and any other status is a failure.
@@ -41,7 +41,7 @@ class CommandFailed(WorkpoolError):
 
 @contextmanager
 def start_errors_as_session_errors(program: str) -> Iterator[None]:
-    """Raise the session's error for an operating system error at the start of a command.
+    """Convert an operating system error at a command's start to an error that ends the session.
 
     Raises:
         Release: The machine has no free memory, processes or descriptors.
@@ -113,7 +113,7 @@ def parse_result(program: str, line: bytes) -> dict[str, str]:
     try:
         metadata = json.loads(line)
         if isinstance(metadata, dict) and all(isinstance(each, str) for each in metadata.values()):
-            # A lone surrogate cannot be sent, and fails here.
+            # A lone surrogate cannot be sent: `encode` raises a ValueError for it.
             "".join((*metadata.keys(), *metadata.values())).encode()
             return metadata
     except (ValueError, RecursionError):

@@ -1,4 +1,4 @@
-"""Commands that outlive the worker, each under a `workpool hold` process that extends its lease.
+"""Commands that outlive the worker: a `workpool hold` process runs each and extends its lease.
 
 A handoff that fails needs no clean-up. `hold` starts the command only after its first heartbeat has
 succeeded, and that heartbeat is refused as soon as the pool holds the lease again.
@@ -58,7 +58,7 @@ class HoldProcesses:
     def __init__(self, command: DetachableCommand, settings: Settings) -> None:
         self._command = command
         self._settings = settings
-        # After the exit of its leader, nothing else refers to a group, and the weak set drops it.
+        # The set is weak, so that a group is freed once its leader has exited.
         self._groups: WeakSet[ProcessGroup] = WeakSet()
 
     def close(self) -> None:
@@ -90,7 +90,7 @@ class HoldProcesses:
             error = innermost(failure)
             if group is None or not isinstance(error, HandoverError):
                 raise error from error.__cause__
-            # The pool holds the lease again, so the heartbeat of this process would be refused.
+            # The pool owns the lease again. Heartbeats of this `hold` process would be refused.
             group.send_signal(signal.SIGKILL)
             raise Release("workpool hold was not ready in time") from error
         finally:
@@ -125,7 +125,7 @@ class HoldProcesses:
             )
 
     def _hold_variables(self) -> dict[str, str]:
-        """Return the variables with the pool's settings for `hold`, but not for the command."""
+        """Return the pool's settings as variables that `hold` reads and hides from the command."""
         settings, limit = self._settings, self._command.timeout or self._settings.session_timeout
         variables = {
             "WORKPOOL_WORKER_ID": settings.worker_id,
@@ -147,7 +147,7 @@ class HoldProcesses:
         return variables
 
     def _secret_variables(self) -> dict[str, str]:
-        """Return the variables with the worker's credentials that are not stored in files."""
+        """Return variables with those credentials of the worker that are not in files."""
         settings, variables = self._settings, dict[str, str]()
         if settings.token_file is None:
             variables["WORKPOOL_TOKEN"] = settings.read_token()

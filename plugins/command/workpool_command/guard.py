@@ -76,7 +76,7 @@ class Guard:
         self._pipe = pipe
 
     def announce_group(self, unique_entry: str) -> None:
-        """Announce a group that will be spawned; the next `add_group` has its number.
+        """Announce that a group will be spawned. The next `add_group` call has the group's number.
 
         A worker can be killed before it calls `add_group`. The guard then searches for the leader
         by this entry `NAME=value` of its environment. The search takes up to a second, because the
@@ -86,11 +86,11 @@ class Guard:
         self._write_line(b"?%s\n" % os.fsencode(unique_entry).hex().encode())
 
     def add_group(self, number: int) -> None:
-        """Register a running group, which must not outlive the worker."""
+        """Register a running group, which the guard kills if the worker is killed."""
         self._write_line(b"%d\n" % number)
 
     def remove_group(self, number: int) -> None:
-        """Remove a group that has ended, because the kernel may reuse its number."""
+        """Unregister a group that has ended, because the kernel may reuse its number."""
         self._write_line(b"%d\n" % -number)
 
     def _write_line(self, line: bytes) -> None:
@@ -98,7 +98,7 @@ class Guard:
             written = self._pipe.write(line)
         except (OSError, ValueError):
             written = None
-        # `write` returns None if the pipe is full, because the guard has read nothing for 64 KiB.
+        # `write` returns None if the pipe is full: the guard has left 64 KiB unread.
         if written is None:
             log.warning("the guard has ended: commands may outlive a worker that is killed")
 
@@ -141,7 +141,8 @@ async def _wait_for_exit(process: asyncio.subprocess.Process) -> None:
         async with asyncio.timeout(CLOSE_SECONDS):
             await process.wait()
     except TimeoutError:
-        # The process does not exist if other code has reaped it, which a uvloop loop never detects.
+        # If other code has reaped the guard, `kill` raises an error, and the `wait` of a uvloop
+        # loop never returns.
         with suppress(ProcessLookupError, TimeoutError):
             process.kill()
             async with asyncio.timeout(CLOSE_SECONDS):

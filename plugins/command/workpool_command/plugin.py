@@ -67,7 +67,7 @@ LOST_LEASE_GRACE_SECONDS: Final = 0.5
 
 @dataclass(kw_only=True, eq=False)
 class Command:
-    """Runs a command for each session, whose exit status decides the outcome.
+    """Runs a command for each session; the exit status decides the outcome of the session.
 
     The keywords are the settings of the table `[workpool.plugin.command]`.
     """
@@ -102,7 +102,7 @@ class Command:
     """The seconds without a line of output after which a session is stalled, as in `@handler`."""
 
     def __post_init__(self) -> None:
-        """Check the settings, but not the machine.
+        """Check everything about the settings that does not depend on the machine.
 
         Raises:
             TypeError: A setting has the wrong type.
@@ -119,7 +119,7 @@ class Command:
             with release_on_exhaustion():
                 return await self._run_command(session)
 
-        # `handler` writes this name into its errors about the settings.
+        # `handler` uses this name in its error messages about the settings.
         run.__qualname__ = NAME
         as_handler = handler(
             type=self.type,
@@ -140,7 +140,7 @@ class Command:
             self._threads = DaemonThreads("workpool-command", REMOVAL_THREADS)
             stack.push_async_callback(self._threads.close)
             try:
-                # The call also starts a thread, which may be impossible while sessions run.
+                # This also starts the first thread now: while sessions run, none may be free.
                 await self._threads.run(self._check_machine)
                 env = inherited_variables(("PATH", "LD_LIBRARY_PATH"))
                 self._guard = await stack.enter_async_context(running_guard(env))
@@ -179,7 +179,7 @@ class Command:
             raise PluginError(NAME, "detach: needs `workpool hold`, of workpool[cli]")
         if not hasattr(os, "pidfd_open"):
             raise PluginError(NAME, "needs Linux")
-        # Linux before 5.3 and some sandboxes refuse this call.
+        # This call raises an OSError on Linux before 5.3 and in some sandboxes.
         os.close(os.pidfd_open(os.getpid()))
 
     async def _run_command(self, session: Session) -> Mapping[str, str] | None:
@@ -210,7 +210,7 @@ class Command:
         return parse_result(program, stdout.lines.last) if self.result else None
 
     async def _wait_for_exit(self, session: Session, group: ProcessGroup) -> None:
-        """Wait for the command's exit, and end the command after a stop request or in a drain."""
+        """Wait for the command's exit; after a stop request or in a drain, end the command."""
         async with asyncio.TaskGroup() as tasks:
             interrupt = tasks.create_task(
                 self._end_on_interrupt(session, group), name="interrupted"
@@ -260,12 +260,12 @@ class Command:
 
 
 def _directory_name(session: Session) -> str:
-    # Items of another type than `session` may have no session.
+    # An item of a type other than `session` may have no session id.
     return session.id or session.item.id
 
 
 def _check_settings(plugin: Command) -> None:
-    """Raise an error for settings that work on no machine."""
+    """Raise an error for settings that are wrong on every machine."""
     _check_types(plugin)
     if not plugin.command or not plugin.command[0]:
         raise ValueError("command: names no program")

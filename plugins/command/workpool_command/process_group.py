@@ -1,4 +1,4 @@
-"""A command and its child processes as one process group, from the start to the end of all.
+"""A command and its child processes as one process group, from its start to its end.
 
 The command has a session and a process group of its own, and is spawned in one step that cannot be
 cancelled. The leader of the group is reaped last: while it is a zombie, the kernel does not reuse
@@ -80,10 +80,10 @@ class GroupRegistry(Protocol):
         """
 
     def add_group(self, number: int) -> None:
-        """Register a running group, which must not outlive the worker."""
+        """Register a running group, which the guard kills if the worker is killed."""
 
     def remove_group(self, number: int) -> None:
-        """Remove a group that has ended, because the kernel may reuse its number."""
+        """Unregister a group that has ended, because the kernel may reuse its number."""
 
 
 class ProcessGroup:
@@ -236,7 +236,7 @@ def _start_announced_group(start: CommandStart, registry: GroupRegistry) -> Proc
     try:
         return start_group(start)
     except BaseException:
-        # Otherwise the guard would search for this command at the end of the worker.
+        # Withdraw it, or the guard would search for this command after the worker's end.
         registry.announce_group("")
         raise
 
@@ -245,7 +245,7 @@ def _start_announced_group(start: CommandStart, registry: GroupRegistry) -> Proc
 async def running_group(
     start: CommandStart, registry: GroupRegistry, grace: Callable[[], float]
 ) -> AsyncIterator[ProcessGroup]:
-    """Run a command in a process group of its own, and end the group with the block.
+    """Run a command in a process group of its own, and end the group at the end of the block.
 
     Args:
         start: The command.

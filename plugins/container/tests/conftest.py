@@ -48,7 +48,7 @@ ENDLESS_SCRIPT = "trap 'echo SIGTERM received; exit 9' TERM; echo ready; sleep 1
 
 
 def pytest_itemcollected(item: pytest.Item) -> None:
-    """Mark every test that needs the container engine as a trial."""
+    """Add the marker `trial` to every test that needs the container engine."""
     if "podman" in getattr(item, "fixturenames", ()):
         item.add_marker(pytest.mark.trial)
         item.add_marker(pytest.mark.timeout(300))
@@ -63,7 +63,7 @@ def podman() -> Iterator[PodmanEngine]:
         pytest.skip(f"not installed: {', '.join(missing)}")
     if os.geteuid() != 0:
         pytest.skip("only root runs containers with limits everywhere")
-    # The path of a socket may have 107 bytes, and those of `tmp_path` can be longer.
+    # A socket's path is limited to 107 bytes, and a path in `tmp_path` can be longer.
     folder = Path(tempfile.mkdtemp(prefix="workpool-container-"))
     podman = engine(folder)
     try:
@@ -74,7 +74,7 @@ def podman() -> Iterator[PodmanEngine]:
         podman.run_command("run", "--rm", "--network=none", "--memory=64m", IMAGE, "/bin/true")
         yield podman
         if left := podman.run_command("ps", "--all", "--quiet").split():
-            # The engine may have created a container after the cancellation of its request.
+            # A container can remain: the engine may create it after its request was cancelled.
             podman.run_command("rm", "--force", *left)
     finally:
         podman.close()
@@ -164,7 +164,7 @@ class ContainerTestbed:
         return self.plane.operations.get_item(self.plane.environments[0], work_id)
 
     def request_stop(self, work_id: str) -> None:
-        """Request the stop of an item, and let the pool detect the request by a heartbeat now."""
+        """Request an item's stop. A redelivery makes the pool detect it by a heartbeat at once."""
         self.plane.operations.stop_item(self.plane.environments[0], work_id, force=False)
         delivery = json.dumps(DIALECTS["qoder"].item_json(self.stored_item(work_id))).encode()
         self.faults.add(literal(delivery), "poll", times=1)
@@ -196,7 +196,7 @@ class ContainerTestbed:
         return await self.docker_client.containers.list(all=True, filters=filters)
 
     async def poll_until(self, condition: Callable[[], Awaitable[T]]) -> T:
-        """Call `condition` until it returns a true value, because the engine reports no events."""
+        """Call `condition` repeatedly until it returns a true value, and return that value."""
         async with asyncio.timeout(WAIT_SECONDS):
             while not (found := await condition()):  # noqa: ASYNC110 - state of another process
                 await asyncio.sleep(0.05)
@@ -221,7 +221,7 @@ class ContainerTestbed:
         await self.poll_until(has_exited)
 
     async def wait_for_removal(self, work_id: str) -> None:
-        """Wait until the item has no container that was started.
+        """Wait until no container of the item remains, except ones that were never started.
 
         The engine may create a container after its request was cancelled, but never starts it.
         """

@@ -146,7 +146,7 @@ class PodmanEngine:
 
 
 class DockerEngine(PodmanEngine):
-    """The service of a Docker with its storage in `folder`. Containers outlive the service."""
+    """The service `dockerd` with its storage in `folder`. Containers outlive the service."""
 
     programs = ("docker", "dockerd", "busybox")
     end_signal = signal.SIGTERM

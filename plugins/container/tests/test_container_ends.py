@@ -104,7 +104,7 @@ async def test_container_of_lost_lease_is_removed_before_next_run_starts_another
     script = "echo ready; exec sleep 1000" if ignores_sigterm else testbed.endless_script
     async with testbed.make_pool(script, grace=600, sweep_seconds=600):
         await testbed.wait_for_output("ready")
-        # The item is redelivered, which shows the pool that the lease is lost.
+        # The item is then delivered again, and the pool detects that its lease is lost.
         expire_lease(testbed.plane, item.id)
         finished = await testbed.wait_for_session_end(item.id)
         assert finished.outcome == "lease_lost"

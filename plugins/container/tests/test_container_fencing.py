@@ -37,7 +37,7 @@ class ControlledLease:
 
 
 class SessionWorker:
-    """The part of a worker that runs a session in a container, under a lease of the test."""
+    """The part of a worker that runs a session in a container, with a lease of the test."""
 
     def __init__(
         self,
@@ -96,7 +96,7 @@ async def test_worker_without_lease_leaves_container_adopted_by_another_worker_r
         )
         await testbed.log.wait_until(lambda: any("adopted" in line for line in testbed.log.lines))
 
-        # The first worker is like one that was suspended for longer than its lease.
+        # End the lease of the first worker, as if the worker had been suspended for longer.
         stale.lease.remaining = 0.0
         first.cancel()
         await asyncio.wait({first})

@@ -98,7 +98,7 @@ class ContainerRun:
         self._grace_timeout: asyncio.Timeout | None = None
 
     async def run_to_end(self) -> dict[str, str]:
-        """Run the session to its end, and return its metadata.
+        """Run the container of the session to its end, and return metadata for the item.
 
         Raises:
             Release: The exit status is 75, the engine does not start the container, or the
@@ -129,7 +129,7 @@ class ContainerRun:
             await self._give_up_container()
             if not isinstance(error, EngineError | TransientError):
                 raise
-            # The container has not run, so another worker may start one with its own engine.
+            # No container has run. Release the item, because another engine may work.
             self._session.log.warning(
                 "container not started: %s", error, extra={"error": str(error)}
             )
@@ -156,7 +156,7 @@ class ContainerRun:
         return adopted
 
     def _check_lease(self) -> None:
-        """Raise `Release` without a lease: the next call could harm another worker's container.
+        """Raise `Release` if the lease has ended: another worker may own the container by now.
 
         A worker that was suspended for longer than its lease runs for a moment before its pool
         detects the lost lease.
@@ -175,7 +175,7 @@ class ContainerRun:
         except EngineError as error:
             if not error.is_not_found or self._options.pull == "never":
                 raise
-            # The image was removed from the engine after the start of the pool.
+            # The image was removed from the engine after the start of the pool: pull it again.
             await self._engine.pull_image(self._options.image)
             self._id = await self._engine.create_container(self._name, specification)
         await self._session.update_metadata({CONTAINER_ID_KEY: self._id})
@@ -218,7 +218,7 @@ class ContainerRun:
                     "container output interrupted: %s", error, extra={"error": str(error)}
                 )
                 await asyncio.sleep(OUTPUT_RETRY_SECONDS)
-                # The log continues with new lines only: lines may be missing, but none is repeated.
+                # Continue with new lines only: some lines may be missing, but none is logged twice.
                 tail = "0"
             else:
                 output.log_unfinished_lines()
@@ -290,8 +290,8 @@ class ContainerRun:
         )
         try:
             async with asyncio.timeout(grace + REMOVAL_SECONDS):
-                # The new name comes before the stop. Otherwise a worker could adopt the container
-                # and report the exit status of the stop as the result of the session.
+                # Rename before the stop. Otherwise a worker could adopt the container, and report
+                # the exit status that the stop causes as the result of the session.
                 if not await self._engine.rename_container(
                     self._name, self._name + GIVEN_UP_SUFFIX
                 ):

@@ -85,7 +85,7 @@ class ListedContainer:
 
     @property
     def is_given_up(self) -> bool:
-        """Whether a worker has given up this container, so that the exit status is ignored."""
+        """Whether a worker has given up this container: its exit status is then no result."""
         return self.name.endswith(GIVEN_UP_SUFFIX)
 
 
@@ -229,7 +229,7 @@ class EngineClient:
             except EngineError as error:
                 if error.is_not_found:
                     raise
-                # The wait continues: the container may still run, and the pool extends the lease.
+                # Continue to wait: the container may still run, and the pool extends the lease.
                 log.warning(
                     "container not reached: %s",
                     error,
@@ -250,7 +250,7 @@ class EngineClient:
         return int(state["ExitCode"]) if str(state["Status"]).lower() in _EXITED_STATES else None
 
     async def _wait_for_next_exit(self, container: str, patience: float) -> None:
-        """Wait for an exit that follows this call, for at most `patience` seconds.
+        """Wait for the container to exit after this call, for at most `patience` seconds.
 
         The condition is `next-exit`, because Podman uses a whole core for any other one.
         """
@@ -294,7 +294,7 @@ def _wrap_engine_errors(action: str) -> Iterator[None]:
     try:
         yield
     except aiodocker.DockerError as error:
-        # aiodocker raises errors of its own with numbers that are no HTTP status.
+        # The numbers of aiodocker's own errors are no HTTP statuses.
         answered = 100 <= error.status < 600  # noqa: PLR2004 - the statuses of HTTP
         raise EngineError(action, error.message, error.status if answered else None) from error
     except TimeoutError as error:

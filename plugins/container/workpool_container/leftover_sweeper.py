@@ -41,7 +41,7 @@ class LeftoverSweeper:
         environment_id: str,
         running_item_ids: AbstractSet[str],
     ) -> None:
-        """Create a sweeper. The containers of `running_item_ids` are kept.
+        """Create a sweeper, which keeps the containers of the items in `running_item_ids`.
 
         Args:
             engine: The engine.
@@ -70,9 +70,9 @@ class LeftoverSweeper:
         """Remove all leftover containers. The next sweep tries a failed removal again."""
         self.sweep_requested.clear()
         try:
-            # The list is read before the items: a worker writes the id of a container to the item's
-            # metadata before it starts the container. Metadata that were read earlier could
-            # name an older container, and the new container would be removed.
+            # List the containers before reading the items. A worker writes the id of a container to
+            # the item's metadata before it starts the container. Metadata that were read before the
+            # list could name an older container, and the new container would be removed.
             for listed in await self._engine.list_containers(
                 ENVIRONMENT_ID_LABEL, self._environment_id
             ):
@@ -111,7 +111,7 @@ class LeftoverSweeper:
         except ControlPlaneError as error:
             if error.status != NOT_FOUND:
                 raise
-            # The item may belong to another control plane. Each container is logged only once.
+            # Keep the container: its item may belong to another control plane. Warn only once.
             if listed.id not in self._containers_of_unknown_items:
                 self._containers_of_unknown_items.add(listed.id)
                 log.warning(

@@ -138,7 +138,7 @@ def _setting_path(location: tuple[int | str, ...]) -> str:
 
 
 def item_json(item: WorkItem) -> str:
-    """Return the content of `WORKPOOL_ITEM`: the item as JSON, with the names of the protocol.
+    """Return the content of `WORKPOOL_ITEM`: the item as JSON, with the protocol's field names.
 
     Raises:
         ItemTooLarge: The JSON text has more than `MAX_ITEM_BYTES`.
@@ -204,7 +204,7 @@ def container_specification(
             "ReadonlyRootfs": options.read_only,
             "Tmpfs": options.tmpfs,
             "Memory": int(options.memory),
-            # MemorySwap is the limit of memory and swap together: the container gets no swap.
+            # MemorySwap limits memory plus swap. With the same value, the container gets no swap.
             "MemorySwap": int(options.memory),
             "NanoCpus": round(options.cpus * 1e9),
             "PidsLimit": options.pids,

@@ -1,4 +1,4 @@
-"""The limited log of a container's output, in the log of its session."""
+"""Logs a container's output in the log of its session, up to a limit of lines."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ MAX_LINE_BYTES: Final = 2_000
 
 
 class OutputLog:
-    """Logs at most `limit` lines of one container, both streams together.
+    """Logs at most `limit` lines of one container's stdout and stderr together.
 
     `progress` is called for each chunk with a line end, also after the limit is reached.
     """

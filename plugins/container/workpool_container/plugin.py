@@ -89,7 +89,7 @@ class Container:
                 finally:
                     self._sweeper = None
                     sweeping.cancel()
-            # The last sessions may have ended after the last sweep of the loop.
+            # Sweep once more: sessions may have ended after the last sweep of the loop.
             await sweeper.sweep_once()
 
     @hookimpl

@@ -13,7 +13,7 @@ async def echo(session: Session) -> dict[str, str]:
     session.log.info("echo: %r %s", text, "redelivered" if session.redelivered else "started")
     try:
         async with asyncio.timeout(seconds):
-            # A real handler works here, and checks `session` from time to time.
+            # A real handler does its work here, and checks `session` from time to time.
             await session.interrupted()
     except TimeoutError:
         session.log.info("echo: %r done", text)

@@ -109,7 +109,7 @@ class PodAPIServer:
     async def handle_request(self, request: web.Request) -> web.Response:
         status = self._answer_status(request)
         if status == 0:
-            # The handler is cancelled when the client closes the connection.
+            # Never answer. The server cancels this handler when the client disconnects.
             await asyncio.Event().wait()
         self.answers.append(status)
         if status != 200:
@@ -162,7 +162,7 @@ async def warning_log() -> AsyncIterator[WarningLog]:
 async def api_server(
     certificates: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> AsyncIterator[PodAPIServer]:
-    """Return a running API server, with the variables and files of a worker in its pod."""
+    """A running API server, and the environment variables and files of a worker in its pod."""
     server = PodAPIServer(tmp_path)
     (tmp_path / "token").write_text(f"{server.token}\n")
     (tmp_path / "namespace").write_text(NAMESPACE)

@@ -1,4 +1,4 @@
-"""The times at which the cost writer writes: rate, order and failures, in virtual time."""
+"""The cost writer in virtual time: the rate and order of its writes, and failed writes."""
 
 from __future__ import annotations
 

@@ -65,7 +65,7 @@ async def test_sessions_of_two_pools_in_one_process_are_added_to_one_cost(
             await api_server.wait_for_cost("4")
             await first.drain(0)
             await first.wait()
-            # The plugin of the second pool writes after the end of the first pool.
+            # After the end of the first pool, the plugin of the second pool writes the cost.
             await api_server.wait_for_cost("2")
             blocked.end.set()
             await api_server.wait_for_cost("0")
@@ -138,7 +138,7 @@ async def test_api_server_with_untrusted_certificate_receives_no_token(
 async def test_silent_api_server_delays_neither_session_nor_end(
     workpool: Kit, api_server: PodAPIServer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A session or an end that waits for the answer would exceed the time limit of the test."""
+    """If the session or the end of the pool waited for an answer, the test would time out."""
     monkeypatch.setattr("workpool_kubernetes.api_server.CALL_SECONDS", 3600)
     api_server.failures = [0] * 10
     workpool.enqueue()

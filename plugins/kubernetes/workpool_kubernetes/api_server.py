@@ -36,7 +36,7 @@ class APIServerError(WorkpoolError):
 
 
 class PodClient:
-    """A client of the API server for one pod, which is used as an async context manager."""
+    """A client of the API server for one pod, used as an async context manager."""
 
     def __init__(self, pod: OwnPod) -> None:
         self._pod = pod
@@ -131,7 +131,7 @@ async def _read_beginning(content: aiohttp.StreamReader) -> bytes:
 
 
 def _status_message(body: bytes) -> str:
-    """Return the message of an answer of the kind `Status`, cut; empty if there is none."""
+    """Return the field `message` of an error's body, cut to a limit; empty if it is missing."""
     with suppress(ValueError, AttributeError):
         message = json.loads(body).get("message")
         if isinstance(message, str):

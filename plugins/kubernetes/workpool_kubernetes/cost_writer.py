@@ -22,7 +22,7 @@ MAX_BACKOFF_SECONDS: Final = 300.0
 
 
 class CostWriter:
-    """Computes the deletion cost after each request, and writes it if it has changed.
+    """Computes the deletion cost after each `request_update`, and writes it if it has changed.
 
     Args:
         cost: Computes the cost; returns None if this writer must not write now.
@@ -53,7 +53,7 @@ class CostWriter:
             self._changed.clear()
             cost = self._cost()
             if cost is None:
-                # The plugin of another pool writes the cost now, so its stored value is unknown.
+                # The plugin of another pool writes the cost now, so the stored cost is unknown.
                 self._written = None
             if cost is not None and cost != self._written:
                 await self._try_write(cost)
@@ -64,8 +64,8 @@ class CostWriter:
                         await self._changed.wait()
 
     async def _try_write(self, cost: int) -> None:
-        # The stored cost is unknown until the answer: the API server may have applied a write whose
-        # answer is lost.
+        # The stored cost is unknown until a write succeeds, because the API server may have applied
+        # a write whose answer was lost.
         self._written = None
         try:
             await self._write(cost)
@@ -83,7 +83,7 @@ class CostWriter:
             self._failures = 0
 
     def _pause_seconds(self) -> float:
-        """Return the pause after a write: it grows with each failure and is random."""
+        """Return the pause after a write: `interval`, or after failures a random, longer one."""
         if not self._failures:
             return self._interval
         ceiling = min(MAX_BACKOFF_SECONDS, self._interval * 2.0 ** min(self._failures, 16))

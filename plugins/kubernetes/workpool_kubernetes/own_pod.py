@@ -1,4 +1,4 @@
-"""The pod of this process, and the address of its API server, from variables and files."""
+"""Finds the pod of this process and its API server, from environment variables and files."""
 
 from __future__ import annotations
 

@@ -103,7 +103,7 @@ def running_sessions(supervisor: Supervisor) -> int:
 
 @contextmanager
 def _count_pool_sessions(supervisor: Supervisor, writer: CostWriter) -> Iterator[None]:
-    """Count the sessions of this pool for the deletion cost during the block."""
+    """Include the sessions of this pool in the deletion cost during the block."""
     loop = asyncio.get_running_loop()
     _UPDATE_REQUESTS[supervisor] = partial(loop.call_soon_threadsafe, writer.request_update)
     _request_update()
@@ -115,7 +115,7 @@ def _count_pool_sessions(supervisor: Supervisor, writer: CostWriter) -> Iterator
 
 
 def _request_update() -> None:
-    """Let the plugin of the first pool compute the deletion cost again."""
+    """Request an update from the plugin of the first pool, which writes for all pools."""
     for request in tuple(_UPDATE_REQUESTS.values())[:1]:
         with suppress(RuntimeError):  # raised if the event loop of the first pool is closed
             request()

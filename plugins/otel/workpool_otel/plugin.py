@@ -103,7 +103,7 @@ class Otel:
             self._spans.record_event(event)
 
     def _choose_provider(self) -> tuple[trace.TracerProvider, TracerProvider | None]:
-        """Return the tracer provider, and again as second value if plugins must shut it down."""
+        """Return the tracer provider, and again if the plugins must shut it down, else None."""
         if self.tracer_provider is not None:
             return self.tracer_provider, None
         current = trace.get_tracer_provider()
@@ -112,21 +112,21 @@ class Otel:
             return current, current
         if not isinstance(current, trace.ProxyTracerProvider):
             return current, None
-        # The detector reads the OTEL variables again, because the SDK would prefer the explicit
-        # service name to OTEL_SERVICE_NAME.
+        # The SDK prefers an explicit service name to OTEL_SERVICE_NAME. The detector reads the
+        # variables again, so that OTEL_SERVICE_NAME counts.
         resource = Resource.create({SERVICE_NAME: "workpool"}).merge(
             OTELResourceDetector().detect()
         )
         provider = TracerProvider(resource=resource, shutdown_on_exit=False)
         provider.add_span_processor(BatchSpanProcessor(OTLPSpanExporter()))
-        # Handlers create their own spans with the global provider.
+        # Make it the global provider, so that spans of handlers are exported, too.
         trace.set_tracer_provider(provider)
         _POOL_COUNTS[provider] = 1
         return provider, provider
 
 
 async def _write_run_context(session: Session, context: dict[str, str]) -> None:
-    """Write the trace context of this run to the metadata; a refusal is only logged."""
+    """Write the trace context of this run to the metadata. A refusal is only logged."""
     try:
         await session.update_metadata(
             {f"workpool.{name}": value for name, value in context.items()}

@@ -53,7 +53,7 @@ class _FinishedRequest(NamedTuple):
 
 @dataclass(slots=True)
 class _RunSpan:
-    """The span of one session run, and the requests that finished before its start."""
+    """The span of one session run, and the requests that finished before the span began."""
 
     span: Span | None = None
     attributes: dict[str, str] = field(default_factory=dict)
@@ -91,7 +91,7 @@ class SessionSpans:
             yield context
 
     def record_event(self, event: SpanEvent) -> None:
-        """Record an event of the pool in the span of its session."""
+        """Record an event of the pool in the span of the session that the event is about."""
         if isinstance(event, RequestFinished):
             self._record_request(event)
         elif isinstance(event, SessionFinished):
@@ -116,7 +116,7 @@ class SessionSpans:
         run = self._runs.get(work_id)
         if run is None:
             if event.op != "ack":
-                # The session has ended, and its last heartbeat released the item.
+                # This heartbeat released the item after the end of the session and of its span.
                 return
             run = self._runs[work_id] = _RunSpan()
         end = time.time_ns()
@@ -156,7 +156,7 @@ class SessionSpans:
         span.end()
 
     def _started_span(self, run: _RunSpan, item: WorkItem) -> Span:
-        """Return the span of a run. Start a missing span, and record its early requests."""
+        """Return the span of a run. If it has not begun, start it and add the early requests."""
         if run.span is None:
             run.attributes = {
                 span_attributes.SYSTEM: "workpool",
@@ -202,7 +202,7 @@ class SessionSpans:
 
 
 def _creator_context(item: WorkItem) -> Context:
-    """Return the trace context of the item's creator, from the metadata or else from the poll."""
+    """Return the trace context of the item's creator, from the metadata, else from the poll."""
     context = propagate.extract(dict(item.metadata))
     if not trace.get_current_span(context).get_span_context().is_valid and item.traceparent:
         context = propagate.extract({"traceparent": item.traceparent})
@@ -210,7 +210,7 @@ def _creator_context(item: WorkItem) -> Context:
 
 
 def _link_to_last_run(item: WorkItem) -> list[Link]:
-    """Return a link to the item's last run if the metadata have its trace context."""
+    """Return a link to the item's last run if the metadata have that run's trace context."""
     metadata: Mapping[str, str] = item.metadata
     names = {each: metadata[_PREFIX + each] for each in _W3C.fields if _PREFIX + each in metadata}
     last = trace.get_current_span(_W3C.extract(names)).get_span_context()

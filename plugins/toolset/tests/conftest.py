@@ -32,7 +32,7 @@ SESSION = "sess_1"
 
 
 def pytest_itemcollected(item: pytest.Item) -> None:
-    """Mark every test that needs bubblewrap, which is no Python package, as a trial."""
+    """Add the marker `trial` to every test that needs bubblewrap, which is no Python package."""
     if "sandbox" in getattr(item, "fixturenames", ()):
         item.add_marker(pytest.mark.trial)
 
@@ -128,7 +128,7 @@ async def tool_threads() -> AsyncIterator[ToolThreads]:
 async def make_agents(
     workspace_directory: Path, tool_threads: ToolThreads
 ) -> AsyncIterator[Callable[..., ToolCaller]]:
-    """Return a function that creates callers with an isolation and options of `make_agent`."""
+    """Return a function that creates callers of tools from an isolation and other options."""
     callers: list[ToolCaller] = []
 
     def make_caller(isolation: Isolation = NoIsolation(), **options: Any) -> ToolCaller:  # noqa: B008 - frozen
@@ -146,7 +146,7 @@ async def make_agents(
     params=["agent_without_sandbox", pytest.param("agent_with_sandbox", marks=pytest.mark.trial)]
 )
 def agent(request: pytest.FixtureRequest) -> ToolCaller:
-    """A caller of tools, first without and then with a sandbox."""
+    """A caller of tools. Each test runs twice: without and with a sandbox."""
     caller: ToolCaller = request.getfixturevalue(request.param)
     return caller
 

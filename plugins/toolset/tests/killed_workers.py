@@ -3,8 +3,8 @@
     python plugins/toolset/tests/killed_workers.py --kills 20 --seed 1
     python plugins/toolset/tests/killed_workers.py --sleeps 5 --seed 1
 
-`--sleeps` stops workers with SIGSTOP instead until their leases have expired, and continues them
-after the session. Each request that they then send for it counts as wrong.
+With `--sleeps`, workers are not killed: SIGSTOP suspends them until their leases have expired, and
+they continue after the session. Each request that they then send for the session counts as wrong.
 
 The program judges side effects and the control plane's events, and ignores the worker's log: each
 call is answered exactly once; each command has left at most one line, and exactly one if its own
@@ -196,7 +196,7 @@ class ScriptedRun:
         return self.item.environment_id, self.item.id
 
     async def resume_suspended_workers(self) -> list[str]:
-        """Let the suspended workers continue and end, and return their forbidden requests."""
+        """Let the suspended workers continue and end, and return requests that are forbidden."""
         before = len(self.faults.seen)
         for process in self.asleep:
             process.send_signal(signal.SIGCONT)
@@ -215,7 +215,7 @@ class ScriptedRun:
             group.create_task(self.confirm_requests(), name="person")
             while killed < kills and not self.has_ended():
                 async with self.running_worker():
-                    # The worker begins the next call after this answer.
+                    # After this answer the worker begins its next call, in which it is killed.
                     await self.wait_for_answers(self.answered_calls() + 1)
                     await asyncio.sleep(self.random.choice((0.0, 0.01, 0.02, 0.05, 0.1, 0.2)))
                 if not self.has_ended():

@@ -166,7 +166,7 @@ def test_interrupt_cancels_waiting_calls_but_not_later_ones() -> None:
     assert uses.now.is_interrupted("b")
     assert not uses.now.is_interrupted("c")
     assert [call.id for call in uses.now.runnable_calls()] == ["c"]
-    # The interrupted call is the next to be answered, but it is not executed.
+    # The interrupted call "a" is answered next, with an error and without its execution.
     assert uses.next_call == "a"
 
 

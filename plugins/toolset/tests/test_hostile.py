@@ -290,7 +290,7 @@ async def test_hostile_command_reaches_nothing_outside_sandbox(
                 await agent_with_sandbox.call_successfully("bash", restart=True)
             result = await agent_with_sandbox.call_tool("bash", command=command, timeout_ms=800)
             assert TOKEN not in output_text(result), command
-            # The result has no line of /etc/passwd or of /etc/shadow.
+            # The result contains no line of /etc/passwd or /etc/shadow.
             assert not re.search("root:[x*!$]", output_text(result)), command
         with pytest.raises(BlockingIOError):
             listener.accept()
@@ -345,7 +345,7 @@ async def test_file_tool_in_race_with_moved_links_reaches_no_file_outside(
     agent_without_sandbox: Any,
 ) -> None:
     outcomes: set[tuple[str, bool]] = set()
-    # Each tool must both succeed and fail, or the files were not replaced during the calls.
+    # Repeat until each tool has both succeeded and failed: calls then met replaced files.
     every_outcome = {(tool, error) for tool in ("read", "write", "edit") for error in (False, True)}
     rounds = 0
     while rounds < 300 or outcomes != every_outcome:

@@ -51,7 +51,7 @@ def limited_descriptors(count: int) -> Iterator[None]:
 async def test_tool_without_free_descriptors_reports_exhaustion(
     agent_without_sandbox: Any, workspace_directory: Path, left: int
 ) -> None:
-    """The count decides which call of the tool fails."""
+    """The number of free descriptors decides which step of the tool fails."""
     (workspace_directory / "a").write_text("b\n")
     calls: list[tuple[str, dict[str, Any], str]] = [
         ("read", {"file_path": "a"}, "b\n"),

@@ -180,7 +180,7 @@ async def test_confirmed_calls_run_and_denied_calls_return_errors(
     assert [error for _, error in answers] == [False, True, True, False]
     assert answers[3] == ("allowed\n", False)
     ours = [event for event in events if event["type"] == "user.tool_result"]
-    # The control plane and not the worker answers the denied calls.
+    # The worker answers two calls; the control plane answers the two denied ones.
     assert len(ours) == 2
 
 
@@ -357,7 +357,7 @@ async def test_two_workers_with_one_session_run_no_call_twice(
     [item] = workpool.enqueue(script=script)
     async with workpool.pool(make_toolset(), concurrency=1):
         await wait_for_command(tmp_path, item.session_id)
-        # The first worker does not detect that its lease has expired.
+        # The lease of the first worker expires, but the worker continues to run.
         expire_lease(workpool.server, item.id)
         async with workpool.pool(make_toolset()):
             await workpool.wait_for(SessionFinished, count=2)
@@ -420,7 +420,7 @@ async def test_call_with_unknown_result_is_answered_with_error_and_not_run(
     [call] = [e["id"] for e in workpool.server.events(item.session_id) if "name" in e]
     folder = session_directory(tmp_path, item.session_id)
     journal = await open_earlier_journal(folder)
-    # The earlier worker has crashed here.
+    # The earlier worker has begun this call, then crashed.
     await journal.begin_call(call)
     async with workpool.pool(make_toolset()):
         await workpool.wait_for(SessionFinished)
@@ -481,7 +481,7 @@ async def test_call_possibly_begun_on_another_machine_is_not_executed(
 async def test_call_begun_on_other_machine_between_runs_is_not_executed_again(
     workpool: Kit, make_toolset: Make, tmp_path: Path
 ) -> None:
-    """The session runs here, on another machine and here again, without that run in its journal."""
+    """The session runs here, elsewhere, then here again: this journal lacks the second run."""
     side = tmp_path / "side"
     ready = [tmp_path / "ready1", tmp_path / "ready2"]
     script = [

@@ -152,7 +152,7 @@ async def test_redirection_of_shell_output_does_not_affect_later_commands(
 
 async def test_commands_do_not_inherit_descriptor_of_end_marker(agent: Any) -> None:
     shown_output = await agent.call_successfully("bash", command="ls -1 /proc/self/fd")
-    # Descriptor 3 is the directory /proc/self/fd, which the command lists.
+    # `ls` itself has opened descriptor 3, which is the directory /proc/self/fd.
     assert shown_output == "0\n1\n2\n3\n"
 
 
@@ -242,7 +242,7 @@ async def test_sandbox_of_killed_worker_ends(
     async with asyncio.timeout(WAIT_SECONDS):
         assert await worker.stdout.readline() == b"up\n"
         worker.kill()
-        # The read ends when no process has the pipe open anymore.
+        # The end of the pipe shows that all processes of the shell have ended.
         assert await worker.stdout.read() == b""
         await worker.wait()
 
@@ -282,7 +282,7 @@ async def test_sandbox_enforces_limits_of_memory_files_and_processes(
 def test_sandbox_of_worker_without_root_hides_host_files(
     sandbox: Bubblewrap, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    # The other user may not be able to run the Python of the virtual environment.
+    # Use the system's Python: the other user may have no access to the virtual environment.
     monkeypatch.setattr(sys, "executable", shutil.which("python3", path=os.defpath))
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
@@ -321,7 +321,7 @@ def test_sandbox_of_root_gives_each_session_its_own_user() -> None:
 
 
 async def test_shell_gets_no_command_before_its_first_answer(tmp_path: Path) -> None:
-    """A sandbox may outlive a worker that is killed during the start of the sandbox."""
+    """If a worker is killed while a sandbox starts, the sandbox survives without a command."""
     words = ["/bin/bash", "-c", "head -n 3 > input; exit 3"]
     shell = BashShell(words, {"PATH": "/usr/bin:/bin"}, tmp_path)
     with pytest.raises(ShellEnded):

@@ -49,7 +49,7 @@ class CallJournal:
         """Write the begin record of a call. Only a call that is "new" may be executed.
 
         Returns:
-            "new", or for a call that was begun before its result, or "begun" without a result.
+            "new"; for a call that was begun before, its stored result, or "begun" if it has none.
         """
         return await self._threads.run(self._write_begin_record, call)
 
@@ -63,7 +63,7 @@ class CallJournal:
         await self._threads.run(path.unlink, missing_ok=True)
 
     def _record_path(self, call: str, kind: str) -> Path:
-        # An id is text from outside and could contain path characters, so the name is its hash.
+        # The name is a hash of the id, because the id comes from outside and could contain `/`.
         return self._directory / f"{hashlib.sha256(_id_bytes(call)).hexdigest()[:40]}.{kind}"
 
     def _make_directory(self) -> None:
@@ -74,7 +74,7 @@ class CallJournal:
         path = self._directory / "name"
         if not path.exists():
             written = self._temporary_file(secrets.token_hex(8))
-            # Another process may have created the file meanwhile.
+            # If another process has created the file meanwhile, that file is used.
             with contextlib.suppress(FileExistsError):
                 path.hardlink_to(written)
             written.unlink()
@@ -95,7 +95,7 @@ class CallJournal:
                 record.write(_id_bytes(call))
             _sync_directory(self._directory)
         except OSError:
-            # Without this removal, a call that was never executed would count as begun.
+            # Remove the record, or the call would count as begun, although it is never executed.
             path.unlink()
             raise
         return "new"

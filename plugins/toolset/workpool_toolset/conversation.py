@@ -77,7 +77,7 @@ class Conversation:
         return self.next_call() is None and (undecided or self.agent_idle)
 
     def next_call(self) -> ToolCall | None:
-        """Return the oldest call to answer now. The call stays open until `close_call`."""
+        """Return the oldest call that can be answered now. It stays open until `close_call`."""
         return next((o.call for o in self._open.values() if o.allowed or o.interrupted), None)
 
     def runnable_calls(self) -> list[ToolCall]:

@@ -47,7 +47,7 @@ LAST_LINE: Final = 1 << 62
 
 @dataclass(frozen=True, slots=True)
 class FileSizeLimits:
-    """The size limits of files for the tools, in bytes.
+    """The largest files that the tools accept, in bytes.
 
     Attributes:
         text: Text for `read` and `edit`.
@@ -107,7 +107,7 @@ def edit_file(
     replace_all: bool = False,
     sizes: FileSizeLimits,
 ) -> str:
-    """Replace the text `change[0]` of a file, which must occur once or be replaced everywhere."""
+    """Replace `change[0]` in a file by `change[1]`: the only occurrence, or all occurrences."""
     old, new = change
     if not old or old == new:
         raise ToolError("old_string must not be empty, nor equal to new_string")
@@ -130,7 +130,7 @@ def edit_file(
 
 @contextlib.contextmanager
 def _open_regular_file(spot: PathTarget, path: str) -> Iterator[tuple[BinaryIO, int]]:
-    """Open a regular file, after a check of its type: to open a device may have effects."""
+    """Open a file after a check that it is regular: opening a device may have side effects."""
     _check_regular_file(os.stat(spot.name, dir_fd=spot.directory, follow_symlinks=False), path)
     # O_NONBLOCK: a pipe that has replaced the file meanwhile would block until it has a writer.
     flags = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
@@ -177,14 +177,14 @@ def _read_lines(file: BinaryIO, path: str, view_range: tuple[int, int], limit: i
 
 
 def _selected_lines(chunk: bytes, first: int, last: int) -> bytes:
-    """Return the lines `first` to `last` of a chunk; a `first` of 0 or less is its beginning."""
+    """Return the lines `first` to `last` of a chunk, from 0. Both may lie outside of it."""
     lines = chunk.split(b"\n")
     ended = last + 1 < len(lines)
     return b"\n".join(lines[max(first, 0) : last + 1]) + (b"\n" if ended else b"")
 
 
 def _read_chunks(file: BinaryIO, path: str) -> Iterator[bytes]:
-    """Yield the chunks of a file, within the limits of bytes and time of a search."""
+    """Yield the chunks of a file; raise `ToolError` after too many bytes or too much time."""
     deadline, read = time.monotonic() + SCAN_SECONDS, 0
     while chunk := file.read(CHUNK_BYTES):
         yield chunk
@@ -213,7 +213,7 @@ def _replace_file(spot: PathTarget, path: str, content: bytes) -> None:
     with contextlib.suppress(FileNotFoundError):
         found = os.stat(spot.name, dir_fd=spot.directory, follow_symlinks=False)
         _check_regular_file(found, path)
-        # The setuid bit is dropped, because the owner may change below.
+        # Drop the setuid bit, because the owner may change below.
         mode = stat.S_IMODE(found.st_mode) & 0o777
     temporary = f".{secrets.token_hex(8)}.tmp"
     flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC

@@ -85,9 +85,10 @@ class ProcessLimits:
     file_mb: int = 4096
 
     def setup_script(self) -> str:
-        """Return shell code that enters the workspace, sets the limits and runs its arguments."""
-        # The shell enters the directory, because `bwrap` of a root worker has no permission to.
-        # The limit is -d and not -v, because programs such as node reserve much address space.
+        """Return a script that enters the workspace, sets the limits and executes its arguments."""
+        # The script enters the workspace, because `bwrap` of a root worker has no permission to.
+        # `-d` limits the data. `-v` would limit the address space, of which programs such as node
+        # reserve much more than they use.
         return (
             f"cd {HOME} && ulimit -c 0 -d {self.memory_mb * 1024} -t {self.cpu_seconds}"
             f' -u {self.processes} -f {self.file_mb * 1024} -n 4096 && exec "$@"'
@@ -109,7 +110,7 @@ class Isolation(Protocol):
         """Return the path under which the session sees its workspace."""
 
     def file_owner(self, session: str, /) -> tuple[int, int] | None:
-        """Return the user and group id of the session's files; None: those of this process."""
+        """Return the user and group id for the session's files; None for those of this process."""
 
     def command_line(self, session: str, workspace: Path, words: Sequence[str], /) -> list[str]:
         """Return the command line that runs `words` for the session."""
@@ -137,7 +138,7 @@ class NoIsolation:
         return list(words)
 
     def command_environment(self, explicit: Mapping[str, str] | None) -> dict[str, str]:
-        """Return the allowed variables, or exactly the explicit ones."""
+        """Return `explicit`, or if it is None the variables of this process that are allowed."""
         allowed = {name: os.environ[name] for name in INHERITED_VARIABLES if name in os.environ}
         return _QUIET | (allowed if explicit is None else dict(explicit))
 
@@ -165,14 +166,14 @@ class Bubblewrap:
         return HOME
 
     def file_owner(self, session: str) -> tuple[int, int] | None:
-        """Return a user and group id from a hash of the session's id, or None without root."""
+        """Return a user and group id from a hash of the session's id; None if not run as root."""
         if not self.as_root:
             return None
         user = FIRST_USER + zlib.crc32(session.encode()) % USERS
         return user, user
 
     def command_line(self, session: str, workspace: Path, words: Sequence[str]) -> list[str]:
-        """Return the command line of `bwrap`, which sets user and limits and runs `words`."""
+        """Return a command line of `bwrap` that sets the user and the limits and runs `words`."""
         owner = self.file_owner(session)
         user: list[str] = []
         rights = ["--unshare-user", "--disable-userns", "--cap-drop", "ALL"]
@@ -190,7 +191,7 @@ class Bubblewrap:
         return [*bwrap, *self._file_options(workspace), "--", *user, *limited]
 
     def command_environment(self, explicit: Mapping[str, str] | None) -> dict[str, str]:
-        """Return the allowed variables with paths of the sandbox, or exactly the explicit ones."""
+        """Return `explicit`, or if it is None the allowed variables, with paths of the sandbox."""
         if explicit is not None:
             return _QUIET | dict(explicit)
         sandbox_paths = {"PATH": SYSTEM_PATH, "HOME": HOME, "TMPDIR": _TMP}
@@ -198,7 +199,7 @@ class Bubblewrap:
         return _QUIET | kept | sandbox_paths
 
     def _memory_options(self) -> list[str]:
-        """Return the options for `/tmp` and `/dev/shm`, which have `memory_mb` together."""
+        """Return the options for `/tmp` and `/dev/shm`, which share the size `memory_mb`."""
         size = self.limits.memory_mb << 20
         if self.as_root:
             # `_memory_script` mounts this directory of `/tmp` as `/dev/shm`.
@@ -212,7 +213,7 @@ class Bubblewrap:
         ]
 
     def _memory_script(self) -> str:
-        """Return shell code that limits the number of files in memory; bubblewrap has no option."""
+        """Return a script that limits the number of files in `/tmp`, and mounts `/dev/shm`."""
         inodes = (self.limits.memory_mb << 20) // INODE_BYTES
         return (
             f"{MOUNT} -o remount,nr_inodes={inodes} {_TMP}"
@@ -240,7 +241,7 @@ class Bubblewrap:
         ]
         for name in ("/proc/keys", "/proc/key-users"):
             words += ["--ro-bind-try", "/dev/null", name]
-        # Outer directories come first, so that inner ones are mounted over them.
+        # Mount outer directories first, or they would hide the inner ones.
         for root in sorted(self.roots, key=lambda root: len(root.shown)):
             words += _parent_directory_options(root.shown)
             words += ["--bind" if root.writable else "--ro-bind", str(root.host), root.shown]
@@ -248,13 +249,13 @@ class Bubblewrap:
 
 
 def _parent_directory_options(path: str) -> list[str]:
-    """Return options that create the parents of a path as public directories."""
+    """Return options that create the parents of a path as directories that all can read."""
     parents = [str(parent) for parent in reversed(Path(path).parents) if str(parent) != "/"]
     return [word for parent in parents for word in ("--perms", "0755", "--dir", parent)]
 
 
 async def find_sandbox_problem(sandbox: Bubblewrap, folder: Path) -> str | None:
-    """Run a sandbox once, and return the text of its problem, or None if the sandbox works.
+    """Run a sandbox once, and return a description of its problem; None if the sandbox works.
 
     Args:
         sandbox: The sandbox.
@@ -287,7 +288,8 @@ async def find_sandbox_problem(sandbox: Bubblewrap, folder: Path) -> str | None:
             return "bwrap did not answer"
         finally:
             if process.returncode is None:
-                # Other code may have reaped the process, which a uvloop loop never detects.
+                # If other code has reaped the process, `kill` raises an error, and the `wait` of a
+                # uvloop loop never returns.
                 with suppress(ProcessLookupError, TimeoutError):
                     process.kill()
                     async with asyncio.timeout(REAP_SECONDS):

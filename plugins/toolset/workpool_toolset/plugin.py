@@ -229,7 +229,7 @@ class Toolset:
                     raise PluginError(NAME, f"{path}: lies in {visible}, which sessions may read")
 
     def _check_nested_roots(self) -> None:
-        """Refuse a root below a directory that sessions could replace by a link."""
+        """Raise an error for a root whose parent directory a session could replace by a link."""
         hosts = {root.host for root in self._roots}
         for inner in hosts:
             for outer in (root.host for root in self._roots if root.writable):
@@ -239,7 +239,7 @@ class Toolset:
                     )
 
     def _checked_roots(self, private: Sequence[Path]) -> Iterator[WorkspaceRoot]:
-        """Yield the further roots, and refuse a root that shows the worker's tokens or state."""
+        """Yield the roots in the settings; an error if one shows the worker's tokens or state."""
         writable_roots = [(path, True) for path in self.allowed_roots]
         for path, writable in [*writable_roots, *((path, False) for path in self.read_only_roots)]:
             host = Path(os.path.realpath(path))

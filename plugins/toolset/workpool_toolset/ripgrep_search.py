@@ -1,4 +1,4 @@
-"""The search of `grep` with ripgrep, which finds the same lines in the same files as the walker.
+"""The tool `grep` with the program ripgrep, which finds the same lines as the module `walker`.
 
 This module has the options, the translation of patterns, and the parsing of ripgrep's messages.
 """
@@ -27,7 +27,7 @@ _CHUNK: Final = 64 * 1024
 
 
 def glob_options(where: str, include: str | None) -> Iterator[str]:
-    """Yield the options with which ripgrep searches the same files as the walker.
+    """Yield the options with which ripgrep searches the same files as the module `walker`.
 
     Args:
         where: The directory that is searched, as ripgrep gets it.
@@ -99,7 +99,7 @@ class RipgrepMatches:
                 if not (dropped or self.cut or len(message) > MAX_MESSAGE_BYTES):
                     self._add_message(json.loads(message))
                 dropped = False
-            # A longer message is about a line that exceeds the limit, so it is dropped.
+            # Drop a message of this length: its line exceeds the limit.
             if len(part) > MAX_MESSAGE_BYTES:
                 part, dropped = b"", True
             if self.cut:

@@ -75,7 +75,7 @@ class SearchTools:
             raise ToolError("the pattern holds a NUL")
         with self._workspace.open_parent(path) as spot:
             mode = os.stat(spot.name, dir_fd=spot.directory, follow_symlinks=False).st_mode
-            # The search would block when it opens a pipe.
+            # Refuse a pipe, because opening it would block the search.
             if not (stat.S_ISREG(mode) or stat.S_ISDIR(mode)):
                 raise ToolError(f"{path}: neither a file nor a directory")
             is_file = stat.S_ISREG(mode)
@@ -186,7 +186,7 @@ async def _run_search_process(
         _kill_process(process)
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(REAP_SECONDS):
-                # `wait` would not return while the pipe has unread output.
+                # Not `wait`, which does not return while the pipe has unread output.
                 await process.communicate()
     return process.returncode or 0, error_text.result()[0]
 

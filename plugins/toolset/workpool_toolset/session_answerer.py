@@ -118,7 +118,7 @@ class SessionAnswerer:
         self._changed.set()
 
     def _handle_change(self) -> None:
-        """Update the idle time, end a call that was interrupted, and wake the other task."""
+        """Update the idle time, cancel a call that needs no result, and wake `_answer_calls`."""
         now = asyncio.get_running_loop().time()
         if not self._conversation.is_idle:
             self._idle_since = None
@@ -146,7 +146,7 @@ class SessionAnswerer:
                 return "idle"
 
     async def _next_call(self) -> ToolCall | None:
-        # The unread events of the history may contain the results of calls.
+        # Wait for the whole history, because its unread events may contain results of calls.
         if not self._caught_up:
             return None
         if not self._journal_named:
@@ -155,7 +155,7 @@ class SessionAnswerer:
         return self._conversation.next_call()
 
     async def _name_journal(self) -> None:
-        """Begin calls that another machine may have begun, then write the journal's name.
+        """Record calls that another machine may have begun, then write the name of the journal.
 
         The name is written last. Otherwise a crash between the two steps would make the calls of
         the other machine look like calls that were never begun.
@@ -171,7 +171,7 @@ class SessionAnswerer:
         try:
             await self._session.update_metadata({JOURNAL_KEY: name})
         except NotPermittedError:
-            # The pool has logged the error. Only the state directory has the journal's name then.
+            # Continue without the name in the metadata. The pool has logged the error.
             pass
         except TransientError as error:
             raise Release("the item cannot name its journal") from error
@@ -218,7 +218,7 @@ class SessionAnswerer:
         try:
             await self._journal.store_result(call.id, result)
         except OSError:
-            # The result is sent nevertheless. After a crash, the outcome of the call is unknown.
+            # Send the result nevertheless. A crash before that would make the outcome unknown.
             self._session.log.exception("toolset: result not kept", extra={"call_id": call.id})
 
     def _check_lease(self) -> None:
@@ -257,7 +257,7 @@ class SessionAnswerer:
             try:
                 await self._send_result(call, candidate)
             except ConflictError:
-                # An earlier request was applied, but its answer was lost.
+                # The result is already stored: the answer to an earlier request was lost.
                 return
             except RefusedError:
                 self._session.log.exception("toolset: result refused", extra={"call_id": call.id})
@@ -289,7 +289,7 @@ class SessionAnswerer:
             pause = min(pause * 2, MAX_RETRY_SECONDS)
 
     def _log_denied_call(self, call: ToolCall) -> None:
-        # An earlier run has logged the denials that the history already contains.
+        # An earlier run has logged the denials in the history.
         if self._caught_up:
             self._session.log.info(
                 "toolset: the call was denied", extra={"tool": call.name, "call_id": call.id}
@@ -298,7 +298,7 @@ class SessionAnswerer:
 
 @contextlib.contextmanager
 def journal_errors_as_release() -> Iterator[None]:
-    """Raise `Release` for a journal that cannot be written, because no call runs without one."""
+    """Convert an error of the journal to `Release`, because no call may run without a journal."""
     try:
         yield
     except OSError as error:

@@ -50,14 +50,14 @@ class ShellEnded(Exception):
 
 @dataclass(frozen=True, slots=True)
 class CommandOutput:
-    """The last part of a command's output, and its exit status, or -1 if that is unknown."""
+    """The last part of a command's output, and the command's exit status (-1 if unknown)."""
 
     text: str
     status: int
 
 
 class BashShell:
-    """A bash that the first command starts. After its end, only `restart` allows a new one.
+    """A bash process, which the first command starts. Once it ends, only `restart` allows another.
 
     Args:
         words: The command line of the shell, with its sandbox.
@@ -116,7 +116,7 @@ class BashShell:
         finally:
             started.stdin.close()
             started.output.close()
-        # After a cancelled `close`, the next call must still find the shell and wait for its end.
+        # Set this last: if `close` is cancelled, the next call must still wait for the end.
         self._started = None
 
     async def _start_shell(self) -> _StartedShell:
@@ -220,8 +220,8 @@ class _ShellOutput:
             self._reader = -1
 
     async def _wait_until_readable(self) -> None:
-        # The reader waits in the event loop each time, also if the pipe has output: a command that
-        # prints endlessly must not block the loop.
+        # Wait in the event loop even if the pipe has output. Otherwise a command that prints
+        # endlessly would block the loop.
         loop = asyncio.get_running_loop()
         self._changed.clear()
         loop.add_reader(self._reader, self._changed.set)
@@ -256,7 +256,7 @@ class _OutputTail:
 
     def add_output(self, chunk: bytes, end_marker: re.Pattern[bytes]) -> _CommandStatus | None:
         """Add output, and return the command's status when the end marker has arrived."""
-        # The marker may begin in the previous chunk.
+        # Search from before this chunk, because the marker may begin in the previous one.
         before = max(0, len(self._kept) - 128)
         self._kept += chunk
         if found := end_marker.search(self._kept, before):
@@ -282,7 +282,8 @@ async def _end_group(process: Process) -> None:
             async with asyncio.timeout(TERM_SECONDS):
                 await process.wait()
     finally:
-        # The processes of the group may outlive its leader, and this wait may be cancelled.
+        # Kill the group in any case: processes may outlive the leader, and the wait above may have
+        # been cancelled.
         _signal_group(process, signal.SIGKILL)
     with contextlib.suppress(TimeoutError):
         async with asyncio.timeout(REAP_SECONDS):
@@ -290,6 +291,7 @@ async def _end_group(process: Process) -> None:
 
 
 def _signal_group(process: Process, number: signal.Signals) -> None:
-    # The kernel does not reuse the id of a group while one of its processes exists.
+    # The kernel does not reuse the id of a group while one of its processes exists, so no other
+    # process gets the signal.
     with contextlib.suppress(ProcessLookupError, PermissionError):
         os.killpg(process.pid, number)

@@ -32,7 +32,7 @@ class ToolResult:
 
     @classmethod
     def from_value(cls, value: object, *, is_error: bool = False) -> ToolResult:
-        """Return the result of text, a block, a list of these, None, or another JSON value."""
+        """Convert a tool's value (text, block, list of them, None, other JSON) to its result."""
         values = value if isinstance(value, list) and all(map(_is_block, value)) else [value]
         blocks = [_as_block(one) for one in values if one not in (None, "")]
         return cls(blocks or [_as_text(NO_OUTPUT)], is_error)

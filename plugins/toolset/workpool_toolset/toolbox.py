@@ -103,7 +103,7 @@ async def started_threads() -> AsyncIterator[ToolThreads]:
         ]
         for threads in kinds:
             stack.push_async_callback(threads.close)
-            # A machine without free processes fails here, before it claims sessions.
+            # Start a thread: if none is free, the pool fails here, before it claims sessions.
             await threads.run(threading.current_thread)
         yield ToolThreads(*kinds)
 
@@ -150,7 +150,7 @@ class Toolbox:
         return call.name in self._custom if call.custom else call.name.lower() in self._tools
 
     async def run_call(self, call: ToolCall) -> ToolResult:
-        """Execute a call within its time limit, and return an error as its result."""
+        """Execute a call within its time limit. An error becomes the result of the call."""
         try:
             async with asyncio.timeout(self._bounds.tool_seconds):
                 if call.custom:
@@ -169,7 +169,7 @@ class Toolbox:
             _log.exception("toolset: tool failed", extra={"tool": call.name, "call_id": call.id})
             if exhausted(error) and not call.custom:
                 return ToolResult.from_error(f"{call.name}: {EXHAUSTED_TEXT}")
-            # The text of a built-in tool's error may contain paths of this machine.
+            # Hide the text of a built-in tool's error, which may contain paths of this machine.
             detail = f": {error}" if call.custom else ""
             return ToolResult.from_error(f"{call.name}: {type(error).__name__}{detail}")
 
@@ -288,7 +288,7 @@ def _number_field(fields: Fields, *names: str) -> float | None:
 
 
 def _line_range(fields: Fields) -> tuple[int, int] | None:
-    """Return the first and last line of `view_range`, or of `offset` and `limit`.
+    """Return the first and last line that `view_range`, or `offset` and `limit`, ask for.
 
     `offset` is a line, from 1, and `limit` a number of lines. An empty `view_range` is ignored. A
     first line of 0 means line 1.
@@ -317,7 +317,7 @@ def _count_field(fields: Fields, name: str) -> int | None:
 
 
 def _whole_number(value: object) -> int | None:
-    """Return a number that a model wrote, also with a fraction or in quotes, as a whole number."""
+    """Convert a number that a model wrote (3, 3.0 or "3") to an int; None if it is no number."""
     if isinstance(value, bool) or not isinstance(value, int | float | str):
         return None
     try:

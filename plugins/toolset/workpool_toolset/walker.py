@@ -37,7 +37,7 @@ _READ = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
 
 
 class DirectoryEntry(NamedTuple):
-    """One entry of a directory, whose descriptor is open until the next entry is requested.
+    """One entry of a directory. The directory is open until the next entry is requested.
 
     Attributes:
         directory: The descriptor of the directory.
@@ -136,7 +136,7 @@ class DirectoryWalk:
     def _directory_with_entries(
         self, place: SearchedDirectory, name: str, opened: int, shown: str, *, listed: bool = True
     ) -> Iterator[DirectoryEntry]:
-        """Yield a directory and the entries below it, then close its descriptor."""
+        """Yield a directory and the entries below it, then close the directory's descriptor."""
         parts = (*place.parts, name)
         try:
             yield DirectoryEntry(place.opened, name, parts, os.fstat(opened))
@@ -156,7 +156,7 @@ def open_target(roots: Sequence[tuple[str, str]], path: str) -> tuple[int, str] 
         inside = [(shown, host) for shown, host in roots if _is_below(path, shown)]
         if not inside:
             return None
-        # Roots may be nested, so the innermost one is used.
+        # Roots may be nested: use the innermost one that contains the path.
         shown, host = max(inside, key=lambda root: len(root[0]))
         found = _open_in_root(shown, host, path)
         if isinstance(found, int):
@@ -170,7 +170,7 @@ def _is_below(path: str, root: str) -> bool:
 
 
 def _open_in_root(shown: str, host: str, path: str) -> int | str:
-    """Open a path in a root, or return the path of the target if a component is a link."""
+    """Open a path in a root. If a component is a link, return the path of its target instead."""
     parts = [part for part in path[len(shown) :].split("/") if part]
     opened, here = os.open(host, _PASSED), shown
     try:
@@ -235,7 +235,7 @@ def path_matches(parts: Sequence[str], patterns: list[str]) -> bool:
 
 
 def _with_empty_wildcards(reached: set[int], patterns: list[str]) -> set[int]:
-    """Return these positions and those after each `**`, which may match no component."""
+    """Add the position after each `**` that was reached, because `**` may match nothing."""
     for place in range(len(patterns)):
         if place in reached and patterns[place] == "**":
             reached = reached | {place + 1}
@@ -296,7 +296,7 @@ def grep_lines(
 
 
 def matching_lines(entry: DirectoryEntry, wanted: re.Pattern[str]) -> list[tuple[int, str]]:
-    """Return the matching lines of a file with their numbers. A file with a NUL has none."""
+    """Return the matching lines of a file with their numbers. Binary files have none."""
     found, size = list[tuple[int, str]](), 0
     for number, piece, whole in file_lines(entry):
         if b"\0" in piece:
@@ -316,7 +316,7 @@ def line_text(line: bytes) -> str:
 
 
 def file_lines(entry: DirectoryEntry) -> Iterator[tuple[int, bytes, bool]]:
-    """Yield the number and the bytes of each line of a regular file, and whether it is complete."""
+    """Yield the number and the bytes of each line of a regular file, and whether it is whole."""
     try:
         file = os.fdopen(os.open(entry.name, _READ, dir_fd=entry.directory), "rb")
     except OSError:

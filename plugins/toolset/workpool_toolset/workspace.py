@@ -77,7 +77,7 @@ class PathTarget:
     root: WorkspaceRoot
 
     def set_entry_owner(self, name: str) -> None:
-        """Set the owner of a new entry of the directory to that of the root."""
+        """Give a new entry of the directory the owner that the root has, if it has one."""
         if self.root.owner:
             os.chown(name, *self.root.owner, dir_fd=self.directory, follow_symlinks=False)
 
@@ -152,7 +152,7 @@ class Workspace:
         inside = [(root, parts) for root, parts in found if parts is not None]
         if not inside:
             raise ToolError(f"{path}: outside the session's working directory")
-        # Roots may be nested, so the innermost one is used.
+        # Roots may be nested: use the innermost one that contains the path.
         return min(inside, key=lambda pair: len(pair[1]))
 
 
