@@ -32,7 +32,7 @@ LEASE_SECONDS = 60
 
 @dataclass(frozen=True)
 class BenchmarkEntry:
-    """A contender (a program that benchmarks compare with others), and the package that it needs.
+    """A program that benchmarks compare with others, and the package that it needs.
 
     Attributes:
         package: The package that must be installed (`pip install -e '.[bench]'`).

@@ -1,4 +1,4 @@
-"""Contests: a contender runs items in one process, from a control plane in another process.
+"""Contests: a contender in one process runs items of a control plane in another process.
 
 A contender runs alone in a new process, against the same control plane as the others. It reports
 claims, starts and stops to its `ContenderMeter`. All benchmarks of this folder use this module. A
@@ -128,7 +128,7 @@ class ContestResult:
 
 @dataclass(frozen=True)
 class WatchedUsage:
-    """What a contender used in a period; `memory` has the bytes that only its process uses."""
+    """The use of resources by a contender in a period; `memory` has private bytes only."""
 
     cpu_seconds: float
     wall_seconds: float

@@ -83,7 +83,7 @@ async def _enqueue_jobs(url: str, number: int) -> None:
 
 
 def _wait_until_jobs_finished(url: str) -> None:
-    """Wait until the database marks all jobs as finished; each counts its stop before that."""
+    """Wait until the database marks all jobs as finished; a job counts its stop before that."""
     until = time.monotonic() + LIMIT_SECONDS
     with psycopg.connect(url, autocommit=True) as connection:
         while time.monotonic() < until:

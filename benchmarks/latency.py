@@ -61,7 +61,7 @@ def measure_waits(
 
 
 def format_report(waits: dict[tuple[str, str], list[float]]) -> str:
-    """Return the table; its ratios compare contenders with the first one with the same gaps."""
+    """Return the table; ratios compare a contender with the first contender of the same gaps."""
     base: dict[str, tuple[float, float]] = {}
     rows = []
     for (gaps, name), seconds in waits.items():

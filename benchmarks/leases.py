@@ -98,7 +98,7 @@ ENTRIES = (
 def measure_held_leases(
     entry: BenchmarkEntry, leases: int, seconds: float, settle: float
 ) -> WatchedUsage:
-    """Measure a contender while it holds leases of a control plane that serves only it."""
+    """Measure a contender while it holds the leases, with a control plane of its own."""
     with serve_control_plane() as plane:
         uvloop.run(enqueue_items(plane, leases))
         contest = Contest(entry.run, plane, 0, leases, watch=seconds, settle=settle)

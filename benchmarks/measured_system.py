@@ -74,7 +74,7 @@ class ResourceUse:
     """The CPU seconds of each process and the wall clock time, in total or for a period.
 
     Attributes:
-        machine: The CPU seconds used by all programs of this machine, and the used and idle ones.
+        machine: The CPU seconds used by all programs of this machine, and the total with idle ones.
     """
 
     wall: float
@@ -190,7 +190,7 @@ def measure_run(system: MeasuredSystem, items: int, warm_up: int, workers: int) 
 
 
 def measure_at_queue_depth(system: MeasuredSystem, items: int, warm_up: int) -> MeasuredRun:
-    """Measure items while new ones keep the queue as long as it is, with a worker per server."""
+    """Measure items while the queue keeps its length, with one worker for each server."""
     assert system.plane is not None
     with WorkerTeam(system, len(system.servers)) as team:
         return asyncio.run(_measure_at_queue_depth(team, system.plane, items, warm_up))
@@ -249,7 +249,7 @@ def serve_store(
 
 
 def machine_seconds() -> tuple[float, float]:
-    """Return this machine's used CPU seconds since its start, and the used and idle ones."""
+    """Return the CPU seconds of this machine since its start: used, and in total with idle."""
     first = (_PROC / "stat").read_text().partition("\n")[0]
     user, nice, system, idle, waiting, *others = map(int, first.split()[1:9])
     used = user + nice + system + sum(others)

@@ -1,4 +1,4 @@
-"""The cost of each part and setting of the pool: the pool without the part, or with the setting.
+"""The cost of each part and setting of the pool, by runs without the part or with the setting.
 
     python benchmarks/part_costs.py [--items N] [--rounds N] [--only NAME …]
 

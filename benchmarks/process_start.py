@@ -1,4 +1,4 @@
-"""The start time of `workpool --help` and the import of workpool, and of `import aiohttp`.
+"""The time that `workpool --help` and `import workpool` take, compared with `import aiohttp`.
 
     python benchmarks/process_start.py [--runs N]
 

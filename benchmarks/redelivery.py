@@ -49,7 +49,7 @@ class CallCosts(NamedTuple):
 
 
 def fill_queue(case: QueueCase, now: list[float]) -> Operations:
-    """Return a queue whose delivered items a poll with the default window delivers again."""
+    """Return a queue with delivered items that a poll with the default window delivers again."""
     operations = Operations([ENVIRONMENT], now=lambda: now[0], history_limit=0)
     for _ in range(0, case.items, BATCH):
         operations.enqueue(ENVIRONMENT, count=BATCH)

@@ -58,7 +58,7 @@ class ResourceSample(NamedTuple):
 
 def take_sample(sessions: int) -> ResourceSample:
     """Return the resources that this process uses now."""
-    for _ in range(3):  # after a finalizer, another collection may find more
+    for _ in range(3):  # finalizers may make further objects collectable
         gc.collect()
     return ResourceSample(
         sessions,

@@ -41,7 +41,7 @@ BUSY = 0.85
 
 @dataclass(frozen=True)
 class ScaleBenchmark:
-    """What every part needs: command line options, the stores, and a database server or None."""
+    """The inputs of each part of the benchmark: options, stores and a database server or None."""
 
     options: argparse.Namespace
     stores: Sequence[ServedStore]
@@ -108,7 +108,7 @@ def format_streams_report(bench: ScaleBenchmark) -> str:
 def format_held_sessions_report(
     bench: ScaleBenchmark, numbers: Sequence[int], *, streams: bool
 ) -> str:
-    """Return the table of held sessions; its memory is the part above that of one session."""
+    """Return the table of held sessions. Its memory is that beyond a process with one session."""
     rows = []
     for store in bench.stores:
         alone = hold_sessions_of_store(bench, store, 1, streams=streams)

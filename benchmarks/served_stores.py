@@ -40,7 +40,7 @@ class ServedStore:
     def open_store(
         self, contender: Contender, backlog: Backlog, server: Cluster | None
     ) -> Iterator[MeasuredSystem]:
-        """Start control planes on a new store with a backlog; `server` gets the new database."""
+        """Start control planes on a new store with a backlog. A database is created on `server`."""
         with ExitStack() as stack:
             if self.on_database:
                 assert server is not None

@@ -124,7 +124,7 @@ async def test_announcement_during_reads_lets_one_poll_per_item_read_again(
     database_url: str,
 ) -> None:
     hub = NotificationHub(database_url)
-    seen = hub.change_count()  # twenty polls read here, before the announcement
+    seen = hub.change_count()  # twenty polls read the table here, before the announcement
     hub.announce_changes(WORK, 3)
     ended = [await hub.wait_for_change(WORK, seen, 0.001) for _ in range(20)]
     assert ended == [True] * 3 + [False] * 17

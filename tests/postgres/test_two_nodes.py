@@ -75,7 +75,7 @@ async def test_waiting_poll_gets_item_that_other_node_creates(nodes: list[Engine
     one, other = nodes
     async with asyncio.TaskGroup() as group:
         poll = group.create_task(one.long_poll(ENV, Poll("w", 999_000), never_disconnected))
-        await asyncio.sleep(0.1)  # The poll usually waits by now; if not, it must work too.
+        await asyncio.sleep(0.1)  # Usually the poll waits by now; an early item must reach it too.
         (item,) = await other.enqueue(ENV)
     assert (found := poll.result()) is not None
     assert found.id == item.id
@@ -86,7 +86,7 @@ async def test_stream_gets_event_that_other_node_appends(nodes: list[Engine]) ->
     (item,) = await one.enqueue(ENV)
     async with asyncio.TaskGroup() as group:
         stream = group.create_task(one.wait_for_events(item.session_id, 0, 999.0))
-        await asyncio.sleep(0.1)  # The stream usually waits by now; if not, it must work too.
+        await asyncio.sleep(0.1)  # Usually the stream waits by now; an early event must arrive too.
         sent = await other.send_events(item.session_id, [MESSAGE])
     assert stream.result() == list(sent)
 

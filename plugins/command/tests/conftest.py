@@ -104,7 +104,7 @@ def before_watch(monkeypatch: pytest.MonkeyPatch) -> InstallCallback:
 
     def install_callback(action: Callable[[int], object]) -> None:
         def call_back_and_open(pid: int, *flags: int) -> int:
-            # Ignore calls of asyncio, which since Python 3.12 watches the guard's process so.
+            # Ignore calls of asyncio, which also opens a pidfd for the guard since Python 3.12.
             if sys._getframe(1).f_globals["__name__"] == "workpool_command.process_group":
                 action(pid)
             return pidfd_open(pid, *flags)

@@ -140,7 +140,7 @@ class Command:
             self._threads = DaemonThreads("workpool-command", REMOVAL_THREADS)
             stack.push_async_callback(self._threads.close)
             try:
-                # This also starts the first thread now: while sessions run, none may be free.
+                # This also starts a thread now: while sessions run, the machine may have none left.
                 await self._threads.run(self._check_machine)
                 env = inherited_variables(("PATH", "LD_LIBRARY_PATH"))
                 self._guard = await stack.enter_async_context(running_guard(env))

@@ -164,7 +164,7 @@ class ContainerTestbed:
         return self.plane.operations.get_item(self.plane.environments[0], work_id)
 
     def request_stop(self, work_id: str) -> None:
-        """Request an item's stop. A redelivery makes the pool detect it by a heartbeat at once."""
+        """Request an item's stop, and deliver the item again: the pool sends a heartbeat now."""
         self.plane.operations.stop_item(self.plane.environments[0], work_id, force=False)
         delivery = json.dumps(DIALECTS["qoder"].item_json(self.stored_item(work_id))).encode()
         self.faults.add(literal(delivery), "poll", times=1)

@@ -96,7 +96,7 @@ async def test_worker_without_lease_leaves_container_adopted_by_another_worker_r
         )
         await testbed.log.wait_until(lambda: any("adopted" in line for line in testbed.log.lines))
 
-        # End the lease of the first worker, as if the worker had been suspended for longer.
+        # End the first worker's lease, as if that worker had been suspended for too long.
         stale.lease.remaining = 0.0
         first.cancel()
         await asyncio.wait({first})

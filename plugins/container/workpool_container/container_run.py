@@ -129,7 +129,7 @@ class ContainerRun:
             await self._give_up_container()
             if not isinstance(error, EngineError | TransientError):
                 raise
-            # No container has run. Release the item, because another engine may work.
+            # No container has run. Release the item: a worker with another engine may succeed.
             self._session.log.warning(
                 "container not started: %s", error, extra={"error": str(error)}
             )

@@ -103,7 +103,7 @@ class Otel:
             self._spans.record_event(event)
 
     def _choose_provider(self) -> tuple[trace.TracerProvider, TracerProvider | None]:
-        """Return the tracer provider, and again if the plugins must shut it down, else None."""
+        """Return the provider to use, and the one to shut down at the end (the same or None)."""
         if self.tracer_provider is not None:
             return self.tracer_provider, None
         current = trace.get_tracer_provider()

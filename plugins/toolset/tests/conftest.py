@@ -128,7 +128,7 @@ async def tool_threads() -> AsyncIterator[ToolThreads]:
 async def make_agents(
     workspace_directory: Path, tool_threads: ToolThreads
 ) -> AsyncIterator[Callable[..., ToolCaller]]:
-    """Return a function that creates callers of tools from an isolation and other options."""
+    """Return a function that creates a `ToolCaller` with an isolation and further options."""
     callers: list[ToolCaller] = []
 
     def make_caller(isolation: Isolation = NoIsolation(), **options: Any) -> ToolCaller:  # noqa: B008 - frozen

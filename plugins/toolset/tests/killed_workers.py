@@ -196,7 +196,7 @@ class ScriptedRun:
         return self.item.environment_id, self.item.id
 
     async def resume_suspended_workers(self) -> list[str]:
-        """Let the suspended workers continue and end, and return requests that are forbidden."""
+        """Let the suspended workers continue and end; describe their forbidden requests."""
         before = len(self.faults.seen)
         for process in self.asleep:
             process.send_signal(signal.SIGCONT)

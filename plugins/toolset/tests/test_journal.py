@@ -1,4 +1,4 @@
-"""The journal of tool calls, opened a second time as by a worker after a crash."""
+"""The journal of tool calls, reopened as a worker does after a crash."""
 
 from __future__ import annotations
 

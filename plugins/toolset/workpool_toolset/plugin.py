@@ -239,7 +239,7 @@ class Toolset:
                     )
 
     def _checked_roots(self, private: Sequence[Path]) -> Iterator[WorkspaceRoot]:
-        """Yield the roots in the settings; an error if one shows the worker's tokens or state."""
+        """Yield the roots of the settings; raise an error for one that shows tokens or state."""
         writable_roots = [(path, True) for path in self.allowed_roots]
         for path, writable in [*writable_roots, *((path, False) for path in self.read_only_roots)]:
             host = Path(os.path.realpath(path))

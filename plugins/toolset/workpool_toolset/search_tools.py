@@ -186,7 +186,7 @@ async def _run_search_process(
         _kill_process(process)
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(REAP_SECONDS):
-                # Not `wait`, which does not return while the pipe has unread output.
+                # Do not call `wait`: it does not return while the pipe has unread output.
                 await process.communicate()
     return process.returncode or 0, error_text.result()[0]
 

@@ -155,7 +155,7 @@ class SessionAnswerer:
         return self._conversation.next_call()
 
     async def _name_journal(self) -> None:
-        """Record calls that another machine may have begun, then write the name of the journal.
+        """Mark calls as begun if another machine may have begun them, then name the journal.
 
         The name is written last. Otherwise a crash between the two steps would make the calls of
         the other machine look like calls that were never begun.

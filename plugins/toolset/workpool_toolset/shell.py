@@ -116,7 +116,7 @@ class BashShell:
         finally:
             started.stdin.close()
             started.output.close()
-        # Set this last: if `close` is cancelled, the next call must still wait for the end.
+        # Set this last: after a cancelled `close`, the next call must wait for the shell's end.
         self._started = None
 
     async def _start_shell(self) -> _StartedShell:

@@ -316,7 +316,7 @@ def line_text(line: bytes) -> str:
 
 
 def file_lines(entry: DirectoryEntry) -> Iterator[tuple[int, bytes, bool]]:
-    """Yield the number and the bytes of each line of a regular file, and whether it is whole."""
+    """Yield for each line of a regular file its number, its bytes and whether they are all."""
     try:
         file = os.fdopen(os.open(entry.name, _READ, dir_fd=entry.directory), "rb")
     except OSError:

@@ -77,7 +77,7 @@ class PathTarget:
     root: WorkspaceRoot
 
     def set_entry_owner(self, name: str) -> None:
-        """Give a new entry of the directory the owner that the root has, if it has one."""
+        """Give a new entry of the directory the same owner as the root, if the root has one."""
         if self.root.owner:
             os.chown(name, *self.root.owner, dir_fd=self.directory, follow_symlinks=False)
 
