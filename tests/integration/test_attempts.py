@@ -112,7 +112,7 @@ class ItemRuns:
 
     @asynccontextmanager
     async def draining_pool(self, plugin: object, **settings: Any) -> AsyncIterator[None]:
-        """Run the `async with` block while a pool drains, whose session of the item still runs."""
+        """Run the `async with` block while a pool drains and the session of the item still runs."""
         async with self.make_pool(plugin, **settings) as supervisor, asyncio.TaskGroup() as group:
             await self.recorder.wait_for(SessionStarted)
             group.create_task(supervisor.drain(timeout=None))

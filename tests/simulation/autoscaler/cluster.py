@@ -164,7 +164,7 @@ class SimulatedCluster:
             self._reconcile()
 
     def evict_pod(self, pod: Pod) -> None:
-        """Delete a pod as its node, which ends in two minutes, evicts it."""
+        """Evict a pod whose node ends in two minutes."""
         self._delete_pod(pod, "eviction", min(NOTICE_SECONDS, self._schedule.settings.grace))
 
     async def write_deletion_cost(self, pod: Pod, cost: int) -> None:

@@ -266,10 +266,10 @@ class FleetWorld(SimulatedWorld):
         return sum(run.node is process and run.ended == FOREVER for run in self.trace.runs)
 
     def busy_seconds(self, process: PoolProcess) -> float:
-        """Return the seconds since a process has run at least one session; 0 if it runs none."""
+        """Return for how many seconds a process has been running sessions; 0 if it runs none."""
         runs = [run for run in self.trace.runs if run.node is process and run.ended == FOREVER]
         return self.loop.now - min((run.started for run in runs), default=self.loop.now)
 
     def idle_seconds(self, process: PoolProcess) -> float:
-        """Return the seconds for which all slots of a process were empty; 0 if one is in use."""
+        """Return for how many seconds a process has had no item in a slot; 0 if it has one."""
         return self._supervisors[process].status().idle_seconds
