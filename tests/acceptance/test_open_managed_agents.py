@@ -62,6 +62,9 @@ async def test_check_list_and_drain_work_with_open_managed_agents(
         "WORKPOOL_ENVIRONMENT_ID": control_plane.environment_id,
         "WORKPOOL_TOKEN": "any",
         "WORKPOOL_METRICS_LISTEN": "127.0.0.1:0",
+        # Of two polls at once, this control plane can give both the same item, and the later one
+        # writes the item's data back as it had read them: metadata written in between are lost.
+        "WORKPOOL_POLLERS": "1",
     }
 
     async def listed_states() -> dict[str, dict[str, Any]]:
