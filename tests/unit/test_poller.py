@@ -37,7 +37,7 @@ REFUSED = RefusedError("poll", 401, "no")
 
 
 class ScriptedClient:
-    """A client whose polls return or raise `answers` in order, and then wait for ever."""
+    """A client whose polls return or raise `answers` in order, and then wait forever."""
 
     def __init__(self, *answers: object) -> None:
         self.answers = list(answers)
