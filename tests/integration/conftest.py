@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 import orjson
 import pytest
 
+from tests.integration.shared_handlers import StubbornHandler
 from workpool import handler
 from workpool.events import SessionFinished
 from workpool.handlers import rule_of
@@ -17,7 +18,7 @@ from workpool.server.http.server_dialects import DIALECTS
 from workpool.testing import literal
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator, Awaitable, Callable
+    from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 
     from workpool import Supervisor
     from workpool.server import ControlPlane, Item
@@ -143,3 +144,11 @@ def short_mark_retries(monkeypatch: pytest.MonkeyPatch) -> None:
 def fast_heartbeats(monkeypatch: pytest.MonkeyPatch) -> None:
     """Renew leases ten times a second instead of every third of their TTL."""
     monkeypatch.setattr(lease, "RENEW_PART", 600)
+
+
+@pytest.fixture
+def stubborn_handler() -> Iterator[StubbornHandler]:
+    """Return a stubborn handler that ends after the test: it would prevent the end of the loop."""
+    stubborn = StubbornHandler()
+    yield stubborn
+    stubborn.may_end.set()

@@ -1,8 +1,9 @@
-"""Handlers that several tests share: one returns at once, one waits until the test opens it."""
+"""Handlers that several tests share: for instance one that waits until the test lets it end."""
 
 from __future__ import annotations
 
 import asyncio
+from contextlib import suppress
 
 from workpool import Session, handler
 
@@ -23,3 +24,16 @@ class GatedHandler:
     async def wait_until_open(self, session: Session) -> None:
         await self.may_end.wait()
         self.interrupted.append(session.draining or session.stopping)
+
+
+class StubbornHandler:
+    """A handler that ignores its cancellation until `may_end` is set."""
+
+    def __init__(self) -> None:
+        self.may_end = asyncio.Event()
+
+    @handler
+    async def ignore_cancellation(self, _: Session) -> None:
+        while not self.may_end.is_set():
+            with suppress(asyncio.CancelledError):
+                await self.may_end.wait()

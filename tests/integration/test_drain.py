@@ -26,6 +26,7 @@ from workpool.testing import Hold, lost, status
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator
 
+    from tests.integration.shared_handlers import StubbornHandler
     from workpool.server import ControlPlane
     from workpool.testing import Faults, Recorder
 
@@ -267,21 +268,15 @@ async def test_hanging_ack_does_not_delay_drain(
 
 
 async def test_handler_that_ignores_cancellation_is_abandoned_by_drain(
-    control_plane: ControlPlane, make_pool: Any, recorder: Recorder, monkeypatch: pytest.MonkeyPatch
+    control_plane: ControlPlane,
+    make_pool: Any,
+    recorder: Recorder,
+    monkeypatch: pytest.MonkeyPatch,
+    stubborn_handler: StubbornHandler,
 ) -> None:
     monkeypatch.setattr("workpool.pool.drain.AFTER_DEADLINE_SECONDS", 0.1)
-    may_end = asyncio.Event()
-
-    @handler
-    async def handler_ignoring_cancellation(_: Session) -> None:
-        while not may_end.is_set():
-            try:
-                await may_end.wait()
-            except asyncio.CancelledError:
-                continue
-
     control_plane.enqueue()
-    async with make_pool(handler_ignoring_cancellation) as supervisor:
+    async with make_pool(stubborn_handler) as supervisor:
         await recorder.wait_for(SessionStarted)
         async with asyncio.timeout(20):
             await supervisor.drain(timeout=0)
@@ -290,7 +285,7 @@ async def test_handler_that_ignores_cancellation_is_abandoned_by_drain(
     assert recorder.of(SessionFinished)[0].outcome == "released"
     left = asyncio.all_tasks() - {asyncio.current_task()}
     assert left
-    may_end.set()
+    stubborn_handler.may_end.set()
     await asyncio.wait(left, timeout=20)
 
 

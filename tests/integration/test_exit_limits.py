@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 from tests.integration.shared_handlers import GatedHandler, return_at_once
-from workpool import Session, handler
 from workpool.events import (
     DrainFinished,
     DrainStarted,
@@ -24,6 +23,7 @@ from workpool.testing import Hold, in_virtual_time, status
 from workpool.wire.protocol import HEALTHCHECK
 
 if TYPE_CHECKING:
+    from tests.integration.shared_handlers import StubbornHandler
     from workpool import Supervisor
     from workpool.server import ControlPlane
     from workpool.testing import Faults, Kit, Recorder
@@ -187,24 +187,18 @@ async def test_item_delivered_after_exit_limit_is_not_claimed(
 
 
 async def test_pool_whose_last_handler_is_stuck_ends_after_exit_limit(
-    control_plane: ControlPlane, make_pool: Any, recorder: Recorder, monkeypatch: pytest.MonkeyPatch
+    control_plane: ControlPlane,
+    make_pool: Any,
+    recorder: Recorder,
+    monkeypatch: pytest.MonkeyPatch,
+    stubborn_handler: StubbornHandler,
 ) -> None:
     monkeypatch.setattr("workpool.pool.handler_executor.REPEAT_SECONDS", 0.05)
-    may_end = asyncio.Event()
-
-    @handler
-    async def stubborn_handler(_: Session) -> None:
-        while not may_end.is_set():
-            try:
-                await may_end.wait()
-            except asyncio.CancelledError:
-                continue
-
     (item,) = control_plane.enqueue()
     limits = {"exit_after_sessions": 1, "session_timeout": 0.05}
     async with make_pool(stubborn_handler, **limits) as supervisor:
         await wait_for_pool_end(supervisor)
-    may_end.set()
+    stubborn_handler.may_end.set()
     assert supervisor.abandoned == 1
     assert recorder.of(DrainFinished)[0].result == "killed"
     assert (

@@ -371,28 +371,24 @@ async def test_retry_after_is_obeyed_for_at_most_half_of_remaining_time(
         assert two.clock() == pytest.approx(begun_at + 10)
 
 
-@in_virtual_time
-async def test_lease_lost_between_two_attempts_ends_call_at_once(
-    testbed: type[LeaseTestbed],
+@pytest.mark.parametrize(
+    "fault",
+    [Fault(answer=503, applied=False, retry_after=20), SILENCE],
+    ids=["between two attempts", "during an attempt"],
+)
+def test_lease_lost_during_call_ends_call_at_once(
+    testbed: type[LeaseTestbed], fault: Fault
 ) -> None:
-    one = testbed(update=[Fault(answer=503, applied=False, retry_after=20)])
-    async with renewed_item(one) as item:
-        one.loop.call_later(1, report_lost_lease, one, item)
-        with pytest.raises(LeaseLost):
-            await send_update(one, item)
-        assert one.clock() == pytest.approx(1)
+    @in_virtual_time
+    async def check_end_of_call() -> None:
+        one = testbed(update=[fault])
+        async with renewed_item(one) as item:
+            one.loop.call_later(1, report_lost_lease, one, item)
+            with pytest.raises(LeaseLost):
+                await send_update(one, item)
+            assert one.clock() == pytest.approx(1)
 
-
-@in_virtual_time
-async def test_call_in_progress_is_cancelled_when_lease_is_lost(
-    testbed: type[LeaseTestbed],
-) -> None:
-    one = testbed(update=[SILENCE])
-    async with renewed_item(one) as item:
-        one.loop.call_later(1, report_lost_lease, one, item)
-        with pytest.raises(LeaseLost):
-            await send_update(one, item)
-        assert one.clock() == pytest.approx(1)
+    check_end_of_call()
 
 
 @in_virtual_time
