@@ -428,7 +428,7 @@ async def test_documented_routing_sends_items_to_their_handlers(tmp_path: Path) 
         for more, by in [
             ({}, "report"),
             ({"size": "huge"}, "huge_report"),
-            ({"weight": "101"}, "carry"),
+            ({"weight": "101"}, "move_heavy"),
         ]:
             assert (await metadata_of_finished_item({"job": "report", **more}))["by"] == by
 
