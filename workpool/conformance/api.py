@@ -68,7 +68,7 @@ class Answer:
 
     @property
     def refused(self) -> bool:
-        """Whether this key may not make this call, or the control plane does not support it."""
+        """Whether the key lacks the permission for the call, or the call is not supported."""
         unsupported = self.error.get("type") == "unsupported_capability"
         return self.status in REFUSED or (self.status == HTTPStatus.BAD_REQUEST and unsupported)
 
@@ -96,7 +96,7 @@ def shorten_for_terminal(value: object) -> str:
 
 
 class WorkCalls(ABC, Generic[A]):
-    """The work calls of one environment, one request each; `options` are passed to aiohttp."""
+    """The work calls of one environment. Each sends one request, and passes `options` to it."""
 
     environment: str
     base_url: str
@@ -178,7 +178,12 @@ class WorkerApi(WorkCalls[Answer]):
         return replace(self, worker=worker, token=token)
 
     async def __call__(self, method: str, url: str, **options: Any) -> Answer:
-        """Send one request; `options` are aiohttp's, or `worker`: the worker name to send.
+        """Send one request and return its answer.
+
+        Args:
+            method: The HTTP method.
+            url: The whole URL.
+            options: Options of `aiohttp.ClientSession.request`, and `worker`: the worker name.
 
         Raises:
             NoAnswerError: The control plane did not answer within `REQUEST_SECONDS`.

@@ -21,7 +21,7 @@ class Clause:
     Attributes:
         name: The name on the protocol page.
         rule: The rule in one sentence.
-        check: Raises a `DepartureError` unless the rule holds.
+        check: Raises a `ClauseNotConfirmedError` unless the rule holds.
         when: "last": checked alone after all others, with an empty queue.
     """
 
@@ -32,5 +32,5 @@ class Clause:
 
 
 def clause(name: str, rule: str, *, when: When = "together") -> Callable[[Check], Clause]:
-    """Return a decorator that turns a coroutine function into the clause that it checks."""
+    """Return a decorator that makes a `Clause` of the coroutine function that checks the clause."""
     return lambda check: Clause(name, rule, check, when)

@@ -30,7 +30,7 @@ class ForeignItemsError(Exception):
 
 
 class UnlistedItemsError(ForeignItemsError):
-    """The control plane refuses to list the items."""
+    """The control plane refuses to list the items, so items of others cannot be ruled out."""
 
 
 class Delivery(NamedTuple):
@@ -53,7 +53,7 @@ class Delivery(NamedTuple):
 
 @dataclass(slots=True, eq=False)
 class SuiteItem:
-    """An item that the suite created or was given.
+    """An item that the suite created, or whose id the user passed to the suite.
 
     Attributes:
         id: The id, which a control plane may change with each delivery.
@@ -90,7 +90,7 @@ class SharedQueue:
         self._test_environment = test_environment
         self.sleep = sleep
         self.starts = asyncio.Semaphore(STARTS)
-        # The keys are the ids of items and of their sessions.
+        # Each item is found by its own id and by its session's id.
         self._subjects = {name: SuiteItem(name) for name in self._given}
         self._foreign: set[str] = set()
         self._deliveries = 0
@@ -106,7 +106,7 @@ class SharedQueue:
             return self._subjects.setdefault(name, SuiteItem(name))
 
     async def poll(self, **options: Any) -> Answer:
-        """Send a poll; record the delivery of an item of the suite, and stop any other item.
+        """Send a poll. Record the delivery if the item is one of the suite's; stop any other item.
 
         Raises:
             ForeignItemsError: The suite has not created the item, and may not stop it.
@@ -117,7 +117,7 @@ class SharedQueue:
     async def _poll_once(self, options: dict[str, Any]) -> tuple[Answer, bool]:
         """Send a poll; return its answer, and whether it delivered an item.
 
-        An item that is not the suite's counts only at its first delivery.
+        For an item that is not the suite's, only the first delivery counts as a delivery.
         """
         async with self._queue:
             at = self.now()
@@ -180,7 +180,7 @@ class SharedQueue:
             await self.api.stop(subject.id, json={"force": True})
 
     async def check_environment(self) -> None:
-        """Check that the environment has only items that the suite created or was given.
+        """Check that all items of the environment were created by the suite or passed to it.
 
         Raises:
             ForeignItemsError: There are other items, or the list cannot be read.

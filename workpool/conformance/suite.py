@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Final
 from workpool.conformance.api import NoAnswerError
 from workpool.conformance.shared_queue import ForeignItemsError, SharedQueue
 from workpool.conformance.trial import Trial
-from workpool.conformance.verdict import DepartureError, Verdict
+from workpool.conformance.verdict import ClauseNotConfirmedError, Verdict
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable, Iterable
@@ -99,15 +99,16 @@ class Suite(SharedQueue):
         return [found[clause.name] for clause in clauses]
 
     async def check_clause(self, clause: Clause, deadline: float | None = None) -> Finding:
-        """Check one clause until `deadline`, a time on the clock of the event loop."""
+        """Check one clause, for no longer than until `deadline` on the event loop's clock."""
         trial = Trial(self)
         try:
             async with asyncio.timeout_at(deadline):
                 await trial.wait_for_start_permit()
-                # If the deadline passed during the wait, this cancels before any request.
+                # `timeout_at` cancels only at an await. If the deadline passed during the wait,
+                # this one prevents that the check still sends a request.
                 await asyncio.sleep(0)
                 await clause.check(trial)
-        except DepartureError as departure:
+        except ClauseNotConfirmedError as departure:
             return Finding(clause, departure.verdict, str(departure))
         except NoAnswerError as error:
             return Finding(clause, Verdict.UNTRIED, str(error))
@@ -116,11 +117,11 @@ class Suite(SharedQueue):
         finally:
             trial.release_start_permit()
             with suppress(TimeoutError):
-                async with asyncio.timeout_at(self._clean_up_deadline(deadline)):
+                async with asyncio.timeout_at(self._compute_clean_up_deadline(deadline)):
                     await trial.clean_up()
         return Finding(clause, Verdict.HOLDS)
 
     @staticmethod
-    def _clean_up_deadline(deadline: float | None) -> float:
+    def _compute_clean_up_deadline(deadline: float | None) -> float:
         now = asyncio.get_running_loop().time()
         return CLEAN_UP_SECONDS + (now if deadline is None else deadline)

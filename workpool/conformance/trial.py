@@ -1,7 +1,8 @@
-"""The tools of one clause's check: its items, two workers, and the clock.
+"""Helpers for checking one clause: they create, claim, stop and read the clause's items.
 
-Clauses run at the same time. A poll may deliver any clause's item, so every delivery is recorded
-with its item, and a clause that waits for a delivery joins the poll in progress.
+Clauses run at the same time, and a poll may deliver the item of any clause. Therefore every
+delivery is recorded with its item, and a clause that waits for a delivery joins the poll in
+progress.
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ POLLS_AT_ONCE: Final = 20
 
 
 class Trial:
-    """One check of a clause: creates items and brings them into the state that it needs.
+    """The check of one clause, with methods that create the items in the state to be checked.
 
     Attributes:
         api: The worker that polls.
@@ -66,11 +67,11 @@ class Trial:
         await self._queue.sleep(seconds)
 
     async def poll(self, **options: Any) -> Answer:
-        """Poll, and record the delivered item, even if it belongs to another clause."""
+        """Send one poll, and record a delivered item, even if another clause created the item."""
         return await self._queue.poll(**options)
 
     async def create_item(self, script: Script | None = None) -> SuiteItem:
-        """Create an item; its session has the tool uses of `script`."""
+        """Create an item. The agent of the item's session makes the tool uses in `script`."""
         subject = await self._queue.create_item(script)
         self.subjects.append(subject)
         return subject
@@ -82,7 +83,9 @@ class Trial:
             Untried: No item can be created, or it is not delivered.
         """
         subject = await self.create_item(script)
-        came = bool(subject.deliveries)  # another clause's poll may have received a given item
+        # The poll of another clause may have received the item already, if the item existed before
+        # the suite. Then only a redelivery brings the item, which takes longer.
+        came = bool(subject.deliveries)
         if (
             await self.wait_for_delivery(subject, REDELIVERY_SECONDS if came else CLAIM_SECONDS)
             is None
@@ -90,15 +93,15 @@ class Trial:
             raise Untried("the item that was created is not delivered")
         return subject
 
-    async def acknowledged_item(self) -> SuiteItem:
+    async def create_acknowledged_item(self) -> SuiteItem:
         """Create, receive and acknowledge an item."""
         subject = await self.claim_item()
         await self.acknowledge_item(subject)
         return subject
 
-    async def active_item(self, ttl: int = 60) -> SuiteItem:
+    async def create_active_item(self, ttl: int = 60) -> SuiteItem:
         """Create, receive and acknowledge an item, and send the first heartbeat."""
-        subject = await self.acknowledged_item()
+        subject = await self.create_acknowledged_item()
         await self.send_heartbeat(subject, ttl)
         return subject
 
@@ -126,7 +129,7 @@ class Trial:
         return answer
 
     async def wait_for_delivery(self, subject: SuiteItem, seconds: float) -> Delivery | None:
-        """Poll until the item is delivered; return None if it is not within `seconds`."""
+        """Poll until the item is delivered. Return None if `seconds` pass without a delivery."""
         before = len(subject.deliveries)
         until = self.now + seconds
         polls = 0

@@ -6,7 +6,7 @@ import enum
 
 
 class Verdict(enum.Enum):
-    """The result of the check of one clause, from best to worst."""
+    """The result of checking one clause. The members are ordered from best to worst."""
 
     HOLDS = "holds"
     DIFFERS = "differs harmlessly"
@@ -14,24 +14,24 @@ class Verdict(enum.Enum):
     BREAKS = "breaks workers"
 
 
-class DepartureError(Exception):
-    """A clause does not hold, or was not tried; the message describes the observation."""
+class ClauseNotConfirmedError(Exception):
+    """A clause does not hold, or could not be checked. The message says what was observed."""
 
     verdict = Verdict.UNTRIED
 
 
-class Differs(DepartureError):
-    """The control plane differs in a way that workers are prepared for."""
+class Differs(ClauseNotConfirmedError):
+    """The control plane differs from the clause in a way that workers can handle."""
 
     verdict = Verdict.DIFFERS
 
 
-class Untried(DepartureError):
+class Untried(ClauseNotConfirmedError):
     """The clause could not be checked, for example because no item could be created."""
 
 
-class Breaks(DepartureError):
-    """The control plane differs in a way that makes a worker lose an item, run it twice or fail."""
+class Breaks(ClauseNotConfirmedError):
+    """The control plane differs so that a worker loses an item, runs it twice or fails."""
 
     verdict = Verdict.BREAKS
 

@@ -59,7 +59,7 @@ class SessionSource:
 
     async def create_item(self, api: WorkerApi, script: Script | None = None) -> str:
         """Create a session, send it a message and return the session's id."""
-        _refuse_script(script)
+        _raise_untried_for_script(script)
         body = {
             "agent": self._agent,
             "environment_id": api.environment,
@@ -94,14 +94,14 @@ class GivenSource:
         self._left = list(work_ids)
 
     async def create_item(self, api: WorkerApi, script: Script | None = None) -> str:
-        """Return the id of the next given item."""
+        """Return the next one of the existing items' ids."""
         del api
-        _refuse_script(script)
+        _raise_untried_for_script(script)
         if not self._left:
             raise Untried("all given items are used")
         return self._left.pop(0)
 
 
-def _refuse_script(script: Script | None) -> None:
+def _raise_untried_for_script(script: Script | None) -> None:
     if script is not None:
         raise Untried("only the call of `workpool serve` can script a session")

@@ -1,4 +1,4 @@
-"""All clauses of the protocol, with a module for each part of the protocol page."""
+"""All clauses of the protocol. Each module has the clauses of one part of the protocol page."""
 
 from typing import Final
 

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 from workpool.conformance.api import shorten_for_terminal
 from workpool.conformance.clause import clause
 from workpool.conformance.clauses.auth_and_errors import UNKNOWN
-from workpool.conformance.clauses.delivery import breaks_unless_item_is_readable
+from workpool.conformance.clauses.delivery import require_readable_item
 from workpool.conformance.trial import is_conflict
 from workpool.conformance.verdict import Breaks, Differs, breaks_unless, differs_unless
 from workpool.wire.protocol import ACTIVE, STARTING
@@ -25,7 +25,7 @@ async def check_ack_starts_item(trial: Trial) -> None:
     """Acknowledge an item, and parse the answer as a worker does."""
     answer = await trial.api.ack((await trial.claim_item()).id)
     breaks_unless(answer.ok, str(answer))
-    breaks_unless_item_is_readable(answer.body)
+    require_readable_item(answer.body)
     state = answer.get("state")
     breaks_unless(state in {STARTING, ACTIVE}, f"the item is {shorten_for_terminal(state)}")
     differs_unless(state == STARTING, f"the item is {state}")

@@ -39,7 +39,7 @@ async def check_unknown_environment_is_not_found(trial: Trial) -> None:
 
 
 @clause("error-envelope", "An error has the fields `type`, `error.type` and `error.message`.")
-async def check_fields_of_an_error(trial: Trial) -> None:
+async def check_error_has_documented_fields(trial: Trial) -> None:
     """Acknowledge an unknown item, and check the body of the error 404."""
     answer = await trial.api.ack(f"work_{UNKNOWN}")
     whole = answer.get("type") == "error"

@@ -26,7 +26,7 @@ NO_EVENTS: Final = "handlers cannot talk in a session"
 
 
 @clause("session-object", "A session has the fields that workers read.")
-async def check_fields_of_a_session(trial: Trial) -> None:
+async def check_session_has_fields_that_workers_read(trial: Trial) -> None:
     """Read the session of an item, and check its fields."""
     answer = await trial.api("GET", await _claim_item_and_session_url(trial))
     differs_unless(answer.ok, str(answer))

@@ -55,7 +55,7 @@ async def check_delivered_item_is_queued(trial: Trial) -> None:
 
 @clause("poll-once", "A second poll right after the first does not receive the item.")
 async def check_item_is_delivered_once(trial: Trial) -> None:
-    """Deliver an item, and check that three polls right after that do not receive it."""
+    """Receive an item, and check that the next three polls do not receive it too."""
     subject = await trial.claim_item()
     for _ in range(3):
         await trial.poll()
@@ -93,8 +93,8 @@ async def check_poll_sets_its_redelivery_time(trial: Trial) -> None:
 
 @clause("poll-reclaim-lease", "`reclaim_older_than_ms` does not touch a lease.", when="last")
 async def check_redelivery_time_does_not_end_leases(trial: Trial) -> None:
-    """Poll with a redelivery time that is shorter than the age of a lease's last heartbeat."""
-    subject = await trial.active_item()
+    """Poll with a redelivery time that has passed since the holder's last heartbeat."""
+    subject = await trial.create_active_item()
     before = len(subject.deliveries)
     await trial.wait_while_others_run(1.5)
     await trial.poll(params={"reclaim_older_than_ms": "1000"})
@@ -105,8 +105,8 @@ async def check_redelivery_time_does_not_end_leases(trial: Trial) -> None:
 @clause(
     "poll-empty", "Without an item the answer is 200 with the JSON literal `null`.", when="last"
 )
-async def check_answer_to_poll_of_empty_queue(trial: Trial) -> None:
-    """Poll an empty queue, and check the answer."""
+async def check_poll_of_empty_queue_returns_null(trial: Trial) -> None:
+    """Poll an empty queue, and check that the answer has the status 200 and the body `null`."""
     answer = await _poll_until_empty(trial)
     breaks_unless(answer.ok, str(answer))
     nothing = answer.content.strip()
@@ -147,10 +147,10 @@ async def check_poll_with_invalid_block_time_is_refused(trial: Trial) -> None:
 
 
 @clause("poll-item", "The item has all fields of a work item.")
-async def check_fields_of_an_item(trial: Trial) -> None:
+async def check_item_has_all_fields(trial: Trial) -> None:
     """Parse an item as a worker does, then check its fields."""
     item = (await trial.claim_item()).deliveries[0].item
-    breaks_unless_item_is_readable(item)
+    require_readable_item(item)
     missing = [name for name in FIELDS if name not in item]
     differs_unless(not missing, f"without {', '.join(missing)}")
     times = [name for name in FIELDS if name.endswith("_at") and isinstance(item[name], str)]
@@ -169,8 +169,8 @@ async def check_oldest_item_is_delivered_first(trial: Trial) -> None:
     differs_unless(in_order, "the younger item came first")
 
 
-def breaks_unless_item_is_readable(item: Mapping[str, Any] | Any) -> None:
-    """Raise `Breaks` if a worker could not read the item."""
+def require_readable_item(item: Mapping[str, Any] | Any) -> None:
+    """Raise `Breaks` if a worker could not parse the item."""
     try:
         parse_item(item)
     except ValueError as error:

@@ -33,10 +33,10 @@ TTLS: Final = (
 @clause("heartbeat-first", "The first one moves `starting` to `active` and extends the lease.")
 async def check_first_heartbeat_activates_item(trial: Trial) -> None:
     """Send a first heartbeat, and parse the answer as a worker does."""
-    subject = await trial.acknowledged_item()
+    subject = await trial.create_acknowledged_item()
     answer = await trial.api.heartbeat(subject.id, NO_HEARTBEAT, 60)
     breaks_unless(answer.ok, str(answer))
-    _breaks_unless_heartbeat_is_readable(answer)
+    _require_readable_heartbeat(answer)
     state, extended = answer.get("state"), answer.get("lease_extended")
     breaks_unless(extended is True, "the lease is not extended")
     breaks_unless(state == protocol.ACTIVE, f"the item is {shorten_for_terminal(state)}")
@@ -45,7 +45,7 @@ async def check_first_heartbeat_activates_item(trial: Trial) -> None:
 @clause("heartbeat-next", "The next one expects the last `last_heartbeat` and returns a new one.")
 async def check_next_heartbeat_returns_new_value(trial: Trial) -> None:
     """Send a second heartbeat, and compare the values that both answers return."""
-    subject = await trial.active_item()
+    subject = await trial.create_active_item()
     await trial.wait_while_others_run(0.1)
     answer = await trial.api.heartbeat(subject.id, subject.last_heartbeat, 60)
     breaks_unless(answer.ok, str(answer))
@@ -55,8 +55,8 @@ async def check_next_heartbeat_returns_new_value(trial: Trial) -> None:
 
 @clause("heartbeat-read-back", "The item's `latest_heartbeat_at` can be the expected value.")
 async def check_heartbeat_with_value_read_from_item(trial: Trial) -> None:
-    """Send a heartbeat that expects the value read from the item, as after a lost answer."""
-    subject = await trial.active_item()
+    """Read the last heartbeat from the item, as after a lost answer, and expect that value."""
+    subject = await trial.create_active_item()
     read = (await trial.read_item(subject)).get("latest_heartbeat_at")
     breaks_unless(isinstance(read, str), "the item shows no heartbeat")
     answer = await trial.api.heartbeat(subject.id, str(read), 60)
@@ -65,17 +65,17 @@ async def check_heartbeat_with_value_read_from_item(trial: Trial) -> None:
 
 @clause("heartbeat-mismatch", "Another time is a 412.")
 async def check_heartbeat_with_wrong_time_is_refused(trial: Trial) -> None:
-    """Send a heartbeat that expects the last heartbeat of another holder."""
-    subject = await trial.active_item()
+    """Send a heartbeat whose expected value is not the time of the item's last heartbeat."""
+    subject = await trial.create_active_item()
     _expect_precondition_failed(
         await trial.api.heartbeat(subject.id, LONG_AGO, 60), "two workers can hold one item"
     )
 
 
 @clause("heartbeat-first-again", "`NO_HEARTBEAT` after a heartbeat is a 412.")
-async def check_second_first_heartbeat_is_refused(trial: Trial) -> None:
+async def check_first_heartbeat_for_active_item_is_refused(trial: Trial) -> None:
     """Send a first heartbeat for an item that another worker holds."""
-    subject = await trial.active_item()
+    subject = await trial.create_active_item()
     _expect_precondition_failed(
         await trial.other.heartbeat(subject.id, NO_HEARTBEAT, 60), "two workers can hold one item"
     )
@@ -84,7 +84,7 @@ async def check_second_first_heartbeat_is_refused(trial: Trial) -> None:
 @clause("heartbeat-malformed", "A value that is neither `NO_HEARTBEAT` nor a time is a 400.")
 async def check_heartbeat_with_malformed_value_is_refused(trial: Trial) -> None:
     """Send a heartbeat with a malformed expected value."""
-    subject = await trial.active_item()
+    subject = await trial.create_active_item()
     answer = await trial.api.heartbeat(subject.id, "yesterday", 60)
     breaks_unless(not answer.ok, f"{answer}: the expected value is not compared")
     differs_unless(is_bad_request(answer), str(answer))
@@ -92,8 +92,8 @@ async def check_heartbeat_with_malformed_value_is_refused(trial: Trial) -> None:
 
 @clause("heartbeat-unconditional", "Without an expected value the lease is extended.")
 async def check_heartbeat_without_expected_value_extends_lease(trial: Trial) -> None:
-    """Send a heartbeat without an expected value, which this package's workers never do."""
-    subject = await trial.active_item()
+    """Send a heartbeat without an expected value, and check that it is accepted."""
+    subject = await trial.create_active_item()
     answer = await trial.api.heartbeat(subject.id, None, 60)
     differs_unless(answer.ok, str(answer))
 
@@ -101,7 +101,7 @@ async def check_heartbeat_without_expected_value_extends_lease(trial: Trial) -> 
 @clause("heartbeat-ttl", "The TTL is clamped to 10–600 s, and the answer says it.")
 async def check_ttl_is_clamped_to_range(trial: Trial) -> None:
     """Request TTLs inside and outside of the allowed range, and check the granted TTLs."""
-    subject = await trial.active_item()
+    subject = await trial.create_active_item()
     different: list[str] = []
     for asked, granted in TTLS:
         answer = await trial.api.heartbeat(subject.id, subject.last_heartbeat, asked)
@@ -109,7 +109,7 @@ async def check_ttl_is_clamped_to_range(trial: Trial) -> None:
             breaks_unless(asked != granted, f"{asked} s: {answer}")
             different.append(f"{asked} s: {answer}")
             continue
-        _breaks_unless_heartbeat_is_readable(answer)
+        _require_readable_heartbeat(answer)
         subject.last_heartbeat = str(answer.get("last_heartbeat"))
         ttl = answer.get("ttl_seconds")
         if ttl != granted:
@@ -120,7 +120,7 @@ async def check_ttl_is_clamped_to_range(trial: Trial) -> None:
 @clause("heartbeat-ttl-zero", "A TTL that is not a positive integer is a 400.")
 async def check_ttl_of_zero_is_refused(trial: Trial) -> None:
     """Send a heartbeat that requests a TTL of zero."""
-    subject = await trial.active_item()
+    subject = await trial.create_active_item()
     answer = await trial.api.heartbeat(subject.id, subject.last_heartbeat, 0)
     differs_unless(is_bad_request(answer), str(answer))
 
@@ -135,7 +135,7 @@ async def check_heartbeat_of_queued_item_is_refused(trial: Trial) -> None:
 @clause("heartbeat-stopping", "A `stopping` item: 200, extended, `state` is `stopping`.")
 async def check_heartbeat_of_stopping_item_reports_stop(trial: Trial) -> None:
     """Stop an item gracefully, and check the worker's next heartbeat."""
-    subject = await trial.active_item()
+    subject = await trial.create_active_item()
     await trial.stop_item(subject, force=False)
     answer = await trial.api.heartbeat(subject.id, subject.last_heartbeat, 60)
     goes_on = answer.ok and answer.get("state") == protocol.ACTIVE
@@ -152,7 +152,7 @@ async def check_heartbeat_of_stopping_item_reports_stop(trial: Trial) -> None:
 )
 async def check_heartbeat_of_stopped_item_extends_no_lease(trial: Trial) -> None:
     """Send a heartbeat for an item that was stopped."""
-    subject = await trial.active_item()
+    subject = await trial.create_active_item()
     await trial.stop_item(subject, force=True)
     answer = await trial.api.heartbeat(subject.id, subject.last_heartbeat, 60)
     if answer.ok and answer.get("lease_extended") is True:
@@ -166,7 +166,7 @@ async def check_heartbeat_of_stopped_item_extends_no_lease(trial: Trial) -> None
     differs_unless(compared.ok, f"the expected value is compared: {compared}")
 
 
-def _breaks_unless_heartbeat_is_readable(answer: Answer) -> None:
+def _require_readable_heartbeat(answer: Answer) -> None:
     """Raise `Breaks` if a worker could not parse the answer to a heartbeat."""
     try:
         parse_heartbeat(answer.body)

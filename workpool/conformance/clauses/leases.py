@@ -28,7 +28,8 @@ SLACK_SECONDS: Final = 4.0
 async def check_lease_of_ack_lapses_after_a_minute(trial: Trial) -> None:
     """Acknowledge an item and send nothing more, like a worker that crashes."""
     subject = await trial.claim_item()
-    # With this pause, a lease that begins at the poll instead of the ack ends 10 s too early.
+    # The pause shows whether the lease begins at the ack, as it must. If it begins at the poll, it
+    # ends 10 s too early.
     await trial.wait_while_others_run(10)
     await trial.acknowledge_item(subject)
     start = trial.now
@@ -44,7 +45,7 @@ async def check_lease_of_ack_lapses_after_a_minute(trial: Trial) -> None:
 @clause("lease-held", "An item whose lease is renewed is not delivered.")
 async def check_item_with_renewed_lease_is_not_delivered(trial: Trial) -> None:
     """Renew a short lease for longer than its TTL, and poll during that time."""
-    subject = await trial.active_item(TTL)
+    subject = await trial.create_active_item(TTL)
     before = len(subject.deliveries)
     for _ in range(5):
         await trial.wait_while_others_run(4)
@@ -59,7 +60,7 @@ async def check_item_with_renewed_lease_is_not_delivered(trial: Trial) -> None:
 @clause("lease-lapses", "An item whose lease has lapsed is delivered again, and not before.")
 async def check_item_with_lapsed_lease_is_delivered_again(trial: Trial) -> None:
     """Send one heartbeat and nothing more, like a worker that crashes."""
-    subject = await trial.acknowledged_item()
+    subject = await trial.create_acknowledged_item()
     start = trial.now
     ttl = (await trial.send_heartbeat(subject, TTL)).get("ttl_seconds")
     again = await _await_redelivery(trial, subject, ttl)
@@ -72,7 +73,7 @@ async def check_item_with_lapsed_lease_is_delivered_again(trial: Trial) -> None:
 @clause("lease-shortened", "A heartbeat with a shorter TTL ends the lease earlier.")
 async def check_shorter_ttl_ends_lease_earlier(trial: Trial) -> None:
     """Shorten a lease by a heartbeat, as a worker does when it releases its item."""
-    subject = await trial.active_item(600)
+    subject = await trial.create_active_item(600)
     await trial.send_heartbeat(subject, TTL)
     again = await trial.wait_for_delivery(subject, TTL + LATE_SECONDS)
     differs_unless(again is not None, "the item comes back only when the longer lease ends")
@@ -119,7 +120,7 @@ async def check_redelivered_item_keeps_its_id(trial: Trial) -> None:
 @clause("lease-stopping", "A `stopping` item whose lease lapses is `stopped`, and not delivered.")
 async def check_stopping_item_whose_lease_lapses_is_stopped(trial: Trial) -> None:
     """Stop an item gracefully, and let the lease lapse as if the worker had crashed."""
-    subject = await trial.acknowledged_item()
+    subject = await trial.create_acknowledged_item()
     ttl = (await trial.send_heartbeat(subject, TTL)).get("ttl_seconds")
     await trial.stop_item(subject, force=False)
     if await trial.read_state(subject) != STOPPING:
@@ -132,7 +133,7 @@ async def check_stopping_item_whose_lease_lapses_is_stopped(trial: Trial) -> Non
 
 async def _create_redelivered_item(trial: Trial) -> tuple[SuiteItem, str]:
     """Return an item that was redelivered after its lease lapsed, and the id that it had before."""
-    subject = await trial.acknowledged_item()
+    subject = await trial.create_acknowledged_item()
     ttl = (await trial.send_heartbeat(subject, TTL)).get("ttl_seconds")
     former = subject.id
     try:

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 from workpool.conformance.clause import clause
 from workpool.conformance.clauses.auth_and_errors import UNKNOWN
-from workpool.conformance.clauses.delivery import breaks_unless_item_is_readable
+from workpool.conformance.clauses.delivery import require_readable_item
 from workpool.conformance.trial import is_bad_request
 from workpool.conformance.verdict import Differs, breaks_unless, differs_unless
 from workpool.wire.items import parse_stats
@@ -34,7 +34,7 @@ async def check_metadata_patch_is_merged(trial: Trial) -> None:
     first = await trial.api.update(
         subject.id, json={"metadata": {SET: "1", DELETED: "1", f"{SET}.kept": "1"}}
     )
-    _differs_if_key_is_refused(first, NO_WRITE)
+    _require_permitted_call(first, NO_WRITE)
     breaks_unless(first.ok, str(first))
     second = await trial.api.update(subject.id, json={"metadata": {SET: "", DELETED: None}})
     breaks_unless(second.ok, str(second))
@@ -47,10 +47,10 @@ async def check_metadata_patch_is_merged(trial: Trial) -> None:
 @clause("update-stopped", "A stopped item can be updated.")
 async def check_stopped_item_can_be_updated(trial: Trial) -> None:
     """Write metadata of a stopped item."""
-    subject = await trial.active_item()
+    subject = await trial.create_active_item()
     await trial.stop_item(subject, force=True)
     answer = await trial.api.update(subject.id, json={"metadata": {SET: "1"}})
-    _differs_if_key_is_refused(answer, NO_WRITE)
+    _require_permitted_call(answer, NO_WRITE)
     differs_unless(answer.ok, str(answer))
 
 
@@ -59,7 +59,7 @@ async def check_metadata_patch_with_number_is_refused(trial: Trial) -> None:
     """Write a number as metadata."""
     subject = await trial.claim_item()
     answer = await trial.api.update(subject.id, json={"metadata": {SET: 1}})
-    _differs_if_key_is_refused(answer, NO_WRITE)
+    _require_permitted_call(answer, NO_WRITE)
     differs_unless(is_bad_request(answer), str(answer))
 
 
@@ -68,25 +68,25 @@ async def check_item_can_be_read(trial: Trial) -> None:
     """Read an item, and parse the answer as a worker does."""
     subject = await trial.claim_item()
     answer = await trial.api.get(subject.id)
-    _differs_if_key_is_refused(answer, NO_READ)
+    _require_permitted_call(answer, NO_READ)
     breaks_unless(answer.ok and answer.get("id") == subject.id, str(answer))
-    breaks_unless_item_is_readable(answer.body)
+    require_readable_item(answer.body)
 
 
 @clause("get-unknown", "An unknown item is a 404.")
 async def check_read_of_unknown_item_is_not_found(trial: Trial) -> None:
     """Read an item that does not exist."""
     answer = await trial.api.get(f"work_{UNKNOWN}")
-    _differs_if_key_is_refused(answer, NO_READ)
+    _require_permitted_call(answer, NO_READ)
     differs_unless(answer.status == HTTPStatus.NOT_FOUND, str(answer))
 
 
 @clause("list-pages", "`page` with the former `next_page` answers the next items.", when="last")
 async def check_pages_of_list_contain_each_item_once(trial: Trial) -> None:
-    """Read two pages of one item each, then find all items of this clause in the list."""
+    """Read two pages of one item each, then look for this clause's items in the whole list."""
     subjects = [await trial.claim_item(), await trial.claim_item()]
     first = await _read_page(trial, "1")
-    _differs_if_key_is_refused(
+    _require_permitted_call(
         first, "lost answers cannot be cleared up under a key that may not read items"
     )
     token = first.get("next_page")
@@ -107,7 +107,7 @@ async def check_list_is_in_order_of_creation(trial: Trial) -> None:
     await trial.wait_while_others_run(1.1)
     await trial.claim_item()
     answer = await _read_page(trial, "100")
-    _differs_if_key_is_refused(answer, "the order is not known")
+    _require_permitted_call(answer, "the order is not known")
     times = [str(row.get("created_at")) for row in _rows_of_page(answer)]
     differs_unless(times == sorted(times), "the newest item comes first")
 
@@ -117,7 +117,7 @@ async def check_statistics_count_queued_item(trial: Trial) -> None:
     """Create an item, and check that the queue statistics count it."""
     await trial.create_item()
     answer = await trial.api("GET", trial.api.work_url("/stats"))
-    _differs_if_key_is_refused(answer, "the metrics of the remote queue are missing")
+    _require_permitted_call(answer, "the metrics of the remote queue are missing")
     differs_unless(answer.ok, str(answer))
     try:
         stats = parse_stats(answer.body)
@@ -126,8 +126,8 @@ async def check_statistics_count_queued_item(trial: Trial) -> None:
     differs_unless(stats.depth > 0, "`depth` is 0 while an item is queued")
 
 
-def _differs_if_key_is_refused(answer: Answer, consequence: str) -> None:
-    """Raise `Differs` if the control plane refuses the call for this key or for everybody."""
+def _require_permitted_call(answer: Answer, consequence: str) -> None:
+    """Raise `Differs` if the key may not make the call, or the call is not supported."""
     differs_unless(not answer.refused, f"{answer}: {consequence}")
 
 

@@ -23,7 +23,7 @@ WATCHED_SECONDS: Final = 8.0
 @clause("stop-force", "`force` ends an item at once.")
 async def check_forced_stop_ends_item(trial: Trial) -> None:
     """Stop an item with force, as a worker does at the end of a session."""
-    subject = await trial.active_item()
+    subject = await trial.create_active_item()
     answer = await trial.api.stop(subject.id, json={"force": True})
     breaks_unless(answer.ok, str(answer))
     state = await trial.read_state(subject)
@@ -39,7 +39,7 @@ async def check_forced_stop_ends_item(trial: Trial) -> None:
 @clause("stop-graceful", "Without `force` an `active` item becomes `stopping`.")
 async def check_graceful_stop_makes_item_stopping(trial: Trial) -> None:
     """Stop an item gracefully, as an operator does."""
-    subject = await trial.active_item()
+    subject = await trial.create_active_item()
     answer = await trial.api.stop(subject.id, json={"force": False})
     breaks_unless(answer.ok, str(answer))
     state = await trial.read_state(subject)
@@ -49,7 +49,7 @@ async def check_graceful_stop_makes_item_stopping(trial: Trial) -> None:
 @clause("stop-confirm", "A second graceful stop ends it (`qoder`) or is a 409 (`anthropic`).")
 async def check_second_graceful_stop_ends_item(trial: Trial) -> None:
     """Stop an item gracefully a second time, as a worker does to confirm the stop."""
-    subject = await trial.active_item()
+    subject = await trial.create_active_item()
     await trial.stop_item(subject, force=False)
     answer = await trial.api.stop(subject.id, json={"force": False})
     if (False, STOPPING) not in DIALECTS[trial.api.dialect].stop_refused:
@@ -72,7 +72,7 @@ async def check_stop_of_queued_item_ends_it(trial: Trial) -> None:
 @clause("stop-repeat", "A stop of a stopped item: 200 (`qoder`) or 409 (`anthropic`).")
 async def check_repeated_stop_is_answered(trial: Trial) -> None:
     """Stop an item twice, as a worker does after a lost answer."""
-    subject = await trial.active_item()
+    subject = await trial.create_active_item()
     await trial.stop_item(subject, force=True)
     answer = await trial.api.stop(subject.id, json={"force": True})
     readable = answer.ok or is_conflict(answer) or answer.status == HTTPStatus.NOT_FOUND
@@ -84,15 +84,15 @@ async def check_repeated_stop_is_answered(trial: Trial) -> None:
 
 @clause("stop-body", "The body may be left out.")
 async def check_stop_without_body_is_accepted(trial: Trial) -> None:
-    """Send a stop request without a body; this package's workers never send one."""
-    answer = await trial.api.stop((await trial.active_item()).id)
+    """Send a stop request without a body, and check that it is accepted."""
+    answer = await trial.api.stop((await trial.create_active_item()).id)
     differs_unless(answer.ok, str(answer))
 
 
 @clause("stop-final", "A stopped item is never delivered again.")
 async def check_stopped_item_is_never_delivered(trial: Trial) -> None:
     """Stop an item, and poll for longer than the redelivery window."""
-    subject = await trial.active_item()
+    subject = await trial.create_active_item()
     await trial.stop_item(subject, force=True)
     again = await trial.wait_for_delivery(subject, WATCHED_SECONDS)
     breaks_unless(again is None, "it is delivered: the session runs again")
