@@ -39,7 +39,7 @@ def check_metadata(metadata: Mapping[str, str], limit: int = METADATA_LIMIT_BYTE
 
 
 def check_enqueue_size(count: int, metadata: Mapping[str, str]) -> None:
-    """Raise a 400 if the answer to an enqueue, with `count` times the metadata, is too large."""
+    """Raise a 400 if an enqueue's answer, which has the metadata `count` times, is too large."""
     size = count * (len(orjson.dumps(metadata, default=dict)) + ITEM_BYTES)
     if size > ANSWER_LIMIT_BYTES:
         raise APIError(

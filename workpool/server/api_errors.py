@@ -18,7 +18,7 @@ ERROR_TYPES: Final[Mapping[int, str]] = {
     401: protocol.AUTHENTICATION_ERROR,
     403: protocol.PERMISSION_ERROR,
     404: protocol.NOT_FOUND_ERROR,
-    409: protocol.INVALID_REQUEST_ERROR,  # for items; sessions use `conflict_error`
+    409: protocol.INVALID_REQUEST_ERROR,  # a 409 about a session is made by `conflict_error`
     412: protocol.PRECONDITION_FAILED_ERROR,
     429: protocol.RATE_LIMIT_ERROR,
     500: protocol.API_ERROR,

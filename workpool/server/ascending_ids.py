@@ -59,13 +59,13 @@ class AscendingIds:
             del self._chunks[place]
 
     def ids_after(self, place: str) -> Iterator[str]:
-        """Iterate over the ids that are greater than `place`, ascending."""
+        """Iterate over the ids that are greater than the id `place`, in ascending order."""
         while ids := self._next_ids(place):
             yield from ids
             place = ids[-1]
 
     def ids_before(self, place: str | None) -> Iterator[str]:
-        """Iterate over the ids that are less than `place` (None: over all), descending."""
+        """Iterate in descending order over the ids less than `place`; over all if it is None."""
         while ids := self._previous_ids(place):
             yield from ids
             place = ids[-1]

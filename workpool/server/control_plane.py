@@ -138,7 +138,7 @@ class ControlPlane:
 
     @property
     def operations(self) -> Operations:
-        """The synchronous calls on the state in memory; a PostgreSQL store has no such state.
+        """The synchronous calls on the state in memory. Not available on a PostgreSQL store.
 
         Raises:
             RuntimeError: The store is a `PostgresStore`.
@@ -152,12 +152,12 @@ class ControlPlane:
     @property
     def base_url(self) -> str:
         """The base URL of the qoder dialect."""
-        return self._origin + QODER.prefix
+        return self._origin_url + QODER.prefix
 
     @property
     def anthropic_base_url(self) -> str:
         """The base URL of the anthropic dialect."""
-        return self._origin + ANTHROPIC.prefix
+        return self._origin_url + ANTHROPIC.prefix
 
     @property
     def token(self) -> str:
@@ -177,7 +177,7 @@ class ControlPlane:
         return self.operations.history
 
     def summary(self) -> Summary:
-        """Count the enqueued, stopped, reclaimed, lost and overlapping items of `history`."""
+        """Count the lost items, those that two workers ran at once, and others in `history`."""
         return summarize(self.history)
 
     def enqueue(
@@ -299,7 +299,8 @@ class ControlPlane:
             connections.protocol_factory(runner.server),
             sock=bound,
             backlog=_BACKLOG,
-            # Serving starts once `server.close` is on the stack, so a cancellation leaks no socket.
+            # If serving started here, a cancellation before `stack` has `server.close` would leave
+            # the socket open.
             start_serving=False,
         )
         stack.callback(server.close)
@@ -313,7 +314,7 @@ class ControlPlane:
         return ScaleRoutes(self.engine, tokens, local=local)
 
     def _bind_port(self, stack: AsyncExitStack) -> socket.socket:
-        """Return a listening socket, which `stack` unbinds when it closes.
+        """Return a listening socket. When `stack` is closed, the port is unbound.
 
         A cancelled `loop.create_server(host, port)` would leave the port bound forever.
         """
@@ -327,7 +328,7 @@ class ControlPlane:
         return bound
 
     @property
-    def _origin(self) -> str:
+    def _origin_url(self) -> str:
         host = f"[{self.host}]" if ":" in self.host else self.host
         return f"http://{host}:{self.port}"
 
@@ -341,6 +342,6 @@ def _max_connections() -> int:
 
 
 def _unbind_port(loop: asyncio.AbstractEventLoop, bound: socket.socket) -> None:
-    if bound.fileno() >= 0:  # -1 if a server took the socket over and closed it
+    if bound.fileno() >= 0:  # -1 if the server has closed the socket already
         loop.remove_reader(bound)
         bound.close()

@@ -94,7 +94,7 @@ class Conversation:
     """
 
     def __init__(self, script: Script | None = None) -> None:
-        """Create an empty conversation; `script`: the tool uses if the session is scripted."""
+        """Create an empty conversation. The agent makes the tool uses in `script`, if any."""
         self.events: list[StoredEvent] = []
         # The indexes of the events of each type, so that a list of one type reads only its events.
         self._places: dict[str, array[int]] = {}
@@ -102,10 +102,12 @@ class Conversation:
         self._script = script
         self._place = 0  # the index of the next tool use in the script
         self._uses: dict[str, _ToolUse] = {}
-        self._open: dict[str, _ToolUse] = {}  # the tool uses without a result
-        self._ended_threads: set[str] = set()  # ids of threads that accept no result anymore
-        self._blocking: tuple[str, ...] = ()  # event ids in the last status `requires_action`
-        # Whether the agent has a turn to make, and whether it has another one after that.
+        self._open: dict[str, _ToolUse] = {}  # the tool uses that have no result yet
+        self._ended_threads: set[str] = set()  # ids of terminated threads
+        # The ids of the tool uses that the last event `session.status_idle` waits for.
+        self._blocking: tuple[str, ...] = ()
+        # Whether the agent must respond to a message, and whether it must respond to a message that
+        # came after an interrupt, once the interrupted response has ended.
         self._turn = self._next_turn = False
         self._interrupted = False
         self._concluded = False  # whether the agent has sent the last event of its turn
@@ -123,11 +125,11 @@ class Conversation:
         before: str | None = None,
         wanted: EventFilter = EVERY_EVENT,
     ) -> Sequence[StoredEvent]:
-        """Return up to `limit` events after or before an id, selected and ordered by `wanted`."""
+        """Return up to `limit` events after or before an id that match the filter `wanted`."""
         start = max(
-            bisect_right(self.events, after, key=_event_id), self._first_index(wanted.times)
+            bisect_right(self.events, after, key=_event_id), self._start_of_time_range(wanted.times)
         )
-        end = self._end_index(wanted.times)
+        end = self._end_of_time_range(wanted.times)
         if before is not None:
             end = min(end, bisect_left(self.events, before, key=_event_id))
         backwards = before is not None or wanted.newest_first
@@ -135,12 +137,12 @@ class Conversation:
         nearest = [self.events[place] for place in found]
         return nearest if wanted.newest_first or not backwards else nearest[::-1]
 
-    def _first_index(self, times: TimeRange) -> int:
+    def _start_of_time_range(self, times: TimeRange) -> int:
         after = 0 if times.gt is None else bisect_right(self.events, times.gt, key=_event_time)
         since = 0 if times.gte is None else bisect_left(self.events, times.gte, key=_event_time)
         return max(after, since)
 
-    def _end_index(self, times: TimeRange) -> int:
+    def _end_of_time_range(self, times: TimeRange) -> int:
         end = len(self.events)
         until = end if times.lt is None else bisect_left(self.events, times.lt, key=_event_time)
         to = end if times.lte is None else bisect_right(self.events, times.lte, key=_event_time)
@@ -180,7 +182,9 @@ class Conversation:
             kind = event["type"]
             if kind in RESULTS:
                 use_id = event[RESULTS[kind]]
-                self._check_result(use_id, allowed, custom=kind == protocol.USER_CUSTOM_TOOL_RESULT)
+                self._check_tool_result(
+                    use_id, allowed, custom=kind == protocol.USER_CUSTOM_TOOL_RESULT
+                )
                 if use_id in answered:
                     raise conflict_error("the tool use has a result already")
                 answered.add(use_id)
@@ -191,11 +195,11 @@ class Conversation:
                     raise conflict_error("the tool use has been decided on already")
                 (allowed if event["result"] == "allow" else answered).add(use_id)
 
-    def _check_result(self, use_id: str, allowed: set[str], *, custom: bool) -> None:
+    def _check_tool_result(self, use_id: str, allowed: set[str], *, custom: bool) -> None:
         use = self._uses.get(use_id)
         if use is None or use.custom != custom:
             raise APIError(400, "the result does not match any tool use of this session")
-        self._check_thread(use)
+        self._check_thread_is_open(use)
         if use_id not in self._open or use.permission == "deny":
             raise conflict_error("the tool use has a result already")
         if use.permission == "ask" and use_id not in allowed:
@@ -204,11 +208,11 @@ class Conversation:
     def _check_confirmation(self, use_id: str) -> None:
         if use_id not in self._uses:
             raise APIError(400, "the confirmation does not match any tool use of this session")
-        self._check_thread(self._uses[use_id])
+        self._check_thread_is_open(self._uses[use_id])
         if use_id not in self._open or self._uses[use_id].permission != "ask":
             raise conflict_error("the tool use does not wait for a confirmation")
 
-    def _check_thread(self, use: _ToolUse) -> None:
+    def _check_thread_is_open(self, use: _ToolUse) -> None:
         if use.thread in self._ended_threads:
             raise conflict_error("the tool use's thread is terminated")
 
@@ -222,14 +226,14 @@ class Conversation:
                 raise APIError(400, "a scripted session's tool uses are its script's", "type")
 
     def append_event(self, event: StoredEvent) -> None:
-        """Append an event, whose id must be the greatest so far, and update the state."""
+        """Append an event, whose id must be the greatest so far, and update the derived state."""
         self._places.setdefault(event.type, array("Q")).append(len(self.events))
         self.events.append(event)
         effect = self._EFFECTS.get(event.type)
         if effect is not None:
             effect(self, event)
 
-    def _request_turn(self, _: StoredEvent) -> None:
+    def _request_agent_turn(self, _: StoredEvent) -> None:
         if self._interrupted:
             self._next_turn = True
         else:
@@ -257,13 +261,13 @@ class Conversation:
         use.permission = event.value["result"]
         use.denial = event.value.get("deny_message", use.denial)
 
-    def _conclude_turn(self, _: StoredEvent) -> None:
+    def _conclude_agent_turn(self, _: StoredEvent) -> None:
         self._concluded = not self._open
 
-    def _set_running(self, _: StoredEvent) -> None:
+    def _set_status_running(self, _: StoredEvent) -> None:
         self.status, self._blocking = "running", ()
 
-    def _set_idle(self, event: StoredEvent) -> None:
+    def _set_status_idle(self, event: StoredEvent) -> None:
         self.status, self._blocking = "idle", ()
         reason = event.value.get("stop_reason") or {}
         if reason.get("type") == protocol.REQUIRES_ACTION:
@@ -272,11 +276,11 @@ class Conversation:
         self._turn, self._next_turn = self._next_turn, False
         self._interrupted = self._concluded = False
 
-    def _set_terminated(self, _: StoredEvent) -> None:
+    def _set_status_terminated(self, _: StoredEvent) -> None:
         self.status = "terminated"
 
     def _end_thread(self, event: StoredEvent) -> None:
-        """Forget the open tool uses of an ended thread, which accepts no result anymore."""
+        """Forget the open tool uses of a terminated thread, which accepts no results."""
         thread = _event_thread(event)
         if thread is None:
             return
@@ -285,7 +289,7 @@ class Conversation:
             del self._open[use_id]
 
     _EFFECTS: ClassVar[Mapping[str, Callable[[Conversation, StoredEvent], None]]] = {
-        protocol.USER_MESSAGE: _request_turn,
+        protocol.USER_MESSAGE: _request_agent_turn,
         protocol.USER_INTERRUPT: _record_interrupt,
         protocol.AGENT_TOOL_USE: _add_tool_use,
         protocol.AGENT_CUSTOM_TOOL_USE: _add_tool_use,
@@ -293,10 +297,10 @@ class Conversation:
         protocol.USER_CUSTOM_TOOL_RESULT: _close_tool_use,
         protocol.AGENT_TOOL_RESULT: _close_tool_use,
         protocol.USER_TOOL_CONFIRMATION: _apply_confirmation,
-        protocol.AGENT_MESSAGE: _conclude_turn,
-        protocol.STATUS_RUNNING: _set_running,
-        protocol.STATUS_IDLE: _set_idle,
-        protocol.STATUS_TERMINATED: _set_terminated,
+        protocol.AGENT_MESSAGE: _conclude_agent_turn,
+        protocol.STATUS_RUNNING: _set_status_running,
+        protocol.STATUS_IDLE: _set_status_idle,
+        protocol.STATUS_TERMINATED: _set_status_terminated,
         protocol.THREAD_TERMINATED: _end_thread,
     }
 
@@ -321,7 +325,7 @@ class Conversation:
         )
 
     def _next_scripted_event(self, script: Script) -> dict[str, Any] | None:
-        """Return the next event of a scripted agent; None if it has no turn to make."""
+        """Return the scripted agent's next event; None if there is no message to respond to."""
         if not self.events:
             return {"type": protocol.USER_MESSAGE, "content": _text_content("Run the script.")}
         if not self._turn:
@@ -342,7 +346,7 @@ def extend_conversation(
     ids: IdGenerator,
     now: int,
 ) -> list[StoredEvent]:
-    """Append events and the control plane's responses to them; return all stored events."""
+    """Append events, and the events with which the control plane responds; return all of them."""
     events: list[StoredEvent] = []
     waiting = iter(new_events)
     while (fields := next(waiting, None) or conversation.next_server_event()) is not None:

@@ -58,7 +58,7 @@ class Engine(Protocol):
     async def list_environments(
         self, place: PageRequest, limits: frozenset[str] | None
     ) -> ListPage[Environment]:
-        """Return a page of the environments with the ids `limits`; `limits` None: of all."""
+        """Return a page of the environments whose ids are in `limits`; of all if it is None."""
 
     async def create_environment(self, wanted: NewEnvironment) -> Environment:
         """Create a `self_hosted` environment."""
@@ -76,7 +76,7 @@ class Engine(Protocol):
         """Create items, each with a new session unless `session_id` names an existing one."""
 
     async def create_session(self, wanted: NewSession) -> SessionView:
-        """Create a session and the work item that brings it to a worker."""
+        """Create a session, and queue its first work item."""
 
     async def long_poll(
         self, environment_id: str, poll: Poll, gone: Callable[[], bool]
@@ -113,7 +113,7 @@ class Engine(Protocol):
         force: bool = False,
         refused: frozenset[tuple[bool, str]] = frozenset(),
     ) -> Item:
-        """Stop an item; raises a 409 if `refused` contains the pair (`force`, item's state)."""
+        """Stop an item. Raises a 409 if `refused` has the pair (`force`, state of the item)."""
 
     async def update_metadata(
         self,
@@ -130,7 +130,7 @@ class Engine(Protocol):
     async def list_items(
         self, environment_id: str, place: PageRequest, wanted: ItemFilter | None = None
     ) -> ListPage[Item]:
-        """Return a page of the items that `wanted` selects, in the order of `wanted`."""
+        """Return a page of the items that match the filter `wanted`, in the filter's order."""
 
     async def queue_stats(self, environment_id: str) -> WorkQueueStats:
         """Return the statistics of an environment's queue."""
@@ -141,7 +141,7 @@ class Engine(Protocol):
     async def list_sessions(
         self, place: PageRequest, wanted: SessionFilter
     ) -> ListPage[SessionView]:
-        """Return a page of the sessions that `wanted` selects."""
+        """Return a page of the sessions that match the filter `wanted`."""
 
     async def archive_session(self, session_id: str) -> SessionView:
         """Archive a session: terminate it, and request the stop of its work item."""
@@ -167,21 +167,22 @@ class Engine(Protocol):
     async def list_events(
         self, session_id: str, place: PageRequest, wanted: EventFilter
     ) -> ListPage[StoredEvent]:
-        """Return a page of the events of a session that `wanted` selects."""
+        """Return a page of a session's events that match the filter `wanted`."""
 
     async def stream_position(self, session_id: str, last_event_id: str | None) -> int:
-        """Return the number of events up to and including `last_event_id`, which a stream skips.
+        """Return how many events a stream skips: those up to and including `last_event_id`.
 
-        If it is None, all events so far are skipped; if it is the id of no event, none.
+        If `last_event_id` is None, the stream skips all events so far. If no event has this id, it
+        skips none.
         """
 
     async def wait_for_events(
         self, session_id: str, place: int, seconds: float
     ) -> Sequence[StoredEvent] | None:
-        """Wait until a session has more than `place` events, and return the events beyond them.
+        """Wait for events after the first `place` events of a session, and return them.
 
-        The result is empty if there are none within `seconds`, and None if no event can follow:
-        the session was deleted, or the control plane closes.
+        Returns no events if none was appended within `seconds`. Returns None if no event can
+        follow, because the session was deleted or the control plane closes.
         """
 
     async def read_history(self) -> Sequence[Record]:

@@ -1,4 +1,4 @@
-"""The history of all items, and a summary that counts lost and overlapping items.
+"""The history of all items, with counts of lost items and of those that two workers ran at once.
 
 The control plane's own record. `operations` appends to it and never reads it.
 """
@@ -53,8 +53,11 @@ class Record(NamedTuple):
     op: str | None = None
 
 
-def heartbeat_op(expected: str | None) -> str | None:
-    """Return `BLIND` if a heartbeat expects no earlier one: any worker can send it. Else None."""
+def heartbeat_record_op(expected: str | None) -> str | None:
+    """Return `BLIND` for a heartbeat that does not name the lease's last heartbeat; else None.
+
+    Any worker can send such a heartbeat, not only the holder of the lease.
+    """
     return BLIND if expected in {None, NO_HEARTBEAT} else None
 
 
@@ -86,7 +89,7 @@ class History:
 
 
 class Summary(NamedTuple):
-    """Counts of items, which show whether each one ended, and none ran on two workers at once.
+    """Counts of items. They show whether an item was lost, or ran on two workers at once.
 
     Attributes:
         enqueued: The number of created items.
@@ -105,7 +108,7 @@ class Summary(NamedTuple):
 
 
 def summarize(records: Iterable[Record]) -> Summary:
-    """Count the enqueued, stopped, reclaimed, lost and overlapping items of a history."""
+    """Count the lost items, those that two workers ran at once, and others in a history."""
     lives: dict[str, _ItemHistory] = {}
     for record in records:
         lives.setdefault(record.work_id, _ItemHistory()).apply_record(record)
@@ -121,7 +124,7 @@ def summarize(records: Iterable[Record]) -> Summary:
 
 
 class _ItemHistory:
-    """The state of one item while the summary reads its records."""
+    """The state of one item, updated record by record, from which the summary is computed."""
 
     def __init__(self) -> None:
         self.created = False
@@ -136,10 +139,10 @@ class _ItemHistory:
     def apply_record(self, record: Record) -> None:
         if record.kind == "conflict":
             return  # the call was refused, so the item has not changed
-        if self._is_by_other_worker(record):
+        if self._another_worker_holds_lease(record):
             if record.kind == "heartbeat" and record.op != BLIND:
-                # The sender knew the holder's last heartbeat, which only the holder could give to
-                # it: the holder has handed the item off.
+                # The sender names the holder's last heartbeat. It can do so only after a handoff by
+                # the holder, so this is no overlap.
                 self._holder = record.worker_id
             else:
                 self.overlapping = True
@@ -158,7 +161,7 @@ class _ItemHistory:
         if record.kind in {"acked", "lapsed", "stopped", "withdrawn"}:
             self._redelivered, self._delivered_to = False, None
 
-    def _is_by_other_worker(self, record: Record) -> bool:
+    def _another_worker_holds_lease(self, record: Record) -> bool:
         """Return whether the record's worker acted while another worker held the lease."""
         return (
             record.kind not in {"created", "delivered", "withdrawn", "lapsed"}

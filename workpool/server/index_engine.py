@@ -94,7 +94,7 @@ class IndexEngine:
     async def list_environments(
         self, place: PageRequest, limits: frozenset[str] | None
     ) -> ListPage[Environment]:
-        """Return a page of the environments with the ids `limits`; `limits` None: of all."""
+        """Return a page of the environments whose ids are in `limits`; of all if it is None."""
         found = [
             self._operations.get_environment(environment_id)
             for environment_id in self._operations.environment_ids()
@@ -129,8 +129,8 @@ class IndexEngine:
         )
 
     async def create_session(self, wanted: NewSession) -> SessionView:
-        """Create a session and the work item that brings it to a worker."""
-        view = self._make_view(*self._operations.create_session(wanted))
+        """Create a session, and queue its first work item."""
+        view = self._make_session_view(*self._operations.create_session(wanted))
         await self._operations.wait_until_durable()
         return view
 
@@ -187,7 +187,7 @@ class IndexEngine:
         force: bool = False,
         refused: frozenset[tuple[bool, str]] = frozenset(),
     ) -> Coroutine[Any, Any, Item]:
-        """Stop an item; raises a 409 if `refused` contains the pair (`force`, item's state)."""
+        """Stop an item. Raises a 409 if `refused` has the pair (`force`, state of the item)."""
         return self._call_durably(
             self._operations.stop_item,
             environment_id,
@@ -216,7 +216,7 @@ class IndexEngine:
     def list_items(
         self, environment_id: str, place: PageRequest, wanted: ItemFilter | None = None
     ) -> Coroutine[Any, Any, ListPage[Item]]:
-        """Return a page of the items that `wanted` selects, in the order of `wanted`."""
+        """Return a page of the items that match the filter `wanted`, in the filter's order."""
         limit, after, before = place
         if wanted is None:
             return self._call_durably(
@@ -232,14 +232,14 @@ class IndexEngine:
 
     async def get_session(self, session_id: str) -> SessionView:
         """Return a session; raises a 404 if it is unknown."""
-        view = self._make_view(*self._operations.get_session(session_id))
+        view = self._make_session_view(*self._operations.get_session(session_id))
         await self._operations.wait_until_durable()
         return view
 
     async def list_sessions(
         self, place: PageRequest, wanted: SessionFilter
     ) -> ListPage[SessionView]:
-        """Return a page of the sessions that `wanted` selects."""
+        """Return a page of the sessions that match the filter `wanted`."""
         limit, after, before = place
         backwards = wanted.newest_first or before is not None
         found: list[SessionView] = []
@@ -251,7 +251,7 @@ class IndexEngine:
             )
             for each in islice(walk, SCAN_ROWS):
                 # Make the view before the next await, in which another call may delete the session.
-                view = self._make_view(*each)
+                view = self._make_session_view(*each)
                 last = view.id
                 if wanted.matches(view):
                     found.append(view)
@@ -269,7 +269,7 @@ class IndexEngine:
 
     async def archive_session(self, session_id: str) -> SessionView:
         """Archive a session: terminate it, and request the stop of its work item."""
-        view = self._make_view(*self._operations.archive_session(session_id))
+        view = self._make_session_view(*self._operations.archive_session(session_id))
         await self._operations.wait_until_durable()
         return view
 
@@ -297,7 +297,7 @@ class IndexEngine:
     async def list_events(
         self, session_id: str, place: PageRequest, wanted: EventFilter = EVERY_EVENT
     ) -> ListPage[StoredEvent]:
-        """Return a page of the events of a session that `wanted` selects."""
+        """Return a page of a session's events that match the filter `wanted`."""
         conversation = self._operations.sessions.get_conversation(session_id)
         found = conversation.list_events(
             place.limit + 1, after=place.after, before=place.before, wanted=wanted
@@ -311,7 +311,7 @@ class IndexEngine:
         )
 
     async def stream_position(self, session_id: str, last_event_id: str | None) -> int:
-        """Return the number of events up to and including `last_event_id`, which a stream skips."""
+        """Return how many events a stream skips: those up to and including `last_event_id`."""
         conversation = self._operations.sessions.get_conversation(session_id)
         if last_event_id is None:
             return len(conversation.events)
@@ -320,7 +320,7 @@ class IndexEngine:
     async def wait_for_events(
         self, session_id: str, place: int, seconds: float
     ) -> Sequence[StoredEvent] | None:
-        """Wait until a session has more than `place` events, and return the events beyond them."""
+        """Wait for events after the first `place` events of a session, and return them."""
         sessions = self._operations.sessions
         if not await sessions.wait_for_events(session_id, place, seconds):
             return None
@@ -332,5 +332,5 @@ class IndexEngine:
         """Return the recorded history of all items, the oldest record first."""
         return tuple(self._operations.history)
 
-    def _make_view(self, session: StoredSession, item: Item) -> SessionView:
-        return self._operations.sessions.make_view(session, item)
+    def _make_session_view(self, session: StoredSession, item: Item) -> SessionView:
+        return self._operations.sessions.make_session_view(session, item)

@@ -16,7 +16,7 @@ from workpool.server import state_machine
 from workpool.server.answer_limits import NEW_METADATA_LIMIT_BYTES, check_metadata
 from workpool.server.api_errors import APIError, StoreError
 from workpool.server.environments import ENVIRONMENT_PREFIX, ENVIRONMENTS_MAX, Environment
-from workpool.server.history import History, Record, heartbeat_op
+from workpool.server.history import History, Record, heartbeat_record_op
 from workpool.server.pagination import ListPage, make_page
 from workpool.server.parsing.session_script import parse_script
 from workpool.server.queue.work_queue import WorkQueue
@@ -106,7 +106,7 @@ class Operations:
         kinds = (contents.items, contents.sessions, contents.events, contents.environments)
         ids = [row.id for rows in kinds for row in rows]
         self._ids = IdGenerator(max((name.partition("_")[2] for name in ids), default=""))
-        contents, ended = self._retention.split_contents(contents, self._read_clock())
+        contents, ended = self._retention.split_off_ended_sessions(contents, self._read_clock())
         self._store.delete_rows(ended)
         self.sessions.restore_contents(contents, self._ids, self._latest)
         self._restore_environments(contents.environments)
@@ -152,7 +152,7 @@ class Operations:
 
     @property
     def latest_time(self) -> int:
-        """The time of the last call in microseconds; no history record is later."""
+        """The time of the latest call in microseconds. No record of the history is newer."""
         return self._latest
 
     def get_queue(self, environment_id: str) -> WorkQueue:
@@ -229,7 +229,7 @@ class Operations:
         return tuple(items)
 
     def create_session(self, wanted: NewSession) -> tuple[StoredSession, Item]:
-        """Create a session and the work item that brings it to a worker."""
+        """Create a session, and queue its first work item."""
         queue = self.get_queue(wanted.environment_id)
         self._delete_ended_sessions()
         check_metadata(wanted.metadata, NEW_METADATA_LIMIT_BYTES)
@@ -352,7 +352,9 @@ class Operations:
         except APIError:
             self._add_record("conflict", item, worker_id, op="heartbeat")
             raise
-        return self._replace_item(queue, beaten, "heartbeat", worker_id, op=heartbeat_op(expected))
+        return self._replace_item(
+            queue, beaten, "heartbeat", worker_id, op=heartbeat_record_op(expected)
+        )
 
     def stop_item(
         self,
@@ -363,7 +365,7 @@ class Operations:
         force: bool = False,
         refused: frozenset[tuple[bool, str]] = frozenset(),
     ) -> Item:
-        """Stop an item; raises a 409 if `refused` contains the pair (`force`, item's state)."""
+        """Stop an item. Raises a 409 if `refused` has the pair (`force`, state of the item)."""
         queue = self.get_queue(environment_id)
         item = queue.get_item(work_id)
         if (force, item.state) in refused:
@@ -411,7 +413,7 @@ class Operations:
         after: str = "",
         before: str | None = None,
     ) -> ListPage[Item]:
-        """Return a page of the items that `wanted` selects.
+        """Return a page of the items that match the filter `wanted`.
 
         A page reads `LOOKED_AT_MAX` items at most, so it may have fewer than `limit`, or none,
         although there are more.
@@ -535,7 +537,7 @@ class Operations:
         for session_id in self._retention.pop_due_sessions(self._latest):
             work_ids = self.sessions.item_ids(session_id)
             if not work_ids:
-                continue  # the session was deleted before, with all its items
+                continue  # already deleted, when another item of the session was due
             queue = self._queues[self.sessions.find_session(session_id)[0].environment_id]
             items = queue.existing_items(work_ids)
             # Keep the session if one of its items is not stopped, or stopped too recently.

@@ -25,9 +25,14 @@ BEFORE: Final = "before"
 
 
 class ListPage(NamedTuple, Generic[Row]):
-    """One page of a list; if it is `backwards`, the next page has older rows.
+    """One page of a list.
 
-    `looked_until`: the id of the last row that a search has read, if the next page begins there.
+    Attributes:
+        items: The rows of the page.
+        has_more: Whether a next page exists.
+        backwards: Whether the next page has older rows; otherwise it has newer ones.
+        looked_until: The id of the last row that a search has read, if the next page begins after
+            this row.
     """
 
     items: Sequence[Row]
@@ -54,8 +59,8 @@ def make_page(
 def page_json(page: ListPage[Row], render: Callable[[Row], dict[str, Any]]) -> dict[str, Any]:
     """Return a page's JSON, with fewer rows if one answer cannot hold them all."""
     items, rows = page.items, [render(row) for row in page.items]
-    # A backwards page in ascending order begins with the rows farthest from the request's id. Drop
-    # these if the answer is full, since the next page contains them.
+    # If not all rows fit, the answer must keep those nearest to the id in the request: the next
+    # page continues after them. On a backwards page in ascending order, these rows come last.
     from_end = page.backwards and len(items) > 1 and items[0].id < items[-1].id
     count = count_fitting_rows(rows[::-1] if from_end else rows)
     kept = slice(len(rows) - count, None) if from_end else slice(count)

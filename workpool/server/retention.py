@@ -40,7 +40,7 @@ class StoppedItems:
             self._stopped.append((item.stopped_at, item.session_id))
 
     def pop_due_sessions(self, now: int) -> Iterator[str]:
-        """Pop the ids of up to `BATCH_MAX` sessions with an item whose retention is over."""
+        """Pop the ids of up to `BATCH_MAX` sessions that have an item whose retention is over."""
         if self._time is None:
             return
         for _ in range(BATCH_MAX):
@@ -54,8 +54,10 @@ class StoppedItems:
             item.state == STOPPED and (item.stopped_at or 0) + self._time <= now for item in items
         )
 
-    def split_contents(self, contents: StoreContents, now: int) -> tuple[StoreContents, list[Row]]:
-        """Split contents into those to keep, and the rows of sessions whose retention is over."""
+    def split_off_ended_sessions(
+        self, contents: StoreContents, now: int
+    ) -> tuple[StoreContents, list[Row]]:
+        """Return the contents without the sessions whose retention is over, and their rows."""
         if self._time is None:
             return contents, []
         alive = {item.session_id for item in contents.items if not self.have_expired((item,), now)}

@@ -36,14 +36,15 @@ class SessionRegistry:
         self._store = store
         self._ids = ids
         self._sessions: dict[str, tuple[StoredSession, str]] = {}
-        self._earlier: dict[str, list[str]] = {}  # ids of each session's items, without the latest
+        # The ids of each session's items, except the latest item.
+        self._earlier: dict[str, list[str]] = {}
         self._order = AscendingIds()  # the keys of `_sessions`, sorted
         self._conversations: dict[str, Conversation] = {}
         self._following: dict[str, set[asyncio.Event]] = {}
         self._closing = False
 
     def restore_contents(self, contents: StoreContents, ids: IdGenerator, now: int) -> None:
-        """Restore the sessions of a store, and append the responses that a crash prevented."""
+        """Restore the sessions of a store, and append responses that a crash prevented."""
         self._ids = ids
         sessions = {session.id: session for session in contents.sessions}
         for item in contents.items:
@@ -87,7 +88,7 @@ class SessionRegistry:
     ) -> Iterator[tuple[StoredSession, str]]:
         """Iterate over the sessions between two ids, each with the id of its latest item."""
         walked = iterate_ids(self._order, after=after, before=before, newest_first=newest_first)
-        # Other calls may delete sessions while a long list is iterated over in parts.
+        # Other calls may delete sessions between two steps of the iteration: skip these ids.
         return (self._sessions[each] for each in walked if each in self._sessions)
 
     def get_conversation(self, session_id: str) -> Conversation:
@@ -99,8 +100,8 @@ class SessionRegistry:
             )
         return found
 
-    def make_view(self, session: StoredSession, item: Item) -> SessionView:
-        """Return a session with its latest work item, `item`, and the state of its events."""
+    def make_session_view(self, session: StoredSession, item: Item) -> SessionView:
+        """Return a session with its latest item, and the status and time of its last events."""
         conversation = self._conversations.get(session.id)
         if conversation is None:
             return SessionView(session, item, None, None)
@@ -114,7 +115,10 @@ class SessionRegistry:
         now: int,
         **more: Any,
     ) -> StoredSession:
-        """Create a session; `more`: further fields of `StoredSession`. Call `attach_item` next."""
+        """Create a session, to which the caller must then attach an item with `attach_item`.
+
+        `more`: further fields of `StoredSession`.
+        """
         session_id = SESSION_PREFIX + self._ids.next_digits(now)
         session = StoredSession(session_id, environment_id, metadata, now, script, **more)
         self._store.save_session(session)
@@ -160,7 +164,7 @@ class SessionRegistry:
         return self._append_events(session_id, copy_events(new_events), now)
 
     async def wait_for_events(self, session_id: str, place: int, seconds: float) -> bool:
-        """Wait until a session has more than `place` events, for at most `seconds`.
+        """Wait at most `seconds` until a session has events after the first `place` events.
 
         Returns False if no event can follow: the session was deleted, or the control plane closes.
         """
@@ -190,7 +194,7 @@ class SessionRegistry:
     def _append_events(
         self, session_id: str, new_events: Sequence[Mapping[str, Any]], now: int
     ) -> Sequence[StoredEvent]:
-        """Append events and the control plane's responses, save both, and wake the streams."""
+        """Append events and the control plane's response events, save all, and wake the streams."""
         events = extend_conversation(
             self.get_conversation(session_id), session_id, new_events, self._ids, now
         )

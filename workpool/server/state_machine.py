@@ -45,7 +45,7 @@ STOP: Final[Mapping[tuple[bool, State], State]] = {
     (True, STOPPED): STOPPED,
 }
 
-# The state after the end of a lease; an item in any other state has no lease.
+# The state after the end of a lease. Only items in the states on the left have a lease.
 LAPSE: Final[Mapping[State, State]] = {STARTING: QUEUED, ACTIVE: QUEUED, STOPPING: STOPPED}
 
 
@@ -118,14 +118,14 @@ def extend_lease(
 
 
 def last_heartbeat(item: Item) -> str:
-    """Return the text that the next heartbeat must expect: the time of the last heartbeat."""
+    """Return the expected value for the next heartbeat: the time of the last heartbeat."""
     if not item.beaten or item.heartbeat_at is None:
         return NO_HEARTBEAT
     return to_heartbeat_text(item.heartbeat_at)
 
 
 def heartbeat_answer(item: Item, *, extended: bool) -> dict[str, Any]:
-    """Return the answer to a heartbeat as JSON; a 412 contains it as the current state."""
+    """Return the JSON answer to a heartbeat, which is also part of the answer 412."""
     return {
         "last_heartbeat": last_heartbeat(item) if item.beaten else None,
         "lease_extended": extended,
@@ -135,7 +135,7 @@ def heartbeat_answer(item: Item, *, extended: bool) -> dict[str, Any]:
 
 
 def stop_item(item: Item, now: int, *, force: bool) -> Item:
-    """Stop an item, or request its stop, as the table `STOP` says."""
+    """Stop an item, or request its stop; the table `STOP` gives the new state."""
     state = STOP[force, item.state]
     if state == item.state:
         return item

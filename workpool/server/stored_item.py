@@ -64,11 +64,11 @@ class IdGenerator:
     """
 
     def __init__(self, last: str = "") -> None:
-        self._last = _ascending_part(last)
+        self._last = _time_and_counter(last)
 
-    def advance_past(self, last: str) -> None:
-        """Make all further ids greater than `last`, which another process may have generated."""
-        self._last = max(self._last, _ascending_part(last))
+    def advance_past_id(self, last: str) -> None:
+        """Make all further ids greater than the id `last` of another generator."""
+        self._last = max(self._last, _time_and_counter(last))
 
     def next_digits(self, now: int) -> str:
         """Return the 32 lowercase hex digits of a new id, which is greater than all before."""
@@ -77,7 +77,7 @@ class IdGenerator:
         return f"{number | 0b10 << 62 | secrets.randbits(62):032x}"
 
 
-def _ascending_part(digits: str) -> int:
-    """Return milliseconds and counter of a UUIDv7 as one number, without its random bits."""
+def _time_and_counter(digits: str) -> int:
+    """Return the milliseconds and the counter of a UUIDv7 as one number, without random bits."""
     number = int(digits, 16) if digits else 0
     return (number >> 80) << 12 | (number >> 64) & 0xFFF

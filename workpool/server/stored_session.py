@@ -54,7 +54,7 @@ USAGE: Final[Mapping[str, Any]] = {
 
 @dataclass(frozen=True, slots=True)
 class StoredSession:
-    """A session. Its metadata are those that its first item was created with.
+    """A session as it is stored. Its metadata is what its first item had when it was created.
 
     Attributes:
         script: The tool uses of a scripted session; None: the session has no script.
@@ -96,7 +96,7 @@ class SessionView(NamedTuple):
     def status(self) -> str:
         """The status of the session."""
         if self.last_status == TERMINATED:
-            return self.last_status  # the final status, whatever the state of the item
+            return self.last_status  # a terminated session stays so, whatever its item's state is
         if self.last_status is None or self.item.state == STOPPING:
             return STATUS[self.item.state]
         return self.last_status

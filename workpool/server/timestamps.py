@@ -90,8 +90,8 @@ def to_utc_text(text: str) -> str | None:
         return None
     try:
         moment = datetime.fromisoformat(text.upper()).astimezone(UTC)
-    except (ValueError, OverflowError):  # `datetime` lacks leap seconds and year 0.
-        return None
+    except (ValueError, OverflowError):
+        return None  # RFC 3339 allows leap seconds and the year 0, `datetime` does not
     return moment.strftime("%Y-%m-%dT%H:%M:%S.%fZ").rjust(len("2026-03-01T12:00:00.000000Z"), "0")
 
 

@@ -41,7 +41,7 @@ class ApplicationRoutes:
         self._cloud = frozenset(cloud)
 
     def routes(self) -> list[web.RouteDef]:
-        """Return the routes under the dialect's prefix."""
+        """Return the routes of this class; each path begins with the dialect's prefix."""
         environments = self._dialect.prefix + "/environments"
         sessions = self._dialect.prefix + "/sessions"
         return [
@@ -84,7 +84,7 @@ class ApplicationRoutes:
         return environment.to_json(cloud=environment.id in self._cloud)
 
     async def create_session(self, request: web.Request) -> web.Response:
-        """Create a session, and the work item that brings it to a worker."""
+        """Create a session, and queue its first work item."""
         caller = self._authenticate_application(request)
         wanted = creation_requests.parse_session(await requests.read_body(request))
         caller.check_environment(wanted.environment_id)

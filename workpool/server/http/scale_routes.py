@@ -44,14 +44,15 @@ class ScaleRoutes:
         self._local = local
 
     def routes(self) -> list[web.RouteDef]:
-        """Return the definition of the route."""
+        """Return the one route for autoscalers, as a list."""
         return [web.get("/scale/{environment_id}", self.get_fleet_numbers, allow_head=False)]
 
     async def get_fleet_numbers(self, request: web.Request) -> web.Response:
         """Answer with the load of an environment and the recommended number of workers."""
         environment_id = request.match_info["environment_id"]
-        # A local request to an IP address or localhost needs no token. A request through a proxy,
-        # or from a web page of another site, names another host and needs one.
+        # A request on the loopback interface needs no token if its Host header is an IP address or
+        # localhost. Through a proxy, or from a web page of another site, the header is a host name,
+        # and the request needs a token.
         if not (self._local and names_an_address(request.host)):
             # The anthropic dialect also accepts a token in X-Api-Key.
             caller = self._tokens.authenticate(request.headers, ANTHROPIC)

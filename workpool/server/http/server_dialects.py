@@ -72,12 +72,12 @@ class ServerDialect:
         return ""
 
     def session_json(self, value: Mapping[str, Any]) -> dict[str, Any]:
-        """Convert the JSON of a session to this dialect: its id and its status."""
+        """Return a session's JSON with the id and the status in the form of this dialect."""
         status = self.session_statuses.get(value["status"], value["status"])
         return {**value, "id": self.format_session_id(value["id"]), "status": status}
 
     def parse_statuses(self, written: Collection[str]) -> frozenset[str]:
-        """Convert statuses in this dialect's words, `written`, to the statuses that are stored."""
+        """Convert names of session statuses in this dialect to the names that are stored."""
         own = {*STATUS.values(), TERMINATED}
         return frozenset(each for each in own if self.session_statuses.get(each, each) in written)
 

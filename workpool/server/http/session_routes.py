@@ -35,7 +35,7 @@ WRITE_BYTES: Final = 64 * 1024
 _STREAM: Final = {
     "Content-Type": "text/event-stream",
     "Cache-Control": "no-store",
-    # Tells a proxy not to buffer the stream, which would delay its events.
+    # Without this header, a proxy may buffer the stream and delay its events.
     "X-Accel-Buffering": "no",
 }
 KEEP_ALIVE: Final = b": keep-alive\n\n"
@@ -51,7 +51,7 @@ class SessionRoutes:
         self._dialect = dialect
 
     def routes(self) -> list[web.RouteDef]:
-        """Return the routes under the dialect's prefix."""
+        """Return the routes of this class; each path begins with the dialect's prefix."""
         session = self._dialect.prefix + "/sessions/{session_id}"
         return [
             web.get(session, self.get_session, allow_head=False),
@@ -87,15 +87,19 @@ class SessionRoutes:
         return json_response({"data": [event_json(event) for event in events]})
 
     async def stream_events(self, request: web.Request) -> web.StreamResponse:
-        """Stream the events after `Last-Event-ID`, or without this header all new events."""
+        """Stream the events of a session.
+
+        The stream begins after the event that the header `Last-Event-ID` names. Without the header,
+        it begins with the next new event.
+        """
         view = await self._authorize_session(request)
         await requests.read_body(request)
         last = request.headers.get(LAST_EVENT_ID_HEADER)
         # Read the position before sending the first byte: an open stream must miss no event.
         place = await self._engine.stream_position(view.id, last)
         response = web.StreamResponse(headers=_STREAM)
-        # A lost connection, a reader that stopped reading, or a store without answers ends the
-        # stream. The client then opens another one after the last event that it received.
+        # The stream ends if the connection is lost, the reader stops reading or the store fails.
+        # The client then opens a new stream after the last event that it received.
         with suppress(ConnectionError, StoreError, APIError):
             await response.prepare(request)
             await response.write(KEEP_ALIVE)
@@ -130,7 +134,10 @@ def event_json(event: StoredEvent) -> dict[str, Any]:
 
 
 def _join_frames(events: Sequence[StoredEvent]) -> Iterator[bytes]:
-    """Yield the frames of events in pieces of about `WRITE_BYTES`; without events, a keep-alive."""
+    """Join the frames of events to pieces of about `WRITE_BYTES`, and yield the pieces.
+
+    If there are no events, yield a keep-alive.
+    """
     frames: list[bytes] = []
     size = 0
     for event in events:

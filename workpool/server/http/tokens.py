@@ -85,17 +85,17 @@ class AcceptedTokens:
             return Caller(None, worker=True)
         if dialect.item_secrets and token.startswith(_ITEM_PREFIX) and token.isascii():
             subject, _, _ = token.rpartition(".")
-            if hmac.compare_digest(token, self._sign_subject(subject)):
+            if hmac.compare_digest(token, self._sign_token_subject(subject)):
                 environment_id, work_id = subject.removeprefix(_ITEM_PREFIX).split(".")
                 return Caller(frozenset({environment_id}), (environment_id, work_id))
         raise APIError(401, "the token is missing or wrong")
 
     def item_secret(self, item: Item) -> str:
         """Return the secret of an item: base64url of a JSON object with the item's token."""
-        token = self._sign_subject(f"{_ITEM_PREFIX}{item.environment_id}.{item.id}")
+        token = self._sign_token_subject(f"{_ITEM_PREFIX}{item.environment_id}.{item.id}")
         return urlsafe_b64encode(orjson.dumps({"sessions_token": token})).decode().rstrip("=")
 
-    def _sign_subject(self, subject: str) -> str:
+    def _sign_token_subject(self, subject: str) -> str:
         return f"{subject}.{hmac.new(self._signing_key, subject.encode(), sha256).hexdigest()}"
 
 

@@ -60,9 +60,12 @@ class WorkRoutes:
         self._dialect = dialect
 
     def routes(self) -> list[web.RouteDef]:
-        """Return the dialect's routes; HEAD is not allowed, since a poll would deliver an item."""
+        """Return the routes of this class; each path begins with the dialect's prefix.
+
+        HEAD is not allowed, because a HEAD request to the route of polls would deliver an item.
+        """
         environment, item = self._dialect.prefix + _ENVIRONMENT, self._dialect.prefix + _ITEM
-        return [  # aiohttp tries them in this order, so the most frequent calls come first
+        return [  # the most frequent calls first, because aiohttp tries the routes in this order
             web.get(environment + "/poll", self.poll, allow_head=False),
             web.post(item + "/ack", self.ack_item),
             web.post(item + "/heartbeat", self.heartbeat),
@@ -125,14 +128,14 @@ class WorkRoutes:
     async def get_item(self, request: web.Request) -> web.Response:
         """Answer with one item."""
         place = await self._authorize_item(request)
-        async with self._prefer_unknown_item(place):
+        async with self._raise_unknown_item_first(place):
             await requests.read_body(request)
         return json_response(self._dialect.item_json(await self._engine.get_item(*place)))
 
     async def update_metadata(self, request: web.Request) -> web.Response:
         """Merge the metadata patch of the request into an item's metadata."""
         place = await self._authorize_item(request)
-        async with self._prefer_unknown_item(place):
+        async with self._raise_unknown_item_first(place):
             patch = requests.parse_metadata_patch(
                 await requests.read_body(request), required=self._dialect.metadata_required
             )
@@ -144,7 +147,7 @@ class WorkRoutes:
     async def ack_item(self, request: web.Request) -> web.Response:
         """Acknowledge an item, and answer with it."""
         place = await self._authorize_item(request, own_token=True)
-        async with self._prefer_unknown_item(place):
+        async with self._raise_unknown_item_first(place):
             await requests.read_body(request)
             worker_id = self._worker_id(request)
         return json_response(
@@ -154,7 +157,7 @@ class WorkRoutes:
     async def heartbeat(self, request: web.Request) -> web.Response:
         """Extend the lease of an item, and answer with the heartbeat's result."""
         place = await self._authorize_item(request, own_token=True)
-        async with self._prefer_unknown_item(place):
+        async with self._raise_unknown_item_first(place):
             await requests.read_body(request)
             expected, ttl_seconds = requests.parse_heartbeat(request)
             worker_id = self._worker_id(request)
@@ -173,7 +176,7 @@ class WorkRoutes:
     async def stop_item(self, request: web.Request) -> web.Response:
         """Stop an item; the dialect decides whether the answer is the item or a 204."""
         place = await self._authorize_item(request, own_token=True)
-        async with self._prefer_unknown_item(place):
+        async with self._raise_unknown_item_first(place):
             force = requests.parse_force(await requests.read_body(request))
             worker_id = self._worker_id(request)
         item = await self._engine.stop_item(
@@ -205,7 +208,7 @@ class WorkRoutes:
     async def _authorize_item(
         self, request: web.Request, *, own_token: bool = False
     ) -> tuple[str, str]:
-        """Check the caller's permissions, and return environment and id of the path's item.
+        """Check the caller's permissions; return the environment id and work id in the path.
 
         `own_token`: whether the item's own token, and a worker's key, are accepted for this call.
         """
@@ -214,8 +217,8 @@ class WorkRoutes:
         return await self._authorize_environment(request, own, worker=own_token), work_id
 
     @asynccontextmanager
-    async def _prefer_unknown_item(self, place: tuple[str, str]) -> AsyncIterator[None]:
-        """Replace an error in the block by a 404 if the item does not exist.
+    async def _raise_unknown_item_first(self, place: tuple[str, str]) -> AsyncIterator[None]:
+        """Return a context that replaces an API error by a 404 if the item does not exist.
 
         In the order of errors, an unknown item comes first. Without an error the item is not read
         here, since the call itself reads it.

@@ -82,7 +82,7 @@ def parse_session(content: bytes) -> NewSession:
 
 
 def _parse_agent(given: object) -> Mapping[str, Any]:
-    """Return `id` and `version` of an agent, which is given as its id or an object with both."""
+    """Return the `id` and `version` of the field `agent`, which is an id or an object."""
     agent = {"id": given} if isinstance(given, str) else given
     if not isinstance(agent, dict):
         raise APIError(400, "agent must be an id or an object", "agent")

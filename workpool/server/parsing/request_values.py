@@ -112,7 +112,8 @@ def integer_parameter(request: web.Request, name: str, default: int) -> int:
     if not _NUMBER.fullmatch(text):
         raise APIError(400, f"{name} must be a non-negative integer", name)
     digits = text.lstrip("0")
-    # A longer number is replaced: it exceeds every limit, and int() fails on thousands of digits.
+    # int() fails on thousands of digits. A very long number is replaced by a shorter one that also
+    # exceeds every limit.
     return int(digits or "0") if len(digits) <= _LONGEST_NUMBER else 10**_LONGEST_NUMBER
 
 
@@ -243,7 +244,7 @@ async def read_body(request: web.Request) -> bytes:
     if not request.can_read_body:
         return b""
     if request.headers.get("Content-Encoding", "identity").lower() != "identity":
-        # A compressed body of 4 MiB could take 4 GiB of memory.
+        # Decompression of a body of 4 MiB could take 4 GiB of memory.
         raise APIError(400, "a compressed body is not read", "Content-Encoding")
     try:
         async with asyncio.timeout(BODY_SECONDS):
@@ -317,7 +318,7 @@ def parse_enqueue(content: bytes) -> EnqueueRequest:
 
 
 def check_string_values(value: object, allowed: tuple[type, ...] = (str,)) -> dict[str, Any]:
-    """Return metadata if it is an object whose values have the types `allowed`; else a 400."""
+    """Return the metadata `value`; raises a 400 unless it is an object with `allowed` values."""
     if not isinstance(value, dict):
         raise APIError(400, "metadata must be an object", "metadata")
     if not all(isinstance(entry, allowed) for entry in value.values()):

@@ -1,4 +1,4 @@
-"""Parser of the scripts of scripted sessions.
+"""Parser of session scripts, each of which lists the tool uses that the session's agent makes.
 
 See workpool/docs/protocol.md, "Scripted sessions".
 """
@@ -23,7 +23,10 @@ PERMISSIONS: Final = ("allow", "ask", "deny")
 
 
 def parse_script(value: object, copies: int = 1) -> Script:
-    """Parse a script for `copies` sessions; raises a 400 if it is malformed or too large."""
+    """Parse the script that each of `copies` new sessions gets.
+
+    Raises a 400 if the script is malformed, or if all copies together are too large.
+    """
     if not isinstance(value, Sequence) or isinstance(value, str | bytes):
         raise _script_error("must be a list of tool uses")
     if len(value) > ENTRIES_MAX:
@@ -32,7 +35,8 @@ def parse_script(value: object, copies: int = 1) -> Script:
         _parse_tool_use(entry, f"entry {number}") for number, entry in enumerate(value, 1)
     )
     try:
-        # Check it two levels deeper, as answers nest it: orjson limits the depth of nesting.
+        # orjson limits the depth of nesting, and answers contain the script two levels deeper. If
+        # the depth were not checked here, the session could not be shown.
         content = orjson.dumps([[script]], default=dict)
     except orjson.JSONEncodeError:
         raise _script_error("cannot be written as JSON") from None

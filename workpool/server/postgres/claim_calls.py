@@ -19,7 +19,7 @@ from workpool.server.postgres.database_calls import (
     RECORD,
     DatabaseCalls,
     ItemChange,
-    lease_end_change,
+    make_lease_end_change,
 )
 from workpool.server.postgres.database_errors import UnavailableError
 from workpool.server.postgres.item_cache import ItemCache
@@ -123,7 +123,8 @@ class ClaimCalls(DatabaseCalls):
 
     def __init__(self, *arguments: Any, **options: Any) -> None:
         super().__init__(*arguments, **options)
-        # The time of the next check for ended leases, by environment id; the key None: for all.
+        # The earliest time of the next check for expired leases, by environment id. The key None is
+        # for the check of all environments.
         self._next_look: dict[str | None, float] = {}
         self._known = ItemCache()
         self._polled: OrderedDict[tuple[str, str], float] = OrderedDict()
@@ -144,7 +145,8 @@ class ClaimCalls(DatabaseCalls):
             item = delivery.item
             if item is not None:
                 if not announced:
-                    # The notification was lost, perhaps for several items: wake another poll too.
+                    # The notification of this item was lost. It may have announced several items,
+                    # so wake another poll too.
                     self._hub.wake_calls(topic)
                 if not gone():
                     return item
@@ -156,8 +158,8 @@ class ClaimCalls(DatabaseCalls):
             seconds = _poll_wait_seconds(remaining, poll, delivery.due_seconds)
             announced = await self._hub.wait_for_change(topic, seen, seconds)
             if not announced and loop.time() >= deadline:
-                return None  # no last claim is needed: the worker's next poll begins with one
-        self._hub.wake_calls(topic)  # the client is gone, so another poll gets the wake-up
+                return None  # without another claim: the worker's next poll begins with a claim
+        self._hub.wake_calls(topic)  # the client has disconnected: wake another poll instead
         return None
 
     async def _claim_or_withdraw(self, environment_id: str, poll: Poll) -> ClaimOutcome:
@@ -166,7 +168,8 @@ class ClaimCalls(DatabaseCalls):
         try:
             return await asyncio.shield(claim)
         except asyncio.CancelledError:
-            # The statements' time limits end this wait; a second cancellation aborts the claim.
+            # Let the claim finish, in order to withdraw its delivery. The time limits of the
+            # statements bound this wait, and a second cancellation ends it.
             with suppress(UnavailableError):
                 delivery = await claim
                 if delivery.item is not None:
@@ -177,7 +180,11 @@ class ClaimCalls(DatabaseCalls):
         await self._end_due_leases(environment_id)
         reclaim = poll.reclaim_older_than_ms * MILLISECOND
         row = await self._pool.fetchrow(
-            _CLAIMS[self._has_history], environment_id, poll.worker_id, reclaim, self._fixed_time()
+            _CLAIMS[self._has_history],
+            environment_id,
+            poll.worker_id,
+            reclaim,
+            self._test_clock_time(),
         )
         version, now, first_delivered = row[len(ITEM_FIELDS) :]
         if row[0] is not None:
@@ -196,7 +203,7 @@ class ClaimCalls(DatabaseCalls):
             self._hub.announce_changes(work_topic(item.environment_id))
 
     async def _end_due_leases(self, environment_id: str | None) -> int:
-        """End the expired leases of an environment (None: of all), and return their number.
+        """End the expired leases of an environment, or of all if it is None; return their number.
 
         A check reads all leases, so the next check is as late as possible: at the end of the first
         of these leases, or at the earliest end of a lease that begins or is extended after this
@@ -206,7 +213,7 @@ class ClaimCalls(DatabaseCalls):
         if now < self._next_look.get(environment_id, now) and self._now is None:
             return 0
         statement = _NEXT_LAPSE.format(_EVERYWHERE if environment_id is None else _HERE)
-        first = await self._pool.fetchval(statement, environment_id, self._fixed_time())
+        first = await self._pool.fetchval(statement, environment_id, self._test_clock_time())
         seconds = LEASE_MIN_SECONDS if first is None else first / SECOND
         self._next_look[environment_id] = now + min(
             max(seconds, LAPSE_CHECK_SECONDS), LEASE_MIN_SECONDS
@@ -231,27 +238,27 @@ class ClaimCalls(DatabaseCalls):
         """
         statement = _ENDED.format(_EVERYWHERE if environment_id is None else _HERE)
 
-        async def end_batch() -> list[Item]:
+        async def end_leases_of_batch() -> list[Item]:
             async with self._pool.transaction() as connection:
-                rows = await connection.fetch(statement, environment_id, self._fixed_time())
+                rows = await connection.fetch(statement, environment_id, self._test_clock_time())
                 return [
                     await self._end_lease(connection, item_from_row(row), row[-1]) for row in rows
                 ]
 
-        lapsed = await self._pool.retry_collisions(end_batch)
+        lapsed = await self._pool.retry_collisions(end_leases_of_batch)
         queued = [item.environment_id for item in lapsed if item.state == QUEUED]
         for each in sorted(set(queued)):
             self._hub.announce_changes(work_topic(each), queued.count(each))
         return len(lapsed)
 
     async def _end_lease(self, connection: Connection, stored: Item, version: int) -> Item:
-        change = lease_end_change(stored)
+        change = make_lease_end_change(stored)
         await self._write_item(connection, stored, version, [change])
         return change.item
 
     async def delete_idle_pollers(self) -> int:
-        """Delete the records of workers that stopped polling; return 0, as one call deletes all."""
-        await self._pool.execute(_FORGET_POLLERS, self._fixed_time(), _WINDOW)
+        """Delete the records of all workers that stopped polling. Returns 0: none is left."""
+        await self._pool.execute(_FORGET_POLLERS, self._test_clock_time(), _WINDOW)
         return 0
 
     async def _record_poller(self, environment_id: str, worker_id: str | None) -> None:
@@ -263,7 +270,7 @@ class ClaimCalls(DatabaseCalls):
             self._polled.popitem(last=False)
         if (environment_id, worker_id) not in self._polled or self._now is not None:
             self._polled[environment_id, worker_id] = now
-            await self._pool.execute(_POLLED, environment_id, worker_id, self._fixed_time())
+            await self._pool.execute(_POLLED, environment_id, worker_id, self._test_clock_time())
 
 
 def _poll_wait_seconds(remaining: float, poll: Poll, due_seconds: float | None) -> float:

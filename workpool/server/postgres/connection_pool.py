@@ -118,7 +118,7 @@ class ConnectionPool:
         try:
             self._idle.append(await open_connection(self._url))
         except _START_ERRORS as error:
-            raise _start_error(self._url, error) from None
+            raise _translate_start_error(self._url, error) from None
         self._closed = False
 
     async def close(self) -> None:
@@ -257,7 +257,7 @@ class ConnectionPool:
         if is_reusable:
             self._idle.append(connection)
         else:
-            connection.terminate()  # the server then cancels a statement that still runs
+            connection.terminate()  # if its statement still runs, the database cancels it
         self._wake_waiting_calls()
 
     def _wake_waiting_calls(self, count: int = 1) -> None:
@@ -275,7 +275,7 @@ class ConnectionPool:
         if refusal is None:
             return
         if refusal.reason == READ_ONLY:
-            # After a failover, this server may be a standby: use none of its connections again.
+            # After a failover, this server may be a standby. Its connections are not used again.
             self._expired |= self._used
             while self._idle:
                 self._idle.pop().terminate()
@@ -299,7 +299,7 @@ async def _commit_transaction(connection: Any) -> None:
 
 
 def _has_no_open_statement(error: BaseException | None) -> bool:
-    """Return whether the database answered a connection's last statement, which raised `error`."""
+    """Return whether the database has answered the last statement, which raised `error` or None."""
     of_driver = isinstance(error, DRIVER_ERRORS) and not isinstance(error, asyncpg.PostgresError)
     return error is None or (isinstance(error, Exception) and not of_driver)
 
@@ -335,7 +335,7 @@ async def start_connection(url: str, *, statement_seconds: float) -> AsyncIterat
         finally:
             await end_connection(connection)
     except _START_ERRORS as error:
-        raise _start_error(url, error) from None
+        raise _translate_start_error(url, error) from None
 
 
 def _connection_options(
@@ -349,17 +349,17 @@ def _connection_options(
             "application_name": "workpool",
             "default_transaction_isolation": "read committed",
             "statement_timeout": f"{statement_seconds * 1000:.0f}",
-            # A node that hangs in a transaction must not block other nodes by its locks forever.
+            # Without this limit, a node that hangs in a transaction could block others forever.
             "idle_in_transaction_session_timeout": f"{answer_seconds * 1000:.0f}",
-            # Lets the server notice a lost connection, and cancel the connection's statement.
+            # With this setting, the database notices a lost connection and cancels its statement.
             "client_connection_check_interval": "1000",
-            "jit": "off",  # off: compiling takes longer than a short statement
+            "jit": "off",  # compiling a short statement takes longer than running it
         },
     }
 
 
-def _start_error(url: str, error: BaseException) -> BaseException:
-    """Return the error to raise for a failed start; an unexpected error stays unchanged.
+def _translate_start_error(url: str, error: BaseException) -> BaseException:
+    """Return the `ServeError` for an error at the start; an unexpected error stays unchanged.
 
     The driver's text about a URL may contain a part of its password.
     """

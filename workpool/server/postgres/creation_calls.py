@@ -91,7 +91,7 @@ class CreationCalls(EnvironmentCalls):
         return [view.item for view in await self._create_sessions(template, count, work_type)]
 
     async def create_session(self, wanted: NewSession) -> SessionView:
-        """Create a session and the work item that brings it to a worker."""
+        """Create a session, and queue its first work item."""
         await self.check_environment(wanted.environment_id)
         check_metadata(wanted.metadata, NEW_METADATA_LIMIT_BYTES)
         template = StoredSession(

@@ -127,8 +127,8 @@ class DatabaseCalls:
         self._now = now
         self._has_history = has_history
 
-    def _fixed_time(self) -> int | None:
-        """Return the time of the test's clock `now` in microseconds; None: use the database's."""
+    def _test_clock_time(self) -> int | None:
+        """Return the time of the clock that a test gave, in microseconds; None if it gave none."""
         return None if self._now is None else int(self._now() * SECOND)
 
     async def _retry_with_lock(
@@ -156,16 +156,20 @@ class DatabaseCalls:
 
     async def _current_time(self) -> int:
         """Return the current time of the database in microseconds."""
-        now: int = await self._pool.fetchval(_NOW, self._fixed_time())
+        now: int = await self._pool.fetchval(_NOW, self._test_clock_time())
         return now
 
     async def _read_item(
         self, connection: Connection, environment_id: str, work_id: str
     ) -> tuple[Item, Item, int, int]:
-        """Return an item as stored, the item as of now, its version and the time; raises a 404."""
+        """Read an item. Raises a 404 if it is unknown.
+
+        Returns the item as it is stored, the item without an expired lease, the version of its row,
+        and the current time.
+        """
         row = None
         if may_be_id(work_id):
-            row = await connection.fetchrow(_READ, environment_id, work_id, self._fixed_time())
+            row = await connection.fetchrow(_READ, environment_id, work_id, self._test_clock_time())
         if row is None:
             raise APIError(404, "no such work item in this environment")
         stored = item_from_row(row)
@@ -185,7 +189,7 @@ class DatabaseCalls:
             item.id,
             version,
             item.state,
-            # None leaves the metadata unchanged, which saves writing a large column.
+            # None leaves the metadata unchanged, so that a large column is not written again.
             None if item.metadata is stored.metadata else to_json(item.metadata),
             item.acknowledged_at,
             item.started_at,
@@ -206,13 +210,13 @@ class DatabaseCalls:
 
 
 def without_ended_lease(item: Item, now: int) -> Item:
-    """Return an item as it is at the time `now`: if its lease has ended, without a lease."""
+    """Return an item as of the time `now`: without its lease, if the lease has ended."""
     if item.lease_end is None or item.lease_end > now:
         return item
     return state_machine.end_lease(item)
 
 
-def lease_end_change(stored: Item) -> ItemChange:
+def make_lease_end_change(stored: Item) -> ItemChange:
     """Return the change that ends an item's expired lease."""
     return ItemChange(
         state_machine.end_lease(stored), "lapsed", stored.holder, stored.lease_end or 0

@@ -31,7 +31,7 @@ READ_ONLY: Final = "it is read-only"
 _CUT: Final = "the connection was lost"
 _REASONS: Final[Mapping[str, str]] = {
     "25006": READ_ONLY,
-    "25P03": _CUT,  # after `idle_in_transaction_session_timeout`
+    "25P03": _CUT,  # the database ended a transaction that was idle for too long
     "25P05": _CUT,
     "3D000": "the database does not exist",
     "53300": "it has too many connections",

@@ -1,4 +1,4 @@
-"""The calls on environments: those that a node's arguments name, and those of clients."""
+"""The calls on environments, which a node's arguments name or which clients create."""
 
 from __future__ import annotations
 
@@ -55,15 +55,15 @@ class EnvironmentCalls(DatabaseCalls):
     async def get_environment(self, environment_id: str) -> Environment:
         """Return an environment; raises a 404 if it is unknown."""
         if environment_id in self._self_hosted | self._cloud:
-            return self._given_environment(environment_id)
+            return self._make_configured_environment(environment_id)
         return await self._find_created_environment(environment_id)
 
     async def list_environments(
         self, place: PageRequest, limits: frozenset[str] | None
     ) -> ListPage[Environment]:
-        """Return a page of the environments with the ids `limits`; `limits` None: of all."""
+        """Return a page of the environments whose ids are in `limits`; of all if it is None."""
         given = [
-            self._given_environment(name)
+            self._make_configured_environment(name)
             for name in self._self_hosted | self._cloud
             if name > place.after and (limits is None or name in limits)
         ]
@@ -83,7 +83,7 @@ class EnvironmentCalls(DatabaseCalls):
         self._created[environment_id] = environment
         return environment
 
-    def _given_environment(self, environment_id: str) -> Environment:
+    def _make_configured_environment(self, environment_id: str) -> Environment:
         return Environment(environment_id, environment_id, None, {}, self._opened_at)
 
     async def _find_created_environment(self, environment_id: str) -> Environment:

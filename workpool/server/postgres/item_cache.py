@@ -90,7 +90,10 @@ _CHANGES: Final = {
 
 
 class CachedItem(NamedTuple):
-    """An item's row as this node last read or wrote it; `seen_at`: the database's time then."""
+    """An item's row, as this node last read or wrote it.
+
+    `seen_at`: the database's time when this node read or wrote the row, in microseconds.
+    """
 
     item: Item
     version: int
@@ -126,11 +129,12 @@ async def change_cached_item(
     now: int | None,
     has_history: bool,
 ) -> CachedItem | None:
-    """Write the change that `decide` returns for a cached row, and return the changed row.
+    """Change an item whose row is cached, with one statement, and return the changed row.
 
     Returns None if nothing was written: the row has changed meanwhile, its lease has ended, or
     `decide` raised an error or changed nothing, which only the current row can confirm.
 
+    `decide`: returns the change for the item and the time.
     `now`: the time of a clock that a test moves; None: the database's.
     """
     stored = known.item

@@ -13,14 +13,14 @@ from typing import TYPE_CHECKING, Final
 from workpool.server import state_machine
 from workpool.server.answer_limits import check_metadata
 from workpool.server.api_errors import APIError
-from workpool.server.history import heartbeat_op
+from workpool.server.history import heartbeat_record_op
 from workpool.server.postgres.claim_calls import ClaimCalls
 from workpool.server.postgres.database_calls import (
     CLOCK,
     NEXT_VERSION,
     RECORD,
     ItemChange,
-    lease_end_change,
+    make_lease_end_change,
 )
 from workpool.server.postgres.item_cache import CachedItem, change_cached_item
 from workpool.server.postgres.notifications import work_topic
@@ -115,7 +115,7 @@ class ItemCalls(ClaimCalls):
             beaten = state_machine.extend_lease(
                 item, expected, ttl_seconds, now, compare_on_stop=compare_on_stop
             )
-            return ItemChange(beaten, "heartbeat", worker_id, now, heartbeat_op(expected))
+            return ItemChange(beaten, "heartbeat", worker_id, now, heartbeat_record_op(expected))
 
         return await self._change_item(
             environment_id, work_id, decide_heartbeat, worker_id, "heartbeat"
@@ -129,12 +129,12 @@ class ItemCalls(ClaimCalls):
         ttl_seconds: int,
         worker_id: str | None,
     ) -> Item | None:
-        """Extend a lease in one statement; None if its last heartbeat is not the expected one."""
+        """Extend a lease in one statement; return None unless the last heartbeat is as expected."""
         last = None if expected is None else from_heartbeat_text(expected)
         if last is None or not may_be_id(work_id):
             return None
         ttl_seconds = min(max(ttl_seconds, TTL_MIN_SECONDS), TTL_MAX_SECONDS)
-        values = [environment_id, work_id, last, ttl_seconds, self._fixed_time()]
+        values = [environment_id, work_id, last, ttl_seconds, self._test_clock_time()]
         if self._has_history:
             values.append(worker_id)
         row = await self._pool.fetchrow(_HEARTBEATS[self._has_history], *values)
@@ -153,10 +153,10 @@ class ItemCalls(ClaimCalls):
         force: bool = False,
         refused: frozenset[tuple[bool, str]] = frozenset(),
     ) -> Item:
-        """Stop an item; raises a 409 if `refused` contains the pair (`force`, item's state)."""
+        """Stop an item. Raises a 409 if `refused` has the pair (`force`, state of the item)."""
 
         def decide_stop(item: Item, now: int) -> ItemChange:
-            return stop_change(item, worker_id, now, force=force, refused=refused)
+            return make_stop_change(item, worker_id, now, force=force, refused=refused)
 
         return await self._change_item(environment_id, work_id, decide_stop, worker_id, "stop")
 
@@ -192,7 +192,11 @@ class ItemCalls(ClaimCalls):
         known = self._known.pop(environment_id, work_id)
         if known is not None:
             changed = await change_cached_item(
-                self._pool, known, decide, now=self._fixed_time(), has_history=self._has_history
+                self._pool,
+                known,
+                decide,
+                now=self._test_clock_time(),
+                has_history=self._has_history,
             )
         if changed is None:
             changed = await self._read_and_change_item(
@@ -214,9 +218,9 @@ class ItemCalls(ClaimCalls):
             try:
                 change = decide(item, now)
             except APIError:
-                await self._record_refusal(item, worker_id, op)
+                await self._record_conflict(item, worker_id, op)
                 raise
-            changes = [] if item is stored else [lease_end_change(stored)]
+            changes = [] if item is stored else [make_lease_end_change(stored)]
             if change.item is not item:
                 changes.append(change)
             if not changes:
@@ -226,18 +230,24 @@ class ItemCalls(ClaimCalls):
 
         changed = await self._retry_with_lock(attempt_change, LOCK_ITEM, environment_id, work_id)
         if changed.item.state == QUEUED:
-            # The change may include the end of a lease, after which the item is claimable again.
+            # If the change has ended a lease, the item is claimable again: wake a poll.
             self._hub.announce_changes(work_topic(environment_id))
         return changed
 
-    async def _record_refusal(self, item: Item, worker_id: str | None, op: str | None) -> None:
+    async def _record_conflict(self, item: Item, worker_id: str | None, op: str | None) -> None:
         if op is not None and self._has_history:
             await self._pool.execute(
-                _CONFLICT, self._fixed_time(), item.id, worker_id, item.state, item.lease_end, op
+                _CONFLICT,
+                self._test_clock_time(),
+                item.id,
+                worker_id,
+                item.state,
+                item.lease_end,
+                op,
             )
 
 
-def stop_change(
+def make_stop_change(
     item: Item,
     worker_id: str | None,
     now: int,

@@ -115,7 +115,8 @@ async def _apply_migration(
             async with connection.transaction():
                 return await _run_migration(url, connection, steps, step)
         except asyncpg.LockNotAvailableError:
-            # The pause lets calls run that were waiting behind this migration's lock request.
+            # Other calls wait behind a migration's request for a lock. The pause before the next
+            # attempt lets them run.
             await asyncio.sleep(LOCK_SECONDS)
     raise StoreError(
         f"store {redact_url(url)}: other transactions kept its tables locked, so that its schema "

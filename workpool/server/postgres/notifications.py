@@ -43,17 +43,17 @@ _RECONNECT_SECONDS: Final = (0.1, 5.0)
 
 
 def work_topic(environment_id: str) -> str:
-    """Return the topic of an environment's claimable items; each wakes one waiting poll."""
+    """Return the topic of an environment's claimable items. Each item wakes one waiting poll."""
     return _WORK + environment_id
 
 
 def session_topic(session_id: str) -> str:
-    """Return the topic of a session's events; each wakes all waiting streams of the session."""
+    """Return the topic of a session's events. A new event wakes all streams of the session."""
     return "session:" + session_id
 
 
 class NotificationHub:
-    """The waiting calls of one node; a change of a call's topic wakes it.
+    """The waiting calls of one node. Each call waits for a change of one topic.
 
     A call takes `change_count`, reads the database, and then waits with that value, so that a
     change between the two ends the wait at once.
@@ -68,11 +68,11 @@ class NotificationHub:
         self._waiting: dict[str, OrderedDict[Waiter, None]] = {}
         self._fallbacks: dict[str, asyncio.TimerHandle] = {}
         self._changes = 0
-        # The number of each topic's last change, oldest first. Old entries are removed beyond a
-        # limit; `_forgotten` is the greatest number among the removed entries.
+        # The value of `_changes` at the last change of each topic, in ascending order. If there are
+        # too many topics, the first entry is removed, and `_forgotten` is set to its value.
         self._last: OrderedDict[str, int] = OrderedDict()
         self._forgotten = 0
-        # For each topic, the number of items for which no poll was waiting.
+        # For each topic, the number of new items for which no poll was waiting to be woken.
         self._unused: dict[str, int] = {}
         self._unsent: dict[str, int] = {}
         self._wanted = asyncio.Event()  # set if a batch is to be sent or the connection is lost
@@ -93,18 +93,18 @@ class NotificationHub:
             return True
         loop = asyncio.get_running_loop()
         waiter: Waiter = loop.create_future()
-        self._add_waiter(topic, waiter)
+        self._add_waiting_call(topic, waiter)
         timer = loop.call_later(seconds, _end_wait, waiter, False)  # noqa: FBT003 - the result
         try:
             return await waiter
         except asyncio.CancelledError:
-            # The poll was woken for an item before it was cancelled, so the next one must be woken.
+            # This poll was woken for an item before it was cancelled: wake the next poll for it.
             if waiter.done() and not waiter.cancelled():
                 self.wake_calls(topic)
             raise
         finally:
             timer.cancel()
-            self._discard_waiter(topic, waiter)
+            self._remove_waiting_call(topic, waiter)
 
     def announce_changes(self, topic: str, count: int = 1) -> None:
         """Announce committed changes to this node at once, and to the other nodes soon."""
@@ -131,7 +131,7 @@ class NotificationHub:
             self._unused[topic] = self._unused.get(topic, 0) + count
 
     def end_waits(self) -> None:
-        """End all waits, and let no further call wait, since the node closes."""
+        """End all waits because the node closes. From now on, no call waits."""
         self._released = True
         for timer in self._fallbacks.values():
             timer.cancel()
@@ -162,13 +162,14 @@ class NotificationHub:
             pause = min(2 * pause, longest)
 
     async def _listen(self, connection: Any) -> None:
-        # Transactions that notify commit one after the other, so none should wait for the disk. A
-        # notification that a crash loses only delays the calls of other nodes by some seconds.
+        # PostgreSQL commits transactions that notify one after the other, so a wait for the disk
+        # would delay all of them. Without that wait, a crash can lose a notification, which only
+        # delays calls on other nodes by some seconds.
         await connection.execute("SET synchronous_commit = off")
         connection.add_termination_listener(lambda _: self._wanted.set())
         await connection.add_listener(CHANNEL, self._on_notification)
         self.listening.set()
-        self._wake_after_gap()  # notifications before LISTEN were not received
+        self._wake_after_gap()  # notifications may have been sent before LISTEN
 
     async def _send_announcements(self, connection: Any) -> None:
         """Send announced changes until the connection is lost. Raises `DRIVER_ERRORS`.
@@ -180,20 +181,19 @@ class NotificationHub:
                 async with asyncio.timeout(_PING_SECONDS):
                     await self._wanted.wait()
             except TimeoutError:
-                await connection.execute(
-                    "SELECT 1"
-                )  # raises an error if the server does not answer
+                # Without traffic, a lost connection shows only by the error of a statement.
+                await connection.execute("SELECT 1")
             self._wanted.clear()
-            for payload, topics in list(self._make_payloads()):
+            for payload, topics in list(self._make_notification_payloads()):
                 await connection.execute("SELECT pg_notify($1, $2)", CHANNEL, payload)
                 for topic, count in topics:
-                    self._remove_sent(topic, count)
+                    self._remove_sent_changes(topic, count)
                 await asyncio.sleep(_BATCH_SECONDS)
             if connection.is_closed():
                 raise ConnectionResetError
 
-    def _make_payloads(self) -> Iterator[tuple[str, list[tuple[str, int]]]]:
-        """Iterate over the payloads to send, each with its topics and their counts."""
+    def _make_notification_payloads(self) -> Iterator[tuple[str, list[tuple[str, int]]]]:
+        """Iterate over the payloads to send, each with the topics in it and their counts."""
         lines = [self._node]
         topics: list[tuple[str, int]] = []
         length = len(self._node)
@@ -209,7 +209,7 @@ class NotificationHub:
         if topics:
             yield "\n".join(lines), topics
 
-    def _remove_sent(self, topic: str, count: int) -> None:
+    def _remove_sent_changes(self, topic: str, count: int) -> None:
         left = self._unsent.get(topic, 0) - count
         if left > 0:
             self._unsent[topic] = left  # these changes were announced while the batch was sent
@@ -219,26 +219,26 @@ class NotificationHub:
     def _on_notification(self, _connection: object, _pid: int, _channel: str, payload: str) -> None:
         node, *lines = payload.split("\n")
         if node == self._node:
-            return  # this node sent the notification, and has woken its own calls already
+            return  # the notification came from this node, which has woken its calls already
         for line in lines:
             count, _, topic = line.partition(" ")
             if topic == EVERYTHING or not count.isdecimal():
-                self._wake_after_gap()  # the notification may be about any topic
+                self._wake_after_gap()  # the payload does not name the topics that have changed
                 return
             self._record_change(topic)
             self.wake_calls(topic, int(count))
 
     def _wake_after_gap(self) -> None:
-        """Let calls read again after lost notifications: one poll per topic, and all streams."""
+        """Wake one poll of each environment and all streams, as notifications may be lost."""
         self._changes += 1
         self._last.clear()
         self._unused.clear()
         self._forgotten = self._changes
         for topic in list(self._waiting):
-            self._recheck_waiters(topic)
+            self._wake_to_read_again(topic)
 
     def _has_changed(self, topic: str, seen: int) -> bool:
-        """Return whether a call must read again, because its data may be older than a change.
+        """Return whether a call must read the database again: the topic changed after `seen`.
 
         For each wake-up that found no waiting poll, only one of the polls that were reading reads
         again: otherwise each new item would make all of them read the database again.
@@ -260,14 +260,14 @@ class NotificationHub:
         if len(self._last) > _TOPICS_MAX:
             _, self._forgotten = self._last.popitem(last=False)
 
-    def _add_waiter(self, topic: str, waiter: Waiter) -> None:
+    def _add_waiting_call(self, topic: str, waiter: Waiter) -> None:
         self._waiting.setdefault(topic, OrderedDict())[waiter] = None
         if topic not in self._fallbacks:
             self._fallbacks[topic] = asyncio.get_running_loop().call_later(
-                FALLBACK_SECONDS, self._recheck_periodically, topic
+                FALLBACK_SECONDS, self._on_fallback_timer, topic
             )
 
-    def _discard_waiter(self, topic: str, waiter: Waiter) -> None:
+    def _remove_waiting_call(self, topic: str, waiter: Waiter) -> None:
         waiters = self._waiting.get(topic)
         if waiters is None:
             return
@@ -275,17 +275,17 @@ class NotificationHub:
         if not waiters:
             del self._waiting[topic]
 
-    def _recheck_periodically(self, topic: str) -> None:
+    def _on_fallback_timer(self, topic: str) -> None:
         del self._fallbacks[topic]
         waiters = self._waiting.get(topic)
         if waiters:
             self._fallbacks[topic] = asyncio.get_running_loop().call_later(
-                FALLBACK_SECONDS, self._recheck_periodically, topic
+                FALLBACK_SECONDS, self._on_fallback_timer, topic
             )
-            self._recheck_waiters(topic)
+            self._wake_to_read_again(topic)
 
-    def _recheck_waiters(self, topic: str) -> None:
-        """Let one poll, or all streams of a session, read the database again."""
+    def _wake_to_read_again(self, topic: str) -> None:
+        """Wake one poll, or all streams of a session, so that they read the database again."""
         waiters = self._waiting[topic]
         for waiter in list(waiters):
             del waiters[waiter]

@@ -47,7 +47,8 @@ class PostgresEngine(ReadCalls, RetentionCalls):
         """Upgrade the schema, connect, and start the background tasks. Raises `ServeError`."""
         await migrate(self._url)
         await self._pool.open()
-        # Read by a second statement, which also sees a key that another node has just inserted.
+        # The key is read by a second statement. If another node inserts a key at the same time,
+        # the first statement inserts nothing and cannot see the other key.
         await self._pool.execute(_MAKE_SIGNING_KEY, secrets.token_bytes(32))
         self.signing_key = await self._pool.fetchval(_SIGNING_KEY)
         self._opened_at = await self._current_time()
@@ -64,7 +65,7 @@ class PostgresEngine(ReadCalls, RetentionCalls):
         await self._pool.close()
 
     async def wait_for_failure(self) -> None:
-        """Wait until a background task fails; none fails because the database is unavailable."""
+        """Wait until a background task fails. Tasks survive a database that is unavailable."""
         if self._running is not None:
             await asyncio.shield(self._running)
 

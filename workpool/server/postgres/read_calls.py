@@ -19,10 +19,10 @@ from workpool.server.postgres.row_codec import (
     RECORD_COLUMNS,
     VIEW_COLUMNS,
     event_from_columns,
-    is_storable,
+    is_storable_text,
     item_from_row,
     record_from_row,
-    view_from_row,
+    session_view_from_row,
 )
 from workpool.server.postgres.session_calls import StoredSessionCalls
 from workpool.server.queue.work_queue import WorkQueueStats
@@ -129,7 +129,7 @@ class ReadCalls(StoredSessionCalls):
     async def list_items(
         self, environment_id: str, place: PageRequest, wanted: ItemFilter | None = None
     ) -> ListPage[Item]:
-        """Return a page of the items that `wanted` selects, in the order of `wanted`."""
+        """Return a page of the items that match the filter `wanted`, in the filter's order."""
         if wanted is not None:
             return await self._search_items(environment_id, place, wanted)
         limit, after, before = place
@@ -142,7 +142,7 @@ class ReadCalls(StoredSessionCalls):
     async def _search_items(
         self, environment_id: str, place: PageRequest, wanted: ItemFilter
     ) -> ListPage[Item]:
-        """Return a page of the selected items; stop after reading `LOOKED_AT_MAX` items."""
+        """Return a page of the items that match; stop after reading `LOOKED_AT_MAX` items."""
         await self._end_due_leases(environment_id)
         limit, after, before = place
         backwards = wanted.newest_first or before is not None
@@ -183,14 +183,14 @@ class ReadCalls(StoredSessionCalls):
     ) -> list[Item]:
         statement = _ITEMS.format(_IN_STATE[state], "DESC" if backwards else "")
         rows = await self._pool.fetch(
-            statement, environment_id, after, before or _END, limit, self._fixed_time()
+            statement, environment_id, after, before or _END, limit, self._test_clock_time()
         )
         return [without_ended_lease(item_from_row(row), row[-1]) for row in rows]
 
     async def list_sessions(
         self, place: PageRequest, wanted: SessionFilter
     ) -> ListPage[SessionView]:
-        """Return a page of the sessions that `wanted` selects."""
+        """Return a page of the sessions that match the filter `wanted`."""
         limit = place.limit
         backwards = wanted.newest_first or place.before is not None
         found: list[SessionView] = []
@@ -213,10 +213,15 @@ class ReadCalls(StoredSessionCalls):
         rows: Sequence[Any] = [None] * batch
         while len(rows) == batch:
             rows = await self._pool.fetch(
-                statement, after, before or _END, batch, self._fixed_time(), [*self._self_hosted]
+                statement,
+                after,
+                before or _END,
+                batch,
+                self._test_clock_time(),
+                [*self._self_hosted],
             )
             for row in rows:
-                view = view_from_row(row)
+                view = session_view_from_row(row)
                 yield view._replace(item=without_ended_lease(view.item, row[-1]))
             if rows and backwards:
                 before = rows[-1][0]
@@ -226,10 +231,10 @@ class ReadCalls(StoredSessionCalls):
     async def list_events(
         self, session_id: str, place: PageRequest, wanted: EventFilter = EVERY_EVENT
     ) -> ListPage[StoredEvent]:
-        """Return a page of the events of a session that `wanted` selects."""
+        """Return a page of a session's events that match the filter `wanted`."""
         limit, after, before = place
         backwards = wanted.newest_first or before is not None
-        types = None if wanted.types is None else [*filter(is_storable, wanted.types)]
+        types = None if wanted.types is None else [*filter(is_storable_text, wanted.types)]
         statement = _EVENTS.format("DESC" if backwards else "")
         rows = await self._pool.fetch(
             statement, session_id, after, before or _END, types, *wanted.times, limit + 1
@@ -242,15 +247,15 @@ class ReadCalls(StoredSessionCalls):
         )
 
     async def stream_position(self, session_id: str, last_event_id: str | None) -> int:
-        """Return the number of events up to and including `last_event_id`, which a stream skips."""
-        if last_event_id is not None and not is_storable(last_event_id):
+        """Return how many events a stream skips: those up to and including `last_event_id`."""
+        if last_event_id is not None and not is_storable_text(last_event_id):
             return 0
         return await self._pool.fetchval(_PLACE, session_id, last_event_id) or 0
 
     async def wait_for_events(
         self, session_id: str, place: int, seconds: float
     ) -> Sequence[StoredEvent] | None:
-        """Wait until a session has more than `place` events, and return the events beyond them."""
+        """Wait for events after the first `place` events of a session, and return them."""
         loop = asyncio.get_running_loop()
         deadline = loop.time() + seconds
         while not self._closing:
@@ -265,7 +270,8 @@ class ReadCalls(StoredSessionCalls):
                 session_topic(session_id), seen, max(0, remaining)
             )
             if not announced and loop.time() >= deadline:
-                # No last read: 1000 quiet streams would cause one every 10 ms, without a result.
+                # Return without another read, which finds nothing in a quiet stream. With 1000
+                # quiet streams, there would be such a read every 10 ms.
                 return ()
         return None
 
@@ -275,7 +281,7 @@ class ReadCalls(StoredSessionCalls):
         row = await self._pool.fetchrow(
             _STATS,
             environment_id,
-            self._fixed_time(),
+            self._test_clock_time(),
             RECLAIM_OLDER_THAN_MS * MILLISECOND,
             WORKERS_POLLING_WINDOW_SECONDS * SECOND,
         )

@@ -67,19 +67,19 @@ class RetentionCalls(DatabaseCalls):
 
         async def delete_batch() -> list[str]:
             async with self._pool.transaction() as connection:
-                found = _limit_deleted_events(await connection.fetch(_FIND, until))
+                found = _ids_within_event_limit(await connection.fetch(_FIND, until))
                 if not found:
                     return []
                 return [row[0] for row in await connection.fetch(_DELETE, until, found)]
 
         deleted = await self._pool.retry_collisions(delete_batch)
         for session_id in deleted:
-            # This wakes the streams of the session, which then end.
+            # The announcement wakes the open streams of the deleted session, which then end.
             self._hub.announce_changes(session_topic(session_id))
         return len(deleted)
 
 
-def _limit_deleted_events(rows: Sequence[Any]) -> list[str]:
+def _ids_within_event_limit(rows: Sequence[Any]) -> list[str]:
     """Return the ids of the first sessions that together have at most `EVENTS_MAX` events.
 
     The first session is always included, so that one with more events is deleted too.

@@ -56,7 +56,7 @@ ITEM_COLUMNS: Final = ", ".join(f"i.{name}" for name in ITEM_FIELDS)
 SESSION_COLUMNS: Final = ", ".join(f"s.{name}" for name in _SESSION_FIELDS)
 """The columns of a session, of the table `s`, for `session_from_row`."""
 VIEW_COLUMNS: Final = f"{SESSION_COLUMNS}, s.status, s.last_event_at, {ITEM_COLUMNS}"
-"""The columns of a session `s` and of its latest item `i`, for `view_from_row`."""
+"""The columns of a session `s` and of its latest item `i`, for `session_view_from_row`."""
 VIEW_WIDTH: Final = len(_SESSION_FIELDS) + 2 + len(ITEM_FIELDS)
 ENVIRONMENT_COLUMNS: Final = "id, name, description, metadata, created_at"
 RECORD_COLUMNS: Final = "time, work_id, kind, worker_id, state, lease_end, op"
@@ -65,12 +65,12 @@ _ID: Final = re.compile(ID_PATTERN)
 
 
 def may_be_id(text: str) -> bool:
-    """Return whether a text has the form of an id; PostgreSQL rejects some other texts."""
+    """Return whether a text has the form of an id. Some other texts are errors in PostgreSQL."""
     return _ID.fullmatch(text) is not None
 
 
-def is_storable(text: str) -> bool:
-    """Return whether a column can contain this text: UTF-8 without NUL."""
+def is_storable_text(text: str) -> bool:
+    """Return whether a text column of PostgreSQL can contain this text."""
     return "\0" not in text and text.isprintable()
 
 
@@ -100,8 +100,8 @@ def session_from_row(row: Sequence[Any]) -> StoredSession:
     return StoredSession(**values)
 
 
-def view_from_row(row: Sequence[Any]) -> SessionView:
-    """Return the session and its latest item, whose fields are the first columns of a row."""
+def session_view_from_row(row: Sequence[Any]) -> SessionView:
+    """Return a session and its latest item from the first columns of a row."""
     width = len(_SESSION_FIELDS)
     return SessionView(
         session_from_row(row), item_from_row(row[width + 2 :]), row[width], row[width + 1]

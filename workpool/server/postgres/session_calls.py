@@ -12,18 +12,22 @@ from workpool.server.api_errors import APIError
 from workpool.server.conversation import Conversation, copy_events, extend_conversation
 from workpool.server.postgres.conversation_cache import ConversationCache
 from workpool.server.postgres.creation_calls import NEW_ITEM_COLUMNS, CreationCalls
-from workpool.server.postgres.database_calls import RECORD, lease_end_change, without_ended_lease
-from workpool.server.postgres.item_calls import LOCK_ITEM, ItemCalls, stop_change
+from workpool.server.postgres.database_calls import (
+    RECORD,
+    make_lease_end_change,
+    without_ended_lease,
+)
+from workpool.server.postgres.item_calls import LOCK_ITEM, ItemCalls, make_stop_change
 from workpool.server.postgres.notifications import session_topic, work_topic
 from workpool.server.postgres.row_codec import (
     VIEW_COLUMNS,
     VIEW_WIDTH,
     event_from_columns,
     events_to_columns,
-    is_storable,
+    is_storable_text,
     may_be_id,
+    session_view_from_row,
     to_json,
-    view_from_row,
 )
 from workpool.server.stored_item import WORK_PREFIX, Item
 from workpool.server.stored_session import TERMINATED, SessionView
@@ -94,7 +98,14 @@ _ARCHIVE: Final = "UPDATE sessions SET archived_at = $2 WHERE id = $1"
 
 
 class _SessionRow(NamedTuple):
-    """A session as read from the database, with its number of events and the time."""
+    """A session as read from the database.
+
+    Attributes:
+        view: The session with its latest item.
+        event_count: The number of the session's events.
+        last_event_id: The id of the last event; None: there are no events.
+        now: The time of the read, in microseconds.
+    """
 
     view: SessionView
     event_count: int
@@ -146,7 +157,7 @@ class StoredSessionCalls(ItemCalls, CreationCalls):
         self, session_id: str, new_events: Sequence[Mapping[str, Any]]
     ) -> Sequence[Mapping[str, Any]]:
         """Append events of the agent to a session, and return the stored events."""
-        if not all(is_storable(str(event.get("type", ""))) for event in new_events):
+        if not all(is_storable_text(str(event.get("type", ""))) for event in new_events):
             raise APIError(400, "type has characters that are not printable", "type")
 
         async def attempt_emit(connection: Connection) -> Sequence[StoredEvent] | None:
@@ -166,9 +177,9 @@ class StoredSessionCalls(ItemCalls, CreationCalls):
 
     async def archive_session(self, session_id: str) -> SessionView:
         """Archive a session: terminate it, and request the stop of its work item."""
-        await self.get_session(session_id)  # an unknown session is a 404, before any lock is taken
+        await self.get_session(session_id)  # raises a 404 for an unknown session, without a lock
 
-        async def archive_once() -> SessionView:
+        async def archive_in_transaction() -> SessionView:
             async with self._pool.transaction() as connection:
                 await connection.execute(_LOCK, session_id)
                 read = await self._read_session(connection, session_id)
@@ -176,7 +187,7 @@ class StoredSessionCalls(ItemCalls, CreationCalls):
                     await self._archive_locked_session(connection, read)
                 return (await self._read_session(connection, session_id)).view
 
-        view = await self._pool.retry_collisions(archive_once)
+        view = await self._pool.retry_collisions(archive_in_transaction)
         self._hub.announce_changes(session_topic(session_id))
         return view
 
@@ -187,32 +198,32 @@ class StoredSessionCalls(ItemCalls, CreationCalls):
         if view.last_status != TERMINATED:
             conversation = await self._load_conversation(connection, read)
             await self._append_events(connection, read, conversation, [{"type": STATUS_TERMINATED}])
-            # The cache must have committed events only, and this transaction may still fail.
+            # This transaction may still fail, and then the cached event would not exist.
             self._conversations.pop(view.id)
         place = view.session.environment_id, view.item.id
         await connection.execute(LOCK_ITEM, *place)
         stored, item, version, now = await self._read_item(connection, *place)
         if item.state in {QUEUED, STARTING, ACTIVE}:
-            changes = [] if item is stored else [lease_end_change(stored)]
-            changes.append(stop_change(item, None, now))
+            changes = [] if item is stored else [make_lease_end_change(stored)]
+            changes.append(make_stop_change(item, None, now))
             await self._write_item(connection, stored, version, changes)
 
     async def _read_session(self, connection: Connection, session_id: str) -> _SessionRow:
         """Return a session; raises a 404 if it or its environment is unknown to this node."""
         row = None
         if may_be_id(session_id):
-            row = await connection.fetchrow(_READ, session_id, self._fixed_time())
+            row = await connection.fetchrow(_READ, session_id, self._test_clock_time())
         if row is None:
             raise APIError(404, "no such session")
         event_count, last_event_id, now = row[VIEW_WIDTH:]
-        view = view_from_row(row)
+        view = session_view_from_row(row)
         await self.check_environment(view.session.environment_id)
         return _SessionRow(
             view._replace(item=without_ended_lease(view.item, now)), event_count, last_event_id, now
         )
 
     async def _load_conversation(self, connection: Connection, read: _SessionRow) -> Conversation:
-        """Return a session's conversation, with all events that it had when `read` was read."""
+        """Return a session's conversation, with the events that `read` counts."""
         session = read.view.session
         conversation = self._conversations.pop(session.id)
         if conversation is None or not await self._matches_stored_events(
@@ -222,7 +233,7 @@ class StoredSessionCalls(ItemCalls, CreationCalls):
         while (known := len(conversation.events)) < read.event_count:
             rows = await connection.fetch(_EVENTS, session.id, known, read.event_count)
             if not rows:
-                raise APIError(404, "no such session")  # the session was deleted after the read
+                raise APIError(404, "no such session")  # another call has just deleted the session
             for event_id, value in rows:
                 conversation.append_event(event_from_columns(session.id, event_id, value))
         return conversation
@@ -244,9 +255,9 @@ class StoredSessionCalls(ItemCalls, CreationCalls):
         return conversation.events[-1].id == last
 
     def _make_next_item(self, read: _SessionRow) -> Item:
-        """Return a new item that brings a session to a worker again."""
+        """Return a new item, so that a worker continues the session."""
         session = read.view.session
-        self._ids.advance_past(read.view.item.id.removeprefix(WORK_PREFIX))
+        self._ids.advance_past_id(read.view.item.id.removeprefix(WORK_PREFIX))
         return Item(
             id=WORK_PREFIX + self._ids.next_digits(read.now),
             environment_id=session.environment_id,
@@ -263,7 +274,7 @@ class StoredSessionCalls(ItemCalls, CreationCalls):
         new_events: Sequence[Mapping[str, Any]],
         item: Item | None = None,
     ) -> Sequence[StoredEvent] | None:
-        """Append events and the control plane's responses; return the stored `new_events`.
+        """Append events and the control plane's response events; return the stored `new_events`.
 
         Returns None if another call has appended events since the session was read.
 
@@ -272,8 +283,9 @@ class StoredSessionCalls(ItemCalls, CreationCalls):
         view = read.view
         now = read.now
         if read.last_event_id is not None:
-            # The events of a session stay in order even if the clock of the database goes back.
-            self._ids.advance_past(read.last_event_id.rpartition("_")[2])
+            # Ids and times of the new events must be greater than before, even if the clock of the
+            # database has gone back: the ids order the events.
+            self._ids.advance_past_id(read.last_event_id.rpartition("_")[2])
             now = max(now, from_heartbeat_text(view.last_event_at or "") or 0)
         events = extend_conversation(conversation, view.id, new_events, self._ids, now)
         if not events:

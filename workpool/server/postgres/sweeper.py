@@ -45,13 +45,13 @@ class Sweeper:
     async def run(self) -> None:
         """Sweep periodically until cancelled, even while the database is unavailable."""
         while True:
-            # A random pause keeps the nodes from asking for the lock at the same times.
+            # With a fixed pause, nodes could request the lock at the same time again and again.
             await asyncio.sleep(random.uniform(0.5, 1.5) * SWEEP_SECONDS)  # noqa: S311 - no secret
-            with suppress(UnavailableError):  # the connection pool has logged it
+            with suppress(UnavailableError):  # the connection pool has logged the error
                 await self.sweep()
 
     async def sweep(self) -> bool:
-        """Run all batches unless another node is sweeping; return whether they ran."""
+        """Run the calls in `batches` unless another node does so now; return whether they ran."""
         async with self._pool.transaction() as connection:
             taken = "SELECT pg_try_advisory_xact_lock($1)"
             if not await connection.fetchval(taken, _ADVISORY_LOCK):

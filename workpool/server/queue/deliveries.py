@@ -17,9 +17,9 @@ class Deliveries:
 
     def __init__(self) -> None:
         self._times: OrderedDict[str, int] = OrderedDict()
-        # Items whose delivery was too recent for a redelivery at every poll so far.
+        # Items that no poll so far could receive again, because their delivery was too recent.
         self._recent: OrderedDict[str, int] = OrderedDict()
-        self._due: list[str] = []  # the other ids of delivered items, ascending
+        self._due: list[str] = []  # the delivered items that are not in `_recent`, by ascending id
 
     def __len__(self) -> int:
         return len(self._times)

@@ -126,7 +126,7 @@ class WorkQueue:
             self._recent[item.id] = item.delivered_at
 
     def oldest_claimable(self, delivered_until: int) -> Item | None:
-        """Return the oldest queued item that was not delivered after the time `delivered_until`."""
+        """Return the oldest item that is undelivered, or was delivered by `delivered_until`."""
         ids = (self._undelivered.lowest(), self.deliveries.lowest_due_id(delivered_until))
         oldest = min((work_id for work_id in ids if work_id is not None), default=None)
         return None if oldest is None else self._items[oldest]
@@ -147,15 +147,15 @@ class WorkQueue:
         return (self._items[work_id] for work_id in walked)
 
     def record_poll(self, worker_id: str, now: int) -> None:
-        """Record the time of a worker's poll, from which the polling workers are counted."""
+        """Record the time of a worker's poll; the statistics count the workers that poll."""
         self._pollers[worker_id] = now
         self._pollers.move_to_end(worker_id)
-        self._drop_older_entries(self._pollers, now - WORKERS_POLLING_WINDOW_SECONDS * SECOND)
+        self._drop_entries_until(self._pollers, now - WORKERS_POLLING_WINDOW_SECONDS * SECOND)
 
     def compute_stats(self, now: int) -> WorkQueueStats:
         """Return the statistics of this queue at the time `now`."""
-        self._drop_older_entries(self._recent, now - _WINDOW)
-        self._drop_older_entries(self._pollers, now - WORKERS_POLLING_WINDOW_SECONDS * SECOND)
+        self._drop_entries_until(self._recent, now - _WINDOW)
+        self._drop_entries_until(self._pollers, now - WORKERS_POLLING_WINDOW_SECONDS * SECOND)
         ids = (self._undelivered.lowest(), self.deliveries.lowest_id())
         oldest = min((work_id for work_id in ids if work_id is not None), default=None)
         return WorkQueueStats(
@@ -169,7 +169,7 @@ class WorkQueue:
         )
 
     @staticmethod
-    def _drop_older_entries(entries: OrderedDict[str, int], until: int) -> None:
+    def _drop_entries_until(entries: OrderedDict[str, int], until: int) -> None:
         while entries and next(iter(entries.values())) <= until:
             entries.popitem(last=False)
 

@@ -53,12 +53,13 @@ class SqliteStore:
     def __init__(self, path: str | Path) -> None:
         self._path = path
         self._thread: threading.Thread | None = None
-        self._changed = threading.Condition(threading.RLock())  # reentrant: `transaction` holds it
-        # `_changed` guards these three; `_unsaved` has only the newest version of each row.
+        # The lock is reentrant, because rows are queued in a block of `transaction`, which has it.
+        self._changed = threading.Condition(threading.RLock())
+        # `_changed` guards the next three attributes. `_unsaved` has only the newest rows.
         self._unsaved: dict[str, Row | DeletedRow] = {}
         self._saved = 0
         self._closing = False
-        # Used on the event loop only.
+        # Only the event loop uses the following attributes.
         self._committed = 0
         self._waiting: deque[tuple[int, asyncio.Future[None]]] = deque()
         self._failure = ""
@@ -133,7 +134,7 @@ class SqliteStore:
             self._saved += 1
             self._changed.notify()
 
-    # The next methods run on the writer's thread.
+    # `_run_writer` and the methods up to `_next_batch` run on the writer's thread.
 
     def _run_writer(
         self, loop: asyncio.AbstractEventLoop, opened: asyncio.Future[StoreContents]
@@ -156,9 +157,9 @@ class SqliteStore:
 
     def _connect(self) -> sqlite3.Connection:
         if str(self._path) not in _NO_FILES:
-            # The file is created here, not by SQLite, which would use the mode of the umask; SQLite
-            # gives its further files the mode of this file. An error is ignored here: SQLite
-            # reports it with a better text.
+            # SQLite would create a file that other users may be able to read. It gives the files
+            # beside this one the same mode. An error is suppressed, because SQLite fails too when
+            # it opens the file, with a better message.
             with suppress(OSError):
                 os.close(os.open(self._path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, _FILE_MODE))
         connection = sqlite3.connect(self._path, timeout=_LOCK_SECONDS, isolation_level=None)
@@ -197,7 +198,7 @@ class SqliteStore:
             rows, self._unsaved = self._unsaved, {}
             return tuple(rows.values()), self._saved
 
-    # The next methods run on the event loop.
+    # `_on_commit` and `_on_failure` run on the event loop.
 
     def _on_commit(self, saved: int) -> None:
         self._committed = saved

@@ -30,7 +30,7 @@ _YEAR_10000: Final = 253_402_300_800 * SECOND
 
 
 class DeletedRow(NamedTuple):
-    """The dataclass and the id of a row to delete."""
+    """A row to delete: the dataclass of its table, and its id."""
 
     kind: type[Row]
     id: str
@@ -83,7 +83,7 @@ def _from_json(text: object) -> object:
     try:
         return orjson.loads(text) if isinstance(text, str) else text
     except orjson.JSONDecodeError:
-        return text  # the check of the column's type then reports the malformed JSON
+        return text  # `from_row` then raises the error, because a text has the wrong type
 
 
 def _is_text(value: object) -> bool:

@@ -77,7 +77,7 @@ class MemoryStore:
         return StoreContents()
 
     def transaction(self) -> AbstractContextManager[object]:
-        """Return a context without effect."""
+        """Return a context that does nothing."""
         return nullcontext()
 
     def save_item(self, item: Item) -> None:
@@ -93,7 +93,7 @@ class MemoryStore:
         """Do nothing: the index in memory has the events."""
 
     def delete_rows(self, rows: Sequence[Row]) -> None:
-        """Do nothing: only the index in memory had the rows."""
+        """Do nothing, because nothing was saved."""
 
     async def wait_until_durable(self) -> None:
         """Return at once, since nothing survives a crash."""
