@@ -12,7 +12,7 @@ from itertools import pairwise
 from typing import TYPE_CHECKING
 
 from tests.simulation.finished_simulation import FinishedSimulation
-from tests.simulation.invariants import every_item_ends_stopped
+from tests.simulation.invariants import every_item_is_stopped_in_the_end
 from tests.simulation.trace import Trace
 from workpool.server import Record
 
@@ -53,7 +53,7 @@ def read_history(cluster: Cluster, url: str, offset: float) -> list[Record]:
 def find_history_violations(history: Sequence[Record]) -> Iterator[str]:
     """Yield a sentence for each violation of a guarantee in the history."""
     case = FinishedSimulation(list(history), Trace(), {})
-    yield from every_item_ends_stopped(case)
+    yield from every_item_is_stopped_in_the_end(case)
     for work_id, leases in case.leases.items():
         for lease, later in pairwise(leases):
             if later.began < lease.ended:

@@ -8,7 +8,7 @@ import sys
 import time
 from pathlib import Path
 
-from tests.simulation.replay import replay_lines
+from tests.simulation.replay import list_replay_lines
 from tests.simulation.runner import schedule_for_seed, simulate_in_processes, simulate_schedule
 
 
@@ -27,7 +27,7 @@ def main() -> int:
     if options.replay is not None:
         schedule = schedule_for_seed(options.replay)
         case, violations = simulate_schedule(schedule)
-        out.writelines(f"{line}\n" for line in [*replay_lines(schedule, case), *violations])
+        out.writelines(f"{line}\n" for line in [*list_replay_lines(schedule, case), *violations])
         return 1 if violations else 0
     started = time.monotonic()
     report = simulate_in_processes(

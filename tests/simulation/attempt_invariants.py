@@ -1,7 +1,8 @@
 """Invariants 8: how pools count the attempts of an item in the metadata that they write.
 
 A *try* is one granted lease of an item, or the leases of a parent and its child together. A try is
-at most one attempt.
+at most one attempt. A *release mark* is metadata which say that a try was released, so that it does
+not count as an attempt.
 """
 
 from __future__ import annotations
@@ -43,14 +44,14 @@ class _ItemAttempt:
 
 
 def attempts_are_counted(case: FinishedSimulation) -> Iterator[str]:
-    """8a. A run's attempt number is 1 plus the number of earlier attempts without a release mark.
+    """8a. The attempt number of a run is 1 plus the number of earlier tries without a release mark.
 
     A try without a handler run may or may not count, as may one whose number was refused. A pool
     that may not write notes counts its own tries only. If its child may write them, the child's
     mark has the number of an earlier try, and cancels the count of that one.
     """
     for work_id in case.runs:
-        if has_late_note_write(case, work_id):
+        if has_late_attempt_write(case, work_id):
             continue
         least = most = 1
         for one in _list_attempts(case, work_id):
@@ -66,8 +67,8 @@ def attempts_are_counted(case: FinishedSimulation) -> Iterator[str]:
                 least = max(1, least - 1)
 
 
-def lost_runs_are_counted(case: FinishedSimulation) -> Iterator[str]:
-    """8d. A pool that may not write metadata counts the runs whose lease it lost.
+def runs_that_lost_their_lease_are_counted(case: FinishedSimulation) -> Iterator[str]:
+    """8d. A pool that may not write metadata counts the runs that lost their lease by itself.
 
     A run that its handler has released does not count, even if the lease is lost afterwards.
     """
@@ -92,8 +93,8 @@ def lost_runs_are_counted(case: FinishedSimulation) -> Iterator[str]:
                 started.discard(work_id)
 
 
-def released_items_are_marked(case: FinishedSimulation) -> Iterator[str]:
-    """8b. A pool that releases an item writes a release mark, unless the pool had a fault.
+def released_items_have_a_release_mark(case: FinishedSimulation) -> Iterator[str]:
+    """8b. A pool that releases an item writes a release mark to its metadata, except after a fault.
 
     Before its first heartbeat, an item whose ack answered `active` may be another worker's, and a
     child does not own its item, so nothing can be written for it, and no handler has run. The mark
@@ -102,12 +103,14 @@ def released_items_are_marked(case: FinishedSimulation) -> Iterator[str]:
     for work_id in case.runs:
         for one in _list_attempts(case, work_id):
             lease = one.leases[-1]
-            node = case.node_of_lease(lease)
+            node = case.process_of_lease(lease)
             if one.marked or one.denied or lease.stop_requested < FOREVER:
                 continue
             if case.had_fault_during_lease(node, lease):
                 continue
-            not_begun = node.child or case.active_claim(node, work_id, lease.ended) is not None
+            not_begun = (
+                node.child or case.claim_with_active_ack(node, work_id, lease.ended) is not None
+            )
             if not_begun and not any(run.node is node for run in one.runs):
                 continue
             returned = any(run.result == "returned" and run.node is node for run in one.runs)
@@ -115,11 +118,14 @@ def released_items_are_marked(case: FinishedSimulation) -> Iterator[str]:
                 yield f"{work_id} was released by {node.machine.name} and not marked"
 
 
-def no_item_has_a_mark_and_an_error(case: FinishedSimulation) -> Iterator[str]:
-    """8c. No item has both a release mark and an error, unless writes arrived out of order."""
+def no_item_has_a_release_mark_and_an_error(case: FinishedSimulation) -> Iterator[str]:
+    """8c. The metadata of an item never have both a release mark and an error.
+
+    Items are not checked if the writes to their metadata arrived out of order.
+    """
     for work_id in case.runs:
-        calls = list_note_writes(case, work_id)
-        if has_late_note_write(case, work_id) or calls != sorted(calls, key=_send_time):
+        calls = list_attempt_writes(case, work_id)
+        if has_late_attempt_write(case, work_id) or calls != sorted(calls, key=_send_time):
             continue
         standing: set[str] = set()
         for call in calls:
@@ -140,7 +146,7 @@ def _list_attempts(case: FinishedSimulation, work_id: str) -> list[_ItemAttempt]
 
 
 def _add_lease_to_attempt(case: FinishedSimulation, one: _ItemAttempt, lease: GrantedLease) -> None:
-    node = case.node_of_lease(lease)
+    node = case.process_of_lease(lease)
     one.leases.append(lease)
     one.runs += [
         run
@@ -153,13 +159,13 @@ def _add_lease_to_attempt(case: FinishedSimulation, one: _ItemAttempt, lease: Gr
         for call in case.sent[node, lease.work_id]
         if case.lease_at(node, lease.work_id, call.at) is lease
     )
-    for call in list_note_writes(case, lease.work_id):
+    for call in list_attempt_writes(case, lease.work_id):
         if call.node is node and case.lease_at(node, lease.work_id, call.at) is lease:
             one.marked = call.patch.get(_RELEASED, one.marked or None) is not None
 
 
-def list_note_writes(case: FinishedSimulation, work_id: str) -> list[SentCall]:
-    """Return the writes of the item's attempt number, error and release mark, by arrival time."""
+def list_attempt_writes(case: FinishedSimulation, work_id: str) -> list[SentCall]:
+    """Return the writes of attempt number, retry number, error or release mark, as they arrived."""
     found = [
         call
         for (_, of_item), calls in case.sent.items()
@@ -171,9 +177,9 @@ def list_note_writes(case: FinishedSimulation, work_id: str) -> list[SentCall]:
     return sorted(found, key=lambda call: call.arrives_at)
 
 
-def has_late_note_write(case: FinishedSimulation, work_id: str) -> bool:
-    """Return whether a write to the item arrived after the end of its sender's lease."""
-    for call in list_note_writes(case, work_id):
+def has_late_attempt_write(case: FinishedSimulation, work_id: str) -> bool:
+    """Return whether one of these writes arrived after the lease of the sender had ended."""
+    for call in list_attempt_writes(case, work_id):
         lease = case.lease_at(call.node, work_id, call.at)
         if lease is None or call.arrives_at > lease.ended:
             return True

@@ -1,7 +1,7 @@
-"""Simulated control planes that answer acks with `active`, as one real implementation does.
+"""Simulated control planes that answer acks with `active`, as one existing server does.
 
-Such an ack is accepted from any sender, so it does not show who owns the item. The first heartbeat
-without an expected earlier one shows the owner.
+Such a control plane accepts an ack from any worker, so its answer does not show which worker owns
+the item. The first heartbeat that expects no earlier one shows the owner.
 """
 
 from __future__ import annotations
@@ -32,11 +32,11 @@ class ActiveAckOperations(Operations):
         self._poll_leases = poll_leases
 
     def poll(self, environment_id: str, poll: Poll) -> Item | None:
-        """Deliver an item, and begin its lease if `poll_leases` is set."""
+        """Deliver an item. With `poll_leases`, also begin the lease of the item."""
         item = super().poll(environment_id, poll)
         if item is None or not self._poll_leases:
             return item
-        leased = replace(self._lease_item(item), state=STARTING)
+        leased = replace(self._with_new_lease(item), state=STARTING)
         return self._replace_item(
             self.get_queue(environment_id), leased, "delivered", poll.worker_id
         )
@@ -50,11 +50,11 @@ class ActiveAckOperations(Operations):
         if item.state != (STARTING if self._poll_leases else QUEUED):
             self._add_record("conflict", item, worker_id, op="ack")
             raise APIError(409, f"the item is {item.state}")
-        leased = item if self._poll_leases else self._lease_item(item)
+        leased = item if self._poll_leases else self._with_new_lease(item)
         acked = replace(leased, state=ACTIVE, acknowledged_at=self.latest_time)
         return self._replace_item(queue, acked, "acked", worker_id)
 
-    def _lease_item(self, item: Item) -> Item:
+    def _with_new_lease(self, item: Item) -> Item:
         return replace(
             item,
             delivered_at=None,

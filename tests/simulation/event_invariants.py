@@ -1,4 +1,4 @@
-"""Invariants 7: a pool's events and metrics agree with the history and the trace."""
+"""Invariants 7a to 7d: a pool's events and metrics agree with the history and the trace."""
 
 from __future__ import annotations
 
@@ -42,7 +42,10 @@ GIVE_UP_SECONDS: Final = 4.0
 
 
 def outcomes_agree_with_history(case: FinishedSimulation) -> Iterator[str]:
-    """7a. Every acknowledged session has one outcome, which agrees with the history."""
+    """7a. A pool reports exactly one outcome of each acknowledged session, and the right one.
+
+    The history of the control plane and the handler's run show which outcome is right.
+    """
     for node in case.trace.nodes:
         if node.crashed < FOREVER:
             continue
@@ -61,20 +64,22 @@ def _describe_wrong_outcome(
     case: FinishedSimulation, node: PoolProcess, event: SessionFinished, at: float
 ) -> str | None:
     work_id = event.session.item.id
-    if event.outcome in {"lease_lost", "released"} and case.has_unsettled_claim(node, work_id, at):
-        # After an ack answered `active`, another worker may own the item, or a drain has ended the
-        # claim.
+    if event.outcome in {"lease_lost", "released"} and case.item_may_have_another_owner(
+        node, work_id, at
+    ):
+        # After an ack answered `active`, both outcomes are right: another worker may own the item,
+        # or a drain has ended the claim.
         return None
     lease = case.lease_at(node, work_id, at)
     if lease is None:
         owned = not node.child or event.outcome in {"completed", "failed", "timed_out", "stalled"}
         return "finished an item that it never owned" if owned else None
-    problem = _find_contradiction(case, node, lease, event.outcome, at)
+    problem = _find_contradiction_of_outcome(case, node, lease, event.outcome, at)
     return problem and f"{work_id[-6:]} is {event.outcome} at {at:.3f}, but {problem}"
 
 
-def reported_losses_are_real(case: FinishedSimulation) -> Iterator[str]:
-    """7c. If a pool reports that another worker took its item, the pool no longer owns the item."""
+def pools_do_not_own_items_that_they_report_as_lost(case: FinishedSimulation) -> Iterator[str]:
+    """7c. A pool reports that it lost an item only if another worker owns the item by then."""
     for node in case.trace.nodes:
         for at, event in node.events:
             if not isinstance(event, ItemReclaimed) or event.direction != "lost":
@@ -82,7 +87,7 @@ def reported_losses_are_real(case: FinishedSimulation) -> Iterator[str]:
             lease = case.lease_at(node, event.item.id, at)
             if lease is None or lease.extended_by is not None or event.stage == "ack":
                 continue
-            if case.has_unsettled_claim(node, event.item.id, at):
+            if case.item_may_have_another_owner(node, event.item.id, at):
                 continue
             if lease.ended > at and not _was_acked_again(case, node, lease, at):
                 yield f"{node.machine.name}: {lease.work_id[-6:]} is not lost at {at:.3f}"
@@ -91,10 +96,10 @@ def reported_losses_are_real(case: FinishedSimulation) -> Iterator[str]:
 def _was_acked_again(
     case: FinishedSimulation, node: PoolProcess, lease: GrantedLease, at: float
 ) -> bool:
-    """Return whether the reported loss belongs to another ack of the item than the one of `lease`.
+    """Return whether the reported loss is about another ack than the one that began `lease`.
 
-    Either the ack of a later delivery was refused, or `lease` began with an ack that the pool had
-    already given up.
+    Either the ack of a later delivery was refused, or the pool had already given up the ack that
+    began `lease`.
     """
     return any(
         call.answered_at == at or call.answered_at < lease.began <= call.arrives_at + 0.01
@@ -103,36 +108,36 @@ def _was_acked_again(
     )
 
 
-def _find_contradiction(
+def _find_contradiction_of_outcome(
     case: FinishedSimulation, node: PoolProcess, lease: GrantedLease, outcome: str, at: float
 ) -> str | None:
     run = case.last_run_of_lease(node, lease)
     handed = lease.end_kind == "detached" and lease.ended <= at
-    # A pool that may not read items cannot find out whether a 409 means that the item is stopped,
-    # also if its child has stopped the item.
+    # A pool that may not read items cannot find out whether a 409 means that the item is stopped.
+    # It cannot even find out that its own child process stopped the item.
     unread = case.permission_denied_at(node, "get") <= at
     if handed != (outcome == "detached") and not (
         case.had_fault_during_lease(node, lease)
         or node.abandoned
-        or (unread and _was_stopped_before(case, lease, at))
+        or (unread and _was_item_stopped_before(case, lease, at))
     ):
         return "a child has taken it" if handed else "no child has taken it"
     match outcome:
         case "completed" | "timed_out" | "stalled" if not (
-            unread or _was_stopped_before(case, lease, at) or case.lease_was_ended_early(lease)
+            unread or _was_item_stopped_before(case, lease, at) or case.lease_was_ended_early(lease)
         ):
             return "it is not stopped"
         case "completed" if run is None or run.result != "returned":
             return "its handler has not returned"
         case "timed_out" | "stalled" if _timeout_of_outcome(node.pool, outcome) is None:
             return "there is no timeout"
-        case "stopped" if not _was_ended_by_others(case, node, lease, at):
+        case "stopped" if not _was_item_ended_by_others(case, node, lease, at):
             return "nobody else has ended it"
         case "lease_lost" if not case.had_fault_during_lease(
             node, lease
         ) and not _is_near_lease_end(lease, at):
             return f"its lease was granted until {lease.granted_end_at(at):.3f}"
-        case "released" if _was_stopped_before(
+        case "released" if _was_item_stopped_before(
             case, lease, _last_heartbeat_applied_at(case, node, lease, at)
         ) and not (unread or case.had_fault_during_lease(node, lease)):
             return "it is stopped"
@@ -144,7 +149,7 @@ def _timeout_of_outcome(pool: PoolSettings, outcome: str) -> float | None:
     return pool.session_timeout if outcome == "timed_out" else pool.stall_timeout
 
 
-def _was_stopped_before(case: FinishedSimulation, lease: GrantedLease, at: float) -> bool:
+def _was_item_stopped_before(case: FinishedSimulation, lease: GrantedLease, at: float) -> bool:
     stopped = case.stopped.get(lease.work_id)
     return stopped is not None and stopped.time <= at
 
@@ -152,7 +157,10 @@ def _was_stopped_before(case: FinishedSimulation, lease: GrantedLease, at: float
 def _last_heartbeat_applied_at(
     case: FinishedSimulation, node: PoolProcess, lease: GrantedLease, at: float
 ) -> float:
-    """Return when the last answered heartbeat arrived: the pool knows no later lease state."""
+    """Return when the last answered heartbeat arrived at the control plane.
+
+    The pool knows the state that the lease had then, but no later state.
+    """
     applied = [
         call.arrives_at
         for call in case.sent[node, lease.work_id]
@@ -168,28 +176,32 @@ def _describe_unexpected_outcome(
     run: HandlerRun | None,
     outcome: str,
 ) -> str | None:
-    """Describe how the outcome contradicts the handler's end; None if a fault may be the cause."""
+    """Describe how the outcome contradicts the end of the handler; None if it does not.
+
+    An outcome that a fault may have caused is no contradiction.
+    """
     if run is None or run.cancelled_at < FOREVER or case.had_fault_during_lease(node, lease):
         return None
-    if min(lease.stop_requested, _foreign_stop_time(lease)) <= run.ended + 1:
+    if min(lease.stop_requested, _time_of_stop_by_others(lease)) <= run.ended + 1:
         return None
     expected = "failed" if run.behaviour == "return_wrong_type" else _EXPECTED.get(str(run.result))
     return None if expected in {None, outcome} else f"its handler has {run.result}"
 
 
-def _foreign_stop_time(lease: GrantedLease) -> float:
+def _time_of_stop_by_others(lease: GrantedLease) -> float:
     foreign = lease.end_kind == "stopped" and lease.stopped_by != lease.worker_id
     return lease.ended if foreign else FOREVER
 
 
-def _was_ended_by_others(
+def _was_item_ended_by_others(
     case: FinishedSimulation, node: PoolProcess, lease: GrantedLease, at: float
 ) -> bool:
     stopped = case.stopped.get(lease.work_id)
     foreign = stopped is not None and stopped.worker_id != node.worker_id and stopped.time <= at
     if foreign or lease.stop_requested <= at:
         return True
-    # A stop that the pool sent during an earlier lease may have arrived during this lease.
+    # A stop that the pool sent during an earlier lease may have arrived during this lease. The pool
+    # does not know that its own stop ended the item, so that counts as a stop by others.
     return any(
         call.op == "stop" and call.at < lease.began for call in case.sent[node, lease.work_id]
     )
@@ -226,13 +238,16 @@ def _add_event_counts(case: FinishedSimulation, seen: Counter[tuple[str, ...]]) 
                 seen[name, getattr(event, label)] += 1
     for node in case.trace.nodes:
         if node.crashed == FOREVER:
-            _add_contradicted_counts(case, node, seen)
+            _add_wrong_event_counts(case, node, seen)
 
 
-def _add_contradicted_counts(
+def _add_wrong_event_counts(
     case: FinishedSimulation, node: PoolProcess, seen: Counter[tuple[str, ...]]
 ) -> None:
-    """Add each kind of event whose reported number is wrong to `seen`, with the expected number."""
+    """Add an entry to `seen` for each kind of event that the pool reported too often or too rarely.
+
+    The entry has the expected number of events.
+    """
     calls = [run for run in case.trace.runs if run.node is node and run.behaviour != "alone"]
     runs = sum(not run.again for run in calls)
     started = sum(isinstance(event, SessionStarted) for _, event in node.events)
@@ -247,7 +262,7 @@ def _add_contradicted_counts(
 
 
 def all_received_items_are_reported(case: FinishedSimulation) -> Iterator[str]:
-    """7d. A pool reports every item, reclaim, heartbeat and stop request that it received."""
+    """7d. A pool reports each received item, change of owner, heartbeat and stop request."""
     for node in case.trace.nodes:
         if node.crashed < FOREVER or node.child:
             continue
@@ -265,7 +280,7 @@ def all_received_items_are_reported(case: FinishedSimulation) -> Iterator[str]:
 def _list_event_count_bounds(
     case: FinishedSimulation, node: PoolProcess
 ) -> Iterator[tuple[str, int, int, float]]:
-    """Yield the name of a kind of event, its count, and the smallest and largest correct count."""
+    """Yield for each kind of event its name, its count, and the limits of a correct count."""
     events = [event for _, event in node.events]
     claimed = [(at, event) for at, event in node.events if isinstance(event, ItemReceived)]
     leaving = 0.0 if node.error is not None else node.drain[0] if node.drain else FOREVER
@@ -286,7 +301,8 @@ def _list_event_count_bounds(
         if event.item.acknowledged_at or event.item.last_heartbeat
     )
     reclaims = [event.direction for event in events if isinstance(event, ItemReclaimed)]
-    # With a handler limit, a gained item is reported when its session starts, so perhaps never.
+    # A pool reports an item that it took over from another worker. If the handler has a limit, the
+    # report comes when the session starts, which may never happen.
     least = gained if node.pool.max_sessions is None else 0
     yield "items gained", reclaims.count("gained"), least, gained
     conflicts = sum(isinstance(e, AckFinished) and e.result == "conflict" for e in events)

@@ -60,18 +60,18 @@ class GrantedLease:
     extended_by: str | None = None
 
     def granted_end_at(self, at: float) -> float:
-        """Return the end of the lease as it had been granted by the time `at`."""
+        """Return the end of the lease that the last answer before the time `at` granted."""
         place = bisect_right(self.ends, (at, FOREVER)) - 1
         return self.ends[max(place, 0)][1]
 
     @property
     def last_granted_end(self) -> float:
-        """The end of the lease that was granted last."""
+        """The end of this lease that the control plane's last answer granted."""
         return self.ends[-1][1]
 
 
-class ActiveClaim(NamedTuple):
-    """A claim whose ack was answered `active`, which does not prove that the node owns the item.
+class ClaimWithActiveAck(NamedTuple):
+    """A claim whose ack was answered `active`, so that the owner of the item is not certain.
 
     Attributes:
         polled_at: The time at which the poll that delivered the item was sent.
@@ -81,21 +81,21 @@ class ActiveClaim(NamedTuple):
     polled_at: float
     calls: list[SentCall]
 
-    def heartbeats_answered_by(self, at: float) -> list[SentCall]:
+    def heartbeats_answered_until(self, at: float) -> list[SentCall]:
         """Return the heartbeats of this claim that were answered by the time `at`."""
         return [each for each in self.calls if each.op == "heartbeat" and each.answered_at <= at]
 
-    def is_settled_by(self, at: float) -> bool:
-        """Return whether a heartbeat has shown by the time `at` that the node owns the item."""
+    def is_ownership_proven_at(self, at: float) -> bool:
+        """Return whether a heartbeat answered by the time `at` showed the node to be the owner."""
         return any(
             each.answer == "ok" and getattr(each.value, "state", None) == ACTIVE
-            for each in self.heartbeats_answered_by(at)
+            for each in self.heartbeats_answered_until(at)
         )
 
 
 @dataclass(slots=True, eq=False, repr=False)
 class FinishedSimulation:
-    """The history and trace of one finished simulation, with what the invariants look up in them.
+    """The history and trace of one finished simulation, indexed for the invariants.
 
     Attributes:
         history: The control plane's history, on the loop's clock.
@@ -140,8 +140,10 @@ class FinishedSimulation:
                 found = lease
         return found
 
-    def active_claim(self, node: PoolProcess, work_id: str, at: float) -> ActiveClaim | None:
-        """Return the node's claim of the item at time `at`, if its ack was answered `active`."""
+    def claim_with_active_ack(
+        self, node: PoolProcess, work_id: str, at: float
+    ) -> ClaimWithActiveAck | None:
+        """Return the node's last claim of the item before `at` if its ack was answered `active`."""
         calls = self.sent.get((node, work_id), [])
         ack = max(
             (call for call in calls if call.op == "ack" and call.answered_at <= at),
@@ -159,15 +161,15 @@ class FinishedSimulation:
             and getattr(call.value, "id", None) == work_id
         )
         later = [call for call in calls if ack.answered_at <= call.at]
-        return ActiveClaim(polled_at, [call for call in later if call.op != "ack"])
+        return ClaimWithActiveAck(polled_at, [call for call in later if call.op != "ack"])
 
-    def has_unsettled_claim(self, node: PoolProcess, work_id: str, at: float) -> bool:
-        """Return whether another worker may own the item that the node has claimed at `at`."""
-        claim = self.active_claim(node, work_id, at)
-        return claim is not None and not claim.is_settled_by(at)
+    def item_may_have_another_owner(self, node: PoolProcess, work_id: str, at: float) -> bool:
+        """Return whether the node claimed the item, but may not be its owner at the time `at`."""
+        claim = self.claim_with_active_ack(node, work_id, at)
+        return claim is not None and not claim.is_ownership_proven_at(at)
 
     def permission_denied_at(self, node: PoolProcess, op: str) -> float:
-        """Return when the call `op` was refused for the node's key; infinite if it is permitted."""
+        """Return when the node's key was refused the operation `op`; infinite if it is allowed."""
         answered = sorted(
             (call for call in self.trace.sent if call.node is node and call.op == op),
             key=lambda call: call.answered_at,
@@ -179,13 +181,13 @@ class FinishedSimulation:
                 return call.answered_at
         return FOREVER
 
-    def extended_lease_of_another(self, node: PoolProcess, work_id: str) -> bool:
-        """Return whether the node extended the lease of another node after losing its own."""
+    def extended_lease_of_another_worker(self, node: PoolProcess, work_id: str) -> bool:
+        """Return whether the node lost its lease and then extended the lease of another node."""
         leases = self.leases.get(work_id, ())
         extended_another = any(lease.extended_by == node.worker_id for lease in leases)
         return extended_another and any(broken == work_id for _, broken in self.trace.broken)
 
-    def node_of_lease(self, lease: GrantedLease) -> PoolProcess:
+    def process_of_lease(self, lease: GrantedLease) -> PoolProcess:
         """Return the process that owned the lease."""
         return next(node for node in self.trace.nodes if node.worker_id == lease.worker_id)
 
@@ -211,14 +213,15 @@ class FinishedSimulation:
         since = lease.began - 0.01
         return (
             any(
-                call.fault is not None and call.effective_until >= since and call.at <= until
+                call.fault is not None and call.may_have_effect_until >= since and call.at <= until
                 for call in self.sent[node, lease.work_id]
             )
-            # A pool with a worker's key reads items by list calls, so their faults count, too.
+            # A worker's key may read an item only from the list of all items, so a fault of a list
+            # call disturbs every item of the pool.
             or any(
                 call.op == "list" and call.node is node and call.fault is not None
                 for call in self.trace.sent
-                if call.effective_until >= since and call.at <= until
+                if call.may_have_effect_until >= since and call.at <= until
             )
             or any(
                 delay.node is node
@@ -227,8 +230,8 @@ class FinishedSimulation:
                 and delay.since <= until
                 for delay in self.trace.delays
             )
-            or node.was_paused(since, min(until, lease.last_granted_end + 1))
-            # A pause before the lease began may have delayed its ack.
+            or node.was_halted(since, min(until, lease.last_granted_end + 1))
+            # A pause before the ack may have delayed the ack, so it counts as a fault of the lease.
             or node.was_paused_unnoticed(since - ACK_SECONDS, until)
             or node.crashed <= min(until, lease.last_granted_end)
             or self.lease_was_ended_early(lease)
@@ -253,8 +256,8 @@ def _build_leases(
             leases[-1].settled = record.state != ACTIVE
             continue
         if record.kind == "heartbeat" and leases and leases[-1].end_kind == "lapsed":
-            # If `poll_leases` is set, a poll has begun a new lease without an ack, and this is the
-            # first heartbeat of that lease.
+            # On a control plane where polls begin leases (`poll_leases`), a new lease has no ack.
+            # This heartbeat is its first record.
             leases.append(_lease_from_record(record))
             continue
         if not leases or leases[-1].end_kind is not None:
@@ -263,7 +266,7 @@ def _build_leases(
             leases[-1].settled, leases[-1].worker_id = True, str(record.worker_id)
         if record.kind == "heartbeat" and record.worker_id != leases[-1].worker_id:
             if children & {str(record.worker_id), leases[-1].worker_id}:
-                leases.append(_begin_lease_of_child(leases[-1], record))
+                leases.append(_replace_by_lease_of_child(leases[-1], record))
             else:
                 leases[-1].extended_by = record.worker_id
             continue
@@ -272,13 +275,13 @@ def _build_leases(
 
 
 def _lease_from_record(record: Record) -> GrantedLease:
-    """Return a new lease that begins with an ack or heartbeat of the history."""
+    """Return a lease that begins at the time of the given ack or heartbeat."""
     lease = GrantedLease(record.work_id, str(record.worker_id), record.time)
     lease.ends.append((record.time, _granted_end_of_record(record)))
     return lease
 
 
-def _begin_lease_of_child(lease: GrantedLease, record: Record) -> GrantedLease:
+def _replace_by_lease_of_child(lease: GrantedLease, record: Record) -> GrantedLease:
     lease.ended, lease.end_kind = record.time, "detached"
     child = _lease_from_record(record)
     child.stop_requested = lease.stop_requested

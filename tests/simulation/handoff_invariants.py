@@ -1,4 +1,4 @@
-"""Invariants 3d to 3f: during a handoff, parent and child never own the item at the same time."""
+"""Invariants 3d to 3f: in a handoff, parent and child process never own the item together."""
 
 from __future__ import annotations
 
@@ -15,11 +15,15 @@ if TYPE_CHECKING:
 
 
 def nothing_is_sent_during_a_handoff(case: FinishedSimulation) -> Iterator[str]:
-    """3d. While a handler starts a child, the parent sends nothing and awaits no heartbeat."""
+    """3d. While a handler starts a child process, its pool sends nothing for the item.
+
+    No heartbeat may be in flight when the handoff begins.
+    """
     for block in case.trace.handoff_blocks:
         until = min(block.left, block.entered + block.ttl / 2)
-        # If the handler is cancelled as the handoff begins, the parent takes the item back at once.
-        if block.left <= block.entered or block.node.was_paused(block.entered - 1, until):
+        # If the handler is cancelled as the handoff begins, there is nothing to check: the parent
+        # sends calls again at once.
+        if block.left <= block.entered or block.node.was_halted(block.entered - 1, until):
             continue
         for call in case.sent[block.node, block.work_id]:
             under_way = call.op == "heartbeat" and call.at <= block.entered < call.answered_at
@@ -27,8 +31,8 @@ def nothing_is_sent_during_a_handoff(case: FinishedSimulation) -> Iterator[str]:
                 yield f"{call} was sent; its handoff began at {block.entered:.3f}"
 
 
-def only_a_child_takes_an_item_over(case: FinishedSimulation) -> Iterator[str]:
-    """3e. During a lease, only a child may take over the item, and never from another child."""
+def only_a_child_process_takes_over_an_item(case: FinishedSimulation) -> Iterator[str]:
+    """3e. During a lease, only a child process may take over the item, and only from its parent."""
     children = {node.worker_id for node in case.trace.nodes if node.child}
     for leases in case.leases.values():
         for one, two in pairwise(leases):
@@ -37,8 +41,11 @@ def only_a_child_takes_an_item_over(case: FinishedSimulation) -> Iterator[str]:
                 yield f"{one.work_id} was taken over at {one.ended:.3f}"
 
 
-def items_handed_off_are_left_alone(case: FinishedSimulation) -> Iterator[str]:
-    """3f. After a child took the item, the parent sends at most one heartbeat, to take it back."""
+def parent_writes_nothing_after_a_handoff(case: FinishedSimulation) -> Iterator[str]:
+    """3f. After a child has taken over the item, the parent sends at most one more heartbeat.
+
+    With that heartbeat the parent tries to take the item back.
+    """
     for node, lease in case.all_leases():
         if lease.end_kind == "detached":
             yield from _check_calls_after_handoff(case, node, lease)
@@ -51,19 +58,20 @@ def _check_calls_after_handoff(
     for call in case.sent[node, lease.work_id]:
         if call.at <= lease.ended or case.lease_at(node, lease.work_id, call.at) is not lease:
             continue
-        if case.has_unsettled_claim(node, lease.work_id, call.at):
-            continue  # This call belongs to a later claim of the same item.
+        if case.item_may_have_another_owner(node, lease.work_id, call.at):
+            continue  # The call belongs to a later claim of the item, which 3g checks.
         if call.op in {"stop", "update"}:
             yield f"{call} was sent for an item that a child owns"
         tries += call.op == "heartbeat" and call.fault is None
         tries -= call.op == "get" and (call.fault is not None or call.answer != "ok")
-    # A pool with a worker's key looks up the owner in the list; a failed list allows another try.
+    # A pool with a worker's key finds the owner in the list of all items. If the list call failed,
+    # one more heartbeat is allowed.
     tries -= sum(
         call.node is node and call.op == "list" and call.fault is not None
         for call in case.trace.sent
         if call.at >= lease.ended
     )
-    # A read that got no connection did not show the owner, so one more try is allowed.
+    # A read that got no connection did not show the owner, so one more heartbeat is allowed.
     tries -= sum(
         delay.node is node
         and (delay.work_id == lease.work_id or delay.op == "list")

@@ -1,4 +1,7 @@
-"""The invariants of the simulation: functions that yield a description of each violation."""
+"""The invariants of the simulation: functions that yield a description of each violation.
+
+Each invariant has a number, with which its docstring begins and by which comments refer to it.
+"""
 
 from __future__ import annotations
 
@@ -8,45 +11,45 @@ from typing import TYPE_CHECKING, Final, TypeGuard
 
 from tests.simulation.attempt_invariants import (
     attempts_are_counted,
-    lost_runs_are_counted,
-    no_item_has_a_mark_and_an_error,
-    released_items_are_marked,
+    no_item_has_a_release_mark_and_an_error,
+    released_items_have_a_release_mark,
+    runs_that_lost_their_lease_are_counted,
 )
 from tests.simulation.event_invariants import (
     all_received_items_are_reported,
     metrics_agree_with_calls,
     outcomes_agree_with_history,
-    reported_losses_are_real,
+    pools_do_not_own_items_that_they_report_as_lost,
 )
 from tests.simulation.finished_simulation import ACK_SECONDS, WRITES
 from tests.simulation.handoff_invariants import (
-    items_handed_off_are_left_alone,
     nothing_is_sent_during_a_handoff,
-    only_a_child_takes_an_item_over,
+    only_a_child_process_takes_over_an_item,
+    parent_writes_nothing_after_a_handoff,
 )
 from tests.simulation.order_invariants import (
     acks_do_not_wait_for_permits,
-    cancellations_are_repeated,
-    clients_stay_on_their_loop,
+    claims_pause_after_repeated_handler_failures,
+    clients_are_used_on_the_loop_that_created_them,
     completions_are_tried_while_the_lease_is_held,
-    completions_precede_new_claims,
-    failing_handlers_claim_slowly,
-    nothing_is_sent_before_doubted_lease_is_verified,
+    completions_get_permits_before_new_claims,
+    ignored_cancellations_are_repeated,
+    nothing_is_written_after_a_pause_until_the_lease_is_verified,
     one_heartbeat_at_a_time,
-    optional_calls_are_refused_once,
-    refused_acks_are_backed_off,
+    pools_back_off_after_refused_acks,
+    refused_optional_calls_are_not_repeated,
     sessions_share_no_context,
-    unanswered_write_leaves_time_for_another_try,
+    writes_time_out_early_enough_to_be_sent_again,
 )
 from tests.simulation.retry_invariants import (
     failed_calls_are_repeated,
+    no_retry_begins_after_a_drain_or_stop_request,
     retries_are_bounded,
-    retries_end_with_the_pool_and_the_session,
-    retry_number_continues_in_the_next_run,
+    retry_number_is_stored_for_the_next_run,
 )
 from tests.simulation.stall_invariants import (
-    handlers_that_make_progress_are_not_stalled,
-    silent_handlers_are_stalled,
+    handlers_without_progress_are_cancelled,
+    sessions_with_progress_do_not_end_as_stalled,
 )
 from tests.simulation.trace import FOREVER
 from workpool.errors import ControlPlaneError, RefusedError
@@ -83,7 +86,7 @@ DECIDED: Final = frozenset({"ok", 400, 401, 403, 404, 409, 412})
 """Answers that say whether the call was applied."""
 
 
-def every_item_ends_stopped(case: FinishedSimulation) -> Iterator[str]:
+def every_item_is_stopped_in_the_end(case: FinishedSimulation) -> Iterator[str]:
     """1. In the end every item is stopped, so no session is lost."""
     for work_id in {record.work_id for record in case.history}:
         if work_id not in case.stopped:
@@ -99,25 +102,26 @@ def handlers_run_under_a_lease(case: FinishedSimulation) -> Iterator[str]:
     for run in case.trace.runs:
         lease = case.lease_at(run.node, run.work_id, run.started)
         if lease is None:
-            yield f"{_run_name(run)} started without a lease"
+            yield f"{_describe_run(run)} started without a lease"
             continue
         if not any(
             call.op == "heartbeat" and call.answer == "ok" and call.answered_at <= run.started
             for call in case.sent[run.node, run.work_id]
             if call.answered_at >= lease.began
         ):
-            yield f"{_run_name(run)} started before a heartbeat was answered"
+            yield f"{_describe_run(run)} started before a heartbeat was answered"
         if _started_too_late(case, lease, run):
-            yield f"{_run_name(run)} started; granted until {lease.granted_end_at(run.started):.3f}"
-        until = run.ended_or_cancelled
+            granted = lease.granted_end_at(run.started)
+            yield f"{_describe_run(run)} started; granted until {granted:.3f}"
+        until = run.ended_or_cancelled_at
         limit = lease.granted_end_at(until) - GIVE_UP_SECONDS + MARGIN_SECONDS
         excused = (
-            _has_just_resumed(run.node, until)
-            or case.extended_lease_of_another(run.node, run.work_id)
+            _was_halted_shortly_before(run.node, until)
+            or case.extended_lease_of_another_worker(run.node, run.work_id)
             or run.node.was_paused_unnoticed(lease.began, until)
         )
         if until > limit and not excused:
-            yield f"{_run_name(run)} ran until {until:.3f}, allowed until {limit:.3f}"
+            yield f"{_describe_run(run)} ran until {until:.3f}, allowed until {limit:.3f}"
 
 
 def _started_too_late(case: FinishedSimulation, lease: GrantedLease, run: HandlerRun) -> bool:
@@ -125,7 +129,7 @@ def _started_too_late(case: FinishedSimulation, lease: GrantedLease, run: Handle
         run.started > lease.granted_end_at(run.started) + MARGIN_SECONDS
         and run.behaviour != "alone"
     )
-    return late and not case.extended_lease_of_another(run.node, run.work_id)
+    return late and not case.extended_lease_of_another_worker(run.node, run.work_id)
 
 
 def no_two_handlers_run_one_item(case: FinishedSimulation) -> Iterator[str]:
@@ -136,18 +140,23 @@ def no_two_handlers_run_one_item(case: FinishedSimulation) -> Iterator[str]:
     """
     for runs in case.runs.values():
         for one, two in combinations(sorted(runs, key=lambda run: run.started), 2):
-            if two.started < one.ended and not _is_excused_overlap(case, one, two):
-                yield f"{_run_name(one)} and {_run_name(two)} ran at the same time"
+            if two.started < one.ended and not _is_allowed_overlap(case, one, two):
+                yield f"{_describe_run(one)} and {_describe_run(two)} ran at the same time"
 
 
-def _is_excused_overlap(case: FinishedSimulation, one: HandlerRun, two: HandlerRun) -> bool:
+def _is_allowed_overlap(case: FinishedSimulation, one: HandlerRun, two: HandlerRun) -> bool:
     if one.node is two.node:
         return False
     leases = [case.lease_at(run.node, run.work_id, run.started) for run in (one, two)]
     broken = any(lease is not None and case.lease_was_ended_early(lease) for lease in leases)
     ignored = one.cancelled_at <= two.started and one.behaviour in IGNORES_CANCELLATION
     unseen = one.node.was_paused_unnoticed(one.started, two.started)
-    return ignored or broken or unseen or _has_just_resumed(one.node, two.started, TIDY_SECONDS)
+    return (
+        ignored
+        or broken
+        or unseen
+        or _was_halted_shortly_before(one.node, two.started, TIDY_SECONDS)
+    )
 
 
 def no_two_handlers_run_one_session(case: FinishedSimulation) -> Iterator[str]:
@@ -155,7 +164,7 @@ def no_two_handlers_run_one_session(case: FinishedSimulation) -> Iterator[str]:
     for one, two in combinations(case.trace.runs, 2):
         same = one.session_id == two.session_id and one.node is two.node
         if same and max(one.started, two.started) < min(one.ended, two.ended):
-            yield f"{_run_name(one)} and {_run_name(two)} are of one session"
+            yield f"{_describe_run(one)} and {_describe_run(two)} are of one session"
 
 
 def nothing_is_sent_without_the_lease(case: FinishedSimulation) -> Iterator[str]:
@@ -164,7 +173,7 @@ def nothing_is_sent_without_the_lease(case: FinishedSimulation) -> Iterator[str]
         if call.op not in WRITES or call.work_id is None:
             continue
         lease = case.lease_at(call.node, call.work_id, call.at)
-        if call.op == "heartbeat" and _is_sent_under_unsettled_claim(case, call):
+        if call.op == "heartbeat" and _is_sent_before_owner_is_known(case, call):
             continue
         if lease is None:
             if call.op != "heartbeat" or not call.node.child:
@@ -175,12 +184,15 @@ def nothing_is_sent_without_the_lease(case: FinishedSimulation) -> Iterator[str]
             yield f"{call} was sent; granted until {lease.granted_end_at(call.at):.3f}"
 
 
-def _is_sent_under_unsettled_claim(case: FinishedSimulation, call: SentCall) -> bool:
-    """Return whether the call follows an ack answered `active` while the owner is still unknown."""
-    claim = case.active_claim(call.node, str(call.work_id), call.at)
+def _is_sent_before_owner_is_known(case: FinishedSimulation, call: SentCall) -> bool:
+    """Return whether the pool cannot know yet which worker owns the item of the call.
+
+    An ack that is answered `active` does not show the owner. The next heartbeat shows it.
+    """
+    claim = case.claim_with_active_ack(call.node, str(call.work_id), call.at)
     return (
         claim is not None
-        and not claim.is_settled_by(call.at)
+        and not claim.is_ownership_proven_at(call.at)
         and (
             call.at <= claim.polled_at + ACK_SECONDS + MARGIN_SECONDS
             or call.node.was_paused_unnoticed(claim.polled_at, call.at)
@@ -188,29 +200,31 @@ def _is_sent_under_unsettled_claim(case: FinishedSimulation, call: SentCall) -> 
     )
 
 
-def unsettled_items_are_left_alone(case: FinishedSimulation) -> Iterator[str]:
-    """3g. After an ack that is answered `active`, only heartbeats are sent until one succeeds.
+def only_heartbeats_are_sent_until_the_owner_is_known(case: FinishedSimulation) -> Iterator[str]:
+    """3g. After an ack is answered `active`, a pool sends only heartbeats until one succeeds.
 
-    The first refused heartbeat is the last one: it means that another worker owns the item.
+    The answer `active` does not show which worker owns the item. After a refused heartbeat the pool
+    sends nothing more, because another worker owns the item.
     """
     for call in case.trace.sent:
         if call.work_id is None or call.op in {"ack", "poll"}:
             continue
-        claim = case.active_claim(call.node, call.work_id, call.at)
+        claim = case.claim_with_active_ack(call.node, call.work_id, call.at)
         if claim is None:
             continue
-        if claim.is_settled_by(call.at):
+        if claim.is_ownership_proven_at(call.at):
             continue
         if call.op != "heartbeat":
             yield f"{call} was sent for an item that may be another worker's"
-        elif any(each.answer in OWNED for each in claim.heartbeats_answered_by(call.at)):
+        elif any(each.answer in OWNED for each in claim.heartbeats_answered_until(call.at)):
             yield f"{call} was sent for an item that another worker owns"
 
 
 def _is_verifying_heartbeat(case: FinishedSimulation, lease: GrantedLease, call: SentCall) -> bool:
-    """Return whether the call is the first heartbeat after a pause that the lease clock missed.
+    """Return whether the call is a heartbeat after a pause in which the lease clock stood still.
 
-    It names the previous heartbeat, so it cannot extend another worker's lease.
+    The pool cannot know how much of the lease is left after such a pause. The heartbeat names the
+    previous one, so it cannot extend another worker's lease.
     """
     begun = any(
         each.op == "heartbeat" and each.answer == "ok" and lease.began < each.answered_at <= call.at
@@ -219,42 +233,43 @@ def _is_verifying_heartbeat(case: FinishedSimulation, lease: GrantedLease, call:
     return call.op == "heartbeat" and begun and call.node.was_paused_unnoticed(lease.began, call.at)
 
 
-def nothing_is_sent_after_a_known_loss(case: FinishedSimulation) -> Iterator[str]:
-    """3b. Nothing is sent for an item after an answer that reports that it is stopped or lost."""
+def nothing_is_sent_after_an_answer_that_ends_the_lease(case: FinishedSimulation) -> Iterator[str]:
+    """3b. After an answer that shows the end of the lease, a pool sends nothing for the item."""
     for (node, work_id), calls in case.sent.items():
         for lease in case.leases.get(work_id, ()):
             if lease.worker_id != node.worker_id:
                 continue
-            # A child sends no ack: its lease begins with its first call.
+            # The lease of a child process begins when the first call arrives, so `lease_at` does
+            # not find it at the time at which that call was sent.
             following = [
                 call
                 for call in calls
                 if node.child or case.lease_at(node, work_id, call.at) is lease
             ]
             known_at = min(
-                (_known_loss_time(case, call, following, lease) for call in following),
+                (_lease_end_reported_at(case, call, following, lease) for call in following),
                 default=FOREVER,
             )
             for call in following:
                 if (
                     call.op in WRITES
                     and call.at > known_at
-                    and not _is_sent_under_unsettled_claim(case, call)
+                    and not _is_sent_before_owner_is_known(case, call)
                 ):
                     yield f"{call} was sent; its lease was known to be over at {known_at:.3f}"
 
 
-def _known_loss_time(
+def _lease_end_reported_at(
     case: FinishedSimulation, call: SentCall, calls: list[SentCall], lease: GrantedLease
 ) -> float:
-    """Return when the answer to the call said that the lease is over; infinite if it did not."""
+    """Return when an answer to the call showed the end of the lease; infinite if it did not."""
     if call.fault is not None and call.fault.answer is not None:
         return FOREVER
     over = call.op == "stop" and call.answer == "ok"
     if call.op == "heartbeat" and call.answer == HTTPStatus.PRECONDITION_FAILED:
         before = [each for each in calls if each.op in {"heartbeat", "get"} and each.at < call.at]
-        # During a handoff, a 412 does not show whether the parent or the child owns the item;
-        # invariant 3f checks the calls that follow.
+        # During a handoff, a 412 does not show whether the parent or the child owns the item, so it
+        # does not count here. Invariant 3f checks the calls that follow.
         handoff = (
             lease.end_kind == "detached"
             or (call.node.child and not any(each.answer == "ok" for each in before))
@@ -265,8 +280,8 @@ def _known_loss_time(
                 for block in case.trace.handoff_blocks
             )
         )
-        # The pool cannot know that a heartbeat without a connection was not sent. So it may explain
-        # a later 412 by that heartbeat, instead of by a lost lease.
+        # A heartbeat that got no connection was not sent, but the pool cannot know that. It may
+        # assume that this heartbeat was applied and caused a later 412, so that 412 does not count.
         delayed = any(
             delay.node is call.node
             and delay.work_id == call.work_id
@@ -282,12 +297,12 @@ def _known_loss_time(
 
 
 def stops_are_justified(case: FinishedSimulation) -> Iterator[str]:
-    """3c. A pool stops an item only after its handler has ended or an operator has requested it."""
+    """3c. A pool stops an item only if the handler has ended or an operator requested the stop."""
     for call in case.trace.sent:
         if call.op != "stop" or call.work_id is None:
             continue
         lease = case.lease_at(call.node, call.work_id, call.at)
-        # Stops without a lease are covered by invariant 3a.
+        # Invariant 3a reports the stops that were sent without a lease.
         if lease is not None and lease.stop_requested > call.at:
             run = case.last_run_of_lease(call.node, lease)
             if problem := _unjustified_stop(call, run):
@@ -312,7 +327,7 @@ def _unjustified_stop(call: SentCall, run: HandlerRun | None) -> str | None:
 
 
 def finished_items_are_stopped(case: FinishedSimulation) -> Iterator[str]:
-    """4. An item is stopped as soon as its handler has ended, unless its pool had a fault."""
+    """4. A pool stops an item within a second after the handler ended, unless a fault delays it."""
     for node, lease in case.all_leases():
         run = case.last_run_of_lease(node, lease)
         if run is None or run.cancelled_at < FOREVER or run.result not in {"returned", "raised"}:
@@ -320,7 +335,7 @@ def finished_items_are_stopped(case: FinishedSimulation) -> Iterator[str]:
         if case.had_fault_during_lease(node, lease) or _has_stopped_claiming(node, run.ended):
             continue
         if lease.end_kind != "stopped" or lease.ended > run.ended + 1:
-            yield f"{_run_name(run)} was {run.result}, but not stopped"
+            yield f"{_describe_run(run)} was {run.result}, but not stopped"
 
 
 def acknowledged_items_are_run(case: FinishedSimulation) -> Iterator[str]:
@@ -331,7 +346,7 @@ def acknowledged_items_are_run(case: FinishedSimulation) -> Iterator[str]:
         ):
             continue
         if not lease.settled or _heartbeat_answer_was_lost(case, node, lease):
-            continue  # the pool did not know that it owned the item
+            continue  # no answer has shown the pool that it owns the item
         wished = min(lease.stop_requested, lease.ended if lease.end_kind == "stopped" else FOREVER)
         if not _has_stopped_claiming(node, lease.began + 1) and wished > lease.began + 1:
             yield f"{lease.work_id} was acknowledged by {node.machine.name} and not run"
@@ -340,9 +355,10 @@ def acknowledged_items_are_run(case: FinishedSimulation) -> Iterator[str]:
 def _heartbeat_answer_was_lost(
     case: FinishedSimulation, node: PoolProcess, lease: GrantedLease
 ) -> bool:
-    """Return whether the pool gave up the first heartbeat before the answer that grants the lease.
+    """Return whether the pool stopped waiting for its first heartbeat before that was answered.
 
-    Where a poll leases, this happens without a fault: the time ends with the lease of the ack.
+    On a control plane where polls begin leases, this also happens without a fault: the pool waits
+    only until the end of the lease that the poll began.
     """
     return any(
         call.op == "heartbeat"
@@ -352,10 +368,11 @@ def _heartbeat_answer_was_lost(
     )
 
 
-def claims_and_runs_never_exceed_places(case: FinishedSimulation) -> Iterator[str]:
-    """5b. Running handlers plus polls in flight, or plus acks in flight, never exceed the limit.
+def claims_and_runs_never_exceed_concurrency(case: FinishedSimulation) -> Iterator[str]:
+    """5b. The handlers and requests of a pool never exceed the number of its slots.
 
-    The limit is `concurrency` plus `prefetch` for polls, and `concurrency` for acks.
+    Running handlers plus polls in flight are at most `concurrency` plus `prefetch`. Running
+    handlers plus acks in flight are at most `concurrency`.
     """
     for node in case.trace.nodes:
         calls = [call for call in case.trace.sent if call.node is node]
@@ -380,7 +397,7 @@ def handler_limit_is_never_exceeded(case: FinishedSimulation) -> Iterator[str]:
         for run in runs:
             under_way = sum(one.started <= run.started < one.ended for one in runs)
             if under_way > limit:
-                yield f"{_run_name(run)} was one of {under_way} runs of a handler for {limit}"
+                yield f"{_describe_run(run)} was one of {under_way} runs of a handler for {limit}"
 
 
 def shared_slots_are_never_exceeded(case: FinishedSimulation) -> Iterator[str]:
@@ -393,23 +410,21 @@ def shared_slots_are_never_exceeded(case: FinishedSimulation) -> Iterator[str]:
     for call in polls:
         at = call.at
         under_way = sum(
-            one.at <= at < min(one.answered_at, _keeps_slots_until(one.node)) for one in polls
+            one.at <= at < min(one.answered_at, _slots_freed_at(one.node)) for one in polls
         )
-        running = sum(
-            run.started <= at < min(run.ended, _keeps_slots_until(run.node)) for run in runs
-        )
+        running = sum(run.started <= at < min(run.ended, _slots_freed_at(run.node)) for run in runs)
         if under_way + running > total:
             yield f"{call}: {under_way} polls and {running} runs in {total} shared slots"
 
 
-def _keeps_slots_until(node: PoolProcess) -> float:
-    """Return when the pool drains, closes or crashes, which may free slots of polls and runs."""
+def _slots_freed_at(node: PoolProcess) -> float:
+    """Return when the pool begins to drain, closes or crashes, and so may free its slots."""
     drain = FOREVER if node.drain is None else node.drain[0]
     return min(node.crashed, node.closed, drain)
 
 
-def shared_slots_are_given_back(case: FinishedSimulation) -> Iterator[str]:
-    """5g. A pool that has ended holds no shared slot."""
+def closed_pools_hold_no_shared_slots(case: FinishedSimulation) -> Iterator[str]:
+    """5g. A pool that has ended holds none of the slots that it shared with other pools."""
     for node in case.trace.nodes:
         if node.share is not None and node.closed != FOREVER and node.share.taken:
             yield f"{node.machine.name} has {node.share.taken} shared slots after its end"
@@ -424,7 +439,7 @@ def claims_never_exceed_exit_limit(case: FinishedSimulation) -> Iterator[str]:
         ends = {
             event.session: at for at, event in node.events if isinstance(event, SessionFinished)
         }
-        claimed = {event.session for _, event in node.events if _shows_claimed_session(event)}
+        claimed = {event.session for _, event in node.events if _proves_claim_of_session(event)}
         if len(claimed) > limit:
             yield f"{node.machine.name} claimed {len(claimed)} of {limit} sessions"
         if len(claimed) == limit and claimed <= ends.keys() and node.crashed == FOREVER:
@@ -444,8 +459,11 @@ def nothing_is_claimed_during_a_pause(case: FinishedSimulation) -> Iterator[str]
                     yield f"{node.machine.name} took {event.item.id} in a pause, at {at:.3f}"
 
 
-def _shows_claimed_session(event: Event) -> TypeGuard[SessionStarted | SessionFinished]:
-    """Return whether the event's session was claimed, and not lost before its start."""
+def _proves_claim_of_session(event: Event) -> TypeGuard[SessionStarted | SessionFinished]:
+    """Return whether the event proves that the pool claimed its session.
+
+    A session whose lease was lost before the session started does not count as claimed.
+    """
     return isinstance(event, SessionStarted) or (
         isinstance(event, SessionFinished) and event.outcome != "lease_lost"
     )
@@ -464,7 +482,9 @@ def drains_end_in_time(case: FinishedSimulation) -> Iterator[str]:
             yield f"{node.machine.name} closed after {node.closed - began:.1f} s"
 
 
-def only_stubborn_handlers_are_abandoned(case: FinishedSimulation) -> Iterator[str]:
+def drains_abandon_only_handlers_that_ignore_cancellation(
+    case: FinishedSimulation,
+) -> Iterator[str]:
     """6c. A drain without faults abandons only sessions whose handler ignores cancellation."""
     for node in case.trace.nodes:
         stubborn = sum(
@@ -480,7 +500,7 @@ def only_stubborn_handlers_are_abandoned(case: FinishedSimulation) -> Iterator[s
 
 
 def _had_unanswered_calls(case: FinishedSimulation, node: PoolProcess) -> bool:
-    """Return whether a call of the pool had a fault in the last seconds of its drain."""
+    """Return whether a fault or a missing connection delayed a call at the end of the drain."""
     return any(
         delay.node is node and delay.until >= node.closed - DRAIN_SECONDS
         for delay in case.trace.delays
@@ -489,12 +509,12 @@ def _had_unanswered_calls(case: FinishedSimulation, node: PoolProcess) -> bool:
         and call.op != "poll"
         and call.fault is not None
         and call.at <= node.closed
-        and call.effective_until >= node.closed - DRAIN_SECONDS
+        and call.may_have_effect_until >= node.closed - DRAIN_SECONDS
         for call in case.trace.sent
     )
 
 
-def closed_pools_hold_and_run_nothing(case: FinishedSimulation) -> Iterator[str]:
+def closed_pools_own_no_items_and_run_no_handlers(case: FinishedSimulation) -> Iterator[str]:
     """6b. A closed pool has released its items, runs no handler and sends nothing."""
     for node, lease in case.all_leases():
         if lease.ended <= node.closed or node.abandoned or node.crashed < FOREVER:
@@ -503,8 +523,8 @@ def closed_pools_hold_and_run_nothing(case: FinishedSimulation) -> Iterator[str]
             lease.settled
             and lease.last_granted_end > node.closed + RELEASED_SECONDS
             and not case.had_fault_during_lease(node, lease, node.closed)
-            # After an ack answered `active`, the item may belong to another worker.
-            and not case.has_unsettled_claim(node, lease.work_id, node.closed)
+            # After an ack answered `active`, another worker may own the item: no violation.
+            and not case.item_may_have_another_owner(node, lease.work_id, node.closed)
         ):
             yield f"{lease.work_id} is held by {node.machine.name}, which has closed"
     for call in case.trace.sent:
@@ -512,7 +532,7 @@ def closed_pools_hold_and_run_nothing(case: FinishedSimulation) -> Iterator[str]
             yield f"{call} was sent by a pool that had closed"
     for run in case.trace.runs:
         if run.ended > run.node.closed and not run.node.abandoned:
-            yield f"{_run_name(run)} continues in a pool that has closed"
+            yield f"{_describe_run(run)} continues in a pool that has closed"
 
 
 def pools_and_pollers_do_not_crash(case: FinishedSimulation) -> Iterator[str]:
@@ -530,65 +550,65 @@ def _has_stopped_claiming(node: PoolProcess, at: float) -> bool:
     return node.error is not None or (node.drain is not None and node.drain[0] <= at)
 
 
-def _has_just_resumed(node: PoolProcess, at: float, more: float = 0.0) -> bool:
+def _was_halted_shortly_before(node: PoolProcess, at: float, more: float = 0.0) -> bool:
     slack = TICK_SECONDS + MARGIN_SECONDS + more
     return any(since <= at <= until + slack for since, until in node.machine.pauses)
 
 
-def _run_name(run: HandlerRun) -> str:
+def _describe_run(run: HandlerRun) -> str:
     return f"{run.node.machine.name}:{run.behaviour}({run.work_id[-6:]})@{run.started:.3f}"
 
 
 INVARIANTS: Final[tuple[Invariant, ...]] = (
-    every_item_ends_stopped,
+    every_item_is_stopped_in_the_end,
     handlers_run_under_a_lease,
     no_two_handlers_run_one_item,
     no_two_handlers_run_one_session,
     nothing_is_sent_without_the_lease,
-    nothing_is_sent_after_a_known_loss,
-    unsettled_items_are_left_alone,
+    nothing_is_sent_after_an_answer_that_ends_the_lease,
+    only_heartbeats_are_sent_until_the_owner_is_known,
     nothing_is_sent_during_a_handoff,
-    only_a_child_takes_an_item_over,
-    items_handed_off_are_left_alone,
+    only_a_child_process_takes_over_an_item,
+    parent_writes_nothing_after_a_handoff,
     stops_are_justified,
     finished_items_are_stopped,
     acknowledged_items_are_run,
-    claims_and_runs_never_exceed_places,
+    claims_and_runs_never_exceed_concurrency,
     claims_never_exceed_exit_limit,
     shared_slots_are_never_exceeded,
-    shared_slots_are_given_back,
+    closed_pools_hold_no_shared_slots,
     handler_limit_is_never_exceeded,
     nothing_is_claimed_during_a_pause,
     drains_end_in_time,
-    only_stubborn_handlers_are_abandoned,
-    closed_pools_hold_and_run_nothing,
+    drains_abandon_only_handlers_that_ignore_cancellation,
+    closed_pools_own_no_items_and_run_no_handlers,
     pools_and_pollers_do_not_crash,
-    completions_precede_new_claims,
+    completions_get_permits_before_new_claims,
     acks_do_not_wait_for_permits,
-    refused_acks_are_backed_off,
-    failing_handlers_claim_slowly,
-    cancellations_are_repeated,
-    silent_handlers_are_stalled,
-    handlers_that_make_progress_are_not_stalled,
-    nothing_is_sent_before_doubted_lease_is_verified,
+    pools_back_off_after_refused_acks,
+    claims_pause_after_repeated_handler_failures,
+    ignored_cancellations_are_repeated,
+    handlers_without_progress_are_cancelled,
+    sessions_with_progress_do_not_end_as_stalled,
+    nothing_is_written_after_a_pause_until_the_lease_is_verified,
     one_heartbeat_at_a_time,
-    unanswered_write_leaves_time_for_another_try,
+    writes_time_out_early_enough_to_be_sent_again,
     sessions_share_no_context,
-    optional_calls_are_refused_once,
-    clients_stay_on_their_loop,
+    refused_optional_calls_are_not_repeated,
+    clients_are_used_on_the_loop_that_created_them,
     completions_are_tried_while_the_lease_is_held,
     outcomes_agree_with_history,
-    reported_losses_are_real,
+    pools_do_not_own_items_that_they_report_as_lost,
     metrics_agree_with_calls,
     all_received_items_are_reported,
     attempts_are_counted,
-    lost_runs_are_counted,
-    released_items_are_marked,
-    no_item_has_a_mark_and_an_error,
+    runs_that_lost_their_lease_are_counted,
+    released_items_have_a_release_mark,
+    no_item_has_a_release_mark_and_an_error,
     failed_calls_are_repeated,
     retries_are_bounded,
-    retries_end_with_the_pool_and_the_session,
-    retry_number_continues_in_the_next_run,
+    no_retry_begins_after_a_drain_or_stop_request,
+    retry_number_is_stored_for_the_next_run,
 )
 
 

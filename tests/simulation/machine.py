@@ -1,7 +1,7 @@
-"""Simulated machines on one virtual event loop; each can sleep, be paused or stopped, or crash.
+"""Simulated machines on one virtual event loop; a machine can sleep, pause, stop or crash.
 
-The context of a callback says which machine it belongs to. A halted machine keeps its callbacks
-until it resumes; a crashed machine never resumes.
+The context of a callback says which machine it belongs to. A halted machine postpones its callbacks
+until it resumes. A crashed machine never resumes.
 """
 
 from __future__ import annotations
@@ -65,7 +65,7 @@ class SimulatedMachine:
         self._kept: list[asyncio.Handle] = []
 
     def lease_clock(self) -> float:
-        """Return the lease clock, which stands still while the machine is `paused`."""
+        """Return the lease clock, which stands still only while `halted` is "paused"."""
         return (self._loop.now - self.frozen) * self._rate
 
     def wall_clock(self) -> float:
@@ -93,17 +93,17 @@ class SimulatedMachine:
             self._loop.call_at(self._loop.now + seconds, self.resume, context=NETWORK)
 
     def halt_after_callbacks(self, steps: int, how: HaltKind, seconds: float) -> None:
-        """Halt after `steps` more callbacks, which may be in the middle of an operation."""
+        """Halt the machine after `steps` more of its callbacks, perhaps within an operation."""
         if self.halted is None:
             self.blocked = True
             self._planned, self._steps_left = (how, seconds), steps
 
     def resume(self) -> None:
-        """Resume the machine, and run its kept callbacks; does nothing after a crash."""
+        """Resume the machine, and run the callbacks that it postponed; do nothing after a crash."""
         if self.halted != "crashed":
             if self.halted is not None:
                 self._record_end_of_halt()
-            self._run_kept_callbacks()
+            self._run_postponed_callbacks()
 
     def _record_end_of_halt(self) -> None:
         pause = self._halted_at, self._loop.now
@@ -116,24 +116,27 @@ class SimulatedMachine:
             self.frozen += seconds
 
     def shut_down(self) -> None:
-        """End the machine: run its kept callbacks, so that its tasks can end."""
-        self._run_kept_callbacks()
+        """Run the postponed callbacks of the machine, so that its tasks can end."""
+        self._run_postponed_callbacks()
 
-    def keep_callback(self, handle: asyncio.Handle) -> None:
-        """Keep a callback until the machine resumes, or run it if a planned halt has not begun."""
+    def postpone_callback(self, handle: asyncio.Handle) -> None:
+        """Postpone a callback until the machine resumes.
+
+        If `halt_after_callbacks` still allows this callback before the halt, run it now.
+        """
         if self.halted is None:
             self._steps_left -= 1
             if self._steps_left >= 0:
-                self._loop.run_kept_callback(handle)
+                self._loop.run_postponed_callback(handle)
                 return
             self.halt(*self._planned)
         self._kept.append(handle)
 
-    def _run_kept_callbacks(self) -> None:
+    def _run_postponed_callbacks(self) -> None:
         self.halted, self.blocked = None, False
         kept, self._kept = self._kept, []
         for handle in kept:
-            self._loop.run_kept_callback(handle)
+            self._loop.run_postponed_callback(handle)
 
 
 _MACHINE: ContextVar[SimulatedMachine | None] = ContextVar("machine", default=None)
@@ -168,13 +171,13 @@ class _MachineTimer(asyncio.TimerHandle):
 
     def _run(self) -> None:
         machine = self._machine
-        # A timer may fire early by the clock's resolution, so the time is moved on to `_when`.
-        # Otherwise code that waits for that time would wait again without end.
+        # The event loop may run a timer a little before its time `_when`. Set the clock to that
+        # time, or code that waits for that time would wait again without end.
         self._loop.now = max(self._loop.now, self._when)
         if machine is None:
             super()._run()
         elif machine.blocked:
-            machine.keep_callback(self)
+            machine.postpone_callback(self)
         elif machine.slept > self._slept:
             self._when += machine.slept - self._slept
             self._slept = machine.slept
@@ -193,7 +196,7 @@ class MachinesLoop(VirtualLoop):
     def __init__(self) -> None:
         super().__init__()
         selector: Any = self._selector
-        selector.select = self._advance_time  # a simulation has no sockets to wait for
+        selector.select = self._advance_time  # without sockets, only time can pass
 
     def _advance_time(
         self, timeout: float | None = None
@@ -229,7 +232,7 @@ class MachinesLoop(VirtualLoop):
         if machine is None or not machine.blocked:
             self._ready.append(handle)
         else:
-            machine.keep_callback(handle)
+            machine.postpone_callback(handle)
         return handle
 
     def call_soon_threadsafe(
@@ -248,7 +251,7 @@ class MachinesLoop(VirtualLoop):
         *args: *Ts,
         context: Context | None = None,
     ) -> asyncio.TimerHandle:
-        """Run a callback when the machine's `time()` is `when`."""
+        """Run a callback once the `time()` of its machine reaches `when`."""
         machine = _MACHINE.get() if context is None else context.get(_MACHINE)
         when += 0.0 if machine is None else machine.slept
         when = max(when, self._now + INSTANT_SECONDS)
@@ -259,7 +262,10 @@ class MachinesLoop(VirtualLoop):
     def run_in_executor(
         self, executor: Executor | None, func: Callable[[Unpack[Ts]], T], *args: *Ts
     ) -> asyncio.Future[T]:
-        """Call a function after a delay; on the default executor never: its threads are busy."""
+        """Call a function after a short delay, but never if the executor is the default one.
+
+        Code of users can occupy the threads of the default executor, so a pool must not need it.
+        """
         future: asyncio.Future[T] = self.create_future()
 
         def run_function() -> None:
@@ -276,13 +282,13 @@ class MachinesLoop(VirtualLoop):
         scheduled: Any = timer
         scheduled._scheduled = True
 
-    def run_kept_callback(self, handle: asyncio.Handle) -> None:
-        """Run a callback that its machine kept during a halt."""
+    def run_postponed_callback(self, handle: asyncio.Handle) -> None:
+        """Run a callback that its machine postponed during a halt."""
         if not handle.cancelled():
             self._ready.append(handle)
 
 
 def run_machines(main: Callable[[], Any]) -> Any:
-    """Run `main()` on a `MachinesLoop`, and cancel the tasks that are left at its end."""
+    """Run `main()` on a `MachinesLoop`. Once it has ended, cancel all other tasks."""
     with asyncio.Runner(loop_factory=MachinesLoop) as runner:
         return runner.run(main())

@@ -41,7 +41,7 @@ MUTATIONS: dict[str, list[SourceEdit]] = {
         SourceEdit(
             "dispatcher:Dispatcher", "owned = self.items.find_item(work_item.id)", "owned = None"
         ),
-        # Without this edit, the check for a running session would still decline the item.
+        # The check for a running session would also decline a second delivery, so disable it too.
         SourceEdit(
             "dispatcher:Dispatcher", "self.items.has_session(work_item.session_id)", "False"
         ),
@@ -648,12 +648,15 @@ def find_violations(seed: int) -> list[str]:
     return violations
 
 
-def find_catching_invariants(
+def find_invariants_that_catch_mutation(
     edits: list[SourceEdit],
     seeds: range,
     find: Callable[[int], list[str]] = find_violations,
 ) -> tuple[int, list[str]] | None:
-    """Return the number of schedules until a violation, and the violated invariants; else None."""
+    """Return the number of schedules up to the first violation, and the violated invariants.
+
+    Return None if no schedule violates an invariant, so that the mutation survives.
+    """
     with apply_mutation(edits):
         for count, seed in enumerate(seeds, 1):
             if violations := find(seed):
@@ -669,7 +672,7 @@ def report_mutations(
     """Print the invariants that caught each mutation; return how many mutations survived."""
     survived = 0
     for name, edits in mutations.items():
-        found = find_catching_invariants(edits, seeds, find)
+        found = find_invariants_that_catch_mutation(edits, seeds, find)
         survived += found is None
         text = "SURVIVED" if found is None else f"{found[0]:5d}  {', '.join(found[1])}"
         sys.stdout.write(f"{name:40s} {text}\n")

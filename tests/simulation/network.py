@@ -90,19 +90,21 @@ class SimulatedNetwork:
         return fault
 
     def _draw_fault(self, node: PoolProcess, op: str) -> Fault | None:
-        if _now_is_within_any(node.cuts):
+        if _is_now_within_any_span(node.cuts):
             return SILENCE
-        if op == "ack" and _now_is_within_any(node.denials):
+        if op == "ack" and _is_now_within_any_span(node.denials):
             return FAULTS["403"]
         if not self._share or self._random.random() >= self._share:
             return None
         kind = self._random.choice(self._kinds)
         fault = draw_fault_of_kind(kind, self._random)
-        if kind == "asleep" and op != "poll":  # halt the machine while the call waits in the client
-            self._schedule_halt(node, fault.wait / 2)
-        elif kind == "drowsy":  # halt the machine in the code that processes the answer
-            fault = self._halt_machine_at_answer(node, fault)
-        # After the slow answer of the kind "fading", the next calls get no answer.
+        if (
+            kind == "asleep" and op != "poll"
+        ):  # the machine halts while the call waits in the client
+            self._schedule_machine_halt(node, fault.wait / 2)
+        elif kind == "drowsy":  # the machine halts while it processes the answer
+            fault = self._halt_machine_around_answer(node, fault)
+        # The fault "fading" delays the answer to this call, and then cuts the network for a while.
         elif kind == "fading" and op in FADING:
             now = _current_loop().now
             node.cuts.append((now + LATENCY_SECONDS, now + FADED_SECONDS))
@@ -120,16 +122,16 @@ class SimulatedNetwork:
         self.trace.sent.append(sent)
         return sent
 
-    def _halt_machine_at_answer(self, node: PoolProcess, fault: Fault) -> Fault:
-        """Halt the machine when the answer arrives, and delay some answers until after the halt."""
+    def _halt_machine_around_answer(self, node: PoolProcess, fault: Fault) -> Fault:
+        """Halt the machine when the answer arrives. Some answers arrive only after the halt."""
         seconds, steps = fault.request_delay + fault.answer_delay, self._random.randint(0, 12)
         if self._random.random() < OUTLASTING_SHARE:
-            length = self._schedule_halt(node, seconds, steps, "paused")
+            length = self._schedule_machine_halt(node, seconds, steps, "paused")
             return replace(fault, answer_delay=length + self._random.uniform(0, 3))
-        self._schedule_halt(node, seconds, steps)
+        self._schedule_machine_halt(node, seconds, steps)
         return fault
 
-    def _schedule_halt(
+    def _schedule_machine_halt(
         self, node: PoolProcess, seconds: float, steps: int = 0, how: HaltKind | None = None
     ) -> float:
         """Halt the machine after `seconds` and `steps` callbacks; return the halt's duration."""
@@ -264,7 +266,7 @@ class SimulatedClient(LocalClient):
         def check_and_record_patch() -> None:
             if options.check is not None:
                 options.check()
-            self._patch = dict(patch)  # recorded by `_record_sent_call`
+            self._patch = dict(patch)  # `_record_sent_call` adds it to the record of the call
 
         noting = options._replace(check=check_and_record_patch)
         return await super().update_metadata(work_id, patch, timeout=timeout, options=noting)
@@ -317,13 +319,14 @@ class SimulatedClient(LocalClient):
         options: CallOptions = DEFAULT_OPTIONS,
     ) -> T:
         if self._node.pool.worker_key and endpoint.op in OPTIONAL:
-            run_operation = _deny_call
+            run_operation = _raise_permission_error
         return await super()._send_call(endpoint, work_id, run_operation, timeout, options)
 
     async def _wait_before_sending(
         self, op: str, fault: Fault, options: CallOptions, until: float
     ) -> None:
-        # `_fault_for_request` stored the item of this call, and no other call has run since.
+        # Read the item before the first `await`: then no other call can have replaced it since
+        # `_fault_for_request` stored it.
         work_id = self._work_id
         await super()._wait_before_sending(op, fault, options, until)
         await self._open_connection(op, work_id, options, until - _current_loop().time())
@@ -364,7 +367,8 @@ class SimulatedClient(LocalClient):
     async def _await_answer(
         self, endpoint: Endpoint[T], exchange: Coroutine[Any, Any, Reply], seconds: float
     ) -> T:
-        # `_record_sent_call` stored the record of this call, and no other call has run since.
+        # Read the record before the first `await`: then no other call can have replaced it since
+        # `_record_sent_call` stored it.
         sent = self._sent
         answer: str | int | None = None
         try:
@@ -382,11 +386,11 @@ class SimulatedClient(LocalClient):
                 sent.answer, sent.answered_at = answer, _current_loop().now
 
 
-def _deny_call() -> object:
+def _raise_permission_error() -> object:
     raise APIError(403, "a worker's key may not make this call")
 
 
-def _now_is_within_any(times: list[tuple[float, float]]) -> bool:
+def _is_now_within_any_span(times: list[tuple[float, float]]) -> bool:
     """Return whether one of the time spans includes the current time."""
     now = _current_loop().now
     return any(since <= now < until for since, until in times)

@@ -1,4 +1,4 @@
-"""Invariants 9: the order of a pool's calls, and the items that it leaves to other workers."""
+"""Invariants 9a to 9l: the order and timing of a pool's calls, and pauses between its claims."""
 
 from __future__ import annotations
 
@@ -43,15 +43,15 @@ PROMPT: Final = frozenset(
 """Behaviours whose completion follows at once."""
 
 
-def completions_precede_new_claims(case: FinishedSimulation) -> Iterator[str]:
+def completions_get_permits_before_new_claims(case: FinishedSimulation) -> Iterator[str]:
     """9a. While a completion waits for the rate limit, no permit for a new claim is granted."""
     for run in case.trace.runs:
         permits = run.node.claim_permits
         if permits and run.behaviour in PROMPT and run.result in {"returned", "raised"}:
-            yield from _find_overtaking_claims(case, run, permits)
+            yield from _find_claims_before_completion(case, run, permits)
 
 
-def _find_overtaking_claims(
+def _find_claims_before_completion(
     case: FinishedSimulation, run: HandlerRun, permits: list[float]
 ) -> Iterator[str]:
     lease = case.lease_at(run.node, run.work_id, run.started)
@@ -63,7 +63,7 @@ def _find_overtaking_claims(
         and case.lease_at(run.node, run.work_id, call.at) is lease
     ]
     stop = next((call for call in writes if call.op == "stop"), None)
-    if stop is None or run.node.was_paused(run.ended, stop.at):
+    if stop is None or run.node.was_halted(run.ended, stop.at):
         return
     if run.node.was_paused_unnoticed(run.started, stop.at):
         return  # after an unnoticed pause, the stop waits for a heartbeat that verifies the lease
@@ -78,7 +78,10 @@ def _find_overtaking_claims(
 
 
 def acks_do_not_wait_for_permits(case: FinishedSimulation) -> Iterator[str]:
-    """9b. An item with a slot is acknowledged at once: its ack permit precedes the poll."""
+    """9b. A pool acknowledges an item as soon as the item has a slot.
+
+    The ack does not wait for a permit, because the pool acquires the permit before it polls.
+    """
     for node in case.trace.nodes:
         if not node.claim_permits:
             continue
@@ -103,14 +106,14 @@ def _was_delayed(
     case: FinishedSimulation, node: PoolProcess, work_id: str | None, since: float, until: float
 ) -> bool:
     """Return whether the node was halted, or a call for the item got no connection."""
-    return node.was_paused(since - 1, until) or any(
+    return node.was_halted(since - 1, until) or any(
         each.node is node and each.work_id == work_id and since - 1 <= each.since <= until
         for each in case.trace.delays
     )
 
 
-def refused_acks_are_backed_off(case: FinishedSimulation) -> Iterator[str]:
-    """9c. A pool whose acks are refused sends only a few acks, and leaves the items to others."""
+def pools_back_off_after_refused_acks(case: FinishedSimulation) -> Iterator[str]:
+    """9c. A pool sends only a few acks while the control plane refuses all of them."""
     for node in case.trace.nodes:
         for since, until in node.denials:
             denied = sum(
@@ -124,8 +127,8 @@ def refused_acks_are_backed_off(case: FinishedSimulation) -> Iterator[str]:
                 yield f"{node.machine.name} sent {denied} acks that were refused"
 
 
-def failing_handlers_claim_slowly(case: FinishedSimulation) -> Iterator[str]:
-    """9d. After five quick failures of a handler in a row, the next claim waits for a pause."""
+def claims_pause_after_repeated_handler_failures(case: FinishedSimulation) -> Iterator[str]:
+    """9d. After five quick failures of a handler in a row, the pool waits before its next claim."""
     for node in case.trace.nodes:
         declined = {
             (at, each.item.id) for at, each in node.events if isinstance(each, ItemDeclined)
@@ -137,7 +140,7 @@ def failing_handlers_claim_slowly(case: FinishedSimulation) -> Iterator[str]:
 def _find_early_claims(
     node: PoolProcess, declined: set[tuple[float, str]], retried: bool
 ) -> Iterator[str]:
-    """Yield the claims that came during the pause after quick failures of one handler.
+    """Yield the claims that were made too soon after repeated failures of one handler.
 
     A pool with `max_sessions` has one handler for items with and without retries.
     """
@@ -147,7 +150,7 @@ def _find_early_claims(
         if node.pool.max_sessions is None and _has_retrying_handler(event) != retried:
             continue
         if isinstance(event, SessionFinished):
-            failed, grown = _update_failures(event, failed, pause)
+            failed, grown = _failures_and_pause_after(event, failed, pause)
             if grown != pause or _failed_quickly(event):
                 resume_at, pause = at + grown, grown
         elif _is_claim(event, at, declined) and at < resume_at - INSTANT_SECONDS:
@@ -163,10 +166,10 @@ def _has_retrying_handler(event: Event) -> bool:
     return item is not None and item.metadata.get("behaviour") == "retry"
 
 
-def _update_failures(
+def _failures_and_pause_after(
     event: SessionFinished, failed: set[str], pause: float
 ) -> tuple[set[str], float]:
-    """Return the items that have failed in a row, and the pause before the next claim."""
+    """Return the items that failed one after another, and the pause before the next claim."""
     if _failed_quickly(event):
         failed = failed | {event.session.item.id}
         return failed, min(30.0, 2 * pause or 1.0) if len(failed) >= FAILURES else 0.0
@@ -187,7 +190,7 @@ def _is_claim(event: Event, at: float, declined: set[tuple[float, str]]) -> bool
     )
 
 
-def cancellations_are_repeated(case: FinishedSimulation) -> Iterator[str]:
+def ignored_cancellations_are_repeated(case: FinishedSimulation) -> Iterator[str]:
     """9e. A handler that ignores its cancellation is cancelled again after 10 s."""
     for run in case.trace.runs:
         if (
@@ -201,8 +204,14 @@ def cancellations_are_repeated(case: FinishedSimulation) -> Iterator[str]:
             yield f"{run.work_id[-6:]} was cancelled at {run.cancelled_at:.3f} and ran on"
 
 
-def nothing_is_sent_before_doubted_lease_is_verified(case: FinishedSimulation) -> Iterator[str]:
-    """9f. After a pause that the lease clock misses, a heartbeat or ack precedes all writes."""
+def nothing_is_written_after_a_pause_until_the_lease_is_verified(
+    case: FinishedSimulation,
+) -> Iterator[str]:
+    """9f. After an unnoticed pause of its machine, a pool first verifies each lease, then writes.
+
+    The lease clock stands still during such a pause. A heartbeat or ack that succeeds verifies the
+    lease.
+    """
     for (node, work_id), calls in case.sent.items():
         for since, until in node.machine.unseen:
             if until - since < PAUSE_SECONDS:
@@ -233,14 +242,15 @@ def one_heartbeat_at_a_time(case: FinishedSimulation) -> Iterator[str]:
     for (node, work_id), calls in case.sent.items():
         heartbeats = [call for call in calls if call.op == "heartbeat"]
         for one, two in pairwise(heartbeats):
-            # A heartbeat of an earlier lease may still be in flight; its answer is ignored.
+            # The heartbeats may overlap if the first one belongs to an earlier lease: the pool
+            # ignores its answer.
             again = case.lease_at(node, work_id, one.at) is not case.lease_at(node, work_id, two.at)
             if two.at < one.answered_at and not again:
                 yield f"{two} was sent while {one} was under way"
 
 
-def unanswered_write_leaves_time_for_another_try(case: FinishedSimulation) -> Iterator[str]:
-    """9h. An unanswered write is given up early enough for another try during the lease."""
+def writes_time_out_early_enough_to_be_sent_again(case: FinishedSimulation) -> Iterator[str]:
+    """9h. A pool gives up an unanswered write early enough to send it again during the lease."""
     for (node, work_id), calls in case.sent.items():
         for call in calls:
             if call.op not in {"stop", "update"} or call.answered_at == FOREVER:
@@ -254,11 +264,12 @@ def unanswered_write_leaves_time_for_another_try(case: FinishedSimulation) -> It
                 yield f"{call} was given up at {call.answered_at:.3f} only"
 
 
-def optional_calls_are_refused_once(case: FinishedSimulation) -> Iterator[str]:
-    """9j. An optional call that was refused for the key is not sent again before a poll is refused.
+def refused_optional_calls_are_not_repeated(case: FinishedSimulation) -> Iterator[str]:
+    """9j. A pool does not repeat an optional call that its key may not make.
 
-    A call that is being repeated at that time is repeated until it is refused itself, and a read
-    that waits for a connection is sent.
+    After a refused poll the pool may try the call again. A call that was already being repeated
+    when another one was refused is repeated until it is refused itself. A read that already waited
+    for a connection is sent.
     """
     for node in case.trace.nodes:
         for op in OPTIONAL:
@@ -296,7 +307,7 @@ def _waited_for_connection(case: FinishedSimulation, call: SentCall, since: floa
 
 
 def _repeats_unanswered_call(case: FinishedSimulation, call: SentCall, since: float) -> bool:
-    """Return whether the call waited to be sent before `since`, or repeats an unanswered call."""
+    """Return whether the call began before `since`, or repeats an unanswered call from before."""
     waited = any(
         delay.node is call.node
         and (delay.op, delay.work_id) == (call.op, call.work_id)
@@ -314,24 +325,27 @@ def _repeats_unanswered_call(case: FinishedSimulation, call: SentCall, since: fl
 
 
 def sessions_share_no_context(case: FinishedSimulation) -> Iterator[str]:
-    """9i. No session sees a context variable that another session's handler has set."""
+    """9i. No handler sees a context variable that the handler of another session has set."""
     for run in case.trace.runs:
         if run.leaked:
             yield f"{run.work_id[-6:]} began in another session's context at {run.started:.3f}"
 
 
-def clients_stay_on_their_loop(case: FinishedSimulation) -> Iterator[str]:
+def clients_are_used_on_the_loop_that_created_them(case: FinishedSimulation) -> Iterator[str]:
     """9k. A client is used on the event loop for which `connect` created it."""
     for node, op, at in case.trace.misplaced:
         yield f"{node.machine.name}: {op} at {at:.3f} on another event loop than its client's"
 
 
 def completions_are_tried_while_the_lease_is_held(case: FinishedSimulation) -> Iterator[str]:
-    """9l. A completion is given up only shortly before the lease ends by the pool's own count."""
+    """9l. A pool gives up a completion only shortly before its lease ends.
+
+    The pool counts the lease from the time at which it decided to send its last good heartbeat.
+    """
     for node in case.trace.nodes:
         leaving = 0.0 if node.error is not None else node.drain[0] if node.drain else FOREVER
         for at, event in node.events:
-            # The exit limits begin a drain without an action of the schedule, so the event counts.
+            # An exit limit begins a drain that `node.drain` does not record, so read the event.
             if isinstance(event, DrainStarted):
                 leaving = min(leaving, at)
             if not isinstance(event, SessionFinished) or event.outcome != "released":
@@ -349,17 +363,17 @@ def completions_are_tried_while_the_lease_is_held(case: FinishedSimulation) -> I
 
 
 def _known_lease_end(case: FinishedSimulation, node: PoolProcess, work_id: str, at: float) -> float:
-    """Return when the lease ends by the pool's own count, from its last answered heartbeat."""
+    """Return when the lease ends according to the pool, counted from its last good heartbeat."""
     decided = [
-        _send_decided_at(case, call)
+        _decided_to_send_at(case, call)
         for call in case.sent[node, work_id]
         if call.op == "heartbeat" and call.answer == "ok" and call.answered_at <= at
     ]
     return max(decided, default=at) + node.pool.lease_ttl
 
 
-def _send_decided_at(case: FinishedSimulation, call: SentCall) -> float:
-    """Return when the pool decided to send the call, which may then have waited on its machine.
+def _decided_to_send_at(case: FinishedSimulation, call: SentCall) -> float:
+    """Return when the pool decided to send the call, which is before any wait in its client.
 
     The pool counts its lease from that time, the control plane from the call's arrival. The
     difference is large if the machine sleeps during the wait.

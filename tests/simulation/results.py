@@ -40,7 +40,7 @@ class SimulationReport(NamedTuple):
         )
 
     def __str__(self) -> str:
-        """Return a line with the sums, then lines for each failed schedule."""
+        """Return a line with the totals, then the violations of each schedule that has some."""
         lines = [
             f"{self.schedules} schedules, {self.faults} faults, {self.actions} actions, "
             f"{self.checked} invariants checked, {len(self.failures)} broken"
@@ -60,10 +60,10 @@ class ProgressFile:
 
     def __init__(self, path: Path) -> None:
         self._path = path
-        self._source = _source_digest()
+        self._source = _hash_source_code()
 
-    def finished_parts(self) -> Mapping[range, SimulationReport]:
-        """Return the stored results of the current source code, by the seeds of their parts."""
+    def read_finished_parts(self) -> Mapping[range, SimulationReport]:
+        """Return the stored results of the current source code, by range of seeds."""
         found: dict[range, SimulationReport] = {}
         lines = self._path.read_text().splitlines() if self._path.exists() else []
         for line in lines:
@@ -78,8 +78,8 @@ class ProgressFile:
                 )
         return found
 
-    def add_part(self, seeds: range, report: SimulationReport) -> None:
-        """Append the result of a finished part of the run."""
+    def append_finished_part(self, seeds: range, report: SimulationReport) -> None:
+        """Append the result of the simulations of a range of seeds."""
         *numbers, failures = report
         part = {
             "source": self._source,
@@ -92,7 +92,7 @@ class ProgressFile:
             file.write(f"\n{json.dumps(part)}")
 
 
-def _source_digest() -> str:
+def _hash_source_code() -> str:
     digest = hashlib.sha256()
     folders = Path(workpool.__file__).parent, Path(__file__).parent
     for path in sorted(path for folder in folders for path in folder.rglob("*.py")):

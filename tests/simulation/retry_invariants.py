@@ -1,11 +1,11 @@
-"""Invariants 11: retries, the further calls of a handler in the same session run after an error."""
+"""Invariants 11a to 11d: how a pool calls a handler again after an error, in the same session."""
 
 from __future__ import annotations
 
 from itertools import pairwise
 from typing import TYPE_CHECKING, Final
 
-from tests.simulation.attempt_invariants import has_late_note_write, list_note_writes
+from tests.simulation.attempt_invariants import has_late_attempt_write, list_attempt_writes
 from tests.simulation.scripted_handlers import RETRY
 from tests.simulation.trace import FOREVER
 from workpool.events import DrainStarted, HandlerRetried, SessionFinished, StopRequested
@@ -31,20 +31,21 @@ def failed_calls_are_repeated(case: FinishedSimulation) -> Iterator[str]:
             until = run.ended + min(RETRY.backoff * 2.0**number, RETRY.backoff_max) + MARGIN_SECONDS
             until += node.halted_seconds(run.ended, FOREVER)
             if following is None:
-                if not _may_have_ended_before(case, node, lease, until):
-                    yield f"{_run_name(run)} failed, and is not called again until {until:.3f}"
+                if not _session_may_have_ended_by(case, node, lease, until):
+                    yield f"{_describe_run(run)} failed, and is not called again until {until:.3f}"
             elif following.retry != run.retry + 1 or following.started > until:
-                yield f"{_run_name(run)} failed, and is called again only as {_run_name(following)}"
+                again = _describe_run(following)
+                yield f"{_describe_run(run)} failed, and is called again only as {again}"
 
 
 def retries_are_bounded(case: FinishedSimulation) -> Iterator[str]:
     """11b. No handler call has a retry number beyond the limit `Retry.times`."""
     for run in case.trace.runs:
         if run.retry > RETRY.times:
-            yield f"{_run_name(run)} is one call too many"
+            yield f"{_describe_run(run)} is one call too many"
 
 
-def retries_end_with_the_pool_and_the_session(case: FinishedSimulation) -> Iterator[str]:
+def no_retry_begins_after_a_drain_or_stop_request(case: FinishedSimulation) -> Iterator[str]:
     """11d. No handler is called again after a drain began or an operator asked to stop."""
     for node in case.trace.nodes:
         drained = False
@@ -62,25 +63,27 @@ def retries_end_with_the_pool_and_the_session(case: FinishedSimulation) -> Itera
                         yield f"{node.machine.name}: {session.id[-6:]} is called again at {at:.3f}"
 
 
-def retry_number_continues_in_the_next_run(case: FinishedSimulation) -> Iterator[str]:
-    """11c. A released run stores its next retry number, with which the next run begins."""
+def retry_number_is_stored_for_the_next_run(case: FinishedSimulation) -> Iterator[str]:
+    """11c. A pool that releases a session stores the next retry number for the next run."""
     for work_id, runs in case.runs.items():
-        if has_late_note_write(case, work_id) or not any(run.behaviour == "retry" for run in runs):
+        if has_late_attempt_write(case, work_id) or not any(
+            run.behaviour == "retry" for run in runs
+        ):
             continue
         for lease in case.leases.get(work_id, ()):
-            node = case.node_of_lease(lease)
+            node = case.process_of_lease(lease)
             calls = _list_handler_calls(case, node, lease)
             if not calls:
                 continue
             left = _stored_retry_number(case, work_id, lease.began)
             if calls[0].retry != left:
-                yield f"{_run_name(calls[0])} is the first call, but {left} was left to it"
+                yield f"{_describe_run(calls[0])} is the first call, but {left} was left to it"
             expected = calls[-1].retry + (calls[-1].result == "retried")
             if (
                 _was_released(case, node, lease)
                 and _stored_retry_number(case, work_id, lease.ended) != expected
             ):
-                yield f"{_run_name(calls[-1])} was released without {expected} for the next run"
+                yield f"{_describe_run(calls[-1])} was released without {expected} for the next run"
 
 
 def _list_handler_calls(
@@ -96,10 +99,10 @@ def _list_handler_calls(
     ]
 
 
-def _may_have_ended_before(
+def _session_may_have_ended_by(
     case: FinishedSimulation, node: PoolProcess, lease: GrantedLease, until: float
 ) -> bool:
-    """Return whether anything may have ended the session before the next call."""
+    """Return whether the session may have ended before `until`, so that no retry is due."""
     drains = [at for at, event in node.events if isinstance(event, DrainStarted)]
     return (
         node.error is not None
@@ -113,7 +116,7 @@ def _may_have_ended_before(
 
 
 def _was_released(case: FinishedSimulation, node: PoolProcess, lease: GrantedLease) -> bool:
-    """Return whether a pool that may write metadata released the session without a fault."""
+    """Return whether the pool released the session and was able to write metadata before that."""
     return (
         lease.stop_requested == FOREVER
         and not case.had_fault_during_lease(node, lease)
@@ -133,7 +136,7 @@ def _was_released(case: FinishedSimulation, node: PoolProcess, lease: GrantedLea
 def _stored_retry_number(case: FinishedSimulation, work_id: str, at: float) -> int:
     """Return the next retry number that the item's metadata had at the time `at`."""
     standing: dict[str, str] = {}
-    for call in list_note_writes(case, work_id):
+    for call in list_attempt_writes(case, work_id):
         if call.arrives_at > at:
             break
         for key, value in call.patch.items():
@@ -143,5 +146,5 @@ def _stored_retry_number(case: FinishedSimulation, work_id: str, at: float) -> i
     return int(standing.get(_RETRIES, "0")) if _RELEASED in standing else 0
 
 
-def _run_name(run: HandlerRun) -> str:
+def _describe_run(run: HandlerRun) -> str:
     return f"{run.node.machine.name}:{run.work_id[-6:]}#{run.retry}@{run.started:.3f}"

@@ -61,7 +61,7 @@ PAUSE_SECONDS: Final = 2.5
 
 @dataclass(frozen=True, slots=True)
 class PoolSettings:
-    """The settings of one pool, its key and the rate of its lease clock.
+    """The settings of one pool, the permissions of its key and the rate of its lease clock.
 
     Attributes:
         rate: Seconds of its lease clock per second.
@@ -95,7 +95,7 @@ class PoolSettings:
 
 @dataclass(frozen=True, slots=True)
 class Action:
-    """One event of a schedule: new work, or something that happens to a pool or an item.
+    """One event of a schedule: new work, or a disturbance of a pool or an item.
 
     Attributes:
         at: Seconds after the start of the simulation.
@@ -137,17 +137,19 @@ class Schedule:
 
 def draw_schedule(random: Random, seed: int) -> Schedule:
     """Draw a schedule with the given random generator."""
-    return _add_shared_slots(_draw_with_own_slots(random, seed), random)
+    return _share_slots_between_some_pools(
+        _draw_schedule_without_shared_slots(random, seed), random
+    )
 
 
-def _draw_with_own_slots(random: Random, seed: int) -> Schedule:
+def _draw_schedule_without_shared_slots(random: Random, seed: int) -> Schedule:
     pools = tuple(_draw_pool_settings(random) for _ in range(random.choice((1, 2, 2, 2, 3))))
     work = [_draw_work_action(random) for _ in range(random.randint(1, 4))]
     if random.random() < BURST_SHARE:
         work.append(_draw_burst_of_work(random))
     actions = [_draw_action(random) for _ in range(random.choice((0, 1, 2, 3, 4, 5)))]
     actions = [
-        _move_near_claim_or_completion(random.choice(work), action, random) for action in actions
+        _move_some_actions_close_to_work(random.choice(work), action, random) for action in actions
     ]
     kinds = (*random.choice(((), ("late",))), *random.sample(FAULT_KINDS, random.randint(1, 4)))
     share = random.choice((0.0, 0.0, 0.05, 0.15, 0.35))
@@ -155,14 +157,14 @@ def _draw_with_own_slots(random: Random, seed: int) -> Schedule:
     if control_plane != "strict" and random.random() < CROWDED_SHARE:
         # Items wait for a slot during most of their lease, and the network delays their heartbeats.
         pools = tuple(replace(pool, concurrency=1, prefetch=2) for pool in pools)
-        work += _draw_full_pool_actions(random)
+        work += _draw_work_that_fills_all_slots(random)
     actions = sorted([*work, *actions], key=_time_of_action)
     if random.random() < WORKER_KEY_SHARE:
         pools = tuple(
             replace(pool, worker_key=random.choice((True, True, False))) for pool in pools
         )
     if random.random() < LIMITS_SHARE:
-        pools = tuple(_draw_limits_that_end_the_pool(pool, random) for pool in pools)
+        pools = tuple(_draw_exit_limits(pool, random) for pool in pools)
     if random.random() < HANDLER_LIMIT_SHARE:
         pools = tuple(
             replace(pool, concurrency=3, max_sessions=random.choice((1, 1, 2))) for pool in pools
@@ -172,7 +174,7 @@ def _draw_with_own_slots(random: Random, seed: int) -> Schedule:
             replace(_draw_action(random), kind="refrain") for _ in range(random.randint(1, 3))
         ]
         pauses = [
-            _move_near_claim_or_completion(random.choice(work), pause, random) for pause in pauses
+            _move_some_actions_close_to_work(random.choice(work), pause, random) for pause in pauses
         ]
         actions = sorted([*actions, *pauses], key=_time_of_action)
     if random.random() < RETRY_SHARE:
@@ -185,8 +187,8 @@ def _draw_with_own_slots(random: Random, seed: int) -> Schedule:
     return _add_stalls(schedule, random) if random.random() < STALL_SHARE else schedule
 
 
-def _add_shared_slots(schedule: Schedule, random: Random) -> Schedule:
-    """Let the pools of some schedules share slots: at least one slot for each pool."""
+def _share_slots_between_some_pools(schedule: Schedule, random: Random) -> Schedule:
+    """Return the schedule; in some of them, all pools share slots, at least one for each pool."""
     if random.random() >= SHARED_SLOTS_SHARE:
         return schedule
     pools = [
@@ -217,13 +219,16 @@ def _draw_interruption(work: Action, random: Random) -> Action:
 
 
 def _draw_retry_behaviour(action: Action, random: Random) -> Action:
-    """Return the action, which gets the behaviour `retry` in one half of the cases of new work."""
+    """Return the action. If it creates work, it gets the behaviour `retry` with probability 0.5."""
     chosen = action.kind == "work" and random.random() < 0.5
     return replace(action, behaviour="retry") if chosen else action
 
 
-def _move_near_claim_or_completion(work: Action, action: Action, random: Random) -> Action:
-    """Move some actions to the milliseconds in which an item is claimed or completed."""
+def _move_some_actions_close_to_work(work: Action, action: Action, random: Random) -> Action:
+    """Return the action. Some are moved to the milliseconds after the creation of `work`.
+
+    In these milliseconds, items are claimed and short sessions are completed.
+    """
     if random.random() < CLOSE_SHARE:
         return replace(action, at=round(work.at + random.uniform(0, CLOSE_SECONDS), 4))
     return action
@@ -249,7 +254,7 @@ def _draw_pool_settings(random: Random) -> PoolSettings:
     )
 
 
-def _draw_limits_that_end_the_pool(pool: PoolSettings, random: Random) -> PoolSettings:
+def _draw_exit_limits(pool: PoolSettings, random: Random) -> PoolSettings:
     return replace(
         pool,
         exit_after_sessions=random.choice((None, 1, 1, 2, 3)),
@@ -280,7 +285,7 @@ def _draw_burst_of_work(random: Random) -> Action:
     )
 
 
-def _draw_full_pool_actions(random: Random) -> list[Action]:
+def _draw_work_that_fills_all_slots(random: Random) -> list[Action]:
     """Return work that fills all slots, and actions that delay the answers to heartbeats."""
     seconds, at = random.uniform(25, 45), _draw_action_time(random, 10)
     work = Action(at, "work", seconds=seconds, count=random.randint(4, 7))

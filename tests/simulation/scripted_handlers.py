@@ -1,4 +1,4 @@
-"""The handlers of simulated pools; the metadata of an item choose the handler's behaviour."""
+"""The handlers of simulated pools. The metadata of an item say what its handler does."""
 
 from __future__ import annotations
 
@@ -54,18 +54,18 @@ _SESSION: ContextVar[str | None] = ContextVar("session", default=None)
 
 @handler
 async def run_simulated_session(session: Session) -> Any:
-    """Run the behaviour that the item's metadata name, on the machine of this pool."""
+    """Handle an item of a simulated pool by the behaviour that is named in its metadata."""
     return await current_machine().handlers.run_behaviour(session)
 
 
 @handler(metadata={BEHAVIOUR: "retry"}, retry=RETRY)
 async def run_retried_session(session: Session) -> Any:
-    """Run the behaviour `retry` on the machine of this pool."""
+    """Handle an item with the behaviour `retry`: the pool calls this handler again after errors."""
     return await current_machine().handlers.run_behaviour(session)
 
 
 class HandlerLimitPlugin:
-    """A plugin that limits the sessions of the handler in pools with `max_sessions`."""
+    """A plugin that supplies a handler with the limit `max_sessions` to pools that have one."""
 
     @hookimpl
     def workpool_session_handler(self, item: WorkItem) -> Handler | None:
@@ -100,7 +100,7 @@ class SimulatedHandlers:
         now: Callable[[], float],
         start_child: Callable[[PoolProcess, HandedLease, float], None],
     ) -> None:
-        """Create the handlers; `start_child(node, lease, delay)` starts a child after `delay`."""
+        """Create the handlers, which start a child process by `start_child(node, lease, delay)`."""
         self.healed = False
         self._start_child = start_child
         self._trace = trace
@@ -109,7 +109,7 @@ class SimulatedHandlers:
         self._sessions: set[Session] = set()
 
     async def run_behaviour(self, session: Session) -> Any:
-        """Run the behaviour that the item's metadata name, and record the run."""
+        """Run the behaviour that is named in the item's metadata, and record the run."""
         item = session.item
         name, seconds = item.metadata[BEHAVIOUR], float(item.metadata[SECONDS])
         if self.healed:
@@ -122,20 +122,21 @@ class SimulatedHandlers:
         self._sessions.add(session)
         run.leaked = _SESSION.get() is not None and not run.again
         _SESSION.set(item.id)
-        # If the machine crashes in this iteration of the loop, the handler has already ended.
+        # A callback of a machine that crashes in the same iteration of the event loop still runs.
+        # The handler must not count as running then.
         if self._node.crashed <= run.started:
             run.ended, run.result = run.started, "crashed"
         self._trace.runs.append(run)
         if self._node.machine.halted == "crashed":
             run.ended, run.result = self._now(), "crashed"
         alone = self._node.child or (self.healed and name in {"hand_off", "hang"})
-        act = self._run_work if alone else getattr(self, f"_run_{name}")
-        return await self._run_and_record(act, session, run, seconds, first)
+        act = self._behaviour_work if alone else getattr(self, f"_behaviour_{name}")
+        return await self._run_behaviour_and_record_its_end(act, session, run, seconds, first)
 
-    async def _run_and_record(
+    async def _run_behaviour_and_record_its_end(
         self, act: Any, session: Session, run: HandlerRun, seconds: float, first: bool
     ) -> Any:
-        """Run the method `act` of a behaviour, and record in `run` how it ended."""
+        """Await `act`, the method of a behaviour, and record in `run` how the handler ended."""
         result = "raised"
         try:
             returned = await act(session, run, seconds, first)
@@ -159,29 +160,29 @@ class SimulatedHandlers:
     def _record_first_cancellation(self, run: HandlerRun) -> None:
         run.cancelled_at = min(run.cancelled_at, self._now())
 
-    async def _run_work(
+    async def _behaviour_work(
         self, _session: Session, _run: HandlerRun, seconds: float, _first: bool
     ) -> Any:
         await asyncio.sleep(seconds)
         return {"done": "yes"}
 
-    async def _run_raise_error(
+    async def _behaviour_raise_error(
         self, _session: Session, _run: HandlerRun, seconds: float, _first: bool
     ) -> Any:
         await asyncio.sleep(seconds)
         raise ValueError("on purpose")
 
-    async def _run_retry(
+    async def _behaviour_retry(
         self, session: Session, _run: HandlerRun, seconds: float, _first: bool
     ) -> Any:
-        """Fail in the first calls; the duration of the work determines their number."""
+        """Fail in the first calls of the handler. The number of failures derives from `seconds`."""
         failures = round(seconds * 1000) % (RETRY.times + 2)
         await asyncio.sleep(min(seconds, RETRY_SECONDS))
         if session.retry < failures:
             raise ConnectionError("on purpose")
         return {"calls": str(session.retry)}
 
-    async def _run_release(
+    async def _behaviour_release(
         self, _session: Session, _run: HandlerRun, seconds: float, first: bool
     ) -> Any:
         await asyncio.sleep(seconds)
@@ -189,13 +190,13 @@ class SimulatedHandlers:
             raise Release("not yet", 12)
         return {}
 
-    async def _run_return_wrong_type(
+    async def _behaviour_return_wrong_type(
         self, _session: Session, _run: HandlerRun, seconds: float, _first: bool
     ) -> Any:
         await asyncio.sleep(seconds)
         return object()
 
-    async def _run_end_early(
+    async def _behaviour_end_early(
         self, session: Session, _run: HandlerRun, seconds: float, _first: bool
     ) -> Any:
         with suppress(TimeoutError):
@@ -205,7 +206,7 @@ class SimulatedHandlers:
             raise Release("draining")
         return {"done": "early"}
 
-    async def _run_clean_up(
+    async def _behaviour_clean_up(
         self, _session: Session, run: HandlerRun, seconds: float, _first: bool
     ) -> Any:
         try:
@@ -216,38 +217,38 @@ class SimulatedHandlers:
             raise
         return None
 
-    async def _run_ignore_cancellation(
+    async def _behaviour_ignore_cancellation(
         self, _session: Session, run: HandlerRun, seconds: float, _first: bool
     ) -> Any:
         until = self._now() + seconds
         while self._now() < min(until, run.cancelled_at + STUBBORN_SECONDS):
             try:
                 await asyncio.sleep(1)
-            except asyncio.CancelledError:  # a faulty handler, which swallows its cancellation
+            except asyncio.CancelledError:  # do not end, like a faulty handler
                 self._record_first_cancellation(run)
         return {"done": "at last"}
 
-    async def _run_swallow_cancellation(
+    async def _behaviour_swallow_cancellation(
         self, _session: Session, run: HandlerRun, seconds: float, _first: bool
     ) -> Any:
         try:
             await asyncio.sleep(seconds)
-        except asyncio.CancelledError:  # a faulty handler, which swallows its cancellation
+        except asyncio.CancelledError:  # do not end, like a faulty handler
             self._record_first_cancellation(run)
             await asyncio.sleep(SWALLOW_SECONDS)
         return {"done": "at last"}
 
-    async def _run_return_at_timeout(
+    async def _behaviour_return_at_timeout(
         self, _session: Session, run: HandlerRun, seconds: float, _first: bool
     ) -> Any:
-        """Return at the moment at which the session time-out, if any, cancels the handler."""
+        """Sleep until the session timeout cancels the handler, and return a result nevertheless."""
         try:
             await asyncio.sleep(self._node.pool.session_timeout or seconds)
-        except asyncio.CancelledError:  # a faulty handler, which swallows its cancellation
+        except asyncio.CancelledError:  # do not end, like a faulty handler
             self._record_first_cancellation(run)
         return {"done": "in time"}
 
-    async def _run_write_metadata(
+    async def _behaviour_write_metadata(
         self, session: Session, run: HandlerRun, seconds: float, _first: bool
     ) -> Any:
         until, count = self._now() + seconds, 0
@@ -259,7 +260,7 @@ class SimulatedHandlers:
             await asyncio.sleep(2.5)
         return {"count": str(count)}
 
-    async def _run_report_progress(
+    async def _behaviour_report_progress(
         self, session: Session, run: HandlerRun, seconds: float, _first: bool
     ) -> Any:
         """Work for `seconds`, and report progress every two seconds."""
@@ -270,25 +271,25 @@ class SimulatedHandlers:
             run.progressed_at = self._now()
         return {"done": "step by step"}
 
-    async def _run_hang(
+    async def _behaviour_hang(
         self, session: Session, run: HandlerRun, seconds: float, first: bool
     ) -> Any:
-        """Report progress for a while, then hang if the pool has a stall timeout."""
-        await self._run_report_progress(session, run, seconds / 2, first)
+        """Report progress for a while. If the pool has a stall timeout, hang longer than that."""
+        await self._behaviour_report_progress(session, run, seconds / 2, first)
         await asyncio.sleep(HANG_SECONDS * (self._node.pool.stall_timeout or 0.0))
         return {"done": "after all"}
 
-    async def _run_wait_for_person(
+    async def _behaviour_wait_for_person(
         self, session: Session, run: HandlerRun, seconds: float, _first: bool
     ) -> Any:
-        """Wait for `seconds` as if for a person, which suspends the stall clock."""
+        """Wait within `session.waiting()`, as for a person: this time does not count as a stall."""
         with session.waiting():
             run.waits = True
             await asyncio.sleep(seconds)
         run.waits, run.progressed_at = False, self._now()
         return {"answer": "yes"}
 
-    async def _run_hand_off(
+    async def _behaviour_hand_off(
         self, session: Session, run: HandlerRun, seconds: float, first: bool
     ) -> Any:
         """Hand the item off to a child that starts soon, late or never, or fail in the handoff."""
@@ -307,7 +308,9 @@ class SimulatedHandlers:
             alone = HandlerRun(self._node, *again, attempt=run.attempt)
             alone.progressed_at = run.progressed_at
             self._trace.runs.append(alone)
-            return await self._run_and_record(self._run_work, session, alone, seconds, first)
+            return await self._run_behaviour_and_record_its_end(
+                self._behaviour_work, session, alone, seconds, first
+            )
         return {"ignored": "yes"}
 
     async def _start_child_in_handoff(

@@ -68,7 +68,11 @@ Ts = TypeVarTuple("Ts")
 
 
 class SimulatedRenewer(LoopRenewer):
-    """A lease renewer whose callbacks are marked as running on an event loop of its own."""
+    """A lease renewer on the event loop of the simulation, instead of a thread with its own loop.
+
+    Its callbacks run in a context with `EVENT_LOOP` "renewer". So the simulated client notices
+    calls that would happen on the wrong event loop in a real pool.
+    """
 
     def _start_thread(self) -> asyncio.Future[None]:
         self._loop = self._handlers_loop
@@ -100,11 +104,11 @@ class SimulatedSupervisor(LoopSupervisor):
         loop = asyncio.get_running_loop()
         assert isinstance(loop, MachinesLoop)
 
-        def record_and_observe(event_type: Callable[[*Ts], Event], /, *values: *Ts) -> None:
+        def record_and_forward_event(event_type: Callable[[*Ts], Event], /, *values: *Ts) -> None:
             self.node.events.append((loop.now, event_type(*values)))
             original(event_type, *values)
 
-        return replace(context, observe=record_and_observe)
+        return replace(context, observe=record_and_forward_event)
 
 
 class SimulatedHandoffChild(SimulatedSupervisor, HandoffChild):
@@ -212,7 +216,7 @@ class SimulatedWorld:
         await self._drain_all_pools()
 
     def _start_pool(self, pool: PoolSettings, *, healed: bool = False) -> PoolProcess:
-        node = self._new_node(pool)
+        node = self._create_pool_process(pool)
         node.machine.handlers.healed = healed
         supervisor = SimulatedSupervisor(pool_settings(pool), **self._supervisor_arguments(node))
         if self._slots is not None and not healed:
@@ -230,7 +234,7 @@ class SimulatedWorld:
         if self._network.over:
             return
         pool = replace(parent.pool, session_timeout=None, stall_timeout=None, lease_ttl=lease.ttl)
-        node = self._new_node(pool)
+        node = self._create_pool_process(pool)
         node.child = True
         child = SimulatedHandoffChild(
             pool_settings(node.pool),
@@ -240,7 +244,7 @@ class SimulatedWorld:
         )
         self._spawn_task(node, self._run_pool(node, child))
 
-    def _new_node(self, pool: PoolSettings) -> PoolProcess:
+    def _create_pool_process(self, pool: PoolSettings) -> PoolProcess:
         machine = self._new_machine(f"{len(self.trace.nodes)}", pool.rate)
         node = PoolProcess(machine, pool, self.loop.now)
         node.no_fault = Fault(request_delay=LATENCY_SECONDS, answer_delay=LATENCY_SECONDS)
@@ -320,8 +324,8 @@ class SimulatedWorld:
             queue = self.operations.get_queue(ENVIRONMENT)
             item = queue.get_item(work_id)
             now = int((START + self.loop.now) * SECOND)
-            # Expire no lease in the second of its ack: pools distinguish owners by
-            # `acknowledged_at`, which has whole seconds.
+            # Do not expire a lease in the second in which it was acknowledged. Pools compare
+            # `acknowledged_at`, in whole seconds, to notice that another worker has taken the item.
             if item.lease_end is not None and now // SECOND > (item.acknowledged_at or 0) // SECOND:
                 self.trace.broken.append((self.loop.now, work_id))
                 queue.put_item(replace(item, lease_end=min(item.lease_end, now)))

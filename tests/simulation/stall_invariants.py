@@ -1,4 +1,4 @@
-"""Invariants 12: which sessions a pool ends as stalled, and when."""
+"""Invariants 12a and 12b: a pool ends the sessions whose handlers make no progress."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ UNNOTICED_PART: Final = 0.25
 """The part of a stall timeout for which a halt of the machine may count as silence."""
 
 
-def silent_handlers_are_stalled(case: FinishedSimulation) -> Iterator[str]:
+def handlers_without_progress_are_cancelled(case: FinishedSimulation) -> Iterator[str]:
     """12a. A handler that reports no progress for `stall_timeout` is cancelled.
 
     If its machine was halted shortly before its last progress, the pool cannot tell how much of the
@@ -25,18 +25,18 @@ def silent_handlers_are_stalled(case: FinishedSimulation) -> Iterator[str]:
     """
     for run in case.trace.runs:
         limit = run.node.pool.stall_timeout
-        until = run.ended_or_cancelled
-        if limit is None or run.waits or run.node.was_paused(run.progressed_at, until):
+        until = run.ended_or_cancelled_at
+        if limit is None or run.waits or run.node.was_halted(run.progressed_at, until):
             continue
-        halted_before = run.node.was_paused(run.progressed_at - limit, run.progressed_at)
+        halted_before = run.node.was_halted(run.progressed_at - limit, run.progressed_at)
         latest = run.progressed_at + limit * (1 + UNNOTICED_PART * halted_before)
         if min(until, run.node.crashed) > latest + MARGIN_SECONDS:
             name = f"{run.node.machine.name}:{run.behaviour}({run.work_id[-6:]})"
             yield f"{name} ran until {until:.3f}, silent since {run.progressed_at:.3f}"
 
 
-def handlers_that_make_progress_are_not_stalled(case: FinishedSimulation) -> Iterator[str]:
-    """12b. A session is `stalled` only if its handler reported no progress for `stall_timeout`.
+def sessions_with_progress_do_not_end_as_stalled(case: FinishedSimulation) -> Iterator[str]:
+    """12b. A session ends as `stalled` only after a time `stall_timeout` without progress.
 
     Time in which its machine was halted does not count, but for a small part.
     """

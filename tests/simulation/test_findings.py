@@ -1,4 +1,4 @@
-"""Regression tests for errors that the simulation found; each docstring names the former error."""
+"""Regression tests for errors that the simulation found. A docstring describes the former error."""
 
 from __future__ import annotations
 
@@ -118,7 +118,7 @@ async def test_drain_does_not_wait_for_first_heartbeat_with_long_retry_after() -
     assert script.sent.count(("heartbeat", item.id)) == 2
     held = bench.operations.get_item(ENVIRONMENT, item.id)
     assert held.lease_end is not None
-    # A lease of 10 s is the shortest that a release can request.
+    # A release requests the shortest lease that the control plane grants, which is 10 s.
     assert held.lease_end <= (START + 1 + 10.1) * 1_000_000
 
 
@@ -137,13 +137,13 @@ async def test_drain_during_first_heartbeat_sends_second_only_after_answer_to_fi
 
 
 @in_virtual_time
-async def test_session_whose_lease_expired_after_refused_stop_is_not_completed() -> None:
-    """Formerly the item, which was queued again, counted as completed, and ran again."""
+async def test_session_with_refused_stop_and_expired_lease_counts_as_lease_lost() -> None:
+    """Formerly the session counted as completed, although its item was queued and run again."""
     script = Script(stop=[Fault(answer=429, applied=False, retry_after=30)])
     bench = PoolTestbed(script, lease_ttl=10)
     async with bench.supervisor:
         (item,) = bench.operations.enqueue(ENVIRONMENT)
-        # After 1.5 s the handler has returned, and the stop was answered with 429.
+        # After 1.5 s the handler has returned, and the pool's stop request was answered with 429.
         await asyncio.sleep(1.5)
         queue = bench.operations.get_queue(ENVIRONMENT)
         queue.put_item(replace(queue.get_item(item.id), lease_end=0))
@@ -154,20 +154,20 @@ async def test_session_whose_lease_expired_after_refused_stop_is_not_completed()
 
 @in_virtual_time
 async def test_abandoned_session_that_an_operator_stopped_counts_as_stopped() -> None:
-    """Formerly the session counted as released, although its item will not be delivered again."""
+    """Formerly the outcome was `released`, although a stopped item is never delivered again."""
     bench = PoolTestbed(Script(), ignore_cancellation, lease_ttl=10)
     async with bench.supervisor as pool:
         (item,) = bench.operations.enqueue(ENVIRONMENT)
         await asyncio.sleep(1)
         bench.operations.stop_item(ENVIRONMENT, item.id, "operator", force=True)
-        await asyncio.sleep(4)  # meanwhile a heartbeat reports the stop
+        await asyncio.sleep(4)  # time for a heartbeat, whose answer reports the stop
         await pool.drain(0)
     assert (bench.session_outcomes, pool.abandoned) == (["stopped"], 1)
 
 
 @in_virtual_time
 async def test_stop_request_in_answer_to_first_heartbeat_is_reported() -> None:
-    """Formerly only a stop request seen by a later heartbeat was counted."""
+    """Formerly a stop request was reported only if the answer to a later heartbeat contained it."""
     bench = PoolTestbed(Script(heartbeat=[Fault(request_delay=1)]))
     async with bench.supervisor:
         (item,) = bench.operations.enqueue(ENVIRONMENT)
@@ -180,8 +180,8 @@ async def test_stop_request_in_answer_to_first_heartbeat_is_reported() -> None:
 
 
 @in_virtual_time
-async def test_lease_claimed_after_machine_pause_is_not_in_doubt() -> None:
-    """Formerly the session's first write noticed the earlier pause, and waited for a heartbeat."""
+async def test_lease_claimed_after_machine_pause_needs_one_heartbeat_only() -> None:
+    """Formerly a pause before the claim made the first write wait for a second heartbeat."""
     script = Script()
     bench = PoolTestbed(script)
     async with bench.supervisor:
@@ -193,8 +193,8 @@ async def test_lease_claimed_after_machine_pause_is_not_in_doubt() -> None:
 
 
 @in_virtual_time
-async def test_lease_in_doubt_at_write_after_pause_is_verified_at_once() -> None:
-    """Formerly the heartbeat that verifies the lease was sent with the next tick, seconds later."""
+async def test_write_after_machine_pause_verifies_the_lease_at_once() -> None:
+    """Formerly the write waited some seconds for the periodic heartbeat that verifies the lease."""
     bench = PoolTestbed(Script())
     async with bench.supervisor:
         bench.operations.enqueue(ENVIRONMENT)
@@ -219,7 +219,7 @@ async def hand_off_after_pause(session: Session) -> None:
 
 @in_virtual_time
 async def test_handoff_after_machine_pause_verifies_lease_and_succeeds() -> None:
-    """Formerly the handoff raised a transient error, although it begins with a heartbeat."""
+    """Formerly a handoff after a pause failed, although its first heartbeat verifies the lease."""
     bench = PoolTestbed(Script(), hand_off_after_pause, lease_ttl=10)
     async with bench.supervisor:
         bench.operations.enqueue(ENVIRONMENT)
@@ -229,7 +229,10 @@ async def test_handoff_after_machine_pause_verifies_lease_and_succeeds() -> None
 
 @in_virtual_time
 async def test_first_heartbeat_after_machine_pause_is_not_sent() -> None:
-    """A first heartbeat names no earlier one, so it could extend the lease of another worker."""
+    """Formerly the pool sent a heartbeat that could extend the lease of another worker.
+
+    The first heartbeat of a lease names no earlier one, so the control plane accepts it.
+    """
     script = Script(heartbeat=[Fault(wait=3)])
     bench = PoolTestbed(script, drain_timeout=0)
     async with bench.supervisor:
@@ -244,8 +247,11 @@ async def test_first_heartbeat_after_machine_pause_is_not_sent() -> None:
 
 
 @in_virtual_time
-async def test_handler_does_not_start_on_lease_begun_before_machine_pause() -> None:
-    """Formerly the handler started on an expired lease: the lease clock missed the pause."""
+async def test_handler_does_not_start_if_lease_began_before_machine_pause() -> None:
+    """Formerly the handler started, although its lease had expired during the pause.
+
+    The lease clock does not count the time of a pause.
+    """
     bench = PoolTestbed(Script(heartbeat=[Fault(answer_delay=3)]), drain_timeout=0)
     async with bench.supervisor:
         bench.operations.enqueue(ENVIRONMENT)
@@ -272,9 +278,10 @@ class MachinePausingPlugin:
 
 
 @in_virtual_time
-async def test_handler_does_not_start_after_machine_slept_beyond_ttl() -> None:
-    """Formerly the lease was checked before the task was created; another worker could run the
-    item.
+async def test_handler_does_not_start_after_machine_slept_longer_than_the_lease() -> None:
+    """Formerly the lease was checked only before the task of the handler was created.
+
+    The machine can sleep between these two steps, and another worker can then run the item.
     """
     bench = PoolTestbed(Script(), observer=MachinePausingPlugin())
     async with bench.supervisor:
@@ -286,12 +293,12 @@ async def test_handler_does_not_start_after_machine_slept_beyond_ttl() -> None:
 
 @in_virtual_time
 async def test_heartbeat_answered_after_machine_pause_is_followed_by_another_at_once() -> None:
-    """Formerly the answer of a heartbeat sent before the pause verified the lease."""
+    """Formerly the pool trusted the answer, although the heartbeat was sent before the pause."""
     script = Script(heartbeat=[None, Fault(answer_delay=8)])
     bench = PoolTestbed(script, ignore_cancellation, lease_ttl=60)
     async with bench.supervisor as pool:
         (item,) = bench.operations.enqueue(ENVIRONMENT)
-        await asyncio.sleep(20.5)  # by then the second heartbeat, whose answer takes 8 s, is sent
+        await asyncio.sleep(20.5)  # the second heartbeat is in flight: its answer takes 8 s
         assert script.sent.count(("heartbeat", item.id)) == 2
         bench.loop.pause(5)
         await asyncio.sleep(8)
@@ -307,8 +314,11 @@ class LenientStoppingOperations(Operations):
 
 
 @in_virtual_time
-async def test_stopping_item_of_another_worker_is_not_touched_after_machine_pause() -> None:
-    """Formerly the answered heartbeat after the pause made the item look like the pool's own."""
+async def test_item_taken_over_during_machine_pause_is_not_stopped() -> None:
+    """Formerly the pool took the item for its own after a heartbeat that was answered with success.
+
+    The other worker owns the item, and an operator has asked to stop it.
+    """
     loop = asyncio.get_running_loop()
     assert isinstance(loop, VirtualLoop)
     operations = LenientStoppingOperations([ENVIRONMENT], now=lambda: START + loop.wall_time())
@@ -327,8 +337,8 @@ async def test_stopping_item_of_another_worker_is_not_touched_after_machine_paus
 
 
 @in_virtual_time
-async def test_claim_ended_by_drain_after_machine_pause_writes_no_release_mark() -> None:
-    """Formerly the release mark hid that another worker had run the item meanwhile."""
+async def test_drain_after_machine_pause_writes_no_metadata_to_lost_item() -> None:
+    """Formerly the drain wrote a release mark, so the attempt of the other worker did not count."""
     bench = PoolTestbed(Script(ack=[Fault(answer_delay=7)]))
     async with bench.supervisor as pool, asyncio.TaskGroup() as group:
         (item,) = bench.operations.enqueue(ENVIRONMENT)
@@ -344,8 +354,9 @@ async def test_claim_ended_by_drain_after_machine_pause_writes_no_release_mark()
 
 @in_virtual_time
 async def test_handler_does_not_start_after_machine_was_paused_during_claim() -> None:
-    """Formerly the lease had expired, unseen by the lease clock, and another worker could run the
-    item.
+    """Formerly the handler started, although its lease had expired during the pause.
+
+    The lease clock does not count the time of a pause.
     """
     bench = PoolTestbed(Script(), observer=MachinePausingPlugin(unseen=True))
     async with bench.supervisor:
@@ -357,7 +368,7 @@ async def test_handler_does_not_start_after_machine_was_paused_during_claim() ->
 
 @in_virtual_time
 async def test_completion_after_machine_pause_is_sent_as_soon_as_lease_is_verified() -> None:
-    """Formerly the completion waited for the rest of its backoff, up to 3 s."""
+    """Formerly the completion was sent up to 3 s later, after the pause between two tries."""
     script = Script(heartbeat=[None, Fault(request_delay=0.001, answer_delay=8)])
     bench = PoolTestbed(script, lease_ttl=60)
     async with bench.supervisor:
@@ -373,16 +384,16 @@ async def test_completion_after_machine_pause_is_sent_as_soon_as_lease_is_verifi
 
 
 @in_virtual_time
-async def test_item_whose_first_ack_was_lost_is_completed_after_machine_slept() -> None:
-    """Formerly the second ack was sent after the lease of the first ack, and counted as lost.
+async def test_item_whose_first_ack_got_lost_is_completed_after_machine_slept() -> None:
+    """Formerly the pool counted the lease from the first ack, so it gave up the acknowledged item.
 
-    So nobody could claim the item for another 60 s, and its next run was its second attempt.
+    No worker could claim the item for another 60 s, and its next run was its second attempt.
     """
     bench = PoolTestbed(Script(ack=[Fault(answer="reset", applied=False), Fault(wait=1)]))
     async with bench.supervisor:
         (item,) = bench.operations.enqueue(ENVIRONMENT)
         await bench.recorder.wait_for(ItemReceived)
-        await asyncio.sleep(0.9)  # now the second ack waits in the client, as for the rate limit
+        await asyncio.sleep(0.9)  # the second ack now waits in the client before it is sent
         bench.loop.suspend(60)
         await bench.recorder.wait_for(SessionFinished, timeout=60)
         assert bench.loop.time() < 30
@@ -399,11 +410,12 @@ async def work_for_five_seconds(_: Session) -> dict[str, str]:
 
 
 @in_virtual_time
-async def test_completion_is_retried_until_shortly_before_end_of_lease() -> None:
-    """Formerly an invariant counted the lease from the send time, and so reported an early end.
+async def test_unanswered_completion_is_retried_until_one_second_before_lease_ends() -> None:
+    """Formerly an invariant of the simulation wrongly reported that the pool gave up too early.
 
-    A pool counts the lease from the time before it waits for a connection, and here the machine
-    sleeps during that wait. The next heartbeat follows at once, but here it gets no answer.
+    The invariant counted the lease from the time at which the heartbeat was sent. A pool counts it
+    from the time before it waits for a connection, and here the machine sleeps during that wait.
+    The next heartbeat follows at once, but here it gets no answer.
     """
     silence = Fault(answer="silence", applied=False)
     script = Script(heartbeat=[None, Fault(wait=1), *[silence] * 20], update=[silence] * 40)
@@ -412,22 +424,20 @@ async def test_completion_is_retried_until_shortly_before_end_of_lease() -> None
         bench.operations.enqueue(ENVIRONMENT)
         await bench.recorder.wait_for(SessionStarted)
         started = bench.loop.machine_time()
-        # After 3.5 s the second heartbeat, which was due after 3 to 3.4 s, waits in the client.
+        # The second heartbeat is due after 3 to 3.4 s, so now it waits in the client.
         await asyncio.sleep(3.5)
         bench.loop.suspend(4)
         await bench.recorder.wait_for(HeartbeatFinished, count=2)
         assert bench.loop.machine_time() - started > 8
         await bench.recorder.wait_for(SessionFinished)
-        # The lease of 10 s began at 3 to 3.4 s, and the pool gives up 1 s before its end.
+        # The pool counts the lease of 10 s from 3 to 3.4 s, and gives up 1 s before the end.
         assert 12 <= bench.loop.machine_time() - started < 12.5
     assert bench.session_outcomes == ["lease_lost"]
 
 
 @in_virtual_time
-async def test_workers_that_poll_in_step_do_not_take_an_item_from_each_other_endlessly() -> None:
-    """Formerly each of two workers polled the item before the other's ack arrived, so all acks were
-    refused.
-    """
+async def test_item_polled_by_two_workers_at_once_is_soon_acknowledged_by_one() -> None:
+    """Formerly all acks were refused, as each worker polled the item before the other's ack."""
 
     def latency_of_call(request: Request) -> Fault:
         return Fault(request_delay=0.005 if request.op == "ack" else 0.001, answer_delay=0.001)
@@ -448,7 +458,7 @@ async def test_workers_that_poll_in_step_do_not_take_an_item_from_each_other_end
 
 
 @handler
-async def hand_off_to_nobody(session: Session) -> None:
+async def begin_handoff_without_child(session: Session) -> None:
     async with session.handover():
         pass
 
@@ -459,12 +469,12 @@ async def test_handoff_of_abandoned_session_does_not_delay_end_of_pool() -> None
     end.
     """
     silence = Fault(answer="silence", applied=False)
-    bench = PoolTestbed(Script(heartbeat=[None, *[silence] * 20]), hand_off_to_nobody)
+    bench = PoolTestbed(Script(heartbeat=[None, *[silence] * 20]), begin_handoff_without_child)
     async with bench.supervisor as pool:
         bench.operations.enqueue(ENVIRONMENT)
         await bench.recorder.wait_for(SessionStarted)
-        # After 5.5 s the second heartbeat still waits for its answer. It fails after 10 s, and the
-        # next heartbeat is due at 11 s.
+        # The second heartbeat, sent at about 5 s, gets no answer and fails after 10 s. The next one
+        # is due at 11 s, so the pool would end late if it waited for either.
         await asyncio.sleep(5.5)
         await pool.drain(0)
         drained_at = bench.loop.time()

@@ -1,4 +1,4 @@
-"""Tests that the invariants hold on some schedules; `poe simulate` runs thousands."""
+"""Tests of the simulation, with a few hundred schedules; `poe simulate` runs thousands of them."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from tests.simulation.autoscaler.fleet_invariants import FLEET_INVARIANTS
 from tests.simulation.autoscaler.fleet_mutations import FLEET_MUTATIONS
 from tests.simulation.invariants import INVARIANTS
 from tests.simulation.mutations import MUTATIONS
-from tests.simulation.replay import replay_lines
+from tests.simulation.replay import list_replay_lines
 from tests.simulation.results import ProgressFile, SimulationReport
 from tests.simulation.runner import (
     schedule_for_seed,
@@ -113,34 +113,34 @@ def test_two_simulations_of_one_seed_have_the_same_calls_and_history() -> None:
 def test_replay_has_lines_for_actions_calls_handlers_and_events() -> None:
     schedule = schedule_for_seed(7)
     case, _ = simulate_schedule(schedule)
-    lines = list(replay_lines(schedule, case))
+    lines = list(list_replay_lines(schedule, case))
     for word in ("ACTION", "HISTORY", "SENT", "ANSWERED", "HANDLER", "POOL", "EVENT"):
         assert any(word in line for line in lines), word
 
 
-def test_continued_simulation_takes_finished_parts_from_progress_file(tmp_path: Path) -> None:
+def test_continued_simulation_reads_finished_results_from_progress_file(tmp_path: Path) -> None:
     file = tmp_path / "progress"
     failed = SimulationReport(50, 1, 2, 3, ((7, ("first violation", "second violation")),))
-    ProgressFile(file).add_part(range(50), failed)
+    ProgressFile(file).append_finished_part(range(50), failed)
     with file.open("a") as cut:
         cut.write('\n{"source": "')
     first = simulate_in_processes(0, 60, 1, file)
     assert first.schedules == 60
     assert first.failures == failed.failures
-    assert list(ProgressFile(file).finished_parts()) == [range(50), range(50, 60)]
+    assert list(ProgressFile(file).read_finished_parts()) == [range(50), range(50, 60)]
     assert simulate_in_processes(0, 60, 1, file) == first
 
 
-def test_progress_file_of_other_source_code_is_ignored(
+def test_progress_file_written_by_other_source_code_is_ignored(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    ProgressFile(tmp_path / "progress").add_part(range(50), SimulationReport(50))
-    monkeypatch.setattr("tests.simulation.results._source_digest", lambda: "other")
-    assert ProgressFile(tmp_path / "progress").finished_parts() == {}
+    ProgressFile(tmp_path / "progress").append_finished_part(range(50), SimulationReport(50))
+    monkeypatch.setattr("tests.simulation.results._hash_source_code", lambda: "other")
+    assert ProgressFile(tmp_path / "progress").read_finished_parts() == {}
 
 
-def documented_promises() -> list[list[str]]:
-    """Return the cells of the table of promises in workpool/docs/architecture.md."""
+def read_table_of_promises() -> list[list[str]]:
+    """Return the rows of the table in workpool/docs/architecture.md that lists the promises."""
     text = (ROOT / "workpool/docs/architecture.md").read_text()
     table = text.partition("| promise | invariants |")[2].partition("\n\n")[0]
     rows = [line.strip("|").split("|") for line in table.splitlines()[2:]]
@@ -150,7 +150,7 @@ def documented_promises() -> list[list[str]]:
 def test_documented_promises_name_existing_invariants_mutations_and_tests() -> None:
     invariants = {each.__name__ for each in (*INVARIANTS, *FLEET_INVARIANTS)}
     known = {*MUTATIONS, *FLEET_MUTATIONS}
-    for promise, named, mutations, tests in documented_promises():
+    for promise, named, mutations, tests in read_table_of_promises():
         assert set(re.findall(r"`(\w+)`", named)) <= invariants, promise
         assert set(re.findall(r'"(.+?)"', mutations)) <= known, promise
         for path, name in re.findall(r"`(tests/[\w/]+\.py)::(\w+)`", tests):

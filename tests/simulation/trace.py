@@ -52,13 +52,13 @@ class SentCall:
 
     @property
     def arrives_at(self) -> float:
-        """The time at which the control plane applies the call; infinite if it never does."""
+        """The time at which the control plane applies the call; infinite if it is never applied."""
         if self.fault is None:
             return self.at + LATENCY_SECONDS
         return self.at + self.fault.request_delay if self.fault.applied else FOREVER
 
     @property
-    def effective_until(self) -> float:
+    def may_have_effect_until(self) -> float:
         """The time after which the call has no effect, which may be after its sender gave up."""
         fault = self.fault
         late = 0.0
@@ -69,7 +69,9 @@ class SentCall:
 
 @dataclass(slots=True, eq=False, repr=False)
 class DelayedCall:
-    """A call that waited in its client before the lease check, and may never have been sent.
+    """A call that had to wait in its client, and that may never have been sent.
+
+    After the wait, the client sends the call only if the lease is still held.
 
     Attributes:
         op: The operation; empty if the client does not know it.
@@ -119,11 +121,11 @@ class HandlerRun:
     again: bool = False
 
     def __post_init__(self) -> None:
-        """Count the time without progress from the start of the run."""
+        """Take the start of the run as the time of the last progress."""
         self.progressed_at = self.started
 
     @property
-    def ended_or_cancelled(self) -> float:
+    def ended_or_cancelled_at(self) -> float:
         """The time at which the handler ended or was first cancelled, whichever was earlier."""
         return min(self.ended, self.cancelled_at)
 
@@ -186,7 +188,7 @@ class PoolProcess:
     claim_permits: list[float] = field(default_factory=list)
     events: list[tuple[float, Event]] = field(default_factory=list)
 
-    def was_paused(self, start: float, end: float) -> bool:
+    def was_halted(self, start: float, end: float) -> bool:
         """Return whether the machine was halted at any time between `start` and `end`."""
         return any(since < end and until > start for since, until in self.machine.pauses)
 

@@ -1,4 +1,4 @@
-"""The simulated Kubernetes cluster: a ReplicaSet, its pods, their kubelet and grace periods."""
+"""The simulated Kubernetes cluster, which starts, probes and deletes the pods of a ReplicaSet."""
 
 from __future__ import annotations
 
@@ -86,8 +86,8 @@ class Pod:
 
 
 @dataclass(frozen=True, slots=True)
-class BusyPodRemoval:
-    """The removal of a ready pod that ran sessions, by a scale-down.
+class RemovedBusyPod:
+    """The record of a scale-down that removed a ready pod with running sessions.
 
     Attributes:
         busy_seconds: The seconds for which the pod had run sessions.
@@ -113,7 +113,7 @@ class FleetRecord:
     """
 
     deletions: list[PodDeletion] = field(default_factory=list)
-    choices: list[BusyPodRemoval] = field(default_factory=list)
+    choices: list[RemovedBusyPod] = field(default_factory=list)
     lowered: list[tuple[float, int, int]] = field(default_factory=list)
 
 
@@ -198,7 +198,7 @@ class SimulatedCluster:
                 self._delete_pod(pod, "scale-down", self._schedule.settings.grace)
 
     def _record_busy_removals(self, removed: list[Pod], kept: list[Pod]) -> None:
-        """Record each removed pod that runs sessions, and how long the kept pods were idle."""
+        """Record each removed pod that runs sessions, with the idle times of the pods that stay."""
         for pod in removed:
             if pod.process is None or pod.ready_since is None:
                 continue
@@ -209,7 +209,7 @@ class SimulatedCluster:
                 if each.process is not None and each.ready_since is not None
             )
             if busy > 0:
-                self.record.choices.append(BusyPodRemoval(self.now, busy, idle, pod.cost_failed))
+                self.record.choices.append(RemovedBusyPod(self.now, busy, idle, pod.cost_failed))
 
     def _create_pod(self) -> None:
         uid = f"{self._random.getrandbits(64):016x}"
@@ -258,12 +258,12 @@ class SimulatedCluster:
             return
         self._world.terminate_process(process)
 
-        def kill_if_running() -> None:
+        def kill_process_if_running() -> None:
             if not self.closed and not _has_ended(process):
                 deletion.killed = self.now
                 self._world.kill_process(process)
 
-        self._world.loop.call_at(self.now + grace, kill_if_running, context=NETWORK)
+        self._world.loop.call_at(self.now + grace, kill_process_if_running, context=NETWORK)
 
     @staticmethod
     def _is_gone(pod: Pod) -> bool:

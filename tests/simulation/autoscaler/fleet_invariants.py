@@ -1,4 +1,7 @@
-"""The invariants of an autoscaled fleet, and counts of the sessions that scale-downs cut."""
+"""The invariants of an autoscaled fleet of workers, and counts of the sessions that it cut.
+
+A session is *cut* if its handler was cancelled or killed because its pod was removed.
+"""
 
 from __future__ import annotations
 
@@ -31,7 +34,7 @@ class FinishedFleet(NamedTuple):
 
 
 class RemovalCounts(NamedTuple):
-    """Counts of removed pods and cut sessions, in one simulation or in several.
+    """Counts of removed pods, and of the sessions that were cancelled or killed with them.
 
     Attributes:
         sessions: Items.
@@ -56,7 +59,7 @@ class RemovalCounts(NamedTuple):
         return RemovalCounts(*(one + two for one, two in zip(self, other, strict=True)))
 
     def __str__(self) -> str:
-        """Return two lines of text with all counts."""
+        """Return the counts as two lines of text."""
         return (
             f"{self.sessions} sessions; the autoscaler removed {self.pods} pods, {self.busy_pods} "
             f"of them with {self.drained} sessions: {self.cut} cut\n"
@@ -65,7 +68,7 @@ class RemovalCounts(NamedTuple):
 
 
 def count_removed_pods(fleet: FinishedFleet, sessions: int) -> RemovalCounts:
-    """Return the counts of removed pods and cut sessions of one simulation."""
+    """Count the removed pods of a simulation, and the sessions cancelled or killed with them."""
     trace, record, _ = fleet
     voluntary = [each for each in record.deletions if each.kind == "scale-down"]
     evictions = [each for each in record.deletions if each.kind == "eviction"]
@@ -104,12 +107,12 @@ def find_cut_sessions(trace: Trace, deletion: PodDeletion) -> Iterator[HandlerRu
 
 
 def scale_down_cuts_no_session(fleet: FinishedFleet) -> Iterator[str]:
-    """F1. No session is cut because the autoscaler removes its pod."""
+    """F1. No session is cancelled or killed because the autoscaler removes its pod."""
     for deletion in fleet.record.deletions:
         if deletion.kind == "scale-down":
             for run in find_cut_sessions(fleet.trace, deletion):
                 yield (
-                    f"{run.work_id} was cut after {run.ended_or_cancelled - run.started:.1f} s;"
+                    f"{run.work_id} was cut after {run.ended_or_cancelled_at - run.started:.1f} s;"
                     f" its pod was removed at {deletion.at:.3f}"
                 )
 

@@ -59,7 +59,7 @@ class FleetReport(NamedTuple):
         )
 
     def __str__(self) -> str:
-        """Return lines with the counts, then lines for each failed schedule."""
+        """Return lines with the totals, then the violations of each schedule that has some."""
         lines = [
             f"{self.schedules} schedules, {self.faults} faults, {len(self.failures)} broken",
             str(self.counts),
@@ -107,7 +107,7 @@ def simulate_fleet_seeds(seeds: Iterable[int], without: Without = DOCUMENTED) ->
 def simulate_fleets_in_processes(
     seed: int, schedules: int, processes: int, without: Without = DOCUMENTED
 ) -> FleetReport:
-    """Simulate the fleets of `schedules` seeds from `seed` on, in several processes."""
+    """Simulate as many fleets as `schedules` says, with seeds from `seed` on, in processes."""
     parts = [
         range(first, min(first + PART, seed + schedules))
         for first in range(seed, seed + schedules, PART)

@@ -59,7 +59,7 @@ NOTICE_SECONDS: Final = 120.0
 
 @dataclass(frozen=True, slots=True)
 class Incident:
-    """An event that happens to a pod, or to the source of the autoscaler's numbers.
+    """A disturbance of a pod, or of the queue's statistics that the autoscaler reads.
 
     Attributes:
         kind: `evict`: the pod's node ends, with a notice of two minutes. `kill`: the pod's process
@@ -102,7 +102,7 @@ class FleetSettings:
     start_seconds: tuple[float, float] = (2.0, 20.0)
 
     @property
-    def least_pods(self) -> int:
+    def pods_without_work(self) -> int:
         """The number of pods that the autoscaler keeps if there is no work."""
         return 0 if self.to_zero else self.rules.minimum
 
@@ -128,12 +128,12 @@ def _use_default_grace_period(settings: FleetSettings) -> FleetSettings:
     return replace(settings, pool=pool, grace=DEFAULT_GRACE_SECONDS)
 
 
-def _read_queued_items_only(settings: FleetSettings) -> FleetSettings:
+def _scale_by_queued_items_only(settings: FleetSettings) -> FleetSettings:
     rules = replace(settings.rules, target=float(settings.pool.concurrency))
     return replace(settings, metric="queued", rules=rules)
 
 
-def _remove_stabilization(settings: FleetSettings) -> FleetSettings:
+def _scale_down_without_delay_or_limit(settings: FleetSettings) -> FleetSettings:
     rules = replace(settings.rules, down=ScalingRules(0.0, SCALE_DOWN.policies))
     return replace(settings, rules=rules, cooldown=0.0)
 
@@ -141,8 +141,8 @@ def _remove_stabilization(settings: FleetSettings) -> FleetSettings:
 WITHOUT: Final[Mapping[str, Callable[[FleetSettings], FleetSettings]]] = {
     "deletion-cost": lambda settings: replace(settings, deletion_cost=False),
     "grace-period": _use_default_grace_period,
-    "running": _read_queued_items_only,
-    "stabilization": _remove_stabilization,
+    "running": _scale_by_queued_items_only,
+    "stabilization": _scale_down_without_delay_or_limit,
 }
 """The replacement of each documented setting.
 
@@ -180,12 +180,12 @@ def _draw_fleet_settings(random: Random) -> FleetSettings:
     concurrency = random.choice((1, 2, 2, 3))
     metric = random.choice(METRICS)
     if metric == "busy_slots":
-        # Workers report this metric, so at least one worker must always run.
+        # The workers themselves report this metric, so without a worker the fleet would never grow.
         minimum = max(1, minimum)
     down = ScalingRules(random.choice(WINDOW_SECONDS), (ONE_PER_MINUTE,))
     rules = AutoscalerSpec(
         target=1.0 if metric == "recommended_replicas" else float(concurrency),
-        minimum=max(1, minimum),  # KEDA creates an autoscaler with at least 1
+        minimum=max(1, minimum),  # KEDA never creates an autoscaler with a minimum of 0
         maximum=random.choice((2, 3, 4, 6)),
         down=down,
     )

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 from tests.simulation.autoscaler.cluster import SimulatedCluster
 from tests.simulation.autoscaler.fleet_schedule import Incident
-from tests.simulation.autoscaler.horizontal_autoscaler import HorizontalAutoscaler, KedaActivation
+from tests.simulation.autoscaler.horizontal_autoscaler import HorizontalAutoscaler, KedaScaler
 from tests.simulation.finished_simulation import START
 from tests.simulation.machine import NETWORK, SimulatedMachine, current_machine
 from tests.simulation.network import SimulatedClient, SimulatedNetwork
@@ -124,13 +124,13 @@ class FleetWorld(SimulatedWorld):
             *(
                 self._group.create_task(service, context=NETWORK)
                 for service in (
-                    self._sync_autoscaler(),
-                    self._poll_activation(),
+                    self._run_horizontal_autoscaler(),
+                    self._run_keda_activation(),
                     self.cluster.probe_pods(),
                 )
             ),
         ]
-        self.cluster.set_replicas(self._fleet.settings.least_pods)
+        self.cluster.set_replicas(self._fleet.settings.pods_without_work)
         await self._perform_events()
         await self._wait_for_scale_down()
         self.cluster.close()
@@ -168,7 +168,7 @@ class FleetWorld(SimulatedWorld):
 
     async def _wait_for_scale_down(self) -> None:
         """Wait until all items are stopped and the autoscaler has removed the superfluous pods."""
-        least = self._fleet.settings.least_pods
+        least = self._fleet.settings.pods_without_work
         for _ in range(SETTLED_LOOKS):
             if self.cluster.replicas <= least and self._all_items_stopped():
                 return
@@ -203,7 +203,7 @@ class FleetWorld(SimulatedWorld):
         """Return the running processes whose supervisor has started."""
         return [node for node in self._running_nodes() if node in self._supervisors]
 
-    async def _sync_autoscaler(self) -> None:
+    async def _run_horizontal_autoscaler(self) -> None:
         scaler = HorizontalAutoscaler(self._fleet.settings.rules)
         while True:
             await asyncio.sleep(SYNC_SECONDS)
@@ -214,9 +214,9 @@ class FleetWorld(SimulatedWorld):
                     scaler.sync_target_size(now, self.cluster.replicas, pods, metric)
                 )
 
-    async def _poll_activation(self) -> None:
+    async def _run_keda_activation(self) -> None:
         settings = self._fleet.settings
-        keda = KedaActivation(settings.least_pods, settings.cooldown)
+        keda = KedaScaler(settings.pods_without_work, settings.cooldown)
         while True:
             await asyncio.sleep(settings.polling)
             self._scale_cluster(
@@ -225,12 +225,12 @@ class FleetWorld(SimulatedWorld):
 
     def _scale_cluster(self, replicas: int) -> None:
         if replicas < self.cluster.replicas:
-            lowered = (self.loop.now, replicas, self._count_known_items())
+            lowered = (self.loop.now, replicas, self._count_items_in_every_reading())
             self.cluster.record.lowered.append(lowered)
         if replicas != self.cluster.replicas:
             self.cluster.set_replicas(replicas)
 
-    def _count_known_items(self) -> int:
+    def _count_items_in_every_reading(self) -> int:
         """Count the unfinished items that are old enough to be in every valid queue reading."""
         known = self.loop.now - KNOWN_SECONDS
         items = [self.operations.get_item(ENVIRONMENT, work_id) for work_id in self.items]
@@ -271,5 +271,5 @@ class FleetWorld(SimulatedWorld):
         return self.loop.now - min((run.started for run in runs), default=self.loop.now)
 
     def idle_seconds(self, process: PoolProcess) -> float:
-        """Return for how many seconds a process has had no item in a slot; 0 if it has one."""
+        """Return for how many seconds a process has run no session; 0 if it runs one."""
         return self._supervisors[process].status().idle_seconds

@@ -1,7 +1,7 @@
 """The rules by which Kubernetes and KEDA choose a number of pods, as functions without I/O.
 
 `HorizontalAutoscaler` is the HorizontalPodAutoscaler (`autoscaling/v2`) with one external metric
-and a target average value. `KedaActivation` is the part of KEDA that starts the first pod and
+and a target average value. `KedaScaler` is the part of KEDA that starts the first pod and
 removes the last one. Times are in seconds, on any clock.
 """
 
@@ -90,7 +90,7 @@ class HorizontalAutoscaler:
             return replicas
         else:
             wanted = _pods_for_metric(metric, pods, rules)
-            desired = self._limit_change(
+            desired = self._limit_change_of_replicas(
                 now, replicas, self._stabilize_recommendation(now, replicas, wanted)
             )
         if desired != replicas:
@@ -98,7 +98,10 @@ class HorizontalAutoscaler:
         return desired
 
     def _stabilize_recommendation(self, now: float, replicas: int, wanted: int) -> int:
-        """Limit the number by the recommendations in the stabilization windows; record `wanted`."""
+        """Return the number of pods within the recommendations of the stabilization windows.
+
+        `wanted` is the new recommendation, which is stored for later calls.
+        """
         up, down = self._rules.up.window, self._rules.down.window
         lowest = min([wanted, *(each for at, each in self._recommended if at > now - up)])
         highest = max([wanted, *(each for at, each in self._recommended if at > now - down)])
@@ -106,22 +109,24 @@ class HorizontalAutoscaler:
         self._recommended.append((now, wanted))
         return min(max(replicas, lowest), highest)
 
-    def _limit_change(self, now: float, replicas: int, desired: int) -> int:
+    def _limit_change_of_replicas(self, now: float, replicas: int, desired: int) -> int:
         """Limit the number by the minimum, the maximum and the scaling policies."""
         rules = self._rules
         if desired > replicas:
             allowed = max(
-                replicas, self._bound_by_policies(now, replicas, rules.up, _increase_by_policy)
+                replicas,
+                self._largest_change_by_policies(now, replicas, rules.up, _increase_by_policy),
             )
             return min(desired, allowed, rules.maximum)
         if desired < replicas:
             allowed = min(
-                replicas, self._bound_by_policies(now, replicas, rules.down, _decrease_by_policy)
+                replicas,
+                self._largest_change_by_policies(now, replicas, rules.down, _decrease_by_policy),
             )
             return max(desired, allowed, rules.minimum)
         return desired
 
-    def _bound_by_policies(
+    def _largest_change_by_policies(
         self,
         now: float,
         replicas: int,
@@ -131,18 +136,18 @@ class HorizontalAutoscaler:
         if rules.select == "Disabled":
             return replicas
         proposals = [
-            changed(replicas - self._net_change(now, policy.period), policy)
+            changed(replicas - self._change_within_period(now, policy.period), policy)
             for policy in rules.policies
         ]
         largest_number = (rules.select == "Max") == (changed is _increase_by_policy)
         return max(proposals) if largest_number else min(proposals)
 
-    def _net_change(self, now: float, period: float) -> int:
+    def _change_within_period(self, now: float, period: float) -> int:
         return sum(change for at, change in self._changes if at > now - period)
 
 
 def _pods_for_metric(metric: float, pods: int, rules: AutoscalerSpec) -> int:
-    """Return the number of pods for a metric; within the tolerance, the current number."""
+    """Return the number of pods for a metric, or `pods` if the metric is within the tolerance."""
     capacity = rules.target * pods
     if capacity and abs(1.0 - metric / capacity) <= rules.tolerance:
         return pods
@@ -161,7 +166,7 @@ def _decrease_by_policy(replicas: int, policy: ScalingPolicy) -> int:
     return replicas * (100 - policy.value) // 100
 
 
-class KedaActivation:
+class KedaScaler:
     """The part of KEDA that starts the first pod and removes the last one.
 
     Args:
@@ -175,7 +180,7 @@ class KedaActivation:
         self._active_at = -math.inf
 
     def poll_target_size(self, now: float, replicas: int, metric: float | None) -> int:
-        """Return the number of pods that the scaled workload should have after this poll.
+        """Return the number of pods that KEDA wants, after it has polled the metric.
 
         Args:
             now: The time.

@@ -41,7 +41,7 @@ class PodState:
 
 
 def pods_to_delete(pods: Sequence[PodState], count: int, now: float) -> list[PodState]:
-    """Return the `count` pods that the ReplicaSet deletes, in their order.
+    """Return the `count` pods that the ReplicaSet deletes, in the order of their deletion.
 
     Args:
         pods: The pods that are not being deleted.
@@ -49,14 +49,14 @@ def pods_to_delete(pods: Sequence[PodState], count: int, now: float) -> list[Pod
         now: The time.
     """
     hosts = Counter(pod.host for pod in pods)
-    order = partial(_compare_deletion_order, hosts, now)
+    order = partial(_compare_by_deletion_order, hosts, now)
     return sorted(pods, key=cmp_to_key(order))[:count]
 
 
-def _compare_deletion_order(
+def _compare_by_deletion_order(
     hosts: Counter[str | None], now: float, one: PodState, two: PodState
 ) -> int:
-    """Return a negative number if `one` is deleted first, a positive one if `two` is."""
+    """Return a number below 0 if `one` is deleted before `two`, and above 0 if after `two`."""
     ranks = _deletion_ranks(hosts, one), _deletion_ranks(hosts, two)
     if ranks[0] != ranks[1]:
         return -1 if ranks[0] < ranks[1] else 1
@@ -71,7 +71,7 @@ def _compare_deletion_order(
 
 
 def _deletion_ranks(hosts: Counter[str | None], pod: PodState) -> tuple[int, ...]:
-    """Return the first criteria of the order of deletion; smaller values are deleted first."""
+    """Return the sort key of a pod without the rules for ages; pods with low keys go first."""
     return (
         pod.host is not None,
         pod.running,

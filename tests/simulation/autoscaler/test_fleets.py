@@ -26,8 +26,8 @@ from tests.simulation.autoscaler.fleet_schedule import (
     WITHOUT,
 )
 from tests.simulation.autoscaler.horizontal_autoscaler import ScalingPolicy
-from tests.simulation.mutations import apply_mutation, find_catching_invariants
-from tests.simulation.replay import replay_lines
+from tests.simulation.mutations import apply_mutation, find_invariants_that_catch_mutation
+from tests.simulation.replay import list_replay_lines
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -48,21 +48,21 @@ def test_scale_down_with_documented_settings_cuts_no_session_in_fifty_schedules(
 
 
 @pytest.mark.timeout(120)
-def test_scale_down_without_documented_settings_cuts_sessions() -> None:
+def test_scale_down_without_documented_settings_interrupts_sessions() -> None:
     report = simulate_fleet_seeds(range(8), frozenset(WITHOUT))
     assert report.failures == (), str(report)
     assert report.counts.cut > 0
 
 
 @pytest.mark.parametrize("name", WITHOUT)
-def test_left_out_setting_has_another_value_than_documented(name: str) -> None:
+def test_simulation_without_one_setting_differs_from_documented_settings(name: str) -> None:
     documented = fleet_schedule_for_seed(1, DOCUMENTED)
     without = fleet_schedule_for_seed(1, frozenset({name}))
     assert without.world == documented.world
     assert without.settings != documented.settings
 
 
-def test_simulated_settings_are_those_of_the_manifests() -> None:
+def test_documented_fleet_settings_equal_those_of_kubernetes_manifests() -> None:
     overlays = Path(__file__).parents[3] / "workpool/deploy/kubernetes/overlays"
     spec = yaml.safe_load((overlays / "autoscaled-by-api/scaledobject.yaml").read_text())["spec"]
     down = spec["advanced"]["horizontalPodAutoscalerConfig"]["behavior"]["scaleDown"]
@@ -87,7 +87,7 @@ def test_two_simulations_of_one_fleet_have_the_same_calls_and_history() -> None:
 
 def test_replay_of_a_fleet_prints_its_pools_and_handlers() -> None:
     schedule = fleet_schedule_for_seed(3)
-    lines = list(replay_lines(schedule.world, simulate_fleet(schedule).case))
+    lines = list(list_replay_lines(schedule.world, simulate_fleet(schedule).case))
     for word in ("ACTION", "HISTORY", "HANDLER", "POOL"):
         assert any(word in line for line in lines), word
 
@@ -102,5 +102,7 @@ def test_lines_of_each_fleet_mutation_exist_once_in_source(name: str) -> None:
 @pytest.mark.timeout(600)
 @pytest.mark.parametrize("name", FLEET_MUTATIONS)
 def test_fleet_mutation_is_caught_by_simulation(name: str) -> None:
-    found = find_catching_invariants(FLEET_MUTATIONS[name], range(LIMIT), find_fleet_violations)
+    found = find_invariants_that_catch_mutation(
+        FLEET_MUTATIONS[name], range(LIMIT), find_fleet_violations
+    )
     assert found is not None, f"{name}: {LIMIT} schedules did not catch it"

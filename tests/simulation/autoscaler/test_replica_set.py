@@ -49,7 +49,7 @@ FIRST_AND_SECOND = {
 
 
 @pytest.mark.parametrize("rule", FIRST_AND_SECOND)
-def test_pod_that_rule_puts_first_is_deleted_first(rule: str) -> None:
+def test_each_rule_decides_which_of_two_pods_is_deleted_first(rule: str) -> None:
     first, second = FIRST_AND_SECOND[rule]
     assert pods_to_delete([first, second], 1, NOW) == [first]
     assert pods_to_delete([second, first], 1, NOW) == [first]
@@ -67,6 +67,6 @@ def test_lower_deletion_cost_decides_before_number_of_pods_on_node() -> None:
     assert pods_to_delete([*both, alone], 1, NOW) == [alone]
 
 
-def test_wanted_number_of_pods_is_returned_in_order_of_deletion_cost() -> None:
+def test_three_of_four_pods_are_deleted_by_ascending_deletion_cost() -> None:
     pods = [replace(POD, uid=str(cost), cost=cost) for cost in (3, 0, 2, 1)]
     assert [each.cost for each in pods_to_delete(pods, 3, NOW)] == [0, 1, 2]
